@@ -1,0 +1,131 @@
+// The one hand-off between every entry (PVH, UEFI, later ones) and the kernel proper. A BootInfo holds copies and physical addresses of
+// firmware tables, never a pointer into a loader's memory. The UEFI loader is compiled for another target: fixed-width types only.
+export module boot.handoff;
+import core.std;
+
+export namespace fl::boot {
+
+/// How the kernel was entered.
+enum class Entry : u32 { none, pvh, uefi };
+constexpr std::string_view name(Entry entry) {
+    switch (entry) {
+    case Entry::none: return "none";
+    case Entry::pvh: return "pvh";
+    case Entry::uefi: return "uefi";
+    }
+    return "unknown";
+}
+
+/// What a range of physical memory may be used for. ACPI's types, as E820 and PVH number them; loader and boot-services memory of UEFI is
+/// `usable`.
+enum class MemoryKind : u32 { usable = 1, reserved = 2, acpi_reclaimable = 3, acpi_nvs = 4, unusable = 5, persistent = 7, kernel = 0x100 };
+constexpr std::string_view name(MemoryKind kind) {
+    switch (kind) {
+    case MemoryKind::usable: return "usable";
+    case MemoryKind::reserved: return "reserved";
+    case MemoryKind::acpi_reclaimable: return "ACPI reclaimable";
+    case MemoryKind::acpi_nvs: return "ACPI NVS";
+    case MemoryKind::unusable: return "unusable";
+    case MemoryKind::persistent: return "persistent";
+    case MemoryKind::kernel: return "kernel";
+    }
+    return "unknown kind";
+}
+
+struct MemoryRange {
+    u64 base;        // bytes, physical
+    u64 size;        // bytes
+    MemoryKind kind; // may hold values that are not named here: the firmware's
+    u32 reserved;
+};
+
+struct Framebuffer {
+    u64 base;   // physical; 0: none
+    u32 width;  // pixels
+    u32 height; // pixels
+    u32 pitch;  // bytes from one line to the next
+    u32 bgr;    // 1: blue is the lowest byte of a 32-bit pixel, 0: red
+};
+
+struct BootInfo {
+    static constexpr u64 magic_value = 0x544847494c545346; // the bytes "FSTLIGHT" in memory
+    static constexpr u32 version_value = 1;
+    static constexpr usize max_ranges = 256;
+    static constexpr usize max_cmdline = 4096;
+    static constexpr usize max_map_file = 16384;
+
+    u64 magic;   // magic_value
+    u32 version; // version_value
+    u32 size;    // sizeof(BootInfo): loader and kernel agree on the layout
+    Entry entry;
+    u32 range_count;
+    u64 entry_tsc;   // time stamp counter at the entry
+    u64 kernel_phys; // physical address of the image's first byte, 2 MiB aligned
+    u64 kernel_size; // bytes of memory that the image takes, .bss included
+    u64 rsdp;        // physical address of the ACPI RSDP; 0: not given (search the BIOS area, or do without)
+    u64 smbios;      // physical address of the SMBIOS entry point (_SM_ or _SM3_); 0: not given
+    Framebuffer framebuffer;
+    u32 cmdline_size;                           // bytes, without a terminator; at most max_cmdline
+    u32 map_file_size;                          // bytes; at most max_map_file
+    u32 cmdline_truncated;                      // 1: the loader offered more than fits
+    u32 map_file_truncated;                     // 1: likewise
+    u32 ranges_truncated;                       // 1: likewise (the ranges left out are not used)
+    u32 has_map_file;                           // 1: a map file was given, though it may be empty
+    std::array<MemoryRange, max_ranges> ranges; // sorted by base, no overlaps after normalise()
+    std::array<char, max_cmdline> cmdline;
+    std::array<char, max_map_file> map_file;
+
+    std::string_view cmdline_text() const { return {cmdline.data(), cmdline_size}; }
+    std::string_view map_file_text() const { return {map_file.data(), map_file_size}; }
+    std::span<const MemoryRange> memory() const { return {ranges.data(), range_count}; }
+};
+static_assert(std::is_standard_layout_v<BootInfo> && std::is_trivially_copyable_v<BootInfo>);
+static_assert(sizeof(MemoryRange) == 24 && sizeof(Framebuffer) == 24);
+
+/// Sets the fields that identify the structure; everything else zero.
+constexpr void begin(BootInfo& info, Entry entry, u64 tsc) {
+    info.magic = BootInfo::magic_value;
+    info.version = BootInfo::version_value;
+    info.size = sizeof(BootInfo);
+    info.entry = entry;
+    info.entry_tsc = tsc;
+}
+
+/// Adds a range; a full table sets ranges_truncated and drops it. Empty ranges, and ends beyond 2^64, are dropped and cut.
+constexpr void add_range(BootInfo& info, u64 base, u64 size, MemoryKind kind) {
+    size = std::min(size, ~u64{0} - base);
+    if (size == 0) {
+        return;
+    }
+    if (info.range_count == BootInfo::max_ranges) {
+        info.ranges_truncated = 1;
+        return;
+    }
+    info.ranges[info.range_count++] = {base, size, kind, 0};
+}
+
+/// Copies text into one of the two text fields, cutting what does not fit.
+constexpr void set_cmdline(BootInfo& info, std::string_view text) {
+    info.cmdline_size = static_cast<u32>(std::min(text.size(), BootInfo::max_cmdline));
+    info.cmdline_truncated = text.size() > BootInfo::max_cmdline ? 1 : 0;
+    std::copy_n(text.data(), info.cmdline_size, info.cmdline.data());
+}
+constexpr void set_map_file(BootInfo& info, std::string_view text) {
+    info.has_map_file = 1;
+    info.map_file_size = static_cast<u32>(std::min(text.size(), BootInfo::max_map_file));
+    info.map_file_truncated = text.size() > BootInfo::max_map_file ? 1 : 0;
+    std::copy_n(text.data(), info.map_file_size, info.map_file.data());
+}
+
+/// Sorts the ranges, resolves overlaps in favour of the less usable kind, joins neighbours of one kind. The image's own memory
+/// (kernel_phys, kernel_size) becomes MemoryKind::kernel.
+void normalise(BootInfo& info);
+
+/// Whether a BootInfo handed over by a loader is one that this kernel understands: magic, version, size, bounds of every count.
+bool is_valid(const BootInfo& info);
+
+/// Where the image is linked: virtual = physical - kernel_phys + kernel_virtual. All physical memory stands at direct_map.
+inline constexpr u64 kernel_virtual = 0xffffffff80000000;
+inline constexpr u64 direct_map = 0xffff800000000000;
+
+} // namespace fl::boot

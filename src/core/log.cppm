@@ -1,0 +1,96 @@
+// The log: lines for people and records for programs, to every sink that is attached. No allocation, no lock: one CPU writes at a time.
+export module core.log;
+import core.std;
+import core.text;
+
+export namespace fl::log {
+
+enum class Level : u8 { error, warning, info, debug };
+
+constexpr std::string_view name(Level level) {
+    constexpr std::array<std::string_view, 4> names{"error", "warning", "info", "debug"};
+    return names[to_underlying(level)];
+}
+
+/// A place that log text goes to (serial port, debug console, a test's buffer). Owned by whoever attaches it; must outlive the log or
+/// be detached. write() gets pieces of a line; the line ends with "\n".
+class Sink {
+  public:
+    virtual void write(std::string_view text) = 0;
+
+  protected:
+    ~Sink() = default;
+
+  private:
+    friend void attach(Sink&);
+    friend void detach(Sink&);
+    friend struct Line;
+    Sink* next_ = nullptr;
+};
+
+/// Adds the sink, at the end; a sink attached twice stays once.
+void attach(Sink& sink);
+void detach(Sink& sink);
+/// Lines above this level are dropped. Default: info.
+void set_level(Level level);
+Level level();
+/// Gives the nanoseconds that stand before every line, nullptr for none.
+void set_clock(u64 (*now_ns)());
+
+/// The TextSink behind the functions below: everything written goes to all sinks.
+struct Line {
+    void write(std::string_view text);
+};
+
+/// "[   0.001234] " before a line, when there is a clock; "error: " and "warning: " after it.
+void begin(Level level);
+
+template <class... Args>
+void line(Level at, text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>...> format, const Args&... args) {
+    if (at > level()) {
+        return;
+    }
+    begin(at);
+    Line out;
+    print(out, format, args...);
+    out.write("\n");
+}
+
+template <class... Args>
+void error(text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>...> format, const Args&... args) {
+    line(Level::error, format, args...);
+}
+template <class... Args>
+void warning(text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>...> format, const Args&... args) {
+    line(Level::warning, format, args...);
+}
+template <class... Args>
+void info(text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>...> format, const Args&... args) {
+    line(Level::info, format, args...);
+}
+template <class... Args>
+void debug(text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>...> format, const Args&... args) {
+    line(Level::debug, format, args...);
+}
+
+/// One record: a line "@{…}" (docs/INTERFACES.md). Fields are written in order; the destructor ends the line.
+class Record {
+  public:
+    explicit Record(std::string_view kind);
+    ~Record();
+    Record(const Record&) = delete;
+    Record& operator=(const Record&) = delete;
+
+    Record& text(std::string_view key, std::string_view value);
+    Record& number(std::string_view key, u64 value);
+    Record& flag(std::string_view key, bool value);
+    /// begin/end of a nested object or list; inside a list the keys are empty.
+    Record& open(std::string_view key, char bracket); // '{' or '['
+    Record& close(char bracket);                      // '}' or ']'
+
+  private:
+    void key(std::string_view name);
+    bool first_ = false; // the next field is the first of its object: no comma before it
+};
+
+} // namespace fl::log

@@ -1,0 +1,68 @@
+module io.block;
+import core.std;
+import core.result;
+import core.time;
+import core.dma;
+import io.executor;
+
+namespace fl::io {
+
+Error to_error(Status status) {
+    switch (status) {
+    case Status::ok: break;
+    case Status::io_error: return {Code::io, "the disk reports an error for this transfer"};
+    case Status::not_supported: return {Code::not_supported, "the disk does not offer this operation"};
+    case Status::timed_out: return {Code::timed_out, "the disk did not answer within the time-out (timeout=MILLISECONDS changes it)"};
+    case Status::cancelled: return {Code::cancelled, "the transfer was cancelled"};
+    case Status::device_gone: return {Code::device_gone, "the disk was closed while the transfer was under way"};
+    case Status::protocol_error: return {Code::protocol, "the disk's host broke its protocol; the disk was closed"};
+    case Status::misaligned: return {Code::bad_argument, "buffer and length must be multiples of the disk's sector size, and not empty"};
+    case Status::out_of_range: return {Code::bad_argument, "the transfer ends behind the last sector of the disk"};
+    case Status::read_only: return {Code::bad_argument, "the disk is read-only"};
+    case Status::not_written: break;
+    }
+    return {Code::protocol, "the request ended and nobody wrote its status"};
+}
+
+Request::~Request() {
+    if (pending_) {
+        device_->forget(*this);
+    }
+}
+
+void BlockDevice::submit(Request& request) {
+    ++counters_.submitted;
+    request.status = Status::not_written;
+    request.issued = 0;
+    request.parts = 0;
+    request.part_status = Status::ok;
+    request.submitted_at = executor_.turn_time();
+    request.deadline = after(request.submitted_at, timeout_);
+    request.pending_ = true;
+    if (request.op != Op::flush) {
+        const u32 sector = geometry_.sector_size;
+        const u64 sectors = request.buffer.size / sector;
+        if (request.buffer.size == 0 || request.buffer.size % sector != 0 || request.buffer.bus % 512 != 0) {
+            return complete(request, Status::misaligned);
+        }
+        if (request.lba >= geometry_.sectors || sectors > geometry_.sectors - request.lba) {
+            return complete(request, Status::out_of_range);
+        }
+        if (request.op != Op::read && geometry_.read_only) {
+            return complete(request, Status::read_only);
+        }
+    } else if (!geometry_.flush) {
+        return complete(request, Status::ok);
+    }
+    start(request);
+}
+
+void BlockDevice::complete(Request& request, Status status) {
+    request.pending_ = false;
+    request.status = status;
+    ++counters_.completed;
+    counters_.errors += status != Status::ok ? 1 : 0;
+    executor_.make_ready(request);
+}
+
+} // namespace fl::io

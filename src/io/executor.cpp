@@ -1,0 +1,144 @@
+module io.executor;
+import core.std;
+import core.result;
+import core.time;
+import io.task;
+
+namespace fl::io {
+
+void Executor::add(Service& service) {
+    service.next_ = services_;
+    services_ = &service;
+}
+
+void Executor::remove(Service& service) {
+    for (Service** at = &services_; *at != nullptr; at = &(*at)->next_) {
+        if (*at == &service) {
+            *at = service.next_;
+            break;
+        }
+    }
+    for (Service** at = &touched_; *at != nullptr; at = &(*at)->next_touched_) {
+        if (*at == &service) {
+            *at = service.next_touched_;
+            service.touched_ = false;
+            break;
+        }
+    }
+}
+
+void Executor::start(Timer& timer) {
+    timer.pending = true;
+    Timer** at = &timers_;
+    while (*at != nullptr && (*at)->due <= timer.due) {
+        at = &(*at)->next_timer;
+    }
+    timer.next_timer = *at;
+    *at = &timer;
+}
+
+void Executor::cancel(Timer& timer) {
+    if (!timer.pending) {
+        return;
+    }
+    timer.pending = false;
+    for (Timer** at = &timers_; *at != nullptr; at = &(*at)->next_timer) {
+        if (*at == &timer) {
+            *at = timer.next_timer;
+            return;
+        }
+    }
+}
+
+void Executor::turn() {
+    ++turns_;
+    turn_time_ = now();
+
+    // Only what is ready now: a coroutine that makes itself ready again waits for the next turn, so that queues get theirs.
+    ReadyNode* batch = std::exchange(ready_, nullptr);
+    ready_tail_ = &ready_;
+    while (batch != nullptr) {
+        const auto waiter = batch->waiter;
+        batch = batch->next; // before resuming: the node dies with the frame
+        waiter.resume();
+    }
+
+    while (touched_ != nullptr) {
+        Service* service = std::exchange(touched_, touched_->next_touched_);
+        service->touched_ = false;
+        service->flush();
+    }
+    for (Service *service = services_, *next = nullptr; service != nullptr; service = next) {
+        next = service->next_;
+        static_cast<void>(service->drain());
+    }
+
+    if (timers_ != nullptr || turn_time_ >= next_tick_) {
+        const Instant time = now();
+        while (timers_ != nullptr && timers_->due <= time) {
+            Timer* timer = std::exchange(timers_, timers_->next_timer);
+            timer->pending = false;
+            make_ready(*timer);
+        }
+        if (time >= next_tick_) {
+            next_tick_ = after(time, tick_length);
+            for (Service *service = services_, *next = nullptr; service != nullptr; service = next) {
+                next = service->next_;
+                service->tick(time);
+            }
+        }
+    }
+    if (ready_ != nullptr || touched_ != nullptr) {
+        return;
+    }
+
+    // About to sleep. Clear the flag first: whatever is raised from here on keeps us awake. Acquire: pairs with wake().
+    if (wake_.exchange(false, std::memory_order_acquire)) {
+        return; // something came while we worked: look at it in the next turn
+    }
+    bool found = false;
+    for (Service* service = services_; service != nullptr; service = service->next_) {
+        found = service->arm() || found;
+    }
+    if (!found) {
+        ++idles_;
+        platform_.idle(platform_.context, timers_ != nullptr ? std::min(timers_->due, next_tick_) : next_tick_, wake_);
+    }
+}
+
+bool Signal::drain() {
+    if (waiting_ == nullptr || !raised_.exchange(false, std::memory_order_acquire)) {
+        return false;
+    }
+    Executor::Timer* timer = std::exchange(waiting_, nullptr);
+    *flag_ = true;
+    if (timer->pending) { // else its deadline has passed in this very turn and it is ready already
+        executor_.cancel(*timer);
+        executor_.make_ready(*timer);
+    }
+    return true;
+}
+
+Result<void> TaskGroup::spawn(Task<Result<void>> task) {
+    const bool has_frame = static_cast<bool>(task);
+    Member member = has_frame ? run(*this, std::move(task)) : Member{};
+    if (member.promise == nullptr) {
+        return Error{Code::exhausted, "no coroutine frame left to start a task: a smaller queue depth, or a larger io::FramePool"};
+    }
+    ++running_;
+    member.promise->waiter = std::coroutine_handle<Member::promise_type>::from_promise(*member.promise);
+    executor_.make_ready(*member.promise);
+    return {};
+}
+
+TaskGroup::Member TaskGroup::run(TaskGroup& group, Task<Result<void>> task) {
+    const Result<void> result = co_await std::move(task);
+    if (!result && !group.first_error_) {
+        group.first_error_ = result.error();
+    }
+    if (--group.running_ == 0 && group.joiner_.waiter) {
+        group.executor_.make_ready(group.joiner_);
+    }
+}
+
+} // namespace fl::io

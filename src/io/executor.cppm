@@ -1,0 +1,264 @@
+// One executor per processor: runs what is ready, then lets every queue that was touched tell its device once, then takes what has come
+// back, and only when nothing is left arms the events and halts. Interrupt handlers do no work; they call Executor::wake().
+export module io.executor;
+import core.std;
+import core.result;
+import core.time;
+import io.task;
+
+export namespace fl::io {
+
+/// Something that waits to be resumed. Lives in the frame of the coroutine that waits.
+struct ReadyNode {
+    ReadyNode* next = nullptr;
+    std::coroutine_handle<> waiter{};
+};
+
+class Executor;
+
+/// A hardware queue, an event channel: what the executor looks after. Owned by its driver, registered with Executor::add. All members
+/// are called on the executor's own processor, never from an interrupt handler. Order of a turn: flush (only if touched), drain, tick (when
+/// time has passed), arm (only when about to sleep).
+class Service {
+  public:
+    Service() = default;
+    Service(const Service&) = delete;
+    Service& operator=(const Service&) = delete;
+
+    /// Publish everything that was queued in this turn and notify the other side at most once.
+    virtual void flush() {}
+    /// Take completions that are there; true when at least one was taken.
+    virtual bool drain() = 0;
+    /// Ask for an event when the next completion comes and look once more; true when one is there already (then nobody sleeps).
+    virtual bool arm() { return false; }
+    /// Look for requests whose deadline has passed. Called about every Executor::tick_length while the executor runs.
+    virtual void tick(Instant now) { static_cast<void>(now); }
+
+  protected:
+    ~Service() = default;
+
+  private:
+    friend class Executor;
+    Service* next_ = nullptr;
+    Service* next_touched_ = nullptr;
+    bool touched_ = false;
+};
+
+/// What the executor needs from the processor. `idle` sleeps until an interrupt, or about `until`, whichever is first, unless `wake` is set; it
+/// must test `wake` and sleep without a gap (sti; hlt). Host tests give a clock that jumps.
+struct Platform {
+    void* context = nullptr;
+    Instant (*now)(void* context) = nullptr;
+    void (*idle)(void* context, Instant until, const std::atomic<bool>& wake) = nullptr;
+};
+
+class Executor {
+  public:
+    static constexpr Nanoseconds tick_length = 10'000'000;
+
+    explicit Executor(Platform platform) : platform_(platform) {}
+    Executor(const Executor&) = delete;
+    Executor& operator=(const Executor&) = delete;
+
+    void add(Service& service);
+    void remove(Service& service);
+    /// flush() of this service is due at the end of the turn.
+    void touch(Service& service) {
+        if (!service.touched_) {
+            service.touched_ = true;
+            service.next_touched_ = touched_;
+            touched_ = &service;
+        }
+    }
+    void make_ready(ReadyNode& node) {
+        node.next = nullptr;
+        *ready_tail_ = &node;
+        ready_tail_ = &node.next;
+    }
+    /// From an interrupt handler, or another processor: something has happened, do not sleep. Release: pairs with the acquire exchange in
+    /// the turn that follows, so that what the handler wrote before is seen by drain().
+    void wake() { wake_.store(true, std::memory_order_release); }
+    Instant now() const { return platform_.now(platform_.context); }
+    /// The time at the beginning of this turn; cheap, for deadlines.
+    Instant turn_time() const { return turn_time_; }
+
+    /// Runs until the task has finished and gives its value. Not reentrant.
+    template <class T>
+    T run(Task<T> task) {
+        std::optional<T> value;
+        auto root = drive(std::move(task), value);
+        if (!root.handle) {
+            return Error{Code::exhausted, "no coroutine frame left to start a task"};
+        }
+        ReadyNode first{nullptr, root.handle};
+        make_ready(first);
+        while (!value) {
+            turn();
+        }
+        root.handle.destroy();
+        return std::move(*value);
+    }
+    /// One turn of the loop; for tests and for callers with a loop of their own.
+    void turn();
+
+    /// co_await executor.sleep(length): resumes at or after now + length.
+    auto sleep(Nanoseconds length) {
+        struct Awaiter : Timer {
+            Executor& executor;
+            Awaiter(Executor& e, Instant at) : executor(e) { due = at; }
+            Awaiter(const Awaiter&) = delete;
+            Awaiter& operator=(const Awaiter&) = delete;
+            ~Awaiter() { executor.cancel(*this); }
+            bool await_ready() const { return false; }
+            void await_suspend(std::coroutine_handle<> h) {
+                waiter = h;
+                executor.start(*this);
+            }
+            void await_resume() const {}
+        };
+        return Awaiter{*this, after(now(), length)};
+    }
+
+    /// A deadline in the executor's list. Lives with its owner, who cancels it before it dies. When due it is made ready.
+    struct Timer : ReadyNode {
+        Instant due = never;
+        Timer* next_timer = nullptr;
+        bool pending = false;
+    };
+    void start(Timer& timer);
+    void cancel(Timer& timer);
+
+    u64 turns() const { return turns_; }
+    u64 idles() const { return idles_; }
+
+  private:
+    struct Root {
+        struct promise_type : PoolAllocated {
+            Root get_return_object() noexcept { return {std::coroutine_handle<promise_type>::from_promise(*this)}; }
+            static Root get_return_object_on_allocation_failure() noexcept { return {}; }
+            std::suspend_always initial_suspend() const noexcept { return {}; }
+            std::suspend_always final_suspend() const noexcept { return {}; }
+            void return_void() const noexcept {}
+            void unhandled_exception() const noexcept {}
+        };
+        std::coroutine_handle<> handle{};
+    };
+    template <class T>
+    static Root drive(Task<T> task, std::optional<T>& value) {
+        value.emplace(co_await std::move(task));
+    }
+
+    Platform platform_;
+    ReadyNode* ready_ = nullptr;
+    ReadyNode** ready_tail_ = &ready_;
+    Service* services_ = nullptr;
+    Service* touched_ = nullptr;
+    Timer* timers_ = nullptr;
+    Instant turn_time_ = 0;
+    Instant next_tick_ = 0;
+    u64 turns_ = 0;
+    u64 idles_ = 0;
+    std::atomic<bool> wake_{false};
+};
+
+/// An event that interrupt handlers raise and one coroutine at a time waits for, with a bound. Raises that nobody waits for are kept (once).
+class Signal final : public Service {
+  public:
+    explicit Signal(Executor& executor) : executor_(executor) { executor_.add(*this); }
+    ~Signal() { executor_.remove(*this); }
+
+    /// From anywhere, interrupt handlers included. Release: pairs with the acquire exchange in drain().
+    void raise() {
+        raised_.store(true, std::memory_order_release);
+        executor_.wake();
+    }
+    /// co_await signal.wait(deadline) -> true: raised; false: the deadline passed first.
+    auto wait(Instant deadline) {
+        struct Awaiter : Executor::Timer {
+            Signal& signal;
+            bool by_signal = false;
+            Awaiter(Signal& s, Instant at) : signal(s) { due = at; }
+            Awaiter(const Awaiter&) = delete;
+            Awaiter& operator=(const Awaiter&) = delete;
+            ~Awaiter() {
+                signal.executor_.cancel(*this);
+                if (signal.waiting_ == this) {
+                    signal.waiting_ = nullptr;
+                }
+            }
+            bool await_ready() {
+                by_signal = signal.raised_.exchange(false, std::memory_order_acquire);
+                return by_signal;
+            }
+            void await_suspend(std::coroutine_handle<> h) {
+                waiter = h;
+                signal.waiting_ = this;
+                signal.flag_ = &by_signal;
+                signal.executor_.start(*this);
+            }
+            bool await_resume() {
+                if (signal.waiting_ == this) { // by the timer
+                    signal.waiting_ = nullptr;
+                }
+                return by_signal;
+            }
+        };
+        return Awaiter{*this, deadline};
+    }
+    bool drain() override;
+    bool arm() override { return waiting_ != nullptr && raised_.load(std::memory_order_acquire); }
+
+  private:
+    Executor& executor_;
+    Executor::Timer* waiting_ = nullptr;
+    bool* flag_ = nullptr;
+    std::atomic<bool> raised_{false};
+};
+
+/// Starts tasks side by side and waits for all of them: group.spawn(…) up to any number, then co_await group.join(). The group must
+/// outlive its tasks, so join before it dies. The first error is kept.
+class TaskGroup {
+  public:
+    explicit TaskGroup(Executor& executor) : executor_(executor) {}
+    TaskGroup(const TaskGroup&) = delete;
+    TaskGroup& operator=(const TaskGroup&) = delete;
+
+    /// Queues the task; it runs when the executor next takes what is ready. Error{exhausted}: no frame.
+    Result<void> spawn(Task<Result<void>> task);
+    auto join() {
+        struct Awaiter {
+            TaskGroup& group;
+            bool await_ready() const { return group.running_ == 0; }
+            void await_suspend(std::coroutine_handle<> h) { group.joiner_.waiter = h; }
+            Result<void> await_resume() const {
+                if (group.first_error_) {
+                    return *group.first_error_;
+                }
+                return {};
+            }
+        };
+        return Awaiter{*this};
+    }
+    usize running() const { return running_; }
+
+  private:
+    struct Member {
+        struct promise_type : PoolAllocated, ReadyNode {
+            Member get_return_object() noexcept { return {this}; }
+            static Member get_return_object_on_allocation_failure() noexcept { return {}; }
+            std::suspend_always initial_suspend() const noexcept { return {}; }
+            std::suspend_never final_suspend() const noexcept { return {}; }
+            void return_void() const noexcept {}
+            void unhandled_exception() const noexcept {}
+        };
+        promise_type* promise = nullptr;
+    };
+    static Member run(TaskGroup& group, Task<Result<void>> task);
+
+    Executor& executor_;
+    usize running_ = 0;
+    ReadyNode joiner_{};
+    std::optional<Error> first_error_;
+};
+
+} // namespace fl::io

@@ -1,0 +1,50 @@
+module io.task;
+import core.std;
+
+namespace fl::io {
+
+namespace {
+usize class_of(usize size) {
+    usize i = 0;
+    while (i < FramePool::classes.size() && FramePool::classes[i] < size) {
+        ++i;
+    }
+    return i;
+}
+} // namespace
+
+void* FramePool::allocate(usize size) noexcept {
+    const usize i = class_of(size);
+    if (i == classes.size() || left_ == 0) {
+        return nullptr;
+    }
+    void* block = nullptr;
+    if (free_[i] != nullptr) {
+        block = std::exchange(free_[i], free_[i]->next);
+    } else if (used_ + classes[i] <= arena_bytes) {
+        block = arena_.data() + used_;
+        used_ += classes[i];
+    } else {
+        return nullptr;
+    }
+    if (left_ != ~u64{0}) {
+        --left_;
+    }
+    ++allocations_;
+    ++in_use_;
+    return block;
+}
+
+void FramePool::free(void* block, usize size) noexcept {
+    const usize i = class_of(size);
+    free_[i] = new (block) Free{free_[i]};
+    --in_use_;
+}
+
+namespace {
+constinit FramePool pool{};
+} // namespace
+
+FramePool& frame_pool() { return pool; }
+
+} // namespace fl::io

@@ -1,0 +1,142 @@
+// Coroutines for drivers: Task<T> is lazy, owned by whoever awaits it, and resumes its awaiter by symmetric transfer. Frames come from a
+// bounded pool; a pool that has run dry gives an empty task, and awaiting that yields Error{exhausted} (so T is a Result).
+export module io.task;
+import core.std;
+import core.result;
+
+export namespace fl::io {
+
+/// Coroutine frames: blocks of a few fixed sizes, carved from one arena and never given back to it, only to their free list. Not for
+/// interrupt handlers. `allocations` counts every frame ever handed out.
+class FramePool {
+  public:
+    static constexpr usize arena_bytes = 512 * 1024;
+    static constexpr std::array<usize, 8> classes{128, 192, 256, 384, 512, 1024, 2048, 4096};
+
+    void* allocate(usize size) noexcept;
+    void free(void* block, usize size) noexcept;
+    u64 allocations() const { return allocations_; }
+    usize in_use() const { return in_use_; }
+    /// For tests: the next `n` allocations succeed, all later ones fail until lifted with ~0.
+    void fail_after(u64 n) { left_ = n; }
+
+  private:
+    struct Free {
+        Free* next;
+    };
+    std::array<Free*, classes.size()> free_{};
+    usize used_ = 0;
+    u64 allocations_ = 0;
+    usize in_use_ = 0;
+    u64 left_ = ~u64{0};
+    alignas(16) std::array<std::byte, arena_bytes> arena_; // left as it is: .bss
+};
+
+/// The one pool of the kernel (or of the test program).
+FramePool& frame_pool();
+
+/// Base of every promise here: frames come from the pool, and an empty pool is an answer, not a crash.
+struct PoolAllocated {
+    static void* operator new(std::size_t size) noexcept { return frame_pool().allocate(size); }
+    static void operator delete(void* block, std::size_t size) noexcept { frame_pool().free(block, size); }
+};
+
+template <class T>
+class Task;
+
+namespace detail {
+
+struct PromiseBase : PoolAllocated {
+    std::coroutine_handle<> continuation = std::noop_coroutine();
+
+    struct Final {
+        bool await_ready() const noexcept { return false; }
+        template <class P>
+        std::coroutine_handle<> await_suspend(std::coroutine_handle<P> self) const noexcept {
+            return self.promise().continuation;
+        }
+        void await_resume() const noexcept {}
+    };
+    std::suspend_always initial_suspend() const noexcept { return {}; }
+    Final final_suspend() const noexcept { return {}; }
+    void unhandled_exception() const noexcept {} // there are no exceptions
+};
+
+template <class T>
+struct Promise : PromiseBase {
+    std::optional<T> value;
+
+    Task<T> get_return_object() noexcept;
+    static Task<T> get_return_object_on_allocation_failure() noexcept;
+    template <class U>
+        requires std::constructible_from<T, U&&>
+    void return_value(U&& result) noexcept {
+        value.emplace(std::forward<U>(result));
+    }
+};
+
+} // namespace detail
+
+/// A coroutine that yields a Result. Starts when awaited, once. The task owns the frame: destroying it destroys the frame and all
+/// tasks that it waits for.
+template <class T>
+class [[nodiscard]] Task {
+    static_assert(std::constructible_from<T, Error>, "a Task yields a Result: running out of frames is an error value");
+
+  public:
+    using promise_type = detail::Promise<T>;
+    using value_type = T;
+
+    Task() = default;
+    explicit Task(std::coroutine_handle<promise_type> handle) : handle_(handle) {}
+    Task(Task&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+    Task& operator=(Task&& other) noexcept {
+        if (this != &other) {
+            if (handle_) {
+                handle_.destroy();
+            }
+            handle_ = std::exchange(other.handle_, nullptr);
+        }
+        return *this;
+    }
+    ~Task() {
+        if (handle_) {
+            handle_.destroy();
+        }
+    }
+
+    /// False: no frame could be had.
+    explicit operator bool() const { return static_cast<bool>(handle_); }
+
+    auto operator co_await() && noexcept {
+        struct Awaiter {
+            std::coroutine_handle<promise_type> handle;
+            bool await_ready() const noexcept { return !handle; }
+            std::coroutine_handle<> await_suspend(std::coroutine_handle<> awaiting) const noexcept {
+                handle.promise().continuation = awaiting;
+                return handle;
+            }
+            T await_resume() const noexcept {
+                if (!handle) {
+                    return Error{Code::exhausted, "no coroutine frame left: fewer requests at once, or a larger io::FramePool"};
+                }
+                return std::move(*handle.promise().value);
+            }
+        };
+        return Awaiter{handle_};
+    }
+
+  private:
+    std::coroutine_handle<promise_type> handle_{};
+};
+
+template <class T>
+Task<T> detail::Promise<T>::get_return_object() noexcept {
+    return Task<T>(std::coroutine_handle<Promise<T>>::from_promise(*this));
+}
+template <class T>
+Task<T> detail::Promise<T>::get_return_object_on_allocation_failure() noexcept {
+    return Task<T>();
+}
+
+} // namespace fl::io

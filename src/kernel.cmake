@@ -1,0 +1,37 @@
+# The kernel image: firstlight.debug.elf (symbols, for gdb), firstlight.elf (what boots), BOOTX64.EFI (the loader that carries it).
+set(freestanding
+  -ffreestanding -fno-exceptions -fno-rtti -nostdinc++ -nostdlibinc
+  -isystem ${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/site
+  -isystem /usr/lib/llvm-19/include/c++/v1
+  -isystem ${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/libc
+  -mno-red-zone -fno-stack-protector -fno-threadsafe-statics -fno-asynchronous-unwind-tables
+  -ffunction-sections -fdata-sections -fno-pic -mno-sse -mno-mmx -fno-omit-frame-pointer)
+set(kernel_flags --target=x86_64-unknown-none-elf ${freestanding} -mcmodel=kernel -fno-strict-aliasing)
+
+list(APPEND units ${boot_units})
+set(interfaces ${units})
+list(FILTER interfaces INCLUDE REGEX "\\.cppm$")
+list(FILTER units EXCLUDE REGEX "\\.cppm$")
+
+add_library(firstlight_objects OBJECT)
+target_compile_options(firstlight_objects PRIVATE ${kernel_flags})
+target_include_directories(firstlight_objects PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
+target_sources(firstlight_objects PRIVATE ${units} PUBLIC FILE_SET CXX_MODULES FILES ${interfaces})
+foreach(hv IN LISTS FIRSTLIGHT_HV)
+  string(TOUPPER ${hv} upper)
+  target_compile_definitions(firstlight_objects PRIVATE FIRSTLIGHT_HV_${upper}=1)
+endforeach()
+
+# Linked twice: the symbol table for backtraces is made from the first link and stands last in the image, so nothing moves.
+set(link_script ${CMAKE_CURRENT_SOURCE_DIR}/boot/kernel.ld)
+set(link ld.lld-19 -nostdlib -static --gc-sections -z max-page-size=4096 -z noexecstack -T ${link_script})
+set(out ${CMAKE_BINARY_DIR})
+add_custom_command(OUTPUT ${out}/firstlight.debug.elf ${out}/firstlight.elf
+  COMMAND sh ${CMAKE_CURRENT_SOURCE_DIR}/boot/link.sh ${out} "${link}" "$<TARGET_OBJECTS:firstlight_objects>"
+  DEPENDS firstlight_objects $<TARGET_OBJECTS:firstlight_objects> ${link_script} ${CMAKE_CURRENT_SOURCE_DIR}/boot/link.sh
+  COMMAND_EXPAND_LISTS VERBATIM COMMENT "Linking firstlight.elf")
+add_custom_target(firstlight_elf ALL DEPENDS ${out}/firstlight.elf)
+
+if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/boot/uefi/CMakeLists.txt)
+  add_subdirectory(boot/uefi)
+endif()
