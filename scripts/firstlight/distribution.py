@@ -1,0 +1,83 @@
+"""What each supported distribution calls what we need. The only place with package names."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .problems import Exit, Problem
+
+BUILD_PACKAGES = {
+    "clang-19": "compiler",
+    "clang-tools-19": "clang-scan-deps, for modules",
+    "lld-19": "linker for ELF and PE",
+    "llvm-19": "llvm-objcopy, llvm-objdump, llvm-symbolizer",
+    "libc++-19-dev": "the C++ library",
+    "libc++abi-19-dev": "the C++ library",
+    "libunwind-19-dev": "the C++ library",
+    "libclang-rt-19-dev": "sanitizers",
+    "cmake": "build",
+    "ninja-build": "build",
+    "googletest": "host tests (source, built with libc++)",
+    "relacy-dev": "exhaustive checks of memory orderings",
+    "mtools": "EFI system partitions",
+    "cpio": "the lab's initramfs",
+    "python3-crcmod": "checking disk images from outside",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+    name: str
+    codename: str
+    backports: tuple[str, ...]  # packages preferred from backports, as apt pins name them
+    lab_kernel: str  # pattern of the kernel's package
+    lab_kernel_extra: tuple[str, ...] = ()  # further packages with modules; {release} is the kernel's
+    components: tuple[str, ...] = ("main",)
+    build: dict[str, str] = dataclasses.field(default_factory=lambda: dict(BUILD_PACKAGES))
+
+
+SUPPORTED = {
+    ("debian", "12"): Distribution(
+        "Debian 12",
+        "bookworm",
+        # Debian 12's cmake has no modules, its QEMU no Xen emulation, its kernel no 6.12.
+        backports=("cmake cmake-data", "qemu-* seabios ipxe-qemu", "linux-image-*"),
+        lab_kernel=r"linux-image-6\.12\.[0-9]+\+deb12-amd64",
+    ),
+    ("debian", "13"): Distribution(
+        "Debian 13", "trixie", backports=(), lab_kernel=r"linux-image-6\.12\.[0-9]+\+deb13-amd64"
+    ),
+    ("ubuntu", "24.04"): Distribution(
+        "Ubuntu 24.04",
+        "noble",
+        backports=(),
+        lab_kernel=r"linux-image-6\.8\.0-[0-9]+-generic",
+        lab_kernel_extra=("linux-modules-{release}",),
+        components=("main", "universe"),
+    ),
+}
+
+LAB_PROGRAMS = ("qemu-system-x86",)
+LAB_FILES = ("busybox-static", "qemu-system-data", "seabios", "ovmf")
+YARDSTICK_PROGRAMS = ("fio",)
+
+
+def read_os_release(text: str) -> dict[str, str]:
+    return {
+        name: value.strip().strip('"')
+        for name, value in (line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
+    }
+
+
+def detect(path: str = "/etc/os-release") -> Distribution:
+    with open(path) as file:
+        release = read_os_release(file.read())
+    key = (release.get("ID", ""), release.get("VERSION_ID", ""))
+    if key not in SUPPORTED:
+        known = ", ".join(entry.name for entry in SUPPORTED.values())
+        raise Problem(
+            f"{release.get('PRETTY_NAME', key)} is not a distribution whose package names are known here ({known}). "
+            "Add it to scripts/firstlight/distribution.py.",
+            Exit.MISSING,
+        )
+    return SUPPORTED[key]

@@ -1,0 +1,73 @@
+#!/bin/busybox sh
+# The first and only process of the lab's Linux: runs the jobs under /jobs one after the other and powers off.
+# What it says itself begins a line with "@@lab TAG"; everything between "begin" and "end" is a job's own output.
+/bin/busybox --install -s /bin
+export PATH=/bin LD_LIBRARY_PATH=/lib HOME=/
+
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev 2>/dev/null
+mount -t debugfs debugfs /sys/kernel/debug
+mount -t tmpfs -o size=75% tmpfs /tmp
+stty -F /dev/console -opost -echo 2>/dev/null
+echo 0 > /proc/sys/kernel/printk
+
+tag=$(cat /jobs/tag)
+say() { printf '\n@@lab %s %s\n' "$tag" "$*"; }
+die() { say "broken $*"; sync; poweroff -f; }
+milliseconds() { read -r up rest < /proc/uptime; echo "${up%.*}${up#*.}0"; }
+
+while read -r module; do
+    insmod "/modules/$module" 2>/dev/null || say "note: module $module was not loaded"
+done < /jobs/modules
+[ -c /dev/kvm ] || die "no /dev/kvm: the processor this machine emulates lacks SVM"
+
+# disk NAME BYTES zero|sparse|pattern: an image in memory.
+disk() {
+    image=/tmp/$1
+    case $3 in
+    sparse) truncate -s "$2" "$image" ;;
+    zero) dd if=/dev/zero of="$image" bs=1M count=$((($2 + 1048575) / 1048576)) 2>/dev/null && truncate -s "$2" "$image" ;;
+    pattern)
+        yes 'firstlight pattern block: what a disk nobody wrote holds here' | head -c 1048576 > /tmp/pattern
+        : > "$image"
+        left=$(($2 / 1048576 + 1))
+        while [ $left -gt 0 ]; do cat /tmp/pattern >> "$image"; left=$((left - 1)); done
+        truncate -s "$2" "$image"
+        rm -f /tmp/pattern
+        ;;
+    *) false ;;
+    esac || die "disk $1: could not be made"
+}
+
+# bring_out IMAGE MEGABYTE: copy to the scratch disk, at that offset.
+bring_out() {
+    dd if="/tmp/$1" of=/dev/vda bs=1M seek="$2" conv=notrunc,fsync 2>/dev/null || die "image $1: could not be copied out"
+}
+
+trace_exits() {
+    mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null
+    trigger=/sys/kernel/tracing/events/kvm/$1/trigger
+    [ -e "$trigger" ] || return
+    echo "$2:$3" > "$trigger" 2>/dev/null
+}
+
+say "ready ms=$(milliseconds) kernel=$(uname -r)"
+for job in /jobs/[0-9]*; do
+    name=$(cat "$job/name")
+    prepare() { :; }
+    command() { false; }
+    after() { :; }
+    . "$job/job.sh"
+    prepare
+    say "begin $name"
+    from=$(milliseconds)
+    ( command ) < /dev/null 2>&1
+    status=$?
+    say "end $name status=$status ms=$(($(milliseconds) - from))"
+    after
+    rm -rf /tmp/*
+done
+sync
+say "off"
+poweroff -f

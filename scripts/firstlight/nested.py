@@ -1,0 +1,292 @@
+"""Runs jobs inside the lab: this machine's QEMU emulates a processor with SVM, a Linux in it has a real KVM.
+
+L0 is QEMU here, L1 the Linux of the lab, L2 the machine a job describes. Several jobs share one boot of L1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import selectors
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import process
+from .lab import Lab, write_cpio
+from .problems import Exit, Problem
+
+MEBIBYTE = 1 << 20
+BOOT_SECONDS = 90.0  # L1's start, on a loaded machine
+
+# Every instruction lasts one nanosecond, for guest, hypervisor and VMM alike, and idle time is skipped. The clock
+# shown to L1 and the random seed are fixed too, so that two runs execute the same instructions.
+DETERMINISTIC = (
+    "-accel", "tcg", "-icount", "shift=0,sleep=off", "-smp", "1", "-rtc", "base=2024-01-01,clock=vm", "-seed", "1",
+)  # fmt: skip
+WALL = ("-accel", "tcg,thread=multi", "-smp", "2")
+
+
+@dataclasses.dataclass
+class Disk:
+    """An image file that a job's machine uses."""
+
+    name: str
+    size: int
+    content: str = "pattern"  # zero, sparse, pattern, or the path of a file
+    bring_out: Path | None = None  # where a copy goes after the job
+
+
+@dataclasses.dataclass
+class Job:
+    """One machine to start. In `arguments`, {file:NAME} and {disk:NAME} stand for paths."""
+
+    name: str
+    arguments: list[str]
+    files: dict[str, Path] = dataclasses.field(default_factory=dict)
+    disks: list[Disk] = dataclasses.field(default_factory=list)
+    timeout: float = 60.0
+
+    def command(self, qemu: str, files: Callable[[str], str], disks: Callable[[str], str]) -> list[str]:
+        def place(match: re.Match[str]) -> str:
+            return (files if match[1] == "file" else disks)(match[2])
+
+        return [qemu, *(re.sub(r"\{(file|disk):([^}]+)\}", place, word) for word in self.arguments)]
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came of a job: QEMU's exit status and everything it printed."""
+
+    status: int | None = None  # None: the job never ended
+    output: str = ""
+    seconds: float = 0.0  # in the time of the machine that ran it
+    timed_out: bool = False
+
+
+def inner_command(job: Job, index: int) -> list[str]:
+    return job.command(
+        "qemu-system-x86_64", lambda name: f"/jobs/{index:03}/files/{name}", lambda name: f"/tmp/{name}"
+    )
+
+
+def job_script(job: Job, index: int, offsets: dict[str, int]) -> str:
+    """What L1 sources: three functions, so that the script in L1 stays one text for all jobs."""
+    lines = ["prepare() {", "    :"]
+    for disk in job.disks:
+        if Path(disk.content).is_absolute():
+            lines.append(f"    cp /jobs/{index:03}/files/disk-{disk.name} /tmp/{disk.name} && truncate -s {disk.size} /tmp/{disk.name}")
+        else:
+            lines.append(f"    disk {disk.name} {disk.size} {disk.content}")
+    seconds = max(1, round(job.timeout))
+    words = " ".join(shlex.quote(word) for word in inner_command(job, index)[1:])
+    lines += ["}", "command() {", f"    timeout -s KILL {seconds} qemu-system-x86_64 -L /share {words}", "}", "after() {", "    :"]
+    for name, offset in offsets.items():
+        lines.append(f"    bring_out {name} {offset // MEBIBYTE}")
+    return "\n".join([*lines, "}", ""])
+
+
+def scratch_layout(jobs: Sequence[Job]) -> tuple[list[dict[str, int]], int]:
+    """Where each image to bring out lies on the scratch disk: whole mebibytes, in order."""
+    layout, end = [], 0
+    for job in jobs:
+        offsets = {}
+        for disk in job.disks:
+            if disk.bring_out:
+                offsets[disk.name] = end
+                end += -(-disk.size // MEBIBYTE) * MEBIBYTE
+        layout.append(offsets)
+    return layout, end
+
+
+@dataclasses.dataclass
+class Nested:
+    """A prepared L1: the command line that starts it, and where its files are."""
+
+    folder: Path
+    command: list[str]
+    tag: str
+    layout: list[dict[str, int]]
+
+
+def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
+    names = [job.name for job in jobs]
+    if len(set(names)) != len(names):
+        raise Problem(f"Two jobs of one lab run have the same name: {' '.join(names)}")
+    layout, size = scratch_layout(jobs)
+    tree = folder / "tree"
+    (tree / "jobs").mkdir(parents=True)
+    script = (Path(__file__).parent / "l1-init.sh").read_text()
+    (tree / "init").write_text(script)
+    (tree / "init").chmod(0o755)
+    (tree / "jobs/modules").write_text("".join(f"{name}\n" for name in lab.modules["l1"]))
+    digest = hashlib.sha256()
+    for index, (job, offsets) in enumerate(zip(jobs, layout)):
+        place = tree / f"jobs/{index:03}"
+        (place / "files").mkdir(parents=True)
+        (place / "name").write_text(job.name + "\n")
+        text = job_script(job, index, offsets)
+        (place / "job.sh").write_text(text)
+        digest.update(text.encode())
+        files = dict(job.files)
+        files |= {f"disk-{disk.name}": Path(disk.content) for disk in job.disks if Path(disk.content).is_absolute()}
+        for name, path in files.items():
+            shutil.copyfile(path, place / "files" / name)
+    tag = digest.hexdigest()[:12]
+    (tree / "jobs/tag").write_text(tag + "\n")
+    write_cpio(tree, folder / "jobs.cpio")
+    shutil.rmtree(tree)
+    # The kernel unpacks archives that follow each other as one; a later file replaces an earlier one.
+    with open(folder / "initrd", "wb") as whole:
+        for part in (lab.base, folder / "jobs.cpio"):
+            with open(part, "rb") as file:
+                shutil.copyfileobj(file, whole)
+            whole.write(bytes(-whole.tell() % 512))
+    scratch = folder / "scratch.raw"
+    with open(scratch, "wb") as file:
+        file.truncate(max(size, MEBIBYTE))
+    command = [
+        str(lab.qemu), *(WALL if wall else DETERMINISTIC),
+        "-cpu", "EPYC-Milan,+svm,+npt", "-m", "2048",
+        "-kernel", str(lab.kernel), "-initrd", str(folder / "initrd"),
+        "-append", "console=ttyS0 quiet loglevel=0 panic=-1 nokaslr norandmaps",
+        "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot",
+        "-drive", f"if=none,id=scratch,format=raw,file={scratch}", "-device", "virtio-blk-pci,drive=scratch",
+    ]  # fmt: skip
+    return Nested(folder, command, tag, layout)
+
+
+class Reader:
+    """Takes L1's serial output line by line and sorts it into the jobs' outcomes, strictly."""
+
+    def __init__(self, tag: str, names: Sequence[str], live: Callable[[str, str], None] | None = None) -> None:
+        self.tag = tag
+        self.waiting = list(names)
+        self.outcomes = {name: Outcome() for name in names}
+        self.current: str | None = None
+        self.ready = self.off = False
+        self.fault = ""
+        self.notes: list[str] = []
+        self.live = live
+
+    def line(self, text: str) -> None:
+        words = text.split()
+        if words[:2] != ["@@lab", self.tag]:
+            if self.current:
+                self.outcomes[self.current].output += text + "\n"
+                if self.live:
+                    self.live(self.current, text)
+            return
+        verb, rest = words[2], words[3:]
+        fields = dict(word.split("=", 1) for word in rest if "=" in word)
+        if verb == "ready":
+            self.ready = True
+        elif verb == "begin" and self.current is None and self.waiting and rest == self.waiting[:1]:
+            self.current = self.waiting.pop(0)
+        elif verb == "end" and self.current and rest[:1] == [self.current]:
+            outcome = self.outcomes[self.current]
+            # The marker begins with a line feed of its own, which is not the job's.
+            outcome.output = outcome.output.removesuffix("\n")
+            outcome.status = int(fields["status"])
+            outcome.seconds = int(fields["ms"]) / 1000
+            outcome.timed_out = outcome.status == 137
+            self.current = None
+        elif verb == "off" and self.current is None and not self.waiting:
+            self.off = True
+        elif verb in ("note:", "note"):
+            self.notes.append(" ".join(rest))
+        else:
+            self.fault = self.fault or f"unexpected marker: {text}"
+
+    def complaint(self) -> str:
+        """Empty if everything that must have been said was said, in order."""
+        if self.fault:
+            return self.fault
+        if not self.ready:
+            return "L1 never said that it was ready"
+        if self.current:
+            return f"job {self.current} began and never ended"
+        if self.waiting:
+            return f"job {self.waiting[0]} never began"
+        if not self.off:
+            return "L1 did not say that it was done"
+        return ""
+
+
+def run(
+    lab: Lab,
+    jobs: Sequence[Job],
+    *,
+    wall: bool = False,
+    live: Callable[[str, str], None] | None = None,
+    keep: Path | None = None,
+) -> dict[str, Outcome]:
+    """Run all jobs in one boot of L1. A lab that fails as such is a Problem; a job's own failure is in its outcome."""
+    with tempfile.TemporaryDirectory(prefix="firstlight-lab-") as temporary:
+        nested = prepare(lab, jobs, Path(temporary), wall)
+        reader = Reader(nested.tag, [job.name for job in jobs], live)
+        # In deterministic mode a job's own limit counts its instructions; this one counts real seconds.
+        limit = BOOT_SECONDS + sum(5 * job.timeout + 30 for job in jobs)
+        log = follow(nested.command, reader, limit)
+        if keep:
+            keep.mkdir(parents=True, exist_ok=True)
+            (keep / "serial.log").write_text(log)
+        complaint = reader.complaint()
+        if complaint and not (reader.ready and any(outcome.status is not None for outcome in reader.outcomes.values())):
+            raise Problem(f"The lab failed: {complaint}. Its last output:\n{process.tail(log)}")
+        if complaint:
+            print(f"lab: {complaint}. Its last output:\n{process.tail(log, 15)}", file=sys.stderr)
+        for job, offsets in zip(jobs, nested.layout):
+            for disk in job.disks:
+                if disk.bring_out and reader.outcomes[job.name].status is not None:
+                    extract(nested.folder / "scratch.raw", offsets[disk.name], disk.size, disk.bring_out)
+        return reader.outcomes
+
+
+def follow(command: Sequence[str], reader: Reader, limit: float) -> str:
+    """Feed the reader until QEMU exits or the limit passes; the whole log is returned."""
+    import subprocess
+
+    log: list[str] = []
+    pending = b""
+    with process.started(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+        assert child.stdout
+        end = time.monotonic() + limit
+        with selectors.DefaultSelector() as selector:
+            selector.register(child.stdout, selectors.EVENT_READ)
+            while True:
+                left = end - time.monotonic()
+                if left <= 0:
+                    reader.fault = reader.fault or f"nothing more within {limit:.0f} s of real time"
+                    break
+                if not selector.select(min(left, 1.0)):
+                    continue
+                data = child.stdout.read1(65536)  # type: ignore[attr-defined]
+                if not data:
+                    break
+                *lines, pending = (pending + data).split(b"\n")
+                for line in lines:
+                    text = line.rstrip(b"\r").decode(errors="replace")
+                    log.append(text)
+                    reader.line(text)
+    if pending:
+        log.append(pending.decode(errors="replace"))
+    return "\n".join(log)
+
+
+def extract(scratch: Path, offset: int, size: int, into: Path) -> None:
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with open(scratch, "rb") as source, open(into, "wb") as target:
+        source.seek(offset)
+        left = size
+        while left:
+            piece = source.read(min(left, MEBIBYTE))
+            if not piece:
+                raise Problem(f"{scratch}: ends before byte {offset + size}, where an image brought out should end.", Exit.ERROR)
+            target.write(piece)
+            left -= len(piece)

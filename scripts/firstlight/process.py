@@ -1,0 +1,81 @@
+"""Child processes that cannot hang and leave nothing behind.
+
+Every child leads its own process group; on a timeout, an exception or Ctrl-C the whole group is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .problems import Exit, Problem
+
+
+def kill(child: subprocess.Popen) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        # The leader may be gone while its children are not: the group is signalled all the same.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, number)
+        try:
+            child.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str | Path], **options) -> Iterator[subprocess.Popen]:
+    """A child for the length of a `with` block: whatever ends the block, the child and its group are gone afterwards."""
+    words = [str(word) for word in command]
+    try:
+        child = subprocess.Popen(words, start_new_session=True, **options)
+    except FileNotFoundError:
+        raise Problem(f"{words[0]}: not found. scripts/setup installs what is missing.", Exit.MISSING) from None
+    try:
+        yield child
+    finally:
+        kill(child)
+        for stream in (child.stdin, child.stdout, child.stderr):
+            if stream:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    timeout: float,
+    check: bool = True,
+    quiet: bool = True,
+    what: str = "",
+    **options,
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end. With `quiet` the output is kept and shown only if the command fails and `check` is set."""
+    words = [str(word) for word in command]
+    if quiet:
+        options.setdefault("stdout", subprocess.PIPE)
+        options.setdefault("stderr", subprocess.STDOUT)
+    options.setdefault("stdin", subprocess.DEVNULL)
+    with started(words, text=True, errors="replace", **options) as child:
+        try:
+            output, errors = child.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            kill(child)
+            output, errors = child.communicate()
+            raise Problem(
+                f"{what or words[0]}: still running after {timeout:.0f} s, killed.\n{tail(output)}", Exit.TIMEOUT
+            ) from None
+        done = subprocess.CompletedProcess(words, child.returncode, output or "", errors or "")
+    if check and done.returncode:
+        if quiet:
+            sys.stderr.write(tail(done.stdout + done.stderr) + "\n")
+        raise Problem(f"{what or words[0]}: exit status {done.returncode}, expected 0.")
+    return done
+
+
+def tail(text: str | None, lines: int = 40) -> str:
+    return "\n".join((text or "").splitlines()[-lines:])
