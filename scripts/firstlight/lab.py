@@ -37,7 +37,7 @@ L2_MODULES = ("xen-blkfront", "ata_piix", "sd_mod", "virtio_pci", "virtio_blk", 
 L1_FIRMWARE = ("pvh.bin", "linuxboot_dma.bin", "kvmvapic.bin", "bios-256k.bin", "bios-microvm.bin", "OVMF.fd")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Lab:
     root: Path
     versions: dict[str, str]

@@ -1,0 +1,39 @@
+"""python3 scripts/firstlight COMMAND …: what the scripts of the same names call."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from firstlight import launch  # noqa: E402
+from firstlight.problems import Exit, Problem  # noqa: E402
+
+COMMANDS = {"run": "run", "bench": "bench", "test": "testing", "setup": "setup"}
+
+
+def main() -> int:
+    launch.die_on_signals()
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        print(f"expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return Exit.USAGE
+    name, words = sys.argv[1], sys.argv[2:]
+    try:
+        return int(importlib.import_module(f"firstlight.{COMMANDS[name]}").main(words))
+    except Problem as problem:
+        print(f"scripts/{name}: {problem}", file=sys.stderr)
+        return problem.code
+    except KeyboardInterrupt:
+        print(f"scripts/{name}: interrupted", file=sys.stderr)
+        return Exit.INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Boots machines: here under TCG, here under KVM, or in the lab; the caller sees no difference."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from . import nested, probe, process, records
+from .lab import Lab
+from .machine import Machine, Platform
+from .nested import Job, Outcome
+from .problems import Problem
+
+Live = Callable[[str, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a platform's machines run, and why there."""
+
+    nested: bool
+    reason: str
+
+
+@functools.cache
+def place(platform: Platform, lab: Lab, forced: str = "auto") -> Place:
+    if not platform.kvm:
+        return Place(False, "QEMU emulates the processor here")
+    if forced == "always":
+        return Place(True, "nested lab, as asked")
+    lacking = probe.lacks(lab.qemu, platform.accelerator, platform.xen)
+    if not lacking:
+        return Place(False, "the machine's own KVM has what it needs")
+    if forced == "never":
+        raise Problem(f"{platform.name} cannot run on this machine's KVM: {lacking}. Leave out --lab never.")
+    return Place(True, f"nested lab, because {lacking}")
+
+
+@dataclasses.dataclass
+class Boot:
+    """A finished boot."""
+
+    machine: Machine
+    outcome: Outcome
+    log: records.Log
+    judgement: records.Judgement
+
+
+def finished(machine: Machine, outcome: Outcome) -> Boot:
+    log = records.parse(outcome.output)
+    return Boot(machine, outcome, log, records.judge(log, outcome.status, outcome.timed_out))
+
+
+def boot(
+    lab: Lab,
+    machines: Sequence[Machine],
+    *,
+    wall: bool = False,
+    forced: str = "auto",
+    live: Live | None = None,
+    keep: Path | None = None,
+) -> Iterable[Boot]:
+    """Boot each machine; those for the lab share one start of it. Yields each when its outcome is known."""
+    inside = [machine for machine in machines if place(machine.kind, lab, forced).nested]
+    for machine in machines:
+        if machine not in inside:
+            yield finished(machine, run_here(lab, machine, live))
+    if inside:
+        with tempfile.TemporaryDirectory(prefix="firstlight-") as folder:
+            jobs = [machine.job(Path(folder)) for machine in inside]
+            outcomes = nested.run(lab, jobs, wall=wall, live=live, keep=keep)
+        for machine in inside:
+            yield finished(machine, outcomes[machine.name])
+
+
+def make_disk(disk: nested.Disk, folder: Path) -> Path:
+    image = folder / disk.name
+    if os.path.isabs(disk.content):
+        shutil.copyfile(disk.content, image)
+    with open(image, "ab") as file:
+        if disk.content == "pattern":
+            line = b"firstlight pattern block: what a disk nobody wrote holds here\n"
+            piece = (line * (nested.MEBIBYTE // len(line) + 1))[: nested.MEBIBYTE]
+            for _ in range(disk.size // nested.MEBIBYTE + 1):
+                file.write(piece)
+        file.truncate(disk.size)
+    return image
+
+
+def command_here(lab: Lab, job: Job, folder: Path) -> list[str]:
+    return job.command(str(lab.qemu), lambda name: str(job.files[name]), lambda name: str(folder / name))
+
+
+def run_here(lab: Lab, machine: Machine, live: Live | None) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="firstlight-") as temporary:
+        folder = Path(temporary)
+        job = machine.job(folder)
+        for disk in job.disks:
+            make_disk(disk, folder)
+        outcome = watch(command_here(lab, job, folder), job, live)
+        for disk in job.disks:
+            if disk.bring_out:
+                disk.bring_out.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / disk.name, disk.bring_out)
+        return outcome
+
+
+def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
+    """Run QEMU here, hand on each line as it comes, stop it at the time-out."""
+    outcome = Outcome()
+    begin = time.monotonic()
+    lines: list[str] = []
+    pending = b""
+
+    def take(line: bytes) -> None:
+        text = line.rstrip(b"\r").decode(errors="replace")
+        lines.append(text)
+        if live:
+            live(job.name, text)
+
+    with process.started(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+        assert child.stdout
+        with selectors.DefaultSelector() as selector:
+            selector.register(child.stdout, selectors.EVENT_READ)
+            while True:
+                left = begin + job.timeout - time.monotonic()
+                if left <= 0:
+                    outcome.timed_out = True
+                    break
+                if not selector.select(min(left, 1.0)):
+                    continue
+                data = child.stdout.read1(65536)  # type: ignore[attr-defined]
+                if not data:
+                    break
+                *whole, pending = (pending + data).split(b"\n")
+                for line in whole:
+                    take(line)
+        if not outcome.timed_out:
+            outcome.status = child.wait(timeout=10)
+    if pending:
+        take(pending)
+    outcome.output = "\n".join(lines)
+    outcome.seconds = time.monotonic() - begin
+    return outcome
+
+
+def die_on_signals() -> None:
+    """SIGTERM and SIGHUP end this program like Ctrl-C does: the `with` blocks kill what they started."""
+
+    def leave(number, frame):
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+
+
+def warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

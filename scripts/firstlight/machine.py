@@ -1,0 +1,215 @@
+"""Describes one machine to boot and turns the description into a job: QEMU's arguments, files and images."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import esp, paths
+from .nested import Disk, Job
+from .problems import Exit, Problem
+
+SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    name: str
+    about: str
+    accelerator: tuple[str, ...]
+    boots: tuple[str, ...]
+    machines: tuple[str, ...]
+    disks: tuple[str, ...]  # attached when none are named
+    kvm: bool = False
+    xen: bool = False
+
+
+TCG = ("-accel", "tcg", "-cpu", "max")
+# One instruction is one nanosecond and idle time is skipped: what a boot on plain TCG is measured with.
+COUNTED = ("-accel", "tcg", "-icount", "shift=0,sleep=off", "-cpu", "max", "-rtc", "base=2024-01-01,clock=vm", "-seed", "1")
+
+PLATFORMS = {
+    platform.name: platform
+    for platform in (
+        Platform("qemu-pvh", "QEMU's emulated processor, PVH", TCG, ("pvh",), ("pc", "q35", "microvm"), ("ide:64m",)),
+        Platform("qemu-uefi", "QEMU's emulated processor, OVMF", TCG, ("uefi",), ("pc", "q35"), ("ide:64m",)),
+        Platform(
+            "kvm", "KVM, emulated devices", ("-accel", "kvm", "-cpu", "host"), ("pvh", "uefi"), ("pc", "q35"),
+            ("ide:64m",), kvm=True,
+        ),
+        Platform(
+            "xen-emu", "KVM with QEMU's Xen interfaces: Xen ring and IDE in one machine",
+            ("-accel", "kvm,xen-version=0x40011,kernel-irqchip=split", "-cpu", "host"), ("pvh", "uefi"), ("pc",),
+            ("xen:64m", "ide:64m"), kvm=True, xen=True,
+        ),
+    )
+}  # fmt: skip
+
+MACHINES = {"pc": "pc", "q35": "q35", "microvm": "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on"}
+BUSES = {"ide": "hd", "xen": "xvd"}
+
+
+def parse_size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([kmg]?)", text.lower())
+    if not match or int(match[1]) == 0:
+        raise Problem(f"{text!r} is not a size: a number with k, m or g behind it was expected.", Exit.USAGE)
+    return int(match[1]) * SIZES[match[2]]
+
+
+@dataclasses.dataclass
+class DiskSpec:
+    """`[BUS:]SIZE|FILE[,content=zero|sparse|pattern][,image=NAME][,sector=4096][,readonly]`.
+
+    Two disks with the same image= are one image, attached twice.
+    """
+
+    bus: str
+    size: int = 0
+    file: Path | None = None
+    content: str = "pattern"
+    image: str = ""
+    sector: int = 512
+    read_only: bool = False
+    bring_out: Path | None = None
+
+    @staticmethod
+    def parse(text: str) -> DiskSpec:
+        head, *options = text.split(",")
+        bus, separator, what = head.partition(":")
+        if not separator or bus not in BUSES:
+            bus, what = "ide", head
+        disk = DiskSpec(bus)
+        if re.fullmatch(r"\d+[kKmMgG]?", what):
+            disk.size = parse_size(what)
+        else:
+            disk.file = Path(what).resolve()
+            if not disk.file.is_file():
+                raise Problem(f"Disk {text!r}: {what} is neither a size like 64m nor a file that exists.", Exit.USAGE)
+            disk.size = disk.file.stat().st_size
+        for option in options:
+            name, _, value = option.partition("=")
+            if name == "content" and value in ("zero", "sparse", "pattern"):
+                disk.content = value
+            elif name == "image" and re.fullmatch(r"[a-z0-9]+", value):
+                disk.image = value
+            elif name == "sector" and value in ("512", "4096"):
+                disk.sector = int(value)
+            elif option == "readonly":
+                disk.read_only = True
+            else:
+                raise Problem(
+                    f"Disk {text!r}: {option!r} is not one of content=zero|sparse|pattern, image=NAME, "
+                    "sector=512|4096, readonly.",
+                    Exit.USAGE,
+                )
+        return disk
+
+
+@dataclasses.dataclass
+class Machine:
+    """Everything that tells one boot from another."""
+
+    name: str
+    platform: str = "qemu-pvh"
+    machine: str = "pc"
+    boot: str = ""
+    cpus: int = 1
+    memory: int = 256  # MiB
+    cmdline: str = ""
+    map: Path | None = None
+    disks: Sequence[DiskSpec | str] | None = None  # None: those of the platform
+    counted: bool = False  # deterministic time, on the TCG platforms
+    timeout: float = 30.0
+    kernel: Path = paths.KERNEL
+    efi: Path = paths.EFI
+    extra: Sequence[str] = ()  # further QEMU arguments
+
+    def __post_init__(self) -> None:
+        kind = self.kind
+        self.boot = self.boot or kind.boots[0]
+        if self.boot not in kind.boots:
+            raise Problem(f"Platform {self.platform} boots by {' or '.join(kind.boots)}, not by {self.boot}.", Exit.USAGE)
+        if self.machine not in kind.machines:
+            raise Problem(
+                f"Platform {self.platform} has the machines {', '.join(kind.machines)}, not {self.machine}.", Exit.USAGE
+            )
+        chosen = self.disks if self.disks is not None else (kind.disks if self.machine != "microvm" else ())
+        self.specs = [DiskSpec.parse(disk) if isinstance(disk, str) else disk for disk in chosen]
+        for disk in self.specs:
+            if disk.bus == "xen" and not kind.xen:
+                raise Problem(f"A disk on the Xen ring needs the platform xen-emu, not {self.platform}.", Exit.USAGE)
+            if disk.bus == "ide" and self.machine == "microvm":
+                raise Problem("The machine microvm has no IDE disks.", Exit.USAGE)
+
+    @property
+    def kind(self) -> Platform:
+        if self.platform not in PLATFORMS:
+            raise Problem(f"No platform {self.platform!r}: there are {', '.join(PLATFORMS)}.", Exit.USAGE)
+        return PLATFORMS[self.platform]
+
+    def disk_names(self) -> list[str]:
+        """What the kernel will call the disks: hda, hdb …, xvda, xvdb …"""
+        count = dict.fromkeys(BUSES, 0)
+        names = []
+        for disk in self.specs:
+            names.append(BUSES[disk.bus] + string.ascii_lowercase[count[disk.bus]])
+            count[disk.bus] += 1
+        return names
+
+    def job(self, work: Path) -> Job:
+        """Files that have to be made (the ESP) go into `work`."""
+        accelerator = COUNTED if self.counted and not self.kind.kvm else self.kind.accelerator
+        arguments = [
+            *accelerator, "-machine", MACHINES[self.machine], "-smp", str(self.cpus), "-m", str(self.memory),
+            "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio", "-monitor", "none",
+            "-device", "isa-debug-exit,iobase=0xf4,iosize=0x04",
+        ]  # fmt: skip
+        files: dict[str, Path] = {}
+        if self.boot == "pvh":
+            files["firstlight.elf"] = self.kernel
+            arguments += ["-kernel", "{file:firstlight.elf}", "-append", self.cmdline]
+            if self.map:
+                files["map.txt"] = self.map
+                arguments += ["-initrd", "{file:map.txt}"]
+        else:
+            work.mkdir(parents=True, exist_ok=True)
+            files["esp.img"] = esp.make(work / f"{self.name}-esp.img", self.efi, self.cmdline, self.map)
+            # Not on IDE: the kernel would count it among the disks to measure.
+            arguments += [
+                "-bios", "OVMF.fd",
+                "-drive", "if=none,id=esp,format=raw,readonly=on,file={file:esp.img}", "-device", "virtio-blk-pci,drive=esp",
+            ]  # fmt: skip
+        disks, words = self.drives()
+        return Job(self.name, [*arguments, *words, *self.extra], files, disks, self.timeout)
+
+    def drives(self) -> tuple[list[Disk], list[str]]:
+        disks: dict[str, Disk] = {}
+        words: list[str] = []
+        index = dict.fromkeys(BUSES, 0)
+        shared = [disk.image for disk in self.specs if disk.image]
+        if self.machine == "q35" and any(disk.bus == "ide" for disk in self.specs):
+            words += ["-device", "piix3-ide,id=ide"]  # q35's own controller is AHCI
+        for disk, name in zip(self.specs, self.disk_names()):
+            image = disk.image or name
+            content = str(disk.file) if disk.file else disk.content
+            known = disks.setdefault(f"{image}.img", Disk(f"{image}.img", disk.size, content, disk.bring_out))
+            known.bring_out = known.bring_out or disk.bring_out
+            unit = index[disk.bus]
+            index[disk.bus] += 1
+            options = [f"id={name}", "format=raw", f"file={{disk:{image}.img}}"]
+            if disk.read_only:
+                options.append("readonly=on")
+            if shared.count(disk.image) > 1:
+                options.append("file.locking=off")
+            geometry = f",logical_block_size={disk.sector},physical_block_size={disk.sector}" if disk.sector != 512 else ""
+            if disk.bus == "xen":
+                words += ["-drive", ",".join(["if=none", *options]), "-device", f"xen-disk,drive={name},vdev={name}{geometry}"]
+            elif self.machine == "q35":
+                words += ["-drive", ",".join(["if=none", *options])]
+                words += ["-device", f"ide-hd,drive={name},bus=ide.{unit // 2},unit={unit % 2}{geometry}"]
+            else:
+                words += ["-drive", ",".join([f"if=ide,index={unit}", *options])]
+        return list(disks.values()), words

@@ -1,0 +1,89 @@
+"""Asks this machine's own KVM what it can do, by ioctl and by booting a guest of a few instructions."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import tempfile
+from pathlib import Path
+
+from . import process
+from .problems import Problem
+
+DEVICE = "/dev/kvm"
+KVM_CREATE_VM = 0xAE01
+KVM_CHECK_EXTENSION = 0xAE03
+KVM_CREATE_VCPU = 0xAE41
+KVM_CAP_XEN_HVM = 38
+# What QEMU's Xen emulation asks of KVM: hypercall MSR, intercepted hypercalls, shared info.
+XEN_NEEDED = 1 | 2 | 4
+
+
+def capability(number: int) -> int:
+    device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return fcntl.ioctl(device, KVM_CHECK_EXTENSION, number)
+    finally:
+        os.close(device)
+
+
+def creates_machines() -> None:
+    device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        machine = fcntl.ioctl(device, KVM_CREATE_VM, 0)
+        try:
+            os.close(fcntl.ioctl(machine, KVM_CREATE_VCPU, 0))
+        finally:
+            os.close(machine)
+    finally:
+        os.close(device)
+
+
+def tiny_guest() -> bytes:
+    """A PVH ELF that writes 0x10 to the debug exit port and halts."""
+    load = 0x100000
+    code = bytes.fromhex("b810000000" "e7f4" "f4" "ebfd")  # mov eax,0x10; out 0xf4,eax; hlt; jmp to hlt
+    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", load + 0x1000)  # XEN_ELFNOTE_PHYS32_ENTRY
+    header = struct.pack(
+        "<4sBBBB8xHHIIIIIHHHHHH", b"\x7fELF", 1, 1, 1, 0, 2, 3, 1, load + 0x1000, 52, 0, 0, 52, 32, 2, 0, 0, 0
+    )
+    segments = struct.pack("<8I", 1, 0x1000, load + 0x1000, load + 0x1000, len(code), len(code), 5, 0x1000)
+    segments += struct.pack("<8I", 4, 0x800, load + 0x800, load + 0x800, len(note), len(note), 4, 4)
+    image = bytearray(0x1000)
+    image[: len(header) + len(segments)] = header + segments
+    image[0x800 : 0x800 + len(note)] = note
+    return bytes(image) + code
+
+
+def boots(qemu: Path, accelerator: tuple[str, ...]) -> str:
+    """Empty if a guest of four instructions runs to its end; otherwise what was seen."""
+    with tempfile.TemporaryDirectory() as folder:
+        guest = Path(folder) / "guest.elf"
+        guest.write_bytes(tiny_guest())
+        try:
+            done = process.run(
+                [qemu, *accelerator, "-m", "64", "-nodefaults", "-no-reboot", "-display", "none",
+                 "-device", "isa-debug-exit,iobase=0xf4,iosize=0x04", "-kernel", guest],
+                timeout=10, check=False,
+            )  # fmt: skip
+        except Problem:
+            return "a guest of four instructions did not end within 10 s"
+    if done.returncode == 33:
+        return ""
+    return f"a guest of four instructions ended QEMU with {done.returncode}, expected 33 ({process.tail(done.stdout, 1)})"
+
+
+def lacks(qemu: Path, accelerator: tuple[str, ...], xen: bool) -> str:
+    """Why the machine's own KVM does not do; empty if it does."""
+    if not os.path.exists(DEVICE):
+        return f"there is no {DEVICE}"
+    try:
+        if xen:
+            seen = capability(KVM_CAP_XEN_HVM)
+            if seen & XEN_NEEDED != XEN_NEEDED:
+                return f"{DEVICE} answers {seen:#x} for KVM_CAP_XEN_HVM, {XEN_NEEDED:#x} is needed"
+        creates_machines()
+    except OSError as error:
+        return f"{DEVICE}: {error.strerror}"
+    return boots(qemu, accelerator)
