@@ -1,0 +1,167 @@
+// What CPUID says, read once and kept: under a hypervisor every CPUID exits. A snapshot is a plain value, so a recorded machine is one too.
+//
+// Cost: 256 CPUIDs look for a hypervisor at 0x40000000, 0x40000100 … 0x4000ff00 (any of them may hold one, and nothing says where the last
+// is, so none can be left out without missing one), one more for each leaf that is kept, and a dozen basic ones. The scan does not depend on the
+// hypervisor bit (leaf 1, ECX 31): hypervisors can be told to hide it while their leaves stay, and on bare metal, where nothing is behind it,
+// CPUID does not exit and the scan takes microseconds. What keeps it safe there is that a base counts only when its answer is one: processors
+// answer an unknown leaf with the data of their highest basic one [SDM-2A CPUID].
+export module core.cpuid;
+import core.std;
+import core.text;
+
+export namespace fl {
+
+struct CpuidRegisters {
+    u32 eax = 0, ebx = 0, ecx = 0, edx = 0;
+    friend constexpr bool operator==(const CpuidRegisters&, const CpuidRegisters&) = default;
+};
+
+/// One answer. Leaves whose meaning depends on ECX are kept per subleaf.
+struct CpuidLeaf {
+    u32 leaf = 0;
+    u32 subleaf = 0;
+    CpuidRegisters value;
+};
+
+/// A hypervisor's first leaf.
+struct HypervisorBase {
+    u32 base = 0;            // 0x40000000 + n * 0x100
+    u32 max_leaf = 0;        // as announced, within [base, base + 0xff]
+    FixedText<12> signature; // up to its last byte that is not NUL
+};
+
+struct CpuidSnapshot {
+    static constexpr usize max_leaves = 160;
+    static constexpr usize max_bases = 8;
+    static constexpr u32 leaves_per_base = 32; // kept of each hypervisor; the highest in use today is base + 0x10
+    static constexpr u32 first_base = 0x40000000;
+    static constexpr u32 last_base = 0x4000ff00;
+
+    std::array<CpuidLeaf, max_leaves> leaves{};
+    std::array<HypervisorBase, max_bases> bases{};
+    u32 leaf_count = 0;
+    u32 base_count = 0;
+    u32 executed = 0;       // CPUID instructions that the scan took
+    bool truncated = false; // a leaf or a base found no room
+
+    constexpr std::span<const CpuidLeaf> all() const { return {leaves.data(), leaf_count}; }
+    constexpr std::span<const HypervisorBase> hypervisors() const { return {bases.data(), base_count}; }
+    /// The registers of a leaf that was kept; nothing when it was not there.
+    constexpr std::optional<CpuidRegisters> find(u32 leaf, u32 subleaf = 0) const {
+        for (const CpuidLeaf& l : all()) {
+            if (l.leaf == leaf && l.subleaf == subleaf) {
+                return l.value;
+            }
+        }
+        return std::nullopt;
+    }
+    /// Zeroes for a leaf that is not there: its feature bits are off.
+    constexpr CpuidRegisters get(u32 leaf, u32 subleaf = 0) const { return find(leaf, subleaf).value_or(CpuidRegisters{}); }
+
+    constexpr u32 max_basic() const { return get(0).eax; }
+    constexpr u32 max_extended() const { return get(0x80000000).eax; }
+    constexpr bool hypervisor_bit() const { return (get(1).ecx >> 31 & 1) != 0; }        // [SDM-2A CPUID.01H], reserved for this use
+    constexpr bool invariant_tsc() const { return (get(0x80000007).edx >> 8 & 1) != 0; } // [SDM-3 17.17]
+    /// "GenuineIntel", "AuthenticAMD"
+    constexpr FixedText<12> vendor() const;
+};
+
+/// Twelve bytes, lowest first, from three registers, without trailing NULs.
+constexpr FixedText<12> text_of(u32 a, u32 b, u32 c) {
+    std::array<char, 12> bytes{};
+    for (usize i = 0; i < 12; ++i) {
+        const u32 word = i < 4 ? a : i < 8 ? b : c;
+        bytes[i] = static_cast<char>(word >> (i % 4 * 8) & 0xff);
+    }
+    usize size = 12;
+    while (size > 0 && bytes[size - 1] == 0) {
+        --size;
+    }
+    return FixedText<12>(std::string_view(bytes.data(), size));
+}
+
+constexpr FixedText<12> CpuidSnapshot::vendor() const {
+    const CpuidRegisters r = get(0);
+    return text_of(r.ebx, r.edx, r.ecx);
+}
+
+/// The hypervisor that answered at `base`, or nothing: its highest leaf must lie in the base's own block of 256 (some answer 0 there and mean
+/// base + 1: KVM's older ones, [kvm-cpuid]; believed only of "KVMKVMKVM"), and its name must be up to 12 printable characters, NUL-padded.
+constexpr std::optional<HypervisorBase> hypervisor_at(u32 base, const CpuidRegisters& r) {
+    HypervisorBase found{base, r.eax, text_of(r.ebx, r.ecx, r.edx)};
+    const std::string_view signature = found.signature.view();
+    if (signature.empty() || !std::ranges::all_of(signature, [](char c) { return c >= 0x20 && c <= 0x7e; })) {
+        return std::nullopt;
+    }
+    if (r.eax == 0 && signature == "KVMKVMKVM") {
+        found.max_leaf = base + 1;
+    }
+    if (found.max_leaf < base || found.max_leaf > base + 0xff) {
+        return std::nullopt;
+    }
+    return found;
+}
+
+/// Executes CPUID through `read(leaf, subleaf) -> CpuidRegisters` and keeps what this project uses. Called once, by boot.
+template <class Read>
+    requires requires(Read& read, u32 leaf, u32 subleaf) {
+        { read(leaf, subleaf) } -> std::convertible_to<CpuidRegisters>;
+    }
+constexpr void scan_cpuid(CpuidSnapshot& into, Read&& read) {
+    into = {};
+    auto keep = [&](u32 leaf, u32 subleaf, const CpuidRegisters& value) {
+        if (into.leaf_count == CpuidSnapshot::max_leaves) {
+            into.truncated = true;
+            return;
+        }
+        into.leaves[into.leaf_count++] = {leaf, subleaf, value};
+    };
+    auto ask = [&](u32 leaf, u32 subleaf) {
+        ++into.executed;
+        const CpuidRegisters value = read(leaf, subleaf);
+        keep(leaf, subleaf, value);
+        return value;
+    };
+
+    const u32 max_basic = ask(0, 0).eax;
+    // 1 features, 6 power (ARAT), 7 features, 0xd state sizes, 0x15 and 0x16 frequencies.
+    for (u32 leaf : {1u, 6u, 7u, 0xdu, 0x15u, 0x16u}) {
+        if (leaf <= max_basic) {
+            ask(leaf, 0);
+        }
+    }
+    const u32 max_extended = ask(0x80000000, 0).eax;
+    if ((max_extended & 0xffff0000) == 0x80000000) {
+        // 1 features (NX, long mode, 1 GiB pages), 7 invariant TSC, 8 address widths, 0xa SVM.
+        for (u32 leaf : {0x80000001u, 0x80000007u, 0x80000008u, 0x8000000au}) {
+            if (leaf <= max_extended) {
+                ask(leaf, 0);
+            }
+        }
+    }
+    for (u32 base = CpuidSnapshot::first_base; base <= CpuidSnapshot::last_base; base += 0x100) {
+        ++into.executed;
+        const CpuidRegisters value = read(base, 0u);
+        const auto found = hypervisor_at(base, value);
+        if (!found) {
+            continue;
+        }
+        if (into.base_count == CpuidSnapshot::max_bases) {
+            into.truncated = true;
+            continue;
+        }
+        into.bases[into.base_count++] = *found;
+        keep(base, 0, value);
+        const u32 end = std::min(found->max_leaf, base + CpuidSnapshot::leaves_per_base - 1);
+        for (u32 leaf = base + 1; leaf <= end; ++leaf) {
+            ask(leaf, 0);
+        }
+        // Xen's time leaf has three subleaves (scale and offset in 1, host frequency in 2) [xen-cpuid].
+        if (found->signature.view() == "XenVMMXenVMM" && found->max_leaf >= base + 3) {
+            ask(base + 3, 1);
+            ask(base + 3, 2);
+        }
+    }
+}
+
+} // namespace fl

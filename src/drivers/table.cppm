@@ -1,0 +1,127 @@
+// Which driver comes first. A rule pairs a native driver with the synthetic one that reaches the same device under a hypervisor; the table is
+// the built-in rules, changed by a map file and by the command line (docs/INTERFACES.md "Map file"). Drivers know nothing of it.
+//
+// The built-in policy for an emulated twin is `leave`: the native driver is not offered a disk that the synthetic one has attached, and gets it
+// when the synthetic one fails, so nothing is lost. `unplug` cannot be taken back, and is there for those who ask for it.
+export module drivers.table;
+import core.std;
+import core.result;
+import core.text;
+export import hv.vm_guest;
+
+export namespace fl::drivers {
+
+/// What happens to the emulated twin of a synthetic device.
+enum class Twin : u8 {
+    leave,  // not offered to the native driver once the synthetic one has attached
+    unplug, // the host is asked to take it away before native buses are probed
+    keep,   // both attach: for measuring
+};
+inline constexpr std::array<std::string_view, 3> twin_names{"leave", "unplug", "keep"};
+constexpr std::string_view name(Twin twin) { return twin_names[to_underlying(twin)]; }
+
+/// Every driver that a rule may name, whether or not this build has it. A new driver is one line here and one in boot's list.
+struct DriverInfo {
+    std::string_view name;
+    bool synthetic;
+};
+inline constexpr std::array<DriverInfo, 2> known_drivers{{
+    {"xen_blk", true},
+    {"ata", false},
+}};
+constexpr const DriverInfo* driver_named(std::string_view name) {
+    for (const DriverInfo& d : known_drivers) {
+        if (d.name == name) {
+            return &d;
+        }
+    }
+    return nullptr;
+}
+
+/// One rule. `native` and `synthetic` point into known_drivers.
+struct Rule {
+    std::optional<hv::VmGuest> guest; // nothing: any (`*`)
+    const DriverInfo* native = nullptr;
+    const DriverInfo* synthetic = nullptr;
+    i32 rank = 0; // > 0: the synthetic driver first; < 0: the native one first; 0: alike, both attach
+    Twin twin = Twin::leave;
+};
+
+/// What is wrong with a line; the other lines count.
+struct Diagnostic {
+    u32 line = 0;           // from 1; 0: a rule of the command line
+    FixedText<160> message; // what was expected, what was seen
+};
+
+/// What the table says for one hypervisor: the order in which drivers are tried, and what holds between each pair.
+struct Plan {
+    static constexpr usize max_drivers = 16;
+    static constexpr usize max_pairs = 32;
+
+    struct Pair {
+        std::string_view native;
+        std::string_view synthetic;
+        i32 rank = 0;
+        Twin twin = Twin::leave;
+    };
+
+    std::array<std::string_view, max_drivers> order{}; // first to last; those that no rule names in the order of known_drivers
+    std::array<Pair, max_pairs> pairs{};               // strongest first
+    u32 driver_count = 0;
+    u32 pair_count = 0;
+    bool contradicts = false; // rules that cannot all hold: the weaker ranks were dropped
+
+    constexpr std::span<const std::string_view> drivers() const { return {order.data(), driver_count}; }
+    constexpr std::span<const Pair> all_pairs() const { return {pairs.data(), pair_count}; }
+    /// The pair of these two, in either order, or nullptr.
+    const Pair* pair(std::string_view a, std::string_view b) const;
+    /// Whether both drivers may attach the same device.
+    bool both(std::string_view a, std::string_view b) const;
+    /// The host shall be asked to take away what `native` drives: a synthetic driver in front of it says unplug.
+    bool unplugs(std::string_view native) const;
+};
+
+class Table {
+  public:
+    static constexpr usize max_rules = Plan::max_pairs;
+    static constexpr usize max_diagnostics = 16;
+
+    /// The built-in rules.
+    constexpr Table();
+
+    /// Applies a map file, line by line. Returns the number of lines that were wrong; each has its diagnostic, as far as there is room.
+    u32 apply(std::string_view file);
+    /// Applies one rule of the command line: words separated by `,`. False: wrong, with a diagnostic.
+    bool apply_word(std::string_view rule);
+
+    std::span<const Rule> rules() const { return {rules_.data(), rule_count_}; }
+    std::span<const Diagnostic> diagnostics() const { return {diagnostics_.data(), std::min<usize>(wrong_, max_diagnostics)}; }
+    u32 wrong() const { return wrong_; }
+
+    /// `emulated`: overrides every rule's twin policy (command line key `emulated`).
+    Plan plan(hv::VmGuest guest, std::optional<Twin> emulated) const;
+
+  private:
+    friend struct Parser;
+    bool apply_line(std::string_view text, char separator, u32 line);
+    std::array<Rule, max_rules> rules_{};
+    u32 rule_count_ = 0;
+    std::array<Diagnostic, max_diagnostics> diagnostics_{};
+    u32 wrong_ = 0;
+};
+
+/// The built-in rules.
+inline constexpr std::array<Rule, 1> builtin_rules{{
+    {hv::VmGuest::xen, driver_named("ata"), driver_named("xen_blk"), 100, Twin::leave},
+}};
+
+constexpr Table::Table() {
+    for (const Rule& rule : builtin_rules) {
+        rules_[rule_count_++] = rule;
+    }
+}
+
+/// Prints the plan for people: the order, then each pair with its policy.
+void log_plan(const Plan& plan, hv::VmGuest guest);
+
+} // namespace fl::drivers

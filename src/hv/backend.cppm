@@ -1,0 +1,180 @@
+// What a hypervisor's module has to be, as concepts: small ones that compose. A backend is a class that models `Backend`; every further
+// concept is optional, and the kernel asks with `if constexpr (Power<B>)`. There is no base class and no virtual call on the way.
+//
+// The life of a backend, in order:
+//   1. B::recognises(sightings)      static; hv.list and the tests ask it
+//   2. construction                  constexpr, empty: nothing is touched
+//   3. install(environment)          once: hypercalls and shared pages work from here on. At the entry, or at the defined late point
+//   4. tsc_hz(), console()           right after install, before a clock is calibrated
+//   5. start(services)               once: interrupts and the executor exist; events work from here on
+//   6. unplug(...)                   after the driver table has been applied, before any native bus is probed
+//   7. enumerate(...)                inside the executor; then drivers use events, hypercalls and the backend's own members
+//   8. power_off() / reboot() / crash(...)   at the end, or at any time after install
+export module hv.backend;
+import core.std;
+import core.result;
+import core.text;
+import core.dma;
+import core.interrupt;
+import core.log;
+import core.cpuid;
+import io.executor;
+import io.task;
+export import hv.detect;
+
+export namespace fl::hv {
+
+/// Physical memory as a backend sees it. The kernel's page tables are a model, a test's arrays another.
+class PhysicalMemory {
+  public:
+    /// Where `size` bytes from `physical` (RAM, or a page that the hypervisor put somewhere) can be read and written, cached, not executable.
+    /// Lasts for ever; mapping the same range twice gives the same address.
+    virtual Result<std::byte*> map(u64 physical, u64 size) = 0;
+    /// The physical address behind something in the kernel's image, its heap or its mappings.
+    virtual u64 physical_of(const void* address) = 0;
+
+  protected:
+    ~PhysicalMemory() = default;
+};
+
+/// Privileged instructions, behind an interface so that a backend's logic runs on the host against a fake. MSRs fault when they do not exist:
+/// only those that CPUID announces are touched. Not for the hot path.
+class Privileged {
+  public:
+    virtual u64 read_msr(u32 msr) = 0;
+    virtual void write_msr(u32 msr, u64 value) = 0;
+    virtual u8 in8(u16 port) = 0;
+    virtual u16 in16(u16 port) = 0;
+    virtual u32 in32(u16 port) = 0;
+    virtual void out8(u16 port, u8 value) = 0;
+    virtual void out16(u16 port, u16 value) = 0;
+    virtual void out32(u16 port, u32 value) = 0;
+
+  protected:
+    ~Privileged() = default;
+};
+
+/// What there is at install(): page tables, frames, exception reports. No interrupts, no executor and no clock yet. Everything outlives the
+/// backend.
+struct Environment {
+    const CpuidSnapshot& cpuid;
+    const Sightings& sightings;
+    DmaAllocator& memory;
+    PhysicalMemory& physical;
+    Privileged& cpu;
+};
+
+/// What there is more at start(). Everything outlives the backend.
+struct Services {
+    InterruptController& interrupts;
+    io::Executor& executor;
+};
+
+/// Tells time. Called after install(), any number of times.
+/// tsc_hz(): the time stamp counter's frequency, if the hypervisor (or the processor) says it; nothing: calibrate. clock_name(): where that
+/// comes from, for the log ("kvmclock", "cpuid 0x15").
+template <class B>
+concept Clock = requires(const B& b) {
+    { b.tsc_hz() } -> std::same_as<std::optional<u64>>;
+    { b.clock_name() } -> std::convertible_to<std::string_view>;
+};
+
+/// Event channels. Order: (the backend's own way to get an Event) → bind → unmask → notify and handler calls in any order → unbind. bind()
+/// leaves the event masked; the handler runs under the rules of InterruptHandler. mask() is lazy and cheap; unmask() is true when an event came
+/// in the meantime (the handler will not be called for that one: look yourself). notify() tells the other side, one hypercall at most. All after
+/// start(), on one CPU.
+template <class B>
+concept EventSource = requires(B& b, typename B::Event event, InterruptHandler handler, void* context) {
+    { b.bind(event, handler, context) } -> std::same_as<Result<void>>;
+    { b.unbind(event) } -> std::same_as<void>;
+    { b.mask(event) } -> std::same_as<void>;
+    { b.unmask(event) } -> std::same_as<bool>;
+    { b.notify(event) } -> std::same_as<Result<void>>;
+};
+
+/// Counts the hypercalls made since install(), of every kind: one increment each. A backend's hypercalls themselves are its own members.
+template <class B>
+concept Hypercalls = requires(const B& b) {
+    { b.hypercalls() } -> std::same_as<u64>;
+};
+
+/// The host's text console. Asked once after install(); nullptr: the host gives none. The sink must work with interrupts off and in a panic: it
+/// waits a bounded time for room and then drops.
+template <class B>
+concept Console = requires(B& b) {
+    { b.console() } -> std::same_as<log::Sink*>;
+};
+
+/// Ends the machine. Each returns only when the host did not do it, and then says why; the caller goes on to the next means. crash() tells the
+/// host that the guest has failed, with a text if the host takes one. All of them work in a panic: no allocation, no lock, no wait.
+template <class B>
+concept Power = requires(B& b, std::string_view reason) {
+    { b.power_off() } -> std::same_as<Error>;
+    { b.reboot() } -> std::same_as<Error>;
+    { b.crash(reason) } -> std::same_as<Error>;
+};
+
+/// A synthetic device as the bus shows it; drivers match `type`.
+struct SyntheticDevice {
+    FixedText<40> type;    // Xen: "vbd", "vif"; VMBus: the class GUID
+    FixedText<64> address; // where the driver finds it: Xen: "51712" (below device/<type>); VMBus: the instance GUID
+    u32 number = 0;        // Xen: the virtual device number; VMBus: the channel's id
+};
+
+/// A bounded list; what does not fit is counted in `dropped`.
+struct DeviceList {
+    static constexpr usize capacity = 64;
+
+    std::array<SyntheticDevice, capacity> list{};
+    u32 count = 0;
+    u32 dropped = 0;
+
+    constexpr void add(const SyntheticDevice& device) {
+        if (count == capacity) {
+            ++dropped;
+        } else {
+            list[count++] = device;
+        }
+    }
+    constexpr std::span<const SyntheticDevice> all() const { return {list.data(), count}; }
+};
+
+/// A bus of synthetic devices. enumerate(): after start(), awaited in the executor, every wait in it bounded. It appends what is there in a
+/// stable order and connects nothing; an Error means that the bus itself cannot be asked.
+template <class B>
+concept BusRoot = requires(B& b, DeviceList& into) {
+    { b.enumerate(into) } -> std::same_as<io::Task<Result<void>>>;
+};
+
+/// Classes of emulated devices that a host may be asked to take away.
+struct EmulatedClasses {
+    bool disks = false; // IDE, all positions
+    bool nics = false;
+    bool nvme = false;
+};
+
+/// Takes emulated devices away, for good. unplug(): after the driver table, before native buses are probed, at most once. Error{not_supported}:
+/// this host does not know how; nothing has changed then.
+template <class B>
+concept EmulatedDevices = requires(B& b, EmulatedClasses classes) {
+    { b.unplug(classes) } -> std::same_as<Result<void>>;
+};
+
+/// Starts further processors: after start(), once each, `entry` running on the new one with `context` on `stack_top`.
+template <class B>
+concept CpuStarter = requires(B& b, u32 cpu, void (*entry)(void*), void* context, void* stack_top) {
+    { b.start_cpu(cpu, entry, context, stack_top) } -> std::same_as<Result<void>>;
+};
+
+/// A hypervisor's module. `name` is what the log and the records call it; `guest` the VmGuest that it is chosen for.
+template <class B>
+concept Backend =
+    Clock<B> && std::default_initializable<B> && requires(B& b, const Sightings& sightings, Environment& environment, Services& services) {
+        { B::name } -> std::convertible_to<std::string_view>;
+        { B::guest } -> std::convertible_to<VmGuest>;
+        { B::recognises(sightings) } -> std::same_as<bool>;
+        { b.install(environment) } -> std::same_as<Result<void>>;
+        { b.start(services) } -> std::same_as<Result<void>>;
+    };
+
+} // namespace fl::hv
