@@ -1,0 +1,487 @@
+// The ring layer: what Xen's shared ring, a VMBus byte ring, a virtqueue and an NVMe queue share, and nothing more. Positions and their
+// validation, the order of the accesses to shared memory, and the rule that says when to notify. Wire formats, doorbells and grants belong to
+// the transports; docs/ring.md shows how each of the four fits.
+//
+// A ring has one producer and one consumer, each on one processor at a time; between them there is only the shared memory. All accesses:
+//
+//   access                                      partner on the other side                   what the pair orders
+//   producer: store-release of its index        consumer: load-acquire of that index        the entries are seen whole once the index is seen
+//   consumer: store-release of what it has read producer: load-acquire of that              an entry is overwritten only after it was copied out
+//   producer: index, full barrier, load event   consumer: event, full barrier, load index   one of the two sees the other: no wake-up is lost
+//   consumer: load-acquire of a phase bit       producer: store-release of the phase        the entry is seen whole once its phase is seen
+export module io.ring;
+import core.std;
+import core.result;
+export import io.ring.memory;
+
+export namespace fl::io {
+
+// ---- positions -------------------------------------------------------------------------------------------------------------------------------
+
+/// How positions count. Word is what stands in shared memory. distance(a, b): entries from a on to b. contains(): whether a word from outside
+/// can be a position at all.
+template <class P>
+concept RingPositions = std::copyable<P> && std::unsigned_integral<typename P::Word> && requires(const P& p, typename P::Word a, u32 n) {
+    { p.valid() } -> std::same_as<bool>;
+    { p.contains(a) } -> std::same_as<bool>;
+    { p.distance(a, a) } -> std::same_as<u32>;
+    { p.advance(a, n) } -> std::same_as<typename P::Word>;
+    { p.slot(a) } -> std::same_as<u32>;
+    { p.size() } -> std::same_as<u32>;
+    { p.capacity() } -> std::same_as<u32>;
+};
+
+/// Counts on and wraps at 2^bits; the slot is the low bits. Xen: u32, virtio: u16. All slots can be used. size: a power of two, at most half of
+/// what W counts, or, where a whole lap can be told from none by other means (virtio's descriptors), all of it less one.
+template <std::unsigned_integral W>
+class FreeRunning {
+  public:
+    using Word = W;
+    FreeRunning() = default;
+    constexpr explicit FreeRunning(u32 size) : size_(size) {}
+    constexpr bool valid() const { return std::has_single_bit(size_) && size_ <= (u32{std::numeric_limits<W>::max()} >> 1) + 1; }
+    constexpr bool contains(W) const { return true; }
+    constexpr u32 distance(W from, W to) const { return static_cast<W>(to - from); }
+    constexpr W advance(W at, u32 n) const { return static_cast<W>(at + n); }
+    constexpr u32 slot(W at) const { return at & (size_ - 1); }
+    constexpr u32 size() const { return size_; }
+    constexpr u32 capacity() const { return size_; }
+
+  private:
+    u32 size_ = 1;
+};
+
+/// Counts from 0 to size - 1; one slot always stays empty, since full would look like empty. VMBus (bytes), NVMe submission queues. size: any,
+/// at least 2.
+template <std::unsigned_integral W>
+class Wrapped {
+  public:
+    using Word = W;
+    Wrapped() = default;
+    constexpr explicit Wrapped(u32 size) : size_(size) {}
+    constexpr bool valid() const { return size_ >= 2 && size_ <= (u32{std::numeric_limits<W>::max()} >> 1) + 1; }
+    constexpr bool contains(W at) const { return at < size_; }
+    constexpr u32 distance(W from, W to) const { return to >= from ? u32{to} - from : u32{to} + size_ - from; }
+    constexpr W advance(W at, u32 n) const { // n <= size
+        const u32 sum = u32{at} + n;
+        return static_cast<W>(sum >= size_ ? sum - size_ : sum);
+    }
+    constexpr u32 slot(W at) const { return at; }
+    constexpr u32 size() const { return size_; }
+    constexpr u32 capacity() const { return size_ - 1; }
+
+  private:
+    u32 size_ = 2;
+};
+static_assert(RingPositions<FreeRunning<u32>> && RingPositions<FreeRunning<u16>> && RingPositions<Wrapped<u32>>);
+
+/// Entries of `stride` bytes behind a header of `header` bytes in `bytes` bytes: the largest power of two (Xen's __RING_SIZE). 0: none fits.
+constexpr u32 ring_entries(usize bytes, usize header, usize stride) {
+    return bytes < header + stride ? 0 : std::bit_floor(static_cast<u32>((bytes - header) / stride));
+}
+
+// ---- layout ----------------------------------------------------------------------------------------------------------------------------------
+
+/// Where one direction of a ring keeps its words, in bytes from the memory's beginning. `nowhere`: the transport has no such word.
+struct RingLayout {
+    static constexpr usize nowhere = ~usize{0};
+
+    usize index = nowhere;    // the producer's position. nowhere: told by a doorbell (NVMe submission), or by a phase bit (NVMe completion)
+    usize event = nowhere;    // what the consumer asks for: event index, or interrupt mask
+    usize consumed = nowhere; // how far the consumer has read. nowhere: told by answers (Xen, virtio), or by a doorbell
+    usize entries = 0;        // the first entry
+    u32 stride = 1;           // bytes from one entry to the next; 1: a ring of bytes
+};
+
+// ---- when to notify --------------------------------------------------------------------------------------------------------------------------
+
+/// A rule of notification, a value of the transport. wanted(): asked by the producer after it has stored its index (from old to now). arm(): the
+/// consumer asks for an event once `count` (>= 1) more entries have come; it must look once more afterwards. disarm(): no events are wanted.
+template <class R, class M, class P>
+concept NotifyRule =
+    std::copyable<R> && requires(const R& rule, M& memory, const RingLayout& layout, const P& p, typename P::Word at, u32 count) {
+        { rule.wanted(memory, layout, p, at, at) } -> std::same_as<bool>;
+        rule.arm(memory, layout, p, at, count);
+        rule.disarm(memory, layout);
+        { R::needs_event } -> std::convertible_to<bool>;
+        { R::needs_consumed } -> std::convertible_to<bool>;
+    };
+
+/// The consumer writes the position at which it wants to hear. Behind 0: the event names the position to be reached (Xen's req_event and
+/// rsp_event [xen-ring RING_PUSH_REQUESTS_AND_CHECK_NOTIFY]); behind 1: the last entry to be passed (virtio's used_event and avail_event
+/// [virtio-1.2 §2.7.7.2, §2.7.10]). The value read is only compared, so whatever the other side wrote is harmless.
+template <u32 Behind>
+struct EventIndex {
+    static constexpr bool needs_event = true;
+    static constexpr bool needs_consumed = false;
+
+    template <class M, class P, class W>
+    bool wanted(M& memory, const RingLayout& layout, const P& p, W old, W now) const {
+        // Our index before their event. Partner: the barrier in arm(), between their event and our index: one side sees the other.
+        memory.full_barrier();
+        const W event = p.advance(memory.template load_relaxed<W>(layout.event), Behind);
+        return p.distance(event, now) < p.distance(old, now);
+    }
+    template <class M, class P, class W>
+    void arm(M& memory, const RingLayout& layout, const P& p, W consumed, u32 count) const {
+        memory.template store_relaxed<W>(layout.event, p.advance(consumed, count - Behind));
+        // Our event before their index, which the caller looks at next. Partner: the barrier in wanted().
+        memory.full_barrier();
+    }
+    template <class M>
+    void disarm(M&, const RingLayout&) const {} // an event that has passed asks for nothing
+};
+using ReachedEvent = EventIndex<0>;
+using PassedEvent = EventIndex<1>;
+
+/// The consumer masks events while it works, and the producer notifies only when the ring was empty before. VMBus [tlfs-vmbus ring buffer; the
+/// word is 32 bits, not 0: masked]. `count` cannot be expressed: the first entry raises the event.
+struct EmptyToNonEmpty {
+    static constexpr bool needs_event = true;
+    static constexpr bool needs_consumed = true;
+
+    template <class M, class P, class W>
+    bool wanted(M& memory, const RingLayout& layout, const P&, W old, W) const {
+        // Our index before their mask and their position. Partner: the barrier in arm().
+        memory.full_barrier();
+        if (memory.template load_relaxed<u32>(layout.event) != 0) {
+            return false;
+        }
+        // Acquire: their position not before their mask; they clear the mask and then look at our index. Partner: the release in
+        // Consumer::release().
+        return memory.template load_acquire<W>(layout.consumed) == old;
+    }
+    template <class M, class P, class W>
+    void arm(M& memory, const RingLayout& layout, const P&, W, u32) const {
+        memory.template store_relaxed<u32>(layout.event, 0);
+        // Our mask before their index, which the caller looks at next. Partner: the barrier in wanted().
+        memory.full_barrier();
+    }
+    template <class M>
+    void disarm(M& memory, const RingLayout& layout) const {
+        memory.template store_relaxed<u32>(layout.event, 1); // orders nothing: an event too many is harmless
+    }
+};
+
+/// The producer always tells (an NVMe doorbell), the consumer is always told (its interrupt is moderated by the device).
+struct Always {
+    static constexpr bool needs_event = false;
+    static constexpr bool needs_consumed = false;
+    template <class M, class P, class W>
+    bool wanted(M&, const RingLayout&, const P&, W, W) const {
+        return true;
+    }
+    template <class M, class P, class W>
+    void arm(M& memory, const RingLayout&, const P&, W, u32) const {
+        memory.full_barrier();
+    }
+    template <class M>
+    void disarm(M&, const RingLayout&) const {}
+};
+
+/// Nobody is told; both sides poll.
+struct Never : Always {
+    template <class M, class P, class W>
+    bool wanted(M&, const RingLayout&, const P&, W, W) const {
+        return false;
+    }
+};
+
+/// After how many completions an event is worth its price: half of what is under way, but at least one and at most `limit`. A completion that
+/// stays unannounced because the others never come is found by the executor's tick (Executor::tick_length).
+struct Moderation {
+    u32 shift = 1;
+    u32 limit = 64;
+    constexpr u32 after(u32 in_flight) const { return std::max(1u, std::min(in_flight >> shift, limit)); }
+};
+
+// ---- how entries arrive ----------------------------------------------------------------------------------------------------------------------
+
+/// The producer publishes its position at layout.index.
+struct ByIndex {
+    static constexpr bool needs_index = true;
+};
+
+/// Every entry carries a 16-bit word whose lowest bit turns with each lap, 1 in the first (NVMe completions [nvme-base §4.2.4]); the entries are
+/// zero in the beginning. offset: of that word in the entry.
+struct ByPhase {
+    static constexpr bool needs_index = false;
+    usize offset = 0;
+};
+
+namespace ring_detail {
+template <class M, class P>
+Result<void> check(const M& memory, const RingLayout& layout, const P& positions, bool index, bool event, bool consumed) {
+    constexpr usize bytes = sizeof(typename P::Word);
+    if (!positions.valid()) {
+        return Error{Code::bad_argument, "a ring's size does not suit its kind of positions", 2, positions.size()};
+    }
+    if (layout.stride == 0 || layout.entries > memory.size() || u64{positions.size()} * layout.stride > memory.size() - layout.entries) {
+        return Error{Code::bad_argument, "a ring's entries do not fit into its memory", layout.entries + u64{positions.size()} * layout.stride,
+                     memory.size()};
+    }
+    struct Word {
+        usize at;
+        bool needed;
+    };
+    for (const Word& word : {Word{layout.index, index}, Word{layout.event, event}, Word{layout.consumed, consumed}}) {
+        const bool there = word.at != RingLayout::nowhere;
+        if (!there ? word.needed : word.at % bytes != 0 || word.at > memory.size() || memory.size() - word.at < bytes) {
+            return Error{Code::bad_argument, "a ring's layout lacks a word, or has it misaligned or outside of the memory", memory.size(),
+                         word.at};
+        }
+    }
+    return {};
+}
+} // namespace ring_detail
+
+// ---- producer --------------------------------------------------------------------------------------------------------------------------------
+
+/// The writing end. Entries go into the ring at once but are not seen before publish(). Not thread-safe in itself: one owner.
+template <RingMemory M, RingPositions P, class Rule>
+    requires NotifyRule<Rule, M, P>
+class Producer {
+  public:
+    using Word = typename P::Word;
+
+    /// Starts at position `start` (0 for a fresh ring) without touching the memory. Error{bad_argument}: the layout does not fit.
+    static Result<Producer> create(M memory, const RingLayout& layout, P positions, Rule rule = {}, Word start = 0) {
+        if (auto checked = ring_detail::check(memory, layout, positions, false, Rule::needs_event, Rule::needs_consumed); !checked) {
+            return checked.error();
+        }
+        return Producer(memory, layout, positions, rule, start);
+    }
+
+    /// Entries (or bytes) that can be produced now.
+    u32 free() const { return positions_.capacity() - in_flight(); }
+    bool full() const { return free() == 0; }
+    /// Produced, and not known to be consumed.
+    u32 in_flight() const { return positions_.distance(consumed_, produced_); }
+    /// Published, and not known to be consumed: what the other side can have taken at most.
+    u32 owed() const { return positions_.distance(consumed_, published_); }
+    u32 unpublished() const { return positions_.distance(published_, produced_); }
+    u32 capacity() const { return positions_.capacity(); }
+    /// Where the next entry goes: as a position, and as a slot (the value of a doorbell).
+    Word position() const { return produced_; }
+    u32 slot() const { return positions_.slot(produced_); }
+
+    /// Copies one entry, or its first bytes, into the next slot; false: full, or longer than a slot.
+    bool produce(std::span<const std::byte> entry) {
+        if (entry.size() > layout_.stride || full()) [[unlikely]] {
+            return false;
+        }
+        memory_.copy_in(layout_.entries + usize{positions_.slot(produced_)} * layout_.stride, entry.data(), entry.size());
+        produced_ = positions_.advance(produced_, 1);
+        return true;
+    }
+    template <class T>
+        requires std::is_trivially_copyable_v<T>
+    bool produce(const T& entry) {
+        return produce(std::span(reinterpret_cast<const std::byte*>(&entry), sizeof(T)));
+    }
+    /// For a ring of bytes: copies them all, around the end if need be; false and nothing written: not enough room.
+    bool append(std::span<const std::byte> bytes) {
+        if (layout_.stride != 1 || bytes.size() > free()) [[unlikely]] {
+            return false;
+        }
+        const u32 count = static_cast<u32>(bytes.size());
+        const u32 at = positions_.slot(produced_);
+        const u32 first = std::min(count, positions_.size() - at);
+        memory_.copy_in(layout_.entries + at, bytes.data(), first);
+        memory_.copy_in(layout_.entries, bytes.data() + first, count - first);
+        produced_ = positions_.advance(produced_, count);
+        return true;
+    }
+    /// Withdraws what was produced since the last publish().
+    void withdraw() { produced_ = published_; }
+
+    /// Shows everything produced so far to the other side, once per turn. True: it wants to be notified.
+    [[nodiscard]] bool publish() {
+        if (produced_ == published_) {
+            return false;
+        }
+        if (layout_.index != RingLayout::nowhere) {
+            // Release: the entries before the index. Partner: the acquire in the other side's Consumer::available().
+            memory_.template store_release<Word>(layout_.index, produced_);
+        }
+        return rule_.wanted(memory_, layout_, positions_, std::exchange(published_, produced_), produced_);
+    }
+
+    /// `count` more entries are known to be consumed, since they have been answered. Error{protocol}: that is more than were published.
+    Result<void> retire(u32 count) {
+        if (count > owed()) [[unlikely]] {
+            return Error{Code::protocol, "more entries were answered than had been published", owed(), count};
+        }
+        consumed_ = positions_.advance(consumed_, count);
+        return {};
+    }
+    /// The other side says how far it has read (a word of its message). Error{protocol}: that is not between the last known and the published
+    /// position.
+    Result<void> observe(Word peer) {
+        if (!positions_.contains(peer) || positions_.distance(consumed_, peer) > owed()) [[unlikely]] {
+            return Error{Code::protocol, "the consumer's position is not between its last one and the producer's", published_, peer};
+        }
+        consumed_ = peer;
+        return {};
+    }
+    /// Reads that from layout.consumed.
+    Result<void> observe() {
+        if (layout_.consumed == RingLayout::nowhere) {
+            return Error{Code::not_supported, "this ring has no word for the consumer's position"};
+        }
+        // Acquire: entries are overwritten only after they were copied out. Partner: the release in the other side's Consumer::release().
+        return observe(memory_.template load_acquire<Word>(layout_.consumed));
+    }
+
+  private:
+    Producer(M memory, const RingLayout& layout, P positions, Rule rule, Word start)
+        : memory_(memory), layout_(layout), positions_(positions), rule_(rule), produced_(start), published_(start), consumed_(start) {}
+
+    M memory_;
+    RingLayout layout_;
+    P positions_;
+    [[no_unique_address]] Rule rule_;
+    Word produced_;  // the private view
+    Word published_; // what the other side has been told
+    Word consumed_;  // what is known to be read
+};
+
+// ---- consumer --------------------------------------------------------------------------------------------------------------------------------
+
+/// The reading end. Once the other side has written a position that cannot be, the ring is broken and stays so. Not thread-safe in itself: one
+/// owner.
+template <RingMemory M, RingPositions P, class Rule, class Arrival = ByIndex>
+    requires NotifyRule<Rule, M, P>
+class Consumer {
+  public:
+    using Word = typename P::Word;
+
+    static Result<Consumer> create(M memory, const RingLayout& layout, P positions, Rule rule = {}, Arrival arrival = {}, Word start = 0) {
+        if (auto checked = ring_detail::check(memory, layout, positions, Arrival::needs_index, Rule::needs_event, false); !checked) {
+            return checked.error();
+        }
+        if constexpr (!Arrival::needs_index) {
+            if (arrival.offset % 2 != 0 || layout.stride % 2 != 0 || arrival.offset + 2 > layout.stride) {
+                return Error{Code::bad_argument, "a ring's phase word is misaligned or outside of the entry", layout.stride, arrival.offset};
+            }
+        }
+        return Consumer(memory, layout, positions, rule, arrival, start);
+    }
+
+    /// Looks at the other side's position, once, and checks it. Entries (or bytes) that can be taken; with phases at least that many: 1 or 0.
+    /// `limit`: as many as it can have produced (answers: as many as were asked for). Error{protocol}: the ring is broken, now and from now on.
+    Result<u32> available(u32 limit = ~u32{0}) {
+        if (broken_) [[unlikely]] {
+            return broken_error();
+        }
+        if constexpr (Arrival::needs_index) {
+            // Acquire: the index before the entries. Partner: the release in the other side's Producer::publish().
+            const Word peer = memory_.template load_acquire<Word>(layout_.index);
+            const u32 count = positions_.distance(consumed_, peer);
+            // Neither beyond what can be, nor behind what it has said before.
+            if (!positions_.contains(peer) || count > std::min(limit, positions_.capacity()) || count < ready()) [[unlikely]] {
+                broken_ = true;
+                bad_ = peer;
+                return broken_error();
+            }
+            seen_ = peer;
+        } else if (ready() == 0) {
+            const usize at = layout_.entries + usize{positions_.slot(consumed_)} * layout_.stride + arrival_.offset;
+            // Acquire: the phase before the rest of the entry. Partner: the device writes the phase last.
+            const u16 word = memory_.template load_acquire<u16>(at);
+            const bool odd_lap = (consumed_ & positions_.size()) != 0;
+            if (((word & 1) != 0) != odd_lap) {
+                if (limit == 0) [[unlikely]] {
+                    broken_ = true;
+                    bad_ = positions_.advance(consumed_, 1);
+                    return broken_error();
+                }
+                seen_ = positions_.advance(consumed_, 1);
+            }
+        }
+        return ready();
+    }
+    /// Seen by available() and not yet taken.
+    u32 ready() const { return positions_.distance(consumed_, seen_); }
+    bool broken() const { return broken_; }
+    /// Where the next entry is taken: as a position, and as a slot (the value of a doorbell).
+    Word position() const { return consumed_; }
+    u32 slot() const { return positions_.slot(consumed_); }
+
+    /// Copies the next entry, or its first bytes, out; false: none is ready. The only look at these bytes that counts.
+    bool take(std::span<std::byte> entry) {
+        if (ready() == 0 || entry.size() > layout_.stride) [[unlikely]] {
+            return false;
+        }
+        memory_.copy_out(layout_.entries + usize{positions_.slot(consumed_)} * layout_.stride, entry.data(), entry.size());
+        consumed_ = positions_.advance(consumed_, 1);
+        return true;
+    }
+    template <class T>
+        requires(std::is_trivially_copyable_v<T> && !std::is_convertible_v<T&, std::span<std::byte>>)
+    bool take(T& entry) {
+        return take(std::span(reinterpret_cast<std::byte*>(&entry), sizeof(T)));
+    }
+    /// For a ring of bytes: copies the next ones out, around the end if need be; false and nothing taken: fewer are ready.
+    bool remove(std::span<std::byte> bytes) {
+        if (layout_.stride != 1 || bytes.size() > ready()) [[unlikely]] {
+            return false;
+        }
+        const u32 count = static_cast<u32>(bytes.size());
+        const u32 at = positions_.slot(consumed_);
+        const u32 first = std::min(count, positions_.size() - at);
+        memory_.copy_out(layout_.entries + at, bytes.data(), first);
+        memory_.copy_out(layout_.entries, bytes.data() + first, count - first);
+        consumed_ = positions_.advance(consumed_, count);
+        return true;
+    }
+    /// Passes over `count` entries or bytes; false: fewer are ready.
+    bool skip(u32 count) {
+        if (count > ready()) {
+            return false;
+        }
+        consumed_ = positions_.advance(consumed_, count);
+        return true;
+    }
+    /// Tells the other side how far we have read, where the layout has a word for that.
+    void release() {
+        if (layout_.consumed != RingLayout::nowhere) {
+            // Release: the copies before the position. Partner: the acquire in the other side's Producer::observe().
+            memory_.template store_release<Word>(layout_.consumed, consumed_);
+        }
+    }
+
+    /// Before sleeping: asks for an event after `count` more entries (Moderation::after) and looks once more. True: something is there already,
+    /// do not sleep. `count` must not be more than will come; 0 counts as 1.
+    Result<bool> arm(u32 count, u32 limit = ~u32{0}) {
+        if (broken_) [[unlikely]] {
+            return broken_error();
+        }
+        rule_.arm(memory_, layout_, positions_, consumed_, std::max(count, 1u));
+        auto found = available(limit);
+        if (!found) [[unlikely]] {
+            return found.error();
+        }
+        return *found != 0;
+    }
+    void disarm() { rule_.disarm(memory_, layout_); }
+
+  private:
+    Consumer(M memory, const RingLayout& layout, P positions, Rule rule, Arrival arrival, Word start)
+        : memory_(memory), layout_(layout), positions_(positions), rule_(rule), arrival_(arrival), consumed_(start), seen_(start) {}
+    Error broken_error() const {
+        return {Code::protocol, "the producer's position is behind its last one or further than it can be: the ring is broken", seen_, bad_};
+    }
+
+    M memory_;
+    RingLayout layout_;
+    P positions_;
+    [[no_unique_address]] Rule rule_;
+    [[no_unique_address]] Arrival arrival_;
+    Word consumed_;
+    Word seen_; // the other side's position, as last checked
+    Word bad_ = 0;
+    bool broken_ = false;
+};
+
+} // namespace fl::io
