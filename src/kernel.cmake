@@ -1,9 +1,9 @@
 # The kernel image: firstlight.debug.elf (symbols, for gdb), firstlight.elf (what boots), BOOTX64.EFI (the loader that carries it).
 set(freestanding
   -ffreestanding -fno-exceptions -fno-rtti -nostdinc++ -nostdlibinc
-  -isystem ${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/site
-  -isystem /usr/lib/llvm-19/include/c++/v1
-  -isystem ${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/libc
+  "SHELL:-isystem ${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/site"
+  "SHELL:-isystem /usr/lib/llvm-19/include/c++/v1"
+  "SHELL:-isystem ${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/libc"
   -mno-red-zone -fno-stack-protector -fno-threadsafe-statics -fno-asynchronous-unwind-tables
   -ffunction-sections -fdata-sections -fno-pic -mno-sse -mno-mmx -fno-omit-frame-pointer)
 set(kernel_flags --target=x86_64-unknown-none-elf ${freestanding} -mcmodel=kernel -fno-strict-aliasing)

@@ -1,0 +1,73 @@
+// The C++ side of the entries in pvh.S.
+#include <stdint.h>
+import core.std;
+import core.panic;
+import core.physical;
+import core.result;
+import core.log;
+import core.machine.cpu;
+import core.machine.runtime;
+import core.machine.serial;
+import boot.handoff;
+import boot.pvh;
+import boot.start;
+
+using namespace fl;
+
+// From kernel.ld, pvh.S: addresses, not objects.
+extern "C" {
+extern const std::byte image_text_begin[];
+extern const std::byte image_end[];
+}
+
+namespace {
+
+constexpr usize stack_size = 64 * 1024;
+
+constinit boot::BootInfo boot_info{};
+
+// Memory under the entry's page tables: identity, 4 GiB.
+class IdentityReader final : public PhysicalReader {
+  public:
+    bool read(u64 address, std::span<std::byte> into) override {
+        if (into.size() > 0x100000000 || address > 0x100000000 - into.size()) {
+            return false;
+        }
+        std::memcpy(into.data(), reinterpret_cast<const void*>(address), into.size());
+        return true;
+    }
+};
+
+} // namespace
+
+// The stack grows down to a page that the final page tables leave out.
+extern "C" {
+alignas(4096) [[gnu::section(".bss.pages")]] std::byte boot_stack_guard[4096 + stack_size];
+}
+
+[[noreturn]] static void go_on() {
+    boot::normalise(boot_info);
+    run_initialisers();
+    boot::kernel_start(boot_info);
+}
+
+extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
+    open_consoles();
+    IdentityReader memory;
+    auto notes = boot::gather_pvh(memory, start_info, tsc, boot_info);
+    if (!notes) {
+        panic("{}", notes.error());
+    }
+    boot_info.kernel_phys = 0x200000;
+    boot_info.kernel_size = static_cast<u64>(image_end - image_text_begin);
+    go_on();
+}
+
+extern "C" [[noreturn]] void entry64_main(const boot::BootInfo* handed_over) {
+    open_consoles();
+    if (!boot::is_valid(*handed_over)) {
+        panic("the loader's BootInfo is not of this kernel's version: update the loader on the boot medium together with the kernel");
+    }
+    boot_info = *handed_over;
+    go_on();
+}

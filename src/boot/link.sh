@@ -1,0 +1,80 @@
+#!/bin/sh
+# link.sh OUT "LINK COMMAND" OBJECTS...: links the image twice (the second time with its own table of symbols, for backtraces), strips it
+# and checks what the kernel relies on. Both arguments may be separated by blanks or semicolons.
+set -eu
+out=$1
+link=$(printf '%s' "$2" | tr ';' ' ')
+shift 2
+objects=$(printf '%s ' "$@" | tr ';' ' ')
+work=$out/link
+mkdir -p "$work"
+
+fail() {
+    echo "link.sh: $1" >&2
+    exit 1
+}
+
+# Reads lines "ADDRESS TYPE NAME", writes the table as assembly: count, pairs of (offset from the image's begin, offset of the name), names.
+make_table() {
+    awk '
+    BEGIN { count = 0 }
+    {
+        name = $0
+        sub(/^[^ ]+ [^ ]+ /, "", name)
+        gsub(/@[A-Za-z0-9_.]+/, "", name)       # the module that a name is attached to
+        gsub(/\(anonymous namespace\)/, "{}", name)
+        gsub(/operator\(\)/, "operator{}", name)
+        sub(/\(.*/, "", name)
+        gsub(/operator\{\}/, "operator()", name)
+        gsub(/\{\}::/, "", name)
+        gsub(/["\\]/, "", name)
+        name = substr(name, 1, 70)
+        address = substr($1, length($1) - 7)    # the image lies in the last 2 GiB: 32 bits tell addresses apart
+        if (address == last) next
+        last = address
+        addresses[count] = address
+        names[count++] = name
+    }
+    END {
+        print ".section .symbols, \"a\", @progbits"
+        print ".balign 8"
+        print ".ascii \"FLSYMTAB\""
+        printf ".long %d\n.long %d\n", count, count > 0 ? 1 : 0
+        at = 0
+        for (i = 0; i < count; i++) {
+            printf ".long 0x%s - 0x80000000, %d\n", addresses[i], at
+            at += length(names[i]) + 1
+        }
+        for (i = 0; i < count; i++) printf ".asciz \"%s\"\n", names[i]
+    }'
+}
+
+functions() {
+    llvm-nm-19 -n --defined-only "$1" | awk '$2 == "t" || $2 == "T" || $2 == "w" || $2 == "W"' | grep -v ' image_' || true
+}
+
+: | make_table >"$work/symbols0.s"
+clang-19 --target=x86_64-unknown-none-elf -c "$work/symbols0.s" -o "$work/symbols0.o"
+$link $objects "$work/symbols0.o" -o "$work/first.elf"
+
+functions "$work/first.elf" >"$work/functions0"
+llvm-cxxfilt-19 <"$work/functions0" | make_table >"$work/symbols1.s"
+clang-19 --target=x86_64-unknown-none-elf -c "$work/symbols1.s" -o "$work/symbols1.o"
+$link $objects "$work/symbols1.o" -o "$work/firstlight.elf"
+functions "$work/firstlight.elf" >"$work/functions1"
+cmp -s "$work/functions0" "$work/functions1" || fail "the table of symbols moved the image: .symbols must stand last in kernel.ld"
+
+# No code that touches x87 or vector registers: nobody saves them.
+if llvm-objdump-19 -d --no-show-raw-insn "$work/firstlight.elf" | grep -E '%([xyz]?mm[0-9]|st\b)' >"$work/vector"; then
+    head -5 "$work/vector" >&2
+    fail "the image uses x87 or vector registers; see $work/vector"
+fi
+if llvm-readelf-19 -lW "$work/firstlight.elf" | grep -E '^ +LOAD.* (RWE|WE|.WE) ' >&2; then
+    fail "a segment is both writable and executable"
+fi
+
+llvm-strip-19 --strip-all "$work/firstlight.elf" -o "$work/stripped.elf"
+mv "$work/firstlight.elf" "$out/firstlight.debug.elf"
+mv "$work/stripped.elf" "$out/firstlight.elf"
+size=$(wc -c <"$out/firstlight.elf")
+echo "firstlight.elf: $size bytes, $(wc -l <"$work/functions0") functions"

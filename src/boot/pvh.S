@@ -1,0 +1,125 @@
+// The PVH entry: 32-bit protected mode, flat segments, paging off, EBX -> hvm_start_info [PVH]. Everything here runs at physical addresses
+// until the far jump; the provisional tables below live until the kernel has its own.
+.set KERNEL_VIRTUAL, 0xffffffff80000000
+.set KERNEL_PHYSICAL, 0x200000
+.set TO_PHYSICAL, KERNEL_PHYSICAL - KERNEL_VIRTUAL
+.set PRESENT_WRITABLE, 0x3
+.set LARGE, 0x83
+.set SIZE_2M, 0x200000
+.set STACK_WITH_GUARD, 4096 + 65536         // as in entry.cpp
+
+.section .note.Xen, "a", @note
+.balign 4
+    .long 4             // size of the name
+    .long 8             // size of the value
+    .long 18            // XEN_ELFNOTE_PHYS32_ENTRY
+    .asciz "Xen"
+    .quad pvh_entry32 + TO_PHYSICAL
+
+.section .bss.pages, "aw", @nobits
+.balign 4096
+provisional_pml4:   .skip 4096
+provisional_low:    .skip 4096          // page directory pointers: identity
+provisional_high:   .skip 4096          // page directory pointers: the image
+provisional_image:  .skip 4096
+provisional_tables: .skip 4 * 4096      // 4 GiB, identity
+
+.section .rodata.boot, "a", @progbits
+.balign 8
+provisional_gdt:
+    .quad 0
+    .quad 0x00af9b000000ffff            // 64-bit code
+    .quad 0x00cf93000000ffff            // data
+provisional_gdt_pointer:
+    .word . - provisional_gdt - 1
+    .long provisional_gdt + TO_PHYSICAL
+
+.section .text.entry, "ax", @progbits
+.code32
+.global pvh_entry32
+.type pvh_entry32, @function
+pvh_entry32:
+    rdtsc                               // the entry's time, before anything else; EBX keeps start_info
+    movl %eax, %esi
+    movl %edx, %ebp
+    cli
+    cld
+
+    movl $(provisional_tables + TO_PHYSICAL), %edi
+    movl $LARGE, %eax
+    movl $2048, %ecx
+1:  movl %eax, (%edi)                   // the high halves are zero: .bss, and nothing above 4 GiB
+    addl $SIZE_2M, %eax
+    addl $8, %edi
+    decl %ecx
+    jnz 1b
+
+    movl $(provisional_image + TO_PHYSICAL), %edi
+    movl $(KERNEL_PHYSICAL + LARGE), %eax
+    movl $512, %ecx
+2:  movl %eax, (%edi)
+    addl $SIZE_2M, %eax
+    addl $8, %edi
+    cmpl $(image_end + TO_PHYSICAL), %eax
+    jb 2b
+
+    movl $(provisional_tables + TO_PHYSICAL + PRESENT_WRITABLE), %eax
+    movl $(provisional_low + TO_PHYSICAL), %edi
+    movl %eax, (%edi)
+    addl $4096, %eax
+    movl %eax, 8(%edi)
+    addl $4096, %eax
+    movl %eax, 16(%edi)
+    addl $4096, %eax
+    movl %eax, 24(%edi)
+    movl $(provisional_image + TO_PHYSICAL + PRESENT_WRITABLE), provisional_high + TO_PHYSICAL + 510 * 8
+    movl $(provisional_low + TO_PHYSICAL + PRESENT_WRITABLE), provisional_pml4 + TO_PHYSICAL
+    movl $(provisional_high + TO_PHYSICAL + PRESENT_WRITABLE), provisional_pml4 + TO_PHYSICAL + 511 * 8
+
+    movl %cr4, %eax
+    orl $0x20, %eax                     // PAE
+    movl %eax, %cr4
+    movl $(provisional_pml4 + TO_PHYSICAL), %eax
+    movl %eax, %cr3
+    movl $0xc0000080, %ecx              // EFER
+    rdmsr
+    orl $0x100, %eax                    // LME
+    wrmsr
+    movl %cr0, %eax
+    orl $0x80010001, %eax               // PG, WP, PE
+    movl %eax, %cr0
+    lgdtl provisional_gdt_pointer + TO_PHYSICAL
+    ljmpl $0x08, $(1f + TO_PHYSICAL)
+
+.code64
+1:  movq $2f, %rax                      // from the identity map to where the image is linked
+    jmp *%rax
+2:  movl $0x10, %eax
+    movl %eax, %ds
+    movl %eax, %es
+    movl %eax, %ss
+    xorl %eax, %eax
+    movl %eax, %fs
+    movl %eax, %gs
+    movq $(boot_stack_guard + STACK_WITH_GUARD), %rsp
+    movl %ebx, %edi                     // start_info, zero-extended
+    movl %esi, %esi
+    shlq $32, %rbp
+    orq %rbp, %rsi                      // TSC
+    xorl %ebp, %ebp                     // the last frame of every backtrace
+    call pvh_main
+    ud2
+.size pvh_entry32, . - pvh_entry32
+
+// The 64-bit entry: long mode, the image mapped where it is linked, RDI = BootInfo, identity-mapped, interrupts off. Nothing is assumed
+// about the loader's stack or descriptor tables.
+.global kernel_entry64
+.type kernel_entry64, @function
+kernel_entry64:
+    cli
+    cld
+    movq $(boot_stack_guard + STACK_WITH_GUARD), %rsp
+    xorl %ebp, %ebp
+    call entry64_main
+    ud2
+.size kernel_entry64, . - kernel_entry64

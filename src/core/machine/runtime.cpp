@@ -1,0 +1,40 @@
+module core.machine.runtime;
+import core.std;
+import core.heap;
+
+extern "C" {
+// From kernel.ld.
+extern void (*const init_array_begin[])();
+extern void (*const init_array_end[])();
+}
+
+namespace fl {
+
+namespace {
+constinit Heap heap;
+constinit HeapGrowth growth = nullptr;
+} // namespace
+
+void* heap_allocate(usize size, usize alignment) {
+    void* block = heap.allocate(size, alignment);
+    if (block == nullptr && growth != nullptr) {
+        const auto memory = growth(Heap::bytes_for(size, alignment));
+        if (!memory.empty()) {
+            heap.add(memory);
+            block = heap.allocate(size, alignment);
+        }
+    }
+    return block;
+}
+
+void heap_free(void* block) { heap.free(block); }
+u64 heap_allocations() { return heap.allocations(); }
+void set_heap_growth(HeapGrowth more) { growth = more; }
+
+void run_initialisers() {
+    for (auto* at = init_array_begin; at != init_array_end; ++at) {
+        (*at)();
+    }
+}
+
+} // namespace fl

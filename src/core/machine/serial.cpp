@@ -1,0 +1,106 @@
+module core.machine.serial;
+import core.std;
+import core.log;
+import core.machine.cpu;
+
+namespace fl {
+
+namespace {
+
+// Registers of a 16550, as offsets from its base [16550].
+enum : u16 { data = 0, interrupt_enable = 1, fifo_control = 2, line_control = 3, modem_control = 4, line_status = 5, scratch = 7 };
+constexpr u8 line_status_empty = 0x20; // transmitter holding register (the whole FIFO) is empty
+constexpr u16 fifo_size = 16;
+// A byte at 115200 baud takes 87 us; 200 ms are far more than a FIFO ever needs, and a status read is never faster than about 10 ns.
+constexpr u32 most_polls = 20'000;
+
+constinit SerialPort port{0x3f8};
+constinit DebugConsole debug;
+
+// Appends to the line; `send` takes full lines and full buffers.
+template <usize N, class Send>
+void gather(std::array<char, N>& line, usize& used, std::string_view text, Send send) {
+    while (!text.empty()) {
+        const usize end = text.find('\n');
+        const usize wanted = end == std::string_view::npos ? text.size() : end + 1;
+        const usize n = std::min(wanted, N - used);
+        std::copy_n(text.data(), n, line.data() + used);
+        used += n;
+        text.remove_prefix(n);
+        if (used == N || line[used - 1] == '\n') {
+            send();
+        }
+    }
+}
+
+} // namespace
+
+bool SerialPort::open() {
+    // A register that keeps what is written: a missing port reads 0xff.
+    for (const u8 pattern : {u8{0x5a}, u8{0xa5}}) {
+        cpu::out8(base_ + scratch, pattern);
+        if (cpu::in8(base_ + scratch) != pattern) {
+            return present_ = false;
+        }
+    }
+    cpu::out8(base_ + interrupt_enable, 0);
+    cpu::out8(base_ + line_control, 0x80); // divisor latch
+    cpu::out8(base_ + data, 1);            // 115200 baud
+    cpu::out8(base_ + interrupt_enable, 0);
+    cpu::out8(base_ + line_control, 0x03); // 8N1
+    cpu::out8(base_ + fifo_control, 0x07); // on, both sides emptied
+    cpu::out8(base_ + modem_control, 0x03);
+    burst_ = (cpu::in8(base_ + fifo_control) & 0xc0) == 0xc0 ? fifo_size : 1;
+    return present_ = true;
+}
+
+void SerialPort::write(std::string_view text) {
+    if (present_) {
+        gather(line_, used_, text, [this] { flush(); });
+    }
+}
+
+void SerialPort::flush() {
+    const usize size = std::exchange(used_, 0);
+    for (usize at = 0; at < size;) {
+        u32 polls = 0;
+        while ((cpu::in8(base_ + line_status) & line_status_empty) == 0) {
+            if (++polls == most_polls) {
+                return;
+            }
+            cpu::relax();
+        }
+        const usize n = std::min<usize>(burst_, size - at);
+        cpu::out8_string(base_ + data, line_.data() + at, n);
+        at += n;
+    }
+}
+
+bool DebugConsole::open() { return present_ = cpu::in8(0xe9) == 0xe9; }
+
+void DebugConsole::write(std::string_view text) {
+    if (present_) {
+        gather(line_, used_, text, [this] { flush(); });
+    }
+}
+
+void DebugConsole::flush() { cpu::out8_string(0xe9, line_.data(), std::exchange(used_, 0)); }
+
+SerialPort& com1() { return port; }
+DebugConsole& debug_console() { return debug; }
+
+void open_consoles() {
+    if (port.open()) {
+        log::attach(port);
+    }
+    if (debug.open()) {
+        log::attach(debug);
+    }
+}
+
+void flush_consoles() {
+    port.flush();
+    debug.flush();
+}
+
+} // namespace fl
