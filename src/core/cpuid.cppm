@@ -164,4 +164,25 @@ constexpr void scan_cpuid(CpuidSnapshot& into, Read&& read) {
     }
 }
 
+/// The time stamp counter's frequency in Hz as CPUID tells it, or nothing. A hypervisor's timing leaf (0x40000010 EAX, in kHz: VMware's, taken
+/// over by QEMU with KVM, VirtualBox and ACRN; other hypervisors use that number for other things) comes before the processor's leaf 0x15
+/// [SDM-2A CPUID.15H], which a hypervisor may pass through from a host that counts differently.
+constexpr std::optional<u64> tsc_hz_by_cpuid(const CpuidSnapshot& cpuid) {
+    constexpr std::array<std::string_view, 4> with_timing_leaf{"VMwareVMware", "KVMKVMKVM", "VBoxVBoxVBox", "ACRNACRNACRN"};
+    auto plausible = [](u64 hz) -> std::optional<u64> { return hz >= 1'000'000 && hz <= 100'000'000'000 ? std::optional(hz) : std::nullopt; };
+    for (const HypervisorBase& h : cpuid.hypervisors()) {
+        if (h.base == CpuidSnapshot::first_base && h.max_leaf >= h.base + 0x10 &&
+            std::ranges::find(with_timing_leaf, h.signature.view()) != with_timing_leaf.end()) {
+            if (auto hz = plausible(u64{cpuid.get(h.base + 0x10).eax} * 1000)) {
+                return hz;
+            }
+        }
+    }
+    const CpuidRegisters ratio = cpuid.get(0x15);
+    if (ratio.eax == 0 || ratio.ebx == 0 || ratio.ecx == 0) {
+        return std::nullopt;
+    }
+    return plausible(u64{ratio.ecx} * ratio.ebx / ratio.eax);
+}
+
 } // namespace fl

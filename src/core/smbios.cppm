@@ -3,17 +3,9 @@ export module core.smbios;
 import core.std;
 import core.result;
 import core.text;
+import core.physical;
 
 export namespace fl {
-
-/// Reads physical memory by copying; false where nothing can be read. Firmware's tables come from outside: every byte is copied once.
-class PhysicalReader {
-  public:
-    virtual bool read(u64 physical, std::span<std::byte> into) = 0;
-
-  protected:
-    ~PhysicalReader() = default;
-};
 
 /// Empty strings where the firmware says nothing. Bytes that are not printable ASCII are shown as '?'.
 struct Smbios {

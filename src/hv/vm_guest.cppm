@@ -6,12 +6,12 @@ import core.std;
 export namespace fl::hv {
 
 /// `bare`: no hypervisor was seen. `other`: there is one, and nobody here knows its name.
-enum class VmGuest : u8 { bare, other, xen, hyperv, kvm, tcg, vmware, bhyve, virtualbox, parallels, acrn, qnx, nvmm, jailhouse, whpx };
+enum class VmGuest : u8 { bare, other, xen, hyperv, kvm, tcg, vmware, bhyve, virtualbox, parallels, acrn, qnx, nvmm, jailhouse, openbsd };
 
 /// All of them, in order; the names are those of the command line and the map file.
 inline constexpr std::array<std::string_view, 15> vm_guest_names{
-    "bare", "other", "xen", "hyperv", "kvm", "tcg", "vmware", "bhyve", "virtualbox", "parallels", "acrn", "qnx", "nvmm", "jailhouse", "whpx"};
-static_assert(to_underlying(VmGuest::whpx) + 1 == vm_guest_names.size());
+    "bare", "other", "xen", "hyperv", "kvm", "tcg", "vmware", "bhyve", "virtualbox", "parallels", "acrn", "qnx", "nvmm", "jailhouse", "openbsd"};
+static_assert(to_underlying(VmGuest::openbsd) + 1 == vm_guest_names.size());
 
 constexpr std::string_view name(VmGuest guest) {
     return to_underlying(guest) < vm_guest_names.size() ? vm_guest_names[to_underlying(guest)] : "unknown";

@@ -1,0 +1,246 @@
+module hv.detect;
+import core.std;
+import core.text;
+import core.log;
+import core.cpuid;
+import core.smbios;
+
+namespace fl::hv {
+
+namespace {
+
+struct Signature {
+    std::string_view text; // without trailing NULs; compared after leading and trailing blanks are gone, which vary
+    VmGuest guest;
+};
+// Each from the hypervisor's own documentation or source; docs/hypervisors.md says which.
+constexpr std::array<Signature, 18> signatures{{
+    {"XenVMMXenVMM", VmGuest::xen},
+    {"Microsoft Hv", VmGuest::hyperv},
+    {"Linux KVM Hv", VmGuest::hyperv}, // KVM's own answer when it plays Hyper-V
+    {"KVMKVMKVM", VmGuest::kvm},
+    {"TCGTCGTCGTCG", VmGuest::tcg},
+    {"VMwareVMware", VmGuest::vmware},
+    {"bhyve bhyve", VmGuest::bhyve},
+    {"VBoxVBoxVBox", VmGuest::virtualbox},
+    {"prl hyperv", VmGuest::parallels},
+    {"lrpepyh  vr", VmGuest::parallels}, // the same, with the bytes of each word turned round
+    {"lrpepyh vr", VmGuest::parallels},
+    {"ACRNACRNACRN", VmGuest::acrn},
+    {"QNXQVMBSQG", VmGuest::qnx},
+    {"___ NVMM ___", VmGuest::nvmm},
+    {"Jailhouse", VmGuest::jailhouse},
+    {"OpenBSDVMM58", VmGuest::openbsd},
+    {"EVMMEVMMEVMM", VmGuest::other},
+    {"UnisysSpar64", VmGuest::other},
+}};
+
+constexpr u32 hyperv_interface = 0x31237648; // "Hv#1" [hv-tlfs §2.4.1]
+
+constexpr std::string_view without_blanks(std::string_view text) {
+    while (!text.empty() && text.front() == ' ') {
+        text.remove_prefix(1);
+    }
+    while (!text.empty() && text.back() == ' ') {
+        text.remove_suffix(1);
+    }
+    return text;
+}
+
+VmGuest guest_of(std::string_view signature, u32 interface) {
+    const std::string_view plain = without_blanks(signature);
+    for (const Signature& s : signatures) {
+        if (s.text == plain) {
+            return s.guest;
+        }
+    }
+    // The name can be changed (QEMU's hv-vendor-id); the interface is what counts then [hv-tlfs §2.4.1].
+    return interface == hyperv_interface ? VmGuest::hyperv : VmGuest::other;
+}
+
+// The older method: what the firmware calls the machine. Prefixes, first match wins.
+struct FirmwareName {
+    FixedText<64> Smbios::* field;
+    std::string_view prefix;
+    VmGuest guest;
+    FixedText<64> Smbios::* and_field; // nullptr: the first condition is enough
+    std::string_view and_prefix;
+};
+constexpr std::array<FirmwareName, 14> firmware_names{{
+    {&Smbios::manufacturer, "Xen", VmGuest::xen, nullptr, {}},
+    {&Smbios::bios_vendor, "Xen", VmGuest::xen, nullptr, {}},
+    // The maker sells real computers too: the product decides.
+    {&Smbios::manufacturer, "Microsoft Corporation", VmGuest::hyperv, &Smbios::product, "Virtual Machine"},
+    {&Smbios::manufacturer, "VMware", VmGuest::vmware, nullptr, {}},
+    {&Smbios::product, "VMware", VmGuest::vmware, nullptr, {}},
+    {&Smbios::product, "VirtualBox", VmGuest::virtualbox, nullptr, {}},
+    {&Smbios::bios_vendor, "innotek GmbH", VmGuest::virtualbox, nullptr, {}},
+    {&Smbios::manufacturer, "Parallels", VmGuest::parallels, nullptr, {}},
+    {&Smbios::bios_vendor, "BHYVE", VmGuest::bhyve, nullptr, {}},
+    {&Smbios::product, "BHYVE", VmGuest::bhyve, nullptr, {}},
+    {&Smbios::product, "KVM", VmGuest::kvm, nullptr, {}},
+    {&Smbios::manufacturer, "OpenBSD", VmGuest::openbsd, &Smbios::product, "VMM"},
+    // QEMU runs on several accelerators, and one that is silent in CPUID cannot be told from another.
+    {&Smbios::manufacturer, "QEMU", VmGuest::other, nullptr, {}},
+    {&Smbios::bios_vendor, "Bochs", VmGuest::other, nullptr, {}},
+}};
+
+constexpr std::array<PolicyRule, 15> rules{{
+    {VmGuest::xen, nullptr, "Xen's own leaves are there, whatever it shows beside them"},
+    {VmGuest::hyperv, offers_vmbus, "it offers what a VMBus needs, which is worth more than a name"},
+    {VmGuest::kvm, nullptr, "KVM's leaves are there, and no bus that has synthetic disks"},
+    {VmGuest::tcg, nullptr, "QEMU without hardware virtualisation"},
+    {VmGuest::hyperv, nullptr, "Hyper-V's interface, without a VMBus"},
+    {VmGuest::vmware, nullptr, "sighted"},
+    {VmGuest::virtualbox, nullptr, "sighted"},
+    {VmGuest::bhyve, nullptr, "sighted"},
+    {VmGuest::parallels, nullptr, "sighted"},
+    {VmGuest::acrn, nullptr, "sighted"},
+    {VmGuest::qnx, nullptr, "sighted"},
+    {VmGuest::nvmm, nullptr, "sighted"},
+    {VmGuest::jailhouse, nullptr, "sighted"},
+    {VmGuest::openbsd, nullptr, "sighted"},
+    {VmGuest::other, nullptr, "a hypervisor that has no name here"},
+}};
+
+bool starts_with(std::string_view text, std::string_view prefix) { return !prefix.empty() && text.substr(0, prefix.size()) == prefix; }
+
+} // namespace
+
+std::span<const PolicyRule> policy() { return rules; }
+
+bool offers_vmbus(const Sighting& s) {
+    // Low half: AccessSynicRegs 2, AccessHypercallMsrs 5, AccessVpIndex 6; high half: PostMessages 4, SignalEvents 5.
+    constexpr u32 low = 1u << 2 | 1u << 5 | 1u << 6;
+    constexpr u32 high = 1u << 4 | 1u << 5;
+    return s.guest == VmGuest::hyperv && s.base != 0 && (s.features & low) == low && (s.features_high & high) == high;
+}
+
+Sightings detect(const CpuidSnapshot& cpuid, const Smbios* smbios) {
+    Sightings result;
+    result.hypervisor_bit = cpuid.hypervisor_bit();
+    for (const HypervisorBase& h : cpuid.hypervisors()) {
+        Sighting s;
+        s.base = h.base;
+        s.max_leaf = h.max_leaf;
+        s.signature = h.signature;
+        s.guest = guest_of(h.signature.view(), cpuid.get(h.base + 1).eax);
+        switch (s.guest) {
+        case VmGuest::xen: // [xen-cpuid]: version in leaf 1, HVM features in leaf 4
+            s.version = cpuid.get(h.base + 1).eax;
+            s.features = cpuid.get(h.base + 4).eax;
+            break;
+        case VmGuest::hyperv: { // [hv-tlfs §2.4.3, §2.4.4]
+            const CpuidRegisters version = cpuid.get(h.base + 2);
+            s.version = version.ebx;
+            s.build = version.eax;
+            s.features = cpuid.get(h.base + 3).eax;
+            s.features_high = cpuid.get(h.base + 3).ebx;
+            break;
+        }
+        case VmGuest::kvm: // [kvm-cpuid]
+            s.features = cpuid.get(h.base + 1).eax;
+            break;
+        default: break;
+        }
+        result.list[result.count++] = s;
+    }
+    if (result.count > 0 || smbios == nullptr) {
+        return result;
+    }
+    for (const FirmwareName& f : firmware_names) {
+        if (starts_with((smbios->*f.field).view(), f.prefix) &&
+            (f.and_field == nullptr || starts_with((smbios->*f.and_field).view(), f.and_prefix))) {
+            Sighting s;
+            s.guest = f.guest;
+            s.signature = FixedText<12>((smbios->*f.field).view().substr(0, 12));
+            result.list[result.count++] = s;
+            return result;
+        }
+    }
+    if (result.hypervisor_bit) { // somebody says that it is there, and nothing more
+        Sighting s;
+        s.guest = VmGuest::other;
+        result.list[result.count++] = s;
+    }
+    return result;
+}
+
+std::optional<Preference> parse_preference(std::string_view text) {
+    Preference p;
+    if (text == "late") {
+        p.late = true;
+        return p;
+    }
+    if (starts_with(text, "late:")) {
+        p.late = true;
+        text.remove_prefix(5);
+    }
+    if (text == "auto") {
+        return p;
+    }
+    p.guest = vm_guest_named(text);
+    if (!p.guest) {
+        return std::nullopt;
+    }
+    return p;
+}
+
+Choice choose(const Sightings& sightings, Preference preference, bool (*built)(VmGuest)) {
+    if (built == nullptr) {
+        built = built_for;
+    }
+    Choice choice;
+    choice.when = preference.late ? When::late : When::entry;
+    if (preference.guest) {
+        choice.guest = *preference.guest;
+        choice.overridden = true;
+        choice.unsighted = *preference.guest != VmGuest::bare && !sightings.has(*preference.guest);
+        choice.reason = "asked for on the command line";
+        return choice;
+    }
+    // What CPUID shows and this build can use; then whatever has a name.
+    for (const bool usable_only : {true, false}) {
+        for (const PolicyRule& rule : rules) {
+            if (usable_only && !built(rule.guest)) {
+                continue;
+            }
+            for (const Sighting& s : sightings.all()) {
+                if (s.guest != rule.guest || (rule.applies != nullptr && !rule.applies(s)) || (usable_only && s.base == 0)) {
+                    continue;
+                }
+                choice.guest = rule.guest;
+                choice.reason = s.base == 0 ? std::string_view("only the firmware's strings say so") : rule.reason;
+                return choice;
+            }
+        }
+    }
+    choice.reason = "nothing was sighted";
+    return choice;
+}
+
+void log_detection(const CpuidSnapshot& cpuid, const Sightings& sightings, const Choice& choice) {
+    const FixedText<12> vendor = cpuid.vendor();
+    log::info("detection: {} CPUID instructions, processor {}, hypervisor bit {}", cpuid.executed, vendor.view(),
+              sightings.hypervisor_bit ? "set" : "clear");
+    if (cpuid.truncated) {
+        log::warning("detection: more CPUID leaves than there is room for; the last ones were left out");
+    }
+    for (const Sighting& s : sightings.all()) {
+        if (s.base == 0) {
+            log::info("detection: {} by SMBIOS \"{}\"", s.guest, s.signature.view());
+        } else if (s.version != 0) {
+            log::info("detection: {} at {:#x}-{:#x} \"{}\", version {}.{}", s.guest, s.base, s.max_leaf, s.signature.view(), s.version >> 16,
+                      s.version & 0xffff);
+        } else {
+            log::info("detection: {} at {:#x}-{:#x} \"{}\"", s.guest, s.base, s.max_leaf, s.signature.view());
+        }
+    }
+    log::info("detection: vm_guest is {}: {}", choice.guest, choice.reason);
+    if (choice.unsighted) {
+        log::warning("detection: {} was asked for (hv=), and nothing here looks like it: if its start fails, the machine goes on as bare",
+                     choice.guest);
+    }
+}
+
+} // namespace fl::hv

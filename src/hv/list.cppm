@@ -1,0 +1,27 @@
+// The hypervisors of this build, in no particular order: which one is used is decided by the policy in hv.detect. A new one is its import and
+// its line.
+export module hv.list;
+import core.std;
+export import hv.backend;
+export import hv.visit;
+export import hv.bare;
+#ifdef FIRSTLIGHT_HV_KVM
+export import hv.kvm;
+#endif
+#ifdef FIRSTLIGHT_HV_HYPERV
+export import hv.hyperv;
+#endif
+
+export namespace fl::hv {
+
+using Backends = BackendList<
+#ifdef FIRSTLIGHT_HV_HYPERV
+    HyperV,
+#endif
+#ifdef FIRSTLIGHT_HV_KVM
+    Kvm,
+#endif
+    Bare>;
+inline constexpr Backends list{};
+
+} // namespace fl::hv

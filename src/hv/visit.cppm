@@ -1,0 +1,129 @@
+// From a choice at run time to static code, once. Generic over the list of backends, so that tests bring their own; the kernel's list is
+// hv.list.
+//
+//     hv::with_backend(hv::list, choice, environment, [&](auto& backend) {
+//         …clock from backend.tsc_hz(), interrupts, executor…
+//         hv::upgrade(hv::list, choice, environment, services, backend, [&](auto& final_backend) {
+//             kernel_main(final_backend);
+//         });
+//     });
+export module hv.visit;
+import core.std;
+import core.result;
+import core.log;
+import hv.backend;
+import hv.bare;
+
+export namespace fl::hv {
+
+/// A closed list of backends. The last one takes what the others do not, and is therefore Bare.
+template <Backend... Bs>
+struct BackendList {
+    static constexpr usize size = sizeof...(Bs);
+};
+
+namespace visit_detail {
+
+template <class B>
+constexpr bool serves(VmGuest guest) {
+    if constexpr (requires {
+                      { B::serves(guest) } -> std::same_as<bool>;
+                  }) {
+        return B::serves(guest);
+    } else {
+        return B::guest == guest;
+    }
+}
+
+// One backend of each type, in static storage (they may be large, and the boot stack is not); a fresh one each time it is asked for.
+template <class B>
+B& fresh() {
+    alignas(B) static constinit std::array<std::byte, sizeof(B)> storage{};
+    return *std::construct_at(reinterpret_cast<B*>(storage.data()));
+}
+template <class B>
+struct Alive {
+    B& backend = fresh<B>();
+    Alive() = default;
+    Alive(const Alive&) = delete;
+    Alive& operator=(const Alive&) = delete;
+    ~Alive() { std::destroy_at(&backend); }
+};
+
+inline void said_no(std::string_view name, std::string_view what, const Error& error) {
+    log::warning("backend {}: {} failed: {}: going on as bare", name, what, error);
+}
+
+template <class Last, class Visitor>
+auto visit_bare(Environment& environment, Visitor& visitor) {
+    Alive<Last> bare;
+    if (auto done = bare.backend.install(environment); !done) {
+        log::error("backend {}: {}", Last::name, done.error());
+    }
+    return visitor(bare.backend);
+}
+
+// Installs the first backend that serves the choice and calls visitor(backend); without one, or when it fails, otherwise().
+template <class Visitor, class Otherwise>
+auto visit_first(BackendList<>, const Choice&, Environment&, Services*, Visitor&, Otherwise& otherwise) {
+    return otherwise();
+}
+template <class B, class... Rest, class Visitor, class Otherwise>
+auto visit_first(BackendList<B, Rest...>, const Choice& choice, Environment& environment, Services* services, Visitor& visitor,
+                 Otherwise& otherwise) {
+    if (!serves<B>(choice.guest)) {
+        return visit_first(BackendList<Rest...>{}, choice, environment, services, visitor, otherwise);
+    }
+    if (!choice.overridden && !B::recognises(environment.sightings)) {
+        return otherwise();
+    }
+    Alive<B> alive;
+    if (auto done = alive.backend.install(environment); !done) {
+        said_no(B::name, "install()", done.error());
+        return otherwise();
+    }
+    if (services != nullptr) {
+        if (auto done = alive.backend.start(*services); !done) {
+            said_no(B::name, "start()", done.error());
+            return otherwise();
+        }
+    }
+    return visitor(alive.backend);
+}
+
+} // namespace visit_detail
+
+/// Makes the chosen backend, installs it, and calls visitor(backend) exactly once; the backend lives until the visitor returns. With When::late,
+/// when the build has no module for the choice, or when install() fails (one warning), that backend is Bare: the machine goes on fully
+/// virtualised.
+template <Backend... Bs, class Visitor>
+auto with_backend(BackendList<Bs...> list, const Choice& choice, Environment& environment, Visitor&& visitor) {
+    auto bare = [&] { return visit_detail::visit_bare<Bare>(environment, visitor); };
+    if (choice.when == When::late) {
+        log::info("backend: bare for now, {} later", choice.guest);
+        return bare();
+    }
+    return visit_detail::visit_first(list, choice, environment, nullptr, visitor, bare);
+}
+
+/// The defined point, the same for every boot: interrupts and the executor are there, no bus has been probed, no driver has attached. A backend
+/// that was installed at the entry is started; a choice that was put off is installed and started. Then next(backend), exactly once. What fails
+/// leaves Bare.
+template <Backend... Bs, Backend Current, class Next>
+auto upgrade(BackendList<Bs...> list, const Choice& choice, Environment& environment, Services& services, Current& current, Next&& next) {
+    if constexpr (std::same_as<Current, Bare>) {
+        auto stay = [&] { return next(current); };
+        if (choice.when == When::late && !visit_detail::serves<Bare>(choice.guest)) {
+            return visit_detail::visit_first(list, choice, environment, &services, next, stay);
+        }
+        return stay();
+    } else {
+        if (auto done = current.start(services); !done) {
+            visit_detail::said_no(Current::name, "start()", done.error());
+            return visit_detail::visit_bare<Bare>(environment, next);
+        }
+        return next(current);
+    }
+}
+
+} // namespace fl::hv
