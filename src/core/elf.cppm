@@ -1,7 +1,7 @@
 // Reads ELF64 executables out of memory: the UEFI loader takes the kernel apart with it. Nothing in a file is believed before it was
 // checked, and every header is copied out before it is read, so the bytes need no alignment.
 module;
-#include <stddef.h>
+#include <cstddef>
 export module core.elf;
 import core.std;
 import core.result;

@@ -1,0 +1,81 @@
+module boot.uefi.console;
+import core.std;
+import core.text;
+import core.machine.cpu;
+import boot.uefi.protocol;
+import boot.uefi.text;
+
+namespace fl::boot::uefi {
+
+namespace {
+
+constexpr u16 com1 = 0x3f8;
+constexpr u16 line_status = com1 + 5;
+constexpr u8 transmitter_empty = 0x20;
+constexpr u32 spins_per_byte = 100'000; // a byte takes 87 µs at 115200 baud, a port access about 1 µs
+
+// The ConOut variable holds the device paths of the consoles in use [UEFI-2.10 §3.3].
+bool firmware_prints_on_com1(const SystemTable& system) {
+    static constinit std::array<std::byte, 2048> paths{};
+    u64 size = paths.size();
+    if (system.runtime == nullptr || failed(system.runtime->get_variable(u"ConOut", &global_variable_guid, nullptr, &size, paths.data()))) {
+        return false;
+    }
+    return leads_to_com1(std::span(paths).first(std::min<u64>(size, paths.size())));
+}
+
+} // namespace
+
+void Console::open(const SystemTable& system) {
+    output_ = system.output;
+    serial_present_ = cpu::in8(line_status) != 0xff; // nothing answers: all bits set
+    if (!serial_present_ || (output_ != nullptr && firmware_prints_on_com1(system))) {
+        return;
+    }
+    cpu::out8(com1 + 1, 0);    // no interrupts
+    cpu::out8(com1 + 3, 0x80); // divisor: 115200 baud
+    cpu::out8(com1 + 0, 1);
+    cpu::out8(com1 + 1, 0);
+    cpu::out8(com1 + 3, 0x03); // 8N1
+    cpu::out8(com1 + 2, 0x07); // FIFOs on and empty
+    cpu::out8(com1 + 4, 0x03); // DTR, RTS
+    serial_ = true;
+}
+
+void Console::leave_firmware() {
+    output_ = nullptr;
+    serial_ = serial_present_;
+}
+
+void Console::put(std::string_view text) {
+    if (output_ != nullptr) {
+        // A terminator and a line end fit behind the longest line.
+        std::array<char16_t, 404> wide{};
+        usize n = 0;
+        for (char c : text.substr(0, 400)) {
+            wide[n++] = static_cast<u8>(c) < 0x80 ? static_cast<char16_t>(c) : u'?';
+        }
+        wide[n++] = u'\r';
+        wide[n] = u'\n';
+        output_->output_string(output_, wide.data());
+    }
+    if (serial_) {
+        put_serial(text);
+        put_serial("\r\n");
+    }
+}
+
+void Console::put_serial(std::string_view text) {
+    for (char c : text) {
+        u32 spins = 0;
+        while ((cpu::in8(line_status) & transmitter_empty) == 0) {
+            if (++spins == spins_per_byte) {
+                serial_ = serial_present_ = false;
+                return;
+            }
+        }
+        cpu::out8(com1, static_cast<u8>(c));
+    }
+}
+
+} // namespace fl::boot::uefi

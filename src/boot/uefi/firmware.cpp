@@ -1,0 +1,172 @@
+module;
+#include "core/try.hpp"
+module boot.uefi.firmware;
+import core.std;
+import core.result;
+import boot.handoff;
+import boot.uefi.memory_map;
+import boot.uefi.protocol;
+
+namespace fl::boot::uefi {
+
+namespace {
+
+constexpr u64 page = 4096;
+constexpr u64 spare_descriptors = 64;
+constexpr u64 max_tables = 1024; // entries of the configuration table that are looked at
+
+u64 find_table(const SystemTable& system, const Guid& guid) {
+    const u64 count = system.tables != nullptr ? std::min(system.table_count, max_tables) : 0;
+    for (u64 i = 0; i < count; ++i) {
+        if (system.tables[i].guid == guid) {
+            return system.tables[i].table;
+        }
+    }
+    return 0;
+}
+
+// Closes the file on every way out.
+class OpenFile {
+  public:
+    explicit OpenFile(File* file) : file_(file) {}
+    OpenFile(const OpenFile&) = delete;
+    OpenFile& operator=(const OpenFile&) = delete;
+    ~OpenFile() {
+        if (file_ != nullptr) {
+            file_->close(file_);
+        }
+    }
+    File* operator->() const { return file_; }
+    File* get() const { return file_; }
+
+  private:
+    File* file_;
+};
+
+} // namespace
+
+Result<std::span<std::byte>> allocate(const BootServices& boot, u64 bytes, u64 alignment, MemoryType type) {
+    // The firmware aligns to pages alone: ask for more, and begin inside.
+    const u64 pages = (bytes + alignment - page + page - 1) / page;
+    u64 address = four_gib - 1;
+    const Status status = boot.allocate_pages(allocate_max_address, to_underlying(type), pages, &address);
+    if (failed(status)) {
+        return Error(Code::exhausted, "the firmware has no run of memory below 4 GiB that is long enough (status); give the machine more memory",
+                     success, status);
+    }
+    const u64 begin = (address + alignment - 1) & ~(alignment - 1);
+    auto* data = reinterpret_cast<std::byte*>(begin);
+    std::memset(data, 0, bytes);
+    return std::span<std::byte>(data, bytes);
+}
+
+Result<MemoryMap> MemoryMap::create(const BootServices& boot) {
+    u64 size = 0;
+    u64 key = 0;
+    u64 stride = 0;
+    u32 version = 0;
+    const Status status = boot.get_memory_map(&size, nullptr, &key, &stride, &version);
+    if (status != buffer_too_small) {
+        return Error(Code::protocol, "the firmware does not say how large its memory map is (status)", buffer_too_small, status);
+    }
+    if (version != 1 || stride < sizeof(MemoryDescriptor) || stride > page) {
+        return Error(Code::not_supported, "the firmware's memory map has another version than this loader reads", 1, version);
+    }
+    MemoryMap map;
+    TRY(map.storage_, allocate(boot, size + spare_descriptors * stride, page, MemoryType::loader_data));
+    CHECK(map.refresh(boot));
+    return map;
+}
+
+Result<void> MemoryMap::refresh(const BootServices& boot) {
+    u64 size = storage_.size();
+    u32 version = 0;
+    const Status status = boot.get_memory_map(&size, storage_.data(), &key_, &stride_, &version);
+    if (failed(status) || size > storage_.size()) {
+        size_ = 0;
+        return Error(Code::protocol, "the firmware does not give its memory map (status)", success, status);
+    }
+    size_ = size;
+    return {};
+}
+
+Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const LoadedImage& image, const char16_t* name,
+                                                 std::span<char> into) {
+    void* interface = nullptr;
+    if (image.device == nullptr || failed(boot.handle_protocol(image.device, &file_system_guid, &interface)) || interface == nullptr) {
+        return std::optional<std::span<char>>(); // loaded from the network or from memory
+    }
+    auto* system = static_cast<FileSystem*>(interface);
+    File* opened = nullptr;
+    Status status = system->open_volume(system, &opened);
+    if (failed(status) || opened == nullptr) {
+        return Error(Code::io, "the volume that the loader came from cannot be opened (status); check the file system", success, status);
+    }
+    const OpenFile root(opened);
+    opened = nullptr;
+    status = root->open(root.get(), &opened, name, open_for_reading, 0);
+    if (status == not_found) {
+        return std::optional<std::span<char>>();
+    }
+    if (failed(status) || opened == nullptr) {
+        return Error(Code::io, "the file cannot be opened (status); check the file system", success, status);
+    }
+    const OpenFile file(opened);
+
+    alignas(FileInfo) std::array<std::byte, sizeof(FileInfo) + 512> info_bytes{};
+    u64 info_size = info_bytes.size();
+    FileInfo info{};
+    if (!failed(file->get_info(file.get(), &file_info_guid, &info_size, info_bytes.data()))) {
+        std::memcpy(&info, info_bytes.data(), sizeof info);
+    }
+    if ((info.attributes & attribute_directory) != 0) {
+        return Error(Code::bad_argument, "expected a file, seen a directory of that name; replace it by a text file");
+    }
+
+    usize size = 0;
+    while (size < into.size()) {
+        u64 chunk = into.size() - size;
+        status = file->read(file.get(), &chunk, into.data() + size);
+        if (failed(status) || chunk > into.size() - size) {
+            return Error(Code::io, "the file cannot be read (status); check the disk", success, status);
+        }
+        if (chunk == 0) {
+            break;
+        }
+        size += chunk;
+    }
+    return std::optional(into.first(size));
+}
+
+u64 find_rsdp(const SystemTable& system) {
+    const u64 newer = find_table(system, acpi20_guid);
+    return newer != 0 ? newer : find_table(system, acpi10_guid);
+}
+
+u64 find_smbios(const SystemTable& system) {
+    const u64 newer = find_table(system, smbios3_guid);
+    return newer != 0 ? newer : find_table(system, smbios_guid);
+}
+
+Framebuffer find_framebuffer(const BootServices& boot) {
+    void* interface = nullptr;
+    if (failed(boot.locate_protocol(&graphics_guid, nullptr, &interface)) || interface == nullptr) {
+        return {};
+    }
+    const GraphicsMode* mode = static_cast<Graphics*>(interface)->mode;
+    if (mode == nullptr || mode->info == nullptr || mode->framebuffer == 0) {
+        return {};
+    }
+    const GraphicsInfo info = *mode->info;
+    if (info.format != PixelFormat::red_first && info.format != PixelFormat::blue_first) {
+        return {};
+    }
+    const u64 pitch = u64{info.pixels_per_line} * 4;
+    if (info.width == 0 || info.height == 0 || info.pixels_per_line < info.width || pitch > ~u32{0} ||
+        pitch * info.height > mode->framebuffer_size) {
+        return {}; // the mode does not fit its own memory: better none than one that is drawn over something else
+    }
+    return {mode->framebuffer, info.width, info.height, static_cast<u32>(pitch), info.format == PixelFormat::blue_first ? 1u : 0u};
+}
+
+} // namespace fl::boot::uefi

@@ -1,0 +1,217 @@
+// efi_main: gathers what the kernel needs, loads it, leaves boot services and jumps. docs/decisions/0001-uefi-loader.md says why it is so.
+#include "core/try.hpp"
+import core.std;
+import core.result;
+import core.elf;
+import core.text;
+import core.machine.cpu;
+import boot.handoff;
+import boot.uefi.console;
+import boot.uefi.firmware;
+import boot.uefi.memory_map;
+import boot.uefi.paging;
+import boot.uefi.protocol;
+import boot.uefi.text;
+
+namespace {
+using namespace fl;
+using namespace fl::boot;
+using namespace fl::boot::uefi;
+
+extern "C" {
+// enter.S
+extern const std::byte kernel_elf_begin[];
+extern const std::byte kernel_elf_end[];
+extern const std::byte five_levels_begin[];
+extern const std::byte five_levels_end[];
+[[noreturn]] void enter_kernel(u64 root, u64 boot_info, u64 entry);
+[[noreturn]] void enter_kernel_from_five_levels(u64 root, u64 boot_info, u64 entry, void* page);
+}
+
+constinit Console console;
+
+constexpr u64 cr4_five_levels = 0x1000;
+constexpr u64 max_image = u64{1} << 30; // what the tables map at kernel_virtual
+constexpr u32 exit_tries = 8;
+
+// A command line or map file one byte longer than the longest: BootInfo's setters then see that it was cut.
+constinit std::array<char, BootInfo::max_cmdline + 1> cmdline_storage{};
+constinit std::array<char, BootInfo::max_map_file + 1> map_file_storage{};
+
+// After boot services are gone nobody can be returned to: the verdict ERROR (docs/INTERFACES.md), then stop.
+[[noreturn]] void stop() {
+    cpu::out32(0xf4, 0x12);
+    for (;;) {
+        cpu::interrupts_off();
+        cpu::halt();
+    }
+}
+
+bool has_huge_pages() { return cpu::cpuid(0x80000000).eax >= 0x80000001 && (cpu::cpuid(0x80000001).edx & (u32{1} << 26)) != 0; }
+
+// Load options win over the file; what is not text is reported and passed over.
+Result<void> gather_cmdline(const BootServices& boot, const LoadedImage& image, BootInfo& info) {
+    if (image.load_options != nullptr && image.load_options_size > 0) {
+        const auto options = text_of_load_options({image.load_options, image.load_options_size}, cmdline_storage);
+        if (!options) {
+            console.line("warning: {}; looking for \\firstlight\\cmdline.txt instead", options.error());
+        } else if (const std::string_view text = without_image_name(*options); !text.empty()) {
+            set_cmdline(info, text);
+            return {};
+        }
+    }
+    const auto file = read_file(boot, image, u"\\firstlight\\cmdline.txt", cmdline_storage);
+    if (!file) {
+        console.line("\\firstlight\\cmdline.txt:");
+        return file.error();
+    }
+    if (*file) {
+        TRY(const std::string_view text, text_of_command_line_file(**file));
+        set_cmdline(info, text);
+    }
+    return {};
+}
+
+Result<void> gather_map_file(const BootServices& boot, const LoadedImage& image, BootInfo& info) {
+    const auto file = read_file(boot, image, u"\\firstlight\\map.txt", map_file_storage);
+    if (!file) {
+        console.line("\\firstlight\\map.txt:");
+        return file.error();
+    }
+    if (*file) {
+        set_map_file(info, {(*file)->data(), (*file)->size()});
+    }
+    return {};
+}
+
+struct Prepared {
+    BootInfo* info = nullptr;
+    u64 root = 0;
+    u64 entry = 0;
+    std::byte* five_levels = nullptr; // the page to leave five-level tables through, when they are on
+    MemoryMap map;
+};
+
+Result<void> load_image(const BootServices& boot, const elf::Image& image, BootInfo& info) {
+    if (image.physical_size() > max_image) {
+        return Error(Code::not_supported, "the kernel image is larger than its place at its link address", max_image, image.physical_size());
+    }
+    CHECK(image.require_linear(kernel_virtual));
+    const u64 size = (image.physical_size() + small_page - 1) & ~(small_page - 1);
+    TRY(const std::span<std::byte> memory, allocate(boot, size, large_page, MemoryType::loader_data));
+    CHECK(image.load(memory));
+    info.kernel_phys = reinterpret_cast<u64>(memory.data());
+    info.kernel_size = size;
+    return {};
+}
+
+Result<u64> build_tables(const BootServices& boot, const BootInfo& info, const MemoryMap& map) {
+    const bool huge = has_huge_pages();
+    TRY(const Windows windows, windows_of(map.bytes(), map.stride()));
+    const u64 bytes = PageTables::tables_needed(windows.view(), huge) * small_page;
+    TRY(const std::span<std::byte> memory, allocate(boot, bytes, small_page, MemoryType::loader_data));
+    TRY(PageTables tables,
+        PageTables::create({reinterpret_cast<u64*>(memory.data()), memory.size() / sizeof(u64)}, reinterpret_cast<u64>(memory.data())));
+    for (const Window& w : windows.view()) {
+        CHECK(tables.map(w.begin, w.begin, w.end - w.begin, huge));
+    }
+    CHECK(tables.map(kernel_virtual, info.kernel_phys, (info.kernel_size + large_page - 1) & ~(large_page - 1), false));
+    return tables.root();
+}
+
+Result<Prepared> prepare(Handle handle, const SystemTable& system, u64 tsc) {
+    const BootServices& boot = *system.boot;
+    void* interface = nullptr;
+    if (const Status status = boot.handle_protocol(handle, &loaded_image_guid, &interface); failed(status) || interface == nullptr) {
+        return Error(Code::protocol, "the firmware does not say how the loader was loaded (LoadedImage, status)", success, status);
+    }
+    const LoadedImage& loaded = *static_cast<LoadedImage*>(interface);
+    TRY(const elf::Image image, elf::Image::parse({kernel_elf_begin, kernel_elf_end}));
+
+    Prepared p;
+    TRY(const std::span<std::byte> info_memory, allocate(boot, sizeof(BootInfo), small_page, MemoryType::loader_data));
+    p.info = new (info_memory.data()) BootInfo{};
+    begin(*p.info, Entry::uefi, tsc);
+    CHECK(gather_cmdline(boot, loaded, *p.info));
+    CHECK(gather_map_file(boot, loaded, *p.info));
+    p.info->rsdp = find_rsdp(system);
+    p.info->smbios = find_smbios(system);
+    p.info->framebuffer = find_framebuffer(boot);
+    CHECK(load_image(boot, image, *p.info));
+    p.entry = image.entry();
+    if ((cpu::read_cr4() & cr4_five_levels) != 0) {
+        TRY(const std::span<std::byte> page, allocate(boot, small_page, small_page, MemoryType::loader_code));
+        std::copy(five_levels_begin, five_levels_end, page.data());
+        p.five_levels = page.data();
+    }
+    TRY(p.map, MemoryMap::create(boot));
+    TRY(p.root, build_tables(boot, *p.info, p.map));
+    return p;
+}
+
+// The key of a map goes stale whenever the firmware allocates. A first call that fails may have shut drivers down, so after it only the map
+// may be read again [UEFI-2.10 §7.4.6]: nothing is printed until this is over.
+Result<void> leave(const BootServices& boot, Handle handle, MemoryMap& map) {
+    Status status = success;
+    for (u32 i = 0; i < exit_tries; ++i) {
+        CHECK(map.refresh(boot));
+        status = boot.exit_boot_services(handle, map.key());
+        if (!failed(status)) {
+            return {};
+        }
+    }
+    return Error(Code::protocol, "the firmware does not let go (ExitBootServices, status); update the firmware", success, status);
+}
+
+Result<void> hand_over(const BootServices& boot, Handle handle, Prepared& p) {
+    CHECK(leave(boot, handle, p.map));
+    cpu::interrupts_off();
+    // The image is noted as in use by the kernel's own normalise(), so the map is taken over as it is.
+    const u64 size = std::exchange(p.info->kernel_size, 0);
+    CHECK(add_memory_map(*p.info, p.map.bytes(), p.map.stride()));
+    p.info->kernel_size = size;
+    const u64 info = reinterpret_cast<u64>(p.info);
+    if (p.five_levels != nullptr) {
+        enter_kernel_from_five_levels(p.root, info, p.entry, p.five_levels);
+    }
+    enter_kernel(p.root, info, p.entry);
+}
+
+Status status_of(Code code) {
+    switch (code) {
+    case Code::exhausted: return out_of_resources;
+    case Code::bad_argument: return invalid_parameter;
+    case Code::not_supported: return unsupported;
+    case Code::io: return device_error;
+    default: return load_error;
+    }
+}
+
+} // namespace
+
+extern "C" [[noreturn]] void loader_bug(const char* what) {
+    console.leave_firmware();
+    console.line("bug in the loader: {}", std::string_view(what));
+    stop();
+}
+
+extern "C" Status efi_main(Handle handle, SystemTable* system) {
+    const u64 tsc = cpu::read_tsc();
+    if (system == nullptr || system->header.signature != SystemTable::signature_value || system->boot == nullptr ||
+        system->boot->header.signature != BootServices::signature_value) {
+        return invalid_parameter; // whoever called is no UEFI firmware: there is no console to complain on
+    }
+    console.open(*system);
+    auto prepared = prepare(handle, *system, tsc);
+    if (!prepared) {
+        console.line("error: {}", prepared.error());
+        return status_of(prepared.error().code);
+    }
+    const BootInfo& info = *prepared->info;
+    console.line("image at {:#x}, {} KiB, entry {:#x}; command line: {}", info.kernel_phys, info.kernel_size / 1024, prepared->entry,
+                 info.cmdline_text());
+    const auto failure = hand_over(*system->boot, handle, *prepared);
+    console.leave_firmware();
+    console.line("error: {}", failure.error());
+    stop();
+}
