@@ -51,6 +51,9 @@ void BlockDevice::submit(Request& request) {
         if (request.op != Op::read && geometry_.read_only) {
             return complete(request, Status::read_only);
         }
+        if (request.op == Op::discard && !geometry_.discard) {
+            return complete(request, Status::not_supported);
+        }
     } else if (!geometry_.flush) {
         return complete(request, Status::ok);
     }
@@ -62,7 +65,9 @@ void BlockDevice::complete(Request& request, Status status) {
     request.status = status;
     ++counters_.completed;
     counters_.errors += status != Status::ok ? 1 : 0;
-    executor_.make_ready(request);
+    if (request.waiter) { // a request without a waiter is looked at by its owner: pending() turns false
+        executor_.make_ready(request);
+    }
 }
 
 } // namespace fl::io

@@ -12,6 +12,9 @@ void Executor::add(Service& service) {
 }
 
 void Executor::remove(Service& service) {
+    if (following_ == &service) { // removed by the service that is being visited just now
+        following_ = service.next_;
+    }
     for (Service** at = &services_; *at != nullptr; at = &(*at)->next_) {
         if (*at == &service) {
             *at = service.next_;
@@ -53,14 +56,18 @@ void Executor::cancel(Timer& timer) {
 void Executor::turn() {
     ++turns_;
     turn_time_ = now();
+    // Clear the flag, then look at everything: what is raised from here on is either seen below or keeps us awake. Acquire: partner is the
+    // release in wake(), so that what an interrupt handler wrote before it is seen by drain().
+    if (wake_.load(std::memory_order_relaxed)) {
+        wake_.exchange(false, std::memory_order_acquire);
+    }
 
-    // Only what is ready now: a coroutine that makes itself ready again waits for the next turn, so that queues get theirs.
-    ReadyNode* batch = std::exchange(ready_, nullptr);
-    ready_tail_ = &ready_;
-    while (batch != nullptr) {
-        const auto waiter = batch->waiter;
-        batch = batch->next; // before resuming: the node dies with the frame
-        waiter.resume();
+    // Only what is ready now: a coroutine that makes itself ready again waits for the next turn, so that queues get theirs. A coroutine that is
+    // destroyed by one resumed before it takes its node out of the batch.
+    ReadyList batch;
+    batch.take_all(ready_);
+    while (ReadyNode* node = batch.pop()) {
+        node->waiter.resume(); // the node may die with the frame
     }
 
     while (touched_ != nullptr) {
@@ -68,8 +75,8 @@ void Executor::turn() {
         service->touched_ = false;
         service->flush();
     }
-    for (Service *service = services_, *next = nullptr; service != nullptr; service = next) {
-        next = service->next_;
+    for (Service* service = services_; service != nullptr; service = following_) {
+        following_ = service->next_;
         static_cast<void>(service->drain());
     }
 
@@ -82,19 +89,19 @@ void Executor::turn() {
         }
         if (time >= next_tick_) {
             next_tick_ = after(time, tick_length);
-            for (Service *service = services_, *next = nullptr; service != nullptr; service = next) {
-                next = service->next_;
+            for (Service* service = services_; service != nullptr; service = following_) {
+                following_ = service->next_;
                 service->tick(time);
             }
         }
     }
-    if (ready_ != nullptr || touched_ != nullptr) {
+    if (!ready_.empty() || touched_ != nullptr) {
         return;
     }
 
-    // About to sleep. Clear the flag first: whatever is raised from here on keeps us awake. Acquire: pairs with wake().
-    if (wake_.exchange(false, std::memory_order_acquire)) {
-        return; // something came while we worked: look at it in the next turn
+    // About to sleep. Relaxed: nothing is read on the strength of it; the next turn acquires.
+    if (wake_.load(std::memory_order_relaxed)) {
+        return; // something came while we worked
     }
     bool found = false;
     for (Service* service = services_; service != nullptr; service = service->next_) {
@@ -119,6 +126,12 @@ bool Signal::drain() {
     return true;
 }
 
+TaskGroup::~TaskGroup() {
+    while (members_ != nullptr) {
+        std::coroutine_handle<Member::promise_type>::from_promise(*members_).destroy(); // leaves the list
+    }
+}
+
 Result<void> TaskGroup::spawn(Task<Result<void>> task) {
     const bool has_frame = static_cast<bool>(task);
     Member member = has_frame ? run(*this, std::move(task)) : Member{};
@@ -126,6 +139,12 @@ Result<void> TaskGroup::spawn(Task<Result<void>> task) {
         return Error{Code::exhausted, "no coroutine frame left to start a task: a smaller queue depth, or a larger io::FramePool"};
     }
     ++running_;
+    member.promise->next_member = members_;
+    member.promise->link = &members_;
+    if (members_ != nullptr) {
+        members_->link = &member.promise->next_member;
+    }
+    members_ = member.promise;
     member.promise->waiter = std::coroutine_handle<Member::promise_type>::from_promise(*member.promise);
     executor_.make_ready(*member.promise);
     return {};

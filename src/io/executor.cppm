@@ -8,10 +8,71 @@ import io.task;
 
 export namespace fl::io {
 
-/// Something that waits to be resumed. Lives in the frame of the coroutine that waits.
+/// Something that waits to be resumed. Lives in the frame of the coroutine that waits, and leaves the list that it stands in when it dies: a
+/// frame may be destroyed between the completion and the resumption.
 struct ReadyNode {
-    ReadyNode* next = nullptr;
+    ReadyNode* next = nullptr; // nullptr: in no list
+    ReadyNode* previous = nullptr;
     std::coroutine_handle<> waiter{};
+
+    ReadyNode() = default;
+    explicit ReadyNode(std::coroutine_handle<> handle) : waiter(handle) {}
+    ReadyNode(const ReadyNode&) = delete;
+    ReadyNode& operator=(const ReadyNode&) = delete;
+    ~ReadyNode() { unlink(); }
+
+    bool queued() const { return next != nullptr; }
+    void unlink() {
+        if (next != nullptr) {
+            previous->next = next;
+            next->previous = previous;
+            next = previous = nullptr;
+        }
+    }
+};
+
+/// Nodes in order of arrival, a ring through `head_`. Owns nothing.
+class ReadyList {
+  public:
+    ReadyList() { head_.next = head_.previous = &head_; }
+    ReadyList(const ReadyList&) = delete;
+    ReadyList& operator=(const ReadyList&) = delete;
+    ~ReadyList() {
+        while (pop() != nullptr) {
+        }
+        head_.next = head_.previous = nullptr;
+    }
+
+    bool empty() const { return head_.next == &head_; }
+    /// At the end; a node that is in a list already stays where it is.
+    void push(ReadyNode& node) {
+        if (!node.queued()) [[likely]] {
+            node.next = &head_;
+            node.previous = head_.previous;
+            head_.previous->next = &node;
+            head_.previous = &node;
+        }
+    }
+    ReadyNode* pop() {
+        ReadyNode* node = head_.next;
+        if (node == &head_) {
+            return nullptr;
+        }
+        node->unlink();
+        return node;
+    }
+    /// Takes over everything from `other`; this list is empty before.
+    void take_all(ReadyList& other) {
+        if (!other.empty()) {
+            head_.next = other.head_.next;
+            head_.previous = other.head_.previous;
+            head_.next->previous = head_.previous->next = &head_;
+            other.head_.next = other.head_.previous = &other.head_;
+        }
+    }
+
+  private:
+    ReadyNode head_;
 };
 
 class Executor;
@@ -70,13 +131,10 @@ class Executor {
             touched_ = &service;
         }
     }
-    void make_ready(ReadyNode& node) {
-        node.next = nullptr;
-        *ready_tail_ = &node;
-        ready_tail_ = &node.next;
-    }
-    /// From an interrupt handler, or another processor: something has happened, do not sleep. Release: pairs with the acquire exchange in
-    /// the turn that follows, so that what the handler wrote before is seen by drain().
+    /// The node's waiter is resumed in the next turn, once, however often this is called before.
+    void make_ready(ReadyNode& node) { ready_.push(node); }
+    /// From an interrupt handler, or another processor: something has happened, do not sleep. Release: partner is the acquire exchange at the
+    /// beginning of the turn that follows, so that what the handler wrote before is seen by drain().
     void wake() { wake_.store(true, std::memory_order_release); }
     Instant now() const { return platform_.now(platform_.context); }
     /// The time at the beginning of this turn; cheap, for deadlines.
@@ -90,7 +148,7 @@ class Executor {
         if (!root.handle) {
             return Error{Code::exhausted, "no coroutine frame left to start a task"};
         }
-        ReadyNode first{nullptr, root.handle};
+        ReadyNode first(root.handle);
         make_ready(first);
         while (!value) {
             turn();
@@ -149,10 +207,10 @@ class Executor {
     }
 
     Platform platform_;
-    ReadyNode* ready_ = nullptr;
-    ReadyNode** ready_tail_ = &ready_;
+    ReadyList ready_;
     Service* services_ = nullptr;
     Service* touched_ = nullptr;
+    Service* following_ = nullptr; // the next one to be visited, while a loop over services_ is under way
     Timer* timers_ = nullptr;
     Instant turn_time_ = 0;
     Instant next_tick_ = 0;
@@ -215,35 +273,61 @@ class Signal final : public Service {
     std::atomic<bool> raised_{false};
 };
 
-/// Starts tasks side by side and waits for all of them: group.spawn(…) up to any number, then co_await group.join(). The group must
-/// outlive its tasks, so join before it dies. The first error is kept.
+/// Starts tasks side by side and waits for all of them: group.spawn(…) up to any number, then co_await group.join(). The group owns its tasks:
+/// those that have not finished when it dies are destroyed, with all they wait for. The first error is kept.
 class TaskGroup {
   public:
     explicit TaskGroup(Executor& executor) : executor_(executor) {}
     TaskGroup(const TaskGroup&) = delete;
     TaskGroup& operator=(const TaskGroup&) = delete;
+    ~TaskGroup();
 
     /// Queues the task; it runs when the executor next takes what is ready. Error{exhausted}: no frame.
     Result<void> spawn(Task<Result<void>> task);
     auto join() {
         struct Awaiter {
             TaskGroup& group;
+            std::coroutine_handle<> waiting{};
+            explicit Awaiter(TaskGroup& g) : group(g) {}
+            Awaiter(const Awaiter&) = delete;
+            Awaiter& operator=(const Awaiter&) = delete;
+            ~Awaiter() {
+                if (waiting && group.joiner_.waiter == waiting) { // destroyed while it waited
+                    group.joiner_.unlink();
+                    group.joiner_.waiter = {};
+                }
+            }
             bool await_ready() const { return group.running_ == 0; }
-            void await_suspend(std::coroutine_handle<> h) { group.joiner_.waiter = h; }
-            Result<void> await_resume() const {
+            void await_suspend(std::coroutine_handle<> h) { group.joiner_.waiter = waiting = h; }
+            Result<void> await_resume() {
+                if (waiting) {
+                    group.joiner_.waiter = waiting = {};
+                }
                 if (group.first_error_) {
                     return *group.first_error_;
                 }
                 return {};
             }
         };
-        return Awaiter{*this};
+        return Awaiter(*this);
     }
     usize running() const { return running_; }
 
   private:
     struct Member {
         struct promise_type : PoolAllocated, ReadyNode {
+            promise_type* next_member = nullptr;
+            promise_type** link = nullptr; // what points to us; nullptr: in no group
+            ~promise_type() { leave(); }
+            void leave() {
+                if (link != nullptr) {
+                    *link = next_member;
+                    if (next_member != nullptr) {
+                        next_member->link = link;
+                    }
+                    link = nullptr;
+                }
+            }
             Member get_return_object() noexcept { return {this}; }
             static Member get_return_object_on_allocation_failure() noexcept { return {}; }
             std::suspend_always initial_suspend() const noexcept { return {}; }
@@ -256,6 +340,7 @@ class TaskGroup {
     static Member run(TaskGroup& group, Task<Result<void>> task);
 
     Executor& executor_;
+    Member::promise_type* members_ = nullptr;
     usize running_ = 0;
     ReadyNode joiner_{};
     std::optional<Error> first_error_;

@@ -1,0 +1,342 @@
+module;
+#include <core/try.hpp>
+module io.bench;
+import core.std;
+import core.result;
+import core.text;
+import core.log;
+import core.time;
+import core.dma;
+import io.task;
+import io.executor;
+import io.block;
+import io.histogram;
+import io.random;
+
+namespace fl::io {
+
+namespace {
+
+// How many letters to change, add or drop; the words are short.
+constexpr u32 edit_distance(std::string_view a, std::string_view b) {
+    constexpr usize limit = 16;
+    if (a.size() >= limit || b.size() >= limit) {
+        return limit;
+    }
+    std::array<u32, limit> row{};
+    for (usize j = 0; j <= b.size(); ++j) {
+        row[j] = static_cast<u32>(j);
+    }
+    for (usize i = 1; i <= a.size(); ++i) {
+        u32 diagonal = std::exchange(row[0], static_cast<u32>(i));
+        for (usize j = 1; j <= b.size(); ++j) {
+            const u32 here = std::min({row[j] + 1, row[j - 1] + 1, diagonal + (a[i - 1] == b[j - 1] ? 0 : 1)});
+            diagonal = std::exchange(row[j], here);
+        }
+    }
+    return row[b.size()];
+}
+
+struct Word {
+    std::string_view word;
+    std::string_view if_meant; // the message for something that looks like it
+};
+
+constexpr std::array<Word, 5> pattern_words{{
+    {"randread", "unknown workload: is randread meant? There are randread, randwrite, read, write, mixed"},
+    {"randwrite", "unknown workload: is randwrite meant? There are randread, randwrite, read, write, mixed"},
+    {"read", "unknown workload: is read meant? There are randread, randwrite, read, write, mixed"},
+    {"write", "unknown workload: is write meant? There are randread, randwrite, read, write, mixed"},
+    {"mixed", "unknown workload: is mixed meant? There are randread, randwrite, read, write, mixed"},
+}};
+constexpr std::array<Word, 5> key_words{{
+    {"bs", "unknown key of a workload: is bs= meant? There are bs, qd, count, seed, mix"},
+    {"qd", "unknown key of a workload: is qd= meant? There are bs, qd, count, seed, mix"},
+    {"count", "unknown key of a workload: is count= meant? There are bs, qd, count, seed, mix"},
+    {"seed", "unknown key of a workload: is seed= meant? There are bs, qd, count, seed, mix"},
+    {"mix", "unknown key of a workload: is mix= meant? There are bs, qd, count, seed, mix"},
+}};
+
+Result<usize> find_word(std::span<const Word> words, std::string_view text) {
+    usize best = 0;
+    for (usize i = 0; i < words.size(); ++i) {
+        if (words[i].word == text) {
+            return i;
+        }
+        if (edit_distance(words[i].word, text) < edit_distance(words[best].word, text)) {
+            best = i;
+        }
+    }
+    return Error{Code::bad_argument, words[best].if_meant};
+}
+
+// A number with an optional k, m or g.
+std::optional<u64> parse_size(std::string_view text) {
+    u32 shift = 0;
+    if (!text.empty()) {
+        switch (text.back()) {
+        case 'k': shift = 10; break;
+        case 'm': shift = 20; break;
+        case 'g': shift = 30; break;
+        default: break;
+        }
+    }
+    const auto value = parse_number(shift == 0 ? text : text.substr(0, text.size() - 1));
+    if (!value || (*value << shift) >> shift != *value) {
+        return std::nullopt;
+    }
+    return *value << shift;
+}
+
+// Everything before the first ',', which is dropped with it.
+std::string_view cut(std::string_view& text) {
+    usize n = 0;
+    while (n < text.size() && text[n] != ',') {
+        ++n;
+    }
+    const std::string_view head = text.substr(0, n);
+    text.remove_prefix(std::min(n + 1, text.size()));
+    return head;
+}
+
+Result<void> check(const Workload& w) {
+    if (w.bs == 0 || w.bs % 512 != 0 || w.bs > Workload::max_bs) {
+        return Error{Code::bad_argument, "bs of a workload: a multiple of 512, at most 1m", Workload::max_bs, w.bs};
+    }
+    if (w.qd == 0 || w.qd > Workload::max_qd) {
+        return Error{Code::bad_argument, "qd of a workload: 1 to 256", Workload::max_qd, w.qd};
+    }
+    if (w.count == 0 || w.count > Workload::max_count) {
+        return Error{Code::bad_argument, "count of a workload: 1 to 4294967295", Workload::max_count, w.count};
+    }
+    if (w.mix > 100) {
+        return Error{Code::bad_argument, "mix of a workload: the percentage of reads, 0 to 100", 100, w.mix};
+    }
+    return {};
+}
+
+Latencies summary(const Histogram& histogram, u32 bs) {
+    Latencies out;
+    out.ios = histogram.count();
+    out.bytes = histogram.count() * bs;
+    out.min = histogram.min();
+    out.max = histogram.max();
+    out.mean = histogram.mean();
+    out.stddev = histogram.stddev();
+    for (usize i = 0; i < Histogram::usual.size(); ++i) {
+        out.percentiles[i] = histogram.percentile(Histogram::usual[i]);
+    }
+    return out;
+}
+
+u64 allocations(const BenchOptions& options) {
+    return frame_pool().allocations() + (options.allocations != nullptr ? options.allocations() : 0);
+}
+
+} // namespace
+
+Result<Workload> parse_workload(std::string_view text) {
+    Workload w;
+    TRY(const usize pattern, find_word(pattern_words, cut(text)));
+    w.pattern = static_cast<Pattern>(pattern);
+    bool ended = text.empty();
+    while (!ended) {
+        const std::string_view item = cut(text);
+        ended = text.empty();
+        usize equals = 0;
+        while (equals < item.size() && item[equals] != '=') {
+            ++equals;
+        }
+        TRY(const usize key, find_word(key_words, item.substr(0, equals)));
+        const auto value = equals < item.size() ? parse_size(item.substr(equals + 1)) : std::nullopt;
+        if (!value) {
+            return Error{Code::bad_argument,
+                         "a workload's bs, qd, count, seed and mix want a number, as in bs=4k,qd=1,count=2000,seed=1,mix=70"};
+        }
+        const u32 clamped = static_cast<u32>(std::min<u64>(*value, ~u32{0}));
+        switch (key) {
+        case 0: w.bs = clamped; break;
+        case 1: w.qd = clamped; break;
+        case 2: w.count = *value; break;
+        case 3: w.seed = *value; break;
+        default: w.mix = clamped; break;
+        }
+    }
+    CHECK(check(w));
+    return w;
+}
+
+Result<void> Bench::prepare(BlockDevice& disk, const Workload& w, const BenchOptions& options) {
+    CHECK(check(w));
+    const Geometry& g = disk.geometry();
+    if (w.writes() && !options.scratch) {
+        return Error{Code::bad_argument, "a workload that writes needs a disk that may be overwritten: name it in scratch="};
+    }
+    if (w.writes() && g.read_only) {
+        return Error{Code::bad_argument, "a workload that writes was asked for, and the disk is read-only"};
+    }
+    if (w.bs % g.sector_size != 0) {
+        return Error{Code::bad_argument, "bs of a workload must be a multiple of the disk's sector size", g.sector_size, w.bs};
+    }
+    workload_ = w;
+    sectors_per_block_ = w.bs / g.sector_size;
+    blocks_ = g.sectors / sectors_per_block_;
+    const bool sequential = w.pattern == Pattern::read || w.pattern == Pattern::write;
+    const u64 needed = sequential ? w.count : 1;
+    if (blocks_ < needed) {
+        return Error{Code::bad_argument, "the disk is smaller than the workload asks for (blocks of bs bytes): a smaller count or bs", needed,
+                     blocks_};
+    }
+    if (options.dma == nullptr) {
+        return Error{Code::bad_argument, "a workload needs memory for its buffers"};
+    }
+    left_ = w.count;
+    block_ = 0;
+    random_ = SplitMix64(mix64(w.seed));
+    errors_ = 0;
+    stopped_ = false;
+    first_error_.reset();
+    read_.reset();
+    write_.reset();
+    SplitMix64 filling(w.seed);
+    for (u32 i = 0; i < w.qd; ++i) {
+        TRY(buffers_[i], options.dma->buffer(w.bs));
+        for (u32 at = 0; at < w.bs; at += 8) { // not zeroes, which a host may treat better
+            const u64 word = filling.next();
+            std::memcpy(buffers_[i].data() + at, &word, 8);
+        }
+    }
+    return {};
+}
+
+void Bench::release() {
+    for (DmaBuffer& buffer : buffers_) {
+        buffer.reset();
+    }
+}
+
+// The addresses come in one sequence, whichever slot takes them: the same seed reads the same blocks at every queue depth.
+inline bool Bench::next(Op& op, u64& lba) {
+    if (left_ == 0 || stopped_) {
+        return false;
+    }
+    --left_;
+    switch (workload_.pattern) {
+    case Pattern::randread:
+    case Pattern::randwrite:
+        op = workload_.pattern == Pattern::randread ? Op::read : Op::write;
+        lba = random_.below(blocks_) * sectors_per_block_;
+        break;
+    case Pattern::read:
+    case Pattern::write:
+        op = workload_.pattern == Pattern::read ? Op::read : Op::write;
+        lba = block_++ * sectors_per_block_;
+        break;
+    case Pattern::mixed:
+        op = random_.below(100) < workload_.mix ? Op::read : Op::write;
+        lba = random_.below(blocks_) * sectors_per_block_;
+        break;
+    }
+    return true;
+}
+
+inline void Bench::ended(const Request& request, Instant begun, Instant now) {
+    if (request.status == Status::ok) [[likely]] {
+        (request.op == Op::read ? read_ : write_).record(now - begun);
+        return;
+    }
+    ++errors_;
+    if (!first_error_) {
+        first_error_ = to_error(request.status);
+    }
+    // A bad sector is one bad sector; anything else will not get better by asking two thousand times.
+    stopped_ = stopped_ || request.status != Status::io_error;
+}
+
+Task<Result<void>> Bench::slot(Bench& bench, BlockDevice& disk, u32 index) {
+    const DmaSpan buffer = bench.buffers_[index].span().subspan(0, bench.workload_.bs);
+    Executor& executor = disk.executor();
+    Op op = Op::read;
+    u64 lba = 0;
+    // One stamp ends an I/O and begins the next one.
+    Instant begun = executor.now();
+    while (bench.next(op, lba)) {
+        BlockDevice::Transfer transfer(disk, op, lba, buffer);
+        static_cast<void>(co_await transfer); // its status says it, too
+        const Instant now = executor.now();
+        bench.ended(transfer, begun, now);
+        begun = now;
+        if (transfer.buffer_lost) [[unlikely]] {
+            bench.buffers_[index].abandon();
+            break;
+        }
+    }
+    co_return Result<void>{};
+}
+
+Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, BenchOptions options) {
+    if (auto ready = prepare(disk, workload, options); !ready) {
+        release();
+        co_return ready.error();
+    }
+    TaskGroup group(disk.executor());
+    Result<void> spawned;
+    for (u32 i = 0; i < workload.qd && spawned; ++i) {
+        spawned = group.spawn(slot(*this, disk, i));
+    }
+    if (!spawned) {
+        left_ = 0; // those that were started end at once
+        static_cast<void>(co_await group.join());
+        release();
+        co_return spawned.error();
+    }
+    BenchReport report;
+    report.workload = workload;
+    const Counters counters_before = disk.counters();
+    const u64 allocations_before = allocations(options);
+    const Instant begun = disk.executor().now();
+    static_cast<void>(co_await group.join());
+    report.runtime_ns = disk.executor().now() - begun;
+    report.allocations = allocations(options) - allocations_before;
+    report.counters = disk.counters() - counters_before;
+    report.errors = errors_ + left_;
+    report.first_error = first_error_;
+    report.read = summary(read_, workload.bs);
+    report.write = summary(write_, workload.bs);
+    release();
+    co_return report;
+}
+
+namespace {
+void print_direction(log::Record& record, std::string_view key, const Latencies& l) {
+    record.open(key, '{').number("ios", l.ios).number("bytes", l.bytes);
+    record.open("lat_ns", '{').number("min", l.min).number("max", l.max).number("mean", l.mean).number("stddev", l.stddev).number("N", l.ios);
+    record.open("percentile", '{');
+    for (usize i = 0; i < Histogram::usual.size(); ++i) {
+        FixedText<16> percent;
+        print(percent, "{}.{:06}", Histogram::usual[i] / 1'000'000, Histogram::usual[i] % 1'000'000);
+        record.number(percent, l.percentiles[i]);
+    }
+    record.close('}').close('}').close('}');
+}
+} // namespace
+
+void print_record(const BlockDevice& disk, const BenchReport& report) {
+    const Workload& w = report.workload;
+    log::Record record("result");
+    record.text("disk", disk.identity().name).text("driver", disk.identity().driver).text("kind", name(disk.identity().kind));
+    record.text("workload", name(w.pattern))
+        .number("bs", w.bs)
+        .number("qd", w.qd)
+        .number("count", w.count)
+        .number("seed", w.seed)
+        .number("mix", w.mix);
+    record.number("runtime_ns", report.runtime_ns).number("errors", report.errors);
+    record.number("device_accesses", report.counters.device_accesses).number("hypercalls", report.counters.hypercalls);
+    record.number("notifications", report.counters.notifications).number("interrupts", report.counters.interrupts);
+    record.number("allocations", report.allocations);
+    print_direction(record, "read", report.read);
+    print_direction(record, "write", report.write);
+}
+
+} // namespace fl::io

@@ -1,0 +1,108 @@
+// The workloads: one coroutine per queue slot, the same for every disk. What is measured is what docs/INTERFACES.md calls the record `result`.
+export module io.bench;
+import core.std;
+import core.result;
+import core.time;
+import core.dma;
+import io.task;
+import io.executor;
+import io.block;
+import io.histogram;
+import io.random;
+
+export namespace fl::io {
+
+enum class Pattern : u8 { randread, randwrite, read, write, mixed };
+constexpr std::string_view name(Pattern pattern) {
+    constexpr std::array<std::string_view, 5> names{"randread", "randwrite", "read", "write", "mixed"};
+    return names[to_underlying(pattern)];
+}
+
+/// One workload as the command line gives it.
+struct Workload {
+    static constexpr u32 max_qd = 256;
+    static constexpr u32 max_bs = 1024 * 1024;
+    static constexpr u64 max_count = 0xffff'ffff;
+
+    Pattern pattern = Pattern::randread;
+    u32 bs = 4096;    // bytes of one I/O: a multiple of 512, at most max_bs
+    u32 qd = 1;       // I/Os under way at once, at most max_qd
+    u64 count = 2000; // I/Os in all, at most max_count
+    u64 seed = 1;
+    u32 mix = 70; // per cent of reads in `mixed`
+
+    constexpr bool writes() const {
+        return pattern == Pattern::randwrite || pattern == Pattern::write || (pattern == Pattern::mixed && mix < 100);
+    }
+};
+
+/// `randread,bs=4k,qd=1,count=2000,seed=1,mix=70`; all but the name may be left out. Error{bad_argument}: its message names the key that is
+/// meant, or the values that are allowed.
+Result<Workload> parse_workload(std::string_view text);
+
+/// One direction of a finished run, in nanoseconds.
+struct Latencies {
+    u64 ios = 0; // those that ended well; the latencies are of these
+    u64 bytes = 0;
+    u64 min = 0;
+    u64 max = 0;
+    u64 mean = 0;
+    u64 stddev = 0;
+    std::array<u64, Histogram::usual.size()> percentiles{}; // of Histogram::usual
+};
+
+struct BenchReport {
+    Workload workload;
+    Nanoseconds runtime_ns = 0; // from the first submission to the last completion
+    u64 errors = 0;             // I/Os that failed or were given up
+    Counters counters;          // of the disk, over the run
+    u64 allocations = 0;        // coroutine frames and heap blocks, over the run
+    Latencies read;
+    Latencies write;
+    std::optional<Error> first_error;
+};
+
+/// What a run needs beside the disk.
+struct BenchOptions {
+    DmaAllocator* dma = nullptr;    // buffers: qd times bs bytes, taken before the measured part
+    bool scratch = false;           // the disk may be overwritten
+    u64 (*allocations)() = nullptr; // counts the allocations of everybody else (the kernel's heap); may be absent
+};
+
+/// Runs workloads, one at a time. 50 KiB: not for a stack in the kernel, nor for a coroutine frame.
+class Bench {
+  public:
+    Bench() = default;
+    Bench(const Bench&) = delete;
+    Bench& operator=(const Bench&) = delete;
+
+    /// Measures. Error{bad_argument}, before anything is submitted: a block size that does not suit the disk, a disk that is smaller than asked,
+    /// a write workload without options.scratch or on a read-only disk. Error{exhausted}: no buffers or frames. I/Os that fail are counted in
+    /// the report; a disk that has timed out, gone or broken its protocol ends the run, and what was not done counts as failed.
+    Task<Result<BenchReport>> run(BlockDevice& disk, Workload workload, BenchOptions options);
+
+  private:
+    static Task<Result<void>> slot(Bench& bench, BlockDevice& disk, u32 index);
+    Result<void> prepare(BlockDevice& disk, const Workload& workload, const BenchOptions& options);
+    bool next(Op& op, u64& lba);
+    void ended(const Request& request, Instant begun, Instant now);
+    void release();
+
+    Workload workload_;
+    u64 left_ = 0;   // I/Os not yet started
+    u64 blocks_ = 0; // of workload_.bs bytes on the disk
+    u64 block_ = 0;  // the next one of a sequential workload
+    u64 sectors_per_block_ = 0;
+    SplitMix64 random_;
+    u64 errors_ = 0;
+    bool stopped_ = false;
+    std::optional<Error> first_error_;
+    Histogram read_;
+    Histogram write_;
+    std::array<DmaBuffer, Workload::max_qd> buffers_;
+};
+
+/// The record `result`.
+void print_record(const BlockDevice& disk, const BenchReport& report);
+
+} // namespace fl::io

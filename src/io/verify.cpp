@@ -1,0 +1,224 @@
+module;
+#include <core/try.hpp>
+module io.verify;
+import core.std;
+import core.result;
+import core.crc32c;
+import core.log;
+import core.dma;
+import io.task;
+import io.executor;
+import io.block;
+import io.random;
+
+namespace fl::io {
+
+namespace {
+
+template <class T>
+void put(std::span<std::byte> block, usize offset, T value) {
+    std::memcpy(block.data() + offset, &value, sizeof(T));
+}
+template <class T>
+T get(std::span<const std::byte> block, usize offset) {
+    T value;
+    std::memcpy(&value, block.data() + offset, sizeof(T));
+    return value;
+}
+
+constexpr usize crc_offset = 32;
+
+SplitMix64 payload_of(const Stamp& stamp) { return SplitMix64(mix64(mix64(mix64(stamp.seed) + stamp.lba) + stamp.generation)); }
+
+u32 crc_of(std::span<const std::byte> block) {
+    constexpr std::array<std::byte, 4> zero{};
+    return crc32c(block.subspan(crc_offset + 4), crc32c(zero, crc32c(block.first(crc_offset))));
+}
+
+} // namespace
+
+void write_stamp(std::span<std::byte> block, const Stamp& stamp) {
+    put<u64>(block, 0, Stamp::magic);
+    put<u64>(block, 8, stamp.lba);
+    put<u64>(block, 16, stamp.generation);
+    put<u64>(block, 24, stamp.seed);
+    put<u32>(block, 36, static_cast<u32>(block.size()));
+    SplitMix64 payload = payload_of(stamp);
+    for (usize at = Stamp::header_bytes; at + 8 <= block.size(); at += 8) {
+        put<u64>(block, at, payload.next());
+    }
+    put<u32>(block, crc_offset, crc_of(block));
+}
+
+BlockCheck check_stamp(std::span<const std::byte> block, const Stamp& stamp) {
+    const auto differs = [&](u64 expected, u64 seen, Mismatch what, BlockCheck& into) {
+        into = {what, expected, seen};
+        return expected != seen;
+    };
+    BlockCheck check;
+    if (differs(Stamp::magic, get<u64>(block, 0), Mismatch::magic, check) || differs(stamp.lba, get<u64>(block, 8), Mismatch::lba, check) ||
+        differs(stamp.generation, get<u64>(block, 16), Mismatch::generation, check) ||
+        differs(stamp.seed, get<u64>(block, 24), Mismatch::seed, check) || differs(block.size(), get<u32>(block, 36), Mismatch::size, check) ||
+        differs(crc_of(block), get<u32>(block, crc_offset), Mismatch::crc, check)) {
+        return check;
+    }
+    SplitMix64 payload = payload_of(stamp);
+    for (usize at = Stamp::header_bytes; at + 8 <= block.size(); at += 8) {
+        if (differs(payload.next(), get<u64>(block, at), Mismatch::payload, check)) {
+            return check;
+        }
+    }
+    return {};
+}
+
+namespace {
+
+struct Run {
+    BlockDevice& disk;
+    VerifyReport& report;
+    u64 next = 0; // block
+    bool stopped = false;
+
+    bool take(u64& block) {
+        if (stopped || next == report.blocks) {
+            return false;
+        }
+        block = next++;
+        return true;
+    }
+    u64 lba(u64 block) const { return report.plan.first_lba + block * (report.plan.bs / 512); }
+    Stamp stamp(u64 block) const { return {lba(block), report.plan.generation, report.plan.seed}; }
+    u64 sector(u64 block) const { return lba(block) / (disk.geometry().sector_size / 512); }
+    void failed(Status status) {
+        if (!report.first_error) {
+            report.first_error = to_error(status);
+        }
+        stopped = stopped || status != Status::io_error; // a bad sector is one bad sector; anything else will not get better
+    }
+    void check(std::span<const std::byte> data, u64 block) {
+        ++report.read;
+        const BlockCheck result = check_stamp(data, stamp(block));
+        if (result.what != Mismatch::none) {
+            if (report.bad < report.first_bad.size()) {
+                report.first_bad[report.bad] = {lba(block), result};
+            }
+            ++report.bad;
+        }
+    }
+};
+
+// A read that moves nothing must not find what an earlier transfer left in the buffer.
+void poison(std::span<std::byte> block) {
+    for (usize at = 0; at < block.size(); at += 512) {
+        put<u64>(block, at, 0xdead'dead'dead'dead);
+    }
+}
+
+Task<Result<void>> slot(Run& run, Op op, DmaBuffer owned) {
+    const DmaSpan buffer = owned.span().subspan(0, run.report.plan.bs);
+    u64 block = 0;
+    while (run.take(block)) {
+        if (op == Op::write) {
+            write_stamp(buffer.bytes(), run.stamp(block));
+        } else {
+            poison(buffer.bytes());
+        }
+        BlockDevice::Transfer transfer(run.disk, op, run.sector(block), buffer);
+        static_cast<void>(co_await transfer); // its status says it, too
+        if (transfer.status != Status::ok) {
+            run.failed(transfer.status);
+        } else if (op == Op::write) {
+            ++run.report.written;
+        } else {
+            run.check(buffer.bytes(), block);
+        }
+        if (transfer.buffer_lost) {
+            owned.abandon();
+            break;
+        }
+    }
+    co_return Result<void>{};
+}
+
+// All blocks once, in one direction.
+Task<Result<void>> pass(Run& run, Op op, DmaAllocator& dma) {
+    run.next = 0;
+    TaskGroup group(run.disk.executor());
+    Result<void> spawned;
+    for (u32 i = 0; i < run.report.plan.qd && spawned; ++i) {
+        auto buffer = dma.buffer(run.report.plan.bs);
+        spawned = buffer ? group.spawn(slot(run, op, *std::move(buffer))) : Result<void>(buffer.error());
+    }
+    run.stopped = run.stopped || !spawned;
+    static_cast<void>(co_await group.join());
+    co_return spawned;
+}
+
+Result<u64> blocks_of(const Geometry& g, const VerifyPlan& plan) {
+    if (plan.bs == 0 || plan.bs % g.sector_size != 0 || plan.bs > 1_MiB) {
+        return Error{Code::bad_argument, "verify: bs must be a multiple of the disk's sector size, at most 1m", g.sector_size, plan.bs};
+    }
+    if (plan.qd == 0 || plan.qd > 256) {
+        return Error{Code::bad_argument, "verify: qd must be 1 to 256", 256, plan.qd};
+    }
+    const u64 units = plan.bs / 512;
+    if (plan.first_lba % units != 0) {
+        return Error{Code::bad_argument, "verify: the first LBA must be a multiple of the block", units, plan.first_lba};
+    }
+    const u64 on_disk = g.sectors / (plan.bs / g.sector_size);
+    const u64 skipped = plan.first_lba / units;
+    if (skipped >= on_disk || plan.count > on_disk - skipped) {
+        return Error{Code::bad_argument, "verify: the disk has fewer blocks than asked for", plan.count,
+                     skipped >= on_disk ? 0 : on_disk - skipped};
+    }
+    if (plan.write && !plan.scratch) {
+        return Error{Code::bad_argument, "verify overwrites the disk: name it in scratch="};
+    }
+    if (plan.write && g.read_only) {
+        return Error{Code::bad_argument, "verify would have to write, and the disk is read-only"};
+    }
+    return plan.count != 0 ? plan.count : on_disk - skipped;
+}
+
+} // namespace
+
+Task<Result<VerifyReport>> verify(BlockDevice& disk, VerifyPlan plan, DmaAllocator& dma) {
+    VerifyReport report;
+    report.plan = plan;
+    CO_TRY(report.blocks, blocks_of(disk.geometry(), plan));
+    Run run{disk, report};
+    if (plan.write) {
+        CO_CHECK(co_await pass(run, Op::write, dma));
+        if (!run.stopped) {
+            BlockDevice::Transfer flush(disk, Op::flush, 0, {});
+            static_cast<void>(co_await flush);
+            if (flush.status != Status::ok) {
+                run.failed(flush.status);
+            }
+        }
+    }
+    CO_CHECK(co_await pass(run, Op::read, dma));
+    co_return report;
+}
+
+void print_record(const BlockDevice& disk, const VerifyReport& report) {
+    for (const BadBlock& bad : report.bad_blocks()) {
+        log::error("{}: block at LBA {} (of 512 bytes): {} expected {:#x}, seen {:#x}", disk.identity().name.view(), bad.lba, bad.check.what,
+                   bad.check.expected, bad.check.seen);
+    }
+    if (report.first_error) {
+        log::error("{}: verify: {}", disk.identity().name.view(), *report.first_error);
+    }
+    log::Record record("verify");
+    record.text("disk", disk.identity().name)
+        .number("bs", report.plan.bs)
+        .number("blocks", report.blocks)
+        .number("first_lba", report.plan.first_lba);
+    record.number("generation", report.plan.generation)
+        .number("seed", report.plan.seed)
+        .number("written", report.written)
+        .number("read", report.read);
+    record.number("bad", report.bad).flag("ok", report.ok());
+}
+
+} // namespace fl::io
