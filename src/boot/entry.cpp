@@ -5,9 +5,10 @@ import core.panic;
 import core.physical;
 import core.result;
 import core.log;
-import core.machine.cpu;
+import core.machine.memory;
 import core.machine.runtime;
 import core.machine.serial;
+import core.machine.traps;
 import boot.handoff;
 import boot.pvh;
 import boot.start;
@@ -45,26 +46,47 @@ extern "C" {
 alignas(4096) [[gnu::section(".bss.pages")]] std::byte boot_stack_guard[4096 + stack_size];
 }
 
+static u64 stack_guard() { return reinterpret_cast<u64>(boot_stack_guard); }
+
 [[noreturn]] static void go_on() {
-    boot::normalise(boot_info);
+    start_memory({boot::direct_map, boot_info.kernel_phys, stack_guard()});
+    if (boot_info.range_count != 0) {
+        if (const auto added = boot::use_memory(boot_info); !added) {
+            panic("memory: {}", added.error());
+        }
+    }
     run_initialisers();
     boot::kernel_start(boot_info);
 }
 
 extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
     open_consoles();
+    start_traps(stack_guard(), stack_size);
     IdentityReader memory;
     auto notes = boot::gather_pvh(memory, start_info, tsc, boot_info);
     if (!notes) {
         panic("{}", notes.error());
     }
     boot_info.kernel_phys = 0x200000;
+    if (notes->no_memory_map) {
+        log::info("PVH: the loader gives no memory map; the hypervisor is asked for one");
+    }
+    if (notes->cmdline_unreadable) {
+        log::warning("PVH: the command line lies outside the memory that the loader describes; it is ignored");
+    }
+    if (notes->modules_unreadable) {
+        log::warning("PVH: the first module lies outside the memory that the loader describes; there is no map file");
+    }
+    if (notes->extra_modules != 0) {
+        log::warning("PVH: {} modules behind the first one (the map file) are ignored", notes->extra_modules);
+    }
     boot_info.kernel_size = static_cast<u64>(image_end - image_text_begin);
     go_on();
 }
 
 extern "C" [[noreturn]] void entry64_main(const boot::BootInfo* handed_over) {
     open_consoles();
+    start_traps(stack_guard(), stack_size);
     if (!boot::is_valid(*handed_over)) {
         panic("the loader's BootInfo is not of this kernel's version: update the loader on the boot medium together with the kernel");
     }

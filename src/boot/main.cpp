@@ -4,7 +4,11 @@ import core.std;
 import core.log;
 import core.text;
 import core.verdict;
+import core.memory;
+import core.machine.cpu;
 import core.machine.exit;
+import core.machine.memory;
+import core.machine.traps;
 import boot.handoff;
 
 namespace fl::boot {
@@ -15,6 +19,12 @@ namespace fl::boot {
     log::info("RSDP {:#x}, SMBIOS {:#x}, map file: {}", info.rsdp, info.smbios, info.has_map_file != 0 ? "given" : "none");
     for (const MemoryRange& range : info.memory()) {
         log::info("  {:016x}-{:016x} {} ({})", range.base, range.base + range.size, name(range.kind), to_underlying(range.kind));
+    }
+    log::info("{} KiB free, page tables with {}, {} us so far", frames().free_bytes() >> 10, memory_features(),
+              (cpu::read_tsc() - info.entry_tsc) / 1000);
+    const auto text = info.cmdline_text();
+    if (const usize at = text.find("fault="); at != std::string_view::npos) {
+        provoke(text.substr(at + 6));
     }
     end_vm(Verdict::success, "booted");
 }

@@ -1,0 +1,22 @@
+module boot.start;
+import core.std;
+import core.result;
+import core.machine.memory;
+import boot.handoff;
+
+namespace fl::boot {
+
+Result<void> use_memory(BootInfo& info) {
+    normalise(info);
+    std::array<MemoryArea, BootInfo::max_ranges> areas;
+    usize count = 0;
+    for (const MemoryRange& range : info.memory()) {
+        const bool usable = range.kind == MemoryKind::usable;
+        if (usable || range.kind == MemoryKind::acpi_reclaimable || range.kind == MemoryKind::acpi_nvs) {
+            areas[count++] = {range.base, range.size, usable};
+        }
+    }
+    return add_memory(std::span(areas).first(count));
+}
+
+} // namespace fl::boot

@@ -1,0 +1,300 @@
+module core.machine.memory;
+import core.std;
+import core.result;
+import core.dma;
+import core.memory;
+import core.paging;
+import core.panic;
+import core.physical;
+import core.text;
+import core.machine.cpu;
+import core.machine.runtime;
+
+// From kernel.ld: addresses, not objects.
+extern "C" {
+extern const std::byte image_text_begin[];
+extern const std::byte image_text_end[];
+extern const std::byte image_rodata_begin[];
+extern const std::byte image_rodata_end[];
+extern const std::byte image_data_begin[];
+extern const std::byte image_data_end[];
+extern const std::byte image_symbols_begin[];
+extern const std::byte image_end[];
+
+// The tables that are needed before there are frames: root, the image's (up to 8 MiB of it), the first window of the direct map.
+constexpr fl::usize early_table_count = 14;
+alignas(4096) [[gnu::section(".bss.pages")]] std::byte early_tables[early_table_count * 4096];
+}
+
+namespace fl {
+
+namespace {
+
+constexpr u64 size_2m = 2_MiB;
+// Device registers stand at a fixed distance too, far from the direct map's 64 TiB.
+constexpr u64 mmio_map = 0xffffc00000000000;
+constexpr u64 map_span = u64{1} << 46;
+
+constinit MemoryLayout layout{};
+constinit FrameAllocator frame_allocator;
+constinit PagingFeatures features{};
+constinit FixedText<48> feature_names;
+// Frames for tables come from here: what the direct map has reached so far.
+constinit u64 reachable_begin = 0;
+constinit u64 reachable_end = 0;
+
+u64 address_of(const void* p) { return reinterpret_cast<u64>(p); }
+u64 image_begin() { return address_of(image_text_begin); }
+u64 image_size() { return address_of(image_end) - image_begin(); }
+bool in_image(u64 physical) { return physical >= layout.image_physical && physical - layout.image_physical < image_size(); }
+
+class KernelTables final : public TableMemory {
+  public:
+    Result<u64> new_table() override {
+        if (used_ < early_table_count) {
+            return layout.image_physical + (address_of(early_tables) - image_begin()) + 4096 * used_++;
+        }
+        auto frame = frame_allocator.allocate({.frames = 1, .floor = reachable_begin, .limit = reachable_end});
+        if (frame) {
+            std::memset(view(*frame), 0, frame_size);
+        }
+        return frame;
+    }
+    u64* view(u64 physical) override {
+        // The image's own memory is not in the direct map: no second, writable way to it.
+        return reinterpret_cast<u64*>(in_image(physical) ? physical - layout.image_physical + image_begin() : layout.direct_map + physical);
+    }
+    void invalidate(u64 address) override { cpu::invalidate_page(address); }
+
+  private:
+    usize used_ = 0;
+};
+
+constinit KernelTables tables;
+constinit AddressSpace space{tables};
+
+// Control register and model-specific register bits [SDM-3 2.5, 2.2.1].
+constexpr u64 cr0_write_protect = 1 << 16;
+constexpr u64 cr4_umip = 1 << 11;
+constexpr u64 cr4_smep = 1 << 20;
+constexpr u64 cr4_smap = 1 << 21;
+constexpr u32 efer = 0xc0000080;
+constexpr u64 efer_no_execute = 1 << 11;
+
+void read_features() {
+    const u32 highest = cpu::cpuid(0x80000000).eax;
+    const u32 extended = highest >= 0x80000001 ? cpu::cpuid(0x80000001).edx : 0;
+    features.no_execute = (extended >> 20 & 1) != 0;
+    features.gigabyte_pages = (extended >> 26 & 1) != 0;
+    u32 bits = highest >= 0x80000008 ? cpu::cpuid(0x80000008).eax & 0xff : 36;
+    bits = std::clamp<u32>(bits, 32, 46);
+    features.physical_end = u64{1} << bits;
+
+    const u32 offered = cpu::cpuid(0).eax >= 7 ? cpu::cpuid(7).ebx : 0;
+    const u32 offered_ecx = cpu::cpuid(0).eax >= 7 ? cpu::cpuid(7).ecx : 0;
+    u64 cr4 = cpu::read_cr4();
+    const auto use = [&](bool there, u64 bit, std::string_view text) {
+        if (there) {
+            cr4 |= bit;
+            print(feature_names, "{}{}", feature_names.empty() ? "" : " ", text);
+        }
+    };
+    use(features.no_execute, 0, "NX");
+    use(features.gigabyte_pages, 0, "1G");
+    use((offered >> 7 & 1) != 0, cr4_smep, "SMEP");
+    use((offered >> 20 & 1) != 0, cr4_smap, "SMAP");
+    use((offered_ecx >> 2 & 1) != 0, cr4_umip, "UMIP");
+    if (features.no_execute) {
+        cpu::write_msr(efer, cpu::read_msr(efer) | efer_no_execute);
+    }
+    cpu::write_cr0(cpu::read_cr0() | cr0_write_protect);
+    cpu::write_cr4(cr4);
+}
+
+void map_image(const std::byte* begin, const std::byte* end, Protection protection) {
+    const u64 size = address_of(end) - address_of(begin);
+    if (size == 0) {
+        return;
+    }
+    const auto done = space.map(address_of(begin), address_of(begin) - image_begin() + layout.image_physical, size, protection);
+    if (!done) {
+        panic("mapping the image: {}", done.error());
+    }
+}
+
+// Maps what is not yet mapped of [base, base + size), whole pages.
+Result<void> map_missing(u64 window, u64 physical, u64 size, Protection protection) {
+    if (physical >= features.physical_end || size > features.physical_end - physical || size == 0) {
+        return Error(Code::bad_argument, "no such physical address on this processor", features.physical_end, physical);
+    }
+    u64 at = align_down(physical, frame_size);
+    const u64 end = align_up(physical + size, frame_size);
+    while (at < end) {
+        if (const auto there = space.find(window + at); there) {
+            at = align_down(at, there->page) + there->page;
+            continue;
+        }
+        u64 stop = at + frame_size;
+        while (stop < end && !space.find(window + stop)) {
+            stop += frame_size;
+        }
+        if (auto mapped = space.map(window + at, at, stop - at, protection); !mapped) {
+            return mapped;
+        }
+        at = stop;
+    }
+    return {};
+}
+
+class FrameDma final : public DmaAllocator {
+  public:
+    Result<DmaSpan> allocate(u32 size, u64 limit) override {
+        const u64 bytes = align_up<u64>(size, frame_size);
+        auto frame = frame_allocator.allocate({.frames = bytes / frame_size, .limit = limit});
+        if (!frame) {
+            return frame.error();
+        }
+        auto* data = reinterpret_cast<std::byte*>(layout.direct_map + *frame);
+        std::memset(data, 0, bytes);
+        return DmaSpan{data, *frame, static_cast<u32>(bytes)};
+    }
+    void free(DmaSpan span) override { frame_allocator.free(span.bus, align_up<u64>(span.size, frame_size) / frame_size); }
+};
+
+class DirectReader final : public PhysicalReader {
+  public:
+    bool read(u64 address, std::span<std::byte> into) override {
+        const auto from = into.empty() ? Result<std::byte*>(nullptr) : map_physical(address, into.size());
+        if (!from) {
+            return false;
+        }
+        std::memcpy(into.data(), *from, into.size());
+        return true;
+    }
+};
+
+constinit FrameDma dma;
+constinit DirectReader reader;
+
+std::span<std::byte> grow_heap(usize at_least) {
+    constexpr u64 step = 128_KiB;
+    const u64 bytes = align_up<u64>(std::max<u64>(at_least, step), frame_size);
+    const auto frame = frame_allocator.allocate({.frames = bytes / frame_size});
+    if (!frame) {
+        return {};
+    }
+    return {reinterpret_cast<std::byte*>(layout.direct_map + *frame), bytes};
+}
+
+} // namespace
+
+void start_memory(const MemoryLayout& given) {
+    layout = given;
+    read_features();
+    if (const auto created = space.create(features); !created) {
+        panic("page tables: {}", created.error());
+    }
+    map_image(image_text_begin, image_text_end, {.execute = true});
+    map_image(image_rodata_begin, image_rodata_end, {});
+    const auto* guard = reinterpret_cast<const std::byte*>(layout.stack_guard);
+    map_image(image_data_begin, guard, {.write = true});
+    map_image(guard + frame_size, image_data_end, {.write = true});
+    map_image(image_symbols_begin, image_end, {});
+    cpu::write_cr3(space.root());
+}
+
+Result<void> add_memory(std::span<const MemoryArea> areas) {
+    // A window to begin with: tables for the rest come out of it. Large pages only, so that the early tables suffice.
+    for (const MemoryArea& area : areas) {
+        frame_allocator.add(area.usable ? area.base : 0, area.usable ? area.size : 0);
+    }
+    if (reachable_end == 0) {
+        u64 best = 0;
+        u64 best_size = 0;
+        for (const MemoryArea& area : areas) {
+            const u64 begin = align_up(std::max(area.base, low_memory_end), size_2m);
+            const u64 end = align_down(std::min(area.base + area.size, u64{4} << 30), size_2m);
+            if (area.usable && begin < end && end - begin > best_size) {
+                best = begin;
+                best_size = end - begin;
+            }
+        }
+        if (best_size == 0) {
+            return Error(Code::exhausted, "no usable range of memory holds 2 MiB below 4 GiB: give the machine more memory");
+        }
+        if (auto mapped = space.map(layout.direct_map + best, best, best_size, {.write = true}); !mapped) {
+            return mapped;
+        }
+        reachable_begin = best;
+        reachable_end = best + best_size;
+        set_heap_growth(grow_heap);
+    }
+    for (const MemoryArea& area : areas) {
+        // Whole pages inside usable memory, every page that firmware's memory touches.
+        const u64 begin = area.usable ? align_up(area.base, frame_size) : align_down(area.base, frame_size);
+        const u64 end = area.usable ? align_down(area.base + area.size, frame_size) : align_up(area.base + area.size, frame_size);
+        if (begin >= end) {
+            continue;
+        }
+        // Around the window in pieces, each mapped at once with the largest pages that fit.
+        const u64 middle_begin = std::clamp(reachable_begin, begin, end);
+        const u64 middle_end = std::clamp(reachable_end, begin, end);
+        const bool apart = reachable_end <= begin || reachable_begin >= end;
+        struct Piece {
+            u64 from, to;
+        };
+        const std::array<Piece, 2> pieces{Piece{begin, apart ? end : middle_begin}, Piece{apart ? end : middle_end, end}};
+        for (const auto& [from, to] : pieces) {
+            if (from >= to) {
+                continue;
+            }
+            auto mapped = space.map(layout.direct_map + from, from, to - from, {.write = true});
+            if (!mapped && mapped.error().code == Code::busy) { // shares a page with what is there
+                mapped = map_missing(layout.direct_map, from, to - from, {.write = true});
+            }
+            if (!mapped) {
+                return mapped;
+            }
+        }
+    }
+    return {};
+}
+
+FrameAllocator& frames() { return frame_allocator; }
+DmaAllocator& dma_memory() { return dma; }
+PhysicalReader& physical_memory() { return reader; }
+
+Result<std::byte*> map_mmio(u64 physical, u64 size) {
+    if (auto mapped = map_missing(mmio_map, physical, size, {.write = true, .uncached = true}); !mapped) {
+        return mapped.error();
+    }
+    return reinterpret_cast<std::byte*>(mmio_map + physical);
+}
+
+Result<std::byte*> map_physical(u64 physical, u64 size) {
+    if (in_image(physical) && size <= image_size() - (physical - layout.image_physical)) {
+        return reinterpret_cast<std::byte*>(physical - layout.image_physical + image_begin());
+    }
+    if (auto mapped = map_missing(layout.direct_map, physical, size, {.write = true}); !mapped) {
+        return mapped.error();
+    }
+    return reinterpret_cast<std::byte*>(layout.direct_map + physical);
+}
+
+u64 physical_of(const void* pointer) {
+    const u64 address = address_of(pointer);
+    if (address >= image_begin() && address - image_begin() < image_size()) {
+        return address - image_begin() + layout.image_physical;
+    }
+    if (address - mmio_map < map_span) {
+        return address - mmio_map;
+    }
+    if (address - layout.direct_map < map_span) {
+        return address - layout.direct_map;
+    }
+    panic("{:#x} has no physical address: it is neither in the image nor in the direct map", address);
+}
+
+std::string_view memory_features() { return feature_names; }
+
+} // namespace fl
