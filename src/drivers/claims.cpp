@@ -1,12 +1,7 @@
-module;
-#include "core/try.hpp"
 module drivers.claims;
 import core.std;
 import core.result;
 import core.text;
-import core.log;
-import io.block;
-import drivers.driver;
 import drivers.table;
 
 namespace fl::drivers {
@@ -49,26 +44,6 @@ std::string_view Claims::holder(Slot slot) const {
             return claims_[i].driver;
         }
     }
-    return {};
-}
-
-bool DriverDisks::offered(u32 disk_number) {
-    if (disk_number == no_twin || claims_.offered(driver_, disk_slot(disk_number))) {
-        return true;
-    }
-    ++withheld_;
-    log::info("{}: disk {} is withheld: {} has it", driver_, disk_number, claims_.holder(disk_slot(disk_number)));
-    return false;
-}
-
-Result<void> DriverDisks::announce(io::BlockDevice& disk, u32 disk_number) {
-    if (disks_.count == AttachedDisks::capacity) {
-        return Error{Code::exhausted, "more disks than there is room for: attach fewer", AttachedDisks::capacity, disks_.count + 1};
-    }
-    if (disk_number != no_twin) {
-        CHECK(claims_.attached(driver_, disk_slot(disk_number)));
-    }
-    disks_.list[disks_.count++] = &disk;
     return {};
 }
 

@@ -5,8 +5,6 @@ export module drivers.claims;
 import core.std;
 import core.result;
 import core.text;
-import io.block;
-import drivers.driver;
 import drivers.table;
 
 export namespace fl::drivers {
@@ -53,33 +51,6 @@ class Claims {
     const Plan* plan_;
     std::array<Claim, capacity> claims_{};
     usize count_ = 0;
-};
-
-/// The disks that have attached, in that order. Owns none of them.
-struct AttachedDisks {
-    static constexpr usize capacity = Claims::capacity;
-
-    std::array<io::BlockDevice*, capacity> list{};
-    usize count = 0;
-
-    std::span<io::BlockDevice* const> all() const { return {list.data(), count}; }
-};
-
-/// One driver's view: what it announces is claimed in its name and listed. Disks without a twin are not claimed.
-class DriverDisks final : public DiskSink {
-  public:
-    /// All of them outlive this; `driver` is static storage.
-    DriverDisks(std::string_view driver, Claims& claims, AttachedDisks& disks) : driver_(driver), claims_(claims), disks_(disks) {}
-    bool offered(u32 disk_number) override;
-    Result<void> announce(io::BlockDevice& disk, u32 disk_number) override;
-    /// How often the driver was told to keep its hands off.
-    u32 withheld() const { return withheld_; }
-
-  private:
-    std::string_view driver_;
-    Claims& claims_;
-    AttachedDisks& disks_;
-    u32 withheld_ = 0;
 };
 
 } // namespace fl::drivers

@@ -102,8 +102,8 @@ class Table {
     Plan plan(hv::VmGuest guest, std::optional<Twin> emulated) const;
 
   private:
-    friend struct Parser;
-    bool apply_line(std::string_view text, char separator, u32 line);
+    bool apply_line(std::string_view text, bool commas, u32 line);
+    bool change(const Rule& rule, int verb, u32 line);
     std::array<Rule, max_rules> rules_{};
     u32 rule_count_ = 0;
     std::array<Diagnostic, max_diagnostics> diagnostics_{};

@@ -1,0 +1,294 @@
+module boot.options;
+import core.std;
+import core.text;
+import core.time;
+import core.log;
+import core.cmdline;
+import core.suggest;
+import hv.detect;
+import drivers.table;
+import drivers.driver;
+
+namespace fl::boot {
+
+namespace {
+
+using Message = FixedText<320>;
+
+constexpr std::array<std::string_view, 4> level_names{"error", "warning", "info", "debug"};
+static_assert(level_names[to_underlying(log::Level::debug)] == log::name(log::Level::debug));
+
+struct FeatureName {
+    std::string_view name;
+    drivers::Feature feature;
+};
+constexpr std::array<FeatureName, 5> features{{
+    {"-persistent", drivers::Feature::persistent},
+    {"-indirect", drivers::Feature::indirect},
+    {"-ring-pages", drivers::Feature::ring_pages},
+    {"-flush", drivers::Feature::flush},
+    {"-barrier", drivers::Feature::barrier},
+}};
+constexpr std::array<std::string_view, 5> feature_names{features[0].name, features[1].name, features[2].name, features[3].name,
+                                                        features[4].name};
+
+// What the hv key lists; parse_preference() takes every name that a VmGuest has.
+constexpr std::array<std::string_view, 8> hv_names{"auto", "xen", "hyperv", "kvm", "tcg", "vmware", "bare", "late"};
+
+// The value is wrong: what would have been right. Nothing: it was right.
+struct Wrong {
+    std::string_view expected;                 // "a number from 1"; empty: one of `valid`
+    std::span<const std::string_view> valid{}; // for the list and the suggestion
+    std::string_view seen{};                   // the part of the value that is wrong; empty: all of it
+};
+using Answer = std::optional<Wrong>;
+
+template <usize N>
+std::optional<usize> index_of(const std::array<std::string_view, N>& names, std::string_view value) {
+    const auto at = std::ranges::find(names, value);
+    return at == names.end() ? std::nullopt : std::optional(static_cast<usize>(at - names.begin()));
+}
+
+template <class E, usize N>
+Answer pick(E& into, const std::array<std::string_view, N>& names, std::string_view value) {
+    const auto index = index_of(names, value);
+    if (!index) {
+        return Wrong{{}, names};
+    }
+    into = static_cast<E>(*index);
+    return {};
+}
+
+template <class T>
+Answer number(T& into, std::string_view value, u64 lowest, u64 highest, std::string_view expected) {
+    const auto n = parse_size(value);
+    if (!n || *n < lowest || *n > highest) {
+        return Wrong{expected};
+    }
+    into = *n;
+    return {};
+}
+
+constexpr std::array<std::string_view, 1> only_all{"all"};
+constexpr std::array<std::string_view, 2> none_or_all{"none", "all"};
+
+Answer disks(DiskChoice& into, std::string_view value, bool may_be_none) {
+    DiskChoice choice;
+    if (value == "all") {
+        choice.all = true;
+    } else if (!(may_be_none && value == "none")) {
+        if (value.empty()) {
+            return may_be_none ? Wrong{"none, all or names of disks with commas between them", none_or_all}
+                               : Wrong{"all or names of disks with commas between them", only_all};
+        }
+        TextParts parts(value);
+        while (const auto part = parts.next()) {
+            if (part->empty() || *part == "all" || *part == "none") {
+                return Wrong{"names of disks with commas between them, or one word for all or none of them"};
+            }
+            if (!choice.names.add(*part)) {
+                return Wrong{"at most 32 names"};
+            }
+        }
+    }
+    into = choice;
+    return {};
+}
+
+constexpr u8 any_job = 0xff;
+constexpr u8 only(Job job) { return static_cast<u8>(1u << to_underlying(job)); }
+
+// The whole command line, as data.
+struct Key {
+    std::string_view name;
+    bool repeatable;
+    u8 jobs; // the jobs that take notice of it: elsewhere it would be silently ignored, and is an error
+    Answer (*parse)(Options&, std::string_view value);
+};
+constexpr std::array<Key, 16> keys{{
+    {"job", false, any_job, [](Options& o, std::string_view v) { return pick(o.job, job_names, v); }},
+    {"workload", true, only(Job::bench),
+     [](Options& o, std::string_view v) -> Answer {
+         if (v.empty()) {
+             return Wrong{"a workload such as randread,bs=4k,qd=1"};
+         }
+         return o.workloads.add(v) ? Answer{} : Wrong{"at most 32 workloads"};
+     }},
+    {"disk", false, any_job, [](Options& o, std::string_view v) { return disks(o.disk, v, false); }},
+    {"scratch", false, any_job, [](Options& o, std::string_view v) { return disks(o.scratch, v, true); }},
+    {"count", false, only(Job::verify),
+     [](Options& o, std::string_view v) { return number(o.count, v, 0, ~u64{0}, "a number of blocks, 0 for the whole disk"); }},
+    {"bs", false, only(Job::verify),
+     [](Options& o, std::string_view v) -> Answer {
+         constexpr std::string_view expected = "a number of bytes, a multiple of 512 from 512 to 16m";
+         const auto n = parse_size(v);
+         if (n && *n % 512 != 0) {
+             return Wrong{expected};
+         }
+         return number(o.bs, v, 512, 16_MiB, expected);
+     }},
+    {"qd", false, only(Job::verify), [](Options& o, std::string_view v) { return number(o.qd, v, 1, 1024, "a number from 1 to 1024"); }},
+    {"seed", false, only(Job::verify), [](Options& o, std::string_view v) { return number(o.seed, v, 0, ~u64{0}, "a number"); }},
+    {"generation", false, only(Job::verify), [](Options& o, std::string_view v) { return number(o.generation, v, 0, ~u64{0}, "a number"); }},
+    {"hv", false, any_job,
+     [](Options& o, std::string_view v) -> Answer {
+         const auto preference = hv::parse_preference(v);
+         if (!preference) {
+             return Wrong{"auto, a hypervisor (xen, hyperv, kvm, tcg, vmware, bare), late or late:HYPERVISOR", hv_names};
+         }
+         o.hv = *preference;
+         return {};
+     }},
+    {"map", true, any_job,
+     [](Options& o, std::string_view v) -> Answer {
+         if (v.empty()) {
+             return Wrong{"a rule of the map file with commas for the blanks, such as rank,xen,ata,xen_blk,-1"};
+         }
+         return o.map.add(v) ? Answer{} : Wrong{"at most 32 rules"};
+     }},
+    {"emulated", false, any_job,
+     [](Options& o, std::string_view v) -> Answer {
+         constexpr static std::array<std::string_view, 4> names{"table", "leave", "unplug", "keep"};
+         if (v == "table") {
+             o.emulated.reset();
+             return {};
+         }
+         const auto index = index_of(drivers::twin_names, v);
+         if (!index) {
+             return Wrong{{}, names};
+         }
+         o.emulated = static_cast<drivers::Twin>(*index);
+         return {};
+     }},
+    {"timeout", false, any_job,
+     [](Options& o, std::string_view v) -> Answer {
+         u64 ms = 0;
+         auto wrong = number(ms, v, 1, 3'600'000, "milliseconds from 1 to 3600000");
+         if (!wrong) {
+             o.timeout = ms * 1'000'000;
+         }
+         return wrong;
+     }},
+    {"features", false, any_job,
+     [](Options& o, std::string_view v) -> Answer {
+         u32 bits = 0;
+         TextParts parts(v);
+         while (const auto part = parts.next()) {
+             const auto index = index_of(feature_names, *part);
+             if (!index) {
+                 return Wrong{{}, feature_names, *part};
+             }
+             bits |= to_underlying(features[*index].feature);
+         }
+         o.withheld_features = bits;
+         return {};
+     }},
+    {"log", false, any_job, [](Options& o, std::string_view v) { return pick(o.log, level_names, v); }},
+    {"fault", false, only(Job::panic), [](Options& o, std::string_view v) { return pick(o.fault, fault_names, v); }},
+}};
+
+constexpr auto key_names = [] {
+    std::array<std::string_view, keys.size()> names;
+    for (usize i = 0; i < keys.size(); ++i) {
+        names[i] = keys[i].name;
+    }
+    return names;
+}();
+
+void write_list(Message& out, std::span<const std::string_view> names) {
+    for (usize i = 0; i < names.size(); ++i) {
+        print(out, "{}{}", i == 0 ? "" : ", ", names[i]);
+    }
+}
+
+struct Collector {
+    OptionErrors& errors;
+    Message* next() {
+        if (errors.count == OptionErrors::capacity) {
+            ++errors.dropped;
+            return nullptr;
+        }
+        errors.list[errors.count] = Message{};
+        return &errors.list[errors.count++];
+    }
+};
+
+} // namespace
+
+bool parse_options(std::string_view cmdline, Options& into, OptionErrors& errors) {
+    into = {};
+    errors = {};
+    Collector collector{errors};
+    std::array<bool, keys.size()> given{};
+    CmdlineWords words(cmdline);
+    bool first = true;
+    bool job_is_wrong = false;
+    while (const auto word = words.next()) {
+        const bool may_be_file_name = std::exchange(first, false);
+        if (!word->has_value && may_be_file_name) {
+            continue;
+        }
+        const auto index = index_of(key_names, word->key);
+        if (!index || !word->has_value) {
+            if (Message* m = collector.next()) {
+                if (index) {
+                    print(*m, "'{}' has no value: write {}=VALUE", word->key, word->key);
+                } else {
+                    print(*m, "unknown key '{}'", shown(word->key));
+                    if (const auto near = suggest(word->key, key_names); !near.empty()) {
+                        print(*m, ": did you mean '{}'?", near);
+                    } else {
+                        m->write(".");
+                    }
+                    m->write(" Valid keys: ");
+                    write_list(*m, key_names);
+                }
+            }
+            continue;
+        }
+        const Key& key = keys[*index];
+        if (given[*index] && !key.repeatable) {
+            if (Message* m = collector.next()) {
+                print(*m, "{}={}: '{}' was given before; it may be given once", key.name, shown(word->value), key.name);
+            }
+            continue;
+        }
+        given[*index] = true;
+        if (const Answer wrong = key.parse(into, word->value)) {
+            job_is_wrong = job_is_wrong || key.name == "job";
+            if (Message* m = collector.next()) {
+                const std::string_view seen = wrong->seen.empty() ? word->value : wrong->seen;
+                print(*m, "{}={}: expected ", key.name, shown(word->value));
+                if (wrong->expected.empty()) {
+                    m->write("one of ");
+                    write_list(*m, wrong->valid);
+                } else {
+                    m->write(wrong->expected);
+                }
+                print(*m, ", seen '{}'", shown(seen));
+                if (const auto near = suggest(seen, wrong->valid); !near.empty()) {
+                    print(*m, ": did you mean '{}'?", near);
+                }
+            }
+        }
+    }
+    for (usize i = 0; i < keys.size(); ++i) {
+        const Key& key = keys[i];
+        if (!given[i] || job_is_wrong || (key.jobs & only(into.job)) != 0) {
+            continue;
+        }
+        if (Message* m = collector.next()) {
+            for (usize job = 0; job < job_names.size(); ++job) {
+                if ((key.jobs & only(static_cast<Job>(job))) != 0) {
+                    print(*m, "'{}' is for job={}, seen job={}", key.name, job_names[job], into.job);
+                }
+            }
+            if (into.job == Job::bench && key.jobs == only(Job::verify)) {
+                print(*m, ": with bench it is part of the workload, as in workload=randread,bs=4k,qd=32");
+            }
+        }
+    }
+    return errors.empty();
+}
+
+} // namespace fl::boot

@@ -1,0 +1,82 @@
+// The command line as a value (docs/INTERFACES.md "Command line"). Every word is looked at, and everything that is wrong is told at once.
+export module boot.options;
+import core.std;
+import core.text;
+import core.time;
+import core.log;
+import hv.detect;
+import drivers.table;
+import drivers.driver;
+
+export namespace fl::boot {
+
+enum class Job : u8 { boot, bench, verify, panic, idle };
+inline constexpr std::array<std::string_view, 5> job_names{"boot", "bench", "verify", "panic", "idle"};
+constexpr std::string_view name(Job job) { return job_names[to_underlying(job)]; }
+
+/// What job=panic does.
+enum class Fault : u8 { ud, gp, pf, stack, div, panic };
+inline constexpr std::array<std::string_view, 6> fault_names{"ud", "gp", "pf", "stack", "div", "panic"};
+constexpr std::string_view name(Fault fault) { return fault_names[to_underlying(fault)]; }
+
+/// A bounded list of texts that stand in the command line.
+struct TextList {
+    static constexpr usize capacity = 32;
+
+    std::array<std::string_view, capacity> list{};
+    u32 count = 0;
+
+    constexpr bool add(std::string_view text) {
+        if (count == capacity) {
+            return false;
+        }
+        list[count++] = text;
+        return true;
+    }
+    constexpr std::span<const std::string_view> all() const { return {list.data(), count}; }
+    constexpr bool has(std::string_view text) const { return std::ranges::find(all(), text) != all().end(); }
+};
+
+/// Disks by name, or all, or none of them.
+struct DiskChoice {
+    bool all = false;
+    TextList names;
+    constexpr bool chosen(std::string_view disk) const { return all || names.has(disk); }
+};
+
+/// All text is a view into the command line, which must outlive this.
+struct Options {
+    Job job = Job::boot;
+    TextList workloads; // unparsed: io.bench knows how
+    DiskChoice disk{.all = true, .names = {}};
+    DiskChoice scratch;
+    std::optional<u64> count; // verify: blocks, 0 the whole disk
+    std::optional<u64> bs;    // verify: bytes
+    std::optional<u64> qd;    // verify
+    std::optional<u64> seed;  // verify
+    u64 generation = 1;       // verify
+    hv::Preference hv;
+    TextList map; // rules with commas, for drivers::Table::apply_word, after the map file
+    std::optional<drivers::Twin> emulated;
+    Nanoseconds timeout = 5'000'000'000;
+    u32 withheld_features = 0; // bits of drivers::Feature
+    log::Level log = log::Level::info;
+    Fault fault = Fault::panic;
+};
+
+/// Messages, each one whole: what was expected, what was seen, what to write instead.
+struct OptionErrors {
+    static constexpr usize capacity = 12;
+
+    std::array<FixedText<320>, capacity> list{};
+    u32 count = 0;
+    u32 dropped = 0; // no room left
+
+    constexpr std::span<const FixedText<320>> all() const { return {list.data(), count}; }
+    constexpr bool empty() const { return count == 0; }
+};
+
+/// Parses all of it. Options whose value is wrong keep their default. True: nothing was wrong.
+bool parse_options(std::string_view cmdline, Options& into, OptionErrors& errors);
+
+} // namespace fl::boot

@@ -1,0 +1,302 @@
+module drivers.table;
+import core.std;
+import core.result;
+import core.text;
+import core.log;
+import core.cmdline;
+import core.suggest;
+
+namespace fl::drivers {
+
+namespace {
+
+constexpr std::array<std::string_view, 3> verbs{"add", "remove", "rank"};
+enum Verb : int { add, remove, rank };
+constexpr i32 highest_rank = 1'000'000;
+
+template <usize N>
+void write_list(FixedText<N>& out, std::span<const std::string_view> names) {
+    for (usize i = 0; i < names.size(); ++i) {
+        print(out, "{}{}", i == 0 ? "" : ", ", names[i]);
+    }
+}
+
+// The names of the drivers of one kind.
+struct Names {
+    std::array<std::string_view, known_drivers.size()> list{};
+    usize count = 0;
+    explicit constexpr Names(bool synthetic) {
+        for (const DriverInfo& d : known_drivers) {
+            if (d.synthetic == synthetic) {
+                list[count++] = d.name;
+            }
+        }
+    }
+    constexpr std::span<const std::string_view> all() const { return {list.data(), count}; }
+};
+
+// "expected WHAT (A, B), seen 'x': did you mean 'A'?"
+FixedText<160> complaint(std::string_view what, std::span<const std::string_view> valid, std::optional<std::string_view> seen) {
+    FixedText<160> text;
+    print(text, "expected {}", what);
+    if (!valid.empty() && valid.size() <= 6) {
+        text.write(" (");
+        write_list(text, valid);
+        text.write(")");
+    }
+    if (!seen) {
+        text.write(", seen the end of the line");
+        return text;
+    }
+    print(text, ", seen '{}'", shown(*seen));
+    if (const std::string_view near = suggest(*seen, valid); !near.empty()) {
+        print(text, ": did you mean '{}'?", near);
+    }
+    return text;
+}
+
+// Words between blanks (files) or commas (command line).
+class Splitter {
+  public:
+    Splitter(std::string_view text, bool commas) : rest_(text), commas_(commas) {}
+    std::optional<std::string_view> next() {
+        if (commas_) {
+            if (done_) {
+                return std::nullopt;
+            }
+            const usize at = rest_.find(',');
+            const std::string_view word = rest_.substr(0, at);
+            done_ = at == std::string_view::npos;
+            rest_ = done_ ? std::string_view{} : rest_.substr(at + 1);
+            return word;
+        }
+        CmdlineWords words(rest_);
+        const auto word = words.next();
+        if (!word) {
+            return std::nullopt;
+        }
+        rest_.remove_prefix(static_cast<usize>(word->text.data() - rest_.data()) + word->text.size());
+        return word->text;
+    }
+
+  private:
+    std::string_view rest_;
+    bool commas_;
+    bool done_ = false;
+};
+
+std::optional<i32> parse_rank(std::string_view text) {
+    const bool negative = !text.empty() && text.front() == '-';
+    if (!text.empty() && (text.front() == '-' || text.front() == '+')) {
+        text.remove_prefix(1);
+    }
+    const auto number = parse_number(text);
+    if (!number || *number > static_cast<u64>(highest_rank)) {
+        return std::nullopt;
+    }
+    return negative ? -static_cast<i32>(*number) : static_cast<i32>(*number);
+}
+
+bool same_pair(const Rule& a, const Rule& b) { return a.native == b.native && a.synthetic == b.synthetic; }
+
+} // namespace
+
+u32 Table::apply(std::string_view file) {
+    u32 bad = 0;
+    u32 line = 0;
+    while (!file.empty()) {
+        ++line;
+        const usize end = file.find('\n');
+        std::string_view text = file.substr(0, end);
+        file.remove_prefix(end == std::string_view::npos ? file.size() : end + 1);
+        text = text.substr(0, text.find('#'));
+        if (CmdlineWords(text).next() && !apply_line(text, false, line)) {
+            ++bad;
+        }
+    }
+    return bad;
+}
+
+bool Table::apply_word(std::string_view rule) { return apply_line(rule, true, 0); }
+
+bool Table::apply_line(std::string_view text, bool commas, u32 line) {
+    auto refuse = [&](const FixedText<160>& message) {
+        if (wrong_ < max_diagnostics) {
+            diagnostics_[wrong_] = {line, message};
+        }
+        ++wrong_;
+        return false;
+    };
+    Splitter words(text, commas);
+    const std::optional<std::string_view> verb_word = words.next();
+    const auto verb = static_cast<int>(std::ranges::find(verbs, verb_word.value_or("")) - verbs.begin());
+    if (verb == static_cast<int>(verbs.size())) {
+        return refuse(complaint("what to do", verbs, verb_word));
+    }
+    Rule rule;
+    const std::optional<std::string_view> guest = words.next();
+    if (guest != std::optional<std::string_view>("*")) {
+        rule.guest = hv::vm_guest_named(guest.value_or(""));
+        if (!rule.guest) {
+            return refuse(complaint("a hypervisor's name or *", hv::vm_guest_names, guest));
+        }
+    }
+    for (const bool synthetic : {false, true}) {
+        const std::optional<std::string_view> word = words.next();
+        const DriverInfo* driver = driver_named(word.value_or(""));
+        const std::string_view what = synthetic ? "a synthetic driver" : "a native driver";
+        if (driver == nullptr || driver->synthetic != synthetic) {
+            const Names names(synthetic);
+            return refuse(complaint(what, names.all(), word));
+        }
+        (synthetic ? rule.synthetic : rule.native) = driver;
+    }
+    if (verb != Verb::remove) {
+        const std::optional<std::string_view> word = words.next();
+        const auto number = parse_rank(word.value_or(""));
+        if (!number) {
+            return refuse(complaint("a rank from -1000000 to 1000000", {}, word));
+        }
+        rule.rank = *number;
+    }
+    std::optional<std::string_view> word = words.next();
+    if (verb == Verb::add && word) {
+        const auto twin = static_cast<usize>(std::ranges::find(twin_names, *word) - twin_names.begin());
+        if (twin == twin_names.size()) {
+            return refuse(complaint("what becomes of the emulated twin", twin_names, word));
+        }
+        rule.twin = static_cast<Twin>(twin);
+        if (rule.twin == Twin::unplug && rule.rank <= 0) {
+            return refuse(
+                FixedText<160>("expected a positive rank with unplug: it takes the native driver's device away, which would be tried first"));
+        }
+        word = words.next();
+    }
+    if (word) {
+        return refuse(complaint("the end of the rule", {}, word));
+    }
+    return change(rule, verb, line);
+}
+
+bool Table::change(const Rule& rule, int verb, u32 line) {
+    auto refuse = [&](std::string_view message) {
+        if (wrong_ < max_diagnostics) {
+            diagnostics_[wrong_] = {line, FixedText<160>(message)};
+        }
+        ++wrong_;
+        return false;
+    };
+    // `*` changes every rule of the pair when it re-ranks or removes; an added `*` is a rule of its own, which a named hypervisor's rule beats.
+    bool hit = false;
+    for (u32 i = 0; i < rule_count_;) {
+        Rule& have = rules_[i];
+        if (!same_pair(have, rule) || (have.guest != rule.guest && (verb == Verb::add || rule.guest))) {
+            ++i;
+            continue;
+        }
+        hit = true;
+        if (verb == Verb::remove) {
+            std::copy(rules_.begin() + i + 1, rules_.begin() + rule_count_, rules_.begin() + i);
+            --rule_count_;
+            continue;
+        }
+        have.rank = rule.rank;
+        if (verb == Verb::add) {
+            have.twin = rule.twin;
+        }
+        ++i;
+    }
+    if (verb != Verb::add) {
+        return hit ||
+               refuse(
+                   "expected a rule that is in the table, seen a pair for which it has none: add it, or name the hypervisor as its rule does");
+    }
+    if (!hit) {
+        if (rule_count_ == max_rules) {
+            return refuse("the table is full: remove rules that are not needed");
+        }
+        rules_[rule_count_++] = rule;
+    }
+    return true;
+}
+
+Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
+    Plan plan;
+    for (const Rule& rule : rules()) {
+        const bool named = rule.guest == guest;
+        if (!named && rule.guest) {
+            continue;
+        }
+        const bool beaten = !named && std::ranges::any_of(rules(), [&](const Rule& r) { return r.guest == guest && same_pair(r, rule); });
+        if (!beaten) {
+            plan.pairs[plan.pair_count++] = {rule.native->name, rule.synthetic->name, rule.rank, emulated.value_or(rule.twin)};
+        }
+    }
+    auto strength = [](const Plan::Pair& p) { return p.rank < 0 ? -p.rank : p.rank; };
+    // Insertion sort: stable, and there are a handful.
+    for (u32 i = 1; i < plan.pair_count; ++i) {
+        for (u32 j = i; j > 0 && strength(plan.pairs[j - 1]) < strength(plan.pairs[j]); --j) {
+            std::swap(plan.pairs[j - 1], plan.pairs[j]);
+        }
+    }
+    // Each pair with a rank says which of two comes first. Place drivers one by one, always the first (in the order of known_drivers) that
+    // nobody unplaced must precede; when there is none the rules go round in a circle, and the weakest of them gives way.
+    static_assert(known_drivers.size() <= Plan::max_drivers);
+    std::array<bool, known_drivers.size()> placed{};
+    u32 usable = plan.pair_count;
+    auto is_placed = [&](std::string_view name) { return placed[static_cast<usize>(driver_named(name) - known_drivers.data())]; };
+    while (plan.driver_count < known_drivers.size()) {
+        usize pick = known_drivers.size();
+        for (usize i = 0; i < known_drivers.size() && pick == known_drivers.size(); ++i) {
+            const std::string_view name = known_drivers[i].name;
+            const bool blocked = std::ranges::any_of(std::span(plan.pairs).first(usable), [&](const Plan::Pair& p) {
+                const std::string_view first = p.rank > 0 ? p.synthetic : p.native;
+                const std::string_view second = p.rank > 0 ? p.native : p.synthetic;
+                return p.rank != 0 && second == name && !is_placed(first);
+            });
+            if (!placed[i] && !blocked) {
+                pick = i;
+            }
+        }
+        if (pick == known_drivers.size()) {
+            --usable; // pairs are sorted: the last one is the weakest
+            plan.contradicts = true;
+            continue;
+        }
+        placed[pick] = true;
+        plan.order[plan.driver_count++] = known_drivers[pick].name;
+    }
+    return plan;
+}
+
+const Plan::Pair* Plan::pair(std::string_view a, std::string_view b) const {
+    for (const Pair& p : all_pairs()) {
+        if ((p.native == a && p.synthetic == b) || (p.native == b && p.synthetic == a)) {
+            return &p;
+        }
+    }
+    return nullptr;
+}
+
+bool Plan::both(std::string_view a, std::string_view b) const {
+    const Pair* p = pair(a, b);
+    return p != nullptr && (p->rank == 0 || p->twin == Twin::keep);
+}
+
+bool Plan::unplugs(std::string_view native) const {
+    return std::ranges::any_of(all_pairs(), [&](const Pair& p) { return p.native == native && p.rank > 0 && p.twin == Twin::unplug; });
+}
+
+void log_plan(const Plan& plan, hv::VmGuest guest) {
+    FixedText<160> order;
+    write_list(order, plan.drivers());
+    log::info("drivers on {}: {}", guest, order);
+    for (const Plan::Pair& p : plan.all_pairs()) {
+        log::info("drivers: {} and {}, rank {}, twin: {}", p.synthetic, p.native, p.rank, p.rank == 0 ? "keep" : name(p.twin));
+    }
+    if (plan.contradicts) {
+        log::warning("drivers: the rules contradict each other: those with the weakest ranks do not count for the order");
+    }
+}
+
+} // namespace fl::drivers
