@@ -1,0 +1,58 @@
+module;
+#include "core/try.hpp"
+module drivers.ata;
+import core.std;
+import core.result;
+import core.text;
+import core.interrupt;
+import drivers.pci;
+
+namespace fl::drivers::ata {
+
+Result<ControllerPorts> set_up(const pci::Device& device) {
+    // Programming interface [PCI-IDE §2.1]: bit 0 primary channel in native mode, bit 2 secondary, bit 7 bus mastering.
+    if ((device.prog_if & 0x80) == 0) {
+        return Error{Code::not_supported, "the IDE controller has no bus mastering (programming interface bit 7)", 0x80, device.prog_if};
+    }
+    // A missing or useless BAR of a channel in native mode is that channel's own; bus-master registers are everybody's.
+    TRY(const pci::Bar bus_master, device.bar(4));
+    if (bus_master.kind != pci::Bar::Kind::io || bus_master.base == 0 || bus_master.size < 16 || bus_master.base > 0xfff0) {
+        return Error{Code::not_supported, "the firmware has given the IDE controller's bus-master registers (BAR 4) no I/O ports", 16,
+                     bus_master.base};
+    }
+    ControllerPorts result;
+    constexpr std::array<u16, 2> legacy_command{0x1f0, 0x170}; // compatibility mode: fixed ports and ISA interrupts
+    constexpr std::array<u16, 2> legacy_control{0x3f6, 0x376};
+    for (u8 c = 0; c < 2; ++c) {
+        ChannelPorts& at = result.channels[c];
+        at.bus_master = static_cast<u16>(bus_master.base + 8u * c);
+        if ((device.prog_if >> (2 * c) & 1) == 0) {
+            at.command = legacy_command[c];
+            at.control = legacy_control[c];
+            result.lines[c] = {.gsi = 14u + c, .isa = true};
+            continue;
+        }
+        TRY(const pci::Bar command, device.bar(static_cast<u8>(2 * c)));
+        TRY(const pci::Bar control, device.bar(static_cast<u8>(2 * c + 1)));
+        if (command.kind != pci::Bar::Kind::io || control.kind != pci::Bar::Kind::io || command.base == 0 || control.base == 0 ||
+            command.base > 0xfff8 || control.base > 0xfffc) {
+            return Error{Code::not_supported, "an IDE channel in native mode without I/O ports (BAR 0 to 3)", 8, command.base};
+        }
+        at.command = static_cast<u16>(command.base);
+        at.control = static_cast<u16>(control.base + 2); // the third of four bytes [PCI-IDE §2.4]
+        result.lines[c] = {.gsi = device.interrupt_line(), .isa = false, .level = true, .active_low = true};
+    }
+    device.change_command(pci::Command::io_space | pci::Command::bus_master, pci::Command::interrupt_disable);
+    return result;
+}
+
+FixedText<16> disk_name(u32 number) {
+    FixedText<16> name("hd");
+    if (number >= 26) {
+        print(name, "{}", static_cast<char>('a' + number / 26 % 26 - 1));
+    }
+    print(name, "{}", static_cast<char>('a' + number % 26));
+    return name;
+}
+
+} // namespace fl::drivers::ata

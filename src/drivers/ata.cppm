@@ -1,0 +1,346 @@
+// The driver for PCI IDE controllers with bus-master DMA [BMIDE, PCI-IDE 1.0]: matching, attaching, announcing. What runs afterwards is in
+// drivers.ata.queue.
+//
+// Attaching looks before it touches: a channel none of whose disks is offered is left alone, and so is one whose bus floats. A device that shows
+// itself ready and answers IDENTIFY DEVICE is not reset, for a reset costs milliseconds and the firmware has done it; one that hangs or gives
+// nonsense is reset once and asked again.
+module;
+#include "core/try.hpp"
+export module drivers.ata;
+import core.std;
+import core.result;
+import core.text;
+import core.log;
+import core.time;
+import core.dma;
+import core.interrupt;
+import io.task;
+import io.executor;
+import io.block;
+import drivers.driver;
+import drivers.pci;
+export import drivers.ata.protocol;
+export import drivers.ata.channel;
+export import drivers.ata.disk;
+export import drivers.ata.queue;
+
+export namespace fl::drivers::ata {
+
+/// Mass storage, IDE, whatever the programming interface says about native mode [PCI-IDE §2].
+inline constexpr pci::Match ids[] = {{.class_code = 0x01, .subclass = 0x01}};
+
+/// Where the two channels of a controller are, from its programming interface and base address registers [PCI-IDE §2.2, BMIDE §2].
+struct ControllerPorts {
+    std::array<ChannelPorts, 2> channels{};
+    std::array<InterruptLine, 2> lines{};
+};
+/// Enables I/O decoding and bus mastering. Errors: no bus-master registers, or registers that nobody has given an address.
+Result<ControllerPorts> set_up(const pci::Device& device);
+
+/// "hda" for 0, and so on; two letters from 26 on.
+FixedText<16> disk_name(u32 number);
+
+/// What was found at a unit.
+enum class Found : u8 { nothing, disk, packet_device };
+
+/// Talks to a channel's devices before it has a queue: presence, IDENTIFY, transfer mode. Polls; every wait is bounded and sleeps in the
+/// executor, the first look is taken at once.
+template <PortAccess P>
+class Prober {
+  public:
+    Prober(io::Executor& executor, Channel<P>& channel, Nanoseconds timeout) : executor_(executor), channel_(channel), timeout_(timeout) {}
+
+    /// False: nobody drives this bus.
+    bool driven() { return !channel_.registers().status().floating(); }
+    /// Software reset of both devices. Error{timed_out}: still busy.
+    io::Task<Result<void>> reset();
+    /// Looks at a unit; the data is valid for Found::disk. Finds out, on the way, whether words work.
+    io::Task<Result<Found>> identify(u8 unit, IdentifyData& data);
+    /// Selects the disk's best multiword mode, for a disk that has none selected.
+    io::Task<Result<void>> select_mode(u8 unit, DriveInfo& info);
+
+  private:
+    static constexpr Nanoseconds poll = 100'000;
+
+    io::Task<Result<Status>> settle(Nanoseconds bound);
+    bool keeps(bool words, u8 a, u8 b, u8 c, u8 d);
+    io::Task<Result<Found>> ask(u8 unit, IdentifyData& data);
+
+    io::Executor& executor_;
+    Channel<P>& channel_;
+    Nanoseconds timeout_;
+};
+
+/// One controller with its two channels. Its disks hold on to it: it lives until the machine ends, or at least until nobody uses them.
+template <PortAccess P>
+class Controller {
+  public:
+    Controller(Environment& environment, P ports) : environment_(environment), ports_(std::move(ports)) {}
+    Controller(const Controller&) = delete;
+    Controller& operator=(const Controller&) = delete;
+
+    /// Finds and announces the disks; `first_disk` is the number of the primary master. A channel that does not work is reported in the log, and
+    /// the other one is tried; no disk at all is no error.
+    io::Task<Result<void>> attach(pci::Device device, u32 first_disk = 0);
+    /// Disks that were announced.
+    u32 disks() const { return count_; }
+    ChannelQueue<P>* queue(u8 channel) { return channels_[channel].queue ? &*channels_[channel].queue : nullptr; }
+
+  private:
+    struct Slot {
+        DmaBuffer table;
+        std::array<std::optional<Disk>, 2> disks;
+        std::optional<ChannelQueue<P>> queue; // ends first: it ends the disks' requests
+    };
+    io::Task<Result<void>> attach_channel(Slot& slot, ChannelPorts at, InterruptLine line, u32 first_disk);
+    io::Task<Result<bool>> examine(Slot& slot, Prober<P>& prober, u8 unit, u32 number);
+
+    Environment& environment_;
+    P ports_;
+    std::array<Slot, 2> channels_;
+    u32 count_ = 0;
+};
+
+/// Makes a controller that lives until the machine ends (from the heap, once) and attaches it.
+template <PortAccess P>
+io::Task<Result<void>> probe(Environment& environment, pci::Device device, P ports, u32 first_disk = 0) {
+    auto* controller = new (std::nothrow) Controller<P>(environment, std::move(ports));
+    if (controller == nullptr) {
+        co_return Error{Code::exhausted, "no memory for an IDE controller"};
+    }
+    Result<void> result = co_await controller->attach(device, first_disk);
+    if (controller->disks() == 0) {
+        delete controller;
+    }
+    co_return result;
+}
+
+// --- Prober ----------------------------------------------------------------------------------------------------------------------------------
+
+/// Waits until the selected device is not busy. The 400 ns before the status counts are a read of the alternate status [ATA-7 §9.4].
+template <PortAccess P>
+io::Task<Result<Status>> Prober<P>::settle(Nanoseconds bound) {
+    static_cast<void>(channel_.registers().alternate_status());
+    const Instant deadline = after(executor_.now(), bound);
+    for (;;) {
+        const Status status = channel_.registers().status();
+        if (!status.busy()) {
+            co_return status;
+        }
+        if (executor_.now() >= deadline) {
+            co_return Error{Code::timed_out, "the IDE device stays busy (BSY)", 0, status.raw};
+        }
+        co_await executor_.sleep(poll);
+    }
+}
+
+template <PortAccess P>
+io::Task<Result<void>> Prober<P>::reset() {
+    channel_.assert_reset();
+    co_await executor_.sleep(ChannelQueue<P>::reset_hold);
+    channel_.release_reset(Control::interrupts_off);
+    co_await executor_.sleep(ChannelQueue<P>::reset_settle);
+    auto status = co_await settle(timeout_);
+    if (!status) {
+        co_return status.error();
+    }
+    co_return Result<void>{};
+}
+
+/// Whether count and LBA registers keep what is written: that is how a device, and a bus that splits words, show themselves.
+template <PortAccess P>
+bool Prober<P>::keeps(bool words, u8 a, u8 b, u8 c, u8 d) {
+    auto& r = channel_.registers();
+    if (words) {
+        r.write_word(Register::sector_count, a, b);
+        r.write_word(Register::lba_mid, c, d);
+    } else {
+        r.write(Register::sector_count, a);
+        r.write(Register::lba_low, b);
+        r.write(Register::lba_mid, c);
+        r.write(Register::lba_high, d);
+    }
+    return r.read(Register::sector_count) == a && r.read(Register::lba_low) == b && r.read(Register::lba_mid) == c &&
+           r.read(Register::lba_high) == d;
+}
+
+template <PortAccess P>
+io::Task<Result<Found>> Prober<P>::identify(u8 unit, IdentifyData& data) {
+    auto& r = channel_.registers();
+    r.write(Register::device, device_register(unit));
+    channel_.note_device(device_register(unit));
+    CO_TRY(const Status selected, co_await settle(timeout_));
+    if (selected.floating()) {
+        co_return Found::nothing;
+    }
+    if (selected.data_request()) {
+        co_return Error{Code::protocol, "the IDE device wants to transfer data though nobody asked (DRQ)", 0, selected.raw};
+    }
+    // Bytes first set, then words over them, then the other way round with the complement: only what writes both registers passes.
+    const bool bytes = keeps(false, 0x55, 0xaa, 0x33, 0xcc);
+    if (!bytes) {
+        co_return Found::nothing; // registers that keep nothing are no device's
+    }
+    const bool words = keeps(true, 0xa6, 0x59, 0xc3, 0x3c) && keeps(false, 0x59, 0xa6, 0x3c, 0xc3) && keeps(true, 0x12, 0xed, 0x84, 0x7b);
+    channel_.set_words(words);
+    auto found = co_await ask(unit, data);
+    if (words && (!found || *found == Found::nothing)) {
+        channel_.set_words(false); // the command register does not take part, or the device is not there at all
+        found = co_await ask(unit, data);
+    }
+    co_return found;
+}
+
+template <PortAccess P>
+io::Task<Result<Found>> Prober<P>::ask(u8 unit, IdentifyData& data) {
+    auto& r = channel_.registers();
+    channel_.issue(unit, Command::identify_device);
+    CO_TRY(const Status status, co_await settle(timeout_));
+    if (status.error() || status.device_fault()) {
+        const auto signature = static_cast<Signature>(r.read(Register::lba_mid) | r.read(Register::lba_high) << 8);
+        if (signature == Signature::packet || signature == Signature::serial_packet) {
+            co_return Found::packet_device;
+        }
+        co_return Error{Code::io, "the device refuses IDENTIFY DEVICE", 0, status.raw};
+    }
+    if (status.raw == 0 || status.floating()) {
+        co_return Found::nothing; // device 0 answers for the absent device 1 [ATA-7 §9.16.2]
+    }
+    if (!status.data_request()) {
+        co_return Error{Code::protocol, "IDENTIFY DEVICE ended without data (DRQ)", 0x58, status.raw};
+    }
+    r.read_data(data.words);
+    const Status last = r.status();
+    if (last.under_way() || last.error()) {
+        co_return Error{Code::protocol, "the device does not end IDENTIFY DEVICE after 512 bytes", 0x50, last.raw};
+    }
+    co_return Found::disk;
+}
+
+template <PortAccess P>
+io::Task<Result<void>> Prober<P>::select_mode(u8 unit, DriveInfo& info) {
+    auto& r = channel_.registers();
+    r.write(Register::features, set_features_transfer_mode);
+    r.write(Register::sector_count, static_cast<u8>(transfer_mode_multiword | info.multiword_best));
+    channel_.issue(unit, Command::set_features);
+    CO_TRY(const Status status, co_await settle(timeout_));
+    if (status.error() || status.device_fault()) {
+        co_return Error{Code::io, "the disk refuses a DMA mode that it offers (SET FEATURES)", 0x50, status.raw};
+    }
+    info.multiword_dma = info.multiword_best;
+    co_return Result<void>{};
+}
+
+// --- Controller ------------------------------------------------------------------------------------------------------------------------------
+
+template <PortAccess P>
+io::Task<Result<void>> Controller<P>::attach(pci::Device device, u32 first_disk) {
+    std::array<bool, 2> wanted{};
+    for (u32 n = 0; n < 4; ++n) {
+        wanted[n / 2] = environment_.disks.offered(first_disk + n) || wanted[n / 2];
+    }
+    if (!wanted[0] && !wanted[1]) {
+        co_return Result<void>{};
+    }
+    CO_TRY(const ControllerPorts ports, set_up(device));
+    for (u32 c = 0; c < 2; ++c) {
+        if (wanted[c]) {
+            auto attached = co_await attach_channel(channels_[c], ports.channels[c], ports.lines[c], first_disk + 2 * c);
+            if (!attached) {
+                log::error("ata: {} channel: {}", c == 0 ? "primary" : "secondary", attached.error());
+            }
+        }
+    }
+    co_return Result<void>{};
+}
+
+template <PortAccess P>
+io::Task<Result<void>> Controller<P>::attach_channel(Slot& slot, ChannelPorts at, InterruptLine line, u32 first_disk) {
+    {
+        // Before anything is allocated: the usual empty channel.
+        Registers<P> registers(ports_, at);
+        if (registers.status().floating()) {
+            co_return Result<void>{};
+        }
+    }
+    CO_TRY(slot.table, environment_.dma.buffer(prd_capacity * sizeof(Prd), u64{1} << 32));
+    slot.queue.emplace(environment_.executor, environment_.dma, ports_, at, slot.table.span(), environment_.timeout);
+    Channel<P>& channel = slot.queue->channel();
+    channel.registers().control(Control::interrupts_off);
+    channel.initialise_engine();
+    if (at.bus_master % 16 != 0 && channel.registers().bus_status().simplex() && channels_[0].queue) {
+        slot.queue.reset();
+        co_return Error{Code::not_supported, "the controller transfers on one channel at a time (simplex): the secondary one is not used"};
+    }
+
+    Prober<P> prober(environment_.executor, channel, environment_.timeout);
+    bool any = false;
+    bool words = true;
+    for (u8 unit = 0; unit < 2; ++unit) {
+        if (!environment_.disks.offered(first_disk + unit)) {
+            continue;
+        }
+        auto found = co_await examine(slot, prober, unit, first_disk + unit);
+        if (!found) {
+            log::error("ata: {}: {}", disk_name(first_disk + unit), found.error());
+        } else if (*found) {
+            any = true;
+            words = words && channel.words();
+        }
+    }
+    channel.set_words(any && words); // both disks latch what is written: the stricter one decides
+    if (!any) {
+        slot.queue.reset();
+        co_return Result<void>{};
+    }
+    CO_CHECK(slot.queue->open(environment_.interrupts, line));
+    static_cast<void>(channel.registers().status()); // takes back what the probe left behind
+    channel.registers().control(Control::none);
+    for (u8 unit = 0; unit < 2; ++unit) {
+        if (!slot.disks[unit]) {
+            continue;
+        }
+        Disk& disk = *slot.disks[unit];
+        disk.configure(disk.info(), disk_name(first_disk + unit), environment_.allows(Feature::flush), channel.words());
+        disk.set_timeout(environment_.timeout);
+        slot.queue->add(disk);
+        if (auto announced = environment_.disks.announce(disk, first_disk + unit); !announced) {
+            log::info("{}: not attached: {}", disk.name(), announced.error());
+            slot.queue->remove(disk);
+            slot.disks[unit].reset();
+            continue;
+        }
+        ++count_;
+    }
+    co_return Result<void>{};
+}
+
+/// True: slot.disks[unit] is a disk.
+template <PortAccess P>
+io::Task<Result<bool>> Controller<P>::examine(Slot& slot, Prober<P>& prober, u8 unit, u32 number) {
+    IdentifyData data;
+    auto found = co_await prober.identify(unit, data);
+    if (!found) {
+        log::debug("ata: {}: {}; reset", disk_name(number), found.error());
+        CO_CHECK(co_await prober.reset());
+        found = co_await prober.identify(unit, data);
+    }
+    if (!found) {
+        co_return found.error();
+    }
+    if (*found == Found::packet_device) {
+        log::info("ata: {} is an ATAPI device; it is left alone", disk_name(number));
+    }
+    if (*found != Found::disk) {
+        co_return false;
+    }
+    CO_TRY(DriveInfo info, decode(data));
+    if (info.ultra_dma < 0 && info.multiword_dma < 0) {
+        CO_CHECK(co_await prober.select_mode(unit, info));
+    }
+    slot.disks[unit].emplace(environment_.executor, *slot.queue, unit);
+    slot.disks[unit]->configure(info, disk_name(number), environment_.allows(Feature::flush), false);
+    co_return true;
+}
+
+} // namespace fl::drivers::ata

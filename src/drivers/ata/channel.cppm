@@ -1,0 +1,297 @@
+// One IDE channel at the level of registers: issue a command, see whether it has ended, stop, reset. No queue and no policy here. Every device
+// access of the driver is made, and counted, in Registers.
+//
+// Each access is an exit from the virtual machine, so each one must have a reason. One DMA command with 28-bit addresses:
+//
+//   #  access                                     why
+//   1  out16 sector count, LBA low                the two registers are neighbours: one access when attach() saw that words work, else two
+//   2  out16 LBA mid, LBA high                    likewise
+//   3  out16 device, command                      likewise; device holds LBA 27:24, and the command register starts the command [ATA-7 §9]
+//   4  out8  bus-master command: start            the engine begins on the change from 0 to 1 [BMIDE §2.1]
+//   -  interrupt
+//   5  in8   status                               BSY = DRQ = 0: ended; ERR, DF: how; reading takes the interrupt back [ATA-7 §6.14]
+//   6  in8   bus-master status                    Error, and Active = 0: all data has arrived in memory [BMIDE §2.2]
+//   7  out8  bus-master command: stop             needed for the next change from 0 to 1
+//
+// What is not there, and why that is right:
+//   - The table's address is written when it changes, and it never does: a channel has one table [BMIDE §2.3 keeps no state in that register].
+//   - No polling before a command: the status that ended the last one said BSY = DRQ = 0, and nobody else gives commands. The other device of
+//     the channel is selected, and waited for, when the device bit changes [ATA-7 §9.4].
+//   - The direction is written only when it changes, while the engine is stopped [BMIDE §2.1].
+//   - Clearing the bus-master interrupt bit: the bit tells whose interrupt it was on a line that is shared, and such a line does clear it, each
+//     time. An ISA line (IRQ 14, 15) belongs to its channel alone, status says whether the command has ended, and the bit is left standing.
+//     Should an interrupt ever be lost, set_clear_always() goes back to clearing.
+// With 48 bits there are five pairs in place of three (two values for each register but device); without words each pair is two accesses.
+export module drivers.ata.channel;
+import core.std;
+import core.dma;
+import drivers.ata.protocol;
+
+export namespace fl::drivers::ata {
+
+/// The I/O ports, by width. out16 to an even port is two byte accesses in order of address for an 8-bit register pair, where the bus does that
+/// (attach() finds out). Accesses are ordered with memory: what was stored before out8() is in memory when the device sees it.
+template <class P>
+concept PortAccess = std::movable<P> && requires(P& ports, u16 port, u8 value8, u16 value16, u32 value32, u16* words, u64 count) {
+    { ports.in8(port) } -> std::same_as<u8>;
+    ports.out8(port, value8);
+    ports.out16(port, value16);
+    ports.out32(port, value32);
+    ports.in16_string(port, words, count);
+};
+
+/// Where a channel's registers are.
+struct ChannelPorts {
+    u16 command = 0;    // first of the 8 command block registers
+    u16 control = 0;    // device control and alternate status
+    u16 bus_master = 0; // first of 8
+};
+
+/// The only place that touches the device. Copies count separately (the interrupt handler has its own).
+template <PortAccess P>
+class Registers {
+  public:
+    Registers(P ports, ChannelPorts at) : ports_(std::move(ports)), at_(at) {}
+
+    u8 read(Register r) { return ++accesses_, ports_.in8(port(r)); }
+    void write(Register r, u8 value) {
+        ++accesses_;
+        ports_.out8(port(r), value);
+    }
+    /// `low` goes to `r`, `high` to the register behind it.
+    void write_word(Register r, u8 low, u8 high) {
+        ++accesses_;
+        ports_.out16(port(r), static_cast<u16>(low | high << 8));
+    }
+    Status status() { return {read(Register::status)}; }
+    Status alternate_status() { return ++accesses_, Status{ports_.in8(at_.control)}; }
+    void control(Control value) {
+        ++accesses_;
+        ports_.out8(at_.control, to_underlying(value));
+    }
+    void read_data(std::span<u16> words) {
+        ++accesses_; // one string instruction
+        ports_.in16_string(port(Register::data), words.data(), words.size());
+    }
+    BusMasterStatus bus_status() { return ++accesses_, BusMasterStatus{ports_.in8(port(BusMaster::status))}; }
+    void bus_status(u8 value) {
+        ++accesses_;
+        ports_.out8(port(BusMaster::status), value);
+    }
+    void bus_command(u8 value) {
+        ++accesses_;
+        ports_.out8(port(BusMaster::command), value);
+    }
+    void bus_table(u32 address) {
+        ++accesses_;
+        ports_.out32(port(BusMaster::table), address);
+    }
+    u64 accesses() const { return accesses_; }
+    const ChannelPorts& at() const { return at_; }
+
+  private:
+    u16 port(Register r) const { return static_cast<u16>(at_.command + to_underlying(r)); }
+    u16 port(BusMaster r) const { return static_cast<u16>(at_.bus_master + to_underlying(r)); }
+
+    P ports_;
+    ChannelPorts at_;
+    u64 accesses_ = 0;
+};
+
+/// A transfer of whole sectors. `count` is 1 to 256, or 1 to 65536 when `wide` (48-bit command).
+struct TransferCommand {
+    u8 unit = 0;
+    bool write = false;
+    bool wide = false;
+    u64 lba = 0;
+    u32 count = 0;
+};
+
+/// How a command stands. `ended` false: it has not, and nothing else counts.
+struct Outcome {
+    bool ended = false;
+    Status status;
+    BusMasterStatus bus;
+
+    constexpr bool ok(bool transfer) const {
+        return ended && !status.error() && !status.device_fault() && (!transfer || (!bus.error() && !bus.active()));
+    }
+};
+
+template <PortAccess P>
+class Channel {
+  public:
+    /// `table`: one page below 4 GiB.
+    Channel(P ports, ChannelPorts at, DmaSpan table) : registers_(std::move(ports), at), table_(table) {}
+
+    Registers<P>& registers() { return registers_; }
+    const Registers<P>& registers() const { return registers_; }
+
+    // --- the table of physical regions -------------------------------------------------------------------------------------------------
+    void begin_table() { prds_ = 0; }
+    /// Appends memory below 4 GiB, split where 64 KiB boundaries are. False: it does not fit, and nothing was added.
+    bool add_region(u64 bus, u32 bytes) {
+        const u64 first = bus / Prd::boundary;
+        const u64 last = (bus + bytes - 1) / Prd::boundary;
+        if (last - first + 1 > prd_capacity - prds_) {
+            return false;
+        }
+        while (bytes != 0) {
+            const u32 room = Prd::boundary - static_cast<u32>(bus % Prd::boundary);
+            const u32 length = std::min(bytes, room);
+            const Prd prd{static_cast<u32>(bus), static_cast<u16>(length), 0}; // 64 KiB becomes 0, as it must
+            std::memcpy(table_.data + prds_++ * sizeof(Prd), &prd, sizeof(Prd));
+            bus += length;
+            bytes -= length;
+        }
+        return true;
+    }
+    usize regions() const { return prds_; }
+
+    // --- commands ---------------------------------------------------------------------------------------------------------------------------
+    /// Starts the transfer described by the table (at least one region). The channel is idle: the last command has ended.
+    void issue(const TransferCommand& c) {
+        const u16 flags = Prd::last;
+        std::memcpy(table_.data + (prds_ - 1) * sizeof(Prd) + __builtin_offsetof(Prd, flags), &flags, sizeof(flags));
+        const u8 direction = c.write ? 0 : bus_master_to_memory;
+        if (direction != direction_) {
+            direction_ = direction;
+            registers_.bus_command(direction);
+        }
+        if (!table_written_) {
+            table_written_ = true;
+            registers_.bus_table(static_cast<u32>(table_.bus));
+        }
+        const auto byte = [&](unsigned n) { return static_cast<u8>(c.lba >> (8 * n)); };
+        if (c.wide) {
+            select(device_register(c.unit));
+            pair(Register::sector_count, static_cast<u8>(c.count >> 8), byte(3)); // first what ends up in "previous" [ACS §4.1.2]
+            pair(Register::lba_mid, byte(4), byte(5));
+            pair(Register::sector_count, static_cast<u8>(c.count), byte(0));
+            pair(Register::lba_mid, byte(1), byte(2));
+            command(device_register(c.unit), c.write ? Command::write_dma_ext : Command::read_dma_ext);
+        } else {
+            const u8 device = device_register(c.unit, byte(3));
+            select(device);
+            pair(Register::sector_count, static_cast<u8>(c.count), byte(0)); // 256 becomes 0, as it must
+            pair(Register::lba_mid, byte(1), byte(2));
+            command(device, c.write ? Command::write_dma : Command::read_dma);
+        }
+        registers_.bus_command(direction | bus_master_start);
+        engine_on_ = true;
+    }
+    /// Starts a command without data and without parameters.
+    void issue(u8 unit, Command code) {
+        const u8 device = device_register(unit);
+        select(device);
+        command(device, code);
+    }
+    /// Writes device and command register; byte by byte, or as a word.
+    void command(u8 device, Command code) {
+        if (words_) {
+            registers_.write_word(Register::device, device, to_underlying(code));
+        } else {
+            if (device != device_) {
+                registers_.write(Register::device, device);
+            }
+            registers_.write(Register::command, to_underlying(code));
+        }
+        device_ = device;
+    }
+
+    /// Whether the command has ended: on a line of the channel's own. One access when it has not, two when it has, three when it must clear.
+    Outcome look() {
+        Outcome outcome{.status = registers_.status()};
+        outcome.ended = !outcome.status.under_way();
+        if (outcome.ended) {
+            outcome.bus = registers_.bus_status();
+            for (int i = 0; i < 3 && engine_on_ && outcome.bus.active() && !outcome.status.error(); ++i) {
+                outcome.bus = registers_.bus_status(); // the last data may still be on its way to memory
+            }
+            if (clear_always_ || outcome.bus.error()) {
+                clear(registers_);
+            }
+        }
+        return outcome;
+    }
+    /// The same on a shared line, and with registers of the caller's own, since an interrupt handler calls it. An interrupt that is not this
+    /// channel's costs one access. The device has let go of the line when this returns.
+    static Outcome look_shared(Registers<P>& registers) {
+        Outcome outcome{.bus = registers.bus_status()};
+        if (outcome.bus.interrupt()) {
+            outcome.status = registers.status();
+            outcome.ended = !outcome.status.under_way();
+            clear(registers, outcome.bus.raw);
+        }
+        return outcome;
+    }
+    /// Ends the transfer: from here on the engine touches no memory. Costs nothing when it is off.
+    void stop() {
+        if (engine_on_) {
+            registers_.bus_command(direction_);
+            engine_on_ = false;
+        }
+    }
+    ErrorRegister error() { return {registers_.read(Register::error)}; }
+
+    // --- reset and setting up ----------------------------------------------------------------------------------------------------------------
+    /// Asserts the software reset of both devices, with interrupts off. Hold it for 5 us [ATA-7 §9.2].
+    void assert_reset() {
+        stop();
+        registers_.control(Control::software_reset | Control::interrupts_off);
+    }
+    /// Lets go of it; status counts 2 ms later. Device 0 is selected then.
+    void release_reset(Control control) {
+        registers_.control(control);
+        device_ = 0;
+    }
+    /// Stops the engine and clears its status, whatever a predecessor left; forgets what is known of the registers.
+    void initialise_engine() {
+        registers_.bus_command(0);
+        direction_ = 0;
+        engine_on_ = false;
+        table_written_ = false;
+        clear(registers_);
+    }
+    void set_words(bool words) { words_ = words; }
+    bool words() const { return words_; }
+    void set_clear_always(bool clear) { clear_always_ = clear; }
+    bool clear_always() const { return clear_always_; }
+    /// What the device register is known to hold; after writing it past this class.
+    void note_device(u8 device) { device_ = device; }
+
+  private:
+    void pair(Register r, u8 low, u8 high) {
+        if (words_) {
+            registers_.write_word(r, low, high);
+        } else {
+            registers_.write(r, low);
+            registers_.write(static_cast<Register>(to_underlying(r) + 1), high);
+        }
+    }
+    /// Another unit than last time: select it and let it settle (400 ns, and BSY = DRQ = 0, which an idle device shows at once) [ATA-7 §9.4].
+    void select(u8 device) {
+        if (((device ^ device_) & 0x10) != 0) {
+            registers_.write(Register::device, device);
+            device_ = device;
+            for (int i = 0; i < 4 && registers_.alternate_status().under_way(); ++i) {
+            }
+        }
+    }
+    static void clear(Registers<P>& registers, u8 keep = 0) {
+        registers.bus_status(
+            static_cast<u8>((keep & BusMasterStatus::capable_bits) | BusMasterStatus::interrupt_bit | BusMasterStatus::error_bit));
+    }
+
+    Registers<P> registers_;
+    DmaSpan table_;
+    usize prds_ = 0;
+    u8 device_ = 0;    // last value of the device register; 0: unit 0, the rest unknown
+    u8 direction_ = 0; // last value of the direction bit
+    bool engine_on_ = false;
+    bool table_written_ = false;
+    bool words_ = false;
+    bool clear_always_ = false;
+};
+
+} // namespace fl::drivers::ata

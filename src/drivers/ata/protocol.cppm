@@ -1,0 +1,161 @@
+// ATA and bus-master IDE as they are on the wire: registers, commands, the physical region descriptor, the IDENTIFY data. No I/O here.
+// Specifications: [ACS] ATA/ATAPI Command Set, [ATA-7] the parallel interface (volume 2), [BMIDE] Programming Interface for Bus Master IDE, 1.0.
+export module drivers.ata.protocol;
+import core.std;
+import core.result;
+import core.text;
+
+export namespace fl::drivers::ata {
+
+/// Command block registers, as offsets from the channel's first port [ATA-7 §6.2].
+enum class Register : u8 {
+    data = 0,     // 16 bits
+    error = 1,    // read
+    features = 1, // write
+    sector_count = 2,
+    lba_low = 3,
+    lba_mid = 4,
+    lba_high = 5,
+    device = 6,
+    status = 7,  // read: clears a pending interrupt
+    command = 7, // write
+};
+
+/// Status register [ATA-7 §6.14].
+struct Status {
+    u8 raw = 0;
+
+    constexpr bool busy() const { return (raw & 0x80) != 0; }         // BSY: no other bit is valid
+    constexpr bool ready() const { return (raw & 0x40) != 0; }        // DRDY
+    constexpr bool device_fault() const { return (raw & 0x20) != 0; } // DF
+    constexpr bool data_request() const { return (raw & 0x08) != 0; } // DRQ
+    constexpr bool error() const { return (raw & 0x01) != 0; }        // ERR: the error register says what
+    /// Nobody drives the bus: the pull-ups, or the pull-up without DD7's pull-down.
+    constexpr bool floating() const { return raw == 0xff || raw == 0x7f; }
+    /// A command is under way: between its issue and its end either BSY or DRQ is set [ATA-7 §9.3].
+    constexpr bool under_way() const { return busy() || data_request(); }
+};
+
+/// Error register, valid when Status::error() [ATA-7 §6.9, ACS §6.3].
+struct ErrorRegister {
+    u8 raw = 0;
+
+    constexpr bool interface_crc() const { return (raw & 0x80) != 0; } // ICRC: the bus garbled an Ultra DMA transfer
+    constexpr bool uncorrectable() const { return (raw & 0x40) != 0; } // UNC: the medium
+    constexpr bool id_not_found() const { return (raw & 0x10) != 0; }  // IDNF: no such sector
+    constexpr bool aborted() const { return (raw & 0x04) != 0; }       // ABRT: not supported, or not now
+};
+
+/// Device register [ATA-7 §6.7]: bits 7 and 5 are obsolete and set, as every driver before has set them.
+constexpr u8 device_register(u8 unit, u8 lba_27_24 = 0) { return static_cast<u8>(0xe0 | (unit & 1) << 4 | (lba_27_24 & 0x0f)); }
+
+/// Device control register [ATA-7 §6.8].
+enum class Control : u8 { none = 0x00, interrupts_off = 0x02, software_reset = 0x04, high_order_byte = 0x80 };
+constexpr Control operator|(Control a, Control b) { return static_cast<Control>(to_underlying(a) | to_underlying(b)); }
+
+/// Command codes [ACS §7].
+enum class Command : u8 {
+    read_dma = 0xc8,
+    write_dma = 0xca,
+    read_dma_ext = 0x25,
+    write_dma_ext = 0x35,
+    flush_cache = 0xe7,
+    flush_cache_ext = 0xea,
+    identify_device = 0xec,
+    set_features = 0xef,
+};
+inline constexpr u8 set_features_transfer_mode = 0x03; // [ACS §7.45.7]
+inline constexpr u8 transfer_mode_multiword = 0x20;    // | mode
+inline constexpr u32 lba28_sectors = 0x0fff'ffff;      // sectors that 28 bits reach: the last LBA is one less [ACS §4.1.2]
+inline constexpr u32 lba28_max_count = 256;            // sector count 0
+inline constexpr u32 lba48_max_count = 65536;          // sector count 0
+
+/// What LBA mid and high hold after a reset or an aborted IDENTIFY DEVICE [ACS §4.3, table of signatures]; other values occur.
+enum class Signature : u16 { ata = 0x0000, packet = 0xeb14, serial_ata = 0xc33c, serial_packet = 0x9669 };
+
+/// Bus-master registers of a channel, as offsets from its 8 ports [BMIDE §2].
+enum class BusMaster : u8 { command = 0, status = 2, table = 4 };
+inline constexpr u8 bus_master_start = 0x01;     // transfers begin when this changes from 0 to 1
+inline constexpr u8 bus_master_to_memory = 0x08; // set: the device reads from the disk and writes memory; not to be changed while active
+
+/// Bus-master status [BMIDE §2.2].
+struct BusMasterStatus {
+    u8 raw = 0;
+
+    static constexpr u8 interrupt_bit = 0x04;                      // written as one: cleared
+    static constexpr u8 error_bit = 0x02;                          // written as one: cleared
+    static constexpr u8 capable_bits = 0x60;                       // "drive can do DMA": kept by software for software
+    constexpr bool simplex() const { return (raw & 0x80) != 0; }   // the two channels cannot transfer at the same time
+    constexpr bool interrupt() const { return (raw & 0x04) != 0; } // the device has raised its interrupt since this was cleared
+    constexpr bool error() const { return (raw & 0x02) != 0; }     // memory refused a transfer
+    constexpr bool active() const { return (raw & 0x01) != 0; }    // not yet at the end of the table
+};
+
+/// Physical region descriptor [BMIDE §1.2]: a run of memory, even address, even length, that does not cross a 64 KiB boundary.
+struct Prd {
+    u32 base = 0;
+    u16 count = 0; // bytes; 0 is 64 KiB
+    u16 flags = 0;
+
+    static constexpr u16 last = 0x8000;
+    static constexpr u32 boundary = 0x10000;
+};
+static_assert(sizeof(Prd) == 8 && __builtin_offsetof(Prd, base) == 0 && __builtin_offsetof(Prd, count) == 4 &&
+              __builtin_offsetof(Prd, flags) == 6);
+/// The table itself is aligned to 4, below 4 GiB and does not cross 64 KiB [BMIDE §1.1]; a page does all of that.
+inline constexpr usize prd_capacity = 512;
+
+/// The 512 bytes that IDENTIFY DEVICE returns [ACS §7.12]; words are little endian on the bus.
+struct IdentifyData {
+    std::array<u16, 256> words{};
+};
+static_assert(sizeof(IdentifyData) == 512);
+
+/// What the driver keeps of it.
+struct DriveInfo {
+    FixedText<40> model;
+    u64 sectors = 0; // of sector_size
+    u32 sector_size = 512;
+    u32 physical_sector_size = 512;
+    bool lba48 = false;
+    bool write_cache = false; // volatile, and on
+    bool flush = false;       // FLUSH CACHE
+    bool flush_ext = false;   // FLUSH CACHE EXT
+    i8 ultra_dma = -1;        // selected mode, -1: none
+    i8 multiword_dma = -1;    // selected mode, -1: none
+    i8 multiword_best = -1;   // best supported mode, -1: none
+};
+
+/// Checks and decodes. Errors: a checksum that is wrong, a disk without LBA or DMA, a sector size that is neither 512 nor 4096, no sectors.
+Result<DriveInfo> decode(const IdentifyData& data);
+
+/// "UNC (the medium is unreadable) at LBA …" without the LBA: what the registers say, for people.
+template <TextSink S>
+void describe(S& sink, Status status, ErrorRegister error, BusMasterStatus bus) {
+    print(sink, "status {:#04x}", status.raw);
+    if (status.device_fault()) {
+        sink.write(", device fault");
+    }
+    if (status.error()) {
+        print(sink, ", error {:#04x}", error.raw);
+        if (error.interface_crc()) {
+            sink.write(" ICRC (garbled on the cable)");
+        }
+        if (error.uncorrectable()) {
+            sink.write(" UNC (unreadable medium)");
+        }
+        if (error.id_not_found()) {
+            sink.write(" IDNF (no such sector)");
+        }
+        if (error.aborted()) {
+            sink.write(" ABRT (command refused)");
+        }
+    }
+    if (bus.error()) {
+        sink.write(", bus-master error (memory refused the transfer)");
+    } else if (bus.active()) {
+        sink.write(", ended before all data was transferred");
+    }
+}
+
+} // namespace fl::drivers::ata
