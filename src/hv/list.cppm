@@ -5,6 +5,9 @@ import core.std;
 export import hv.backend;
 export import hv.visit;
 export import hv.bare;
+#ifdef FIRSTLIGHT_HV_XEN
+export import hv.xen;
+#endif
 #ifdef FIRSTLIGHT_HV_KVM
 export import hv.kvm;
 #endif
@@ -15,6 +18,9 @@ export import hv.hyperv;
 export namespace fl::hv {
 
 using Backends = BackendList<
+#ifdef FIRSTLIGHT_HV_XEN
+    Xen,
+#endif
 #ifdef FIRSTLIGHT_HV_HYPERV
     HyperV,
 #endif

@@ -1,0 +1,241 @@
+module;
+#include "core/try.hpp"
+module hv.xen;
+import core.std;
+import core.result;
+import core.cpuid;
+import core.dma;
+import core.interrupt;
+import core.log;
+import io.executor;
+import io.task;
+import hv.backend;
+
+namespace fl::hv {
+
+using namespace xen;
+
+Result<void> Xen::install(Environment& environment) {
+    const Sighting* sighting = environment.sightings.find(VmGuest::xen);
+    if (sighting == nullptr || sighting->base == 0 || sighting->max_leaf < sighting->base + 2) {
+        return Error{Code::not_found, "Xen's CPUID leaves are not there: hypercalls cannot be installed"};
+    }
+    cpu_ = &environment.cpu;
+    CHECK(install_hypercalls(environment, *sighting));
+    CHECK(install_shared_info(environment));
+    CHECK(install_grants(environment));
+    install_store(environment);
+    find_clock(environment, *sighting);
+    log::info("xen {}.{}: hypercalls, shared info, {} grant entries, XenStore {}", version_ >> 16, version_ & 0xffff, grants_.available(),
+              store_there_ ? "there" : "absent");
+    return {};
+}
+
+Result<void> Xen::install_hypercalls(Environment& environment, const Sighting& sighting) {
+    if (gate_.call == nullptr) {
+        gate_ = native_gate();
+    }
+    if (gate_.call == nullptr) {
+        return Error{Code::not_supported, "this program cannot call a hypervisor"};
+    }
+    // Leaf base + 2: EAX the number of hypercall pages, EBX the MSR that fills them [xen-public arch-x86/cpuid.h].
+    const CpuidRegisters leaf = environment.cpuid.get(sighting.base + 2);
+    if (leaf.eax == 0 || leaf.ebx == 0) {
+        return Error{Code::protocol, "Xen announces no hypercall page", 1, leaf.eax};
+    }
+    if (gate_.page != nullptr) {
+        environment.cpu.write_msr(leaf.ebx, environment.physical.physical_of(gate_.page));
+    }
+    hypercalls_ = xen::Hypercalls(gate_);
+    const i64 version = hypercalls_.version();
+    if (version < (3 << 16)) {
+        return Error{Code::not_supported, "the first hypercall fails (version, or errno)", 3 << 16,
+                     static_cast<u64>(version < 0 ? -version : version)};
+    }
+    version_ = static_cast<u32>(version);
+    TRY(features_, hypercalls_.features());
+    if ((features_ & feature_auto_translated) == 0) {
+        return Error{Code::not_supported, "this Xen wants the guest to know machine frames", feature_auto_translated, features_};
+    }
+    return {};
+}
+
+Result<void> Xen::install_shared_info(Environment& environment) {
+    TRY(DmaBuffer page, environment.memory.buffer(page_size));
+    CHECK(hypercalls_.add_to_physmap(MapSpace::shared_info, 0, page.bus() / page_size));
+    // Xen's page stands where ours was: it is never given back.
+    shared_ = reinterpret_cast<SharedInfo*>(page.data());
+    page.abandon();
+    events_.install(hypercalls_, *shared_, 0);
+    return {};
+}
+
+Result<void> Xen::install_grants(Environment& environment) {
+    TRY(const u32 limit, hypercalls_.grant_table_limit());
+    const u32 frames = std::min(limit, Grants::max_frames);
+    if (frames == 0) {
+        return Error{Code::exhausted, "Xen gives this guest no grant table", 1, 0};
+    }
+    TRY(DmaBuffer table, environment.memory.buffer(frames * static_cast<u32>(page_size)));
+    // The last frame first: the table then grows once.
+    for (u32 i = frames; i-- > 0;) {
+        if (auto mapped = hypercalls_.add_to_physmap(MapSpace::grant_table, i, table.bus() / page_size + i); !mapped) {
+            table.abandon();
+            return mapped.error();
+        }
+    }
+    grants_.install({reinterpret_cast<GrantEntry*>(table.data()), frames * grants_per_frame});
+    table.abandon();
+    return {};
+}
+
+void Xen::install_store(Environment& environment) {
+    const auto frame = hypercalls_.hvm_parameter(HvmParam::store_frame);
+    const auto port = hypercalls_.hvm_parameter(HvmParam::store_event_channel);
+    if (!frame || !port || *frame == 0 || *port == 0 || *port >= event_channels) {
+        log::warning("xen: no XenStore was given to this guest: no synthetic devices");
+        return;
+    }
+    auto page = environment.physical.map(*frame * page_size, page_size);
+    if (!page) {
+        log::warning("xen: XenStore's page cannot be mapped: {}", page.error());
+        return;
+    }
+    store_.install(*page, static_cast<Port>(static_cast<u32>(*port)));
+    store_there_ = true;
+}
+
+void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
+    // frequency = (10^9 << 32) / mul >> shift [xen-public xen.h vcpu_time_info]
+    auto frequency = [](u32 mul, i8 shift) -> std::optional<u64> {
+        if (mul == 0 || shift < -31 || shift > 31) {
+            return std::nullopt;
+        }
+        const u64 unshifted = (u64{1'000'000'000} << 32) / mul;
+        const u64 hz = shift >= 0 ? unshifted >> shift : unshifted << -shift;
+        return hz >= 1'000'000 && hz <= 100'000'000'000 ? std::optional(hz) : std::nullopt;
+    };
+    const VcpuTimeInfo& time = shared_->vcpu[0].time;
+    for (u32 tries = 0; tries < 16; ++tries) {
+        // Acquire, twice: the values between two equal, even versions. Partner: Xen writes version, values, version.
+        const u32 before = std::atomic_ref(const_cast<u32&>(time.version)).load(std::memory_order_acquire);
+        const u32 mul = *static_cast<const volatile u32*>(&time.tsc_to_system_mul);
+        const i8 shift = *static_cast<const volatile i8*>(&time.tsc_shift);
+        std::atomic_thread_fence(std::memory_order_acquire);
+        const u32 now = std::atomic_ref(const_cast<u32&>(time.version)).load(std::memory_order_relaxed);
+        if (before == now && before % 2 == 0) {
+            tsc_hz_ = frequency(mul, shift);
+            clock_name_ = tsc_hz_ ? "xen pvclock" : clock_name_;
+            break;
+        }
+    }
+    if (!tsc_hz_) { // not written yet: CPUID says the same
+        const CpuidRegisters scale = environment.cpuid.get(sighting.base + 3, 1);
+        tsc_hz_ = frequency(scale.ecx, static_cast<i8>(scale.edx));
+        if (const u64 khz = environment.cpuid.get(sighting.base + 3, 0).ecx; !tsc_hz_ && khz >= 1000) {
+            tsc_hz_ = khz * 1000;
+        }
+        clock_name_ = tsc_hz_ ? "xen cpuid" : "none";
+    }
+}
+
+Result<void> Xen::start(Services& services) {
+    // The vector that Xen injects itself needs no end-of-interrupt, which would be one more exit for every event; the message to the local APIC
+    // is for a Xen that does not offer it.
+    if ((features_ & feature_callback_vector) != 0) {
+        TRY(const InterruptVector vector, services.interrupts.attach_vector(Events::upcall, &events_, false));
+        if (auto set = hypercalls_.set_hvm_parameter(HvmParam::callback_irq, callback_by_vector(vector.vector)); set) {
+            upcall_ = Upcall::vector;
+        } else {
+            services.interrupts.detach_vector(vector);
+        }
+    }
+    if (upcall_ == Upcall::none) {
+        TRY(const InterruptVector vector, services.interrupts.attach_vector(Events::upcall, &events_, true));
+        if (auto set = hypercalls_.set_upcall_vector(0, vector.vector); !set) {
+            services.interrupts.detach_vector(vector);
+            return set.error();
+        }
+        upcall_ = Upcall::apic_vector;
+    }
+    if (store_there_) {
+        CHECK(store_.start(services.executor, events_));
+    }
+    return {};
+}
+
+io::Task<Result<void>> Xen::enumerate(DeviceList& into) {
+    if (!store_.started()) {
+        co_return Result<void>{};
+    }
+    co_return co_await xen::enumerate(store_, into, listing_);
+}
+
+// ---- console and power
+// ---------------------------------------------------------------------------------------------------------------------------
+
+void Xen::Console::write(std::string_view text) {
+    if (calls != nullptr) {
+        static_cast<void>(calls->console_write(text));
+        return;
+    }
+    for (const char c : text) {
+        cpu->out8(debug_port, static_cast<u8>(c));
+    }
+}
+
+log::Sink* Xen::console() {
+    if (gate_.call == nullptr) {
+        return nullptr;
+    }
+    const i64 answer = hypercalls_.console_write({});
+    if (answer == error_no_such_call) {
+        return nullptr; // KVM's emulation: no console, and the debug port may be somebody else's
+    }
+    console_.calls = answer >= 0 ? &hypercalls_ : nullptr;
+    console_.cpu = cpu_;
+    return &console_;
+}
+
+Error Xen::ended(Shutdown reason) {
+    if (gate_.call == nullptr) {
+        return {Code::not_supported, "Xen has not been installed"};
+    }
+    const i64 answer = hypercalls_.shutdown(reason);
+    return {Code::not_supported, "Xen does not end the machine (errno)", 0, static_cast<u64>(-answer)};
+}
+
+Error Xen::crash(std::string_view reason) {
+    if (gate_.call != nullptr) {
+        static_cast<void>(hypercalls_.console_write(reason));
+        static_cast<void>(hypercalls_.console_write("\n"));
+    }
+    return ended(Shutdown::crash);
+}
+
+// ---- emulated devices
+// ----------------------------------------------------------------------------------------------------------------------------
+
+Result<void> Xen::unplug(EmulatedClasses classes) {
+    const u16 magic = cpu_->in16(unplug_port);
+    if (magic != unplug_magic) {
+        return Error{Code::not_supported, "this host takes no emulated devices away (magic at port 0x10)", unplug_magic, magic};
+    }
+    if (cpu_->in8(unplug_version_port) != 0) {
+        cpu_->out16(unplug_version_port, unplug_product);
+        cpu_->out32(unplug_port, 1);
+        if (cpu_->in16(unplug_port) != unplug_magic) {
+            return Error{Code::not_supported, "this host refuses our drivers (driver-blacklist in XenStore)", unplug_magic, unplug_refused};
+        }
+    }
+    u16 mask = 0;
+    mask |= classes.disks ? unplug_disks : 0;
+    mask |= classes.nics ? unplug_nics : 0;
+    mask |= classes.nvme ? unplug_nvme : 0;
+    if (mask != 0) {
+        cpu_->out16(unplug_port, mask);
+    }
+    return {};
+}
+
+} // namespace fl::hv

@@ -1,0 +1,107 @@
+// Xen, as a guest that Xen (or KVM's emulation of it) virtualises fully sees it: HVM and PVH. Order of what install() does: hypercall page,
+// shared info page, grant table, XenStore's page; start(): the upcall's vector, XenStore's events. Everything a driver needs hangs here.
+export module hv.xen;
+import core.std;
+import core.result;
+import core.interrupt;
+import core.log;
+import io.executor;
+import io.task;
+export import hv.backend;
+export import hv.xen.hypercall;
+export import hv.xen.events;
+export import hv.xen.grants;
+export import hv.xen.store;
+export import hv.xen.bus;
+
+export namespace fl::hv {
+
+class Xen {
+  public:
+    static constexpr std::string_view name = "xen";
+    static constexpr VmGuest guest = VmGuest::xen;
+    using Event = xen::Port;
+
+    /// How events reach this processor, once started.
+    enum class Upcall : u8 {
+        none,
+        vector,      // Xen injects the vector itself: no end-of-interrupt
+        apic_vector, // as a message to the local APIC
+    };
+
+    Xen() = default;
+    Xen(const Xen&) = delete;
+    Xen& operator=(const Xen&) = delete;
+
+    static bool recognises(const Sightings& sightings) { return sightings.has(VmGuest::xen); }
+
+    /// The way into the hypervisor: the processor's own unless a test brings another one, before install().
+    void set_gate(const xen::Gate& gate) { gate_ = gate; }
+    /// Error{not_supported}: no hypercalls here, or a Xen that lacks what a guest with its own page tables needs. A XenStore that is missing is
+    /// no error: there are no devices then.
+    Result<void> install(Environment& environment);
+    Result<void> start(Services& services);
+
+    std::optional<u64> tsc_hz() const { return tsc_hz_; }
+    std::string_view clock_name() const { return clock_name_; }
+    u64 hypercalls() const { return hypercalls_.count(); }
+    /// Xen's own log, by hypercall or debug port; nullptr where neither is there (KVM's emulation).
+    log::Sink* console();
+    Error power_off() { return ended(xen::Shutdown::power_off); }
+    Error reboot() { return ended(xen::Shutdown::reboot); }
+    Error crash(std::string_view reason);
+    Result<void> unplug(EmulatedClasses classes);
+    io::Task<Result<void>> enumerate(DeviceList& into);
+
+    Result<void> bind(Event event, InterruptHandler handler, void* context) { return events_.bind(event, handler, context); }
+    void unbind(Event event) { events_.unbind(event); }
+    void mask(Event event) { events_.mask(event); }
+    bool unmask(Event event) { return events_.unmask(event); }
+    Result<void> notify(Event event) { return events_.send(event); }
+
+    /// Sleeps in the hypervisor until one of the (masked) events is pending or about `timeout_ns` have passed: an idle that takes no interrupt.
+    /// Interrupts of other devices do not end it, so it suits a machine whose devices are all Xen's.
+    void idle_poll(std::span<const u32> ports, u64 timeout_ns) { static_cast<void>(events_.poll(ports, timeout_ns)); }
+
+    xen::Hypercalls& calls() { return hypercalls_; }
+    xen::Events& events() { return events_; }
+    xen::Grants& grants() { return grants_; }
+    xen::Store& store() { return store_; }
+    Upcall upcall() const { return upcall_; }
+    /// major << 16 | minor
+    u32 version() const { return version_; }
+
+  private:
+    class Console final : public log::Sink {
+      public:
+        void write(std::string_view text) override;
+        xen::Hypercalls* calls = nullptr; // nullptr: by the debug port
+        Privileged* cpu = nullptr;
+    };
+
+    Result<void> install_hypercalls(Environment& environment, const Sighting& sighting);
+    Result<void> install_shared_info(Environment& environment);
+    Result<void> install_grants(Environment& environment);
+    void install_store(Environment& environment);
+    void find_clock(const Environment& environment, const Sighting& sighting);
+    Error ended(xen::Shutdown reason);
+
+    xen::Gate gate_;
+    xen::Hypercalls hypercalls_;
+    Privileged* cpu_ = nullptr;
+    xen::SharedInfo* shared_ = nullptr;
+    u32 version_ = 0;
+    u32 features_ = 0;
+    std::optional<u64> tsc_hz_;
+    std::string_view clock_name_ = "none";
+    Upcall upcall_ = Upcall::none;
+    bool store_there_ = false;
+    Console console_;
+    xen::Events events_;
+    xen::Grants grants_;
+    xen::Store store_;
+    std::array<char, xen::store_payload_max> listing_{};
+};
+static_assert(Backend<Xen> && EventSource<Xen> && Hypercalls<Xen> && Console<Xen> && Power<Xen> && EmulatedDevices<Xen> && BusRoot<Xen>);
+
+} // namespace fl::hv

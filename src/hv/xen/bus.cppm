@@ -1,0 +1,98 @@
+// XenBus: devices as directories of XenStore, a front half that is ours and a back half in another domain, which meet by a handshake of states
+// [xen-blkif, "State diagrams"]. Knows no kind of device.
+export module hv.xen.bus;
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import io.executor;
+import io.task;
+import hv.backend;
+export import hv.xen.store;
+
+export namespace fl::hv::xen {
+
+/// What is below "device": every kind, every device, sorted by kind as the store has it and by number. `scratch`: room for a listing.
+io::Task<Result<void>> enumerate(Store& store, DeviceList& into, std::span<char> scratch);
+
+/// Our half of a device, and a watch on the other one. Lives in its driver; not moved while open.
+class Frontend {
+  public:
+    Frontend(Store& store, io::Executor& executor);
+    Frontend(const Frontend&) = delete;
+    Frontend& operator=(const Frontend&) = delete;
+
+    /// Finds the other half and watches its state. `device`: "device/vbd/51712".
+    io::Task<Result<void>> open(std::string_view device);
+    std::string_view path() const { return path_; }
+    std::string_view backend() const { return backend_; }
+    Domain domain() const { return domain_; }
+
+    /// The other half's state now; a node that is gone is BusState::unknown.
+    io::Task<Result<BusState>> state();
+    io::Task<Result<void>> set_state(BusState state);
+    /// Waits until the other half's state is one of `wanted`; gives it. Error{device_gone}: it closes, or is gone; Error{timed_out}.
+    io::Task<Result<BusState>> await_state(std::span<const BusState> wanted, Instant deadline);
+    /// Waits until something may have changed about the other half. False: the deadline came first.
+    auto changed(Instant deadline) { return changed_.wait(deadline); }
+    /// Ends a wait in changed(): for an owner who has something to tell his own coroutine.
+    void poke() { changed_.open(); }
+    /// No more news.
+    io::Task<Result<void>> close();
+
+  private:
+    Store& store_;
+    io::Executor& executor_;
+    StorePath path_;
+    StorePath backend_;
+    Domain domain_ = 0;
+    Latch changed_;
+    Watch watch_;
+    bool watching_ = false;
+};
+
+/// Which disk a virtual block device is [xen-vbd]. disk: 0 for the first; partition 0: the whole disk.
+struct VirtualDisk {
+    enum class Kind : u8 { xvd, ide, scsi } kind = Kind::xvd;
+    u32 disk = 0;
+    u32 partition = 0;
+};
+/// Nothing for numbers that the specification does not define.
+constexpr std::optional<VirtualDisk> virtual_disk(u64 number) {
+    using Kind = VirtualDisk::Kind;
+    if (number >> 28 == 1) {
+        return VirtualDisk{Kind::xvd, static_cast<u32>(number >> 8 & 0xfffff), static_cast<u32>(number & 0xff)};
+    }
+    switch (number >> 8) {
+    case 202: return VirtualDisk{Kind::xvd, static_cast<u32>(number >> 4 & 0xf), static_cast<u32>(number & 0xf)};
+    case 8: return VirtualDisk{Kind::scsi, static_cast<u32>(number >> 4 & 0xf), static_cast<u32>(number & 0xf)};
+    case 3:
+    case 22:
+        if ((number >> 6 & 3) > 1) {
+            return std::nullopt;
+        }
+        return VirtualDisk{Kind::ide, static_cast<u32>((number >> 6 & 1) + (number >> 8 == 22 ? 2 : 0)), static_cast<u32>(number & 0x3f)};
+    default: return std::nullopt;
+    }
+}
+/// xvda, xvdb … xvdz, xvdaa …; with the partition's number behind it if it is one.
+constexpr FixedText<16> disk_name(const VirtualDisk& disk) {
+    std::array<char, 8> letters{};
+    usize at = letters.size();
+    for (u64 n = u64{disk.disk} + 1; n != 0 && at > 0; n = (n - 1) / 26) {
+        letters[--at] = static_cast<char>('a' + (n - 1) % 26);
+    }
+    FixedText<16> name("xvd");
+    name.write({letters.data() + at, letters.size() - at});
+    if (disk.partition != 0) {
+        std::array<char, 4> digits{};
+        usize d = digits.size();
+        for (u32 n = disk.partition; n != 0; n /= 10) {
+            digits[--d] = static_cast<char>('0' + n % 10);
+        }
+        name.write({digits.data() + d, digits.size() - d});
+    }
+    return name;
+}
+
+} // namespace fl::hv::xen

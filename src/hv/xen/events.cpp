@@ -1,0 +1,105 @@
+module hv.xen.events;
+import core.std;
+import core.result;
+import core.interrupt;
+import hv.xen.hypercall;
+
+namespace fl::hv::xen {
+
+void Events::install(Hypercalls& hypercalls, SharedInfo& shared, u32 vcpu) {
+    hypercalls_ = &hypercalls;
+    shared_ = &shared;
+    vcpu_ = &shared.vcpu[vcpu];
+    for (u64& word : shared.mask) {
+        std::atomic_ref<u64>(word).store(~u64{0}, std::memory_order_relaxed); // nobody has a port yet
+    }
+}
+
+Result<Port> Events::allocate_unbound(Domain remote) {
+    EventAllocUnbound argument{domain_self, remote, Port::none};
+    const i64 answer = hypercalls_->call(Hypercall::event_channel_op, EventOp::alloc_unbound, argument);
+    if (answer < 0) {
+        return Error{Code::exhausted, "Xen gives no event channel (errno)", 0, static_cast<u64>(-answer)};
+    }
+    return argument.port;
+}
+
+Result<Port> Events::bind_interdomain(Domain remote, Port remote_port) {
+    EventBindInterdomain argument{remote, 0, remote_port, Port::none};
+    const i64 answer = hypercalls_->call(Hypercall::event_channel_op, EventOp::bind_interdomain, argument);
+    if (answer < 0) {
+        return Error{Code::not_found, "Xen does not connect the event channel (errno)", 0, static_cast<u64>(-answer)};
+    }
+    return argument.local_port;
+}
+
+Result<void> Events::bind(Port port, InterruptHandler handler, void* context) {
+    const u32 n = number(port);
+    if (n == 0 || n >= capacity) {
+        return Error{Code::exhausted, "an event channel's port is beyond what this kernel has room for", capacity - 1, n};
+    }
+    if (slots_[n].handler != nullptr) {
+        return Error{Code::busy, "the event channel has a handler already", 0, n};
+    }
+    mask(port);
+    slots_[n] = {handler, context};
+    return {};
+}
+
+void Events::unbind(Port port) {
+    const u32 n = number(port);
+    if (n == 0 || n >= capacity) {
+        return;
+    }
+    mask(port);
+    slots_[n] = {};
+    EventPort argument{port};
+    static_cast<void>(hypercalls_->call(Hypercall::event_channel_op, EventOp::close, argument));              // a port that is not open stays so
+    std::atomic_ref<u64>(shared_->pending[n / 64]).fetch_and(~(u64{1} << n % 64), std::memory_order_relaxed); // for the port's next user
+}
+
+Result<void> Events::send(Port port) {
+    EventPort argument{port};
+    const i64 answer = hypercalls_->call(Hypercall::event_channel_op, EventOp::send, argument);
+    if (answer < 0) [[unlikely]] {
+        return Error{Code::device_gone, "Xen does not send the event (errno)", 0, static_cast<u64>(-answer)};
+    }
+    return {};
+}
+
+void Events::scan() {
+    ++upcalls_;
+    for (u32 pass = 0; pass < max_passes; ++pass) {
+        // Sequentially consistent exchanges (plain ones on this processor): see the table above. The upcall is cleared before the selector, the
+        // selector before the words.
+        std::atomic_ref<u8>(vcpu_->upcall_pending).exchange(0, std::memory_order_seq_cst);
+        u64 selector = std::atomic_ref<u64>(vcpu_->pending_selector).exchange(0, std::memory_order_seq_cst);
+        if (selector == 0) {
+            return;
+        }
+        for (; selector != 0; selector &= selector - 1) {
+            const u32 word = static_cast<u32>(std::countr_zero(selector));
+            const u64 masked = std::atomic_ref<u64>(shared_->mask[word]).load(std::memory_order_relaxed); // only we write it
+            std::atomic_ref<u64> pending(shared_->pending[word]);
+            // Acquire: what the senders wrote before they sent is seen by what the handlers wake. Partner: Xen's set, after the sender's call.
+            u64 ringing = pending.load(std::memory_order_acquire) & ~masked;
+            pending.fetch_and(~ringing, std::memory_order_acquire);
+            for (; ringing != 0; ringing &= ringing - 1) {
+                const u32 n = word * 64 + static_cast<u32>(std::countr_zero(ringing));
+                if (n < capacity && slots_[n].handler != nullptr) [[likely]] {
+                    slots_[n].handler(slots_[n].context);
+                } else {
+                    ++unexpected_;
+                    mask(static_cast<Port>(n));
+                }
+            }
+        }
+    }
+}
+
+i64 Events::poll(std::span<const u32> ports, u64 timeout_ns) {
+    SchedPoll argument{ports.data(), static_cast<u32>(ports.size()), 0, timeout_ns};
+    return hypercalls_->call(Hypercall::sched_op, SchedOp::poll, argument);
+}
+
+} // namespace fl::hv::xen

@@ -1,0 +1,266 @@
+// What Xen and a guest say to each other: hypercall numbers and arguments, the shared info page, event channels, grant entries, the XenStore
+// wire. Structures and constants, no action. All of it is the 64-bit layout; a guest that installs its hypercall page in 64-bit mode gets it
+// [xen-public]. Values that the other side writes are open enums: whatever else comes can be represented and is the reader's business.
+module;
+#include <cstddef>
+export module hv.xen.protocol;
+import core.std;
+
+export namespace fl::hv::xen {
+
+// ---- hypercalls [xen-public xen.h] -----------------------------------------------------------------------------------------------------------
+
+enum class Hypercall : u32 {
+    memory_op = 12,
+    xen_version = 17,
+    console_io = 18,
+    grant_table_op = 20,
+    vcpu_op = 24,
+    sched_op = 29,
+    event_channel_op = 32,
+    hvm_op = 34,
+};
+/// Bytes from one entry of the hypercall page to the next: entry n is for hypercall n [xen-public arch-x86/xen.h].
+inline constexpr u32 hypercall_stride = 32;
+
+using Domain = u16;
+inline constexpr Domain domain_self = 0x7ff0;
+
+/// Errors are small negative numbers; the names are those of Linux [xen-public errno.h].
+inline constexpr i64 error_again = -11;
+inline constexpr i64 error_no_such_call = -38;
+
+enum class VersionOp : u32 { version = 0, get_features = 6 };
+struct FeatureInfo {
+    u32 submap_index; // in
+    u32 submap;       // out: 32 feature bits
+};
+static_assert(sizeof(FeatureInfo) == 8 && offsetof(FeatureInfo, submap) == 4);
+inline constexpr u32 feature_auto_translated = 1u << 2; // guest frames, not machine frames
+inline constexpr u32 feature_callback_vector = 1u << 8; // HVM_PARAM_CALLBACK_IRQ takes a vector
+
+enum class MemoryOp : u32 { add_to_physmap = 7 };
+enum class MapSpace : u32 { shared_info = 0, grant_table = 1 };
+struct AddToPhysmap {
+    Domain domain;
+    u16 size; // for ranges only
+    MapSpace space;
+    u64 index;
+    u64 frame; // guest frame at which the page shall appear
+};
+static_assert(sizeof(AddToPhysmap) == 24 && offsetof(AddToPhysmap, space) == 4 && offsetof(AddToPhysmap, index) == 8 &&
+              offsetof(AddToPhysmap, frame) == 16);
+
+enum class HvmOp : u32 { set_param = 0, get_param = 1, set_upcall_vector = 23 };
+enum class HvmParam : u32 { callback_irq = 0, store_frame = 1, store_event_channel = 2 };
+struct HvmParameter {
+    Domain domain;
+    u16 padding;
+    HvmParam index;
+    u64 value;
+};
+static_assert(sizeof(HvmParameter) == 16 && offsetof(HvmParameter, index) == 4 && offsetof(HvmParameter, value) == 8);
+struct UpcallVector {
+    u32 vcpu;
+    u8 vector;
+    u8 padding[3];
+};
+static_assert(sizeof(UpcallVector) == 8 && offsetof(UpcallVector, vector) == 4);
+/// The upcall comes as an interrupt of this vector, without the local APIC having a part in it [xen-public hvm/params.h].
+constexpr u64 callback_by_vector(u8 vector) { return u64{2} << 56 | vector; }
+
+enum class SchedOp : u32 { yield = 0, block = 1, shutdown = 2, poll = 3 };
+enum class Shutdown : u32 { power_off = 0, reboot = 1, crash = 3 };
+struct SchedPoll {
+    const u32* ports; // virtual address of nr_ports ports
+    u32 port_count;
+    u32 padding;
+    u64 timeout; // absolute system time in nanoseconds (KVM's emulation takes it as a length); 0: none
+};
+static_assert(sizeof(SchedPoll) == 24 && offsetof(SchedPoll, port_count) == 8 && offsetof(SchedPoll, timeout) == 16);
+
+enum class ConsoleOp : u32 { write = 0 };
+
+// ---- the shared info page [xen-public xen.h, arch-x86/xen.h]
+// -----------------------------------------------------------------------------------
+
+/// Written by Xen under an odd `version`: read version, the rest, version again.
+struct VcpuTimeInfo {
+    u32 version;
+    u32 padding0;
+    u64 tsc_timestamp;
+    u64 system_time; // nanoseconds since boot at tsc_timestamp
+    u32 tsc_to_system_mul;
+    i8 tsc_shift;
+    u8 flags;
+    u8 padding1[2];
+};
+static_assert(sizeof(VcpuTimeInfo) == 32 && offsetof(VcpuTimeInfo, tsc_timestamp) == 8 && offsetof(VcpuTimeInfo, system_time) == 16 &&
+              offsetof(VcpuTimeInfo, tsc_to_system_mul) == 24 && offsetof(VcpuTimeInfo, tsc_shift) == 28 && offsetof(VcpuTimeInfo, flags) == 29);
+
+struct VcpuInfo {
+    u8 upcall_pending; // set by Xen, cleared by the guest before it looks
+    u8 upcall_mask;    // for guests without interrupts of their own
+    u8 padding[6];
+    u64 pending_selector; // one bit for each word of SharedInfo::pending
+    u64 cr2;
+    u64 reserved;
+    VcpuTimeInfo time;
+};
+static_assert(sizeof(VcpuInfo) == 64 && offsetof(VcpuInfo, upcall_mask) == 1 && offsetof(VcpuInfo, pending_selector) == 8 &&
+              offsetof(VcpuInfo, cr2) == 16 && offsetof(VcpuInfo, time) == 32);
+
+inline constexpr u32 vcpus_in_shared_info = 32;
+inline constexpr u32 event_words = 64;
+inline constexpr u32 event_channels = event_words * 64; // 2-level event channels
+
+struct SharedInfo {
+    std::array<VcpuInfo, vcpus_in_shared_info> vcpu;
+    std::array<u64, event_words> pending; // set by Xen, cleared by the guest
+    std::array<u64, event_words> mask;    // the guest's own
+    u32 wallclock_version;
+    u32 wallclock_seconds;
+    u32 wallclock_nanoseconds;
+    u32 wallclock_seconds_high;
+    std::array<u64, 6> arch;
+};
+static_assert(offsetof(SharedInfo, pending) == 0x800 && offsetof(SharedInfo, mask) == 0xa00 &&
+              offsetof(SharedInfo, wallclock_version) == 0xc00 && offsetof(SharedInfo, wallclock_seconds_high) == 0xc0c &&
+              offsetof(SharedInfo, arch) == 0xc10 && sizeof(SharedInfo) == 0xc40);
+
+// ---- event channels [xen-public event_channel.h]
+// -----------------------------------------------------------------------------------------------
+
+/// A port: the number of an event channel at this end. 0 is none.
+enum class Port : u32 { none = 0 };
+
+enum class EventOp : u32 { bind_interdomain = 0, bind_virq = 1, close = 3, send = 4, status = 5, alloc_unbound = 6, unmask = 9 };
+struct EventAllocUnbound {
+    Domain domain; // whose port; domain_self
+    Domain remote; // who may bind to it
+    Port port;     // out
+};
+static_assert(sizeof(EventAllocUnbound) == 8 && offsetof(EventAllocUnbound, remote) == 2 && offsetof(EventAllocUnbound, port) == 4);
+struct EventBindInterdomain {
+    Domain remote;
+    u16 padding;
+    Port remote_port;
+    Port local_port; // out
+};
+static_assert(sizeof(EventBindInterdomain) == 12 && offsetof(EventBindInterdomain, remote_port) == 4 &&
+              offsetof(EventBindInterdomain, local_port) == 8);
+struct EventPort { // close, send, unmask
+    Port port;
+};
+static_assert(sizeof(EventPort) == 4);
+
+// ---- grants [xen-public grant_table.h]
+// -----------------------------------------------------------------------------------------------------------
+
+enum class GrantOp : u32 { query_size = 6 };
+struct GrantQuerySize {
+    Domain domain;
+    u16 padding0;
+    u32 frames;     // out
+    u32 max_frames; // out
+    i16 status;     // out; 0: the rest is valid
+    u16 padding1;
+};
+static_assert(sizeof(GrantQuerySize) == 16 && offsetof(GrantQuerySize, frames) == 4 && offsetof(GrantQuerySize, max_frames) == 8 &&
+              offsetof(GrantQuerySize, status) == 12);
+
+inline constexpr u16 grant_permit_access = 1;
+inline constexpr u16 grant_read_only = 1u << 2;
+inline constexpr u16 grant_reading = 1u << 3; // set by Xen: mapped for reading
+inline constexpr u16 grant_writing = 1u << 4; // set by Xen: mapped for writing
+inline constexpr u32 grants_reserved = 8;     // the first ones belong to the toolstack
+using GrantRef = u32;
+
+/// Version 1. Eight bytes, aligned: an unused entry can be filled with one store.
+struct GrantEntry {
+    u16 flags;
+    Domain domain;
+    u32 frame;
+};
+static_assert(sizeof(GrantEntry) == 8 && offsetof(GrantEntry, domain) == 2 && offsetof(GrantEntry, frame) == 4);
+inline constexpr u32 grants_per_frame = 4096 / sizeof(GrantEntry);
+
+// ---- XenStore [xenstore, xenstore-ring, xen-public io/xs_wire.h] -----------------------------------------------------------------------------
+
+enum class StoreType : u32 {
+    directory = 1,
+    read = 2,
+    watch = 4,
+    unwatch = 5,
+    transaction_start = 6,
+    transaction_end = 7,
+    write = 11,
+    mkdir = 12,
+    remove = 13,
+    watch_event = 15,
+    error = 16,
+};
+struct StoreHeader {
+    StoreType type;
+    u32 request_id;
+    u32 transaction;
+    u32 length; // of what follows
+};
+static_assert(sizeof(StoreHeader) == 16 && offsetof(StoreHeader, request_id) == 4 && offsetof(StoreHeader, transaction) == 8 &&
+              offsetof(StoreHeader, length) == 12);
+inline constexpr u32 store_payload_max = 4096;
+inline constexpr u32 store_ring_bytes = 1024;
+
+/// One page; the positions run freely.
+struct StorePage {
+    std::array<char, store_ring_bytes> requests;
+    std::array<char, store_ring_bytes> responses;
+    u32 request_consumer;
+    u32 request_producer;
+    u32 response_consumer;
+    u32 response_producer;
+    u32 server_features;
+    u32 connection;
+    u32 error;
+};
+static_assert(offsetof(StorePage, responses) == 1024 && offsetof(StorePage, request_consumer) == 2048 &&
+              offsetof(StorePage, request_producer) == 2052 && offsetof(StorePage, response_consumer) == 2056 &&
+              offsetof(StorePage, response_producer) == 2060 && offsetof(StorePage, server_features) == 2064 &&
+              offsetof(StorePage, connection) == 2068 && offsetof(StorePage, error) == 2072);
+
+// ---- XenBus [xen-public io/xenbus.h]
+// -----------------------------------------------------------------------------------------------------------
+
+/// The state of one end of a device. Any number may be read.
+enum class BusState : u32 {
+    unknown = 0,
+    initialising = 1,
+    init_wait = 2,
+    initialised = 3,
+    connected = 4,
+    closing = 5,
+    closed = 6,
+    reconfiguring = 7,
+    reconfigured = 8,
+};
+constexpr std::string_view name(BusState state) {
+    constexpr std::array<std::string_view, 9> names{"unknown", "initialising", "init-wait",     "initialised", "connected",
+                                                    "closing", "closed",       "reconfiguring", "reconfigured"};
+    return to_underlying(state) < names.size() ? names[to_underlying(state)] : "a state that Xen does not define";
+}
+
+// ---- taking emulated devices away [xen-unplug]
+// -------------------------------------------------------------------------------------------------
+
+inline constexpr u16 unplug_port = 0x10;         // 16 bits: read the magic, write the mask; 32 bits: write the build
+inline constexpr u16 unplug_version_port = 0x12; // 8 bits: read the version; 16 bits: write the product
+inline constexpr u16 unplug_magic = 0x49d2;
+inline constexpr u16 unplug_refused = 0xd249; // read from unplug_port after product and build: this driver is on the host's list
+inline constexpr u16 unplug_disks = 1u << 0;
+inline constexpr u16 unplug_nics = 1u << 1;
+inline constexpr u16 unplug_nvme = 1u << 3;
+inline constexpr u16 unplug_product = 0xffff; // experimental: none is registered for this kernel [xen-public hvm/pvdrivers.h]
+
+inline constexpr u16 debug_port = 0xe9; // bytes written here go to Xen's own log
+
+} // namespace fl::hv::xen

@@ -1,0 +1,469 @@
+module;
+#include "core/try.hpp"
+#include <cstddef>
+module hv.xen.store;
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import core.log;
+import io.executor;
+import io.task;
+import io.ring;
+import hv.xen.events;
+import hv.xen.latch;
+
+namespace fl::hv::xen {
+
+namespace {
+// The error names that mean something here [xenstore]; any other one is an i/o error of the store.
+Error from_server(std::string_view name) {
+    if (const usize end = name.find('\0'); end != std::string_view::npos) {
+        name = name.substr(0, end);
+    }
+    if (name == "ENOENT") {
+        return {Code::not_found, "XenStore has no such node"};
+    }
+    if (name == "EAGAIN") {
+        return {Code::busy, "XenStore: somebody else changed the nodes of the transaction"};
+    }
+    if (name == "EACCES" || name == "EPERM") {
+        return {Code::not_supported, "XenStore does not let this guest do that"};
+    }
+    if (name == "EEXIST") {
+        return {Code::busy, "XenStore has that already"};
+    }
+    if (name == "ENOSPC" || name == "ENOMEM" || name == "EQUOTA") {
+        return {Code::exhausted, "XenStore has no room left for this guest"};
+    }
+    if (name == "ENOSYS" || name == "EOPNOTSUPP") {
+        return {Code::not_supported, "XenStore does not know this request"};
+    }
+    return {Code::io, "XenStore refuses the request"};
+}
+
+std::string_view up_to_nul(std::string_view text) {
+    const usize end = text.find('\0');
+    return end == std::string_view::npos ? text : text.substr(0, end);
+}
+
+constexpr std::string_view token_prefix = "firstlight-";
+} // namespace
+
+StorePath join(std::string_view directory, std::string_view key) {
+    StorePath path(directory);
+    path.write("/");
+    path.write(key);
+    return path;
+}
+
+void Store::install(std::byte* page, Port port) {
+    page_ = page;
+    port_ = port;
+}
+
+Result<void> Store::start(io::Executor& executor, Events& events) {
+    if (page_ == nullptr) {
+        return Error{Code::not_found, "this guest was given no XenStore"};
+    }
+    io::MappedMemory memory(page_, page_size);
+    // Positions need not begin at 0: somebody may have talked to the store before us [xenstore-ring].
+    const u32 produced = memory.load_acquire<u32>(offsetof(StorePage, request_producer));
+    const u32 consumed = memory.load_acquire<u32>(offsetof(StorePage, request_consumer));
+    if (produced != consumed) {
+        return Error{Code::protocol, "XenStore's ring holds a request that is not ours", consumed, produced};
+    }
+    // Answers to whoever was here before are not ours to read.
+    const u32 answered = memory.load_acquire<u32>(offsetof(StorePage, response_producer));
+    memory.store_release<u32>(offsetof(StorePage, response_consumer), answered);
+
+    const io::FreeRunning<u32> positions(store_ring_bytes);
+    const io::RingLayout out{.index = offsetof(StorePage, request_producer),
+                             .consumed = offsetof(StorePage, request_consumer),
+                             .entries = offsetof(StorePage, requests)};
+    const io::RingLayout in{.index = offsetof(StorePage, response_producer),
+                            .consumed = offsetof(StorePage, response_consumer),
+                            .entries = offsetof(StorePage, responses)};
+    TRY(requests_, Requests::create(memory, out, positions, {}, produced));
+    TRY(responses_, Responses::create(memory, in, positions, {}, {}, answered));
+
+    CHECK(events.bind(port_, rang, this));
+    executor_ = &executor;
+    channel_ = &events;
+    progress_.attach(executor);
+    executor.add(*this);
+    if (events.unmask(port_)) {
+        rang(this);
+    }
+    return {};
+}
+
+// In the upcall: the executor looks at the ring in its next turn.
+void Store::rang(void* context) {
+    Store& self = *static_cast<Store*>(context);
+    self.events_.fetch_add(1, std::memory_order_relaxed); // a count; wake() orders
+    self.executor_->wake();
+}
+
+Error Store::close(const Error& why) {
+    if (!closed_) {
+        closed_ = why;
+        log::error("XenStore is closed: {}", why);
+    }
+    return *closed_;
+}
+
+// ---- taking turns
+// --------------------------------------------------------------------------------------------------------------------------------
+
+struct Store::Turn : io::ReadyNode {
+    Store& store;
+    bool given = false; // the turn is ours, and nobody has taken it up yet
+    explicit Turn(Store& s) : store(s) {}
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    ~Turn() {
+        unlink();
+        if (given) { // died between its turn's coming and its resumption: the next one
+            store.leave();
+        }
+    }
+    bool await_ready() {
+        if (store.busy_) {
+            return false;
+        }
+        store.busy_ = true;
+        return true;
+    }
+    void await_suspend(std::coroutine_handle<> h) {
+        waiter = h;
+        store.queue_.push(*this);
+    }
+    void await_resume() { given = false; }
+};
+
+void Store::leave() {
+    expected_ = {};
+    io::ReadyNode* node = queue_.pop();
+    busy_ = node != nullptr; // busy_ passes on
+    if (node != nullptr) {
+        static_cast<Turn*>(node)->given = true;
+        executor_->make_ready(*node);
+    }
+}
+
+// Ends the turn, however the coroutine ends; a request that was left half written makes the byte stream useless.
+struct Store::Sending {
+    Store& store;
+    bool incomplete = false;
+    ~Sending() {
+        if (incomplete) {
+            static_cast<void>(store.close({Code::timed_out, "a request could not be written whole: the server takes nothing"}));
+        }
+        store.leave();
+    }
+};
+
+io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transaction, std::string_view path, std::string_view value,
+                                                   bool terminate, std::span<char> into) {
+    if (!started()) {
+        co_return Error{Code::not_found, "XenStore has not been started"};
+    }
+    const usize length = path.size() + 1 + value.size() + (terminate ? 1 : 0);
+    if (length > store_payload_max) {
+        co_return Error{Code::bad_argument, "a request to XenStore is too long", store_payload_max, length};
+    }
+    co_await Turn(*this);
+    Sending sending{*this};
+    if (closed_) {
+        co_return *closed_;
+    }
+    const Instant deadline = after(executor_->now(), timeout_);
+    const StoreHeader header{type, next_id_++, transaction, static_cast<u32>(length)};
+    expected_ = {true, false, type, header.request_id, transaction, into, 0, {}};
+    progress_.close();
+
+    const char nul = 0;
+    std::array<std::span<const std::byte>, 5> pieces{std::as_bytes(std::span(&header, 1)), std::as_bytes(std::span(path)),
+                                                     std::as_bytes(std::span(&nul, 1)), std::as_bytes(std::span(value)),
+                                                     std::as_bytes(std::span(&nul, terminate ? 1u : 0u))};
+    for (auto& piece : pieces) {
+        while (!piece.empty()) {
+            if (auto read = requests_->observe(); !read) {
+                co_return close(read.error());
+            }
+            const usize now = std::min<usize>(piece.size(), requests_->free());
+            static_cast<void>(requests_->append(piece.first(now))); // it fits: now <= free()
+            piece = piece.subspan(now);
+            sending.incomplete = true;
+            if (!piece.empty()) { // full: show it, and wait for room
+                static_cast<void>(requests_->publish());
+                CO_CHECK(channel_->send(port_));
+                if (!co_await progress_.wait(deadline)) {
+                    co_return Error{Code::timed_out, "XenStore does not take a request"};
+                }
+                if (closed_) {
+                    co_return *closed_;
+                }
+            }
+        }
+    }
+    sending.incomplete = false;
+    static_cast<void>(requests_->publish());
+    CO_CHECK(channel_->send(port_));
+    while (!expected_.done) {
+        if (!co_await progress_.wait(deadline)) {
+            co_return Error{Code::timed_out, "XenStore does not answer (timeout=MILLISECONDS changes the bound)"};
+        }
+        if (closed_) {
+            co_return *closed_;
+        }
+    }
+    if (expected_.error) {
+        co_return *expected_.error;
+    }
+    co_return std::string_view(into.data(), expected_.length);
+}
+
+// ---- what comes in
+// -------------------------------------------------------------------------------------------------------------------------------
+
+bool Store::drain() {
+    if (closed_) {
+        return false;
+    }
+    const bool waiting = expected_.active;
+    bool taken = false;
+    // At most a few rings' worth in a turn: a server that never stops does not keep the others from theirs.
+    for (u32 rounds = 0; rounds < 64; ++rounds) {
+        u32 ready = responses_->ready();
+        if (ready == 0) {
+            auto more = responses_->available();
+            if (!more) {
+                static_cast<void>(close(more.error()));
+                break;
+            }
+            ready = *more;
+        }
+        if (ready == 0 || (!in_payload_ && ready < sizeof header_)) {
+            // A header that is not whole yet stays in the ring: look for the rest next time.
+            if (ready == 0) {
+                break;
+            }
+            auto more = responses_->available();
+            if (!more) {
+                static_cast<void>(close(more.error()));
+                break;
+            }
+            if (*more < sizeof header_) {
+                break;
+            }
+        }
+        taken = true;
+        if (!in_payload_) {
+            static_cast<void>(responses_->remove(std::as_writable_bytes(std::span(&header_, 1))));
+            if (header_.length > store_payload_max) {
+                static_cast<void>(close({Code::protocol, "XenStore announces a message that is too long", store_payload_max, header_.length}));
+                break;
+            }
+            received_ = 0;
+            in_payload_ = true;
+        }
+        const u32 now = std::min(responses_->ready(), header_.length - received_);
+        static_cast<void>(responses_->remove(std::as_writable_bytes(std::span(payload_).subspan(received_, now))));
+        received_ += now;
+        if (received_ == header_.length) {
+            in_payload_ = false;
+            dispatch();
+            if (closed_) {
+                break;
+            }
+        }
+    }
+    if (taken && !closed_) {
+        responses_->release();
+        if (auto sent = channel_->send(port_); !sent) { // there is room again
+            static_cast<void>(close(sent.error()));
+        }
+    }
+    if (waiting) {
+        // Something was read, or the server has read and there is room now, or all is over.
+        auto room = closed_ ? Result<void>{} : requests_->observe();
+        if (!room) {
+            static_cast<void>(close(room.error()));
+        }
+        if (taken || closed_ || (!expected_.done && requests_->free() == store_ring_bytes)) {
+            progress_.open();
+        }
+    }
+    return taken;
+}
+
+void Store::dispatch() {
+    if (header_.type == StoreType::watch_event) {
+        return dispatch_watch();
+    }
+    if (!expected_.active || expected_.done || header_.request_id != expected_.id) {
+        // A late answer to a request that has timed out is known by its number; one to a request that was never made is not.
+        const u32 age = next_id_ - header_.request_id;
+        if (age == 0 || age >= u32{1} << 31 || (expected_.active && header_.request_id == expected_.id)) {
+            static_cast<void>(close({Code::protocol, "XenStore answers a request that is not under way", expected_.id, header_.request_id}));
+        }
+        return;
+    }
+    const std::string_view text(payload_.data(), header_.length);
+    if (header_.transaction != expected_.transaction) {
+        static_cast<void>(close({Code::protocol, "XenStore answers for another transaction", expected_.transaction, header_.transaction}));
+    } else if (header_.type == StoreType::error) {
+        expected_.error = from_server(text);
+    } else if (header_.type != expected_.type) {
+        static_cast<void>(
+            close({Code::protocol, "XenStore answers with another type", to_underlying(expected_.type), to_underlying(header_.type)}));
+    } else if (text.size() > expected_.into.size()) {
+        expected_.error = Error{Code::exhausted, "a value in XenStore is longer than there is room for it", expected_.into.size(), text.size()};
+    } else {
+        std::copy_n(text.data(), text.size(), expected_.into.data());
+        expected_.length = text.size();
+    }
+    expected_.done = true;
+}
+
+void Store::dispatch_watch() {
+    const std::string_view text(payload_.data(), header_.length);
+    const usize path_end = text.find('\0');
+    const usize token_end = path_end == std::string_view::npos ? path_end : text.find('\0', path_end + 1);
+    if (token_end == std::string_view::npos) {
+        static_cast<void>(close({Code::protocol, "XenStore sends a watch event without path and token"}));
+        return;
+    }
+    std::string_view token = text.substr(path_end + 1, token_end - path_end - 1);
+    if (!token.starts_with(token_prefix)) {
+        return; // a watch of whoever was here before
+    }
+    token.remove_prefix(token_prefix.size());
+    const auto number = parse_number(token);
+    for (Watch* watch = watches_; watch != nullptr; watch = watch->next) {
+        if (number == u64{watch->token}) {
+            watch->changed(watch->context);
+            return;
+        }
+    } // else: an event that crossed with unwatch()
+}
+
+// ---- operations
+// ----------------------------------------------------------------------------------------------------------------------------------
+
+io::Task<Result<void>> Store::command(StoreType type, u32 transaction, std::string_view path, std::string_view value, bool terminate) {
+    std::array<char, 16> answer; // "OK"
+    CO_CHECK(co_await exchange(type, transaction, path, value, terminate, answer));
+    co_return Result<void>{};
+}
+
+io::Task<Result<std::string_view>> Store::read(std::string_view path, std::span<char> into, u32 transaction) {
+    return exchange(StoreType::read, transaction, path, {}, false, into);
+}
+io::Task<Result<std::string_view>> Store::directory(std::string_view path, std::span<char> into, u32 transaction) {
+    return exchange(StoreType::directory, transaction, path, {}, false, into);
+}
+io::Task<Result<void>> Store::write(std::string_view path, std::string_view value, u32 transaction) {
+    return command(StoreType::write, transaction, path, value, false);
+}
+io::Task<Result<void>> Store::remove(std::string_view path, u32 transaction) { return command(StoreType::remove, transaction, path, {}, false); }
+
+io::Task<Result<u32>> Store::begin() {
+    std::array<char, 16> answer;
+    CO_TRY(const std::string_view text, co_await exchange(StoreType::transaction_start, 0, {}, {}, false, answer));
+    const auto number = parse_number(up_to_nul(text));
+    if (!number || *number == 0 || *number > ~u32{0}) {
+        co_return Error{Code::protocol, "XenStore gives a transaction without a number"};
+    }
+    co_return static_cast<u32>(*number);
+}
+
+io::Task<Result<bool>> Store::commit(u32 transaction) {
+    std::array<char, 16> answer;
+    const auto done = co_await exchange(StoreType::transaction_end, transaction, "T", {}, false, answer);
+    if (!done && done.error().code == Code::busy) {
+        co_return false;
+    }
+    if (!done) {
+        co_return done.error();
+    }
+    co_return true;
+}
+
+io::Task<Result<void>> Store::watch(Watch& watch) {
+    watch.token = next_token_++;
+    watch.next = watches_; // before the request: the first event comes with the answer
+    watches_ = &watch;
+    FixedText<24> token;
+    print(token, "{}{}", token_prefix, watch.token);
+    auto done = co_await command(StoreType::watch, 0, watch.path, token, true);
+    if (!done) {
+        for (Watch** at = &watches_; *at != nullptr; at = &(*at)->next) {
+            if (*at == &watch) {
+                *at = watch.next;
+                break;
+            }
+        }
+    }
+    co_return done;
+}
+
+io::Task<Result<void>> Store::unwatch(Watch& watch) {
+    for (Watch** at = &watches_; *at != nullptr; at = &(*at)->next) {
+        if (*at == &watch) {
+            *at = watch.next;
+            break;
+        }
+    }
+    FixedText<24> token;
+    print(token, "{}{}", token_prefix, watch.token);
+    co_return co_await command(StoreType::unwatch, 0, watch.path, token, true);
+}
+
+io::Task<Result<u64>> Store::number(std::string_view directory, std::string_view key) {
+    std::array<char, 24> text;
+    const StorePath path = join(directory, key);
+    CO_TRY(const std::string_view value, co_await read(path, text));
+    const auto parsed = parse_number(value);
+    if (!parsed) {
+        log::warning("XenStore: {} is no number: \"{}\"", path.view(), value);
+        co_return Error{Code::protocol, "a node of XenStore that must be a number is none"};
+    }
+    co_return *parsed;
+}
+
+io::Task<Result<u64>> Store::number_or(std::string_view directory, std::string_view key, u64 otherwise) {
+    auto value = co_await number(directory, key);
+    if (!value && !closed_ &&
+        (value.error().code == Code::not_found || value.error().code == Code::protocol || value.error().code == Code::exhausted)) {
+        co_return otherwise;
+    }
+    co_return value;
+}
+
+io::Task<Result<void>> Store::write_all(std::string_view directory, std::span<const StoreEntry> entries) {
+    for (u32 tries = 0; tries < transaction_tries; ++tries) {
+        CO_TRY(const u32 transaction, co_await begin());
+        for (const StoreEntry& entry : entries) {
+            const StorePath path = join(directory, entry.key);
+            if (auto written = co_await write(path, entry.value, transaction); !written) {
+                if (!closed_) {
+                    std::array<char, 16> answer;
+                    static_cast<void>(co_await exchange(StoreType::transaction_end, transaction, "F", {}, false, answer));
+                }
+                co_return written.error();
+            }
+        }
+        CO_TRY(const bool done, co_await commit(transaction));
+        if (done) {
+            co_return Result<void>{};
+        }
+    }
+    co_return Error{Code::busy, "XenStore never lets a transaction through: somebody keeps changing the same nodes", transaction_tries,
+                    transaction_tries};
+}
+
+} // namespace fl::hv::xen
