@@ -39,7 +39,7 @@ make_table() {
         print ".section .symbols, \"a\", @progbits"
         print ".balign 8"
         print ".ascii \"FLSYMTAB\""
-        printf ".long %d\n.long %d\n", count, count > 0 ? 1 : 0
+        printf ".long %d, 1\n", count
         at = 0
         for (i = 0; i < count; i++) {
             printf ".long 0x%s - 0x80000000, %d\n", addresses[i], at

@@ -6,6 +6,7 @@ namespace fl {
 namespace {
 constexpr usize header_size = 16;
 constexpr usize entry_size = 8;
+constexpr u32 version = 1;
 constexpr std::string_view magic = "FLSYMTAB";
 } // namespace
 
@@ -20,7 +21,7 @@ Symbols::Symbols(std::span<const std::byte> table) : table_(table) {
         return;
     }
     const u32 count = word(8);
-    if (count <= (table.size() - header_size) / entry_size) {
+    if (word(12) == version && count <= (table.size() - header_size) / entry_size) {
         count_ = count;
         names_ = header_size + usize{count} * entry_size;
     }

@@ -134,26 +134,44 @@ void print_frame(log::Line& out, u32 number, u64 address) {
     print(out, "\n");
 }
 
-// By frame pointers: each pair (caller's rbp, return address) must lie in a stack, above the one before, and return into the image's code.
+// By frame pointers: each pair (caller's rbp, return address) must lie in a stack, above the one before, and return into the image's code. A
+// function that calls itself is printed once, with a count.
 void print_backtrace(log::Line& out, u64 rip, u64 rbp) {
-    constexpr u32 most_frames = 32;
+    constexpr u32 most_lines = 24;
     print(out, "backtrace:\n");
     u32 number = 0;
+    u32 lines = 0;
+    u32 repeated = 0;
+    u64 last = 0;
+    const auto end_repetition = [&] {
+        if (repeated != 0) {
+            print(out, "      ... {} more times\n", std::exchange(repeated, 0));
+        }
+    };
     if (rip != 0) {
         print_frame(out, number++, rip);
     }
-    while (number < most_frames && in_stack(rbp) && in_stack(rbp + 8)) {
+    while (lines < most_lines && in_stack(rbp) && in_stack(rbp + 8)) {
         u64 pair[2];
         std::memcpy(pair, reinterpret_cast<const void*>(rbp), sizeof(pair));
         if (!in_text(pair[1])) {
             break;
         }
-        print_frame(out, number++, pair[1]);
+        if (pair[1] == last) {
+            ++repeated;
+            ++number;
+        } else {
+            end_repetition();
+            print_frame(out, number++, pair[1]);
+            ++lines;
+        }
+        last = pair[1];
         if (pair[0] <= rbp) {
             break;
         }
         rbp = pair[0];
     }
+    end_repetition();
 }
 
 void print_page_fault(log::Line& out, u64 error, u64 address) {

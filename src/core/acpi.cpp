@@ -1,0 +1,308 @@
+module core.acpi;
+import core.std;
+import core.result;
+import core.physical;
+
+namespace fl::acpi {
+
+namespace {
+
+constexpr u32 header_size = 36;
+constexpr u32 most_table_bytes = 64 * 1024;
+constexpr u32 most_dsdt_bytes = 4 * 1024 * 1024;
+constexpr u32 most_tables = 128;
+
+// A table in physical memory, whose header and checksum have been verified.
+struct Table {
+    u64 address;
+    u32 length;
+    std::array<char, 4> signature;
+    bool is(std::string_view name) const { return std::string_view(signature.data(), 4) == name; }
+};
+
+bool sums_to_zero(PhysicalReader& memory, u64 address, u32 length) {
+    std::array<u8, 256> piece;
+    u8 sum = 0;
+    for (u32 done = 0; done < length;) {
+        const auto part = std::span(piece).first(std::min<usize>(piece.size(), length - done));
+        if (!memory.read(address + done, std::as_writable_bytes(part))) {
+            return false;
+        }
+        for (const u8 byte : part) {
+            sum = static_cast<u8>(sum + byte);
+        }
+        done += static_cast<u32>(part.size());
+    }
+    return sum == 0;
+}
+
+std::optional<Table> open_table(PhysicalReader& memory, u64 address, u32 most_bytes = most_table_bytes) {
+    struct Begin {
+        std::array<char, 4> signature;
+        u32 length;
+    };
+    const auto begin = address != 0 ? memory.value<Begin>(address) : std::nullopt;
+    if (!begin || begin->length < header_size || begin->length > most_bytes || !sums_to_zero(memory, address, begin->length)) {
+        return std::nullopt;
+    }
+    return Table{address, begin->length, begin->signature};
+}
+
+// A field of a table; zero when the table ends before it: older revisions are shorter.
+template <class T>
+T field(PhysicalReader& memory, const Table& table, u32 offset) {
+    if (offset > table.length || sizeof(T) > table.length - offset) {
+        return T{};
+    }
+    return memory.value<T>(table.address + offset).value_or(T{});
+}
+
+Register register_at(PhysicalReader& memory, const Table& table, u32 offset) {
+    const u8 space = field<u8>(memory, table, offset);
+    const u64 address = field<u64>(memory, table, offset + 4);
+    if (space > 1 || address == 0) {
+        return {};
+    }
+    return {static_cast<Space>(space), address};
+}
+
+// A port: the extended register block where there is one, else the old 32-bit field.
+u16 port_at(PhysicalReader& memory, const Table& table, u32 old_offset, u32 extended_offset) {
+    const Register extended = register_at(memory, table, extended_offset);
+    if (extended.address != 0 && extended.space == Space::io && extended.address <= 0xffff) {
+        return static_cast<u16>(extended.address);
+    }
+    const u32 old = field<u32>(memory, table, old_offset);
+    return old <= 0xffff ? static_cast<u16>(old) : u16{0};
+}
+
+Fadt read_fadt(PhysicalReader& memory, const Table& t) {
+    Fadt f;
+    f.dsdt = field<u64>(memory, t, 140);
+    if (f.dsdt == 0) {
+        f.dsdt = field<u32>(memory, t, 40);
+    }
+    f.sci = field<u16>(memory, t, 46);
+    const u32 smi = field<u32>(memory, t, 48);
+    f.smi_command = smi <= 0xffff ? static_cast<u16>(smi) : u16{0};
+    f.acpi_enable = field<u8>(memory, t, 52);
+    const u32 flags = field<u32>(memory, t, 112);
+    f.hardware_reduced = (flags >> 20 & 1) != 0;
+    if (!f.hardware_reduced) {
+        f.pm1a_control = port_at(memory, t, 64, 172);
+        f.pm1b_control = port_at(memory, t, 68, 184);
+        f.pm_timer = field<u8>(memory, t, 91) == 4 ? port_at(memory, t, 76, 208) : u16{0};
+        f.pm_timer_32 = (flags >> 8 & 1) != 0;
+    }
+    if ((flags >> 10 & 1) != 0) {
+        f.reset = register_at(memory, t, 116);
+        f.reset_value = field<u8>(memory, t, 128);
+    }
+    f.sleep_control = register_at(memory, t, 244);
+    return f;
+}
+
+Madt read_madt(PhysicalReader& memory, const Table& t) {
+    Madt m;
+    m.local_apic = field<u32>(memory, t, 36);
+    m.has_8259 = (field<u32>(memory, t, 40) & 1) != 0;
+    const auto add_processor = [&](u32 id, u32 flags) {
+        if ((flags & 1) != 0 && m.processor_count < Madt::max_processors) {
+            m.processors[m.processor_count++] = id;
+        }
+    };
+    for (u32 at = 44; at + 2 <= t.length;) {
+        const u8 type = field<u8>(memory, t, at);
+        const u8 length = field<u8>(memory, t, at + 1);
+        if (length < 2 || length > t.length - at) {
+            break; // nothing behind a broken entry can be found
+        }
+        switch (type) {
+        case 0: // local APIC
+            if (length >= 8) {
+                add_processor(field<u8>(memory, t, at + 3), field<u32>(memory, t, at + 4));
+            }
+            break;
+        case 1:
+            if (length >= 12 && m.io_apic_count < Madt::max_io_apics) {
+                m.io_apics[m.io_apic_count++] = {field<u8>(memory, t, at + 2), field<u32>(memory, t, at + 4), field<u32>(memory, t, at + 8)};
+            }
+            break;
+        case 2:
+            if (length >= 10 && m.override_count < Madt::max_overrides && field<u8>(memory, t, at + 3) < 16) {
+                const u16 flags = field<u16>(memory, t, at + 8);
+                m.overrides[m.override_count++] = {field<u8>(memory, t, at + 3), field<u32>(memory, t, at + 4), (flags >> 2 & 3) == 3,
+                                                   (flags & 3) == 3};
+            }
+            break;
+        case 5: // local APIC address, 64 bits
+            if (length >= 12) {
+                m.local_apic = field<u64>(memory, t, at + 4);
+            }
+            break;
+        case 9: // local x2APIC
+            if (length >= 16) {
+                add_processor(field<u32>(memory, t, at + 4), field<u32>(memory, t, at + 8));
+            }
+            break;
+        default: break;
+        }
+        at += length;
+    }
+    return m;
+}
+
+struct [[gnu::packed]] Rsdp {
+    std::array<char, 8> signature;
+    u8 checksum;
+    std::array<char, 6> oem;
+    u8 revision;
+    u32 rsdt;
+    // From revision 2 on:
+    u32 length;
+    u64 xsdt;
+};
+static_assert(sizeof(Rsdp) == 32);
+constexpr u32 rsdp_v1_size = 20;
+constexpr std::string_view rsdp_signature = "RSD PTR ";
+
+std::optional<u64> search(PhysicalReader& memory, u64 begin, u64 end) {
+    std::array<char, 4096> page;
+    for (u64 at = begin; at < end; at += page.size()) {
+        const auto part = std::span(page).first(std::min<usize>(page.size(), end - at));
+        if (!memory.read(at, std::as_writable_bytes(part))) {
+            continue;
+        }
+        for (usize i = 0; i + 16 <= part.size(); i += 16) {
+            if (std::memcmp(part.data() + i, rsdp_signature.data(), 8) == 0 && sums_to_zero(memory, at + i, rsdp_v1_size)) {
+                return at + i;
+            }
+        }
+    }
+    return std::nullopt;
+}
+
+std::optional<u64> search_bios(PhysicalReader& memory) {
+    constexpr u64 ebda_segment = 0x40e;
+    const u64 ebda = u64{memory.value<u16>(ebda_segment).value_or(0)} << 4;
+    if (ebda >= 0x80000 && ebda < 0xa0000) {
+        if (const auto found = search(memory, ebda, std::min<u64>(ebda + 1024, 0xa0000))) {
+            return found;
+        }
+    }
+    return search(memory, 0xe0000, 0x100000);
+}
+
+} // namespace
+
+Result<Tables> read_tables(PhysicalReader& memory, u64 rsdp) {
+    Tables result;
+    if (rsdp == 0) {
+        rsdp = search_bios(memory).value_or(0);
+    }
+    if (rsdp == 0) {
+        return Error(Code::not_found, "ACPI: no RSDP from the loader and none in the BIOS area");
+    }
+    std::array<std::byte, sizeof(Rsdp)> bytes{};
+    Rsdp root{};
+    if (!memory.read(rsdp, std::span(bytes).first(rsdp_v1_size))) {
+        return Error(Code::protocol, "ACPI: the RSDP cannot be read");
+    }
+    std::memcpy(&root, bytes.data(), rsdp_v1_size);
+    if (std::memcmp(root.signature.data(), rsdp_signature.data(), 8) != 0 || !sums_to_zero(memory, rsdp, rsdp_v1_size)) {
+        return Error(Code::protocol, "ACPI: what the loader calls the RSDP is none");
+    }
+    if (root.revision >= 2 && memory.read(rsdp, bytes)) {
+        std::memcpy(&root, bytes.data(), sizeof(root));
+        if (root.length < 36 || root.length > 4096 || !sums_to_zero(memory, rsdp, root.length)) {
+            root.xsdt = 0; // the old half is still good
+        }
+    }
+    result.rsdp = rsdp;
+    u32 entry_size = 8;
+    std::optional<Table> list = root.revision >= 2 ? open_table(memory, root.xsdt) : std::nullopt;
+    if (!list || !list->is("XSDT")) {
+        entry_size = 4;
+        list = open_table(memory, root.rsdt);
+        if (!list || !list->is("RSDT")) {
+            return Error(Code::protocol, "ACPI: neither XSDT nor RSDT is in order");
+        }
+    }
+    result.tables = std::min((list->length - header_size) / entry_size, most_tables);
+    for (u32 i = 0; i < result.tables; ++i) {
+        const u32 offset = header_size + i * entry_size;
+        const u64 address = entry_size == 8 ? field<u64>(memory, *list, offset) : field<u32>(memory, *list, offset);
+        // Only what is used is read as a whole.
+        const auto signature = address != 0 ? memory.value<std::array<char, 4>>(address) : std::nullopt;
+        const std::string_view name = signature ? std::string_view(signature->data(), 4) : std::string_view();
+        const bool wanted = name == "APIC" || name == "FACP";
+        if (signature && !wanted) {
+            continue;
+        }
+        const auto table = open_table(memory, address);
+        if (!table) {
+            ++result.damaged;
+        } else if (table->is("APIC") && !result.madt) {
+            result.madt = read_madt(memory, *table);
+        } else if (table->is("FACP") && !result.fadt) {
+            result.fadt = read_fadt(memory, *table);
+        }
+    }
+    return result;
+}
+
+Result<SleepType> find_s5(PhysicalReader& memory, u64 dsdt) {
+    const auto table = open_table(memory, dsdt, most_dsdt_bytes);
+    if (!table || !table->is("DSDT")) {
+        return Error(Code::not_found, "ACPI: the DSDT is missing or damaged");
+    }
+    // NameOp "_S5_" PackageOp PkgLength NumElements, then the elements [ACPI 6.5 §20.2]. Windows overlap by the length of a match.
+    constexpr usize longest = 24;
+    std::array<u8, 1024> window;
+    for (u32 base = header_size; base < table->length; base += static_cast<u32>(window.size() - longest)) {
+        const auto part = std::span(window).first(std::min<usize>(window.size(), table->length - base));
+        if (!memory.read(table->address + base, std::as_writable_bytes(part))) {
+            break;
+        }
+        for (usize i = 1; i + 8 < part.size(); ++i) {
+            if (part[i] != '_' || std::memcmp(part.data() + i, "_S5_", 4) != 0 || part[i + 4] != 0x12) {
+                continue;
+            }
+            if (part[i - 1] != 0x08 && !(part[i - 1] == '\\' && i > 1 && part[i - 2] == 0x08)) {
+                continue;
+            }
+            usize at = i + 5;
+            at += 1 + (part[at] >> 6); // PkgLength: its first byte says how many follow
+            ++at;                      // NumElements
+            std::array<u8, 2> values{};
+            bool good = true;
+            for (u8& value : values) {
+                if (at >= part.size()) {
+                    good = false;
+                    break;
+                }
+                switch (part[at]) {
+                case 0x00: // ZeroOp
+                case 0x01: // OneOp
+                    value = part[at++];
+                    break;
+                case 0x0a: // BytePrefix
+                    good = at + 1 < part.size();
+                    value = good ? part[at + 1] : u8{0};
+                    at += 2;
+                    break;
+                default: good = false;
+                }
+            }
+            if (good && values[0] < 8 && values[1] < 8) {
+                return SleepType{values[0], values[1]};
+            }
+        }
+        if (part.size() < window.size()) {
+            break;
+        }
+    }
+    return Error(Code::not_found, "ACPI: the DSDT has no \\_S5");
+}
+
+} // namespace fl::acpi

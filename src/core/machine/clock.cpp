@@ -1,0 +1,272 @@
+module core.machine.clock;
+import core.std;
+import core.acpi;
+import core.interrupt;
+import core.result;
+import core.time;
+import core.machine.cpu;
+import core.machine.interrupts;
+import core.machine.lapic;
+
+namespace fl {
+
+namespace {
+
+constinit u64 entry = 0;
+constinit CycleScale scale;
+constinit std::string_view source = "not started";
+
+// How long to measure: an edge is caught within some ten cycles, so 300 us give some ten parts per million.
+constexpr u64 measure_us = 300;
+// No wait for an edge lasts longer than this many reads of a port.
+constexpr u32 most_reads = 100'000;
+
+constexpr u64 pm_timer_hz = 3'579'545; // [ACPI 6.5 §4.8.2.1]
+constexpr u64 pit_hz = 1'193'182;      // [8254]
+
+// Counts a timer that runs up, `mask` wide, from one of its edges to another; 0: it stands still.
+template <class Read>
+u64 measure(u64 timer_hz, u32 mask, Read read) {
+    const u64 wanted = timer_hz * measure_us / 1'000'000;
+    u32 last = read();
+    u64 ticks = 0;
+    u64 begin = 0;
+    bool started = false;
+    for (u32 still = 0; still < most_reads;) {
+        const u32 value = read();
+        const u64 tsc = cpu::read_tsc();
+        const u32 step = (value - last) & mask;
+        if (step == 0) {
+            ++still;
+            continue;
+        }
+        still = 0;
+        last = value;
+        if (!started) {
+            started = true;
+            begin = tsc;
+            continue;
+        }
+        ticks += step;
+        if (ticks >= wanted) {
+            return static_cast<u64>((tsc - begin) * timer_hz / ticks);
+        }
+    }
+    return 0;
+}
+
+u64 measure_pm_timer(const acpi::Fadt& fadt) {
+    const u16 port = fadt.pm_timer;
+    return measure(pm_timer_hz, fadt.pm_timer_32 ? ~0u : 0xffffffu, [port] { return cpu::in32(port); });
+}
+
+constexpr u16 pit_channel0 = 0x40;
+constexpr u16 pit_channel2 = 0x42;
+constexpr u16 pit_command = 0x43;
+constexpr u16 speaker = 0x61; // bit 0: gate of channel 2; bit 1: the speaker
+
+u64 measure_pit() {
+    const u8 before = cpu::in8(speaker);
+    cpu::out8(speaker, static_cast<u8>((before & ~2u) | 1u));
+    cpu::out8(pit_command, 0xb0); // channel 2, low then high byte, mode 0
+    cpu::out8(pit_channel2, 0xff);
+    cpu::out8(pit_channel2, 0xff);
+    const u64 hz = measure(pit_hz, 0xffff, [] {
+        cpu::out8(pit_command, 0x80); // latch channel 2
+        const u32 low = cpu::in8(pit_channel2);
+        const u32 high = cpu::in8(pit_channel2);
+        return ~(low | high << 8) & 0xffffu; // it counts down
+    });
+    cpu::out8(speaker, before);
+    return hz;
+}
+
+// The ratio of the counter to the core crystal, when the processor names both [SDM-2A CPUID.15H].
+u64 from_processor() {
+    if (cpu::cpuid(0).eax < 0x15) {
+        return 0;
+    }
+    const auto r = cpu::cpuid(0x15);
+    return r.eax != 0 && r.ebx != 0 && r.ecx != 0 ? u64{r.ecx} * r.ebx / r.eax : 0;
+}
+
+// VMware's convention, which KVM's hosts follow: kHz in EAX. Other hypervisors use the leaf for other things.
+u64 from_hypervisor() {
+    if ((cpu::cpuid(1).ecx >> 31 & 1) == 0) {
+        return 0;
+    }
+    const auto base = cpu::cpuid(0x40000000);
+    const bool vmware = base.ebx == 0x61774d56; // "VMwa"
+    const bool kvm = base.ebx == 0x4b4d564b;    // "KVMK"
+    if ((!vmware && !kvm) || base.eax < 0x40000010 || base.eax > 0x400000ff) {
+        return 0;
+    }
+    return u64{cpu::cpuid(0x40000010).eax} * 1000;
+}
+
+void use(u64 hz, std::string_view name) {
+    // What is slower or faster than any processor is a broken answer.
+    constexpr u64 slowest = 10'000'000;
+    constexpr u64 fastest = 100'000'000'000;
+    if (source == "not started" && hz >= slowest && hz <= fastest) {
+        scale = CycleScale(hz);
+        source = name;
+    }
+}
+
+// Nanoseconds to units of a timer: (ns * multiplier) >> 32, the inverse of CycleScale.
+u64 inverse(u64 hz) {
+    u64 whole = hz / 1'000'000'000;
+    u64 rest = hz % 1'000'000'000;
+    u64 fraction = 0;
+    for (int bit = 0; bit < 32; ++bit) {
+        rest <<= 1;
+        fraction <<= 1;
+        if (rest >= 1'000'000'000) {
+            rest -= 1'000'000'000;
+            fraction |= 1;
+        }
+    }
+    return whole << 32 | fraction;
+}
+u64 units(u64 multiplier, Nanoseconds ns) { return static_cast<u64>((static_cast<unsigned __int128>(ns) * multiplier) >> 32); }
+
+enum class Timer : u8 { none, deadline, local_apic, pit };
+constinit Timer timer = Timer::none;
+constinit u64 timer_units = 0; // multiplier of units()
+constinit u32 timer_vector = 0;
+// When the timer will go off; never: it is not set. Written by the handler too, always with interrupts off.
+constinit Instant armed = never;
+
+constexpr u32 deadline_msr = 0x6e0;
+constexpr u32 lvt_deadline = 2 << 17;
+
+void on_timer(void*) { armed = never; }
+
+// The local APIC's timer against the counter, for about 20 us: it only wakes, it does not tell time.
+u64 measure_local_apic() {
+    constexpr u64 length = 20'000;
+    lapic::write(lapic::Reg::timer_initial, ~0u);
+    const u32 first = lapic::read(lapic::Reg::timer_current);
+    const Instant begin = now();
+    while (now() - begin < length) {
+        cpu::relax();
+    }
+    const u32 last = lapic::read(lapic::Reg::timer_current);
+    const Nanoseconds took = now() - begin;
+    lapic::write(lapic::Reg::timer_initial, 0);
+    return took == 0 ? 0 : u64{first - last} * 1'000'000'000 / took;
+}
+
+void arm(Instant until, Instant time) {
+    constexpr Nanoseconds shortest = 1'000; // a timer set for less may be late already
+    const Nanoseconds length = std::max(until - time, shortest);
+    armed = until;
+    switch (timer) {
+    case Timer::deadline: cpu::write_msr(deadline_msr, cpu::read_tsc() + units(timer_units, length)); break;
+    case Timer::local_apic: {
+        const u64 count = std::clamp<u64>(units(timer_units, length), 1, ~0u);
+        lapic::write(lapic::Reg::timer_initial, static_cast<u32>(count));
+        break;
+    }
+    case Timer::pit: {
+        const u64 count = std::clamp<u64>(units(timer_units, std::min<Nanoseconds>(length, 50'000'000)), 1, 0xffff);
+        cpu::out8(pit_command, 0x30); // channel 0, low then high byte, mode 0: one interrupt
+        cpu::out8(pit_channel0, static_cast<u8>(count));
+        cpu::out8(pit_channel0, static_cast<u8>(count >> 8));
+        break;
+    }
+    case Timer::none: break;
+    }
+}
+
+} // namespace
+
+void start_clock(u64 entry_tsc, const acpi::Tables* tables, ClockHint hint) {
+    entry = entry_tsc;
+    source = "not started";
+    use(hint.tsc_hz, hint.name);
+    if (source == "not started") {
+        use(from_processor(), "CPUID 0x15");
+    }
+    if (source == "not started") {
+        use(from_hypervisor(), "CPUID 0x40000010");
+    }
+    if (source == "not started" && tables != nullptr && tables->fadt && tables->fadt->pm_timer != 0) {
+        use(measure_pm_timer(*tables->fadt), "ACPI timer");
+    }
+    if (source == "not started") {
+        use(measure_pit(), "PIT");
+    }
+    if (source == "not started") {
+        source = "assumed";
+    }
+}
+
+std::string_view clock_name() { return source; }
+u64 tsc_hz() { return scale.frequency_hz(); }
+Instant now() { return scale.ns(cpu::read_tsc() - entry); }
+
+Result<void> start_timer(InterruptController& controller) {
+    if (lapic::mode() != lapic::Mode::none) {
+        auto vector = controller.attach_vector(on_timer, nullptr, true);
+        if (!vector) {
+            return vector.error();
+        }
+        timer_vector = vector->vector;
+        if (lapic::has_deadline()) {
+            lapic::write(lapic::Reg::lvt_timer, timer_vector | lvt_deadline);
+            timer_units = inverse(tsc_hz());
+            timer = Timer::deadline;
+            return {};
+        }
+        lapic::write(lapic::Reg::lvt_timer, timer_vector);
+        lapic::write(lapic::Reg::timer_divide, 0x3); // by 16
+        const u64 hz = measure_local_apic();
+        if (hz != 0) {
+            timer_units = inverse(hz);
+            timer = Timer::local_apic;
+            return {};
+        }
+        controller.detach_vector(*vector);
+    }
+    if (auto attached = controller.attach_line({.gsi = 0, .isa = true}, on_timer, nullptr); !attached) {
+        return attached;
+    }
+    timer_units = inverse(pit_hz);
+    timer = Timer::pit;
+    return {};
+}
+
+std::string_view timer_name() {
+    switch (timer) {
+    case Timer::none: return "none";
+    case Timer::deadline: return "TSC deadline";
+    case Timer::local_apic: return "local APIC";
+    case Timer::pit: return "PIT";
+    }
+    return "none";
+}
+
+Instant platform_now(void*) { return now(); }
+
+void platform_idle(void*, Instant until, const std::atomic<bool>& wake) {
+    cpu::interrupts_off();
+    // Acquire: pairs with the release in Executor::wake(), so that what woke us is seen. No interrupt can come between this and the halt.
+    if (wake.load(std::memory_order_acquire) || timer == Timer::none) {
+        cpu::interrupts_on();
+        cpu::relax();
+        return;
+    }
+    if (armed > until) {
+        const Instant time = now();
+        if (until <= time) {
+            cpu::interrupts_on();
+            return;
+        }
+        arm(until, time);
+    }
+    cpu::interrupts_on_and_halt();
+}
+
+} // namespace fl

@@ -1,0 +1,37 @@
+// Time since the entry, from the time stamp counter, and the processor's sleep until an interrupt or a deadline.
+export module core.machine.clock;
+import core.std;
+import core.acpi;
+import core.interrupt;
+import core.result;
+import core.time;
+
+export namespace fl {
+
+/// What a hypervisor's backend knows about the time stamp counter.
+struct ClockHint {
+    u64 tsc_hz = 0; // 0: nothing
+    std::string_view name;
+};
+
+/// Finds the counter's frequency: from the hint, from CPUID leaf 0x15, from the hypervisors' leaf 0x40000010, else by measuring for about 300 us
+/// against the ACPI timer or, without one, the PIT. Instants count from entry_tsc. When nothing can be measured it assumes 1 GHz and says so in
+/// clock_name(). Once, after start_acpi (`tables` may be nullptr).
+void start_clock(u64 entry_tsc, const acpi::Tables* tables, ClockHint hint);
+/// For the log: "kvmclock", "CPUID 0x15", "ACPI timer", "PIT", "assumed".
+std::string_view clock_name();
+u64 tsc_hz();
+/// Monotonic on this processor. Before start_clock: cycles as if at 1 GHz.
+Instant now();
+
+/// Takes the one-shot timer (local APIC, else PIT) into use. Once, after start_interrupts and start_clock.
+Result<void> start_timer(InterruptController& controller);
+/// For the log: "TSC deadline", "local APIC", "PIT", "none".
+std::string_view timer_name();
+
+/// The two functions of io::Platform; the context is not used. idle_until() returns at once when `wake` is set; interrupts are on when it
+/// returns. Its timer is set only when none is set for an earlier or equal time, so it may return early. Without a timer it does not sleep.
+Instant platform_now(void* context);
+void platform_idle(void* context, Instant until, const std::atomic<bool>& wake);
+
+} // namespace fl

@@ -1,0 +1,27 @@
+// Interrupts on this processor: local APIC and IOAPICs where the MADT tells of them, else the pair of 8259s.
+export module core.machine.interrupts;
+import core.std;
+import core.acpi;
+import core.interrupt;
+import core.result;
+
+export namespace fl {
+
+/// Programs the controllers with everything masked. `tables` may be nullptr. Once, after start_traps, add_memory and start_acpi; interrupts stay
+/// off until the caller switches them on.
+void start_interrupts(const acpi::Tables* tables);
+/// Of the one processor there is. Lines and vectors may be attached before interrupts are on.
+InterruptController& interrupts();
+
+struct InterruptCounters {
+    u64 taken = 0;      // with at least one handler
+    u64 spurious = 0;   // announced by the controller and withdrawn
+    u64 unexpected = 0; // a vector that nobody attached
+};
+InterruptCounters interrupt_counters();
+/// For the log: "x2APIC, IOAPIC" or "8259".
+std::string_view interrupt_controllers();
+/// Lines go through IOAPICs; false: through the 8259s.
+bool has_io_apic();
+
+} // namespace fl
