@@ -1,0 +1,84 @@
+module boot.disks;
+import core.std;
+import core.result;
+import core.text;
+import core.log;
+import io.block;
+import drivers.table;
+import drivers.claims;
+import drivers.driver;
+
+namespace fl::boot {
+
+bool Disks::Port::offered(u32 disk_number) {
+    if (disk_number == no_twin) {
+        return true;
+    }
+    const drivers::Slot slot = drivers::disk_slot(disk_number);
+    const bool yes = disks_.claims_.offered(driver_, slot);
+    if (!yes) {
+        log::info("{}: disk {} is left alone: {} has it", driver_, disk_number, disks_.claims_.holder(slot));
+    }
+    return yes;
+}
+
+Result<void> Disks::Port::announce(io::BlockDevice& disk, u32 disk_number) {
+    if (disks_.find(disk.identity().name.view()) != nullptr) {
+        return Error{Code::busy, "a disk of this name is attached already"};
+    }
+    if (disks_.count_ == capacity) {
+        return Error{Code::exhausted, "more disks than boot::Disks has room for", capacity, capacity + 1};
+    }
+    if (disk_number != no_twin) {
+        if (auto claimed = disks_.claims_.attached(driver_, drivers::disk_slot(disk_number)); !claimed) {
+            return claimed.error();
+        }
+    }
+    disks_.disks_[disks_.count_++] = &disk;
+    report(disk);
+    return {};
+}
+
+io::BlockDevice* Disks::find(std::string_view name) const {
+    for (io::BlockDevice* disk : all()) {
+        if (disk->identity().name == name) {
+            return disk;
+        }
+    }
+    return nullptr;
+}
+
+FixedText<256> Disks::names() const {
+    FixedText<256> text;
+    for (const io::BlockDevice* disk : all()) {
+        print(text, "{}{}", text.empty() ? "" : ", ", disk->identity().name.view());
+    }
+    if (text.empty()) {
+        text.write("none");
+    }
+    return text;
+}
+
+void report(const io::BlockDevice& disk) {
+    const auto& id = disk.identity();
+    const auto& g = disk.geometry();
+    const u64 mib = g.sectors * g.sector_size >> 20;
+    log::info("{}: {} disk by {}, {} MiB, {}-byte sectors{}{} [{}] {}", id.name.view(), id.kind, id.driver, mib, g.sector_size,
+              g.flush ? ", flush" : "", g.read_only ? ", read-only" : "", id.features.view(), id.model.view());
+    log::Record record("disk");
+    record.text("name", id.name.view()).text("driver", id.driver).text("kind", name(id.kind));
+    record.number("sectors", g.sectors * (g.sector_size / 512)).number("sector_size", g.sector_size);
+    record.number("physical_sector_size", g.physical_sector_size).flag("read_only", g.read_only).text("model", id.model.view());
+    record.open("features", '[');
+    std::string_view rest = id.features.view();
+    while (!rest.empty()) {
+        const usize end = std::min(rest.find(' '), rest.size());
+        if (end > 0) {
+            record.text("", rest.substr(0, end));
+        }
+        rest.remove_prefix(std::min(end + 1, rest.size()));
+    }
+    record.close(']');
+}
+
+} // namespace fl::boot

@@ -1,0 +1,49 @@
+// The disks of the machine, as the drivers announce them. Keeps the rule that one disk attaches once (drivers.claims) and prints each as it
+// comes.
+export module boot.disks;
+import core.std;
+import core.result;
+import core.text;
+import core.log;
+import io.block;
+import drivers.table;
+import drivers.claims;
+import drivers.driver;
+
+export namespace fl::boot {
+
+class Disks {
+  public:
+    static constexpr usize capacity = 32;
+
+    /// The plan must outlive this.
+    explicit Disks(const drivers::Plan& plan) : claims_(plan) {}
+
+    /// What one driver is given: it sees only the disks that the table lets it have.
+    class Port final : public drivers::DiskSink {
+      public:
+        Port(Disks& disks, std::string_view driver) : disks_(disks), driver_(driver) {}
+        bool offered(u32 disk_number) override;
+        Result<void> announce(io::BlockDevice& disk, u32 disk_number) override;
+
+      private:
+        Disks& disks_;
+        std::string_view driver_;
+    };
+
+    /// In the order in which they attached.
+    std::span<io::BlockDevice* const> all() const { return {disks_.data(), count_}; }
+    io::BlockDevice* find(std::string_view name) const;
+    /// "xvda, hda" for messages; "none" when there is none.
+    FixedText<256> names() const;
+
+  private:
+    drivers::Claims claims_;
+    std::array<io::BlockDevice*, capacity> disks_{};
+    usize count_ = 0;
+};
+
+/// The `disk` record and its line for people.
+void report(const io::BlockDevice& disk);
+
+} // namespace fl::boot

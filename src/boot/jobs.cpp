@@ -1,0 +1,224 @@
+module;
+#include "core/try.hpp"
+module boot.jobs;
+import core.std;
+import core.result;
+import core.text;
+import core.log;
+import core.time;
+import core.verdict;
+import core.dma;
+import io.task;
+import io.executor;
+import io.block;
+import io.bench;
+import io.verify;
+import boot.options;
+import boot.disks;
+
+namespace fl::boot {
+
+void report(const Error& error, std::string_view where) {
+    log::error("{}: {}: {}", where, error.code, error);
+    FixedText<320> message;
+    print(message, "{}: {}", where, error);
+    log::Record("error").text("code", name(error.code)).text("message", message.view());
+}
+
+namespace {
+
+Outcome refused(const Error& error, std::string_view where) {
+    report(error, where);
+    Outcome outcome{Verdict::error, {}};
+    print(outcome.reason, "{}: {}", where, error);
+    return outcome;
+}
+
+// A name on the command line that no disk has.
+std::optional<Outcome> unknown_disk(const DiskChoice& choice, std::string_view key, const Disks& disks) {
+    for (std::string_view name : choice.names.all()) {
+        if (disks.find(name) == nullptr) {
+            Outcome outcome{Verdict::error, {}};
+            print(outcome.reason, "{}={}: no such disk; there are: {}", key, name, disks.names().view());
+            log::error("{}", outcome.reason.view());
+            log::Record("error").text("code", fl::name(Code::not_found)).text("message", outcome.reason.view());
+            return outcome;
+        }
+    }
+    return std::nullopt;
+}
+
+io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices services) {
+    CO_TRY(DmaBuffer buffer, services.dma.buffer(4096));
+    Outcome outcome;
+    bool first = true;
+    for (io::BlockDevice* disk : disks.all()) {
+        const u32 size = disk->geometry().sector_size;
+        auto transfer = disk->read(0, buffer.span().subspan(0, size));
+        const Result<void> done = co_await transfer;
+        const Instant now = services.executor.now();
+        if (transfer.buffer_lost) {
+            buffer.abandon();
+        }
+        if (!done) {
+            report(done.error(), disk->identity().name.view());
+            outcome.verdict = Verdict::failure;
+            print(outcome.reason, "{}: block 0: {}", disk->identity().name.view(), done.error());
+            co_return outcome;
+        }
+        log::info("{}: block 0 read", disk->identity().name.view());
+        if (std::exchange(first, false)) {
+            log::info("first block {} us after the entry", now / 1000);
+            log::Record("first_block").text("disk", disk->identity().name.view()).number("ns", now);
+        }
+    }
+    print(outcome.reason, "booted; disks: {}", disks.names().view());
+    co_return outcome;
+}
+
+struct Workloads {
+    std::array<io::Workload, TextList::capacity> list;
+    u32 count = 0;
+    bool writes = false;
+};
+
+Result<Workloads> parse_workloads(const TextList& texts) {
+    Workloads workloads;
+    for (std::string_view text : texts.all()) {
+        auto workload = io::parse_workload(text);
+        if (!workload) {
+            return workload.error();
+        }
+        workloads.list[workloads.count++] = *workload;
+        workloads.writes = workloads.writes || workload->writes();
+    }
+    if (workloads.count == 0) {
+        workloads.list[workloads.count++] = io::Workload{};
+    }
+    return workloads;
+}
+
+std::optional<Outcome> not_scratch(const Options& options, const Disks& disks) {
+    for (const io::BlockDevice* disk : disks.all()) {
+        const std::string_view name = disk->identity().name.view();
+        if (options.disk.chosen(name) && !options.scratch.chosen(name)) {
+            Outcome outcome{Verdict::error, {}};
+            print(outcome.reason, "{} would be written, and is not marked as scratch: add scratch={} to the command line if its contents may go",
+                  name, name);
+            log::error("{}", outcome.reason.view());
+            log::Record("error").text("code", fl::name(Code::bad_argument)).text("message", outcome.reason.view());
+            return outcome;
+        }
+    }
+    return std::nullopt;
+}
+
+io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobServices services) {
+    auto workloads = parse_workloads(options.workloads);
+    if (!workloads) {
+        co_return refused(workloads.error(), "workload");
+    }
+    if (workloads->writes) {
+        if (auto bad = not_scratch(options, disks)) {
+            co_return *bad;
+        }
+    }
+    const std::unique_ptr<io::Bench> runner(new (std::nothrow) io::Bench);
+    if (!runner) {
+        co_return Error{Code::exhausted, "no memory for the benchmark's histograms: give the machine more"};
+    }
+    Outcome outcome;
+    u32 runs = 0;
+    u64 errors = 0;
+    for (io::BlockDevice* disk : disks.all()) {
+        const std::string_view disk_name = disk->identity().name.view();
+        if (!options.disk.chosen(disk_name)) {
+            continue;
+        }
+        for (u32 i = 0; i < workloads->count; ++i) {
+            const io::Workload& workload = workloads->list[i];
+            const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations};
+            auto result = co_await runner->run(*disk, workload, with);
+            if (!result) {
+                co_return refused(result.error(), disk_name);
+            }
+            io::print_record(*disk, *result);
+            log::info("{}: {} bs={} qd={}: {} I/Os in {} us, {} errors", disk_name, workload.pattern, workload.bs, workload.qd, workload.count,
+                      result->runtime_ns / 1000, result->errors);
+            if (result->first_error) {
+                report(*result->first_error, disk_name);
+            }
+            errors += result->errors;
+            ++runs;
+        }
+    }
+    outcome.verdict = errors == 0 ? Verdict::success : Verdict::failure;
+    print(outcome.reason, "{} workloads, {} failed I/Os", runs, errors);
+    co_return outcome;
+}
+
+io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, JobServices services) {
+    if (auto bad = not_scratch(options, disks)) {
+        co_return *bad;
+    }
+    Outcome outcome;
+    u32 good = 0;
+    for (io::BlockDevice* disk : disks.all()) {
+        const std::string_view disk_name = disk->identity().name.view();
+        if (!options.disk.chosen(disk_name)) {
+            continue;
+        }
+        io::VerifyPlan plan;
+        plan.scratch = true;
+        // Values beyond 32 bits become the largest one, which verify() refuses with the bounds.
+        const auto narrow = [](u64 value) { return static_cast<u32>(std::min<u64>(value, ~u32{0})); };
+        plan.bs = narrow(options.bs.value_or(plan.bs));
+        plan.qd = narrow(options.qd.value_or(plan.qd));
+        plan.count = options.count.value_or(plan.count);
+        plan.seed = options.seed.value_or(plan.seed);
+        plan.generation = options.generation;
+        auto result = co_await io::verify(*disk, plan, services.dma);
+        if (!result) {
+            co_return refused(result.error(), disk_name);
+        }
+        io::print_record(*disk, *result);
+        if (result->first_error) {
+            report(*result->first_error, disk_name);
+        }
+        if (result->ok()) {
+            ++good;
+            log::info("{}: {} blocks of {} bytes verified", disk_name, result->blocks, plan.bs);
+        } else {
+            outcome.verdict = Verdict::failure;
+            log::error("{}: verify failed: {} of {} blocks bad, {} written, {} read", disk_name, result->bad, result->blocks, result->written,
+                       result->read);
+        }
+    }
+    print(outcome.reason, "{} disks verified{}", good, outcome.verdict == Verdict::success ? "" : ", and not all of them");
+    co_return outcome;
+}
+
+} // namespace
+
+io::Task<Result<Outcome>> run_job(const Options& options, const Disks& disks, JobServices services) {
+    if (auto bad = unknown_disk(options.disk, "disk", disks)) {
+        co_return *bad;
+    }
+    if (auto bad = unknown_disk(options.scratch, "scratch", disks)) {
+        co_return *bad;
+    }
+    const bool needs_disk = options.job == Job::bench || options.job == Job::verify;
+    if (needs_disk && disks.all().empty()) {
+        co_return Outcome{Verdict::error, FixedText<240>("no disk was found: the lines of the drivers above say what they saw")};
+    }
+    switch (options.job) {
+    case Job::boot: co_return co_await read_first_blocks(disks, services);
+    case Job::bench: co_return co_await bench(options, disks, services);
+    case Job::verify: co_return co_await verify(options, disks, services);
+    case Job::idle: co_await services.executor.sleep(options.timeout); co_return Outcome{Verdict::success, FixedText<240>("idled")};
+    case Job::panic: break;
+    }
+    co_return Outcome{Verdict::error, FixedText<240>("job=panic is not a job for run_job")};
+}
+
+} // namespace fl::boot

@@ -1,0 +1,176 @@
+#include <cstdlib>
+#include <cstring>
+#include <gtest/gtest.h>
+#include <string>
+#include <vector>
+import core.std;
+import core.result;
+import core.log;
+import core.text;
+import core.time;
+import core.dma;
+import core.verdict;
+import io.task;
+import io.executor;
+import io.block;
+import hv.vm_guest;
+import drivers.table;
+import drivers.driver;
+import boot.options;
+import boot.disks;
+import boot.jobs;
+
+namespace {
+using namespace fl;
+
+struct Capture final : log::Sink {
+    std::string text;
+    Capture() { log::attach(*this); }
+    ~Capture() { log::detach(*this); }
+    void write(std::string_view t) override { text += t; }
+    bool has(const char* part) const { return text.find(part) != std::string::npos; }
+};
+
+struct HeapDma final : DmaAllocator {
+    Result<DmaSpan> allocate(u32 size, u64) override {
+        const u32 rounded = (size + 4095) & ~4095u;
+        void* p = std::aligned_alloc(4096, rounded);
+        std::memset(p, 0, rounded);
+        return DmaSpan{static_cast<std::byte*>(p), reinterpret_cast<u64>(p), size};
+    }
+    void free(DmaSpan span) override { std::free(span.data); }
+};
+
+// A disk in memory that answers at once; `fail_reads` answers with an error, `corrupt` turns a byte of every read.
+struct MemoryDisk final : io::BlockDevice {
+    std::vector<std::byte> bytes;
+    bool fail_reads = false;
+    bool corrupt = false;
+    MemoryDisk(io::Executor& executor, const char* name, u64 sectors) : BlockDevice(executor), bytes(sectors * 512) {
+        identity_.name = FixedText<16>(name);
+        identity_.driver = "memory";
+        identity_.features = FixedText<96>("one two");
+        geometry_.sectors = sectors;
+        geometry_.flush = true;
+    }
+    void start(io::Request& r) override {
+        if (r.op == io::Op::read && fail_reads) {
+            return complete(r, io::Status::io_error);
+        }
+        std::byte* at = bytes.data() + r.lba * 512;
+        if (r.op == io::Op::read) {
+            std::memcpy(r.buffer.data, at, r.buffer.size);
+            if (corrupt) {
+                r.buffer.data[100] ^= std::byte{1};
+            }
+        } else if (r.op == io::Op::write) {
+            std::memcpy(at, r.buffer.data, r.buffer.size);
+        }
+        complete(r, io::Status::ok);
+    }
+    bool cancel_now(io::Request&) override { return false; }
+    void forget(io::Request&) override {}
+};
+
+struct Jobs : testing::Test {
+    Instant clock = 0;
+    io::Executor executor{io::Platform{&clock, [](void* c) { return *static_cast<Instant*>(c) += 100; },
+                                       [](void* c, Instant until, const std::atomic<bool>&) { *static_cast<Instant*>(c) = until; }}};
+    HeapDma dma;
+    drivers::Table table;
+    drivers::Plan plan = table.plan(hv::VmGuest::xen, std::nullopt);
+    boot::Disks disks{plan};
+    boot::Disks::Port synthetic{disks, "xen_blk"};
+    boot::Disks::Port native{disks, "ata"};
+    MemoryDisk xvda{executor, "xvda", 2048};
+    MemoryDisk hdb{executor, "hdb", 2048};
+    Capture capture;
+
+    boot::Outcome run(const char* cmdline) {
+        boot::Options options;
+        boot::OptionErrors errors;
+        EXPECT_TRUE(boot::parse_options(cmdline, options, errors)) << cmdline;
+        auto result = executor.run(boot::run_job(options, disks, {executor, dma, [] { return u64{0}; }}));
+        EXPECT_TRUE(result);
+        return *result;
+    }
+    void attach() {
+        ASSERT_TRUE(synthetic.announce(xvda, 0));
+        ASSERT_TRUE(native.announce(hdb, 1));
+    }
+};
+
+TEST_F(Jobs, OneDiskAttachesOnce) {
+    MemoryDisk hda{executor, "hda", 2048};
+    EXPECT_TRUE(native.offered(0)); // nobody has it yet: a synthetic driver that fails leaves it here
+    ASSERT_TRUE(synthetic.announce(xvda, 0));
+    EXPECT_FALSE(native.offered(0));
+    EXPECT_TRUE(native.offered(1));
+    EXPECT_FALSE(native.announce(hda, 0));
+    EXPECT_EQ(disks.all().size(), 1u);
+    EXPECT_TRUE(capture.has("\"record\":\"disk\",\"name\":\"xvda\""));
+    EXPECT_TRUE(capture.has("\"features\":[\"one\",\"two\"]"));
+}
+
+TEST_F(Jobs, BootReadsTheFirstBlockOfEveryDisk) {
+    attach();
+    EXPECT_EQ(run("job=boot").verdict, Verdict::success);
+    EXPECT_EQ(xvda.counters().completed, 1u);
+    EXPECT_EQ(hdb.counters().completed, 1u);
+    EXPECT_TRUE(capture.has("\"record\":\"first_block\",\"disk\":\"xvda\""));
+    EXPECT_EQ(capture.text.find("first_block"), capture.text.rfind("first_block"));
+    hdb.fail_reads = true;
+    EXPECT_EQ(run("job=boot").verdict, Verdict::failure);
+}
+
+TEST_F(Jobs, BenchRunsEveryWorkloadOnEveryChosenDisk) {
+    attach();
+    const auto outcome = run("job=bench workload=randread,count=50,qd=4 workload=read,bs=8k,count=10 disk=xvda");
+    EXPECT_EQ(outcome.verdict, Verdict::success) << outcome.reason.view();
+    EXPECT_EQ(xvda.counters().completed, 60u);
+    EXPECT_EQ(hdb.counters().completed, 0u);
+    EXPECT_TRUE(capture.has("\"workload\":\"randread\",\"bs\":4096,\"qd\":4,\"count\":50"));
+}
+
+TEST_F(Jobs, NothingIsWrittenOnADiskThatIsNoScratch) {
+    attach();
+    // The first workload only reads, and would do no harm; the refusal comes before it.
+    EXPECT_EQ(run("job=bench workload=randread,count=5 workload=randwrite,count=5 scratch=xvda").verdict, Verdict::error);
+    EXPECT_EQ(xvda.counters().submitted + hdb.counters().submitted, 0u);
+    EXPECT_TRUE(capture.has("hdb would be written"));
+    EXPECT_EQ(run("job=bench workload=randwrite,count=5 disk=xvda scratch=xvda").verdict, Verdict::success);
+    EXPECT_EQ(xvda.counters().submitted, 5u);
+    EXPECT_EQ(run("job=verify").verdict, Verdict::error);
+    EXPECT_EQ(hdb.counters().submitted, 0u);
+}
+
+TEST_F(Jobs, FailedTransfersFailTheJob) {
+    attach();
+    xvda.fail_reads = true;
+    EXPECT_EQ(run("job=bench workload=randread,count=5 disk=xvda").verdict, Verdict::failure);
+}
+
+TEST_F(Jobs, VerifySeesACorruptDisk) {
+    attach();
+    EXPECT_EQ(run("job=verify scratch=all").verdict, Verdict::success);
+    EXPECT_TRUE(capture.has("\"ok\":true"));
+    hdb.corrupt = true;
+    EXPECT_EQ(run("job=verify scratch=all generation=2").verdict, Verdict::failure);
+    EXPECT_TRUE(capture.has("\"ok\":false"));
+}
+
+TEST_F(Jobs, WrongNamesAreToldWithThoseThatAreThere) {
+    attach();
+    const auto outcome = run("job=bench disk=xvdb");
+    EXPECT_EQ(outcome.verdict, Verdict::error);
+    EXPECT_NE(std::string(outcome.reason.view()).find("disk=xvdb: no such disk; there are: xvda, hdb"), std::string::npos)
+        << outcome.reason.view();
+    EXPECT_EQ(run("job=bench workload=randreed").verdict, Verdict::error);
+    EXPECT_EQ(run("job=verify bs=2m scratch=all").verdict, Verdict::error);
+}
+
+TEST_F(Jobs, WithoutADiskThereIsNothingToMeasure) {
+    EXPECT_EQ(run("job=bench").verdict, Verdict::error);
+    EXPECT_EQ(run("job=boot").verdict, Verdict::success);
+}
+} // namespace
