@@ -1,0 +1,316 @@
+module;
+#include "core/try.hpp"
+module drivers.xen_blk;
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import core.log;
+import io.executor;
+import io.task;
+import io.block;
+import hv.xen;
+import drivers.driver;
+
+namespace fl::drivers::xen_blk {
+
+using namespace hv::xen;
+
+Vbd::Vbd(Environment& environment, hv::Xen& xen)
+    : environment_(environment), xen_(xen), front_(xen.store(), environment.executor), disk_(environment.executor, xen.events(), xen.grants()),
+      keeper_(environment.executor) {
+    disk_.set_timeout(environment.timeout);
+}
+
+Vbd::~Vbd() {
+    if (port_ != Port::none) {
+        xen_.unbind(port_);
+    }
+    free_ring();
+}
+
+// The ring's pages go back only if the other side has let go of every one.
+void Vbd::free_ring() {
+    bool safe = true;
+    for (u32 i = 0; i < ring_pages_; ++i) {
+        safe = xen_.grants().release(ring_grants_[i]) && safe;
+    }
+    ring_pages_ = 0;
+    if (safe) {
+        ring_.reset();
+    } else {
+        ring_.abandon();
+    }
+}
+
+void Vbd::add_entry(std::string_view key, std::string_view value) {
+    StoreEntry& entry = entries_[entry_count_++];
+    entry.key = FixedText<40>(key);
+    entry.value = FixedText<24>(value);
+}
+void Vbd::add_entry(std::string_view key, u64 value) {
+    FixedText<24> text;
+    print(text, "{}", value);
+    add_entry(key, text.view());
+}
+
+io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const VirtualDisk& which) {
+    static constexpr BusState ready[] = {BusState::init_wait, BusState::initialised, BusState::connected};
+    static constexpr BusState connected[] = {BusState::connected};
+    StorePath path("device/");
+    path.write(device.type);
+    path.write("/");
+    path.write(device.address);
+    CO_CHECK(co_await front_.open(path));
+    terms_.domain = front_.domain();
+    terms_.handle = static_cast<u16>(device.number);
+
+    std::array<char, 16> type;
+    const StorePath type_key = join(path, "device-type");
+    const auto kind = co_await xen_.store().read(type_key, type);
+    if (kind && *kind != "disk") {
+        co_return Error{Code::not_supported, "this virtual block device is no disk"};
+    }
+    begun_ = true;
+    CO_CHECK(co_await reset());
+    CO_CHECK(co_await front_.await_state(ready, after(environment_.executor.now(), environment_.timeout)));
+    CO_TRY(const u32 order, co_await ring_order());
+    CO_CHECK(make_ring(order));
+    CO_TRY(port_, xen_.events().allocate_unbound(front_.domain()));
+    terms_.port = port_;
+    CO_CHECK(co_await publish(order, old_ring_keys_));
+    CO_CHECK(co_await front_.set_state(BusState::initialised));
+    CO_CHECK(co_await front_.await_state(connected, after(environment_.executor.now(), environment_.timeout)));
+    CO_CHECK(co_await read_geometry());
+    CO_CHECK(co_await read_features());
+
+    io::BlockDevice::Identity identity;
+    identity.name = disk_name(which);
+    identity.driver = driver_name;
+    identity.kind = io::Kind::synthetic;
+    print(identity.model, "Xen virtual block device {}", device.number);
+    print(identity.features, "{}{}{}{}ring-pages={}",
+          !terms_.flush                       ? ""
+          : *terms_.flush == Operation::flush ? "flush "
+                                              : "barrier ",
+          terms_.discard ? "discard " : "", terms_.persistent ? "persistent " : "", terms_.indirect_segments != 0 ? "indirect " : "",
+          terms_.ring_pages);
+    CO_CHECK(disk_.open(terms_, identity, environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.poke(); }, this));
+    CO_CHECK(xen_.bind(port_, Disk::rang, &disk_)); // masked until the disk first goes to sleep
+    CO_CHECK(co_await front_.set_state(BusState::connected));
+    co_return Result<void>{};
+}
+
+// Somebody before us (a firmware, a kernel that has been replaced) may have left the device half connected: let it close, then begin.
+io::Task<Result<void>> Vbd::reset() {
+    static constexpr BusState closed[] = {BusState::closed, BusState::closing, BusState::init_wait, BusState::unknown};
+    CO_TRY(const u64 ours, co_await xen_.store().number_or(front_.path(), "state", to_underlying(BusState::initialising)));
+    if (ours != to_underlying(BusState::initialising)) {
+        CO_CHECK(co_await front_.set_state(BusState::closing));
+        CO_CHECK(co_await front_.set_state(BusState::closed));
+        static_cast<void>(co_await front_.await_state(closed, after(environment_.executor.now(), environment_.timeout)));
+        CO_CHECK(co_await front_.set_state(BusState::initialising));
+        // A back end that closes for good never comes back from there, and one that will come back may still say closed now.
+        const Instant deadline = after(environment_.executor.now(), environment_.timeout);
+        for (;;) {
+            CO_TRY(const BusState theirs, co_await front_.state());
+            if ((theirs != BusState::closed && theirs != BusState::closing) || !co_await front_.changed(deadline)) {
+                break;
+            }
+        }
+    }
+    co_return Result<void>{};
+}
+
+// log2 of the ring's pages. Two ways to offer more than one page exist [xen-blkif notes 1 to 3].
+io::Task<Result<u32>> Vbd::ring_order() {
+    CO_TRY(const u64 order, co_await xen_.store().number_or(front_.backend(), "max-ring-page-order", ~u64{0}));
+    CO_TRY(const u64 pages, co_await xen_.store().number_or(front_.backend(), "max-ring-pages", 1));
+    old_ring_keys_ = order == ~u64{0} && pages > 1;
+    const u64 offered = old_ring_keys_ ? static_cast<u64>(std::bit_width(pages)) - 1 : order == ~u64{0} ? 0 : order;
+    co_return environment_.allows(Feature::ring_pages) ? static_cast<u32>(std::min<u64>(offered, max_ring_order)) : 0;
+}
+
+Result<void> Vbd::make_ring(u32 order) {
+    const u32 pages = 1u << order;
+    TRY(ring_, environment_.dma.buffer(pages * static_cast<u32>(page_size)));
+    CHECK(disk_.prepare(ring_));
+    for (; ring_pages_ < pages; ++ring_pages_) {
+        TRY(ring_grants_[ring_pages_], xen_.grants().take());
+        xen_.grants().grant(ring_grants_[ring_pages_], front_.domain(), ring_.bus() / page_size + ring_pages_, false);
+    }
+    terms_.ring_pages = pages;
+    return {};
+}
+
+io::Task<Result<void>> Vbd::publish(u32 order, bool old_style) {
+    entry_count_ = 0;
+    if (order == 0) {
+        add_entry("ring-ref", ring_grants_[0]);
+    } else {
+        add_entry("ring-page-order", order);
+        if (old_style) {
+            add_entry("num-ring-pages", u64{1} << order);
+        }
+        for (u32 i = 0; i < ring_pages_; ++i) {
+            FixedText<24> key;
+            print(key, "ring-ref{}", i);
+            add_entry(key.view(), ring_grants_[i]);
+        }
+    }
+    add_entry("event-channel", to_underlying(port_));
+    add_entry("protocol", "x86_64-abi");
+    // Says that the same grants come again and again, so it must be said before it is known whether the back end makes use of it.
+    add_entry("feature-persistent", environment_.allows(Feature::persistent) ? 1u : 0u);
+    co_return co_await xen_.store().write_all(front_.path(), std::span(entries_).first(entry_count_));
+}
+
+io::Task<Result<void>> Vbd::read_geometry() {
+    Store& store = xen_.store();
+    io::Geometry& geometry = terms_.geometry;
+    CO_TRY(const u64 sectors, co_await store.number_or(front_.backend(), "sectors", 0));
+    CO_TRY(const u64 sector_size, co_await store.number_or(front_.backend(), "sector-size", 0));
+    CO_TRY(const u64 physical, co_await store.number_or(front_.backend(), "physical-sector-size", sector_size));
+    CO_TRY(const u64 info, co_await store.number_or(front_.backend(), "info", 0));
+    if (sector_size < wire_sector || sector_size > page_size || !std::has_single_bit(sector_size)) {
+        co_return Error{Code::not_supported,
+                        "the back end's sector size is none that this driver knows (sector-size: 512 to 4096, a power of two)", page_size,
+                        sector_size};
+    }
+    if (sectors == 0 || sectors > u64{1} << 54) {
+        co_return Error{Code::protocol, "the back end's disk has an impossible size (sectors)", u64{1} << 54, sectors};
+    }
+    if ((info & info_cdrom) != 0) {
+        co_return Error{Code::not_supported, "this virtual block device is no disk"};
+    }
+    std::array<char, 8> text;
+    const StorePath mode_key = join(front_.backend(), "mode");
+    const auto mode = co_await store.read(mode_key, text);
+    geometry.sector_size = static_cast<u32>(sector_size);
+    geometry.sectors = sectors / (sector_size / wire_sector); // "sectors" counts 512 bytes, whatever the sector size
+    geometry.physical_sector_size =
+        physical >= sector_size && physical <= 65536 && std::has_single_bit(physical) ? static_cast<u32>(physical) : geometry.sector_size;
+    geometry.read_only = (info & info_read_only) != 0 || (mode && *mode == "r");
+    if (geometry.sectors == 0) {
+        co_return Error{Code::protocol, "the back end's disk is smaller than one of its sectors", sector_size / wire_sector, sectors};
+    }
+    co_return Result<void>{};
+}
+
+io::Task<Result<bool>> Vbd::offers(std::string_view feature) {
+    CO_TRY(const u64 value, co_await xen_.store().number_or(front_.backend(), feature, 0));
+    co_return value == 1;
+}
+
+io::Task<Result<void>> Vbd::read_features() {
+    CO_TRY(const bool flush, co_await offers("feature-flush-cache"));
+    CO_TRY(const bool barrier, co_await offers("feature-barrier"));
+    CO_TRY(const bool persistent, co_await offers("feature-persistent"));
+    CO_TRY(terms_.discard, co_await offers("feature-discard"));
+    CO_TRY(const u64 indirect, co_await xen_.store().number_or(front_.backend(), "feature-max-indirect-segments", 0));
+    if (flush && environment_.allows(Feature::flush)) {
+        terms_.flush = Operation::flush;
+    } else if (barrier && environment_.allows(Feature::barrier)) {
+        terms_.flush = Operation::write_barrier;
+    }
+    terms_.persistent = persistent && environment_.allows(Feature::persistent);
+    terms_.indirect_segments = environment_.allows(Feature::indirect) && indirect > segments_in_slot
+                                   ? static_cast<u32>(std::min<u64>(indirect, Disk::max_segments))
+                                   : 0;
+    co_return Result<void>{};
+}
+
+Result<void> Vbd::keep() { return keeper_.spawn(watch_over()); }
+
+io::Task<Result<void>> Vbd::watch_over() {
+    for (;;) {
+        static_cast<void>(co_await front_.changed(never));
+        if (disk_.is_open()) {
+            const auto theirs = co_await front_.state();
+            if (!theirs) {
+                disk_.shut(io::Status::device_gone, theirs.error());
+            } else if (*theirs == BusState::closing || *theirs == BusState::closed || *theirs == BusState::unknown) {
+                disk_.shut(io::Status::device_gone, {Code::device_gone, "the back end has closed the device (state)",
+                                                     to_underlying(BusState::connected), to_underlying(*theirs)});
+            }
+        }
+        if (!disk_.is_open()) {
+            co_return co_await disconnect();
+        }
+    }
+}
+
+io::Task<Result<void>> Vbd::disconnect() {
+    static constexpr BusState gone[] = {BusState::closed, BusState::unknown, BusState::init_wait};
+    if (!begun_) { // not touched yet: left as it is
+        co_return co_await front_.close();
+    }
+    CO_CHECK(co_await front_.set_state(BusState::closing));
+    CO_CHECK(co_await front_.set_state(BusState::closed));
+    const Instant deadline = after(environment_.executor.now(), environment_.timeout);
+    bool let_go = false;
+    for (;;) {
+        const auto theirs = co_await front_.state();
+        let_go = theirs && std::find(std::begin(gone), std::end(gone), *theirs) != std::end(gone);
+        if (!theirs || let_go || !co_await front_.changed(deadline) || environment_.executor.now() >= deadline) {
+            break;
+        }
+    }
+    if (port_ != Port::none) {
+        xen_.unbind(std::exchange(port_, Port::none));
+    }
+    if (let_go) {
+        disk_.reclaim();
+        free_ring();
+    } else {
+        log::warning("{}: the back end does not let go: its pages are not used again", front_.path());
+        ring_pages_ = 0;
+        ring_.abandon();
+    }
+    co_return co_await front_.close();
+}
+
+io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, hv::SyntheticDevice device) {
+    if (!matches(device)) {
+        co_return Error{Code::not_supported, "not a virtual block device"};
+    }
+    const auto which = virtual_disk(device.number);
+    if (!which) {
+        log::warning("xen_blk: vbd {} has a number without a meaning: left alone", device.number);
+        co_return Result<void>{};
+    }
+    const bool has_twin = which->kind != VirtualDisk::Kind::scsi && which->partition == 0;
+    const u32 slot = has_twin ? which->disk : DiskSink::no_twin;
+    if (!environment.disks.offered(slot)) {
+        log::info("xen_blk: {} is not offered to this driver", disk_name(*which));
+        co_return Result<void>{};
+    }
+    auto* vbd = new (std::nothrow) Vbd(environment, xen);
+    if (vbd == nullptr) {
+        co_return Error{Code::exhausted, "no memory for a virtual block device"};
+    }
+    auto result = co_await vbd->connect(device, *which);
+    const bool is_disk = result || result.error().code != Code::not_supported;
+    if (result) {
+        result = environment.disks.announce(vbd->disk(), slot);
+    }
+    if (result) { // it lives from here on
+        if (auto kept = vbd->keep(); !kept) {
+            log::warning("{}: a back end that closes will not be noticed: {}", disk_name(*which), kept.error());
+        }
+        co_return result;
+    }
+    vbd->disk().shut(io::Status::device_gone, result.error());
+    if (auto left = co_await vbd->disconnect(); !left) {
+        log::warning("xen_blk: {}: leaving the bus: {}", disk_name(*which), left.error());
+    }
+    delete vbd;
+    if (!is_disk) {
+        log::info("xen_blk: {} left alone: {}", disk_name(*which), result.error());
+        co_return Result<void>{};
+    }
+    co_return result;
+}
+
+} // namespace fl::drivers::xen_blk

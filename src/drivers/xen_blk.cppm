@@ -1,0 +1,85 @@
+// The driver for Xen's virtual block devices [xen-blkif]: matching, the handshake with the back end, announcing, and what happens when the back
+// end leaves. The ring is drivers.xen_blk.disk's.
+//
+// The handshake: back end init-wait → we publish ring, event channel, protocol → initialised → back end connected → we read what the disk is →
+// connected. What the back end offers is used as far as Environment::allows() lets it; what it does not offer is done without.
+export module drivers.xen_blk;
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import io.executor;
+import io.task;
+import io.block;
+import hv.xen;
+import drivers.driver;
+export import drivers.xen_blk.disk;
+
+export namespace fl::drivers::xen_blk {
+
+inline constexpr std::string_view driver_name = "xen_blk";
+
+/// Virtual block devices; the type as the bus names it.
+struct Match {
+    std::string_view type;
+};
+inline constexpr Match ids[] = {{"vbd"}};
+constexpr bool matches(const hv::SyntheticDevice& device) {
+    return std::ranges::any_of(ids, [&](const Match& m) { return m.type == device.type.view(); });
+}
+
+/// The largest ring that is asked for: four pages, 128 slots. More slots than Disk::max_parts could not be used.
+inline constexpr u32 max_ring_order = 2;
+
+/// One device with its connection. Lives until the machine ends, once its disk has been announced.
+class Vbd {
+  public:
+    Vbd(Environment& environment, hv::Xen& xen);
+    ~Vbd();
+    Vbd(const Vbd&) = delete;
+    Vbd& operator=(const Vbd&) = delete;
+
+    /// Everything up to state connected. `path`: "device/vbd/51712". Error{not_supported}: not a disk (a CD-ROM is left alone).
+    io::Task<Result<void>> connect(const hv::SyntheticDevice& device, const hv::xen::VirtualDisk& which);
+    /// Starts to watch the back end: a disk whose back end closes, or that broke a rule, is shut and taken from the bus.
+    Result<void> keep();
+    /// Leaves the bus, in order, every wait bounded.
+    io::Task<Result<void>> disconnect();
+    Disk& disk() { return disk_; }
+
+  private:
+    static constexpr u32 max_ring_pages = 1u << max_ring_order;
+
+    io::Task<Result<void>> reset();
+    io::Task<Result<u32>> ring_order();
+    Result<void> make_ring(u32 order);
+    io::Task<Result<void>> publish(u32 order, bool old_style);
+    io::Task<Result<void>> read_geometry();
+    io::Task<Result<void>> read_features();
+    io::Task<Result<bool>> offers(std::string_view feature);
+    io::Task<Result<void>> watch_over();
+    void add_entry(std::string_view key, std::string_view value);
+    void add_entry(std::string_view key, u64 value);
+    void free_ring();
+
+    Environment& environment_;
+    hv::Xen& xen_;
+    hv::xen::Frontend front_;
+    Disk disk_;
+    Terms terms_;
+    bool begun_ = false; // the back end may have seen us
+    bool old_ring_keys_ = false;
+    hv::xen::Port port_ = hv::xen::Port::none;
+    DmaBuffer ring_;
+    std::array<hv::xen::GrantRef, max_ring_pages> ring_grants_{};
+    u32 ring_pages_ = 0;
+    std::array<hv::xen::StoreEntry, max_ring_pages + 6> entries_{};
+    u32 entry_count_ = 0;
+    io::TaskGroup keeper_;
+};
+
+/// Connects and announces one device. No error: attached, or left alone (another driver has the disk, a CD-ROM, a number without a meaning).
+io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, hv::SyntheticDevice device);
+
+} // namespace fl::drivers::xen_blk

@@ -1,0 +1,144 @@
+// A virtual block device once it is connected: requests into the ring, answers out of it. Knows neither XenStore nor the handshake.
+//
+// Buffers are granted where they stand, page by page, for as long as a request is under way; with persistent grants the data goes through pages
+// that stay granted. A request may need several slots of the ring (parts); it ends when all of them have been answered.
+//
+// Nothing in the ring is believed: what a part is stands in parts_, an answer is copied out once and must carry a known id, the operation that
+// was asked for and a known status, and there are never more answers than questions. The first violation closes the disk.
+export module drivers.xen_blk.disk;
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import io.executor;
+import io.block;
+import io.inflight;
+import io.ring;
+import hv.xen.events;
+import hv.xen.grants;
+export import drivers.xen_blk.protocol;
+
+export namespace fl::drivers::xen_blk {
+
+/// What was agreed with the back end.
+struct Terms {
+    hv::xen::Domain domain = 0;
+    hv::xen::Port port = hv::xen::Port::none;
+    u16 handle = 0;
+    std::optional<Operation> flush; // flush, or write_barrier where only that is offered
+    bool discard = false;
+    bool persistent = false;
+    u32 indirect_segments = 0; // of one request; 0: none
+    u32 ring_pages = 1;
+    io::Geometry geometry;
+};
+
+class Disk final : public io::BlockDevice, private io::Service {
+  public:
+    /// Parts under way at once: the slots of four ring pages. 32 requests of 128 KiB without indirect segments need 96.
+    static constexpr u32 max_parts = 128;
+    /// 128 KiB in one slot. A request that is larger costs one slot more for each 128 KiB, so more would save little and cost grants for every
+    /// slot.
+    static constexpr u32 max_segments = 32;
+    static constexpr u32 max_indirect_pages = 64;
+    static constexpr u32 max_pool_pages = 512;
+    /// Events in a row that bring no answer; then the channel stays masked until the next tick.
+    static constexpr u32 max_idle_events = 64;
+
+    Disk(io::Executor& executor, hv::xen::Events& events, hv::xen::Grants& grants);
+    ~Disk();
+
+    /// Lays out an empty ring in `ring` (whole pages, zeroed); it is shared afterwards. Once.
+    Result<void> prepare(DmaSpan ring);
+    /// The handler of the event channel; runs in the upcall.
+    static void rang(void* self);
+    /// From now on requests are taken. `pool`: what open() may allocate its pages from. `notify`: called, once, when the disk closes by itself.
+    Result<void> open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void* context), void* context);
+    /// Ends everything under way with `status` and takes no more. `rule`: what for, for the log.
+    void shut(io::Status status, const Error& why);
+    bool is_open() const { return state_ == State::open; }
+    /// The other side has let go for good: the grants and pages of a disk that was shut can be used again.
+    void reclaim();
+    /// Grants that are held by parts nobody waits for any more.
+    u32 abandoned() const { return static_cast<u32>(inflight_.size()); }
+    void set_moderation(io::Moderation moderation) { moderation_ = moderation; }
+
+  private:
+    using Requests = io::Producer<io::MappedMemory, io::FreeRunning<u32>, io::ReachedEvent>;
+    using Responses = io::Consumer<io::MappedMemory, io::FreeRunning<u32>, io::ReachedEvent>;
+    using Request = io::Request;
+    using Grant = hv::xen::GrantRef;
+    enum class State : u8 { closed, open, shut };
+
+    /// One slot's worth of a request.
+    struct Part {
+        Request* request = nullptr; // nullptr: nobody waits any more, but the answer may still come
+        Operation operation = Operation::read;
+        bool indirect = false;
+        u16 segments = 0;
+        u16 indirect_page = 0;
+        u32 offset = 0; // of its data in the request's buffer
+        u32 bytes = 0;
+        std::array<Grant, max_segments> grants; // or, with persistent grants, numbers of pool pages
+    };
+    struct PoolPage {
+        std::byte* data = nullptr;
+        Grant grant = 0;
+    };
+
+    void start(Request& request) override;
+    bool cancel_now(Request& request) override;
+    void forget(Request& request) override;
+    void flush() override;
+    bool drain() override;
+    bool arm() override;
+    void tick(Instant now) override;
+
+    bool issue(Request& request);
+    bool issue_data(Request& request);
+    bool issue_command(Request& request);
+    void fill_segments(Part& part, Request& request, std::span<Segment> segments, bool pooled);
+    void pump();
+    bool accept(const Response& response);
+    void finish(Part& part, io::Status status);
+    bool release(Part& part);
+    bool withdraw(Part& part);
+    void abandon(Request& request);
+    Result<void> open_pool(DmaAllocator& pool);
+    Result<void> open_indirect(DmaAllocator& pool);
+    void broken(const Error& why) { shut(io::Status::protocol_error, why); }
+
+    hv::xen::Events& events_;
+    hv::xen::Grants& grants_;
+    Terms terms_;
+    State state_ = State::closed;
+    u32 sector_shift_ = 0; // from the disk's sectors to the wire's
+    io::Moderation moderation_;
+    std::optional<Requests> requests_;
+    std::optional<Responses> responses_;
+    io::RequestQueue waiting_;
+    io::Inflight<Part, max_parts> inflight_;
+    std::array<Part, max_parts> parts_{}; // by slot of inflight_
+    // Written by the handler, read by the executor's turn on the same processor; relaxed: wake() and the next turn order them.
+    std::atomic<bool> rang_{false};
+    std::atomic<bool> masked_{true};
+    u32 idle_events_ = 0;
+    Instant last_answer_ = 0;
+    void (*notify_)(void*) = nullptr;
+    void* notify_context_ = nullptr;
+
+    std::array<DmaBuffer, 16> pool_memory_{};
+    std::array<PoolPage, max_pool_pages> pool_{};
+    std::array<u16, max_pool_pages> pool_free_{};
+    u32 pool_size_ = 0;
+    u32 pool_free_count_ = 0;
+
+    DmaBuffer indirect_memory_;
+    std::array<Grant, max_indirect_pages> indirect_grants_{};
+    std::array<u16, max_indirect_pages> indirect_free_{};
+    u32 indirect_size_ = 0;
+    u32 indirect_free_count_ = 0;
+};
+
+} // namespace fl::drivers::xen_blk
