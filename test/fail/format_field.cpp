@@ -1,0 +1,11 @@
+// A field that does not end as a field must.
+// expect: expected {} or {:[fill<>][#][0][width][x]}
+import core.std;
+import core.text;
+
+namespace {
+[[maybe_unused]] void caller() {
+    fl::FixedText<32> text;
+    print(text, "{:q}", 1);
+}
+} // namespace

@@ -1,0 +1,240 @@
+// The ring's memory orderings and its rules of notification under relacy, which runs two threads through their interleavings with C++'s memory
+// model underneath: an atomic load may return any value that the model allows, and a payload that is not ordered by acquire and release is a
+// data race. The very templates of io.ring are instantiated, over a memory that is relacy's. Each property is tried once as it is, which must
+// pass, and once for every ordering it needs with that ordering weakened, which must fail: a check that cannot fail shows nothing.
+//
+// Built with exceptions, since relacy uses them, and therefore with modules of its own (test/CMakeLists.txt).
+#include <cstring>
+#include <iostream>
+#include <relacy/relacy.hpp>
+#include <sstream>
+#include <string_view>
+#undef new
+#undef delete
+#undef malloc
+#undef free
+#undef assert
+import core.std;
+import core.result;
+import io.ring;
+
+namespace {
+using namespace fl;
+using namespace fl::io;
+
+/// Which ordering is taken away.
+enum class Weak { nothing, index_store, index_load, consumed_store, consumed_load, barrier };
+
+constexpr usize index_at = 0;
+constexpr usize event_at = 8;
+constexpr usize consumed_at = 16;
+constexpr usize entries_at = 24;
+
+struct Shared {
+    rl::atomic<unsigned> words[3];
+    rl::var<unsigned> slots[2];
+};
+
+/// Words are relacy's atomics and each slot is one plain variable, so that a torn or unordered copy is a data race.
+template <Weak weak>
+class ModelMemory {
+  public:
+    ModelMemory() = default;
+    explicit ModelMemory(Shared& shared) : shared_(&shared) {}
+
+    usize size() const { return entries_at + 2 * sizeof(unsigned); }
+    template <class W>
+    W load_relaxed(usize at) const {
+        return static_cast<W>(shared_->words[at / 8].load(rl::mo_relaxed, $));
+    }
+    template <class W>
+    W load_acquire(usize at) const {
+        const bool relaxed = (weak == Weak::index_load && at == index_at) || (weak == Weak::consumed_load && at == consumed_at);
+        return static_cast<W>(shared_->words[at / 8].load(relaxed ? rl::mo_relaxed : rl::mo_acquire, $));
+    }
+    template <class W>
+    void store_relaxed(usize at, W value) {
+        shared_->words[at / 8].store(value, rl::mo_relaxed, $);
+    }
+    template <class W>
+    void store_release(usize at, W value) {
+        const bool relaxed = (weak == Weak::index_store && at == index_at) || (weak == Weak::consumed_store && at == consumed_at);
+        shared_->words[at / 8].store(value, relaxed ? rl::mo_relaxed : rl::mo_release, $);
+    }
+    void full_barrier() const {
+        if (weak != Weak::barrier) {
+            rl::atomic_thread_fence(rl::mo_seq_cst, $);
+        }
+    }
+    void copy_out(usize at, std::byte* into, usize count) const {
+        const unsigned value = shared_->slots[(at - entries_at) / sizeof(unsigned)]($);
+        std::memcpy(into, &value, count);
+    }
+    void copy_in(usize at, const std::byte* from, usize count) {
+        unsigned value = 0;
+        std::memcpy(&value, from, count);
+        shared_->slots[(at - entries_at) / sizeof(unsigned)]($) = value;
+    }
+
+  private:
+    Shared* shared_ = nullptr;
+};
+static_assert(RingMemory<ModelMemory<Weak::nothing>>);
+
+constexpr RingLayout layout{.index = index_at, .event = event_at, .consumed = consumed_at, .entries = entries_at, .stride = sizeof(unsigned)};
+using Positions = FreeRunning<u32>;
+
+template <Weak weak, class Rule>
+struct Ends {
+    using Memory = ModelMemory<weak>;
+    Shared shared;
+    std::optional<Producer<Memory, Positions, Rule>> producer;
+    std::optional<Consumer<Memory, Positions, Rule>> consumer;
+
+    void begin(unsigned event) {
+        for (auto& word : shared.words) {
+            word.store(0, rl::mo_relaxed, $);
+        }
+        shared.words[event_at / 8].store(event, rl::mo_relaxed, $);
+        producer.emplace(*Producer<Memory, Positions, Rule>::create(Memory(shared), layout, Positions(2)));
+        consumer.emplace(*Consumer<Memory, Positions, Rule>::create(Memory(shared), layout, Positions(2)));
+    }
+};
+
+/// Entries arrive whole, in order and once, and a slot is not overwritten before it was copied out.
+template <Weak weak>
+struct Transfer : rl::test_suite<Transfer<weak>, 2> {
+    Ends<weak, Never> ends;
+
+    void before() { ends.begin(0); }
+    void thread(unsigned number) {
+        if (number == 0) {
+            unsigned value = 1;
+            for (int attempt = 0; attempt < 4; ++attempt) {
+                RL_ASSERT(ends.producer->observe().has_value());
+                if (ends.producer->produce(value)) {
+                    ++value;
+                }
+                static_cast<void>(ends.producer->publish());
+            }
+        } else {
+            unsigned expected = 1;
+            for (int attempt = 0; attempt < 4; ++attempt) {
+                RL_ASSERT(ends.consumer->available().has_value());
+                unsigned value = 0;
+                while (ends.consumer->take(value)) {
+                    RL_ASSERT(value == expected);
+                    ++expected;
+                }
+                ends.consumer->release();
+            }
+        }
+    }
+};
+
+/// A consumer that has gone to sleep after asking for an event `Count` entries ahead is told, if those entries come.
+template <Weak weak, class Rule, unsigned Count>
+struct WakeUp : rl::test_suite<WakeUp<weak, Rule, Count>, 2> {
+    Ends<weak, Rule> ends;
+    unsigned told = 0;    // the producer's position when it last notified
+    unsigned slept = ~0u; // the consumer's position when it fell asleep
+
+    void before() {
+        // Nobody has asked for anything yet: an event far away, or a mask.
+        ends.begin(std::is_same_v<Rule, EmptyToNonEmpty> ? 1 : 0x80000000);
+        told = 0;
+        slept = ~0u;
+    }
+    void thread(unsigned number) {
+        if (number == 0) {
+            for (unsigned value = 1; value <= 2; ++value) {
+                RL_ASSERT(ends.producer->produce(value));
+                if (ends.producer->publish()) {
+                    told = ends.producer->position();
+                }
+            }
+        } else {
+            // The mask makes for many more schedules: one look less.
+            for (int attempt = std::is_same_v<Rule, EmptyToNonEmpty> ? 1 : 0; attempt < 3; ++attempt) {
+                const auto there = ends.consumer->available();
+                RL_ASSERT(there.has_value());
+                static_cast<void>(ends.consumer->skip(*there));
+                ends.consumer->release();
+                const auto found = ends.consumer->arm(Count);
+                RL_ASSERT(found.has_value());
+                if (!*found) {
+                    slept = ends.consumer->position();
+                    return;
+                }
+                ends.consumer->disarm();
+            }
+        }
+    }
+    void after() {
+        // Asleep at a position with enough behind it, and nobody rang since: the wake-up is lost.
+        RL_ASSERT(slept == ~0u || 2 - slept < Count || told >= slept + Count);
+    }
+};
+
+struct Way {
+    std::string_view name;
+    rl::scheduler_type_e scheduler;
+    rl::iteration_t iterations;
+};
+constexpr Way ways[] = {
+    {"every schedule", rl::fair_full_search_scheduler_type, 20'000'000},
+    {"random schedules", rl::random_scheduler_type, 100'000},
+};
+
+int failures = 0;
+
+template <class Test>
+void must(bool pass, std::string_view what) {
+    bool passed = true;
+    rl::iteration_t schedules = 0;
+    std::ostringstream report;
+    for (const Way& way : ways) {
+        rl::test_params params;
+        params.search_type = way.scheduler;
+        params.iteration_count = way.iterations;
+        params.output_stream = &report;
+        params.progress_stream = &report;
+        passed = rl::simulate<Test>(params) && passed;
+        schedules += params.stop_iteration;
+        if (passed && way.scheduler == rl::fair_full_search_scheduler_type && params.stop_iteration >= way.iterations) {
+            std::cout << "the search was cut short: not every schedule was seen\n";
+            ++failures;
+        }
+        if (!passed) {
+            break;
+        }
+    }
+    const bool as_expected = passed == pass;
+    std::cout << (as_expected ? "ok      " : "NOT OK  ") << what << ": " << (passed ? "holds" : "violated") << " (" << schedules
+              << " schedules)\n"
+              << std::flush;
+    if (!as_expected) {
+        std::cout << report.str().substr(0, 8000) << '\n';
+        ++failures;
+    }
+}
+
+} // namespace
+
+int main() {
+    must<Transfer<Weak::nothing>>(true, "entries arrive whole, in order, once");
+    must<Transfer<Weak::index_store>>(false, "… with the producer's index stored relaxed");
+    must<Transfer<Weak::index_load>>(false, "… with the producer's index loaded relaxed");
+    must<Transfer<Weak::consumed_store>>(false, "… with the consumer's position stored relaxed");
+    must<Transfer<Weak::consumed_load>>(false, "… with the consumer's position loaded relaxed");
+    must<WakeUp<Weak::nothing, ReachedEvent, 1>>(true, "event index (Xen): no wake-up is lost");
+    must<WakeUp<Weak::barrier, ReachedEvent, 1>>(false, "… without the full barriers");
+    must<WakeUp<Weak::nothing, ReachedEvent, 2>>(true, "event index (Xen), moderated: no wake-up is lost");
+    must<WakeUp<Weak::barrier, ReachedEvent, 2>>(false, "… without the full barriers");
+    must<WakeUp<Weak::nothing, PassedEvent, 1>>(true, "event index (virtio): no wake-up is lost");
+    must<WakeUp<Weak::barrier, PassedEvent, 1>>(false, "… without the full barriers");
+    must<WakeUp<Weak::nothing, EmptyToNonEmpty, 1>>(true, "mask and empty to non-empty (VMBus): no wake-up is lost");
+    must<WakeUp<Weak::barrier, EmptyToNonEmpty, 1>>(false, "… without the full barriers");
+    std::cout << (failures == 0 ? "all as expected\n" : "some were not as expected\n");
+    return failures == 0 ? 0 : 1;
+}
