@@ -1,57 +1,288 @@
-// The kernel proper, as far as it goes without knowing where it runs.
+// The kernel proper: detect, choose, install; then clock, interrupts, executor; then the driver table, the drivers in its order, the job, the
+// verdict.
+module;
+#include "core/try.hpp"
 module boot.start;
 import core.std;
-import core.log;
-import core.text;
-import core.verdict;
-import core.memory;
 import core.result;
+import core.text;
+import core.log;
 import core.time;
+import core.dma;
+import core.verdict;
+import core.cpuid;
+import core.smbios;
+import core.interrupt;
+import core.memory;
 import core.machine.acpi;
 import core.machine.clock;
 import core.machine.cpu;
-import core.machine.interrupts;
 import core.machine.exit;
+import core.machine.interrupts;
 import core.machine.memory;
+import core.machine.runtime;
+import core.machine.serial;
 import core.machine.traps;
+import io.task;
+import io.executor;
+import hv.list;
+import hv.machine.detect;
+import hv.machine.privileged;
+import drivers.table;
+import drivers.driver;
+import drivers.pci;
+import drivers.machine.pci;
 import boot.handoff;
+import boot.options;
+import boot.disks;
+import boot.drivers;
+import boot.jobs;
 
 namespace fl::boot {
 
-[[noreturn]] void kernel_start(BootInfo& info) {
-    log::info("Firstlight, entered by {}, image at {:#x}, {} KiB", info.entry, info.kernel_phys, info.kernel_size >> 10);
+namespace {
+
+// What lasts as long as the machine and is filled in once; static, because the boot stack is small and none of it moves.
+constinit CpuidSnapshot cpuid_snapshot{};
+constinit Options options{};
+constinit OptionErrors option_errors{};
+constinit drivers::Table table{};
+constinit drivers::Plan plan{};
+constinit hv::MachinePrivileged privileged{};
+
+class KernelMemory final : public hv::PhysicalMemory {
+  public:
+    Result<std::byte*> map(u64 physical, u64 size) override { return map_physical(physical, size); }
+    u64 physical_of(const void* address) override { return fl::physical_of(address); }
+};
+constinit KernelMemory kernel_memory{};
+
+// Cycle counts of the moments that the `boot` record tells; read before there is a clock.
+struct Moments {
+    u64 entry = 0;
+    u64 detected = 0;
+};
+constinit Moments moments{};
+
+void print_boot_info(const BootInfo& info) {
+    log::info("Firstlight, entered by {}; image at {:#x}, {} KiB", info.entry, info.kernel_phys, info.kernel_size >> 10);
     log::info("command line: \"{}\"", info.cmdline_text());
-    log::info("RSDP {:#x}, SMBIOS {:#x}, map file: {}", info.rsdp, info.smbios, info.has_map_file != 0 ? "given" : "none");
+    log::info("RSDP {:#x}, SMBIOS {:#x}, framebuffer {:#x}, map file: {}", info.rsdp, info.smbios, info.framebuffer.base,
+              info.has_map_file != 0 ? "given" : "none");
     for (const MemoryRange& range : info.memory()) {
-        log::info("  {:016x}-{:016x} {} ({})", range.base, range.base + range.size, name(range.kind), to_underlying(range.kind));
+        log::info("  {:016x}-{:016x} {}", range.base, range.base + range.size, name(range.kind));
     }
-    log::info("{} KiB free, page tables with {}, {} us so far", frames().free_bytes() >> 10, memory_features(),
-              (cpu::read_tsc() - info.entry_tsc) / 1000);
-    if (const auto started = start_acpi(info.rsdp); !started) {
-        log::info("{}", started.error());
+    if (info.cmdline_truncated != 0) {
+        log::warning("the command line is longer than {} bytes: its end is missing", BootInfo::max_cmdline);
     }
-    const u64 before = cpu::read_tsc();
-    start_clock(info.entry_tsc, acpi_tables(), {});
-    log::set_clock(now);
-    log::info("clock: TSC at {} kHz by {}, in {} cycles", tsc_hz() / 1000, clock_name(), cpu::read_tsc() - before);
-    start_interrupts(acpi_tables());
-    if (const auto started = start_timer(interrupts()); !started) {
-        log::warning("timer: {}", started.error());
+    if (info.map_file_truncated != 0) {
+        log::warning("the map file is longer than {} bytes: its end is missing", BootInfo::max_map_file);
     }
-    log::info("interrupts: {}, timer: {}", interrupt_controllers(), timer_name());
-    const auto text = info.cmdline_text();
-    if (const usize at = text.find("fault="); at != std::string_view::npos) {
-        provoke(text.substr(at + 6));
+    if (info.ranges_truncated != 0) {
+        log::warning("the memory map has more than {} ranges: the rest is not used", BootInfo::max_ranges);
     }
-    const std::atomic<bool> wake{false};
-    const Instant begin = now();
-    while (now() < begin + 2'000'000) {
-        platform_idle(nullptr, begin + 2'000'000, wake);
+}
+
+void boot_record(const BootInfo& info, const hv::Sightings& sightings, std::string_view backend) {
+    u64 usable = 0;
+    for (const MemoryRange& range : info.memory()) {
+        usable += range.kind == MemoryKind::usable ? range.size : 0;
     }
-    const auto counters = interrupt_counters();
-    log::info("slept {} us, {} interrupts, {} spurious, {} unexpected", (now() - begin) / 1000, counters.taken, counters.spurious,
-              counters.unexpected);
-    end_vm(Verdict::success, "booted");
+    const CycleScale scale(tsc_hz());
+    log::Record record("boot");
+    record.text("entry", name(info.entry)).text("vm_guest", hv::name(hv::vm_guest())).text("backend", backend);
+    record.open("signatures", '[');
+    for (const hv::Sighting& sighting : sightings.all()) {
+        FixedText<16> base;
+        print(base, "{:#x}", sighting.base);
+        record.open("", '{').text("base", base.view()).text("name", sighting.signature.view()).close('}');
+    }
+    record.close(']').number("memory_bytes", usable).number("tsc_khz", tsc_hz() / 1000).text("clock", clock_name());
+    record.number("detect_ns", scale.ns(moments.detected - moments.entry)).number("first_probe_ns", now());
+}
+
+// Errors of the map file are told and the rest of it counts; the boot goes on.
+void apply_table(const BootInfo& info) {
+    if (info.has_map_file != 0) {
+        table.apply(info.map_file_text());
+    }
+    for (std::string_view rule : options.map.all()) {
+        table.apply_word(rule);
+    }
+    for (const drivers::Diagnostic& wrong : table.diagnostics()) {
+        FixedText<240> where;
+        if (wrong.line != 0) {
+            print(where, "map file, line {}", wrong.line);
+        } else {
+            where.write("map= on the command line");
+        }
+        log::error("{}: {}", where.view(), wrong.message.view());
+        FixedText<320> message;
+        print(message, "{}: {}", where.view(), wrong.message.view());
+        log::Record("error").text("code", name(Code::bad_argument)).text("message", message.view());
+    }
+    plan = table.plan(hv::vm_guest(), options.emulated);
+    drivers::log_plan(plan, hv::vm_guest());
+}
+
+io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDriver& driver, const drivers::pci::DeviceList& devices) {
+    for (const drivers::pci::Device& device : devices.all()) {
+        if (!drivers::pci::matches(driver.ids, device)) {
+            continue;
+        }
+        log::info("{}: probing {:02x}:{:02x}.{} [{:04x}:{:04x}]", driver.name, device.at.bus, device.at.device, device.at.function,
+                  device.vendor, device.device);
+        if (auto done = co_await driver.probe(environment, device); !done) {
+            report(done.error(), driver.name);
+        }
+    }
+    co_return Result<void>{};
+}
+
+template <class B>
+io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const SyntheticDriver<B>& driver, B& backend,
+                                       const hv::DeviceList& devices) {
+    for (const hv::SyntheticDevice& device : devices.all()) {
+        if (device.type.view() != driver.type) {
+            continue;
+        }
+        log::info("{}: probing {} {}", driver.name, device.type.view(), device.address.view());
+        if (auto done = co_await driver.probe(environment, backend, device); !done) {
+            report(done.error(), driver.name); // the disk is not claimed: the native driver may have it
+        }
+    }
+    co_return Result<void>{};
+}
+
+// Everything behind the defined point: `backend` is final, nothing has been probed.
+template <class B>
+io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings& sightings, B& backend, io::Executor& executor) {
+    apply_table(info);
+    boot_record(info, sightings, B::name);
+
+    if constexpr (hv::EmulatedDevices<B>) {
+        if (plan.unplugs("ata")) {
+            auto done = backend.unplug({.disks = true});
+            if (done) {
+                log::info("emulated IDE disks unplugged");
+            } else {
+                log::warning("emulated IDE disks stay: {}", done.error());
+            }
+        }
+    }
+
+    // Static: larger than a coroutine frame may be.
+    static Disks disks(plan);
+    static constinit hv::DeviceList synthetic{};
+    static constinit drivers::pci::DeviceList pci{};
+    if constexpr (hv::BusRoot<B>) {
+        if (auto done = co_await backend.enumerate(synthetic); !done) {
+            report(done.error(), B::name); // native devices are still there
+        }
+    }
+    static constinit drivers::pci::MechanismOne config{};
+    if (drivers::pci::MechanismOne::present()) {
+        drivers::pci::enumerate(config, pci);
+    }
+    log::info("devices: {} synthetic, {} PCI functions", synthetic.count, pci.count);
+    for (std::string_view name : plan.drivers()) {
+        Disks::Port port(disks, name);
+        drivers::Environment environment{executor, dma_memory(), interrupts(), port, options.timeout, options.withheld_features};
+        for (const PciDriver& driver : pci_drivers) {
+            if (driver.name == name) {
+                CO_CHECK(co_await probe_pci(environment, driver, pci));
+            }
+        }
+        for (const auto& driver : synthetic_drivers<B>) {
+            if (driver.name == name) {
+                CO_CHECK(co_await probe_synthetic(environment, driver, backend, synthetic));
+            }
+        }
+    }
+    co_return co_await run_job(options, disks, {executor, dma_memory(), heap_allocations});
+}
+
+template <class B>
+void install_power_off(B& backend) {
+    if constexpr (hv::Power<B>) {
+        static constinit B* self = nullptr;
+        self = &backend;
+        set_backend_power_off([](Verdict verdict) {
+            static_cast<void>(verdict == Verdict::crash ? self->crash("Firstlight has crashed; the console says why") : self->power_off());
+        });
+    }
+}
+
+[[noreturn]] void end(const Result<Outcome>& outcome) {
+    if (!outcome) {
+        report(outcome.error(), "boot");
+        end_vm(Verdict::error, outcome.error().message);
+    }
+    end_vm(outcome->verdict, outcome->reason.view());
+}
+
+} // namespace
+
+[[noreturn]] void kernel_start(BootInfo& info) {
+    moments.entry = info.entry_tsc;
+    hv::read_cpuid(cpuid_snapshot);
+    std::optional<Smbios> smbios;
+    if (cpuid_snapshot.hypervisors().empty()) { // the older way, only where it is needed
+        if (auto read = read_smbios(physical_memory(), info.smbios)) {
+            smbios = *read;
+        }
+    }
+    const hv::Sightings sightings = hv::detect(cpuid_snapshot, smbios ? &*smbios : nullptr);
+    const bool understood = parse_options(info.cmdline_text(), options, option_errors);
+    const hv::Choice choice = hv::choose(sightings, options.hv);
+    hv::set_vm_guest(choice.guest);
+    moments.detected = cpu::read_tsc();
+
+    log::set_level(options.log);
+    print_boot_info(info);
+    hv::log_detection(cpuid_snapshot, sightings, choice);
+    if (!understood) {
+        for (const auto& message : option_errors.all()) {
+            log::error("{}", message.view());
+            log::Record("error").text("code", name(Code::bad_argument)).text("message", message.view());
+        }
+        end_vm(Verdict::error, option_errors.all()[0].view());
+    }
+    if (info.range_count == 0) {
+        end_vm(Verdict::error,
+               "the loader gave no memory map: a PVH loader must hand over a start_info of version 1 (Xen 4.11 or later, QEMU 4.0 or later)");
+    }
+    if (options.job == Job::panic) {
+        provoke(name(options.fault));
+    }
+
+    hv::Environment environment{cpuid_snapshot, sightings, dma_memory(), kernel_memory, privileged};
+    hv::with_backend(hv::list, choice, environment, [&]<class B>(B& first) {
+        if (auto tables = start_acpi(info.rsdp); !tables) {
+            log::info("no ACPI: {}", tables.error());
+        }
+        start_clock(info.entry_tsc, acpi_tables(), {first.tsc_hz().value_or(0), first.clock_name()});
+        log::set_clock([] { return now(); });
+        start_interrupts(acpi_tables());
+        if (auto timer = start_timer(interrupts()); !timer) {
+            log::warning("no timer, the processor will not sleep: {}", timer.error());
+        }
+        log::info("clock {} at {} kHz, timer {}, interrupts by {}", clock_name(), tsc_hz() / 1000, timer_name(), interrupt_controllers());
+        static io::Executor executor({nullptr, platform_now, platform_idle});
+        hv::Services services{interrupts(), executor};
+        cpu::interrupts_on();
+        hv::upgrade(hv::list, choice, environment, services, first, [&]<class F>(F& backend) {
+            if constexpr (hv::Console<F>) {
+                if (log::Sink* console = backend.console()) {
+                    log::attach(*console);
+                }
+            }
+            install_power_off(backend);
+            log::info("backend: {}", F::name);
+            end(executor.run(kernel_main(info, sightings, backend, executor)));
+        });
+    });
+    end_vm(Verdict::crash, "the kernel's main function returned");
 }
 
 } // namespace fl::boot

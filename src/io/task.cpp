@@ -15,7 +15,7 @@ usize class_of(usize size) {
 
 void* FramePool::allocate(usize size) noexcept {
     const usize i = class_of(size);
-    if (i == classes.size() || left_ == 0) {
+    if (i == classes.size() || (failing_ && left_ == 0)) {
         return nullptr;
     }
     void* block = nullptr;
@@ -27,7 +27,7 @@ void* FramePool::allocate(usize size) noexcept {
     } else {
         return nullptr;
     }
-    if (left_ != ~u64{0}) {
+    if (failing_) {
         --left_;
     }
     ++allocations_;

@@ -18,7 +18,10 @@ class FramePool {
     u64 allocations() const { return allocations_; }
     usize in_use() const { return in_use_; }
     /// For tests: the next `n` allocations succeed, all later ones fail until lifted with ~0.
-    void fail_after(u64 n) { left_ = n; }
+    void fail_after(u64 n) {
+        left_ = n;
+        failing_ = n != ~u64{0};
+    }
 
   private:
     struct Free {
@@ -28,8 +31,9 @@ class FramePool {
     usize used_ = 0;
     u64 allocations_ = 0;
     usize in_use_ = 0;
-    u64 left_ = ~u64{0};
-    alignas(16) std::array<std::byte, arena_bytes> arena_; // left as it is: .bss
+    u64 left_ = 0; // while failing_
+    bool failing_ = false;
+    alignas(16) std::array<std::byte, arena_bytes> arena_; // every initial value of the pool is zero: it stands in .bss
 };
 
 /// The one pool of the kernel (or of the test program).

@@ -1,6 +1,7 @@
 // The names that compiled code and libc++ look for in the global module.
 #include <stdarg.h>
 #include <stddef.h>
+#include <new>
 import core.std;
 import core.heap;
 import core.panic;
@@ -19,6 +20,8 @@ void* must_allocate(usize size, usize alignment) {
 }
 
 } // namespace
+
+const std::nothrow_t std::nothrow{};
 
 // operator new and delete belong to the global module: a plain file that imports.
 void* operator new(size_t size) { return must_allocate(size, Heap::granule); }
