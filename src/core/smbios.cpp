@@ -176,14 +176,15 @@ Result<Smbios> read_smbios(PhysicalReader& memory, u64 entry) {
     // Read in whole: one structure may be longer than any smaller window, and only early boot comes here.
     static constinit std::array<std::byte, max_table> table{};
     const usize size = std::min(point.size, max_table);
-    // Firmware may announce more than it maps (3.0 gives a maximum only): take what can be read, in pieces.
+    // Firmware may announce more than can be read (3.0 gives a maximum only): take what there is, in pieces, the last ones smaller.
     usize have = 0;
-    while (have < size) {
-        const usize piece = std::min<usize>(size - have, 256);
-        if (!memory.read(point.table + have, std::span(table).subspan(have, piece))) {
-            break;
+    for (usize piece = 256; have < size && piece > 0;) {
+        const usize now = std::min(size - have, piece);
+        if (memory.read(point.table + have, std::span(table).subspan(have, now))) {
+            have += now;
+        } else {
+            piece = now / 2;
         }
-        have += piece;
     }
     if (have == 0) {
         return Error{Code::protocol, "the SMBIOS table cannot be read; its strings are not used"};

@@ -145,10 +145,13 @@ Sightings detect(const CpuidSnapshot& cpuid, const Smbios* smbios) {
         }
         result.list[result.count++] = s;
     }
-    if (result.count > 0 || smbios == nullptr) {
+    if (result.count > 0) {
         return result;
     }
     for (const FirmwareName& f : firmware_names) {
+        if (smbios == nullptr) {
+            break;
+        }
         if (starts_with((smbios->*f.field).view(), f.prefix) &&
             (f.and_field == nullptr || starts_with((smbios->*f.and_field).view(), f.and_prefix))) {
             Sighting s;

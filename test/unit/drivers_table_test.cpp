@@ -1,0 +1,155 @@
+#include <gtest/gtest.h>
+#include <string>
+import core.std;
+import core.text;
+import core.log;
+import drivers.table;
+
+namespace {
+using namespace fl;
+using drivers::Table;
+using drivers::Twin;
+using hv::VmGuest;
+
+std::string order(const drivers::Plan& plan) {
+    std::string text;
+    for (std::string_view name : plan.drivers()) {
+        text += std::string(name) + " ";
+    }
+    return text;
+}
+
+std::string complaints(const Table& table) {
+    std::string text;
+    for (const auto& d : table.diagnostics()) {
+        text += std::to_string(d.line) + ": " + std::string(d.message.view()) + "\n";
+    }
+    return text;
+}
+
+TEST(Table, BuiltIn) {
+    const Table table;
+    const auto xen = table.plan(VmGuest::xen, std::nullopt);
+    EXPECT_EQ(order(xen), "xen_blk ata ");
+    ASSERT_NE(xen.pair("ata", "xen_blk"), nullptr);
+    EXPECT_EQ(xen.pair("xen_blk", "ata"), xen.pair("ata", "xen_blk"));
+    EXPECT_EQ(xen.pair("ata", "xen_blk")->rank, 100);
+    EXPECT_EQ(xen.pair("ata", "xen_blk")->twin, Twin::leave);
+    EXPECT_FALSE(xen.both("ata", "xen_blk"));
+    EXPECT_FALSE(xen.unplugs("ata"));
+    const auto kvm = table.plan(VmGuest::kvm, std::nullopt);
+    EXPECT_EQ(kvm.pair("ata", "xen_blk"), nullptr);
+    EXPECT_EQ(kvm.driver_count, 2u) << "every driver is tried everywhere: it finds its device or does not";
+}
+
+TEST(Table, TheMapFileTurnsThePreferenceRound) {
+    Table table;
+    EXPECT_EQ(table.apply("# IDE first\nrank xen ata xen_blk -100\n"), 0u);
+    const auto plan = table.plan(VmGuest::xen, std::nullopt);
+    EXPECT_EQ(order(plan), "ata xen_blk ");
+    EXPECT_FALSE(plan.both("ata", "xen_blk"));
+    EXPECT_EQ(plan.pair("ata", "xen_blk")->twin, Twin::leave);
+}
+
+TEST(Table, AddRemoveRankAndLines) {
+    Table table;
+    EXPECT_EQ(table.apply("\r\n  add  xen\tata xen_blk +7 unplug # why\r\n\n#only a comment\nremove * ata xen_blk\nadd kvm ata xen_blk 0"), 0u)
+        << complaints(table);
+    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair_count, 0u);
+    const auto kvm = table.plan(VmGuest::kvm, std::nullopt);
+    EXPECT_TRUE(kvm.both("ata", "xen_blk")) << "rank 0: both attach";
+    EXPECT_TRUE(table.apply_word("add,xen,ata,xen_blk,5,unplug")) << complaints(table);
+    EXPECT_TRUE(table.plan(VmGuest::xen, std::nullopt).unplugs("ata"));
+    EXPECT_FALSE(table.plan(VmGuest::xen, std::nullopt).unplugs("xen_blk"));
+    EXPECT_EQ(table.wrong(), 0u);
+}
+
+TEST(Table, MalformedLinesAreReportedByNumberAndTheRestCounts) {
+    Table table;
+    const u32 bad = table.apply("adn xen ata xen_blk 1\n"         // 1
+                                "add xne ata xen_blk 1\n"         // 2
+                                "add xen xen_blk ata 1\n"         // 3
+                                "add xen ata xen_blk ten\n"       // 4
+                                "add xen ata\n"                   // 5
+                                "add xen ata xen_blk 1 keeep\n"   // 6
+                                "rank xen ata xen_blk -5\n"       // 7: right
+                                "rank xen ata xen_blk 1 leave\n"  // 8
+                                "remove kvm ata xen_blk\n"        // 9
+                                "add xen ata xen_blk -1 unplug\n" // 10
+                                "rank xen ata xen_blk 1000001\n"  // 11
+                                "\x01\xff rank\n");               // 12
+    EXPECT_EQ(bad, 11u);
+    EXPECT_EQ(table.wrong(), 11u);
+    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, -5);
+    EXPECT_EQ(complaints(table),
+              "1: expected what to do (add, remove, rank), seen 'adn': did you mean 'add'?\n"
+              "2: expected a hypervisor's name or *, seen 'xne': did you mean 'xen'?\n"
+              "3: expected a native driver (ata), seen 'xen_blk'\n"
+              "4: expected a rank from -1000000 to 1000000, seen 'ten'\n"
+              "5: expected a synthetic driver (xen_blk), seen the end of the line\n"
+              "6: expected what becomes of the emulated twin (leave, unplug, keep), seen 'keeep': did you mean 'keep'?\n"
+              "8: expected the end of the rule, seen 'leave'\n"
+              "9: expected a rule that is in the table, seen a pair for which it has none: add it, or name the hypervisor as its rule does\n"
+              "10: expected a positive rank with unplug: it takes the native driver's device away, which would be tried first\n"
+              "11: expected a rank from -1000000 to 1000000, seen '1000001'\n"
+              "12: expected what to do (add, remove, rank), seen '?\?'\n");
+}
+
+TEST(Table, CommandLineRules) {
+    Table table;
+    EXPECT_TRUE(table.apply_word("rank,xen,ata,xen_blk,-1"));
+    EXPECT_FALSE(table.apply_word("rank,xen,,xen_blk,-1"));
+    EXPECT_FALSE(table.apply_word(""));
+    EXPECT_FALSE(table.apply_word("rank xen ata xen_blk -1"));
+    EXPECT_FALSE(table.apply_word("rank,xen,ata,xen_blk,-1,"));
+    EXPECT_EQ(table.diagnostics()[0].line, 0u);
+    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, -1);
+}
+
+TEST(Table, AnyHypervisor) {
+    Table table;
+    EXPECT_EQ(table.apply("add * ata xen_blk 5 keep\n"), 0u);
+    EXPECT_EQ(table.plan(VmGuest::kvm, std::nullopt).pair("ata", "xen_blk")->rank, 5);
+    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, 100) << "the named one beats it";
+    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair_count, 1u);
+    EXPECT_EQ(table.apply("rank * ata xen_blk -3\n"), 0u) << "every rule of the pair";
+    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, -3);
+    EXPECT_EQ(table.plan(VmGuest::kvm, std::nullopt).pair("ata", "xen_blk")->rank, -3);
+    EXPECT_EQ(table.apply("remove xen ata xen_blk\n"), 0u);
+    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->twin, Twin::keep) << "now the general one shows";
+}
+
+TEST(Table, TheCommandLineOverridesTheTwin) {
+    Table table;
+    EXPECT_TRUE(table.plan(VmGuest::xen, Twin::keep).both("ata", "xen_blk"));
+    EXPECT_TRUE(table.plan(VmGuest::xen, Twin::unplug).unplugs("ata"));
+    EXPECT_TRUE(table.apply_word("rank,xen,ata,xen_blk,-1"));
+    EXPECT_FALSE(table.plan(VmGuest::xen, Twin::unplug).unplugs("ata")) << "what comes first is not taken away";
+}
+
+TEST(Table, AFloodOfLinesIsBounded) {
+    Table table;
+    std::string file;
+    for (int i = 0; i < 10000; ++i) {
+        file += "nonsense\n";
+    }
+    EXPECT_EQ(table.apply(file), 10000u);
+    EXPECT_EQ(table.diagnostics().size(), Table::max_diagnostics);
+    // A rule for every hypervisor there is still fits.
+    for (std::string_view guest : hv::vm_guest_names) {
+        EXPECT_TRUE(table.apply_word("add," + std::string(guest) + ",ata,xen_blk,1"));
+    }
+    EXPECT_LE(table.rules().size(), Table::max_rules);
+}
+
+TEST(Table, ThePlanIsPrinted) {
+    struct Capture final : log::Sink {
+        std::string text;
+        void write(std::string_view t) override { text += t; }
+    } capture;
+    log::attach(capture);
+    drivers::log_plan(Table{}.plan(VmGuest::xen, std::nullopt), VmGuest::xen);
+    log::detach(capture);
+    EXPECT_EQ(capture.text, "drivers on xen: xen_blk, ata\ndrivers: xen_blk and ata, rank 100, twin: leave\n");
+}
+} // namespace
