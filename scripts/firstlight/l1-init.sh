@@ -30,26 +30,22 @@ disk() {
     zero) dd if=/dev/zero of="$image" bs=1M count=$((($2 + 1048575) / 1048576)) 2>/dev/null && truncate -s "$2" "$image" ;;
     pattern)
         yes 'firstlight pattern block: what a disk nobody wrote holds here' | head -c 1048576 > /tmp/pattern
-        : > "$image"
-        left=$(($2 / 1048576 + 1))
-        while [ $left -gt 0 ]; do cat /tmp/pattern >> "$image"; left=$((left - 1)); done
-        truncate -s "$2" "$image"
+        megabytes=$((($2 + 1048575) / 1048576))
+        set -- "$1" "$2"
+        while [ $# -lt $((megabytes + 2)) ]; do set -- "$@" /tmp/pattern; done
+        bytes=$2
+        shift 2
+        cat "$@" > "$image" && truncate -s "$bytes" "$image"
         rm -f /tmp/pattern
         ;;
-    *) false ;;
-    esac || die "disk $1: could not be made"
+    *) die "disk $1: unknown content $3" ;;
+    esac
+    [ -s "$image" ] || die "disk $image: could not be made"
 }
 
 # bring_out IMAGE MEGABYTE: copy to the scratch disk, at that offset.
 bring_out() {
     dd if="/tmp/$1" of=/dev/vda bs=1M seek="$2" conv=notrunc,fsync 2>/dev/null || die "image $1: could not be copied out"
-}
-
-trace_exits() {
-    mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null
-    trigger=/sys/kernel/tracing/events/kvm/$1/trigger
-    [ -e "$trigger" ] || return
-    echo "$2:$3" > "$trigger" 2>/dev/null
 }
 
 say "ready ms=$(milliseconds) kernel=$(uname -r)"

@@ -1,0 +1,83 @@
+"""The tables that scripts/bench ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+HEADS = (
+    "disk", "driver", "kind", "workload", "IOPS", "MiB/s", "mean us", "p50 us", "p99 us",
+    "acc/IO", "hcall/IO", "notif/IO", "irq/IO", "alloc/IO",
+)  # fmt: skip
+
+
+def part(job: dict) -> dict:
+    """The direction that did something; for a mixed job, reads."""
+    return job["read"] if job["read"]["total_ios"] else job["write"]
+
+
+def iops(job: dict) -> float:
+    return job["read"]["iops"] + job["write"]["iops"]
+
+
+def percentile(latency: dict, wanted: float) -> float:
+    for key, value in latency.get("percentile", {}).items():
+        if abs(float(key) - wanted) < 1e-6:
+            return value
+    return float("nan")
+
+
+def row(job: dict) -> list[str]:
+    extra, latency = job["firstlight"], part(job)["clat_ns"]
+    figures = [extra.get(f"{name}_per_io") for name in ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations")]
+    return [
+        extra["disk"], extra["driver"], extra["kind"], label(job), f"{iops(job):.0f}",
+        f"{(job['read']['bw_bytes'] + job['write']['bw_bytes']) / (1 << 20):.1f}",
+        *(f"{value / 1000:.1f}" for value in (latency["mean"], percentile(latency, 50), percentile(latency, 99))),
+        *("-" if value is None else f"{value:.3f}" for value in figures),
+    ]  # fmt: skip
+
+
+def label(job: dict) -> str:
+    options = job["job options"]
+    return f"{options['name']} {int(options['bs']) // 1024}k qd{options['iodepth']}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """Columns as wide as they need to be, the first `left` of them flush left."""
+    widths = [max(len(line[column]) for line in [heads, *rows]) for column in range(len(heads))]
+    lines = []
+    for cells in [heads, ["-" * width for width in widths], *rows]:
+        text = [cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))]
+        lines.append("  ".join(text).rstrip())
+    return "\n".join(lines)
+
+
+def results(jobs: Sequence[dict]) -> str:
+    return table(HEADS, [row(job) for job in jobs], 4)
+
+
+def ratios(jobs: Sequence[dict]) -> str:
+    """Synthetic against emulated, workload by workload."""
+    kinds: dict[str, dict[str, float]] = {}
+    for job in jobs:
+        kinds.setdefault(label(job), {})[job["firstlight"]["kind"]] = iops(job)
+    rows = [
+        [name, f"{found['synthetic']:.0f}", f"{found['emulated']:.0f}", f"{found['synthetic'] / found['emulated']:.2f}"]
+        for name, found in kinds.items()
+        if found.get("synthetic") and found.get("emulated")
+    ]
+    return table(("workload", "synthetic", "emulated", "synthetic : emulated"), rows, 1) if rows else ""
+
+
+def spread(runs: Sequence[Sequence[dict]]) -> str:
+    """How far the runs lie apart: (highest - lowest) / lowest."""
+    seen: dict[str, list[float]] = {}
+    for jobs in runs:
+        for job in jobs:
+            seen.setdefault(job["jobname"], []).append(iops(job))
+    rows = [
+        [name, *(f"{value:.0f}" for value in values), f"{(max(values) - min(values)) / min(values) * 100:.2f} %"]
+        for name, values in seen.items()
+        if len(values) == len(runs) and min(values) > 0
+    ]
+    return table(("job", *(f"run {number + 1}" for number in range(len(runs))), "spread"), rows, 1) if rows else ""

@@ -1,0 +1,217 @@
+"""scripts/test: builds and passes everything, and says so in one table."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+import unittest
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from xml.etree import ElementTree
+
+from . import build, image, lab, launch, paths, process, report, setup, vmtests, workloads
+from .problems import EXIT_HELP, Exit, Problem
+from .vmtests import Result
+
+PRESETS = ("host", "asan", "tsan")
+CTEST_SECONDS = 600
+BAR = "=" * 20
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scripts/test",
+        description="Build everything and run every test: the scripts' own, the modules' on this machine (plain, with "
+        "sanitizers, with a checker of memory orderings), the image, and the boots of test/vm/tests.toml.",
+        epilog="A test that is required and skipped is a failure. " + EXIT_HELP,
+    )
+    parser.add_argument("--fast", action="store_true", help="host tests and boots on QEMU's emulated processor only")
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="only tests whose name matches (a glob, or a part of it)")
+    parser.add_argument("--list", action="store_true", help="list the tests of the table and the other suites")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
+    parser.add_argument("--tap", action="store_true", help="print TAP instead of the table")
+    parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether kvm and xen-emu run nested")
+    return parser
+
+
+def main(words: list[str]) -> Exit:
+    options = arguments().parse_args(words)
+    cases = [case for case in vmtests.load() if wanted(f"vm/{case.name}", options.only)]
+    if options.fast:
+        cases = [case for case in cases if "fast" in case.groups]
+    presets = ("host",) if options.fast else PRESETS
+    if options.list:
+        for case in cases:
+            print(f"vm/{case.name:34} {case.platform:10} {case.machine:8} {','.join(case.groups):10} {case.about}")
+        print("\n".join(["scripts", *presets, "image"]))
+        return Exit.SUCCESS
+    if options.junit and not options.junit.parent.is_dir():
+        raise Problem(f"--junit {options.junit}: the folder does not exist.", Exit.USAGE)
+    setup.ensure()
+    results: list[Result] = []
+
+    def add(found: Iterable[Result]) -> None:
+        for result in found:
+            results.append(result)
+            say(f"{result.status:7} {result.name} ({result.seconds:.1f} s){': ' + result.detail if result.detail else ''}")
+
+    if wanted("scripts", options.only, whole=True):
+        add(script_tests(options.only))
+    built = True
+    if cases or wanted("image", options.only, whole=True):
+        built = attempt("build/kernel", build.kernel, add)
+        if built and wanted("image", options.only, whole=True):
+            add(image.checks())
+    for preset in presets:
+        if wanted(preset, options.only, whole=True):
+            add(host_tests(preset, options.only))
+    if cases and built:
+        ready = lab.find()
+        add(prefixed("vm/", vmtests.run(ready, cases, options.lab, lambda text: say(f"vm: {text}"))))
+    elif cases:
+        add([Result(f"vm/{case.name}", "failed", 0, "the kernel was not built") for case in cases])
+    return finish(results, options)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def wanted(name: str, patterns: list[str], whole: bool = False) -> bool:
+    """Whether a test, or with `whole` a suite that may hold matching tests, is asked for."""
+    if not patterns:
+        return True
+    if whole:
+        return any(pattern.split("/")[0] in (name, "*") or ("/" not in pattern and pattern in name) for pattern in patterns)
+    return any(workloads.matches(name, pattern) for pattern in patterns)
+
+
+def attempt(name: str, work: Callable[[], None], add) -> bool:
+    begin = time.monotonic()
+    try:
+        work()
+    except Problem as problem:
+        add([Result(name, "failed", time.monotonic() - begin, str(problem))])
+        return False
+    add([Result(name, "passed", time.monotonic() - begin)])
+    return True
+
+
+def prefixed(prefix: str, results: Iterable[Result]) -> Iterable[Result]:
+    for result in results:
+        result.name = prefix + result.name
+        yield result
+
+
+def script_tests(only: list[str]) -> Iterable[Result]:
+    """The scripts' own unit tests, each as one result."""
+    folder = paths.REPOSITORY / "test" / "scripts"
+    if not folder.is_dir():
+        return
+    waiting = [unittest.defaultTestLoader.discover(str(folder), top_level_dir=str(folder))]
+    while waiting:
+        test = waiting.pop(0)
+        if isinstance(test, unittest.TestSuite):
+            waiting[:0] = list(test)
+            continue
+        name = f"scripts/{test.id()}"
+        if not wanted(name, [pattern for pattern in only if "/" in pattern]):
+            continue
+        begin = time.monotonic()
+        outcome = unittest.TestResult()
+        test.run(outcome)
+        faults = [text for _, text in outcome.errors + outcome.failures]
+        status = "failed" if faults else "skipped" if outcome.skipped else "passed"
+        yield Result(name, status, time.monotonic() - begin, faults[0].strip().splitlines()[-1] if faults else "", "\n".join(faults))
+
+
+def host_tests(preset: str, only: list[str]) -> Iterable[Result]:
+    """One preset: configure, build, ctest; each of ctest's tests is one result."""
+    begin = time.monotonic()
+    try:
+        build.preset(preset)
+    except Problem as problem:
+        yield Result(f"build/{preset}", "failed", time.monotonic() - begin, str(problem))
+        return
+    yield Result(f"build/{preset}", "passed", time.monotonic() - begin)
+    report_file = paths.BUILD / preset / "junit.xml"
+    report_file.unlink(missing_ok=True)
+    command = ["ctest", "--preset", preset, "--output-junit", str(report_file), "--no-tests=error"]
+    within = [pattern.partition("/")[2] for pattern in only if pattern.startswith(f"{preset}/")]
+    if within:
+        command += ["-R", "|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in within)]
+    done = process.run(command, timeout=CTEST_SECONDS, cwd=paths.REPOSITORY, check=False, what=f"ctest --preset {preset}")
+    if not report_file.is_file():
+        yield Result(f"{preset}/ctest", "failed", 0, f"ctest left no report, exit status {done.returncode}", done.stdout)
+        return
+    found = list(read_junit(report_file, preset))
+    yield from found
+    if done.returncode and not any(result.status == "failed" for result in found):
+        yield Result(f"{preset}/ctest", "failed", 0, f"exit status {done.returncode}, but no test failed", done.stdout)
+
+
+def read_junit(path: Path, preset: str) -> Iterable[Result]:
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        output = case.findtext("system-out") or ""
+        status = {"run": "passed", "fail": "failed"}.get(case.get("status", ""), "skipped")
+        failure = case.find("failure")
+        detail = failure.get("message", "") if failure is not None else ""
+        if status == "failed":
+            detail = f"{detail} {process.tail(output, 6)}".strip()
+        # A host test has no reason not to run: what ctest did not run counts as failed unless it says it skipped itself.
+        if status == "skipped" and case.find("skipped") is not None and "SKIP" not in (case.find("skipped").get("message") or "").upper():
+            status, detail = "failed", "not run"
+        yield Result(f"{preset}/{case.get('name')}", status, float(case.get("time") or 0), detail, output)
+
+
+def finish(results: list[Result], options) -> Exit:
+    count = {status: sum(result.status == status for result in results) for status in ("passed", "failed", "skipped")}
+    if options.junit:
+        junit(results, options.junit)
+    if options.tap:
+        tap(results)
+    else:
+        print(report.table(("test", "result", "seconds"), [(r.name, r.status, f"{r.seconds:.2f}") for r in results], 2))
+    for result in results:
+        if result.status == "failed":
+            print(f"\n# {BAR} {result.name}: {result.detail}")
+            print("\n".join("# " + line for line in process.tail(result.output, 30).splitlines()))
+    if not results:
+        raise Problem(f"No test matches {' '.join(options.only)}. scripts/test --list shows them.", Exit.USAGE)
+    print(f"{'# ' if options.tap else ''}{count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped")
+    return Exit.FAILURE if count["failed"] else Exit.SUCCESS
+
+
+def tap(results: list[Result]) -> None:
+    print(f"TAP version 13\n1..{len(results)}")
+    for number, result in enumerate(results, 1):
+        word = "not ok" if result.status == "failed" else "ok"
+        print(f"{word} {number} - {result.name}" + (" # SKIP " + result.detail if result.status == "skipped" else ""))
+
+
+def junit(results: list[Result], path: Path) -> None:
+    suite = ElementTree.Element(
+        "testsuite",
+        name="firstlight",
+        tests=str(len(results)),
+        failures=str(sum(result.status == "failed" for result in results)),
+        skipped=str(sum(result.status == "skipped" for result in results)),
+    )
+    for result in results:
+        group, _, name = result.name.partition("/")
+        case = ElementTree.SubElement(suite, "testcase", classname=group, name=name or group, time=f"{result.seconds:.3f}")
+        if result.status == "failed":
+            ElementTree.SubElement(case, "failure", message=printable(result.detail))
+        elif result.status == "skipped":
+            ElementTree.SubElement(case, "skipped", message=printable(result.detail))
+        if result.output:
+            ElementTree.SubElement(case, "system-out").text = printable(result.output)
+    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def printable(text: str) -> str:
+    """Without the control characters that XML cannot hold."""
+    return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", text)

@@ -1,0 +1,136 @@
+"""The yardstick: Linux with fio as the guest, in the same machine, on the same disks, measured the same way."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import apt, distribution, lab, paths, process
+from .nested import Job
+from .problems import Problem
+
+KERNEL_ARGUMENTS = "console=ttyS0 quiet loglevel=0 panic=-1 xen_emul_unplug=unnecessary nokaslr norandmaps"
+# The guest driver's name, and what Linux calls the disk.
+DISKS = {"xvda": ("linux-xen-blkfront", "xvda"), "hda": ("linux-ata_piix", "sda")}
+
+INIT = """#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin LD_LIBRARY_PATH=/lib HOME=/tmp
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev 2>/dev/null
+mount -t tmpfs tmpfs /tmp
+stty -F /dev/console -opost -echo 2>/dev/null
+while read -r module; do insmod "/modules/$module" 2>/dev/null; done < /modules/order
+end() { sync; poweroff -f; }
+. /jobs.sh
+end
+"""
+
+
+def guest(ready: lab.Lab) -> Path:
+    """The root file system of the Linux guest: busybox, fio and its libraries, the disk drivers."""
+    archive = ready.root / "yardstick.cpio"
+    with open(ready.root / "yardstick.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if archive.exists():
+            return archive
+        lab.announce("fetching fio for the yardstick")
+        distro = distribution.detect()
+        source = apt.Apt(distro.codename, distro.backports, distro.components)
+        source.refresh()
+        names = list(distribution.YARDSTICK_PROGRAMS)
+        for program in distribution.YARDSTICK_PROGRAMS:
+            names += source.libraries(program)
+        archives = source.download(source.candidates(sorted(set(names))), source.root / "archives")
+        with tempfile.TemporaryDirectory(dir=ready.root) as folder:
+            unpacked, base = Path(folder) / "unpacked", Path(folder) / "base"
+            for package in archives:
+                process.run(["dpkg-deb", "-x", package, unpacked], timeout=300)
+            for name in ("bin", "lib", "modules", "dev", "proc", "sys", "tmp"):
+                (base / name).mkdir(parents=True)
+            (base / "lib64").symlink_to("lib")
+            shutil.copy2(unpacked / "usr/bin/fio", base / "bin")
+            shutil.copy2(ready.root / "tree/bin/busybox", base / "bin")
+            lab.copy_libraries(unpacked, [base / "bin/fio"], base / "lib")
+            for name in ready.modules["l2"]:
+                shutil.copy2(ready.root / "modules" / name, base / "modules")
+            (base / "modules/order").write_text("".join(f"{name}\n" for name in ready.modules["l2"]))
+            (base / "init").write_text(INIT)
+            (base / "init").chmod(0o755)
+            lab.write_cpio(base, Path(folder) / "made.cpio")
+            os.rename(Path(folder) / "made.cpio", archive)
+    return archive
+
+
+def fio_words(workload: dict, device: str) -> list[str]:
+    """One workload as the kernel's command line has it, in fio's words."""
+    name = {"mixed": "randrw"}.get(workload["name"], workload["name"])
+    words = [
+        f"--name={workload['name']}", f"--filename=/dev/{device}", f"--rw={name}", f"--bs={workload['bs']}",
+        f"--iodepth={workload['qd']}", f"--number_ios={workload['count']}", "--ioengine=libaio", "--direct=1",
+        "--randrepeat=1", "--thread",
+    ]  # fmt: skip
+    if name == "randrw":
+        words.append(f"--rwmixread={workload['mix']}")
+    return words
+
+
+def script(disks: Sequence[str], workloads: Sequence[dict]) -> str:
+    lines = []
+    for disk in disks:
+        driver, device = DISKS[disk]
+        lines.append(f"[ -b /dev/{device} ] || {{ echo '@{{\"record\":\"error\",\"message\":\"no /dev/{device}\"}}'; end; }}")
+        for number, workload in enumerate(workloads):
+            lines.append(f"echo 'yardstick {disk} {driver} {number}'")
+            lines.append(f"fio --output-format=json --output=/tmp/out {' '.join(fio_words(workload, device))} >/dev/null 2>&1 || echo failed")
+            lines.append("tr -d '\\n\\t' < /tmp/out; echo")
+            lines.append("echo 'yardstick end'")
+    return "\n".join(lines) + "\n"
+
+
+def job(ready: lab.Lab, machine_job: Job, text: str, work: Path) -> Job:
+    """The machine of `machine_job` with Linux in place of the kernel."""
+    tree = work / "yardstick-tree"
+    tree.mkdir(parents=True)
+    (tree / "jobs.sh").write_text(text)
+    lab.write_cpio(tree, work / "jobs.cpio")
+    initrd = work / "yardstick.initrd"
+    with open(initrd, "wb") as whole:
+        for part in (guest(ready), work / "jobs.cpio"):
+            whole.write(part.read_bytes())
+            whole.write(bytes(-whole.tell() % 512))
+    words = list(machine_job.arguments)
+    words[words.index("-kernel") + 1] = "{file:vmlinuz}"
+    words[words.index("-append") + 1] = KERNEL_ARGUMENTS
+    words[words.index("-m") + 1] = "512"
+    words += ["-initrd", "{file:yardstick.initrd}"]
+    files = {"vmlinuz": ready.kernel, "yardstick.initrd": initrd}
+    return Job(machine_job.name + "-linux", words, files, machine_job.disks, machine_job.timeout)
+
+
+def results(output: str) -> list[tuple[str, str, int, dict]]:
+    """(disk, driver, workload's number, fio's job) for each run whose JSON came out whole."""
+    found = []
+    disk = driver = ""
+    number = -1
+    text = ""
+    for line in output.splitlines():
+        words = line.split()
+        if words[:1] == ["yardstick"] and len(words) == 4:
+            disk, driver, number, text = words[1], words[2], int(words[3]), ""
+        elif words == ["yardstick", "end"] and disk:
+            try:
+                found.append((disk, driver, number, json.loads(text)["jobs"][0]))
+            except (ValueError, KeyError, IndexError) as error:
+                raise Problem(f"Linux with fio on {disk}: no readable JSON ({error}): {text[:200]}") from None
+            disk = ""
+        elif disk:
+            text += line
+    return found

@@ -1,0 +1,224 @@
+"""The pure parts of the host scripts."""
+
+import struct
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from firstlight import apt, fiojson, lab, launch, machine, nested, records, report, verify_image, vmtests, yardstick  # noqa: E402
+from firstlight.problems import Problem  # noqa: E402
+from firstlight.records import Verdict  # noqa: E402
+
+
+class Records(unittest.TestCase):
+    def judge(self, text, status, timed_out=False):
+        return records.judge(records.parse(text), status, timed_out).verdict
+
+    def test_verdict_and_exit_status_agree(self):
+        self.assertIs(self.judge('hello\n@{"record":"verdict","verdict":"SUCCESS"}\n', 33), Verdict.SUCCESS)
+
+    def test_power_off_without_a_debug_exit_port(self):
+        self.assertIs(self.judge('@{"record":"verdict","verdict":"ERROR"}\n', 0), Verdict.ERROR)
+
+    def test_everything_else_is_a_crash(self):
+        success = '@{"record":"verdict","verdict":"SUCCESS"}\n'
+        self.assertIs(self.judge("", 33), Verdict.CRASH)
+        self.assertIs(self.judge(success, 39), Verdict.CRASH)
+        self.assertIs(self.judge(success, None, timed_out=True), Verdict.CRASH)
+        self.assertIs(self.judge(success + success, 33), Verdict.CRASH)
+        self.assertIs(self.judge(success + '@{"record":"error"}\n', 33), Verdict.CRASH)
+        self.assertIs(self.judge('@{"record":"ver\n' + success, 33), Verdict.CRASH)
+        self.assertIs(self.judge('@{"record":"verdict","verdict":"FINE"}\n', 33), Verdict.CRASH)
+
+
+class Sources(unittest.TestCase):
+    def test_deb822(self):
+        text = (
+            "Types: deb deb-src\n# a comment\nURIs: http://mirror.example/debian\nSuites: bookworm bookworm-updates\n"
+            "Components: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n\n"
+            "Types: deb\nURIs: https://third.example/x\nSuites: bookworm\nComponents: main\nSigned-By: /etc/third.gpg\n\n"
+            "Enabled: no\nTypes: deb\nURIs: http://off.example\nSuites: bookworm\nComponents: main\n"
+        )
+        own = apt.own_sources(apt.parse_deb822(text), "bookworm")
+        self.assertEqual([source.uris for source in own], [("http://mirror.example/debian",)])
+        rendered = apt.render_sources(own, "bookworm", True, ["main"])
+        self.assertIn("Suites: bookworm-backports\n", rendered)
+        self.assertEqual(rendered.count("keyring.gpg"), 2)
+
+    def test_one_line(self):
+        text = "deb [arch=amd64 signed-by=/k.gpg] http://a.example/debian bookworm main contrib # x\n# deb http://b.example x y\n"
+        (source,) = apt.parse_one_line(text)
+        self.assertEqual((source.suites, source.signed_by), (("bookworm",), "/k.gpg"))
+        self.assertEqual(source.components, ("main", "contrib"))
+
+    def test_no_own_entry(self):
+        with self.assertRaises(Problem):
+            apt.own_sources(apt.parse_one_line("deb http://a.example/x nodistro main\n"), "bookworm")
+
+    def test_versions_sort_by_number(self):
+        self.assertGreater(apt.natural("6.12.117-1"), apt.natural("6.12.95-1"))
+
+
+class LabOutput(unittest.TestCase):
+    def read(self, text):
+        reader = nested.Reader("tag", ["one", "two"])
+        for line in text.splitlines():
+            reader.line(line)
+        return reader
+
+    GOOD = (
+        "noise\n@@lab tag ready ms=1\n\n@@lab tag begin one\nhello\n\n@@lab tag end one status=33 ms=1500\n"
+        "\n@@lab tag begin two\nno line end\n\n@@lab tag end two status=137 ms=9\n\n@@lab tag off\n"
+    )
+
+    def test_all_there(self):
+        reader = self.read(self.GOOD)
+        self.assertEqual(reader.complaint(), "")
+        self.assertEqual((reader.outcomes["one"].output, reader.outcomes["one"].status), ("hello\n", 33))
+        self.assertEqual(reader.outcomes["one"].seconds, 1.5)
+        self.assertTrue(reader.outcomes["two"].timed_out)
+
+    def test_something_missing(self):
+        for marker in ("ready", "begin one", "end one", "begin two", "end two", "off"):
+            lines = [line for line in self.GOOD.splitlines() if f"tag {marker}" not in line]
+            self.assertNotEqual(self.read("\n".join(lines)).complaint(), "", marker)
+
+    def test_another_tag_is_a_jobs_own_output(self):
+        reader = self.read(self.GOOD.replace("hello", "@@lab other off"))
+        self.assertEqual(reader.outcomes["one"].output, "@@lab other off\n")
+
+
+class Machines(unittest.TestCase):
+    def test_disks(self):
+        described = machine.Machine("m", "xen-emu", disks=["xen:8m,sector=4096", "ide:8m,image=s", "ide:16k,image=s,readonly"])
+        self.assertEqual(described.disk_names(), ["xvda", "hda", "hdb"])
+        disks, words = described.drives()
+        self.assertEqual([disk.name for disk in disks], ["xvda.img", "s.img"])
+        text = " ".join(words)
+        self.assertIn("xen-disk,drive=xvda,vdev=xvda,logical_block_size=4096", text)
+        self.assertEqual(text.count("file.locking=off"), 2)
+        self.assertEqual(text.count("readonly=on"), 1)
+
+    def test_impossible(self):
+        for words in (
+            {"platform": "nonsense"}, {"boot": "uefi"}, {"disks": ["xen:1m"]}, {"disks": ["ide:1x"]},
+            {"machine": "microvm", "disks": ["ide:1m"]}, {"disks": ["1m,colour=red"]}, {"platform": "xen-emu", "machine": "q35"},
+        ):  # fmt: skip
+            with self.assertRaises(Problem, msg=str(words)):
+                machine.Machine("m", **words)
+
+    def test_job_placeholders(self):
+        job = machine.Machine("m", cmdline="a=b,c {x}").job(Path("/nowhere"))
+        command = job.command("qemu", lambda name: f"/f/{name}", lambda name: f"/d/{name}")
+        self.assertIn("/f/firstlight.elf", command)
+        self.assertIn("a=b,c {x}", command)
+        self.assertTrue(any("file=/d/hda.img" in word for word in command))
+
+    def test_images_to_bring_out_do_not_overlap(self):
+        jobs = [
+            nested.Job("a", [], disks=[nested.Disk("x", 5, bring_out=Path("/x")), nested.Disk("y", 3 << 20)]),
+            nested.Job("b", [], disks=[nested.Disk("z", (1 << 20) + 1, bring_out=Path("/z"))]),
+        ]
+        self.assertEqual(nested.scratch_layout(jobs), ([{"x": 0}, {"z": 1 << 20}], 3 << 20))
+
+
+class Table(unittest.TestCase):
+    def load(self, text):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tests.toml"
+            path.write_text(text)
+            return vmtests.load(path)
+
+    def test_the_table_itself(self):
+        self.assertTrue(vmtests.load())
+
+    def test_mistakes_are_found(self):
+        for row in ('name = "Bad Name"', 'name = "a"\nexpct = "ERROR"', 'name = "a"\noutput = ["("]', 'name = "a"\nmap = "no"'):
+            with self.assertRaises(Problem, msg=row):
+                self.load(f"[[test]]\n{row}\n")
+
+    def result(self, said, status, /, **row):
+        case = vmtests.Case("a", **row)
+        outcome = nested.Outcome(status, said)
+        return vmtests.judge(case, launch.finished(case.to_machine(Path("/")), outcome)).status
+
+    def test_judgement(self):
+        success = 'x\n@{"record":"verdict","verdict":"SUCCESS"}\n'
+        crash = '@{"record":"verdict","verdict":"CRASH"}\n'
+        skip = '@{"record":"verdict","verdict":"SKIP"}\n'
+        self.assertEqual(self.result(success, 33), "passed")
+        self.assertEqual(self.result(success, 33, output=["^x$"]), "passed")
+        self.assertEqual(self.result(success, 33, output=["y"]), "failed")
+        self.assertEqual(self.result(success, 33, never=["x"]), "failed")
+        self.assertEqual(self.result(success, 33, expect="ERROR"), "failed")
+        self.assertEqual(self.result(crash, 41, expect="CRASH"), "passed")
+        self.assertEqual(self.result("", 0, expect="CRASH"), "failed")
+        self.assertEqual(self.result(skip, 35), "failed")
+        self.assertEqual(self.result(skip, 35, required=False), "skipped")
+        self.assertEqual(self.result(skip, 35, expect="SKIP"), "passed")
+
+
+RESULT = {
+    "record": "result", "disk": "xvda", "driver": "xen_blk", "kind": "synthetic", "workload": "randread", "bs": 4096,
+    "qd": 32, "count": 2000, "seed": 1, "mix": 70, "runtime_ns": 50_000_000, "errors": 0, "device_accesses": 0,
+    "hypercalls": 100, "notifications": 100, "interrupts": 200, "allocations": 0,
+    "read": {"ios": 2000, "bytes": 8192000, "lat_ns": {"min": 1, "max": 9, "mean": 5.0, "stddev": 1.0, "N": 2000,
+                                                        "percentile": {"50.000000": 5, "99.000000": 8}}},
+    "write": {"ios": 0, "bytes": 0},
+}  # fmt: skip
+
+
+class Fio(unittest.TestCase):
+    def test_units_are_fios(self):
+        job = fiojson.job(RESULT, {"platform": "xen-emu"})
+        read = job["read"]
+        self.assertEqual(job["jobname"], "xvda-randread-4k-qd32")
+        self.assertEqual((read["iops"], read["bw"], read["runtime"], read["io_bytes"]), (40000.0, 160000, 50, 8192000))
+        self.assertEqual(read["clat_ns"]["percentile"]["99.000000"], 8)
+        self.assertEqual(job["write"]["clat_ns"]["N"], 0)
+        self.assertEqual(job["firstlight"]["hypercalls_per_io"], 0.05)
+
+    def test_tables(self):
+        job = fiojson.job(RESULT, {})
+        other = fiojson.job({**RESULT, "disk": "hda", "kind": "emulated", "runtime_ns": 100_000_000}, {})
+        self.assertIn("40000", report.results([job]))
+        self.assertIn("2.00", report.ratios([job, other]))
+        self.assertIn("0.00 %", report.spread([[job], [job]]))
+
+    def test_yardstick_output(self):
+        text = 'yardstick hda linux-ata_piix 0\n{"jobs" : [{"jobname":\n"x"}]}\nyardstick end\n'
+        self.assertEqual(yardstick.results(text), [("hda", "linux-ata_piix", 0, {"jobname": "x"})])
+
+
+class Stamps(unittest.TestCase):
+    def block(self, lba=8, generation=1, seed=1, size=4096):
+        block = bytearray(struct.pack("<8sQQQII", b"FLVERIFY", lba, generation, seed, 0, size).ljust(size, b"\xa5"))
+        struct.pack_into("<I", block, 32, verify_image.crc32c()(bytes(block)))
+        return bytes(block)
+
+    def check(self, block):
+        return verify_image.check_block(block, 4096, 8, 1, 1, verify_image.crc32c())
+
+    def test_crc_is_castagnoli(self):
+        self.assertEqual(verify_image.crc32c()(b"123456789"), 0xE3069283)
+
+    def test_good_and_bad(self):
+        self.assertEqual(self.check(self.block()), "")
+        self.assertIn("LBA 9", self.check(self.block(lba=9)))
+        self.assertIn("generation", self.check(self.block(generation=2)))
+        self.assertIn("CRC", self.check(self.block()[:-1] + b"x"))
+        self.assertIn("magic", self.check(bytes(4096)))
+        self.assertIn("ends", self.check(b"short"))
+
+
+class Modules(unittest.TestCase):
+    def test_dependencies(self):
+        self.assertEqual(lab.module_dependencies(b"x\0depends=irqbypass,ccp\0y"), ["irqbypass", "ccp"])
+        self.assertEqual(lab.module_dependencies(b"x\0depends=\0"), [])
+
+
+if __name__ == "__main__":
+    unittest.main()
