@@ -69,6 +69,7 @@ class Prober {
     io::Executor& executor_;
     Channel<P>& channel_;
     Nanoseconds timeout_;
+    bool try_words_ = true; // until a device hangs
 };
 
 /// One controller with its two channels. Its disks hold on to it: it lives until the machine ends, or at least until nobody uses them.
@@ -136,6 +137,7 @@ io::Task<Result<Status>> Prober<P>::settle(Nanoseconds bound) {
 
 template <PortAccess P>
 io::Task<Result<void>> Prober<P>::reset() {
+    try_words_ = false;
     channel_.assert_reset();
     co_await executor_.sleep(ChannelQueue<P>::reset_hold);
     channel_.release_reset(Control::interrupts_off);
@@ -181,10 +183,12 @@ io::Task<Result<Found>> Prober<P>::identify(u8 unit, IdentifyData& data) {
     if (!bytes) {
         co_return Found::nothing; // registers that keep nothing are no device's
     }
-    const bool words = keeps(true, 0xa6, 0x59, 0xc3, 0x3c) && keeps(false, 0x59, 0xa6, 0x3c, 0xc3) && keeps(true, 0x12, 0xed, 0x84, 0x7b);
+    const bool words =
+        try_words_ && keeps(true, 0xa6, 0x59, 0xc3, 0x3c) && keeps(false, 0x59, 0xa6, 0x3c, 0xc3) && keeps(true, 0x12, 0xed, 0x84, 0x7b);
     channel_.set_words(words);
     auto found = co_await ask(unit, data);
-    if (words && (!found || *found == Found::nothing)) {
+    const bool hangs = !found && found.error().code == Code::timed_out; // then nothing may be written before a reset
+    if (words && !hangs && (!found || *found == Found::nothing)) {
         channel_.set_words(false); // the command register does not take part, or the device is not there at all
         found = co_await ask(unit, data);
     }
@@ -283,6 +287,10 @@ io::Task<Result<void>> Controller<P>::attach_channel(Slot& slot, ChannelPorts at
         auto found = co_await examine(slot, prober, unit, first_disk + unit);
         if (!found) {
             log::error("ata: {}: {}", disk_name(first_disk + unit), found.error());
+            if (found.error().code == Code::timed_out) { // it blocks the cable for the other one too
+                any = false;
+                break;
+            }
         } else if (*found) {
             any = true;
             words = words && channel.words();
@@ -290,6 +298,8 @@ io::Task<Result<void>> Controller<P>::attach_channel(Slot& slot, ChannelPorts at
     }
     channel.set_words(any && words); // both disks latch what is written: the stricter one decides
     if (!any) {
+        slot.disks[0].reset();
+        slot.disks[1].reset();
         slot.queue.reset();
         co_return Result<void>{};
     }

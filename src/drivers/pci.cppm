@@ -89,7 +89,7 @@ enum class CapabilityId : u8 { power = 0x01, msi = 0x05, vendor = 0x09, express 
 /// One function, as read once. Holds a pointer to its configuration space.
 struct Device {
     Config* config = nullptr;
-    Address at;
+    Address at{};
     u16 vendor = 0;
     u16 device = 0;
     u8 class_code = 0;

@@ -144,7 +144,7 @@ class Executor {
     template <class T>
     T run(Task<T> task) {
         std::optional<T> value;
-        auto root = drive(std::move(task), value);
+        auto root = drive(*this, std::move(task), value);
         if (!root.handle) {
             return Error{Code::exhausted, "no coroutine frame left to start a task"};
         }
@@ -202,8 +202,9 @@ class Executor {
         std::coroutine_handle<> handle{};
     };
     template <class T>
-    static Root drive(Task<T> task, std::optional<T>& value) {
+    static Root drive(Executor& executor, Task<T> task, std::optional<T>& value) {
         value.emplace(co_await std::move(task));
+        executor.wake(); // run() returns after this turn: it must not end in a sleep
     }
 
     Platform platform_;

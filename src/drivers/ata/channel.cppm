@@ -110,8 +110,8 @@ struct TransferCommand {
 /// How a command stands. `ended` false: it has not, and nothing else counts.
 struct Outcome {
     bool ended = false;
-    Status status;
-    BusMasterStatus bus;
+    Status status{};
+    BusMasterStatus bus{};
 
     constexpr bool ok(bool transfer) const {
         return ended && !status.error() && !status.device_fault() && (!transfer || (!bus.error() && !bus.active()));

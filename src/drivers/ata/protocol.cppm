@@ -132,12 +132,12 @@ Result<DriveInfo> decode(const IdentifyData& data);
 /// "UNC (the medium is unreadable) at LBA …" without the LBA: what the registers say, for people.
 template <TextSink S>
 void describe(S& sink, Status status, ErrorRegister error, BusMasterStatus bus) {
-    print(sink, "status {:#04x}", status.raw);
+    print(sink, "status {:#02x}", status.raw);
     if (status.device_fault()) {
         sink.write(", device fault");
     }
     if (status.error()) {
-        print(sink, ", error {:#04x}", error.raw);
+        print(sink, ", error {:#02x}", error.raw);
         if (error.interface_crc()) {
             sink.write(" ICRC (garbled on the cable)");
         }

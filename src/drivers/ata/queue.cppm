@@ -388,9 +388,10 @@ void ChannelQueue<P>::fail(const Outcome& outcome) {
     Disk& disk = *active_;
     const ErrorRegister error = outcome.status.error() ? channel_.error() : ErrorRegister{};
     const bool media = outcome.status.error() && (error.uncorrectable() || error.id_not_found());
-    const bool transport = transfer_ && !media &&
-                           (outcome.bus.error() || outcome.bus.active() || (outcome.status.error() && error.interface_crc())) &&
-                           !error.aborted();
+    // ICRC comes with ABRT [ACS §6.3]; ABRT alone is a refusal, and trying again will not help.
+    const bool garbled = outcome.status.error() && error.interface_crc();
+    const bool cut_short = outcome.bus.active() && !media && !error.aborted();
+    const bool transport = transfer_ && (outcome.bus.error() || garbled || cut_short);
     const io::Request& first = *batch().front();
     if (reports_ < max_reports) {
         FixedText<160> text;

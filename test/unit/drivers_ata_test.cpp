@@ -1,0 +1,290 @@
+// Attaching: what is touched, what is recognised, what is refused.
+#include <functional>
+#include <gtest/gtest.h>
+#include <map>
+#include <set>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "unit/drivers_ata_fake.hpp"
+#include "unit/drivers_pci_fake.hpp"
+
+#include "unit/drivers_ata_machine.hpp"
+
+namespace {
+using namespace ata_test;
+
+TEST(AtaProtocol, DecodesIdentifyBytes) {
+    // Bytes as they come over the bus, typed from the specification's table: word n is bytes 2n (low) and 2n+1.
+    std::array<u8, 512> raw{};
+    const auto set = [&](unsigned word, u8 low, u8 high) {
+        raw[2 * word] = low;
+        raw[2 * word + 1] = high;
+    };
+    set(0, 0x40, 0x00);
+    const char* model = "EQUMH RADDSI K "; // "QEMU HARDDISK" with each pair of characters swapped
+    for (int i = 0; i < 14; ++i) {
+        raw[54 + i] = static_cast<u8>(model[i]);
+    }
+    for (int i = 14; i < 40; ++i) {
+        raw[54 + i] = ' ';
+    }
+    set(49, 0x00, 0x0b); // LBA, DMA, IORDY
+    set(53, 0x07, 0x00); // words 64-70 and 88 are valid
+    set(60, 0xff, 0xff); // 0x0fffffff sectors with 28 bits
+    set(61, 0xff, 0x0f);
+    set(63, 0x07, 0x00);  // multiword 0-2 supported, none selected
+    set(82, 0x21, 0x40);  // write cache
+    set(83, 0x00, 0x74);  // valid, FLUSH CACHE EXT, FLUSH CACHE, 48 bits
+    set(85, 0x20, 0x40);  // write cache on
+    set(87, 0x00, 0x40);  // valid
+    set(88, 0x3f, 0x20);  // Ultra DMA 0-5 supported, 5 selected
+    set(100, 0x00, 0x00); // 0x0000'0002'0000'0000 sectors: 4 TiB
+    set(102, 0x02, 0x00);
+    set(106, 0x03, 0x60); // valid, 2^3 logical sectors in a physical one
+    ata::IdentifyData data;
+    std::memcpy(data.words.data(), raw.data(), 512);
+    auto info = ata::decode(data);
+    ASSERT_TRUE(info);
+    EXPECT_EQ(info->model.view(), "QEMU HARDDISK");
+    EXPECT_EQ(info->sectors, 0x200000000u);
+    EXPECT_EQ(info->sector_size, 512u);
+    EXPECT_EQ(info->physical_sector_size, 4096u);
+    EXPECT_TRUE(info->lba48 && info->write_cache && info->flush && info->flush_ext);
+    EXPECT_EQ(info->ultra_dma, 5);
+    EXPECT_EQ(info->multiword_dma, -1);
+    EXPECT_EQ(info->multiword_best, 2);
+
+    set(85, 0x00, 0x40);  // cache off
+    set(106, 0x00, 0x50); // logical sectors longer than 256 words
+    set(117, 0x00, 0x08); // 2048 words
+    std::memcpy(data.words.data(), raw.data(), 512);
+    info = ata::decode(data);
+    ASSERT_TRUE(info);
+    EXPECT_FALSE(info->write_cache);
+    EXPECT_EQ(info->sector_size, 4096u);
+    EXPECT_EQ(info->physical_sector_size, 4096u);
+    set(117, 0x08, 0x01); // 528 bytes
+    std::memcpy(data.words.data(), raw.data(), 512);
+    EXPECT_EQ(ata::decode(data).error().seen, 528u);
+}
+
+TEST(AtaProtocol, RefusesWhatItCannotUse) {
+    const auto with = [](unsigned word, u16 value) {
+        ata::IdentifyData id = identify_words(1 << 20);
+        id.words[word] = value;
+        return ata::decode(id);
+    };
+    EXPECT_TRUE(with(0, 0x0040));
+    EXPECT_EQ(with(0, 0x8580).error().code, Code::not_supported);
+    EXPECT_EQ(with(49, 0x0200).error().code, Code::not_supported);
+    EXPECT_EQ(with(103, 1).error().code, Code::protocol);
+    EXPECT_EQ(with(255, 0x00a5).error().code, Code::corrupt);
+    ata::IdentifyData id = identify_words(1 << 20);
+    u32 sum = 0xa5;
+    for (int i = 0; i < 255; ++i) {
+        sum += (id.words[i] & 0xff) + (id.words[i] >> 8);
+    }
+    id.words[255] = static_cast<u16>(0xa5 | (0x100 - (sum & 0xff)) << 8);
+    EXPECT_TRUE(ata::decode(id));
+    id = identify_words(0);
+    EXPECT_EQ(ata::decode(id).error().code, Code::not_supported);
+    id = identify_words(1 << 20);
+    id.words[63] = 0;
+    id.words[88] = 0;
+    EXPECT_EQ(ata::decode(id).error().code, Code::not_supported);
+}
+
+TEST(AtaProtocol, DescribesErrors) {
+    FixedText<200> text;
+    ata::describe(text, {0x51}, {0x40}, {0x05});
+    EXPECT_EQ(text.view(), "status 0x51, error 0x40 UNC (unreadable medium), ended before all data was transferred");
+}
+
+TEST(AtaAttach, AnnouncesADisk) {
+    Machine m;
+    m.add(m.primary, 0);
+    ASSERT_TRUE(m.attach());
+    ASSERT_EQ(m.sink.disks.size(), 1u);
+    const io::BlockDevice& d = m.disk(0);
+    EXPECT_EQ(d.identity().name.view(), "hda");
+    EXPECT_EQ(d.identity().driver, "ata");
+    EXPECT_EQ(d.identity().model.view(), "FAKE DISK 9000");
+    EXPECT_EQ(d.identity().features.view(), "udma5 lba48 flush words");
+    EXPECT_EQ(d.geometry().sectors, u64{1 << 20});
+    EXPECT_TRUE(d.geometry().flush);
+    EXPECT_EQ(m.primary.resets, 0u) << "a device that answers is not reset";
+    EXPECT_EQ(m.clock.time, 1'000'000u) << "and costs no waiting";
+    EXPECT_EQ(m.function.get32(4) & 0x405, 0x005u);
+    EXPECT_EQ(m.interrupts.entries.size(), 1u);
+    EXPECT_TRUE(m.interrupts.entries[0].line.isa);
+}
+
+TEST(AtaAttach, NumbersAllFour) {
+    Machine m;
+    for (int unit = 0; unit < 2; ++unit) {
+        m.add(m.primary, unit);
+        m.add(m.secondary, unit);
+    }
+    ASSERT_TRUE(m.attach());
+    ASSERT_EQ(m.sink.disks.size(), 4u);
+    EXPECT_EQ(m.disk(1).identity().name.view(), "hdb");
+    EXPECT_EQ(m.disk(2).identity().name.view(), "hdc");
+    EXPECT_EQ(m.disk(3).identity().name.view(), "hdd");
+}
+
+TEST(AtaAttach, WhatIsNotOfferedIsNotTouched) {
+    Machine m;
+    m.add(m.primary, 0);
+    m.add(m.secondary, 0);
+    m.sink.offer[0] = m.sink.offer[1] = false;
+    ASSERT_TRUE(m.attach());
+    EXPECT_EQ(m.primary.accesses, 0u);
+    EXPECT_EQ(m.sink.disks.size(), 1u);
+    EXPECT_TRUE(m.sink.disks.contains(2));
+
+    Machine none;
+    none.add(none.primary, 0);
+    none.sink.offer.assign(8, false);
+    ASSERT_TRUE(none.attach());
+    EXPECT_EQ(none.primary.accesses + none.secondary.accesses, 0u);
+    EXPECT_EQ(none.space.command_writes, 0u);
+}
+
+TEST(AtaAttach, AFloatingBusCostsOneAccess) {
+    Machine m;
+    m.primary.floating = true;
+    ASSERT_TRUE(m.attach());
+    EXPECT_EQ(m.primary.accesses, 1u);
+    EXPECT_EQ(m.sink.disks.size(), 0u);
+    EXPECT_EQ(m.clock.time, 1'000'000u);
+    EXPECT_EQ(m.interrupts.entries.size(), 0u);
+    EXPECT_EQ(m.memory.allocations, 0u);
+}
+
+TEST(AtaAttach, AbsentDevicesAreSeenAtOnce) {
+    for (const bool shadow : {false, true}) {
+        Machine m;
+        m.add(m.primary, 0);
+        m.primary.answers_for_absent = shadow;
+        ASSERT_TRUE(m.attach());
+        EXPECT_EQ(m.sink.disks.size(), 1u);
+        EXPECT_EQ(m.disk(0).identity().features.view(), "udma5 lba48 flush words") << "the absent one has no say";
+        EXPECT_EQ(m.clock.time, 1'000'000u);
+    }
+    Machine slave_only;
+    slave_only.add(slave_only.primary, 1);
+    ASSERT_TRUE(slave_only.attach());
+    EXPECT_EQ(slave_only.disk(1).identity().name.view(), "hdb");
+}
+
+TEST(AtaAttach, PacketDevicesAreLeftAlone) {
+    Machine m;
+    m.add(m.primary, 0);
+    m.add(m.primary, 1).packet = true;
+    ASSERT_TRUE(m.attach());
+    EXPECT_EQ(m.sink.disks.size(), 1u);
+    EXPECT_EQ(m.primary.resets, 0u);
+}
+
+TEST(AtaAttach, DoesWithoutWords) {
+    Machine m;
+    m.add(m.primary, 0);
+    m.primary.words = false;
+    ASSERT_TRUE(m.attach());
+    EXPECT_EQ(m.disk(0).identity().features.view(), "udma5 lba48 flush");
+    DmaSpan b = *m.memory.allocate(4096, ~0ull);
+    ASSERT_TRUE(m.read(m.disk(0), 0x123456, b).error().code == Code::bad_argument);
+    ASSERT_TRUE(m.read(m.disk(0), 0x12345, b));
+    EXPECT_TRUE(is_pattern(b, 0x12345));
+    const u64 before = m.primary.accesses;
+    ASSERT_TRUE(m.read(m.disk(0), 0x54321, b));
+    EXPECT_EQ(m.primary.accesses - before, 9u) << "device holds what it must: 4 registers and the command byte by byte";
+
+    Machine half;
+    half.add(half.primary, 0);
+    half.primary.command_words = false;
+    ASSERT_TRUE(half.attach());
+    EXPECT_EQ(half.disk(0).identity().features.view(), "udma5 lba48 flush");
+    b = *half.memory.allocate(4096, ~0ull);
+    ASSERT_TRUE(half.read(half.disk(0), 99, b));
+    EXPECT_TRUE(is_pattern(b, 99));
+}
+
+TEST(AtaAttach, WaitsForASlowDeviceAndResetsAHungOne) {
+    Machine slow;
+    slow.add(slow.primary, 0);
+    slow.primary.pio_latency = 30'000'000;
+    ASSERT_TRUE(slow.attach());
+    EXPECT_EQ(slow.sink.disks.size(), 1u);
+    EXPECT_EQ(slow.primary.resets, 0u);
+
+    Machine hung;
+    hung.add(hung.primary, 0);
+    hung.primary.hang = 1;
+    ASSERT_TRUE(hung.attach());
+    EXPECT_EQ(hung.sink.disks.size(), 1u);
+    EXPECT_EQ(hung.primary.resets, 1u);
+
+    Machine dead;
+    dead.add(dead.primary, 0);
+    dead.primary.hang = 100;
+    dead.primary.dead = true;
+    dead.add(dead.secondary, 0);
+    ASSERT_TRUE(dead.attach());
+    EXPECT_EQ(dead.sink.disks.size(), 1u) << "the other channel works";
+    EXPECT_LE(dead.clock.time, 700'000'000u);
+}
+
+TEST(AtaAttach, SelectsAModeWhenTheFirmwareHasNot) {
+    Machine m;
+    Drive& d = m.add(m.primary, 0);
+    d.id.words[88] = 0x003f;
+    ASSERT_TRUE(m.attach());
+    EXPECT_EQ(m.disk(0).identity().features.view(), "mwdma2 lba48 flush words");
+    EXPECT_EQ(m.primary.codes.back(), 0xef);
+}
+
+TEST(AtaAttach, LetsGoOfADiskThatAnotherDriverHas) {
+    Machine m;
+    m.add(m.primary, 0);
+    m.sink.busy = true;
+    ASSERT_TRUE(m.attach());
+    EXPECT_EQ(m.controller.disks(), 0u);
+}
+
+TEST(AtaAttach, HonoursWithheldFlush) {
+    Machine m;
+    m.add(m.primary, 0);
+    m.environment.withheld_features = to_underlying(drivers::Feature::flush);
+    ASSERT_TRUE(m.attach());
+    EXPECT_FALSE(m.disk(0).geometry().flush);
+    EXPECT_EQ(m.disk(0).identity().features.view(), "udma5 lba48 words");
+}
+
+TEST(AtaAttach, ReportsAControllerThatCannotBeUsed) {
+    Machine m;
+    m.function.bytes[9] = 0x00;
+    EXPECT_EQ(m.attach().error().code, Code::not_supported);
+    Machine unassigned;
+    unassigned.function.set32(0x20, 1);
+    EXPECT_EQ(unassigned.attach().error().code, Code::not_supported);
+}
+
+TEST(AtaAttach, TheControllerOnTheHeapLives) {
+    Machine m;
+    m.add(m.primary, 0);
+    static io::BlockDevice* kept = nullptr; // reachable, as in the kernel
+    ASSERT_TRUE(m.executor.run(ata::probe(m.environment, *pci::look_up(m.space, {0, 1, 1}), Ports{&m.all})));
+    kept = m.sink.disks.at(0);
+    DmaSpan b = *m.memory.allocate(4096, ~0ull);
+    ASSERT_TRUE(m.read(*kept, 5, b));
+    EXPECT_TRUE(is_pattern(b, 5));
+    Machine empty;
+    empty.primary.floating = true;
+    ASSERT_TRUE(empty.executor.run(ata::probe(empty.environment, *pci::look_up(empty.space, {0, 1, 1}), Ports{&empty.all})));
+}
+
+} // namespace
