@@ -36,7 +36,8 @@ def tool(*words: str) -> str:
 
 def pvh_note() -> str:
     text = tool(READELF, "--notes", str(paths.KERNEL))
-    return "" if re.search(r"Xen\s+0x0*4\s", text) and "0x12" in text.lower() or "Xen" in text else "no ELF note of owner Xen"
+    # XEN_ELFNOTE_PHYS32_ENTRY is 18.
+    return "" if re.search(r"Xen\s+0x0*4\s.*\(0x0*12\)", text) else f"no ELF note of owner Xen, type 18, 4 bytes: {text.strip()[:200]}"
 
 
 def segments() -> str:

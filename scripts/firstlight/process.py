@@ -78,4 +78,5 @@ def run(
 
 
 def tail(text: str | None, lines: int = 40) -> str:
-    return "\n".join((text or "").splitlines()[-lines:])
+    """The last lines, none longer than a screen is wide several times over."""
+    return "\n".join(line if len(line) <= 400 else line[:400] + " …" for line in (text or "").splitlines()[-lines:])
