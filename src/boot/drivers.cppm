@@ -10,6 +10,9 @@ import drivers.driver;
 import drivers.pci;
 import drivers.ata;
 import drivers.machine.ports;
+#ifdef FIRSTLIGHT_HV_XEN
+import drivers.xen_blk;
+#endif
 
 export namespace fl::boot {
 
@@ -39,5 +42,11 @@ struct SyntheticDriver {
 template <class B>
 inline constexpr std::array<SyntheticDriver<B>, 0> synthetic_drivers{};
 
+#ifdef FIRSTLIGHT_HV_XEN
+template <>
+inline constexpr std::array<SyntheticDriver<hv::Xen>, 1> synthetic_drivers<hv::Xen>{{
+    {"xen_blk", "vbd", drivers::xen_blk::probe},
+}};
+#endif
 
 } // namespace fl::boot
