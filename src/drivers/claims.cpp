@@ -7,9 +7,10 @@ import drivers.table;
 namespace fl::drivers {
 
 bool Claims::offered(std::string_view driver, Slot slot) const {
+    // No driver is paired with itself: what it holds already is not offered to it again.
     for (usize i = 0; i < count_; ++i) {
         const Claim& claim = claims_[i];
-        if (claim.slot == slot && (claim.driver == driver || !plan_->both(driver, claim.driver))) {
+        if (claim.slot == slot && !plan_->both(driver, claim.driver)) {
             return false;
         }
     }

@@ -202,14 +202,14 @@ Choice choose(const Sightings& sightings, Preference preference, bool (*built)(V
         choice.reason = "asked for on the command line";
         return choice;
     }
-    // What CPUID shows and this build can use; then whatever has a name.
+    // What this build can use; then whatever has a name.
     for (const bool usable_only : {true, false}) {
         for (const PolicyRule& rule : rules) {
             if (usable_only && !built(rule.guest)) {
                 continue;
             }
             for (const Sighting& s : sightings.all()) {
-                if (s.guest != rule.guest || (rule.applies != nullptr && !rule.applies(s)) || (usable_only && s.base == 0)) {
+                if (s.guest != rule.guest || (rule.applies != nullptr && !rule.applies(s))) {
                     continue;
                 }
                 choice.guest = rule.guest;
