@@ -71,10 +71,10 @@ std::byte* Heap::take_class(usize index) {
 }
 
 void* Heap::allocate(usize size, usize alignment) {
-    alignment = std::max(alignment, granule);
     if (size > (~usize{0} >> 2) || alignment > (usize{1} << 19) || !std::has_single_bit(alignment)) {
         return nullptr;
     }
+    alignment = std::max(alignment, granule);
     const usize need = align_up(granule + (alignment - granule) + size, granule);
     usize index = 0;
     while (index < classes.size() && classes[index] < need) {

@@ -1,0 +1,272 @@
+#include "core_physical_fake.hpp"
+#include <gtest/gtest.h>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+import core.std;
+import core.result;
+import core.physical;
+import boot.handoff;
+import boot.pvh;
+
+namespace {
+using namespace fl;
+using namespace fl::boot;
+
+struct Memory final : PhysicalReader, Pieces {
+    bool read(u64 address, std::span<std::byte> into) override { return copy(address, into.data(), into.size()); }
+};
+
+// Typed from xen/include/public/arch-x86/hvm/start_info.h, not from the structures under test.
+std::vector<std::uint8_t> golden_start_info() {
+    return {0x78, 0xc5, 0x6e, 0x33, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, // magic "xEn3" with the top bit, version, flags, modules
+            0x00, 0x20, 0,    0,    0, 0, 0, 0,                         // modules at 0x2000
+            0x00, 0x30, 0,    0,    0, 0, 0, 0,                         // command line at 0x3000
+            0x50, 0x52, 0x0f, 0,    0, 0, 0, 0,                         // RSDP at 0xf5250
+            0x00, 0x10, 0,    0,    0, 0, 0, 0,                         // memory map at 0x1000
+            3,    0,    0,    0,    0, 0, 0, 0};                        // entries, reserved
+}
+
+struct Pvh : testing::Test {
+    Memory memory;
+    std::unique_ptr<BootInfo> info = std::make_unique<BootInfo>();
+    void SetUp() override {
+        memory.put(0x500, golden_start_info());
+        memory.put(0x1000, {0, 0, 0,    0,    0, 0, 0, 0, 0x00, 0xfc, 0x09, 0,    0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, //
+                            0, 0, 0x10, 0,    0, 0, 0, 0, 0,    0,    0xf0, 0x07, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, //
+                            0, 0, 0xfc, 0xff, 0, 0, 0, 0, 0,    0,    4,    0,    0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0});
+        memory.put(0x2000, {0, 0, 0x40, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0});
+        memory.put_text(0x3000, std::string("job=boot log=debug\0", 19) + std::string(200, 'x'));
+        memory.put_text(0x400000, "# map\n");
+    }
+    Result<PvhNotes> gather(u64 at = 0x500) {
+        *info = {};
+        return gather_pvh(memory, at, 1234, *info);
+    }
+};
+
+TEST_F(Pvh, Version1) {
+    const auto notes = gather();
+    ASSERT_TRUE(notes);
+    EXPECT_FALSE(notes->no_memory_map || notes->cmdline_unreadable || notes->modules_unreadable);
+    EXPECT_EQ(notes->extra_modules, 0u);
+    EXPECT_TRUE(is_valid(*info));
+    EXPECT_EQ(info->entry, Entry::pvh);
+    EXPECT_EQ(info->entry_tsc, 1234u);
+    EXPECT_EQ(info->rsdp, 0xf5250u);
+    EXPECT_EQ(info->cmdline_text(), "job=boot log=debug");
+    EXPECT_EQ(info->map_file_text(), "# map\n");
+    ASSERT_EQ(info->range_count, 3u);
+    EXPECT_EQ(info->ranges[1].base, 0x100000u);
+    EXPECT_EQ(info->ranges[1].size, 0x7f00000u);
+    EXPECT_EQ(info->ranges[2].base, 0xfffc0000u);
+    EXPECT_EQ(info->ranges[2].kind, MemoryKind::reserved);
+}
+
+TEST_F(Pvh, Version0HasNoMapAndMayBeShort) {
+    auto bytes = golden_start_info();
+    bytes.resize(40);
+    bytes[4] = 0;
+    memory.put(0x500, bytes);
+    const auto notes = gather();
+    ASSERT_TRUE(notes);
+    EXPECT_TRUE(notes->no_memory_map);
+    EXPECT_EQ(info->range_count, 0u);
+    EXPECT_EQ(info->cmdline_text(), "job=boot log=debug");
+    bytes[4] = 1; // claims the longer structure, which is not there
+    memory.put(0x500, bytes);
+    EXPECT_EQ(gather().error().code, Code::protocol);
+}
+
+TEST_F(Pvh, NothingOptionalIsNeeded) {
+    auto bytes = golden_start_info();
+    for (usize i = 12; i < 40; ++i) {
+        bytes[i] = 0;
+    }
+    memory.put(0x500, bytes);
+    const auto notes = gather();
+    ASSERT_TRUE(notes);
+    EXPECT_FALSE(notes->cmdline_unreadable || notes->modules_unreadable);
+    EXPECT_EQ(info->has_map_file, 0u);
+    EXPECT_EQ(info->cmdline_size, 0u);
+    EXPECT_EQ(info->rsdp, 0u);
+}
+
+TEST_F(Pvh, WrongMagicAndPointersToNowhere) {
+    EXPECT_EQ(gather(0).error().code, Code::protocol);
+    EXPECT_EQ(gather(0x501).error().expected, 0x336ec578u);
+    EXPECT_EQ(gather(0xfffffffff0).error().code, Code::protocol);
+    EXPECT_EQ(gather(~u64{0}).error().code, Code::protocol);
+}
+
+TEST_F(Pvh, PointersOutsideTheMapAreNotRead) {
+    // The fake could read there; the loader's own map says that it is no memory.
+    memory.put_text(0x20000000, std::string("log=debug\0", 10) + std::string(100, 'x'));
+    auto bytes = golden_start_info();
+    bytes[24 + 3] = 0x20; // command line at 0x20003000, module list at 0x20002000
+    bytes[16 + 3] = 0x20;
+    memory.put(0x500, bytes);
+    const auto notes = gather();
+    ASSERT_TRUE(notes);
+    EXPECT_TRUE(notes->cmdline_unreadable);
+    EXPECT_TRUE(notes->modules_unreadable);
+    EXPECT_EQ(info->cmdline_size, 0u);
+    EXPECT_EQ(info->has_map_file, 0u);
+
+    bytes = golden_start_info();
+    bytes[24 + 4] = 1; // command line above 4 GiB
+    memory.put(0x500, bytes);
+    EXPECT_TRUE(gather()->cmdline_unreadable);
+}
+
+TEST_F(Pvh, ModuleThatLeavesItsMemory) {
+    memory[0x2000][8] = 0xff;
+    memory[0x2000][9] = 0x3f; // 16383 bytes, where the fake holds 6
+    EXPECT_TRUE(gather()->modules_unreadable);
+    memory[0x2000][3] = 0x90; // outside the map
+    memory[0x2000][8] = 6;
+    memory[0x2000][9] = 0;
+    EXPECT_TRUE(gather()->modules_unreadable);
+    memory[0x2000][8] = 0; // an empty file is one
+    EXPECT_FALSE(gather()->modules_unreadable);
+    EXPECT_EQ(info->has_map_file, 1u);
+    EXPECT_EQ(info->map_file_size, 0u);
+}
+
+TEST_F(Pvh, LongTextsAreCutAndMarked) {
+    memory.put_text(0x3000, std::string(8192, 'a'));
+    memory.put_text(0x400000, std::string(20000, 'b'));
+    memory[0x2000][8] = 0x20;
+    memory[0x2000][9] = 0x4e; // 20000
+    auto bytes = golden_start_info();
+    bytes[12] = 3;
+    memory.put(0x500, bytes);
+    const auto notes = gather();
+    ASSERT_TRUE(notes);
+    EXPECT_EQ(notes->extra_modules, 2u);
+    EXPECT_EQ(info->cmdline_size, BootInfo::max_cmdline);
+    EXPECT_EQ(info->cmdline_truncated, 1u);
+    EXPECT_EQ(info->map_file_size, BootInfo::max_map_file);
+    EXPECT_EQ(info->map_file_truncated, 1u);
+    EXPECT_TRUE(is_valid(*info));
+}
+
+TEST_F(Pvh, HugeMapEndsAtTheTable) {
+    auto bytes = golden_start_info();
+    for (usize i = 48; i < 52; ++i) {
+        bytes[i] = 0xff;
+    }
+    memory.put(0x500, bytes);
+    EXPECT_EQ(gather()->no_memory_map, false);
+    EXPECT_EQ(info->range_count, 3u); // the fake ends there
+    bytes[41] = 0;                    // a map that really is that long, at 0x10000
+    bytes[42] = 1;
+    memory.put(0x500, bytes);
+    auto& map = memory.at(0x10000, 24 * 1000);
+    for (usize i = 0; i < 1000; ++i) {
+        map[24 * i + 9] = 0x10;
+        map[24 * i + 16] = 1;
+    }
+    ASSERT_TRUE(gather());
+    EXPECT_EQ(info->range_count, BootInfo::max_ranges);
+    EXPECT_EQ(info->ranges_truncated, 1u);
+}
+
+TEST_F(Pvh, RandomBytesNeverLeaveABrokenBootInfo) {
+    std::mt19937 random(5);
+    for (int round = 0; round < 5000; ++round) {
+        auto bytes = golden_start_info();
+        for (int i = 0; i < 3; ++i) {
+            bytes[4 + random() % 52] = static_cast<std::uint8_t>(random());
+        }
+        memory.put(0x500, bytes);
+        if (gather()) {
+            EXPECT_TRUE(is_valid(*info));
+        }
+    }
+}
+
+// What a byte of memory may be used for, before and after: normalise() must agree with "the least usable kind wins" everywhere.
+int rank(MemoryKind kind) {
+    switch (kind) {
+    case MemoryKind::usable: return 0;
+    case MemoryKind::acpi_reclaimable: return 1;
+    case MemoryKind::persistent: return 2;
+    case MemoryKind::acpi_nvs: return 3;
+    case MemoryKind::unusable: return 5;
+    case MemoryKind::kernel: return 6;
+    default: return 4;
+    }
+}
+
+TEST(Normalise, SortsJoinsAndMarksTheImage) {
+    auto info = std::make_unique<BootInfo>();
+    begin(*info, Entry::uefi, 0);
+    info->kernel_phys = 0x200000;
+    info->kernel_size = 0x5000;
+    add_range(*info, 0x100000, 0x700000, MemoryKind::usable);
+    add_range(*info, 0, 0x9f000, MemoryKind::usable);
+    add_range(*info, 0x800000, 0x1000, MemoryKind::usable);
+    normalise(*info);
+    ASSERT_EQ(info->range_count, 4u);
+    EXPECT_EQ(info->ranges[1].base, 0x100000u);
+    EXPECT_EQ(info->ranges[1].size, 0x100000u);
+    EXPECT_EQ(info->ranges[2].kind, MemoryKind::kernel);
+    EXPECT_EQ(info->ranges[2].size, 0x5000u);
+    EXPECT_EQ(info->ranges[3].base, 0x205000u);
+    EXPECT_EQ(info->ranges[3].size, 0x5fc000u);
+    const auto once = *info;
+    normalise(*info); // a loader may have done it already
+    ASSERT_EQ(info->range_count, once.range_count);
+    for (u32 i = 0; i < once.range_count; ++i) {
+        EXPECT_EQ(info->ranges[i].base, once.ranges[i].base);
+        EXPECT_EQ(info->ranges[i].size, once.ranges[i].size);
+    }
+}
+
+TEST(Normalise, RandomAgainstAByteMap) {
+    constexpr u32 cells = 64;
+    const MemoryKind kinds[] = {MemoryKind::usable,   MemoryKind::reserved,   MemoryKind::acpi_reclaimable, MemoryKind::acpi_nvs,
+                                MemoryKind::unusable, MemoryKind::persistent, static_cast<MemoryKind>(77)};
+    std::mt19937 random(11);
+    auto info = std::make_unique<BootInfo>();
+    for (int round = 0; round < 3000; ++round) {
+        *info = {};
+        begin(*info, Entry::pvh, 0);
+        std::array<int, cells> expected;
+        expected.fill(-1);
+        const u32 count = random() % 12;
+        for (u32 i = 0; i < count; ++i) {
+            const u32 from = random() % cells;
+            const u32 size = random() % (cells - from + 1);
+            const MemoryKind kind = kinds[random() % std::size(kinds)];
+            add_range(*info, u64{from} * 4096, u64{size} * 4096, kind);
+            for (u32 c = from; c < from + size; ++c) {
+                expected[c] = std::max(expected[c], rank(kind));
+            }
+        }
+        if (random() % 2 == 0) {
+            info->kernel_phys = 8 * 4096;
+            info->kernel_size = 4 * 4096;
+            for (u32 c = 8; c < 12; ++c) {
+                expected[c] = 6;
+            }
+        }
+        normalise(*info);
+        std::array<int, cells> seen;
+        seen.fill(-1);
+        u64 last_end = 0;
+        for (const MemoryRange& r : info->memory()) {
+            ASSERT_GE(r.base, last_end);
+            ASSERT_GT(r.size, 0u);
+            last_end = r.base + r.size;
+            for (u64 c = r.base / 4096; c < last_end / 4096; ++c) {
+                seen[c] = rank(r.kind);
+            }
+        }
+        ASSERT_EQ(seen, expected) << "round " << round;
+    }
+}
+
+} // namespace

@@ -1,0 +1,315 @@
+#include "core_physical_fake.hpp"
+#include <gtest/gtest.h>
+#include <random>
+#include <string>
+#include <vector>
+import core.std;
+import core.result;
+import core.physical;
+import core.acpi;
+import core.symbols;
+
+namespace {
+using namespace fl;
+
+struct Memory final : PhysicalReader, Pieces {
+    bool read(u64 address, std::span<std::byte> into) override { return copy(address, into.data(), into.size()); }
+};
+using Bytes = std::vector<std::uint8_t>;
+
+void put(Bytes& to, usize at, u64 value, usize size) {
+    if (to.size() < at + size) {
+        to.resize(at + size);
+    }
+    for (usize i = 0; i < size; ++i) {
+        to[at + i] = static_cast<std::uint8_t>(value >> (8 * i));
+    }
+}
+
+void checksum(Bytes& table, usize at, usize size) {
+    table[at] = 0;
+    unsigned sum = 0;
+    for (usize i = 0; i < size; ++i) {
+        sum += table[i];
+    }
+    table[at] = static_cast<std::uint8_t>(0 - sum);
+}
+
+Bytes table(const char* signature, const Bytes& body) {
+    Bytes t(signature, signature + 4);
+    t.resize(36);
+    t.insert(t.end(), body.begin(), body.end());
+    put(t, 4, t.size(), 4);
+    checksum(t, 9, t.size());
+    return t;
+}
+
+// The MADT of QEMU's pc machine with two processors, entry by entry from ACPI 6.5 §5.2.12.
+const Bytes madt_body = {0x00, 0x00, 0xe0, 0xfe, 1,    0,    0,    0,                               // local APIC at 0xfee00000, 8259s present
+                         0,    8,    0,    0,    1,    0,    0,    0,    0,    8, 1, 1, 1, 0, 0, 0, // two processors
+                         0,    8,    2,    2,    0,    0,    0,    0,                               // one that is not there
+                         1,    12,   0,    0,    0x00, 0x00, 0xc0, 0xfe, 0,    0, 0, 0,             // IOAPIC at 0xfec00000, from GSI 0
+                         2,    10,   0,    0,    2,    0,    0,    0,    0,    0,                   // IRQ 0 is GSI 2
+                         2,    10,   0,    5,    5,    0,    0,    0,    0x0d, 0,                   // IRQ 5: level, active high
+                         2,    10,   0,    9,    9,    0,    0,    0,    0x0f, 0,                   // IRQ 9: level, active low
+                         4,    6,    0xff, 0,    0,    1};                                          // NMI
+
+// Name (\_S5, Package (4) {One, One, Zero, Zero}), as iasl writes it.
+const Bytes s5 = {0x08, '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x01, 0x0a, 0x07, 0x00, 0x00};
+
+Bytes fadt_body() {
+    Bytes b(244 - 36);
+    put(b, 40 - 36, 0x7fe0040, 4); // DSDT
+    put(b, 46 - 36, 9, 2);         // SCI
+    put(b, 48 - 36, 0xb2, 4);      // SMI command
+    put(b, 52 - 36, 0xf1, 1);      // ACPI enable
+    put(b, 64 - 36, 0x604, 4);     // PM1a control
+    put(b, 76 - 36, 0x608, 4);     // timer
+    put(b, 91 - 36, 4, 1);         // its length
+    put(b, 112 - 36, 0x80a5 | 1 << 10 | 1 << 8, 4);
+    put(b, 116 - 36, 1, 1); // reset register: I/O space
+    put(b, 117 - 36, 8, 1);
+    put(b, 120 - 36, 0xcf9, 8);
+    put(b, 128 - 36, 0x0f, 1);
+    return b;
+}
+
+struct Acpi : testing::Test {
+    Memory memory;
+    void SetUp() override {
+        memory.put(0x7fe1000, table("FACP", fadt_body()));
+        memory.put(0x7fe2000, table("APIC", madt_body));
+        memory.put(0x7fe3000, table("HPET", Bytes(20, 1)));
+        Bytes list;
+        put(list, 0, 0x7fe1000, 4);
+        put(list, 4, 0x7fe2000, 4);
+        put(list, 8, 0x7fe3000, 4);
+        memory.put(0x7fe4000, table("RSDT", list));
+        Bytes wide;
+        put(wide, 0, 0x7fe1000, 8);
+        put(wide, 8, 0x7fe2000, 8);
+        memory.put(0x7fe5000, table("XSDT", wide));
+        rsdp(0xf5250, 0);
+    }
+    void rsdp(u64 at, int revision) {
+        Bytes r = {'R', 'S', 'D', ' ', 'P', 'T', 'R', ' '};
+        put(r, 15, static_cast<u64>(revision), 1);
+        put(r, 16, 0x7fe4000, 4);
+        checksum(r, 8, 20);
+        if (revision >= 2) {
+            put(r, 20, 36, 4);
+            put(r, 24, 0x7fe5000, 8);
+            put(r, 35, 0, 1);
+            checksum(r, 32, 36);
+        } else {
+            r.resize(36); // read in 16 byte steps by the search
+        }
+        memory.put(at, r);
+    }
+};
+
+TEST_F(Acpi, Version1) {
+    const auto t = acpi::read_tables(memory, 0xf5250);
+    ASSERT_TRUE(t);
+    EXPECT_EQ(t->tables, 3u);
+    EXPECT_EQ(t->damaged, 0u);
+    ASSERT_TRUE(t->madt);
+    EXPECT_EQ(t->madt->local_apic, 0xfee00000u);
+    EXPECT_TRUE(t->madt->has_8259);
+    EXPECT_EQ(t->madt->processor_count, 2u);
+    EXPECT_EQ(t->madt->processors[1], 1u);
+    ASSERT_EQ(t->madt->io_apic_count, 1u);
+    EXPECT_EQ(t->madt->io_apics[0].address, 0xfec00000u);
+    ASSERT_EQ(t->madt->override_count, 3u);
+    const auto o = t->madt->overrides;
+    EXPECT_TRUE(o[0].irq == 0 && o[0].gsi == 2 && !o[0].level && !o[0].active_low);
+    EXPECT_TRUE(o[1].irq == 5 && o[1].gsi == 5 && o[1].level && !o[1].active_low);
+    EXPECT_TRUE(o[2].irq == 9 && o[2].gsi == 9 && o[2].level && o[2].active_low);
+    ASSERT_TRUE(t->fadt);
+    EXPECT_EQ(t->fadt->pm_timer, 0x608);
+    EXPECT_TRUE(t->fadt->pm_timer_32);
+    EXPECT_EQ(t->fadt->pm1a_control, 0x604);
+    EXPECT_EQ(t->fadt->pm1b_control, 0);
+    EXPECT_EQ(t->fadt->dsdt, 0x7fe0040u);
+    EXPECT_EQ(t->fadt->reset.address, 0xcf9u);
+    EXPECT_EQ(t->fadt->reset.space, acpi::Space::io);
+    EXPECT_EQ(t->fadt->reset_value, 0x0f);
+}
+
+TEST_F(Acpi, Version2PrefersTheXsdt) {
+    rsdp(0xf5250, 2);
+    EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->tables, 2u);
+    memory[0x7fe5000][40] ^= 1; // a broken XSDT: the RSDT still counts
+    EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->tables, 3u);
+    rsdp(0xf5250, 2);
+    memory[0x7fe5000][40] ^= 1;
+    memory[0xf5250][32] ^= 1; // the extended checksum
+    EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->tables, 3u);
+}
+
+TEST_F(Acpi, ExtendedFieldsWinOverTheOldOnes) {
+    Bytes b = fadt_body();
+    put(b, 140 - 36, 0x123456789000, 8);
+    put(b, 172 - 36, 1, 1);
+    put(b, 176 - 36, 0x1804, 8);
+    put(b, 208 - 36, 1, 1);
+    put(b, 212 - 36, 0x1808, 8);
+    memory.put(0x7fe1000, table("FACP", b));
+    auto t = acpi::read_tables(memory, 0xf5250);
+    EXPECT_EQ(t->fadt->dsdt, 0x123456789000u);
+    EXPECT_EQ(t->fadt->pm1a_control, 0x1804);
+    EXPECT_EQ(t->fadt->pm_timer, 0x1808);
+    put(b, 112 - 36, 1 << 20, 4); // hardware reduced: none of these exist
+    put(b, 244 - 36, 0, 1);
+    put(b, 248 - 36, 0xfea00000, 8);
+    memory.put(0x7fe1000, table("FACP", b));
+    t = acpi::read_tables(memory, 0xf5250);
+    EXPECT_EQ(t->fadt->pm_timer, 0);
+    EXPECT_EQ(t->fadt->pm1a_control, 0);
+    EXPECT_EQ(t->fadt->sleep_control.address, 0xfea00000u);
+    EXPECT_EQ(t->fadt->sleep_control.space, acpi::Space::memory);
+    EXPECT_EQ(t->fadt->reset.address, 0u);
+}
+
+TEST_F(Acpi, SearchesTheBiosAreaAndTheEbda) {
+    Bytes& bios = memory.at(0xe0000, 0x20000);
+    EXPECT_EQ(acpi::read_tables(memory, 0).error().code, Code::not_found);
+    Memory other;
+    std::swap(memory, other);
+    SetUp();
+    const Bytes r = memory[0xf5250];
+    std::swap(memory, other);
+    memory.put(0x7fe4000, other[0x7fe4000]);
+    std::copy(r.begin(), r.end(), bios.begin() + 0x15250);
+    EXPECT_EQ(acpi::read_tables(memory, 0)->rsdp, 0xf5250u);
+    std::copy(r.begin(), r.end(), bios.begin() + 0x15008 - 8); // a first one with a bad checksum is passed over
+    bios[0x15000 + 9] ^= 1;
+    EXPECT_EQ(acpi::read_tables(memory, 0)->rsdp, 0xf5250u);
+    memory.put(0x400, Bytes(0x100));
+    put(memory[0x400], 0xe, 0x9fc0, 2);
+    Bytes& ebda = memory.at(0x9fc00, 0x400);
+    std::copy(r.begin(), r.end(), ebda.begin() + 0x20);
+    EXPECT_EQ(acpi::read_tables(memory, 0)->rsdp, 0x9fc20u);
+}
+
+TEST_F(Acpi, DamagedTablesAreIgnoredAndCounted) {
+    memory[0x7fe2000][50] ^= 1;
+    auto t = acpi::read_tables(memory, 0xf5250);
+    ASSERT_TRUE(t);
+    EXPECT_FALSE(t->madt);
+    EXPECT_TRUE(t->fadt);
+    EXPECT_EQ(t->damaged, 1u);
+    put(memory[0x7fe1000], 4, 35, 4); // shorter than its header
+    EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->damaged, 2u);
+    put(memory[0x7fe1000], 4, 0xfffffff0, 4);
+    EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->damaged, 2u);
+    put(memory[0x7fe4000], 4, 0xfffffff0, 4);
+    EXPECT_EQ(acpi::read_tables(memory, 0xf5250).error().code, Code::protocol);
+    memory[0xf5250][0] = 'r';
+    EXPECT_EQ(acpi::read_tables(memory, 0xf5250).error().code, Code::protocol);
+    EXPECT_EQ(acpi::read_tables(memory, 0x1234567800).error().code, Code::protocol);
+}
+
+TEST_F(Acpi, MadtEntriesThatCannotBeEndTheWalk) {
+    Bytes b = madt_body;
+    b[8 + 16 + 1] = 0; // the third entry has no length
+    memory.put(0x7fe2000, table("APIC", b));
+    auto t = acpi::read_tables(memory, 0xf5250);
+    EXPECT_EQ(t->madt->processor_count, 2u);
+    EXPECT_EQ(t->madt->io_apic_count, 0u);
+    b = madt_body;
+    b[b.size() - 5] = 200; // the last one leaves the table
+    memory.put(0x7fe2000, table("APIC", b));
+    t = acpi::read_tables(memory, 0xf5250);
+    EXPECT_EQ(t->madt->override_count, 3u);
+    b = madt_body;
+    for (int i = 0; i < 40; ++i) { // more than there is room for
+        b.insert(b.end(), {1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 10, 0, 3, 3, 0, 0, 0, 0, 0});
+    }
+    for (int i = 0; i < 100; ++i) {
+        b.insert(b.end(), {9, 16, 0, 0, static_cast<std::uint8_t>(i), 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0});
+    }
+    memory.put(0x7fe2000, table("APIC", b));
+    t = acpi::read_tables(memory, 0xf5250);
+    EXPECT_EQ(t->madt->io_apic_count, acpi::Madt::max_io_apics);
+    EXPECT_EQ(t->madt->override_count, acpi::Madt::max_overrides);
+    EXPECT_EQ(t->madt->processor_count, acpi::Madt::max_processors);
+    EXPECT_EQ(t->madt->processors[2], 256u);
+}
+
+TEST_F(Acpi, RandomDamageNeverHurts) {
+    std::mt19937 random(9);
+    for (int round = 0; round < 20'000; ++round) {
+        const u64 which[] = {0x7fe1000, 0x7fe2000, 0x7fe4000, 0xf5250};
+        Bytes& t = memory[which[random() % 4]];
+        const Bytes before = t;
+        for (int i = 0; i < 4; ++i) {
+            t[random() % t.size()] = static_cast<std::uint8_t>(random());
+        }
+        if (t.size() != 36) {
+            checksum(t, 9, t.size());
+        }
+        const auto read = acpi::read_tables(memory, 0xf5250);
+        if (read && read->madt) {
+            EXPECT_LE(read->madt->io_apic_count, acpi::Madt::max_io_apics);
+        }
+        t = before;
+    }
+}
+
+TEST_F(Acpi, FindsS5WhereverItIs) {
+    for (const usize filler : {0u, 1u, 990u, 995u, 1000u, 1010u, 1023u, 1024u, 5000u}) {
+        Bytes body(filler, 0x5f);
+        body.insert(body.end(), s5.begin(), s5.end());
+        body.resize(body.size() + 40);
+        memory.put(0x7000000, table("DSDT", body));
+        const auto found = acpi::find_s5(memory, 0x7000000);
+        ASSERT_TRUE(found) << filler;
+        EXPECT_EQ(found->a, 1);
+        EXPECT_EQ(found->b, 7);
+    }
+}
+
+TEST_F(Acpi, S5ThatIsNone) {
+    const auto with = [&](Bytes body) {
+        memory.put(0x7000000, table("DSDT", body));
+        return acpi::find_s5(memory, 0x7000000);
+    };
+    EXPECT_EQ(with({}).error().code, Code::not_found);
+    EXPECT_FALSE(with({0x10, '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x01, 0x01, 0x00, 0x00}));       // not a Name
+    EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x0a, 0x06, 0x04, 0x01, 0x01, 0x00, 0x00}));       // not a Package
+    EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x12, 0xff, 0x04, 0x01, 0x01}));                   // length bytes beyond the end
+    EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x0a, 0x55, 0x00, 0x00, 0x00})); // no 3-bit number
+    EXPECT_TRUE(with({0x08, '\\', '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x00, 0x00, 0x00, 0x00}));
+    EXPECT_FALSE(acpi::find_s5(memory, 0));
+}
+
+TEST(Symbols, FindsTheFunctionThatAnAddressLiesIn) {
+    Bytes t;
+    t.insert(t.end(), {'F', 'L', 'S', 'Y', 'M', 'T', 'A', 'B', 3, 0, 0, 0, 1, 0, 0, 0});
+    t.insert(t.end(), {0x10, 0, 0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 4, 0, 0, 0, 0x00, 1, 0, 0, 8, 0, 0, 0});
+    const std::string names("one\0two\0three\0", 14);
+    t.insert(t.end(), names.begin(), names.end());
+    const auto bytes = std::as_bytes(std::span(t));
+    const Symbols symbols(bytes);
+    ASSERT_EQ(symbols.count(), 3u);
+    EXPECT_FALSE(symbols.find(0x0f));
+    EXPECT_EQ(symbols.find(0x10)->name, "one");
+    EXPECT_EQ(symbols.find(0x3f)->offset, 0x2fu);
+    EXPECT_EQ(symbols.find(0x40)->name, "two");
+    EXPECT_EQ(symbols.find(0x12345)->name, "three");
+    for (usize size = 0; size < t.size(); ++size) { // cut anywhere: no read beyond the end
+        const Symbols cut(bytes.first(size));
+        for (const u32 at : {0u, 0x20u, 0x50u, 0x200u}) {
+            static_cast<void>(cut.find(at));
+        }
+    }
+    Bytes huge = t;
+    huge[11] = 0xff;
+    EXPECT_EQ(Symbols(std::as_bytes(std::span(huge))).count(), 0u);
+    huge = t;
+    huge[16 + 8 + 7] = 0xff; // a name far outside
+    EXPECT_FALSE(Symbols(std::as_bytes(std::span(huge))).find(0x40));
+}
+
+} // namespace
