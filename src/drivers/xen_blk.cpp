@@ -271,7 +271,7 @@ io::Task<Result<void>> Vbd::disconnect() {
     co_return co_await front_.close();
 }
 
-io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, hv::SyntheticDevice device) {
+io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device) {
     if (!matches(device)) {
         co_return Error{Code::not_supported, "not a virtual block device"};
     }

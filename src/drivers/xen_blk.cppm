@@ -63,7 +63,7 @@ class Vbd {
     void add_entry(std::string_view key, u64 value);
     void free_ring();
 
-    Environment& environment_;
+    Environment environment_; // a copy: what it refers to lasts, it need not
     hv::Xen& xen_;
     hv::xen::Frontend front_;
     Disk disk_;
@@ -80,6 +80,6 @@ class Vbd {
 };
 
 /// Connects and announces one device. No error: attached, or left alone (another driver has the disk, a CD-ROM, a number without a meaning).
-io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, hv::SyntheticDevice device);
+io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device);
 
 } // namespace fl::drivers::xen_blk
