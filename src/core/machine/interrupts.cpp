@@ -52,7 +52,7 @@ struct IoApicState {
 
 class Controller final : public InterruptController {
   public:
-    void start(const acpi::Tables* tables);
+    void start(const acpi::Tables* tables, bool x2apic);
     Result<void> attach_line(InterruptLine line, InterruptHandler handler, void* context) override;
     void detach_line(InterruptLine line, InterruptHandler handler, void* context) override;
     Result<InterruptVector> attach_vector(InterruptHandler handler, void* context, bool eoi) override;
@@ -104,11 +104,11 @@ class InterruptsOff {
     bool were_on_;
 };
 
-void Controller::start(const acpi::Tables* tables) {
+void Controller::start(const acpi::Tables* tables, bool x2apic) {
     // Always moved away from the exceptions' vectors and masked, whoever handles the lines in the end.
     pic_ = pic::start(first_pic_vector);
     const bool has_apics = tables != nullptr && tables->madt && tables->madt->io_apic_count != 0;
-    const auto mode = lapic::start(spurious_vector, !has_apics);
+    const auto mode = lapic::start(spurious_vector, !has_apics, x2apic);
     if (has_apics && mode != lapic::Mode::none) {
         for (const acpi::IoApic& found : tables->madt->all_io_apics()) {
             const auto mapped = map_mmio(found.address, 32);
@@ -323,7 +323,7 @@ void Controller::dispatch(u32 number) {
 
 } // namespace
 
-void start_interrupts(const acpi::Tables* tables) { controller.start(tables); }
+void start_interrupts(const acpi::Tables* tables, bool x2apic) { controller.start(tables, x2apic); }
 InterruptController& interrupts() { return controller; }
 InterruptCounters interrupt_counters() { return controller.counters; }
 std::string_view interrupt_controllers() { return controller.names; }

@@ -9,7 +9,9 @@ export namespace fl {
 
 /// Programs the controllers with everything masked. `tables` may be nullptr. Once, after start_traps, add_memory and start_acpi; interrupts stay
 /// off until the caller switches them on.
-void start_interrupts(const acpi::Tables* tables);
+/// `x2apic` false keeps to the APIC's page of registers: QEMU's own emulation stops with "Bad icount read" when an x2APIC register is accessed
+/// while it counts instructions.
+void start_interrupts(const acpi::Tables* tables, bool x2apic = true);
 /// Of the one processor there is. Lines and vectors may be attached before interrupts are on.
 InterruptController& interrupts();
 

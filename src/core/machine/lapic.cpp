@@ -36,13 +36,14 @@ void write(Reg reg, u32 value) {
     }
 }
 
-Mode start(u8 spurious_vector, bool external) {
+Mode start(u8 spurious_vector, bool external, bool x2apic) {
     const auto features = cpu::cpuid(1);
     if ((features.edx >> 9 & 1) == 0) {
         return current = Mode::none;
     }
     u64 base = cpu::read_msr(apic_base_msr);
-    if ((features.ecx >> 21 & 1) != 0) {
+    // Once switched on it cannot go back without a reset of the APIC: then it stays.
+    if ((base & base_x2apic) != 0 || (x2apic && (features.ecx >> 21 & 1) != 0)) {
         cpu::write_msr(apic_base_msr, base | base_enable); // the two bits must not rise at once [SDM-3 11.12.1]
         cpu::write_msr(apic_base_msr, base | base_enable | base_x2apic);
         current = Mode::x2apic;

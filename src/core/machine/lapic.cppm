@@ -32,9 +32,9 @@ enum class Reg : u32 {
     timer_divide = 0x3e0,
 };
 
-/// Switches it on with this spurious vector; everything masked but NMI. `external`: the 8259's interrupts come in through it (LINT0). Mode none:
-/// the processor has no APIC, or it cannot be reached.
-Mode start(u8 spurious_vector, bool external);
+/// Switches it on with this spurious vector; everything masked but NMI. `external`: the 8259's interrupts come in through it (LINT0). `x2apic`:
+/// may be used where it is offered. Mode none: the processor has no APIC, or it cannot be reached.
+Mode start(u8 spurious_vector, bool external, bool x2apic);
 Mode mode();
 u32 read(Reg reg);
 void write(Reg reg, u32 value);
