@@ -25,10 +25,10 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import apt, distribution, paths, process
+from . import apt, distribution, paths, process, vmrun_fault
 from .problems import Problem
 
-LAYOUT = "4"  # changes when the contents of the folder change for the same packages
+LAYOUT = "5"  # changes when the contents of the folder change for the same packages
 
 L1_MODULES = ("kvm-amd", "virtio_pci", "virtio_blk")
 L2_MODULES = ("xen-blkfront", "ata_piix", "sd_mod", "virtio_pci", "virtio_blk", "nvme", "ahci")
@@ -142,6 +142,8 @@ def build(unpacked: Path, made: Path, release: str, versions: dict[str, str]) ->
     for name in ("bin", "lib", "share"):
         (tree / name).mkdir(parents=True)
     shutil.copy2(unpacked / "usr/bin/qemu-system-x86_64", tree / "bin")
+    if not vmrun_fault.correct(tree / "bin/qemu-system-x86_64"):
+        announce("note: this QEMU's VMRUN was not recognised; a boot in deterministic time may hang and be tried again")
     shutil.copy2(next(path for path in (unpacked / "bin/busybox", unpacked / "usr/bin/busybox") if path.exists()), tree / "bin")
     copy_libraries(unpacked, [tree / "bin/qemu-system-x86_64"], tree / "lib")
     copy_firmware(unpacked, tree / "share")
