@@ -102,7 +102,8 @@ TEST_F(Pvh, WrongMagicAndPointersToNowhere) {
 
 TEST_F(Pvh, PointersOutsideTheMapAreNotRead) {
     // The fake could read there; the loader's own map says that it is no memory.
-    memory.put_text(0x20000000, std::string("log=debug\0", 10) + std::string(100, 'x'));
+    memory.put_text(0x20003000, std::string("log=debug\0", 10) + std::string(100, 'x'));
+    memory.put(0x20002000, memory[0x2000]);
     auto bytes = golden_start_info();
     bytes[24 + 3] = 0x20; // command line at 0x20003000, module list at 0x20002000
     bytes[16 + 3] = 0x20;
