@@ -25,7 +25,8 @@ struct Machine {
         std::uint64_t table = root;
         for (int shift : {39, 30, 21, 12}) {
             const std::uint64_t index = (address >> shift) & 511;
-            const std::uint64_t entry = memory.at((table - at) / 8 + index);
+            const std::uint64_t place = (table - at) / 8 + index;
+            const std::uint64_t entry = place < memory.size() ? memory[place] : 0;
             if ((entry & 3) != 3) {
                 return std::nullopt;
             }
