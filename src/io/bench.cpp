@@ -88,15 +88,18 @@ std::optional<u64> parse_size(std::string_view text) {
     return *value << shift;
 }
 
-// Everything before the first ',', which is dropped with it.
-std::string_view cut(std::string_view& text) {
-    usize n = 0;
-    while (n < text.size() && text[n] != ',') {
-        ++n;
+// Everything before the first `at`, and what stands behind it; nothing when there is none.
+struct Piece {
+    std::string_view head;
+    std::optional<std::string_view> rest;
+};
+Piece cut(std::string_view text, char at) {
+    for (usize n = 0; n < text.size(); ++n) {
+        if (text[n] == at) {
+            return {text.substr(0, n), text.substr(n + 1)};
+        }
     }
-    const std::string_view head = text.substr(0, n);
-    text.remove_prefix(std::min(n + 1, text.size()));
-    return head;
+    return {text, std::nullopt};
 }
 
 Result<void> check(const Workload& w) {
@@ -137,18 +140,15 @@ u64 allocations(const BenchOptions& options) {
 
 Result<Workload> parse_workload(std::string_view text) {
     Workload w;
-    TRY(const usize pattern, find_word(pattern_words, cut(text)));
+    const Piece first = cut(text, ',');
+    TRY(const usize pattern, find_word(pattern_words, first.head));
     w.pattern = static_cast<Pattern>(pattern);
-    bool ended = text.empty();
-    while (!ended) {
-        const std::string_view item = cut(text);
-        ended = text.empty();
-        usize equals = 0;
-        while (equals < item.size() && item[equals] != '=') {
-            ++equals;
-        }
-        TRY(const usize key, find_word(key_words, item.substr(0, equals)));
-        const auto value = equals < item.size() ? parse_size(item.substr(equals + 1)) : std::nullopt;
+    for (std::optional<std::string_view> rest = first.rest; rest;) {
+        const Piece item = cut(*rest, ',');
+        rest = item.rest;
+        const Piece pair = cut(item.head, '=');
+        TRY(const usize key, find_word(key_words, pair.head));
+        const auto value = pair.rest ? parse_size(*pair.rest) : std::nullopt;
         if (!value) {
             return Error{Code::bad_argument,
                          "a workload's bs, qd, count, seed and mix want a number, as in bs=4k,qd=1,count=2000,seed=1,mix=70"};

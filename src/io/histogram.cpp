@@ -30,8 +30,7 @@ u64 Histogram::stddev() const {
     const u64 m = sum_ / total_;
     const u64 r = sum_ % total_;
     const u128 about_m = square_sum_ - u128{2} * m * sum_ + u128{m} * m * total_;
-    const u128 variance = divide(about_m - divide(u128{r} * r, total_), total_ - 1);
-    return variance > ~u64{0} ? isqrt(~u64{0}) : isqrt(static_cast<u64>(variance));
+    return isqrt(divide(about_m - divide(u128{r} * r, total_), total_ - 1));
 }
 
 u64 Histogram::percentile(Millionths p) const {

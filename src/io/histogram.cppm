@@ -72,12 +72,12 @@ static_assert(Histogram::index_of(Histogram::max_value) == Histogram::buckets - 
 static_assert(Histogram::highest_of(Histogram::buckets - 1) == Histogram::max_value);
 
 /// The largest integer whose square is not larger.
-constexpr u64 isqrt(u64 value) {
+constexpr u64 isqrt(unsigned __int128 value) {
     u64 root = 0;
-    for (u64 bit = u64{1} << 31; bit != 0; bit >>= 1) {
-        const u64 next = root | bit;
+    for (u64 bit = u64{1} << 63; bit != 0; bit >>= 1) {
+        const unsigned __int128 next = root | bit;
         if (next * next <= value) {
-            root = next;
+            root |= bit;
         }
     }
     return root;

@@ -37,8 +37,13 @@ void* FramePool::allocate(usize size) noexcept {
 
 void FramePool::free(void* block, usize size) noexcept {
     const usize i = class_of(size);
+    if (--in_use_ == 0) {
+        // Nobody has a frame: the arena is whole again, whatever sizes it had been cut into.
+        free_ = {};
+        used_ = 0;
+        return;
+    }
     free_[i] = new (block) Free{free_[i]};
-    --in_use_;
 }
 
 namespace {

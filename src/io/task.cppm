@@ -6,8 +6,8 @@ import core.result;
 
 export namespace fl::io {
 
-/// Coroutine frames: blocks of a few fixed sizes, carved from one arena and never given back to it, only to their free list. Not for
-/// interrupt handlers. `allocations` counts every frame ever handed out.
+/// Coroutine frames: blocks of a few fixed sizes, carved from one arena; a freed one waits in the list of its size, and when all are free the
+/// arena is whole again. Not for interrupt handlers. `allocations` counts every frame ever handed out.
 class FramePool {
   public:
     static constexpr usize arena_bytes = 512 * 1024;

@@ -1,0 +1,300 @@
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <gtest/gtest.h>
+#include <memory>
+#include <new>
+#include <set>
+#include <string>
+#include <vector>
+import core.std;
+import core.result;
+import core.text;
+import core.log;
+import core.time;
+import core.dma;
+import io.task;
+import io.executor;
+import io.block;
+import io.histogram;
+import io.random;
+import io.bench;
+#include "unit/io_support.hpp"
+
+namespace {
+// Every allocation of the test program, for the assertion that an I/O makes none.
+std::atomic<fl::u64> heap_allocations{0};
+fl::u64 count_heap_allocations() { return heap_allocations.load(); }
+void* counted(std::size_t size, std::size_t alignment) {
+    heap_allocations.fetch_add(1);
+    void* block = nullptr;
+    return posix_memalign(&block, std::max(alignment, sizeof(void*)), std::max<std::size_t>(size, 1)) == 0 ? block : nullptr;
+}
+} // namespace
+
+void* operator new(std::size_t size) { return counted(size, 16); }
+void* operator new[](std::size_t size) { return counted(size, 16); }
+void* operator new(std::size_t size, std::align_val_t a) { return counted(size, static_cast<std::size_t>(a)); }
+void* operator new[](std::size_t size, std::align_val_t a) { return counted(size, static_cast<std::size_t>(a)); }
+void operator delete(void* block) noexcept { std::free(block); }
+void operator delete[](void* block) noexcept { std::free(block); }
+void operator delete(void* block, std::size_t) noexcept { std::free(block); }
+void operator delete[](void* block, std::size_t) noexcept { std::free(block); }
+void operator delete(void* block, std::align_val_t) noexcept { std::free(block); }
+void operator delete[](void* block, std::align_val_t) noexcept { std::free(block); }
+void operator delete(void* block, std::size_t, std::align_val_t) noexcept { std::free(block); }
+void operator delete[](void* block, std::size_t, std::align_val_t) noexcept { std::free(block); }
+
+namespace {
+using namespace fl;
+using namespace fl::io;
+using namespace fl::test;
+
+struct BenchTest : testing::Test {
+    FakeMachine machine;
+    Executor executor{machine.platform()};
+    std::vector<std::byte> storage = std::vector<std::byte>(1024 * 4096);
+    MemoryDisk disk{executor, storage.data(), storage.size()};
+    HeapDma dma;
+    std::unique_ptr<Bench> bench = std::make_unique<Bench>();
+    usize frames = frame_pool().in_use();
+    ~BenchTest() override {
+        EXPECT_EQ(frame_pool().in_use(), frames);
+        EXPECT_EQ(dma.outstanding, lost) << "buffers leaked";
+    }
+    u32 lost = 0;
+
+    Result<BenchReport> run(std::string_view text, bool scratch = false) {
+        const auto workload = parse_workload(text);
+        EXPECT_TRUE(workload) << text;
+        return executor.run(bench->run(disk, *workload, {.dma = &dma, .scratch = scratch, .allocations = count_heap_allocations}));
+    }
+};
+
+TEST(WorkloadText, Parses) {
+    const auto w = parse_workload("mixed,bs=128k,qd=8,count=500,seed=0x10,mix=30");
+    ASSERT_TRUE(w);
+    EXPECT_EQ(w->pattern, Pattern::mixed);
+    EXPECT_EQ(w->bs, 131072u);
+    EXPECT_EQ(w->qd, 8u);
+    EXPECT_EQ(w->count, 500u);
+    EXPECT_EQ(w->seed, 16u);
+    EXPECT_EQ(w->mix, 30u);
+    EXPECT_TRUE(w->writes());
+    const auto d = parse_workload("randread");
+    ASSERT_TRUE(d);
+    EXPECT_EQ(d->bs, 4096u);
+    EXPECT_EQ(d->count, 2000u);
+    EXPECT_FALSE(d->writes());
+    EXPECT_FALSE(parse_workload("mixed,mix=100")->writes());
+}
+
+TEST(WorkloadText, SaysWhatWasMeant) {
+    const auto message = [](std::string_view text) {
+        const auto w = parse_workload(text);
+        return w ? std::string("accepted") : std::string(w.error().message);
+    };
+    EXPECT_NE(message("ranread").find("is randread meant?"), std::string::npos);
+    EXPECT_NE(message("writes").find("is write meant?"), std::string::npos);
+    EXPECT_NE(message("").find("There are randread"), std::string::npos);
+    EXPECT_NE(message("read,cuont=1").find("is count= meant?"), std::string::npos);
+    EXPECT_NE(message("read,sed=1").find("is seed= meant?"), std::string::npos);
+    EXPECT_NE(message("read,a-key-of-more-than-sixteen-letters=1").find("unknown key"), std::string::npos);
+    EXPECT_NE(message("read,bs=4x").find("want a number"), std::string::npos);
+    EXPECT_NE(message("read,bs").find("want a number"), std::string::npos);
+    EXPECT_NE(message("read,").find("unknown key"), std::string::npos);
+    EXPECT_NE(message("read,bs=1000").find("multiple of 512"), std::string::npos);
+    EXPECT_NE(message("read,bs=2m").find("at most 1m"), std::string::npos);
+    EXPECT_NE(message("read,qd=0").find("1 to 256"), std::string::npos);
+    EXPECT_NE(message("read,qd=4294967297").find("1 to 256"), std::string::npos);
+    EXPECT_NE(message("read,count=0").find("count"), std::string::npos);
+    EXPECT_NE(message("mixed,mix=101").find("percentage"), std::string::npos);
+    EXPECT_NE(message("read,count=18446744073709551615k").find("want a number"), std::string::npos);
+}
+
+TEST_F(BenchTest, ReadsAtQueueDepth) {
+    const auto r = run("randread,qd=32,count=2000");
+    ASSERT_TRUE(r);
+    EXPECT_EQ(r->errors, 0u);
+    EXPECT_EQ(r->read.ios, 2000u);
+    EXPECT_EQ(r->read.bytes, 2000u * 4096);
+    EXPECT_EQ(r->write.ios, 0u);
+    EXPECT_EQ(r->counters.submitted, 2000u);
+    EXPECT_EQ(disk.most_under_way, 32u);
+    EXPECT_LE(r->counters.notifications, 2000u / 32 + 2) << "one for each turn, not for each request";
+    EXPECT_GT(r->runtime_ns, 0u);
+    EXPECT_GT(r->read.min, 0u);
+    EXPECT_LE(r->read.min, r->read.mean);
+    EXPECT_LE(r->read.mean, r->read.max);
+    EXPECT_TRUE(std::is_sorted(r->read.percentiles.begin(), r->read.percentiles.end()));
+}
+
+TEST_F(BenchTest, AllocatesNothingPerIo) {
+    for (const char* text : {"randread,qd=1,count=1000", "randread,qd=32,count=5000", "mixed,qd=7,count=1000"}) {
+        const auto r = run(text, true);
+        ASSERT_TRUE(r);
+        EXPECT_EQ(r->allocations, 0u) << text;
+    }
+    // The counter counts: the buffers come before the measured part, but they are seen by it.
+    const u64 before = count_heap_allocations();
+    EXPECT_TRUE(dma.buffer(4096));
+    EXPECT_EQ(count_heap_allocations(), before + 1);
+}
+
+TEST_F(BenchTest, EveryPatternTouchesWhatItShould) {
+    std::memset(storage.data(), 0, storage.size());
+    auto r = run("write,bs=4k,qd=4,count=100", true);
+    ASSERT_TRUE(r);
+    EXPECT_EQ(r->write.ios, 100u);
+    EXPECT_NE(storage[0], std::byte{0});
+    EXPECT_NE(storage[99 * 4096], std::byte{0});
+    EXPECT_EQ(storage[100 * 4096], std::byte{0});
+    r = run("mixed,count=1000,mix=70", true);
+    ASSERT_TRUE(r);
+    EXPECT_NEAR(static_cast<double>(r->read.ios), 700, 60);
+    EXPECT_EQ(r->read.ios + r->write.ios, 1000u);
+    r = run("read,bs=128k,qd=8,count=32");
+    ASSERT_TRUE(r);
+    EXPECT_EQ(r->read.bytes, 4u << 20);
+}
+
+TEST_F(BenchTest, AddressesAreWithinTheDiskAlignedAndTheSameForASeed) {
+    const auto touched = [&](std::string_view text) {
+        std::memset(storage.data(), 0, storage.size());
+        EXPECT_TRUE(run(text, true));
+        std::set<usize> blocks;
+        for (usize i = 0; i < 1024; ++i) {
+            if (storage[i * 4096] != std::byte{0}) {
+                blocks.insert(i);
+            }
+        }
+        return blocks;
+    };
+    const auto one = touched("randwrite,qd=1,count=300,seed=5");
+    EXPECT_EQ(touched("randwrite,qd=32,count=300,seed=5"), one);
+    EXPECT_NE(touched("randwrite,qd=1,count=300,seed=6"), one);
+    EXPECT_GT(one.size(), 200u) << "spread out";
+    EXPECT_GT(*one.rbegin(), 1000u);
+}
+
+TEST_F(BenchTest, RefusesBeforeAnythingIsSubmitted) {
+    const auto refused = [&](std::string_view text, bool scratch, std::string_view why) {
+        const auto r = run(text, scratch);
+        ASSERT_FALSE(r) << text;
+        EXPECT_EQ(r.error().code, Code::bad_argument);
+        EXPECT_NE(r.error().message.find(why), std::string_view::npos) << r.error().message;
+    };
+    refused("randwrite", false, "scratch=");
+    refused("mixed", false, "scratch=");
+    refused("read,count=1025", false, "smaller than the workload asks for");
+    disk.change_geometry().sectors = 7;
+    refused("randread", false, "smaller than the workload asks for");
+    disk.change_geometry().sectors = 8192;
+    disk.change_geometry().sector_size = 4096;
+    refused("randread,bs=512", false, "multiple of the disk's sector size");
+    disk.change_geometry().sector_size = 512;
+    disk.change_geometry().read_only = true;
+    refused("write,count=1", true, "read-only");
+    EXPECT_EQ(disk.counters().submitted, 0u);
+}
+
+TEST_F(BenchTest, NoBuffersOrFramesIsAnError) {
+    dma.left = 3;
+    auto r = run("randread,qd=8");
+    ASSERT_FALSE(r);
+    EXPECT_EQ(r.error().code, Code::exhausted);
+    dma.left = ~0u;
+    frame_pool().fail_after(6);
+    r = run("randread,qd=8");
+    frame_pool().fail_after(~u64{0});
+    ASSERT_FALSE(r);
+    EXPECT_EQ(r.error().code, Code::exhausted);
+    EXPECT_EQ(disk.counters().submitted, 0u);
+    EXPECT_TRUE(run("randread,qd=8"));
+}
+
+TEST_F(BenchTest, BadSectorsAreCountedAndTheRestIsDone) {
+    disk.behaviour.fail_lba = 8;
+    const auto r = run("read,qd=4,count=100");
+    ASSERT_TRUE(r);
+    EXPECT_EQ(r->errors, 1u);
+    EXPECT_EQ(r->read.ios, 99u);
+    ASSERT_TRUE(r->first_error);
+    EXPECT_EQ(r->first_error->code, Code::io);
+}
+
+TEST_F(BenchTest, ADiskThatIsGoneEndsTheRun) {
+    disk.behaviour.fail_lba = 8;
+    disk.behaviour.fail_status = Status::device_gone;
+    const auto r = run("read,qd=1,count=100");
+    ASSERT_TRUE(r);
+    EXPECT_EQ(r->read.ios, 1u);
+    EXPECT_EQ(r->errors, 99u);
+    EXPECT_EQ(disk.counters().submitted, 2u);
+}
+
+TEST_F(BenchTest, AHostThatNeverAnswersCostsOneTimeOutAndItsBuffers) {
+    disk.behaviour.never_answers = true;
+    const Instant begun = machine.time;
+    const auto r = run("randread,qd=4,count=1000");
+    ASSERT_TRUE(r);
+    EXPECT_EQ(r->errors, 1000u);
+    EXPECT_LT(machine.time - begun, 6_s);
+    EXPECT_EQ(r->first_error->code, Code::timed_out);
+    lost = 4; // the host may still write to them
+}
+
+TEST_F(BenchTest, LatencyIsWhatPassed) {
+    disk.behaviour.latency = 100'000;
+    const auto r = run("randread,qd=1,count=50");
+    ASSERT_TRUE(r);
+    EXPECT_GE(r->read.min, 100'000u);
+    EXPECT_LT(r->read.max, 200'000u);
+    EXPECT_GE(r->runtime_ns, 50u * 100'000);
+}
+
+TEST_F(BenchTest, RecordHasEveryField) {
+    const auto r = run("randread,qd=2,count=10");
+    ASSERT_TRUE(r);
+    CapturedLog log;
+    print_record(disk, *r);
+    for (const char* field : {"@{\"record\":\"result\"",
+                              "\"disk\":\"mem0\"",
+                              "\"driver\":\"memory\"",
+                              "\"kind\":\"synthetic\"",
+                              "\"workload\":\"randread\"",
+                              "\"bs\":4096",
+                              "\"qd\":2",
+                              "\"count\":10",
+                              "\"seed\":1",
+                              "\"mix\":70",
+                              "\"runtime_ns\":",
+                              "\"errors\":0",
+                              "\"device_accesses\":0",
+                              "\"hypercalls\":0",
+                              "\"notifications\":",
+                              "\"interrupts\":0",
+                              "\"allocations\":0",
+                              "\"read\":{\"ios\":10,\"bytes\":40960,\"lat_ns\":{\"min\":",
+                              "\"N\":10",
+                              "\"percentile\":{\"1.000000\":",
+                              "\"99.500000\":",
+                              "\"99.990000\":",
+                              "\"write\":{\"ios\":0,",
+                              "}}}}\n"}) {
+        EXPECT_TRUE(log.has(field)) << field;
+    }
+    EXPECT_FALSE(log.text.truncated());
+}
+
+TEST(Random, IsSplitMix64) {
+    SplitMix64 r(1234567); // the first numbers of the reference implementation
+    EXPECT_EQ(r.next(), 6457827717110365317u);
+    EXPECT_EQ(r.next(), 3203168211198807973u);
+    EXPECT_EQ(r.next(), 9817491932198370423u);
+    for (int i = 0; i < 1000; ++i) {
+        EXPECT_LT(r.below(7), 7u);
+    }
+}
+
+} // namespace

@@ -1,0 +1,174 @@
+#include <cstring>
+#include <gtest/gtest.h>
+#include <new>
+#include <optional>
+#include <vector>
+import core.std;
+import core.result;
+import core.text;
+import core.log;
+import core.time;
+import core.dma;
+import io.task;
+import io.executor;
+import io.block;
+#include "unit/io_support.hpp"
+
+namespace {
+using namespace fl;
+using namespace fl::io;
+using namespace fl::test;
+
+struct Block : testing::Test {
+    FakeMachine machine;
+    Executor executor{machine.platform()};
+    std::vector<std::byte> storage = std::vector<std::byte>(64 * 512);
+    MemoryDisk disk{executor, storage.data(), storage.size()};
+    HeapDma dma;
+    DmaBuffer buffer = *dma.buffer(4096);
+    usize before = frame_pool().in_use();
+    ~Block() override { EXPECT_EQ(frame_pool().in_use(), before); }
+
+    Status run(Op op, u64 lba, DmaSpan span) {
+        BlockDevice::Transfer transfer(disk, op, lba, span);
+        disk.submit(transfer); // no waiter: looked at by its owner
+        for (int i = 0; i < 1000 && transfer.pending(); ++i) {
+            machine.time += 1_ms;
+            executor.turn();
+        }
+        EXPECT_FALSE(transfer.pending());
+        return transfer.status;
+    }
+};
+
+TEST_F(Block, RefusesWhatCannotBe) {
+    EXPECT_EQ(run(Op::read, 0, {}), Status::misaligned) << "empty";
+    EXPECT_EQ(run(Op::read, 0, buffer.span().subspan(0, 511)), Status::misaligned);
+    EXPECT_EQ(run(Op::read, 0, buffer.span().subspan(1, 512)), Status::misaligned);
+    EXPECT_EQ(run(Op::read, 64, buffer.span().subspan(0, 512)), Status::out_of_range);
+    EXPECT_EQ(run(Op::read, 57, buffer), Status::out_of_range) << "the last sector is one too far";
+    EXPECT_EQ(run(Op::read, ~u64{0}, buffer), Status::out_of_range);
+    EXPECT_EQ(run(Op::read, ~u64{0} - 6, buffer), Status::out_of_range) << "the sum would wrap";
+    EXPECT_EQ(run(Op::read, 56, buffer), Status::ok);
+    EXPECT_EQ(run(Op::discard, 0, buffer), Status::not_supported);
+    disk.change_geometry().read_only = true;
+    EXPECT_EQ(run(Op::write, 0, buffer), Status::read_only);
+    EXPECT_EQ(run(Op::read, 0, buffer), Status::ok);
+    EXPECT_EQ(disk.counters().submitted, 11u);
+    EXPECT_EQ(disk.counters().completed, 11u);
+    EXPECT_EQ(disk.counters().errors, 9u);
+}
+
+TEST_F(Block, SectorsOf4096) {
+    MemoryDisk big(executor, storage.data(), storage.size(), 4096);
+    BlockDevice::Transfer small(big, Op::read, 0, buffer.span().subspan(0, 512));
+    big.submit(small);
+    EXPECT_EQ(small.status, Status::misaligned);
+    BlockDevice::Transfer beyond(big, Op::read, 8, buffer);
+    big.submit(beyond);
+    EXPECT_EQ(beyond.status, Status::out_of_range);
+}
+
+TEST_F(Block, FlushWithoutACacheIsDoneAtOnce) {
+    disk.change_geometry().flush = false;
+    EXPECT_EQ(run(Op::flush, 0, {}), Status::ok);
+    EXPECT_EQ(disk.flushes, 0u);
+    disk.change_geometry().flush = true;
+    EXPECT_EQ(run(Op::flush, 0, {}), Status::ok);
+    EXPECT_EQ(disk.flushes, 1u);
+}
+
+Task<Result<void>> copy_block(BlockDevice& disk, DmaSpan buffer) {
+    std::memset(buffer.data, 0x5a, buffer.size);
+    if (auto written = co_await disk.write(8, buffer); !written) {
+        co_return written;
+    }
+    if (auto flushed = co_await disk.flush(); !flushed) {
+        co_return flushed;
+    }
+    std::memset(buffer.data, 0, buffer.size);
+    co_return co_await disk.read(8, buffer);
+}
+
+TEST_F(Block, CoroutinesReadWhatTheyWrote) {
+    EXPECT_TRUE(executor.run(copy_block(disk, buffer)));
+    EXPECT_EQ(buffer.data()[4095], std::byte{0x5a});
+    EXPECT_EQ(storage[8 * 512], std::byte{0x5a});
+    disk.behaviour.fail_lba = 8;
+    const auto failed = executor.run(copy_block(disk, buffer));
+    ASSERT_FALSE(failed);
+    EXPECT_EQ(failed.error().code, Code::io);
+}
+
+TEST_F(Block, TimesOutWithinItsBound) {
+    disk.behaviour.never_answers = true;
+    disk.set_timeout(100_ms);
+    const Instant begun = machine.time;
+    const auto result = executor.run(copy_block(disk, buffer));
+    ASSERT_FALSE(result);
+    EXPECT_EQ(result.error().code, Code::timed_out);
+    EXPECT_GE(machine.time - begun, 100_ms);
+    EXPECT_LT(machine.time - begun, 100_ms + 2 * Executor::tick_length);
+}
+
+TEST_F(Block, CancelEndsIt) {
+    disk.behaviour.never_answers = true;
+    BlockDevice::Transfer transfer(disk, Op::read, 0, buffer);
+    disk.submit(transfer);
+    EXPECT_TRUE(disk.cancel(transfer));
+    EXPECT_EQ(transfer.status, Status::cancelled);
+    EXPECT_FALSE(disk.cancel(transfer));
+}
+
+TEST_F(Block, TaskDiesWhileItsRequestIsUnderWay) {
+    disk.behaviour.never_answers = true;
+    {
+        TaskGroup group(executor);
+        ASSERT_TRUE(group.spawn(copy_block(disk, buffer)));
+        executor.turn();
+        EXPECT_EQ(disk.counters().submitted, 1u);
+    }
+    EXPECT_EQ(disk.forgotten, 1u);
+    disk.behaviour.never_answers = false;
+    executor.turn();
+    EXPECT_EQ(disk.counters().completed, 0u);
+}
+
+TEST_F(Block, TaskDiesBetweenCompletionAndResumption) {
+    {
+        TaskGroup group(executor);
+        ASSERT_TRUE(group.spawn(copy_block(disk, buffer)));
+        executor.turn(); // submitted, and completed by drain(): the request is in the ready list
+        EXPECT_EQ(disk.counters().completed, 1u);
+    }
+    executor.turn(); // would resume a frame that is gone
+    EXPECT_EQ(disk.forgotten, 0u);
+}
+
+TEST_F(Block, QueueKeepsItsOrder) {
+    RequestQueue queue;
+    std::vector<std::optional<BlockDevice::Transfer>> requests(4);
+    for (u64 i = 0; i < 4; ++i) {
+        requests[i].emplace(disk, Op::read, i, buffer.span());
+        queue.push(*requests[i]);
+    }
+    EXPECT_TRUE(queue.remove(*requests[3]));
+    EXPECT_TRUE(queue.remove(*requests[1]));
+    EXPECT_FALSE(queue.remove(*requests[1]));
+    queue.push(*requests[3]);
+    EXPECT_EQ(queue.size(), 3u);
+    EXPECT_EQ(queue.pop(), &*requests[0]);
+    EXPECT_EQ(queue.pop(), &*requests[2]);
+    EXPECT_EQ(queue.pop(), &*requests[3]);
+    EXPECT_EQ(queue.pop(), nullptr);
+}
+
+TEST(BlockStatus, EveryEndHasItsError) {
+    for (const Status s : {Status::io_error, Status::not_supported, Status::timed_out, Status::cancelled, Status::device_gone,
+                           Status::protocol_error, Status::misaligned, Status::out_of_range, Status::read_only, Status::not_written}) {
+        EXPECT_FALSE(to_error(s).message.empty());
+    }
+    EXPECT_EQ(to_error(Status::not_written).code, Code::protocol) << "a status that nobody wrote is not a success";
+}
+
+} // namespace

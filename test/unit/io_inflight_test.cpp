@@ -1,0 +1,79 @@
+#include <gtest/gtest.h>
+#include <vector>
+import core.std;
+import io.inflight;
+
+namespace {
+using namespace fl;
+using namespace fl::io;
+using Four = Inflight<int, 4>;
+
+TEST(Inflight, GivesBackWhatWasTakenOnce) {
+    Four table;
+    int items[5] = {};
+    u64 ids[4] = {};
+    for (int i = 0; i < 4; ++i) {
+        const auto id = table.take(items[i]);
+        ASSERT_TRUE(id);
+        ids[i] = *id;
+    }
+    EXPECT_TRUE(table.full());
+    EXPECT_FALSE(table.take(items[4]));
+    EXPECT_EQ(table.peek(ids[2]), &items[2]);
+    EXPECT_EQ(table.give(ids[2]), &items[2]);
+    EXPECT_EQ(table.give(ids[2]), nullptr) << "repeated";
+    EXPECT_EQ(table.peek(ids[2]), nullptr);
+    const auto again = table.take(items[4]);
+    ASSERT_TRUE(again);
+    EXPECT_EQ(Four::slot_of(*again), Four::slot_of(ids[2]));
+    EXPECT_EQ(table.give(ids[2]), nullptr) << "late: the slot has a new owner";
+    EXPECT_EQ(table.give(*again), &items[4]);
+    EXPECT_EQ(table.size(), 3u);
+}
+
+TEST(Inflight, UnknownIdsAreNobody) {
+    Four table;
+    int item = 0;
+    const u64 id = *table.take(item);
+    for (const u64 bad : {id ^ 1, id + 4, id + 0x10000, id | u64{1} << 32, u64{0xffff}, ~u64{0}, u64{0}}) {
+        if (bad != id) {
+            EXPECT_EQ(table.give(bad), nullptr) << bad;
+            EXPECT_EQ(table.peek(bad), nullptr) << bad;
+        }
+    }
+    EXPECT_EQ(table.give_slot(4), nullptr);
+    EXPECT_EQ(table.give_slot(~u64{0}), nullptr);
+    EXPECT_EQ(table.give(id), &item);
+    EXPECT_TRUE(table.empty());
+}
+
+TEST(Inflight, GenerationsWrap) {
+    Inflight<int, 1> table;
+    int item = 0;
+    std::vector<bool> seen(65536);
+    for (int i = 0; i < 65536; ++i) {
+        const u64 id = *table.take(item);
+        ASSERT_FALSE(seen[id >> 16]) << "an id comes again only after 65536 others";
+        seen[id >> 16] = true;
+        ASSERT_EQ(table.give(id), &item);
+        ASSERT_EQ(table.give(id), nullptr);
+    }
+    EXPECT_TRUE(table.take(item));
+}
+
+TEST(Inflight, VisitorMayGive) {
+    Inflight<int, 8> table;
+    int items[3] = {};
+    for (int& item : items) {
+        ASSERT_TRUE(table.take(item));
+    }
+    int visited = 0;
+    table.for_each([&](u32 id, int& item) {
+        ++visited;
+        EXPECT_EQ(table.give(id), &item);
+    });
+    EXPECT_EQ(visited, 3);
+    EXPECT_TRUE(table.empty());
+}
+
+} // namespace

@@ -1,0 +1,177 @@
+// Fakes shared by the io tests: a clock that jumps, DMA memory on the heap, a disk in memory that can misbehave. Included after the imports.
+#pragma once
+
+namespace fl::test {
+
+/// A machine in which time passes only while the executor sleeps, or when a test says so.
+struct FakeMachine {
+    fl::Instant time = 1000;
+    fl::Nanoseconds step = 10; // each look at the clock takes so long
+    fl::u64 idles = 0;
+    void (*on_idle)(void* context) = nullptr;
+    void* on_idle_context = nullptr;
+
+    fl::io::Platform platform() {
+        return {this,
+                [](void* c) {
+                    auto& m = *static_cast<FakeMachine*>(c);
+                    return m.time += m.step;
+                },
+                [](void* c, fl::Instant until, const std::atomic<bool>& wake) {
+                    auto& m = *static_cast<FakeMachine*>(c);
+                    ++m.idles;
+                    if (m.on_idle != nullptr) {
+                        m.on_idle(m.on_idle_context);
+                    }
+                    if (!wake.load()) {
+                        m.time = std::max(m.time, until);
+                    }
+                }};
+    }
+};
+
+class HeapDma final : public fl::DmaAllocator {
+  public:
+    fl::u32 outstanding = 0;
+    fl::u32 left = ~fl::u32{0};
+    fl::Result<fl::DmaSpan> allocate(fl::u32 size, fl::u64) override {
+        if (left == 0) {
+            return fl::Error{fl::Code::exhausted, "no DMA memory left"};
+        }
+        --left;
+        ++outstanding;
+        size = fl::align_up<fl::u32>(size, 4096);
+        auto* data = new (std::align_val_t{4096}) std::byte[size]{};
+        return fl::DmaSpan{data, reinterpret_cast<fl::u64>(data), size};
+    }
+    void free(fl::DmaSpan span) override {
+        --outstanding;
+        ::operator delete[](span.data, std::align_val_t{4096});
+    }
+};
+
+/// A disk in memory. Requests wait in a queue and end in drain(), so many at a time, in order or not, late or never.
+class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
+  public:
+    struct Behaviour {
+        fl::u32 per_drain = ~fl::u32{0}; // requests that end in one turn
+        bool newest_first = false;
+        fl::Nanoseconds latency = 0; // not earlier than so long after the submission
+        bool never_answers = false;  // the time-out ends them, with the buffer lost
+        fl::u64 fail_lba = ~fl::u64{0};
+        fl::io::Status fail_status = fl::io::Status::io_error;
+        fl::u64 drop_write_lba = ~fl::u64{0};   // acknowledged, not done
+        fl::u64 misdirect_lba = ~fl::u64{0};    // written to the next block instead
+        fl::u64 corrupt_read_lba = ~fl::u64{0}; // one bit turns in the middle
+        fl::u64 no_data_read_lba = ~fl::u64{0}; // says ok and moves nothing
+    };
+    Behaviour behaviour;
+    std::byte* data;
+    fl::usize size;
+    fl::u64 flushes = 0;
+    fl::u64 most_under_way = 0;
+    fl::u64 forgotten = 0;
+
+    MemoryDisk(fl::io::Executor& e, std::byte* storage, fl::usize bytes, fl::u32 sector = 512) : BlockDevice(e), data(storage), size(bytes) {
+        identity_.name = fl::FixedText<16>("mem0");
+        identity_.driver = "memory";
+        identity_.kind = fl::io::Kind::synthetic;
+        geometry_.sectors = bytes / sector;
+        geometry_.sector_size = sector;
+        geometry_.physical_sector_size = sector;
+        geometry_.flush = true;
+        e.add(*this);
+    }
+    ~MemoryDisk() { executor().remove(*this); }
+    fl::io::Geometry& change_geometry() { return geometry_; }
+
+    void flush() override { ++counters_.notifications; }
+    bool drain() override {
+        bool some = false;
+        for (fl::u32 n = 0; n < behaviour.per_drain && !queue_.empty(); ++n) {
+            fl::io::Request* request = queue_.front();
+            if (behaviour.newest_first) {
+                while (request->link != nullptr) {
+                    request = request->link;
+                }
+            }
+            if (behaviour.never_answers || executor().now() < request->submitted_at + behaviour.latency) {
+                break;
+            }
+            queue_.remove(*request);
+            some = true;
+            complete(*request, perform(*request));
+        }
+        return some;
+    }
+    bool arm() override {
+        // Whatever is late comes when the clock has moved on.
+        return !queue_.empty() && !behaviour.never_answers;
+    }
+    void tick(fl::Instant now) override {
+        while (!queue_.empty() && queue_.front()->deadline <= now) {
+            fl::io::Request* request = queue_.pop();
+            request->buffer_lost = true;
+            complete(*request, fl::io::Status::timed_out);
+        }
+    }
+
+  protected:
+    void start(fl::io::Request& request) override {
+        queue_.push(request);
+        most_under_way = std::max<fl::u64>(most_under_way, queue_.size());
+        executor().touch(*this);
+    }
+    bool cancel_now(fl::io::Request& request) override {
+        if (!queue_.remove(request)) {
+            return false;
+        }
+        complete(request, fl::io::Status::cancelled);
+        return true;
+    }
+    void forget(fl::io::Request& request) override {
+        ++forgotten;
+        queue_.remove(request);
+    }
+
+  private:
+    fl::io::Status perform(fl::io::Request& r) {
+        using fl::io::Op;
+        using fl::io::Status;
+        if (r.op == Op::flush) {
+            ++flushes;
+            return Status::ok;
+        }
+        if (r.lba == behaviour.fail_lba) {
+            return behaviour.fail_status;
+        }
+        const fl::usize at = r.lba * geometry().sector_size;
+        if (r.op == Op::write) {
+            if (r.lba == behaviour.drop_write_lba) {
+                return Status::ok;
+            }
+            std::memcpy(data + at + (r.lba == behaviour.misdirect_lba ? r.buffer.size : 0), r.buffer.data, r.buffer.size);
+        } else if (r.lba != behaviour.no_data_read_lba) {
+            std::memcpy(r.buffer.data, data + at, r.buffer.size);
+            if (r.lba == behaviour.corrupt_read_lba) {
+                r.buffer.data[r.buffer.size / 2] ^= std::byte{0x10};
+            }
+        }
+        return Status::ok;
+    }
+    fl::io::RequestQueue queue_;
+};
+
+/// Takes everything that is logged.
+struct CapturedLog final : fl::log::Sink {
+    fl::FixedText<16384> text;
+    CapturedLog() { fl::log::attach(*this); }
+    ~CapturedLog() { fl::log::detach(*this); }
+    void write(std::string_view t) override { text.write(t); }
+    bool has(std::string_view what) const {
+        const std::string_view all = text.view();
+        return std::search(all.begin(), all.end(), what.begin(), what.end()) != all.end();
+    }
+};
+
+} // namespace fl::test
