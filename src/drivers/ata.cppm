@@ -96,7 +96,7 @@ class Controller {
     io::Task<Result<void>> attach_channel(Slot& slot, ChannelPorts at, InterruptLine line, u32 first_disk);
     io::Task<Result<bool>> examine(Slot& slot, Prober<P>& prober, u8 unit, u32 number);
 
-    Environment& environment_;
+    Environment environment_; // its disk sink is used while attaching, not later
     P ports_;
     std::array<Slot, 2> channels_;
     u32 count_ = 0;
@@ -306,6 +306,7 @@ io::Task<Result<void>> Controller<P>::attach_channel(Slot& slot, ChannelPorts at
     CO_CHECK(slot.queue->open(environment_.interrupts, line));
     static_cast<void>(channel.registers().status()); // takes back what the probe left behind
     channel.registers().control(Control::none);
+    slot.queue->start_counting();
     for (u8 unit = 0; unit < 2; ++unit) {
         if (!slot.disks[unit]) {
             continue;

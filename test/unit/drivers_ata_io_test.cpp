@@ -48,7 +48,9 @@ struct AtaIo : testing::Test {
 TEST_F(AtaIo, AReadOf4KiBIsSevenAccessesAndOneInterrupt) {
     begin();
     DmaSpan b = buffer(4096);
+    EXPECT_EQ(hda().counters().device_accesses, 0u);
     ASSERT_TRUE(m.read(hda(), 8, b)); // the first one writes direction and table
+    EXPECT_EQ(hda().counters().device_accesses, 11u) << "and selects the disk: the probe looked for a second one";
     m.primary.tracing = true;
     const io::Counters before = hda().counters();
     const u64 seen = m.primary.accesses;
@@ -117,6 +119,22 @@ TEST_F(AtaIo, AReadAfterAWriteSetsTheDirectionOnce) {
     ASSERT_TRUE(m.write(hda(), 8, b));
     ASSERT_TRUE(m.write(hda(), 16, b));
     EXPECT_EQ((hda().counters() - before).device_accesses, 15u);
+}
+
+TEST_F(AtaIo, BackToBackTheDirectionCostsNothing) {
+    begin();
+    DmaSpan b = buffer(16 * 4096);
+    ASSERT_TRUE(m.read(hda(), 8, b));
+    const io::Counters before = hda().counters();
+    std::vector<std::unique_ptr<io::Request>> requests;
+    for (u32 i = 0; i < 16; ++i) {
+        requests.push_back(std::make_unique<io::Request>(hda(), i % 2 ? io::Op::write : io::Op::read, 100 * i, b.subspan(4096 * i, 4096)));
+        requests.back()->waiter = std::noop_coroutine();
+        hda().submit(*requests.back());
+    }
+    ASSERT_TRUE(m.turns_until([&] { return (hda().counters() - before).completed == 16; }));
+    EXPECT_EQ((hda().counters() - before).device_accesses, 16u * 7);
+    EXPECT_EQ((hda().counters() - before).errors, 0u);
 }
 
 TEST_F(AtaIo, DisksWithout48BitsFlushWithTheShortCommand) {

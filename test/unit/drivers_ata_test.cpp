@@ -259,7 +259,8 @@ TEST(AtaAttach, HonoursWithheldFlush) {
     Machine m;
     m.add(m.primary, 0);
     m.environment.withheld_features = to_underlying(drivers::Feature::flush);
-    ASSERT_TRUE(m.attach());
+    ata::Controller<Ports> controller{m.environment, Ports{&m.all}};
+    ASSERT_TRUE(m.executor.run(controller.attach(*pci::look_up(m.space, {0, 1, 1}))));
     EXPECT_FALSE(m.disk(0).geometry().flush);
     EXPECT_EQ(m.disk(0).identity().features.view(), "udma5 lba48 words");
 }

@@ -17,7 +17,8 @@
 //   - The table's address is written when it changes, and it never does: a channel has one table [BMIDE §2.3 keeps no state in that register].
 //   - No polling before a command: the status that ended the last one said BSY = DRQ = 0, and nobody else gives commands. The other device of
 //     the channel is selected, and waited for, when the device bit changes [ATA-7 §9.4].
-//   - The direction is written only when it changes, while the engine is stopped [BMIDE §2.1].
+//   - The direction is written only when it changes [BMIDE §2.1], at no cost when commands follow one another: then the stop of the one (its
+//     engine is no longer active) sets the direction of the next.
 //   - Clearing the bus-master interrupt bit: the bit tells whose interrupt it was on a line that is shared, and such a line does clear it, each
 //     time. An ISA line (IRQ 14, 15) belongs to its channel alone, status says whether the command has ended, and the bit is left standing.
 //     Should an interrupt ever be lost, set_clear_always() goes back to clearing.
@@ -149,12 +150,12 @@ class Channel {
     usize regions() const { return prds_; }
 
     // --- commands ---------------------------------------------------------------------------------------------------------------------------
-    /// Starts the transfer described by the table (at least one region). The channel is idle: the last command has ended.
+    /// Starts the transfer described by the table (at least one region). The last command has ended; its stop may be left to this one.
     void issue(const TransferCommand& c) {
         const u16 flags = Prd::last;
         std::memcpy(table_.data + (prds_ - 1) * sizeof(Prd) + __builtin_offsetof(Prd, flags), &flags, sizeof(flags));
         const u8 direction = c.write ? 0 : bus_master_to_memory;
-        if (direction != direction_) {
+        if (direction != direction_ || engine_on_) { // also the stop of the command before this one
             direction_ = direction;
             registers_.bus_command(direction);
         }
@@ -182,6 +183,7 @@ class Channel {
     }
     /// Starts a command without data and without parameters.
     void issue(u8 unit, Command code) {
+        stop();
         const u8 device = device_register(unit);
         select(device);
         command(device, code);

@@ -43,6 +43,8 @@ class ChannelQueue final : public io::Service, public Carrier {
     ~ChannelQueue() { close(); }
 
     Channel<P>& channel() { return channel_; }
+    /// Accesses so far were for attaching: no disk is charged for them.
+    void start_counting() { charged_accesses_ = channel_.registers().accesses(); }
 
     /// Takes requests from here on. `line`: the interrupt, already known to be this channel's.
     Result<void> open(InterruptController& interrupts, InterruptLine line);
@@ -357,9 +359,9 @@ bool ChannelQueue<P>::drain() {
 
 template <PortAccess P>
 void ChannelQueue<P>::finish(const Outcome& outcome) {
-    channel_.stop();
     state_ = State::idle;
     if (!outcome.ok(transfer_)) {
+        channel_.stop();
         return fail(outcome);
     }
     resets_in_a_row_ = 0;
@@ -377,7 +379,10 @@ void ChannelQueue<P>::finish(const Outcome& outcome) {
         disk.again.push(r);
     }
     batch_ ^= 1;
-    issue_next(); // first the device, so that it works while we complete
+    issue_next(); // first the device, so that it works while we complete; stops the engine before it starts it again
+    if (state_ == State::idle) {
+        channel_.stop();
+    }
     while (io::Request* r = done.pop()) {
         disk.end(*r, io::Status::ok);
     }
