@@ -95,7 +95,7 @@ def main_machine(disks: list[str], chosen: list[Workload], options) -> Machine:
     return Machine(
         "bench", "xen-emu", boot=options.boot, cmdline=" ".join(words),
         disks=[DiskSpec("xen", DISK_BYTES, content=DISK_CONTENT), DiskSpec("ide", DISK_BYTES, content=DISK_CONTENT)],
-        timeout=300,
+        timeout=60,
     )  # fmt: skip
 
 
