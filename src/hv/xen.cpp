@@ -185,7 +185,7 @@ void Xen::Console::write(std::string_view text) {
 }
 
 log::Sink* Xen::console() {
-    if (gate_.call == nullptr) {
+    if (version_ == 0) { // no hypercalls yet
         return nullptr;
     }
     const i64 answer = hypercalls_.console_write({});
@@ -198,7 +198,7 @@ log::Sink* Xen::console() {
 }
 
 Error Xen::ended(Shutdown reason) {
-    if (gate_.call == nullptr) {
+    if (version_ == 0) {
         return {Code::not_supported, "Xen has not been installed"};
     }
     const i64 answer = hypercalls_.shutdown(reason);
@@ -206,7 +206,7 @@ Error Xen::ended(Shutdown reason) {
 }
 
 Error Xen::crash(std::string_view reason) {
-    if (gate_.call != nullptr) {
+    if (version_ != 0) {
         static_cast<void>(hypercalls_.console_write(reason));
         static_cast<void>(hypercalls_.console_write("\n"));
     }

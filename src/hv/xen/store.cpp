@@ -181,7 +181,7 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
     }
     const Instant deadline = after(executor_->now(), timeout_);
     const StoreHeader header{type, next_id_++, transaction, static_cast<u32>(length)};
-    expected_ = {true, false, type, header.request_id, transaction, into, 0, {}};
+    expected_ = {true, false, false, type, header.request_id, transaction, into, 0, {}};
     progress_.close();
 
     const char nul = 0;
@@ -200,9 +200,11 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
             if (!piece.empty()) { // full: show it, and wait for room
                 static_cast<void>(requests_->publish());
                 CO_CHECK(channel_->send(port_));
+                expected_.wants_room = true;
                 if (!co_await progress_.wait(deadline)) {
                     co_return Error{Code::timed_out, "XenStore does not take a request"};
                 }
+                expected_.wants_room = false;
                 if (closed_) {
                     co_return *closed_;
                 }
@@ -288,12 +290,12 @@ bool Store::drain() {
         }
     }
     if (waiting) {
-        // Something was read, or the server has read and there is room now, or all is over.
+        // The answer is whole, or the server has read and there is room now, or all is over.
         auto room = closed_ ? Result<void>{} : requests_->observe();
         if (!room) {
             static_cast<void>(close(room.error()));
         }
-        if (taken || closed_ || (!expected_.done && requests_->free() == store_ring_bytes)) {
+        if (expected_.done || closed_ || (expected_.wants_room && requests_->free() != 0)) {
             progress_.open();
         }
     }

@@ -107,6 +107,7 @@ class Store final : public io::Service {
     struct Expected {
         bool active = false;
         bool done = false;
+        bool wants_room = false; // the request is not written whole yet
         StoreType type = StoreType::error;
         u32 id = 0;
         u32 transaction = 0;
