@@ -1,0 +1,389 @@
+// A block back end for tests, typed from the block interface's description [xen-blkif] and the ring's [xen-ring]: its own offsets, its own
+// indices. Include after the imports and after hv/xen_fake.hpp.
+#pragma once
+
+namespace fake {
+
+/// What the back end offers, and how it misbehaves.
+struct Offer {
+    u64 sectors = 4096; // of 512 bytes
+    u32 sector_size = 512;
+    bool flush = true;
+    bool barrier = false;
+    bool discard = false;
+    bool persistent = false;
+    bool read_only = false;
+    u32 indirect = 0;
+    std::optional<u32> ring_order;
+    std::optional<u32> ring_pages; // the old key
+    std::string device_type = "disk";
+    std::map<std::string, std::string> extra; // keys of the back end's directory, instead of what would stand there; "-": missing
+    u32 slow_states = 0;                      // idle rounds before each change of state
+    bool never_connects = false;
+    bool closes_instead = false;
+};
+
+class Blkback {
+  public:
+    enum class Trick {
+        none,
+        unknown_id,
+        repeated_id,
+        far_ahead,
+        behind,
+        wrong_operation,
+        bad_status,
+        unasked,
+    };
+
+    Blkback(Xen& x, const Offer& o, u32 number = 51712, u32 domain = 0) : xen(x), offer(o), domain_(domain) {
+        front = "/local/domain/1/device/vbd/" + std::to_string(number);
+        back = "/local/domain/" + std::to_string(domain) + "/backend/vbd/1/" + std::to_string(number);
+        disk.resize(offer.sectors * 512);
+        xen.tree[front + "/backend"] = back;
+        xen.tree[front + "/backend-id"] = std::to_string(domain);
+        xen.tree[front + "/state"] = "1";
+        xen.tree[front + "/device-type"] = offer.device_type;
+        xen.tree[front + "/virtual-device"] = std::to_string(number);
+        xen.tree[back + "/state"] = "1";
+        if (offer.ring_order) {
+            put("max-ring-page-order", *offer.ring_order);
+        }
+        if (offer.ring_pages) {
+            put("max-ring-pages", *offer.ring_pages);
+        }
+        auto before = xen.on_change;
+        xen.on_change = [this, before](const std::string& path) {
+            if (before) {
+                before(path);
+            }
+            if (path == front + "/state") {
+                frontend_changed_ = true;
+            }
+        };
+        wanted_state_ = 2;
+    }
+
+    void put(const std::string& key, u64 value) { xen.tree[back + "/" + key] = std::to_string(value); }
+    u32 state() { return static_cast<u32>(std::stoul(xen.get(back + "/state"))); }
+    u32 front_state() { return static_cast<u32>(std::stoul(xen.get(front + "/state"))); }
+    void go(u32 s) { xen.set(back + "/state", std::to_string(s)); }
+    bool has_front(const std::string& key) { return xen.tree.contains(front + "/" + key); }
+    u64 front_number(const std::string& key) { return std::stoull(xen.get(front + "/" + key)); }
+
+    /// One round of work; true: something was done.
+    bool step() {
+        if (wanted_state_ != 0) {
+            if (waited_++ < offer.slow_states) {
+                return xen.store_rung || !xen.outgoing.empty() ? false : tick_only();
+            }
+            waited_ = 0;
+            go(std::exchange(wanted_state_, 0));
+            return true;
+        }
+        if (std::exchange(frontend_changed_, false)) {
+            switch (front_state()) {
+            case 3:
+                if (offer.closes_instead) {
+                    wanted_state_ = 5;
+                } else if (!offer.never_connects && connect()) {
+                    wanted_state_ = 4;
+                }
+                return true;
+            case 5: wanted_state_ = 5; return true;
+            case 6:
+                ring = nullptr;
+                let_go_of_ring();
+                wanted_state_ = offer.never_connects && sulks ? 0 : 6;
+                return true;
+            case 1: wanted_state_ = state() == 6 ? 2 : 0; return true;
+            default: return false;
+            }
+        }
+        return process();
+    }
+    bool tick_only() { return true; }
+
+    bool connect() {
+        pages = 1;
+        refs.clear();
+        if (has_front("ring-page-order")) {
+            pages = 1u << front_number("ring-page-order");
+            for (u32 i = 0; i < pages; ++i) {
+                refs.push_back(static_cast<u32>(front_number("ring-ref" + std::to_string(i))));
+            }
+        } else {
+            refs.push_back(static_cast<u32>(front_number("ring-ref")));
+        }
+        std::byte* first = nullptr;
+        for (u32 i = 0; i < pages; ++i) {
+            const auto page = xen.granted(refs[i], static_cast<u16>(domain_));
+            if (page.page == nullptr || !page.writable || (first != nullptr && page.page != first + i * 4096)) {
+                return false;
+            }
+            first = first == nullptr ? page.page : first;
+            xen.hold(refs[i], true);
+        }
+        EXPECT_EQ(xen.get(front + "/protocol"), "x86_64-abi");
+        port = static_cast<u32>(front_number("event-channel"));
+        EXPECT_TRUE(xen.open_ports.contains(port));
+        slots = 1;
+        while (slots * 2 <= (pages * 4096 - 64) / 112) {
+            slots *= 2;
+        }
+        ring = first;
+        req_cons = rsp_prod = 0;
+        put("sectors", offer.sectors);
+        put("sector-size", offer.sector_size);
+        put("info", offer.read_only ? 4 : 0);
+        put("feature-flush-cache", offer.flush);
+        put("feature-barrier", offer.barrier);
+        if (offer.discard) {
+            put("feature-discard", 1);
+        }
+        put("feature-persistent", offer.persistent);
+        if (offer.indirect != 0) {
+            put("feature-max-indirect-segments", offer.indirect);
+        }
+        for (const auto& [key, value] : offer.extra) {
+            if (value == "-") {
+                xen.tree.erase(back + "/" + key);
+            } else {
+                xen.tree[back + "/" + key] = value;
+            }
+        }
+        keeps_mapped = offer.persistent && has_front("feature-persistent") && front_number("feature-persistent") == 1;
+        return true;
+    }
+    void let_go_of_ring() {
+        for (u32 ref : refs) {
+            xen.hold(ref, false);
+        }
+        refs.clear();
+        for (u32 ref : mapped) {
+            xen.hold(ref, false);
+        }
+        mapped.clear();
+    }
+
+    u32& word(u32 offset) { return Xen::field<u32>(reinterpret_cast<u64>(ring), offset); }
+    std::byte* slot(u32 index) { return ring + 64 + (index % slots) * 112; }
+
+    bool process() {
+        if (ring == nullptr) {
+            return false;
+        }
+        const u64 sends = std::exchange(xen.sends[port], 0);
+        notified += sends;
+        if (dead || (sends == 0 && !more_work)) {
+            return false;
+        }
+        more_work = false;
+        bool did = false;
+        u32 taken = 0;
+        while (req_cons != word(0) && taken < at_once && !wild) {
+            std::array<std::byte, 112> copy;
+            std::memcpy(copy.data(), slot(req_cons), 112);
+            ++req_cons;
+            ++taken;
+            did = true;
+            EXPECT_TRUE(wild || req_cons - rsp_prod <= slots);
+            serve(copy.data());
+        }
+        if (rsp_prod == req_cons || !lazy) {
+            word(4) = req_cons + 1; // the final check for requests: tell me of the next one
+        }
+        more_work = req_cons != word(0);
+        return did;
+    }
+
+    void serve(std::byte* r) {
+        const u64 at = reinterpret_cast<u64>(r);
+        u8 op = Xen::field<u8>(at, 0);
+        const u64 id = Xen::field<u64>(at, 8);
+        const u64 sector = Xen::field<u64>(at, 16);
+        ++served[op];
+        i16 status = 0;
+        u8 answer_op = op;
+        std::vector<std::array<u32, 3>> segments; // ref, first, last
+        if (op == 0 || op == 1) {
+            const u32 n = Xen::field<u8>(at, 1);
+            EXPECT_GE(n, 1u);
+            EXPECT_LE(n, 11u);
+            for (u32 i = 0; i < n; ++i) {
+                segments.push_back({Xen::field<u32>(at, 24 + i * 8), Xen::field<u8>(at, 28 + i * 8), Xen::field<u8>(at, 29 + i * 8)});
+            }
+        } else if (op == 6) {
+            answer_op = op = Xen::field<u8>(at, 1);
+            const u32 n = Xen::field<u16>(at, 2);
+            EXPECT_LE(n, offer.indirect);
+            const auto page = xen.granted(Xen::field<u32>(at, 28), static_cast<u16>(domain_));
+            EXPECT_NE(page.page, nullptr);
+            for (u32 i = 0; page.page != nullptr && i < n; ++i) {
+                const u64 s = reinterpret_cast<u64>(page.page) + i * 8;
+                segments.push_back({Xen::field<u32>(s, 0), Xen::field<u8>(s, 4), Xen::field<u8>(s, 5)});
+            }
+            indirect_served += 1;
+        } else if (op == 2 || op == 3) {
+            EXPECT_EQ(Xen::field<u8>(at, 1), 0) << "an empty flush";
+            status = (op == 3 ? offer.flush : offer.barrier) && !refuse_flush ? i16{0} : i16{-2};
+        } else if (op == 5) {
+            const u64 n = Xen::field<u64>(at, 24);
+            EXPECT_EQ(Xen::field<u8>(at, 1), 0);
+            if (offer.discard && sector + n <= offer.sectors) {
+                std::memset(disk.data() + sector * 512, 0, n * 512);
+            } else {
+                status = -1;
+            }
+        } else {
+            ADD_FAILURE() << "operation " << int{op};
+            status = -2;
+        }
+        u64 byte = sector * 512;
+        for (const auto& [ref, first, last] : segments) {
+            EXPECT_LE(first, last);
+            EXPECT_LT(last, 8u);
+            EXPECT_EQ(first * 512 % offer.sector_size, 0u) << "aligned to the sector size";
+            EXPECT_EQ((last + 1) * 512 % offer.sector_size, 0u);
+            const u32 bytes = (last - first + 1) * 512;
+            const auto page = xen.granted(ref, static_cast<u16>(domain_));
+            if (page.page == nullptr || (op == 0 && !page.writable) || byte + bytes > disk.size()) {
+                ++bad_grants;
+                status = -1;
+                break;
+            }
+            if (keeps_mapped || hold_grants) {
+                xen.hold(ref, true);
+                mapped.insert(ref);
+                EXPECT_TRUE(page.writable || hold_grants) << "persistent grants may be used in both directions";
+            }
+            all_refs.insert(ref);
+            ++segment_count;
+            if (op == 0) {
+                std::memcpy(page.page + first * 512, disk.data() + byte, bytes);
+            } else {
+                std::memcpy(disk.data() + byte, page.page + first * 512, bytes);
+            }
+            byte += bytes;
+        }
+        if (fail_sector && sector <= *fail_sector && *fail_sector < std::max(byte / 512, sector + 1)) {
+            status = -1;
+        }
+        if (silent_for != 0) {
+            --silent_for;
+            withheld.push_back({id, answer_op});
+            return;
+        }
+        respond(id, answer_op, status);
+    }
+
+    void respond(u64 id, u8 op, i16 status) {
+        wild = after_good <= 0 && trick != Trick::none;
+        switch (after_good-- > 0 ? Trick::none : trick) {
+        case Trick::none: break;
+        case Trick::unknown_id: id = 0x123456789; break;
+        case Trick::repeated_id: id = last_id ? *last_id : id; break;
+        case Trick::wrong_operation: op = op == 0 ? 1 : 0; break;
+        case Trick::bad_status: status = 17; break;
+        case Trick::far_ahead: rsp_prod += slots * 3; break;
+        case Trick::behind: rsp_prod -= 40; break;
+        case Trick::unasked: push(id, op, status); break;
+        }
+        last_id = id;
+        push(id, op, status);
+    }
+    void push(u64 id, u8 op, i16 status) {
+        const u64 at = reinterpret_cast<u64>(slot(rsp_prod));
+        Xen::field<u64>(at, 0) = id;
+        Xen::field<u8>(at, 8) = op;
+        Xen::field<i16>(at, 10) = status;
+        const u32 old = word(8);
+        ++rsp_prod;
+        word(8) = rsp_prod;
+        if (wild || rsp_prod - word(12) < rsp_prod - old) {
+            ++rang;
+            xen.raise(port);
+        }
+    }
+
+    Xen& xen;
+    Offer offer;
+    std::string front, back;
+    std::vector<std::byte> disk;
+    std::byte* ring = nullptr;
+    std::vector<u32> refs;
+    u32 pages = 0, slots = 0, port = 0;
+    u32 req_cons = 0, rsp_prod = 0;
+    u32 at_once = ~0u;
+    bool keeps_mapped = false, hold_grants = false, dead = false, refuse_flush = false, sulks = false;
+    bool more_work = false, wild = false;
+    bool lazy = false; // asks for an event only when nothing is under way (QEMU), instead of whenever it has looked (Linux)
+    std::set<u32> mapped, all_refs;
+    std::map<u8, u64> served;
+    u64 indirect_served = 0, segment_count = 0, notified = 0, rang = 0, bad_grants = 0;
+    std::optional<u64> fail_sector, last_id;
+    Trick trick = Trick::none;
+    int after_good = 0;
+    u32 silent_for = 0;
+    std::vector<std::pair<u64, u8>> withheld;
+
+  private:
+    u32 domain_;
+    u32 wanted_state_ = 0;
+    u32 waited_ = 0;
+    bool frontend_changed_ = false;
+};
+
+struct Sink final : drivers::DiskSink {
+    bool offered(u32 number) override {
+        asked.push_back(number);
+        return offer;
+    }
+    Result<void> announce(io::BlockDevice& d, u32 number) override {
+        if (refuse) {
+            return Error{Code::busy, "somebody else has it"};
+        }
+        disk = &d;
+        slot = number;
+        return {};
+    }
+    bool offer = true, refuse = false;
+    std::vector<u32> asked;
+    io::BlockDevice* disk = nullptr;
+    u32 slot = 0;
+};
+
+/// A machine with one disk.
+struct DiskMachine : Machine {
+    explicit DiskMachine(const Offer& offer, u32 withheld = 0, u32 number = 51712)
+        : Machine(48u << 20), back(xen, offer, number), environment{executor, xen.memory, xen.interrupts, sink, 200'000'000, withheld} {
+        world.device = [this] { return back.step(); };
+        device.type.write("vbd");
+        device.address.write(std::to_string(number));
+        device.number = number;
+    }
+    Result<void> probe() {
+        EXPECT_TRUE(install());
+        EXPECT_TRUE(start());
+        return run(drivers::xen_blk::probe(environment, guest, device));
+    }
+    io::BlockDevice& disk() { return *sink.disk; }
+    DmaSpan buffer(u32 bytes) { return *xen.memory.allocate(bytes, ~u64{0}); }
+    Blkback back;
+    Sink sink;
+    drivers::Environment environment;
+    hv::SyntheticDevice device;
+};
+
+inline io::Task<Result<void>> read(io::BlockDevice& d, u64 lba, DmaSpan b) { co_return co_await d.read(lba, b); }
+inline io::Task<Result<void>> write(io::BlockDevice& d, u64 lba, DmaSpan b) { co_return co_await d.write(lba, b); }
+inline io::Task<Result<void>> flush(io::BlockDevice& d) { co_return co_await d.flush(); }
+inline io::Task<Result<void>> discard(io::BlockDevice& d, u64 lba, DmaSpan b) {
+    co_return co_await io::BlockDevice::Transfer(d, io::Op::discard, lba, b);
+}
+inline io::Task<Result<void>> sleep(io::Executor& e, Nanoseconds n) {
+    co_await e.sleep(n);
+    co_return Result<void>{};
+}
+
+} // namespace fake

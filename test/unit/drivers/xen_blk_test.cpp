@@ -1,0 +1,584 @@
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <gtest/gtest.h>
+#include <map>
+#include <optional>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import core.interrupt;
+import core.log;
+import core.cpuid;
+import io.executor;
+import io.task;
+import io.block;
+import hv.xen;
+import drivers.driver;
+import drivers.xen_blk;
+
+#include "unit/hv/xen_fake.hpp"
+// behind it
+#include "unit/drivers/xen_blk_fake.hpp"
+
+namespace {
+using namespace fl;
+using drivers::Feature;
+using fake::Blkback;
+using fake::DiskMachine;
+using fake::Offer;
+using Trick = Blkback::Trick;
+constexpr u32 without(Feature f) { return to_underlying(f); }
+
+struct Capture final : log::Sink {
+    Capture() { log::attach(*this); }
+    ~Capture() { log::detach(*this); }
+    void write(std::string_view t) override { text += t; }
+    std::string text;
+};
+
+// Writes random stretches, reads all back in other stretches, compares with a model and with the image.
+void verify(DiskMachine& m, u32 rounds = 60) {
+    io::BlockDevice& disk = m.disk();
+    const u32 sector = disk.geometry().sector_size;
+    const u64 sectors = disk.geometry().sectors;
+    std::mt19937_64 random(7);
+    std::vector<std::byte> model(m.back.disk);
+    DmaSpan buffer = m.buffer(512 * 1024);
+    for (u32 i = 0; i < rounds; ++i) {
+        const u64 lba = random() % sectors;
+        const u32 count = static_cast<u32>(std::min<u64>({1 + random() % (i % 3 == 0 ? 400 : 20), sectors - lba, 400u * 512 / sector}));
+        const u32 shift = static_cast<u32>(random() % 8 * 512 / sector * sector); // not at a page's beginning where that is allowed
+        DmaSpan span = buffer.subspan(shift, count * sector);
+        for (std::byte& b : span.bytes()) {
+            b = static_cast<std::byte>(random());
+        }
+        if (i % 2 == 0) {
+            std::memcpy(model.data() + lba * sector, span.data, span.size);
+            ASSERT_TRUE(m.run(fake::write(disk, lba, span)));
+        } else {
+            ASSERT_TRUE(m.run(fake::read(disk, lba, span)));
+            ASSERT_EQ(std::memcmp(model.data() + lba * sector, span.data, span.size), 0) << lba << "+" << count;
+        }
+    }
+    EXPECT_TRUE(model == m.back.disk);
+    EXPECT_EQ(m.back.bad_grants, 0u);
+    EXPECT_TRUE(m.run(fake::flush(disk)));
+}
+
+TEST(XenBlkProtocol, GoldenBytes) {
+    using namespace drivers::xen_blk;
+    auto bytes = [](const auto& v) { return std::string(reinterpret_cast<const char*>(&v), sizeof v); };
+    DirectRequest r{};
+    r.header = {Operation::write, 2, 0xca00, 0, 0x1122334455667788, 0x99};
+    r.segments[1] = {0x01020304, 3, 7, 0};
+    std::string golden("\x01\x02\x00\xca\0\0\0\0\x88\x77\x66\x55\x44\x33\x22\x11\x99\0\0\0\0\0\0\0", 24);
+    golden += std::string("\0\0\0\0\0\0\0\0\x04\x03\x02\x01\x03\x07\0\0", 16);
+    EXPECT_EQ(bytes(r).substr(0, 40), golden);
+    IndirectRequest i{Operation::indirect, Operation::read, 32, 0, 5, 6, 0xca00, 0, {0x0a0b0c0d}, 0};
+    EXPECT_EQ(bytes(i).substr(0, 32), std::string("\x06\0\x20\0\0\0\0\0\x05\0\0\0\0\0\0\0\x06\0\0\0\0\0\0\0\x00\xca\0\0\x0d\x0c\x0b\x0a", 32));
+    Response a;
+    std::memcpy(&a, "\x07\0\0\0\0\0\0\0\x03\0\xfe\xff\0\0\0\0", 16);
+    EXPECT_EQ(a.id, 7u);
+    EXPECT_EQ(a.operation, Operation::flush);
+    EXPECT_EQ(a.status, -2);
+}
+
+struct Variant {
+    const char* name;
+    Offer offer;
+    u32 withheld = 0;
+    std::string_view features;
+};
+class XenBlkVariant : public testing::TestWithParam<Variant> {};
+
+TEST_P(XenBlkVariant, VerifiesAndLeavesNothingGranted) {
+    const Variant& v = GetParam();
+    DiskMachine m(v.offer, v.withheld);
+    auto probed = m.probe();
+    ASSERT_TRUE(probed) << probed.error().message;
+    ASSERT_NE(m.sink.disk, nullptr);
+    EXPECT_EQ(m.disk().identity().features.view(), v.features);
+    EXPECT_EQ(m.disk().identity().name.view(), "xvda");
+    EXPECT_EQ(m.sink.slot, 0u);
+    EXPECT_EQ(m.back.state(), 4u);
+    EXPECT_EQ(m.back.front_state(), 4u);
+    const u32 before = m.xen.live_grants();
+    verify(m);
+    EXPECT_EQ(m.xen.live_grants(), before) << "what was granted for a request is taken back";
+    EXPECT_EQ(m.disk().counters().device_accesses, 0u);
+}
+
+const Variant variants[] = {
+    {"nothing", {.flush = false}, 0, "ring-pages=1"},
+    {"flush", {}, 0, "flush ring-pages=1"},
+    {"barrier_only", {.flush = false, .barrier = true}, 0, "barrier ring-pages=1"},
+    {"everything",
+     {.barrier = true, .discard = true, .persistent = true, .indirect = 256, .ring_order = 4},
+     0,
+     "flush discard persistent indirect ring-pages=4"},
+    {"persistent", {.persistent = true}, 0, "flush persistent ring-pages=1"},
+    {"indirect", {.indirect = 256}, 0, "flush indirect ring-pages=1"},
+    {"few_indirect", {.indirect = 20}, 0, "flush indirect ring-pages=1"},
+    {"useless_indirect", {.indirect = 8}, 0, "flush ring-pages=1"},
+    {"four_pages", {.ring_order = 2}, 0, "flush ring-pages=4"},
+    {"order_0", {.ring_order = 0}, 0, "flush ring-pages=1"},
+    {"old_ring_keys", {.ring_pages = 2}, 0, "flush ring-pages=2"},
+    {"sectors_4096", {.sector_size = 4096}, 0, "flush ring-pages=1"},
+    {"sectors_4096_all",
+     {.sector_size = 4096, .persistent = true, .indirect = 32, .ring_order = 1},
+     0,
+     "flush persistent indirect ring-pages=2"},
+    {"all_withheld",
+     {.barrier = true, .persistent = true, .indirect = 256, .ring_order = 4},
+     without(Feature::persistent) | without(Feature::indirect) | without(Feature::ring_pages) | without(Feature::flush) |
+         without(Feature::barrier),
+     "ring-pages=1"},
+    {"flush_withheld", {.barrier = true}, without(Feature::flush), "barrier ring-pages=1"},
+    {"garbage",
+     {.extra = {{"feature-barrier", "yes"},
+                {"feature-max-indirect-segments", "-3"},
+                {"physical-sector-size", "many"},
+                {"feature-persistent", "99999999999999999999999999"},
+                {"info", ""}}},
+     0,
+     "flush ring-pages=1"},
+    {"missing",
+     {.extra = {{"feature-barrier", "-"}, {"feature-flush-cache", "-"}, {"feature-persistent", "-"}, {"info", "-"}}},
+     0,
+     "ring-pages=1"},
+    {"slow", {.slow_states = 30}, 0, "flush ring-pages=1"},
+};
+INSTANTIATE_TEST_SUITE_P(All, XenBlkVariant, testing::ValuesIn(variants), [](const auto& info) { return info.param.name; });
+
+TEST(XenBlk, PublishesWhatTheBackEndReads) {
+    DiskMachine plain({.ring_order = 0});
+    ASSERT_TRUE(plain.probe());
+    EXPECT_TRUE(plain.back.has_front("ring-ref"));
+    EXPECT_FALSE(plain.back.has_front("ring-page-order"));
+    EXPECT_EQ(plain.xen.get(plain.back.front + "/feature-persistent"), "1");
+    DiskMachine large({.ring_order = 9}, without(Feature::persistent));
+    ASSERT_TRUE(large.probe());
+    EXPECT_FALSE(large.back.has_front("ring-ref"));
+    EXPECT_FALSE(large.back.has_front("num-ring-pages"));
+    EXPECT_EQ(large.back.front_number("ring-page-order"), 2u);
+    EXPECT_TRUE(large.back.has_front("ring-ref3"));
+    EXPECT_EQ(large.xen.get(large.back.front + "/feature-persistent"), "0");
+    DiskMachine old({.ring_pages = 16});
+    ASSERT_TRUE(old.probe());
+    EXPECT_EQ(old.back.front_number("num-ring-pages"), 4u);
+}
+
+TEST(XenBlk, GeometryInUnitsOfTheDisk) {
+    DiskMachine m({.sectors = 8 * 1000 + 5, .sector_size = 4096, .read_only = true, .extra = {{"physical-sector-size", "4096"}}});
+    ASSERT_TRUE(m.probe());
+    EXPECT_EQ(m.disk().geometry().sectors, 1000u);
+    EXPECT_EQ(m.disk().geometry().sector_size, 4096u);
+    EXPECT_TRUE(m.disk().geometry().read_only);
+    const DmaSpan buffer = m.buffer(8192);
+    EXPECT_EQ(m.run(fake::write(m.disk(), 0, buffer)).error().code, Code::bad_argument);
+    EXPECT_EQ(m.run(fake::read(m.disk(), 0, buffer.subspan(512, 4096))).error().code, Code::bad_argument) << "a segment must be aligned, too";
+    std::memset(m.back.disk.data() + 999 * 4096, 0x5a, 4096);
+    ASSERT_TRUE(m.run(fake::read(m.disk(), 999, buffer.subspan(0, 4096))));
+    EXPECT_EQ(buffer.data[4095], std::byte{0x5a});
+    DiskMachine r({.extra = {{"mode", "r"}}});
+    ASSERT_TRUE(r.probe());
+    EXPECT_TRUE(r.disk().geometry().read_only);
+}
+
+TEST(XenBlk, ImpossibleDisksAreRefused) {
+    for (const auto& [key, value] : std::vector<std::pair<std::string, std::string>>{{"sectors", "0"},
+                                                                                     {"sectors", "-"},
+                                                                                     {"sectors", "x"},
+                                                                                     {"sectors", "99999999999999999"},
+                                                                                     {"sector-size", "-"},
+                                                                                     {"sector-size", "520"},
+                                                                                     {"sector-size", "8192"},
+                                                                                     {"sector-size", "256"}}) {
+        SCOPED_TRACE(key + "=" + value);
+        DiskMachine m({.extra = {{key, value}}});
+        // A size that is not understood is a disk that is not understood: "not supported" leaves it alone, all else is an error.
+        static_cast<void>(m.probe());
+        EXPECT_EQ(m.sink.disk, nullptr);
+        EXPECT_EQ(m.back.front_state(), 6u);
+        EXPECT_EQ(m.xen.live_grants(), 0u);
+        EXPECT_FALSE(m.xen.open_ports.contains(m.back.port));
+        EXPECT_EQ(m.xen.memory.outstanding, 9u * 4096) << "only the shared page and the grant table are left";
+    }
+}
+
+TEST(XenBlk, CdromsAndStrangersAreLeftAlone) {
+    DiskMachine cdrom({.device_type = "cdrom"});
+    EXPECT_TRUE(cdrom.probe());
+    EXPECT_EQ(cdrom.sink.disk, nullptr);
+    EXPECT_EQ(cdrom.back.front_state(), 1u) << "untouched";
+    DiskMachine strange({}, 0, 4711);
+    EXPECT_TRUE(strange.probe());
+    EXPECT_TRUE(strange.sink.asked.empty());
+    DiskMachine taken({});
+    taken.sink.offer = false;
+    EXPECT_TRUE(taken.probe());
+    EXPECT_EQ(taken.back.front_state(), 1u);
+    DiskMachine busy({});
+    busy.sink.refuse = true;
+    EXPECT_EQ(busy.probe().error().code, Code::busy);
+    EXPECT_EQ(busy.back.front_state(), 6u);
+    EXPECT_EQ(busy.xen.live_grants(), 0u);
+    DiskMachine scsi({}, 0, 2048);
+    ASSERT_TRUE(scsi.probe());
+    EXPECT_EQ(scsi.sink.slot, drivers::DiskSink::no_twin);
+    DiskMachine hdc({}, 0, 5632);
+    ASSERT_TRUE(hdc.probe());
+    EXPECT_EQ(hdc.sink.slot, 2u);
+}
+
+TEST(XenBlk, ABackEndThatDoesNotConnectIsBounded) {
+    for (int variant = 0; variant < 3; ++variant) {
+        Offer offer{.never_connects = variant < 2, .closes_instead = variant == 2};
+        DiskMachine m(offer);
+        m.back.sulks = variant == 1;
+        const Instant before = m.world.now;
+        const auto probed = m.probe();
+        ASSERT_FALSE(probed);
+        EXPECT_EQ(probed.error().code, variant == 2 ? Code::device_gone : Code::timed_out);
+        EXPECT_LT(m.world.now - before, 1'500'000'000u);
+        EXPECT_EQ(m.sink.disk, nullptr);
+        if (variant != 1) {
+            EXPECT_EQ(m.xen.live_grants(), 0u);
+        }
+    }
+}
+
+TEST(XenBlk, ConnectsAfterSomebodyElse) {
+    DiskMachine m({});
+    m.xen.tree[m.back.front + "/state"] = "4"; // a loader left it connected
+    ASSERT_TRUE(m.probe());
+    verify(m, 6);
+}
+
+TEST(XenBlk, FlushDiscardAndTheirRefusal) {
+    DiskMachine m({.barrier = true, .discard = true});
+    ASSERT_TRUE(m.probe());
+    EXPECT_TRUE(m.run(fake::flush(m.disk())));
+    EXPECT_EQ(m.back.served[3], 1u);
+    EXPECT_EQ(m.back.served[2], 0u);
+    std::memset(m.back.disk.data(), 0xff, m.back.disk.size());
+    const DmaSpan buffer = m.buffer(8192);
+    EXPECT_TRUE(m.run(fake::discard(m.disk(), 16, buffer)));
+    EXPECT_EQ(m.back.disk[16 * 512], std::byte{0});
+    EXPECT_EQ(m.back.disk[31 * 512 + 511], std::byte{0});
+    EXPECT_EQ(m.back.disk[32 * 512], std::byte{0xff});
+    EXPECT_EQ(m.back.disk[15 * 512], std::byte{0xff});
+    m.back.refuse_flush = true;
+    EXPECT_EQ(m.run(fake::flush(m.disk())).error().code, Code::not_supported);
+    DiskMachine barrier({.flush = false, .barrier = true});
+    ASSERT_TRUE(barrier.probe());
+    EXPECT_TRUE(barrier.run(fake::flush(barrier.disk())));
+    EXPECT_EQ(barrier.back.served[2], 1u);
+    EXPECT_EQ(barrier.run(fake::discard(barrier.disk(), 0, buffer)).error().code, Code::not_supported);
+}
+
+TEST(XenBlk, SplitsIntoParts) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    const DmaSpan buffer = m.buffer(132 * 1024);
+    ASSERT_TRUE(m.run(fake::read(m.disk(), 0, buffer.subspan(0, 128 * 1024))));
+    EXPECT_EQ(m.back.served[0], 3u) << "11 + 11 + 10 pages";
+    EXPECT_EQ(m.back.segment_count, 32u);
+    ASSERT_TRUE(m.run(fake::read(m.disk(), 0, buffer.subspan(512, 128 * 1024))));
+    EXPECT_EQ(m.back.served[0], 6u);
+    EXPECT_EQ(m.back.segment_count, 32u + 33u) << "one page more; the parts meet where pages meet";
+    DiskMachine i({.indirect = 256});
+    ASSERT_TRUE(i.probe());
+    ASSERT_TRUE(i.run(fake::read(i.disk(), 0, i.buffer(128 * 1024))));
+    EXPECT_EQ(i.back.served[6], 1u);
+    ASSERT_TRUE(i.run(fake::read(i.disk(), 0, i.buffer(44 * 1024))));
+    EXPECT_EQ(i.back.served[0], 1u) << "what fits into a slot needs no page of segments";
+}
+
+// ---- many at once ----------------------------------------------------------------------------------------------------------------------------
+
+struct Load {
+    io::BlockDevice& disk;
+    u32 each;
+    u32 bytes;
+    bool writes;
+    u32 failed = 0;
+    Code code = Code::busy;
+};
+io::Task<Result<void>> worker(Load& load, DmaSpan buffer, u32 seed) {
+    std::minstd_rand random(seed + 1);
+    const u64 places = load.disk.geometry().sectors * load.disk.geometry().sector_size / load.bytes;
+    const u64 step = load.bytes / load.disk.geometry().sector_size;
+    for (u32 i = 0; i < load.each; ++i) {
+        const u64 lba = random() % places * step;
+        const auto done = load.writes ? co_await load.disk.write(lba, buffer) : co_await load.disk.read(lba, buffer);
+        if (!done) {
+            ++load.failed;
+            load.code = done.error().code;
+            co_return Result<void>{};
+        }
+    }
+    co_return Result<void>{};
+}
+struct Figures {
+    io::Counters counters;
+    u64 frames = 0;
+};
+io::Task<Result<void>> run_load(DiskMachine& m, Load& load, u32 depth, Figures& figures) {
+    io::TaskGroup group(m.executor);
+    for (u32 i = 0; i < depth; ++i) {
+        if (auto s = group.spawn(worker(load, m.buffer(load.bytes), i)); !s) {
+            co_return s;
+        }
+    }
+    const io::Counters before = load.disk.counters();
+    const u64 frames = io::frame_pool().allocations();
+    auto joined = co_await group.join();
+    figures = {load.disk.counters() - before, io::frame_pool().allocations() - frames};
+    co_return joined;
+}
+
+TEST(XenBlk, OneEventEachWayPerTransferAtDepthOne) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    Load load{m.disk(), 500, 4096, false};
+    Figures f;
+    ASSERT_TRUE(m.run(run_load(m, load, 1, f)));
+    EXPECT_EQ(f.counters.completed, 500u);
+    EXPECT_EQ(f.counters.notifications, 500u);
+    EXPECT_EQ(f.counters.hypercalls, 500u);
+    EXPECT_EQ(f.counters.interrupts, 500u);
+    EXPECT_EQ(f.counters.errors, 0u);
+    EXPECT_EQ(f.frames, 0u) << "no coroutine frame per transfer";
+    EXPECT_LE(m.back.all_refs.size(), 1u) << "the same grant again and again";
+}
+
+TEST(XenBlk, EventsAreRareAtDepth32) {
+    for (int variant = 0; variant < 4; ++variant) {
+        DiskMachine m({});
+        ASSERT_TRUE(m.probe());
+        m.back.lazy = variant % 2 != 0;
+        Load load{m.disk(), 100, 4096, variant >= 2};
+        Figures f;
+        ASSERT_TRUE(m.run(run_load(m, load, 32, f)));
+        EXPECT_EQ(f.counters.completed, 3200u);
+        EXPECT_LE(f.counters.notifications, 320u);
+        EXPECT_LE(f.counters.interrupts, 320u);
+        EXPECT_EQ(f.counters.hypercalls, f.counters.notifications);
+        EXPECT_EQ(f.frames, 0u);
+    }
+}
+
+TEST(XenBlk, MoreThanTheRingHolds) {
+    for (Offer offer :
+         {Offer{}, Offer{.persistent = true}, Offer{.indirect = 256, .ring_order = 2}, Offer{.persistent = true, .indirect = 64}}) {
+        DiskMachine m(offer);
+        ASSERT_TRUE(m.probe());
+        m.back.at_once = 5;
+        m.back.lazy = true;
+        Load load{m.disk(), 6, 256 * 1024, false};
+        Figures f;
+        ASSERT_TRUE(m.run(run_load(m, load, 24, f)));
+        EXPECT_EQ(load.failed, 0u);
+        EXPECT_EQ(f.counters.completed, 144u);
+        if (offer.persistent) {
+            EXPECT_LE(m.back.all_refs.size(), 512u);
+        }
+    }
+}
+
+// ---- a back end that misbehaves --------------------------------------------------------------------------------------------------------------
+
+TEST(XenBlkHostile, TheFirstBrokenRuleClosesTheDisk) {
+    struct Case {
+        Trick trick;
+        const char* rule;
+    };
+    for (const Case& c :
+         {Case{Trick::unknown_id, "id that is not under way"}, Case{Trick::repeated_id, "id that is not under way"},
+          Case{Trick::far_ahead, "ring is broken"}, Case{Trick::behind, "ring is broken"}, Case{Trick::wrong_operation, "another operation"},
+          Case{Trick::bad_status, "status that the block interface"}, Case{Trick::unasked, ""}}) {
+        SCOPED_TRACE(c.rule);
+        DiskMachine m({});
+        ASSERT_TRUE(m.probe());
+        Capture log;
+        m.back.after_good = 50;
+        m.back.trick = c.trick;
+        Load load{m.disk(), 100, 4096, false};
+        Figures f;
+        const Instant before = m.world.now;
+        ASSERT_TRUE(m.run(run_load(m, load, 8, f)));
+        EXPECT_EQ(load.failed, 8u) << "every request ends";
+        EXPECT_TRUE(load.code == Code::protocol || load.code == Code::device_gone);
+        EXPECT_LT(m.world.now - before, 150'000'000u) << "at once";
+        const usize closed = log.text.find("xvda: closed");
+        ASSERT_NE(closed, std::string::npos) << log.text;
+        EXPECT_EQ(log.text.find("xvda: closed", closed + 1), std::string::npos) << "one line";
+        EXPECT_NE(log.text.find(c.rule), std::string::npos) << log.text;
+        EXPECT_EQ(m.run(fake::read(m.disk(), 0, m.buffer(4096))).error().code, Code::device_gone);
+        ASSERT_TRUE(m.run(fake::sleep(m.executor, 500'000'000))); // the keeper takes it from the bus
+        EXPECT_EQ(m.back.front_state(), 6u);
+        EXPECT_EQ(m.xen.live_grants(), 0u);
+    }
+}
+
+TEST(XenBlkHostile, AnAnswerThatChangesAfterwardsChangesNothing) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    auto step = m.world.device;
+    m.world.device = [&] { // scribbles over every answer that has been taken
+        const bool did = m.back.step();
+        if (m.back.ring != nullptr && !did) {
+            for (u32 i = 0; i < m.back.slots; ++i) {
+                if (m.back.rsp_prod == m.back.req_cons) {
+                    std::memset(m.back.slot(i), 0xee, 16);
+                }
+            }
+        }
+        return did;
+    };
+    // The scribbling happens between turns, after the answers were published: the driver must have copied them or close the disk, never more.
+    static_cast<void>(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
+    static_cast<void>(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
+    EXPECT_EQ(m.disk().counters().completed, 2u);
+}
+
+TEST(XenBlkHostile, ErrorsAreTheRequestsOwn) {
+    DiskMachine m({.indirect = 256});
+    ASSERT_TRUE(m.probe());
+    m.back.fail_sector = 100;
+    EXPECT_EQ(m.run(fake::read(m.disk(), 0, m.buffer(256 * 1024))).error().code, Code::io) << "one part of several";
+    EXPECT_EQ(m.run(fake::read(m.disk(), 96, m.buffer(4096))).error().code, Code::io);
+    EXPECT_TRUE(m.run(fake::read(m.disk(), 104, m.buffer(4096))));
+    EXPECT_EQ(m.disk().counters().errors, 2u);
+}
+
+TEST(XenBlkHostile, AStormOfEventsIsSurvived) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    u64 storm = 0;
+    m.world.device = [&] {
+        const bool did = m.back.step();
+        if (m.back.ring != nullptr && storm < 100'000) {
+            ++storm;
+            m.xen.raise(m.back.port);
+            return true;
+        }
+        return did;
+    };
+    Load load{m.disk(), 50, 4096, false};
+    Figures f;
+    ASSERT_TRUE(m.run(run_load(m, load, 4, f)));
+    EXPECT_EQ(load.failed, 0u);
+    const u64 before = m.disk().counters().interrupts;
+    const Instant then = m.world.now;
+    ASSERT_TRUE(m.run(fake::sleep(m.executor, 100'000'000)));
+    const u64 ticks = (m.world.now - then) / io::Executor::tick_length + 2;
+    EXPECT_LE(m.disk().counters().interrupts - before, ticks * (drivers::xen_blk::Disk::max_idle_events + 1));
+    EXPECT_TRUE(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
+}
+
+TEST(XenBlkHostile, ALateAnswerIsKnownByItsId) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    m.back.silent_for = 1;
+    const DmaSpan buffer = m.buffer(4096);
+    io::BlockDevice::Transfer lost(m.disk(), io::Op::read, 0, buffer);
+    m.disk().submit(lost);
+    for (int i = 0; i < 30; ++i) { // others are answered meanwhile: the back end is not dead
+        ASSERT_TRUE(m.run(fake::read(m.disk(), 8, m.buffer(4096))));
+        ASSERT_TRUE(m.run(fake::sleep(m.executor, 10'000'000)));
+    }
+    EXPECT_FALSE(lost.pending());
+    EXPECT_EQ(lost.status, io::Status::timed_out);
+    EXPECT_FALSE(lost.buffer_lost) << "the grant could be ended: nobody can write there any more";
+    ASSERT_EQ(m.back.withheld.size(), 1u);
+    m.back.respond(m.back.withheld[0].first, m.back.withheld[0].second, 0);
+    ASSERT_TRUE(m.run(fake::read(m.disk(), 8, m.buffer(4096))));
+    m.back.respond(m.back.withheld[0].first, m.back.withheld[0].second, 0); // but not twice
+    EXPECT_FALSE(m.run(fake::read(m.disk(), 8, m.buffer(4096))));
+}
+
+TEST(XenBlkHostile, AMappedBufferIsLostWhenTheRequestTimesOut) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    m.back.hold_grants = true;
+    m.back.dead = false;
+    m.back.silent_for = 1000;
+    const DmaSpan buffer = m.buffer(4096);
+    io::BlockDevice::Transfer lost(m.disk(), io::Op::read, 0, buffer);
+    m.disk().submit(lost);
+    ASSERT_TRUE(m.run(fake::sleep(m.executor, 400'000'000)));
+    EXPECT_FALSE(lost.pending());
+    EXPECT_EQ(lost.status, io::Status::timed_out);
+    EXPECT_TRUE(lost.buffer_lost);
+    EXPECT_EQ(m.run(fake::read(m.disk(), 0, m.buffer(4096))).error().code, Code::device_gone) << "a dead back end closes the disk";
+}
+
+TEST(XenBlkHostile, ADeadBackEndClosesTheDiskWithinTheBound) {
+    DiskMachine m({.persistent = true});
+    ASSERT_TRUE(m.probe());
+    m.back.dead = true;
+    Load load{m.disk(), 100, 64 * 1024, true};
+    Figures f;
+    const Instant before = m.world.now;
+    ASSERT_TRUE(m.run(run_load(m, load, 40, f)));
+    EXPECT_EQ(load.failed, 40u);
+    EXPECT_LT(m.world.now - before, 450'000'000u);
+}
+
+TEST(XenBlkHostile, ABackEndThatClosesEndsEverything) {
+    for (u32 state : {5u, 6u, 0u, 77u}) {
+        DiskMachine m({});
+        ASSERT_TRUE(m.probe());
+        m.back.silent_for = 4;
+        bool closed = false;
+        m.world.device = [&] {
+            if (m.back.withheld.size() == 4 && !std::exchange(closed, true)) {
+                m.back.go(state);
+                return true;
+            }
+            return m.back.step();
+        };
+        Load load{m.disk(), 1, 4096, false};
+        Figures f;
+        const Instant before = m.world.now;
+        ASSERT_TRUE(m.run(run_load(m, load, 4, f)));
+        EXPECT_EQ(load.failed, 4u);
+        if (state == 77) {
+            EXPECT_EQ(load.code, Code::timed_out) << "a state without a meaning means nothing";
+        } else {
+            EXPECT_EQ(load.code, Code::device_gone);
+            EXPECT_LT(m.world.now - before, 150'000'000u) << "at once";
+        }
+    }
+}
+
+TEST(XenBlk, CancelAndForget) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    m.back.silent_for = 1;
+    const DmaSpan buffer = m.buffer(1024 * 1024);
+    {
+        io::BlockDevice::Transfer big(m.disk(), io::Op::read, 0, buffer); // 24 of 32 slots
+        io::BlockDevice::Transfer more(m.disk(), io::Op::read, 0, buffer);
+        io::BlockDevice::Transfer last(m.disk(), io::Op::read, 0, buffer);
+        m.disk().submit(big);
+        m.disk().submit(more);
+        m.disk().submit(last);
+        EXPECT_TRUE(m.disk().cancel(last));
+        EXPECT_EQ(last.status, io::Status::cancelled);
+        EXPECT_FALSE(m.disk().cancel(big)) << "the other side has it";
+    } // both are forgotten
+    EXPECT_TRUE(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
+    EXPECT_EQ(m.xen.live_grants(), 1u) << "only the ring";
+}
+} // namespace

@@ -1,0 +1,327 @@
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <gtest/gtest.h>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import core.interrupt;
+import core.log;
+import core.cpuid;
+import io.executor;
+import io.task;
+import hv.xen;
+
+#include "unit/hv/xen_fake.hpp"
+
+namespace {
+using namespace fl;
+using hv::xen::Port;
+
+TEST(XenBackend, InstallsInOrder) {
+    fake::Machine m;
+    ASSERT_TRUE(m.install());
+    EXPECT_EQ(m.guest.version(), 4u << 16 | 17u);
+    EXPECT_NE(m.xen.shared, nullptr);
+    for (u32 word = 0; word < 64; ++word) {
+        EXPECT_EQ(m.xen.mask(word), ~u64{0}) << "every port is masked before the first upcall can come";
+    }
+    EXPECT_NE(m.xen.grant_frames[7], nullptr);
+    EXPECT_EQ(m.xen.grant_frames[8], nullptr);
+    EXPECT_EQ(m.guest.grants().available(), 8 * 512u - 8u);
+    EXPECT_EQ(m.guest.tsc_hz(), 2'500'000'000u);
+    EXPECT_EQ(m.guest.clock_name(), "xen cpuid");
+    ASSERT_TRUE(m.start());
+    EXPECT_EQ(m.xen.callback, u64{2} << 56 | 0x40u);
+    EXPECT_FALSE(m.xen.interrupts.eoi);
+    EXPECT_EQ(m.guest.upcall(), hv::Xen::Upcall::vector);
+    EXPECT_GE(m.guest.hypercalls(), 12u);
+}
+
+TEST(XenBackend, TakesTheLocalApicsVectorWhereXenHasNoOther) {
+    for (bool announced : {false, true}) {
+        fake::Machine m;
+        m.xen.features = announced ? 1u << 2 | 1u << 8 : 1u << 2;
+        ASSERT_TRUE(m.install());
+        m.xen.set_param_answer = announced ? -22 : 0;
+        ASSERT_TRUE(m.start());
+        EXPECT_EQ(m.xen.upcall_vector, 0x40);
+        EXPECT_TRUE(m.xen.interrupts.eoi);
+        EXPECT_EQ(m.guest.upcall(), hv::Xen::Upcall::apic_vector);
+    }
+}
+
+TEST(XenBackend, RefusesWhatItCannotUse) {
+    {
+        fake::Machine m;
+        m.xen.sightings.count = 0;
+        EXPECT_EQ(m.install().error().code, Code::not_found);
+    }
+    {
+        fake::Machine m;
+        m.xen.cpuid.leaves[1].value.eax = 0;
+        EXPECT_EQ(m.install().error().code, Code::protocol);
+    }
+    {
+        fake::Machine m;
+        m.xen.version = -38;
+        EXPECT_EQ(m.install().error().code, Code::not_supported);
+    }
+    {
+        fake::Machine m;
+        m.xen.features = 0;
+        EXPECT_EQ(m.install().error().code, Code::not_supported);
+    }
+    {
+        fake::Machine m;
+        m.xen.grant_frames_limit = 0;
+        EXPECT_EQ(m.install().error().code, Code::exhausted);
+    }
+    { // no store: no devices, no error
+        fake::Machine m;
+        m.xen.has_store = false;
+        ASSERT_TRUE(m.install());
+        ASSERT_TRUE(m.start());
+        hv::DeviceList list;
+        EXPECT_TRUE(m.run(m.guest.enumerate(list)));
+        EXPECT_EQ(list.count, 0u);
+    }
+}
+
+TEST(XenBackend, ClockFromTheSharedPage) {
+    // 2^31 / 2^32 of a nanosecond per cycle, shifted by one: 1 GHz.
+    const auto install = [](u32 mul, i8 shift, u32 version) {
+        fake::Machine n;
+        n.xen.cpuid.leaf_count = 2;
+        auto gate = n.xen.gate();
+        struct Both {
+            fake::Xen* xen;
+            u32 mul;
+            i8 shift;
+            u32 version;
+        } both{&n.xen, mul, shift, version};
+        gate.context = &both;
+        gate.call = [](void* self, u32 number, u64 a, u64 b, u64 c, u64, u64) {
+            Both& x = *static_cast<Both*>(self);
+            const i64 answer = x.xen->hypercall(number, a, b, c);
+            if (x.xen->shared != nullptr) {
+                const u64 at = reinterpret_cast<u64>(x.xen->shared) + 32;
+                fake::Xen::field<u32>(at, 0) = x.version;
+                fake::Xen::field<u32>(at, 24) = x.mul;
+                fake::Xen::field<i8>(at, 28) = x.shift;
+            }
+            return answer;
+        };
+        n.guest.set_gate(gate);
+        EXPECT_TRUE(n.install());
+        return n.guest.tsc_hz();
+    };
+    EXPECT_EQ(install(0x80000000, 1, 4), 1'000'000'000u);
+    EXPECT_EQ(install(0x80000000, -1, 4), 4'000'000'000u);
+    EXPECT_EQ(install(0x80000000, 1, 5), std::nullopt) << "an odd version: being written";
+    EXPECT_EQ(install(0, 0, 4), std::nullopt);
+    EXPECT_EQ(install(0x80000000, 77, 4), std::nullopt);
+}
+
+TEST(XenBackend, EndsTheMachine) {
+    fake::Machine m;
+    EXPECT_EQ(m.guest.power_off().code, Code::not_supported);
+    ASSERT_TRUE(m.install());
+    static_cast<void>(m.guest.power_off());
+    EXPECT_EQ(m.xen.shutdown_reason, 0u);
+    static_cast<void>(m.guest.reboot());
+    EXPECT_EQ(m.xen.shutdown_reason, 1u);
+    m.xen.console_answer = 0;
+    static_cast<void>(m.guest.crash("oh no"));
+    EXPECT_EQ(m.xen.shutdown_reason, 3u);
+    EXPECT_EQ(m.xen.console, "oh no\n");
+}
+
+TEST(XenBackend, Console) {
+    fake::Machine m;
+    ASSERT_TRUE(m.install());
+    EXPECT_EQ(m.guest.console(), nullptr) << "no such hypercall: KVM's emulation";
+    m.xen.console_answer = -1;
+    m.guest.console()->write("ab");
+    ASSERT_EQ(m.xen.cpu.writes.size(), 2u);
+    EXPECT_EQ(m.xen.cpu.writes[1], (std::pair<u16, u32>{0xe9, 'b'}));
+    m.xen.console_answer = 0;
+    m.guest.console()->write("xyz");
+    EXPECT_EQ(m.xen.console, "xyz");
+}
+
+TEST(XenBackend, UnplugsEmulatedDevices) {
+    using Writes = std::vector<std::pair<u16, u32>>;
+    {
+        fake::Machine m;
+        ASSERT_TRUE(m.install());
+        EXPECT_TRUE(m.guest.unplug({.disks = true, .nvme = true}));
+        EXPECT_EQ(m.xen.cpu.writes, (Writes{{0x12, 0xffff}, {0x10, 1}, {0x10, 9}}));
+    }
+    {
+        fake::Machine m;
+        m.xen.cpu.unplug_version = 0;
+        ASSERT_TRUE(m.install());
+        EXPECT_TRUE(m.guest.unplug({.nics = true}));
+        EXPECT_EQ(m.xen.cpu.writes, (Writes{{0x10, 2}}));
+    }
+    {
+        fake::Machine m;
+        m.xen.cpu.refuse_drivers = true;
+        ASSERT_TRUE(m.install());
+        EXPECT_EQ(m.guest.unplug({.disks = true}).error().code, Code::not_supported);
+        EXPECT_EQ(m.xen.cpu.writes, (Writes{{0x12, 0xffff}, {0x10, 1}})) << "nothing was taken away";
+    }
+    {
+        fake::Machine m;
+        m.xen.cpu.unplug_magic = 0xffff;
+        ASSERT_TRUE(m.install());
+        EXPECT_EQ(m.guest.unplug({.disks = true}).error().code, Code::not_supported);
+        EXPECT_TRUE(m.xen.cpu.writes.empty());
+    }
+}
+
+// ---- event channels --------------------------------------------------------------------------------------------------------------------------
+
+void count(void* n) { ++*static_cast<int*>(n); }
+
+TEST(XenEvents, UpcallFindsTheHandlers) {
+    fake::Machine m;
+    ASSERT_TRUE(m.install() && m.start());
+    int a = 0;
+    int b = 0;
+    ASSERT_TRUE(m.guest.bind(Port{70}, count, &a));
+    ASSERT_TRUE(m.guest.bind(Port{3}, count, &b));
+    EXPECT_EQ(m.guest.bind(Port{3}, count, &b).error().code, Code::busy);
+    EXPECT_EQ(m.guest.bind(Port{0}, count, &b).error().code, Code::exhausted);
+    EXPECT_EQ(m.guest.bind(Port{512}, count, &b).error().code, Code::exhausted);
+    m.xen.raise(70);
+    EXPECT_FALSE(m.xen.deliver()) << "masked until unmask()";
+    EXPECT_TRUE(m.guest.unmask(Port{70})) << "came in the meantime";
+    EXPECT_FALSE(m.guest.unmask(Port{70}));
+    EXPECT_FALSE(m.guest.unmask(Port{3}));
+    m.xen.raise(70);
+    m.xen.raise(3);
+    m.xen.raise(3);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(a, 1);
+    EXPECT_EQ(b, 1);
+    EXPECT_EQ(m.xen.upcall_pending(), 0);
+    EXPECT_EQ(m.xen.selector(), 0u);
+    EXPECT_EQ(m.xen.pending(0) | m.xen.pending(1), 0u);
+    m.guest.mask(Port{70});
+    m.xen.raise(70);
+    EXPECT_FALSE(m.xen.deliver());
+    m.guest.unbind(Port{70});
+    EXPECT_EQ(m.xen.pending(1), 0u);
+    EXPECT_EQ(m.xen.mask(1) >> 6 & 1, 1u);
+}
+
+TEST(XenEvents, AStormIsBoundedAndAStrayEventIsMasked) {
+    struct Storm {
+        fake::Machine m;
+        int rings = 0;
+    } s;
+    ASSERT_TRUE(s.m.install() && s.m.start());
+    ASSERT_TRUE(s.m.guest.bind(
+        Port{9},
+        [](void* c) {
+            Storm& storm = *static_cast<Storm*>(c);
+            ++storm.rings;
+            storm.m.xen.raise(9); // rings again while it is answered
+        },
+        &s));
+    static_cast<void>(s.m.guest.unmask(Port{9}));
+    s.m.xen.raise(9);
+    EXPECT_TRUE(s.m.xen.deliver());
+    EXPECT_EQ(s.rings, static_cast<int>(hv::xen::Events::max_passes));
+    EXPECT_EQ(s.m.xen.upcall_pending(), 1) << "and the next one is not lost";
+    s.m.guest.mask(Port{9});
+    EXPECT_TRUE(s.m.xen.deliver());
+
+    s.m.xen.mask(2) &= ~(u64{1} << 5);
+    s.m.xen.raise(2 * 64 + 5);
+    EXPECT_TRUE(s.m.xen.deliver());
+    EXPECT_EQ(s.m.guest.events().unexpected(), 1u);
+    EXPECT_EQ(s.m.xen.mask(2), ~u64{0});
+}
+
+// ---- grants
+// --------------------------------------------------------------------------------------------------------------------------------------
+
+TEST(XenGrants, EntriesAndTheirEnd) {
+    alignas(8) static std::array<unsigned char, 4096> table{};
+    table.fill(0);
+    table[20 * 8] = 1; // entry 20 is a loader's
+    static hv::xen::Grants grants;
+    grants.install({reinterpret_cast<hv::xen::GrantEntry*>(table.data()), 512});
+    EXPECT_EQ(grants.available(), 512u - 8 - 1);
+    std::set<u32> seen;
+    while (grants.available() != 0) {
+        seen.insert(*grants.take());
+    }
+    EXPECT_EQ(grants.take().error().code, Code::exhausted);
+    EXPECT_FALSE(seen.contains(7));
+    EXPECT_FALSE(seen.contains(20));
+    EXPECT_TRUE(seen.contains(8) && seen.contains(511));
+
+    grants.grant(9, 0x0102, 0xaabbccdd, true);
+    const std::array<unsigned char, 8> golden{0x05, 0x00, 0x02, 0x01, 0xdd, 0xcc, 0xbb, 0xaa};
+    EXPECT_EQ(std::memcmp(table.data() + 72, golden.data(), 8), 0);
+    grants.grant(10, 0, 1, false);
+    EXPECT_EQ(table[80], 1);
+
+    EXPECT_TRUE(grants.release(9));
+    EXPECT_EQ(table[72], 0);
+    EXPECT_EQ(*grants.take(), 9u);
+
+    table[80] |= 0x08; // mapped for reading
+    EXPECT_FALSE(grants.release(10));
+    EXPECT_EQ(table[80], 9) << "the permission stays while the page is mapped";
+    EXPECT_EQ(grants.in_quarantine(), 1u);
+    EXPECT_EQ(grants.available(), 0u);
+    for (int i = 0; i < 16; ++i) {
+        grants.sweep();
+    }
+    EXPECT_EQ(grants.available(), 0u) << "never used again while it is mapped";
+    table[80] = 1;
+    for (int i = 0; i < 16; ++i) {
+        grants.sweep();
+    }
+    EXPECT_EQ(grants.in_quarantine(), 0u);
+    EXPECT_EQ(*grants.take(), 10u);
+    EXPECT_EQ(table[80], 0);
+}
+
+TEST(XenBus, DiskNumbersAndNames) {
+    using Kind = hv::xen::VirtualDisk::Kind;
+    auto check = [](u64 number, Kind kind, u32 disk, u32 partition, std::string_view name) {
+        const auto v = hv::xen::virtual_disk(number);
+        ASSERT_TRUE(v) << number;
+        EXPECT_EQ(v->kind, kind);
+        EXPECT_EQ(v->disk, disk);
+        EXPECT_EQ(v->partition, partition);
+        EXPECT_EQ(hv::xen::disk_name(*v).view(), name);
+    };
+    check(51712, Kind::xvd, 0, 0, "xvda");
+    check(51728, Kind::xvd, 1, 0, "xvdb");
+    check(51729, Kind::xvd, 1, 1, "xvdb1");
+    check(768, Kind::ide, 0, 0, "xvda");
+    check(832, Kind::ide, 1, 0, "xvdb");
+    check(5632, Kind::ide, 2, 0, "xvdc");
+    check(5696, Kind::ide, 3, 0, "xvdd");
+    check(2048 + 16, Kind::scsi, 1, 0, "xvdb");
+    check(268435456 + 26 * 256, Kind::xvd, 26, 0, "xvdaa");
+    check(268435456 + 536 * 256 + 37, Kind::xvd, 536, 37, "xvdtq37");
+    EXPECT_FALSE(hv::xen::virtual_disk(768 + 128));
+    EXPECT_FALSE(hv::xen::virtual_disk(0));
+    EXPECT_FALSE(hv::xen::virtual_disk(u64{2} << 28));
+}
+} // namespace

@@ -1,0 +1,497 @@
+// A Xen for tests: guest memory, hypercalls, event channels, a XenStore server and its page. Typed from the specifications, not from the
+// kernel's structures. Include after the imports.
+#pragma once
+
+namespace fake {
+using namespace fl;
+
+/// Guest memory from `base` on. Pages are handed out once; what is given back is counted.
+class Memory final : public DmaAllocator, public hv::PhysicalMemory {
+  public:
+    static constexpr u64 base = 0x10000000;
+    explicit Memory(usize bytes) : storage_(bytes + 4096) {
+        first_ = reinterpret_cast<std::byte*>((reinterpret_cast<u64>(storage_.data()) + 4095) & ~u64{4095});
+        size_ = bytes;
+    }
+    Result<DmaSpan> allocate(u32 size, u64) override {
+        size = (size + 4095) & ~4095u;
+        if (used_ + size > size_ || refuse) {
+            return Error{Code::exhausted, "test memory is full"};
+        }
+        DmaSpan span{first_ + used_, base + used_, size};
+        std::memset(span.data, 0, size);
+        used_ += size;
+        outstanding += size;
+        return span;
+    }
+    void free(DmaSpan span) override { outstanding -= (span.size + 4095) & ~4095u; }
+    Result<std::byte*> map(u64 physical, u64) override { return at(physical); }
+    u64 physical_of(const void* address) override { return base + static_cast<u64>(static_cast<const std::byte*>(address) - first_); }
+    std::byte* at(u64 physical) const { return first_ + (physical - base); }
+    u64 outstanding = 0;
+    bool refuse = false;
+
+  private:
+    std::vector<std::byte> storage_;
+    std::byte* first_ = nullptr;
+    usize size_ = 0;
+    usize used_ = 0;
+};
+
+class Cpu final : public hv::Privileged {
+  public:
+    u64 read_msr(u32) override { return 0; }
+    void write_msr(u32 msr, u64 value) override { msrs[msr] = value; }
+    u8 in8(u16 port) override { return port == 0x12 ? unplug_version : 0xff; }
+    u16 in16(u16 port) override { return port == 0x10 ? unplug_magic : 0xffff; }
+    u32 in32(u16) override { return ~u32{0}; }
+    void out8(u16 port, u8 value) override { writes.push_back({port, value}); }
+    void out16(u16 port, u16 value) override { writes.push_back({port, value}); }
+    void out32(u16 port, u32 value) override {
+        writes.push_back({port, value});
+        if (port == 0x10 && refuse_drivers) {
+            unplug_magic = 0xd249;
+        }
+    }
+    std::map<u32, u64> msrs;
+    std::vector<std::pair<u16, u32>> writes;
+    u8 unplug_version = 1;
+    u16 unplug_magic = 0x49d2;
+    bool refuse_drivers = false;
+};
+
+class Interrupts final : public InterruptController {
+  public:
+    Result<void> attach_line(InterruptLine, InterruptHandler, void*) override { return {}; }
+    void detach_line(InterruptLine, InterruptHandler, void*) override {}
+    Result<InterruptVector> attach_vector(InterruptHandler h, void* c, bool e) override {
+        handler = h;
+        context = c;
+        eoi = e;
+        ++attached;
+        return InterruptVector{0x40, 0};
+    }
+    void detach_vector(InterruptVector) override { handler = nullptr; }
+    InterruptHandler handler = nullptr;
+    void* context = nullptr;
+    bool eoi = false;
+    int attached = 0;
+};
+
+/// The hypervisor and the store's domain. `step()` lets the other domains work; true: something happened.
+class Xen {
+  public:
+    static constexpr u32 store_port = 1;
+    explicit Xen(usize bytes = 48u << 20) : memory(bytes) {
+        auto page = memory.allocate(4096, ~u64{0});
+        store_page = page->data;
+        store_frame = page->bus / 4096;
+        memory.outstanding = 0;
+        // Somebody has used the rings before: the positions do not begin at 0.
+        for (u32 offset : {2048u, 2052u, 2056u, 2060u}) {
+            store_word(offset) = 0xfffffff0;
+        }
+        cpuid.leaves[0] = {0x40000000, 0, {0x40000005, 0x566e6558, 0x65584d4d, 0x4d4d566e}};
+        cpuid.leaves[1] = {0x40000002, 0, {1, 0x40000200, 0, 0}};
+        cpuid.leaves[2] = {0x40000003, 0, {0, 0, 2'500'000, 0}};
+        cpuid.leaf_count = 3;
+        sightings.list[0] = {hv::VmGuest::xen, 0x40000000, 0x40000005, FixedText<12>("XenVMMXenVMM"), 4u << 16 | 17, 0, 0, 0};
+        sightings.count = 1;
+        sightings.hypervisor_bit = true;
+    }
+
+    hv::xen::Gate gate() {
+        return {this, [](void* self, u32 n, u64 a, u64 b, u64 c, u64, u64) { return static_cast<Xen*>(self)->hypercall(n, a, b, c); }, nullptr};
+    }
+
+    template <class T>
+    static T& field(u64 address, usize offset) {
+        return *reinterpret_cast<T*>(address + offset);
+    }
+
+    i64 hypercall(u32 number, u64 a, u64 b, u64 c) {
+        ++calls[number];
+        switch (number) {
+        case 17: // xen_version
+            if (a == 0) {
+                return version;
+            }
+            field<u32>(b, 4) = features;
+            return 0;
+        case 12: { // memory_op
+            if (a != 7) {
+                return -38;
+            }
+            const u32 space = field<u32>(b, 4);
+            const u64 index = field<u64>(b, 8);
+            std::byte* page = memory.at(field<u64>(b, 16) * 4096);
+            if (space == 0) {
+                shared = page;
+                return 0;
+            }
+            if (space != 1 || index >= grant_frames_limit) {
+                return -22;
+            }
+            grant_frames[index] = page;
+            return 0;
+        }
+        case 20: // grant_table_op query_size
+            if (a != 6 || c != 1) {
+                return -38;
+            }
+            field<u32>(b, 4) = 1;
+            field<u32>(b, 8) = grant_frames_limit;
+            field<i16>(b, 12) = 0;
+            return 0;
+        case 34: // hvm_op
+            if (a == 23) {
+                upcall_vector = field<u8>(b, 4);
+                return 0;
+            }
+            if (a == 0) {
+                if (field<u32>(b, 4) == 0) {
+                    callback = field<u64>(b, 8);
+                }
+                return set_param_answer;
+            }
+            switch (field<u32>(b, 4)) {
+            case 1: field<u64>(b, 8) = has_store ? store_frame : 0; return 0;
+            case 2: field<u64>(b, 8) = has_store ? store_port : 0; return 0;
+            default: return -22;
+            }
+        case 29: // sched_op
+            if (a == 2) {
+                shutdown_reason = field<u32>(b, 0);
+            }
+            return 0;
+        case 18: // console_io
+            if (console_answer >= 0) {
+                console.append(reinterpret_cast<const char*>(c), b);
+            }
+            return console_answer;
+        case 32: return event_op(a, b);
+        default: return -38;
+        }
+    }
+
+    i64 event_op(u64 op, u64 b) {
+        switch (op) {
+        case 6: // alloc_unbound
+            if (next_port >= 400) {
+                return -28;
+            }
+            field<u32>(b, 4) = next_port;
+            open_ports.insert(next_port);
+            return (next_port++, 0);
+        case 4: { // send
+            const u32 port = field<u32>(b, 0);
+            if (port == store_port) {
+                store_rung = true;
+                return 0;
+            }
+            if (!open_ports.contains(port)) {
+                return -22;
+            }
+            ++sends[port];
+            return 0;
+        }
+        case 3: { // close
+            const u32 port = field<u32>(b, 0);
+            open_ports.erase(port);
+            return 0;
+        }
+        default: return -38;
+        }
+    }
+
+    // ---- events: shared info by offsets ----
+    u64& pending(u32 word) { return field<u64>(reinterpret_cast<u64>(shared), 0x800 + word * 8); }
+    u64& mask(u32 word) { return field<u64>(reinterpret_cast<u64>(shared), 0xa00 + word * 8); }
+    u8& upcall_pending() { return field<u8>(reinterpret_cast<u64>(shared), 0); }
+    u64& selector() { return field<u64>(reinterpret_cast<u64>(shared), 8); }
+    void raise(u32 port) {
+        const u64 bit = u64{1} << port % 64;
+        if ((pending(port / 64) & bit) != 0) {
+            return;
+        }
+        pending(port / 64) |= bit;
+        if ((mask(port / 64) & bit) != 0) {
+            return;
+        }
+        selector() |= u64{1} << port / 64;
+        upcall_pending() = 1;
+    }
+    bool deliver() {
+        if (shared == nullptr || upcall_pending() == 0 || interrupts.handler == nullptr) {
+            return false;
+        }
+        ++upcalls;
+        interrupts.handler(interrupts.context);
+        return true;
+    }
+
+    // ---- grants ----
+    struct Granted {
+        std::byte* page = nullptr;
+        bool writable = false;
+    };
+    u64 entry_address(u32 ref) { return reinterpret_cast<u64>(grant_frames[ref / 512]) + ref % 512 * 8; }
+    Granted granted(u32 ref, u16 domain = 0) {
+        if (ref / 512 >= grant_frames.size() || grant_frames[ref / 512] == nullptr) {
+            return {};
+        }
+        const u64 entry = entry_address(ref);
+        if ((field<u16>(entry, 0) & 3) != 1 || field<u16>(entry, 2) != domain) {
+            return {};
+        }
+        return {memory.at(u64{field<u32>(entry, 4)} * 4096), (field<u16>(entry, 0) & 4) == 0};
+    }
+    u32 live_grants() {
+        u32 n = 0;
+        for (std::byte* frame : grant_frames) {
+            for (u32 i = 0; frame != nullptr && i < 512; ++i) {
+                n += (field<u16>(reinterpret_cast<u64>(frame), i * 8) & 3) != 0;
+            }
+        }
+        return n;
+    }
+    void hold(u32 ref, bool held) {
+        u16& flags = field<u16>(entry_address(ref), 0);
+        flags = static_cast<u16>(held ? flags | 0x18 : flags & ~0x18);
+    }
+
+    // ---- XenStore ----
+    u32& store_word(u32 offset) { return field<u32>(reinterpret_cast<u64>(store_page), offset); }
+    std::string full(const std::string& path) { return !path.empty() && path[0] == '/' ? path : "/local/domain/1/" + path; }
+    void set(const std::string& path, const std::string& value) {
+        tree[full(path)] = value;
+        changed(full(path));
+    }
+    std::string get(const std::string& path) { return tree.contains(full(path)) ? tree[full(path)] : std::string(); }
+    void changed(const std::string& path) {
+        for (const auto& [watched, token] : watches) {
+            const std::string absolute = full(watched);
+            if (path == absolute || path.starts_with(absolute + "/")) {
+                message(15, 0, 0, watched + '\0' + token + '\0');
+            }
+        }
+        if (on_change) {
+            on_change(path);
+        }
+    }
+    void message(u32 type, u32 id, u32 transaction, const std::string& payload) {
+        std::array<u32, 4> header{type, id, transaction, static_cast<u32>(payload.size())};
+        outgoing.append(reinterpret_cast<const char*>(header.data()), 16);
+        outgoing += payload;
+    }
+    void raw(const std::string& bytes) { outgoing += bytes; }
+
+    void answer(u32 type, u32 id, u32 transaction, const std::string& payload) {
+        ++requests[type];
+        if (mute_store) {
+            return;
+        }
+        const usize nul = payload.find('\0');
+        const std::string path = payload.substr(0, nul);
+        const std::string rest = nul == std::string::npos ? "" : payload.substr(nul + 1);
+        auto& view = transaction != 0 ? transactions[transaction] : tree;
+        auto error = [&](const char* name) { message(16, id, transaction, std::string(name) + '\0'); };
+        auto ok = [&] { message(type, id, transaction, std::string("OK\0", 3)); };
+        switch (type) {
+        case 2:
+            if (!view.contains(full(path))) {
+                return error("ENOENT");
+            }
+            return message(type, id, transaction, view[full(path)]);
+        case 1: {
+            std::set<std::string> names;
+            const std::string prefix = full(path) + "/";
+            for (const auto& [key, value] : view) {
+                if (key.starts_with(prefix)) {
+                    const std::string below = key.substr(prefix.size());
+                    names.insert(below.substr(0, below.find('/')));
+                }
+            }
+            if (names.empty() && !view.contains(full(path))) {
+                return error("ENOENT");
+            }
+            std::string list;
+            for (auto it = names.rbegin(); it != names.rend(); ++it) { // in no useful order
+                list += *it + '\0';
+            }
+            return message(type, id, transaction, list);
+        }
+        case 11:
+            view[full(path)] = rest;
+            ok();
+            if (transaction == 0) {
+                changed(full(path));
+            }
+            return;
+        case 4: {
+            const std::string token = rest.substr(0, rest.find('\0'));
+            watches.emplace_back(path, token);
+            ok();
+            return message(15, 0, 0, path + '\0' + token + '\0');
+        }
+        case 5: std::erase_if(watches, [&](const auto& w) { return w.first == path; }); return ok();
+        case 6: {
+            const u32 number = next_transaction++;
+            transactions[number] = tree;
+            return message(type, id, transaction, std::to_string(number) + '\0');
+        }
+        case 7: {
+            auto mine = transactions[transaction];
+            transactions.erase(transaction);
+            if (path == "T" && conflicts > 0) {
+                --conflicts;
+                return error("EAGAIN");
+            }
+            ok();
+            if (path == "T") {
+                for (const auto& [key, value] : mine) {
+                    if (!tree.contains(key) || tree[key] != value) {
+                        tree[key] = value;
+                        changed(key);
+                    }
+                }
+            }
+            return;
+        }
+        default: return error("ENOSYS");
+        }
+    }
+
+    bool store_step() {
+        bool did = false;
+        if (!std::exchange(store_rung, false) && outgoing.empty()) {
+            return false;
+        }
+        // The server takes a little at a time, so that requests and answers arrive in pieces.
+        u32& req_cons = store_word(2048);
+        const u32 req_prod = store_word(2052);
+        while (req_cons != req_prod && !deaf_store) {
+            incoming += static_cast<char>(store_page[req_cons % 1024]);
+            ++req_cons;
+            did = true;
+        }
+        while (incoming.size() >= 16) {
+            std::array<u32, 4> header;
+            std::memcpy(header.data(), incoming.data(), 16);
+            if (incoming.size() < 16 + header[3]) {
+                break;
+            }
+            const std::string payload = incoming.substr(16, header[3]);
+            incoming.erase(0, 16 + header[3]);
+            answer(header[0], header[1], header[2], payload);
+        }
+        u32& rsp_prod = store_word(2060);
+        const u32 rsp_cons = store_word(2056);
+        u32 room = 1024 - (rsp_prod - rsp_cons);
+        for (u32 n = std::min<u32>({room, static_cast<u32>(outgoing.size()), piece}); n != 0; --n) {
+            store_page[1024 + rsp_prod % 1024] = static_cast<std::byte>(outgoing[0]);
+            outgoing.erase(0, 1);
+            ++rsp_prod;
+            did = true;
+        }
+        if (did) {
+            raise(store_port);
+        }
+        return did;
+    }
+
+    Memory memory;
+    Cpu cpu;
+    Interrupts interrupts;
+    CpuidSnapshot cpuid;
+    hv::Sightings sightings;
+    i64 version = 4 << 16 | 17;
+    u32 features = 1u << 2 | 1u << 8;
+    i64 set_param_answer = 0;
+    i64 console_answer = -38;
+    bool has_store = true;
+    std::string console;
+    u64 callback = 0;
+    u8 upcall_vector = 0;
+    u32 shutdown_reason = 99;
+    std::map<u32, u64> calls;
+    std::map<u32, u64> sends;
+    std::set<u32> open_ports;
+    u32 next_port = 5;
+    u64 upcalls = 0;
+    std::byte* shared = nullptr;
+    u32 grant_frames_limit = 64;
+    std::array<std::byte*, 64> grant_frames{};
+    std::byte* store_page = nullptr;
+    u64 store_frame = 0;
+    bool store_rung = false;
+    bool mute_store = false;
+    bool deaf_store = false;
+    u32 piece = 700;
+    u32 conflicts = 0;
+    u32 next_transaction = 7;
+    std::map<u32, u64> requests;
+    std::map<std::string, std::string> tree;
+    std::map<u32, std::map<std::string, std::string>> transactions;
+    std::vector<std::pair<std::string, std::string>> watches;
+    std::function<void(const std::string&)> on_change;
+    std::string incoming;
+    std::string outgoing;
+};
+
+/// A clock that jumps and an idle that lets the other domains work.
+class World {
+  public:
+    explicit World(Xen& x) : xen(x) {}
+    io::Platform platform() {
+        return {this, [](void* self) { return static_cast<World*>(self)->now; },
+                [](void* self, Instant until, const std::atomic<bool>& wake) { static_cast<World*>(self)->idle(until, wake); }};
+    }
+    void idle(Instant until, const std::atomic<bool>& wake) {
+        ++idles;
+        for (u32 rounds = 0; rounds < 100'000; ++rounds) {
+            if (wake.load()) {
+                return;
+            }
+            bool did = xen.store_step();
+            if (device) {
+                did = device() || did;
+            }
+            did = xen.deliver() || did;
+            if (!did) {
+                now = std::max(now + 1, std::min(until, now + 1'000'000'000));
+                return;
+            }
+            now += 1000;
+        }
+    }
+    Xen& xen;
+    Instant now = 1000;
+    u64 idles = 0;
+    std::function<bool()> device;
+};
+
+/// A backend that is installed and started on the fake.
+struct Machine {
+    explicit Machine(usize bytes = 48u << 20) : xen(bytes), world(xen), executor(world.platform()) { guest.set_gate(xen.gate()); }
+    Result<void> install() {
+        hv::Environment environment{xen.cpuid, xen.sightings, xen.memory, xen.memory, xen.cpu};
+        return guest.install(environment);
+    }
+    Result<void> start() {
+        hv::Services services{xen.interrupts, executor};
+        auto done = guest.start(services);
+        guest.store().set_timeout(1'000'000'000);
+        return done;
+    }
+    template <class T>
+    T run(io::Task<T> task) {
+        return executor.run(std::move(task));
+    }
+    Xen xen;
+    World world;
+    io::Executor executor;
+    hv::Xen guest;
+};
+
+} // namespace fake
