@@ -14,7 +14,7 @@ from .problems import EXIT_HELP, Exit, Problem
 from .records import Verdict
 from .workloads import Workload
 
-DISK_BYTES = 32 << 20
+DISK_BYTES = 64 << 20
 # Written once before anything is measured: a page that tmpfs has never seen costs more than one it has.
 DISK_CONTENT = "pattern"
 
