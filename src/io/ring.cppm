@@ -109,7 +109,7 @@ concept NotifyRule =
 
 /// The consumer writes the position at which it wants to hear. Behind 0: the event names the position to be reached (Xen's req_event and
 /// rsp_event [xen-ring RING_PUSH_REQUESTS_AND_CHECK_NOTIFY]); behind 1: the last entry to be passed (virtio's used_event and avail_event
-/// [virtio-1.2 §2.7.7.2, §2.7.10]). The value read is only compared, so whatever the other side wrote is harmless.
+/// [virtio-1.2 §2.7.7, §2.7.10]). The value read is only compared, so whatever the other side wrote is harmless.
 template <u32 Behind>
 struct EventIndex {
     static constexpr bool needs_event = true;
@@ -134,7 +134,7 @@ struct EventIndex {
 using ReachedEvent = EventIndex<0>;
 using PassedEvent = EventIndex<1>;
 
-/// The consumer masks events while it works, and the producer notifies only when the ring was empty before. VMBus [tlfs-vmbus ring buffer; the
+/// The consumer masks events while it works, and the producer notifies only when the ring was empty before. VMBus [vmbus; the
 /// word is 32 bits, not 0: masked]. `count` cannot be expressed: the first entry raises the event.
 struct EmptyToNonEmpty {
     static constexpr bool needs_event = true;
@@ -202,8 +202,8 @@ struct ByIndex {
     static constexpr bool needs_index = true;
 };
 
-/// Every entry carries a 16-bit word whose lowest bit turns with each lap, 1 in the first (NVMe completions [nvme-base §4.2.4]); the entries are
-/// zero in the beginning. offset: of that word in the entry.
+/// Every entry carries a 16-bit word whose lowest bit turns with each lap, 1 in the first (NVMe completions [nvme-base, Phase Tag]); the entries
+/// are zero in the beginning. offset: of that word in the entry.
 struct ByPhase {
     static constexpr bool needs_index = false;
     usize offset = 0;
@@ -266,7 +266,7 @@ class Producer {
     u32 slot() const { return positions_.slot(produced_); }
 
     /// Copies one entry, or its first bytes, into the next slot; false: full, or longer than a slot.
-    bool produce(std::span<const std::byte> entry) {
+    [[gnu::always_inline]] inline bool produce(std::span<const std::byte> entry) {
         if (entry.size() > layout_.stride || full()) [[unlikely]] {
             return false;
         }
@@ -409,7 +409,7 @@ class Consumer {
     u32 slot() const { return positions_.slot(consumed_); }
 
     /// Copies the next entry, or its first bytes, out; false: none is ready. The only look at these bytes that counts.
-    bool take(std::span<std::byte> entry) {
+    [[gnu::always_inline]] inline bool take(std::span<std::byte> entry) {
         if (ready() == 0 || entry.size() > layout_.stride) [[unlikely]] {
             return false;
         }

@@ -72,7 +72,7 @@ TEST_F(TaskTest, DeepChainUntilThePoolIsDry) {
     EXPECT_EQ(result.error().code, Code::exhausted);
     EXPECT_EQ(*executor.run(descend(500)), 500u) << "and everything came back";
     void* other = frame_pool().allocate(4000);
-    EXPECT_NE(other, nullptr) << "also for frames of another size";
+    ASSERT_NE(other, nullptr) << "also for frames of another size";
     frame_pool().free(other, 4000);
 }
 

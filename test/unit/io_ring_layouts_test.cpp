@@ -216,7 +216,7 @@ TEST(RingLayouts, VirtioSplitQueueWithEventIndex) {
     EXPECT_FALSE(done.available(driver.owed()));
 }
 
-// ---- NVMe: a queue of commands with a tail doorbell, a queue of completions with phases [nvme-base §3.3, §4.2.4]
+// ---- NVMe: a queue of commands with a tail doorbell, a queue of completions with phases [nvme-base, Phase Tag]
 // --------------------------------------
 
 struct NvmeCompletion {

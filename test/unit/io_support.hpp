@@ -30,8 +30,14 @@ struct FakeMachine {
     }
 };
 
+/// Abandoned memory stays valid until the allocator dies.
 class HeapDma final : public fl::DmaAllocator {
   public:
+    ~HeapDma() {
+        while (blocks_ != nullptr) {
+            release(blocks_);
+        }
+    }
     fl::u32 outstanding = 0;
     fl::u32 left = ~fl::u32{0};
     fl::Result<fl::DmaSpan> allocate(fl::u32 size, fl::u64) override {
@@ -41,13 +47,31 @@ class HeapDma final : public fl::DmaAllocator {
         --left;
         ++outstanding;
         size = fl::align_up<fl::u32>(size, 4096);
-        auto* data = new (std::align_val_t{4096}) std::byte[size]{};
+        auto* block = static_cast<Block*>(::operator new(4096 + size, std::align_val_t{4096})); // the page in front is ours
+        *block = {blocks_};
+        blocks_ = block;
+        auto* data = reinterpret_cast<std::byte*>(block) + 4096;
+        std::memset(data, 0, size);
         return fl::DmaSpan{data, reinterpret_cast<fl::u64>(data), size};
     }
     void free(fl::DmaSpan span) override {
         --outstanding;
-        ::operator delete[](span.data, std::align_val_t{4096});
+        release(reinterpret_cast<Block*>(span.data - 4096));
     }
+
+  private:
+    struct Block {
+        Block* next;
+    };
+    void release(Block* block) {
+        Block** at = &blocks_;
+        while (*at != block) {
+            at = &(*at)->next;
+        }
+        *at = block->next;
+        ::operator delete(block, std::align_val_t{4096});
+    }
+    Block* blocks_ = nullptr;
 };
 
 /// A disk in memory. Requests wait in a queue and end in drain(), so many at a time, in order or not, late or never.

@@ -48,7 +48,8 @@ class MappedMemory {
         std::atomic_ref<W>(word<W>(offset)).store(value, std::memory_order_release);
     }
     void full_barrier() const { std::atomic_thread_fence(std::memory_order_seq_cst); }
-    void copy_out(usize offset, std::byte* into, usize count) const {
+    // Inlined always: the size of an entry is a constant where it is copied, and then each copy is a few moves.
+    [[gnu::always_inline]] inline void copy_out(usize offset, std::byte* into, usize count) const {
         const std::byte* from = base_ + offset;
         if (offset % 8 == 0) {
             for (; count >= 8; count -= 8, from += 8, into += 8) {
@@ -60,7 +61,7 @@ class MappedMemory {
             *into = *static_cast<const volatile std::byte*>(from);
         }
     }
-    void copy_in(usize offset, const std::byte* from, usize count) {
+    [[gnu::always_inline]] inline void copy_in(usize offset, const std::byte* from, usize count) {
         std::byte* into = base_ + offset;
         if (offset % 8 == 0) {
             for (; count >= 8; count -= 8, from += 8, into += 8) {
