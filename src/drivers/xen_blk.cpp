@@ -17,6 +17,10 @@ namespace fl::drivers::xen_blk {
 
 using namespace hv::xen;
 
+namespace {
+constinit Vbd* attached = nullptr; // they live until the machine ends
+}
+
 Vbd::Vbd(Environment& environment, hv::Xen& xen)
     : environment_(environment), xen_(xen), front_(xen.store(), environment.executor), disk_(environment.executor, xen.events(), xen.grants()),
       keeper_(environment.executor) {
@@ -295,7 +299,8 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     if (result) {
         result = environment.disks.announce(vbd->disk(), slot);
     }
-    if (result) { // it lives from here on
+    if (result) {
+        vbd->next_ = std::exchange(attached, vbd);
         if (auto kept = vbd->keep(); !kept) {
             log::warning("{}: a back end that closes will not be noticed: {}", disk_name(*which), kept.error());
         }

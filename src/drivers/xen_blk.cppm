@@ -77,6 +77,8 @@ class Vbd {
     std::array<hv::xen::StoreEntry, max_ring_pages + 6> entries_{};
     u32 entry_count_ = 0;
     io::TaskGroup keeper_;
+    friend io::Task<Result<void>> probe(Environment&, hv::Xen&, const hv::SyntheticDevice&);
+    Vbd* next_ = nullptr; // in the list of those that are attached
 };
 
 /// Connects and announces one device. No error: attached, or left alone (another driver has the disk, a CD-ROM, a number without a meaning).

@@ -142,6 +142,7 @@ bool Disk::issue(Request& request) {
             return false;
         }
     } while (request.issued < request.buffer.size);
+    burst_ = request.parts;
     return true;
 }
 
@@ -426,7 +427,8 @@ bool Disk::arm() {
     if (owed == 0) {
         return false; // an answer now would be one too many; drain() sees it
     }
-    const auto found = responses_->arm(moderation_.after(owed), owed);
+    // Half of what is under way; but nobody can go on before all the parts of a request are there.
+    const auto found = responses_->arm(std::max(moderation_.after(owed), std::min(burst_, owed)), owed);
     if (!found) [[unlikely]] {
         broken(found.error());
         return true;

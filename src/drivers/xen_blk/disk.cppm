@@ -124,6 +124,7 @@ class Disk final : public io::BlockDevice, private io::Service {
     std::atomic<bool> rang_{false};
     std::atomic<bool> masked_{true};
     u32 idle_events_ = 0;
+    u32 burst_ = 1; // parts of the last request that was issued
     Instant last_answer_ = 0;
     void (*notify_)(void*) = nullptr;
     void* notify_context_ = nullptr;

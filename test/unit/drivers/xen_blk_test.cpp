@@ -361,6 +361,17 @@ TEST(XenBlk, OneEventEachWayPerTransferAtDepthOne) {
     EXPECT_LE(m.back.all_refs.size(), 1u) << "the same grant again and again";
 }
 
+TEST(XenBlk, OneEventForAllPartsOfATransfer) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    Load load{m.disk(), 100, 128 * 1024, false};
+    Figures f;
+    ASSERT_TRUE(m.run(run_load(m, load, 1, f)));
+    EXPECT_EQ(m.back.served[0], 300u);
+    EXPECT_EQ(f.counters.notifications, 100u);
+    EXPECT_EQ(f.counters.interrupts, 100u);
+}
+
 TEST(XenBlk, EventsAreRareAtDepth32) {
     for (int variant = 0; variant < 4; ++variant) {
         DiskMachine m({});
