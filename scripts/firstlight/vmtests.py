@@ -36,6 +36,7 @@ class Case:
     timeout: float = 30.0
     groups: list[str] = dataclasses.field(default_factory=lambda: ["fast"])
     required: bool = True
+    deterministic: bool = False  # in the lab: by instructions instead of by the clock, three times as slow
     about: str = ""
 
     def to_machine(self, work: Path) -> Machine:
@@ -138,23 +139,33 @@ def check_images(boot: launch.Boot) -> list[str]:
 
 
 def run(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None]) -> Iterable[Result]:
-    """All cases; those for the lab share a start of it. What the lab did not get to is run again on its own, once."""
+    """All cases. Those for the lab share a start of it, the deterministic ones another; what a lab that broke down did
+    not get to is tried once more."""
     work = paths.RUNS / "tests"
     work.mkdir(parents=True, exist_ok=True)
-    machines = {case.name: case.to_machine(work) for case in cases}
     by_name = {case.name: case for case in cases}
-    left = list(machines.values())
-    for attempt in range(2):
-        inside = [machine for machine in left if launch.place(machine.kind, ready, forced).nested]
-        if inside:
-            told(f"{len(inside)} in the lab")
-        again = []
-        # Wall-clock time: these tests measure nothing, and the lab starts three times as fast.
-        for boot in launch.boot(ready, left, wall=True, forced=forced, keep=work / f"lab-{attempt}"):
-            if boot.machine in inside and boot.outcome.status is None and attempt == 0:
-                again.append(boot.machine)
-                continue
-            yield judge(by_name[boot.machine.name], boot)
-        left = again
-        if not left:
-            return
+    machines = {case.name: case.to_machine(work) for case in cases}
+    inside = {name for name, machine in machines.items() if launch.place(machine.kind, ready, forced).nested}
+    for deterministic in (False, True):
+        left = [machines[case.name] for case in cases if (case.deterministic and case.name in inside) == deterministic]
+        for attempt in range(2):
+            count = sum(machine.name in inside for machine in left)
+            if count:
+                told(f"{count} in the lab, {'deterministic' if deterministic else 'wall-clock'} time")
+            done: set[str] = set()
+            fault = "the lab did not get to it"
+            try:
+                for boot in launch.boot(
+                    ready, left, wall=not deterministic, forced=forced, keep=work / f"lab-{'d' if deterministic else 'w'}{attempt}"
+                ):
+                    if boot.machine.name in inside and boot.outcome.status is None:
+                        continue
+                    done.add(boot.machine.name)
+                    yield judge(by_name[boot.machine.name], boot)
+            except Problem as problem:
+                fault = str(problem)
+            left = [machine for machine in left if machine.name not in done]
+            if not left:
+                break
+        for machine in left:
+            yield Result(machine.name, "failed", 0, fault.splitlines()[0], fault)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from firstlight import apt, fiojson, lab, launch, machine, nested, records, report, verify_image, vmtests, yardstick  # noqa: E402
+from firstlight import apt, fiojson, lab, launch, machine, nested, records, report, verify_image, vmrun_fault, vmtests, yardstick  # noqa: E402
 from firstlight.problems import Problem  # noqa: E402
 from firstlight.records import Verdict  # noqa: E402
 
@@ -218,6 +218,18 @@ class Modules(unittest.TestCase):
     def test_dependencies(self):
         self.assertEqual(lab.module_dependencies(b"x\0depends=irqbypass,ccp\0y"), ["irqbypass", "ccp"])
         self.assertEqual(lab.module_dependencies(b"x\0depends=\0"), [])
+
+
+class Vmrun(unittest.TestCase):
+    CODE = bytes.fromhex("410fb6f4 4489abe0330000 89b310d7ffff c783e433000000000000 4889df e8") + struct.pack("<i", 0x1000 - 35)
+
+    def test_the_store_is_found(self):
+        self.assertEqual(vmrun_fault.find(self.CODE, 0, 0x1000), 11)
+
+    def test_anything_else_is_left_alone(self):
+        self.assertIsNone(vmrun_fault.find(self.CODE, 0, 0x2000))
+        self.assertIsNone(vmrun_fault.find(self.CODE.replace(b"\x89\xb3", b"\x89\xbb"), 0, 0x1000))
+        self.assertIsNone(vmrun_fault.find(self.CODE[11:17] + self.CODE, -6, 0x1000))
 
 
 if __name__ == "__main__":
