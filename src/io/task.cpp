@@ -13,21 +13,62 @@ usize class_of(usize size) {
 }
 } // namespace
 
+FramePool::PageNumber FramePool::fresh_page(usize size_class) {
+    PageNumber number = free_pages_;
+    if (number != 0) {
+        free_pages_ = page(number).next;
+    } else if (touched_ < pages) {
+        number = ++touched_;
+    } else {
+        return 0;
+    }
+    page(number) = Page{nullptr, 0, 0, 0, 0, static_cast<u8>(size_class)};
+    link(number);
+    return number;
+}
+
+void FramePool::link(PageNumber number) {
+    PageNumber& first = partial_[page(number).size_class];
+    page(number).next = first;
+    page(number).previous = 0;
+    if (first != 0) {
+        page(first).previous = number;
+    }
+    first = number;
+}
+
+void FramePool::unlink(PageNumber number) {
+    const Page& p = page(number);
+    if (p.next != 0) {
+        page(p.next).previous = p.previous;
+    }
+    (p.previous != 0 ? page(p.previous).next : partial_[p.size_class]) = p.next;
+}
+
 void* FramePool::allocate(usize size) noexcept {
     const usize i = class_of(size);
-    if (i == classes.size() || (failing_ && left_ == 0)) {
+    if (i == classes.size() || left_ == 0) {
         return nullptr;
     }
-    void* block = nullptr;
-    if (free_[i] != nullptr) {
-        block = std::exchange(free_[i], free_[i]->next);
-    } else if (used_ + classes[i] <= arena_bytes) {
-        block = arena_.data() + used_;
-        used_ += classes[i];
+    PageNumber number = partial_[i];
+    if (number == 0) {
+        number = fresh_page(i);
+        if (number == 0) {
+            return nullptr;
+        }
+    }
+    Page& p = page(number);
+    void* block = p.free;
+    if (block != nullptr) {
+        p.free = p.free->next;
     } else {
-        return nullptr;
+        block = arena_.data() + (number - 1u) * page_bytes + p.carved++ * classes[i];
     }
-    if (failing_) {
+    ++p.used;
+    if (!has_room(p)) {
+        unlink(number);
+    }
+    if (left_ != ~u64{0}) {
         --left_;
     }
     ++allocations_;
@@ -35,15 +76,23 @@ void* FramePool::allocate(usize size) noexcept {
     return block;
 }
 
-void FramePool::free(void* block, usize size) noexcept {
-    const usize i = class_of(size);
-    if (--in_use_ == 0) {
-        // Nobody has a frame: the arena is whole again, whatever sizes it had been cut into.
-        free_ = {};
-        used_ = 0;
+void FramePool::free(void* block, usize) noexcept {
+    const usize offset = static_cast<usize>(static_cast<std::byte*>(block) - arena_.data());
+    const PageNumber number = static_cast<PageNumber>(offset / page_bytes + 1);
+    Page& p = page(number);
+    const bool was_full = !has_room(p);
+    --in_use_;
+    if (--p.used == 0) {
+        if (!was_full) {
+            unlink(number);
+        }
+        p.next = std::exchange(free_pages_, number);
         return;
     }
-    free_[i] = new (block) Free{free_[i]};
+    p.free = new (block) Free{p.free};
+    if (was_full) {
+        link(number);
+    }
 }
 
 namespace {

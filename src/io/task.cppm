@@ -6,34 +6,51 @@ import core.result;
 
 export namespace fl::io {
 
-/// Coroutine frames: blocks of a few fixed sizes, carved from one arena; a freed one waits in the list of its size, and when all are free the
-/// arena is whole again. Not for interrupt handlers. `allocations` counts every frame ever handed out.
+/// Coroutine frames: blocks of a few fixed sizes. A page of the arena holds blocks of one size as long as one of them is in use, and then serves
+/// any size again, so a burst of one kind takes nothing from the others for good. Not for interrupt handlers. `allocations` counts every frame
+/// ever handed out.
 class FramePool {
   public:
     static constexpr usize arena_bytes = 512 * 1024;
+    static constexpr usize page_bytes = 4096;
+    static constexpr usize pages = arena_bytes / page_bytes;
     static constexpr std::array<usize, 8> classes{128, 192, 256, 384, 512, 1024, 2048, 4096};
 
+    /// nullptr: larger than the largest class, or nothing left.
     void* allocate(usize size) noexcept;
     void free(void* block, usize size) noexcept;
     u64 allocations() const { return allocations_; }
     usize in_use() const { return in_use_; }
     /// For tests: the next `n` allocations succeed, all later ones fail until lifted with ~0.
-    void fail_after(u64 n) {
-        left_ = n;
-        failing_ = n != ~u64{0};
-    }
+    void fail_after(u64 n) { left_ = n; }
 
   private:
     struct Free {
         Free* next;
     };
-    std::array<Free*, classes.size()> free_{};
-    usize used_ = 0;
+    using PageNumber = u16; // counted from 1; 0: none
+    struct Page {
+        Free* free;      // blocks that were given back
+        PageNumber next; // in the list of its class, while a block can be had; or of free pages
+        PageNumber previous;
+        u16 carved; // blocks handed out for the first time
+        u16 used;   // blocks in use
+        u8 size_class;
+    };
+    Page& page(PageNumber number) { return pages_[number - 1u]; }
+    bool has_room(const Page& p) const { return p.free != nullptr || p.carved < page_bytes / classes[p.size_class]; }
+    PageNumber fresh_page(usize size_class);
+    void link(PageNumber number);
+    void unlink(PageNumber number);
+
+    std::array<PageNumber, classes.size()> partial_{}; // pages of each class with room
+    PageNumber free_pages_ = 0;
+    PageNumber touched_ = 0; // pages that were ever used
     u64 allocations_ = 0;
     usize in_use_ = 0;
-    u64 left_ = 0; // while failing_
-    bool failing_ = false;
-    alignas(16) std::array<std::byte, arena_bytes> arena_; // every initial value of the pool is zero: it stands in .bss
+    u64 left_ = ~u64{0};
+    std::array<Page, pages> pages_{};
+    alignas(16) std::array<std::byte, arena_bytes> arena_; // left as it is: .bss
 };
 
 /// The one pool of the kernel (or of the test program).

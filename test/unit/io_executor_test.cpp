@@ -91,6 +91,32 @@ TEST_F(TaskTest, NoFrameIsAnErrorValueEverywhere) {
     EXPECT_EQ(group.running(), 0u);
 }
 
+TEST_F(TaskTest, PoolServesEverySizeAfterABurstOfOne) {
+    void* kept = frame_pool().allocate(300); // somebody always has a frame
+    ASSERT_NE(kept, nullptr);
+    for (const usize size : {100u, 192u, 200u, 384u, 500u, 1024u, 2000u, 4096u}) {
+        std::vector<std::byte*> blocks;
+        while (auto* block = static_cast<std::byte*>(frame_pool().allocate(size))) {
+            ASSERT_EQ(reinterpret_cast<std::uintptr_t>(block) % 16, 0u);
+            std::memset(block, static_cast<int>(blocks.size()), size); // overlaps would show
+            blocks.push_back(block);
+        }
+        EXPECT_GE(blocks.size() * size, FramePool::arena_bytes / 2) << size;
+        for (usize i = 0; i < blocks.size(); ++i) {
+            ASSERT_EQ(blocks[i][0], static_cast<std::byte>(i));
+            ASSERT_EQ(blocks[i][size - 1], static_cast<std::byte>(i));
+        }
+        for (usize i = 0; i < blocks.size(); i += 2) { // every other one first
+            frame_pool().free(blocks[i], size);
+        }
+        for (usize i = 1; i < blocks.size(); i += 2) {
+            frame_pool().free(blocks[i], size);
+        }
+    }
+    frame_pool().free(kept, 300);
+    EXPECT_EQ(frame_pool().allocate(4097), nullptr);
+}
+
 TEST_F(TaskTest, BlocksAreUsedAgain) {
     const auto use = [&] { EXPECT_TRUE(executor.run(leaf(1))); };
     use();
