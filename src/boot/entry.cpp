@@ -69,7 +69,7 @@ extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
     }
     boot_info.kernel_phys = 0x200000;
     if (notes->no_memory_map) {
-        log::info("PVH: the loader gives no memory map; the hypervisor is asked for one");
+        log::warning("PVH: the loader gives no memory map");
     }
     if (notes->cmdline_unreadable) {
         log::warning("PVH: the command line lies outside the memory that the loader describes; it is ignored");

@@ -49,10 +49,10 @@ std::optional<Outcome> unknown_disk(const DiskChoice& choice, std::string_view k
 }
 
 io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices services) {
-    CO_TRY(DmaBuffer buffer, services.dma.buffer(4096));
     Outcome outcome;
     bool first = true;
     for (io::BlockDevice* disk : disks.all()) {
+        CO_TRY(DmaBuffer buffer, services.dma.buffer(4096)); // one each: a host that misbehaves may keep its own
         const u32 size = disk->geometry().sector_size;
         auto transfer = disk->read(0, buffer.span().subspan(0, size));
         const Result<void> done = co_await transfer;

@@ -83,7 +83,7 @@ void print_boot_info(const BootInfo& info) {
     }
 }
 
-void boot_record(const BootInfo& info, const hv::Sightings& sightings, std::string_view backend) {
+void boot_record(const BootInfo& info, const hv::Sightings& sightings, std::string_view backend, Instant first_probe) {
     u64 usable = 0;
     for (const MemoryRange& range : info.memory()) {
         usable += range.kind == MemoryKind::usable ? range.size : 0;
@@ -98,10 +98,10 @@ void boot_record(const BootInfo& info, const hv::Sightings& sightings, std::stri
         record.open("", '{').text("base", base.view()).text("name", sighting.signature.view()).close('}');
     }
     record.close(']').number("memory_bytes", usable).number("tsc_khz", tsc_hz() / 1000).text("clock", clock_name());
-    record.number("detect_ns", scale.ns(moments.detected - moments.entry)).number("first_probe_ns", now());
+    record.number("detect_ns", scale.ns(moments.detected - moments.entry)).number("first_probe_ns", first_probe);
 }
 
-// Errors of the map file are told and the rest of it counts; the boot goes on.
+// What is wrong in the map file is told, and the rest of it counts; the boot goes on, and its verdict is an ERROR in the end.
 void apply_table(const BootInfo& info) {
     if (info.has_map_file != 0) {
         table.apply(info.map_file_text());
@@ -158,8 +158,10 @@ io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const 
 template <class B>
 io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings& sightings, B& backend, io::Executor& executor) {
     apply_table(info);
-    boot_record(info, sightings, B::name);
-
+    if (std::ranges::any_of(table.diagnostics(), [](const drivers::Diagnostic& wrong) { return wrong.line == 0; })) {
+        co_return Outcome{Verdict::error, FixedText<240>("a rule of map= on the command line is malformed; nothing has been probed")};
+    }
+    const Instant first_probe = now();
     if constexpr (hv::EmulatedDevices<B>) {
         if (plan.unplugs("ata")) {
             auto done = backend.unplug({.disks = true});
@@ -184,6 +186,7 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     if (drivers::pci::MechanismOne::present()) {
         drivers::pci::enumerate(config, pci);
     }
+    boot_record(info, sightings, B::name, first_probe);
     log::info("devices: {} synthetic, {} PCI functions", synthetic.count, pci.count);
     for (std::string_view name : plan.drivers()) {
         Disks::Port port(disks, name);
@@ -199,7 +202,13 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
             }
         }
     }
-    co_return co_await run_job(options, disks, {executor, dma_memory(), heap_allocations});
+    Result<Outcome> outcome = co_await run_job(options, disks, {executor, dma_memory(), heap_allocations});
+    if (outcome && table.wrong() != 0 && outcome->verdict == Verdict::success) {
+        outcome->verdict = Verdict::error;
+        outcome->reason.clear();
+        print(outcome->reason, "{} malformed lines in the map file; the rest of it counted, and the job itself succeeded", table.wrong());
+    }
+    co_return outcome;
 }
 
 template <class B>

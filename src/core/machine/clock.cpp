@@ -81,29 +81,6 @@ u64 measure_pit() {
     return hz;
 }
 
-// The ratio of the counter to the core crystal, when the processor names both [SDM-2A CPUID.15H].
-u64 from_processor() {
-    if (cpu::cpuid(0).eax < 0x15) {
-        return 0;
-    }
-    const auto r = cpu::cpuid(0x15);
-    return r.eax != 0 && r.ebx != 0 && r.ecx != 0 ? u64{r.ecx} * r.ebx / r.eax : 0;
-}
-
-// VMware's convention, which KVM's hosts follow: kHz in EAX. Other hypervisors use the leaf for other things.
-u64 from_hypervisor() {
-    if ((cpu::cpuid(1).ecx >> 31 & 1) == 0) {
-        return 0;
-    }
-    const auto base = cpu::cpuid(0x40000000);
-    const bool vmware = base.ebx == 0x61774d56; // "VMwa"
-    const bool kvm = base.ebx == 0x4b4d564b;    // "KVMK"
-    if ((!vmware && !kvm) || base.eax < 0x40000010 || base.eax > 0x400000ff) {
-        return 0;
-    }
-    return u64{cpu::cpuid(0x40000010).eax} * 1000;
-}
-
 void use(u64 hz, std::string_view name) {
     // What is slower or faster than any processor is a broken answer.
     constexpr u64 slowest = 10'000'000;
@@ -186,12 +163,6 @@ void start_clock(u64 entry_tsc, const acpi::Tables* tables, ClockHint hint) {
     entry = entry_tsc;
     source = "not started";
     use(hint.tsc_hz, hint.name);
-    if (source == "not started") {
-        use(from_processor(), "CPUID 0x15");
-    }
-    if (source == "not started") {
-        use(from_hypervisor(), "CPUID 0x40000010");
-    }
     if (source == "not started" && tables != nullptr && tables->fadt && tables->fadt->pm_timer != 0) {
         use(measure_pm_timer(*tables->fadt), "ACPI timer");
     }

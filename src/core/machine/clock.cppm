@@ -8,15 +8,15 @@ import core.time;
 
 export namespace fl {
 
-/// What a hypervisor's backend knows about the time stamp counter.
+/// What is known about the time stamp counter from CPUID or from a hypervisor: the backend's part.
 struct ClockHint {
     u64 tsc_hz = 0; // 0: nothing
     std::string_view name;
 };
 
-/// Finds the counter's frequency: from the hint, from CPUID leaf 0x15, from the hypervisors' leaf 0x40000010, else by measuring for about 300 us
-/// against the ACPI timer or, without one, the PIT. Instants count from entry_tsc. When nothing can be measured it assumes 1 GHz and says so in
-/// clock_name(). Once, after start_acpi (`tables` may be nullptr).
+/// Finds the counter's frequency: from the hint, else by measuring for about 300 us against the ACPI timer or, without one, the PIT. Instants
+/// count from entry_tsc. When nothing can be measured it assumes 1 GHz and says so in clock_name(). Once, after start_acpi (`tables` may be
+/// nullptr).
 void start_clock(u64 entry_tsc, const acpi::Tables* tables, ClockHint hint);
 /// For the log: "kvmclock", "CPUID 0x15", "ACPI timer", "PIT", "assumed".
 std::string_view clock_name();

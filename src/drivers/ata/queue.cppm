@@ -450,7 +450,11 @@ void ChannelQueue<P>::tick(Instant now) {
             if (!status.busy() && !status.floating()) {
                 channel_.initialise_engine();
                 state_ = State::idle;
-                issue_next();
+                if (resets_in_a_row_ > max_resets) {
+                    shut("fails one command after the other, whatever is reset");
+                } else {
+                    issue_next();
+                }
             } else if (now - reset_at_ >= timeout_) {
                 shut("did not come back from a software reset");
             }
