@@ -37,7 +37,7 @@ def tool(*words: str) -> str:
 def pvh_note() -> str:
     text = tool(READELF, "--notes", str(paths.KERNEL))
     # XEN_ELFNOTE_PHYS32_ENTRY is 18.
-    return "" if re.search(r"Xen\s+0x0*4\s.*\(0x0*12\)", text) else f"no ELF note of owner Xen, type 18, 4 bytes: {text.strip()[:200]}"
+    return "" if re.search(r"Xen\s+0x0*[48]\s.*\(0x0*12\)", text) else f"no ELF note of owner Xen, type 18, 4 or 8 bytes: {text.strip()[:200]}"
 
 
 def segments() -> str:
