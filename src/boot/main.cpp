@@ -279,7 +279,7 @@ void install_power_off(B& backend) {
         }
         log::info("clock {} at {} kHz, timer {}, interrupts by {}", clock_name(), tsc_hz() / 1000, timer_name(), interrupt_controllers());
         static io::Executor executor({nullptr, platform_now, platform_idle});
-        hv::Services services{interrupts(), executor};
+        hv::Services services{interrupts(), executor, options.timeout};
         cpu::interrupts_on();
         hv::upgrade(hv::list, choice, environment, services, first, [&]<class F>(F& backend) {
             if constexpr (hv::Console<F>) {

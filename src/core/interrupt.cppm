@@ -5,15 +5,15 @@ import core.result;
 
 export namespace fl {
 
-/// Runs with interrupts off, on the interrupted stack: it may read a device's status, count, and call Executor::wake() or Signal::raise(). It must not
-/// allocate, log or resume a coroutine.
+/// Runs with interrupts off, on the interrupted stack: it may read a device's status, count, and call Executor::wake() or Signal::raise(). It
+/// must not allocate, log or resume a coroutine.
 using InterruptHandler = void (*)(void* context);
 
 /// A global system interrupt (ISA lines are 0–15 before the MADT's overrides are applied: the controller applies them).
 struct InterruptLine {
     u32 gsi = 0;
-    bool isa = true;           // gsi is an ISA number: edge, active high unless overridden
-    bool level = false;        // for lines that are not ISA
+    bool isa = true;    // gsi is an ISA number: edge, active high unless overridden
+    bool level = false; // for lines that are not ISA
     bool active_low = false;
 };
 

@@ -61,7 +61,6 @@ void Vbd::add_entry(std::string_view key, u64 value) {
 
 io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const VirtualDisk& which) {
     static constexpr BusState ready[] = {BusState::init_wait, BusState::initialised, BusState::connected};
-    static constexpr BusState connected[] = {BusState::connected};
     StorePath path("device/");
     path.write(device.type);
     path.write("/");
@@ -84,8 +83,7 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
     CO_TRY(port_, xen_.events().allocate_unbound(front_.domain()));
     terms_.port = port_;
     CO_CHECK(co_await publish(order, old_ring_keys_));
-    CO_CHECK(co_await front_.set_state(BusState::initialised));
-    CO_CHECK(co_await front_.await_state(connected, after(environment_.executor.now(), environment_.timeout)));
+    CO_CHECK(co_await meet());
     CO_CHECK(co_await read_geometry());
     CO_CHECK(co_await read_features());
 
@@ -106,6 +104,37 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
     co_return Result<void>{};
 }
 
+// Waits for the back end to connect. With sectors larger than 512 bytes there are two kinds of back ends, and nothing tells them apart
+// beforehand: those that count 512 bytes on the wire whatever the sector size (Linux; what [xen-blkif] says now), and those that count sectors,
+// and only connect to a front end that says feature-large-sector-size (QEMU, Windows; what it said from 4.4 to 4.19). So the node, which is
+// deprecated, is written when a back end does not connect without it, and then it counts sectors.
+io::Task<Result<void>> Vbd::meet() {
+    static constexpr BusState connected[] = {BusState::connected};
+    static constexpr Nanoseconds first_try = 1'000'000'000;
+    CO_TRY(const u64 sector_size, co_await xen_.store().number_or(front_.backend(), "sector-size", wire_sector));
+    const bool large = sector_size > wire_sector;
+    const Nanoseconds bound = large ? std::min(first_try, environment_.timeout) : environment_.timeout;
+    CO_CHECK(co_await front_.set_state(BusState::initialised));
+    const auto met = co_await front_.await_state(connected, after(environment_.executor.now(), bound));
+    if (met) {
+        co_return Result<void>{};
+    }
+    if (!large || met.error().code != Code::timed_out) {
+        co_return met.error();
+    }
+    log::info("xen_blk: {}: no connection with {}-byte sectors; trying again with feature-large-sector-size", front_.path(), sector_size);
+    entry_count_ = 0;
+    add_entry("feature-large-sector-size", 1u);
+    CO_CHECK(co_await xen_.store().write_all(front_.path(), std::span(entries_).first(entry_count_)));
+    counts_sectors_ = true;
+    CO_CHECK(co_await front_.set_state(BusState::initialised)); // written again, so that the back end looks again
+    const auto again = co_await front_.await_state(connected, after(environment_.executor.now(), environment_.timeout));
+    if (!again) {
+        co_return again.error();
+    }
+    co_return Result<void>{};
+}
+
 // Somebody before us (a firmware, a kernel that has been replaced) may have left the device half connected: let it close, then begin.
 io::Task<Result<void>> Vbd::reset() {
     static constexpr BusState closed[] = {BusState::closed, BusState::closing, BusState::init_wait, BusState::unknown};
@@ -119,7 +148,8 @@ io::Task<Result<void>> Vbd::reset() {
         const Instant deadline = after(environment_.executor.now(), environment_.timeout);
         for (;;) {
             CO_TRY(const BusState theirs, co_await front_.state());
-            if ((theirs != BusState::closed && theirs != BusState::closing) || !co_await front_.changed(deadline)) {
+            if ((theirs != BusState::closed && theirs != BusState::closing) || !co_await front_.changed(deadline) ||
+                environment_.executor.now() >= deadline) {
                 break;
             }
         }
@@ -192,7 +222,8 @@ io::Task<Result<void>> Vbd::read_geometry() {
     const StorePath mode_key = join(front_.backend(), "mode");
     const auto mode = co_await store.read(mode_key, text);
     geometry.sector_size = static_cast<u32>(sector_size);
-    geometry.sectors = sectors / (sector_size / wire_sector); // "sectors" counts 512 bytes, whatever the sector size
+    terms_.wire_unit = counts_sectors_ ? geometry.sector_size : wire_sector; // what "sectors" and the requests count in: see meet()
+    geometry.sectors = sectors / (sector_size / terms_.wire_unit);
     geometry.physical_sector_size =
         physical >= sector_size && physical <= 65536 && std::has_single_bit(physical) ? static_cast<u32>(physical) : geometry.sector_size;
     geometry.read_only = (info & info_read_only) != 0 || (mode && *mode == "r");
@@ -250,11 +281,14 @@ io::Task<Result<void>> Vbd::disconnect() {
     if (!begun_) { // not touched yet: left as it is
         co_return co_await front_.close();
     }
-    CO_CHECK(co_await front_.set_state(BusState::closing));
-    CO_CHECK(co_await front_.set_state(BusState::closed));
+    // Every step is taken whatever became of the one before: what is left behind must not be reachable.
+    Result<void> said = co_await front_.set_state(BusState::closing);
+    if (said) {
+        said = co_await front_.set_state(BusState::closed);
+    }
     const Instant deadline = after(environment_.executor.now(), environment_.timeout);
     bool let_go = false;
-    for (;;) {
+    while (said) {
         const auto theirs = co_await front_.state();
         let_go = theirs && std::find(std::begin(gone), std::end(gone), *theirs) != std::end(gone);
         if (!theirs || let_go || !co_await front_.changed(deadline) || environment_.executor.now() >= deadline) {
@@ -272,7 +306,8 @@ io::Task<Result<void>> Vbd::disconnect() {
         ring_pages_ = 0;
         ring_.abandon();
     }
-    co_return co_await front_.close();
+    const Result<void> left = co_await front_.close(); // takes the watch out of the store's list before it asks anybody
+    co_return said ? left : said;
 }
 
 io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device) {

@@ -52,6 +52,7 @@ class Vbd {
     static constexpr u32 max_ring_pages = 1u << max_ring_order;
 
     io::Task<Result<void>> reset();
+    io::Task<Result<void>> meet();
     io::Task<Result<u32>> ring_order();
     Result<void> make_ring(u32 order);
     io::Task<Result<void>> publish(u32 order, bool old_style);
@@ -70,6 +71,7 @@ class Vbd {
     Terms terms_;
     bool begun_ = false; // the back end may have seen us
     bool old_ring_keys_ = false;
+    bool counts_sectors_ = false; // feature-large-sector-size has been said
     hv::xen::Port port_ = hv::xen::Port::none;
     DmaBuffer ring_;
     std::array<hv::xen::GrantRef, max_ring_pages> ring_grants_{};

@@ -15,6 +15,7 @@ import core.std;
 import core.result;
 import core.text;
 import core.dma;
+import core.time;
 import core.interrupt;
 import core.log;
 import core.cpuid;
@@ -68,6 +69,7 @@ struct Environment {
 struct Services {
     InterruptController& interrupts;
     io::Executor& executor;
+    Nanoseconds timeout = 5'000'000'000; // bound of every wait for the other side
 };
 
 /// Tells time. Called after install(), any number of times.

@@ -140,6 +140,7 @@ void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
 }
 
 Result<void> Xen::start(Services& services) {
+    store_.set_timeout(services.timeout);
     // The vector that Xen injects itself needs no end-of-interrupt, which would be one more exit for every event; the message to the local APIC
     // is for a Xen that does not offer it.
     if ((features_ & feature_callback_vector) != 0) {

@@ -16,7 +16,7 @@ Error to_error(Status status) {
     case Status::cancelled: return {Code::cancelled, "the transfer was cancelled"};
     case Status::device_gone: return {Code::device_gone, "the disk was closed while the transfer was under way"};
     case Status::protocol_error: return {Code::protocol, "the disk's host broke its protocol; the disk was closed"};
-    case Status::misaligned: return {Code::bad_argument, "buffer and length must be multiples of the disk's sector size, and not empty"};
+    case Status::misaligned: return {Code::bad_argument, "buffer address and length must be multiples of the disk's sector size, and not empty"};
     case Status::out_of_range: return {Code::bad_argument, "the transfer ends behind the last sector of the disk"};
     case Status::read_only: return {Code::bad_argument, "the disk is read-only"};
     case Status::not_written: break;
@@ -42,7 +42,8 @@ void BlockDevice::submit(Request& request) {
     if (request.op != Op::flush) {
         const u32 sector = geometry_.sector_size;
         const u64 sectors = request.buffer.size / sector;
-        if (request.buffer.size == 0 || request.buffer.size % sector != 0 || request.buffer.bus % 512 != 0) {
+        if (request.buffer.data == nullptr || request.buffer.size == 0 || request.buffer.size % sector != 0 ||
+            request.buffer.bus % sector != 0) {
             return complete(request, Status::misaligned);
         }
         if (request.lba >= geometry_.sectors || sectors > geometry_.sectors - request.lba) {

@@ -142,7 +142,8 @@ class BlockDevice {
         BlockDevice& device() const;
     };
 
-    /// co_await these. The buffer is whole sectors and outlives the operation; ordering between operations under way is not promised.
+    /// co_await these. The buffer is whole sectors, aligned to one, and outlives the operation; ordering between operations under way is not
+    /// promised.
     Transfer read(u64 lba, DmaSpan into) { return {*this, Op::read, lba, into}; }
     Transfer write(u64 lba, DmaSpan from) { return {*this, Op::write, lba, from}; }
     /// Everything acknowledged before this was submitted is on stable storage when it ends with ok. A disk without a volatile cache says ok at

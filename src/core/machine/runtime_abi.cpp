@@ -1,7 +1,7 @@
 // The names that compiled code and libc++ look for in the global module.
+#include <new>
 #include <stdarg.h>
 #include <stddef.h>
-#include <new>
 import core.std;
 import core.heap;
 import core.panic;

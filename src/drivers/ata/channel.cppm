@@ -1,7 +1,8 @@
 // One IDE channel at the level of registers: issue a command, see whether it has ended, stop, reset. No queue and no policy here. Every device
 // access of the driver is made, and counted, in Registers.
 //
-// An access costs thousands of instructions where the controller is a program's, and a microsecond where it is not: each must have a reason. One DMA command with 28-bit addresses:
+// An access costs thousands of instructions where the controller is a program's, and a microsecond where it is not: each must have a reason. One
+// DMA command with 28-bit addresses:
 //
 //   #  access                                     why
 //   1  out16 sector count, LBA low                the two registers are neighbours: one access when attach() saw that words work, else two

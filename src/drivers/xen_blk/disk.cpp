@@ -56,7 +56,8 @@ Result<void> Disk::open(const Terms& terms, const Identity& identity, DmaAllocat
     geometry_ = terms.geometry;
     geometry_.flush = terms.flush.has_value();
     geometry_.discard = terms.discard && !geometry_.read_only;
-    sector_shift_ = static_cast<u32>(std::countr_zero(geometry_.sector_size / wire_sector));
+    sector_shift_ = static_cast<u32>(std::countr_zero(geometry_.sector_size / terms.wire_unit));
+    unit_shift_ = static_cast<u32>(std::countr_zero(terms.wire_unit));
     notify_ = notify;
     notify_context_ = context;
     if (terms_.persistent) {
@@ -172,7 +173,7 @@ bool Disk::issue_data(Request& request) {
     part.segments = static_cast<u16>(count);
     part.offset = request.issued;
     part.bytes = bytes;
-    const u64 sector = (request.lba << sector_shift_) + request.issued / wire_sector;
+    const u64 sector = (request.lba << sector_shift_) + (request.issued >> unit_shift_);
     if (!indirect) [[likely]] {
         DirectRequest slot; // as much of it as is used is written, and no more goes into the ring
         slot.header = {part.operation, static_cast<u8>(count), terms_.handle, 0, *id, sector};
@@ -214,7 +215,7 @@ void Disk::fill_segments(Part& part, Request& request, std::span<Segment> segmen
                 data += bytes;
             }
         }
-        segments[i] = {grant, static_cast<u8>(in_page / wire_sector), static_cast<u8>((in_page + bytes) / wire_sector - 1), 0};
+        segments[i] = {grant, static_cast<u8>(in_page >> unit_shift_), static_cast<u8>(((in_page + bytes) >> unit_shift_) - 1), 0};
         left -= bytes;
         in_page = 0;
     }
@@ -237,7 +238,7 @@ bool Disk::issue_command(Request& request) {
     if (request.op == io::Op::discard) {
         part.operation = Operation::discard;
         const DiscardRequest slot{{Operation::discard, 0, terms_.handle, 0, *id, request.lba << sector_shift_},
-                                  request.buffer.size / wire_sector};
+                                  request.buffer.size >> unit_shift_};
         static_cast<void>(requests_->produce(slot));
     } else {
         part.operation = terms_.flush.value_or(Operation::flush);

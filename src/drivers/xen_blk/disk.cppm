@@ -31,6 +31,7 @@ struct Terms {
     bool persistent = false;
     u32 indirect_segments = 0; // of one request; 0: none
     u32 ring_pages = 1;
+    u32 wire_unit = wire_sector; // bytes that sector numbers in the ring count: 512, or the disk's sector size
     io::Geometry geometry;
 };
 
@@ -113,7 +114,8 @@ class Disk final : public io::BlockDevice, private io::Service {
     hv::xen::Grants& grants_;
     Terms terms_;
     State state_ = State::closed;
-    u32 sector_shift_ = 0; // from the disk's sectors to the wire's
+    u32 sector_shift_ = 0; // from the disk's sectors to the wire's units
+    u32 unit_shift_ = 9;   // from bytes to the wire's units
     io::Moderation moderation_;
     std::optional<Requests> requests_;
     std::optional<Responses> responses_;
