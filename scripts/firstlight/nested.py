@@ -147,17 +147,21 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
             with open(part, "rb") as file:
                 shutil.copyfileobj(file, whole)
             whole.write(bytes(-whole.tell() % 512))
-    scratch = folder / "scratch.raw"
-    with open(scratch, "wb") as file:
-        file.truncate(max(size, MEBIBYTE))
     command = [
         str(lab.qemu), *(WALL if wall else DETERMINISTIC),
         "-cpu", "EPYC-Milan,+svm,+npt", "-m", "2048",
         "-kernel", str(lab.kernel), "-initrd", str(folder / "initrd"),
         "-append", "console=ttyS0 quiet loglevel=0 panic=-1 nokaslr norandmaps",
         "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot",
-        "-drive", f"if=none,id=scratch,format=raw,file={scratch}", "-device", "virtio-blk-pci,drive=scratch",
     ]  # fmt: skip
+    if size:
+        # Only when an image comes out: this disk's I/O ends in real time, and a run with it is not repeated exactly.
+        scratch = folder / "scratch.raw"
+        with open(scratch, "wb") as file:
+            file.truncate(size)
+        command += [
+            "-drive", f"if=none,id=scratch,format=raw,file={scratch}", "-device", "virtio-blk-pci,drive=scratch",
+        ]  # fmt: skip
     return Nested(folder, command, tag, layout)
 
 

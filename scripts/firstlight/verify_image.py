@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 from pathlib import Path
 
 MAGIC = b"FLVERIFY"
 HEADER = struct.Struct("<8sQQQII")  # magic, LBA, generation, seed, CRC-32C, block size
-
-
-@dataclasses.dataclass
-class Checked:
-    blocks: int
-    bad: list[str]
+SIZES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+DEFAULTS = {"bs": 4096, "seed": 1, "generation": 1}
 
 
 def crc32c():
@@ -22,20 +17,39 @@ def crc32c():
     return crcmod.predefined.mkPredefinedCrcFun("crc-32c")
 
 
-def check(image: Path, record: dict) -> Checked:
-    """`record` is the kernel's own `verify` record: what it says it wrote must be there."""
-    block_size, blocks = record["bs"], record["blocks"]
+def value(text: str) -> int:
+    """A number of the command line."""
+    return int(text[:-1], 0) * SIZES[text[-1]] if text[-1:] in SIZES else int(text, 0)
+
+
+def compare(record: dict, words: dict[str, str], image_size: int) -> list[str]:
+    """A `verify` record against the words of the command line: whether what was asked for is what the kernel says it did."""
+    asked = {key: value(words[key]) if key in words else default for key, default in DEFAULTS.items()}
+    count = value(words.get("count", "0"))
+    expected = {**asked, "first_lba": 0, "bad": 0, "ok": True}
+    if count:
+        del expected["first_lba"]
+    expected |= dict.fromkeys(("blocks", "written", "read"), count or image_size // asked["bs"])
+    complaints = [f"{key} {record.get(key)!r}, expected {wanted!r}" for key, wanted in expected.items() if record.get(key) != wanted]
+    if not count and record.get("blocks", 0) * record.get("bs", 0) != image_size:
+        complaints.append(f"{record.get('blocks')} blocks of {record.get('bs')} bytes do not cover the {image_size} bytes of the image")
+    return complaints
+
+
+def check(image: Path, record: dict) -> list[str]:
+    """What the record says was written must be in the image; a line for each block that differs."""
+    block_size = record["bs"]
     lba = record["first_lba"]
     crc = crc32c()
     bad = []
     with open(image, "rb") as file:
         file.seek(lba * 512)
-        for number in range(blocks):
-            expected = lba + number * (block_size // 512)
+        for index in range(record["blocks"]):
+            expected = lba + index * (block_size // 512)
             fault = check_block(file.read(block_size), block_size, expected, record["generation"], record["seed"], crc)
             if fault:
                 bad.append(f"LBA {expected}: {fault}")
-    return Checked(blocks, bad)
+    return bad
 
 
 def check_block(block: bytes, block_size: int, lba: int, generation: int, seed: int, crc) -> str:

@@ -4,16 +4,66 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 import tomllib
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from . import lab, launch, paths, verify_image
 from .machine import DiskSpec, Machine
 from .problems import Problem
-from .records import Verdict
+from .records import Log, Verdict
 
 TABLE = paths.REPOSITORY / "test" / "vm" / "tests.toml"
+LAB_STARTS = 3  # at most, for the tests that a lab which broke down did not get to
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What must hold for a number in every record that `where` selects, and at least one such record must be there.
+
+    The number is a `field`, or with `per_io` a total of a result record divided by its `count`. `below` names another
+    field of the same record. Counts only: how long something took on this machine is no test.
+    """
+
+    record: str
+    where: dict = dataclasses.field(default_factory=dict)
+    field: str = ""
+    per_io: str = ""
+    min: float | None = None
+    max: float | None = None
+    below: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.field) == bool(self.per_io):
+            raise Problem("a bound has either field or per_io.")
+        if self.min is None and self.max is None and not self.below:
+            raise Problem("a bound has min, max or below.")
+
+    def complaints(self, log: Log) -> list[str]:
+        chosen = [record for record in log.of(self.record) if all(record.get(key) == value for key, value in self.where.items())]
+        if not chosen:
+            return [f"no {self.record} record with {self.where}"]
+        name = self.field or f"{self.per_io} per I/O"
+        found = []
+        for record in chosen:
+            value = record.get(self.field or self.per_io)
+            if not number(value) or (self.per_io and not record.get("count")):
+                found.append(f"{self.record} {self.where}: {name} is {value!r}, a number was expected")
+                continue
+            value = value / record["count"] if self.per_io else value
+            if self.min is not None and value < self.min:
+                found.append(f"{self.record} {self.where}: {name} is {value:g}, at least {self.min:g} expected")
+            if self.max is not None and value > self.max:
+                found.append(f"{self.record} {self.where}: {name} is {value:g}, at most {self.max:g} expected")
+            if self.below and not (number(record.get(self.below)) and value < record[self.below]):
+                found.append(f"{self.record} {self.where}: {name} is {value:g}, less than {self.below} ({record.get(self.below)!r}) expected")
+        return found
+
+
+def number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass
@@ -32,17 +82,18 @@ class Case:
     expect: str = "SUCCESS"
     output: list[str] = dataclasses.field(default_factory=list)
     never: list[str] = dataclasses.field(default_factory=list)
+    bounds: list[Bound] = dataclasses.field(default_factory=list)
     check_images: bool = False  # bring the images out and check the stamps here
     timeout: float = 30.0
     groups: list[str] = dataclasses.field(default_factory=lambda: ["fast"])
     required: bool = True
-    deterministic: bool = False  # in the lab: by instructions instead of by the clock, three times as slow
+    deterministic: bool = False  # time by instructions instead of by the clock; three times as slow in the lab
     about: str = ""
 
     def to_machine(self, work: Path) -> Machine:
         machine = Machine(
             self.name, self.platform, self.machine, self.boot, self.cpus, self.memory, self.cmdline,
-            TABLE.parent / self.map if self.map else None, self.disks, timeout=self.timeout,
+            TABLE.parent / self.map if self.map else None, self.disks, counted=self.deterministic, timeout=self.timeout,
         )  # fmt: skip
         if self.check_images:
             for disk, name in zip(machine.specs, machine.disk_names()):
@@ -71,6 +122,10 @@ def load(path: Path = TABLE) -> list[Case]:
                 re.compile(pattern)
             except re.error as error:
                 raise Problem(f"{path}: test {name!r}: {pattern!r}: {error}.") from None
+        try:
+            row["bounds"] = [Bound(**bound) for bound in row.get("bounds", [])]
+        except (TypeError, Problem) as error:
+            raise Problem(f"{path}: test {name!r}: bounds: {error}") from None
         cases.append(Case(**row))
     names = [case.name for case in cases]
     doubles = sorted({name for name in names if names.count(name) > 1})
@@ -110,6 +165,13 @@ def judge(case: Case, boot: launch.Boot) -> Result:
         match = re.search(pattern, boot.outcome.output, re.M)
         if match:
             complaints.append(f"{match[0]!r} in the output matches {pattern!r}, which must not occur")
+    for bound in case.bounds:
+        complaints += bound.complaints(boot.log)
+    if case.expect == "SUCCESS":
+        for record in boot.log.of("result"):
+            for field in ("allocations", "errors"):
+                if record.get(field) != 0:
+                    complaints.append(f"{record.get('disk')} {record.get('workload')}: {field} {record.get(field)!r}, none is allowed")
     if case.check_images and not complaints:
         complaints += check_images(boot)
     return Result(
@@ -118,54 +180,93 @@ def judge(case: Case, boot: launch.Boot) -> Result:
 
 
 def check_images(boot: launch.Boot) -> list[str]:
-    """Every verify record against the image it speaks of."""
+    """The images against what the command line asked for: what the kernel says about itself is not believed."""
+    words = dict(word.partition("=")[::2] for word in boot.machine.cmdline.split())
+    names = boot.machine.disk_names()
+    images = dict(zip(names, (disk.bring_out for disk in boot.machine.specs)))
+    chosen = names if words.get("disk", "all") == "all" else words["disk"].split(",")
     found = boot.log.of("verify")
-    if not found:
-        return ["no verify record"]
-    images = dict(zip(boot.machine.disk_names(), (disk.bring_out for disk in boot.machine.specs)))
     complaints = []
+    if sorted(record["disk"] for record in found) != sorted(chosen):
+        complaints.append(f"verify records of {[record['disk'] for record in found]}, one each of {chosen} expected")
     for record in found:
         image = images.get(record["disk"])
         if not image or not image.is_file():
             complaints.append(f"no image of {record['disk']} was brought out")
             continue
-        checked = verify_image.check(image, record)
-        if checked.blocks == 0:
-            complaints.append(f"{record['disk']}: the kernel verified no block")
-        if checked.bad:
-            complaints.append(f"{record['disk']}: {len(checked.bad)} of {checked.blocks} blocks are wrong, first: {checked.bad[0]}")
-        image.unlink()
+        complaints += [f"{record['disk']}: {text}" for text in verify_image.compare(record, words, image.stat().st_size)]
+        bad = verify_image.check(image, record)
+        if bad:
+            complaints.append(f"{record['disk']}: {len(bad)} of {record['blocks']} blocks are wrong, first: {bad[0]}")
+    if not complaints:
+        for image in images.values():
+            if image:
+                image.unlink(missing_ok=True)
     return complaints
 
 
+def wreck(name: str, error: Exception, seconds: float = 0.0) -> Result:
+    """A test that could not be carried through: it failed, and the others go on."""
+    text = str(error) if isinstance(error, Problem) else "".join(traceback.format_exception(error))
+    return Result(name, "failed", seconds, f"{type(error).__name__}: {error}".splitlines()[0], text)
+
+
+def judged(case: Case, boot: launch.Boot) -> Result:
+    try:
+        return judge(case, boot)
+    except Exception as error:  # a record that lacks a field, an image that cannot be read
+        broken = wreck(case.name, error, boot.outcome.seconds)
+        broken.output = f"{boot.outcome.output}\n{broken.output}"
+        return broken
+
+
 def run(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None]) -> Iterable[Result]:
-    """All cases. Those for the lab share a start of it, the deterministic ones another; what a lab that broke down did
-    not get to is tried once more."""
+    """All cases, each with a result whatever happens. Those for the lab share a start of it, the deterministic ones another."""
     work = paths.RUNS / "tests"
     work.mkdir(parents=True, exist_ok=True)
-    by_name = {case.name: case for case in cases}
-    machines = {case.name: case.to_machine(work) for case in cases}
-    inside = {name for name, machine in machines.items() if launch.place(machine.kind, ready, forced).nested}
+    inside = []
+    for case in cases:
+        begin = time.monotonic()
+        try:
+            machine = case.to_machine(work)
+            if launch.place(machine.kind, ready, forced).nested:
+                inside.append(case)
+                continue
+            (boot,) = launch.boot(ready, [machine], forced=forced)
+        except Exception as error:
+            yield wreck(case.name, error, time.monotonic() - begin)
+        else:
+            yield judged(case, boot)
     for deterministic in (False, True):
-        left = [machines[case.name] for case in cases if (case.deterministic and case.name in inside) == deterministic]
-        for attempt in range(2):
-            count = sum(machine.name in inside for machine in left)
-            if count:
-                told(f"{count} in the lab, {'deterministic' if deterministic else 'wall-clock'} time")
-            done: set[str] = set()
-            fault = "the lab did not get to it"
-            try:
-                for boot in launch.boot(
-                    ready, left, wall=not deterministic, forced=forced, keep=work / f"lab-{'d' if deterministic else 'w'}{attempt}"
-                ):
-                    if boot.machine.name in inside and boot.outcome.status is None:
-                        continue
-                    done.add(boot.machine.name)
-                    yield judge(by_name[boot.machine.name], boot)
-            except Problem as problem:
-                fault = str(problem)
-            left = [machine for machine in left if machine.name not in done]
-            if not left:
-                break
-        for machine in left:
-            yield Result(machine.name, "failed", 0, fault.splitlines()[0], fault)
+        yield from run_inside(ready, [case for case in inside if case.deterministic == deterministic], forced, told, work)
+
+
+def run_inside(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None], work: Path) -> Iterable[Result]:
+    """The cases of one start of the lab. What a lab that broke down did not get to is tried again; the one it broke down with last."""
+    left = list(cases)
+    fault: Exception = Problem("The lab did not get to it.")
+    idle = 0
+    for attempt in range(LAB_STARTS):
+        if not left or idle == 2:
+            break
+        mode = "deterministic" if left[0].deterministic else "wall-clock"
+        told(f"{len(left)} in the lab, {mode} time")
+        before = len(left)
+        suspects = []
+        try:
+            keep = work / f"lab-{mode[0]}{attempt}"
+            machines = {case.name: case.to_machine(work) for case in left}
+            for boot in launch.boot(ready, list(machines.values()), wall=mode[0] == "w", forced=forced, keep=keep):
+                (case,) = (case for case in left if case.name == boot.machine.name)
+                if boot.outcome.status is not None:
+                    left.remove(case)
+                    yield judged(case, boot)
+                elif boot.outcome.output:
+                    suspects.append(case)
+                    fault = Problem(f"The lab broke down while {case.name} ran; it had printed:\n{boot.outcome.output[-4000:]}")
+        except Exception as error:
+            fault = error
+        left.sort(key=lambda case: case in suspects)
+        idle = idle + 1 if len(left) == before else 0
+    for case in left:
+        yield wreck(case.name, fault)
