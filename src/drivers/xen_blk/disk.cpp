@@ -411,6 +411,14 @@ bool Disk::withdraw(Part& part) {
     return safe;
 }
 
+// After how many of the answers that are owed an event is worth its price: three quarters, so that the back end still has work while we find it
+// more; and not before all the parts of a request can be there, since nobody can go on before. An answer that the others keep waiting is found
+// by the executor's tick.
+u32 Disk::event_after(u32 owed) const {
+    const u32 enough = owed < 2 ? owed : owed - std::max(owed / 4, 1u);
+    return std::max(enough, std::min(burst_, owed));
+}
+
 bool Disk::arm() {
     if (state_ != State::open) {
         return false;
@@ -428,8 +436,7 @@ bool Disk::arm() {
     if (owed == 0) {
         return false; // an answer now would be one too many; drain() sees it
     }
-    // Half of what is under way; but nobody can go on before all the parts of a request are there.
-    const auto found = responses_->arm(std::max(moderation_.after(owed), std::min(burst_, owed)), owed);
+    const auto found = responses_->arm(event_after(owed), owed);
     if (!found) [[unlikely]] {
         broken(found.error());
         return true;

@@ -63,7 +63,6 @@ class Disk final : public io::BlockDevice, private io::Service {
     void reclaim();
     /// Grants that are held by parts nobody waits for any more.
     u32 abandoned() const { return static_cast<u32>(inflight_.size()); }
-    void set_moderation(io::Moderation moderation) { moderation_ = moderation; }
 
   private:
     using Requests = io::Producer<io::MappedMemory, io::FreeRunning<u32>, io::ReachedEvent>;
@@ -96,6 +95,7 @@ class Disk final : public io::BlockDevice, private io::Service {
     bool arm() override;
     void tick(Instant now) override;
 
+    u32 event_after(u32 owed) const;
     bool issue(Request& request);
     bool issue_data(Request& request);
     bool issue_command(Request& request);
@@ -116,7 +116,6 @@ class Disk final : public io::BlockDevice, private io::Service {
     State state_ = State::closed;
     u32 sector_shift_ = 0; // from the disk's sectors to the wire's units
     u32 unit_shift_ = 9;   // from bytes to the wire's units
-    io::Moderation moderation_;
     std::optional<Requests> requests_;
     std::optional<Responses> responses_;
     io::RequestQueue waiting_;
