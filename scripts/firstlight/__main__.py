@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -33,6 +34,14 @@ def main() -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.INTERRUPTED
+    except OSError as error:
+        print(f"scripts/{name}: {error}", file=sys.stderr)
+        return Exit.ERROR
+    except Exception:
+        # Python's own exit status would be 1, which says that a test was tried and failed.
+        traceback.print_exc()
+        print(f"scripts/{name}: a fault of the script itself, see above", file=sys.stderr)
+        return Exit.ERROR
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -12,12 +11,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import build, image, lab, launch, paths, process, report, setup, vmtests, workloads
+from . import build, image, lab, launch, machine, paths, process, report, setup, vmtests, workloads
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
 
 PRESETS = ("host", "asan", "tsan")
 CTEST_SECONDS = 600
+MINIMAL = "minimal"  # a kernel without any hypervisor's module
 BAR = "=" * 20
 
 
@@ -25,7 +25,8 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/test",
         description="Build everything and run every test: the scripts' own, the modules' on this machine (plain, with "
-        "sanitizers, with a checker of memory orderings), the image, and the boots of test/vm/tests.toml.",
+        "sanitizers, with a checker of memory orderings), the image, a kernel without any hypervisor's module, and the "
+        "boots of test/vm/tests.toml.",
         epilog="A test that is required and skipped is a failure. " + EXIT_HELP,
     )
     parser.add_argument("--fast", action="store_true", help="host tests and boots on QEMU's emulated processor only")
@@ -46,7 +47,7 @@ def main(words: list[str]) -> Exit:
     if options.list:
         for case in cases:
             print(f"vm/{case.name:34} {case.platform:10} {case.machine:8} {','.join(case.groups):10} {case.about}")
-        print("\n".join(["scripts", *presets, "image"]))
+        print("\n".join(["scripts", *presets, "image", *([] if options.fast else [MINIMAL])]))
         return Exit.SUCCESS
     if options.junit and not options.junit.parent.is_dir():
         raise Problem(f"--junit {options.junit}: the folder does not exist.", Exit.USAGE)
@@ -59,20 +60,19 @@ def main(words: list[str]) -> Exit:
             say(f"{result.status:7} {result.name} ({result.seconds:.1f} s){': ' + result.detail if result.detail else ''}")
 
     if wanted("scripts", options.only, whole=True):
-        add(script_tests(options.only))
+        add(surviving("scripts", script_tests(options.only)))
     built = True
     if cases or wanted("image", options.only, whole=True):
         built = attempt("build/kernel", build.kernel, add)
         if built and wanted("image", options.only, whole=True):
-            add(image.checks())
+            add(surviving("image", image.checks()))
     for preset in presets:
         if wanted(preset, options.only, whole=True):
-            add(host_tests(preset, options.only))
-    if cases and built:
-        ready = lab.find()
-        add(prefixed("vm/", vmtests.run(ready, cases, options.lab, lambda text: say(f"vm: {text}"))))
-    elif cases:
-        add([Result(f"vm/{case.name}", "failed", 0, "the kernel was not built") for case in cases])
+            add(surviving(preset, host_tests(preset, options.only)))
+    if not options.fast and wanted(MINIMAL, options.only, whole=True):
+        add(surviving(MINIMAL, minimal()))
+    if cases:
+        add(vm_tests(cases, options.lab, built))
     return finish(results, options)
 
 
@@ -93,17 +93,63 @@ def attempt(name: str, work: Callable[[], None], add) -> bool:
     begin = time.monotonic()
     try:
         work()
-    except Problem as problem:
-        add([Result(name, "failed", time.monotonic() - begin, str(problem))])
+    except Exception as error:
+        add([vmtests.wreck(name, error, time.monotonic() - begin)])
         return False
     add([Result(name, "passed", time.monotonic() - begin)])
     return True
 
 
-def prefixed(prefix: str, results: Iterable[Result]) -> Iterable[Result]:
-    for result in results:
-        result.name = prefix + result.name
-        yield result
+def surviving(suite: str, results: Iterable[Result]) -> Iterable[Result]:
+    """The results; when whatever makes them breaks down, that is one more result, and the other suites go on."""
+    begin = time.monotonic()
+    try:
+        yield from results
+    except Exception as error:
+        yield vmtests.wreck(f"{suite}/unfinished", error, time.monotonic() - begin)
+
+
+def vm_tests(cases: list[vmtests.Case], forced: str, built: bool) -> Iterable[Result]:
+    """One result for each case, whatever breaks down."""
+    left = {case.name: case for case in cases}
+    reason: Exception = Problem("The kernel was not built.")
+    try:
+        if built:
+            for result in vmtests.run(lab.find(), cases, forced, lambda text: say(f"vm: {text}")):
+                left.pop(result.name, None)
+                result.name = f"vm/{result.name}"
+                yield result
+            reason = Problem("It was never run.")
+    except Exception as error:
+        reason = error
+    for name in left:
+        yield vmtests.wreck(f"vm/{name}", reason)
+
+
+def minimal() -> Iterable[Result]:
+    """The kernel without any hypervisor's module: it builds, holds no code of one, and boots as bare."""
+    begin = time.monotonic()
+    folder = paths.BUILD / MINIMAL
+    process.run(
+        ["cmake", "--preset", "kernel", "-B", folder, "-DFIRSTLIGHT_HV=bare"],
+        timeout=build.CONFIGURE_SECONDS, cwd=paths.REPOSITORY, what="cmake -DFIRSTLIGHT_HV=bare",
+    )  # fmt: skip
+    process.run(["cmake", "--build", folder], timeout=build.BUILD_SECONDS, cwd=paths.REPOSITORY, what=f"cmake --build {folder}")
+    yield Result(f"build/{MINIMAL}", "passed", time.monotonic() - begin)
+    begin = time.monotonic()
+    symbols = image.tool("llvm-nm-19", "--demangle", str(folder / "firstlight.debug.elf"))
+    foreign = [line for line in symbols.splitlines() if re.search(r"fl::hv::(xen|kvm)::|fl::hv::(Xen|Kvm)\b|fl::drivers::xen_", line)]
+    detail = f"{len(foreign)} symbols of a hypervisor's module, first: {foreign[0]}" if foreign else ""
+    if "fl::boot::kernel_start" not in symbols:
+        detail = "the symbols of the image could not be read"
+    yield Result(f"{MINIMAL}/symbols", "failed" if detail else "passed", time.monotonic() - begin, detail)
+    case = vmtests.Case(
+        "boot", output=['"record":"boot".*"backend":"bare"', '"record":"disk".*"name":"hda"', '"record":"first_block","disk":"hda"']
+    )
+    described = machine.Machine(f"{MINIMAL}-boot", timeout=case.timeout, cmdline=case.cmdline, kernel=folder / "firstlight.elf")
+    result = vmtests.judged(case, launch.finished(described, launch.run_here(lab.find(), described, None)))
+    result.name = f"{MINIMAL}/boot"
+    yield result
 
 
 def script_tests(only: list[str]) -> Iterable[Result]:
@@ -168,9 +214,9 @@ def read_junit(path: Path, preset: str) -> Iterable[Result]:
 
 
 def finish(results: list[Result], options) -> Exit:
+    if not results:
+        raise Problem(f"No test matches {' '.join(options.only)}. scripts/test --list shows them.", Exit.USAGE)
     count = {status: sum(result.status == status for result in results) for status in ("passed", "failed", "skipped")}
-    if options.junit:
-        junit(results, options.junit)
     if options.tap:
         tap(results)
     else:
@@ -179,10 +225,15 @@ def finish(results: list[Result], options) -> Exit:
         if result.status == "failed":
             print(f"\n# {BAR} {result.name}: {result.detail}")
             print("\n".join("# " + line for line in process.tail(result.output, 30).splitlines()))
-    if not results:
-        raise Problem(f"No test matches {' '.join(options.only)}. scripts/test --list shows them.", Exit.USAGE)
+    code = Exit.FAILURE if count["failed"] else Exit.SUCCESS
+    if options.junit:
+        try:
+            junit(results, options.junit)
+        except OSError as error:
+            say(f"scripts/test: --junit {options.junit}: {error}")
+            code = code or Exit.ERROR
     print(f"{'# ' if options.tap else ''}{count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped")
-    return Exit.FAILURE if count["failed"] else Exit.SUCCESS
+    return code
 
 
 def tap(results: list[Result]) -> None:

@@ -1,15 +1,24 @@
 """The pure parts of the host scripts."""
 
+import contextlib
+import io
+import json
 import struct
+import subprocess
 import sys
 import tempfile
+import types
 import unittest
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from firstlight import apt, fiojson, lab, launch, machine, nested, records, report, verify_image, vmrun_fault, vmtests, yardstick  # noqa: E402
-from firstlight.problems import Problem  # noqa: E402
+from firstlight import __main__ as entry  # noqa: E402
+from firstlight import (  # noqa: E402
+    apt, fiojson, lab, launch, machine, nested, records, report, testing, verify_image, vmrun_fault, vmtests, yardstick,
+)  # fmt: skip
+from firstlight.problems import Exit, Problem  # noqa: E402
 from firstlight.records import Verdict  # noqa: E402
 
 
@@ -136,7 +145,11 @@ class Table(unittest.TestCase):
         self.assertTrue(vmtests.load())
 
     def test_mistakes_are_found(self):
-        for row in ('name = "Bad Name"', 'name = "a"\nexpct = "ERROR"', 'name = "a"\noutput = ["("]', 'name = "a"\nmap = "no"'):
+        for row in (
+            'name = "Bad Name"', 'name = "a"\nexpct = "ERROR"', 'name = "a"\noutput = ["("]', 'name = "a"\nmap = "no"',
+            'name = "a"\nbounds = [{record = "result", field = "a"}]', 'name = "a"\nbounds = [{record = "result", max = 1}]',
+            'name = "a"\nbounds = [{record = "result", field = "a", max = 1, mx = 2}]',
+        ):  # fmt: skip
             with self.assertRaises(Problem, msg=row):
                 self.load(f"[[test]]\n{row}\n")
 
@@ -159,6 +172,129 @@ class Table(unittest.TestCase):
         self.assertEqual(self.result(skip, 35), "failed")
         self.assertEqual(self.result(skip, 35, required=False), "skipped")
         self.assertEqual(self.result(skip, 35, expect="SKIP"), "passed")
+
+    def said(self, *found):
+        return "\n".join("@" + json.dumps(record) for record in (*found, {"record": "verdict", "verdict": "SUCCESS"}))
+
+    def bounded(self, bound, *found):
+        return self.result(self.said(*found), 33, bounds=[vmtests.Bound(**bound)])
+
+    def test_bounds(self):
+        accesses = {"record": "result", "where": {"disk": "xvda", "qd": 32}, "per_io": "hypercalls"}
+        self.assertEqual(self.bounded({**accesses, "max": 0.05}, RESULT), "passed")
+        self.assertEqual(self.bounded({**accesses, "max": 0.04}, RESULT), "failed")
+        self.assertEqual(self.bounded({**accesses, "min": 0.06}, RESULT), "failed")
+        self.assertEqual(self.bounded({**accesses, "max": 9, "where": {"disk": "hda"}}, RESULT), "failed")
+        self.assertEqual(self.bounded({**accesses, "max": 9}, RESULT, {**RESULT, "hypercalls": 99999}), "failed")
+        self.assertEqual(self.bounded({**accesses, "max": 9}, {**RESULT, "hypercalls": None}), "failed")
+        boot = {"record": "boot", "detect_ns": 5, "first_probe_ns": 6}
+        order = {"record": "boot", "field": "detect_ns", "below": "first_probe_ns"}
+        self.assertEqual(self.bounded(order, boot), "passed")
+        self.assertEqual(self.bounded(order, {**boot, "detect_ns": 6}), "failed")
+        self.assertEqual(self.bounded(order, {"record": "boot", "detect_ns": 5}), "failed")
+
+    def test_no_allocation_and_no_error_unasked(self):
+        self.assertEqual(self.result(self.said(RESULT), 33), "passed")
+        self.assertEqual(self.result(self.said({**RESULT, "allocations": 1}), 33), "failed")
+        self.assertEqual(self.result(self.said({**RESULT, "errors": 1}), 33), "failed")
+
+
+class Survival(unittest.TestCase):
+    """Whatever breaks down, every test has a result, and the table comes out."""
+
+    SAID = '@{"record":"verdict","verdict":"SUCCESS"}\n'
+
+    def run_cases(self, *starts):
+        """Three tests for the lab, whose starts end as `starts` say: an exception, or what each test's outcome is."""
+        cases = [vmtests.Case(name) for name in ("one", "two", "three")]
+        waiting = list(starts)
+        order = []
+
+        def boot(ready, machines, **options):
+            order.append([each.name for each in machines])
+            start = waiting.pop(0)
+            if isinstance(start, Exception):
+                raise start
+            for each in machines:
+                yield launch.finished(each, start.get(each.name, nested.Outcome()))
+
+        with (
+            mock.patch.object(launch, "boot", boot),
+            mock.patch.object(launch, "place", return_value=launch.Place(True, "")),
+            tempfile.TemporaryDirectory() as folder,
+            mock.patch.object(vmtests.paths, "RUNS", Path(folder)),
+        ):
+            found = list(vmtests.run(None, cases, "auto", lambda text: None))
+        return {result.name: result.status for result in found}, order
+
+    def test_the_one_that_killed_the_lab_fails_alone(self):
+        good = nested.Outcome(33, self.SAID)
+        dead = nested.Outcome(None, "the last words\n")
+        found, order = self.run_cases({"one": dead}, {"two": good, "three": good, "one": dead}, {"one": dead})
+        self.assertEqual(found, {"one": "failed", "two": "passed", "three": "passed"})
+        self.assertEqual(order[1], ["two", "three", "one"])
+
+    def test_a_lab_that_never_starts(self):
+        for error in (Problem("no"), OSError(28, "full"), subprocess.TimeoutExpired("qemu", 10)):
+            found, order = self.run_cases(error, error)
+            self.assertEqual(set(found.values()), {"failed"}, error)
+            self.assertEqual((len(found), len(order)), (3, 2))
+
+    def test_a_test_without_a_place_fails_alone(self):
+        cases = [vmtests.Case("one")]
+        with mock.patch.object(launch, "place", side_effect=Problem("no KVM")):
+            self.assertEqual([result.status for result in vmtests.run(None, cases, "never", print)], ["failed"])
+
+    def test_a_record_without_its_fields(self):
+        case = vmtests.Case("a", check_images=True)
+        said = '@{"record":"verify"}\n' + self.SAID
+        finished = launch.finished(case.to_machine(Path("/nowhere")), nested.Outcome(33, said))
+        self.assertEqual(vmtests.judged(case, finished).status, "failed")
+
+    def test_every_suite_breaks_down_and_the_last_line_comes(self):
+        def dies(*words):
+            yield vmtests.Result("some", "passed")
+            raise OSError("broken")
+
+        out = io.StringIO()
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(io.StringIO()),
+            mock.patch.multiple(testing, script_tests=dies, host_tests=dies),
+            mock.patch.object(testing.image, "checks", dies),
+            mock.patch.object(testing.build, "kernel"),
+            mock.patch.object(testing.setup, "ensure"),
+            mock.patch.object(testing.lab, "find", side_effect=Problem("no lab")),
+            mock.patch.object(testing.vmtests, "load", return_value=[vmtests.Case("one"), vmtests.Case("two")]),
+        ):
+            file = Path(folder) / "junit.xml"
+            code = testing.main(["--fast", "--junit", str(file)])
+            self.assertEqual(file.read_text().count("<failure"), 5)
+        self.assertIs(code, Exit.FAILURE)
+        self.assertEqual(out.getvalue().splitlines()[-1], "4 passed, 5 failed, 0 skipped")
+
+
+class ExitStatus(unittest.TestCase):
+    def status(self, error):
+        module = types.SimpleNamespace(main=mock.Mock(side_effect=error))
+        said = io.StringIO()
+        with (
+            mock.patch.object(entry.importlib, "import_module", return_value=module),
+            mock.patch.object(entry.launch, "die_on_signals"),
+            mock.patch.object(sys, "argv", ["x", "test"]),
+            contextlib.redirect_stderr(said),
+        ):
+            return entry.main(), said.getvalue()
+
+    def test_a_fault_of_the_script_is_no_failed_test(self):
+        code, said = self.status(OSError(28, "No space left on device", "/x"))
+        self.assertEqual((code, said.count("\n")), (Exit.ERROR, 1))
+        self.assertIn("No space left on device: '/x'", said)
+        code, said = self.status(KeyError("x"))
+        self.assertEqual(code, Exit.ERROR)
+        self.assertIn("Traceback", said)
+        self.assertEqual(self.status(Problem("p", Exit.MISSING))[0], Exit.MISSING)
 
 
 RESULT = {
@@ -212,6 +348,43 @@ class Stamps(unittest.TestCase):
         self.assertIn("CRC", self.check(self.block()[:-1] + b"x"))
         self.assertIn("magic", self.check(bytes(4096)))
         self.assertIn("ends", self.check(b"short"))
+
+
+class Images(unittest.TestCase):
+    """The kernel's word about how much it verified against the command line and the image."""
+
+    RECORD = {
+        "record": "verify", "disk": "hda", "bs": 4096, "blocks": 2, "first_lba": 0, "generation": 1, "seed": 1,
+        "written": 2, "read": 2, "bad": 0, "ok": True,
+    }  # fmt: skip
+
+    def complaints(self, *found, cmdline="job=verify disk=hda", image=None):
+        stamps = Stamps()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "hda.img"
+            path.write_bytes(image or stamps.block(lba=0) + stamps.block(lba=8))
+            case = vmtests.Case("a", cmdline=cmdline)
+            boot = launch.finished(case.to_machine(Path(folder)), nested.Outcome(33))
+            boot.log.records += found
+            boot.machine.specs[0].bring_out = path
+            return "; ".join(vmtests.check_images(boot))
+
+    def test_true(self):
+        self.assertEqual(self.complaints(self.RECORD), "")
+        self.assertEqual(self.complaints({**self.RECORD, "blocks": 1, "written": 1, "read": 1}, cmdline="disk=hda count=1"), "")
+
+    def test_not_true(self):
+        for change in (
+            {"blocks": 1}, {"blocks": 0, "written": 0, "read": 0}, {"first_lba": 8, "blocks": 1}, {"bs": 512}, {"seed": 2}, {"generation": 2},
+            {"written": 1}, {"bad": 1}, {"ok": False},
+        ):  # fmt: skip
+            self.assertNotEqual(self.complaints({**self.RECORD, **change}), "", change)
+        for words in ("disk=hda count=1", "disk=hda bs=8k", "disk=hda seed=3", "disk=hda generation=3", "disk=hda,xvda", "disk=xvda"):
+            self.assertNotEqual(self.complaints(self.RECORD, cmdline=words), "", words)
+        self.assertNotEqual(self.complaints(), "")
+        self.assertNotEqual(self.complaints(self.RECORD, self.RECORD), "")
+        self.assertIn("magic", self.complaints(self.RECORD, image=Stamps().block(lba=0) + bytes(4096)))
+        self.assertIn("cover", self.complaints(self.RECORD, image=Stamps().block(lba=0) + Stamps().block(lba=8) + bytes(4096)))
 
 
 class Modules(unittest.TestCase):
