@@ -28,7 +28,7 @@ from pathlib import Path
 from . import apt, distribution, paths, process, vmrun_fault
 from .problems import Problem
 
-LAYOUT = "5"  # changes when the contents of the folder change for the same packages
+LAYOUT = "6"  # changes when the contents of the folder change for the same packages
 
 L1_MODULES = ("kvm-amd", "virtio_pci", "virtio_blk")
 L2_MODULES = ("xen-blkfront", "ata_piix", "sd_mod", "virtio_pci", "virtio_blk", "nvme", "ahci")
@@ -268,6 +268,8 @@ def uncompressed(path: Path) -> bytes:
 def write_cpio(tree: Path, archive: Path) -> None:
     """A newc archive the kernel unpacks: owned by root, the same bytes for the same files."""
     names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
+    for name in names:
+        os.utime(tree / name, (0, 0), follow_symlinks=False)
     with open(archive, "wb") as file:
         with process.started(
             ["cpio", "--quiet", "-o", "-H", "newc", "-R", "0:0", "--reproducible"], cwd=tree, stdin=-1, stdout=file
