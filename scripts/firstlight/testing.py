@@ -40,7 +40,9 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(words: list[str]) -> Exit:
     options = arguments().parse_args(words)
-    cases = [case for case in vmtests.load() if wanted(f"vm/{case.name}", options.only)]
+    # The name of a suite means that suite, not the boots in whose names the word happens to occur.
+    parts = [pattern for pattern in options.only if pattern not in ("scripts", *PRESETS, "image", MINIMAL)]
+    cases = [case for case in vmtests.load() if not options.only or (parts and wanted(f"vm/{case.name}", parts))]
     if options.fast:
         cases = [case for case in cases if "fast" in case.groups]
     presets = ("host",) if options.fast else PRESETS
