@@ -47,7 +47,7 @@ void FramePool::unlink(PageNumber number) {
 
 void* FramePool::allocate(usize size) noexcept {
     const usize i = class_of(size);
-    if (i == classes.size() || left_ == 0) {
+    if (i == classes.size() || denied_from_ == 1) {
         return nullptr;
     }
     PageNumber number = partial_[i];
@@ -68,8 +68,8 @@ void* FramePool::allocate(usize size) noexcept {
     if (!has_room(p)) {
         unlink(number);
     }
-    if (left_ != ~u64{0}) {
-        --left_;
+    if (denied_from_ != 0) {
+        --denied_from_;
     }
     ++allocations_;
     ++in_use_;

@@ -22,7 +22,7 @@ class FramePool {
     u64 allocations() const { return allocations_; }
     usize in_use() const { return in_use_; }
     /// For tests: the next `n` allocations succeed, all later ones fail until lifted with ~0.
-    void fail_after(u64 n) { left_ = n; }
+    void fail_after(u64 n) { denied_from_ = n == ~u64{0} ? 0 : n + 1; }
 
   private:
     struct Free {
@@ -48,9 +48,9 @@ class FramePool {
     PageNumber touched_ = 0; // pages that were ever used
     u64 allocations_ = 0;
     usize in_use_ = 0;
-    u64 left_ = ~u64{0};
+    u64 denied_from_ = 0; // 0: never; else the allocations left, plus one
     std::array<Page, pages> pages_{};
-    alignas(16) std::array<std::byte, arena_bytes> arena_; // left as it is: .bss
+    alignas(16) std::array<std::byte, arena_bytes> arena_; // every initial value here is zero, or the image would carry it
 };
 
 /// The one pool of the kernel (or of the test program).
