@@ -306,6 +306,17 @@ bool Disk::drain() {
     }
     idle_events_ = 0;
     last_answer_ = executor().turn_time();
+    if (armed_at_ != never) { // we slept for these
+        if (hurry_ != 0) {
+            --hurry_;
+        } else if (last_answer_ <= after(armed_at_, patience)) {
+            next_hurry_ = 1;
+        } else {
+            next_hurry_ = std::min(next_hurry_ * 2, max_hurry);
+            hurry_ = next_hurry_;
+        }
+        armed_at_ = never;
+    }
     for (u32 i = 0; i < count; ++i) {
         Response response;
         static_cast<void>(responses_->take(response)); // the only look at it
@@ -411,11 +422,11 @@ bool Disk::withdraw(Part& part) {
     return safe;
 }
 
-// After how many of the answers that are owed an event is worth its price: three quarters, so that the back end still has work while we find it
-// more; and not before all the parts of a request can be there, since nobody can go on before. An answer that the others keep waiting is found
-// by the executor's tick.
+// After how many of the answers that are owed an event is worth its price: all of them, as long as the whole batch comes within `patience`;
+// three quarters where it does not, so that a slow answer does not keep the others waiting; and never before all the parts of a request can be
+// there, since nobody can go on before. Answers that wait for the rest are found by the executor's tick at the latest.
 u32 Disk::event_after(u32 owed) const {
-    const u32 enough = owed < 2 ? owed : owed - std::max(owed / 4, 1u);
+    const u32 enough = owed < 2 || hurry_ == 0 ? owed : owed - std::max(owed / 4, 1u);
     return std::max(enough, std::min(burst_, owed));
 }
 
@@ -441,6 +452,7 @@ bool Disk::arm() {
         broken(found.error());
         return true;
     }
+    armed_at_ = *found ? never : executor().turn_time();
     return *found;
 }
 

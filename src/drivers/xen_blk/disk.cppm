@@ -46,6 +46,9 @@ class Disk final : public io::BlockDevice, private io::Service {
     static constexpr u32 max_pool_pages = 512;
     /// Events in a row that bring no answer; then the channel stays masked until the next tick.
     static constexpr u32 max_idle_events = 64;
+    /// After a batch of answers that took longer the next two are not waited for as a whole; after another one the next four, and so on.
+    static constexpr Nanoseconds patience = 2'000'000;
+    static constexpr u32 max_hurry = 64;
 
     Disk(io::Executor& executor, hv::xen::Events& events, hv::xen::Grants& grants);
     ~Disk();
@@ -125,6 +128,9 @@ class Disk final : public io::BlockDevice, private io::Service {
     std::atomic<bool> rang_{false};
     std::atomic<bool> masked_{true};
     u32 idle_events_ = 0;
+    u32 next_hurry_ = 1;
+    u32 hurry_ = 0; // batches still to come that are not waited for as a whole
+    Instant armed_at_ = never;
     u32 burst_ = 1; // parts of the last request that was issued
     Instant last_answer_ = 0;
     void (*notify_)(void*) = nullptr;

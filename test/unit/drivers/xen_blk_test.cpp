@@ -388,6 +388,20 @@ TEST(XenBlk, EventsAreRareAtDepth32) {
     }
 }
 
+TEST(XenBlk, OneSlowAnswerDoesNotKeepTheOthersWaiting) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    m.back.silent_for = 1;
+    Load load{m.disk(), 200, 4096, false};
+    Figures f;
+    const Instant before = m.world.now;
+    ASSERT_TRUE(m.run(run_load(m, load, 8, f)));
+    EXPECT_EQ(load.failed, 1u) << "the one that is never answered";
+    EXPECT_EQ(f.counters.completed, 7 * 200u + 1);
+    // Every batch would wait for a tick otherwise: 200 times 10 ms.
+    EXPECT_LT(m.world.now - before, 400'000'000u);
+}
+
 TEST(XenBlk, MoreThanTheRingHolds) {
     for (Offer offer :
          {Offer{}, Offer{.persistent = true}, Offer{.indirect = 256, .ring_order = 2}, Offer{.persistent = true, .indirect = 64}}) {
