@@ -36,6 +36,11 @@ void* operator new(std::size_t size) { return counted(size, 16); }
 void* operator new[](std::size_t size) { return counted(size, 16); }
 void* operator new(std::size_t size, std::align_val_t a) { return counted(size, static_cast<std::size_t>(a)); }
 void* operator new[](std::size_t size, std::align_val_t a) { return counted(size, static_cast<std::size_t>(a)); }
+// The nothrow forms too: a sanitizer brings its own, which do not come here, and their blocks must not end in free().
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return counted(size, 16); }
+void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return counted(size, 16); }
+void* operator new(std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept { return counted(size, static_cast<std::size_t>(a)); }
+void* operator new[](std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept { return counted(size, static_cast<std::size_t>(a)); }
 void operator delete(void* block) noexcept { std::free(block); }
 void operator delete[](void* block) noexcept { std::free(block); }
 void operator delete(void* block, std::size_t) noexcept { std::free(block); }
