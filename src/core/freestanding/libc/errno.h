@@ -3,7 +3,8 @@
 #ifdef __cplusplus
 extern "C"
 #endif
-int* __errno_location(void);
+    int*
+    __errno_location(void);
 #define EPERM 1
 #define ENOENT 2
 #define ESRCH 3

@@ -3,7 +3,9 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
-typedef struct { intmax_t quot, rem; } imaxdiv_t;
+typedef struct {
+    intmax_t quot, rem;
+} imaxdiv_t;
 intmax_t imaxabs(intmax_t);
 imaxdiv_t imaxdiv(intmax_t, intmax_t);
 intmax_t strtoimax(const char* __restrict, char** __restrict, int);

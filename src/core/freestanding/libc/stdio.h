@@ -1,6 +1,6 @@
 #pragma once
-#include <stddef.h>
 #include <stdarg.h>
+#include <stddef.h>
 #define EOF (-1)
 #define SEEK_SET 0
 #ifdef __cplusplus

@@ -3,9 +3,15 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
-typedef struct { int quot, rem; } div_t;
-typedef struct { long quot, rem; } ldiv_t;
-typedef struct { long long quot, rem; } lldiv_t;
+typedef struct {
+    int quot, rem;
+} div_t;
+typedef struct {
+    long quot, rem;
+} ldiv_t;
+typedef struct {
+    long long quot, rem;
+} lldiv_t;
 [[noreturn]] void abort(void);
 [[noreturn]] void exit(int);
 [[noreturn]] void _Exit(int);
