@@ -38,6 +38,9 @@ struct Environment {
     DiskSink& disks;
     Nanoseconds timeout = 5'000'000'000; // bound of every wait for the other side, and of one request
     u32 withheld_features = 0;           // Feature bits
+    /// One executor per processor that runs, index = processor, the first one is `executor`; empty: there is one processor. Work gets to another
+    /// one through Executor::post or io::run_on.
+    std::span<io::Executor* const> executors{};
 
     bool allows(Feature feature) const { return (withheld_features & to_underlying(feature)) == 0; }
 };

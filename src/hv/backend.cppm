@@ -7,9 +7,11 @@
 //   3. install(environment)          once: hypercalls and shared pages work from here on. At the entry, or at the defined late point
 //   4. tsc_hz(), console()           right after install, before a clock is calibrated
 //   5. start(services)               once: interrupts and the executor exist; events work from here on
-//   6. unplug(...)                   after the driver table has been applied, before any native bus is probed
-//   7. enumerate(...)                inside the executor; then drivers use events, hypercalls and the backend's own members
-//   8. power_off() / reboot() / crash(...)   at the end, or at any time after install
+//   6. join(...)                     once on every further processor (Processors)
+//   7. unplug(...)                   after the driver table has been applied, before any native bus is probed
+//   8. enumerate(...)                inside the executor; then drivers use events, hypercalls and the backend's own members
+//   9. leave(...)                    on every processor that has joined, when the job is done
+//  10. power_off() / reboot() / crash(...)   at the end, or at any time after install
 export module hv.backend;
 import core.std;
 import core.result;
@@ -162,10 +164,19 @@ concept EmulatedDevices = requires(B& b, EmulatedClasses classes) {
     { b.unplug(classes) } -> std::same_as<Result<void>>;
 };
 
-/// Starts further processors: after start(), once each, `entry` running on the new one with `context` on `stack_top`.
+/// Takes part on further processors. join(): called on the processor itself (cpu == this_processor() > 0), after start() on the boot processor and
+/// before the first enumerate() and probe; its interrupts are on, its executor exists and does not run yet. One processor at a time. An Error
+/// leaves this processor without the backend's events: it is reported, and the processor is not used.
 template <class B>
-concept CpuStarter = requires(B& b, u32 cpu, void (*entry)(void*), void* context, void* stack_top) {
-    { b.start_cpu(cpu, entry, context, stack_top) } -> std::same_as<Result<void>>;
+concept Processors = requires(B& b, u32 cpu, io::Executor& executor) {
+    { b.join(cpu, executor) } -> std::same_as<Result<void>>;
+};
+
+/// What a backend may have to undo there. leave(): on a processor that has joined, when the job is done and before the machine ends; nothing
+/// may arrive there afterwards.
+template <class B>
+concept LeavesProcessors = Processors<B> && requires(B& b, u32 cpu) {
+    { b.leave(cpu) } -> std::same_as<void>;
 };
 
 /// A hypervisor's module. `name` is what the log and the records call it; `guest` the VmGuest that it is chosen for.

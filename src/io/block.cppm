@@ -119,6 +119,16 @@ class BlockDevice {
     const Geometry& geometry() const { return geometry_; }
     const Counters& counters() const { return counters_; }
     Executor& executor() const { return executor_; }
+    /// How many processors may submit at once, each through a queue of its own. Lane 0 is the disk itself, on the boot processor. Lane i belongs
+    /// to a further processor (executor() says which): the same disk with the same identity and geometry, counters of its own. A request is
+    /// submitted, completed and destroyed on the processor of its lane; data written through one lane and acknowledged is seen through every
+    /// other. Constant once the disk is announced.
+    virtual u32 lanes() const { return 1; }
+    /// index < lanes(). Lives as long as the disk.
+    virtual BlockDevice& lane(u32 index) {
+        static_cast<void>(index);
+        return *this;
+    }
     /// Bound of every request; Nanoseconds. Requests take it when they are submitted.
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
     Nanoseconds timeout() const { return timeout_; }

@@ -111,6 +111,8 @@ struct Platform {
     void* context = nullptr;
     Instant (*now)(void* context) = nullptr;
     void (*idle)(void* context, Instant until, const std::atomic<bool>& wake) = nullptr;
+    /// Ends the idle() of this platform's processor, called on another one; absent where there is no other.
+    void (*kick)(void* context) = nullptr;
 };
 
 class Executor {
