@@ -1,0 +1,235 @@
+// The host's end of one open channel: two byte rings over the pages of a GPADL, packets in and out; and what a device is to the bus. Guests'
+// pages may change at any moment: everything is copied out once, checked, and then used.
+module;
+#include <array>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string_view>
+#include <vector>
+export module host.channel;
+import core.std;
+import core.result;
+import io.ring;
+export import host.platform;
+export import host.faults;
+
+export namespace fl::host {
+
+/// 16 bytes as they stand on the wire.
+using Guid = std::array<u8, 16>;
+void malformed_guid(); // never called: naming it makes a constant expression ill-formed
+/// From "ba6163d9-04a1-4d29-b605-72e2ffb1dc7f": the first three groups are little-endian numbers. Constants only: a malformed text does not
+/// compile.
+consteval Guid guid(std::string_view text) {
+    constexpr std::array<u8, 16> places{3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15};
+    Guid result{};
+    usize digits = 0;
+    for (const char c : text) {
+        if (c == '-') {
+            continue;
+        }
+        const int value = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : (malformed_guid(), 0);
+        u8& byte = result[places[digits / 2]];
+        byte = static_cast<u8>(byte << 4 | value);
+        ++digits;
+    }
+    if (digits != 32) {
+        malformed_guid();
+    }
+    return result;
+}
+
+/// Pages of guest memory as one ring's memory: a header page and the bytes behind it. Models io::RingMemory. Does not own the list.
+class PagedMemory {
+  public:
+    PagedMemory() = default;
+    /// `pages`: host addresses, none null. When they happen to follow each other the copies are single ones.
+    explicit PagedMemory(std::span<std::byte* const> pages) : pages_(pages.data()), size_(pages.size() * 4096), flat_(true) {
+        for (usize i = 1; i < pages.size(); ++i) {
+            flat_ = flat_ && pages[i] == pages[0] + i * 4096;
+        }
+    }
+    usize size() const { return size_; }
+    template <class W>
+    W load_relaxed(usize offset) const {
+        return std::atomic_ref<W>(word<W>(offset)).load(std::memory_order_relaxed);
+    }
+    template <class W>
+    W load_acquire(usize offset) const {
+        return std::atomic_ref<W>(word<W>(offset)).load(std::memory_order_acquire);
+    }
+    template <class W>
+    void store_relaxed(usize offset, W value) {
+        std::atomic_ref<W>(word<W>(offset)).store(value, std::memory_order_relaxed);
+    }
+    template <class W>
+    void store_release(usize offset, W value) {
+        std::atomic_ref<W>(word<W>(offset)).store(value, std::memory_order_release);
+    }
+    void full_barrier() const { std::atomic_thread_fence(std::memory_order_seq_cst); }
+    void copy_out(usize offset, std::byte* into, usize count) const {
+        while (count != 0) {
+            const usize now = piece(offset, count);
+            std::memcpy(into, at(offset), now);
+            into += now, offset += now, count -= now;
+        }
+    }
+    void copy_in(usize offset, const std::byte* from, usize count) {
+        while (count != 0) {
+            const usize now = piece(offset, count);
+            std::memcpy(at(offset), from, now);
+            from += now, offset += now, count -= now;
+        }
+    }
+
+  private:
+    usize piece(usize offset, usize count) const { return flat_ ? count : std::min(count, 4096 - offset % 4096); }
+    std::byte* at(usize offset) const { return pages_[offset / 4096] + offset % 4096; }
+    template <class W>
+    W& word(usize offset) const {
+        return *reinterpret_cast<W*>(at(offset));
+    }
+    std::byte* const* pages_ = nullptr;
+    usize size_ = 0;
+    bool flat_ = false;
+};
+static_assert(io::RingMemory<PagedMemory>);
+
+/// Words of a ring's header page [vmbus "struct hv_ring_buffer"].
+inline constexpr usize ring_write_index = 0;
+inline constexpr usize ring_read_index = 4;
+inline constexpr usize ring_interrupt_mask = 8;
+inline constexpr usize ring_pending_send = 12;
+inline constexpr usize ring_features = 64;
+inline constexpr u32 feature_pending_send = 1;
+
+/// Packet types [vmbus "enum vmbus_packet_type"]; others come from guests that err.
+enum class PacketType : u16 { data_inband = 6, data_gpa_direct = 9, completion = 0xb };
+inline constexpr u16 packet_completion_requested = 1;
+
+/// One packet out of the guest's ring. The spans are the channel's own copy and last until the next receive().
+struct Packet {
+    PacketType type;
+    u16 flags;
+    u64 transaction;
+    u32 range_count;                    // data_gpa_direct: ranges in `ranges`
+    std::span<const std::byte> ranges;  // { u32 bytes, u32 offset, u64 frames[] } each; checked to be there, not what they say
+    std::span<const std::byte> payload; // padded to 8 bytes
+    bool wants_completion() const { return (flags & packet_completion_requested) != 0; }
+};
+
+class Device;
+class Channel;
+
+/// What a device can ask of the bus. The server models it.
+class Bus {
+  public:
+    virtual ~Bus() = default;
+    virtual GuestMemory& memory() = 0;
+    virtual Judge& judge() = 0;
+    virtual Counters& counters() = 0;
+    virtual FaultPlan& faults() = 0;
+    virtual u64 heartbeat_interval() const = 0;
+    virtual u64 time_sync_interval() const = 0;
+    /// Tells the guest of the channel that there is something for it, or room. `always`: even where the event flag is set already.
+    virtual void interrupt(Channel& channel, bool always = false) = 0;
+    /// Offers sub-channels 1..count of the device.
+    virtual void offer_sub_channels(Device& device, u16 count) = 0;
+    /// Takes the device's channels away; the device itself lives until the server says so. Takes effect after the current serve().
+    virtual void rescind(Device& device) = 0;
+    /// Calls serve() for the device's open channels in this turn or the next.
+    virtual void kick(Device& device) = 0;
+};
+
+class Channel {
+  public:
+    /// `pages`: the GPADL's, host addresses; the guest's ring is the first `downstream` of them, the host's the rest.
+    static Result<Channel> create(Bus& bus, u32 relid, u32 vp, u16 index, std::vector<std::byte*> pages, u32 downstream);
+
+    u32 relid() const { return relid_; }
+    u32 target_vp() const { return vp_; }
+    void retarget(u32 vp) { vp_ = vp; }
+    /// 0: the device's first channel.
+    u16 index() const { return index_; }
+    /// The guest broke the ring: nothing is read any more until it is closed and opened again.
+    bool broken() const { return broken_; }
+
+    /// Begins a turn: the guest need not signal while it lasts, where the ring has more than one page.
+    void begin();
+    /// The next packet; nothing: the ring is empty for now, or broken.
+    std::optional<Packet> receive();
+    /// Whether a packet with `payload` bytes fits now. False: asks the guest to signal when it does; the device waits for its next serve().
+    bool room(usize payload);
+    /// Writes a packet, not seen before finish(). False: no room. `target`: one of those that a planned fault can strike.
+    bool send(PacketType type, u16 flags, u64 transaction, std::span<const std::byte> payload, bool target = false);
+    /// Ends a turn: publishes what was sent with one store and at most one interrupt, and what was read with another. True: there is more
+    /// to read already.
+    bool finish();
+
+    /// Something else to do for a fault: interrupts without content that are still to come.
+    u32 storm = 0;
+
+  private:
+    using Memory = PagedMemory;
+    using In = io::Consumer<Memory, io::Wrapped<u32>, io::EmptyToNonEmpty>;
+    using Out = io::Producer<Memory, io::Wrapped<u32>, io::EmptyToNonEmpty>;
+    Channel(Bus& bus, u32 relid, u32 vp, u16 index, std::unique_ptr<std::vector<std::byte*>> pages, Memory in_memory, Memory out_memory, In in,
+            Out out)
+        : bus_(&bus), relid_(relid), vp_(vp), index_(index), pages_(std::move(pages)), in_memory_(in_memory), out_memory_(out_memory), in_(in),
+          out_(out), buffer_(new std::array<std::byte, buffer_bytes>) {}
+    std::optional<Packet> give_up(const char* what, u64 expected, u64 seen);
+    void publish();
+    void break_after_publishing();
+
+    static constexpr usize buffer_bytes = 16384; // the longest packet that is taken
+
+    Bus* bus_;
+    u32 relid_;
+    u32 vp_;
+    u16 index_;
+    bool broken_ = false;
+    bool target_sent_ = false;  // since the last publish()
+    bool target_taken_ = false; // since the last release
+    bool taken_ = false;
+    std::unique_ptr<std::vector<std::byte*>> pages_;
+    Memory in_memory_;
+    Memory out_memory_;
+    In in_;
+    Out out_;
+    std::unique_ptr<std::array<std::byte, buffer_bytes>> buffer_;
+    u32 last_at_ = 0;    // where the last target packet stands in the ring
+    u32 last_bytes_ = 0; // and how long it is, without trailer
+    u32 waiting_ = 0;    // bytes that the device waits for
+};
+
+struct DeviceOffer {
+    Guid type;
+    Guid instance;
+    u16 flags = 1;              // CHANNEL_ENUMERATE_DEVICE_INTERFACE
+    std::array<u8, 120> user{}; // class-specific; a pipe begins with its mode
+    u16 sub_channels = 0;       // at most
+};
+
+/// What stands behind a channel.
+class Device {
+  public:
+    virtual ~Device() = default;
+    virtual DeviceOffer offer() const = 0;
+    virtual std::string_view name() const = 0;
+    /// Once, when the device comes to the server.
+    virtual void attached(Bus& bus) { static_cast<void>(bus); }
+    virtual void opened(Channel& channel) { static_cast<void>(channel); }
+    /// The guest closed it, or everything was reset. The channel must not be used any more.
+    virtual void closed(Channel& channel) { static_cast<void>(channel); }
+    /// There may be packets to read, or room for those that wait. Called again while it returns true.
+    virtual bool serve(Channel& channel) = 0;
+    /// Time has come to `now`. Returns when it wants to be called again; ~0: never.
+    virtual u64 tick(Channel& channel, u64 now) {
+        static_cast<void>(channel);
+        static_cast<void>(now);
+        return ~u64{0};
+    }
+};
+
+} // namespace fl::host

@@ -1,0 +1,88 @@
+// A SCSI disk as a host sees it: command blocks in, data and sense out. No VMBus here. [SPC-4], [SBC-3]
+module;
+#include <array>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+export module host.scsi;
+import core.std;
+export import host.platform;
+export import host.faults;
+
+export namespace fl::host {
+
+struct LunConfig {
+    u8 lun = 0;
+    BlockStore* store = nullptr; // outlives the LUN
+    u32 block_size = 512;        // 512 or 4096; the store's size is a multiple
+    std::string serial = "FL0";
+    bool write_cache = true;
+    bool thin = true; // UNMAP is offered
+};
+
+/// Where a command's data lie in the guest: pieces, in order. Resolved before the command runs, so that every byte is there.
+class DataBuffer {
+  public:
+    void clear() { pieces_.clear(), bytes_ = 0; }
+    void add(std::span<std::byte> piece) {
+        if (!pieces_.empty() && pieces_.back().data() + pieces_.back().size() == piece.data()) {
+            pieces_.back() = std::span(pieces_.back().data(), pieces_.back().size() + piece.size());
+        } else {
+            pieces_.push_back(piece);
+        }
+        bytes_ += piece.size();
+    }
+    usize size() const { return bytes_; }
+    /// Not more than `bytes` of it from now on.
+    void truncate(usize bytes);
+    std::span<const std::span<std::byte>> pieces() const { return pieces_; }
+    /// Copies as much as fits; how much that was.
+    usize put(std::span<const std::byte> bytes);
+    usize get(std::span<std::byte> into) const;
+
+  private:
+    std::vector<std::span<std::byte>> pieces_;
+    usize bytes_ = 0;
+};
+
+enum class ScsiStatus : u8 { good = 0, check_condition = 2, busy = 8 };
+
+struct Sense {
+    u8 key = 0;
+    u8 asc = 0;
+    u8 ascq = 0;
+    std::optional<u32> information; // the LBA
+    /// Fixed format, 18 bytes [SPC-4 §4.5.3].
+    std::array<u8, 18> bytes() const;
+};
+
+struct ScsiResult {
+    ScsiStatus status = ScsiStatus::good;
+    usize transferred = 0;
+    std::optional<Sense> sense;
+    bool overrun = false; // more was asked for than the buffer has room for
+};
+
+/// One logical unit.
+class ScsiDisk {
+  public:
+    ScsiDisk(const LunConfig& config, Counters& counters, FaultPlan& faults) : config_(config), counters_(counters), faults_(faults) {}
+    const LunConfig& config() const { return config_; }
+    u64 blocks() const { return config_.store->size() / config_.block_size; }
+    ScsiResult execute(std::span<const u8, 16> cdb, DataBuffer& data);
+    /// The next command but INQUIRY, REPORT LUNS and REQUEST SENSE is answered with it (power on, reset, changed capacity).
+    void set_unit_attention(u8 asc, u8 ascq) { attention_ = Sense{6, asc, ascq, {}}; }
+
+  private:
+    ScsiResult inquiry(std::span<const u8, 16> cdb, DataBuffer& data);
+    ScsiResult read_write(bool write, u64 lba, u64 count, DataBuffer& data);
+    ScsiResult mode_sense(std::span<const u8, 16> cdb, DataBuffer& data, bool ten);
+    ScsiResult unmap(std::span<const u8, 16> cdb, DataBuffer& data);
+    LunConfig config_;
+    Counters& counters_;
+    FaultPlan& faults_;
+    std::optional<Sense> attention_;
+};
+
+} // namespace fl::host

@@ -1,0 +1,102 @@
+// Integration services, host side: shutdown, heartbeat, time synchronisation. Each is a channel in message mode that begins with a negotiation
+// of framework and message versions [hv-ic].
+module;
+#include <functional>
+#include <memory>
+#include <span>
+#include <string_view>
+#include <vector>
+export module host.services;
+import core.std;
+export import host.platform;
+export import host.channel;
+
+export namespace fl::host {
+
+enum class ShutdownState : u8 { idle, asked, accepted, refused };
+
+/// major << 16 | minor of a negotiated service; 0: not yet.
+struct ServiceVersions {
+    u32 framework = 0;
+    u32 message = 0;
+};
+
+/// What the three have in common: the pipe's header, the negotiation, one request under way at a time.
+class Service : public Device {
+  public:
+    ServiceVersions versions() const { return versions_; }
+    void attached(Bus& bus) override { bus_ = &bus; }
+    void opened(Channel& channel) override;
+    void closed(Channel& channel) override;
+    bool serve(Channel& channel) override;
+    u64 tick(Channel& channel, u64 now) final;
+
+  protected:
+    explicit Service(std::vector<u32> message_versions) : offered_(std::move(message_versions)) {}
+    /// Writes a request of type `type`. False: no room now.
+    bool request(Channel& channel, u16 type, std::span<const std::byte> body);
+    virtual u64 ready(Channel& channel, u64 now) = 0; // negotiated, and nothing under way: may request()
+    virtual void answered(u16 type, u32 status, std::span<const std::byte> body) = 0;
+    Bus* bus_ = nullptr;
+    ServiceVersions versions_;
+
+  private:
+    std::vector<u32> offered_;
+    Channel* channel_ = nullptr;
+    bool asked_ = false; // a negotiation or request is under way
+    u16 asked_type_ = 0;
+};
+
+class ShutdownService final : public Service {
+  public:
+    ShutdownService();
+    DeviceOffer offer() const override;
+    std::string_view name() const override { return "shutdown"; }
+    /// Asks the guest for an orderly shutdown, at once or when it has negotiated. Poll's thread; poll() soon afterwards.
+    void ask(bool restart = false);
+    ShutdownState state() const { return shutdown_; }
+
+  private:
+    u64 ready(Channel& channel, u64 now) override;
+    void answered(u16 type, u32 status, std::span<const std::byte> body) override;
+    ShutdownState shutdown_ = ShutdownState::idle;
+    bool wanted_ = false;
+    bool restart_ = false;
+};
+
+class HeartbeatService final : public Service {
+  public:
+    HeartbeatService();
+    DeviceOffer offer() const override;
+    std::string_view name() const override { return "heartbeat"; }
+    u64 sent() const { return sent_; }
+    u64 answers() const { return answers_; }
+
+  private:
+    u64 ready(Channel& channel, u64 now) override;
+    void answered(u16 type, u32 status, std::span<const std::byte> body) override;
+    u64 sent_ = 0;
+    u64 answers_ = 0;
+    u64 next_ = 0;
+    u64 sequence_ = 0;
+};
+
+class TimeSyncService final : public Service {
+  public:
+    /// `wall_clock`: 100 ns units since 1601-01-01; `reference`: the partition's reference counter, 100 ns units.
+    TimeSyncService(std::function<u64()> wall_clock, std::function<u64()> reference);
+    DeviceOffer offer() const override;
+    std::string_view name() const override { return "time sync"; }
+    u64 answers() const { return answers_; }
+
+  private:
+    u64 ready(Channel& channel, u64 now) override;
+    void answered(u16 type, u32 status, std::span<const std::byte> body) override;
+    std::function<u64()> wall_clock_;
+    std::function<u64()> reference_;
+    u64 next_ = 0;
+    u64 answers_ = 0;
+    bool first_ = true;
+};
+
+} // namespace fl::host

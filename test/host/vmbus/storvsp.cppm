@@ -1,0 +1,53 @@
+// The storage provider: a SCSI controller (class ba6163d9-…) or an IDE accelerator channel (class 32412632-…) and its disks.
+module;
+#include <memory>
+#include <string>
+#include <vector>
+export module host.storvsp;
+import core.std;
+export import host.platform;
+export import host.channel;
+export import host.scsi;
+
+export namespace fl::host {
+
+inline constexpr u16 storage_version(u8 major, u8 minor) { return static_cast<u16>(major << 8 | minor); }
+
+struct StorageConfig {
+    u32 number = 0;                                                       // of the controller: part of its instance id
+    std::vector<u16> versions = {0x0602, 0x0600, 0x0501, 0x0402, 0x0200}; // accepted; OpenVMM's leave 6.2 out
+    u16 sub_channels = 0;                                                 // offered at most, besides the first
+    u32 maximum_transfer = 256 * 1024;                                    // bytes, a multiple of 4096
+};
+
+/// One controller and its disks. Give it to Server::add(). Its functions are for poll's thread.
+class StorageDevice final : public Device {
+  public:
+    /// Target 0 of bus 0, any LUN below 64.
+    static std::unique_ptr<StorageDevice> scsi(const StorageConfig& config, std::vector<LunConfig> luns);
+    /// The accelerator of a generation-1 machine's IDE disk: `path` is the channel (0, 1), `target` 0 for master, 1 for slave.
+    static std::unique_ptr<StorageDevice> ide(u8 path, u8 target, const StorageConfig& config, const LunConfig& disk);
+    ~StorageDevice() override;
+
+    /// Hot add and remove of a LUN; the guest hears ENUMERATE_BUS. False: the LUN is taken, or not there.
+    bool add_lun(const LunConfig& lun);
+    bool remove_lun(u8 lun);
+    /// REMOVE_DEVICE: the host wants this controller to be let go; Server::remove() may follow.
+    void announce_removal();
+    /// 0: not negotiated.
+    u16 negotiated_version() const;
+
+    DeviceOffer offer() const override;
+    std::string_view name() const override;
+    void attached(Bus& bus) override;
+    void opened(Channel& channel) override;
+    void closed(Channel& channel) override;
+    bool serve(Channel& channel) override;
+
+  private:
+    struct State;
+    explicit StorageDevice(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
+
+} // namespace fl::host
