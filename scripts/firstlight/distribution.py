@@ -21,6 +21,7 @@ BUILD_PACKAGES = {
     "relacy-dev": "exhaustive checks of memory orderings",
     "mtools": "EFI system partitions",
     "cpio": "the lab's initramfs",
+    "zstd": "kernel modules, where the distribution packs them so",
     "python3-crcmod": "checking disk images from outside",
 }
 
