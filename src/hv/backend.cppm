@@ -179,6 +179,24 @@ concept LeavesProcessors = Processors<B> && requires(B& b, u32 cpu) {
     { b.leave(cpu) } -> std::same_as<void>;
 };
 
+/// Gives back what install(), start() and enumerate() took: shared pages, connections. uninstall(): at the end of the machine's life, after the
+/// drivers' last use of it, on processor 0; bounded, no executor needed, interrupts on or off. Only Power may be called afterwards.
+template <class B>
+concept TearDown = requires(B& b) {
+    { b.uninstall() } -> std::same_as<void>;
+};
+
+/// A one-shot timer of each processor. timer_offered(): after install(). start_timer(): on each processor that shall use it, once, after start() or
+/// join(). arm_timer(): on that processor, `length` nanoseconds from now; a new one replaces the old one. For machines whose local APIC has no
+/// timer that is as cheap.
+template <class B>
+concept OneShotTimer = requires(B& b, const B& constant, InterruptHandler handler, void* context, Nanoseconds length) {
+    { constant.timer_offered() } -> std::same_as<bool>;
+    { constant.timer_name() } -> std::convertible_to<std::string_view>;
+    { b.start_timer(handler, context) } -> std::same_as<Result<void>>;
+    { b.arm_timer(length) } -> std::same_as<void>;
+};
+
 /// A hypervisor's module. `name` is what the log and the records call it; `guest` the VmGuest that it is chosen for.
 template <class B>
 concept Backend =

@@ -11,12 +11,18 @@ export import hv.kvm;
 #ifdef FIRSTLIGHT_HV_XEN
 export import hv.xen;
 #endif
+#ifdef FIRSTLIGHT_HV_HYPERV
+export import hv.hyperv;
+#endif
 
 export namespace fl::hv {
 
 using Backends = BackendList<
 #ifdef FIRSTLIGHT_HV_XEN
     Xen,
+#endif
+#ifdef FIRSTLIGHT_HV_HYPERV
+    HyperV,
 #endif
 #ifdef FIRSTLIGHT_HV_KVM
     Kvm,

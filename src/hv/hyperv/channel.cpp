@@ -1,0 +1,106 @@
+module hv.hyperv.channel;
+import core.std;
+import core.result;
+import core.dma;
+import io.executor;
+import io.ring;
+import hv.hyperv.hypercall;
+
+namespace fl::hv::hyperv {
+
+Result<void> Channel::attach(const Offer& offer, u32 cpu, DmaBuffer rings, u32 send_bytes, const Signalling& signalling,
+                             const std::atomic<u32>& events) {
+    io::MappedMemory out(rings.data(), send_bytes);
+    io::MappedMemory in(rings.data() + send_bytes, rings.size() - send_bytes);
+    initialise_ring(out);
+    initialise_ring(in);
+    auto sender = PacketSender<io::MappedMemory>::create(out);
+    if (!sender) {
+        return sender.error();
+    }
+    auto receiver = PacketReceiver<io::MappedMemory>::create(in, buffer_);
+    if (!receiver) {
+        return receiver.error();
+    }
+    sender_.emplace(*sender);
+    receiver_.emplace(*receiver);
+    signalling_ = signalling;
+    offer_ = offer;
+    cpu_ = cpu;
+    events_ = &events;
+    first_event_ = events.load(std::memory_order_relaxed);
+    rescinded_.store(false, std::memory_order_relaxed); // nobody else knows the channel yet
+    rings_ = std::move(rings);
+    return {};
+}
+
+DmaBuffer Channel::detach() {
+    sender_.reset();
+    receiver_.reset();
+    events_ = nullptr;
+    return std::move(rings_);
+}
+
+bool Channel::publish() {
+    if (!sender_->unpublished()) {
+        return false;
+    }
+    ++counters_.publications;
+    if (!sender_->publish()) {
+        return false;
+    }
+    signal();
+    return true;
+}
+
+void Channel::signal() {
+    // The packets and the index before the bits that say so: a locked instruction is a full barrier for all who look at them.
+    if (signalling_.interrupt_word != nullptr) {
+        std::atomic_ref<u64>(*signalling_.interrupt_word).fetch_or(signalling_.interrupt_bit, std::memory_order_seq_cst);
+    }
+    if (signalling_.monitor_word != nullptr) {
+        std::atomic_ref<u32>(*signalling_.monitor_word).fetch_or(signalling_.monitor_bit, std::memory_order_seq_cst);
+        ++counters_.deferred;
+        return;
+    }
+    ++counters_.signals;
+    // An answer other than success: the host has just taken the channel away, and its rescind is on the way.
+    static_cast<void>(signalling_.hypercalls->signal_event(signalling_.connection));
+}
+
+Inbox::Inbox(Channel& channel, io::Executor& executor) : channel_(channel), executor_(executor), seen_(channel.interrupts()) {
+    latch_.attach(executor);
+    latch_.open(); // what came before us
+    executor_.add(*this);
+}
+
+Inbox::~Inbox() { executor_.remove(*this); }
+
+bool Inbox::drain() {
+    const u32 events = channel_.interrupts();
+    const bool ended = !told_ && (channel_.rescinded() || channel_.broken());
+    if (events == seen_ && !ended) {
+        return false;
+    }
+    seen_ = events;
+    told_ = told_ || ended;
+    latch_.open();
+    return true;
+}
+
+bool Inbox::arm() {
+    if (!latch_.awaited() || !channel_.is_open()) {
+        return false;
+    }
+    auto found = channel_.arm();
+    if (found && !*found) {
+        return false;
+    }
+    if (!found && std::exchange(told_, true)) {
+        return false; // broken, and said so
+    }
+    latch_.open();
+    return true;
+}
+
+} // namespace fl::hv::hyperv

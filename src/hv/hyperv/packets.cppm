@@ -1,0 +1,373 @@
+// Packets in a pair of VMBus byte rings: the wire format, and the two ends of it over io.ring. Generic over the ring's memory, so that tests and
+// fuzzers bring a hostile one. Knows no hypercall: the ends say when the host is to be signalled. [vmbus-ring]
+//
+// What the rings' words order is in io.ring's table. Two pairs are added here:
+//
+//   ours                                               the host's                                       what the pair orders
+//   send: pending_send_sz, full barrier, read index    read index, full barrier, pending_send_sz        one of the two sees the other: whoever
+//   release: read index, full barrier, pending_send_sz pending_send_sz, full barrier, read index        waits for room is told of it, or finds
+//   it
+module;
+#include <cstddef>
+export module hv.hyperv.packets;
+import core.std;
+import core.result;
+import core.dma;
+import io.ring;
+
+export namespace fl::hv::hyperv {
+
+// ---- wire ------------------------------------------------------------------------------------------------------------------------------------
+
+/// What stands before the bytes of a ring: its first page.
+struct RingHeader {
+    u32 write_index = 0;
+    u32 read_index = 0;
+    u32 interrupt_mask = 0;  // not 0: the reader wants no event
+    u32 pending_send_sz = 0; // not 0: the writer waits until more than so many bytes are free
+    std::array<u32, 12> reserved{};
+    u32 features = 0; // bit 0: the writer uses pending_send_sz
+};
+static_assert(sizeof(RingHeader) == 68 && offsetof(RingHeader, write_index) == 0 && offsetof(RingHeader, read_index) == 4 &&
+              offsetof(RingHeader, interrupt_mask) == 8 && offsetof(RingHeader, pending_send_sz) == 12 && offsetof(RingHeader, features) == 64);
+inline constexpr usize ring_header_bytes = page_size;
+inline constexpr u32 ring_feature_pending_send = 1;
+inline constexpr io::RingLayout ring_layout{.index = 0, .event = 8, .consumed = 4, .entries = ring_header_bytes, .stride = 1};
+
+enum class PacketType : u16 {
+    invalid = 0,
+    inband = 6,
+    transfer_pages = 7,
+    gpadl = 8,
+    gpa_direct = 9,
+    cancel = 10,
+    completion = 11,
+};
+
+/// Begins every packet. Lengths are in units of 8 bytes.
+struct PacketDescriptor {
+    PacketType type = PacketType::invalid;
+    u16 header_units = 0; // this descriptor and what belongs to the packet's type
+    u16 total_units = 0;  // the header and the payload, without the trailer
+    u16 flags = 0;
+    u64 transaction = 0;
+};
+static_assert(sizeof(PacketDescriptor) == 16 && offsetof(PacketDescriptor, header_units) == 2 && offsetof(PacketDescriptor, total_units) == 4 &&
+              offsetof(PacketDescriptor, flags) == 6 && offsetof(PacketDescriptor, transaction) == 8);
+inline constexpr u16 packet_wants_completion = 1;
+/// Ends every packet: the offset of its beginning in bits 32–63.
+inline constexpr u32 packet_trailer_bytes = 8;
+
+/// Follows the descriptor of a gpa_direct packet; then for each range a length, an offset into the first page, and page numbers.
+struct GpaDirectHeader {
+    u32 reserved = 0;
+    u32 range_count = 0;
+};
+static_assert(sizeof(GpaDirectHeader) == 8 && offsetof(GpaDirectHeader, range_count) == 4);
+
+/// A buffer that goes with a packet: `bytes` bytes from `offset` in the first of the pages on. `frames`: guest page numbers, as many as the
+/// bytes touch.
+struct PageRange {
+    u32 bytes = 0;
+    u32 offset = 0;
+    std::span<const u64> frames;
+};
+
+/// A packet that was received. The spans lie in the receiver's own buffer and last until the next one is received.
+struct Packet {
+    PacketType type = PacketType::invalid;
+    bool wants_completion = false;
+    u64 transaction = 0;
+    std::span<const std::byte> header;  // what follows the descriptor in the packet's header (empty for inband and completion)
+    std::span<const std::byte> payload; // padded to 8 bytes by the sender: its own fields say how much of it counts
+};
+
+/// What became of a packet.
+enum class Sent : u8 {
+    queued,   // in the ring; seen by the host after publish()
+    full,     // no room now. The host has been asked to signal once there is: try again when an event comes
+    too_long, // never: longer than the ring
+    broken,   // the host has broken the ring
+};
+
+/// Size of one direction's memory for `data` bytes of packets.
+constexpr usize ring_bytes(usize data) { return ring_header_bytes + data; }
+
+/// Puts a ring's memory into its initial state: before it is shown to the host. All zero but for the feature bit.
+template <io::RingMemory M>
+void initialise_ring(M& memory) {
+    for (usize at = 0; at < ring_header_bytes; at += 4) {
+        memory.template store_relaxed<u32>(at, 0);
+    }
+    memory.template store_relaxed<u32>(offsetof(RingHeader, features), ring_feature_pending_send);
+}
+
+// ---- sending ---------------------------------------------------------------------------------------------------------------------------------
+
+template <io::RingMemory M>
+class PacketSender {
+  public:
+    /// Of a fresh ring, header page and data. Error{bad_argument}: no whole number of pages, or no data.
+    static Result<PacketSender> create(M memory) {
+        if (memory.size() < ring_header_bytes + page_size || memory.size() % page_size != 0) {
+            return Error{Code::bad_argument, "a VMBus ring is a header page and at least one page of bytes", 2 * page_size, memory.size()};
+        }
+        auto producer = Ring::create(memory, ring_layout, io::Wrapped<u32>(static_cast<u32>(memory.size() - ring_header_bytes)));
+        if (!producer) {
+            return producer.error();
+        }
+        return PacketSender(memory, *producer);
+    }
+
+    Sent inband(std::span<const std::byte> payload, u64 transaction, bool wants_completion) {
+        return simple(PacketType::inband, payload, transaction, wants_completion ? packet_wants_completion : u16{0});
+    }
+    Sent completion(std::span<const std::byte> payload, u64 transaction) { return simple(PacketType::completion, payload, transaction, 0); }
+
+    /// `ranges`: each with as many frames as it touches; the caller has seen to that.
+    Sent gpa_direct(std::span<const std::byte> payload, std::span<const PageRange> ranges, u64 transaction, bool wants_completion) {
+        u64 header = sizeof(PacketDescriptor) + sizeof(GpaDirectHeader);
+        for (const PageRange& range : ranges) {
+            header += 8 + 8 * u64{range.frames.size()};
+        }
+        const Sent begun =
+            begin(PacketType::gpa_direct, header, payload.size(), transaction, wants_completion ? packet_wants_completion : u16{0});
+        if (begun != Sent::queued) [[unlikely]] {
+            return begun;
+        }
+        put(GpaDirectHeader{0, static_cast<u32>(ranges.size())});
+        for (const PageRange& range : ranges) {
+            put(u64{range.offset} << 32 | range.bytes);
+            put_bytes(std::as_bytes(range.frames));
+        }
+        return end(payload);
+    }
+    /// The same with one range that is contiguous: its page numbers are counted out here.
+    Sent gpa_direct(std::span<const std::byte> payload, DmaSpan buffer, u64 transaction, bool wants_completion) {
+        const u64 offset = buffer.bus % page_size;
+        const u64 frames = (offset + buffer.size + page_size - 1) / page_size;
+        const Sent begun = begin(PacketType::gpa_direct, sizeof(PacketDescriptor) + sizeof(GpaDirectHeader) + 8 + 8 * frames, payload.size(),
+                                 transaction, wants_completion ? packet_wants_completion : u16{0});
+        if (begun != Sent::queued) [[unlikely]] {
+            return begun;
+        }
+        put(GpaDirectHeader{0, 1});
+        put(offset << 32 | buffer.size);
+        for (u64 i = 0; i < frames; ++i) {
+            put(buffer.bus / page_size + i);
+        }
+        return end(payload);
+    }
+
+    /// Shows everything queued to the host, by one store. True: it wants a signal.
+    [[nodiscard]] bool publish() { return ring_.publish(); }
+    bool unpublished() const { return ring_.unpublished() != 0; }
+    /// Bytes that a packet, descriptor and trailer included, can have at most.
+    u32 capacity() const { return ring_.capacity(); }
+    /// The rule that the host broke; nothing while it is sound.
+    const std::optional<Error>& error() const { return error_; }
+
+  private:
+    using Ring = io::Producer<M, io::Wrapped<u32>, io::EmptyToNonEmpty>;
+    static constexpr usize pending_at = offsetof(RingHeader, pending_send_sz);
+
+    PacketSender(M memory, const Ring& ring) : memory_(memory), ring_(ring) {}
+
+    template <class T>
+    void put(const T& value) {
+        static_cast<void>(ring_.append(std::as_bytes(std::span<const T, 1>(&value, 1)))); // begin() has seen that there is room
+    }
+    void put_bytes(std::span<const std::byte> bytes) { static_cast<void>(ring_.append(bytes)); }
+
+    Sent simple(PacketType type, std::span<const std::byte> payload, u64 transaction, u16 flags) {
+        const Sent begun = begin(type, sizeof(PacketDescriptor), payload.size(), transaction, flags);
+        return begun == Sent::queued ? end(payload) : begun;
+    }
+
+    bool look_for_room(u32 need) {
+        if (auto seen = ring_.observe(); !seen) [[unlikely]] {
+            error_ = Error{Code::protocol, "VMBus ring: the host's read index is not between its last one and what was written",
+                           seen.error().expected, seen.error().seen};
+            return false;
+        }
+        return ring_.free() >= need;
+    }
+
+    Sent begin(PacketType type, u64 header, u64 payload, u64 transaction, u16 flags) {
+        if (error_) [[unlikely]] {
+            return Sent::broken;
+        }
+        const u64 total = align_up(header + payload, u64{8});
+        const u64 need = total + packet_trailer_bytes;
+        if (need > ring_.capacity() || total / 8 > 0xffff) [[unlikely]] {
+            return Sent::too_long;
+        }
+        if (ring_.free() < need && !look_for_room(static_cast<u32>(need))) [[unlikely]] {
+            if (error_) {
+                return Sent::broken;
+            }
+            memory_.template store_relaxed<u32>(pending_at, static_cast<u32>(need));
+            pending_ = true;
+            // Our wish before their index. Partner: the host's barrier between its read index and its look at our wish.
+            memory_.full_barrier();
+            if (!look_for_room(static_cast<u32>(need))) {
+                return error_ ? Sent::broken : Sent::full;
+            }
+        }
+        if (pending_) {
+            memory_.template store_relaxed<u32>(pending_at, 0); // orders nothing: a signal too many is harmless
+            pending_ = false;
+        }
+        start_ = ring_.position();
+        put(PacketDescriptor{type, static_cast<u16>(header / 8), static_cast<u16>(total / 8), flags, transaction});
+        return Sent::queued;
+    }
+    Sent end(std::span<const std::byte> payload) {
+        const usize whole = payload.size() & ~usize{7};
+        put_bytes(payload.first(whole));
+        if (whole != payload.size()) {
+            std::array<std::byte, 8> last{};
+            std::copy_n(payload.data() + whole, payload.size() - whole, last.data());
+            put(last);
+        }
+        put(u64{start_} << 32);
+        return Sent::queued;
+    }
+
+    M memory_;
+    Ring ring_;
+    u32 start_ = 0;
+    bool pending_ = false;
+    std::optional<Error> error_;
+};
+
+// ---- receiving -------------------------------------------------------------------------------------------------------------------------------
+
+template <io::RingMemory M>
+class PacketReceiver {
+  public:
+    /// Of a fresh ring. `buffer`: where packets are copied to; a longer one breaks the ring. Error{bad_argument}: as PacketSender.
+    static Result<PacketReceiver> create(M memory, std::span<std::byte> buffer) {
+        if (memory.size() < ring_header_bytes + page_size || memory.size() % page_size != 0) {
+            return Error{Code::bad_argument, "a VMBus ring is a header page and at least one page of bytes", 2 * page_size, memory.size()};
+        }
+        auto consumer = Ring::create(memory, ring_layout, io::Wrapped<u32>(static_cast<u32>(memory.size() - ring_header_bytes)));
+        if (!consumer) {
+            return consumer.error();
+        }
+        return PacketReceiver(memory, *consumer, buffer);
+    }
+
+    /// Copies the next packet out and checks it; false: there is none. Error{protocol}: the ring is broken, and stays so. What was received
+    /// before is void. The host gets the room back with release().
+    Result<bool> receive(Packet& into) {
+        if (error_) [[unlikely]] {
+            return *error_;
+        }
+        if (ring_.ready() == 0) {
+            auto seen = look();
+            if (!seen) [[unlikely]] {
+                return seen.error();
+            }
+            if (*seen == 0) {
+                return false;
+            }
+        }
+        const u32 ready = ring_.ready();
+        if (ready < sizeof(PacketDescriptor) + packet_trailer_bytes) [[unlikely]] {
+            return broken("VMBus ring: fewer bytes are there than any packet has", sizeof(PacketDescriptor) + packet_trailer_bytes, ready);
+        }
+        PacketDescriptor descriptor;
+        static_cast<void>(ring_.remove(std::as_writable_bytes(std::span<PacketDescriptor, 1>(&descriptor, 1))));
+        const u32 header = u32{descriptor.header_units} * 8;
+        const u32 total = u32{descriptor.total_units} * 8;
+        if (header < sizeof(PacketDescriptor)) [[unlikely]] {
+            return broken("VMBus packet: its header is shorter than a descriptor", sizeof(PacketDescriptor), header);
+        }
+        if (total < header) [[unlikely]] {
+            return broken("VMBus packet: it is shorter than its header", header, total);
+        }
+        if (total + packet_trailer_bytes > ready) [[unlikely]] {
+            return broken("VMBus packet: it is longer than what is in the ring", ready, total + packet_trailer_bytes);
+        }
+        const u32 rest = total - static_cast<u32>(sizeof(PacketDescriptor));
+        if (rest > buffer_.size()) [[unlikely]] {
+            return broken("VMBus packet: it is longer than this channel takes", buffer_.size(), rest);
+        }
+        static_cast<void>(ring_.remove(buffer_.first(rest)));
+        static_cast<void>(ring_.skip(packet_trailer_bytes)); // where the packet began, which is known
+        const u32 extra = header - static_cast<u32>(sizeof(PacketDescriptor));
+        into = {descriptor.type, (descriptor.flags & packet_wants_completion) != 0, descriptor.transaction, buffer_.first(extra),
+                buffer_.subspan(extra, rest - extra)};
+        unreleased_ += total + packet_trailer_bytes;
+        return true;
+    }
+
+    /// Gives the room of everything received back to the host, by one store. True: it waits for room, has it now, and wants a signal.
+    [[nodiscard]] bool release() {
+        if (unreleased_ == 0) {
+            return false;
+        }
+        ring_.release();
+        const u32 read = std::exchange(unreleased_, 0);
+        // Our index before their wish. Partner: the host's barrier between pending_send_sz and its look at our index.
+        memory_.full_barrier();
+        const u32 pending = memory_.template load_relaxed<u32>(offsetof(RingHeader, pending_send_sz));
+        if (pending == 0) [[likely]] {
+            return false;
+        }
+        // How much is free now, by the host's own position, which is only compared: a wrong one costs a signal.
+        const u32 size = static_cast<u32>(memory_.size() - ring_header_bytes);
+        const u32 write = memory_.template load_relaxed<u32>(offsetof(RingHeader, write_index));
+        if (write >= size) [[unlikely]] {
+            return true;
+        }
+        const u32 free = size - io::Wrapped<u32>(size).distance(ring_.position(), write);
+        return free > pending && (free < read || free - read <= pending); // there was not enough before
+    }
+
+    /// Before sleeping: asks for an event and looks once more. True: something is there already.
+    Result<bool> arm() {
+        if (error_) [[unlikely]] {
+            return *error_;
+        }
+        auto found = ring_.arm(1);
+        if (!found) [[unlikely]] {
+            return broken("VMBus ring: the host's write index is behind its last one or outside of the ring", found.error().expected,
+                          found.error().seen);
+        }
+        return *found;
+    }
+    /// No events from here on.
+    void disarm() { ring_.disarm(); }
+    const std::optional<Error>& error() const { return error_; }
+
+  private:
+    using Ring = io::Consumer<M, io::Wrapped<u32>, io::EmptyToNonEmpty>;
+
+    PacketReceiver(M memory, const Ring& ring, std::span<std::byte> buffer) : memory_(memory), ring_(ring), buffer_(buffer) {}
+
+    Error broken(std::string_view rule, u64 expected, u64 seen) {
+        error_ = Error{Code::protocol, rule, expected, seen};
+        return *error_;
+    }
+    Result<u32> look() {
+        auto seen = ring_.available();
+        if (!seen) [[unlikely]] {
+            return broken("VMBus ring: the host's write index is behind its last one or outside of the ring", seen.error().expected,
+                          seen.error().seen);
+        }
+        if (*seen % 8 != 0) [[unlikely]] {
+            return broken("VMBus ring: the host's write index is no multiple of 8", 0, *seen % 8);
+        }
+        return *seen;
+    }
+
+    M memory_;
+    Ring ring_;
+    std::span<std::byte> buffer_;
+    u32 unreleased_ = 0;
+    std::optional<Error> error_;
+};
+
+} // namespace fl::hv::hyperv
