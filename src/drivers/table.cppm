@@ -25,8 +25,9 @@ struct DriverInfo {
     std::string_view name;
     bool synthetic;
 };
-inline constexpr std::array<DriverInfo, 2> known_drivers{{
+inline constexpr std::array<DriverInfo, 3> known_drivers{{
     {"xen_blk", true},
+    {"storvsc", true},
     {"ata", false},
 }};
 constexpr const DriverInfo* driver_named(std::string_view name) {
@@ -111,8 +112,9 @@ class Table {
 };
 
 /// The built-in rules.
-inline constexpr std::array<Rule, 1> builtin_rules{{
+inline constexpr std::array<Rule, 2> builtin_rules{{
     {hv::VmGuest::xen, driver_named("ata"), driver_named("xen_blk"), 100, Twin::leave},
+    {hv::VmGuest::hyperv, driver_named("ata"), driver_named("storvsc"), 100, Twin::leave},
 }};
 
 constexpr Table::Table() {

@@ -51,7 +51,7 @@ TEST(Claims, WhatFailsToAttachIsLeftToTheOther) {
 
 TEST(Claims, WhoComesFirstHasIt) {
     const Plan p = plan("rank,xen,ata,xen_blk,-1");
-    EXPECT_EQ(p.drivers()[0], "ata");
+    EXPECT_EQ(p.drivers()[1], "ata");
     Claims claims(p);
     EXPECT_TRUE(claims.attached("ata", disk_slot(0)));
     EXPECT_FALSE(claims.offered("xen_blk", disk_slot(0)));

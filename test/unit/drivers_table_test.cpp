@@ -30,23 +30,29 @@ std::string complaints(const Table& table) {
 TEST(Table, BuiltIn) {
     const Table table;
     const auto xen = table.plan(VmGuest::xen, std::nullopt);
-    EXPECT_EQ(order(xen), "xen_blk ata ");
+    EXPECT_EQ(order(xen), "xen_blk storvsc ata ");
     ASSERT_NE(xen.pair("ata", "xen_blk"), nullptr);
     EXPECT_EQ(xen.pair("xen_blk", "ata"), xen.pair("ata", "xen_blk"));
     EXPECT_EQ(xen.pair("ata", "xen_blk")->rank, 100);
     EXPECT_EQ(xen.pair("ata", "xen_blk")->twin, Twin::leave);
     EXPECT_FALSE(xen.both("ata", "xen_blk"));
     EXPECT_FALSE(xen.unplugs("ata"));
+    const auto hyperv = table.plan(VmGuest::hyperv, std::nullopt);
+    EXPECT_EQ(order(hyperv), "xen_blk storvsc ata ");
+    ASSERT_NE(hyperv.pair("ata", "storvsc"), nullptr);
+    EXPECT_EQ(hyperv.pair("ata", "storvsc")->rank, 100);
+    EXPECT_EQ(hyperv.pair("ata", "storvsc")->twin, Twin::leave);
+    EXPECT_EQ(hyperv.pair("ata", "xen_blk"), nullptr);
     const auto kvm = table.plan(VmGuest::kvm, std::nullopt);
     EXPECT_EQ(kvm.pair("ata", "xen_blk"), nullptr);
-    EXPECT_EQ(kvm.driver_count, 2u) << "every driver is tried everywhere: it finds its device or does not";
+    EXPECT_EQ(kvm.driver_count, 3u) << "every driver is tried everywhere: it finds its device or does not";
 }
 
 TEST(Table, TheMapFileTurnsThePreferenceRound) {
     Table table;
     EXPECT_EQ(table.apply("# IDE first\nrank xen ata xen_blk -100\n"), 0u);
     const auto plan = table.plan(VmGuest::xen, std::nullopt);
-    EXPECT_EQ(order(plan), "ata xen_blk ");
+    EXPECT_EQ(order(plan), "storvsc ata xen_blk ");
     EXPECT_FALSE(plan.both("ata", "xen_blk"));
     EXPECT_EQ(plan.pair("ata", "xen_blk")->twin, Twin::leave);
 }
@@ -86,7 +92,7 @@ TEST(Table, MalformedLinesAreReportedByNumberAndTheRestCounts) {
               "2: expected a hypervisor's name or *, seen 'xne': did you mean 'xen'?\n"
               "3: expected a native driver (ata), seen 'xen_blk'\n"
               "4: expected a rank from -1000000 to 1000000, seen 'ten'\n"
-              "5: expected a synthetic driver (xen_blk), seen the end of the line\n"
+              "5: expected a synthetic driver (xen_blk, storvsc), seen the end of the line\n"
               "6: expected what becomes of the emulated twin (leave, unplug, keep), seen 'keeep': did you mean 'keep'?\n"
               "8: expected the end of the rule, seen 'leave'\n"
               "9: expected a rule that is in the table, seen a pair for which it has none: add it, or name the hypervisor as its rule does\n"
@@ -150,6 +156,6 @@ TEST(Table, ThePlanIsPrinted) {
     log::attach(capture);
     drivers::log_plan(Table{}.plan(VmGuest::xen, std::nullopt), VmGuest::xen);
     log::detach(capture);
-    EXPECT_EQ(capture.text, "drivers on xen: xen_blk, ata\ndrivers: xen_blk and ata, rank 100, twin: leave\n");
+    EXPECT_EQ(capture.text, "drivers on xen: xen_blk, storvsc, ata\ndrivers: xen_blk and ata, rank 100, twin: leave\n");
 }
 } // namespace

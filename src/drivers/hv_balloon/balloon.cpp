@@ -1,0 +1,244 @@
+module;
+#include "core/try.hpp"
+module drivers.hv_balloon.balloon;
+import core.std;
+import core.result;
+import core.dma;
+import core.log;
+
+namespace fl::drivers::hv_balloon {
+
+namespace {
+
+template <class T>
+Result<T> load(std::span<const std::byte> from, std::string_view what) {
+    if (from.size() < sizeof(T)) {
+        return Error{Code::protocol, what, sizeof(T), from.size()};
+    }
+    T value;
+    std::memcpy(&value, from.data(), sizeof value);
+    return value;
+}
+
+constexpr u64 bytes_in(u64 pages) { return pages * page_size; }
+
+} // namespace
+
+// What is away stays away: nobody gives it back any more.
+Balloon::~Balloon() = default;
+
+template <class T>
+Result<void> Balloon::send(T& message, u32 transaction) {
+    message.header.size = sizeof message;
+    message.header.transaction = transaction;
+    return link_.send(std::as_bytes(std::span<const T, 1>(&message, 1)), transaction);
+}
+
+Result<void> Balloon::begin() {
+    attempt_ = 0;
+    return ask_version();
+}
+
+Result<void> Balloon::ask_version() {
+    VersionRequest request{};
+    request.header.type = MessageType::version_request;
+    request.version = versions[attempt_];
+    request.last_attempt = attempt_ + 1 == versions.size() ? 1 : 0;
+    state_ = State::asking_version;
+    return send(request, ++transaction_);
+}
+
+Result<void> Balloon::take(std::span<const std::byte> message) {
+    TRY(const Header header, load<Header>(message, "a memory message is shorter than its header"));
+    if (header.size < sizeof header || header.size > message.size()) {
+        return Error{Code::protocol, "a memory message is not as long as it says", header.size, message.size()};
+    }
+    message = message.first(header.size);
+    switch (header.type) {
+    case MessageType::version_response: return version_answered(message, header);
+    case MessageType::capabilities_response: return capabilities_answered(message, header);
+    case MessageType::balloon_request: return inflate(message, header);
+    case MessageType::unballoon_request: return deflate(message, header);
+    case MessageType::hot_add_request: {
+        log::info("hv_balloon: the host offers more memory: this kernel cannot take it");
+        HotAddResponse response{};
+        response.header.type = MessageType::hot_add_response;
+        response.result = 1; // success with no page: it need not ask again [hv-dm]
+        return send(response, header.transaction);
+    }
+    case MessageType::hot_remove_request: {
+        HotRemoveResponse response{};
+        response.header.type = MessageType::hot_remove_response;
+        return send(response, header.transaction);
+    }
+    case MessageType::info: {
+        TRY(const Info info, load<Info>(message, "an info message is shorter than its fields"));
+        if (info.bytes > message.size() - sizeof info) {
+            return Error{Code::protocol, "an info message is not as long as it says", info.bytes, message.size() - sizeof info};
+        }
+        return {};
+    }
+    case MessageType::error:
+        state_ = State::refused;
+        return Error{Code::not_supported, "the host ended the dynamic memory protocol with an error message"};
+    default: return Error{Code::protocol, "a memory message that only a guest sends, or of an unknown type", 0, to_underlying(header.type)};
+    }
+}
+
+Result<void> Balloon::version_answered(std::span<const std::byte> message, const Header& header) {
+    TRY(const VersionResponse response, load<VersionResponse>(message, "a version response is shorter than its fields"));
+    if (state_ != State::asking_version || header.transaction != transaction_) {
+        return Error{Code::protocol, "a version response that nothing asked for", transaction_, header.transaction};
+    }
+    if ((response.accepted & 1) == 0) {
+        if (attempt_ + 1 == versions.size()) {
+            state_ = State::refused;
+            return Error{Code::not_supported,
+                         "the host speaks no version of the dynamic memory protocol that this driver knows (2.0, 1.0, 0.3)"};
+        }
+        ++attempt_;
+        return ask_version();
+    }
+    Capabilities ours{};
+    ours.header.type = MessageType::capabilities_report;
+    ours.capabilities = capability_balloon;
+    ours.min_pages = reserve;
+    ours.max_page_number = ~u64{0};
+    state_ = State::asking_capabilities;
+    return send(ours, ++transaction_);
+}
+
+Result<void> Balloon::capabilities_answered(std::span<const std::byte> message, const Header& header) {
+    TRY(const CapabilitiesResponse response, load<CapabilitiesResponse>(message, "a capabilities response is shorter than its fields"));
+    if (state_ != State::asking_capabilities || header.transaction != transaction_) {
+        return Error{Code::protocol, "a capabilities response that nothing asked for", transaction_, header.transaction};
+    }
+    if ((response.flags & capabilities_accepted) == 0) {
+        state_ = State::refused;
+        return Error{Code::not_supported, "the host refuses a guest that cannot add memory while it runs"};
+    }
+    reports_wanted_ = (response.flags & capabilities_no_reports) == 0;
+    state_ = State::running;
+    return report();
+}
+
+Result<void> Balloon::report() {
+    if (!reports_wanted()) {
+        return {};
+    }
+    StatusReport report{};
+    report.header.type = MessageType::status_report;
+    report.available = memory_.free();
+    report.committed = memory_.total() - report.available; // what is away is in use, as the host counts
+    return send(report, ++transaction_);
+}
+
+// Gives as many pages as can be spared, in one response; the host asks again if that is too few.
+Result<void> Balloon::inflate(std::span<const std::byte> message, const Header& header) {
+    TRY(const BalloonRequest request, load<BalloonRequest>(message, "a balloon request is shorter than its fields"));
+    if (state_ != State::running) {
+        return Error{Code::protocol, "a balloon request before the capabilities were agreed on"};
+    }
+    const u64 free = memory_.free();
+    u64 wanted = std::min<u64>(request.pages, free > reserve ? free - reserve : 0);
+    const u32 before = run_count_;
+    u64 given = 0;
+    for (u64 size = max_run; wanted != 0 && size != 0 && run_count_ < capacity;) {
+        size = std::min(size, std::bit_floor(wanted));
+        auto span = memory_.pages.allocate(static_cast<u32>(bytes_in(size)), ~u64{0});
+        if (!span) {
+            size /= 2;
+            continue;
+        }
+        runs_[run_count_++] = {span->data, span->bus / page_size, size};
+        wanted -= size;
+        given += size;
+    }
+    BalloonResponse response{};
+    response.header.type = MessageType::balloon_response;
+    response.header.transaction = header.transaction;
+    const u32 count = run_count_ - before;
+    response.more_and_count = count << 1;
+    response.header.size = static_cast<u16>(sizeof response + count * sizeof(PageRange));
+    std::memcpy(response_.data(), &response, sizeof response);
+    for (u32 i = 0; i < count; ++i) {
+        const PageRange range = page_range(runs_[before + i].first, runs_[before + i].pages);
+        std::memcpy(response_.data() + sizeof response + i * sizeof range, &range, sizeof range);
+    }
+    const auto sent = link_.send(std::span<const std::byte>(response_).first(response.header.size), header.transaction);
+    if (!sent) { // they have not left
+        while (run_count_ > before) {
+            const Run& run = runs_[--run_count_];
+            memory_.pages.free({run.data, bytes_in(run.first), static_cast<u32>(bytes_in(run.pages))});
+        }
+        return sent;
+    }
+    away_ += given;
+    log::info("hv_balloon: {} pages asked for, {} given, {} away", request.pages, given, away_);
+    return {};
+}
+
+Result<void> Balloon::deflate(std::span<const std::byte> message, const Header& header) {
+    TRY(const UnballoonRequest request, load<UnballoonRequest>(message, "an unballoon request is shorter than its fields"));
+    if (state_ != State::running) {
+        return Error{Code::protocol, "an unballoon request before the capabilities were agreed on"};
+    }
+    const auto list = message.subspan(sizeof request);
+    if (request.range_count > list.size() / sizeof(PageRange)) {
+        return Error{Code::protocol, "an unballoon request counts more ranges than it holds", list.size() / sizeof(PageRange),
+                     request.range_count};
+    }
+    for (u32 i = 0; i < request.range_count; ++i) {
+        TRY(const PageRange range, load<PageRange>(list.subspan(i * sizeof(PageRange)), ""));
+        CHECK(take_back(range));
+    }
+    if ((request.more & 1) != 0) {
+        return {};
+    }
+    log::info("hv_balloon: pages came back, {} away", away_);
+    struct {
+        Header header;
+    } response{};
+    response.header.type = MessageType::unballoon_response;
+    return send(response, header.transaction);
+}
+
+// A range may be a part of a run, or several of them.
+Result<void> Balloon::take_back(PageRange range) {
+    u64 first = range.first();
+    u64 left = range.count();
+    while (left != 0) {
+        u32 at = 0;
+        while (at < run_count_ && (first < runs_[at].first || first - runs_[at].first >= runs_[at].pages)) {
+            ++at;
+        }
+        if (at == run_count_) {
+            return Error{Code::protocol, "the host gives back a page that it was not given", 0, first};
+        }
+        Run& run = runs_[at];
+        const u64 skip = first - run.first;
+        const u64 pages = std::min(left, run.pages - skip);
+        const u64 behind = run.pages - skip - pages;
+        const DmaSpan span{run.data + bytes_in(skip), bytes_in(first), static_cast<u32>(bytes_in(pages))};
+        const Run tail{span.data + span.size, first + pages, behind};
+        if (skip != 0) {
+            run.pages = skip;
+            if (behind != 0 && run_count_ < capacity) {
+                runs_[run_count_++] = tail;
+            } else if (behind != 0) {
+                log::warning("hv_balloon: {} pages are lost: too many pieces are away", behind);
+            }
+        } else if (behind != 0) {
+            run = tail;
+        } else {
+            run = runs_[--run_count_];
+        }
+        memory_.pages.free(span);
+        away_ -= pages;
+        first += pages;
+        left -= pages;
+    }
+    return {};
+}
+
+} // namespace fl::drivers::hv_balloon

@@ -1,0 +1,207 @@
+// SCSI as this driver speaks it: command blocks out, answers in. Numbers in them are big endian. No I/O here, and every parser takes what really
+// came, however short it is. Specifications: [SPC-4] primary commands, [SBC-3] block commands.
+export module drivers.storvsc.scsi;
+import core.std;
+import core.result;
+import core.text;
+
+export namespace fl::drivers::scsi {
+
+inline constexpr u8 status_good = 0x00;
+inline constexpr u8 status_check_condition = 0x02;
+inline constexpr u8 status_busy = 0x08;
+inline constexpr u8 status_task_set_full = 0x28;
+constexpr std::string_view status_name(u8 status) {
+    switch (status) {
+    case status_good: return "GOOD";
+    case status_check_condition: return "CHECK CONDITION";
+    case status_busy: return "BUSY";
+    case 0x18: return "RESERVATION CONFLICT";
+    case status_task_set_full: return "TASK SET FULL";
+    case 0x40: return "TASK ABORTED";
+    default: return "unknown status";
+    }
+}
+
+// ---- commands --------------------------------------------------------------------------------------------------------------------------------
+
+enum class Opcode : u8 {
+    test_unit_ready = 0x00,
+    inquiry = 0x12,
+    mode_sense_6 = 0x1a,
+    read_capacity_10 = 0x25,
+    read_10 = 0x28,
+    write_10 = 0x2a,
+    synchronize_cache_10 = 0x35,
+    unmap = 0x42,
+    mode_sense_10 = 0x5a,
+    read_16 = 0x88,
+    write_16 = 0x8a,
+    synchronize_cache_16 = 0x91,
+    service_action_in_16 = 0x9e, // READ CAPACITY(16) is service action 0x10
+    report_luns = 0xa0,
+};
+std::string_view name(Opcode opcode);
+
+/// A command descriptor block; unused bytes are zero.
+struct Cdb {
+    std::array<u8, 16> bytes{};
+    u8 length = 0;
+    constexpr Opcode opcode() const { return static_cast<Opcode>(bytes[0]); }
+};
+
+constexpr void put_be(std::span<u8> into, u64 value) {
+    for (usize i = into.size(); i-- > 0; value >>= 8) {
+        into[i] = static_cast<u8>(value);
+    }
+}
+constexpr u64 get_be(std::span<const u8> from) {
+    u64 value = 0;
+    for (u8 byte : from) {
+        value = value << 8 | byte;
+    }
+    return value;
+}
+
+constexpr Cdb test_unit_ready() { return {{}, 6}; }
+/// Vital product data page `page`, or (without one) the standard data [SPC-4 §6.6].
+constexpr Cdb inquiry(std::optional<u8> page, u16 allocation) {
+    Cdb cdb{{0x12, static_cast<u8>(page ? 1 : 0), page.value_or(0)}, 6};
+    put_be(std::span(cdb.bytes).subspan(3, 2), allocation);
+    return cdb;
+}
+/// All logical units but the well-known ones [SPC-4 §6.33].
+constexpr Cdb report_luns(u32 allocation) {
+    Cdb cdb{{0xa0}, 12};
+    put_be(std::span(cdb.bytes).subspan(6, 4), allocation);
+    return cdb;
+}
+constexpr Cdb read_capacity_10() { return {{0x25}, 10}; }
+constexpr Cdb read_capacity_16(u32 allocation) {
+    Cdb cdb{{0x9e, 0x10}, 16};
+    put_be(std::span(cdb.bytes).subspan(10, 4), allocation);
+    return cdb;
+}
+/// Current values, without block descriptors [SPC-4 §6.11].
+constexpr Cdb mode_sense_6(u8 page, u8 allocation) { return {{0x1a, 0x08, page, 0, allocation}, 6}; }
+constexpr Cdb synchronize_cache_10() { return {{0x35}, 10}; } // LBA 0, 0 blocks: all of the medium [SBC-3 §5.24]
+constexpr Cdb synchronize_cache_16() { return {{0x91}, 16}; }
+/// `parameters`: bytes of the parameter list [SBC-3 §5.28].
+constexpr Cdb unmap(u16 parameters) {
+    Cdb cdb{{0x42}, 10};
+    put_be(std::span(cdb.bytes).subspan(7, 2), parameters);
+    return cdb;
+}
+constexpr Cdb read_write_16(bool write, u64 lba, u32 blocks) {
+    Cdb cdb{{static_cast<u8>(write ? 0x8a : 0x88)}, 16};
+    put_be(std::span(cdb.bytes).subspan(2, 8), lba);
+    put_be(std::span(cdb.bytes).subspan(10, 4), blocks);
+    return cdb;
+}
+
+/// An UNMAP parameter list with one descriptor [SBC-3 §5.28.2].
+inline constexpr u32 unmap_list_bytes = 24;
+constexpr void unmap_list(std::span<u8, unmap_list_bytes> into, u64 lba, u32 blocks) {
+    std::fill(into.begin(), into.end(), u8{0});
+    put_be(into.subspan(0, 2), unmap_list_bytes - 2);
+    put_be(into.subspan(2, 2), 16);
+    put_be(into.subspan(8, 8), lba);
+    put_be(into.subspan(16, 4), blocks);
+}
+
+// ---- answers ---------------------------------------------------------------------------------------------------------------------------------
+
+/// Standard INQUIRY data [SPC-4 §6.6.2]. Texts are cut at the first byte that is not printable, and blanks at the end are taken off.
+struct Inquiry {
+    u8 qualifier = 3; // 0: a unit is there; 1: none now; 3: none possible
+    u8 device_type = 0x1f;
+    bool removable = false;
+    FixedText<8> vendor;
+    FixedText<16> product;
+    FixedText<4> revision;
+    constexpr bool disk() const { return qualifier == 0 && device_type == 0; }
+};
+inline constexpr u32 inquiry_bytes = 36;
+/// Error{protocol}: not even the first five bytes came.
+Result<Inquiry> parse_inquiry(std::span<const u8> data);
+
+struct Capacity {
+    u64 blocks = 0;
+    u32 block_bytes = 0;
+    u32 physical_shift = 0;      // a physical block is block_bytes << this
+    bool thin = false;           // LBPME: unmapping means something
+    bool beyond_32_bits = false; // (10) only: ask with (16)
+};
+inline constexpr u32 capacity_10_bytes = 8;
+inline constexpr u32 capacity_16_bytes = 32;
+/// Error{protocol}: too short, or sizes that no disk has.
+Result<Capacity> parse_capacity_10(std::span<const u8> data);
+Result<Capacity> parse_capacity_16(std::span<const u8> data);
+
+/// Units of the peripheral device addressing method below 256; `f` is called for each. Error{protocol}: the list is longer than what came.
+inline constexpr u32 lun_entry_bytes = 8;
+template <class F>
+Result<void> parse_luns(std::span<const u8> data, F&& f) {
+    if (data.size() < 8) {
+        return Error{Code::protocol, "REPORT LUNS: expected a header of 8 bytes", 8, data.size()};
+    }
+    const u64 bytes = get_be(data.subspan(0, 4));
+    const usize there = std::min<u64>(bytes, data.size() - 8);
+    for (usize at = 0; at + lun_entry_bytes <= there; at += lun_entry_bytes) {
+        const auto entry = data.subspan(8 + at, lun_entry_bytes);
+        if ((entry[0] == 0x00 || entry[0] == 0x40) && get_be(entry.subspan(2, 6)) == 0) { // single level, peripheral or flat space below 256
+            f(entry[1]);
+        }
+    }
+    if (bytes % lun_entry_bytes != 0 || there != bytes) {
+        return Error{Code::protocol, "REPORT LUNS: the list is not whole", bytes, data.size() - 8};
+    }
+    return {};
+}
+
+/// WCE of the caching mode page in the answer to mode_sense_6(0x08), and WP of its header. Nothing: the page is not there.
+inline constexpr u8 caching_page = 0x08;
+struct ModeAnswer {
+    bool write_protected = false;
+    std::optional<bool> write_cache;
+};
+Result<ModeAnswer> parse_mode_6(std::span<const u8> data);
+
+/// Whether a supported-pages list (VPD page 0x00) has the page.
+bool lists_page(std::span<const u8> data, u8 page);
+/// VPD page 0xb0 [SBC-3 §6.5.3]; zero where nothing is said.
+struct BlockLimits {
+    u32 max_transfer_blocks = 0;
+    u32 max_unmap_blocks = 0;
+    u32 max_unmap_descriptors = 0;
+};
+Result<BlockLimits> parse_block_limits(std::span<const u8> data);
+/// VPD page 0xb2 [SBC-3 §6.5.6]: LBPU, UNMAP is offered.
+Result<bool> parse_provisioning_unmap(std::span<const u8> data);
+
+// ---- sense data ------------------------------------------------------------------------------------------------------------------------------
+
+/// What went wrong, from fixed (0x70, 0x71) or descriptor format (0x72, 0x73) [SPC-4 §4.5].
+struct Sense {
+    u8 key = 0;
+    u8 asc = 0;
+    u8 ascq = 0;
+    std::optional<u64> information; // as a rule the LBA
+    constexpr u32 code() const { return static_cast<u32>(asc << 8 | ascq); }
+};
+/// Nothing: no format that is known, or too short for its key.
+std::optional<Sense> parse_sense(std::span<const u8> data);
+
+inline constexpr u8 key_no_sense = 0x0;
+inline constexpr u8 key_recovered = 0x1;
+inline constexpr u8 key_not_ready = 0x2;
+inline constexpr u8 key_illegal_request = 0x5;
+inline constexpr u8 key_unit_attention = 0x6;
+inline constexpr u8 key_data_protect = 0x7;
+std::string_view sense_key_name(u8 key);
+/// Empty: not one of those that disks give.
+std::string_view sense_code_name(u8 asc, u8 ascq);
+/// "MEDIUM ERROR, unrecovered read error (3/11/00) at LBA 1234". `lba`: the command's, used when the sense data has none.
+FixedText<120> describe(const Sense& sense, std::optional<u64> lba);
+
+} // namespace fl::drivers::scsi

@@ -1,0 +1,58 @@
+// An orderly end that somebody outside asks for (a host's integration service): the one who hears of it says so here, the kernel's main task
+// stops the job and brings the disks to rest, and then the one who was asked may answer. One processor: all of it on one executor.
+//
+//   asked by a driver:   ask(...)  →  co_await rested(deadline)  →  (answers its host)  →  answered()
+//   the main task:       co_await asked(never)  →  (ends the job, flushes)  →  rest(result)  →  co_await was_answered(deadline)  →  verdict
+export module io.shutdown;
+import core.std;
+import core.result;
+import core.time;
+import io.executor;
+import io.latch;
+
+export namespace fl::io {
+
+class Shutdown {
+  public:
+    explicit Shutdown(Executor& executor) {
+        asked_.attach(executor);
+        rested_.attach(executor);
+        answered_.attach(executor);
+    }
+
+    /// `by`: static storage, for the log and the verdict. A second request changes nothing.
+    void ask(std::string_view by) {
+        if (!requested_) {
+            requested_ = true;
+            by_ = by;
+            asked_.open();
+        }
+    }
+    bool requested() const { return requested_; }
+    std::string_view by() const { return by_; }
+
+    /// For the driver: waits until everything acknowledged is on stable storage; false: the deadline came first, or a disk failed.
+    auto rested(Instant deadline) { return rested_.wait(deadline); }
+    bool at_rest() const { return at_rest_; }
+    void answered() { answered_.open(); }
+
+    /// For the main task.
+    auto asked(Instant deadline) { return asked_.wait(deadline); }
+    void rest(bool good) {
+        at_rest_ = good;
+        rested_.open();
+    }
+    auto was_answered(Instant deadline) { return answered_.wait(deadline); }
+    /// Ends the main task's wait in asked() without a request: the job is done.
+    void stop_waiting() { asked_.open(); }
+
+  private:
+    Latch asked_;
+    Latch rested_;
+    Latch answered_;
+    std::string_view by_;
+    bool requested_ = false;
+    bool at_rest_ = false;
+};
+
+} // namespace fl::io
