@@ -2,9 +2,78 @@ module io.executor;
 import core.std;
 import core.result;
 import core.time;
+import core.processor;
 import io.task;
+import io.door;
 
 namespace fl::io {
+
+namespace {
+// Each processor reads and writes its own, when it enters or leaves its loop.
+constinit std::array<Executor*, max_processors> running{};
+} // namespace
+
+Executor* Executor::current() { return running[this_processor()]; }
+Executor* Executor::enter(Executor* executor) { return std::exchange(running[this_processor()], executor); }
+
+void Executor::collect() {
+    for (Post* post = door_.take_all(); post != nullptr;) {
+        Post* following = std::exchange(post->next, nullptr);
+        *posts_end_ = post;
+        posts_end_ = &post->next;
+        post = following;
+    }
+}
+
+void Executor::run_posts() {
+    collect();
+    while (posts_ != nullptr) {
+        Post* post = posts_;
+        withdraw(*post);
+        post->run(*post); // may be its end
+    }
+}
+
+void Executor::withdraw(Post& post) {
+    collect();
+    for (Post** at = &posts_; *at != nullptr; at = &(*at)->next) {
+        if (*at == &post) {
+            *at = post.next;
+            if (*at == nullptr) {
+                posts_end_ = at;
+            }
+            post.next = nullptr;
+            break;
+        }
+    }
+    if (posts_ != nullptr) {
+        door_.raise(); // the turn that was told of them may have begun already
+    }
+}
+
+void Executor::run_urgent() {
+    collect();
+    for (Post* post = posts_; post != nullptr;) {
+        if (!post->urgent) {
+            post = post->next;
+            continue;
+        }
+        withdraw(*post);
+        post->run(*post);
+        post = posts_; // it may have changed the list
+    }
+    if (posts_ != nullptr) {
+        door_.raise();
+    }
+}
+
+void Executor::serve(const std::atomic<bool>& stop) {
+    Executor* const before = enter(this);
+    while (!stop.load(std::memory_order_acquire)) { // partner: the release of whoever stops us
+        step();
+    }
+    enter(before);
+}
 
 void Executor::add(Service& service) {
     service.next_ = services_;
@@ -53,13 +122,12 @@ void Executor::cancel(Timer& timer) {
     }
 }
 
-void Executor::turn() {
+void Executor::step() {
     ++turns_;
     turn_time_ = now();
-    // Clear the flag, then look at everything: what is raised from here on is either seen below or keeps us awake. Acquire: partner is the
-    // release in wake(), so that what an interrupt handler wrote before it is seen by drain().
-    if (wake_.load(std::memory_order_relaxed)) {
-        wake_.exchange(false, std::memory_order_acquire);
+    // Clear the flag, then look at everything: what is raised from here on is either seen below or keeps us awake. A post raises it, too.
+    if (door_.clear()) {
+        run_posts();
     }
 
     // Only what is ready now: a coroutine that makes itself ready again waits for the next turn, so that queues get theirs. A coroutine that is
@@ -99,17 +167,30 @@ void Executor::turn() {
         return;
     }
 
-    // About to sleep. Relaxed: nothing is read on the strength of it; the next turn acquires.
-    if (wake_.load(std::memory_order_relaxed)) {
+    // About to sleep.
+    if (door_.raised()) {
         return; // something came while we worked
     }
     bool found = false;
     for (Service* service = services_; service != nullptr; service = service->next_) {
         found = service->arm() || found;
     }
-    if (!found) {
-        ++idles_;
-        platform_.idle(platform_.context, timers_ != nullptr ? std::min(timers_->due, next_tick_) : next_tick_, wake_);
+    if (found) {
+        return;
+    }
+    ++idles_;
+    // Without services there is nothing to tick: a processor without work sleeps until it is kicked.
+    Instant until = services_ != nullptr ? next_tick_ : never;
+    if (timers_ != nullptr) {
+        until = std::min(until, timers_->due);
+    }
+    if (platform_.kick == nullptr) {
+        platform_.idle(platform_.context, until, door_.wake_flag());
+    } else {
+        if (door_.falls_asleep()) {
+            platform_.idle(platform_.context, until, door_.wake_flag());
+        }
+        door_.woke();
     }
 }
 

@@ -1,10 +1,13 @@
 // One executor per processor: runs what is ready, then lets every queue that was touched tell its device once, then takes what has come
-// back, and only when nothing is left arms the events and halts. Interrupt handlers do no work; they call Executor::wake().
+// back, and only when nothing is left arms the events and halts. Interrupt handlers do no work; they call Executor::wake(). Other processors
+// come in by Executor::post() alone (and io::run_on, which is made of it).
 export module io.executor;
 import core.std;
 import core.result;
 import core.time;
+import core.processor;
 import io.task;
+import io.door;
 
 export namespace fl::io {
 
@@ -115,11 +118,20 @@ struct Platform {
     void (*kick)(void* context) = nullptr;
 };
 
+/// Work for an executor from elsewhere. Owned by whoever posts it, and must live until `run` is called (or withdraw() has been); `run` may end
+/// its life. Only light work: a handler, say, that makes a node ready.
+struct Post {
+    Post* next = nullptr;
+    void (*run)(Post& self) = nullptr;
+    bool urgent = false; // also run while that processor waits for an answer of another one (run_urgent): never more than freeing
+};
+
 class Executor {
   public:
     static constexpr Nanoseconds tick_length = 10'000'000;
 
-    explicit Executor(Platform platform) : platform_(platform) {}
+    /// For one processor: everything but wake() and post() is called there alone, as soon as it runs.
+    explicit Executor(Platform platform, u32 processor = 0) : platform_(platform), processor_(processor) {}
     Executor(const Executor&) = delete;
     Executor& operator=(const Executor&) = delete;
 
@@ -135,9 +147,30 @@ class Executor {
     }
     /// The node's waiter is resumed in the next turn, once, however often this is called before.
     void make_ready(ReadyNode& node) { ready_.push(node); }
-    /// From an interrupt handler, or another processor: something has happened, do not sleep. Release: partner is the acquire exchange at the
-    /// beginning of the turn that follows, so that what the handler wrote before is seen by drain().
-    void wake() { wake_.store(true, std::memory_order_release); }
+    /// From an interrupt handler, or another processor: something has happened, do not sleep. What was written before is seen by the turn that
+    /// follows (io.door has the orderings).
+    void wake() {
+        if (platform_.kick == nullptr || this_processor() == processor_) [[likely]] {
+            door_.raise();
+        } else if (door_.raise_from_elsewhere()) {
+            platform_.kick(platform_.context);
+        }
+    }
+    /// From anywhere: post.run(post) is called on this executor's processor at the beginning of a turn, in order of arrival. Lock-free;
+    /// allocates nothing.
+    void post(Post& post) {
+        door_.push(post);
+        wake();
+    }
+    /// On the executor's processor: takes back what was posted to it and has not been run; nothing when it is not there.
+    void withdraw(Post& post);
+    /// On the executor's processor, while it waits for another one inside a turn: runs the urgent posts; the others wait for the next turn.
+    void run_urgent();
+    /// Once, before another processor knows of this executor.
+    void set_kick(void (*kick)(void* context)) { platform_.kick = kick; }
+    u32 processor() const { return processor_; }
+    /// The executor that runs on the calling processor just now; nullptr: none.
+    static Executor* current();
     Instant now() const { return platform_.now(platform_.context); }
     /// The time at the beginning of this turn; cheap, for deadlines.
     Instant turn_time() const { return turn_time_; }
@@ -152,14 +185,22 @@ class Executor {
         }
         ReadyNode first(root.handle);
         make_ready(first);
+        Executor* const before = enter(this);
         while (!value) {
-            turn();
+            step();
         }
+        enter(before);
         root.handle.destroy();
         return std::move(*value);
     }
+    /// For a processor whose work comes by posts: turns until `stop` is set. Whoever sets it (release) calls wake() afterwards.
+    void serve(const std::atomic<bool>& stop);
     /// One turn of the loop; for tests and for callers with a loop of their own.
-    void turn();
+    void turn() {
+        Executor* const before = enter(this);
+        step();
+        enter(before);
+    }
 
     /// co_await executor.sleep(length): resumes at or after now + length.
     auto sleep(Nanoseconds length) {
@@ -208,8 +249,14 @@ class Executor {
         value.emplace(co_await std::move(task));
         executor.wake(); // run() returns after this turn: it must not end in a sleep
     }
+    /// Makes it the calling processor's current one; gives the one before.
+    static Executor* enter(Executor* executor);
+    void step();
+    void collect();
+    void run_posts();
 
     Platform platform_;
+    u32 processor_;
     ReadyList ready_;
     Service* services_ = nullptr;
     Service* touched_ = nullptr;
@@ -219,7 +266,9 @@ class Executor {
     Instant next_tick_ = 0;
     u64 turns_ = 0;
     u64 idles_ = 0;
-    std::atomic<bool> wake_{false};
+    Post* posts_ = nullptr; // out of the door and not run yet, oldest first
+    Post** posts_end_ = &posts_;
+    BasicDoor<Post> door_;
 };
 
 /// An event that interrupt handlers raise and one coroutine at a time waits for, with a bound. Raises that nobody waits for are kept (once).

@@ -1,5 +1,6 @@
 module io.task;
 import core.std;
+import core.spinlock;
 
 namespace fl::io {
 
@@ -47,6 +48,7 @@ void FramePool::unlink(PageNumber number) {
 
 void* FramePool::allocate(usize size) noexcept {
     const usize i = class_of(size);
+    const Locked locked(lock_);
     if (i == classes.size() || denied_from_ == 1) {
         return nullptr;
     }
@@ -77,6 +79,7 @@ void* FramePool::allocate(usize size) noexcept {
 }
 
 void FramePool::free(void* block, usize) noexcept {
+    const Locked locked(lock_);
     const usize offset = static_cast<usize>(static_cast<std::byte*>(block) - arena_.data());
     const PageNumber number = static_cast<PageNumber>(offset / page_bytes + 1);
     Page& p = page(number);

@@ -3,12 +3,13 @@
 export module io.task;
 import core.std;
 import core.result;
+import core.spinlock;
 
 export namespace fl::io {
 
 /// Coroutine frames: blocks of a few fixed sizes. A page of the arena holds blocks of one size as long as one of them is in use, and then serves
-/// any size again, so a burst of one kind takes nothing from the others for good. Not for interrupt handlers. `allocations` counts every frame
-/// ever handed out.
+/// any size again, so a burst of one kind takes nothing from the others for good. Locked: for every processor, not for interrupt handlers.
+/// `allocations` counts every frame ever handed out.
 class FramePool {
   public:
     static constexpr usize arena_bytes = 512 * 1024;
@@ -19,10 +20,19 @@ class FramePool {
     /// nullptr: larger than the largest class, or nothing left.
     void* allocate(usize size) noexcept;
     void free(void* block, usize size) noexcept;
-    u64 allocations() const { return allocations_; }
-    usize in_use() const { return in_use_; }
+    u64 allocations() const {
+        const Locked locked(lock_);
+        return allocations_;
+    }
+    usize in_use() const {
+        const Locked locked(lock_);
+        return in_use_;
+    }
     /// For tests: the next `n` allocations succeed, all later ones fail until lifted with ~0.
-    void fail_after(u64 n) { denied_from_ = n == ~u64{0} ? 0 : n + 1; }
+    void fail_after(u64 n) {
+        const Locked locked(lock_);
+        denied_from_ = n == ~u64{0} ? 0 : n + 1;
+    }
 
   private:
     struct Free {
@@ -43,6 +53,7 @@ class FramePool {
     void link(PageNumber number);
     void unlink(PageNumber number);
 
+    mutable SpinLock lock_;                            // of everything below
     std::array<PageNumber, classes.size()> partial_{}; // pages of each class with room
     PageNumber free_pages_ = 0;
     PageNumber touched_ = 0; // pages that were ever used

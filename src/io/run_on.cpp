@@ -1,0 +1,74 @@
+module io.run_on;
+import core.std;
+import core.panic;
+import core.spinlock;
+import io.task;
+import io.executor;
+
+namespace fl::io {
+
+void Errand::send(Carrier carrier, std::coroutine_handle<> waiting) {
+    home_ = Executor::current();
+    if (home_ == nullptr) {
+        panic("run_on: awaited outside of every executor");
+    }
+    using Handle = std::coroutine_handle<Carrier::promise_type>;
+    carrier.promise->waiter = Handle::from_promise(*carrier.promise);
+    carrier_ = carrier.promise;
+    waiter_.waiter = waiting;
+    under_way_ = true;
+    for (Step* step : {&start_, &done_, &cancel_}) {
+        step->errand = this;
+    }
+    start_.run = on_start;
+    done_.run = on_done;
+    cancel_.run = on_cancel;
+    cancel_.urgent = true;
+    there_.post(start_);
+}
+
+void Errand::on_start(Post& post) {
+    Errand& errand = *static_cast<Step&>(post).errand;
+    errand.there_.make_ready(*errand.carrier_);
+}
+
+// There, at the carrier's end, whichever it is. With the post the errand may be gone.
+void Errand::ended() {
+    carrier_ = nullptr;
+    home_->post(done_);
+}
+
+void Errand::on_done(Post& post) {
+    Errand& errand = *static_cast<Step&>(post).errand;
+    errand.under_way_ = false;
+    errand.home_->make_ready(errand.waiter_);
+}
+
+void Errand::on_cancel(Post& post) {
+    Errand& errand = *static_cast<Step&>(post).errand;
+    errand.there_.withdraw(errand.start_);
+    if (errand.carrier_ != nullptr) {
+        std::coroutine_handle<Carrier::promise_type>::from_promise(*errand.carrier_).destroy(); // posts `done`
+    }
+    // The last access from here. Release: partner is the acquire in abandon(), so that the end of the task comes before whatever the dying
+    // frame's owner does next.
+    errand.cancelled_.store(true, std::memory_order_release);
+}
+
+// The frame that waits is being destroyed, at home. The task may refer to that frame: it must end first, on its own processor. Meanwhile this
+// one serves requests of the same kind, or two processors that abandon each other's tasks would wait for ever.
+void Errand::abandon() {
+    under_way_ = false;
+    if (there_.processor() == home_->processor()) {
+        on_cancel(cancel_);
+    } else {
+        there_.post(cancel_);
+        while (!cancelled_.load(std::memory_order_acquire)) {
+            home_->run_urgent();
+            spin_pause();
+        }
+    }
+    home_->withdraw(done_);
+}
+
+} // namespace fl::io
