@@ -126,7 +126,8 @@ class Vmbus final : public io::Service {
   private:
     struct KnownOffer {
         Offer offer;
-        bool open = false; // a channel is open or being opened on it
+        bool open = false;      // a channel is open or being opened on it
+        bool rescinded = false; // and still open: its id is given back when it is closed
     };
     // A request whose answer is awaited; lives in the awaiting frame.
     struct Pending {
@@ -156,8 +157,14 @@ class Vmbus final : public io::Service {
     };
 
     io::Task<Result<void>> post(std::span<const std::byte> message, Instant deadline);
+    template <class M>
+    io::Task<Result<void>> post(const M& message, Instant deadline) {
+        return post(std::as_bytes(std::span<const M, 1>(&message, 1)), deadline);
+    }
+    Status post_now(std::span<const std::byte> message);
     io::Task<Result<bool>> contact(Version version);
     io::Task<Result<Gpadl>> share(u32 relid, Frames frames);
+    io::Task<Result<void>> open_shared(Channel& channel, Offer offer, OpenParameters parameters, DmaBuffer rings, Gpadl gpadl);
     io::Task<Result<void>> answer(Pending& pending, Instant deadline, std::string_view what);
     Channel::Signalling signalling(const Offer& offer, bool may_defer);
 
@@ -169,6 +176,10 @@ class Vmbus final : public io::Service {
     void release_relid(u32 relid);
     KnownOffer* known(u32 relid);
     void forget(u32 relid);
+    void no_longer_open(u32 relid);
+    bool is_rescinded(u32 relid);
+    void unlink(Channel& channel);
+    u32 fresh_gpadl();
     Instant deadline() const { return after(environment_->executor.now(), environment_->timeout); }
 
     std::optional<VmbusEnvironment> environment_;
@@ -176,8 +187,8 @@ class Vmbus final : public io::Service {
     DmaBuffer monitor_pages_;  // two: from the host, to the host
     Version version_ = Version::none;
     u32 connection_ = message_connection;
+    bool active_ = false; // in the executor's list, messages are looked at
     bool offers_delivered_ = false;
-    bool registered_ = false;
     bool dropped_told_ = false;
     bool unexpected_told_ = false;
     u32 next_gpadl_ = 1;

@@ -1,0 +1,242 @@
+module;
+#include "core/try.hpp"
+module hv.hyperv;
+import core.std;
+import core.result;
+import core.cpuid;
+import core.dma;
+import core.interrupt;
+import core.log;
+import core.processor;
+import core.text;
+import core.time;
+import io.executor;
+import io.task;
+import hv.backend;
+
+namespace fl::hv {
+
+using namespace hyperv;
+
+namespace {
+// The end of the machine does not wait longer for a host.
+constexpr Nanoseconds unload_timeout = 1'000'000'000;
+} // namespace
+
+// ---- install
+// -----------------------------------------------------------------------------------------------------------------------------------
+
+Result<void> HyperV::install(Environment& environment) {
+    const Sighting* sighting = environment.sightings.find(VmGuest::hyperv);
+    if (sighting == nullptr || sighting->base == 0 || sighting->max_leaf < sighting->base + leaf_recommendations) {
+        return Error{Code::not_found, "Hyper-V's CPUID leaves are not there: hypercalls cannot be installed"};
+    }
+    cpu_ = &environment.cpu;
+    memory_ = &environment.memory;
+    base_ = sighting->base;
+    const CpuidRegisters leaf = environment.cpuid.get(base_ + leaf_features);
+    privileges_ = leaf.eax;
+    features_ = leaf.edx;
+    recommendations_ = environment.cpuid.get(base_ + leaf_recommendations).eax;
+    bus_offered_ = offers_vmbus(*sighting);
+    CHECK(install_hypercalls(environment));
+    CHECK(clock_.install(*cpu_, *memory_, leaf));
+    find_clock(environment);
+    timer_direct_ = (features_ & features::direct_timers) != 0;
+    timer_offered_ = (privileges_ & privileges::synthetic_timers) != 0 && (privileges_ & privileges::reference_counter) != 0 &&
+                     (timer_direct_ || bus_offered_);
+    if ((features_ & features::crash_registers) != 0) {
+        TRY(crash_text_, memory_->buffer(page_size));
+    }
+    synic_.install(*cpu_, *memory_);
+    log::info("hyperv {}.{}: hypercalls, clock {}, {}{}", sighting->version >> 16, sighting->version & 0xffff, clock_name_,
+              bus_offered_ ? "SynIC" : "no VMBus", timer_offered_ ? ", synthetic timers" : "");
+    return {};
+}
+
+Result<void> HyperV::install_hypercalls(Environment& environment) {
+    if ((privileges_ & privileges::hypercall) == 0) {
+        return Error{Code::not_supported, "this Hyper-V gives its guest no hypercalls (privileges)", privileges::hypercall, privileges_};
+    }
+    if (gate_.call == nullptr) {
+        gate_ = native_gate();
+    }
+    if (gate_.call == nullptr) {
+        return Error{Code::not_supported, "this program cannot call a hypervisor"};
+    }
+    // The identity first: without one the hypercall register cannot be switched on [hv-tlfs §3.13].
+    cpu_->write_msr(msr::guest_os_id, our_guest_os_id);
+    if (gate_.page != nullptr) {
+        const u64 kept = cpu_->read_msr(msr::hypercall) & page_register_reserved;
+        cpu_->write_msr(msr::hypercall, environment.physical.physical_of(gate_.page) | kept | page_enable);
+        if ((cpu_->read_msr(msr::hypercall) & page_enable) == 0) {
+            cpu_->write_msr(msr::guest_os_id, 0);
+            return Error{Code::not_supported, "Hyper-V does not switch the hypercall page on"};
+        }
+    }
+    return hypercalls_.install(gate_, environment.memory);
+}
+
+void HyperV::find_clock(Environment& environment) {
+    tsc_hz_ = clock_.tsc_hz();
+    clock_name_ = clock_.name();
+    if (!tsc_hz_) {
+        tsc_hz_ = tsc_hz_by_cpuid(environment.cpuid);
+        clock_name_ = tsc_hz_ ? "cpuid" : "none";
+    }
+}
+
+// ---- start and end
+// -----------------------------------------------------------------------------------------------------------------------------
+
+Result<void> HyperV::start(Services& services) {
+    executor_ = &services.executor;
+    interrupts_ = &services.interrupts;
+    if (!bus_offered_) {
+        return {};
+    }
+    if (auto started = start_bus(services); !started) {
+        log::warning("hyperv: no VMBus: {}: native devices only", started.error());
+    }
+    return {};
+}
+
+Result<void> HyperV::start_bus(Services& services) {
+    CHECK(vmbus_.install({hypercalls_, synic_, *memory_, services.executor, services.timeout}));
+    // Auto-EOI saves the write that ends an interrupt; where the host advises against it, that write costs nothing and auto-EOI would.
+    auto_eoi_ = (recommendations_ & recommendations::no_auto_eoi) == 0;
+    TRY(vector_, services.interrupts.attach_vector(Synic::on_interrupt, &synic_, !auto_eoi_));
+    if (auto enabled = synic_.enable(services.executor, vector_.vector, auto_eoi_); !enabled) {
+        services.interrupts.detach_vector(vector_);
+        return enabled;
+    }
+    bus_started_ = true;
+    return {};
+}
+
+Result<void> HyperV::join(u32, io::Executor& executor) {
+    if (!bus_started_) {
+        return {};
+    }
+    return synic_.enable(executor, vector_.vector, auto_eoi_);
+}
+
+void HyperV::leave(u32) {
+    if (timer_vector_ || timer_offered_) {
+        cpu_->write_msr(msr::timer0_config, 0);
+    }
+    synic_.disable();
+}
+
+void HyperV::uninstall() {
+    if (!hypercalls_.installed()) {
+        return;
+    }
+    if (std::exchange(bus_started_, false)) {
+        vmbus_.unload(unload_timeout);
+        leave(this_processor());
+    }
+    clock_.uninstall();
+    if (gate_.page != nullptr) {
+        cpu_->write_msr(msr::hypercall, cpu_->read_msr(msr::hypercall) & page_register_reserved);
+    }
+    cpu_->write_msr(msr::guest_os_id, 0);
+}
+
+// ---- the bus
+// -----------------------------------------------------------------------------------------------------------------------------------
+
+io::Task<Result<void>> HyperV::enumerate(DeviceList& into) {
+    if (!bus_started_) {
+        co_return Result<void>{};
+    }
+    if (auto connected = co_await vmbus_.connect(); !connected) {
+        log::warning("hyperv: {}: native devices only (hv=kvm, where KVM is there, spares the attempt)", connected.error());
+        co_return Result<void>{};
+    }
+    if (auto told = co_await vmbus_.request_offers(); !told) {
+        log::warning("hyperv: {}: what was told so far counts", told.error());
+    }
+    vmbus_.for_each_offer([&](const Offer& offer) {
+        if (offer.sub_channel != 0) {
+            return;
+        }
+        SyntheticDevice device;
+        device.type.write(offer.type.text());
+        device.address.write(offer.instance.text());
+        device.number = offer.relid;
+        into.add(device);
+    });
+    co_return Result<void>{};
+}
+
+// ---- power
+// -------------------------------------------------------------------------------------------------------------------------------------
+
+Error HyperV::power_off() {
+    uninstall();
+    return {Code::not_supported, "Hyper-V has no call that switches a guest off: ACPI does it"};
+}
+
+Error HyperV::reboot() {
+    if (cpu_ == nullptr || (privileges_ & privileges::reset) == 0) {
+        return {Code::not_supported, "this Hyper-V gives its guest no reset register (privileges)", privileges::reset, privileges_};
+    }
+    uninstall();
+    cpu_->write_msr(msr::reset, 1);
+    return {Code::not_supported, "Hyper-V did not reset the machine"};
+}
+
+Error HyperV::crash(std::string_view reason) {
+    if (!crash_text_) {
+        return {Code::not_supported, "this Hyper-V takes no crash reports", features::crash_registers, features_};
+    }
+    const u64 offered = cpu_->read_msr(msr::crash_control);
+    if ((offered & crash::notify) == 0) {
+        return {Code::not_supported, "this Hyper-V takes no crash reports (control register)", crash::notify, offered};
+    }
+    const bool with_text = (offered & crash::message) != 0;
+    const usize length = std::min<usize>(reason.size(), crash_text_.size());
+    std::memcpy(crash_text_.data(), reason.data(), length);
+    constexpr u64 first_parameter = 0x4649525354; // "FIRST": who speaks
+    const std::array<u64, 5> parameters{first_parameter, our_guest_os_id, 0, with_text ? crash_text_.bus() : 0, with_text ? length : 0};
+    for (u32 i = 0; i < parameters.size(); ++i) {
+        cpu_->write_msr(msr::crash_parameter0 + i, parameters[i]);
+    }
+    cpu_->write_msr(msr::crash_control, crash::notify | (with_text ? crash::message : 0));
+    return {Code::not_supported, "Hyper-V took the crash report and did not end the machine"};
+}
+
+// ---- timer
+// -------------------------------------------------------------------------------------------------------------------------------------
+
+Result<void> HyperV::start_timer(InterruptHandler handler, void* context) {
+    if (!timer_offered_ || interrupts_ == nullptr) {
+        return Error{Code::not_supported, "this Hyper-V gives its guest no synthetic timers"};
+    }
+    u64 config = timer::auto_enable;
+    if (timer_direct_) {
+        if (!timer_vector_) {
+            TRY(const InterruptVector vector, interrupts_->attach_vector(handler, context, true));
+            timer_vector_ = vector;
+        }
+        config |= timer::direct | timer::vector(timer_vector_->vector);
+    } else {
+        if (!synic_.enabled(this_processor())) {
+            return Error{Code::not_supported, "a synthetic timer tells by message, and this processor's SynIC is off"};
+        }
+        synic_.set_timer_handler(handler, context);
+        config |= timer::sint_number(vmbus_sint);
+    }
+    cpu_->write_msr(msr::timer0_config, 0);
+    cpu_->write_msr(msr::timer0_config, config);
+    return {};
+}
+
+void HyperV::arm_timer(Nanoseconds length) {
+    // Absolute, in reference time; read by the register: the page would need the counter's value, and this is a register write anyway.
+    const u64 now = clock_.counter().value_or(0);
+    cpu_->write_msr(msr::timer0_count, now + std::max<u64>(length / 100, 1));
+}
+
+} // namespace fl::hv

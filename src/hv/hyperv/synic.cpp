@@ -1,0 +1,188 @@
+module;
+#include "core/try.hpp"
+module hv.hyperv.synic;
+import core.std;
+import core.result;
+import core.dma;
+import core.processor;
+import io.executor;
+import hv.backend;
+import hv.hyperv.protocol;
+import hv.hyperv.vmbus.protocol;
+
+namespace fl::hv::hyperv {
+
+namespace {
+// Messages that one interrupt takes at most: each one that comes after an end raises an interrupt of its own.
+constexpr u32 messages_per_interrupt = 4;
+constexpr u32 vmbus_sint_register = msr::sint0 + vmbus_sint;
+} // namespace
+
+Result<void> Synic::enable(io::Executor& executor, u8 vector, bool auto_eoi) {
+    Processor& processor = processors_[this_processor()];
+    if (processor.messages == nullptr) {
+        TRY(DmaBuffer pages, memory_->buffer(2 * static_cast<u32>(page_size)));
+        processor.messages = reinterpret_cast<MessagePage*>(pages.data());
+        processor.flags = reinterpret_cast<EventPage*>(pages.data() + page_size);
+        const u64 bus = pages.bus();
+        pages.abandon(); // the hypervisor's for as long as the machine runs
+        const u64 messages = cpu_->read_msr(msr::message_page) & page_register_reserved;
+        const u64 flags = cpu_->read_msr(msr::event_page) & page_register_reserved;
+        cpu_->write_msr(msr::message_page, bus | messages | page_enable);
+        cpu_->write_msr(msr::event_page, (bus + page_size) | flags | page_enable);
+    } else {
+        return Error{Code::busy, "the SynIC of this processor is on already"};
+    }
+    processor.executor = &executor;
+    processor.vp_index = static_cast<u32>(cpu_->read_msr(msr::vp_index));
+    // Release: the handler, which comes from here on, sees the rest. Partner: the acquire in enabled() and interrupt().
+    processor.on.store(true, std::memory_order_release);
+    const u64 kept = cpu_->read_msr(vmbus_sint_register) & sint::kept;
+    cpu_->write_msr(vmbus_sint_register, kept | vector | (auto_eoi ? sint::auto_eoi : 0));
+    cpu_->write_msr(msr::synic_control, cpu_->read_msr(msr::synic_control) | page_enable);
+    return {};
+}
+
+void Synic::disable() {
+    Processor& processor = processors_[this_processor()];
+    if (!processor.on.exchange(false, std::memory_order_acq_rel)) {
+        return;
+    }
+    cpu_->write_msr(vmbus_sint_register, cpu_->read_msr(vmbus_sint_register) | sint::masked);
+    cpu_->write_msr(msr::message_page, cpu_->read_msr(msr::message_page) & page_register_reserved);
+    cpu_->write_msr(msr::event_page, cpu_->read_msr(msr::event_page) & page_register_reserved);
+    cpu_->write_msr(msr::synic_control, cpu_->read_msr(msr::synic_control) & ~page_enable);
+}
+
+void Synic::watch(u32 relid) {
+    const u32 words = std::min(relid, event_flags - 1) / 64 + 1;
+    if (watched_words_.load(std::memory_order_relaxed) < words) {
+        // Release: partner is the acquire in take_events(). The host raises the flag only after a message that is posted later still.
+        watched_words_.store(words, std::memory_order_release);
+    }
+}
+
+void Synic::interrupt() {
+    Processor& processor = processors_[this_processor()];
+    if (!processor.on.load(std::memory_order_acquire)) {
+        return;
+    }
+    processor.interrupts.store(processor.interrupts.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed); // one writer
+    take_events(processor);
+    if (processor.looking.load(std::memory_order_relaxed)) { // on this very processor: we interrupted look()
+        processor.again.store(true, std::memory_order_relaxed);
+    } else {
+        take_messages(processor, this_processor() == 0);
+    }
+    processor.executor->wake();
+}
+
+void Synic::take_events(Processor& processor) {
+    std::array<u64, 32>& words = processor.flags->flags[vmbus_sint];
+    if (InterruptPage* page = interrupt_page_.load(std::memory_order_acquire)) {
+        // Flag 0 says that there is something in the interrupt page. It goes first: a flag of the page that comes later sets it again.
+        if (std::atomic_ref<u64>(words[0]).exchange(0, std::memory_order_acquire) == 0) {
+            return;
+        }
+        for (u32 w = 0; w < page->from_host.size(); ++w) {
+            std::atomic_ref<u64> word(page->from_host[w]);
+            if (word.load(std::memory_order_relaxed) != 0) {
+                for (u64 set = word.exchange(0, std::memory_order_acquire); set != 0; set &= set - 1) {
+                    raised(w * 64 + static_cast<u32>(std::countr_zero(set)));
+                }
+            }
+        }
+        return;
+    }
+    const u32 watched = watched_words_.load(std::memory_order_acquire);
+    for (u32 w = 0; w < watched; ++w) {
+        std::atomic_ref<u64> word(words[w]);
+        if (word.load(std::memory_order_relaxed) == 0) {
+            continue;
+        }
+        for (u64 set = word.exchange(0, std::memory_order_acquire); set != 0; set &= set - 1) { // see the table
+            raised(w * 64 + static_cast<u32>(std::countr_zero(set)));
+        }
+    }
+}
+
+void Synic::take_messages(Processor& processor, bool queued_here) {
+    MessageSlot& slot = processor.messages->slots[vmbus_sint];
+    std::atomic_ref<u32> type_word(reinterpret_cast<u32&>(slot.type));
+    for (u32 i = 0; i < messages_per_interrupt; ++i) {
+        const u32 type = type_word.load(std::memory_order_acquire); // see the table
+        if (type == to_underlying(SynicMessageType::none)) {
+            return;
+        }
+        if (type == to_underlying(SynicMessageType::timer_expired)) {
+            if (timer_handler_ != nullptr) {
+                timer_handler_(timer_context_);
+            }
+        } else if (!queued_here || type != channel_message) {
+            stray_.fetch_add(1, std::memory_order_relaxed);
+        } else {
+            const u32 tail = tail_.load(std::memory_order_relaxed);
+            if (tail - head_.load(std::memory_order_acquire) == queue_length) {
+                return; // it stays where it is, and the host waits, until next() has made room and looks here
+            }
+            SynicMessage& message = queue_[tail % queue_length];
+            message.type = type;
+            message.size = std::min<u32>(*static_cast<const volatile u8*>(&slot.payload_bytes), message_payload);
+            std::memcpy(message.payload.data(), slot.payload.data(), message_payload);
+            // Release: the message before its place in the queue. Partner: the acquire in next().
+            tail_.store(tail + 1, std::memory_order_release);
+        }
+        type_word.store(to_underlying(SynicMessageType::none), std::memory_order_release);
+        std::atomic_thread_fence(std::memory_order_seq_cst); // see the table
+        if ((*static_cast<const volatile u8*>(&slot.flags) & message_pending) != 0) {
+            cpu_->write_msr(msr::end_of_message, 0);
+        }
+    }
+}
+
+void Synic::look(Processor& processor) {
+    // The handler may come at any instruction; it stays out of the slot while `looking` is set, and says so. Everything is on one processor:
+    // the compiler must keep the order, the processor does anyway.
+    for (u32 tries = 0; tries < messages_per_interrupt; ++tries) {
+        processor.again.store(false, std::memory_order_relaxed);
+        processor.looking.store(true, std::memory_order_relaxed);
+        std::atomic_signal_fence(std::memory_order_seq_cst);
+        take_messages(processor, true);
+        std::atomic_signal_fence(std::memory_order_seq_cst);
+        processor.looking.store(false, std::memory_order_relaxed);
+        std::atomic_signal_fence(std::memory_order_seq_cst);
+        if (!processor.again.load(std::memory_order_relaxed)) {
+            return;
+        }
+    }
+}
+
+bool Synic::next(SynicMessage& into) {
+    u32 head = head_.load(std::memory_order_relaxed);
+    if (tail_.load(std::memory_order_acquire) == head) {
+        Processor& processor = processors_[0];
+        if (!processor.on.load(std::memory_order_relaxed) ||
+            std::atomic_ref(reinterpret_cast<u32&>(processor.messages->slots[vmbus_sint].type)).load(std::memory_order_relaxed) ==
+                to_underlying(SynicMessageType::none)) {
+            return false;
+        }
+        look(processor); // interrupts are off, or the queue was full when the message came
+        if (tail_.load(std::memory_order_acquire) == head) {
+            return false;
+        }
+    }
+    into = queue_[head % queue_length];
+    // Release: the copy before the room. Partner: the acquire in take_messages().
+    head_.store(++head, std::memory_order_release);
+    return true;
+}
+
+u64 Synic::interrupts() const {
+    u64 sum = 0;
+    for (const Processor& processor : processors_) {
+        sum += processor.interrupts.load(std::memory_order_relaxed);
+    }
+    return sum;
+}
+
+} // namespace fl::hv::hyperv

@@ -1,0 +1,273 @@
+// Channels and the memory that is shared with the host.
+module;
+#include "core/try.hpp"
+module hv.hyperv.vmbus;
+import core.std;
+import core.result;
+import core.dma;
+import core.log;
+import core.processor;
+import core.time;
+import io.executor;
+import io.task;
+import hv.hyperv.hypercall;
+import hv.hyperv.synic;
+import hv.hyperv.channel;
+import hv.hyperv.vmbus.protocol;
+
+namespace fl::hv::hyperv {
+
+// ---- GPADLs
+// ------------------------------------------------------------------------------------------------------------------------------------
+
+u32 Vmbus::fresh_gpadl() {
+    const u32 handle = next_gpadl_;
+    next_gpadl_ = next_gpadl_ == ~u32{0} ? 1 : next_gpadl_ + 1;
+    return handle;
+}
+
+io::Task<Result<Gpadl>> Vmbus::create_gpadl(u32 relid, std::span<const u64> frames) {
+    return share(relid, {frames, 0, static_cast<u32>(frames.size())});
+}
+io::Task<Result<Gpadl>> Vmbus::create_gpadl(u32 relid, u64 first_frame, u32 count) { return share(relid, {{}, first_frame, count}); }
+
+io::Task<Result<Gpadl>> Vmbus::share(u32 relid, Frames frames) {
+    if (frames.count == 0 || frames.count > max_gpadl_pages) {
+        co_return Error{Code::bad_argument, "VMBus: so many pages cannot be shared at once", max_gpadl_pages, frames.count};
+    }
+    if (is_rescinded(relid)) {
+        co_return Error{Code::device_gone, "VMBus: the host has taken the device away"};
+    }
+    const Gpadl gpadl{relid, fresh_gpadl()};
+    const Instant until = deadline();
+    Pending pending(*this, MessageType::gpadl_created, relid, gpadl.handle);
+
+    // The header with as many pages as it holds, then bodies with the rest.
+    alignas(8) std::array<std::byte, max_message> message{};
+    GpadlHeader header;
+    header.relid = relid;
+    header.gpadl = gpadl.handle;
+    header.range_bytes = static_cast<u16>(sizeof(GpaRange) + 8 * frames.count);
+    header.range_count = 1;
+    const GpaRange range{frames.count * static_cast<u32>(page_size), 0};
+    std::memcpy(message.data(), &header, sizeof(header));
+    std::memcpy(message.data() + sizeof(header), &range, sizeof(range));
+    u32 told = 0;
+    usize size = sizeof(header) + sizeof(range);
+    for (u32 number = 0;; ++number) {
+        for (; told < frames.count && size + 8 <= max_message; ++told, size += 8) {
+            const u64 frame = frames.at(told);
+            std::memcpy(message.data() + size, &frame, 8);
+        }
+        CO_CHECK(co_await post(std::span<const std::byte>(message).first(size), until));
+        if (told == frames.count || pending.gone) { // the rest would be told to nobody
+            break;
+        }
+        GpadlBody body;
+        body.number = number;
+        body.gpadl = gpadl.handle;
+        std::memcpy(message.data(), &body, sizeof(body));
+        size = sizeof(body);
+    }
+    CO_CHECK(co_await answer(pending, until, "VMBus: the host does not confirm that it shares memory: the memory is given up"));
+    if (pending.status != HostStatus::success) {
+        co_return Error{Code::io, "VMBus: the host does not take memory that shall be shared (status)", 0, to_underlying(pending.status)};
+    }
+    co_return gpadl;
+}
+
+io::Task<Result<void>> Vmbus::teardown_gpadl(Gpadl gpadl) {
+    if (is_rescinded(gpadl.relid)) {
+        co_return Result<void>{}; // the host lets go of everything with the channel
+    }
+    const Instant until = deadline();
+    Pending pending(*this, MessageType::gpadl_torndown, gpadl.relid, gpadl.handle);
+    GpadlTeardown message;
+    message.relid = gpadl.relid;
+    message.gpadl = gpadl.handle;
+    CO_CHECK(co_await post(message, until));
+    auto done = co_await answer(pending, until, "VMBus: the host does not let go of shared memory: the memory is given up");
+    if (!done && done.error().code == Code::device_gone) {
+        co_return Result<void>{};
+    }
+    co_return done;
+}
+
+// ---- open and close
+// ----------------------------------------------------------------------------------------------------------------------------
+
+Channel::Signalling Vmbus::signalling(const Offer& offer, bool may_defer) {
+    Channel::Signalling result{&environment_->hypercalls, offer.connection_id, nullptr, 0, nullptr, 0};
+    const bool deferred = may_defer && offer.monitor;
+    if (!offer.dedicated_interrupt || deferred) {
+        auto* page = reinterpret_cast<InterruptPage*>(interrupt_page_.data());
+        result.interrupt_word = &page->to_host[offer.relid / 64];
+        result.interrupt_bit = u64{1} << offer.relid % 64;
+    }
+    if (deferred) {
+        auto* page = reinterpret_cast<MonitorPage*>(monitor_pages_.data() + page_size);
+        result.monitor_word = &page->groups[*offer.monitor / 32].pending;
+        result.monitor_bit = u32{1} << *offer.monitor % 32;
+    }
+    return result;
+}
+
+void Vmbus::unlink(Channel& channel) {
+    for (Channel** at = &channels_; *at != nullptr; at = &(*at)->next) {
+        if (*at == &channel) {
+            *at = std::exchange(channel.next, nullptr);
+            return;
+        }
+    }
+}
+
+io::Task<Result<void>> Vmbus::open(Channel& channel, Offer offer, OpenParameters parameters) {
+    KnownOffer* known_offer = known(offer.relid);
+    if (known_offer == nullptr || known_offer->rescinded || known_offer->offer.instance != offer.instance) {
+        co_return Error{Code::device_gone, "VMBus: this channel is not offered any more"};
+    }
+    if (known_offer->open || channel.is_open()) {
+        co_return Error{Code::busy, "VMBus: this channel is open already"};
+    }
+    const u64 bytes = ring_bytes(parameters.send_bytes) + ring_bytes(parameters.receive_bytes);
+    if (parameters.send_bytes == 0 || parameters.receive_bytes == 0 || (parameters.send_bytes | parameters.receive_bytes) % page_size != 0 ||
+        bytes / page_size > max_gpadl_pages) {
+        co_return Error{Code::bad_argument, "VMBus: a channel's rings are whole pages, both together at most 8190", max_gpadl_pages * page_size,
+                        bytes};
+    }
+    if (parameters.user_data.size() > 120 || parameters.cpu >= max_processors || !environment_->synic.enabled(parameters.cpu)) {
+        co_return Error{Code::bad_argument, "VMBus: a channel opens with at most 120 bytes of data, on a processor that has joined", 120,
+                        parameters.user_data.size()};
+    }
+    CO_TRY(DmaBuffer rings, environment_->memory.buffer(static_cast<u32>(bytes)));
+    known(offer.relid)->open = true;
+    const auto gpadl = co_await create_gpadl(offer.relid, rings.bus() / page_size, static_cast<u32>(bytes / page_size));
+    if (!gpadl) {
+        if (gpadl.error().code == Code::timed_out) {
+            rings.abandon();
+        }
+        no_longer_open(offer.relid);
+        co_return gpadl.error();
+    }
+    auto opened = co_await open_shared(channel, offer, parameters, std::move(rings), *gpadl);
+    if (!opened) {
+        no_longer_open(offer.relid);
+    }
+    co_return opened;
+}
+
+io::Task<Result<void>> Vmbus::open_shared(Channel& channel, Offer offer, OpenParameters parameters, DmaBuffer rings, Gpadl gpadl) {
+    const u32 send_bytes = static_cast<u32>(ring_bytes(parameters.send_bytes));
+    Result<void> result = channel.attach(offer, parameters.cpu, std::move(rings), send_bytes, signalling(offer, parameters.may_defer),
+                                         environment_->synic.events(offer.relid));
+    bool unanswered = false;
+    if (result) {
+        channel.gpadl = gpadl.handle;
+        environment_->synic.watch(offer.relid);
+        const Instant until = deadline();
+        const u32 id = next_open_++;
+        Pending pending(*this, MessageType::open_channel_result, offer.relid, id);
+        OpenChannel message;
+        message.relid = offer.relid;
+        message.open_id = id;
+        message.ring_gpadl = gpadl.handle;
+        message.target_vp = environment_->synic.vp_index(parameters.cpu);
+        message.downstream_page_offset = send_bytes / static_cast<u32>(page_size);
+        for (usize i = 0; i < parameters.user_data.size(); ++i) {
+            message.user_data[i] = static_cast<u8>(parameters.user_data[i]);
+        }
+        result = co_await post(message, until);
+        if (result) {
+            result = co_await answer(pending, until, "VMBus: the host does not answer whether it opens a channel");
+            unanswered = !result && result.error().code == Code::timed_out;
+        }
+        if (result && pending.status != HostStatus::success) {
+            result = Error{Code::io, "VMBus: the host does not open the channel (status)", 0, to_underlying(pending.status)};
+        }
+    }
+    if (result) {
+        channel.next = channels_;
+        channels_ = &channel;
+        if (is_rescinded(offer.relid)) { // in the very turn in which it was opened
+            channel.mark_rescinded();
+        }
+        co_return result;
+    }
+    if (unanswered) { // it may be open: close it before the memory is asked back
+        CloseChannel message;
+        message.relid = offer.relid;
+        static_cast<void>(co_await post(message, deadline()));
+    }
+    DmaBuffer memory = channel.detach();
+    if (auto let_go = co_await teardown_gpadl(gpadl); !let_go) {
+        memory.abandon();
+    }
+    co_return result;
+}
+
+io::Task<Result<void>> Vmbus::close(Channel& channel) {
+    if (!channel.is_open()) {
+        co_return Result<void>{};
+    }
+    const Offer offer = channel.offer();
+    const Gpadl gpadl{offer.relid, channel.gpadl};
+    unlink(channel);
+    DmaBuffer memory = channel.detach();
+    Result<void> result;
+    if (!is_rescinded(offer.relid)) {
+        CloseChannel message;
+        message.relid = offer.relid;
+        result = co_await post(message, deadline());
+        if (result) {
+            result = co_await teardown_gpadl(gpadl);
+        }
+    }
+    if (!result) {
+        memory.abandon();
+    }
+    no_longer_open(offer.relid);
+    co_return result;
+}
+
+io::Task<Result<void>> Vmbus::modify(Channel& channel, u32 cpu) {
+    if (version_ < Version::v4_1) {
+        co_return Error{Code::not_supported, "VMBus: this version cannot move a channel to another processor", to_underlying(Version::v4_1),
+                        to_underlying(version_)};
+    }
+    if (!channel.is_open() || cpu >= max_processors || !environment_->synic.enabled(cpu)) {
+        co_return Error{Code::bad_argument, "VMBus: only an open channel moves, to a processor that has joined", max_processors - 1, cpu};
+    }
+    const u32 relid = channel.offer().relid;
+    if (is_rescinded(relid)) {
+        co_return Error{Code::device_gone, "VMBus: the host has taken the device away"};
+    }
+    const Instant until = deadline();
+    Pending pending(*this, MessageType::modify_channel_response, relid, relid);
+    ModifyChannel message;
+    message.relid = relid;
+    message.target_vp = environment_->synic.vp_index(cpu);
+    CO_CHECK(co_await post(message, until));
+    if (version_ >= Version::v5_3) { // before, the host does not confirm: events may come to the old processor for a while
+        CO_CHECK(co_await answer(pending, until, "VMBus: the host does not confirm a channel's new processor"));
+        if (pending.status != HostStatus::success) {
+            co_return Error{Code::io, "VMBus: the host does not move the channel (status)", 0, to_underlying(pending.status)};
+        }
+    }
+    channel.move_to(cpu);
+    co_return Result<void>{};
+}
+
+io::Task<Result<Offer>> Vmbus::sub_channel(Guid instance, u16 index, Instant deadline) {
+    for (u32 i = 0; i < offer_count_; ++i) {
+        const Offer& offer = offers_[i].offer;
+        if (offer.instance == instance && offer.sub_channel == index && !offers_[i].rescinded) {
+            co_return offer;
+        }
+    }
+    Pending pending(*this, MessageType::offer_channel, 0, index);
+    pending.instance = instance;
+    CO_CHECK(co_await answer(pending, deadline, "VMBus: the host does not offer a sub-channel"));
+    co_return pending.offer;
+}
+
+} // namespace fl::hv::hyperv
