@@ -149,9 +149,6 @@ class Channel {
     Channel* next = nullptr; // in the bus's list of open channels
 
   private:
-  private:
-    friend class Vmbus;
-
     void signal();
     Sent count(Sent sent) {
         (sent == Sent::queued ? counters_.packets_sent : counters_.full) += sent == Sent::queued || sent == Sent::full ? 1 : 0;
