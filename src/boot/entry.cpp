@@ -12,6 +12,12 @@ import core.machine.traps;
 import boot.handoff;
 import boot.pvh;
 import boot.start;
+#ifdef FIRSTLIGHT_HV_XEN
+import core.cpuid;
+import hv.machine.detect;
+import hv.machine.privileged;
+import hv.xen.memory_map;
+#endif
 
 using namespace fl;
 
@@ -59,6 +65,27 @@ static u64 stack_guard() { return reinterpret_cast<u64>(boot_stack_guard); }
     boot::kernel_start(boot_info);
 }
 
+#ifdef FIRSTLIGHT_HV_XEN
+// Xen is the one loader of version 0; it answers what its start_info leaves out. Rare, so CPUID is simply read twice.
+static Result<void> ask_for_memory() {
+    static constinit CpuidSnapshot cpuid{};
+    static constinit std::array<hv::xen::E820Entry, boot::BootInfo::max_ranges> ranges{};
+    hv::read_cpuid(cpuid);
+    hv::MachinePrivileged cpu;
+    const hv::xen::Gate gate = hv::xen::native_gate();
+    const u64 page = reinterpret_cast<u64>(gate.page) - reinterpret_cast<u64>(image_text_begin) + boot_info.kernel_phys;
+    const auto count = hv::xen::read_memory_map(cpuid, cpu, gate, page, ranges);
+    if (!count) {
+        return count.error();
+    }
+    for (const hv::xen::E820Entry& range : std::span(ranges).first(*count)) {
+        boot::add_range(boot_info, range.address, range.size, static_cast<boot::MemoryKind>(range.type));
+    }
+    log::info("PVH: Xen told {} memory ranges", *count);
+    return {};
+}
+#endif
+
 extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
     open_consoles();
     start_traps(stack_guard(), stack_size);
@@ -70,6 +97,11 @@ extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
     boot_info.kernel_phys = 0x200000;
     if (notes->no_memory_map) {
         log::warning("PVH: the loader gives no memory map");
+#ifdef FIRSTLIGHT_HV_XEN
+        if (auto told = ask_for_memory(); !told) {
+            log::warning("PVH: {}", told.error());
+        }
+#endif
     }
     if (notes->cmdline_unreadable) {
         log::warning("PVH: the command line lies outside the memory that the loader describes; it is ignored");

@@ -39,7 +39,20 @@ static_assert(sizeof(FeatureInfo) == 8 && offsetof(FeatureInfo, submap) == 4);
 inline constexpr u32 feature_auto_translated = 1u << 2; // guest frames, not machine frames
 inline constexpr u32 feature_callback_vector = 1u << 8; // HVM_PARAM_CALLBACK_IRQ takes a vector
 
-enum class MemoryOp : u32 { add_to_physmap = 7 };
+enum class MemoryOp : u32 { add_to_physmap = 7, memory_map = 9 };
+/// As in E820, 20 bytes apart [xen-public memory.h XENMEM_memory_map].
+struct [[gnu::packed]] E820Entry {
+    u64 address;
+    u64 size; // bytes
+    u32 type;
+};
+static_assert(sizeof(E820Entry) == 20 && offsetof(E820Entry, size) == 8 && offsetof(E820Entry, type) == 16);
+struct MemoryMap {
+    u32 count; // in: room; out: ranges written
+    u32 padding;
+    E820Entry* buffer;
+};
+static_assert(sizeof(MemoryMap) == 16 && offsetof(MemoryMap, buffer) == 8);
 enum class MapSpace : u32 { shared_info = 0, grant_table = 1 };
 struct AddToPhysmap {
     Domain domain;
