@@ -59,7 +59,7 @@ SUPPORTED = {
 }
 
 LAB_PROGRAMS = ("qemu-system-x86",)
-LAB_FILES = ("busybox-static", "qemu-system-data", "seabios", "ovmf")
+LAB_FILES = ("qemu-system-common", "busybox-static", "qemu-system-data", "seabios", "ovmf")
 YARDSTICK_PROGRAMS = ("fio",)
 
 

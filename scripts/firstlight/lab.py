@@ -28,7 +28,7 @@ from pathlib import Path
 from . import apt, distribution, paths, process, vmrun_fault
 from .problems import Problem
 
-LAYOUT = "6"  # changes when the contents of the folder change for the same packages
+LAYOUT = "7"  # changes when the contents of the folder change for the same packages
 
 L1_MODULES = ("kvm-amd", "virtio_pci", "virtio_blk")
 L2_MODULES = ("xen-blkfront", "ata_piix", "sd_mod", "virtio_pci", "virtio_blk", "nvme", "ahci")
@@ -63,6 +63,7 @@ class Lab:
 WRAPPER = """#!/bin/sh
 # QEMU as unpacked from the distribution's packages, with the libraries it was built against.
 here=$(dirname -- "$(readlink -f -- "$0")")/tree
+export QEMU_MODULE_DIR="$here/lib/qemu"
 exec "$here/lib/ld-linux-x86-64.so.2" --library-path "$here/lib" --argv0 qemu-system-x86_64 \\
     "$here/bin/qemu-system-x86_64" -L "$here/share" "$@"
 """
@@ -146,6 +147,7 @@ def build(unpacked: Path, made: Path, release: str, versions: dict[str, str]) ->
         announce("note: this QEMU's VMRUN was not recognised; a boot in deterministic time may hang and be tried again")
     shutil.copy2(next(path for path in (unpacked / "bin/busybox", unpacked / "usr/bin/busybox") if path.exists()), tree / "bin")
     copy_libraries(unpacked, [tree / "bin/qemu-system-x86_64"], tree / "lib")
+    copy_accelerators(unpacked, tree / "lib")
     copy_firmware(unpacked, tree / "share")
     wrapper = made / "qemu-system-x86_64"
     wrapper.write_text(WRAPPER)
@@ -206,6 +208,15 @@ def copy_libraries(unpacked: Path, programs: Iterable[Path], into: Path) -> None
         shutil.copyfile(found, target)  # through the symbolic link: one file under the name that is asked for
         target.chmod(0o755)
         waiting += needed(target)
+
+
+def copy_accelerators(unpacked: Path, lib: Path) -> None:
+    """Where the distribution builds TCG as a module of QEMU (Ubuntu), QEMU looks for it in QEMU_MODULE_DIR."""
+    (lib / "qemu").mkdir()
+    modules = sorted((unpacked / "usr/lib/x86_64-linux-gnu/qemu").glob("accel-*x86_64.so"))
+    for module in modules:
+        shutil.copy2(module, lib / "qemu")
+    copy_libraries(unpacked, modules, lib)
 
 
 def copy_firmware(unpacked: Path, into: Path) -> None:
