@@ -167,6 +167,10 @@ class Channel {
     /// to read already.
     bool finish();
 
+    /// The device waits for room, and this guest does not promise to signal when there is some: look again soon.
+    bool must_poll() const { return waiting_ != 0 && (in_memory_.load_relaxed<u32>(ring_features) & feature_pending_send) == 0; }
+    bool waiting() const { return waiting_ != 0; }
+
     /// Something else to do for a fault: interrupts without content that are still to come.
     u32 storm = 0;
 
@@ -189,9 +193,9 @@ class Channel {
     u32 vp_;
     u16 index_;
     bool broken_ = false;
-    bool target_sent_ = false;  // since the last publish()
-    bool target_taken_ = false; // since the last release
-    bool taken_ = false;
+    bool target_sent_ = false;     // since the last publish()
+    bool read_index_lost_ = false; // by a fault: the word in the ring stays as it is
+    u32 taken_ = 0;                // bytes read since the last release
     std::unique_ptr<std::vector<std::byte*>> pages_;
     Memory in_memory_;
     Memory out_memory_;
@@ -224,6 +228,8 @@ class Device {
     virtual void closed(Channel& channel) { static_cast<void>(channel); }
     /// There may be packets to read, or room for those that wait. Called again while it returns true.
     virtual bool serve(Channel& channel) = 0;
+    /// Whether it has something to do with time; tick() is called for those alone, also after each serve().
+    virtual bool timed() const { return false; }
     /// Time has come to `now`. Returns when it wants to be called again; ~0: never.
     virtual u64 tick(Channel& channel, u64 now) {
         static_cast<void>(channel);

@@ -64,10 +64,19 @@ struct ScsiResult {
     bool overrun = false; // more was asked for than the buffer has room for
 };
 
+/// The answer to commands that no unit stands behind: INQUIRY says that none can be there.
+ScsiResult absent_inquiry(std::span<const u8, 16> cdb, DataBuffer& data);
+/// REPORT LUNS [SPC-4 §6.33].
+ScsiResult report_luns(std::span<const u8> luns, DataBuffer& data);
+/// The opcodes that StorVSP itself has to know.
+inline constexpr u8 opcode_inquiry = 0x12;
+inline constexpr u8 opcode_report_luns = 0xa0;
+
 /// One logical unit.
 class ScsiDisk {
   public:
-    ScsiDisk(const LunConfig& config, Counters& counters, FaultPlan& faults) : config_(config), counters_(counters), faults_(faults) {}
+    ScsiDisk(const LunConfig& config, u32 maximum_transfer, Counters& counters, FaultPlan& faults)
+        : config_(config), maximum_transfer_(maximum_transfer), counters_(counters), faults_(faults) {}
     const LunConfig& config() const { return config_; }
     u64 blocks() const { return config_.store->size() / config_.block_size; }
     ScsiResult execute(std::span<const u8, 16> cdb, DataBuffer& data);
@@ -75,11 +84,15 @@ class ScsiDisk {
     void set_unit_attention(u8 asc, u8 ascq) { attention_ = Sense{6, asc, ascq, {}}; }
 
   private:
-    ScsiResult inquiry(std::span<const u8, 16> cdb, DataBuffer& data);
-    ScsiResult read_write(bool write, u64 lba, u64 count, DataBuffer& data);
-    ScsiResult mode_sense(std::span<const u8, 16> cdb, DataBuffer& data, bool ten);
-    ScsiResult unmap(std::span<const u8, 16> cdb, DataBuffer& data);
+    ScsiResult inquiry(std::span<const u8, 16> cdb, DataBuffer& data) const;
+    ScsiResult read_capacity(bool sixteen, DataBuffer& data, usize allocation) const;
+    ScsiResult read_write(bool write, u64 lba, u64 count, bool force, DataBuffer& data);
+    ScsiResult mode_sense(std::span<const u8, 16> cdb, DataBuffer& data, bool ten) const;
+    ScsiResult unmap(DataBuffer& data);
+    ScsiResult flush();
+    bool inside(u64 lba, u64 count) const { return lba <= blocks() && count <= blocks() - lba; }
     LunConfig config_;
+    u32 maximum_transfer_;
     Counters& counters_;
     FaultPlan& faults_;
     std::optional<Sense> attention_;

@@ -29,6 +29,7 @@ class Service : public Device {
     void opened(Channel& channel) override;
     void closed(Channel& channel) override;
     bool serve(Channel& channel) override;
+    bool timed() const final { return true; }
     u64 tick(Channel& channel, u64 now) final;
 
   protected:
@@ -45,6 +46,9 @@ class Service : public Device {
     Channel* channel_ = nullptr;
     bool asked_ = false; // a negotiation or request is under way
     u16 asked_type_ = 0;
+    void take(Channel& channel, const Packet& packet);
+    void negotiated(Channel& channel, std::span<const std::byte> body);
+    bool write(Channel& channel, u16 type, std::span<const std::byte> body);
 };
 
 class ShutdownService final : public Service {
