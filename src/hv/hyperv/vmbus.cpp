@@ -136,7 +136,7 @@ io::Task<Result<bool>> Vmbus::contact(Version version) {
 
     const Instant deadline = after(environment_->executor.now(), std::min(environment_->timeout, contact_timeout));
     Pending pending(*this, MessageType::version_response, 0, 0);
-    CO_CHECK(co_await post(message, deadline));
+    CO_CHECK(co_await send(message, deadline));
     CO_CHECK(co_await answer(pending, deadline, "VMBus: no answer to the first contact"));
     if (pending.version.supported == 0) {
         co_return false;
@@ -196,7 +196,7 @@ io::Task<Result<void>> Vmbus::request_offers() {
     const Instant until = deadline();
     Pending pending(*this, MessageType::all_offers_delivered, 0, 0);
     const RequestOffers message;
-    CO_CHECK(co_await post(message, until));
+    CO_CHECK(co_await send(message, until));
     CO_CHECK(co_await answer(pending, until, "VMBus: the host does not come to an end with its offers"));
     offers_delivered_ = true;
     co_return Result<void>{};

@@ -158,7 +158,7 @@ class Vmbus final : public io::Service {
 
     io::Task<Result<void>> post(std::span<const std::byte> message, Instant deadline);
     template <class M>
-    io::Task<Result<void>> post(const M& message, Instant deadline) {
+    io::Task<Result<void>> send(const M& message, Instant deadline) {
         return post(std::as_bytes(std::span<const M, 1>(&message, 1)), deadline);
     }
     Status post_now(std::span<const std::byte> message);

@@ -85,7 +85,7 @@ io::Task<Result<void>> Vmbus::teardown_gpadl(Gpadl gpadl) {
     GpadlTeardown message;
     message.relid = gpadl.relid;
     message.gpadl = gpadl.handle;
-    CO_CHECK(co_await post(message, until));
+    CO_CHECK(co_await send(message, until));
     auto done = co_await answer(pending, until, "VMBus: the host does not let go of shared memory: the memory is given up");
     if (!done && done.error().code == Code::device_gone) {
         co_return Result<void>{};
@@ -176,7 +176,7 @@ io::Task<Result<void>> Vmbus::open_shared(Channel& channel, Offer offer, OpenPar
         for (usize i = 0; i < parameters.user_data.size(); ++i) {
             message.user_data[i] = static_cast<u8>(parameters.user_data[i]);
         }
-        result = co_await post(message, until);
+        result = co_await send(message, until);
         if (result) {
             result = co_await answer(pending, until, "VMBus: the host does not answer whether it opens a channel");
             unanswered = !result && result.error().code == Code::timed_out;
@@ -196,7 +196,7 @@ io::Task<Result<void>> Vmbus::open_shared(Channel& channel, Offer offer, OpenPar
     if (unanswered) { // it may be open: close it before the memory is asked back
         CloseChannel message;
         message.relid = offer.relid;
-        static_cast<void>(co_await post(message, deadline()));
+        static_cast<void>(co_await send(message, deadline()));
     }
     DmaBuffer memory = channel.detach();
     if (auto let_go = co_await teardown_gpadl(gpadl); !let_go) {
@@ -217,7 +217,7 @@ io::Task<Result<void>> Vmbus::close(Channel& channel) {
     if (!is_rescinded(offer.relid)) {
         CloseChannel message;
         message.relid = offer.relid;
-        result = co_await post(message, deadline());
+        result = co_await send(message, deadline());
         if (result) {
             result = co_await teardown_gpadl(gpadl);
         }
@@ -246,7 +246,7 @@ io::Task<Result<void>> Vmbus::modify(Channel& channel, u32 cpu) {
     ModifyChannel message;
     message.relid = relid;
     message.target_vp = environment_->synic.vp_index(cpu);
-    CO_CHECK(co_await post(message, until));
+    CO_CHECK(co_await send(message, until));
     if (version_ >= Version::v5_3) { // before, the host does not confirm: events may come to the old processor for a while
         CO_CHECK(co_await answer(pending, until, "VMBus: the host does not confirm a channel's new processor"));
         if (pending.status != HostStatus::success) {
