@@ -27,7 +27,7 @@ template <usize N>
 std::string bytes(const char (&text)[N]) {
     return std::string(text, N - 1);
 }
-std::vector<u8> data(const std::string& text) { return {text.begin(), text.end()}; }
+std::vector<u8> octets(const std::string& text) { return {text.begin(), text.end()}; }
 
 TEST(StorvscProtocol, SrbPacketGoldenBytes) {
     storvsc::Packet packet{};
@@ -106,47 +106,47 @@ TEST(Scsi, CommandsGoldenBytes) {
 
 TEST(Scsi, Inquiry) {
     std::string text = bytes("\0\0\x05\x02\x1f\0\0\0Msft    Virtual Disk    1.0 ");
-    auto inquiry = scsi::parse_inquiry(data(text));
+    auto inquiry = scsi::parse_inquiry(octets(text));
     ASSERT_TRUE(inquiry);
     EXPECT_TRUE(inquiry->disk());
     EXPECT_EQ(inquiry->vendor.view(), "Msft");
     EXPECT_EQ(inquiry->product.view(), "Virtual Disk");
     EXPECT_EQ(inquiry->revision.view(), "1.0");
     text[0] = 0x7f; // no unit
-    EXPECT_FALSE(scsi::parse_inquiry(data(text))->disk());
+    EXPECT_FALSE(scsi::parse_inquiry(octets(text))->disk());
     text[0] = 0x05; // CD-ROM
-    EXPECT_FALSE(scsi::parse_inquiry(data(text))->disk());
+    EXPECT_FALSE(scsi::parse_inquiry(octets(text))->disk());
     text[0] = 0;
     text[9] = '\x1b'; // nothing that a terminal would obey
-    EXPECT_EQ(scsi::parse_inquiry(data(text))->vendor.view(), "M");
-    EXPECT_TRUE(scsi::parse_inquiry(data(text.substr(0, 5)))->vendor.empty());
-    EXPECT_FALSE(scsi::parse_inquiry(data(text.substr(0, 4))));
+    EXPECT_EQ(scsi::parse_inquiry(octets(text))->vendor.view(), "M");
+    EXPECT_TRUE(scsi::parse_inquiry(octets(text.substr(0, 5)))->vendor.empty());
+    EXPECT_FALSE(scsi::parse_inquiry(octets(text.substr(0, 4))));
 }
 
 TEST(Scsi, Capacity) {
-    auto c = scsi::parse_capacity_16(data(bytes("\0\0\0\0\0\x01\xff\xff\0\0\x02\0\0\x03\x80\0")));
+    auto c = scsi::parse_capacity_16(octets(bytes("\0\0\0\0\0\x01\xff\xff\0\0\x02\0\0\x03\x80\0")));
     ASSERT_TRUE(c);
     EXPECT_EQ(c->blocks, 0x20000u);
     EXPECT_EQ(c->block_bytes, 512u);
     EXPECT_EQ(c->physical_shift, 3u);
     EXPECT_TRUE(c->thin);
-    EXPECT_FALSE(scsi::parse_capacity_16(data(bytes("\xff\xff\xff\xff\xff\xff\xff\xff\0\0\x02\0"))));
-    EXPECT_FALSE(scsi::parse_capacity_16(data(bytes("\0\0\0\0\0\x01\xff\xff\0\0\x02\x01"))));
-    EXPECT_FALSE(scsi::parse_capacity_16(data(bytes("\0\0\0\0\0\x01\xff\xff\0\0\0"))));
-    c = scsi::parse_capacity_10(data(bytes("\0\0\x01\xff\0\0\x10\0")));
+    EXPECT_FALSE(scsi::parse_capacity_16(octets(bytes("\xff\xff\xff\xff\xff\xff\xff\xff\0\0\x02\0"))));
+    EXPECT_FALSE(scsi::parse_capacity_16(octets(bytes("\0\0\0\0\0\x01\xff\xff\0\0\x02\x01"))));
+    EXPECT_FALSE(scsi::parse_capacity_16(octets(bytes("\0\0\0\0\0\x01\xff\xff\0\0\0"))));
+    c = scsi::parse_capacity_10(octets(bytes("\0\0\x01\xff\0\0\x10\0")));
     ASSERT_TRUE(c);
     EXPECT_EQ(c->blocks, 0x200u);
     EXPECT_EQ(c->block_bytes, 4096u);
     EXPECT_FALSE(c->beyond_32_bits);
-    EXPECT_TRUE(scsi::parse_capacity_10(data(bytes("\xff\xff\xff\xff\0\0\x02\0")))->beyond_32_bits);
-    EXPECT_FALSE(scsi::parse_capacity_10(data(bytes("\0\0\x01\xff\0\0\x10"))));
+    EXPECT_TRUE(scsi::parse_capacity_10(octets(bytes("\xff\xff\xff\xff\0\0\x02\0")))->beyond_32_bits);
+    EXPECT_FALSE(scsi::parse_capacity_10(octets(bytes("\0\0\x01\xff\0\0\x10"))));
 }
 
 TEST(Scsi, Luns) {
     std::string luns;
     const auto list = [&](const std::string& text) {
         luns.clear();
-        return scsi::parse_luns(data(text), [&](u8 lun) { luns += std::to_string(lun) + " "; });
+        return scsi::parse_luns(octets(text), [&](u8 lun) { luns += std::to_string(lun) + " "; });
     };
     EXPECT_TRUE(list(bytes("\0\0\0\x18\0\0\0\0"
                            "\0\0\0\0\0\0\0\0"
@@ -164,49 +164,49 @@ TEST(Scsi, Luns) {
 }
 
 TEST(Scsi, CachingPage) {
-    auto mode = scsi::parse_mode_6(data(bytes("\x17\0\x80\0\x08\x12\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0")));
+    auto mode = scsi::parse_mode_6(octets(bytes("\x17\0\x80\0\x08\x12\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0")));
     ASSERT_TRUE(mode);
     EXPECT_TRUE(mode->write_protected);
     EXPECT_EQ(mode->write_cache, true);
-    mode = scsi::parse_mode_6(data(bytes("\x17\0\0\x08\0\0\0\0\0\0\0\0\x88\x12\0\0"))); // a block descriptor before it, PS set, cut
+    mode = scsi::parse_mode_6(octets(bytes("\x17\0\0\x08\0\0\0\0\0\0\0\0\x88\x12\0\0"))); // a block descriptor before it, PS set, cut
     EXPECT_EQ(mode->write_cache, false);
     EXPECT_FALSE(mode->write_protected);
-    EXPECT_EQ(scsi::parse_mode_6(data(bytes("\x03\0\0\0")))->write_cache, std::nullopt);
-    EXPECT_EQ(scsi::parse_mode_6(data(bytes("\xff\0\0\xff")))->write_cache, std::nullopt);
-    EXPECT_FALSE(scsi::parse_mode_6(data(bytes("\x03\0\0"))));
+    EXPECT_EQ(scsi::parse_mode_6(octets(bytes("\x03\0\0\0")))->write_cache, std::nullopt);
+    EXPECT_EQ(scsi::parse_mode_6(octets(bytes("\xff\0\0\xff")))->write_cache, std::nullopt);
+    EXPECT_FALSE(scsi::parse_mode_6(octets(bytes("\x03\0\0"))));
 }
 
 TEST(Scsi, VitalProductData) {
-    EXPECT_TRUE(scsi::lists_page(data(bytes("\0\0\0\x03\0\xb0\xb2")), 0xb2));
-    EXPECT_FALSE(scsi::lists_page(data(bytes("\0\0\0\x01\0\xb0\xb2")), 0xb2));
-    EXPECT_FALSE(scsi::lists_page(data(bytes("\0\0\xff\xff\0")), 0xb2));
-    auto limits = scsi::parse_block_limits(data(bytes("\0\xb0\0\x3c\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0\0\0\0\0\x10\0\0\0\0\x01")));
+    EXPECT_TRUE(scsi::lists_page(octets(bytes("\0\0\0\x03\0\xb0\xb2")), 0xb2));
+    EXPECT_FALSE(scsi::lists_page(octets(bytes("\0\0\0\x01\0\xb0\xb2")), 0xb2));
+    EXPECT_FALSE(scsi::lists_page(octets(bytes("\0\0\xff\xff\0")), 0xb2));
+    auto limits = scsi::parse_block_limits(octets(bytes("\0\xb0\0\x3c\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0\0\0\0\0\x10\0\0\0\0\x01")));
     ASSERT_TRUE(limits);
     EXPECT_EQ(limits->max_transfer_blocks, 0x102u);
     EXPECT_EQ(limits->max_unmap_blocks, 0x1000u);
     EXPECT_EQ(limits->max_unmap_descriptors, 1u);
-    EXPECT_FALSE(scsi::parse_block_limits(data(bytes("\0\xb2\0\x3c\0\0\0\0\0\0\x01\x02"))));
-    EXPECT_TRUE(*scsi::parse_provisioning_unmap(data(bytes("\0\xb2\0\x04\0\xe0\0\0"))));
-    EXPECT_FALSE(*scsi::parse_provisioning_unmap(data(bytes("\0\xb2\0\x04\0\x60\0\0"))));
-    EXPECT_FALSE(scsi::parse_provisioning_unmap(data(bytes("\0\xb2\0\x01\0"))));
+    EXPECT_FALSE(scsi::parse_block_limits(octets(bytes("\0\xb2\0\x3c\0\0\0\0\0\0\x01\x02"))));
+    EXPECT_TRUE(*scsi::parse_provisioning_unmap(octets(bytes("\0\xb2\0\x04\0\xe0\0\0"))));
+    EXPECT_FALSE(*scsi::parse_provisioning_unmap(octets(bytes("\0\xb2\0\x04\0\x60\0\0"))));
+    EXPECT_FALSE(scsi::parse_provisioning_unmap(octets(bytes("\0\xb2\0\x01\0"))));
 }
 
 TEST(Scsi, Sense) {
-    auto sense = scsi::parse_sense(data(bytes("\xf0\0\x03\0\0\x12\x34\x0a\0\0\0\0\x11\x00\0\0\0\0")));
+    auto sense = scsi::parse_sense(octets(bytes("\xf0\0\x03\0\0\x12\x34\x0a\0\0\0\0\x11\x00\0\0\0\0")));
     ASSERT_TRUE(sense);
     EXPECT_EQ(scsi::describe(*sense, 1).view(), "MEDIUM ERROR, unrecovered read error (3/11/00) at LBA 4660");
-    sense = scsi::parse_sense(data(bytes("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x2a\x09\0\0\0\0")));
+    sense = scsi::parse_sense(octets(bytes("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x2a\x09\0\0\0\0")));
     EXPECT_EQ(scsi::describe(*sense, std::nullopt).view(), "UNIT ATTENTION, capacity data has changed (6/2a/09)");
     EXPECT_EQ(scsi::describe(*sense, 77).view(), "UNIT ATTENTION, capacity data has changed (6/2a/09) at LBA 77");
-    sense = scsi::parse_sense(data(bytes("\x72\x05\x21\0\0\0\0\x0c\0\x0a\x80\0\0\0\0\x01\0\0\0\x02")));
+    sense = scsi::parse_sense(octets(bytes("\x72\x05\x21\0\0\0\0\x0c\0\x0a\x80\0\0\0\0\x01\0\0\0\x02")));
     ASSERT_TRUE(sense);
     EXPECT_EQ(scsi::describe(*sense, std::nullopt).view(), "ILLEGAL REQUEST, LBA out of range (5/21/00) at LBA 4294967298");
-    sense = scsi::parse_sense(data(bytes("\x72\x04\x80\x7f\0\0\0\xff\0\xff")));
+    sense = scsi::parse_sense(octets(bytes("\x72\x04\x80\x7f\0\0\0\xff\0\xff")));
     EXPECT_EQ(scsi::describe(*sense, std::nullopt).view(), "HARDWARE ERROR (4/80/7f)");
-    sense = scsi::parse_sense(data(bytes("\x70\0\x02"))); // no room for more
+    sense = scsi::parse_sense(octets(bytes("\x70\0\x02"))); // no room for more
     EXPECT_EQ(scsi::describe(*sense, std::nullopt).view(), "NOT READY, no additional information (2/00/00)");
-    EXPECT_FALSE(scsi::parse_sense(data(bytes("\x70\0"))));
-    EXPECT_FALSE(scsi::parse_sense(data(bytes("\0\0\0\0\0\0"))));
+    EXPECT_FALSE(scsi::parse_sense(octets(bytes("\x70\0"))));
+    EXPECT_FALSE(scsi::parse_sense(octets(bytes("\0\0\0\0\0\0"))));
 }
 
 // Every cut of an answer is read without a step outside it (the sanitizers watch).
@@ -216,7 +216,7 @@ TEST(Scsi, ShortAnswers) {
           bytes("\0\0\0\x18\0\0\0\0\0\0\0\0\0\0\0\0\0\x05\0\0\0\0\0\0"), bytes("\xff\0\x80\0\x88\xff\x04\0\0\0\0\0"),
           bytes("\0\xb0\xff\xff\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0\0\0\0\0\x10\0\0\0\0\x01"), bytes("\0\xb2\xff\xff\0\xe0\0\0")}) {
         for (usize n = 0; n <= whole.size(); ++n) {
-            const std::vector<u8> cut = data(whole.substr(0, n));
+            const std::vector<u8> cut = octets(whole.substr(0, n));
             static_cast<void>(scsi::parse_sense(cut));
             static_cast<void>(scsi::parse_luns(cut, [](u8) {}));
             static_cast<void>(scsi::parse_mode_6(cut));

@@ -1,0 +1,556 @@
+module;
+#include "core/try.hpp"
+module drivers.storvsc;
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import core.log;
+import io.executor;
+import io.task;
+import io.latch;
+import io.block;
+import hv.hyperv;
+import drivers.driver;
+
+namespace fl::drivers::storvsc {
+
+using hv::hyperv::Offer;
+using hv::hyperv::Vmbus;
+
+namespace {
+constinit Controller* attached = nullptr; // they live until the machine ends
+constinit u32 next_disk = 0;
+} // namespace
+
+FixedText<16> disk_name(u32 number) {
+    std::array<char, 8> letters{};
+    usize at = letters.size();
+    for (u64 n = u64{number} + 1; n != 0 && at > 0; n = (n - 1) / 26) {
+        letters[--at] = static_cast<char>('a' + (n - 1) % 26);
+    }
+    FixedText<16> name("sd");
+    name.write({letters.data() + at, letters.size() - at});
+    return name;
+}
+
+Controller::Controller(Environment& environment, Vmbus& bus) : environment_(environment), bus_(bus), keeper_(environment.executor) {
+    news_.attach(environment.executor);
+    shared_.notify = [](void* self) { static_cast<Controller*>(self)->news_.open(); };
+    shared_.context = this;
+}
+
+// Only after disconnect(), or before connect(): no queue is registered any more.
+Controller::~Controller() {
+    for (u32 i = 0; i < unit_count_; ++i) {
+        for (Disk* disk : units_[i].disks) {
+            delete disk;
+        }
+    }
+    for (u32 i = 0; i < lane_count_; ++i) {
+        delete lanes_[i];
+    }
+}
+
+// ---- handshake -------------------------------------------------------------------------------------------------------------------------------
+
+io::Task<Result<void>> Controller::open_lane(u32 index, Offer offer) {
+    io::Executor& executor = index == 0 ? environment_.executor : *environment_.executors[index];
+    auto* lane = new (std::nothrow) Lane(executor, shared_, index == 0);
+    if (lane == nullptr) {
+        co_return Error{Code::exhausted, "no memory for a storage channel"};
+    }
+    auto parameters = environment_.dma.buffer(scratch_bytes);
+    if (!parameters) {
+        delete lane;
+        co_return parameters.error();
+    }
+    lane->parameters = std::move(*parameters);
+    lane->channel.on_rescind([](void* self) { static_cast<Controller*>(self)->news_.open(); }, this);
+    const auto opened = co_await bus_.open(lane->channel, offer, {.send_bytes = send_bytes, .receive_bytes = receive_bytes, .cpu = index});
+    if (!opened) {
+        delete lane;
+        co_return opened.error();
+    }
+    lane->queue.agree(terms_);
+    lanes_[lane_count_++] = lane;
+    if (index == 0) {
+        lane->queue.start(lane->parameters, environment_.timeout);
+        co_return Result<void>{};
+    }
+    lane->start.lane = lane;
+    lane->start.timeout = environment_.timeout;
+    lane->start.run = [](io::Post& post) {
+        auto& start = static_cast<Lane::Start&>(post);
+        start.lane->queue.start(start.lane->parameters, start.timeout);
+    };
+    executor.post(lane->start);
+    const Instant deadline = after(environment_.executor.now(), environment_.timeout);
+    while (lane->queue.quiet()) {
+        if (environment_.executor.now() >= deadline) {
+            co_return Error{Code::timed_out, "a processor does not take its storage channel"};
+        }
+        co_await environment_.executor.sleep(100'000);
+    }
+    co_return Result<void>{};
+}
+
+// One packet and its answer.
+io::Task<Result<void>> Controller::ask(Exchange& exchange, Operation operation) {
+    Queue& queue = lanes_[0]->queue;
+    exchange.packet.header = {operation, flag_completion, 0};
+    CO_CHECK(queue.send(exchange));
+    const bool answered = co_await exchange.done.wait(after(environment_.executor.now(), environment_.timeout));
+    if (!answered) {
+        queue.abandon(exchange);
+        log::error("storvsc: no answer to {}", name(operation));
+        co_return Error{Code::timed_out, "the storage host did not answer a packet of the handshake"};
+    }
+    if (!exchange.answered) {
+        co_return Error{Code::device_gone, "the storage channel was closed during the handshake"};
+    }
+    co_return Result<void>{};
+}
+
+io::Task<Result<void>> Controller::agree_on_version() {
+    for (const Version version : versions) {
+        Exchange exchange(environment_.executor);
+        const ProtocolVersion wanted{version, 0};
+        std::memcpy(&exchange.packet.srb, &wanted, sizeof wanted);
+        CO_CHECK(co_await ask(exchange, Operation::query_protocol_version));
+        if (exchange.packet.header.status == 0) {
+            terms_.version = version;
+            lanes_[0]->queue.agree(terms_);
+            co_return Result<void>{};
+        }
+        log::info("storvsc: version {} is refused (status {:#x})", version, exchange.packet.header.status);
+    }
+    co_return Error{Code::not_supported,
+                    "the host refuses every version of the storage protocol that this driver knows (6.2, 6.0, 5.1, 4.2, 2.0)"};
+}
+
+io::Task<Result<ChannelProperties>> Controller::read_properties() {
+    Exchange exchange(environment_.executor);
+    CO_CHECK(co_await ask(exchange, Operation::query_properties));
+    if (exchange.packet.header.status != 0) {
+        co_return Error{Code::io, "the host refuses QUERY_PROPERTIES (status)", 0, exchange.packet.header.status};
+    }
+    ChannelProperties properties;
+    std::memcpy(&properties, &exchange.packet.srb, sizeof properties);
+    co_return properties;
+}
+
+io::Task<Result<void>> Controller::connect(const Offer& offer) {
+    offer_ = offer;
+    CO_TRY(scratch_, environment_.dma.buffer(scratch_bytes));
+    CO_CHECK(co_await open_lane(0, offer));
+    {
+        Exchange exchange(environment_.executor);
+        CO_CHECK(co_await ask(exchange, Operation::begin_initialization));
+        if (exchange.packet.header.status != 0) {
+            co_return Error{Code::io, "the host refuses BEGIN_INITIALIZATION (status)", 0, exchange.packet.header.status};
+        }
+    }
+    CO_CHECK(co_await agree_on_version());
+    CO_TRY(const ChannelProperties properties, co_await read_properties());
+    // The descriptor, the range, a page number for each page (and one more for a buffer that is not aligned), the packet, the trailer.
+    const u32 around = 16 + 8 + 8 + 8 + static_cast<u32>(sizeof(Packet)) + 8;
+    const u32 fits = (lanes_[0]->channel.send_capacity() / 2 - around) / 8 * static_cast<u32>(page_size);
+    const u32 said = properties.max_transfer_bytes == 0 ? terms_.max_transfer : properties.max_transfer_bytes;
+    terms_.max_transfer = align_down<u32>(std::min(said, fits), static_cast<u32>(page_size));
+    if (terms_.max_transfer == 0) {
+        co_return Error{Code::protocol, "the host's largest transfer is smaller than a page (max_transfer_bytes)", page_size, said};
+    }
+    {
+        Exchange exchange(environment_.executor);
+        CO_CHECK(co_await ask(exchange, Operation::end_initialization));
+        if (exchange.packet.header.status != 0) {
+            co_return Error{Code::io, "the host refuses END_INITIALIZATION (status)", 0, exchange.packet.header.status};
+        }
+    }
+    lanes_[0]->queue.agree(terms_);
+    if (auto further = co_await open_sub_channels(properties); !further) {
+        log::warning("storvsc: {} of {} processors have a channel: {}", lane_count_, std::max<usize>(environment_.executors.size(), 1),
+                     further.error());
+    }
+    co_return Result<void>{};
+}
+
+// A further channel for each further processor, as many as the host lets us have.
+io::Task<Result<void>> Controller::open_sub_channels(ChannelProperties properties) {
+    const u32 processors = static_cast<u32>(std::min<usize>(std::max<usize>(environment_.executors.size(), 1), Disk::max_lanes));
+    if (terms_.version < Version::win8 || (properties.flags & properties_multi_channel) == 0 || processors == 1 ||
+        properties.max_sub_channels == 0) {
+        co_return Result<void>{};
+    }
+    const u32 count = std::min<u32>(properties.max_sub_channels, processors - 1);
+    Exchange exchange(environment_.executor);
+    const u16 wanted = static_cast<u16>(count);
+    std::memcpy(&exchange.packet.srb, &wanted, sizeof wanted);
+    CO_CHECK(co_await ask(exchange, Operation::create_sub_channels));
+    if (exchange.packet.header.status != 0) {
+        co_return Error{Code::io, "the host refuses CREATE_SUB_CHANNELS (status)", 0, exchange.packet.header.status};
+    }
+    for (u32 i = 1; i <= count; ++i) {
+        const Instant deadline = after(environment_.executor.now(), environment_.timeout);
+        CO_TRY(const Offer offer, co_await bus_.sub_channel(offer_.instance, static_cast<u16>(i), deadline));
+        CO_CHECK(co_await open_lane(i, offer));
+    }
+    co_return Result<void>{};
+}
+
+// ---- units -----------------------------------------------------------------------------------------------------------------------------------
+
+// A command that reads up to `bytes` into scratch_.
+io::Task<Result<Controller::Answer>> Controller::command_once(u8 lun, scsi::Cdb cdb, u32 bytes) {
+    Exchange exchange(environment_.executor);
+    ScsiRequest& srb = exchange.packet.srb;
+    srb.length = static_cast<u16>(srb_bytes(terms_.version));
+    srb.target_id = ide_ ? ide_->target : u8{0};
+    srb.lun = lun;
+    srb.cdb_length = cdb.length;
+    srb.sense_info_length = sense_bytes(terms_.version);
+    srb.data_in = bytes != 0 ? Direction::in : Direction::none;
+    srb.data_transfer_length = bytes;
+    srb.srb_flags = srb_disable_synch_transfer | srb_queue_action_enable | (bytes != 0 ? srb_data_in : 0);
+    srb.time_out_value = static_cast<u32>(std::clamp<u64>(environment_.timeout / 1'000'000'000, 1, 3600));
+    std::copy(cdb.bytes.begin(), cdb.bytes.end(), srb.payload.begin());
+    std::memset(scratch_.data(), 0, bytes);
+    exchange.data = bytes == 0 ? DmaSpan{} : scratch_.span().subspan(0, bytes);
+    const auto done = co_await ask(exchange, Operation::execute_srb);
+    if (!done) {
+        if (bytes != 0) { // the host may still write there
+            scratch_.abandon();
+            CO_TRY(scratch_, environment_.dma.buffer(scratch_bytes));
+        }
+        co_return done.error();
+    }
+    Answer answer{srb.scsi_status, srb_status_of(srb.srb_status), srb.data_transfer_length, std::nullopt};
+    if ((srb.srb_status & srb_autosense_valid) != 0) {
+        answer.sense = scsi::parse_sense(std::span(srb.payload).first(std::min<usize>(srb.sense_info_length, sense_bytes(terms_.version))));
+    }
+    co_return answer;
+}
+
+// The same, again after a unit attention or while the unit is busy.
+io::Task<Result<Controller::Answer>> Controller::command(u8 lun, scsi::Cdb cdb, u32 bytes) {
+    static constexpr u32 attempts = 5;
+    for (u32 i = 1;; ++i) {
+        CO_TRY(const Answer answer, co_await command_once(lun, cdb, bytes));
+        const bool attention = answer.sense && answer.sense->key == scsi::key_unit_attention;
+        const bool busy = answer.scsi_status == scsi::status_busy || answer.srb_status == SrbStatus::busy ||
+                          (answer.sense && answer.sense->key == scsi::key_not_ready && answer.sense->asc == 0x04 && answer.sense->ascq == 0x01);
+        if (i == attempts || (!attention && !busy)) {
+            co_return answer;
+        }
+        if (busy) {
+            co_await environment_.executor.sleep(50'000'000);
+        }
+    }
+}
+
+// False: the host does not answer REPORT LUNS, and every unit has to be asked.
+io::Task<Result<bool>> Controller::list_units(std::array<bool, max_units>& there) {
+    if (ide_) {
+        there[0] = true;
+        co_return true;
+    }
+    CO_TRY(const Answer answer, co_await command(0, scsi::report_luns(scratch_bytes), scratch_bytes));
+    if (!answer.good()) {
+        co_return false;
+    }
+    const auto listed = scsi::parse_luns(data(answer.bytes), [&](u8 lun) {
+        if (lun < max_units) {
+            there[lun] = true;
+        } else {
+            log::warning("storvsc: LUN {} is more than this driver takes", lun);
+        }
+    });
+    if (!listed) {
+        log::warning("storvsc: {}", listed.error());
+    }
+    co_return listed.has_value();
+}
+
+io::Task<Result<void>> Controller::scan() {
+    std::array<bool, max_units> there{};
+    CO_TRY(const bool listed, co_await list_units(there));
+    if (!listed) {
+        there.fill(true);
+    }
+    for (u8 lun = 0; lun < max_units; ++lun) {
+        if (Unit* unit = known(lun); unit != nullptr && !there[lun]) {
+            log::warning("{}: the host has taken the disk away", unit->disks[0]->identity().name);
+            unit->gone = true;
+            for (u32 i = 0; i < lane_count_ && unit->disks[i] != nullptr; ++i) {
+                unit->disks[i]->remove();
+            }
+        }
+        if (!there[lun] || !lanes_[0]->queue.is_open()) {
+            continue;
+        }
+        if (auto scanned = co_await scan_unit(lun); !scanned) {
+            if (scanned.error().code == Code::device_gone || scanned.error().code == Code::protocol) {
+                co_return scanned.error();
+            }
+            if (listed && scanned.error().code != Code::not_found) {
+                log::error("storvsc: LUN {}: {}", lun, scanned.error());
+            }
+        }
+    }
+    co_return lanes_[0]->queue.is_open() ? Result<void>{}
+                                         : Error{Code::device_gone, "the storage channel was closed while its units were asked"};
+}
+
+Controller::Unit* Controller::known(u8 lun) {
+    for (u32 i = 0; i < unit_count_; ++i) {
+        if (!units_[i].gone && static_cast<Disk*>(units_[i].disks[0])->unit().lun == lun) {
+            return &units_[i];
+        }
+    }
+    return nullptr;
+}
+
+// What the unit is. Error{not_found}: no disk.
+io::Task<Result<void>> Controller::scan_unit(u8 lun) {
+    static constexpr Error no_disk{Code::not_found, "no disk"};
+    CO_TRY(Answer answer, co_await command(lun, scsi::inquiry(std::nullopt, scsi::inquiry_bytes), scsi::inquiry_bytes));
+    std::optional<scsi::Inquiry> inquiry;
+    if (answer.good()) {
+        if (auto parsed = scsi::parse_inquiry(data(answer.bytes))) {
+            inquiry = *parsed;
+        }
+    }
+    Unit* unit = known(lun);
+    if (!inquiry || !inquiry->disk()) {
+        if (unit != nullptr) {
+            log::warning("{}: the host has taken the disk away", unit->disks[0]->identity().name);
+            unit->gone = true;
+            for (u32 i = 0; i < lane_count_ && unit->disks[i] != nullptr; ++i) {
+                unit->disks[i]->remove();
+            }
+        }
+        co_return no_disk;
+    }
+    if (unit != nullptr) {
+        co_return Result<void>{};
+    }
+    CO_TRY(answer, co_await command(lun, scsi::test_unit_ready(), 0));
+    if (!answer.good() && answer.sense) {
+        log::info("storvsc: LUN {}: {}", lun, scsi::describe(*answer.sense, std::nullopt));
+    }
+    CO_TRY(const scsi::Capacity capacity, co_await read_capacity(lun));
+    io::Geometry geometry;
+    geometry.sectors = capacity.blocks;
+    geometry.sector_size = capacity.block_bytes;
+    geometry.physical_sector_size = std::min<u32>(capacity.block_bytes << capacity.physical_shift, 65536);
+    Disk::Unit which{.target = ide_ ? ide_->target : u8{0}, .lun = lun, .max_transfer = terms_.max_transfer};
+    CO_CHECK(co_await read_caching(lun, geometry));
+    CO_CHECK(co_await read_limits(lun, capacity.thin, geometry, which));
+
+    io::BlockDevice::Identity identity;
+    identity.driver = driver_name;
+    identity.kind = io::Kind::synthetic;
+    identity.name = disk_name(next_disk);
+    print(identity.model, "{} {} {}", inquiry->vendor, inquiry->product, inquiry->revision);
+    print(identity.features, "{}{}{}version={} channels={} max-transfer={}", ide_ ? "ide " : "", geometry.flush ? "flush " : "",
+          geometry.discard ? "discard " : "", terms_.version, lane_count_, which.max_transfer);
+    co_return attach(which, geometry, identity);
+}
+
+io::Task<Result<scsi::Capacity>> Controller::read_capacity(u8 lun) {
+    CO_TRY(Answer answer, co_await command(lun, scsi::read_capacity_16(scsi::capacity_16_bytes), scsi::capacity_16_bytes));
+    if (answer.good()) {
+        co_return scsi::parse_capacity_16(data(answer.bytes));
+    }
+    CO_TRY(answer, co_await command(lun, scsi::read_capacity_10(), scsi::capacity_10_bytes));
+    if (!answer.good()) {
+        co_return Error{Code::io, "READ CAPACITY fails (SCSI status)", scsi::status_good, answer.scsi_status};
+    }
+    CO_TRY(const scsi::Capacity capacity, scsi::parse_capacity_10(data(answer.bytes)));
+    if (capacity.beyond_32_bits) {
+        co_return Error{Code::not_supported, "the disk has more blocks than READ CAPACITY(10) can say, and refuses (16)"};
+    }
+    co_return capacity;
+}
+
+// A unit that does not tell is taken to have a cache that is lost with the power.
+io::Task<Result<void>> Controller::read_caching(u8 lun, io::Geometry& geometry) {
+    static constexpr u8 room = 192;
+    CO_TRY(const Answer answer, co_await command(lun, scsi::mode_sense_6(scsi::caching_page, room), room));
+    bool cache = true;
+    if (answer.good()) {
+        if (auto mode = scsi::parse_mode_6(data(answer.bytes))) {
+            geometry.read_only = mode->write_protected;
+            cache = mode->write_cache.value_or(true);
+        }
+    }
+    geometry.flush = cache && environment_.allows(Feature::flush);
+    co_return Result<void>{};
+}
+
+io::Task<Result<void>> Controller::read_limits(u8 lun, bool thin, io::Geometry& geometry, Disk::Unit& unit) {
+    static constexpr u16 room = 64;
+    CO_TRY(Answer answer, co_await command(lun, scsi::inquiry(u8{0x00}, room), room));
+    if (!answer.good()) {
+        co_return Result<void>{};
+    }
+    const bool limits_there = scsi::lists_page(data(answer.bytes), 0xb0);
+    const bool provisioning_there = scsi::lists_page(data(answer.bytes), 0xb2);
+    scsi::BlockLimits limits;
+    if (limits_there) {
+        CO_TRY(answer, co_await command(lun, scsi::inquiry(u8{0xb0}, room), room));
+        if (auto parsed = scsi::parse_block_limits(data(answer.bytes)); answer.good() && parsed) {
+            limits = *parsed;
+        }
+    }
+    if (limits.max_transfer_blocks != 0) {
+        const u64 most = u64{limits.max_transfer_blocks} * geometry.sector_size;
+        unit.max_transfer = static_cast<u32>(std::min<u64>(unit.max_transfer, most));
+    }
+    if (provisioning_there && (thin || limits.max_unmap_blocks != 0) && limits.max_unmap_descriptors != 0) {
+        CO_TRY(answer, co_await command(lun, scsi::inquiry(u8{0xb2}, room), room));
+        const auto offered = scsi::parse_provisioning_unmap(data(answer.bytes));
+        geometry.discard = answer.good() && offered && *offered && limits.max_unmap_blocks != 0 && !geometry.read_only;
+        unit.max_unmap_blocks = limits.max_unmap_blocks;
+    }
+    co_return Result<void>{};
+}
+
+Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geometry, const io::BlockDevice::Identity& identity) {
+    if (unit_count_ == max_units) {
+        return Error{Code::exhausted, "more units than a storage controller has room for", max_units, max_units + 1};
+    }
+    Unit& entry = units_[unit_count_];
+    entry = {};
+    const auto undo = [&] {
+        for (Disk*& disk : entry.disks) {
+            delete std::exchange(disk, nullptr);
+        }
+    };
+    for (u32 i = 0; i < lane_count_; ++i) {
+        entry.disks[i] = new (std::nothrow) Disk(lanes_[i]->queue, unit, geometry, identity);
+        if (entry.disks[i] == nullptr) {
+            undo();
+            return Error{Code::exhausted, "no memory for a disk"};
+        }
+        if (i != 0) {
+            entry.disks[0]->add_lane(*entry.disks[i]);
+        }
+    }
+    if (auto announced = environment_.disks.announce(*entry.disks[0], ide_ ? ide_->disk_number() : DiskSink::no_twin); !announced) {
+        undo();
+        return announced;
+    }
+    ++unit_count_;
+    ++next_disk;
+    return {};
+}
+
+// ---- afterwards ------------------------------------------------------------------------------------------------------------------------------
+
+Result<void> Controller::keep() { return keeper_.spawn(watch_over()); }
+
+io::Task<Result<void>> Controller::watch_over() {
+    for (;;) {
+        static_cast<void>(co_await news_.wait(never));
+        Queue& queue = lanes_[0]->queue;
+        for (u32 i = 0; i < lane_count_; ++i) {
+            if (lanes_[i]->channel.rescinded()) {
+                queue.shut(io::Status::device_gone, {Code::device_gone, "the host has taken the storage controller away"});
+            }
+        }
+        if (!queue.is_open()) {
+            co_return co_await disconnect();
+        }
+        if (shared_.rescan_wanted.exchange(false, std::memory_order_relaxed)) {
+            log::info("storvsc: the host says that its units have changed");
+            if (auto scanned = co_await scan(); !scanned && queue.is_open()) {
+                log::warning("storvsc: {}", scanned.error());
+            }
+        }
+    }
+}
+
+io::Task<Result<void>> Controller::disconnect() {
+    if (lane_count_ == 0) {
+        co_return Result<void>{};
+    }
+    lanes_[0]->queue.stop();
+    shared_.close_status.store(to_underlying(io::Status::device_gone), std::memory_order_relaxed); // ordered by the next line
+    shared_.closed.store(true, std::memory_order_release); // partner: the acquire in Queue::drain(), on the other processors
+    const Instant deadline = after(environment_.executor.now(), environment_.timeout);
+    Result<void> result;
+    for (u32 i = lane_count_; i-- > 0;) { // the sub-channels first
+        Lane& lane = *lanes_[i];
+        while (!lane.queue.quiet() && environment_.executor.now() < deadline) {
+            co_await environment_.executor.sleep(1'000'000);
+        }
+        if (!lane.queue.quiet()) {
+            result = Error{Code::timed_out, "a processor does not let go of its storage channel: the channel stays"};
+            continue;
+        }
+        if (auto closed = co_await bus_.close(lane.channel); !closed) {
+            result = closed;
+        }
+    }
+    co_return result;
+}
+
+io::Task<Result<void>> probe(Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device) {
+    if (!matches(device)) {
+        co_return Error{Code::not_supported, "not a storage channel"};
+    }
+    const auto offer = hyperv.vmbus().find(device.number);
+    if (!offer) {
+        co_return Error{Code::device_gone, "the storage channel is gone already"};
+    }
+    co_return co_await attach(environment, hyperv.vmbus(), *offer);
+}
+
+io::Task<Result<void>> attach(Environment& environment, Vmbus& bus, Offer offer) {
+    std::optional<IdePath> ide;
+    if (offer.type.text() == ide_class) {
+        ide = ide_path(offer.instance.text());
+        if (!ide) {
+            log::warning("storvsc: {} names no IDE disk: left alone", offer.instance.text());
+            co_return Result<void>{};
+        }
+    }
+    if (!environment.disks.offered(ide ? ide->disk_number() : DiskSink::no_twin)) {
+        log::info("storvsc: {} is not offered to this driver", offer.instance.text());
+        co_return Result<void>{};
+    }
+    auto* controller = new (std::nothrow) Controller(environment, bus);
+    if (controller == nullptr) {
+        co_return Error{Code::exhausted, "no memory for a storage controller"};
+    }
+    controller->ide_ = ide;
+    auto result = co_await controller->connect(offer);
+    if (result) {
+        log::info("storvsc: {}: version {}, {} channels, transfers up to {} bytes", offer.instance.text(), controller->terms_.version,
+                  controller->lane_count_, controller->terms_.max_transfer);
+        result = co_await controller->scan();
+    }
+    if (result) {
+        controller->next_ = std::exchange(attached, controller);
+        if (auto kept = controller->keep(); !kept) {
+            log::warning("storvsc: changes by the host will not be noticed: {}", kept.error());
+        }
+        co_return result;
+    }
+    const bool known = controller->disks() != 0 || controller->channels() > 1; // to the machine, or to other processors
+    if (auto left = co_await controller->disconnect(); !left) {
+        log::warning("storvsc: {}: leaving the bus: {}", offer.instance.text(), left.error());
+        co_return result; // its memory stays: a queue may still look at it
+    }
+    if (known) {
+        controller->next_ = std::exchange(attached, controller); // it stays, closed
+    } else {
+        delete controller;
+    }
+    co_return result;
+}
+
+} // namespace fl::drivers::storvsc

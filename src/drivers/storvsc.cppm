@@ -1,0 +1,131 @@
+// The driver for Hyper-V's synthetic disks: SCSI controllers, and the accelerators of IDE disks, as VMBus channels [storvsc]. Matching, the
+// handshake, finding the units, announcing them, and what happens when the host adds or takes away something. The queue and the disks are
+// drivers.storvsc.disk's.
+//
+// The handshake: BEGIN_INITIALIZATION → QUERY_PROTOCOL_VERSION, newest first → QUERY_PROPERTIES → END_INITIALIZATION → CREATE_SUB_CHANNELS,
+// where both sides have use for them; then the units are asked what they are.
+export module drivers.storvsc;
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import io.executor;
+import io.task;
+import io.latch;
+import io.block;
+import hv.hyperv;
+import drivers.driver;
+export import drivers.storvsc.disk;
+
+export namespace fl::drivers::storvsc {
+
+inline constexpr std::string_view driver_name = "storvsc";
+
+/// The channel's class, as the bus names it.
+struct Match {
+    std::string_view type;
+};
+inline constexpr Match ids[] = {{scsi_class}, {ide_class}};
+constexpr bool matches(const hv::SyntheticDevice& device) {
+    return std::ranges::any_of(ids, [&](const Match& m) { return m.type == device.type.view(); });
+}
+
+/// sda, sdb … sdz, sdaa …
+FixedText<16> disk_name(u32 number);
+
+/// One controller with its channels. Lives until the machine ends, once it has a disk. On the boot processor, but for its further queues.
+class Controller {
+  public:
+    static constexpr u32 max_units = 64;         // LUN 0 to 63 of target 0
+    static constexpr u32 send_bytes = 64 * 1024; // of packets in each channel's rings
+    static constexpr u32 receive_bytes = 32 * 1024;
+
+    Controller(Environment& environment, hv::hyperv::Vmbus& bus);
+    ~Controller();
+    Controller(const Controller&) = delete;
+    Controller& operator=(const Controller&) = delete;
+
+    /// Everything up to END_INITIALIZATION, and the sub-channels.
+    io::Task<Result<void>> connect(const hv::hyperv::Offer& offer);
+    /// Finds units that are not known yet and announces them; those that are gone are closed. Units that fail are left out, with a line.
+    io::Task<Result<void>> scan();
+    /// Starts to watch the host: hot add and remove, rescind, a rule that is broken.
+    Result<void> keep();
+    /// Ends everything and closes the channels. Bounded.
+    io::Task<Result<void>> disconnect();
+
+    u32 disks() const { return unit_count_; }
+    const Terms& terms() const { return terms_; }
+    u32 channels() const { return lane_count_; }
+
+  private:
+    struct Lane {
+        Lane(io::Executor& executor, Shared& shared, bool first) : queue(executor, channel, shared, first) {}
+        hv::hyperv::Channel channel;
+        Queue queue;
+        DmaBuffer parameters;
+        /// Starts the queue on its own processor.
+        struct Start : io::Post {
+            Lane* lane = nullptr;
+            Nanoseconds timeout = 0;
+        } start;
+    };
+    struct Unit {
+        std::array<Disk*, Disk::max_lanes> disks{}; // one for each lane; the first is the disk
+        bool gone = false;
+    };
+    /// How a command ended that the controller sent for itself.
+    struct Answer {
+        u8 scsi_status = 0;
+        SrbStatus srb_status = SrbStatus::pending;
+        u32 bytes = 0; // moved
+        std::optional<scsi::Sense> sense;
+        bool good() const {
+            return scsi_status == scsi::status_good && (srb_status == SrbStatus::success || srb_status == SrbStatus::data_overrun);
+        }
+    };
+
+    io::Task<Result<void>> open_lane(u32 index, hv::hyperv::Offer offer);
+    io::Task<Result<void>> ask(Exchange& exchange, Operation operation);
+    io::Task<Result<void>> agree_on_version();
+    io::Task<Result<ChannelProperties>> read_properties();
+    io::Task<Result<void>> open_sub_channels(ChannelProperties properties);
+    io::Task<Result<Answer>> command_once(u8 lun, scsi::Cdb cdb, u32 bytes);
+    io::Task<Result<Answer>> command(u8 lun, scsi::Cdb cdb, u32 bytes);
+    io::Task<Result<bool>> list_units(std::array<bool, max_units>& there);
+    io::Task<Result<void>> scan_unit(u8 lun);
+    io::Task<Result<scsi::Capacity>> read_capacity(u8 lun);
+    io::Task<Result<void>> read_caching(u8 lun, io::Geometry& geometry);
+    io::Task<Result<void>> read_limits(u8 lun, bool thin, io::Geometry& geometry, Disk::Unit& unit);
+    io::Task<Result<void>> watch_over();
+    Result<void> attach(const Disk::Unit& unit, const io::Geometry& geometry, const io::BlockDevice::Identity& identity);
+    Unit* known(u8 lun);
+    std::span<const u8> data(u32 bytes) const { return {reinterpret_cast<const u8*>(scratch_.data()), std::min<u32>(bytes, scratch_bytes)}; }
+
+    static constexpr u32 scratch_bytes = 4096;
+
+    Environment environment_; // a copy: what it refers to lasts, it need not
+    hv::hyperv::Vmbus& bus_;
+    hv::hyperv::Offer offer_;
+    std::optional<IdePath> ide_;
+    Shared shared_;
+    Terms terms_;
+    io::Latch news_;
+    DmaBuffer scratch_; // for the controller's own commands, one at a time
+    std::array<Lane*, Disk::max_lanes> lanes_{};
+    u32 lane_count_ = 0;
+    std::array<Unit, max_units> units_{};
+    u32 unit_count_ = 0;
+    io::TaskGroup keeper_;
+    Controller* next_ = nullptr; // in the list of those that are attached
+    friend io::Task<Result<void>> probe(Environment&, hv::HyperV&, const hv::SyntheticDevice&);
+    friend io::Task<Result<void>> attach(Environment&, hv::hyperv::Vmbus&, hv::hyperv::Offer);
+};
+
+/// Connects one channel and announces its disks. No error: done, or left alone (another driver has the disk).
+io::Task<Result<void>> probe(Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device);
+/// The same for a bus without its backend.
+io::Task<Result<void>> attach(Environment& environment, hv::hyperv::Vmbus& bus, hv::hyperv::Offer offer);
+
+} // namespace fl::drivers::storvsc

@@ -1,0 +1,205 @@
+// The storage channel once it is open: a Queue per channel, and on it a Disk per logical unit. Knows neither the bus nor the handshake.
+//
+// What is under way stands in the queue's slots; a completion is copied out once by the channel and must carry a known id, the length that the
+// version has, COMPLETE_IO, and no more data than was asked for. The first violation closes the whole controller: all its queues look at
+// `Shared`. A request may need several packets (parts); it ends when all of them have been answered.
+export module drivers.storvsc.disk;
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import io.executor;
+import io.block;
+import io.inflight;
+import io.latch;
+import hv.hyperv.channel;
+export import drivers.storvsc.protocol;
+export import drivers.storvsc.scsi;
+
+export namespace fl::drivers::storvsc {
+
+/// What was agreed with the host; the same for all channels of a controller.
+struct Terms {
+    Version version = Version::win6; // until one has been agreed on: the shorter packets, which every host takes
+    u32 max_transfer = 128 * 1024;   // bytes of one command, a multiple of 4096
+};
+
+/// What the queues of one controller tell each other across processors.
+struct Shared {
+    // Release when set, acquire when seen: what led to it is logged before.
+    std::atomic<bool> closed{false};
+    std::atomic<u8> close_status{0}; // io::Status for what is still under way; written before `closed`
+    // Relaxed: a wish, looked at in the first queue's tick.
+    std::atomic<bool> reset_wanted{false};
+    /// Called on the first queue's processor, in drain() or tick(): somebody should look at the units, or at `closed`.
+    void (*notify)(void* context) = nullptr;
+    void* context = nullptr;
+    // Relaxed, as reset_wanted: wishes for the controller.
+    std::atomic<bool> rescan_wanted{false};
+};
+
+/// A packet of the controller's own, and its answer. Lives with who waits for it, until done or abandoned.
+struct Exchange {
+    explicit Exchange(io::Executor& executor) { done.attach(executor); }
+    Packet packet{}; // in: what is asked; out: the answer
+    DmaSpan data{};  // what the host reads or writes; empty: nothing
+    io::Latch done;
+    bool answered = false; // else the queue was closed
+    u32 id = 0;
+};
+
+class Disk;
+
+/// One channel. Registered with its executor from start() to stop(), both on its own processor.
+class Queue final : private io::Service {
+  public:
+    static constexpr u32 max_parts = 128;
+    /// Interrupts in one tick that bring nothing; more are told of.
+    static constexpr u32 max_idle_events = 256;
+    /// After a time-out the host has so long to answer all the same, once it was asked to reset the bus; at most.
+    static constexpr Nanoseconds grace = 500'000'000;
+
+    Queue(io::Executor& executor, hv::hyperv::Channel& channel, Shared& shared, bool first);
+    ~Queue();
+
+    /// The channel is open. `parameters`: one page for UNMAP's lists; kept by the caller. `timeout`: as the disks'.
+    void start(DmaSpan parameters, Nanoseconds timeout);
+    /// No more calls from the executor. Everything under way has ended.
+    void stop();
+    void agree(const Terms& terms) { terms_ = terms; }
+    const Terms& terms() const { return terms_; }
+
+    /// Sends what `exchange` holds, header and length set. Error{exhausted}: no room now.
+    Result<void> send(Exchange& exchange);
+    /// Nobody waits for it any more; a late answer is taken silently.
+    void abandon(Exchange& exchange);
+
+    /// Ends everything under way, here at once and in the other queues in their next turn, and takes no more.
+    void shut(io::Status status, const Error& why);
+    bool is_open() const { return state_ == State::open; }
+    /// From any processor: it has ended everything and touches the channel no more.
+    bool quiet() const { return quiet_.load(std::memory_order_acquire); } // acquire: partner is the release in end_all()
+    u32 under_way() const { return static_cast<u32>(inflight_.size()); }
+    io::Executor& executor() const { return executor_; }
+
+  private:
+    friend class Disk;
+    using Request = io::Request;
+    enum class State : u8 { closed, open, shut };
+
+    struct Slot {
+        Request* request = nullptr; // nullptr, and no exchange: nobody waits any more, but the answer may still come
+        Disk* disk = nullptr;
+        Exchange* exchange = nullptr;
+        u32 offset = 0; // of its data in the request's buffer
+        u32 bytes = 0;
+        u8 retries = 0;
+        bool delayed = false; // not with the host: sent again in the next tick
+        bool expired = false; // its request's deadline has passed
+    };
+
+    void flush() override;
+    bool drain() override;
+    bool arm() override;
+    void tick(Instant now) override;
+
+    bool issue(Disk& disk, Request& request);
+    bool issue_part(Disk& disk, Request& request);
+    bool put(Slot& slot, u32 id);
+    void pump();
+    void pump(Disk& disk);
+    bool accept(const hv::hyperv::Packet& packet);
+    bool accept_event(const hv::hyperv::Packet& packet);
+    void answered(u32 id, Slot& slot, const Packet& packet);
+    bool again(u32 id, bool now);
+    void finish(Slot& slot, io::Status status);
+    void abandon(Request& request);
+    void lose(Slot& slot, io::Status status);
+    void look_at_deadlines(Instant now);
+    void look_at_events();
+    void send_reset();
+    void settle(Disk& disk);
+    void end_all(io::Status status);
+    void broken(const Error& why) { shut(io::Status::protocol_error, why); }
+    void wish() const {
+        if (shared_.notify != nullptr && first_) {
+            shared_.notify(shared_.context);
+        }
+    }
+
+    io::Executor& executor_;
+    hv::hyperv::Channel& channel_;
+    Shared& shared_;
+    const bool first_;
+    State state_ = State::closed;
+    bool armed_ = false;
+    Terms terms_;
+    Nanoseconds timeout_ = 0;
+    DmaSpan parameters_;
+    io::Inflight<Slot, max_parts> inflight_;
+    std::array<Slot, max_parts> slots_{}; // by slot of inflight_
+    Disk* disks_ = nullptr;
+    Disk* current_ = nullptr; // who is charged for notifications and interrupts: the one that was active last
+    u32 delayed_ = 0;         // slots that wait for the next tick
+    u32 events_seen_ = 0;
+    u32 idle_events_ = 0;
+    bool storm_told_ = false;
+    Instant last_answer_ = 0;
+    Instant reset_at_ = never; // when the bus reset was asked for; never: not
+    Exchange reset_;
+    std::atomic<bool> quiet_{true};
+};
+
+/// One logical unit through one channel. The first one is the disk; the others are its lanes.
+class Disk final : public io::BlockDevice {
+  public:
+    static constexpr u32 max_lanes = 64;
+    static constexpr u32 max_told_errors = 8;
+
+    struct Unit {
+        u8 path = 0;
+        u8 target = 0;
+        u8 lun = 0;
+        u32 max_transfer = 0;     // bytes; a multiple of the sector size
+        u32 max_unmap_blocks = 0; // of one UNMAP
+    };
+
+    Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity);
+    ~Disk();
+
+    /// Before it is announced: a further lane, in the order of the processors. Not owned.
+    void add_lane(Disk& lane);
+    u32 lanes() const override { return lane_count_ + 1; }
+    io::BlockDevice& lane(u32 index) override { return index == 0 ? *this : *lanes_[index - 1]; }
+
+    const Unit& unit() const { return unit_; }
+    /// From any processor, for this lane alone: the unit is gone; what is asked for from here on is refused.
+    void remove() { gone_.store(true, std::memory_order_relaxed); } // relaxed: nothing is read on the strength of it
+    bool removed() const { return gone_.load(std::memory_order_relaxed); }
+
+  private:
+    friend class Queue;
+    using Request = io::Request;
+
+    void start(Request& request) override;
+    bool cancel_now(Request& request) override;
+    void forget(Request& request) override;
+    void end(Request& request, io::Status status) { complete(request, status); }
+    void build(Packet& packet, const Request& request, u32 offset, u32 bytes) const;
+    void tell(scsi::Opcode opcode, std::string_view what);
+
+    Queue& queue_;
+    Unit unit_;
+    Packet template_{};
+    u32 sector_shift_;
+    bool flush_16_ = false;
+    u32 errors_told_ = 0;
+    io::RequestQueue waiting_;
+    Disk* next_ = nullptr; // on the queue
+    std::atomic<bool> gone_{false};
+    std::array<Disk*, max_lanes - 1> lanes_{};
+    u32 lane_count_ = 0;
+};
+
+} // namespace fl::drivers::storvsc

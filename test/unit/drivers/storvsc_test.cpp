@@ -1,0 +1,618 @@
+// The storage queue and its disks against a host that writes the rings' bytes itself, honest and not.
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <gtest/gtest.h>
+#include <memory>
+#include <optional>
+#include <random>
+#include <span>
+#include <string>
+#include <vector>
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import core.log;
+import io.executor;
+import io.task;
+import io.block;
+import hv.hyperv.hypercall;
+import hv.hyperv.channel;
+import drivers.storvsc.disk;
+
+#include "unit/io_support.hpp"
+// behind it
+#include "unit/drivers/storvsc_fake.hpp"
+
+namespace {
+using namespace fl;
+using drivers::storvsc::Disk;
+using drivers::storvsc::Queue;
+using drivers::storvsc::Shared;
+using drivers::storvsc::Terms;
+using drivers::storvsc::Version;
+using fake::Command;
+using fake::Reply;
+
+io::Task<Result<void>> one(io::BlockDevice& disk, io::Op op, u64 lba, DmaSpan buffer) {
+    io::BlockDevice::Transfer transfer(disk, op, lba, buffer);
+    co_return co_await transfer;
+}
+
+struct Machine {
+    test::FakeMachine clock;
+    io::Executor executor{clock.platform()};
+    test::HeapDma dma;
+    test::CapturedLog log;
+    hv::hyperv::Hypercalls hypercalls;
+    u64 signals = 0;
+    std::atomic<u32> events{0};
+    hv::hyperv::Channel channel;
+    Shared shared;
+    fake::StorageHost host;
+    std::unique_ptr<Queue> queue;
+    std::unique_ptr<Disk> disk;
+    DmaBuffer parameters;
+    u64 wishes = 0;
+    u64 storms = 0;
+    bool always_signal = false;
+
+    explicit Machine(Version version = Version::win10, u32 max_transfer = 32768, Nanoseconds timeout = 1'000'000'000) {
+        hv::hyperv::Gate gate;
+        gate.context = this;
+        gate.call = [](void* self, u64 control, u64, u64) -> u64 {
+            EXPECT_EQ(control & 0xffff, 0x5du) << "HvSignalEvent alone";
+            ++static_cast<Machine*>(self)->signals;
+            return 0;
+        };
+        EXPECT_TRUE(hypercalls.install(gate, dma));
+        auto rings = dma.buffer(2 * fake::StorageHost::ring_size);
+        host.attach(rings->data());
+        hv::hyperv::Channel::Signalling signalling;
+        signalling.hypercalls = &hypercalls;
+        signalling.connection = 77;
+        EXPECT_TRUE(channel.attach({}, 0, std::move(*rings), fake::StorageHost::ring_size, signalling, events));
+        shared.notify = [](void* self) { ++static_cast<Machine*>(self)->wishes; };
+        shared.context = this;
+        queue = std::make_unique<Queue>(executor, channel, shared, true);
+        queue->agree({version, max_transfer});
+        host.packet_length = version >= Version::win8 ? 64 : 48;
+        parameters = *dma.buffer(4096);
+        queue->start(parameters, timeout);
+        io::Geometry geometry;
+        geometry.sectors = host.disk.size() / 512;
+        geometry.flush = true;
+        geometry.discard = true;
+        io::BlockDevice::Identity identity;
+        identity.name = FixedText<16>("sda");
+        Disk::Unit unit;
+        unit.lun = 3;
+        unit.max_transfer = max_transfer;
+        unit.max_unmap_blocks = 64;
+        disk = std::make_unique<Disk>(*queue, unit, geometry, identity);
+        clock.on_idle_context = this;
+        clock.on_idle = [](void* self) { static_cast<Machine*>(self)->idle(); };
+    }
+    ~Machine() {
+        queue->stop();
+        disk.reset();
+        queue.reset();
+        channel.detach().reset();
+    }
+    void idle() {
+        const u64 wanted = host.signals_wanted;
+        host.step();
+        if (host.signals_wanted != wanted || always_signal) {
+            interrupt();
+        }
+    }
+    void interrupt() {
+        events.fetch_add(1);
+        executor.wake();
+    }
+    template <class T>
+    T run(io::Task<T> task) {
+        return executor.run(std::move(task));
+    }
+    DmaSpan buffer(u32 size) {
+        buffers.push_back(*dma.buffer(size));
+        return buffers.back().span().subspan(0, size);
+    }
+    Result<void> read(u64 lba, DmaSpan span) { return run(one(*disk, io::Op::read, lba, span)); }
+    Result<void> write(u64 lba, DmaSpan span) { return run(one(*disk, io::Op::write, lba, span)); }
+    Result<void> flush() { return run(one(*disk, io::Op::flush, 0, {})); }
+    /// Turns until the request has ended; false: not within the bound.
+    bool settle(io::Request& request, Nanoseconds bound = 5'000'000'000) {
+        const Instant deadline = clock.time + bound;
+        while (request.pending() && clock.time < deadline) {
+            executor.turn();
+        }
+        return !request.pending();
+    }
+    std::vector<DmaBuffer> buffers;
+};
+
+struct Variant {
+    const char* name;
+    Version version;
+    u32 max_transfer;
+};
+class StorvscVariant : public testing::TestWithParam<Variant> {};
+
+TEST_P(StorvscVariant, VerifiesInPartsAndAnywhereInAPage) {
+    Machine m(GetParam().version, GetParam().max_transfer);
+    std::mt19937_64 random(7);
+    std::vector<std::byte> model(m.host.disk);
+    DmaSpan buffer = m.buffer(512 * 1024);
+    for (u32 i = 0; i < 200; ++i) {
+        const u64 lba = random() % 4096;
+        const u32 count = static_cast<u32>(std::min<u64>(1 + random() % (i % 3 == 0 ? 400 : 20), 4096 - lba));
+        DmaSpan span = buffer.subspan(static_cast<u32>(random() % 8 * 512), count * 512);
+        for (std::byte& b : span.bytes()) {
+            b = static_cast<std::byte>(random());
+        }
+        if (i % 2 == 0) {
+            std::memcpy(model.data() + lba * 512, span.data, span.size);
+            ASSERT_TRUE(m.write(lba, span));
+        } else {
+            ASSERT_TRUE(m.read(lba, span));
+            ASSERT_EQ(std::memcmp(model.data() + lba * 512, span.data, span.size), 0) << lba << "+" << count;
+        }
+    }
+    EXPECT_TRUE(model == m.host.disk);
+    EXPECT_TRUE(m.flush());
+    EXPECT_EQ(m.host.flushes, 1u);
+    EXPECT_EQ(m.queue->under_way(), 0u);
+    EXPECT_EQ(m.disk->counters().errors, 0u);
+}
+INSTANTIATE_TEST_SUITE_P(All, StorvscVariant,
+                         testing::Values(Variant{"win6", Version::win6, 32768}, Variant{"win8", Version::win8, 4096},
+                                         Variant{"win10", Version::win10, 262144}),
+                         [](const auto& info) { return info.param.name; });
+
+TEST(Storvsc, OneSignalAndOneInterruptForABatch) {
+    Machine m;
+    DmaSpan buffer = m.buffer(32 * 4096);
+    const u64 signals = m.signals;
+    const auto before = m.disk->counters();
+    io::TaskGroup group(m.executor);
+    for (u32 i = 0; i < 32; ++i) {
+        ASSERT_TRUE(group.spawn(one(*m.disk, io::Op::write, i * 8, buffer.subspan(i * 4096, 4096))));
+    }
+    struct Join {
+        static io::Task<Result<void>> all(io::TaskGroup& g) { co_return co_await g.join(); }
+    };
+    ASSERT_TRUE(m.run(Join::all(group)));
+    const auto c = m.disk->counters() - before;
+    EXPECT_EQ(m.signals - signals, 1u);
+    EXPECT_EQ(c.notifications, 1u);
+    EXPECT_EQ(c.hypercalls, 1u);
+    EXPECT_EQ(c.interrupts, 1u);
+    EXPECT_EQ(c.completed, 32u);
+    EXPECT_EQ(c.device_accesses, 0u);
+}
+
+TEST(Storvsc, MoreThanTheRingAndTheSlotsTake) {
+    Machine m;
+    DmaSpan buffer = m.buffer(300 * 512);
+    io::TaskGroup group(m.executor);
+    std::vector<std::unique_ptr<io::Request>> requests;
+    for (u32 i = 0; i < 300; ++i) { // 300 * 112 bytes: more than the ring, and more than the slots
+        requests.push_back(std::make_unique<io::Request>(*m.disk, io::Op::write, i, buffer.subspan(i * 512, 512)));
+        buffer.data[i * 512] = static_cast<std::byte>(i);
+        m.disk->submit(*requests.back());
+    }
+    for (auto& r : requests) {
+        ASSERT_TRUE(m.settle(*r));
+        EXPECT_EQ(r->status, io::Status::ok);
+    }
+    for (u32 i = 0; i < 300; ++i) {
+        EXPECT_EQ(m.host.disk[i * 512], static_cast<std::byte>(i));
+    }
+}
+
+TEST(Storvsc, UnmapInParts) {
+    Machine m;
+    std::fill(m.host.disk.begin(), m.host.disk.end(), std::byte{7});
+    DmaSpan extent = m.buffer(100 * 512);
+    ASSERT_TRUE(m.run(one(*m.disk, io::Op::discard, 10, extent)));
+    EXPECT_EQ(m.host.unmaps, 2u) << "64 blocks at most in one";
+    EXPECT_EQ(m.host.disk[10 * 512 - 1], std::byte{7});
+    EXPECT_EQ(m.host.disk[10 * 512], std::byte{0});
+    EXPECT_EQ(m.host.disk[110 * 512 - 1], std::byte{0});
+    EXPECT_EQ(m.host.disk[110 * 512], std::byte{7});
+}
+
+TEST(Storvsc, FlushByTheCommandThatTheUnitKnows) {
+    Machine m;
+    m.host.say = [](const Command& c) {
+        Reply r;
+        if (c.cdb(0) == 0x35) {
+            r.srb_status = 4;
+            r.scsi_status = 2;
+            r.sense = std::string("\x70\0\x05\0\0\0\0\x0a\0\0\0\0\x20\0\0\0\0\0", 18);
+        }
+        return r;
+    };
+    EXPECT_TRUE(m.flush());
+    EXPECT_TRUE(m.flush());
+    EXPECT_EQ(m.host.flushes, 2u);
+    EXPECT_EQ(m.host.done, 3u) << "asked once with (10), and then no more";
+}
+
+// ---- a host that breaks a rule ---------------------------------------------------------------------------------------------------------------
+
+struct Break {
+    const char* name;
+    std::function<Reply(Machine&, const Command&)> say;
+    const char* line; // in the log
+};
+class StorvscBreak : public testing::TestWithParam<Break> {};
+
+TEST_P(StorvscBreak, ClosesTheDiskWithOneLine) {
+    Machine m;
+    DmaSpan buffer = m.buffer(4096);
+    buffer.data[0] = std::byte{0x5a};
+    ASSERT_TRUE(m.write(40, buffer)); // acknowledged: not lost by what follows
+    m.host.say = [&](const Command& c) { return GetParam().say(m, c); };
+    io::Request first(*m.disk, io::Op::read, 0, m.buffer(4096));
+    io::Request second(*m.disk, io::Op::read, 8, m.buffer(4096));
+    m.disk->submit(first);
+    m.disk->submit(second);
+    const Instant start = m.clock.time;
+    ASSERT_TRUE(m.settle(first) && m.settle(second));
+    EXPECT_LT(m.clock.time - start, 100'000'000u);
+    EXPECT_FALSE(m.queue->is_open());
+    EXPECT_TRUE(first.status == io::Status::protocol_error || second.status == io::Status::protocol_error);
+    EXPECT_TRUE(m.log.has("sda: closed: ")) << m.log.text.view();
+    EXPECT_TRUE(m.log.has(GetParam().line)) << m.log.text.view();
+    EXPECT_EQ(std::count(m.log.text.view().begin(), m.log.text.view().end(), '\n'), 1) << m.log.text.view();
+    EXPECT_EQ(m.host.disk[40 * 512], std::byte{0x5a});
+    EXPECT_EQ(m.wishes, 1u) << "the controller is told";
+    io::Request late(*m.disk, io::Op::read, 0, buffer);
+    m.disk->submit(late);
+    EXPECT_EQ(late.status, io::Status::device_gone);
+    m.interrupt(); // nothing more is looked at
+    m.executor.turn();
+}
+
+Reply with(void (*change)(Reply&)) {
+    Reply r;
+    change(r);
+    return r;
+}
+const Break breaks[] = {
+    {"unknown_id", [](Machine&, const Command&) { return with([](Reply& r) { r.id = 0x7f0099; }); }, "transaction id that is not under way"},
+    {"huge_id", [](Machine&, const Command&) { return with([](Reply& r) { r.id = ~u64{0}; }); }, "transaction id that is not under way"},
+    {"repeated", [](Machine&, const Command&) { return with([](Reply& r) { r.twice = true; }); }, "transaction id that is not under way"},
+    {"retired",
+     [](Machine& m, const Command&) {
+         Reply r;
+         r.id = m.host.past_ids[0];
+         return r;
+     },
+     "transaction id that is not under way"},
+    {"early",
+     [](Machine&, const Command& c) { // of a request that will come
+         Reply r;
+         r.id = c.id + 0x10000;
+         return r;
+     },
+     "transaction id that is not under way"},
+    {"too_short", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 48; }); }, "not the length of the agreed version"},
+    {"too_long", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 72; }); }, "not the length of the agreed version"},
+    {"empty", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 0; }); }, "not the length of the agreed version"},
+    {"longer_than_the_channel", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 4096; }); }, "length"},
+    {"no_complete_io", [](Machine&, const Command&) { return with([](Reply& r) { r.operation = 3; }); }, "no COMPLETE_IO"},
+    {"moved_more", [](Machine&, const Command&) { return with([](Reply& r) { r.moved = 4097; }); }, "more data was moved"},
+    {"moved_much_more", [](Machine&, const Command&) { return with([](Reply& r) { r.moved = ~0u; }); }, "more data was moved"},
+    {"packet_type", [](Machine&, const Command&) { return with([](Reply& r) { r.type = 9; }); }, "packet of a type"},
+    {"unasked",
+     [](Machine&, const Command&) { // a COMPLETE_IO as a packet of the host's own
+         return with([](Reply& r) { r.type = 6; });
+     },
+     "answers nothing"},
+    {"write_index_beyond",
+     [](Machine& m, const Command&) {
+         fake::put32(m.host.in_ring(), fake::StorageHost::ring_data + 8);
+         Reply r;
+         r.never = true;
+         m.interrupt();
+         return r;
+     },
+     "write index"},
+    {"descriptor_length",
+     [](Machine& m, const Command&) {
+         std::vector<std::byte> packet(40);
+         const u16 words[4] = {11, 2, 0x400, 0};
+         std::memcpy(packet.data(), words, 8);
+         m.host.raw(packet);
+         m.interrupt();
+         Reply r;
+         r.never = true;
+         return r;
+     },
+     "longer than what is in the ring"},
+};
+INSTANTIATE_TEST_SUITE_P(All, StorvscBreak, testing::ValuesIn(breaks), [](const auto& info) { return info.param.name; });
+
+// ---- errors that are none of the protocol's --------------------------------------------------------------------------------------------------
+
+struct Failure {
+    const char* name;
+    io::Op op;
+    Reply reply;
+    io::Status status;
+    const char* line;
+};
+class StorvscFailure : public testing::TestWithParam<Failure> {};
+
+TEST_P(StorvscFailure, EndsOneRequestAndNotTheDisk) {
+    const Failure& f = GetParam();
+    Machine m;
+    m.host.say = [&](const Command&) { return f.reply; };
+    DmaSpan buffer = m.buffer(4096);
+    io::Request request(*m.disk, f.op, f.op == io::Op::flush ? 0 : 1000, f.op == io::Op::flush ? DmaSpan{} : buffer);
+    m.disk->submit(request);
+    ASSERT_TRUE(m.settle(request));
+    EXPECT_EQ(request.status, f.status);
+    EXPECT_FALSE(request.buffer_lost);
+    EXPECT_TRUE(m.log.has(f.line)) << m.log.text.view();
+    EXPECT_TRUE(m.queue->is_open());
+    m.host.say = nullptr;
+    EXPECT_TRUE(m.read(0, buffer));
+    EXPECT_EQ(m.queue->under_way(), 0u);
+}
+
+Reply sense(const char (&text)[19], u8 srb = 4) {
+    Reply r;
+    r.srb_status = srb;
+    r.scsi_status = 2;
+    r.sense = std::string(text, 18);
+    return r;
+}
+const Failure failures[] = {
+    {"medium", io::Op::read, sense("\xf0\0\x03\0\0\x03\xea\x0a\0\0\0\0\x11\0\0\0\0\0"), io::Status::io_error,
+     "sda: READ(16): MEDIUM ERROR, unrecovered read error (3/11/00) at LBA 1002"},
+    {"hardware", io::Op::write, sense("\x70\0\x04\0\0\0\0\x0a\0\0\0\0\x44\0\0\0\0\0"), io::Status::io_error,
+     "sda: WRITE(16): HARDWARE ERROR, internal target failure (4/44/00) at LBA 1000"},
+    {"protected", io::Op::write, sense("\x70\0\x07\0\0\0\0\x0a\0\0\0\0\x27\0\0\0\0\0"), io::Status::io_error,
+     "DATA PROTECT, write protected (7/27/00)"},
+    {"attention_for_ever", io::Op::read, sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x29\0\0\0\0\0"), io::Status::io_error, "UNIT ATTENTION"},
+    {"flush_medium", io::Op::flush, sense("\x70\0\x03\0\0\0\0\x0a\0\0\0\0\x0c\0\0\0\0\0"), io::Status::io_error,
+     "sda: SYNCHRONIZE CACHE(10): MEDIUM ERROR, write error (3/0c/00)"},
+    {"short", io::Op::read, with([](Reply& r) { r.moved = 4095; }), io::Status::io_error, "moved 4095 of 4096 bytes and calls that a success"},
+    {"nothing_written", io::Op::write, with([](Reply& r) { r.moved = 0; }), io::Status::io_error, "moved 0 of 4096 bytes"},
+    {"overrun_short", io::Op::read, with([](Reply& r) {
+         r.srb_status = 0x12;
+         r.moved = 512;
+     }),
+     io::Status::io_error, "moved 512 of 4096 bytes"},
+    {"no_sense", io::Op::read, with([](Reply& r) { r.srb_status = 4; }), io::Status::io_error, "SRB status error (0x4), no sense data, at LBA 1000"},
+    {"invalid_lun", io::Op::read, with([](Reply& r) { r.srb_status = 0x20; }), io::Status::device_gone, "invalid LUN"},
+    {"pending", io::Op::read, with([](Reply& r) { r.srb_status = 0; }), io::Status::io_error, "SRB status pending"},
+    {"unmap_refused", io::Op::discard, sense("\x70\0\x05\0\0\0\0\x0a\0\0\0\0\x20\0\0\0\0\0"), io::Status::not_supported,
+     "UNMAP: ILLEGAL REQUEST"},
+};
+INSTANTIATE_TEST_SUITE_P(All, StorvscFailure, testing::ValuesIn(failures), [](const auto& info) { return info.param.name; });
+
+TEST(Storvsc, TransientConditionsAreTriedAgain) {
+    Machine m;
+    u32 bad = 3;
+    Reply reply;
+    m.host.say = [&](const Command&) { return bad != 0 ? (--bad, reply) : Reply{}; };
+    DmaSpan buffer = m.buffer(4096);
+    reply = sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x29\0\0\0\0\0"); // reset
+    EXPECT_TRUE(m.write(0, buffer));
+    bad = 5;
+    reply = with([](Reply& r) { r.scsi_status = 8; }); // busy: in the next ticks
+    EXPECT_TRUE(m.read(0, buffer));
+    bad = 1;
+    reply = with([](Reply& r) { r.srb_status = 0x0e; }); // somebody else's bus reset
+    EXPECT_TRUE(m.read(0, buffer));
+    bad = 1;
+    reply = sense("\x70\0\x01\0\0\0\0\x0a\0\0\0\0\x11\0\0\0\0\0"); // recovered: done
+    reply.moved = 4096;
+    EXPECT_TRUE(m.read(0, buffer));
+    EXPECT_EQ(m.log.text.view(), "");
+    bad = 1;
+    reply = sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x3f\x0e\0\0\0\0"); // the units have changed
+    EXPECT_TRUE(m.read(0, buffer));
+    EXPECT_GE(m.wishes, 1u);
+    EXPECT_TRUE(m.shared.rescan_wanted);
+}
+
+TEST(Storvsc, TheHostTellsOfUnits) {
+    Machine m;
+    m.host.event(11);
+    m.interrupt();
+    m.executor.turn();
+    EXPECT_GE(m.wishes, 1u);
+    EXPECT_TRUE(m.shared.rescan_wanted.exchange(false));
+    m.host.event(2);
+    m.host.event(14); // not for us
+    m.host.event(99);
+    m.interrupt();
+    m.executor.turn();
+    EXPECT_TRUE(m.shared.rescan_wanted);
+    EXPECT_TRUE(m.queue->is_open());
+    EXPECT_TRUE(m.read(0, m.buffer(4096)));
+}
+
+// ---- a host that says nothing ----------------------------------------------------------------------------------------------------------------
+
+TEST(Storvsc, NoAnswerAtAll) {
+    Machine m;
+    m.host.say = [](const Command&) { return with([](Reply& r) { r.never = true; }); };
+    io::Request read(*m.disk, io::Op::read, 0, m.buffer(4096));
+    io::Request flush(*m.disk, io::Op::flush, 0, {});
+    m.disk->submit(read);
+    m.disk->submit(flush);
+    const Instant start = m.clock.time;
+    ASSERT_TRUE(m.settle(read) && m.settle(flush));
+    EXPECT_LT(m.clock.time - start, 2'000'000'000u);
+    EXPECT_EQ(read.status, io::Status::timed_out);
+    EXPECT_TRUE(read.buffer_lost);
+    EXPECT_EQ(flush.status, io::Status::timed_out);
+    EXPECT_FALSE(flush.buffer_lost);
+    EXPECT_TRUE(m.log.has("asking the host to reset the bus"));
+    EXPECT_TRUE(m.log.has("has not answered anything for a whole time-out"));
+    EXPECT_FALSE(m.queue->is_open());
+}
+
+TEST(Storvsc, OneLateAnswerAmongOthers) {
+    Machine m;
+    std::optional<Command> kept;
+    m.host.say = [&](const Command& c) {
+        Reply r;
+        if (c.operation() == 3 && c.be(2, 8) == 8 && !kept) {
+            kept = c;
+            r.never = true;
+        }
+        return r;
+    };
+    io::Request late(*m.disk, io::Op::read, 8, m.buffer(4096));
+    m.disk->submit(late);
+    DmaSpan buffer = m.buffer(4096);
+    while (late.pending()) {
+        ASSERT_TRUE(m.read(100, buffer));
+        m.clock.time += 5'000'000;
+        ASSERT_LT(m.clock.time, 5'000'000'000u);
+    }
+    EXPECT_EQ(late.status, io::Status::timed_out);
+    EXPECT_TRUE(late.buffer_lost);
+    EXPECT_EQ(m.host.resets, 1u);
+    EXPECT_TRUE(m.queue->is_open()) << "others are answered";
+    EXPECT_EQ(m.queue->under_way(), 1u) << "the slot is kept for the answer";
+    m.host.say = nullptr;
+    m.host.commands.push_back(*kept);
+    m.host.answer();
+    m.interrupt();
+    m.executor.turn();
+    EXPECT_EQ(m.queue->under_way(), 0u);
+    EXPECT_TRUE(m.queue->is_open()) << "taken silently";
+}
+
+TEST(Storvsc, AnAnswerWithinTheGraceAfterTheReset) {
+    Machine m;
+    std::optional<Command> kept;
+    m.host.say = [&](const Command& c) {
+        Reply r;
+        if (c.operation() == 3 && !kept) {
+            kept = c;
+            r.never = true;
+        }
+        return r;
+    };
+    io::Request read(*m.disk, io::Op::read, 8, m.buffer(4096));
+    m.disk->submit(read);
+    while (m.host.resets == 0) {
+        m.executor.turn();
+        ASSERT_TRUE(read.pending());
+    }
+    m.host.say = [](const Command&) { return with([](Reply& r) { r.srb_status = 0x0e; }); }; // ended by the reset
+    m.host.commands.push_back(*kept);
+    m.host.answer();
+    m.interrupt();
+    ASSERT_TRUE(m.settle(read, 50'000'000));
+    EXPECT_EQ(read.status, io::Status::timed_out);
+    EXPECT_FALSE(read.buffer_lost);
+    m.host.say = nullptr;
+    EXPECT_TRUE(m.read(0, m.buffer(4096)));
+}
+
+TEST(Storvsc, RescindInMidFlight) {
+    Machine m;
+    m.host.hold = true;
+    io::Request read(*m.disk, io::Op::read, 8, m.buffer(4096));
+    m.disk->submit(read);
+    m.executor.turn();
+    m.channel.mark_rescinded();
+    ASSERT_TRUE(m.settle(read, 50'000'000));
+    EXPECT_EQ(read.status, io::Status::device_gone);
+    EXPECT_TRUE(m.log.has("taken the storage controller away"));
+    EXPECT_TRUE(m.queue->quiet());
+}
+
+TEST(Storvsc, ClosedByAnotherProcessorsQueue) {
+    Machine m;
+    m.host.hold = true;
+    io::Request read(*m.disk, io::Op::read, 8, m.buffer(4096));
+    m.disk->submit(read);
+    m.executor.turn();
+    m.shared.close_status = to_underlying(io::Status::protocol_error);
+    m.shared.closed = true;
+    m.executor.turn();
+    EXPECT_EQ(read.status, io::Status::protocol_error);
+    EXPECT_TRUE(m.queue->quiet());
+}
+
+TEST(Storvsc, SignalStorm) {
+    Machine m;
+    m.always_signal = true;
+    m.clock.step = 10'000;
+    DmaSpan buffer = m.buffer(4096);
+    m.host.hold = true;
+    for (u32 i = 0; i < 5000; ++i) {
+        m.interrupt();
+        m.executor.turn();
+    }
+    EXPECT_TRUE(m.log.has("signals without a reason")) << m.log.text.view();
+    EXPECT_EQ(std::count(m.log.text.view().begin(), m.log.text.view().end(), '\n'), 1) << "told once";
+    m.host.hold = false;
+    EXPECT_TRUE(m.queue->is_open());
+    m.always_signal = false;
+    EXPECT_TRUE(m.read(0, buffer));
+}
+
+// What the host changes after it has published is not looked at twice: the completion that counts is the copy.
+TEST(Storvsc, ContentsThatChangeAfterwards) {
+    Machine m;
+    DmaSpan buffer = m.buffer(4096);
+    for (u32 i = 0; i < 100; ++i) {
+        ASSERT_TRUE(m.write(i, buffer));
+        std::memset(m.host.in_ring() + 4096, 0xff, fake::StorageHost::ring_data); // everything old is garbage now
+    }
+    EXPECT_TRUE(m.queue->is_open());
+}
+
+TEST(Storvsc, CancelledAndForgotten) {
+    Machine m;
+    m.host.hold = true;
+    DmaSpan buffer = m.buffer(512 * 1024);
+    io::Request sent(*m.disk, io::Op::write, 0, buffer.subspan(0, 4096));
+    m.disk->submit(sent);
+    EXPECT_FALSE(m.disk->cancel(sent)) << "the host has it";
+    std::vector<std::unique_ptr<io::Request>> many;
+    for (u32 i = 0; i < 200; ++i) {
+        many.push_back(std::make_unique<io::Request>(*m.disk, io::Op::write, 0, buffer.subspan(0, 512)));
+        m.disk->submit(*many.back());
+    }
+    EXPECT_TRUE(m.disk->cancel(*many.back()));
+    EXPECT_EQ(many.back()->status, io::Status::cancelled);
+    many.clear(); // writes: the host may still read there, and nothing else
+    EXPECT_TRUE(m.queue->is_open());
+    m.host.hold = false;
+    ASSERT_TRUE(m.settle(sent));
+    EXPECT_EQ(sent.status, io::Status::ok);
+    {
+        m.host.hold = true;
+        io::Request read(*m.disk, io::Op::read, 0, buffer.subspan(0, 4096));
+        m.disk->submit(read);
+        m.executor.turn();
+    }
+    EXPECT_FALSE(m.queue->is_open()) << "nothing else keeps the host from a buffer that nobody owns";
+    EXPECT_TRUE(m.log.has("a read was given up"));
+}
+
+TEST(Storvsc, ARemovedUnitTakesNothing) {
+    Machine m;
+    m.disk->remove();
+    EXPECT_EQ(m.read(0, m.buffer(4096)).error().code, Code::device_gone);
+}
+
+} // namespace
