@@ -8,8 +8,10 @@ import core.log;
 import core.time;
 import core.verdict;
 import core.dma;
+import core.processor;
 import io.task;
 import io.executor;
+import io.run_on;
 import io.block;
 import io.bench;
 import io.verify;
@@ -48,6 +50,11 @@ std::optional<Outcome> unknown_disk(const DiskChoice& choice, std::string_view k
     return std::nullopt;
 }
 
+io::Task<Result<void>> say_where() {
+    log::info("processor {}: at work", this_processor());
+    co_return Result<void>{};
+}
+
 io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices services) {
     Outcome outcome;
     bool first = true;
@@ -70,6 +77,11 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
         if (std::exchange(first, false)) {
             log::info("first block {} us after the entry", now / 1000);
             log::Record("first_block").text("disk", disk->identity().name.view()).number("ns", now);
+        }
+    }
+    if (services.executors.size() > 1) {
+        for (io::Executor* executor : services.executors) {
+            CO_CHECK(co_await io::run_on(*executor, say_where()));
         }
     }
     print(outcome.reason, "booted; disks: {}", disks.names().view());

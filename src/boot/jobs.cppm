@@ -23,6 +23,8 @@ struct JobServices {
     io::Executor& executor;
     DmaAllocator& dma;
     u64 (*heap_allocations)(); // since the start
+    /// Of every processor that runs, index = processor; empty: there is one.
+    std::span<io::Executor* const> executors{};
 };
 
 /// Runs options.job (all but `panic`) on the disks. Everything that the options name is checked before the first transfer: what is wrong with

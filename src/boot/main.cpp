@@ -13,6 +13,7 @@ import core.verdict;
 import core.cpuid;
 import core.smbios;
 import core.interrupt;
+import core.processor;
 import core.memory;
 import core.machine.acpi;
 import core.machine.clock;
@@ -22,9 +23,11 @@ import core.machine.interrupts;
 import core.machine.memory;
 import core.machine.runtime;
 import core.machine.serial;
+import core.machine.smp;
 import core.machine.traps;
 import io.task;
 import io.executor;
+import io.run_on;
 import hv.list;
 import hv.machine.detect;
 import hv.machine.privileged;
@@ -101,6 +104,82 @@ void boot_record(const BootInfo& info, const hv::Sightings& sightings, std::stri
     record.number("detect_ns", scale.ns(moments.detected - moments.entry)).number("first_probe_ns", first_probe);
 }
 
+// One executor for each processor, index = processor. Those of further processors are made when they start and last as long as the machine.
+struct Executors {
+    struct alignas(128) Slot { // no two processors write to one cache line
+        std::optional<io::Executor> executor;
+    };
+    std::array<Slot, max_processors> slots;
+    std::array<io::Executor*, max_processors> list{};
+    u32 count = 0;
+    std::atomic<bool> stop{false};
+
+    io::Executor& make(u32 processor) {
+        if (!slots[processor].executor) { // else of a processor that was left out
+            slots[processor].executor.emplace(io::Platform{platform_context(processor), platform_now, platform_idle, platform_kick}, processor);
+        }
+        list[processor] = &*slots[processor].executor;
+        return *list[processor];
+    }
+    std::span<io::Executor* const> all() const { return {list.data(), count}; }
+};
+Executors& executors() {
+    static Executors all;
+    return all;
+}
+
+template <class B>
+Result<void> join_backend(void* backend, u32 processor) {
+    io::Executor& executor = executors().make(processor);
+    if constexpr (hv::Processors<B>) {
+        return static_cast<B*>(backend)->join(processor, executor);
+    } else {
+        static_cast<void>(backend);
+        static_cast<void>(executor);
+        return {};
+    }
+}
+
+template <class B>
+void serve(void* backend, u32 processor) {
+    executors().list[processor]->serve(executors().stop);
+    if constexpr (hv::LeavesProcessors<B>) {
+        static_cast<B*>(backend)->leave(processor);
+    } else {
+        static_cast<void>(backend);
+    }
+}
+
+// All further processors: started, joined to the backend, in their executors' loops.
+template <class B>
+void use_processors(B& backend, io::Executor& executor) {
+    Executors& all = executors();
+    all.list[0] = &executor;
+    executor.set_kick(platform_kick);
+    const ProcessorWork work{&backend, join_backend<B>, serve<B>};
+    const Processors found = start_processors(acpi_tables(), static_cast<u32>(options.cpus), work, options.timeout);
+    if (found.running == 1) {
+        executor.set_kick(nullptr); // nobody is there to kick it
+    }
+    all.count = found.running;
+    log::info("processors: {} of {} run", found.running, found.listed);
+    log::Record("processors").number("listed", found.listed).number("running", found.running).number("left_out", found.left_out);
+}
+
+void stop_processors() {
+    Executors& all = executors();
+    all.stop.store(true, std::memory_order_release); // partner: the acquire in Executor::serve
+    for (io::Executor* executor : all.all().subspan(std::min<usize>(all.count, 1))) {
+        executor->wake();
+    }
+    await_stopped();
+}
+
+io::Task<Result<void>> provoke_here(Fault fault) {
+    provoke(name(fault));
+    co_return Error{Code::not_supported, "this fault did not end the machine"};
+}
+
 // What is wrong in the map file is told, and the rest of it counts; the boot goes on, and its verdict is an ERROR in the end.
 void apply_table(const BootInfo& info) {
     if (info.has_map_file != 0) {
@@ -158,6 +237,12 @@ io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const 
 template <class B>
 io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings& sightings, B& backend, io::Executor& executor) {
     apply_table(info);
+    if (options.job == Job::panic) { // on another processor than the first one, or it would not have come here
+        if (options.processor >= executors().count) {
+            co_return Outcome{Verdict::error, FixedText<240>("processor= on the command line names a processor that does not run")};
+        }
+        CO_CHECK(co_await io::run_on(*executors().list[options.processor], provoke_here(options.fault)));
+    }
     if (std::ranges::any_of(table.diagnostics(), [](const drivers::Diagnostic& wrong) { return wrong.line == 0; })) {
         co_return Outcome{Verdict::error, FixedText<240>("a rule of map= on the command line is malformed; nothing has been probed")};
     }
@@ -190,7 +275,8 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     log::info("devices: {} synthetic, {} PCI functions", synthetic.count, pci.count);
     for (std::string_view name : plan.drivers()) {
         Disks::Port port(disks, name);
-        drivers::Environment environment{executor, dma_memory(), interrupts(), port, options.timeout, options.withheld_features};
+        drivers::Environment environment{executor,         dma_memory(), interrupts(), port, options.timeout, options.withheld_features,
+                                         executors().all()};
         for (const PciDriver& driver : pci_drivers) {
             if (driver.name == name) {
                 CO_CHECK(co_await probe_pci(environment, driver, pci));
@@ -202,7 +288,7 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
             }
         }
     }
-    Result<Outcome> outcome = co_await run_job(options, disks, {executor, dma_memory(), heap_allocations});
+    Result<Outcome> outcome = co_await run_job(options, disks, {executor, dma_memory(), heap_allocations, executors().all()});
     if (outcome && table.wrong() != 0 && outcome->verdict == Verdict::success) {
         outcome->verdict = Verdict::error;
         outcome->reason.clear();
@@ -261,7 +347,7 @@ void install_power_off(B& backend) {
         end_vm(Verdict::error,
                "the loader gave no memory map: a PVH loader must hand over a start_info of version 1 (Xen 4.11 or later, QEMU 4.0 or later)");
     }
-    if (options.job == Job::panic) {
+    if (options.job == Job::panic && options.processor == 0) {
         provoke(name(options.fault));
     }
 
@@ -278,7 +364,7 @@ void install_power_off(B& backend) {
             log::warning("no timer, the processor will not sleep: {}", timer.error());
         }
         log::info("clock {} at {} kHz, timer {}, interrupts by {}", clock_name(), tsc_hz() / 1000, timer_name(), interrupt_controllers());
-        static io::Executor executor({nullptr, platform_now, platform_idle});
+        static io::Executor executor({platform_context(0), platform_now, platform_idle});
         hv::Services services{interrupts(), executor, options.timeout};
         cpu::interrupts_on();
         hv::upgrade(hv::list, choice, environment, services, first, [&]<class F>(F& backend) {
@@ -289,7 +375,10 @@ void install_power_off(B& backend) {
             }
             install_power_off(backend);
             log::info("backend: {}", F::name);
-            end(executor.run(kernel_main(info, sightings, backend, executor)));
+            use_processors(backend, executor);
+            const Result<Outcome> outcome = executor.run(kernel_main(info, sightings, backend, executor));
+            stop_processors();
+            end(outcome);
         });
     });
     end_vm(Verdict::crash, "the kernel's main function returned");

@@ -3,6 +3,7 @@ import core.std;
 import core.text;
 import core.time;
 import core.log;
+import core.processor;
 import core.cmdline;
 import core.suggest;
 import hv.detect;
@@ -105,7 +106,7 @@ struct Key {
     u8 jobs; // the jobs that take notice of it: elsewhere it would be silently ignored, and is an error
     Answer (*parse)(Options&, std::string_view value);
 };
-constexpr std::array<Key, 16> keys{{
+constexpr std::array<Key, 19> keys{{
     {"job", false, any_job, [](Options& o, std::string_view v) { return pick(o.job, job_names, v); }},
     {"workload", true, only(Job::bench),
      [](Options& o, std::string_view v) -> Answer {
@@ -185,6 +186,11 @@ constexpr std::array<Key, 16> keys{{
      }},
     {"log", false, any_job, [](Options& o, std::string_view v) { return pick(o.log, level_names, v); }},
     {"fault", false, only(Job::panic), [](Options& o, std::string_view v) { return pick(o.fault, fault_names, v); }},
+    {"processor", false, only(Job::panic),
+     [](Options& o, std::string_view v) { return number(o.processor, v, 0, max_processors - 1, "a number from 0 to 63"); }},
+    {"cpus", false, any_job, [](Options& o, std::string_view v) { return number(o.cpus, v, 1, max_processors, "a number from 1 to 64"); }},
+    {"lanes", false, only(Job::bench),
+     [](Options& o, std::string_view v) { return number(o.lanes, v, 1, max_processors, "a number from 1 to 64"); }},
 }};
 
 constexpr auto key_names = [] {

@@ -4,6 +4,7 @@ import core.std;
 import core.text;
 import core.time;
 import core.log;
+import core.processor;
 import hv.detect;
 import drivers.table;
 import drivers.driver;
@@ -60,6 +61,9 @@ struct Options {
     std::optional<drivers::Twin> emulated;
     Nanoseconds timeout = 5'000'000'000;
     u32 withheld_features = 0; // bits of drivers::Feature
+    u64 cpus = max_processors; // processors that are used at most
+    u64 processor = 0;         // panic: the processor that it happens on
+    u64 lanes = 1;             // bench: lanes of each disk that are used
     log::Level log = log::Level::info;
     Fault fault = Fault::panic;
 };

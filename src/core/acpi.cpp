@@ -107,7 +107,14 @@ Madt read_madt(PhysicalReader& memory, const Table& t) {
     m.local_apic = field<u32>(memory, t, 36);
     m.has_8259 = (field<u32>(memory, t, 40) & 1) != 0;
     const auto add_processor = [&](u32 id, u32 flags) {
-        if ((flags & 1) != 0 && m.processor_count < Madt::max_processors) {
+        // Bit 0: enabled. One that is listed by both kinds of entry is one processor [ACPI 6.5 §5.2.12.12].
+        if ((flags & 1) == 0) {
+            ++m.disabled_count;
+        } else if (std::ranges::find(m.all_processors(), id) != m.all_processors().end()) {
+            return;
+        } else if (m.processor_count == Madt::max_processors) {
+            ++m.processors_dropped;
+        } else {
             m.processors[m.processor_count++] = id;
         }
     };

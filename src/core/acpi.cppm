@@ -37,13 +37,16 @@ struct Madt {
     bool has_8259 = false;
     u32 io_apic_count = 0;
     u32 override_count = 0;
-    u32 processor_count = 0; // enabled ones
+    u32 processor_count = 0;    // enabled ones
+    u32 disabled_count = 0;     // listed and not enabled: places for processors that may come (ACPI's "online capable"), or nothing
+    u32 processors_dropped = 0; // enabled, and beyond max_processors
     std::array<IoApic, max_io_apics> io_apics{};
     std::array<Override, max_overrides> overrides{};
     std::array<u32, max_processors> processors{}; // APIC ids
 
     std::span<const IoApic> all_io_apics() const { return {io_apics.data(), io_apic_count}; }
     std::span<const Override> all_overrides() const { return {overrides.data(), override_count}; }
+    std::span<const u32> all_processors() const { return {processors.data(), processor_count}; }
 };
 
 struct Fadt {

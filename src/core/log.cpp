@@ -1,6 +1,7 @@
 module core.log;
 import core.std;
 import core.text;
+import core.spinlock;
 
 namespace fl::log {
 
@@ -8,9 +9,24 @@ namespace {
 constinit Sink* first_sink = nullptr;
 constinit Level current = Level::info;
 constinit u64 (*clock_ns)() = nullptr;
+constinit SpinLock lock; // of the sinks and of what they have gathered
+constinit u32 depth = 0; // Holds of the processor that has the lock
 } // namespace
 
+Hold::Hold() {
+    if (!lock.held_here()) {
+        lock.lock();
+    }
+    ++depth;
+}
+Hold::~Hold() {
+    if (--depth == 0) {
+        lock.unlock();
+    }
+}
+
 void attach(Sink& sink) {
+    const Hold hold;
     Sink** at = &first_sink;
     for (; *at != nullptr; at = &(*at)->next_) {
         if (*at == &sink) {
@@ -22,6 +38,7 @@ void attach(Sink& sink) {
 }
 
 void detach(Sink& sink) {
+    const Hold hold;
     for (Sink** at = &first_sink; *at != nullptr; at = &(*at)->next_) {
         if (*at == &sink) {
             *at = sink.next_;

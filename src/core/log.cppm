@@ -1,4 +1,5 @@
-// The log: lines for people and records for programs, to every sink that is attached. No allocation, no lock: one CPU writes at a time.
+// The log: lines for people and records for programs, to every sink that is attached. No allocation. A line or a record is
+// never mixed with another processor's: each holds the log from its begin to its end. Not for interrupt handlers.
 export module core.log;
 import core.std;
 import core.text;
@@ -37,6 +38,15 @@ Level level();
 /// Gives the nanoseconds that stand before every line, nullptr for none.
 void set_clock(u64 (*now_ns)());
 
+/// Holds the log: what this processor writes meanwhile stays together. May be nested. Not across a suspension.
+class Hold {
+  public:
+    Hold();
+    ~Hold();
+    Hold(const Hold&) = delete;
+    Hold& operator=(const Hold&) = delete;
+};
+
 /// The TextSink behind the functions below: everything written goes to all sinks.
 struct Line {
     void write(std::string_view text);
@@ -50,6 +60,7 @@ void line(Level at, text_detail::Format<std::type_identity_t<std::remove_cvref_t
     if (at > level()) {
         return;
     }
+    const Hold hold;
     begin(at);
     Line out;
     print(out, format, args...);
@@ -73,7 +84,7 @@ void debug(text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>..
     line(Level::debug, format, args...);
 }
 
-/// One record: a line "@{…}" (docs/INTERFACES.md). Fields are written in order; the destructor ends the line.
+/// One record: a line "@{…}" (docs/INTERFACES.md). Fields are written in order; the destructor ends the line. Holds the log meanwhile.
 class Record {
   public:
     explicit Record(std::string_view kind);
@@ -90,6 +101,7 @@ class Record {
 
   private:
     void key(std::string_view name);
+    Hold hold_;
     bool first_ = false; // the next field is the first of its object: no comma before it
 };
 

@@ -9,6 +9,13 @@ export namespace fl {
 /// Tells the processor (and a hypervisor that watches it) that this is a loop that waits for another one.
 inline void spin_pause() { __builtin_ia32_pause(); }
 
+namespace spinlock_detail {
+inline constinit std::atomic<bool> broken{false};
+}
+/// For the report of a panic: the other processors have stopped, and what they hold would be waited for in vain. From here on every lock is had
+/// at once. Relaxed: the caller is the only processor that goes on.
+inline void break_locks() { spinlock_detail::broken.store(true, std::memory_order_relaxed); }
+
 /// Not for interrupt handlers, and not recursive: a processor that takes it twice panics. Hold it for a few hundred instructions at most, and do
 /// not suspend a coroutine meanwhile. All bits zero: free.
 class SpinLock {
@@ -25,10 +32,15 @@ class SpinLock {
             if (holder_.compare_exchange_weak(seen, me, std::memory_order_acquire, std::memory_order_relaxed)) [[likely]] {
                 return;
             }
+            if (spinlock_detail::broken.load(std::memory_order_relaxed)) {
+                holder_.store(me, std::memory_order_relaxed);
+                return;
+            }
             if (seen == me) {
                 panic("a lock is taken twice on processor {}", me - 1);
             }
-            while (holder_.load(std::memory_order_relaxed) != 0) { // reads only: the line stays where it is; the exchange above orders
+            // Reads only, so that the line stays where it is; the exchange above orders.
+            while (holder_.load(std::memory_order_relaxed) != 0 && !spinlock_detail::broken.load(std::memory_order_relaxed)) {
                 spin_pause();
             }
         }
@@ -36,8 +48,6 @@ class SpinLock {
     void unlock() { holder_.store(0, std::memory_order_release); } // partner: the acquire in lock()
     /// Relaxed: only the holder itself can see its own number, and it wrote that.
     bool held_here() const { return holder_.load(std::memory_order_relaxed) == this_processor() + 1; }
-    /// For the report of a panic, when every other processor has stopped: it is ours now, whoever had it.
-    void seize() { holder_.store(this_processor() + 1, std::memory_order_relaxed); }
 
   private:
     std::atomic<u32> holder_{0}; // 0: nobody; else the processor's number and one

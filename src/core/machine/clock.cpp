@@ -7,6 +7,7 @@ import core.time;
 import core.machine.cpu;
 import core.machine.interrupts;
 import core.machine.lapic;
+import core.machine.local;
 
 namespace fl {
 
@@ -112,13 +113,11 @@ enum class Timer : u8 { none, deadline, local_apic, pit };
 constinit Timer timer = Timer::none;
 constinit u64 timer_units = 0; // multiplier of units()
 constinit u32 timer_vector = 0;
-// When the timer will go off; never: it is not set. Written by the handler too, always with interrupts off.
-constinit Instant armed = never;
 
 constexpr u32 deadline_msr = 0x6e0;
 constexpr u32 lvt_deadline = 2 << 17;
 
-void on_timer(void*) { armed = never; }
+void on_timer(void*) { local().timer_at = never; }
 
 // The local APIC's timer against the counter, for about 20 us: it only wakes, it does not tell time.
 u64 measure_local_apic() {
@@ -135,10 +134,10 @@ u64 measure_local_apic() {
     return took == 0 ? 0 : u64{first - last} * 1'000'000'000 / took;
 }
 
-void arm(Instant until, Instant time) {
+void arm(Local& own, Instant until, Instant time) {
     constexpr Nanoseconds shortest = 1'000; // a timer set for less may be late already
     const Nanoseconds length = std::max(until - time, shortest);
-    armed = until;
+    own.timer_at = until;
     switch (timer) {
     case Timer::deadline: cpu::write_msr(deadline_msr, cpu::read_tsc() + units(timer_units, length)); break;
     case Timer::local_apic: {
@@ -219,9 +218,24 @@ std::string_view timer_name() {
     return "none";
 }
 
-Instant platform_now(void*) { return now(); }
+Result<void> join_timer() {
+    switch (timer) {
+    case Timer::deadline: lapic::write(lapic::Reg::lvt_timer, timer_vector | lvt_deadline); return {};
+    case Timer::local_apic:
+        lapic::write(lapic::Reg::lvt_timer, timer_vector);
+        lapic::write(lapic::Reg::timer_divide, 0x3);
+        return {};
+    case Timer::pit:
+    case Timer::none: break;
+    }
+    return Error(Code::not_supported, "processors sleep by the timer of their local APIC, and it cannot be used here");
+}
 
-void platform_idle(void*, Instant until, const std::atomic<bool>& wake) {
+void* platform_context(u32 processor) { return &local_of(processor); }
+Instant platform_now(void*) { return now(); }
+void platform_kick(void* context) { kick_processor(static_cast<const Local*>(context)->apic_id); }
+
+void platform_idle(void* context, Instant until, const std::atomic<bool>& wake) {
     cpu::interrupts_off();
     // Acquire: pairs with the release in Executor::wake(), so that what woke us is seen. No interrupt can come between this and the halt.
     if (wake.load(std::memory_order_acquire) || timer == Timer::none) {
@@ -229,13 +243,14 @@ void platform_idle(void*, Instant until, const std::atomic<bool>& wake) {
         cpu::relax();
         return;
     }
-    if (armed > until) {
+    Local& own = *static_cast<Local*>(context);
+    if (own.timer_at > until) {
         const Instant time = now();
         if (until <= time) {
             cpu::interrupts_on();
             return;
         }
-        arm(until, time);
+        arm(own, until, time);
     }
     cpu::interrupts_on_and_halt();
 }

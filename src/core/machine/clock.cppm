@@ -29,9 +29,16 @@ Result<void> start_timer(InterruptController& controller);
 /// For the log: "TSC deadline", "local APIC", "PIT", "none".
 std::string_view timer_name();
 
-/// The two functions of io::Platform; the context is not used. idle_until() returns at once when `wake` is set; interrupts are on when it
-/// returns. Its timer is set only when none is set for an earlier or equal time, so it may return early. Without a timer it does not sleep.
+/// The same timer on a further processor, called there. Only where start_timer() has found one of the local APIC.
+Result<void> join_timer();
+
+/// The functions of io::Platform; the context says which processor's. platform_idle() returns at once when `wake` is set; interrupts are on when
+/// it returns. Its timer is set only when none is set for an earlier or equal time, so it may return early; `never`: until an interrupt. Without
+/// a timer it does not sleep.
+void* platform_context(u32 processor);
 Instant platform_now(void* context);
 void platform_idle(void* context, Instant until, const std::atomic<bool>& wake);
+/// Ends platform_idle() of that processor, by an interrupt; from another one.
+void platform_kick(void* context);
 
 } // namespace fl

@@ -6,6 +6,7 @@ import core.memory;
 import core.paging;
 import core.panic;
 import core.physical;
+import core.spinlock;
 import core.text;
 import core.machine.cpu;
 import core.machine.runtime;
@@ -34,6 +35,9 @@ constexpr u64 size_2m = 2_MiB;
 // Device registers stand at a fixed distance too, far from the direct map's 64 TiB.
 constexpr u64 mmio_map = 0xffffc00000000000;
 constexpr u64 map_span = u64{1} << 46;
+// Stacks of further processors, each with its guard page below.
+constexpr u64 stack_map = 0xffffe00000000000;
+constexpr u64 stack_map_end = stack_map + (u64{1} << 30);
 
 constinit MemoryLayout layout{};
 constinit FrameAllocator frame_allocator;
@@ -72,6 +76,9 @@ class KernelTables final : public TableMemory {
 
 constinit KernelTables tables;
 constinit AddressSpace space{tables};
+// Of the frames and the page tables. Mappings are only added while several processors run, so nobody has to forget anything.
+constinit SpinLock lock;
+constinit u64 next_stack = stack_map;
 
 // Control register and model-specific register bits [SDM-3 2.5, 2.2.1].
 constexpr u64 cr0_write_protect = 1 << 16;
@@ -146,11 +153,16 @@ Result<void> map_missing(u64 window, u64 physical, u64 size, Protection protecti
     return {};
 }
 
+Result<u64> allocate_frames(const FrameRequest& request) {
+    const Locked locked(lock);
+    return frame_allocator.allocate(request);
+}
+
 class FrameDma final : public DmaAllocator {
   public:
     Result<DmaSpan> allocate(u32 size, u64 limit) override {
         const u64 bytes = align_up<u64>(size, frame_size);
-        auto frame = frame_allocator.allocate({.frames = bytes / frame_size, .limit = limit});
+        auto frame = allocate_frames({.frames = bytes / frame_size, .limit = limit});
         if (!frame) {
             return frame.error();
         }
@@ -158,7 +170,10 @@ class FrameDma final : public DmaAllocator {
         std::memset(data, 0, bytes);
         return DmaSpan{data, *frame, static_cast<u32>(bytes)};
     }
-    void free(DmaSpan span) override { frame_allocator.free(span.bus, align_up<u64>(span.size, frame_size) / frame_size); }
+    void free(DmaSpan span) override {
+        const Locked locked(lock);
+        frame_allocator.free(span.bus, align_up<u64>(span.size, frame_size) / frame_size);
+    }
 };
 
 class DirectReader final : public PhysicalReader {
@@ -179,7 +194,7 @@ constinit DirectReader reader;
 std::span<std::byte> grow_heap(usize at_least) {
     constexpr u64 step = 128_KiB;
     const u64 bytes = align_up<u64>(std::max<u64>(at_least, step), frame_size);
-    const auto frame = frame_allocator.allocate({.frames = bytes / frame_size});
+    const auto frame = allocate_frames({.frames = bytes / frame_size});
     if (!frame) {
         return {};
     }
@@ -204,6 +219,7 @@ void start_memory(const MemoryLayout& given) {
 }
 
 Result<void> add_memory(std::span<const MemoryArea> areas) {
+    const Locked locked(lock);
     // A window to begin with: tables for the rest come out of it. Large pages only, so that the early tables suffice.
     for (const MemoryArea& area : areas) {
         frame_allocator.add(area.usable ? area.base : 0, area.usable ? area.size : 0);
@@ -265,6 +281,7 @@ DmaAllocator& dma_memory() { return dma; }
 PhysicalReader& physical_memory() { return reader; }
 
 Result<std::byte*> map_mmio(u64 physical, u64 size) {
+    const Locked locked(lock);
     if (auto mapped = map_missing(mmio_map, physical, size, {.write = true, .uncached = true}); !mapped) {
         return mapped.error();
     }
@@ -275,11 +292,66 @@ Result<std::byte*> map_physical(u64 physical, u64 size) {
     if (in_image(physical) && size <= image_size() - (physical - layout.image_physical)) {
         return reinterpret_cast<std::byte*>(physical - layout.image_physical + image_begin());
     }
+    const Locked locked(lock);
     if (auto mapped = map_missing(layout.direct_map, physical, size, {.write = true}); !mapped) {
         return mapped.error();
     }
     return reinterpret_cast<std::byte*>(layout.direct_map + physical);
 }
+
+Result<u64> map_stack(u64 size) {
+    const Locked locked(lock);
+    if (size > stack_map_end - next_stack - frame_size) {
+        return Error(Code::exhausted, "no address space left for another processor's stack");
+    }
+    auto frame = frame_allocator.allocate({.frames = size / frame_size});
+    if (!frame) {
+        return frame.error();
+    }
+    const u64 guard = next_stack;
+    if (auto mapped = space.map(guard + frame_size, *frame, size, {.write = true}); !mapped) {
+        frame_allocator.free(*frame, size / frame_size);
+        return mapped.error();
+    }
+    next_stack = guard + frame_size + size;
+    return guard;
+}
+
+Result<u64> open_start_page(void (*fill)(std::byte* page, u64 physical)) {
+    const Locked locked(lock);
+    // A startup IPI names a page below 1 MiB, and the old adapter area above 640 KiB is never memory [SDM-3 9.4.4.1].
+    auto frame = frame_allocator.allocate({.frames = 1, .floor = frame_size, .limit = 0xa0000});
+    if (!frame) {
+        return Error(Code::exhausted, "no free page below 640 KiB, where further processors start");
+    }
+    const u64 window = layout.direct_map + *frame;
+    std::memset(reinterpret_cast<void*>(window), 0, frame_size);
+    fill(reinterpret_cast<std::byte*>(window), *frame);
+    // Never writable and executable at once, not even by two names.
+    auto done = space.protect(window, frame_size, {});
+    if (done) {
+        done = space.map(*frame, *frame, frame_size, {.execute = true});
+    }
+    if (!done) {
+        static_cast<void>(space.protect(window, frame_size, {.write = true}));
+        frame_allocator.free(*frame, 1);
+        return done.error();
+    }
+    return *frame;
+}
+
+void close_start_page(u64 page, bool give_back) {
+    const Locked locked(lock);
+    if (!space.unmap(page, frame_size) || !give_back) {
+        return;
+    }
+    if (space.protect(layout.direct_map + page, frame_size, {.write = true})) {
+        frame_allocator.free(page, 1);
+    }
+}
+
+void forget_start_page(u64 page) { cpu::invalidate_page(page); }
+u64 page_table_root() { return space.root(); }
 
 u64 physical_of(const void* pointer) {
     const u64 address = address_of(pointer);
@@ -291,6 +363,12 @@ u64 physical_of(const void* pointer) {
     }
     if (address - layout.direct_map < map_span) {
         return address - layout.direct_map;
+    }
+    if (address - stack_map < stack_map_end - stack_map) {
+        const Locked locked(lock);
+        if (const auto there = space.find(address)) {
+            return there->physical;
+        }
     }
     panic("{:#x} has no physical address: it is neither in the image nor in the direct map", address);
 }

@@ -40,6 +40,18 @@ PhysicalReader& physical_memory();
 Result<std::byte*> map_mmio(u64 physical, u64 size);
 /// Memory (RAM, firmware's, or a page that a hypervisor puts somewhere), cached, writable, not executable, for good.
 Result<std::byte*> map_physical(u64 physical, u64 size);
+/// `size` bytes of memory, multiple of 4 KiB, above a page that stays unmapped: a stack. Gives the address of that page. For good.
+Result<u64> map_stack(u64 size);
+/// Where processors start: a page below 1 MiB that fill(page, its physical address) fills; then it is executable at its physical address and
+/// writable nowhere. Gives that address. One at a time.
+Result<u64> open_start_page(void (*fill)(std::byte* page, u64 physical));
+/// Takes the page out of the page tables again; the calling processor forgets it, others must with forget_start_page(). `give_back` false:
+/// nobody else gets the frame, because a processor may still be on its way through it.
+void close_start_page(u64 page, bool give_back);
+void forget_start_page(u64 page);
+/// Where the kernel's page tables begin; below 4 GiB wherever the image is.
+u64 page_table_root();
+
 /// The physical address behind something in the image, the direct map (so: the heap and DMA memory too) or map_mmio's area.
 u64 physical_of(const void* address);
 /// Bits of the kernel's page tables, for the log: "NX SMEP SMAP 1G".

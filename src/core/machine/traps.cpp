@@ -2,11 +2,15 @@ module core.machine.traps;
 import core.std;
 import core.log;
 import core.panic;
+import core.processor;
+import core.spinlock;
 import core.symbols;
 import core.text;
+import core.time;
 import core.verdict;
 import core.machine.cpu;
 import core.machine.exit;
+import core.machine.local;
 
 extern "C" {
 extern const std::byte image_text_begin[];
@@ -15,8 +19,8 @@ extern const std::byte image_symbols_begin[];
 extern const std::byte image_symbols_end[];
 extern const std::byte trap_stubs[];
 
-// Stacks for double faults; for NMI and machine checks; for faults that an overflowing stack may raise.
-constexpr fl::usize emergency_stack_size = 8192;
+// Stacks for double faults; for NMI and machine checks; for faults that an overflowing stack may raise. The boot processor's.
+constexpr fl::usize emergency_stack_size = fl::emergency_stacks_size / 3;
 alignas(16) [[gnu::section(".bss.pages")]] std::byte emergency_stacks[3][emergency_stack_size];
 }
 
@@ -66,17 +70,6 @@ struct Frame {
 };
 static_assert(sizeof(Frame) == 22 * 8);
 
-struct [[gnu::packed]] TaskState { // [SDM-3 8.7]
-    u32 reserved0;
-    u64 rsp[3];
-    u64 reserved1;
-    u64 ist[7];
-    u64 reserved2;
-    u16 reserved3;
-    u16 io_map;
-};
-static_assert(sizeof(TaskState) == 104);
-
 struct Gate { // [SDM-3 6.14.1]
     u16 offset_low;
     u16 selector;
@@ -98,19 +91,18 @@ constexpr u16 data_selector = 0x10;
 constexpr u16 task_selector = 0x18;
 constexpr u8 interrupt_gate = 0x8e;
 
-constinit TaskState task{};
-constinit std::array<u64, 5> descriptors{0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0, 0};
 alignas(16) constinit std::array<Gate, 256> gates{};
 constinit InterruptEntry interrupt_entry = nullptr;
-constinit u64 guard = 0;
-constinit u64 stack_bytes = 0;
-constinit bool reporting = false;
+constinit StopOthers stop_others = nullptr;
+// The processor that reports, and one; 0: none. The first one wins, and every other that comes here, of itself or by NMI, parks.
+constinit std::atomic<u32> reporter{0};
 
 u64 address_of(const void* p) { return reinterpret_cast<u64>(p); }
 bool in_text(u64 address) { return address >= address_of(image_text_begin) && address < address_of(image_text_end); }
 bool in_stack(u64 address) {
-    const bool main = address >= guard + 4096 && address < guard + 4096 + stack_bytes;
-    const bool emergency = address >= address_of(emergency_stacks) && address < address_of(emergency_stacks) + sizeof(emergency_stacks);
+    const Local& own = local();
+    const bool main = address >= own.stack_guard + 4096 && address < own.stack_guard + 4096 + own.stack_size;
+    const bool emergency = address >= own.emergency && address < own.emergency + emergency_stacks_size;
     return address % 8 == 0 && (main || emergency);
 }
 
@@ -178,10 +170,42 @@ void print_page_fault(log::Line& out, u64 error, u64 address) {
     const std::string_view access = (error & 16) != 0 ? "execute" : (error & 2) != 0 ? "write" : "read";
     const std::string_view why = (error & 8) != 0 ? "reserved bit set in a page table" : (error & 1) != 0 ? "not allowed there" : "not mapped";
     print(out, "  {} at {:016x}: {}", access, address, why);
-    if (address >= guard && address < guard + 4096) {
+    if (const u64 guard = local().stack_guard; address >= guard && address < guard + 4096) {
         print(out, ": the guard page, the kernel's stack has overflowed");
     }
     print(out, "\n");
+}
+
+[[noreturn]] void park() {
+    local().parked.store(true, std::memory_order_release); // partner: the acquire of the one that stops the others
+    for (;;) {
+        cpu::interrupts_off();
+        cpu::halt();
+    }
+}
+
+// One report at a time, readable. False: this processor was in the middle of one already.
+bool begin_report() {
+    const u32 me = this_processor() + 1;
+    u32 seen = 0;
+    // Relaxed is enough for the decision; what is reported is this processor's own.
+    if (!reporter.compare_exchange_strong(seen, me, std::memory_order_relaxed)) {
+        if (seen != me) {
+            park();
+        }
+        return false;
+    }
+    if (stop_others != nullptr) {
+        stop_others();
+    }
+    break_locks(); // what this processor itself holds is not waited for either
+    return true;
+}
+
+void print_processor(log::Line& out) {
+    if (stop_others != nullptr) {
+        print(out, " on processor {}", this_processor());
+    }
 }
 
 [[noreturn]] void report_exception(const Frame& f) {
@@ -189,6 +213,7 @@ void print_page_fault(log::Line& out, u64 error, u64 address) {
     log::Line out;
     print(out, "\nexception: {} (vector {}, error code {:#x}) in ", name, f.vector, f.error);
     print_place(out, f.rip);
+    print_processor(out);
     print(out, "\n");
     if (f.vector == page_fault) {
         print_page_fault(out, f.error, cpu::read_cr2());
@@ -207,11 +232,13 @@ void print_page_fault(log::Line& out, u64 error, u64 address) {
 
 [[noreturn]] void report_panic(std::string_view message) {
     cpu::interrupts_off();
-    if (std::exchange(reporting, true)) {
+    if (!begin_report()) {
         end_vm(Verdict::crash, message);
     }
     log::Line out;
-    print(out, "\npanic: {}\n", message);
+    print(out, "\npanic: {}", message);
+    print_processor(out);
+    print(out, "\n");
     print_backtrace(out, 0, reinterpret_cast<u64>(__builtin_frame_address(0)));
     end_vm(Verdict::crash, message);
 }
@@ -225,7 +252,12 @@ void set_gate(u32 vector, u8 stack) {
 } // namespace
 
 extern "C" [[noreturn]] void exception_raised(const Frame* frame) {
-    if (std::exchange(reporting, true)) {
+    constexpr u64 nmi = 2;
+    if (frame->vector == nmi && reporter.load(std::memory_order_relaxed) != 0 &&
+        reporter.load(std::memory_order_relaxed) != this_processor() + 1) {
+        park(); // sent by the processor that reports
+    }
+    if (!begin_report()) {
         end_vm(Verdict::crash, "a fault while another one was reported");
     }
     report_exception(*frame);
@@ -237,18 +269,19 @@ extern "C" void interrupt_raised(u32 vector) {
     }
 }
 
-void start_traps(u64 stack_guard, u64 stack_size) {
-    guard = stack_guard;
-    stack_bytes = stack_size;
-    for (u32 i = 0; i < 3; ++i) {
-        task.ist[i] = address_of(emergency_stacks[i]) + emergency_stack_size;
-    }
-    task.io_map = sizeof(TaskState);
-    const u64 base = address_of(&task);
-    descriptors[3] = (sizeof(TaskState) - 1) | (base & 0xffffff) << 16 | u64{0x89} << 40 | (base >> 24 & 0xff) << 56;
-    descriptors[4] = base >> 32;
+namespace {
 
-    const TablePointer gdt{sizeof(descriptors) - 1, address_of(descriptors.data())};
+// Descriptors, task state, GS and interrupt table of the calling processor.
+void load_tables(Local& own) {
+    for (u32 i = 0; i < 3; ++i) {
+        own.task.ist[i] = own.emergency + (i + 1) * emergency_stack_size;
+    }
+    own.task.io_map = sizeof(TaskState);
+    const u64 base = address_of(&own.task);
+    own.descriptors = {0, 0x00af9b000000ffff, 0x00cf93000000ffff,
+                       (sizeof(TaskState) - 1) | (base & 0xffffff) << 16 | u64{0x89} << 40 | (base >> 24 & 0xff) << 56, base >> 32};
+
+    const TablePointer gdt{sizeof(own.descriptors) - 1, address_of(own.descriptors.data())};
     asm volatile("lgdt %0\n"
                  "pushq %1\n"
                  "leaq 1f(%%rip), %%rax\n"
@@ -264,7 +297,15 @@ void start_traps(u64 stack_guard, u64 stack_size) {
                  "ltr %w3\n" ::"m"(gdt),
                  "i"(code_selector), "i"(data_selector), "r"(task_selector)
                  : "rax", "memory");
+    constexpr u32 gs_base = 0xc0000101; // [SDM-4 2.1]; after the selector, which clears it
+    cpu::write_msr(gs_base, address_of(&own));
+    const TablePointer idt{sizeof(gates) - 1, address_of(gates.data())};
+    asm volatile("lidt %0" ::"m"(idt));
+}
 
+} // namespace
+
+void start_traps(u64 stack_guard, u64 stack_size) {
     for (u32 vector = 0; vector < 256; ++vector) {
         set_gate(vector, 0);
     }
@@ -277,11 +318,26 @@ void start_traps(u64 stack_guard, u64 stack_size) {
     set_gate(12, fault_stack);
     set_gate(13, fault_stack);
     set_gate(page_fault, fault_stack);
-    const TablePointer idt{sizeof(gates) - 1, address_of(gates.data())};
-    asm volatile("lidt %0" ::"m"(idt));
+    Local& own = local_of(0);
+    own.stack_guard = stack_guard;
+    own.stack_size = stack_size;
+    own.emergency = address_of(emergency_stacks);
+    own.timer_at = never;
+    load_tables(own);
     set_panic_hook(report_panic);
 }
 
+void join_traps(u32 number, u64 stack_guard, u64 stack_size) {
+    Local& own = local_of(number);
+    own.number = number;
+    own.stack_guard = stack_guard;
+    own.stack_size = stack_size;
+    own.emergency = stack_guard + 4096 + stack_size;
+    own.timer_at = never;
+    load_tables(own);
+}
+
+void set_stop_others(StopOthers stop) { stop_others = stop; }
 void set_interrupt_entry(InterruptEntry entry) { interrupt_entry = entry; }
 
 namespace {

@@ -1,0 +1,44 @@
+// What each processor has of its own, at GS: its number first, where core.processor reads it.
+export module core.machine.local;
+import core.std;
+import core.processor;
+import core.time;
+
+export namespace fl {
+
+struct [[gnu::packed]] TaskState { // [SDM-3 8.7]
+    u32 reserved0;
+    u64 rsp[3];
+    u64 reserved1;
+    u64 ist[7];
+    u64 reserved2;
+    u16 reserved3;
+    u16 io_map;
+};
+static_assert(sizeof(TaskState) == 104);
+
+/// Zero until its processor starts; then written by that processor alone, but for `kicked` and `parked`, which others read. A cache line is
+/// never shared by two processors.
+struct alignas(128) Local {
+    u32 number; // at GS:0
+    u32 apic_id;
+    Instant timer_at; // when its timer will go off; `never`: it is not set. Interrupts are off when it is written
+    u64 interrupts_taken;
+    u64 interrupts_spurious;
+    u64 interrupts_unexpected;
+    u64 stack_guard; // the unmapped page below its stack
+    u64 stack_size;
+    u64 emergency;            // its stacks for faults, one behind the other
+    std::atomic<u64> kicked;  // kicks taken
+    std::atomic<bool> parked; // stopped for good by a panic
+    std::array<u64, 5> descriptors;
+    alignas(16) TaskState task;
+};
+static_assert(__builtin_offsetof(Local, number) == 0, "this_processor() reads it there");
+
+/// Of any processor; number < max_processors.
+Local& local_of(u32 number);
+/// Of this one.
+inline Local& local() { return local_of(this_processor()); }
+
+} // namespace fl

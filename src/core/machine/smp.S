@@ -1,0 +1,97 @@
+// Where a further processor begins: a copy of this page's code below 1 MiB, in real mode, CS = page / 16, IP = 0 [SDM-3 9.4.4]. The parameters are
+// filled in by smp.cpp (struct Parameters); every absolute address in them is one of the copy.
+.section .rodata.start, "a", @progbits
+.balign 16
+.global start_code_begin, start_code_end, start_parameters, start_gdt, start_protected, start_long
+.set GDT_POINTER, start_parameters - start_code_begin
+.set PROTECTED_POINTER, GDT_POINTER + 6
+.set LONG_POINTER, GDT_POINTER + 12
+.set CR3_VALUE, GDT_POINTER + 18
+.set CR4_VALUE, GDT_POINTER + 22
+.set EFER_VALUE, GDT_POINTER + 26
+.set CR0_VALUE, GDT_POINTER + 30
+.set ENTRY, GDT_POINTER + 34
+
+.code16
+start_code_begin:
+    cli
+    cld
+    movw %cs, %ax
+    movw %ax, %ds
+    xorl %ebx, %ebx
+    movw %ax, %bx
+    shll $4, %ebx                       // the page
+    lgdtl GDT_POINTER
+    movl $0x11, %eax                    // PE, ET: caches on, paging off
+    movl %eax, %cr0
+    ljmpl *PROTECTED_POINTER
+
+.code32
+start_protected:
+    movl $0x10, %eax
+    movl %eax, %ds
+    movl %eax, %es
+    movl %eax, %ss
+    movl CR4_VALUE(%ebx), %eax
+    movl %eax, %cr4
+    movl CR3_VALUE(%ebx), %eax
+    movl %eax, %cr3
+    movl $0xc0000080, %ecx              // EFER
+    movl EFER_VALUE(%ebx), %eax
+    xorl %edx, %edx
+    wrmsr
+    movl CR0_VALUE(%ebx), %eax          // PG and WP with it
+    movl %eax, %cr0
+    ljmpl *LONG_POINTER(%ebx)
+
+.code64
+start_long:
+    movq ENTRY(%rbx), %rax
+    jmp *%rax
+
+.balign 8
+start_gdt:
+    .quad 0
+    .quad 0x00af9b000000ffff            // 64-bit code
+    .quad 0x00cf93000000ffff            // data
+    .quad 0x00cf9b000000ffff            // 32-bit code
+start_parameters:
+    .skip 42
+start_code_end:
+
+// In the image. Whoever arrives here says by its APIC id whether it is the one that is meant, and takes the offer before the boot processor
+// withdraws it; anybody else rests.
+.section .text.processor_entry, "ax", @progbits
+.global processor_entry
+.type processor_entry, @function
+processor_entry:
+    xorl %eax, %eax
+    cpuid
+    cmpl $0xb, %eax
+    jb 1f
+    movl $0xb, %eax                     // extended topology: EDX is the whole x2APIC id, where EBX is not zero
+    xorl %ecx, %ecx
+    cpuid
+    testl $0xffff, %ebx
+    jz 1f
+    movl %edx, %esi
+    jmp 2f
+1:  movl $1, %eax
+    cpuid
+    shrl $24, %ebx
+    movl %ebx, %esi
+2:  cmpl %esi, start_offer + 4(%rip)
+    jne 3f
+    movl $1, %eax                       // Offer::offered
+    movl $2, %ecx                       // Offer::taken
+    lock cmpxchgl %ecx, start_offer(%rip)
+    jne 3f
+    movq start_offer + 8(%rip), %rsp
+    movq start_offer + 16(%rip), %rdi
+    xorl %ebp, %ebp                     // the last frame of every backtrace
+    call processor_main
+    ud2
+3:  cli
+    hlt
+    jmp 3b
+.size processor_entry, . - processor_entry
