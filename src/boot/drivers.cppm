@@ -13,6 +13,14 @@ import drivers.machine.ports;
 #ifdef FIRSTLIGHT_HV_XEN
 import drivers.xen_blk;
 #endif
+#ifdef FIRSTLIGHT_HV_HYPERV
+import core.dma;
+import core.memory;
+import core.machine.memory;
+import drivers.storvsc;
+import drivers.hv_util;
+import drivers.hv_balloon;
+#endif
 
 export namespace fl::boot {
 
@@ -46,6 +54,32 @@ inline constexpr std::array<SyntheticDriver<B>, 0> synthetic_drivers{};
 template <>
 inline constexpr std::array<SyntheticDriver<hv::Xen>, 1> synthetic_drivers<hv::Xen>{{
     {"xen_blk", "vbd", drivers::xen_blk::probe},
+}};
+#endif
+
+/// Synthetic devices that are no disks: no rule of the table names them, they are probed after the disks.
+template <class B>
+inline constexpr std::array<SyntheticDriver<B>, 0> service_drivers{};
+
+#ifdef FIRSTLIGHT_HV_HYPERV
+template <>
+inline constexpr std::array<SyntheticDriver<hv::HyperV>, 2> synthetic_drivers<hv::HyperV>{{
+    {"storvsc", drivers::storvsc::scsi_class, drivers::storvsc::probe},
+    {"storvsc", drivers::storvsc::ide_class, drivers::storvsc::probe},
+}};
+
+inline io::Task<Result<void>> probe_balloon(drivers::Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device) {
+    static constinit u64 total = 0; // pages that the kernel could still give when it began to report
+    total = frames().free_bytes() / frame_size;
+    const drivers::hv_balloon::Memory memory{dma_memory(), [] { return total; }, [] { return frames().free_bytes() / frame_size; }};
+    return drivers::hv_balloon::probe(environment, hyperv, device, memory);
+}
+template <>
+inline constexpr std::array<SyntheticDriver<hv::HyperV>, 4> service_drivers<hv::HyperV>{{
+    {"hv_util", drivers::hv_util::shutdown_class, drivers::hv_util::probe},
+    {"hv_util", drivers::hv_util::heartbeat_class, drivers::hv_util::probe},
+    {"hv_util", drivers::hv_util::time_sync_class, drivers::hv_util::probe},
+    {"hv_balloon", drivers::hv_balloon::balloon_class, probe_balloon},
 }};
 #endif
 

@@ -27,6 +27,7 @@ import core.machine.smp;
 import core.machine.traps;
 import io.task;
 import io.executor;
+import io.shutdown;
 import io.run_on;
 import hv.list;
 import hv.machine.detect;
@@ -40,6 +41,7 @@ import boot.options;
 import boot.disks;
 import boot.drivers;
 import boot.jobs;
+import boot.shutdown;
 
 namespace fl::boot {
 
@@ -273,10 +275,16 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     }
     boot_record(info, sightings, B::name, first_probe);
     log::info("devices: {} synthetic, {} PCI functions", synthetic.count, pci.count);
+    // Both stay: a host may add disks, and ask for the end, as long as the machine runs.
+    static io::Shutdown shutdown(executor);
+    static constinit std::array<std::optional<Disks::Port>, drivers::Plan::max_drivers + 1> ports{};
+    usize used_ports = 0;
+    const auto environment_of = [&](std::string_view driver) {
+        return drivers::Environment{executor, dma_memory(), interrupts(), ports[used_ports++].emplace(disks, driver), options.timeout,
+                                    options.withheld_features, executors().all(), &shutdown};
+    };
     for (std::string_view name : plan.drivers()) {
-        Disks::Port port(disks, name);
-        drivers::Environment environment{executor,         dma_memory(), interrupts(), port, options.timeout, options.withheld_features,
-                                         executors().all()};
+        drivers::Environment environment = environment_of(name);
         for (const PciDriver& driver : pci_drivers) {
             if (driver.name == name) {
                 CO_CHECK(co_await probe_pci(environment, driver, pci));
@@ -288,7 +296,14 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
             }
         }
     }
-    Result<Outcome> outcome = co_await run_job(options, disks, {executor, dma_memory(), heap_allocations, executors().all()});
+    if constexpr (service_drivers<B>.size() != 0) {
+        drivers::Environment environment = environment_of("services");
+        for (const auto& driver : service_drivers<B>) {
+            CO_CHECK(co_await probe_synthetic(environment, driver, backend, synthetic));
+        }
+    }
+    Result<Outcome> outcome =
+        co_await run_until_shutdown(options, disks, {executor, dma_memory(), heap_allocations, executors().all()}, shutdown);
     if (outcome && table.wrong() != 0 && outcome->verdict == Verdict::success) {
         outcome->verdict = Verdict::error;
         outcome->reason.clear();

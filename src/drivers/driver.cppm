@@ -8,6 +8,7 @@ import core.dma;
 import core.interrupt;
 import io.executor;
 import io.block;
+import io.shutdown;
 
 export namespace fl::drivers {
 
@@ -41,6 +42,8 @@ struct Environment {
     /// One executor per processor that runs, index = processor, the first one is `executor`; empty: there is one processor. Work gets to another
     /// one through Executor::post or io::run_on.
     std::span<io::Executor* const> executors{};
+    /// Where a driver says that somebody asks for an orderly end; nullptr: nobody would listen.
+    io::Shutdown* shutdown = nullptr;
 
     bool allows(Feature feature) const { return (withheld_features & to_underlying(feature)) == 0; }
 };

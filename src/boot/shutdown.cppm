@@ -1,0 +1,19 @@
+// The job, and an orderly end before it is done: when somebody outside asks for one (io.shutdown), the job is given up, the disks are brought to
+// rest, and the machine ends with a verdict of its own. Portable: the tests run it on disks in memory.
+export module boot.shutdown;
+import core.std;
+import core.result;
+import core.time;
+import io.task;
+import io.shutdown;
+import boot.options;
+import boot.disks;
+export import boot.jobs;
+
+export namespace fl::boot {
+
+/// run_job(), unless `shutdown` is asked for first: then what the job waits for is given up, every disk is flushed, and who asked is told. An
+/// end that leaves every disk at rest is a success.
+io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks& disks, JobServices services, io::Shutdown& shutdown);
+
+} // namespace fl::boot

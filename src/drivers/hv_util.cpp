@@ -1,0 +1,146 @@
+module;
+#include "core/try.hpp"
+module drivers.hv_util;
+import core.std;
+import core.result;
+import core.time;
+import core.log;
+import core.wall_clock;
+import io.executor;
+import io.task;
+import io.shutdown;
+import hv.hyperv;
+import drivers.driver;
+
+namespace fl::drivers::hv_util {
+
+using hv::hyperv::Offer;
+using hv::hyperv::Vmbus;
+
+io::Task<Result<void>> Utility::connect(Offer offer) {
+    CO_CHECK(co_await bus_.open(channel_, offer, {.send_bytes = ring_bytes, .receive_bytes = ring_bytes, .may_defer = false}));
+    inbox_.emplace(channel_, environment_.executor);
+    co_return keeper_.spawn(serve());
+}
+
+io::Task<Result<void>> Utility::serve() {
+    Result<void> result;
+    while (result && !channel_.rescinded()) {
+        static_cast<void>(co_await inbox_->wait(never));
+        for (;;) {
+            hv::hyperv::Packet packet;
+            const auto got = channel_.receive(packet);
+            if (!got) {
+                result = got.error();
+                break;
+            }
+            if (!*got) {
+                break;
+            }
+            if (packet.type != hv::hyperv::PacketType::inband) {
+                continue; // an answer to something that we did not ask
+            }
+            const usize bytes = packet.payload.size();
+            std::memcpy(message_.data(), packet.payload.data(), bytes); // the channel's copy lasts only until the next packet
+            result = co_await take(std::span(message_).first(bytes), packet.transaction);
+            if (!result) {
+                break;
+            }
+        }
+        channel_.release();
+    }
+    if (!result) {
+        log::error("hv_util: {}: closed: {}", service_.kind(), result.error());
+    } else {
+        log::info("hv_util: {}: the host has taken the service away", service_.kind());
+    }
+    inbox_.reset();
+    co_return co_await bus_.close(channel_);
+}
+
+io::Task<Result<void>> Utility::take(std::span<std::byte> message, u64 transaction) {
+    const bool negotiated = service_.negotiated();
+    CO_TRY(const Service::Action action, service_.answer(message));
+    if (!negotiated && service_.negotiated()) {
+        log::info("hv_util: {}: framework {}.{}, version {}.{}", service_.kind(), service_.framework_version().major,
+                  service_.framework_version().minor, service_.message_version().major, service_.message_version().minor);
+    }
+    if (action == Service::Action::set_clock) {
+        set_clock();
+    }
+    const bool ends = action == Service::Action::shut_down;
+    if (ends) {
+        log::info("hv_util: the host asks for a shutdown");
+        bool good = false;
+        if (environment_.shutdown != nullptr) {
+            environment_.shutdown->ask("the host");
+            good = co_await environment_.shutdown->rested(after(environment_.executor.now(), 4 * environment_.timeout)) &&
+                   environment_.shutdown->at_rest();
+        }
+        if (!good) {
+            Service::refuse(message);
+        }
+    }
+    const auto sent = channel_.send_inband(message, transaction);
+    static_cast<void>(channel_.publish());
+    if (ends && environment_.shutdown != nullptr) {
+        environment_.shutdown->answered();
+    }
+    if (sent == hv::hyperv::Sent::broken) {
+        co_return channel_.broken().value_or(Error{Code::protocol, "the channel is broken"});
+    }
+    if (sent != hv::hyperv::Sent::queued) { // the host does not read what it asked for
+        log::warning("hv_util: {}: an answer found no room and was dropped", service_.kind());
+    }
+    co_return Result<void>{};
+}
+
+void Utility::set_clock() {
+    const Instant now = environment_.executor.now();
+    const UnixNanoseconds host = service_.host_time().unix_ns;
+    const auto ours = wall_clock(now);
+    set_wall_clock(now, host);
+    if (!std::exchange(clock_told_, true)) {
+        const CivilTime t = civil_time(host);
+        log::info("hv_util: the host's time is {}-{:02}-{:02} {:02}:{:02}:{:02} UTC", t.year, t.month, t.day, t.hour, t.minute, t.second);
+    }
+    if (ours && !std::exchange(difference_told_, true)) {
+        const bool behind = host > *ours;
+        log::info("hv_util: the clock was {} us {} the host's", (behind ? host - *ours : *ours - host) / 1000, behind ? "behind" : "before");
+    }
+}
+
+io::Task<Result<Utility*>> attach(Environment& environment, Vmbus& bus, Offer offer) {
+    std::optional<Kind> kind;
+    for (const Kind k : {Kind::shutdown, Kind::heartbeat, Kind::time_sync}) {
+        if (offer.type.text() == class_of(k)) {
+            kind = k;
+        }
+    }
+    if (!kind) {
+        co_return Error{Code::not_supported, "not an integration service that this driver knows"};
+    }
+    auto* utility = new (std::nothrow) Utility(environment, bus, *kind); // lives until the machine ends
+    if (utility == nullptr) {
+        co_return Error{Code::exhausted, "no memory for an integration service"};
+    }
+    if (auto connected = co_await utility->connect(offer); !connected) {
+        delete utility;
+        co_return connected.error();
+    }
+    co_return utility;
+}
+
+io::Task<Result<void>> probe(Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device) {
+    const auto offer = hyperv.vmbus().find(device.number);
+    if (!offer) {
+        co_return Error{Code::device_gone, "the service's channel is gone already"};
+    }
+    const auto attached = co_await attach(environment, hyperv.vmbus(), *offer);
+    if (!attached) {
+        co_return attached.error();
+    }
+    co_return Result<void>{};
+}
+
+} // namespace fl::drivers::hv_util

@@ -1,0 +1,52 @@
+// Hyper-V's integration services as channels [hv-ic]: shutdown, heartbeat, time synchronisation. What is said is drivers.hv_util.service's.
+export module drivers.hv_util;
+import core.std;
+import core.result;
+import core.time;
+import core.dma;
+import io.executor;
+import io.task;
+import hv.hyperv;
+import drivers.driver;
+export import drivers.hv_util.service;
+
+export namespace fl::drivers::hv_util {
+
+inline constexpr std::string_view driver_name = "hv_util";
+
+/// One service with its channel. Lives until the machine ends.
+class Utility {
+  public:
+    static constexpr u32 ring_bytes = 16 * 1024; // of packets, each direction
+
+    Utility(Environment& environment, hv::hyperv::Vmbus& bus, Kind kind)
+        : environment_(environment), bus_(bus), service_(kind), keeper_(environment.executor) {}
+    Utility(const Utility&) = delete;
+    Utility& operator=(const Utility&) = delete;
+
+    /// Opens the channel; from then on the host is answered.
+    io::Task<Result<void>> connect(hv::hyperv::Offer offer);
+    const Service& service() const { return service_; }
+
+  private:
+    io::Task<Result<void>> serve();
+    io::Task<Result<void>> take(std::span<std::byte> message, u64 transaction);
+    void set_clock();
+
+    Environment environment_;
+    hv::hyperv::Vmbus& bus_;
+    Service service_;
+    hv::hyperv::Channel channel_;
+    std::optional<hv::hyperv::Inbox> inbox_;
+    bool clock_told_ = false;
+    bool difference_told_ = false;
+    alignas(8) std::array<std::byte, hv::hyperv::Channel::receive_max> message_;
+    io::TaskGroup keeper_; // ends before what it uses
+};
+
+/// Opens the channel of one service. The device's type says which.
+io::Task<Result<void>> probe(Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device);
+/// The same for a bus without its backend; the service stays, and is given.
+io::Task<Result<Utility*>> attach(Environment& environment, hv::hyperv::Vmbus& bus, hv::hyperv::Offer offer);
+
+} // namespace fl::drivers::hv_util
