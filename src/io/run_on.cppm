@@ -16,8 +16,10 @@ class Errand {
 
   protected:
     explicit Errand(Executor& there) : there_(there) {}
-    /// A task still under way is destroyed on its own processor before this returns, with all it waits for.
-    ~Errand() {
+    ~Errand() = default;
+    /// A task still under way is destroyed on its own processor before this returns, with all it waits for. First thing in the destructor of what
+    /// holds the task and its value.
+    void settle() {
         if (under_way_) {
             abandon();
         }
@@ -72,6 +74,7 @@ template <class T>
 class [[nodiscard]] RunOn final : Errand {
   public:
     RunOn(Executor& there, Task<T> task) : Errand(there), task_(std::move(task)) {}
+    ~RunOn() { settle(); }
 
     bool await_ready() const { return false; }
     bool await_suspend(std::coroutine_handle<> waiting) {
