@@ -1,0 +1,314 @@
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <gtest/gtest.h>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import core.interrupt;
+import core.log;
+import core.cpuid;
+import core.processor;
+import io.executor;
+import io.task;
+import io.block;
+import hv.hyperv;
+
+#include "unit/io_support.hpp"
+
+#include "unit/hv/hyperv_fake.hpp"
+
+namespace {
+using namespace fl;
+using namespace fl::hv::hyperv;
+
+TEST(HyperVBackend, TellsItsIdentityBeforeTheHypercallPage) {
+    fake::Machine m;
+    ASSERT_TRUE(m.install());
+    ASSERT_GE(m.host.writes.size(), 2u);
+    EXPECT_EQ(m.host.writes[0].first, 0x40000000u);
+    EXPECT_NE(m.host.writes[0].second, 0u);
+    EXPECT_EQ(m.host.writes[0].second >> 63, 1u);
+    EXPECT_EQ(m.host.writes[1].first, 0x40000001u);
+    EXPECT_EQ(m.host.writes[1].second, reinterpret_cast<u64>(fake::Host::page) | 1);
+}
+
+TEST(HyperVBackend, LivesAtEveryBase) {
+    for (const u32 base : {0x40000000u, 0x40000100u}) {
+        fake::Machine m(base);
+        EXPECT_TRUE(hv::HyperV::recognises(m.sightings));
+        EXPECT_TRUE(m.up()) << std::hex << base;
+    }
+}
+
+TEST(HyperVBackend, WithoutHypercallsThereIsNothingToInstall) {
+    fake::Machine m(0x40000000, 0xe7f & ~(1u << 5));
+    const auto installed = m.install();
+    ASSERT_FALSE(installed);
+    EXPECT_EQ(installed.error().code, Code::not_supported);
+}
+
+TEST(HyperVBackend, SynicIsSetUpAsTheSpecificationHasIt) {
+    fake::Machine m;
+    ASSERT_TRUE(m.start());
+    EXPECT_EQ(m.host.msrs[0x40000083] & 1, 1u) << "message page";
+    EXPECT_EQ(m.host.msrs[0x40000082] & 1, 1u) << "event page";
+    EXPECT_NE(m.host.msrs[0x40000083] & ~u64{0xfff}, m.host.msrs[0x40000082] & ~u64{0xfff});
+    EXPECT_EQ(m.host.msrs[0x40000080] & 1, 1u) << "control";
+    EXPECT_EQ(m.host.msrs[0x40000092], 0x41u | 1u << 17) << "SINT2: vector, auto-EOI, not masked";
+    EXPECT_FALSE(m.host.interrupts.eoi);
+    EXPECT_EQ(m.guest.synic().vp_index(0), 7u);
+}
+
+TEST(HyperVBackend, NoAutoEoiWhereTheHostAdvisesAgainstIt) {
+    fake::Machine m(0x40000000, 0xe7f, 1u << 9);
+    ASSERT_TRUE(m.start());
+    EXPECT_EQ(m.host.msrs[0x40000092], 0x41u);
+    EXPECT_TRUE(m.host.interrupts.eoi);
+}
+
+TEST(HyperVBackend, WithoutSynicItIsAClock) {
+    fake::Machine m(0x40000000, 0xe7f & ~(1u << 2));
+    ASSERT_TRUE(m.start());
+    EXPECT_FALSE(m.guest.has_bus());
+    hv::DeviceList list;
+    EXPECT_TRUE(m.enumerate(list));
+    EXPECT_EQ(list.count, 0u);
+    EXPECT_TRUE(m.guest.tsc_hz());
+    EXPECT_TRUE(m.host.posted.empty());
+}
+
+TEST(HyperVBackend, TheFrequencyComesFromItsRegisterElseFromThePage) {
+    {
+        fake::Machine m;
+        m.host.msrs[0x40000022] = 2'600'000'000;
+        ASSERT_TRUE(m.install());
+        EXPECT_EQ(m.guest.tsc_hz(), 2'600'000'000u);
+        EXPECT_EQ(m.guest.clock_name(), "Hyper-V frequency register");
+    }
+    {
+        fake::Machine m(0x40000000, 0xe7f & ~(1u << 11));
+        ASSERT_TRUE(m.install());
+        ASSERT_TRUE(m.guest.tsc_hz());
+        EXPECT_NEAR(static_cast<double>(*m.guest.tsc_hz()), 2e9, 2e3);
+        EXPECT_EQ(m.guest.clock_name(), "Hyper-V reference TSC");
+    }
+    {
+        fake::Machine m(0x40000000, 0xe7f & ~(1u << 11));
+        m.host.tsc_sequence = 0; // not valid
+        ASSERT_TRUE(m.install());
+        EXPECT_FALSE(m.guest.tsc_hz());
+    }
+}
+
+TEST(HyperVClock, PageAndCounterTellTheSameKindOfTime) {
+    fake::Machine m;
+    m.host.tsc_offset = 500;
+    ASSERT_TRUE(m.install());
+    EXPECT_TRUE(m.guest.clock().page_valid());
+    // One second at 2 GHz is 10^7 units of 100 ns.
+    EXPECT_NEAR(static_cast<double>(*m.guest.clock().now(2'000'000'000)), 1e7 + 500, 20);
+
+    fake::Machine without;
+    without.host.tsc_sequence = 0;
+    ASSERT_TRUE(without.install());
+    EXPECT_FALSE(without.guest.clock().page_valid());
+    EXPECT_EQ(without.guest.clock().now(2'000'000'000), 1010u) << "the counter's register";
+}
+
+TEST(HyperVClock, ScalesThatAreNoFrequencies) {
+    EXPECT_FALSE(frequency_of_scale(0));
+    EXPECT_FALSE(frequency_of_scale(1));
+    EXPECT_FALSE(frequency_of_scale(~u64{0}));
+    ASSERT_TRUE(frequency_of_scale(0x0147ae147ae147ae));
+    EXPECT_NEAR(static_cast<double>(*frequency_of_scale(0x0147ae147ae147ae)), 2e9, 2);
+}
+
+TEST(HyperVSynic, MessagesAreCopiedEndedAndKeptInOrder) {
+    fake::Machine m;
+    ASSERT_TRUE(m.start());
+    Synic& synic = m.guest.synic();
+    for (u32 i = 0; i < 10; ++i) {
+        m.host.send(fake::Host::message(100 + i, {i}));
+    }
+    m.host.interrupt();
+    SynicMessage message;
+    for (u32 i = 0; i < 10; ++i) {
+        ASSERT_TRUE(synic.next(message)) << i;
+        EXPECT_EQ(message.size, 12u);
+        u32 type;
+        std::memcpy(&type, message.payload.data(), 4);
+        EXPECT_EQ(type, 100 + i);
+    }
+    EXPECT_FALSE(synic.next(message));
+    EXPECT_EQ(m.host.eoms, 9u) << "only where another one waited";
+}
+
+TEST(HyperVSynic, AFullQueueLosesNothing) {
+    fake::Machine m;
+    ASSERT_TRUE(m.start());
+    constexpr u32 many = Synic::queue_length * 3;
+    for (u32 i = 0; i < many; ++i) {
+        m.host.send(fake::Host::message(100 + i, {}));
+    }
+    m.host.interrupt();
+    SynicMessage message;
+    for (u32 i = 0; i < many; ++i) {
+        ASSERT_TRUE(m.guest.synic().next(message)) << i;
+        u32 type;
+        std::memcpy(&type, message.payload.data(), 4);
+        ASSERT_EQ(type, 100 + i);
+        m.host.interrupt();
+    }
+    EXPECT_FALSE(m.guest.synic().next(message));
+}
+
+TEST(HyperVSynic, WorksWithInterruptsOff) {
+    fake::Machine m;
+    ASSERT_TRUE(m.start());
+    m.host.interrupts_on = false;
+    m.host.send(fake::Host::message(5, {}));
+    SynicMessage message;
+    EXPECT_TRUE(m.guest.synic().next(message));
+}
+
+TEST(HyperVSynic, EventsAreCountedForTheirChannel) {
+    fake::Machine m;
+    ASSERT_TRUE(m.up());
+    m.guest.synic().watch(1000);
+    m.host.raise(3);
+    m.host.raise(1000);
+    m.host.raise(1000);
+    EXPECT_EQ(m.guest.synic().events(3).load(), 1u);
+    EXPECT_EQ(m.guest.synic().events(1000).load(), 2u);
+    EXPECT_EQ(m.guest.synic().events(1001).load(), 0u);
+}
+
+TEST(HyperVSynic, StrayMessagesAreDroppedAndCounted) {
+    fake::Machine m;
+    ASSERT_TRUE(m.start());
+    m.host.send(fake::Host::message(5, {}));
+    const u32 type = 0x12345;
+    std::memcpy(m.host.slot(), &type, 4);
+    m.host.interrupt();
+    SynicMessage message;
+    EXPECT_FALSE(m.guest.synic().next(message));
+    EXPECT_EQ(m.guest.synic().stray(), 1u);
+    u32 now;
+    std::memcpy(&now, m.host.slot(), 4);
+    EXPECT_EQ(now, 0u) << "the slot is free for the next one";
+}
+
+TEST(HyperVSynic, AnotherProcessorJoinsAndLeaves) {
+    fake::Machine m;
+    ASSERT_TRUE(m.start());
+    set_this_processor(3);
+    m.host.msrs[0x40000002] = 9;
+    const u64 first = m.host.msrs[0x40000083];
+    io::Executor other(m.clock.platform());
+    ASSERT_TRUE(m.guest.join(3, other));
+    EXPECT_TRUE(m.guest.synic().enabled(3));
+    EXPECT_EQ(m.guest.synic().vp_index(3), 9u);
+    EXPECT_NE(m.host.msrs[0x40000083], first) << "pages of its own";
+    m.guest.synic().watch(5);
+    m.host.version = 0x00050003;
+    m.host.raise(5);
+    EXPECT_EQ(m.guest.synic().events(5).load(), 1u);
+    m.guest.leave(3);
+    EXPECT_EQ(m.host.msrs[0x40000083] & 1, 0u);
+    EXPECT_EQ(m.host.msrs[0x40000092] >> 16 & 1, 1u) << "masked";
+    EXPECT_FALSE(m.guest.synic().enabled(3));
+    set_this_processor(0);
+}
+
+TEST(HyperVTimer, DirectAndByMessage) {
+    static int fired;
+    fired = 0;
+    const auto handler = [](void*) { ++fired; };
+    {
+        fake::Machine m;
+        ASSERT_TRUE(m.start());
+        ASSERT_TRUE(m.guest.timer_offered());
+        ASSERT_TRUE(m.guest.start_timer(handler, nullptr));
+        EXPECT_EQ(m.host.msrs[0x400000b0], 1u << 12 | u64{0x41} << 4 | 1u << 3) << "direct, vector, enabled by a count";
+        m.guest.arm_timer(1'000'000);
+        EXPECT_EQ(m.host.msrs[0x400000b1], 1010u + 10'000u) << "absolute, in 100 ns";
+    }
+    {
+        fake::Machine m;
+        m.cpuid.leaves[0].value.edx &= ~(1u << 19);
+        ASSERT_TRUE(m.start());
+        ASSERT_TRUE(m.guest.start_timer(handler, nullptr));
+        EXPECT_EQ(m.host.msrs[0x400000b0], u64{2} << 16 | 1u << 3) << "by SINT2";
+        m.host.send(fake::Host::message(0, {}));
+        const u32 type = 0x80000010;
+        std::memcpy(m.host.slot(), &type, 4);
+        m.host.interrupt();
+        EXPECT_EQ(fired, 1);
+    }
+}
+
+TEST(HyperVPower, CrashTellsTheTextWhereTheHostTakesOne) {
+    {
+        fake::Machine m;
+        m.host.msrs[0x40000105] = u64{3} << 62;
+        ASSERT_TRUE(m.install());
+        EXPECT_EQ(m.guest.crash("page fault in nobody").code, Code::not_supported) << "it returns: the host did not end the machine";
+        EXPECT_EQ(m.host.msrs[0x40000105], u64{3} << 62);
+        EXPECT_EQ(m.host.msrs[0x40000104], 20u);
+        EXPECT_EQ(std::string_view(reinterpret_cast<const char*>(m.host.msrs[0x40000103]), 20), "page fault in nobody");
+    }
+    {
+        fake::Machine m;
+        m.host.msrs[0x40000105] = u64{1} << 63;
+        ASSERT_TRUE(m.install());
+        static_cast<void>(m.guest.crash("x"));
+        EXPECT_EQ(m.host.msrs[0x40000105], u64{1} << 63);
+        EXPECT_EQ(m.host.msrs[0x40000103], 0u);
+    }
+}
+
+TEST(HyperVPower, RebootsByTheRegister) {
+    fake::Machine m(0x40000000, 0xe7f | 1u << 7);
+    ASSERT_TRUE(m.install());
+    static_cast<void>(m.guest.reboot());
+    EXPECT_EQ(m.host.msrs[0x40000003], 1u);
+    fake::Machine without(0x40000000, 0xe7f & ~(1u << 7));
+    ASSERT_TRUE(without.install());
+    EXPECT_EQ(without.guest.reboot().code, Code::not_supported);
+}
+
+TEST(HyperVBackend, UninstallLeavesNothingBehind) {
+    fake::Machine m;
+    ASSERT_TRUE(m.up());
+    m.guest.uninstall();
+    EXPECT_EQ(m.host.of(16).size(), 1u) << "unload";
+    for (const u32 number : {0x40000083u, 0x40000082u, 0x40000080u, 0x40000021u, 0x40000001u}) {
+        EXPECT_EQ(m.host.msrs[number] & 1, 0u) << std::hex << number;
+    }
+    EXPECT_EQ(m.host.msrs[0x40000000], 0u);
+    const usize writes = m.host.writes.size();
+    m.guest.uninstall();
+    EXPECT_EQ(m.host.of(16).size(), 1u) << "once";
+    EXPECT_LE(m.host.writes.size(), writes + 2);
+}
+
+TEST(HyperVBackend, UninstallDoesNotWaitForEver) {
+    fake::Machine m;
+    ASSERT_TRUE(m.up());
+    m.host.answers_unload = false;
+    m.clock.step = 10'000;
+    const Instant before = m.clock.time;
+    m.guest.uninstall();
+    EXPECT_LT(m.clock.time - before, 2'000'000'000u);
+}
+
+} // namespace
