@@ -1,0 +1,348 @@
+// The test host's course: command line, machine, kernel, disks; then this thread is the I/O thread.
+#include "acpi/dsdt.hpp"
+#include "command_line.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <charconv>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+#include <vector>
+
+import core.std;
+import core.result;
+import host.faults;
+import host.services;
+import host.storvsp;
+import host.vmbus;
+import vmm.acpi;
+import vmm.bus;
+import vmm.image;
+import vmm.loader;
+import vmm.machine;
+
+namespace fl::vmm {
+namespace {
+
+/// The reason in one line on standard error, with what the error carries, and out.
+[[noreturn]] void give_up(ExitCode code, const std::string& what, const Error& error) {
+    std::string text = "firstlight-testhost: " + what + std::string(error.message);
+    if (error.has_values) {
+        text += " (expected " + std::to_string(error.expected) + ", seen " + std::to_string(error.seen) + ")";
+    }
+    std::fprintf(stderr, "%s\n", text.c_str());
+    std::exit(static_cast<int>(code));
+}
+
+template <class T>
+T expect(Result<T> result, ExitCode code, const std::string& what) {
+    if (!result) {
+        give_up(code, what, result.error());
+    }
+    return *std::move(result);
+}
+
+void load(Machine& machine, const Options& options) {
+    const auto dsdt = std::as_bytes(std::span{firstlight_dsdt, firstlight_dsdt_end});
+    Payload payload{.command_line = options.append};
+    payload.rsdp = expect(write_acpi(machine.memory(), dsdt, options.processors), ExitCode::host, "ACPI: ");
+    const auto kernel = expect(whole_file(options.kernel), ExitCode::input, options.kernel + ": ");
+    if (!options.module.empty()) {
+        payload.module = expect(whole_file(options.module), ExitCode::input, options.module + ": ");
+    }
+    const auto entry = is_elf(kernel)       ? load_pvh(machine.memory(), kernel, payload)
+                       : is_bzimage(kernel) ? load_bzimage(machine.memory(), kernel, payload)
+                                            : Result<Entry>{Error{Code::bad_argument, "neither an ELF nor a bzImage"}};
+    const Entry start = expect(entry, ExitCode::input, options.kernel + ": ");
+    if (const auto prepared = machine.prepare(start); !prepared) {
+        give_up(ExitCode::host, "", prepared.error());
+    }
+}
+
+/// The images by file name: a file that is named twice is one image.
+class Images {
+  public:
+    Image& open(const std::string& file, bool read_only) {
+        auto& image = images_[file];
+        if (!image) {
+            image = expect(Image::open(file, read_only), ExitCode::input, file + ": ");
+        }
+        return *image;
+    }
+    host::BlockStore& store(const std::string& file, bool read_only) {
+        return *stores_.emplace_back(std::make_unique<ImageStore>(open(file, read_only), read_only));
+    }
+
+  private:
+    std::map<std::string, std::unique_ptr<Image>> images_;
+    std::vector<std::unique_ptr<ImageStore>> stores_;
+};
+
+/// "6.2" as 0x0602.
+u16 storage_version_of(const std::string& text) {
+    u32 major = 0;
+    u32 minor = 0;
+    const char* const end = text.data() + text.size();
+    const auto first = std::from_chars(text.data(), end, major);
+    const bool good = first.ec == std::errc{} && first.ptr != end && *first.ptr == '.';
+    if (!good || std::from_chars(first.ptr + 1, end, minor).ptr != end || major > 255 || minor > 255) {
+        give_up(ExitCode::usage, "--storage-versions " + text + ": ", Error{Code::bad_argument, "MAJOR.MINOR was expected, as in 6.2"});
+    }
+    return host::storage_version(static_cast<u8>(major), static_cast<u8>(minor));
+}
+
+host::ServerConfig server_config(const Options& options) {
+    host::ServerConfig config;
+    config.processors = options.processors;
+    config.maximum_version = options.version;
+    config.monitor_pages = options.monitor_pages;
+    config.verbose = options.verbose;
+    if (!options.fault.empty()) {
+        config.fault = expect(host::parse_fault(options.fault), ExitCode::usage, "--fault " + options.fault + ": ");
+    }
+    return config;
+}
+
+/// Puts all disks on the bus. The last SCSI disk is the one that comes and goes: with a reason to come later it is left out here.
+MovingDisk add_disks(Bus& bus, Images& images, const Options& options) {
+    const bool comes_later = options.hot_add > 0 || !options.add_marker.empty();
+    host::StorageConfig config;
+    config.sub_channels = static_cast<u16>(options.sub_channels);
+    config.maximum_transfer = options.transfer;
+    if (!options.storage_versions.empty()) {
+        config.versions.clear();
+        std::ranges::transform(options.storage_versions, std::back_inserter(config.versions), storage_version_of);
+    }
+    std::map<u32, std::vector<host::LunConfig>> controllers;
+    const DiskOption* last = nullptr;
+    for (const DiskOption& disk : options.disks) {
+        last = disk.ide ? last : &disk;
+    }
+    MovingDisk moving;
+    for (const DiskOption& disk : options.disks) {
+        host::LunConfig lun;
+        lun.lun = static_cast<u8>(disk.ide ? 0 : disk.lun);
+        lun.store = &images.store(disk.file, disk.read_only);
+        lun.block_size = disk.sector;
+        lun.serial = (disk.ide ? "FLIDE" : "FLSCSI") + std::to_string(disk.controller * 64 + disk.lun);
+        if (disk.ide) {
+            config.number = disk.position;
+            bus.add(host::StorageDevice::ide(static_cast<u8>(disk.position / 2), static_cast<u8>(disk.position % 2), config, lun));
+            continue;
+        }
+        auto& luns = controllers[disk.controller];
+        if (&disk == last) {
+            moving.lun = lun;
+        }
+        if (&disk != last || !comes_later) {
+            luns.push_back(lun);
+        }
+    }
+    for (auto& [number, luns] : controllers) {
+        config.number = number;
+        auto& controller = bus.add(host::StorageDevice::scsi(config, luns));
+        if (last != nullptr && last->controller == number) {
+            moving.controller = &controller;
+        }
+    }
+    return moving;
+}
+
+/// Things that happen once: after a time, or when the guest prints something.
+class Course {
+  public:
+    Course(Machine& machine, Bus& bus, const Options& options, MovingDisk moving, host::ShutdownService& shutdown)
+        : machine_(machine), bus_(bus), moving_(std::move(moving)), shutdown_(shutdown), begin_(machine.now()),
+          wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), steps_{{
+                                                             {"hot-add", options.hot_add, options.add_marker},
+                                                             {"hot-remove", options.hot_remove, options.remove_marker},
+                                                             {"shutdown", options.shutdown_after, options.shutdown_marker},
+                                                         }} {
+        machine.set_line_watcher(&see, this);
+    }
+    int wake() const { return wake_; }
+    /// Nanoseconds from the start; ~0: never.
+    u64 deadline() const {
+        u64 next = ~u64{0};
+        for (const Step& step : steps_) {
+            if (!step.done && step.seconds > 0) {
+                next = std::min(next, begin_ + static_cast<u64>(step.seconds * 1e9));
+            }
+        }
+        return next;
+    }
+    void go_on(u64 now) {
+        u64 value = 0;
+        [[maybe_unused]] const auto consumed = read(wake_, &value, sizeof(value));
+        for (Step& step : steps_) {
+            const bool due = step.seconds > 0 && now >= begin_ + static_cast<u64>(step.seconds * 1e9);
+            // Pairs with see(): nothing but the flag itself is passed.
+            if (!step.done && (due || step.seen.load(std::memory_order_relaxed))) {
+                step.done = true;
+                act(step);
+            }
+        }
+    }
+
+  private:
+    struct Step {
+        std::string_view name;
+        double seconds;
+        std::string marker;
+        std::atomic<bool> seen = false;
+        bool done = false;
+    };
+    static void see(void* context, std::string_view line) {
+        Course& self = *static_cast<Course*>(context);
+        for (Step& step : self.steps_) {
+            if (!step.marker.empty() && line.find(step.marker) != std::string_view::npos) {
+                step.seen.store(true, std::memory_order_relaxed);
+                const u64 one = 1;
+                [[maybe_unused]] const auto written = write(self.wake_, &one, sizeof(one));
+            }
+        }
+    }
+    void act(const Step& step) {
+        bool done = true;
+        bus_.with_server([&] {
+            if (step.name == "shutdown") {
+                shutdown_.ask();
+            } else if (moving_.controller == nullptr) {
+                done = false;
+            } else if (step.name == "hot-add") {
+                done = moving_.controller->add_lun(moving_.lun);
+            } else {
+                done = moving_.controller->remove_lun(moving_.lun.lun);
+            }
+        });
+        machine_.say(std::string(step.name) + (done ? ": done" : ": there is no SCSI disk to which it could be done"));
+    }
+
+    Machine& machine_;
+    Bus& bus_;
+    MovingDisk moving_;
+    host::ShutdownService& shutdown_;
+    u64 begin_;
+    int wake_;
+    std::array<Step, 3> steps_;
+};
+
+/// The I/O thread: what no processor's exit does. Never returns.
+[[noreturn]] void serve(Machine& machine, Bus& bus, Course& course, const Options& options) {
+    constexpr u64 console_interval = 100'000'000;
+    const u64 begin = machine.now();
+    const u64 end = options.timeout > 0 ? begin + static_cast<u64>(options.timeout * 1e9) : ~u64{0};
+    const int poller = epoll_create1(EPOLL_CLOEXEC);
+    const auto watch = [&](int descriptor) {
+        epoll_event event{.events = EPOLLIN, .data = {.fd = descriptor}};
+        epoll_ctl(poller, EPOLL_CTL_ADD, descriptor, &event);
+    };
+    watch(bus.acknowledged());
+    watch(course.wake());
+    if (options.eventfd) {
+        watch(bus.signals());
+    }
+    if (options.console) {
+        watch(STDIN_FILENO);
+    }
+    for (;;) {
+        const u64 now = machine.now();
+        const u64 next = std::min({end, bus.deadline(), course.deadline(), now + console_interval});
+        epoll_event event{};
+        const int count = epoll_wait(poller, &event, 1, next <= now ? 0 : static_cast<int>((next - now) / 1'000'000 + 1));
+        if (count == 1 && event.data.fd == bus.acknowledged()) {
+            bus.on_acknowledged();
+        } else if (count == 1 && options.eventfd && event.data.fd == bus.signals()) {
+            bus.on_signals();
+        } else if (count == 1 && options.console && event.data.fd == STDIN_FILENO) {
+            char byte = 0;
+            if (read(STDIN_FILENO, &byte, 1) != 1) {
+                epoll_ctl(poller, EPOLL_CTL_DEL, STDIN_FILENO, nullptr);
+            } else {
+                const std::scoped_lock guard(machine.device_mutex());
+                machine.serial().receive(byte);
+            }
+        } else {
+            const u64 later = machine.now();
+            course.go_on(later);
+            if (later >= end) {
+                machine.finish(ExitCode::timeout, "time-out");
+            }
+            if (later >= bus.deadline()) {
+                bus.serve(later);
+            }
+            machine.flush_console();
+        }
+    }
+}
+
+} // namespace
+
+int run(int count, char** words) {
+    Options options;
+    if (const auto status = parse_command_line(count, words, options)) {
+        return *status;
+    }
+    if (options.list_faults) {
+        for (const auto& fault : host::fault_names) {
+            std::printf("%-24.*s %.*s\n", static_cast<int>(fault.name.size()), fault.name.data(), static_cast<int>(fault.rule.size()),
+                        fault.rule.data());
+        }
+        return 0;
+    }
+    MachineConfig config;
+    config.processors = options.processors;
+    config.memory = u64{options.memory_mebibytes} << 20;
+    config.identity.hyperv = !options.no_hyperv;
+    config.identity.kvm_leaves = options.kvm_leaves;
+    config.identity.hyperv_base = static_cast<u32>(std::strtoul(options.hyperv_base.c_str(), nullptr, 0));
+    auto created = Machine::create(config);
+    if (!created) {
+        give_up(created.error().code == Code::not_supported ? ExitCode::missing : ExitCode::host, "", created.error());
+    }
+    Machine& machine = **created;
+    std::FILE* const log = options.log.empty() ? nullptr : std::fopen(options.log.c_str(), "we");
+    if (!options.log.empty() && log == nullptr) {
+        give_up(ExitCode::host, "--log " + options.log + ": ", Error{Code::io, "the file cannot be written"});
+    }
+    const auto line = [&machine, log](std::string_view text) {
+        if (log == nullptr) {
+            machine.say(text);
+            return;
+        }
+        std::fprintf(log, "%.*s\n", static_cast<int>(text.size()), text.data());
+        std::fflush(log);
+    };
+    Images images;
+    Bus bus(machine, server_config(options), line, options.eventfd);
+    MovingDisk moving = add_disks(bus, images, options);
+    std::vector<Image*> emulated;
+    for (const std::string& file : options.ide) {
+        emulated.push_back(&images.open(file, false));
+    }
+    if (const auto added = machine.add_ide(emulated); !added) {
+        give_up(ExitCode::host, "--ide: ", added.error());
+    }
+    auto& shutdown = bus.add(std::make_unique<host::ShutdownService>());
+    bus.add(std::make_unique<host::HeartbeatService>());
+    const auto wall_clock = [&machine] { return (machine.unix_seconds() + 11'644'473'600) * 10'000'000; }; // since 1601
+    const auto reference = [&machine] { return machine.kvm().clock() / 100; };
+    bus.add(std::make_unique<host::TimeSyncService>(wall_clock, reference));
+    load(machine, options);
+    bus.connect();
+    Course course(machine, bus, options, std::move(moving), shutdown);
+    machine.start();
+    serve(machine, bus, course, options);
+}
+
+} // namespace fl::vmm
+
+int main(int count, char** words) { return fl::vmm::run(count, words); }

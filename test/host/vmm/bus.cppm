@@ -1,0 +1,101 @@
+// Connects the machine with the VMBus server: hypercalls go in, messages and event flags come out; images become disks.
+module;
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+export module vmm.bus;
+import core.std;
+import core.result;
+import host.platform;
+import host.services;
+import host.storvsp;
+import host.vmbus;
+import vmm.counters;
+import vmm.image;
+import vmm.kvm;
+import vmm.machine;
+import vmm.synic;
+
+export namespace fl::vmm {
+
+/// An image as the VMBus side wants disks.
+class ImageStore final : public host::BlockStore {
+  public:
+    /// The image outlives this. `read_only`: the disk says so, whatever the image is.
+    ImageStore(Image& image, bool read_only) : image_(image), read_only_(read_only || image.read_only()) {}
+    u64 size() const override { return image_.size(); }
+    bool read_only() const override { return read_only_; }
+    std::span<std::byte> mapped() override { return image_.bytes(); }
+    bool read(u64 offset, std::span<std::byte> into) override;
+    bool write(u64 offset, std::span<const std::byte> from) override;
+    bool flush() override { return image_.flush(); }
+    bool unmap(u64 offset, u64 length) override;
+
+  private:
+    Image& image_;
+    bool read_only_;
+};
+
+/// A SCSI disk that may come or go while the guest runs.
+struct MovingDisk {
+    host::StorageDevice* controller = nullptr;
+    host::LunConfig lun;
+};
+
+class Bus final : private Partition, private EndOfMessage, private host::Delivery, private host::Log {
+  public:
+    /// `line`: where lines for a person go. With `eventfds` KVM turns signals into eventfds, which `watch` is told of.
+    Bus(Machine& machine, const host::ServerConfig& config, std::function<void(std::string_view)> line, bool eventfds);
+    ~Bus();
+
+    /// From now on the guest's hypercalls arrive. All devices have been added.
+    void connect();
+    host::Server& server() { return server_; }
+    template <std::derived_from<host::Device> D>
+    D& add(std::unique_ptr<D> device) {
+        return server_.add(std::move(device));
+    }
+    /// Runs `work` where nobody else touches server or devices, then serves.
+    void with_server(const std::function<void()>& work);
+    /// Serves all channels until nothing is left to do. Any thread; when another one is at it, that one goes on a little longer.
+    void serve(u64 now);
+
+    // The I/O thread's part.
+    int acknowledged() const { return machine_.synic().acknowledged(); }
+    void on_acknowledged();
+    /// With eventfds: the descriptor that is readable when some channel was signalled (an epoll instance).
+    int signals() const { return signals_.number(); }
+    void on_signals();
+    u64 deadline();
+
+  private:
+    u16 post_message(u32 connection, u32 type, std::span<const std::byte> payload) override;
+    u16 signal_event(u32 connection, u16 flag) override;
+    void end_of_message(u32 processor, u8 sint) override { server_.on_end_of_message(processor, sint); }
+    Message post(u32 vp, u8 sint, u32 type, std::span<const std::byte> payload) override;
+    Event set_event(u32 vp, u8 sint, u16 flag, bool always) override;
+    void connection(u32 id, bool exists) override;
+    void line(std::string_view text) override { line_(text); }
+
+    struct Signal {
+        u32 connection;
+        Descriptor event;
+    };
+
+    Machine& machine_;
+    std::function<void(std::string_view)> line_;
+    bool eventfds_;
+    Descriptor signals_;
+    std::vector<std::unique_ptr<Signal>> connections_;
+    host::GuestMemory memory_;
+    // work_ says that somebody wants to be served. Whoever fails to get the mutex has set it before, and who holds the mutex looks at it
+    // after letting go: one of the two sees the other.
+    std::atomic<bool> work_ = false;
+    std::mutex serving_;
+    host::Server server_;
+};
+
+} // namespace fl::vmm
