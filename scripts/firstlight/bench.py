@@ -1,18 +1,17 @@
-"""scripts/bench: what the synthetic disk is worth against the emulated one, in one machine, in one boot."""
+"""scripts/bench: what the synthetic disk is worth against the emulated one, and our kernel against Linux, in one start of the lab."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from . import build, fiojson, lab, launch, nested, paths, records, report, setup, workloads, yardstick
-from .machine import DiskSpec, Machine
+from . import build, fiojson, lab, launch, paths, records, report, setup, workloads, yardstick
+from .machine import PLATFORMS, DiskSpec, Machine
 from .problems import EXIT_HELP, Exit, Problem
 from .records import Verdict
-from .workloads import Workload
+from .workloads import Chosen, Side
 
 DISK_BYTES = 64 << 20
 # Written once before anything is measured: a page that tmpfs has never seen costs more than one it has.
@@ -22,7 +21,7 @@ DISK_CONTENT = "pattern"
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
-        description="Measure the Xen ring and IDE in one virtual machine. By default every instruction of guest, "
+        description="Measure the Xen ring against IDE in one virtual machine, and the VMBus's SCSI disk on the test host against IDE in QEMU. By default every instruction of guest, "
         "hypervisor and VMM counts as one nanosecond, so that the figures do not depend on this machine.",
         epilog=EXIT_HELP,
     )
@@ -31,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="list the jobs")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="only jobs whose name matches (a glob, or a part of it)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as fio would, last run")
-    parser.add_argument("--yardstick", action="store_true", help="measure Linux with fio in the same machine, too")
+    parser.add_argument("--yardstick", action="store_true", help="measure Linux with fio in the same machines, in the same start of the lab")
     parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether the machine runs nested")
     parser.add_argument("--boot", choices=("pvh", "uefi"), default="pvh")
     parser.add_argument("--cmdline", default="", help="more words for the kernel's command line")
@@ -41,13 +40,13 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(words: list[str]) -> Exit:
     options = arguments().parse_args(words)
-    disks, chosen = workloads.choose(options.only)
+    chosen = workloads.choose(options.only)
     if not chosen:
         raise Problem(f"No job matches {' '.join(options.only)}. scripts/bench --list shows them.", Exit.USAGE)
     if options.runs < 1:
         raise Problem(f"--runs {options.runs}: at least 1.", Exit.USAGE)
     if options.list:
-        print("\n".join(workloads.name(disk, workload) for disk in disks for workload in chosen))
+        print("\n".join(workloads.name(one.comparison, disk, workload) for one in chosen for disk in one.disks for workload in one.workloads))
         return Exit.SUCCESS
     if options.json and not options.json.parent.is_dir():
         raise Problem(f"--json {options.json}: the folder does not exist.", Exit.USAGE)
@@ -56,27 +55,12 @@ def main(words: list[str]) -> Exit:
     ready = lab.find()
     if not options.no_build:
         build.kernel()
+        if any(one.comparison == "hyperv" for one in chosen):
+            build.test_host()
     first = first_block(ready)
-    machine = main_machine(disks, chosen, options)
-    where = launch.place(machine.kind, ready, options.lab)
-    mode = "wall" if options.wall or not where.nested else "deterministic"
-    launch.warn(f"xen-emu: {where.reason}; {mode} time")
-    runs: list[list[dict]] = []
-    for number in range(options.runs):
-        launch.warn(f"run {number + 1} of {options.runs}")
-        runs.append(measure(ready, machine, mode, options))
-    jobs = runs[-1]
-    print(f"\nplatform xen-emu, boot {machine.boot}, {mode} time\n")
-    print(report.results(jobs))
-    compared = report.ratios(jobs)
-    if compared:
-        print("\n" + compared)
-    if options.yardstick:
-        theirs = linux(ready, machine, disks, chosen, options)
-        print("\nLinux with fio, same machine and mode\n\n" + report.results(theirs))
-        jobs = jobs + theirs
-    if options.runs > 1:
-        print("\n" + report.spread(runs))
+    jobs: list[dict] = []
+    for one in chosen:
+        jobs += compare(ready, one, options)
     print(f"\nentry to first completed block read (QEMU, IDE, PVH, 1 ns per instruction): {first / 1e6:.3f} ms")
     print(f"image: {paths.KERNEL.name} {paths.KERNEL.stat().st_size} bytes, {paths.EFI.name} {paths.EFI.stat().st_size} bytes")
     print(f"finished in {time.monotonic() - begin:.0f} s")
@@ -85,18 +69,57 @@ def main(words: list[str]) -> Exit:
     return Exit.SUCCESS
 
 
-def main_machine(disks: list[str], chosen: list[Workload], options) -> Machine:
+def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
+    """All runs of one comparison, printed; the jobs of the last."""
+    sides = [side for side in workloads.COMPARISONS[chosen.comparison] if any(disk in chosen.disks for disk in side.disks)]
+    machines = [main_machine(side, chosen, options) for side in sides]
+    where = launch.place(machines[0].kind, ready, options.lab)
+    mode = "wall" if options.wall or not where.nested else "deterministic"
+    launch.warn(f"{chosen.comparison}: {where.reason}; {mode} time")
+    if options.yardstick:
+        machines += [linux_machine(side, chosen) for side in sides]
+    runs: list[list[dict]] = []
+    for number in range(options.runs):
+        launch.warn(f"run {number + 1} of {options.runs}")
+        runs.append(measure(ready, chosen, machines, mode, options))
+    jobs = runs[-1]
+    ours = [job for job in jobs if not job["firstlight"]["driver"].startswith("linux-")]
+    theirs = [job for job in jobs if job["firstlight"]["driver"].startswith("linux-")]
+    boots = " and ".join(f"{side.platform} ({side.about}): {', '.join(side.disks)}" for side in sides)
+    print(f"\nplatform {chosen.comparison}, boot {machines[0].boot}, {mode} time; {boots}\n")
+    print(report.results(ours))
+    compared = report.ratios(ours, theirs)
+    if theirs:
+        print("\nLinux with fio, same machines, same images, same start of the lab\n\n" + report.results(theirs))
+    if compared:
+        print("\n" + compared)
+    if options.runs > 1:
+        print("\n" + report.spread(runs))
+    return jobs
+
+
+def images(side: Side) -> list[DiskSpec]:
+    return [DiskSpec(bus, DISK_BYTES, content=DISK_CONTENT) for bus in side.attached]
+
+
+def main_machine(side: Side, chosen: Chosen, options) -> Machine:
+    disks = [disk for disk in side.disks if disk in chosen.disks]
     words = ["job=bench", "emulated=keep", f"disk={','.join(disks)}"]
-    if any(workload.writes for workload in chosen):
+    if any(workload.writes for workload in chosen.workloads):
         words.append(f"scratch={','.join(disks)}")
-    words += [workload.word for workload in chosen]
+    words += [workload.word for workload in chosen.workloads]
     if options.cmdline:
         words.append(options.cmdline)
+    boot = options.boot if options.boot in PLATFORMS[side.platform].boots else ""
+    return Machine(f"bench-{side.platform}", side.platform, boot=boot, cmdline=" ".join(words), disks=images(side), timeout=60)
+
+
+def linux_machine(side: Side, chosen: Chosen) -> Machine:
+    disks = [disk for disk in side.disks if disk in chosen.disks]
+    wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count, "mix": 70} for w in chosen.workloads]
     return Machine(
-        "bench", "xen-emu", boot=options.boot, cmdline=" ".join(words),
-        disks=[DiskSpec("xen", DISK_BYTES, content=DISK_CONTENT), DiskSpec("ide", DISK_BYTES, content=DISK_CONTENT)],
-        timeout=60,
-    )  # fmt: skip
+        f"linux-{side.platform}", side.platform, disks=images(side), timeout=120, linux=yardstick.script(disks, wanted)
+    )
 
 
 def progress(total: int):
@@ -134,29 +157,36 @@ def describe(record: dict) -> str:
     return f"error: {record.get('message')}"
 
 
-def measure(ready: lab.Lab, machine: Machine, mode: str, options) -> list[dict]:
-    expected = [(disk, workload) for disk in disk_names(machine) for workload in expected_workloads(machine)]
-    (boot,) = launch.boot(
-        ready, [machine], wall=options.wall, forced=options.lab, live=progress(len(expected)), keep=paths.RUNS / "bench"
+def measure(ready: lab.Lab, chosen: Chosen, machines: list[Machine], mode: str, options) -> list[dict]:
+    total = len(chosen.disks) * len(chosen.workloads) * (2 if options.yardstick else 1)
+    boots = launch.boot(
+        ready, machines, wall=options.wall, forced=options.lab, live=progress(total), keep=paths.RUNS / "bench" / chosen.comparison
     )
+    jobs: list[dict] = []
+    for boot in boots:
+        jobs += linux_jobs(boot, chosen, mode) if boot.machine.linux else our_jobs(boot, chosen, mode)
+    return jobs
+
+
+def our_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
     demand(boot)
     found = boot.log.of("result")
-    if len(found) != len(expected):
-        raise Problem(f"{len(found)} results, {len(expected)} expected. The log is in build/runs/bench/serial.log.", Exit.FAILURE)
+    expected = len(disk_names(boot.machine)) * len(chosen.workloads)
+    if len(found) != expected:
+        raise Problem(f"{len(found)} results, {expected} expected. The log is in build/runs/bench/{chosen.comparison}/serial.log.", Exit.FAILURE)
     failed = [record for record in found if record["errors"]]
     if failed:
         raise Problem(f"{failed[0]['disk']} {failed[0]['workload']}: {failed[0]['errors']} failed I/Os.", Exit.FAILURE)
     start = (boot.log.of("boot") or [{}])[0]
-    context = {"platform": machine.platform, "boot": machine.boot, "vm_guest": start.get("vm_guest", ""), "mode": mode}
+    context = {
+        "platform": chosen.comparison, "machine": boot.machine.platform, "boot": boot.machine.boot,
+        "vm_guest": start.get("vm_guest", ""), "mode": mode,
+    }  # fmt: skip
     return [fiojson.job(record, context) for record in found]
 
 
 def disk_names(machine: Machine) -> list[str]:
     return next(word for word in machine.cmdline.split() if word.startswith("disk=")).removeprefix("disk=").split(",")
-
-
-def expected_workloads(machine: Machine) -> list[str]:
-    return [word for word in machine.cmdline.split() if word.startswith("workload=")]
 
 
 def demand(boot: launch.Boot) -> None:
@@ -180,26 +210,21 @@ def first_block(ready: lab.Lab) -> float:
     return float(found[0]["ns"])
 
 
-def linux(ready: lab.Lab, machine: Machine, disks: list[str], chosen: list[Workload], options) -> list[dict]:
-    wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count, "mix": 70} for w in chosen]
-    with tempfile.TemporaryDirectory(prefix="firstlight-") as folder:
-        work = Path(folder)
-        job = yardstick.job(ready, machine.job(work), yardstick.script(disks, wanted), work)
-        outcomes = nested.run(
-            ready, [job], wall=options.wall, live=progress(len(disks) * len(wanted)), keep=paths.RUNS / "yardstick"
-        )
-    output = outcomes[job.name].output
-    found = yardstick.results(output)
-    if len(found) != len(disks) * len(wanted):
-        raise Problem(f"Linux with fio gave {len(found)} results. The log is in build/runs/yardstick/serial.log.")
+def linux_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
+    found = yardstick.results(boot.outcome.output)
+    side = next(side for side in workloads.COMPARISONS[chosen.comparison] if side.platform == boot.machine.platform)
+    expected = sum(disk in chosen.disks for disk in side.disks) * len(chosen.workloads)
+    if len(found) != expected:
+        tail = "\n".join(boot.log.text[-15:])
+        raise Problem(f"Linux with fio on {side.platform} gave {len(found)} results, {expected} expected.\n{tail}", Exit.FAILURE)
     jobs = []
     for disk, driver, number, result in found:
-        workload = chosen[number]
+        workload = chosen.workloads[number]
         result["jobname"] = f"{driver}-{workload.label}"
         result["job options"] = {**result["job options"], "name": workload.name, "bs": str(size(workload.bs))}
         result["firstlight"] = {
-            "platform": "xen-emu", "boot": "linux", "vm_guest": "xen", "mode": "wall" if options.wall else "deterministic",
-            "disk": disk, "driver": driver, "kind": workloads.KINDS[disk],
+            "platform": chosen.comparison, "machine": side.platform, "boot": "linux", "vm_guest": side.platform.partition("-")[0],
+            "mode": mode, "disk": disk, "driver": driver, "kind": workloads.KINDS[disk],
         }  # fmt: skip
         jobs.append(result)
     return jobs

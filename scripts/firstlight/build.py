@@ -11,18 +11,26 @@ CONFIGURE_SECONDS = 180
 BUILD_SECONDS = 900
 
 
-def preset(name: str, quiet: bool = True) -> None:
+def preset(name: str, quiet: bool = True, target: str = "") -> None:
     source = paths.REPOSITORY
     if not (source / "CMakePresets.json").is_file():
         raise Problem(f"{source}/CMakePresets.json: no such file.")
     process.run(["cmake", "--preset", name], timeout=CONFIGURE_SECONDS, cwd=source, what=f"cmake --preset {name}")
     process.run(
-        ["cmake", "--build", "--preset", name],
+        ["cmake", "--build", "--preset", name, *(["--target", target] if target else [])],
         timeout=BUILD_SECONDS,
         cwd=source,
         quiet=quiet,
         what=f"cmake --build --preset {name}",
     )
+
+
+def test_host() -> None:
+    """The machine monitor of the platform hyperv."""
+    print("build: test host", file=sys.stderr, flush=True)
+    preset("host", target="firstlight_testhost")
+    if not paths.TEST_HOST.is_file():
+        raise Problem(f"The build succeeded but left no {paths.TEST_HOST.relative_to(paths.REPOSITORY)}.")
 
 
 def kernel() -> None:

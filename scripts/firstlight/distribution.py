@@ -19,6 +19,8 @@ BUILD_PACKAGES = {
     "ninja-build": "build",
     "googletest": "host tests (source, built with libc++)",
     "relacy-dev": "exhaustive checks of memory orderings",
+    "acpica-tools": "iasl, for the test host's ACPI tables",
+    "libcli11-dev": "the test host's command line",
     "mtools": "EFI system partitions",
     "cpio": "the lab's initramfs",
     "zstd": "kernel modules, where the distribution packs them so",

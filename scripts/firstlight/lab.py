@@ -28,10 +28,12 @@ from pathlib import Path
 from . import apt, distribution, paths, process, vmrun_fault
 from .problems import Problem
 
-LAYOUT = "7"  # changes when the contents of the folder change for the same packages
+LAYOUT = "8"  # changes when the contents of the folder change for the same packages
 
 L1_MODULES = ("kvm-amd", "virtio_pci", "virtio_blk")
-L2_MODULES = ("xen-blkfront", "ata_piix", "sd_mod", "virtio_pci", "virtio_blk", "nvme", "ahci")
+L2_MODULES = (
+    "xen-blkfront", "ata_piix", "sd_mod", "virtio_pci", "virtio_blk", "nvme", "ahci", "hv_vmbus", "hv_storvsc", "hv_utils",
+)  # fmt: skip
 
 # What QEMU in L1 reads at run time: option ROMs and firmware. On this machine it gets the whole folders.
 L1_FIRMWARE = ("pvh.bin", "linuxboot_dma.bin", "kvmvapic.bin", "bios-256k.bin", "bios-microvm.bin", "OVMF.fd")

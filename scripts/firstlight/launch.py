@@ -38,7 +38,7 @@ def place(platform: Platform, lab: Lab, forced: str = "auto") -> Place:
         return Place(False, "QEMU emulates the processor here")
     if forced == "always":
         return Place(True, "nested lab, as asked")
-    lacking = probe.lacks(lab.qemu, platform.accelerator, platform.xen)
+    lacking = probe.lacks(lab.qemu, platform.accelerator, platform.xen, platform.test_host)
     if not lacking:
         return Place(False, "the machine's own KVM has what it needs")
     if forced == "never":
@@ -98,7 +98,7 @@ def make_disk(disk: nested.Disk, folder: Path) -> Path:
 
 
 def command_here(lab: Lab, job: Job, folder: Path) -> list[str]:
-    return job.command(str(lab.qemu), lambda name: str(job.files[name]), lambda name: str(folder / name))
+    return job.command([str(lab.qemu)], lambda name: str(job.files[name]), lambda name: str(folder / name))
 
 
 def run_here(lab: Lab, machine: Machine, live: Live | None) -> Outcome:

@@ -8,7 +8,7 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import esp, paths
+from . import esp, lab, paths, yardstick
 from .nested import Disk, Job
 from .problems import Exit, Problem
 
@@ -25,11 +25,15 @@ class Platform:
     disks: tuple[str, ...]  # attached when none are named
     kvm: bool = False
     xen: bool = False
+    test_host: bool = False  # run by test/host instead of QEMU
 
 
 TCG = ("-accel", "tcg", "-cpu", "max")
 # One instruction is one nanosecond and idle time is skipped: what a boot on plain TCG is measured with.
 COUNTED = ("-accel", "tcg", "-icount", "shift=0,sleep=off", "-cpu", "max", "-rtc", "base=2024-01-01,clock=vm", "-seed", "1")
+
+# QEMU's own Hyper-V interfaces. Its bus has no disk behind it; the second host that the VMBus's guest side is held against.
+HYPERV_CPU = "host,kvm=off,hv-relaxed,hv-vpindex,hv-time,hv-synic,hv-stimer,hv-vapic,hv-runtime,hv-reset,hv-crash"
 
 PLATFORMS = {
     platform.name: platform
@@ -45,11 +49,22 @@ PLATFORMS = {
             ("-accel", "kvm,xen-version=0x40011,kernel-irqchip=split", "-cpu", "host"), ("pvh", "uefi"), ("pc",),
             ("xen:64m", "ide:64m"), kvm=True, xen=True,
         ),
+        Platform(
+            "hyperv", "KVM's Hyper-V interfaces under the test host: VMBus with SCSI disks, IDE where asked for", (), ("pvh",), ("pc",),
+            ("scsi:64m",), kvm=True, test_host=True,
+        ),
+        Platform(
+            "hyperv-qemu", "KVM with QEMU's Hyper-V interfaces: VMBus bridge and dynamic memory, emulated disks",
+            ("-accel", "kvm", "-cpu", HYPERV_CPU, "-device", "vmbus-bridge", "-device", "hv-balloon"), ("pvh", "uefi"), ("pc", "q35"),
+            ("ide:64m",), kvm=True,
+        ),
     )
 }  # fmt: skip
 
 MACHINES = {"pc": "pc", "q35": "q35", "microvm": "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on"}
-BUSES = {"ide": "hd", "xen": "xvd"}
+# A disk on the VMBus is a SCSI disk, or the accelerator of the IDE disk in the same place.
+BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "hd"}
+TEST_HOST = "firstlight-testhost"
 
 
 def parse_size(text: str) -> int:
@@ -125,7 +140,8 @@ class Machine:
     timeout: float = 30.0
     kernel: Path = paths.KERNEL
     efi: Path = paths.EFI
-    extra: Sequence[str] = ()  # further QEMU arguments
+    extra: Sequence[str] = ()  # further arguments of QEMU or the test host
+    linux: str = ""  # what the lab's Linux shall run as the guest, instead of our kernel
 
     def __post_init__(self) -> None:
         kind = self.kind
@@ -141,6 +157,8 @@ class Machine:
         for disk in self.specs:
             if disk.bus == "xen" and not kind.xen:
                 raise Problem(f"A disk on the Xen ring needs the platform xen-emu, not {self.platform}.", Exit.USAGE)
+            if disk.bus in ("scsi", "accel") and not kind.test_host:
+                raise Problem(f"A disk on the VMBus needs the platform hyperv, not {self.platform}.", Exit.USAGE)
             if disk.bus == "ide" and self.machine == "microvm":
                 raise Problem("The machine microvm has no IDE disks.", Exit.USAGE)
 
@@ -161,6 +179,10 @@ class Machine:
 
     def job(self, work: Path) -> Job:
         """Files that have to be made (the ESP) go into `work`."""
+        made = self.test_host_job() if self.kind.test_host else self.qemu_job(work)
+        return yardstick.job(lab.find(), made, self.linux, work / self.name) if self.linux else made
+
+    def qemu_job(self, work: Path) -> Job:
         accelerator = COUNTED if self.counted and not self.kind.kvm else self.kind.accelerator
         arguments = [
             *accelerator, "-machine", MACHINES[self.machine], "-smp", str(self.cpus), "-m", str(self.memory),
@@ -185,6 +207,33 @@ class Machine:
         disks, words = self.drives()
         return Job(self.name, [*arguments, *words, *self.extra], files, disks, self.timeout)
 
+    def test_host_job(self) -> Job:
+        files = {TEST_HOST: paths.TEST_HOST, "firstlight.elf": self.kernel}
+        words = [
+            "--kernel", "{file:firstlight.elf}", "--append", self.cmdline, "--cpus", str(self.cpus), "--memory", str(self.memory),
+        ]  # fmt: skip
+        if self.map:
+            files["map.txt"] = self.map
+            words += ["--module", "{file:map.txt}"]
+        disks: dict[str, Disk] = {}
+        for disk, name in zip(self.specs, self.disk_names()):
+            image = self.add_image(disks, disk, name)
+            options = (",readonly" if disk.read_only else "") + (",sector=4096" if disk.sector == 4096 else "")
+            if disk.bus == "ide":
+                words += ["--ide", f"{{disk:{image}}}"]
+            else:
+                words += ["--disk", f"{'scsi' if disk.bus == 'scsi' else 'ide'}:{{disk:{image}}}{options}"]
+        return Job(self.name, [*words, *self.extra], files, list(disks.values()), self.timeout, program=TEST_HOST)
+
+    @staticmethod
+    def add_image(disks: dict[str, Disk], disk: DiskSpec, name: str) -> str:
+        """Enters the disk's image among the machine's; the file's name."""
+        image = f"{disk.image or name}.img"
+        content = str(disk.file) if disk.file else disk.content
+        known = disks.setdefault(image, Disk(image, disk.size, content, disk.bring_out))
+        known.bring_out = known.bring_out or disk.bring_out
+        return image
+
     def drives(self) -> tuple[list[Disk], list[str]]:
         disks: dict[str, Disk] = {}
         words: list[str] = []
@@ -193,13 +242,10 @@ class Machine:
         if self.machine == "q35" and any(disk.bus == "ide" for disk in self.specs):
             words += ["-device", "piix3-ide,id=ide"]  # q35's own controller is AHCI
         for disk, name in zip(self.specs, self.disk_names()):
-            image = disk.image or name
-            content = str(disk.file) if disk.file else disk.content
-            known = disks.setdefault(f"{image}.img", Disk(f"{image}.img", disk.size, content, disk.bring_out))
-            known.bring_out = known.bring_out or disk.bring_out
+            image = self.add_image(disks, disk, name)
             unit = index[disk.bus]
             index[disk.bus] += 1
-            options = [f"id={name}", "format=raw", f"file={{disk:{image}.img}}"]
+            options = [f"id={name}", "format=raw", f"file={{disk:{image}}}"]
             if disk.read_only:
                 options.append("readonly=on")
             if shared.count(disk.image) > 1:

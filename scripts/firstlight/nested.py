@@ -47,19 +47,24 @@ class Disk:
 
 @dataclasses.dataclass
 class Job:
-    """One machine to start. In `arguments`, {file:NAME} and {disk:NAME} stand for paths."""
+    """One machine to start. In `arguments`, {file:NAME} and {disk:NAME} stand for paths.
+
+    `program` is the file that runs the machine; empty for QEMU.
+    """
 
     name: str
     arguments: list[str]
     files: dict[str, Path] = dataclasses.field(default_factory=dict)
     disks: list[Disk] = dataclasses.field(default_factory=list)
     timeout: float = 60.0
+    program: str = ""
 
-    def command(self, qemu: str, files: Callable[[str], str], disks: Callable[[str], str]) -> list[str]:
+    def command(self, qemu: Sequence[str], files: Callable[[str], str], disks: Callable[[str], str]) -> list[str]:
         def place(match: re.Match[str]) -> str:
             return (files if match[1] == "file" else disks)(match[2])
 
-        return [qemu, *(re.sub(r"\{(file|disk):([^}]+)\}", place, word) for word in self.arguments)]
+        first = [files(self.program)] if self.program else qemu
+        return [*first, *(re.sub(r"\{(file|disk):([^}]+)\}", place, word) for word in self.arguments)]
 
 
 @dataclasses.dataclass
@@ -74,7 +79,7 @@ class Outcome:
 
 def inner_command(job: Job, index: int) -> list[str]:
     return job.command(
-        "qemu-system-x86_64", lambda name: f"/jobs/{index:03}/files/{name}", lambda name: f"/tmp/{name}"
+        ["qemu-system-x86_64", "-L", "/share"], lambda name: f"/jobs/{index:03}/files/{name}", lambda name: f"/tmp/{name}"
     )
 
 
@@ -87,8 +92,8 @@ def job_script(job: Job, index: int, offsets: dict[str, int]) -> str:
         else:
             lines.append(f"    disk {disk.name} {disk.size} {disk.content}")
     seconds = max(1, round(job.timeout))
-    words = " ".join(shlex.quote(word) for word in inner_command(job, index)[1:])
-    lines += ["}", "command() {", f"    timeout -s KILL {seconds} qemu-system-x86_64 -L /share {words}", "}", "after() {", "    :"]
+    words = " ".join(shlex.quote(word) for word in inner_command(job, index))
+    lines += ["}", "command() {", f"    timeout -s KILL {seconds} {words}", "}", "after() {", "    :"]
     for name, offset in offsets.items():
         lines.append(f"    bring_out {name} {offset // MEBIBYTE}")
     return "\n".join([*lines, "}", ""])
@@ -139,7 +144,7 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
         files = dict(job.files)
         files |= {f"disk-{disk.name}": Path(disk.content) for disk in job.disks if Path(disk.content).is_absolute()}
         for name, path in files.items():
-            shutil.copyfile(path, place / "files" / name)
+            shutil.copy(path, place / "files" / name)
     tag = digest.hexdigest()[:12]
     (tree / "jobs/tag").write_text(tag + "\n")
     write_cpio(tree, folder / "jobs.cpio")

@@ -12,6 +12,7 @@ BUILD = REPOSITORY / "build"
 KERNEL = BUILD / "kernel" / "firstlight.elf"
 KERNEL_SYMBOLS = BUILD / "kernel" / "firstlight.debug.elf"
 EFI = BUILD / "kernel" / "BOOTX64.EFI"
+TEST_HOST = BUILD / "host" / "test" / "host" / "firstlight-testhost"
 RUNS = BUILD / "runs"  # images and command lines of the boots started from here
 
 

@@ -16,6 +16,11 @@ KVM_CREATE_VM = 0xAE01
 KVM_CHECK_EXTENSION = 0xAE03
 KVM_CREATE_VCPU = 0xAE41
 KVM_CAP_XEN_HVM = 38
+# What the test host asks for: its own list is in test/host/vmm/kvm.cpp.
+HYPERV_NEEDED = {
+    "KVM_CAP_HYPERV": 44, "KVM_CAP_HYPERV_TIME": 96, "KVM_CAP_HYPERV_SYNIC2": 148, "KVM_CAP_HYPERV_VP_INDEX": 149,
+    "KVM_CAP_HYPERV_EVENTFD": 154, "KVM_CAP_HYPERV_SEND_IPI": 161, "KVM_CAP_HYPERV_CPUID": 167,
+}  # fmt: skip
 # What QEMU's Xen emulation asks of KVM: hypercall MSR, intercepted hypercalls, shared info.
 XEN_NEEDED = 1 | 2 | 4
 
@@ -74,7 +79,7 @@ def boots(qemu: Path, accelerator: tuple[str, ...]) -> str:
     return f"a guest of four instructions ended QEMU with {done.returncode}, expected 33 ({process.tail(done.stdout, 1)})"
 
 
-def lacks(qemu: Path, accelerator: tuple[str, ...], xen: bool) -> str:
+def lacks(qemu: Path, accelerator: tuple[str, ...], xen: bool, hyperv: bool = False) -> str:
     """Why the machine's own KVM does not do; empty if it does."""
     if not os.path.exists(DEVICE):
         return f"there is no {DEVICE}"
@@ -83,7 +88,10 @@ def lacks(qemu: Path, accelerator: tuple[str, ...], xen: bool) -> str:
             seen = capability(KVM_CAP_XEN_HVM)
             if seen & XEN_NEEDED != XEN_NEEDED:
                 return f"{DEVICE} answers {seen:#x} for KVM_CAP_XEN_HVM, {XEN_NEEDED:#x} is needed"
+        for name, number in HYPERV_NEEDED.items() if hyperv else ():
+            if capability(number) <= 0:
+                return f"{DEVICE} lacks {name}"
         creates_machines()
     except OSError as error:
         return f"{DEVICE}: {error.strerror}"
-    return boots(qemu, accelerator)
+    return boots(qemu, accelerator or ("-accel", "kvm", "-cpu", "host"))

@@ -56,17 +56,26 @@ def results(jobs: Sequence[dict]) -> str:
     return table(HEADS, [row(job) for job in jobs], 4)
 
 
-def ratios(jobs: Sequence[dict]) -> str:
-    """Synthetic against emulated, workload by workload."""
-    kinds: dict[str, dict[str, float]] = {}
-    for job in jobs:
-        kinds.setdefault(label(job), {})[job["firstlight"]["kind"]] = iops(job)
+def ratios(ours: Sequence[dict], theirs: Sequence[dict] = ()) -> str:
+    """Synthetic against emulated, and ours against Linux on the same disk, workload by workload."""
+    rates: dict[str, dict[str, float]] = {}
+    for who, jobs in (("", ours), ("linux ", theirs)):
+        for job in jobs:
+            rates.setdefault(label(job), {})[who + job["firstlight"]["kind"]] = iops(job)
+
+    def quotient(found: dict[str, float], above: str, below: str) -> str:
+        return f"{found[above] / found[below]:.2f}" if found.get(above) and found.get(below) else "-"
+
+    pairs = [("synthetic", "emulated", "synthetic : emulated")]
+    if theirs:
+        pairs += [("synthetic", "linux synthetic", "ours : Linux, synthetic"), ("emulated", "linux emulated", "ours : Linux, emulated")]
     rows = [
-        [name, f"{found['synthetic']:.0f}", f"{found['emulated']:.0f}", f"{found['synthetic'] / found['emulated']:.2f}"]
-        for name, found in kinds.items()
-        if found.get("synthetic") and found.get("emulated")
-    ]
-    return table(("workload", "synthetic", "emulated", "synthetic : emulated"), rows, 1) if rows else ""
+        [name, *(f"{found[kind]:.0f}" if found.get(kind) else "-" for kind in ("synthetic", "emulated")),
+         *(quotient(found, above, below) for above, below, _ in pairs)]
+        for name, found in rates.items()
+    ]  # fmt: skip
+    useful = [row for row in rows if any(cell != "-" for cell in row[3:])]
+    return table(("workload", "synthetic", "emulated", *(head for _, _, head in pairs)), useful, 1) if useful else ""
 
 
 def spread(runs: Sequence[Sequence[dict]]) -> str:

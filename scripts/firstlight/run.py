@@ -17,7 +17,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/run",
         description="Boot Firstlight once. Its console goes to the terminal; its verdict is the exit status.",
-        epilog="Disks: [ide:|xen:]SIZE|FILE[,content=zero|sparse|pattern][,image=NAME][,sector=4096][,readonly]. "
+        epilog="Disks: [ide:|xen:|scsi:|accel:]SIZE|FILE[,content=zero|sparse|pattern][,image=NAME][,sector=4096][,readonly]. "
         "A FILE is copied first, never changed. " + EXIT_HELP,
     )
     about = "; ".join(f"{name}: {platform.about}" for name, platform in PLATFORMS.items())
@@ -55,6 +55,8 @@ def main(words: list[str]) -> Exit:
     chosen_image = options.kernel if (options.boot or PLATFORMS[platform].boots[0]) == "pvh" else options.efi
     if not options.no_build and not chosen_image:
         build.kernel()
+    if PLATFORMS[platform].test_host and not options.no_build:
+        build.test_host()
     log_file = paths.RUNS / "run" / "qemu.log"
     machine = Machine(
         "run", platform, options.machine, options.boot or "", options.cpus, options.memory, options.cmdline, options.map,

@@ -66,6 +66,8 @@ def main(words: list[str]) -> Exit:
     built = True
     if cases or wanted("image", options.only, whole=True):
         built = attempt("build/kernel", build.kernel, add)
+        if any(machine.PLATFORMS[case.platform].test_host for case in cases):
+            built = attempt("build/test-host", build.test_host, add) and built
         if built and wanted("image", options.only, whole=True):
             add(surviving("image", image.checks()))
     for preset in presets:

@@ -88,12 +88,15 @@ class Case:
     groups: list[str] = dataclasses.field(default_factory=lambda: ["fast"])
     required: bool = True
     deterministic: bool = False  # time by instructions instead of by the clock; three times as slow in the lab
+    linux: str = ""  # a script beside the table: the lab's Linux runs it in place of our kernel, and it says the verdict
+    host: list[str] = dataclasses.field(default_factory=list)  # further arguments of the test host
     about: str = ""
 
     def to_machine(self, work: Path) -> Machine:
         machine = Machine(
             self.name, self.platform, self.machine, self.boot, self.cpus, self.memory, self.cmdline,
             TABLE.parent / self.map if self.map else None, self.disks, counted=self.deterministic, timeout=self.timeout,
+            linux=(TABLE.parent / self.linux).read_text() if self.linux else "", extra=self.host,
         )  # fmt: skip
         if self.check_images:
             for disk, name in zip(machine.specs, machine.disk_names()):
@@ -117,6 +120,8 @@ def load(path: Path = TABLE) -> list[Case]:
             raise Problem(f"{path}: test {name!r}: expect is one of {', '.join(Verdict.__members__)}.")
         if row.get("map") and not (path.parent / row["map"]).is_file():
             raise Problem(f"{path}: test {name!r}: no map file {row['map']} beside the table.")
+        if row.get("linux") and not (path.parent / row["linux"]).is_file():
+            raise Problem(f"{path}: test {name!r}: no script {row['linux']} beside the table.")
         for pattern in [*row.get("output", []), *row.get("never", [])]:
             try:
                 re.compile(pattern)

@@ -34,20 +34,47 @@ MAIN_JOB = (
     Workload("randwrite", "4k", 32, 2000),
     Workload("read", "128k", 8, 400),
 )
-DISKS = ("xvda", "hda")
-KINDS = {"xvda": "synthetic", "hda": "emulated"}
+KINDS = {"xvda": "synthetic", "sda": "synthetic", "hda": "emulated"}
 
 
-def name(disk: str, workload: Workload) -> str:
-    return f"{disk}-{workload.label}"
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """A machine of a comparison and those of its disks that are measured. Its images are alike everywhere."""
+
+    platform: str
+    about: str
+    disks: tuple[str, ...]  # as the kernel names them
+    attached: tuple[str, ...]  # their buses
 
 
-def choose(patterns: list[str]) -> tuple[list[str], list[Workload]]:
-    """The disks and workloads with a name that matches one of the patterns; all without a pattern."""
-    names = {name(disk, workload): (disk, workload) for disk in DISKS for workload in MAIN_JOB}
-    kept = [pair for text, pair in names.items() if not patterns or any(matches(text, pattern) for pattern in patterns)]
-    disks = [disk for disk in DISKS if any(pair[0] == disk for pair in kept)]
-    return disks, [workload for workload in MAIN_JOB if any(pair[1] == workload for pair in kept)]
+# What is set against what. Where one machine cannot have both disks there are two, in the same start of the lab.
+COMPARISONS: dict[str, tuple[Side, ...]] = {
+    "xen-emu": (Side("xen-emu", "QEMU", ("xvda", "hda"), ("xen", "ide")),),
+    "hyperv": (Side("hyperv", "test host", ("sda",), ("scsi",)), Side("kvm", "QEMU", ("hda",), ("ide",))),
+}
+
+
+def name(comparison: str, disk: str, workload: Workload) -> str:
+    return f"{comparison}/{disk}-{workload.label}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    comparison: str
+    disks: list[str]
+    workloads: list[Workload]
+
+
+def choose(patterns: list[str]) -> list[Chosen]:
+    """For each comparison the disks and workloads with a name that matches one of the patterns; all without a pattern."""
+    found = []
+    for comparison, sides in COMPARISONS.items():
+        pairs = [(disk, workload) for side in sides for disk in side.disks for workload in MAIN_JOB]
+        kept = [pair for pair in pairs if not patterns or any(matches(name(comparison, *pair), pattern) for pattern in patterns)]
+        disks = [disk for side in sides for disk in side.disks if any(pair[0] == disk for pair in kept)]
+        if kept:
+            found.append(Chosen(comparison, disks, [workload for workload in MAIN_JOB if any(pair[1] == workload for pair in kept)]))
+    return found
 
 
 def matches(text: str, pattern: str) -> bool:

@@ -17,7 +17,11 @@ from .problems import Problem
 
 KERNEL_ARGUMENTS = "console=ttyS0 quiet loglevel=0 panic=-1 xen_emul_unplug=unnecessary nokaslr norandmaps"
 # The guest driver's name, and what Linux calls the disk.
-DISKS = {"xvda": ("linux-xen-blkfront", "xvda"), "hda": ("linux-ata_piix", "sda")}
+DISKS = {
+    "xvda": ("linux-xen-blkfront", "xvda"),
+    "hda": ("linux-ata_piix", "sda"),
+    "sda": ("linux-storvsc", "sda"),
+}
 
 INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -95,24 +99,33 @@ def script(disks: Sequence[str], workloads: Sequence[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def job(ready: lab.Lab, machine_job: Job, text: str, work: Path) -> Job:
-    """The machine of `machine_job` with Linux in place of the kernel."""
+def initrd(ready: lab.Lab, text: str, work: Path) -> Path:
+    """The guest's root file system with `text` as what it runs."""
     tree = work / "yardstick-tree"
     tree.mkdir(parents=True)
     (tree / "jobs.sh").write_text(text)
     lab.write_cpio(tree, work / "jobs.cpio")
-    initrd = work / "yardstick.initrd"
-    with open(initrd, "wb") as whole:
+    made = work / "yardstick.initrd"
+    with open(made, "wb") as whole:
         for part in (guest(ready), work / "jobs.cpio"):
             whole.write(part.read_bytes())
             whole.write(bytes(-whole.tell() % 512))
+    return made
+
+
+def job(ready: lab.Lab, machine_job: Job, text: str, work: Path) -> Job:
+    """The machine of `machine_job` with Linux in place of the kernel, which then runs `text`."""
+    kernel, append, memory, module = (
+        ("--kernel", "--append", "--memory", "--initrd") if machine_job.program else ("-kernel", "-append", "-m", "-initrd")
+    )
     words = list(machine_job.arguments)
-    words[words.index("-kernel") + 1] = "{file:vmlinuz}"
-    words[words.index("-append") + 1] = KERNEL_ARGUMENTS
-    words[words.index("-m") + 1] = "512"
-    words += ["-initrd", "{file:yardstick.initrd}"]
-    files = {"vmlinuz": ready.kernel, "yardstick.initrd": initrd}
-    return Job(machine_job.name + "-linux", words, files, machine_job.disks, machine_job.timeout)
+    words[words.index(kernel) + 1] = "{file:vmlinuz}"
+    words[words.index(append) + 1] = KERNEL_ARGUMENTS
+    words[words.index(memory) + 1] = "512"
+    words += [module, "{file:yardstick.initrd}"]
+    files = {name: path for name, path in machine_job.files.items() if name == machine_job.program}
+    files |= {"vmlinuz": ready.kernel, "yardstick.initrd": initrd(ready, text, work)}
+    return Job(machine_job.name, words, files, machine_job.disks, machine_job.timeout, machine_job.program)
 
 
 def results(output: str) -> list[tuple[str, str, int, dict]]:
