@@ -393,6 +393,9 @@ void install_power_off(B& backend) {
             use_processors(backend, executor);
             const Result<Outcome> outcome = executor.run(kernel_main(info, sightings, backend, executor));
             stop_processors();
+            if constexpr (hv::TearDown<F>) {
+                backend.uninstall();
+            }
             end(outcome);
         });
     });

@@ -227,7 +227,9 @@ void Vmbus::unload(Nanoseconds timeout) {
             answered = header && header->type == MessageType::unload_response;
         }
     }
-    if (!answered) {
+    if (answered) {
+        log::info("VMBus: unloaded");
+    } else {
         log::warning("VMBus: the host does not confirm the end of the connection");
     }
 }
