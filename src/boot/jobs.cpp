@@ -135,8 +135,20 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
             co_return *bad;
         }
     }
-    const std::unique_ptr<io::Bench> runner(new (std::nothrow) io::Bench);
-    if (!runner) {
+    u32 most_lanes = 1;
+    for (io::BlockDevice* disk : disks.all()) {
+        if (options.disk.chosen(disk->identity().name.view())) {
+            most_lanes = std::max(most_lanes, disk->lanes());
+        }
+    }
+    most_lanes = static_cast<u32>(std::min<u64>({most_lanes, options.lanes, max_processors}));
+    std::array<std::unique_ptr<io::Bench>, max_processors> owned;
+    std::array<io::Bench*, max_processors> runners{};
+    for (u32 i = 0; i < most_lanes; ++i) {
+        owned[i].reset(new (std::nothrow) io::Bench);
+        runners[i] = owned[i].get();
+    }
+    if (std::ranges::find(runners.begin(), runners.begin() + most_lanes, nullptr) != runners.begin() + most_lanes) {
         co_return Error{Code::exhausted, "no memory for the benchmark's histograms: give the machine more"};
     }
     // What the buses still have to say after the probe is said before anything is counted.
@@ -152,13 +164,16 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
         for (u32 i = 0; i < workloads->count; ++i) {
             const io::Workload& workload = workloads->list[i];
             const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations};
-            auto result = co_await runner->run(*disk, workload, with);
+            const u32 lanes = std::min(most_lanes, disk->lanes());
+            auto task = lanes == 1 ? runners[0]->run(*disk, workload, with)
+                                   : io::Bench::run_lanes(std::span(runners).first(lanes), *disk, workload, with);
+            auto result = co_await std::move(task);
             if (!result) {
                 co_return refused(result.error(), disk_name);
             }
             io::print_record(*disk, *result);
-            log::info("{}: {} bs={} qd={}: {} I/Os in {} us, {} errors", disk_name, workload.pattern, workload.bs, workload.qd, workload.count,
-                      result->runtime_ns / 1000, result->errors);
+            log::info("{}: {} bs={} qd={} lanes={}: {} I/Os in {} us, {} errors", disk_name, workload.pattern, workload.bs, workload.qd,
+                      result->lanes, workload.count, result->runtime_ns / 1000, result->errors);
             if (result->first_error) {
                 report(*result->first_error, disk_name);
             }
@@ -168,6 +183,9 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
     }
     outcome.verdict = errors == 0 ? Verdict::success : Verdict::failure;
     print(outcome.reason, "{} workloads, {} failed I/Os", runs, errors);
+    if (most_lanes > 1) {
+        print(outcome.reason, ", on {} lanes", most_lanes);
+    }
     co_return outcome;
 }
 
@@ -177,6 +195,7 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
     }
     Outcome outcome;
     u32 good = 0;
+    u32 lanes = 1;
     for (io::BlockDevice* disk : disks.all()) {
         const std::string_view disk_name = disk->identity().name.view();
         if (!options.disk.chosen(disk_name)) {
@@ -199,9 +218,10 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
         if (result->first_error) {
             report(*result->first_error, disk_name);
         }
+        lanes = std::max(lanes, result->lanes);
         if (result->ok()) {
             ++good;
-            log::info("{}: {} blocks of {} bytes verified", disk_name, result->blocks, plan.bs);
+            log::info("{}: {} blocks of {} bytes verified on {} lanes", disk_name, result->blocks, plan.bs, result->lanes);
         } else {
             outcome.verdict = Verdict::failure;
             log::error("{}: verify failed: {} of {} blocks bad, {} written, {} read", disk_name, result->bad, result->blocks, result->written,
@@ -209,6 +229,9 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
         }
     }
     print(outcome.reason, "{} disks verified{}", good, outcome.verdict == Verdict::success ? "" : ", and not all of them");
+    if (lanes > 1) {
+        print(outcome.reason, ", on {} lanes", lanes);
+    }
     co_return outcome;
 }
 

@@ -5,10 +5,12 @@ import core.std;
 import core.result;
 import core.text;
 import core.log;
+import core.spinlock;
 import core.time;
 import core.dma;
 import io.task;
 import io.executor;
+import io.run_on;
 import io.block;
 import io.histogram;
 import io.random;
@@ -307,6 +309,124 @@ Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, Bench
     co_return report;
 }
 
+// Where the lanes meet before the first I/O: the last one to arrive reads the clock and the allocations, and lets all go.
+struct Bench::Start {
+    u32 lanes;
+    const BenchOptions& options;
+    Instant begun = 0;
+    u64 allocations = 0;
+    std::atomic<u32> arrived{0};
+    std::atomic<bool> open{false};
+
+    // Each lane has a processor of its own, so waiting keeps nobody from arriving. What the last one writes is read when all lanes have ended.
+    void meet(Executor& executor) {
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == lanes) {
+            allocations = io::allocations(options);
+            begun = executor.now();
+            open.store(true, std::memory_order_release);
+        }
+        while (!open.load(std::memory_order_acquire)) { // partner: the release above
+            spin_pause();
+        }
+    }
+};
+
+Task<Result<void>> Bench::lane_task(Bench& bench, BlockDevice& lane, Start& start) {
+    Executor& executor = lane.executor();
+    TaskGroup group(executor);
+    Result<void> spawned;
+    for (u32 i = 0; i < bench.workload_.qd && spawned; ++i) {
+        spawned = group.spawn(slot(bench, lane, i));
+    }
+    start.meet(executor); // the slots run when this coroutine waits
+    if (!spawned) {
+        bench.left_ = 0;
+    }
+    static_cast<void>(co_await group.join());
+    bench.ended_ = executor.now();
+    co_return spawned;
+}
+
+Task<Result<void>> Bench::lane_elsewhere(Bench& bench, BlockDevice& lane, Start& start) {
+    co_return co_await run_on(lane.executor(), lane_task(bench, lane, start));
+}
+
+Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, BlockDevice& disk, Workload workload, BenchOptions options) {
+    const u32 lanes = static_cast<u32>(runners.size());
+    BenchReport report;
+    report.workload = workload;
+    report.lanes = lanes;
+    Result<void> ready;
+    if (lanes == 0 || lanes > disk.lanes() || workload.count < lanes) {
+        ready =
+            Error{Code::bad_argument, "a workload needs as many lanes of the disk as are asked for, and an I/O for each", disk.lanes(), lanes};
+    }
+    for (u32 i = 0; i < lanes && ready; ++i) {
+        for (u32 other = 0; other < i; ++other) {
+            if (&disk.lane(i).executor() == &disk.lane(other).executor()) {
+                ready = Error{Code::not_supported, "two lanes of the disk share a processor: they cannot run at once", i, other};
+            }
+        }
+        Workload share = workload;
+        share.count = workload.count / lanes + (i < workload.count % lanes ? 1 : 0);
+        share.seed = workload.seed + i;
+        if (ready) {
+            ready = runners[i]->prepare(disk.lane(i), share, options);
+            runners[i]->block_ = runners[i]->blocks_ / lanes * i;
+        }
+    }
+    const bool sequential = workload.pattern == Pattern::read || workload.pattern == Pattern::write;
+    if (ready && sequential && runners[0]->blocks_ / lanes < workload.count / lanes + 1) {
+        ready = Error{Code::bad_argument, "the disk is smaller than the workload asks for (blocks of bs bytes): a smaller count or bs",
+                      workload.count, runners[0]->blocks_};
+    }
+    // The counters of the other lanes rest: what their processors wrote came to us with the end of their last task.
+    const auto counters = [&] {
+        Counters sum;
+        for (u32 i = 0; i < lanes; ++i) {
+            sum = sum + disk.lane(i).counters();
+        }
+        return sum;
+    };
+    Start start{.lanes = lanes, .options = options};
+    const Counters before = ready ? counters() : Counters{};
+    TaskGroup group(disk.executor());
+    for (u32 i = 0; i < lanes && ready; ++i) {
+        ready = group.spawn(lane_elsewhere(*runners[i], disk.lane(i), start));
+    }
+    if (!ready) {
+        start.lanes = 0; // nobody has begun: spawned tasks run when this coroutine waits, and it does not
+    } else {
+        ready = co_await group.join();
+    }
+    if (ready) {
+        report.counters = counters() - before;
+        report.allocations = allocations(options) - start.allocations;
+        Instant ended = start.begun;
+        for (Bench* bench : runners) {
+            ended = std::max(ended, bench->ended_);
+            report.errors += bench->errors_ + bench->left_;
+            if (!report.first_error) {
+                report.first_error = bench->first_error_;
+            }
+            if (bench != runners[0]) {
+                runners[0]->read_.add(bench->read_);
+                runners[0]->write_.add(bench->write_);
+            }
+        }
+        report.runtime_ns = ended - start.begun;
+        report.read = summary(runners[0]->read_, workload.bs);
+        report.write = summary(runners[0]->write_, workload.bs);
+    }
+    for (Bench* bench : runners) {
+        bench->release();
+    }
+    if (!ready) {
+        co_return ready.error();
+    }
+    co_return report;
+}
+
 namespace {
 void print_direction(log::Record& record, std::string_view key, const Latencies& l) {
     record.open(key, '{').number("ios", l.ios).number("bytes", l.bytes);
@@ -334,7 +454,7 @@ void print_record(const BlockDevice& disk, const BenchReport& report) {
     record.number("runtime_ns", report.runtime_ns).number("errors", report.errors);
     record.number("device_accesses", report.counters.device_accesses).number("hypercalls", report.counters.hypercalls);
     record.number("notifications", report.counters.notifications).number("interrupts", report.counters.interrupts);
-    record.number("allocations", report.allocations);
+    record.number("allocations", report.allocations).number("lanes", report.lanes);
     print_direction(record, "read", report.read);
     print_direction(record, "write", report.write);
 }

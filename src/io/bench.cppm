@@ -26,7 +26,7 @@ struct Workload {
 
     Pattern pattern = Pattern::randread;
     u32 bs = 4096;    // bytes of one I/O: a multiple of 512, at most max_bs
-    u32 qd = 1;       // I/Os under way at once, at most max_qd
+    u32 qd = 1;       // I/Os under way at once, on each lane that is used; at most max_qd
     u64 count = 2000; // I/Os in all, at most max_count
     u64 seed = 1;
     u32 mix = 70; // per cent of reads in `mixed`
@@ -53,6 +53,7 @@ struct Latencies {
 
 struct BenchReport {
     Workload workload;
+    u32 lanes = 1;              // of the disk that were used
     Nanoseconds runtime_ns = 0; // from the first submission to the last completion
     u64 errors = 0;             // I/Os that failed or were given up
     Counters counters;          // of the disk, over the run
@@ -81,7 +82,15 @@ class Bench {
     /// the report; a disk that has timed out, gone or broken its protocol ends the run, and what was not done counts as failed.
     Task<Result<BenchReport>> run(BlockDevice& disk, Workload workload, BenchOptions options);
 
+    /// The same on several lanes of the disk at once, one runner for each: lanes 0 to runners.size() - 1 <= disk.lanes() - 1, each on a
+    /// processor of its own. The I/Os are shared out evenly, random ones from a seed for each lane (seed + lane), sequential ones as a stretch
+    /// for each. They begin together; runtime_ns is from there to the last completion of all.
+    static Task<Result<BenchReport>> run_lanes(std::span<Bench* const> runners, BlockDevice& disk, Workload workload, BenchOptions options);
+
   private:
+    struct Start;
+    static Task<Result<void>> lane_task(Bench& bench, BlockDevice& lane, Start& start);
+    static Task<Result<void>> lane_elsewhere(Bench& bench, BlockDevice& lane, Start& start);
     static Task<Result<void>> slot(Bench& bench, BlockDevice& disk, u32 index);
     Result<void> prepare(BlockDevice& disk, const Workload& workload, const BenchOptions& options);
     bool next(Op& op, u64& lba);
@@ -89,9 +98,10 @@ class Bench {
     void release();
 
     Workload workload_;
-    u64 left_ = 0;   // I/Os not yet started
-    u64 blocks_ = 0; // of workload_.bs bytes on the disk
-    u64 block_ = 0;  // the next one of a sequential workload
+    u64 left_ = 0;      // I/Os not yet started
+    u64 blocks_ = 0;    // of workload_.bs bytes on the disk
+    u64 block_ = 0;     // the next one of a sequential workload
+    Instant ended_ = 0; // of the last completion, with several lanes
     u64 sectors_per_block_ = 0;
     SplitMix64 random_;
     u64 errors_ = 0;

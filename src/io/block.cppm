@@ -56,6 +56,11 @@ struct Counters {
     u64 interrupts = 0;      // taken for this queue
     u64 errors = 0;          // requests that ended with anything but ok
 
+    friend constexpr Counters operator+(const Counters& a, const Counters& b) {
+        return {a.submitted + b.submitted,   a.completed + b.completed,         a.device_accesses + b.device_accesses,
+                a.hypercalls + b.hypercalls, a.notifications + b.notifications, a.interrupts + b.interrupts,
+                a.errors + b.errors};
+    }
     friend constexpr Counters operator-(const Counters& a, const Counters& b) {
         return {a.submitted - b.submitted,   a.completed - b.completed,         a.device_accesses - b.device_accesses,
                 a.hypercalls - b.hypercalls, a.notifications - b.notifications, a.interrupts - b.interrupts,

@@ -21,6 +21,17 @@ u128 divide(u128 dividend, u64 divisor) {
 }
 } // namespace
 
+void Histogram::add(const Histogram& other) {
+    total_ += other.total_;
+    sum_ += other.sum_;
+    square_sum_ += other.square_sum_;
+    min_ = std::min(min_, other.min_);
+    max_ = std::max(max_, other.max_);
+    for (usize i = 0; i < buckets; ++i) {
+        counts_[i] += other.counts_[i];
+    }
+}
+
 u64 Histogram::stddev() const {
     if (total_ < 2) {
         return 0;

@@ -33,6 +33,9 @@ class Histogram {
         max_ = std::max(max_, value);
     }
 
+    /// As if everything that `other` has recorded had been recorded here.
+    void add(const Histogram& other);
+
     u64 count() const { return total_; }
     /// 0 of nothing.
     u64 min() const { return total_ == 0 ? 0 : min_; }

@@ -6,8 +6,10 @@ import core.result;
 import core.crc32c;
 import core.log;
 import core.dma;
+import core.processor;
 import io.task;
 import io.executor;
+import io.run_on;
 import io.block;
 import io.random;
 
@@ -182,22 +184,80 @@ Result<u64> blocks_of(const Geometry& g, const VerifyPlan& plan) {
 
 } // namespace
 
-Task<Result<VerifyReport>> verify(BlockDevice& disk, VerifyPlan plan, DmaAllocator& dma) {
-    VerifyReport report;
-    report.plan = plan;
-    CO_TRY(report.blocks, blocks_of(disk.geometry(), plan));
-    Run run{disk, report};
-    if (plan.write) {
+namespace {
+
+// The blocks of one report through one lane.
+Task<Result<void>> region(BlockDevice& lane, VerifyReport& report, DmaAllocator& dma) {
+    Run run{lane, report};
+    if (report.plan.write) {
         CO_CHECK(co_await pass(run, Op::write, dma));
         if (!run.stopped) {
-            BlockDevice::Transfer flush(disk, Op::flush, 0, {});
+            BlockDevice::Transfer flush(lane, Op::flush, 0, {});
             static_cast<void>(co_await flush);
             if (flush.status != Status::ok) {
                 run.failed(flush.status);
             }
         }
     }
-    CO_CHECK(co_await pass(run, Op::read, dma));
+    co_return co_await pass(run, Op::read, dma);
+}
+
+Task<Result<void>> region_elsewhere(BlockDevice& lane, VerifyReport& report, DmaAllocator& dma) {
+    co_return co_await run_on(lane.executor(), region(lane, report, dma));
+}
+
+void add(VerifyReport& whole, const VerifyReport& part) {
+    for (const BadBlock& bad : part.bad_blocks()) {
+        if (whole.bad < whole.first_bad.size()) {
+            whole.first_bad[whole.bad] = bad;
+        }
+        ++whole.bad;
+    }
+    whole.bad += part.bad - part.bad_blocks().size();
+    whole.written += part.written;
+    whole.read += part.read;
+    if (!whole.first_error) {
+        whole.first_error = part.first_error;
+    }
+}
+
+} // namespace
+
+Task<Result<VerifyReport>> verify(BlockDevice& disk, VerifyPlan plan, DmaAllocator& dma) {
+    VerifyReport report;
+    report.plan = plan;
+    CO_TRY(report.blocks, blocks_of(disk.geometry(), plan));
+    report.lanes = static_cast<u32>(std::min<u64>({disk.lanes(), report.blocks, max_processors}));
+    if (report.lanes == 1) {
+        CO_CHECK(co_await region(disk, report, dma));
+        co_return report;
+    }
+    // Each processor writes to its own report; they are one again when all have ended.
+    struct Parts {
+        std::array<VerifyReport, max_processors> list;
+    };
+    const std::unique_ptr<Parts> parts(new (std::nothrow) Parts);
+    if (!parts) {
+        co_return Error{Code::exhausted, "no memory for the reports of the lanes: give the machine more"};
+    }
+    TaskGroup group(disk.executor());
+    Result<void> spawned;
+    u64 begin = 0;
+    for (u32 i = 0; i < report.lanes && spawned; ++i) {
+        VerifyReport& part = parts->list[i];
+        part.plan = plan;
+        part.plan.first_lba = plan.first_lba + begin * (plan.bs / 512);
+        part.blocks = report.blocks / report.lanes + (i < report.blocks % report.lanes ? 1 : 0);
+        begin += part.blocks;
+        spawned = group.spawn(region_elsewhere(disk.lane(i), part, dma));
+    }
+    const Result<void> done = co_await group.join();
+    if (!spawned || !done) {
+        co_return spawned ? done.error() : spawned.error();
+    }
+    for (u32 i = 0; i < report.lanes; ++i) {
+        add(report, parts->list[i]);
+    }
     co_return report;
 }
 
@@ -218,7 +278,7 @@ void print_record(const BlockDevice& disk, const VerifyReport& report) {
         .number("seed", report.plan.seed)
         .number("written", report.written)
         .number("read", report.read);
-    record.number("bad", report.bad).flag("ok", report.ok());
+    record.number("bad", report.bad).flag("ok", report.ok()).number("lanes", report.lanes);
 }
 
 } // namespace fl::io

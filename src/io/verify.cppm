@@ -54,6 +54,7 @@ struct BadBlock {
 
 struct VerifyReport {
     VerifyPlan plan;
+    u32 lanes = 1; // of the disk that were used
     u64 blocks = 0;
     u64 written = 0; // blocks whose write ended well
     u64 read = 0;    // blocks whose read ended well
@@ -65,7 +66,8 @@ struct VerifyReport {
     std::span<const BadBlock> bad_blocks() const { return {first_bad.data(), std::min<usize>(bad, first_bad.size())}; }
 };
 
-/// Writes every block, flushes, reads every block back and checks it; or only reads and checks. Error{bad_argument}, before anything is
+/// Writes every block, flushes, reads every block back and checks it; or only reads and checks. A disk with several lanes is split into as many
+/// regions, and all lanes are at it at once, each with plan.qd transfers, on its own processor. Error{bad_argument}, before anything is
 /// submitted: a plan that does not suit the disk, or writing without plan.scratch. Error{exhausted}: no buffers or frames. Bad blocks and failed
 /// transfers are in the report; a disk that has timed out, gone or broken its protocol ends the run.
 Task<Result<VerifyReport>> verify(BlockDevice& disk, VerifyPlan plan, DmaAllocator& dma);

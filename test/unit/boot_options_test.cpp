@@ -33,7 +33,8 @@ Parsed parse(std::string_view text) {
 }
 
 constexpr std::string_view valid_keys =
-    "job, workload, disk, scratch, count, bs, qd, seed, generation, hv, map, emulated, timeout, features, log, fault\n";
+    "job, workload, disk, scratch, count, bs, qd, seed, generation, hv, map, emulated, timeout, features, log, fault, "
+    "processor, cpus, lanes\n";
 
 TEST(Options, Defaults) {
     for (std::string_view text : {"", "   ", "firstlight.elf"}) {
@@ -84,6 +85,18 @@ TEST(Options, Verify) {
     EXPECT_EQ(p.options.generation, 3u);
     EXPECT_TRUE(p.options.scratch.all);
     EXPECT_EQ(parse("job=panic fault=pf").options.fault, boot::Fault::pf);
+}
+
+TEST(Options, Processors) {
+    EXPECT_EQ(parse("").options.cpus, 64u);
+    EXPECT_EQ(parse("").options.lanes, 1u);
+    EXPECT_EQ(parse("cpus=1").options.cpus, 1u);
+    EXPECT_EQ(parse("cpus=0").errors, "cpus=0: expected a number from 1 to 64, seen '0'\n");
+    EXPECT_EQ(parse("job=panic processor=3").options.processor, 3u);
+    EXPECT_EQ(parse("job=panic processor=64").errors, "processor=64: expected a number from 0 to 63, seen '64'\n");
+    EXPECT_EQ(parse("processor=3").errors, "'processor' is for job=panic, seen job=boot\n");
+    EXPECT_EQ(parse("job=bench lanes=4").options.lanes, 4u);
+    EXPECT_EQ(parse("job=verify lanes=4").errors, "'lanes' is for job=bench, seen job=verify\n");
 }
 
 TEST(Options, UnknownKeys) {

@@ -165,7 +165,7 @@ TEST_F(Verify, FailedTransfersAreNotOk) {
     CapturedLog log;
     print_record(disk, *r);
     EXPECT_TRUE(log.has("@{\"record\":\"verify\",\"disk\":\"mem0\",\"bs\":4096,\"blocks\":256,\"first_lba\":0,\"generation\":7,\"seed\":3,"
-                        "\"written\":255,\"read\":255,\"bad\":0,\"ok\":false}\n"));
+                        "\"written\":255,\"read\":255,\"bad\":0,\"ok\":false,\"lanes\":1}\n"));
     EXPECT_TRUE(log.has("error: mem0: verify: the disk reports an error"));
 }
 
@@ -186,7 +186,7 @@ TEST_F(Verify, BadBlocksAreNamed) {
     CapturedLog log;
     print_record(disk, *r);
     EXPECT_TRUE(log.has("error: mem0: block at LBA 80 (of 512 bytes): CRC-32C expected 0x")) << log.text.view();
-    EXPECT_TRUE(log.has("\"bad\":1,\"ok\":false}"));
+    EXPECT_TRUE(log.has("\"bad\":1,\"ok\":false,\"lanes\":1}"));
 }
 
 TEST_F(Verify, RefusesBeforeAnythingIsSubmitted) {

@@ -1,0 +1,183 @@
+// Executors on real threads: tasks sent from processor to processor and back, and abandoned at every moment; posts from three producers; frames
+// and the lock under all of it. The tsan preset watches. With the argument "weak" a door whose list is pushed and taken relaxed must be caught.
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#include <vector>
+import core.std;
+import core.result;
+import core.processor;
+import core.time;
+import io.task;
+import io.door;
+import io.executor;
+import io.run_on;
+#include "unit/io_processors.hpp"
+
+namespace {
+using namespace fl;
+using namespace fl::io;
+using fl::test::ThreadPlatform;
+using fl::test::ThreadProcessor;
+
+void check(bool good, const char* what) {
+    if (!good) {
+        std::printf("%s\n", what);
+        std::fflush(stdout);
+        std::_Exit(1);
+    }
+}
+
+Task<Result<u64>> add(const std::vector<u64>& from) { // the waiting frame's memory is read here
+    u64 sum = 0;
+    for (const u64 value : from) {
+        sum += value;
+    }
+    co_return sum;
+}
+Task<Result<u64>> bounce(Executor& a, Executor& b, u64 round) {
+    const std::vector<u64> numbers{round, 1, 2};
+    const auto first = co_await run_on(a, add(numbers));
+    const auto second = co_await run_on(b, add(numbers));
+    if (!first || !second || *first != round + 3 || *second != round + 3) {
+        co_return Error{Code::corrupt, "a wrong sum"};
+    }
+    co_return *first;
+}
+Task<Result<void>> member(Executor& a, Executor& b, u64 round) {
+    const auto done = co_await bounce(a, b, round);
+    co_return done ? Result<void>{} : Result<void>{done.error()};
+}
+Task<Result<void>> many(Executor& home, Executor& a, Executor& b) {
+    for (u64 round = 0; round < 200; ++round) {
+        TaskGroup group(home);
+        for (u64 i = 0; i < 8; ++i) {
+            if (auto spawned = group.spawn(member(i % 2 == 0 ? a : b, i % 2 == 0 ? b : a, round * 8 + i)); !spawned) {
+                co_return spawned;
+            }
+        }
+        if (round % 3 != 0) { // the others die wherever they are
+            if (auto done = co_await group.join(); !done) {
+                co_return done;
+            }
+        } else {
+            co_await home.sleep(round * 100);
+        }
+    }
+    co_return Result<void>{};
+}
+
+struct Number : Post {
+    std::vector<u32>* into = nullptr; // the owner's alone
+    u32 value = 0;
+    static void note(Post& post) {
+        auto& self = static_cast<Number&>(post);
+        self.into->push_back(self.value);
+    }
+};
+
+void posts_from_three() {
+    constexpr u32 each = 5000;
+    std::vector<u32> seen;
+    std::vector<std::vector<Number>> numbers(3);
+    {
+        ThreadProcessor owner(1);
+        std::vector<std::thread> producers;
+        for (u32 n = 0; n < 3; ++n) {
+            numbers[n] = std::vector<Number>(each);
+            producers.emplace_back([&, n] {
+                set_this_processor(2 + n);
+                for (u32 i = 0; i < each; ++i) {
+                    Number& number = numbers[n][i];
+                    number.run = Number::note;
+                    number.into = &seen;
+                    number.value = n * each + i;
+                    owner.executor.post(number);
+                }
+            });
+        }
+        for (std::thread& producer : producers) {
+            producer.join();
+        }
+        // Whatever is still in the door is run before the loop ends: this one is the last.
+        std::atomic<bool> done = false;
+        struct Last : Post {
+            std::atomic<bool>* done;
+        } last;
+        last.run = [](Post& post) { static_cast<Last&>(post).done->store(true, std::memory_order_release); };
+        last.done = &done;
+        owner.executor.post(last);
+        while (!done.load(std::memory_order_acquire)) {
+            std::this_thread::yield();
+        }
+        owner.stop();
+        check(owner.platform.overslept == 0, "the owner slept through a wake-up");
+    }
+    check(seen.size() == 3 * each, "posts were lost or doubled");
+    u32 next[3]{};
+    for (const u32 value : seen) {
+        check(value % each == next[value / each]++, "a producer's posts came in another order");
+    }
+}
+
+struct WeakAtomics {
+    template <class T, DoorCell>
+    class Cell : public std::atomic<T> {
+      public:
+        using std::atomic<T>::atomic;
+        T exchange(T value, std::memory_order) { return std::atomic<T>::exchange(value, std::memory_order_relaxed); }
+        bool compare_exchange_weak(T& expected, T value, std::memory_order, std::memory_order) {
+            return std::atomic<T>::compare_exchange_weak(expected, value, std::memory_order_relaxed, std::memory_order_relaxed);
+        }
+    };
+};
+struct Plain {
+    Plain* next = nullptr;
+    u64 value = 0;
+};
+
+int weak() {
+    BasicDoor<Plain, WeakAtomics> door;
+    std::vector<Plain> nodes(1000);
+    std::thread producer([&] {
+        for (Plain& node : nodes) {
+            node.value = 1;
+            door.push(node);
+        }
+    });
+    u64 sum = 0;
+    while (sum != nodes.size()) {
+        for (Plain* node = door.take_all(); node != nullptr; node = node->next) {
+            sum += node->value;
+        }
+    }
+    producer.join();
+    return 0;
+}
+
+} // namespace
+
+int main(int count, char**) {
+    if (count > 1) {
+        return weak();
+    }
+    posts_from_three();
+    const usize before = frame_pool().in_use();
+    {
+        ThreadPlatform platform;
+        Executor home(platform.platform(), 0);
+        ThreadProcessor one(1);
+        ThreadProcessor two(2);
+        check(static_cast<bool>(home.run(many(home, one.executor, two.executor))), "a task failed");
+        one.stop();
+        two.stop();
+        check(platform.overslept + one.platform.overslept + two.platform.overslept == 0, "a processor slept through a wake-up");
+    }
+    check(frame_pool().in_use() == before, "coroutine frames leaked");
+    std::printf("posts and tasks between three processors: as they should be\n");
+    return 0;
+}
