@@ -17,6 +17,7 @@ import host.vmbus;
 namespace fl::host {
 namespace {
 constexpr u32 turns_at_once = 16;       // of one channel, before others are looked at
+constexpr u32 storm_at_once = 4;        // interrupts of a storm in one poll: more would be merged into one before the guest runs
 constexpr u64 polling_interval = 50000; // nanoseconds: a guest that does not promise to signal, and monitor pages
 } // namespace
 
@@ -109,7 +110,7 @@ bool ServerState::poll(u64 now) {
         if (now >= offer.due) {
             offer.due = offer.timed ? offer.owner->device->tick(*offer.channel, now) : ~u64{0};
         }
-        for (u32 burst = 0; burst < 32 && offer.channel->storm != 0; ++burst) {
+        for (u32 burst = 0; burst < storm_at_once && offer.channel->storm != 0; ++burst) {
             --offer.channel->storm;
             interrupt(*offer.channel, true);
         }

@@ -490,7 +490,7 @@ TEST_F(HostFault, SignalStorm) {
     start(Fault::signal_storm);
     request();
     EXPECT_TRUE(rings.receive());
-    for (int i = 0; i < 200; ++i) {
+    for (int i = 0; i < 1300; ++i) {
         guest->server->poll(guest->now);
     }
     EXPECT_GE(guest->machine.events.size(), 5000u);
