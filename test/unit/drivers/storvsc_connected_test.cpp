@@ -1,0 +1,302 @@
+// Guest and host in one process: the drivers over the real bus against the test host, honest and with every rule broken that it can break.
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <gtest/gtest.h>
+#include <map>
+#include <memory>
+#include <optional>
+#include <random>
+#include <span>
+#include <string>
+#include <vector>
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import core.interrupt;
+import core.log;
+import core.processor;
+import core.wall_clock;
+import io.executor;
+import io.task;
+import io.block;
+import io.shutdown;
+import hv.backend;
+import hv.hyperv;
+import drivers.driver;
+import drivers.storvsc;
+import drivers.hv_util;
+import host.vmbus;
+import host.storvsp;
+import host.services;
+
+#include "unit/io_support.hpp"
+// behind it
+#include "unit/drivers/storvsc_connected.hpp"
+
+namespace {
+using namespace fl;
+using connected::Machine;
+namespace storvsc = drivers::storvsc;
+
+io::Task<Result<void>> one(io::BlockDevice& disk, io::Op op, u64 lba, DmaSpan buffer) {
+    io::BlockDevice::Transfer transfer(disk, op, lba, buffer);
+    co_return co_await transfer;
+}
+
+struct Store {
+    explicit Store(usize bytes = 4096 * 512) : data(bytes), store(data) {}
+    std::vector<std::byte> data;
+    host::MemoryStore store;
+};
+
+// Writes and reads random stretches and compares with the image.
+void verify(Machine& m, io::BlockDevice& disk, Store& store, u32 rounds) {
+    const u32 sector = disk.geometry().sector_size;
+    std::mt19937_64 random(5);
+    std::vector<std::byte> model(store.data);
+    DmaSpan buffer = m.buffer(512 * 1024);
+    for (u32 i = 0; i < rounds; ++i) {
+        const u64 lba = random() % disk.geometry().sectors;
+        const u32 most = static_cast<u32>(std::min<u64>(disk.geometry().sectors - lba, i % 4 == 0 ? 480 * 1024 / sector : 16));
+        const u32 count = static_cast<u32>(1 + random() % most);
+        DmaSpan span = buffer.subspan(static_cast<u32>(random() % 4) * sector, count * sector);
+        if (i % 2 == 0) {
+            for (std::byte& b : span.bytes()) {
+                b = static_cast<std::byte>(random());
+            }
+            std::memcpy(model.data() + lba * sector, span.data, span.size);
+            ASSERT_TRUE(m.run(one(disk, io::Op::write, lba, span)));
+        } else {
+            std::memset(span.data, 0xee, span.size);
+            ASSERT_TRUE(m.run(one(disk, io::Op::read, lba, span)));
+            ASSERT_EQ(std::memcmp(model.data() + lba * sector, span.data, span.size), 0);
+        }
+    }
+    EXPECT_TRUE(model == store.data);
+    EXPECT_TRUE(m.run(one(disk, io::Op::flush, 0, {})));
+}
+
+TEST(Connected, TwoUnitsOverTheRealBus) {
+    Machine m;
+    test::CapturedLog log;
+    Store a;
+    Store b(1024 * 4096);
+    host::LunConfig second{.lun = 7, .store = &b.store, .block_size = 4096};
+    second.write_cache = false;
+    m.server->add(host::StorageDevice::scsi({}, {{.lun = 0, .store = &a.store}, second}));
+    ASSERT_TRUE(m.connect());
+    ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::scsi_class)))) << log.text.view();
+    ASSERT_EQ(m.sink.disks.size(), 2u) << log.text.view() << m.lines.text;
+    io::BlockDevice& first = *m.sink.disks[0].first;
+    EXPECT_EQ(m.sink.disks[0].second, drivers::DiskSink::no_twin);
+    EXPECT_EQ(first.geometry().sectors, 4096u);
+    EXPECT_TRUE(first.geometry().flush);
+    EXPECT_TRUE(first.geometry().discard);
+    EXPECT_EQ(m.sink.disks[1].first->geometry().sector_size, 4096u);
+    EXPECT_FALSE(m.sink.disks[1].first->geometry().flush);
+    verify(m, first, a, 100);
+    verify(m, *m.sink.disks[1].first, b, 60);
+    std::memset(a.data.data(), 1, a.data.size());
+    ASSERT_TRUE(m.run(one(first, io::Op::discard, 8, m.buffer(64 * 512))));
+    EXPECT_EQ(a.data[8 * 512], std::byte{0});
+    EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
+    EXPECT_EQ(first.counters().errors, 0u);
+}
+
+class ConnectedVersion : public testing::TestWithParam<u16> {};
+TEST_P(ConnectedVersion, StepsDown) {
+    Machine m;
+    Store a;
+    host::StorageConfig config;
+    std::erase_if(config.versions, [](u16 v) { return v > GetParam(); });
+    m.server->add(host::StorageDevice::scsi(config, {{.lun = 0, .store = &a.store}}));
+    ASSERT_TRUE(m.connect());
+    ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::scsi_class))));
+    ASSERT_EQ(m.sink.disks.size(), 1u) << m.lines.text;
+    verify(m, *m.sink.disks[0].first, a, 40);
+    FixedText<16> version;
+    print(version, "version={}.{}", GetParam() >> 8, GetParam() & 0xff);
+    const std::string features(m.sink.disks[0].first->identity().features.view());
+    EXPECT_NE(features.find(std::string(version.view())), std::string::npos) << features;
+    EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
+}
+INSTANTIATE_TEST_SUITE_P(All, ConnectedVersion, testing::Values(0x0602, 0x0600, 0x0501, 0x0402, 0x0200));
+
+TEST(Connected, AnIdeChannelIsTheDiskOfItsPath) {
+    Machine m;
+    Store a;
+    m.server->add(host::StorageDevice::ide(1, 0, {}, {.lun = 0, .store = &a.store}));
+    ASSERT_TRUE(m.connect());
+    const auto offer = m.offer(storvsc::ide_class);
+    ASSERT_TRUE(offer);
+    m.sink.offers = false;
+    ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *offer)));
+    EXPECT_TRUE(m.sink.disks.empty()) << "another driver has it";
+    EXPECT_EQ(m.server->counters().packets_in, 0u) << "and it was not touched";
+    m.sink.offers = true;
+    ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *offer)));
+    ASSERT_EQ(m.sink.disks.size(), 1u) << m.lines.text;
+    EXPECT_EQ(m.sink.disks[0].second, 2u) << "secondary master";
+    verify(m, *m.sink.disks[0].first, a, 40);
+    EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
+}
+
+TEST(Connected, HotAddAndRemove) {
+    Machine m;
+    test::CapturedLog log;
+    Store a;
+    Store b;
+    host::StorageDevice& controller = m.server->add(host::StorageDevice::scsi({}, {{.lun = 0, .store = &a.store}}));
+    ASSERT_TRUE(m.connect());
+    ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::scsi_class))));
+    ASSERT_EQ(m.sink.disks.size(), 1u);
+    EXPECT_TRUE(controller.add_lun({.lun = 4, .store = &b.store}));
+    for (u32 i = 0; i < 200 && m.sink.disks.size() < 2; ++i) {
+        m.executor.turn();
+    }
+    ASSERT_EQ(m.sink.disks.size(), 2u) << log.text.view();
+    verify(m, *m.sink.disks[1].first, b, 20);
+    EXPECT_TRUE(controller.remove_lun(4));
+    for (u32 i = 0; i < 200 && !log.has("taken the disk away"); ++i) {
+        m.executor.turn();
+    }
+    EXPECT_TRUE(log.has("the host has taken the disk away")) << log.text.view();
+    EXPECT_EQ(m.run(one(*m.sink.disks[1].first, io::Op::read, 0, m.buffer(512))).error().code, Code::device_gone);
+    verify(m, *m.sink.disks[0].first, a, 20);
+    m.server->remove(controller);
+    for (u32 i = 0; i < 200 && !log.has("controller away"); ++i) {
+        m.executor.turn();
+    }
+    EXPECT_TRUE(log.has("taken the storage controller away")) << log.text.view();
+    EXPECT_EQ(m.run(one(*m.sink.disks[0].first, io::Op::read, 0, m.buffer(512))).error().code, Code::device_gone);
+    EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
+}
+
+// One lane for each processor, each with a channel of its own.
+TEST(Connected, SubChannels) {
+    Machine m({}, 2);
+    Store a;
+    host::StorageConfig config;
+    config.sub_channels = 4;
+    m.server->add(host::StorageDevice::scsi(config, {{.lun = 0, .store = &a.store}}));
+    ASSERT_TRUE(m.connect());
+    ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::scsi_class))));
+    ASSERT_EQ(m.sink.disks.size(), 1u) << m.lines.text;
+    io::BlockDevice& disk = *m.sink.disks[0].first;
+    ASSERT_EQ(disk.lanes(), 2u) << "as many as processors";
+    io::BlockDevice& lane = disk.lane(1);
+    EXPECT_EQ(&lane.executor(), &m.second);
+    EXPECT_EQ(lane.geometry().sectors, disk.geometry().sectors);
+    verify(m, disk, a, 40);
+    DmaSpan buffer = m.buffer(4096);
+    std::memset(buffer.data, 0x77, buffer.size);
+    io::Request there(lane, io::Op::write, 24, buffer);
+    lane.submit(there);
+    for (u32 i = 0; i < 200 && there.pending(); ++i) {
+        m.executor.turn();
+        m.idle();
+    }
+    EXPECT_EQ(there.status, io::Status::ok);
+    EXPECT_EQ(a.data[24 * 512 + 4095], std::byte{0x77});
+    EXPECT_EQ(lane.counters().completed, 1u);
+    EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
+}
+
+// Every rule that the host can break: bounded, told in one line or survived, and nothing that was acknowledged is lost.
+class ConnectedFault : public testing::TestWithParam<host::FaultName> {};
+TEST_P(ConnectedFault, BoundedAndNothingAcknowledgedIsLost) {
+    host::ServerConfig config;
+    config.fault = {GetParam().fault, 0, 1};
+    const std::string name(GetParam().name);
+    const bool in_use = name.find("version") == std::string::npos && name.find("gpadl") == std::string::npos &&
+                        name.find("open") == std::string::npos && name.find("message") == std::string::npos && name != "duplicate-relid";
+    config.fault.after = in_use ? 20 : 0; // once the disk is there
+    Machine m(config);
+    test::CapturedLog log;
+    Store a;
+    m.server->add(host::StorageDevice::scsi({}, {{.lun = 0, .store = &a.store}}));
+    const Instant start = m.clock.time;
+    const auto done = m.connect();
+    const auto offer = m.offer(storvsc::scsi_class);
+    Result<void> attached;
+    if (done && offer) {
+        attached = m.run(storvsc::attach(m.environment, m.bus, *offer));
+    }
+    u64 failed = 0;
+    std::map<u64, std::byte> acknowledged;
+    if (!m.sink.disks.empty()) {
+        io::BlockDevice& disk = *m.sink.disks[0].first;
+        for (u32 i = 0; i < 60; ++i) {
+            DmaSpan buffer = m.buffer(4096);
+            std::memset(buffer.data, static_cast<int>(i + 1), buffer.size);
+            const u64 lba = i % 16 * 8;
+            if (m.run(one(disk, io::Op::write, lba, buffer))) {
+                acknowledged[lba] = static_cast<std::byte>(i + 1);
+            } else {
+                acknowledged.erase(lba);
+                ++failed;
+            }
+            DmaSpan back = m.buffer(4096);
+            if (m.run(one(disk, io::Op::read, lba, back)) && acknowledged.contains(lba)) {
+                EXPECT_EQ(back.data[4095], acknowledged[lba]);
+            }
+        }
+    }
+    EXPECT_LT(m.clock.time - start, 30'000'000'000u);
+    for (const auto& [lba, value] : acknowledged) {
+        EXPECT_EQ(a.data[lba * 512], value) << lba;
+        EXPECT_EQ(a.data[lba * 512 + 4095], value) << lba;
+    }
+    const bool told = log.has("error: ") || log.has("warning: ") || !done || !attached;
+    const bool harmless = name == "rewrite" || name == "packet-trailer" || name == "unit-attention" || name == "refuse-new-versions" ||
+                          name == "unknown-message" || name == "short-message" || name == "signal-storm" || name == "read-index" ||
+                          name == "no-version-response";
+    EXPECT_TRUE(told || harmless || m.server->faults_struck() == 0) << log.text.view();
+    EXPECT_TRUE(m.server->faults_struck() != 0 || !in_use || name == "early-completion" || name == "read-index") << "the fault did not happen";
+    EXPECT_TRUE(failed == 0 || told) << "nothing fails without a word";
+    EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
+}
+INSTANTIATE_TEST_SUITE_P(All, ConnectedFault, testing::ValuesIn(host::fault_names), [](const auto& info) {
+    std::string name(info.param.name);
+    std::replace(name.begin(), name.end(), '-', '_');
+    return name;
+});
+
+TEST(Connected, IntegrationServices) {
+    Machine m;
+    test::CapturedLog log;
+    host::ShutdownService& shutdown = m.server->add(std::make_unique<host::ShutdownService>());
+    host::HeartbeatService& heartbeat = m.server->add(std::make_unique<host::HeartbeatService>());
+    m.server->add(
+        std::make_unique<host::TimeSyncService>([] { return u64{116'444'736'000'000'000} + 17'640'000'000'000'000; }, [] { return u64{1000}; }));
+    ASSERT_TRUE(m.connect());
+    for (const std::string_view type :
+         {drivers::hv_util::shutdown_class, drivers::hv_util::heartbeat_class, drivers::hv_util::time_sync_class}) {
+        ASSERT_TRUE(m.offer(type)) << type;
+        ASSERT_TRUE(m.run(drivers::hv_util::attach(m.environment, m.bus, *m.offer(type))));
+    }
+    for (u32 i = 0; i < 3000 && heartbeat.answers() < 2; ++i) {
+        m.executor.turn();
+    }
+    EXPECT_GE(heartbeat.answers(), 2u) << log.text.view() << m.lines.text;
+    EXPECT_TRUE(log.has("the host's time is 2025-11-24 16:00:00 UTC")) << log.text.view();
+    ASSERT_TRUE(wall_clock(m.clock.time));
+    shutdown.ask();
+    for (u32 i = 0; i < 200 && !m.shutdown.requested(); ++i) {
+        m.executor.turn();
+    }
+    ASSERT_TRUE(m.shutdown.requested()) << log.text.view() << m.lines.text;
+    EXPECT_NE(shutdown.state(), host::ShutdownState::accepted) << "not before the disks are at rest";
+    m.shutdown.rest(true);
+    for (u32 i = 0; i < 200 && shutdown.state() == host::ShutdownState::asked; ++i) {
+        m.executor.turn();
+    }
+    EXPECT_EQ(shutdown.state(), host::ShutdownState::accepted) << m.lines.text;
+    EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
+}
+
+} // namespace
