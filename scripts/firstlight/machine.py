@@ -58,6 +58,10 @@ PLATFORMS = {
             ("-accel", "kvm", "-cpu", HYPERV_CPU, "-device", "vmbus-bridge", "-device", "hv-balloon"), ("pvh", "uefi"), ("pc", "q35"),
             ("ide:64m",), kvm=True,
         ),
+        Platform(
+            "hyperv-no-bus", "KVM with QEMU's Hyper-V interfaces and no VMBus behind them", ("-accel", "kvm", "-cpu", HYPERV_CPU),
+            ("pvh", "uefi"), ("pc", "q35"), ("ide:64m",), kvm=True,
+        ),
     )
 }  # fmt: skip
 
