@@ -18,6 +18,8 @@ export namespace fl::host {
 
 inline constexpr u32 relids = 2048; // as many as there are event flags; 0 is none
 inline constexpr u8 vmbus_sint = 2;
+inline constexpr u32 status_success = 0; // of GPADL_CREATED, OPEN_CHANNEL_RESULT, MODIFY_CHANNEL_RESPONSE
+inline constexpr u32 status_unsuccessful = 0x8000ffff;
 inline constexpr u32 event_connection = 2; // signals of guests before 1.1, and of those whose channels are not dedicated
 
 /// A device and what it is to the guest at present.
