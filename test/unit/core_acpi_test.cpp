@@ -210,6 +210,42 @@ TEST_F(Acpi, DamagedTablesAreIgnoredAndCounted) {
     EXPECT_EQ(acpi::read_tables(memory, 0x1234567800).error().code, Code::protocol);
 }
 
+TEST_F(Acpi, ProcessorsOfTheMadt) {
+    Bytes b = {0x00, 0x00, 0xe0, 0xfe, 0, 0, 0, 0}; // local APIC at 0xfee00000
+    const auto local = [&](u8 id, u8 flags) {       // type 0, 8 bytes [ACPI 6.5 §5.2.12.2]
+        for (const u8 byte : {u8{0}, u8{8}, id, id, flags, u8{0}, u8{0}, u8{0}}) {
+            b.push_back(byte);
+        }
+    };
+    const auto extended = [&](u8 id, u8 high, u8 flags) { // type 9, 16 bytes [§5.2.12.12]
+        for (const u8 byte : {u8{9}, u8{16}, u8{0}, u8{0}, id, high, u8{0}, u8{0}, flags, u8{0}, u8{0}, u8{0}, id, u8{0}, u8{0}, u8{0}}) {
+            b.push_back(byte);
+        }
+    };
+    local(0, 1);
+    local(2, 1);
+    local(3, 0);       // disabled
+    local(4, 2);       // online capable: not there yet
+    extended(2, 0, 1); // listed before
+    extended(0, 1, 1); // 256
+    memory.put(0x7fe2000, table("APIC", b));
+    const auto t = acpi::read_tables(memory, 0xf5250);
+    ASSERT_TRUE(t->madt);
+    EXPECT_EQ(t->madt->processor_count, 3u);
+    EXPECT_EQ(t->madt->disabled_count, 2u);
+    EXPECT_EQ(t->madt->processors_dropped, 0u);
+    ASSERT_EQ(t->madt->all_processors().size(), 3u);
+    EXPECT_EQ(t->madt->all_processors()[1], 2u);
+    EXPECT_EQ(t->madt->all_processors()[2], 256u);
+    for (u8 id = 10; id < 100; ++id) {
+        local(id, 1);
+    }
+    memory.put(0x7fe2000, table("APIC", b));
+    const auto full = acpi::read_tables(memory, 0xf5250);
+    EXPECT_EQ(full->madt->processor_count, acpi::Madt::max_processors);
+    EXPECT_EQ(full->madt->processors_dropped, 93u - acpi::Madt::max_processors);
+}
+
 TEST_F(Acpi, MadtEntriesThatCannotBeEndTheWalk) {
     Bytes b = madt_body;
     b[8 + 16 + 1] = 0; // the third entry has no length
