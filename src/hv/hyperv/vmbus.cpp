@@ -197,9 +197,9 @@ io::Task<Result<void>> Vmbus::request_offers() {
     Pending pending(*this, MessageType::all_offers_delivered, 0, 0);
     const RequestOffers message;
     CO_CHECK(co_await send(message, until));
-    CO_CHECK(co_await answer(pending, until, "VMBus: the host does not come to an end with its offers"));
-    offers_delivered_ = true;
-    co_return Result<void>{};
+    const auto ended = co_await answer(pending, until, "VMBus: the host does not come to an end with its offers");
+    offers_delivered_ = true; // or are late: listeners hear of them then
+    co_return ended;
 }
 
 void Vmbus::unload(Nanoseconds timeout) {
