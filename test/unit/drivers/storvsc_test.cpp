@@ -534,6 +534,7 @@ TEST(Storvsc, RescindInMidFlight) {
     m.channel.mark_rescinded();
     ASSERT_TRUE(m.settle(read, 50'000'000));
     EXPECT_EQ(read.status, io::Status::device_gone);
+    EXPECT_TRUE(read.buffer_lost) << "until the channel is closed";
     EXPECT_TRUE(m.log.has("taken the storage controller away"));
     EXPECT_TRUE(m.queue->quiet());
 }
