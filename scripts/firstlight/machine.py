@@ -66,8 +66,8 @@ PLATFORMS = {
 }  # fmt: skip
 
 MACHINES = {"pc": "pc", "q35": "q35", "microvm": "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on"}
-# A disk on the VMBus is a SCSI disk, or the accelerator of the IDE disk in the same place.
-BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "hd"}
+# A disk on the VMBus is a SCSI disk, or the accelerator of the IDE disk in the same place; both are called sd….
+BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "sd"}
 TEST_HOST = "firstlight-testhost"
 
 
@@ -173,12 +173,13 @@ class Machine:
         return PLATFORMS[self.platform]
 
     def disk_names(self) -> list[str]:
-        """What the kernel will call the disks: hda, hdb …, xvda, xvdb …"""
-        count = dict.fromkeys(BUSES, 0)
+        """What the kernel will call the disks: hda, hdb …, xvda, xvdb …, sda, sdb …"""
+        count = dict.fromkeys(BUSES.values(), 0)
         names = []
         for disk in self.specs:
-            names.append(BUSES[disk.bus] + string.ascii_lowercase[count[disk.bus]])
-            count[disk.bus] += 1
+            prefix = BUSES[disk.bus]
+            names.append(prefix + string.ascii_lowercase[count[prefix]])
+            count[prefix] += 1
         return names
 
     def job(self, work: Path) -> Job:

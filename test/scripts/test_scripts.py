@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from firstlight import __main__ as entry  # noqa: E402
 from firstlight import (  # noqa: E402
-    apt, fiojson, lab, launch, machine, nested, records, report, testing, verify_image, vmrun_fault, vmtests, yardstick,
+    apt, fiojson, lab, launch, machine, nested, records, report, testing, verify_image, vmrun_fault, vmtests, workloads, yardstick,
 )  # fmt: skip
 from firstlight.problems import Exit, Problem  # noqa: E402
 from firstlight.records import Verdict  # noqa: E402
@@ -121,7 +121,7 @@ class Machines(unittest.TestCase):
 
     def test_job_placeholders(self):
         job = machine.Machine("m", cmdline="a=b,c {x}").job(Path("/nowhere"))
-        command = job.command("qemu", lambda name: f"/f/{name}", lambda name: f"/d/{name}")
+        command = job.command(["qemu"], lambda name: f"/f/{name}", lambda name: f"/d/{name}")
         self.assertIn("/f/firstlight.elf", command)
         self.assertIn("a=b,c {x}", command)
         self.assertTrue(any("file=/d/hda.img" in word for word in command))
@@ -132,6 +132,59 @@ class Machines(unittest.TestCase):
             nested.Job("b", [], disks=[nested.Disk("z", (1 << 20) + 1, bring_out=Path("/z"))]),
         ]
         self.assertEqual(nested.scratch_layout(jobs), ([{"x": 0}, {"z": 1 << 20}], 3 << 20))
+
+
+class TestHost(unittest.TestCase):
+    def words(self, *disks, **more):
+        return machine.Machine("m", "hyperv", disks=list(disks), **more).job(Path("/nonexistent"))
+
+    def test_a_disk_of_each_kind(self):
+        job = self.words("scsi:8m,content=zero", "accel:4m,image=root", "ide:4m,image=root", cpus=4, cmdline="job=boot")
+        text = " ".join(job.command(["qemu"], "/files/{}".format, "/images/{}".format))
+        self.assertTrue(text.startswith("/files/firstlight-testhost --kernel /files/firstlight.elf --append job=boot --cpus 4 "), text)
+        self.assertIn("--disk scsi:/images/sda.img", text)
+        self.assertIn("--disk ide:/images/root.img --ide /images/root.img", text)
+        self.assertEqual([disk.name for disk in job.disks], ["sda.img", "root.img"])
+
+    def test_names_are_the_kernels(self):
+        described = machine.Machine("m", "hyperv", disks=["accel:4m", "scsi:8m", "ide:4m"])
+        self.assertEqual(described.disk_names(), ["sda", "sdb", "hda"])
+
+    def test_only_there(self):
+        with self.assertRaises(Problem):
+            machine.Machine("m", "kvm", disks=["scsi:8m"])
+        with self.assertRaises(Problem):
+            machine.Machine("m", "hyperv", disks=["xen:8m"])
+
+    def test_a_lab_job_names_the_program(self):
+        script = nested.job_script(self.words("scsi:1m"), 3, {})
+        self.assertIn("timeout -s KILL 30 /jobs/003/files/firstlight-testhost --kernel", script)
+
+
+class Comparisons(unittest.TestCase):
+    def test_a_platform_selects_both_sides(self):
+        (chosen,) = workloads.choose(["hyperv"])
+        self.assertEqual((chosen.comparison, chosen.disks, len(chosen.workloads)), ("hyperv", ["sda", "hda"], 5))
+
+    def test_a_job_selects_one(self):
+        (chosen,) = workloads.choose(["hyperv/sda-randread-4k-qd32"])
+        self.assertEqual((chosen.disks, [w.label for w in chosen.workloads]), (["sda"], ["randread-4k-qd32"]))
+
+    def test_everything(self):
+        self.assertEqual([chosen.comparison for chosen in workloads.choose([])], ["xen-emu", "hyperv"])
+        self.assertEqual(workloads.choose(["nosuch"]), [])
+
+    def test_ratios(self):
+        def job(kind, rate):
+            side = {"iops": rate, "total_ios": 1}
+            return {
+                "read": side, "write": {"iops": 0, "total_ios": 0}, "firstlight": {"kind": kind},
+                "job options": {"name": "randread", "bs": "4096", "iodepth": "1"},
+            }  # fmt: skip
+
+        text = report.ratios([job("synthetic", 300.0), job("emulated", 100.0)], [job("synthetic", 150.0)])
+        self.assertIn("randread 4k qd1        300       100                  3.00                     2.00", text)
+        self.assertEqual(report.ratios([job("synthetic", 300.0)]), "")
 
 
 class Table(unittest.TestCase):

@@ -405,6 +405,10 @@ TEST_F(IdeTest, ASecondDiskThatIsNotThereStaysSilent) {
     EXPECT_EQ(in(0x1f7), 0u);
     out(0x1f7, 0xec);
     EXPECT_EQ(line.rises, 0);
+    EXPECT_EQ(channel.commands(0) + channel.commands(1) + channel.resets(), 0u);
+    out(0x1f6, 0xa0);
+    out(0x1f7, 0xec);
+    EXPECT_EQ(channel.commands(0), 1u);
 }
 
 TEST_F(IdeTest, MasksItsInterruptAndResets) {

@@ -1,7 +1,7 @@
-// The devices of the test host's machine that no probing finds. iasl compiles this at build time [ACPI-6.5 §19].
+// The devices of the test host's machine that no probing finds. iasl compiles this at build time [ACPI 6.5 §19].
 DefinitionBlock ("", "DSDT", 2, "FLIGHT", "TESTHOST", 0x00000001)
 {
-    // Soft off is sleep type 5, as vmm.power expects it [ACPI-6.5 §7.4.2.6].
+    // Soft off is sleep type 5, as vmm.power expects it [ACPI 6.5 §7.4.2.6].
     Name (\_S5, Package (4) { 5, 5, 0, 0 })
 
     Scope (\_SB)

@@ -1,4 +1,4 @@
-// The ACPI tables of the machine: RSDP, XSDT, FADT, FACS, MADT and the compiled DSDT [ACPI-6.5 §5.2].
+// The ACPI tables of the machine: RSDP, XSDT, FADT, FACS, MADT and the compiled DSDT [ACPI 6.5 §5.2].
 export module vmm.acpi;
 import core.std;
 import core.result;

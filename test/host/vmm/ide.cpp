@@ -173,6 +173,7 @@ void IdeChannel::start(u8 command) {
     if (drive().image == nullptr) {
         return; // nobody there to take it
     }
+    ++drive().commands;
     switch (command) {
     case 0xec: identify(); break;
     case 0xc8: start_transfer(false, false); break;
@@ -294,6 +295,7 @@ void IdeChannel::out(u16 port, unsigned size, u32 value) {
     }
     if (port == ports_.control) {
         if ((control_ & software_reset) != 0 && (value & software_reset) == 0) {
+            ++resets_;
             reset();
         }
         control_ = static_cast<u8>(value);

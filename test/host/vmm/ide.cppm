@@ -23,12 +23,17 @@ class IdeChannel final : public PortDevice {
     /// `unit` 0 or 1. The image outlives the channel.
     void attach(unsigned unit, Image& image) { drives_[unit].image = &image; }
 
+    /// Commands that the disk took, and resets of the channel: 0 means that nobody touched the disk.
+    u64 commands(unsigned unit) const { return drives_[unit].commands; }
+    u64 resets() const { return resets_; }
+
     u32 in(u16 port, unsigned size) override;
     void out(u16 port, unsigned size, u32 value) override;
 
   private:
     struct Drive {
         Image* image = nullptr;
+        u64 commands = 0;
         u64 sectors() const { return image->size() / 512; }
     };
     /// A register that remembers the value before the last one: 48-bit commands write each twice [ACS §4.1.2].
@@ -73,6 +78,7 @@ class IdeChannel final : public PortDevice {
     u8 bus_command_ = 0;
     u8 bus_status_ = 0;
     u32 table_ = 0;
+    u64 resets_ = 0;
 };
 
 } // namespace fl::vmm

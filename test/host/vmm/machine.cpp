@@ -344,6 +344,12 @@ Snapshot Machine::snapshot() {
     all["sint_interrupts"] = synic_->interrupts();
     all["sint_messages"] = synic_->messages();
     all["line_interrupts"] = line_changes_;
+    for (usize i = 0; i < 4; ++i) {
+        if (const auto& channel = ide_[i / 2]) {
+            all["ide_disk" + std::to_string(i) + "_commands"] = channel->commands(static_cast<unsigned>(i % 2));
+            all["ide_resets"] += i % 2 == 0 ? channel->resets() : 0;
+        }
+    }
     for (const auto& [add, context] : counters_) {
         add(context, all);
     }
