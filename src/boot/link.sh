@@ -28,7 +28,7 @@ make_table() {
         gsub(/operator\{\}/, "operator()", name)
         gsub(/\{\}::/, "", name)
         gsub(/["\\]/, "", name)
-        name = substr(name, 1, 70)
+        name = substr(name, 1, 60)
         address = substr($1, length($1) - 7)    # the image lies in the last 2 GiB: 32 bits tell addresses apart
         if (address == last) next
         last = address
