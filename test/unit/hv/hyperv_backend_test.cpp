@@ -31,33 +31,33 @@ using namespace fl;
 using namespace fl::hv::hyperv;
 
 TEST(HyperVBackend, TellsItsIdentityBeforeTheHypercallPage) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.install());
     ASSERT_GE(m.host.writes.size(), 2u);
     EXPECT_EQ(m.host.writes[0].first, 0x40000000u);
     EXPECT_NE(m.host.writes[0].second, 0u);
     EXPECT_EQ(m.host.writes[0].second >> 63, 1u);
     EXPECT_EQ(m.host.writes[1].first, 0x40000001u);
-    EXPECT_EQ(m.host.writes[1].second, reinterpret_cast<u64>(fake::Host::page) | 1);
+    EXPECT_EQ(m.host.writes[1].second, reinterpret_cast<u64>(hyperv_fake::Host::page) | 1);
 }
 
 TEST(HyperVBackend, LivesAtEveryBase) {
     for (const u32 base : {0x40000000u, 0x40000100u}) {
-        fake::Machine m(base);
+        hyperv_fake::Machine m(base);
         EXPECT_TRUE(hv::HyperV::recognises(m.sightings));
         EXPECT_TRUE(m.up()) << std::hex << base;
     }
 }
 
 TEST(HyperVBackend, WithoutHypercallsThereIsNothingToInstall) {
-    fake::Machine m(0x40000000, 0xe7f & ~(1u << 5));
+    hyperv_fake::Machine m(0x40000000, 0xe7f & ~(1u << 5));
     const auto installed = m.install();
     ASSERT_FALSE(installed);
     EXPECT_EQ(installed.error().code, Code::not_supported);
 }
 
 TEST(HyperVBackend, SynicIsSetUpAsTheSpecificationHasIt) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.start());
     EXPECT_EQ(m.host.msrs[0x40000083] & 1, 1u) << "message page";
     EXPECT_EQ(m.host.msrs[0x40000082] & 1, 1u) << "event page";
@@ -69,14 +69,14 @@ TEST(HyperVBackend, SynicIsSetUpAsTheSpecificationHasIt) {
 }
 
 TEST(HyperVBackend, NoAutoEoiWhereTheHostAdvisesAgainstIt) {
-    fake::Machine m(0x40000000, 0xe7f, 1u << 9);
+    hyperv_fake::Machine m(0x40000000, 0xe7f, 1u << 9);
     ASSERT_TRUE(m.start());
     EXPECT_EQ(m.host.msrs[0x40000092], 0x41u);
     EXPECT_TRUE(m.host.interrupts.eoi);
 }
 
 TEST(HyperVBackend, WithoutSynicItIsAClock) {
-    fake::Machine m(0x40000000, 0xe7f & ~(1u << 2));
+    hyperv_fake::Machine m(0x40000000, 0xe7f & ~(1u << 2));
     ASSERT_TRUE(m.start());
     EXPECT_FALSE(m.guest.has_bus());
     hv::DeviceList list;
@@ -88,21 +88,21 @@ TEST(HyperVBackend, WithoutSynicItIsAClock) {
 
 TEST(HyperVBackend, TheFrequencyComesFromItsRegisterElseFromThePage) {
     {
-        fake::Machine m;
+        hyperv_fake::Machine m;
         m.host.msrs[0x40000022] = 2'600'000'000;
         ASSERT_TRUE(m.install());
         EXPECT_EQ(m.guest.tsc_hz(), 2'600'000'000u);
         EXPECT_EQ(m.guest.clock_name(), "Hyper-V frequency register");
     }
     {
-        fake::Machine m(0x40000000, 0xe7f & ~(1u << 11));
+        hyperv_fake::Machine m(0x40000000, 0xe7f & ~(1u << 11));
         ASSERT_TRUE(m.install());
         ASSERT_TRUE(m.guest.tsc_hz());
         EXPECT_NEAR(static_cast<double>(*m.guest.tsc_hz()), 2e9, 2e3);
         EXPECT_EQ(m.guest.clock_name(), "Hyper-V reference TSC");
     }
     {
-        fake::Machine m(0x40000000, 0xe7f & ~(1u << 11));
+        hyperv_fake::Machine m(0x40000000, 0xe7f & ~(1u << 11));
         m.host.tsc_sequence = 0; // not valid
         ASSERT_TRUE(m.install());
         EXPECT_FALSE(m.guest.tsc_hz());
@@ -110,14 +110,14 @@ TEST(HyperVBackend, TheFrequencyComesFromItsRegisterElseFromThePage) {
 }
 
 TEST(HyperVClock, PageAndCounterTellTheSameKindOfTime) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     m.host.tsc_offset = 500;
     ASSERT_TRUE(m.install());
     EXPECT_TRUE(m.guest.clock().page_valid());
     // One second at 2 GHz is 10^7 units of 100 ns.
     EXPECT_NEAR(static_cast<double>(*m.guest.clock().now(2'000'000'000)), 1e7 + 500, 20);
 
-    fake::Machine without;
+    hyperv_fake::Machine without;
     without.host.tsc_sequence = 0;
     ASSERT_TRUE(without.install());
     EXPECT_FALSE(without.guest.clock().page_valid());
@@ -133,11 +133,11 @@ TEST(HyperVClock, ScalesThatAreNoFrequencies) {
 }
 
 TEST(HyperVSynic, MessagesAreCopiedEndedAndKeptInOrder) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.start());
     Synic& synic = m.guest.synic();
     for (u32 i = 0; i < 10; ++i) {
-        m.host.send(fake::Host::message(100 + i, {i}));
+        m.host.send(hyperv_fake::Host::message(100 + i, {i}));
     }
     m.host.interrupt();
     SynicMessage message;
@@ -153,11 +153,11 @@ TEST(HyperVSynic, MessagesAreCopiedEndedAndKeptInOrder) {
 }
 
 TEST(HyperVSynic, AFullQueueLosesNothing) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.start());
     constexpr u32 many = Synic::queue_length * 3;
     for (u32 i = 0; i < many; ++i) {
-        m.host.send(fake::Host::message(100 + i, {}));
+        m.host.send(hyperv_fake::Host::message(100 + i, {}));
     }
     m.host.interrupt();
     SynicMessage message;
@@ -172,16 +172,16 @@ TEST(HyperVSynic, AFullQueueLosesNothing) {
 }
 
 TEST(HyperVSynic, WorksWithInterruptsOff) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.start());
     m.host.interrupts_on = false;
-    m.host.send(fake::Host::message(5, {}));
+    m.host.send(hyperv_fake::Host::message(5, {}));
     SynicMessage message;
     EXPECT_TRUE(m.guest.synic().next(message));
 }
 
 TEST(HyperVSynic, EventsAreCountedForTheirChannel) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     m.guest.synic().watch(1000);
     m.host.raise(3);
@@ -193,9 +193,9 @@ TEST(HyperVSynic, EventsAreCountedForTheirChannel) {
 }
 
 TEST(HyperVSynic, StrayMessagesAreDroppedAndCounted) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.start());
-    m.host.send(fake::Host::message(5, {}));
+    m.host.send(hyperv_fake::Host::message(5, {}));
     const u32 type = 0x12345;
     std::memcpy(m.host.slot(), &type, 4);
     m.host.interrupt();
@@ -208,7 +208,7 @@ TEST(HyperVSynic, StrayMessagesAreDroppedAndCounted) {
 }
 
 TEST(HyperVSynic, AnotherProcessorJoinsAndLeaves) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.start());
     set_this_processor(3);
     m.host.msrs[0x40000002] = 9;
@@ -234,7 +234,7 @@ TEST(HyperVTimer, DirectAndByMessage) {
     fired = 0;
     const auto handler = [](void*) { ++fired; };
     {
-        fake::Machine m;
+        hyperv_fake::Machine m;
         ASSERT_TRUE(m.start());
         ASSERT_TRUE(m.guest.timer_offered());
         ASSERT_TRUE(m.guest.start_timer(handler, nullptr));
@@ -243,12 +243,12 @@ TEST(HyperVTimer, DirectAndByMessage) {
         EXPECT_EQ(m.host.msrs[0x400000b1], 1010u + 10'000u) << "absolute, in 100 ns";
     }
     {
-        fake::Machine m;
+        hyperv_fake::Machine m;
         m.cpuid.leaves[0].value.edx &= ~(1u << 19);
         ASSERT_TRUE(m.start());
         ASSERT_TRUE(m.guest.start_timer(handler, nullptr));
         EXPECT_EQ(m.host.msrs[0x400000b0], u64{2} << 16 | 1u << 3) << "by SINT2";
-        m.host.send(fake::Host::message(0, {}));
+        m.host.send(hyperv_fake::Host::message(0, {}));
         const u32 type = 0x80000010;
         std::memcpy(m.host.slot(), &type, 4);
         m.host.interrupt();
@@ -258,7 +258,7 @@ TEST(HyperVTimer, DirectAndByMessage) {
 
 TEST(HyperVPower, CrashTellsTheTextWhereTheHostTakesOne) {
     {
-        fake::Machine m;
+        hyperv_fake::Machine m;
         m.host.msrs[0x40000105] = u64{3} << 62;
         ASSERT_TRUE(m.install());
         EXPECT_EQ(m.guest.crash("page fault in nobody").code, Code::not_supported) << "it returns: the host did not end the machine";
@@ -267,7 +267,7 @@ TEST(HyperVPower, CrashTellsTheTextWhereTheHostTakesOne) {
         EXPECT_EQ(std::string_view(reinterpret_cast<const char*>(m.host.msrs[0x40000103]), 20), "page fault in nobody");
     }
     {
-        fake::Machine m;
+        hyperv_fake::Machine m;
         m.host.msrs[0x40000105] = u64{1} << 63;
         ASSERT_TRUE(m.install());
         static_cast<void>(m.guest.crash("x"));
@@ -277,17 +277,17 @@ TEST(HyperVPower, CrashTellsTheTextWhereTheHostTakesOne) {
 }
 
 TEST(HyperVPower, RebootsByTheRegister) {
-    fake::Machine m(0x40000000, 0xe7f | 1u << 7);
+    hyperv_fake::Machine m(0x40000000, 0xe7f | 1u << 7);
     ASSERT_TRUE(m.install());
     static_cast<void>(m.guest.reboot());
     EXPECT_EQ(m.host.msrs[0x40000003], 1u);
-    fake::Machine without(0x40000000, 0xe7f & ~(1u << 7));
+    hyperv_fake::Machine without(0x40000000, 0xe7f & ~(1u << 7));
     ASSERT_TRUE(without.install());
     EXPECT_EQ(without.guest.reboot().code, Code::not_supported);
 }
 
 TEST(HyperVBackend, UninstallLeavesNothingBehind) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     m.guest.uninstall();
     EXPECT_EQ(m.host.of(16).size(), 1u) << "unload";
@@ -302,7 +302,7 @@ TEST(HyperVBackend, UninstallLeavesNothingBehind) {
 }
 
 TEST(HyperVBackend, UninstallDoesNotWaitForEver) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     m.host.answers_unload = false;
     m.clock.step = 10'000;

@@ -2,7 +2,7 @@
 // structures: numbers and places of fields are written out. Include after the imports; guest memory is the program's (io_support.hpp's HeapDma).
 #pragma once
 
-namespace fake {
+namespace hyperv_fake {
 using namespace fl;
 using Bytes = std::vector<u8>;
 
@@ -398,4 +398,4 @@ struct Machine {
     }
 };
 
-} // namespace fake
+} // namespace hyperv_fake

@@ -30,8 +30,8 @@ namespace {
 using namespace fl;
 using namespace fl::hv::hyperv;
 
-fake::Bytes le64(u64 value) {
-    fake::Bytes bytes(8);
+hyperv_fake::Bytes le64(u64 value) {
+    hyperv_fake::Bytes bytes(8);
     std::memcpy(bytes.data(), &value, 8);
     return bytes;
 }
@@ -43,31 +43,31 @@ TEST(Vmbus, StepsDownToWhatTheHostKnows) {
     const std::array<u32, 10> all{0x00050003, 0x00050002, 0x00050001, 0x00050000, 0x00040001,
                                   0x00040000, 0x00030000, 0x00020004, 0x00010001, 0x0000000d};
     for (usize i = 0; i < all.size(); ++i) {
-        fake::Machine m;
+        hyperv_fake::Machine m;
         m.host.newest = all[i];
         ASSERT_TRUE(m.up()) << std::hex << all[i];
         EXPECT_EQ(to_underlying(m.bus().version()), all[i]);
         const auto contacts = m.host.of(14);
         ASSERT_EQ(contacts.size(), i + 1);
         for (usize n = 0; n <= i; ++n) {
-            EXPECT_EQ(fake::get32(contacts[n], 8), all[n]) << "newest first";
+            EXPECT_EQ(hyperv_fake::get32(contacts[n], 8), all[n]) << "newest first";
         }
     }
 }
 
 TEST(Vmbus, From50OnContactGoesToConnectionFour) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     m.host.message_connection = 0x800074;
     ASSERT_TRUE(m.up());
     ASSERT_GE(m.host.posted.size(), 2u);
     EXPECT_EQ(m.host.posted[0].connection, 4u);
     EXPECT_EQ(m.host.posted[0].type, 1u);
-    EXPECT_EQ(fake::get64(m.host.posted[0].bytes, 16), 2u) << "SINT 2, VTL 0 in the place of the interrupt page";
+    EXPECT_EQ(hyperv_fake::get64(m.host.posted[0].bytes, 16), 2u) << "SINT 2, VTL 0 in the place of the interrupt page";
     EXPECT_EQ(m.host.posted[1].connection, 0x800074u) << "what the host named";
 }
 
 TEST(Vmbus, AHostFromBefore50IsFoundAtConnectionOne) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     m.host.listens_at_4 = false;
     m.host.newest = 0x00040000;
     ASSERT_TRUE(m.up());
@@ -81,7 +81,7 @@ TEST(Vmbus, AHostFromBefore50IsFoundAtConnectionOne) {
 
 TEST(Vmbus, AHostThatAnswersNothingLeavesTheMachineWorking) {
     for (const int kind : {0, 1, 2}) {
-        fake::Machine m;
+        hyperv_fake::Machine m;
         test::CapturedLog log;
         m.host.silent = kind == 0;
         m.host.listens_at_1 = m.host.listens_at_4 = kind != 1;
@@ -100,7 +100,7 @@ TEST(Vmbus, AHostThatAnswersNothingLeavesTheMachineWorking) {
 }
 
 TEST(Vmbus, ARefusedConnectionIsToldWithItsState) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     m.host.refuse_state = 1;
     ASSERT_TRUE(m.start());
     const auto connected = m.executor.run(m.bus().connect());
@@ -112,51 +112,51 @@ TEST(Vmbus, ARefusedConnectionIsToldWithItsState) {
 // ----------------------------------------------------------------------------------------------------------------------
 
 TEST(Vmbus, MessagesAreAsTheProtocolHasThem) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     m.host.newest = 0x00050003;
     m.host.offers[0].relid = 0x12;
     ASSERT_TRUE(m.up());
     const auto contact = m.host.of(14).at(0);
     ASSERT_EQ(contact.size(), 40u);
-    EXPECT_EQ(fake::Bytes(contact.begin(), contact.begin() + 24),
-              fake::hex("0e 00 00 00 00 00 00 00  03 00 05 00  07 00 00 00  02 00 00 00 00 00 00 00"));
-    EXPECT_EQ(m.host.of(3).at(0), fake::hex("03 00 00 00 00 00 00 00"));
+    EXPECT_EQ(hyperv_fake::Bytes(contact.begin(), contact.begin() + 24),
+              hyperv_fake::hex("0e 00 00 00 00 00 00 00  03 00 05 00  07 00 00 00  02 00 00 00 00 00 00 00"));
+    EXPECT_EQ(m.host.of(3).at(0), hyperv_fake::hex("03 00 00 00 00 00 00 00"));
 
     Channel channel;
     const std::array<std::byte, 3> user{std::byte{0xaa}, std::byte{0xbb}, std::byte{0xcc}};
     ASSERT_TRUE(m.executor.run(m.bus().open(channel, *m.bus().find(0x12), {.send_bytes = 8192, .receive_bytes = 4096, .user_data = user})));
     const auto header = m.host.of(8).at(0);
-    const u32 handle = fake::get32(header, 12);
+    const u32 handle = hyperv_fake::get32(header, 12);
     // 5 pages: header and two of data, header and one of data. 8 + 5 * 8 = 48 bytes of ranges.
     ASSERT_EQ(header.size(), 28u + 5 * 8);
-    EXPECT_EQ(fake::Bytes(header.begin(), header.begin() + 12), fake::hex("08 00 00 00 00 00 00 00 12 00 00 00"));
-    EXPECT_EQ(fake::Bytes(header.begin() + 16, header.begin() + 28), fake::hex("30 00 01 00 00 50 00 00 00 00 00 00"));
-    const u64 first = fake::get64(header, 28);
+    EXPECT_EQ(hyperv_fake::Bytes(header.begin(), header.begin() + 12), hyperv_fake::hex("08 00 00 00 00 00 00 00 12 00 00 00"));
+    EXPECT_EQ(hyperv_fake::Bytes(header.begin() + 16, header.begin() + 28), hyperv_fake::hex("30 00 01 00 00 50 00 00 00 00 00 00"));
+    const u64 first = hyperv_fake::get64(header, 28);
     for (u64 i = 0; i < 5; ++i) {
-        EXPECT_EQ(fake::get64(header, 28 + 8 * i), first + i);
+        EXPECT_EQ(hyperv_fake::get64(header, 28 + 8 * i), first + i);
     }
     const auto open = m.host.of(5).at(0);
     ASSERT_EQ(open.size(), 148u);
-    EXPECT_EQ(fake::Bytes(open.begin(), open.begin() + 12), fake::hex("05 00 00 00 00 00 00 00 12 00 00 00"));
-    EXPECT_EQ(fake::get32(open, 16), handle);
-    EXPECT_EQ(fake::Bytes(open.begin() + 20, open.begin() + 32), fake::hex("07 00 00 00 03 00 00 00 aa bb cc 00"));
+    EXPECT_EQ(hyperv_fake::Bytes(open.begin(), open.begin() + 12), hyperv_fake::hex("05 00 00 00 00 00 00 00 12 00 00 00"));
+    EXPECT_EQ(hyperv_fake::get32(open, 16), handle);
+    EXPECT_EQ(hyperv_fake::Bytes(open.begin() + 20, open.begin() + 32), hyperv_fake::hex("07 00 00 00 03 00 00 00 aa bb cc 00"));
     EXPECT_EQ(*reinterpret_cast<u32*>(first * 4096 + 64), 1u) << "feature bit: pending_send_sz";
     EXPECT_EQ(*reinterpret_cast<u32*>((first + 3) * 4096 + 64), 1u);
 
     ASSERT_TRUE(m.executor.run(m.bus().modify(channel, 0)));
-    EXPECT_EQ(m.host.of(22).at(0), fake::hex("16 00 00 00 00 00 00 00 12 00 00 00 07 00 00 00"));
+    EXPECT_EQ(m.host.of(22).at(0), hyperv_fake::hex("16 00 00 00 00 00 00 00 12 00 00 00 07 00 00 00"));
     ASSERT_TRUE(m.executor.run(m.bus().close(channel)));
-    EXPECT_EQ(m.host.of(7).at(0), fake::hex("07 00 00 00 00 00 00 00 12 00 00 00"));
-    auto teardown = fake::hex("0b 00 00 00 00 00 00 00 12 00 00 00");
+    EXPECT_EQ(m.host.of(7).at(0), hyperv_fake::hex("07 00 00 00 00 00 00 00 12 00 00 00"));
+    auto teardown = hyperv_fake::hex("0b 00 00 00 00 00 00 00 12 00 00 00");
     teardown.resize(16);
     std::memcpy(teardown.data() + 12, &handle, 4);
     EXPECT_EQ(m.host.of(11).at(0), teardown);
     m.bus().unload(1'000'000);
-    EXPECT_EQ(m.host.of(16).at(0), fake::hex("10 00 00 00 00 00 00 00"));
+    EXPECT_EQ(m.host.of(16).at(0), hyperv_fake::hex("10 00 00 00 00 00 00 00"));
 }
 
 TEST(Vmbus, OffersAreReadFieldByField) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     m.host.offers = {{.relid = 9, .instance = 5, .sub_channel = 0, .dedicated = false, .monitor = 33, .connection = 0x1234},
                      {.relid = 2, .type = "525074dc-8985-46e2-8057-a307dc18a502"}};
     hv::DeviceList list;
@@ -192,7 +192,7 @@ TEST(Guids, TextAndMemory) {
 // -------------------------------------------------------------------------------------------------------------------------------
 
 TEST(Vmbus, HundredsOfPagesGoInParts) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     for (const u32 count : {1u, 26u, 27u, 54u, 55u, 700u}) {
         const usize bodies_before = m.host.of(9).size();
@@ -206,7 +206,7 @@ TEST(Vmbus, HundredsOfPagesGoInParts) {
         const auto bodies = m.host.of(9);
         EXPECT_EQ(bodies.size() - bodies_before, count <= 26 ? 0u : (count - 26 + 27) / 28);
         for (usize i = bodies_before; i < bodies.size(); ++i) {
-            EXPECT_EQ(fake::get32(bodies[i], 8), i - bodies_before) << "numbered from 0";
+            EXPECT_EQ(hyperv_fake::get32(bodies[i], 8), i - bodies_before) << "numbered from 0";
             EXPECT_LE(bodies[i].size(), 240u);
         }
         ASSERT_TRUE(m.executor.run(m.bus().teardown_gpadl(*gpadl)));
@@ -217,7 +217,7 @@ TEST(Vmbus, HundredsOfPagesGoInParts) {
 }
 
 TEST(Vmbus, PostsThatFindNoBufferAreTriedAgain) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     m.host.busy_posts = 5;
     EXPECT_TRUE(m.executor.run(m.bus().create_gpadl(1, 0x1000, 100)));
@@ -229,7 +229,7 @@ TEST(Vmbus, PostsThatFindNoBufferAreTriedAgain) {
 }
 
 TEST(Vmbus, RefusalsAndSilenceAreErrorsWithABound) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     Channel channel;
     const Offer offer = *m.bus().find(1);
@@ -275,13 +275,13 @@ TEST(Vmbus, RefusalsAndSilenceAreErrorsWithABound) {
 TEST(Vmbus, ARescindEndsWhateverWaits) {
     // During GPADL creation, while opening, while closing, while moving: the message after which the host takes the device away.
     for (const u32 moment : {8u, 9u, 5u}) {
-        fake::Machine m;
+        hyperv_fake::Machine m;
         ASSERT_TRUE(m.up());
         m.host.answers_gpadl = moment == 5;
         m.host.answers_open = false;
         bool done = false;
-        m.host.before_answer = [&](const fake::Bytes& message) {
-            if (fake::get32(message, 0) == moment && !std::exchange(done, true)) {
+        m.host.before_answer = [&](const hyperv_fake::Bytes& message) {
+            if (hyperv_fake::get32(message, 0) == moment && !std::exchange(done, true)) {
                 m.host.rescind(1);
             }
         };
@@ -299,7 +299,7 @@ TEST(Vmbus, ARescindEndsWhateverWaits) {
 }
 
 TEST(Vmbus, ARescindedOpenChannelIsClosedByItsOwner) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     Channel channel;
     int told = 0;
@@ -317,7 +317,7 @@ TEST(Vmbus, ARescindedOpenChannelIsClosedByItsOwner) {
     EXPECT_EQ(m.memory.outstanding, before - 1);
     EXPECT_EQ(m.host.released, std::vector<u32>{1});
     // The id may be used again.
-    m.host.send(fake::Host::offer_message({.relid = 1, .instance = 7}));
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 1, .instance = 7}));
     m.settle();
     ASSERT_TRUE(m.bus().find(1));
     EXPECT_TRUE(m.executor.run(m.bus().open(channel, *m.bus().find(1), {})));
@@ -325,7 +325,7 @@ TEST(Vmbus, ARescindedOpenChannelIsClosedByItsOwner) {
 }
 
 TEST(Vmbus, ARescindOfWhatNobodyHasOpenIsAnsweredAtOnce) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     m.host.rescind(1);
     m.host.rescind(1);
@@ -336,14 +336,14 @@ TEST(Vmbus, ARescindOfWhatNobodyHasOpenIsAnsweredAtOnce) {
 }
 
 TEST(Vmbus, ARescindWhileClosingFreesTheMemory) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     Channel channel;
     ASSERT_TRUE(m.executor.run(m.bus().open(channel, *m.bus().find(1), {})));
     const u32 before = m.memory.outstanding;
     m.host.answers_teardown = false;
-    m.host.before_answer = [&](const fake::Bytes& message) {
-        if (fake::get32(message, 0) == 11) {
+    m.host.before_answer = [&](const hyperv_fake::Bytes& message) {
+        if (hyperv_fake::get32(message, 0) == 11) {
             m.host.rescind(1);
         }
     };
@@ -357,10 +357,10 @@ TEST(Vmbus, ARescindWhileClosingFreesTheMemory) {
 // ----------------------------------------------------------------------------------------------------------------------------------
 
 TEST(Vmbus, SubChannelsAreWaitedForAndFound) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     const Guid instance = m.bus().find(1)->instance;
-    m.host.send(fake::Host::offer_message({.relid = 20, .sub_channel = 2}));
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 20, .sub_channel = 2}));
     m.settle();
     auto second = m.executor.run(m.bus().sub_channel(instance, 2, m.clock.time + 1'000'000));
     ASSERT_TRUE(second);
@@ -369,10 +369,10 @@ TEST(Vmbus, SubChannelsAreWaitedForAndFound) {
     ASSERT_FALSE(none);
     EXPECT_EQ(none.error().code, Code::timed_out);
     // One that comes while it is waited for.
-    static fake::Machine* machine;
+    static hyperv_fake::Machine* machine;
     machine = &m;
     m.clock.on_idle = [](void*) {
-        machine->host.send(fake::Host::offer_message({.relid = 21, .sub_channel = 1}));
+        machine->host.send(hyperv_fake::Host::offer_message({.relid = 21, .sub_channel = 1}));
         machine->host.interrupt();
     };
     auto first = m.executor.run(m.bus().sub_channel(instance, 1, m.clock.time + 100'000'000));
@@ -381,7 +381,7 @@ TEST(Vmbus, SubChannelsAreWaitedForAndFound) {
 }
 
 TEST(Vmbus, ListenersHearOfHotAdd) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     std::vector<u32> heard;
     OfferListener listener{*Guid::parse(classes::scsi),
                            [](void* c, const Offer& offer) { static_cast<std::vector<u32>*>(c)->push_back(offer.relid); }, &heard, nullptr};
@@ -390,32 +390,32 @@ TEST(Vmbus, ListenersHearOfHotAdd) {
     hv::DeviceList list;
     ASSERT_TRUE(m.enumerate(list));
     EXPECT_TRUE(heard.empty()) << "what was there at first is in the list";
-    m.host.send(fake::Host::offer_message({.relid = 5, .instance = 9}));
-    m.host.send(fake::Host::offer_message({.relid = 6, .instance = 9, .sub_channel = 1}));
-    m.host.send(fake::Host::offer_message({.relid = 7, .type = std::string(classes::shutdown), .instance = 10}));
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 5, .instance = 9}));
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 6, .instance = 9, .sub_channel = 1}));
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 7, .type = std::string(classes::shutdown), .instance = 10}));
     m.settle();
     EXPECT_EQ(heard, std::vector<u32>{5});
     m.bus().remove(listener);
-    m.host.send(fake::Host::offer_message({.relid = 8, .instance = 11}));
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 8, .instance = 11}));
     m.settle();
     EXPECT_EQ(heard.size(), 1u);
 }
 
 TEST(Vmbus, ForeignAnswersAndBrokenMessagesAreIgnored) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     test::CapturedLog log;
     ASSERT_TRUE(m.up());
-    m.host.send(fake::Host::message(6, {1, 777, 0}));  // an open that nobody asked for
-    m.host.send(fake::Host::message(10, {1, 777, 0})); // a GPADL
-    m.host.send(fake::Host::message(12, {777}));       // a teardown
-    m.host.send(fake::Host::message(15, {1}));         // a second answer to the contact
-    m.host.send(fake::Host::message(4, {}));           // a second end of offers
-    m.host.send(fake::Host::message(999, {1, 2, 3}));  // nobody knows
-    m.host.send(fake::Host::message(1, {1, 2, 3}));    // too short an offer
-    m.host.send(fake::Bytes{1, 2, 3});                 // too short for anything
-    m.host.send(fake::Host::offer_message({.relid = 0}));
-    m.host.send(fake::Host::offer_message({.relid = 2048}));
-    m.host.send(fake::Host::offer_message({.relid = 1}));
+    m.host.send(hyperv_fake::Host::message(6, {1, 777, 0}));  // an open that nobody asked for
+    m.host.send(hyperv_fake::Host::message(10, {1, 777, 0})); // a GPADL
+    m.host.send(hyperv_fake::Host::message(12, {777}));       // a teardown
+    m.host.send(hyperv_fake::Host::message(15, {1}));         // a second answer to the contact
+    m.host.send(hyperv_fake::Host::message(4, {}));           // a second end of offers
+    m.host.send(hyperv_fake::Host::message(999, {1, 2, 3}));  // nobody knows
+    m.host.send(hyperv_fake::Host::message(1, {1, 2, 3}));    // too short an offer
+    m.host.send(hyperv_fake::Bytes{1, 2, 3});                 // too short for anything
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 0}));
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 2048}));
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 1}));
     m.settle();
     EXPECT_EQ(m.bus().counters().unexpected, 11u);
     EXPECT_TRUE(log.has("ignored"));
@@ -424,7 +424,7 @@ TEST(Vmbus, ForeignAnswersAndBrokenMessagesAreIgnored) {
 }
 
 TEST(Vmbus, MoreOffersThanThereIsRoomForAreDropped) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     m.host.offers.clear();
     for (u32 i = 1; i <= Vmbus::max_offers + 3; ++i) {
         m.host.offers.push_back({.relid = i, .instance = static_cast<u8>(i)});
@@ -441,15 +441,15 @@ struct HostRings {
     u8* out; // the guest writes
     u8* in;
     u32 bytes;
-    explicit HostRings(fake::Machine& m, u32 relid = 1) {
+    explicit HostRings(hyperv_fake::Machine& m, u32 relid = 1) {
         const auto& open = m.host.opened.at(relid);
-        const u64 first = m.host.gpadls.at(fake::get32(open, 16)).front() * 4096;
+        const u64 first = m.host.gpadls.at(hyperv_fake::get32(open, 16)).front() * 4096;
         out = reinterpret_cast<u8*>(first);
-        bytes = (fake::get32(open, 24) - 1) * 4096;
+        bytes = (hyperv_fake::get32(open, 24) - 1) * 4096;
         in = out + 4096 + bytes;
     }
     static u32& word(u8* ring, usize at) { return *reinterpret_cast<u32*>(ring + at); }
-    void write(const fake::Bytes& packet) {
+    void write(const hyperv_fake::Bytes& packet) {
         u32 at = word(in, 0);
         for (const u8 byte : packet) {
             in[4096 + at] = byte;
@@ -460,7 +460,7 @@ struct HostRings {
 };
 
 TEST(VmbusChannel, PacketsGoThereAndBack) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     Channel channel;
     ASSERT_TRUE(m.executor.run(m.bus().open(channel, *m.bus().find(1), {.send_bytes = 4096, .receive_bytes = 4096})));
@@ -473,9 +473,9 @@ TEST(VmbusChannel, PacketsGoThereAndBack) {
     EXPECT_TRUE(channel.publish());
     EXPECT_EQ(m.host.signals, std::vector<u64>{0x10000}) << "one signal for the turn";
     EXPECT_EQ(HostRings::word(rings.out, 0), 64u);
-    const fake::Bytes seen(rings.out + 4096, rings.out + 4096 + 64);
-    EXPECT_EQ(seen, fake::hex("06 00 02 00 03 00 01 00 bc 0a 00 00 00 00 00 00 88 77 66 55 44 33 22 11 00 00 00 00 00 00 00 00"
-                              "06 00 02 00 03 00 00 00 bd 0a 00 00 00 00 00 00 88 77 66 00 00 00 00 00 00 00 00 00 20 00 00 00"));
+    const hyperv_fake::Bytes seen(rings.out + 4096, rings.out + 4096 + 64);
+    EXPECT_EQ(seen, hyperv_fake::hex("06 00 02 00 03 00 01 00 bc 0a 00 00 00 00 00 00 88 77 66 55 44 33 22 11 00 00 00 00 00 00 00 00"
+                                     "06 00 02 00 03 00 00 00 bd 0a 00 00 00 00 00 00 88 77 66 00 00 00 00 00 00 00 00 00 20 00 00 00"));
     EXPECT_EQ(channel.send_completion({}, 1), Sent::queued);
     EXPECT_FALSE(channel.publish()) << "the ring was not empty: the host is awake";
     HostRings::word(rings.out, 4) = HostRings::word(rings.out, 0);
@@ -483,7 +483,7 @@ TEST(VmbusChannel, PacketsGoThereAndBack) {
     EXPECT_EQ(channel.send_completion({}, 1), Sent::queued);
     EXPECT_FALSE(channel.publish()) << "masked";
 
-    rings.write(fake::hex("0b 00 02 00 03 00 00 00 34 12 00 00 00 00 00 00 01 02 03 04 05 06 07 08 00 00 00 00 00 00 00 00"));
+    rings.write(hyperv_fake::hex("0b 00 02 00 03 00 00 00 34 12 00 00 00 00 00 00 01 02 03 04 05 06 07 08 00 00 00 00 00 00 00 00"));
     m.host.raise(1);
     EXPECT_EQ(channel.interrupts(), 1u);
     Packet packet;
@@ -503,13 +503,13 @@ TEST(VmbusChannel, PacketsGoThereAndBack) {
 }
 
 TEST(VmbusChannel, AHostThatWaitsForRoomIsSignalled) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     Channel channel;
     ASSERT_TRUE(m.executor.run(m.bus().open(channel, *m.bus().find(1), {.send_bytes = 4096, .receive_bytes = 4096})));
     HostRings rings(m);
     for (u32 i = 0; i < 127; ++i) { // 127 * 32 = 4064 of 4096 bytes
-        rings.write(fake::hex("0b 00 02 00 03 00 00 00 34 12 00 00 00 00 00 00 01 02 03 04 05 06 07 08 00 00 00 00 00 00 00 00"));
+        rings.write(hyperv_fake::hex("0b 00 02 00 03 00 00 00 34 12 00 00 00 00 00 00 01 02 03 04 05 06 07 08 00 00 00 00 00 00 00 00"));
     }
     HostRings::word(rings.in, 12) = 100;
     Packet packet;
@@ -529,16 +529,16 @@ TEST(VmbusChannel, AHostThatWaitsForRoomIsSignalled) {
 }
 
 TEST(VmbusChannel, WeAskForASignalWhenThereIsNoRoom) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     Channel channel;
     ASSERT_TRUE(m.executor.run(m.bus().open(channel, *m.bus().find(1), {.send_bytes = 4096, .receive_bytes = 4096})));
     HostRings rings(m);
-    const fake::Bytes payload(1000);
+    const hyperv_fake::Bytes payload(1000);
     const auto bytes = std::as_bytes(std::span(payload));
-    const fake::Bytes longer_payload(1040);
+    const hyperv_fake::Bytes longer_payload(1040);
     const auto longer = std::as_bytes(std::span(longer_payload));
-    const fake::Bytes whole_ring(4096);
+    const hyperv_fake::Bytes whole_ring(4096);
     for (u32 i = 0; i < 3; ++i) {
         EXPECT_EQ(channel.send_inband(bytes, i), Sent::queued);
     }
@@ -557,7 +557,7 @@ TEST(VmbusChannel, WeAskForASignalWhenThereIsNoRoom) {
 }
 
 TEST(VmbusChannel, SignalsByMonitorPageAndInterruptPage) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     m.host.offers[0].relid = 70;
     m.host.offers[0].monitor = 37;
     ASSERT_TRUE(m.up());
@@ -577,7 +577,7 @@ TEST(VmbusChannel, SignalsByMonitorPageAndInterruptPage) {
         ASSERT_TRUE(m.executor.run(m.bus().close(channel)));
     }
     // The oldest version: one connection for all, and a bit in the page.
-    fake::Machine old;
+    hyperv_fake::Machine old;
     old.host.newest = 0x0000000d;
     old.host.offers[0].relid = 70;
     ASSERT_TRUE(old.up());
@@ -592,7 +592,7 @@ TEST(VmbusChannel, SignalsByMonitorPageAndInterruptPage) {
 }
 
 TEST(VmbusChannel, AnInboxWakesItsReader) {
-    fake::Machine m;
+    hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     Channel channel;
     ASSERT_TRUE(m.executor.run(m.bus().open(channel, *m.bus().find(1), {.send_bytes = 4096, .receive_bytes = 4096})));
@@ -628,10 +628,10 @@ TEST(VmbusChannel, AnInboxWakesItsReader) {
     static HostRings* r;
     r = &rings;
     m.clock.on_idle = [](void* c) {
-        auto& machine = *static_cast<fake::Machine*>(c);
+        auto& machine = *static_cast<hyperv_fake::Machine*>(c);
         if (written < 5) {
             ++written;
-            r->write(fake::hex("06 00 02 00 02 00 01 00 34 12 00 00 00 00 00 00 00 00 00 00 00 00 00 00"));
+            r->write(hyperv_fake::hex("06 00 02 00 02 00 01 00 34 12 00 00 00 00 00 00 00 00 00 00 00 00 00 00"));
             machine.host.raise(1);
         }
     };
