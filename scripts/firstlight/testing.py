@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import tempfile
 import time
 import unittest
 from collections.abc import Callable, Iterable
@@ -17,6 +18,10 @@ from .vmtests import Result
 
 PRESETS = ("host", "asan", "tsan")
 CTEST_SECONDS = 600
+FUZZ = "fuzz"
+FUZZ_TARGETS = ("packets", "storvsc", "vmbus")
+FUZZ_RUNS = 5000  # of each target, behind its corpus; always the same ones
+FUZZ_SECONDS = 240
 MINIMAL = "minimal"  # a kernel without any hypervisor's module
 BAR = "=" * 20
 
@@ -25,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/test",
         description="Build everything and run every test: the scripts' own, the modules' on this machine (plain, with "
-        "sanitizers, with a checker of memory orderings), the image, a kernel without any hypervisor's module, and the "
+        "sanitizers, with a checker of memory orderings), a fixed number of fuzzed inputs, the image, a kernel without any hypervisor's module, and the "
         "boots of test/vm/tests.toml.",
         epilog="A test that is required and skipped is a failure. " + EXIT_HELP,
     )
@@ -41,7 +46,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(words: list[str]) -> Exit:
     options = arguments().parse_args(words)
     # The name of a suite means that suite, not the boots in whose names the word happens to occur.
-    parts = [pattern for pattern in options.only if pattern not in ("scripts", *PRESETS, "image", MINIMAL)]
+    parts = [pattern for pattern in options.only if pattern not in ("scripts", *PRESETS, FUZZ, "image", MINIMAL)]
     cases = [case for case in vmtests.load() if not options.only or (parts and wanted(f"vm/{case.name}", parts))]
     if options.fast:
         cases = [case for case in cases if "fast" in case.groups]
@@ -49,7 +54,8 @@ def main(words: list[str]) -> Exit:
     if options.list:
         for case in cases:
             print(f"vm/{case.name:34} {case.platform:10} {case.machine:8} {','.join(case.groups):10} {case.about}")
-        print("\n".join(["scripts", *presets, "image", *([] if options.fast else [MINIMAL])]))
+        slow = [] if options.fast else [*(f"{FUZZ}/{target}" for target in FUZZ_TARGETS), MINIMAL]
+        print("\n".join(["scripts", *presets, "image", *slow]))
         return Exit.SUCCESS
     if options.junit and not options.junit.parent.is_dir():
         raise Problem(f"--junit {options.junit}: the folder does not exist.", Exit.USAGE)
@@ -73,6 +79,8 @@ def main(words: list[str]) -> Exit:
     for preset in presets:
         if wanted(preset, options.only, whole=True):
             add(surviving(preset, host_tests(preset, options.only)))
+    if not options.fast and wanted(FUZZ, options.only, whole=True):
+        add(surviving(FUZZ, fuzz_tests(options.only)))
     if not options.fast and wanted(MINIMAL, options.only, whole=True):
         add(surviving(MINIMAL, minimal()))
     if cases:
@@ -128,6 +136,48 @@ def vm_tests(cases: list[vmtests.Case], forced: str, built: bool) -> Iterable[Re
         reason = error
     for name in left:
         yield vmtests.wreck(f"vm/{name}", reason)
+
+
+def fuzz_tests(only: list[str]) -> Iterable[Result]:
+    """Each target over its corpus, and then the same mutations of it every time."""
+    begin = time.monotonic()
+    try:
+        build.preset(FUZZ)
+    except Problem as problem:
+        yield Result(f"build/{FUZZ}", "failed", time.monotonic() - begin, str(problem))
+        return
+    yield Result(f"build/{FUZZ}", "passed", time.monotonic() - begin)
+    for target in FUZZ_TARGETS:
+        if FUZZ not in only and not wanted(f"{FUZZ}/{target}", only):
+            continue
+        begin = time.monotonic()
+        corpus = paths.REPOSITORY / "test" / "fuzz" / "corpus" / target
+        folder = paths.BUILD / FUZZ / "findings"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as fresh:  # takes what libFuzzer adds
+            done = process.run(
+                [paths.BUILD / FUZZ / "test" / "fuzz" / f"fuzz_{target}", f"-runs={FUZZ_RUNS}", "-seed=1", "-max_len=1024", "-timeout=20",
+                 "-rss_limit_mb=2048", f"-artifact_prefix={folder}/{target}-", fresh, corpus],
+                timeout=FUZZ_SECONDS, check=False, what=f"fuzz_{target}",
+            )  # fmt: skip
+        detail = fuzz_fault(done.returncode, done.stdout)
+        yield Result(f"{FUZZ}/{target}", "failed" if detail else "passed", time.monotonic() - begin, detail, done.stdout if detail else "")
+
+
+def fuzz_fault(status: int, said: str) -> str:
+    """What is wrong with a run of libFuzzer; empty: all inputs were run, the corpus among them, and nothing was found."""
+    found = re.search(r"^(?:==\d+==\s*ERROR: (.*)|.*(runtime error: .*))$", said, re.MULTILINE)
+    written = re.search(r"Test unit written to (\S+)", said)
+    if found or written or status:
+        detail = next((text for text in found.groups() if text), "") if found else f"exit status {status}"
+        return detail + (f"; the input: {written[1]}" if written else "")
+    corpus = re.search(r"^INFO:\s+([1-9]\d*) files found in \S+/corpus/", said, re.MULTILINE)
+    if not corpus:
+        return "libFuzzer has found no corpus"
+    done = re.findall(r"^Done (\d+) runs in \d+ second\(s\)$", said, re.MULTILINE)
+    if len(done) != 1 or int(done[0]) < FUZZ_RUNS:
+        return f"libFuzzer says that it has done {', '.join(done) or 'no'} runs, not {FUZZ_RUNS}"
+    return ""
 
 
 def minimal() -> Iterable[Result]:

@@ -1,5 +1,6 @@
-// A disk whose host answers with anything: every request ends within a bounded time, once, and what was moved is only believed as far as it was
-// asked for.
+// A disk whose host answers with anything, late, twice or never, rescinds the channel or stops reading it, while requests are asked for,
+// cancelled and given up: every request ends once and in time; it ends well only if the host has said so of each of its sectors; nothing outside
+// of a packet is read.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -28,112 +29,355 @@ import drivers.storvsc.disk;
 namespace {
 using namespace fl;
 using drivers::storvsc::Disk;
+using drivers::storvsc::Exchange;
 using drivers::storvsc::Queue;
 using drivers::storvsc::Version;
-constexpr u32 ring = 4096 + 16384;
+using fuzz::require;
+namespace scsi = drivers::scsi;
+constexpr Nanoseconds timeout = 100'000'000;
+constexpr u32 sectors_each = 128; // of a request at most; they do not overlap
+constexpr usize most_requests = 48;
 
-struct Host {
+// The SCSI parsers, on a copy that ends where the data end.
+void parse(std::span<const std::byte> bytes) {
+    const auto copy = std::make_unique<u8[]>(bytes.size());
+    std::transform(bytes.begin(), bytes.end(), copy.get(), [](std::byte b) { return static_cast<u8>(b); });
+    const std::span<const u8> data(copy.get(), bytes.size());
+    static_cast<void>(scsi::parse_inquiry(data));
+    static_cast<void>(scsi::parse_capacity_10(data));
+    if (const auto capacity = scsi::parse_capacity_16(data)) {
+        require(capacity->blocks != 0 && std::has_single_bit(capacity->block_bytes));
+    }
+    u32 luns = 0;
+    static_cast<void>(scsi::parse_luns(data, [&](u8) { ++luns; }));
+    require(luns * 8 <= data.size());
+    static_cast<void>(scsi::parse_mode_6(data));
+    static_cast<void>(scsi::lists_page(data, 0xb0));
+    static_cast<void>(scsi::parse_block_limits(data));
+    static_cast<void>(scsi::parse_provisioning_unmap(data));
+    if (const auto sense = scsi::parse_sense(data)) {
+        static_cast<void>(scsi::describe(*sense, 5));
+        static_cast<void>(scsi::describe(*sense, std::nullopt));
+    }
+}
+
+struct Machine {
     fuzz::Input& input;
+    io::Executor& executor;
+    hv::hyperv::Channel& channel;
     std::byte* out;
     std::byte* in;
-    std::vector<u64> ids{};
+    u32 ring; // bytes of packets, each direction
     std::atomic<u32>& events;
-    io::Executor* executor = nullptr;
+    Queue* queue = nullptr;
+    Disk* disk = nullptr;
+    u32 packet_bytes = 64;
+    struct Asked { // what the guest has sent
+        u64 id;
+        u8 opcode;
+        u64 lba;
+        u32 bytes;
+    };
+    std::vector<Asked> asked{};
+    std::vector<Asked> done{};                               // what the host has answered: as if it were to be answered again
+    std::array<bool, most_requests * sectors_each> served{}; // sectors of which the host has said that they are read or written
+    std::array<bool, most_requests> served_whole{};          // requests of which it has said so: flush, discard
+    std::vector<std::unique_ptr<io::Request>> requests{};
+    std::unique_ptr<Exchange> exchange{};
+    DmaSpan buffer{};
+    usize submitted = 0;
+    bool meddled = false; // the host has written into what the guest sends
 
-    // What the guest has published is taken; only the ids are kept.
+    static u32 get(const std::vector<u8>& bytes, usize at, u32 count = 4) {
+        u32 value = 0;
+        for (u32 i = 0; i < count && at + i < bytes.size(); ++i) {
+            value |= u32{bytes[at + i]} << 8 * i;
+        }
+        return value;
+    }
+    // What the guest has published is taken.
     void take() {
         u32 write;
         u32 read;
         std::memcpy(&write, out, 4);
         std::memcpy(&read, out + 4, 4);
+        if (write >= ring || read >= ring) {
+            return;
+        }
+        if (meddled) { // what stands there is nobody's word
+            read = write;
+        }
         while (read != write) {
-            std::array<std::byte, 16> head;
-            for (u32 i = 0; i < 16; ++i) {
-                head[i] = out[4096 + (read + i) % 16384];
+            const auto bytes = [&](u32 from, u32 count) {
+                std::vector<u8> b(count);
+                for (u32 i = 0; i < count; ++i) {
+                    b[i] = static_cast<u8>(out[4096 + (read + from + i) % ring]);
+                }
+                return b;
+            };
+            const auto head = bytes(0, 16);
+            const u32 total = get(head, 4, 2) * 8;
+            const u32 header = get(head, 2, 2) * 8;
+            require(header >= 16 && total >= header + packet_bytes && total + 8 <= (write + ring - read) % ring);
+            const auto packet = bytes(header, packet_bytes);
+            Asked a{get(head, 8) | u64{get(head, 12)} << 32, packet[28], 0, get(packet, 24)};
+            for (u32 i = 0; i < 8; ++i) {
+                a.lba = a.lba << 8 | packet[30 + i];
             }
-            u16 units;
-            u64 id;
-            std::memcpy(&units, head.data() + 4, 2);
-            std::memcpy(&id, head.data() + 8, 8);
-            ids.push_back(id);
-            read = (read + units * 8u + 8) % 16384;
+            if (get(packet, 0) != 3) {
+                a.opcode = 0xff; // no command
+            } else if (a.opcode == 0x88 || a.opcode == 0x8a) {
+                require(a.bytes != 0 && a.bytes % 512 == 0 && a.lba + a.bytes / 512 <= served.size());
+            }
+            asked.push_back(a);
+            read = (read + total + 8) % ring;
         }
         std::memcpy(out + 4, &read, 4);
+        u32 pending;
+        std::memcpy(&pending, out + 12, 4);
+        if (pending != 0) {
+            event();
+        }
+    }
+    void event() {
+        events.fetch_add(1);
+        executor.wake();
     }
     void send(u16 type, u64 id, std::span<const std::byte> payload) {
         u32 write;
+        u32 read;
         std::memcpy(&write, in, 4);
-        write %= 16384;
+        std::memcpy(&read, in + 4, 4);
         std::vector<std::byte> packet(16 + (payload.size() + 7) / 8 * 8 + 8);
+        if (write >= ring || (write + ring - read) % ring + packet.size() >= ring) {
+            return;
+        }
         const u16 head[4] = {type, 2, static_cast<u16>(packet.size() / 8 - 1), 0};
         std::memcpy(packet.data(), head, 8);
         std::memcpy(packet.data() + 8, &id, 8);
         std::copy(payload.begin(), payload.end(), packet.begin() + 16);
         for (std::byte b : packet) {
             in[4096 + write] = b;
-            write = (write + 1) % 16384;
+            write = (write + 1) % ring;
         }
         std::memcpy(in, &write, 4);
     }
+    void serve(const Asked& a) {
+        if (a.opcode == 0x88 || a.opcode == 0x8a) {
+            std::fill_n(served.begin() + static_cast<std::ptrdiff_t>(a.lba), a.bytes / 512, true);
+        } else if (a.opcode != 0xff) {
+            std::fill(served_whole.begin(), served_whole.begin() + static_cast<std::ptrdiff_t>(submitted), true);
+        }
+    }
+    void submit() {
+        if (submitted == most_requests) {
+            return;
+        }
+        const usize i = submitted++;
+        const u8 how = static_cast<u8>(i % 12);
+        const io::Op op = how % 6 == 5 ? io::Op::flush : how % 6 == 4 ? io::Op::discard : how % 2 == 0 ? io::Op::read : io::Op::write;
+        requests.push_back(std::make_unique<io::Request>(
+            *disk, op, i * sectors_each, op == io::Op::flush ? DmaSpan{} : buffer.subspan(0, how % 3 == 0 ? sectors_each * 512 : 4096)));
+        disk->submit(*requests.back());
+    }
+    // One that has ended, or is given up: its frame dies.
+    void look(usize at) {
+        const io::Request& r = *requests[at];
+        if (r.pending()) {
+            return;
+        }
+        require(r.status != io::Status::not_written);
+        if (r.status == io::Status::ok && r.op <= io::Op::write) {
+            const auto first = served.begin() + static_cast<std::ptrdiff_t>(r.lba);
+            require(std::all_of(first, first + r.buffer.size / 512, [](bool s) { return s; }));
+        } else if (r.status == io::Status::ok) {
+            require(served_whole[r.lba / sectors_each]);
+        }
+    }
+    void forget(usize at) {
+        look(at);
+        requests.erase(requests.begin() + static_cast<std::ptrdiff_t>(at));
+    }
+
     void step() {
         if (input.empty()) {
             return;
         }
-        take();
         const u8 what = input.byte();
-        std::array<std::byte, 64> payload{};
+        if (what < 0xf0) {
+            take();
+        }
+        std::vector<std::byte> payload(packet_bytes);
         payload[0] = std::byte{1};
         payload[14] = std::byte{1};
-        u64 id = 0;
-        if (!ids.empty() && (what & 0x80) == 0) {
-            const usize at = input.byte() % ids.size();
-            id = ids[at];
-            if ((what & 0x40) == 0) {
-                ids.erase(ids.begin() + static_cast<std::ptrdiff_t>(at));
+        std::optional<Asked> which;
+        const auto choose = [&] {
+            std::vector<Asked>& from = (what & 0x80) != 0 ? done : asked; // answered already, or not
+            if (from.empty()) {
+                which.reset();
+                return u64{input.word()} << ((what & 0x40) != 0 ? 16 : 0);
             }
-        } else {
-            id = input.word();
+            const usize at = input.byte() % from.size();
+            which = from[at];
+            if (&from == &asked) {
+                done.push_back(*which);
+                asked.erase(asked.begin() + static_cast<std::ptrdiff_t>(at));
+            }
+            return which->id;
+        };
+        switch (what % 16) {
+        case 0:
+        case 1: { // honest, all of it
+            for (u32 n = (what & 0x40) != 0 ? 32 : 1; n != 0; --n) {
+                const u64 id = choose();
+                if (which) {
+                    std::memcpy(payload.data() + 24, &which->bytes, 4);
+                    serve(*which);
+                }
+                send(11, id, payload);
+            }
+            break;
         }
-        switch (what & 7) {
-        case 0: // honest but for how much was moved
-        case 1: {
-            const u32 moved = (what & 8) != 0 ? input.word() : 4096;
+        case 2: { // honest but for how much was moved
+            const u64 id = choose();
+            u32 moved = (what & 0x20) != 0 ? input.word() : input.byte() * 512u;
             std::memcpy(payload.data() + 24, &moved, 4);
+            payload[14] = std::byte{static_cast<u8>((what & 0x10) != 0 ? 0x12 : 1)};
+            if (which && (moved == which->bytes || (which->opcode != 0x88 && which->opcode != 0x8a))) {
+                serve(*which);
+            }
             send(11, id, payload);
             break;
         }
-        case 2:
-        case 3: { // an error of any kind
+        case 3:
+        case 4: { // an error with sense data, of those that there are
+            static constexpr u8 senses[][3] = {{6, 0x29, 0}, {6, 0x3f, 0x0e}, {6, 0x2a, 9}, {5, 0x20, 0}, {5, 0x25, 0}, {3, 0x11, 0},
+                                               {1, 0x17, 1}, {2, 4, 1},       {7, 0x27, 0}, {0, 0, 0},    {5, 0x24, 0}, {11, 0x47, 0}};
+            const u64 id = choose();
+            const auto& sense = senses[input.byte() % std::size(senses)];
+            payload[14] = std::byte{0x84};
+            payload[15] = std::byte{static_cast<u8>(sense[0] == 0 ? 0 : 2)};
+            payload[21] = std::byte{static_cast<u8>((what & 0x10) != 0 ? 18 : input.byte())};
+            if ((what & 0x20) != 0) {
+                payload[28] = std::byte{0x72};
+                std::transform(sense, sense + 3, payload.begin() + 29, [](u8 b) { return std::byte{b}; });
+            } else {
+                payload[28] = std::byte{0xf0};
+                payload[30] = std::byte{sense[0]};
+                payload[35] = std::byte{10};
+                payload[40] = std::byte{sense[1]};
+                payload[41] = std::byte{sense[2]};
+            }
+            if (which && sense[0] <= 1) { // done, with a remark
+                std::memcpy(payload.data() + 24, &which->bytes, 4);
+                serve(*which);
+            }
+            send(11, id, payload);
+            break;
+        }
+        case 5: { // an error of any kind
+            const u64 id = choose();
             payload[14] = static_cast<std::byte>(input.byte());
             payload[15] = static_cast<std::byte>(input.byte());
             payload[21] = static_cast<std::byte>(input.byte());
             const auto sense = input.take(20);
             std::copy(sense.begin(), sense.end(), payload.begin() + 28);
+            const u8 status = static_cast<u8>(payload[14]) & 0x3f;
+            if (which && (((status == 1 || status == 0x12) && payload[15] == std::byte{0}) || sense.size() > 2)) { // may mean that it is done
+                if ((what & 0x20) != 0) {
+                    std::memcpy(payload.data() + 24, &which->bytes, 4);
+                    serve(*which);
+                } else if (which->opcode != 0x88 && which->opcode != 0x8a) {
+                    serve(*which);
+                }
+            }
             send(11, id, payload);
             break;
         }
-        case 4: { // any packet
-            const u16 type = input.byte() % 16;
-            const auto bytes = input.take(input.byte());
-            send(type, id, bytes);
+        case 6: { // busy, and all that is asked for again
+            static constexpr u8 statuses[][2] = {{4, 8}, {4, 0x28}, {5, 0}, {0x0e, 0}, {2, 0}, {0x16, 0}, {0x20, 0}, {8, 0}};
+            const u8 choice = input.byte();
+            for (u32 n = (what & 0x40) != 0 ? 32 : 1; n != 0; --n) {
+                const u64 id = choose();
+                payload[14] = std::byte{statuses[choice % 8][0]};
+                payload[15] = std::byte{statuses[choice % 8][1]};
+                send(11, id, payload);
+            }
             break;
         }
-        case 5: { // an event
+        case 7: { // any packet
+            const u16 type = input.byte() % 16;
+            const u64 id = choose();
+            if (which) {
+                serve(*which);
+            }
+            send(type, id, input.take(input.byte()));
+            break;
+        }
+        case 8: { // what a host says by itself
             const u32 operation = input.byte();
             std::memcpy(payload.data(), &operation, 4);
-            send(6, 0, payload);
+            send(6, 0, std::span(payload).first((what & 0x10) != 0 ? input.byte() % 5 : payload.size()));
             break;
         }
-        case 6: { // anything anywhere
-            const u32 at = input.word() % ring;
-            const auto bytes = input.take(std::min<u32>(input.byte(), ring - at));
-            std::copy(bytes.begin(), bytes.end(), in + at);
+        case 9: { // anything anywhere
+            const u32 at = input.word() % (4096 + ring);
+            const auto bytes = input.take(std::min<u32>(input.byte(), 4096 + ring - at));
+            served.fill(true); // who knows what that says
+            served_whole.fill(true);
+            meddled = meddled || (what & 0x10) != 0;
+            std::copy(bytes.begin(), bytes.end(), ((what & 0x10) != 0 ? out : in) + at);
             break;
         }
-        default: break; // nothing: an interrupt alone
+        case 10: // events for nothing
+            for (u32 n = (what & 0x10) != 0 ? 300 : 1; n != 0; --n) {
+                events.fetch_add(1);
+            }
+            break;
+        case 11: // the guest: more, fewer
+            for (u32 n = what >> 4 & 3; n != 0; --n) {
+                submit();
+            }
+            break;
+        case 12: {
+            if (requests.empty()) {
+                break;
+            }
+            const usize at = input.byte() % requests.size();
+            if ((what & 0x10) != 0) {
+                static_cast<void>(disk->cancel(*requests[at]));
+            } else {
+                forget(at);
+            }
+            break;
         }
-        events.fetch_add(1);
-        executor->wake();
+        case 13: { // the controller's own packets
+            if ((what & 0x10) != 0 && exchange) {
+                queue->abandon(*exchange);
+                exchange.reset();
+            } else if (!exchange) {
+                exchange = std::make_unique<Exchange>(executor);
+                exchange->packet.header = {static_cast<drivers::storvsc::Operation>(3 + (what >> 5)), drivers::storvsc::flag_completion, 0};
+                exchange->data = (what & 0x40) != 0 ? buffer.subspan(0, 512) : DmaSpan{};
+                if (!queue->send(*exchange)) {
+                    exchange.reset();
+                }
+            }
+            break;
+        }
+        case 14: // the SCSI data of the handshake
+            parse(input.take(input.byte()));
+            break;
+        default:
+            switch (what >> 4) {
+            case 1: channel.mark_rescinded(); break;
+            case 2: disk->remove(); break;
+            case 3: queue->shut(io::Status::device_gone, {Code::device_gone, "shut by the fuzzer"}); break;
+            default: return; // neither host nor interrupt: time passes
+            }
+            break;
+        }
+        event();
     }
 };
 } // namespace
@@ -141,51 +385,66 @@ struct Host {
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t size) {
     fuzz::Input input(data, size);
     const u8 shape = input.byte();
+    const u32 ring = (shape & 8) != 0 ? 4096 : 16384;
     test::FakeMachine clock;
+    clock.step = 20'000; // a look at the clock: what is waited for without sleeping ends soon
     io::Executor executor(clock.platform());
     test::HeapDma dma;
     hv::hyperv::Hypercalls hypercalls;
     hv::hyperv::Gate gate;
     gate.call = [](void*, u64, u64, u64) -> u64 { return 0; };
-    fuzz::require(static_cast<bool>(hypercalls.install(gate, dma)));
+    require(static_cast<bool>(hypercalls.install(gate, dma)));
     std::atomic<u32> events{0};
     hv::hyperv::Channel channel;
-    auto rings = dma.buffer(2 * ring);
-    Host host{.input = input, .out = rings->data(), .in = rings->data() + ring, .events = events, .executor = &executor};
+    auto rings = dma.buffer(2 * (4096 + ring));
     hv::hyperv::Channel::Signalling signalling;
     signalling.hypercalls = &hypercalls;
-    fuzz::require(static_cast<bool>(channel.attach({}, 0, std::move(*rings), ring, signalling, events)));
-    clock.on_idle_context = &host;
-    clock.on_idle = [](void* self) { static_cast<Host*>(self)->step(); };
+    Machine machine{input, executor, channel, rings->data(), rings->data() + 4096 + ring, ring, events};
+    require(static_cast<bool>(channel.attach({}, 0, std::move(*rings), 4096 + ring, signalling, events)));
+    clock.on_idle_context = &machine;
+    clock.on_idle = [](void* self) { static_cast<Machine*>(self)->step(); };
     auto parameters = dma.buffer(4096);
+    u32 wishes = 0;
     drivers::storvsc::Shared shared;
+    shared.context = &wishes;
+    shared.notify = [](void* count) { ++*static_cast<u32*>(count); };
     {
         Queue queue(executor, channel, shared, true);
+        machine.queue = &queue;
+        machine.packet_bytes = (shape & 1) != 0 ? 48 : 64;
         queue.agree({(shape & 1) != 0 ? Version::win6 : Version::win10, 4096u << (shape >> 1 & 3)});
-        queue.start(*parameters, 100'000'000);
+        queue.start(*parameters, timeout);
         io::Geometry geometry;
-        geometry.sectors = 4096;
+        geometry.sectors = most_requests * sectors_each;
         geometry.flush = geometry.discard = true;
         Disk::Unit unit;
         unit.max_transfer = queue.terms().max_transfer;
         unit.max_unmap_blocks = 64;
         Disk disk(queue, unit, geometry, {});
+        machine.disk = &disk;
         auto buffer = dma.buffer(65536);
-        std::array<std::unique_ptr<io::Request>, 12> requests;
-        for (u32 i = 0; i < requests.size(); ++i) {
-            const io::Op op = i % 6 == 5 ? io::Op::flush : i % 6 == 4 ? io::Op::discard : i % 2 == 0 ? io::Op::read : io::Op::write;
-            requests[i] = std::make_unique<io::Request>(disk, op, i * 8,
-                                                        op == io::Op::flush ? DmaSpan{} : buffer->span().subspan(0, i % 3 == 0 ? 65536 : 4096));
-            disk.submit(*requests[i]);
+        machine.buffer = buffer->span();
+        for (u32 i = 0; i < 12; ++i) {
+            machine.submit();
         }
         bool some = true;
-        for (u32 turns = 0; some; ++turns) {
-            fuzz::require(turns < 100'000); // everything ends, whatever the host does
+        for (u32 turns = 0; some || !input.empty(); ++turns) {
+            require(turns < 100'000); // everything ends, whatever the host does
             executor.turn();
-            some = std::any_of(requests.begin(), requests.end(), [](const auto& r) { return r->pending(); });
+            some = false;
+            for (usize i = machine.requests.size(); i-- > 0;) {
+                const io::Request& r = *machine.requests[i];
+                some = some || r.pending();
+                // The time-out, the same again for a bus reset, and ticks.
+                require(!r.pending() || clock.time - r.submitted_at < 2 * timeout + 50'000'000);
+                if (!r.pending()) {
+                    machine.forget(i);
+                }
+            }
         }
-        for (const auto& r : requests) {
-            fuzz::require(r->status != io::Status::not_written);
+        require(queue.is_open() || queue.quiet());
+        if (machine.exchange) {
+            queue.abandon(*machine.exchange);
         }
         queue.stop();
         buffer->abandon();

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from firstlight import __main__ as entry  # noqa: E402
 from firstlight import (  # noqa: E402
-    apt, fiojson, lab, launch, machine, nested, records, report, testing, verify_image, vmrun_fault, vmtests, workloads, yardstick,
+    apt, fiojson, lab, launch, machine, nested, paths, records, report, testing, verify_image, vmrun_fault, vmtests, workloads, yardstick,
 )  # fmt: skip
 from firstlight.problems import Exit, Problem  # noqa: E402
 from firstlight.records import Verdict  # noqa: E402
@@ -326,6 +326,34 @@ class Survival(unittest.TestCase):
             self.assertEqual(file.read_text().count("<failure"), 5)
         self.assertIs(code, Exit.FAILURE)
         self.assertEqual(out.getvalue().splitlines()[-1], "4 passed, 5 failed, 0 skipped")
+
+
+class Fuzzing(unittest.TestCase):
+    CORPUS = "INFO:       14 files found in /x/test/fuzz/corpus/vmbus\n"
+    DONE = f"Done {testing.FUZZ_RUNS} runs in 7 second(s)\n"
+    CRASH = "==7== ERROR: libFuzzer: deadly signal\nTest unit written to /x/findings/vmbus-crash-1\n"
+
+    def test_all_done(self):
+        self.assertEqual(testing.fuzz_fault(0, self.CORPUS + self.DONE), "")
+
+    def test_everything_else_is_a_fault(self):
+        for status, said in (
+            (77, self.CORPUS + self.CRASH),
+            (0, self.CORPUS + self.CRASH + self.DONE),
+            (1, self.CORPUS + self.DONE),
+            (0, self.DONE),
+            (0, "INFO:        0 files found in /x/test/fuzz/corpus/vmbus\n" + self.DONE),
+            (0, self.CORPUS),
+            (0, self.CORPUS + "Done 20 runs in 0 second(s)\n"),
+            (0, self.CORPUS + self.DONE + self.DONE),
+        ):
+            self.assertNotEqual(testing.fuzz_fault(status, said), "", said)
+        self.assertEqual(testing.fuzz_fault(77, self.CRASH), "libFuzzer: deadly signal; the input: /x/findings/vmbus-crash-1")
+
+    def test_the_targets_are_those_of_the_tree(self):
+        folder = paths.REPOSITORY / "test" / "fuzz"
+        self.assertEqual(sorted(file.stem for file in folder.glob("*.cpp")), sorted(testing.FUZZ_TARGETS))
+        self.assertEqual(sorted(file.name for file in (folder / "corpus").iterdir()), sorted(testing.FUZZ_TARGETS))
 
 
 class ExitStatus(unittest.TestCase):
