@@ -8,6 +8,7 @@ import core.log;
 import core.time;
 import core.verdict;
 import io.executor;
+import io.run_on;
 import io.task;
 import io.block;
 import io.shutdown;
@@ -26,20 +27,66 @@ io::Task<Result<void>> keep(const Options& options, const Disks& disks, JobServi
     co_return Result<void>{};
 }
 
+// The job with what it writes to. On the heap: it may have to outlive us.
+struct Work {
+    explicit Work(io::Executor& executor) : group(executor) {}
+    std::optional<Result<Outcome>> done;
+    io::TaskGroup group; // ends before what it uses
+};
+
+// On the lane's own processor.
+io::Task<Result<void>> settle(io::BlockDevice& lane, Instant deadline) {
+    lane.hold();
+    while (lane.under_way() != 0) {
+        if (lane.executor().now() >= deadline) {
+            co_return Error{Code::timed_out, "requests are still under way", 0, lane.under_way()};
+        }
+        co_await lane.executor().sleep(1'000'000);
+    }
+    co_return Result<void>{};
+}
+
+// Nothing more is begun on any disk, and what is under way has ended: no device reaches into the job's buffers any more. All lanes are stopped
+// before the first one is waited for.
+io::Task<Result<void>> bring_to_rest(const Disks& disks, JobServices services, Instant deadline) {
+    Result<void> result;
+    for (const Instant until : {Instant{0}, deadline}) {
+        result = {};
+        for (io::BlockDevice* disk : disks.all()) {
+            for (u32 i = 0; i < disk->lanes(); ++i) {
+                io::BlockDevice& lane = disk->lane(i);
+                auto settled = &lane.executor() == &services.executor ? co_await settle(lane, until)
+                                                                      : co_await io::run_on(lane.executor(), settle(lane, until));
+                if (!settled) {
+                    result = settled;
+                }
+            }
+        }
+    }
+    co_return result;
+}
+
 } // namespace
 
 io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks& disks, JobServices services, io::Shutdown& shutdown) {
     static constexpr Nanoseconds answer_bound = 1'000'000'000;
-    std::optional<Result<Outcome>> done;
-    {
-        io::TaskGroup job(services.executor);
-        CO_CHECK(job.spawn(keep(options, disks, services, shutdown, done)));
-        static_cast<void>(co_await shutdown.asked(never));
-    } // a job that is not done ends here, with all that it waits for
-    if (!shutdown.requested() && done) {
-        co_return std::move(*done);
+    std::unique_ptr<Work> work(new (std::nothrow) Work(services.executor));
+    if (!work) {
+        co_return Error{Code::exhausted, "no memory for the job"};
+    }
+    CO_CHECK(work->group.spawn(keep(options, disks, services, shutdown, work->done)));
+    static_cast<void>(co_await shutdown.asked(never));
+    if (!shutdown.requested() && work->done) {
+        co_return std::move(*work->done);
     }
     log::info("boot: {} asks for a shutdown: flushing {} disks", shutdown.by(), disks.all().size());
+    // A job that is not done ends here, with all that it waits for; its memory only when no host can reach it any more.
+    if (auto rested = co_await bring_to_rest(disks, services, after(services.executor.now(), options.timeout)); rested) {
+        work.reset();
+    } else {
+        log::warning("boot: the job's memory is given up: {}", rested.error());
+        static_cast<void>(work.release());
+    }
     Outcome outcome;
     for (io::BlockDevice* disk : disks.all()) {
         if (auto flushed = co_await disk->flush(); !flushed) {

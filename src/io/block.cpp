@@ -27,10 +27,17 @@ Error to_error(Status status) {
 Request::~Request() {
     if (pending_) {
         device_->forget(*this);
+        if (pending_) { // ended by nobody else
+            ++device_->counters_.completed;
+            ++device_->counters_.errors;
+        }
     }
 }
 
 void BlockDevice::submit(Request& request) {
+    if (held_ && request.op != Op::flush) [[unlikely]] {
+        return;
+    }
     ++counters_.submitted;
     request.status = Status::not_written;
     request.issued = 0;

@@ -170,6 +170,11 @@ class BlockDevice {
     /// Withdraws a request: one that the device has not seen ends with cancelled; one that it has seen ends when the device answers or has been
     /// stopped. True: it will end with cancelled.
     bool cancel(Request& request) { return request.pending_ && cancel_now(request); }
+    /// For the end of the machine, on the device's processor: from here on nothing but flush() is begun. Anything else that is submitted is left
+    /// where it is: it never ends, and its waiter stays suspended until its frame dies. There is no way back.
+    void hold() { held_ = true; }
+    /// On the device's processor: requests that were taken and have not ended.
+    u64 under_way() const { return counters_.submitted - counters_.completed; }
 
   protected:
     ~BlockDevice() = default;
@@ -191,6 +196,7 @@ class BlockDevice {
     friend class Request;
     Executor& executor_;
     Nanoseconds timeout_ = 5'000'000'000;
+    bool held_ = false;
 };
 
 inline BlockDevice& BlockDevice::Transfer::device() const { return *device_; }

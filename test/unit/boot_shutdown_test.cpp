@@ -98,4 +98,52 @@ TEST(Shutdown, AJobThatIsDoneEndsAsBefore) {
     EXPECT_EQ(k.disk.flushes, 0u);
 }
 
+// A job whose requests are under way when the end is asked for.
+struct Busy : Kernel {
+    Busy() {
+        options.job = boot::Job::boot; // reads the first block
+        options.timeout = 1'000'000'000;
+        disk.set_timeout(5'000'000'000);
+    }
+};
+
+TEST(Shutdown, WhatIsUnderWayEndsBeforeTheJobDies) {
+    Busy k;
+    k.disk.behaviour.latency = 300'000'000; // asked for after 50 ms
+    bool answered = false;
+    const auto outcome = k.executor.run(both(k, answered));
+    ASSERT_TRUE(outcome);
+    EXPECT_EQ(outcome->verdict, Verdict::success);
+    EXPECT_EQ(k.disk.forgotten, 0u) << "the host had the buffer";
+    EXPECT_EQ(k.disk.under_way(), 0u);
+    EXPECT_EQ(k.disk.flushes, 1u);
+    EXPECT_EQ(k.dma.outstanding, 0u);
+    EXPECT_TRUE(answered);
+}
+
+TEST(Shutdown, MemoryThatTheHostMayStillReachIsGivenUp) {
+    static Busy k; // what is given up stays
+    k.disk.behaviour.never_answers = true;
+    bool answered = true;
+    const auto outcome = k.executor.run(both(k, answered));
+    ASSERT_TRUE(outcome);
+    EXPECT_EQ(outcome->verdict, Verdict::failure);
+    EXPECT_EQ(k.disk.forgotten, 0u);
+    EXPECT_EQ(k.dma.outstanding, 1u) << "not freed";
+}
+
+TEST(Shutdown, AHeldDiskBeginsNothingButAFlush) {
+    Kernel k;
+    DmaBuffer buffer = *k.dma.buffer(4096);
+    k.disk.hold();
+    io::Request read(k.disk, io::Op::read, 0, buffer.span().subspan(0, 512));
+    k.disk.submit(read);
+    EXPECT_FALSE(read.pending());
+    EXPECT_EQ(k.disk.under_way(), 0u);
+    io::Request flush(k.disk, io::Op::flush, 0, {});
+    k.disk.submit(flush);
+    k.executor.turn();
+    EXPECT_EQ(flush.status, io::Status::ok);
+}
+
 } // namespace

@@ -84,23 +84,22 @@ bool Disk::cancel_now(Request& request) {
     return true;
 }
 
-// The frame dies with the request. A read's buffer is written by the host, and nothing keeps it from that: it gets a short while to answer, else
-// the channel is closed. Of a write it only reads, so that the sectors that were being written hold one thing or another, as after any write
-// that has not ended.
+// The frame dies with the request, and as a rule the buffer with it: the host writes there for a read and reads there for a write, and what it
+// reads then reaches the medium. It gets the disk's time-out to answer, else the channel is closed. Whoever destroys many frames brings the disk
+// to rest before [boot.shutdown].
 void Disk::forget(Request& request) {
-    static constexpr Nanoseconds patience = 20'000'000;
     waiting_.remove(request);
-    if (request.op == io::Op::read && request.parts != 0 && queue_.is_open()) {
+    if (request.op <= io::Op::write && request.parts != 0 && queue_.is_open()) {
         request.waiter = {};
         request.issued = request.buffer.size;
         queue_.flush();
-        const Instant deadline = after(executor().now(), patience);
+        const Instant deadline = after(executor().now(), timeout());
         while (request.pending() && queue_.is_open() && executor().now() < deadline) {
             static_cast<void>(queue_.drain());
         }
         if (request.pending() && queue_.is_open()) {
             queue_.abandon(request);
-            queue_.shut(io::Status::device_gone, {Code::busy, "a read was given up, and the host may still write to its buffer"});
+            queue_.shut(io::Status::device_gone, {Code::busy, "a transfer was given up, and the host may still reach its buffer"});
         }
     }
     queue_.abandon(request);

@@ -392,7 +392,8 @@ const Failure failures[] = {
          r.moved = 512;
      }),
      io::Status::io_error, "moved 512 of 4096 bytes"},
-    {"no_sense", io::Op::read, with([](Reply& r) { r.srb_status = 4; }), io::Status::io_error, "SRB status error (0x4), no sense data, at LBA 1000"},
+    {"no_sense", io::Op::read, with([](Reply& r) { r.srb_status = 4; }), io::Status::io_error,
+     "SRB status error (0x4), no sense data, at LBA 1000"},
     {"invalid_lun", io::Op::read, with([](Reply& r) { r.srb_status = 0x20; }), io::Status::device_gone, "invalid LUN"},
     {"pending", io::Op::read, with([](Reply& r) { r.srb_status = 0; }), io::Status::io_error, "SRB status pending"},
     {"unmap_refused", io::Op::discard, sense("\x70\0\x05\0\0\0\0\x0a\0\0\0\0\x20\0\0\0\0\0"), io::Status::not_supported,
@@ -585,30 +586,51 @@ TEST(Storvsc, CancelledAndForgotten) {
     Machine m;
     m.host.hold = true;
     DmaSpan buffer = m.buffer(512 * 1024);
-    io::Request sent(*m.disk, io::Op::write, 0, buffer.subspan(0, 4096));
-    m.disk->submit(sent);
-    EXPECT_FALSE(m.disk->cancel(sent)) << "the host has it";
-    std::vector<std::unique_ptr<io::Request>> many;
+    std::vector<std::unique_ptr<io::Request>> sent;
+    std::vector<std::unique_ptr<io::Request>> waiting;
     for (u32 i = 0; i < 200; ++i) {
-        many.push_back(std::make_unique<io::Request>(*m.disk, io::Op::write, 0, buffer.subspan(0, 512)));
-        m.disk->submit(*many.back());
+        auto request = std::make_unique<io::Request>(*m.disk, io::Op::write, 0, buffer.subspan(0, 512));
+        m.disk->submit(*request);
+        (m.queue->under_way() > i ? sent : waiting).push_back(std::move(request));
     }
-    EXPECT_TRUE(m.disk->cancel(*many.back()));
-    EXPECT_EQ(many.back()->status, io::Status::cancelled);
-    many.clear(); // writes: the host may still read there, and nothing else
+    ASSERT_GT(waiting.size(), 2u);
+    EXPECT_FALSE(m.disk->cancel(*sent[0])) << "the host has it";
+    EXPECT_TRUE(m.disk->cancel(*waiting.back()));
+    EXPECT_EQ(waiting.back()->status, io::Status::cancelled);
+    waiting.clear(); // the host does not know them
+    EXPECT_TRUE(m.queue->is_open());
+    EXPECT_EQ(m.disk->under_way(), sent.size());
+    m.executor.turn();
+    m.host.take();
+    m.host.answer();
+    sent.erase(sent.begin()); // answered, and nobody has looked yet
     EXPECT_TRUE(m.queue->is_open());
     m.host.hold = false;
-    ASSERT_TRUE(m.settle(sent));
-    EXPECT_EQ(sent.status, io::Status::ok);
+    for (auto& request : sent) {
+        ASSERT_TRUE(m.settle(*request));
+        EXPECT_EQ(request->status, io::Status::ok);
+    }
+    EXPECT_EQ(m.disk->under_way(), 0u);
+}
+
+class StorvscForgotten : public testing::TestWithParam<io::Op> {};
+TEST_P(StorvscForgotten, ATransferThatIsNotAnsweredClosesTheChannel) {
+    Machine m;
+    m.host.hold = true;
+    m.clock.step = 1000;
+    DmaSpan buffer = m.buffer(4096);
+    const Instant start = m.clock.time;
     {
-        m.host.hold = true;
-        io::Request read(*m.disk, io::Op::read, 0, buffer.subspan(0, 4096));
-        m.disk->submit(read);
+        io::Request request(*m.disk, GetParam(), 0, buffer);
+        m.disk->submit(request);
         m.executor.turn();
     }
+    EXPECT_GE(m.clock.time - start, m.disk->timeout()) << "the host had its time";
     EXPECT_FALSE(m.queue->is_open()) << "nothing else keeps the host from a buffer that nobody owns";
-    EXPECT_TRUE(m.log.has("a read was given up"));
+    EXPECT_TRUE(m.log.has("a transfer was given up"));
+    EXPECT_EQ(m.disk->under_way(), 0u);
 }
+INSTANTIATE_TEST_SUITE_P(All, StorvscForgotten, testing::Values(io::Op::read, io::Op::write));
 
 TEST(Storvsc, ARemovedUnitTakesNothing) {
     Machine m;
