@@ -259,7 +259,8 @@ class PacketReceiver {
     }
 
     /// Copies the next packet out and checks it; false: there is none. Error{protocol}: the ring is broken, and stays so. What was received
-    /// before is void. The host gets the room back with release().
+    /// before is void. The host gets the room back with release(); until then it can have written no more than the ring holds, so that a loop over
+    /// receive() ends, whatever the host does.
     Result<bool> receive(Packet& into) {
         if (error_) [[unlikely]] {
             return *error_;
@@ -274,6 +275,10 @@ class PacketReceiver {
             }
         }
         const u32 ready = ring_.ready();
+        const u32 capacity = static_cast<u32>(memory_.size() - ring_header_bytes) - 1;
+        if (unreleased_ + ready > capacity) [[unlikely]] {
+            return broken("VMBus ring: the host writes over what it has not been given back", capacity, u64{unreleased_} + ready);
+        }
         if (ready < sizeof(PacketDescriptor) + packet_trailer_bytes) [[unlikely]] {
             return broken("VMBus ring: fewer bytes are there than any packet has", sizeof(PacketDescriptor) + packet_trailer_bytes, ready);
         }

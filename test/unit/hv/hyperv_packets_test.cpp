@@ -129,6 +129,32 @@ TEST(Packets, AnIndexThatGoesBackBreaksTheRing) {
     EXPECT_FALSE(got);
 }
 
+TEST(Packets, AHostThatDoesNotWaitForRoomBreaksTheRing) {
+    for (const bool released : {true, false}) {
+        Ring ring;
+        auto receiver = *PacketReceiver<HostileMemory>::create(ring.memory(), buffer);
+        Packet packet;
+        u32 taken = 0;
+        for (u32 i = 0; i < 30; ++i) { // 280 bytes each: the fifteenth does not fit
+            const u32 at = i * 280 % 4096;
+            ring.bytes(at, {6, 2, 34, 0});
+            ring.set(0, (at + 280) % 4096);
+            const auto got = receiver.receive(packet);
+            if (!got) {
+                EXPECT_NE(got.error().message.find("has not been given back"), std::string_view::npos);
+                break;
+            }
+            ASSERT_TRUE(*got);
+            ++taken;
+            if (released) {
+                static_cast<void>(receiver.release());
+            }
+        }
+        EXPECT_EQ(taken, released ? 30u : 14u);
+        EXPECT_EQ(static_cast<bool>(receiver.error()), !released);
+    }
+}
+
 TEST(Packets, WhatWasCheckedIsWhatIsUsed) {
     // The host changes the descriptor at every look: one copy is taken, and the lengths in it are those that count.
     Ring ring;
