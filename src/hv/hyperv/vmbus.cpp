@@ -23,6 +23,8 @@ namespace {
 constexpr u32 messages_per_turn = 128;
 constexpr Nanoseconds shortest_retry = 200'000;
 constexpr Nanoseconds longest_retry = 10'000'000;
+// Attempts, one a tick, to give one id back; then it is lost to the host.
+constexpr u32 most_release_attempts = 1000;
 
 // A message's struct out of its bytes: what the sender left out is zero. Nothing: fewer than `least` bytes.
 template <class M>
@@ -99,16 +101,19 @@ io::Task<Result<void>> Vmbus::post(std::span<const std::byte> message, Instant d
         const Status status = post_now(message);
         switch (status) {
         case Status::success: co_return Result<void>{};
+        case Status::invalid_connection_id: // once there is a connection: a host that is being serviced or moved, and comes back
+            if (!connected()) {
+                co_return Error{Code::not_found, "VMBus: nobody listens at the connection that messages are posted to", 0, connection_};
+            }
+            [[fallthrough]];
         case Status::insufficient_buffers:
         case Status::insufficient_memory:
             if (environment_->executor.now() >= deadline) {
-                co_return Error{Code::timed_out, "VMBus: the hypervisor has no buffer for a message"};
+                co_return Error{Code::timed_out, "VMBus: the hypervisor has no buffer for a message (status)", 0, to_underlying(status)};
             }
             ++counters_.retries;
             co_await environment_->executor.sleep(pause);
             break;
-        case Status::invalid_connection_id:
-            co_return Error{Code::not_found, "VMBus: nobody listens at the connection that messages are posted to", 0, connection_};
         default: co_return Error{Code::io, "VMBus: the hypervisor does not take a message (status)", 0, to_underlying(status)};
         }
     }
@@ -193,11 +198,11 @@ io::Task<Result<void>> Vmbus::connect() {
 }
 
 io::Task<Result<void>> Vmbus::request_offers() {
-    const Instant until = deadline();
+    const Instant until = posting_deadline();
     Pending pending(*this, MessageType::all_offers_delivered, 0, 0);
     const RequestOffers message;
     CO_CHECK(co_await send(message, until));
-    const auto ended = co_await answer(pending, until, "VMBus: the host does not come to an end with its offers");
+    const auto ended = co_await answer(pending, deadline(), "VMBus: the host does not come to an end with its offers");
     offers_delivered_ = true; // or are late: listeners hear of them then
     co_return ended;
 }
@@ -211,7 +216,8 @@ void Vmbus::unload(Nanoseconds timeout) {
     const Unload message;
     const std::span<const std::byte> bytes = std::as_bytes(std::span<const Unload, 1>(&message, 1));
     Status status = post_now(bytes);
-    while ((status == Status::insufficient_buffers || status == Status::insufficient_memory) && now() < until) {
+    while ((status == Status::insufficient_buffers || status == Status::insufficient_memory || status == Status::invalid_connection_id) &&
+           now() < until) {
         status = post_now(bytes);
     }
     bool answered = version_ < Version::v1_1 || status != Status::success; // 0.13 does not confirm
@@ -252,11 +258,13 @@ bool Vmbus::drain() {
 }
 
 void Vmbus::tick(Instant) {
-    while (connected() && to_release_count_ != 0) { // those for which there was no buffer
+    while (connected() && to_release_count_ != 0) { // those that were not taken
         const RelidReleased message{{RelidReleased::type}, to_release_[to_release_count_ - 1]};
-        if (post_now(std::as_bytes(std::span<const RelidReleased, 1>(&message, 1))) == Status::insufficient_buffers) {
+        if (post_now(std::as_bytes(std::span<const RelidReleased, 1>(&message, 1))) != Status::success &&
+            ++release_attempts_ < most_release_attempts) {
             return;
         }
+        release_attempts_ = 0;
         --to_release_count_;
     }
 }
@@ -447,7 +455,7 @@ void Vmbus::no_longer_open(u32 relid) {
 void Vmbus::release_relid(u32 relid) {
     const RelidReleased message{{RelidReleased::type}, relid};
     const Status status = post_now(std::as_bytes(std::span<const RelidReleased, 1>(&message, 1)));
-    if (status == Status::insufficient_buffers && to_release_count_ < to_release_.size()) {
+    if (status != Status::success && to_release_count_ < to_release_.size()) {
         to_release_[to_release_count_++] = relid; // tick() tries again; what finds no room there costs the host an id
     }
 }

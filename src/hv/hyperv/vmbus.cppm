@@ -58,6 +58,8 @@ class Vmbus final : public io::Service {
     static constexpr usize max_offers = 192;
     /// The bound of a wait for an answer to the first contact, if timeout is not shorter: a host without a VMBus must not hold up the boot.
     static constexpr Nanoseconds contact_timeout = 1'000'000'000;
+    /// How long a message is posted again, at least, while the hypervisor has no room for it: a host throttles its guests for seconds.
+    static constexpr Nanoseconds posting_timeout = 10'000'000'000;
 
     struct OpenParameters {
         u32 send_bytes = 64 * 1024; // of packets, each direction: a multiple of the page size; the header page comes on top
@@ -181,6 +183,7 @@ class Vmbus final : public io::Service {
     void unlink(Channel& channel);
     u32 fresh_gpadl();
     Instant deadline() const { return after(environment_->executor.now(), environment_->timeout); }
+    Instant posting_deadline() const { return after(environment_->executor.now(), std::max(environment_->timeout, posting_timeout)); }
 
     std::optional<VmbusEnvironment> environment_;
     DmaBuffer interrupt_page_; // versions 0.13 and 1.1
@@ -200,6 +203,7 @@ class Vmbus final : public io::Service {
     OfferListener* listeners_ = nullptr;
     std::array<u32, 64> to_release_{}; // relids given back outside of a coroutine, posted in drain()
     u32 to_release_count_ = 0;
+    u32 release_attempts_ = 0; // of the last of them
     VmbusCounters counters_;
 };
 

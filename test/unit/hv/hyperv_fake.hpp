@@ -79,6 +79,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
     u8 refuse_state = 0;        // connection state of an accepted version
     u32 message_connection = 1; // told from 5.0 on
     u32 busy_posts = 0;         // so many posts find no buffer
+    u32 busy_status = 0x13;     // what they are told: insufficient buffers
     u32 gpadl_status = 0;
     u32 open_status = 0;
     bool answers_gpadl = true;
@@ -162,7 +163,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
         const u32 connection = get32(all, 0);
         if (busy_posts != 0) {
             --busy_posts;
-            return 0x13;
+            return busy_status;
         }
         if ((connection == 4 && !listens_at_4) || (connection == 1 && !listens_at_1)) {
             return 0x12;

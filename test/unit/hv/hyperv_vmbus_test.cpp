@@ -228,6 +228,34 @@ TEST(Vmbus, PostsThatFindNoBufferAreTriedAgain) {
     EXPECT_EQ(never.error().code, Code::timed_out);
 }
 
+TEST(Vmbus, AConnectionThatIsAwayForAWhileIsWaitedFor) {
+    hyperv_fake::Machine m;
+    ASSERT_TRUE(m.up());
+    m.host.busy_posts = 20;
+    m.host.busy_status = 0x12; // invalid connection id
+    EXPECT_TRUE(m.executor.run(m.bus().create_gpadl(1, 0x1000, 1)));
+    EXPECT_EQ(m.bus().counters().retries, 20u);
+    m.host.busy_posts = ~0u;
+    const Instant start = m.clock.time;
+    EXPECT_FALSE(m.executor.run(m.bus().create_gpadl(1, 0x1000, 1)));
+    EXPECT_GE(m.clock.time - start, Vmbus::posting_timeout);
+    EXPECT_LT(m.clock.time - start, 2 * Vmbus::posting_timeout);
+}
+
+TEST(Vmbus, AnIdThatIsNotTakenBackIsGivenBackAgain) {
+    for (const u32 status : {0x12u, 0x13u, 0x5u}) {
+        hyperv_fake::Machine m;
+        ASSERT_TRUE(m.up());
+        m.host.busy_posts = 3;
+        m.host.busy_status = status;
+        m.host.rescind(1);
+        for (u32 i = 0; i < 20; ++i) {
+            m.executor.turn();
+        }
+        EXPECT_EQ(m.host.released, std::vector<u32>{1}) << status;
+    }
+}
+
 TEST(Vmbus, RefusalsAndSilenceAreErrorsWithABound) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
