@@ -100,7 +100,17 @@ io::Task<Result<void>> Controller::open_lane(u32 index, Offer offer) {
 io::Task<Result<void>> Controller::ask(Exchange& exchange, Operation operation) {
     Queue& queue = lanes_[0]->queue;
     exchange.packet.header = {operation, flag_completion, 0};
-    CO_CHECK(queue.send(exchange));
+    const Instant room = after(environment_.executor.now(), environment_.timeout);
+    for (;;) {
+        const auto sent = queue.send(exchange);
+        if (sent) {
+            break;
+        }
+        if (sent.error().code != Code::exhausted || environment_.executor.now() >= room) {
+            co_return sent.error();
+        }
+        co_await environment_.executor.sleep(1'000'000);
+    }
     const bool answered = co_await exchange.done.wait(after(environment_.executor.now(), environment_.timeout));
     if (!answered) {
         queue.abandon(exchange);

@@ -250,6 +250,9 @@ bool Queue::issue(Disk& disk, Request& request) {
 }
 
 bool Queue::issue_part(Disk& disk, Request& request) {
+    if (inflight_.size() >= max_parts - kept_parts) [[unlikely]] {
+        return false;
+    }
     const auto id = inflight_.take(slots_[0]);
     if (!id) [[unlikely]] {
         return false;

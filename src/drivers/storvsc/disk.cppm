@@ -55,6 +55,8 @@ class Disk;
 class Queue final : private io::Service {
   public:
     static constexpr u32 max_parts = 128;
+    /// Of these, for the controller's own packets alone: a command of a rescan, and the reset of the bus.
+    static constexpr u32 kept_parts = 2;
     /// Interrupts in one tick that bring nothing; more are told of.
     static constexpr u32 max_idle_events = 256;
     /// After a time-out the host has so long to answer all the same, once it was asked to reset the bus; at most.

@@ -613,6 +613,27 @@ TEST(Storvsc, CancelledAndForgotten) {
     EXPECT_EQ(m.disk->under_way(), 0u);
 }
 
+TEST(Storvsc, TheControllersOwnPacketsFindASlot) {
+    Machine m;
+    m.host.hold = true;
+    DmaSpan buffer = m.buffer(512);
+    std::vector<std::unique_ptr<io::Request>> many;
+    for (u32 i = 0; i < 2 * Queue::max_parts; ++i) {
+        many.push_back(std::make_unique<io::Request>(*m.disk, io::Op::write, 0, buffer));
+        m.disk->submit(*many.back());
+    }
+    drivers::storvsc::Exchange own(m.executor);
+    own.packet.header = {drivers::storvsc::Operation::reset_bus, drivers::storvsc::flag_completion, 0};
+    EXPECT_TRUE(m.queue->send(own));
+    m.host.hold = false;
+    for (auto& request : many) {
+        ASSERT_TRUE(m.settle(*request));
+        EXPECT_EQ(request->status, io::Status::ok);
+    }
+    EXPECT_TRUE(own.answered);
+    EXPECT_EQ(m.host.resets, 1u);
+}
+
 class StorvscForgotten : public testing::TestWithParam<io::Op> {};
 TEST_P(StorvscForgotten, ATransferThatIsNotAnsweredClosesTheChannel) {
     Machine m;
