@@ -227,6 +227,7 @@ void Queue::abandon(Exchange& exchange) {
                              request.lba + slot.offset / sector, slot.bytes / sector);
             sent = channel_.send_gpa_direct(bytes, list, id);
         } else {
+            slot.flush_10 = !slot.disk->flush_16_;
             sent = channel_.send_inband(bytes, id, true);
         }
     }
@@ -467,8 +468,8 @@ void Queue::answered(u32 id, Slot& slot, const Packet& packet) {
     const auto opcode = request->op == io::Op::read      ? scsi::Opcode::read_16
                         : request->op == io::Op::write   ? scsi::Opcode::write_16
                         : request->op == io::Op::discard ? scsi::Opcode::unmap
-                        : slot.disk->flush_16_           ? scsi::Opcode::synchronize_cache_16
-                                                         : scsi::Opcode::synchronize_cache_10;
+                        : slot.flush_10                  ? scsi::Opcode::synchronize_cache_10
+                                                         : scsi::Opcode::synchronize_cache_16;
     const u64 lba = request->lba + (slot.offset >> slot.disk->sector_shift_);
     std::optional<scsi::Sense> sense;
     if ((srb.srb_status & srb_autosense_valid) != 0) {
@@ -498,8 +499,11 @@ void Queue::answered(u32 id, Slot& slot, const Packet& packet) {
         return;
     }
     if (sense && sense->key == scsi::key_illegal_request && sense->asc == 0x20) { // no such command
-        if (request->op == io::Op::flush && !std::exchange(slot.disk->flush_16_, true) && again(id, true)) {
-            return;
+        if (request->op == io::Op::flush && slot.flush_10) {                      // each one that was under way with the short command
+            slot.disk->flush_16_ = true;
+            if (again(id, true)) {
+                return;
+            }
         }
         slot.disk->tell(opcode, scsi::describe(*sense, std::nullopt));
         static_cast<void>(inflight_.give(id));
@@ -528,7 +532,7 @@ void Queue::answered(u32 id, Slot& slot, const Packet& packet) {
 bool Queue::again(u32 id, bool now) {
     const u16 number = inflight_.slot_of(id);
     Slot& slot = slots_[number];
-    if (slot.retries == (now ? max_retries : 200)) {
+    if (slot.retries >= (now ? max_retries : 200)) {
         return false;
     }
     ++slot.retries;

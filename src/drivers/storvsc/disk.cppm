@@ -97,8 +97,9 @@ class Queue final : private io::Service {
         u32 offset = 0; // of its data in the request's buffer
         u32 bytes = 0;
         u8 retries = 0;
-        bool delayed = false; // not with the host: sent again in the next tick
-        bool expired = false; // its request's deadline has passed
+        bool delayed = false;  // not with the host: sent again in the next tick
+        bool expired = false;  // its request's deadline has passed
+        bool flush_10 = false; // it was sent as SYNCHRONIZE CACHE(10)
     };
 
     void flush() override;

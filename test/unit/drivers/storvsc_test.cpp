@@ -427,6 +427,37 @@ TEST(Storvsc, TransientConditionsAreTriedAgain) {
     EXPECT_TRUE(m.shared.rescan_wanted);
 }
 
+TEST(Storvsc, FlushesAtOnceOnAHostThatKnowsTheLongCommandAlone) {
+    Machine m;
+    m.host.say = [](const Command& c) { return c.cdb(0) == 0x35 ? sense("\x70\0\x05\0\0\0\0\x0a\0\0\0\0\x20\0\0\0\0\0") : Reply{}; };
+    std::vector<std::unique_ptr<io::Request>> flushes;
+    for (u32 i = 0; i < 5; ++i) {
+        flushes.push_back(std::make_unique<io::Request>(*m.disk, io::Op::flush, 0, DmaSpan{}));
+        m.disk->submit(*flushes.back());
+    }
+    for (auto& flush : flushes) {
+        ASSERT_TRUE(m.settle(*flush));
+        EXPECT_EQ(flush->status, io::Status::ok);
+    }
+    EXPECT_EQ(m.host.flushes, 5u);
+    EXPECT_EQ(m.log.text.view(), "");
+}
+
+// Busy (its own, larger bound) and then unit attentions: the attempts that were made count, and there is an end.
+TEST(Storvsc, MixedRetriesEnd) {
+    Machine m;
+    u32 busy = 5;
+    m.host.say = [&](const Command&) {
+        return busy != 0 ? (--busy, with([](Reply& r) { r.scsi_status = 8; })) : sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x29\0\0\0\0\0");
+    };
+    DmaSpan buffer = m.buffer(4096);
+    io::Request request(*m.disk, io::Op::read, 0, buffer);
+    m.disk->submit(request);
+    ASSERT_TRUE(m.settle(request));
+    EXPECT_EQ(request.status, io::Status::io_error);
+    EXPECT_LT(m.host.done, 10u);
+}
+
 TEST(Storvsc, TheHostTellsOfUnits) {
     Machine m;
     m.host.event(11);
