@@ -59,7 +59,11 @@ io::Task<Result<void>> Device::connect(Offer offer) {
     }
     log::info("hv_balloon: version {}.{}, pressure is {}reported", to_underlying(balloon_.version()) >> 16,
               to_underlying(balloon_.version()) & 0xffff, balloon_.reports_wanted() ? "" : "not ");
-    co_return keeper_.spawn(serve());
+    auto kept = keeper_.spawn(serve());
+    if (!kept) { // the channel must not outlive us
+        static_cast<void>(co_await close());
+    }
+    co_return kept;
 }
 
 io::Task<Result<void>> Device::serve() {
@@ -88,7 +92,9 @@ io::Task<Result<Device*>> attach(Environment& environment, Vmbus& bus, Offer off
         co_return Error{Code::exhausted, "no memory for a balloon"};
     }
     if (auto connected = co_await device->connect(offer); !connected) {
-        delete device;
+        if (device->closed()) {
+            delete device;
+        } // else its channel is still with the bus, and it stays
         co_return connected.error();
     }
     co_return device;

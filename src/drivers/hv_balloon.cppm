@@ -28,6 +28,8 @@ class Device final : private Link {
     /// Opens the channel and agrees on a version and on capabilities; from then on the host is answered.
     io::Task<Result<void>> connect(hv::hyperv::Offer offer);
     const Balloon& balloon() const { return balloon_; }
+    /// The bus knows nothing of its channel.
+    bool closed() const { return !channel_.is_open(); }
 
   private:
     Result<void> send(std::span<const std::byte> message, u32 transaction) override;

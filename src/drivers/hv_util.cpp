@@ -20,7 +20,12 @@ using hv::hyperv::Vmbus;
 io::Task<Result<void>> Utility::connect(Offer offer) {
     CO_CHECK(co_await bus_.open(channel_, offer, {.send_bytes = ring_bytes, .receive_bytes = ring_bytes, .may_defer = false}));
     inbox_.emplace(channel_, environment_.executor);
-    co_return keeper_.spawn(serve());
+    auto kept = keeper_.spawn(serve());
+    if (!kept) { // the channel must not outlive us
+        inbox_.reset();
+        static_cast<void>(co_await bus_.close(channel_));
+    }
+    co_return kept;
 }
 
 io::Task<Result<void>> Utility::serve() {
@@ -125,7 +130,9 @@ io::Task<Result<Utility*>> attach(Environment& environment, Vmbus& bus, Offer of
         co_return Error{Code::exhausted, "no memory for an integration service"};
     }
     if (auto connected = co_await utility->connect(offer); !connected) {
-        delete utility;
+        if (utility->closed()) {
+            delete utility;
+        } // else its channel is still with the bus, and it stays
         co_return connected.error();
     }
     co_return utility;

@@ -27,6 +27,8 @@ class Utility {
     /// Opens the channel; from then on the host is answered.
     io::Task<Result<void>> connect(hv::hyperv::Offer offer);
     const Service& service() const { return service_; }
+    /// The bus knows nothing of its channel.
+    bool closed() const { return !channel_.is_open(); }
 
   private:
     io::Task<Result<void>> serve();
