@@ -223,7 +223,9 @@ io::Task<Result<Controller::Answer>> Controller::command_once(u8 lun, scsi::Cdb 
     srb.sense_info_length = sense_bytes(terms_.version);
     srb.data_in = bytes != 0 ? Direction::in : Direction::none;
     srb.data_transfer_length = bytes;
-    srb.srb_flags = srb_disable_synch_transfer | srb_queue_action_enable | (bytes != 0 ? srb_data_in : 0);
+    srb.srb_flags = srb_common_flags | (bytes != 0 ? srb_data_in : 0);
+    srb.queue_tag = queue_untagged;
+    srb.queue_action = queue_simple_request;
     srb.time_out_value = static_cast<u32>(std::clamp<u64>(environment_.timeout / 1'000'000'000, 1, 3600));
     std::copy(cdb.bytes.begin(), cdb.bytes.end(), srb.payload.begin());
     std::memset(scratch_.data(), 0, bytes);

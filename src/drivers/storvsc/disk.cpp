@@ -41,6 +41,8 @@ Disk::Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const I
     srb.target_id = unit.target;
     srb.lun = unit.lun;
     srb.sense_info_length = sense_bytes(version);
+    srb.queue_tag = queue_untagged;
+    srb.queue_action = queue_simple_request;
     srb.time_out_value = static_cast<u32>(std::clamp<u64>(queue.timeout_ / 1'000'000'000, 1, 3600));
     next_ = std::exchange(queue.disks_, this);
 }
@@ -114,7 +116,7 @@ void Disk::build(Packet& packet, const Request& request, u32 offset, u32 bytes) 
         srb.cdb_length = 16;
         srb.data_in = write ? Direction::out : Direction::in;
         srb.data_transfer_length = bytes;
-        srb.srb_flags = srb_disable_synch_transfer | srb_queue_action_enable | (write ? srb_data_out : srb_data_in);
+        srb.srb_flags = srb_common_flags | (write ? srb_data_out : srb_data_in);
         // READ(16) and WRITE(16) [SBC-3 §5.15, §5.38], in place: the LBA in bytes 2 to 9, the count in 10 to 13.
         srb.payload[0] = write ? 0x8a : 0x88;
         const u64 lba_be = __builtin_bswap64(lba);
@@ -129,7 +131,7 @@ void Disk::build(Packet& packet, const Request& request, u32 offset, u32 bytes) 
     srb.cdb_length = cdb.length;
     srb.data_in = unmap ? Direction::out : Direction::none;
     srb.data_transfer_length = unmap ? scsi::unmap_list_bytes : 0;
-    srb.srb_flags = srb_disable_synch_transfer | srb_queue_action_enable | (unmap ? srb_data_out : 0);
+    srb.srb_flags = srb_common_flags | (unmap ? srb_data_out : 0);
 }
 
 void Disk::tell(scsi::Opcode opcode, std::string_view what) {

@@ -86,6 +86,11 @@ inline constexpr u32 srb_queue_action_enable = 0x02;
 inline constexpr u32 srb_disable_synch_transfer = 0x08;
 inline constexpr u32 srb_data_in = 0x40;
 inline constexpr u32 srb_data_out = 0x80;
+inline constexpr u32 srb_no_queue_freeze = 0x100; // an error does not stop what is queued behind it
+/// What every command has: tagged, with a tag of the host's choice; the host may order it as it likes.
+inline constexpr u32 srb_common_flags = srb_queue_action_enable | srb_disable_synch_transfer | srb_no_queue_freeze;
+inline constexpr u8 queue_untagged = 0xff;       // queue_tag
+inline constexpr u8 queue_simple_request = 0x20; // queue_action
 
 /// ScsiRequest::srb_status: the low six bits say how it went, two more are flags.
 enum class SrbStatus : u8 {

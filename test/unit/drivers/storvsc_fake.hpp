@@ -224,6 +224,11 @@ class StorageHost {
             EXPECT_TRUE(fits(lba, c.be(10, 4)));
             EXPECT_EQ(c.be(10, 4) * 512, c.bytes());
             EXPECT_EQ(get32(c.packet.data() + 24), c.bytes());
+            if (packet_length == 64) { // the later part: tag, action, flags
+                EXPECT_EQ(static_cast<u8>(c.packet[12 + 38]), 0xff) << "untagged";
+                EXPECT_EQ(static_cast<u8>(c.packet[12 + 39]), 0x20) << "simple";
+                EXPECT_EQ(get32(c.packet.data() + 12 + 40), c.cdb(0) == 0x88 ? 0x14au : 0x18au);
+            }
             EXPECT_EQ(static_cast<u8>(c.packet[22]), c.cdb(0) == 0x88 ? 1 : 0) << "direction";
             std::byte* at = disk.data() + lba * 512;
             for (const auto& [data, n] : c.data) {
