@@ -442,7 +442,7 @@ Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geom
         }
     };
     for (u32 i = 0; i < lane_count_; ++i) {
-        entry.disks[i] = new (std::nothrow) Disk(lanes_[i]->queue, unit, geometry, identity);
+        entry.disks[i] = new (std::nothrow) Disk(lanes_[i]->queue, unit, geometry, identity, Disk::Linked::later);
         if (entry.disks[i] == nullptr) {
             undo();
             return Error{Code::exhausted, "no memory for a disk"};
@@ -454,6 +454,9 @@ Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geom
     if (auto announced = environment_.disks.announce(*entry.disks[0], ide_ ? ide_->disk_number() : DiskSink::no_twin); !announced) {
         undo();
         return announced;
+    }
+    for (u32 i = 0; i < lane_count_; ++i) {
+        entry.disks[i]->link(environment_.executor); // nobody else has run since: it comes before anything that is asked of the lane
     }
     ++unit_count_;
     ++next_disk;

@@ -28,7 +28,7 @@ constexpr Error unknown_id(u64 id) {
 
 // ---- the disk --------------------------------------------------------------------------------------------------------------------------------
 
-Disk::Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity)
+Disk::Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity, Linked linked)
     : io::BlockDevice(queue.executor()), queue_(queue), unit_(unit), sector_shift_(static_cast<u32>(std::countr_zero(geometry.sector_size))) {
     identity_ = identity;
     geometry_ = geometry;
@@ -44,10 +44,31 @@ Disk::Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const I
     srb.queue_tag = queue_untagged;
     srb.queue_action = queue_simple_request;
     srb.time_out_value = static_cast<u32>(std::clamp<u64>(queue.timeout_ / 1'000'000'000, 1, 3600));
-    next_ = std::exchange(queue.disks_, this);
+    link_.disk = this;
+    link_.run = [](io::Post& post) { static_cast<Link&>(post).disk->enlist(); };
+    if (linked == Linked::now) {
+        enlist();
+    }
+}
+
+void Disk::enlist() {
+    linked_ = true;
+    next_ = std::exchange(queue_.disks_, this);
+}
+
+// The queue walks its list on its own processor, at any time.
+void Disk::link(io::Executor& here) {
+    if (&here == &queue_.executor()) {
+        enlist();
+    } else {
+        queue_.executor().post(link_);
+    }
 }
 
 Disk::~Disk() {
+    if (!linked_) {
+        return;
+    }
     for (Disk** at = &queue_.disks_; *at != nullptr; at = &(*at)->next_) {
         if (*at == this) {
             *at = next_;

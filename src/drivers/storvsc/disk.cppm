@@ -168,8 +168,15 @@ class Disk final : public io::BlockDevice {
         u32 max_unmap_blocks = 0; // of one UNMAP
     };
 
-    Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity);
+    /// now: here, which is the queue's processor, or it has not been started. later: by link().
+    enum class Linked : u8 { now, later };
+
+    Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity, Linked linked = Linked::now);
+    /// On the queue's processor, or when it has been stopped; or never linked.
     ~Disk();
+
+    /// Once: its queue looks after it from here on. On the queue's own processor, as soon as that comes to it; `here` is the caller's.
+    void link(io::Executor& here);
 
     /// Before it is announced: a further lane, in the order of the processors. Not owned.
     void add_lane(Disk& lane);
@@ -192,8 +199,15 @@ class Disk final : public io::BlockDevice {
     void build(Packet& packet, const Request& request, u32 offset, u32 bytes) const;
     void tell(scsi::Opcode opcode, std::string_view what);
 
+    struct Link : io::Post {
+        Disk* disk = nullptr;
+    };
+    void enlist();
+
     Queue& queue_;
     Unit unit_;
+    Link link_;
+    bool linked_ = false;
     Packet template_{};
     u32 sector_shift_;
     bool flush_16_ = false;
