@@ -214,6 +214,9 @@ io::Task<Result<void>> Controller::open_sub_channels(ChannelProperties propertie
 
 // A command that reads up to `bytes` into scratch_.
 io::Task<Result<Controller::Answer>> Controller::command_once(u8 lun, scsi::Cdb cdb, u32 bytes) {
+    if (bytes != 0 && !scratch_) { // lost to a command that was not answered
+        CO_TRY(scratch_, environment_.dma.buffer(scratch_bytes));
+    }
     Exchange exchange(environment_.executor);
     ScsiRequest& srb = exchange.packet.srb;
     srb.length = static_cast<u16>(srb_bytes(terms_.version));
@@ -228,13 +231,14 @@ io::Task<Result<Controller::Answer>> Controller::command_once(u8 lun, scsi::Cdb 
     srb.queue_action = queue_simple_request;
     srb.time_out_value = static_cast<u32>(std::clamp<u64>(environment_.timeout / 1'000'000'000, 1, 3600));
     std::copy(cdb.bytes.begin(), cdb.bytes.end(), srb.payload.begin());
-    std::memset(scratch_.data(), 0, bytes);
+    if (bytes != 0) {
+        std::memset(scratch_.data(), 0, bytes);
+    }
     exchange.data = bytes == 0 ? DmaSpan{} : scratch_.span().subspan(0, bytes);
     const auto done = co_await ask(exchange, Operation::execute_srb);
     if (!done) {
         if (bytes != 0) { // the host may still write there
             scratch_.abandon();
-            CO_TRY(scratch_, environment_.dma.buffer(scratch_bytes));
         }
         co_return done.error();
     }
@@ -293,16 +297,19 @@ io::Task<Result<void>> Controller::scan() {
     }
     for (u8 lun = 0; lun < max_units; ++lun) {
         if (Unit* unit = known(lun); unit != nullptr && !there[lun]) {
-            log::warning("{}: the host has taken the disk away", unit->disks[0]->identity().name);
-            unit->gone = true;
-            for (u32 i = 0; i < lane_count_ && unit->disks[i] != nullptr; ++i) {
-                unit->disks[i]->remove();
-            }
+            take_away(*unit, "the host has taken the disk away");
         }
         if (!there[lun] || !lanes_[0]->queue.is_open()) {
             continue;
         }
         if (auto scanned = co_await scan_unit(lun); !scanned) {
+            if (!scratch_) {
+                auto fresh = environment_.dma.buffer(scratch_bytes);
+                if (!fresh) { // nothing can be asked without it
+                    co_return fresh.error();
+                }
+                scratch_ = std::move(*fresh);
+            }
             if (scanned.error().code == Code::device_gone || scanned.error().code == Code::protocol) {
                 co_return scanned.error();
             }
@@ -313,6 +320,14 @@ io::Task<Result<void>> Controller::scan() {
     }
     co_return lanes_[0]->queue.is_open() ? Result<void>{}
                                          : Error{Code::device_gone, "the storage channel was closed while its units were asked"};
+}
+
+void Controller::take_away(Unit& unit, std::string_view why) {
+    log::warning("{}: {}", unit.disks[0]->identity().name, why);
+    unit.gone = true;
+    for (u32 i = 0; i < lane_count_ && unit.disks[i] != nullptr; ++i) {
+        unit.disks[i]->remove();
+    }
 }
 
 Controller::Unit* Controller::known(u8 lun) {
@@ -337,16 +352,21 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
     Unit* unit = known(lun);
     if (!inquiry || !inquiry->disk()) {
         if (unit != nullptr) {
-            log::warning("{}: the host has taken the disk away", unit->disks[0]->identity().name);
-            unit->gone = true;
-            for (u32 i = 0; i < lane_count_ && unit->disks[i] != nullptr; ++i) {
-                unit->disks[i]->remove();
-            }
+            take_away(*unit, "the host has taken the disk away");
         }
         co_return no_disk;
     }
-    if (unit != nullptr) {
-        co_return Result<void>{};
+    FixedText<48> model;
+    print(model, "{} {} {}", inquiry->vendor, inquiry->product, inquiry->revision);
+    if (unit != nullptr) { // still the same?
+        const io::BlockDevice& disk = *unit->disks[0];
+        CO_TRY(const scsi::Capacity now, co_await read_capacity(lun));
+        const bool same_size = now.blocks == disk.geometry().sectors && now.block_bytes == disk.geometry().sector_size;
+        if (same_size && model.view() == disk.identity().model.view()) {
+            co_return Result<void>{};
+        }
+        take_away(*unit, same_size ? "the host has put another disk in its place: it comes under a new name"
+                                   : "the host has changed the disk's size: it comes under a new name");
     }
     CO_TRY(answer, co_await command(lun, scsi::test_unit_ready(), 0));
     if (!answer.good() && answer.sense) {
@@ -365,7 +385,7 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
     identity.driver = driver_name;
     identity.kind = io::Kind::synthetic;
     identity.name = disk_name(next_disk);
-    print(identity.model, "{} {} {}", inquiry->vendor, inquiry->product, inquiry->revision);
+    identity.model = model;
     print(identity.features, "{}{}{}version={} channels={} max-transfer={}", ide_ ? "ide " : "", geometry.flush ? "flush " : "",
           geometry.discard ? "discard " : "", terms_.version, lane_count_, which.max_transfer);
     co_return attach(which, geometry, identity);
@@ -431,11 +451,14 @@ io::Task<Result<void>> Controller::read_limits(u8 lun, bool thin, io::Geometry& 
 }
 
 Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geometry, const io::BlockDevice::Identity& identity) {
-    if (unit_count_ == max_units) {
+    u32 place = unit_count_;
+    if (place == max_units) { // that of one that is gone. Its disks stay with whoever still knows them
+        place = static_cast<u32>(std::ranges::find_if(units_, [](const Unit& u) { return u.gone; }) - units_.begin());
+    }
+    if (place == max_units) {
         return Error{Code::exhausted, "more units than a storage controller has room for", max_units, max_units + 1};
     }
-    Unit& entry = units_[unit_count_];
-    entry = {};
+    Unit entry;
     const auto undo = [&] {
         for (Disk*& disk : entry.disks) {
             delete std::exchange(disk, nullptr);
@@ -458,7 +481,8 @@ Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geom
     for (u32 i = 0; i < lane_count_; ++i) {
         entry.disks[i]->link(environment_.executor); // nobody else has run since: it comes before anything that is asked of the lane
     }
-    ++unit_count_;
+    units_[place] = entry;
+    unit_count_ = std::max(unit_count_, place + 1);
     ++next_disk;
     return {};
 }

@@ -101,6 +101,7 @@ class Controller {
     io::Task<Result<void>> watch_over();
     Result<void> attach(const Disk::Unit& unit, const io::Geometry& geometry, const io::BlockDevice::Identity& identity);
     Unit* known(u8 lun);
+    void take_away(Unit& unit, std::string_view why);
     std::span<const u8> data(u32 bytes) const { return {reinterpret_cast<const u8*>(scratch_.data()), std::min<u32>(bytes, scratch_bytes)}; }
 
     static constexpr u32 scratch_bytes = 4096;

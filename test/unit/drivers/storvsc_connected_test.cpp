@@ -176,6 +176,34 @@ TEST(Connected, HotAddAndRemove) {
     EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
 }
 
+TEST(Connected, ADiskInPlaceOfAnotherComesUnderANewName) {
+    Machine m;
+    test::CapturedLog log;
+    Store a;
+    Store b;
+    Store c(2048 * 512);
+    host::StorageDevice& controller =
+        m.server->add(host::StorageDevice::scsi({}, {{.lun = 0, .store = &a.store}, {.lun = 4, .store = &b.store}}));
+    ASSERT_TRUE(m.connect());
+    ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::scsi_class))));
+    ASSERT_EQ(m.sink.disks.size(), 2u);
+    EXPECT_TRUE(controller.remove_lun(4)); // before the guest looks
+    EXPECT_TRUE(controller.add_lun({.lun = 4, .store = &c.store}));
+    for (u32 i = 0; i < 200 && m.sink.disks.size() < 3; ++i) {
+        m.executor.turn();
+    }
+    ASSERT_EQ(m.sink.disks.size(), 3u) << log.text.view();
+    EXPECT_TRUE(log.has("the host has changed the disk's size: it comes under a new name")) << log.text.view();
+    io::BlockDevice& before = *m.sink.disks[1].first;
+    io::BlockDevice& now = *m.sink.disks[2].first;
+    EXPECT_NE(before.identity().name.view(), now.identity().name.view());
+    EXPECT_EQ(now.geometry().sectors, 2048u);
+    EXPECT_EQ(m.run(one(before, io::Op::read, 0, m.buffer(512))).error().code, Code::device_gone);
+    verify(m, now, c, 20);
+    verify(m, *m.sink.disks[0].first, a, 20);
+    EXPECT_EQ(m.sink.disks.size(), 3u) << "the others are what they were";
+}
+
 // One lane for each processor, each with a channel of its own.
 TEST(Connected, SubChannels) {
     Machine m({}, 2);
