@@ -377,7 +377,8 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
     geometry.sectors = capacity.blocks;
     geometry.sector_size = capacity.block_bytes;
     geometry.physical_sector_size = std::min<u32>(capacity.block_bytes << capacity.physical_shift, 65536);
-    Disk::Unit which{.target = ide_ ? ide_->target : u8{0}, .lun = lun, .max_transfer = terms_.max_transfer};
+    Disk::Unit which{
+        .target = ide_ ? ide_->target : u8{0}, .lun = lun, .max_transfer = terms_.max_transfer, .short_commands = capacity.short_form};
     CO_CHECK(co_await read_caching(lun, geometry));
     CO_CHECK(co_await read_limits(lun, capacity.thin, geometry, which));
 
@@ -400,10 +401,11 @@ io::Task<Result<scsi::Capacity>> Controller::read_capacity(u8 lun) {
     if (!answer.good()) {
         co_return Error{Code::io, "READ CAPACITY fails (SCSI status)", scsi::status_good, answer.scsi_status};
     }
-    CO_TRY(const scsi::Capacity capacity, scsi::parse_capacity_10(data(answer.bytes)));
+    CO_TRY(scsi::Capacity capacity, scsi::parse_capacity_10(data(answer.bytes)));
     if (capacity.beyond_32_bits) {
         co_return Error{Code::not_supported, "the disk has more blocks than READ CAPACITY(10) can say, and refuses (16)"};
     }
+    capacity.short_form = true;
     co_return capacity;
 }
 

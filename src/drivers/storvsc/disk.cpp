@@ -33,6 +33,7 @@ Disk::Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const I
     identity_ = identity;
     geometry_ = geometry;
     set_timeout(queue.timeout_);
+    io_10_ = unit.short_commands && fits_10();
     const Version version = queue.terms().version;
     template_.header = {Operation::execute_srb, flag_completion, 0};
     ScsiRequest& srb = template_.srb;
@@ -138,6 +139,13 @@ void Disk::build(Packet& packet, const Request& request, u32 offset, u32 bytes) 
         srb.data_in = write ? Direction::out : Direction::in;
         srb.data_transfer_length = bytes;
         srb.srb_flags = srb_common_flags | (write ? srb_data_out : srb_data_in);
+        if (io_10_) [[unlikely]] { // READ(10) and WRITE(10): the LBA in bytes 2 to 5, the count in 7 and 8
+            srb.cdb_length = 10;
+            srb.payload[0] = to_underlying(write ? scsi::Opcode::write_10 : scsi::Opcode::read_10);
+            scsi::put_be(std::span(srb.payload).subspan(2, 4), lba);
+            scsi::put_be(std::span(srb.payload).subspan(7, 2), bytes >> sector_shift_);
+            return;
+        }
         // READ(16) and WRITE(16) [SBC-3 §5.15, §5.38], in place: the LBA in bytes 2 to 9, the count in 10 to 13.
         srb.payload[0] = write ? 0x8a : 0x88;
         const u64 lba_be = __builtin_bswap64(lba);
@@ -154,6 +162,9 @@ void Disk::build(Packet& packet, const Request& request, u32 offset, u32 bytes) 
     srb.data_transfer_length = unmap ? scsi::unmap_list_bytes : 0;
     srb.srb_flags = srb_common_flags | (unmap ? srb_data_out : 0);
 }
+
+// Every LBA in 32 bits, the largest count in 16.
+bool Disk::fits_10() const { return geometry_.sectors <= u64{1} << 32 && unit_.max_transfer >> sector_shift_ <= 0xffff; }
 
 void Disk::tell(scsi::Opcode opcode, std::string_view what) {
     if (errors_told_ < max_told_errors) {
@@ -242,6 +253,7 @@ void Queue::abandon(Exchange& exchange) {
         slot.disk->build(packet, request, slot.offset, slot.bytes);
         const auto bytes = std::as_bytes(std::span<const Packet, 1>(&packet, 1)).first(length);
         if (request.op <= io::Op::write) [[likely]] {
+            slot.short_cdb = slot.disk->io_10_;
             sent = channel_.send_gpa_direct(bytes, request.buffer.subspan(slot.offset, slot.bytes), id);
         } else if (request.op == io::Op::discard) {
             const u32 sector = slot.disk->geometry().sector_size;
@@ -250,7 +262,7 @@ void Queue::abandon(Exchange& exchange) {
                              request.lba + slot.offset / sector, slot.bytes / sector);
             sent = channel_.send_gpa_direct(bytes, list, id);
         } else {
-            slot.flush_10 = !slot.disk->flush_16_;
+            slot.short_cdb = !slot.disk->flush_16_;
             sent = channel_.send_inband(bytes, id, true);
         }
     }
@@ -488,10 +500,10 @@ void Queue::answered(u32 id, Slot& slot, const Packet& packet) {
         static_cast<void>(inflight_.give(id));
         return finish(slot, io::Status::io_error);
     }
-    const auto opcode = request->op == io::Op::read      ? scsi::Opcode::read_16
-                        : request->op == io::Op::write   ? scsi::Opcode::write_16
+    const auto opcode = request->op == io::Op::read      ? slot.short_cdb ? scsi::Opcode::read_10 : scsi::Opcode::read_16
+                        : request->op == io::Op::write   ? slot.short_cdb ? scsi::Opcode::write_10 : scsi::Opcode::write_16
                         : request->op == io::Op::discard ? scsi::Opcode::unmap
-                        : slot.flush_10                  ? scsi::Opcode::synchronize_cache_10
+                        : slot.short_cdb                 ? scsi::Opcode::synchronize_cache_10
                                                          : scsi::Opcode::synchronize_cache_16;
     const u64 lba = request->lba + (slot.offset >> slot.disk->sector_shift_);
     std::optional<scsi::Sense> sense;
@@ -522,8 +534,14 @@ void Queue::answered(u32 id, Slot& slot, const Packet& packet) {
         return;
     }
     if (sense && sense->key == scsi::key_illegal_request && sense->asc == 0x20) { // no such command
-        if (request->op == io::Op::flush && slot.flush_10) {                      // each one that was under way with the short command
+        if (request->op == io::Op::flush && slot.short_cdb) {                     // each one that was under way with the short command
             slot.disk->flush_16_ = true;
+            if (again(id, true)) {
+                return;
+            }
+        }
+        if (request->op <= io::Op::write && !slot.short_cdb && slot.disk->fits_10()) {
+            slot.disk->io_10_ = true;
             if (again(id, true)) {
                 return;
             }

@@ -97,9 +97,9 @@ class Queue final : private io::Service {
         u32 offset = 0; // of its data in the request's buffer
         u32 bytes = 0;
         u8 retries = 0;
-        bool delayed = false;  // not with the host: sent again in the next tick
-        bool expired = false;  // its request's deadline has passed
-        bool flush_10 = false; // it was sent as SYNCHRONIZE CACHE(10)
+        bool delayed = false;   // not with the host: sent again in the next tick
+        bool expired = false;   // its request's deadline has passed
+        bool short_cdb = false; // it was sent as a command of 10 bytes that has a longer sibling
     };
 
     void flush() override;
@@ -164,8 +164,9 @@ class Disk final : public io::BlockDevice {
         u8 path = 0;
         u8 target = 0;
         u8 lun = 0;
-        u32 max_transfer = 0;     // bytes; a multiple of the sector size
-        u32 max_unmap_blocks = 0; // of one UNMAP
+        u32 max_transfer = 0;        // bytes; a multiple of the sector size
+        u32 max_unmap_blocks = 0;    // of one UNMAP
+        bool short_commands = false; // READ(10) and WRITE(10) from the beginning; else when (16) is refused
     };
 
     /// now: here, which is the queue's processor, or it has not been started. later: by link().
@@ -197,6 +198,7 @@ class Disk final : public io::BlockDevice {
     void forget(Request& request) override;
     void end(Request& request, io::Status status) { complete(request, status); }
     void build(Packet& packet, const Request& request, u32 offset, u32 bytes) const;
+    bool fits_10() const;
     void tell(scsi::Opcode opcode, std::string_view what);
 
     struct Link : io::Post {
@@ -211,6 +213,7 @@ class Disk final : public io::BlockDevice {
     Packet template_{};
     u32 sector_shift_;
     bool flush_16_ = false;
+    bool io_10_ = false; // READ(10), WRITE(10)
     u32 errors_told_ = 0;
     io::RequestQueue waiting_;
     Disk* next_ = nullptr; // on the queue

@@ -131,6 +131,7 @@ struct Capacity {
     u32 physical_shift = 0;      // a physical block is block_bytes << this
     bool thin = false;           // LBPME: unmapping means something
     bool beyond_32_bits = false; // (10) only: ask with (16)
+    bool short_form = false;     // the unit knows (10) alone
 };
 inline constexpr u32 capacity_10_bytes = 8;
 inline constexpr u32 capacity_16_bytes = 32;

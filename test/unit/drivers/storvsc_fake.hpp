@@ -218,21 +218,27 @@ class StorageHost {
     u32 perform(const Command& c) {
         const auto fits = [&](u64 lba, u64 blocks) { return (lba + blocks) * 512 <= disk.size(); };
         switch (c.cdb(0)) {
+        case 0x28:
+        case 0x2a:
         case 0x88:
         case 0x8a: {
-            const u64 lba = c.be(2, 8);
-            EXPECT_TRUE(fits(lba, c.be(10, 4)));
-            EXPECT_EQ(c.be(10, 4) * 512, c.bytes());
+            const bool is_short = c.cdb(0) < 0x80;
+            const bool is_read = (c.cdb(0) & 0x0f) == 8;
+            const u64 lba = is_short ? c.be(2, 4) : c.be(2, 8);
+            const u64 blocks = is_short ? c.be(7, 2) : c.be(10, 4);
+            EXPECT_EQ(static_cast<u8>(c.packet[12 + 8]), is_short ? 10 : 16) << "length of the command";
+            EXPECT_TRUE(fits(lba, blocks));
+            EXPECT_EQ(blocks * 512, c.bytes());
             EXPECT_EQ(get32(c.packet.data() + 24), c.bytes());
             if (packet_length == 64) { // the later part: tag, action, flags
                 EXPECT_EQ(static_cast<u8>(c.packet[12 + 38]), 0xff) << "untagged";
                 EXPECT_EQ(static_cast<u8>(c.packet[12 + 39]), 0x20) << "simple";
-                EXPECT_EQ(get32(c.packet.data() + 12 + 40), c.cdb(0) == 0x88 ? 0x14au : 0x18au);
+                EXPECT_EQ(get32(c.packet.data() + 12 + 40), is_read ? 0x14au : 0x18au);
             }
-            EXPECT_EQ(static_cast<u8>(c.packet[22]), c.cdb(0) == 0x88 ? 1 : 0) << "direction";
+            EXPECT_EQ(static_cast<u8>(c.packet[22]), is_read ? 1 : 0) << "direction";
             std::byte* at = disk.data() + lba * 512;
             for (const auto& [data, n] : c.data) {
-                if (c.cdb(0) == 0x88) {
+                if (is_read) {
                     std::memcpy(data, at, n);
                 } else {
                     std::memcpy(at, data, n);

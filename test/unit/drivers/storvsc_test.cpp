@@ -443,6 +443,25 @@ TEST(Storvsc, FlushesAtOnceOnAHostThatKnowsTheLongCommandAlone) {
     EXPECT_EQ(m.log.text.view(), "");
 }
 
+TEST(Storvsc, AHostWithoutTheLongCommandsGetsTheShortOnes) {
+    Machine m;
+    u32 refused = 0;
+    m.host.say = [&](const Command& c) {
+        return c.cdb(0) >= 0x80 ? (++refused, sense("\x70\0\x05\0\0\0\0\x0a\0\0\0\0\x20\0\0\0\0\0")) : Reply{};
+    };
+    DmaSpan buffer = m.buffer(128 * 1024); // in parts
+    std::memset(buffer.data, 0x3c, buffer.size);
+    ASSERT_TRUE(m.write(3000, buffer));
+    EXPECT_EQ(m.host.disk[3000 * 512], std::byte{0x3c});
+    EXPECT_EQ(m.host.disk[3256 * 512 - 1], std::byte{0x3c});
+    std::memset(buffer.data, 0, buffer.size);
+    const u32 before = refused;
+    ASSERT_TRUE(m.read(3000, buffer));
+    EXPECT_EQ(buffer.data[128 * 1024 - 1], std::byte{0x3c});
+    EXPECT_EQ(refused, before) << "asked once, not for ever";
+    EXPECT_EQ(m.log.text.view(), "");
+}
+
 // Busy (its own, larger bound) and then unit attentions: the attempts that were made count, and there is an end.
 TEST(Storvsc, MixedRetriesEnd) {
     Machine m;
