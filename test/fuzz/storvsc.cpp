@@ -124,6 +124,11 @@ struct Machine {
             for (u32 i = 0; i < 8; ++i) {
                 a.lba = a.lba << 8 | packet[30 + i];
             }
+            if (get(packet, 0) == 3 && (a.opcode == 0x28 || a.opcode == 0x2a)) { // READ(10), WRITE(10): as their longer siblings
+                a.lba >>= 32;
+                a.opcode = static_cast<u8>(a.opcode + 0x60);
+                require((u32{packet[35]} << 8 | packet[36]) * 512 == a.bytes);
+            }
             if (get(packet, 0) != 3) {
                 a.opcode = 0xff; // no command
             } else if (a.opcode == 0x88 || a.opcode == 0x8a) {
