@@ -260,7 +260,9 @@ io::Task<Result<Controller::Answer>> Controller::command(u8 lun, scsi::Cdb cdb, 
         if (i == attempts || (!attention && !busy)) {
             co_return answer;
         }
-        if (busy) {
+        if (attention) {
+            log::info("storvsc: LUN {}: {}: asked again", lun, scsi::describe(*answer.sense, std::nullopt));
+        } else {
             co_await environment_.executor.sleep(50'000'000);
         }
     }

@@ -175,6 +175,13 @@ void Disk::tell(scsi::Opcode opcode, std::string_view what) {
     }
 }
 
+void Disk::tell_attention(const scsi::Sense& sense) {
+    if (attentions_told_ < max_told_errors) {
+        ++attentions_told_;
+        log::info("{}: {}: asked again", identity_.name, scsi::describe(sense, std::nullopt));
+    }
+}
+
 // ---- the queue: asking
 // -------------------------------------------------------------------------------------------------------------------------
 
@@ -355,7 +362,13 @@ void Queue::flush() {
         ++current_->counters_.notifications;
         current_->counters_.hypercalls += channel_.counters().signals - signals;
     }
+    if (!channel_.sound()) [[unlikely]] {
+        broken_ring();
+    }
 }
+
+// The rule that the host broke in one of the rings, which are of no use any more.
+void Queue::broken_ring() { broken(channel_.broken().value_or(Error{Code::protocol, "a ring of the storage channel is broken"})); }
 
 // ---- the queue: being answered
 // -----------------------------------------------------------------------------------------------------------------
@@ -521,6 +534,7 @@ void Queue::answered(u32 id, Slot& slot, const Packet& packet) {
             wish();
         }
         if (again(id, true)) {
+            slot.disk->tell_attention(*sense);
             return;
         }
     }
@@ -557,7 +571,9 @@ void Queue::answered(u32 id, Slot& slot, const Packet& packet) {
         shared_.rescan_wanted.store(true, std::memory_order_relaxed);
         wish();
     }
-    if (sense) {
+    if (result == io::Status::device_gone && std::exchange(slot.disk->absence_told_, true)) {
+        // All that is under way ends like this; the keeper looks at what is left.
+    } else if (sense) {
         slot.disk->tell(opcode, scsi::describe(*sense, request->op == io::Op::flush ? std::nullopt : std::optional(lba)));
     } else {
         FixedText<120> text;
@@ -655,9 +671,13 @@ void Queue::tick(Instant now) {
         return;
     }
     look_at_events();
-    if (std::exchange(idle_events_, 0) > max_idle_events && !std::exchange(storm_told_, true)) {
+    if (idle_events_ > max_idle_events && !std::exchange(storm_told_, true)) {
         log::warning("storvsc: more than {} interrupts within {} ms and not a packet: the host signals without a reason", max_idle_events,
-                     io::Executor::tick_length / 1'000'000);
+                     idle_window / 1'000'000);
+    }
+    if (now >= idle_until_) {
+        idle_events_ = 0;
+        idle_until_ = after(now, idle_window);
     }
     if (channel_.rescinded()) {
         return shut(io::Status::device_gone, {Code::device_gone, "the host has taken the storage controller away"});
@@ -711,6 +731,9 @@ void Queue::look_at_deadlines(Instant now) {
             disk.end(*request, io::Status::timed_out);
         }
     });
+    if (late && !channel_.look()) { // the rule that was broken, and not the time-out that came of it
+        return broken_ring();
+    }
     if (late && !shared_.reset_wanted.load(std::memory_order_relaxed) && reset_at_ == never) {
         log::warning("storvsc: no answer within {} ms: asking the host to reset the bus", timeout_ / 1'000'000);
         reset_at_ = now;

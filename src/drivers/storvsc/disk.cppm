@@ -57,8 +57,9 @@ class Queue final : private io::Service {
     static constexpr u32 max_parts = 128;
     /// Of these, for the controller's own packets alone: a command of a rescan, and the reset of the bus.
     static constexpr u32 kept_parts = 2;
-    /// Interrupts in one tick that bring nothing; more are told of.
+    /// Interrupts within `idle_window` nanoseconds that bring nothing, and no packet in between; more are told of.
     static constexpr u32 max_idle_events = 256;
+    static constexpr Nanoseconds idle_window = 1'000'000'000;
     /// After a time-out the host has so long to answer all the same, once it was asked to reset the bus; at most.
     static constexpr Nanoseconds grace = 500'000'000;
 
@@ -125,6 +126,7 @@ class Queue final : private io::Service {
     void settle(Disk& disk);
     void end_all(io::Status status);
     void broken(const Error& why) { shut(io::Status::protocol_error, why); }
+    void broken_ring();
     void wish() const {
         if (shared_.notify != nullptr && first_) {
             shared_.notify(shared_.context);
@@ -147,6 +149,7 @@ class Queue final : private io::Service {
     u32 delayed_ = 0;         // slots that wait for the next tick
     u32 events_seen_ = 0;
     u32 idle_events_ = 0;
+    Instant idle_until_ = 0;
     bool storm_told_ = false;
     Instant last_answer_ = 0;
     Instant reset_at_ = never; // when the bus reset was asked for; never: not
@@ -200,6 +203,7 @@ class Disk final : public io::BlockDevice {
     void build(Packet& packet, const Request& request, u32 offset, u32 bytes) const;
     bool fits_10() const;
     void tell(scsi::Opcode opcode, std::string_view what);
+    void tell_attention(const scsi::Sense& sense);
 
     struct Link : io::Post {
         Disk* disk = nullptr;
@@ -215,6 +219,8 @@ class Disk final : public io::BlockDevice {
     bool flush_16_ = false;
     bool io_10_ = false; // READ(10), WRITE(10)
     u32 errors_told_ = 0;
+    u32 attentions_told_ = 0;
+    bool absence_told_ = false;
     io::RequestQueue waiting_;
     Disk* next_ = nullptr; // on the queue
     std::atomic<bool> gone_{false};

@@ -75,7 +75,7 @@ class Channel {
     }
     /// Bytes that a packet may have at most, descriptor (16), ranges and trailer (8) included.
     u32 send_capacity() const { return sender_->capacity(); }
-    /// Shows what was queued to the host, and signals it if it sleeps. True: it was signalled.
+    /// Shows what was queued to the host, and signals it if it sleeps. True: it was signalled. False, and not sound(): nothing was shown.
     bool publish();
 
     // Receiving.
@@ -104,6 +104,10 @@ class Channel {
     }
     /// The host has taken the device away: no answer will come any more. Close the channel. From any processor.
     bool rescinded() const { return rescinded_.load(std::memory_order_acquire); } // acquire: see mark_rescinded()
+    /// Whether the host has kept the rules of both rings so far. Cheap.
+    bool sound() const { return sender_ && !sender_->error() && !receiver_->error(); }
+    /// The same, after one more look at how far the host says that it has read: for an owner who misses an answer.
+    bool look() { return sender_ && sender_->observe() && sound(); }
     /// The first rule that the host broke in one of the rings; nothing while they are sound.
     std::optional<Error> broken() const {
         if (sender_ && sender_->error()) {

@@ -55,7 +55,7 @@ struct PacketDescriptor {
 static_assert(sizeof(PacketDescriptor) == 16 && offsetof(PacketDescriptor, header_units) == 2 && offsetof(PacketDescriptor, total_units) == 4 &&
               offsetof(PacketDescriptor, flags) == 6 && offsetof(PacketDescriptor, transaction) == 8);
 inline constexpr u16 packet_wants_completion = 1;
-/// Ends every packet: the offset of its beginning in bits 32–63.
+/// Ends every packet: the offset of its beginning in bits 32–63. Written, and not checked: see PacketReceiver::receive().
 inline constexpr u32 packet_trailer_bytes = 8;
 
 /// Follows the descriptor of a gpa_direct packet; then for each range a length, an offset into the first page, and page numbers.
@@ -159,8 +159,21 @@ class PacketSender {
         return end(payload);
     }
 
-    /// Shows everything queued to the host, by one store. True: it wants a signal.
-    [[nodiscard]] bool publish() { return ring_.publish(); }
+    /// Shows everything queued to the host, by one store. True: it wants a signal. The host's read index is looked at first, once for all that
+    /// was queued: one that cannot be is noticed here and not when the ring is full. Then nothing is shown, and error() says why.
+    [[nodiscard]] bool publish() { return observe() && ring_.publish(); }
+    /// Reads the host's read index. False: it cannot be, and the ring is broken from here on.
+    bool observe() {
+        if (error_) [[unlikely]] {
+            return false;
+        }
+        if (auto seen = ring_.observe(); !seen) [[unlikely]] {
+            error_ = Error{Code::protocol, "VMBus ring: the host's read index is not between its last one and what was written",
+                           seen.error().expected, seen.error().seen};
+            return false;
+        }
+        return true;
+    }
     bool unpublished() const { return ring_.unpublished() != 0; }
     /// Bytes that a packet, descriptor and trailer included, can have at most.
     u32 capacity() const { return ring_.capacity(); }
@@ -184,14 +197,7 @@ class PacketSender {
         return begun == Sent::queued ? end(payload) : begun;
     }
 
-    bool look_for_room(u32 need) {
-        if (auto seen = ring_.observe(); !seen) [[unlikely]] {
-            error_ = Error{Code::protocol, "VMBus ring: the host's read index is not between its last one and what was written",
-                           seen.error().expected, seen.error().seen};
-            return false;
-        }
-        return ring_.free() >= need;
-    }
+    bool look_for_room(u32 need) { return observe() && ring_.free() >= need; }
 
     Sent begin(PacketType type, u64 header, u64 payload, u64 transaction, u16 flags) {
         if (error_) [[unlikely]] {
@@ -300,7 +306,9 @@ class PacketReceiver {
             return broken("VMBus packet: it is longer than this channel takes", buffer_.size(), rest);
         }
         static_cast<void>(ring_.remove(buffer_.first(rest)));
-        static_cast<void>(ring_.skip(packet_trailer_bytes)); // where the packet began, which is known
+        // Where the packet began, which is known here. Linux does not look at it either, so that a host that writes something else has never been
+        // found out, and is not to lose a guest by it.
+        static_cast<void>(ring_.skip(packet_trailer_bytes));
         const u32 extra = header - static_cast<u32>(sizeof(PacketDescriptor));
         into = {descriptor.type, (descriptor.flags & packet_wants_completion) != 0, descriptor.transaction, buffer_.first(extra),
                 buffer_.subspan(extra, rest - extra)};

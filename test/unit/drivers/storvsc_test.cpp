@@ -340,6 +340,39 @@ const Break breaks[] = {
 };
 INSTANTIATE_TEST_SUITE_P(All, StorvscBreak, testing::ValuesIn(breaks), [](const auto& info) { return info.param.name; });
 
+TEST(Storvsc, AReadIndexThatCannotBeIsNoticedWithTheNextRequest) {
+    Machine m;
+    DmaSpan buffer = m.buffer(4096);
+    ASSERT_TRUE(m.write(40, buffer));
+    m.host.hold = true;
+    fake::put32(m.host.out_ring() + 4, fake::StorageHost::ring_data + 8);
+    const u32 shown = fake::get32(m.host.out_ring());
+    io::Request request(*m.disk, io::Op::read, 0, buffer);
+    m.disk->submit(request);
+    const Instant start = m.clock.time;
+    ASSERT_TRUE(m.settle(request));
+    EXPECT_LT(m.clock.time - start, 20'000'000u) << "no time-out is waited for";
+    EXPECT_EQ(request.status, io::Status::protocol_error);
+    EXPECT_EQ(fake::get32(m.host.out_ring()), shown) << "nothing more is shown to this host";
+    EXPECT_TRUE(m.log.has("sda: closed: ")) << m.log.text.view();
+    EXPECT_TRUE(m.log.has("the host's read index is not between")) << m.log.text.view();
+    EXPECT_EQ(std::count(m.log.text.view().begin(), m.log.text.view().end(), '\n'), 1) << m.log.text.view();
+}
+
+TEST(Storvsc, ATimeOutOfABrokenRingNamesTheRule) {
+    Machine m;
+    m.host.hold = true;
+    io::Request request(*m.disk, io::Op::read, 0, m.buffer(4096));
+    m.disk->submit(request);
+    m.executor.turn(); // shown to the host, which answers nothing
+    fake::put32(m.host.out_ring() + 4, 12345 * 8);
+    ASSERT_TRUE(m.settle(request));
+    EXPECT_EQ(request.status, io::Status::protocol_error);
+    EXPECT_TRUE(request.buffer_lost) << "the host may still write there";
+    EXPECT_TRUE(m.log.has("the host's read index is not between")) << m.log.text.view();
+    EXPECT_FALSE(m.log.has("reset the bus")) << m.log.text.view();
+}
+
 // ---- errors that are none of the protocol's --------------------------------------------------------------------------------------------------
 
 struct Failure {
@@ -409,6 +442,9 @@ TEST(Storvsc, TransientConditionsAreTriedAgain) {
     DmaSpan buffer = m.buffer(4096);
     reply = sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x29\0\0\0\0\0"); // reset
     EXPECT_TRUE(m.write(0, buffer));
+    const std::string told(m.log.text.view());
+    EXPECT_TRUE(m.log.has("sda: UNIT ATTENTION")) << told;
+    EXPECT_EQ(std::count(told.begin(), told.end(), '\n'), 3) << told;
     bad = 5;
     reply = with([](Reply& r) { r.scsi_status = 8; }); // busy: in the next ticks
     EXPECT_TRUE(m.read(0, buffer));
@@ -419,7 +455,7 @@ TEST(Storvsc, TransientConditionsAreTriedAgain) {
     reply = sense("\x70\0\x01\0\0\0\0\x0a\0\0\0\0\x11\0\0\0\0\0"); // recovered: done
     reply.moved = 4096;
     EXPECT_TRUE(m.read(0, buffer));
-    EXPECT_EQ(m.log.text.view(), "");
+    EXPECT_EQ(m.log.text.view(), told) << "and of nothing else a word";
     bad = 1;
     reply = sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x3f\x0e\0\0\0\0"); // the units have changed
     EXPECT_TRUE(m.read(0, buffer));

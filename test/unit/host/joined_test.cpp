@@ -382,7 +382,7 @@ TEST_P(HostJoinedFault, EndsInABoundAndLosesNothing) {
 constexpr u32 later = 24; // SRBs after which the scan is over
 constexpr FaultCase cases[] = {
     {Fault::write_index_beyond, later, true, false, "the host's write index is behind its last one or outside of the ring"},
-    {Fault::read_index_beyond, later, true, false, "closed: "},
+    {Fault::read_index_beyond, later, true, false, "the host's read index is not between its last one and what was written"},
     {Fault::packet_too_long, later, true, false, "it is longer than what is in the ring"},
     {Fault::packet_too_short, later, true, false, "it is shorter than its header"},
     {Fault::packet_offset, later, true, false, "it is shorter than its header"},
@@ -398,7 +398,7 @@ constexpr FaultCase cases[] = {
     {Fault::short_transfer, 8, true, true, "the host moved 2048 of 4096 bytes and calls that a success"},
     {Fault::medium_error, 8, true, true, "MEDIUM ERROR, write error (3/0c/00) at LBA 96"},
     {Fault::write_protected, 4, true, true, "DATA PROTECT, write protected (7/27/00)"},
-    {Fault::unit_attention, later, true, true, ""},
+    {Fault::unit_attention, later, true, true, "UNIT ATTENTION"},
     {Fault::no_version_response, 0, true, true, "messages by connection 0x1"},
     {Fault::no_gpadl_created, 0, false, false, ""},
     {Fault::no_open_result, 0, false, false, ""},

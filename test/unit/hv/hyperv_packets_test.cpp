@@ -80,6 +80,29 @@ TEST(Packets, GpaDirectIsAsTheProtocolHasIt) {
     EXPECT_EQ(std::memcmp(second.state.storage.data() + 4096 + 32, in_a_row.data(), 16), 0);
 }
 
+TEST(Packets, TheHostsReadIndexIsLookedAtBeforeAnythingIsShown) {
+    for (const u32 read : {96u, 4096u, 0xfffffff8u}) { // not shown yet, outside of the ring, far outside of it
+        Ring ring;
+        auto sender = *PacketSender<HostileMemory>::create(ring.memory());
+        const std::array<std::byte, 8> payload{};
+        ASSERT_EQ(sender.inband(payload, 1, false), Sent::queued);
+        ASSERT_TRUE(sender.publish());
+        ring.set(4, 32); // all of it was read
+        ASSERT_EQ(sender.inband(payload, 2, false), Sent::queued);
+        ASSERT_TRUE(sender.publish());
+        ring.set(4, read);
+        ASSERT_EQ(sender.inband(payload, 3, false), Sent::queued);
+        EXPECT_FALSE(sender.publish()) << read;
+        EXPECT_EQ(ring.word(0), 64u) << "shown to no one";
+        ASSERT_TRUE(sender.error());
+        EXPECT_EQ(sender.error()->code, Code::protocol);
+        EXPECT_NE(sender.error()->message.find("read index"), std::string_view::npos);
+        ring.set(4, 64);
+        EXPECT_EQ(sender.inband(payload, 4, false), Sent::broken) << "a good one afterwards does not help";
+        EXPECT_FALSE(sender.publish());
+    }
+}
+
 struct Broken {
     const char* what;
     u32 write;
@@ -113,6 +136,18 @@ INSTANTIATE_TEST_SUITE_P(Packets, Rules,
                                          Broken{"longer than what is in the ring", 32, {6, 2, 4, 0}},
                                          Broken{"longer than what is in the ring", 32, {6, 2, 0xffff, 0}},
                                          Broken{"longer than this channel takes", 4088, {6, 2, 500, 0}}));
+
+TEST(Packets, ATrailerIsNotLookedAt) {
+    Ring ring;
+    auto receiver = *PacketReceiver<HostileMemory>::create(ring.memory(), buffer);
+    ring.bytes(0, {6, 2, 2, 0});
+    ring.state.poke<u32>(4096 + 20, 0x1000); // begins at 0, and says 0x1000
+    ring.set(0, 24);
+    Packet packet;
+    const auto got = receiver.receive(packet);
+    ASSERT_TRUE(got && *got);
+    EXPECT_FALSE(*receiver.receive(packet));
+}
 
 TEST(Packets, AnIndexThatGoesBackBreaksTheRing) {
     Ring ring;
