@@ -47,7 +47,9 @@ io::Task<Result<void>> Utility::serve() {
             }
             const usize bytes = packet.payload.size();
             std::memcpy(message_.data(), packet.payload.data(), bytes); // the channel's copy lasts only until the next packet
-            result = co_await take(std::span(message_).first(bytes), packet.transaction);
+            const std::span<std::byte> message = std::span(message_).first(bytes);
+            const auto ends = take(message, packet.transaction);
+            result = !ends ? Result<void>(ends.error()) : *ends ? co_await shut_down(message, packet.transaction) : Result<void>{};
             if (!result) {
                 break;
             }
@@ -63,9 +65,11 @@ io::Task<Result<void>> Utility::serve() {
     co_return co_await bus_.close(channel_);
 }
 
-io::Task<Result<void>> Utility::take(std::span<std::byte> message, u64 transaction) {
+// A message that is answered at once has its answer. True: the host asks for a shutdown, which takes its time. No coroutine: heartbeats come all
+// the time, and nothing is allocated for them.
+Result<bool> Utility::take(std::span<std::byte> message, u64 transaction) {
     const bool negotiated = service_.negotiated();
-    CO_TRY(const Service::Action action, service_.answer(message));
+    TRY(const Service::Action action, service_.answer(message));
     if (!negotiated && service_.negotiated()) {
         log::info("hv_util: {}: framework {}.{}, version {}.{}", service_.kind(), service_.framework_version().major,
                   service_.framework_version().minor, service_.message_version().major, service_.message_version().minor);
@@ -73,31 +77,43 @@ io::Task<Result<void>> Utility::take(std::span<std::byte> message, u64 transacti
     if (action == Service::Action::set_clock) {
         set_clock();
     }
-    const bool ends = action == Service::Action::shut_down;
-    if (ends) {
-        log::info("hv_util: the host asks for a shutdown");
-        bool good = false;
-        if (environment_.shutdown != nullptr) {
-            environment_.shutdown->ask("the host");
-            good = co_await environment_.shutdown->rested(after(environment_.executor.now(), 4 * environment_.timeout)) &&
-                   environment_.shutdown->at_rest();
-        }
-        if (!good) {
-            Service::refuse(message);
-        }
+    if (action == Service::Action::shut_down) {
+        return true;
     }
-    const auto sent = channel_.send_inband(message, transaction);
-    static_cast<void>(channel_.publish());
-    if (ends && environment_.shutdown != nullptr) {
+    if (auto replied = reply(message, transaction); !replied) {
+        return replied.error();
+    }
+    return false;
+}
+
+io::Task<Result<void>> Utility::shut_down(std::span<std::byte> message, u64 transaction) {
+    log::info("hv_util: the host asks for a shutdown");
+    bool good = false;
+    if (environment_.shutdown != nullptr) {
+        environment_.shutdown->ask("the host");
+        good = co_await environment_.shutdown->rested(after(environment_.executor.now(), 4 * environment_.timeout)) &&
+               environment_.shutdown->at_rest();
+    }
+    if (!good) {
+        Service::refuse(message);
+    }
+    auto replied = reply(message, transaction);
+    if (environment_.shutdown != nullptr) {
         environment_.shutdown->answered();
     }
-    if (sent == hv::hyperv::Sent::broken) {
-        co_return channel_.broken().value_or(Error{Code::protocol, "the channel is broken"});
+    co_return replied;
+}
+
+Result<void> Utility::reply(std::span<const std::byte> message, u64 transaction) {
+    const auto sent = channel_.send_inband(message, transaction);
+    static_cast<void>(channel_.publish());
+    if (sent == hv::hyperv::Sent::broken || !channel_.sound()) {
+        return channel_.broken().value_or(Error{Code::protocol, "the channel is broken"});
     }
     if (sent != hv::hyperv::Sent::queued) { // the host does not read what it asked for
         log::warning("hv_util: {}: an answer found no room and was dropped", service_.kind());
     }
-    co_return Result<void>{};
+    return {};
 }
 
 void Utility::set_clock() {

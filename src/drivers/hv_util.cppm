@@ -32,7 +32,9 @@ class Utility {
 
   private:
     io::Task<Result<void>> serve();
-    io::Task<Result<void>> take(std::span<std::byte> message, u64 transaction);
+    Result<bool> take(std::span<std::byte> message, u64 transaction);
+    io::Task<Result<void>> shut_down(std::span<std::byte> message, u64 transaction);
+    Result<void> reply(std::span<const std::byte> message, u64 transaction);
     void set_clock();
 
     Environment environment_;
