@@ -140,6 +140,7 @@ struct Counters {
     u64 errors = 0; // SRBs that did not end with success
     u64 bytes_read = 0;
     u64 bytes_written = 0;
+    u64 heartbeats = 0; // that the guest answered
     u64 faults = 0;     // rules broken on purpose
     u64 violations = 0; // rules that the guest broke
     std::array<u64, 256> opcodes{};
@@ -152,7 +153,7 @@ struct Counters {
         f("interrupts_saved", interrupts_saved), f("turns", turns), f("packets_in", packets_in), f("packets_out", packets_out);
         f("ring_full", ring_full), f("requests", requests), f("reads", reads), f("writes", writes), f("flushes", flushes);
         f("unmaps", unmaps), f("others", others), f("errors", errors), f("bytes_read", bytes_read), f("bytes_written", bytes_written);
-        f("faults", faults), f("violations", violations);
+        f("heartbeats", heartbeats), f("faults", faults), f("violations", violations);
     }
 };
 

@@ -252,6 +252,7 @@ void HeartbeatService::answered(u16, u32, std::span<const std::byte> body) {
     }
     sequence_ += 2;
     ++answers_;
+    ++bus_->counters().heartbeats;
 }
 
 // ---- time ------------------------------------------------------------------------------------------------------------------------------------

@@ -111,8 +111,12 @@ bool ServerState::poll(u64 now) {
             offer.due = offer.timed ? offer.owner->device->tick(*offer.channel, now) : ~u64{0};
         }
         for (u32 burst = 0; burst < storm_at_once && offer.channel->storm != 0; ++burst) {
+            const u64 before = counters_.interrupts_out;
+            interrupt(*offer.channel, false);
+            if (counters_.interrupts_out == before) {
+                break; // the guest has not taken the last one yet: this one would not be seen
+            }
             --offer.channel->storm;
-            interrupt(*offer.channel, true);
         }
     }
     sweep();

@@ -82,8 +82,17 @@ void Bus::with_server(const std::function<void()>& work) {
 }
 
 u64 Bus::deadline() {
-    const std::scoped_lock guard(serving_);
-    return server_.deadline();
+    for (;;) {
+        u64 next;
+        {
+            const std::scoped_lock guard(serving_);
+            next = server_.deadline();
+        }
+        if (!work_.load(std::memory_order_seq_cst)) { // else a processor found the mutex taken and went on: its work is ours
+            return next;
+        }
+        serve(machine_.now());
+    }
 }
 
 u16 Bus::post_message(u32 connection, u32 type, std::span<const std::byte> payload) {
