@@ -80,9 +80,9 @@ def parse_size(text: str) -> int:
 
 @dataclasses.dataclass
 class DiskSpec:
-    """`[BUS:]SIZE|FILE[,content=zero|sparse|pattern][,image=NAME][,sector=4096][,readonly]`.
+    """`[BUS:]SIZE|FILE[,content=zero|sparse|pattern][,image=NAME][,sector=4096][,controller=N][,readonly]`.
 
-    Two disks with the same image= are one image, attached twice.
+    Two disks with the same image= are one image, attached twice. SCSI disks are on controller 0 unless another one is named.
     """
 
     bus: str
@@ -91,6 +91,7 @@ class DiskSpec:
     content: str = "pattern"
     image: str = ""
     sector: int = 512
+    controller: int = 0
     read_only: bool = False
     bring_out: Path | None = None
 
@@ -116,12 +117,14 @@ class DiskSpec:
                 disk.image = value
             elif name == "sector" and value in ("512", "4096"):
                 disk.sector = int(value)
+            elif name == "controller" and bus == "scsi" and re.fullmatch(r"[0-3]", value):
+                disk.controller = int(value)
             elif option == "readonly":
                 disk.read_only = True
             else:
                 raise Problem(
                     f"Disk {text!r}: {option!r} is not one of content=zero|sparse|pattern, image=NAME, "
-                    "sector=512|4096, readonly.",
+                    "sector=512|4096, readonly, and for a SCSI disk controller=0..3.",
                     Exit.USAGE,
                 )
         return disk
@@ -224,6 +227,7 @@ class Machine:
         for disk, name in zip(self.specs, self.disk_names()):
             image = self.add_image(disks, disk, name)
             options = (",readonly" if disk.read_only else "") + (",sector=4096" if disk.sector == 4096 else "")
+            options += f",controller={disk.controller}" if disk.controller else ""
             if disk.bus == "ide":
                 words += ["--ide", f"{{disk:{image}}}"]
             else:

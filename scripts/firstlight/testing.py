@@ -31,7 +31,7 @@ def arguments() -> argparse.ArgumentParser:
         prog="scripts/test",
         description="Build everything and run every test: the scripts' own, the modules' on this machine (plain, with "
         "sanitizers, with a checker of memory orderings), a fixed number of fuzzed inputs, the image, a kernel without any hypervisor's module, and the "
-        "boots of test/vm/tests.toml.",
+        "boots of test/vm/*.toml.",
         epilog="A test that is required and skipped is a failure. " + EXIT_HELP,
     )
     parser.add_argument("--fast", action="store_true", help="host tests and boots on QEMU's emulated processor only")

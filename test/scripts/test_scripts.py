@@ -143,6 +143,7 @@ class TestHost(unittest.TestCase):
         text = " ".join(job.command(["qemu"], "/files/{}".format, "/images/{}".format))
         self.assertTrue(text.startswith("/files/firstlight-testhost --kernel /files/firstlight.elf --append job=boot --cpus 4 "), text)
         self.assertIn("--disk scsi:/images/sda.img", text)
+        self.assertIn("--disk scsi:{disk:sda.img},controller=2", " ".join(self.words("scsi:8m,controller=2").arguments))
         self.assertIn("--disk ide:/images/root.img --ide /images/root.img", text)
         self.assertEqual([disk.name for disk in job.disks], ["sda.img", "root.img"])
 
@@ -155,6 +156,8 @@ class TestHost(unittest.TestCase):
             machine.Machine("m", "kvm", disks=["scsi:8m"])
         with self.assertRaises(Problem):
             machine.Machine("m", "hyperv", disks=["xen:8m"])
+        with self.assertRaises(Problem):
+            machine.Machine("m", "hyperv", disks=["ide:8m,controller=1"])
 
     def test_a_lab_job_names_the_program(self):
         script = nested.job_script(self.words("scsi:1m"), 3, {})
@@ -188,11 +191,11 @@ class Comparisons(unittest.TestCase):
 
 
 class Table(unittest.TestCase):
-    def load(self, text):
+    def load(self, *texts):
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "tests.toml"
-            path.write_text(text)
-            return vmtests.load(path)
+            for number, text in enumerate(texts):
+                (Path(folder) / f"{number}.toml").write_text(text)
+            return vmtests.load(Path(folder))
 
     def test_the_table_itself(self):
         self.assertTrue(vmtests.load())
@@ -205,6 +208,36 @@ class Table(unittest.TestCase):
         ):  # fmt: skip
             with self.assertRaises(Problem, msg=row):
                 self.load(f"[[test]]\n{row}\n")
+
+        with self.assertRaises(Problem):
+            self.load('[default]\ncpus = 2\n[[test]]\nname = "a"\n')
+        with self.assertRaises(Problem):
+            self.load('[[test]]\nname = "a"\n', '[[test]]\nname = "a"\n')
+        with self.assertRaises(Problem):
+            self.load('[[test]]\nname = "a"\nintact = ["sda"]\n')
+
+    def test_defaults_are_their_tables_own(self):
+        a, b, c = self.load(
+            '[defaults]\ncpus = 2\nnever = ["x"]\n[[test]]\nname = "a"\n[[test]]\nname = "b"\ncpus = 3\nnever = []\n',
+            '[[test]]\nname = "c"\n',
+        )
+        self.assertEqual([(each.cpus, each.never) for each in (a, b, c)], [(2, ["x"]), (3, []), (1, [])])
+
+    def test_only_what_is_intact_is_looked_at(self):
+        case = vmtests.Case(
+            "a", platform="hyperv", disks=["scsi:4k", "scsi:4k"], check_images=True, intact=["sdb"], cmdline="job=verify scratch=all",
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            described = case.to_machine(Path(folder))
+            self.assertEqual([disk.bring_out for disk in described.specs], [None, Path(folder) / "a-sdb.img"])
+            whole = {"record": "verify", "bs": 4096, "seed": 1, "generation": 1, "first_lba": 0, "bad": 0, "ok": True}
+            whole |= dict.fromkeys(("blocks", "written", "read"), 1)
+            bad = {**whole, "disk": "sda", "written": 0, "ok": False}
+            for record, wanted in (({**whole, "disk": "sdb"}, "blocks are wrong"), (bad, "one each of ['sdb'] expected")):
+                described.specs[1].bring_out.write_bytes(bytes(4096))
+                outcome = nested.Outcome(33, self.said(bad, record) if record is not bad else self.said(bad))
+                (complaint,) = vmtests.check_images(launch.finished(described, outcome), case.intact)
+                self.assertIn(wanted, complaint)
 
     def result(self, said, status, /, **row):
         case = vmtests.Case("a", **row)
