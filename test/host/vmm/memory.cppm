@@ -36,7 +36,9 @@ class GuestMemory {
         if (from.size() != into.size()) {
             return false;
         }
-        std::memcpy(into.data(), from.data(), from.size());
+        if (!from.empty()) { // memcpy takes no nullptr, not even for nothing
+            std::memcpy(into.data(), from.data(), from.size());
+        }
         return true;
     }
     bool write(u64 address, std::span<const std::byte> from) const {
@@ -44,7 +46,9 @@ class GuestMemory {
         if (into.size() != from.size()) {
             return false;
         }
-        std::memcpy(into.data(), from.data(), from.size());
+        if (!from.empty()) { // memcpy takes no nullptr, not even for nothing
+            std::memcpy(into.data(), from.data(), from.size());
+        }
         return true;
     }
     /// Copies a plain value in, or says that there is no memory.

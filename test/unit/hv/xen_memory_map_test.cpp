@@ -32,7 +32,9 @@ struct Xen {
         if (xen.answer < 0) {
             return xen.answer;
         }
-        std::memcpy(reinterpret_cast<void*>(buffer), xen.ranges.data(), xen.ranges.size());
+        if (!xen.ranges.empty()) {
+            std::memcpy(reinterpret_cast<void*>(buffer), xen.ranges.data(), xen.ranges.size());
+        }
         std::memcpy(reinterpret_cast<void*>(b), &xen.count, 4);
         return 0;
     }
