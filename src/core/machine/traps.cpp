@@ -125,6 +125,16 @@ void print_frame(log::Line& out, u32 number, u64 address) {
     print_place(out, address);
     print(out, "\n");
 }
+// A return address belongs to the call before it: behind one that never returns, the next function may begin.
+void print_caller(log::Line& out, u32 number, u64 address) {
+    print(out, "  #{:<2} {:016x} ", number, address);
+    if (const auto symbol = symbol_of(address - 1)) {
+        print(out, "{}+{:#x}", symbol->name, symbol->offset + 1);
+    } else {
+        print(out, "{:#x}", address);
+    }
+    print(out, "\n");
+}
 
 // By frame pointers: each pair (caller's rbp, return address) must lie in a stack, above the one before, and return into the image's code. A
 // function that calls itself is printed once, with a count.
@@ -154,7 +164,7 @@ void print_backtrace(log::Line& out, u64 rip, u64 rbp) {
             ++number;
         } else {
             end_repetition();
-            print_frame(out, number++, pair[1]);
+            print_caller(out, number++, pair[1]);
             ++lines;
         }
         last = pair[1];
