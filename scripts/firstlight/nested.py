@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
 import selectors
 import shlex
@@ -134,6 +135,7 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
     (tree / "init").chmod(0o755)
     (tree / "jobs/modules").write_text("".join(f"{name}\n" for name in lab.modules["l1"]))
     digest = hashlib.sha256()
+    copied: dict[Path, Path] = {}
     for index, (job, offsets) in enumerate(zip(jobs, layout)):
         place = tree / f"jobs/{index:03}"
         (place / "files").mkdir(parents=True)
@@ -144,7 +146,13 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
         files = dict(job.files)
         files |= {f"disk-{disk.name}": Path(disk.content) for disk in job.disks if Path(disk.content).is_absolute()}
         for name, path in files.items():
-            shutil.copy(path, place / "files" / name)
+            # One file for all jobs that use it: in L1 every copy would take memory.
+            target = place / "files" / name
+            if path in copied:
+                os.link(copied[path], target)
+            else:
+                copied[path] = target
+                shutil.copy(path, target)
     tag = digest.hexdigest()[:12]
     (tree / "jobs/tag").write_text(tag + "\n")
     write_cpio(tree, folder / "jobs.cpio")

@@ -16,6 +16,7 @@ from .problems import Problem
 from .records import Log, Verdict
 
 TABLES = paths.REPOSITORY / "test" / "vm"
+START_CASES = 24  # in one start of the lab: their files lie in its memory
 LAB_STARTS = 3  # at most, for the tests that a lab which broke down did not get to
 
 
@@ -267,7 +268,8 @@ def run(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str]
     for case in inside:
         starts["wall" if not case.deterministic else "deterministic-uefi" if case.boot == "uefi" else "deterministic"].append(case)
     for start, chosen in starts.items():
-        yield from run_inside(ready, chosen, forced, told, work / f"lab-{start}")
+        for first in range(0, len(chosen), START_CASES):
+            yield from run_inside(ready, chosen[first : first + START_CASES], forced, told, work / f"lab-{start}-{first}")
 
 
 def run_inside(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None], work: Path) -> Iterable[Result]:
