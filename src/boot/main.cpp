@@ -280,8 +280,10 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     static constinit std::array<std::optional<Disks::Port>, drivers::Plan::max_drivers + 1> ports{};
     usize used_ports = 0;
     const auto environment_of = [&](std::string_view driver) {
-        return drivers::Environment{executor, dma_memory(), interrupts(), ports[used_ports++].emplace(disks, driver), options.timeout,
-                                    options.withheld_features, executors().all(), &shutdown};
+        return drivers::Environment{executor,          dma_memory(),
+                                    interrupts(),      ports[used_ports++].emplace(disks, driver),
+                                    options.timeout,   options.withheld_features,
+                                    executors().all(), &shutdown};
     };
     for (std::string_view name : plan.drivers()) {
         drivers::Environment environment = environment_of(name);

@@ -13,8 +13,8 @@ export import boot.jobs;
 export namespace fl::boot {
 
 /// run_job(), unless `shutdown` is asked for first: then nothing more is begun, what is under way
-/// ends (options.timeout at most; else the job's memory is given up with it), the job is given up, every disk is flushed, and who asked is told. An
-/// end that leaves every disk at rest is a success.
+/// ends (options.timeout at most; else the job's memory is given up with it), the job is given up, every disk is flushed, and who asked is told.
+/// An end that leaves every disk at rest is a success.
 io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks& disks, JobServices services, io::Shutdown& shutdown);
 
 } // namespace fl::boot

@@ -28,8 +28,8 @@ class InterruptController {
     /// Routes the line to this processor and unmasks it. Several handlers may share a line; all are called.
     virtual Result<void> attach_line(InterruptLine line, InterruptHandler handler, void* context) = 0;
     virtual void detach_line(InterruptLine line, InterruptHandler handler, void* context) = 0;
-    /// A vector, valid on every processor (they share one table of handlers); apic_id is the calling processor's. A handler that needs to know asks
-    /// this_processor(). `eoi`: it arrives through the local APIC, which gets its end-of-interrupt after the handler.
+    /// A vector, valid on every processor (they share one table of handlers); apic_id is the calling processor's. A handler that needs to know
+    /// asks this_processor(). `eoi`: it arrives through the local APIC, which gets its end-of-interrupt after the handler.
     virtual Result<InterruptVector> attach_vector(InterruptHandler handler, void* context, bool eoi) = 0;
     virtual void detach_vector(InterruptVector vector) = 0;
 

@@ -164,9 +164,9 @@ concept EmulatedDevices = requires(B& b, EmulatedClasses classes) {
     { b.unplug(classes) } -> std::same_as<Result<void>>;
 };
 
-/// Takes part on further processors. join(): called on the processor itself (cpu == this_processor() > 0), after start() on the boot processor and
-/// before the first enumerate() and probe; its interrupts are on, its executor exists and does not run yet. One processor at a time. An Error
-/// leaves this processor without the backend's events: it is reported, and the processor is not used.
+/// Takes part on further processors. join(): called on the processor itself (cpu == this_processor() > 0), after start() on the boot processor
+/// and before the first enumerate() and probe; its interrupts are on, its executor exists and does not run yet. One processor at a time. An
+/// Error leaves this processor without the backend's events: it is reported, and the processor is not used.
 template <class B>
 concept Processors = requires(B& b, u32 cpu, io::Executor& executor) {
     { b.join(cpu, executor) } -> std::same_as<Result<void>>;
@@ -186,9 +186,9 @@ concept TearDown = requires(B& b) {
     { b.uninstall() } -> std::same_as<void>;
 };
 
-/// A one-shot timer of each processor. timer_offered(): after install(). start_timer(): on each processor that shall use it, once, after start() or
-/// join(). arm_timer(): on that processor, `length` nanoseconds from now; a new one replaces the old one. For machines whose local APIC has no
-/// timer that is as cheap.
+/// A one-shot timer of each processor. timer_offered(): after install(). start_timer(): on each processor that shall use it, once, after start()
+/// or join(). arm_timer(): on that processor, `length` nanoseconds from now; a new one replaces the old one. For machines whose local APIC has
+/// no timer that is as cheap.
 template <class B>
 concept OneShotTimer = requires(B& b, const B& constant, InterruptHandler handler, void* context, Nanoseconds length) {
     { constant.timer_offered() } -> std::same_as<bool>;

@@ -17,8 +17,8 @@ class Errand {
   protected:
     explicit Errand(Executor& there) : there_(there) {}
     ~Errand() = default;
-    /// A task still under way is destroyed on its own processor before this returns, with all it waits for. First thing in the destructor of what
-    /// holds the task and its value.
+    /// A task still under way is destroyed on its own processor before this returns, with all it waits for. First thing in the destructor of
+    /// what holds the task and its value.
     void settle() {
         if (under_way_) {
             abandon();

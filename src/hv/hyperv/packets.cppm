@@ -265,8 +265,8 @@ class PacketReceiver {
     }
 
     /// Copies the next packet out and checks it; false: there is none. Error{protocol}: the ring is broken, and stays so. What was received
-    /// before is void. The host gets the room back with release(); until then it can have written no more than the ring holds, so that a loop over
-    /// receive() ends, whatever the host does.
+    /// before is void. The host gets the room back with release(); until then it can have written no more than the ring holds, so that a loop
+    /// over receive() ends, whatever the host does.
     Result<bool> receive(Packet& into) {
         if (error_) [[unlikely]] {
             return *error_;
@@ -306,8 +306,8 @@ class PacketReceiver {
             return broken("VMBus packet: it is longer than this channel takes", buffer_.size(), rest);
         }
         static_cast<void>(ring_.remove(buffer_.first(rest)));
-        // Where the packet began, which is known here. Linux does not look at it either, so that a host that writes something else has never been
-        // found out, and is not to lose a guest by it.
+        // Where the packet began, which is known here. Linux does not look at it either, so that a host that writes something else has never
+        // been found out, and is not to lose a guest by it.
         static_cast<void>(ring_.skip(packet_trailer_bytes));
         const u32 extra = header - static_cast<u32>(sizeof(PacketDescriptor));
         into = {descriptor.type, (descriptor.flags & packet_wants_completion) != 0, descriptor.transaction, buffer_.first(extra),
