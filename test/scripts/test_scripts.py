@@ -361,6 +361,25 @@ class Survival(unittest.TestCase):
         self.assertEqual(out.getvalue().splitlines()[-1], "4 passed, 5 failed, 0 skipped")
 
 
+class Choosing(unittest.TestCase):
+    def test_a_suite_is_asked_for_by_name_pattern_or_a_test_of_it(self):
+        for pattern in ("fuzz", "fuzz*", "fuzz/packets", "f*/vmbus", "*", "uzz"):
+            self.assertTrue(testing.wanted("fuzz", [pattern], whole=True), pattern)
+        for pattern in ("host", "host/fuzz", "vm*"):
+            self.assertFalse(testing.wanted("fuzz", [pattern], whole=True), pattern)
+
+    def test_a_minimal_kernel_is_searched_for_every_hypervisor(self):
+        for name in (
+            "fl::hv::xen::Store@hv.xen.store::read()", "fl::hv::Xen@hv.xen::start(fl::hv::Services&)", "fl::hv::Kvm@hv.kvm::install()",
+            "fl::hv::hyperv::Vmbus@hv.hyperv.vmbus::connect()", "fl::hv::HyperV@hv.hyperv::join(unsigned int)",
+            "fl::drivers::xen_blk::probe()", "fl::drivers::storvsc::Queue@drivers.storvsc.disk::drain()",
+            "fl::drivers::hv_util::probe()", "fl::drivers::hv_balloon::probe()",
+        ):  # fmt: skip
+            self.assertRegex(f"ffffffff80001000 t {name}", testing.FOREIGN)
+        for name in ("fl::hv::detect(fl::CpuidSnapshot const&)", "fl::hv::Bare@hv.bare::install()", "fl::drivers::ata::probe()"):
+            self.assertNotRegex(f"ffffffff80001000 t {name}", testing.FOREIGN)
+
+
 class Fuzzing(unittest.TestCase):
     CORPUS = "INFO:       14 files found in /x/test/fuzz/corpus/vmbus\n"
     DONE = f"Done {testing.FUZZ_RUNS} runs in 7 second(s)\n"
