@@ -33,7 +33,9 @@ DETERMINISTIC = (
 # Without fast string moves: with them the kernels and C libraries inside copy by `rep movsb`, of which QEMU counts every
 # byte as one instruction. A page would last 4,096 ns, a copy at 1 GB/s; by words it lasts about a quarter.
 PROCESSOR = ("-cpu", "EPYC-Milan,+svm,+npt,-erms,-fsrm")
-WALL = ("-accel", "tcg,thread=multi", "-smp", "2")
+# One processor here too. With two, QEMU's emulation of SVM spoils the state of a guest or of L1 in about one of twenty boots
+# with four virtual processors (docs/decisions/0003-the-lab.md); and two labs of one processor use two cores better than one of two.
+WALL = ("-accel", "tcg,thread=multi", "-smp", "1")
 
 
 @dataclasses.dataclass

@@ -10,10 +10,27 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .problems import Exit, Problem
+
+
+_living: set[subprocess.Popen] = set()
+_lock = threading.Lock()
+_stopped = False
+
+
+def stop_all() -> None:
+    """Ends every child, of whichever thread, and lets no new one start: whoever waits for one goes on and fails."""
+    global _stopped
+    with _lock:
+        _stopped = True
+        children = list(_living)
+    for child in children:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def kill(child: subprocess.Popen) -> None:
@@ -31,14 +48,20 @@ def kill(child: subprocess.Popen) -> None:
 def started(command: Sequence[str | Path], **options) -> Iterator[subprocess.Popen]:
     """A child for the length of a `with` block: whatever ends the block, the child and its group are gone afterwards."""
     words = [str(word) for word in command]
-    try:
-        child = subprocess.Popen(words, start_new_session=True, **options)
-    except FileNotFoundError:
-        raise Problem(f"{words[0]}: not found. scripts/setup installs what is missing.", Exit.MISSING) from None
+    with _lock:
+        if _stopped:
+            raise Problem("interrupted", Exit.INTERRUPTED)
+        try:
+            child = subprocess.Popen(words, start_new_session=True, **options)
+        except FileNotFoundError:
+            raise Problem(f"{words[0]}: not found. scripts/setup installs what is missing.", Exit.MISSING) from None
+        _living.add(child)
     try:
         yield child
     finally:
         kill(child)
+        with _lock:
+            _living.discard(child)
         for stream in (child.stdin, child.stdout, child.stderr):
             if stream:
                 with contextlib.suppress(OSError):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import queue
 import re
 import time
 import tomllib
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import lab, launch, paths, verify_image
+from . import lab, launch, paths, process, verify_image
 from .machine import DiskSpec, Machine
 from .problems import Problem
 from .records import Log, Verdict
 
 TABLES = paths.REPOSITORY / "test" / "vm"
 START_CASES = 24  # in one start of the lab: their files lie in its memory
+AT_ONCE = 4  # starts of the lab side by side at most: each takes 2 GiB
 LAB_STARTS = 3  # at most, for the tests that a lab which broke down did not get to
 
 
@@ -244,32 +249,78 @@ def judged(case: Case, boot: launch.Boot) -> Result:
 
 
 def run(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None]) -> Iterable[Result]:
-    """All cases, each with a result whatever happens. Those for the lab share a start of it, the deterministic ones another.
+    """All cases, each with a result whatever happens. Those for the lab share starts of it, which run side by side: each has one processor.
 
     What QEMU's emulated SVM makes of OVMF depends on the instruction, and at worst it ends L1: deterministic UEFI boots have
     a start that nothing else shifts.
     """
     work = paths.RUNS / "tests"
     work.mkdir(parents=True, exist_ok=True)
-    inside = []
+    here: list[Case] = []
+    starts: dict[str, list[Case]] = {"linux": [], "deterministic": [], "deterministic-uefi": [], "wall": []}  # the longest first
+    for case in cases:
+        try:
+            nested = launch.place(case.to_machine(work).kind, ready, forced).nested
+        except Exception as error:
+            yield wreck(case.name, error)
+            continue
+        if not nested:
+            here.append(case)
+        elif case.deterministic:
+            starts["deterministic-uefi" if case.boot == "uefi" else "deterministic"].append(case)
+        else:
+            starts["linux" if case.linux else "wall"].append(case)
+    parts = [
+        functools.partial(run_inside, ready, chosen[first : first + START_CASES], forced, told, work / f"lab-{start}-{first}")
+        for start, chosen in starts.items()
+        for first in range(0, len(chosen), START_CASES)
+    ]
+    if here:
+        parts.append(functools.partial(run_here, ready, here, forced, work))
+    yield from side_by_side(parts, min(os.cpu_count() or 1, AT_ONCE))
+
+
+def side_by_side(parts: Sequence[Callable[[], Iterable[Result]]], workers: int) -> Iterable[Result]:
+    """The results of all parts as they come, so many parts at a time. Whatever ends this early ends their children too."""
+    found: queue.SimpleQueue[Result | Exception | None] = queue.SimpleQueue()
+
+    def work(part: Callable[[], Iterable[Result]]) -> None:
+        try:
+            for result in part():
+                found.put(result)
+        except Exception as error:
+            found.put(error)
+        finally:
+            found.put(None)
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for part in parts:
+                pool.submit(work, part)
+            left = len(parts)
+            while left:
+                item = found.get()
+                if item is None:
+                    left -= 1
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    yield item
+        except BaseException:
+            process.stop_all()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def run_here(ready: lab.Lab, cases: Sequence[Case], forced: str, work: Path) -> Iterable[Result]:
     for case in cases:
         begin = time.monotonic()
         try:
-            machine = case.to_machine(work)
-            if launch.place(machine.kind, ready, forced).nested:
-                inside.append(case)
-                continue
-            (boot,) = launch.boot(ready, [machine], forced=forced)
+            (boot,) = launch.boot(ready, [case.to_machine(work)], forced=forced)
         except Exception as error:
             yield wreck(case.name, error, time.monotonic() - begin)
         else:
             yield judged(case, boot)
-    starts: dict[str, list[Case]] = {"wall": [], "deterministic": [], "deterministic-uefi": []}
-    for case in inside:
-        starts["wall" if not case.deterministic else "deterministic-uefi" if case.boot == "uefi" else "deterministic"].append(case)
-    for start, chosen in starts.items():
-        for first in range(0, len(chosen), START_CASES):
-            yield from run_inside(ready, chosen[first : first + START_CASES], forced, told, work / f"lab-{start}-{first}")
 
 
 def run_inside(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None], work: Path) -> Iterable[Result]:
@@ -277,7 +328,6 @@ def run_inside(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callabl
     left = list(cases)
     fault: Exception = Problem("The lab did not get to it.")
     idle = 0
-    silent: set[str] = set()
     for attempt in range(LAB_STARTS):
         if not left or idle == 2:
             break
@@ -289,11 +339,7 @@ def run_inside(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callabl
             machines = [case.to_machine(work) for case in left]
             for boot in launch.boot(ready, machines, wall=not left[0].deterministic, forced=forced, keep=work / str(attempt)):
                 (case,) = (case for case in left if case.name == boot.machine.name)
-                if boot.outcome.status == 0 and not boot.log.of("verdict") and case.name not in silent:
-                    # The emulated SVM in wall-clock time now and then resets a guest without a word. Said, and tried once more.
-                    silent.add(case.name)
-                    told(f"{case.name}: the machine was reset without a verdict; it is tried once more")
-                elif boot.outcome.status is not None:
+                if boot.outcome.status is not None:
                     left.remove(case)
                     yield judged(case, boot)
                 elif boot.outcome.output:

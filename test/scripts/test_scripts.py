@@ -1,18 +1,22 @@
 """The pure parts of the host scripts."""
 
 import contextlib
+import functools
 import io
 import json
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import types
 import unittest
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
 
 from firstlight import __main__ as entry  # noqa: E402
 from firstlight import (  # noqa: E402
@@ -325,6 +329,33 @@ class Survival(unittest.TestCase):
             found, order = self.run_cases(error, error)
             self.assertEqual(set(found.values()), {"failed"}, error)
             self.assertEqual((len(found), len(order)), (3, 2))
+
+    def test_parts_run_side_by_side_and_none_is_lost(self):
+        meet = threading.Barrier(2, timeout=20)  # two parts at a time, or this breaks
+
+        def part(name):
+            meet.wait()
+            yield vmtests.Result(name, "passed")
+            yield vmtests.Result(name + "2", "passed")
+
+        found = vmtests.side_by_side([functools.partial(part, name) for name in "abcd"], 2)
+        self.assertEqual(sorted(result.name for result in found), ["a", "a2", "b", "b2", "c", "c2", "d", "d2"])
+
+    def test_an_end_before_the_time_ends_every_child(self):
+        script = (
+            "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+            "from firstlight import process, vmtests\n"
+            "def part():\n"
+            "    yield vmtests.Result('first', 'passed')\n"
+            "    process.run(['sleep', '600'], timeout=500)\n"
+            "for result in vmtests.side_by_side([part, part], 2):\n"
+            "    time.sleep(0.5)\n"
+            "    raise KeyboardInterrupt\n"
+        )
+        begin = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", script, str(SCRIPTS)], capture_output=True, text=True, timeout=60)
+        self.assertIn("KeyboardInterrupt", done.stderr)
+        self.assertLess(time.monotonic() - begin, 30)
 
     def test_a_test_without_a_place_fails_alone(self):
         cases = [vmtests.Case("one")]

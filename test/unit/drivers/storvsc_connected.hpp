@@ -9,22 +9,20 @@ using namespace fl;
 class Arena final : public DmaAllocator {
   public:
     static constexpr usize size = 48 * 1024 * 1024;
-    Arena() : base_(static_cast<std::byte*>(::operator new(size, std::align_val_t{4096}))) { std::memset(base_, 0, size); }
-    ~Arena() { ::operator delete(base_, std::align_val_t{4096}); }
     Result<DmaSpan> allocate(u32 bytes, u64) override {
         const usize n = align_up<usize>(bytes, 4096);
         if (n > size - used_) {
             return Error{Code::exhausted, "the arena is used up"};
         }
-        std::byte* at = base_ + used_;
+        std::byte* at = storage_.data() + used_;
         used_ += n;
         return DmaSpan{at, reinterpret_cast<u64>(at), static_cast<u32>(n)};
     }
     void free(DmaSpan) override {}
-    std::span<std::byte> bytes() const { return {base_, size}; }
+    std::span<std::byte> bytes() const { return storage_.bytes(); }
 
   private:
-    std::byte* base_;
+    Zeroed storage_{size};
     usize used_ = 0;
 };
 

@@ -11,6 +11,9 @@
 #include <span>
 #include <string>
 #include <vector>
+
+#include "zeroed.hpp"
+
 import core.std;
 import core.result;
 import core.text;

@@ -12,6 +12,8 @@
 #include <string_view>
 #include <vector>
 
+#include "zeroed.hpp"
+
 import core.std;
 import core.result;
 import host.vmbus;

@@ -121,7 +121,7 @@ struct Received {
 class Rings {
   public:
     Rings() = default;
-    Rings(std::vector<u8>* memory, std::vector<u64> frames, u32 downstream)
+    Rings(std::span<u8> memory, std::vector<u64> frames, u32 downstream)
         : memory_(memory), frames_(std::move(frames)), downstream_(downstream) {}
 
     u32 bytes(bool from_host) const { return static_cast<u32>(from_host ? frames_.size() - downstream_ - 1 : downstream_ - 1) * 4096; }
@@ -133,7 +133,7 @@ class Rings {
     u32& features(bool from_host) { return word(from_host, 64); }
     u8* at(bool from_host, u32 offset) {
         const u32 page = (from_host ? downstream_ : 0) + offset / 4096;
-        return memory_->data() + frames_[page] * 4096 + offset % 4096;
+        return memory_.data() + frames_[page] * 4096 + offset % 4096;
     }
     void put_byte(u32 position, u8 value) { *at(false, 4096 + position % bytes(false)) = value; }
 
@@ -193,7 +193,7 @@ class Rings {
     }
 
   private:
-    std::vector<u8>* memory_ = nullptr;
+    std::span<u8> memory_;
     std::vector<u64> frames_;
     u32 downstream_ = 0;
 };
@@ -203,12 +203,9 @@ class Guest {
   public:
     static constexpr usize memory_bytes = 4 << 20;
 
-    explicit Guest(const host::ServerConfig& config = {}) : ram(memory_bytes), store_(disk) {
-        memory.add(0, std::as_writable_bytes(std::span(ram)));
+    explicit Guest(const host::ServerConfig& config = {}) : store_(disk) {
+        memory.add(0, storage_.bytes());
         server.emplace(memory, machine, machine, config);
-        for (usize i = 0; i < disk.size(); ++i) {
-            disk[i] = static_cast<std::byte>(i / 512 * 7 + i);
-        }
     }
 
     /// A controller with one LUN over `disk`.
@@ -307,7 +304,7 @@ class Guest {
         if (share(channel, handle, frames) != 0) {
             return false;
         }
-        rings = Rings(&ram, frames, ring_pages + 1);
+        rings = Rings(ram, frames, ring_pages + 1);
         rings.features(false) = 1;
         post(open_message(channel, handle, ring_pages + 1, vp), connection);
         const Bytes result = take();
@@ -422,8 +419,23 @@ class Guest {
     }
     u64 violations() const { return server->counters().violations; }
 
-    std::vector<u8> ram;
-    std::vector<std::byte> disk = std::vector<std::byte>(1 << 20);
+  private:
+    static std::vector<std::byte> pattern() {
+        std::vector<std::byte> bytes(1 << 20);
+        for (usize i = 0; i < bytes.size(); ++i) {
+            bytes[i] = static_cast<std::byte>(i / 512 * 7 + i);
+        }
+        return bytes;
+    }
+    static const std::vector<std::byte>& content() {
+        static const std::vector<std::byte> made = pattern(); // once for all tests of a process
+        return made;
+    }
+    Zeroed storage_{memory_bytes};
+
+  public:
+    std::span<u8> ram{reinterpret_cast<u8*>(storage_.data()), memory_bytes};
+    std::vector<std::byte> disk = content();
     host::GuestMemory memory;
     Machine machine;
     std::optional<host::Server> server;

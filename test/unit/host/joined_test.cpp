@@ -16,6 +16,8 @@
 #include <string_view>
 #include <vector>
 
+#include "zeroed.hpp"
+
 import core.std;
 import core.result;
 import core.text;
@@ -49,22 +51,20 @@ constexpr usize ram_bytes = 16 << 20;
 /// Guest memory: pages are given out once.
 class Arena final : public DmaAllocator {
   public:
-    Arena() : data_(static_cast<std::byte*>(::operator new(ram_bytes, std::align_val_t{4096}))) { std::memset(data_, 0, ram_bytes); }
-    ~Arena() { ::operator delete(data_, std::align_val_t{4096}); }
-    std::span<std::byte> bytes() const { return {data_, ram_bytes}; }
+    std::span<std::byte> bytes() const { return storage_.bytes(); }
     Result<DmaSpan> allocate(u32 size, u64) override {
         const usize whole = (usize{size} + 4095) & ~usize{4095};
         if (whole > ram_bytes - used_) {
             return Error{Code::exhausted, "the arena is used up"};
         }
-        const DmaSpan span{data_ + used_, ram_base + used_, static_cast<u32>(whole)};
+        const DmaSpan span{storage_.data() + used_, ram_base + used_, static_cast<u32>(whole)};
         used_ += whole;
         return span;
     }
     void free(DmaSpan) override {}
 
   private:
-    std::byte* data_;
+    Zeroed storage_{ram_bytes};
     usize used_ = 0;
 };
 

@@ -13,6 +13,8 @@
 #include <string_view>
 #include <vector>
 
+#include "zeroed.hpp"
+
 import core.std;
 import host.vmbus;
 import host.storvsp;

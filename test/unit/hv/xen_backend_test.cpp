@@ -7,6 +7,9 @@
 #include <set>
 #include <string>
 #include <vector>
+
+#include "zeroed.hpp"
+
 import core.std;
 import core.result;
 import core.text;

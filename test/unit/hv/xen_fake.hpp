@@ -9,16 +9,13 @@ using namespace fl;
 class Memory final : public DmaAllocator, public hv::PhysicalMemory {
   public:
     static constexpr u64 base = 0x10000000;
-    explicit Memory(usize bytes) : storage_(bytes + 4096) {
-        first_ = reinterpret_cast<std::byte*>((reinterpret_cast<u64>(storage_.data()) + 4095) & ~u64{4095});
-        size_ = bytes;
-    }
+    explicit Memory(usize bytes) : storage_(bytes) {}
     Result<DmaSpan> allocate(u32 size, u64) override {
         size = (size + 4095) & ~4095u;
-        if (used_ + size > size_ || refuse) {
+        if (used_ + size > storage_.size() || refuse) {
             return Error{Code::exhausted, "test memory is full"};
         }
-        DmaSpan span{first_ + used_, base + used_, size};
+        DmaSpan span{storage_.data() + used_, base + used_, size};
         std::memset(span.data, 0, size);
         used_ += size;
         outstanding += size;
@@ -26,15 +23,13 @@ class Memory final : public DmaAllocator, public hv::PhysicalMemory {
     }
     void free(DmaSpan span) override { outstanding -= (span.size + 4095) & ~4095u; }
     Result<std::byte*> map(u64 physical, u64) override { return at(physical); }
-    u64 physical_of(const void* address) override { return base + static_cast<u64>(static_cast<const std::byte*>(address) - first_); }
-    std::byte* at(u64 physical) const { return first_ + (physical - base); }
+    u64 physical_of(const void* address) override { return base + static_cast<u64>(static_cast<const std::byte*>(address) - storage_.data()); }
+    std::byte* at(u64 physical) const { return storage_.data() + (physical - base); }
     u64 outstanding = 0;
     bool refuse = false;
 
   private:
-    std::vector<std::byte> storage_;
-    std::byte* first_ = nullptr;
-    usize size_ = 0;
+    Zeroed storage_;
     usize used_ = 0;
 };
 
