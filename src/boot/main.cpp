@@ -134,11 +134,34 @@ template <class B>
 Result<void> join_backend(void* backend, u32 processor) {
     io::Executor& executor = executors().make(processor);
     if constexpr (hv::Processors<B>) {
-        return static_cast<B*>(backend)->join(processor, executor);
+        CHECK(static_cast<B*>(backend)->join(processor, executor));
     } else {
         static_cast<void>(backend);
         static_cast<void>(executor);
-        return {};
+    }
+    return join_hypervisor_timer();
+}
+
+// Before further processors run. With the processor's own timer everything works, too: what cannot be had is told and no more.
+template <class B>
+void choose_timer(B& backend) {
+    if (options.timer == TimerChoice::processor || (options.timer == TimerChoice::automatic && timer_is_deadline())) {
+        return;
+    }
+    if constexpr (hv::OneShotTimer<B>) {
+        if (backend.timer_offered()) {
+            const auto start = [](void* self, InterruptHandler handler, void* context) { return static_cast<B*>(self)->start_timer(handler, context); };
+            const auto arm = [](void* self, Nanoseconds length) { static_cast<B*>(self)->arm_timer(length); };
+            if (auto taken = use_timer({&backend, start, arm, backend.timer_name()}); !taken) {
+                log::warning("the timer stays {}: {}", timer_name(), taken.error());
+            } else {
+                log::info("timer {}", timer_name());
+            }
+            return;
+        }
+    }
+    if (options.timer == TimerChoice::hypervisor) {
+        log::warning("timer=hypervisor: {} offers none, it stays {}", B::name, timer_name());
     }
 }
 
@@ -392,6 +415,7 @@ void install_power_off(B& backend) {
             }
             install_power_off(backend);
             log::info("backend: {}", F::name);
+            choose_timer(backend);
             use_processors(backend, executor);
             const Result<Outcome> outcome = executor.run(kernel_main(info, sightings, backend, executor));
             stop_processors();

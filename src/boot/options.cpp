@@ -106,7 +106,7 @@ struct Key {
     u8 jobs; // the jobs that take notice of it: elsewhere it would be silently ignored, and is an error
     Answer (*parse)(Options&, std::string_view value);
 };
-constexpr std::array<Key, 19> keys{{
+constexpr std::array<Key, 20> keys{{
     {"job", false, any_job, [](Options& o, std::string_view v) { return pick(o.job, job_names, v); }},
     {"workload", true, only(Job::bench),
      [](Options& o, std::string_view v) -> Answer {
@@ -189,6 +189,7 @@ constexpr std::array<Key, 19> keys{{
     {"processor", false, only(Job::panic),
      [](Options& o, std::string_view v) { return number(o.processor, v, 0, max_processors - 1, "a number from 0 to 63"); }},
     {"cpus", false, any_job, [](Options& o, std::string_view v) { return number(o.cpus, v, 1, max_processors, "a number from 1 to 64"); }},
+    {"timer", false, any_job, [](Options& o, std::string_view v) { return pick(o.timer, timer_names, v); }},
     {"lanes", false, only(Job::bench),
      [](Options& o, std::string_view v) { return number(o.lanes, v, 1, max_processors, "a number from 1 to 64"); }},
 }};

@@ -20,6 +20,10 @@ enum class Fault : u8 { ud, gp, pf, stack, div, panic };
 inline constexpr std::array<std::string_view, 6> fault_names{"ud", "gp", "pf", "stack", "div", "panic"};
 constexpr std::string_view name(Fault fault) { return fault_names[to_underlying(fault)]; }
 
+/// Whose one-shot timer wakes the processors. automatic: a hypervisor's where there is one and the processor's own is none by deadline.
+enum class TimerChoice : u8 { automatic, processor, hypervisor };
+inline constexpr std::array<std::string_view, 3> timer_names{"auto", "processor", "hypervisor"};
+
 /// A bounded list of texts that stand in the command line.
 struct TextList {
     static constexpr usize capacity = 32;
@@ -64,6 +68,7 @@ struct Options {
     u64 cpus = max_processors; // processors that are used at most
     u64 processor = 0;         // panic: the processor that it happens on
     u64 lanes = 1;             // bench: lanes of each disk that are used
+    TimerChoice timer = TimerChoice::automatic;
     log::Level log = log::Level::info;
     Fault fault = Fault::panic;
 };

@@ -135,6 +135,8 @@ void HyperV::uninstall() {
     if (std::exchange(bus_started_, false)) {
         vmbus_.unload(unload_timeout);
         leave(this_processor());
+    } else if (timer_vector_) {
+        cpu_->write_msr(msr::timer0_config, 0);
     }
     clock_.uninstall();
     if (gate_.page != nullptr) {

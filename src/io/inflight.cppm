@@ -5,14 +5,15 @@ import core.std;
 
 export namespace fl::io {
 
-/// N slots (at most 65536) of T*. Not thread-safe: one queue, one processor. An id is slot | generation << 16 where the wire has room for 64 or
-/// 32 bits (Xen, VMBus); for a wire with 16 bits (NVMe, virtio) give(slot) is asked with the slot alone by give_slot().
+/// N slots (at most 65536) of T*. Not thread-safe: one queue, one processor. An id is slot | generation << 16, with 48 bits of generation: no id
+/// comes twice in the life of a machine. It fits the 64 bits of Xen's and the VMBus's wire; for a wire with 16 bits (NVMe, virtio) the slot alone
+/// is asked for by give_slot().
 template <class T, usize N>
 class Inflight {
     static_assert(N >= 1 && N <= 65536);
 
   public:
-    using Id = u32;
+    using Id = u64;
 
     constexpr Inflight() {
         for (usize i = 0; i < N; ++i) {
@@ -32,7 +33,7 @@ class Inflight {
     /// The item behind an id that came from outside, and frees its slot; nullptr when the id is unknown, repeated or retired.
     constexpr T* give(u64 id) {
         const u64 slot = id & 0xffff;
-        if (slot >= N || id > ~u32{0} || slots_[slot].item == nullptr || id_of(static_cast<u16>(slot)) != id) {
+        if (slot >= N || slots_[slot].item == nullptr || id_of(static_cast<u16>(slot)) != id) {
             return nullptr;
         }
         return release(static_cast<u16>(slot));
@@ -41,7 +42,7 @@ class Inflight {
     /// The item, with its slot kept.
     constexpr T* peek(u64 id) const {
         const u64 slot = id & 0xffff;
-        return slot < N && id <= ~u32{0} && slots_[slot].item != nullptr && id_of(static_cast<u16>(slot)) == id ? slots_[slot].item : nullptr;
+        return slot < N && slots_[slot].item != nullptr && id_of(static_cast<u16>(slot)) == id ? slots_[slot].item : nullptr;
     }
     static constexpr u16 slot_of(u64 id) { return static_cast<u16>(id & 0xffff); }
     constexpr usize size() const { return N - free_count_; }
@@ -62,9 +63,9 @@ class Inflight {
   private:
     struct Slot {
         T* item = nullptr;
-        u16 generation = 1;
+        u64 generation = 1;
     };
-    constexpr Id id_of(u16 slot) const { return static_cast<Id>(slot | u32{slots_[slot].generation} << 16); }
+    constexpr Id id_of(u16 slot) const { return slot | slots_[slot].generation << 16; }
     constexpr T* release(u16 slot) {
         T* item = std::exchange(slots_[slot].item, nullptr);
         ++slots_[slot].generation;

@@ -34,7 +34,7 @@ Parsed parse(std::string_view text) {
 
 constexpr std::string_view valid_keys =
     "job, workload, disk, scratch, count, bs, qd, seed, generation, hv, map, emulated, timeout, features, log, fault, "
-    "processor, cpus, lanes\n";
+    "processor, cpus, timer, lanes\n";
 
 TEST(Options, Defaults) {
     for (std::string_view text : {"", "   ", "firstlight.elf"}) {
@@ -96,6 +96,9 @@ TEST(Options, Processors) {
     EXPECT_EQ(parse("job=panic processor=64").errors, "processor=64: expected a number from 0 to 63, seen '64'\n");
     EXPECT_EQ(parse("processor=3").errors, "'processor' is for job=panic, seen job=boot\n");
     EXPECT_EQ(parse("job=bench lanes=4").options.lanes, 4u);
+    EXPECT_EQ(parse("").options.timer, boot::TimerChoice::automatic);
+    EXPECT_EQ(parse("timer=hypervisor").options.timer, boot::TimerChoice::hypervisor);
+    EXPECT_FALSE(parse("timer=pit").errors.empty());
     EXPECT_EQ(parse("job=verify lanes=4").errors, "'lanes' is for job=bench, seen job=verify\n");
 }
 

@@ -1,3 +1,5 @@
+module;
+#include "core/try.hpp"
 module core.machine.clock;
 import core.std;
 import core.acpi;
@@ -109,10 +111,11 @@ u64 inverse(u64 hz) {
 }
 u64 units(u64 multiplier, Nanoseconds ns) { return static_cast<u64>((static_cast<unsigned __int128>(ns) * multiplier) >> 32); }
 
-enum class Timer : u8 { none, deadline, local_apic, pit };
+enum class Timer : u8 { none, deadline, local_apic, pit, hypervisor };
 constinit Timer timer = Timer::none;
 constinit u64 timer_units = 0; // multiplier of units()
 constinit u32 timer_vector = 0;
+constinit HypervisorTimer hypervisor_timer{};
 
 constexpr u32 deadline_msr = 0x6e0;
 constexpr u32 lvt_deadline = 2 << 17;
@@ -152,6 +155,7 @@ void arm(Local& own, Instant until, Instant time) {
         cpu::out8(pit_channel0, static_cast<u8>(count >> 8));
         break;
     }
+    case Timer::hypervisor: hypervisor_timer.arm(hypervisor_timer.context, length); break;
     case Timer::none: break;
     }
 }
@@ -214,12 +218,28 @@ std::string_view timer_name() {
     case Timer::deadline: return "TSC deadline";
     case Timer::local_apic: return "local APIC";
     case Timer::pit: return "PIT";
+    case Timer::hypervisor: return hypervisor_timer.name;
     }
     return "none";
 }
 
+bool timer_is_deadline() { return timer == Timer::deadline; }
+
+Result<void> use_timer(const HypervisorTimer& given) {
+    CHECK(given.start(given.context, on_timer, nullptr));
+    local().timer_at = never; // what the other timer was set for need not come
+    hypervisor_timer = given;
+    timer = Timer::hypervisor;
+    return {};
+}
+
+Result<void> join_hypervisor_timer() {
+    return timer == Timer::hypervisor ? hypervisor_timer.start(hypervisor_timer.context, on_timer, nullptr) : Result<void>{};
+}
+
 Result<void> join_timer() {
     switch (timer) {
+    case Timer::hypervisor: return {};
     case Timer::deadline: lapic::write(lapic::Reg::lvt_timer, timer_vector | lvt_deadline); return {};
     case Timer::local_apic:
         lapic::write(lapic::Reg::lvt_timer, timer_vector);

@@ -26,11 +26,26 @@ Instant now();
 
 /// Takes the one-shot timer (local APIC, else PIT) into use. Once, after start_interrupts and start_clock.
 Result<void> start_timer(InterruptController& controller);
-/// For the log: "TSC deadline", "local APIC", "PIT", "none".
+/// For the log: "TSC deadline", "local APIC", "PIT", "none", or what the hypervisor's is called.
 std::string_view timer_name();
+/// Whether a timer costs one register write and no division: then a hypervisor's is no better.
+bool timer_is_deadline();
 
-/// The same timer on a further processor, called there. Only where start_timer() has found one of the local APIC.
+/// A one-shot timer that a hypervisor gives every processor [hv.backend OneShotTimer]. Both functions act on the calling processor.
+struct HypervisorTimer {
+    void* context = nullptr; // lives as long as the machine
+    Result<void> (*start)(void* context, InterruptHandler handler, void* handler_context) = nullptr;
+    void (*arm)(void* context, Nanoseconds length) = nullptr;
+    std::string_view name; // static
+};
+/// Takes it in place of the one that start_timer() found. Once, on the first processor, before another one runs. An error changes nothing.
+Result<void> use_timer(const HypervisorTimer& given);
+
+/// The same timer on a further processor, called there. Only where start_timer() has found one of the local APIC, or a hypervisor's is in use
+/// (which then begins with join_hypervisor_timer()).
 Result<void> join_timer();
+/// On a further processor that has joined its backend: its part of the timer that use_timer() took; nothing where that was not called.
+Result<void> join_hypervisor_timer();
 
 /// The functions of io::Platform; the context says which processor's. platform_idle() returns at once when `wake` is set; interrupts are on when
 /// it returns. Its timer is set only when none is set for an earlier or equal time, so it may return early; `never`: until an interrupt. Without

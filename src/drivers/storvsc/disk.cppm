@@ -46,7 +46,7 @@ struct Exchange {
     DmaSpan data{};  // what the host reads or writes; empty: nothing
     io::Latch done;
     bool answered = false; // else the queue was closed
-    u32 id = 0;
+    u64 id = 0;
 };
 
 class Disk;
@@ -110,20 +110,20 @@ class Queue final : private io::Service {
 
     bool issue(Disk& disk, Request& request);
     bool issue_part(Disk& disk, Request& request);
-    bool put(Slot& slot, u32 id);
+    /// The slot's packet into the ring. False: no room, or the ring is broken (then the queue is shut).
+    bool put(Slot& slot, u64 id);
+    bool put_inline(Slot& slot, u64 id);
     void pump();
     void pump(Disk& disk);
     bool accept(const hv::hyperv::Packet& packet);
     bool accept_event(const hv::hyperv::Packet& packet);
-    void answered(u32 id, Slot& slot, const Packet& packet);
-    bool again(u32 id, bool now);
+    void answered(u64 id, Slot& slot, const Packet& packet);
+    bool again(u64 id, bool now);
     void finish(Slot& slot, io::Status status);
     void abandon(Request& request);
-    void lose(Slot& slot, io::Status status);
     void look_at_deadlines(Instant now);
     void look_at_events();
     void send_reset();
-    void settle(Disk& disk);
     void end_all(io::Status status);
     void broken(const Error& why) { shut(io::Status::protocol_error, why); }
     void broken_ring();

@@ -469,7 +469,7 @@ bool Disk::cancel_now(Request& request) {
 
 // All parts of a request that ends now, whatever the other side does later.
 void Disk::abandon(Request& request) {
-    inflight_.for_each([&](u32 id, Part&) {
+    inflight_.for_each([&](u64 id, Part&) {
         Part& part = parts_[inflight_.slot_of(id)];
         if (part.request == &request) {
             if (!withdraw(part)) {
@@ -506,7 +506,7 @@ void Disk::tick(Instant now) {
         abandon(request);
         complete(request, io::Status::timed_out);
     }
-    inflight_.for_each([&](u32 id, Part&) {
+    inflight_.for_each([&](u64 id, Part&) {
         Request* request = parts_[inflight_.slot_of(id)].request;
         if (request != nullptr && request->deadline <= now) {
             late = true;
@@ -536,13 +536,13 @@ void Disk::shut(io::Status status, const Error& why) {
             request->issued = request->buffer.size; // ends with its parts
         }
     }
-    inflight_.for_each([&](u32 id, Part&) {
+    inflight_.for_each([&](u64 id, Part&) {
         Part& part = parts_[inflight_.slot_of(id)];
         if (part.request != nullptr && !withdraw(part)) {
             part.request->buffer_lost = true;
         }
     });
-    inflight_.for_each([&](u32 id, Part&) {
+    inflight_.for_each([&](u64 id, Part&) {
         Part& part = parts_[inflight_.slot_of(id)];
         if (Request* request = std::exchange(part.request, nullptr); request != nullptr && --request->parts == 0) {
             complete(*request, status);
@@ -557,7 +557,7 @@ void Disk::reclaim() {
     if (state_ == State::open) {
         return;
     }
-    inflight_.for_each([&](u32 id, Part&) {
+    inflight_.for_each([&](u64 id, Part&) {
         release(parts_[inflight_.slot_of(id)]);
         static_cast<void>(inflight_.give(id));
     });
