@@ -1,9 +1,9 @@
 # The kernel image: firstlight.debug.elf (symbols, for gdb), firstlight.elf (what boots), BOOTX64.EFI (the loader that carries it).
 set(freestanding
   -ffreestanding -fno-exceptions -fno-rtti -nostdinc++ -nostdlibinc
-  "SHELL:-isystem ${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/site"
+  "SHELL:-isystem \"${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/site\""
   "SHELL:-isystem /usr/lib/llvm-19/include/c++/v1"
-  "SHELL:-isystem ${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/libc"
+  "SHELL:-isystem \"${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/libc\""
   -mno-red-zone -fno-stack-protector -fno-threadsafe-statics -fno-asynchronous-unwind-tables
   -ffunction-sections -fdata-sections -fno-pic -mno-sse -mno-mmx -fno-omit-frame-pointer)
 # For size, but for the path of an I/O (`hot` below): the image is meant to stay below 512 KiB.
@@ -28,10 +28,9 @@ endforeach()
 
 # Linked twice: the symbol table for backtraces is made from the first link and stands last in the image, so nothing moves.
 set(link_script ${CMAKE_CURRENT_SOURCE_DIR}/boot/kernel.ld)
-set(link ld.lld-19 -nostdlib -static --gc-sections --icf=all -z max-page-size=4096 -z noexecstack -T ${link_script})
 set(out ${CMAKE_BINARY_DIR})
 add_custom_command(OUTPUT ${out}/firstlight.debug.elf ${out}/firstlight.elf
-  COMMAND sh ${CMAKE_CURRENT_SOURCE_DIR}/boot/link.sh ${out} "${link}" "$<TARGET_OBJECTS:firstlight_objects>"
+  COMMAND sh ${CMAKE_CURRENT_SOURCE_DIR}/boot/link.sh ${out} ${link_script} "$<TARGET_OBJECTS:firstlight_objects>"
   DEPENDS firstlight_objects $<TARGET_OBJECTS:firstlight_objects> ${link_script} ${CMAKE_CURRENT_SOURCE_DIR}/boot/link.sh
   COMMAND_EXPAND_LISTS VERBATIM COMMENT "Linking firstlight.elf")
 add_custom_target(firstlight_elf ALL DEPENDS ${out}/firstlight.elf)

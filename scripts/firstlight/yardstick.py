@@ -79,7 +79,7 @@ def fio_words(workload: dict, device: str) -> list[str]:
     words = [
         f"--name={workload['name']}", f"--filename=/dev/{device}", f"--rw={name}", f"--bs={workload['bs']}",
         f"--iodepth={workload['qd']}", f"--number_ios={workload['count']}", "--ioengine=libaio", "--direct=1",
-        "--randrepeat=1", "--thread",
+        "--randrepeat=1", "--thread", "--lat_percentiles=1",
     ]  # fmt: skip
     if name == "randrw":
         words.append(f"--rwmixread={workload['mix']}")

@@ -1,13 +1,16 @@
 #!/bin/sh
-# link.sh OUT "LINK COMMAND" OBJECTS...: links the image twice (the second time with its own table of symbols, for backtraces), strips it
-# and checks what the kernel relies on. Both arguments may be separated by blanks or semicolons.
+# link.sh OUT SCRIPT OBJECTS...: links the image twice (the second time with its own table of symbols, for backtraces), strips it
+# and checks what the kernel relies on.
 set -eu
 out=$1
-link=$(printf '%s' "$2" | tr ';' ' ')
+script=$2
 shift 2
-objects=$(printf '%s ' "$@" | tr ';' ' ')
 work=$out/link
 mkdir -p "$work"
+
+link() {
+    ld.lld-19 -nostdlib -static --gc-sections --icf=all -z max-page-size=4096 -z noexecstack -T "$script" "$@"
+}
 
 fail() {
     echo "link.sh: $1" >&2
@@ -55,12 +58,12 @@ functions() {
 
 : | make_table >"$work/symbols0.s"
 clang-19 --target=x86_64-unknown-none-elf -c "$work/symbols0.s" -o "$work/symbols0.o"
-$link $objects "$work/symbols0.o" -o "$work/first.elf"
+link "$@" "$work/symbols0.o" -o "$work/first.elf"
 
 functions "$work/first.elf" >"$work/functions0"
 llvm-cxxfilt-19 <"$work/functions0" | make_table >"$work/symbols1.s"
 clang-19 --target=x86_64-unknown-none-elf -c "$work/symbols1.s" -o "$work/symbols1.o"
-$link $objects "$work/symbols1.o" -o "$work/firstlight.elf"
+link "$@" "$work/symbols1.o" -o "$work/firstlight.elf"
 functions "$work/firstlight.elf" >"$work/functions1"
 cmp -s "$work/functions0" "$work/functions1" || fail "the table of symbols moved the image: .symbols must stand last in kernel.ld"
 
