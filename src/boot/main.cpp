@@ -150,7 +150,9 @@ void choose_timer(B& backend) {
     }
     if constexpr (hv::OneShotTimer<B>) {
         if (backend.timer_offered()) {
-            const auto start = [](void* self, InterruptHandler handler, void* context) { return static_cast<B*>(self)->start_timer(handler, context); };
+            const auto start = [](void* self, InterruptHandler handler, void* context) {
+                return static_cast<B*>(self)->start_timer(handler, context);
+            };
             const auto arm = [](void* self, Nanoseconds length) { static_cast<B*>(self)->arm_timer(length); };
             if (auto taken = use_timer({&backend, start, arm, backend.timer_name()}); !taken) {
                 log::warning("the timer stays {}: {}", timer_name(), taken.error());

@@ -85,7 +85,9 @@ io::Task<Result<void>> Controller::open_lane(u32 index, Offer offer) {
         auto& start = static_cast<Lane::Start&>(post);
         start.lane->queue.start(start.lane->parameters, start.timeout);
     };
-    executor.post(lane->start);
+    if (!executor.post(lane->start)) {
+        co_return Error{Code::device_gone, "a processor has stopped before it took its storage channel"};
+    }
     const Instant deadline = after(environment_.executor.now(), environment_.timeout);
     while (lane->queue.quiet()) {
         if (environment_.executor.now() >= deadline) {

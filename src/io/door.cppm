@@ -3,7 +3,7 @@
 // under a model of memory.
 //
 //   what                      written by                       read by                        orders
-//   head_    release, acquire push() on any processor          take_all() on the owner        the post's contents and its link
+//   head_    release, acquire push() on any processor          take_all(), close() on owner   the post's contents and its link
 //   wake_    release, acquire raise() on any, clear() owner    clear() on the owner           what a handler wrote before raise()
 //   wake_, asleep_  seq_cst   raise_from_elsewhere(): wake_ then asleep_; falls_asleep(): asleep_ then wake_. In the one order of all four at
 //                             least one side sees the other: the owner stays awake, or the other side kicks it.
@@ -24,29 +24,23 @@ struct StdAtomics {
 template <class Node, class Atomics = StdAtomics>
 class BasicDoor {
   public:
-    /// Any processor. The node must live until the owner has it out of take_all(). A wake-up is the caller's part: raise() or
-    /// raise_from_elsewhere() after it.
-    void push(Node& node) {
+    /// Any processor. The node must live until the owner has it out of take_all() or close(). A wake-up is the caller's part: raise() or
+    /// raise_from_elsewhere() after it. False: the door is closed, and nobody has the node.
+    [[nodiscard]] bool push(Node& node) {
         Node* first = head_.load(std::memory_order_relaxed);
         do {
+            if (first == closed()) {
+                return false;
+            }
             node.next = first;
-            // Release: partner is the acquire in take_all(). A failed exchange reads nothing but the pointer.
+            // Release: partner is the acquire in take_all() and close(). A failed exchange reads nothing but the pointer.
         } while (!head_.compare_exchange_weak(first, &node, std::memory_order_release, std::memory_order_relaxed));
+        return true;
     }
-    /// The owner: everything that is there, in order of arrival, linked by `next`.
-    Node* take_all() {
-        // The list is taken as a whole, so an address that comes back (ABA) does no harm. Acquire: partner is the release in push(); each
-        // exchange continues the release sequence of those before it.
-        Node* newest = head_.exchange(nullptr, std::memory_order_acquire);
-        Node* oldest = nullptr;
-        while (newest != nullptr) {
-            Node* older = newest->next;
-            newest->next = oldest;
-            oldest = newest;
-            newest = older;
-        }
-        return oldest;
-    }
+    /// The owner: everything that is there, in order of arrival, linked by `next`. Not after close().
+    Node* take_all() { return take(nullptr); }
+    /// The owner, once: everything that is there, and from here on push() is refused.
+    Node* close() { return take(closed()); }
 
     /// From a handler on the owner's processor, or from the owner itself. Release: partner is the acquire in clear().
     void raise() { wake_.store(true, std::memory_order_release); }
@@ -78,6 +72,22 @@ class BasicDoor {
     const typename Atomics::template Cell<bool, DoorCell::wake>& wake_flag() const { return wake_; }
 
   private:
+    // No node: an address that none of them can have.
+    Node* closed() { return reinterpret_cast<Node*>(this); }
+    Node* take(Node* left) {
+        // The list is taken as a whole, so an address that comes back (ABA) does no harm. Acquire: partner is the release in push(); each
+        // exchange continues the release sequence of those before it.
+        Node* newest = head_.exchange(left, std::memory_order_acquire);
+        Node* oldest = nullptr;
+        while (newest != nullptr) {
+            Node* older = newest->next;
+            newest->next = oldest;
+            oldest = newest;
+            newest = older;
+        }
+        return oldest;
+    }
+
     typename Atomics::template Cell<Node*, DoorCell::head> head_{nullptr};
     typename Atomics::template Cell<bool, DoorCell::wake> wake_{false};
     typename Atomics::template Cell<bool, DoorCell::asleep> asleep_{false};

@@ -17,7 +17,13 @@ Executor* Executor::current() { return running[this_processor()]; }
 Executor* Executor::enter(Executor* executor) { return std::exchange(running[this_processor()], executor); }
 
 void Executor::collect() {
-    for (Post* post = door_.take_all(); post != nullptr;) {
+    if (!closed_) {
+        collect(door_.take_all());
+    }
+}
+
+void Executor::collect(Post* posts) {
+    for (Post* post = posts; post != nullptr;) {
         Post* following = std::exchange(post->next, nullptr);
         *posts_end_ = post;
         posts_end_ = &post->next;
@@ -29,13 +35,14 @@ void Executor::run_posts() {
     collect();
     while (posts_ != nullptr) {
         Post* post = posts_;
-        withdraw(*post);
+        static_cast<void>(withdraw(*post));
         post->run(*post); // may be its end
     }
 }
 
-void Executor::withdraw(Post& post) {
+bool Executor::withdraw(Post& post) {
     collect();
+    bool found = false;
     for (Post** at = &posts_; *at != nullptr; at = &(*at)->next) {
         if (*at == &post) {
             *at = post.next;
@@ -43,11 +50,24 @@ void Executor::withdraw(Post& post) {
                 posts_end_ = at;
             }
             post.next = nullptr;
+            found = true;
             break;
         }
     }
     if (posts_ != nullptr) {
         door_.raise(); // the turn that was told of them may have begun already
+    }
+    return found;
+}
+
+void Executor::lodge(Lodger& lodger) { lodger.next_lodger = std::exchange(lodgers_, &lodger); }
+
+void Executor::leave(Lodger& lodger) {
+    for (Lodger** at = &lodgers_; *at != nullptr; at = &(*at)->next_lodger) {
+        if (*at == &lodger) {
+            *at = lodger.next_lodger;
+            return;
+        }
     }
 }
 
@@ -58,7 +78,7 @@ void Executor::run_urgent() {
             post = post->next;
             continue;
         }
-        withdraw(*post);
+        static_cast<void>(withdraw(*post));
         post->run(*post);
         post = posts_; // it may have changed the list
     }
@@ -71,6 +91,14 @@ void Executor::serve(const std::atomic<bool>& stop) {
     Executor* const before = enter(this);
     while (!stop.load(std::memory_order_acquire)) { // partner: the release of whoever stops us
         step();
+    }
+    collect(door_.close());
+    closed_ = true;
+    run_posts(); // what arrived before; a lodger that comes by one of them goes below
+    while (lodgers_ != nullptr) {
+        Lodger* lodger = lodgers_;
+        leave(*lodger);
+        lodger->evict(*lodger);
     }
     enter(before);
 }

@@ -118,6 +118,12 @@ struct Platform {
     void (*kick)(void* context) = nullptr;
 };
 
+/// Something of another processor's that lives on an executor: when that stops serving, `evict` is called, once, which ends it.
+struct Lodger {
+    Lodger* next_lodger = nullptr;
+    void (*evict)(Lodger& self) = nullptr;
+};
+
 /// Work for an executor from elsewhere. Owned by whoever posts it, and must live until `run` is called (or withdraw() has been); `run` may end
 /// its life. Only light work: a handler, say, that makes a node ready.
 struct Post {
@@ -157,13 +163,19 @@ class Executor {
         }
     }
     /// From anywhere: post.run(post) is called on this executor's processor at the beginning of a turn, in order of arrival. Lock-free;
-    /// allocates nothing.
-    void post(Post& post) {
-        door_.push(post);
+    /// allocates nothing. False: it has stopped serving, and `run` will never be called.
+    [[nodiscard]] bool post(Post& post) {
+        if (!door_.push(post)) {
+            return false;
+        }
         wake();
+        return true;
     }
-    /// On the executor's processor: takes back what was posted to it and has not been run; nothing when it is not there.
-    void withdraw(Post& post);
+    /// On the executor's processor: takes back what was posted to it and has not been run. False: it is not there.
+    bool withdraw(Post& post);
+    /// On the executor's processor: in and out of what ends when it stops serving.
+    void lodge(Lodger& lodger);
+    void leave(Lodger& lodger);
     /// On the executor's processor, while it waits for another one inside a turn: runs the urgent posts; the others wait for the next turn.
     void run_urgent();
     /// Once, before another processor knows of this executor.
@@ -193,7 +205,8 @@ class Executor {
         root.handle.destroy();
         return std::move(*value);
     }
-    /// For a processor whose work comes by posts: turns until `stop` is set. Whoever sets it (release) calls wake() afterwards.
+    /// For a processor whose work comes by posts: turns until `stop` is set; then what is posted is refused, what has been posted is run, and
+    /// every lodger is evicted. Once. Whoever sets `stop` (release) calls wake() afterwards.
     void serve(const std::atomic<bool>& stop);
     /// One turn of the loop; for tests and for callers with a loop of their own.
     void turn() {
@@ -252,6 +265,7 @@ class Executor {
     /// Makes it the calling processor's current one; gives the one before.
     static Executor* enter(Executor* executor);
     void step();
+    void collect(Post* posts);
     void collect();
     void run_posts();
 
@@ -268,6 +282,8 @@ class Executor {
     u64 idles_ = 0;
     Post* posts_ = nullptr; // out of the door and not run yet, oldest first
     Post** posts_end_ = &posts_;
+    Lodger* lodgers_ = nullptr;
+    bool closed_ = false;
     BasicDoor<Post> door_;
 };
 

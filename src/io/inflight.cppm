@@ -6,8 +6,8 @@ import core.std;
 export namespace fl::io {
 
 /// N slots (at most 65536) of T*. Not thread-safe: one queue, one processor. An id is slot | generation << 16, with 48 bits of generation: no id
-/// comes twice in the life of a machine. It fits the 64 bits of Xen's and the VMBus's wire; for a wire with 16 bits (NVMe, virtio) the slot alone
-/// is asked for by give_slot().
+/// comes twice in the life of a machine. It fits the 64 bits of Xen's and the VMBus's wire; for a wire with 16 bits (NVMe, virtio) the slot
+/// alone is asked for by give_slot().
 template <class T, usize N>
 class Inflight {
     static_assert(N >= 1 && N <= 65536);

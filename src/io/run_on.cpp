@@ -1,6 +1,7 @@
 module io.run_on;
 import core.std;
 import core.panic;
+import core.time;
 import core.spinlock;
 import io.task;
 import io.executor;
@@ -24,18 +25,30 @@ void Errand::send(Carrier carrier, std::coroutine_handle<> waiting) {
     done_.run = on_done;
     cancel_.run = on_cancel;
     cancel_.urgent = true;
-    there_.post(start_);
+    if (!there_.post(start_)) {
+        Handle::from_promise(*carrier.promise).destroy(); // it has never run; posts `done`
+    }
 }
 
 void Errand::on_start(Post& post) {
     Errand& errand = *static_cast<Step&>(post).errand;
+    errand.carrier_->evict = [](Lodger& lodger) {
+        std::coroutine_handle<Carrier::promise_type>::from_promise(static_cast<Carrier::promise_type&>(lodger)).destroy();
+    };
+    errand.there_.lodge(*errand.carrier_);
     errand.there_.make_ready(*errand.carrier_);
 }
 
 // There, at the carrier's end, whichever it is. With the post the errand may be gone.
 void Errand::ended() {
-    carrier_ = nullptr;
-    home_->post(done_);
+    Carrier::promise_type* carrier = std::exchange(carrier_, nullptr);
+    if (carrier->evict != nullptr) { // it has been started
+        there_.leave(*carrier);
+    }
+    if (!home_->post(done_)) {
+        // Home has stopped, so nobody but abandon() waits for this. Release, and the last access: partner is the acquire there.
+        gone_.store(true, std::memory_order_release);
+    }
 }
 
 void Errand::on_done(Post& post) {
@@ -61,14 +74,21 @@ void Errand::abandon() {
     under_way_ = false;
     if (there_.processor() == home_->processor()) {
         on_cancel(cancel_);
-    } else {
-        there_.post(cancel_);
-        while (!cancelled_.load(std::memory_order_acquire)) {
-            home_->run_urgent();
-            spin_pause();
+        static_cast<void>(home_->withdraw(done_));
+        return;
+    }
+    const bool asked = there_.post(cancel_); // else it has stopped, and ends the task by itself, or has: `done` is its last access
+    const Instant deadline = after(home_->now(), longest_answer);
+    while (asked ? !cancelled_.load(std::memory_order_acquire) : !home_->withdraw(done_) && !gone_.load(std::memory_order_acquire)) {
+        home_->run_urgent();
+        spin_pause();
+        if (home_->now() > deadline) {
+            panic("run_on: a processor does not end a task that nobody waits for any more");
         }
     }
-    home_->withdraw(done_);
+    if (asked) {
+        static_cast<void>(home_->withdraw(done_));
+    }
 }
 
 } // namespace fl::io

@@ -2,6 +2,7 @@
 export module io.run_on;
 import core.std;
 import core.result;
+import core.time;
 import io.task;
 import io.executor;
 
@@ -13,6 +14,8 @@ class Errand {
   public:
     Errand(const Errand&) = delete;
     Errand& operator=(const Errand&) = delete;
+
+    static constexpr Nanoseconds longest_answer = 30'000'000'000;
 
   protected:
     explicit Errand(Executor& there) : there_(there) {}
@@ -27,7 +30,7 @@ class Errand {
 
     /// The coroutine that runs there and owns the task. Its promise's end is what `done` tells: nothing of it is left there then.
     struct Carrier {
-        struct promise_type : PoolAllocated, ReadyNode {
+        struct promise_type : PoolAllocated, ReadyNode, Lodger {
             Errand& errand;
             explicit promise_type(Errand& e) : errand(e) {}
             promise_type(const promise_type&) = delete;
@@ -46,7 +49,7 @@ class Errand {
         promise_type* promise = nullptr;
     };
 
-    /// Sends the carrier on its way; `waiting` is resumed on the calling executor when the carrier has ended.
+    /// Sends the carrier on its way; `waiting` is resumed on the calling executor when the carrier has ended, at once where nobody serves.
     void send(Carrier carrier, std::coroutine_handle<> waiting);
 
   private:
@@ -68,6 +71,7 @@ class Errand {
     Step done_;
     Step cancel_;
     std::atomic<bool> cancelled_{false};
+    std::atomic<bool> gone_{false}; // ended without `done`, which home does not take any more
 };
 
 template <class T>
@@ -86,7 +90,12 @@ class [[nodiscard]] RunOn final : Errand {
         send(carrier, waiting);
         return true;
     }
-    T await_resume() { return std::move(*value_); }
+    T await_resume() {
+        if (!value_) {
+            return Error{Code::device_gone, "the processor that a task was sent to has stopped"};
+        }
+        return std::move(*value_);
+    }
 
   private:
     static Carrier carry(RunOn& self) {
@@ -98,9 +107,10 @@ class [[nodiscard]] RunOn final : Errand {
     std::optional<T> value_;
 };
 
-/// Awaited inside an executor's loop: runs `task` on `there` from its first instruction to the destruction of its frame; gives its value, or
-/// Error{exhausted} when no frame could be had. What the task refers to must live until then: as a rule it is in the caller's frame. Destroying
-/// the waiting coroutine destroys the task on its own processor and waits for that; `there` must be running (Executor::run or serve).
+/// Awaited inside an executor's loop: runs `task` on `there` from its first instruction to the destruction of its frame; gives its value,
+/// Error{exhausted} when no frame could be had, or Error{device_gone} when `there` stops serving before the task has ended (which is then
+/// destroyed). What the task refers to must live until then: as a rule it is in the caller's frame. Destroying the waiting coroutine destroys
+/// the task on its own processor and waits for that; a processor that has not answered after Errand::longest_answer is a panic.
 template <class T>
 RunOn<T> run_on(Executor& there, Task<T> task) {
     return RunOn<T>(there, std::move(task));

@@ -110,11 +110,11 @@ struct Posts : rl::test_suite<Posts<weak>, 3> {
         if (which == 0) {
             for (unsigned i = 0; i < 2; ++i) {
                 nodes[i].number($) = 1 + i;
-                door->push(nodes[i]);
+                RL_ASSERT(door->push(nodes[i]));
             }
         } else if (which == 1) {
             nodes[2].number($) = 11;
-            door->push(nodes[2]);
+            RL_ASSERT(door->push(nodes[2]));
         } else {
             take();
             take();
@@ -159,7 +159,7 @@ struct Sleep : rl::test_suite<Sleep<weak>, 2> {
     void thread(unsigned which) {
         if (which == 0) {
             node.number($) = 1;
-            door->push(node);
+            RL_ASSERT(door->push(node));
             kicked = door->raise_from_elsewhere();
         } else {
             for (int turn = 0; turn < 2 && !asleep; ++turn) {
@@ -174,6 +174,43 @@ struct Sleep : rl::test_suite<Sleep<weak>, 2> {
         }
     }
     void after() { RL_ASSERT(seen || !asleep || kicked); }
+};
+
+/// The owner closes while two others post: what was not refused is there, whole, and nothing else.
+template <Weak weak>
+struct Close : rl::test_suite<Close<weak>, 3> {
+    std::optional<Door<weak>> door;
+    Node nodes[2];
+    bool pushed[2];
+    bool seen[2];
+
+    void before() {
+        door.emplace();
+        pushed[0] = pushed[1] = seen[0] = seen[1] = false;
+    }
+    void look(Node* first) {
+        for (Node* node = first; node != nullptr;) {
+            Node* following = node->next;
+            const unsigned number = node->number($);
+            RL_ASSERT(!seen[number]);
+            seen[number] = true;
+            node = following;
+        }
+    }
+    void thread(unsigned which) {
+        if (which < 2) {
+            nodes[which].number($) = which;
+            pushed[which] = door->push(nodes[which]);
+        } else {
+            look(door->take_all());
+            look(door->close());
+        }
+    }
+    void after() {
+        RL_ASSERT(pushed[0] == seen[0] && pushed[1] == seen[1]);
+        Node late;
+        RL_ASSERT(!door->push(late));
+    }
 };
 
 int failures = 0;
@@ -220,6 +257,9 @@ int main() {
     must<Posts<Weak::nothing>>(true, "posts arrive whole, once, in order");
     must<Posts<Weak::push>>(false, "… pushed relaxed");
     must<Posts<Weak::take>>(false, "… taken relaxed");
+    must<Close<Weak::nothing>>(true, "a closing door loses no post that it took");
+    must<Close<Weak::push>>(false, "… pushed relaxed");
+    must<Close<Weak::take>>(false, "… closed relaxed");
     must<Raise<Weak::nothing>>(true, "what a handler wrote is seen by the turn that it raised");
     must<Raise<Weak::raise>>(false, "… raised relaxed");
     must<Raise<Weak::clear>>(false, "… cleared relaxed");

@@ -96,7 +96,7 @@ void posts_from_three() {
                     number.run = Number::note;
                     number.into = &seen;
                     number.value = n * each + i;
-                    owner.executor.post(number);
+                    static_cast<void>(owner.executor.post(number));
                 }
             });
         }
@@ -110,7 +110,7 @@ void posts_from_three() {
         } last;
         last.run = [](Post& post) { static_cast<Last&>(post).done->store(true, std::memory_order_release); };
         last.done = &done;
-        owner.executor.post(last);
+        static_cast<void>(owner.executor.post(last));
         while (!done.load(std::memory_order_acquire)) {
             std::this_thread::yield();
         }
@@ -146,7 +146,7 @@ int weak() {
     std::thread producer([&] {
         for (Plain& node : nodes) {
             node.value = 1;
-            door.push(node);
+            static_cast<void>(door.push(node));
         }
     });
     u64 sum = 0;

@@ -230,20 +230,72 @@ TEST(ExecutorPost, InOrderOnceAndNeverWhenWithdrawn) {
         posts[i].into = &seen;
         posts[i].number = i;
         posts[i].urgent = i == 4;
-        executor.post(posts[i]);
+        ASSERT_TRUE(executor.post(posts[i]));
     }
-    executor.withdraw(posts[2]);
-    executor.withdraw(posts[5]); // the last one: what comes next goes behind its predecessor
-    executor.withdraw(posts[5]); // not there any more: nothing happens
+    EXPECT_TRUE(executor.withdraw(posts[2]));
+    EXPECT_TRUE(executor.withdraw(posts[5])); // the last one: what comes next goes behind its predecessor
+    EXPECT_FALSE(executor.withdraw(posts[5])) << "not there any more";
     executor.run_urgent();
     EXPECT_EQ(seen, (std::vector<u32>{4}));
-    executor.post(posts[5]);
+    ASSERT_TRUE(executor.post(posts[5]));
     executor.turn();
     EXPECT_EQ(seen, (std::vector<u32>{4, 0, 1, 3, 5}));
-    executor.post(posts[0]);
+    ASSERT_TRUE(executor.post(posts[0]));
     executor.turn();
     EXPECT_EQ(seen.back(), 0u) << "a post may be used again";
     EXPECT_EQ(seen.size(), 6u);
+}
+
+TEST_F(RunOnTest, AProcessorThatHasStoppedIsAnErrorAtOnce) {
+    one.stop();
+    for (u32 i = 0; i < 3; ++i) {
+        const auto result = home.run(ask_for_failure(one.executor));
+        ASSERT_FALSE(result);
+        EXPECT_EQ(result.error().code, Code::device_gone);
+    }
+    Numbered post;
+    EXPECT_FALSE(one.executor.post(post));
+}
+
+TEST_F(RunOnTest, AProcessorThatStopsEndsWhatWasSentToIt) {
+    std::atomic<bool> begun = false;
+    std::atomic<u32> died_on = 99;
+    std::thread stopper([&] {
+        set_this_processor(3);
+        while (!begun) {
+            std::this_thread::yield();
+        }
+        one.stop();
+    });
+    const auto result = home.run(wait_for_it(one.executor, begun, died_on));
+    stopper.join();
+    ASSERT_FALSE(result);
+    EXPECT_EQ(result.error().code, Code::device_gone);
+    EXPECT_EQ(died_on, 1u) << "on its own processor";
+}
+
+Task<Result<void>> sleeps_for_ever() {
+    for (;;) {
+        co_await Executor::current()->sleep(20'000);
+    }
+}
+Task<Result<void>> send_on(Executor& there) { co_return co_await run_on(there, sleeps_for_ever()); }
+
+// Sent, abandoned and stopped at arbitrary moments of each other: everything ends, and nothing is left.
+Task<Result<void>> hop(Executor& first, Executor& second) { co_return co_await run_on(first, send_on(second)); }
+TEST_F(RunOnTest, StoppingAtAnyMomentEndsEverything) {
+    for (u32 round = 0; round < 60; ++round) {
+        ThreadProcessor a{3};
+        ThreadProcessor b{4};
+        std::thread stopper([&] {
+            set_this_processor(5);
+            std::this_thread::sleep_for(std::chrono::microseconds(round * 17));
+            (round % 2 == 0 ? a : b).stop();
+            (round % 2 == 0 ? b : a).stop();
+        });
+        ASSERT_FALSE(home.run(hop(a.executor, b.executor))) << "for ever, or until one of the two stops";
+        stopper.join();
+    }
 }
 
 TEST(SpinLockTest, OneAtATime) {

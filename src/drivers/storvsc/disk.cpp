@@ -54,7 +54,7 @@ void Disk::link(io::Executor& here) {
     if (&here == &queue_.executor()) {
         enlist();
     } else {
-        queue_.executor().post(link_);
+        static_cast<void>(queue_.executor().post(link_)); // refused: that processor has stopped, and the lane with it
     }
 }
 
