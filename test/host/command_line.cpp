@@ -90,6 +90,8 @@ std::optional<int> parse_command_line(int count, char** words, Options& options)
     app.add_option("--initrd,--module", options.module, "Linux's initrd; the PVH module")->check(CLI::ExistingFile);
     app.add_option("--append", options.append, "the guest's command line");
     app.add_option("--cpus", options.processors, "processors")->check(CLI::Range(1, 64));
+    app.add_option("--listed-cpus", options.listed_processors, "processors that the ACPI tables list, if more than --cpus: the rest never comes up")
+        ->check(CLI::Range(1, 64));
     app.add_option("--memory", options.memory_mebibytes, "MiB")->check(CLI::Range(16, 3072));
     app.add_option("--disk", disks, "[scsi:|ide:]FILE[,lun=N][,controller=N][,readonly][,sector=4096]: a disk on the VMBus")
         ->expected(1)

@@ -24,6 +24,7 @@ struct Options {
     std::string module; // PVH module or initrd
     std::string append;
     std::uint32_t processors = 1;
+    std::uint32_t listed_processors = 0; // in the ACPI tables; counts where it is more
     std::uint32_t memory_mebibytes = 256;
     std::vector<DiskOption> disks;
     std::vector<std::string> ide; // images of emulated disks: hda, hdb, hdc, hdd
