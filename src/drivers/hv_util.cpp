@@ -118,7 +118,7 @@ Result<void> Utility::reply(std::span<const std::byte> message, u64 transaction)
 
 void Utility::set_clock() {
     const Instant now = environment_.executor.now();
-    const UnixNanoseconds host = service_.host_time().unix_ns;
+    const UnixNanoseconds host = service_.host_time().at(reference_ != nullptr ? reference_->counter() : std::nullopt);
     const auto ours = wall_clock(now);
     set_wall_clock(now, host);
     if (!std::exchange(clock_told_, true)) {
@@ -131,7 +131,7 @@ void Utility::set_clock() {
     }
 }
 
-io::Task<Result<Utility*>> attach(Environment& environment, Vmbus& bus, Offer offer) {
+io::Task<Result<Utility*>> attach(Environment& environment, Vmbus& bus, Offer offer, const hv::hyperv::ReferenceClock* reference) {
     std::optional<Kind> kind;
     for (const Kind k : {Kind::shutdown, Kind::heartbeat, Kind::time_sync}) {
         if (offer.type.text() == class_of(k)) {
@@ -141,7 +141,7 @@ io::Task<Result<Utility*>> attach(Environment& environment, Vmbus& bus, Offer of
     if (!kind) {
         co_return Error{Code::not_supported, "not an integration service that this driver knows"};
     }
-    auto* utility = new (std::nothrow) Utility(environment, bus, *kind); // lives until the machine ends
+    auto* utility = new (std::nothrow) Utility(environment, bus, *kind, reference); // lives until the machine ends
     if (utility == nullptr) {
         co_return Error{Code::exhausted, "no memory for an integration service"};
     }
@@ -159,7 +159,7 @@ io::Task<Result<void>> probe(Environment& environment, hv::HyperV& hyperv, const
     if (!offer) {
         co_return Error{Code::device_gone, "the service's channel is gone already"};
     }
-    const auto attached = co_await attach(environment, hyperv.vmbus(), *offer);
+    const auto attached = co_await attach(environment, hyperv.vmbus(), *offer, &hyperv.clock());
     if (!attached) {
         co_return attached.error();
     }

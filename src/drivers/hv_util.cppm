@@ -19,8 +19,8 @@ class Utility {
   public:
     static constexpr u32 ring_bytes = 16 * 1024; // of packets, each direction
 
-    Utility(Environment& environment, hv::hyperv::Vmbus& bus, Kind kind)
-        : environment_(environment), bus_(bus), service_(kind), keeper_(environment.executor) {}
+    Utility(Environment& environment, hv::hyperv::Vmbus& bus, Kind kind, const hv::hyperv::ReferenceClock* reference)
+        : environment_(environment), bus_(bus), reference_(reference), service_(kind), keeper_(environment.executor) {}
     Utility(const Utility&) = delete;
     Utility& operator=(const Utility&) = delete;
 
@@ -39,6 +39,7 @@ class Utility {
 
     Environment environment_;
     hv::hyperv::Vmbus& bus_;
+    const hv::hyperv::ReferenceClock* reference_; // nullptr: the host's time is taken as it was read
     Service service_;
     hv::hyperv::Channel channel_;
     std::optional<hv::hyperv::Inbox> inbox_;
@@ -50,7 +51,9 @@ class Utility {
 
 /// Opens the channel of one service. The device's type says which.
 io::Task<Result<void>> probe(Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device);
-/// The same for a bus without its backend; the service stays, and is given.
-io::Task<Result<Utility*>> attach(Environment& environment, hv::hyperv::Vmbus& bus, hv::hyperv::Offer offer);
+/// The same for a bus without its backend; the service stays, and is given. `reference`: what a time that the host sends is brought up to date
+/// with, if anything.
+io::Task<Result<Utility*>> attach(Environment& environment, hv::hyperv::Vmbus& bus, hv::hyperv::Offer offer,
+                                  const hv::hyperv::ReferenceClock* reference = nullptr);
 
 } // namespace fl::drivers::hv_util

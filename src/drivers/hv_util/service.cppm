@@ -43,6 +43,13 @@ class Service {
     struct HostTime {
         u64 unix_ns = 0;
         std::optional<u64> reference;
+        /// The same clock when the counter stands at `counter`: the message was under way for a while. Without either of them, or when they
+        /// lie too far apart to be believed (or the wrong way round): as it was read.
+        u64 at(std::optional<u64> counter) const {
+            constexpr u64 longest = 60 * 10'000'000ull; // a minute under way
+            const bool known = reference && counter && *counter >= *reference && *counter - *reference <= longest;
+            return unix_ns + (known ? (*counter - *reference) * 100 : 0);
+        }
     };
     const HostTime& host_time() const { return host_time_; }
     u64 heartbeats() const { return heartbeats_; }

@@ -107,6 +107,16 @@ TEST(HvUtil, TakesTheTime) {
     EXPECT_EQ(text(std::span(message).subspan(20, 4)), "05400080");
 }
 
+TEST(HvUtil, TheTimeIsBroughtUpToDate) {
+    const Service::HostTime read{1'000'000'000, 5'000};
+    EXPECT_EQ(read.at(5'000), 1'000'000'000u);
+    EXPECT_EQ(read.at(5'300), 1'000'030'000u) << "300 units of 100 ns under way";
+    EXPECT_EQ(read.at(std::nullopt), 1'000'000'000u);
+    EXPECT_EQ(read.at(4'999), 1'000'000'000u) << "read in the future";
+    EXPECT_EQ(read.at(5'000 + 600'000'001), 1'000'000'000u) << "a minute ago";
+    EXPECT_EQ((Service::HostTime{7, std::nullopt}.at(5'000)), 7u);
+}
+
 TEST(HvUtil, OtherTypesAreNotSupported) {
     Service service(Kind::heartbeat);
     auto message = hex("01000000 14000000 0300 0000 0500 0300 0000 0000 00000000 01 03 0000");
