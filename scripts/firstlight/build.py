@@ -15,14 +15,15 @@ def preset(name: str, quiet: bool = True, target: str = "") -> None:
     source = paths.REPOSITORY
     if not (source / "CMakePresets.json").is_file():
         raise Problem(f"{source}/CMakePresets.json: no such file.")
-    process.run(["cmake", "--preset", name], timeout=CONFIGURE_SECONDS, cwd=source, what=f"cmake --preset {name}")
-    process.run(
-        ["cmake", "--build", "--preset", name, *(["--target", target] if target else [])],
-        timeout=BUILD_SECONDS,
-        cwd=source,
-        quiet=quiet,
-        what=f"cmake --build --preset {name}",
-    )
+    with process.alone(paths.BUILD / f"{name}.lock", f"build {name}"):
+        process.run(["cmake", "--preset", name], timeout=CONFIGURE_SECONDS, cwd=source, what=f"cmake --preset {name}")
+        process.run(
+            ["cmake", "--build", "--preset", name, *(["--target", target] if target else [])],
+            timeout=BUILD_SECONDS,
+            cwd=source,
+            quiet=quiet,
+            what=f"cmake --build --preset {name}",
+        )
 
 
 def test_host() -> None:

@@ -13,7 +13,6 @@ One folder per set of package versions, `lab/<key>/`:
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import lzma
@@ -80,8 +79,7 @@ def find(refresh: bool = False, progress=None) -> Lab:
         ready = load(current)
         if ready:
             return ready
-    with open(top / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with process.alone(top / "lock", "lab"):
         ready = None if refresh else load(current)
         return ready or assemble(top, current, progress or announce)
 

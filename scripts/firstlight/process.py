@@ -6,11 +6,13 @@ Every child leads its own process group; on a timeout, an exception or Ctrl-C th
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -66,6 +68,27 @@ def started(command: Sequence[str | Path], **options) -> Iterator[subprocess.Pop
             if stream:
                 with contextlib.suppress(OSError):
                     stream.close()
+
+
+@contextlib.contextmanager
+def alone(lock: Path, what: str, seconds: float = 1800) -> Iterator[None]:
+    """One of these scripts at a time in the block; another one is waited for, and said to be. The lock ends with its holder, however that ends."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + seconds
+    with open(lock, "w") as file:
+        told = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told:
+                    print(f"{what}: waiting for another run that does the same", file=sys.stderr, flush=True)
+                    told = True
+                if time.monotonic() > end:
+                    raise Problem(f"{what}: another run has held {lock} for {seconds:.0f} s.", Exit.TIMEOUT) from None
+                time.sleep(0.2)
+        yield
 
 
 def run(

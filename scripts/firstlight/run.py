@@ -99,7 +99,7 @@ def by_hand(ready: lab.Lab, machine: Machine, where: launch.Place, options) -> E
         print("# The lab's machine (L1); the job is in its initrd:")
         print(shlex.join(prepared.command))
         print("# What it starts (L2), with the files of the initrd:")
-        print(shlex.join(nested.inner_command(job, 0)))
+        print("#   " + shlex.join(nested.inner_command(job, 0)))
         return Exit.SUCCESS
     for disk in job.disks:
         (folder / disk.name).unlink(missing_ok=True)

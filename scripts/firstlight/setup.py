@@ -54,15 +54,21 @@ def ensure() -> None:
         raise Problem(
             f"Missing packages:{listing}\nRun: sudo {shlex.quote(str(paths.REPOSITORY / 'scripts/setup'))}", Exit.MISSING
         )
+    with process.alone(paths.cache() / "setup.lock", "setup"):
+        if missing(distro):
+            install(distro, absent, listing)
+    still = missing(distro)
+    if still:
+        raise Problem(f"Still missing after the installation: {' '.join(still)}.", Exit.MISSING)
+
+
+def install(distro: distribution.Distribution, absent: dict[str, str], listing: str) -> None:
     print(f"installing:{listing}", file=sys.stderr, flush=True)
     source = apt.Apt(distro.codename, distro.backports, distro.components)
     source.refresh()
     source.get(
         "install", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0", *absent, timeout=INSTALL_SECONDS, what="apt-get install"
     )
-    still = missing(distro)
-    if still:
-        raise Problem(f"Still missing after the installation: {' '.join(still)}.", Exit.MISSING)
 
 
 def main(words: list[str]) -> Exit:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -41,8 +40,7 @@ end
 def guest(ready: lab.Lab) -> Path:
     """The root file system of the Linux guest: busybox, fio and its libraries, the disk drivers."""
     archive = ready.root / "yardstick.cpio"
-    with open(ready.root / "yardstick.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with process.alone(ready.root / "yardstick.lock", "yardstick"):
         if archive.exists():
             return archive
         lab.announce("fetching fio for the yardstick")

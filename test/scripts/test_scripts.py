@@ -20,10 +20,36 @@ sys.path.insert(0, str(SCRIPTS))
 
 from firstlight import __main__ as entry  # noqa: E402
 from firstlight import (  # noqa: E402
-    apt, fiojson, lab, launch, machine, nested, paths, records, report, testing, verify_image, vmrun_fault, vmtests, workloads, yardstick,
+    apt, fiojson, lab, launch, machine, nested, paths, process, records, report, testing, verify_image, vmrun_fault, vmtests, workloads, yardstick,
 )  # fmt: skip
 from firstlight.problems import Exit, Problem  # noqa: E402
 from firstlight.records import Verdict  # noqa: E402
+
+
+class Alone(unittest.TestCase):
+    def test_the_second_one_waits_and_says_so(self):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as said:
+            order = []
+            held = threading.Event()
+
+            def first():
+                with process.alone(Path(folder) / "lock", "first"):
+                    held.set()
+                    time.sleep(0.5)
+                    order.append("first")
+
+            other = threading.Thread(target=first)
+            other.start()
+            held.wait(20)
+            with process.alone(Path(folder) / "lock", "second"):
+                order.append("second")
+            other.join()
+            self.assertEqual(order, ["first", "second"])
+            self.assertIn("second: waiting for another run", said.getvalue())
+            with process.alone(Path(folder) / "lock", "third"), self.assertRaises(Problem) as refused:
+                with process.alone(Path(folder) / "lock", "fourth", seconds=0):
+                    self.fail("two at once")
+            self.assertEqual(refused.exception.code, Exit.TIMEOUT)
 
 
 class Records(unittest.TestCase):
