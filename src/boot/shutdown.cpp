@@ -89,7 +89,11 @@ io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks
     }
     Outcome outcome;
     for (io::BlockDevice* disk : disks.all()) {
-        if (auto flushed = co_await disk->flush(); !flushed) {
+        if (disk->removed()) {
+            log::info("{}: taken away, nothing to flush", disk->identity().name.view());
+            continue;
+        }
+        if (auto flushed = co_await disk->flush(); !flushed && !disk->removed()) {
             report(flushed.error(), disk->identity().name.view());
             outcome.verdict = Verdict::failure;
         }

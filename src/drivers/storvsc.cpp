@@ -257,8 +257,8 @@ io::Task<Result<Controller::Answer>> Controller::command(u8 lun, scsi::Cdb cdb, 
     for (u32 i = 1;; ++i) {
         CO_TRY(const Answer answer, co_await command_once(lun, cdb, bytes));
         const bool attention = answer.sense && answer.sense->key == scsi::key_unit_attention;
-        const bool busy = answer.scsi_status == scsi::status_busy || answer.srb_status == SrbStatus::busy ||
-                          (answer.sense && answer.sense->key == scsi::key_not_ready && answer.sense->asc == 0x04 && answer.sense->ascq == 0x01);
+        const bool busy = answer.scsi_status == scsi::status_busy || answer.scsi_status == scsi::status_task_set_full ||
+                          answer.srb_status == SrbStatus::busy || (answer.sense ? scsi::passes(*answer.sense) : was_flushed(answer.srb_status));
         if (i == attempts || (!attention && !busy)) {
             co_return answer;
         }
@@ -314,7 +314,7 @@ io::Task<Result<void>> Controller::scan() {
                 }
                 scratch_ = std::move(*fresh);
             }
-            if (scanned.error().code == Code::device_gone || scanned.error().code == Code::protocol) {
+            if (!lanes_[0]->queue.is_open()) {
                 co_return scanned.error();
             }
             if (listed && scanned.error().code != Code::not_found) {
@@ -349,9 +349,10 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
     CO_TRY(Answer answer, co_await command(lun, scsi::inquiry(std::nullopt, scsi::inquiry_bytes), scsi::inquiry_bytes));
     std::optional<scsi::Inquiry> inquiry;
     if (answer.good()) {
-        if (auto parsed = scsi::parse_inquiry(data(answer.bytes))) {
-            inquiry = *parsed;
-        }
+        CO_TRY(inquiry, scsi::parse_inquiry(data(answer.bytes)));
+    } else if (!says_nobody(answer.srb_status) && !(answer.sense && answer.sense->asc == 0x25)) {
+        // It says nothing about whether a disk is there: one that is known stays.
+        co_return Error{Code::io, "INQUIRY fails (SCSI status)", scsi::status_good, answer.scsi_status};
     }
     Unit* unit = known(lun);
     if (!inquiry || !inquiry->disk()) {
@@ -365,12 +366,16 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
     if (unit != nullptr) { // still the same?
         const io::BlockDevice& disk = *unit->disks[0];
         CO_TRY(const scsi::Capacity now, co_await read_capacity(lun));
+        io::Geometry caching;
+        CO_CHECK(co_await read_caching(lun, caching));
         const bool same_size = now.blocks == disk.geometry().sectors && now.block_bytes == disk.geometry().sector_size;
-        if (same_size && model.view() == disk.identity().model.view()) {
+        const bool same_model = model.view() == disk.identity().model.view();
+        if (same_size && same_model && caching.flush == disk.geometry().flush && caching.read_only == disk.geometry().read_only) {
             co_return Result<void>{};
         }
-        take_away(*unit, same_size ? "the host has put another disk in its place: it comes under a new name"
-                                   : "the host has changed the disk's size: it comes under a new name");
+        take_away(*unit, !same_size    ? "the host has changed the disk's size: it comes under a new name"
+                         : !same_model ? "the host has put another disk in its place: it comes under a new name"
+                                       : "the host has changed the disk's cache or write protection: it comes under a new name");
     }
     CO_TRY(answer, co_await command(lun, scsi::test_unit_ready(), 0));
     if (!answer.good() && answer.sense) {

@@ -311,23 +311,36 @@ Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, Bench
 
 // Where the lanes meet before the first I/O: the last one to arrive reads the clock and the allocations, and lets all go.
 struct Bench::Start {
+    static constexpr Nanoseconds longest = 5'000'000'000; // for a lane that never comes: no frame was left for it, or its processor has stopped
+
     u32 lanes;
     const BenchOptions& options;
     Instant begun = 0;
     u64 allocations = 0;
     std::atomic<u32> arrived{0};
     std::atomic<bool> open{false};
+    std::atomic<bool> missed{false}; // written before `open`
 
     // Each lane has a processor of its own, so waiting keeps nobody from arriving. What the last one writes is read when all lanes have ended.
-    void meet(Executor& executor) {
+    Result<void> meet(Executor& executor) {
+        const Instant until = after(executor.now(), longest);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == lanes) {
             allocations = io::allocations(options);
             begun = executor.now();
             open.store(true, std::memory_order_release);
         }
-        while (!open.load(std::memory_order_acquire)) { // partner: the release above
+        while (!open.load(std::memory_order_acquire)) { // partner: the releases here
             spin_pause();
+            if (executor.now() > until) {
+                missed.store(true, std::memory_order_relaxed); // ordered by the next line
+                open.store(true, std::memory_order_release);
+            }
         }
+        if (missed.load(std::memory_order_relaxed)) {
+            return Error{Code::timed_out, "the lanes of a disk did not all come to their common start", lanes,
+                         arrived.load(std::memory_order_relaxed)};
+        }
+        return {};
     }
 };
 
@@ -338,7 +351,10 @@ Task<Result<void>> Bench::lane_task(Bench& bench, BlockDevice& lane, Start& star
     for (u32 i = 0; i < bench.workload_.qd && spawned; ++i) {
         spawned = group.spawn(slot(bench, lane, i));
     }
-    start.meet(executor); // the slots run when this coroutine waits
+    const auto met = start.meet(executor); // the slots run when this coroutine waits
+    if (spawned && !met) {
+        spawned = met;
+    }
     if (!spawned) {
         bench.left_ = 0;
     }

@@ -134,6 +134,9 @@ class BlockDevice {
         static_cast<void>(index);
         return *this;
     }
+    /// The host has taken the disk itself away: every request ends as device_gone, and there is nothing left that a flush could reach. A disk
+    /// that was closed because of an error is not removed.
+    virtual bool removed() const { return false; }
     /// Bound of every request; Nanoseconds. Requests take it when they are submitted.
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
     Nanoseconds timeout() const { return timeout_; }

@@ -89,6 +89,19 @@ TEST(Shutdown, ADiskThatCannotBeFlushedIsAFailure) {
     EXPECT_FALSE(answered);
 }
 
+TEST(Shutdown, ADiskThatWasTakenAwayNeedsNoFlush) {
+    Kernel k;
+    k.options.job = boot::Job::idle;
+    k.options.timeout = 60'000'000'000;
+    k.disk.behaviour.removed = true;
+    bool answered = false;
+    const auto outcome = k.executor.run(both(k, answered));
+    ASSERT_TRUE(outcome);
+    EXPECT_EQ(outcome->verdict, Verdict::success);
+    EXPECT_TRUE(answered) << "the host is not refused for a disk that it took itself";
+    EXPECT_EQ(k.disk.flushes, 0u);
+}
+
 TEST(Shutdown, AJobThatIsDoneEndsAsBefore) {
     Kernel k;
     const auto outcome = k.executor.run(boot::run_until_shutdown(k.options, k.disks, {k.executor, k.dma, [] { return u64{0}; }}, k.shutdown));

@@ -82,6 +82,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
         bool newest_first = false;
         fl::Nanoseconds latency = 0; // not earlier than so long after the submission
         bool never_answers = false;  // the time-out ends them, with the buffer lost
+        bool removed = false;
         fl::u64 fail_lba = ~fl::u64{0};
         fl::io::Status fail_status = fl::io::Status::io_error;
         fl::u64 drop_write_lba = ~fl::u64{0};   // acknowledged, not done
@@ -90,6 +91,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
         fl::u64 no_data_read_lba = ~fl::u64{0}; // says ok and moves nothing
     };
     Behaviour behaviour;
+    bool removed() const override { return behaviour.removed; }
     std::byte* data;
     fl::usize size;
     fl::u64 flushes = 0;

@@ -129,7 +129,8 @@ Result<void> Balloon::report() {
     StatusReport report{};
     report.header.type = MessageType::status_report;
     report.available = memory_.free();
-    report.committed = memory_.total() - report.available; // what is away is in use, as the host counts
+    // What is away is in use, as the host counts. More may be free than at the start: what was in use then has been given back.
+    report.committed = memory_.total() - std::min(memory_.total(), report.available);
     return send(report, ++transaction_);
 }
 

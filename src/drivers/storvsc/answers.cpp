@@ -42,7 +42,7 @@ bool Queue::drain() {
             break;
         }
         ++count;
-        if (!accept(packet)) [[unlikely]] {
+        if (!accept(packet) || state_ != State::open) [[unlikely]] { // shut: the channel may be closed under us from now on
             return true;
         }
     }
@@ -191,8 +191,9 @@ void Queue::answered(u64 id, Slot& slot, const Packet& packet) {
             return;
         }
     }
-    const bool busy = srb.scsi_status == scsi::status_busy || srb.scsi_status == scsi::status_task_set_full || status == SrbStatus::busy;
-    const bool flushed = status == SrbStatus::bus_reset || status == SrbStatus::aborted || status == SrbStatus::request_flushed;
+    const bool busy = srb.scsi_status == scsi::status_busy || srb.scsi_status == scsi::status_task_set_full || status == SrbStatus::busy ||
+                      (sense && scsi::passes(*sense));
+    const bool flushed = was_flushed(status);
     if (slot.expired && (flushed || busy)) {
         static_cast<void>(inflight_.give(id));
         return finish(slot, io::Status::timed_out);
@@ -218,8 +219,7 @@ void Queue::answered(u64 id, Slot& slot, const Packet& packet) {
         return finish(slot, io::Status::not_supported);
     }
     io::Status result = io::Status::io_error;
-    if (status == SrbStatus::invalid_lun || status == SrbStatus::no_device || status == SrbStatus::invalid_target_id ||
-        (sense && sense->asc == 0x25)) {
+    if (says_nobody(status) || (sense && sense->asc == 0x25)) {
         result = io::Status::device_gone;
         shared_.rescan_wanted.store(true, std::memory_order_relaxed);
         wish();

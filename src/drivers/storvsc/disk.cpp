@@ -73,6 +73,8 @@ Disk::~Disk() {
     }
 }
 
+bool Disk::removed() const { return gone_.load(std::memory_order_relaxed) || queue_.shared_.taken.load(std::memory_order_relaxed); }
+
 void Disk::add_lane(Disk& lane) { lanes_[lane_count_++] = &lane; }
 
 void Disk::start(Request& request) {

@@ -30,6 +30,8 @@ struct Shared {
     // Release when set, acquire when seen: what led to it is logged before.
     std::atomic<bool> closed{false};
     std::atomic<u8> close_status{0}; // io::Status for what is still under way; written before `closed`
+    std::atomic<bool> told{false};   // by whoever closes: there is one line, and one status
+    std::atomic<bool> taken{false};  // the host has rescinded the channel. Relaxed: nothing is read on the strength of it
     // Relaxed: a wish, looked at in the first queue's tick.
     std::atomic<bool> reset_wanted{false};
     /// Called on the first queue's processor, in drain() or tick(): somebody should look at the units, or at `closed`.
@@ -190,7 +192,7 @@ class Disk final : public io::BlockDevice {
     const Unit& unit() const { return unit_; }
     /// From any processor, for this lane alone: the unit is gone; what is asked for from here on is refused.
     void remove() { gone_.store(true, std::memory_order_relaxed); } // relaxed: nothing is read on the strength of it
-    bool removed() const { return gone_.load(std::memory_order_relaxed); }
+    bool removed() const override;
 
   private:
     friend class Queue;

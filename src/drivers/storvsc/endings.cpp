@@ -48,6 +48,7 @@ void Queue::tick(Instant now) {
         idle_until_ = after(now, idle_window);
     }
     if (channel_.rescinded()) {
+        shared_.taken.store(true, std::memory_order_relaxed); // ordered by what shut() stores
         return shut(io::Status::device_gone, {Code::device_gone, "the host has taken the storage controller away"});
     }
     if (first_ && shared_.reset_wanted.load(std::memory_order_relaxed)) {
@@ -72,6 +73,7 @@ void Queue::tick(Instant now) {
 
 void Queue::look_at_deadlines(Instant now) {
     bool late = false;
+    bool starved = false;
     for (Disk* disk = disks_; disk != nullptr; disk = disk->next_) {
         for (usize n = disk->waiting_.size(); n != 0; --n) {
             Request& request = *disk->waiting_.pop();
@@ -79,13 +81,17 @@ void Queue::look_at_deadlines(Instant now) {
                 disk->waiting_.push(request);
                 continue;
             }
+            starved = true;
             disk->end(request, io::Status::timed_out);
         }
     }
     bool given_up = false;
+    bool unfenced = false;
+    bool waited_for = false;
     inflight_.for_each([&](u64 id, Slot&) {
         Slot& slot = slots_[inflight_.slot_of(id)];
         Request* request = slot.request;
+        waited_for = waited_for || request != nullptr || slot.exchange != nullptr;
         if (request == nullptr || request->deadline > now) {
             return;
         }
@@ -94,6 +100,7 @@ void Queue::look_at_deadlines(Instant now) {
         if (now >= after(request->deadline, std::min(grace, timeout_))) {
             Disk& disk = *slot.disk;
             given_up = true;
+            unfenced = unfenced || request->op == io::Op::write || request->op == io::Op::discard;
             disk.waiting_.remove(*request);
             abandon(*request);
             disk.end(*request, io::Status::timed_out);
@@ -111,7 +118,15 @@ void Queue::look_at_deadlines(Instant now) {
         reset_at_ = never; // the next time-out may ask again
     }
     if (given_up && now >= after(last_answer_, timeout_)) {
-        shut(io::Status::device_gone, {Code::timed_out, "the host has not answered anything for a whole time-out"});
+        return shut(io::Status::device_gone, {Code::timed_out, "the host has not answered anything for a whole time-out"});
+    }
+    // What the host still holds it may carry out at any time, and undo by it what was written there since.
+    if (unfenced) {
+        return shut(io::Status::device_gone,
+                    {Code::timed_out, "a write was not answered, not even by a bus reset: nothing may be written behind it"});
+    }
+    if (starved && !waited_for && inflight_.size() >= max_parts - kept_parts) {
+        shut(io::Status::device_gone, {Code::timed_out, "every slot is held by a request that the host never answered"});
     }
 }
 
@@ -132,13 +147,16 @@ void Queue::shut(io::Status status, const Error& why) {
     if (state_ != State::open) {
         return;
     }
-    FixedText<96> names;
-    for (const Disk* disk = disks_; disk != nullptr; disk = disk->next_) {
-        print(names, "{}{}", names.empty() ? "" : ", ", disk->identity().name.view());
+    // Relaxed: it only says who tells; another queue may find the same, or something else, in this very moment.
+    if (!shared_.told.exchange(true, std::memory_order_relaxed)) {
+        FixedText<96> names;
+        for (const Disk* disk = disks_; disk != nullptr; disk = disk->next_) {
+            print(names, "{}{}", names.empty() ? "" : ", ", disk->identity().name.view());
+        }
+        log::error("{}: closed: {}", names.empty() ? std::string_view("storvsc") : names.view(), why);
+        shared_.close_status.store(to_underlying(status), std::memory_order_relaxed); // ordered by the next line
+        shared_.closed.store(true, std::memory_order_release);                        // partner: the acquire in drain()
     }
-    log::error("{}: closed: {}", names.empty() ? std::string_view("storvsc") : names.view(), why);
-    shared_.close_status.store(to_underlying(status), std::memory_order_relaxed); // ordered by the next line
-    shared_.closed.store(true, std::memory_order_release);                        // partner: the acquire in drain()
     end_all(status);
     wish();
 }

@@ -111,6 +111,14 @@ enum class SrbStatus : u8 {
     invalid_target_id = 0x21,
     internal_error = 0x30,
 };
+/// The host ended it without having done it, as after a reset: it is worth asking again.
+constexpr bool was_flushed(SrbStatus status) {
+    return status == SrbStatus::bus_reset || status == SrbStatus::aborted || status == SrbStatus::request_flushed;
+}
+/// There is nothing at this address, or nothing any more.
+constexpr bool says_nobody(SrbStatus status) {
+    return status == SrbStatus::invalid_lun || status == SrbStatus::no_device || status == SrbStatus::invalid_target_id;
+}
 inline constexpr u8 srb_autosense_valid = 0x80;
 inline constexpr u8 srb_queue_frozen = 0x40;
 constexpr SrbStatus srb_status_of(u8 byte) { return static_cast<SrbStatus>(byte & 0x3f); }

@@ -199,6 +199,11 @@ inline constexpr u8 key_not_ready = 0x2;
 inline constexpr u8 key_illegal_request = 0x5;
 inline constexpr u8 key_unit_attention = 0x6;
 inline constexpr u8 key_data_protect = 0x7;
+inline constexpr u8 key_aborted_command = 0xb;
+/// "Becoming ready", or the command was aborted by the device: it is worth asking again [SPC-4 §4.5.6].
+constexpr bool passes(const Sense& sense) {
+    return (sense.key == key_not_ready && sense.asc == 0x04 && sense.ascq == 0x01) || sense.key == key_aborted_command;
+}
 std::string_view sense_key_name(u8 key);
 /// Empty: not one of those that disks give.
 std::string_view sense_code_name(u8 asc, u8 ascq);

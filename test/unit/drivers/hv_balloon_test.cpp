@@ -103,6 +103,9 @@ TEST(HvBalloon, AgreesAndReports) {
     EXPECT_EQ(g.link.sent[4].size(), 48u);
     EXPECT_EQ(get<u64>(g.link.sent[4], 8), 100000u);
     EXPECT_EQ(get<u64>(g.link.sent[4], 16), 20000u);
+    free_now = 150'000; // what was in use at the start has been given back
+    ASSERT_TRUE(g.balloon.report());
+    EXPECT_EQ(get<u64>(g.link.sent.back(), 16), 0u) << "never less than nothing";
     Guest quiet;
     quiet.agree(5); // no pressure reports
     EXPECT_FALSE(quiet.balloon.reports_wanted());

@@ -451,6 +451,12 @@ TEST(Storvsc, TransientConditionsAreTriedAgain) {
     bad = 1;
     reply = with([](Reply& r) { r.srb_status = 0x0e; }); // somebody else's bus reset
     EXPECT_TRUE(m.read(0, buffer));
+    bad = 2;
+    reply = sense("\x70\0\x02\0\0\0\0\x0a\0\0\0\0\x04\x01\0\0\0\0"); // becoming ready
+    EXPECT_TRUE(m.write(0, buffer));
+    bad = 1;
+    reply = sense("\x70\0\x0b\0\0\0\0\x0a\0\0\0\0\0\0\0\0\0\0", 2); // aborted by the device
+    EXPECT_TRUE(m.write(0, buffer));
     bad = 1;
     reply = sense("\x70\0\x01\0\0\0\0\x0a\0\0\0\0\x11\0\0\0\0\0"); // recovered: done
     reply.moved = 4096;
@@ -582,6 +588,69 @@ TEST(Storvsc, OneLateAnswerAmongOthers) {
     m.executor.turn();
     EXPECT_EQ(m.queue->under_way(), 0u);
     EXPECT_TRUE(m.queue->is_open()) << "taken silently";
+}
+
+// The host may carry the write out at any time, over what was acknowledged since: nothing is acknowledged any more.
+class StorvscUnfenced : public testing::TestWithParam<io::Op> {};
+TEST_P(StorvscUnfenced, AWriteThatIsNeverAnsweredClosesTheController) {
+    Machine m;
+    std::optional<Command> kept;
+    m.host.say = [&](const Command& c) {
+        Reply r;
+        if (!kept && c.operation() == 3 && (c.cdb(0) == 0x8a || c.cdb(0) == 0x42)) {
+            kept = c;
+            r.never = true;
+        }
+        return r;
+    };
+    io::Request late(*m.disk, GetParam(), 8, m.buffer(4096));
+    m.disk->submit(late);
+    DmaSpan buffer = m.buffer(4096);
+    while (late.pending()) {
+        ASSERT_TRUE(m.read(100, buffer) || !late.pending()) << "others are answered meanwhile";
+        m.clock.time += 5'000'000;
+        ASSERT_LT(m.clock.time, 5'000'000'000u);
+    }
+    EXPECT_EQ(late.status, io::Status::timed_out);
+    EXPECT_EQ(m.host.resets, 1u);
+    EXPECT_FALSE(m.queue->is_open());
+    EXPECT_TRUE(m.log.has("nothing may be written behind it"));
+    EXPECT_FALSE(m.write(8, buffer));
+}
+INSTANTIATE_TEST_SUITE_P(All, StorvscUnfenced, testing::Values(io::Op::write, io::Op::discard));
+
+// Reads that are given up keep their slots. When nothing but such slots is left the disk is closed, and not silently stuck.
+TEST(Storvsc, SlotsThatAreNeverGivenBackEndTheDisk) {
+    Machine m;
+    m.host.say = [](const Command& c) {
+        Reply r;
+        r.never = c.operation() == 3;
+        return r;
+    };
+    DmaSpan buffer = m.buffer(512);
+    std::vector<std::unique_ptr<io::Request>> reads;
+    for (u32 i = 0; i < Queue::max_parts + 20; ++i) {
+        reads.push_back(std::make_unique<io::Request>(*m.disk, io::Op::read, 0, buffer));
+        m.disk->submit(*reads.back());
+    }
+    while (m.queue->is_open() && m.clock.time < 20'000'000'000) {
+        drivers::storvsc::Exchange own(m.executor); // is answered: the host is not taken for dead
+        own.packet.header = {drivers::storvsc::Operation::reset_bus, drivers::storvsc::flag_completion, 0};
+        static_cast<void>(m.queue->send(own));
+        m.executor.turn();
+        m.clock.time += 50'000'000;
+        m.executor.turn();
+        m.queue->abandon(own);
+        if (std::ranges::none_of(reads, [](const auto& read) { return read->pending(); })) { // more, which find no slot
+            reads.push_back(std::make_unique<io::Request>(*m.disk, io::Op::read, 0, buffer));
+            m.disk->submit(*reads.back());
+        }
+    }
+    EXPECT_FALSE(m.queue->is_open());
+    EXPECT_TRUE(m.log.has("every slot is held by a request that the host never answered")) << m.log.text.view();
+    for (auto& read : reads) {
+        EXPECT_FALSE(read->pending());
+    }
 }
 
 TEST(Storvsc, AnAnswerWithinTheGraceAfterTheReset) {

@@ -393,7 +393,7 @@ constexpr FaultCase cases[] = {
     {Fault::unknown_transaction, later, true, false, "a transaction id that is not under way"},
     {Fault::repeated_completion, later, true, false, "a transaction id that is not under way"},
     {Fault::early_completion, later, true, false, "a transaction id that is not under way"},
-    {Fault::no_answer, later, true, true, "no answer within 200 ms: asking the host to reset the bus"},
+    {Fault::no_answer, later, true, false, "no answer within 200 ms: asking the host to reset the bus"},
     {Fault::completion_too_long, later, true, false, "more data was moved than was asked for"},
     {Fault::short_transfer, 8, true, true, "the host moved 2048 of 4096 bytes and calls that a success"},
     {Fault::medium_error, 8, true, true, "MEDIUM ERROR, write error (3/0c/00) at LBA 96"},
