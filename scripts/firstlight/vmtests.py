@@ -91,6 +91,7 @@ class Case:
     bounds: list[Bound] = dataclasses.field(default_factory=list)
     check_images: bool = False  # bring the images out and check the stamps here
     intact: list[str] = dataclasses.field(default_factory=list)  # with check_images: only these disks; the others may hold anything
+    acknowledged: list[str] = dataclasses.field(default_factory=list)  # with intact: disks that failed, and hold every write that they acknowledged
     timeout: float = 30.0
     groups: list[str] = dataclasses.field(default_factory=lambda: ["fast"])
     required: bool = True
@@ -107,7 +108,8 @@ class Case:
         )  # fmt: skip
         if self.check_images:
             for disk, name in zip(machine.specs, machine.disk_names()):
-                disk.bring_out = work / f"{self.name}-{name}.img" if name in (self.intact or [name]) else None
+                wanted = not self.intact or name in self.intact or name in self.acknowledged
+                disk.bring_out = work / f"{self.name}-{name}.img" if wanted else None
         return machine
 
 
@@ -119,8 +121,9 @@ def load(folder: Path = TABLES) -> list[Case]:
         raise Problem(f"{folder}: these names occur twice: {' '.join(doubles)}.")
     for case in cases:
         machine = case.to_machine(Path("/"))  # a row that describes no machine is found before anything runs
-        if not set(case.intact) <= set(machine.disk_names()):
-            raise Problem(f"{folder}: test {case.name!r}: intact names {case.intact}, the disks are {machine.disk_names()}.")
+        named = case.intact + case.acknowledged
+        if not set(named) <= set(machine.disk_names()) or set(case.intact) & set(case.acknowledged) or (case.acknowledged and not case.intact):
+            raise Problem(f"{folder}: test {case.name!r}: intact and acknowledged name {named}, the disks are {machine.disk_names()}.")
     return cases
 
 
@@ -198,6 +201,8 @@ def judge(case: Case, boot: launch.Boot) -> Result:
                     complaints.append(f"{record.get('disk')} {record.get('workload')}: {field} {record.get(field)!r}, none is allowed")
     if case.check_images and not complaints:
         complaints += check_images(boot, case.intact)
+        for name in case.acknowledged:
+            complaints += check_acknowledged(boot, name)
     return Result(
         case.name, "failed" if complaints else "passed", boot.outcome.seconds, "; ".join(complaints), boot.outcome.output
     )
@@ -227,10 +232,23 @@ def check_images(boot: launch.Boot, intact: Sequence[str] = ()) -> list[str]:
         if bad:
             complaints.append(f"{record['disk']}: {len(bad)} of {record['blocks']} blocks are wrong, first: {bad[0]}")
     if not complaints:
-        for image in images.values():
-            if image:
+        for name, image in images.items():
+            if image and name in chosen:
                 image.unlink(missing_ok=True)
     return complaints
+
+
+def check_acknowledged(boot: launch.Boot, name: str) -> list[str]:
+    """A disk that failed on the way: as many blocks as the kernel says were written must be in the image, whole."""
+    image = dict(zip(boot.machine.disk_names(), boot.machine.specs))[name].bring_out
+    found = [record for record in boot.log.of("verify") if record["disk"] == name]
+    if len(found) != 1 or not image or not image.is_file():
+        return [f"{name}: {len(found)} verify records and {'an' if image and image.is_file() else 'no'} image, one of each expected"]
+    good = found[0]["blocks"] - len(verify_image.check(image, found[0]))
+    if not 0 < found[0]["written"] <= good:
+        return [f"{name}: {found[0]['written']} blocks were acknowledged, {good} are in the image"]
+    image.unlink(missing_ok=True)
+    return []
 
 
 def wreck(name: str, error: Exception, seconds: float = 0.0) -> Result:

@@ -269,6 +269,20 @@ class Table(unittest.TestCase):
                 (complaint,) = vmtests.check_images(launch.finished(described, outcome), case.intact)
                 self.assertIn(wanted, complaint)
 
+    def test_a_failed_disk_holds_what_it_acknowledged(self):
+        case = vmtests.Case(
+            "a", platform="hyperv", disks=["scsi:8k", "scsi:4k"], check_images=True, intact=["sdb"], acknowledged=["sda"], cmdline="job=verify",
+        )  # fmt: skip
+        record = {"record": "verify", "disk": "sda", "bs": 4096, "seed": 1, "generation": 1, "first_lba": 0, "blocks": 2, "ok": False}
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(verify_image, "check", return_value=["LBA 8: no stamp"]):
+            described = case.to_machine(Path(folder))
+            for written, complaints in ((1, 0), (2, 1), (0, 1)):
+                described.specs[0].bring_out.write_bytes(bytes(8192))
+                boot = launch.finished(described, nested.Outcome(33, self.said({**record, "written": written})))
+                self.assertEqual(len(vmtests.check_acknowledged(boot, "sda")), complaints, written)
+            described.specs[0].bring_out.unlink()
+            self.assertIn("no image", vmtests.check_acknowledged(boot, "sda")[0])
+
     def result(self, said, status, /, **row):
         case = vmtests.Case("a", **row)
         outcome = nested.Outcome(status, said)
