@@ -104,7 +104,8 @@ extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
 #endif
     }
     if (notes->cmdline_unreadable) {
-        log::warning("PVH: the command line lies outside the memory that the loader describes; it is ignored");
+        log::warning("PVH: the command line lies outside the memory that the loader describes");
+        boot_info.cmdline_truncated = fl::boot::BootInfo::unreadable;
     }
     if (notes->modules_unreadable) {
         log::warning("PVH: the first module lies outside the memory that the loader describes; there is no map file");

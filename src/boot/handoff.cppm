@@ -53,6 +53,7 @@ struct BootInfo {
     static constexpr usize max_ranges = 256;
     static constexpr usize max_cmdline = 4096;
     static constexpr usize max_map_file = 16384;
+    static constexpr u32 unreadable = 2;
 
     u64 magic;   // magic_value
     u32 version; // version_value
@@ -67,7 +68,7 @@ struct BootInfo {
     Framebuffer framebuffer;
     u32 cmdline_size;                           // bytes, without a terminator; at most max_cmdline
     u32 map_file_size;                          // bytes; at most max_map_file
-    u32 cmdline_truncated;                      // 1: the loader offered more than fits
+    u32 cmdline_truncated;                      // 1: the loader offered more than fits; `unreadable`: it could not be read at all
     u32 map_file_truncated;                     // 1: likewise
     u32 ranges_truncated;                       // 1: likewise (the ranges left out are not used)
     u32 has_map_file;                           // 1: a map file was given, though it may be empty

@@ -151,6 +151,16 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
     if (std::ranges::find(runners.begin(), runners.begin() + most_lanes, nullptr) != runners.begin() + most_lanes) {
         co_return Error{Code::exhausted, "no memory for the benchmark's histograms: give the machine more"};
     }
+    // All of it before any of it: what has been written cannot be taken back.
+    for (const io::BlockDevice* disk : disks.all()) {
+        const std::string_view disk_name = disk->identity().name.view();
+        for (u32 i = 0; i < workloads->count && options.disk.chosen(disk_name); ++i) {
+            const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations};
+            if (auto suits = io::Bench::suits(*disk, workloads->list[i], with, std::min(most_lanes, disk->lanes())); !suits) {
+                co_return refused(suits.error(), disk_name);
+            }
+        }
+    }
     // What the buses still have to say after the probe is said before anything is counted.
     co_await services.executor.sleep(20'000'000);
     Outcome outcome;
@@ -193,6 +203,22 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
     if (auto bad = not_scratch(options, disks)) {
         co_return *bad;
     }
+    io::VerifyPlan plan;
+    plan.scratch = true;
+    // Values beyond 32 bits become the largest one, which verify() refuses with the bounds.
+    const auto narrow = [](u64 value) { return static_cast<u32>(std::min<u64>(value, ~u32{0})); };
+    plan.bs = narrow(options.bs.value_or(plan.bs));
+    plan.qd = narrow(options.qd.value_or(plan.qd));
+    plan.count = options.count.value_or(plan.count);
+    plan.seed = options.seed.value_or(plan.seed);
+    plan.generation = options.generation;
+    // All of it before any of it: what has been written cannot be taken back.
+    for (const io::BlockDevice* disk : disks.all()) {
+        const std::string_view disk_name = disk->identity().name.view();
+        if (auto blocks = options.disk.chosen(disk_name) ? io::blocks_of(disk->geometry(), plan) : Result<u64>{0}; !blocks) {
+            co_return refused(blocks.error(), disk_name);
+        }
+    }
     Outcome outcome;
     u32 good = 0;
     u32 lanes = 1;
@@ -201,15 +227,6 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
         if (!options.disk.chosen(disk_name)) {
             continue;
         }
-        io::VerifyPlan plan;
-        plan.scratch = true;
-        // Values beyond 32 bits become the largest one, which verify() refuses with the bounds.
-        const auto narrow = [](u64 value) { return static_cast<u32>(std::min<u64>(value, ~u32{0})); };
-        plan.bs = narrow(options.bs.value_or(plan.bs));
-        plan.qd = narrow(options.qd.value_or(plan.qd));
-        plan.count = options.count.value_or(plan.count);
-        plan.seed = options.seed.value_or(plan.seed);
-        plan.generation = options.generation;
         auto result = co_await io::verify(*disk, plan, services.dma);
         if (!result) {
             co_return refused(result.error(), disk_name);

@@ -25,9 +25,26 @@ make_table() {
         name = $0
         sub(/^[^ ]+ [^ ]+ /, "", name)
         gsub(/@[A-Za-z0-9_.]+/, "", name)       # the module that a name is attached to
+        gsub(/\[abi:[a-z0-9]+\]/, "", name)
+        gsub(/std::__1::/, "std::", name)       # libc++ of one version is one namespace
         gsub(/\(anonymous namespace\)/, "{}", name)
+        # What a backtrace does not need goes: template arguments, parameters, and the return type that only templates show.
         gsub(/operator\(\)/, "operator{}", name)
+        gsub(/operator<=>/, "operator{ord}", name)
+        gsub(/operator<</, "operator{shl}", name)
+        gsub(/operator</, "operator{lt}", name)
+        gsub(/operator>>/, "operator{shr}", name)
+        gsub(/operator>/, "operator{gt}", name)
+        gsub(/operator /, "operator_", name)
+        while (gsub(/<[^<>]*>/, "", name)) { }
         sub(/\(.*/, "", name)
+        sub(/^.* /, "", name)
+        gsub(/operator_/, "operator ", name)
+        gsub(/\{gt\}/, ">", name)
+        gsub(/\{shr\}/, ">>", name)
+        gsub(/\{lt\}/, "<", name)
+        gsub(/\{shl\}/, "<<", name)
+        gsub(/\{ord\}/, "<=>", name)
         gsub(/operator\{\}/, "operator()", name)
         gsub(/\{\}::/, "", name)
         gsub(/["\\]/, "", name)

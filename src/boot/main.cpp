@@ -77,9 +77,6 @@ void print_boot_info(const BootInfo& info) {
     for (const MemoryRange& range : info.memory()) {
         log::info("  {:016x}-{:016x} {}", range.base, range.base + range.size, name(range.kind));
     }
-    if (info.cmdline_truncated != 0) {
-        log::warning("the command line is longer than {} bytes: its end is missing", BootInfo::max_cmdline);
-    }
     if (info.map_file_truncated != 0) {
         log::warning("the map file is longer than {} bytes: its end is missing", BootInfo::max_map_file);
     }
@@ -231,6 +228,9 @@ void apply_table(const BootInfo& info) {
     drivers::log_plan(plan, hv::vm_guest());
 }
 
+// Devices that a driver was for and could not take into use.
+constinit u32 failed_probes = 0;
+
 io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDriver& driver, const drivers::pci::DeviceList& devices) {
     for (const drivers::pci::Device& device : devices.all()) {
         if (!drivers::pci::matches(driver.ids, device)) {
@@ -240,6 +240,7 @@ io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDri
                   device.vendor, device.device);
         if (auto done = co_await driver.probe(environment, device); !done) {
             report(done.error(), driver.name);
+            ++failed_probes;
         }
     }
     co_return Result<void>{};
@@ -255,6 +256,7 @@ io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const 
         log::info("{}: probing {} {}", driver.name, device.type.view(), device.address.view());
         if (auto done = co_await driver.probe(environment, backend, device); !done) {
             report(done.error(), driver.name); // the disk is not claimed: the native driver may have it
+            ++failed_probes;
         }
     }
     co_return Result<void>{};
@@ -270,7 +272,7 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
         }
         CO_CHECK(co_await io::run_on(*executors().list[options.processor], provoke_here(options.fault)));
     }
-    if (std::ranges::any_of(table.diagnostics(), [](const drivers::Diagnostic& wrong) { return wrong.line == 0; })) {
+    if (table.wrong_word()) {
         co_return Outcome{Verdict::error, FixedText<240>("a rule of map= on the command line is malformed; nothing has been probed")};
     }
     const Instant first_probe = now();
@@ -331,10 +333,15 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     }
     Result<Outcome> outcome =
         co_await run_until_shutdown(options, disks, {executor, dma_memory(), heap_allocations, executors().all()}, shutdown);
-    if (outcome && table.wrong() != 0 && outcome->verdict == Verdict::success) {
+    if (outcome && outcome->verdict == Verdict::success && (table.wrong() != 0 || info.map_file_truncated != 0 || failed_probes != 0)) {
         outcome->verdict = Verdict::error;
         outcome->reason.clear();
-        print(outcome->reason, "{} malformed lines in the map file; the rest of it counted, and the job itself succeeded", table.wrong());
+        if (failed_probes != 0) {
+            print(outcome->reason, "{} devices could not be taken into use (see the errors above); the job itself succeeded", failed_probes);
+        } else {
+            print(outcome->reason, "{} malformed lines in the map file{}; the rest of it counted, and the job itself succeeded", table.wrong(),
+                  info.map_file_truncated != 0 ? ", which is cut" : "");
+        }
     }
     co_return outcome;
 }
@@ -384,6 +391,11 @@ void install_power_off(B& backend) {
             log::Record("error").text("code", name(Code::bad_argument)).text("message", message.view());
         }
         end_vm(Verdict::error, option_errors.all()[0].view());
+    }
+    if (info.cmdline_truncated != 0) { // what is missing may change what is there
+        end_vm(Verdict::error, info.cmdline_truncated == BootInfo::unreadable
+                                   ? "the command line could not be read: the loader put it outside of the memory that it describes"
+                                   : "the command line is longer than 4096 bytes: a shorter one, or a map file for its rules");
     }
     if (info.range_count == 0) {
         end_vm(Verdict::error,

@@ -117,16 +117,19 @@ u32 Table::apply(std::string_view file) {
     return bad;
 }
 
+bool Table::refuse(u32 line, std::string_view message) {
+    if (wrong_ < max_diagnostics) {
+        diagnostics_[wrong_] = {line, FixedText<160>(message)};
+    }
+    ++wrong_;
+    wrong_word_ = wrong_word_ || line == 0;
+    return false;
+}
+
 bool Table::apply_word(std::string_view rule) { return apply_line(rule, true, 0); }
 
 bool Table::apply_line(std::string_view text, bool commas, u32 line) {
-    auto refuse = [&](const FixedText<160>& message) {
-        if (wrong_ < max_diagnostics) {
-            diagnostics_[wrong_] = {line, message};
-        }
-        ++wrong_;
-        return false;
-    };
+    const auto refuse = [&](const FixedText<160>& message) { return this->refuse(line, message.view()); };
     Splitter words(text, commas);
     const std::optional<std::string_view> verb_word = words.next();
     const auto verb = static_cast<int>(std::ranges::find(verbs, verb_word.value_or("")) - verbs.begin());
@@ -179,13 +182,7 @@ bool Table::apply_line(std::string_view text, bool commas, u32 line) {
 }
 
 bool Table::change(const Rule& rule, int verb, u32 line) {
-    auto refuse = [&](std::string_view message) {
-        if (wrong_ < max_diagnostics) {
-            diagnostics_[wrong_] = {line, FixedText<160>(message)};
-        }
-        ++wrong_;
-        return false;
-    };
+    const auto refuse = [&](std::string_view message) { return this->refuse(line, message); };
     // `*` changes every rule of the pair when it re-ranks or removes; an added `*` is a rule of its own, which a named hypervisor's rule beats.
     bool hit = false;
     for (u32 i = 0; i < rule_count_;) {

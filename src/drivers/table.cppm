@@ -98,6 +98,8 @@ class Table {
     std::span<const Rule> rules() const { return {rules_.data(), rule_count_}; }
     std::span<const Diagnostic> diagnostics() const { return {diagnostics_.data(), std::min<usize>(wrong_, max_diagnostics)}; }
     u32 wrong() const { return wrong_; }
+    /// Whether a rule of the command line was wrong, with or without room for its diagnostic.
+    bool wrong_word() const { return wrong_word_; }
 
     /// `emulated`: overrides every rule's twin policy (command line key `emulated`).
     Plan plan(hv::VmGuest guest, std::optional<Twin> emulated) const;
@@ -105,10 +107,12 @@ class Table {
   private:
     bool apply_line(std::string_view text, bool commas, u32 line);
     bool change(const Rule& rule, int verb, u32 line);
+    bool refuse(u32 line, std::string_view message);
     std::array<Rule, max_rules> rules_{};
     u32 rule_count_ = 0;
     std::array<Diagnostic, max_diagnostics> diagnostics_{};
     u32 wrong_ = 0;
+    bool wrong_word_ = false;
 };
 
 /// The built-in rules.

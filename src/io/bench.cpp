@@ -168,7 +168,7 @@ Result<Workload> parse_workload(std::string_view text) {
     return w;
 }
 
-Result<void> Bench::prepare(BlockDevice& disk, const Workload& w, const BenchOptions& options) {
+Result<void> Bench::suits(const BlockDevice& disk, const Workload& w, const BenchOptions& options, u32 lanes) {
     CHECK(check(w));
     const Geometry& g = disk.geometry();
     if (w.writes() && !options.scratch) {
@@ -180,18 +180,27 @@ Result<void> Bench::prepare(BlockDevice& disk, const Workload& w, const BenchOpt
     if (w.bs % g.sector_size != 0) {
         return Error{Code::bad_argument, "bs of a workload must be a multiple of the disk's sector size", g.sector_size, w.bs};
     }
-    workload_ = w;
-    sectors_per_block_ = w.bs / g.sector_size;
-    blocks_ = g.sectors / sectors_per_block_;
+    const u64 blocks = g.sectors / (w.bs / g.sector_size);
     const bool sequential = w.pattern == Pattern::read || w.pattern == Pattern::write;
-    const u64 needed = sequential ? w.count : 1;
-    if (blocks_ < needed) {
+    const u64 needed = !sequential ? 1 : lanes > 1 ? (w.count / lanes + 1) * lanes : w.count; // a stretch for each lane
+    if (blocks < needed) {
         return Error{Code::bad_argument, "the disk is smaller than the workload asks for (blocks of bs bytes): a smaller count or bs", needed,
-                     blocks_};
+                     blocks};
     }
     if (options.dma == nullptr) {
         return Error{Code::bad_argument, "a workload needs memory for its buffers"};
     }
+    if (w.count < lanes) {
+        return Error{Code::bad_argument, "a workload needs an I/O for each lane of the disk", lanes, w.count};
+    }
+    return {};
+}
+
+Result<void> Bench::prepare(BlockDevice& disk, const Workload& w, const BenchOptions& options) {
+    CHECK(suits(disk, w, options, 1));
+    workload_ = w;
+    sectors_per_block_ = w.bs / disk.geometry().sector_size;
+    blocks_ = disk.geometry().sectors / sectors_per_block_;
     left_ = w.count;
     block_ = 0;
     random_ = SplitMix64(mix64(w.seed));

@@ -87,6 +87,9 @@ class Bench {
     /// for each. They begin together; runtime_ns is from there to the last completion of all.
     static Task<Result<BenchReport>> run_lanes(std::span<Bench* const> runners, BlockDevice& disk, Workload workload, BenchOptions options);
 
+    /// What run() and run_lanes() (with `lanes` of them) would refuse before the first I/O, memory for buffers aside.
+    static Result<void> suits(const BlockDevice& disk, const Workload& workload, const BenchOptions& options, u32 lanes);
+
   private:
     struct Start;
     static Task<Result<void>> lane_task(Bench& bench, BlockDevice& lane, Start& start);

@@ -156,6 +156,8 @@ Task<Result<void>> pass(Run& run, Op op, DmaAllocator& dma) {
     co_return spawned;
 }
 
+} // namespace
+
 Result<u64> blocks_of(const Geometry& g, const VerifyPlan& plan) {
     if (plan.bs == 0 || plan.bs % g.sector_size != 0 || plan.bs > 1_MiB) {
         return Error{Code::bad_argument, "verify: bs must be a multiple of the disk's sector size, at most 1m", g.sector_size, plan.bs};
@@ -181,8 +183,6 @@ Result<u64> blocks_of(const Geometry& g, const VerifyPlan& plan) {
     }
     return plan.count != 0 ? plan.count : on_disk - skipped;
 }
-
-} // namespace
 
 namespace {
 

@@ -66,6 +66,9 @@ struct VerifyReport {
     std::span<const BadBlock> bad_blocks() const { return {first_bad.data(), std::min<usize>(bad, first_bad.size())}; }
 };
 
+/// How many blocks `plan` means on such a disk; the error that verify() would give before the first transfer.
+Result<u64> blocks_of(const Geometry& geometry, const VerifyPlan& plan);
+
 /// Writes every block, flushes, reads every block back and checks it; or only reads and checks. A disk with several lanes is split into as many
 /// regions, and all lanes are at it at once, each with plan.qd transfers, on its own processor. Error{bad_argument}, before anything is
 /// submitted: a plan that does not suit the disk, or writing without plan.scratch. Error{exhausted}: no buffers or frames. Bad blocks and failed

@@ -194,6 +194,7 @@ void ChannelQueue<P>::forget(Disk& disk, io::Request& request) {
         disk.again.push(*other);
     }
     begin_reset();
+    --resets_in_a_row_; // its owner's wish, and no sign of a disk that does not work
     charge();
 }
 
