@@ -228,8 +228,12 @@ void apply_table(const BootInfo& info) {
     drivers::log_plan(plan, hv::vm_guest());
 }
 
-// Devices that a driver was for and could not take into use.
+// Devices that a driver was for and that failed it: silent, closed, broken. One that it does not support is left to others, and no failure.
 constinit u32 failed_probes = 0;
+void failed_probe(const Error& error, std::string_view driver) {
+    report(error, driver);
+    failed_probes += error.code == Code::not_supported ? 0 : 1;
+}
 
 io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDriver& driver, const drivers::pci::DeviceList& devices) {
     for (const drivers::pci::Device& device : devices.all()) {
@@ -239,8 +243,7 @@ io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDri
         log::info("{}: probing {:02x}:{:02x}.{} [{:04x}:{:04x}]", driver.name, device.at.bus, device.at.device, device.at.function,
                   device.vendor, device.device);
         if (auto done = co_await driver.probe(environment, device); !done) {
-            report(done.error(), driver.name);
-            ++failed_probes;
+            failed_probe(done.error(), driver.name);
         }
     }
     co_return Result<void>{};
@@ -255,8 +258,7 @@ io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const 
         }
         log::info("{}: probing {} {}", driver.name, device.type.view(), device.address.view());
         if (auto done = co_await driver.probe(environment, backend, device); !done) {
-            report(done.error(), driver.name); // the disk is not claimed: the native driver may have it
-            ++failed_probes;
+            failed_probe(done.error(), driver.name); // the disk is not claimed: the native driver may have it
         }
     }
     co_return Result<void>{};
@@ -385,17 +387,17 @@ void install_power_off(B& backend) {
     log::set_level(options.log);
     print_boot_info(info);
     hv::log_detection(cpuid_snapshot, sightings, choice);
+    if (info.cmdline_truncated != 0) { // what is missing may change what is there
+        end_vm(Verdict::error, info.cmdline_truncated == BootInfo::unreadable
+                                   ? "the command line could not be read: the loader put it outside of the memory that it describes"
+                                   : "the command line is longer than 4096 bytes: a shorter one, or a map file for its rules");
+    }
     if (!understood) {
         for (const auto& message : option_errors.all()) {
             log::error("{}", message.view());
             log::Record("error").text("code", name(Code::bad_argument)).text("message", message.view());
         }
         end_vm(Verdict::error, option_errors.all()[0].view());
-    }
-    if (info.cmdline_truncated != 0) { // what is missing may change what is there
-        end_vm(Verdict::error, info.cmdline_truncated == BootInfo::unreadable
-                                   ? "the command line could not be read: the loader put it outside of the memory that it describes"
-                                   : "the command line is longer than 4096 bytes: a shorter one, or a map file for its rules");
     }
     if (info.range_count == 0) {
         end_vm(Verdict::error,

@@ -226,6 +226,21 @@ TEST_F(AtaErrors, AForgottenBufferIsNotTouchedAgain) {
     EXPECT_EQ(m.primary.resets, 1u);
 }
 
+TEST_F(AtaErrors, AnOwnerThatGivesUpOftenIsNoSignOfABrokenDisk) {
+    m.primary.latency = 15'000'000;
+    for (u32 i = 0; i < 12; ++i) {
+        submit(1, buffer());
+        m.executor.turn();
+        requests.erase(requests.begin());
+        for (u32 turns = 0; turns < 300; ++turns) { // the reset comes to its end
+            m.executor.turn();
+        }
+    }
+    submit(5, buffer());
+    ASSERT_TRUE(all_ended());
+    EXPECT_EQ(requests[0]->status, io::Status::ok);
+}
+
 TEST_F(AtaErrors, ClosingEndsEverything) {
     m.primary.latency = 15'000'000;
     submit(1, buffer());

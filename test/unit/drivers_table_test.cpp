@@ -70,6 +70,16 @@ TEST(Table, AddRemoveRankAndLines) {
     EXPECT_EQ(table.wrong(), 0u);
 }
 
+TEST(Table, AWrongRuleOfTheCommandLineIsKnownBehindAnyNumberOfWrongLines) {
+    Table table;
+    for (u32 i = 0; i < 2 * Table::max_diagnostics; ++i) {
+        EXPECT_EQ(table.apply("adn"), 1u);
+    }
+    EXPECT_FALSE(table.wrong_word());
+    EXPECT_FALSE(table.apply_word("rank,xen,ata,xen_blk,high"));
+    EXPECT_TRUE(table.wrong_word());
+}
+
 TEST(Table, MalformedLinesAreReportedByNumberAndTheRestCounts) {
     Table table;
     const u32 bad = table.apply("adn xen ata xen_blk 1\n"         // 1
