@@ -83,7 +83,7 @@ class Case:
     cpus: int = 1
     memory: int = 256
     cmdline: str = "job=boot"
-    cmdline_blanks: int = 0  # so many more behind the first word
+    cmdline_more: int = 0  # one more word of so many letters
     map: str = ""  # a file beside the table
     disks: list[str] | None = None
     expect: str = "SUCCESS"
@@ -103,7 +103,7 @@ class Case:
 
     def to_machine(self, work: Path) -> Machine:
         machine = Machine(
-            self.name, self.platform, self.machine, self.boot, self.cpus, self.memory, self.cmdline.replace(" ", " " * (self.cmdline_blanks + 1), 1),
+            self.name, self.platform, self.machine, self.boot, self.cpus, self.memory, self.cmdline + (" " + "x" * self.cmdline_more if self.cmdline_more else ""),
             TABLES / self.map if self.map else None, self.disks, counted=self.deterministic, timeout=self.timeout,
             linux=(TABLES / self.linux).read_text() if self.linux else "", extra=self.host,
         )  # fmt: skip
