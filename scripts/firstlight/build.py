@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 from . import paths, process
-from .problems import Problem
+from .problems import Exit, Problem
 
 CONFIGURE_SECONDS = 180
 BUILD_SECONDS = 900
+TELL_SECONDS = 10
 
 
-def preset(name: str, quiet: bool = True, target: str = "") -> None:
+def preset(name: str, target: str = "") -> None:
     source = paths.REPOSITORY
     if not (source / "CMakePresets.json").is_file():
         raise Problem(f"{source}/CMakePresets.json: no such file.")
     with process.alone(paths.BUILD / f"{name}.lock", f"build {name}"):
         process.run(["cmake", "--preset", name], timeout=CONFIGURE_SECONDS, cwd=source, what=f"cmake --preset {name}")
-        process.run(
-            ["cmake", "--build", "--preset", name, *(["--target", target] if target else [])],
-            timeout=BUILD_SECONDS,
-            cwd=source,
-            quiet=quiet,
-            what=f"cmake --build --preset {name}",
-        )
+        watched(["cmake", "--build", "--preset", name, *(["--target", target] if target else [])], f"build {name}", source)
+
+
+def watched(command: list[str], what: str, folder: Path) -> None:
+    """Runs a build to its end and tells every few seconds how far it is; the output is shown if it fails."""
+    lines: list[str] = []
+    told = time.monotonic()
+    late = False
+    with process.started(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+        assert child.stdout
+
+        def stop() -> None:
+            nonlocal late
+            late = True
+            process.kill(child)
+
+        clock = threading.Timer(BUILD_SECONDS, stop)
+        clock.start()
+        try:
+            for raw in child.stdout:
+                lines.append(raw.decode(errors="replace").rstrip())
+                step = re.match(r"\[(\d+)/(\d+)\]", lines[-1])
+                if step and time.monotonic() - told >= TELL_SECONDS:
+                    told = time.monotonic()
+                    print(f"{what}: {step[1]} of {step[2]} steps", file=sys.stderr, flush=True)
+            status = child.wait()
+        finally:
+            clock.cancel()
+    if late:
+        raise Problem(f"{what}: still running after {BUILD_SECONDS} s, killed.\n{process.tail(chr(10).join(lines))}", Exit.TIMEOUT)
+    if status:
+        sys.stderr.write(process.tail("\n".join(lines)) + "\n")
+        raise Problem(f"{what}: exit status {status}, expected 0.")
 
 
 def test_host() -> None:

@@ -88,6 +88,8 @@ def by_hand(ready: lab.Lab, machine: Machine, where: launch.Place, options) -> E
     folder = paths.RUNS / "run"
     folder.mkdir(parents=True, exist_ok=True)
     job = machine.job(folder)
+    if (options.gdb or options.console) and machine.kind.test_host and not where.nested:
+        raise Problem(f"--gdb and --console are QEMU's; {machine.platform} runs on the project's own test host.", Exit.USAGE)
     if where.nested:
         if options.gdb or options.console:
             raise Problem(

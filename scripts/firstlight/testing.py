@@ -234,6 +234,7 @@ def script_tests(only: list[str]) -> Iterable[Result]:
 def host_tests(preset: str, only: list[str]) -> Iterable[Result]:
     """One preset: configure, build, ctest; each of ctest's tests is one result."""
     begin = time.monotonic()
+    say(f"build: {preset}")
     try:
         build.preset(preset)
     except Problem as problem:

@@ -277,9 +277,14 @@ def run(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str]
     work.mkdir(parents=True, exist_ok=True)
     here: list[Case] = []
     starts: dict[str, list[Case]] = {"linux": [], "deterministic": [], "deterministic-uefi": [], "wall": []}  # the longest first
+    reasons: set[str] = set()
     for case in cases:
         try:
-            nested = launch.place(case.to_machine(work).kind, ready, forced).nested
+            where = launch.place(case.to_machine(work).kind, ready, forced)
+            nested = where.nested
+            if f"{case.platform}: {where.reason}" not in reasons:
+                reasons.add(f"{case.platform}: {where.reason}")
+                told(f"{case.platform}: {where.reason}")
         except Exception as error:
             yield wreck(case.name, error)
             continue
