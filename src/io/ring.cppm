@@ -187,14 +187,6 @@ struct Never : Always {
     }
 };
 
-/// After how many completions an event is worth its price: half of what is under way, but at least one and at most `limit`. A completion that
-/// stays unannounced because the others never come is found by the executor's tick (Executor::tick_length).
-struct Moderation {
-    u32 shift = 1;
-    u32 limit = 64;
-    constexpr u32 after(u32 in_flight) const { return std::max(1u, std::min(in_flight >> shift, limit)); }
-};
-
 // ---- how entries arrive ----------------------------------------------------------------------------------------------------------------------
 
 /// The producer publishes its position at layout.index.
@@ -451,7 +443,7 @@ class Consumer {
         }
     }
 
-    /// Before sleeping: asks for an event after `count` more entries (Moderation::after) and looks once more. True: something is there already,
+    /// Before sleeping: asks for an event after `count` more entries (how many is the driver's to know) and looks once more. True: something is there already,
     /// do not sleep. `count` must not be more than will come; 0 counts as 1.
     Result<bool> arm(u32 count, u32 limit = ~u32{0}) {
         if (broken_) [[unlikely]] {
