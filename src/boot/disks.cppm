@@ -25,6 +25,7 @@ class Disks {
         Port(Disks& disks, std::string_view driver) : disks_(disks), driver_(driver) {}
         bool offered(u32 disk_number) override;
         Result<void> announce(io::BlockDevice& disk, u32 disk_number) override;
+        void gone(u32 disk_number) override { disks_.claims_.released(driver_, drivers::disk_slot(disk_number)); }
 
       private:
         Disks& disks_;

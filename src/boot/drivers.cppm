@@ -38,34 +38,38 @@ inline constexpr std::array<PciDriver, 1> pci_drivers{{
     {"ata", drivers::ata::ids, probe_ata},
 }};
 
-/// `type`: as the backend's bus calls it (hv::SyntheticDevice::type).
-template <class B>
+/// `type`: as the backend's bus calls it (hv::SyntheticDevice::type). `backend`: the one in whose list it stands; untyped, so that one loop does
+/// for all of them.
 struct SyntheticDriver {
     std::string_view name;
     std::string_view type;
-    io::Task<Result<void>> (*probe)(drivers::Environment& environment, B& backend, const hv::SyntheticDevice& device);
+    io::Task<Result<void>> (*probe)(drivers::Environment& environment, void* backend, const hv::SyntheticDevice& device);
 };
+template <class B, io::Task<Result<void>> (*probe)(drivers::Environment&, B&, const hv::SyntheticDevice&)>
+io::Task<Result<void>> probe_on(drivers::Environment& environment, void* backend, const hv::SyntheticDevice& device) {
+    return probe(environment, *static_cast<B*>(backend), device);
+}
 
 /// The synthetic drivers for one backend; none for most.
 template <class B>
-inline constexpr std::array<SyntheticDriver<B>, 0> synthetic_drivers{};
+inline constexpr std::array<SyntheticDriver, 0> synthetic_drivers{};
 
 #ifdef FIRSTLIGHT_HV_XEN
 template <>
-inline constexpr std::array<SyntheticDriver<hv::Xen>, 1> synthetic_drivers<hv::Xen>{{
-    {"xen_blk", "vbd", drivers::xen_blk::probe},
+inline constexpr std::array<SyntheticDriver, 1> synthetic_drivers<hv::Xen>{{
+    {"xen_blk", "vbd", probe_on<hv::Xen, drivers::xen_blk::probe>},
 }};
 #endif
 
 /// Synthetic devices that are no disks: no rule of the table names them, they are probed after the disks.
 template <class B>
-inline constexpr std::array<SyntheticDriver<B>, 0> service_drivers{};
+inline constexpr std::array<SyntheticDriver, 0> service_drivers{};
 
 #ifdef FIRSTLIGHT_HV_HYPERV
 template <>
-inline constexpr std::array<SyntheticDriver<hv::HyperV>, 2> synthetic_drivers<hv::HyperV>{{
-    {"storvsc", drivers::storvsc::scsi_class, drivers::storvsc::probe},
-    {"storvsc", drivers::storvsc::ide_class, drivers::storvsc::probe},
+inline constexpr std::array<SyntheticDriver, 2> synthetic_drivers<hv::HyperV>{{
+    {"storvsc", drivers::storvsc::scsi_class, probe_on<hv::HyperV, drivers::storvsc::probe>},
+    {"storvsc", drivers::storvsc::ide_class, probe_on<hv::HyperV, drivers::storvsc::probe>},
 }};
 
 inline io::Task<Result<void>> probe_balloon(drivers::Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device) {
@@ -75,11 +79,11 @@ inline io::Task<Result<void>> probe_balloon(drivers::Environment& environment, h
     return drivers::hv_balloon::probe(environment, hyperv, device, memory);
 }
 template <>
-inline constexpr std::array<SyntheticDriver<hv::HyperV>, 4> service_drivers<hv::HyperV>{{
-    {"hv_util", drivers::hv_util::shutdown_class, drivers::hv_util::probe},
-    {"hv_util", drivers::hv_util::heartbeat_class, drivers::hv_util::probe},
-    {"hv_util", drivers::hv_util::time_sync_class, drivers::hv_util::probe},
-    {"hv_balloon", drivers::hv_balloon::balloon_class, probe_balloon},
+inline constexpr std::array<SyntheticDriver, 4> service_drivers<hv::HyperV>{{
+    {"hv_util", drivers::hv_util::shutdown_class, probe_on<hv::HyperV, drivers::hv_util::probe>},
+    {"hv_util", drivers::hv_util::heartbeat_class, probe_on<hv::HyperV, drivers::hv_util::probe>},
+    {"hv_util", drivers::hv_util::time_sync_class, probe_on<hv::HyperV, drivers::hv_util::probe>},
+    {"hv_balloon", drivers::hv_balloon::balloon_class, probe_on<hv::HyperV, probe_balloon>},
 }};
 #endif
 

@@ -235,8 +235,8 @@ void failed_probe(const Error& error, std::string_view driver) {
     failed_probes += error.code == Code::not_supported ? 0 : 1;
 }
 
-io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDriver& driver, const drivers::pci::DeviceList& devices) {
-    for (const drivers::pci::Device& device : devices.all()) {
+io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDriver& driver, std::span<const drivers::pci::Device> devices) {
+    for (const drivers::pci::Device& device : devices) {
         if (!drivers::pci::matches(driver.ids, device)) {
             continue;
         }
@@ -249,10 +249,9 @@ io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDri
     co_return Result<void>{};
 }
 
-template <class B>
-io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const SyntheticDriver<B>& driver, B& backend,
-                                       const hv::DeviceList& devices) {
-    for (const hv::SyntheticDevice& device : devices.all()) {
+io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const SyntheticDriver& driver, void* backend,
+                                       std::span<const hv::SyntheticDevice> devices) {
+    for (const hv::SyntheticDevice& device : devices) {
         if (device.type.view() != driver.type) {
             continue;
         }
@@ -262,6 +261,108 @@ io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const 
         }
     }
     co_return Result<void>{};
+}
+
+// A backend's part in what follows, untyped: one copy does for all of them.
+struct Given;
+struct BackendSide {
+    void* backend;
+    std::span<const SyntheticDriver> synthetic;
+    std::span<const SyntheticDriver> services;
+    io::Task<Result<void>> (*late)(Given& given); // nullptr: no device comes later
+};
+
+// What drivers are given. Static where it is used: a host adds devices, and asks for the end, as long as the machine runs.
+struct Given {
+    Given(const BackendSide& backend, io::Executor& first) : side(backend), executor(first), shutdown(first), keeper(first) {}
+    BackendSide side;
+    io::Executor& executor;
+    Disks disks{plan};
+    io::Shutdown shutdown;
+    std::array<std::optional<Disks::Port>, drivers::Plan::max_drivers + 1> ports; // of the drivers in the plan's order; then of the services
+    io::TaskGroup keeper; // never ended: what its task waits for may be in a device's hands
+
+    drivers::Environment environment(u32 port, std::string_view driver) {
+        if (!ports[port]) {
+            ports[port].emplace(disks, driver);
+        }
+        return {executor, dma_memory(), interrupts(), *ports[port], options.timeout, options.withheld_features, executors().all(), &shutdown};
+    }
+};
+
+// Offers these devices to the drivers, in the plan's order; then to the services.
+io::Task<Result<void>> probe(Given& given, std::span<const hv::SyntheticDevice> synthetic, std::span<const drivers::pci::Device> pci) {
+    for (u32 i = 0; i < plan.driver_count; ++i) {
+        const std::string_view name = plan.order[i];
+        drivers::Environment environment = given.environment(i, name);
+        for (const PciDriver& driver : pci_drivers) {
+            if (driver.name == name) {
+                CO_CHECK(co_await probe_pci(environment, driver, pci));
+            }
+        }
+        for (const SyntheticDriver& driver : given.side.synthetic) {
+            if (driver.name == name) {
+                CO_CHECK(co_await probe_synthetic(environment, driver, given.side.backend, synthetic));
+            }
+        }
+    }
+    drivers::Environment environment = given.environment(plan.driver_count, "services");
+    for (const SyntheticDriver& driver : given.side.services) {
+        CO_CHECK(co_await probe_synthetic(environment, driver, given.side.backend, synthetic));
+    }
+    co_return Result<void>{};
+}
+
+// Devices that come later, or that come again: one after the other, under the same rules. Those that wait stand in the bus's list.
+template <hv::LateDevices B>
+io::Task<Result<void>> probe_late(Given& given) {
+    B& backend = *static_cast<B*>(given.side.backend);
+    for (;;) {
+        static_cast<void>(co_await backend.news().wait(never));
+        while (const auto device = backend.next_device()) {
+            if (given.shutdown.requested()) {
+                co_return Result<void>{};
+            }
+            if (auto done = co_await probe(given, {&*device, 1}, {}); !done) {
+                report(done.error(), B::name);
+            }
+        }
+    }
+}
+
+template <class B>
+BackendSide side_of(B& backend) {
+    BackendSide side{&backend, synthetic_drivers<B>, service_drivers<B>, nullptr};
+    if constexpr (hv::LateDevices<B>) {
+        side.late = probe_late<B>;
+    }
+    return side;
+}
+
+// From the list of devices to the verdict.
+io::Task<Result<Outcome>> probe_and_run(const BootInfo& info, BackendSide side, io::Executor& executor, const hv::DeviceList& synthetic,
+                                        const drivers::pci::DeviceList& pci) {
+    static Given given(side, executor); // larger than a coroutine frame may be
+    log::info("devices: {} synthetic, {} PCI functions", synthetic.count, pci.count);
+    CO_CHECK(co_await probe(given, synthetic.all(), pci.all()));
+    if (side.late != nullptr) {
+        if (auto kept = given.keeper.spawn(side.late(given)); !kept) {
+            log::warning("devices that come later will not be noticed: {}", kept.error());
+        }
+    }
+    Result<Outcome> outcome =
+        co_await run_until_shutdown(options, given.disks, {executor, dma_memory(), heap_allocations, executors().all()}, given.shutdown);
+    if (outcome && outcome->verdict == Verdict::success && (table.wrong() != 0 || info.map_file_truncated != 0 || failed_probes != 0)) {
+        outcome->verdict = Verdict::error;
+        outcome->reason.clear();
+        if (failed_probes != 0) {
+            print(outcome->reason, "{} devices could not be taken into use (see the errors above); the job itself succeeded", failed_probes);
+        } else {
+            print(outcome->reason, "{} malformed lines in the map file{}; the rest of it counted, and the job itself succeeded", table.wrong(),
+                  info.map_file_truncated != 0 ? ", which is cut" : "");
+        }
+    }
+    co_return outcome;
 }
 
 // Everything behind the defined point: `backend` is final, nothing has been probed.
@@ -290,7 +391,6 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     }
 
     // Static: larger than a coroutine frame may be.
-    static Disks disks(plan);
     static constinit hv::DeviceList synthetic{};
     static constinit drivers::pci::DeviceList pci{};
     if constexpr (hv::BusRoot<B>) {
@@ -303,49 +403,7 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
         drivers::pci::enumerate(config, pci);
     }
     boot_record(info, sightings, B::name, first_probe);
-    log::info("devices: {} synthetic, {} PCI functions", synthetic.count, pci.count);
-    // Both stay: a host may add disks, and ask for the end, as long as the machine runs.
-    static io::Shutdown shutdown(executor);
-    static constinit std::array<std::optional<Disks::Port>, drivers::Plan::max_drivers + 1> ports{};
-    usize used_ports = 0;
-    const auto environment_of = [&](std::string_view driver) {
-        return drivers::Environment{executor,          dma_memory(),
-                                    interrupts(),      ports[used_ports++].emplace(disks, driver),
-                                    options.timeout,   options.withheld_features,
-                                    executors().all(), &shutdown};
-    };
-    for (std::string_view name : plan.drivers()) {
-        drivers::Environment environment = environment_of(name);
-        for (const PciDriver& driver : pci_drivers) {
-            if (driver.name == name) {
-                CO_CHECK(co_await probe_pci(environment, driver, pci));
-            }
-        }
-        for (const auto& driver : synthetic_drivers<B>) {
-            if (driver.name == name) {
-                CO_CHECK(co_await probe_synthetic(environment, driver, backend, synthetic));
-            }
-        }
-    }
-    if constexpr (service_drivers<B>.size() != 0) {
-        drivers::Environment environment = environment_of("services");
-        for (const auto& driver : service_drivers<B>) {
-            CO_CHECK(co_await probe_synthetic(environment, driver, backend, synthetic));
-        }
-    }
-    Result<Outcome> outcome =
-        co_await run_until_shutdown(options, disks, {executor, dma_memory(), heap_allocations, executors().all()}, shutdown);
-    if (outcome && outcome->verdict == Verdict::success && (table.wrong() != 0 || info.map_file_truncated != 0 || failed_probes != 0)) {
-        outcome->verdict = Verdict::error;
-        outcome->reason.clear();
-        if (failed_probes != 0) {
-            print(outcome->reason, "{} devices could not be taken into use (see the errors above); the job itself succeeded", failed_probes);
-        } else {
-            print(outcome->reason, "{} malformed lines in the map file{}; the rest of it counted, and the job itself succeeded", table.wrong(),
-                  info.map_file_truncated != 0 ? ", which is cut" : "");
-        }
-    }
-    co_return outcome;
+    co_return co_await probe_and_run(info, side_of(backend), executor, synthetic, pci);
 }
 
 template <class B>

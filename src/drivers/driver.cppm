@@ -26,6 +26,8 @@ class DiskSink {
     virtual bool offered(u32 disk_number) = 0;
     /// The disk is ready; it lives until the machine ends. Error{busy}: another driver attached the same disk first; the driver lets go of it.
     virtual Result<void> announce(io::BlockDevice& disk, u32 disk_number) = 0;
+    /// The host has taken the disk away: what is announced under that number later is another one.
+    virtual void gone(u32 disk_number) { static_cast<void>(disk_number); }
 
   protected:
     ~DiskSink() = default;

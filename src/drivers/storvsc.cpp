@@ -509,6 +509,9 @@ io::Task<Result<void>> Controller::watch_over() {
         for (u32 i = 0; i < lane_count_; ++i) {
             if (lanes_[i]->channel.rescinded()) {
                 queue.shut(io::Status::device_gone, {Code::device_gone, "the host has taken the storage controller away"});
+                if (ide_) {
+                    environment_.disks.gone(ide_->disk_number());
+                }
             }
         }
         if (!queue.is_open()) {

@@ -10,6 +10,7 @@
 //   6. join(...)                     once on every further processor (Processors)
 //   7. unplug(...)                   after the driver table has been applied, before any native bus is probed
 //   8. enumerate(...)                inside the executor; then drivers use events, hypercalls and the backend's own members
+//      next_device()                 from then on, when there is news() (LateDevices)
 //   9. leave(...)                    on every processor that has joined, when the job is done
 //  10. power_off() / reboot() / crash(...)   at the end, or at any time after install
 export module hv.backend;
@@ -22,6 +23,7 @@ import core.interrupt;
 import core.log;
 import core.cpuid;
 import io.executor;
+import io.latch;
 import io.task;
 export import hv.detect;
 
@@ -148,6 +150,15 @@ struct DeviceList {
 template <class B>
 concept BusRoot = requires(B& b, DeviceList& into) {
     { b.enumerate(into) } -> std::same_as<io::Task<Result<void>>>;
+};
+
+/// A bus whose devices come and go while the machine runs. next_device(): after enumerate(), in the executor; a device that came since and was
+/// not given yet; nothing: none. news(): opened when there may be another one; one task waits for it. The bus keeps what nobody asks for, within
+/// its own bound, and forgets a device that goes before it was given.
+template <class B>
+concept LateDevices = BusRoot<B> && requires(B& b) {
+    { b.next_device() } -> std::same_as<std::optional<SyntheticDevice>>;
+    { b.news() } -> std::same_as<io::Latch&>;
 };
 
 /// Classes of emulated devices that a host may be asked to take away.

@@ -110,6 +110,8 @@ Result<void> HyperV::start_bus(Services& services) {
         services.interrupts.detach_vector(vector_);
         return enabled;
     }
+    news_.attach(services.executor);
+    vmbus_.add(listener_);
     bus_started_ = true;
     return {};
 }
@@ -159,17 +161,22 @@ io::Task<Result<void>> HyperV::enumerate(DeviceList& into) {
     if (auto told = co_await vmbus_.request_offers(); !told) {
         log::warning("hyperv: {}: what was told so far counts", told.error());
     }
-    vmbus_.for_each_offer([&](const Offer& offer) {
-        if (offer.sub_channel != 0) {
-            return;
-        }
-        SyntheticDevice device;
-        device.type.write(offer.type.text());
-        device.address.write(offer.instance.text());
-        device.number = offer.relid;
-        into.add(device);
-    });
+    while (const auto device = next_device()) {
+        into.add(*device);
+    }
     co_return Result<void>{};
+}
+
+std::optional<SyntheticDevice> HyperV::next_device() {
+    const auto offer = vmbus_.take_new();
+    if (!offer) {
+        return std::nullopt;
+    }
+    std::optional<SyntheticDevice> device(std::in_place);
+    device->type.write(offer->type.text());
+    device->address.write(offer->instance.text());
+    device->number = offer->relid;
+    return device;
 }
 
 // ---- power

@@ -11,6 +11,7 @@ import core.log;
 import core.processor;
 import core.time;
 import io.executor;
+import io.latch;
 import io.task;
 export import hv.backend;
 export import hv.hyperv.clock;
@@ -61,6 +62,9 @@ class HyperV {
     /// Connects, asks what is there, and lists the first channels of all devices by their relids. A bus that does not answer is a warning and an
     /// empty list.
     io::Task<Result<void>> enumerate(DeviceList& into);
+    /// LateDevices: what the host offers afterwards, a device that it took away and offers again included.
+    std::optional<SyntheticDevice> next_device();
+    io::Latch& news() { return news_; }
 
     // OneShotTimer: synthetic timer 0 of each processor.
     bool timer_offered() const { return timer_offered_; }
@@ -87,6 +91,9 @@ class HyperV {
     hyperv::Synic synic_;
     hyperv::Vmbus vmbus_;
     hyperv::ReferenceClock clock_;
+    io::Latch news_;
+    hyperv::OfferListener listener_{.offered = [](void* latch, const hyperv::Offer&) { static_cast<io::Latch*>(latch)->open(); },
+                                    .context = &news_};
     Privileged* cpu_ = nullptr;
     DmaAllocator* memory_ = nullptr;
     io::Executor* executor_ = nullptr;
@@ -106,7 +113,7 @@ class HyperV {
     std::optional<u64> tsc_hz_;
     std::string_view clock_name_ = "none";
 };
-static_assert(Backend<HyperV> && Hypercalls<HyperV> && Power<HyperV> && BusRoot<HyperV> && LeavesProcessors<HyperV> && TearDown<HyperV> &&
-              OneShotTimer<HyperV>);
+static_assert(Backend<HyperV> && Hypercalls<HyperV> && Power<HyperV> && BusRoot<HyperV> && LateDevices<HyperV> && LeavesProcessors<HyperV> &&
+              TearDown<HyperV> && OneShotTimer<HyperV>);
 
 } // namespace fl::hv

@@ -358,7 +358,7 @@ void Vmbus::on_offer(const OfferChannel& message) {
     for (; at > 0 && offers_[at - 1].offer.relid > offer.relid; --at) {
         offers_[at] = offers_[at - 1];
     }
-    offers_[at] = {offer, false, false};
+    offers_[at] = {.offer = offer};
     ++counters_.offers;
     log::debug("VMBus: channel {} of {} {}, sub-channel {}", offer.relid, offer.type.text().view(), offer.instance.text().view(),
                offer.sub_channel);
@@ -376,7 +376,7 @@ void Vmbus::on_offer(const OfferChannel& message) {
     }
     for (OfferListener* listener = offers_delivered_ ? listeners_ : nullptr; listener != nullptr;) {
         OfferListener* const following = listener->next; // it may take itself out
-        if (listener->type == offer.type) {
+        if (listener->type.is_null() || listener->type == offer.type) {
             listener->offered(listener->context, offer);
         }
         listener = following;
@@ -427,6 +427,16 @@ std::optional<Offer> Vmbus::find(u32 relid) const {
     for (u32 i = 0; i < offer_count_; ++i) {
         if (offers_[i].offer.relid == relid && !offers_[i].rescinded) {
             return offers_[i].offer;
+        }
+    }
+    return std::nullopt;
+}
+
+std::optional<Offer> Vmbus::take_new() {
+    for (u32 i = 0; i < offer_count_; ++i) {
+        KnownOffer& known_offer = offers_[i];
+        if (known_offer.offer.sub_channel == 0 && !known_offer.rescinded && !std::exchange(known_offer.given, true)) {
+            return known_offer.offer;
         }
     }
     return std::nullopt;

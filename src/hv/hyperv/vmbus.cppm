@@ -36,7 +36,7 @@ struct Gpadl {
 
 /// Somebody who wants to hear of offers that come after request_offers() has ended (hot add). Lives with its owner, who removes it.
 struct OfferListener {
-    Guid type;
+    Guid type; // null: any
     /// On processor 0's executor, in drain(): spawn a task or open a latch. First channels only, no sub-channels.
     void (*offered)(void* context, const Offer& offer) = nullptr;
     void* context = nullptr;
@@ -91,6 +91,9 @@ class Vmbus final : public io::Service {
     }
     /// The offer with this id (SyntheticDevice::number), if it is still there.
     std::optional<Offer> find(u32 relid) const;
+    /// A device that is there and that this has not given yet: each offer once, first channels only. One that is rescinded before is not given;
+    /// one that is offered again counts as new.
+    std::optional<Offer> take_new();
 
     /// Opens an offered channel: allocates the rings, shares them, asks the host. `channel` is closed, lives until close() has ended, does not
     /// move. Error{device_gone}: rescinded meanwhile; Error{io}: the host refuses (status); Error{timed_out}: the rings' memory is given up.
@@ -130,6 +133,7 @@ class Vmbus final : public io::Service {
         Offer offer;
         bool open = false;      // a channel is open or being opened on it
         bool rescinded = false; // and still open: its id is given back when it is closed
+        bool given = false;     // by take_new()
     };
     // A request whose answer is awaited; lives in the awaiting frame.
     struct Pending {
