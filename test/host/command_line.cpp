@@ -90,7 +90,8 @@ std::optional<int> parse_command_line(int count, char** words, Options& options)
     app.add_option("--initrd,--module", options.module, "Linux's initrd; the PVH module")->check(CLI::ExistingFile);
     app.add_option("--append", options.append, "the guest's command line");
     app.add_option("--cpus", options.processors, "processors")->check(CLI::Range(1, 64));
-    app.add_option("--listed-cpus", options.listed_processors, "processors that the ACPI tables list, if more than --cpus: the rest never comes up")
+    app.add_option("--listed-cpus", options.listed_processors,
+                   "processors that the ACPI tables list, if more than --cpus: the rest never comes up")
         ->check(CLI::Range(1, 64));
     app.add_option("--memory", options.memory_mebibytes, "MiB")->check(CLI::Range(16, 3072));
     app.add_option("--disk", disks, "[scsi:|ide:]FILE[,lun=N][,controller=N][,readonly][,sector=4096]: a disk on the VMBus")
@@ -112,6 +113,10 @@ std::optional<int> parse_command_line(int count, char** words, Options& options)
     app.add_option("--hot-add-on", options.add_marker, "TEXT: … when the guest prints a line that contains it");
     app.add_option("--hot-remove-on", options.remove_marker, "TEXT: likewise");
     app.add_option("--shutdown-on", options.shutdown_marker, "TEXT: likewise");
+    app.add_option("--hot-controller", options.hot_controller, "SECONDS: the last SCSI disk's controller, with all its disks, comes only then");
+    app.add_option("--hot-controller-on", options.controller_marker, "TEXT: likewise");
+    app.add_option("--offer-again", options.offer_again, "SECONDS: the last SCSI disk's controller is rescinded and at once offered again");
+    app.add_option("--offer-again-on", options.again_marker, "TEXT: likewise");
     app.add_option("--timeout", options.timeout, "SECONDS: give up");
     app.add_option("--log", options.log, "FILE for the host's own lines (standard output)");
     app.add_flag("--verbose", options.verbose, "a line for every VMBus message");

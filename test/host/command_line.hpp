@@ -41,6 +41,10 @@ struct Options {
     std::string add_marker;    // the same, when the guest prints a line that contains this
     std::string remove_marker;
     std::string shutdown_marker;
+    double hot_controller = 0; // the last SCSI disk's controller, with all its disks, comes then
+    double offer_again = 0;    // the last SCSI disk's controller is rescinded then, and offered again
+    std::string controller_marker;
+    std::string again_marker;
     double timeout = 0;
     std::string log; // a file, or empty: standard output
     bool verbose = false;

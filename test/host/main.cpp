@@ -111,9 +111,10 @@ host::ServerConfig server_config(const Options& options) {
     return config;
 }
 
-/// Puts all disks on the bus. The last SCSI disk is the one that comes and goes: with a reason to come later it is left out here.
+/// Puts all disks on the bus. The last SCSI disk, or its controller, is what comes and goes: with a reason to come later it is left out here.
 MovingDisk add_disks(Bus& bus, Images& images, const Options& options) {
     const bool comes_later = options.hot_add > 0 || !options.add_marker.empty();
+    const bool controller_comes_later = options.hot_controller > 0 || !options.controller_marker.empty();
     host::StorageConfig config;
     config.sub_channels = static_cast<u16>(options.sub_channels);
     config.maximum_transfer = options.transfer;
@@ -148,9 +149,14 @@ MovingDisk add_disks(Bus& bus, Images& images, const Options& options) {
     }
     for (auto& [number, luns] : controllers) {
         config.number = number;
-        auto& controller = bus.add(host::StorageDevice::scsi(config, luns));
-        if (last != nullptr && last->controller == number) {
-            moving.controller = &controller;
+        const bool moves = last->controller == number;
+        if (moves) {
+            moving.config = config;
+            moving.luns = luns;
+        }
+        if (!moves || !controller_comes_later) {
+            auto& controller = bus.add(host::StorageDevice::scsi(config, luns));
+            moving.controller = moves ? &controller : moving.controller;
         }
     }
     return moving;
@@ -165,6 +171,8 @@ class Course {
                                                              {"hot-add", options.hot_add, options.add_marker},
                                                              {"hot-remove", options.hot_remove, options.remove_marker},
                                                              {"shutdown", options.shutdown_after, options.shutdown_marker},
+                                                             {"hot-controller", options.hot_controller, options.controller_marker},
+                                                             {"offer-again", options.offer_again, options.again_marker},
                                                          }} {
         machine.set_line_watcher(&see, this);
     }
@@ -215,8 +223,16 @@ class Course {
         bus_.with_server([&] {
             if (step.name == "shutdown") {
                 shutdown_.ask();
+            } else if (step.name == "hot-controller") {
+                done = moving_.controller == nullptr && !moving_.luns.empty();
+                if (done) {
+                    offer_controller();
+                }
             } else if (moving_.controller == nullptr) {
                 done = false;
+            } else if (step.name == "offer-again") {
+                bus_.server().remove(*moving_.controller); // lives until the guest has let go of it, beside the new one
+                offer_controller();
             } else if (step.name == "hot-add") {
                 done = moving_.controller->add_lun(moving_.lun);
             } else {
@@ -226,13 +242,15 @@ class Course {
         machine_.say(std::string(step.name) + (done ? ": done" : ": there is no SCSI disk to which it could be done"));
     }
 
+    void offer_controller() { moving_.controller = &bus_.add(host::StorageDevice::scsi(moving_.config, moving_.luns)); }
+
     Machine& machine_;
     Bus& bus_;
     MovingDisk moving_;
     host::ShutdownService& shutdown_;
     u64 begin_;
     int wake_;
-    std::array<Step, 3> steps_;
+    std::array<Step, 5> steps_;
 };
 
 /// The I/O thread: what no processor's exit does. Never returns.

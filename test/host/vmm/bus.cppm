@@ -39,10 +39,12 @@ class ImageStore final : public host::BlockStore {
     bool read_only_;
 };
 
-/// A SCSI disk that may come or go while the guest runs.
+/// A SCSI disk that may come or go while the guest runs, alone or with its controller.
 struct MovingDisk {
-    host::StorageDevice* controller = nullptr;
+    host::StorageDevice* controller = nullptr; // nullptr: it has not come yet
     host::LunConfig lun;
+    host::StorageConfig config; // of the controller, and what it comes with
+    std::vector<host::LunConfig> luns;
 };
 
 class Bus final : private Partition, private EndOfMessage, private host::Delivery, private host::Log {
