@@ -135,8 +135,9 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
             co_return *bad;
         }
     }
+    const auto there = disks.all(); // what comes while we wait is not asked about above
     u32 most_lanes = 1;
-    for (io::BlockDevice* disk : disks.all()) {
+    for (io::BlockDevice* disk : there) {
         if (options.disk.chosen(disk->identity().name.view())) {
             most_lanes = std::max(most_lanes, disk->lanes());
         }
@@ -166,7 +167,7 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
     Outcome outcome;
     u32 runs = 0;
     u64 errors = 0;
-    for (io::BlockDevice* disk : disks.all()) {
+    for (io::BlockDevice* disk : there) {
         const std::string_view disk_name = disk->identity().name.view();
         if (!options.disk.chosen(disk_name)) {
             continue;

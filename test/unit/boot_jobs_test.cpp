@@ -112,6 +112,21 @@ TEST_F(Jobs, OneDiskAttachesOnce) {
     EXPECT_TRUE(capture.has("\"features\":[\"one\",\"two\"]"));
 }
 
+TEST_F(Jobs, ADiskThatTheHostTookAwayMayComeAgain) {
+    MemoryDisk again{executor, "xvdb", 2048};
+    ASSERT_TRUE(synthetic.announce(xvda, 0));
+    EXPECT_FALSE(synthetic.offered(0));
+    native.gone(0); // it never had it
+    EXPECT_FALSE(synthetic.offered(0));
+    synthetic.gone(drivers::DiskSink::no_twin);
+    EXPECT_FALSE(synthetic.offered(0));
+    synthetic.gone(0);
+    EXPECT_TRUE(synthetic.offered(0));
+    ASSERT_TRUE(synthetic.announce(again, 0));
+    EXPECT_FALSE(synthetic.offered(0));
+    EXPECT_FALSE(native.offered(0));
+}
+
 TEST_F(Jobs, BootReadsTheFirstBlockOfEveryDisk) {
     attach();
     EXPECT_EQ(run("job=boot").verdict, Verdict::success);

@@ -34,8 +34,10 @@ struct Lines final : host::Log {
 /// Takes what is announced.
 struct Sink final : drivers::DiskSink {
     std::vector<std::pair<io::BlockDevice*, u32>> disks;
+    std::vector<u32> gone_numbers;
     bool offers = true;
     bool offered(u32) override { return offers; }
+    void gone(u32 number) override { gone_numbers.push_back(number); }
     Result<void> announce(io::BlockDevice& disk, u32 number) override {
         disks.push_back({&disk, number});
         return {};

@@ -207,6 +207,64 @@ TEST(Connected, ADiskInPlaceOfAnotherComesUnderANewName) {
     EXPECT_EQ(m.sink.disks.size(), 3u) << "the others are what they were";
 }
 
+// The host takes a controller away and offers it again, before and after the guest has let go of it.
+TEST(Connected, AControllerOfferedAgainComesUnderANewName) {
+    for (const bool at_once : {true, false}) {
+        Machine m;
+        test::CapturedLog log;
+        Store a;
+        const auto offer = [&]() -> host::StorageDevice& {
+            return m.server->add(host::StorageDevice::scsi({}, {{.lun = 0, .store = &a.store}}));
+        };
+        host::StorageDevice& controller = offer();
+        ASSERT_TRUE(m.connect());
+        const auto first = m.bus.take_new();
+        ASSERT_TRUE(first);
+        ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *first)));
+        ASSERT_EQ(m.sink.disks.size(), 1u);
+        const auto wait_for = [&](auto done) {
+            for (u32 i = 0; i < 300 && !done(); ++i) {
+                m.executor.turn();
+            }
+        };
+        m.server->remove(controller);
+        if (!at_once) {
+            wait_for([&] { return log.has("controller away"); });
+            wait_for([] { return false; });
+        }
+        offer();
+        std::optional<hv::hyperv::Offer> second;
+        wait_for([&] { return (second = m.bus.take_new()).has_value(); });
+        ASSERT_TRUE(second) << log.text.view() << m.lines.text;
+        EXPECT_EQ(second->instance, first->instance);
+        ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *second))) << log.text.view() << m.lines.text;
+        ASSERT_EQ(m.sink.disks.size(), 2u);
+        io::BlockDevice& before = *m.sink.disks[0].first;
+        io::BlockDevice& now = *m.sink.disks[1].first;
+        EXPECT_NE(before.identity().name.view(), now.identity().name.view());
+        EXPECT_EQ(m.run(one(before, io::Op::read, 0, m.buffer(512))).error().code, Code::device_gone);
+        verify(m, now, a, 20);
+        EXPECT_TRUE(m.sink.gone_numbers.empty()) << "it has no number";
+        EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
+    }
+}
+
+TEST(Connected, AnIdeChannelThatIsTakenAwayGivesItsNumberBack) {
+    Machine m;
+    test::CapturedLog log;
+    Store a;
+    host::StorageDevice& channel = m.server->add(host::StorageDevice::ide(1, 0, {}, {.lun = 0, .store = &a.store}));
+    ASSERT_TRUE(m.connect());
+    ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::ide_class))));
+    ASSERT_EQ(m.sink.disks.size(), 1u);
+    EXPECT_TRUE(m.sink.gone_numbers.empty());
+    m.server->remove(channel);
+    for (u32 i = 0; i < 300 && m.sink.gone_numbers.empty(); ++i) {
+        m.executor.turn();
+    }
+    EXPECT_EQ(m.sink.gone_numbers, std::vector<u32>{2});
+}
+
 // One lane for each processor, each with a channel of its own.
 TEST(Connected, SubChannels) {
     Machine m({}, 2);

@@ -429,6 +429,64 @@ TEST(Vmbus, ListenersHearOfHotAdd) {
     EXPECT_EQ(heard.size(), 1u);
 }
 
+TEST(Vmbus, EachOfferIsGivenOnceAndAgainAfterARescind) {
+    hyperv_fake::Machine m;
+    m.host.offers.clear();
+    m.host.offers.push_back({.relid = 3, .instance = 3});
+    ASSERT_TRUE(m.start());
+    hv::DeviceList list;
+    ASSERT_TRUE(m.enumerate(list));
+    ASSERT_EQ(list.count, 1u);
+    EXPECT_FALSE(m.guest.next_device()) << "it is in the list";
+    EXPECT_FALSE(m.guest.news().is_open());
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 9, .type = std::string(classes::shutdown), .instance = 9}));
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 6, .instance = 6}));
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 7, .instance = 6, .sub_channel = 1}));
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 8, .instance = 8}));
+    m.host.rescind(8); // before anybody looks
+    m.settle();
+    EXPECT_TRUE(m.guest.news().is_open());
+    auto device = m.guest.next_device();
+    ASSERT_TRUE(device);
+    EXPECT_EQ(device->number, 6u);
+    EXPECT_EQ(device->type.view(), classes::scsi);
+    device = m.guest.next_device();
+    ASSERT_TRUE(device);
+    EXPECT_EQ(device->number, 9u) << "of any class";
+    EXPECT_EQ(device->type.view(), classes::shutdown);
+    EXPECT_FALSE(m.guest.next_device());
+    m.guest.news().close();
+    m.host.rescind(6);
+    m.host.send(hyperv_fake::Host::offer_message({.relid = 6, .instance = 6}));
+    m.settle();
+    EXPECT_TRUE(m.guest.news().is_open());
+    device = m.guest.next_device();
+    ASSERT_TRUE(device);
+    EXPECT_EQ(device->number, 6u);
+    EXPECT_FALSE(m.guest.next_device());
+}
+
+TEST(Vmbus, OffersThatFindNoRoomAreToldInOneLine) {
+    hyperv_fake::Machine m;
+    test::CapturedLog log;
+    m.host.offers.clear();
+    ASSERT_TRUE(m.up());
+    for (u32 i = 1; i <= Vmbus::max_offers + 3; ++i) {
+        m.host.send(hyperv_fake::Host::offer_message({.relid = i, .instance = static_cast<u8>(i)}));
+        m.settle();
+    }
+    usize given = 0;
+    while (m.guest.next_device()) {
+        ++given;
+    }
+    EXPECT_EQ(given, Vmbus::max_offers);
+    const std::string_view text = log.text.view();
+    const usize told = text.find("more than 192 offers");
+    ASSERT_NE(told, text.npos) << text;
+    EXPECT_EQ(text.find("more than 192 offers", told + 1), text.npos) << text;
+    EXPECT_EQ(m.host.released.size(), 3u);
+}
+
 TEST(Vmbus, ForeignAnswersAndBrokenMessagesAreIgnored) {
     hyperv_fake::Machine m;
     test::CapturedLog log;
