@@ -110,6 +110,8 @@ def main_machine(side: Side, chosen: Chosen, options) -> Machine:
     if any(workload.writes for workload in chosen.workloads):
         words.append(f"scratch={','.join(disks)}")
     words += [workload.word for workload in chosen.workloads]
+    if PLATFORMS[side.platform].marks:
+        words.append(f"marks={PLATFORMS[side.platform].marks:#x}")
     if options.cmdline:
         words.append(options.cmdline)
     boot = options.boot if options.boot in PLATFORMS[side.platform].boots else ""
@@ -121,9 +123,8 @@ def linux_machine(side: Side, chosen: Chosen) -> Machine:
     # fio counts milliseconds: on a disk that is done with our count within some tens of them it does more.
     more = FIO_MORE if any(workloads.KINDS[disk] == "synthetic" for disk in disks) else 1
     wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count * more, "mix": 70} for w in chosen.workloads]
-    return Machine(
-        f"linux-{side.platform}", side.platform, disks=images(side), timeout=120, linux=yardstick.script(disks, wanted)
-    )
+    script = yardstick.script(disks, wanted, PLATFORMS[side.platform].marks)
+    return Machine(f"linux-{side.platform}", side.platform, disks=images(side), timeout=120, linux=script)
 
 
 def progress(total: int):
@@ -178,6 +179,7 @@ def our_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
     expected = len(disk_names(boot.machine)) * len(chosen.workloads)
     if len(found) != expected:
         raise Problem(f"{len(found)} results, {expected} expected. The log is in build/runs/bench/{chosen.comparison}/serial.log.", Exit.FAILURE)
+    demand_phases(boot, expected)
     failed = [record for record in found if record["errors"]]
     if failed:
         raise Problem(f"{failed[0]['disk']} {failed[0]['workload']}: {failed[0]['errors']} failed I/Os.", Exit.FAILURE)
@@ -187,6 +189,20 @@ def our_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
         "vm_guest": start.get("vm_guest", ""), "mode": mode,
     }  # fmt: skip
     return [fiojson.job(record, context) for record in found]
+
+
+def demand_phases(boot: launch.Boot, expected: int) -> None:
+    """A host that takes marks has counted every workload."""
+    if not boot.machine.kind.marks:
+        return
+    wrong = [line for line in boot.log.malformed if line.startswith(records.PHASE)]
+    if wrong or len(boot.log.phases) != expected:
+        found = ", ".join(str(phase["phase"]) for phase in boot.log.phases) or "none"
+        raise Problem(
+            f"{boot.machine.name}: the host was to count the exits of phases 1 to {expected} and told of: {found}."
+            + (f" This line is malformed or out of turn: {wrong[0][:160]}" if wrong else ""),
+            Exit.FAILURE,
+        )
 
 
 def disk_names(machine: Machine) -> list[str]:
@@ -221,14 +237,18 @@ def linux_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
     if len(found) != expected:
         tail = "\n".join(boot.log.text[-15:])
         raise Problem(f"Linux with fio on {side.platform} gave {len(found)} results, {expected} expected.\n{tail}", Exit.FAILURE)
+    demand_phases(boot, expected)
     jobs = []
-    for disk, driver, number, result in found:
+    for at, (disk, driver, number, result) in enumerate(found):
+        ios = result["read"]["total_ios"] + result["write"]["total_ios"]
+        exits = boot.log.phases[at].get("exits") if boot.log.phases else None
         workload = chosen.workloads[number]
         result["jobname"] = f"{driver}-{workload.label}"
         result["job options"] = {**result["job options"], "name": workload.name, "bs": str(size(workload.bs))}
         result["firstlight"] = {
             "platform": chosen.comparison, "machine": side.platform, "boot": "linux", "vm_guest": side.platform.partition("-")[0],
             "mode": mode, "disk": disk, "driver": driver, "kind": workloads.KINDS[disk],
+            "exits_per_io": exits / ios if exits is not None and ios else None,
         }  # fmt: skip
         jobs.append(result)
     return jobs

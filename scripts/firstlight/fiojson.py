@@ -63,6 +63,7 @@ def job(result: dict, context: dict) -> dict:
             "kind": result["kind"],
             "runtime_ns": result["runtime_ns"],
             **{f"{what}_per_io": per_io(result, what) for what in PER_IO},
+            "exits_per_io": per_io(result, "exits") if "exits" in result else None,
         },
     }
 

@@ -26,6 +26,7 @@ class Platform:
     kvm: bool = False
     xen: bool = False
     test_host: bool = False  # run by test/host instead of QEMU
+    marks: int = 0  # the I/O port where it takes marks and counts exits in between; 0: it does not
 
 
 TCG = ("-accel", "tcg", "-cpu", "max")
@@ -51,7 +52,7 @@ PLATFORMS = {
         ),
         Platform(
             "hyperv", "KVM's Hyper-V interfaces under the test host: VMBus with SCSI disks, IDE where asked for", (), ("pvh",), ("pc",),
-            ("scsi:64m",), kvm=True, test_host=True,
+            ("scsi:64m",), kvm=True, test_host=True, marks=0x5F0,
         ),
         Platform(
             "hyperv-qemu", "KVM with QEMU's Hyper-V interfaces: VMBus bridge and dynamic memory, emulated disks",

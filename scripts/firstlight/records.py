@@ -9,6 +9,8 @@ import json
 from .problems import Exit
 
 MARK = "@{"
+HOST = "@@host "  # a line of the test host's own
+PHASE = HOST + '{"phase":'  # its counts between two marks
 
 
 class Verdict(enum.Enum):
@@ -34,6 +36,7 @@ class Log:
     records: list[dict]
     text: list[str]  # the lines for people
     malformed: list[str]
+    phases: list[dict] = dataclasses.field(default_factory=list)
 
     def of(self, kind: str) -> list[dict]:
         return [record for record in self.records if record["record"] == kind]
@@ -49,11 +52,36 @@ def parse_line(line: str) -> dict | None:
     return record
 
 
+def parse_phase(line: str) -> dict | None:
+    """The counts of a phase on this line; None for any other line; ValueError for one that only looks like it."""
+    if not line.startswith(PHASE):
+        return None
+    phase = json.loads(line[line.index("{") :])
+    counts = phase.get("counters")
+    numbers = [phase["phase"], *([phase["exits"]] if "exits" in phase else []), *(counts.values() if isinstance(counts, dict) else [None])]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("a phase whose counts are no numbers")
+    return phase
+
+
 def parse(output: str) -> Log:
+    """A `result` gets what the host counted in its phase as `exits`, where the host can tell.
+
+    Phases and results are in step: phase N ends before result N and after result N - 1. Anything else is malformed.
+    """
     log = Log([], [], [])
     for line in output.splitlines():
         try:
-            record = parse_line(line)
+            record, phase = parse_line(line), parse_phase(line)
+            if phase:
+                if phase["phase"] != len(log.phases) + 1:
+                    raise ValueError("a phase out of turn")
+                log.phases.append(phase)
+            elif record and record["record"] == "result" and log.phases:
+                if len(log.phases) != len(log.of("result")) + 1:
+                    raise ValueError("a result without a phase, or a phase without a result")
+                if "exits" in log.phases[-1]:
+                    record["exits"] = log.phases[-1]["exits"]
         except ValueError:
             log.malformed.append(line)
             continue

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 HEADS = (
     "disk", "driver", "kind", "workload", "IOPS", "MiB/s", "mean us", "p50 us", "p99 us",
-    "acc/IO", "hcall/IO", "notif/IO", "irq/IO", "alloc/IO",
+    "acc/IO", "hcall/IO", "notif/IO", "irq/IO", "alloc/IO", "exit/IO",
 )  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def percentile(latency: dict, wanted: float) -> float:
 def row(job: dict) -> list[str]:
     # From the submission on: a guest whose submission does the whole work has completion latencies near zero.
     extra, latency = job["firstlight"], part(job)["lat_ns"]
-    figures = [extra.get(f"{name}_per_io") for name in ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations")]
+    figures = [extra.get(f"{name}_per_io") for name in ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations", "exits")]
     return [
         extra["disk"], extra["driver"], extra["kind"], label(job), f"{iops(job):.0f}",
         f"{(job['read']['bw_bytes'] + job['write']['bw_bytes']) / (1 << 20):.1f}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from . import apt, distribution, lab, paths, process
 from .nested import Job
 from .problems import Problem
+from .records import HOST
 
 KERNEL_ARGUMENTS = "console=ttyS0 quiet loglevel=0 panic=-1 xen_emul_unplug=unnecessary nokaslr norandmaps"
 # The guest driver's name, and what Linux calls the disk.
@@ -71,8 +73,16 @@ def guest(ready: lab.Lab) -> Path:
     return archive
 
 
-def fio_words(workload: dict, device: str) -> list[str]:
-    """One workload as the kernel's command line has it, in fio's words."""
+def mark(port: int, phase: int) -> str:
+    """What tells the host that a phase begins, or with 0 ends. /dev/port goes byte by byte, and the host takes a mark of 8 bits."""
+    return f"printf '\\{phase:03o}' | dd of=/dev/port bs=1 seek={port}"
+
+
+def fio_words(workload: dict, device: str, port: int = 0, phase: int = 0) -> list[str]:
+    """One workload as the kernel's command line has it, in fio's words. `port`: where its begin and end are marked.
+
+    fio runs the marks itself, between its preparations and the first I/O and behind the last one, outside of what it measures.
+    """
     name = {"mixed": "randrw"}.get(workload["name"], workload["name"])
     words = [
         f"--name={workload['name']}", f"--filename=/dev/{device}", f"--rw={name}", f"--bs={workload['bs']}",
@@ -81,17 +91,23 @@ def fio_words(workload: dict, device: str) -> list[str]:
     ]  # fmt: skip
     if name == "randrw":
         words.append(f"--rwmixread={workload['mix']}")
-    return words
+    if port:
+        words += [f"--exec_prerun={mark(port, phase)}", f"--exec_postrun={mark(port, 0)}"]
+    return [shlex.quote(word) for word in words]
 
 
-def script(disks: Sequence[str], workloads: Sequence[dict]) -> str:
+def script(disks: Sequence[str], workloads: Sequence[dict], port: int = 0) -> str:
+    """Every workload on every disk. `port`: the I/O port that takes marks, or 0."""
     lines = []
+    phase = 0
     for disk in disks:
         driver, device = DISKS[disk]
         lines.append(f"[ -b /dev/{device} ] || {{ echo '@{{\"record\":\"error\",\"message\":\"no /dev/{device}\"}}'; end; }}")
         for number, workload in enumerate(workloads):
             lines.append(f"echo 'yardstick {disk} {driver} {number}'")
-            lines.append(f"fio --output-format=json --output=/tmp/out {' '.join(fio_words(workload, device))} >/dev/null 2>&1 || echo failed")
+            phase += 1
+            words = " ".join(fio_words(workload, device, port, phase))
+            lines.append(f"fio --output-format=json --output=/tmp/out {words} >/dev/null 2>&1 || echo failed")
             lines.append("tr -d '\\n\\t' < /tmp/out; echo")
             lines.append("echo 'yardstick end'")
     return "\n".join(lines) + "\n"
@@ -138,10 +154,11 @@ def results(output: str) -> list[tuple[str, str, int, dict]]:
             disk, driver, number, text = words[1], words[2], int(words[3]), ""
         elif words == ["yardstick", "end"] and disk:
             try:
-                found.append((disk, driver, number, json.loads(text)["jobs"][0]))
+                # In front of the JSON fio says where the output of its marks went.
+                found.append((disk, driver, number, json.loads(text[max(0, text.find("{")) :])["jobs"][0]))
             except (ValueError, KeyError, IndexError) as error:
                 raise Problem(f"Linux with fio on {disk}: no readable JSON ({error}): {text[:200]}") from None
             disk = ""
-        elif disk:
+        elif disk and not line.startswith(HOST):
             text += line
     return found

@@ -174,7 +174,7 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
         }
         for (u32 i = 0; i < workloads->count; ++i) {
             const io::Workload& workload = workloads->list[i];
-            const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations};
+            const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations, services.mark, runs + 1};
             const u32 lanes = std::min(most_lanes, disk->lanes());
             auto task = lanes == 1 ? runners[0]->run(*disk, workload, with)
                                    : io::Bench::run_lanes(std::span(runners).first(lanes), *disk, workload, with);

@@ -25,6 +25,8 @@ struct JobServices {
     u64 (*heap_allocations)(); // since the start
     /// Of every processor that runs, index = processor; empty: there is one.
     std::span<io::Executor* const> executors{};
+    /// Tells a host that counts where each workload of `bench` begins (their numbers from 1) and ends (0); absent: nobody counts.
+    void (*mark)(u32 phase) = nullptr;
 };
 
 /// Runs options.job (all but `panic`) on the disks. Everything that the options name is checked before the first transfer: what is wrong with

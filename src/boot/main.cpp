@@ -199,6 +199,8 @@ void stop_processors() {
     await_stopped();
 }
 
+void mark_phase(u32 phase) { cpu::out32(static_cast<u16>(options.marks), phase); }
+
 io::Task<Result<void>> provoke_here(Fault fault) {
     provoke(name(fault));
     co_return Error{Code::not_supported, "this fault did not end the machine"};
@@ -350,8 +352,9 @@ io::Task<Result<Outcome>> probe_and_run(const BootInfo& info, BackendSide side, 
             log::warning("devices that come later will not be noticed: {}", kept.error());
         }
     }
-    Result<Outcome> outcome =
-        co_await run_until_shutdown(options, given.disks, {executor, dma_memory(), heap_allocations, executors().all()}, given.shutdown);
+    Result<Outcome> outcome = co_await run_until_shutdown(
+        options, given.disks, {executor, dma_memory(), heap_allocations, executors().all(), options.marks != 0 ? mark_phase : nullptr},
+        given.shutdown);
     if (outcome && outcome->verdict == Verdict::success && (table.wrong() != 0 || info.map_file_truncated != 0 || failed_probes != 0)) {
         outcome->verdict = Verdict::error;
         outcome->reason.clear();

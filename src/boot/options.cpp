@@ -106,7 +106,7 @@ struct Key {
     u8 jobs; // the jobs that take notice of it: elsewhere it would be silently ignored, and is an error
     Answer (*parse)(Options&, std::string_view value);
 };
-constexpr std::array<Key, 20> keys{{
+constexpr std::array<Key, 21> keys{{
     {"job", false, any_job, [](Options& o, std::string_view v) { return pick(o.job, job_names, v); }},
     {"workload", true, only(Job::bench),
      [](Options& o, std::string_view v) -> Answer {
@@ -192,6 +192,7 @@ constexpr std::array<Key, 20> keys{{
     {"timer", false, any_job, [](Options& o, std::string_view v) { return pick(o.timer, timer_names, v); }},
     {"lanes", false, only(Job::bench),
      [](Options& o, std::string_view v) { return number(o.lanes, v, 1, max_processors, "a number from 1 to 64"); }},
+    {"marks", false, only(Job::bench), [](Options& o, std::string_view v) { return number(o.marks, v, 1, 0xfffc, "an I/O port, 1 to 0xfffc"); }},
 }};
 
 constexpr auto key_names = [] {

@@ -68,6 +68,7 @@ struct Options {
     u64 cpus = max_processors; // processors that are used at most
     u64 processor = 0;         // panic: the processor that it happens on
     u64 lanes = 1;             // bench: lanes of each disk that are used
+    u64 marks = 0;             // bench: the I/O port that is written around each workload; 0: none
     TimerChoice timer = TimerChoice::automatic;
     log::Level log = log::Level::info;
     Fault fault = Fault::panic;

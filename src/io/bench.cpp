@@ -134,6 +134,12 @@ Latencies summary(const Histogram& histogram, u32 bs) {
     return out;
 }
 
+void mark(const BenchOptions& options, u32 phase) {
+    if (options.mark != nullptr) {
+        options.mark(phase);
+    }
+}
+
 u64 allocations(const BenchOptions& options) {
     return frame_pool().allocations() + (options.allocations != nullptr ? options.allocations() : 0);
 }
@@ -303,11 +309,13 @@ Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, Bench
     }
     BenchReport report;
     report.workload = workload;
+    mark(options, options.phase);
     const Counters counters_before = disk.counters();
     const u64 allocations_before = allocations(options);
     const Instant begun = disk.executor().now();
     static_cast<void>(co_await group.join());
     report.runtime_ns = disk.executor().now() - begun;
+    mark(options, 0);
     report.allocations = allocations(options) - allocations_before;
     report.counters = disk.counters() - counters_before;
     report.errors = errors_ + left_;
@@ -334,6 +342,7 @@ struct Bench::Start {
     Result<void> meet(Executor& executor) {
         const Instant until = after(executor.now(), longest);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == lanes) {
+            mark(options, options.phase);
             allocations = io::allocations(options);
             begun = executor.now();
             open.store(true, std::memory_order_release);
@@ -423,6 +432,7 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
         start.lanes = 0; // nobody has begun: spawned tasks run when this coroutine waits, and it does not
     } else {
         ready = co_await group.join();
+        mark(options, 0);
     }
     if (ready) {
         report.counters = counters() - before;

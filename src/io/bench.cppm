@@ -68,6 +68,10 @@ struct BenchOptions {
     DmaAllocator* dma = nullptr;    // buffers: qd times bs bytes, taken before the measured part
     bool scratch = false;           // the disk may be overwritten
     u64 (*allocations)() = nullptr; // counts the allocations of everybody else (the kernel's heap); may be absent
+    /// Called with `phase` before the clock is read for the first I/O, and with 0 after it was read for the last one; in a run that submits
+    /// nothing, not at all. Several lanes: the second call comes when all have ended. May be absent.
+    void (*mark)(u32 phase) = nullptr;
+    u32 phase = 0;
 };
 
 /// Runs workloads, one at a time. 50 KiB: not for a stack in the kernel, nor for a coroutine frame.

@@ -147,6 +147,18 @@ TEST_F(Jobs, BenchRunsEveryWorkloadOnEveryChosenDisk) {
     EXPECT_TRUE(capture.has("\"workload\":\"randread\",\"bs\":4096,\"qd\":4,\"count\":50"));
 }
 
+TEST_F(Jobs, PhasesAreNumberedInTheOrderOfTheResults) {
+    attach();
+    static std::vector<u32> marks;
+    marks.clear();
+    boot::Options options;
+    boot::OptionErrors errors;
+    ASSERT_TRUE(boot::parse_options("job=bench workload=randread,count=5 workload=read,count=5", options, errors));
+    const auto heap = [] { return u64{0}; };
+    ASSERT_TRUE(executor.run(boot::run_job(options, disks, {executor, dma, heap, {}, [](u32 phase) { marks.push_back(phase); }})));
+    EXPECT_EQ(marks, (std::vector<u32>{1, 0, 2, 0, 3, 0, 4, 0}));
+}
+
 TEST_F(Jobs, NothingIsWrittenOnADiskThatIsNoScratch) {
     attach();
     // The first workload only reads, and would do no harm; the refusal comes before it.

@@ -34,7 +34,7 @@ Parsed parse(std::string_view text) {
 
 constexpr std::string_view valid_keys =
     "job, workload, disk, scratch, count, bs, qd, seed, generation, hv, map, emulated, timeout, features, log, fault, "
-    "processor, cpus, timer, lanes\n";
+    "processor, cpus, timer, lanes, marks\n";
 
 TEST(Options, Defaults) {
     for (std::string_view text : {"", "   ", "firstlight.elf"}) {
@@ -100,6 +100,14 @@ TEST(Options, Processors) {
     EXPECT_EQ(parse("timer=hypervisor").options.timer, boot::TimerChoice::hypervisor);
     EXPECT_FALSE(parse("timer=pit").errors.empty());
     EXPECT_EQ(parse("job=verify lanes=4").errors, "'lanes' is for job=bench, seen job=verify\n");
+}
+
+TEST(Options, Marks) {
+    EXPECT_EQ(parse("job=bench").options.marks, 0u) << "nobody's port is written unasked";
+    EXPECT_EQ(parse("job=bench marks=0x5f0").options.marks, 0x5f0u);
+    EXPECT_EQ(parse("job=bench marks=0").errors, "marks=0: expected an I/O port, 1 to 0xfffc, seen '0'\n");
+    EXPECT_EQ(parse("job=bench marks=0xfffd").errors, "marks=0xfffd: expected an I/O port, 1 to 0xfffc, seen '0xfffd'\n");
+    EXPECT_EQ(parse("marks=0x5f0").errors, "'marks' is for job=bench, seen job=boot\n");
 }
 
 TEST(Options, UnknownKeys) {

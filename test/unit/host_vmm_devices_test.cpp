@@ -138,7 +138,9 @@ TEST(HostBoard, EndsTheMachine) {
     vmm::PowerManagement power(control, clock);
     exits.out(0xf4, 4, 0x10);
     exits.out(0x5f0, 4, 7);
-    exits.out(0x5f0, 1, 7); // not 32 bits
+    exits.out(0x5f0, 1, 8);
+    exits.out(0x5f0, 2, 9); // neither 32 bits nor 8
+    exits.out(0x5f1, 1, 9); // a part of the port
     exits.out(0x64, 1, 0xfe);
     exits.out(0x64, 1, 0xd1); // another command of the keyboard controller
     exits.out(0xcf9, 1, 0x02);
@@ -146,7 +148,7 @@ TEST(HostBoard, EndsTheMachine) {
     power.out(0x604, 2, 5 << 10); // sleep type without enable
     power.out(0x604, 2, 1 << 13); // type 0
     power.out(0x604, 2, 1 << 13 | 5 << 10);
-    EXPECT_EQ(control.events, (std::vector<std::string>{"exit 16", "phase 7", "reset keyboard controller", "reset port 0xcf9", "off"}));
+    EXPECT_EQ(control.events, (std::vector<std::string>{"exit 16", "phase 7", "phase 8", "reset keyboard controller", "reset port 0xcf9", "off"}));
 }
 
 TEST(HostBoard, TheTimerCountsItsFrequency) {

@@ -134,6 +134,45 @@ TEST_F(BenchTest, ReadsAtQueueDepth) {
     EXPECT_TRUE(std::is_sorted(r->read.percentiles.begin(), r->read.percentiles.end()));
 }
 
+// What the mark saw: the phase, and how many I/Os had been submitted and completed by then.
+struct Marked {
+    u32 phase;
+    u64 submitted;
+    u64 completed;
+    Instant at;
+    bool operator==(const Marked&) const = default;
+};
+std::vector<Marked> marked;
+BenchTest* marked_test = nullptr;
+
+TEST_F(BenchTest, MarksLieAroundWhatIsMeasured) {
+    marked.clear();
+    marked_test = this;
+    BenchOptions options{.dma = &dma, .allocations = count_heap_allocations};
+    options.mark = [](u32 phase) {
+        const Counters& counters = marked_test->disk.counters();
+        marked.push_back({phase, counters.submitted, counters.completed, marked_test->executor.now()});
+    };
+    marked.reserve(4);
+    for (u32 phase : {7u, 8u}) {
+        options.phase = phase;
+        const auto r = executor.run(bench->run(disk, *parse_workload("randread,qd=32,count=500"), options));
+        ASSERT_TRUE(r);
+        const Marked& begin = marked[marked.size() - 2];
+        EXPECT_LE(r->runtime_ns, marked.back().at - begin.at);
+        EXPECT_EQ(r->counters.submitted, 500u);
+        EXPECT_EQ(r->allocations, 0u);
+    }
+    ASSERT_EQ(marked.size(), 4u);
+    const u64 counts[]{0, 500, 500, 1000};
+    const u32 phases[]{7, 0, 8, 0};
+    for (usize i = 0; i < 4; ++i) {
+        EXPECT_EQ(marked[i], (Marked{phases[i], counts[i], counts[i], marked[i].at})) << i;
+    }
+    EXPECT_FALSE(executor.run(bench->run(disk, *parse_workload("randwrite"), options))) << "the disk is no scratch";
+    EXPECT_EQ(marked.size(), 4u) << "nothing was measured";
+}
+
 TEST_F(BenchTest, AllocatesNothingPerIo) {
     for (const char* text : {"randread,qd=1,count=1000", "randread,qd=32,count=5000", "mixed,qd=7,count=1000"}) {
         const auto r = run(text, true);

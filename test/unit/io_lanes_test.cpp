@@ -175,6 +175,27 @@ TEST_F(LanesBench, SharesTheWorkOut) {
     EXPECT_GE(report->runtime_ns, report->read.max);
 }
 
+TEST_F(LanesBench, OnePairOfMarksForAllLanes) {
+    static std::vector<u32> marks; // the first is another processor's: it is read when all have ended
+    marks.clear();
+    marks.reserve(2);
+    static LanesBench* self;
+    static std::vector<u64> done;
+    self = this;
+    done.clear();
+    done.reserve(2);
+    const auto mark = [](u32 phase) {
+        marks.push_back(phase);
+        done.push_back(self->disk.counters().completed + self->lane1.counters().completed + self->lane2.counters().completed);
+    };
+    const BenchOptions options{.dma = &dma, .scratch = true, .mark = mark, .phase = 3};
+    ASSERT_TRUE(home.run(Bench::run_lanes(list, disk, *parse_workload("randread,qd=4,count=1000"), options)));
+    EXPECT_EQ(marks, (std::vector<u32>{3, 0}));
+    EXPECT_EQ(done, (std::vector<u64>{0, 1000}));
+    EXPECT_FALSE(home.run(Bench::run_lanes(list, disk, *parse_workload("randread,count=2"), options)));
+    EXPECT_EQ(marks.size(), 2u) << "nothing was measured";
+}
+
 TEST_F(LanesBench, SequentialInStretches) {
     const auto report = run("write,qd=2,count=240", 3);
     ASSERT_TRUE(report);

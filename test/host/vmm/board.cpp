@@ -9,7 +9,7 @@ u32 Exits::in(u16, unsigned) { return 0; }
 void Exits::out(u16 port, unsigned size, u32 value) {
     if (port == debug_exit_port) {
         control_.debug_exit(value);
-    } else if (port == phase_port && size == 4) {
+    } else if (port == phase_port && (size == 4 || size == 1)) {
         control_.phase(value);
     } else if (port == keyboard_command && (value & 0xff) == 0xfe) {
         control_.reset("keyboard controller");

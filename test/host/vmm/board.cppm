@@ -7,7 +7,7 @@ export namespace fl::vmm {
 
 /// Ports of the board, fixed: the FADT names those of power management.
 inline constexpr u16 debug_exit_port = 0xf4;  // as QEMU's isa-debug-exit: the process ends with (value << 1) | 1
-inline constexpr u16 phase_port = 0x5f0;      // 32 bits: a number begins a phase of the counters, 0 ends it
+inline constexpr u16 phase_port = 0x5f0;      // 32 or 8 bits: a number begins a phase of the counters, 0 ends it
 inline constexpr u16 keyboard_command = 0x64; // 0xfe: reset
 inline constexpr u16 reset_control = 0xcf9;   // bit 2 from 0 to 1: reset
 inline constexpr u16 pm1_event = 0x600;       // status, enable: 16 bits each [ACPI 6.5 §4.8.3.1]
