@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -20,7 +21,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 from firstlight import __main__ as entry  # noqa: E402
 from firstlight import (  # noqa: E402
-    apt, fiojson, lab, launch, machine, nested, paths, process, records, report, testing, verify_image, vmrun_fault, vmtests, workloads, yardstick,
+    apt, bench, fiojson, lab, launch, machine, nested, paths, process, records, report, testing, verify_image, vmrun_fault, vmtests, workloads, yardstick,
 )  # fmt: skip
 from firstlight.problems import Exit, Problem  # noqa: E402
 from firstlight.records import Verdict  # noqa: E402
@@ -522,8 +523,11 @@ class Fio(unittest.TestCase):
         self.assertEqual(job["firstlight"]["hypercalls_per_io"], 0.05)
 
     def test_tables(self):
-        job = fiojson.job(RESULT, {})
+        job = fiojson.job({**RESULT, "exits": 128}, {})
         other = fiojson.job({**RESULT, "disk": "hda", "kind": "emulated", "runtime_ns": 100_000_000}, {})
+        self.assertEqual((job["firstlight"]["exits_per_io"], other["firstlight"]["exits_per_io"]), (0.064, None))
+        heads, _, *rows = [line.split() for line in report.results([job, other]).splitlines()]
+        self.assertEqual((heads[-1], rows[0][-1], rows[1][-1]), ("exit/IO", "0.064", "-"))
         self.assertIn("40000", report.results([job]))
         self.assertIn("2.00", report.ratios([job, other]))
         self.assertIn("0.00 %", report.spread([[job], [job]]))
@@ -531,6 +535,72 @@ class Fio(unittest.TestCase):
     def test_yardstick_output(self):
         text = 'yardstick hda linux-ata_piix 0\n{"jobs" : [{"jobname":\n"x"}]}\nyardstick end\n'
         self.assertEqual(yardstick.results(text), [("hda", "linux-ata_piix", 0, {"jobname": "x"})])
+        # fio's word about the output of its marks, and the host's counts, stand in front of the JSON.
+        marked = text.replace("\n{", '\n@@host {"phase":1,"counters":{}}\nx : Saving output of prerun in x.prerun.txt{', 1)
+        self.assertEqual(yardstick.results(marked), yardstick.results(text))
+
+    def test_only_a_host_that_takes_marks_gets_them(self):
+        wanted = [{"name": "randread", "bs": "4k", "qd": 1, "count": 5, "mix": 70}] * 2
+        self.assertNotIn("/dev/port", yardstick.script(["sda", "hda"], wanted))
+        text = yardstick.script(["sda", "hda"], wanted, 0x5F0)
+        marks = re.findall(r"exec_(pre|post)run=printf '\"'\"'\\(\d{3})'\"'\"' \| dd of=/dev/port bs=1 seek=1520'", text)
+        self.assertEqual(marks, [(when, number) for i in range(1, 5) for when, number in (("pre", f"{i:03}"), ("post", "000"))])
+        header = (paths.REPOSITORY / "test/host/vmm/board.cppm").read_text()
+        (taken,) = [one for one in machine.PLATFORMS.values() if one.marks]
+        self.assertTrue(taken.test_host)
+        self.assertIn(f"phase_port = {taken.marks:#x};", header)
+        for side in workloads.COMPARISONS["hyperv"]:
+            (chosen,) = workloads.choose(["hyperv"])
+            words = bench.main_machine(side, chosen, bench.arguments().parse_args([])).cmdline.split()
+            self.assertEqual("marks=0x5f0" in words, side.platform == "hyperv", words)
+
+
+class Phases(unittest.TestCase):
+    """The host's counts between the marks, and the results that they belong to."""
+
+    RECORD = '@{"record":"result","disk":"sda"}'
+
+    @staticmethod
+    def phase(number, exits=5):
+        return f'@@host {{"phase":{number},"ns":9,"exits":{exits},"counters":{{"kvm_exits":{exits}}}}}'
+
+    def test_each_result_gets_its_own(self):
+        log = records.parse("\n".join([self.phase(1, 7), self.RECORD, "@@host hot-add: done", self.phase(2, 8), self.RECORD]))
+        self.assertEqual(([result["exits"] for result in log.of("result")], log.malformed), ([7, 8], []))
+        self.assertEqual([phase["counters"]["kvm_exits"] for phase in log.phases], [7, 8])
+
+    def test_where_nobody_counts(self):
+        log = records.parse(f'{self.RECORD}\n@@host {{"end":"debug exit","status":33,"ns":1,"counters":{{}}}}')
+        self.assertEqual((log.phases, "exits" in log.of("result")[0]), ([], False))
+        # A KVM that does not tell how many exits there were.
+        log = records.parse(f'@@host {{"phase":1,"ns":9,"counters":{{"exit_io_in":1}}}}\n{self.RECORD}')
+        self.assertEqual((len(log.phases), "exits" in log.of("result")[0], log.malformed), (1, False, []))
+
+    def test_out_of_step(self):
+        for lines in (
+            [self.phase(2), self.RECORD], [self.phase(1), self.phase(1)], [self.phase(1), self.phase(2), self.RECORD],
+            [self.RECORD, self.phase(1), self.RECORD, self.RECORD], [self.phase(1)[:-2]], [self.phase(1, -1)], [self.phase(1, '"5"')],
+            [self.phase('"1"')], ['@@host {"phase":1,"exits":1}'],
+        ):  # fmt: skip
+            self.assertTrue(records.parse("\n".join(lines)).malformed, lines)
+
+    def demand(self, platform, *lines, expected=2):
+        described = machine.Machine("m", platform)
+        log = records.parse("\n".join(lines))
+        bench.demand_phases(types.SimpleNamespace(machine=described, log=log), expected)
+
+    def test_a_phase_that_is_missing_is_a_problem(self):
+        self.demand("hyperv", self.phase(1), self.phase(2))
+        self.demand("kvm")
+        with self.assertRaises(Problem) as missing:
+            self.demand("hyperv", self.phase(1))
+        self.assertIn("phases 1 to 2 and told of: 1.", str(missing.exception))
+        with self.assertRaises(Problem) as missing:
+            self.demand("hyperv", self.phase(1), self.phase(3))
+        self.assertIn("out of turn: @@host", str(missing.exception))
+        with self.assertRaises(Problem) as missing:
+            self.demand("hyperv")
+        self.assertIn("told of: none", str(missing.exception))
 
 
 class Stamps(unittest.TestCase):

@@ -148,7 +148,8 @@ TEST(HostBoard, EndsTheMachine) {
     power.out(0x604, 2, 5 << 10); // sleep type without enable
     power.out(0x604, 2, 1 << 13); // type 0
     power.out(0x604, 2, 1 << 13 | 5 << 10);
-    EXPECT_EQ(control.events, (std::vector<std::string>{"exit 16", "phase 7", "phase 8", "reset keyboard controller", "reset port 0xcf9", "off"}));
+    EXPECT_EQ(control.events,
+              (std::vector<std::string>{"exit 16", "phase 7", "phase 8", "reset keyboard controller", "reset port 0xcf9", "off"}));
 }
 
 TEST(HostBoard, TheTimerCountsItsFrequency) {
