@@ -66,14 +66,18 @@ class Chosen:
 
 
 def choose(patterns: list[str]) -> list[Chosen]:
-    """For each comparison the disks and workloads with a name that matches one of the patterns; all without a pattern."""
+    """For each comparison the disks and workloads with a name that matches one of the patterns; all without a pattern. A boot runs every
+    workload on every disk: disks with different workloads are different entries."""
     found = []
     for comparison, sides in COMPARISONS.items():
         pairs = [(disk, workload) for side in sides for disk in side.disks for workload in MAIN_JOB]
         kept = [pair for pair in pairs if not patterns or any(matches(name(comparison, *pair), pattern) for pattern in patterns)]
-        disks = [disk for side in sides for disk in side.disks if any(pair[0] == disk for pair in kept)]
-        if kept:
-            found.append(Chosen(comparison, disks, [workload for workload in MAIN_JOB if any(pair[1] == workload for pair in kept)]))
+        groups: dict[tuple[Workload, ...], list[str]] = {}
+        for disk in [disk for side in sides for disk in side.disks]:
+            workloads = tuple(workload for kept_disk, workload in kept if kept_disk == disk)
+            if workloads:
+                groups.setdefault(workloads, []).append(disk)
+        found += [Chosen(comparison, disks, list(workloads)) for workloads, disks in groups.items()]
     return found
 
 

@@ -204,6 +204,11 @@ class Comparisons(unittest.TestCase):
         (chosen,) = workloads.choose(["hyperv/sda-randread-4k-qd32"])
         self.assertEqual((chosen.disks, [w.label for w in chosen.workloads]), (["sda"], ["randread-4k-qd32"]))
 
+    def test_nothing_but_what_is_asked_for(self):
+        found = workloads.choose(["xen-emu/xvda-randwrite-4k-qd1", "xen-emu/hda-read-128k-qd8"])
+        pairs = [(disk, workload.label) for one in found for disk in one.disks for workload in one.workloads]
+        self.assertEqual(sorted(pairs), [("hda", "read-128k-qd8"), ("xvda", "randwrite-4k-qd1")])
+
     def test_everything(self):
         self.assertEqual([chosen.comparison for chosen in workloads.choose([])], ["xen-emu", "hyperv"])
         self.assertEqual(workloads.choose(["nosuch"]), [])
