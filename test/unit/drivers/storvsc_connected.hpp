@@ -71,6 +71,7 @@ class Machine final : public hv::Privileged, public host::Delivery {
     drivers::Environment environment{executor, arena, interrupts, sink, 500'000'000};
     std::array<std::array<u64, 2>, 2> pages{}; // messages, events; of each processor
     u64 signals = 0;
+    std::array<std::map<u16, u64>, 2> flagged; // events of each channel that were sent to each processor
 
     explicit Machine(host::ServerConfig config = {}, u32 processors = 1) {
         config.processors = processors;
@@ -186,6 +187,7 @@ class Machine final : public hv::Privileged, public host::Delivery {
         if (vp > 1 || pages[vp][1] == 0) {
             return Event::refused;
         }
+        ++flagged[vp][flag];
         auto* word = reinterpret_cast<u8*>(pages[vp][1]) + sint * 256u + flag / 8;
         const bool was = (*word >> (flag % 8) & 1) != 0;
         *word = static_cast<u8>(*word | 1u << (flag % 8));

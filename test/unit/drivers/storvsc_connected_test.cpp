@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <random>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -293,6 +294,18 @@ TEST(Connected, SubChannels) {
     EXPECT_EQ(a.data[24 * 512 + 4095], std::byte{0x77});
     EXPECT_EQ(lane.counters().completed, 1u);
     EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
+    // Each channel's events go to the processor of its lane, and to no other.
+    std::set<u16> first;
+    std::set<u16> second;
+    for (const auto& [flag, count] : m.flagged[0]) {
+        first.insert(flag);
+    }
+    for (const auto& [flag, count] : m.flagged[1]) {
+        second.insert(flag);
+        EXPECT_FALSE(first.contains(flag)) << "channel " << flag;
+    }
+    EXPECT_EQ(first.size(), 1u);
+    EXPECT_EQ(second.size(), 1u);
 }
 
 // Every rule that the host can break: bounded, told in one line or survived, and nothing that was acknowledged is lost.
