@@ -21,6 +21,13 @@ struct DmaSpan {
 
 class DmaBuffer;
 
+/// Takes memory out of use for good: a device may still write to it, or read it, whatever becomes of its owner. A DmaBuffer that holds any of it
+/// is not given back. From any processor. There is room for 64 spans; after that nothing is given back any more.
+void condemn(DmaSpan span);
+bool is_condemned(DmaSpan span);
+/// For tests, where the end of a machine is not the end of the program.
+void pardon_all();
+
 /// Where DMA memory comes from: frames in the kernel, the heap in host tests.
 class DmaAllocator {
   public:
@@ -33,7 +40,8 @@ class DmaAllocator {
     ~DmaAllocator() = default;
 };
 
-/// Owns DMA memory. `abandon()` gives it up for good: for memory that the other side may still write after a fault.
+/// Owns DMA memory. `abandon()` gives it up for good: for memory that the other side may still write after a fault. What was condemned is given
+/// up, too.
 class DmaBuffer {
   public:
     DmaBuffer() = default;
@@ -56,7 +64,7 @@ class DmaBuffer {
     u32 size() const { return span_.size; }
     explicit operator bool() const { return span_.data != nullptr; }
     void reset() {
-        if (from_ != nullptr && span_.data != nullptr) {
+        if (from_ != nullptr && span_.data != nullptr && !is_condemned(span_)) {
             from_->free(span_);
         }
         from_ = nullptr;

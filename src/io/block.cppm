@@ -72,7 +72,8 @@ class BlockDevice;
 
 /// One operation under way. Owned by the caller (as a rule: the awaiting frame); the device holds a pointer from submit() to complete(). Must
 /// not move or die in between: the destructor cancels. When a device gives a request up while its host may still write to the buffer (a time-out
-/// on a host that never answered), buffer_lost is set, and the owner must abandon the buffer rather than use it again.
+/// on a host that never answered), buffer_lost is set, and the owner must not use the buffer again. It is condemned as well [core.dma]: whoever
+/// frees it does not give it back.
 class Request : public ReadyNode {
   public:
     Request(BlockDevice& device, Op op, u64 lba, DmaSpan buffer) : buffer(buffer), lba(lba), op(op), device_(&device) {}

@@ -59,6 +59,46 @@ TEST_F(Block, RefusesWhatCannotBe) {
     EXPECT_EQ(disk.counters().errors, 9u);
 }
 
+// A host that never answered may still write: whoever owns the buffer frees it, and it is not given back.
+TEST_F(Block, MemoryThatAHostMayStillReachIsNotGivenBack) {
+    disk.behaviour.never_answers = true;
+    disk.set_timeout(50_ms);
+    const u32 outstanding = dma.outstanding;
+    {
+        const DmaBuffer lost = *dma.buffer(4096);
+        EXPECT_EQ(run(Op::read, 0, lost), Status::timed_out);
+    }
+    EXPECT_EQ(dma.outstanding, outstanding + 1) << "the owner did not look at buffer_lost";
+    {
+        const DmaBuffer lost = *dma.buffer(8192);
+        Request dying(disk, Op::read, 0, lost.span().subspan(4096, 4096));
+        disk.submit(dying);
+        executor.turn();
+    }
+    EXPECT_EQ(dma.outstanding, outstanding + 2) << "the request died with its owner, and only a part of the buffer was in use";
+    disk.behaviour.never_answers = false;
+    {
+        const DmaBuffer good = *dma.buffer(4096);
+        EXPECT_EQ(run(Op::read, 0, good), Status::ok);
+    }
+    EXPECT_EQ(dma.outstanding, outstanding + 2);
+}
+
+TEST(Dma, CondemnedSpansAreBounded) {
+    const auto page = [](u64 n) { return DmaSpan{nullptr, n * 4096, 4096}; };
+    for (u64 n = 0; n < 64; ++n) {
+        condemn(page(2 * n));
+    }
+    EXPECT_TRUE(is_condemned(page(126)));
+    EXPECT_FALSE(is_condemned(page(127)));
+    condemn({});
+    EXPECT_FALSE(is_condemned(page(1)));
+    condemn(page(1000));
+    EXPECT_TRUE(is_condemned(page(1))) << "no room: nothing is given back any more";
+    pardon_all();
+    EXPECT_FALSE(is_condemned(page(0)));
+}
+
 TEST_F(Block, SectorsOf4096) {
     MemoryDisk big(executor, storage.data(), storage.size(), 4096);
     BlockDevice::Transfer small(big, Op::read, 0, buffer.span().subspan(0, 512));

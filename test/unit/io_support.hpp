@@ -34,6 +34,7 @@ struct FakeMachine {
 class HeapDma final : public fl::DmaAllocator {
   public:
     ~HeapDma() {
+        fl::pardon_all();
         while (blocks_ != nullptr) {
             release(blocks_);
         }
@@ -157,6 +158,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
     }
     void forget(fl::io::Request& request) override {
         ++forgotten;
+        request.buffer_lost = behaviour.never_answers;
         queue_.remove(request);
     }
 

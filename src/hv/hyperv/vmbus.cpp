@@ -96,7 +96,7 @@ Status Vmbus::post_now(std::span<const std::byte> message) {
     return status;
 }
 
-io::Task<Result<void>> Vmbus::post(std::span<const std::byte> message, Instant deadline) {
+io::Task<Result<void>> Vmbus::post(std::span<const std::byte> message, Instant deadline, const bool* gone) {
     for (Nanoseconds pause = shortest_retry;; pause = std::min(pause * 2, longest_retry)) {
         const Status status = post_now(message);
         switch (status) {
@@ -113,6 +113,9 @@ io::Task<Result<void>> Vmbus::post(std::span<const std::byte> message, Instant d
             }
             ++counters_.retries;
             co_await environment_->executor.sleep(pause);
+            if (gone != nullptr && *gone) {
+                co_return Error{Code::device_gone, "VMBus: the host has taken the device away"};
+            }
             break;
         default: co_return Error{Code::io, "VMBus: the hypervisor does not take a message (status)", 0, to_underlying(status)};
         }

@@ -162,7 +162,8 @@ class Vmbus final : public io::Service {
         u64 at(u32 i) const { return list.empty() ? first + i : list[i]; }
     };
 
-    io::Task<Result<void>> post(std::span<const std::byte> message, Instant deadline);
+    /// `gone`: when it becomes true while a throttling host is waited for, the message is not sent any more.
+    io::Task<Result<void>> post(std::span<const std::byte> message, Instant deadline, const bool* gone = nullptr);
     template <class M>
     io::Task<Result<void>> send(const M& message, Instant deadline) {
         return post(std::as_bytes(std::span<const M, 1>(&message, 1)), deadline);

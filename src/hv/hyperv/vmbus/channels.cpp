@@ -59,7 +59,8 @@ io::Task<Result<Gpadl>> Vmbus::share(u32 relid, Frames frames) {
             const u64 frame = frames.at(told);
             std::memcpy(message.data() + size, &frame, 8);
         }
-        CO_CHECK(co_await post(std::span<const std::byte>(message).first(size), until));
+        // Never once the channel is rescinded: its id may be released and in other hands, and the host would keep what this gives it.
+        CO_CHECK(co_await post(std::span<const std::byte>(message).first(size), until, &pending.gone));
         if (told == frames.count || pending.gone) { // the rest would be told to nobody
             break;
         }
