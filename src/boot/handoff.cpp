@@ -19,23 +19,77 @@ constexpr u32 severity(MemoryKind kind) {
     return 4; // a kind that the firmware made up is not ours to use
 }
 
+u64 end_of(const MemoryRange& r) { return r.base + r.size; }
+
+// Takes `out` from a range that can be one piece only: the larger of the two that are left.
+void cut(MemoryRange& r, const MemoryRange& out) {
+    if (out.base >= end_of(r) || end_of(out) <= r.base) {
+        return;
+    }
+    const u64 before = out.base > r.base ? out.base - r.base : 0;
+    const u64 behind = end_of(r) > end_of(out) ? end_of(r) - end_of(out) : 0;
+    if (behind > before) {
+        r.base = end_of(out);
+    }
+    r.size = std::max(before, behind);
+}
+
+void put(BootInfo& info, const MemoryRange& range, usize places) {
+    if (info.range_count < places) {
+        info.ranges[info.range_count++] = range;
+        return;
+    }
+    info.ranges_truncated = 1;
+    if (range.kind != MemoryKind::usable) {
+        for (MemoryRange& r : std::span(info.ranges).first(info.range_count)) {
+            if (r.kind == MemoryKind::usable) {
+                cut(r, range);
+            }
+        }
+    }
+}
+
 } // namespace
 
+void add_range(BootInfo& info, u64 base, u64 size, MemoryKind kind) {
+    size = std::min(size, ~u64{0} - base);
+    if (size != 0) {
+        put(info, {base, size, kind, 0}, BootInfo::max_given_ranges);
+    }
+}
+
+bool clip_ranges(BootInfo& info, u64 end) {
+    bool clipped = false;
+    for (MemoryRange& r : std::span(info.ranges).first(info.range_count)) {
+        const bool mapped = r.kind == MemoryKind::usable || r.kind == MemoryKind::acpi_reclaimable || r.kind == MemoryKind::acpi_nvs;
+        if (mapped && end_of(r) > end) {
+            r.size = end > r.base ? end - r.base : 0;
+            clipped = true;
+        }
+    }
+    return clipped;
+}
+
 void normalise(BootInfo& info) {
+    usize places = BootInfo::max_given_ranges;
     if (info.kernel_size != 0) {
-        add_range(info, info.kernel_phys, info.kernel_size, MemoryKind::kernel);
+        places = BootInfo::max_ranges;
+        put(info, {info.kernel_phys, info.kernel_size, MemoryKind::kernel, 0}, places);
     }
     auto& r = info.ranges;
-    const auto by_base = [](const MemoryRange& a, const MemoryRange& b) { return a.base < b.base; };
-    std::sort(r.begin(), r.begin() + info.range_count, by_base);
+    const auto sort_from = [&](u32 at) {
+        const auto by_base = [](const MemoryRange& a, const MemoryRange& b) { return a.base < b.base; };
+        std::sort(r.begin() + at, r.begin() + info.range_count, by_base);
+    };
+    sort_from(0);
 
-    // Cut overlaps pairwise until none is left. Every step shrinks or removes a range, or splits one around a more severe one; a split that
-    // does not fit into the table drops its tail, which is then simply not used.
+    // Cut overlaps pairwise until none is left. Every step shrinks or removes a range, or splits one around a more severe one. A split that
+    // does not fit into the table keeps the larger piece of a usable range; of any other, the piece behind becomes more severe, never free.
     for (u32 i = 0; i + 1 < info.range_count;) {
         MemoryRange& a = r[i];
         MemoryRange& b = r[i + 1];
-        const u64 a_end = a.base + a.size;
-        const u64 b_end = b.base + b.size;
+        const u64 a_end = end_of(a);
+        const u64 b_end = end_of(b);
         const auto remove = [&](u32 at) {
             std::copy(r.begin() + at + 1, r.begin() + info.range_count, r.begin() + at);
             --info.range_count;
@@ -56,18 +110,21 @@ void normalise(BootInfo& info) {
             } else {
                 b.base = a_end;
                 b.size = b_end - a_end;
-                std::sort(r.begin() + i + 1, r.begin() + info.range_count, by_base);
+                sort_from(i + 1);
             }
         } else {
-            a.size = b.base - a.base;
-            if (b_end < a_end) {
-                const MemoryKind kind = a.kind;
-                add_range(info, b_end, a_end - b_end, kind);
-                std::sort(r.begin() + i + 1, r.begin() + info.range_count, by_base);
+            const bool split = a.base < b.base && b_end < a_end;
+            if (split && info.range_count < places) {
+                r[info.range_count++] = {b_end, a_end - b_end, a.kind, 0};
+                a.size = b.base - a.base;
+            } else {
+                if (split) {
+                    info.ranges_truncated = 1;
+                    b.size = a.kind == MemoryKind::usable ? b.size : a_end - b.base;
+                }
+                cut(a, b);
             }
-            if (a.size == 0) {
-                remove(i);
-            }
+            sort_from(i);
             i = i > 0 ? i - 1 : 0;
         }
     }

@@ -50,7 +50,8 @@ struct Framebuffer {
 struct BootInfo {
     static constexpr u64 magic_value = 0x544847494c545346; // the bytes "FSTLIGHT" in memory
     static constexpr u32 version_value = 1;
-    static constexpr usize max_ranges = 256;
+    static constexpr usize max_ranges = 256; // the last place is kept for the image: others fill `max_given_ranges`
+    static constexpr usize max_given_ranges = max_ranges - 1;
     static constexpr usize max_cmdline = 4096;
     static constexpr usize max_map_file = 16384;
     static constexpr u32 unreadable = 2;
@@ -92,18 +93,12 @@ constexpr void begin(BootInfo& info, Entry entry, u64 tsc) {
     info.entry_tsc = tsc;
 }
 
-/// Adds a range; a full table sets ranges_truncated and drops it. Empty ranges, and ends beyond 2^64, are dropped and cut.
-constexpr void add_range(BootInfo& info, u64 base, u64 size, MemoryKind kind) {
-    size = std::min(size, ~u64{0} - base);
-    if (size == 0) {
-        return;
-    }
-    if (info.range_count == BootInfo::max_ranges) {
-        info.ranges_truncated = 1;
-        return;
-    }
-    info.ranges[info.range_count++] = {base, size, kind, 0};
-}
+/// Adds a range. A full table (max_given_ranges) drops it and sets ranges_truncated; one that is not usable is then cut out of the usable
+/// ranges in the table, so add those first: what is lost is never protection. Empty ranges, and ends beyond 2^64, are dropped and cut.
+void add_range(BootInfo& info, u64 base, u64 size, MemoryKind kind);
+
+/// Cuts the ranges that would be mapped (usable, ACPI) at `end`, for a processor that has no addresses from there on. True: there were such.
+bool clip_ranges(BootInfo& info, u64 end);
 
 /// Copies text into one of the two text fields, cutting what does not fit.
 constexpr void set_cmdline(BootInfo& info, std::string_view text) {
@@ -119,7 +114,8 @@ constexpr void set_map_file(BootInfo& info, std::string_view text) {
 }
 
 /// Sorts the ranges, resolves overlaps in favour of the less usable kind, joins neighbours of one kind. The image's own memory
-/// (kernel_phys, kernel_size) becomes MemoryKind::kernel.
+/// (kernel_phys, kernel_size) becomes MemoryKind::kernel. Where the table is too small for all the pieces, usable memory goes
+/// (ranges_truncated), or a piece counts as a less usable kind than it is.
 void normalise(BootInfo& info);
 
 /// Whether a BootInfo handed over by a loader is one that this kernel understands: magic, version, size, bounds of every count.

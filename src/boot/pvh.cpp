@@ -30,18 +30,20 @@ bool read_ranges(PhysicalReader& memory, const HvmStartInfo& start, BootInfo& in
     if (start.memory_map == 0 || start.memory_map >= limit) {
         return false;
     }
-    for (u32 i = 0; i < start.memory_map_count; ++i) {
-        const u64 at = start.memory_map + u64{i} * sizeof(HvmMemory);
-        if (at > limit - sizeof(HvmMemory)) {
-            break;
-        }
-        const auto entry = memory.value<HvmMemory>(at);
-        if (!entry) {
-            break;
-        }
-        add_range(info, entry->address, entry->size, static_cast<MemoryKind>(entry->type));
-        if (info.ranges_truncated != 0) {
-            break;
+    // Usable memory first: see add_range().
+    for (const bool usable : {true, false}) {
+        for (u32 i = 0; i < start.memory_map_count; ++i) {
+            const u64 at = start.memory_map + u64{i} * sizeof(HvmMemory);
+            if (at > limit - sizeof(HvmMemory)) {
+                break;
+            }
+            const auto entry = memory.value<HvmMemory>(at);
+            if (!entry) {
+                break;
+            }
+            if (const auto kind = static_cast<MemoryKind>(entry->type); (kind == MemoryKind::usable) == usable) {
+                add_range(info, entry->address, entry->size, kind);
+            }
         }
     }
     return info.range_count != 0;

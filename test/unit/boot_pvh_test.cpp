@@ -170,8 +170,55 @@ TEST_F(Pvh, HugeMapEndsAtTheTable) {
         map[24 * i + 16] = 1;
     }
     ASSERT_TRUE(gather());
-    EXPECT_EQ(info->range_count, BootInfo::max_ranges);
+    EXPECT_EQ(info->range_count, BootInfo::max_given_ranges);
     EXPECT_EQ(info->ranges_truncated, 1u);
+}
+
+void put_number(std::vector<std::uint8_t>& bytes, usize at, std::uint64_t value) {
+    for (usize i = 0; i < 8; ++i) {
+        bytes[at + i] = static_cast<std::uint8_t>(value >> (8 * i));
+    }
+}
+
+TEST_F(Pvh, WhatAFullTableHasNoRoomForIsStillProtected) {
+    auto bytes = golden_start_info();
+    put_number(bytes, 40, 0x10000);
+    put_number(bytes, 48, 400);
+    memory.put(0x500, bytes);
+    auto& map = memory.at(0x10000, 24 * 400);
+    for (usize i = 0; i < 400; ++i) {
+        // 396 pieces of 1 MiB, each with a gap behind it; then what is reserved in them.
+        put_number(map, 24 * i, 0x100000 + 0x200000 * i);
+        put_number(map, 24 * i + 8, 0x100000);
+        map[24 * i + 16] = 1;
+    }
+    put_number(map, 24 * 396, 0x110000); // a page of the first piece, most of the second, all of the third, one beyond the table
+    put_number(map, 24 * 397, 0x308000);
+    put_number(map, 24 * 398, 0x4ff000);
+    put_number(map, 24 * 399, 0x100000 + 0x200000 * 390);
+    put_number(map, 24 * 396 + 8, 0x1000);
+    put_number(map, 24 * 397 + 8, 0x80000);
+    put_number(map, 24 * 398 + 8, 0x102000);
+    for (usize i = 396; i < 400; ++i) {
+        map[24 * i + 16] = 2;
+    }
+    ASSERT_TRUE(gather());
+    info->kernel_phys = 0x700000;
+    info->kernel_size = 0x80000;
+    normalise(*info);
+    EXPECT_TRUE(is_valid(*info));
+    EXPECT_EQ(info->ranges_truncated, 1u);
+    std::uint64_t usable = 0;
+    for (const MemoryRange& r : info->memory()) {
+        if (r.kind == MemoryKind::usable) {
+            usable += r.size;
+            for (const auto& [base, size] :
+                 {std::pair{0x110000, 0x1000}, std::pair{0x308000, 0x80000}, std::pair{0x4ff000, 0x102000}, std::pair{0x700000, 0x80000}}) {
+                EXPECT_TRUE(r.base + r.size <= std::uint64_t(base) || std::uint64_t(base + size) <= r.base) << base << " is used";
+            }
+        }
+    }
+    EXPECT_GE(usable, 250u * 0x100000);
 }
 
 TEST_F(Pvh, RandomBytesNeverLeaveABrokenBootInfo) {
@@ -224,6 +271,99 @@ TEST(Normalise, SortsJoinsAndMarksTheImage) {
         EXPECT_EQ(info->ranges[i].base, once.ranges[i].base);
         EXPECT_EQ(info->ranges[i].size, once.ranges[i].size);
     }
+}
+
+TEST(Normalise, AFullTableKeepsTheImage) {
+    auto info = std::make_unique<BootInfo>();
+    begin(*info, Entry::pvh, 0);
+    info->kernel_phys = 0x200000;
+    info->kernel_size = 0x5000;
+    add_range(*info, 0x100000, 0x700000, MemoryKind::usable);
+    for (std::uint64_t i = 0; i < 400; ++i) {
+        add_range(*info, 0x1000000 + 0x10000 * i, 0x1000, i % 3 == 0 ? MemoryKind::reserved : MemoryKind::usable);
+    }
+    normalise(*info);
+    EXPECT_TRUE(is_valid(*info));
+    EXPECT_EQ(info->ranges_truncated, 1u);
+    EXPECT_EQ(info->ranges[0].kind, MemoryKind::kernel); // 1 MiB below the image had to go, 6 MiB above it stay
+    EXPECT_EQ(info->ranges[0].base, 0x200000u);
+    EXPECT_EQ(info->ranges[0].size, 0x5000u);
+    EXPECT_EQ(info->ranges[1].base, 0x205000u);
+    EXPECT_EQ(info->ranges[1].size, 0x5fb000u);
+    EXPECT_EQ(info->ranges[1].kind, MemoryKind::usable);
+    const auto once = *info;
+    normalise(*info);
+    ASSERT_EQ(info->range_count, once.range_count);
+    for (u32 i = 0; i < once.range_count; ++i) {
+        EXPECT_EQ(info->ranges[i].base, once.ranges[i].base);
+        EXPECT_EQ(info->ranges[i].size, once.ranges[i].size);
+    }
+}
+
+TEST(Normalise, RandomFullTablesLoseNoProtection) {
+    constexpr u32 cells = 1000;
+    const MemoryKind kinds[] = {MemoryKind::reserved, MemoryKind::acpi_reclaimable, MemoryKind::acpi_nvs, MemoryKind::unusable,
+                                MemoryKind::persistent};
+    std::mt19937 random(12);
+    auto info = std::make_unique<BootInfo>();
+    u32 truncated = 0;
+    for (int round = 0; round < 2000; ++round) {
+        *info = {};
+        begin(*info, Entry::pvh, 0);
+        std::vector<int> expected(cells, -1);
+        const auto add = [&](MemoryKind kind, u32 most) {
+            const u32 from = random() % cells;
+            const u32 size = 1 + random() % std::min(most, cells - from);
+            add_range(*info, u64{from} * 4096, u64{size} * 4096, kind);
+            for (u32 c = from; c < from + size; ++c) {
+                expected[c] = std::max(expected[c], rank(kind));
+            }
+        };
+        const u32 usable = random() % 300;
+        for (u32 i = 0; i < usable; ++i) {
+            add(MemoryKind::usable, round % 2 == 0 ? 3 : 400);
+        }
+        const u32 others = random() % 300;
+        for (u32 i = 0; i < others; ++i) {
+            add(kinds[random() % std::size(kinds)], round % 3 == 0 ? 100 : 2);
+        }
+        if (random() % 2 == 0) { // as the loader does
+            normalise(*info);
+            ASSERT_LE(info->range_count, BootInfo::max_given_ranges);
+        }
+        info->kernel_phys = 500 * 4096;
+        info->kernel_size = 4 * 4096;
+        for (u32 c = 500; c < 504; ++c) {
+            expected[c] = 6;
+        }
+        normalise(*info);
+        ASSERT_TRUE(is_valid(*info));
+        truncated += info->ranges_truncated;
+        std::vector<int> seen(cells, -1);
+        u64 last_end = 0;
+        for (const MemoryRange& r : info->memory()) {
+            ASSERT_GE(r.base, last_end);
+            ASSERT_GT(r.size, 0u);
+            last_end = r.base + r.size;
+            for (u64 c = r.base / 4096; c < last_end / 4096; ++c) {
+                seen[c] = rank(r.kind);
+            }
+        }
+        for (u32 c = 0; c < cells; ++c) {
+            if (seen[c] != -1) {
+                // Among the kinds that nobody uses a range may count as another one.
+                ASSERT_EQ(seen[c] == 0 ? expected[c] : 0, 0) << "round " << round << ", cell " << c;
+                ASSERT_NE(expected[c], -1) << "round " << round << ", cell " << c;
+            }
+            if (c >= 500 && c < 504) {
+                ASSERT_EQ(seen[c], 6) << "round " << round;
+            }
+            if (info->ranges_truncated == 0) {
+                ASSERT_EQ(seen[c], expected[c]) << "round " << round;
+            }
+        }
+    }
+    EXPECT_GT(truncated, 500u);
 }
 
 TEST(Normalise, RandomAgainstAByteMap) {

@@ -118,10 +118,35 @@ TEST(UefiMemoryMap, WhatDoesNotFitIsNotTheUsableMemory) {
     BootInfo info{};
     ASSERT_TRUE(uefi::add_memory_map(info, map.bytes, Map::stride));
     EXPECT_EQ(info.ranges_truncated, 1u);
-    EXPECT_EQ(info.range_count, BootInfo::max_ranges);
+    EXPECT_EQ(info.range_count, BootInfo::max_given_ranges);
     const auto usable = [](const MemoryRange& r) { return r.kind == MemoryKind::usable && r.base == 0x10000000; };
     const auto r = ranges_of(info);
     EXPECT_TRUE(std::any_of(r.begin(), r.end(), usable));
+}
+
+TEST(UefiMemoryMap, WhatDoesNotFitIsCutOutOfTheUsableMemory) {
+    Map map;
+    map.add(7, 0x10000000, 0x10000);
+    for (std::uint64_t i = 0; i < 300; ++i) {
+        map.add(0, i * 0x10000, 1);
+    }
+    map.add(0, 0x10008000, 0x10).add(7, 0x30000000, 0x100).add(0, 0x30000000, 0x80);
+    BootInfo info{};
+    ASSERT_TRUE(uefi::add_memory_map(info, map.bytes, Map::stride));
+    EXPECT_EQ(info.ranges_truncated, 1u);
+    info.kernel_phys = 0x10800000;
+    info.kernel_size = 0x200000;
+    normalise(info);
+    std::uint64_t usable = 0;
+    for (const MemoryRange& r : info.memory()) {
+        if (r.kind == MemoryKind::usable) {
+            usable += r.size;
+            for (const auto& [base, size] : {std::pair{0x10008000, 0x10000}, std::pair{0x30000000, 0x80000}, std::pair{0x10800000, 0x200000}}) {
+                EXPECT_TRUE(r.base + r.size <= std::uint64_t(base) || std::uint64_t(base + size) <= r.base) << base;
+            }
+        }
+    }
+    EXPECT_GT(usable, 0x0d000000u);
 }
 
 TEST(UefiMemoryMap, AbsurdDescriptorsAreCut) {

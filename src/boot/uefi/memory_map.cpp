@@ -81,7 +81,7 @@ Result<void> add_memory_map(BootInfo& info, std::span<const std::byte> map, u64 
                     continue;
                 }
             }
-            if (info.range_count == BootInfo::max_ranges) {
+            if (info.range_count == BootInfo::max_given_ranges) {
                 normalise(info);
             }
             add_range(info, r.base, r.size, kind);

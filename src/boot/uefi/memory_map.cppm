@@ -50,7 +50,7 @@ inline constexpr u64 attribute_runtime = u64{1} << 63;    // EFI_MEMORY_RUNTIME:
 MemoryKind kind_of(u32 type, u64 attributes);
 
 /// Adds the map's ranges to `info`, sorted and with neighbours of one kind joined. Usable memory goes first: where a map has more pieces
-/// than the table has places, the pieces that are lost (ranges_truncated) are of the other kinds. `info.kernel_size` must still be 0.
+/// than the table has places (ranges_truncated), those of the other kinds are only cut out of it. `info.kernel_size` must still be 0.
 Result<void> add_memory_map(BootInfo& info, std::span<const std::byte> map, u64 stride);
 
 /// One stretch of physical addresses, in whole GiB.
