@@ -32,7 +32,7 @@ bool read_ranges(PhysicalReader& memory, const HvmStartInfo& start, BootInfo& in
     }
     // Usable memory first: see add_range().
     for (const bool usable : {true, false}) {
-        for (u32 i = 0; i < start.memory_map_count; ++i) {
+        for (u32 i = 0; i < std::min(start.memory_map_count, max_map_entries); ++i) {
             const u64 at = start.memory_map + u64{i} * sizeof(HvmMemory);
             if (at > limit - sizeof(HvmMemory)) {
                 break;
@@ -109,6 +109,7 @@ Result<PvhNotes> gather_pvh(PhysicalReader& memory, u64 address, u64 tsc, BootIn
     }
     PvhNotes notes;
     notes.no_memory_map = start.version == 0 || !read_ranges(memory, start, info);
+    notes.memory_map_cut = start.memory_map_count > max_map_entries;
     if (start.cmdline != 0) {
         notes.cmdline_unreadable = !read_cmdline(memory, start.cmdline, info);
     }

@@ -30,6 +30,7 @@ static_assert(offsetof(HvmStartInfo, module_count) == 12 && offsetof(HvmStartInf
 static_assert(offsetof(HvmStartInfo, rsdp) == 32 && offsetof(HvmStartInfo, memory_map) == 40 && offsetof(HvmStartInfo, memory_map_count) == 48);
 static_assert(offsetof(HvmStartInfo, reserved) == 52);
 inline constexpr usize start_info_v0_size = 40;
+inline constexpr u32 max_map_entries = 4096; // of the memory map that are read, whatever its count says
 
 struct HvmModule {
     u64 address;
@@ -54,6 +55,7 @@ static_assert(offsetof(HvmMemory, reserved) == 20);
 /// What was left out, for the log: the boot goes on without it.
 struct PvhNotes {
     bool no_memory_map = false;      // version 0, or an empty or unreadable map: the hypervisor must be asked (BootInfo::range_count is 0)
+    bool memory_map_cut = false;     // it has more than max_map_entries: those behind were not read
     bool cmdline_unreadable = false; // outside the memory that the loader describes
     bool modules_unreadable = false; // likewise
     u32 extra_modules = 0;           // only the first one is used (the map file)

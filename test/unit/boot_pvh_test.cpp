@@ -174,6 +174,57 @@ TEST_F(Pvh, HugeMapEndsAtTheTable) {
     EXPECT_EQ(info->ranges_truncated, 1u);
 }
 
+// All of memory reads as zeroes, but for the start_info: a map whose entries are all empty.
+struct EmptyMemory final : PhysicalReader {
+    std::vector<std::uint8_t> start_info;
+    std::uint64_t reads = 0;
+    std::uint64_t highest = 0;
+    bool read(u64 address, std::span<std::byte> into) override {
+        ++reads;
+        highest = std::max(highest, address + into.size());
+        std::fill(into.begin(), into.end(), std::byte{0});
+        if (address == 0x500) {
+            std::memcpy(into.data(), start_info.data(), std::min(into.size(), start_info.size()));
+        }
+        return true;
+    }
+};
+
+TEST(PvhMap, CountIsBounded) {
+    EmptyMemory empty;
+    empty.start_info = golden_start_info();
+    for (usize i = 48; i < 52; ++i) {
+        empty.start_info[i] = 0xff;
+    }
+    auto info = std::make_unique<BootInfo>();
+    const auto notes = gather_pvh(empty, 0x500, 0, *info);
+    ASSERT_TRUE(notes);
+    EXPECT_TRUE(notes->no_memory_map);
+    EXPECT_TRUE(notes->memory_map_cut);
+    EXPECT_LT(empty.reads, 10'000u);
+    EXPECT_LT(empty.highest, 0x100000u); // the map stands at 0x1000: no device's registers were touched
+}
+
+TEST_F(Pvh, TheLongestMapIsReadToItsEnd) {
+    auto bytes = golden_start_info();
+    bytes[41] = 0;
+    bytes[42] = 1;    // the map at 0x10000
+    bytes[49] = 0x10; // 4099 entries
+    memory.put(0x500, bytes);
+    auto& map = memory.at(0x10000, 24 * 4099);
+    for (const usize i : {4095, 4096}) {
+        map[24 * i + 9] = 0x10 * static_cast<std::uint8_t>(i - 4094);
+        map[24 * i + 16] = 1;
+    }
+    EXPECT_TRUE(gather()->memory_map_cut);
+    ASSERT_EQ(info->range_count, 1u);
+    EXPECT_EQ(info->ranges[0].size, 0x1000u);
+    bytes[48] = 0; // 4096
+    memory.put(0x500, bytes);
+    EXPECT_FALSE(gather()->memory_map_cut);
+    EXPECT_EQ(info->range_count, 1u);
+}
+
 void put_number(std::vector<std::uint8_t>& bytes, usize at, std::uint64_t value) {
     for (usize i = 0; i < 8; ++i) {
         bytes[at + i] = static_cast<std::uint8_t>(value >> (8 * i));
