@@ -60,13 +60,18 @@ void add_range(BootInfo& info, u64 base, u64 size, MemoryKind kind) {
 
 bool clip_ranges(BootInfo& info, u64 end) {
     bool clipped = false;
-    for (MemoryRange& r : std::span(info.ranges).first(info.range_count)) {
+    u32 kept = 0;
+    for (MemoryRange r : info.memory()) {
         const bool mapped = r.kind == MemoryKind::usable || r.kind == MemoryKind::acpi_reclaimable || r.kind == MemoryKind::acpi_nvs;
         if (mapped && end_of(r) > end) {
-            r.size = end > r.base ? end - r.base : 0;
             clipped = true;
+            r.size = end > r.base ? end - r.base : 0;
+        }
+        if (r.size != 0) {
+            info.ranges[kept++] = r;
         }
     }
+    info.range_count = kept;
     return clipped;
 }
 

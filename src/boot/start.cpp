@@ -1,5 +1,6 @@
 module boot.start;
 import core.std;
+import core.log;
 import core.result;
 import core.machine.memory;
 import boot.handoff;
@@ -7,6 +8,9 @@ import boot.handoff;
 namespace fl::boot {
 
 Result<void> use_memory(BootInfo& info) {
+    if (clip_ranges(info, physical_end())) {
+        log::warning("the memory map has memory at or above {:#x}, where this processor has no addresses: it is not used", physical_end());
+    }
     normalise(info);
     std::array<MemoryArea, BootInfo::max_ranges> areas;
     usize count = 0;

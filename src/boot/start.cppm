@@ -11,7 +11,7 @@ export namespace fl::boot {
 /// must be asked for the map first, its ranges added to `info`, and use_memory() called. Nothing else has run: no clock, no interrupts.
 [[noreturn]] void kernel_start(BootInfo& info);
 
-/// normalise(), then maps the memory and gives it to frames() and the heap.
+/// Leaves out what the processor has no addresses for, normalise(), then maps the memory and gives it to frames() and the heap.
 Result<void> use_memory(BootInfo& info);
 
 } // namespace fl::boot

@@ -351,6 +351,41 @@ TEST(Normalise, AFullTableKeepsTheImage) {
     }
 }
 
+TEST(ClipRanges, OnlyWhatWouldBeMapped) {
+    constexpr std::uint64_t end = std::uint64_t{1} << 36;
+    auto info = std::make_unique<BootInfo>();
+    begin(*info, Entry::pvh, 0);
+    add_range(*info, 0, 0x80000000, MemoryKind::usable);
+    add_range(*info, 0xfd00000000, 0x300000000, MemoryKind::reserved); // as QEMU tells of every machine
+    add_range(*info, end - 0x1000, 0x1000, MemoryKind::acpi_nvs);
+    EXPECT_FALSE(clip_ranges(*info, end));
+    EXPECT_EQ(info->range_count, 3u);
+
+    add_range(*info, end - 0x10000, 0x20000, MemoryKind::usable);
+    add_range(*info, end, 0x40000000, MemoryKind::usable);
+    add_range(*info, ~u64{0} - 0x2000, 0x1000, MemoryKind::acpi_reclaimable);
+    EXPECT_TRUE(clip_ranges(*info, end));
+    normalise(*info);
+    for (const MemoryRange& r : info->memory()) {
+        EXPECT_TRUE(r.kind == MemoryKind::reserved || r.base + r.size <= end);
+        EXPECT_GT(r.size, 0u);
+    }
+    ASSERT_EQ(info->range_count, 4u);
+    EXPECT_EQ(info->ranges[1].base, end - 0x10000);
+    EXPECT_EQ(info->ranges[1].size, 0xf000u);
+    EXPECT_EQ(info->ranges[2].kind, MemoryKind::acpi_nvs);
+    EXPECT_FALSE(clip_ranges(*info, end));
+}
+
+TEST(ClipRanges, NothingMayBeLeft) {
+    auto info = std::make_unique<BootInfo>();
+    begin(*info, Entry::pvh, 0);
+    add_range(*info, u64{1} << 46, 0x40000000, MemoryKind::usable);
+    EXPECT_TRUE(clip_ranges(*info, u64{1} << 46));
+    normalise(*info);
+    EXPECT_EQ(info->range_count, 0u);
+}
+
 TEST(Normalise, RandomFullTablesLoseNoProtection) {
     constexpr u32 cells = 1000;
     const MemoryKind kinds[] = {MemoryKind::reserved, MemoryKind::acpi_reclaimable, MemoryKind::acpi_nvs, MemoryKind::unusable,

@@ -276,6 +276,7 @@ Result<void> add_memory(std::span<const MemoryArea> areas) {
     return {};
 }
 
+u64 physical_end() { return features.physical_end; }
 FrameAllocator& frames() { return frame_allocator; }
 DmaAllocator& dma_memory() { return dma; }
 PhysicalReader& physical_memory() { return reader; }

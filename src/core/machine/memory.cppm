@@ -27,8 +27,12 @@ struct MemoryArea {
 /// tables.
 void start_memory(const MemoryLayout& layout);
 /// Maps the areas at direct_map (not executable) and gives the usable ones to frames() and to the heap. The image must not be among the
-/// areas. May be called again with further areas. Error{exhausted}: no usable range is large enough to begin with.
+/// areas, nor anything at or above physical_end(). May be called again with further areas. Error{exhausted}: no usable range is large enough to
+/// begin with.
 Result<void> add_memory(std::span<const MemoryArea> areas);
+
+/// No physical address at or above it on this processor (CPUID 0x80000008, or what the direct map has room for). After start_memory.
+u64 physical_end();
 
 FrameAllocator& frames();
 /// Frames for devices, through the direct map. What allocate() gives is zeroed.
