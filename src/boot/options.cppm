@@ -16,8 +16,8 @@ inline constexpr std::array<std::string_view, 5> job_names{"boot", "bench", "ver
 constexpr std::string_view name(Job job) { return job_names[to_underlying(job)]; }
 
 /// What job=panic does.
-enum class Fault : u8 { ud, gp, pf, stack, div, panic };
-inline constexpr std::array<std::string_view, 6> fault_names{"ud", "gp", "pf", "stack", "div", "panic"};
+enum class Fault : u8 { ud, gp, pf, text, nx, stack, div, panic };
+inline constexpr std::array<std::string_view, 8> fault_names{"ud", "gp", "pf", "text", "nx", "stack", "div", "panic"};
 constexpr std::string_view name(Fault fault) { return fault_names[to_underlying(fault)]; }
 
 /// Whose one-shot timer wakes the processors. automatic: a hypervisor's where there is one and the processor's own is none by deadline.

@@ -362,6 +362,9 @@ namespace {
     return below + room[depth % 32];
 }
 
+// In .data: the asm that takes its address may write there, for all that the compiler knows.
+constinit u8 return_instruction = 0xc3;
+
 } // namespace
 
 bool provoke(std::string_view fault) {
@@ -371,6 +374,10 @@ bool provoke(std::string_view fault) {
         asm volatile("movq (%0), %%rax" ::"r"(u64{0x1234567812345678}) : "rax"); // not canonical
     } else if (fault == "pf") {
         asm volatile("movb $1, (%0)" ::"r"(u64{0x10}) : "memory"); // nothing is mapped low
+    } else if (fault == "text") {
+        asm volatile("orb $0, (%0)" ::"r"(image_text_begin) : "memory", "cc"); // a write that changes nothing, should it be possible
+    } else if (fault == "nx") {
+        asm volatile("call *%0" ::"r"(&return_instruction) : "memory", "cc"); // comes back, should it be possible
     } else if (fault == "stack") {
         log::info("{}", sink_deeper(0));
     } else if (fault == "div") {

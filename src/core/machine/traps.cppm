@@ -21,7 +21,8 @@ void set_interrupt_entry(InterruptEntry entry);
 using StopOthers = void (*)();
 void set_stop_others(StopOthers stop);
 
-/// Raises what `job=panic fault=…` names: ud, gp, pf, stack, div, panic. False for any other name; does not return else.
+/// Raises what `job=panic fault=…` names: ud, gp, pf, text, nx, stack, div, panic. False for any other name; does not return else,
+/// but for text and nx on a machine whose page tables do not protect as they should.
 bool provoke(std::string_view fault);
 
 } // namespace fl
