@@ -104,7 +104,7 @@ extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
 #endif
     }
     if (notes->memory_map_cut) {
-        log::warning("PVH: the memory map has more than {} entries: those behind are not read", boot::max_map_entries);
+        log::warning("PVH: entries of the memory map behind the first {} are not read", boot::max_map_entries);
     }
     if (notes->cmdline_unreadable) {
         log::warning("PVH: the command line lies outside the memory that the loader describes");

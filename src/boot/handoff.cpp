@@ -82,9 +82,13 @@ void normalise(BootInfo& info) {
         put(info, {info.kernel_phys, info.kernel_size, MemoryKind::kernel, 0}, places);
     }
     auto& r = info.ranges;
+    // By insertion: after the first time nearly all is in order, and std::sort is larger than everything else here.
     const auto sort_from = [&](u32 at) {
-        const auto by_base = [](const MemoryRange& a, const MemoryRange& b) { return a.base < b.base; };
-        std::sort(r.begin() + at, r.begin() + info.range_count, by_base);
+        for (u32 k = at + 1; k < info.range_count; ++k) {
+            for (u32 j = k; j > at && r[j].base < r[j - 1].base; --j) {
+                std::swap(r[j], r[j - 1]);
+            }
+        }
     };
     sort_from(0);
 

@@ -81,7 +81,7 @@ void print_boot_info(const BootInfo& info) {
         log::warning("the map file is longer than {} bytes: its end is missing", BootInfo::max_map_file);
     }
     if (info.ranges_truncated != 0) {
-        log::warning("the memory map comes to more than {} ranges: memory that does not fit in is not used", BootInfo::max_given_ranges);
+        log::warning("the memory map comes to more than {} ranges: what does not fit is not used", BootInfo::max_given_ranges);
     }
 }
 

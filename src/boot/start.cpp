@@ -9,7 +9,7 @@ namespace fl::boot {
 
 Result<void> use_memory(BootInfo& info) {
     if (clip_ranges(info, physical_end())) {
-        log::warning("the memory map has memory at or above {:#x}, where this processor has no addresses: it is not used", physical_end());
+        log::warning("memory from {:#x} on has no address on this processor: not used", physical_end());
     }
     normalise(info);
     std::array<MemoryArea, BootInfo::max_ranges> areas;
