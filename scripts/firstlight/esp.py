@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from . import process
@@ -11,7 +12,8 @@ from . import process
 MEBIBYTE = 1 << 20
 
 
-def make(image: Path, efi: Path, cmdline: str, map_file: Path | None) -> Path:
+def make(image: Path, efi: Path, cmdline: str, map_file: Path | None, files: Mapping[str, str]) -> Path:
+    """`files`, to find out how bad ones are taken: path to contents, a character for each byte. A path that ends in / is a directory."""
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "cmdline.txt"
         text.write_text(cmdline + "\n")
@@ -24,6 +26,12 @@ def make(image: Path, efi: Path, cmdline: str, map_file: Path | None) -> Path:
         mtools("mcopy", "-i", image, text, "::/firstlight/cmdline.txt")
         if map_file:
             mtools("mcopy", "-i", image, map_file, "::/firstlight/map.txt")
+        for name, content in files.items():
+            if name.endswith("/"):
+                mtools("mmd", "-i", image, f"::/{name.rstrip('/')}")
+                continue
+            text.write_bytes(content.encode("latin-1"))
+            mtools("mcopy", "-o", "-i", image, text, f"::/{name}")
     return image
 
 

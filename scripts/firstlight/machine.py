@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import esp, lab, paths, yardstick
@@ -149,6 +149,7 @@ class Machine:
     kernel: Path = paths.KERNEL
     efi: Path = paths.EFI
     extra: Sequence[str] = ()  # further arguments of QEMU or the test host
+    esp: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further files on the ESP, or in place of its own
     linux: str = ""  # what the lab's Linux shall run as the guest, instead of our kernel
 
     def __post_init__(self) -> None:
@@ -160,6 +161,8 @@ class Machine:
             raise Problem(
                 f"Platform {self.platform} has the machines {', '.join(kind.machines)}, not {self.machine}.", Exit.USAGE
             )
+        if self.esp and self.boot != "uefi":
+            raise Problem(f"Files on the ESP need a boot by uefi, not by {self.boot}.", Exit.USAGE)
         chosen = self.disks if self.disks is not None else (kind.disks if self.machine != "microvm" else ())
         self.specs = [DiskSpec.parse(disk) if isinstance(disk, str) else disk for disk in chosen]
         for disk in self.specs:
@@ -207,7 +210,7 @@ class Machine:
                 arguments += ["-initrd", "{file:map.txt}"]
         else:
             work.mkdir(parents=True, exist_ok=True)
-            files["esp.img"] = esp.make(work / f"{self.name}-esp.img", self.efi, self.cmdline, self.map)
+            files["esp.img"] = esp.make(work / f"{self.name}-esp.img", self.efi, self.cmdline, self.map, self.esp)
             # Not on IDE: the kernel would count it among the disks to measure.
             arguments += [
                 "-bios", "OVMF.fd",

@@ -98,6 +98,8 @@ class Case:
     required: bool = True
     deterministic: bool = False  # time by instructions instead of by the clock; three times as slow in the lab
     linux: str = ""  # a script beside the table: the lab's Linux runs it in place of our kernel, and it says the verdict
+    # Files on the ESP beside or instead of its own: path to contents, a character for each byte; a path that ends in / is a directory.
+    esp: dict[str, str] = dataclasses.field(default_factory=dict)
     host: list[str] = dataclasses.field(default_factory=list)  # further arguments of the test host
     about: str = ""
 
@@ -106,6 +108,7 @@ class Case:
             self.name, self.platform, self.machine, self.boot, self.cpus, self.memory, self.cmdline + (" " + "x" * self.cmdline_more if self.cmdline_more else ""),
             TABLES / self.map if self.map else None, self.disks, counted=self.deterministic, timeout=self.timeout,
             linux=(TABLES / self.linux).read_text() if self.linux else "", extra=self.host,
+            esp=self.esp,
         )  # fmt: skip
         if self.check_images:
             for disk, name in zip(machine.specs, machine.disk_names()):

@@ -251,6 +251,8 @@ class Table(unittest.TestCase):
             self.load('[[test]]\nname = "a"\n', '[[test]]\nname = "a"\n')
         with self.assertRaises(Problem):
             self.load('[[test]]\nname = "a"\nintact = ["sda"]\n')
+        with self.assertRaises(Problem):
+            self.load('[[test]]\nname = "a"\nesp = {"firstlight/map.txt/" = ""}\n')  # a PVH boot has no ESP
 
     def test_defaults_are_their_tables_own(self):
         a, b, c = self.load(

@@ -74,6 +74,10 @@ TEST(UefiCommandLineFile, BecomesOneLine) {
     EXPECT_EQ(file("d=\xc3\xa9"), "d=\xc3\xa9"); // for the command line's own parser to refuse
     EXPECT_EQ(file(std::string("\xff\xfej\0=\0", 6)), "error");
     EXPECT_EQ(file(std::string("\xfe\xff\0j", 4)), "error");
+    EXPECT_EQ(file("\xff\xfe"), "error");
+    EXPECT_EQ(file(std::string("j\0o\0b\0=\0", 8)), "error"); // UTF-16 without a mark
+    EXPECT_EQ(file(std::string("\0j\0o\0b\0=", 8)), "error");
+    EXPECT_EQ(file(std::string("j\0", 2)), "j"); // too short to tell
 }
 
 // PciRoot(0)/Pci(1,0)/Serial(0)/Uart(115200,8,N,1)/VenVt100()/End, node by node from the specification.

@@ -1,6 +1,7 @@
 module boot.uefi.console;
 import core.std;
 import core.text;
+import core.verdict;
 import core.machine.cpu;
 import boot.uefi.protocol;
 import boot.uefi.text;
@@ -12,6 +13,7 @@ namespace {
 constexpr u16 com1 = 0x3f8;
 constexpr u16 line_status = com1 + 5;
 constexpr u8 transmitter_empty = 0x20;
+constexpr u8 all_sent = 0x40;
 constexpr u32 spins_per_byte = 100'000; // a byte takes 87 µs at 115200 baud, a port access about 1 µs
 
 // The ConOut variable holds the device paths of the consoles in use [UEFI-2.10 §3.3].
@@ -47,7 +49,24 @@ void Console::leave_firmware() {
     serial_ = serial_present_;
 }
 
-void Console::put(std::string_view text) {
+void Console::verdict(Verdict verdict, std::string_view reason) {
+    FixedText<1024> text; // a reason is short: a cut one would be no JSON
+    print(text, "@{{\"record\":\"verdict\",\"verdict\":\"{}\",\"reason\":\"", verdict);
+    print_json(text, reason.substr(0, 160));
+    text.write("\"}");
+    if (!serial_present_ || serial_) { // else the firmware's console is COM1
+        put_output(text);
+    }
+    if (serial_present_) {
+        put_serial(text);
+        put_serial("\r\n");
+        // The machine may be gone with the next instruction.
+        for (u32 spins = 0; spins < spins_per_byte && (cpu::in8(line_status) & all_sent) == 0; ++spins) {
+        }
+    }
+}
+
+void Console::put_output(std::string_view text) {
     if (output_ != nullptr) {
         // A terminator and a line end fit behind the longest line.
         std::array<char16_t, 404> wide{};
@@ -59,6 +78,10 @@ void Console::put(std::string_view text) {
         wide[n] = u'\n';
         output_->output_string(output_, wide.data());
     }
+}
+
+void Console::put(std::string_view text) {
+    put_output(text);
     if (serial_) {
         put_serial(text);
         put_serial("\r\n");

@@ -2,6 +2,7 @@
 export module boot.uefi.console;
 import core.std;
 import core.text;
+import core.verdict;
 import boot.uefi.protocol;
 
 export namespace fl::boot::uefi {
@@ -14,6 +15,9 @@ class Console {
     /// Boot services are about to go: from now on COM1 alone, directly.
     void leave_firmware();
 
+    /// The verdict record (docs/INTERFACES.md), alone on its line, written to COM1 directly: the firmware's console may break lines.
+    void verdict(Verdict verdict, std::string_view reason);
+
     template <class... Args>
     void line(text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>...> format, const Args&... args) {
         FixedText<400> text{"firstlight loader: "};
@@ -23,10 +27,11 @@ class Console {
 
   private:
     void put(std::string_view line);
+    void put_output(std::string_view line);
     void put_serial(std::string_view text);
 
     TextOutput* output_ = nullptr;
-    bool serial_ = false;
+    bool serial_ = false; // lines are written to COM1 directly
     bool serial_present_ = false;
 };
 

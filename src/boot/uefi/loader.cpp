@@ -4,6 +4,7 @@ import core.std;
 import core.result;
 import core.elf;
 import core.text;
+import core.verdict;
 import core.machine.cpu;
 import boot.handoff;
 import boot.uefi.console;
@@ -29,6 +30,7 @@ extern const std::byte five_levels_end[];
 }
 
 constinit Console console;
+constinit std::string_view file_at_work; // that the loader is reading: errors name it
 
 constexpr u64 cr4_five_levels = 0x1000;
 constexpr u64 max_image = u64{1} << 30; // what the tables map at kernel_virtual
@@ -38,9 +40,21 @@ constexpr u32 exit_tries = 8;
 constinit std::array<char, BootInfo::max_cmdline + 1> cmdline_storage{};
 constinit std::array<char, BootInfo::max_map_file + 1> map_file_storage{};
 
-// After boot services are gone nobody can be returned to: the verdict ERROR (docs/INTERFACES.md), then stop.
+// What went wrong, for people and as the verdict ERROR (docs/INTERFACES.md). Comes back where there is no debug exit port.
+void report_failure(std::string_view what) {
+    console.line("error: {}; nothing was started", what);
+    console.verdict(Verdict::error, what);
+    cpu::out32(0xf4, to_underlying(Verdict::error));
+}
+
+void report_failure(const Error& error) {
+    FixedText<240> what;
+    print(what, "{}{}{}", file_at_work, file_at_work.empty() ? "" : ": ", error);
+    report_failure(what.view());
+}
+
+// After boot services are gone nobody can be returned to.
 [[noreturn]] void stop() {
-    cpu::out32(0xf4, 0x12);
     for (;;) {
         cpu::interrupts_off();
         cpu::halt();
@@ -60,27 +74,23 @@ Result<void> gather_cmdline(const BootServices& boot, const LoadedImage& image, 
             return {};
         }
     }
-    const auto file = read_file(boot, image, u"\\firstlight\\cmdline.txt", cmdline_storage);
-    if (!file) {
-        console.line("\\firstlight\\cmdline.txt:");
-        return file.error();
-    }
-    if (*file) {
-        TRY(const std::string_view text, text_of_command_line_file(**file));
+    file_at_work = "\\firstlight\\cmdline.txt";
+    TRY(const auto file, read_file(boot, image, u"\\firstlight\\cmdline.txt", cmdline_storage));
+    if (file) {
+        TRY(const std::string_view text, text_of_command_line_file(*file));
         set_cmdline(info, text);
     }
+    file_at_work = {};
     return {};
 }
 
 Result<void> gather_map_file(const BootServices& boot, const LoadedImage& image, BootInfo& info) {
-    const auto file = read_file(boot, image, u"\\firstlight\\map.txt", map_file_storage);
-    if (!file) {
-        console.line("\\firstlight\\map.txt:");
-        return file.error();
+    file_at_work = "\\firstlight\\map.txt";
+    TRY(const auto file, read_file(boot, image, u"\\firstlight\\map.txt", map_file_storage));
+    if (file) {
+        set_map_file(info, {file->data(), file->size()});
     }
-    if (*file) {
-        set_map_file(info, {(*file)->data(), (*file)->size()});
-    }
+    file_at_work = {};
     return {};
 }
 
@@ -191,7 +201,9 @@ Status status_of(Code code) {
 
 extern "C" [[noreturn]] void loader_bug(const char* what) {
     console.leave_firmware();
-    console.line("bug in the loader: {}", std::string_view(what));
+    FixedText<240> text{"bug in the loader: "};
+    text.write(what);
+    report_failure(text.view());
     stop();
 }
 
@@ -204,7 +216,7 @@ extern "C" Status efi_main(Handle handle, SystemTable* system) {
     console.open(*system);
     auto prepared = prepare(handle, *system, tsc);
     if (!prepared) {
-        console.line("error: {}", prepared.error());
+        report_failure(prepared.error());
         return status_of(prepared.error().code);
     }
     const BootInfo& info = *prepared->info;
@@ -212,6 +224,6 @@ extern "C" Status efi_main(Handle handle, SystemTable* system) {
                  info.cmdline_text());
     const auto failure = hand_over(*system->boot, handle, *prepared);
     console.leave_firmware();
-    console.line("error: {}", failure.error());
+    report_failure(failure.error());
     stop();
 }

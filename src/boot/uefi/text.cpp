@@ -56,8 +56,10 @@ std::string_view without_image_name(std::string_view options) {
 
 Result<std::string_view> text_of_command_line_file(std::span<char> file) {
     std::string_view text(file.data(), file.size());
-    if (text.starts_with("\xff\xfe") || text.starts_with("\xfe\xff")) {
-        return Error(Code::bad_argument, "the command line file is UTF-16: save it as ASCII or UTF-8");
+    // With a byte order mark, or without one: two characters in a row that have a zero byte each.
+    const bool zeroes = text.size() >= 4 && ((text[0] == 0 && text[2] == 0) || (text[1] == 0 && text[3] == 0));
+    if (text.starts_with("\xff\xfe") || text.starts_with("\xfe\xff") || zeroes) {
+        return Error(Code::bad_argument, "expected ASCII or UTF-8 text, seen UTF-16; save it as UTF-8");
     }
     if (text.starts_with("\xef\xbb\xbf")) {
         file = file.subspan(3);

@@ -14,7 +14,7 @@ Result<std::string_view> text_of_load_options(std::span<const std::byte> options
 std::string_view without_image_name(std::string_view options);
 
 /// A command line file as one line: line ends, tabs and other control characters become blanks, a UTF-8 byte order mark and the blanks at
-/// both ends are cut. The text is changed in place. UTF-16 is an error.
+/// both ends are cut. The text is changed in place. UTF-16, with a mark or not, is an error.
 Result<std::string_view> text_of_command_line_file(std::span<char> file);
 
 /// Whether a device path [UEFI-2.10 §10.3] has COM1 in it: the ACPI device PNP0501 with UID 0, followed by a UART. With several paths in a
