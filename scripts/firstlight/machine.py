@@ -81,9 +81,10 @@ def parse_size(text: str) -> int:
 
 @dataclasses.dataclass
 class DiskSpec:
-    """`[BUS:]SIZE|FILE[,content=zero|sparse|pattern][,image=NAME][,sector=4096][,controller=N][,readonly]`.
+    """`[BUS:]SIZE|FILE[,content=zero|sparse|pattern|null][,image=NAME][,sector=4096][,controller=N][,readonly]`.
 
     Two disks with the same image= are one image, attached twice. SCSI disks are on controller 0 unless another one is named.
+    content=null: an IDE disk of QEMU's own zeroes, without an image and without a thread of the host's that could come late.
     """
 
     bus: str
@@ -112,7 +113,7 @@ class DiskSpec:
             disk.size = disk.file.stat().st_size
         for option in options:
             name, _, value = option.partition("=")
-            if name == "content" and value in ("zero", "sparse", "pattern"):
+            if name == "content" and (value in ("zero", "sparse", "pattern") or (value == "null" and bus == "ide" and disk.size)):
                 disk.content = value
             elif name == "image" and re.fullmatch(r"[a-z0-9]+", value):
                 disk.image = value
@@ -125,7 +126,7 @@ class DiskSpec:
             else:
                 raise Problem(
                     f"Disk {text!r}: {option!r} is not one of content=zero|sparse|pattern, image=NAME, "
-                    "sector=512|4096, readonly, and for a SCSI disk controller=0..3.",
+                    "sector=512|4096, readonly, for an IDE disk of a size content=null, and for a SCSI disk controller=0..3.",
                     Exit.USAGE,
                 )
         return disk
@@ -170,6 +171,8 @@ class Machine:
                 raise Problem(f"A disk on the Xen ring needs the platform xen-emu, not {self.platform}.", Exit.USAGE)
             if disk.bus in ("scsi", "accel") and not kind.test_host:
                 raise Problem(f"A disk on the VMBus needs the platform hyperv, not {self.platform}.", Exit.USAGE)
+            if disk.content == "null" and kind.test_host:
+                raise Problem("content=null is QEMU's: the test host's disks are images.", Exit.USAGE)
             if disk.bus == "ide" and self.machine == "microvm":
                 raise Problem("The machine microvm has no IDE disks.", Exit.USAGE)
 
@@ -255,10 +258,12 @@ class Machine:
         if self.machine == "q35" and any(disk.bus == "ide" for disk in self.specs):
             words += ["-device", "piix3-ide,id=ide"]  # q35's own controller is AHCI
         for disk, name in zip(self.specs, self.disk_names()):
-            image = self.add_image(disks, disk, name)
             unit = index[disk.bus]
             index[disk.bus] += 1
-            options = [f"id={name}", "format=raw", f"file={{disk:{image}}}"]
+            if disk.content == "null":
+                options = [f"id={name}", f"driver=null-co,read-zeroes=on,size={disk.size}"]
+            else:
+                options = [f"id={name}", "format=raw", f"file={{disk:{self.add_image(disks, disk, name)}}}"]
             if disk.read_only:
                 options.append("readonly=on")
             if shared.count(disk.image) > 1:

@@ -145,7 +145,7 @@ class Machines(unittest.TestCase):
     def test_impossible(self):
         for words in (
             {"platform": "nonsense"}, {"boot": "uefi"}, {"disks": ["xen:1m"]}, {"disks": ["ide:1x"]},
-            {"machine": "microvm", "disks": ["ide:1m"]}, {"disks": ["1m,colour=red"]}, {"platform": "xen-emu", "machine": "q35"},
+            {"machine": "microvm", "disks": ["ide:1m"]}, {"disks": ["1m,colour=red"]}, {"platform": "hyperv", "disks": ["ide:1m,content=null"]}, {"platform": "xen-emu", "machine": "q35"},
         ):  # fmt: skip
             with self.assertRaises(Problem, msg=str(words)):
                 machine.Machine("m", **words)
