@@ -443,8 +443,8 @@ class Consumer {
         }
     }
 
-    /// Before sleeping: asks for an event after `count` more entries (how many is the driver's to know) and looks once more. True: something is there already,
-    /// do not sleep. `count` must not be more than will come; 0 counts as 1.
+    /// Before sleeping: asks for an event after `count` more entries (how many is the driver's to know) and looks once more. True: something is
+    /// there already, do not sleep. `count` must not be more than will come; 0 counts as 1.
     Result<bool> arm(u32 count, u32 limit = ~u32{0}) {
         if (broken_) [[unlikely]] {
             return broken_error();
