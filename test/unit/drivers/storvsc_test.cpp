@@ -617,7 +617,8 @@ TEST_P(StorvscUnfenced, AWriteThatIsNeverAnsweredClosesTheController) {
     EXPECT_TRUE(m.log.has("nothing may be written behind it"));
     EXPECT_FALSE(m.write(8, buffer));
 }
-INSTANTIATE_TEST_SUITE_P(All, StorvscUnfenced, testing::Values(io::Op::write, io::Op::discard));
+INSTANTIATE_TEST_SUITE_P(All, StorvscUnfenced, testing::Values(io::Op::write, io::Op::discard),
+                         [](const auto& info) { return std::string(io::name(info.param)); });
 
 // Reads that are given up keep their slots. When nothing but such slots is left the disk is closed, and not silently stuck.
 TEST(Storvsc, SlotsThatAreNeverGivenBackEndTheDisk) {
@@ -806,7 +807,8 @@ TEST_P(StorvscForgotten, ATransferThatIsNotAnsweredClosesTheChannel) {
     EXPECT_TRUE(m.log.has("a transfer was given up"));
     EXPECT_EQ(m.disk->under_way(), 0u);
 }
-INSTANTIATE_TEST_SUITE_P(All, StorvscForgotten, testing::Values(io::Op::read, io::Op::write));
+INSTANTIATE_TEST_SUITE_P(All, StorvscForgotten, testing::Values(io::Op::read, io::Op::write),
+                         [](const auto& info) { return std::string(io::name(info.param)); });
 
 TEST(Storvsc, ARemovedUnitTakesNothing) {
     Machine m;

@@ -135,7 +135,12 @@ INSTANTIATE_TEST_SUITE_P(Packets, Rules,
                                          Broken{"shorter than its header", 32, {6, 3, 2, 0}},
                                          Broken{"longer than what is in the ring", 32, {6, 2, 4, 0}},
                                          Broken{"longer than what is in the ring", 32, {6, 2, 0xffff, 0}},
-                                         Broken{"longer than this channel takes", 4088, {6, 2, 500, 0}}));
+                                         Broken{"longer than this channel takes", 4088, {6, 2, 500, 0}}),
+                         [](const auto& info) {
+                             std::string name = info.param.what;
+                             std::replace(name.begin(), name.end(), ' ', '_');
+                             return name + "_" + std::to_string(info.index);
+                         });
 
 TEST(Packets, ATrailerIsNotLookedAt) {
     Ring ring;
