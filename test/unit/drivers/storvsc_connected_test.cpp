@@ -111,6 +111,23 @@ TEST(Connected, TwoUnitsOverTheRealBus) {
     EXPECT_EQ(first.counters().errors, 0u);
 }
 
+// A unit whose answers cannot be is told and left; those before and behind it are disks.
+TEST(Connected, OneOddUnitKeepsNobodyFromTheOthers) {
+    Machine m;
+    test::CapturedLog log;
+    Store a;
+    Store nothing(0); // its last block is block 2^64 - 1
+    Store b;
+    m.server->add(
+        host::StorageDevice::scsi({}, {{.lun = 0, .store = &a.store}, {.lun = 1, .store = &nothing.store}, {.lun = 2, .store = &b.store}}));
+    ASSERT_TRUE(m.connect());
+    ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::scsi_class)))) << log.text.view();
+    ASSERT_EQ(m.sink.disks.size(), 2u) << log.text.view() << m.lines.text;
+    EXPECT_TRUE(log.has("storvsc: LUN 1: ")) << log.text.view();
+    verify(m, *m.sink.disks[0].first, a, 20);
+    verify(m, *m.sink.disks[1].first, b, 20);
+}
+
 class ConnectedVersion : public testing::TestWithParam<u16> {};
 TEST_P(ConnectedVersion, StepsDown) {
     Machine m;
