@@ -298,6 +298,20 @@ int rank(MemoryKind kind) {
     default: return 4;
     }
 }
+/// The rank of each of the first `cells` pages, as the ranges say; -1: in none. The ranges must be in order, apart and not empty.
+std::vector<int> painted(const BootInfo& info, u32 cells) {
+    std::vector<int> seen(cells, -1);
+    u64 last_end = 0;
+    for (const MemoryRange& r : info.memory()) {
+        EXPECT_GE(r.base, last_end);
+        EXPECT_GT(r.size, 0u);
+        last_end = r.base + r.size;
+        for (u64 c = r.base / 4096; c < last_end / 4096; ++c) {
+            seen.at(c) = rank(r.kind);
+        }
+    }
+    return seen;
+}
 
 TEST(Normalise, SortsJoinsAndMarksTheImage) {
     auto info = std::make_unique<BootInfo>();
@@ -425,16 +439,7 @@ TEST(Normalise, RandomFullTablesLoseNoProtection) {
         normalise(*info);
         ASSERT_TRUE(is_valid(*info));
         truncated += info->ranges_truncated;
-        std::vector<int> seen(cells, -1);
-        u64 last_end = 0;
-        for (const MemoryRange& r : info->memory()) {
-            ASSERT_GE(r.base, last_end);
-            ASSERT_GT(r.size, 0u);
-            last_end = r.base + r.size;
-            for (u64 c = r.base / 4096; c < last_end / 4096; ++c) {
-                seen[c] = rank(r.kind);
-            }
-        }
+        const std::vector<int> seen = painted(*info, cells);
         for (u32 c = 0; c < cells; ++c) {
             if (seen[c] != -1) {
                 // Among the kinds that nobody uses a range may count as another one.
@@ -461,8 +466,7 @@ TEST(Normalise, RandomAgainstAByteMap) {
     for (int round = 0; round < 3000; ++round) {
         *info = {};
         begin(*info, Entry::pvh, 0);
-        std::array<int, cells> expected;
-        expected.fill(-1);
+        std::vector<int> expected(cells, -1);
         const u32 count = random() % 12;
         for (u32 i = 0; i < count; ++i) {
             const u32 from = random() % cells;
@@ -481,17 +485,7 @@ TEST(Normalise, RandomAgainstAByteMap) {
             }
         }
         normalise(*info);
-        std::array<int, cells> seen;
-        seen.fill(-1);
-        u64 last_end = 0;
-        for (const MemoryRange& r : info->memory()) {
-            ASSERT_GE(r.base, last_end);
-            ASSERT_GT(r.size, 0u);
-            last_end = r.base + r.size;
-            for (u64 c = r.base / 4096; c < last_end / 4096; ++c) {
-                seen[c] = rank(r.kind);
-            }
-        }
+        const std::vector<int> seen = painted(*info, cells);
         ASSERT_EQ(seen, expected) << "round " << round;
     }
 }
