@@ -48,6 +48,55 @@ bring_out() {
     dd if="/tmp/$1" of=/dev/vda bs=1M seek="$2" conv=notrunc,fsync 2>/dev/null || die "image $1: could not be copied out"
 }
 
+# stop_at_times: reads lines of two numbers of microseconds, and stops the machine after the first for as long as the second says.
+# A machine that has ended cannot be stopped: then nothing is said, and the test that wanted it fails.
+stop_at_times() {
+    while read -r delay length; do
+        usleep "$delay"
+        machine=$(cat /tmp/.process)
+        kill -STOP "$machine" 2>/dev/null
+        # The output from before is passed on first: what comes before this mark was printed before the pause.
+        usleep 50000
+        grep -q '^State:.T' "/proc/$machine/status" 2>/dev/null && say "paused"
+        usleep $((length - 50000))
+        kill -CONT "$machine" 2>/dev/null
+    done
+}
+
+# pausing COMMAND WORDS: runs the command; each line of its output that matches the next expression of $job/pauses starts that pause.
+# The command's process id is that of the machine: busybox's timeout executes it in its own place.
+pausing() {
+    mkfifo /tmp/.pauses
+    stop_at_times < /tmp/.pauses &
+    stopper=$!
+    {
+        sh -c 'echo $$ > /tmp/.process; exec "$@"' sh "$@" 2>&1
+        echo $? > /tmp/.status
+    } | awk -v pauses="$job/pauses" '
+        function next_pause() {
+            have = (getline entry < pauses) > 0
+            if (have) {
+                split(entry, words, " ")
+                pattern = substr(entry, length(words[1]) + length(words[2]) + 3)
+            }
+        }
+        BEGIN { next_pause() }
+        {
+            print
+            fflush()
+            line = $0
+            sub(/\r$/, "", line)
+            if (have && line ~ pattern) {
+                print words[1], words[2] > "/tmp/.pauses"
+                fflush("/tmp/.pauses")
+                next_pause()
+            }
+        }
+    '
+    kill "$stopper" 2>/dev/null
+    return "$(cat /tmp/.status)"
+}
+
 say "ready ms=$(milliseconds) kernel=$(uname -r)"
 for job in /jobs/[0-9]*; do
     name=$(cat "$job/name")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -115,29 +117,87 @@ def run_here(lab: Lab, machine: Machine, live: Live | None) -> Outcome:
         return outcome
 
 
+class Stops:
+    """The pauses of a machine that runs here: each waits for its line, then for its delay, then stops the machine's process group."""
+
+    DRAIN = 0.05  # after the stop, for what the machine printed before it
+
+    def __init__(self, pauses: Sequence[nested.Pause], group: int) -> None:
+        self.wanted = list(pauses)  # those whose line has not come yet
+        self.waiting: list[nested.Pause] = []  # those whose line has come: the first one is under way
+        self.group = group
+        self.state = ""  # "", delay, stopped, counted
+        self.until = 0.0
+        self.stopped_at = 0.0
+        self.lost = 0.0  # seconds that the machine was stopped
+        self.done = 0
+
+    def line(self, text: str) -> None:
+        if self.wanted and re.search(self.wanted[0].after, text):
+            self.waiting.append(self.wanted.pop(0))
+
+    def step(self, verdict: bool) -> float | None:
+        """Does what is due. `verdict`: the machine has said it. How many seconds from now something is due again; None: nothing is."""
+        while self.waiting:
+            now = time.monotonic()
+            pause = self.waiting[0]
+            if not self.state:
+                self.state, self.until = "delay", now + pause.delay
+            if now < self.until:
+                break
+            if self.state == "delay":
+                self.signal(signal.SIGSTOP)
+                self.state, self.stopped_at, self.until = "stopped", now, now + min(self.DRAIN, pause.seconds)
+            elif self.state == "stopped":
+                self.done += not verdict
+                self.state, self.until = "counted", self.stopped_at + pause.seconds
+            else:
+                self.signal(signal.SIGCONT)
+                self.lost += now - self.stopped_at
+                self.waiting.pop(0)
+                self.state = ""
+        return max(0.0, self.until - time.monotonic()) if self.waiting else None
+
+    def signal(self, number: int) -> None:
+        # Whether there was a machine left to stop is seen from its verdict, or from the end of its output.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.group, number)
+
+    @property
+    def held(self) -> float:
+        """All seconds that the machine did not run, those of a pause under way included."""
+        return self.lost + (time.monotonic() - self.stopped_at if self.state in ("stopped", "counted") else 0.0)
+
+
 def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
-    """Run QEMU here, hand on each line as it comes, stop it at the time-out."""
+    """Run QEMU here, hand on each line as it comes, stop it at the time-out, which does not count pauses."""
     outcome = Outcome()
     begin = time.monotonic()
     lines: list[str] = []
     pending = b""
+    verdict = False
 
     def take(line: bytes) -> None:
         text = line.rstrip(b"\r").decode(errors="replace")
+        nonlocal verdict
         lines.append(text)
+        verdict = verdict or text.startswith(nested.VERDICT)
+        stops.line(text)
         if live:
             live(job.name, text)
 
     with process.started(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
         assert child.stdout
+        stops = Stops(job.pauses, child.pid)
         with selectors.DefaultSelector() as selector:
             selector.register(child.stdout, selectors.EVENT_READ)
             while True:
-                left = begin + job.timeout - time.monotonic()
+                due = stops.step(verdict)
+                left = begin + job.timeout + stops.held - time.monotonic()
                 if left <= 0:
                     outcome.timed_out = True
                     break
-                if not selector.select(min(left, 1.0)):
+                if not selector.select(min(left, 1.0 if due is None else due)):
                     continue
                 data = child.stdout.read1(65536)  # type: ignore[attr-defined]
                 if not data:
@@ -147,6 +207,7 @@ def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
                     take(line)
         if not outcome.timed_out:
             outcome.status = child.wait(timeout=10)
+        outcome.pauses = stops.done
     if pending:
         take(pending)
     outcome.output = "\n".join(lines)

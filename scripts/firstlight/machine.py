@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import esp, lab, paths, yardstick
-from .nested import Disk, Job
+from .nested import Disk, Job, Pause
 from .problems import Exit, Problem
 
 SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -81,9 +81,10 @@ def parse_size(text: str) -> int:
 
 @dataclasses.dataclass
 class DiskSpec:
-    """`[BUS:]SIZE|FILE[,content=zero|sparse|pattern|null][,image=NAME][,sector=4096][,controller=N][,readonly]`.
+    """`[BUS:]SIZE|FILE[,content=zero|sparse|pattern|null][,image=NAME][,sector=4096][,iops=N][,controller=N][,readonly]`.
 
     Two disks with the same image= are one image, attached twice. SCSI disks are on controller 0 unless another one is named.
+    iops=N: the host completes at most N I/Os a second, as a slow disk or a cloud's quota does; in the clock's time, not in instructions.
     content=null: an IDE disk of QEMU's own zeroes, without an image and without a thread of the host's that could come late.
     """
 
@@ -93,6 +94,7 @@ class DiskSpec:
     content: str = "pattern"
     image: str = ""
     sector: int = 512
+    iops: int = 0  # 0: no limit
     controller: int = 0
     read_only: bool = False
     bring_out: Path | None = None
@@ -119,6 +121,8 @@ class DiskSpec:
                 disk.image = value
             elif name == "sector" and value in ("512", "4096"):
                 disk.sector = int(value)
+            elif name == "iops" and re.fullmatch(r"[1-9]\d{0,8}", value):
+                disk.iops = int(value)
             elif name == "controller" and bus == "scsi" and re.fullmatch(r"[0-3]", value):
                 disk.controller = int(value)
             elif option == "readonly":
@@ -126,7 +130,7 @@ class DiskSpec:
             else:
                 raise Problem(
                     f"Disk {text!r}: {option!r} is not one of content=zero|sparse|pattern, image=NAME, "
-                    "sector=512|4096, readonly, for an IDE disk of a size content=null, and for a SCSI disk controller=0..3.",
+                    "sector=512|4096, iops=N, readonly, for an IDE disk of a size content=null, and for a SCSI disk controller=0..3.",
                     Exit.USAGE,
                 )
         return disk
@@ -152,6 +156,7 @@ class Machine:
     extra: Sequence[str] = ()  # further arguments of QEMU or the test host
     esp: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further files on the ESP, or in place of its own
     linux: str = ""  # what the lab's Linux shall run as the guest, instead of our kernel
+    pauses: Sequence[Pause] = ()  # how often the VMM's process is stopped for a while; `timeout` does not count it
 
     def __post_init__(self) -> None:
         kind = self.kind
@@ -173,8 +178,15 @@ class Machine:
                 raise Problem(f"A disk on the VMBus needs the platform hyperv, not {self.platform}.", Exit.USAGE)
             if disk.content == "null" and kind.test_host:
                 raise Problem("content=null is QEMU's: the test host's disks are images.", Exit.USAGE)
+            if disk.iops and disk.bus == "ide" and kind.test_host:
+                raise Problem("iops=N limits the test host's VMBus disks and QEMU's disks, not the test host's IDE disks.", Exit.USAGE)
+            if disk.iops and self.counted and not kind.kvm:
+                raise Problem("iops=N counts the clock's time and deterministic time runs by instructions: choose one of them.", Exit.USAGE)
             if disk.bus == "ide" and self.machine == "microvm":
                 raise Problem("The machine microvm has no IDE disks.", Exit.USAGE)
+
+        if self.pauses and self.counted and not kind.kvm:
+            raise Problem("QEMU's instruction counter stands still while QEMU is stopped: a pause needs wall-clock time, or the lab.", Exit.USAGE)
 
     @property
     def kind(self) -> Platform:
@@ -195,6 +207,7 @@ class Machine:
     def job(self, work: Path) -> Job:
         """Files that have to be made (the ESP) go into `work`."""
         made = self.test_host_job() if self.kind.test_host else self.qemu_job(work)
+        made.pauses = self.pauses
         return yardstick.job(lab.find(), made, self.linux, work / self.name) if self.linux else made
 
     def qemu_job(self, work: Path) -> Job:
@@ -235,6 +248,7 @@ class Machine:
             image = self.add_image(disks, disk, name)
             options = (",readonly" if disk.read_only else "") + (",sector=4096" if disk.sector == 4096 else "")
             options += f",controller={disk.controller}" if disk.controller else ""
+            options += f",iops={disk.iops}" if disk.iops else ""
             if disk.bus == "ide":
                 words += ["--ide", f"{{disk:{image}}}"]
             else:
@@ -266,6 +280,9 @@ class Machine:
                 options = [f"id={name}", "format=raw", f"file={{disk:{self.add_image(disks, disk, name)}}}"]
             if disk.read_only:
                 options.append("readonly=on")
+            if disk.iops:
+                # Without iops-total-max QEMU lets a tenth of a second's worth through at once, less than it does with any value there.
+                options.append(f"throttling.iops-total={disk.iops}")
             if shared.count(disk.image) > 1:
                 options.append("file.locking=off")
             geometry = f",logical_block_size={disk.sector},physical_block_size={disk.sector}" if disk.sector != 512 else ""

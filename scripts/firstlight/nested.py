@@ -48,11 +48,40 @@ class Disk:
     bring_out: Path | None = None  # where a copy goes after the job
 
 
+@dataclasses.dataclass(frozen=True)
+class Pause:
+    """The VMM's process is stopped (SIGSTOP) `delay` seconds after a line of output matched, and goes on `seconds` later (SIGCONT).
+
+    `after` is searched in one line at a time, by Python here and by awk in the lab: only what is the same in both is allowed.
+    """
+
+    after: str
+    seconds: float
+    delay: float = 0.0
+
+    # Literal characters, escaped punctuation, brackets without classes, groups, alternatives, * + ? and anchors.
+    COMMON = re.compile(r"(?:[^\\\[\](){}*+?|^$\x00-\x1f]|\\[][\\(){}*+?|^$./-]|\[\^?\]?[^][\\\x00-\x1f]*\]|\((?!\?)|[)|^$]|(?<=.)[*+?](?![*+?]))+")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.after, str) or not self.COMMON.fullmatch(self.after):
+            raise Problem(f"a pause's after={self.after!r} is not a regular expression that Python and awk read alike (no \\d, \\b, {{}}, (?…)).")
+        try:
+            re.compile(self.after)
+        except re.error as error:
+            raise Problem(f"a pause's after={self.after!r}: {error}.") from None
+        for name, value, least in (("seconds", self.seconds, 0.1), ("delay", self.delay, 0.0)):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= 600:
+                raise Problem(f"a pause's {name}={value!r} is not a number of seconds from {least:g} to 600.")
+
+    def __str__(self) -> str:
+        return f"{self.seconds:g} s, {self.delay:g} s after {self.after!r}"
+
+
 @dataclasses.dataclass
 class Job:
     """One machine to start. In `arguments`, {file:NAME} and {disk:NAME} stand for paths.
 
-    `program` is the file that runs the machine; empty for QEMU.
+    `program` is the file that runs the machine; empty for QEMU. `timeout` does not count the pauses.
     """
 
     name: str
@@ -61,6 +90,7 @@ class Job:
     disks: list[Disk] = dataclasses.field(default_factory=list)
     timeout: float = 60.0
     program: str = ""
+    pauses: Sequence[Pause] = ()
 
     def command(self, qemu: Sequence[str], files: Callable[[str], str], disks: Callable[[str], str]) -> list[str]:
         def place(match: re.Match[str]) -> str:
@@ -78,6 +108,10 @@ class Outcome:
     output: str = ""
     seconds: float = 0.0  # in the time of the machine that ran it
     timed_out: bool = False
+    pauses: int = 0  # how many were carried out before the machine gave its verdict
+
+
+VERDICT = '@{"record":"verdict"'  # after this line a machine does nothing that a pause could disturb
 
 
 def inner_command(job: Job, index: int) -> list[str]:
@@ -94,12 +128,19 @@ def job_script(job: Job, index: int, offsets: dict[str, int]) -> str:
             lines.append(f"    cp /jobs/{index:03}/files/disk-{disk.name} /tmp/{disk.name} && truncate -s {disk.size} /tmp/{disk.name}")
         else:
             lines.append(f"    disk {disk.name} {disk.size} {disk.content}")
-    seconds = max(1, round(job.timeout))
+    # A pause lasts as long in here as anywhere: the limit has room for all of them.
+    seconds = max(1, round(job.timeout + sum(pause.seconds for pause in job.pauses)))
     words = " ".join(shlex.quote(word) for word in inner_command(job, index))
-    lines += ["}", "command() {", f"    timeout -s KILL {seconds} {words}", "}", "after() {", "    :"]
+    command = f"timeout -s KILL {seconds} {words}"
+    lines += ["}", "command() {", "    " + (f"pausing {command}" if job.pauses else command), "}", "after() {", "    :"]
     for name, offset in offsets.items():
         lines.append(f"    bring_out {name} {offset // MEBIBYTE}")
     return "\n".join([*lines, "}", ""])
+
+
+def pause_lines(job: Job) -> str:
+    """One pause a line: delay and length in microseconds, and the expression, which may hold blanks."""
+    return "".join(f"{round(pause.delay * 1e6)} {round(pause.seconds * 1e6)} {pause.after}\n" for pause in job.pauses)
 
 
 def scratch_layout(jobs: Sequence[Job]) -> tuple[list[dict[str, int]], int]:
@@ -145,6 +186,9 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
         text = job_script(job, index, offsets)
         (place / "job.sh").write_text(text)
         digest.update(text.encode())
+        if job.pauses:
+            (place / "pauses").write_text(pause_lines(job))
+            digest.update(pause_lines(job).encode())
         files = dict(job.files)
         files |= {f"disk-{disk.name}": Path(disk.content) for disk in job.disks if Path(disk.content).is_absolute()}
         for name, path in files.items():
@@ -218,6 +262,10 @@ class Reader:
             outcome.seconds = int(fields["ms"]) / 1000
             outcome.timed_out = outcome.status == 137
             self.current = None
+        elif verb == "paused" and self.current:
+            outcome = self.outcomes[self.current]
+            outcome.output = outcome.output.removesuffix("\n")
+            outcome.pauses += VERDICT not in outcome.output
         elif verb == "off" and self.current is None and not self.waiting:
             self.off = True
         elif verb in ("note:", "note"):
@@ -253,7 +301,7 @@ def run(
         nested = prepare(lab, jobs, Path(temporary), wall)
         reader = Reader(nested.tag, [job.name for job in jobs], live)
         # In deterministic mode a job's own limit counts its instructions; this one counts real seconds.
-        limit = BOOT_SECONDS + sum(5 * job.timeout + 30 for job in jobs)
+        limit = BOOT_SECONDS + sum(5 * job.timeout + 30 + sum(pause.seconds for pause in job.pauses) for job in jobs)
         log = follow(nested.command, reader, limit)
         if keep:
             keep.mkdir(parents=True, exist_ok=True)

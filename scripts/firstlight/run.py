@@ -17,7 +17,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/run",
         description="Boot Firstlight once. Its console goes to the terminal; its verdict is the exit status.",
-        epilog="Disks: [ide:|xen:|scsi:|accel:]SIZE|FILE[,content=zero|sparse|pattern][,image=NAME][,sector=4096][,readonly]. "
+        epilog="Disks: [ide:|xen:|scsi:|accel:]SIZE|FILE[,content=zero|sparse|pattern][,image=NAME][,sector=4096][,iops=N][,readonly]. "
         "A FILE is copied first, never changed. " + EXIT_HELP,
     )
     about = "; ".join(f"{name}: {platform.about}" for name, platform in PLATFORMS.items())

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from . import lab, launch, paths, process, verify_image
 from .machine import DiskSpec, Machine
+from .nested import Pause
 from .problems import Problem
 from .records import Log, Verdict
 
@@ -101,6 +102,7 @@ class Case:
     # Files on the ESP beside or instead of its own: path to contents, a character for each byte; a path that ends in / is a directory.
     esp: dict[str, str] = dataclasses.field(default_factory=dict)
     host: list[str] = dataclasses.field(default_factory=list)  # further arguments of the test host
+    pause: list[Pause] = dataclasses.field(default_factory=list)  # in the table: one {after=, delay=, seconds=} or a list; each waits for the one before
     about: str = ""
 
     def to_machine(self, work: Path) -> Machine:
@@ -108,7 +110,7 @@ class Case:
             self.name, self.platform, self.machine, self.boot, self.cpus, self.memory, self.cmdline + (" " + "x" * self.cmdline_more if self.cmdline_more else ""),
             TABLES / self.map if self.map else None, self.disks, counted=self.deterministic, timeout=self.timeout,
             linux=(TABLES / self.linux).read_text() if self.linux else "", extra=self.host,
-            esp=self.esp,
+            esp=self.esp, pauses=self.pause,
         )  # fmt: skip
         if self.check_images:
             for disk, name in zip(machine.specs, machine.disk_names()):
@@ -163,6 +165,11 @@ def load_table(path: Path) -> list[Case]:
             row["bounds"] = [Bound(**bound) for bound in row.get("bounds", [])]
         except (TypeError, Problem) as error:
             raise Problem(f"{path}: test {name!r}: bounds: {error}") from None
+        pauses = row.get("pause", [])
+        try:
+            row["pause"] = [Pause(**pause) for pause in (pauses if isinstance(pauses, list) else [pauses])]
+        except (TypeError, Problem) as error:
+            raise Problem(f"{path}: test {name!r}: pause: {error}") from None
         cases.append(Case(**row))
     return cases
 
@@ -196,6 +203,9 @@ def judge(case: Case, boot: launch.Boot) -> Result:
         match = re.search(pattern, boot.outcome.output, re.M)
         if match:
             complaints.append(f"{match[0]!r} in the output matches {pattern!r}, which must not occur")
+    if boot.outcome.pauses != len(case.pause):
+        missed = case.pause[boot.outcome.pauses :]
+        complaints.append(f"{boot.outcome.pauses} of {len(case.pause)} pauses were carried out before the verdict; too late or never: {'; '.join(map(str, missed))}")
     for bound in case.bounds:
         complaints += bound.complaints(boot.log)
     if case.expect == "SUCCESS":

@@ -139,7 +139,7 @@ def job(ready: lab.Lab, machine_job: Job, text: str, work: Path) -> Job:
     words += [module, "{file:yardstick.initrd}"]
     files = {name: path for name, path in machine_job.files.items() if name == machine_job.program}
     files |= {"vmlinuz": ready.kernel, "yardstick.initrd": initrd(ready, text, work)}
-    return Job(machine_job.name, words, files, machine_job.disks, machine_job.timeout, machine_job.program)
+    return Job(machine_job.name, words, files, machine_job.disks, machine_job.timeout, machine_job.program, machine_job.pauses)
 
 
 def results(output: str) -> list[tuple[str, str, int, dict]]:

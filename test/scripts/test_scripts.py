@@ -130,6 +130,69 @@ class LabOutput(unittest.TestCase):
         reader = self.read(self.GOOD.replace("hello", "@@lab other off"))
         self.assertEqual(reader.outcomes["one"].output, "@@lab other off\n")
 
+    def test_a_pause_counts_before_the_verdict(self):
+        verdict = '@{"record":"verdict","verdict":"SUCCESS"}\n'
+        paused = "\n@@lab tag paused\n"
+        reader = self.read(self.GOOD.replace("hello\n", f"hello\n{paused}more\n{paused}{verdict}"))
+        self.assertEqual((reader.outcomes["one"].pauses, reader.outcomes["one"].output, reader.fault), (2, f"hello\nmore\n{verdict}", ""))
+        reader = self.read(self.GOOD.replace("hello\n", f"hello\n{verdict}{paused}"))
+        self.assertEqual((reader.outcomes["one"].pauses, reader.outcomes["one"].output), (0, f"hello\n{verdict}"))
+        self.assertIn("unexpected marker", self.read("@@lab tag ready ms=1\n@@lab tag paused\n").fault)
+
+
+class Pauses(unittest.TestCase):
+    """A machine that runs here is stopped and goes on; the case's time-out does not count that."""
+
+    VERDICT = """echo '@{"record":"verdict","verdict":"SUCCESS"}'"""
+
+    def watch(self, script, *pauses, timeout=5.0):
+        return launch.watch(["sh", "-c", script], nested.Job("m", [], timeout=timeout, pauses=pauses), None)
+
+    def test_it_stands_still(self):
+        # Its own clock: the loop is over after at least 40 rounds of 10 ms that it ran, however long it stood still.
+        script = f"echo 'disk hda: ready'; for i in $(seq 40); do sleep 0.01; done; {self.VERDICT}"
+        outcome = self.watch(script, nested.Pause("hda: re.dy$", 2.0, 0.05), timeout=1.9)
+        self.assertEqual((outcome.pauses, outcome.timed_out, outcome.status), (1, False, 0))
+        self.assertGreaterEqual(outcome.seconds, 2.0)
+
+    def test_the_time_that_it_runs_is_limited_all_the_same(self):
+        outcome = self.watch("echo a; sleep 60", nested.Pause("a", 0.5), timeout=0.7)
+        self.assertEqual((outcome.pauses, outcome.timed_out), (1, True))
+        self.assertGreaterEqual(outcome.seconds, 1.2)
+
+    def test_each_waits_for_the_one_before(self):
+        script = f"echo a; sleep 0.1; echo a; sleep 0.5; {self.VERDICT}"
+        outcome = self.watch(script, nested.Pause("a", 0.3), nested.Pause("a", 0.3, 0.1))
+        self.assertEqual(outcome.pauses, 2)
+        self.assertGreaterEqual(outcome.seconds, 0.7)
+        self.assertEqual(self.watch(f"echo a; sleep 0.3; {self.VERDICT}", nested.Pause("a", 0.1), nested.Pause("a", 0.1)).pauses, 1)
+
+    def test_too_late(self):
+        pause = nested.Pause("a", 0.2, 0.3)
+        self.assertEqual(self.watch("echo a", pause).pauses, 0)
+        self.assertEqual(self.watch(f"echo a; {self.VERDICT}; sleep 1", pause).pauses, 0)
+        self.assertEqual(self.watch(f"echo b; {self.VERDICT}", pause).pauses, 0)
+
+    def test_one_expression_means_the_same_here_and_in_the_lab(self):
+        lines = ['@{"record":"disk","name":"hda"}', "a.b|c", "aab", "x)"]
+        for text in ('"record":"disk".*"name":"hda"', r"a\.b\|c", "^a+b$", "(aa|q)b", r"x\)", "[^a-z]b|q", r"@\{", "x?)".replace(")", r"\)")):
+            pause = nested.Pause(text, 1)
+            program = "{ if ($0 ~ pattern) print }"
+            said = subprocess.run(["awk", "BEGIN { pattern = ENVIRON[\"P\"] } " + program], input="\n".join(lines) + "\n", env={"P": text}, text=True, capture_output=True, check=True)
+            self.assertEqual(said.stdout.splitlines(), [line for line in lines if re.search(pause.after, line)], text)
+            self.assertTrue(said.stdout, text)
+        for text in (r"\d", r"a\b", "a{2}", "(?:a)", "a*?", "[[:alpha:]]", r"[\d]", "*a", "(", "", 5):
+            with self.assertRaises(Problem, msg=text):
+                nested.Pause(text, 1)
+        for seconds, delay in ((0, 0), (-1, 0), (601, 0), (1, -1), ("1", 0), (True, 0), (float("nan"), 0)):
+            with self.assertRaises(Problem, msg=(seconds, delay)):
+                nested.Pause("a", seconds, delay)
+
+    def test_what_goes_into_the_lab(self):
+        job = nested.Job("m", ["-x"], timeout=10, pauses=[nested.Pause("a b", 60, 0.5), nested.Pause("c", 0.2)])
+        self.assertIn("    pausing timeout -s KILL 70 qemu-system-x86_64 -L /share -x\n", nested.job_script(job, 0, {}))
+        self.assertEqual(nested.pause_lines(job), "500000 60000000 a b\n0 200000 c\n")
+
 
 class Machines(unittest.TestCase):
     def test_disks(self):
@@ -142,10 +205,19 @@ class Machines(unittest.TestCase):
         self.assertEqual(text.count("file.locking=off"), 2)
         self.assertEqual(text.count("readonly=on"), 1)
 
+    def test_a_limited_disk(self):
+        text = " ".join(machine.Machine("m", "xen-emu", disks=["xen:8m,iops=4", "ide:8m,iops=50", "ide:8m"]).drives()[1])
+        self.assertIn("id=xvda,format=raw,file={disk:xvda.img},throttling.iops-total=4 ", text)
+        self.assertIn("id=hda,format=raw,file={disk:hda.img},throttling.iops-total=50 ", text)
+        self.assertEqual(text.count("throttling"), 2)
+        self.assertIn("--disk scsi:{disk:sda.img},iops=4", " ".join(machine.Machine("m", "hyperv", disks=["scsi:8m,iops=4"]).job(Path("/")).arguments))
+
     def test_impossible(self):
         for words in (
             {"platform": "nonsense"}, {"boot": "uefi"}, {"disks": ["xen:1m"]}, {"disks": ["ide:1x"]},
             {"machine": "microvm", "disks": ["ide:1m"]}, {"disks": ["1m,colour=red"]}, {"platform": "hyperv", "disks": ["ide:1m,content=null"]}, {"platform": "xen-emu", "machine": "q35"},
+            {"disks": ["1m,iops=0"]}, {"disks": ["1m,iops=x"]}, {"disks": ["1m,iops=4"], "counted": True}, {"platform": "hyperv", "disks": ["ide:1m,iops=4"]},
+            {"pauses": [nested.Pause("a", 1)], "counted": True},
         ):  # fmt: skip
             with self.assertRaises(Problem, msg=str(words)):
                 machine.Machine("m", **words)
@@ -241,6 +313,8 @@ class Table(unittest.TestCase):
             'name = "Bad Name"', 'name = "a"\nexpct = "ERROR"', 'name = "a"\noutput = ["("]', 'name = "a"\nmap = "no"',
             'name = "a"\nbounds = [{record = "result", field = "a"}]', 'name = "a"\nbounds = [{record = "result", max = 1}]',
             'name = "a"\nbounds = [{record = "result", field = "a", max = 1, mx = 2}]',
+            'name = "a"\npause = {after = "a"}', 'name = "a"\npause = {after = "a", seconds = 0}', 'name = "a"\npause = [{after = "(", seconds = 1}]',
+            'name = "a"\npause = {after = "a", second = 1}', 'name = "a"\npause = "a"', 'name = "a"\ndeterministic = true\npause = {after = "a", seconds = 1}',
         ):  # fmt: skip
             with self.assertRaises(Problem, msg=row):
                 self.load(f"[[test]]\n{row}\n")
@@ -260,6 +334,16 @@ class Table(unittest.TestCase):
             '[[test]]\nname = "c"\n',
         )
         self.assertEqual([(each.cpus, each.never) for each in (a, b, c)], [(2, ["x"]), (3, []), (1, [])])
+
+    def test_a_pause_that_was_not_carried_out_fails(self):
+        (case,) = self.load('[[test]]\nname = "a"\npause = [{after = "x", seconds = 1}, {after = "y z", delay = 0.5, seconds = 7}]\n')
+        self.assertEqual(case.pause, [nested.Pause("x", 1), nested.Pause("y z", 7, 0.5)])
+        self.assertEqual(self.load('[[test]]\nname = "a"\npause = {after = "x", seconds = 1}\n')[0].pause, [nested.Pause("x", 1)])
+        described = case.to_machine(Path("/"))
+        self.assertEqual(list(described.job(Path("/")).pauses), case.pause)
+        outcomes = {done: vmtests.judge(case, launch.finished(described, nested.Outcome(33, self.said(), pauses=done))) for done in (0, 1, 2)}
+        self.assertEqual([outcomes[done].status for done in (0, 1, 2)], ["failed", "failed", "passed"])
+        self.assertIn("1 of 2 pauses were carried out before the verdict; too late or never: 7 s, 0.5 s after 'y z'", outcomes[1].detail)
 
     def test_only_what_is_intact_is_looked_at(self):
         case = vmtests.Case(
