@@ -46,9 +46,11 @@ DiskOption parse_disk(const std::string& text, const std::vector<DiskOption>& be
             disk.controller = number_in(word.substr(11), 3, "controller");
         } else if (word == "sector=512" || word == "sector=4096") {
             disk.sector = number_in(word.substr(7), 4096, "sector");
+        } else if (word.rfind("iops=", 0) == 0) {
+            disk.iops = number_in(word.substr(5), 100000, "iops");
         } else {
             throw CLI::ValidationError("--disk " + text + ": '" + word +
-                                       "' is not one of lun=N, controller=N, readonly, sector=512, sector=4096");
+                                       "' is not one of lun=N, controller=N, readonly, sector=512, sector=4096, iops=N");
         }
     }
     if (!numbered) {
@@ -94,7 +96,8 @@ std::optional<int> parse_command_line(int count, char** words, Options& options)
                    "processors that the ACPI tables list, if more than --cpus: the rest never comes up")
         ->check(CLI::Range(1, 64));
     app.add_option("--memory", options.memory_mebibytes, "MiB")->check(CLI::Range(16, 3072));
-    app.add_option("--disk", disks, "[scsi:|ide:]FILE[,lun=N][,controller=N][,readonly][,sector=4096]: a disk on the VMBus")
+    app.add_option("--disk", disks, "[scsi:|ide:]FILE[,lun=N][,controller=N][,readonly][,sector=4096][,iops=N]: a disk on the VMBus; iops: requests are taken at "
+                   "once, and N of them are answered per second")
         ->expected(1)
         ->take_all()
         ->delimiter('\0');

@@ -8,7 +8,7 @@
 
 namespace fl::vmm {
 
-/// `--disk [scsi:|ide:]FILE[,lun=N][,controller=N][,readonly][,sector=4096]`: a disk on the VMBus.
+/// `--disk [scsi:|ide:]FILE[,lun=N][,controller=N][,readonly][,sector=4096][,iops=N]`: a disk on the VMBus.
 struct DiskOption {
     bool ide = false; // an accelerator channel; else a LUN of a SCSI controller
     std::string file;
@@ -17,6 +17,7 @@ struct DiskOption {
     std::uint32_t position = 0; // IDE: 2 · channel + (0 master, 1 slave), counted up where it is not given (`lun=`)
     bool read_only = false;
     std::uint32_t sector = 512;
+    std::uint32_t iops = 0; // answers per second; 0: at once
 };
 
 struct Options {

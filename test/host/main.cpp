@@ -133,6 +133,7 @@ MovingDisk add_disks(Bus& bus, Images& images, const Options& options) {
         lun.lun = static_cast<u8>(disk.ide ? 0 : disk.lun);
         lun.store = &images.store(disk.file, disk.read_only);
         lun.block_size = disk.sector;
+        lun.iops = disk.iops;
         lun.serial = (disk.ide ? "FLIDE" : "FLSCSI") + std::to_string(disk.controller * 64 + disk.lun);
         if (disk.ide) {
             config.number = disk.position;
@@ -255,7 +256,9 @@ class Course {
 
 /// The I/O thread: what no processor's exit does. Never returns.
 [[noreturn]] void serve(Machine& machine, Bus& bus, Course& course, const Options& options) {
-    constexpr u64 console_interval = 100'000'000;
+    // A deadline that a processor's exit sets is seen in the next turn: with a disk of limited speed that has to be soon.
+    const bool limited = std::ranges::any_of(options.disks, [](const DiskOption& disk) { return disk.iops != 0; });
+    const u64 console_interval = limited ? 1'000'000 : 100'000'000;
     const u64 begin = machine.now();
     const u64 end = options.timeout > 0 ? begin + static_cast<u64>(options.timeout * 1e9) : ~u64{0};
     const int poller = epoll_create1(EPOLL_CLOEXEC);

@@ -130,6 +130,8 @@ class Bus {
     virtual Judge& judge() = 0;
     virtual Counters& counters() = 0;
     virtual FaultPlan& faults() = 0;
+    /// The time of this turn, in the nanoseconds of Server::poll().
+    virtual u64 now() const = 0;
     virtual u64 heartbeat_interval() const = 0;
     virtual u64 time_sync_interval() const = 0;
     /// Tells the guest of the channel that there is something for it, or room. `always`: even where the event flag is set already.

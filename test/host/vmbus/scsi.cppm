@@ -1,5 +1,6 @@
 // A SCSI disk as a host sees it: command blocks in, data and sense out. No VMBus here. [SPC-4], [SBC-3]
 module;
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <span>
@@ -19,6 +20,7 @@ struct LunConfig {
     std::string serial = "FL0";
     bool write_cache = true;
     bool thin = true; // UNMAP is offered
+    u32 iops = 0;     // reads, writes, flushes and UNMAPs that are answered per second, one after the other; 0: at once
 };
 
 /// Where a command's data lie in the guest: pieces, in order. Resolved before the command runs, so that every byte is there.
@@ -71,6 +73,11 @@ ScsiResult report_luns(std::span<const u8> luns, DataBuffer& data);
 /// The opcodes that StorVSP itself has to know.
 inline constexpr u8 opcode_inquiry = 0x12;
 inline constexpr u8 opcode_report_luns = 0xa0;
+/// Whether a command reaches the medium: what LunConfig::iops limits.
+constexpr bool reaches_medium(u8 opcode) {
+    constexpr std::array<u8, 9> commands{0x08, 0x0a, 0x28, 0x2a, 0x88, 0x8a, 0x35, 0x91, 0x42}; // READ, WRITE, SYNCHRONIZE CACHE, UNMAP
+    return std::ranges::find(commands, opcode) != commands.end();
+}
 
 /// One logical unit.
 class ScsiDisk {

@@ -180,7 +180,10 @@ void ServerState::rescind_now(Attached& attached) {
 
 void ServerState::kick(Device& device) {
     for (auto& [relid, offer] : offers_) {
-        offer.kicked = offer.kicked || (offer.owner->device.get() == &device && offer.channel);
+        if (offer.owner->device.get() == &device) {
+            offer.kicked = offer.kicked || offer.channel;
+            offer.timed = device.timed(); // a disk that has come may have something to do with time
+        }
     }
 }
 

@@ -64,6 +64,7 @@ class ServerState : public Bus {
     Judge& judge() override { return judge_; }
     Counters& counters() override { return counters_; }
     FaultPlan& faults() override { return faults_; }
+    u64 now() const override { return now_; }
     u64 heartbeat_interval() const override { return config_.heartbeat; }
     u64 time_sync_interval() const override { return config_.time_sync; }
     void interrupt(Channel& channel, bool always) override;

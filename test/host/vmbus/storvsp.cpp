@@ -1,6 +1,7 @@
 module;
 #include <algorithm>
 #include <array>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -66,6 +67,18 @@ struct StorageDevice::State {
     u64 early = 0;     // a fault: a completion for this transaction, which does not exist
     DataBuffer data;
 
+    // A request to a disk of limited speed, taken out of the ring and not answered yet: in order of the time when it will be.
+    struct Held {
+        Channel* channel;
+        Packet packet; // its spans are of the two below
+        std::vector<std::byte> ranges;
+        std::vector<std::byte> payload;
+    };
+    std::multimap<u64, Held> held;
+    std::array<u64, lun_limit> free_at{}; // when the disk has done what it was given so far
+
+    void hold(Channel& channel, const Packet& packet, const LunConfig& disk);
+    void perform(Channel& channel, const Packet& packet, const wire::Packet& request);
     void handle(Channel& channel, const Packet& packet, StorageDevice& device);
     void negotiate(Channel& channel, const Packet& packet, const wire::Packet& request, StorageDevice& device);
     void execute(Channel& channel, const Packet& packet, const wire::Packet& request, StorageDevice& device);
@@ -162,6 +175,7 @@ void StorageDevice::opened(Channel& channel) {
 }
 
 void StorageDevice::closed(Channel& channel) {
+    std::erase_if(state_->held, [&](const auto& entry) { return entry.second.channel == &channel; });
     if (channel.index() == 0) {
         state_->primary = nullptr;
         state_->phase = Phase::begin;
@@ -188,6 +202,37 @@ bool StorageDevice::serve(Channel& channel) {
         s.notify(channel);
     }
     return channel.finish();
+}
+
+bool StorageDevice::timed() const {
+    const State& s = *state_;
+    const auto limited = [](const auto& lun) { return lun && lun->config().iops != 0; };
+    return std::ranges::any_of(s.initial, [](const LunConfig& lun) { return lun.iops != 0; }) || std::ranges::any_of(s.luns, limited);
+}
+
+u64 StorageDevice::tick(Channel& channel, u64 now) {
+    constexpr u64 ring_full_interval = 1'000'000;
+    State& s = *state_;
+    u64 next = ~u64{0};
+    for (auto it = s.held.begin(); it != s.held.end();) {
+        if (it->second.channel != &channel) {
+            ++it;
+        } else if (it->first > now) {
+            next = it->first;
+            break;
+        } else if (!channel.room(packet_limit)) {
+            next = now + ring_full_interval;
+            break;
+        } else {
+            const auto due = s.held.extract(it++);
+            const State::Held& held = due.mapped();
+            wire::Packet request{};
+            std::memcpy(&request, held.payload.data(), std::min(held.payload.size(), packet_limit));
+            s.perform(channel, held.packet, request);
+        }
+    }
+    static_cast<void>(channel.finish());
+    return next;
 }
 
 // ---- packets ---------------------------------------------------------------------------------------------------------------------------------
@@ -397,6 +442,28 @@ void StorageDevice::State::execute(Channel& channel, const Packet& packet, const
         bus->judge().violation("channel %u (%s): an SRB that says %u bytes in a packet of %zu; version %u.%u has %u", channel.relid(),
                                name.c_str(), srb.length, packet.payload.size(), version >> 8, version & 0xff, wire::srb_bytes(known));
     }
+    const ScsiDisk* disk = find(srb);
+    if (disk != nullptr && disk->config().iops != 0 && reaches_medium(static_cast<u8>(srb.payload[0]))) [[unlikely]] {
+        hold(channel, packet, disk->config());
+        return;
+    }
+    perform(channel, packet, request);
+}
+
+/// The disk does one request after the other, each in 1/iops seconds.
+void StorageDevice::State::hold(Channel& channel, const Packet& packet, const LunConfig& disk) {
+    u64& done = free_at[disk.lun];
+    done = std::max(done, bus->now()) + 1'000'000'000 / disk.iops;
+    const auto entry = held.emplace(done, Held{&channel, packet, {packet.ranges.begin(), packet.ranges.end()}, {packet.payload.begin(), packet.payload.end()}});
+    Held& kept = entry->second;
+    kept.packet.ranges = kept.ranges;
+    kept.packet.payload = kept.payload;
+}
+
+void StorageDevice::State::perform(Channel& channel, const Packet& packet, const wire::Packet& request) {
+    const wire::ScsiRequest& srb = request.srb;
+    FaultPlan& faults = bus->faults();
+    Counters& counters = bus->counters();
     wire::Packet answer = request;
     wire::ScsiRequest& reply = answer.srb;
     u32 status = nt_success;

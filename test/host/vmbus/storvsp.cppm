@@ -43,6 +43,8 @@ class StorageDevice final : public Device {
     void opened(Channel& channel) override;
     void closed(Channel& channel) override;
     bool serve(Channel& channel) override;
+    bool timed() const override;
+    u64 tick(Channel& channel, u64 now) override;
 
   private:
     struct State;

@@ -406,8 +406,8 @@ class Guest {
         return cdb;
     }
     /// Connected, one controller, opened and initialized; the channel's relid.
-    u32 start(Rings& rings, u16 version = 0x0600) {
-        add_disk();
+    u32 start(Rings& rings, u16 version = 0x0600, host::LunConfig lun = {}) {
+        add_disk({}, std::move(lun));
         EXPECT_TRUE(connect());
         const auto offers = request_offers();
         EXPECT_EQ(offers.size(), 1u);

@@ -130,6 +130,45 @@ TEST(HostStorvsp, WritesFlushesUnmaps) {
     EXPECT_EQ(guest.violations(), 0u);
 }
 
+TEST(HostStorvsp, ADiskOfLimitedSpeedTakesAllAtOnceAndAnswersAtItsPace) {
+    Guest guest;
+    Rings rings;
+    const u32 channel = guest.start(rings, 0x0600, {.iops = 4});
+    guest.now = 1'000'000'000;
+    for (u64 i = 0; i < 3; ++i) {
+        rings.send(9, 100 + i, Guest::srb(Guest::read_16(i, 1), 1, 512), Guest::range(buffer + i * 512, 512));
+    }
+    rings.send(9, 103, Guest::srb({0x12, 0, 0, 0, 36, 0}, 1, 36), Guest::range(buffer + 4096, 36)); // INQUIRY: not of the medium
+    guest.signal(channel);
+    EXPECT_EQ(rings.read_index(false), rings.write_index(false)); // all were taken
+    const auto next = [&] {
+        const auto answer = rings.receive();
+        return answer ? answer->transaction : 0;
+    };
+    EXPECT_EQ(next(), 103u);
+    EXPECT_EQ(next(), 0u);
+    for (u64 i = 0; i < 3; ++i) {
+        EXPECT_EQ(guest.server->deadline(), 1'250'000'000 + i * 250'000'000);
+        guest.now = 1'249'999'999 + i * 250'000'000;
+        guest.poll();
+        EXPECT_EQ(next(), 0u);
+        ++guest.now;
+        guest.poll();
+        EXPECT_EQ(next(), 100 + i);
+        EXPECT_EQ(std::memcmp(&guest.ram[buffer + i * 512], &guest.disk[i * 512], 512), 0);
+        EXPECT_EQ(next(), 0u);
+    }
+    EXPECT_EQ(guest.server->deadline(), ~u64{0});
+    // What waits when the channel is closed is gone with it.
+    rings.send(9, 104, Guest::srb(Guest::read_16(0, 1), 1, 512), Guest::range(buffer, 512));
+    guest.signal(channel);
+    guest.server->reset();
+    guest.now += 1'000'000'000;
+    guest.poll();
+    EXPECT_EQ(next(), 0u);
+    EXPECT_EQ(guest.violations(), 0u);
+}
+
 TEST(HostStorvsp, SaysWhatItIs) {
     Guest guest;
     Rings rings;
