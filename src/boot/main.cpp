@@ -11,6 +11,7 @@ import core.time;
 import core.dma;
 import core.verdict;
 import core.cpuid;
+import core.cmdline;
 import core.smbios;
 import core.interrupt;
 import core.processor;
@@ -83,6 +84,31 @@ void print_boot_info(const BootInfo& info) {
     if (info.ranges_truncated != 0) {
         log::warning("the memory map comes to more than {} ranges: what does not fit is not used", BootInfo::max_given_ranges);
     }
+}
+
+void print_loader_words(const LoaderWords& words) {
+    if (words.ignored.count == 0) {
+        return;
+    }
+    {
+        const log::Hold hold;
+        log::begin(log::Level::info);
+        log::Line out;
+        out.write("command line: for Linux, ignored:");
+        for (std::string_view word : words.ignored.all()) {
+            print(out, " {}", shown(word));
+        }
+        if (words.ignored_dropped != 0) {
+            print(out, " and {} more", words.ignored_dropped);
+        }
+        out.write("\n");
+    }
+    log::Record record("ignored");
+    record.open("words", '[');
+    for (std::string_view word : words.ignored.all()) {
+        record.text("", word);
+    }
+    record.close(']').number("more", words.ignored_dropped);
 }
 
 void boot_record(const BootInfo& info, const hv::Sightings& sightings, std::string_view backend, Instant first_probe) {
@@ -447,6 +473,7 @@ void install_power_off(B& backend) {
 
     log::set_level(options.log);
     print_boot_info(info);
+    print_loader_words(options.loader);
     hv::log_detection(cpuid_snapshot, sightings, choice);
     if (info.cmdline_truncated != 0) { // what is missing may change what is there
         end_vm(Verdict::error, info.cmdline_truncated == BootInfo::unreadable

@@ -209,6 +209,26 @@ void write_list(Message& out, std::span<const std::string_view> names) {
     }
 }
 
+// A loader's word as a whole: what stands in double quotes goes on over blanks, as Linux takes it.
+std::string_view whole_word(const CmdlineWord& word, CmdlineWords& rest) {
+    std::string_view text = word.text;
+    const auto quote_is_open = [&] {
+        bool open = false;
+        for (const char c : text) {
+            open ^= c == '"';
+        }
+        return open;
+    };
+    while (quote_is_open()) {
+        const auto more = rest.next();
+        if (!more) {
+            break;
+        }
+        text = {text.data(), static_cast<usize>(more->text.data() + more->text.size() - text.data())};
+    }
+    return text;
+}
+
 struct Collector {
     OptionErrors& errors;
     Message* next() {
@@ -233,10 +253,31 @@ bool parse_options(std::string_view cmdline, Options& into, OptionErrors& errors
     bool job_is_wrong = false;
     while (const auto word = words.next()) {
         const bool may_be_file_name = std::exchange(first, false);
-        if (!word->has_value && may_be_file_name) {
-            continue;
+        if (word->text == "--") { // what follows is for Linux's init
+            while (const auto other = words.next()) {
+                into.loader.ignore(whole_word(*other, words));
+            }
+            break;
         }
         const auto index = index_of(key_names, word->key);
+        if (word->key == mmio_device_key) {
+            const auto device = parse_mmio_device(word->value);
+            if (device && into.loader.device_count < LoaderWords::max_devices) {
+                into.loader.device_list[into.loader.device_count++] = *device;
+            } else if (device) {
+                ++into.loader.devices_dropped;
+            } else if (Message* m = collector.next()) {
+                print(*m, "{}={}: expected SIZE@ADDRESS:INTERRUPT[:ID], as in 4K@0xd0000000:5", mmio_device_key, shown(word->value));
+            }
+            continue;
+        }
+        if (may_be_file_name && !word->has_value && (word->key.find('.') != std::string_view::npos || !is_loader_word(word->key))) {
+            continue;
+        }
+        if (!index && is_loader_word(word->key)) {
+            into.loader.ignore(whole_word(*word, words));
+            continue;
+        }
         if (!index || !word->has_value) {
             if (Message* m = collector.next()) {
                 if (index) {

@@ -8,6 +8,7 @@ import core.processor;
 import hv.detect;
 import drivers.table;
 import drivers.driver;
+export import boot.loader_words;
 
 export namespace fl::boot {
 
@@ -49,6 +50,20 @@ struct DiskChoice {
     constexpr bool chosen(std::string_view disk) const { return all || names.has(disk); }
 };
 
+/// What a loader added for Linux. A virtio_mmio.device word says something to us, too, and is kept apart.
+struct LoaderWords {
+    static constexpr usize max_devices = 64;
+
+    TextList ignored;        // whole words
+    u32 ignored_dropped = 0; // further ones
+    std::array<MmioDevice, max_devices> device_list{};
+    u32 device_count = 0;
+    u32 devices_dropped = 0; // well-formed, and no room left
+
+    constexpr std::span<const MmioDevice> devices() const { return {device_list.data(), device_count}; }
+    constexpr void ignore(std::string_view word) { ignored_dropped += ignored.add(word) ? 0 : 1; }
+};
+
 /// All text is a view into the command line, which must outlive this.
 struct Options {
     Job job = Job::boot;
@@ -72,6 +87,7 @@ struct Options {
     TimerChoice timer = TimerChoice::automatic;
     log::Level log = log::Level::info;
     Fault fault = Fault::panic;
+    LoaderWords loader;
 };
 
 /// Messages, each one whole: what was expected, what was seen, what to write instead.
@@ -86,7 +102,8 @@ struct OptionErrors {
     constexpr bool empty() const { return count == 0; }
 };
 
-/// Parses all of it. Options whose value is wrong keep their default. True: nothing was wrong.
+/// Parses all of it. Options whose value is wrong keep their default. Known words of loaders, and all behind "--" (for Linux's init), are kept in
+/// into.loader; a word in double quotes may hold blanks. True: nothing was wrong.
 bool parse_options(std::string_view cmdline, Options& into, OptionErrors& errors);
 
 } // namespace fl::boot

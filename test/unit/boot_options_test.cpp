@@ -1,8 +1,11 @@
 #include <gtest/gtest.h>
 #include <memory>
+#include <sstream>
 #include <string>
+#include <vector>
 import core.std;
 import core.text;
+import core.cmdline;
 import core.log;
 import hv.detect;
 import drivers.table;
@@ -158,6 +161,86 @@ TEST(Options, WhatAJobDoesNotReadIsAnError) {
     EXPECT_EQ(parse("qd=4 job=verify").errors, "") << "in any order";
 }
 
+// As the programs' sources and guides have them.
+TEST(Options, WordsThatLoadersAddAreListedAndIgnored) {
+    struct Case {
+        std::string_view text;
+        std::vector<std::string_view> ignored;
+    };
+    const Case cases[] = {
+        // Firecracker without arguments of the user's, and with a root disk and PCI off
+        {"reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce pci=off root=/dev/vda rw job=boot",
+         {"reboot=k", "panic=1", "nomodule", "8250.nr_uarts=0", "i8042.noaux", "i8042.nomux", "i8042.dumbkbd", "swiotlb=noforce", "pci=off",
+          "root=/dev/vda", "rw"}},
+        // Cloud Hypervisor's guide
+        {"console=hvc0 root=/dev/vda1 rw job=boot", {"console=hvc0", "root=/dev/vda1", "rw"}},
+        // OpenVMM
+        {"panic=-1 debug pci=off console=ttyS0 job=boot", {"panic=-1", "debug", "pci=off", "console=ttyS0"}},
+        // kvmtool
+        {"noapic noacpi pci=conf1 reboot=k panic=1 i8042.direct=1 i8042.dumbkbd=1 i8042.nopnp=1 earlyprintk=serial i8042.noaux=1 console=ttyS0 "
+         "rootflags=trans=virtio,version=9p2000.L rootfstype=9p init=/virt/init ip=dhcp",
+         {"noapic", "noacpi", "pci=conf1", "reboot=k", "panic=1", "i8042.direct=1", "i8042.dumbkbd=1", "i8042.nopnp=1", "earlyprintk=serial",
+          "i8042.noaux=1", "console=ttyS0", "rootflags=trans=virtio,version=9p2000.L", "rootfstype=9p", "init=/virt/init", "ip=dhcp"}},
+        // Kata Containers
+        {"tsc=reliable no_timer_check rcupdate.rcu_expedited=1 noreplace-smp cryptomgr.notests net.ifnames=0 nr_cpus=4 selinux=0 "
+         "scsi_mod.scan=none agent.log=debug random.trust_cpu=on",
+         {"tsc=reliable", "no_timer_check", "rcupdate.rcu_expedited=1", "noreplace-smp", "cryptomgr.notests", "net.ifnames=0", "nr_cpus=4",
+          "selinux=0", "scsi_mod.scan=none", "agent.log=debug", "random.trust_cpu=on"}},
+        // GRUB with Debian's and Ubuntu's defaults
+        {"BOOT_IMAGE=/vmlinuz root=UUID=12-34 ro quiet splash crashkernel=512M-:192M nomodeset acpi=off vt.handoff=7 initrd=/initrd.img",
+         {"BOOT_IMAGE=/vmlinuz", "root=UUID=12-34", "ro", "quiet", "splash", "crashkernel=512M-:192M", "nomodeset", "acpi=off", "vt.handoff=7",
+          "initrd=/initrd.img"}},
+        {"job=boot quiet -- single job=bench", {"quiet", "single", "job=bench"}},
+        {"job=boot dyndbg=\"file drivers/usb/* +p\" ro", {"dyndbg=\"file drivers/usb/* +p\"", "ro"}},
+        {"firstlight.elf debug", {"debug"}},
+        {"debug job=boot", {"debug"}},
+        {"/boot/firstlight.elf job=boot", {}},
+    };
+    for (const Case& c : cases) {
+        const auto p = parse(c.text);
+        EXPECT_EQ(p.errors, "") << c.text;
+        EXPECT_EQ(p.options.job, boot::Job::boot) << c.text;
+        const auto all = p.options.loader.ignored.all();
+        EXPECT_EQ(std::vector<std::string_view>(all.begin(), all.end()), c.ignored) << c.text;
+    }
+}
+
+TEST(Options, AMisspeltKeyIsNoLoadersWord) {
+    for (std::string_view key : {"jbo", "worklaod", "dsik", "hvv", "mpa", "timout", "lgo", "log_level", "cpu", "lane", "qdd", "sede", "fautl"}) {
+        EXPECT_NE(parse("job=boot " + std::string(key) + "=1").errors.find("unknown key"), std::string::npos) << key;
+    }
+    EXPECT_NE(parse("job=boot bogus").errors.find("unknown key"), std::string::npos);
+    EXPECT_NE(parse("job=boot .x=1").errors.find("unknown key"), std::string::npos);
+    EXPECT_NE(parse("job=boot x.=1").errors.find("unknown key"), std::string::npos);
+    EXPECT_NE(parse("job=boot a b.c=\"d e").errors.find("unknown key 'a'"), std::string::npos) << "a quote that never ends";
+    std::istringstream all{std::string(valid_keys)};
+    for (std::string key; std::getline(all, key, ',');) {
+        std::erase_if(key, [](char c) { return c == ' ' || c == '\n'; });
+        EXPECT_FALSE(boot::is_loader_word(key)) << key;
+    }
+}
+
+TEST(Options, VirtioMmioDevices) {
+    const auto p = parse("job=boot virtio_mmio.device=4K@0xc0001000:5 virtio_mmio.device=512@0xfeb00e00:12:3 pci=off");
+    EXPECT_EQ(p.errors, "");
+    ASSERT_EQ(p.options.loader.device_count, 2u);
+    EXPECT_EQ(p.options.loader.devices()[0], (boot::MmioDevice{0xc0001000, 4096, 5, {}}));
+    EXPECT_EQ(p.options.loader.devices()[1], (boot::MmioDevice{0xfeb00e00, 512, 12, 3}));
+    EXPECT_EQ(p.options.loader.ignored.count, 1u);
+    for (std::string_view wrong : {"", "4K", "4K@", "4K@0xc0001000", "4K@0xc0001000:", "4K@0xc0001000:x", "0@0xc0001000:5", "@0xc0001000:5",
+                                   "4K@0xfffffffffffff001:5", "4K@0xc0001000:5:", "4K@0xc0001000:5:1:2", "4K@0xc0001000:0x100000000"}) {
+        EXPECT_EQ(parse("job=boot virtio_mmio.device=" + std::string(wrong)).errors,
+                  "virtio_mmio.device=" + std::string(shown(wrong).view()) +
+                      ": expected SIZE@ADDRESS:INTERRUPT[:ID], as in 4K@0xd0000000:5\n");
+    }
+    std::string many;
+    for (int i = 0; i < 70; ++i) {
+        many += "virtio_mmio.device=4K@" + std::to_string(0xc0001000 + i * 4096L) + ":5 ";
+    }
+    EXPECT_EQ(parse(many).options.loader.device_count, boot::LoaderWords::max_devices);
+    EXPECT_EQ(parse(many).options.loader.devices_dropped, 70 - boot::LoaderWords::max_devices);
+}
+
 TEST(Options, FloodsAreBounded) {
     std::string text;
     for (int i = 0; i < 400; ++i) {
@@ -165,6 +248,13 @@ TEST(Options, FloodsAreBounded) {
     }
     const auto p = parse(text);
     EXPECT_EQ(p.dropped, 400u - boot::OptionErrors::capacity);
+    text.clear();
+    for (int i = 0; i < 40; ++i) {
+        text += "root=/dev/vda ";
+    }
+    const auto words = parse(text);
+    EXPECT_EQ(words.options.loader.ignored.count, boot::TextList::capacity);
+    EXPECT_EQ(words.options.loader.ignored_dropped, 8u);
     text.clear();
     for (int i = 0; i < 40; ++i) {
         text += "workload=read ";
