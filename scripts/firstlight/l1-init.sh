@@ -53,7 +53,7 @@ bring_out() {
 stop_at_times() {
     while read -r delay length; do
         usleep "$delay"
-        machine=$(cat /tmp/.process)
+        machine=$(cat /tmp/paused-process)
         kill -STOP "$machine" 2>/dev/null
         # The output from before is passed on first: what comes before this mark was printed before the pause.
         usleep 50000
@@ -66,12 +66,12 @@ stop_at_times() {
 # pausing COMMAND WORDS: runs the command; each line of its output that matches the next expression of $job/pauses starts that pause.
 # The command's process id is that of the machine: busybox's timeout executes it in its own place.
 pausing() {
-    mkfifo /tmp/.pauses
-    stop_at_times < /tmp/.pauses &
+    mkfifo /tmp/pauses
+    stop_at_times < /tmp/pauses &
     stopper=$!
     {
-        sh -c 'echo $$ > /tmp/.process; exec "$@"' sh "$@" 2>&1
-        echo $? > /tmp/.status
+        sh -c 'echo $$ > /tmp/paused-process; exec "$@"' sh "$@" 2>&1
+        echo $? > /tmp/paused-status
     } | awk -v pauses="$job/pauses" '
         function next_pause() {
             have = (getline entry < pauses) > 0
@@ -87,14 +87,14 @@ pausing() {
             line = $0
             sub(/\r$/, "", line)
             if (have && line ~ pattern) {
-                print words[1], words[2] > "/tmp/.pauses"
-                fflush("/tmp/.pauses")
+                print words[1], words[2] > "/tmp/pauses"
+                fflush("/tmp/pauses")
                 next_pause()
             }
         }
     '
     kill "$stopper" 2>/dev/null
-    return "$(cat /tmp/.status)"
+    return "$(cat /tmp/paused-status)"
 }
 
 say "ready ms=$(milliseconds) kernel=$(uname -r)"
