@@ -35,8 +35,7 @@ FixedText<16> disk_name(u32 number) {
     return name;
 }
 
-Controller::Controller(Environment& environment, Vmbus& bus) : environment_(environment), bus_(bus), keeper_(environment.executor) {
-    news_.attach(environment.executor);
+Controller::Controller(Environment& environment, Vmbus& bus) : environment_(environment), bus_(bus), news_(environment.executor), keeper_(environment.executor) {
     shared_.notify = [](void* self) { static_cast<Controller*>(self)->news_.open(); };
     shared_.context = this;
 }

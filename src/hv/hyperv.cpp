@@ -92,6 +92,7 @@ void HyperV::find_clock(Environment& environment) {
 Result<void> HyperV::start(Services& services) {
     executor_ = &services.executor;
     interrupts_ = &services.interrupts;
+    news_.emplace(services.executor);
     if (!bus_offered_) {
         return {};
     }
@@ -110,7 +111,6 @@ Result<void> HyperV::start_bus(Services& services) {
         services.interrupts.detach_vector(vector_);
         return enabled;
     }
-    news_.attach(services.executor);
     vmbus_.add(listener_);
     bus_started_ = true;
     return {};

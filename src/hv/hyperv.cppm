@@ -8,6 +8,7 @@ import core.result;
 import core.dma;
 import core.interrupt;
 import core.log;
+import core.panic;
 import core.processor;
 import core.time;
 import io.executor;
@@ -64,7 +65,13 @@ class HyperV {
     io::Task<Result<void>> enumerate(DeviceList& into);
     /// LateDevices: what the host offers afterwards, a device that it took away and offers again included.
     std::optional<SyntheticDevice> next_device();
-    io::Latch& news() { return news_; }
+    /// After start(), whether or not there is a bus: where there is none it never opens.
+    io::Latch& news() {
+        if (!news_) {
+            panic("HyperV: news() before start()");
+        }
+        return *news_;
+    }
 
     // OneShotTimer: synthetic timer 0 of each processor.
     bool timer_offered() const { return timer_offered_; }
@@ -91,9 +98,9 @@ class HyperV {
     hyperv::Synic synic_;
     hyperv::Vmbus vmbus_;
     hyperv::ReferenceClock clock_;
-    io::Latch news_;
-    hyperv::OfferListener listener_{.offered = [](void* latch, const hyperv::Offer&) { static_cast<io::Latch*>(latch)->open(); },
-                                    .context = &news_};
+    std::optional<io::Latch> news_; // from start() on
+    hyperv::OfferListener listener_{.offered = [](void* self, const hyperv::Offer&) { static_cast<HyperV*>(self)->news().open(); },
+                                    .context = this};
     Privileged* cpu_ = nullptr;
     DmaAllocator* memory_ = nullptr;
     io::Executor* executor_ = nullptr;

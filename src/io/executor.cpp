@@ -223,14 +223,13 @@ void Executor::step() {
 }
 
 bool Signal::drain() {
-    if (waiting_ == nullptr || !raised_.exchange(false, std::memory_order_acquire)) {
+    if (waiting_ == nullptr || *flag_ || !raised_.exchange(false, std::memory_order_acquire)) {
         return false;
     }
-    Executor::Timer* timer = std::exchange(waiting_, nullptr);
     *flag_ = true;
-    if (timer->pending) { // else its deadline has passed in this very turn and it is ready already
-        executor_.cancel(*timer);
-        executor_.make_ready(*timer);
+    if (waiting_->pending) { // else its deadline has passed in this very turn and it is ready already
+        executor_.cancel(*waiting_);
+        executor_.make_ready(*waiting_);
     }
     return true;
 }

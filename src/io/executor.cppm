@@ -4,6 +4,7 @@
 export module io.executor;
 import core.std;
 import core.result;
+import core.panic;
 import core.time;
 import core.processor;
 import io.task;
@@ -287,7 +288,7 @@ class Executor {
     BasicDoor<Post> door_;
 };
 
-/// An event that interrupt handlers raise and one coroutine at a time waits for, with a bound. Raises that nobody waits for are kept (once).
+/// An event that interrupt handlers raise and one coroutine waits for, with a bound. Raises that nobody waits for are kept (once).
 class Signal final : public Service {
   public:
     explicit Signal(Executor& executor) : executor_(executor) { executor_.add(*this); }
@@ -298,7 +299,8 @@ class Signal final : public Service {
         raised_.store(true, std::memory_order_release);
         executor_.wake();
     }
-    /// co_await signal.wait(deadline) -> true: raised; false: the deadline passed first.
+    /// co_await signal.wait(deadline) -> true: raised; false: the deadline passed first. One waiter at a time, from its wait to its resumption;
+    /// a second one is a panic.
     auto wait(Instant deadline) {
         struct Awaiter : Executor::Timer {
             Signal& signal;
@@ -313,6 +315,9 @@ class Signal final : public Service {
                 }
             }
             bool await_ready() {
+                if (signal.waiting_ != nullptr) {
+                    panic("io::Signal: a coroutine waits while another one does: a signal has one waiter at a time");
+                }
                 by_signal = signal.raised_.exchange(false, std::memory_order_acquire);
                 return by_signal;
             }
@@ -323,21 +328,19 @@ class Signal final : public Service {
                 signal.executor_.start(*this);
             }
             bool await_resume() {
-                if (signal.waiting_ == this) { // by the timer
-                    signal.waiting_ = nullptr;
-                }
+                signal.waiting_ = nullptr;
                 return by_signal;
             }
         };
         return Awaiter{*this, deadline};
     }
     bool drain() override;
-    bool arm() override { return waiting_ != nullptr && raised_.load(std::memory_order_acquire); }
+    bool arm() override { return waiting_ != nullptr && !*flag_ && raised_.load(std::memory_order_acquire); }
 
   private:
     Executor& executor_;
-    Executor::Timer* waiting_ = nullptr;
-    bool* flag_ = nullptr;
+    Executor::Timer* waiting_ = nullptr; // from its wait to its resumption
+    bool* flag_ = nullptr;               // its: the signal has come
     std::atomic<bool> raised_{false};
 };
 

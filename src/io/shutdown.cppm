@@ -14,11 +14,7 @@ export namespace fl::io {
 
 class Shutdown {
   public:
-    explicit Shutdown(Executor& executor) {
-        asked_.attach(executor);
-        rested_.attach(executor);
-        answered_.attach(executor);
-    }
+    explicit Shutdown(Executor& executor) : asked_(executor), rested_(executor), answered_(executor) {}
 
     /// `by`: static storage, for the log and the verdict. A second request changes nothing.
     void ask(std::string_view by) {

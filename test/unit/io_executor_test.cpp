@@ -1,5 +1,7 @@
 #include <atomic>
 #include <chrono>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <gtest/gtest.h>
 #include <new>
@@ -14,6 +16,8 @@ import core.dma;
 import io.task;
 import io.executor;
 import io.block;
+import io.latch;
+import core.panic;
 #include "unit/io_support.hpp"
 
 namespace {
@@ -240,6 +244,68 @@ TEST_F(ExecutorTest, WaitingFramesMayDie) {
     }
     executor.turn();
     executor.turn();
+}
+
+// A panic with its message on stderr, where a death test finds it.
+void panics_aloud() {
+    set_panic_hook([](std::string_view message) {
+        std::fprintf(stderr, "panic: %.*s\n", static_cast<int>(message.size()), message.data());
+        std::abort();
+    });
+}
+template <class W>
+Task<Result<void>> wait_forever(W& what) {
+    static_cast<void>(co_await what.wait(never));
+    co_return Result<void>{};
+}
+static_assert(!std::default_initializable<Latch> && !std::default_initializable<Signal>, "neither is usable without an executor");
+
+TEST_F(ExecutorTest, ASecondWaiterIsAPanic) {
+    EXPECT_DEATH(
+        {
+            panics_aloud();
+            Latch latch(executor);
+            TaskGroup group(executor);
+            static_cast<void>(group.spawn(wait_forever(latch)));
+            static_cast<void>(group.spawn(wait_forever(latch)));
+            executor.turn();
+        },
+        "io::Latch: .*one waiter at a time");
+    EXPECT_DEATH(
+        {
+            panics_aloud();
+            Signal signal(executor);
+            TaskGroup group(executor);
+            static_cast<void>(group.spawn(wait_forever(signal)));
+            static_cast<void>(group.spawn(wait_forever(signal)));
+            executor.turn();
+        },
+        "io::Signal: .*one waiter at a time");
+    // Woken, and not resumed yet: what woke it is not another one's to take.
+    EXPECT_DEATH(
+        {
+            panics_aloud();
+            Latch latch(executor);
+            TaskGroup group(executor);
+            static_cast<void>(group.spawn(wait_forever(latch)));
+            executor.turn();
+            static_cast<void>(group.spawn(wait_forever(latch))); // ready before the first one
+            latch.open();
+            executor.turn();
+        },
+        "io::Latch: .*one waiter at a time");
+}
+
+TEST_F(ExecutorTest, ALatchOpensOnceForEachWait) {
+    Latch latch(executor);
+    const auto wait = [](Latch& l, Instant until) -> Task<Result<bool>> { co_return co_await l.wait(until); };
+    EXPECT_FALSE(*executor.run(wait(latch, after(executor.now(), 20_ms)))) << "nobody opened it";
+    latch.open();
+    latch.open();
+    EXPECT_TRUE(*executor.run(wait(latch, never))) << "kept until somebody waits";
+    EXPECT_FALSE(latch.is_open());
+    EXPECT_FALSE(latch.awaited());
+    EXPECT_FALSE(*executor.run(wait(latch, after(executor.now(), 1_ms)))) << "once";
 }
 
 // A wake-up that comes from another thread at any moment is never slept through: the sleep is real here, and long.

@@ -43,7 +43,7 @@ struct Shared {
 
 /// A packet of the controller's own, and its answer. Lives with who waits for it, until done or abandoned.
 struct Exchange {
-    explicit Exchange(io::Executor& executor) { done.attach(executor); }
+    explicit Exchange(io::Executor& executor) : done(executor) {}
     Packet packet{}; // in: what is asked; out: the answer
     DmaSpan data{};  // what the host reads or writes; empty: nothing
     io::Latch done;

@@ -68,8 +68,7 @@ void Channel::signal() {
     static_cast<void>(signalling_.hypercalls->signal_event(signalling_.connection));
 }
 
-Inbox::Inbox(Channel& channel, io::Executor& executor) : channel_(channel), executor_(executor), seen_(channel.interrupts()) {
-    latch_.attach(executor);
+Inbox::Inbox(Channel& channel, io::Executor& executor) : channel_(channel), executor_(executor), latch_(executor), seen_(channel.interrupts()) {
     latch_.open(); // what came before us
     executor_.add(*this);
 }

@@ -43,8 +43,7 @@ std::optional<M> message_of(std::span<const std::byte> bytes, usize least = size
 // ----------------------------------------------------------------------------------------------------------------
 
 Vmbus::Pending::Pending(Vmbus& owner, MessageType type, u32 channel, u32 id)
-    : answer(type), relid(channel), handle(id), next(owner.pending_), bus(&owner) {
-    latch.attach(owner.environment_->executor);
+    : answer(type), relid(channel), handle(id), latch(owner.environment_->executor), next(owner.pending_), bus(&owner) {
     owner.pending_ = this;
 }
 

@@ -71,7 +71,7 @@ io::Task<Result<void>> enumerate(Store& store, DeviceList& into, std::span<char>
     co_return Result<void>{};
 }
 
-Frontend::Frontend(Store& store, io::Executor& executor) : store_(store), executor_(executor) { changed_.attach(executor); }
+Frontend::Frontend(Store& store, io::Executor& executor) : store_(store), executor_(executor), changed_(executor) {}
 
 io::Task<Result<void>> Frontend::open(std::string_view device) {
     path_ = StorePath(device);

@@ -91,7 +91,7 @@ Result<void> Store::start(io::Executor& executor, Events& events) {
     CHECK(events.bind(port_, rang, this));
     executor_ = &executor;
     channel_ = &events;
-    progress_.attach(executor);
+    progress_.emplace(executor);
     executor.add(*this);
     if (events.unmask(port_)) {
         rang(this);
@@ -182,7 +182,7 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
     const Instant deadline = after(executor_->now(), timeout_);
     const StoreHeader header{type, next_id_++, transaction, static_cast<u32>(length)};
     expected_ = {true, false, false, type, header.request_id, transaction, into, 0, {}};
-    progress_.close();
+    progress_->close();
 
     const char nul = 0;
     std::array<std::span<const std::byte>, 5> pieces{std::as_bytes(std::span(&header, 1)), std::as_bytes(std::span(path)),
@@ -201,7 +201,7 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
                 static_cast<void>(requests_->publish());
                 CO_CHECK(channel_->send(port_));
                 expected_.wants_room = true;
-                if (!co_await progress_.wait(deadline)) {
+                if (!co_await progress_->wait(deadline)) {
                     co_return Error{Code::timed_out, "XenStore does not take a request"};
                 }
                 expected_.wants_room = false;
@@ -215,7 +215,7 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
     static_cast<void>(requests_->publish());
     CO_CHECK(channel_->send(port_));
     while (!expected_.done) {
-        if (!co_await progress_.wait(deadline)) {
+        if (!co_await progress_->wait(deadline)) {
             co_return Error{Code::timed_out, "XenStore does not answer (timeout=MILLISECONDS changes the bound)"};
         }
         if (closed_) {
@@ -296,7 +296,7 @@ bool Store::drain() {
             static_cast<void>(close(room.error()));
         }
         if (expected_.done || closed_ || (expected_.wants_room && requests_->free() != 0)) {
-            progress_.open();
+            progress_->open();
         }
     }
     return taken;

@@ -94,7 +94,7 @@ class Store final : public io::Service {
     std::optional<Requests> requests_;
     std::optional<Responses> responses_;
     std::optional<Error> closed_;
-    Latch progress_;
+    std::optional<Latch> progress_; // from start() on
     std::atomic<u64> events_{0};
 
     // Whose turn it is.
