@@ -136,4 +136,15 @@ void FrameAllocator::free(u64 base, u64 frames) {
     }
 }
 
+Result<u64> allocate_start_frame(FrameAllocator& from) {
+    constexpr u64 reserved_begin = 0xa0 * frame_size;
+    constexpr u64 reserved_end = 0xc0 * frame_size;
+    for (const FrameRequest& place : {FrameRequest{.floor = frame_size, .limit = reserved_begin}, {.floor = reserved_end, .limit = low_memory_end}}) {
+        if (auto frame = from.allocate(place)) {
+            return frame;
+        }
+    }
+    return Error(Code::exhausted, "no free page below 1 MiB (but for 640 to 768 KiB), where further processors start");
+}
+
 } // namespace fl

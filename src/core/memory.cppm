@@ -50,4 +50,8 @@ class FrameAllocator {
     u64 lost_bytes_ = 0;
 };
 
+/// A free frame that a startup IPI can name: below 1 MiB, and not one of the reserved vectors 0xa0 to 0xbf [SDM-3 9.4.4.1]. Nothing else is assumed
+/// about what lies there: a PC has adapters and firmware from 640 KiB on, Xen's PVH has memory everywhere. Page 0 is never free.
+Result<u64> allocate_start_frame(FrameAllocator& from);
+
 } // namespace fl

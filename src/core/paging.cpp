@@ -135,21 +135,57 @@ Result<void> AddressSpace::check_mapped(u64 address, u64 size) const {
     }
     for (u64 done = 0; done < size;) {
         u32 level = 0;
-        const u64 entry = *entry_of(address + done, level);
-        if ((entry & present) == 0) {
+        if ((*entry_of(address + done, level) & present) == 0) {
             return Error(Code::not_found, "paging: nothing is mapped there", 0, address + done);
         }
-        if ((address + done) % coverage(level) != 0 || size - done < coverage(level)) {
-            return Error(Code::bad_argument, "paging: a large page cannot be cut", coverage(level), address + done);
-        }
-        done += coverage(level);
+        done += coverage(level) - (address + done) % coverage(level);
     }
     return {};
 }
 
-Result<void> AddressSpace::unmap(u64 address, u64 size) {
+// Splits large pages until one begins at `address`, or nothing is mapped there.
+Result<void> AddressSpace::split_at(u64 address) {
+    if (!canonical(address)) { // the end of the range is the end of a half of the address space
+        return {};
+    }
+    for (;;) {
+        u32 level = 0;
+        u64& entry = *entry_of(address, level);
+        if ((entry & present) == 0 || address % coverage(level) == 0) {
+            return {};
+        }
+        auto fresh = memory_.new_table();
+        if (!fresh) {
+            return fresh.error();
+        }
+        const u64 part = coverage(level - 1);
+        const u64 bits = (entry & ~address_mask & ~large) | (level - 1 > 1 ? large : 0);
+        const u64 base = entry & address_mask & ~(coverage(level) - 1);
+        u64* table = memory_.view(*fresh);
+        for (u64 i = 0; i < 512; ++i) {
+            table[i] = (base + i * part) | bits;
+        }
+        // One store: the same translation before and after it. What the processor remembers of the large page goes with it, whatever address in it
+        // is named [SDM-3 4.10.4.1].
+        entry = *fresh | present | writable;
+        memory_.invalidate(address);
+    }
+}
+
+// What is mapped, and has no page that reaches out of the range afterwards.
+Result<void> AddressSpace::isolate(u64 address, u64 size) {
     if (auto checked = check_mapped(address, size); !checked) {
         return checked;
+    }
+    if (auto begin = split_at(address); !begin) {
+        return begin;
+    }
+    return split_at(address + size);
+}
+
+Result<void> AddressSpace::unmap(u64 address, u64 size) {
+    if (auto isolated = isolate(address, size); !isolated) {
+        return isolated;
     }
     for (u64 done = 0; done < size;) {
         u32 level = 0;
@@ -161,8 +197,8 @@ Result<void> AddressSpace::unmap(u64 address, u64 size) {
 }
 
 Result<void> AddressSpace::protect(u64 address, u64 size, Protection protection) {
-    if (auto checked = check_mapped(address, size); !checked) {
-        return checked;
+    if (auto isolated = isolate(address, size); !isolated) {
+        return isolated;
     }
     for (u64 done = 0; done < size;) {
         u32 level = 0;

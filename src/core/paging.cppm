@@ -49,8 +49,8 @@ class AddressSpace {
     /// Maps [address, address + size) to [physical, …) with the largest pages that fit. All three are multiples of 4 KiB. Error{busy}: part of
     /// it is mapped already; Error{exhausted}: no table. Then nothing of it stays mapped.
     Result<void> map(u64 address, u64 physical, u64 size, Protection protection);
-    /// Only whole pages, as they were mapped. Error{not_found}: something there is not mapped; Error{bad_argument}: a large page would be cut.
-    /// Then nothing has changed. Tables stay where they are.
+    /// Large pages that lie only partly in the range are split first. Error{not_found}: something there is not mapped; Error{exhausted}: no table
+    /// for a split. Then nothing has changed for the range's user. Tables stay where they are.
     Result<void> unmap(u64 address, u64 size);
     /// Changes the protection of what is mapped, under the rules of unmap().
     Result<void> protect(u64 address, u64 size, Protection protection);
@@ -60,6 +60,8 @@ class AddressSpace {
     u64 leaf_bits(Protection protection) const;
     u64* entry_of(u64 address, u32& level) const;
     Result<void> check_mapped(u64 address, u64 size) const;
+    Result<void> split_at(u64 address);
+    Result<void> isolate(u64 address, u64 size);
     u64 map_some(u64 address, u64 physical, u64 size, u64 bits, std::optional<Error>& error);
 
     TableMemory& memory_;

@@ -115,10 +115,9 @@ TEST_F(Paging, NoTableLeftLeavesNothing) {
     EXPECT_FALSE(space.find(base + M2 - K4));
 }
 
-TEST_F(Paging, LargePagesAreNotCut) {
+TEST_F(Paging, LargePagesAreChangedWhole) {
     ASSERT_TRUE(space.map(base, 0, M2, {.write = true}));
-    EXPECT_EQ(space.unmap(base, K4).error().code, Code::bad_argument);
-    EXPECT_EQ(space.protect(base + K4, K4, {}).error().code, Code::bad_argument);
+    const usize before = tables.frames.size();
     EXPECT_EQ(space.unmap(base, 2 * M2).error().code, Code::not_found);
     EXPECT_TRUE(space.find(base));
     ASSERT_TRUE(space.protect(base, M2, {.execute = true}));
@@ -126,6 +125,61 @@ TEST_F(Paging, LargePagesAreNotCut) {
     EXPECT_EQ(space.find(base)->page, M2);
     ASSERT_TRUE(space.unmap(base, M2));
     EXPECT_FALSE(space.find(base));
+    EXPECT_EQ(tables.frames.size(), before) << "no table for that";
+}
+
+// A page in the middle of a large one, as the one that processors start in is where memory has no hole below 1 MiB.
+TEST_F(Paging, LargePagesAreSplitWhereAPartIsChanged) {
+    ASSERT_TRUE(space.map(base, 0, M2, {.write = true}));
+    const u64 page = 0x9f000;
+    ASSERT_TRUE(space.protect(base + page, K4, {}));
+    EXPECT_EQ(space.find(base + page)->protection, (Protection{}));
+    EXPECT_EQ(space.find(base + page)->page, K4);
+    for (u64 at = 0; at < M2; at += K4) {
+        ASSERT_TRUE(space.find(base + at));
+        EXPECT_EQ(space.find(base + at)->physical, at);
+        EXPECT_EQ(space.find(base + at)->protection.write, at != page);
+        EXPECT_FALSE(space.find(base + at)->protection.execute);
+    }
+    // Forgotten once as a large page, once as the page itself.
+    EXPECT_EQ(tables.invalidated.size(), 2u);
+    const u64 pdpt = tables.frames.at(space.root())[256] & 0x000ffffffffff000;
+    const u64 pd = tables.frames.at(pdpt)[0] & 0x000ffffffffff000;
+    EXPECT_EQ(tables.frames.at(pd)[0] & 0x8000000000000fff, 3u) << "a table: writable, executable as far as its entries let it";
+    const u64 pt = tables.frames.at(pd)[0] & 0x000ffffffffff000;
+    EXPECT_EQ(tables.frames.at(pt)[0x9e], 0x800000000009e003u);
+    EXPECT_EQ(tables.frames.at(pt)[0x9f], 0x800000000009f001u);
+    ASSERT_TRUE(space.protect(base + page, K4, {.write = true}));
+    ASSERT_TRUE(space.unmap(base, M2));
+    EXPECT_FALSE(space.find(base + M2 - K4));
+}
+
+TEST_F(Paging, AGigabytePageIsSplitAsFarAsNeeded) {
+    ASSERT_TRUE(space.map(base + G1, G1, 2 * G1, {.write = true, .uncached = true}));
+    ASSERT_TRUE(space.unmap(base + 2 * G1 - 3 * K4, 3 * K4 + M2 + K4)); // the end of one, the begin of the other
+    EXPECT_EQ(space.find(base + G1)->page, M2);
+    EXPECT_EQ(space.find(base + 2 * G1 - M2)->page, K4);
+    EXPECT_FALSE(space.find(base + 2 * G1 - 3 * K4));
+    EXPECT_FALSE(space.find(base + 2 * G1 + M2));
+    EXPECT_EQ(space.find(base + 2 * G1 + M2 + K4)->physical, 2 * G1 + M2 + K4);
+    EXPECT_EQ(space.find(base + 2 * G1 + M2 + K4)->page, K4);
+    EXPECT_EQ(space.find(base + 3 * G1 - 1)->page, M2);
+    EXPECT_EQ(space.find(base + 3 * G1 - 1)->protection, (Protection{.write = true, .uncached = true}));
+}
+
+TEST_F(Paging, NoTableForASplitChangesNothing) {
+    ASSERT_TRUE(space.map(base, 0, G1, {.write = true}));
+    for (u64 left : {0u, 1u, 1u}) {
+        tables.left = left;
+        EXPECT_EQ(space.unmap(base + K4, G1 - 2 * K4).error().code, Code::exhausted) << left;
+        for (const u64 at : {u64{0}, K4, M2, G1 - K4}) {
+            ASSERT_TRUE(space.find(base + at));
+            EXPECT_EQ(space.find(base + at)->physical, at);
+            EXPECT_EQ(space.find(base + at)->protection, (Protection{.write = true}));
+        }
+    }
+    tables.left = 1; // the last one that is needed
+    EXPECT_TRUE(space.unmap(base + K4, G1 - 2 * K4));
 }
 
 TEST_F(Paging, BadRanges) {
@@ -156,8 +210,13 @@ TEST_F(Paging, RandomAgainstAModel) {
             for (u64 i = 0; free && i < size; i += K4) {
                 model[at + i] = physical + i;
             }
-        } else if (space.unmap(at, size)) {
+        } else {
+            bool all = true;
             for (u64 i = 0; i < size; i += K4) {
+                all = all && model.contains(at + i);
+            }
+            ASSERT_EQ(static_cast<bool>(space.unmap(at, size)), all);
+            for (u64 i = 0; all && i < size; i += K4) {
                 ASSERT_EQ(model.erase(at + i), 1u);
             }
         }

@@ -320,10 +320,9 @@ Result<u64> map_stack(u64 size) {
 
 Result<u64> open_start_page(void (*fill)(std::byte* page, u64 physical)) {
     const Locked locked(lock);
-    // A startup IPI names a page below 1 MiB, and the old adapter area above 640 KiB is never memory [SDM-3 9.4.4.1].
-    auto frame = frame_allocator.allocate({.frames = 1, .floor = frame_size, .limit = 0xa0000});
+    auto frame = allocate_start_frame(frame_allocator);
     if (!frame) {
-        return Error(Code::exhausted, "no free page below 640 KiB, where further processors start");
+        return frame;
     }
     const u64 window = layout.direct_map + *frame;
     std::memset(reinterpret_cast<void*>(window), 0, frame_size);
