@@ -217,8 +217,7 @@ def demand(boot: launch.Boot) -> None:
         errors = "; ".join(str(record.get("message")) for record in boot.log.of("error"))
         tail = "\n".join(boot.log.text[-25:])
         raise Problem(
-            f"{boot.machine.name}: verdict {boot.judgement.verdict.value}: {boot.judgement.reason} {errors}\n{tail}",
-            Exit.TIMEOUT if boot.outcome.timed_out else boot.judgement.verdict.exit,
+            f"{boot.machine.name}: {boot.judgement.text} {errors}\n{tail}", boot.judgement.verdict.exit,
         )
 
 
@@ -237,6 +236,8 @@ def linux_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
     found = yardstick.results(boot.outcome.output)
     side = next(side for side in workloads.COMPARISONS[chosen.comparison] if side.platform == boot.machine.platform)
     expected = sum(disk in chosen.disks for disk in side.disks) * len(chosen.workloads)
+    if len(found) != expected and boot.judgement.verdict in (Verdict.TIMEOUT, Verdict.NOT_STARTED):
+        raise Problem(f"Linux with fio on {side.platform}: {boot.judgement.text}; {len(found)} of {expected} results.", boot.judgement.verdict.exit)
     if len(found) != expected:
         tail = "\n".join(boot.log.text[-15:])
         raise Problem(f"Linux with fio on {side.platform} gave {len(found)} results, {expected} expected.\n{tail}", Exit.FAILURE)

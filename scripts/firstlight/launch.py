@@ -60,7 +60,7 @@ class Boot:
 
 def finished(machine: Machine, outcome: Outcome) -> Boot:
     log = records.parse(outcome.output)
-    return Boot(machine, outcome, log, records.judge(log, outcome.status, outcome.timed_out))
+    return Boot(machine, outcome, log, records.judge(log, outcome.status, outcome.timed_out, machine.timeout, outcome.refused))
 
 
 def boot(

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from . import process
@@ -109,6 +109,8 @@ class Outcome:
     seconds: float = 0.0  # in the time of the machine that ran it
     timed_out: bool = False
     pauses: int = 0  # how many were carried out before the machine gave its verdict
+    refused: str = ""  # why the virtual machine monitor did not start, where the platform itself can tell
+
 
 
 VERDICT = '@{"record":"verdict"'  # after this line a machine does nothing that a pause could disturb
@@ -230,12 +232,15 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
 class Reader:
     """Takes L1's serial output line by line and sorts it into the jobs' outcomes, strictly."""
 
-    def __init__(self, tag: str, names: Sequence[str], live: Callable[[str, str], None] | None = None) -> None:
+    def __init__(
+        self, tag: str, names: Sequence[str], live: Callable[[str, str], None] | None = None, limits: Mapping[str, float] = {}
+    ) -> None:
         self.tag = tag
+        self.limits = limits
         self.waiting = list(names)
         self.outcomes = {name: Outcome() for name in names}
         self.current: str | None = None
-        self.ready = self.off = False
+        self.ready = self.off = self.late = False
         self.fault = ""
         self.notes: list[str] = []
         self.live = live
@@ -260,7 +265,8 @@ class Reader:
             outcome.output = outcome.output.removesuffix("\n")
             outcome.status = int(fields["status"])
             outcome.seconds = int(fields["ms"]) / 1000
-            outcome.timed_out = outcome.status == 137
+            # SIGKILL comes from `timeout`, or before its time from a kernel that has run out of memory.
+            outcome.timed_out = outcome.status == 137 and outcome.seconds >= self.limits.get(self.current, 0) - 0.5
             self.current = None
         elif verb == "paused" and self.current:
             outcome = self.outcomes[self.current]
@@ -299,7 +305,7 @@ def run(
     """Run all jobs in one boot of L1. A lab that fails as such is a Problem; a job's own failure is in its outcome."""
     with tempfile.TemporaryDirectory(prefix="firstlight-lab-") as temporary:
         nested = prepare(lab, jobs, Path(temporary), wall)
-        reader = Reader(nested.tag, [job.name for job in jobs], live)
+        reader = Reader(nested.tag, [job.name for job in jobs], live, {job.name: job.timeout for job in jobs})
         # In deterministic mode a job's own limit counts its instructions; this one counts real seconds.
         limit = BOOT_SECONDS + sum(5 * job.timeout + 30 + sum(pause.seconds for pause in job.pauses) for job in jobs)
         log = follow(nested.command, reader, limit)
@@ -308,7 +314,9 @@ def run(
             (keep / "serial.log").write_text(log)
         complaint = reader.complaint()
         if complaint and not (reader.ready and any(outcome.status is not None for outcome in reader.outcomes.values())):
-            raise Problem(f"The lab failed: {complaint}. Its last output:\n{process.tail(log)}")
+            raise Problem(
+                f"The lab failed: {complaint}. Its last output:\n{process.tail(log)}", Exit.TIMEOUT if reader.late else Exit.ERROR
+            )
         if complaint:
             print(f"lab: {complaint}. Its last output:\n{process.tail(log, 15)}", file=sys.stderr)
         for job, offsets in zip(jobs, nested.layout):
@@ -333,6 +341,7 @@ def follow(command: Sequence[str], reader: Reader, limit: float) -> str:
                 left = end - time.monotonic()
                 if left <= 0:
                     reader.fault = reader.fault or f"nothing more within {limit:.0f} s of real time"
+                    reader.late = True
                     break
                 if not selector.select(min(left, 1.0)):
                     continue

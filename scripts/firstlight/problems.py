@@ -13,13 +13,29 @@ class Exit(enum.IntEnum):
     USAGE = 2  # the arguments of the script itself
     ERROR = 3  # it could not be tried: bad input, the build failed, the lab did not start
     SKIP = 4
-    CRASH = 5  # the kernel panicked, or ended without a verdict
-    TIMEOUT = 6
+    CRASH = 5  # the kernel panicked, and said so
+    TIMEOUT = 6  # it was still running when its time was over
     MISSING = 7  # packages are missing and cannot be installed from here
+    NOT_STARTED = 8  # the virtual machine monitor refused to start: no guest ran
+    NO_VERDICT = 9  # the machine ended, or was ended, without a verdict that can be believed
     INTERRUPTED = 130
 
 
-EXIT_HELP = "exit status: " + ", ".join(f"{int(code)} {code.name.lower()}" for code in Exit)
+# What --help says of them.
+EXIT_TEXTS = {
+    Exit.SUCCESS: "success",
+    Exit.FAILURE: "failure: tried, and wrong",
+    Exit.USAGE: "usage: the options of the script",
+    Exit.ERROR: "error: it could not be tried (bad input, a build that failed, a lab that did not start)",
+    Exit.SKIP: "skip",
+    Exit.CRASH: "crash: the kernel panicked",
+    Exit.TIMEOUT: "time-out",
+    Exit.MISSING: "packages are missing",
+    Exit.NOT_STARTED: "not started: the virtual machine monitor refused, no guest ran",
+    Exit.NO_VERDICT: "no verdict: the machine ended without one",
+    Exit.INTERRUPTED: "interrupted",
+}
+EXIT_HELP = "Exit status: " + "; ".join(f"{int(code)} {text}" for code, text in EXIT_TEXTS.items()) + "."
 
 
 class Problem(Exception):

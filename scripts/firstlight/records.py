@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import signal
 
 from .problems import Exit
 
@@ -14,19 +15,44 @@ PHASE = HOST + '{"phase":'  # its counts between two marks
 
 
 class Verdict(enum.Enum):
+    """What a boot came to: the guest's own five, and what was seen instead where the guest gave none."""
+
     SUCCESS = "SUCCESS"
     SKIP = "SKIP"
     ERROR = "ERROR"
     FAILURE = "FAILURE"
     CRASH = "CRASH"
+    TIMEOUT = "TIMEOUT"
+    NOT_STARTED = "NOT_STARTED"
+    NO_VERDICT = "NO_VERDICT"
 
     @property
     def exit(self) -> Exit:
         return Exit[self.name]
 
+    @property
+    def of_guest(self) -> bool:
+        return self not in INSTEAD
+
+    @property
+    def words(self) -> str:
+        return INSTEAD.get(self) or f"verdict {self.value}"
+
+
+INSTEAD = {
+    Verdict.TIMEOUT: "time-out",
+    Verdict.NOT_STARTED: "the virtual machine did not start",
+    Verdict.NO_VERDICT: "no verdict",
+}
+
 
 # What QEMU's isa-debug-exit makes of the values the kernel writes: (value << 1) | 1.
 STATUS = {33: Verdict.SUCCESS, 35: Verdict.SKIP, 37: Verdict.ERROR, 39: Verdict.FAILURE, 41: Verdict.CRASH}
+# The test host's own (ExitCode in test/host/vmm/machine.cppm).
+HOST_CRASH, HOST_TIMEOUT = 70, 72
+HOST_REFUSED = (64, 66, 78)  # its command line, a file, a capability that KVM lacks
+# A virtual machine monitor begins its own messages with its name.
+MONITORS = ("qemu-system-x86_64: ", "qemu: ", "firstlight-testhost: ")
 
 
 @dataclasses.dataclass
@@ -97,26 +123,84 @@ class Judgement:
     verdict: Verdict
     reason: str
 
+    @property
+    def text(self) -> str:
+        """For people: a guest's verdict is called one, everything else has words of its own."""
+        return self.verdict.words + (f": {self.reason}" if self.reason else "")
 
-def judge(log: Log, status: int | None, timed_out: bool) -> Judgement:
-    """The verdict, strictly: it must be said once, be the last record, and QEMU's exit status must agree."""
-    if timed_out:
-        return Judgement(Verdict.CRASH, "no verdict before the time-out")
+
+def guest_ran(log: Log) -> bool:
+    """Whether something in the output is the guest's or its firmware's. A monitor's error may have unmarked lines of advice behind it."""
+    if log.records or log.malformed:
+        return True
+    advice = False
+    for line in log.text:
+        if line.startswith(MONITORS):
+            advice = " warning: " not in line
+        elif line.strip() and not advice:
+            return True
+    return False
+
+
+def monitors_words(log: Log) -> str:
+    """What the virtual machine monitor itself said, in one line."""
+    own = [line for line in log.text if line.startswith(MONITORS) and " warning: " not in line]
+    return "; ".join(own or [line for line in log.text if line.strip()][-3:])[:400]
+
+
+def ended(status: int | None) -> str:
+    """An exit status in words."""
+    if status is None:
+        return "it was ended before it had an exit status"
+    number = -status if status < 0 else status - 128 if 128 < status < 160 else 0
+    if number:
+        name = signal.Signals(number).name if number in signal.Signals.__members__.values() else str(number)
+        return f"the virtual machine monitor was ended by signal {name}"
+    return f"the virtual machine monitor's exit status was {status}"
+
+
+def judge(log: Log, status: int | None, timed_out: bool, limit: float | None = None, refused: str = "") -> Judgement:
+    """The verdict, strictly: it must be said once, be the last record, and the exit status must agree.
+
+    `refused`: why the virtual machine monitor did not start, where a platform can tell; otherwise it is judged by its exit status
+    and by whether the guest or its firmware has printed anything.
+    """
     said = log.of("verdict")
+    if refused:
+        return Judgement(Verdict.NOT_STARTED, refused)
+    if timed_out or status == HOST_TIMEOUT:
+        within = f" within {limit:g} s" if limit else ""
+        return Judgement(Verdict.TIMEOUT, f"verdict {said[0].get('verdict')} was given, but the machine did not end{within}" if said else
+                         f"the guest gave no verdict{within}")  # fmt: skip
     by_status = STATUS.get(status) if status is not None else None
+    complaint = ""
     if log.malformed:
-        return Judgement(Verdict.CRASH, f"malformed record: {log.malformed[0][:160]}")
-    if not said:
-        return Judgement(Verdict.CRASH, f"no verdict record; QEMU's exit status was {status}")
-    if len(said) > 1:
-        return Judgement(Verdict.CRASH, f"{len(said)} verdict records, expected one")
-    if log.records[-1] is not said[0]:
-        return Judgement(Verdict.CRASH, f"record {log.records[-1]['record']} after the verdict")
-    try:
-        verdict = Verdict(said[0].get("verdict"))
-    except ValueError:
-        return Judgement(Verdict.CRASH, f"unknown verdict {said[0].get('verdict')!r}")
-    # 0 is a machine that was powered off because it had no debug exit port.
-    if by_status is not verdict and status != 0:
-        return Judgement(Verdict.CRASH, f"the record says {verdict.value}, QEMU's exit status {status} does not agree")
-    return Judgement(verdict, str(said[0].get("reason", "")))
+        complaint = f"malformed record: {log.malformed[0][:160]}"
+    elif not said:
+        failed = by_status is None and status is not None and 0 < status < 128 and status != HOST_CRASH
+        if failed and (status in HOST_REFUSED or not guest_ran(log)):
+            return Judgement(Verdict.NOT_STARTED, monitors_words(log) or ended(status))
+        words = monitors_words(log) if any(line.startswith(MONITORS) for line in log.text) else ""
+        complaint = f"no verdict record; {ended(status)}" + (f" ({words})" if words else "")
+        if status == 0:
+            complaint += ", as after a power-off, a reset or a triple fault"
+    elif len(said) > 1:
+        complaint = f"{len(said)} verdict records, expected one"
+    elif log.records[-1] is not said[0]:
+        complaint = f"record {log.records[-1]['record']} after the verdict"
+    elif said[0].get("verdict") not in (verdict.value for verdict in STATUS.values()):
+        complaint = f"unknown verdict {said[0].get('verdict')!r}"
+    elif by_status is not Verdict(said[0]["verdict"]) and status != 0:  # 0: powered off, without a debug exit port
+        complaint = f"the record says {said[0]['verdict']}, and {ended(status)}, which does not agree"
+    else:
+        return Judgement(Verdict(said[0]["verdict"]), str(said[0].get("reason", "")))
+    # A guest that wrote CRASH to the debug exit port, and a test host that saw a triple fault, have said it all the same.
+    return Judgement(Verdict.CRASH if by_status is Verdict.CRASH or status == HOST_CRASH else Verdict.NO_VERDICT, complaint)
+
+
+def by_status(status: int) -> Judgement:
+    """Where the console was not read: the exit status alone."""
+    verdict = STATUS.get(status)
+    if verdict:
+        return Judgement(verdict, "")
+    return Judgement(Verdict.NOT_STARTED if status == 1 else Verdict.NO_VERDICT, ended(status))

@@ -79,8 +79,8 @@ def main(words: list[str]) -> Exit:
     log_file.parent.mkdir(parents=True, exist_ok=True)
     (boot,) = launch.boot(ready, [machine], wall=options.wall, forced=options.lab, live=show, keep=log_file.parent)
     judgement = boot.judgement
-    launch.warn(f"verdict {judgement.verdict.value}{': ' + judgement.reason if judgement.reason else ''}")
-    return Exit.TIMEOUT if boot.outcome.timed_out else judgement.verdict.exit
+    launch.warn(judgement.text)
+    return judgement.verdict.exit
 
 
 def by_hand(ready: lab.Lab, machine: Machine, where: launch.Place, options) -> Exit:
@@ -123,5 +123,7 @@ def by_hand(ready: lab.Lab, machine: Machine, where: launch.Place, options) -> E
         status = subprocess.run(command, stdin=None if options.console else subprocess.DEVNULL).returncode
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
-    verdict = records.STATUS.get(status)
-    return verdict.exit if verdict else Exit.CRASH
+    # The console went past this script: what is left is the exit status.
+    judgement = records.by_status(status)
+    launch.warn(judgement.text)
+    return judgement.verdict.exit

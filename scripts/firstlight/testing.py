@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
 import re
 import sys
 import tempfile
@@ -300,6 +301,13 @@ def tap(results: list[Result]) -> None:
     for number, result in enumerate(results, 1):
         word = "not ok" if result.status == "failed" else "ok"
         print(f"{word} {number} - {result.name}" + (" # SKIP " + result.detail if result.status == "skipped" else ""))
+        if result.status == "failed":
+            # TAP 13's block of diagnostics; a JSON string is a YAML string.
+            print("  ---")
+            for name, value in (("message", result.detail), ("severity", "fail" if result.tried else "error"), ("ended_as", result.kind)):
+                if value:
+                    print(f"  {name}: {json.dumps(value)}")
+            print("  ...")
 
 
 def junit(results: list[Result], path: Path) -> None:
@@ -307,14 +315,17 @@ def junit(results: list[Result], path: Path) -> None:
         "testsuite",
         name="firstlight",
         tests=str(len(results)),
-        failures=str(sum(result.status == "failed" for result in results)),
+        failures=str(sum(result.status == "failed" and result.tried for result in results)),
+        errors=str(sum(result.status == "failed" and not result.tried for result in results)),
         skipped=str(sum(result.status == "skipped" for result in results)),
     )
     for result in results:
         group, _, name = result.name.partition("/")
         case = ElementTree.SubElement(suite, "testcase", classname=group, name=name or group, time=f"{result.seconds:.3f}")
         if result.status == "failed":
-            ElementTree.SubElement(case, "failure", message=printable(result.detail))
+            # JUnit's `error` is a test that could not be tried: its machine did not start, its build or its lab broke down.
+            kind = {"type": result.kind} if result.kind else {}
+            ElementTree.SubElement(case, "failure" if result.tried else "error", message=printable(result.detail), **kind)
         elif result.status == "skipped":
             ElementTree.SubElement(case, "skipped", message=printable(result.detail))
         if result.output:

@@ -101,7 +101,7 @@ class Case:
     linux: str = ""  # a script beside the table: the lab's Linux runs it in place of our kernel, and it says the verdict
     # Files on the ESP beside or instead of its own: path to contents, a character for each byte; a path that ends in / is a directory.
     esp: dict[str, str] = dataclasses.field(default_factory=dict)
-    host: list[str] = dataclasses.field(default_factory=list)  # further arguments of the test host
+    host: list[str] = dataclasses.field(default_factory=list)  # further arguments of the test host, or of QEMU
     pause: list[Pause] = dataclasses.field(default_factory=list)  # in the table: one {after=, delay=, seconds=} or a list; each waits for the one before
     about: str = ""
 
@@ -183,6 +183,8 @@ class Result:
     seconds: float = 0.0
     detail: str = ""
     output: str = ""
+    kind: str = ""  # of a failed one: what it ended as (a Verdict's name), or the exception that kept it from being tried
+    tried: bool = True
 
 
 def judge(case: Case, boot: launch.Boot) -> Result:
@@ -193,7 +195,7 @@ def judge(case: Case, boot: launch.Boot) -> Result:
         detail = f"skipped by the kernel: {boot.judgement.reason}" + (" (but it is required)" if case.required else "")
         return Result(case.name, status, boot.outcome.seconds, detail, boot.outcome.output)
     if verdict.value != case.expect:
-        complaints.append(f"verdict {verdict.value} ({boot.judgement.reason}), expected {case.expect}")
+        complaints.append(f"{boot.judgement.text}; {case.expect} was expected")
     elif case.expect == "CRASH" and not boot.log.of("verdict"):
         complaints.append("a crash without a report: the kernel must say so itself")
     for pattern in case.output:
@@ -218,8 +220,9 @@ def judge(case: Case, boot: launch.Boot) -> Result:
         for name in case.acknowledged:
             complaints += check_acknowledged(boot, name)
     return Result(
-        case.name, "failed" if complaints else "passed", boot.outcome.seconds, "; ".join(complaints), boot.outcome.output
-    )
+        case.name, "failed" if complaints else "passed", boot.outcome.seconds, "; ".join(complaints), boot.outcome.output,
+        kind=verdict.value if complaints else "", tried=verdict is not Verdict.NOT_STARTED or not complaints,
+    )  # fmt: skip
 
 
 def check_images(boot: launch.Boot, intact: Sequence[str] = ()) -> list[str]:
@@ -268,7 +271,9 @@ def check_acknowledged(boot: launch.Boot, name: str) -> list[str]:
 def wreck(name: str, error: Exception, seconds: float = 0.0) -> Result:
     """A test that could not be carried through: it failed, and the others go on."""
     text = str(error) if isinstance(error, Problem) else "".join(traceback.format_exception(error))
-    return Result(name, "failed", seconds, f"{type(error).__name__}: {error}".splitlines()[0], text)
+    # A Problem's message speaks for itself.
+    first = str(error) if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
+    return Result(name, "failed", seconds, first.splitlines()[0] if first else "", text, kind=type(error).__name__, tried=False)
 
 
 def judged(case: Case, boot: launch.Boot) -> Result:

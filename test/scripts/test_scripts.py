@@ -63,15 +63,16 @@ class Records(unittest.TestCase):
     def test_power_off_without_a_debug_exit_port(self):
         self.assertIs(self.judge('@{"record":"verdict","verdict":"ERROR"}\n', 0), Verdict.ERROR)
 
-    def test_everything_else_is_a_crash(self):
+    def test_everything_else_is_no_verdict(self):
         success = '@{"record":"verdict","verdict":"SUCCESS"}\n'
-        self.assertIs(self.judge("", 33), Verdict.CRASH)
-        self.assertIs(self.judge(success, 39), Verdict.CRASH)
-        self.assertIs(self.judge(success, None, timed_out=True), Verdict.CRASH)
-        self.assertIs(self.judge(success + success, 33), Verdict.CRASH)
-        self.assertIs(self.judge(success + '@{"record":"error"}\n', 33), Verdict.CRASH)
-        self.assertIs(self.judge('@{"record":"ver\n' + success, 33), Verdict.CRASH)
-        self.assertIs(self.judge('@{"record":"verdict","verdict":"FINE"}\n', 33), Verdict.CRASH)
+        self.assertIs(self.judge("", 33), Verdict.NO_VERDICT)
+        self.assertIs(self.judge(success, 39), Verdict.NO_VERDICT)
+        self.assertIs(self.judge(success, None, timed_out=True), Verdict.TIMEOUT)
+        self.assertIs(self.judge(success + success, 33), Verdict.NO_VERDICT)
+        self.assertIs(self.judge(success + '@{"record":"error"}\n', 33), Verdict.NO_VERDICT)
+        self.assertIs(self.judge('@{"record":"ver\n' + success, 33), Verdict.NO_VERDICT)
+        self.assertIs(self.judge('@{"record":"verdict","verdict":"FINE"}\n', 33), Verdict.NO_VERDICT)
+        self.assertIs(self.judge('@{"record":"verdict","verdict":"TIMEOUT"}\n', 0), Verdict.NO_VERDICT)
 
 
 class Sources(unittest.TestCase):
@@ -519,7 +520,7 @@ class Survival(unittest.TestCase):
         ):
             file = Path(folder) / "junit.xml"
             code = testing.main(["--fast", "--junit", str(file)])
-            self.assertEqual(file.read_text().count("<failure"), 5)
+            self.assertEqual(file.read_text().count("<error"), 5)
         self.assertIs(code, Exit.FAILURE)
         self.assertEqual(out.getvalue().splitlines()[-1], "4 passed, 5 failed, 0 skipped")
 
