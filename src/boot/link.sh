@@ -73,6 +73,39 @@ functions() {
     llvm-nm-19 -n --defined-only "$1" | awk '$2 == "t" || $2 == "T" || $2 == "w" || $2 == "W"' | grep -v ' image_' || true
 }
 
+# Debuggers take the name of a function from its mangled name, with the module that it is attached to: `break fl::boot::kernel_start` would
+# then find nothing, and `fl::boot::kernel_start@boot.start` cannot be typed. Without mangled names in the debug information they
+# put the name together from its namespaces. So every DW_AT_linkage_name (0x6e) becomes a DW_AT_description (0x5a), of which they make nothing:
+# one byte of the abbreviation that declares it [DWARF5 §7.5.3]. Reads bytes as numbers, one a line, writes them as assembly.
+plain_names() {
+    awk '
+    BEGIN { part = "code"; scale = 1 }
+    {
+        byte = $1 + 0
+        if (part == "children") {
+            part = "attribute"
+            print ".byte " byte
+            next
+        }
+        value += byte % 128 * scale             # LEB128 [DWARF5 §7.6]
+        scale *= 128
+        print ".byte " (part == "attribute" && scale == 128 && byte == 110 ? 90 : byte)
+        if (byte >= 128) next
+        if (part == "code") part = value ? "tag" : "code"
+        else if (part == "tag") part = "children"
+        else if (part == "attribute") {
+            attribute = value
+            part = "form"
+        }
+        else if (part == "constant") part = "attribute"
+        else if (value == 33) part = "constant" # DW_FORM_implicit_const: its value follows
+        else part = attribute || value ? "attribute" : "code"
+        value = 0
+        scale = 1
+    }
+    END { if (part != "code") exit 1 }'
+}
+
 : | make_table >"$work/symbols0.s"
 clang-19 --target=x86_64-unknown-none-elf -c "$work/symbols0.s" -o "$work/symbols0.o"
 link "$@" "$work/symbols0.o" -o "$work/first.elf"
@@ -92,6 +125,12 @@ fi
 if llvm-readelf-19 -lW "$work/firstlight.elf" | grep -E '^ +LOAD.* (RWE|WE|.WE) ' >&2; then
     fail "a segment is both writable and executable"
 fi
+
+llvm-objcopy-19 --dump-section .debug_abbrev="$work/abbreviations0" "$work/firstlight.elf" "$work/first.elf"
+od -An -v -tu1 -w1 "$work/abbreviations0" | plain_names >"$work/abbreviations.s" || fail "the abbreviations of the debug information could not be read"
+clang-19 --target=x86_64-unknown-none-elf -c "$work/abbreviations.s" -o "$work/abbreviations.o"
+llvm-objcopy-19 -O binary --only-section=.text "$work/abbreviations.o" "$work/abbreviations1"
+llvm-objcopy-19 --update-section .debug_abbrev="$work/abbreviations1" "$work/firstlight.elf"
 
 llvm-strip-19 --strip-all "$work/firstlight.elf" -o "$work/stripped.elf"
 mv "$work/firstlight.elf" "$out/firstlight.debug.elf"

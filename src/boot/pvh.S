@@ -34,11 +34,15 @@ provisional_gdt_pointer:
     .word . - provisional_gdt - 1
     .long provisional_gdt + TO_PHYSICAL
 
+// Unwinding ends here: nobody called these entries, the return address is undefined [DWARF5 §6.4.4].
+.cfi_sections .debug_frame
 .section .text.entry, "ax", @progbits
 .code32
 .global pvh_entry32
 .type pvh_entry32, @function
 pvh_entry32:
+    .cfi_startproc
+    .cfi_undefined 16                   // rip, which 32-bit code cannot name
     rdtsc                               // the entry's time, before anything else; EBX keeps start_info
     movl %eax, %esi
     movl %edx, %ebp
@@ -109,6 +113,7 @@ pvh_entry32:
     xorl %ebp, %ebp                     // the last frame of every backtrace
     call pvh_main
     ud2
+    .cfi_endproc
 .size pvh_entry32, . - pvh_entry32
 
 // The 64-bit entry: long mode, the image mapped where it is linked, RDI = BootInfo, identity-mapped, interrupts off. Nothing is assumed
@@ -116,10 +121,13 @@ pvh_entry32:
 .global kernel_entry64
 .type kernel_entry64, @function
 kernel_entry64:
+    .cfi_startproc
+    .cfi_undefined rip
     cli
     cld
     movq $(boot_stack_guard + STACK_WITH_GUARD), %rsp
     xorl %ebp, %ebp
     call entry64_main
     ud2
+    .cfi_endproc
 .size kernel_entry64, . - kernel_entry64

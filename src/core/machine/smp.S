@@ -61,10 +61,13 @@ start_code_end:
 
 // In the image. Whoever arrives here says by its APIC id whether it is the one that is meant, and takes the offer before the boot processor
 // withdraws it; anybody else rests.
+.cfi_sections .debug_frame
 .section .text.processor_entry, "ax", @progbits
 .global processor_entry
 .type processor_entry, @function
 processor_entry:
+    .cfi_startproc
+    .cfi_undefined rip                  // unwinding ends here
     xorl %eax, %eax
     cpuid
     cmpl $0xb, %eax
@@ -94,4 +97,5 @@ processor_entry:
 3:  cli
     hlt
     jmp 3b
+    .cfi_endproc
 .size processor_entry, . - processor_entry
