@@ -27,6 +27,11 @@ BUILD_PACKAGES = {
     "python3-crcmod": "checking disk images from outside",
 }
 
+# What scripts/test needs beside them.
+TEST_PACKAGES = {
+    "gdb": "debugging the kernel",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
@@ -37,6 +42,7 @@ class Distribution:
     lab_kernel_extra: tuple[str, ...] = ()  # further packages with modules; {release} is the kernel's
     components: tuple[str, ...] = ("main",)
     build: dict[str, str] = dataclasses.field(default_factory=lambda: dict(BUILD_PACKAGES))
+    tests: dict[str, str] = dataclasses.field(default_factory=lambda: dict(TEST_PACKAGES))
 
 
 SUPPORTED = {

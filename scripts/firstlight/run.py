@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import build, lab, launch, nested, paths, process, records, setup
+from . import build, debugger, lab, launch, nested, paths, process, records, setup
 from .machine import MACHINES, PLATFORMS, Machine
 from .problems import EXIT_HELP, Exit, Problem
 
@@ -36,6 +36,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--records", action="store_true", help="show the records (@{…}) too")
     parser.add_argument("--dry-run", action="store_true", help="print the exact QEMU command and do not start it")
     parser.add_argument("--gdb", action="store_true", help="wait for a debugger, and print the command that starts it")
+    parser.add_argument("--gdb-port", type=int, metavar="PORT", help=f"with --gdb: where QEMU waits for it ({debugger.PORT})")
     parser.add_argument("--console", action="store_true", help="connect the keyboard; Ctrl-A X ends QEMU, Ctrl-A C is its monitor")
     parser.add_argument("--kernel", type=Path, help="boot this ELF instead of building one")
     parser.add_argument("--efi", type=Path, help="boot this EFI application instead of building one")
@@ -50,6 +51,11 @@ def main(words: list[str]) -> Exit:
     disks = None if options.disk is None else [disk for disk in options.disk if disk != "none"]
     if options.map and not options.map.is_file():
         raise Problem(f"--map {options.map}: no such file.", Exit.USAGE)
+    if options.gdb_port is not None and not options.gdb:
+        raise Problem("--gdb-port says where --gdb waits: use it with --gdb.", Exit.USAGE)
+    port = debugger.PORT if options.gdb_port is None else options.gdb_port
+    if options.gdb and not options.dry_run:
+        debugger.demand_free(port)
     setup.ensure()
     ready = lab.find()
     chosen_image = options.kernel if (options.boot or PLATFORMS[platform].boots[0]) == "pvh" else options.efi
@@ -70,7 +76,7 @@ def main(words: list[str]) -> Exit:
     where = launch.place(machine.kind, ready, options.lab)
     launch.warn(f"{platform}: {where.reason}")
     if options.dry_run or options.gdb or options.console:
-        return by_hand(ready, machine, where, options)
+        return by_hand(ready, machine, where, options, port)
 
     def show(name: str, line: str) -> None:
         if options.records or not line.startswith(records.MARK):
@@ -83,7 +89,7 @@ def main(words: list[str]) -> Exit:
     return judgement.verdict.exit
 
 
-def by_hand(ready: lab.Lab, machine: Machine, where: launch.Place, options) -> Exit:
+def by_hand(ready: lab.Lab, machine: Machine, where: launch.Place, options, port: int) -> Exit:
     """The ways to start that need the files to stay: everything goes into build/runs/run."""
     folder = paths.RUNS / "run"
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,16 +114,19 @@ def by_hand(ready: lab.Lab, machine: Machine, where: launch.Place, options) -> E
         launch.make_disk(disk, folder)
     command = launch.command_here(ready, job, folder)
     if options.gdb:
-        command += ["-s", "-S"]
+        command += debugger.qemu_words(port)
     if options.console:
         command[command.index("stdio")] = "mon:stdio"
     if options.dry_run:
         print(shlex.join(command))
         return Exit.SUCCESS
     if options.gdb:
+        debugger.demand_free(port)  # again: building and unpacking may have taken minutes
         launch.warn("QEMU waits. In another terminal:")
-        launch.warn("  " + shlex.join(["gdb", str(paths.KERNEL_SYMBOLS), "-ex", "target remote localhost:1234"]))
-        launch.warn("Hardware breakpoints (hbreak) work before the kernel has built its page tables. Ctrl-C here ends QEMU.")
+        launch.warn("  " + shlex.join(debugger.command(machine.kernel, port)))
+        if machine.kind.kvm:
+            launch.warn("With KVM only hardware breakpoints (hbreak) work before the kernel is in memory and has built its page tables.")
+        launch.warn("Ctrl-C here ends QEMU.")
     # The terminal belongs to QEMU now: the same process group, so that Ctrl-C reaches it.
     try:
         status = subprocess.run(command, stdin=None if options.console else subprocess.DEVNULL).returncode

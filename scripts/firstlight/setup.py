@@ -32,9 +32,10 @@ def cmake_version() -> tuple[int, ...]:
     return (int(match[1]), int(match[2])) if match else ()
 
 
-def missing(distro: distribution.Distribution) -> dict[str, str]:
-    present = installed(list(distro.build))
-    absent = {name: why for name, why in distro.build.items() if name not in present}
+def missing(distro: distribution.Distribution, tests: bool = False) -> dict[str, str]:
+    needed = distro.build | (distro.tests if tests else {})
+    present = installed(list(needed))
+    absent = {name: why for name, why in needed.items() if name not in present}
     version = cmake_version()
     if version and version >= CMAKE_NEEDED:
         absent.pop("cmake", None)  # from wherever it came
@@ -43,10 +44,10 @@ def missing(distro: distribution.Distribution) -> dict[str, str]:
     return absent
 
 
-def ensure() -> None:
-    """Everything the build needs is there afterwards, or a Problem says what to do."""
+def ensure(tests: bool = False) -> None:
+    """Everything the build needs, and with `tests` what scripts/test needs, is there afterwards, or a Problem says what to do."""
     distro = distribution.detect()
-    absent = missing(distro)
+    absent = missing(distro, tests)
     if not absent:
         return
     listing = "".join(f"\n  {name} ({why})" for name, why in absent.items())
@@ -55,9 +56,9 @@ def ensure() -> None:
             f"Missing packages:{listing}\nRun: sudo {shlex.quote(str(paths.REPOSITORY / 'scripts/setup'))}", Exit.MISSING
         )
     with process.alone(paths.cache() / "setup.lock", "setup"):
-        if missing(distro):
+        if missing(distro, tests):
             install(distro, absent, listing)
-    still = missing(distro)
+    still = missing(distro, tests)
     if still:
         raise Problem(f"Still missing after the installation: {' '.join(still)}.", Exit.MISSING)
 
@@ -74,13 +75,13 @@ def install(distro: distribution.Distribution, absent: dict[str, str], listing: 
 def main(words: list[str]) -> Exit:
     parser = argparse.ArgumentParser(
         prog="scripts/setup",
-        description="Install the packages the build needs (as root) and assemble the lab in the cache folder.",
+        description="Install the packages that the build and the tests need (as root) and assemble the lab in the cache folder.",
         epilog=EXIT_HELP,
     )
     parser.add_argument("--refresh", action="store_true", help="assemble the lab from the newest packages again")
-    parser.add_argument("--no-lab", action="store_true", help="the build's packages only")
+    parser.add_argument("--no-lab", action="store_true", help="the packages of the build and the tests only")
     options = parser.parse_args(words)
-    ensure()
+    ensure(tests=True)
     if not options.no_lab:
         ready = lab.find(options.refresh)
         print(f"lab: {ready.root}")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import build, image, lab, launch, machine, paths, process, report, setup, vmtests, workloads
+from . import build, debugger, image, lab, launch, machine, paths, process, report, setup, vmtests, workloads
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
 
@@ -24,6 +24,7 @@ FUZZ = "fuzz"
 FUZZ_TARGETS = ("packets", "storvsc", "vmbus")
 FUZZ_RUNS = 5000  # of each target, behind its corpus; always the same ones
 FUZZ_SECONDS = 240
+GDB = "gdb"
 MINIMAL = "minimal"  # a kernel without any hypervisor's module
 # Symbols that such a kernel must not have.
 FOREIGN = re.compile(r"fl::hv::(xen|kvm|hyperv)::|fl::hv::(Xen|Kvm|HyperV)\b|fl::drivers::(xen_|storvsc|hv_)")
@@ -34,7 +35,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/test",
         description="Build everything and run every test: the scripts' own, the modules' on this machine (plain, with "
-        "sanitizers, with a checker of memory orderings), a fixed number of fuzzed inputs, the image, a kernel without any hypervisor's module, and the "
+        "sanitizers, with a checker of memory orderings), a fixed number of fuzzed inputs, the image, gdb on a machine, a kernel without any hypervisor's module, and the "
         "boots of test/vm/*.toml.",
         epilog="A test that is required and skipped is a failure. " + EXIT_HELP,
     )
@@ -50,7 +51,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(words: list[str]) -> Exit:
     options = arguments().parse_args(words)
     # The name of a suite means that suite, not the boots in whose names the word happens to occur.
-    parts = [pattern for pattern in options.only if pattern not in ("scripts", *PRESETS, FUZZ, "image", MINIMAL)]
+    parts = [pattern for pattern in options.only if pattern not in ("scripts", *PRESETS, FUZZ, "image", GDB, MINIMAL)]
     cases = [case for case in vmtests.load() if not options.only or (parts and wanted(f"vm/{case.name}", parts))]
     if options.fast:
         cases = [case for case in cases if "fast" in case.groups]
@@ -59,11 +60,11 @@ def main(words: list[str]) -> Exit:
         for case in cases:
             print(f"vm/{case.name:34} {case.platform:10} {case.machine:8} {','.join(case.groups):10} {case.about}")
         slow = [] if options.fast else [*(f"{FUZZ}/{target}" for target in FUZZ_TARGETS), MINIMAL]
-        print("\n".join(["scripts", *presets, "image", *slow]))
+        print("\n".join(["scripts", *presets, "image", GDB, *slow]))
         return Exit.SUCCESS
     if options.junit and not options.junit.parent.is_dir():
         raise Problem(f"--junit {options.junit}: the folder does not exist.", Exit.USAGE)
-    setup.ensure()
+    setup.ensure(tests=True)
     results: list[Result] = []
 
     def add(found: Iterable[Result]) -> None:
@@ -74,12 +75,14 @@ def main(words: list[str]) -> Exit:
     if wanted("scripts", options.only, whole=True):
         add(surviving("scripts", script_tests(options.only)))
     built = True
-    if cases or wanted("image", options.only, whole=True):
+    if cases or any(wanted(suite, options.only, whole=True) for suite in ("image", GDB)):
         built = attempt("build/kernel", build.kernel, add)
         if any(machine.PLATFORMS[case.platform].test_host for case in cases):
             built = attempt("build/test-host", build.test_host, add) and built
         if built and wanted("image", options.only, whole=True):
             add(surviving("image", image.checks()))
+        if built and wanted(GDB, options.only, whole=True):
+            add(surviving(GDB, debugger.checks()))
     for preset in presets:
         if wanted(preset, options.only, whole=True):
             add(surviving(preset, host_tests(preset, options.only)))

@@ -513,6 +513,7 @@ class Survival(unittest.TestCase):
             contextlib.redirect_stderr(io.StringIO()),
             mock.patch.multiple(testing, script_tests=dies, host_tests=dies),
             mock.patch.object(testing.image, "checks", dies),
+            mock.patch.object(testing.debugger, "checks", dies),
             mock.patch.object(testing.build, "kernel"),
             mock.patch.object(testing.setup, "ensure"),
             mock.patch.object(testing.lab, "find", side_effect=Problem("no lab")),
@@ -520,9 +521,9 @@ class Survival(unittest.TestCase):
         ):
             file = Path(folder) / "junit.xml"
             code = testing.main(["--fast", "--junit", str(file)])
-            self.assertEqual(file.read_text().count("<error"), 5)
+            self.assertEqual(file.read_text().count("<error"), 6)
         self.assertIs(code, Exit.FAILURE)
-        self.assertEqual(out.getvalue().splitlines()[-1], "4 passed, 5 failed, 0 skipped")
+        self.assertEqual(out.getvalue().splitlines()[-1], "5 passed, 6 failed, 0 skipped")
 
 
 class Choosing(unittest.TestCase):
