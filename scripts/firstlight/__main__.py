@@ -11,7 +11,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from firstlight import launch  # noqa: E402
+from firstlight import launch, paths  # noqa: E402
 from firstlight.problems import Exit, Problem  # noqa: E402
 
 COMMANDS = {"run": "run", "bench": "bench", "test": "testing", "setup": "setup"}
@@ -35,7 +35,7 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.INTERRUPTED
     except OSError as error:
-        print(f"scripts/{name}: {error}", file=sys.stderr)
+        print(f"scripts/{name}: {paths.explain(error)}", file=sys.stderr)
         return Exit.ERROR
     except Exception:
         # Python's own exit status would be 1, which says that a test was tried and failed.

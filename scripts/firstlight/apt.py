@@ -7,8 +7,12 @@ configuration: the entries of the distribution itself (never a third party's), a
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
+import shutil
+import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -142,11 +146,19 @@ class Apt:
             "Acquire::http::Timeout": "30",
             "Acquire::Languages": "none",
             "DPkg::Lock::Timeout": "120",
+            "APT::Update::Error-Mode": "any",  # otherwise an update that fetched nothing ends with 0
         }
         return [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
 
     def refresh(self, force: bool = False) -> None:
-        """Write the sources and fetch the lists, unless that was done within a day."""
+        """Write the sources and fetch the lists, unless that was done within a day; with `force` in any case.
+
+        That it was done is remembered only after the lists have been seen.
+        """
+        with process.alone(self.root / "refresh.lock", "package lists"):
+            self.refresh_alone(force)
+
+    def refresh_alone(self, force: bool) -> None:
         stamp = self.root / "refreshed"
         for folder in ("sources", "lists/partial", "archives/partial"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
@@ -157,13 +169,32 @@ class Apt:
             f"Package: {name}\nPin: release n={self.codename}-backports\nPin-Priority: 900\n\n" for name in self.backports
         )
         stamped = stamp.read_text() if stamp.exists() else ""
-        fresh = stamp.exists() and time.time() - stamp.stat().st_mtime < FRESH_SECONDS
-        if not force and fresh and stamped == sources + preferences:
+        fresh = stamp.exists() and 0 <= time.time() - stamp.stat().st_mtime < FRESH_SECONDS
+        if not force and fresh and stamped == sources + preferences and not self.lists_missing():
             return
-        (self.root / "sources" / "distribution.sources").write_text(sources)
-        (self.root / "preferences").write_text(preferences)
-        process.run(["apt-get", *self.options(), "-qq", "update"], timeout=300, what="apt-get update (private lists)")
-        stamp.write_text(sources + preferences)
+        paths.write_whole(self.root / "sources" / "distribution.sources", sources)
+        paths.write_whole(self.root / "preferences", preferences)
+        stamp.unlink(missing_ok=True)
+        done = self.get("-qq", "update", timeout=300, check=False, what="apt-get update (private lists)")
+        process.demand_room(done.stdout, "the distribution's package lists")
+        missing = self.lists_missing()
+        if missing or (done.returncode and force):
+            raise Problem(
+                f"The distribution's package lists could not be fetched: {reason(done.stdout) or f'none for {missing[0]} came'}. "
+                "Nothing was remembered: with a network, run the same command again.",
+                Exit.MISSING,
+            )
+        if done.returncode:
+            print(f"apt: the package lists could not be renewed ({reason(done.stdout)}); the ones from before are used", file=sys.stderr)
+            return
+        paths.write_whole(stamp, sources + preferences)
+
+    def lists_missing(self) -> list[str]:
+        """The suites without which nothing can be found, and of which no list of packages is there."""
+        done = self.get("indextargets", "--format", "$(RELEASE) $(FILENAME)", "Created-By: Packages", timeout=60, check=False)
+        there = {suite for suite, _, file in (line.partition(" ") for line in done.stdout.splitlines()) if file and os.path.isfile(file)}
+        wanted = [self.codename, *([f"{self.codename}-backports"] if self.backports else [])]
+        return [suite for suite in wanted if suite not in there]
 
     def get(self, *arguments: str, timeout: float, quiet: bool = True, **options):
         environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive", LC_ALL="C.UTF-8")
@@ -210,15 +241,63 @@ class Apt:
     def download(self, versions: dict[str, str], into: Path) -> list[Path]:
         """Fetch exactly these, keep what is already there."""
         into.mkdir(parents=True, exist_ok=True)
-        missing = {name: version for name, version in versions.items() if not archive(into, name, version)}
-        if missing:
-            words = [f"{name}={version}" for name, version in missing.items()]
-            self.get("-qq", "download", *words, timeout=900, cwd=into, what="apt-get download")
+        with process.alone(into / "download.lock", "download"):
+            self.download_alone(versions, into)
         found = {name: archive(into, name, version) for name, version in versions.items()}
         absent = [name for name, path in found.items() if not path]
         if absent:
             raise Problem(f"apt-get download left no archive for: {' '.join(absent)}. Look into {into}.")
         return [path for path in found.values() if path]
+
+    def download_alone(self, versions: dict[str, str], into: Path) -> None:
+        """An archive comes under its name when it is whole. One that is there and is not what the lists say (cut short, damaged) is fetched again."""
+        for left in into.glob("fetching-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        facts = self.facts(versions)
+        missing = {}
+        for name, version in versions.items():
+            path = archive(into, name, version)
+            if path and name in facts and not intact(path, *facts[name]):
+                path.unlink()
+                path = None
+            if not path:
+                missing[name] = version
+        if not missing:
+            return
+        paths.demand_space(into, sum(facts[name][0] for name in missing if name in facts) + (8 << 20), "packages")
+        with tempfile.TemporaryDirectory(prefix="fetching-", dir=into) as folder:
+            words = [f"{name}={version}" for name, version in missing.items()]
+            done = self.get("-qq", "download", *words, timeout=900, cwd=folder, check=False, what="apt-get download")
+            for path in Path(folder).glob("*.deb"):
+                name = path.name.partition("_")[0]
+                if name in facts and intact(path, *facts[name]):
+                    path.rename(into / path.name)
+        if done.returncode:
+            process.demand_room(done.stdout, "packages")
+            raise Problem(f"Packages could not be fetched: {reason(done.stdout)}. What came is kept; run the same command again.", Exit.MISSING)
+
+    def facts(self, versions: dict[str, str]) -> dict[str, tuple[int, str]]:
+        """Size and SHA-256 of the archives, as the signed lists have them."""
+        found: dict[str, tuple[int, str]] = {}
+        for paragraph in self.ask("show", *(f"{name}={version}" for name, version in versions.items())).split("\n\n"):
+            fields = dict(re.findall(r"^(Package|Version|Size|SHA256): (\S+)$", paragraph, re.M))
+            if versions.get(fields.get("Package", "")) == fields.get("Version") and "Size" in fields and "SHA256" in fields:
+                found[fields["Package"]] = (int(fields["Size"]), fields["SHA256"])
+        return found
+
+
+def intact(path: Path, size: int, digest: str) -> bool:
+    if path.stat().st_size != size:
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
+
+
+def reason(output: str) -> str:
+    """What apt says went wrong, in one line: the first of its errors with a cause in it."""
+    said = [line[3:].strip() for line in output.splitlines() if line.startswith(("E: ", "W: "))]
+    causes = [line for line in said if not line.startswith("Some index files failed") and not line.startswith("Unable to fetch some")]
+    return (causes or said or ["apt gave no reason"])[0].rstrip(".")
 
 
 NARROW = ["--no-recommends", "--no-suggests", "--no-conflicts", "--no-breaks", "--no-replaces", "--no-enhances"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 from . import build, fiojson, lab, launch, paths, records, report, setup, workloads, yardstick
 from .machine import PLATFORMS, DiskSpec, Machine
+from .options import Conflict, Parser, demand_agreement, one_line, whole
 from .problems import EXIT_HELP, Exit, Problem
 from .records import Verdict
 from .workloads import Chosen, Side
@@ -19,38 +19,72 @@ DISK_CONTENT = "pattern"
 FIO_MORE = 5
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def arguments() -> Parser:
+    parser = Parser(
         prog="scripts/bench",
         description="Measure the Xen ring against IDE in one virtual machine, and the VMBus's SCSI disk on the test host against IDE in QEMU. By default every instruction of guest, "
         "hypervisor and VMM counts as one nanosecond, so that the figures do not depend on this machine.",
-        epilog=EXIT_HELP,
+        epilog=paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
     parser.add_argument("--wall", action="store_true", help="wall-clock time instead: noisy")
-    parser.add_argument("--runs", type=int, default=1, metavar="N", help="repeat, and show how far the runs lie apart")
+    parser.add_argument("--runs", type=whole(1, 100), default=1, metavar="N", help="repeat, and show how far the runs lie apart")
     parser.add_argument("--list", action="store_true", help="list the jobs")
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="only jobs whose name matches (a glob, or a part of it)")
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="only jobs whose name matches (a glob, or a part of it), several times (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as fio would, last run")
     parser.add_argument("--yardstick", action="store_true", help="measure Linux with fio in the same machines, in the same start of the lab")
     parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether the machine runs nested")
-    parser.add_argument("--boot", choices=("pvh", "uefi"), default="pvh")
-    parser.add_argument("--cmdline", default="", help="more words for the kernel's command line")
+    parser.add_argument("--boot", choices=("pvh", "uefi"), default="pvh", help="how the kernel is started; uefi for --only xen-emu")
+    parser.add_argument("--cmdline", type=one_line, default="", help="more words for the kernel's command line, beside those that the jobs themselves are")
     parser.add_argument("--no-build", action="store_true", help="measure what was built before")
     return parser
 
 
+LISTED = "nothing is measured"
+CONFLICTS = tuple(
+    Conflict(("list", name), LISTED) for name in ("wall", "runs", "json", "yardstick", "lab", "boot", "cmdline", "no_build")
+)  # fmt: skip
+OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks")  # of the kernel's command line, which the jobs set
+
+
+def check(options) -> list[Chosen]:
+    """The jobs that are asked for. Whatever is wrong with the options is found here, before anything is fetched or built."""
+    demand_agreement(options, CONFLICTS)
+    for pattern in options.only:
+        if not workloads.choose([pattern]):
+            raise Problem(f"--only {pattern}: no job has such a name. scripts/bench --list shows them.", Exit.USAGE)
+    chosen = workloads.choose(options.only)
+    for word in options.cmdline.split():
+        key = word.partition("=")[0]
+        if key in OWN_KEYS:
+            raise Problem(
+                f"--cmdline {word}: {key}= is what the jobs set themselves; --only picks among them, and scripts/run --cmdline 'job=bench …' measures "
+                "anything else.",
+                Exit.USAGE,
+            )
+    for one in chosen:
+        for side in sides_of(one):
+            platform = PLATFORMS[side.platform]
+            if options.boot not in platform.boots:
+                raise Problem(f"--boot {options.boot}: {side.platform} boots by {' or '.join(platform.boots)}. Add --only xen-emu.", Exit.USAGE)
+            launch.demand_kvm(platform, options.lab)
+    if options.json:
+        paths.writable(options.json, "--json")
+    if options.no_build:
+        launch.demand_built([paths.KERNEL, paths.EFI, *([paths.TEST_HOST] if any(one.comparison == "hyperv" for one in chosen) else [])])
+    paths.cache()
+    return chosen
+
+
+def sides_of(chosen: Chosen) -> list[Side]:
+    return [side for side in workloads.COMPARISONS[chosen.comparison] if any(disk in chosen.disks for disk in side.disks)]
+
+
 def main(words: list[str]) -> Exit:
     options = arguments().parse_args(words)
-    chosen = workloads.choose(options.only)
-    if not chosen:
-        raise Problem(f"No job matches {' '.join(options.only)}. scripts/bench --list shows them.", Exit.USAGE)
-    if options.runs < 1:
-        raise Problem(f"--runs {options.runs}: at least 1.", Exit.USAGE)
+    chosen = check(options)
     if options.list:
         print("\n".join(workloads.name(one.comparison, disk, workload) for one in chosen for disk in one.disks for workload in one.workloads))
         return Exit.SUCCESS
-    if options.json and not options.json.parent.is_dir():
-        raise Problem(f"--json {options.json}: the folder does not exist.", Exit.USAGE)
     begin = time.monotonic()
     setup.ensure()
     ready = lab.find()
@@ -72,7 +106,7 @@ def main(words: list[str]) -> Exit:
 
 def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
     """All runs of one comparison, printed; the jobs of the last."""
-    sides = [side for side in workloads.COMPARISONS[chosen.comparison] if any(disk in chosen.disks for disk in side.disks)]
+    sides = sides_of(chosen)
     machines = [main_machine(side, chosen, options) for side in sides]
     # Only the lab counts instructions: a KVM of this machine's own is taken for wall-clock time, or where it is asked for.
     forced = "always" if options.lab == "auto" and not options.wall else options.lab
@@ -117,8 +151,7 @@ def main_machine(side: Side, chosen: Chosen, options) -> Machine:
         words.append(f"marks={PLATFORMS[side.platform].marks:#x}")
     if options.cmdline:
         words.append(options.cmdline)
-    boot = options.boot if options.boot in PLATFORMS[side.platform].boots else ""
-    return Machine(f"bench-{side.platform}", side.platform, boot=boot, cmdline=" ".join(words), disks=images(side), timeout=60)
+    return Machine(f"bench-{side.platform}", side.platform, boot=options.boot, cmdline=" ".join(words), disks=images(side), timeout=60)
 
 
 def linux_machine(side: Side, chosen: Chosen) -> Machine:

@@ -22,8 +22,22 @@ def preset(name: str, target: str = "") -> None:
     if not (source / "CMakePresets.json").is_file():
         raise Problem(f"{source}/CMakePresets.json: no such file.")
     with process.alone(paths.BUILD / f"{name}.lock", f"build {name}"):
-        process.run(["cmake", "--preset", name], timeout=CONFIGURE_SECONDS, cwd=source, what=f"cmake --preset {name}")
+        configure(name, source)
         watched(["cmake", "--build", "--preset", name, *(["--target", target] if target else [])], f"build {name}", source)
+
+
+def configure(name: str, source: Path) -> None:
+    """What a configuration that failed, or one of a checkout that has been moved, has left behind is not built upon."""
+    command = ["cmake", "--preset", name]
+    kept = paths.BUILD / name / "CMakeCache.txt"
+    unfinished = kept.with_name("unfinished")  # there from the beginning of a configuration to its good end
+    home = re.search(r"^CMAKE_HOME_DIRECTORY:INTERNAL=(.*)$", kept.read_text(errors="replace"), re.M) if kept.is_file() else None
+    if kept.is_file() and (unfinished.exists() or not home or home[1] != str(source)):
+        command.append("--fresh")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.touch()
+    process.run(command, timeout=CONFIGURE_SECONDS, cwd=source, what=" ".join(command))
+    unfinished.unlink()
 
 
 def watched(command: list[str], what: str, folder: Path) -> None:
@@ -54,6 +68,7 @@ def watched(command: list[str], what: str, folder: Path) -> None:
     if late:
         raise Problem(f"{what}: still running after {BUILD_SECONDS} s, killed.\n{process.tail(chr(10).join(lines))}", Exit.TIMEOUT)
     if status:
+        process.demand_room("\n".join(lines), what)
         sys.stderr.write(process.tail("\n".join(lines)) + "\n")
         raise Problem(f"{what}: exit status {status}, expected 0.")
 

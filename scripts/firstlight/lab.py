@@ -7,7 +7,9 @@ One folder per set of package versions, `lab/<key>/`:
     vmlinuz              L1's kernel (and the yardstick's L2 kernel)
     modules/             every module that may be loaded, unpacked, by name
     base.cpio            L1's root file system without jobs
-    manifest.json        package versions, module order
+    manifest.json        package versions, module order, and the size of each of these files
+
+`lab/current-<layout>` is a link to the one in use: checkouts of different versions of these scripts have one each.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from pathlib import Path
 from . import apt, distribution, paths, process, vmrun_fault
 from .problems import Problem
 
-LAYOUT = "8"  # changes when the contents of the folder change for the same packages
+LAYOUT = "9"  # changes when the contents of the folder change for the same packages
+
+ROOM = 700 << 20  # bytes that assembling takes at most: lists, archives, what is in them, the lab itself
 
 L1_MODULES = ("kvm-amd", "virtio_pci", "virtio_blk")
 L2_MODULES = (
@@ -74,14 +78,14 @@ def find(refresh: bool = False, progress=None) -> Lab:
     """The lab as assembled before, or assembled now. Safe when several processes ask at once."""
     top = paths.cache() / "lab"
     top.mkdir(parents=True, exist_ok=True)
-    current = top / "current"
+    current = top / f"current-{LAYOUT}"
     if not refresh:
         ready = load(current)
         if ready:
             return ready
     with process.alone(top / "lock", "lab"):
         ready = None if refresh else load(current)
-        return ready or assemble(top, current, progress or announce)
+        return ready or assemble(top, current, progress or announce, refresh)
 
 
 def announce(text: str) -> None:
@@ -93,16 +97,37 @@ def load(root: Path) -> Lab | None:
         manifest = json.loads((root / "manifest.json").read_text())
     except (OSError, ValueError):
         return None
-    if manifest.get("layout") != LAYOUT:
+    if not isinstance(manifest, dict) or manifest.get("layout") != LAYOUT:
+        return None
+    wrong = damaged(root, manifest.get("files"))
+    if wrong:
+        announce(f"{root.resolve()} is not whole ({wrong}) and is not used")
         return None
     return Lab(root.resolve(), manifest["versions"], manifest["modules"])
 
 
-def assemble(top: Path, current: Path, progress) -> Lab:
+def damaged(root: Path, files: object) -> str:
+    """The first file that is not as long as it was when the lab was assembled; empty if all are."""
+    if not isinstance(files, dict) or not files:
+        return "its manifest names no files"
+    for name, size in files.items():
+        try:
+            seen = (root / name).stat().st_size
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if seen != size:
+            return f"{name} has {seen} bytes, {size} expected"
+    return ""
+
+
+def assemble(top: Path, current: Path, progress, refresh: bool = False) -> Lab:
+    for left in top.glob("assembling-*"):  # of a run that was killed; the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
     distro = distribution.detect()
+    paths.demand_space(top, ROOM, "lab")
     source = apt.Apt(distro.codename, distro.backports, distro.components)
     progress("reading the package lists of the distribution's mirror")
-    source.refresh()
+    source.refresh(force=refresh)
     kernel = source.newest(distro.lab_kernel)
     release = kernel.removeprefix("linux-image-")
     names = [kernel, *(name.format(release=release) for name in distro.lab_kernel_extra)]
@@ -174,8 +199,12 @@ def build(unpacked: Path, made: Path, release: str, versions: dict[str, str]) ->
             (base / name).mkdir()
         write_cpio(base, made / "base.cpio")
     (made / "manifest.json").write_text(
-        json.dumps({"layout": LAYOUT, "versions": versions, "modules": modules}, indent=1) + "\n"
+        json.dumps({"layout": LAYOUT, "versions": versions, "modules": modules, "files": sizes(made)}, indent=1) + "\n"
     )
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def needed(path: Path) -> list[str]:
@@ -272,7 +301,10 @@ def uncompressed(path: Path) -> bytes:
         return lzma.decompress(path.read_bytes())
     if path.suffix == ".zst":
         with process.started(["zstd", "-dcq", path], stdout=-1) as child:
-            return child.communicate(timeout=60)[0]
+            image = child.communicate(timeout=60)[0]
+            if child.returncode:
+                raise Problem(f"zstd {path.name}: exit status {child.returncode}, expected 0.")
+            return image
     return path.read_bytes()
 
 
@@ -283,8 +315,9 @@ def write_cpio(tree: Path, archive: Path) -> None:
         os.utime(tree / name, (0, 0), follow_symlinks=False)
     with open(archive, "wb") as file:
         with process.started(
-            ["cpio", "--quiet", "-o", "-H", "newc", "-R", "0:0", "--reproducible"], cwd=tree, stdin=-1, stdout=file
+            ["cpio", "--quiet", "-o", "-H", "newc", "-R", "0:0", "--reproducible"], cwd=tree, stdin=-1, stdout=file, stderr=-1
         ) as child:
-            child.communicate("\n".join(names).encode() + b"\n", timeout=120)
+            said = child.communicate("\n".join(names).encode() + b"\n", timeout=120)[1].decode(errors="replace")
             if child.returncode:
-                raise Problem(f"cpio: exit status {child.returncode}, expected 0.")
+                process.demand_room(said, str(archive))
+                raise Problem(f"cpio: exit status {child.returncode}, expected 0: {process.tail(said, 3)}")

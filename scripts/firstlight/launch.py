@@ -44,8 +44,21 @@ def place(platform: Platform, lab: Lab, forced: str = "auto") -> Place:
     if not lacking:
         return Place(False, "the machine's own KVM has what it needs")
     if forced == "never":
-        raise Problem(f"{platform.name} cannot run on this machine's KVM: {lacking}. Leave out --lab never.")
+        raise Problem(f"--lab never: {platform.name} cannot run on this machine's KVM: {lacking}. Leave out --lab never.")
     return Place(True, f"nested lab, because {lacking}")
+
+
+def demand_kvm(platform: Platform, forced: str) -> None:
+    """The part of place() that can be told before anything is fetched or built."""
+    lacking = probe.lacks_interfaces(platform.xen, platform.test_host) if forced == "never" and platform.kvm else ""
+    if lacking:
+        raise Problem(f"--lab never: {platform.name} cannot run on this machine's KVM: {lacking}. Leave out --lab never.")
+
+
+def demand_built(files: Iterable[Path]) -> None:
+    for file in files:
+        if not file.is_file():
+            raise Problem(f"{file}: no such file. Leave out --no-build, and it is built.")
 
 
 @dataclasses.dataclass
@@ -86,17 +99,20 @@ def boot(
 
 
 def make_disk(disk: nested.Disk, folder: Path) -> Path:
+    """Anew in any case; what lies there under its name may be the very file whose content it gets."""
     image = folder / disk.name
+    made = image.with_name(f".{disk.name}")
+    made.unlink(missing_ok=True)
     if os.path.isabs(disk.content):
-        shutil.copyfile(disk.content, image)
-    with open(image, "ab") as file:
+        shutil.copyfile(disk.content, made)
+    with open(made, "ab") as file:
         if disk.content == "pattern":
             line = b"firstlight pattern block: what a disk nobody wrote holds here\n"
             piece = (line * (nested.MEBIBYTE // len(line) + 1))[: nested.MEBIBYTE]
             for _ in range(disk.size // nested.MEBIBYTE + 1):
                 file.write(piece)
         file.truncate(disk.size)
-    return image
+    return made.rename(image)
 
 
 def command_here(lab: Lab, job: Job, folder: Path) -> list[str]:
@@ -206,7 +222,10 @@ def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
                 for line in whole:
                     take(line)
         if not outcome.timed_out:
-            outcome.status = child.wait(timeout=10)
+            try:
+                outcome.status = child.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                outcome.timed_out = True  # it has closed its output and does not end
         outcome.pauses = stops.done
     if pending:
         take(pending)
@@ -216,13 +235,20 @@ def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
 
 
 def die_on_signals() -> None:
-    """SIGTERM and SIGHUP end this program like Ctrl-C does: the `with` blocks kill what they started."""
+    """SIGTERM and SIGHUP end this program like Ctrl-C does: the `with` blocks kill what they started.
+
+    Once: a second Ctrl-C would end that work, which is bounded, half-way through, and leave children behind.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def leave(number, frame):
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, leave)
 
 
 def warn(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -67,6 +68,7 @@ PLATFORMS = {
 }  # fmt: skip
 
 MACHINES = {"pc": "pc", "q35": "q35", "microvm": "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on"}
+CPUS = {"pc": 255, "q35": 4096, "microvm": 288}  # at most; q35's bound depends on the version of QEMU, which then refuses with it
 # A disk on the VMBus is a SCSI disk, or the accelerator of the IDE disk in the same place; both are called sd….
 BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "sd"}
 TEST_HOST = "firstlight-testhost"
@@ -103,18 +105,27 @@ class DiskSpec:
     def parse(text: str) -> DiskSpec:
         head, *options = text.split(",")
         bus, separator, what = head.partition(":")
-        if not separator or bus not in BUSES:
+        if not separator or (bus not in BUSES and Path(head).exists()):
             bus, what = "ide", head
+        if bus not in BUSES:
+            raise Problem(f"Disk {text!r}: there is no bus {bus!r}; the buses are {', '.join(BUSES)}, as in ide:64m, and {head} is no file.", Exit.USAGE)
         disk = DiskSpec(bus)
         if re.fullmatch(r"\d+[kKmMgG]?", what):
             disk.size = parse_size(what)
         else:
             disk.file = Path(what).resolve()
             if not disk.file.is_file():
-                raise Problem(f"Disk {text!r}: {what} is neither a size like 64m nor a file that exists.", Exit.USAGE)
+                seen = "a folder" if disk.file.is_dir() else "no file that exists"
+                raise Problem(f"Disk {text!r}: {what!r} is no size like 64m, and {seen}.", Exit.USAGE)
+            if not os.access(disk.file, os.R_OK):
+                raise Problem(f"Disk {text!r}: the file {what} cannot be read by {paths.name_of(os.geteuid())}.", Exit.USAGE)
             disk.size = disk.file.stat().st_size
         for option in options:
             name, _, value = option.partition("=")
+            if name == "content" and disk.file:
+                raise Problem(f"Disk {text!r}: {option} is for a disk of a size; this one has the content of its file.", Exit.USAGE)
+            if [each.partition("=")[0] for each in options].count(name) > 1:
+                raise Problem(f"Disk {text!r}: {name} was given twice.", Exit.USAGE)
             if name == "content" and (value in ("zero", "sparse", "pattern") or (value == "null" and bus == "ide" and disk.size)):
                 disk.content = value
             elif name == "image" and re.fullmatch(r"[a-z0-9]+", value):
@@ -167,10 +178,12 @@ class Machine:
             raise Problem(
                 f"Platform {self.platform} has the machines {', '.join(kind.machines)}, not {self.machine}.", Exit.USAGE
             )
+        self.check_size()
         if self.esp and self.boot != "uefi":
             raise Problem(f"Files on the ESP need a boot by uefi, not by {self.boot}.", Exit.USAGE)
         chosen = self.disks if self.disks is not None else (kind.disks if self.machine != "microvm" else ())
         self.specs = [DiskSpec.parse(disk) if isinstance(disk, str) else disk for disk in chosen]
+        images: dict[str, tuple] = {}  # what each shared image is
         for disk in self.specs:
             if disk.bus == "xen" and not kind.xen:
                 raise Problem(f"A disk on the Xen ring needs the platform xen-emu, not {self.platform}.", Exit.USAGE)
@@ -184,9 +197,28 @@ class Machine:
                 raise Problem("iops=N counts the clock's time and deterministic time runs by instructions: choose one of them.", Exit.USAGE)
             if disk.bus == "ide" and self.machine == "microvm":
                 raise Problem("The machine microvm has no IDE disks.", Exit.USAGE)
+            if disk.bus == "ide" and disk.sector != 512:
+                raise Problem("sector=4096 is for disks on the Xen ring and the VMBus: an IDE disk of QEMU and of the test host has 512-byte sectors.", Exit.USAGE)
+            if disk.bus == "ide" and disk.read_only:
+                raise Problem("readonly is for disks on the Xen ring and the VMBus: QEMU and the test host have no IDE disk that is read-only.", Exit.USAGE)
+            known = images.setdefault(disk.image, (disk.size, disk.file or disk.content)) if disk.image else None
+            if known and known != (disk.size, disk.file or disk.content):
+                raise Problem(f"image={disk.image}: one image has one size and one content; two different ones were asked for.", Exit.USAGE)
+            if disk.image and disk.content == "null":
+                raise Problem("content=null has no image that image=NAME could share.", Exit.USAGE)
 
         if self.pauses and self.counted and not kind.kvm:
             raise Problem("QEMU's instruction counter stands still while QEMU is stopped: a pause needs wall-clock time, or the lab.", Exit.USAGE)
+
+    def check_size(self) -> None:
+        """Processors and memory: what the VMM has at most, and without which nothing of ours is loaded."""
+        most = 64 if self.kind.test_host else CPUS[self.machine]
+        if not 1 <= self.cpus <= most:
+            where = "the test host" if self.kind.test_host else f"QEMU's machine {self.machine}"
+            raise Problem(f"{self.cpus} processors: {where} has 1 to {most}.", Exit.USAGE)
+        low, high = (16, 3072) if self.kind.test_host else (64 if self.boot == "uefi" else 4, 1 << 20)
+        if not low <= self.memory <= high:
+            raise Problem(f"{self.memory} MiB of memory: {self.platform} by {self.boot} has {low} to {high} MiB.", Exit.USAGE)
 
     @property
     def kind(self) -> Platform:

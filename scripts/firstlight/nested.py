@@ -122,6 +122,21 @@ def inner_command(job: Job, index: int) -> list[str]:
     )
 
 
+# What L1 has for guests and their images, of its 2048 MiB: its own system and QEMU take the rest.
+ROOM = 1600 << 20
+
+
+def demand_memory(names: Sequence[str], memory: Sequence[int], images: Sequence[int]) -> None:
+    """Each job has L1's memory for itself; one that asks for more would be killed there without a word."""
+    for name, guest, disks in zip(names, memory, images):
+        if guest + disks > ROOM:
+            raise Problem(
+                f"{name}: {guest // MEBIBYTE} MiB of memory and {disks // MEBIBYTE} MiB of disks do not fit into the lab, "
+                f"which has {ROOM // MEBIBYTE} MiB for both. Ask for less.",
+                Exit.USAGE,
+            )
+
+
 def job_script(job: Job, index: int, offsets: dict[str, int]) -> str:
     """What L1 sources: three functions, so that the script in L1 stays one text for all jobs."""
     lines = ["prepare() {", "    :"]
@@ -174,6 +189,7 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
         raise Problem(f"Two jobs of one lab run have the same name: {' '.join(names)}")
     layout, size = scratch_layout(jobs)
     tree = folder / "tree"
+    shutil.rmtree(tree, ignore_errors=True)  # where the folder stays (--dry-run): of a run that did not come to its end
     (tree / "jobs").mkdir(parents=True)
     script = (Path(__file__).parent / "l1-init.sh").read_text()
     (tree / "init").write_text(script)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import pwd
+import stat
+import tempfile
 from pathlib import Path
+
+from .problems import Exit, Problem
 
 PACKAGE = Path(__file__).resolve().parent
 REPOSITORY = PACKAGE.parent.parent
@@ -15,11 +22,151 @@ EFI = BUILD / "kernel" / "BOOTX64.EFI"
 TEST_HOST = BUILD / "host" / "test" / "host" / "firstlight-testhost"
 RUNS = BUILD / "runs"  # images and command lines of the boots started from here
 
+CACHE_VARIABLE = "FIRSTLIGHT_CACHE"
+CACHE_HELP = (
+    "Everything downloaded goes into one folder outside the checkout: $FIRSTLIGHT_CACHE (an absolute path), otherwise "
+    "$XDG_CACHE_HOME/firstlight, otherwise ~/.cache/firstlight."
+)
+MEBIBYTE = 1 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def cache() -> Path:
     """The folder for everything downloaded: never inside the repository, shared by all clones."""
-    chosen = os.environ.get("FIRSTLIGHT_CACHE")
+    chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
-        return Path(chosen).resolve()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "firstlight"
+        if not os.path.isabs(chosen):
+            raise Problem(
+                f"{CACHE_VARIABLE} is {chosen!r}, an absolute path was expected: the same folder wherever the scripts are started. "
+                f"Try {CACHE_VARIABLE}={os.path.abspath(chosen)}.",
+                Exit.USAGE,
+            )
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):  # a relative one is to be ignored [xdg-basedir-0.8]
+        return Path(base) / "firstlight"
+    try:
+        return Path.home() / ".cache" / "firstlight"
+    except RuntimeError:
+        raise Problem(f"No home folder is known for user {os.geteuid()}. Set HOME, or {CACHE_VARIABLE} to a folder.", Exit.USAGE) from None
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the first of its parents that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def free(path: Path) -> int:
+    """Bytes that this user can still write where the path is, or would be."""
+    found = os.statvfs(nearest(path))
+    return found.f_bavail * found.f_frsize
+
+
+def demand_space(folder: Path, wanted: int, what: str) -> None:
+    """Before anything is fetched or unpacked, not half-way through."""
+    there = free(folder)
+    if there < wanted:
+        raise Problem(
+            f"{what}: about {wanted // MEBIBYTE} MiB are needed in {folder}, {there // MEBIBYTE} MiB are free. {remedy(folder)}", Exit.ERROR
+        )
+
+
+def remedy(folder: Path) -> str:
+    """How to put a folder somewhere else."""
+    if folder.is_relative_to(temporary()):
+        return "Make room there, or set TMPDIR to a folder with more."
+    if folder.is_relative_to(BUILD):
+        return "Make room there, or use a checkout on a disk with more."
+    return f"Make room there, or set {CACHE_VARIABLE} to a folder with more."
+
+
+def temporary() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError:
+        return Path("/tmp")
+
+
+def full(what: str = "", file: str | bytes | int | None = None) -> str:
+    """The message for a disk that is full: which of the folders that the scripts write to is the one, and what helps."""
+    text = (what + ": " if what else "") + "no space left on the disk. Free"
+    seen: dict[int, str] = {}
+    folders = [nearest(Path(os.path.abspath(os.fsdecode(file))).parent)] if isinstance(file, (str, bytes)) else []
+    folders += written()
+    lowest = min(((free(folder), folder) for folder in folders), key=lambda pair: pair[0])
+    for folder in folders:
+        device = nearest(folder).stat().st_dev
+        seen.setdefault(device, f" {free(folder) // MEBIBYTE} MiB in {folder}")
+    return text + ",".join(seen.values()) + f". {remedy(lowest[1])}"
+
+
+def written() -> list[Path]:
+    folders = [BUILD, temporary()]
+    with contextlib.suppress(Problem):
+        folders.insert(0, cache())
+    return folders
+
+
+def explain(error: OSError) -> str:
+    """An error of the system in words: what could not be done, why, and what to do."""
+    if error.errno in FULL:
+        return full(str(error.filename or ""), error.filename)
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
+    if path and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        place = nearest(path.absolute())
+        if error.errno == errno.EROFS:
+            text = f"{path}: its file system is read-only."
+        else:
+            text = f"{path}: permission denied; {place} belongs to {name_of(place.stat().st_uid)}, and this is {name_of(os.geteuid())}."
+        if path.absolute().is_relative_to(REPOSITORY):
+            text += f" Builds and logs go into {BUILD}: use a checkout that can be written, or boot what was built before with --no-build."
+        else:
+            with contextlib.suppress(Problem):
+                if path.is_relative_to(cache()) or cache().is_relative_to(place):
+                    text += f" Downloads go into {cache()}: make it writable (after a run as root: chown -R), or set {CACHE_VARIABLE} to another folder."
+        return text
+    where = f"{path}: " if path else ""
+    return f"{where}{error.strerror or error}"
+
+
+def name_of(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return f"user {user}"
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """All of it or nothing: a file that is there under its name is complete, whatever interrupts this."""
+    content = data.encode() if isinstance(data, str) else data
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        path.write_bytes(content)  # a pipe or a device is no place for a rename
+        return
+    target = Path(os.path.realpath(path))
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def writable(path: Path, what: str) -> None:
+    """A file that is to be written at the end can be written, found out at the beginning."""
+    folder = path.parent
+    if path.is_dir():
+        raise Problem(f"{what} {path}: a folder, the name of a file was expected.", Exit.USAGE)
+    if not folder.is_dir():
+        raise Problem(f"{what} {path}: the folder {folder} does not exist.", Exit.USAGE)
+    if not os.access(path if path.exists() else folder, os.W_OK) or (not path.exists() and not os.access(folder, os.X_OK)):
+        raise Problem(f"{what} {path}: {name_of(os.geteuid())} may not write there.", Exit.USAGE)

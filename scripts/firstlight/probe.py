@@ -81,6 +81,11 @@ def boots(qemu: Path, accelerator: tuple[str, ...]) -> str:
 
 def lacks(qemu: Path, accelerator: tuple[str, ...], xen: bool, hyperv: bool = False) -> str:
     """Why the machine's own KVM does not do; empty if it does."""
+    return lacks_interfaces(xen, hyperv) or boots(qemu, accelerator or ("-accel", "kvm", "-cpu", "host"))
+
+
+def lacks_interfaces(xen: bool, hyperv: bool) -> str:
+    """The same as far as KVM itself can be asked, without a QEMU."""
     if not os.path.exists(DEVICE):
         return f"there is no {DEVICE}"
     try:
@@ -94,4 +99,4 @@ def lacks(qemu: Path, accelerator: tuple[str, ...], xen: bool, hyperv: bool = Fa
         creates_machines()
     except OSError as error:
         return f"{DEVICE}: {error.strerror}"
-    return boots(qemu, accelerator or ("-accel", "kvm", "-cpu", "host"))
+    return ""

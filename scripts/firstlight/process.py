@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from . import paths
 from .problems import Exit, Problem
 
 
@@ -117,10 +118,17 @@ def run(
             ) from None
         done = subprocess.CompletedProcess(words, child.returncode, output or "", errors or "")
     if check and done.returncode:
+        demand_room(done.stdout + done.stderr, what or words[0])
         if quiet:
             sys.stderr.write(tail(done.stdout + done.stderr) + "\n")
         raise Problem(f"{what or words[0]}: exit status {done.returncode}, expected 0.")
     return done
+
+
+def demand_room(output: str, what: str) -> None:
+    """A program that failed for want of space: one line in place of all of its own."""
+    if any(os.strerror(number) in output for number in paths.FULL):
+        raise Problem(paths.full(what))
 
 
 def tail(text: str | None, lines: int = 40) -> str:

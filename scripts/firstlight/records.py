@@ -52,7 +52,8 @@ STATUS = {33: Verdict.SUCCESS, 35: Verdict.SKIP, 37: Verdict.ERROR, 39: Verdict.
 HOST_CRASH, HOST_TIMEOUT = 70, 72
 HOST_REFUSED = (64, 66, 78)  # its command line, a file, a capability that KVM lacks
 # A virtual machine monitor begins its own messages with its name.
-MONITORS = ("qemu-system-x86_64: ", "qemu: ", "firstlight-testhost: ")
+MONITORS = ("qemu-system-x86_64: ", "qemu: ", "firstlight-testhost: ", "Unexpected error in ")
+ABORTED = (-signal.SIGABRT, 128 + signal.SIGABRT)  # how QEMU ends when it trips over its own arguments
 
 
 @dataclasses.dataclass
@@ -177,7 +178,7 @@ def judge(log: Log, status: int | None, timed_out: bool, limit: float | None = N
     if log.malformed:
         complaint = f"malformed record: {log.malformed[0][:160]}"
     elif not said:
-        failed = by_status is None and status is not None and 0 < status < 128 and status != HOST_CRASH
+        failed = by_status is None and status is not None and (0 < status < 128 or status in ABORTED) and status != HOST_CRASH
         if failed and (status in HOST_REFUSED or not guest_ran(log)):
             return Judgement(Verdict.NOT_STARTED, monitors_words(log) or ended(status))
         words = monitors_words(log) if any(line.startswith(MONITORS) for line in log.text) else ""

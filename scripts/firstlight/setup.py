@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import pwd
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-from . import apt, distribution, lab, paths, process
+from . import apt, distribution, lab, options, paths, process
 from .problems import EXIT_HELP, Exit, Problem
 
 CMAKE_NEEDED = (3, 28)
 INSTALL_SECONDS = 900
+LAB_SECONDS = 1800
+LOCK = Path("/run/firstlight-setup.lock")  # only root installs
 
 
 def installed(names: list[str]) -> set[str]:
@@ -55,7 +61,7 @@ def ensure(tests: bool = False) -> None:
         raise Problem(
             f"Missing packages:{listing}\nRun: sudo {shlex.quote(str(paths.REPOSITORY / 'scripts/setup'))}", Exit.MISSING
         )
-    with process.alone(paths.cache() / "setup.lock", "setup"):
+    with process.alone(LOCK, "setup"):
         if missing(distro, tests):
             install(distro, absent, listing)
     still = missing(distro, tests)
@@ -65,24 +71,99 @@ def ensure(tests: bool = False) -> None:
 
 def install(distro: distribution.Distribution, absent: dict[str, str], listing: str) -> None:
     print(f"installing:{listing}", file=sys.stderr, flush=True)
-    source = apt.Apt(distro.codename, distro.backports, distro.components)
-    source.refresh()
-    source.get(
-        "install", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0", *absent, timeout=INSTALL_SECONDS, what="apt-get install"
+    user = invoker()
+    if user:
+        # The lists are the user's, who needs them next; root keeps nothing of its own, there or in the user's folder.
+        as_invoker(user, "lists")
+        with in_home_of(user):
+            source = apt.Apt(distro.codename, distro.backports, distro.components)
+        more = ["-o", "Dir::Cache=/var/cache/apt", "-o", "Dir::Cache::Archives=archives/", "-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache="]
+    else:
+        source = apt.Apt(distro.codename, distro.backports, distro.components)
+        source.refresh()
+        more = []
+    if any(name.isdigit() for name in os.listdir("/var/lib/dpkg/updates")):
+        # An installation was interrupted, and apt refuses everything until dpkg has come to an end with it.
+        process.run(["dpkg", "--configure", "-a"], timeout=INSTALL_SECONDS, env=dict(os.environ, DEBIAN_FRONTEND="noninteractive"))
+    done = source.get(
+        *more, "-o", "APT::Keep-Downloaded-Packages=false", "-o", "Dpkg::Use-Pty=0", "install", "-y", "--no-install-recommends", *absent,
+        timeout=INSTALL_SECONDS, check=False, what="apt-get install",
+    )  # fmt: skip
+    if done.returncode:
+        process.demand_room(done.stdout, "apt-get install")
+        raise Problem(f"The packages could not be installed: {apt.reason(done.stdout)}. Installed so far stays; run the same command again.", Exit.MISSING)
+
+
+def invoker() -> pwd.struct_passwd | None:
+    """Who has called sudo: what goes into a home goes into theirs, and belongs to them."""
+    name = os.environ.get("SUDO_UID", "")
+    if os.geteuid() != 0 or not name.isdigit() or int(name) == 0:
+        return None
+    try:
+        return pwd.getpwuid(int(name))
+    except KeyError:
+        return None
+
+
+def environment(user: pwd.struct_passwd) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SUDO_", "XDG_"))}
+    return {**kept, "HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
+
+
+@contextlib.contextmanager
+def in_home_of(user: pwd.struct_passwd) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environment(user))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def as_invoker(user: pwd.struct_passwd, part: str, *words: str) -> None:
+    """One part of the setup as that user, in a process of its own, which says itself what went wrong."""
+    done = process.run(
+        ["/usr/bin/python3", paths.PACKAGE, "setup", "--part", part, *words], timeout=LAB_SECONDS, check=False, quiet=False,
+        user=user.pw_uid, group=user.pw_gid, extra_groups=os.getgrouplist(user.pw_name, user.pw_gid), env=environment(user), cwd="/",
+    )  # fmt: skip
+    if done.returncode:
+        code = Exit(done.returncode) if done.returncode in Exit.__members__.values() else Exit.ERROR
+        raise Problem(f"As {user.pw_name}, whose cache it is, the {part} did not come about; see above.", code)
+
+
+def arguments() -> options.Parser:
+    parser = options.Parser(
+        prog="scripts/setup",
+        description="Install the packages that the build and the tests need (as root, or by sudo) and assemble the lab in the cache folder of the user who asks, also where that is by sudo.",
+        epilog=paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
+    parser.add_argument("--refresh", action="store_true", help="fetch the package lists now and assemble the lab from the newest packages")
+    parser.add_argument("--no-lab", action="store_true", help="the packages of the build and the tests only")
+    parser.add_argument("--part", choices=("lists", "lab"), help=argparse.SUPPRESS)  # for as_invoker
+    return parser
+
+
+CONFLICTS = (options.Conflict(("refresh", "no_lab"), "--refresh is for the lab, which --no-lab leaves out"),)
 
 
 def main(words: list[str]) -> Exit:
-    parser = argparse.ArgumentParser(
-        prog="scripts/setup",
-        description="Install the packages that the build and the tests need (as root) and assemble the lab in the cache folder.",
-        epilog=EXIT_HELP,
-    )
-    parser.add_argument("--refresh", action="store_true", help="assemble the lab from the newest packages again")
-    parser.add_argument("--no-lab", action="store_true", help="the packages of the build and the tests only")
-    options = parser.parse_args(words)
-    ensure(tests=True)
-    if not options.no_lab:
-        ready = lab.find(options.refresh)
-        print(f"lab: {ready.root}")
+    chosen = arguments().parse_args(words)
+    options.demand_agreement(chosen, CONFLICTS)
+    paths.cache()
+    if chosen.part == "lists":
+        distro = distribution.detect()
+        apt.Apt(distro.codename, distro.backports, distro.components).refresh()
+        return Exit.SUCCESS
+    if not chosen.part:
+        ensure(tests=True)
+    if chosen.no_lab:
+        return Exit.SUCCESS
+    user = invoker()
+    if user:
+        as_invoker(user, "lab", *(["--refresh"] if chosen.refresh else []))
+        return Exit.SUCCESS
+    ready = lab.find(chosen.refresh)
+    print(f"lab: {ready.root}")
     return Exit.SUCCESS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import json
 import re
@@ -10,11 +9,12 @@ import sys
 import tempfile
 import time
 import unittest
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from . import build, debugger, image, lab, launch, machine, paths, process, report, setup, vmtests, workloads
+from .options import Conflict, Parser, demand_agreement
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
 
@@ -31,16 +31,16 @@ FOREIGN = re.compile(r"fl::hv::(xen|kvm|hyperv)::|fl::hv::(Xen|Kvm|HyperV)\b|fl:
 BAR = "=" * 20
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def arguments() -> Parser:
+    parser = Parser(
         prog="scripts/test",
         description="Build everything and run every test: the scripts' own, the modules' on this machine (plain, with "
         "sanitizers, with a checker of memory orderings), a fixed number of fuzzed inputs, the image, gdb on a machine, a kernel without any hypervisor's module, and the "
         "boots of test/vm/*.toml.",
-        epilog="A test that is required and skipped is a failure. " + EXIT_HELP,
+        epilog="A test that is required and skipped is a failure.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
     parser.add_argument("--fast", action="store_true", help="host tests and boots on QEMU's emulated processor only")
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="only tests whose name matches (a glob, or a part of it)")
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="only tests whose name matches (a glob, or a part of it), several times (default: all)")
     parser.add_argument("--list", action="store_true", help="list the tests of the table and the other suites")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
     parser.add_argument("--tap", action="store_true", help="print TAP instead of the table")
@@ -48,22 +48,42 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+CONFLICTS = (
+    Conflict(("list", "junit"), "nothing is run"),
+    Conflict(("list", "tap"), "nothing is run"),
+    Conflict(("list", "lab"), "nothing is run"),
+    Conflict(("fast", "lab"), "always is for the boots that --fast leaves out", lambda options: options.lab == "always"),
+)
+
+
+def check(options, cases: list[vmtests.Case], suites: Sequence[str]) -> None:
+    """Whatever is wrong with the options is found here, before anything is fetched, built or run."""
+    demand_agreement(options, CONFLICTS)
+    left_out = ", without those that --fast leaves out" if options.fast else ""
+    for pattern in options.only:
+        if not any(wanted(f"vm/{case.name}", [pattern]) for case in cases) and not any(wanted(suite, [pattern], whole=True) for suite in suites):
+            raise Problem(f"--only {pattern}: no test has such a name. scripts/test --list shows them{left_out}.", Exit.USAGE)
+    if options.junit:
+        paths.writable(options.junit, "--junit")
+    for platform in sorted({case.platform for case in cases}):
+        launch.demand_kvm(machine.PLATFORMS[platform], options.lab)
+    paths.cache()
+
+
 def main(words: list[str]) -> Exit:
     options = arguments().parse_args(words)
     # The name of a suite means that suite, not the boots in whose names the word happens to occur.
     parts = [pattern for pattern in options.only if pattern not in ("scripts", *PRESETS, FUZZ, "image", GDB, MINIMAL)]
-    cases = [case for case in vmtests.load() if not options.only or (parts and wanted(f"vm/{case.name}", parts))]
-    if options.fast:
-        cases = [case for case in cases if "fast" in case.groups]
+    cases = [case for case in vmtests.load() if not options.fast or "fast" in case.groups]
     presets = ("host",) if options.fast else PRESETS
+    check(options, cases, ("scripts", *presets, "image", GDB, *(() if options.fast else (FUZZ, MINIMAL))))
+    cases = [case for case in cases if not options.only or (parts and wanted(f"vm/{case.name}", parts))]
     if options.list:
         for case in cases:
             print(f"vm/{case.name:34} {case.platform:10} {case.machine:8} {','.join(case.groups):10} {case.about}")
         slow = [] if options.fast else [*(f"{FUZZ}/{target}" for target in FUZZ_TARGETS), MINIMAL]
         print("\n".join(["scripts", *presets, "image", GDB, *slow]))
         return Exit.SUCCESS
-    if options.junit and not options.junit.parent.is_dir():
-        raise Problem(f"--junit {options.junit}: the folder does not exist.", Exit.USAGE)
     setup.ensure(tests=True)
     results: list[Result] = []
 

@@ -41,9 +41,12 @@ end
 
 def guest(ready: lab.Lab) -> Path:
     """The root file system of the Linux guest: busybox, fio and its libraries, the disk drivers."""
-    archive = ready.root / "yardstick.cpio"
+    made_of = hashlib.sha256(repr((INIT, distribution.YARDSTICK_PROGRAMS, ready.modules["l2"])).encode()).hexdigest()[:12]
+    archive = ready.root / f"yardstick-{made_of}.cpio"
+    if whole(archive):
+        return archive
     with process.alone(ready.root / "yardstick.lock", "yardstick"):
-        if archive.exists():
+        if whole(archive):
             return archive
         lab.announce("fetching fio for the yardstick")
         distro = distribution.detect()
@@ -71,6 +74,16 @@ def guest(ready: lab.Lab) -> Path:
             lab.write_cpio(base, Path(folder) / "made.cpio")
             os.rename(Path(folder) / "made.cpio", archive)
     return archive
+
+
+def whole(archive: Path) -> bool:
+    """A newc archive ends with an entry of this name: without it, it was cut short."""
+    try:
+        with open(archive, "rb") as file:
+            file.seek(-min(1024, archive.stat().st_size), os.SEEK_END)
+            return b"TRAILER!!!" in file.read()
+    except OSError:
+        return False
 
 
 def mark(port: int, phase: int) -> str:
@@ -116,6 +129,7 @@ def script(disks: Sequence[str], workloads: Sequence[dict], port: int = 0) -> st
 def initrd(ready: lab.Lab, text: str, work: Path) -> Path:
     """The guest's root file system with `text` as what it runs."""
     tree = work / "yardstick-tree"
+    shutil.rmtree(tree, ignore_errors=True)  # of a run that did not come to its end
     tree.mkdir(parents=True)
     (tree / "jobs.sh").write_text(text)
     lab.write_cpio(tree, work / "jobs.cpio")

@@ -197,8 +197,8 @@ class Pauses(unittest.TestCase):
 
 class Machines(unittest.TestCase):
     def test_disks(self):
-        described = machine.Machine("m", "xen-emu", disks=["xen:8m,sector=4096", "ide:8m,image=s", "ide:16k,image=s,readonly"])
-        self.assertEqual(described.disk_names(), ["xvda", "hda", "hdb"])
+        described = machine.Machine("m", "xen-emu", disks=["xen:8m,sector=4096", "ide:8m,image=s", "xen:8m,image=s,readonly"])
+        self.assertEqual(described.disk_names(), ["xvda", "hda", "xvdb"])
         disks, words = described.drives()
         self.assertEqual([disk.name for disk in disks], ["xvda.img", "s.img"])
         text = " ".join(words)
@@ -588,7 +588,7 @@ class ExitStatus(unittest.TestCase):
     def test_a_fault_of_the_script_is_no_failed_test(self):
         code, said = self.status(OSError(28, "No space left on device", "/x"))
         self.assertEqual((code, said.count("\n")), (Exit.ERROR, 1))
-        self.assertIn("No space left on device: '/x'", said)
+        self.assertIn("scripts/test: /x: no space left on the disk", said)
         code, said = self.status(KeyError("x"))
         self.assertEqual(code, Exit.ERROR)
         self.assertIn("Traceback", said)
