@@ -104,6 +104,16 @@ def own_sources(sources: Iterable[Source], codename: str) -> list[Source]:
     return own
 
 
+def of_suite(own: Iterable[Source], codename: str, suite: str) -> list[Source]:
+    """The same entries for another release of the distribution, without what is not for every release."""
+    found = []
+    for source in own:
+        suites = tuple(name.replace(codename, suite, 1) for name in source.suites if not name.endswith("-backports"))
+        if suites:
+            found.append(dataclasses.replace(source, suites=suites))
+    return found
+
+
 def render_sources(own: Iterable[Source], codename: str, backports: bool, components: Sequence[str]) -> str:
     own = list(own)
     if backports and not any(f"{codename}-backports" in source.suites for source in own):
@@ -124,9 +134,14 @@ def render_sources(own: Iterable[Source], codename: str, backports: bool, compon
 class Apt:
     """apt-get and apt-cache on the private state."""
 
-    def __init__(self, codename: str, backports: Sequence[str] = (), components: Sequence[str] = ("main",)) -> None:
-        self.root = paths.cache() / "apt" / codename
+    def __init__(
+        self, codename: str, backports: Sequence[str] = (), components: Sequence[str] = ("main",), variant: str = "", suite: str = ""
+    ) -> None:
+        """`variant` names a state beside the usual one; `suite`: another release of the distribution, from the same mirrors."""
+        self.root = paths.cache() / "apt" / (f"{codename}-{variant}" if variant else codename)
+        self.archives = paths.cache() / "apt" / (suite or codename) / "archives"  # one for all states: what is fetched once stays
         self.codename = codename
+        self.suite = suite
         self.backports = tuple(backports)
         self.components = components
 
@@ -162,9 +177,10 @@ class Apt:
         stamp = self.root / "refreshed"
         for folder in ("sources", "lists/partial", "archives/partial"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
-        sources = render_sources(
-            own_sources(machine_sources(), self.codename), self.codename, bool(self.backports), self.components
-        )
+        own = own_sources(machine_sources(), self.codename)
+        if self.suite:
+            own = of_suite(own, self.codename, self.suite)
+        sources = render_sources(own, self.suite or self.codename, bool(self.backports), self.components)
         preferences = "".join(
             f"Package: {name}\nPin: release n={self.codename}-backports\nPin-Priority: 900\n\n" for name in self.backports
         )
@@ -193,7 +209,7 @@ class Apt:
         """The suites without which nothing can be found, and of which no list of packages is there."""
         done = self.get("indextargets", "--format", "$(RELEASE) $(FILENAME)", "Created-By: Packages", timeout=60, check=False)
         there = {suite for suite, _, file in (line.partition(" ") for line in done.stdout.splitlines()) if file and os.path.isfile(file)}
-        wanted = [self.codename, *([f"{self.codename}-backports"] if self.backports else [])]
+        wanted = [self.suite or self.codename, *([f"{self.codename}-backports"] if self.backports else [])]
         return [suite for suite in wanted if suite not in there]
 
     def get(self, *arguments: str, timeout: float, quiet: bool = True, **options):

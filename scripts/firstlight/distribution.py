@@ -34,6 +34,14 @@ TEST_PACKAGES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Xen:
+    """What the Xen lab is made of."""
+
+    version: str  # in the names of the packages
+    emulator_codename: str  # the release whose QEMU runs Xen: 7.2, as later ones lose PVH guests (docs/decisions/0004-the-xen-lab.md)
+
+
+@dataclasses.dataclass(frozen=True)
 class Distribution:
     name: str
     codename: str
@@ -41,6 +49,7 @@ class Distribution:
     lab_kernel: str  # pattern of the kernel's package
     lab_kernel_extra: tuple[str, ...] = ()  # further packages with modules; {release} is the kernel's
     components: tuple[str, ...] = ("main",)
+    xen: Xen | None = None  # None: the Xen lab has never been tried with its packages
     build: dict[str, str] = dataclasses.field(default_factory=lambda: dict(BUILD_PACKAGES))
     tests: dict[str, str] = dataclasses.field(default_factory=lambda: dict(TEST_PACKAGES))
 
@@ -52,9 +61,10 @@ SUPPORTED = {
         # Debian 12's cmake has no modules, its QEMU no Xen emulation, its kernel no 6.12.
         backports=("cmake cmake-data", "qemu-* seabios ipxe-qemu", "linux-image-*"),
         lab_kernel=r"linux-image-6\.12\.[0-9]+\+deb12-amd64",
+        xen=Xen("4.17", "bookworm"),
     ),
     ("debian", "13"): Distribution(
-        "Debian 13", "trixie", backports=(), lab_kernel=r"linux-image-6\.12\.[0-9]+\+deb13-amd64"
+        "Debian 13", "trixie", backports=(), lab_kernel=r"linux-image-6\.12\.[0-9]+\+deb13-amd64", xen=Xen("4.20", "bookworm"),
     ),
     ("ubuntu", "24.04"): Distribution(
         "Ubuntu 24.04",
@@ -69,6 +79,11 @@ SUPPORTED = {
 LAB_PROGRAMS = ("qemu-system-x86",)
 LAB_FILES = ("qemu-system-common", "busybox-static", "qemu-system-data", "seabios", "ovmf")
 YARDSTICK_PROGRAMS = ("fio",)
+# dom0's programs; `mount` has losetup, and the device model (qemu-system-xen) must be of the same Xen.
+XEN_PROGRAMS = ("xen-utils-{version}", "libxenmisc{version}", "xenstore-utils", "mount", "qemu-system-xen")
+XEN_FILES = ("xen-hypervisor-{version}-amd64", "busybox-static", "qemu-system-data")
+XEN_EMULATOR_PROGRAMS = ("qemu-system-x86",)
+XEN_EMULATOR_FILES = ("qemu-system-common", "qemu-system-data", "seabios")  # the first holds TCG
 
 
 def read_os_release(text: str) -> dict[str, str]:

@@ -22,26 +22,7 @@ while read -r module; do
 done < /jobs/modules
 [ -c /dev/kvm ] || die "no /dev/kvm: the processor this machine emulates lacks SVM"
 
-# disk NAME BYTES zero|sparse|pattern: an image in memory.
-disk() {
-    image=/tmp/$1
-    case $3 in
-    sparse) truncate -s "$2" "$image" ;;
-    zero) dd if=/dev/zero of="$image" bs=1M count=$((($2 + 1048575) / 1048576)) 2>/dev/null && truncate -s "$2" "$image" ;;
-    pattern)
-        yes 'firstlight pattern block: what a disk nobody wrote holds here' | head -c 1048576 > /tmp/pattern
-        megabytes=$((($2 + 1048575) / 1048576))
-        set -- "$1" "$2"
-        while [ $# -lt $((megabytes + 2)) ]; do set -- "$@" /tmp/pattern; done
-        bytes=$2
-        shift 2
-        cat "$@" > "$image" && truncate -s "$bytes" "$image"
-        rm -f /tmp/pattern
-        ;;
-    *) die "disk $1: unknown content $3" ;;
-    esac
-    [ -s "$image" ] || die "disk $image: could not be made"
-}
+. /jobs/common.sh
 
 # bring_out IMAGE MEGABYTE: copy to the scratch disk, at that offset.
 bring_out() {
@@ -72,27 +53,7 @@ pausing() {
     {
         sh -c 'echo $$ > /tmp/paused-process; exec "$@"' sh "$@" 2>&1
         echo $? > /tmp/paused-status
-    } | awk -v pauses="$job/pauses" '
-        function next_pause() {
-            have = (getline entry < pauses) > 0
-            if (have) {
-                split(entry, words, " ")
-                pattern = substr(entry, length(words[1]) + length(words[2]) + 3)
-            }
-        }
-        BEGIN { next_pause() }
-        {
-            print
-            fflush()
-            line = $0
-            sub(/\r$/, "", line)
-            if (have && line ~ pattern) {
-                print words[1], words[2] > "/tmp/pauses"
-                fflush("/tmp/pauses")
-                next_pause()
-            }
-        }
-    '
+    } | pass_on "$job/pauses"
     kill "$stopper" 2>/dev/null
     return "$(cat /tmp/paused-status)"
 }

@@ -9,7 +9,7 @@ import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import esp, lab, paths, yardstick
+from . import esp, lab, paths, xenguest, yardstick
 from .nested import Disk, Job, Pause
 from .problems import Exit, Problem
 
@@ -27,6 +27,7 @@ class Platform:
     kvm: bool = False
     xen: bool = False
     test_host: bool = False  # run by test/host instead of QEMU
+    domain: str = ""  # the type of guest that the real Xen makes, in the Xen lab
     marks: int = 0  # the I/O port where it takes marks and counts exits in between; 0: it does not
 
 
@@ -64,6 +65,10 @@ PLATFORMS = {
             "hyperv-no-bus", "KVM with QEMU's Hyper-V interfaces and no VMBus behind them", ("-accel", "kvm", "-cpu", HYPERV_CPU),
             ("pvh", "uefi"), ("pc", "q35"), ("ide:64m",), kvm=True,
         ),
+        Platform(
+            "xen-pvh", "the distribution's Xen with a Linux dom0, emulated: a PVH guest, disks served by blkback or qdisk", (), ("pvh",), ("pc",),
+            ("xen:64m",), domain="pvh",
+        ),
     )
 }  # fmt: skip
 
@@ -97,6 +102,8 @@ class DiskSpec:
     image: str = ""
     sector: int = 512
     iops: int = 0  # 0: no limit
+    backend: str = "blkback"  # under the real Xen: who serves the disk
+    backing: str = "loop"  # there: the device of dom0 that holds the image in memory
     controller: int = 0
     read_only: bool = False
     bring_out: Path | None = None
@@ -136,6 +143,10 @@ class DiskSpec:
                 disk.iops = int(value)
             elif name == "controller" and bus == "scsi" and re.fullmatch(r"[0-3]", value):
                 disk.controller = int(value)
+            elif name == "backend" and bus == "xen" and value in xenguest.BACKENDS:
+                disk.backend = value
+            elif name == "backing" and bus == "xen" and value in xenguest.BACKINGS:
+                disk.backing = value
             elif option == "readonly":
                 disk.read_only = True
             else:
@@ -167,6 +178,8 @@ class Machine:
     extra: Sequence[str] = ()  # further arguments of QEMU or the test host
     esp: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further files on the ESP, or in place of its own
     linux: str = ""  # what the lab's Linux shall run as the guest, instead of our kernel
+    blkback: Sequence[str] = ()  # under the real Xen: parameters of the module that serves the disks
+    xen: str = ""  # there: more words of Xen's command line
     pauses: Sequence[Pause] = ()  # how often the VMM's process is stopped for a while; `timeout` does not count it
 
     def __post_init__(self) -> None:
@@ -185,8 +198,14 @@ class Machine:
         self.specs = [DiskSpec.parse(disk) if isinstance(disk, str) else disk for disk in chosen]
         images: dict[str, tuple] = {}  # what each shared image is
         for disk in self.specs:
-            if disk.bus == "xen" and not kind.xen:
-                raise Problem(f"A disk on the Xen ring needs the platform xen-emu, not {self.platform}.", Exit.USAGE)
+            if disk.bus == "xen" and not kind.xen and not kind.domain:
+                raise Problem(f"A disk on the Xen ring needs the platform xen-emu or xen-pvh, not {self.platform}.", Exit.USAGE)
+            if disk.bus != "xen" and kind.domain:
+                raise Problem(f"The platform {self.platform} has disks on the Xen ring only, not {disk.bus}:… .", Exit.USAGE)
+            if kind.domain and disk.iops:
+                raise Problem(f"iops=N limits QEMU's and the test host's disks, not those of {self.platform}.", Exit.USAGE)
+            if not kind.domain and (disk.backend, disk.backing) != ("blkback", "loop"):
+                raise Problem(f"backend= and backing= belong to the platform xen-pvh, not to {self.platform}.", Exit.USAGE)
             if disk.bus in ("scsi", "accel") and not kind.test_host:
                 raise Problem(f"A disk on the VMBus needs the platform hyperv, not {self.platform}.", Exit.USAGE)
             if disk.content == "null" and kind.test_host:
@@ -207,7 +226,10 @@ class Machine:
             if disk.image and disk.content == "null":
                 raise Problem("content=null has no image that image=NAME could share.", Exit.USAGE)
 
-        if self.pauses and self.counted and not kind.kvm:
+        if (self.blkback or self.xen) and not kind.domain:
+            raise Problem(f"Parameters of blkback and words for Xen belong to the platform xen-pvh, not to {self.platform}.", Exit.USAGE)
+        xenguest.check_blkback(self.blkback)
+        if self.pauses and self.counted and not kind.kvm and not kind.domain:
             raise Problem("QEMU's instruction counter stands still while QEMU is stopped: a pause needs wall-clock time, or the lab.", Exit.USAGE)
 
     def check_size(self) -> None:
@@ -238,6 +260,8 @@ class Machine:
 
     def job(self, work: Path) -> Job:
         """Files that have to be made (the ESP) go into `work`."""
+        if self.kind.domain:
+            return xenguest.domain(self, work)
         made = self.test_host_job() if self.kind.test_host else self.qemu_job(work)
         made.pauses = self.pauses
         return yardstick.job(lab.find(), made, self.linux, work / self.name) if self.linux else made

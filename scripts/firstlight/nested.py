@@ -108,6 +108,7 @@ class Outcome:
     output: str = ""
     seconds: float = 0.0  # in the time of the machine that ran it
     timed_out: bool = False
+    shutdown: int | None = None  # the reason that a domain of Xen's shut down with; None elsewhere, and where it did not
     pauses: int = 0  # how many were carried out before the machine gave its verdict
     refused: str = ""  # why the virtual machine monitor did not start, where the platform itself can tell
 
@@ -194,6 +195,7 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
     script = (Path(__file__).parent / "l1-init.sh").read_text()
     (tree / "init").write_text(script)
     (tree / "init").chmod(0o755)
+    shutil.copyfile(Path(__file__).parent / "lab-common.sh", tree / "jobs/common.sh")
     (tree / "jobs/modules").write_text("".join(f"{name}\n" for name in lab.modules["l1"]))
     digest = hashlib.sha256()
     copied: dict[Path, Path] = {}
@@ -283,6 +285,7 @@ class Reader:
             outcome.seconds = int(fields["ms"]) / 1000
             # SIGKILL comes from `timeout`, or before its time from a kernel that has run out of memory.
             outcome.timed_out = outcome.status == 137 and outcome.seconds >= self.limits.get(self.current, 0) - 0.5
+            outcome.shutdown = int(fields["reason"]) if fields.get("reason", "").isdigit() else None
             self.current = None
         elif verb == "paused" and self.current:
             outcome = self.outcomes[self.current]
@@ -342,13 +345,13 @@ def run(
         return reader.outcomes
 
 
-def follow(command: Sequence[str], reader: Reader, limit: float) -> str:
-    """Feed the reader until QEMU exits or the limit passes; the whole log is returned."""
+def follow(command: Sequence[str], reader: Reader, limit: float, folder: Path | None = None) -> str:
+    """Feed the reader until QEMU exits or the limit passes; the whole log is returned. `folder`: where QEMU runs."""
     import subprocess
 
     log: list[str] = []
     pending = b""
-    with process.started(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+    with process.started(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
         assert child.stdout
         end = time.monotonic() + limit
         with selectors.DefaultSelector() as selector:

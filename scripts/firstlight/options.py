@@ -38,7 +38,7 @@ class Formatter(argparse.HelpFormatter):
 
 
 def shown(default: Any) -> str:
-    if default in (None, "", []):
+    if default in (None, "", [], ()):
         return "none"
     return f"{default:g}" if isinstance(default, float) else str(default)
 
@@ -147,6 +147,11 @@ def one_line(text: str) -> str:
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
         raise argparse.ArgumentTypeError(f"{text!r} was given, one line without control characters was expected")
     return text
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Words with commas between them."""
+    return tuple(word for word in text.split(",") if word)
 
 
 def file(magic: bytes = b"", what: str = "a file") -> Callable[[str], Path]:

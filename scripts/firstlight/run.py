@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import build, debugger, lab, launch, nested, options, paths, records, setup
+from . import build, debugger, lab, launch, nested, options, paths, records, setup, xenguest
 from .machine import MACHINES, PLATFORMS, Machine, Platform
 from .options import Conflict
 from .problems import EXIT_HELP, Exit, Problem
@@ -24,7 +24,8 @@ def arguments() -> options.Parser:
         prog="scripts/run",
         description="Boot Firstlight once. Its console goes to the terminal; its verdict is the exit status.",
         epilog="A disk is BUS:SIZE or BUS:FILE, as in ide:64m; the buses are ide (also without its name), xen, scsi, accel. More behind commas: "
-        "content=zero|sparse|pattern, image=NAME (two disks with one image), sector=4096 and readonly (not ide), iops=N, controller=0..3 (scsi). "
+        "content=zero|sparse|pattern, image=NAME (two disks with one image), sector=4096 and readonly (not ide), iops=N, controller=0..3 (scsi), "
+        "backend=blkback|qdisk and backing=loop|ram|readonly (xen-pvh). "
         "A FILE is copied first, never changed.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
     about = "; ".join(f"{name}: {platform.about}" for name, platform in PLATFORMS.items())
@@ -36,6 +37,8 @@ def arguments() -> options.Parser:
     parser.add_argument("--disk", action="append", metavar="DISK", help="a disk, several times; 'none' for none (default: the platform's)")
     parser.add_argument("--cpus", type=options.whole(1, MOST_CPUS), default=1, metavar="N", help="virtual processors")
     parser.add_argument("--memory", type=options.whole(4, MOST_MEMORY), default=256, metavar="MIB", help="memory of the guest in MiB")
+    parser.add_argument("--blkback", type=options.listed, default=(), metavar="NAME=NUMBER,…", help="xen-pvh: parameters of the module that serves the disks, as feature_persistent=0")
+    parser.add_argument("--xen", type=options.one_line, default="", metavar="WORDS", help="xen-pvh: more words of Xen's command line, as guest_loglvl=all")
     parser.add_argument("--timeout", type=options.seconds(MOST_SECONDS), default=60.0, metavar="SECONDS", help="when the boot is given up")
     parser.add_argument("--deterministic", action="store_true", help="one instruction is one nanosecond (TCG platforms; the lab always unless --wall)")
     parser.add_argument("--wall", action="store_true", help="the lab in wall-clock time: faster to start, noisy to measure")
@@ -74,6 +77,12 @@ CONFLICTS = (
     Conflict(("trace_interrupts",), "is QEMU's log of a processor that it emulates itself: qemu-pvh or qemu-uefi", lambda o: kind_of(o).kvm),
     Conflict(("gdb",), f"and --console {KEYBOARD}", lambda o: kind_of(o).test_host),
     Conflict(("console",), f"and --gdb {KEYBOARD}", lambda o: kind_of(o).test_host),
+    Conflict(("gdb",), f"and --console {KEYBOARD}", lambda o: bool(kind_of(o).domain)),
+    Conflict(("console",), f"and --gdb {KEYBOARD}", lambda o: bool(kind_of(o).domain)),
+    Conflict(("trace_interrupts",), "is QEMU's log of a processor that it emulates for the kernel: qemu-pvh or qemu-uefi", lambda o: bool(kind_of(o).domain)),
+    Conflict(("lab",), "never is for the platforms on KVM; xen-pvh has a lab of its own, always", lambda o: o.lab == "never" and bool(kind_of(o).domain)),
+    Conflict(("blkback",), "is for the platform xen-pvh", lambda o: not kind_of(o).domain),
+    Conflict(("xen",), "is for the platform xen-pvh", lambda o: not kind_of(o).domain),
     Conflict(("gdb_port",), "says where --gdb waits: use it with --gdb", lambda o: not o.gdb),
     Conflict(("gdb", "lab"), f"--gdb and --console {KEYBOARD}", lambda o: o.lab == "always"),
     Conflict(("console", "lab"), f"--gdb and --console {KEYBOARD}", lambda o: o.lab == "always"),
@@ -94,6 +103,7 @@ def main(words: list[str]) -> Exit:
     machine = Machine(
         "run", platform, chosen.machine, chosen.boot or "", chosen.cpus, chosen.memory, chosen.cmdline, chosen.map,
         disks, chosen.deterministic, chosen.timeout,
+        blkback=chosen.blkback, xen=chosen.xen,
         kernel=chosen.kernel or paths.KERNEL, efi=chosen.efi or paths.EFI,
         extra=["-d", "int,cpu_reset,guest_errors", "-D", str(log_file)] if chosen.trace_interrupts else [],
     )  # fmt: skip
@@ -136,7 +146,7 @@ def demand_place(machine: Machine, where: launch.Place, chosen) -> None:
         raise Problem(f"--gdb and --console {KEYBOARD}; {machine.platform} runs in the lab here ({where.reason}).", Exit.USAGE)
     if machine.kind.kvm and not where.nested and chosen.deterministic:
         raise Problem(f"--deterministic: a KVM of this machine's own cannot count instructions ({where.reason}). Add --lab always.", Exit.USAGE)
-    if where.nested:
+    if where.nested and not machine.kind.domain:
         nested.demand_memory([machine.name], [machine.memory << 20], [sum(disk.size for disk in machine.specs if disk.content not in ("sparse", "null"))])
 
 
@@ -145,6 +155,9 @@ def by_hand(ready: lab.Lab, machine: Machine, where: launch.Place, chosen) -> Ex
     folder = paths.RUNS / "run"
     folder.mkdir(parents=True, exist_ok=True)
     job = machine.job(folder)
+    if isinstance(job, xenguest.Domain):
+        print("\n".join(xenguest.by_hand(job, folder, chosen.wall, chosen.xen)))
+        return Exit.SUCCESS
     if where.nested:
         prepared = nested.prepare(ready, [job], folder, chosen.wall)
         print("# The lab's machine (L1); the job is in its initrd:")

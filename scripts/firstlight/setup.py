@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import apt, distribution, lab, options, paths, process
+from . import apt, distribution, lab, options, paths, process, xenlab
 from .problems import EXIT_HELP, Exit, Problem
 
 CMAKE_NEEDED = (3, 28)
@@ -141,11 +141,15 @@ def arguments() -> options.Parser:
     )
     parser.add_argument("--refresh", action="store_true", help="fetch the package lists now and assemble the lab from the newest packages")
     parser.add_argument("--no-lab", action="store_true", help="the packages of the build and the tests only")
+    parser.add_argument("--xen", action="store_true", help="assemble the Xen lab too (otherwise at its first use): 23 MB more to fetch, 170 MB more in the cache")
     parser.add_argument("--part", choices=("lists", "lab"), help=argparse.SUPPRESS)  # for as_invoker
     return parser
 
 
-CONFLICTS = (options.Conflict(("refresh", "no_lab"), "--refresh is for the lab, which --no-lab leaves out"),)
+CONFLICTS = (
+    options.Conflict(("refresh", "no_lab"), "--refresh is for the lab, which --no-lab leaves out"),
+    options.Conflict(("xen", "no_lab"), "--xen is for the Xen lab, which --no-lab leaves out too"),
+)
 
 
 def main(words: list[str]) -> Exit:
@@ -162,8 +166,10 @@ def main(words: list[str]) -> Exit:
         return Exit.SUCCESS
     user = invoker()
     if user:
-        as_invoker(user, "lab", *(["--refresh"] if chosen.refresh else []))
+        as_invoker(user, "lab", *(["--refresh"] if chosen.refresh else []), *(["--xen"] if chosen.xen else []))
         return Exit.SUCCESS
     ready = lab.find(chosen.refresh)
     print(f"lab: {ready.root}")
+    if chosen.xen:
+        print(f"Xen lab: {xenlab.find(chosen.refresh).root}")
     return Exit.SUCCESS

@@ -102,6 +102,7 @@ class Case:
     # Files on the ESP beside or instead of its own: path to contents, a character for each byte; a path that ends in / is a directory.
     esp: dict[str, str] = dataclasses.field(default_factory=dict)
     host: list[str] = dataclasses.field(default_factory=list)  # further arguments of the test host, or of QEMU
+    blkback: list[str] = dataclasses.field(default_factory=list)  # xen-pvh: parameters of the module xen-blkback
     pause: list[Pause] = dataclasses.field(default_factory=list)  # in the table: one {after=, delay=, seconds=} or a list; each waits for the one before
     about: str = ""
 
@@ -110,7 +111,7 @@ class Case:
             self.name, self.platform, self.machine, self.boot, self.cpus, self.memory, self.cmdline + (" " + "x" * self.cmdline_more if self.cmdline_more else ""),
             TABLES / self.map if self.map else None, self.disks, counted=self.deterministic, timeout=self.timeout,
             linux=(TABLES / self.linux).read_text() if self.linux else "", extra=self.host,
-            esp=self.esp, pauses=self.pause,
+            esp=self.esp, pauses=self.pause, blkback=self.blkback,
         )  # fmt: skip
         if self.check_images:
             for disk, name in zip(machine.specs, machine.disk_names()):
@@ -294,11 +295,12 @@ def run(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str]
     work = paths.RUNS / "tests"
     work.mkdir(parents=True, exist_ok=True)
     here: list[Case] = []
-    starts: dict[str, list[Case]] = {"linux": [], "deterministic": [], "deterministic-uefi": [], "wall": []}  # the longest first
+    starts: dict[str, list[Case]] = {"xen-deterministic": [], "xen": [], "linux": [], "deterministic": [], "deterministic-uefi": [], "wall": []}  # the longest first
     reasons: set[str] = set()
     for case in cases:
         try:
-            where = launch.place(case.to_machine(work).kind, ready, forced)
+            kind = case.to_machine(work).kind
+            where = launch.place(kind, ready, forced)
             nested = where.nested
             if f"{case.platform}: {where.reason}" not in reasons:
                 reasons.add(f"{case.platform}: {where.reason}")
@@ -308,6 +310,8 @@ def run(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str]
             continue
         if not nested:
             here.append(case)
+        elif kind.domain:
+            starts["xen-deterministic" if case.deterministic else "xen"].append(case)
         elif case.deterministic:
             starts["deterministic-uefi" if case.boot == "uefi" else "deterministic"].append(case)
         else:

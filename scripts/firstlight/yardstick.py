@@ -17,6 +17,7 @@ from .problems import Problem
 from .records import HOST
 
 KERNEL_ARGUMENTS = "console=ttyS0 quiet loglevel=0 panic=-1 xen_emul_unplug=unnecessary nokaslr norandmaps"
+MEMORY = 512  # MiB
 # The guest driver's name, and what Linux calls the disk.
 DISKS = {
     "xvda": ("linux-xen-blkfront", "xvda"),
@@ -149,7 +150,7 @@ def job(ready: lab.Lab, machine_job: Job, text: str, work: Path) -> Job:
     words = list(machine_job.arguments)
     words[words.index(kernel) + 1] = "{file:vmlinuz}"
     words[words.index(append) + 1] = KERNEL_ARGUMENTS
-    words[words.index(memory) + 1] = "512"
+    words[words.index(memory) + 1] = str(MEMORY)
     words += [module, "{file:yardstick.initrd}"]
     files = {name: path for name, path in machine_job.files.items() if name == machine_job.program}
     files |= {"vmlinuz": ready.kernel, "yardstick.initrd": initrd(ready, text, work)}

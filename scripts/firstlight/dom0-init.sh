@@ -1,0 +1,139 @@
+#!/bin/busybox sh
+# The first process of the Xen lab's dom0: starts Xen's services, runs the guests under /jobs one after the other and powers off.
+# A guest's console goes to the second serial line. What this script says there itself begins a line with "@@lab TAG"; everything
+# between "begin" and "end" is the guest's own output. The first serial line has Xen's log, dom0's and xl's.
+/bin/busybox --install -s /bin
+export PATH=/sbin:/xen/bin:/bin LD_LIBRARY_PATH=/lib HOME=/
+
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev 2>/dev/null
+mkdir -p /dev/pts /dev/shm /run/xen /run/xenstored /var/lib/xenstored
+mount -t devpts devpts /dev/pts
+mount -t tmpfs -o size=90% tmpfs /tmp
+echo 4 > /proc/sys/kernel/printk
+ip link set lo up
+
+line=/dev/ttyS1
+stty -F $line raw -echo
+exec 3> $line
+tag=$(cat /jobs/tag)
+say() { printf '\n@@lab %s %s\n' "$tag" "$*" >&3; }
+die() { say "broken $*"; sync; poweroff -f; }
+milliseconds() { read -r up rest < /proc/uptime; echo "${up%.*}${up#*.}0"; }
+. /jobs/common.sh
+
+# load LIST [PARAMETER...]: the modules of the file modules-LIST; the parameters are the last one's.
+load() {
+    list=$1
+    shift
+    last=$(tail -n 1 "/jobs/modules-$list")
+    while read -r module; do
+        if [ "$module" = "$last" ]; then
+            insmod "/modules/$module" "$@" || die "module $module was not loaded with '$*'"
+        else
+            insmod "/modules/$module" || die "module $module was not loaded"
+        fi
+    done < "/jobs/modules-$list"
+}
+
+load dom0
+mount -t xenfs xenfs /proc/xen
+xenstored --pid-file /run/xenstored.pid
+tries=0
+until xenstore-exists / 2>/dev/null; do
+    tries=$((tries + 1))
+    [ $tries -lt 300 ] || die "xenstored does not answer"
+    usleep 100000
+done
+xen-init-dom0 > /dev/null || die "xen-init-dom0 failed"
+# xenconsoled writes all that the guest of this name prints, in order, into this file: a FIFO, read by console() below.
+mkfifo /console/guest-firstlight.log
+xenconsoled --pid-file=/run/xenconsoled.pid --log=guest --log-dir=/console
+
+# attach NUMBER NAME SECTOR loop|ram [readonly]: the image in memory becomes /dev/loopNUMBER or /dev/ramNUMBER.
+attach() {
+    if [ "$4" = ram ]; then
+        dd if="/tmp/$2" of="/dev/ram$1" bs=1M 2>/dev/null || die "disk $2: does not fit into /dev/ram$1"
+        rm "/tmp/$2"
+    else
+        [ -b "/dev/loop$1" ] || mknod "/dev/loop$1" b 7 "$1"
+        /sbin/losetup --sector-size "$3" ${5:+--read-only} "/dev/loop$1" "/tmp/$2" || die "disk $2: could not be attached to /dev/loop$1"
+    fi
+}
+
+# bring_out DEVICE MEGABYTE: copy to the scratch disk, at that offset.
+bring_out() {
+    dd if="$1" of=/dev/vda bs=1M seek="$2" conv=notrunc,fsync 2>/dev/null || die "$1: could not be copied out"
+}
+
+# pause_at_times: reads lines of two numbers of microseconds, and pauses the guest after the first for as long as the second says.
+# A guest that has shut down cannot be paused: then nothing is said, and the test that wanted it fails.
+pause_at_times() {
+    while read -r delay length; do
+        usleep "$delay"
+        xl pause firstlight 2>/dev/null
+        # The output from before is passed on first: what comes before this mark was printed before the pause.
+        usleep 50000
+        [ "$(xl list firstlight 2>/dev/null | awk 'NR == 2 && $5 ~ /p/ && $5 !~ /s/ { print "paused" }')" = paused ] && say "paused"
+        usleep $((length - 50000))
+        xl unpause firstlight 2>/dev/null
+    done
+}
+
+# guest SECONDS: from its start until it has shut down or the time is over; sets status and reason.
+guest() {
+    reason=none
+    [ -e "$job/pauses" ] && { mkfifo /tmp/pauses; pause_at_times < /tmp/pauses & pauser=$!; }
+    pass_on "$job/pauses" < /console/guest-firstlight.log >&3 &
+    console=$!
+    # A domain that has shut down is kept (on_...="preserve"): what it wrote last may still be in its console's ring, where xenconsoled takes it from.
+    timeout "$1" xl create -F "$job/domain.cfg" > /tmp/xl.log 2>&1 < /dev/null
+    status=$?
+    cat /tmp/xl.log
+    if grep -q '^Waiting for domain' /tmp/xl.log; then
+        usleep 200000
+        found=$(sed -n 's/.*Domain [0-9]* has shut down, reason code \([0-9]*\).*/\1/p' /tmp/xl.log | tail -n 1)
+        if [ -n "$found" ]; then
+            reason=$found
+            status=0
+        else
+            status=137
+        fi
+        xl destroy firstlight
+        # xenconsoled closes its file when the domain is gone, and that ends the copying.
+        wait $console
+    else
+        [ $status = 143 ] || status=1
+        xl destroy firstlight 2>/dev/null
+        kill $console
+    fi
+    [ -z "$pauser" ] || kill "$pauser" 2>/dev/null
+    pauser=
+}
+
+say "ready ms=$(milliseconds) kernel=$(uname -r)"
+for job in /jobs/[0-9]*; do
+    name=$(cat "$job/name")
+    prepare() { :; }
+    run() { status=1; }
+    after() { :; }
+    . "$job/job.sh"
+    prepare
+    echo "job $name"
+    say "begin $name"
+    from=$(milliseconds)
+    run
+    say "end $name status=$status reason=$reason ms=$(($(milliseconds) - from))"
+    if [ "$status" != 0 ] && [ "$status" != 137 ]; then
+        for log in /tmp/xl.log /var/log/xen/qemu-dm-*; do
+            [ -e "$log" ] && grep -v '^Parsing config' "$log" | while read -r text; do say "note $name: $text"; done
+        done
+    fi
+    after
+    /sbin/losetup --detach-all
+    rm -rf /tmp/*
+done
+sync
+say "off"
+poweroff -f

@@ -1,0 +1,323 @@
+"""Runs guests under the real Xen: this machine's QEMU emulates a computer with Xen and a Linux dom0, which starts one guest after the other.
+
+Several guests share one start. Each is described by a configuration that `xl create` reads; its console comes out on the second serial
+line, line by line as nested.Reader takes it, and after its end the reason that Xen was given for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import lab, nested, process, records, xenlab, yardstick
+from .nested import MEBIBYTE, Disk, Job, Outcome, Reader
+from .problems import Exit, Problem
+from .records import Judgement, Verdict
+from .xenlab import XenLab
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+BOOT_SECONDS = 180.0  # until dom0 is ready, on a loaded machine
+# What QEMU's emulation of a processor has must work under Xen; docs/decisions/0004-the-xen-lab.md has the reason for each flag.
+PROCESSOR = ("-cpu", "EPYC,-smap,-monitor,-rdtscp,-xsave,-avx,-avx2,-f16c,-fma")
+WALL = ("-accel", "tcg,thread=single", "-smp", "1")
+DOM0_MEBIBYTES = 384  # without images
+XEN_MEBIBYTES = 256  # the hypervisor, the modules it is started with, tables for its guests
+GUEST_NAME = "firstlight"
+BACKENDS = ("blkback", "qdisk")
+# readonly: a loop device that refuses writes, of which the guest knows nothing.
+BACKINGS = ("loop", "ram", "readonly")
+# The parameters of the module xen-blkback. Linux ignores one that it does not know, so they are checked here.
+BLKBACK = (
+    "feature_persistent", "max_queues", "max_ring_page_order", "max_buffer_pages", "max_persistent_grants", "persistent_grant_unused_seconds",
+)  # fmt: skip
+
+# The reasons of SCHEDOP_shutdown [xen-sched].
+REASONS = {0: "power off", 1: "reboot", 2: "suspend", 3: "crash", 4: "watchdog", 5: "soft reset"}
+# How the kernel ends a domain for each verdict: docs/INTERFACES.md, "How the machine ends".
+EXPECTED = {Verdict.SUCCESS: 0, Verdict.SKIP: 0, Verdict.ERROR: 3, Verdict.FAILURE: 3, Verdict.CRASH: 3}
+
+
+@dataclasses.dataclass
+class Attached:
+    """A disk of a guest: `device` is what dom0 has the image attached to."""
+
+    image: str
+    device: str
+    sector: int
+    read_only: bool
+
+
+@dataclasses.dataclass
+class Domain(Job):
+    """A guest to start. In `config`, {file:NAME} stands for the path of a file in dom0."""
+
+    config: str = ""
+    memory: int = 0
+    backing: str = "loop"
+    attached: list[Attached] = dataclasses.field(default_factory=list)
+    blkback: Sequence[str] = ()
+    device_model: bool = False  # some disk is served by dom0's QEMU
+
+    def all_files(self) -> dict[str, Path]:
+        return self.files | {f"disk-{disk.name}": Path(disk.content) for disk in self.disks if os.path.isabs(disk.content)}
+
+
+def quoted(text: str) -> str:
+    """A string as xl reads one: escapes as in C, no end of line."""
+    if any(ord(letter) < 0x20 or letter == "\x7f" for letter in text):
+        raise Problem(f"{text!r} has characters that xl's configuration cannot hold: no control characters were expected.", Exit.USAGE)
+    return '"' + text.replace("\\", "\\x5c").replace('"', "\\x22") + '"'
+
+
+def check_blkback(parameters: Sequence[str]) -> None:
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name not in BLKBACK or not re.fullmatch(r"\d{1,9}", value):
+            raise Problem(f"{parameter!r} is no parameter of xen-blkback: NAME=NUMBER with {', '.join(BLKBACK)} was expected.", Exit.USAGE)
+
+
+def domain(machine: Machine, work: Path) -> Domain:
+    """The guest that the description of a machine stands for."""
+    if machine.linux:
+        files = {"kernel": xenlab.find().kernel, "ramdisk": yardstick.initrd(lab.find(), machine.linux, work / machine.name)}
+        cmdline, memory = yardstick.KERNEL_ARGUMENTS.replace("ttyS0", "hvc0"), yardstick.MEMORY
+    else:
+        files = {"kernel": machine.kernel} | ({"ramdisk": machine.map} if machine.map else {})
+        cmdline, memory = machine.cmdline, machine.memory
+    disks: dict[str, Disk] = {}
+    attached: list[Attached] = []
+    lines: list[str] = []
+    backings = {"ram" if spec.backing == "ram" else "loop" for spec in machine.specs}
+    if len(backings) > 1:
+        raise Problem("The disks of one machine are all in RAM disks (backing=ram), or none is.", Exit.USAGE)
+    backing = next(iter(backings), "loop")
+    if backing == "ram" and (len({spec.size for spec in machine.specs}) > 1 or any(spec.sector != 512 for spec in machine.specs)):
+        raise Problem("RAM disks of Linux are all of one size and have sectors of 512 bytes: use backing=loop for these disks.", Exit.USAGE)
+    for spec, name in zip(machine.specs, machine.disk_names()):
+        image = machine.add_image(disks, spec, name)
+        # One device for one image, as another disk may have it as well.
+        device = next((known.device for known in attached if known.image == image), f"/dev/{backing}{len(attached)}")
+        if not any(known.image == image for known in attached):
+            attached.append(Attached(image, device, spec.sector, spec.backing == "readonly" or (spec.read_only and not spec.image)))
+        backend = {"blkback": "phy", "qdisk": "qdisk"}[spec.backend]
+        access = "ro" if spec.read_only else "rw"
+        lines.append(f"    {quoted(f'format=raw,vdev={name},access={access},backendtype={backend},target={device}')},\n")
+    config = [
+        f"name = {quoted(GUEST_NAME)}",
+        f"type = {quoted(machine.kind.domain)}",
+        *(f"{part} = {quoted(f'{{file:{part}}}')}" for part in files),
+        f"cmdline = {quoted(cmdline)}",
+        f"memory = {memory}",
+        f"vcpus = {machine.cpus}",
+        "disk = [\n" + "".join(lines) + "]",
+        *(f'on_{event} = "preserve"' for event in ("poweroff", "reboot", "crash", "watchdog")),
+    ]
+    check_blkback(machine.blkback)
+    return Domain(
+        machine.name, [], files, list(disks.values()), machine.timeout, pauses=machine.pauses,
+        config="\n".join(config) + "\n", memory=memory, backing=backing, attached=attached,
+        blkback=machine.blkback, device_model=any(spec.backend == "qdisk" for spec in machine.specs),
+    )  # fmt: skip
+
+
+def job_script(job: Domain, index: int, offsets: dict[str, int]) -> str:
+    """What dom0 sources: three functions, so that dom0's script stays one text for all guests."""
+    lines = ["prepare() {", "    load backend " + shlex.join(job.blkback)]
+    for disk in job.disks:
+        if os.path.isabs(disk.content):
+            lines.append(f"    cp /jobs/{index:03}/files/disk-{disk.name} /tmp/{disk.name} && truncate -s {disk.size} /tmp/{disk.name}")
+        else:
+            lines.append(f"    disk {disk.name} {disk.size} {disk.content}")
+    if job.backing == "ram" and job.attached:
+        sizes = {disk.size for disk in job.disks}
+        lines.append(f"    load ram rd_nr={len(job.attached)} rd_size={max(sizes) // 1024}")
+    for number, one in enumerate(job.attached):
+        lines.append(f"    attach {number} {one.image} {one.sector} {job.backing}{' readonly' if one.read_only else ''}")
+    seconds = max(1, round(job.timeout + sum(pause.seconds for pause in job.pauses)))
+    lines += ["}", "run() {", f"    guest {seconds}", "}", "after() {", "    :"]
+    for name, offset in offsets.items():
+        source = next((one.device for one in job.attached if one.image == name), "")
+        lines.append(f"    bring_out {source} {offset // MEBIBYTE}")
+    lines += ["    /sbin/losetup --detach-all", "    rmmod xen_blkback", *(["    rmmod brd"] if job.backing == "ram" and job.attached else [])]
+    return "\n".join([*lines, "}", ""])
+
+
+def with_paths(text: str, index: int) -> str:
+    return re.sub(r"\{file:([^}]+)\}", lambda match: f"/jobs/{index:03}/files/{match[1]}", text)
+
+
+def modules(*parts: tuple[str, str]) -> str:
+    """QEMU's -initrd for a multiboot kernel: `file words,file words`; commas inside are doubled, and a blank ends the file's name."""
+    assert all(" " not in name for name, _ in parts)
+    return ",".join(f"{name} {words}".strip().replace(",", ",,") for name, words in parts)
+
+
+@dataclasses.dataclass
+class Prepared:
+    """Everything that one start of the lab needs, in one folder; the command runs there."""
+
+    folder: Path
+    command: list[str]
+    tag: str
+    layout: list[dict[str, int]]
+
+
+def mebibytes(jobs: Sequence[Domain]) -> tuple[int, int]:
+    """Memory of dom0 and of the whole machine: images are in dom0's, and one guest runs at a time."""
+    # An image is made in a file, and then copied where it shall be in a RAM disk.
+    images = max(sum(-(-disk.size // MEBIBYTE) for disk in job.disks) * (8 if job.backing == "ram" else 5) // 4 for job in jobs)
+    brought = sum(path.stat().st_size // MEBIBYTE + 1 for path in {path for job in jobs for path in job.all_files().values()})
+    model = 128 if any(job.device_model for job in jobs) else 0
+    dom0 = DOM0_MEBIBYTES + model + images + brought
+    return dom0, dom0 + XEN_MEBIBYTES + max(job.memory for job in jobs) * 17 // 16 + 32
+
+
+def prepare(ready: XenLab, jobs: Sequence[Domain], folder: Path, wall: bool, xen: str = "") -> Prepared:
+    names = [job.name for job in jobs]
+    if len(set(names)) != len(names):
+        raise Problem(f"Two jobs of one lab run have the same name: {' '.join(names)}")
+    layout, size = nested.scratch_layout(jobs)
+    tree = folder / "tree"
+    shutil.rmtree(tree, ignore_errors=True)  # of a run by hand that did not come to its end
+    (tree / "jobs").mkdir(parents=True)
+    package = Path(__file__).parent
+    shutil.copyfile(package / "dom0-init.sh", tree / "init")
+    (tree / "init").chmod(0o755)
+    shutil.copyfile(package / "lab-common.sh", tree / "jobs/common.sh")
+    for part, files in ready.modules.items():
+        (tree / f"jobs/modules-{part}").write_text("".join(f"{name}\n" for name in files))
+    digest = hashlib.sha256()
+    copied: dict[Path, Path] = {}
+    for index, (job, offsets) in enumerate(zip(jobs, layout)):
+        place = tree / f"jobs/{index:03}"
+        (place / "files").mkdir(parents=True)
+        texts = {"name": job.name + "\n", "job.sh": job_script(job, index, offsets), "domain.cfg": with_paths(job.config, index)}
+        if job.pauses:
+            texts["pauses"] = nested.pause_lines(job)
+        for name, text in texts.items():
+            (place / name).write_text(text)
+            digest.update(text.encode())
+        for name, path in job.all_files().items():
+            target = place / "files" / name
+            if path in copied:
+                os.link(copied[path], target)
+            else:
+                copied[path] = target
+                shutil.copy(path, target)
+    tag = digest.hexdigest()[:12]
+    (tree / "jobs/tag").write_text(tag + "\n")
+    lab.write_cpio(tree, folder / "jobs.cpio")
+    shutil.rmtree(tree)
+    parts = [ready.base, *([ready.device_model] if any(job.device_model for job in jobs) else []), folder / "jobs.cpio"]
+    # The kernel unpacks archives that follow each other as one; a later file replaces an earlier one.
+    with open(folder / "initrd", "wb") as whole:
+        for part in parts:
+            with open(part, "rb") as file:
+                shutil.copyfileobj(file, whole)
+            whole.write(bytes(-whole.tell() % 512))
+    # QEMU ends a module's name at a blank: it is started in this folder, and the names have none.
+    (folder / "vmlinux").unlink(missing_ok=True)
+    (folder / "vmlinux").symlink_to(ready.kernel)
+    dom0, whole_machine = mebibytes(jobs)
+    command = [
+        str(ready.qemu), *(WALL if wall else nested.DETERMINISTIC), *PROCESSOR, "-machine", "pc", "-m", str(whole_machine),
+        "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none",
+        "-kernel", str(ready.xen), "-append", f"com1=115200,8n1 console=com1 dom0_mem={dom0}M,max:{dom0}M{' ' + xen if xen else ''}",
+        "-initrd", modules(("vmlinux", "console=hvc0 quiet loglevel=4"), ("initrd", "")),
+        "-serial", "file:xen.log", "-serial", "stdio",
+    ]  # fmt: skip
+    if size:
+        with open(folder / "scratch.raw", "wb") as file:
+            file.truncate(size)
+        command += ["-drive", "if=none,id=scratch,format=raw,cache=unsafe,file=scratch.raw", "-device", "virtio-blk-pci,drive=scratch"]
+    return Prepared(folder, command, tag, layout)
+
+
+def by_hand(job: Domain, folder: Path, wall: bool, xen: str) -> list[str]:
+    """What starts this guest, for people; the files stay in the folder."""
+    prepared = prepare(xenlab.find(), [job], folder, wall, xen)
+    return [
+        "# The lab's machine: Xen, dom0 and, in dom0's initrd, the guest. Its console is the second serial line; Xen's log goes to xen.log.",
+        f"cd {shlex.quote(str(prepared.folder))} && {shlex.join(prepared.command)}",
+        "# What `xl create` reads in dom0:",
+        *(f"#   {line}" for line in with_paths(job.config, 0).splitlines()),
+    ]
+
+
+def run(
+    ready: XenLab,
+    jobs: Sequence[Domain],
+    *,
+    wall: bool = False,
+    xen: str = "",
+    live: Callable[[str, str], None] | None = None,
+    keep: Path | None = None,
+) -> dict[str, Outcome]:
+    """Run all guests in one start of Xen. A lab that fails as such is a Problem; a guest's own failure is in its outcome."""
+    with tempfile.TemporaryDirectory(prefix="firstlight-xen-") as temporary:
+        prepared = prepare(ready, jobs, Path(temporary), wall, xen)
+        reader = Reader(prepared.tag, [job.name for job in jobs], live, {job.name: job.timeout for job in jobs})
+        # In deterministic mode a guest's own limit counts its instructions; this one counts real seconds.
+        limit = BOOT_SECONDS + sum(5 * job.timeout + 30 + sum(pause.seconds for pause in job.pauses) for job in jobs)
+        log = nested.follow(prepared.command, reader, limit, prepared.folder)
+        xen_log = read(prepared.folder / "xen.log")
+        if keep:
+            keep.mkdir(parents=True, exist_ok=True)
+            (keep / "serial.log").write_text(log)
+            (keep / "xen.log").write_text(xen_log)
+        complaint = reader.complaint()
+        if complaint:
+            text = f"The Xen lab failed: {complaint}. The last output of Xen and dom0:\n{process.tail(xen_log, 15)}\nThe guests' last output:\n{process.tail(log, 15)}"
+            if not reader.ready or all(outcome.status is None for outcome in reader.outcomes.values()):
+                raise Problem(text, Exit.TIMEOUT if reader.late else Exit.ERROR)
+            print(text, file=sys.stderr)
+        for job, offsets in zip(jobs, prepared.layout):
+            outcome = reader.outcomes[job.name]
+            refused = [note.removeprefix(f"{job.name}: ") for note in reader.notes if note.startswith(f"{job.name}: ")]
+            if outcome.status not in (None, 0, 137):
+                outcome.refused = f"xl create: {'; '.join(refused) or f'exit status {outcome.status}'}"[:600]
+            for disk in job.disks:
+                if disk.bring_out and outcome.status is not None:
+                    nested.extract(prepared.folder / "scratch.raw", offsets[disk.name], disk.size, disk.bring_out)
+        return reader.outcomes
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode(errors="replace").replace("\r", "")
+    except OSError:
+        return ""
+
+
+def judge(log: records.Log, outcome: Outcome, limit: float | None = None) -> Judgement:
+    """The verdict, strictly: as on other machines, and the domain's shutdown reason must be the one that belongs to it."""
+    judgement = records.judge(log, 0, outcome.timed_out, limit, outcome.refused)
+    if judgement.verdict in (Verdict.NOT_STARTED, Verdict.TIMEOUT):
+        return judgement
+    if not judgement.verdict.of_guest:
+        if log.of("verdict") or log.malformed:
+            return judgement
+        return Judgement(Verdict.NO_VERDICT, f"no verdict record; the domain ended with shutdown reason {named(outcome.shutdown)}")
+    expected = EXPECTED[judgement.verdict]
+    if outcome.shutdown != expected:
+        return Judgement(
+            Verdict.NO_VERDICT,
+            f"the record says {judgement.verdict.value}, and the domain ended with shutdown reason {named(outcome.shutdown)}, "
+            f"where {named(expected)} was expected",
+        )
+    return judgement
+
+
+def named(reason: int | None) -> str:
+    return "none" if reason is None else f"{reason} ({REASONS.get(reason, 'unknown')})"
