@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import time
 from collections.abc import Iterable
 
@@ -67,6 +68,48 @@ def registers() -> str:
 
 
 def efi() -> str:
-    text = tool(OBJDUMP, "-p", str(paths.EFI))
-    match = re.search(r"^Subsystem\s+0*([0-9a-f]+)", text, re.M)
-    return "" if match and int(match[1], 16) == 10 else "not a PE of subsystem 10 (EFI application)"
+    return pe_faults(paths.EFI.read_bytes())
+
+
+def pe_faults(data: bytes) -> str:
+    """Whether any UEFI firmware can load this PE [UEFI-2.10 §2.1.1]: at whatever place it has room, so it must have base 0 and its relocations."""
+    try:
+        at = struct.unpack_from("<I", data, 0x3C)[0]
+        machine, sections, characteristics = *struct.unpack_from("<4xHH", data, at), struct.unpack_from("<H", data, at + 22)[0]
+        optional = at + 24
+        magic = struct.unpack_from("<H", data, optional)[0]
+        base, image_size = struct.unpack_from("<Q", data, optional + 24)[0], struct.unpack_from("<I", data, optional + 56)[0]
+        subsystem, traits = struct.unpack_from("<HH", data, optional + 68)
+        reloc_at, reloc_size = struct.unpack_from("<II", data, optional + 112 + 5 * 8)
+        table = optional + struct.unpack_from("<H", data, at + 20)[0]
+        regions = [(*struct.unpack_from("<8xIIII", data, table + 40 * i), struct.unpack_from("<I", data, table + 40 * i + 36)[0]) for i in range(sections)]
+        if data[at : at + 4] != b"PE\0\0" or magic != 0x20B or machine != 0x8664:
+            return "not a PE32+ image for x86-64"
+        if subsystem != 10:
+            return f"subsystem {subsystem}, 10 (EFI application) expected"
+        if base != 0:
+            return f"image base {base:#x}: firmware that loads at the base or not at all refuses it; 0 expected"
+        if characteristics & 1 or not traits & 0x40 or not reloc_size:
+            return "no relocations: it could be loaded at one place only"
+        if any(flags & 0xA0000000 == 0xA0000000 for *_, flags in regions):
+            return "a section is writable and executable"
+
+        def offset(address: int) -> int:
+            for size, begin, raw_size, raw, _ in regions:
+                if begin <= address < begin + min(size, raw_size):
+                    return raw + address - begin
+            raise ValueError(f"{address:#x} lies in no section's data")
+
+        done = 0
+        while done < reloc_size:
+            page, block = struct.unpack_from("<II", data, offset(reloc_at + done))
+            for entry in struct.unpack_from(f"<{(block - 8) // 2}H", data, offset(reloc_at + done) + 8):
+                kind, place = entry >> 12, page + (entry & 0xFFF)
+                if kind not in (0, 10):
+                    return f"relocation type {kind} at {place:#x}, DIR64 expected: it would not reach every address"
+                if kind == 10 and not 0 < struct.unpack_from("<Q", data, offset(place))[0] < image_size:
+                    return f"the address at {place:#x} leads out of the image"
+            done += block
+    except (struct.error, ValueError) as error:
+        return f"not a well-formed PE: {error}"
+    return ""

@@ -67,16 +67,14 @@ void Console::verdict(Verdict verdict, std::string_view reason) {
 }
 
 void Console::put_output(std::string_view text) {
-    if (output_ != nullptr) {
-        // A terminator and a line end fit behind the longest line.
-        std::array<char16_t, 404> wide{};
-        usize n = 0;
-        for (char c : text.substr(0, 400)) {
-            wide[n++] = static_cast<u8>(c) < 0x80 ? static_cast<char16_t>(c) : u'?';
-        }
-        wide[n++] = u'\r';
-        wide[n] = u'\n';
-        output_->output_string(output_, wide.data());
+    if (output_ == nullptr) {
+        return;
+    }
+    OutputPiece piece;
+    bool last = false;
+    while (!last) {
+        last = next_output_piece(text, piece);
+        output_->output_string(output_, piece.data());
     }
 }
 

@@ -69,8 +69,9 @@ Result<MemoryMap> MemoryMap::create(const BootServices& boot) {
     if (status != buffer_too_small) {
         return Error(Code::protocol, "the firmware does not say how large its memory map is (status)", buffer_too_small, status);
     }
-    if (version != 1 || stride < sizeof(MemoryDescriptor) || stride > page) {
-        return Error(Code::not_supported, "the firmware's memory map has another version than this loader reads", 1, version);
+    // A later version makes descriptors longer, never shorter [UEFI-2.10 §7.2.3].
+    if (stride < sizeof(MemoryDescriptor) || stride > page) {
+        return Error(Code::not_supported, "memory map: the firmware's descriptor size is out of range", sizeof(MemoryDescriptor), stride);
     }
     MemoryMap map;
     TRY(map.storage_, allocate(boot, size + spare_descriptors * stride, page, MemoryType::loader_data));
@@ -84,10 +85,29 @@ Result<void> MemoryMap::refresh(const BootServices& boot) {
     const Status status = boot.get_memory_map(&size, storage_.data(), &key_, &stride_, &version);
     if (failed(status) || size > storage_.size()) {
         size_ = 0;
+        outgrown_ = status == buffer_too_small;
         return Error(Code::protocol, "the firmware does not give its memory map (status)", success, status);
     }
     size_ = size;
     return {};
+}
+
+Result<void> leave_boot_services(const BootServices& boot, Handle handle, MemoryMap& map) {
+    constexpr u32 most_tries = 8;
+    Status status = success;
+    for (u32 i = 0; i < most_tries; ++i) {
+        auto read = map.refresh(boot);
+        if (!read && map.outgrown() && i == 0) { // memory may still be allocated
+            TRY(map, MemoryMap::create(boot));
+            read = Result<void>{};
+        }
+        CHECK(read);
+        status = boot.exit_boot_services(handle, map.key());
+        if (!failed(status)) {
+            return {};
+        }
+    }
+    return Error(Code::protocol, "the firmware does not let go (ExitBootServices, status); update the firmware", success, status);
 }
 
 Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const LoadedImage& image, const char16_t* name,
@@ -115,23 +135,27 @@ Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const
 
     alignas(FileInfo) std::array<std::byte, sizeof(FileInfo) + 512> info_bytes{};
     u64 info_size = info_bytes.size();
-    FileInfo info{};
-    if (!failed(file->get_info(file.get(), &file_info_guid, &info_size, info_bytes.data()))) {
-        std::memcpy(&info, info_bytes.data(), sizeof info);
+    status = file->get_info(file.get(), &file_info_guid, &info_size, info_bytes.data());
+    if (failed(status) || info_size < sizeof(FileInfo)) {
+        return Error(Code::io, "the firmware does not say how long the file is (status); check the file system", success, status);
     }
+    FileInfo info{};
+    std::memcpy(&info, info_bytes.data(), sizeof info);
     if ((info.attributes & attribute_directory) != 0) {
         return Error(Code::bad_argument, "expected a file, seen a directory of that name; replace it by a text file");
     }
 
+    // Never more than the file holds: not every firmware cuts a longer read short.
+    const usize wanted = static_cast<usize>(std::min<u64>(into.size(), info.file_size));
     usize size = 0;
-    while (size < into.size()) {
-        u64 chunk = into.size() - size;
+    while (size < wanted) {
+        u64 chunk = wanted - size;
         status = file->read(file.get(), &chunk, into.data() + size);
-        if (failed(status) || chunk > into.size() - size) {
+        if (failed(status) || chunk > wanted - size) {
             return Error(Code::io, "the file cannot be read (status); check the disk", success, status);
         }
         if (chunk == 0) {
-            break;
+            return Error(Code::io, "the file ends before its length (bytes); check the file system", info.file_size, size);
         }
         size += chunk;
     }

@@ -20,6 +20,8 @@ class MemoryMap {
     static Result<MemoryMap> create(const BootServices& boot);
     /// Reads the map anew; allocates nothing.
     Result<void> refresh(const BootServices& boot);
+    /// refresh() failed because the map is longer than there was room for.
+    bool outgrown() const { return outgrown_; }
     std::span<const std::byte> bytes() const { return storage_.first(size_); }
     u64 stride() const { return stride_; }
     u64 key() const { return key_; }
@@ -29,7 +31,12 @@ class MemoryMap {
     u64 size_ = 0;
     u64 stride_ = 0;
     u64 key_ = 0;
+    bool outgrown_ = false;
 };
+
+/// Ends boot services, with `map` as the last map. A first call that fails may have shut drivers down, so after it only the map may be read
+/// again [UEFI-2.10 §7.4.6]. Nothing may be printed between.
+Result<void> leave_boot_services(const BootServices& boot, Handle handle, MemoryMap& map);
 
 /// The file's first bytes, as many as fit; nothing when there is no such file. The name is absolute, with backslashes.
 Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const LoadedImage& image, const char16_t* name, std::span<char> into);

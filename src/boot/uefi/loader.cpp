@@ -34,7 +34,6 @@ constinit std::string_view file_at_work; // that the loader is reading: errors n
 
 constexpr u64 cr4_five_levels = 0x1000;
 constexpr u64 max_image = u64{1} << 30; // what the tables map at kernel_virtual
-constexpr u32 exit_tries = 8;
 
 // A command line or map file one byte longer than the longest: BootInfo's setters then see that it was cut.
 constinit std::array<char, BootInfo::max_cmdline + 1> cmdline_storage{};
@@ -53,8 +52,13 @@ void report_failure(const Error& error) {
     report_failure(what.view());
 }
 
-// After boot services are gone nobody can be returned to.
+constinit const RuntimeServices* runtime = nullptr;
+
+// After boot services are gone nobody can be returned to; the firmware can still switch the machine off [UEFI-2.10 §8.5.1].
 [[noreturn]] void stop() {
+    if (runtime != nullptr) {
+        runtime->reset_system(reset_shutdown, load_error, 0, nullptr);
+    }
     for (;;) {
         cpu::interrupts_off();
         cpu::halt();
@@ -159,22 +163,8 @@ Result<Prepared> prepare(Handle handle, const SystemTable& system, u64 tsc) {
     return p;
 }
 
-// The key of a map goes stale whenever the firmware allocates. A first call that fails may have shut drivers down, so after it only the map
-// may be read again [UEFI-2.10 §7.4.6]: nothing is printed until this is over.
-Result<void> leave(const BootServices& boot, Handle handle, MemoryMap& map) {
-    Status status = success;
-    for (u32 i = 0; i < exit_tries; ++i) {
-        CHECK(map.refresh(boot));
-        status = boot.exit_boot_services(handle, map.key());
-        if (!failed(status)) {
-            return {};
-        }
-    }
-    return Error(Code::protocol, "the firmware does not let go (ExitBootServices, status); update the firmware", success, status);
-}
-
 Result<void> hand_over(const BootServices& boot, Handle handle, Prepared& p) {
-    CHECK(leave(boot, handle, p.map));
+    CHECK(leave_boot_services(boot, handle, p.map));
     cpu::interrupts_off();
     // The image is noted as in use by the kernel's own normalise(), so the map is taken over as it is.
     const u64 size = std::exchange(p.info->kernel_size, 0);
@@ -214,6 +204,9 @@ extern "C" Status efi_main(Handle handle, SystemTable* system) {
         return invalid_parameter; // whoever called is no UEFI firmware: there is no console to complain on
     }
     console.open(*system);
+    if (system->runtime != nullptr && system->runtime->header.header_size >= sizeof(RuntimeServices)) {
+        runtime = system->runtime;
+    }
     auto prepared = prepare(handle, *system, tsc);
     if (!prepared) {
         report_failure(prepared.error());

@@ -90,9 +90,13 @@ struct RuntimeServices {
     TableHeader header;
     std::array<void*, 6> unused0; // time, address maps
     Status (*get_variable)(const char16_t* name, const Guid* vendor, u32* attributes, u64* size, void* data);
+    std::array<void*, 3> unused1; // variables, monotonic count
+    void (*reset_system)(u32 type, Status status, u64 data_size, void* data);
 };
-static_assert(sizeof(RuntimeServices) == 80 && offsetof(RuntimeServices, header) == 0 && offsetof(RuntimeServices, unused0) == 24);
-static_assert(offsetof(RuntimeServices, get_variable) == 72);
+static_assert(sizeof(RuntimeServices) == 112 && offsetof(RuntimeServices, header) == 0 && offsetof(RuntimeServices, unused0) == 24);
+static_assert(offsetof(RuntimeServices, get_variable) == 72 && offsetof(RuntimeServices, unused1) == 80);
+static_assert(offsetof(RuntimeServices, reset_system) == 104);
+inline constexpr u32 reset_shutdown = 2; // EfiResetShutdown
 
 /// EFI_CONFIGURATION_TABLE [UEFI-2.10 §4.6].
 struct ConfigurationTable {

@@ -22,6 +22,22 @@ constexpr u32 dword_at(std::span<const std::byte> bytes, usize at) { return word
 
 } // namespace
 
+bool next_output_piece(std::string_view& rest, OutputPiece& piece) {
+    constexpr usize line_end = 2;
+    const bool last = rest.size() + line_end <= longest_output;
+    usize n = 0;
+    for (const char c : rest.substr(0, longest_output)) {
+        piece[n++] = static_cast<u8>(c) < 0x80 && c != '\0' ? static_cast<char16_t>(c) : u'?';
+    }
+    rest.remove_prefix(n);
+    if (last) {
+        piece[n++] = u'\r';
+        piece[n++] = u'\n';
+    }
+    piece[n] = u'\0';
+    return last;
+}
+
 Result<std::string_view> text_of_load_options(std::span<const std::byte> options, std::span<char> storage) {
     if (options.size() % 2 != 0) {
         return Error(Code::bad_argument, "load options: expected UCS-2 text, of an even size", options.size() + 1, options.size());

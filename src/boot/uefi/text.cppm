@@ -5,6 +5,14 @@ import core.result;
 
 export namespace fl::boot::uefi {
 
+/// The longest text that is given to OutputString() at once, in characters, a line end included and the terminator not: some firmware has a
+/// fixed buffer of 128 for it.
+inline constexpr usize longest_output = 127;
+using OutputPiece = std::array<char16_t, longest_output + 1>;
+/// The next piece of a line: takes its characters from the front of `rest`, writes them with a terminator; the last piece ends with CR LF. True:
+/// that was the last one. What is not ASCII becomes '?'.
+bool next_output_piece(std::string_view& rest, OutputPiece& piece);
+
 /// Load options [UEFI-2.10 §9.1 LoadOptions] as text. Anything may stand there: only UCS-2 that is wholly printable ASCII (and blanks), up
 /// to a terminator or the end, is a command line; everything else is an error. Blanks at both ends are cut. `storage` receives the text;
 /// what does not fit is dropped, so give it a byte more than the longest text that is wanted.
