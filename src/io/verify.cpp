@@ -171,9 +171,16 @@ Result<u64> blocks_of(const Geometry& g, const VerifyPlan& plan) {
     }
     const u64 on_disk = g.sectors / (plan.bs / g.sector_size);
     const u64 skipped = plan.first_lba / units;
-    if (skipped >= on_disk || plan.count > on_disk - skipped) {
-        return Error{Code::bad_argument, "verify: the disk has fewer blocks than asked for", plan.count,
-                     skipped >= on_disk ? 0 : on_disk - skipped};
+    if (on_disk == 0) {
+        return Error{Code::bad_argument, "verify: the disk is smaller than one block (bytes); choose a smaller bs=", plan.bs,
+                     g.sectors * g.sector_size};
+    }
+    if (skipped >= on_disk) {
+        return Error{Code::bad_argument, "verify: the first LBA lies behind the disk's last block (units of 512 bytes)", (on_disk - 1) * units,
+                     plan.first_lba};
+    }
+    if (plan.count > on_disk - skipped) {
+        return Error{Code::bad_argument, "verify: the disk has fewer blocks than asked for", plan.count, on_disk - skipped};
     }
     if (plan.write && !plan.scratch) {
         return Error{Code::bad_argument, "verify overwrites the disk: name it in scratch="};

@@ -189,6 +189,20 @@ TEST_F(Verify, BadBlocksAreNamed) {
     EXPECT_TRUE(log.has("\"bad\":1,\"ok\":false,\"lanes\":1}"));
 }
 
+TEST_F(Verify, ADiskSmallerThanOneBlockIsToldInBytes) {
+    Geometry tiny;
+    tiny.sectors = 1;
+    auto plan = whole;
+    plan.bs = 4096;
+    const auto blocks = blocks_of(tiny, plan);
+    ASSERT_FALSE(blocks);
+    EXPECT_NE(blocks.error().message.find("smaller than one block (bytes)"), std::string_view::npos);
+    EXPECT_EQ(blocks.error().expected, 4096u);
+    EXPECT_EQ(blocks.error().seen, 512u);
+    plan.bs = 512;
+    EXPECT_EQ(blocks_of(tiny, plan).value_or(0), 1u);
+}
+
 TEST_F(Verify, RefusesBeforeAnythingIsSubmitted) {
     const auto refused = [&](VerifyPlan plan, std::string_view why) {
         const auto r = run(plan);
@@ -204,7 +218,7 @@ TEST_F(Verify, RefusesBeforeAnythingIsSubmitted) {
     refused(plan, "fewer blocks");
     plan = whole;
     plan.first_lba = 2048;
-    refused(plan, "fewer blocks");
+    refused(plan, "behind the disk's last block");
     plan.first_lba = 1;
     refused(plan, "first LBA");
     plan = whole;
