@@ -58,6 +58,7 @@ io::Task<Result<void>> say_where() {
 io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices services) {
     Outcome outcome;
     bool first = true;
+    u32 bad = 0;
     for (io::BlockDevice* disk : disks.all()) {
         CO_TRY(DmaBuffer buffer, services.dma.buffer(4096)); // one each: a host that misbehaves may keep its own
         const u32 size = disk->geometry().sector_size;
@@ -67,11 +68,11 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
         if (transfer.buffer_lost) {
             buffer.abandon();
         }
-        if (!done) {
+        if (!done) { // the others are read all the same: one boot tells all that is wrong
             report(done.error(), disk->identity().name.view());
             outcome.verdict = Verdict::failure;
-            print(outcome.reason, "{}: block 0: {}", disk->identity().name.view(), done.error());
-            co_return outcome;
+            print(outcome.reason, "{}{}: block 0: {}", bad++ == 0 ? "" : "; ", disk->identity().name.view(), done.error());
+            continue;
         }
         log::info("{}: block 0 read", disk->identity().name.view());
         if (std::exchange(first, false)) {
@@ -84,7 +85,12 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
             CO_CHECK(co_await io::run_on(*executor, say_where()));
         }
     }
-    print(outcome.reason, "booted; disks: {}", disks.names().view());
+    if (bad == 0) {
+        print(outcome.reason, "booted; disks: {}", disks.names().view());
+    } else if (outcome.reason.truncated()) {
+        outcome.reason.clear();
+        print(outcome.reason, "block 0 of {} of {} disks could not be read: the errors above name them", bad, disks.all().size());
+    }
     co_return outcome;
 }
 

@@ -138,6 +138,22 @@ TEST_F(Jobs, BootReadsTheFirstBlockOfEveryDisk) {
     EXPECT_EQ(run("job=boot").verdict, Verdict::failure);
 }
 
+TEST_F(Jobs, BootReadsOnBehindABadDisk) {
+    attach();
+    const auto first = xvda.counters().completed;
+    xvda.fail_reads = true;
+    auto outcome = run("job=boot");
+    EXPECT_EQ(outcome.verdict, Verdict::failure);
+    EXPECT_EQ(outcome.reason, "xvda: block 0: the disk reports an error for this transfer");
+    EXPECT_TRUE(capture.has("hdb: block 0 read"));
+    EXPECT_TRUE(capture.has("\"record\":\"first_block\",\"disk\":\"hdb\"")) << "the first one that could be read";
+    EXPECT_EQ(xvda.counters().completed, first + 1);
+    hdb.fail_reads = true;
+    outcome = run("job=boot");
+    EXPECT_EQ(outcome.reason, "xvda: block 0: the disk reports an error for this transfer; hdb: block 0: the disk reports an error for this transfer");
+    EXPECT_TRUE(capture.has("error: hdb: i/o error: the disk reports an error for this transfer"));
+}
+
 TEST_F(Jobs, BenchRunsEveryWorkloadOnEveryChosenDisk) {
     attach();
     const auto outcome = run("job=bench workload=randread,count=50,qd=4 workload=read,bs=8k,count=10 disk=xvda");
