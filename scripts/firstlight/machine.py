@@ -41,7 +41,7 @@ HYPERV_CPU = "host,kvm=off,hv-relaxed,hv-vpindex,hv-time,hv-synic,hv-stimer,hv-v
 PLATFORMS = {
     platform.name: platform
     for platform in (
-        Platform("qemu-pvh", "QEMU's emulated processor, PVH", TCG, ("pvh",), ("pc", "q35", "microvm"), ("ide:64m",)),
+        Platform("qemu-pvh", "QEMU's emulated processor, PVH", TCG, ("pvh",), ("pc", "q35", "microvm", "microvm-acpi"), ("ide:64m",)),
         Platform("qemu-uefi", "QEMU's emulated processor, OVMF", TCG, ("uefi",), ("pc", "q35"), ("ide:64m",)),
         Platform(
             "kvm", "KVM, emulated devices", ("-accel", "kvm", "-cpu", "host"), ("pvh", "uefi"), ("pc", "q35"),
@@ -72,8 +72,12 @@ PLATFORMS = {
     )
 }  # fmt: skip
 
-MACHINES = {"pc": "pc", "q35": "q35", "microvm": "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on"}
-CPUS = {"pc": 255, "q35": 4096, "microvm": 288}  # at most; q35's bound depends on the version of QEMU, which then refuses with it
+MACHINES = {
+    "pc": "pc", "q35": "q35",
+    "microvm": "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on",
+    "microvm-acpi": "microvm,acpi=on,pit=off,pic=off,rtc=off,isa-serial=on",  # ACPI's hardware-reduced profile
+}  # fmt: skip
+CPUS = {"pc": 255, "q35": 4096, "microvm": 288, "microvm-acpi": 288}  # at most; q35's bound depends on the version of QEMU, which then refuses with it
 # A disk on the VMBus is a SCSI disk, or the accelerator of the IDE disk in the same place; both are called sd….
 BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "sd"}
 TEST_HOST = "firstlight-testhost"
@@ -177,6 +181,8 @@ class Machine:
     efi: Path = paths.EFI
     extra: Sequence[str] = ()  # further arguments of QEMU or the test host
     esp: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further files on the ESP, or in place of its own
+    exit_port: bool = True  # QEMU's debug exit device
+    restarts: bool = False  # a reset restarts the machine, as QEMU does without -no-reboot
     linux: str = ""  # what the lab's Linux shall run as the guest, instead of our kernel
     blkback: Sequence[str] = ()  # under the real Xen: parameters of the module that serves the disks
     xen: str = ""  # there: more words of Xen's command line
@@ -194,7 +200,7 @@ class Machine:
         self.check_size()
         if self.esp and self.boot != "uefi":
             raise Problem(f"Files on the ESP need a boot by uefi, not by {self.boot}.", Exit.USAGE)
-        chosen = self.disks if self.disks is not None else (kind.disks if self.machine != "microvm" else ())
+        chosen = self.disks if self.disks is not None else (kind.disks if not self.machine.startswith("microvm") else ())
         self.specs = [DiskSpec.parse(disk) if isinstance(disk, str) else disk for disk in chosen]
         images: dict[str, tuple] = {}  # what each shared image is
         for disk in self.specs:
@@ -214,7 +220,7 @@ class Machine:
                 raise Problem("iops=N limits the test host's VMBus disks and QEMU's disks, not the test host's IDE disks.", Exit.USAGE)
             if disk.iops and self.counted and not kind.kvm:
                 raise Problem("iops=N counts the clock's time and deterministic time runs by instructions: choose one of them.", Exit.USAGE)
-            if disk.bus == "ide" and self.machine == "microvm":
+            if disk.bus == "ide" and self.machine.startswith("microvm"):
                 raise Problem("The machine microvm has no IDE disks.", Exit.USAGE)
             if disk.bus == "ide" and disk.sector != 512:
                 raise Problem("sector=4096 is for disks on the Xen ring and the VMBus: an IDE disk of QEMU and of the test host has 512-byte sectors.", Exit.USAGE)
@@ -270,9 +276,12 @@ class Machine:
         accelerator = COUNTED if self.counted and not self.kind.kvm else self.kind.accelerator
         arguments = [
             *accelerator, "-machine", MACHINES[self.machine], "-smp", str(self.cpus), "-m", str(self.memory),
-            "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio", "-monitor", "none",
-            "-device", "isa-debug-exit,iobase=0xf4,iosize=0x04",
+            "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-monitor", "none",
         ]  # fmt: skip
+        if not self.restarts:
+            arguments.append("-no-reboot")
+        if self.exit_port:
+            arguments += ["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"]
         files: dict[str, Path] = {}
         if self.boot == "pvh":
             files["firstlight.elf"] = self.kernel

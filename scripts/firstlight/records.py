@@ -160,6 +160,11 @@ def ended(status: int | None) -> str:
     return f"the virtual machine monitor's exit status was {status}"
 
 
+def agrees(verdict: str, status: int | None) -> bool:
+    """Without a debug exit port: 0 is a machine that was powered off, 1 one whose monitor was told of a failure (docs/INTERFACES.md)."""
+    return status == 0 or (status == 1 and verdict in (Verdict.ERROR.value, Verdict.FAILURE.value, Verdict.CRASH.value))
+
+
 def judge(log: Log, status: int | None, timed_out: bool, limit: float | None = None, refused: str = "") -> Judgement:
     """The verdict, strictly: it must be said once, be the last record, and the exit status must agree.
 
@@ -191,7 +196,7 @@ def judge(log: Log, status: int | None, timed_out: bool, limit: float | None = N
         complaint = f"record {log.records[-1]['record']} after the verdict"
     elif said[0].get("verdict") not in (verdict.value for verdict in STATUS.values()):
         complaint = f"unknown verdict {said[0].get('verdict')!r}"
-    elif by_status is not Verdict(said[0]["verdict"]) and status != 0:  # 0: powered off, without a debug exit port
+    elif by_status is not Verdict(said[0]["verdict"]) and not agrees(said[0]["verdict"], status):
         complaint = f"the record says {said[0]['verdict']}, and {ended(status)}, which does not agree"
     else:
         return Judgement(Verdict(said[0]["verdict"]), str(said[0].get("reason", "")))

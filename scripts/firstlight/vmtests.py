@@ -101,6 +101,9 @@ class Case:
     linux: str = ""  # a script beside the table: the lab's Linux runs it in place of our kernel, and it says the verdict
     # Files on the ESP beside or instead of its own: path to contents, a character for each byte; a path that ends in / is a directory.
     esp: dict[str, str] = dataclasses.field(default_factory=dict)
+    exit_port: bool = True  # without it QEMU has no debug exit device: the machine must end in another way
+    restarts: bool = False  # a reset starts the machine anew
+    status: int | None = None  # what QEMU's exit status must be, if it ends
     host: list[str] = dataclasses.field(default_factory=list)  # further arguments of the test host, or of QEMU
     blkback: list[str] = dataclasses.field(default_factory=list)  # xen-pvh: parameters of the module xen-blkback
     pause: list[Pause] = dataclasses.field(default_factory=list)  # in the table: one {after=, delay=, seconds=} or a list; each waits for the one before
@@ -112,6 +115,7 @@ class Case:
             TABLES / self.map if self.map else None, self.disks, counted=self.deterministic, timeout=self.timeout,
             linux=(TABLES / self.linux).read_text() if self.linux else "", extra=self.host,
             esp=self.esp, pauses=self.pause, blkback=self.blkback,
+            exit_port=self.exit_port, restarts=self.restarts,
         )  # fmt: skip
         if self.check_images:
             for disk, name in zip(machine.specs, machine.disk_names()):
@@ -199,6 +203,8 @@ def judge(case: Case, boot: launch.Boot) -> Result:
         complaints.append(f"{boot.judgement.text}; {case.expect} was expected")
     elif case.expect == "CRASH" and not boot.log.of("verdict"):
         complaints.append("a crash without a report: the kernel must say so itself")
+    if case.status is not None and case.expect != "TIMEOUT" and boot.outcome.status != case.status:
+        complaints.append(f"exit status {boot.outcome.status}, expected {case.status}")
     for pattern in case.output:
         if not re.search(pattern, boot.outcome.output, re.M):
             complaints.append(f"nothing in the output matches {pattern!r}")

@@ -1,15 +1,18 @@
 // The C++ side of the entries in pvh.S.
 #include <stdint.h>
 import core.std;
-import core.panic;
 import core.physical;
 import core.result;
 import core.log;
+import core.text;
+import core.verdict;
+import core.machine.exit;
 import core.machine.memory;
 import core.machine.runtime;
 import core.machine.serial;
 import core.machine.traps;
 import boot.handoff;
+import boot.machine.ending;
 import boot.pvh;
 import boot.start;
 #ifdef FIRSTLIGHT_HV_XEN
@@ -52,13 +55,53 @@ extern "C" {
 alignas(4096) [[gnu::section(".bss.pages")]] std::byte boot_stack_guard[4096 + stack_size];
 }
 
+static std::byte* image_end_writable() { return const_cast<std::byte*>(image_end); } // under the loader's page tables
 static u64 stack_guard() { return reinterpret_cast<u64>(boot_stack_guard); }
+
+static void start() {
+    boot::stop_without_memory(image_end_writable());
+    boot::start_ending(boot_info, stack_guard() + 4096 + stack_size);
+    open_consoles();
+    start_traps(stack_guard(), stack_size);
+    boot::stop_if_restarted();
+}
+
+// What a loader or a machine did wrong is no crash of ours.
+[[noreturn]] static void refuse(std::string_view reason, Code code) {
+    log::error("{}", reason);
+    log::Record("error").text("code", name(code)).text("message", reason);
+    end_vm(Verdict::error, reason);
+}
+[[noreturn]] static void refuse(std::string_view where, const Error& error) {
+    FixedText<240> reason;
+    print(reason, "{}: {}", where, error);
+    refuse(reason.view(), error.code);
+}
+
+// In amounts that a person can give to a machine.
+[[noreturn]] static void too_little_memory(const Error& error) {
+    constexpr u64 large = 2_MiB;
+    const u64 needed = align_up(boot_info.kernel_phys + boot_info.kernel_size, large) + large;
+    u64 seen = 0;
+    for (const boot::MemoryRange& range : boot_info.memory()) {
+        const bool ours = range.kind == boot::MemoryKind::usable || range.kind == boot::MemoryKind::kernel;
+        seen = ours ? std::max(seen, range.base + range.size) : seen;
+    }
+    if (error.code != Code::exhausted || seen >= needed) {
+        refuse("memory", error);
+    }
+    FixedText<240> reason;
+    print(reason, "too little memory: needed up to {} KiB (the image, and 2 MiB behind it), seen up to {} KiB: give the machine more", needed >> 10,
+          seen >> 10);
+    refuse(reason.view(), error.code);
+}
 
 [[noreturn]] static void go_on() {
     start_memory({boot::direct_map, boot_info.kernel_phys, stack_guard()});
+    boot::ending_uses_kernel_tables();
     if (boot_info.range_count != 0) {
         if (const auto added = boot::use_memory(boot_info); !added) {
-            panic("memory: {}", added.error());
+            too_little_memory(added.error());
         }
     }
     run_initialisers();
@@ -87,12 +130,11 @@ static Result<void> ask_for_memory() {
 #endif
 
 extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
-    open_consoles();
-    start_traps(stack_guard(), stack_size);
+    start();
     IdentityReader memory;
     auto notes = boot::gather_pvh(memory, start_info, tsc, boot_info);
     if (!notes) {
-        panic("{}", notes.error());
+        refuse("entry", notes.error());
     }
     boot_info.kernel_phys = 0x200000;
     if (notes->no_memory_map) {
@@ -121,10 +163,10 @@ extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
 }
 
 extern "C" [[noreturn]] void entry64_main(const boot::BootInfo* handed_over) {
-    open_consoles();
-    start_traps(stack_guard(), stack_size);
+    start();
     if (!boot::is_valid(*handed_over)) {
-        panic("the loader's BootInfo is not of this kernel's version: update the loader on the boot medium together with the kernel");
+        refuse("entry", {Code::protocol, "the loader's BootInfo is not of this kernel's version: update the loader on the boot medium together with "
+                                         "the kernel"});
     }
     boot_info = *handed_over;
     go_on();

@@ -73,8 +73,17 @@ constinit Moments moments{};
 void print_boot_info(const BootInfo& info) {
     log::info("Firstlight, entered by {}; image at {:#x}, {} KiB", info.entry, info.kernel_phys, info.kernel_size >> 10);
     log::info("command line: \"{}\"", info.cmdline_text());
-    log::info("RSDP {:#x}, SMBIOS {:#x}, framebuffer {:#x}, map file: {}", info.rsdp, info.smbios, info.framebuffer.base,
-              info.has_map_file != 0 ? "given" : "none");
+    // An address of the loader's, or what becomes of it where it gave none.
+    const auto place = [](u64 address, std::string_view none) {
+        FixedText<48> text{none};
+        if (address != 0) {
+            text.clear();
+            print(text, "{:#x}", address);
+        }
+        return text;
+    };
+    log::info("from the loader: RSDP {}, SMBIOS {}, framebuffer {}, map file: {}", place(info.rsdp, "not given"), place(info.smbios, "not given"),
+              place(info.framebuffer.base, "none"), info.has_map_file != 0 ? "given" : "none");
     for (const MemoryRange& range : info.memory()) {
         log::info("  {:016x}-{:016x} {}", range.base, range.base + range.size, name(range.kind));
     }
@@ -435,17 +444,6 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     co_return co_await probe_and_run(info, side_of(backend), executor, synthetic, pci);
 }
 
-template <class B>
-void install_power_off(B& backend) {
-    if constexpr (hv::Power<B>) {
-        static constinit B* self = nullptr;
-        self = &backend;
-        set_backend_power_off([](Verdict verdict) {
-            static_cast<void>(verdict == Verdict::crash ? self->crash("Firstlight has crashed; the console says why") : self->power_off());
-        });
-    }
-}
-
 [[noreturn]] void end(const Result<Outcome>& outcome) {
     if (!outcome) {
         report(outcome.error(), "boot");
@@ -499,6 +497,8 @@ void install_power_off(B& backend) {
     hv::with_backend(hv::list, choice, environment, [&]<class B>(B& first) {
         if (auto tables = start_acpi(info.rsdp); !tables) {
             log::info("no ACPI: {}", tables.error());
+        } else if (info.rsdp == 0) {
+            log::info("ACPI: RSDP found at {:#x}", acpi_tables()->rsdp);
         }
         start_clock(info.entry_tsc, acpi_tables(), {first.tsc_hz().value_or(0), first.clock_name()});
         log::set_clock([] { return now(); });
@@ -517,7 +517,6 @@ void install_power_off(B& backend) {
                     log::attach(*console);
                 }
             }
-            install_power_off(backend);
             log::info("backend: {}", F::name);
             choose_timer(backend);
             use_processors(backend, executor);

@@ -2,7 +2,9 @@ module boot.start;
 import core.std;
 import core.log;
 import core.result;
+import core.memory;
 import core.machine.memory;
+import boot.ending;
 import boot.handoff;
 
 namespace fl::boot {
@@ -20,7 +22,11 @@ Result<void> use_memory(BootInfo& info) {
             areas[count++] = {range.base, range.size, usable};
         }
     }
-    return add_memory(std::span(areas).first(count));
+    auto added = add_memory(std::span(areas).first(count));
+    if (added) { // a note that is left there at the end must not be written over anything in use
+        frames().reserve(RestartNote::physical, frame_size);
+    }
+    return added;
 }
 
 } // namespace fl::boot

@@ -312,4 +312,37 @@ Result<SleepType> find_s5(PhysicalReader& memory, u64 dsdt) {
     return Error(Code::not_found, "ACPI: the DSDT has no \\_S5");
 }
 
+std::optional<u16> find_pvpanic(PhysicalReader& memory, u64 dsdt) {
+    const auto table = open_table(memory, dsdt, most_dsdt_bytes);
+    if (!table || !table->is("DSDT")) {
+        return std::nullopt;
+    }
+    constexpr std::string_view id = "QEMU0001";
+    constexpr u32 reach = 256; // how far behind its name a device's resources are looked for
+    std::array<u8, 2048> window;
+    for (u32 base = header_size; base < table->length; base += static_cast<u32>(window.size() - reach)) {
+        const auto part = std::span(window).first(std::min<usize>(window.size(), table->length - base));
+        if (!memory.read(table->address + base, std::as_writable_bytes(part))) {
+            break;
+        }
+        for (usize i = 0; i + id.size() < part.size(); ++i) {
+            if (part[i] != 'Q' || std::memcmp(part.data() + i, id.data(), id.size()) != 0) {
+                continue;
+            }
+            // I/O port descriptor, 16-bit decoding, one port [ACPI 6.5 §6.4.2.5].
+            for (usize at = i + id.size(); at + 8 <= part.size() && at < i + reach; ++at) {
+                const u32 lowest = part[at + 2] | part[at + 3] << 8;
+                if (part[at] == 0x47 && part[at + 1] == 1 && lowest == u32(part[at + 4] | part[at + 5] << 8) && lowest != 0 &&
+                    part[at + 7] == 1) {
+                    return static_cast<u16>(lowest);
+                }
+            }
+        }
+        if (part.size() < window.size()) {
+            break;
+        }
+    }
+    return std::nullopt;
+}
+
 } // namespace fl::acpi

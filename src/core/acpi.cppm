@@ -83,4 +83,7 @@ struct SleepType {
 };
 Result<SleepType> find_s5(PhysicalReader& memory, u64 dsdt);
 
+/// The port of QEMU's pvpanic device (_HID "QEMU0001"), from its _CRS in the DSDT, by a scan too.
+std::optional<u16> find_pvpanic(PhysicalReader& memory, u64 dsdt);
+
 } // namespace fl::acpi

@@ -63,6 +63,12 @@ class Records(unittest.TestCase):
     def test_power_off_without_a_debug_exit_port(self):
         self.assertIs(self.judge('@{"record":"verdict","verdict":"ERROR"}\n', 0), Verdict.ERROR)
 
+    def test_a_monitor_that_was_told_of_a_failure(self):
+        for verdict in ("ERROR", "FAILURE", "CRASH"):
+            self.assertIs(self.judge('@{"record":"verdict","verdict":"%s"}\n' % verdict, 1), Verdict(verdict))
+        for verdict in ("SUCCESS", "SKIP"):
+            self.assertIs(self.judge('@{"record":"verdict","verdict":"%s"}\n' % verdict, 1), Verdict.NO_VERDICT)
+
     def test_everything_else_is_no_verdict(self):
         success = '@{"record":"verdict","verdict":"SUCCESS"}\n'
         self.assertIs(self.judge("", 33), Verdict.NO_VERDICT)

@@ -306,6 +306,24 @@ TEST_F(Acpi, FindsS5WhereverItIs) {
     }
 }
 
+TEST_F(Acpi, FindsPvpanicWhereverItIs) {
+    // _HID "QEMU0001", then _CRS with an IO descriptor: 16 bits decoded, 0x505, one port.
+    const Bytes device{'Q', 'E', 'M', 'U', '0', '0', '0', '1', 0x00, 0x08, '_', 'C', 'R', 'S', 0x11, 0x0d, 0x0a, 0x0a,
+                       0x47, 0x01, 0x05, 0x05, 0x05, 0x05, 0x01, 0x01, 0x79, 0x00};
+    for (const usize filler : {0u, 1u, 1780u, 1790u, 1793u, 2000u, 2030u, 2047u, 2048u, 5000u}) {
+        Bytes body(filler, 'Q');
+        body.insert(body.end(), device.begin(), device.end());
+        memory.put(0x7000000, table("DSDT", body));
+        EXPECT_EQ(acpi::find_pvpanic(memory, 0x7000000), 0x505) << filler;
+        body.resize(body.size() - 5); // cut in the descriptor
+        memory.put(0x7000000, table("DSDT", body));
+        EXPECT_FALSE(acpi::find_pvpanic(memory, 0x7000000)) << filler;
+    }
+    EXPECT_FALSE(acpi::find_pvpanic(memory, 0));
+    memory.put(0x7000000, table("DSDT", s5));
+    EXPECT_FALSE(acpi::find_pvpanic(memory, 0x7000000));
+}
+
 TEST_F(Acpi, S5ThatIsNone) {
     const auto with = [&](Bytes body) {
         memory.put(0x7000000, table("DSDT", body));

@@ -1,4 +1,4 @@
-// This machine's ACPI tables, and switching it off with them.
+// This machine's ACPI tables.
 export module core.machine.acpi;
 import core.std;
 import core.acpi;
@@ -6,7 +6,7 @@ import core.result;
 
 export namespace fl {
 
-/// Reads the tables (rsdp 0: looks for them), keeps them, and makes end_vm() able to power off through them. Once, after add_memory. An Error is
+/// Reads the tables (rsdp 0: looks for them), keeps them. Once, after add_memory. An Error is
 /// no reason to stop: everything works without tables, with a PIC and a PIT.
 Result<void> start_acpi(u64 rsdp);
 /// nullptr: there are none.
