@@ -1,5 +1,5 @@
 // What a hypervisor's module has to be, as concepts: small ones that compose. A backend is a class that models `Backend`; every further
-// concept is optional, and the kernel asks with `if constexpr (Power<B>)`. There is no base class and no virtual call on the way.
+// concept is optional, and the kernel asks with `if constexpr (Console<B>)`. There is no base class and no virtual call on the way.
 //
 // The life of a backend, in order:
 //   1. B::recognises(sightings)      static; hv.list and the tests ask it
@@ -12,7 +12,6 @@
 //   8. enumerate(...)                inside the executor; then drivers use events, hypercalls and the backend's own members
 //      next_device()                 from then on, when there is news() (LateDevices)
 //   9. leave(...)                    on every processor that has joined, when the job is done
-//  10. power_off() / reboot() / crash(...)   at the end, or at any time after install
 export module hv.backend;
 import core.std;
 import core.result;
@@ -111,15 +110,6 @@ concept Console = requires(B& b) {
     { b.console() } -> std::same_as<log::Sink*>;
 };
 
-/// Ends the machine. Each returns only when the host did not do it, and then says why; the caller goes on to the next means. crash() tells the
-/// host that the guest has failed, with a text if the host takes one. All of them work in a panic: no allocation, no lock, no wait.
-template <class B>
-concept Power = requires(B& b, std::string_view reason) {
-    { b.power_off() } -> std::same_as<Error>;
-    { b.reboot() } -> std::same_as<Error>;
-    { b.crash(reason) } -> std::same_as<Error>;
-};
-
 /// A synthetic device as the bus shows it; drivers match `type`.
 struct SyntheticDevice {
     FixedText<40> type;    // Xen: "vbd", "vif"; VMBus: the class GUID
@@ -191,7 +181,7 @@ concept LeavesProcessors = Processors<B> && requires(B& b, u32 cpu) {
 };
 
 /// Gives back what install(), start() and enumerate() took: shared pages, connections. uninstall(): at the end of the machine's life, after the
-/// drivers' last use of it, on processor 0; bounded, no executor needed, interrupts on or off. Only Power may be called afterwards.
+/// drivers' last use of it, on processor 0; bounded, no executor needed, interrupts on or off. Nothing may be called afterwards.
 template <class B>
 concept TearDown = requires(B& b) {
     { b.uninstall() } -> std::same_as<void>;

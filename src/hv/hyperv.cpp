@@ -45,9 +45,6 @@ Result<void> HyperV::install(Environment& environment) {
     timer_direct_ = (features_ & features::direct_timers) != 0;
     timer_offered_ = (privileges_ & privileges::synthetic_timers) != 0 && (privileges_ & privileges::reference_counter) != 0 &&
                      (timer_direct_ || bus_offered_);
-    if ((features_ & features::crash_registers) != 0) {
-        TRY(crash_text_, memory_->buffer(page_size));
-    }
     synic_.install(*cpu_, *memory_);
     log::info("hyperv {}.{}: hypercalls, clock {}, {}{}", sighting->version >> 16, sighting->version & 0xffff, clock_name_,
               bus_offered_ ? "SynIC" : "no VMBus", timer_offered_ ? ", synthetic timers" : "");
@@ -177,43 +174,6 @@ std::optional<SyntheticDevice> HyperV::next_device() {
     device->address.write(offer->instance.text());
     device->number = offer->relid;
     return device;
-}
-
-// ---- power
-// -------------------------------------------------------------------------------------------------------------------------------------
-
-Error HyperV::power_off() {
-    uninstall();
-    return {Code::not_supported, "Hyper-V has no call that switches a guest off: ACPI does it"};
-}
-
-Error HyperV::reboot() {
-    if (cpu_ == nullptr || (privileges_ & privileges::reset) == 0) {
-        return {Code::not_supported, "this Hyper-V gives its guest no reset register (privileges)", privileges::reset, privileges_};
-    }
-    uninstall();
-    cpu_->write_msr(msr::reset, 1);
-    return {Code::not_supported, "Hyper-V did not reset the machine"};
-}
-
-Error HyperV::crash(std::string_view reason) {
-    if (!crash_text_) {
-        return {Code::not_supported, "this Hyper-V takes no crash reports", features::crash_registers, features_};
-    }
-    const u64 offered = cpu_->read_msr(msr::crash_control);
-    if ((offered & crash::notify) == 0) {
-        return {Code::not_supported, "this Hyper-V takes no crash reports (control register)", crash::notify, offered};
-    }
-    const bool with_text = (offered & crash::message) != 0;
-    const usize length = std::min<usize>(reason.size(), crash_text_.size());
-    std::memcpy(crash_text_.data(), reason.data(), length);
-    constexpr u64 first_parameter = 0x4649525354; // "FIRST": who speaks
-    const std::array<u64, 5> parameters{first_parameter, our_guest_os_id, 0, with_text ? crash_text_.bus() : 0, with_text ? length : 0};
-    for (u32 i = 0; i < parameters.size(); ++i) {
-        cpu_->write_msr(msr::crash_parameter0 + i, parameters[i]);
-    }
-    cpu_->write_msr(msr::crash_control, crash::notify | (with_text ? crash::message : 0));
-    return {Code::not_supported, "Hyper-V took the crash report and did not end the machine"};
 }
 
 // ---- timer

@@ -53,13 +53,6 @@ class HyperV {
     std::string_view clock_name() const { return clock_name_; }
     u64 hypercalls() const { return hypercalls_.count(); }
 
-    /// There is no call that switches a guest off: ACPI does. The bus is unloaded first.
-    Error power_off();
-    /// By the reset register, where the host offers it.
-    Error reboot();
-    /// By the crash registers, with the text where the host takes one.
-    Error crash(std::string_view reason);
-
     /// Connects, asks what is there, and lists the first channels of all devices by their relids. A bus that does not answer is a warning and an
     /// empty list.
     io::Task<Result<void>> enumerate(DeviceList& into);
@@ -105,7 +98,6 @@ class HyperV {
     DmaAllocator* memory_ = nullptr;
     io::Executor* executor_ = nullptr;
     InterruptController* interrupts_ = nullptr;
-    DmaBuffer crash_text_;
     u32 base_ = 0;
     u32 privileges_ = 0;
     u32 features_ = 0;
@@ -120,7 +112,7 @@ class HyperV {
     std::optional<u64> tsc_hz_;
     std::string_view clock_name_ = "none";
 };
-static_assert(Backend<HyperV> && Hypercalls<HyperV> && Power<HyperV> && BusRoot<HyperV> && LateDevices<HyperV> && LeavesProcessors<HyperV> &&
+static_assert(Backend<HyperV> && Hypercalls<HyperV> && BusRoot<HyperV> && LateDevices<HyperV> && LeavesProcessors<HyperV> &&
               TearDown<HyperV> && OneShotTimer<HyperV>);
 
 } // namespace fl::hv

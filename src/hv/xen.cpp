@@ -198,22 +198,6 @@ log::Sink* Xen::console() {
     return &console_;
 }
 
-Error Xen::ended(Shutdown reason) {
-    if (version_ == 0) {
-        return {Code::not_supported, "Xen has not been installed"};
-    }
-    const i64 answer = hypercalls_.shutdown(reason);
-    return {Code::not_supported, "Xen does not end the machine (errno)", 0, static_cast<u64>(-answer)};
-}
-
-Error Xen::crash(std::string_view reason) {
-    if (version_ != 0) {
-        static_cast<void>(hypercalls_.console_write(reason));
-        static_cast<void>(hypercalls_.console_write("\n"));
-    }
-    return ended(Shutdown::crash);
-}
-
 // ---- emulated devices
 // ----------------------------------------------------------------------------------------------------------------------------
 

@@ -47,9 +47,6 @@ class Xen {
     u64 hypercalls() const { return hypercalls_.count(); }
     /// Xen's own log, by hypercall or debug port; nullptr where neither is there (KVM's emulation).
     log::Sink* console();
-    Error power_off() { return ended(xen::Shutdown::power_off); }
-    Error reboot() { return ended(xen::Shutdown::reboot); }
-    Error crash(std::string_view reason);
     Result<void> unplug(EmulatedClasses classes);
     io::Task<Result<void>> enumerate(DeviceList& into);
 
@@ -84,7 +81,6 @@ class Xen {
     Result<void> install_grants(Environment& environment);
     void install_store(Environment& environment);
     void find_clock(const Environment& environment, const Sighting& sighting);
-    Error ended(xen::Shutdown reason);
 
     xen::Gate gate_;
     xen::Hypercalls hypercalls_;
@@ -102,6 +98,6 @@ class Xen {
     xen::Store store_;
     std::array<char, xen::store_payload_max> listing_{};
 };
-static_assert(Backend<Xen> && EventSource<Xen> && Hypercalls<Xen> && Console<Xen> && Power<Xen> && EmulatedDevices<Xen> && BusRoot<Xen>);
+static_assert(Backend<Xen> && EventSource<Xen> && Hypercalls<Xen> && Console<Xen> && EmulatedDevices<Xen> && BusRoot<Xen>);
 
 } // namespace fl::hv

@@ -200,7 +200,7 @@ static_assert(names(hv::list, "kvm") && hv::built_for(VmGuest::kvm) && hv::built
 #else
 static_assert(!names(hv::list, "kvm") && !hv::built_for(VmGuest::kvm));
 #endif
-static_assert(!hv::Power<hv::Bare> && !hv::BusRoot<hv::Bare> && !hv::EventSource<hv::Bare> && hv::Clock<hv::Bare>);
+static_assert(!hv::BusRoot<hv::Bare> && !hv::EventSource<hv::Bare> && hv::Clock<hv::Bare>);
 
 #ifdef FIRSTLIGHT_HV_KVM
 // A host's clock page, typed from the documentation of MSR_KVM_SYSTEM_TIME_NEW: version 2, 2.5 GHz: mul = 2^32 * 0.8 with shift -1, flags 1.

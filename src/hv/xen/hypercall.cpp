@@ -49,11 +49,6 @@ Result<void> Hypercalls::set_upcall_vector(u32 vcpu, u8 vector) {
     return checked(call(Hypercall::hvm_op, HvmOp::set_upcall_vector, upcall), "Xen does not take a vector for events (errno)");
 }
 
-i64 Hypercalls::shutdown(Shutdown reason) {
-    u32 argument = to_underlying(reason);
-    return call(Hypercall::sched_op, SchedOp::shutdown, argument);
-}
-
 i64 Hypercalls::console_write(std::string_view text) {
     return call(Hypercall::console_io, to_underlying(ConsoleOp::write), text.size(), reinterpret_cast<u64>(text.data()));
 }

@@ -43,8 +43,6 @@ class Hypercalls {
     Result<u64> hvm_parameter(HvmParam index);
     Result<void> set_hvm_parameter(HvmParam index, u64 value);
     Result<void> set_upcall_vector(u32 vcpu, u8 vector);
-    /// Returns only when Xen refuses.
-    i64 shutdown(Shutdown reason);
     i64 console_write(std::string_view text);
     /// The most frames that this guest's grant table may have.
     Result<u32> grant_table_limit();

@@ -83,7 +83,6 @@ static_assert(sizeof(UpcallVector) == 8 && offsetof(UpcallVector, vector) == 4);
 constexpr u64 callback_by_vector(u8 vector) { return u64{2} << 56 | vector; }
 
 enum class SchedOp : u32 { yield = 0, block = 1, shutdown = 2, poll = 3 };
-enum class Shutdown : u32 { power_off = 0, reboot = 1, crash = 3 };
 struct SchedPoll {
     const u32* ports; // virtual address of nr_ports ports
     u32 port_count;

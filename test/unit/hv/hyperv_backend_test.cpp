@@ -256,36 +256,6 @@ TEST(HyperVTimer, DirectAndByMessage) {
     }
 }
 
-TEST(HyperVPower, CrashTellsTheTextWhereTheHostTakesOne) {
-    {
-        hyperv_fake::Machine m;
-        m.host.msrs[0x40000105] = u64{3} << 62;
-        ASSERT_TRUE(m.install());
-        EXPECT_EQ(m.guest.crash("page fault in nobody").code, Code::not_supported) << "it returns: the host did not end the machine";
-        EXPECT_EQ(m.host.msrs[0x40000105], u64{3} << 62);
-        EXPECT_EQ(m.host.msrs[0x40000104], 20u);
-        EXPECT_EQ(std::string_view(reinterpret_cast<const char*>(m.host.msrs[0x40000103]), 20), "page fault in nobody");
-    }
-    {
-        hyperv_fake::Machine m;
-        m.host.msrs[0x40000105] = u64{1} << 63;
-        ASSERT_TRUE(m.install());
-        static_cast<void>(m.guest.crash("x"));
-        EXPECT_EQ(m.host.msrs[0x40000105], u64{1} << 63);
-        EXPECT_EQ(m.host.msrs[0x40000103], 0u);
-    }
-}
-
-TEST(HyperVPower, RebootsByTheRegister) {
-    hyperv_fake::Machine m(0x40000000, 0xe7f | 1u << 7);
-    ASSERT_TRUE(m.install());
-    static_cast<void>(m.guest.reboot());
-    EXPECT_EQ(m.host.msrs[0x40000003], 1u);
-    hyperv_fake::Machine without(0x40000000, 0xe7f & ~(1u << 7));
-    ASSERT_TRUE(without.install());
-    EXPECT_EQ(without.guest.reboot().code, Code::not_supported);
-}
-
 TEST(HyperVBackend, UninstallLeavesNothingBehind) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());

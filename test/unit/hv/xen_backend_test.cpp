@@ -133,20 +133,6 @@ TEST(XenBackend, ClockFromTheSharedPage) {
     EXPECT_EQ(install(0x80000000, 77, 4), std::nullopt);
 }
 
-TEST(XenBackend, EndsTheMachine) {
-    fake::Machine m;
-    EXPECT_EQ(m.guest.power_off().code, Code::not_supported);
-    ASSERT_TRUE(m.install());
-    static_cast<void>(m.guest.power_off());
-    EXPECT_EQ(m.xen.shutdown_reason, 0u);
-    static_cast<void>(m.guest.reboot());
-    EXPECT_EQ(m.xen.shutdown_reason, 1u);
-    m.xen.console_answer = 0;
-    static_cast<void>(m.guest.crash("oh no"));
-    EXPECT_EQ(m.xen.shutdown_reason, 3u);
-    EXPECT_EQ(m.xen.console, "oh no\n");
-}
-
 TEST(XenBackend, Console) {
     fake::Machine m;
     ASSERT_TRUE(m.install());
