@@ -30,7 +30,8 @@ def arguments() -> Parser:
     parser.add_argument("--runs", type=whole(1, 100), default=1, metavar="N", help="repeat, and show how far the runs lie apart")
     parser.add_argument("--list", action="store_true", help="list the jobs")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="only jobs whose name matches (a glob, or a part of it), several times (default: all but xen-pvh)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as fio would, last run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as fio would (json+), last run")
+    parser.add_argument("--json-dir", type=Path, metavar="FOLDER", help="the same as one file for each job in a new folder, for fio-plot")
     parser.add_argument("--yardstick", action="store_true", help="measure Linux with fio in the same machines, in the same start of the lab")
     parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether the machine runs nested")
     parser.add_argument("--boot", choices=("pvh", "uefi"), default="pvh", help="how the kernel is started; uefi for --only xen-emu")
@@ -41,7 +42,7 @@ def arguments() -> Parser:
 
 LISTED = "nothing is measured"
 CONFLICTS = tuple(
-    Conflict(("list", name), LISTED) for name in ("wall", "runs", "json", "yardstick", "lab", "boot", "cmdline", "no_build")
+    Conflict(("list", name), LISTED) for name in ("wall", "runs", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build")
 )  # fmt: skip
 OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks")  # of the kernel's command line, which the jobs set
 
@@ -71,6 +72,8 @@ def check(options) -> list[Chosen]:
                 raise Problem(f"--lab {options.lab}: {side.platform} has a lab of its own, always. Leave out --lab, or add --only for other jobs.", Exit.USAGE)
     if options.json:
         paths.writable(options.json, "--json")
+    if options.json_dir:
+        fiojson.demand_folder(options.json_dir)
     if options.no_build:
         launch.demand_built([paths.KERNEL, paths.EFI, *([paths.TEST_HOST] if any(one.comparison == "hyperv" for one in chosen) else [])])
     paths.cache()
@@ -103,6 +106,8 @@ def main(words: list[str]) -> Exit:
     print(f"finished in {time.monotonic() - begin:.0f} s")
     if options.json:
         fiojson.write(options.json, jobs)
+    if options.json_dir:
+        fiojson.write_folder(options.json_dir, jobs)
     return Exit.SUCCESS
 
 
@@ -117,7 +122,7 @@ def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
     reason = where.reason if forced == options.lab or machines[0].kind.domain else "nested lab, where instructions can be counted"
     launch.warn(f"{chosen.comparison}: {reason}; {mode} time")
     if options.yardstick:
-        machines += [linux_machine(side, chosen) for side in sides]
+        machines += [linux_machine(side, chosen, bool(options.json or options.json_dir)) for side in sides]
     runs: list[list[dict]] = []
     for number in range(options.runs):
         launch.warn(f"run {number + 1} of {options.runs}")
@@ -158,12 +163,12 @@ def main_machine(side: Side, chosen: Chosen, options) -> Machine:
     return Machine(f"bench-{side.platform}", side.platform, boot=options.boot, cmdline=" ".join(words), disks=images(side), timeout=60)
 
 
-def linux_machine(side: Side, chosen: Chosen) -> Machine:
+def linux_machine(side: Side, chosen: Chosen, bins: bool) -> Machine:
     disks = [disk for disk in side.disks if disk in chosen.disks]
     # fio counts milliseconds: on a disk that is done with our count within some tens of them it does more.
     more = FIO_MORE if any(workloads.KINDS[disk] == "synthetic" for disk in disks) else 1
     wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count * more, "mix": 70} for w in chosen.workloads]
-    script = yardstick.script(disks, wanted, PLATFORMS[side.platform].marks)
+    script = yardstick.script(disks, wanted, PLATFORMS[side.platform].marks, bins)
     return Machine(f"linux-{side.platform}", side.platform, disks=images(side), timeout=120, linux=script)
 
 
@@ -220,6 +225,10 @@ def our_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
     if len(found) != expected:
         raise Problem(f"{len(found)} results, {expected} expected. The log is in build/runs/bench/{chosen.comparison}/serial.log.", Exit.FAILURE)
     demand_phases(boot, expected)
+    for record in found:
+        for latency in (record[op].get("lat_ns", {}) for op in ("read", "write")):
+            if latency.get("N") and "buckets" not in latency:
+                raise Problem(f"{record['disk']} {record['workload']}: the kernel sent no latencies record before this result.", Exit.FAILURE)
     failed = [record for record in found if record["errors"]]
     if failed:
         raise Problem(f"{failed[0]['disk']} {failed[0]['workload']}: {failed[0]['errors']} failed I/Os.", Exit.FAILURE)
@@ -285,7 +294,7 @@ def linux_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
         exits = boot.log.phases[at].get("exits") if boot.log.phases else None
         workload = chosen.workloads[number]
         result["jobname"] = f"{driver}-{workload.label}"
-        result["job options"] = {**result["job options"], "name": workload.name, "bs": str(size(workload.bs))}
+        result["job options"] = {**result["job options"], "name": workload.name, "bs": fiojson.size_word(size(workload.bs)), "numjobs": "1"}
         result["firstlight"] = {
             "platform": chosen.comparison, "machine": side.platform, "boot": "linux", "vm_guest": side.platform.partition("-")[0],
             "mode": mode, "disk": disk, "driver": driver, "kind": workloads.KINDS[disk],

@@ -30,6 +30,8 @@ BUILD_PACKAGES = {
 # What scripts/test needs beside them.
 TEST_PACKAGES = {
     "gdb": "debugging the kernel",
+    "fio": "its tool reads what scripts/bench --json writes",
+    "python3-six": "fio's tool needs it",
 }
 
 

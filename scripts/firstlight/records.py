@@ -91,12 +91,41 @@ def parse_phase(line: str) -> dict | None:
     return phase
 
 
+class Latencies:
+    """Gathers the `latencies` records that stand before a `result`, and gives them to it."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, dict[int, int]]] = {}  # disk, read or write, bucket: count
+
+    def take(self, record: dict) -> None:
+        counts, bucket = record.get("counts"), record.get("bucket")
+        if record.get("op") not in ("read", "write") or not isinstance(counts, list) or len(counts) % 2 == 0:
+            raise ValueError("latencies without counts")
+        if not all(type(number) is int and number >= 1 for number in counts) or type(bucket) is not int or bucket < 0:
+            raise ValueError("latencies whose counts are no numbers")
+        buckets = self.found.setdefault(record.get("disk", ""), {}).setdefault(record["op"], {})
+        for distance, count in zip([0, *counts[1::2]], counts[::2]):
+            bucket += distance
+            if bucket in buckets:
+                raise ValueError("a bucket that occurs twice")
+            buckets[bucket] = count
+
+    def give(self, result: dict) -> None:
+        mine = self.found.pop(result.get("disk", ""), {})
+        for op, buckets in mine.items():
+            latency = result.get(op, {}).get("lat_ns", {})
+            if sum(buckets.values()) != latency.get("N"):
+                raise ValueError("latencies that are not as many as the result says")
+            latency["buckets"] = buckets
+
+
 def parse(output: str) -> Log:
-    """A `result` gets what the host counted in its phase as `exits`, where the host can tell.
+    """A `result` gets what the host counted in its phase as `exits`, where the host can tell, and its latencies as `buckets`.
 
     Phases and results are in step: phase N ends before result N and after result N - 1. Anything else is malformed.
     """
     log = Log([], [], [])
+    latencies = Latencies()
     for line in output.splitlines():
         try:
             record, phase = parse_line(line), parse_phase(line)
@@ -104,7 +133,11 @@ def parse(output: str) -> Log:
                 if phase["phase"] != len(log.phases) + 1:
                     raise ValueError("a phase out of turn")
                 log.phases.append(phase)
-            elif record and record["record"] == "result" and log.phases:
+            elif record and record["record"] == "latencies":
+                latencies.take(record)
+            elif record and record["record"] == "result":
+                latencies.give(record)
+            if record and record["record"] == "result" and log.phases:
                 if len(log.phases) != len(log.of("result")) + 1:
                     raise ValueError("a result without a phase, or a phase without a result")
                 if "exits" in log.phases[-1]:

@@ -40,7 +40,7 @@ def row(job: dict) -> list[str]:
 
 def label(job: dict) -> str:
     options = job["job options"]
-    return f"{options['name']} {int(options['bs']) // 1024}k qd{options['iodepth']}"
+    return f"{options['name']} {options['bs']} qd{options['iodepth']}"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import build, debugger, image, lab, launch, machine, paths, process, report, setup, vmtests, workloads
+from . import build, debugger, fiotools, image, lab, launch, machine, paths, process, report, setup, vmtests, workloads
 from .options import Conflict, Parser, demand_agreement
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
@@ -35,7 +35,7 @@ def arguments() -> Parser:
     parser = Parser(
         prog="scripts/test",
         description="Build everything and run every test: the scripts' own, the modules' on this machine (plain, with "
-        "sanitizers, with a checker of memory orderings), a fixed number of fuzzed inputs, the image, gdb on a machine, a kernel without any hypervisor's module, and the "
+        "sanitizers, with a checker of memory orderings), a fixed number of fuzzed inputs, the image, gdb on a machine, fio's tools on what scripts/bench writes, a kernel without any hypervisor's module, and the "
         "boots of test/vm/*.toml.",
         epilog="A test that is required and skipped is a failure.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
@@ -73,15 +73,15 @@ def check(options, cases: list[vmtests.Case], suites: Sequence[str]) -> None:
 def main(words: list[str]) -> Exit:
     options = arguments().parse_args(words)
     # The name of a suite means that suite, not the boots in whose names the word happens to occur.
-    parts = [pattern for pattern in options.only if pattern not in ("scripts", *PRESETS, FUZZ, "image", GDB, MINIMAL)]
+    parts = [pattern for pattern in options.only if pattern not in ("scripts", *PRESETS, FUZZ, "image", GDB, MINIMAL, fiotools.SUITE)]
     cases = [case for case in vmtests.load() if not options.fast or "fast" in case.groups]
     presets = ("host",) if options.fast else PRESETS
-    check(options, cases, ("scripts", *presets, "image", GDB, *(() if options.fast else (FUZZ, MINIMAL))))
+    check(options, cases, ("scripts", *presets, "image", GDB, *(() if options.fast else (FUZZ, MINIMAL, fiotools.SUITE))))
     cases = [case for case in cases if not options.only or (parts and wanted(f"vm/{case.name}", parts))]
     if options.list:
         for case in cases:
             print(f"vm/{case.name:34} {case.platform:10} {case.machine:8} {','.join(case.groups):10} {case.about}")
-        slow = [] if options.fast else [*(f"{FUZZ}/{target}" for target in FUZZ_TARGETS), MINIMAL]
+        slow = [] if options.fast else [*(f"{FUZZ}/{target}" for target in FUZZ_TARGETS), MINIMAL, fiotools.SUITE]
         print("\n".join(["scripts", *presets, "image", GDB, *slow]))
         return Exit.SUCCESS
     setup.ensure(tests=True)
@@ -95,9 +95,10 @@ def main(words: list[str]) -> Exit:
     if wanted("scripts", options.only, whole=True):
         add(surviving("scripts", script_tests(options.only)))
     built = True
-    if cases or any(wanted(suite, options.only, whole=True) for suite in ("image", GDB)):
+    measured = not options.fast and wanted(fiotools.SUITE, options.only, whole=True)
+    if cases or measured or any(wanted(suite, options.only, whole=True) for suite in ("image", GDB)):
         built = attempt("build/kernel", build.kernel, add)
-        if any(machine.PLATFORMS[case.platform].test_host for case in cases):
+        if measured or any(machine.PLATFORMS[case.platform].test_host for case in cases):
             built = attempt("build/test-host", build.test_host, add) and built
         if built and wanted("image", options.only, whole=True):
             add(surviving("image", image.checks()))
@@ -110,6 +111,8 @@ def main(words: list[str]) -> Exit:
         add(surviving(FUZZ, fuzz_tests(options.only)))
     if not options.fast and wanted(MINIMAL, options.only, whole=True):
         add(surviving(MINIMAL, minimal()))
+    if measured and built:
+        add(surviving(fiotools.SUITE, fiotools.checks()))
     if cases:
         add(vm_tests(cases, options.lab, built))
     return finish(results, options)

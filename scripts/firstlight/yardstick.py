@@ -110,8 +110,8 @@ def fio_words(workload: dict, device: str, port: int = 0, phase: int = 0) -> lis
     return [shlex.quote(word) for word in words]
 
 
-def script(disks: Sequence[str], workloads: Sequence[dict], port: int = 0) -> str:
-    """Every workload on every disk. `port`: the I/O port that takes marks, or 0."""
+def script(disks: Sequence[str], workloads: Sequence[dict], port: int = 0, bins: bool = False) -> str:
+    """Every workload on every disk. `port`: the I/O port that takes marks, or 0. `bins`: fio prints its histograms, which takes a while."""
     lines = []
     phase = 0
     for disk in disks:
@@ -121,7 +121,7 @@ def script(disks: Sequence[str], workloads: Sequence[dict], port: int = 0) -> st
             lines.append(f"echo 'yardstick {disk} {driver} {number}'")
             phase += 1
             words = " ".join(fio_words(workload, device, port, phase))
-            lines.append(f"fio --output-format=json --output=/tmp/out {words} >/dev/null 2>&1 || echo failed")
+            lines.append(f"fio --output-format={'json+' if bins else 'json'} --output=/tmp/out {words} >/dev/null 2>&1 || echo failed")
             lines.append("tr -d '\\n\\t' < /tmp/out; echo")
             lines.append("echo 'yardstick end'")
     return "\n".join(lines) + "\n"

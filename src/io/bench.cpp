@@ -128,6 +128,7 @@ Latencies summary(const Histogram& histogram, u32 bs) {
     out.max = histogram.max();
     out.mean = histogram.mean();
     out.stddev = histogram.stddev();
+    out.histogram = &histogram;
     for (usize i = 0; i < Histogram::usual.size(); ++i) {
         out.percentiles[i] = histogram.percentile(Histogram::usual[i]);
     }
@@ -474,10 +475,35 @@ void print_direction(log::Record& record, std::string_view key, const Latencies&
     }
     record.close('}').close('}').close('}');
 }
+
+// The counts behind a direction, as records of bounded length: the first bucket's number and its count, then how many buckets further on the
+// next count lies, that count, and so on.
+void print_latencies(const BlockDevice& disk, std::string_view op, const Latencies& latencies) {
+    constexpr usize longest = 48; // counts in a record: less than 800 characters
+    if (latencies.histogram == nullptr) {
+        return;
+    }
+    const Histogram& histogram = *latencies.histogram;
+    for (usize at = histogram.next(0); at < Histogram::buckets;) {
+        log::Record record("latencies");
+        record.text("disk", disk.identity().name).text("op", op).number("bucket", at).open("counts", '[');
+        record.number("", histogram.at(at));
+        usize next = histogram.next(at + 1);
+        for (usize n = 1; n < longest && next < Histogram::buckets; ++n) {
+            record.number("", next - at).number("", histogram.at(next));
+            at = next;
+            next = histogram.next(at + 1);
+        }
+        record.close(']');
+        at = next;
+    }
+}
 } // namespace
 
 void print_record(const BlockDevice& disk, const BenchReport& report) {
     const Workload& w = report.workload;
+    print_latencies(disk, "read", report.read);
+    print_latencies(disk, "write", report.write);
     log::Record record("result");
     record.text("disk", disk.identity().name).text("driver", disk.identity().driver).text("kind", name(disk.identity().kind));
     record.text("workload", name(w.pattern))

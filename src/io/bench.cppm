@@ -49,6 +49,7 @@ struct Latencies {
     u64 mean = 0;
     u64 stddev = 0;
     std::array<u64, Histogram::usual.size()> percentiles{}; // of Histogram::usual
+    const Histogram* histogram = nullptr;                   // the runner's (of lanes, the first one's), until its next run
 };
 
 struct BenchReport {

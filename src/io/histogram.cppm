@@ -48,6 +48,16 @@ class Histogram {
     /// The smallest recorded value such that at least `p` of all are not larger, rounded up to the end of its bucket; 0 of nothing.
     u64 percentile(Millionths p) const;
 
+    /// How many values a bucket holds.
+    u32 at(usize index) const { return counts_[index]; }
+    /// The first bucket from `index` on that holds any; `buckets` if none does.
+    usize next(usize index) const {
+        while (index < buckets && counts_[index] == 0) {
+            ++index;
+        }
+        return index;
+    }
+
     static constexpr usize index_of(u64 value) {
         const u32 top = static_cast<u32>(std::bit_width(value | ((u64{1} << bits) - 1))); // at least `bits`
         const u32 shift = top > bits + 1 ? top - (bits + 1) : 0;

@@ -297,7 +297,7 @@ class Comparisons(unittest.TestCase):
             side = {"iops": rate, "total_ios": 1}
             return {
                 "read": side, "write": {"iops": 0, "total_ios": 0}, "firstlight": {"kind": kind},
-                "job options": {"name": "randread", "bs": "4096", "iodepth": "1"},
+                "job options": {"name": "randread", "bs": "4k", "iodepth": "1"},
             }  # fmt: skip
 
         text = report.ratios([job("synthetic", 300.0), job("emulated", 100.0)], [job("synthetic", 150.0)])

@@ -2,9 +2,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <gtest/gtest.h>
+#include <map>
 #include <memory>
 #include <new>
 #include <set>
+#include <sstream>
 #include <string>
 #include <vector>
 import core.std;
@@ -329,6 +331,59 @@ TEST_F(BenchTest, RecordHasEveryField) {
         EXPECT_TRUE(log.has(field)) << field;
     }
     EXPECT_FALSE(log.text.truncated());
+}
+
+TEST_F(BenchTest, LatenciesStandBeforeTheResult) {
+    const auto r = run("randread,qd=1,count=3");
+    ASSERT_TRUE(r);
+    auto counts = std::make_unique<Histogram>();
+    counts->record(5);
+    counts->record(7);
+    counts->record(7);
+    counts->record(300); // 256 to 511 in twos: the 23rd of them
+    auto report = *r;
+    report.read.histogram = counts.get();
+    CapturedLog log;
+    print_record(disk, report);
+    EXPECT_TRUE(log.has("@{\"record\":\"latencies\",\"disk\":\"mem0\",\"op\":\"read\",\"bucket\":5,\"counts\":[1,2,2,271,1]}\n@{\"record\":\"result\""));
+    EXPECT_FALSE(log.has("\"op\":\"write\"")); // nothing was written
+}
+
+TEST_F(BenchTest, LatenciesAreAllInRecordsOfBoundedLength) {
+    const auto r = run("randread,qd=1,count=1");
+    ASSERT_TRUE(r);
+    auto counts = std::make_unique<Histogram>();
+    std::map<usize, u64> wanted;
+    for (usize i = 0; i < 1000; ++i) {
+        const u64 value = Histogram::highest_of(i * 4);
+        for (u64 times = 0; times <= i % 3; ++times) {
+            counts->record(value);
+            ++wanted[i * 4];
+        }
+    }
+    auto report = *r;
+    report.write.histogram = counts.get();
+    report.read.histogram = nullptr;
+    CapturedLog log;
+    print_record(disk, report);
+    ASSERT_FALSE(log.text.truncated());
+    std::map<usize, u64> found;
+    std::istringstream lines(std::string(log.text.view()));
+    for (std::string line; std::getline(lines, line);) {
+        EXPECT_LT(line.size(), 1024u + (line.find("\"result\"") == std::string::npos ? 0 : 1024)) << line;
+        const auto begin = line.find("\"bucket\":");
+        if (begin == std::string::npos) {
+            continue;
+        }
+        usize bucket = std::stoul(line.substr(begin + 9));
+        std::istringstream numbers(line.substr(line.find('[') + 1));
+        u64 number = 0;
+        char comma = 0;
+        for (bool count = true; numbers >> number; count = !count, numbers >> comma) {
+            count ? static_cast<void>(found[bucket] += number) : static_cast<void>(bucket += number);
+        }
+    }
+    EXPECT_EQ(found, wanted);
 }
 
 TEST(Random, IsSplitMix64) {
