@@ -97,6 +97,7 @@ class Sessions(unittest.TestCase):
             (3, "0x0000000000000001 in ?? ()\n", "next showed no line"),
             (4, "", "step showed no line"),
             (5, self.ANSWERS[5] + unknown, "the backtrace of kernel_start is"),
+            (5, self.FRAME + "#1  0x0000000000000001 in ?? ()\n" + self.ENTRY.replace("#1 ", "#2 "), "the backtrace of kernel_start is"),
             (5, self.FRAME, "the backtrace of kernel_start is fl::boot::kernel_start;"),
             (5, self.ENTRY, "the backtrace of kernel_start is pvh_entry32;"),
             (5, "", "the backtrace of kernel_start is empty"),

@@ -177,6 +177,7 @@ class Pauses(unittest.TestCase):
     def test_too_late(self):
         pause = nested.Pause("a", 0.2, 0.3)
         self.assertEqual(self.watch("echo a", pause).pauses, 0)
+        self.assertEqual(self.watch("echo a; sleep 0.2", nested.Pause("a", 0.2, 1.0)).pauses, 0)  # it was there when the line came
         self.assertEqual(self.watch(f"echo a; {self.VERDICT}; sleep 1", pause).pauses, 0)
         self.assertEqual(self.watch(f"echo b; {self.VERDICT}", pause).pauses, 0)
 
