@@ -64,7 +64,7 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
         const u32 size = disk->geometry().sector_size;
         auto transfer = disk->read(0, buffer.span().subspan(0, size));
         const Result<void> done = co_await transfer;
-        const Instant now = services.executor.now();
+        const Instant now = services.executor.elapsed(); // the entry is its beginning
         if (transfer.buffer_lost) {
             buffer.abandon();
         }

@@ -355,7 +355,7 @@ template <hv::LateDevices B>
 io::Task<Result<void>> probe_late(Given& given) {
     B& backend = *static_cast<B*>(given.side.backend);
     for (;;) {
-        static_cast<void>(co_await backend.news().wait(never));
+        static_cast<void>(co_await backend.news().wait());
         while (const auto device = backend.next_device()) {
             if (given.shutdown.requested()) {
                 co_return Result<void>{};

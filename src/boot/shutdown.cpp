@@ -35,10 +35,11 @@ struct Work {
 };
 
 // On the lane's own processor.
-io::Task<Result<void>> settle(io::BlockDevice& lane, Instant deadline) {
+io::Task<Result<void>> settle(io::BlockDevice& lane, Nanoseconds length) {
     lane.hold();
+    const io::Bound bound(lane.executor(), length);
     while (lane.under_way() != 0) {
-        if (lane.executor().now() >= deadline) {
+        if (bound.passed()) {
             co_return Error{Code::timed_out, "requests are still under way", 0, lane.under_way()};
         }
         co_await lane.executor().sleep(1'000'000);
@@ -48,15 +49,18 @@ io::Task<Result<void>> settle(io::BlockDevice& lane, Instant deadline) {
 
 // Nothing more is begun on any disk, and what is under way has ended: no device reaches into the job's buffers any more. All lanes are stopped
 // before the first one is waited for.
-io::Task<Result<void>> bring_to_rest(const Disks& disks, JobServices services, Instant deadline) {
+io::Task<Result<void>> bring_to_rest(const Disks& disks, JobServices services, Nanoseconds timeout) {
     Result<void> result;
-    for (const Instant until : {Instant{0}, deadline}) {
+    const io::Bound bound(services.executor, timeout); // for all of them together
+    for (const bool wait : {false, true}) {
         result = {};
         for (io::BlockDevice* disk : disks.all()) {
             for (u32 i = 0; i < disk->lanes(); ++i) {
                 io::BlockDevice& lane = disk->lane(i);
-                auto settled = &lane.executor() == &services.executor ? co_await settle(lane, until)
-                                                                      : co_await io::run_on(lane.executor(), settle(lane, until));
+                const Instant now = services.executor.now();
+                const Nanoseconds left = wait && !bound.passed(now) ? bound.due() - now : 0; // a length: each lane counts its own time
+                auto settled = &lane.executor() == &services.executor ? co_await settle(lane, left)
+                                                                      : co_await io::run_on(lane.executor(), settle(lane, left));
                 if (!settled) {
                     result = settled;
                 }
@@ -75,13 +79,13 @@ io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks
         co_return Error{Code::exhausted, "no memory for the job"};
     }
     CO_CHECK(work->group.spawn(keep(options, disks, services, shutdown, work->done)));
-    static_cast<void>(co_await shutdown.asked(never));
+    static_cast<void>(co_await shutdown.asked());
     if (!shutdown.requested() && work->done) {
         co_return std::move(*work->done);
     }
     log::info("boot: {} asks for a shutdown: flushing {} disks", shutdown.by(), disks.all().size());
     // A job that is not done ends here, with all that it waits for; its memory only when no host can reach it any more.
-    if (auto rested = co_await bring_to_rest(disks, services, after(services.executor.now(), options.timeout)); rested) {
+    if (auto rested = co_await bring_to_rest(disks, services, options.timeout); rested) {
         work.reset();
     } else {
         log::warning("boot: the job's memory is given up: {}", rested.error());
@@ -99,7 +103,7 @@ io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks
         }
     }
     shutdown.rest(outcome.verdict == Verdict::success);
-    static_cast<void>(co_await shutdown.was_answered(after(services.executor.now(), answer_bound)));
+    static_cast<void>(co_await shutdown.was_answered({services.executor, answer_bound}));
     print(outcome.reason, "shut down as {} asked{}", shutdown.by(),
           outcome.verdict == Verdict::success ? "" : ", and not every disk could be flushed");
     co_return outcome;

@@ -120,15 +120,15 @@ io::Task<Result<void>> probe(Environment& environment, pci::Device device, P por
 
 /// Waits until the selected device is not busy. The 400 ns before the status counts are a read of the alternate status [ATA-7 §9.4].
 template <PortAccess P>
-io::Task<Result<Status>> Prober<P>::settle(Nanoseconds bound) {
+io::Task<Result<Status>> Prober<P>::settle(Nanoseconds length) {
     static_cast<void>(channel_.registers().alternate_status());
-    const Instant deadline = after(executor_.now(), bound);
+    const io::Bound bound(executor_, length);
     for (;;) {
         const Status status = channel_.registers().status();
         if (!status.busy()) {
             co_return status;
         }
-        if (executor_.now() >= deadline) {
+        if (bound.passed()) {
             co_return Error{Code::timed_out, "the IDE device stays busy (BSY)", 0, status.raw};
         }
         co_await executor_.sleep(poll);

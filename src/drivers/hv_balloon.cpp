@@ -43,11 +43,11 @@ io::Task<Result<void>> Device::connect(Offer offer) {
     CO_CHECK(co_await bus_.open(channel_, offer, {.send_bytes = ring_bytes, .receive_bytes = ring_bytes, .may_defer = false}));
     inbox_.emplace(channel_, environment_.executor);
     Result<void> result = balloon_.begin();
-    const Instant deadline = after(environment_.executor.now(), environment_.timeout);
+    const io::Bound bound(environment_.executor, environment_.timeout);
     while (result && balloon_.state() != Balloon::State::running) {
         if (channel_.rescinded()) {
             result = Error{Code::device_gone, "the host has taken its dynamic memory away"};
-        } else if (!co_await inbox_->wait(deadline)) {
+        } else if (!co_await inbox_->wait(bound)) {
             result = Error{Code::timed_out, "the host does not answer about dynamic memory"};
         } else {
             result = take_all();
@@ -69,7 +69,7 @@ io::Task<Result<void>> Device::connect(Offer offer) {
 io::Task<Result<void>> Device::serve() {
     Result<void> result;
     while (result && !channel_.rescinded()) {
-        const bool looked = co_await inbox_->wait(balloon_.reports_wanted() ? after(environment_.executor.now(), report_interval) : never);
+        const bool looked = balloon_.reports_wanted() ? co_await inbox_->wait({environment_.executor, report_interval}) : co_await inbox_->wait();
         result = looked ? take_all() : balloon_.report();
         if (!result && result.error().code == Code::exhausted) {
             result = {}; // no room for a report: the next one will do

@@ -31,7 +31,7 @@ io::Task<Result<void>> Utility::connect(Offer offer) {
 io::Task<Result<void>> Utility::serve() {
     Result<void> result;
     while (result && !channel_.rescinded()) {
-        static_cast<void>(co_await inbox_->wait(never));
+        static_cast<void>(co_await inbox_->wait());
         for (;;) {
             hv::hyperv::Packet packet;
             const auto got = channel_.receive(packet);
@@ -91,7 +91,7 @@ io::Task<Result<void>> Utility::shut_down(std::span<std::byte> message, u64 tran
     bool good = false;
     if (environment_.shutdown != nullptr) {
         environment_.shutdown->ask("the host");
-        good = co_await environment_.shutdown->rested(after(environment_.executor.now(), 4 * environment_.timeout)) &&
+        good = co_await environment_.shutdown->rested({environment_.executor, 4 * environment_.timeout}) &&
                environment_.shutdown->at_rest();
     }
     if (!good) {
@@ -117,7 +117,7 @@ Result<void> Utility::reply(std::span<const std::byte> message, u64 transaction)
 }
 
 void Utility::set_clock() {
-    const Instant now = environment_.executor.now();
+    const Instant now = environment_.executor.elapsed(); // the time of day goes on while the machine is stopped
     const UnixNanoseconds host = service_.host_time().at(reference_ != nullptr ? reference_->counter() : std::nullopt);
     const auto ours = wall_clock(now);
     set_wall_clock(now, host);

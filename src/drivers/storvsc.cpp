@@ -87,9 +87,9 @@ io::Task<Result<void>> Controller::open_lane(u32 index, Offer offer) {
     if (!executor.post(lane->start)) {
         co_return Error{Code::device_gone, "a processor has stopped before it took its storage channel"};
     }
-    const Instant deadline = after(environment_.executor.now(), environment_.timeout);
+    const io::Bound bound(environment_.executor, environment_.timeout);
     while (lane->queue.quiet()) {
-        if (environment_.executor.now() >= deadline) {
+        if (bound.passed()) {
             co_return Error{Code::timed_out, "a processor does not take its storage channel"};
         }
         co_await environment_.executor.sleep(100'000);
@@ -101,18 +101,18 @@ io::Task<Result<void>> Controller::open_lane(u32 index, Offer offer) {
 io::Task<Result<void>> Controller::ask(Exchange& exchange, Operation operation) {
     Queue& queue = lanes_[0]->queue;
     exchange.packet.header = {operation, flag_completion, 0};
-    const Instant room = after(environment_.executor.now(), environment_.timeout);
+    const io::Bound room(environment_.executor, environment_.timeout);
     for (;;) {
         const auto sent = queue.send(exchange);
         if (sent) {
             break;
         }
-        if (sent.error().code != Code::exhausted || environment_.executor.now() >= room) {
+        if (sent.error().code != Code::exhausted || room.passed()) {
             co_return sent.error();
         }
         co_await environment_.executor.sleep(1'000'000);
     }
-    const bool answered = co_await exchange.done.wait(after(environment_.executor.now(), environment_.timeout));
+    const bool answered = co_await exchange.done.wait({environment_.executor, environment_.timeout});
     if (!answered) {
         queue.abandon(exchange);
         log::error("storvsc: no answer to {}", name(operation));
@@ -204,8 +204,8 @@ io::Task<Result<void>> Controller::open_sub_channels(ChannelProperties propertie
         co_return Error{Code::io, "the host refuses CREATE_SUB_CHANNELS (status)", 0, exchange.packet.header.status};
     }
     for (u32 i = 1; i <= count; ++i) {
-        const Instant deadline = after(environment_.executor.now(), environment_.timeout);
-        CO_TRY(const Offer offer, co_await bus_.sub_channel(offer_.instance, static_cast<u16>(i), deadline));
+        const io::Bound bound(environment_.executor, environment_.timeout);
+        CO_TRY(const Offer offer, co_await bus_.sub_channel(offer_.instance, static_cast<u16>(i), bound));
         CO_CHECK(co_await open_lane(i, offer));
     }
     co_return Result<void>{};
@@ -503,7 +503,7 @@ Result<void> Controller::keep() { return keeper_.spawn(watch_over()); }
 
 io::Task<Result<void>> Controller::watch_over() {
     for (;;) {
-        static_cast<void>(co_await news_.wait(never));
+        static_cast<void>(co_await news_.wait());
         Queue& queue = lanes_[0]->queue;
         for (u32 i = 0; i < lane_count_; ++i) {
             if (lanes_[i]->channel.rescinded()) {
@@ -532,11 +532,11 @@ io::Task<Result<void>> Controller::disconnect() {
     lanes_[0]->queue.stop();
     shared_.close_status.store(to_underlying(io::Status::device_gone), std::memory_order_relaxed); // ordered by the next line
     shared_.closed.store(true, std::memory_order_release); // partner: the acquire in Queue::drain(), on the other processors
-    const Instant deadline = after(environment_.executor.now(), environment_.timeout);
+    const io::Bound bound(environment_.executor, environment_.timeout); // for all of them together
     Result<void> result;
     for (u32 i = lane_count_; i-- > 0;) { // the sub-channels first
         Lane& lane = *lanes_[i];
-        while (!lane.queue.quiet() && environment_.executor.now() < deadline) {
+        while (!lane.queue.quiet() && !bound.passed()) {
             co_await environment_.executor.sleep(1'000'000);
         }
         if (!lane.queue.quiet()) {

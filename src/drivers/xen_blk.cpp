@@ -77,7 +77,7 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
     }
     begun_ = true;
     CO_CHECK(co_await reset());
-    CO_CHECK(co_await front_.await_state(ready, after(environment_.executor.now(), environment_.timeout)));
+    CO_CHECK(co_await front_.await_state(ready, {environment_.executor, environment_.timeout}));
     CO_TRY(const u32 order, co_await ring_order());
     CO_CHECK(make_ring(order));
     CO_TRY(port_, xen_.events().allocate_unbound(front_.domain()));
@@ -115,7 +115,7 @@ io::Task<Result<void>> Vbd::meet() {
     const bool large = sector_size > wire_sector;
     const Nanoseconds bound = large ? std::min(first_try, environment_.timeout) : environment_.timeout;
     CO_CHECK(co_await front_.set_state(BusState::initialised));
-    const auto met = co_await front_.await_state(connected, after(environment_.executor.now(), bound));
+    const auto met = co_await front_.await_state(connected, {environment_.executor, bound});
     if (met) {
         co_return Result<void>{};
     }
@@ -128,7 +128,7 @@ io::Task<Result<void>> Vbd::meet() {
     CO_CHECK(co_await xen_.store().write_all(front_.path(), std::span(entries_).first(entry_count_)));
     counts_sectors_ = true;
     CO_CHECK(co_await front_.set_state(BusState::initialised)); // written again, so that the back end looks again
-    const auto again = co_await front_.await_state(connected, after(environment_.executor.now(), environment_.timeout));
+    const auto again = co_await front_.await_state(connected, {environment_.executor, environment_.timeout});
     if (!again) {
         co_return again.error();
     }
@@ -142,14 +142,13 @@ io::Task<Result<void>> Vbd::reset() {
     if (ours != to_underlying(BusState::initialising)) {
         CO_CHECK(co_await front_.set_state(BusState::closing));
         CO_CHECK(co_await front_.set_state(BusState::closed));
-        static_cast<void>(co_await front_.await_state(closed, after(environment_.executor.now(), environment_.timeout)));
+        static_cast<void>(co_await front_.await_state(closed, {environment_.executor, environment_.timeout}));
         CO_CHECK(co_await front_.set_state(BusState::initialising));
         // A back end that closes for good never comes back from there, and one that will come back may still say closed now.
-        const Instant deadline = after(environment_.executor.now(), environment_.timeout);
+        const io::Bound bound(environment_.executor, environment_.timeout);
         for (;;) {
             CO_TRY(const BusState theirs, co_await front_.state());
-            if ((theirs != BusState::closed && theirs != BusState::closing) || !co_await front_.changed(deadline) ||
-                environment_.executor.now() >= deadline) {
+            if ((theirs != BusState::closed && theirs != BusState::closing) || !co_await front_.changed(bound) || bound.passed()) {
                 break;
             }
         }
@@ -260,7 +259,7 @@ Result<void> Vbd::keep() { return keeper_.spawn(watch_over()); }
 
 io::Task<Result<void>> Vbd::watch_over() {
     for (;;) {
-        static_cast<void>(co_await front_.changed(never));
+        static_cast<void>(co_await front_.changed());
         if (disk_.is_open()) {
             const auto theirs = co_await front_.state();
             if (!theirs) {
@@ -286,12 +285,12 @@ io::Task<Result<void>> Vbd::disconnect() {
     if (said) {
         said = co_await front_.set_state(BusState::closed);
     }
-    const Instant deadline = after(environment_.executor.now(), environment_.timeout);
+    const io::Bound bound(environment_.executor, environment_.timeout);
     bool let_go = false;
     while (said) {
         const auto theirs = co_await front_.state();
         let_go = theirs && std::find(std::begin(gone), std::end(gone), *theirs) != std::end(gone);
-        if (!theirs || let_go || !co_await front_.changed(deadline) || environment_.executor.now() >= deadline) {
+        if (!theirs || let_go || !co_await front_.changed(bound) || bound.passed()) {
             break;
         }
     }

@@ -276,12 +276,12 @@ Task<Result<void>> Bench::slot(Bench& bench, BlockDevice& disk, u32 index) {
     Executor& executor = disk.executor();
     Op op = Op::read;
     u64 lba = 0;
-    // One stamp ends an I/O and begins the next one.
-    Instant begun = executor.now();
+    // One stamp ends an I/O and begins the next one. All times of a report are elapsed time.
+    Instant begun = executor.elapsed();
     while (bench.next(op, lba)) {
         BlockDevice::Transfer transfer(disk, op, lba, buffer);
         static_cast<void>(co_await transfer); // its status says it, too
-        const Instant now = executor.now();
+        const Instant now = executor.elapsed();
         bench.ended(transfer, begun, now);
         begun = now;
         if (transfer.buffer_lost) [[unlikely]] {
@@ -313,9 +313,9 @@ Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, Bench
     mark(options, options.phase);
     const Counters counters_before = disk.counters();
     const u64 allocations_before = allocations(options);
-    const Instant begun = disk.executor().now();
+    const Instant begun = disk.executor().elapsed();
     static_cast<void>(co_await group.join());
-    report.runtime_ns = disk.executor().now() - begun;
+    report.runtime_ns = disk.executor().elapsed() - begun;
     mark(options, 0);
     report.allocations = allocations(options) - allocations_before;
     report.counters = disk.counters() - counters_before;
@@ -341,16 +341,16 @@ struct Bench::Start {
 
     // Each lane has a processor of its own, so waiting keeps nobody from arriving. What the last one writes is read when all lanes have ended.
     Result<void> meet(Executor& executor) {
-        const Instant until = after(executor.now(), longest);
+        const Bound bound(executor, longest);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == lanes) {
             mark(options, options.phase);
             allocations = io::allocations(options);
-            begun = executor.now();
+            begun = executor.elapsed();
             open.store(true, std::memory_order_release);
         }
         while (!open.load(std::memory_order_acquire)) { // partner: the releases here
             spin_pause();
-            if (executor.now() > until) {
+            if (bound.passed()) {
                 missed.store(true, std::memory_order_relaxed); // ordered by the next line
                 open.store(true, std::memory_order_release);
             }
@@ -378,7 +378,7 @@ Task<Result<void>> Bench::lane_task(Bench& bench, BlockDevice& lane, Start& star
         bench.left_ = 0;
     }
     static_cast<void>(co_await group.join());
-    bench.ended_ = executor.now();
+    bench.ended_ = executor.elapsed();
     co_return spawned;
 }
 

@@ -40,7 +40,7 @@ struct Workload {
 /// meant, or the values that are allowed.
 Result<Workload> parse_workload(std::string_view text);
 
-/// One direction of a finished run, in nanoseconds.
+/// One direction of a finished run, in nanoseconds of elapsed time: a stop of the machine is part of the latencies of what was under way.
 struct Latencies {
     u64 ios = 0; // those that ended well; the latencies are of these
     u64 bytes = 0;
@@ -109,7 +109,7 @@ class Bench {
     u64 left_ = 0;      // I/Os not yet started
     u64 blocks_ = 0;    // of workload_.bs bytes on the disk
     u64 block_ = 0;     // the next one of a sequential workload
-    Instant ended_ = 0; // of the last completion, with several lanes
+    Instant ended_ = 0; // elapsed time of the last completion, with several lanes
     u64 sectors_per_block_ = 0;
     SplitMix64 random_;
     u64 errors_ = 0;

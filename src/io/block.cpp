@@ -46,8 +46,6 @@ void BlockDevice::submit(Request& request) {
     request.issued = 0;
     request.parts = 0;
     request.part_status = Status::ok;
-    request.submitted_at = executor_.turn_time();
-    request.deadline = after(request.submitted_at, timeout_);
     request.pending_ = true;
     if (request.op != Op::flush) {
         const u32 sector = geometry_.sector_size;

@@ -88,8 +88,6 @@ class Request : public ReadyNode {
     // Its end.
     Status status = Status::not_written;
     bool buffer_lost = false;
-    Instant submitted_at = 0;
-    Instant deadline = never;
 
     // For the driver alone, while it holds the request: a list link, how many bytes have been handed to the device, parts not yet answered, the
     // worst status of the parts so far.
@@ -138,7 +136,7 @@ class BlockDevice {
     /// The host has taken the disk itself away: every request ends as device_gone, and there is nothing left that a flush could reach. A disk
     /// that was closed because of an error is not removed.
     virtual bool removed() const { return false; }
-    /// Bound of every request; Nanoseconds. Requests take it when they are submitted.
+    /// How long the device may take for a request, once it has that and those before it are answered [io.oldest_wait].
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
     Nanoseconds timeout() const { return timeout_; }
 
@@ -183,7 +181,7 @@ class BlockDevice {
   protected:
     ~BlockDevice() = default;
 
-    /// The driver's part. The request has been checked against the geometry and has its deadline. May complete it at once.
+    /// The driver's part. The request has been checked against the geometry. May complete it at once.
     virtual void start(Request& request) = 0;
     virtual bool cancel_now(Request& request) = 0;
     /// Called by ~Request on a request still under way: the driver forgets it before it returns (stops the device if it must).

@@ -1,6 +1,7 @@
 module io.executor;
 import core.std;
 import core.result;
+import core.log;
 import core.time;
 import core.processor;
 import io.task;
@@ -89,6 +90,7 @@ void Executor::run_urgent() {
 
 void Executor::serve(const std::atomic<bool>& stop) {
     Executor* const before = enter(this);
+    clock_.rest_until(never);
     while (!stop.load(std::memory_order_acquire)) { // partner: the release of whoever stops us
         step();
     }
@@ -150,6 +152,22 @@ void Executor::cancel(Timer& timer) {
     }
 }
 
+// After a stop of the machine: the bounds among the timers get their length anew.
+void Executor::renew_bounds() {
+    renewed_at_ = resumed_at();
+    Timer* timers = std::exchange(timers_, nullptr);
+    while (timers != nullptr) {
+        Timer& timer = *std::exchange(timers, timers->next_timer);
+        if (timer.length != 0) {
+            timer.due = end_of_bound(timer.begun, timer.length);
+        }
+        start(timer);
+    }
+    if (processor_ == 0) {
+        log::info("the machine stood still: {} ms in all did not count; whoever is waited for has the whole time anew", clock_.stopped() / 1'000'000);
+    }
+}
+
 void Executor::step() {
     ++turns_;
     turn_time_ = now();
@@ -178,6 +196,9 @@ void Executor::step() {
 
     if (timers_ != nullptr || turn_time_ >= next_tick_) {
         const Instant time = now();
+        if (resumed_at() != renewed_at_) [[unlikely]] {
+            renew_bounds();
+        }
         while (timers_ != nullptr && timers_->due <= time) {
             Timer* timer = std::exchange(timers_, timers_->next_timer);
             timer->pending = false;
@@ -212,6 +233,8 @@ void Executor::step() {
     if (timers_ != nullptr) {
         until = std::min(until, timers_->due);
     }
+    until = clock_.elapsed(until);
+    clock_.rest_until(until);
     if (platform_.kick == nullptr) {
         platform_.idle(platform_.context, until, door_.wake_flag());
     } else {
@@ -223,10 +246,10 @@ void Executor::step() {
 }
 
 bool Signal::drain() {
-    if (waiting_ == nullptr || *flag_ || !raised_.exchange(false, std::memory_order_acquire)) {
+    if (waiting_ == nullptr || waiting_->by_signal_ || !raised_.exchange(false, std::memory_order_acquire)) {
         return false;
     }
-    *flag_ = true;
+    waiting_->by_signal_ = true;
     if (waiting_->pending) { // else its deadline has passed in this very turn and it is ready already
         executor_.cancel(*waiting_);
         executor_.make_ready(*waiting_);

@@ -96,7 +96,7 @@ class Service {
     virtual bool drain() = 0;
     /// Ask for an event when the next completion comes and look once more; true when one is there already (then nobody sleeps).
     virtual bool arm() { return false; }
-    /// Look for requests whose deadline has passed. Called about every Executor::tick_length while the executor runs.
+    /// Look for what takes too long. Called about every Executor::tick_length of machine time while the executor runs.
     virtual void tick(Instant now) { static_cast<void>(now); }
 
   protected:
@@ -109,8 +109,9 @@ class Service {
     bool touched_ = false;
 };
 
-/// What the executor needs from the processor. `idle` sleeps until an interrupt, or about `until`, whichever is first, unless `wake` is set; it
-/// must test `wake` and sleep without a gap (sti; hlt). Host tests give a clock that jumps.
+/// What the executor needs from the processor, in elapsed time. `now` is the same clock on every processor. `idle` sleeps until an interrupt, or
+/// about `until`, whichever is first, unless `wake` is set; it must test `wake` and sleep without a gap (sti; hlt). Host tests give a clock that
+/// jumps.
 struct Platform {
     void* context = nullptr;
     Instant (*now)(void* context) = nullptr;
@@ -184,9 +185,20 @@ class Executor {
     u32 processor() const { return processor_; }
     /// The executor that runs on the calling processor just now; nullptr: none.
     static Executor* current();
-    Instant now() const { return platform_.now(platform_.context); }
-    /// The time at the beginning of this turn; cheap, for deadlines.
+    /// Machine time [core.time], on this executor's processor alone: it means nothing on another one, so what crosses is a length. Bounds,
+    /// timers, sleeps and ticks are in it.
+    Instant now() { return clock_.read(platform_.now(platform_.context)); }
+    /// The machine time at the beginning of this turn; cheap.
     Instant turn_time() const { return turn_time_; }
+    /// What the clock shows, stops of the machine included: for measuring, from any processor and comparable between them.
+    Instant elapsed() const { return platform_.now(platform_.context); }
+    /// Machine time at the end of the last long stop of the machine that this executor has noticed; 0: none.
+    Instant resumed_at() const { return clock_.resumed_at(); }
+    /// When a wait of `length` that began at `begun` is over [Bound].
+    Instant end_of_bound(Instant begun, Nanoseconds length) const {
+        const Instant end = after(begun, length);
+        return resumed_at() <= begun ? end : std::min(after(resumed_at(), length), after(end, length));
+    }
 
     /// Runs until the task has finished and gives its value. Not reentrant.
     template <class T>
@@ -199,6 +211,7 @@ class Executor {
         ReadyNode first(root.handle);
         make_ready(first);
         Executor* const before = enter(this);
+        clock_.rest_until(never); // whatever was done since the last loop is no stop
         while (!value) {
             step();
         }
@@ -234,9 +247,11 @@ class Executor {
         return Awaiter{*this, after(now(), length)};
     }
 
-    /// A deadline in the executor's list. Lives with its owner, who cancels it before it dies. When due it is made ready.
+    /// In the executor's list. Lives with its owner, who cancels it before it dies. When due it is made ready.
     struct Timer : ReadyNode {
         Instant due = never;
+        Instant begun = 0;      // of a bound on the other side [Bound], which a stop of the machine lengthens:
+        Nanoseconds length = 0; // its length; 0: it is none, and is due when it is due
         Timer* next_timer = nullptr;
         bool pending = false;
     };
@@ -269,8 +284,10 @@ class Executor {
     void collect(Post* posts);
     void collect();
     void run_posts();
+    void renew_bounds();
 
     Platform platform_;
+    MachineTime clock_;
     u32 processor_;
     ReadyList ready_;
     Service* services_ = nullptr;
@@ -279,6 +296,7 @@ class Executor {
     Timer* timers_ = nullptr;
     Instant turn_time_ = 0;
     Instant next_tick_ = 0;
+    Instant renewed_at_ = 0; // resumed_at() when the timers were last looked at for it
     u64 turns_ = 0;
     u64 idles_ = 0;
     Post* posts_ = nullptr; // out of the door and not run yet, oldest first
@@ -286,6 +304,30 @@ class Executor {
     Lodger* lodgers_ = nullptr;
     bool closed_ = false;
     BasicDoor<Post> door_;
+};
+
+/// How long the other side (a host, a device, another processor) may take, from now on: in machine time of one executor, and all of it anew when
+/// the machine was stopped meanwhile, since the other side may have been stopped as well, or have begun anew. Stops make it at most twice as long.
+class Bound {
+  public:
+    Bound(Executor& executor, Nanoseconds length) : executor_(&executor), begun_(executor.now()), length_(length) {}
+
+    bool passed() const { return executor_->now() >= due(); }
+    bool passed(Instant now) const { return now >= due(); }
+    /// As things stand: a stop may still move it.
+    Instant due() const { return executor_->end_of_bound(begun_, length_); }
+    Nanoseconds length() const { return length_; }
+    const Executor& executor() const { return *executor_; }
+    void apply_to(Executor::Timer& timer) const {
+        timer.due = due();
+        timer.begun = begun_;
+        timer.length = length_;
+    }
+
+  private:
+    Executor* executor_;
+    Instant begun_;
+    Nanoseconds length_;
 };
 
 /// An event that interrupt handlers raise and one coroutine waits for, with a bound. Raises that nobody waits for are kept (once).
@@ -299,48 +341,51 @@ class Signal final : public Service {
         raised_.store(true, std::memory_order_release);
         executor_.wake();
     }
-    /// co_await signal.wait(deadline) -> true: raised; false: the deadline passed first. One waiter at a time, from its wait to its resumption;
-    /// a second one is a panic.
-    auto wait(Instant deadline) {
-        struct Awaiter : Executor::Timer {
-            Signal& signal;
-            bool by_signal = false;
-            Awaiter(Signal& s, Instant at) : signal(s) { due = at; }
-            Awaiter(const Awaiter&) = delete;
-            Awaiter& operator=(const Awaiter&) = delete;
-            ~Awaiter() {
-                signal.executor_.cancel(*this);
-                if (signal.waiting_ == this) {
-                    signal.waiting_ = nullptr;
-                }
+    class [[nodiscard]] Wait : Executor::Timer {
+      public:
+        explicit Wait(Signal& signal) : signal_(signal) {}
+        Wait(Signal& signal, const Bound& bound) : signal_(signal) { bound.apply_to(*this); }
+        Wait(const Wait&) = delete;
+        Wait& operator=(const Wait&) = delete;
+        ~Wait() {
+            signal_.executor_.cancel(*this);
+            if (signal_.waiting_ == this) {
+                signal_.waiting_ = nullptr;
             }
-            bool await_ready() {
-                if (signal.waiting_ != nullptr) {
-                    panic("io::Signal: a coroutine waits while another one does: a signal has one waiter at a time");
-                }
-                by_signal = signal.raised_.exchange(false, std::memory_order_acquire);
-                return by_signal;
+        }
+        bool await_ready() {
+            if (signal_.waiting_ != nullptr) {
+                panic("io::Signal: a coroutine waits while another one does: a signal has one waiter at a time");
             }
-            void await_suspend(std::coroutine_handle<> h) {
-                waiter = h;
-                signal.waiting_ = this;
-                signal.flag_ = &by_signal;
-                signal.executor_.start(*this);
-            }
-            bool await_resume() {
-                signal.waiting_ = nullptr;
-                return by_signal;
-            }
-        };
-        return Awaiter{*this, deadline};
-    }
+            by_signal_ = signal_.raised_.exchange(false, std::memory_order_acquire);
+            return by_signal_;
+        }
+        void await_suspend(std::coroutine_handle<> h) {
+            waiter = h;
+            signal_.waiting_ = this;
+            signal_.executor_.start(*this);
+        }
+        bool await_resume() {
+            signal_.waiting_ = nullptr;
+            return by_signal_;
+        }
+
+      private:
+        friend class Signal;
+        Signal& signal_;
+        bool by_signal_ = false;
+    };
+    /// co_await signal.wait(bound) -> true: raised; false: the bound passed first. One waiter at a time, from its wait to its resumption; a
+    /// second one is a panic.
+    Wait wait(const Bound& bound) { return {*this, bound}; }
+    /// Without a bound: for what need not come.
+    Wait wait() { return Wait(*this); }
     bool drain() override;
-    bool arm() override { return waiting_ != nullptr && !*flag_ && raised_.load(std::memory_order_acquire); }
+    bool arm() override { return waiting_ != nullptr && !waiting_->by_signal_ && raised_.load(std::memory_order_acquire); }
 
   private:
     Executor& executor_;
-    Executor::Timer* waiting_ = nullptr; // from its wait to its resumption
-    bool* flag_ = nullptr;               // its: the signal has come
+    Wait* waiting_ = nullptr; // from its wait to its resumption
     std::atomic<bool> raised_{false};
 };
 

@@ -20,48 +20,58 @@ class Latch {
         if (waiting_ != nullptr && waiting_->pending) {
             executor_.cancel(*waiting_);
             executor_.make_ready(*waiting_);
-        } // else its deadline, or an open() before this one, has made it ready already
+        } // else its bound, or an open() before this one, has made it ready already
     }
     void close() { open_ = false; }
     bool is_open() const { return open_; }
     bool awaited() const { return waiting_ != nullptr; }
 
-    /// co_await latch.wait(deadline) -> true: it was open, and is closed again; false: the deadline came first. One waiter at a time, from its
-    /// wait to its resumption; a second one is a panic.
-    auto wait(Instant deadline) {
-        struct Awaiter : Executor::Timer {
-            Latch& latch;
-            Awaiter(Latch& l, Instant at) : latch(l) { due = at; }
-            Awaiter(const Awaiter&) = delete;
-            Awaiter& operator=(const Awaiter&) = delete;
-            ~Awaiter() {
-                latch.executor_.cancel(*this);
-                if (latch.waiting_ == this) {
-                    latch.waiting_ = nullptr;
-                }
+    class [[nodiscard]] Wait : Executor::Timer {
+      public:
+        explicit Wait(Latch& latch) : latch_(latch) {}
+        Wait(Latch& latch, const Bound& bound) : latch_(latch) {
+            if (&bound.executor() != &latch.executor_) {
+                panic("io::Latch: a bound in another executor's time");
             }
-            bool await_ready() const {
-                if (latch.waiting_ != nullptr) {
-                    panic("io::Latch: a coroutine waits while another one does: a latch has one waiter at a time");
-                }
-                return latch.open_;
+            bound.apply_to(*this);
+        }
+        Wait(const Wait&) = delete;
+        Wait& operator=(const Wait&) = delete;
+        ~Wait() {
+            latch_.executor_.cancel(*this);
+            if (latch_.waiting_ == this) {
+                latch_.waiting_ = nullptr;
             }
-            void await_suspend(std::coroutine_handle<> h) {
-                waiter = h;
-                latch.waiting_ = this;
-                latch.executor_.start(*this);
+        }
+        bool await_ready() const {
+            if (latch_.waiting_ != nullptr) {
+                panic("io::Latch: a coroutine waits while another one does: a latch has one waiter at a time");
             }
-            bool await_resume() {
-                latch.waiting_ = nullptr;
-                return std::exchange(latch.open_, false);
-            }
-        };
-        return Awaiter{*this, deadline};
-    }
+            return latch_.open_;
+        }
+        void await_suspend(std::coroutine_handle<> h) {
+            waiter = h;
+            latch_.waiting_ = this;
+            latch_.executor_.start(*this);
+        }
+        bool await_resume() {
+            latch_.waiting_ = nullptr;
+            return std::exchange(latch_.open_, false);
+        }
+
+      private:
+        friend class Latch;
+        Latch& latch_;
+    };
+    /// co_await latch.wait(bound) -> true: it was open, and is closed again; false: the bound passed first. One waiter at a time, from its wait to
+    /// its resumption; a second one is a panic.
+    Wait wait(const Bound& bound) { return {*this, bound}; }
+    /// Without a bound: for what need not come.
+    Wait wait() { return Wait(*this); }
 
   private:
     Executor& executor_;
-    Executor::Timer* waiting_ = nullptr; // from its wait to its resumption
+    Wait* waiting_ = nullptr; // from its wait to its resumption
     bool open_ = false;
 };
 

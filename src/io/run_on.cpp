@@ -78,11 +78,11 @@ void Errand::abandon() {
         return;
     }
     const bool asked = there_.post(cancel_); // else it has stopped, and ends the task by itself, or has: `done` is its last access
-    const Instant deadline = after(home_->now(), longest_answer);
+    const Bound bound(*home_, longest_answer);
     while (asked ? !cancelled_.load(std::memory_order_acquire) : !home_->withdraw(done_) && !gone_.load(std::memory_order_acquire)) {
         home_->run_urgent();
         spin_pause();
-        if (home_->now() > deadline) {
+        if (bound.passed()) {
             panic("run_on: a processor does not end a task that nobody waits for any more");
         }
     }

@@ -1,8 +1,8 @@
 // An orderly end that somebody outside asks for (a host's integration service): the one who hears of it says so here, the kernel's main task
 // stops the job and brings the disks to rest, and then the one who was asked may answer. One processor: all of it on one executor.
 //
-//   asked by a driver:   ask(...)  →  co_await rested(deadline)  →  (answers its host)  →  answered()
-//   the main task:       co_await asked(never)  →  (ends the job, flushes)  →  rest(result)  →  co_await was_answered(deadline)  →  verdict
+//   asked by a driver:   ask(...)  →  co_await rested(bound)  →  (answers its host)  →  answered()
+//   the main task:       co_await asked()  →  (ends the job, flushes)  →  rest(result)  →  co_await was_answered(bound)  →  verdict
 export module io.shutdown;
 import core.std;
 import core.result;
@@ -27,18 +27,18 @@ class Shutdown {
     bool requested() const { return requested_; }
     std::string_view by() const { return by_; }
 
-    /// For the driver: waits until everything acknowledged is on stable storage; false: the deadline came first, or a disk failed.
-    auto rested(Instant deadline) { return rested_.wait(deadline); }
+    /// For the driver: waits until everything acknowledged is on stable storage; false: the bound passed first, or a disk failed.
+    auto rested(const Bound& bound) { return rested_.wait(bound); }
     bool at_rest() const { return at_rest_; }
     void answered() { answered_.open(); }
 
     /// For the main task.
-    auto asked(Instant deadline) { return asked_.wait(deadline); }
+    auto asked() { return asked_.wait(); }
     void rest(bool good) {
         at_rest_ = good;
         rested_.open();
     }
-    auto was_answered(Instant deadline) { return answered_.wait(deadline); }
+    auto was_answered(const Bound& bound) { return answered_.wait(bound); }
     /// Ends the main task's wait in asked() without a request: the job is done.
     void stop_waiting() { asked_.open(); }
 

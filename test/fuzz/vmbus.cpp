@@ -406,7 +406,7 @@ io::Task<Result<void>> life(Guest& guest, u32 own) {
             if (channel.is_open()) {
                 hv::hyperv::Inbox inbox(channel, guest.executor);
                 const u32 waits = 1 + (what >> 6);
-                for (u32 i = 0; i < waits && co_await inbox.wait(after(guest.executor.now(), 5'000'000)); ++i) {
+                for (u32 i = 0; i < waits && co_await inbox.wait({guest.executor, 5'000'000}); ++i) {
                     use(guest, channel);
                     inbox.touch();
                 }

@@ -48,7 +48,7 @@ struct Kernel {
 io::Task<Result<void>> host(Kernel& k, bool& answered) {
     co_await k.executor.sleep(50'000'000);
     k.shutdown.ask("the host");
-    const bool rested = co_await k.shutdown.rested(after(k.executor.now(), 1'000'000'000));
+    const bool rested = co_await k.shutdown.rested({k.executor, 1'000'000'000});
     answered = rested && k.shutdown.at_rest();
     k.shutdown.answered();
     co_return Result<void>{};

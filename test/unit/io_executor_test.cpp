@@ -200,19 +200,20 @@ TEST_F(ExecutorTest, GroupDestroysWhatHasNotFinished) {
     EXPECT_TRUE(order.empty());
 }
 
-Task<Result<bool>> wait_for(Signal& signal, Instant deadline) { co_return co_await signal.wait(deadline); }
+Task<Result<bool>> wait_for(Signal& signal, Bound bound) { co_return co_await signal.wait(bound); }
+Task<Result<bool>> wait_for(Signal& signal) { co_return co_await signal.wait(); }
 
 TEST_F(ExecutorTest, SignalRaisedOrNot) {
     Signal signal(executor);
-    EXPECT_FALSE(*executor.run(wait_for(signal, after(executor.now(), 20_ms)))) << "nobody raised it";
+    EXPECT_FALSE(*executor.run(wait_for(signal, {executor, 20_ms}))) << "nobody raised it";
     signal.raise();
-    EXPECT_TRUE(*executor.run(wait_for(signal, never))) << "kept until somebody waits";
-    EXPECT_FALSE(*executor.run(wait_for(signal, after(executor.now(), 1_ms)))) << "once";
+    EXPECT_TRUE(*executor.run(wait_for(signal))) << "kept until somebody waits";
+    EXPECT_FALSE(*executor.run(wait_for(signal, {executor, 1_ms}))) << "once";
     // From an "interrupt", while the processor sleeps.
     machine.on_idle_context = &signal;
     machine.on_idle = [](void* s) { static_cast<Signal*>(s)->raise(); };
     const Instant begun = machine.time;
-    EXPECT_TRUE(*executor.run(wait_for(signal, after(executor.now(), 1_s))));
+    EXPECT_TRUE(*executor.run(wait_for(signal, {executor, 1_s})));
     EXPECT_LT(machine.time - begun, 1_ms) << "at once, not at a tick";
 }
 
@@ -221,7 +222,7 @@ TEST_F(ExecutorTest, WaitingFramesMayDie) {
     {
         TaskGroup group(executor);
         ASSERT_TRUE(group.spawn([](Signal& s) -> Task<Result<void>> {
-            static_cast<void>(co_await s.wait(never));
+            static_cast<void>(co_await s.wait());
             ADD_FAILURE() << "resumed after its end";
             co_return Result<void>{};
         }(signal)));
@@ -233,8 +234,8 @@ TEST_F(ExecutorTest, WaitingFramesMayDie) {
     {
         TaskGroup group(executor);
         ASSERT_TRUE(group.spawn([](Signal& s) -> Task<Result<void>> {
-            static_cast<void>(co_await s.wait(never));
-            static_cast<void>(co_await s.wait(never));
+            static_cast<void>(co_await s.wait());
+            static_cast<void>(co_await s.wait());
             ADD_FAILURE() << "resumed after its end";
             co_return Result<void>{};
         }(signal)));
@@ -255,7 +256,7 @@ void panics_aloud() {
 }
 template <class W>
 Task<Result<void>> wait_forever(W& what) {
-    static_cast<void>(co_await what.wait(never));
+    static_cast<void>(co_await what.wait());
     co_return Result<void>{};
 }
 static_assert(!std::default_initializable<Latch> && !std::default_initializable<Signal>, "neither is usable without an executor");
@@ -298,14 +299,200 @@ TEST_F(ExecutorTest, ASecondWaiterIsAPanic) {
 
 TEST_F(ExecutorTest, ALatchOpensOnceForEachWait) {
     Latch latch(executor);
-    const auto wait = [](Latch& l, Instant until) -> Task<Result<bool>> { co_return co_await l.wait(until); };
-    EXPECT_FALSE(*executor.run(wait(latch, after(executor.now(), 20_ms)))) << "nobody opened it";
+    const auto wait = [](Latch& l, Bound bound) -> Task<Result<bool>> { co_return co_await l.wait(bound); };
+    const auto wait_forever = [](Latch& l) -> Task<Result<bool>> { co_return co_await l.wait(); };
+    EXPECT_FALSE(*executor.run(wait(latch, {executor, 20_ms}))) << "nobody opened it";
     latch.open();
     latch.open();
-    EXPECT_TRUE(*executor.run(wait(latch, never))) << "kept until somebody waits";
+    EXPECT_TRUE(*executor.run(wait_forever(latch))) << "kept until somebody waits";
     EXPECT_FALSE(latch.is_open());
     EXPECT_FALSE(latch.awaited());
-    EXPECT_FALSE(*executor.run(wait(latch, after(executor.now(), 1_ms)))) << "once";
+    EXPECT_FALSE(*executor.run(wait(latch, {executor, 1_ms}))) << "once";
+}
+
+// ---- stops of the machine
+
+struct StopTest : Frames {
+    struct Ticks final : Service {
+        std::vector<Instant> at;
+        bool drain() override { return false; }
+        void tick(Instant now) override { at.push_back(now); }
+    } ticks;
+    fl::test::CapturedLog log;
+    StopTest() { executor.add(ticks); }
+    ~StopTest() override { executor.remove(ticks); }
+    /// In the next idle, once: the machine stands still for so long.
+    void stop_in_idle(Nanoseconds length) {
+        stop_length = length;
+        machine.on_idle_context = this;
+        machine.on_idle = [](void* self) {
+            auto& test = *static_cast<StopTest*>(self);
+            test.machine.time += std::exchange(test.stop_length, 0);
+        };
+    }
+    Nanoseconds stop_length = 0;
+};
+
+TEST_F(StopTest, AStopInIdleIsNoTime) {
+    stop_in_idle(7_s);
+    const Instant begun = machine.time;
+    const Nanoseconds slept = *executor.run(sleeper(executor, 50_ms));
+    EXPECT_GE(slept, 50_ms);
+    EXPECT_LT(slept, 50_ms + MachineTime::longest_step + 20_ms);
+    EXPECT_GE(machine.time - begun, 7_s) << "elapsed time has it";
+    EXPECT_GE(executor.elapsed(), executor.now() + 6_s);
+    EXPECT_NE(executor.resumed_at(), 0u);
+    EXPECT_TRUE(log.has("the machine stood still"));
+    for (usize i = 1; i < ticks.at.size(); ++i) {
+        EXPECT_LT(ticks.at[i] - ticks.at[i - 1], MachineTime::longest_step + 20_ms) << "no tick sees a jump";
+    }
+}
+
+// A timer keeps its length after a stop: what the sleep of the processor is told is the clock's time, not the machine's.
+TEST_F(StopTest, TimersAfterAStop) {
+    stop_in_idle(60_s);
+    EXPECT_TRUE(executor.run(sleeper(executor, 50_ms)));
+    const Instant clock = machine.time;
+    const Nanoseconds slept = *executor.run(sleeper(executor, 3_s));
+    EXPECT_GE(slept, 3_s);
+    EXPECT_LT(slept, 3_s + 20_ms);
+    EXPECT_LT(machine.time - clock, 3_s + 20_ms);
+}
+
+TEST_F(StopTest, AStopInsideATurnIsNoTime) {
+    const auto stops = [](FakeMachine& m, Executor& e) -> Task<Result<Nanoseconds>> {
+        const Instant begun = e.now();
+        m.time += 7_s; // between two readings
+        co_return e.now() - begun;
+    };
+    EXPECT_LE(*executor.run(stops(machine, executor)), MachineTime::longest_step + 1_ms);
+    EXPECT_NE(executor.resumed_at(), 0u);
+}
+
+// A long computation that reads the clock counts; one that does not is cut to a step, and makes no bound pass too early.
+TEST_F(StopTest, LongComputations) {
+    const auto computes = [](FakeMachine& m, Executor& e) -> Task<Result<Nanoseconds>> {
+        const Instant begun = e.now();
+        for (u32 i = 0; i < 50; ++i) {
+            m.time += 100_ms;
+            static_cast<void>(e.now());
+        }
+        co_return e.now() - begun;
+    };
+    EXPECT_GE(*executor.run(computes(machine, executor)), 5_s);
+    EXPECT_EQ(executor.resumed_at(), 0u) << "no stop";
+}
+
+TEST_F(StopTest, SleepingForEverIsNoStop) {
+    executor.remove(ticks); // a processor without work: nobody wants a tick
+    machine.on_idle_context = &machine;
+    machine.on_idle = [](void* m) { static_cast<FakeMachine*>(m)->time += 3600_s; };
+    executor.turn();
+    executor.turn();
+    EXPECT_EQ(executor.resumed_at(), 0u);
+    EXPECT_EQ(executor.elapsed() / 1_s, executor.now() / 1_s) << "it counts as time that the machine ran";
+    executor.add(ticks);
+}
+
+TEST_F(StopTest, WhatIsDoneBetweenTwoLoopsIsNoStop) {
+    EXPECT_TRUE(executor.run(leaf(1)));
+    machine.time += 10_s;
+    EXPECT_TRUE(executor.run(leaf(1)));
+    EXPECT_EQ(executor.resumed_at(), 0u);
+}
+
+Task<Result<Nanoseconds>> wait_long(Executor& executor, Latch& latch, Nanoseconds length) {
+    const Instant begun = executor.now();
+    if (co_await latch.wait({executor, length})) {
+        co_return Error{Code::busy, "somebody opened it"};
+    }
+    co_return executor.now() - begun;
+}
+
+TEST_F(StopTest, ABoundHasItsWholeLengthAfterAStop) {
+    Latch latch(executor);
+    EXPECT_LT(*executor.run(wait_long(executor, latch, 5_s)), 5_s + 20_ms) << "without one: its length";
+    // 4 s pass, the machine stops, and then it is 5 s again.
+    struct At {
+        FakeMachine& machine;
+        Instant time;
+        Nanoseconds length;
+    } at{machine, machine.time + 4_s, 60_s};
+    machine.on_idle_context = &at;
+    machine.on_idle = [](void* c) {
+        auto& stop = *static_cast<At*>(c);
+        if (stop.machine.time >= stop.time) {
+            stop.machine.time += std::exchange(stop.length, 0);
+        }
+    };
+    const Nanoseconds waited = *executor.run(wait_long(executor, latch, 5_s));
+    EXPECT_GE(waited, 9_s);
+    EXPECT_LT(waited, 9_s + 200_ms);
+}
+
+TEST_F(StopTest, StopsMakeABoundAtMostTwiceAsLong) {
+    Latch latch(executor);
+    struct Every {
+        FakeMachine& machine;
+        Instant next;
+    } every{machine, machine.time + 1_s};
+    machine.on_idle_context = &every;
+    machine.on_idle = [](void* c) {
+        auto& stop = *static_cast<Every*>(c);
+        if (stop.machine.time >= stop.next) {
+            stop.machine.time += 7_s;
+            stop.next = stop.machine.time + 1_s;
+        }
+    };
+    const Nanoseconds waited = *executor.run(wait_long(executor, latch, 5_s));
+    EXPECT_GE(waited, 10_s);
+    EXPECT_LT(waited, 10_s + 200_ms);
+    EXPECT_LT(*executor.run(sleeper(executor, 5_s)), 5_s + 200_ms) << "a plain sleep is none that anybody is waited for in";
+}
+
+TEST_F(StopTest, BoundOfALoop) {
+    const auto polls = [](Executor& e, FakeMachine& m, Nanoseconds stop_after) -> Task<Result<Nanoseconds>> {
+        const Instant begun = e.now();
+        const Bound bound(e, 2_s);
+        bool stopped = false;
+        while (!bound.passed()) {
+            co_await e.sleep(1_ms);
+            if (!stopped && e.now() - begun >= stop_after) {
+                stopped = true;
+                m.time += 7_s;
+            }
+        }
+        co_return e.now() - begun;
+    };
+    EXPECT_LT(*executor.run(polls(executor, machine, never)), 2_s + 20_ms);
+    const Nanoseconds waited = *executor.run(polls(executor, machine, 1'500_ms));
+    EXPECT_GE(waited, 3'500_ms);
+    EXPECT_LT(waited, 3'500_ms + 200_ms);
+    EXPECT_TRUE(Bound(executor, 0).passed());
+    EXPECT_FALSE(Bound(executor, never).passed());
+}
+
+// An order that was kept by different bounds is kept when they begin anew.
+TEST_F(StopTest, BoundsStayInOrder) {
+    Latch first(executor);
+    Latch second(executor);
+    Latch third(executor);
+    std::vector<int> order;
+    const auto note = [](Executor& e, Latch& l, Nanoseconds n, std::vector<int>& o, int which) -> Task<Result<void>> {
+        static_cast<void>(co_await l.wait({e, n}));
+        o.push_back(which);
+        co_return Result<void>{};
+    };
+    const auto all = [&](TaskGroup& group) -> Task<Result<void>> {
+        EXPECT_TRUE(group.spawn(note(executor, first, 3_s, order, 3)));
+        EXPECT_TRUE(group.spawn(note(executor, second, 1_s, order, 1)));
+        EXPECT_TRUE(group.spawn(note(executor, third, 2_s, order, 2)));
+        co_return co_await group.join();
+    };
+    TaskGroup group(executor);
+    stop_in_idle(60_s);
+    EXPECT_TRUE(executor.run(all(group)));
+    EXPECT_EQ(order, (std::vector{1, 2, 3}));
 }
 
 // A wake-up that comes from another thread at any moment is never slept through: the sleep is real here, and long.
@@ -340,7 +527,7 @@ TEST_F(ExecutorTest, NoWakeUpIsLost) {
     });
     const auto result = live.run([](Signal& s, std::atomic<u64>& count) -> Task<Result<u64>> {
         for (u64 i = 0; i < rounds; ++i) {
-            if (!co_await s.wait(never)) {
+            if (!co_await s.wait()) {
                 co_return Error{Code::timed_out, "never has passed"};
             }
             ++count;

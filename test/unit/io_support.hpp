@@ -122,10 +122,10 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
                     request = request->link;
                 }
             }
-            if (behaviour.never_answers || executor().now() < request->submitted_at + behaviour.latency) {
+            if (behaviour.never_answers || executor().now() < since(*request) + behaviour.latency) {
                 break;
             }
-            queue_.remove(*request);
+            drop(*request);
             some = true;
             complete(*request, perform(*request));
         }
@@ -136,8 +136,9 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
         return !queue_.empty() && !behaviour.never_answers;
     }
     void tick(fl::Instant now) override {
-        while (!queue_.empty() && queue_.front()->deadline <= now) {
-            fl::io::Request* request = queue_.pop();
+        while (!queue_.empty() && since(*queue_.front()) + timeout() <= now) {
+            fl::io::Request* request = queue_.front();
+            drop(*request);
             request->buffer_lost = true;
             complete(*request, fl::io::Status::timed_out);
         }
@@ -146,11 +147,13 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
   protected:
     void start(fl::io::Request& request) override {
         queue_.push(request);
+        auto* free = std::find_if(since_.begin(), since_.end(), [](const Since& s) { return s.request == nullptr; });
+        *free = {&request, executor().turn_time()};
         most_under_way = std::max<fl::u64>(most_under_way, queue_.size());
         executor().touch(*this);
     }
     bool cancel_now(fl::io::Request& request) override {
-        if (!queue_.remove(request)) {
+        if (!drop(request)) {
             return false;
         }
         complete(request, fl::io::Status::cancelled);
@@ -159,7 +162,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
     void forget(fl::io::Request& request) override {
         ++forgotten;
         request.buffer_lost = behaviour.never_answers;
-        queue_.remove(request);
+        drop(request);
     }
 
   private:
@@ -187,7 +190,23 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
         }
         return Status::ok;
     }
+    struct Since {
+        const fl::io::Request* request = nullptr;
+        fl::Instant time = 0;
+    };
+    Since* entry(const fl::io::Request& r) {
+        return std::find_if(since_.begin(), since_.end(), [&](const Since& s) { return s.request == &r; });
+    }
+    fl::Instant since(const fl::io::Request& r) { return entry(r)->time; }
+    bool drop(fl::io::Request& r) {
+        if (!queue_.remove(r)) {
+            return false;
+        }
+        entry(r)->request = nullptr;
+        return true;
+    }
     fl::io::RequestQueue queue_;
+    std::array<Since, 1024> since_{}; // when each came
 };
 
 /// Takes everything that is logged.

@@ -92,9 +92,9 @@ u64 ordered_tsc() {
 // Waits until `done()`, at most `bound`.
 template <class Done>
 bool wait(Nanoseconds bound, Done done) {
-    const Instant end = after(now(), bound);
+    SpinBound limit(now(), bound);
     while (!done()) {
-        if (now() > end) {
+        if (limit.passed(now())) {
             return false;
         }
         spin_pause();
@@ -145,10 +145,10 @@ void send_nmi_to_others() {
             static_cast<void>(lapic::send(local_of(i).apic_id, lapic::Delivery::nmi, 0));
         }
     }
-    const Instant end = after(now(), 200'000'000);
+    SpinBound limit(now(), 200'000'000);
     for (u32 i = 0; i < running; ++i) {
         // Partner: the release in park().
-        while (i != me && !local_of(i).parked.load(std::memory_order_acquire) && now() < end) {
+        while (i != me && !local_of(i).parked.load(std::memory_order_acquire) && !limit.passed(now())) {
             spin_pause();
         }
     }

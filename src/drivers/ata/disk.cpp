@@ -2,7 +2,6 @@ module drivers.ata.disk;
 import core.std;
 import core.result;
 import core.text;
-import core.time;
 import io.executor;
 import io.block;
 import drivers.ata.protocol;
@@ -30,14 +29,10 @@ void Disk::configure(const DriveInfo& info, std::string_view name, bool flushes,
         .sectors = info.sectors, .sector_size = info.sector_size, .physical_sector_size = info.physical_sector_size, .flush = can_flush};
 }
 
-void Disk::end_waiting(Instant now, io::Status status) {
+void Disk::end_waiting(io::Status status) {
     for (io::RequestQueue* queue : {&again, &pending}) {
-        for (io::Request *r = queue->front(), *next = nullptr; r != nullptr; r = next) {
-            next = r->link;
-            if (r->deadline <= now || now == never) {
-                queue->remove(*r);
-                end(*r, status);
-            }
+        while (io::Request* request = queue->pop()) {
+            end(*request, status);
         }
     }
 }

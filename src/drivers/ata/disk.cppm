@@ -3,7 +3,6 @@ export module drivers.ata.disk;
 import core.std;
 import core.result;
 import core.text;
-import core.time;
 import io.executor;
 import io.block;
 import drivers.ata.protocol;
@@ -41,8 +40,8 @@ class Disk final : public io::BlockDevice {
     io::Counters& count() { return counters_; }
     /// Takes a request out of either list.
     bool remove(io::Request& request) { return pending.remove(request) || again.remove(request); }
-    /// Ends the waiting requests whose deadline has passed, or, at fl::never, all of them.
-    void end_waiting(Instant now, io::Status status);
+    /// Ends all requests that the device has not seen.
+    void end_waiting(io::Status status);
 
     io::RequestQueue pending; // the device has not seen them
     io::RequestQueue again;   // to be issued alone: the rest of a long request, or one that is tried again. Goes first.

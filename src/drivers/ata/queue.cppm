@@ -10,7 +10,10 @@
 //                                         closed: everything ends with device_gone
 //
 // Neighbouring reads (or writes) that wait in the queue become one command: fewer commands, each request still ends on its own. When a gathered
-// command fails, its requests are tried again one by one, so an unreadable sector hurts only the request that covers it.
+// command fails, or is not answered, its requests are tried again one by one, so a bad sector hurts only the request that covers it.
+//
+// Time counts for the command under way alone [io.oldest_wait]: a device that needs long for each command is never reset, however many requests
+// wait in the queue. Those end when their turn has come, or the channel is closed.
 export module drivers.ata.queue;
 import core.std;
 import core.result;
@@ -21,6 +24,7 @@ import core.dma;
 import core.interrupt;
 import io.executor;
 import io.block;
+import io.oldest_wait;
 import drivers.ata.protocol;
 import drivers.ata.channel;
 import drivers.ata.disk;
@@ -85,6 +89,7 @@ class ChannelQueue final : public io::Service, public Carrier {
     void begin_reset();
     void take_without_interrupt(Instant now);
     void time_out(Instant now);
+    bool unanswered() const { return finding_ != io::OldestWait::Finding::none; }
     void shut(std::string_view why);
     void charge();
     io::RequestQueue& batch() { return batches_[batch_]; }
@@ -110,6 +115,9 @@ class ChannelQueue final : public io::Service, public Carrier {
     bool suspect_ = false;  // no longer under way at the last tick, and no interrupt
     u32 bytes_ = 0;         // of the command
     Instant issued_at_ = 0;
+    u64 commands_ = 0; // issued so far: the number of the one under way
+    io::OldestWait wait_;
+    io::OldestWait::Finding finding_ = io::OldestWait::Finding::none; // of the last tick
     Instant reset_at_ = 0;  // when the reset was asserted
     Instant settle_at_ = 0; // when it was released
     u8 last_unit_ = 1;
@@ -238,6 +246,7 @@ bool ChannelQueue<P>::issue(Disk& disk) {
         ++disk.count().notifications;
         state_ = State::running;
         issued_at_ = executor_.now();
+        ++commands_;
         return true;
     }
     if (r.op != io::Op::read && r.op != io::Op::write) {
@@ -303,6 +312,7 @@ void ChannelQueue<P>::send(Disk& disk, bool write, u64 lba) {
     ++disk.count().notifications;
     state_ = State::running;
     issued_at_ = executor_.now();
+    ++commands_;
 }
 
 // --- completion ------------------------------------------------------------------------------------------------------------------------------
@@ -425,6 +435,7 @@ void ChannelQueue<P>::fail(const Outcome& outcome) {
 
 template <PortAccess P>
 void ChannelQueue<P>::tick(Instant now) {
+    finding_ = wait_.look(executor_, {.oldest = state_ == State::running ? commands_ : 0, .under_way = 1}, timeout_);
     switch (state_) {
     case State::running:
         if (now - issued_at_ >= lost_after && now > issued_at_) {
@@ -433,7 +444,7 @@ void ChannelQueue<P>::tick(Instant now) {
                 if (std::exchange(suspect_, true)) {
                     take_without_interrupt(now);
                 }
-            } else {
+            } else if (unanswered()) {
                 time_out(now);
             }
         }
@@ -456,18 +467,13 @@ void ChannelQueue<P>::tick(Instant now) {
                 } else {
                     issue_next();
                 }
-            } else if (now - reset_at_ >= timeout_) {
+            } else if (now >= executor_.end_of_bound(reset_at_, timeout_)) {
                 shut("did not come back from a software reset");
             }
         }
         break;
     case State::idle:
     case State::closed: break;
-    }
-    for (Disk* disk : disks_) {
-        if (disk != nullptr) {
-            disk->end_waiting(now, io::Status::timed_out);
-        }
     }
     charge();
 }
@@ -476,7 +482,10 @@ template <PortAccess P>
 void ChannelQueue<P>::take_without_interrupt(Instant now) {
     const Outcome outcome = channel_.look();
     if (!outcome.ended) {
-        return time_out(now);
+        if (unanswered()) {
+            time_out(now);
+        }
+        return;
     }
     if (++lost_ == 1) {
         log::warning("{}: a command ended without an interrupt", active_->name());
@@ -485,24 +494,18 @@ void ChannelQueue<P>::take_without_interrupt(Instant now) {
     finish(outcome);
 }
 
-/// Requests of the command under way whose time is up end; the others are tried again after a reset.
+/// The command under way has had no answer for a whole time-out. Its request ends; of several it may be any one: each is tried alone.
 template <PortAccess P>
 void ChannelQueue<P>::time_out(Instant now) {
-    Instant first = never;
-    for (const io::Request* r = batch().front(); r != nullptr; r = r->link) {
-        first = std::min(first, r->deadline);
-    }
-    if (first > now) {
-        return;
-    }
     Disk& disk = *active_;
     begin_reset(); // the engine is off: buffers are safe
     log::warning("{}: no answer to a command for {} ms, the channel is reset", disk.name(), (now - issued_at_) / 1'000'000);
+    const bool several = batch().size() > 1;
     while (io::Request* r = batch().pop()) {
-        if (r->deadline <= now) {
-            disk.end(*r, io::Status::timed_out);
-        } else {
+        if (several) {
             disk.again.push(*r);
+        } else {
+            disk.end(*r, io::Status::timed_out);
         }
     }
     if (resets_in_a_row_ > max_resets) {
@@ -534,7 +537,7 @@ void ChannelQueue<P>::shut(std::string_view why) {
                 disk->end(*r, io::Status::device_gone);
             }
         }
-        disk->end_waiting(never, io::Status::device_gone);
+        disk->end_waiting(io::Status::device_gone);
     }
 }
 

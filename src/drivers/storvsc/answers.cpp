@@ -12,6 +12,7 @@ import io.executor;
 import io.block;
 import io.inflight;
 import io.latch;
+import io.oldest_wait;
 import hv.hyperv.channel;
 
 namespace fl::drivers::storvsc {
@@ -60,7 +61,7 @@ bool Queue::drain() {
     }
     look_at_events();
     idle_events_ = 0;
-    last_answer_ = executor_.turn_time();
+    heard_ += count;
     const u64 signals = channel_.counters().signals;
     channel_.release();
     if (current_ != nullptr) {
@@ -117,6 +118,7 @@ bool Queue::accept(const hv::hyperv::Packet& packet) {
         exchange->done.open();
         return true;
     }
+    ++answered_;
     answered(id, slot, answer);
     return true;
 }
@@ -248,6 +250,7 @@ bool Queue::again(u64 id, bool now) {
     ++slot.retries;
     static_cast<void>(inflight_.give(id));
     const u64 fresh = *inflight_.take(slots_[0]); // the slot that was freed last: the same one
+    slot.number = ++issued_;
     if (now && put(slot, fresh)) {
         executor_.touch(*this);
     } else if (state_ == State::open) {

@@ -11,6 +11,7 @@ import io.executor;
 import io.block;
 import io.inflight;
 import io.latch;
+import io.oldest_wait;
 import hv.hyperv.channel;
 
 namespace fl::drivers::storvsc {
@@ -111,8 +112,8 @@ void Disk::forget(Request& request) {
         request.waiter = {};
         request.issued = request.buffer.size;
         queue_.flush();
-        const Instant deadline = after(executor().now(), timeout());
-        while (request.pending() && queue_.is_open() && executor().now() < deadline) {
+        const io::Bound bound(executor(), timeout());
+        while (request.pending() && queue_.is_open() && !bound.passed()) {
             static_cast<void>(queue_.drain());
         }
         if (request.pending() && queue_.is_open()) {
@@ -189,7 +190,6 @@ void Queue::start(DmaSpan parameters, Nanoseconds timeout) {
     }
     parameters_ = parameters;
     timeout_ = timeout;
-    last_answer_ = executor_.now();
     events_seen_ = channel_.interrupts();
     state_ = State::open;
     executor_.add(*this);
@@ -308,7 +308,8 @@ bool Queue::issue_part(Disk& disk, Request& request) {
     slot.offset = request.issued;
     slot.bytes = bytes;
     slot.retries = 0;
-    slot.delayed = slot.expired = false;
+    slot.delayed = slot.reset = slot.expired = false;
+    slot.number = ++issued_;
     if (!put_inline(slot, *id)) [[unlikely]] {
         if (state_ == State::open) {
             static_cast<void>(inflight_.give(*id));

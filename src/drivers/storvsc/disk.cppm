@@ -3,6 +3,9 @@
 // What is under way stands in the queue's slots; a completion is copied out once by the channel and must carry a known id, the length that the
 // version has, COMPLETE_IO, and no more data than was asked for. The first violation closes the whole controller: all its queues look at
 // `Shared`. A request may need several packets (parts); it ends when all of them have been answered.
+//
+// Only what the host has is timed [io.oldest_wait]. When the oldest request has had its time, the host is asked to reset the bus, which makes it
+// answer everything, and has a whole time-out for that; what is not answered then is given up.
 export module drivers.storvsc.disk;
 import core.std;
 import core.result;
@@ -13,6 +16,7 @@ import io.executor;
 import io.block;
 import io.inflight;
 import io.latch;
+import io.oldest_wait;
 import hv.hyperv.channel;
 export import drivers.storvsc.protocol;
 export import drivers.storvsc.scsi;
@@ -39,6 +43,9 @@ struct Shared {
     void* context = nullptr;
     // Relaxed, as reset_wanted: wishes for the controller.
     std::atomic<bool> rescan_wanted{false};
+    // Sums over all queues, each adds its own in its tick. Relaxed: they only say how busy the host is.
+    std::atomic<u64> under_way{0};
+    std::atomic<u64> answered{0};
 };
 
 /// A packet of the controller's own, and its answer. Lives with who waits for it, until done or abandoned.
@@ -62,8 +69,6 @@ class Queue final : private io::Service {
     /// Interrupts within `idle_window` nanoseconds that bring nothing, and no packet in between; more are told of.
     static constexpr u32 max_idle_events = 256;
     static constexpr Nanoseconds idle_window = 1'000'000'000;
-    /// After a time-out the host has so long to answer all the same, once it was asked to reset the bus; at most.
-    static constexpr Nanoseconds grace = 500'000'000;
 
     Queue(io::Executor& executor, hv::hyperv::Channel& channel, Shared& shared, bool first);
     ~Queue();
@@ -101,8 +106,10 @@ class Queue final : private io::Service {
         u32 bytes = 0;
         u8 retries = 0;
         bool delayed = false;   // not with the host: sent again in the next tick
-        bool expired = false;   // its request's deadline has passed
+        bool reset = false;     // it was under way when the host was asked to reset the bus
+        bool expired = false;   // because of it, or for the second time: it is not sent again after the reset
         bool short_cdb = false; // it was sent as a command of 10 bytes that has a longer sibling
+        u64 number = 0;         // in order of issue
     };
 
     void flush() override;
@@ -123,7 +130,10 @@ class Queue final : private io::Service {
     bool again(u64 id, bool now);
     void finish(Slot& slot, io::Status status);
     void abandon(Request& request);
-    void look_at_deadlines(Instant now);
+    void look_at_time();
+    void ask_for_reset(Slot& oldest);
+    void give_up_after_reset();
+    void publish_counts(u64 under_way);
     void look_at_events();
     void send_reset();
     void end_all(io::Status status);
@@ -153,8 +163,16 @@ class Queue final : private io::Service {
     u32 idle_events_ = 0;
     Instant idle_until_ = 0;
     bool storm_told_ = false;
-    Instant last_answer_ = 0;
-    Instant reset_at_ = never; // when the bus reset was asked for; never: not
+    u64 issued_ = 0;   // packets of requests so far
+    u64 answered_ = 0; // of them, those that have been answered, late ones included
+    u64 heard_ = 0;    // packets of the host's so far, of any kind
+    u64 published_under_way_ = 0;
+    u64 published_answered_ = 0;
+    io::OldestWait oldest_;
+    io::OldestWait stuck_;                // of requests that wait while none is with the host
+    std::optional<io::Bound> reset_wait_; // since the bus reset was asked for, until all that was under way has been answered
+    u64 reset_issued_ = 0;                // issued_ and heard_ then
+    u64 reset_heard_ = 0;
     Exchange reset_;
     std::atomic<bool> quiet_{true};
 };

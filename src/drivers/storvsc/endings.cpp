@@ -1,4 +1,4 @@
-// The queue giving up: deadlines, the reset of the bus, and the end of everything.
+// The queue giving up: time-outs, the reset of the bus, and the end of everything.
 module;
 #include "core/try.hpp"
 module drivers.storvsc.disk;
@@ -12,6 +12,7 @@ import io.executor;
 import io.block;
 import io.inflight;
 import io.latch;
+import io.oldest_wait;
 import hv.hyperv.channel;
 
 namespace fl::drivers::storvsc {
@@ -67,70 +68,97 @@ void Queue::tick(Instant now) {
             }
         });
     }
-    look_at_deadlines(now);
     pump();
+    if (state_ == State::open) {
+        look_at_time();
+    }
 }
 
-void Queue::look_at_deadlines(Instant now) {
-    bool late = false;
-    bool starved = false;
-    for (Disk* disk = disks_; disk != nullptr; disk = disk->next_) {
-        for (usize n = disk->waiting_.size(); n != 0; --n) {
-            Request& request = *disk->waiting_.pop();
-            if (request.deadline > now || request.parts != 0) { // those with parts are found below
-                disk->waiting_.push(request);
-                continue;
-            }
-            starved = true;
-            disk->end(request, io::Status::timed_out);
-        }
-    }
-    bool given_up = false;
-    bool unfenced = false;
-    bool waited_for = false;
+void Queue::publish_counts(u64 under_way) {
+    shared_.under_way.fetch_add(under_way - std::exchange(published_under_way_, under_way), std::memory_order_relaxed); // modulo 2^64
+    shared_.answered.fetch_add(answered_ - std::exchange(published_answered_, answered_), std::memory_order_relaxed);
+}
+
+void Queue::look_at_time() {
+    using Finding = io::OldestWait::Finding;
+    publish_counts(inflight_.size());
+    const u64 under_way = shared_.under_way.load(std::memory_order_relaxed);
+    const u64 answered = shared_.answered.load(std::memory_order_relaxed);
+    Slot* oldest = nullptr; // with the host, and somebody waits for it
     inflight_.for_each([&](u64 id, Slot&) {
         Slot& slot = slots_[inflight_.slot_of(id)];
-        Request* request = slot.request;
-        waited_for = waited_for || request != nullptr || slot.exchange != nullptr;
-        if (request == nullptr || request->deadline > now) {
-            return;
-        }
-        late = true;
-        slot.expired = true;
-        if (now >= after(request->deadline, std::min(grace, timeout_))) {
-            Disk& disk = *slot.disk;
-            given_up = true;
-            unfenced = unfenced || request->op == io::Op::write || request->op == io::Op::discard;
-            disk.waiting_.remove(*request);
-            abandon(*request);
-            disk.end(*request, io::Status::timed_out);
+        if (slot.request != nullptr && !slot.delayed && (oldest == nullptr || slot.number < oldest->number)) {
+            oldest = &slot;
         }
     });
-    if (late && !channel_.look()) { // the rule that was broken, and not the time-out that came of it
-        return broken_ring();
+    const Finding found = oldest_.look(executor_, {oldest != nullptr ? oldest->number : 0, under_way, answered}, timeout_);
+    if (reset_wait_) {
+        if (oldest == nullptr || oldest->number > reset_issued_) {
+            reset_wait_.reset(); // the reset has done its work
+        } else if (reset_wait_->passed()) {
+            return give_up_after_reset();
+        }
+    } else if (found != Finding::none) {
+        return ask_for_reset(*oldest);
     }
-    if (late && !shared_.reset_wanted.load(std::memory_order_relaxed) && reset_at_ == never) {
-        log::warning("storvsc: no answer within {} ms: asking the host to reset the bus", timeout_ / 1'000'000);
-        reset_at_ = now;
-        shared_.reset_wanted.store(true, std::memory_order_relaxed);
+    bool waiting = delayed_ != 0;
+    for (const Disk* disk = disks_; disk != nullptr; disk = disk->next_) {
+        waiting = waiting || !disk->waiting_.empty();
     }
-    if (!late && reset_at_ != never && now >= after(reset_at_, timeout_)) {
-        reset_at_ = never; // the next time-out may ask again
-    }
-    if (given_up && now >= after(last_answer_, timeout_)) {
-        return shut(io::Status::device_gone, {Code::timed_out, "the host has not answered anything for a whole time-out"});
-    }
-    // What the host still holds it may carry out at any time, and undo by it what was written there since.
-    if (unfenced) {
-        return shut(io::Status::device_gone,
-                    {Code::timed_out, "a write was not answered, not even by a bus reset: nothing may be written behind it"});
-    }
-    if (starved && !waited_for && inflight_.size() >= max_parts - kept_parts) {
+    const bool stuck = oldest == nullptr && waiting;
+    if (stuck_.look(executor_, {stuck ? issued_ + 1 : 0, under_way, answered}, timeout_) != Finding::none) {
         shut(io::Status::device_gone, {Code::timed_out, "every slot is held by a request that the host never answered"});
     }
 }
 
-// Its answer says only that it was taken; what was under way is answered one by one, or is given up when the grace has passed.
+void Queue::ask_for_reset(Slot& oldest) {
+    if (!channel_.look()) { // the rule that was broken, and not the time-out that came of it
+        return broken_ring();
+    }
+    log::warning("storvsc: no answer within {} ms: asking the host to reset the bus", timeout_ / 1'000'000);
+    inflight_.for_each([&](u64 id, Slot&) {
+        Slot& slot = slots_[inflight_.slot_of(id)];
+        if (slot.request != nullptr && !slot.delayed) {
+            slot.expired = &slot == &oldest || slot.reset;
+            slot.reset = true;
+        }
+    });
+    reset_wait_.emplace(executor_, timeout_);
+    reset_issued_ = issued_;
+    reset_heard_ = heard_;
+    shared_.reset_wanted.store(true, std::memory_order_relaxed);
+}
+
+// The bus has been reset, or the host does not even do that.
+void Queue::give_up_after_reset() {
+    bool unfenced = false;
+    inflight_.for_each([&](u64 id, Slot&) {
+        Slot& slot = slots_[inflight_.slot_of(id)];
+        Request* request = slot.request;
+        if (request == nullptr || slot.delayed || slot.number > reset_issued_) {
+            return;
+        }
+        Disk& disk = *slot.disk;
+        unfenced = unfenced || request->op == io::Op::write || request->op == io::Op::discard;
+        disk.waiting_.remove(*request);
+        abandon(*request);
+        disk.end(*request, io::Status::timed_out);
+    });
+    reset_wait_.reset();
+    if (!channel_.look()) {
+        return broken_ring();
+    }
+    if (heard_ == reset_heard_) {
+        return shut(io::Status::device_gone, {Code::timed_out, "the host has not answered anything for a whole time-out"});
+    }
+    // What the host still holds it may carry out at any time, and undo by it what was written there since.
+    if (unfenced) {
+        shut(io::Status::device_gone,
+             {Code::timed_out, "a write was not answered, not even by a bus reset: nothing may be written behind it"});
+    }
+}
+
+// Its answer says only that it was taken; what was under way is answered one by one, or is given up.
 void Queue::send_reset() {
     if (inflight_.peek(reset_.id) != nullptr && slots_[inflight_.slot_of(reset_.id)].exchange == &reset_) {
         shared_.reset_wanted.store(false, std::memory_order_relaxed); // one is under way
@@ -166,6 +194,7 @@ void Queue::end_all(io::Status status) {
         return;
     }
     state_ = State::shut;
+    publish_counts(0);
     for (Disk* disk = disks_; disk != nullptr; disk = disk->next_) {
         while (Request* request = disk->waiting_.pop()) {
             if (request->parts == 0) {

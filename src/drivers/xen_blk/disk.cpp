@@ -10,6 +10,7 @@ import core.log;
 import io.executor;
 import io.block;
 import io.inflight;
+import io.oldest_wait;
 import io.ring;
 import hv.xen.events;
 import hv.xen.grants;
@@ -67,7 +68,6 @@ Result<void> Disk::open(const Terms& terms, const Identity& identity, DmaAllocat
         CHECK(open_indirect(pool));
     }
     state_ = State::open;
-    last_answer_ = executor().now();
     executor().add(*this);
     return {};
 }
@@ -173,6 +173,7 @@ bool Disk::issue_data(Request& request) {
     part.segments = static_cast<u16>(count);
     part.offset = request.issued;
     part.bytes = bytes;
+    part.number = ++issued_;
     const u64 sector = (request.lba << sector_shift_) + (request.issued >> unit_shift_);
     if (!indirect) [[likely]] {
         DirectRequest slot; // as much of it as is used is written, and no more goes into the ring
@@ -235,6 +236,7 @@ bool Disk::issue_command(Request& request) {
     part.segments = 0;
     part.offset = 0;
     part.bytes = 0;
+    part.number = ++issued_;
     if (request.op == io::Op::discard) {
         part.operation = Operation::discard;
         const DiscardRequest slot{{Operation::discard, 0, terms_.handle, 0, *id, request.lba << sector_shift_},
@@ -305,11 +307,11 @@ bool Disk::drain() {
         return false;
     }
     idle_events_ = 0;
-    last_answer_ = executor().turn_time();
+    answered_ += count;
     if (armed_at_ != never) { // we slept for these
         if (hurry_ != 0) {
             --hurry_;
-        } else if (last_answer_ <= after(armed_at_, patience)) {
+        } else if (executor().turn_time() <= after(armed_at_, patience)) {
             next_hurry_ = 1;
         } else {
             next_hurry_ = std::min(next_hurry_ * 2, max_hurry);
@@ -489,37 +491,57 @@ void Disk::forget(Request& request) {
     }
 }
 
-void Disk::tick(Instant now) {
+void Disk::tick(Instant) {
     grants_.sweep();
     if (state_ != State::open) {
         return;
     }
     idle_events_ = 0; // after a storm: listen again
-    bool late = false;
-    for (usize n = waiting_.size(); n != 0; --n) {
-        Request& request = *waiting_.pop();
-        if (request.deadline > now) {
-            waiting_.push(request);
-            continue;
-        }
-        late = true;
-        abandon(request);
-        complete(request, io::Status::timed_out);
-    }
-    inflight_.for_each([&](u64 id, Part&) {
-        Request* request = parts_[inflight_.slot_of(id)].request;
-        if (request != nullptr && request->deadline <= now) {
-            late = true;
-            abandon(*request);
-            complete(*request, io::Status::timed_out);
-        }
-    });
-    if (late && after(last_answer_, timeout()) <= now) {
-        return shut(io::Status::device_gone, {Code::timed_out, "the back end has not answered anything for a whole time-out"});
-    }
     if (!waiting_.empty()) {
         pump(); // grants may have come free elsewhere
     }
+    look_at_time();
+}
+
+void Disk::give_up(Request& request) {
+    waiting_.remove(request); // the rest of it
+    abandon(request);
+    complete(request, io::Status::timed_out);
+}
+
+void Disk::look_at_time() {
+    using Finding = io::OldestWait::Finding;
+    const Part* oldest = nullptr;
+    inflight_.for_each([&](u64 id, Part&) {
+        const Part& part = parts_[inflight_.slot_of(id)];
+        if (part.request != nullptr && (oldest == nullptr || part.number < oldest->number)) {
+            oldest = &part;
+        }
+    });
+    const u64 under_way = inflight_.size();
+    const Finding found = oldest_.look(executor(), {oldest != nullptr ? oldest->number : 0, under_way, answered_}, timeout());
+    if (found == Finding::lost) {
+        log::warning("{}: no answer to a request within {} ms, while others were answered", identity_.name, timeout() / 1'000'000);
+        give_up(*oldest->request);
+    } else if (found == Finding::silent) {
+        inflight_.for_each([&](u64 id, Part&) {
+            if (Request* request = parts_[inflight_.slot_of(id)].request; request != nullptr) {
+                give_up(*request);
+            }
+        });
+        return shut(io::Status::device_gone, {Code::timed_out, "the back end has not answered anything for a whole time-out"});
+    }
+    // Nothing that is waited for is with the back end, and still there is no room: requests that were given up hold the slots, or others hold all
+    // the grants.
+    const bool stuck = oldest == nullptr && !waiting_.empty();
+    if (stuck_.look(executor(), {stuck ? issued_ + 1 : 0, under_way, answered_}, timeout()) == Finding::none) {
+        return;
+    }
+    if (inflight_.full() || requests_->full()) {
+        return shut(io::Status::device_gone, {Code::timed_out, "every slot is held by a request that the back end never answered"});
+    }
+    log::warning("{}: no grant entries came free for a request within {} ms", identity_.name, timeout() / 1'000'000);
+    give_up(*waiting_.front());
 }
 
 void Disk::shut(io::Status status, const Error& why) {

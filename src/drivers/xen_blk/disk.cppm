@@ -5,6 +5,8 @@
 //
 // Nothing in the ring is believed: what a part is stands in parts_, an answer is copied out once and must carry a known id, the operation that
 // was asked for and a known status, and there are never more answers than questions. The first violation closes the disk.
+//
+// Only what the back end has is timed [io.oldest_wait]. A request that is lost ends as timed_out; a back end that is silent closes the disk.
 export module drivers.xen_blk.disk;
 import core.std;
 import core.result;
@@ -14,6 +16,7 @@ import core.dma;
 import io.executor;
 import io.block;
 import io.inflight;
+import io.oldest_wait;
 import io.ring;
 import hv.xen.events;
 import hv.xen.grants;
@@ -83,6 +86,7 @@ class Disk final : public io::BlockDevice, private io::Service {
         u16 indirect_page = 0;
         u32 offset = 0; // of its data in the request's buffer
         u32 bytes = 0;
+        u64 number = 0; // in order of issue
         std::array<Grant, max_segments> grants; // or, with persistent grants, numbers of pool pages
     };
     struct PoolPage {
@@ -99,6 +103,8 @@ class Disk final : public io::BlockDevice, private io::Service {
     void tick(Instant now) override;
 
     u32 event_after(u32 owed) const;
+    void look_at_time();
+    void give_up(Request& request);
     bool issue(Request& request);
     bool issue_data(Request& request);
     bool issue_command(Request& request);
@@ -132,7 +138,10 @@ class Disk final : public io::BlockDevice, private io::Service {
     u32 hurry_ = 0; // batches still to come that are not waited for as a whole
     Instant armed_at_ = never;
     u32 burst_ = 1; // parts of the last request that was issued
-    Instant last_answer_ = 0;
+    u64 issued_ = 0;   // parts so far
+    u64 answered_ = 0; // parts so far
+    io::OldestWait oldest_;
+    io::OldestWait stuck_; // of requests that wait while nothing of ours is under way
     void (*notify_)(void*) = nullptr;
     void* notify_context_ = nullptr;
 

@@ -178,7 +178,7 @@ class Channel {
 /// channel, on the channel's executor, from after open() to before close().
 ///
 ///     Inbox inbox(channel, executor);
-///     while (co_await inbox.wait(deadline)) {
+///     while (co_await inbox.wait(bound)) {
 ///         Packet packet;
 ///         for (;;) { auto got = channel.receive(packet); … inbox.touch() after sending … }
 ///         channel.release();
@@ -188,8 +188,9 @@ class Inbox final : public io::Service {
     Inbox(Channel& channel, io::Executor& executor);
     ~Inbox();
 
-    /// True: look at the channel (a packet may be there, it may have room again, be broken, or rescinded). False: the deadline came first.
-    auto wait(Instant deadline) { return latch_.wait(deadline); }
+    /// True: look at the channel (a packet may be there, it may have room again, be broken, or rescinded). False: the bound passed first.
+    auto wait(const io::Bound& bound) { return latch_.wait(bound); }
+    auto wait() { return latch_.wait(); }
     /// What was sent is published at the end of this turn.
     void touch() { executor_.touch(*this); }
     /// Ends a wait: for an owner who has something to tell his own coroutine. On the channel's executor.

@@ -56,8 +56,8 @@ Vmbus::Pending::~Pending() {
     }
 }
 
-io::Task<Result<void>> Vmbus::answer(Pending& pending, Instant deadline, std::string_view what) {
-    static_cast<void>(co_await pending.latch.wait(deadline));
+io::Task<Result<void>> Vmbus::answer(Pending& pending, io::Bound bound, std::string_view what) {
+    static_cast<void>(co_await pending.latch.wait(bound));
     if (pending.done) {
         co_return Result<void>{};
     }
@@ -95,7 +95,7 @@ Status Vmbus::post_now(std::span<const std::byte> message) {
     return status;
 }
 
-io::Task<Result<void>> Vmbus::post(std::span<const std::byte> message, Instant deadline, const bool* gone) {
+io::Task<Result<void>> Vmbus::post(std::span<const std::byte> message, io::Bound bound, const bool* gone) {
     for (Nanoseconds pause = shortest_retry;; pause = std::min(pause * 2, longest_retry)) {
         const Status status = post_now(message);
         switch (status) {
@@ -107,7 +107,7 @@ io::Task<Result<void>> Vmbus::post(std::span<const std::byte> message, Instant d
             [[fallthrough]];
         case Status::insufficient_buffers:
         case Status::insufficient_memory:
-            if (environment_->executor.now() >= deadline) {
+            if (bound.passed()) {
                 co_return Error{Code::timed_out, "VMBus: the hypervisor has no buffer for a message (status)", 0, to_underlying(status)};
             }
             ++counters_.retries;
@@ -141,10 +141,10 @@ io::Task<Result<bool>> Vmbus::contact(Version version) {
     message.monitor_page_from_host = monitor_pages_.bus();
     message.monitor_page_to_host = monitor_pages_.bus() + page_size;
 
-    const Instant deadline = after(environment_->executor.now(), std::min(environment_->timeout, contact_timeout));
+    const io::Bound bound(environment_->executor, std::min(environment_->timeout, contact_timeout));
     Pending pending(*this, MessageType::version_response, 0, 0);
-    CO_CHECK(co_await send(message, deadline));
-    CO_CHECK(co_await answer(pending, deadline, "VMBus: no answer to the first contact"));
+    CO_CHECK(co_await send(message, bound));
+    CO_CHECK(co_await answer(pending, bound, "VMBus: no answer to the first contact"));
     if (pending.version.supported == 0) {
         co_return false;
     }
@@ -200,11 +200,11 @@ io::Task<Result<void>> Vmbus::connect() {
 }
 
 io::Task<Result<void>> Vmbus::request_offers() {
-    const Instant until = posting_deadline();
+    const io::Bound until = posting_bound();
     Pending pending(*this, MessageType::all_offers_delivered, 0, 0);
     const RequestOffers message;
     CO_CHECK(co_await send(message, until));
-    const auto ended = co_await answer(pending, deadline(), "VMBus: the host does not come to an end with its offers");
+    const auto ended = co_await answer(pending, answering_bound(), "VMBus: the host does not come to an end with its offers");
     offers_delivered_ = true; // or are late: listeners hear of them then
     co_return ended;
 }
@@ -213,13 +213,14 @@ void Vmbus::unload(Nanoseconds timeout) {
     if (!connected()) {
         return;
     }
-    const auto now = [this] { return environment_->executor.now(); };
-    const Instant until = after(now(), timeout);
+    // The executor's own time is not ours: a panic comes here on any processor.
+    SpinBound bound(environment_->executor.elapsed(), timeout);
+    const auto passed = [&] { return bound.passed(environment_->executor.elapsed()); };
     const Unload message;
     const std::span<const std::byte> bytes = std::as_bytes(std::span<const Unload, 1>(&message, 1));
     Status status = post_now(bytes);
     while ((status == Status::insufficient_buffers || status == Status::insufficient_memory || status == Status::invalid_connection_id) &&
-           now() < until) {
+           !passed()) {
         status = post_now(bytes);
     }
     bool answered = version_ < Version::v1_1 || status != Status::success; // 0.13 does not confirm
@@ -229,7 +230,7 @@ void Vmbus::unload(Nanoseconds timeout) {
         return; // the messages are processor 0's; a panic elsewhere does not wait for them
     }
     SynicMessage received;
-    while (!answered && now() < until) {
+    while (!answered && !passed()) {
         if (environment_->synic.next(received)) {
             const auto header = message_of<MessageHeader>(received.bytes());
             answered = header && header->type == MessageType::unload_response;

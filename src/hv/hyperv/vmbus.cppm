@@ -1,5 +1,5 @@
 // The VMBus: one connection to the host, the channels that it offers, the memory that is shared with it. Everything here runs on processor 0's
-// executor; a channel that belongs to another processor is opened here and then used there. Every wait has a deadline; every answer is matched
+// executor; a channel that belongs to another processor is opened here and then used there. Every wait has a bound; every answer is matched
 // to its request by its ids; what matches nothing is counted and told once.
 //
 // Order: install → connect → request_offers → (open → the channel's use → close)… → unload. An offer may be rescinded at any moment: whoever
@@ -105,7 +105,7 @@ class Vmbus final : public io::Service {
     /// takes over after this has ended.
     io::Task<Result<void>> modify(Channel& channel, u32 cpu);
     /// Waits until the host offers sub-channel `index` (>= 1) of that device. Error{timed_out}.
-    io::Task<Result<Offer>> sub_channel(Guid instance, u16 index, Instant deadline);
+    io::Task<Result<Offer>> sub_channel(Guid instance, u16 index, io::Bound bound);
 
     /// Lets the host reach whole pages, `frames.size()` of them (1 to max_gpadl_pages), in the name of an offered channel. Ends when the host
     /// has confirmed. Error{timed_out}: it may reach them all the same: give the memory up.
@@ -119,7 +119,7 @@ class Vmbus final : public io::Service {
     void remove(OfferListener& listener);
 
     /// Ends the connection. Channels that are open are the host's business no more. Waits for the confirmation without the executor, by looking
-    /// at the message slot: for the end of the machine, in a panic too. Bounded by `timeout` nanoseconds as `now()` counts them.
+    /// at the message slot: for the end of the machine, in a panic too, on any processor. Bounded by `timeout`.
     void unload(Nanoseconds timeout);
 
     const VmbusCounters& counters() const { return counters_; }
@@ -163,16 +163,16 @@ class Vmbus final : public io::Service {
     };
 
     /// `gone`: when it becomes true while a throttling host is waited for, the message is not sent any more.
-    io::Task<Result<void>> post(std::span<const std::byte> message, Instant deadline, const bool* gone = nullptr);
+    io::Task<Result<void>> post(std::span<const std::byte> message, io::Bound bound, const bool* gone = nullptr);
     template <class M>
-    io::Task<Result<void>> send(const M& message, Instant deadline) {
-        return post(std::as_bytes(std::span<const M, 1>(&message, 1)), deadline);
+    io::Task<Result<void>> send(const M& message, const io::Bound& bound) {
+        return post(std::as_bytes(std::span<const M, 1>(&message, 1)), bound);
     }
     Status post_now(std::span<const std::byte> message);
     io::Task<Result<bool>> contact(Version version);
     io::Task<Result<Gpadl>> share(u32 relid, Frames frames);
     io::Task<Result<void>> open_shared(Channel& channel, Offer offer, OpenParameters parameters, DmaBuffer rings, Gpadl gpadl);
-    io::Task<Result<void>> answer(Pending& pending, Instant deadline, std::string_view what);
+    io::Task<Result<void>> answer(Pending& pending, io::Bound bound, std::string_view what);
     Channel::Signalling signalling(const Offer& offer, bool may_defer);
 
     void take(const SynicMessage& message);
@@ -187,8 +187,8 @@ class Vmbus final : public io::Service {
     bool is_rescinded(u32 relid);
     void unlink(Channel& channel);
     u32 fresh_gpadl();
-    Instant deadline() const { return after(environment_->executor.now(), environment_->timeout); }
-    Instant posting_deadline() const { return after(environment_->executor.now(), std::max(environment_->timeout, posting_timeout)); }
+    io::Bound answering_bound() const { return {environment_->executor, environment_->timeout}; }
+    io::Bound posting_bound() const { return {environment_->executor, std::max(environment_->timeout, posting_timeout)}; }
 
     std::optional<VmbusEnvironment> environment_;
     DmaBuffer interrupt_page_; // versions 0.13 and 1.1

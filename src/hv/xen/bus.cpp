@@ -107,7 +107,7 @@ io::Task<Result<void>> Frontend::set_state(BusState state) {
     co_return co_await store_.write(key, text);
 }
 
-io::Task<Result<BusState>> Frontend::await_state(std::span<const BusState> wanted, Instant deadline) {
+io::Task<Result<BusState>> Frontend::await_state(std::span<const BusState> wanted, io::Bound bound) {
     BusState seen = BusState::unknown;
     for (;;) {
         CO_TRY(seen, co_await state());
@@ -118,11 +118,11 @@ io::Task<Result<BusState>> Frontend::await_state(std::span<const BusState> wante
             co_return Error{Code::device_gone, "the back end closes the device (state)", to_underlying(BusState::connected),
                             to_underlying(seen)};
         }
-        if (!co_await changed_.wait(deadline)) {
+        if (!co_await changed_.wait(bound)) {
             co_return Error{Code::timed_out, "the back end does not reach the state that is waited for (timeout=MILLISECONDS changes the bound)",
                             to_underlying(wanted.front()), to_underlying(seen)};
         }
-        if (executor_.now() >= deadline) { // one that changes its state for ever
+        if (bound.passed()) { // one that changes its state for ever
             co_return Error{Code::timed_out, "the back end does not settle in a state", to_underlying(wanted.front()), to_underlying(seen)};
         }
     }

@@ -32,9 +32,10 @@ class Frontend {
     io::Task<Result<BusState>> state();
     io::Task<Result<void>> set_state(BusState state);
     /// Waits until the other half's state is one of `wanted`; gives it. Error{device_gone}: it closes, or is gone; Error{timed_out}.
-    io::Task<Result<BusState>> await_state(std::span<const BusState> wanted, Instant deadline);
-    /// Waits until something may have changed about the other half. False: the deadline came first.
-    auto changed(Instant deadline) { return changed_.wait(deadline); }
+    io::Task<Result<BusState>> await_state(std::span<const BusState> wanted, io::Bound bound);
+    /// Waits until something may have changed about the other half. False: the bound passed first.
+    auto changed(const io::Bound& bound) { return changed_.wait(bound); }
+    auto changed() { return changed_.wait(); }
     /// Ends a wait in changed(): for an owner who has something to tell his own coroutine.
     void poke() { changed_.open(); }
     /// No more news.

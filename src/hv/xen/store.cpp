@@ -179,7 +179,7 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
     if (closed_) {
         co_return *closed_;
     }
-    const Instant deadline = after(executor_->now(), timeout_);
+    const io::Bound bound(*executor_, timeout_);
     const StoreHeader header{type, next_id_++, transaction, static_cast<u32>(length)};
     expected_ = {true, false, false, type, header.request_id, transaction, into, 0, {}};
     progress_->close();
@@ -201,7 +201,7 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
                 static_cast<void>(requests_->publish());
                 CO_CHECK(channel_->send(port_));
                 expected_.wants_room = true;
-                if (!co_await progress_->wait(deadline)) {
+                if (!co_await progress_->wait(bound)) {
                     co_return Error{Code::timed_out, "XenStore does not take a request"};
                 }
                 expected_.wants_room = false;
@@ -215,7 +215,7 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
     static_cast<void>(requests_->publish());
     CO_CHECK(channel_->send(port_));
     while (!expected_.done) {
-        if (!co_await progress_->wait(deadline)) {
+        if (!co_await progress_->wait(bound)) {
             co_return Error{Code::timed_out, "XenStore does not answer (timeout=MILLISECONDS changes the bound)"};
         }
         if (closed_) {

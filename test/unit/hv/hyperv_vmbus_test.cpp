@@ -390,10 +390,10 @@ TEST(Vmbus, SubChannelsAreWaitedForAndFound) {
     const Guid instance = m.bus().find(1)->instance;
     m.host.send(hyperv_fake::Host::offer_message({.relid = 20, .sub_channel = 2}));
     m.settle();
-    auto second = m.executor.run(m.bus().sub_channel(instance, 2, m.clock.time + 1'000'000));
+    auto second = m.executor.run(m.bus().sub_channel(instance, 2, {m.executor, 1'000'000}));
     ASSERT_TRUE(second);
     EXPECT_EQ(second->relid, 20u);
-    const auto none = m.executor.run(m.bus().sub_channel(instance, 1, m.clock.time + 1'000'000));
+    const auto none = m.executor.run(m.bus().sub_channel(instance, 1, {m.executor, 1'000'000}));
     ASSERT_FALSE(none);
     EXPECT_EQ(none.error().code, Code::timed_out);
     // One that comes while it is waited for.
@@ -403,7 +403,7 @@ TEST(Vmbus, SubChannelsAreWaitedForAndFound) {
         machine->host.send(hyperv_fake::Host::offer_message({.relid = 21, .sub_channel = 1}));
         machine->host.interrupt();
     };
-    auto first = m.executor.run(m.bus().sub_channel(instance, 1, m.clock.time + 100'000'000));
+    auto first = m.executor.run(m.bus().sub_channel(instance, 1, {m.executor, 100'000'000}));
     ASSERT_TRUE(first);
     EXPECT_EQ(first->relid, 21u);
 }
@@ -687,7 +687,7 @@ TEST(VmbusChannel, AnInboxWakesItsReader) {
     struct Reader {
         static io::Task<Result<void>> read(Channel& from, Inbox& waiting, io::Executor& executor, u32& packets) {
             for (;;) {
-                if (!co_await waiting.wait(executor.now() + 50'000'000)) {
+                if (!co_await waiting.wait({executor, 50'000'000})) {
                     co_return Result<void>{};
                 }
                 Packet packet;

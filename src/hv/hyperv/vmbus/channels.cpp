@@ -39,7 +39,7 @@ io::Task<Result<Gpadl>> Vmbus::share(u32 relid, Frames frames) {
         co_return Error{Code::device_gone, "VMBus: the host has taken the device away"};
     }
     const Gpadl gpadl{relid, fresh_gpadl()};
-    const Instant until = posting_deadline();
+    const io::Bound until = posting_bound();
     Pending pending(*this, MessageType::gpadl_created, relid, gpadl.handle);
 
     // The header with as many pages as it holds, then bodies with the rest.
@@ -70,7 +70,7 @@ io::Task<Result<Gpadl>> Vmbus::share(u32 relid, Frames frames) {
         std::memcpy(message.data(), &body, sizeof(body));
         size = sizeof(body);
     }
-    CO_CHECK(co_await answer(pending, deadline(), "VMBus: the host does not confirm that it shares memory: the memory is given up"));
+    CO_CHECK(co_await answer(pending, answering_bound(), "VMBus: the host does not confirm that it shares memory: the memory is given up"));
     if (pending.status != HostStatus::success) {
         co_return Error{Code::io, "VMBus: the host does not take memory that shall be shared (status)", 0, to_underlying(pending.status)};
     }
@@ -81,13 +81,13 @@ io::Task<Result<void>> Vmbus::teardown_gpadl(Gpadl gpadl) {
     if (is_rescinded(gpadl.relid)) {
         co_return Result<void>{}; // the host lets go of everything with the channel
     }
-    const Instant until = posting_deadline();
+    const io::Bound until = posting_bound();
     Pending pending(*this, MessageType::gpadl_torndown, gpadl.relid, gpadl.handle);
     GpadlTeardown message;
     message.relid = gpadl.relid;
     message.gpadl = gpadl.handle;
     CO_CHECK(co_await send(message, until));
-    auto done = co_await answer(pending, deadline(), "VMBus: the host does not let go of shared memory: the memory is given up");
+    auto done = co_await answer(pending, answering_bound(), "VMBus: the host does not let go of shared memory: the memory is given up");
     if (!done && done.error().code == Code::device_gone) {
         co_return Result<void>{};
     }
@@ -165,7 +165,7 @@ io::Task<Result<void>> Vmbus::open_shared(Channel& channel, Offer offer, OpenPar
     if (result) {
         channel.gpadl = gpadl.handle;
         environment_->synic.watch(offer.relid);
-        const Instant until = posting_deadline();
+        const io::Bound until = posting_bound();
         const u32 id = next_open_++;
         Pending pending(*this, MessageType::open_channel_result, offer.relid, id);
         OpenChannel message;
@@ -179,7 +179,7 @@ io::Task<Result<void>> Vmbus::open_shared(Channel& channel, Offer offer, OpenPar
         }
         result = co_await send(message, until);
         if (result) {
-            result = co_await answer(pending, deadline(), "VMBus: the host does not answer whether it opens a channel");
+            result = co_await answer(pending, answering_bound(), "VMBus: the host does not answer whether it opens a channel");
             unanswered = !result && result.error().code == Code::timed_out;
         }
         if (result && pending.status != HostStatus::success) {
@@ -197,7 +197,7 @@ io::Task<Result<void>> Vmbus::open_shared(Channel& channel, Offer offer, OpenPar
     if (unanswered) { // it may be open: close it before the memory is asked back
         CloseChannel message;
         message.relid = offer.relid;
-        static_cast<void>(co_await send(message, posting_deadline()));
+        static_cast<void>(co_await send(message, posting_bound()));
     }
     DmaBuffer memory = channel.detach();
     if (auto let_go = co_await teardown_gpadl(gpadl); !let_go) {
@@ -218,7 +218,7 @@ io::Task<Result<void>> Vmbus::close(Channel& channel) {
     if (!is_rescinded(offer.relid)) {
         CloseChannel message;
         message.relid = offer.relid;
-        result = co_await send(message, posting_deadline());
+        result = co_await send(message, posting_bound());
         if (result) {
             result = co_await teardown_gpadl(gpadl);
         }
@@ -242,14 +242,14 @@ io::Task<Result<void>> Vmbus::modify(Channel& channel, u32 cpu) {
     if (is_rescinded(relid)) {
         co_return Error{Code::device_gone, "VMBus: the host has taken the device away"};
     }
-    const Instant until = posting_deadline();
+    const io::Bound until = posting_bound();
     Pending pending(*this, MessageType::modify_channel_response, relid, relid);
     ModifyChannel message;
     message.relid = relid;
     message.target_vp = environment_->synic.vp_index(cpu);
     CO_CHECK(co_await send(message, until));
     if (version_ >= Version::v5_3) { // before, the host does not confirm: events may come to the old processor for a while
-        CO_CHECK(co_await answer(pending, deadline(), "VMBus: the host does not confirm a channel's new processor"));
+        CO_CHECK(co_await answer(pending, answering_bound(), "VMBus: the host does not confirm a channel's new processor"));
         if (pending.status != HostStatus::success) {
             co_return Error{Code::io, "VMBus: the host does not move the channel (status)", 0, to_underlying(pending.status)};
         }
@@ -258,7 +258,7 @@ io::Task<Result<void>> Vmbus::modify(Channel& channel, u32 cpu) {
     co_return Result<void>{};
 }
 
-io::Task<Result<Offer>> Vmbus::sub_channel(Guid instance, u16 index, Instant deadline) {
+io::Task<Result<Offer>> Vmbus::sub_channel(Guid instance, u16 index, io::Bound bound) {
     for (u32 i = 0; i < offer_count_; ++i) {
         const Offer& offer = offers_[i].offer;
         if (offer.instance == instance && offer.sub_channel == index && !offers_[i].rescinded) {
@@ -267,7 +267,7 @@ io::Task<Result<Offer>> Vmbus::sub_channel(Guid instance, u16 index, Instant dea
     }
     Pending pending(*this, MessageType::offer_channel, 0, index);
     pending.instance = instance;
-    CO_CHECK(co_await answer(pending, deadline, "VMBus: the host does not offer a sub-channel"));
+    CO_CHECK(co_await answer(pending, bound, "VMBus: the host does not offer a sub-channel"));
     co_return pending.offer;
 }
 
