@@ -50,6 +50,7 @@ ENDS = [
     ((BANNER, 0, False), Verdict.NO_VERDICT, "triple fault"),
     (("", 0, False), Verdict.NO_VERDICT, "triple fault"),
     ((BANNER, 70, False), Verdict.CRASH, "exit status was 70"),
+    (("", 70, False), Verdict.CRASH, "exit status was 70"),
     ((BANNER, 1, False), Verdict.NO_VERDICT, "exit status was 1"),
     ((WARNING + BANNER + MEMORY, 1, False), Verdict.NO_VERDICT, "Cannot allocate memory"),
     ((BANNER, -11, False), Verdict.NO_VERDICT, "SIGSEGV"),
