@@ -155,6 +155,9 @@ class Apt:
             "Dir::State::Lists": root / "lists",
             "Dir::Cache": root,
             "Dir::Cache::Archives": root / "archives",
+            # Container images switch these off, and then every question reads all lists anew.
+            "Dir::Cache::pkgcache": root / "pkgcache.bin",
+            "Dir::Cache::srcpkgcache": "",
             "APT::Sandbox::User": "root",  # the folder may be under a home that apt's own user cannot enter
             "APT::Color": "0",
             "Acquire::Retries": "3",
@@ -283,11 +286,13 @@ class Apt:
         paths.demand_space(into, sum(facts[name][0] for name in missing if name in facts) + (8 << 20), "packages")
         with tempfile.TemporaryDirectory(prefix="fetching-", dir=into) as folder:
             words = [f"{name}={version}" for name, version in missing.items()]
-            done = self.get("-qq", "download", *words, timeout=900, cwd=folder, check=False, what="apt-get download")
-            for path in Path(folder).glob("*.deb"):
-                name = path.name.partition("_")[0]
-                if name in facts and intact(path, *facts[name]):
-                    path.rename(into / path.name)
+            try:
+                done = self.get("-qq", "download", *words, timeout=900, cwd=folder, check=False, what="apt-get download")
+            finally:
+                for path in Path(folder).glob("*.deb"):
+                    name = path.name.partition("_")[0]
+                    if name in facts and intact(path, *facts[name]):
+                        path.rename(into / path.name)
         if done.returncode:
             process.demand_room(done.stdout, "packages")
             raise Problem(f"Packages could not be fetched: {reason(done.stdout)}. What came is kept; run the same command again.", Exit.MISSING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import build, fiojson, lab, launch, paths, records, report, setup, workloads, yardstick
@@ -172,10 +173,11 @@ def linux_machine(side: Side, chosen: Chosen, bins: bool) -> Machine:
     return Machine(f"linux-{side.platform}", side.platform, disks=images(side), timeout=120, linux=script)
 
 
-def progress(total: int):
-    """Tells on stderr what has been measured, as the records arrive."""
+def progress(total: int, asked: Sequence[workloads.Workload]):
+    """Tells on stderr what has been measured, as the records and fio's results arrive."""
     begin = time.monotonic()
     done = 0
+    linux: list[str] = []  # the lines of the run of fio that is under way
 
     def live(name: str, line: str) -> None:
         nonlocal done
@@ -192,11 +194,24 @@ def progress(total: int):
             )
         elif record and record["record"] in ("boot", "disk", "error"):
             launch.warn(f"  {time.monotonic() - begin:11.1f} s  " + describe(record))
-        elif line.startswith("yardstick ") and not line.endswith("end"):
-            done += 1
-            launch.warn(f"  [{done}/{total}] {time.monotonic() - begin:5.1f} s  {line}")
+        elif line.startswith("yardstick ") or linux:
+            linux.append(line)
+            if line == "yardstick end":
+                done += 1
+                launch.warn(f"  [{done}/{total}] {time.monotonic() - begin:5.1f} s  Linux {linux_line(linux, asked)}")
+                linux.clear()
 
     return live
+
+
+def linux_line(lines: Sequence[str], asked: Sequence[workloads.Workload]) -> str:
+    """What one run of fio reached. Whether it is good is judged when all have ended."""
+    try:
+        ((disk, driver, number, found),) = yardstick.results("\n".join(lines))
+        workload = asked[number]
+        return f"{disk} {workload.name} {workload.bs} qd{workload.qd}: {found['read']['iops'] + found['write']['iops']:.0f} IOPS"
+    except (Problem, ValueError, KeyError, IndexError, TypeError):
+        return f"{' '.join(lines[0].split()[1:3])}: no readable result"
 
 
 def describe(record: dict) -> str:
@@ -210,7 +225,7 @@ def describe(record: dict) -> str:
 def measure(ready: lab.Lab, chosen: Chosen, machines: list[Machine], mode: str, forced: str, options) -> list[dict]:
     total = len(chosen.disks) * len(chosen.workloads) * (2 if options.yardstick else 1)
     boots = launch.boot(
-        ready, machines, wall=options.wall, forced=forced, live=progress(total), keep=paths.RUNS / "bench" / chosen.comparison
+        ready, machines, wall=options.wall, forced=forced, live=progress(total, chosen.workloads), keep=paths.RUNS / "bench" / chosen.comparison
     )
     jobs: list[dict] = []
     for boot in boots:

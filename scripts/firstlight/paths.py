@@ -75,11 +75,14 @@ def demand_space(folder: Path, wanted: int, what: str) -> None:
 
 def remedy(folder: Path) -> str:
     """How to put a folder somewhere else."""
+    with contextlib.suppress(Problem):
+        if folder.is_relative_to(cache()):
+            return f"Make room there, or set {CACHE_VARIABLE} to a folder with more."
+    if folder.is_relative_to(REPOSITORY):
+        return "Make room there, or use a checkout on a disk with more."
     if folder.is_relative_to(temporary()):
         return "Make room there, or set TMPDIR to a folder with more."
-    if folder.is_relative_to(BUILD):
-        return "Make room there, or use a checkout on a disk with more."
-    return f"Make room there, or set {CACHE_VARIABLE} to a folder with more."
+    return "Make room there."
 
 
 def temporary() -> Path:

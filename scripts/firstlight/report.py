@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Sequence
 
 HEADS = (
@@ -43,18 +45,45 @@ def label(job: dict) -> str:
     return f"{options['name']} {options['bs']} qd{options['iodepth']}"
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Columns as wide as they need to be, the first `left` of them flush left."""
+def terminal() -> int | None:
+    """How many columns standard output shows; None where it is no terminal, and a line may be as long as it is."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int, keys: Sequence[int] = (0,), width: int | None = None) -> str:
+    """Columns as wide as they need to be, the first `left` of them flush left.
+
+    What is wider than `width` becomes several tables below each other, each of them with the columns `keys`, which name the row.
+    """
+    widths = [max(len(line[column]) for line in [heads, *rows]) for column in range(len(heads))]
+    parts: list[list[int]] = [[]]
+    room = (width or sum(widths) + 2 * len(widths)) - sum(widths[key] + 2 for key in keys) + 2
+    for column in range(len(heads)):
+        if column in keys:
+            continue
+        if parts[-1] and sum(widths[each] + 2 for each in [*parts[-1], column]) > room:
+            parts.append([])
+        parts[-1].append(column)
+    if len(parts) == 1:
+        return part_of_table(heads, rows, range(left))
+    chosen = [[*keys, *others] for others in parts]
+    return "\n\n".join(
+        part_of_table([heads[i] for i in part], [[line[i] for i in part] for line in rows], [at for at, i in enumerate(part) if i < left])
+        for part in chosen
+    )
+
+
+def part_of_table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
     widths = [max(len(line[column]) for line in [heads, *rows]) for column in range(len(heads))]
     lines = []
     for cells in [heads, ["-" * width for width in widths], *rows]:
-        text = [cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))]
+        text = [cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))]
         lines.append("  ".join(text).rstrip())
     return "\n".join(lines)
 
 
 def results(jobs: Sequence[dict]) -> str:
-    return table(HEADS, [row(job) for job in jobs], 4)
+    return table(HEADS, [row(job) for job in jobs], 4, (0, 3), terminal())
 
 
 def ratios(ours: Sequence[dict], theirs: Sequence[dict] = ()) -> str:
@@ -76,7 +105,7 @@ def ratios(ours: Sequence[dict], theirs: Sequence[dict] = ()) -> str:
         for name, found in rates.items()
     ]  # fmt: skip
     useful = [row for row in rows if any(cell != "-" for cell in row[3:])]
-    return table(("workload", "synthetic", "emulated", *(head for _, _, head in pairs)), useful, 1) if useful else ""
+    return table(("workload", "synthetic", "emulated", *(head for _, _, head in pairs)), useful, 1, width=terminal()) if useful else ""
 
 
 def spread(runs: Sequence[Sequence[dict]]) -> str:
@@ -90,4 +119,4 @@ def spread(runs: Sequence[Sequence[dict]]) -> str:
         for name, values in seen.items()
         if len(values) == len(runs) and min(values) > 0
     ]
-    return table(("job", *(f"run {number + 1}" for number in range(len(runs))), "spread"), rows, 1) if rows else ""
+    return table(("job", *(f"run {number + 1}" for number in range(len(runs))), "spread"), rows, 1, width=terminal()) if rows else ""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import build, debugger, fiotools, image, lab, launch, machine, paths, process, report, setup, vmtests, workloads
+from . import build, debugger, fiotools, image, lab, launch, machine, paths, process, setup, vmtests, workloads
 from .options import Conflict, Parser, demand_agreement
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
@@ -86,11 +86,14 @@ def main(words: list[str]) -> Exit:
         return Exit.SUCCESS
     setup.ensure(tests=True)
     results: list[Result] = []
+    show = tap if options.tap else row
 
     def add(found: Iterable[Result]) -> None:
         for result in found:
             results.append(result)
-            say(f"{result.status:7} {result.name} ({result.seconds:.1f} s){': ' + result.detail if result.detail else ''}")
+            show(result, len(results))
+
+    show(None, 0)
 
     if wanted("scripts", options.only, whole=True):
         add(surviving("scripts", script_tests(options.only)))
@@ -304,12 +307,10 @@ def finish(results: list[Result], options) -> Exit:
         raise Problem(f"No test matches {' '.join(options.only)}. scripts/test --list shows them.", Exit.USAGE)
     count = {status: sum(result.status == status for result in results) for status in ("passed", "failed", "skipped")}
     if options.tap:
-        tap(results)
-    else:
-        print(report.table(("test", "result", "seconds"), [(r.name, r.status, f"{r.seconds:.2f}") for r in results], 2))
+        print(f"1..{len(results)}")
     for result in results:
         if result.status == "failed":
-            print(f"\n# {BAR} {result.name}: {result.detail}")
+            print(f"\n# {BAR} {result.name}")
             print("\n".join("# " + line for line in process.tail(result.output, 30).splitlines()))
     code = Exit.FAILURE if count["failed"] else Exit.SUCCESS
     if options.junit:
@@ -322,18 +323,28 @@ def finish(results: list[Result], options) -> Exit:
     return code
 
 
-def tap(results: list[Result]) -> None:
-    print(f"TAP version 13\n1..{len(results)}")
-    for number, result in enumerate(results, 1):
-        word = "not ok" if result.status == "failed" else "ok"
-        print(f"{word} {number} - {result.name}" + (" # SKIP " + result.detail if result.status == "skipped" else ""))
-        if result.status == "failed":
-            # TAP 13's block of diagnostics; a JSON string is a YAML string.
-            print("  ---")
-            for name, value in (("message", result.detail), ("severity", "fail" if result.tried else "error"), ("ended_as", result.kind)):
-                if value:
-                    print(f"  {name}: {json.dumps(value)}")
-            print("  ...")
+def row(result: Result | None, number: int) -> None:
+    """The table, a row when its test is done; None begins it. The names come last: how long the longest is, nobody knows yet."""
+    if result is None:
+        print("result   seconds  test\n-------  -------  ----", flush=True)
+    else:
+        detail = f": {result.detail}" if result.detail else ""
+        print(f"{result.status:7}  {result.seconds:7.2f}  {result.name}{detail}", flush=True)
+
+
+def tap(result: Result | None, number: int) -> None:
+    """The same as TAP, whose plan may stand at the end."""
+    if result is None:
+        print("TAP version 13", flush=True)
+        return
+    word = "not ok" if result.status == "failed" else "ok"
+    print(f"{word} {number} - {result.name}" + (" # SKIP " + result.detail if result.status == "skipped" else ""), flush=True)
+    if result.status == "failed":
+        # TAP 13's block of diagnostics; a JSON string is a YAML string.
+        lines = ["  ---"]
+        for name, value in (("message", result.detail), ("severity", "fail" if result.tried else "error"), ("ended_as", result.kind)):
+            lines += [f"  {name}: {json.dumps(value)}"] if value else []
+        print("\n".join([*lines, "  ..."]), flush=True)
 
 
 def junit(results: list[Result], path: Path) -> None:
@@ -356,7 +367,7 @@ def junit(results: list[Result], path: Path) -> None:
             ElementTree.SubElement(case, "skipped", message=printable(result.detail))
         if result.output:
             ElementTree.SubElement(case, "system-out").text = printable(result.output)
-    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
+    paths.write_whole(path, ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))
 
 
 def printable(text: str) -> str:

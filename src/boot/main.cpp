@@ -517,7 +517,12 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
                     log::attach(*console);
                 }
             }
-            log::info("backend: {}", F::name);
+            // Its name is that of its code, which may serve more: QEMU's TCG is served by kvm.
+            if (name(hv::vm_guest()) == F::name) {
+                log::info("backend: {}", F::name);
+            } else {
+                log::info("backend: {}, for vm_guest {}", F::name, hv::vm_guest());
+            }
             choose_timer(backend);
             use_processors(backend, executor);
             const Result<Outcome> outcome = executor.run(kernel_main(info, sightings, backend, executor));

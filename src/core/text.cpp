@@ -61,12 +61,14 @@ void put_argument(void* sink, Write write, const Spec& spec, const Argument& a) 
     case text:
         put(sink, write, spec, a.text, '<');
         if (a.error != nullptr && a.error->has_values) {
-            Spec hex{};
-            hex.hex = hex.prefix = true;
+            // What a person asked for and what there is room for are amounts; everything else comes from registers and packets.
+            const bool amount = a.error->code == Code::bad_argument || a.error->code == Code::exhausted;
+            Spec shown{};
+            shown.hex = shown.prefix = !amount;
             write(sink, " (expected ");
-            put_number(sink, write, hex, a.error->expected, false);
+            put_number(sink, write, shown, a.error->expected, false);
             write(sink, ", seen ");
-            put_number(sink, write, hex, a.error->seen, false);
+            put_number(sink, write, shown, a.error->seen, false);
             write(sink, ")");
         }
         break;

@@ -188,11 +188,13 @@ Result<void> Bench::suits(const BlockDevice& disk, const Workload& w, const Benc
         return Error{Code::bad_argument, "bs of a workload must be a multiple of the disk's sector size", g.sector_size, w.bs};
     }
     const u64 blocks = g.sectors / (w.bs / g.sector_size);
+    if (blocks == 0) {
+        return Error{Code::bad_argument, "bs of a workload in bytes: at most the whole disk", g.sectors * g.sector_size, w.bs};
+    }
     const bool sequential = w.pattern == Pattern::read || w.pattern == Pattern::write;
     const u64 needed = !sequential ? 1 : lanes > 1 ? (w.count / lanes + 1) * lanes : w.count; // a stretch for each lane
     if (blocks < needed) {
-        return Error{Code::bad_argument, "the disk is smaller than the workload asks for (blocks of bs bytes): a smaller count or bs", needed,
-                     blocks};
+        return Error{Code::bad_argument, "count of a workload: at most as many blocks of bs bytes as the disk has", blocks, needed};
     }
     if (options.dma == nullptr) {
         return Error{Code::bad_argument, "a workload needs memory for its buffers"};
@@ -412,8 +414,8 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
     }
     const bool sequential = workload.pattern == Pattern::read || workload.pattern == Pattern::write;
     if (ready && sequential && runners[0]->blocks_ / lanes < workload.count / lanes + 1) {
-        ready = Error{Code::bad_argument, "the disk is smaller than the workload asks for (blocks of bs bytes): a smaller count or bs",
-                      workload.count, runners[0]->blocks_};
+        ready = Error{Code::bad_argument, "count of a workload: at most as many blocks of bs bytes as the disk has", runners[0]->blocks_,
+                      (workload.count / lanes + 1) * lanes};
     }
     // The counters of the other lanes rest: what their processors wrote came to us with the end of their last task.
     const auto counters = [&] {

@@ -180,7 +180,7 @@ Result<u64> blocks_of(const Geometry& g, const VerifyPlan& plan) {
                      plan.first_lba};
     }
     if (plan.count > on_disk - skipped) {
-        return Error{Code::bad_argument, "verify: the disk has fewer blocks than asked for", plan.count, on_disk - skipped};
+        return Error{Code::bad_argument, "verify: count, at most as many blocks of bs bytes as the disk has", on_disk - skipped, plan.count};
     }
     if (plan.write && !plan.scratch) {
         return Error{Code::bad_argument, "verify overwrites the disk: name it in scratch="};

@@ -154,7 +154,8 @@ class Told(unittest.TestCase):
     def test_tap(self):
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            testing.finish(self.results(), types.SimpleNamespace(tap=True, junit=None, only=[]))
+            for number, result in enumerate(self.results(), 1):
+                testing.tap(result, number)
         blocks = out.getvalue().split("\n  ---\n")[1:]
         self.assertEqual(len(blocks), len(ENDS) - 1)
         for block, (_, verdict, words) in zip(blocks, ENDS[1:]):

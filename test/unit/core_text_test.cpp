@@ -24,6 +24,9 @@ TEST(Text, FillsFields) {
     EXPECT_EQ(formatted("{}", 'x'), "x");
     EXPECT_EQ(formatted("{}", Code::timed_out), "timed out");
     EXPECT_EQ(formatted("{}", Error(Code::protocol, "producer index", 4, 40)), "producer index (expected 0x4, seen 0x28)");
+    // Amounts are what a person typed and what there is room for: decimal, as they were typed.
+    EXPECT_EQ(formatted("{}", Error(Code::bad_argument, "count: at most", 512, 2000)), "count: at most (expected 512, seen 2000)");
+    EXPECT_EQ(formatted("{}", Error(Code::exhausted, "disks", 256, 257)), "disks (expected 256, seen 257)");
 }
 
 TEST(Text, FixedTextDropsWhatDoesNotFitAndSaysSo) {

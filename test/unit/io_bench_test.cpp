@@ -232,9 +232,13 @@ TEST_F(BenchTest, RefusesBeforeAnythingIsSubmitted) {
     };
     refused("randwrite", false, "scratch=");
     refused("mixed", false, "scratch=");
-    refused("read,count=1025", false, "smaller than the workload asks for");
+    refused("read,count=1025", false, "at most as many blocks of bs bytes as the disk has");
+    EXPECT_EQ(run("read,count=1025", false).error().expected, 1024u);
+    EXPECT_EQ(run("read,count=1025", false).error().seen, 1025u);
     disk.change_geometry().sectors = 7;
-    refused("randread", false, "smaller than the workload asks for");
+    refused("randread", false, "bs of a workload in bytes: at most the whole disk");
+    EXPECT_EQ(run("randread", false).error().expected, 3584u);
+    EXPECT_EQ(run("randread", false).error().seen, 4096u);
     disk.change_geometry().sectors = 8192;
     disk.change_geometry().sector_size = 4096;
     refused("randread,bs=512", false, "multiple of the disk's sector size");

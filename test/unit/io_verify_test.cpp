@@ -215,10 +215,13 @@ TEST_F(Verify, RefusesBeforeAnythingIsSubmitted) {
     refused(plan, "scratch=");
     plan = whole;
     plan.count = 257;
-    refused(plan, "fewer blocks");
+    refused(plan, "at most as many blocks of bs bytes as the disk has");
+    EXPECT_EQ(run(plan).error().expected, 256u);
+    EXPECT_EQ(run(plan).error().seen, 257u);
     plan = whole;
     plan.first_lba = 2048;
     refused(plan, "behind the disk's last block");
+    EXPECT_EQ(run(plan).error().expected, 2040u);
     plan.first_lba = 1;
     refused(plan, "first LBA");
     plan = whole;

@@ -1,0 +1,180 @@
+"""Every option of every script: help, default, bounds; and every pair that does not go together is refused before anything is done."""
+
+import argparse
+import contextlib
+import io
+import itertools
+import os
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from firstlight import bench, machine, probe, run, setup, testing  # noqa: E402
+from firstlight.problems import Exit, Problem  # noqa: E402
+
+SCRIPT = {"run": run, "bench": bench, "test": testing, "setup": setup}
+
+
+class TooEarly(AssertionError):
+    """Something was fetched, built or started: all options had been accepted."""
+
+
+class Options(unittest.TestCase):
+    def setUp(self):
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.elf, self.efi, self.map = self.folder / "a.elf", self.folder / "a.efi", self.folder / "map.txt"
+        self.elf.write_bytes(b"\x7fELF")
+        self.efi.write_bytes(b"MZ")
+        self.map.write_text("add * ata xen_blk 1\n")
+        self.enterContext(mock.patch.dict(os.environ, FIRSTLIGHT_CACHE=str(self.folder)))
+        for module in SCRIPT.values():
+            for name in ("setup", "lab"):
+                if hasattr(module, name):
+                    self.enterContext(mock.patch.object(getattr(module, name), "ensure" if name == "setup" else "find", side_effect=TooEarly))
+        self.enterContext(mock.patch.object(setup, "ensure", side_effect=TooEarly))
+        # A machine without a KVM: whether one is there is no matter of the options.
+        self.enterContext(mock.patch.object(probe, "DEVICE", str(self.folder / "kvm")))
+
+    def verdict(self, script, *words):
+        """None if the options were accepted, otherwise what was said."""
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                SCRIPT[script].main(list(map(str, words)))
+        except TooEarly:
+            return None
+        except Problem as problem:
+            self.assertEqual(problem.code, Exit.USAGE, problem)
+            self.assertNotIn("\n", str(problem))
+            return str(problem)
+        return None
+
+    def test_each_has_help_and_default(self):
+        for name, module in SCRIPT.items():
+            parser = module.arguments()
+            shown = parser.format_help()
+            for action in parser._actions:
+                if action.help is argparse.SUPPRESS:
+                    continue
+                self.assertTrue(action.help, f"{name} {action.option_strings}")
+                text = " ".join(parser._get_formatter()._expand_help(action).split())
+                if action.nargs != 0:
+                    self.assertRegex(text, r"\(default: .+\)", f"{name} {action.option_strings}")
+                self.assertIn(action.option_strings[-1], shown)
+            self.assertIn("FIRSTLIGHT_CACHE", shown)
+            self.assertIn("Exit status: 0 success;", shown)
+
+    # (script, words, what must be said): one value that cannot be.
+    def bad_values(self):
+        nothing = self.folder / "nothing"
+        return [
+            ("run", "--cpus 0", "1 to 4096"), ("run", "--cpus 9999", "1 to 4096"), ("run", "--cpus x", "'x'"), ("run", "--cpus 256", "machine pc has 1 to 255"),
+            ("run", "--cpus 289 --machine microvm --disk none", "1 to 288"), ("run", "--cpus 65 --platform hyperv", "the test host has 1 to 64"),
+            ("run", "--memory 3", "4 to 1048576"), ("run", "--memory 0", "4 to"), ("run", "--memory 2g", "'2g'"),
+            ("run", "--memory 15 --platform hyperv", "16 to 3072"), ("run", "--memory 63 --boot uefi", "64 to"),
+            ("run", "--timeout 0", "more than 0"), ("run", "--timeout nan", "more than 0"), ("run", "--timeout inf", "at most 86400"), ("run", "--timeout -1", "more than 0"),
+            ("run", f"--map {nothing}", "No such file"), ("run", f"--map {self.folder}", "directory"), ("run", f"--kernel {self.efi}", "an ELF file"),
+            ("run", f"--efi {self.elf} --boot uefi", "an EFI application"), ("run", f"--kernel {nothing}", "No such file"),
+            ("run", "--platform nonsense", "invalid choice"), ("run", "--lab maybe", "invalid choice"), ("run", "--gdb --gdb-port 0", "1 to 65535"),
+            ("run", "--cpus 1 --cpus 2", "given twice"), ("run", "--frob", "--help lists the options"), ("run", "--cpu 2", "unrecognized"), ("run", "word", "unrecognized"),
+            ("run", "--disk virtio:64M", "the buses are ide, xen, scsi, accel"), ("run", f"--disk ide:{nothing}", "no file that exists"), ("run", f"--disk {self.folder}", "a folder"),
+            ("run", "--disk 64x", "no size like 64m"), ("run", "--disk 0", "is not a size"), ("run", "--disk 1m,colour=red", "is not one of"),
+            ("run", f"--disk {self.elf},content=zero", "content of its file"), ("run", "--disk 1m,content=zero,content=sparse", "given twice"),
+            ("bench", "--runs 0", "1 to 100"), ("bench", "--runs x", "1 to 100"), ("bench", "--only nonsense", "scripts/bench --list"),
+            ("bench", "--only xen-emu --only nonsense", "--only nonsense"), ("bench", f"--json {nothing}/x", "does not exist"), ("bench", f"--json {self.folder}", "a folder"),
+            ("bench", "--cmdline workload=randread", "workload= is what the jobs set"), ("bench", "--cmdline disk=hda", "disk="), ("bench", "--cmdline job=boot", "job="),
+            ("bench", "--cmdline marks=5", "marks="), ("bench", "--boot bios", "invalid choice"), ("bench", "--boot uefi", "Add --only xen-emu"),
+            ("test", "--only nonsense", "scripts/test --list"), ("test", "--only host --only nonsense", "--only nonsense"), ("test", "--fast --only tsan", "--fast leaves out"),
+            ("test", f"--junit {nothing}/x", "does not exist"), ("test", f"--junit {self.folder}", "a folder"), ("test", "--lab perhaps", "invalid choice"),
+            ("setup", "--frob", "unrecognized"),
+        ]  # fmt: skip
+
+    def test_values(self):
+        for script, words, said in self.bad_values():
+            self.assertIn(said, self.verdict(script, *words.split()) or "(accepted)", words)
+        self.assertIn("one line", self.verdict("run", "--cmdline", "a\nb"))
+
+    def test_disks_that_no_machine_has(self):
+        for words, said in (
+            ("--disk 64m,sector=4096", "sector=4096 is for"), ("--disk 64m,readonly", "readonly is for"), ("--disk xen:1m", "needs the platform xen-emu"),
+            ("--disk scsi:1m", "needs the platform hyperv"), ("--platform hyperv --disk 1m,readonly", "readonly is for"), ("--platform hyperv --disk 1m,iops=5", "iops=N"),
+            ("--disk 1m,iops=5 --deterministic", "iops=N"), ("--machine microvm --disk 1m", "no IDE disks"), ("--platform hyperv --disk 1m,content=null", "content=null"),
+            ("--disk 1m,image=a --disk 2m,image=a", "one size"), ("--disk 1m,image=a --disk 1m,image=a,content=zero", "one content"),
+        ):  # fmt: skip
+            self.assertIn(said, self.verdict("run", *words.split()) or "(accepted)", words)
+        self.assertIsNone(self.verdict("run", "--platform", "xen-emu", "--disk", "xen:64m,sector=4096,readonly"))
+
+    def pairs(self, script, samples, conflicts, base=()):
+        """Exactly the pairs named are refused."""
+        for (a, one), (b, other) in itertools.combinations(samples.items(), 2):
+            said = self.verdict(script, *base, *one, *other)
+            wrong = frozenset((a, b)) in conflicts
+            self.assertEqual(said is not None, wrong, f"{script} {one} {other}: {said}")
+            if wrong:
+                self.assertTrue(any(name.split("=")[0].strip("-") in said.lower() for name in (a, b)), said)
+        known = set(samples)
+        self.assertTrue(all(set(pair) <= known for pair in conflicts))
+
+    def test_pairs_of_run(self):
+        samples = {
+            "--platform=kvm": ("--platform", "kvm"), "--platform=hyperv": ("--platform", "hyperv"), "--platform=uefi": ("--platform", "qemu-uefi"), "--boot=uefi": ("--boot", "uefi"),
+            "--machine": ("--machine", "q35"), "--cmdline": ("--cmdline", "job=boot"), "--map": ("--map", self.map), "--disk": ("--disk", "8m"),
+            "--disk=none": ("--disk", "none"), "--cpus": ("--cpus", "2"), "--memory": ("--memory", "128"), "--timeout": ("--timeout", "5"), "--deterministic": ("--deterministic",),
+            "--wall": ("--wall",), "--records": ("--records",), "--dry-run": ("--dry-run",), "--console": ("--console",), "--kernel": ("--kernel", self.elf),
+            "--efi": ("--efi", self.efi), "--trace-interrupts": ("--trace-interrupts",), "--lab=always": ("--lab", "always"),
+            "--gdb": ("--gdb", "--gdb-port", "47331"),
+        }  # fmt: skip
+        alone = {"--efi", "--lab=always"}  # need one of these beside them
+        pairs = {
+            ("--deterministic", "--wall"), ("--boot=uefi", "--kernel"), ("--platform=uefi", "--kernel"), ("--platform=hyperv", "--boot=uefi"),
+            ("--platform=hyperv", "--machine"), ("--platform=kvm", "--trace-interrupts"), ("--platform=hyperv", "--trace-interrupts"),
+            ("--platform=hyperv", "--gdb"), ("--platform=hyperv", "--console"), ("--gdb", "--timeout"), ("--console", "--timeout"), ("--dry-run", "--timeout"),
+            ("--dry-run", "--records"), ("--disk", "--disk=none"), ("--platform=kvm", "--platform=hyperv"), ("--platform=kvm", "--platform=uefi"), ("--platform=hyperv", "--platform=uefi"),
+        }  # fmt: skip
+        pairs |= {("--efi", other) for other in samples if other not in ("--efi", "--boot=uefi", "--platform=uefi")}
+        pairs |= {("--lab=always", other) for other in samples if other not in ("--lab=always", "--platform=kvm", "--platform=hyperv")}
+        self.assertTrue(alone <= set(samples))
+        self.pairs("run", samples, {frozenset(pair) for pair in pairs})
+        self.assertIn("use it with --gdb", self.verdict("run", "--gdb-port", "47331"))
+        self.assertIn("--lab", self.verdict("run", "--platform", "kvm", "--lab", "always", "--gdb"))
+        self.assertIn("--lab", self.verdict("run", "--platform", "kvm", "--lab", "always", "--console"))
+        self.assertIn("--lab", self.verdict("run", "--platform", "kvm", "--lab", "never", "--deterministic"))
+
+    def test_pairs_of_bench(self):
+        samples = {
+            "--wall": ("--wall",), "--runs": ("--runs", "2"), "--list": ("--list",), "--only": ("--only", "xen-emu"), "--json": ("--json", self.folder / "r.json"),
+            "--yardstick": ("--yardstick",), "--lab": ("--lab", "always"), "--boot": ("--boot", "pvh"), "--cmdline": ("--cmdline", "log=debug"),
+        }  # fmt: skip
+        pairs = {frozenset(("--list", other)) for other in samples if other not in ("--list", "--only")}
+        self.pairs("bench", samples, pairs)
+        self.assertIsNone(self.verdict("bench", "--only", "xen-emu", "--boot", "uefi"))
+
+    def test_pairs_of_test_and_setup(self):
+        samples = {
+            "--fast": ("--fast",), "--only": ("--only", "scripts"), "--list": ("--list",), "--junit": ("--junit", self.folder / "j.xml"), "--tap": ("--tap",), "--lab": ("--lab", "always"),
+        }  # fmt: skip
+        self.pairs("test", samples, {frozenset(pair) for pair in (("--list", "--junit"), ("--list", "--tap"), ("--list", "--lab"), ("--fast", "--lab"))})
+        self.pairs("setup", {"--refresh": ("--refresh",), "--no-lab": ("--no-lab",)}, {frozenset(("--refresh", "--no-lab"))})
+
+    def test_a_kvm_that_is_not_there_is_missed_before_anything_is_fetched(self):
+        for script, words in (("run", ["--platform", "kvm"]), ("bench", ["--only", "hyperv"]), ("test", [])):
+            with self.assertRaises(Problem) as raised:
+                SCRIPT[script].main([*words, "--lab", "never"])
+            self.assertIn("there is no", str(raised.exception))
+            self.assertIn("Leave out --lab never", str(raised.exception))
+
+    def test_what_was_not_built_is_missed_before_anything_is_fetched(self):
+        nothing = self.folder / "nothing.elf"
+        with mock.patch.object(run.paths, "KERNEL", nothing), mock.patch.object(machine.paths, "KERNEL", nothing):
+            for script in ("run", "bench"):
+                with self.assertRaises(Problem) as raised, mock.patch.object(machine.Machine, "kernel", nothing):
+                    SCRIPT[script].main(["--no-build"])
+                self.assertIn("Leave out --no-build", str(raised.exception))
+
+
+if __name__ == "__main__":
+    unittest.main()
