@@ -243,7 +243,11 @@ class Apt:
         names = [name for name in self.ask("pkgnames", pattern.split("[")[0].split("\\")[0]).split() if re.fullmatch(pattern, name)]
         versions = self.candidates(names) if names else {}
         if not versions:
-            raise Problem(f"No package matches {pattern} on the distribution's mirror.", Exit.MISSING)
+            raise Problem(
+                f"No package matches {pattern} on the distribution's mirror. scripts/setup --refresh fetches its lists anew; if it has none such any more, "
+                "scripts/firstlight/distribution.py must name another.",
+                Exit.MISSING,
+            )
         return max(versions, key=lambda name: natural(versions[name]))
 
     def libraries(self, package: str) -> list[str]:

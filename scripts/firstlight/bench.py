@@ -246,7 +246,7 @@ def our_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
                 raise Problem(f"{record['disk']} {record['workload']}: the kernel sent no latencies record before this result.", Exit.FAILURE)
     failed = [record for record in found if record["errors"]]
     if failed:
-        raise Problem(f"{failed[0]['disk']} {failed[0]['workload']}: {failed[0]['errors']} failed I/Os.", Exit.FAILURE)
+        raise Problem(f"{failed[0]['disk']} {failed[0]['workload']}: {failed[0]['errors']} failed I/Os, none is allowed. The log is in build/runs/bench/{chosen.comparison}/serial.log.", Exit.FAILURE)
     start = (boot.log.of("boot") or [{}])[0]
     context = {
         "platform": chosen.comparison, "machine": boot.machine.platform, "boot": boot.machine.boot,

@@ -66,7 +66,8 @@ def watched(command: list[str], what: str, folder: Path) -> None:
         finally:
             clock.cancel()
     if late:
-        raise Problem(f"{what}: still running after {BUILD_SECONDS} s, killed.\n{process.tail(chr(10).join(lines))}", Exit.TIMEOUT)
+        sys.stderr.write(process.tail("\n".join(lines), 5) + "\n")
+        raise Problem(f"{what}: still running after {BUILD_SECONDS} s, ended. The same command goes on where it was.", Exit.TIMEOUT)
     if status:
         process.demand_room("\n".join(lines), what)
         sys.stderr.write(process.tail("\n".join(lines)) + "\n")

@@ -137,7 +137,9 @@ def assemble(top: Path, current: Path, progress, refresh: bool = False) -> Lab:
     versions = source.candidates(sorted(set(names)))
     absent = sorted(set(names) - set(versions))
     if absent:
-        raise Problem(f"Packages without a candidate on the distribution's mirror: {' '.join(absent)}.")
+        raise Problem(
+            f"Packages without a candidate on the distribution's mirror: {' '.join(absent)}. scripts/setup --refresh fetches its lists anew.", Exit.MISSING
+        )
     key = hashlib.sha256(json.dumps([LAYOUT, versions], sort_keys=True).encode()).hexdigest()[:16]
     root = top / key
     if load(root) is None:

@@ -58,6 +58,12 @@ def started(command: Sequence[str | Path], **options) -> Iterator[subprocess.Pop
             child = subprocess.Popen(words, start_new_session=True, **options)
         except FileNotFoundError:
             raise Problem(f"{words[0]}: not found. scripts/setup installs what is missing.", Exit.MISSING) from None
+        except PermissionError:
+            raise Problem(
+                f"{words[0]}: may not be executed, by its mode or because its file system is mounted noexec. "
+                f"The lab's programs are in the cache: {paths.CACHE_VARIABLE} names another folder.",
+                Exit.ERROR,
+            ) from None
         _living.add(child)
     try:
         yield child
@@ -87,7 +93,7 @@ def alone(lock: Path, what: str, seconds: float = 1800) -> Iterator[None]:
                     print(f"{what}: waiting for another run that does the same", file=sys.stderr, flush=True)
                     told = True
                 if time.monotonic() > end:
-                    raise Problem(f"{what}: another run has held {lock} for {seconds:.0f} s.", Exit.TIMEOUT) from None
+                    raise Problem(f"{what}: another run has held {lock} for {seconds:.0f} s. Wait for it, or end it, and run the same command again.", Exit.TIMEOUT) from None
                 time.sleep(0.2)
         yield
 
