@@ -126,7 +126,8 @@ class Options(unittest.TestCase):
             "--disk=none": ("--disk", "none"), "--cpus": ("--cpus", "2"), "--memory": ("--memory", "128"), "--timeout": ("--timeout", "5"), "--deterministic": ("--deterministic",),
             "--wall": ("--wall",), "--records": ("--records",), "--dry-run": ("--dry-run",), "--console": ("--console",), "--kernel": ("--kernel", self.elf),
             "--efi": ("--efi", self.efi), "--trace-interrupts": ("--trace-interrupts",), "--lab=always": ("--lab", "always"),
-            "--gdb": ("--gdb", "--gdb-port", "47331"),
+            "--gdb": ("--gdb", "--gdb-port", "47331"), "--platform=xen-pvh": ("--platform", "xen-pvh"), "--xen": ("--xen", "guest_loglvl=all"),
+            "--blkback": ("--blkback", "feature_persistent=0"),
         }  # fmt: skip
         alone = {"--efi", "--lab=always"}  # need one of these beside them
         pairs = {
@@ -135,6 +136,8 @@ class Options(unittest.TestCase):
             ("--platform=hyperv", "--gdb"), ("--platform=hyperv", "--console"), ("--gdb", "--timeout"), ("--console", "--timeout"), ("--dry-run", "--timeout"),
             ("--dry-run", "--records"), ("--disk", "--disk=none"), ("--platform=kvm", "--platform=hyperv"), ("--platform=kvm", "--platform=uefi"), ("--platform=hyperv", "--platform=uefi"),
         }  # fmt: skip
+        pairs |= {("--platform=xen-pvh", other) for other in ("--platform=kvm", "--platform=hyperv", "--platform=uefi", "--boot=uefi", "--machine", "--disk", "--console", "--gdb", "--trace-interrupts")}
+        pairs |= {(word, other) for word in ("--xen", "--blkback") for other in samples if other not in (word, "--platform=xen-pvh")}
         pairs |= {("--efi", other) for other in samples if other not in ("--efi", "--boot=uefi", "--platform=uefi")}
         pairs |= {("--lab=always", other) for other in samples if other not in ("--lab=always", "--platform=kvm", "--platform=hyperv")}
         self.assertTrue(alone <= set(samples))
@@ -158,7 +161,8 @@ class Options(unittest.TestCase):
             "--fast": ("--fast",), "--only": ("--only", "scripts"), "--list": ("--list",), "--junit": ("--junit", self.folder / "j.xml"), "--tap": ("--tap",), "--lab": ("--lab", "always"),
         }  # fmt: skip
         self.pairs("test", samples, {frozenset(pair) for pair in (("--list", "--junit"), ("--list", "--tap"), ("--list", "--lab"), ("--fast", "--lab"))})
-        self.pairs("setup", {"--refresh": ("--refresh",), "--no-lab": ("--no-lab",)}, {frozenset(("--refresh", "--no-lab"))})
+        samples = {"--refresh": ("--refresh",), "--no-lab": ("--no-lab",), "--xen": ("--xen",)}
+        self.pairs("setup", samples, {frozenset(pair) for pair in (("--refresh", "--no-lab"), ("--xen", "--no-lab"))})
 
     def test_a_kvm_that_is_not_there_is_missed_before_anything_is_fetched(self):
         for script, words in (("run", ["--platform", "kvm"]), ("bench", ["--only", "hyperv"]), ("test", [])):
