@@ -328,7 +328,10 @@ def vmlinux(image: bytes) -> bytes:
 
 def zstd(data: bytes) -> bytes:
     with process.started(["zstd", "-dcq"], stdin=-1, stdout=-1) as child:
-        return child.communicate(data, timeout=120)[0]
+        unpacked = child.communicate(data, timeout=120)[0]
+        if child.returncode:
+            raise Problem(f"zstd: exit status {child.returncode}, expected 0: the kernel's package is damaged or packed in another way.")
+        return unpacked
 
 
 def sizes(packages: Packages) -> tuple[int, int]:
