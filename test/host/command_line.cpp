@@ -126,6 +126,7 @@ std::optional<int> parse_command_line(int count, char** words, Options& options)
     app.add_flag("--eventfd", options.eventfd, "serve signals in the I/O thread instead of in the processor's exit");
     app.add_option("--hyperv-base", options.hyperv_base,
                    "where Hyper-V's CPUID leaves begin; elsewhere than 0x40000000 a foreign name is first");
+    app.add_flag("--no-rsdp", options.no_rsdp, "the loader does not say where ACPI's tables are: the guest finds them in the BIOS area");
     app.add_flag("--no-hyperv", options.no_hyperv, "no leaves of Hyper-V");
     app.add_flag("--kvm-leaves", options.kvm_leaves, "KVM's leaves at 0x40000100");
     app.add_flag("--console", options.console, "standard input goes to the serial port");

@@ -52,6 +52,7 @@ struct Options {
     bool eventfd = false; // signals go to the I/O thread by eventfd instead of being served in the processor's exit
     std::string hyperv_base = "0x40000000";
     bool no_hyperv = false;
+    bool no_rsdp = false;
     bool kvm_leaves = false;
     bool console = false; // standard input goes to the serial port
 };

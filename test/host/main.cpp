@@ -54,6 +54,9 @@ void load(Machine& machine, const Options& options) {
     const auto dsdt = std::as_bytes(std::span{firstlight_dsdt, firstlight_dsdt_end});
     Payload payload{.command_line = options.append};
     payload.rsdp = expect(write_acpi(machine.memory(), dsdt, std::max(options.processors, options.listed_processors)), ExitCode::host, "ACPI: ");
+    if (options.no_rsdp) {
+        payload.rsdp = 0;
+    }
     const auto kernel = expect(whole_file(options.kernel), ExitCode::input, options.kernel + ": ");
     if (!options.module.empty()) {
         payload.module = expect(whole_file(options.module), ExitCode::input, options.module + ": ");
