@@ -152,10 +152,6 @@ def job(result: dict, context: dict) -> dict:
         "usr_cpu": 0.0,
         "sys_cpu": 0.0,
         **classes(*((result.get(name) or {}).get("lat_ns", {}).get("buckets", {}) for name in ("read", "write"))),
-        "latency_depth": result["qd"],
-        "latency_target": 0,
-        "latency_percentile": 100.0,
-        "latency_window": 0,
         "firstlight": {
             **context,
             "disk": result["disk"],
