@@ -50,9 +50,18 @@ namespace {
 
 // What lasts as long as the machine and is filled in once; static, because the boot stack is small and none of it moves.
 constinit CpuidSnapshot cpuid_snapshot{};
-constinit Options options{};
+// Zero until kernel_start() makes it: an object that begins with other values takes its whole size in the image's file.
+template <class T>
+union Later {
+    u8 nothing;
+    T value;
+    constexpr Later() : nothing(0) {}
+};
+constinit Later<Options> options_place;
+Options& options = options_place.value;
 constinit OptionErrors option_errors{};
-constinit drivers::Table table{};
+constinit Later<drivers::Table> table_place;
+drivers::Table& table = table_place.value;
 constinit drivers::Plan plan{};
 constinit hv::MachinePrivileged privileged{};
 
@@ -455,6 +464,8 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
 } // namespace
 
 [[noreturn]] void kernel_start(BootInfo& info) {
+    new (&options) Options;
+    new (&table) drivers::Table;
     moments.entry = info.entry_tsc;
     hv::read_cpuid(cpuid_snapshot);
     std::optional<Smbios> smbios;
