@@ -90,6 +90,10 @@ def boot(
     keep: Path | None = None,
 ) -> Iterable[Boot]:
     """Boot each machine; those for the lab share one start of it. Yields each when its outcome is known."""
+    for machine in machines:
+        for disk in machine.specs:
+            if disk.bring_out:
+                disk.bring_out.unlink(missing_ok=True)  # what an earlier boot left is not this one's image
     inside = [machine for machine in machines if place(machine.kind, lab, forced).nested]
     for machine in machines:
         if machine not in inside:

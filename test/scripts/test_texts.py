@@ -172,6 +172,16 @@ class Whole(unittest.TestCase):
             archive.write_bytes(b"")
             self.assertFalse(yardstick.whole(archive))
 
+    def test_an_image_of_an_earlier_boot_is_not_looked_at(self):
+        with tempfile.TemporaryDirectory() as folder:
+            case = vmtests.Case("a", check_images=True, cmdline="job=verify disk=hda")
+            described = case.to_machine(Path(folder))
+            described.specs[0].bring_out.write_bytes(bytes(4096))
+            with mock.patch.object(launch, "run_here", return_value=nested.Outcome(33, "")):
+                (boot,) = launch.boot(None, [described])
+            boot.log.records.append({"record": "verify", "disk": "hda"})
+            self.assertEqual(vmtests.check_images(boot), ["no image of hda was brought out"])
+
     def test_an_image_is_made_from_the_file_in_its_own_place(self):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "hda.img"
