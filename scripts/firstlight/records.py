@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import re
 import signal
 
 from .problems import Exit
 
 MARK = "@{"
+CONTINUATION = "@+"  # goes on with the line before, which its console would have cut
+XEN_LOG = re.compile(r"\(d\d+\) ")  # what Xen's log puts before a guest's line
 HOST = "@@host "  # a line of the test host's own
 PHASE = HOST + '{"phase":'  # its counts between two marks
 
@@ -119,6 +122,21 @@ class Latencies:
             latency["buckets"] = buckets
 
 
+def unfold(output: str) -> list[str]:
+    """The lines as the kernel wrote them: without Xen's prefix, and continued lines put together again."""
+    lines: list[str] = []
+    last = -1  # the guest's last line; Xen may write between two of its lines
+    for line in output.splitlines():
+        line = XEN_LOG.sub("", line, count=1) if XEN_LOG.match(line) else line
+        if line.startswith(CONTINUATION) and last >= 0:
+            lines[last] += line[len(CONTINUATION) :]
+            continue
+        if not line.startswith("(XEN) "):
+            last = len(lines)
+        lines.append(line)
+    return lines
+
+
 def parse(output: str) -> Log:
     """A `result` gets what the host counted in its phase as `exits`, where the host can tell, and its latencies as `buckets`.
 
@@ -126,7 +144,7 @@ def parse(output: str) -> Log:
     """
     log = Log([], [], [])
     latencies = Latencies()
-    for line in output.splitlines():
+    for line in unfold(output):
         try:
             record, phase = parse_line(line), parse_phase(line)
             if phase:

@@ -11,6 +11,73 @@ constinit Level current = Level::info;
 constinit u64 (*clock_ns)() = nullptr;
 constinit SpinLock lock; // of the sinks and of what they have gathered
 constinit u32 depth = 0; // Holds of the processor that has the lock
+
+// The line that is being written. Sinks get it at once: their devices are slow, and a line is made of many pieces.
+constinit std::array<char, 256> gathered{};
+constinit usize gathered_size = 0;
+
+// The last lines, in a circle that begins at kept_begin.
+constinit std::array<char, kept_bytes> kept{};
+constinit bool keeping = false;
+constinit usize kept_begin = 0;
+constinit usize kept_size = 0;
+constinit u64 kept_lost = 0; // bytes of lines that had to go
+
+std::array<std::string_view, 2> kept_text() {
+    const usize first = std::min(kept_size, kept.size() - kept_begin);
+    return {std::string_view(kept.data() + kept_begin, first), std::string_view(kept.data(), kept_size - first)};
+}
+
+// Makes room by whole lines, oldest first.
+void forget_lines(usize bytes) {
+    usize gone = 0;
+    for (usize seen = 0; gone < bytes && seen < kept_size; ++seen) {
+        if (kept[(kept_begin + seen) % kept.size()] == '\n') {
+            gone = seen + 1;
+        }
+    }
+    gone = gone < bytes ? kept_size : gone;
+    kept_begin = (kept_begin + gone) % kept.size();
+    kept_size -= gone;
+    kept_lost += gone;
+}
+
+void keep_text(std::string_view text) {
+    if (kept_size + text.size() > kept.size()) {
+        forget_lines(kept_size + text.size() - kept.size());
+    }
+    const usize at = (kept_begin + kept_size) % kept.size();
+    const usize first = std::min(text.size(), kept.size() - at); // a line at most: shorter than the circle
+    std::copy_n(text.data(), first, kept.data() + at);
+    std::copy_n(text.data() + first, text.size() - first, kept.data());
+    kept_size += text.size();
+}
+} // namespace
+
+struct Sinks {
+    static void write(std::string_view text) {
+        for (Sink* sink = first_sink; sink != nullptr; sink = sink->next_) {
+            sink->write(text);
+        }
+    }
+    static void flush() {
+        for (Sink* sink = first_sink; sink != nullptr; sink = sink->next_) {
+            sink->flush();
+        }
+    }
+};
+
+namespace {
+void send_line() {
+    const std::string_view text(gathered.data(), std::exchange(gathered_size, 0));
+    if (text.empty()) {
+        return;
+    }
+    if (keeping) {
+        keep_text(text);
+    }
+    Sinks::write(text);
+}
 } // namespace
 
 Hold::Hold() {
@@ -33,6 +100,17 @@ void attach(Sink& sink) {
             return;
         }
     }
+    send_line();
+    if (kept_lost != 0) {
+        FixedText<80> note;
+        print(note, "[{} bytes of older lines are lost]\n", kept_lost);
+        sink.write(note);
+    }
+    for (const std::string_view part : kept_text()) {
+        if (!part.empty()) {
+            sink.write(part);
+        }
+    }
     sink.next_ = nullptr;
     *at = &sink;
 }
@@ -47,16 +125,32 @@ void detach(Sink& sink) {
     }
 }
 
+void keep(bool on) {
+    const Hold hold;
+    keeping = on;
+    kept_begin = kept_size = 0;
+    kept_lost = 0;
+}
+
+void flush() {
+    const Hold hold;
+    send_line();
+    Sinks::flush();
+}
+
 void set_level(Level level) { current = level; }
 Level level() { return current; }
 void set_clock(u64 (*now_ns)()) { clock_ns = now_ns; }
 
 void Line::write(std::string_view text) {
-    if (text.empty()) {
-        return;
-    }
-    for (Sink* sink = first_sink; sink != nullptr; sink = sink->next_) {
-        sink->write(text);
+    while (!text.empty()) {
+        const usize n = std::min(text.size(), gathered.size() - gathered_size);
+        std::copy_n(text.data(), n, gathered.data() + gathered_size);
+        gathered_size += n;
+        text.remove_prefix(n);
+        if (gathered_size == gathered.size() || gathered[gathered_size - 1] == '\n') {
+            send_line();
+        }
     }
 }
 

@@ -14,10 +14,13 @@ constexpr std::string_view name(Level level) {
 }
 
 /// A place that log text goes to (serial port, debug console, a test's buffer). Owned by whoever attaches it; must outlive the log or
-/// be detached. write() gets pieces of a line; the line ends with "\n".
+/// be detached. write() gets whole lines, which end with "\n", but for very long ones, which come in pieces.
+struct Sinks;
 class Sink {
   public:
     virtual void write(std::string_view text) = 0;
+    /// Returns when the text has left the machine, or when a bound has passed.
+    virtual void flush() {}
 
   protected:
     ~Sink() = default;
@@ -25,18 +28,48 @@ class Sink {
   private:
     friend void attach(Sink&);
     friend void detach(Sink&);
-    friend struct Line;
+    friend struct Sinks;
     Sink* next_ = nullptr;
 };
 
-/// Adds the sink, at the end; a sink attached twice stays once.
+/// Adds the sink, at the end; a sink attached twice stays once. What has been kept comes first.
 void attach(Sink& sink);
 void detach(Sink& sink);
+/// True: from now on the last kept_bytes of the log are kept, in whole lines, for sinks that are attached later. False: no more, and what was
+/// kept is forgotten. Default: false.
+void keep(bool on);
+inline constexpr usize kept_bytes = 16 * 1024;
+/// Sends what has been gathered of a line, whole or not, and flushes every sink.
+void flush();
 /// Lines above this level are dropped. Default: info.
 void set_level(Level level);
 Level level();
 /// Gives the nanoseconds that stand before every line, nullptr for none.
 void set_clock(u64 (*now_ns)());
+
+/// For a sink whose reader cuts lines that are longer than `longest` (0: it does not): gives `text` to send(text) in parts, with a line break
+/// and the mark of a continuation wherever a line would become longer. A reader puts the line together again by leaving out break and mark; so a
+/// record survives (docs/INTERFACES.md). `column`: where the sink's line stands, kept from call to call.
+inline constexpr std::string_view continuation = "@+";
+template <class Send>
+constexpr void folded(std::string_view text, usize& column, usize longest, Send&& send) {
+    while (!text.empty()) {
+        const usize end = text.find('\n');
+        const bool ends = end != std::string_view::npos;
+        const usize size = ends ? end : text.size();
+        if (longest == 0 || column + size <= longest) {
+            send(text.substr(0, size + (ends ? 1 : 0)));
+            text.remove_prefix(size + (ends ? 1 : 0));
+            column = ends ? 0 : column + size;
+            continue;
+        }
+        send(text.substr(0, longest - column));
+        text.remove_prefix(longest - column);
+        send("\n");
+        send(continuation);
+        column = continuation.size();
+    }
+}
 
 /// Holds the log: what this processor writes meanwhile stays together. May be nested. Not across a suspension.
 class Hold {

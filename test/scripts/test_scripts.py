@@ -81,6 +81,25 @@ class Records(unittest.TestCase):
         self.assertIs(self.judge('@{"record":"verdict","verdict":"TIMEOUT"}\n', 0), Verdict.NO_VERDICT)
 
 
+    def test_lines_that_a_console_would_have_cut(self):
+        record = {"record": "disk", "name": "xvda", "features": ["x" * 300], "model": "@+ and more"}
+        text = "@" + json.dumps(record)
+        folded = text[:190]
+        for at in range(190, len(text), 188):
+            folded += "\n@+" + text[at : at + 188]
+        for lines in (
+            folded.splitlines(),
+            ["(d1) " + line for line in folded.splitlines()],  # as Xen's log has it
+            ["(d12) " + line for line in "\n(XEN) something else\n".join(folded.splitlines()).splitlines()],
+        ):
+            lines = [line.replace("(d12) (XEN)", "(XEN)") for line in lines]
+            log = records.parse("\r\n".join(["before", *lines, "after"]))
+            self.assertEqual(log.records, [record])
+            self.assertEqual([line for line in log.text if not line.startswith("(XEN)")], ["before", "after"])
+            self.assertFalse(log.malformed)
+        self.assertEqual(records.parse("@+nothing before it").text, ["@+nothing before it"])
+
+
 class Sources(unittest.TestCase):
     def test_deb822(self):
         text = (

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 #include <string>
+#include <vector>
 import core.std;
 import core.result;
 import core.text;
@@ -63,4 +64,98 @@ TEST(Log, RecordIsOneJsonLine) {
         capture.text,
         "@{\"record\":\"disk\",\"name\":\"a\\\"b\\u000a\",\"sectors\":8,\"read_only\":false,\"list\":[\"x\",\"y\"],\"empty\":{},\"last\":1}\n");
 }
+
+// ---- lines that are kept for consoles that come later ----------------------------------------------------------------------------------------
+
+struct Keeping {
+    Keeping() { log::keep(true); }
+    ~Keeping() { log::keep(false); }
+};
+
+TEST(Log, AConsoleThatComesLaterGetsWhatCameBefore) {
+    const Keeping keeping;
+    log::info("first");
+    {
+        log::Record("boot").number("a", 1);
+    }
+    Capture one;
+    log::attach(one);
+    EXPECT_EQ(one.text, "first\n@{\"record\":\"boot\",\"a\":1}\n");
+    log::attach(one);
+    log::info("second");
+    EXPECT_EQ(one.text, "first\n@{\"record\":\"boot\",\"a\":1}\nsecond\n") << "a sink attached twice gets it once";
+    Capture two;
+    log::attach(two);
+    EXPECT_EQ(two.text, one.text);
+    log::keep(false);
+    Capture three;
+    log::attach(three);
+    EXPECT_EQ(three.text, "");
+    log::detach(one);
+    log::detach(two);
+    log::detach(three);
+}
+
+TEST(Log, WhatIsKeptIsBoundedAndLosesTheOldestLinesWhole) {
+    const Keeping keeping;
+    std::string all;
+    for (u32 i = 0; i < 1000; ++i) {
+        FixedText<400> line;
+        print(line, "{} ", i);
+        for (u32 n = 0; n < i * 7 % 390; ++n) {
+            line.write("x");
+        }
+        log::info("{}", line.view());
+        all += std::string(line.view()) + "\n";
+    }
+    Capture late;
+    log::attach(late);
+    log::detach(late);
+    const usize note_end = late.text.find('\n') + 1;
+    const std::string kept = late.text.substr(note_end);
+    EXPECT_EQ(late.text.substr(0, note_end), "[" + std::to_string(all.size() - kept.size()) + " bytes of older lines are lost]\n");
+    EXPECT_LE(kept.size(), log::kept_bytes);
+    EXPECT_GT(kept.size(), log::kept_bytes - 800);
+    EXPECT_TRUE(all.ends_with("\n" + kept)) << "whole lines, the last ones";
+}
+
+TEST(Log, SinksGetWholeLines) {
+    struct Pieces final : log::Sink {
+        std::vector<std::string> pieces;
+        u32 flushed = 0;
+        void write(std::string_view t) override { pieces.emplace_back(t); }
+        void flush() override { ++flushed; }
+    } sink;
+    log::attach(sink);
+    log::info("{} and {}", "a", 1);
+    log::Line{}.write("half");
+    EXPECT_EQ(sink.pieces, std::vector<std::string>{"a and 1\n"});
+    log::flush();
+    EXPECT_EQ(sink.pieces.back(), "half");
+    EXPECT_EQ(sink.flushed, 1u);
+    log::detach(sink);
+}
+
+TEST(Log, LinesThatAReaderWouldCutAreContinued) {
+    const auto folded = [](std::initializer_list<std::string_view> texts, usize longest) {
+        std::string out;
+        usize column = 0;
+        for (const std::string_view text : texts) {
+            log::folded(text, column, longest, [&](std::string_view part) { out += part; });
+        }
+        return out;
+    };
+    EXPECT_EQ(folded({"12345678\n", "123\n"}, 8), "12345678\n123\n") << "what just fits stays whole";
+    EXPECT_EQ(folded({"123456789\n"}, 8), "12345678\n@+9\n");
+    EXPECT_EQ(folded({"12345", "67890abcdef", "ghij\n1\n"}, 8), "12345678\n@+90abcd\n@+efghij\n1\n") << "in whatever pieces it comes";
+    EXPECT_EQ(folded({"1234567890\n"}, 0), "1234567890\n");
+    // What a reader does: breaks with a mark are left out.
+    std::string whole(5000, 'r');
+    std::string text = folded({whole, "\n", "next\n"}, 190);
+    for (usize at = text.find("\n@+"); at != std::string::npos; at = text.find("\n@+")) {
+        text.erase(at, 3);
+    }
+    EXPECT_EQ(text, whole + "\nnext\n");
+}
+
 } // namespace

@@ -13,7 +13,6 @@ import core.machine.clock;
 import core.machine.cpu;
 import core.machine.exit;
 import core.machine.memory;
-import core.machine.serial;
 import hv.machine.detect;
 import hv.machine.privileged;
 import boot.ending;
@@ -219,7 +218,7 @@ void stop_if_restarted() {
     log::error("the machine was restarted by the end of the boot before, whose verdict was {}: it cannot be switched off from inside. Halted; "
                "start the VMM so that a reset ends it (QEMU: -no-reboot), or with a debug exit port",
                *before);
-    flush_consoles();
+    log::flush();
     for (;;) {
         cpu::interrupts_off();
         cpu::halt();

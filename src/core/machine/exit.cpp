@@ -3,7 +3,6 @@ import core.std;
 import core.log;
 import core.verdict;
 import core.machine.cpu;
-import core.machine.serial;
 
 namespace fl {
 
@@ -18,8 +17,9 @@ void set_end_machine(EndMachine to) { hook = to; }
     cpu::interrupts_off();
     for (;;) {
         switch (next_step++) {
-        case 0: log::Record("verdict").text("verdict", name(verdict)).text("reason", reason); break;
-        case 1: flush_consoles(); break;
+        case 0: log::flush(); break; // a console that waits for its reader has room then
+        case 1: log::Record("verdict").text("verdict", name(verdict)).text("reason", reason); break;
+        case 2: log::flush(); break;
         default:
             if (hook != nullptr) {
                 hook(verdict, reason);

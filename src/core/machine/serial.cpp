@@ -17,22 +17,6 @@ constexpr u32 most_polls = 20'000;
 constinit SerialPort port{0x3f8};
 constinit DebugConsole debug;
 
-// Appends to the line; `send` takes full lines and full buffers.
-template <usize N, class Send>
-void gather(std::array<char, N>& line, usize& used, std::string_view text, Send send) {
-    while (!text.empty()) {
-        const usize end = text.find('\n');
-        const usize wanted = end == std::string_view::npos ? text.size() : end + 1;
-        const usize n = std::min(wanted, N - used);
-        std::copy_n(text.data(), n, line.data() + used);
-        used += n;
-        text.remove_prefix(n);
-        if (used == N || line[used - 1] == '\n') {
-            send();
-        }
-    }
-}
-
 } // namespace
 
 bool SerialPort::open() {
@@ -55,14 +39,10 @@ bool SerialPort::open() {
 }
 
 void SerialPort::write(std::string_view text) {
-    if (present_) {
-        gather(line_, used_, text, [this] { flush(); });
+    if (!present_) {
+        return;
     }
-}
-
-void SerialPort::flush() {
-    const usize size = std::exchange(used_, 0);
-    for (usize at = 0; at < size;) {
+    for (usize at = 0; at < text.size();) {
         u32 polls = 0;
         while ((cpu::in8(base_ + line_status) & line_status_empty) == 0) {
             if (++polls == most_polls) {
@@ -70,21 +50,24 @@ void SerialPort::flush() {
             }
             cpu::relax();
         }
-        const usize n = std::min<usize>(burst_, size - at);
-        cpu::out8_string(base_ + data, line_.data() + at, n);
+        const usize n = std::min<usize>(burst_, text.size() - at);
+        cpu::out8_string(base_ + data, text.data() + at, n);
         at += n;
     }
 }
 
 bool DebugConsole::open() { return present_ = cpu::in8(0xe9) == 0xe9; }
 
-void DebugConsole::write(std::string_view text) {
-    if (present_) {
-        gather(line_, used_, text, [this] { flush(); });
-    }
+void DebugConsole::open(usize longest) {
+    present_ = true;
+    longest_ = longest;
 }
 
-void DebugConsole::flush() { cpu::out8_string(0xe9, line_.data(), std::exchange(used_, 0)); }
+void DebugConsole::write(std::string_view text) {
+    if (present_) {
+        log::folded(text, column_, longest_, [](std::string_view part) { cpu::out8_string(0xe9, part.data(), part.size()); });
+    }
+}
 
 SerialPort& com1() { return port; }
 DebugConsole& debug_console() { return debug; }
@@ -98,9 +81,9 @@ void open_consoles() {
     }
 }
 
-void flush_consoles() {
-    port.flush();
-    debug.flush();
+void use_debug_port(usize longest) {
+    debug.open(longest);
+    log::attach(debug);
 }
 
 } // namespace fl
