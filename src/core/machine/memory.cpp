@@ -22,8 +22,9 @@ extern const std::byte image_data_end[];
 extern const std::byte image_symbols_begin[];
 extern const std::byte image_end[];
 
-// The tables that are needed before there are frames: root, the image's (up to 8 MiB of it), the first window of the direct map.
-constexpr fl::usize early_table_count = 14;
+// The tables that are needed before there are frames: root, the image's (up to 8 MiB of it), the first window of the direct map, and a page of
+// the hypervisor's (a console).
+constexpr fl::usize early_table_count = 16;
 alignas(4096) [[gnu::section(".bss.pages")]] std::byte early_tables[early_table_count * 4096];
 }
 

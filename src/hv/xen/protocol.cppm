@@ -65,7 +65,7 @@ static_assert(sizeof(AddToPhysmap) == 24 && offsetof(AddToPhysmap, space) == 4 &
               offsetof(AddToPhysmap, frame) == 16);
 
 enum class HvmOp : u32 { set_param = 0, get_param = 1, set_upcall_vector = 23 };
-enum class HvmParam : u32 { callback_irq = 0, store_frame = 1, store_event_channel = 2 };
+enum class HvmParam : u32 { callback_irq = 0, store_frame = 1, store_event_channel = 2, console_frame = 17, console_event_channel = 18 };
 struct HvmParameter {
     Domain domain;
     u16 padding;
@@ -165,6 +165,34 @@ struct EventPort { // close, send, unmask
     Port port;
 };
 static_assert(sizeof(EventPort) == 4);
+
+struct EventStatus {
+    Domain domain; // in: whose port
+    u16 padding;
+    Port port;  // in
+    u32 status; // out: event_*
+    u32 vcpu;   // out
+    u32 more[2];
+};
+static_assert(sizeof(EventStatus) == 24 && offsetof(EventStatus, port) == 4 && offsetof(EventStatus, status) == 8);
+inline constexpr u32 event_unbound = 1; // the other domain has not bound it yet
+inline constexpr u32 event_interdomain = 2;
+
+// ---- the guest's console [xen-public io/console.h] -------------------------------------------------------------------------------------------
+
+inline constexpr u32 console_out_bytes = 2048;
+
+/// One page, seen from the guest: `out` is what it writes. The positions run freely.
+struct ConsolePage {
+    std::array<char, 1024> in;
+    std::array<char, console_out_bytes> out;
+    u32 in_consumer;
+    u32 in_producer;
+    u32 out_consumer;
+    u32 out_producer;
+};
+static_assert(offsetof(ConsolePage, out) == 1024 && offsetof(ConsolePage, in_consumer) == 3072 && offsetof(ConsolePage, out_consumer) == 3080 &&
+              offsetof(ConsolePage, out_producer) == 3084);
 
 // ---- grants [xen-public grant_table.h]
 // -----------------------------------------------------------------------------------------------------------
@@ -272,7 +300,5 @@ inline constexpr u16 unplug_disks = 1u << 0;
 inline constexpr u16 unplug_nics = 1u << 1;
 inline constexpr u16 unplug_nvme = 1u << 3;
 inline constexpr u16 unplug_product = 0xffff; // experimental: none is registered for this kernel [xen-public hvm/pvdrivers.h]
-
-inline constexpr u16 debug_port = 0xe9; // bytes written here go to Xen's own log
 
 } // namespace fl::hv::xen

@@ -1,0 +1,177 @@
+module;
+#include <cstddef>
+module hv.xen.console;
+import core.std;
+import core.result;
+import core.cpuid;
+import core.text;
+import core.log;
+import io.ring.memory;
+import hv.backend;
+import hv.xen.hypercall;
+
+namespace fl::hv::xen {
+
+Consoles find_consoles(CpuidRegisters (*cpuid)(u32 leaf, u32 subleaf), Privileged& cpu, const Gate& gate, u64 page) {
+    Consoles found;
+    if (gate.call == nullptr || (cpuid(1, 0).ecx >> 31 & 1) == 0) { // Xen always sets the hypervisor bit
+        return found;
+    }
+    // Xen stands at the first base, or at the second one behind Hyper-V's leaves [xen-public arch-x86/cpuid.h].
+    std::optional<HypervisorBase> xen;
+    for (const u32 base : {0x40000000u, 0x40000100u}) {
+        xen = hypervisor_at(base, cpuid(base, 0));
+        if (xen && xen->signature.view() == "XenVMMXenVMM" && xen->max_leaf >= base + 2) {
+            break;
+        }
+        xen.reset();
+    }
+    const CpuidRegisters pages = xen ? cpuid(xen->base + 2, 0) : CpuidRegisters{};
+    if (pages.eax == 0 || pages.ebx == 0) {
+        return found;
+    }
+    if (gate.page != nullptr) {
+        cpu.write_msr(pages.ebx, page);
+    }
+    found.calls = Hypercalls(gate);
+    if (found.calls.version() < (3 << 16)) {
+        return found;
+    }
+    found.found = true;
+    found.emulated = found.calls.console_write({}) == error_no_such_call;
+    if (xen->max_leaf >= xen->base + 3) {
+        found.tsc_khz = cpuid(xen->base + 3, 0).ecx;
+    }
+    const auto frame = found.calls.hvm_parameter(HvmParam::console_frame);
+    const auto port = frame ? found.calls.hvm_parameter(HvmParam::console_event_channel) : frame;
+    if (!frame || !port || *frame == 0 || *frame >= u64{1} << 40 || *port == 0 || *port >= event_channels) {
+        return found;
+    }
+    // Under Xen xenconsoled may only be about to come. An emulated console that nobody is bound to stays so.
+    EventStatus status{domain_self, 0, static_cast<Port>(static_cast<u32>(*port)), 0, 0, {}};
+    const bool known = found.calls.call(Hypercall::event_channel_op, EventOp::status, status) >= 0;
+    if (known && status.status != event_interdomain && (found.emulated || status.status != event_unbound)) {
+        return found;
+    }
+    found.ring = *frame * 4096;
+    found.port = static_cast<Port>(static_cast<u32>(*port));
+    return found;
+}
+
+void ConsoleRing::open(const Hypercalls& calls, std::byte* page, Port port, u64 (*cycles)(), u64 cycles_per_ms) {
+    static constexpr u64 fast = 5'000'000;
+    calls_ = calls;
+    page_ = page;
+    port_ = port;
+    cycles_ = cycles;
+    patience_ = patience_ms * (cycles_per_ms != 0 ? cycles_per_ms : fast);
+    // A loader may have written before us; what of it has not been read yet stays.
+    produced_ = io::MappedMemory(page_, 4096).load_acquire<u32>(offsetof(ConsolePage, out_producer));
+}
+
+// How many bytes the ring takes now. A reader's position that cannot be is no room.
+u32 ConsoleRing::free() {
+    // Acquire: bytes are overwritten only after they were copied out. Partner: the reader's store of its position.
+    const u32 used = produced_ - io::MappedMemory(page_, 4096).load_acquire<u32>(offsetof(ConsolePage, out_consumer));
+    return used <= console_out_bytes ? console_out_bytes - used : 0;
+}
+
+void ConsoleRing::publish() {
+    // Release: the bytes before the position. Partner: the reader's load of it.
+    io::MappedMemory(page_, 4096).store_release<u32>(offsetof(ConsolePage, out_producer), produced_);
+    EventPort argument{port_};
+    static_cast<void>(calls_.call(Hypercall::event_channel_op, EventOp::send, argument));
+}
+
+// False: the reader has not read on for as long as it may.
+bool ConsoleRing::wait_for(u32 room) {
+    u32 seen = free();
+    if (seen >= room) {
+        return true;
+    }
+    publish();
+    const u64 begin = cycles_();
+    u64 since = begin;
+    while (seen < room) {
+        static_cast<void>(calls_.call(Hypercall::sched_op, to_underlying(SchedOp::yield)));
+        const u64 now = cycles_();
+        if (const u32 room_now = free(); room_now != seen) {
+            seen = room_now;
+            since = now;
+        } else if (now - since > patience_) {
+            return false;
+        }
+        if (now - begin > 8 * patience_) { // one that moves for ever, and makes no room
+            return seen >= room;
+        }
+    }
+    return true;
+}
+
+// False: part of it is lost.
+bool ConsoleRing::put(std::string_view text) {
+    io::MappedMemory memory(page_, 4096);
+    while (!text.empty()) {
+        if (!wait_for(1)) {
+            stalled_ = true;
+            lost_ += text.size();
+            lost_untold_ += text.size();
+            return false;
+        }
+        const u32 at = produced_ % console_out_bytes;
+        const u32 size = std::min({free(), static_cast<u32>(std::min<usize>(text.size(), console_out_bytes)), console_out_bytes - at});
+        memory.copy_in(offsetof(ConsolePage, out) + at, std::as_bytes(std::span(text)).data(), size);
+        produced_ += size;
+        text.remove_prefix(size);
+    }
+    return true;
+}
+
+// What was lost, on a line of its own, as soon as there is room for it.
+bool ConsoleRing::tell_lost() {
+    FixedText<80> note;
+    print(note, "\r\n[{} bytes are lost here: nobody read this console]\r\n", lost_untold_);
+    if (free() < note.size()) {
+        return false;
+    }
+    stalled_ = false;
+    lost_untold_ = 0;
+    return put(note);
+}
+
+void ConsoleRing::write(std::string_view text) {
+    if (page_ == nullptr) {
+        return;
+    }
+    while (!text.empty()) {
+        if (stalled_ && !tell_lost()) {
+            lost_ += text.size();
+            lost_untold_ += text.size();
+            return;
+        }
+        const usize end = text.find('\n');
+        const bool ends = end != std::string_view::npos;
+        const std::string_view part = text.substr(0, end);
+        text.remove_prefix(part.size() + (ends ? 1 : 0));
+        if (put(part) && ends) {
+            static_cast<void>(put("\r\n"));
+        }
+    }
+    publish();
+}
+
+void ConsoleRing::flush() {
+    if (page_ == nullptr) {
+        return;
+    }
+    if (stalled_) {
+        static_cast<void>(wait_for(console_out_bytes / 2)); // room for the note, and for what comes after it
+        if (!tell_lost()) {
+            return;
+        }
+    }
+    publish();
+    static_cast<void>(wait_for(console_out_bytes));
+}
+
+} // namespace fl::hv::xen
