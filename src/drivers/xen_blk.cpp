@@ -78,8 +78,15 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
     begun_ = true;
     CO_CHECK(co_await reset());
     CO_CHECK(co_await front_.await_state(ready, {environment_.executor, environment_.timeout}));
-    CO_TRY(const u32 order, co_await ring_order());
-    CO_CHECK(make_ring(order));
+    CO_TRY(const u32 wanted_order, co_await ring_order());
+    CO_TRY(const u32 order, make_ring(wanted_order));
+    if (environment_.allows(Feature::persistent)) {
+        offers_persistent_ = disk_.start_pool(front_.domain(), environment_.dma);
+        if (!offers_persistent_) {
+            log::info("xen_blk: {}: no persistent grants: not enough memory, or grants of the {} that are left", disk_name(which),
+                      xen_.grants().obtainable());
+        }
+    }
     CO_TRY(port_, xen_.events().allocate_unbound(front_.domain()));
     terms_.port = port_;
     CO_CHECK(co_await publish(order, old_ring_keys_));
@@ -165,16 +172,27 @@ io::Task<Result<u32>> Vbd::ring_order() {
     co_return environment_.allows(Feature::ring_pages) ? static_cast<u32>(std::min<u64>(offered, max_ring_order)) : 0;
 }
 
-Result<void> Vbd::make_ring(u32 order) {
+// As large as `order` says, or as grants and memory let it be.
+Result<u32> Vbd::make_ring(u32 order) {
+    while (order != 0 && !xen_.grants().ensure((1u << order) + Disk::spare_grants)) {
+        --order;
+    }
+    auto memory = environment_.dma.buffer(static_cast<u32>(page_size) << order);
+    while (!memory && order != 0) {
+        memory = environment_.dma.buffer(static_cast<u32>(page_size) << --order);
+    }
+    if (!memory) {
+        return memory.error();
+    }
+    ring_ = std::move(*memory);
     const u32 pages = 1u << order;
-    TRY(ring_, environment_.dma.buffer(pages * static_cast<u32>(page_size)));
     CHECK(disk_.prepare(ring_));
     for (; ring_pages_ < pages; ++ring_pages_) {
         TRY(ring_grants_[ring_pages_], xen_.grants().take());
         xen_.grants().grant(ring_grants_[ring_pages_], front_.domain(), ring_.bus() / page_size + ring_pages_, false);
     }
     terms_.ring_pages = pages;
-    return {};
+    return order;
 }
 
 io::Task<Result<void>> Vbd::publish(u32 order, bool old_style) {
@@ -195,7 +213,7 @@ io::Task<Result<void>> Vbd::publish(u32 order, bool old_style) {
     add_entry("event-channel", to_underlying(port_));
     add_entry("protocol", "x86_64-abi");
     // Says that the same grants come again and again, so it must be said before it is known whether the back end makes use of it.
-    add_entry("feature-persistent", environment_.allows(Feature::persistent) ? 1u : 0u);
+    add_entry("feature-persistent", offers_persistent_ ? 1u : 0u);
     co_return co_await xen_.store().write_all(front_.path(), std::span(entries_).first(entry_count_));
 }
 
@@ -248,7 +266,7 @@ io::Task<Result<void>> Vbd::read_features() {
     } else if (barrier && environment_.allows(Feature::barrier)) {
         terms_.flush = Operation::write_barrier;
     }
-    terms_.persistent = persistent && environment_.allows(Feature::persistent);
+    terms_.persistent = persistent && offers_persistent_;
     terms_.indirect_segments = environment_.allows(Feature::indirect) && indirect > segments_in_slot
                                    ? static_cast<u32>(std::min<u64>(indirect, Disk::max_segments))
                                    : 0;

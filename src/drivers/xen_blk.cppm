@@ -54,7 +54,7 @@ class Vbd {
     io::Task<Result<void>> reset();
     io::Task<Result<void>> meet();
     io::Task<Result<u32>> ring_order();
-    Result<void> make_ring(u32 order);
+    Result<u32> make_ring(u32 order);
     io::Task<Result<void>> publish(u32 order, bool old_style);
     io::Task<Result<void>> read_geometry();
     io::Task<Result<void>> read_features();
@@ -71,6 +71,7 @@ class Vbd {
     Terms terms_;
     bool begun_ = false; // the back end may have seen us
     bool old_ring_keys_ = false;
+    bool offers_persistent_ = false;
     bool counts_sectors_ = false; // feature-large-sector-size has been said
     hv::xen::Port port_ = hv::xen::Port::none;
     DmaBuffer ring_;

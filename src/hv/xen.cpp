@@ -26,7 +26,7 @@ Result<void> Xen::install(Environment& environment) {
     CHECK(install_grants(environment));
     install_store(environment);
     find_clock(environment, *sighting);
-    log::info("xen {}.{}: hypercalls, shared info, {} grant entries, XenStore {}", version_ >> 16, version_ & 0xffff, grants_.available(),
+    log::info("xen {}.{}: hypercalls, shared info, up to {} grant entries, XenStore {}", version_ >> 16, version_ & 0xffff, grants_.obtainable(),
               store_there_ ? "there" : "absent");
     return {};
 }
@@ -71,23 +71,40 @@ Result<void> Xen::install_shared_info(Environment& environment) {
 }
 
 Result<void> Xen::install_grants(Environment& environment) {
+    static constexpr u32 first_frames = 8; // a full ring, its pages and a few disks more; the rest when it is needed
     TRY(const u32 limit, hypercalls_.grant_table_limit());
-    const u32 frames = std::min(limit, Grants::max_frames);
+    u32 frames = std::min(limit, Grants::max_frames);
     if (frames == 0) {
         return Error{Code::exhausted, "Xen gives this guest no grant table", 1, 0};
     }
-    TRY(DmaBuffer table, environment.memory.buffer(frames * static_cast<u32>(page_size)));
-    // The last frame first: the table then grows once.
-    for (u32 i = frames; i-- > 0;) {
-        if (auto mapped = hypercalls_.add_to_physmap(MapSpace::grant_table, i, table.bus() / page_size + i); !mapped) {
-            table.abandon();
-            return mapped.error();
+    // The places of all frames, next to each other; Xen's frames come in their stead. A machine too small for that does with fewer.
+    auto table = environment.memory.buffer(frames * static_cast<u32>(page_size));
+    while (!table && frames > 1) {
+        frames /= 2;
+        table = environment.memory.buffer(frames * static_cast<u32>(page_size));
+    }
+    if (!table) {
+        return table.error();
+    }
+    grant_frame_ = table->bus() / page_size;
+    auto* entries = reinterpret_cast<GrantEntry*>(table->data());
+    table->abandon();
+    // The last of the first frames comes first: Xen's table then grows once. Where it cannot, as far as it can.
+    u32 mapped = std::min(frames, first_frames);
+    for (auto done = map_grant_frame(mapped - 1); !done; done = map_grant_frame(mapped - 1)) {
+        if (--mapped == 0) {
+            return done.error();
         }
     }
-    grants_.install({reinterpret_cast<GrantEntry*>(table.data()), frames * grants_per_frame});
-    table.abandon();
+    for (u32 frame = mapped - 1; frame-- > 0;) {
+        CHECK(map_grant_frame(frame));
+    }
+    grants_.install({entries, frames * grants_per_frame}, mapped,
+                    {this, [](void* self, u32 frame) { return static_cast<Xen*>(self)->map_grant_frame(frame); }});
     return {};
 }
+
+Result<void> Xen::map_grant_frame(u32 frame) { return hypercalls_.add_to_physmap(MapSpace::grant_table, frame, grant_frame_ + frame); }
 
 void Xen::install_store(Environment& environment) {
     const auto frame = hypercalls_.hvm_parameter(HvmParam::store_frame);
@@ -170,32 +187,6 @@ io::Task<Result<void>> Xen::enumerate(DeviceList& into) {
         co_return Result<void>{};
     }
     co_return co_await xen::enumerate(store_, into, listing_);
-}
-
-// ---- console and power
-// ---------------------------------------------------------------------------------------------------------------------------
-
-void Xen::Console::write(std::string_view text) {
-    if (calls != nullptr) {
-        static_cast<void>(calls->console_write(text));
-        return;
-    }
-    for (const char c : text) {
-        cpu->out8(debug_port, static_cast<u8>(c));
-    }
-}
-
-log::Sink* Xen::console() {
-    if (version_ == 0) { // no hypercalls yet
-        return nullptr;
-    }
-    const i64 answer = hypercalls_.console_write({});
-    if (answer == error_no_such_call) {
-        return nullptr; // KVM's emulation: no console, and the debug port may be somebody else's
-    }
-    console_.calls = answer >= 0 ? &hypercalls_ : nullptr;
-    console_.cpu = cpu_;
-    return &console_;
 }
 
 // ---- emulated devices

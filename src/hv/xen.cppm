@@ -1,10 +1,10 @@
 // Xen, as a guest that Xen (or KVM's emulation of it) virtualises fully sees it: HVM and PVH. Order of what install() does: hypercall page,
-// shared info page, grant table, XenStore's page; start(): the upcall's vector, XenStore's events. Everything a driver needs hangs here.
+// shared info page, grant table, XenStore's page; start(): the upcall's vector, XenStore's events. Everything a driver needs hangs here. The
+// consoles do not: they are there from the entry on (hv.xen.console, boot/entry.cpp).
 export module hv.xen;
 import core.std;
 import core.result;
 import core.interrupt;
-import core.log;
 import io.executor;
 import io.task;
 export import hv.backend;
@@ -13,6 +13,7 @@ export import hv.xen.events;
 export import hv.xen.grants;
 export import hv.xen.store;
 export import hv.xen.bus;
+export import hv.xen.console;
 
 export namespace fl::hv {
 
@@ -45,8 +46,6 @@ class Xen {
     std::optional<u64> tsc_hz() const { return tsc_hz_; }
     std::string_view clock_name() const { return clock_name_; }
     u64 hypercalls() const { return hypercalls_.count(); }
-    /// Xen's own log, by hypercall or debug port; nullptr where neither is there (KVM's emulation).
-    log::Sink* console();
     Result<void> unplug(EmulatedClasses classes);
     io::Task<Result<void>> enumerate(DeviceList& into);
 
@@ -69,16 +68,10 @@ class Xen {
     u32 version() const { return version_; }
 
   private:
-    class Console final : public log::Sink {
-      public:
-        void write(std::string_view text) override;
-        xen::Hypercalls* calls = nullptr; // nullptr: by the debug port
-        Privileged* cpu = nullptr;
-    };
-
     Result<void> install_hypercalls(Environment& environment, const Sighting& sighting);
     Result<void> install_shared_info(Environment& environment);
     Result<void> install_grants(Environment& environment);
+    Result<void> map_grant_frame(u32 frame);
     void install_store(Environment& environment);
     void find_clock(const Environment& environment, const Sighting& sighting);
 
@@ -92,12 +85,12 @@ class Xen {
     std::string_view clock_name_ = "none";
     Upcall upcall_ = Upcall::none;
     bool store_there_ = false;
-    Console console_;
     xen::Events events_;
     xen::Grants grants_;
+    u64 grant_frame_ = 0; // the guest frame where the table's first frame is
     xen::Store store_;
     std::array<char, xen::store_payload_max> listing_{};
 };
-static_assert(Backend<Xen> && EventSource<Xen> && Hypercalls<Xen> && Console<Xen> && EmulatedDevices<Xen> && BusRoot<Xen>);
+static_assert(Backend<Xen> && EventSource<Xen> && Hypercalls<Xen> && EmulatedDevices<Xen> && BusRoot<Xen>);
 
 } // namespace fl::hv

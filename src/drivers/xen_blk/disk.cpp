@@ -61,59 +61,90 @@ Result<void> Disk::open(const Terms& terms, const Identity& identity, DmaAllocat
     unit_shift_ = static_cast<u32>(std::countr_zero(terms.wire_unit));
     notify_ = notify;
     notify_context_ = context;
-    if (terms_.persistent) {
-        CHECK(open_pool(pool));
+    if (!terms_.persistent) {
+        close_pool();
+    } else if (pool_size_ >= max_segments) {
+        extend_pool(pool);
+    } else {
+        return Error{Code::bad_argument, "persistent grants were agreed on and there are no pages for them", max_segments, pool_size_};
     }
     if (terms_.indirect_segments > segments_in_slot) {
-        CHECK(open_indirect(pool));
+        open_indirect(pool);
     }
+    spare_memory_.reset();
     state_ = State::open;
     executor().add(*this);
     return {};
 }
 
-// Pages that stay granted, for reading and writing: later requests use them in either direction [xen-blkif note 8].
-Result<void> Disk::open_pool(DmaAllocator& pool) {
-    static constexpr u32 pages_each = max_pool_pages / 16;
-    const u32 wanted = std::min(requests_->capacity() * segments_in_slot, max_pool_pages);
-    for (DmaBuffer& memory : pool_memory_) {
-        if (pool_size_ >= wanted) {
-            break;
-        }
-        auto pages = pool.buffer(pages_each * static_cast<u32>(page_size));
-        if (!pages) {
-            break; // fewer will do
-        }
-        memory = std::move(*pages);
-        for (u32 i = 0; i < pages_each && grants_.available() != 0; ++i) {
-            const Grant grant = grants_.take_unchecked();
-            grants_.grant(grant, terms_.domain, memory.bus() / page_size + i, false);
-            pool_[pool_size_] = {memory.data() + i * page_size, grant};
-            pool_free_[pool_free_count_++] = static_cast<u16>(pool_size_++);
-        }
-    }
-    if (pool_size_ < max_segments) {
-        return Error{Code::exhausted, "not enough memory or grants for the disk's persistent pages (features=-persistent does without)",
-                     max_segments, pool_size_};
-    }
-    return {};
+bool Disk::start_pool(hv::xen::Domain domain, DmaAllocator& pool) {
+    terms_.domain = domain;
+    // An eighth of the grants that are left, at most, for each disk: the pools of many disks become smaller, and then there are none.
+    return keep_spare(pool) && grants_.obtainable() / 8 >= pool_chunk && add_pool_pages(pool);
 }
 
-Result<void> Disk::open_indirect(DmaAllocator& pool) {
-    const u32 wanted = std::min({requests_->capacity(), max_indirect_pages, grants_.available()});
-    auto pages = pool.buffer(wanted * static_cast<u32>(page_size));
-    if (!pages || wanted == 0) {
+bool Disk::keep_spare(DmaAllocator& pool) {
+    if (!spare_memory_) {
+        if (auto memory = pool.buffer(spare_bytes)) {
+            spare_memory_ = std::move(*memory);
+        }
+    }
+    return static_cast<bool>(spare_memory_);
+}
+
+// Pages that stay granted, for reading and writing: later requests use them in either direction [xen-blkif note 8]. A chunk of them or none.
+bool Disk::add_pool_pages(DmaAllocator& pool) {
+    if (!grants_.ensure(pool_chunk + spare_grants)) {
+        return false;
+    }
+    auto pages = pool.buffer(pool_chunk * static_cast<u32>(page_size));
+    if (!pages) {
+        return false;
+    }
+    DmaBuffer& memory = pool_memory_[pool_size_ / pool_chunk];
+    memory = std::move(*pages);
+    for (u32 i = 0; i < pool_chunk; ++i) {
+        const Grant grant = grants_.take_unchecked();
+        grants_.grant(grant, terms_.domain, memory.bus() / page_size + i, false);
+        pool_[pool_size_] = {memory.data() + i * page_size, grant};
+        pool_free_[pool_free_count_++] = static_cast<u16>(pool_size_++);
+    }
+    return true;
+}
+
+// As many pages as the ring can use; fewer where grants or memory are short.
+void Disk::extend_pool(DmaAllocator& pool) {
+    const u32 wanted = std::min({requests_->capacity() * segments_in_slot, max_pool_pages, grants_.obtainable() / 8});
+    while (pool_size_ + pool_chunk <= wanted && add_pool_pages(pool)) {
+    }
+}
+
+// The other side has not seen these grants.
+void Disk::close_pool() {
+    while (pool_size_ != 0) {
+        static_cast<void>(grants_.release(pool_[--pool_size_].grant));
+    }
+    pool_free_count_ = 0;
+    pool_memory_ = {};
+}
+
+void Disk::open_indirect(DmaAllocator& pool) {
+    const u32 wanted = std::min({requests_->capacity(), max_indirect_pages, grants_.obtainable() / 32});
+    auto pages = keep_spare(pool) && wanted != 0 && grants_.ensure(wanted + spare_grants)
+                     ? pool.buffer(wanted * static_cast<u32>(page_size))
+                     : Result<DmaBuffer>(Error{Code::exhausted, "no grants, or no memory, for pages of segments"});
+    if (!pages) {
         terms_.indirect_segments = 0; // eleven segments will do
-        return {};
+        return;
     }
     indirect_memory_ = std::move(*pages);
     for (; indirect_size_ < wanted; ++indirect_size_) {
         const Grant grant = grants_.take_unchecked();
-        grants_.grant(grant, terms_.domain, indirect_memory_.bus() / page_size + indirect_size_, true);
+        // Only read, but with persistent grants the back end maps every page for writing, these too.
+        grants_.grant(grant, terms_.domain, indirect_memory_.bus() / page_size + indirect_size_, !terms_.persistent);
         indirect_grants_[indirect_size_] = grant;
         indirect_free_[indirect_free_count_++] = static_cast<u16>(indirect_size_);
     }
-    return {};
 }
 
 // ---- asking
@@ -157,10 +188,14 @@ bool Disk::issue_data(Request& request) {
     const bool indirect =
         left + in_page > segments_in_slot * page_size && terms_.indirect_segments > segments_in_slot && indirect_free_count_ != 0;
     const u32 most = indirect ? terms_.indirect_segments : segments_in_slot;
-    const u32 bytes = std::min(left, most * static_cast<u32>(page_size) - in_page);
-    const u32 count = (in_page + bytes + static_cast<u32>(page_size) - 1) / static_cast<u32>(page_size);
-    if (count > (pooled ? pool_free_count_ : grants_.available())) [[unlikely]] {
-        return false;
+    u32 bytes = std::min(left, most * static_cast<u32>(page_size) - in_page);
+    u32 count = (in_page + bytes + static_cast<u32>(page_size) - 1) / static_cast<u32>(page_size);
+    if (const u32 free = pooled ? pool_free_count_ : grants_.available(); count > free) [[unlikely]] {
+        if (free == 0 || !inflight_.empty()) {
+            return false; // answers give some back
+        }
+        count = free; // other disks have the rest, for as long as they like
+        bytes = count * static_cast<u32>(page_size) - in_page;
     }
     const auto id = inflight_.take(parts_[0]); // the slot is what counts
     if (!id) [[unlikely]] {

@@ -47,6 +47,10 @@ class Disk final : public io::BlockDevice, private io::Service {
     static constexpr u32 max_segments = 32;
     static constexpr u32 max_indirect_pages = 64;
     static constexpr u32 max_pool_pages = 512;
+    static constexpr u32 pool_chunk = max_segments; // pages that the pool begins with and grows by: any part fits
+    /// Grants that are left to other disks, for their rings and for buffers without persistent grants.
+    static constexpr u32 spare_grants = 64;
+    static constexpr u32 spare_bytes = 256 * 1024; // likewise of memory: rings, a job's buffers
     /// Events in a row that bring no answer; then the channel stays masked until the next tick.
     static constexpr u32 max_idle_events = 64;
     /// After a batch of answers that took longer the next two are not waited for as a whole; after another one the next four, and so on.
@@ -60,7 +64,11 @@ class Disk final : public io::BlockDevice, private io::Service {
     Result<void> prepare(DmaSpan ring);
     /// The handler of the event channel; runs in the upcall.
     static void rang(void* self);
+    /// Takes the first pages that stay granted, for a disk that shall offer persistent grants. False: there is not enough memory or there are
+    /// not enough grants: it must not offer them. Before open().
+    bool start_pool(hv::xen::Domain domain, DmaAllocator& pool);
     /// From now on requests are taken. `pool`: what open() may allocate its pages from. `notify`: called, once, when the disk closes by itself.
+    /// Terms with persistent grants need a pool that was started.
     Result<void> open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void* context), void* context);
     /// Ends everything under way with `status` and takes no more. `rule`: what for, for the log.
     void shut(io::Status status, const Error& why);
@@ -115,8 +123,11 @@ class Disk final : public io::BlockDevice, private io::Service {
     bool release(Part& part);
     bool withdraw(Part& part);
     void abandon(Request& request);
-    Result<void> open_pool(DmaAllocator& pool);
-    Result<void> open_indirect(DmaAllocator& pool);
+    bool keep_spare(DmaAllocator& pool);
+    bool add_pool_pages(DmaAllocator& pool);
+    void extend_pool(DmaAllocator& pool);
+    void close_pool();
+    void open_indirect(DmaAllocator& pool);
     void broken(const Error& why) { shut(io::Status::protocol_error, why); }
 
     hv::xen::Events& events_;
@@ -145,12 +156,13 @@ class Disk final : public io::BlockDevice, private io::Service {
     void (*notify_)(void*) = nullptr;
     void* notify_context_ = nullptr;
 
-    std::array<DmaBuffer, 16> pool_memory_{};
+    std::array<DmaBuffer, max_pool_pages / pool_chunk> pool_memory_{};
     std::array<PoolPage, max_pool_pages> pool_{};
     std::array<u16, max_pool_pages> pool_free_{};
     u32 pool_size_ = 0;
     u32 pool_free_count_ = 0;
 
+    DmaBuffer spare_memory_; // until the disk is open: what others find is left
     DmaBuffer indirect_memory_;
     std::array<Grant, max_indirect_pages> indirect_grants_{};
     std::array<u16, max_indirect_pages> indirect_free_{};

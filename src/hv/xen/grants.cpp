@@ -1,23 +1,50 @@
 module hv.xen.grants;
 import core.std;
 import core.result;
+import core.log;
 import hv.xen.protocol;
 
 namespace fl::hv::xen {
 
-void Grants::install(std::span<GrantEntry> table) {
-    table_ = table.first(std::min<usize>(table.size(), capacity));
+void Grants::install(std::span<GrantEntry> table, u32 frames, const GrantGrowth& growth) {
+    frame_limit_ = std::min(static_cast<u32>(table.size() / grants_per_frame), max_frames);
+    table_ = table.first(frame_limit_ * grants_per_frame);
+    growth_ = growth;
     free_count_ = 0;
-    for (u32 ref = static_cast<u32>(table_.size()); ref-- > grants_reserved;) {
+    // The entries of the first frame are taken first.
+    frames_ = std::min(frames, frame_limit_);
+    for (u32 frame = frames_; frame-- > 0;) {
+        add_frame(frame);
+    }
+    if (growth_.map == nullptr) {
+        frame_limit_ = frames_;
+    }
+}
+
+void Grants::add_frame(u32 frame) {
+    const u32 first = std::max(frame * grants_per_frame, grants_reserved);
+    for (u32 ref = (frame + 1) * grants_per_frame; ref-- > first;) {
         if (std::atomic_ref<u16>(table_[ref].flags).load(std::memory_order_relaxed) == 0) {
-            free_[free_count_++] = ref;
+            give(ref);
         }
     }
 }
 
+bool Grants::ensure(u32 count) {
+    while (free_count_ < count && frames_ < frame_limit_) {
+        if (auto grown = growth_.map(growth_.context, frames_); !grown) {
+            log::warning("xen: the grant table stays at {} of {} frames: {}", frames_, frame_limit_, grown.error());
+            frame_limit_ = frames_;
+            break;
+        }
+        add_frame(frames_++);
+    }
+    return free_count_ >= count;
+}
+
 Result<GrantRef> Grants::take() {
-    if (free_count_ == 0) {
-        return Error{Code::exhausted, "the grant table is full: fewer disks, or a larger gnttab_max_frames for this guest"};
+    if (!ensure(1)) {
+        return Error{Code::exhausted, "the grant table is full: fewer disks, or a larger gnttab_max_frames for this guest (entries)", 1, 0};
     }
     return take_unchecked();
 }
@@ -33,7 +60,7 @@ void Grants::sweep() {
     }
     for (u32 words = 0; words < 8; ++words) {
         const u32 word = next_sweep_;
-        next_sweep_ = (next_sweep_ + 1) % static_cast<u32>(quarantine_.size());
+        next_sweep_ = (next_sweep_ + 1) % (frames_ * (grants_per_frame / 64));
         for (u64 bits = quarantine_[word]; bits != 0; bits &= bits - 1) {
             const GrantRef ref = word * 64 + static_cast<u32>(std::countr_zero(bits));
             if (end(ref)) {

@@ -7,19 +7,30 @@ export import hv.xen.protocol;
 
 export namespace fl::hv::xen {
 
+/// How a grant table grows: makes its frame `frame` appear where it belongs in the memory that Grants::install() was given.
+struct GrantGrowth {
+    void* context = nullptr;
+    Result<void> (*map)(void* context, u32 frame) = nullptr;
+};
+
 class Grants {
   public:
-    static constexpr u32 max_frames = 8; // 4096 entries: several disks' worth of full rings
+    /// 32768 entries: what Xen gives a guest where nothing else is configured (gnttab_max_frames). More are not used.
+    static constexpr u32 max_frames = 64;
     static constexpr u32 capacity = max_frames * grants_per_frame;
 
-    /// `table`: the mapped frames, whole ones. The reserved entries are left as they are. Entries that are in use already (a loader's) are left
-    /// out.
-    void install(std::span<GrantEntry> table);
-    bool installed() const { return !table_.empty(); }
+    /// `table`: room for whole frames, of which the first `frames` are mapped; `growth` maps the others, in order, when they are needed. The
+    /// reserved entries are left as they are. Entries that are in use already (a loader's) are left out.
+    void install(std::span<GrantEntry> table, u32 frames, const GrantGrowth& growth = {});
+    bool installed() const { return frames_ != 0; }
 
     /// Entries that can be taken now.
     u32 available() const { return free_count_; }
-    /// A free entry, nothing granted yet; the last one given back comes first. Error{exhausted}.
+    /// Entries that can be taken now or once the table has grown.
+    u32 obtainable() const { return free_count_ + (frame_limit_ - frames_) * grants_per_frame; }
+    /// Grows the table until `count` entries are available. False: they are not, and Xen gives no more. Not for the path of an I/O.
+    bool ensure(u32 count);
+    /// A free entry, nothing granted yet; the last one given back comes first. Grows the table. Error{exhausted}.
     Result<GrantRef> take();
     /// `count` free entries for one caller who has looked at available() first. Does not fail then.
     GrantRef take_unchecked() { return free_[--free_count_]; }
@@ -34,21 +45,16 @@ class Grants {
     [[nodiscard]] bool end(GrantRef ref) {
         std::atomic_ref<u16> flags(table_[ref].flags);
         u16 seen = flags.load(std::memory_order_relaxed);
-        // A bounded number of tries: Xen changes nothing but the two bits, the other domain may toggle them.
-        for (u32 tries = 0; tries < 8; ++tries) {
-            if ((seen & (grant_reading | grant_writing)) != 0) [[unlikely]] {
-                return false;
-            }
-            // Sequentially consistent: what the other domain wrote into the page before it let go is seen by what follows. Partner: Xen's
-            // clearing of the two bits when the last mapping goes.
-            if (flags.compare_exchange_strong(seen, 0, std::memory_order_seq_cst, std::memory_order_relaxed)) [[likely]] {
-                return true;
-            }
+        if ((seen & (grant_reading | grant_writing)) != 0) [[unlikely]] {
+            return false;
         }
-        return false;
+        // Sequentially consistent: what the other domain wrote into the page before it let go is seen by what follows. Partner: Xen's clearing
+        // of the two bits when the last mapping goes. Nobody changes anything else in the entry: where the exchange fails, it has been mapped
+        // just now.
+        return flags.compare_exchange_strong(seen, 0, std::memory_order_seq_cst, std::memory_order_relaxed);
     }
     /// Gives an entry back that nobody can reach (ended, or never granted).
-    void give(GrantRef ref) { free_[free_count_++] = ref; }
+    void give(GrantRef ref) { free_[free_count_++] = static_cast<u16>(ref); }
     /// end() and give(); where end() fails the entry goes into quarantine. True: the page is safe.
     bool release(GrantRef ref) {
         if (end(ref)) [[likely]] {
@@ -66,13 +72,18 @@ class Grants {
 
   private:
     u64& word(GrantRef ref) { return *reinterpret_cast<u64*>(&table_[ref]); }
+    void add_frame(u32 frame);
 
     std::span<GrantEntry> table_;
+    GrantGrowth growth_;
+    u32 frames_ = 0; // mapped
+    u32 frame_limit_ = 0;
     u32 free_count_ = 0;
     u32 quarantined_ = 0;
     u32 next_sweep_ = 0;
-    std::array<GrantRef, capacity> free_{};
+    std::array<u16, capacity> free_;              // the first free_count_ count
     std::array<u64, capacity / 64> quarantine_{}; // one bit each
 };
+static_assert(Grants::capacity <= 1u << 16);
 
 } // namespace fl::hv::xen

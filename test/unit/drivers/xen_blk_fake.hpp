@@ -117,12 +117,12 @@ class Blkback {
         }
         std::byte* first = nullptr;
         for (u32 i = 0; i < pages; ++i) {
-            const auto page = xen.granted(refs[i], static_cast<u16>(domain_));
-            if (page.page == nullptr || !page.writable || (first != nullptr && page.page != first + i * 4096)) {
+            std::byte* page = xen.map_grant(refs[i], static_cast<u16>(domain_), true);
+            if (page == nullptr || (first != nullptr && page != first + i * 4096)) {
                 return false;
             }
-            first = first == nullptr ? page.page : first;
-            xen.hold(refs[i], true);
+            first = first == nullptr ? page : first;
+            kept[refs[i]] = true;
         }
         EXPECT_EQ(xen.get(front + "/protocol"), "x86_64-abi");
         port = static_cast<u32>(front_number("event-channel"));
@@ -156,14 +156,39 @@ class Blkback {
         return true;
     }
     void let_go_of_ring() {
-        for (u32 ref : refs) {
-            xen.hold(ref, false);
+        for (const auto& [ref, write] : kept) {
+            xen.unmap_grant(ref, write);
         }
+        kept.clear();
         refs.clear();
-        for (u32 ref : mapped) {
-            xen.hold(ref, false);
+    }
+    /// Maps a page of a request, as blkback does: with persistent grants for writing whatever it is for, and once for all; else for as long as
+    /// the request lasts, and no more than it needs.
+    std::byte* map(u32 ref, bool write) {
+        write = write || keeps_mapped;
+        if (keeps_mapped && kept.contains(ref)) {
+            return xen.memory.at(xen.mappings[ref].frame * 4096);
         }
-        mapped.clear();
+        std::byte* page = xen.map_grant(ref, static_cast<u16>(domain_), write);
+        if (page == nullptr) {
+            return nullptr;
+        }
+        if (!keeps_mapped && !write) {
+            EXPECT_TRUE(xen.granted_read_only(ref)) << "grant " << ref << ": what is only read is granted for reading";
+        }
+        if (keeps_mapped || hold_grants) {
+            EXPECT_FALSE(kept.contains(ref)) << "grant " << ref << " is in use twice";
+            kept[ref] = write;
+        } else {
+            lent.emplace_back(ref, write);
+        }
+        return page;
+    }
+    void unmap_lent() {
+        for (const auto& [ref, write] : lent) {
+            xen.unmap_grant(ref, write);
+        }
+        lent.clear();
     }
 
     u32& word(u32 offset) { return Xen::field<u32>(reinterpret_cast<u64>(ring), offset); }
@@ -217,10 +242,13 @@ class Blkback {
             answer_op = op = Xen::field<u8>(at, 1);
             const u32 n = Xen::field<u16>(at, 2);
             EXPECT_LE(n, offer.indirect);
-            const auto page = xen.granted(Xen::field<u32>(at, 28), static_cast<u16>(domain_));
-            EXPECT_NE(page.page, nullptr);
-            for (u32 i = 0; page.page != nullptr && i < n; ++i) {
-                const u64 s = reinterpret_cast<u64>(page.page) + i * 8;
+            const std::byte* page = map(Xen::field<u32>(at, 28), false);
+            if (page == nullptr) {
+                ++bad_grants;
+                status = -1;
+            }
+            for (u32 i = 0; page != nullptr && i < n; ++i) {
+                const u64 s = reinterpret_cast<u64>(page) + i * 8;
                 segments.push_back({Xen::field<u32>(s, 0), Xen::field<u8>(s, 4), Xen::field<u8>(s, 5)});
             }
             indirect_served += 1;
@@ -246,26 +274,22 @@ class Blkback {
             EXPECT_EQ(first * 512 % offer.sector_size, 0u) << "aligned to the sector size";
             EXPECT_EQ((last + 1) * 512 % offer.sector_size, 0u);
             const u32 bytes = (last - first + 1) * 512;
-            const auto page = xen.granted(ref, static_cast<u16>(domain_));
-            if (page.page == nullptr || (op == 0 && !page.writable) || byte + bytes > disk.size()) {
+            std::byte* page = map(ref, op == 0);
+            if (page == nullptr || byte + bytes > disk.size()) {
                 ++bad_grants;
                 status = -1;
                 break;
             }
-            if (keeps_mapped || hold_grants) {
-                xen.hold(ref, true);
-                mapped.insert(ref);
-                EXPECT_TRUE(page.writable || hold_grants) << "persistent grants may be used in both directions";
-            }
             all_refs.insert(ref);
             ++segment_count;
             if (op == 0) {
-                std::memcpy(page.page + first * 512, disk.data() + byte, bytes);
+                std::memcpy(page + first * 512, disk.data() + byte, bytes);
             } else {
-                std::memcpy(disk.data() + byte, page.page + first * 512, bytes);
+                std::memcpy(disk.data() + byte, page + first * 512, bytes);
             }
             byte += bytes;
         }
+        unmap_lent();
         if (fail_sector && sector <= *fail_sector && *fail_sector < std::max(byte / 512, sector + 1)) {
             status = -1;
         }
@@ -318,7 +342,9 @@ class Blkback {
     bool keeps_mapped = false, hold_grants = false, dead = false, refuse_flush = false, sulks = false;
     bool more_work = false, wild = false;
     bool lazy = false; // asks for an event only when nothing is under way (QEMU), instead of whenever it has looked (Linux)
-    std::set<u32> mapped, all_refs;
+    std::map<u32, bool> kept;               // mapped until we leave; true: for writing
+    std::vector<std::pair<u32, bool>> lent; // mapped for the request at hand
+    std::set<u32> all_refs;
     std::map<u8, u64> served;
     u64 indirect_served = 0, segment_count = 0, notified = 0, rang = 0, bad_grants = 0;
     std::optional<u64> fail_sector, last_id;

@@ -4,6 +4,7 @@
 #include <functional>
 #include <gtest/gtest.h>
 #include <map>
+#include <memory>
 #include <optional>
 #include <random>
 #include <set>
@@ -213,7 +214,7 @@ TEST(XenBlk, ImpossibleDisksAreRefused) {
         EXPECT_EQ(m.back.front_state(), 6u);
         EXPECT_EQ(m.xen.live_grants(), 0u);
         EXPECT_FALSE(m.xen.open_ports.contains(m.back.port));
-        EXPECT_EQ(m.xen.memory.outstanding, 9u * 4096) << "only the shared page and the grant table are left";
+        EXPECT_EQ(m.xen.memory.outstanding, 65u * 4096) << "only the shared page and the grant table are left";
     }
 }
 
@@ -304,6 +305,163 @@ TEST(XenBlk, SplitsIntoParts) {
     EXPECT_EQ(i.back.served[6], 1u);
     ASSERT_TRUE(i.run(fake::read(i.disk(), 0, i.buffer(44 * 1024))));
     EXPECT_EQ(i.back.served[0], 1u) << "what fits into a slot needs no page of segments";
+}
+
+TEST(XenBlk, ABackEndWithPersistentGrantsMapsEverythingForWriting) {
+    DiskMachine m({.sectors = 8192, .persistent = true, .indirect = 256, .ring_order = 4});
+    ASSERT_TRUE(m.probe());
+    const DmaSpan buffer = m.buffer(512 * 1024);
+    for (u32 i = 0; i < buffer.size; ++i) {
+        buffer.data[i] = static_cast<std::byte>(i * 7 >> 3);
+    }
+    for (const u32 size : {44u * 1024, 48u * 1024, 128u * 1024, 512u * 1024}) { // 44 KiB: the most that needs no page of segments
+        ASSERT_TRUE(m.run(fake::write(m.disk(), 8, buffer.subspan(0, size))));
+        ASSERT_EQ(std::memcmp(m.back.disk.data() + 8 * 512, buffer.data, size), 0);
+        const DmaSpan into = m.buffer(size);
+        ASSERT_TRUE(m.run(fake::read(m.disk(), 8, into)));
+        ASSERT_EQ(std::memcmp(into.data, buffer.data, size), 0);
+    }
+    EXPECT_EQ(m.back.indirect_served, 12u);
+    EXPECT_EQ(m.xen.bad_maps, 0u);
+    for (const auto& [ref, write] : m.back.kept) {
+        EXPECT_TRUE(write);
+    }
+}
+
+TEST(XenBlk, APoolThatTheBackEndDoesNotUseIsGivenBack) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    EXPECT_EQ(m.xen.live_grants(), 1u) << "only the ring";
+    EXPECT_EQ(m.guest.grants().available(), 8 * 512u - 8 - 1);
+    EXPECT_EQ(m.xen.memory.outstanding, 66u * 4096);
+    DiskMachine kept({.persistent = true});
+    ASSERT_TRUE(kept.probe());
+    EXPECT_EQ(kept.xen.live_grants(), 1u + 352u) << "as many as a ring of 32 slots can use";
+}
+
+// ---- many disks ------------------------------------------------------------------------------------------------------------------------------
+
+struct ManyDisks : fake::Machine {
+    explicit ManyDisks(u32 count, const Offer& offer, usize bytes = 96u << 20) : Machine(bytes), sinks(count) {
+        for (u32 i = 0; i < count; ++i) {
+            numbers.push_back(i < 16 ? 51712 + 16 * i : 268435456 + 256 * i);
+            backs.push_back(std::make_unique<Blkback>(xen, offer, numbers.back()));
+        }
+        world.device = [this] {
+            bool did = false;
+            for (auto& back : backs) {
+                did = back->step() || did;
+            }
+            return did;
+        };
+    }
+    /// The number of disks that were announced.
+    u32 probe() {
+        EXPECT_TRUE(install());
+        EXPECT_TRUE(start());
+        u32 attached = 0;
+        for (usize i = 0; i < backs.size(); ++i) {
+            environments.push_back(
+                std::make_unique<drivers::Environment>(executor, xen.memory, xen.interrupts, sinks[i], 200'000'000, withheld));
+            hv::SyntheticDevice device;
+            device.type.write("vbd");
+            device.address.write(std::to_string(numbers[i]));
+            device.number = numbers[i];
+            const auto probed = run(drivers::xen_blk::probe(*environments[i], guest, device));
+            EXPECT_TRUE(probed) << i << ": " << probed.error().message;
+            attached += sinks[i].disk != nullptr;
+        }
+        return attached;
+    }
+    bool persistent(u32 i) { return sinks[i].disk->identity().features.view().find("persistent") != std::string_view::npos; }
+    void use_all() {
+        const DmaSpan out = *xen.memory.allocate(300 * 1024, ~u64{0});
+        const DmaSpan in = *xen.memory.allocate(300 * 1024, ~u64{0});
+        for (u32 i = 0; i < backs.size(); ++i) {
+            std::memset(out.data, static_cast<int>(i + 1), out.size);
+            ASSERT_TRUE(run(fake::write(*sinks[i].disk, 16, out)));
+            ASSERT_TRUE(run(fake::read(*sinks[i].disk, 16, in)));
+            ASSERT_EQ(std::memcmp(in.data, out.data, in.size), 0) << i;
+            EXPECT_EQ(backs[i]->disk[16 * 512 + 300 * 1024 - 1], static_cast<std::byte>(i + 1));
+        }
+        EXPECT_EQ(xen.bad_maps, 0u);
+    }
+    std::vector<u32> numbers;
+    std::vector<std::unique_ptr<Blkback>> backs;
+    std::vector<fake::Sink> sinks;
+    std::vector<std::unique_ptr<drivers::Environment>> environments;
+    u32 withheld = 0;
+};
+
+const Offer linux_offer{.sectors = 2048, .persistent = true, .indirect = 256, .ring_order = 4};
+
+TEST(XenBlkMany, TwentyFourDisksWithAllThatTheyCanUse) {
+    ManyDisks m(24, linux_offer);
+    EXPECT_EQ(m.probe(), 24u);
+    for (u32 i = 0; i < 24; ++i) {
+        EXPECT_EQ(m.sinks[i].disk->identity().features.view(), "flush persistent indirect ring-pages=4") << i;
+    }
+    EXPECT_EQ(m.xen.live_grants(), 24 * (4u + 512 + 64));
+    EXPECT_LE(m.xen.frames_of_grants(), 28u) << "the table grows as needed";
+    m.use_all();
+}
+
+TEST(XenBlkMany, WhereGrantsAreFewPoolsAreSmallerAndThenThereAreNone) {
+    for (const u32 frames : {1u, 8u}) {
+        SCOPED_TRACE(frames);
+        ManyDisks m(24, linux_offer);
+        m.xen.grant_frames_limit = m.xen.grant_frames_given = frames;
+        EXPECT_EQ(m.probe(), 24u);
+        EXPECT_TRUE(m.persistent(0));
+        EXPECT_FALSE(m.persistent(23));
+        EXPECT_EQ(m.xen.get(m.backs[0]->front + "/feature-persistent"), "1");
+        EXPECT_EQ(m.xen.get(m.backs[23]->front + "/feature-persistent"), "0") << "and the back end is told";
+        m.use_all();
+        EXPECT_GE(m.guest.grants().available(), 32u) << "something is left for buffers";
+    }
+}
+
+TEST(XenBlkMany, WhereMemoryIsShortPoolsAreSmallerAndThenThereAreNone) {
+    ManyDisks m(9, linux_offer, 6u << 20);
+    m.xen.memory.reuse = true;
+    EXPECT_EQ(m.probe(), 9u);
+    EXPECT_TRUE(m.persistent(0));
+    EXPECT_FALSE(m.persistent(8));
+    EXPECT_GE(m.xen.memory.left(), 100u * 1024) << "for a job's buffers";
+    m.xen.memory.reuse = false;
+}
+
+TEST(XenBlkMany, ADiskWithoutPersistentGrantsWorksWithTheFewThatAreLeft) {
+    DiskMachine m({.sectors = 8192, .indirect = 256}, without(Feature::persistent));
+    ASSERT_TRUE(m.probe());
+    auto& grants = m.guest.grants();
+    for (const u32 left : {40u, 12u, 3u, 1u}) {
+        SCOPED_TRACE(left);
+        std::vector<u32> taken;
+        while (grants.available() > left) {
+            taken.push_back(grants.take_unchecked());
+        }
+        const DmaSpan out = m.buffer(132 * 1024).subspan(512, 128 * 1024);
+        std::memset(out.data, static_cast<int>(left), out.size);
+        ASSERT_TRUE(m.run(fake::write(m.disk(), 0, out)));
+        const DmaSpan in = m.buffer(132 * 1024).subspan(1024, 128 * 1024);
+        ASSERT_TRUE(m.run(fake::read(m.disk(), 0, in)));
+        EXPECT_EQ(std::memcmp(in.data, out.data, in.size), 0);
+        EXPECT_EQ(grants.available(), left);
+        for (const u32 ref : taken) {
+            grants.give(ref);
+        }
+    }
+    // None at all: an error within the bound, and then it goes on.
+    std::vector<u32> taken;
+    while (grants.available() != 0) {
+        taken.push_back(grants.take_unchecked());
+    }
+    EXPECT_FALSE(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
+    for (const u32 ref : taken) {
+        grants.give(ref);
+    }
+    EXPECT_EQ(m.xen.bad_maps, 0u);
 }
 
 // ---- many at once ----------------------------------------------------------------------------------------------------------------------------
@@ -549,6 +707,80 @@ TEST(XenBlkHostile, AMappedBufferIsLostWhenTheRequestTimesOut) {
     EXPECT_EQ(lost.status, io::Status::timed_out);
     EXPECT_TRUE(lost.buffer_lost);
     EXPECT_EQ(m.run(fake::read(m.disk(), 0, m.buffer(4096))).error().code, Code::device_gone) << "a dead back end closes the disk";
+}
+
+TEST(XenBlkHostile, ABufferThatIsAnsweredAndStillMappedIsLost) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    m.back.hold_grants = true;
+    const DmaSpan buffer = m.buffer(4096);
+    io::BlockDevice::Transfer t(m.disk(), io::Op::read, 0, buffer);
+    m.disk().submit(t);
+    ASSERT_TRUE(m.run(fake::sleep(m.executor, 20'000'000)));
+    EXPECT_EQ(t.status, io::Status::ok);
+    EXPECT_TRUE(t.buffer_lost);
+    EXPECT_EQ(m.guest.grants().in_quarantine(), 1u);
+}
+
+TEST(XenBlkHostile, ABufferThatIsMappedWhenTheDiskClosesIsLost) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    m.back.silent_for = 1000;
+    const DmaSpan buffer = m.buffer(4096);
+    io::BlockDevice::Transfer free(m.disk(), io::Op::read, 0, buffer);
+    m.disk().submit(free);
+    ASSERT_TRUE(m.run(fake::sleep(m.executor, 10'000'000)));
+    m.back.hold_grants = true;
+    const DmaSpan other = m.buffer(4096);
+    io::BlockDevice::Transfer held(m.disk(), io::Op::read, 0, other);
+    m.disk().submit(held);
+    ASSERT_TRUE(m.run(fake::sleep(m.executor, 10'000'000)));
+    ASSERT_EQ(m.back.withheld.size(), 2u);
+    m.back.sulks = true;
+    m.back.offer.never_connects = true; // and does not say that it has let go
+    m.back.go(5);
+    ASSERT_TRUE(m.run(fake::sleep(m.executor, 50'000'000)));
+    EXPECT_FALSE(free.pending());
+    EXPECT_FALSE(free.buffer_lost) << "nobody can map it any more";
+    EXPECT_FALSE(held.pending());
+    EXPECT_TRUE(held.buffer_lost);
+    EXPECT_EQ(m.xen.live_grants(), 2u) << "the ring, and what is mapped";
+}
+
+// The back end says nothing more: what it may still read in the ring, or have mapped, is not used again.
+TEST(XenBlkHostile, WhatABackEndDoesNotLetGoOfStaysOutOfUse) {
+    for (const bool persistent : {false, true}) {
+        DiskMachine m({.persistent = persistent});
+        ASSERT_TRUE(m.probe());
+        m.back.dead = true;
+        m.back.sulks = true;
+        m.back.offer.never_connects = true;
+        auto& grants = m.guest.grants();
+        const u32 before = grants.available();
+        const u64 memory = m.xen.memory.outstanding;
+        const DmaSpan buffer = m.buffer(4096);
+        io::BlockDevice::Transfer t(m.disk(), io::Op::read, 0, buffer);
+        m.disk().submit(t);
+        ASSERT_TRUE(m.run(fake::sleep(m.executor, 1'500'000'000))); // closes, asks for a close, gives up
+        EXPECT_FALSE(t.pending());
+        EXPECT_EQ(m.back.front_state(), 6u);
+        EXPECT_LE(grants.available(), before - (persistent ? 0 : 1)) << "an entry that stands in the ring";
+        EXPECT_GE(m.xen.memory.outstanding, memory) << "the ring's page and the pool's";
+        EXPECT_EQ(m.xen.live_grants(), persistent ? 353u : 1u);
+    }
+}
+
+TEST(XenBlkHostile, ARequestThatIsPartlyIssuedAndTimesOutEndsOnce) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    m.back.dead = true;
+    const u64 completed = m.disk().counters().completed;
+    const DmaSpan buffer = m.buffer(2 * 1024 * 1024);
+    io::BlockDevice::Transfer t(m.disk(), io::Op::read, 0, buffer);
+    m.disk().submit(t);
+    ASSERT_TRUE(m.run(fake::sleep(m.executor, 1'000'000'000)));
+    EXPECT_EQ(t.status, io::Status::timed_out);
+    EXPECT_EQ(m.disk().counters().completed - completed, 1u);
 }
 
 TEST(XenBlkHostile, ADeadBackEndClosesTheDiskWithinTheBound) {

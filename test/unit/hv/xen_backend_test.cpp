@@ -39,6 +39,7 @@ TEST(XenBackend, InstallsInOrder) {
     EXPECT_NE(m.xen.grant_frames[7], nullptr);
     EXPECT_EQ(m.xen.grant_frames[8], nullptr);
     EXPECT_EQ(m.guest.grants().available(), 8 * 512u - 8u);
+    EXPECT_EQ(m.guest.grants().obtainable(), 64 * 512u - 8u);
     EXPECT_EQ(m.guest.tsc_hz(), 2'500'000'000u);
     EXPECT_EQ(m.guest.clock_name(), "xen cpuid");
     ASSERT_TRUE(m.start());
@@ -131,19 +132,6 @@ TEST(XenBackend, ClockFromTheSharedPage) {
     EXPECT_EQ(install(0x80000000, 1, 5), std::nullopt) << "an odd version: being written";
     EXPECT_EQ(install(0, 0, 4), std::nullopt);
     EXPECT_EQ(install(0x80000000, 77, 4), std::nullopt);
-}
-
-TEST(XenBackend, Console) {
-    fake::Machine m;
-    ASSERT_TRUE(m.install());
-    EXPECT_EQ(m.guest.console(), nullptr) << "no such hypercall: KVM's emulation";
-    m.xen.console_answer = -1;
-    m.guest.console()->write("ab");
-    ASSERT_EQ(m.xen.cpu.writes.size(), 2u);
-    EXPECT_EQ(m.xen.cpu.writes[1], (std::pair<u16, u32>{0xe9, 'b'}));
-    m.xen.console_answer = 0;
-    m.guest.console()->write("xyz");
-    EXPECT_EQ(m.xen.console, "xyz");
 }
 
 TEST(XenBackend, UnplugsEmulatedDevices) {
@@ -250,7 +238,7 @@ TEST(XenGrants, EntriesAndTheirEnd) {
     table.fill(0);
     table[20 * 8] = 1; // entry 20 is a loader's
     static hv::xen::Grants grants;
-    grants.install({reinterpret_cast<hv::xen::GrantEntry*>(table.data()), 512});
+    grants.install({reinterpret_cast<hv::xen::GrantEntry*>(table.data()), 512}, 1);
     EXPECT_EQ(grants.available(), 512u - 8 - 1);
     std::set<u32> seen;
     while (grants.available() != 0) {
@@ -287,6 +275,49 @@ TEST(XenGrants, EntriesAndTheirEnd) {
     EXPECT_EQ(grants.in_quarantine(), 0u);
     EXPECT_EQ(*grants.take(), 10u);
     EXPECT_EQ(table[80], 0);
+}
+
+TEST(XenGrants, TheTableGrowsAsFarAsXenLetsIt) {
+    const auto frames = [](u32 told, u32 given, usize memory = 48u << 20) {
+        fake::Machine m(memory);
+        m.xen.grant_frames_limit = told;
+        m.xen.grant_frames_given = given;
+        EXPECT_TRUE(m.install());
+        auto& grants = m.guest.grants();
+        const u32 first = grants.available();
+        EXPECT_EQ(m.xen.frames_of_grants() * 512 - 8, first);
+        EXPECT_TRUE(grants.ensure(first)) << "and asks for no more than is needed";
+        EXPECT_EQ(grants.available(), first);
+        if (grants.ensure(first + 600)) {
+            EXPECT_EQ(grants.available(), first + 1024);
+        }
+        EXPECT_FALSE(grants.ensure(65 * 512));
+        EXPECT_EQ(grants.available(), grants.obtainable());
+        std::set<u32> seen;
+        while (auto ref = grants.take()) {
+            seen.insert(*ref);
+        }
+        EXPECT_EQ(seen.size(), grants.obtainable() + seen.size()) << "nothing is left";
+        EXPECT_EQ(seen.size() + 8, m.xen.frames_of_grants() * 512u) << "every entry once, but for the reserved ones";
+        EXPECT_EQ(*seen.begin(), 8u);
+        grants.grant(*seen.rbegin(), 3, 0x10000, true);
+        EXPECT_NE(m.xen.map_grant(*seen.rbegin(), 3, false), nullptr) << "the last entry is where Xen looks for it";
+        EXPECT_EQ(m.xen.map_grant(*seen.rbegin(), 3, true), nullptr);
+        EXPECT_EQ(m.xen.map_grant(*seen.rbegin(), 4, false), nullptr);
+        EXPECT_FALSE(grants.release(*seen.rbegin()));
+        m.xen.unmap_grant(*seen.rbegin(), false);
+        for (u32 ticks = 0; ticks < 64 && grants.in_quarantine() != 0; ++ticks) {
+            grants.sweep();
+        }
+        EXPECT_EQ(grants.in_quarantine(), 0u);
+        return m.xen.frames_of_grants();
+    };
+    EXPECT_EQ(frames(64, 64), 64u);
+    EXPECT_EQ(frames(100'000, 64), 64u);
+    EXPECT_EQ(frames(64, 10), 10u) << "less than it said";
+    EXPECT_EQ(frames(64, 2), 2u);
+    EXPECT_EQ(frames(3, 3), 3u);
+    EXPECT_EQ(frames(64, 64, 40 * 4096), 32u) << "a machine with too little memory for all of it";
 }
 
 TEST(XenBus, DiskNumbersAndNames) {

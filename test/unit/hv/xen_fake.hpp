@@ -5,7 +5,7 @@
 namespace fake {
 using namespace fl;
 
-/// Guest memory from `base` on. Pages are handed out once; what is given back is counted.
+/// Guest memory from `base` on. Pages are handed out once, unless `reuse` is set; what is given back is counted.
 class Memory final : public DmaAllocator, public hv::PhysicalMemory {
   public:
     static constexpr u64 base = 0x10000000;
@@ -13,6 +13,15 @@ class Memory final : public DmaAllocator, public hv::PhysicalMemory {
     ~Memory() { pardon_all(); } // its addresses come again in the next test
     Result<DmaSpan> allocate(u32 size, u64) override {
         size = (size + 4095) & ~4095u;
+        for (DmaSpan& span : freed_) {
+            if (reuse && span.size >= size && !refuse) {
+                span.size -= size;
+                const DmaSpan taken{span.data + span.size, span.bus + span.size, size};
+                std::memset(taken.data, 0, size);
+                outstanding += size;
+                return taken;
+            }
+        }
         if (used_ + size > storage_.size() || refuse) {
             return Error{Code::exhausted, "test memory is full"};
         }
@@ -22,15 +31,31 @@ class Memory final : public DmaAllocator, public hv::PhysicalMemory {
         outstanding += size;
         return span;
     }
-    void free(DmaSpan span) override { outstanding -= (span.size + 4095) & ~4095u; }
+    void free(DmaSpan span) override {
+        outstanding -= (span.size + 4095) & ~4095u;
+        freed_.push_back({span.data, span.bus, (span.size + 4095) & ~4095u});
+        if (on_free) {
+            on_free(span);
+        }
+    }
     Result<std::byte*> map(u64 physical, u64) override { return at(physical); }
     u64 physical_of(const void* address) override { return base + static_cast<u64>(static_cast<const std::byte*>(address) - storage_.data()); }
     std::byte* at(u64 physical) const { return storage_.data() + (physical - base); }
+    usize left() const {
+        usize bytes = storage_.size() - used_;
+        for (const DmaSpan& span : freed_) {
+            bytes += reuse ? span.size : 0;
+        }
+        return bytes;
+    }
+    bool reuse = false;
     u64 outstanding = 0;
     bool refuse = false;
+    std::function<void(DmaSpan)> on_free;
 
   private:
     Zeroed storage_;
+    std::vector<DmaSpan> freed_;
     usize used_ = 0;
 };
 
@@ -83,6 +108,12 @@ class Xen {
         store_page = page->data;
         store_frame = page->bus / 4096;
         memory.outstanding = 0;
+        memory.on_free = [this](DmaSpan span) {
+            for (const auto& [ref, mapping] : mappings) {
+                EXPECT_FALSE(mapping.frame * 4096 < span.bus + span.size && span.bus < (mapping.frame + 1) * 4096)
+                    << "a page is given back while grant " << ref << " of it is mapped";
+            }
+        };
         // Somebody has used the rings before: the positions do not begin at 0.
         for (u32 offset : {2048u, 2052u, 2056u, 2060u}) {
             store_word(offset) = 0xfffffff0;
@@ -125,9 +156,10 @@ class Xen {
                 shared = page;
                 return 0;
             }
-            if (space != 1 || index >= grant_frames_limit) {
+            if (space != 1 || index >= std::min(grant_frames_limit, grant_frames_given)) {
                 return -22;
             }
+            EXPECT_EQ(grant_frames[index], nullptr) << "frame " << index << " is mapped already";
             grant_frames[index] = page;
             return 0;
         }
@@ -153,11 +185,18 @@ class Xen {
             switch (field<u32>(b, 4)) {
             case 1: field<u64>(b, 8) = has_store ? store_frame : 0; return 0;
             case 2: field<u64>(b, 8) = has_store ? store_port : 0; return 0;
+            case 17: field<u64>(b, 8) = console_frame; return console_frame != 0 ? 0 : -22;
+            case 18: field<u64>(b, 8) = console_port; return 0;
             default: return -22;
             }
         case 29: // sched_op
             if (a == 2) {
                 shutdown_reason = field<u32>(b, 0);
+            } else if (a == 0) {
+                ++yields;
+                if (on_yield) {
+                    on_yield();
+                }
             }
             return 0;
         case 18: // console_io
@@ -185,12 +224,19 @@ class Xen {
                 store_rung = true;
                 return 0;
             }
+            if (port == console_port) {
+                ++console_rung;
+                return 0;
+            }
             if (!open_ports.contains(port)) {
                 return -22;
             }
             ++sends[port];
             return 0;
         }
+        case 5: // status
+            field<u32>(b, 8) = field<u32>(b, 4) == console_port ? console_status : 0;
+            return status_answer;
         case 3: { // close
             const u32 port = field<u32>(b, 0);
             open_ports.erase(port);
@@ -198,6 +244,25 @@ class Xen {
         }
         default: return -38;
         }
+    }
+
+    // ---- the guest's console: page by offsets ----
+    void give_console(u32 position = 0xfffffe00) { // the positions run freely: soon past 0
+        auto page = memory.allocate(4096, ~u64{0});
+        console_page = page->data;
+        console_frame = page->bus / 4096;
+        console_word(3080) = console_word(3084) = position;
+    }
+    u32& console_word(u32 offset) { return field<u32>(reinterpret_cast<u64>(console_page), offset); }
+    /// xenconsoled: takes up to `most` bytes.
+    bool read_console(u32 most = ~0u) {
+        u32& consumer = console_word(3080);
+        bool did = false;
+        for (; consumer != console_word(3084) && most != 0; --most, ++consumer) {
+            console_text += static_cast<char>(console_page[1024 + consumer % 2048]);
+            did = true;
+        }
+        return did;
     }
 
     // ---- events: shared info by offsets ----
@@ -218,6 +283,7 @@ class Xen {
         upcall_pending() = 1;
     }
     bool deliver() {
+        check_mappings();
         if (shared == nullptr || upcall_pending() == 0 || interrupts.handler == nullptr) {
             return false;
         }
@@ -226,22 +292,60 @@ class Xen {
         return true;
     }
 
-    // ---- grants ----
-    struct Granted {
-        std::byte* page = nullptr;
-        bool writable = false;
+    // ---- grants, checked as the hypervisor checks them: type, domain, mode; and what it cannot see but the guest must not do ----
+    struct Mapping {
+        u64 frame = 0;
+        u16 domain = 0;
+        u32 readers = 0; // mapped for reading alone
+        u32 writers = 0;
     };
     u64 entry_address(u32 ref) { return reinterpret_cast<u64>(grant_frames[ref / 512]) + ref % 512 * 8; }
-    Granted granted(u32 ref, u16 domain = 0) {
-        if (ref / 512 >= grant_frames.size() || grant_frames[ref / 512] == nullptr) {
-            return {};
+    bool in_table(u32 ref) { return ref / 512 < grant_frames.size() && grant_frames[ref / 512] != nullptr; }
+    u16& grant_flags(u32 ref) { return field<u16>(entry_address(ref), 0); }
+
+    /// GNTTABOP_map_grant_ref; nullptr: Xen refuses.
+    std::byte* map_grant(u32 ref, u16 domain, bool write) {
+        check_mappings();
+        if (ref < 8 || !in_table(ref)) {
+            return (++bad_maps, nullptr);
         }
         const u64 entry = entry_address(ref);
-        if ((field<u16>(entry, 0) & 3) != 1 || field<u16>(entry, 2) != domain) {
-            return {};
+        u16& flags = grant_flags(ref);
+        if ((flags & 3) != 1 || field<u16>(entry, 2) != domain || (write && (flags & 4) != 0)) {
+            return (++bad_maps, nullptr);
         }
-        return {memory.at(u64{field<u32>(entry, 4)} * 4096), (field<u16>(entry, 0) & 4) == 0};
+        Mapping& mapping = mappings[ref];
+        mapping.frame = field<u32>(entry, 4);
+        mapping.domain = domain;
+        ++(write ? mapping.writers : mapping.readers);
+        flags = static_cast<u16>(flags | (write ? 0x18 : 0x08));
+        return memory.at(mapping.frame * 4096);
     }
+    void unmap_grant(u32 ref, bool write) {
+        check_mappings();
+        ASSERT_TRUE(mappings.contains(ref));
+        Mapping& mapping = mappings[ref];
+        u32& users = write ? mapping.writers : mapping.readers;
+        ASSERT_GT(users, 0u);
+        --users;
+        if (mapping.writers == 0) {
+            grant_flags(ref) = static_cast<u16>(grant_flags(ref) & ~0x10);
+            if (mapping.readers == 0) {
+                grant_flags(ref) = static_cast<u16>(grant_flags(ref) & ~0x08);
+                mappings.erase(ref);
+            }
+        }
+    }
+    /// What is mapped stays granted, the same page to the same domain.
+    void check_mappings() {
+        for (const auto& [ref, mapping] : mappings) {
+            EXPECT_EQ(grant_flags(ref) & 3, 1) << "grant " << ref << " was ended while it was mapped";
+            EXPECT_EQ(u64{field<u32>(entry_address(ref), 4)}, mapping.frame) << "grant " << ref << " was used again while it was mapped";
+            EXPECT_EQ(field<u16>(entry_address(ref), 2), mapping.domain) << "grant " << ref << " was used again while it was mapped";
+            EXPECT_EQ(grant_flags(ref) >> 3 & 3, mapping.writers != 0 ? 3 : 1) << "the bits of grant " << ref << " are Xen's to change";
+        }
+    }
+    bool granted_read_only(u32 ref) { return (grant_flags(ref) & 4) != 0; }
     u32 live_grants() {
         u32 n = 0;
         for (std::byte* frame : grant_frames) {
@@ -251,9 +355,12 @@ class Xen {
         }
         return n;
     }
-    void hold(u32 ref, bool held) {
-        u16& flags = field<u16>(entry_address(ref), 0);
-        flags = static_cast<u16>(held ? flags | 0x18 : flags & ~0x18);
+    u32 frames_of_grants() {
+        u32 n = 0;
+        for (std::byte* frame : grant_frames) {
+            n += frame != nullptr;
+        }
+        return n;
     }
 
     // ---- XenStore ----
@@ -325,6 +432,9 @@ class Xen {
             }
             return;
         case 4: {
+            if (refuse_watches) {
+                return error("EACCES");
+            }
             const std::string token = rest.substr(0, rest.find('\0'));
             watches.emplace_back(path, token);
             ok();
@@ -406,6 +516,15 @@ class Xen {
     i64 set_param_answer = 0;
     i64 console_answer = -38;
     bool has_store = true;
+    std::byte* console_page = nullptr;
+    u64 console_frame = 0;
+    u32 console_port = 2;
+    u32 console_status = 2; // 0: closed, 1: unbound, 2: bound to the other end
+    i64 status_answer = 0;
+    u64 console_rung = 0;
+    std::string console_text;
+    u64 yields = 0;
+    std::function<void()> on_yield;
     std::string console;
     u64 callback = 0;
     u8 upcall_vector = 0;
@@ -416,13 +535,17 @@ class Xen {
     u32 next_port = 5;
     u64 upcalls = 0;
     std::byte* shared = nullptr;
-    u32 grant_frames_limit = 64;
+    u32 grant_frames_limit = 64; // as told
+    u32 grant_frames_given = 64; // as given
     std::array<std::byte*, 64> grant_frames{};
+    std::map<u32, Mapping> mappings;
+    u64 bad_maps = 0;
     std::byte* store_page = nullptr;
     u64 store_frame = 0;
     bool store_rung = false;
     bool mute_store = false;
     bool deaf_store = false;
+    bool refuse_watches = false;
     u32 piece = 700;
     u32 conflicts = 0;
     u32 next_transaction = 7;
