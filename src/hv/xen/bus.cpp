@@ -57,6 +57,9 @@ io::Task<Result<void>> enumerate(Store& store, DeviceList& into, std::span<char>
         const usize end = std::min(names.find('\0'), names.size());
         FixedText<24> kind(names.substr(0, end));
         names.remove_prefix(std::min(end + 1, names.size()));
+        if (kind == "suspend") {
+            continue; // no kind of device: the toolstack makes device/suspend/event-channel for every guest [xen-paths]
+        }
         if (kind.empty() || kind.truncated() || count == max_kinds) {
             ++into.dropped;
         } else {

@@ -150,7 +150,25 @@ TEST_F(XenStore, SilenceIsBoundedAndALateAnswerIsDropped) {
     m.xen.deaf_store = true;
     EXPECT_EQ(m.run(store.write("a", std::string(2000, 'x'))).error().code, Code::timed_out);
     m.xen.deaf_store = false;
+    const Instant then = m.world.now;
     EXPECT_EQ(read("name").error().code, Code::timed_out);
+    EXPECT_LT(m.world.now - then, 100'000'000u) << "at once: the stream is of no use";
+}
+
+TEST_F(XenStore, ARefusedWatchIsForgotten) {
+    int changes = 0;
+    {
+        hv::xen::Watch watch;
+        watch.path.write("control");
+        watch.changed = [](void* c) { ++*static_cast<int*>(c); };
+        watch.context = &changes;
+        m.xen.refuse_watches = true;
+        EXPECT_EQ(m.run(store.watch(watch)).error().code, Code::not_supported);
+        m.xen.message(15, 0, 0, std::string("control\0firstlight-1\0", 21));
+        static_cast<void>(read("x"));
+        EXPECT_EQ(changes, 0);
+        EXPECT_EQ(watch.next, nullptr);
+    }
 }
 
 // Each of these is a rule of the wire; the store closes and says why, every later request fails at once.
@@ -211,8 +229,17 @@ TEST_F(XenStore, EnumeratesSorted) {
     m.xen.tree["/local/domain/1/device/vbd/nonsense/state"] = "1";
     m.xen.tree["/local/domain/1/device/suspend/event-channel"] = "";
     m.xen.tree["/local/domain/1/device/vif/0/state"] = "1";
+    struct Capture final : log::Sink {
+        std::string text;
+        void write(std::string_view t) override { text += t; }
+    } log;
+    log::attach(log);
     hv::DeviceList list;
-    ASSERT_TRUE(m.run(m.guest.enumerate(list)));
+    const auto done = m.run(m.guest.enumerate(list));
+    log::detach(log);
+    ASSERT_TRUE(done);
+    EXPECT_EQ(log.text, "warning: XenStore: device/vbd/nonsense is no device number\n")
+        << "device/suspend is there for every guest, and no device";
     ASSERT_EQ(list.count, 4u);
     EXPECT_EQ(list.list[0].number, 832u);
     EXPECT_EQ(list.list[2].address.view(), "51728");
