@@ -17,8 +17,10 @@ import boot.pvh;
 import boot.start;
 #ifdef FIRSTLIGHT_HV_XEN
 import core.cpuid;
+import core.machine.cpu;
 import hv.machine.detect;
 import hv.machine.privileged;
+import hv.xen.console;
 import hv.xen.memory_map;
 #endif
 
@@ -58,11 +60,64 @@ alignas(4096) [[gnu::section(".bss.pages")]] std::byte boot_stack_guard[4096 + s
 static std::byte* image_end_writable() { return const_cast<std::byte*>(image_end); } // under the loader's page tables
 static u64 stack_guard() { return reinterpret_cast<u64>(boot_stack_guard); }
 
-static void start() {
+#ifdef FIRSTLIGHT_HV_XEN
+static constinit hv::xen::ConsoleRing xen_console{};
+
+static u64 hypercall_page(const hv::xen::Gate& gate) {
+    return reinterpret_cast<u64>(gate.page) - reinterpret_cast<u64>(image_text_begin) + boot_info.kernel_phys;
+}
+
+// Xen's consoles, before anything else can go wrong: at first with the loader's page tables, which a PVH entry knows. Again with our own: then
+// the ring stands somewhere else. They come before the command line is read, so hv= has no say in them; nothing else is asked of Xen here.
+static void open_xen_consoles(bool loaders_tables) {
+    static constinit hv::xen::Consoles found{};
+    static constinit bool asked = false;
+    if (!std::exchange(asked, true)) {
+        hv::MachinePrivileged cpu;
+        const hv::xen::Gate gate = hv::xen::native_gate();
+        const auto cpuid = [](u32 leaf, u32 subleaf) {
+            const cpu::CpuidRegisters r = cpu::cpuid(leaf, subleaf);
+            return CpuidRegisters{r.eax, r.ebx, r.ecx, r.edx};
+        };
+        found = hv::xen::find_consoles(cpuid, cpu, gate, hypercall_page(gate));
+        if (found.found && !found.emulated) {
+            use_debug_port(hv::xen::log_line_max); // Xen's own log; written to, not read: older ones do not answer
+        }
+    }
+    if (found.ring == 0 || (loaders_tables && found.ring > 0xffff'f000)) {
+        return;
+    }
+    std::byte* page = reinterpret_cast<std::byte*>(found.ring);
+    if (!loaders_tables) {
+        const auto mapped = map_physical(found.ring, 4096);
+        if (!mapped) {
+            log::detach(xen_console);
+            log::warning("xen: the console's page cannot be mapped: {}", mapped.error());
+            return;
+        }
+        page = *mapped;
+    }
+    if (xen_console.is_open()) {
+        xen_console.move(page);
+    } else {
+        xen_console.open(found.calls, page, found.port, [] { return cpu::read_tsc(); }, found.tsc_khz);
+        log::attach(xen_console);
+    }
+}
+#endif
+
+static void start(boot::Entry entry) {
     boot::stop_without_memory(image_end_writable());
     boot::start_ending(boot_info, stack_guard() + 4096 + stack_size);
+    log::keep(true);
     open_consoles();
     start_traps(stack_guard(), stack_size);
+    if (entry == boot::Entry::pvh) {
+        boot_info.kernel_phys = 0x200000;
+#ifdef FIRSTLIGHT_HV_XEN
+        open_xen_consoles(true);
+#endif
+    }
     boot::stop_if_restarted();
 }
 
@@ -99,6 +154,9 @@ static void start() {
 [[noreturn]] static void go_on() {
     start_memory({boot::direct_map, boot_info.kernel_phys, stack_guard()});
     boot::ending_uses_kernel_tables();
+#ifdef FIRSTLIGHT_HV_XEN
+    open_xen_consoles(false);
+#endif
     if (boot_info.range_count != 0) {
         if (const auto added = boot::use_memory(boot_info); !added) {
             too_little_memory(added.error());
@@ -116,8 +174,7 @@ static Result<void> ask_for_memory() {
     hv::read_cpuid(cpuid);
     hv::MachinePrivileged cpu;
     const hv::xen::Gate gate = hv::xen::native_gate();
-    const u64 page = reinterpret_cast<u64>(gate.page) - reinterpret_cast<u64>(image_text_begin) + boot_info.kernel_phys;
-    const auto count = hv::xen::read_memory_map(cpuid, cpu, gate, page, ranges);
+    const auto count = hv::xen::read_memory_map(cpuid, cpu, gate, hypercall_page(gate), ranges);
     if (!count) {
         return count.error();
     }
@@ -130,13 +187,12 @@ static Result<void> ask_for_memory() {
 #endif
 
 extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
-    start();
+    start(boot::Entry::pvh);
     IdentityReader memory;
     auto notes = boot::gather_pvh(memory, start_info, tsc, boot_info);
     if (!notes) {
         refuse("entry", notes.error());
     }
-    boot_info.kernel_phys = 0x200000;
     if (notes->no_memory_map) {
         log::warning("PVH: the loader gives no memory map");
 #ifdef FIRSTLIGHT_HV_XEN
@@ -163,7 +219,7 @@ extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
 }
 
 extern "C" [[noreturn]] void entry64_main(const boot::BootInfo* handed_over) {
-    start();
+    start(boot::Entry::uefi);
     if (!boot::is_valid(*handed_over)) {
         refuse("entry", {Code::protocol, "the loader's BootInfo is not of this kernel's version: update the loader on the boot medium together with "
                                          "the kernel"});

@@ -528,6 +528,7 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
                     log::attach(*console);
                 }
             }
+            log::keep(false); // no console comes later
             // Its name is that of its code, which may serve more: QEMU's TCG is served by kvm.
             if (name(hv::vm_guest()) == F::name) {
                 log::info("backend: {}", F::name);
