@@ -103,7 +103,7 @@ class Options(unittest.TestCase):
             ("--disk 64m,sector=4096", "sector=4096 is for"), ("--disk 64m,readonly", "readonly is for"), ("--disk xen:1m", "needs the platform xen-emu"),
             ("--disk scsi:1m", "needs the platform hyperv"), ("--platform hyperv --disk 1m,readonly", "readonly is for"), ("--platform hyperv --disk 1m,iops=5", "iops=N"),
             ("--disk 1m,iops=5 --deterministic", "iops=N"), ("--machine microvm --disk 1m", "no IDE disks"), ("--platform hyperv --disk 1m,content=null", "content=null"),
-            ("--disk 1m,image=a --disk 2m,image=a", "one size"), ("--disk 1m,image=a --disk 1m,image=a,content=zero", "one content"),
+            ("--disk 1m,image=a --disk 2m,image=a", "one size"), ("--disk 1m,image=a --disk 1m,image=a,content=zero", "one content"), ("--disk 1m,image=a,content=null", "no image that"),
         ):  # fmt: skip
             self.assertIn(said, self.verdict("run", *words.split()) or "(accepted)", words)
         self.assertIsNone(self.verdict("run", "--platform", "xen-emu", "--disk", "xen:64m,sector=4096,readonly"))
@@ -146,6 +146,7 @@ class Options(unittest.TestCase):
         self.assertIn("--lab", self.verdict("run", "--platform", "kvm", "--lab", "always", "--gdb"))
         self.assertIn("--lab", self.verdict("run", "--platform", "kvm", "--lab", "always", "--console"))
         self.assertIn("--lab", self.verdict("run", "--platform", "kvm", "--lab", "never", "--deterministic"))
+        self.assertIn("a lab of its own", self.verdict("run", "--platform", "xen-pvh", "--lab", "never") or "(accepted)")
 
     def test_pairs_of_bench(self):
         samples = {

@@ -160,6 +160,12 @@ class Whole(unittest.TestCase):
             self.assertEqual((file.read_text(), link.is_symlink()), ("new\n", True))
             paths.write_whole(Path("/dev/null"), "x")
             self.assertFalse(Path("/dev/null").is_file())
+            pipe = Path(folder) / "pipe"
+            os.mkfifo(pipe)
+            end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+            self.addCleanup(os.close, end)
+            paths.write_whole(pipe, "through\n")
+            self.assertEqual((os.read(end, 100), pipe.is_fifo()), (b"through\n", True))
 
     def test_an_archive_cut_short_is_none(self):
         with tempfile.TemporaryDirectory() as folder:
