@@ -38,16 +38,16 @@ inline constexpr std::array<PciDriver, 1> pci_drivers{{
     {"ata", drivers::ata::ids, probe_ata},
 }};
 
-/// `type`: as the backend's bus calls it (hv::SyntheticDevice::type). `backend`: the one in whose list it stands; untyped, so that one loop does
-/// for all of them.
+/// `type`: as the backend's bus calls it (hv::SyntheticDevice::type). `bus`: B::Bus of the backend in whose list it stands; untyped, so that one
+/// loop does for all of them.
 struct SyntheticDriver {
     std::string_view name;
     std::string_view type;
-    io::Task<Result<void>> (*probe)(drivers::Environment& environment, void* backend, const hv::SyntheticDevice& device);
+    io::Task<Result<void>> (*probe)(drivers::Environment& environment, void* bus, const hv::SyntheticDevice& device);
 };
-template <class B, io::Task<Result<void>> (*probe)(drivers::Environment&, B&, const hv::SyntheticDevice&)>
-io::Task<Result<void>> probe_on(drivers::Environment& environment, void* backend, const hv::SyntheticDevice& device) {
-    return probe(environment, *static_cast<B*>(backend), device);
+template <hv::BusRoot B, io::Task<Result<void>> (*probe)(drivers::Environment&, typename B::Bus&, const hv::SyntheticDevice&)>
+io::Task<Result<void>> probe_on(drivers::Environment& environment, void* bus, const hv::SyntheticDevice& device) {
+    return probe(environment, *static_cast<typename B::Bus*>(bus), device);
 }
 
 /// The synthetic drivers for one backend; none for most.
@@ -72,11 +72,11 @@ inline constexpr std::array<SyntheticDriver, 2> synthetic_drivers<hv::HyperV>{{
     {"storvsc", drivers::storvsc::ide_class, probe_on<hv::HyperV, drivers::storvsc::probe>},
 }};
 
-inline io::Task<Result<void>> probe_balloon(drivers::Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device) {
+inline io::Task<Result<void>> probe_balloon(drivers::Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device) {
     static constinit u64 total = 0; // pages that the kernel could still give when it began to report
     total = frames().free_bytes() / frame_size;
     const drivers::hv_balloon::Memory memory{dma_memory(), [] { return total; }, [] { return frames().free_bytes() / frame_size; }};
-    return drivers::hv_balloon::probe(environment, hyperv, device, memory);
+    return drivers::hv_balloon::probe(environment, bus, device, memory);
 }
 template <>
 inline constexpr std::array<SyntheticDriver, 4> service_drivers<hv::HyperV>{{

@@ -190,12 +190,13 @@ void choose_timer(B& backend) {
         return;
     }
     if constexpr (hv::OneShotTimer<B>) {
-        if (backend.timer_offered()) {
+        using Timer = typename B::Timer;
+        if (Timer* const given = backend.timer()) {
             const auto start = [](void* self, InterruptHandler handler, void* context) {
-                return static_cast<B*>(self)->start_timer(handler, context);
+                return static_cast<Timer*>(self)->start(handler, context);
             };
-            const auto arm = [](void* self, Nanoseconds length) { static_cast<B*>(self)->arm_timer(length); };
-            if (auto taken = use_timer({&backend, start, arm, backend.timer_name()}); !taken) {
+            const auto arm = [](void* self, Nanoseconds length) { static_cast<Timer*>(self)->arm(length); };
+            if (auto taken = use_timer({given, start, arm, given->name()}); !taken) {
                 log::warning("the timer stays {}: {}", timer_name(), taken.error());
             } else {
                 log::info("timer {}", timer_name());
@@ -295,14 +296,14 @@ io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDri
     co_return Result<void>{};
 }
 
-io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const SyntheticDriver& driver, void* backend,
+io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const SyntheticDriver& driver, void* bus,
                                        std::span<const hv::SyntheticDevice> devices) {
     for (const hv::SyntheticDevice& device : devices) {
         if (device.type.view() != driver.type) {
             continue;
         }
         log::info("{}: probing {} {}", driver.name, device.type.view(), device.address.view());
-        if (auto done = co_await driver.probe(environment, backend, device); !done) {
+        if (auto done = co_await driver.probe(environment, bus, device); !done) {
             failed_probe(done.error(), driver.name); // the disk is not claimed: the native driver may have it
         }
     }
@@ -312,7 +313,7 @@ io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const 
 // A backend's part in what follows, untyped: one copy does for all of them.
 struct Given;
 struct BackendSide {
-    void* backend;
+    void* bus; // nullptr: there is none, and no synthetic device
     std::span<const SyntheticDriver> synthetic;
     std::span<const SyntheticDriver> services;
     io::Task<Result<void>> (*late)(Given& given); // nullptr: no device comes later
@@ -348,13 +349,13 @@ io::Task<Result<void>> probe(Given& given, std::span<const hv::SyntheticDevice> 
         }
         for (const SyntheticDriver& driver : given.side.synthetic) {
             if (driver.name == name) {
-                CO_CHECK(co_await probe_synthetic(environment, driver, given.side.backend, synthetic));
+                CO_CHECK(co_await probe_synthetic(environment, driver, given.side.bus, synthetic));
             }
         }
     }
     drivers::Environment environment = given.environment(plan.driver_count, "services");
     for (const SyntheticDriver& driver : given.side.services) {
-        CO_CHECK(co_await probe_synthetic(environment, driver, given.side.backend, synthetic));
+        CO_CHECK(co_await probe_synthetic(environment, driver, given.side.bus, synthetic));
     }
     co_return Result<void>{};
 }
@@ -362,10 +363,10 @@ io::Task<Result<void>> probe(Given& given, std::span<const hv::SyntheticDevice> 
 // Devices that come later, or that come again: one after the other, under the same rules. Those that wait stand in the bus's list.
 template <hv::LateDevices B>
 io::Task<Result<void>> probe_late(Given& given) {
-    B& backend = *static_cast<B*>(given.side.backend);
+    auto& bus = *static_cast<typename B::Bus*>(given.side.bus);
     for (;;) {
-        static_cast<void>(co_await backend.news().wait());
-        while (const auto device = backend.next_device()) {
+        static_cast<void>(co_await bus.news().wait());
+        while (const auto device = bus.next_device()) {
             if (given.shutdown.requested()) {
                 co_return Result<void>{};
             }
@@ -378,9 +379,12 @@ io::Task<Result<void>> probe_late(Given& given) {
 
 template <class B>
 BackendSide side_of(B& backend) {
-    BackendSide side{&backend, synthetic_drivers<B>, service_drivers<B>, nullptr};
+    BackendSide side{nullptr, synthetic_drivers<B>, service_drivers<B>, nullptr};
+    if constexpr (hv::BusRoot<B>) {
+        side.bus = backend.bus();
+    }
     if constexpr (hv::LateDevices<B>) {
-        side.late = probe_late<B>;
+        side.late = side.bus != nullptr ? probe_late<B> : nullptr;
     }
     return side;
 }
@@ -441,8 +445,10 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     static constinit hv::DeviceList synthetic{};
     static constinit drivers::pci::DeviceList pci{};
     if constexpr (hv::BusRoot<B>) {
-        if (auto done = co_await backend.enumerate(synthetic); !done) {
-            report(done.error(), B::name); // native devices are still there
+        if (auto* const bus = backend.bus()) {
+            if (auto done = co_await bus->enumerate(synthetic); !done) {
+                report(done.error(), B::name); // native devices are still there
+            }
         }
     }
     static constinit drivers::pci::MechanismOne config{};

@@ -100,12 +100,12 @@ io::Task<Result<Device*>> attach(Environment& environment, Vmbus& bus, Offer off
     co_return device;
 }
 
-io::Task<Result<void>> probe(Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device, const Memory& memory) {
-    const auto offer = hyperv.vmbus().find(device.number);
+io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device, const Memory& memory) {
+    const auto offer = bus.vmbus().find(device.number);
     if (!offer) {
         co_return Error{Code::device_gone, "the balloon's channel is gone already"};
     }
-    const auto attached = co_await attach(environment, hyperv.vmbus(), *offer, memory);
+    const auto attached = co_await attach(environment, bus.vmbus(), *offer, memory);
     if (!attached) {
         co_return attached.error();
     }

@@ -45,7 +45,7 @@ class Device final : private Link {
     io::TaskGroup keeper_; // ends before what it uses
 };
 
-io::Task<Result<void>> probe(Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device, const Memory& memory);
+io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device, const Memory& memory);
 /// The same for a bus without its backend; the device stays, and is given.
 io::Task<Result<Device*>> attach(Environment& environment, hv::hyperv::Vmbus& bus, hv::hyperv::Offer offer, const Memory& memory);
 

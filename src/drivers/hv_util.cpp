@@ -154,12 +154,12 @@ io::Task<Result<Utility*>> attach(Environment& environment, Vmbus& bus, Offer of
     co_return utility;
 }
 
-io::Task<Result<void>> probe(Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device) {
-    const auto offer = hyperv.vmbus().find(device.number);
+io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device) {
+    const auto offer = bus.vmbus().find(device.number);
     if (!offer) {
         co_return Error{Code::device_gone, "the service's channel is gone already"};
     }
-    const auto attached = co_await attach(environment, hyperv.vmbus(), *offer, &hyperv.clock());
+    const auto attached = co_await attach(environment, bus.vmbus(), *offer, &bus.clock());
     if (!attached) {
         co_return attached.error();
     }

@@ -50,7 +50,7 @@ class Utility {
 };
 
 /// Opens the channel of one service. The device's type says which.
-io::Task<Result<void>> probe(Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device);
+io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device);
 /// The same for a bus without its backend; the service stays, and is given. `reference`: what a time that the host sends is brought up to date
 /// with, if anything.
 io::Task<Result<Utility*>> attach(Environment& environment, hv::hyperv::Vmbus& bus, hv::hyperv::Offer offer,

@@ -550,15 +550,15 @@ io::Task<Result<void>> Controller::disconnect() {
     co_return result;
 }
 
-io::Task<Result<void>> probe(Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device) {
+io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device) {
     if (!matches(device)) {
         co_return Error{Code::not_supported, "not a storage channel"};
     }
-    const auto offer = hyperv.vmbus().find(device.number);
+    const auto offer = bus.vmbus().find(device.number);
     if (!offer) {
         co_return Error{Code::device_gone, "the storage channel is gone already"};
     }
-    co_return co_await attach(environment, hyperv.vmbus(), *offer);
+    co_return co_await attach(environment, bus.vmbus(), *offer);
 }
 
 io::Task<Result<void>> attach(Environment& environment, Vmbus& bus, Offer offer) {

@@ -125,7 +125,7 @@ class Controller {
 };
 
 /// Connects one channel and announces its disks. No error: done, or left alone (another driver has the disk).
-io::Task<Result<void>> probe(Environment& environment, hv::HyperV& hyperv, const hv::SyntheticDevice& device);
+io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device);
 /// The same for a bus without its backend.
 io::Task<Result<void>> attach(Environment& environment, hv::hyperv::Vmbus& bus, hv::hyperv::Offer offer);
 

@@ -29,7 +29,7 @@ Vbd::Vbd(Environment& environment, hv::Xen& xen)
 
 Vbd::~Vbd() {
     if (port_ != Port::none) {
-        xen_.unbind(port_);
+        xen_.events().unbind(port_);
     }
     free_ring();
 }
@@ -106,7 +106,7 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
           terms_.discard ? "discard " : "", terms_.persistent ? "persistent " : "", terms_.indirect_segments != 0 ? "indirect " : "",
           terms_.ring_pages);
     CO_CHECK(disk_.open(terms_, identity, environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.poke(); }, this));
-    CO_CHECK(xen_.bind(port_, Disk::rang, &disk_)); // masked until the disk first goes to sleep
+    CO_CHECK(xen_.events().bind(port_, Disk::rang, &disk_)); // masked until the disk first goes to sleep
     CO_CHECK(co_await front_.set_state(BusState::connected));
     co_return Result<void>{};
 }
@@ -313,7 +313,7 @@ io::Task<Result<void>> Vbd::disconnect() {
         }
     }
     if (port_ != Port::none) {
-        xen_.unbind(std::exchange(port_, Port::none));
+        xen_.events().unbind(std::exchange(port_, Port::none));
     }
     if (let_go) {
         disk_.reclaim();

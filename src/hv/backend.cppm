@@ -1,6 +1,11 @@
 // What a hypervisor's module has to be, as concepts: small ones that compose. A backend is a class that models `Backend`; every further
 // concept is optional, and the kernel asks with `if constexpr (Console<B>)`. There is no base class and no virtual call on the way.
 //
+// That a type models a concept says what its instances may have; what this instance has is asked at run time. What works only after a start is
+// an object of its own, and the backend gives a pointer to it: nullptr until it came up, and for ever where it did not. Functions of the backend
+// itself (console, unplugging, tear-down, join) may be called on any instance at any time: they return an error, or do nothing, where there is
+// nothing behind them. An install() or start() that fails gives back what it had taken.
+//
 // The life of a backend, in order:
 //   1. B::recognises(sightings)      static; hv.list and the tests ask it
 //   2. construction                  constexpr, empty: nothing is touched
@@ -9,8 +14,8 @@
 //   5. start(services)               once: interrupts and the executor exist; events work from here on
 //   6. join(...)                     once on every further processor (Processors)
 //   7. unplug(...)                   after the driver table has been applied, before any native bus is probed
-//   8. enumerate(...)                inside the executor; then drivers use events, hypercalls and the backend's own members
-//      next_device()                 from then on, when there is news() (LateDevices)
+//   8. bus()->enumerate(...)         inside the executor; then drivers use the bus and what it gives them
+//      bus()->next_device()          from then on, when there is news() (LateDevices)
 //   9. leave(...)                    on every processor that has joined, when the job is done
 export module hv.backend;
 import core.std;
@@ -84,17 +89,21 @@ concept Clock = requires(const B& b) {
     { b.clock_name() } -> std::convertible_to<std::string_view>;
 };
 
-/// Event channels. Order: (the backend's own way to get an Event) → bind → unmask → notify and handler calls in any order → unbind. bind()
-/// leaves the event masked; the handler runs under the rules of InterruptHandler. mask() is lazy and cheap; unmask() is true when an event came
-/// in the meantime (the handler will not be called for that one: look yourself). notify() tells the other side, one hypercall at most. All after
-/// start(), on one CPU.
+/// Event channels. Order: (their own way to get an Event) → bind → unmask → notify and handler calls in any order → unbind. bind() leaves the
+/// event masked; the handler runs under the rules of InterruptHandler. mask() is lazy and cheap; unmask() is true when an event came in the
+/// meantime (the handler will not be called for that one: look yourself). notify() tells the other side, one hypercall at most. On one CPU.
+template <class E>
+concept EventChannels = requires(E& e, typename E::Event event, InterruptHandler handler, void* context) {
+    { e.bind(event, handler, context) } -> std::same_as<Result<void>>;
+    { e.unbind(event) } -> std::same_as<void>;
+    { e.mask(event) } -> std::same_as<void>;
+    { e.unmask(event) } -> std::same_as<bool>;
+    { e.notify(event) } -> std::same_as<Result<void>>;
+};
+/// event_source(): nullptr until start() has found a way for events to come in.
 template <class B>
-concept EventSource = requires(B& b, typename B::Event event, InterruptHandler handler, void* context) {
-    { b.bind(event, handler, context) } -> std::same_as<Result<void>>;
-    { b.unbind(event) } -> std::same_as<void>;
-    { b.mask(event) } -> std::same_as<void>;
-    { b.unmask(event) } -> std::same_as<bool>;
-    { b.notify(event) } -> std::same_as<Result<void>>;
+concept EventSource = EventChannels<typename B::EventPorts> && requires(B& b) {
+    { b.event_source() } -> std::same_as<typename B::EventPorts*>;
 };
 
 /// Counts the hypercalls made since install(), of every kind: one increment each. A backend's hypercalls themselves are its own members.
@@ -135,20 +144,25 @@ struct DeviceList {
     constexpr std::span<const SyntheticDevice> all() const { return {list.data(), count}; }
 };
 
-/// A bus of synthetic devices. enumerate(): after start(), awaited in the executor, every wait in it bounded. It appends what is there in a
-/// stable order and connects nothing; an Error means that the bus itself cannot be asked.
+/// A bus of synthetic devices. enumerate(): awaited in the executor, every wait in it bounded. It appends what is there in a stable order and
+/// connects nothing; an Error means that the bus itself cannot be asked.
+template <class D>
+concept DeviceBus = requires(D& bus, DeviceList& into) {
+    { bus.enumerate(into) } -> std::same_as<io::Task<Result<void>>>;
+};
+/// bus(): nullptr until start() has brought it up, and where there is none. Drivers are given what it points to (B::Bus), not the backend.
 template <class B>
-concept BusRoot = requires(B& b, DeviceList& into) {
-    { b.enumerate(into) } -> std::same_as<io::Task<Result<void>>>;
+concept BusRoot = DeviceBus<typename B::Bus> && requires(B& b) {
+    { b.bus() } -> std::same_as<typename B::Bus*>;
 };
 
 /// A bus whose devices come and go while the machine runs. next_device(): after enumerate(), in the executor; a device that came since and was
 /// not given yet; nothing: none. news(): opened when there may be another one; one task waits for it. The bus keeps what nobody asks for, within
 /// its own bound, and forgets a device that goes before it was given.
 template <class B>
-concept LateDevices = BusRoot<B> && requires(B& b) {
-    { b.next_device() } -> std::same_as<std::optional<SyntheticDevice>>;
-    { b.news() } -> std::same_as<io::Latch&>;
+concept LateDevices = BusRoot<B> && requires(typename B::Bus& bus) {
+    { bus.next_device() } -> std::same_as<std::optional<SyntheticDevice>>;
+    { bus.news() } -> std::same_as<io::Latch&>;
 };
 
 /// Classes of emulated devices that a host may be asked to take away.
@@ -159,7 +173,7 @@ struct EmulatedClasses {
 };
 
 /// Takes emulated devices away, for good. unplug(): after the driver table, before native buses are probed, at most once. Error{not_supported}:
-/// this host does not know how; nothing has changed then.
+/// this host does not know how, or the backend is not installed; nothing has changed then.
 template <class B>
 concept EmulatedDevices = requires(B& b, EmulatedClasses classes) {
     { b.unplug(classes) } -> std::same_as<Result<void>>;
@@ -167,7 +181,8 @@ concept EmulatedDevices = requires(B& b, EmulatedClasses classes) {
 
 /// Takes part on further processors. join(): called on the processor itself (cpu == this_processor() > 0), after start() on the boot processor
 /// and before the first enumerate() and probe; its interrupts are on, its executor exists and does not run yet. One processor at a time. An
-/// Error leaves this processor without the backend's events: it is reported, and the processor is not used.
+/// Error leaves this processor without the backend's events: it is reported, and the processor is not used. Nothing to do, and no error, where
+/// nothing came up that other processors take part in.
 template <class B>
 concept Processors = requires(B& b, u32 cpu, io::Executor& executor) {
     { b.join(cpu, executor) } -> std::same_as<Result<void>>;
@@ -181,21 +196,25 @@ concept LeavesProcessors = Processors<B> && requires(B& b, u32 cpu) {
 };
 
 /// Gives back what install(), start() and enumerate() took: shared pages, connections. uninstall(): at the end of the machine's life, after the
-/// drivers' last use of it, on processor 0; bounded, no executor needed, interrupts on or off. Nothing may be called afterwards.
+/// drivers' last use of it, on processor 0; bounded, no executor needed, interrupts on or off. Nothing may be called afterwards. Nothing to do
+/// before install(), and the second time.
 template <class B>
 concept TearDown = requires(B& b) {
     { b.uninstall() } -> std::same_as<void>;
 };
 
-/// A one-shot timer of each processor. timer_offered(): after install(). start_timer(): on each processor that shall use it, once, after start()
-/// or join(). arm_timer(): on that processor, `length` nanoseconds from now; a new one replaces the old one. For machines whose local APIC has
-/// no timer that is as cheap.
+/// A one-shot timer of each processor. start(): on each processor that shall use it, once, after the backend's start() or join(). arm(): on that
+/// processor, `length` nanoseconds from now; a new one replaces the old one. For machines whose local APIC has no timer that is as cheap.
+template <class T>
+concept ProcessorTimer = requires(T& timer, const T& constant, InterruptHandler handler, void* context, Nanoseconds length) {
+    { constant.name() } -> std::convertible_to<std::string_view>;
+    { timer.start(handler, context) } -> std::same_as<Result<void>>;
+    { timer.arm(length) } -> std::same_as<void>;
+};
+/// timer(): nullptr until start() has brought up what it needs, and where the host gives none.
 template <class B>
-concept OneShotTimer = requires(B& b, const B& constant, InterruptHandler handler, void* context, Nanoseconds length) {
-    { constant.timer_offered() } -> std::same_as<bool>;
-    { constant.timer_name() } -> std::convertible_to<std::string_view>;
-    { b.start_timer(handler, context) } -> std::same_as<Result<void>>;
-    { b.arm_timer(length) } -> std::same_as<void>;
+concept OneShotTimer = ProcessorTimer<typename B::Timer> && requires(B& b) {
+    { b.timer() } -> std::same_as<typename B::Timer*>;
 };
 
 /// A hypervisor's module. `name` is what the log and the records call it; `guest` the VmGuest that it is chosen for.

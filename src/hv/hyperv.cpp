@@ -39,15 +39,18 @@ Result<void> HyperV::install(Environment& environment) {
     features_ = leaf.edx;
     recommendations_ = environment.cpuid.get(base_ + leaf_recommendations).eax;
     bus_offered_ = offers_vmbus(*sighting);
-    CHECK(install_hypercalls(environment));
-    CHECK(clock_.install(*cpu_, *memory_, leaf));
+    if (auto installed = install_hypercalls(environment); !installed) {
+        withdraw_pages();
+        return installed;
+    }
+    if (auto installed = clock_.install(*cpu_, *memory_, leaf); !installed) {
+        log::warning("hyperv: no reference time page: {}", installed.error());
+    }
     find_clock(environment);
-    timer_direct_ = (features_ & features::direct_timers) != 0;
-    timer_offered_ = (privileges_ & privileges::synthetic_timers) != 0 && (privileges_ & privileges::reference_counter) != 0 &&
-                     (timer_direct_ || bus_offered_);
-    synic_.install(*cpu_, *memory_);
+    synic_.install(*cpu_, *memory_, (privileges_ & privileges::vp_index) != 0);
+    installed_ = true;
     log::info("hyperv {}.{}: hypercalls, clock {}, {}{}", sighting->version >> 16, sighting->version & 0xffff, clock_name_,
-              bus_offered_ ? "SynIC" : "no VMBus", timer_offered_ ? ", synthetic timers" : "");
+              bus_offered_ ? "SynIC" : "no SynIC, hence no VMBus", (privileges_ & privileges::synthetic_timers) != 0 ? ", synthetic timers" : "");
     return {};
 }
 
@@ -67,11 +70,22 @@ Result<void> HyperV::install_hypercalls(Environment& environment) {
         const u64 kept = cpu_->read_msr(msr::hypercall) & page_register_reserved;
         cpu_->write_msr(msr::hypercall, environment.physical.physical_of(gate_.page) | kept | page_enable);
         if ((cpu_->read_msr(msr::hypercall) & page_enable) == 0) {
-            cpu_->write_msr(msr::guest_os_id, 0);
             return Error{Code::not_supported, "Hyper-V does not switch the hypercall page on"};
         }
     }
     return hypercalls_.install(gate_, environment.memory);
+}
+
+// What a hypervisor must not reach once this object is gone, and the identity, without which there are no hypercalls.
+void HyperV::withdraw_pages() {
+    clock_.uninstall();
+    if ((privileges_ & privileges::hypercall) == 0) {
+        return; // the registers are not there
+    }
+    if (gate_.page != nullptr) {
+        cpu_->write_msr(msr::hypercall, cpu_->read_msr(msr::hypercall) & page_register_reserved);
+    }
+    cpu_->write_msr(msr::guest_os_id, 0);
 }
 
 void HyperV::find_clock(Environment& environment) {
@@ -87,20 +101,26 @@ void HyperV::find_clock(Environment& environment) {
 // -----------------------------------------------------------------------------------------------------------------------------
 
 Result<void> HyperV::start(Services& services) {
-    executor_ = &services.executor;
-    interrupts_ = &services.interrupts;
-    news_.emplace(services.executor);
-    if (!bus_offered_) {
-        return {};
+    if (!installed_) {
+        return Error{Code::bad_argument, "Hyper-V: start() without install()"};
     }
-    if (auto started = start_bus(services); !started) {
-        log::warning("hyperv: no VMBus: {}: native devices only", started.error());
+    if (bus_offered_) {
+        if (auto started = start_bus(services); !started) {
+            bus_.reset();
+            log::warning("hyperv: no VMBus: {}: native devices only", started.error());
+        }
+    }
+    const bool direct = (features_ & features::direct_timers) != 0;
+    constexpr u32 needed = privileges::synthetic_timers | privileges::reference_counter;
+    if ((privileges_ & needed) == needed && (direct || bus_started_)) {
+        timer_.emplace(*cpu_, services.interrupts, synic_, clock_, direct);
     }
     return {};
 }
 
 Result<void> HyperV::start_bus(Services& services) {
-    CHECK(vmbus_.install({hypercalls_, synic_, *memory_, services.executor, services.timeout}));
+    bus_.emplace(services.executor, clock_);
+    CHECK(bus_->vmbus_.install({hypercalls_, synic_, *memory_, services.executor, services.timeout}));
     // Auto-EOI saves the write that ends an interrupt; where the host advises against it, that write costs nothing and auto-EOI would.
     auto_eoi_ = (recommendations_ & recommendations::no_auto_eoi) == 0;
     TRY(vector_, services.interrupts.attach_vector(Synic::on_interrupt, &synic_, !auto_eoi_));
@@ -108,7 +128,7 @@ Result<void> HyperV::start_bus(Services& services) {
         services.interrupts.detach_vector(vector_);
         return enabled;
     }
-    vmbus_.add(listener_);
+    bus_->vmbus_.add(bus_->listener_);
     bus_started_ = true;
     return {};
 }
@@ -121,36 +141,27 @@ Result<void> HyperV::join(u32, io::Executor& executor) {
 }
 
 void HyperV::leave(u32) {
-    if (timer_vector_ || timer_offered_) {
-        cpu_->write_msr(msr::timer0_config, 0);
+    if (timer_) {
+        timer_->stop();
     }
     synic_.disable();
 }
 
 void HyperV::uninstall() {
-    if (!hypercalls_.installed()) {
+    if (!std::exchange(installed_, false)) {
         return;
     }
     if (std::exchange(bus_started_, false)) {
-        vmbus_.unload(unload_timeout);
-        leave(this_processor());
-    } else if (timer_vector_) {
-        cpu_->write_msr(msr::timer0_config, 0);
+        bus_->vmbus_.unload(unload_timeout);
     }
-    clock_.uninstall();
-    if (gate_.page != nullptr) {
-        cpu_->write_msr(msr::hypercall, cpu_->read_msr(msr::hypercall) & page_register_reserved);
-    }
-    cpu_->write_msr(msr::guest_os_id, 0);
+    leave(this_processor());
+    withdraw_pages();
 }
 
 // ---- the bus
 // -----------------------------------------------------------------------------------------------------------------------------------
 
-io::Task<Result<void>> HyperV::enumerate(DeviceList& into) {
-    if (!bus_started_) {
-        co_return Result<void>{};
-    }
+io::Task<Result<void>> HyperV::Bus::enumerate(DeviceList& into) {
     if (auto connected = co_await vmbus_.connect(); !connected) {
         log::warning("hyperv: {}: native devices only (hv=kvm, where KVM is there, spares the attempt)", connected.error());
         co_return Result<void>{};
@@ -164,7 +175,7 @@ io::Task<Result<void>> HyperV::enumerate(DeviceList& into) {
     co_return Result<void>{};
 }
 
-std::optional<SyntheticDevice> HyperV::next_device() {
+std::optional<SyntheticDevice> HyperV::Bus::next_device() {
     const auto offer = vmbus_.take_new();
     if (!offer) {
         return std::nullopt;
@@ -179,17 +190,14 @@ std::optional<SyntheticDevice> HyperV::next_device() {
 // ---- timer
 // -------------------------------------------------------------------------------------------------------------------------------------
 
-Result<void> HyperV::start_timer(InterruptHandler handler, void* context) {
-    if (!timer_offered_ || interrupts_ == nullptr) {
-        return Error{Code::not_supported, "this Hyper-V gives its guest no synthetic timers"};
-    }
+Result<void> HyperV::Timer::start(InterruptHandler handler, void* context) {
     u64 config = timer::auto_enable;
-    if (timer_direct_) {
-        if (!timer_vector_) {
-            TRY(const InterruptVector vector, interrupts_->attach_vector(handler, context, true));
-            timer_vector_ = vector;
+    if (direct_) {
+        if (!vector_) {
+            TRY(const InterruptVector vector, interrupts_.attach_vector(handler, context, true));
+            vector_ = vector;
         }
-        config |= timer::direct | timer::vector(timer_vector_->vector);
+        config |= timer::direct | timer::vector(vector_->vector);
     } else {
         if (!synic_.enabled(this_processor())) {
             return Error{Code::not_supported, "a synthetic timer tells by message, and this processor's SynIC is off"};
@@ -197,15 +205,22 @@ Result<void> HyperV::start_timer(InterruptHandler handler, void* context) {
         synic_.set_timer_handler(handler, context);
         config |= timer::sint_number(vmbus_sint);
     }
-    cpu_->write_msr(msr::timer0_config, 0);
-    cpu_->write_msr(msr::timer0_config, config);
+    started_.store(true, std::memory_order_relaxed); // orders nothing: stop() comes after all use
+    cpu_.write_msr(msr::timer0_config, 0);
+    cpu_.write_msr(msr::timer0_config, config);
     return {};
 }
 
-void HyperV::arm_timer(Nanoseconds length) {
+void HyperV::Timer::arm(Nanoseconds length) {
     // Absolute, in reference time; read by the register: the page would need the counter's value, and this is a register write anyway.
     const u64 now = clock_.counter().value_or(0);
-    cpu_->write_msr(msr::timer0_count, now + std::max<u64>(length / 100, 1));
+    cpu_.write_msr(msr::timer0_count, now + std::max<u64>(length / 100, 1));
+}
+
+void HyperV::Timer::stop() {
+    if (started_.load(std::memory_order_relaxed)) {
+        cpu_.write_msr(msr::timer0_config, 0);
+    }
 }
 
 } // namespace fl::hv

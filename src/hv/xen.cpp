@@ -177,7 +177,9 @@ Result<void> Xen::start(Services& services) {
         upcall_ = Upcall::apic_vector;
     }
     if (store_there_) {
-        CHECK(store_.start(services.executor, events_));
+        if (auto started = store_.start(services.executor, events_); !started) {
+            log::warning("xen: XenStore cannot be used: {}: no synthetic devices", started.error());
+        }
     }
     return {};
 }
@@ -193,6 +195,9 @@ io::Task<Result<void>> Xen::enumerate(DeviceList& into) {
 // ----------------------------------------------------------------------------------------------------------------------------
 
 Result<void> Xen::unplug(EmulatedClasses classes) {
+    if (version_ == 0) {
+        return Error{Code::not_supported, "Xen has not been installed"};
+    }
     const u16 magic = cpu_->in16(unplug_port);
     if (magic != unplug_magic) {
         return Error{Code::not_supported, "this host takes no emulated devices away (magic at port 0x10)", unplug_magic, magic};

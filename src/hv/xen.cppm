@@ -21,7 +21,9 @@ class Xen {
   public:
     static constexpr std::string_view name = "xen";
     static constexpr VmGuest guest = VmGuest::xen;
-    using Event = xen::Port;
+    /// Devices are found in XenStore and driven by events and grants, all of which hang here: the backend itself is what its drivers are given.
+    using Bus = Xen;
+    using EventPorts = xen::Events;
 
     /// How events reach this processor, once started.
     enum class Upcall : u8 {
@@ -47,13 +49,11 @@ class Xen {
     std::string_view clock_name() const { return clock_name_; }
     u64 hypercalls() const { return hypercalls_.count(); }
     Result<void> unplug(EmulatedClasses classes);
+    /// nullptr: before start(), and where XenStore is not there or cannot be used.
+    Xen* bus() { return store_.started() ? this : nullptr; }
     io::Task<Result<void>> enumerate(DeviceList& into);
-
-    Result<void> bind(Event event, InterruptHandler handler, void* context) { return events_.bind(event, handler, context); }
-    void unbind(Event event) { events_.unbind(event); }
-    void mask(Event event) { events_.mask(event); }
-    bool unmask(Event event) { return events_.unmask(event); }
-    Result<void> notify(Event event) { return events_.send(event); }
+    /// nullptr until start() has set an upcall.
+    xen::Events* event_source() { return upcall_ != Upcall::none ? &events_ : nullptr; }
 
     /// Sleeps in the hypervisor until one of the (masked) events is pending or about `timeout_ns` have passed: an idle that takes no interrupt.
     /// Interrupts of other devices do not end it, so it suits a machine whose devices are all Xen's.

@@ -468,7 +468,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
     gate.context = host.get();
     gate.call = [](void* self, u64 control, u64 in, u64) -> u64 { return static_cast<Host*>(self)->call(control, in); };
     fuzz::require(static_cast<bool>(hypercalls.install(gate, dma)));
-    host->synic.install(*host, dma);
+    host->synic.install(*host, dma, true);
     u32 timers = 0;
     host->synic.set_timer_handler([](void* count) { ++*static_cast<u32*>(count); }, &timers);
     fuzz::require(static_cast<bool>(host->synic.enable(executor, 0x41, true)));

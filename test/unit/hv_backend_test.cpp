@@ -202,6 +202,49 @@ static_assert(!names(hv::list, "kvm") && !hv::built_for(VmGuest::kvm));
 #endif
 static_assert(!hv::BusRoot<hv::Bare> && !hv::EventSource<hv::Bare> && hv::Clock<hv::Bare>);
 
+// That a type can do something says nothing about an instance that was never installed: it has nothing to give, and whatever may be called on it
+// at any time does no harm.
+template <class B>
+void ask_what_was_never_installed(io::Executor& executor) {
+    SCOPED_TRACE(B::name);
+    const auto backend = std::make_unique<B>(); // too large for a stack
+    EXPECT_FALSE(backend->tsc_hz());
+    if constexpr (hv::BusRoot<B>) {
+        EXPECT_EQ(backend->bus(), nullptr);
+    }
+    if constexpr (hv::OneShotTimer<B>) {
+        EXPECT_EQ(backend->timer(), nullptr);
+    }
+    if constexpr (hv::EventSource<B>) {
+        EXPECT_EQ(backend->event_source(), nullptr);
+    }
+    if constexpr (hv::Console<B>) {
+        EXPECT_EQ(backend->console(), nullptr);
+    }
+    if constexpr (hv::EmulatedDevices<B>) {
+        const auto done = backend->unplug({.disks = true});
+        EXPECT_FALSE(done);
+    }
+    if constexpr (hv::Hypercalls<B>) {
+        EXPECT_EQ(backend->hypercalls(), 0u);
+    }
+    if constexpr (hv::Processors<B>) {
+        EXPECT_TRUE(backend->join(1, executor));
+    }
+    if constexpr (hv::LeavesProcessors<B>) {
+        backend->leave(1);
+    }
+    if constexpr (hv::TearDown<B>) {
+        backend->uninstall();
+        backend->uninstall();
+    }
+}
+template <class... Bs>
+void ask_each(hv::BackendList<Bs...>, io::Executor& executor) {
+    (ask_what_was_never_installed<Bs>(executor), ...);
+}
+TEST_F(Backend, WhatWasNeverInstalledCanBeAsked) { ask_each(hv::list, executor); }
+
 #ifdef FIRSTLIGHT_HV_KVM
 // A host's clock page, typed from the documentation of MSR_KVM_SYSTEM_TIME_NEW: version 2, 2.5 GHz: mul = 2^32 * 0.8 with shift -1, flags 1.
 constexpr u8 golden_clock[32] = {2,    0,    0,   0, 0, 0, 0, 0, 0x15, 0xcd, 0x5b, 7,    0,    0, 0, 0,

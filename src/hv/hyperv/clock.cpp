@@ -34,17 +34,17 @@ std::optional<u64> frequency_of_scale(u64 scale) {
 Result<void> ReferenceClock::install(Privileged& cpu, DmaAllocator& memory, const CpuidRegisters& leaf) {
     cpu_ = &cpu;
     counter_offered_ = (leaf.eax & privileges::reference_counter) != 0;
+    if ((leaf.eax & privileges::frequencies) != 0 && (leaf.edx & features::frequency_registers) != 0) {
+        if (const u64 hz = cpu.read_msr(msr::tsc_frequency); hz >= 1'000'000 && hz <= 100'000'000'000) { // else nonsense: the page may know
+            tsc_hz_ = hz;
+            name_ = "Hyper-V frequency register";
+        }
+    }
     if ((leaf.eax & privileges::reference_tsc) != 0) {
         TRY(memory_, memory.buffer(page_size));
         page_ = reinterpret_cast<const ReferenceTscPage*>(memory_.data());
         register_before_ = cpu.read_msr(msr::reference_tsc);
         cpu.write_msr(msr::reference_tsc, memory_.bus() | (register_before_ & page_register_reserved) | page_enable);
-    }
-    if ((leaf.eax & privileges::frequencies) != 0 && (leaf.edx & features::frequency_registers) != 0) {
-        if (const u64 hz = cpu.read_msr(msr::tsc_frequency); hz != 0) {
-            tsc_hz_ = hz;
-            name_ = "Hyper-V frequency register";
-        }
     }
     if (!tsc_hz_) {
         if (const auto scale = read_page()) {

@@ -16,6 +16,7 @@ std::optional<u64> frequency_of_scale(u64 scale);
 class ReferenceClock {
   public:
     /// `leaf`: the registers of the features' leaf. Touches only registers that it announces. Nothing announced: now() is nothing for ever.
+    /// Error{exhausted}: no memory for the page; the registers are used all the same.
     Result<void> install(Privileged& cpu, DmaAllocator& memory, const CpuidRegisters& leaf);
     /// Tells the hypervisor that the page is not used any more.
     void uninstall();

@@ -19,6 +19,9 @@ constexpr u32 vmbus_sint_register = msr::sint0 + vmbus_sint;
 } // namespace
 
 Result<void> Synic::enable(io::Executor& executor, u8 vector, bool auto_eoi) {
+    if (memory_ == nullptr) {
+        return Error{Code::bad_argument, "SynIC: enable() without install()"};
+    }
     Processor& processor = processors_[this_processor()];
     if (processor.messages == nullptr) {
         TRY(DmaBuffer pages, memory_->buffer(2 * static_cast<u32>(page_size)));
@@ -34,7 +37,7 @@ Result<void> Synic::enable(io::Executor& executor, u8 vector, bool auto_eoi) {
         return Error{Code::busy, "the SynIC of this processor is on already"};
     }
     processor.executor = &executor;
-    processor.vp_index = static_cast<u32>(cpu_->read_msr(msr::vp_index));
+    processor.vp_index = vp_index_ ? static_cast<u32>(cpu_->read_msr(msr::vp_index)) : this_processor();
     // Release: the handler, which comes from here on, sees the rest. Partner: the acquire in enabled() and interrupt().
     processor.on.store(true, std::memory_order_release);
     const u64 kept = cpu_->read_msr(vmbus_sint_register) & sint::kept;

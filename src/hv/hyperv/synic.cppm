@@ -40,10 +40,12 @@ class Synic {
     Synic(const Synic&) = delete;
     Synic& operator=(const Synic&) = delete;
 
-    /// Before anything else. `cpu`: the registers; every call below reaches those of the processor that makes it.
-    void install(Privileged& cpu, DmaAllocator& memory) {
+    /// Before anything else. `cpu`: the registers; every call below reaches those of the processor that makes it. `vp_index`: the register that
+    /// tells a processor's index is there; else the index is taken to be the processor's number here.
+    void install(Privileged& cpu, DmaAllocator& memory, bool vp_index) {
         cpu_ = &cpu;
         memory_ = &memory;
+        vp_index_ = vp_index;
     }
     /// On the processor itself, once: its pages, its SINT2 with `vector`, whose handler is on_interrupt(). `auto_eoi`: the vector needs no
     /// end-of-interrupt. Events wake `executor` from here on. Error{exhausted}.
@@ -102,6 +104,7 @@ class Synic {
 
     Privileged* cpu_ = nullptr;
     DmaAllocator* memory_ = nullptr;
+    bool vp_index_ = false;
     InterruptHandler timer_handler_ = nullptr;
     void* timer_context_ = nullptr;
     std::atomic<InterruptPage*> interrupt_page_{nullptr};

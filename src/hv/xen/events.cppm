@@ -17,6 +17,8 @@ export namespace fl::hv::xen {
 ///   unmask: and-not of mask, load of pending   or of pending, load of mask                 one of the two sees the other: no event is lost
 class Events {
   public:
+    using Event = Port; // hv.backend EventChannels
+
     /// Ports from here on find no handler slot. Xen hands out the lowest free port, so a small machine stays far below.
     static constexpr u32 capacity = 512;
     /// Passes over the selector in one upcall; what comes later finds upcall_pending set and gets an upcall of its own.
@@ -42,6 +44,7 @@ class Events {
     [[nodiscard]] bool unmask(Port port);
     /// Tells the other end: one hypercall.
     Result<void> send(Port port);
+    Result<void> notify(Port port) { return send(port); } // as the concept calls it
 
     /// The interrupt. `context` is the Events.
     static void upcall(void* context) { static_cast<Events*>(context)->scan(); }

@@ -81,7 +81,7 @@ class Machine final : public hv::Privileged, public host::Delivery {
         gate.context = this;
         gate.call = [](void* self, u64 control, u64 input, u64) { return static_cast<Machine*>(self)->call(control, input); };
         EXPECT_TRUE(hypercalls.install(gate, arena));
-        synic.install(*this, arena);
+        synic.install(*this, arena, true);
         EXPECT_TRUE(synic.enable(executor, 0x41, true));
         if (processors == 2) {
             set_this_processor(1);

@@ -210,11 +210,11 @@ class Joined final : public host::Delivery, public host::Log, public hv::Privile
             return started;
         }
         hv::DeviceList devices;
-        return executor.run(guest.enumerate(devices));
+        return executor.run(guest.bus()->enumerate(devices));
     }
     Result<void> attach() {
         std::optional<hv::hyperv::Offer> offer;
-        guest.vmbus().for_each_offer([&](const hv::hyperv::Offer& one) {
+        guest.bus()->vmbus().for_each_offer([&](const hv::hyperv::Offer& one) {
             if (!offer) {
                 offer = one;
             }
@@ -224,7 +224,7 @@ class Joined final : public host::Delivery, public host::Log, public hv::Privile
         }
         // What stays after the probe refers to it.
         environment.emplace(drivers::Environment{executor, arena, interrupts, disks, timeout});
-        return executor.run(drivers::storvsc::attach(*environment, guest.vmbus(), *offer));
+        return executor.run(drivers::storvsc::attach(*environment, guest.bus()->vmbus(), *offer));
     }
     io::BlockDevice* up() {
         EXPECT_TRUE(start());

@@ -78,12 +78,108 @@ TEST(HyperVBackend, NoAutoEoiWhereTheHostAdvisesAgainstIt) {
 TEST(HyperVBackend, WithoutSynicItIsAClock) {
     hyperv_fake::Machine m(0x40000000, 0xe7f & ~(1u << 2));
     ASSERT_TRUE(m.start());
-    EXPECT_FALSE(m.guest.has_bus());
+    EXPECT_EQ(m.guest.bus(), nullptr);
     hv::DeviceList list;
     EXPECT_TRUE(m.enumerate(list));
     EXPECT_EQ(list.count, 0u);
     EXPECT_TRUE(m.guest.tsc_hz());
     EXPECT_TRUE(m.host.posted.empty());
+}
+
+// Whatever became of it: every question has an answer, and in the end the host is left without a page of ours.
+void ask_everything(hyperv_fake::Machine& m) {
+    hv::DeviceList list;
+    EXPECT_TRUE(m.enumerate(list));
+    EXPECT_EQ(list.count, m.guest.bus() != nullptr ? 1u : 0u);
+    if (hv::HyperV::Timer* timer = m.guest.timer()) {
+        m.host.interrupts.full = false;
+        EXPECT_TRUE(timer->start([](void*) {}, nullptr));
+        timer->arm(1000);
+    }
+    io::Executor other(m.clock.platform());
+    set_this_processor(3);
+    static_cast<void>(m.guest.join(3, other)); // memory may be short
+    m.guest.leave(3);
+    set_this_processor(0);
+    m.guest.uninstall();
+    EXPECT_EQ(m.guest.bus(), nullptr);
+    for (const u32 number : {0x40000083u, 0x40000082u, 0x40000080u, 0x40000021u, 0x40000001u}) {
+        EXPECT_EQ(m.host.msrs[number] & 1, 0u) << std::hex << number;
+    }
+    EXPECT_EQ(m.host.msrs[0x40000000], 0u);
+}
+
+TEST(HyperVBackend, BeforeItIsInstalledThereIsNothingAndItSaysSo) {
+    hyperv_fake::Machine m;
+    EXPECT_EQ(m.guest.bus(), nullptr);
+    EXPECT_EQ(m.guest.timer(), nullptr);
+    hv::Services services{m.host.interrupts, m.executor, 1'000'000};
+    EXPECT_FALSE(m.guest.start(services));
+    EXPECT_EQ(m.guest.bus(), nullptr);
+    ask_everything(m);
+    EXPECT_TRUE(m.host.writes.empty());
+}
+
+TEST(HyperVBackend, InstalledAndNotStartedItHasNoBusAndNoTimer) {
+    hyperv_fake::Machine m;
+    ASSERT_TRUE(m.install());
+    EXPECT_EQ(m.guest.bus(), nullptr);
+    EXPECT_EQ(m.guest.timer(), nullptr);
+    ask_everything(m);
+}
+
+TEST(HyperVBackend, WhateverStepFailsWhatItTookIsGivenBack) {
+    // In order: the hypercalls' page, the reference time's; then the bus's interrupt page, its monitor pages, the SynIC's.
+    constexpr u32 pages = 5;
+    for (u32 left = 0; left <= pages; ++left) {
+        SCOPED_TRACE(left);
+        hyperv_fake::Machine m;
+        m.memory.left = left;
+        EXPECT_EQ(static_cast<bool>(m.start()), left >= 1) << "without a page for hypercalls there is nothing";
+        EXPECT_EQ(m.guest.bus() != nullptr, left == pages);
+        EXPECT_EQ(m.guest.timer() != nullptr, left >= 1) << "direct mode needs no SynIC";
+        if (m.guest.bus() == nullptr) {
+            EXPECT_EQ(m.memory.outstanding, std::min(left, 2u)) << "what the bus took is free again";
+            EXPECT_EQ(m.host.interrupts.handler, nullptr);
+            EXPECT_EQ(m.host.msrs[0x40000080] & 1, 0u);
+        }
+        ask_everything(m);
+    }
+}
+
+TEST(HyperVBackend, WithoutAVectorOrTheHypercallPageToo) {
+    {
+        hyperv_fake::Machine m;
+        m.host.interrupts.full = true;
+        ASSERT_TRUE(m.start());
+        EXPECT_EQ(m.guest.bus(), nullptr);
+        EXPECT_EQ(m.memory.outstanding, 2u);
+        EXPECT_EQ(m.host.msrs[0x40000080] & 1, 0u);
+        ask_everything(m);
+    }
+    {
+        hyperv_fake::Machine m;
+        m.host.hypercalls = false;
+        EXPECT_EQ(m.start().error().code, Code::not_supported);
+        EXPECT_EQ(m.guest.bus(), nullptr);
+        EXPECT_EQ(m.guest.timer(), nullptr);
+        EXPECT_EQ(m.memory.outstanding, 0u);
+        ask_everything(m);
+    }
+    { // a timer that tells by message needs the SynIC, which did not come up
+        hyperv_fake::Machine m;
+        m.cpuid.leaves[0].value.edx &= ~(1u << 19);
+        m.host.interrupts.full = true;
+        ASSERT_TRUE(m.start());
+        EXPECT_EQ(m.guest.timer(), nullptr);
+        ask_everything(m);
+    }
+}
+
+TEST(HyperVBackend, WithoutTheRegisterOfItsIndexAProcessorIsItsNumber) {
+    hyperv_fake::Machine m(0x40000000, 0xe7f & ~(1u << 6));
+    ASSERT_TRUE(m.up());
+    EXPECT_EQ(m.guest.synic().vp_index(0), 0u);
 }
 
 TEST(HyperVBackend, TheFrequencyComesFromItsRegisterElseFromThePage) {
@@ -93,6 +189,12 @@ TEST(HyperVBackend, TheFrequencyComesFromItsRegisterElseFromThePage) {
         ASSERT_TRUE(m.install());
         EXPECT_EQ(m.guest.tsc_hz(), 2'600'000'000u);
         EXPECT_EQ(m.guest.clock_name(), "Hyper-V frequency register");
+    }
+    { // a register with nonsense in it: the page is asked
+        hyperv_fake::Machine m;
+        m.host.msrs[0x40000022] = 12;
+        ASSERT_TRUE(m.install());
+        EXPECT_EQ(m.guest.clock_name(), "Hyper-V reference TSC");
     }
     {
         hyperv_fake::Machine m(0x40000000, 0xe7f & ~(1u << 11));
@@ -236,17 +338,17 @@ TEST(HyperVTimer, DirectAndByMessage) {
     {
         hyperv_fake::Machine m;
         ASSERT_TRUE(m.start());
-        ASSERT_TRUE(m.guest.timer_offered());
-        ASSERT_TRUE(m.guest.start_timer(handler, nullptr));
+        ASSERT_NE(m.guest.timer(), nullptr);
+        ASSERT_TRUE(m.guest.timer()->start(handler, nullptr));
         EXPECT_EQ(m.host.msrs[0x400000b0], 1u << 12 | u64{0x41} << 4 | 1u << 3) << "direct, vector, enabled by a count";
-        m.guest.arm_timer(1'000'000);
+        m.guest.timer()->arm(1'000'000);
         EXPECT_EQ(m.host.msrs[0x400000b1], 1010u + 10'000u) << "absolute, in 100 ns";
     }
     {
         hyperv_fake::Machine m;
         m.cpuid.leaves[0].value.edx &= ~(1u << 19);
         ASSERT_TRUE(m.start());
-        ASSERT_TRUE(m.guest.start_timer(handler, nullptr));
+        ASSERT_TRUE(m.guest.timer()->start(handler, nullptr));
         EXPECT_EQ(m.host.msrs[0x400000b0], u64{2} << 16 | 1u << 3) << "by SINT2";
         m.host.send(hyperv_fake::Host::message(0, {}));
         const u32 type = 0x80000010;

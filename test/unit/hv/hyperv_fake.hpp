@@ -42,6 +42,9 @@ class Interrupts final : public InterruptController {
     Result<void> attach_line(InterruptLine, InterruptHandler, void*) override { return {}; }
     void detach_line(InterruptLine, InterruptHandler, void*) override {}
     Result<InterruptVector> attach_vector(InterruptHandler call, void* with, bool end) override {
+        if (full) {
+            return Error{Code::exhausted, "no vector is free"};
+        }
         handler = call;
         context = with;
         eoi = end;
@@ -51,6 +54,7 @@ class Interrupts final : public InterruptController {
     InterruptHandler handler = nullptr;
     void* context = nullptr;
     bool eoi = false;
+    bool full = false;
 };
 
 /// An offer as the host makes it.
@@ -120,7 +124,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
             fill_slot();
             return;
         }
-        if (number == 0x40000001 && msrs[0x40000000] == 0) {
+        if (number == 0x40000001 && (msrs[0x40000000] == 0 || !hypercalls)) {
             return; // no identity, no hypercalls
         }
         msrs[number] = value;
@@ -131,6 +135,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
             std::memcpy(reinterpret_cast<void*>(at + 16), &tsc_offset, 8);
         }
     }
+    bool hypercalls = true; // else their page cannot be switched on
     u64 reference = 1000;
     u32 tsc_sequence = 1;
     u64 tsc_scale = 0x0147ae147ae147ae; // 2 GHz
@@ -383,13 +388,16 @@ struct Machine {
         hv::Services services{host.interrupts, executor, timeout};
         return guest.start(services);
     }
-    Result<void> enumerate(hv::DeviceList& into) { return executor.run(guest.enumerate(into)); }
+    /// Nothing to list where no bus came up.
+    Result<void> enumerate(hv::DeviceList& into) {
+        return guest.bus() != nullptr ? executor.run(guest.bus()->enumerate(into)) : Result<void>{};
+    }
     /// Started, connected, with the offers told.
     bool up() {
         hv::DeviceList list;
-        return start() && enumerate(list) && guest.vmbus().connected();
+        return start() && enumerate(list) && guest.bus() != nullptr && bus().connected();
     }
-    hv::hyperv::Vmbus& bus() { return guest.vmbus(); }
+    hv::hyperv::Vmbus& bus() { return guest.bus()->vmbus(); }
     /// Lets messages that are on their way arrive.
     void settle() {
         for (u32 i = 0; i < 20; ++i) {

@@ -174,16 +174,16 @@ TEST(XenEvents, UpcallFindsTheHandlers) {
     ASSERT_TRUE(m.install() && m.start());
     int a = 0;
     int b = 0;
-    ASSERT_TRUE(m.guest.bind(Port{70}, count, &a));
-    ASSERT_TRUE(m.guest.bind(Port{3}, count, &b));
-    EXPECT_EQ(m.guest.bind(Port{3}, count, &b).error().code, Code::busy);
-    EXPECT_EQ(m.guest.bind(Port{0}, count, &b).error().code, Code::exhausted);
-    EXPECT_EQ(m.guest.bind(Port{512}, count, &b).error().code, Code::exhausted);
+    ASSERT_TRUE(m.guest.event_source()->bind(Port{70}, count, &a));
+    ASSERT_TRUE(m.guest.event_source()->bind(Port{3}, count, &b));
+    EXPECT_EQ(m.guest.event_source()->bind(Port{3}, count, &b).error().code, Code::busy);
+    EXPECT_EQ(m.guest.event_source()->bind(Port{0}, count, &b).error().code, Code::exhausted);
+    EXPECT_EQ(m.guest.event_source()->bind(Port{512}, count, &b).error().code, Code::exhausted);
     m.xen.raise(70);
     EXPECT_FALSE(m.xen.deliver()) << "masked until unmask()";
-    EXPECT_TRUE(m.guest.unmask(Port{70})) << "came in the meantime";
-    EXPECT_FALSE(m.guest.unmask(Port{70}));
-    EXPECT_FALSE(m.guest.unmask(Port{3}));
+    EXPECT_TRUE(m.guest.event_source()->unmask(Port{70})) << "came in the meantime";
+    EXPECT_FALSE(m.guest.event_source()->unmask(Port{70}));
+    EXPECT_FALSE(m.guest.event_source()->unmask(Port{3}));
     m.xen.raise(70);
     m.xen.raise(3);
     m.xen.raise(3);
@@ -193,10 +193,10 @@ TEST(XenEvents, UpcallFindsTheHandlers) {
     EXPECT_EQ(m.xen.upcall_pending(), 0);
     EXPECT_EQ(m.xen.selector(), 0u);
     EXPECT_EQ(m.xen.pending(0) | m.xen.pending(1), 0u);
-    m.guest.mask(Port{70});
+    m.guest.event_source()->mask(Port{70});
     m.xen.raise(70);
     EXPECT_FALSE(m.xen.deliver());
-    m.guest.unbind(Port{70});
+    m.guest.event_source()->unbind(Port{70});
     EXPECT_EQ(m.xen.pending(1), 0u);
     EXPECT_EQ(m.xen.mask(1) >> 6 & 1, 1u);
 }
@@ -207,7 +207,7 @@ TEST(XenEvents, AStormIsBoundedAndAStrayEventIsMasked) {
         int rings = 0;
     } s;
     ASSERT_TRUE(s.m.install() && s.m.start());
-    ASSERT_TRUE(s.m.guest.bind(
+    ASSERT_TRUE(s.m.guest.event_source()->bind(
         Port{9},
         [](void* c) {
             Storm& storm = *static_cast<Storm*>(c);
@@ -215,12 +215,12 @@ TEST(XenEvents, AStormIsBoundedAndAStrayEventIsMasked) {
             storm.m.xen.raise(9); // rings again while it is answered
         },
         &s));
-    static_cast<void>(s.m.guest.unmask(Port{9}));
+    static_cast<void>(s.m.guest.event_source()->unmask(Port{9}));
     s.m.xen.raise(9);
     EXPECT_TRUE(s.m.xen.deliver());
     EXPECT_EQ(s.rings, static_cast<int>(hv::xen::Events::max_passes));
     EXPECT_EQ(s.m.xen.upcall_pending(), 1) << "and the next one is not lost";
-    s.m.guest.mask(Port{9});
+    s.m.guest.event_source()->mask(Port{9});
     EXPECT_TRUE(s.m.xen.deliver());
 
     s.m.xen.mask(2) &= ~(u64{1} << 5);
