@@ -87,7 +87,7 @@ constexpr std::array<FirmwareName, 14> firmware_names{{
 
 constexpr std::array<PolicyRule, 15> rules{{
     {VmGuest::xen, nullptr, "Xen's own leaves are there, whatever it shows beside them"},
-    {VmGuest::hyperv, offers_vmbus, "it offers what a VMBus needs, which is worth more than a name"},
+    {VmGuest::hyperv, offers_vmbus, "it has what a VMBus cannot do without, which is worth more than a name"},
     {VmGuest::kvm, nullptr, "KVM's leaves are there, and no bus that has synthetic disks"},
     {VmGuest::tcg, nullptr, "QEMU without hardware virtualisation"},
     {VmGuest::hyperv, nullptr, "Hyper-V's interface, without a VMBus"},
@@ -110,10 +110,10 @@ bool starts_with(std::string_view text, std::string_view prefix) { return !prefi
 std::span<const PolicyRule> policy() { return rules; }
 
 bool offers_vmbus(const Sighting& s) {
-    // Low half: AccessSynicRegs 2, AccessHypercallMsrs 5, AccessVpIndex 6; high half: PostMessages 4, SignalEvents 5.
-    constexpr u32 low = 1u << 2 | 1u << 5 | 1u << 6;
-    constexpr u32 high = 1u << 4 | 1u << 5;
-    return s.guest == VmGuest::hyperv && s.base != 0 && (s.features & low) == low && (s.features_high & high) == high;
+    // AccessSynicRegs 2, AccessHypercallMsrs 5: without them no message can be sent or come in. Not PostMessages and SignalEvents (the high half),
+    // which OpenVMM does not set though its bus works; not AccessVpIndex, whose register the SynIC can do without.
+    constexpr u32 needed = 1u << 2 | 1u << 5;
+    return s.guest == VmGuest::hyperv && s.base != 0 && (s.features & needed) == needed;
 }
 
 Sightings detect(const CpuidSnapshot& cpuid, const Smbios* smbios) {

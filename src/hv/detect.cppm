@@ -18,7 +18,7 @@ struct Sighting {
     u32 version = 0;       // major << 16 | minor, where it says so (Xen, Hyper-V); 0 elsewhere
     u32 build = 0;         // Hyper-V's build number
     u32 features = 0;      // KVM: leaf base+1 EAX; Hyper-V: base+3 EAX (privileges, low half); Xen: base+4 EAX
-    u32 features_high = 0; // Hyper-V: base+3 EBX (privileges, high half)
+    u32 features_high = 0; // Hyper-V: base+3 EBX (privileges, high half); told, and nothing is ruled out by it
 };
 
 struct Sightings {
@@ -44,8 +44,8 @@ struct Sightings {
 /// CPUID first; SMBIOS's strings only when CPUID shows no hypervisor at all. `smbios` may be nullptr.
 Sightings detect(const CpuidSnapshot& cpuid, const Smbios* smbios);
 
-/// Whether a VMBus can be expected: Hyper-V's interface with the hypercall, SynIC, VP index, post-message and signal-event privileges
-/// [hv-tlfs §2.4.2–2.4.4].
+/// Whether a VMBus is possible: Hyper-V's interface with hypercalls and SynIC [hv-tlfs §2.4.4]. Whether there is one is only known when it has
+/// been asked; the bits for posting messages and signalling events are not demanded, since hosts exist that answer both and set neither.
 bool offers_vmbus(const Sighting& sighting);
 
 /// What the person wants. `guest`: that one, whatever was sighted; `late`: the backend is installed after a fully virtualised start, at the last

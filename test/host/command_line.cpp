@@ -47,7 +47,7 @@ DiskOption parse_disk(const std::string& text, const std::vector<DiskOption>& be
         } else if (word == "sector=512" || word == "sector=4096") {
             disk.sector = number_in(word.substr(7), 4096, "sector");
         } else if (word.rfind("iops=", 0) == 0) {
-            disk.iops = number_in(word.substr(5), 100000, "iops");
+            disk.iops = number_in(word.substr(5), 1000000000, "iops");
         } else {
             throw CLI::ValidationError("--disk " + text + ": '" + word +
                                        "' is not one of lun=N, controller=N, readonly, sector=512, sector=4096, iops=N");
@@ -128,6 +128,8 @@ std::optional<int> parse_command_line(int count, char** words, Options& options)
                    "where Hyper-V's CPUID leaves begin; elsewhere than 0x40000000 a foreign name is first");
     app.add_flag("--no-rsdp", options.no_rsdp, "the loader does not say where ACPI's tables are: the guest finds them in the BIOS area");
     app.add_flag("--no-hyperv", options.no_hyperv, "no leaves of Hyper-V");
+    app.add_flag("--openvmm-leaves", options.openvmm_leaves,
+                 "Hyper-V's leaves as OpenVMM shows them: neither PostMessages nor SignalEvents, though both work");
     app.add_flag("--kvm-leaves", options.kvm_leaves, "KVM's leaves at 0x40000100");
     app.add_flag("--console", options.console, "standard input goes to the serial port");
     try {

@@ -53,6 +53,7 @@ struct Options {
     std::string hyperv_base = "0x40000000";
     bool no_hyperv = false;
     bool no_rsdp = false;
+    bool openvmm_leaves = false;
     bool kvm_leaves = false;
     bool console = false; // standard input goes to the serial port
 };

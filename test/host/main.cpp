@@ -327,6 +327,7 @@ int run(int count, char** words) {
     config.memory = u64{options.memory_mebibytes} << 20;
     config.identity.hyperv = !options.no_hyperv;
     config.identity.kvm_leaves = options.kvm_leaves;
+    config.identity.openvmm = options.openvmm_leaves;
     config.identity.hyperv_base = static_cast<u32>(std::strtoul(options.hyperv_base.c_str(), nullptr, 0));
     auto created = Machine::create(config);
     if (!created) {

@@ -168,6 +168,14 @@ inline constexpr Leaf azure_leaves[] = {
     {0x40000005, 0, 0x000000f0, 0x00000400, 0x00005d00, 0},
     {0x40000006, 0, 0x0000000f, 0, 0, 0},
 };
+// OpenVMM on KVM: a VMBus that works, and no bit set in EBX of the privileges (no PostMessages, no SignalEvents).
+inline constexpr Leaf openvmm_kvm_leaves[] = {
+    AMD_BASIC,
+    {0x40000000, 0, 0x40000005, 0x7263694d, 0x666f736f, 0x76482074},
+    {0x40000001, 0, 0x31237648, 0, 0, 0},
+    {0x40000003, 0, 0x0000087f, 0, 0, 0x00000100},
+    {0x40000004, 0, 0x00000200, 0xffffffff, 0, 0},
+};
 // Bare metal, Intel: every unknown leaf is answered with leaf 0xd's data.
 inline constexpr Leaf bare_intel_leaves[] = {
     {0x0, 0, 0x0000000d, 0x756e6547, 0x6c65746e, 0x49656e69},
@@ -212,6 +220,7 @@ inline constexpr Machine bhyve{"bhyve", Unknown::highest_basic, bhyve_leaves};
 inline constexpr Machine virtualbox{"virtualbox", Unknown::highest_basic, virtualbox_leaves};
 inline constexpr Machine parallels{"parallels", Unknown::highest_basic, parallels_leaves};
 inline constexpr Machine azure{"azure", Unknown::highest_basic, azure_leaves};
+inline constexpr Machine openvmm_kvm{"openvmm-kvm", Unknown::zero, openvmm_kvm_leaves};
 inline constexpr Machine bare_intel{"bare-intel", Unknown::highest_basic, bare_intel_leaves};
 inline constexpr Machine bare_amd{"bare-amd", Unknown::zero, bare_amd_leaves};
 inline constexpr Machine bare_skylake{"bare-skylake", Unknown::highest_basic, bare_skylake_leaves};
@@ -237,6 +246,7 @@ inline constexpr const Machine* all[] = {&kvm,
                                          &virtualbox,
                                          &parallels,
                                          &azure,
+                                         &openvmm_kvm,
                                          &bare_intel,
                                          &bare_amd,
                                          &bare_skylake};

@@ -255,6 +255,13 @@ TEST(HostCpuid, BesideAndAboveOthers) {
     EXPECT_EQ(find(above, 0x4000'0200)->eax, 0x4000'0206u);
     EXPECT_EQ(find(above, 0x4000'0203)->ebx, 0xffffu & ~(1u << 11));
     EXPECT_EQ(find(above, 0x4000'0003), nullptr);
+    const auto openvmm = vmm::processor_cpuid(basic, hyperv, {.openvmm = true}, 0);
+    EXPECT_EQ(find(openvmm, 0x4000'0000)->eax, 0x4000'0005u);
+    EXPECT_EQ(find(openvmm, 0x4000'0001)->eax, 0x3123'7648u);
+    EXPECT_EQ(find(openvmm, 0x4000'0003)->eax, 0x87fu);
+    EXPECT_EQ(find(openvmm, 0x4000'0003)->ebx, 0u);
+    EXPECT_EQ(find(openvmm, 0x4000'0004)->eax, 0x200u);
+    EXPECT_EQ(find(openvmm, 0x4000'0006), nullptr);
     const auto none = vmm::processor_cpuid(basic, hyperv, {.hyperv = false}, 0);
     EXPECT_EQ(find(none, 0x4000'0000), nullptr);
 }

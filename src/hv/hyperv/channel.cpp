@@ -2,6 +2,7 @@ module hv.hyperv.channel;
 import core.std;
 import core.result;
 import core.dma;
+import core.log;
 import io.executor;
 import io.ring;
 import hv.hyperv.hypercall;
@@ -64,8 +65,18 @@ void Channel::signal() {
         return;
     }
     ++counters_.signals;
-    // An answer other than success: the host has just taken the channel away, and its rescind is on the way.
-    static_cast<void>(signalling_.hypercalls->signal_event(signalling_.connection));
+    const Status status = signalling_.hypercalls->signal_event(signalling_.connection);
+    if (status == Status::success) [[likely]] {
+        return;
+    }
+    // As a rule the host has just taken the channel away, and its rescind is on the way. One that forbids the call is told, once: requests will go
+    // unanswered.
+    const bool forbidden =
+        status == Status::access_denied || status == Status::operation_denied || status == Status::invalid_hypercall_code;
+    if (counters_.refused++ == 0 && forbidden) {
+        log::warning("VMBus: channel {}: the hypervisor does not let this guest signal events (status {}): its requests may time out",
+                     offer_.relid, to_underlying(status));
+    }
 }
 
 Inbox::Inbox(Channel& channel, io::Executor& executor) : channel_(channel), executor_(executor), latch_(executor), seen_(channel.interrupts()) {

@@ -42,6 +42,7 @@ struct ChannelCounters {
     u64 signals = 0;      // HvSignalEvent: one hypercall each
     u64 deferred = 0;     // signals by the monitor page: no hypercall
     u64 full = 0;         // packets that found no room
+    u64 refused = 0;      // signals that the hypervisor did not take
 };
 
 class Channel {

@@ -116,6 +116,11 @@ io::Task<Result<void>> Vmbus::post(std::span<const std::byte> message, io::Bound
                 co_return Error{Code::device_gone, "VMBus: the host has taken the device away"};
             }
             break;
+        case Status::access_denied:
+        case Status::operation_denied:
+        case Status::invalid_hypercall_code:
+            co_return Error{Code::not_supported, "VMBus: the hypervisor does not let this guest post messages (status)", 0,
+                            to_underlying(status)};
         default: co_return Error{Code::io, "VMBus: the hypervisor does not take a message (status)", 0, to_underlying(status)};
         }
     }

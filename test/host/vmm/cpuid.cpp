@@ -112,6 +112,25 @@ std::vector<kvm_cpuid_entry2> processor_cpuid(std::span<const kvm_cpuid_entry2> 
                 break;
             default: break;
             }
+            if (identity.openvmm) {
+                switch (offset) {
+                case 0: entry.eax = identity.hyperv_base + 5; break;
+                case 2: entry.eax = entry.ebx = entry.ecx = entry.edx = 0; break;
+                case 3: // run time, reference counter, SynIC, timers, APIC, hypercalls, VP index, frequencies; the frequencies' registers
+                    entry.eax = 0x87f;
+                    entry.ebx = entry.ecx = 0;
+                    entry.edx = 0x100;
+                    break;
+                case 4: // auto-EOI is deprecated
+                    entry.eax = 0x200;
+                    entry.ebx = 0xffff'ffff;
+                    entry.ecx = entry.edx = 0;
+                    break;
+                case 5:
+                case 6: continue;
+                default: break;
+                }
+            }
             entry.function = identity.hyperv_base + offset;
             table.push_back(entry);
         }

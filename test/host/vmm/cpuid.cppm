@@ -14,6 +14,7 @@ struct Identity {
     /// Where Hyper-V's leaves begin: 0x40000000, or another base; then a foreign signature without further leaves stands at the first one.
     u32 hyperv_base = hypervisor_base;
     bool hyperv = true;      // false: no hypervisor leaves at all but those of kvm_leaves
+    bool openvmm = false;    // Hyper-V's leaves show what OpenVMM's do on KVM: no bit in the privileges' high half, no direct timers
     bool kvm_leaves = false; // KVM's signature and features at 0x40000100
     bool tsc_deadline = false;
 };

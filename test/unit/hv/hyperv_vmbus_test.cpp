@@ -99,6 +99,35 @@ TEST(Vmbus, AHostThatAnswersNothingLeavesTheMachineWorking) {
     }
 }
 
+TEST(Vmbus, AHypervisorThatForbidsMessagesIsBelievedAtOnce) {
+    for (const u32 status : {6u, 8u, 2u}) { // access denied, operation denied, no such call
+        hyperv_fake::Machine m;
+        test::CapturedLog log;
+        m.host.busy_posts = ~0u;
+        m.host.busy_status = status;
+        ASSERT_TRUE(m.start(5'000'000'000));
+        const Instant before = m.clock.time;
+        hv::DeviceList list;
+        EXPECT_TRUE(m.enumerate(list));
+        EXPECT_EQ(list.count, 0u);
+        EXPECT_LT(m.clock.time - before, 1'000'000u);
+        EXPECT_GE(m.host.busy_posts, ~0u - 2) << "each of the two connections was asked once";
+        EXPECT_TRUE(log.has("warning: hyperv: VMBus: the hypervisor does not let this guest post messages")) << status;
+        EXPECT_TRUE(log.has("native devices only"));
+        m.guest.uninstall();
+    }
+}
+
+TEST(Vmbus, PrivilegesThatAreNotShownAreNotMissed) {
+    hyperv_fake::Machine m(0x40000000, 0x87f); // as OpenVMM on KVM
+    m.cpuid.leaves[0].value = {0x87f, 0, 0, 0x100};
+    m.sightings.list[1].features_high = 0;
+    ASSERT_TRUE(m.up());
+    EXPECT_TRUE(m.bus().connected());
+    ASSERT_NE(m.guest.timer(), nullptr);
+    EXPECT_EQ(m.guest.timer()->name(), "Hyper-V synthetic") << "by message, no direct mode is offered";
+}
+
 TEST(Vmbus, ARefusedConnectionIsToldWithItsState) {
     hyperv_fake::Machine m;
     m.host.refuse_state = 1;
@@ -437,33 +466,33 @@ TEST(Vmbus, EachOfferIsGivenOnceAndAgainAfterARescind) {
     hv::DeviceList list;
     ASSERT_TRUE(m.enumerate(list));
     ASSERT_EQ(list.count, 1u);
-    EXPECT_FALSE(m.guest.next_device()) << "it is in the list";
-    EXPECT_FALSE(m.guest.news().is_open());
+    EXPECT_FALSE(m.guest.bus()->next_device()) << "it is in the list";
+    EXPECT_FALSE(m.guest.bus()->news().is_open());
     m.host.send(hyperv_fake::Host::offer_message({.relid = 9, .type = std::string(classes::shutdown), .instance = 9}));
     m.host.send(hyperv_fake::Host::offer_message({.relid = 6, .instance = 6}));
     m.host.send(hyperv_fake::Host::offer_message({.relid = 7, .instance = 6, .sub_channel = 1}));
     m.host.send(hyperv_fake::Host::offer_message({.relid = 8, .instance = 8}));
     m.host.rescind(8); // before anybody looks
     m.settle();
-    EXPECT_TRUE(m.guest.news().is_open());
-    auto device = m.guest.next_device();
+    EXPECT_TRUE(m.guest.bus()->news().is_open());
+    auto device = m.guest.bus()->next_device();
     ASSERT_TRUE(device);
     EXPECT_EQ(device->number, 6u);
     EXPECT_EQ(device->type.view(), classes::scsi);
-    device = m.guest.next_device();
+    device = m.guest.bus()->next_device();
     ASSERT_TRUE(device);
     EXPECT_EQ(device->number, 9u) << "of any class";
     EXPECT_EQ(device->type.view(), classes::shutdown);
-    EXPECT_FALSE(m.guest.next_device());
-    m.guest.news().close();
+    EXPECT_FALSE(m.guest.bus()->next_device());
+    m.guest.bus()->news().close();
     m.host.rescind(6);
     m.host.send(hyperv_fake::Host::offer_message({.relid = 6, .instance = 6}));
     m.settle();
-    EXPECT_TRUE(m.guest.news().is_open());
-    device = m.guest.next_device();
+    EXPECT_TRUE(m.guest.bus()->news().is_open());
+    device = m.guest.bus()->next_device();
     ASSERT_TRUE(device);
     EXPECT_EQ(device->number, 6u);
-    EXPECT_FALSE(m.guest.next_device());
+    EXPECT_FALSE(m.guest.bus()->next_device());
 }
 
 TEST(Vmbus, OffersThatFindNoRoomAreToldInOneLine) {
@@ -476,7 +505,7 @@ TEST(Vmbus, OffersThatFindNoRoomAreToldInOneLine) {
         m.settle();
     }
     usize given = 0;
-    while (m.guest.next_device()) {
+    while (m.guest.bus()->next_device()) {
         ++given;
     }
     EXPECT_EQ(given, Vmbus::max_offers);
