@@ -135,6 +135,8 @@ def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
     boots = " and ".join(f"{side.platform} ({side.about}): {', '.join(side.disks)}" for side in sides)
     print(f"\nplatform {chosen.comparison}, boot {machines[0].boot}, {mode} time; {boots}\n")
     print(report.results(ours))
+    if note := report.clock_note(ours):
+        print("\n" + note)
     compared = report.ratios(ours, theirs)
     if theirs:
         print("\nLinux with fio, same machines, same images, same start of the lab\n\n" + report.results(theirs))
@@ -216,7 +218,8 @@ def linux_line(lines: Sequence[str], asked: Sequence[workloads.Workload]) -> str
 
 def describe(record: dict) -> str:
     if record["record"] == "boot":
-        return f"booted by {record.get('entry')}, vm_guest {record.get('vm_guest')}"
+        guess = ", its clock's rate is a guess" if record.get("clock_assumed") else ""
+        return f"booted by {record.get('entry')}, vm_guest {record.get('vm_guest')}{guess}"
     if record["record"] == "disk":
         return f"disk {record.get('name')}: {record.get('driver')}, {record.get('kind')}"
     return f"error: {record.get('message')}"
@@ -252,7 +255,8 @@ def our_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
         "platform": chosen.comparison, "machine": boot.machine.platform, "boot": boot.machine.boot,
         "vm_guest": start.get("vm_guest", ""), "mode": mode,
     }  # fmt: skip
-    return [fiojson.job(record, context) for record in found]
+    assumed = bool(start.get("clock_assumed"))
+    return [fiojson.job(record, {**context, "clock_assumed": assumed or bool(record.get("clock_assumed"))}) for record in found]
 
 
 def demand_phases(boot: launch.Boot, expected: int) -> None:
@@ -290,6 +294,8 @@ def first_block(ready: lab.Lab) -> float:
     found = boot.log.of("first_block")
     if not found:
         raise Problem("first-block: the kernel sent no first_block record.", Exit.FAILURE)
+    if found[0].get("clock_assumed"):
+        raise Problem("first-block: the kernel assumed its clock's rate, so the figure means nothing; QEMU's ACPI timer was expected.", Exit.FAILURE)
     return float(found[0]["ns"])
 
 

@@ -86,6 +86,18 @@ def results(jobs: Sequence[dict]) -> str:
     return table(HEADS, [row(job) for job in jobs], 4, (0, 3), terminal())
 
 
+def clock_note(jobs: Sequence[dict]) -> str:
+    """What must stand under a table whose times are no measurements; nothing for one whose times are."""
+    guessed = [job for job in jobs if job["firstlight"].get("clock_assumed")]
+    if not guessed:
+        return ""
+    which = "all rows" if len(guessed) == len(jobs) else ", ".join(job["jobname"] for job in guessed)
+    return (
+        f"Clock assumed ({which}): nobody told this guest the rate of its time stamp counter, and no timer was there to measure it by.\n"
+        "IOPS, MiB/s and latencies are wrong by one unknown factor; counts and ratios within one boot hold."
+    )
+
+
 def ratios(ours: Sequence[dict], theirs: Sequence[dict] = ()) -> str:
     """Synthetic against emulated, and ours against Linux on the same disk, workload by workload."""
     rates: dict[str, dict[str, float]] = {}

@@ -50,6 +50,10 @@ std::optional<Outcome> unknown_disk(const DiskChoice& choice, std::string_view k
     return std::nullopt;
 }
 
+constexpr std::string_view by_a_guess(const JobServices& services) {
+    return services.clock_assumed ? " (the clock's rate is assumed, not measured)" : "";
+}
+
 io::Task<Result<void>> say_where() {
     log::info("processor {}: at work", this_processor());
     co_return Result<void>{};
@@ -76,8 +80,13 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
         }
         log::info("{}: block 0 read", disk->identity().name.view());
         if (std::exchange(first, false)) {
-            log::info("first block {} us after the entry", now / 1000);
-            log::Record("first_block").text("disk", disk->identity().name.view()).number("ns", now);
+            const Nanoseconds since_entry = now - std::min(now, services.clock_ahead);
+            log::info("first block {} us after the entry{}", since_entry / 1000, by_a_guess(services));
+            log::Record record("first_block");
+            record.text("disk", disk->identity().name.view()).number("ns", since_entry);
+            if (services.clock_assumed) {
+                record.flag("clock_assumed", true);
+            }
         }
     }
     if (services.executors.size() > 1) {
@@ -188,9 +197,9 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
             if (!result) {
                 co_return refused(result.error(), disk_name);
             }
-            io::print_record(*disk, *result);
-            log::info("{}: {} bs={} qd={} lanes={}: {} I/Os in {} us, {} errors", disk_name, workload.pattern, workload.bs, workload.qd,
-                      result->lanes, workload.count, result->runtime_ns / 1000, result->errors);
+            io::print_record(*disk, *result, services.clock_assumed);
+            log::info("{}: {} bs={} qd={} lanes={}: {} I/Os in {} us, {} errors{}", disk_name, workload.pattern, workload.bs, workload.qd,
+                      result->lanes, workload.count, result->runtime_ns / 1000, result->errors, by_a_guess(services));
             if (result->first_error) {
                 report(*result->first_error, disk_name);
             }
@@ -202,6 +211,9 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
     print(outcome.reason, "{} workloads, {} failed I/Os", runs, errors);
     if (most_lanes > 1) {
         print(outcome.reason, ", on {} lanes", most_lanes);
+    }
+    if (services.clock_assumed) {
+        print(outcome.reason, "; times are by an assumed clock, not a measured one");
     }
     co_return outcome;
 }

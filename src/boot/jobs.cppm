@@ -3,6 +3,7 @@ export module boot.jobs;
 import core.std;
 import core.result;
 import core.text;
+import core.time;
 import core.verdict;
 import core.dma;
 import io.task;
@@ -27,6 +28,10 @@ struct JobServices {
     std::span<io::Executor* const> executors{};
     /// Tells a host that counts where each workload of `bench` begins (their numbers from 1) and ends (0); absent: nobody counts.
     void (*mark)(u32 phase) = nullptr;
+    /// What instants are worth: their rate is a guess, and no figure is printed without saying so; they are ahead of the time since the entry by
+    /// so much.
+    bool clock_assumed = false;
+    Nanoseconds clock_ahead = 0;
 };
 
 /// Runs options.job (all but `panic`) on the disks. Everything that the options name is checked before the first transfer: what is wrong with

@@ -144,7 +144,9 @@ void boot_record(const BootInfo& info, const hv::Sightings& sightings, std::stri
         record.open("", '{').text("base", base.view()).text("name", sighting.signature.view()).close('}');
     }
     record.close(']').number("memory_bytes", usable).number("tsc_khz", tsc_hz() / 1000).text("clock", clock_name());
-    record.number("detect_ns", scale.ns(moments.detected - moments.entry)).number("first_probe_ns", first_probe);
+    record.flag("clock_assumed", clock_assumed());
+    record.number("detect_ns", scale.ns(moments.detected - moments.entry));
+    record.number("first_probe_ns", first_probe - std::min(first_probe, clock_ahead()));
 }
 
 // One executor for each processor, index = processor. Those of further processors are made when they start and last as long as the machine.
@@ -401,7 +403,8 @@ io::Task<Result<Outcome>> probe_and_run(const BootInfo& info, BackendSide side, 
         }
     }
     Result<Outcome> outcome = co_await run_until_shutdown(
-        options, given.disks, {executor, dma_memory(), heap_allocations, executors().all(), options.marks != 0 ? mark_phase : nullptr},
+        options, given.disks,
+        {executor, dma_memory(), heap_allocations, executors().all(), options.marks != 0 ? mark_phase : nullptr, clock_assumed(), clock_ahead()},
         given.shutdown);
     if (outcome && outcome->verdict == Verdict::success && (table.wrong() != 0 || info.map_file_truncated != 0 || failed_probes != 0)) {
         outcome->verdict = Verdict::error;
@@ -535,6 +538,15 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
                 }
             }
             log::keep(false); // no console comes later
+            if (choice.when == hv::When::late) { // it has not been asked yet
+                correct_clock({backend.tsc_hz().value_or(0), backend.clock_name()});
+                log::info("clock {} at {} kHz", clock_name(), tsc_hz() / 1000);
+            }
+            if (clock_assumed()) {
+                log::warning("the clock's rate is a guess: no hypervisor tells the time stamp counter's frequency, and neither an ACPI timer nor a "
+                             "PIT counts here; {} kHz is assumed, and every time that is printed is wrong by the same factor",
+                             tsc_hz() / 1000);
+            }
             // Its name is that of its code, which may serve more: QEMU's TCG is served by kvm.
             if (name(hv::vm_guest()) == F::name) {
                 log::info("backend: {}", F::name);

@@ -91,9 +91,11 @@ Fadt read_fadt(PhysicalReader& memory, const Table& t) {
     if (!f.hardware_reduced) {
         f.pm1a_control = port_at(memory, t, 64, 172);
         f.pm1b_control = port_at(memory, t, 68, 184);
-        f.pm_timer = field<u8>(memory, t, 91) == 4 ? port_at(memory, t, 76, 208) : u16{0};
-        f.pm_timer_32 = (flags >> 8 & 1) != 0;
     }
+    // Whatever the table says about its length, and on hardware-reduced machines too, where these fields do not count: Cloud Hypervisor has a timer
+    // there and says neither. Whether it counts is found out by reading it.
+    f.pm_timer = port_at(memory, t, 76, 208);
+    f.pm_timer_32 = (flags >> 8 & 1) != 0;
     if ((flags >> 10 & 1) != 0) {
         f.reset = register_at(memory, t, 116);
         f.reset_value = field<u8>(memory, t, 128);

@@ -502,7 +502,7 @@ void print_latencies(const BlockDevice& disk, std::string_view op, const Latenci
 }
 } // namespace
 
-void print_record(const BlockDevice& disk, const BenchReport& report) {
+void print_record(const BlockDevice& disk, const BenchReport& report, bool clock_assumed) {
     const Workload& w = report.workload;
     print_latencies(disk, "read", report.read);
     print_latencies(disk, "write", report.write);
@@ -518,6 +518,9 @@ void print_record(const BlockDevice& disk, const BenchReport& report) {
     record.number("device_accesses", report.counters.device_accesses).number("hypercalls", report.counters.hypercalls);
     record.number("notifications", report.counters.notifications).number("interrupts", report.counters.interrupts);
     record.number("allocations", report.allocations).number("lanes", report.lanes);
+    if (clock_assumed) {
+        record.flag("clock_assumed", true);
+    }
     print_direction(record, "read", report.read);
     print_direction(record, "write", report.write);
 }

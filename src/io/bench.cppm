@@ -121,6 +121,7 @@ class Bench {
 };
 
 /// The record `result`.
-void print_record(const BlockDevice& disk, const BenchReport& report);
+/// `clock_assumed`: the times are by a clock whose rate is a guess; the record says so.
+void print_record(const BlockDevice& disk, const BenchReport& report, bool clock_assumed = false);
 
 } // namespace fl::io

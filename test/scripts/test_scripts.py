@@ -651,6 +651,15 @@ class Fio(unittest.TestCase):
         self.assertIn("2.00", report.ratios([job, other]))
         self.assertIn("0.00 %", report.spread([[job], [job]]))
 
+    def test_times_by_an_assumed_clock_have_a_note(self):
+        good = fiojson.job(RESULT, {"clock_assumed": False})
+        guessed = fiojson.job({**RESULT, "disk": "hda"}, {"clock_assumed": True})
+        self.assertEqual(report.clock_note([good, good]), "")
+        self.assertEqual(report.clock_note([fiojson.job(RESULT, {})]), "")
+        self.assertIn("Clock assumed (hda-randread-4k-qd32)", report.clock_note([good, guessed]))
+        self.assertIn("Clock assumed (all rows)", report.clock_note([guessed]))
+        self.assertTrue(guessed["firstlight"]["clock_assumed"])
+
     def test_yardstick_output(self):
         text = 'yardstick hda linux-ata_piix 0\n{"jobs" : [{"jobname":\n"x"}]}\nyardstick end\n'
         self.assertEqual(yardstick.results(text), [("hda", "linux-ata_piix", 0, {"jobname": "x"})])

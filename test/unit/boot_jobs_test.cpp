@@ -86,11 +86,16 @@ struct Jobs : testing::Test {
     MemoryDisk hdb{executor, "hdb", 2048};
     Capture capture;
 
+    bool clock_assumed = false;
+    Nanoseconds clock_ahead = 0;
+
     boot::Outcome run(const char* cmdline) {
         boot::Options options;
         boot::OptionErrors errors;
         EXPECT_TRUE(boot::parse_options(cmdline, options, errors)) << cmdline;
-        auto result = executor.run(boot::run_job(options, disks, {executor, dma, [] { return u64{0}; }}));
+        auto result = executor.run(boot::run_job(options, disks, {.executor = executor, .dma = dma,
+                                                                  .heap_allocations = [] { return u64{0}; },
+                                                                  .clock_assumed = clock_assumed, .clock_ahead = clock_ahead}));
         EXPECT_TRUE(result);
         return *result;
     }
@@ -125,6 +130,38 @@ TEST_F(Jobs, ADiskThatTheHostTookAwayMayComeAgain) {
     ASSERT_TRUE(synthetic.announce(again, 0));
     EXPECT_FALSE(synthetic.offered(0));
     EXPECT_FALSE(native.offered(0));
+}
+
+TEST_F(Jobs, NoTimeByAnAssumedClockWithoutSayingSo) {
+    attach();
+    EXPECT_EQ(run("job=boot").verdict, Verdict::success);
+    const auto measured = run("job=bench disk=xvda workload=randread,count=4");
+    EXPECT_EQ(measured.verdict, Verdict::success);
+    EXPECT_EQ(measured.reason.view().find("assumed"), std::string_view::npos);
+    EXPECT_FALSE(capture.has("assumed"));
+
+    clock_assumed = true;
+    EXPECT_EQ(run("job=boot").verdict, Verdict::success);
+    EXPECT_NE(capture.text.find(",\"clock_assumed\":true}", capture.text.rfind("\"first_block\"")), std::string::npos);
+    EXPECT_TRUE(capture.has("us after the entry (the clock's rate is assumed, not measured)"));
+    const auto guessed = run("job=bench disk=xvda workload=randread,count=4");
+    EXPECT_EQ(guessed.verdict, Verdict::success) << "the I/Os were done and counted";
+    EXPECT_NE(guessed.reason.view().find("times are by an assumed clock"), std::string_view::npos);
+    EXPECT_NE(capture.text.find("\"clock_assumed\":true", capture.text.rfind("\"record\":\"result\"")), std::string::npos);
+    EXPECT_TRUE(capture.has("0 errors (the clock's rate is assumed, not measured)"));
+}
+
+TEST_F(Jobs, TheFirstBlockIsTimedFromTheEntryAlsoWhereTheClockRanAhead) {
+    attach();
+    clock = 10'000'000;
+    clock_ahead = 9'000'000;
+    EXPECT_EQ(run("job=boot").verdict, Verdict::success);
+    const std::string before = "\"record\":\"first_block\",\"disk\":\"xvda\",\"ns\":";
+    const auto at = capture.text.find(before);
+    ASSERT_NE(at, std::string::npos);
+    const u64 ns = std::strtoull(capture.text.c_str() + at + before.size(), nullptr, 10);
+    EXPECT_GE(ns, 1'000'000u);
+    EXPECT_LT(ns, 1'100'000u) << "a millisecond, not ten";
 }
 
 TEST_F(Jobs, BootReadsTheFirstBlockOfEveryDisk) {

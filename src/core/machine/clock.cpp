@@ -3,6 +3,7 @@ module;
 module core.machine.clock;
 import core.std;
 import core.acpi;
+import core.calibration;
 import core.interrupt;
 import core.result;
 import core.time;
@@ -15,84 +16,59 @@ namespace fl {
 
 namespace {
 
-constinit u64 entry = 0;
-constinit CycleScale scale;
+constinit Timeline timeline;
 constinit std::string_view source = "not started";
-
-// How long to measure: an edge is caught within some ten cycles, so 300 us give some ten parts per million.
-constexpr u64 measure_us = 300;
-// No wait for an edge lasts longer than this many reads of a port.
-constexpr u32 most_reads = 100'000;
+constexpr std::string_view assumed = "assumed";
 
 constexpr u64 pm_timer_hz = 3'579'545; // [ACPI 6.5 §4.8.2.1]
 constexpr u64 pit_hz = 1'193'182;      // [8254]
-
-// Counts a timer that runs up, `mask` wide, from one of its edges to another; 0: it stands still.
-template <class Read>
-u64 measure(u64 timer_hz, u32 mask, Read read) {
-    const u64 wanted = timer_hz * measure_us / 1'000'000;
-    u32 last = read();
-    u64 ticks = 0;
-    u64 begin = 0;
-    bool started = false;
-    for (u32 still = 0; still < most_reads;) {
-        const u32 value = read();
-        const u64 tsc = cpu::read_tsc();
-        const u32 step = (value - last) & mask;
-        if (step == 0) {
-            ++still;
-            continue;
-        }
-        still = 0;
-        last = value;
-        if (!started) {
-            started = true;
-            begin = tsc;
-            continue;
-        }
-        ticks += step;
-        if (ticks >= wanted) {
-            return static_cast<u64>((tsc - begin) * timer_hz / ticks);
-        }
-    }
-    return 0;
-}
-
-u64 measure_pm_timer(const acpi::Fadt& fadt) {
-    const u16 port = fadt.pm_timer;
-    return measure(pm_timer_hz, fadt.pm_timer_32 ? ~0u : 0xffffffu, [port] { return cpu::in32(port); });
-}
+// A tick of either takes fewer readings than this on every machine, and a port that nobody answers costs a few milliseconds: a reading exits to
+// the hypervisor once, or three times.
+constexpr u32 pm_timer_most_still = 400;
+constexpr u32 pit_most_still = 200;
 
 constexpr u16 pit_channel0 = 0x40;
 constexpr u16 pit_channel2 = 0x42;
 constexpr u16 pit_command = 0x43;
 constexpr u16 speaker = 0x61; // bit 0: gate of channel 2; bit 1: the speaker
 
-u64 measure_pit() {
+Calibration measure_pm_timer(const acpi::Fadt& fadt) {
+    u16 port = fadt.pm_timer;
+    return calibrate({.hz = pm_timer_hz,
+                      .mask = fadt.pm_timer_32 ? ~0u : 0xffffffu,
+                      .most_still = pm_timer_most_still,
+                      .context = &port,
+                      .read = [](void* context) {
+                          TimerReading reading;
+                          reading.before = cpu::read_tsc();
+                          reading.value = cpu::in32(*static_cast<const u16*>(context));
+                          reading.after = cpu::read_tsc();
+                          return reading;
+                      }});
+}
+
+Calibration measure_pit() {
     const u8 before = cpu::in8(speaker);
     cpu::out8(speaker, static_cast<u8>((before & ~2u) | 1u));
     cpu::out8(pit_command, 0xb0); // channel 2, low then high byte, mode 0
     cpu::out8(pit_channel2, 0xff);
     cpu::out8(pit_channel2, 0xff);
-    const u64 hz = measure(pit_hz, 0xffff, [] {
-        cpu::out8(pit_command, 0x80); // latch channel 2
-        const u32 low = cpu::in8(pit_channel2);
-        const u32 high = cpu::in8(pit_channel2);
-        return ~(low | high << 8) & 0xffffu; // it counts down
-    });
+    const Calibration found = calibrate({.hz = pit_hz, .mask = 0xffff, .most_still = pit_most_still, .context = nullptr, .read = [](void*) {
+                                             TimerReading reading;
+                                             reading.before = cpu::read_tsc();
+                                             cpu::out8(pit_command, 0x80); // latch channel 2
+                                             const u32 low = cpu::in8(pit_channel2);
+                                             const u32 high = cpu::in8(pit_channel2);
+                                             reading.after = cpu::read_tsc();
+                                             reading.value = ~(low | high << 8) & 0xffffu; // it counts down
+                                             return reading;
+                                         }});
     cpu::out8(speaker, before);
-    return hz;
+    return found;
 }
 
-void use(u64 hz, std::string_view name) {
-    // What is slower or faster than any processor is a broken answer.
-    constexpr u64 slowest = 10'000'000;
-    constexpr u64 fastest = 100'000'000'000;
-    if (source == "not started" && hz >= slowest && hz <= fastest) {
-        scale = CycleScale(hz);
-        source = name;
-    }
-}
+// What is slower or faster than any processor is a broken answer.
+constexpr bool plausible(u64 hz) { return hz >= 10'000'000 && hz <= 100'000'000'000; }
 
 // Nanoseconds to units of a timer: (ns * multiplier) >> 32, the inverse of CycleScale.
 u64 inverse(u64 hz) {
@@ -122,9 +98,9 @@ constexpr u32 lvt_deadline = 2 << 17;
 
 void on_timer(void*) { local().timer_at = never; }
 
-// The local APIC's timer against the counter, for about 20 us: it only wakes, it does not tell time.
-u64 measure_local_apic() {
-    constexpr u64 length = 20'000;
+// The local APIC's timer against the counter: it only wakes, it does not tell time.
+u64 measure_local_apic_once() {
+    constexpr u64 length = 7'000;
     lapic::write(lapic::Reg::timer_initial, ~0u);
     const u32 first = lapic::read(lapic::Reg::timer_current);
     const Instant begin = now();
@@ -135,6 +111,14 @@ u64 measure_local_apic() {
     const Nanoseconds took = now() - begin;
     lapic::write(lapic::Reg::timer_initial, 0);
     return took == 0 ? 0 : u64{first - last} * 1'000'000'000 / took;
+}
+
+// The middle one of three: one of them may have been interrupted by the host.
+u64 measure_local_apic() {
+    const u64 a = measure_local_apic_once();
+    const u64 b = measure_local_apic_once();
+    const u64 c = measure_local_apic_once();
+    return std::max(std::min(a, b), std::min(std::max(a, b), c));
 }
 
 void arm(Local& own, Instant until, Instant time) {
@@ -163,23 +147,50 @@ void arm(Local& own, Instant until, Instant time) {
 } // namespace
 
 void start_clock(u64 entry_tsc, const acpi::Tables* tables, ClockHint hint) {
-    entry = entry_tsc;
-    source = "not started";
-    use(hint.tsc_hz, hint.name);
-    if (source == "not started" && tables != nullptr && tables->fadt && tables->fadt->pm_timer != 0) {
-        use(measure_pm_timer(*tables->fadt), "ACPI timer");
+    u64 hz = 0;
+    const auto take = [&](u64 found, std::string_view name) {
+        if (hz == 0 && plausible(found)) {
+            hz = found;
+            source = name;
+        }
+    };
+    take(hint.tsc_hz, hint.name);
+    if (hz == 0 && tables != nullptr && tables->fadt && tables->fadt->pm_timer != 0) {
+        take(measure_pm_timer(*tables->fadt).hz, "ACPI timer");
     }
-    if (source == "not started") {
-        use(measure_pit(), "PIT");
+    if (hz == 0) {
+        take(measure_pit().hz, "PIT");
     }
-    if (source == "not started") {
-        source = "assumed";
+    if (hz == 0) {
+        hz = 1'000'000'000;
+        source = assumed;
     }
+    timeline = Timeline(entry_tsc, hz);
+}
+
+void correct_clock(ClockHint hint) {
+    if (!plausible(hint.tsc_hz)) {
+        return;
+    }
+    const bool same = hint.tsc_hz == tsc_hz();
+    source = hint.name;
+    if (same) {
+        return;
+    }
+    timeline.correct(cpu::read_tsc(), hint.tsc_hz);
+    if (timer == Timer::deadline) {
+        timer_units = inverse(tsc_hz());
+    } else if (timer == Timer::local_apic) {
+        timer_units = inverse(measure_local_apic());
+    }
+    local().timer_at = never; // what was set before is due at another time: the next sleep sets it anew
 }
 
 std::string_view clock_name() { return source; }
-u64 tsc_hz() { return scale.frequency_hz(); }
-Instant now() { return scale.ns(cpu::read_tsc() - entry); }
+bool clock_assumed() { return source == assumed; }
+Nanoseconds clock_ahead() { return timeline.ahead(); }
+u64 tsc_hz() { return timeline.hz(); }
+Instant now() { return timeline.at(cpu::read_tsc()); }
 
 Result<void> start_timer(InterruptController& controller) {
     if (lapic::mode() != lapic::Mode::none) {

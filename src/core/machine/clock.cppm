@@ -14,12 +14,20 @@ struct ClockHint {
     std::string_view name;
 };
 
-/// Finds the counter's frequency: from the hint, else by measuring for about 300 us against the ACPI timer or, without one, the PIT. Instants
-/// count from entry_tsc. When nothing can be measured it assumes 1 GHz and says so in clock_name(). Once, after start_acpi (`tables` may be
-/// nullptr).
+/// Finds the counter's frequency: from the hint, else by measuring for about 300 us against the ACPI timer or, without one, the PIT
+/// [core.calibration]. Instants count from entry_tsc. When nothing can be measured it assumes 1 GHz: clock_assumed(). Once, after start_acpi
+/// (`tables` may be nullptr).
 void start_clock(u64 entry_tsc, const acpi::Tables* tables, ClockHint hint);
+/// A backend that came later knows better: its frequency counts from now on. Instants do not go back; where they had run too fast they are ahead
+/// of the time since the entry from here on. Nothing happens without a frequency in the hint. After start_timer(), before another processor runs
+/// and before use_timer().
+void correct_clock(ClockHint hint);
 /// For the log: "kvmclock", "CPUID 0x15", "ACPI timer", "PIT", "assumed".
 std::string_view clock_name();
+/// The frequency is a guess: nobody told it and no timer was there to measure it against. No time is worth printing without saying so.
+bool clock_assumed();
+/// How far instants are ahead of the time since the entry; 0 unless correct_clock() found that they had run too fast.
+Nanoseconds clock_ahead();
 u64 tsc_hz();
 /// Monotonic on this processor. Before start_clock: cycles as if at 1 GHz.
 Instant now();

@@ -1,0 +1,165 @@
+module core.calibration;
+import core.std;
+
+namespace fl {
+
+namespace {
+
+constexpr u64 warm_up_us = 12;
+constexpr u64 sample_us = 55;
+constexpr u64 fewest_ticks = 128; // of a sample
+constexpr u32 enough = 5;         // that agree, and are a third of all
+constexpr u32 fewest = 3;         // if that is more than half, and no more can be had
+constexpr u32 most_samples = 24;
+// Of all readings together: a timer that moves, and so slowly that nothing comes of it, ends here.
+constexpr u32 most_readings = 65'536;
+// Two rates agree within one part in so many, besides what their readings leave open.
+constexpr u64 agreement = 128;
+
+struct Sample {
+    u64 ticks = 0;
+    u64 cycles = 0;
+    bool disturbed = false;
+    u64 rate = 0;  // Hz
+    u64 slack = 0; // of it: other rates agree within so much
+};
+
+class Measurement {
+  public:
+    explicit Measurement(const ReferenceTimer& timer) : timer_(timer) {}
+
+    /// Waits for the timer's first change. False: there is none.
+    bool begin() {
+        TimerReading first;
+        if (!read(first)) {
+            return false;
+        }
+        for (u32 still = 0; still < timer_.most_still; ++still) {
+            if (!read(last_)) {
+                return false;
+            }
+            if (((last_.value ^ first.value) & timer_.mask) != 0) {
+                return true;
+            }
+        }
+        return false;
+    }
+
+    /// From the last reading that was used to one at least `wanted` ticks later. Nothing: the timer stands still, or the readings are used up.
+    std::optional<Sample> next(u64 wanted) {
+        const TimerReading first = last_;
+        TimerReading reading = first;
+        Sample sample;
+        for (u32 still = 0; still < timer_.most_still;) {
+            const u32 before = reading.value;
+            if (!read(reading)) {
+                return std::nullopt;
+            }
+            const u32 step = (reading.value - before) & timer_.mask;
+            if (step == 0) {
+                ++still;
+                continue;
+            }
+            still = 0;
+            sample.disturbed = sample.disturbed || step > timer_.mask / 2; // it went back, or round more often than can be told
+            sample.ticks += step;
+            const u64 took = reading.after - reading.before;
+            tightest_ = std::min(tightest_, took);
+            // A reading that was interrupted does not say when its value was read.
+            if (sample.ticks < wanted || (took > 4 * tightest_ + 64 && sample.ticks < 2 * wanted)) {
+                continue;
+            }
+            last_ = reading;
+            const u64 from = first.before + (first.after - first.before) / 2;
+            const u64 to = reading.before + took / 2;
+            sample.cycles = to - from;
+            // The machine stood still, or went back to where it was saved.
+            constexpr u64 most_cycles = u64{1} << 30;
+            sample.disturbed = sample.disturbed || sample.ticks > 4 * wanted || sample.cycles == 0 || sample.cycles > most_cycles;
+            if (!sample.disturbed) {
+                // When the timer changed is known to a reading's length, or, where readings take longer than its ticks, to a tick; at both ends.
+                const u64 open = 2 * std::min(2 * tightest_, sample.cycles / sample.ticks);
+                sample.rate = sample.cycles * timer_.hz / sample.ticks;
+                sample.slack = sample.rate / agreement + open * timer_.hz / sample.ticks;
+            }
+            return sample;
+        }
+        return std::nullopt;
+    }
+
+    u64 tightest() const { return tightest_; }
+    u32 readings() const { return readings_; }
+
+  private:
+    bool read(TimerReading& into) {
+        if (readings_ == most_readings) {
+            return false;
+        }
+        ++readings_;
+        into = timer_.read(timer_.context);
+        return true;
+    }
+
+    const ReferenceTimer& timer_;
+    TimerReading last_;
+    u64 tightest_ = ~u64{0} / 8; // cycles that a reading takes
+    u32 readings_ = 0;
+};
+
+// The largest group of samples that agree with one of them, as one long sample.
+Calibration largest_group(std::span<const Sample> samples, u64 timer_hz) {
+    Calibration best;
+    for (const Sample& middle : samples) {
+        u32 count = 0;
+        u64 cycles = 0;
+        u64 ticks = 0;
+        for (const Sample& other : samples) {
+            const u64 apart = other.rate > middle.rate ? other.rate - middle.rate : middle.rate - other.rate;
+            if (apart <= middle.slack) {
+                ++count;
+                cycles += other.cycles;
+                ticks += other.ticks;
+            }
+        }
+        if (count > best.agreeing) {
+            best = {.hz = cycles * timer_hz / ticks, .agreeing = count};
+        }
+    }
+    return best;
+}
+
+} // namespace
+
+Calibration calibrate(const ReferenceTimer& timer) {
+    Measurement measurement(timer);
+    std::array<Sample, most_samples> samples;
+    usize kept = 0;
+    u32 taken = 0;
+    Calibration result;
+    if (const auto first = measurement.begin() ? measurement.next(timer.hz * warm_up_us / 1'000'000) : std::nullopt) {
+        // Readings that take long want longer samples, within a bound: what is not known about one reading is about half of what it takes.
+        const u64 shortest = std::max(timer.hz * sample_us / 1'000'000, fewest_ticks);
+        const u64 cycles = first->ticks == 0 ? 0 : shortest * first->cycles / first->ticks;
+        const u64 wanted = cycles == 0 ? shortest : shortest * std::clamp<u64>(16 * measurement.tightest() / cycles, 1, 16);
+        while (taken < most_samples && (result.agreeing < enough || result.agreeing * 3 < taken)) {
+            const auto sample = measurement.next(wanted);
+            if (!sample) {
+                break;
+            }
+            ++taken;
+            if (!sample->disturbed) {
+                samples[kept++] = *sample;
+                result = largest_group(std::span(samples).first(kept), timer.hz);
+            }
+        }
+    }
+    const bool good = (result.agreeing >= enough && result.agreeing * 3 >= taken) || (result.agreeing >= fewest && result.agreeing * 2 > taken);
+    if (!good) {
+        result = {};
+    }
+    result.samples = taken;
+    result.readings = measurement.readings();
+    return result;
+}
+
+} // namespace fl
