@@ -161,6 +161,9 @@ def complaints(said: str, entry: str, cpus: int, root: Path) -> list[str]:
         faults.append(f"the machine did not stop at an interrupt: {interrupted.strip()[:200]}")
     # Through the interrupted code, to where the processor began.
     faults += ending("the backtrace of an interrupt", inner, entry, "fl::boot::kernel_start")
+    if not re.search(r"^#1 +<signal handler called>$", inner, re.M):
+        # Without the mark the interrupted function is looked up one byte too low: ?? if it was at its first instruction.
+        faults.append("the frame between an interrupt and what it interrupted is not marked as one")
     threads = re.split(r"^Thread (\d+) .*\n", every, flags=re.M)[1:]
     if len(threads) != 2 * cpus:
         faults.append(f"{len(threads) // 2} processors have a backtrace, {cpus} expected")

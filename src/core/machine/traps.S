@@ -7,22 +7,79 @@
 // `pushed`: how many bytes lie between RSP and the frame that the processor pushed.
 .macro begin_frame pushed
     .cfi_startproc simple
-    .cfi_signal_frame
     .cfi_def_cfa rsp, \pushed + 40
     .cfi_offset rip, -40
     .cfi_offset rsp, -16
 .endm
 
-.macro push_register name
-    pushq %\name
-    .cfi_adjust_cfa_offset 8
-    .cfi_rel_offset \name, 0
+// Assemblers leave the mark of a signal frame out of .debug_frame, and without it a debugger looks up the interrupted function one byte before
+// the interrupted instruction, which is another function's, or nobody's, if that one is the first. So the rules of the two common parts, from
+// which the interrupted code is found, are written out [DWARF5 §6.4.1]; "S" is the mark [LSB-5.0 §10.6].
+.pushsection .debug_frame, "", @progbits
+frame_rules:
+    .long frame_rules_end - frame_rules_begin
+frame_rules_begin:
+    .long 0xffffffff                    // a common information entry
+    .byte 4                             // its version
+    .asciz "S"
+    .byte 8, 0                          // bytes of an address, of a segment selector
+    .uleb128 1                          // code alignment
+    .sleb128 -8                         // data alignment
+    .uleb128 16                         // the return address: RIP
+    .byte 0x80 | 16, 5                  // DW_CFA_offset: RIP is at CFA - 40
+    .byte 0x80 | 7, 2                   // RSP is at CFA - 16
+    .balign 8
+frame_rules_end:
+.popsection
+
+.macro begin_rules name pushed
+    .set frame_bytes, \pushed + 40      // from RSP to the canonical frame address
+77:
+    .pushsection .debug_frame
+    .long \name\()_rules_end - \name\()_rules
+\name\()_rules:
+    .long frame_rules
+    .quad \name, \name\()_end - \name
+    .byte 0x0c, 7                       // DW_CFA_def_cfa: RSP + so many bytes
+    .uleb128 frame_bytes
+    .popsection
 .endm
 
-.macro pop_register name
+.macro end_rules name
+\name\()_end:
+    .pushsection .debug_frame
+    .balign 8
+\name\()_rules_end:
+    .popsection
+.endm
+
+// RSP has just gone down by so many bytes.
+.macro frame_grows bytes
+    .set frame_bytes, frame_bytes + \bytes
+78:
+    .pushsection .debug_frame
+    .byte 0x02, 78b - 77b               // DW_CFA_advance_loc1
+    .byte 0x0e                          // DW_CFA_def_cfa_offset
+    .uleb128 frame_bytes
+    .popsection
+77:
+.endm
+
+// `number`: DWARF's of the register [psABI §3.6.2].
+.macro push_register name number
+    pushq %\name
+    frame_grows 8
+    .pushsection .debug_frame
+    .byte 0x80 | \number, frame_bytes / 8
+    .popsection
+.endm
+
+.macro pop_register name number
     popq %\name
-    .cfi_adjust_cfa_offset -8
-    .cfi_restore \name
+    frame_grows -8
+    .pushsection .debug_frame
+    .byte 0xc0 | \number                // DW_CFA_restore
+    .popsection
 .endm
 
 .global trap_stubs
@@ -56,59 +113,59 @@ trap_stubs:
 
 .type exception_common, @function
 exception_common:
-    begin_frame 16
-    push_register rax
-    push_register rbx
-    push_register rcx
-    push_register rdx
-    push_register rsi
-    push_register rdi
-    push_register rbp
-    push_register r8
-    push_register r9
-    push_register r10
-    push_register r11
-    push_register r12
-    push_register r13
-    push_register r14
-    push_register r15
+    begin_rules exception_common, 16
+    push_register rax, 0
+    push_register rbx, 3
+    push_register rcx, 2
+    push_register rdx, 1
+    push_register rsi, 4
+    push_register rdi, 5
+    push_register rbp, 6
+    push_register r8, 8
+    push_register r9, 9
+    push_register r10, 10
+    push_register r11, 11
+    push_register r12, 12
+    push_register r13, 13
+    push_register r14, 14
+    push_register r15, 15
     cld
     movq %rsp, %rdi
     call exception_raised               // does not return
     ud2
-    .cfi_endproc
+    end_rules exception_common
 .size exception_common, . - exception_common
 
 .type interrupt_common, @function
 interrupt_common:
-    begin_frame 8
-    push_register rax
-    push_register rcx
-    push_register rdx
-    push_register rsi
-    push_register rdi
-    push_register r8
-    push_register r9
-    push_register r10
-    push_register r11
+    begin_rules interrupt_common, 8
+    push_register rax, 0
+    push_register rcx, 2
+    push_register rdx, 1
+    push_register rsi, 4
+    push_register rdi, 5
+    push_register r8, 8
+    push_register r9, 9
+    push_register r10, 10
+    push_register r11, 11
     cld
     movl 72(%rsp), %edi                 // the vector
     subq $8, %rsp
-    .cfi_adjust_cfa_offset 8
+    frame_grows 8
     call interrupt_raised
     addq $8, %rsp
-    .cfi_adjust_cfa_offset -8
-    pop_register r11
-    pop_register r10
-    pop_register r9
-    pop_register r8
-    pop_register rdi
-    pop_register rsi
-    pop_register rdx
-    pop_register rcx
-    pop_register rax
+    frame_grows -8
+    pop_register r11, 11
+    pop_register r10, 10
+    pop_register r9, 9
+    pop_register r8, 8
+    pop_register rdi, 5
+    pop_register rsi, 4
+    pop_register rdx, 1
+    pop_register rcx, 2
+    pop_register rax, 0
     addq $8, %rsp
-    .cfi_adjust_cfa_offset -8
+    frame_grows -8
     iretq
-    .cfi_endproc
+    end_rules interrupt_common
 .size interrupt_common, . - interrupt_common
