@@ -81,6 +81,18 @@ CPUS = {"pc": 255, "q35": 4096, "microvm": 288, "microvm-acpi": 288}  # at most;
 # A disk on the VMBus is a SCSI disk, or the accelerator of the IDE disk in the same place; both are called sd….
 BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "sd"}
 TEST_HOST = "firstlight-testhost"
+IDE_PLACES = 4
+SCSI_UNITS = 64  # of a controller, as Hyper-V has it
+
+
+def drive_letters(number: int) -> str:
+    """a, b … z, aa, ab …: what a disk's name ends with, as Linux and the kernel have it."""
+    letters = ""
+    number += 1
+    while number:
+        number, letter = divmod(number - 1, 26)
+        letters = string.ascii_lowercase[letter] + letters
+    return letters
 
 
 def parse_size(text: str) -> int:
@@ -203,6 +215,16 @@ class Machine:
         chosen = self.disks if self.disks is not None else (kind.disks if not self.machine.startswith("microvm") else ())
         self.specs = [DiskSpec.parse(disk) if isinstance(disk, str) else disk for disk in chosen]
         images: dict[str, tuple] = {}  # what each shared image is
+        for places in (sum(disk.bus == bus for disk in self.specs) for bus in ("ide", "accel")):
+            if places <= IDE_PLACES:
+                continue
+            raise Problem(f"{places} IDE disks: a machine has {IDE_PLACES} places for them. Further disks can be on the Xen ring or the VMBus.", Exit.USAGE)
+        for number in range(4):
+            units = sum(disk.bus == "scsi" and disk.controller == number for disk in self.specs)
+            if units > SCSI_UNITS:
+                raise Problem(
+                    f"{units} disks on SCSI controller {number}: it has {SCSI_UNITS} units. The others can be on controller=0..3.", Exit.USAGE
+                )
         for disk in self.specs:
             if disk.bus == "xen" and not kind.xen and not kind.domain:
                 raise Problem(f"A disk on the Xen ring needs the platform xen-emu or xen-pvh, not {self.platform}.", Exit.USAGE)
@@ -255,12 +277,12 @@ class Machine:
         return PLATFORMS[self.platform]
 
     def disk_names(self) -> list[str]:
-        """What the kernel will call the disks: hda, hdb …, xvda, xvdb …, sda, sdb …"""
+        """What the kernel will call the disks: hda, hdb …, xvda, xvdb …, sda … sdz, sdaa …"""
         count = dict.fromkeys(BUSES.values(), 0)
         names = []
         for disk in self.specs:
             prefix = BUSES[disk.bus]
-            names.append(prefix + string.ascii_lowercase[count[prefix]])
+            names.append(prefix + drive_letters(count[prefix]))
             count[prefix] += 1
         return names
 

@@ -7,6 +7,7 @@ import io.block;
 import drivers.table;
 import drivers.claims;
 import drivers.driver;
+import boot.devices;
 
 namespace fl::boot {
 
@@ -14,12 +15,18 @@ bool Disks::Port::offered(u32 disk_number) {
     if (disk_number == no_twin) {
         return true;
     }
-    const drivers::Slot slot = drivers::disk_slot(disk_number);
-    const bool yes = disks_.claims_.offered(driver_, slot);
-    if (!yes) {
-        log::info("{}: disk {} is left alone: {} has it", driver_, disk_number, disks_.claims_.holder(slot));
+    return disks_.claims_.offered(driver_, drivers::disk_slot(disk_number));
+}
+
+void Disks::Port::unused(const drivers::UnusedUnit& unit) {
+    if (disks_.devices_ == nullptr) {
+        return;
     }
-    return yes;
+    DeviceEntry entry = describe(unit);
+    if (unit.why == drivers::Unused::taken && unit.reason.empty()) {
+        print(entry.reason, "left to {}, which has the same disk", disks_.claims_.holder(drivers::disk_slot(unit.disk_number)));
+    }
+    disks_.devices_->add(entry);
 }
 
 Result<void> Disks::Port::announce(io::BlockDevice& disk, u32 disk_number) {
@@ -49,9 +56,13 @@ io::BlockDevice* Disks::find(std::string_view name) const {
 }
 
 FixedText<256> Disks::names() const {
+    static constexpr usize most = 24; // names; they and the number fit into a verdict's reason
     FixedText<256> text;
-    for (const io::BlockDevice* disk : all()) {
+    for (const io::BlockDevice* disk : all().first(std::min(count_, most))) {
         print(text, "{}{}", text.empty() ? "" : ", ", disk->identity().name.view());
+    }
+    if (count_ > most) {
+        print(text, " and {} more", count_ - most);
     }
     if (text.empty()) {
         text.write("none");

@@ -9,15 +9,16 @@ import io.block;
 import drivers.table;
 import drivers.claims;
 import drivers.driver;
+import boot.devices;
 
 export namespace fl::boot {
 
 class Disks {
   public:
-    static constexpr usize capacity = 32;
+    static constexpr usize capacity = 1024; // fixed, since jobs hold on to the list while disks are added
 
-    /// The plan must outlive this.
-    explicit Disks(const drivers::Plan& plan) : claims_(plan) {}
+    /// What these refer to must outlive this. `devices`: where disks that are not attached are told; nullptr: nobody is.
+    explicit Disks(const drivers::Plan& plan, Devices* devices = nullptr) : claims_(plan), devices_(devices) {}
 
     /// What one driver is given: it sees only the disks that the table lets it have.
     class Port final : public drivers::DiskSink {
@@ -25,6 +26,7 @@ class Disks {
         Port(Disks& disks, std::string_view driver) : disks_(disks), driver_(driver) {}
         bool offered(u32 disk_number) override;
         Result<void> announce(io::BlockDevice& disk, u32 disk_number) override;
+        void unused(const drivers::UnusedUnit& unit) override;
         void gone(u32 disk_number) override { disks_.claims_.released(driver_, drivers::disk_slot(disk_number)); }
 
       private:
@@ -35,11 +37,12 @@ class Disks {
     /// In the order in which they attached.
     std::span<io::BlockDevice* const> all() const { return {disks_.data(), count_}; }
     io::BlockDevice* find(std::string_view name) const;
-    /// "xvda, hda" for messages; "none" when there is none.
+    /// "xvda, hda" for messages, the first ones and the number where there are many; "none" when there is none.
     FixedText<256> names() const;
 
   private:
     drivers::Claims claims_;
+    Devices* devices_;
     std::array<io::BlockDevice*, capacity> disks_{};
     usize count_ = 0;
 };

@@ -16,6 +16,7 @@ import io.block;
 import io.bench;
 import io.verify;
 import boot.options;
+import boot.devices;
 import boot.disks;
 
 namespace fl::boot {
@@ -54,6 +55,12 @@ constexpr std::string_view by_a_guess(const JobServices& services) {
     return services.clock_assumed ? " (the clock's rate is assumed, not measured)" : "";
 }
 
+void list_devices(const JobServices& services) {
+    if (services.devices != nullptr) {
+        services.devices->list();
+    }
+}
+
 io::Task<Result<void>> say_where() {
     log::info("processor {}: at work", this_processor());
     co_return Result<void>{};
@@ -82,11 +89,14 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
         if (std::exchange(first, false)) {
             const Nanoseconds since_entry = now - std::min(now, services.clock_ahead);
             log::info("first block {} us after the entry{}", since_entry / 1000, by_a_guess(services));
-            log::Record record("first_block");
-            record.text("disk", disk->identity().name.view()).number("ns", since_entry);
-            if (services.clock_assumed) {
-                record.flag("clock_assumed", true);
+            {
+                log::Record record("first_block");
+                record.text("disk", disk->identity().name.view()).number("ns", since_entry);
+                if (services.clock_assumed) {
+                    record.flag("clock_assumed", true);
+                }
             }
+            list_devices(services);
         }
     }
     if (services.executors.size() > 1) {
@@ -94,8 +104,12 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
             CO_CHECK(co_await io::run_on(*executor, say_where()));
         }
     }
+    list_devices(services);
     if (bad == 0) {
         print(outcome.reason, "booted; disks: {}", disks.names().view());
+        if (disks.all().empty() && services.devices != nullptr) {
+            print(outcome.reason, " ({})", services.devices->why_no_disk().view());
+        }
     } else if (outcome.reason.truncated()) {
         outcome.reason.clear();
         print(outcome.reason, "block 0 of {} of {} disks could not be read: the errors above name them", bad, disks.all().size());
@@ -274,6 +288,9 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
 } // namespace
 
 io::Task<Result<Outcome>> run_job(const Options& options, const Disks& disks, JobServices services) {
+    if (options.job != Job::boot || disks.all().empty()) {
+        list_devices(services);
+    }
     if (auto bad = unknown_disk(options.disk, "disk", disks)) {
         co_return *bad;
     }
@@ -282,7 +299,11 @@ io::Task<Result<Outcome>> run_job(const Options& options, const Disks& disks, Jo
     }
     const bool needs_disk = options.job == Job::bench || options.job == Job::verify;
     if (needs_disk && disks.all().empty()) {
-        co_return Outcome{Verdict::error, FixedText<240>("no disk was found: the lines of the drivers above say what they saw")};
+        Outcome outcome{Verdict::error, FixedText<240>("no disk was found")};
+        if (services.devices != nullptr) {
+            print(outcome.reason, ": {}", services.devices->why_no_disk().view());
+        }
+        co_return outcome;
     }
     switch (options.job) {
     case Job::boot: co_return co_await read_first_blocks(disks, services);

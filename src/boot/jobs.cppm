@@ -9,6 +9,7 @@ import core.dma;
 import io.task;
 import io.executor;
 import boot.options;
+import boot.devices;
 import boot.disks;
 
 export namespace fl::boot {
@@ -32,6 +33,8 @@ struct JobServices {
     /// so much.
     bool clock_assumed = false;
     Nanoseconds clock_ahead = 0;
+    /// What was found and is not in use: listed once, after the first block of `job=boot`, before the other jobs; absent: nobody collects it.
+    Devices* devices = nullptr;
 };
 
 /// Runs options.job (all but `panic`) on the disks. Everything that the options name is checked before the first transfer: what is wrong with

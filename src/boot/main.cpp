@@ -16,6 +16,9 @@ import core.smbios;
 import core.interrupt;
 import core.processor;
 import core.memory;
+import core.vector;
+import core.acpi;
+import core.physical;
 import core.machine.acpi;
 import core.machine.clock;
 import core.machine.cpu;
@@ -39,6 +42,8 @@ import drivers.pci;
 import drivers.machine.pci;
 import boot.handoff;
 import boot.options;
+import boot.loader_words;
+import boot.devices;
 import boot.disks;
 import boot.drivers;
 import boot.jobs;
@@ -277,36 +282,149 @@ void apply_table(const BootInfo& info) {
     drivers::log_plan(plan, hv::vm_guest());
 }
 
-// Devices that a driver was for and that failed it: silent, closed, broken. One that it does not support is left to others, and no failure.
-constinit u32 failed_probes = 0;
-void failed_probe(const Error& error, std::string_view driver) {
-    report(error, driver);
-    failed_probes += error.code == Code::not_supported ? 0 : 1;
+constinit bool unplugged = false; // the emulated disks, by the host
+
+// A PCI function that is listed or that a driver of this build matches.
+struct PciCandidate {
+    drivers::pci::Device device;
+    bool tried = false; // by a driver: what became of it is in the list of devices
+};
+struct PciList {
+    Vector<PciCandidate> list;
+    u32 functions = 0;
+    u32 dropped = 0;
+};
+
+void keep_candidate(void* context, const drivers::pci::Device& device) {
+    auto& into = *static_cast<PciList*>(context);
+    const bool matches = std::ranges::any_of(pci_drivers, [&](const PciDriver& d) { return drivers::pci::matches(d.ids, device); });
+    if ((matches || is_listed(device)) && !into.list.push({device})) {
+        ++into.dropped;
+    }
 }
 
-io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDriver& driver, std::span<const drivers::pci::Device> devices) {
-    for (const drivers::pci::Device& device : devices) {
-        if (!drivers::pci::matches(driver.ids, device)) {
+// What ACPI says of the root buses of segment 0.
+std::optional<drivers::pci::Roots> ask_for_roots() {
+    const acpi::Tables* tables = acpi_tables();
+    const acpi::RootBridges found = tables != nullptr ? acpi::find_root_bridges(physical_memory(), *tables) : acpi::RootBridges{};
+    if (found.bridges == 0 && !found.incomplete) {
+        return std::nullopt;
+    }
+    drivers::pci::Roots roots{.buses = {found.buses}, .others = found.others()};
+    for (u32 i = 0; i < acpi::ecam_count(physical_memory(), tables->mcfg); ++i) {
+        if (const auto ecam = acpi::ecam(physical_memory(), tables->mcfg, i); ecam && ecam->segment == 0) {
+            roots.first = ecam->first_bus;
+            roots.last = ecam->last_bus;
+        }
+    }
+    return roots;
+}
+
+// Segment 0 through the ports where they are there, else in memory like all other segments.
+void find_pci_functions(PciList& into, Devices& devices) {
+    static constinit drivers::pci::MechanismOne ports{};
+    const u64 mcfg = acpi_tables() != nullptr ? acpi_tables()->mcfg : 0;
+    const bool have_ports = drivers::pci::MechanismOne::present();
+    if (have_ports) {
+        into.functions = drivers::pci::enumerate(ports, keep_candidate, &into, 0, ask_for_roots, mcfg != 0);
+    }
+    const u32 count = mcfg != 0 ? acpi::ecam_count(physical_memory(), mcfg) : 0;
+    for (u32 i = 0; i < count; ++i) {
+        const auto at = acpi::ecam(physical_memory(), mcfg, i);
+        if (at && at->segment == 0 && have_ports) {
             continue;
         }
-        log::info("{}: probing {:02x}:{:02x}.{} [{:04x}:{:04x}]", driver.name, device.at.bus, device.at.device, device.at.function,
-                  device.vendor, device.device);
-        if (auto done = co_await driver.probe(environment, device); !done) {
-            failed_probe(done.error(), driver.name);
+        auto* ecam = at ? new (std::nothrow) drivers::pci::Ecam(at->base, at->first_bus, at->last_bus) : nullptr;
+        if (ecam == nullptr) {
+            devices.left_out("ranges of PCI buses", 1, !have_ports || at, at ? "no memory for them" : "the MCFG table has an entry that makes no sense");
+            continue;
+        }
+        const bool first_segment = at->segment == 0;
+        into.functions += drivers::pci::enumerate(*ecam, keep_candidate, &into, at->first_bus, first_segment ? ask_for_roots : nullptr, first_segment);
+    }
+    if (!have_ports && count == 0 && acpi_tables() != nullptr) {
+        if (const u64 base = acpi::find_root_bridges(physical_memory(), *acpi_tables()).cba; base != 0) {
+            static drivers::pci::Ecam ecam(base, 0, 255);
+            into.functions = drivers::pci::enumerate(ecam, keep_candidate, &into, 0, ask_for_roots, true);
+        }
+    }
+    if (into.dropped != 0) {
+        devices.left_out("PCI functions", into.dropped, true, "no memory for them");
+    }
+}
+
+// Devices that a driver was for and that failed it: silent, closed, broken. One that it does not support is left to others, and no failure.
+void failed_probe(Devices& devices, DeviceEntry entry, const Error& error, std::string_view driver) {
+    report(error, driver);
+    entry.why = drivers::unused_because(error.code);
+    print(entry.reason, "{}: {}", driver, error);
+    devices.add(entry);
+}
+
+void count_disks(DeviceEntry& entry) { print(entry.reason, "{} disk{}", entry.disks, entry.disks == 1 ? "" : "s"); }
+
+io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDriver& driver, std::span<PciCandidate> candidates, Devices& devices,
+                                 const Disks& disks) {
+    u32 index = 0;
+    bool unique_taken = false;
+    for (const bool unique : {true, false}) {
+        for (PciCandidate& candidate : candidates) {
+            const drivers::pci::Device& device = candidate.device;
+            if (candidate.tried || !drivers::pci::matches(driver.ids, device) || (driver.unique != nullptr && driver.unique(device)) != unique) {
+                continue;
+            }
+            candidate.tried = true;
+            DeviceEntry entry = describe(device);
+            if (unique && std::exchange(unique_taken, true)) {
+                entry.why = drivers::Unused::failed;
+                print(entry.reason, "{}: its fixed I/O ports are those of the controller before it", driver.name);
+                devices.add(entry);
+                continue;
+            }
+            log::info("{}: probing {} [{}]", driver.name, entry.address.view(), entry.id.view());
+            const usize before = disks.all().size();
+            auto done = co_await driver.probe(environment, device, index++);
+            // QEMU resets a controller whose disks it takes away: it has no ports then, and is not usable.
+            const bool reset = !done && unplugged && done.error().code == Code::not_supported;
+            if (!done && !reset) {
+                failed_probe(devices, entry, done.error(), driver.name);
+                continue;
+            }
+            entry.driver = driver.name;
+            entry.disks = static_cast<u32>(disks.all().size() - before);
+            if (reset || (entry.disks == 0 && unplugged)) {
+                entry.driver = {};
+                entry.why = drivers::Unused::unplugged;
+                entry.reason.write("the host has taken its disks away, as it was asked to");
+            } else {
+                count_disks(entry);
+            }
+            devices.add(entry);
         }
     }
     co_return Result<void>{};
 }
 
-io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const SyntheticDriver& driver, void* bus,
-                                       std::span<const hv::SyntheticDevice> devices) {
-    for (const hv::SyntheticDevice& device : devices) {
+// What a driver does not say of a device itself is said here. `bus_name`: what the records call the bus.
+io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const SyntheticDriver& driver, std::string_view bus_name, void* bus,
+                                       std::span<const hv::SyntheticDevice> synthetic, Devices& devices, const Disks& disks) {
+    for (const hv::SyntheticDevice& device : synthetic) {
         if (device.type.view() != driver.type) {
             continue;
         }
         log::info("{}: probing {} {}", driver.name, device.type.view(), device.address.view());
+        DeviceEntry entry = describe(device, bus_name);
+        const usize before = disks.all().size();
+        devices.begin();
         if (auto done = co_await driver.probe(environment, bus, device); !done) {
-            failed_probe(done.error(), driver.name); // the disk is not claimed: the native driver may have it
+            failed_probe(devices, entry, done.error(), driver.name); // the disk is not claimed: the native driver may have it
+        } else if (!devices.added(device.address)) {
+            entry.driver = driver.name;
+            entry.disks = static_cast<u32>(disks.all().size() - before);
+            if (entry.kind == DeviceClass::disk) {
+                count_disks(entry);
+            }
+            devices.add(entry);
         }
     }
     co_return Result<void>{};
@@ -316,6 +434,7 @@ io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const 
 struct Given;
 struct BackendSide {
     void* bus; // nullptr: there is none, and no synthetic device
+    std::string_view name;
     std::span<const SyntheticDriver> synthetic;
     std::span<const SyntheticDriver> services;
     io::Task<Result<void>> (*late)(Given& given); // nullptr: no device comes later
@@ -326,7 +445,8 @@ struct Given {
     Given(const BackendSide& backend, io::Executor& first) : side(backend), executor(first), shutdown(first), keeper(first) {}
     BackendSide side;
     io::Executor& executor;
-    Disks disks{plan};
+    Devices devices;
+    Disks disks{plan, &devices};
     io::Shutdown shutdown;
     std::array<std::optional<Disks::Port>, drivers::Plan::max_drivers + 1> ports; // of the drivers in the plan's order; then of the services
     io::TaskGroup keeper; // never ended: what its task waits for may be in a device's hands
@@ -339,27 +459,116 @@ struct Given {
     }
 };
 
-// Offers these devices to the drivers, in the plan's order; then to the services.
-io::Task<Result<void>> probe(Given& given, std::span<const hv::SyntheticDevice> synthetic, std::span<const drivers::pci::Device> pci) {
+// Offers these devices to the drivers, in the plan's order; then to the services. What nobody drives is named.
+io::Task<Result<void>> probe(Given& given, std::span<const hv::SyntheticDevice> synthetic, std::span<PciCandidate> pci) {
+    const std::string_view bus = given.side.name == "hyperv" ? "vmbus" : given.side.name;
     for (u32 i = 0; i < plan.driver_count; ++i) {
         const std::string_view name = plan.order[i];
         drivers::Environment environment = given.environment(i, name);
         for (const PciDriver& driver : pci_drivers) {
             if (driver.name == name) {
-                CO_CHECK(co_await probe_pci(environment, driver, pci));
+                CO_CHECK(co_await probe_pci(environment, driver, pci, given.devices, given.disks));
             }
         }
         for (const SyntheticDriver& driver : given.side.synthetic) {
             if (driver.name == name) {
-                CO_CHECK(co_await probe_synthetic(environment, driver, given.side.bus, synthetic));
+                CO_CHECK(co_await probe_synthetic(environment, driver, bus, given.side.bus, synthetic, given.devices, given.disks));
             }
         }
     }
     drivers::Environment environment = given.environment(plan.driver_count, "services");
     for (const SyntheticDriver& driver : given.side.services) {
-        CO_CHECK(co_await probe_synthetic(environment, driver, given.side.bus, synthetic));
+        CO_CHECK(co_await probe_synthetic(environment, driver, bus, given.side.bus, synthetic, given.devices, given.disks));
+    }
+    for (const PciCandidate& candidate : pci) {
+        if (!candidate.tried) {
+            given.devices.add(without_driver(describe(candidate.device)));
+        }
+    }
+    for (const hv::SyntheticDevice& device : synthetic) {
+        const auto drives = [&](const SyntheticDriver& driver) { return driver.type == device.type.view(); };
+        if (std::ranges::none_of(given.side.synthetic, drives) && std::ranges::none_of(given.side.services, drives)) {
+            given.devices.add(without_driver(describe(device, bus)));
+        }
     }
     co_return Result<void>{};
+}
+
+// Devices of virtio that stand in memory: those that the command line names, and on machines without the old hardware those of ACPI.
+void name_virtio_mmio(Devices& devices) {
+    struct Seen {
+        Devices& devices;
+        Vector<u64> bases;
+    } seen{devices, {}};
+    const auto look = [](void* context, u64 base, u32) {
+        auto& [into, bases] = *static_cast<Seen*>(context);
+        if (std::ranges::find(bases, base) != bases.end()) {
+            return;
+        }
+        static_cast<void>(bases.push(base));
+        u32 magic = 0, version = 0, id = 0;
+        if (const auto mapped = map_mmio(base, 16)) {
+            const auto* registers = reinterpret_cast<const volatile u32*>(*mapped);
+            magic = registers[0];
+            version = registers[1];
+            id = registers[2];
+        }
+        if (const auto entry = describe_virtio_mmio(base, magic, version, id)) {
+            into.add(*entry);
+        }
+    };
+    for (const MmioDevice& device : options.loader.devices()) {
+        look(&seen, device.address, 0);
+    }
+    if (options.loader.devices_dropped != 0) {
+        devices.left_out("virtio_mmio.device words", options.loader.devices_dropped, true, "there are more than this kernel looks at");
+    }
+    const acpi::Tables* tables = acpi_tables();
+    if (tables != nullptr && tables->fadt && tables->fadt->hardware_reduced) {
+        if (const u32 without = acpi::find_virtio_mmio(physical_memory(), *tables, look, &seen); without != 0) {
+            devices.left_out("virtio-mmio devices of ACPI", without, true, "their address is computed, and nothing here interprets AML");
+        }
+    }
+}
+
+// What of the machine's description was not used.
+void name_left_out(const BootInfo& info, const hv::DeviceList& synthetic, Devices& devices) {
+    if (synthetic.dropped != 0) {
+        devices.left_out("synthetic devices", synthetic.dropped, true, "no room for them");
+    }
+    if (info.ranges_truncated != 0) {
+        devices.left_out("memory ranges", info.ranges_truncated, false, "the memory map has more ranges than this kernel takes");
+    }
+    const acpi::Tables* tables = acpi_tables();
+    if (tables == nullptr) {
+        return;
+    }
+    FixedText<120> reason;
+    for (const acpi::Damage& damage : tables->all_damages()) {
+        reason.clear();
+        print(reason, "{} at {:#x}, length {}, {}", damage.name(), damage.address, damage.length, damage.what());
+        devices.left_out("ACPI tables", 1, damage.name() == "MCFG" && !drivers::pci::MechanismOne::present(), reason);
+    }
+    if (tables->damaged > tables->all_damages().size()) {
+        devices.left_out("ACPI tables", tables->damaged - tables->all_damages().size(), false, "damaged, too");
+    }
+    if (tables->dropped != 0) {
+        devices.left_out("ACPI tables", tables->dropped, false, "there are more than this kernel looks at");
+    }
+    if (tables->madt) {
+        const acpi::Madt& madt = *tables->madt;
+        const auto beyond = [&](u32 count, std::string_view what) {
+            if (count != 0) {
+                devices.left_out(what, count, false, "the MADT has more than this kernel takes");
+            }
+        };
+        beyond(madt.processors_dropped, "processors");
+        beyond(madt.io_apics_dropped, "IOAPICs");
+        beyond(madt.overrides_dropped, "interrupt overrides");
+        if (madt.bytes_dropped != 0) {
+            devices.left_out("bytes of the MADT", madt.bytes_dropped, false, "they come after an entry of impossible length");
+        }
+    }
 }
 
 // Devices that come later, or that come again: one after the other, under the same rules. Those that wait stand in the bus's list.
@@ -381,7 +590,7 @@ io::Task<Result<void>> probe_late(Given& given) {
 
 template <class B>
 BackendSide side_of(B& backend) {
-    BackendSide side{nullptr, synthetic_drivers<B>, service_drivers<B>, nullptr};
+    BackendSide side{nullptr, B::name, synthetic_drivers<B>, service_drivers<B>, nullptr};
     if constexpr (hv::BusRoot<B>) {
         side.bus = backend.bus();
     }
@@ -391,12 +600,31 @@ BackendSide side_of(B& backend) {
     return side;
 }
 
+// What of the machine could not be used, where the job itself has succeeded.
+void judge(Outcome& outcome, const BootInfo& info, const Devices& devices) {
+    FixedText<240> reason;
+    if (devices.failures() != 0) {
+        print(reason, "{} devices could not be taken into use (see the errors above); the job itself succeeded", devices.failures());
+    } else if (devices.disk_left_out()) {
+        reason.write("something was left out, and a disk may be among it (see the left_out records); the job itself succeeded");
+    } else if (table.wrong() != 0 || info.map_file_truncated != 0) {
+        print(reason, "{} malformed lines in the map file{}; the rest of it counted, and the job itself succeeded", table.wrong(),
+              info.map_file_truncated != 0 ? ", which is cut" : "");
+    } else {
+        return;
+    }
+    outcome = {Verdict::error, reason};
+}
+
 // From the list of devices to the verdict.
-io::Task<Result<Outcome>> probe_and_run(const BootInfo& info, BackendSide side, io::Executor& executor, const hv::DeviceList& synthetic,
-                                        const drivers::pci::DeviceList& pci) {
+io::Task<Result<Outcome>> probe_and_run(const BootInfo& info, BackendSide side, io::Executor& executor, const hv::DeviceList& synthetic) {
     static Given given(side, executor); // larger than a coroutine frame may be
-    log::info("devices: {} synthetic, {} PCI functions", synthetic.count, pci.count);
-    CO_CHECK(co_await probe(given, synthetic.all(), pci.all()));
+    static PciList pci;
+    find_pci_functions(pci, given.devices);
+    log::info("devices: {} synthetic, {} PCI functions", synthetic.count(), pci.functions);
+    CO_CHECK(co_await probe(given, synthetic.all(), {pci.list.begin(), pci.list.size()}));
+    name_virtio_mmio(given.devices);
+    name_left_out(info, synthetic, given.devices);
     if (side.late != nullptr) {
         if (auto kept = given.keeper.spawn(side.late(given)); !kept) {
             log::warning("devices that come later will not be noticed: {}", kept.error());
@@ -404,17 +632,15 @@ io::Task<Result<Outcome>> probe_and_run(const BootInfo& info, BackendSide side, 
     }
     Result<Outcome> outcome = co_await run_until_shutdown(
         options, given.disks,
-        {executor, dma_memory(), heap_allocations, executors().all(), options.marks != 0 ? mark_phase : nullptr, clock_assumed(), clock_ahead()},
+        {executor, dma_memory(), heap_allocations, executors().all(), options.marks != 0 ? mark_phase : nullptr, clock_assumed(), clock_ahead(),
+         &given.devices},
         given.shutdown);
-    if (outcome && outcome->verdict == Verdict::success && (table.wrong() != 0 || info.map_file_truncated != 0 || failed_probes != 0)) {
-        outcome->verdict = Verdict::error;
-        outcome->reason.clear();
-        if (failed_probes != 0) {
-            print(outcome->reason, "{} devices could not be taken into use (see the errors above); the job itself succeeded", failed_probes);
-        } else {
-            print(outcome->reason, "{} malformed lines in the map file{}; the rest of it counted, and the job itself succeeded", table.wrong(),
-                  info.map_file_truncated != 0 ? ", which is cut" : "");
-        }
+    given.devices.list(); // of a job that was given up
+    if (const u64 lost = frames().lost_bytes(); lost != 0) {
+        given.devices.left_out("bytes of memory", lost, false, "the list of free ranges was full when they were given back");
+    }
+    if (outcome && outcome->verdict == Verdict::success) {
+        judge(*outcome, info, given.devices);
     }
     co_return outcome;
 }
@@ -437,6 +663,7 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
         if (plan.unplugs("ata")) {
             auto done = backend.unplug({.disks = true});
             if (done) {
+                unplugged = true;
                 log::info("emulated IDE disks unplugged");
             } else {
                 log::warning("emulated IDE disks stay: {}", done.error());
@@ -446,7 +673,6 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
 
     // Static: larger than a coroutine frame may be.
     static constinit hv::DeviceList synthetic{};
-    static constinit drivers::pci::DeviceList pci{};
     if constexpr (hv::BusRoot<B>) {
         if (auto* const bus = backend.bus()) {
             if (auto done = co_await bus->enumerate(synthetic); !done) {
@@ -454,12 +680,8 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
             }
         }
     }
-    static constinit drivers::pci::MechanismOne config{};
-    if (drivers::pci::MechanismOne::present()) {
-        drivers::pci::enumerate(config, pci);
-    }
     boot_record(info, sightings, B::name, first_probe);
-    co_return co_await probe_and_run(info, side_of(backend), executor, synthetic, pci);
+    co_return co_await probe_and_run(info, side_of(backend), executor, synthetic);
 }
 
 [[noreturn]] void end(const Result<Outcome>& outcome) {

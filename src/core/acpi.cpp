@@ -36,14 +36,27 @@ bool sums_to_zero(PhysicalReader& memory, u64 address, u32 length) {
     return sum == 0;
 }
 
-std::optional<Table> open_table(PhysicalReader& memory, u64 address, u32 most_bytes = most_table_bytes) {
+// `damage`: is filled in when the answer is nothing.
+std::optional<Table> open_table(PhysicalReader& memory, u64 address, u32 most_bytes = most_table_bytes, Damage* damage = nullptr) {
     struct Begin {
         std::array<char, 4> signature;
         u32 length;
     };
-    const auto begin = address != 0 ? memory.value<Begin>(address) : std::nullopt;
-    if (!begin || begin->length < header_size || begin->length > most_bytes || !sums_to_zero(memory, address, begin->length)) {
+    const auto refuse = [&](Damage::Kind kind, const Begin& seen) {
+        if (damage != nullptr) {
+            *damage = {seen.signature, address, seen.length, kind};
+        }
         return std::nullopt;
+    };
+    const auto begin = address != 0 ? memory.value<Begin>(address) : std::nullopt;
+    if (!begin) {
+        return refuse(Damage::Kind::unreadable, {});
+    }
+    if (begin->length < header_size || begin->length > most_bytes) {
+        return refuse(Damage::Kind::length, *begin);
+    }
+    if (!sums_to_zero(memory, address, begin->length)) {
+        return refuse(Damage::Kind::checksum, *begin);
     }
     return Table{address, begin->length, begin->signature};
 }
@@ -124,7 +137,8 @@ Madt read_madt(PhysicalReader& memory, const Table& t) {
         const u8 type = field<u8>(memory, t, at);
         const u8 length = field<u8>(memory, t, at + 1);
         if (length < 2 || length > t.length - at) {
-            break; // nothing behind a broken entry can be found
+            m.bytes_dropped = t.length - at; // nothing behind a broken entry can be found
+            break;
         }
         switch (type) {
         case 0: // local APIC
@@ -133,12 +147,16 @@ Madt read_madt(PhysicalReader& memory, const Table& t) {
             }
             break;
         case 1:
-            if (length >= 12 && m.io_apic_count < Madt::max_io_apics) {
+            if (length >= 12 && m.io_apic_count == Madt::max_io_apics) {
+                ++m.io_apics_dropped;
+            } else if (length >= 12) {
                 m.io_apics[m.io_apic_count++] = {field<u8>(memory, t, at + 2), field<u32>(memory, t, at + 4), field<u32>(memory, t, at + 8)};
             }
             break;
         case 2:
-            if (length >= 10 && m.override_count < Madt::max_overrides && field<u8>(memory, t, at + 3) < 16) {
+            if (length >= 10 && field<u8>(memory, t, at + 3) < 16 && m.override_count == Madt::max_overrides) {
+                ++m.overrides_dropped;
+            } else if (length >= 10 && field<u8>(memory, t, at + 3) < 16) {
                 const u16 flags = field<u16>(memory, t, at + 8);
                 m.overrides[m.override_count++] = {field<u8>(memory, t, at + 3), field<u32>(memory, t, at + 4), (flags >> 2 & 3) == 3,
                                                    (flags & 3) == 3};
@@ -237,20 +255,35 @@ Result<Tables> read_tables(PhysicalReader& memory, u64 rsdp) {
             return Error(Code::protocol, "ACPI: neither XSDT nor RSDT is in order");
         }
     }
-    result.tables = std::min((list->length - header_size) / entry_size, most_tables);
+    const u32 listed = (list->length - header_size) / entry_size;
+    result.tables = std::min(listed, most_tables);
+    result.dropped = listed - result.tables;
     for (u32 i = 0; i < result.tables; ++i) {
         const u32 offset = header_size + i * entry_size;
         const u64 address = entry_size == 8 ? field<u64>(memory, *list, offset) : field<u32>(memory, *list, offset);
         // Only what is used is read as a whole.
         const auto signature = address != 0 ? memory.value<std::array<char, 4>>(address) : std::nullopt;
         const std::string_view name = signature ? std::string_view(signature->data(), 4) : std::string_view();
-        const bool wanted = name == "APIC" || name == "FACP";
+        if (name == "SSDT") {
+            if (result.ssdt_count == Tables::max_ssdts) {
+                ++result.ssdts_dropped;
+            } else {
+                result.ssdts[result.ssdt_count++] = address;
+            }
+        }
+        const bool wanted = name == "APIC" || name == "FACP" || name == "MCFG";
         if (signature && !wanted) {
             continue;
         }
-        const auto table = open_table(memory, address);
+        Damage damage;
+        const auto table = open_table(memory, address, most_table_bytes, &damage);
         if (!table) {
+            if (result.damaged < Tables::max_damages) {
+                result.damages[result.damaged] = damage;
+            }
             ++result.damaged;
+        } else if (table->is("MCFG") && result.mcfg == 0) {
+            result.mcfg = address;
         } else if (table->is("APIC") && !result.madt) {
             result.madt = read_madt(memory, *table);
         } else if (table->is("FACP") && !result.fadt) {
@@ -258,6 +291,150 @@ Result<Tables> read_tables(PhysicalReader& memory, u64 rsdp) {
         }
     }
     return result;
+}
+
+namespace {
+
+// [PCI-FW 3.3 §4.1.2]: the header, 8 reserved bytes, then 16 bytes for each range of buses.
+constexpr u32 mcfg_entries = header_size + 8;
+constexpr u32 mcfg_entry_size = 16;
+
+// AML in pieces, for scans without an interpreter: calls `at` for every '_' in the definition blocks, with the byte before it and the `name_near`
+// bytes from it on (zeros beyond the end). Windows overlap by that much. False: a table is damaged.
+constexpr usize name_near = 128;
+using NameNear = std::span<const u8, name_near>;
+
+bool scan_aml(PhysicalReader& memory, u64 address, void (*at)(void* context, u8 before, NameNear bytes), void* context) {
+    const auto table = open_table(memory, address, most_dsdt_bytes);
+    if (!table) {
+        return false;
+    }
+    std::array<u8, 1024> window;
+    constexpr u32 step = window.size() - name_near - 1;
+    for (u32 base = header_size - 1; base < table->length; base += step) {
+        const u32 part = std::min<u32>(window.size(), table->length - base);
+        window.fill(0);
+        if (!memory.read(table->address + base, std::as_writable_bytes(std::span(window).first(part)))) {
+            return false;
+        }
+        for (u32 i = 1; i < std::min(part, step + 1); ++i) {
+            if (window[i] == '_') {
+                at(context, window[i - 1], NameNear(window.data() + i, name_near));
+            }
+        }
+    }
+    return true;
+}
+bool scan_aml(PhysicalReader& memory, const Tables& tables, void (*at)(void* context, u8 before, NameNear bytes), void* context) {
+    bool whole = tables.ssdts_dropped == 0;
+    if (tables.fadt) {
+        whole = scan_aml(memory, tables.fadt->dsdt, at, context) && whole;
+    }
+    for (const u64 address : tables.all_ssdts()) {
+        whole = scan_aml(memory, address, at, context) && whole;
+    }
+    return whole;
+}
+
+bool begins(std::span<const u8> bytes, std::string_view with) { return std::memcmp(bytes.data(), with.data(), with.size()) == 0; }
+
+// A constant of AML [ACPI 6.5 §20.2.3].
+std::optional<u64> integer(std::span<const u8> at) {
+    const auto bytes = [&](usize count) {
+        u64 value = 0;
+        for (usize i = count; i > 0; --i) {
+            value = value << 8 | at[i];
+        }
+        return value;
+    };
+    switch (at[0]) {
+    case 0x00: return 0; // ZeroOp
+    case 0x01: return 1; // OneOp
+    case 0x0a: return bytes(1);
+    case 0x0b: return bytes(2);
+    case 0x0c: return bytes(4);
+    case 0x0e: return bytes(8);
+    default: return std::nullopt;
+    }
+}
+
+} // namespace
+
+u32 ecam_count(PhysicalReader& memory, u64 mcfg) {
+    const auto table = open_table(memory, mcfg);
+    return table && table->length > mcfg_entries ? (table->length - mcfg_entries) / mcfg_entry_size : 0;
+}
+
+std::optional<Ecam> ecam(PhysicalReader& memory, u64 mcfg, u32 index) {
+    const auto table = open_table(memory, mcfg);
+    if (!table || index >= ecam_count(memory, mcfg)) {
+        return std::nullopt;
+    }
+    const u32 at = mcfg_entries + index * mcfg_entry_size;
+    const Ecam found{field<u64>(memory, *table, at), field<u16>(memory, *table, at + 8), field<u8>(memory, *table, at + 10),
+                     field<u8>(memory, *table, at + 11)};
+    if (found.base == 0 || found.base % 4096 != 0 || found.first_bus > found.last_bus) {
+        return std::nullopt;
+    }
+    return found;
+}
+
+RootBridges find_root_bridges(PhysicalReader& memory, const Tables& tables) {
+    RootBridges found;
+    // The constant that a name has, or that a method without arguments returns in its first statement [ACPI 6.5 §20.2.5].
+    static constexpr auto value_of = [](u8 before, NameNear at) -> std::optional<u64> {
+        constexpr u8 name_op = 0x08;
+        constexpr u8 return_op = 0xa4;
+        const bool returns = at[4] == 0 && at[5] == return_op; // no arguments; behind a name it would be a zero and a statement of nobody's
+        return returns ? integer(at.subspan(6)) : before == name_op ? integer(at.subspan(4)) : std::nullopt;
+    };
+    const auto look = [](void* context, u8 before, NameNear at) {
+        auto& into = *static_cast<RootBridges*>(context);
+        // "_HID", then EisaId ("PNP0A03") or ("PNP0A08") as DWordConst, or the same as a string [ACPI 6.5 §20.2.3, §6.1.5].
+        if (begins(at, "_HID")) {
+            const auto value = at.subspan(4);
+            const bool number = begins(value, "\x0c\x41\xd0\x0a") && (value[4] == 3 || value[4] == 8);
+            const bool text = begins(value, "\x0dPNP0A0") && (value[7] == '3' || value[7] == '8');
+            into.bridges += number || text ? 1 : 0;
+        } else if (begins(at, "_BBN")) {
+            if (const auto bus = value_of(before, at); bus && *bus < 256) {
+                ++into.numbered;
+                into.buses[*bus / 64] |= u64{1} << *bus % 64;
+            }
+        } else if (begins(at, "_CBA") && into.cba == 0) {
+            into.cba = value_of(before, at).value_or(0);
+        }
+    };
+    found.incomplete = !scan_aml(memory, tables, look, &found);
+    return found;
+}
+
+u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)(void* context, u64 base, u32 size), void* context) {
+    struct Search {
+        void (*found)(void* context, u64 base, u32 size);
+        void* context;
+        u32 without;
+    } search{found, context, 0};
+    const auto look = [](void* self, u8, NameNear at) {
+        if (!begins(at, "_HID\x0dLNRO0005")) {
+            return;
+        }
+        auto& to = *static_cast<Search*>(self);
+        // _UID, _STA, _CCA and _CRS are near: the hosts that have such nodes write about 60 bytes.
+        for (usize i = 13; i + 12 <= at.size() && !begins(at.subspan(i), "_HID"); ++i) {
+            // Memory32Fixed: tag, length 9, read-write, base, length [ACPI 6.5 §6.4.3.4].
+            if (at[i] == 0x86 && at[i + 1] == 9 && at[i + 2] == 0) {
+                const auto word = [&](usize from) {
+                    return u32{at[from]} | u32{at[from + 1]} << 8 | u32{at[from + 2]} << 16 | u32{at[from + 3]} << 24;
+                };
+                to.found(to.context, word(i + 4), word(i + 8));
+                return;
+            }
+        }
+        ++to.without;
+    };
+    scan_aml(memory, tables, look, &search);
+    return search.without;
 }
 
 Result<SleepType> find_s5(PhysicalReader& memory, u64 dsdt) {

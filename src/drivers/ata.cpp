@@ -5,6 +5,7 @@ import core.std;
 import core.result;
 import core.text;
 import core.interrupt;
+import drivers.driver;
 import drivers.pci;
 
 namespace fl::drivers::ata {
@@ -36,7 +37,8 @@ Result<ControllerPorts> set_up(const pci::Device& device) {
         TRY(const pci::Bar control, device.bar(static_cast<u8>(2 * c + 1)));
         if (command.kind != pci::Bar::Kind::io || control.kind != pci::Bar::Kind::io || command.base == 0 || control.base == 0 ||
             command.base > 0xfff8 || control.base > 0xfffc) {
-            return Error{Code::not_supported, "an IDE channel in native mode without I/O ports (BAR 0 to 3)", 8, command.base};
+            at = {}; // switched off, or nobody has given it ports: the other channel may work
+            continue;
         }
         at.command = static_cast<u16>(command.base);
         at.control = static_cast<u16>(control.base + 2); // the third of four bytes [PCI-IDE §2.4]
@@ -48,11 +50,18 @@ Result<ControllerPorts> set_up(const pci::Device& device) {
 
 FixedText<16> disk_name(u32 number) {
     FixedText<16> name("hd");
-    if (number >= 26) {
-        print(name, "{}", static_cast<char>('a' + number / 26 % 26 - 1));
-    }
-    print(name, "{}", static_cast<char>('a' + number % 26));
+    name.write(drive_letters(number));
     return name;
+}
+
+void report_unused(DiskSink& disks, u32 number, std::string_view what, Unused why, std::string_view reason) {
+    disks.unused({"ide", disk_name(number), what, why, reason, twin_of(number)});
+}
+
+void report_failed(DiskSink& disks, u32 number, std::string_view what, const Error& error) {
+    FixedText<160> reason;
+    print(reason, "{}", error);
+    report_unused(disks, number, what, unused_because(error.code), reason);
 }
 
 } // namespace fl::drivers::ata

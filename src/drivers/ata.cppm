@@ -29,16 +29,26 @@ export namespace fl::drivers::ata {
 /// Mass storage, IDE, whatever the programming interface says about native mode [PCI-IDE §2].
 inline constexpr pci::Match ids[] = {{.class_code = 0x01, .subclass = 0x01}};
 
+/// Whether a channel of the controller is at the fixed ports and interrupts of compatibility mode [PCI-IDE §2.1]. A machine has one such
+/// controller: its disks are hda to hdd, and what a hypervisor pairs synthetic disks with.
+constexpr bool is_legacy(const pci::Device& device) { return (device.prog_if & 5) != 5; }
+
 /// Where the two channels of a controller are, from its programming interface and base address registers [PCI-IDE §2.2, BMIDE §2].
 struct ControllerPorts {
-    std::array<ChannelPorts, 2> channels{};
+    std::array<ChannelPorts, 2> channels{}; // command 0: the channel is in native mode and has no ports: it is switched off
     std::array<InterruptLine, 2> lines{};
 };
-/// Enables I/O decoding and bus mastering. Errors: no bus-master registers, or registers that nobody has given an address.
+/// Enables I/O decoding and bus mastering. Errors: no bus-master registers, or none that anybody has given an address.
 Result<ControllerPorts> set_up(const pci::Device& device);
 
-/// "hda" for 0, and so on; two letters from 26 on.
+/// "hda" for 0, and so on: hdz, hdaa …
 FixedText<16> disk_name(u32 number);
+/// The disks of the first controller can have a synthetic twin; those of further ones (hde …) are nobody's.
+constexpr u32 twin_of(u32 number) { return number < 4 ? number : DiskSink::no_twin; }
+
+/// Tells what is at the place of disk `number` and not driven.
+void report_unused(DiskSink& disks, u32 number, std::string_view what, Unused why, std::string_view reason);
+void report_failed(DiskSink& disks, u32 number, std::string_view what, const Error& error);
 
 /// What was found at a unit.
 enum class Found : u8 { nothing, disk, packet_device };
@@ -56,6 +66,8 @@ class Prober {
     io::Task<Result<void>> reset();
     /// Looks at a unit; the data is valid for Found::disk. Finds out, on the way, whether words work.
     io::Task<Result<Found>> identify(u8 unit, IdentifyData& data);
+    /// Whether device 0 is what answered as device 1, too: it is, when a setting of the one is seen in the other. `first`: device 0's data.
+    io::Task<Result<bool>> one_device(IdentifyData& first);
     /// Selects the disk's best multiword mode, for a disk that has none selected.
     io::Task<Result<void>> select_mode(u8 unit, DriveInfo& info);
 
@@ -90,15 +102,21 @@ class Controller {
   private:
     struct Slot {
         DmaBuffer table;
+        std::array<std::optional<DeviceIdentity>, 2> identities; // of what answered IDENTIFY DEVICE
         std::array<std::optional<Disk>, 2> disks;
         std::optional<ChannelQueue<P>> queue; // ends first: it ends the disks' requests
     };
     io::Task<Result<void>> attach_channel(Slot& slot, ChannelPorts at, InterruptLine line, u32 first_disk);
     io::Task<Result<bool>> examine(Slot& slot, Prober<P>& prober, u8 unit, u32 number);
+    void unused(u32 number, std::string_view what, Unused why, std::string_view reason = {}) {
+        report_unused(environment_.disks, number, what, why, reason);
+    }
+    void failed(u32 number, std::string_view what, const Error& error) { report_failed(environment_.disks, number, what, error); }
 
     Environment environment_; // its disk sink is used while attaching, not later
     P ports_;
     std::array<Slot, 2> channels_;
+    std::array<bool, 4> offered_{};
     u32 count_ = 0;
 };
 
@@ -205,6 +223,19 @@ io::Task<Result<Found>> Prober<P>::ask(u8 unit, IdentifyData& data) {
         if (signature == Signature::packet || signature == Signature::serial_packet) {
             co_return Found::packet_device;
         }
+        if (!status.device_fault() && ErrorRegister{r.read(Register::error)}.aborted()) {
+            // A disk must answer this command and a packet device the other one [ACS §4.2, §4.3]: what refuses both is no device. So QEMU
+            // answers for a master that is not there when there is a slave.
+            channel_.issue(unit, Command::identify_packet_device);
+            CO_TRY(const Status other, co_await settle(timeout_));
+            if (other.data_request()) {
+                r.read_data(data.words);
+                co_return Found::packet_device;
+            }
+            if (other.raw == 0 || other.floating() || (other.error() && ErrorRegister{r.read(Register::error)}.aborted())) {
+                co_return Found::nothing;
+            }
+        }
         co_return Error{Code::io, "the device refuses IDENTIFY DEVICE", 0, status.raw};
     }
     if (status.raw == 0 || status.floating()) {
@@ -219,6 +250,24 @@ io::Task<Result<Found>> Prober<P>::ask(u8 unit, IdentifyData& data) {
         co_return Error{Code::protocol, "the device does not end IDENTIFY DEVICE after 512 bytes", 0x50, last.raw};
     }
     co_return Found::disk;
+}
+
+template <PortAccess P>
+io::Task<Result<bool>> Prober<P>::one_device(IdentifyData& first) {
+    // The number of sectors of READ MULTIPLE: nothing here uses it, and each device has its own (word 59; bit 8: it is valid).
+    auto& r = channel_.registers();
+    const u8 count = (first.words[59] & 0xff) == 2 ? 4 : 2;
+    r.write(Register::device, device_register(1));
+    channel_.note_device(device_register(1));
+    CO_CHECK(co_await settle(timeout_));
+    r.write(Register::sector_count, count);
+    channel_.issue(1, Command::set_multiple_mode);
+    CO_TRY(const Status status, co_await settle(timeout_));
+    if (status.error() || status.device_fault()) {
+        co_return true; // no other way to tell them apart
+    }
+    CO_TRY(const Found found, co_await ask(0, first));
+    co_return found == Found::disk && (first.words[59] & 0x1ff) == (0x100 | count);
 }
 
 template <PortAccess P>
@@ -241,18 +290,27 @@ template <PortAccess P>
 io::Task<Result<void>> Controller<P>::attach(pci::Device device, u32 first_disk) {
     std::array<bool, 2> wanted{};
     for (u32 n = 0; n < 4; ++n) {
-        wanted[n / 2] = environment_.disks.offered(first_disk + n) || wanted[n / 2];
+        offered_[n] = environment_.disks.offered(twin_of(first_disk + n));
+        wanted[n / 2] = offered_[n] || wanted[n / 2];
+        if (!offered_[n]) {
+            unused(first_disk + n, "IDE disk", Unused::taken);
+        }
     }
     if (!wanted[0] && !wanted[1]) {
         co_return Result<void>{};
     }
     CO_TRY(const ControllerPorts ports, set_up(device));
     for (u32 c = 0; c < 2; ++c) {
-        if (wanted[c]) {
-            auto attached = co_await attach_channel(channels_[c], ports.channels[c], ports.lines[c], first_disk + 2 * c);
-            if (!attached) {
-                log::error("ata: {} channel: {}", c == 0 ? "primary" : "secondary", attached.error());
-            }
+        if (!wanted[c]) {
+            continue;
+        }
+        if (ports.channels[c].command == 0) {
+            log::info("ata: the {} channel has no I/O ports (BAR 0 to 3): it is switched off", c == 0 ? "primary" : "secondary");
+            continue;
+        }
+        auto attached = co_await attach_channel(channels_[c], ports.channels[c], ports.lines[c], first_disk + 2 * c);
+        if (!attached) {
+            failed(first_disk + 2 * c, c == 0 ? "primary IDE channel" : "secondary IDE channel", attached.error());
         }
     }
     co_return Result<void>{};
@@ -281,12 +339,12 @@ io::Task<Result<void>> Controller<P>::attach_channel(Slot& slot, ChannelPorts at
     bool any = false;
     bool words = true;
     for (u8 unit = 0; unit < 2; ++unit) {
-        if (!environment_.disks.offered(first_disk + unit)) {
+        if (!offered_[(first_disk + unit) % 4]) {
             continue;
         }
         auto found = co_await examine(slot, prober, unit, first_disk + unit);
         if (!found) {
-            log::error("ata: {}: {}", disk_name(first_disk + unit), found.error());
+            failed(first_disk + unit, "IDE disk", found.error());
             if (found.error().code == Code::timed_out) { // it blocks the cable for the other one too
                 any = false;
                 break;
@@ -315,8 +373,8 @@ io::Task<Result<void>> Controller<P>::attach_channel(Slot& slot, ChannelPorts at
         disk.configure(disk.info(), disk_name(first_disk + unit), environment_.allows(Feature::flush), channel.words());
         disk.set_timeout(environment_.timeout);
         slot.queue->add(disk);
-        if (auto announced = environment_.disks.announce(disk, first_disk + unit); !announced) {
-            log::info("{}: not attached: {}", disk.name(), announced.error());
+        if (auto announced = environment_.disks.announce(disk, twin_of(first_disk + unit)); !announced) {
+            failed(first_disk + unit, "IDE disk", announced.error());
             slot.queue->remove(disk);
             slot.disks[unit].reset();
             continue;
@@ -340,9 +398,23 @@ io::Task<Result<bool>> Controller<P>::examine(Slot& slot, Prober<P>& prober, u8 
         co_return found.error();
     }
     if (*found == Found::packet_device) {
-        log::info("ata: {} is an ATAPI device; it is left alone", disk_name(number));
+        unused(number, "ATAPI device", Unused::not_a_disk, "no driver for CD drives and other ATAPI devices in this build");
     }
     if (*found != Found::disk) {
+        co_return false;
+    }
+    slot.identities[unit].emplace(data);
+    if (unit == 1 && slot.identities[0] && slot.identities[0]->same(*slot.identities[1])) {
+        // Some controllers in front of SATA disks do not look at the device bit; and two disks may have been given one serial number.
+        IdentifyData first = data;
+        CO_TRY(const bool one, co_await prober.one_device(first));
+        if (one) {
+            unused(number, "IDE disk", Unused::taken, "it is the master, which answers at both places");
+            co_return false;
+        }
+    }
+    if (is_empty(data)) {
+        unused(number, "IDE disk", Unused::empty, "it has 0 bytes");
         co_return false;
     }
     CO_TRY(DriveInfo info, decode(data));

@@ -5,6 +5,7 @@ export module drivers.claims;
 import core.std;
 import core.result;
 import core.text;
+import core.vector;
 import drivers.table;
 
 export namespace fl::drivers {
@@ -28,20 +29,18 @@ constexpr Slot ide_slot(u32 channel, u32 unit) { return disk_slot(channel * 2 + 
 
 class Claims {
   public:
-    static constexpr usize capacity = 64;
-
     /// The plan must outlive this.
     constexpr explicit Claims(const Plan& plan) : plan_(&plan) {}
 
     /// Whether `driver` may look at the device in that slot: nobody has it, or the plan lets both attach.
     bool offered(std::string_view driver, Slot slot) const;
-    /// `driver` has attached it. Error{busy}: it was not offered, or the driver has it already; Error{exhausted}: more than `capacity` devices.
+    /// `driver` has attached it. Error{busy}: it was not offered, or the driver has it already; Error{exhausted}: no memory.
     Result<void> attached(std::string_view driver, Slot slot);
     /// The device is gone, or its driver gave it up: the slot is free again. Returns whether it was held.
     bool released(std::string_view driver, Slot slot);
     /// Who attached the slot first; empty when nobody.
     std::string_view holder(Slot slot) const;
-    usize size() const { return count_; }
+    usize size() const { return claims_.size(); }
 
   private:
     struct Claim {
@@ -49,8 +48,7 @@ class Claims {
         std::string_view driver;
     };
     const Plan* plan_;
-    std::array<Claim, capacity> claims_{};
-    usize count_ = 0;
+    Vector<Claim> claims_;
 };
 
 } // namespace fl::drivers

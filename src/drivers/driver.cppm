@@ -3,6 +3,7 @@
 export module drivers.driver;
 import core.std;
 import core.result;
+import core.text;
 import core.time;
 import core.dma;
 import core.interrupt;
@@ -15,6 +16,51 @@ export namespace fl::drivers {
 /// Features that a driver shall not negotiate (features=-name on the command line).
 enum class Feature : u32 { persistent = 1, indirect = 2, ring_pages = 4, flush = 8, barrier = 16 };
 
+/// Why something that a driver was offered, or found on its device, is not in use.
+enum class Unused : u8 {
+    no_driver,  // nothing in this build drives it
+    taken,      // another driver has the same disk
+    unplugged,  // the host has taken the emulated devices away, as it was asked to
+    not_a_disk, // a CD drive, a tape …
+    empty,      // a disk of 0 bytes, a drive without a medium
+    failed,     // it should work, and does not
+    no_room,    // a table of this kernel's is full
+};
+constexpr std::string_view name(Unused why) {
+    constexpr std::array<std::string_view, 7> names{"no driver", "taken", "unplugged", "not a disk", "empty", "failed", "no room"};
+    return names[to_underlying(why)];
+}
+
+/// What an error of attaching comes to.
+constexpr Unused unused_because(Code code) {
+    switch (code) {
+    case Code::exhausted: return Unused::no_room;
+    case Code::busy: return Unused::taken;
+    case Code::not_supported: return Unused::no_driver;
+    default: return Unused::failed;
+    }
+}
+
+/// a, b … z, aa, ab …: what disks' names end with, after Linux.
+[[gnu::noinline]] constexpr FixedText<8> drive_letters(u32 number) {
+    std::array<char, 8> letters{};
+    usize at = letters.size();
+    for (u64 n = u64{number} + 1; n != 0 && at > 0; n = (n - 1) / 26) {
+        letters[--at] = static_cast<char>('a' + (n - 1) % 26);
+    }
+    return FixedText<8>(std::string_view(letters.data() + at, letters.size() - at));
+}
+
+/// A unit that a driver found and will not drive.
+struct UnusedUnit {
+    std::string_view bus;     // "ide", "xen", "scsi"
+    std::string_view address; // as the driver calls it: "hdb", "LUN 3 of …"
+    std::string_view what;    // "CD drive", "SCSI disk"
+    Unused why = Unused::failed;
+    std::string_view reason;  // for people; empty with `taken`: the driver that has the disk is named
+    u32 disk_number = ~u32{0};
+};
+
 /// Where drivers announce disks. A disk number says which disk of the machine it is, whichever driver shows it: primary master is 0, primary
 /// slave 1, secondary master 2, and so on; a synthetic disk's bus says which number its emulated twin would have. Disks without a twin use
 /// `no_twin`.
@@ -26,6 +72,8 @@ class DiskSink {
     virtual bool offered(u32 disk_number) = 0;
     /// The disk is ready; it lives until the machine ends. Error{busy}: another driver attached the same disk first; the driver lets go of it.
     virtual Result<void> announce(io::BlockDevice& disk, u32 disk_number) = 0;
+    /// Once for each unit that is not driven. `failed` and `no_room` make the kernel's verdict an ERROR.
+    virtual void unused(const UnusedUnit& unit) { static_cast<void>(unit); }
     /// The host has taken the disk away: what is announced under that number later is another one.
     virtual void gone(u32 disk_number) { static_cast<void>(disk_number); }
 

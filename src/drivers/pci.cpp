@@ -13,6 +13,7 @@ constexpr u8 header_general = 0;
 constexpr u8 header_bridge = 1;
 constexpr u16 status_capabilities = 1u << 4; // [PCI-3.0 §6.2.3]
 constexpr u8 class_bridge = 6;
+constexpr u8 subclass_host_bridge = 0;
 constexpr u8 subclass_pci_bridge = 4;
 constexpr unsigned max_capabilities = 48; // 192 bytes behind the header, at least 4 each
 
@@ -107,45 +108,79 @@ std::optional<Device> look_up(Config& config, Address at) {
                   .header_type = static_cast<u8>(header >> 16 & 0x7f)};
 }
 
-void enumerate(Config& config, DeviceList& found) {
-    std::array<u64, 4> known{1}; // a bit for each of the 256 buses: bus 0 is there
-    std::array<u64, 4> walked{};
-    const auto bit = [](u8 bus) { return u64{1} << (bus % 64); };
+void Walk::function(const Device& device) {
+    ++functions_;
+    if (device.header_type == header_bridge && device.class_code == class_bridge && device.subclass == subclass_pci_bridge) {
+        known_.add(static_cast<u8>(device.read32(Field::bridge_buses) >> 8)); // 0, an unconfigured bridge, is walked already
+    }
+    if (device.class_code == class_bridge && device.subclass == subclass_host_bridge && device.at != Address{}) {
+        more_host_bridges_ = true;
+    }
+    found_(context_, device);
+}
+
+void Walk::bus(u8 number) {
+    walked_.add(number);
+    for (u8 slot = 0; slot < 32; ++slot) {
+        u8 functions = 1;
+        for (u8 n = 0; n < functions; ++n) {
+            const auto device = look_up(config_, {number, slot, n});
+            if (!device) {
+                if (n == 0) {
+                    break; // function 0 is mandatory [PCI-3.0 §6.1]
+                }
+                continue;
+            }
+            if (n == 0 && (device->read32(Field::header_type) >> 16 & header_multi_function) != 0) {
+                functions = 8;
+            }
+            function(*device);
+        }
+    }
+}
+
+void Walk::tree(u8 root) {
+    known_.add(root);
     for (bool more = true; more;) { // a bridge may lead to a lower number: until a round finds nothing new, 256 buses at most
         more = false;
         for (u32 n = 0; n < 256; ++n) {
-            const auto bus = static_cast<u8>(n);
-            if ((known[bus / 64] & bit(bus)) == 0 || (walked[bus / 64] & bit(bus)) != 0) {
-                continue;
-            }
-            walked[bus / 64] |= bit(bus);
-            more = true;
-            for (u8 slot = 0; slot < 32; ++slot) {
-                u8 functions = 1;
-                for (u8 function = 0; function < functions; ++function) {
-                    const auto device = look_up(config, {bus, slot, function});
-                    if (!device) {
-                        if (function == 0) {
-                            break; // function 0 is mandatory [PCI-3.0 §6.1]
-                        }
-                        continue;
-                    }
-                    if (function == 0 && (device->read32(Field::header_type) >> 16 & header_multi_function) != 0) {
-                        functions = 8;
-                    }
-                    if (device->header_type == header_bridge && device->class_code == class_bridge && device->subclass == subclass_pci_bridge) {
-                        const auto secondary = static_cast<u8>(device->read32(Field::bridge_buses) >> 8);
-                        known[secondary / 64] |= bit(secondary); // 0, an unconfigured bridge, is walked already
-                    }
-                    if (found.count == DeviceList::capacity) {
-                        found.truncated = true;
-                        return;
-                    }
-                    found.devices[found.count++] = *device;
-                }
+            const auto number = static_cast<u8>(n);
+            if (known_.has(number) && !walked_.has(number)) {
+                bus(number);
+                more = true;
             }
         }
     }
+}
+
+void Walk::rest(u8 first, u8 last) {
+    for (u32 n = first; n <= last; ++n) {
+        tree(static_cast<u8>(n));
+    }
+}
+
+u32 enumerate(Config& config, Walk::Found found, void* context, u8 first, std::optional<Roots> (*ask)(), bool always) {
+    Walk walk(config, found, context);
+    walk.tree(first);
+    if (!walk.more_host_bridges() && !always) {
+        return walk.functions();
+    }
+    const std::optional<Roots> said = ask != nullptr ? ask() : std::nullopt;
+    if (!said && !walk.more_host_bridges()) {
+        return walk.functions();
+    }
+    const Roots roots = said.value_or(Roots{.others = true});
+    for (u32 n = roots.first; n <= roots.last; ++n) {
+        if (roots.buses.has(static_cast<u8>(n))) {
+            walk.tree(static_cast<u8>(n));
+        }
+    }
+    // A host bridge that ignores the bus number would show everything again on every bus.
+    const u32 identity = config.read32({first, 0, 0}, offset_of(Field::identity));
+    if (roots.others && (first == roots.last || config.read32({roots.last, 0, 0}, offset_of(Field::identity)) != identity)) {
+        walk.rest(roots.first, roots.last);
+    }
+    return walk.functions();
 }
 
 } // namespace fl::drivers::pci

@@ -1,5 +1,11 @@
 // The PCI bus: configuration space, a bounded walk over all functions, base address registers, capabilities, and the data that a driver is
-// matched by. Portable; drivers.machine.pci has the processor's ports, tests have a fake.
+// matched by. Portable; drivers.machine.pci has the two ways to reach configuration space, tests have a fake.
+//
+// A machine has a root bus for each host bridge. Bus 0 is always one; the others are found in this order, cheapest first:
+//   1. No function of class host bridge beside 00:00.0, and no MCFG table (a PC of the conventional kind): there is no other root.
+//   2. The bus numbers that ACPI gives (_BBN, core.acpi): 32 reads a bus. QEMU's pxb and pxb-pcie show a host bridge function and have a _BBN.
+//   3. No ACPI, or a host bridge whose _BBN is computed: every bus that no bridge leads to, 32 reads each, 8160 at most. A read costs two exits
+//      where the ports are emulated, so this is not done without a reason.
 export module drivers.pci;
 import core.std;
 import core.result;
@@ -134,17 +140,55 @@ constexpr bool matches(std::span<const Match> ids, const Device& device) {
 /// The function at this address, or nothing.
 std::optional<Device> look_up(Config& config, Address at);
 
-/// All functions that were found, in order of discovery.
-struct DeviceList {
-    static constexpr usize capacity = 64;
-    std::array<Device, capacity> devices{};
-    usize count = 0;
-    bool truncated = false; // there were more
-
-    std::span<const Device> all() const { return {devices.data(), count}; }
+/// A set of bus numbers.
+struct BusSet {
+    std::array<u64, 4> bits{};
+    constexpr bool has(u8 bus) const { return (bits[bus / 64] >> bus % 64 & 1) != 0; }
+    constexpr void add(u8 bus) { bits[bus / 64] |= u64{1} << bus % 64; }
 };
 
-/// Walks bus 0 and every bus that a bridge leads to, each once whatever the bridges claim. No PCI at all gives an empty list.
-void enumerate(Config& config, DeviceList& found);
+/// A walk over the functions of one segment. Each bus is walked once, whatever the bridges claim; a bus costs at least 32 reads, one for
+/// function 0 of each device number.
+class Walk {
+  public:
+    /// Called for every function, in order of discovery.
+    using Found = void (*)(void* context, const Device& device);
+
+    Walk(Config& config, Found found, void* context) : config_(config), found_(found), context_(context) {}
+
+    /// A bus, and every bus that a bridge on the way leads to.
+    void tree(u8 root);
+    /// All buses from `first` to `last` that were not walked yet: for machines where nobody says which of them are roots.
+    void rest(u8 first, u8 last);
+    /// Whether a host bridge was seen beside the one at 00:00.0: there may be root buses that no bridge leads to.
+    bool more_host_bridges() const { return more_host_bridges_; }
+    /// Functions found.
+    u32 functions() const { return functions_; }
+
+  private:
+    void bus(u8 number);
+    void function(const Device& device);
+
+    Config& config_;
+    Found found_;
+    void* context_;
+    BusSet known_;
+    BusSet walked_;
+    bool more_host_bridges_ = false;
+    u32 functions_ = 0;
+};
+
+/// What the firmware says about the root buses of a segment.
+struct Roots {
+    BusSet buses;          // whose number it gives
+    bool others = false;   // there are some whose number it does not give
+    u8 first = 0;          // the buses that exist
+    u8 last = 255;
+};
+
+/// All functions of a segment: the tree of bus `first`, those of the other root buses, and all buses there are where nobody says which of them
+/// are roots. `ask` is called when there may be further roots, and may be nullptr or give nothing: nothing is known then. `always`: ask even
+/// where no second host bridge shows itself. Returns the number of functions.
+u32 enumerate(Config& config, Walk::Found found, void* context, u8 first = 0, std::optional<Roots> (*ask)() = nullptr, bool always = false);
 
 } // namespace fl::drivers::pci

@@ -25,13 +25,8 @@ constinit u32 next_disk = 0;
 } // namespace
 
 FixedText<16> disk_name(u32 number) {
-    std::array<char, 8> letters{};
-    usize at = letters.size();
-    for (u64 n = u64{number} + 1; n != 0 && at > 0; n = (n - 1) / 26) {
-        letters[--at] = static_cast<char>('a' + (n - 1) % 26);
-    }
     FixedText<16> name("sd");
-    name.write({letters.data() + at, letters.size() - at});
+    name.write(drive_letters(number));
     return name;
 }
 
@@ -42,10 +37,11 @@ Controller::Controller(Environment& environment, Vmbus& bus) : environment_(envi
 
 // Only after disconnect(), or before connect(): no queue is registered any more.
 Controller::~Controller() {
-    for (u32 i = 0; i < unit_count_; ++i) {
-        for (Disk* disk : units_[i].disks) {
+    for (Unit* unit : units_) {
+        for (Disk* disk : unit->disks) {
             delete disk;
         }
+        delete unit;
     }
     for (u32 i = 0; i < lane_count_; ++i) {
         delete lanes_[i];
@@ -279,13 +275,19 @@ io::Task<Result<bool>> Controller::list_units(std::array<bool, max_units>& there
     if (!answer.good()) {
         co_return false;
     }
-    const auto listed = scsi::parse_luns(data(answer.bytes), [&](u8 lun) {
+    u32 beyond = 0;
+    const auto listed = scsi::parse_luns(data(answer.bytes), [&](u32 lun) {
         if (lun < max_units) {
             there[lun] = true;
         } else {
-            log::warning("storvsc: LUN {} is more than this driver takes", lun);
+            ++beyond;
         }
     });
+    if (beyond != 0) {
+        FixedText<96> reason;
+        print(reason, "{} units have numbers that a request to this host cannot name: this driver reaches LUN 0 to {}", beyond, max_units - 1);
+        unused(max_units - 1, "SCSI units above", Unused::no_room, reason);
+    }
     if (!listed) {
         log::warning("storvsc: {}", listed.error());
     }
@@ -296,12 +298,14 @@ io::Task<Result<void>> Controller::scan() {
     std::array<bool, max_units> there{};
     CO_TRY(const bool listed, co_await list_units(there));
     if (!listed) {
-        there.fill(true);
+        std::fill_n(there.begin(), most_usual_units, true);
     }
-    for (u8 lun = 0; lun < max_units; ++lun) {
+    for (u32 n = 0; n < max_units; ++n) {
+        const auto lun = static_cast<u8>(n);
         if (Unit* unit = known(lun); unit != nullptr && !there[lun]) {
             take_away(*unit, "the host has taken the disk away");
         }
+        told_[lun] = told_[lun] && there[lun];
         if (!there[lun] || !lanes_[0]->queue.is_open()) {
             continue;
         }
@@ -317,7 +321,7 @@ io::Task<Result<void>> Controller::scan() {
                 co_return scanned.error();
             }
             if (listed && scanned.error().code != Code::not_found) {
-                log::error("storvsc: LUN {}: {}", lun, scanned.error());
+                failed(lun, scanned.error());
             }
         }
     }
@@ -334,12 +338,24 @@ void Controller::take_away(Unit& unit, std::string_view why) {
 }
 
 Controller::Unit* Controller::known(u8 lun) {
-    for (u32 i = 0; i < unit_count_; ++i) {
-        if (!units_[i].gone && static_cast<Disk*>(units_[i].disks[0])->unit().lun == lun) {
-            return &units_[i];
+    for (Unit* unit : units_) {
+        if (!unit->gone && unit->disks[0]->unit().lun == lun) {
+            return unit;
         }
     }
     return nullptr;
+}
+
+void Controller::unused(u8 lun, std::string_view what, Unused why, std::string_view reason) {
+    FixedText<64> address;
+    print(address, "{} LUN {}", offer_.instance.text(), lun);
+    environment_.disks.unused({"scsi", address, what, why, reason});
+}
+
+void Controller::failed(u8 lun, const Error& error) {
+    FixedText<160> reason;
+    print(reason, "{}", error);
+    unused(lun, "SCSI disk", unused_because(error.code), reason);
 }
 
 // What the unit is. Error{not_found}: no disk.
@@ -357,6 +373,11 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
     if (!inquiry || !inquiry->disk()) {
         if (unit != nullptr) {
             take_away(*unit, "the host has taken the disk away");
+        }
+        if (inquiry && inquiry->qualifier == 0 && !std::exchange(told_[lun], true)) {
+            FixedText<64> what;
+            print(what, "SCSI device of type {:#x} ({} {})", inquiry->device_type, inquiry->vendor, inquiry->product);
+            unused(lun, what, Unused::not_a_disk, "no driver for CD drives and other SCSI devices but disks in this build");
         }
         co_return no_disk;
     }
@@ -377,6 +398,12 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
                                        : "the host has changed the disk's cache or write protection: it comes under a new name");
     }
     CO_TRY(answer, co_await command(lun, scsi::test_unit_ready(), 0));
+    if (!answer.good() && answer.sense && answer.sense->asc == scsi::asc_no_medium) {
+        if (!std::exchange(told_[lun], true)) {
+            unused(lun, "SCSI disk", Unused::empty, "there is no medium in it");
+        }
+        co_return no_disk;
+    }
     if (!answer.good() && answer.sense) {
         log::info("storvsc: LUN {}: {}", lun, scsi::describe(*answer.sense, std::nullopt));
     }
@@ -461,17 +488,29 @@ io::Task<Result<void>> Controller::read_limits(u8 lun, bool thin, io::Geometry& 
 }
 
 Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geometry, const io::BlockDevice::Identity& identity) {
-    u32 place = unit_count_;
-    if (place == max_units) { // that of one that is gone. Its disks stay with whoever still knows them
-        place = static_cast<u32>(std::ranges::find_if(units_, [](const Unit& u) { return u.gone; }) - units_.begin());
-    }
-    if (place == max_units) {
-        return Error{Code::exhausted, "more units than a storage controller has room for", max_units, max_units + 1};
+    Unit* place = nullptr;
+    const bool fresh = units_.size() < max_units;
+    if (!fresh) { // the place of one that is gone. Its disks stay with whoever still knows them
+        const auto at = std::ranges::find_if(units_, [](const Unit* u) { return u->gone; });
+        if (at == units_.end()) {
+            return Error{Code::exhausted, "more units than a storage controller has room for", max_units, max_units + 1};
+        }
+        place = *at;
+    } else {
+        place = new (std::nothrow) Unit;
+        if (place == nullptr || !units_.push(place)) {
+            delete place;
+            return Error{Code::exhausted, "no memory for a disk"};
+        }
     }
     Unit entry;
     const auto undo = [&] {
         for (Disk*& disk : entry.disks) {
             delete std::exchange(disk, nullptr);
+        }
+        if (fresh) {
+            units_.remove(units_.size() - 1);
+            delete place;
         }
     };
     for (u32 i = 0; i < lane_count_; ++i) {
@@ -491,8 +530,7 @@ Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geom
     for (u32 i = 0; i < lane_count_; ++i) {
         entry.disks[i]->link(environment_.executor); // nobody else has run since: it comes before anything that is asked of the lane
     }
-    units_[place] = entry;
-    unit_count_ = std::max(unit_count_, place + 1);
+    *place = entry;
     ++next_disk;
     return {};
 }
@@ -566,12 +604,12 @@ io::Task<Result<void>> attach(Environment& environment, Vmbus& bus, Offer offer)
     if (offer.type.text() == ide_class) {
         ide = ide_path(offer.instance.text());
         if (!ide) {
-            log::warning("storvsc: {} names no IDE disk: left alone", offer.instance.text());
+            environment.disks.unused({"vmbus", offer.instance.text(), "IDE accelerator", Unused::failed, "its instance names no IDE disk"});
             co_return Result<void>{};
         }
     }
     if (!environment.disks.offered(ide ? ide->disk_number() : DiskSink::no_twin)) {
-        log::info("storvsc: {} is not offered to this driver", offer.instance.text());
+        environment.disks.unused({"vmbus", offer.instance.text(), "IDE accelerator", Unused::taken, {}, ide ? ide->disk_number() : DiskSink::no_twin});
         co_return Result<void>{};
     }
     auto* controller = new (std::nothrow) Controller(environment, bus);

@@ -10,6 +10,7 @@ import core.result;
 import core.text;
 import core.time;
 import core.dma;
+import core.vector;
 import io.executor;
 import io.task;
 import io.latch;
@@ -37,7 +38,8 @@ FixedText<16> disk_name(u32 number);
 /// One controller with its channels. Lives until the machine ends, once it has a disk. On the boot processor, but for its further queues.
 class Controller {
   public:
-    static constexpr u32 max_units = 64;         // LUN 0 to 63 of target 0
+    static constexpr u32 max_units = 256;        // LUN 0 to 255 of target 0: what a request can name
+    static constexpr u32 most_usual_units = 64;  // Hyper-V's own hosts have so many: all that are asked when none are listed
     static constexpr u32 send_bytes = 64 * 1024; // of packets in each channel's rings
     static constexpr u32 receive_bytes = 32 * 1024;
 
@@ -55,7 +57,7 @@ class Controller {
     /// Ends everything and closes the channels. Bounded.
     io::Task<Result<void>> disconnect();
 
-    u32 disks() const { return unit_count_; }
+    u32 disks() const { return static_cast<u32>(units_.size()); }
     const Terms& terms() const { return terms_; }
     u32 channels() const { return lane_count_; }
 
@@ -101,6 +103,8 @@ class Controller {
     io::Task<Result<void>> watch_over();
     Result<void> attach(const Disk::Unit& unit, const io::Geometry& geometry, const io::BlockDevice::Identity& identity);
     Unit* known(u8 lun);
+    void unused(u8 lun, std::string_view what, Unused why, std::string_view reason);
+    void failed(u8 lun, const Error& error);
     void take_away(Unit& unit, std::string_view why);
     std::span<const u8> data(u32 bytes) const { return {reinterpret_cast<const u8*>(scratch_.data()), std::min<u32>(bytes, scratch_bytes)}; }
 
@@ -116,8 +120,8 @@ class Controller {
     DmaBuffer scratch_; // for the controller's own commands, one at a time
     std::array<Lane*, Disk::max_lanes> lanes_{};
     u32 lane_count_ = 0;
-    std::array<Unit, max_units> units_{};
-    u32 unit_count_ = 0;
+    Vector<Unit*> units_; // owned
+    std::array<bool, max_units> told_{}; // of LUNs that are there and not driven: the log says why
     io::TaskGroup keeper_;
     Controller* next_ = nullptr; // in the list of those that are attached
     friend io::Task<Result<void>> probe(Environment&, hv::HyperV&, const hv::SyntheticDevice&);

@@ -73,7 +73,8 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
     const StorePath type_key = join(path, "device-type");
     const auto kind = co_await xen_.store().read(type_key, type);
     if (kind && *kind != "disk") {
-        co_return Error{Code::not_supported, "this virtual block device is no disk"};
+        left_ = Unused::not_a_disk;
+        co_return Error{Code::not_supported, "no driver for CD drives in this build"};
     }
     begun_ = true;
     CO_CHECK(co_await reset());
@@ -224,16 +225,22 @@ io::Task<Result<void>> Vbd::read_geometry() {
     CO_TRY(const u64 sector_size, co_await store.number_or(front_.backend(), "sector-size", 0));
     CO_TRY(const u64 physical, co_await store.number_or(front_.backend(), "physical-sector-size", sector_size));
     CO_TRY(const u64 info, co_await store.number_or(front_.backend(), "info", 0));
+    if ((info & info_cdrom) != 0) {
+        left_ = Unused::not_a_disk;
+        co_return Error{Code::not_supported, "no driver for CD drives in this build"};
+    }
     if (sector_size < wire_sector || sector_size > page_size || !std::has_single_bit(sector_size)) {
+        left_ = Unused::no_driver;
         co_return Error{Code::not_supported,
                         "the back end's sector size is none that this driver knows (sector-size: 512 to 4096, a power of two)", page_size,
                         sector_size};
     }
-    if (sectors == 0 || sectors > u64{1} << 54) {
-        co_return Error{Code::protocol, "the back end's disk has an impossible size (sectors)", u64{1} << 54, sectors};
+    if (sectors == 0) {
+        left_ = Unused::empty;
+        co_return Error{Code::not_supported, "it has 0 bytes"};
     }
-    if ((info & info_cdrom) != 0) {
-        co_return Error{Code::not_supported, "this virtual block device is no disk"};
+    if (sectors > u64{1} << 54) {
+        co_return Error{Code::protocol, "the back end's disk has an impossible size (sectors)", u64{1} << 54, sectors};
     }
     std::array<char, 8> text;
     const StorePath mode_key = join(front_.backend(), "mode");
@@ -333,13 +340,15 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     }
     const auto which = virtual_disk(device.number);
     if (!which) {
-        log::warning("xen_blk: vbd {} has a number without a meaning: left alone", device.number);
+        environment.disks.unused(
+            {"xen", device.address, "virtual block device", Unused::failed, "a device number that [xen-vbd] gives no meaning"});
         co_return Result<void>{};
     }
-    const bool has_twin = which->kind != VirtualDisk::Kind::scsi && which->partition == 0;
+    // Only the four places of the first IDE controller can be the same disk.
+    const bool has_twin = which->kind != VirtualDisk::Kind::scsi && which->partition == 0 && which->disk < 4;
     const u32 slot = has_twin ? which->disk : DiskSink::no_twin;
     if (!environment.disks.offered(slot)) {
-        log::info("xen_blk: {} is not offered to this driver", disk_name(*which));
+        environment.disks.unused({"xen", device.address, disk_name(*which), Unused::taken, {}, slot});
         co_return Result<void>{};
     }
     auto* vbd = new (std::nothrow) Vbd(environment, xen);
@@ -347,7 +356,6 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
         co_return Error{Code::exhausted, "no memory for a virtual block device"};
     }
     auto result = co_await vbd->connect(device, *which);
-    const bool is_disk = result || result.error().code != Code::not_supported;
     if (result) {
         result = environment.disks.announce(vbd->disk(), slot);
     }
@@ -362,9 +370,12 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     if (auto left = co_await vbd->disconnect(); !left) {
         log::warning("xen_blk: {}: leaving the bus: {}", disk_name(*which), left.error());
     }
+    const auto left_alone = vbd->left();
     delete vbd;
-    if (!is_disk) {
-        log::info("xen_blk: {} left alone: {}", disk_name(*which), result.error());
+    if (left_alone) {
+        FixedText<160> reason;
+        print(reason, "{}", result.error());
+        environment.disks.unused({"xen", device.address, disk_name(*which), *left_alone, reason, slot});
         co_return Result<void>{};
     }
     co_return result;

@@ -40,13 +40,15 @@ class Vbd {
     Vbd(const Vbd&) = delete;
     Vbd& operator=(const Vbd&) = delete;
 
-    /// Everything up to state connected. `path`: "device/vbd/51712". Error{not_supported}: not a disk (a CD-ROM is left alone).
+    /// Everything up to state connected. `path`: "device/vbd/51712". An Error with left(): nothing that this driver is for.
     io::Task<Result<void>> connect(const hv::SyntheticDevice& device, const hv::xen::VirtualDisk& which);
     /// Starts to watch the back end: a disk whose back end closes, or that broke a rule, is shut and taken from the bus.
     Result<void> keep();
     /// Leaves the bus, in order, every wait bounded.
     io::Task<Result<void>> disconnect();
     Disk& disk() { return disk_; }
+    /// Why a device that works is not attached: a CD drive, a disk of 0 bytes, one that this driver does not support.
+    std::optional<Unused> left() const { return left_; }
 
   private:
     static constexpr u32 max_ring_pages = 1u << max_ring_order;
@@ -69,6 +71,7 @@ class Vbd {
     hv::xen::Frontend front_;
     Disk disk_;
     Terms terms_;
+    std::optional<Unused> left_;
     bool begun_ = false; // the back end may have seen us
     bool old_ring_keys_ = false;
     bool offers_persistent_ = false;

@@ -26,6 +26,7 @@ import core.time;
 import core.interrupt;
 import core.log;
 import core.cpuid;
+import core.vector;
 import io.executor;
 import io.latch;
 import io.task;
@@ -126,22 +127,14 @@ struct SyntheticDevice {
     u32 number = 0;        // Xen: the virtual device number; VMBus: the channel's id
 };
 
-/// A bounded list; what does not fit is counted in `dropped`.
+/// As many as the machine has; what finds no memory is counted in `dropped`.
 struct DeviceList {
-    static constexpr usize capacity = 64;
-
-    std::array<SyntheticDevice, capacity> list{};
-    u32 count = 0;
+    Vector<SyntheticDevice> list;
     u32 dropped = 0;
 
-    constexpr void add(const SyntheticDevice& device) {
-        if (count == capacity) {
-            ++dropped;
-        } else {
-            list[count++] = device;
-        }
-    }
-    constexpr std::span<const SyntheticDevice> all() const { return {list.data(), count}; }
+    void add(const SyntheticDevice& device) { dropped += list.push(device) ? 0 : 1; }
+    u32 count() const { return static_cast<u32>(list.size()); }
+    std::span<const SyntheticDevice> all() const { return {list.begin(), list.size()}; }
 };
 
 /// A bus of synthetic devices. enumerate(): awaited in the executor, every wait in it bounded. It appends what is there in a stable order and

@@ -49,7 +49,7 @@ void parse(std::span<const std::byte> bytes) {
         require(capacity->blocks != 0 && std::has_single_bit(capacity->block_bytes));
     }
     u32 luns = 0;
-    static_cast<void>(scsi::parse_luns(data, [&](u8) { ++luns; }));
+    static_cast<void>(scsi::parse_luns(data, [&](u32) { ++luns; }));
     require(luns * 8 <= data.size());
     static_cast<void>(scsi::parse_mode_6(data));
     static_cast<void>(scsi::lists_page(data, 0xb0));

@@ -222,6 +222,22 @@ class Pauses(unittest.TestCase):
 
 
 class Machines(unittest.TestCase):
+    def test_names_go_on_after_z(self):
+        self.assertEqual([machine.drive_letters(n) for n in (0, 25, 26, 27, 51, 52, 701, 702)], ["a", "z", "aa", "ab", "az", "ba", "zz", "aaa"])
+        many = machine.Machine("m", "xen-emu", disks=["xen:1m,image=s"] * 300)
+        names = many.disk_names()
+        self.assertEqual((len(set(names)), names[25], names[26], names[299]), (300, "xvdz", "xvdaa", "xvdkn"))
+        words = many.job(Path("/nowhere")).arguments
+        self.assertIn("xen-disk,drive=xvdkn,vdev=xvdkn", words)
+
+    def test_more_disks_than_there_are_places(self):
+        machine.Machine("m", disks=["ide:1m"] * 4)
+        with self.assertRaisesRegex(Problem, "5 IDE disks: a machine has 4 places"):
+            machine.Machine("m", disks=["ide:1m"] * 5)
+        machine.Machine("m", "hyperv", disks=["scsi:1m"] * 64 + ["scsi:1m,controller=1"])
+        with self.assertRaisesRegex(Problem, "65 disks on SCSI controller 0: it has 64 units"):
+            machine.Machine("m", "hyperv", disks=["scsi:1m"] * 65)
+
     def test_disks(self):
         described = machine.Machine("m", "xen-emu", disks=["xen:8m,sector=4096", "ide:8m,image=s", "xen:8m,image=s,readonly"])
         self.assertEqual(described.disk_names(), ["xvda", "hda", "xvdb"])

@@ -1,6 +1,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <gtest/gtest.h>
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 import core.std;
@@ -17,6 +19,7 @@ import hv.vm_guest;
 import drivers.table;
 import drivers.driver;
 import boot.options;
+import boot.devices;
 import boot.disks;
 import boot.jobs;
 
@@ -263,5 +266,86 @@ TEST_F(Jobs, WrongNamesAreToldWithThoseThatAreThere) {
 TEST_F(Jobs, WithoutADiskThereIsNothingToMeasure) {
     EXPECT_EQ(run("job=bench").verdict, Verdict::error);
     EXPECT_EQ(run("job=boot").verdict, Verdict::success);
+}
+
+TEST_F(Jobs, HundredsOfDisks) {
+    std::vector<std::unique_ptr<MemoryDisk>> many;
+    for (u32 i = 0; i < 300; ++i) {
+        many.push_back(std::make_unique<MemoryDisk>(executor, ("sd" + std::string(drivers::drive_letters(i).view())).c_str(), 16));
+        ASSERT_TRUE(synthetic.announce(*many.back(), boot::Disks::Port::no_twin));
+    }
+    EXPECT_NE(disks.find("sdkn"), nullptr);
+    const auto outcome = run("job=boot");
+    EXPECT_EQ(outcome.verdict, Verdict::success);
+    EXPECT_FALSE(outcome.reason.truncated());
+    EXPECT_NE(std::string(outcome.reason.view()).find("sda, sdb, "), std::string::npos);
+    EXPECT_NE(std::string(outcome.reason.view()).find(" and 276 more"), std::string::npos) << outcome.reason.view();
+    EXPECT_EQ(many.back()->counters().completed, 1u);
+}
+
+struct Listed : Jobs {
+    boot::Devices devices;
+    boot::Outcome run_with(const char* cmdline) {
+        boot::Options options;
+        boot::OptionErrors errors;
+        EXPECT_TRUE(boot::parse_options(cmdline, options, errors)) << cmdline;
+        boot::JobServices services{executor, dma, [] { return u64{0}; }};
+        services.devices = &devices;
+        auto result = executor.run(boot::run_job(options, disks, services));
+        EXPECT_TRUE(result);
+        return *result;
+    }
+    static boot::DeviceEntry entry(const char* address, std::optional<drivers::Unused> why, u32 on_it = 0) {
+        boot::DeviceEntry e;
+        e.bus.write("pci");
+        e.address.write(address);
+        e.what.write("NVMe controller");
+        e.kind = boot::DeviceClass::disk;
+        e.why = why;
+        e.driver = why ? "" : "nvme";
+        e.disks = on_it;
+        return e;
+    }
+};
+
+TEST_F(Listed, TheFirstBlockComesBeforeTheList) {
+    attach();
+    devices.add(entry("00:04.0", drivers::Unused::no_driver));
+    EXPECT_EQ(run_with("job=boot").verdict, Verdict::success);
+    const usize block = capture.text.find("\"record\":\"first_block\"");
+    const usize listed = capture.text.find("\"record\":\"device\",\"bus\":\"pci\",\"address\":\"00:04.0\"");
+    ASSERT_NE(block, std::string::npos);
+    ASSERT_NE(listed, std::string::npos);
+    EXPECT_LT(block, listed);
+    EXPECT_EQ(capture.text.find("\"record\":\"device\""), capture.text.rfind("\"record\":\"device\"")) << "once";
+    devices.add(entry("00:05.0", drivers::Unused::empty));
+    EXPECT_TRUE(capture.has("\"address\":\"00:05.0\"")) << "what comes later is told at once";
+}
+
+TEST_F(Listed, TheDriverThatHasTheSameDiskIsNamed) {
+    boot::Disks shared{plan, &devices};
+    boot::Disks::Port ring{shared, "xen_blk"};
+    boot::Disks::Port ide{shared, "ata"};
+    ASSERT_TRUE(ring.announce(xvda, 0));
+    ASSERT_FALSE(ide.offered(0));
+    ide.unused({"ide", "hda", "IDE disk", drivers::Unused::taken, {}, 0});
+    devices.list();
+    EXPECT_TRUE(capture.has("device ide hda, IDE disk: left to xen_blk, which has the same disk\n")) << capture.text;
+    EXPECT_EQ(devices.failures(), 0u);
+}
+
+TEST_F(Listed, WithoutADiskTheVerdictSaysWhy) {
+    devices.add(entry("00:01.1", std::nullopt, 0));
+    devices.add(entry("00:04.0", drivers::Unused::no_driver));
+    devices.add(entry("00:05.0", drivers::Unused::no_driver));
+    devices.add(entry("00:06.0", drivers::Unused::empty));
+    const std::string why = "of 4 devices that could be or have one: 2 no driver, 1 empty, 1 without disks; see the device lines";
+    EXPECT_EQ(run_with("job=boot").reason.view(), "booted; disks: none (" + why + ")");
+    EXPECT_TRUE(capture.has("\"address\":\"00:06.0\"")) << "the lines are there";
+    const auto bench = run_with("job=bench");
+    EXPECT_EQ(bench.verdict, Verdict::error);
+    EXPECT_EQ(bench.reason.view(), "no disk was found: " + why);
+    boot::Devices none;
+    EXPECT_EQ(none.why_no_disk().view(), "no device that could be one was found");
 }
 } // namespace

@@ -200,7 +200,13 @@ TEST_F(Acpi, DamagedTablesAreIgnoredAndCounted) {
     EXPECT_FALSE(t->madt);
     EXPECT_TRUE(t->fadt);
     EXPECT_EQ(t->damaged, 1u);
+    ASSERT_EQ(t->all_damages().size(), 1u);
+    EXPECT_EQ(t->all_damages()[0].name(), "APIC");
+    EXPECT_EQ(t->all_damages()[0].address, 0x7fe2000u);
+    EXPECT_EQ(t->all_damages()[0].kind, acpi::Damage::Kind::checksum);
     put(memory[0x7fe1000], 4, 35, 4); // shorter than its header
+    EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->all_damages()[0].kind, acpi::Damage::Kind::length);
+    EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->all_damages()[0].length, 35u);
     EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->damaged, 2u);
     put(memory[0x7fe1000], 4, 0xfffffff0, 4);
     EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->damaged, 2u);
@@ -254,13 +260,15 @@ TEST_F(Acpi, MadtEntriesThatCannotBeEndTheWalk) {
     auto t = acpi::read_tables(memory, 0xf5250);
     EXPECT_EQ(t->madt->processor_count, 2u);
     EXPECT_EQ(t->madt->io_apic_count, 0u);
+    EXPECT_EQ(t->madt->bytes_dropped, madt_body.size() - 24u) << "all from the entry on is told";
     b = madt_body;
     b[b.size() - 5] = 200; // the last one leaves the table
     memory.put(0x7fe2000, table("APIC", b));
     t = acpi::read_tables(memory, 0xf5250);
     EXPECT_EQ(t->madt->override_count, 3u);
+    EXPECT_EQ(t->madt->bytes_dropped, 6u);
     b = madt_body;
-    for (int i = 0; i < 40; ++i) { // more than there is room for
+    for (int i = 0; i < 70; ++i) { // more than there is room for
         b.insert(b.end(), {1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 10, 0, 3, 3, 0, 0, 0, 0, 0});
     }
     for (int i = 0; i < 100; ++i) {
@@ -272,6 +280,114 @@ TEST_F(Acpi, MadtEntriesThatCannotBeEndTheWalk) {
     EXPECT_EQ(t->madt->override_count, acpi::Madt::max_overrides);
     EXPECT_EQ(t->madt->processor_count, acpi::Madt::max_processors);
     EXPECT_EQ(t->madt->processors[2], 256u);
+    EXPECT_EQ(t->madt->io_apics_dropped, 71u - acpi::Madt::max_io_apics);
+    EXPECT_EQ(t->madt->overrides_dropped, 73u - acpi::Madt::max_overrides);
+    EXPECT_EQ(t->madt->bytes_dropped, 0u);
+}
+
+// [PCI-FW 3.3 §4.1.2]
+TEST_F(Acpi, ConfigurationSpaceInMemory) {
+    Bytes b(8);
+    const auto entry = [&](u64 base, u64 segment, u64 first, u64 last) {
+        const usize at = b.size();
+        put(b, at, base, 8);
+        put(b, at + 8, segment, 2);
+        put(b, at + 10, first, 1);
+        put(b, at + 11, last, 1);
+        put(b, at + 12, 0, 4);
+    };
+    entry(0xb0000000, 0, 0, 255);
+    entry(0x3000000000, 1, 0x40, 0x7f);
+    entry(0x10, 2, 0, 1);        // not aligned
+    entry(0xc0000000, 3, 10, 9); // no buses
+    memory.put(0x7fe3000, table("MCFG", b));
+    const auto t = acpi::read_tables(memory, 0xf5250);
+    EXPECT_EQ(t->mcfg, 0x7fe3000u);
+    ASSERT_EQ(acpi::ecam_count(memory, t->mcfg), 4u);
+    const auto second = acpi::ecam(memory, t->mcfg, 1);
+    ASSERT_TRUE(second);
+    EXPECT_EQ(second->base, 0x3000000000u);
+    EXPECT_TRUE(second->segment == 1 && second->first_bus == 0x40 && second->last_bus == 0x7f);
+    EXPECT_TRUE(acpi::ecam(memory, t->mcfg, 0));
+    EXPECT_FALSE(acpi::ecam(memory, t->mcfg, 2));
+    EXPECT_FALSE(acpi::ecam(memory, t->mcfg, 3));
+    EXPECT_FALSE(acpi::ecam(memory, t->mcfg, 4));
+    EXPECT_EQ(acpi::ecam_count(memory, 0), 0u);
+    memory[0x7fe3000][50] ^= 1;
+    EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->mcfg, 0u);
+    EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->all_damages()[0].name(), "MCFG");
+}
+
+// As iasl writes them: Name (_HID, EisaId ("PNP0A08")), Name (_CID, EisaId ("PNP0A03")), Name (_BBN, 0x80).
+const Bytes hid_a08 = {0x08, '_', 'H', 'I', 'D', 0x0c, 0x41, 0xd0, 0x0a, 0x08};
+const Bytes cid_a03 = {0x08, '_', 'C', 'I', 'D', 0x0c, 0x41, 0xd0, 0x0a, 0x03};
+const Bytes hid_a03 = {0x08, '_', 'H', 'I', 'D', 0x0c, 0x41, 0xd0, 0x0a, 0x03};
+const Bytes bbn_80 = {0x08, '_', 'B', 'B', 'N', 0x0a, 0x80};
+
+TEST_F(Acpi, RootBridges) {
+    const auto with = [&](std::initializer_list<Bytes> parts, usize filler = 0) {
+        Bytes body(filler, 0x5f);
+        for (const Bytes& part : parts) {
+            body.insert(body.end(), part.begin(), part.end());
+        }
+        memory.put(0x7fe0040, table("DSDT", body));
+        return acpi::find_root_bridges(memory, *acpi::read_tables(memory, 0xf5250));
+    };
+    auto found = with({hid_a08, cid_a03});
+    EXPECT_EQ(found.bridges, 1u);
+    EXPECT_FALSE(found.others()) << "one, and its bus is 0";
+    for (const usize filler : {0u, 880u, 890u, 896u, 900u, 1020u, 3000u}) {
+        found = with({hid_a03, hid_a08, cid_a03, bbn_80}, filler);
+        EXPECT_EQ(found.bridges, 2u) << filler;
+        EXPECT_TRUE(found.gives(0x80)) << filler;
+        EXPECT_FALSE(found.gives(0x81) || found.gives(0));
+        EXPECT_FALSE(found.others()) << filler;
+    }
+    found = with({hid_a03, {0x08, '_', 'B', 'B', 'N', 0x00}, hid_a03, {0x08, '_', 'B', 'B', 'N', 0x0b, 0xc0, 0x00}});
+    EXPECT_TRUE(found.gives(0) && found.gives(0xc0));
+    EXPECT_FALSE(found.others());
+    found = with({hid_a03, hid_a03, {0x14, 0x09, '_', 'B', 'B', 'N', 0x00, 0xa4, 'B', 'U', 'S', '0'}}); // a method
+    EXPECT_EQ(found.numbered, 0u);
+    EXPECT_TRUE(found.others());
+    found = with({hid_a03, hid_a03, {0x14, 0x09, '_', 'B', 'B', 'N', 0x00, 0xa4, 0x0a, 0x42}}); // one that returns a constant
+    EXPECT_TRUE(found.gives(0x42) && !found.others());
+    found = with({hid_a03, hid_a03, {0x14, 0x0c, '_', 'B', 'B', 'N', 0x00, 0x70, 'B', 'U', 'S', '0', 0x60}}); // one that begins otherwise
+    EXPECT_TRUE(found.numbered == 0 && found.others());
+    EXPECT_EQ(with({{0x08, '_', 'H', 'I', 'D', 0x0d, 'P', 'N', 'P', '0', 'A', '0', '8', 0}}).bridges, 1u);
+    EXPECT_EQ(with({{0x08, '_', 'H', 'I', 'D', 0x0c, 0x41, 0xd0, 0x0a, 0x05}}).bridges, 0u);
+    EXPECT_EQ(with({{0x14, 0x0e, '_', 'C', 'B', 'A', 0x00, 0xa4, 0x0c, 0, 0, 0, 0xe0}}).cba, 0xe0000000u);
+    memory[0x7fe0040][40] ^= 1;
+    EXPECT_TRUE(acpi::find_root_bridges(memory, *acpi::read_tables(memory, 0xf5250)).others()) << "a damaged table says nothing";
+}
+
+TEST_F(Acpi, RootBridgesOfSecondaryTables) {
+    memory.put(0x7fe0040, table("DSDT", hid_a03));
+    Bytes body(hid_a08);
+    body.insert(body.end(), bbn_80.begin(), bbn_80.end());
+    memory.put(0x7fe3000, table("SSDT", body));
+    const auto t = acpi::read_tables(memory, 0xf5250);
+    ASSERT_EQ(t->all_ssdts().size(), 1u);
+    const auto found = acpi::find_root_bridges(memory, *t);
+    EXPECT_EQ(found.bridges, 2u);
+    EXPECT_TRUE(found.gives(0x80));
+}
+
+TEST_F(Acpi, VirtioMmioDevices) {
+    const auto node = [](u8 base) { // as QEMU's microvm: _HID, _UID, _CCA, _CRS with Memory32Fixed and Interrupt
+        return Bytes{0x08, '_', 'H',  'I', 'D',  0x0d, 'L',  'N', 'R', 'O', '0', '0', '0',  '5', 0,    0x08, '_',  'U', 'I', 'D',
+                     0x00, 0x08, '_', 'C', 'C', 'A', 0x01, 0x08, '_', 'C', 'R', 'S', 0x11, 0x1a, 0x0a, 0x17, 0x86, 0x09, 0x00, 0x01,
+                     0x00, base, 0xb0, 0xfe, 0x00, 0x02, 0x00, 0x00, 0x89, 0x06, 0x00, 0x05, 0x01, 0x05, 0x00, 0x00, 0x00, 0x79, 0x00};
+    };
+    Bytes body = node(0x10);
+    const Bytes second = node(0x20);
+    body.insert(body.end(), second.begin(), second.end());
+    const Bytes without = {0x08, '_', 'H', 'I', 'D', 0x0d, 'L', 'N', 'R', 'O', '0', '0', '0', '5', 0, 0x08, '_', 'H', 'I', 'D'};
+    body.insert(body.end(), without.begin(), without.end());
+    memory.put(0x7fe0040, table("DSDT", body));
+    std::vector<std::pair<u64, u32>> seen;
+    const auto keep = [](void* context, u64 base, u32 size) { static_cast<std::vector<std::pair<u64, u32>>*>(context)->emplace_back(base, size); };
+    EXPECT_EQ(acpi::find_virtio_mmio(memory, *acpi::read_tables(memory, 0xf5250), keep, &seen), 1u);
+    EXPECT_EQ(seen, (std::vector<std::pair<u64, u32>>{{0xfeb01000, 0x200}, {0xfeb02000, 0x200}}));
 }
 
 TEST_F(Acpi, RandomDamageNeverHurts) {

@@ -113,8 +113,14 @@ class Interrupts final : public InterruptController {
 struct Sink final : drivers::DiskSink {
     std::vector<bool> offer = std::vector<bool>(8, true);
     std::map<u32, io::BlockDevice*> disks;
+    std::map<std::string, drivers::Unused> left; // units that were found and are not driven
+    std::string reasons;
     bool busy = false;
     bool offered(u32 n) override { return offer[n]; }
+    void unused(const drivers::UnusedUnit& unit) override {
+        EXPECT_TRUE(left.emplace(std::string(unit.address), unit.why).second) << unit.address << " twice";
+        reasons += std::string(unit.reason) + "\n";
+    }
     Result<void> announce(io::BlockDevice& disk, u32 n) override {
         if (busy) {
             return Error{Code::busy, "somebody else has it"};
@@ -127,6 +133,8 @@ struct Sink final : drivers::DiskSink {
 /// A disk behind the bus. Sectors that were never written hold their own LBA in every 8 bytes.
 struct Drive {
     bool packet = false;
+    bool no_multiple = false;  // refuses SET MULTIPLE MODE
+    bool no_signature = false; // a packet device that does not show itself when it refuses IDENTIFY DEVICE
     u64 sectors = 1 << 20;
     u32 sector_size = 512;
     ata::IdentifyData id;
@@ -168,12 +176,15 @@ class Channel {
     u32 bus_error = 0;         // transfers that end with the bus-master error bit
     u32 crc_error = 0;         // transfers that end with ICRC
     u32 abort = 0;             // commands that are refused
+    u8 abort_status = 0x51;    // with this status
     u32 short_transfer = 0;    // transfers that end well before the memory does
     std::set<u64> bad;         // LBAs that give UNC
     bool words = true;         // 16-bit accesses reach both registers
     bool command_words = true; // … the command register as well
     bool floating = false;
     bool answers_for_absent = false; // device 0 drives the bus when device 1 is selected [ATA-7 §9.16.2]
+    bool empty_master = false;       // QEMU's: without a master the slave's cable keeps registers, shows 50h and aborts every command
+    bool one_device = false;         // the device bit is not decoded: device 0 answers for both places
     Nanoseconds latency = 50'000;
     Nanoseconds pio_latency = 0;
 
@@ -256,8 +267,9 @@ class Channel {
 
   private:
     static constexpr Instant no = ~Instant{0};
-    int unit() const { return regs_[6] >> 4 & 1; }
-    bool there() const { return drives[unit()].has_value() || (answers_for_absent && drives[0]); }
+    int unit() const { return one_device ? 0 : regs_[6] >> 4 & 1; }
+    bool phantom() const { return empty_master && unit() == 0 && !drives[0]; }
+    bool there() const { return drives[unit()].has_value() || (answers_for_absent && drives[0]) || phantom(); }
     void note(const char* what, u16 port) {
         if (tracing) {
             std::ostringstream s;
@@ -279,6 +291,9 @@ class Channel {
         if (released_at_ != no) {
             EXPECT_GE(clock.time, released_at_ + 2'000'000) << "status read less than 2 ms after a reset";
             EXPECT_FALSE(in_reset_) << "status read in reset";
+        }
+        if (phantom()) {
+            return status_;
         }
         if (!drives[unit()].has_value()) {
             return 0; // nobody, or device 0 answering for device 1: 00h
@@ -367,6 +382,9 @@ class Channel {
         ++commands;
         codes.push_back(code);
         intrq_ = false;
+        if (phantom()) {
+            return end(0x41, 0x04, 0);
+        }
         if (!drives[unit()]) {
             return;
         }
@@ -379,13 +397,15 @@ class Channel {
         }
         if (abort > 0) {
             --abort;
-            return end(0x51, 0x04, latency);
+            return end(abort_status, 0x04, latency);
         }
         switch (code) {
         case 0xec:
             if (d.packet) {
-                regs_[4] = 0x14;
-                regs_[5] = 0xeb;
+                if (!d.no_signature) {
+                    regs_[4] = 0x14;
+                    regs_[5] = 0xeb;
+                }
                 return end(0x51, 0x04, 0);
             }
             status_ = 0x80;
@@ -399,6 +419,18 @@ class Channel {
                 });
             }
             return;
+        case 0xa1:
+            if (!d.packet) {
+                return end(0x51, 0x04, 0);
+            }
+            status_ = 0x58;
+            return interrupt();
+        case 0xc6:
+            if (d.no_multiple) {
+                return end(0x51, 0x04, 0);
+            }
+            d.id.words[59] = static_cast<u16>(0x100 | regs_[2]);
+            return end(0x50, 0, 0);
         case 0xef: return end(0x50, 0, 0);
         case 0xe7:
         case 0xea:

@@ -13,8 +13,12 @@
 
 #include "unit/drivers_ata_machine.hpp"
 
+import drivers.table;
+import boot.disks;
+
 namespace {
 using namespace ata_test;
+using Left = std::map<std::string, drivers::Unused>;
 
 TEST(AtaProtocol, DecodesIdentifyBytes) {
     // Bytes as they come over the bus, typed from the specification's table: word n is bytes 2n (low) and 2n+1.
@@ -144,6 +148,7 @@ TEST(AtaAttach, WhatIsNotOfferedIsNotTouched) {
     EXPECT_EQ(m.primary.accesses, 0u);
     EXPECT_EQ(m.sink.disks.size(), 1u);
     EXPECT_TRUE(m.sink.disks.contains(2));
+    EXPECT_EQ(m.sink.left, (Left{{"hda", drivers::Unused::taken}, {"hdb", drivers::Unused::taken}}));
 
     Machine none;
     none.add(none.primary, 0);
@@ -184,9 +189,133 @@ TEST(AtaAttach, PacketDevicesAreLeftAlone) {
     Machine m;
     m.add(m.primary, 0);
     m.add(m.primary, 1).packet = true;
+    m.add(m.secondary, 0).packet = true;
+    m.secondary.drives[0]->no_signature = true;
     ASSERT_TRUE(m.attach());
     EXPECT_EQ(m.sink.disks.size(), 1u);
+    EXPECT_EQ(m.primary.resets + m.secondary.resets, 0u);
+    EXPECT_EQ(m.sink.left, (Left{{"hdb", drivers::Unused::not_a_disk}, {"hdc", drivers::Unused::not_a_disk}}));
+}
+
+TEST(AtaAttach, ASlaveWithoutAMasterKeepsItsWords) {
+    Machine m;
+    m.add(m.primary, 1);
+    m.primary.empty_master = true;
+    ASSERT_TRUE(m.attach());
+    ASSERT_EQ(m.sink.disks.size(), 1u);
+    EXPECT_TRUE(m.sink.left.empty()) << "an empty place is no broken disk: " << m.sink.reasons;
     EXPECT_EQ(m.primary.resets, 0u);
+    EXPECT_EQ(m.clock.time, 1'000'000u) << "and costs no waiting";
+    EXPECT_EQ(m.disk(1).identity().features.view(), "udma5 lba48 flush words");
+    DmaSpan b = *m.memory.allocate(4096, ~0ull);
+    ASSERT_TRUE(m.read(m.disk(1), 1, b));
+    const u64 before = m.primary.accesses;
+    ASSERT_TRUE(m.read(m.disk(1), 0x54321, b));
+    EXPECT_EQ(m.primary.accesses - before, 7u);
+
+    Machine empty; // both places like that
+    empty.primary.empty_master = true;
+    ASSERT_TRUE(empty.attach());
+    EXPECT_TRUE(empty.sink.disks.empty() && empty.sink.left.empty());
+
+    Machine faulty; // a device fault is no absence
+    faulty.add(faulty.primary, 0);
+    faulty.primary.abort = 100;
+    faulty.primary.abort_status = 0x71;
+    ASSERT_TRUE(faulty.attach());
+    EXPECT_EQ(faulty.sink.left, (Left{{"hda", drivers::Unused::failed}}));
+}
+
+TEST(AtaAttach, OneDeviceAtBothPlacesIsOneDisk) {
+    Machine m;
+    Drive& d = m.add(m.primary, 0);
+    m.primary.one_device = true;
+    d.id.words[10] = 0x4142;
+    ASSERT_TRUE(m.attach());
+    EXPECT_EQ(m.sink.disks.size(), 1u);
+    EXPECT_EQ(m.sink.left, (Left{{"hdb", drivers::Unused::taken}}));
+
+    Machine old; // without READ MULTIPLE nothing tells
+    old.add(old.primary, 0).no_multiple = true;
+    old.primary.one_device = true;
+    old.primary.drives[0]->id.words[10] = 0x4142;
+    ASSERT_TRUE(old.attach());
+    EXPECT_EQ(old.sink.left, (Left{{"hdb", drivers::Unused::taken}}));
+
+    Machine clones; // two disks with one serial number
+    clones.add(clones.primary, 0).id.words[10] = 0x4142;
+    clones.add(clones.primary, 1).id.words[10] = 0x4142;
+    ASSERT_TRUE(clones.attach());
+    EXPECT_EQ(clones.sink.disks.size(), 2u);
+    EXPECT_TRUE(clones.sink.left.empty()) << clones.sink.reasons;
+
+    Machine two; // disks that differ in their serial numbers, and disks that have none
+    two.add(two.primary, 0).id.words[10] = 0x4142;
+    two.add(two.primary, 1).id.words[10] = 0x4143;
+    two.add(two.secondary, 0);
+    two.add(two.secondary, 1);
+    ASSERT_TRUE(two.attach());
+    EXPECT_EQ(two.sink.disks.size(), 4u);
+}
+
+TEST(AtaAttach, ADiskOfNoBytesIsToldAndNoFailure) {
+    Machine m;
+    m.add(m.primary, 0).id = identify_words(0);
+    m.add(m.primary, 1);
+    ASSERT_TRUE(m.attach());
+    EXPECT_EQ(m.sink.left, (Left{{"hda", drivers::Unused::empty}}));
+    EXPECT_EQ(m.sink.disks.size(), 1u);
+}
+
+TEST(AtaAttach, AChannelThatIsSwitchedOffLeavesTheOtherOne) {
+    Machine m;
+    m.go_native();
+    m.add(m.primary, 0);
+    m.add(m.secondary, 0);
+    m.function.set32(0x10, 1); // no ports
+    m.function.set32(0x14, 1);
+    m.primary.floating = true;
+    ASSERT_TRUE(m.attach());
+    EXPECT_EQ(m.primary.accesses, 0u);
+    EXPECT_EQ(m.sink.disks.size(), 1u);
+    EXPECT_TRUE(m.sink.disks.contains(2));
+}
+
+// Two controllers, as a chipset in IDE mode shows them: the first in compatibility mode, the second in native mode.
+TEST(AtaAttach, ASecondControllerHasNumbersAndClaimsOfItsOwn) {
+    Machine a, b;
+    b.go_native();
+    a.add(a.primary, 0);
+    b.add(b.primary, 0);
+    b.add(b.secondary, 1);
+    EXPECT_TRUE(ata::is_legacy(*pci::look_up(a.space, {0, 1, 1})));
+    EXPECT_FALSE(ata::is_legacy(*pci::look_up(b.space, {0, 1, 1})));
+    drivers::Table table;
+    const drivers::Plan plan = table.plan(hv::VmGuest::xen, std::nullopt);
+    boot::Disks disks{plan};
+    boot::Disks::Port port{disks, "ata"};
+    boot::Disks::Port ring{disks, "xen_blk"};
+    drivers::Environment first{a.executor, a.memory, a.interrupts, port, 100'000'000, 0};
+    drivers::Environment second{b.executor, b.memory, b.interrupts, port, 100'000'000, 0};
+    ata::Controller<Ports> one{first, Ports{&a.all}};
+    ata::Controller<Ports> two{second, Ports{&b.all}};
+    ASSERT_TRUE(a.executor.run(one.attach(*pci::look_up(a.space, {0, 1, 1}), 0)));
+    ASSERT_TRUE(b.executor.run(two.attach(*pci::look_up(b.space, {0, 1, 1}), 4)));
+    EXPECT_EQ(disks.names().view(), "hda, hde, hdh");
+    EXPECT_FALSE(ring.offered(0)) << "ata has hda";
+    for (u32 n = 1; n < 8; ++n) {
+        EXPECT_TRUE(ring.offered(n)) << "the twin of disk " << n << " is nobody's";
+    }
+    DmaSpan buffer = *b.memory.allocate(4096, ~0ull);
+    ASSERT_TRUE(b.read(*disks.find("hdh"), 77, buffer));
+    EXPECT_TRUE(is_pattern(buffer, 77));
+}
+
+TEST(AtaAttach, NamesGoOnAfterZ) {
+    EXPECT_EQ(ata::disk_name(25).view(), "hdz");
+    EXPECT_EQ(ata::disk_name(26).view(), "hdaa");
+    EXPECT_EQ(ata::disk_name(701).view(), "hdzz");
+    EXPECT_EQ(ata::disk_name(702).view(), "hdaaa");
 }
 
 TEST(AtaAttach, DoesWithoutWords) {
@@ -234,6 +363,7 @@ TEST(AtaAttach, WaitsForASlowDeviceAndResetsAHungOne) {
     dead.primary.dead = true;
     dead.add(dead.secondary, 0);
     ASSERT_TRUE(dead.attach());
+    EXPECT_EQ(dead.sink.left, (Left{{"hda", drivers::Unused::failed}}));
     EXPECT_EQ(dead.sink.disks.size(), 1u) << "the other channel works";
     EXPECT_LE(dead.clock.time, 700'000'000u);
 }

@@ -8,6 +8,22 @@
 namespace {
 using namespace pci_test;
 
+// What a walk finds.
+struct Found {
+    std::vector<pci::Device> devices;
+    explicit Found(pci::Config& config, u8 first = 0, std::optional<pci::Roots> (*ask)() = nullptr, bool always = false) {
+        const auto keep = [](void* context, const pci::Device& d) { static_cast<std::vector<pci::Device>*>(context)->push_back(d); };
+        EXPECT_EQ(pci::enumerate(config, keep, &devices, first, ask, always), devices.size());
+    }
+    std::vector<u32> ids() const {
+        std::vector<u32> list;
+        for (const pci::Device& d : devices) {
+            list.push_back(u32{d.device} << 8 | d.at.bus);
+        }
+        return list;
+    }
+};
+
 TEST(Pci, MechanismOneAddressesAsTheSpecificationDraws) {
     // bus 0x12, device 0x1f, function 7, register 0x3c: 1000'0000 0001'0010 1111'1111 0011'1100
     EXPECT_EQ(pci::MechanismOneAddress({0x12, 0x1f, 7}, 0x3d).value(), 0x8012ff3cu);
@@ -37,33 +53,117 @@ TEST(Pci, FindsFunctionsBehindBridgesOnce) {
     lower.bytes[0x19] = 2; // a number below its own
     space.add(2, 7, 0, 0x10ec, 0x8139, 0x020000);
 
-    pci::DeviceList list;
-    pci::enumerate(space, list);
-    std::vector<u32> ids;
-    for (const pci::Device& d : list.all()) {
-        ids.push_back(u32{d.device} << 8 | d.at.bus);
-    }
-    EXPECT_EQ(ids, (std::vector<u32>{0x123700, 0x700000, 0x701000, 0x711300, 0x000100, 0x100105, 0x000105, 0x000105, 0x000105, 0x813902}));
-    EXPECT_FALSE(list.truncated);
+    Found found(space);
+    EXPECT_EQ(found.ids(),
+              (std::vector<u32>{0x123700, 0x700000, 0x701000, 0x711300, 0x000100, 0x100105, 0x000105, 0x000105, 0x000105, 0x813902}));
 
     Space empty;
-    pci::DeviceList none;
-    pci::enumerate(empty, none);
-    EXPECT_EQ(none.count, 0u);
+    EXPECT_EQ(Found(empty).devices.size(), 0u);
     EXPECT_LE(empty.reads, 32u);
 }
 
-TEST(Pci, MoreFunctionsThanTheListHoldsAreReported) {
+// A host bridge at 00:00.0 and a disk below another root bus, number 0x80; on request, what QEMU's expander shows on bus 0.
+void two_roots(Space& space, bool expander) {
+    space.add(0, 0, 0, 0x8086, 0x1237, 0x060000);
+    if (expander) {
+        space.add(0, 3, 0, 0x1b36, 0x0009, 0x060000);
+    }
+    Function& bridge = space.add(0x80, 0, 0, 0x1b36, 0x0001, 0x060400);
+    bridge.bytes[0x0e] = 1;
+    bridge.bytes[0x19] = 0x81;
+    space.add(0x81, 1, 0, 0x8086, 0x7010, 0x010180);
+}
+std::optional<pci::Roots> knows_0x80() {
+    pci::Roots roots;
+    roots.buses.add(0x80);
+    return roots;
+}
+std::optional<pci::Roots> knows_one_of_two() {
+    pci::Roots roots;
+    roots.buses.add(0x80);
+    roots.others = true;
+    return roots;
+}
+std::optional<pci::Roots> knows_nothing() { return std::nullopt; }
+
+TEST(PciRoots, WithOneHostBridgeNobodyIsAskedAndNoBusIsSearched) {
     Space space;
-    for (int d = 0; d < 32; ++d) {
-        for (int f = 0; f < 8; ++f) {
-            space.add(0, d, f, 1, 2, 0x010000).bytes[0x0e] = 0x80;
+    two_roots(space, false);
+    Found found(space, 0, [] {
+        ADD_FAILURE() << "asked";
+        return std::optional<pci::Roots>{};
+    });
+    EXPECT_EQ(found.ids(), (std::vector<u32>{0x123700}));
+    EXPECT_LE(space.reads, 32u + 4u);
+}
+
+TEST(PciRoots, TheNumberThatTheFirmwareGivesIsWalked) {
+    Space space;
+    two_roots(space, true);
+    Found found(space, 0, knows_0x80);
+    EXPECT_EQ(found.ids(), (std::vector<u32>{0x123700, 0x000900, 0x000180, 0x701081}));
+    EXPECT_LE(space.reads, 3 * 32u + 20u) << "three buses, no search";
+}
+
+TEST(PciRoots, TheFirmwareIsAskedOnRequest) {
+    Space space;
+    two_roots(space, false);
+    EXPECT_EQ(Found(space, 0, knows_0x80, true).ids(), (std::vector<u32>{0x123700, 0x000180, 0x701081}));
+    Space quiet;
+    two_roots(quiet, false);
+    EXPECT_EQ(Found(quiet, 0, knows_nothing, true).ids(), (std::vector<u32>{0x123700}));
+    EXPECT_LE(quiet.reads, 32u + 4u);
+}
+
+TEST(PciRoots, WithoutAnAnswerEveryBusIsSearched) {
+    Space space;
+    two_roots(space, true);
+    EXPECT_EQ(Found(space, 0, knows_nothing).ids(), (std::vector<u32>{0x123700, 0x000900, 0x000180, 0x701081}));
+    Space none;
+    two_roots(none, true);
+    EXPECT_EQ(Found(none, 0, nullptr).ids().size(), 4u);
+    EXPECT_LE(none.reads, 256u * 32 + 40);
+    Space more; // a root whose number is computed
+    two_roots(more, true);
+    more.add(0xc0, 5, 0, 0x1af4, 0x1042, 0x010000);
+    EXPECT_EQ(Found(more, 0, knows_one_of_two).ids(), (std::vector<u32>{0x123700, 0x000900, 0x000180, 0x701081, 0x1042c0}));
+}
+
+TEST(PciRoots, AHostBridgeThatIgnoresTheBusNumberShowsNothingTwice) {
+    struct Aliasing final : pci::Config {
+        Space space;
+        u32 read32(pci::Address at, u8 offset) override { return space.read32({0, at.device, at.function}, offset); }
+        void write32(pci::Address, u8, u32) override {}
+        void write16(pci::Address, u8, u16) override {}
+    } config;
+    config.space.add(0, 0, 0, 0x8086, 0x1237, 0x060000);
+    config.space.add(0, 1, 0, 0x8086, 0x7010, 0x010180);
+    config.space.add(0, 2, 0, 0x8086, 0x1238, 0x060000);
+    EXPECT_EQ(Found(config, 0, knows_nothing).devices.size(), 3u);
+}
+
+TEST(PciRoots, OfAnotherSegmentTheFirstBusIsTheRoot) {
+    Space space;
+    space.add(4, 0, 0, 0x8086, 0x0d57, 0x060000);
+    space.add(4, 1, 0, 0x1af4, 0x1042, 0x010000);
+    EXPECT_EQ(Found(space, 4, nullptr).ids(), (std::vector<u32>{0x0d5704, 0x104204}));
+}
+
+TEST(Pci, ABusFullOfRootPortsWithADeviceEach) {
+    Space space;
+    int bus = 1;
+    for (int d = 0; d < 31; ++d) {
+        for (int f = 0; f < 8; ++f, ++bus) {
+            Function& port = space.add(0, d, f, 0x1b36, 0x000c, 0x060400);
+            port.bytes[0x0e] = 0x81;
+            port.bytes[0x19] = static_cast<u8>(bus);
+            space.add(bus, 0, 0, 0x1af4, 0x1042, 0x010000);
         }
     }
-    pci::DeviceList list;
-    pci::enumerate(space, list);
-    EXPECT_EQ(list.count, pci::DeviceList::capacity);
-    EXPECT_TRUE(list.truncated);
+    space.add(0, 31, 0, 0x8086, 0x7010, 0x010180);
+    Found found(space);
+    EXPECT_EQ(found.devices.size(), 2 * 248u + 1);
+    EXPECT_EQ(found.devices.back().at, (pci::Address{248, 0, 0}));
 }
 
 TEST(Pci, SizesBarsAndPutsThemBack) {

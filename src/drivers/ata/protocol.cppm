@@ -61,7 +61,9 @@ enum class Command : u8 {
     write_dma_ext = 0x35,
     flush_cache = 0xe7,
     flush_cache_ext = 0xea,
+    identify_packet_device = 0xa1,
     identify_device = 0xec,
+    set_multiple_mode = 0xc6,
     set_features = 0xef,
 };
 inline constexpr u8 set_features_transfer_mode = 0x03; // [ACS §7.45.7]
@@ -125,6 +127,26 @@ struct DriveInfo {
     i8 multiword_dma = -1;    // selected mode, -1: none
     i8 multiword_best = -1;   // best supported mode, -1: none
 };
+
+/// Serial number, firmware revision and model (words 10 to 19, 23 to 26, 27 to 46) [ACS §7.12.7]: what tells one device from another.
+struct DeviceIdentity {
+    std::array<u16, 34> words{};
+
+    explicit constexpr DeviceIdentity(const IdentifyData& data) {
+        std::copy_n(data.words.begin() + 10, 10, words.begin());
+        std::copy_n(data.words.begin() + 23, 24, words.begin() + 10);
+    }
+    /// Whether these are one device: an equal serial number counts only where there is one.
+    constexpr bool same(const DeviceIdentity& other) const {
+        const bool blank = std::all_of(words.begin(), words.begin() + 10, [](u16 w) { return w == 0 || w == 0x2020; });
+        return !blank && std::equal(words.begin(), words.end(), other.words.begin());
+    }
+};
+/// A disk that says it has no sectors: a drive without a medium, or an image of 0 bytes.
+constexpr bool is_empty(const IdentifyData& data) {
+    const auto& w = data.words;
+    return (w[0] & 0x8000) == 0 && (w[60] | w[61] | w[100] | w[101] | w[102] | w[103]) == 0;
+}
 
 /// Checks and decodes. Errors: a checksum that is wrong, a disk without LBA or DMA, a sector size that is neither 512 nor 4096, no sectors.
 Result<DriveInfo> decode(const IdentifyData& data);

@@ -1,7 +1,9 @@
-// PCI configuration space through the processor's ports: mechanism #1 [PCI-3.0 §3.2.2.3.2].
+// The two ways to PCI configuration space: the processor's ports, mechanism #1 [PCI-3.0 §3.2.2.3.2], for segment 0; and memory, the enhanced
+// mechanism (ECAM) [PCIe-5.0 §7.2.2], whose place the MCFG table gives for each segment.
 export module drivers.machine.pci;
 import core.std;
 import core.machine.cpu;
+import core.machine.memory;
 import drivers.pci;
 
 export namespace fl::drivers::pci {
@@ -32,5 +34,40 @@ class MechanismOne final : public Config {
     }
 };
 static_assert(ConfigAccess<MechanismOne>);
+
+/// The buses `first` to `last` of one segment; the registers of bus 0 would be at `base`. Pages are mapped as they are asked for.
+class Ecam final : public Config {
+  public:
+    Ecam(u64 base, u8 first, u8 last) : base_(base), first_(first), last_(last) {}
+
+    u32 read32(Address at, u8 offset) override {
+        const std::byte* page = map(at);
+        return page != nullptr ? *reinterpret_cast<const volatile u32*>(page + offset) : ~u32{0};
+    }
+    void write32(Address at, u8 offset, u32 value) override {
+        if (std::byte* page = map(at)) {
+            *reinterpret_cast<volatile u32*>(page + offset) = value;
+        }
+    }
+    void write16(Address at, u8 offset, u16 value) override {
+        if (std::byte* page = map(at)) {
+            *reinterpret_cast<volatile u16*>(page + offset) = value;
+        }
+    }
+
+  private:
+    std::byte* map(Address at) const {
+        if (at.bus < first_ || at.bus > last_) {
+            return nullptr;
+        }
+        const auto mapped = map_mmio(base_ + (u64{at.bus} << 20 | u64{at.device} << 15 | u64{at.function} << 12), 4096);
+        return mapped ? *mapped : nullptr;
+    }
+
+    u64 base_;
+    u8 first_;
+    u8 last_;
+};
+static_assert(ConfigAccess<Ecam>);
 
 } // namespace fl::drivers::pci

@@ -139,7 +139,8 @@ inline constexpr u32 capacity_16_bytes = 32;
 Result<Capacity> parse_capacity_10(std::span<const u8> data);
 Result<Capacity> parse_capacity_16(std::span<const u8> data);
 
-/// Units of the peripheral device addressing method below 256; `f` is called for each. Error{protocol}: the list is longer than what came.
+/// `f` is called with the number of each unit; ~0: it is addressed in a way that has no number here. Well-known units are not devices and are
+/// left out. Error{protocol}: the list is longer than what came.
 inline constexpr u32 lun_entry_bytes = 8;
 template <class F>
 Result<void> parse_luns(std::span<const u8> data, F&& f) {
@@ -150,9 +151,12 @@ Result<void> parse_luns(std::span<const u8> data, F&& f) {
     const usize there = std::min<u64>(bytes, data.size() - 8);
     for (usize at = 0; at + lun_entry_bytes <= there; at += lun_entry_bytes) {
         const auto entry = data.subspan(8 + at, lun_entry_bytes);
-        if ((entry[0] == 0x00 || entry[0] == 0x40) && get_be(entry.subspan(2, 6)) == 0) { // single level, peripheral or flat space below 256
-            f(entry[1]);
+        // Single level, peripheral or flat space [SAM-5 §4.7]; 0xc1: a well-known unit.
+        if (entry[0] == 0xc1) {
+            continue;
         }
+        const bool flat = entry[0] == 0x00 || entry[0] >> 6 == 1;
+        f(flat && get_be(entry.subspan(2, 6)) == 0 ? u32{entry[0] & 0x3fu} << 8 | entry[1] : ~u32{0});
     }
     if (bytes % lun_entry_bytes != 0 || there != bytes) {
         return Error{Code::protocol, "REPORT LUNS: the list is not whole", bytes, data.size() - 8};
@@ -195,6 +199,7 @@ std::optional<Sense> parse_sense(std::span<const u8> data);
 
 inline constexpr u8 key_no_sense = 0x0;
 inline constexpr u8 key_recovered = 0x1;
+inline constexpr u8 asc_no_medium = 0x3a; // MEDIUM NOT PRESENT
 inline constexpr u8 key_not_ready = 0x2;
 inline constexpr u8 key_illegal_request = 0x5;
 inline constexpr u8 key_unit_attention = 0x6;

@@ -342,7 +342,8 @@ void Vmbus::on_offer(const OfferChannel& message) {
         unexpected(message.header.type, "offers a channel whose id cannot be, or is in use:", message.relid);
         return;
     }
-    if (offer_count_ == max_offers) {
+    if (offers_.size() >= max_offers || !offers_.push({})) {
+        ++counters_.offers_dropped;
         if (!std::exchange(dropped_told_, true)) {
             log::warning("VMBus: more than {} offers: the rest is not used", max_offers);
         }
@@ -362,7 +363,7 @@ void Vmbus::on_offer(const OfferChannel& message) {
     if ((message.monitor_allocated & 1) != 0 && message.monitor_id < monitors) {
         offer.monitor = message.monitor_id;
     }
-    u32 at = offer_count_++;
+    usize at = offers_.size() - 1;
     for (; at > 0 && offers_[at - 1].offer.relid > offer.relid; --at) {
         offers_[at] = offers_[at - 1];
     }
@@ -423,26 +424,25 @@ void Vmbus::on_rescind(u32 relid) {
 // ------------------------------------------------------------------------------------------------------------------------
 
 Vmbus::KnownOffer* Vmbus::known(u32 relid) {
-    for (u32 i = 0; i < offer_count_; ++i) {
-        if (offers_[i].offer.relid == relid) {
-            return &offers_[i];
+    for (KnownOffer& known_offer : offers_) {
+        if (known_offer.offer.relid == relid) {
+            return &known_offer;
         }
     }
     return nullptr;
 }
 
 std::optional<Offer> Vmbus::find(u32 relid) const {
-    for (u32 i = 0; i < offer_count_; ++i) {
-        if (offers_[i].offer.relid == relid && !offers_[i].rescinded) {
-            return offers_[i].offer;
+    for (const KnownOffer& known_offer : offers_) {
+        if (known_offer.offer.relid == relid && !known_offer.rescinded) {
+            return known_offer.offer;
         }
     }
     return std::nullopt;
 }
 
 std::optional<Offer> Vmbus::take_new() {
-    for (u32 i = 0; i < offer_count_; ++i) {
-        KnownOffer& known_offer = offers_[i];
+    for (KnownOffer& known_offer : offers_) {
         if (known_offer.offer.sub_channel == 0 && !known_offer.rescinded && !std::exchange(known_offer.given, true)) {
             return known_offer.offer;
         }
@@ -452,8 +452,7 @@ std::optional<Offer> Vmbus::take_new() {
 
 void Vmbus::forget(u32 relid) {
     if (KnownOffer* offer = known(relid)) {
-        std::copy(offer + 1, offers_.data() + offer_count_, offer);
-        --offer_count_;
+        offers_.remove(static_cast<usize>(offer - offers_.begin()));
     }
 }
 

@@ -9,6 +9,7 @@ import core.std;
 import core.result;
 import core.dma;
 import core.time;
+import core.vector;
 import io.executor;
 import io.latch;
 import io.task;
@@ -49,13 +50,14 @@ struct VmbusCounters {
     u64 retries = 0;    // posts for which the hypervisor had no buffer
     u64 unexpected = 0; // messages that match no request, or are malformed
     u64 offers = 0;
+    u64 offers_dropped = 0; // there was no room for them
     u64 rescinds = 0;
 };
 
 class Vmbus final : public io::Service {
   public:
-    /// Offers that can be kept at once; further ones are dropped with a warning.
-    static constexpr usize max_offers = 192;
+    /// Offers that are kept at once, sub-channels included; further ones are given back with a warning, and counted.
+    static constexpr usize max_offers = 1024;
     /// The bound of a wait for an answer to the first contact, if timeout is not shorter: a host without a VMBus must not hold up the boot.
     static constexpr Nanoseconds contact_timeout = 1'000'000'000;
     /// How long a message is posted again, at least, while the hypervisor has no room for it: a host throttles its guests for seconds.
@@ -85,8 +87,8 @@ class Vmbus final : public io::Service {
     /// Offers that are there, by ascending relid: f(const Offer&). f must not wait.
     template <class F>
     void for_each_offer(F&& f) const {
-        for (u32 i = 0; i < offer_count_; ++i) {
-            f(offers_[i].offer);
+        for (const KnownOffer& known_offer : offers_) {
+            f(known_offer.offer);
         }
     }
     /// The offer with this id (SyntheticDevice::number), if it is still there.
@@ -201,8 +203,7 @@ class Vmbus final : public io::Service {
     bool unexpected_told_ = false;
     u32 next_gpadl_ = 1;
     u32 next_open_ = 1;
-    u32 offer_count_ = 0;
-    std::array<KnownOffer, max_offers> offers_{}; // by relid
+    Vector<KnownOffer> offers_; // by relid
     Channel* channels_ = nullptr;
     Pending* pending_ = nullptr;
     OfferListener* listeners_ = nullptr;

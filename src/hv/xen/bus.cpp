@@ -21,7 +21,7 @@ io::Task<Result<void>> enumerate_kind(Store& store, std::string_view kind, Devic
     if (!listing) {
         co_return listing.error().code == Code::not_found ? Result<void>{} : listing.error(); // a kind that has just gone
     }
-    const u32 first = into.count;
+    const usize first = into.list.size();
     std::string_view names = *listing;
     while (!names.empty()) {
         const usize end = std::min(names.find('\0'), names.size());
@@ -38,7 +38,7 @@ io::Task<Result<void>> enumerate_kind(Store& store, std::string_view kind, Devic
         device.number = static_cast<u32>(*number);
         into.add(device);
     }
-    std::sort(into.list.begin() + first, into.list.begin() + into.count,
+    std::sort(into.list.begin() + first, into.list.end(),
               [](const SyntheticDevice& a, const SyntheticDevice& b) { return a.number < b.number; });
     co_return Result<void>{};
 }

@@ -110,12 +110,12 @@ ScsiResult absent_inquiry(std::span<const u8, 16> cdb, DataBuffer& data) {
 }
 
 ScsiResult report_luns(std::span<const u8> luns, DataBuffer& data) {
-    std::array<u8, 8 + 64 * 8> bytes{};
+    std::vector<u8> bytes(8 + luns.size() * 8);
     put_big_endian(std::span(bytes).first(4), luns.size() * 8);
     for (usize i = 0; i < luns.size(); ++i) {
         bytes[8 + i * 8 + 1] = luns[i];
     }
-    return answer(std::span(bytes).first(8 + luns.size() * 8), data.size(), data);
+    return answer(bytes, data.size(), data);
 }
 
 ScsiResult ScsiDisk::execute(std::span<const u8, 16> cdb, DataBuffer& data) {

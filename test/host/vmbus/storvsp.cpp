@@ -30,7 +30,7 @@ constexpr u32 nt_io_error = 0xc0000185;
 constexpr u32 nt_buffer_overflow = 0x80000005;
 
 constexpr u32 srb_disable_autosense = 0x20;
-constexpr usize lun_limit = 64;
+constexpr usize lun_limit = 255; // more than Hyper-V's 64: what a request can name, but for the last
 constexpr usize packet_limit = sizeof(wire::Packet);
 
 constexpr Guid scsi_type = guid("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f");

@@ -35,8 +35,13 @@ struct Lines final : host::Log {
 struct Sink final : drivers::DiskSink {
     std::vector<std::pair<io::BlockDevice*, u32>> disks;
     std::vector<u32> gone_numbers;
+    std::vector<std::pair<std::string, drivers::Unused>> left; // units that are not driven: the end of the address, and why
     bool offers = true;
     bool offered(u32) override { return offers; }
+    void unused(const drivers::UnusedUnit& unit) override {
+        const std::string address(unit.address);
+        left.emplace_back(address.substr(std::min(address.find("LUN"), address.size())), unit.why);
+    }
     void gone(u32 number) override { gone_numbers.push_back(number); }
     Result<void> announce(io::BlockDevice& disk, u32 number) override {
         disks.push_back({&disk, number});

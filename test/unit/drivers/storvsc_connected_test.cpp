@@ -112,6 +112,54 @@ TEST(Connected, TwoUnitsOverTheRealBus) {
 }
 
 // A unit whose answers cannot be is told and left; those before and behind it are disks.
+TEST(Connected, MoreUnitsThanSixtyFour) {
+    Machine m;
+    test::CapturedLog log;
+    Store store;
+    std::vector<host::LunConfig> units;
+    for (u32 lun = 0; lun < 255; lun += lun < 100 ? 1 : 31) { // 0 to 100, then 131, 162, 193, 224
+        units.push_back({.lun = static_cast<u8>(lun), .store = &store.store});
+    }
+    m.server->add(host::StorageDevice::scsi({}, units));
+    ASSERT_TRUE(m.connect());
+    ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::scsi_class)))) << log.text.view();
+    EXPECT_EQ(m.sink.disks.size(), units.size());
+    EXPECT_EQ(units.back().lun, 224);
+    EXPECT_TRUE(m.sink.left.empty());
+    verify(m, *m.sink.disks.back().first, store, 10);
+}
+
+// What the sink refuses is told, unit by unit.
+TEST(Connected, RefusedUnitsAreTold) {
+    struct Full final : drivers::DiskSink {
+        u32 announced = 0;
+        std::vector<drivers::Unused> left;
+        bool offered(u32) override { return true; }
+        Result<void> announce(io::BlockDevice&, u32) override {
+            if (announced == 2) {
+                return Error{Code::exhausted, "no room"};
+            }
+            ++announced;
+            return {};
+        }
+        void unused(const drivers::UnusedUnit& unit) override {
+            left.push_back(unit.why);
+            EXPECT_EQ(unit.reason, "no room");
+        }
+    } full;
+    Machine m;
+    Store store;
+    m.server->add(host::StorageDevice::scsi({}, {{.lun = 0, .store = &store.store},
+                                                 {.lun = 1, .store = &store.store},
+                                                 {.lun = 2, .store = &store.store},
+                                                 {.lun = 3, .store = &store.store}}));
+    ASSERT_TRUE(m.connect());
+    drivers::Environment environment{m.executor, m.arena, m.interrupts, full, 500'000'000};
+    ASSERT_TRUE(m.run(storvsc::attach(environment, m.bus, *m.offer(storvsc::scsi_class))));
+    EXPECT_EQ(full.announced, 2u);
+    EXPECT_EQ(full.left, (std::vector<drivers::Unused>{drivers::Unused::no_room, drivers::Unused::no_room}));
+}
+
 TEST(Connected, OneOddUnitKeepsNobodyFromTheOthers) {
     Machine m;
     test::CapturedLog log;
@@ -123,7 +171,7 @@ TEST(Connected, OneOddUnitKeepsNobodyFromTheOthers) {
     ASSERT_TRUE(m.connect());
     ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::scsi_class)))) << log.text.view();
     ASSERT_EQ(m.sink.disks.size(), 2u) << log.text.view() << m.lines.text;
-    EXPECT_TRUE(log.has("storvsc: LUN 1: ")) << log.text.view();
+    EXPECT_EQ(m.sink.left, (std::vector<std::pair<std::string, drivers::Unused>>{{"LUN 1", drivers::Unused::failed}}));
     verify(m, *m.sink.disks[0].first, a, 20);
     verify(m, *m.sink.disks[1].first, b, 20);
 }

@@ -146,13 +146,17 @@ TEST(Scsi, Luns) {
     std::string luns;
     const auto list = [&](const std::string& text) {
         luns.clear();
-        return scsi::parse_luns(octets(text), [&](u8 lun) { luns += std::to_string(lun) + " "; });
+        return scsi::parse_luns(octets(text), [&](u32 lun) { luns += std::to_string(lun) + " "; });
     };
     EXPECT_TRUE(list(bytes("\0\0\0\x18\0\0\0\0"
                            "\0\0\0\0\0\0\0\0"
                            "\0\x05\0\0\0\0\0\0"
                            "\x40\x3f\0\0\0\0\0\0")));
     EXPECT_EQ(luns, "0 5 63 ");
+    EXPECT_TRUE(list(bytes("\0\0\0\x10\0\0\0\0"
+                           "\x41\x2c\0\0\0\0\0\0"      // flat space: 300
+                           "\0\x01\0\x02\0\0\0\0"))); // a second level
+    EXPECT_EQ(luns, "300 4294967295 ");
     EXPECT_TRUE(list(bytes("\0\0\0\x08\0\0\0\0"
                            "\xc1\x01\0\0\0\0\0\0"))); // a well-known unit
     EXPECT_EQ(luns, "");
@@ -218,7 +222,7 @@ TEST(Scsi, ShortAnswers) {
         for (usize n = 0; n <= whole.size(); ++n) {
             const std::vector<u8> cut = octets(whole.substr(0, n));
             static_cast<void>(scsi::parse_sense(cut));
-            static_cast<void>(scsi::parse_luns(cut, [](u8) {}));
+            static_cast<void>(scsi::parse_luns(cut, [](u32) {}));
             static_cast<void>(scsi::parse_mode_6(cut));
             static_cast<void>(scsi::parse_block_limits(cut));
             static_cast<void>(scsi::parse_provisioning_unmap(cut));

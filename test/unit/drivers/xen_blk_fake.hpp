@@ -373,7 +373,9 @@ struct Sink final : drivers::DiskSink {
         slot = number;
         return {};
     }
+    void unused(const drivers::UnusedUnit& unit) override { left.emplace_back(std::string(unit.address), unit.why); }
     bool offer = true, refuse = false;
+    std::vector<std::pair<std::string, drivers::Unused>> left; // that it does not drive, and why
     std::vector<u32> asked;
     io::BlockDevice* disk = nullptr;
     u32 slot = 0;

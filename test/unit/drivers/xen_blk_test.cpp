@@ -223,13 +223,24 @@ TEST(XenBlk, CdromsAndStrangersAreLeftAlone) {
     EXPECT_TRUE(cdrom.probe());
     EXPECT_EQ(cdrom.sink.disk, nullptr);
     EXPECT_EQ(cdrom.back.front_state(), 1u) << "untouched";
+    using Left = std::vector<std::pair<std::string, drivers::Unused>>;
+    EXPECT_EQ(cdrom.sink.left, (Left{{"51712", drivers::Unused::not_a_disk}}));
+    DiskMachine empty({.extra = {{"sectors", "0"}}});
+    EXPECT_TRUE(empty.probe()) << "a disk of 0 bytes is no failure";
+    EXPECT_EQ(empty.sink.left, (Left{{"51712", drivers::Unused::empty}}));
+    EXPECT_EQ(empty.back.front_state(), 6u);
+    DiskMachine fifth({}, 0, 51776); // xvde: no place of the first IDE controller
+    ASSERT_TRUE(fifth.probe());
+    EXPECT_EQ(fifth.sink.slot, drivers::DiskSink::no_twin);
     DiskMachine strange({}, 0, 4711);
     EXPECT_TRUE(strange.probe());
     EXPECT_TRUE(strange.sink.asked.empty());
+    EXPECT_EQ(strange.sink.left, (Left{{"4711", drivers::Unused::failed}}));
     DiskMachine taken({});
     taken.sink.offer = false;
     EXPECT_TRUE(taken.probe());
     EXPECT_EQ(taken.back.front_state(), 1u);
+    EXPECT_EQ(taken.sink.left, (Left{{"51712", drivers::Unused::taken}}));
     DiskMachine busy({});
     busy.sink.refuse = true;
     EXPECT_EQ(busy.probe().error().code, Code::busy);

@@ -81,7 +81,7 @@ TEST(HyperVBackend, WithoutSynicItIsAClock) {
     EXPECT_EQ(m.guest.bus(), nullptr);
     hv::DeviceList list;
     EXPECT_TRUE(m.enumerate(list));
-    EXPECT_EQ(list.count, 0u);
+    EXPECT_EQ(list.count(), 0u);
     EXPECT_TRUE(m.guest.tsc_hz());
     EXPECT_TRUE(m.host.posted.empty());
 }
@@ -90,7 +90,7 @@ TEST(HyperVBackend, WithoutSynicItIsAClock) {
 void ask_everything(hyperv_fake::Machine& m) {
     hv::DeviceList list;
     EXPECT_TRUE(m.enumerate(list));
-    EXPECT_EQ(list.count, m.guest.bus() != nullptr ? 1u : 0u);
+    EXPECT_EQ(list.count(), m.guest.bus() != nullptr ? 1u : 0u);
     if (hv::HyperV::Timer* timer = m.guest.timer()) {
         m.host.interrupts.full = false;
         EXPECT_TRUE(timer->start([](void*) {}, nullptr));

@@ -95,7 +95,7 @@ TEST(XenBackend, RefusesWhatItCannotUse) {
         ASSERT_TRUE(m.start());
         hv::DeviceList list;
         EXPECT_TRUE(m.run(m.guest.enumerate(list)));
-        EXPECT_EQ(list.count, 0u);
+        EXPECT_EQ(list.count(), 0u);
     }
 }
 

@@ -243,7 +243,7 @@ TEST_F(XenStore, EnumeratesSorted) {
     ASSERT_TRUE(done);
     EXPECT_EQ(log.text, "warning: XenStore: device/vbd/nonsense is no device number\n")
         << "device/suspend is there for every guest, and no device";
-    ASSERT_EQ(list.count, 4u);
+    ASSERT_EQ(list.count(), 4u);
     EXPECT_EQ(list.list[0].number, 832u);
     EXPECT_EQ(list.list[2].address.view(), "51728");
     EXPECT_EQ(list.list[3].type.view(), "vif");
@@ -252,7 +252,7 @@ TEST_F(XenStore, EnumeratesSorted) {
 TEST_F(XenStore, NoDevicesIsNoError) {
     hv::DeviceList list;
     ASSERT_TRUE(m.run(m.guest.enumerate(list)));
-    EXPECT_EQ(list.count, 0u);
+    EXPECT_EQ(list.count(), 0u);
 }
 
 TEST(XenStoreStart, RefusesARingWithSomebodyElsesRequest) {

@@ -259,9 +259,9 @@ io::Task<Result<void>> Vmbus::modify(Channel& channel, u32 cpu) {
 }
 
 io::Task<Result<Offer>> Vmbus::sub_channel(Guid instance, u16 index, io::Bound bound) {
-    for (u32 i = 0; i < offer_count_; ++i) {
-        const Offer& offer = offers_[i].offer;
-        if (offer.instance == instance && offer.sub_channel == index && !offers_[i].rescinded) {
+    for (const KnownOffer& known_offer : offers_) {
+        const Offer& offer = known_offer.offer;
+        if (offer.instance == instance && offer.sub_channel == index && !known_offer.rescinded) {
             co_return offer;
         }
     }

@@ -1,0 +1,77 @@
+// What became of every device that could be a disk, a network card, an input device or a display: one line and one `device` record each
+// (docs/INTERFACES.md), so that "no disk" is never a riddle. Collected while drivers attach and printed when the job says so, because the first
+// block is read before anything is explained.
+export module boot.devices;
+import core.std;
+import core.text;
+import core.vector;
+import hv.backend;
+import drivers.driver;
+import drivers.pci;
+
+export namespace fl::boot {
+
+enum class DeviceClass : u8 { disk, network, input, display, other };
+constexpr std::string_view name(DeviceClass kind) {
+    constexpr std::array<std::string_view, 5> names{"disk", "network", "input", "display", "other"};
+    return names[to_underlying(kind)];
+}
+
+struct DeviceEntry {
+    FixedText<12> bus;     // "pci", "virtio-mmio", "xen", "vmbus"; of a driver's units "ide", "scsi"
+    FixedText<64> address; // on that bus
+    FixedText<16> id;      // "1af4:1001", "virtio 2"; may be empty
+    FixedText<64> what;    // "virtio block device"
+    DeviceClass kind = DeviceClass::other;
+    std::string_view driver;            // static storage; empty: none
+    std::optional<drivers::Unused> why; // nothing: `driver` drives it
+    FixedText<160> reason;              // for people; may be empty when it is driven
+    u32 disks = 0;                      // that the driver found on it
+};
+
+class Devices {
+  public:
+    Devices() = default;
+
+    void add(const DeviceEntry& entry);
+    /// Prints what was added so far; from then on each entry is printed when it is added.
+    void list();
+    /// Something of the machine for which there was no room or no sense: a line and a `left_out` record at once. `disk`: a disk may be among it,
+    /// and the verdict is an ERROR.
+    void left_out(std::string_view what, u64 count, bool disk, std::string_view reason);
+
+    /// Units and devices that should work and do not, or found no room.
+    u32 failures() const { return failures_; }
+    /// Of left_out(), a disk may be among them.
+    bool disk_left_out() const { return disk_left_out_; }
+    /// Whether add() was called with this address since the last call of begin().
+    void begin() { last_.clear(); }
+    bool added(std::string_view address) const { return last_ == address; }
+    /// "of 3 devices that could be or have one: 2 no driver, 1 empty; see the device lines"; for verdicts.
+    FixedText<160> why_no_disk() const;
+
+  private:
+    static void print(const DeviceEntry& entry);
+
+    Vector<DeviceEntry> entries_; // not printed yet
+    bool listed_ = false;
+    FixedText<64> last_;
+    u32 failures_ = 0;
+    bool disk_left_out_ = false;
+    std::array<u32, to_underlying(drivers::Unused::no_room) + 1> unused_disks_{};
+    u32 without_disks_ = 0; // controllers that are driven and have none
+};
+
+/// Whether a PCI function is of a class that is listed: mass storage, network, display, input, and everything of virtio's.
+bool is_listed(const drivers::pci::Device& device);
+DeviceEntry describe(const drivers::pci::Device& device);
+/// `bus`: the backend's name.
+DeviceEntry describe(const hv::SyntheticDevice& device, std::string_view bus);
+DeviceEntry describe(const drivers::UnusedUnit& unit);
+/// A virtio-mmio device at `base`, from its first registers: MagicValue, Version, DeviceID [virtio-1.2 §4.2.2]. Nothing: a place without a device.
+std::optional<DeviceEntry> describe_virtio_mmio(u64 base, u32 magic, u32 version, u32 device_id);
+
+/// "no driver for NAME in this build", as the entry's reason.
+DeviceEntry without_driver(DeviceEntry entry);
+
+} // namespace fl::boot
