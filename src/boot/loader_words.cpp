@@ -10,19 +10,24 @@ namespace {
 // From Linux's list of parameters, and what GRUB, dracut, systemd, cloud-init, Firecracker, Cloud Hypervisor, OpenVMM, crosvm, kvmtool, Kata
 // Containers and libvirt's tools pass beside them. Words with a dot need no place here. None may be a key of ours (boot_options_test.cpp).
 constexpr std::string_view words =
-    "BOOT_IMAGE LANG TERM acpi acpi_enforce_resources acpi_osi acpi_rsdp acpi_sleep apic apparmor audit autoinstall boot_delay "
-    "bootdev cgroup_disable cgroup_enable cgroup_no_v1 clocksource console consoleblank crash_kexec_post_notifiers crashkernel cryptomgr "
-    "debug default_hugepagesz delayacct dis_ucode_ldr dyndbg earlycon earlyprintk edd efi elevator emergency fips hpet hugepages "
-    "hugepagesz idle ignore_loglevel ima_policy init initcall_debug initrd intel_iommu intel_pstate iomem iommu ip ipv6 irqaffinity irqpoll "
-    "isolcpus kaslr keep_bootcon kgdboc lapic load_ramdisk loglevel lpj lsm max_loop maxcpus mce mem memmap memory_corruption_check "
-    "mitigations module_blacklist netroot nfsroot nmi_watchdog no-kvmclock no_console_suspend no_hash_pointers no_timer_check noacpi noapic "
-    "noautogroup nofb nogbpages nohibernate nohz nohz_full noinitrd nointremap noirqdebug nokaslr nolapic nomce nomodeset nomodule nopat "
-    "nopcid nopti nopv noreplace-paravirt noreplace-smp noresume nortc nosmap nosmep nosmp nosmt nosplash nospectre_v1 nospectre_v2 notsc "
-    "nowatchdog nox2apic noxsave nr_cpus numa numa_balancing oops page_poison panic panic_on_oops panic_on_warn panic_print pci pcie_aspm "
-    "pnpacpi possible_cpus printk profile psi pti quiet raid ramdisk_size rcu_nocbs rdinit reboot rescue "
-    "reserve resume retbleed ro root rootdelay rootflags rootfstype rootwait rw security selinux single slub_debug spectre_v2 splash "
-    "stacktrace swapaccount swiotlb sysrq_always_enabled threadirqs transparent_hugepage tsc tsx unknown_nmi_panic vdso vga video vmalloc "
-    "vsyscall watchdog_thresh xen_emul_unplug xen_nopv xencons";
+    "BOOT_IMAGE LANG S TERM acpi acpi_enforce_resources acpi_osi acpi_rsdp acpi_sleep amd_iommu apic apparmor audit "
+    "autoinstall biosdevname boot boot_delay bootdev cgroup_disable cgroup_enable cgroup_no_v1 clocksource console "
+    "consoleblank crash_kexec_post_notifiers crashkernel cryptomgr debug default_hugepagesz delayacct dis_ucode_ldr "
+    "dyndbg earlycon earlyprintk edd efi elevator emergency enforcing fips hpet hugepages hugepagesz idle "
+    "ignore_loglevel ima_policy init init_on_alloc init_on_free initcall_debug initrd intel_iommu intel_pstate "
+    "iomem iommu ip ipv6 irqaffinity irqpoll isolcpus kaslr keep_bootcon kgdboc l1tf lapic live-media load_ramdisk "
+    "lockdown loglevel lpj lsm max_loop maxcpus mce mds mem memmap memory_corruption_check mitigations "
+    "module_blacklist netroot nfsroot nmi_watchdog no-kvmclock no_console_suspend no_hash_pointers no_timer_check "
+    "noacpi noapic noautogroup nofb nogbpages nohibernate nohz nohz_full noinitrd nointremap noirqdebug nokaslr "
+    "nolapic nomce nomodeset nomodule nopat nopcid nopersistence nopti nopv noreplace-paravirt noreplace-smp "
+    "noresume nortc nosmap nosmep nosmp nosmt nosoftlockup nospectre_v1 nospectre_v2 nosplash notsc nousb "
+    "nowatchdog nox2apic noxsave nr_cpus numa numa_balancing oops page_poison panic panic_on_oops panic_on_warn "
+    "panic_print pci pcie_aspm persistent pnpacpi possible_cpus preempt printk profile psi pti quiet raid "
+    "ramdisk_size rcu_nocbs rdinit reboot rescue reserve resume retbleed rhgb ro root rootdelay rootflags "
+    "rootfstype rootwait rw security selinux single slab_nomerge slub_debug spec_store_bypass_disable spectre_v2 "
+    "splash srbds stacktrace swapaccount swiotlb sysrq_always_enabled text threadirqs toram transparent_hugepage "
+    "tsc tsx tsx_async_abort unknown_nmi_panic vconsole vdso vga video vmalloc vsyscall watchdog_thresh "
+    "xen_emul_unplug xen_nopv xencons";
 
 bool is_name(std::string_view text) {
     return !text.empty() && std::ranges::all_of(text, [](char c) {

@@ -32,6 +32,7 @@ class MachineTime {
             stopped_ -= last_ - elapsed;
             if (last_ - elapsed >= long_stop) {
                 resumed_at_ = elapsed - stopped_;
+                last_stop_ = 0;
             }
         }
         last_ = elapsed;
@@ -43,14 +44,17 @@ class MachineTime {
     constexpr Instant elapsed(Instant machine) const { return machine == never ? never : machine + stopped_; }
     /// Machine time at the end of the last long stop; 0: there was none.
     constexpr Instant resumed_at() const { return resumed_at_; }
-    /// All that did not count.
+    /// All that did not count; modulo 2^64, when the clock was set back.
     constexpr Nanoseconds stopped() const { return stopped_; }
+    /// The length of the last long stop; 0: there was none, or it was one at which the clock was set back.
+    constexpr Nanoseconds last_stop() const { return last_stop_; }
 
   private:
     constexpr void stopped(Nanoseconds length, Instant elapsed) {
         stopped_ += length;
         if (length >= long_stop) {
             resumed_at_ = elapsed - stopped_;
+            last_stop_ = length;
         }
     }
 
@@ -58,6 +62,7 @@ class MachineTime {
     Instant rest_until_ = never;
     Nanoseconds stopped_ = 0; // modulo 2^64, when the clock was set back
     Instant resumed_at_ = 0;
+    Nanoseconds last_stop_ = 0;
 };
 
 /// The bound of a loop that reads the clock each time round and has no executor. In machine time.

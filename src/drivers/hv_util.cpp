@@ -88,19 +88,17 @@ Result<bool> Utility::take(std::span<std::byte> message, u64 transaction) {
 
 io::Task<Result<void>> Utility::shut_down(std::span<std::byte> message, u64 transaction) {
     log::info("hv_util: the host asks for a shutdown");
-    bool good = false;
-    if (environment_.shutdown != nullptr) {
-        environment_.shutdown->ask("the host");
-        good = co_await environment_.shutdown->rested({environment_.executor, 4 * environment_.timeout}) &&
-               environment_.shutdown->at_rest();
+    io::Shutdown* const shutdown = environment_.shutdown;
+    if (shutdown == nullptr || !shutdown->ask("the host")) { // a second channel of this class, say
+        Service::refuse(message);
+        co_return reply(message, transaction);
     }
+    const bool good = co_await shutdown->rested({environment_.executor, 4 * environment_.timeout}) && shutdown->at_rest();
     if (!good) {
         Service::refuse(message);
     }
     auto replied = reply(message, transaction);
-    if (environment_.shutdown != nullptr) {
-        environment_.shutdown->answered();
-    }
+    shutdown->answered();
     co_return replied;
 }
 

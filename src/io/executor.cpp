@@ -164,7 +164,11 @@ void Executor::renew_bounds() {
         start(timer);
     }
     if (processor_ == 0) {
-        log::info("the machine stood still: {} ms in all did not count; whoever is waited for has the whole time anew", clock_.stopped() / 1'000'000);
+        if (clock_.last_stop() != 0) {
+            log::info("the machine stood still for {} ms: every wait for another side begins anew", clock_.last_stop() / 1'000'000);
+        } else {
+            log::info("the machine stood still, and its clock was set back: every wait for another side begins anew");
+        }
     }
 }
 

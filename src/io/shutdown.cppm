@@ -1,7 +1,7 @@
 // An orderly end that somebody outside asks for (a host's integration service): the one who hears of it says so here, the kernel's main task
 // stops the job and brings the disks to rest, and then the one who was asked may answer. One processor: all of it on one executor.
 //
-//   asked by a driver:   ask(...)  →  co_await rested(bound)  →  (answers its host)  →  answered()
+//   asked by a driver:   ask(...) is true  →  co_await rested(bound)  →  (answers its host)  →  answered()
 //   the main task:       co_await asked()  →  (ends the job, flushes)  →  rest(result)  →  co_await was_answered(bound)  →  verdict
 export module io.shutdown;
 import core.std;
@@ -16,13 +16,16 @@ class Shutdown {
   public:
     explicit Shutdown(Executor& executor) : asked_(executor), rested_(executor), answered_(executor) {}
 
-    /// `by`: static storage, for the log and the verdict. A second request changes nothing.
-    void ask(std::string_view by) {
-        if (!requested_) {
-            requested_ = true;
-            by_ = by;
-            asked_.open();
+    /// `by`: static storage, for the log and the verdict. False: an end has been asked for already. Then there is nothing to wait for: rested() is
+    /// for the first one to ask, alone.
+    [[nodiscard]] bool ask(std::string_view by) {
+        if (requested_) {
+            return false;
         }
+        requested_ = true;
+        by_ = by;
+        asked_.open();
+        return true;
     }
     bool requested() const { return requested_; }
     std::string_view by() const { return by_; }

@@ -47,7 +47,8 @@ struct Kernel {
 // Plays the driver that hears of the host's wish after a while.
 io::Task<Result<void>> host(Kernel& k, bool& answered) {
     co_await k.executor.sleep(50'000'000);
-    k.shutdown.ask("the host");
+    EXPECT_TRUE(k.shutdown.ask("the host"));
+    EXPECT_FALSE(k.shutdown.ask("the host again")) << "the first one waits, and one alone may";
     const bool rested = co_await k.shutdown.rested({k.executor, 1'000'000'000});
     answered = rested && k.shutdown.at_rest();
     k.shutdown.answered();

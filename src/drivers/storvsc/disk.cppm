@@ -46,6 +46,7 @@ struct Shared {
     // Sums over all queues, each adds its own in its tick. Relaxed: they only say how busy the host is.
     std::atomic<u64> under_way{0};
     std::atomic<u64> answered{0};
+    std::atomic<u64> heard{0}; // packets of any kind: the answer to a bus reset comes on the first queue
 };
 
 /// A packet of the controller's own, and its answer. Lives with who waits for it, until done or abandoned.
@@ -168,11 +169,12 @@ class Queue final : private io::Service {
     u64 heard_ = 0;    // packets of the host's so far, of any kind
     u64 published_under_way_ = 0;
     u64 published_answered_ = 0;
+    u64 published_heard_ = 0;
     io::OldestWait oldest_;
     io::OldestWait stuck_;                // of requests that wait while none is with the host
     std::optional<io::Bound> reset_wait_; // since the bus reset was asked for, until all that was under way has been answered
-    u64 reset_issued_ = 0;                // issued_ and heard_ then
-    u64 reset_heard_ = 0;
+    u64 reset_issued_ = 0;                // issued_ then
+    u64 reset_heard_ = 0;                 // and what all queues had heard
     Exchange reset_;
     std::atomic<bool> quiet_{true};
 };

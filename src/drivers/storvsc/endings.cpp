@@ -77,6 +77,7 @@ void Queue::tick(Instant now) {
 void Queue::publish_counts(u64 under_way) {
     shared_.under_way.fetch_add(under_way - std::exchange(published_under_way_, under_way), std::memory_order_relaxed); // modulo 2^64
     shared_.answered.fetch_add(answered_ - std::exchange(published_answered_, answered_), std::memory_order_relaxed);
+    shared_.heard.fetch_add(heard_ - std::exchange(published_heard_, heard_), std::memory_order_relaxed);
 }
 
 void Queue::look_at_time() {
@@ -125,7 +126,7 @@ void Queue::ask_for_reset(Slot& oldest) {
     });
     reset_wait_.emplace(executor_, timeout_);
     reset_issued_ = issued_;
-    reset_heard_ = heard_;
+    reset_heard_ = shared_.heard.load(std::memory_order_relaxed);
     shared_.reset_wanted.store(true, std::memory_order_relaxed);
 }
 
@@ -148,7 +149,7 @@ void Queue::give_up_after_reset() {
     if (!channel_.look()) {
         return broken_ring();
     }
-    if (heard_ == reset_heard_) {
+    if (shared_.heard.load(std::memory_order_relaxed) == reset_heard_) { // on any queue
         return shut(io::Status::device_gone, {Code::timed_out, "the host has not answered anything for a whole time-out"});
     }
     // What the host still holds it may carry out at any time, and undo by it what was written there since.

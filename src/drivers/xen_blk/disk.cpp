@@ -533,6 +533,9 @@ void Disk::tick(Instant) {
     }
     idle_events_ = 0; // after a storm: listen again
     if (!waiting_.empty()) {
+        if (!terms_.persistent) { // the table may grow still; a pool has its own entries
+            static_cast<void>(grants_.ensure(std::max(spare_grants, terms_.indirect_segments)));
+        }
         pump(); // grants may have come free elsewhere
     }
     look_at_time();

@@ -90,18 +90,24 @@ bool ConsoleRing::wait_for(u32 room) {
         return true;
     }
     publish();
-    const u64 begin = cycles_();
-    u64 since = begin;
+    u64 last = cycles_();
+    u64 still = 0; // cycles without a change
+    u64 all = 0;
     while (seen < room) {
         static_cast<void>(calls_.call(Hypercall::sched_op, to_underlying(SchedOp::yield)));
+        // A long step is a stop of the machine, in which the reader did not run either: little of it counts.
         const u64 now = cycles_();
+        const u64 step = std::min(now - last, patience_ / 8);
+        last = now;
+        still += step;
+        all += step;
         if (const u32 room_now = free(); room_now != seen) {
             seen = room_now;
-            since = now;
-        } else if (now - since > patience_) {
+            still = 0;
+        } else if (still > patience_) {
             return false;
         }
-        if (now - begin > 8 * patience_) { // one that moves for ever, and makes no room
+        if (all > 8 * patience_) { // one that moves for ever, and makes no room
             return seen >= room;
         }
     }
