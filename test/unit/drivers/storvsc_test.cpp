@@ -538,6 +538,122 @@ TEST(Storvsc, TheHostTellsOfUnits) {
 
 // ---- a host that says nothing ----------------------------------------------------------------------------------------------------------------
 
+struct StorvscTime : testing::Test {
+    Machine m;
+    Nanoseconds each = 0;       // for one request
+    Nanoseconds stop_after = 0; // with requests under way for so long the machine is stopped, `stops` times
+    Nanoseconds stop_length = 0;
+    u32 stops = 0;
+    Instant next = 0;
+    Instant stop_at = never;
+
+    void SetUp() override {
+        m.clock.on_idle_context = this;
+        m.clock.on_idle = [](void* self) { static_cast<StorvscTime*>(self)->idle(); };
+    }
+    void idle() {
+        const u64 wanted = m.host.signals_wanted;
+        if (m.host.take() && stop_at == never && stops != 0) {
+            stop_at = m.clock.time + stop_after;
+        }
+        if (m.clock.time >= stop_at) {
+            m.clock.time += stop_length;
+            stop_at = --stops != 0 ? m.clock.time + stop_after : never;
+        } else if (!m.host.hold && !m.host.commands.empty() && m.clock.time >= next) {
+            m.host.answer();
+            next = m.clock.time + each;
+        }
+        if (m.host.signals_wanted != wanted) {
+            m.interrupt();
+        }
+    }
+    /// `count` requests at once; how many ended well.
+    u32 all_at_once(u32 count, io::Op op) {
+        std::vector<std::unique_ptr<io::Request>> requests;
+        const DmaSpan buffer = m.buffer(4096);
+        for (u32 i = 0; i < count; ++i) {
+            requests.push_back(std::make_unique<io::Request>(*m.disk, op, 8 * i, buffer));
+            m.disk->submit(*requests.back());
+        }
+        u32 good = 0;
+        for (const auto& request : requests) {
+            EXPECT_TRUE(m.settle(*request, 600'000'000'000));
+            good += request->status == io::Status::ok ? 1 : 0;
+        }
+        return good;
+    }
+};
+
+TEST_F(StorvscTime, ASlowHostIsNeverAskedToReset) {
+    each = 250'000'000; // the time-out is 1 s
+    EXPECT_EQ(all_at_once(32, io::Op::read), 32u);
+    EXPECT_EQ(all_at_once(200, io::Op::write), 200u) << "more than there are slots";
+    EXPECT_EQ(m.host.resets, 0u);
+    EXPECT_TRUE(m.queue->is_open());
+    EXPECT_GE(m.clock.time, 50'000'000'000u);
+}
+
+TEST_F(StorvscTime, AStoppedMachineIsNoSilentHost) {
+    for (const io::Op op : {io::Op::read, io::Op::write}) {
+        for (const u32 depth : {1u, 32u}) {
+            for (const Nanoseconds length : {7'000'000'000u, 60'000'000'000u}) {
+                for (const Nanoseconds when : {0u, 500'000'000u}) {
+                    each = 800'000'000;
+                    next = m.clock.time + each;
+                    stop_after = when;
+                    stop_length = length;
+                    stops = 3;
+                    EXPECT_EQ(all_at_once(depth, op), depth);
+                    EXPECT_EQ(m.host.resets, 0u);
+                    EXPECT_TRUE(m.queue->is_open());
+                    stops = 0;
+                    stop_at = never;
+                }
+            }
+        }
+    }
+    EXPECT_FALSE(m.log.has("no answer within"));
+}
+
+TEST_F(StorvscTime, ADeadHostIsFoundInMachineTimeAlsoWithStops) {
+    m.host.hold = true;
+    stop_after = 600'000'000;
+    stop_length = 7'000'000'000;
+    stops = 10;
+    stop_at = m.clock.time + stop_after;
+    const Instant begin = m.executor.now();
+    EXPECT_EQ(all_at_once(32, io::Op::read), 0u);
+    EXPECT_FALSE(m.queue->is_open());
+    // Twice the time-out, and twice the same for the reset, each at most doubled by stops.
+    EXPECT_LE(m.executor.now() - begin, 4'000'000'000u + 2 * MachineTime::longest_step + 50'000'000);
+}
+
+// The host gets a whole time-out for what a reset of the bus makes it do.
+TEST_F(StorvscTime, AnAnswerLongAfterTheReset) {
+    std::optional<Command> kept;
+    m.host.say = [&](const Command& c) {
+        Reply r;
+        if (c.operation() == 3 && !kept) {
+            kept = c;
+            r.never = true;
+        }
+        return r;
+    };
+    io::Request write(*m.disk, io::Op::write, 8, m.buffer(4096));
+    m.disk->submit(write);
+    const Instant begin = m.clock.time;
+    while (write.pending() && m.clock.time < begin + 1'900'000'000) {
+        m.executor.turn();
+    }
+    ASSERT_TRUE(write.pending()) << "given up before the host had its time";
+    EXPECT_EQ(m.host.resets, 1u);
+    m.host.say = nullptr;
+    m.host.commands.push_back(*kept);
+    ASSERT_TRUE(m.settle(write));
+    EXPECT_EQ(write.status, io::Status::ok);
+    EXPECT_TRUE(m.queue->is_open());
+}
+
 TEST(Storvsc, NoAnswerAtAll) {
     Machine m;
     m.host.say = [](const Command&) { return with([](Reply& r) { r.never = true; }); };

@@ -833,6 +833,112 @@ TEST(XenBlkHostile, ABackEndThatClosesEndsEverything) {
     }
 }
 
+// ---- time ----
+
+// The machine is stopped for longer than the time-out while requests are with the back end; both go on afterwards.
+TEST(XenBlkTime, AStoppedMachineIsNoSilentBackEnd) {
+    for (const bool persistent : {false, true}) {
+        for (const bool writes : {false, true}) {
+            for (const u32 depth : {1u, 32u}) {
+                for (const Nanoseconds length : {Nanoseconds{1'000'000'000}, Nanoseconds{7'000'000'000}, Nanoseconds{60'000'000'000}}) {
+                    Capture capture;
+                    DiskMachine m({.persistent = persistent});
+                    ASSERT_TRUE(m.probe());
+                    u32 stops = 0;
+                    Instant next = 0;
+                    u32 stopped_before = ~0u; // the request that the last stop came before: one stop for each
+                    m.world.device = [&] {
+                        const bool asked = m.back.ring != nullptr && m.back.req_cons != m.back.word(0);
+                        if (stops < 3 && asked && m.world.now >= next && stopped_before != m.back.req_cons) {
+                            ++stops;
+                            stopped_before = m.back.req_cons;
+                            m.world.now += length; // the time-out is 200 ms
+                            next = m.world.now + 60'000'000; // and the back end needs a while as well
+                            return true;
+                        }
+                        return m.world.now < next ? false : m.back.step();
+                    };
+                    Load load{m.disk(), 5, 4096, writes};
+                    Figures f;
+                    ASSERT_TRUE(m.run(run_load(m, load, depth, f)));
+                    EXPECT_EQ(load.failed, 0u) << capture.text;
+                    EXPECT_GE(stops, 1u);
+                    EXPECT_EQ(capture.text.find("closed"), std::string::npos) << capture.text;
+                    EXPECT_TRUE(m.run(fake::read(m.disk(), 16, m.buffer(4096))));
+                }
+            }
+        }
+    }
+}
+
+// 32 requests at once, one answer every 150 ms: the last one comes after 24 time-outs.
+TEST(XenBlkTime, ASlowBackEndIsNeverClosed) {
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    m.back.at_once = 1;
+    Instant next = 0;
+    m.world.device = [&] {
+        if (m.world.now < next) {
+            return false;
+        }
+        const bool did = m.back.step();
+        next = did ? m.world.now + 150'000'000 : next;
+        return did;
+    };
+    const Instant before = m.world.now;
+    Load load{m.disk(), 2, 4096, true};
+    Figures f;
+    ASSERT_TRUE(m.run(run_load(m, load, 32, f)));
+    EXPECT_EQ(load.failed, 0u);
+    EXPECT_GE(m.world.now - before, 9'000'000'000u);
+}
+
+TEST(XenBlkTime, ADeadBackEndIsFoundInMachineTimeAlsoWithStops) {
+    for (const u32 stops : {1u, 5u}) {
+        DiskMachine m({});
+        ASSERT_TRUE(m.probe());
+        m.back.dead = true;
+        u32 left = stops;
+        Instant next = m.world.now + 100'000'000;
+        m.world.device = [&] {
+            if (left != 0 && m.world.now >= next) {
+                --left;
+                m.world.now += 7'000'000'000;
+                next = m.world.now + 100'000'000;
+                return true;
+            }
+            return m.back.step();
+        };
+        const Instant before = m.executor.now();
+        Load load{m.disk(), 1, 4096, false};
+        Figures f;
+        ASSERT_TRUE(m.run(run_load(m, load, 40, f))); // eight of them find no slot
+        EXPECT_EQ(load.failed, 40u);
+        EXPECT_LE(m.executor.now() - before, 2 * 200'000'000u + MachineTime::longest_step + 30'000'000) << stops << " stops";
+        EXPECT_EQ(m.run(fake::read(m.disk(), 0, m.buffer(4096))).error().code, Code::device_gone);
+    }
+}
+
+// Requests that were given up keep their slots. Those that wait for one are not forgotten.
+TEST(XenBlkTime, SlotsThatAreNeverGivenBackEndTheDisk) {
+    Capture capture;
+    DiskMachine m({});
+    ASSERT_TRUE(m.probe());
+    m.back.silent_for = 1000;
+    const DmaSpan buffer = m.buffer(4096);
+    for (u32 i = 0; i < 32; ++i) { // all slots of the ring, and nobody waits for their answers
+        io::BlockDevice::Transfer lost(m.disk(), io::Op::read, 0, buffer);
+        m.disk().submit(lost);
+        m.executor.turn();
+    }
+    const Instant before = m.executor.now();
+    const auto read = m.run(fake::read(m.disk(), 8, m.buffer(4096)));
+    ASSERT_FALSE(read);
+    EXPECT_EQ(read.error().code, Code::device_gone);
+    EXPECT_LE(m.executor.now() - before, 230'000'000u);
+    EXPECT_NE(capture.text.find("every slot is held by a request that the back end never answered"), std::string::npos) << capture.text;
+}
+
 TEST(XenBlk, CancelAndForget) {
     DiskMachine m({});
     ASSERT_TRUE(m.probe());

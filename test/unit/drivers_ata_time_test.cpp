@@ -1,0 +1,117 @@
+// What counts as silence on an IDE channel: time that the machine ran, and the command under way alone.
+#include <functional>
+#include <gtest/gtest.h>
+#include <map>
+#include <set>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "unit/drivers_ata_fake.hpp"
+#include "unit/drivers_pci_fake.hpp"
+
+#include "unit/drivers_ata_machine.hpp"
+
+import core.log;
+
+namespace {
+using namespace ata_test;
+
+constexpr Nanoseconds timeout = 100'000'000; // Machine's
+
+struct AtaTime : testing::Test {
+    Machine m;
+    Drive* drive = nullptr;
+    std::vector<std::unique_ptr<io::Request>> requests;
+
+    void SetUp() override {
+        drive = &m.add(m.primary, 0);
+        ASSERT_TRUE(m.attach());
+    }
+    /// `count` reads that are no neighbours (or are), all asked for at once.
+    void ask(u32 count, bool neighbours = false) {
+        const DmaSpan b = *m.memory.allocate(count * 4096, ~u64{0});
+        for (u32 i = 0; i < count; ++i) {
+            requests.push_back(
+                std::make_unique<io::Request>(m.disk(0), io::Op::read, 1000 + (neighbours ? 8 : 100) * i, b.subspan(4096 * i, 4096)));
+            requests.back()->waiter = std::noop_coroutine();
+            m.disk(0).submit(*requests.back());
+        }
+    }
+    bool all_ended() {
+        return m.turns_until([&] { return std::ranges::none_of(requests, [](const auto& r) { return r->pending(); }); }, 600'000'000'000);
+    }
+    void all_ok() {
+        ASSERT_TRUE(all_ended());
+        for (const auto& r : requests) {
+            EXPECT_EQ(r->status, io::Status::ok) << r->lba;
+        }
+        EXPECT_EQ(m.primary.resets, 0u);
+        EXPECT_EQ(m.queue().resets(), 0u);
+        EXPECT_EQ(m.queue().lost_interrupts(), 0u);
+        EXPECT_FALSE(m.queue().closed());
+    }
+};
+
+TEST_F(AtaTime, ASlowDiskIsNeverReset) {
+    m.primary.latency = timeout * 6 / 10;
+    ask(32); // the last one is answered after 19 time-outs
+    all_ok();
+    EXPECT_GE(m.clock.time, 32 * m.primary.latency);
+}
+
+TEST_F(AtaTime, AStoppedMachineIsNoSilentDisk) {
+    for (const u32 depth : {1u, 32u}) {
+        for (const Nanoseconds length : {7'000'000'000u, 60'000'000'000u}) {
+            for (const Nanoseconds when : {1'000'000u, 25'000'000u, 45'000'000u, 65'000'000u}) {
+                m.primary.latency = 50'000'000;
+                m.clock.at(m.clock.time + when, [this, length] { m.clock.time += length; });
+                ask(depth);
+                all_ok();
+                requests.clear();
+            }
+        }
+    }
+}
+
+TEST_F(AtaTime, ADeadDiskIsFoundInMachineTimeAlsoWithStops) {
+    for (const u32 stops : {0u, 1u, 5u}) {
+        Machine fresh;
+        fresh.add(fresh.primary, 0);
+        ASSERT_TRUE(fresh.attach());
+        fresh.primary.hang = 1;
+        io::Request request(fresh.disk(0), io::Op::read, 5, *fresh.memory.allocate(4096, ~u64{0}));
+        fresh.disk(0).submit(request);
+        const Instant begin = fresh.executor.now();
+        Instant next = fresh.clock.time + timeout / 2;
+        for (u32 left = stops; request.pending() && fresh.executor.now() - begin < 20 * timeout;) {
+            if (left != 0 && fresh.clock.time >= next) {
+                --left;
+                fresh.clock.time += 7'000'000'000;
+                static_cast<void>(fresh.executor.now());
+                next = fresh.clock.time + timeout / 2;
+            }
+            fresh.executor.turn();
+        }
+        EXPECT_EQ(request.status, io::Status::timed_out);
+        EXPECT_EQ(fresh.queue().resets(), 1u);
+        const Nanoseconds took = fresh.executor.now() - begin;
+        EXPECT_GE(took, timeout);
+        EXPECT_LE(took, stops == 0 ? timeout + 30'000'000 : 2 * timeout + MachineTime::longest_step + 30'000'000) << stops << " stops";
+    }
+}
+
+// A command of several requests is not answered: only the one that the disk is silent about ends as timed_out.
+TEST_F(AtaTime, GatheredNeighboursAreTriedAlone) {
+    m.primary.hang = 2; // the gathered one, and the first of its requests
+    ask(8, true);
+    ASSERT_TRUE(all_ended());
+    for (u32 i = 0; i < 8; ++i) {
+        EXPECT_EQ(requests[i]->status, i == 0 ? io::Status::timed_out : io::Status::ok) << i;
+    }
+    EXPECT_EQ(m.queue().resets(), 2u);
+    EXPECT_FALSE(m.queue().closed());
+}
+
+} // namespace
