@@ -127,6 +127,8 @@ class DiskSpec:
     @staticmethod
     def parse(text: str) -> DiskSpec:
         head, *options = text.split(",")
+        if not head or (head.endswith(":") and not Path(head).exists()):
+            raise Problem(f"Disk {text!r}: a size like 64m or a file was expected, and none is there.", Exit.USAGE)
         bus, separator, what = head.partition(":")
         if not separator or (bus not in BUSES and Path(head).exists()):
             bus, what = "ide", head
@@ -138,8 +140,8 @@ class DiskSpec:
         else:
             disk.file = Path(what).resolve()
             if not disk.file.is_file():
-                seen = "a folder" if disk.file.is_dir() else "no file that exists"
-                raise Problem(f"Disk {text!r}: {what!r} is no size like 64m, and {seen}.", Exit.USAGE)
+                seen = "it is a folder" if disk.file.is_dir() else "no such file exists"
+                raise Problem(f"Disk {text!r}: a size like 64m or a file was expected, {what!r} was given, and {seen}.", Exit.USAGE)
             if not os.access(disk.file, os.R_OK):
                 raise Problem(f"Disk {text!r}: the file {what} cannot be read by {paths.name_of(os.geteuid())}.", Exit.USAGE)
             disk.size = disk.file.stat().st_size
@@ -168,7 +170,8 @@ class DiskSpec:
             else:
                 raise Problem(
                     f"Disk {text!r}: {option!r} is not one of content=zero|sparse|pattern, image=NAME, "
-                    "sector=512|4096, iops=N, readonly, for an IDE disk of a size content=null, and for a SCSI disk controller=0..3.",
+                    "sector=512|4096, iops=N, readonly, for an IDE disk of a size content=null, for a SCSI disk controller=0..3, "
+                    f"and for a disk on the Xen ring backend={'|'.join(xenguest.BACKENDS)}, backing={'|'.join(xenguest.BACKINGS)}.",
                     Exit.USAGE,
                 )
         return disk

@@ -130,8 +130,11 @@ def explain(error: OSError) -> str:
                 if path.is_relative_to(cache()) or cache().is_relative_to(place):
                     text += f" Downloads go into {cache()}: make it writable (after a run as root: chown -R), or set {CACHE_VARIABLE} to another folder."
         return text
-    where = f"{path}: " if path else ""
-    return f"{where}{error.strerror or error}"
+    text = (f"{path}: " if path else "") + (error.strerror or str(error))
+    with contextlib.suppress(Problem):
+        if path and path.absolute().is_relative_to(cache()):
+            text += f". Downloads go into {cache()}: set {CACHE_VARIABLE} to a folder, or to the name of one that can be made."
+    return text
 
 
 def name_of(user: int) -> str:

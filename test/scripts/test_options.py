@@ -81,8 +81,9 @@ class Options(unittest.TestCase):
             ("run", f"--efi {self.elf} --boot uefi", "an EFI application"), ("run", f"--kernel {nothing}", "No such file"),
             ("run", "--platform nonsense", "invalid choice"), ("run", "--lab maybe", "invalid choice"), ("run", "--gdb --gdb-port 0", "1 to 65535"),
             ("run", "--cpus 1 --cpus 2", "given twice"), ("run", "--frob", "--help lists the options"), ("run", "--cpu 2", "unrecognized"), ("run", "word", "unrecognized"),
-            ("run", "--disk virtio:64M", "the buses are ide, xen, scsi, accel"), ("run", f"--disk ide:{nothing}", "no file that exists"), ("run", f"--disk {self.folder}", "a folder"),
-            ("run", "--disk 64x", "no size like 64m"), ("run", "--disk 0", "is not a size"), ("run", "--disk 1m,colour=red", "is not one of"),
+            ("run", "--disk virtio:64M", "the buses are ide, xen, scsi, accel"), ("run", f"--disk ide:{nothing}", "no such file exists"), ("run", f"--disk {self.folder}", "it is a folder"),
+            ("run", "--disk 64x", "a size like 64m or a file was expected"), ("run", "--disk ide:", "none is there"), ("run", "--disk ,content=zero", "none is there"),
+            ("run", "--platform xen-pvh --disk xen:1m,backing=tape", "backing=loop|ram|readonly"), ("run", "--disk 0", "is not a size"), ("run", "--disk 1m,colour=red", "is not one of"),
             ("run", f"--disk {self.elf},content=zero", "content of its file"), ("run", "--disk 1m,content=zero,content=sparse", "given twice"),
             ("bench", "--runs 0", "1 to 100"), ("bench", "--runs x", "1 to 100"), ("bench", "--only nonsense", "scripts/bench --list"),
             ("bench", "--only xen-emu --only nonsense", "--only nonsense"), ("bench", f"--json {nothing}/x", "does not exist"), ("bench", f"--json {self.folder}", "a folder"),
@@ -97,6 +98,7 @@ class Options(unittest.TestCase):
         for script, words, said in self.bad_values():
             self.assertIn(said, self.verdict(script, *words.split()) or "(accepted)", words)
         self.assertIn("one line", self.verdict("run", "--cmdline", "a\nb"))
+        self.assertIn("none is there", self.verdict("run", "--disk", ""))
 
     def test_disks_that_no_machine_has(self):
         for words, said in (

@@ -117,7 +117,8 @@ class Failures(unittest.TestCase):
     def test_errors_of_the_system(self):
         for number, file, words in (
             (errno.ENOSPC, "/x", "no space left"), (errno.EDQUOT, "/x", "no space left"), (errno.EROFS, str(paths.BUILD / "kernel.lock"), "--no-build"),
-            (errno.EACCES, str(paths.cache() / "lab/lock"), "FIRSTLIGHT_CACHE"), (errno.EIO, "/x", "/x: Input/output error"), (errno.ENOSPC, None, "no space left"),
+            (errno.EACCES, str(paths.cache() / "lab/lock"), "FIRSTLIGHT_CACHE"),
+            (errno.ENOTDIR, str(paths.cache() / "lab"), "FIRSTLIGHT_CACHE"), (errno.EIO, "/x", "/x: Input/output error"), (errno.ENOSPC, None, "no space left"),
         ):  # fmt: skip
             text = paths.explain(OSError(number, os.strerror(number), file))
             self.assertIn(words, text)
