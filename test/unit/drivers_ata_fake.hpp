@@ -186,6 +186,7 @@ class Channel {
     bool empty_master = false;       // QEMU's: without a master the slave's cable keeps registers, shows 50h and aborts every command
     bool one_device = false;         // the device bit is not decoded: device 0 answers for both places
     Nanoseconds latency = 50'000;
+    Nanoseconds latency_per_sector = 0; // beside it, of a transfer
     Nanoseconds pio_latency = 0;
 
     // What was seen.
@@ -469,7 +470,7 @@ class Channel {
         pending_ = 0;
         status_ = 0xd8;
         ASSERT_LE(lba + count, d.sectors) << "LBA out of range";
-        later(latency, [this, &d, lba, count, is_write] { transfer(d, lba, count, is_write); });
+        later(latency + count * latency_per_sector, [this, &d, lba, count, is_write] { transfer(d, lba, count, is_write); });
     }
     void transfer(Drive& d, u64 lba, u32 count, bool is_write) {
         const u64 total = u64{count} * d.sector_size;

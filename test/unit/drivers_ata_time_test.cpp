@@ -61,6 +61,22 @@ TEST_F(AtaTime, ASlowDiskIsNeverReset) {
     EXPECT_GE(m.clock.time, 32 * m.primary.latency);
 }
 
+// A disk of limited bandwidth: one request takes a fifth of the time-out, 32 neighbours in one command would take six.
+TEST_F(AtaTime, GatheringDoesNotOutlastTheTimeOut) {
+    m.primary.latency_per_sector = timeout / 5 / 8;
+    ask(1);
+    all_ok();
+    requests.clear();
+    ask(32, true);
+    all_ok();
+    m.primary.latency_per_sector = 0; // fast again: the next commands gather again, each more than the last
+    requests.clear();
+    ask(32, true);
+    const u64 before = m.primary.commands;
+    all_ok();
+    EXPECT_LE(m.primary.commands - before, 8u);
+}
+
 TEST_F(AtaTime, AStoppedMachineIsNoSilentDisk) {
     for (const u32 depth : {1u, 32u}) {
         for (const Nanoseconds length : {7'000'000'000u, 60'000'000'000u}) {

@@ -85,6 +85,7 @@ class ChannelQueue final : public io::Service, public Carrier {
     void send(Disk& disk, bool write, u64 lba);
     Outcome look();
     void finish(const Outcome& outcome);
+    void limit_gathering();
     void fail(const Outcome& outcome);
     void begin_reset();
     void take_without_interrupt(Instant now);
@@ -115,7 +116,8 @@ class ChannelQueue final : public io::Service, public Carrier {
     bool suspect_ = false;  // no longer under way at the last tick, and no interrupt
     u32 bytes_ = 0;         // of the command
     Instant issued_at_ = 0;
-    u64 commands_ = 0; // issued so far: the number of the one under way
+    u64 commands_ = 0;                // issued so far: the number of the one under way
+    u32 gather_limit_ = max_transfer; // bytes of a command made of several requests
     io::OldestWait wait_;
     io::OldestWait::Finding finding_ = io::OldestWait::Finding::none; // of the last tick
     Instant reset_at_ = 0;  // when the reset was asserted
@@ -268,7 +270,8 @@ bool ChannelQueue<P>::issue(Disk& disk) {
         batch().push(r);
         if (!alone && bytes_ == r.buffer.size) {
             while (io::Request* next = from.front()) {
-                if (next->op != r.op || next->lba != r.lba + bytes_ / sector || next->buffer.size > limit - bytes_ || !reachable(*next) ||
+                if (next->op != r.op || next->lba != r.lba + bytes_ / sector || next->buffer.size > limit - bytes_ ||
+                    bytes_ + next->buffer.size > gather_limit_ || !reachable(*next) ||
                     !channel_.add_region(next->buffer.bus, next->buffer.size)) {
                     break;
                 }
@@ -376,6 +379,9 @@ void ChannelQueue<P>::finish(const Outcome& outcome) {
         return fail(outcome);
     }
     resets_in_a_row_ = 0;
+    if (transfer_) {
+        limit_gathering();
+    }
     Disk& disk = *active_;
     io::RequestQueue& done = batch();
     if (bounced_) {
@@ -397,6 +403,15 @@ void ChannelQueue<P>::finish(const Outcome& outcome) {
     while (io::Request* r = done.pop()) {
         disk.end(*r, io::Status::ok);
     }
+}
+
+/// A slow disk is not made to look silent by commands that gather too much: going by the last command, the next one takes a quarter of a time-out
+/// at most, and a second at most.
+template <PortAccess P>
+void ChannelQueue<P>::limit_gathering() {
+    const Nanoseconds enough = std::min<Nanoseconds>(timeout_ / 4, 1'000'000'000);
+    const Nanoseconds took = std::min<Nanoseconds>(executor_.now() - issued_at_, 1'000'000'000'000); // so that no product leaves 64 bits
+    gather_limit_ = took * max_transfer > enough * bytes_ ? static_cast<u32>(enough * bytes_ / took) : max_transfer;
 }
 
 template <PortAccess P>
