@@ -158,6 +158,7 @@ TEST(Calibration, ATimerThatStandsStillCostsItsReadingsAndNoMore) {
 TEST(Calibration, ATimerThatHardlyMovesIsGivenUp) {
     Model m;
     m.timer_hz = pm_hz;
+    m.timer_time = 1.0;
     m.disturb = [](Model& self) { self.timer_time -= 0.9995e-6; }; // one tick in hundreds of readings
     EXPECT_EQ(m.run().hz, 0u);
     EXPECT_LE(m.readings, 65'536u);
