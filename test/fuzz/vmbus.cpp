@@ -374,7 +374,7 @@ io::Task<Result<void>> life(Guest& guest, u32 own) {
         case 5: {
             const hv::hyperv::Guid instance = offers.empty() ? hv::hyperv::Guid{} : offers[(what >> 6) % offers.size()].instance;
             const u16 index = 1 + (what >> 4) % 4;
-            const auto sub = co_await bus.sub_channel(instance, index, after(begin, timeout));
+            const auto sub = co_await bus.sub_channel(instance, index, {guest.executor, timeout});
             require(!sub || (sub->instance == instance && sub->sub_channel == index));
             in_time(guest, begin, 1);
             break;
