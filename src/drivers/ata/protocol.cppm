@@ -128,13 +128,15 @@ struct DriveInfo {
     i8 multiword_best = -1;   // best supported mode, -1: none
 };
 
-/// Serial number, firmware revision and model (words 10 to 19, 23 to 26, 27 to 46) [ACS §7.12.7]: what tells one device from another.
+/// Serial number, firmware revision, model and size (words 10 to 19, 23 to 46, 60 and 61, 100 to 103) [ACS §7.12.7]: what tells devices apart.
 struct DeviceIdentity {
-    std::array<u16, 34> words{};
+    std::array<u16, 40> words{};
 
     explicit constexpr DeviceIdentity(const IdentifyData& data) {
         std::copy_n(data.words.begin() + 10, 10, words.begin());
         std::copy_n(data.words.begin() + 23, 24, words.begin() + 10);
+        std::copy_n(data.words.begin() + 60, 2, words.begin() + 34); // sectors
+        std::copy_n(data.words.begin() + 100, 4, words.begin() + 36);
     }
     /// Whether these are one device: an equal serial number counts only where there is one.
     constexpr bool same(const DeviceIdentity& other) const {

@@ -70,7 +70,7 @@ void IdeChannel::identify() {
     auto& w = words_;
     w = {};
     w[0] = 0x0040;
-    put_text(std::span{w}.subspan(10, 10), "FLIDE0");
+    put_text(std::span{w}.subspan(10, 10), (device_ >> 4 & 1) == 0 ? "FLIDE0" : "FLIDE1");
     put_text(std::span{w}.subspan(23, 4), "1");
     put_text(std::span{w}.subspan(27, 20), "FIRSTLIGHT IDE DISK");
     w[47] = 0x8000;
