@@ -53,7 +53,7 @@ Ways ways_of(const Platform& platform, Verdict verdict) {
     add(platform.xen, good ? Way::xen_off : Way::xen_crash);
     add(!good && platform.hyperv_crash, Way::hyperv_crash);
     add(!good && platform.pvpanic, Way::pvpanic);
-    // A failure by triple fault where that is told from a success: on bhyve, and on machines that can only be reset, as Firecracker's.
+    // Where a triple fault is visible outside as a failure: on bhyve, and on machines that can only be reset, such as Firecracker's.
     if (!good && (platform.triple_fault_tells || (!platform.acpi_off && !platform.acpi_reset))) {
         add(true, Way::triple_fault);
         return ways;
