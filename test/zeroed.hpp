@@ -1,5 +1,5 @@
-// Memory for a fake's guest: zeroed, aligned to a page, and pages that nobody touches cost nothing. A vector of bytes would be written one
-// by one in a build without optimisation, which the tests are.
+// Memory for a fake's guest: zeroed, aligned to a page, and pages that nobody touches cost nothing. A vector of bytes
+// would be written one by one in a build without optimisation, which the tests are.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,9 @@
 class Zeroed {
   public:
     explicit Zeroed(std::size_t bytes) : whole_(std::calloc(1, bytes + page - 1), std::free), bytes_(bytes) {}
-    std::byte* data() const { return reinterpret_cast<std::byte*>((reinterpret_cast<std::uintptr_t>(whole_.get()) + page - 1) & ~(page - 1)); }
+    std::byte* data() const {
+        return reinterpret_cast<std::byte*>((reinterpret_cast<std::uintptr_t>(whole_.get()) + page - 1) & ~(page - 1));
+    }
     std::size_t size() const { return bytes_; }
     std::span<std::byte> bytes() const { return {data(), bytes_}; }
 

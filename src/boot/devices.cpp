@@ -76,7 +76,8 @@ struct Synthetic {
     std::string_view type;
     Known known;
 };
-// Directories below `device` [xen-public io], and classes of VMBus channels [hv-vmbus]. Those that have a driver are listed, too: it may fail.
+// Directories below `device` [xen-public io], and classes of VMBus channels [hv-vmbus]. Those that have a driver are
+// listed, too: it may fail.
 constexpr Synthetic synthetic[] = {
     {"vbd", {"Xen virtual block device", DeviceClass::disk}},
     {"vscsi", {"Xen virtual SCSI host", DeviceClass::disk}},
@@ -105,7 +106,8 @@ constexpr Synthetic synthetic[] = {
 } // namespace
 
 bool is_listed(const drivers::pci::Device& device) {
-    return virtio_type(device) != 0 || device.class_code == 1 || device.class_code == 2 || device.class_code == 3 || device.class_code == 9;
+    return virtio_type(device) != 0 || device.class_code == 1 || device.class_code == 2 || device.class_code == 3 ||
+           device.class_code == 9;
 }
 
 DeviceEntry describe(const drivers::pci::Device& device) {
@@ -124,7 +126,8 @@ DeviceEntry describe(const hv::SyntheticDevice& device, std::string_view bus) {
     DeviceEntry entry;
     entry.bus.write(bus);
     entry.address.write(device.address);
-    const auto known = std::ranges::find_if(synthetic, [&](const Synthetic& s) { return s.type == device.type.view(); });
+    const auto known =
+        std::ranges::find_if(synthetic, [&](const Synthetic& s) { return s.type == device.type.view(); });
     if (known != std::end(synthetic)) {
         entry.what.write(known->known.name);
         entry.kind = known->known.kind;

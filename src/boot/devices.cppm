@@ -1,6 +1,6 @@
-// What became of every device that could be a disk, a network card, an input device or a display: one line and one `device` record each
-// (docs/INTERFACES.md), so that "no disk" is never a riddle. Collected while drivers attach and printed when the job says so, because the first
-// block is read before anything is explained.
+// What became of every device that could be a disk, a network card, an input device or a display: one line and one
+// `device` record each (docs/INTERFACES.md), so that "no disk" is never a riddle. Collected while drivers attach and
+// printed when the job says so, because the first block is read before anything is explained.
 export module boot.devices;
 import core.std;
 import core.text;
@@ -36,8 +36,8 @@ class Devices {
     void add(const DeviceEntry& entry);
     /// Prints what was added so far; from then on each entry is printed when it is added.
     void list();
-    /// Something of the machine for which there was no room or no sense: a line and a `left_out` record at once. `disk`: a disk may be among it,
-    /// and the verdict is an ERROR.
+    /// Something of the machine for which there was no room or no sense: a line and a `left_out` record at once.
+    /// `disk`: a disk may be among it, and the verdict is an ERROR.
     void left_out(std::string_view what, u64 count, bool disk, std::string_view reason);
 
     /// Units and devices that should work and do not, or found no room.
@@ -62,13 +62,15 @@ class Devices {
     u32 without_disks_ = 0; // controllers that are driven and have none
 };
 
-/// Whether a PCI function is of a class that is listed: mass storage, network, display, input, and everything of virtio's.
+/// Whether a PCI function is of a class that is listed: mass storage, network, display, input, and everything of
+/// virtio's.
 bool is_listed(const drivers::pci::Device& device);
 DeviceEntry describe(const drivers::pci::Device& device);
 /// `bus`: the backend's name.
 DeviceEntry describe(const hv::SyntheticDevice& device, std::string_view bus);
 DeviceEntry describe(const drivers::UnusedUnit& unit);
-/// A virtio-mmio device at `base`, from its first registers: MagicValue, Version, DeviceID [virtio-1.2 §4.2.2]. Nothing: a place without a device.
+/// A virtio-mmio device at `base`, from its first registers: MagicValue, Version, DeviceID [virtio-1.2 §4.2.2].
+/// Nothing: a place without a device.
 std::optional<DeviceEntry> describe_virtio_mmio(u64 base, u32 magic, u32 version, u32 device_id);
 
 /// "no driver for NAME in this build", as the entry's reason.

@@ -24,7 +24,8 @@ void Disks::Port::unused(const drivers::UnusedUnit& unit) {
     }
     DeviceEntry entry = describe(unit);
     if (unit.why == drivers::Unused::taken && unit.reason.empty()) {
-        print(entry.reason, "left to {}, which has the same disk", disks_.claims_.holder(drivers::disk_slot(unit.disk_number)));
+        print(entry.reason, "left to {}, which has the same disk",
+              disks_.claims_.holder(drivers::disk_slot(unit.disk_number)));
     }
     disks_.devices_->add(entry);
 }
@@ -74,12 +75,15 @@ void report(const io::BlockDevice& disk) {
     const auto& id = disk.identity();
     const auto& g = disk.geometry();
     const u64 mib = g.sectors * g.sector_size >> 20;
-    log::info("{}: {} disk by {}, {} MiB, {}-byte sectors{}{} [{}] {}", id.name.view(), id.kind, id.driver, mib, g.sector_size,
-              g.flush ? ", flush" : "", g.read_only ? ", read-only" : "", id.features.view(), id.model.view());
+    log::info("{}: {} disk by {}, {} MiB, {}-byte sectors{}{} [{}] {}", id.name.view(), id.kind, id.driver, mib,
+              g.sector_size, g.flush ? ", flush" : "", g.read_only ? ", read-only" : "", id.features.view(),
+              id.model.view());
     log::Record record("disk");
     record.text("name", id.name.view()).text("driver", id.driver).text("kind", name(id.kind));
     record.number("sectors", g.sectors * (g.sector_size / 512)).number("sector_size", g.sector_size);
-    record.number("physical_sector_size", g.physical_sector_size).flag("read_only", g.read_only).text("model", id.model.view());
+    record.number("physical_sector_size", g.physical_sector_size)
+        .flag("read_only", g.read_only)
+        .text("model", id.model.view());
     record.open("features", '[');
     std::string_view rest = id.features.view();
     while (!rest.empty()) {

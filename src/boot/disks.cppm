@@ -1,5 +1,5 @@
-// The disks of the machine, as the drivers announce them. Keeps the rule that one disk attaches once (drivers.claims) and prints each as it
-// comes.
+// The disks of the machine, as the drivers announce them. Keeps the rule that one disk attaches once (drivers.claims)
+// and prints each as it comes.
 export module boot.disks;
 import core.std;
 import core.result;
@@ -17,7 +17,8 @@ class Disks {
   public:
     static constexpr usize capacity = 1024; // fixed, since jobs hold on to the list while disks are added
 
-    /// What these refer to must outlive this. `devices`: where disks that are not attached are told; nullptr: nobody is.
+    /// What these refer to must outlive this. `devices`: where disks that are not attached are told; nullptr: nobody
+    /// is.
     explicit Disks(const drivers::Plan& plan, Devices* devices = nullptr) : claims_(plan), devices_(devices) {}
 
     /// What one driver is given: it sees only the disks that the table lets it have.

@@ -1,5 +1,5 @@
-// The drivers of this build, as data. A native driver of a PCI device is one line in pci_drivers; a synthetic one a line in the list of its
-// hypervisor's backend. Which of them come first is not decided here but by the driver table.
+// The drivers of this build, as data. A native driver of a PCI device is one line in pci_drivers; a synthetic one a
+// line in the list of its hypervisor's backend. Which of them come first is not decided here but by the driver table.
 export module boot.drivers;
 import core.std;
 import core.result;
@@ -24,8 +24,9 @@ import drivers.hv_balloon;
 
 export namespace fl::boot {
 
-/// `name` as in drivers::known_drivers; `ids`: what it drives; `probe`: attaches one function, the driver's `index`th. `unique`: functions that
-/// use resources of which a machine has one; the first of them comes before all others, and a second one cannot be used. May be nullptr.
+/// `name` as in drivers::known_drivers; `ids`: what it drives; `probe`: attaches one function, the driver's `index`th.
+/// `unique`: functions that use resources of which a machine has one; the first of them comes before all others, and a
+/// second one cannot be used. May be nullptr.
 struct PciDriver {
     std::string_view name;
     std::span<const drivers::pci::Match> ids;
@@ -41,14 +42,15 @@ inline constexpr std::array<PciDriver, 1> pci_drivers{{
     {"ata", drivers::ata::ids, probe_ata, drivers::ata::is_legacy},
 }};
 
-/// `type`: as the backend's bus calls it (hv::SyntheticDevice::type). `bus`: B::Bus of the backend in whose list it stands; untyped, so that one
-/// loop does for all of them.
+/// `type`: as the backend's bus calls it (hv::SyntheticDevice::type). `bus`: B::Bus of the backend in whose list it
+/// stands; untyped, so that one loop does for all of them.
 struct SyntheticDriver {
     std::string_view name;
     std::string_view type;
     io::Task<Result<void>> (*probe)(drivers::Environment& environment, void* bus, const hv::SyntheticDevice& device);
 };
-template <hv::BusRoot B, io::Task<Result<void>> (*probe)(drivers::Environment&, typename B::Bus&, const hv::SyntheticDevice&)>
+template <hv::BusRoot B,
+          io::Task<Result<void>> (*probe)(drivers::Environment&, typename B::Bus&, const hv::SyntheticDevice&)>
 io::Task<Result<void>> probe_on(drivers::Environment& environment, void* bus, const hv::SyntheticDevice& device) {
     return probe(environment, *static_cast<typename B::Bus*>(bus), device);
 }
@@ -75,10 +77,12 @@ inline constexpr std::array<SyntheticDriver, 2> synthetic_drivers<hv::HyperV>{{
     {"storvsc", drivers::storvsc::ide_class, probe_on<hv::HyperV, drivers::storvsc::probe>},
 }};
 
-inline io::Task<Result<void>> probe_balloon(drivers::Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device) {
+inline io::Task<Result<void>> probe_balloon(drivers::Environment& environment, hv::HyperV::Bus& bus,
+                                            const hv::SyntheticDevice& device) {
     static constinit u64 total = 0; // pages that the kernel could still give when it began to report
     total = frames().free_bytes() / frame_size;
-    const drivers::hv_balloon::Memory memory{dma_memory(), [] { return total; }, [] { return frames().free_bytes() / frame_size; }};
+    const drivers::hv_balloon::Memory memory{dma_memory(), [] { return total; },
+                                             [] { return frames().free_bytes() / frame_size; }};
     return drivers::hv_balloon::probe(environment, bus, device, memory);
 }
 template <>

@@ -13,13 +13,15 @@ namespace fl::boot {
 namespace {
 
 constexpr u16 debug_exit_port = 0xf4;
-// The host may end the machine from another thread, after the access has come back: the next way must not overtake this one.
+// The host may end the machine from another thread, after the access has come back: the next way must not overtake this
+// one.
 constexpr Nanoseconds exit_port_wait = 10'000'000;
 constexpr Nanoseconds note_wait = 50'000'000;
 constexpr Nanoseconds end_wait = 1'000'000'000;
 constexpr Nanoseconds acpi_mode_wait = 300'000'000;
 
-// SHUTDOWN_poweroff, SHUTDOWN_crash [xen-public sched.h]. Not by the module of Xen: a build without it ends there as well.
+// SHUTDOWN_poweroff, SHUTDOWN_crash [xen-public sched.h]. Not by the module of Xen: a build without it ends there as
+// well.
 constexpr u32 xen_poweroff = 0;
 constexpr u32 xen_crash = 3;
 
@@ -53,7 +55,8 @@ Ways ways_of(const Platform& platform, Verdict verdict) {
     add(platform.xen, good ? Way::xen_off : Way::xen_crash);
     add(!good && platform.hyperv_crash, Way::hyperv_crash);
     add(!good && platform.pvpanic, Way::pvpanic);
-    // Where a triple fault is visible outside as a failure: on bhyve, and on machines that can only be reset, such as Firecracker's.
+    // Where a triple fault is visible outside as a failure: on bhyve, and on machines that can only be reset, such as
+    // Firecracker's.
     if (!good && (platform.triple_fault_tells || (!platform.acpi_off && !platform.acpi_reset))) {
         add(true, Way::triple_fault);
         return ways;
@@ -169,8 +172,8 @@ void Ending::crash_hyperv(EndMachine& machine, hv::Privileged& cpu) {
         text = machine.reason();
     }
     constexpr u64 first_parameter = 0x4649525354; // "FIRST": who speaks
-    const std::array<u64, 5> parameters{first_parameter, cpu.read_msr(hyperv_guest_os_id_msr), to_underlying(*verdict_), text.physical,
-                                        text.size};
+    const std::array<u64, 5> parameters{first_parameter, cpu.read_msr(hyperv_guest_os_id_msr), to_underlying(*verdict_),
+                                        text.physical, text.size};
     for (u32 i = 0; i < parameters.size(); ++i) {
         cpu.write_msr(hyperv_crash_parameter0 + i, parameters[i]);
     }

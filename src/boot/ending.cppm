@@ -1,5 +1,6 @@
-// How the machine ends: for each platform and verdict the ways to be tried, one after the other (docs/INTERFACES.md "How the machine ends").
-// Portable: the tests end machines that they made up. boot.machine.ending does it with this machine's own instructions.
+// How the machine ends: for each platform and verdict the ways to be tried, one after the other (docs/INTERFACES.md
+// "How the machine ends"). Portable: the tests end machines that they made up. boot.machine.ending does it with this
+// machine's own instructions.
 export module boot.ending;
 import core.std;
 import core.acpi;
@@ -13,16 +14,16 @@ export namespace fl::boot {
 
 /// A way to end the machine. Most of them return where there is nothing that takes them.
 enum class Way : u8 {
-    exit_port,     // debug exit port 0xf4: QEMU's isa-debug-exit, the test host
-    xen_off,       // SCHEDOP_shutdown with SHUTDOWN_poweroff
-    xen_crash,     // SCHEDOP_shutdown with SHUTDOWN_crash
-    hyperv_crash,  // Hyper-V's crash registers: a note for the host; the machine goes on
-    pvpanic,       // QEMU's pvpanic: likewise
-    acpi_off,      // \_S5
-    acpi_reset,    // the FADT's reset register
-    hyperv_reset,  // Hyper-V's reset register
-    keyboard,      // the i8042 pulses the reset line
-    triple_fault,  // never returns
+    exit_port,    // debug exit port 0xf4: QEMU's isa-debug-exit, the test host
+    xen_off,      // SCHEDOP_shutdown with SHUTDOWN_poweroff
+    xen_crash,    // SCHEDOP_shutdown with SHUTDOWN_crash
+    hyperv_crash, // Hyper-V's crash registers: a note for the host; the machine goes on
+    pvpanic,      // QEMU's pvpanic: likewise
+    acpi_off,     // \_S5
+    acpi_reset,   // the FADT's reset register
+    hyperv_reset, // Hyper-V's reset register
+    keyboard,     // the i8042 pulses the reset line
+    triple_fault, // never returns
 };
 
 /// What is known about the machine's ways out.
@@ -33,7 +34,8 @@ struct Platform {
     bool pvpanic = false;
     bool acpi_off = false;
     bool acpi_reset = false;
-    bool triple_fault_tells = false; // the VMM's exit status after a triple fault is one of its own, though it can power off: bhyve
+    // the VMM's exit status after a triple fault is one of its own, though it can power off: bhyve
+    bool triple_fault_tells = false;
 };
 
 struct Ways {
@@ -42,8 +44,9 @@ struct Ways {
     constexpr std::span<const Way> all() const { return {list.data(), count}; }
 };
 
-/// The ways behind the debug exit port, in order. SUCCESS and SKIP end as what the platform takes for a success, the other three, where it knows
-/// a difference, as a failure. A way that restarts the machine comes only where it has no way to be switched off, or behind that one.
+/// The ways behind the debug exit port, in order. SUCCESS and SKIP end as what the platform takes for a success, the
+/// other three, where it knows a difference, as a failure. A way that restarts the machine comes only where it has no
+/// way to be switched off, or behind that one.
 Ways ways_of(const Platform& platform, Verdict verdict);
 
 /// What the ways are made of, beside ports and registers.
@@ -74,7 +77,8 @@ class EndMachine {
     ~EndMachine() = default;
 };
 
-/// Ends the machine step by step. A step that faults is not tried again: whoever handles the fault calls step() for the next one.
+/// Ends the machine step by step. A step that faults is not tried again: whoever handles the fault calls step() for the
+/// next one.
 class Ending {
   public:
     constexpr Ending() = default;

@@ -67,8 +67,9 @@ static u64 hypercall_page(const hv::xen::Gate& gate) {
     return reinterpret_cast<u64>(gate.page) - reinterpret_cast<u64>(image_text_begin) + boot_info.kernel_phys;
 }
 
-// Xen's consoles, before anything else can go wrong: at first with the loader's page tables, which a PVH entry knows. Again with our own: then
-// the ring stands somewhere else. They come before the command line is read, so hv= has no say in them; nothing else is asked of Xen here.
+// Xen's consoles, before anything else can go wrong: at first with the loader's page tables, which a PVH entry knows.
+// Again with our own: then the ring stands somewhere else. They come before the command line is read, so hv= has no say
+// in them; nothing else is asked of Xen here.
 static void open_xen_consoles(bool loaders_tables) {
     static constinit hv::xen::Consoles found{};
     static constinit bool asked = false;
@@ -146,8 +147,10 @@ static void start(boot::Entry entry) {
         refuse("memory", error);
     }
     FixedText<240> reason;
-    print(reason, "too little memory: needed up to {} KiB (the image, and 2 MiB behind it), seen up to {} KiB: give the machine more", needed >> 10,
-          seen >> 10);
+    print(reason,
+          "too little memory: needed up to {} KiB (the image, and 2 MiB behind it), seen up to {} KiB: give the "
+          "machine more",
+          needed >> 10, seen >> 10);
     refuse(reason.view(), error.code);
 }
 
@@ -221,7 +224,8 @@ extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
 extern "C" [[noreturn]] void entry64_main(const boot::BootInfo* handed_over) {
     start(boot::Entry::uefi);
     if (!boot::is_valid(*handed_over)) {
-        refuse("entry", {Code::protocol, "the loader's BootInfo is not of this kernel's version: update the loader on the boot medium together with "
+        refuse("entry", {Code::protocol, "the loader's BootInfo is not of this kernel's version: update the loader on "
+                                         "the boot medium together with "
                                          "the kernel"});
     }
     boot_info = *handed_over;

@@ -62,7 +62,8 @@ bool clip_ranges(BootInfo& info, u64 end) {
     bool clipped = false;
     u32 kept = 0;
     for (MemoryRange r : info.memory()) {
-        const bool mapped = r.kind == MemoryKind::usable || r.kind == MemoryKind::acpi_reclaimable || r.kind == MemoryKind::acpi_nvs;
+        const bool mapped =
+            r.kind == MemoryKind::usable || r.kind == MemoryKind::acpi_reclaimable || r.kind == MemoryKind::acpi_nvs;
         if (mapped && end_of(r) > end) {
             clipped = true;
             r.size = end > r.base ? end - r.base : 0;
@@ -92,8 +93,9 @@ void normalise(BootInfo& info) {
     };
     sort_from(0);
 
-    // Cut overlaps pairwise until none is left. Every step shrinks or removes a range, or splits one around a more severe one. A split that
-    // does not fit into the table keeps the larger piece of a usable range; of any other, the piece behind becomes more severe, never free.
+    // Cut overlaps pairwise until none is left. Every step shrinks or removes a range, or splits one around a more
+    // severe one. A split that does not fit into the table keeps the larger piece of a usable range; of any other, the
+    // piece behind becomes more severe, never free.
     for (u32 i = 0; i + 1 < info.range_count;) {
         MemoryRange& a = r[i];
         MemoryRange& b = r[i + 1];
@@ -140,9 +142,9 @@ void normalise(BootInfo& info) {
 }
 
 bool is_valid(const BootInfo& info) {
-    return info.magic == BootInfo::magic_value && info.version == BootInfo::version_value && info.size == sizeof(BootInfo) &&
-           info.range_count <= BootInfo::max_ranges && info.cmdline_size <= BootInfo::max_cmdline &&
-           info.map_file_size <= BootInfo::max_map_file;
+    return info.magic == BootInfo::magic_value && info.version == BootInfo::version_value &&
+           info.size == sizeof(BootInfo) && info.range_count <= BootInfo::max_ranges &&
+           info.cmdline_size <= BootInfo::max_cmdline && info.map_file_size <= BootInfo::max_map_file;
 }
 
 } // namespace fl::boot

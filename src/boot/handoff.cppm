@@ -1,5 +1,6 @@
-// The one hand-off between every entry (PVH, UEFI, later ones) and the kernel proper. A BootInfo holds copies and physical addresses of
-// firmware tables, never a pointer into a loader's memory. The UEFI loader is compiled for another target: fixed-width types only.
+// The one hand-off between every entry (PVH, UEFI, later ones) and the kernel proper. A BootInfo holds copies and
+// physical addresses of firmware tables, never a pointer into a loader's memory. The UEFI loader is compiled for
+// another target: fixed-width types only.
 export module boot.handoff;
 import core.std;
 
@@ -16,9 +17,17 @@ constexpr std::string_view name(Entry entry) {
     return "unknown";
 }
 
-/// What a range of physical memory may be used for. ACPI's types, as E820 and PVH number them; loader and boot-services memory of UEFI is
-/// `usable`.
-enum class MemoryKind : u32 { usable = 1, reserved = 2, acpi_reclaimable = 3, acpi_nvs = 4, unusable = 5, persistent = 7, kernel = 0x100 };
+/// What a range of physical memory may be used for. ACPI's types, as E820 and PVH number them; loader and boot-services
+/// memory of UEFI is `usable`.
+enum class MemoryKind : u32 {
+    usable = 1,
+    reserved = 2,
+    acpi_reclaimable = 3,
+    acpi_nvs = 4,
+    unusable = 5,
+    persistent = 7,
+    kernel = 0x100
+};
 constexpr std::string_view name(MemoryKind kind) {
     switch (kind) {
     case MemoryKind::usable: return "usable";
@@ -67,9 +76,10 @@ struct BootInfo {
     u64 rsdp;        // physical address of the ACPI RSDP; 0: not given (search the BIOS area, or do without)
     u64 smbios;      // physical address of the SMBIOS entry point (_SM_ or _SM3_); 0: not given
     Framebuffer framebuffer;
-    u32 cmdline_size;                           // bytes, without a terminator; at most max_cmdline
-    u32 map_file_size;                          // bytes; at most max_map_file
-    u32 cmdline_truncated;                      // 1: the loader offered more than fits; `unreadable`: it could not be read at all
+    u32 cmdline_size;  // bytes, without a terminator; at most max_cmdline
+    u32 map_file_size; // bytes; at most max_map_file
+    // 1: the loader offered more than fits; `unreadable`: it could not be read at all
+    u32 cmdline_truncated;
     u32 map_file_truncated;                     // 1: likewise
     u32 ranges_truncated;                       // 1: likewise (the ranges left out are not used)
     u32 has_map_file;                           // 1: a map file was given, though it may be empty
@@ -93,11 +103,13 @@ constexpr void begin(BootInfo& info, Entry entry, u64 tsc) {
     info.entry_tsc = tsc;
 }
 
-/// Adds a range. A full table (max_given_ranges) drops it and sets ranges_truncated; one that is not usable is then cut out of the usable
-/// ranges in the table, so add those first: what is lost is never protection. Empty ranges, and ends beyond 2^64, are dropped and cut.
+/// Adds a range. A full table (max_given_ranges) drops it and sets ranges_truncated; one that is not usable is then cut
+/// out of the usable ranges in the table, so add those first: what is lost is never protection. Empty ranges, and ends
+/// beyond 2^64, are dropped and cut.
 void add_range(BootInfo& info, u64 base, u64 size, MemoryKind kind);
 
-/// Cuts the ranges that would be mapped (usable, ACPI) at `end`, for a processor that has no addresses from there on. True: there were such.
+/// Cuts the ranges that would be mapped (usable, ACPI) at `end`, for a processor that has no addresses from there on.
+/// True: there were such.
 bool clip_ranges(BootInfo& info, u64 end);
 
 /// Copies text into one of the two text fields, cutting what does not fit.
@@ -113,15 +125,17 @@ constexpr void set_map_file(BootInfo& info, std::string_view text) {
     std::copy_n(text.data(), info.map_file_size, info.map_file.data());
 }
 
-/// Sorts the ranges, resolves overlaps in favour of the less usable kind, joins neighbours of one kind. The image's own memory
-/// (kernel_phys, kernel_size) becomes MemoryKind::kernel. Where the table is too small for all the pieces, usable memory goes
-/// (ranges_truncated), or a piece counts as a less usable kind than it is.
+/// Sorts the ranges, resolves overlaps in favour of the less usable kind, joins neighbours of one kind. The image's own
+/// memory (kernel_phys, kernel_size) becomes MemoryKind::kernel. Where the table is too small for all the pieces,
+/// usable memory goes (ranges_truncated), or a piece counts as a less usable kind than it is.
 void normalise(BootInfo& info);
 
-/// Whether a BootInfo handed over by a loader is one that this kernel understands: magic, version, size, bounds of every count.
+/// Whether a BootInfo handed over by a loader is one that this kernel understands: magic, version, size, bounds of
+/// every count.
 bool is_valid(const BootInfo& info);
 
-/// Where the image is linked: virtual = physical - kernel_phys + kernel_virtual. All physical memory stands at direct_map.
+/// Where the image is linked: virtual = physical - kernel_phys + kernel_virtual. All physical memory stands at
+/// direct_map.
 inline constexpr u64 kernel_virtual = 0xffffffff80000000;
 inline constexpr u64 direct_map = 0xffff800000000000;
 

@@ -82,7 +82,8 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
         if (!done) { // the others are read all the same: one boot tells all that is wrong
             report(done.error(), disk->identity().name.view());
             outcome.verdict = Verdict::failure;
-            print(outcome.reason, "{}{}: block 0: {}", bad++ == 0 ? "" : "; ", disk->identity().name.view(), done.error());
+            print(outcome.reason, "{}{}: block 0: {}", bad++ == 0 ? "" : "; ", disk->identity().name.view(),
+                  done.error());
             continue;
         }
         log::info("{}: block 0 read", disk->identity().name.view());
@@ -112,7 +113,8 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
         }
     } else if (outcome.reason.truncated()) {
         outcome.reason.clear();
-        print(outcome.reason, "block 0 of {} of {} disks could not be read: the errors above name them", bad, disks.all().size());
+        print(outcome.reason, "block 0 of {} of {} disks could not be read: the errors above name them", bad,
+              disks.all().size());
     }
     co_return outcome;
 }
@@ -144,7 +146,9 @@ std::optional<Outcome> not_scratch(const Options& options, const Disks& disks) {
         const std::string_view name = disk->identity().name.view();
         if (options.disk.chosen(name) && !options.scratch.chosen(name)) {
             Outcome outcome{Verdict::error, {}};
-            print(outcome.reason, "{} would be written, and is not marked as scratch: add scratch={} to the command line if its contents may go",
+            print(outcome.reason,
+                  "{} would be written, and is not marked as scratch: add scratch={} to the command line if its "
+                  "contents may go",
                   name, name);
             log::error("{}", outcome.reason.view());
             log::Record("error").text("code", fl::name(Code::bad_argument)).text("message", outcome.reason.view());
@@ -186,7 +190,8 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
         const std::string_view disk_name = disk->identity().name.view();
         for (u32 i = 0; i < workloads->count && options.disk.chosen(disk_name); ++i) {
             const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations};
-            if (auto suits = io::Bench::suits(*disk, workloads->list[i], with, std::min(most_lanes, disk->lanes())); !suits) {
+            if (auto suits = io::Bench::suits(*disk, workloads->list[i], with, std::min(most_lanes, disk->lanes()));
+                !suits) {
                 co_return refused(suits.error(), disk_name);
             }
         }
@@ -203,7 +208,8 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
         }
         for (u32 i = 0; i < workloads->count; ++i) {
             const io::Workload& workload = workloads->list[i];
-            const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations, services.mark, runs + 1};
+            const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations,
+                                        services.mark, runs + 1};
             const u32 lanes = std::min(most_lanes, disk->lanes());
             auto task = lanes == 1 ? runners[0]->run(*disk, workload, with)
                                    : io::Bench::run_lanes(std::span(runners).first(lanes), *disk, workload, with);
@@ -212,8 +218,9 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
                 co_return refused(result.error(), disk_name);
             }
             io::print_record(*disk, *result, services.clock_assumed);
-            log::info("{}: {} bs={} qd={} lanes={}: {} I/Os in {} us, {} errors{}", disk_name, workload.pattern, workload.bs, workload.qd,
-                      result->lanes, workload.count, result->runtime_ns / 1000, result->errors, by_a_guess(services));
+            log::info("{}: {} bs={} qd={} lanes={}: {} I/Os in {} us, {} errors{}", disk_name, workload.pattern,
+                      workload.bs, workload.qd, result->lanes, workload.count, result->runtime_ns / 1000,
+                      result->errors, by_a_guess(services));
             if (result->first_error) {
                 report(*result->first_error, disk_name);
             }
@@ -248,7 +255,8 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
     // All of it before any of it: what has been written cannot be taken back.
     for (const io::BlockDevice* disk : disks.all()) {
         const std::string_view disk_name = disk->identity().name.view();
-        if (auto blocks = options.disk.chosen(disk_name) ? io::blocks_of(disk->geometry(), plan) : Result<u64>{0}; !blocks) {
+        if (auto blocks = options.disk.chosen(disk_name) ? io::blocks_of(disk->geometry(), plan) : Result<u64>{0};
+            !blocks) {
             co_return refused(blocks.error(), disk_name);
         }
     }
@@ -271,14 +279,16 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
         lanes = std::max(lanes, result->lanes);
         if (result->ok()) {
             ++good;
-            log::info("{}: {} blocks of {} bytes verified on {} lanes", disk_name, result->blocks, plan.bs, result->lanes);
+            log::info("{}: {} blocks of {} bytes verified on {} lanes", disk_name, result->blocks, plan.bs,
+                      result->lanes);
         } else {
             outcome.verdict = Verdict::failure;
-            log::error("{}: verify failed: {} of {} blocks bad, {} written, {} read", disk_name, result->bad, result->blocks, result->written,
-                       result->read);
+            log::error("{}: verify failed: {} of {} blocks bad, {} written, {} read", disk_name, result->bad,
+                       result->blocks, result->written, result->read);
         }
     }
-    print(outcome.reason, "{} disks verified{}", good, outcome.verdict == Verdict::success ? "" : ", and not all of them");
+    print(outcome.reason, "{} disks verified{}", good,
+          outcome.verdict == Verdict::success ? "" : ", and not all of them");
     if (lanes > 1) {
         print(outcome.reason, ", on {} lanes", lanes);
     }
@@ -309,7 +319,9 @@ io::Task<Result<Outcome>> run_job(const Options& options, const Disks& disks, Jo
     case Job::boot: co_return co_await read_first_blocks(disks, services);
     case Job::bench: co_return co_await bench(options, disks, services);
     case Job::verify: co_return co_await verify(options, disks, services);
-    case Job::idle: co_await services.executor.sleep(options.timeout); co_return Outcome{Verdict::success, FixedText<240>("idled")};
+    case Job::idle:
+        co_await services.executor.sleep(options.timeout);
+        co_return Outcome{Verdict::success, FixedText<240>("idled")};
     case Job::panic: break;
     }
     co_return Outcome{Verdict::error, FixedText<240>("job=panic is not a job for run_job")};

@@ -7,8 +7,9 @@ namespace fl::boot {
 
 namespace {
 
-// From Linux's list of parameters, and what GRUB, dracut, systemd, cloud-init, Firecracker, Cloud Hypervisor, OpenVMM, crosvm, kvmtool, Kata
-// Containers and libvirt's tools pass beside them. Words with a dot need no place here. None may be a key of ours (boot_options_test.cpp).
+// From Linux's list of parameters, and what GRUB, dracut, systemd, cloud-init, Firecracker, Cloud Hypervisor, OpenVMM,
+// crosvm, kvmtool, Kata Containers and libvirt's tools pass beside them. Words with a dot need no place here. None may
+// be a key of ours (boot_options_test.cpp).
 constexpr std::string_view words =
     "BOOT_IMAGE LANG S TERM acpi acpi_enforce_resources acpi_osi acpi_rsdp acpi_sleep amd_iommu apic apparmor audit "
     "autoinstall biosdevname boot boot_delay bootdev cgroup_disable cgroup_enable cgroup_no_v1 clocksource console "
@@ -31,7 +32,8 @@ constexpr std::string_view words =
 
 bool is_name(std::string_view text) {
     return !text.empty() && std::ranges::all_of(text, [](char c) {
-        return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '-' || c == '.' || c == '/';
+        return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '-' ||
+               c == '.' || c == '/';
     });
 }
 

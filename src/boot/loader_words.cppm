@@ -12,12 +12,13 @@ struct MmioDevice {
     std::optional<u32> id;
     friend bool operator==(const MmioDevice&, const MmioDevice&) = default;
 };
-/// Sizes and addresses decimal, 0x hexadecimal or with k, m, g. Nothing: malformed, of no bytes, or beyond the end of the address space.
+/// Sizes and addresses decimal, 0x hexadecimal or with k, m, g. Nothing: malformed, of no bytes, or beyond the end of
+/// the address space.
 std::optional<MmioDevice> parse_mmio_device(std::string_view value);
 inline constexpr std::string_view mmio_device_key = "virtio_mmio.device";
 
-/// Whether Linux, or a program started by it, knows the key: in the table of words, or the form of a module's parameter (module.parameter),
-/// which no key of ours has.
+/// Whether Linux, or a program started by it, knows the key: in the table of words, or the form of a module's parameter
+/// (module.parameter), which no key of ours has.
 bool is_loader_word(std::string_view key);
 
 } // namespace fl::boot

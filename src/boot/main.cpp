@@ -1,5 +1,5 @@
-// The kernel proper: detect, choose, install; then clock, interrupts, executor; then the driver table, the drivers in its order, the job, the
-// verdict.
+// The kernel proper: detect, choose, install; then clock, interrupts, executor; then the driver table, the drivers in
+// its order, the job, the verdict.
 module;
 #include "core/try.hpp"
 module boot.start;
@@ -53,7 +53,8 @@ namespace fl::boot {
 
 namespace {
 
-// What lasts as long as the machine and is filled in once; static, because the boot stack is small and none of it moves.
+// What lasts as long as the machine and is filled in once; static, because the boot stack is small and none of it
+// moves.
 constinit CpuidSnapshot cpuid_snapshot{};
 // Zero until kernel_start() makes it: an object that begins with other values takes its whole size in the image's file.
 template <class T>
@@ -85,7 +86,8 @@ struct Moments {
 constinit Moments moments{};
 
 void print_boot_info(const BootInfo& info) {
-    log::info("Firstlight, entered by {}; image at {:#x}, {} KiB", info.entry, info.kernel_phys, info.kernel_size >> 10);
+    log::info("Firstlight, entered by {}; image at {:#x}, {} KiB", info.entry, info.kernel_phys,
+              info.kernel_size >> 10);
     log::info("command line: \"{}\"", info.cmdline_text());
     // An address of the loader's, or what becomes of it where it gave none.
     const auto place = [](u64 address, std::string_view none) {
@@ -96,8 +98,9 @@ void print_boot_info(const BootInfo& info) {
         }
         return text;
     };
-    log::info("from the loader: RSDP {}, SMBIOS {}, framebuffer {}, map file: {}", place(info.rsdp, "not given"), place(info.smbios, "not given"),
-              place(info.framebuffer.base, "none"), info.has_map_file != 0 ? "given" : "none");
+    log::info("from the loader: RSDP {}, SMBIOS {}, framebuffer {}, map file: {}", place(info.rsdp, "not given"),
+              place(info.smbios, "not given"), place(info.framebuffer.base, "none"),
+              info.has_map_file != 0 ? "given" : "none");
     for (const MemoryRange& range : info.memory()) {
         log::info("  {:016x}-{:016x} {}", range.base, range.base + range.size, name(range.kind));
     }
@@ -105,7 +108,8 @@ void print_boot_info(const BootInfo& info) {
         log::warning("the map file is longer than {} bytes: its end is missing", BootInfo::max_map_file);
     }
     if (info.ranges_truncated != 0) {
-        log::warning("the memory map comes to more than {} ranges: what does not fit is not used", BootInfo::max_given_ranges);
+        log::warning("the memory map comes to more than {} ranges: what does not fit is not used",
+                     BootInfo::max_given_ranges);
     }
 }
 
@@ -154,7 +158,8 @@ void boot_record(const BootInfo& info, const hv::Sightings& sightings, std::stri
     record.number("first_probe_ns", first_probe - std::min(first_probe, clock_ahead()));
 }
 
-// One executor for each processor, index = processor. Those of further processors are made when they start and last as long as the machine.
+// One executor for each processor, index = processor. Those of further processors are made when they start and last as
+// long as the machine.
 struct Executors {
     struct alignas(128) Slot { // no two processors write to one cache line
         std::optional<io::Executor> executor;
@@ -166,7 +171,8 @@ struct Executors {
 
     io::Executor& make(u32 processor) {
         if (!slots[processor].executor) { // else of a processor that was left out
-            slots[processor].executor.emplace(io::Platform{platform_context(processor), platform_now, platform_idle, platform_kick}, processor);
+            slots[processor].executor.emplace(
+                io::Platform{platform_context(processor), platform_now, platform_idle, platform_kick}, processor);
         }
         list[processor] = &*slots[processor].executor;
         return *list[processor];
@@ -190,7 +196,8 @@ Result<void> join_backend(void* backend, u32 processor) {
     return join_hypervisor_timer();
 }
 
-// Before further processors run. With the processor's own timer everything works, too: what cannot be had is told and no more.
+// Before further processors run. With the processor's own timer everything works, too: what cannot be had is told and
+// no more.
 template <class B>
 void choose_timer(B& backend) {
     if (options.timer == TimerChoice::processor || (options.timer == TimerChoice::automatic && timer_is_deadline())) {
@@ -239,7 +246,10 @@ void use_processors(B& backend, io::Executor& executor) {
     }
     all.count = found.running;
     log::info("processors: {} of {} run", found.running, found.listed);
-    log::Record("processors").number("listed", found.listed).number("running", found.running).number("left_out", found.left_out);
+    log::Record("processors")
+        .number("listed", found.listed)
+        .number("running", found.running)
+        .number("left_out", found.left_out);
 }
 
 void stop_processors() {
@@ -258,7 +268,8 @@ io::Task<Result<void>> provoke_here(Fault fault) {
     co_return Error{Code::not_supported, "this fault did not end the machine"};
 }
 
-// What is wrong in the map file is told, and the rest of it counts; the boot goes on, and its verdict is an ERROR in the end.
+// What is wrong in the map file is told, and the rest of it counts; the boot goes on, and its verdict is an ERROR in
+// the end.
 void apply_table(const BootInfo& info) {
     if (info.has_map_file != 0) {
         table.apply(info.map_file_text());
@@ -297,7 +308,8 @@ struct PciList {
 
 void keep_candidate(void* context, const drivers::pci::Device& device) {
     auto& into = *static_cast<PciList*>(context);
-    const bool matches = std::ranges::any_of(pci_drivers, [&](const PciDriver& d) { return drivers::pci::matches(d.ids, device); });
+    const bool matches =
+        std::ranges::any_of(pci_drivers, [&](const PciDriver& d) { return drivers::pci::matches(d.ids, device); });
     if ((matches || is_listed(device)) && !into.list.push({device})) {
         ++into.dropped;
     }
@@ -306,7 +318,8 @@ void keep_candidate(void* context, const drivers::pci::Device& device) {
 // What ACPI says of the root buses of segment 0.
 std::optional<drivers::pci::Roots> ask_for_roots() {
     const acpi::Tables* tables = acpi_tables();
-    const acpi::RootBridges found = tables != nullptr ? acpi::find_root_bridges(physical_memory(), *tables) : acpi::RootBridges{};
+    const acpi::RootBridges found =
+        tables != nullptr ? acpi::find_root_bridges(physical_memory(), *tables) : acpi::RootBridges{};
     if (found.bridges == 0 && !found.incomplete) {
         return std::nullopt;
     }
@@ -336,11 +349,13 @@ void find_pci_functions(PciList& into, Devices& devices) {
         }
         auto* ecam = at ? new (std::nothrow) drivers::pci::Ecam(at->base, at->first_bus, at->last_bus) : nullptr;
         if (ecam == nullptr) {
-            devices.left_out("ranges of PCI buses", 1, !have_ports || at, at ? "no memory for them" : "the MCFG table has an entry that makes no sense");
+            devices.left_out("ranges of PCI buses", 1, !have_ports || at,
+                             at ? "no memory for them" : "the MCFG table has an entry that makes no sense");
             continue;
         }
         const bool first_segment = at->segment == 0;
-        into.functions += drivers::pci::enumerate(*ecam, keep_candidate, &into, at->first_bus, first_segment ? ask_for_roots : nullptr, first_segment);
+        into.functions += drivers::pci::enumerate(*ecam, keep_candidate, &into, at->first_bus,
+                                                  first_segment ? ask_for_roots : nullptr, first_segment);
     }
     if (!have_ports && count == 0 && acpi_tables() != nullptr) {
         if (const u64 base = acpi::find_root_bridges(physical_memory(), *acpi_tables()).cba; base != 0) {
@@ -353,7 +368,8 @@ void find_pci_functions(PciList& into, Devices& devices) {
     }
 }
 
-// Devices that a driver was for and that failed it: silent, closed, broken. One that it does not support is left to others, and no failure.
+// Devices that a driver was for and that failed it: silent, closed, broken. One that it does not support is left to
+// others, and no failure.
 void failed_probe(Devices& devices, DeviceEntry entry, const Error& error, std::string_view driver) {
     report(error, driver);
     entry.why = drivers::unused_because(error.code);
@@ -363,14 +379,15 @@ void failed_probe(Devices& devices, DeviceEntry entry, const Error& error, std::
 
 void count_disks(DeviceEntry& entry) { print(entry.reason, "{} disk{}", entry.disks, entry.disks == 1 ? "" : "s"); }
 
-io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDriver& driver, std::span<PciCandidate> candidates, Devices& devices,
-                                 const Disks& disks) {
+io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDriver& driver,
+                                 std::span<PciCandidate> candidates, Devices& devices, const Disks& disks) {
     u32 index = 0;
     bool unique_taken = false;
     for (const bool unique : {true, false}) {
         for (PciCandidate& candidate : candidates) {
             const drivers::pci::Device& device = candidate.device;
-            if (candidate.tried || !drivers::pci::matches(driver.ids, device) || (driver.unique != nullptr && driver.unique(device)) != unique) {
+            if (candidate.tried || !drivers::pci::matches(driver.ids, device) ||
+                (driver.unique != nullptr && driver.unique(device)) != unique) {
                 continue;
             }
             candidate.tried = true;
@@ -406,8 +423,10 @@ io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDri
 }
 
 // What a driver does not say of a device itself is said here. `bus_name`: what the records call the bus.
-io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const SyntheticDriver& driver, std::string_view bus_name, void* bus,
-                                       std::span<const hv::SyntheticDevice> synthetic, Devices& devices, const Disks& disks) {
+io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const SyntheticDriver& driver,
+                                       std::string_view bus_name, void* bus,
+                                       std::span<const hv::SyntheticDevice> synthetic, Devices& devices,
+                                       const Disks& disks) {
     for (const hv::SyntheticDevice& device : synthetic) {
         if (device.type.view() != driver.type) {
             continue;
@@ -417,7 +436,8 @@ io::Task<Result<void>> probe_synthetic(drivers::Environment& environment, const 
         const usize before = disks.all().size();
         devices.begin();
         if (auto done = co_await driver.probe(environment, bus, device); !done) {
-            failed_probe(devices, entry, done.error(), driver.name); // the disk is not claimed: the native driver may have it
+            // the disk is not claimed: the native driver may have it
+            failed_probe(devices, entry, done.error(), driver.name);
         } else if (!devices.added(device.address)) {
             entry.driver = driver.name;
             entry.disks = static_cast<u32>(disks.all().size() - before);
@@ -440,27 +460,32 @@ struct BackendSide {
     io::Task<Result<void>> (*late)(Given& given); // nullptr: no device comes later
 };
 
-// What drivers are given. Static where it is used: a host adds devices, and asks for the end, as long as the machine runs.
+// What drivers are given. Static where it is used: a host adds devices, and asks for the end, as long as the machine
+// runs.
 struct Given {
-    Given(const BackendSide& backend, io::Executor& first) : side(backend), executor(first), shutdown(first), keeper(first) {}
+    Given(const BackendSide& backend, io::Executor& first)
+        : side(backend), executor(first), shutdown(first), keeper(first) {}
     BackendSide side;
     io::Executor& executor;
     Devices devices;
     Disks disks{plan, &devices};
     io::Shutdown shutdown;
-    std::array<std::optional<Disks::Port>, drivers::Plan::max_drivers + 1> ports; // of the drivers in the plan's order; then of the services
+    // of the drivers in the plan's order; then of the services
+    std::array<std::optional<Disks::Port>, drivers::Plan::max_drivers + 1> ports;
     io::TaskGroup keeper; // never ended: what its task waits for may be in a device's hands
 
     drivers::Environment environment(u32 port, std::string_view driver) {
         if (!ports[port]) {
             ports[port].emplace(disks, driver);
         }
-        return {executor, dma_memory(), interrupts(), *ports[port], options.timeout, options.withheld_features, executors().all(), &shutdown};
+        return {executor,          dma_memory(), interrupts(), *ports[port], options.timeout, options.withheld_features,
+                executors().all(), &shutdown};
     }
 };
 
 // Offers these devices to the drivers, in the plan's order; then to the services. What nobody drives is named.
-io::Task<Result<void>> probe(Given& given, std::span<const hv::SyntheticDevice> synthetic, std::span<PciCandidate> pci) {
+io::Task<Result<void>> probe(Given& given, std::span<const hv::SyntheticDevice> synthetic,
+                             std::span<PciCandidate> pci) {
     const std::string_view bus = given.side.name == "hyperv" ? "vmbus" : given.side.name;
     for (u32 i = 0; i < plan.driver_count; ++i) {
         const std::string_view name = plan.order[i];
@@ -472,13 +497,15 @@ io::Task<Result<void>> probe(Given& given, std::span<const hv::SyntheticDevice> 
         }
         for (const SyntheticDriver& driver : given.side.synthetic) {
             if (driver.name == name) {
-                CO_CHECK(co_await probe_synthetic(environment, driver, bus, given.side.bus, synthetic, given.devices, given.disks));
+                CO_CHECK(co_await probe_synthetic(environment, driver, bus, given.side.bus, synthetic, given.devices,
+                                                  given.disks));
             }
         }
     }
     drivers::Environment environment = given.environment(plan.driver_count, "services");
     for (const SyntheticDriver& driver : given.side.services) {
-        CO_CHECK(co_await probe_synthetic(environment, driver, bus, given.side.bus, synthetic, given.devices, given.disks));
+        CO_CHECK(
+            co_await probe_synthetic(environment, driver, bus, given.side.bus, synthetic, given.devices, given.disks));
     }
     for (const PciCandidate& candidate : pci) {
         if (!candidate.tried) {
@@ -494,7 +521,8 @@ io::Task<Result<void>> probe(Given& given, std::span<const hv::SyntheticDevice> 
     co_return Result<void>{};
 }
 
-// Devices of virtio that stand in memory: those that the command line names, and on machines without the old hardware those of ACPI.
+// Devices of virtio that stand in memory: those that the command line names, and on machines without the old hardware
+// those of ACPI.
 void name_virtio_mmio(Devices& devices) {
     struct Seen {
         Devices& devices;
@@ -521,12 +549,14 @@ void name_virtio_mmio(Devices& devices) {
         look(&seen, device.address, 0);
     }
     if (options.loader.devices_dropped != 0) {
-        devices.left_out("virtio_mmio.device words", options.loader.devices_dropped, true, "there are more than this kernel looks at");
+        devices.left_out("virtio_mmio.device words", options.loader.devices_dropped, true,
+                         "there are more than this kernel looks at");
     }
     const acpi::Tables* tables = acpi_tables();
     if (tables != nullptr && tables->fadt && tables->fadt->hardware_reduced) {
         if (const u32 without = acpi::find_virtio_mmio(physical_memory(), *tables, look, &seen); without != 0) {
-            devices.left_out("virtio-mmio devices of ACPI", without, true, "their address is computed, and nothing here interprets AML");
+            devices.left_out("virtio-mmio devices of ACPI", without, true,
+                             "their address is computed, and nothing here interprets AML");
         }
     }
 }
@@ -537,7 +567,8 @@ void name_left_out(const BootInfo& info, const hv::DeviceList& synthetic, Device
         devices.left_out("synthetic devices", synthetic.dropped, true, "no room for them");
     }
     if (info.ranges_truncated != 0) {
-        devices.left_out("memory ranges", info.ranges_truncated, false, "the memory map has more ranges than this kernel takes");
+        devices.left_out("memory ranges", info.ranges_truncated, false,
+                         "the memory map has more ranges than this kernel takes");
     }
     const acpi::Tables* tables = acpi_tables();
     if (tables == nullptr) {
@@ -566,12 +597,14 @@ void name_left_out(const BootInfo& info, const hv::DeviceList& synthetic, Device
         beyond(madt.io_apics_dropped, "IOAPICs");
         beyond(madt.overrides_dropped, "interrupt overrides");
         if (madt.bytes_dropped != 0) {
-            devices.left_out("bytes of the MADT", madt.bytes_dropped, false, "they come after an entry of impossible length");
+            devices.left_out("bytes of the MADT", madt.bytes_dropped, false,
+                             "they come after an entry of impossible length");
         }
     }
 }
 
-// Devices that come later, or that come again: one after the other, under the same rules. Those that wait stand in the bus's list.
+// Devices that come later, or that come again: one after the other, under the same rules. Those that wait stand in the
+// bus's list.
 template <hv::LateDevices B>
 io::Task<Result<void>> probe_late(Given& given) {
     auto& bus = *static_cast<typename B::Bus*>(given.side.bus);
@@ -604,12 +637,14 @@ BackendSide side_of(B& backend) {
 void judge(Outcome& outcome, const BootInfo& info, const Devices& devices) {
     FixedText<240> reason;
     if (devices.failures() != 0) {
-        print(reason, "{} devices could not be taken into use (see the errors above); the job itself succeeded", devices.failures());
+        print(reason, "{} devices could not be taken into use (see the errors above); the job itself succeeded",
+              devices.failures());
     } else if (devices.disk_left_out()) {
-        reason.write("something was left out, and a disk may be among it (see the left_out records); the job itself succeeded");
+        reason.write(
+            "something was left out, and a disk may be among it (see the left_out records); the job itself succeeded");
     } else if (table.wrong() != 0 || info.map_file_truncated != 0) {
-        print(reason, "{} malformed lines in the map file{}; the rest of it counted, and the job itself succeeded", table.wrong(),
-              info.map_file_truncated != 0 ? ", which is cut" : "");
+        print(reason, "{} malformed lines in the map file{}; the rest of it counted, and the job itself succeeded",
+              table.wrong(), info.map_file_truncated != 0 ? ", which is cut" : "");
     } else {
         return;
     }
@@ -617,7 +652,8 @@ void judge(Outcome& outcome, const BootInfo& info, const Devices& devices) {
 }
 
 // From the list of devices to the verdict.
-io::Task<Result<Outcome>> probe_and_run(const BootInfo& info, BackendSide side, io::Executor& executor, const hv::DeviceList& synthetic) {
+io::Task<Result<Outcome>> probe_and_run(const BootInfo& info, BackendSide side, io::Executor& executor,
+                                        const hv::DeviceList& synthetic) {
     static Given given(side, executor); // larger than a coroutine frame may be
     static PciList pci;
     find_pci_functions(pci, given.devices);
@@ -630,14 +666,15 @@ io::Task<Result<Outcome>> probe_and_run(const BootInfo& info, BackendSide side, 
             log::warning("devices that come later will not be noticed: {}", kept.error());
         }
     }
-    Result<Outcome> outcome = co_await run_until_shutdown(
-        options, given.disks,
-        {executor, dma_memory(), heap_allocations, executors().all(), options.marks != 0 ? mark_phase : nullptr, clock_assumed(), clock_ahead(),
-         &given.devices},
-        given.shutdown);
+    Result<Outcome> outcome = co_await run_until_shutdown(options, given.disks,
+                                                          {executor, dma_memory(), heap_allocations, executors().all(),
+                                                           options.marks != 0 ? mark_phase : nullptr, clock_assumed(),
+                                                           clock_ahead(), &given.devices},
+                                                          given.shutdown);
     given.devices.list(); // of a job that was given up
     if (const u64 lost = frames().lost_bytes(); lost != 0) {
-        given.devices.left_out("bytes of memory", lost, false, "the list of free ranges was full when they were given back");
+        given.devices.left_out("bytes of memory", lost, false,
+                               "the list of free ranges was full when they were given back");
     }
     if (outcome && outcome->verdict == Verdict::success) {
         judge(*outcome, info, given.devices);
@@ -647,16 +684,19 @@ io::Task<Result<Outcome>> probe_and_run(const BootInfo& info, BackendSide side, 
 
 // Everything behind the defined point: `backend` is final, nothing has been probed.
 template <class B>
-io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings& sightings, B& backend, io::Executor& executor) {
+io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings& sightings, B& backend,
+                                      io::Executor& executor) {
     apply_table(info);
     if (options.job == Job::panic) { // on another processor than the first one, or it would not have come here
         if (options.processor >= executors().count) {
-            co_return Outcome{Verdict::error, FixedText<240>("processor= on the command line names a processor that does not run")};
+            co_return Outcome{Verdict::error,
+                              FixedText<240>("processor= on the command line names a processor that does not run")};
         }
         CO_CHECK(co_await io::run_on(*executors().list[options.processor], provoke_here(options.fault)));
     }
     if (table.wrong_word()) {
-        co_return Outcome{Verdict::error, FixedText<240>("a rule of map= on the command line is malformed; nothing has been probed")};
+        co_return Outcome{Verdict::error,
+                          FixedText<240>("a rule of map= on the command line is malformed; nothing has been probed")};
     }
     const Instant first_probe = now();
     if constexpr (hv::EmulatedDevices<B>) {
@@ -716,9 +756,10 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     print_loader_words(options.loader);
     hv::log_detection(cpuid_snapshot, sightings, choice);
     if (info.cmdline_truncated != 0) { // what is missing may change what is there
-        end_vm(Verdict::error, info.cmdline_truncated == BootInfo::unreadable
-                                   ? "the command line could not be read: the loader put it outside of the memory that it describes"
-                                   : "the command line is longer than 4096 bytes: a shorter one, or a map file for its rules");
+        end_vm(Verdict::error,
+               info.cmdline_truncated == BootInfo::unreadable
+                   ? "the command line could not be read: the loader put it outside of the memory that it describes"
+                   : "the command line is longer than 4096 bytes: a shorter one, or a map file for its rules");
     }
     if (!understood) {
         for (const auto& message : option_errors.all()) {
@@ -728,8 +769,8 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
         end_vm(Verdict::error, option_errors.all()[0].view());
     }
     if (info.range_count == 0) {
-        end_vm(Verdict::error,
-               "the loader gave no memory map: a PVH loader must hand over a start_info of version 1 (Xen 4.11 or later, QEMU 4.0 or later)");
+        end_vm(Verdict::error, "the loader gave no memory map: a PVH loader must hand over a start_info of version 1 "
+                               "(Xen 4.11 or later, QEMU 4.0 or later)");
     }
     if (options.job == Job::panic && options.processor == 0) {
         provoke(name(options.fault));
@@ -744,12 +785,14 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
         }
         start_clock(info.entry_tsc, acpi_tables(), {first.tsc_hz().value_or(0), first.clock_name()});
         log::set_clock([] { return now(); });
-        // QEMU's TCG with instruction counting stops at x2APIC accesses ("Bad icount read"); everywhere else they are the cheaper ones.
+        // QEMU's TCG with instruction counting stops at x2APIC accesses ("Bad icount read"); everywhere else they are
+        // the cheaper ones.
         start_interrupts(acpi_tables(), hv::vm_guest() != hv::VmGuest::tcg);
         if (auto timer = start_timer(interrupts()); !timer) {
             log::warning("no timer, the processor will not sleep: {}", timer.error());
         }
-        log::info("clock {} at {} kHz, timer {}, interrupts by {}", clock_name(), tsc_hz() / 1000, timer_name(), interrupt_controllers());
+        log::info("clock {} at {} kHz, timer {}, interrupts by {}", clock_name(), tsc_hz() / 1000, timer_name(),
+                  interrupt_controllers());
         static io::Executor executor({platform_context(0), platform_now, platform_idle});
         hv::Services services{interrupts(), executor, options.timeout};
         cpu::interrupts_on();
@@ -759,15 +802,17 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
                     log::attach(*console);
                 }
             }
-            log::keep(false); // no console comes later
+            log::keep(false);                    // no console comes later
             if (choice.when == hv::When::late) { // it has not been asked yet
                 correct_clock({backend.tsc_hz().value_or(0), backend.clock_name()});
                 log::info("clock {} at {} kHz", clock_name(), tsc_hz() / 1000);
             }
             if (clock_assumed()) {
-                log::warning("the clock's rate is a guess: no hypervisor tells the time stamp counter's frequency, and neither an ACPI timer nor a "
-                             "PIT counts here; {} kHz is assumed, and every time that is printed is wrong by the same factor",
-                             tsc_hz() / 1000);
+                log::warning(
+                    "the clock's rate is a guess: no hypervisor tells the time stamp counter's frequency, and neither "
+                    "an ACPI timer nor a "
+                    "PIT counts here; {} kHz is assumed, and every time that is printed is wrong by the same factor",
+                    tsc_hz() / 1000);
             }
             // Its name is that of its code, which may serve more: QEMU's TCG is served by kvm.
             if (name(hv::vm_guest()) == F::name) {

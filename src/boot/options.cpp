@@ -30,8 +30,8 @@ constexpr std::array<FeatureName, 5> features{{
     {"-flush", drivers::Feature::flush},
     {"-barrier", drivers::Feature::barrier},
 }};
-constexpr std::array<std::string_view, 5> feature_names{features[0].name, features[1].name, features[2].name, features[3].name,
-                                                        features[4].name};
+constexpr std::array<std::string_view, 5> feature_names{features[0].name, features[1].name, features[2].name,
+                                                        features[3].name, features[4].name};
 
 // What the hv key lists; parse_preference() takes every name that a VmGuest has.
 constexpr std::array<std::string_view, 8> hv_names{"auto", "xen", "hyperv", "kvm", "tcg", "vmware", "bare", "late"};
@@ -118,7 +118,9 @@ constexpr std::array<Key, 21> keys{{
     {"disk", false, any_job, [](Options& o, std::string_view v) { return disks(o.disk, v, false); }},
     {"scratch", false, any_job, [](Options& o, std::string_view v) { return disks(o.scratch, v, true); }},
     {"count", false, only(Job::verify),
-     [](Options& o, std::string_view v) { return number(o.count, v, 0, ~u64{0}, "a number of blocks, 0 for the whole disk"); }},
+     [](Options& o, std::string_view v) {
+         return number(o.count, v, 0, ~u64{0}, "a number of blocks, 0 for the whole disk");
+     }},
     {"bs", false, only(Job::verify),
      [](Options& o, std::string_view v) -> Answer {
          constexpr std::string_view expected = "a number of bytes, a multiple of 512 from 512 to 16m";
@@ -128,14 +130,18 @@ constexpr std::array<Key, 21> keys{{
          }
          return number(o.bs, v, 512, 16_MiB, expected);
      }},
-    {"qd", false, only(Job::verify), [](Options& o, std::string_view v) { return number(o.qd, v, 1, 1024, "a number from 1 to 1024"); }},
-    {"seed", false, only(Job::verify), [](Options& o, std::string_view v) { return number(o.seed, v, 0, ~u64{0}, "a number"); }},
-    {"generation", false, only(Job::verify), [](Options& o, std::string_view v) { return number(o.generation, v, 0, ~u64{0}, "a number"); }},
+    {"qd", false, only(Job::verify),
+     [](Options& o, std::string_view v) { return number(o.qd, v, 1, 1024, "a number from 1 to 1024"); }},
+    {"seed", false, only(Job::verify),
+     [](Options& o, std::string_view v) { return number(o.seed, v, 0, ~u64{0}, "a number"); }},
+    {"generation", false, only(Job::verify),
+     [](Options& o, std::string_view v) { return number(o.generation, v, 0, ~u64{0}, "a number"); }},
     {"hv", false, any_job,
      [](Options& o, std::string_view v) -> Answer {
          const auto preference = hv::parse_preference(v);
          if (!preference) {
-             return Wrong{"auto, a hypervisor (xen, hyperv, kvm, tcg, vmware, bare), late or late:HYPERVISOR", hv_names};
+             return Wrong{"auto, a hypervisor (xen, hyperv, kvm, tcg, vmware, bare), late or late:HYPERVISOR",
+                          hv_names};
          }
          o.hv = *preference;
          return {};
@@ -187,12 +193,16 @@ constexpr std::array<Key, 21> keys{{
     {"log", false, any_job, [](Options& o, std::string_view v) { return pick(o.log, level_names, v); }},
     {"fault", false, only(Job::panic), [](Options& o, std::string_view v) { return pick(o.fault, fault_names, v); }},
     {"processor", false, only(Job::panic),
-     [](Options& o, std::string_view v) { return number(o.processor, v, 0, max_processors - 1, "a number from 0 to 63"); }},
-    {"cpus", false, any_job, [](Options& o, std::string_view v) { return number(o.cpus, v, 1, max_processors, "a number from 1 to 64"); }},
+     [](Options& o, std::string_view v) {
+         return number(o.processor, v, 0, max_processors - 1, "a number from 0 to 63");
+     }},
+    {"cpus", false, any_job,
+     [](Options& o, std::string_view v) { return number(o.cpus, v, 1, max_processors, "a number from 1 to 64"); }},
     {"timer", false, any_job, [](Options& o, std::string_view v) { return pick(o.timer, timer_names, v); }},
     {"lanes", false, only(Job::bench),
      [](Options& o, std::string_view v) { return number(o.lanes, v, 1, max_processors, "a number from 1 to 64"); }},
-    {"marks", false, only(Job::bench), [](Options& o, std::string_view v) { return number(o.marks, v, 1, 0xfffc, "an I/O port, 1 to 0xfffc"); }},
+    {"marks", false, only(Job::bench),
+     [](Options& o, std::string_view v) { return number(o.marks, v, 1, 0xfffc, "an I/O port, 1 to 0xfffc"); }},
 }};
 
 constexpr auto key_names = [] {
@@ -267,11 +277,13 @@ bool parse_options(std::string_view cmdline, Options& into, OptionErrors& errors
             } else if (device) {
                 ++into.loader.devices_dropped;
             } else if (Message* m = collector.next()) {
-                print(*m, "{}={}: expected SIZE@ADDRESS:INTERRUPT[:ID], as in 4K@0xd0000000:5", mmio_device_key, shown(word->value));
+                print(*m, "{}={}: expected SIZE@ADDRESS:INTERRUPT[:ID], as in 4K@0xd0000000:5", mmio_device_key,
+                      shown(word->value));
             }
             continue;
         }
-        if (may_be_file_name && !word->has_value && (word->key.find('.') != std::string_view::npos || !is_loader_word(word->key))) {
+        if (may_be_file_name && !word->has_value &&
+            (word->key.find('.') != std::string_view::npos || !is_loader_word(word->key))) {
             continue;
         }
         if (!index && is_loader_word(word->key)) {

@@ -1,4 +1,5 @@
-// The command line as a value (docs/INTERFACES.md "Command line"). Every word is looked at, and everything that is wrong is told at once.
+// The command line as a value (docs/INTERFACES.md "Command line"). Every word is looked at, and everything that is
+// wrong is told at once.
 export module boot.options;
 import core.std;
 import core.text;
@@ -21,7 +22,8 @@ enum class Fault : u8 { ud, gp, pf, text, nx, stack, div, panic };
 inline constexpr std::array<std::string_view, 8> fault_names{"ud", "gp", "pf", "text", "nx", "stack", "div", "panic"};
 constexpr std::string_view name(Fault fault) { return fault_names[to_underlying(fault)]; }
 
-/// Whose one-shot timer wakes the processors. automatic: a hypervisor's where there is one and the processor's own is none by deadline.
+/// Whose one-shot timer wakes the processors. automatic: a hypervisor's where there is one and the processor's own is
+/// none by deadline.
 enum class TimerChoice : u8 { automatic, processor, hypervisor };
 inline constexpr std::array<std::string_view, 3> timer_names{"auto", "processor", "hypervisor"};
 
@@ -102,8 +104,8 @@ struct OptionErrors {
     constexpr bool empty() const { return count == 0; }
 };
 
-/// Parses all of it. Options whose value is wrong keep their default. Known words of loaders, and all behind "--" (for Linux's init), are kept in
-/// into.loader; a word in double quotes may hold blanks. True: nothing was wrong.
+/// Parses all of it. Options whose value is wrong keep their default. Known words of loaders, and all behind "--" (for
+/// Linux's init), are kept in into.loader; a word in double quotes may hold blanks. True: nothing was wrong.
 bool parse_options(std::string_view cmdline, Options& into, OptionErrors& errors);
 
 } // namespace fl::boot

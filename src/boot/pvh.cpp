@@ -8,7 +8,8 @@ namespace fl::boot {
 
 namespace {
 
-// Loaders put their structures below 1 MiB, where the map may have a hole (QEMU's option ROM), or into memory that the map names.
+// Loaders put their structures below 1 MiB, where the map may have a hole (QEMU's option ROM), or into memory that the
+// map names.
 constexpr u64 low_memory = 0x100000;
 constexpr u64 limit = 0x100000000; // a 32-bit loader's structures; all that the provisional page tables reach
 
@@ -20,8 +21,8 @@ bool within(const BootInfo& info, u64 address, u64 size) {
         return true;
     }
     return std::ranges::any_of(info.memory(), [&](const MemoryRange& r) {
-        const bool memory = r.kind == MemoryKind::usable || r.kind == MemoryKind::acpi_reclaimable || r.kind == MemoryKind::acpi_nvs ||
-                            r.kind == MemoryKind::reserved;
+        const bool memory = r.kind == MemoryKind::usable || r.kind == MemoryKind::acpi_reclaimable ||
+                            r.kind == MemoryKind::acpi_nvs || r.kind == MemoryKind::reserved;
         return memory && address >= r.base && size <= r.size && address - r.base <= r.size - size;
     });
 }
@@ -83,7 +84,8 @@ bool read_map_file(PhysicalReader& memory, u64 modules, BootInfo& info) {
     }
     const u64 size = std::min<u64>(first->size, BootInfo::max_map_file);
     if (size != 0 && (!within(info, first->address, size) ||
-                      !memory.read(first->address, std::as_writable_bytes(std::span(info.map_file).first(static_cast<usize>(size)))))) {
+                      !memory.read(first->address,
+                                   std::as_writable_bytes(std::span(info.map_file).first(static_cast<usize>(size)))))) {
         return false;
     }
     info.has_map_file = 1;
@@ -102,9 +104,11 @@ Result<PvhNotes> gather_pvh(PhysicalReader& memory, u64 address, u64 tsc, BootIn
         return Error(Code::protocol, "PVH: EBX must point at hvm_start_info below 4 GiB");
     }
     if (start.magic != HvmStartInfo::magic_value) {
-        return Error(Code::protocol, "PVH: hvm_start_info has the wrong magic number", HvmStartInfo::magic_value, start.magic);
+        return Error(Code::protocol, "PVH: hvm_start_info has the wrong magic number", HvmStartInfo::magic_value,
+                     start.magic);
     }
-    if (start.version >= 1 && (address > limit - sizeof(start) || !memory.read(address, std::as_writable_bytes(std::span(&start, 1))))) {
+    if (start.version >= 1 &&
+        (address > limit - sizeof(start) || !memory.read(address, std::as_writable_bytes(std::span(&start, 1))))) {
         return Error(Code::protocol, "PVH: hvm_start_info of version 1 is cut off");
     }
     PvhNotes notes;

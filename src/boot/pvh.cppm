@@ -1,4 +1,5 @@
-// What a PVH loader hands over, turned into a BootInfo [PVH]. Every address comes from outside: it is bounded before it is read.
+// What a PVH loader hands over, turned into a BootInfo [PVH]. Every address comes from outside: it is bounded before it
+// is read.
 module;
 #include <cstddef>
 export module boot.pvh;
@@ -25,9 +26,12 @@ struct HvmStartInfo {
     u32 reserved;
 };
 static_assert(sizeof(HvmStartInfo) == 56);
-static_assert(offsetof(HvmStartInfo, magic) == 0 && offsetof(HvmStartInfo, version) == 4 && offsetof(HvmStartInfo, flags) == 8);
-static_assert(offsetof(HvmStartInfo, module_count) == 12 && offsetof(HvmStartInfo, modules) == 16 && offsetof(HvmStartInfo, cmdline) == 24);
-static_assert(offsetof(HvmStartInfo, rsdp) == 32 && offsetof(HvmStartInfo, memory_map) == 40 && offsetof(HvmStartInfo, memory_map_count) == 48);
+static_assert(offsetof(HvmStartInfo, magic) == 0 && offsetof(HvmStartInfo, version) == 4 &&
+              offsetof(HvmStartInfo, flags) == 8);
+static_assert(offsetof(HvmStartInfo, module_count) == 12 && offsetof(HvmStartInfo, modules) == 16 &&
+              offsetof(HvmStartInfo, cmdline) == 24);
+static_assert(offsetof(HvmStartInfo, rsdp) == 32 && offsetof(HvmStartInfo, memory_map) == 40 &&
+              offsetof(HvmStartInfo, memory_map_count) == 48);
 static_assert(offsetof(HvmStartInfo, reserved) == 52);
 inline constexpr usize start_info_v0_size = 40;
 inline constexpr u32 max_map_entries = 4096; // of the memory map that are read, whatever its count says
@@ -39,7 +43,8 @@ struct HvmModule {
     u64 reserved;
 };
 static_assert(sizeof(HvmModule) == 32);
-static_assert(offsetof(HvmModule, address) == 0 && offsetof(HvmModule, size) == 8 && offsetof(HvmModule, cmdline) == 16);
+static_assert(offsetof(HvmModule, address) == 0 && offsetof(HvmModule, size) == 8 &&
+              offsetof(HvmModule, cmdline) == 16);
 static_assert(offsetof(HvmModule, reserved) == 24);
 
 struct HvmMemory {
@@ -54,15 +59,17 @@ static_assert(offsetof(HvmMemory, reserved) == 20);
 
 /// What was left out, for the log: the boot goes on without it.
 struct PvhNotes {
-    bool no_memory_map = false;      // version 0, or an empty or unreadable map: the hypervisor must be asked (BootInfo::range_count is 0)
+    // version 0, or an empty or unreadable map: the hypervisor must be asked (BootInfo::range_count is 0)
+    bool no_memory_map = false;
     bool memory_map_cut = false;     // it has more than max_map_entries: those behind were not read
     bool cmdline_unreadable = false; // outside the memory that the loader describes
     bool modules_unreadable = false; // likewise
     u32 extra_modules = 0;           // only the first one is used (the map file)
 };
 
-/// Fills `info` (all zero before) from the start_info at `address`; kernel_phys and kernel_size must be set by the caller, before or after.
-/// The ranges are as the loader gave them: normalise() is the caller's. Error{protocol}: no start_info there.
+/// Fills `info` (all zero before) from the start_info at `address`; kernel_phys and kernel_size must be set by the
+/// caller, before or after. The ranges are as the loader gave them: normalise() is the caller's. Error{protocol}: no
+/// start_info there.
 Result<PvhNotes> gather_pvh(PhysicalReader& memory, u64 address, u64 tsc, BootInfo& info);
 
 } // namespace fl::boot

@@ -47,8 +47,8 @@ io::Task<Result<void>> settle(io::BlockDevice& lane, Nanoseconds length) {
     co_return Result<void>{};
 }
 
-// Nothing more is begun on any disk, and what is under way has ended: no device reaches into the job's buffers any more. All lanes are stopped
-// before the first one is waited for.
+// Nothing more is begun on any disk, and what is under way has ended: no device reaches into the job's buffers any
+// more. All lanes are stopped before the first one is waited for.
 io::Task<Result<void>> bring_to_rest(const Disks& disks, JobServices services, Nanoseconds timeout) {
     Result<void> result;
     const io::Bound bound(services.executor, timeout); // for all of them together
@@ -58,9 +58,11 @@ io::Task<Result<void>> bring_to_rest(const Disks& disks, JobServices services, N
             for (u32 i = 0; i < disk->lanes(); ++i) {
                 io::BlockDevice& lane = disk->lane(i);
                 const Instant now = services.executor.now();
-                const Nanoseconds left = wait && !bound.passed(now) ? bound.due() - now : 0; // a length: each lane counts its own time
-                auto settled = &lane.executor() == &services.executor ? co_await settle(lane, left)
-                                                                      : co_await io::run_on(lane.executor(), settle(lane, left));
+                // a length: each lane counts its own time
+                const Nanoseconds left = wait && !bound.passed(now) ? bound.due() - now : 0;
+                auto settled = &lane.executor() == &services.executor
+                                   ? co_await settle(lane, left)
+                                   : co_await io::run_on(lane.executor(), settle(lane, left));
                 if (!settled) {
                     result = settled;
                 }
@@ -72,7 +74,8 @@ io::Task<Result<void>> bring_to_rest(const Disks& disks, JobServices services, N
 
 } // namespace
 
-io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks& disks, JobServices services, io::Shutdown& shutdown) {
+io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks& disks, JobServices services,
+                                             io::Shutdown& shutdown) {
     static constexpr Nanoseconds answer_bound = 1'000'000'000;
     std::unique_ptr<Work> work(new (std::nothrow) Work(services.executor));
     if (!work) {

@@ -1,5 +1,6 @@
-// The job, and an orderly end before it is done: when somebody outside asks for one (io.shutdown), the job is given up, the disks are brought to
-// rest, and the machine ends with a verdict of its own. Portable: the tests run it on disks in memory.
+// The job, and an orderly end before it is done: when somebody outside asks for one (io.shutdown), the job is given up,
+// the disks are brought to rest, and the machine ends with a verdict of its own. Portable: the tests run it on disks in
+// memory.
 export module boot.shutdown;
 import core.std;
 import core.result;
@@ -12,9 +13,10 @@ export import boot.jobs;
 
 export namespace fl::boot {
 
-/// run_job(), unless `shutdown` is asked for first: then nothing more is begun, what is under way
-/// ends (options.timeout at most; else the job's memory is given up with it), the job is given up, every disk is flushed, and who asked is told.
-/// An end that leaves every disk at rest is a success.
-io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks& disks, JobServices services, io::Shutdown& shutdown);
+/// run_job(), unless `shutdown` is asked for first: then nothing more is begun, what is under way ends (options.timeout
+/// at most; else the job's memory is given up with it), the job is given up, every disk is flushed, and who asked is
+/// told. An end that leaves every disk at rest is a success.
+io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks& disks, JobServices services,
+                                             io::Shutdown& shutdown);
 
 } // namespace fl::boot

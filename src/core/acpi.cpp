@@ -37,7 +37,8 @@ bool sums_to_zero(PhysicalReader& memory, u64 address, u32 length) {
 }
 
 // `damage`: is filled in when the answer is nothing.
-std::optional<Table> open_table(PhysicalReader& memory, u64 address, u32 most_bytes = most_table_bytes, Damage* damage = nullptr) {
+std::optional<Table> open_table(PhysicalReader& memory, u64 address, u32 most_bytes = most_table_bytes,
+                                Damage* damage = nullptr) {
     struct Begin {
         std::array<char, 4> signature;
         u32 length;
@@ -105,8 +106,8 @@ Fadt read_fadt(PhysicalReader& memory, const Table& t) {
         f.pm1a_control = port_at(memory, t, 64, 172);
         f.pm1b_control = port_at(memory, t, 68, 184);
     }
-    // Whatever the table says about its length, and on hardware-reduced machines too, where these fields do not count: Cloud Hypervisor has a timer
-    // there and says neither. Whether it counts is found out by reading it.
+    // Whatever the table says about its length, and on hardware-reduced machines too, where these fields do not count:
+    // Cloud Hypervisor has a timer there and says neither. Whether it counts is found out by reading it.
     f.pm_timer = port_at(memory, t, 76, 208);
     f.pm_timer_32 = (flags >> 8 & 1) != 0;
     if ((flags >> 10 & 1) != 0) {
@@ -150,7 +151,8 @@ Madt read_madt(PhysicalReader& memory, const Table& t) {
             if (length >= 12 && m.io_apic_count == Madt::max_io_apics) {
                 ++m.io_apics_dropped;
             } else if (length >= 12) {
-                m.io_apics[m.io_apic_count++] = {field<u8>(memory, t, at + 2), field<u32>(memory, t, at + 4), field<u32>(memory, t, at + 8)};
+                m.io_apics[m.io_apic_count++] = {field<u8>(memory, t, at + 2), field<u32>(memory, t, at + 4),
+                                                 field<u32>(memory, t, at + 8)};
             }
             break;
         case 2:
@@ -158,8 +160,8 @@ Madt read_madt(PhysicalReader& memory, const Table& t) {
                 ++m.overrides_dropped;
             } else if (length >= 10 && field<u8>(memory, t, at + 3) < 16) {
                 const u16 flags = field<u16>(memory, t, at + 8);
-                m.overrides[m.override_count++] = {field<u8>(memory, t, at + 3), field<u32>(memory, t, at + 4), (flags >> 2 & 3) == 3,
-                                                   (flags & 3) == 3};
+                m.overrides[m.override_count++] = {field<u8>(memory, t, at + 3), field<u32>(memory, t, at + 4),
+                                                   (flags >> 2 & 3) == 3, (flags & 3) == 3};
             }
             break;
         case 5: // local APIC address, 64 bits
@@ -201,7 +203,8 @@ std::optional<u64> search(PhysicalReader& memory, u64 begin, u64 end) {
             continue;
         }
         for (usize i = 0; i + 16 <= part.size(); i += 16) {
-            if (std::memcmp(part.data() + i, rsdp_signature.data(), 8) == 0 && sums_to_zero(memory, at + i, rsdp_v1_size)) {
+            if (std::memcmp(part.data() + i, rsdp_signature.data(), 8) == 0 &&
+                sums_to_zero(memory, at + i, rsdp_v1_size)) {
                 return at + i;
             }
         }
@@ -236,7 +239,8 @@ Result<Tables> read_tables(PhysicalReader& memory, u64 rsdp) {
         return Error(Code::protocol, "ACPI: the RSDP cannot be read");
     }
     std::memcpy(&root, bytes.data(), rsdp_v1_size);
-    if (std::memcmp(root.signature.data(), rsdp_signature.data(), 8) != 0 || !sums_to_zero(memory, rsdp, rsdp_v1_size)) {
+    if (std::memcmp(root.signature.data(), rsdp_signature.data(), 8) != 0 ||
+        !sums_to_zero(memory, rsdp, rsdp_v1_size)) {
         return Error(Code::protocol, "ACPI: what the loader calls the RSDP is none");
     }
     if (root.revision >= 2 && memory.read(rsdp, bytes)) {
@@ -299,12 +303,14 @@ namespace {
 constexpr u32 mcfg_entries = header_size + 8;
 constexpr u32 mcfg_entry_size = 16;
 
-// AML in pieces, for scans without an interpreter: calls `at` for every '_' in the definition blocks, with the byte before it and the `name_near`
-// bytes from it on (zeros beyond the end). Windows overlap by that much. False: a table is damaged.
+// AML in pieces, for scans without an interpreter: calls `at` for every '_' in the definition blocks, with the byte
+// before it and the `name_near` bytes from it on (zeros beyond the end). Windows overlap by that much. False: a table
+// is damaged.
 constexpr usize name_near = 128;
 using NameNear = std::span<const u8, name_near>;
 
-bool scan_aml(PhysicalReader& memory, u64 address, void (*at)(void* context, u8 before, NameNear bytes), void* context) {
+bool scan_aml(PhysicalReader& memory, u64 address, void (*at)(void* context, u8 before, NameNear bytes),
+              void* context) {
     const auto table = open_table(memory, address, most_dsdt_bytes);
     if (!table) {
         return false;
@@ -325,7 +331,8 @@ bool scan_aml(PhysicalReader& memory, u64 address, void (*at)(void* context, u8 
     }
     return true;
 }
-bool scan_aml(PhysicalReader& memory, const Tables& tables, void (*at)(void* context, u8 before, NameNear bytes), void* context) {
+bool scan_aml(PhysicalReader& memory, const Tables& tables, void (*at)(void* context, u8 before, NameNear bytes),
+              void* context) {
     bool whole = tables.ssdts_dropped == 0;
     if (tables.fadt) {
         whole = scan_aml(memory, tables.fadt->dsdt, at, context) && whole;
@@ -336,7 +343,9 @@ bool scan_aml(PhysicalReader& memory, const Tables& tables, void (*at)(void* con
     return whole;
 }
 
-bool begins(std::span<const u8> bytes, std::string_view with) { return std::memcmp(bytes.data(), with.data(), with.size()) == 0; }
+bool begins(std::span<const u8> bytes, std::string_view with) {
+    return std::memcmp(bytes.data(), with.data(), with.size()) == 0;
+}
 
 // A constant of AML [ACPI 6.5 §20.2.3].
 std::optional<u64> integer(std::span<const u8> at) {
@@ -371,8 +380,8 @@ std::optional<Ecam> ecam(PhysicalReader& memory, u64 mcfg, u32 index) {
         return std::nullopt;
     }
     const u32 at = mcfg_entries + index * mcfg_entry_size;
-    const Ecam found{field<u64>(memory, *table, at), field<u16>(memory, *table, at + 8), field<u8>(memory, *table, at + 10),
-                     field<u8>(memory, *table, at + 11)};
+    const Ecam found{field<u64>(memory, *table, at), field<u16>(memory, *table, at + 8),
+                     field<u8>(memory, *table, at + 10), field<u8>(memory, *table, at + 11)};
     if (found.base == 0 || found.base % 4096 != 0 || found.first_bus > found.last_bus) {
         return std::nullopt;
     }
@@ -381,16 +390,19 @@ std::optional<Ecam> ecam(PhysicalReader& memory, u64 mcfg, u32 index) {
 
 RootBridges find_root_bridges(PhysicalReader& memory, const Tables& tables) {
     RootBridges found;
-    // The constant that a name has, or that a method without arguments returns in its first statement [ACPI 6.5 §20.2.5].
+    // The constant that a name has, or that a method without arguments returns in its first statement [ACPI 6.5
+    // §20.2.5].
     static constexpr auto value_of = [](u8 before, NameNear at) -> std::optional<u64> {
         constexpr u8 name_op = 0x08;
         constexpr u8 return_op = 0xa4;
-        const bool returns = at[4] == 0 && at[5] == return_op; // no arguments; behind a name it would be a zero and a statement of nobody's
+        // no arguments; behind a name it would be a zero and a statement of nobody's
+        const bool returns = at[4] == 0 && at[5] == return_op;
         return returns ? integer(at.subspan(6)) : before == name_op ? integer(at.subspan(4)) : std::nullopt;
     };
     const auto look = [](void* context, u8 before, NameNear at) {
         auto& into = *static_cast<RootBridges*>(context);
-        // "_HID", then EisaId ("PNP0A03") or ("PNP0A08") as DWordConst, or the same as a string [ACPI 6.5 §20.2.3, §6.1.5].
+        // "_HID", then EisaId ("PNP0A03") or ("PNP0A08") as DWordConst, or the same as a string [ACPI 6.5 §20.2.3,
+        // §6.1.5].
         if (begins(at, "_HID")) {
             const auto value = at.subspan(4);
             const bool number = begins(value, "\x0c\x41\xd0\x0a") && (value[4] == 3 || value[4] == 8);
@@ -409,7 +421,8 @@ RootBridges find_root_bridges(PhysicalReader& memory, const Tables& tables) {
     return found;
 }
 
-u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)(void* context, u64 base, u32 size), void* context) {
+u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)(void* context, u64 base, u32 size),
+                     void* context) {
     struct Search {
         void (*found)(void* context, u64 base, u32 size);
         void* context;
@@ -442,7 +455,8 @@ Result<SleepType> find_s5(PhysicalReader& memory, u64 dsdt) {
     if (!table || !table->is("DSDT")) {
         return Error(Code::not_found, "ACPI: the DSDT is missing or damaged");
     }
-    // NameOp "_S5_" PackageOp PkgLength NumElements, then the elements [ACPI 6.5 §20.2]. Windows overlap by the length of a match.
+    // NameOp "_S5_" PackageOp PkgLength NumElements, then the elements [ACPI 6.5 §20.2]. Windows overlap by the length
+    // of a match.
     constexpr usize longest = 24;
     std::array<u8, 1024> window;
     for (u32 base = header_size; base < table->length; base += static_cast<u32>(window.size() - longest)) {
@@ -511,8 +525,8 @@ std::optional<u16> find_pvpanic(PhysicalReader& memory, u64 dsdt) {
             // I/O port descriptor, 16-bit decoding, one port [ACPI 6.5 §6.4.2.5].
             for (usize at = i + id.size(); at + 8 <= part.size() && at < i + reach; ++at) {
                 const u32 lowest = part[at + 2] | part[at + 3] << 8;
-                if (part[at] == 0x47 && part[at + 1] == 1 && lowest == u32(part[at + 4] | part[at + 5] << 8) && lowest != 0 &&
-                    part[at + 7] == 1) {
+                if (part[at] == 0x47 && part[at + 1] == 1 && lowest == u32(part[at + 4] | part[at + 5] << 8) &&
+                    lowest != 0 && part[at + 7] == 1) {
                     return static_cast<u16>(lowest);
                 }
             }

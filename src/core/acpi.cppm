@@ -1,5 +1,5 @@
-// The few ACPI tables that the kernel needs [ACPI 6.5 §5.2]: interrupt controllers, the power management timer, how to switch off. Everything is
-// read by copy through a PhysicalReader, every length is bounded, every checksum verified.
+// The few ACPI tables that the kernel needs [ACPI 6.5 §5.2]: interrupt controllers, the power management timer, how to
+// switch off. Everything is read by copy through a PhysicalReader, every length is bounded, every checksum verified.
 export module core.acpi;
 import core.std;
 import core.result;
@@ -37,8 +37,9 @@ struct Madt {
     bool has_8259 = false;
     u32 io_apic_count = 0;
     u32 override_count = 0;
-    u32 processor_count = 0;    // enabled ones
-    u32 disabled_count = 0;     // listed and not enabled: places for processors that may come (ACPI's "online capable"), or nothing
+    u32 processor_count = 0; // enabled ones
+    // listed and not enabled: places for processors that may come (ACPI's "online capable"), or nothing
+    u32 disabled_count = 0;
     u32 processors_dropped = 0; // enabled, and beyond max_processors
     u32 io_apics_dropped = 0;
     u32 overrides_dropped = 0;
@@ -75,9 +76,13 @@ struct Damage {
     u32 length = 0; // as its header says
     Kind kind = Kind::unreadable;
 
-    std::string_view name() const { return signature[0] == 0 ? std::string_view("?") : std::string_view(signature.data(), 4); }
+    std::string_view name() const {
+        return signature[0] == 0 ? std::string_view("?") : std::string_view(signature.data(), 4);
+    }
     std::string_view what() const {
-        return kind == Kind::unreadable ? "cannot be read" : kind == Kind::length ? "has an impossible length" : "has a wrong checksum";
+        return kind == Kind::unreadable ? "cannot be read"
+               : kind == Kind::length   ? "has an impossible length"
+                                        : "has a wrong checksum";
     }
 };
 
@@ -101,11 +106,12 @@ struct Tables {
     std::span<const u64> all_ssdts() const { return {ssdts.data(), ssdt_count}; }
 };
 
-/// `rsdp` 0: looks in the first KiB of the EBDA and in 0xe0000–0xfffff [§5.2.5.1]. Error{not_found}: there is none; Error{protocol}: it is there
-/// and the list of tables is not.
+/// `rsdp` 0: looks in the first KiB of the EBDA and in 0xe0000–0xfffff [§5.2.5.1]. Error{not_found}: there is none;
+/// Error{protocol}: it is there and the list of tables is not.
 Result<Tables> read_tables(PhysicalReader& memory, u64 rsdp);
 
-/// PCI configuration space in memory: one entry of the MCFG table [PCI-FW 3.3 §4.1.2]. The registers of bus 0 would be at `base`.
+/// PCI configuration space in memory: one entry of the MCFG table [PCI-FW 3.3 §4.1.2]. The registers of bus 0 would be
+/// at `base`.
 struct Ecam {
     u64 base;
     u16 segment;
@@ -116,23 +122,26 @@ struct Ecam {
 std::optional<Ecam> ecam(PhysicalReader& memory, u64 mcfg, u32 index);
 u32 ecam_count(PhysicalReader& memory, u64 mcfg);
 
-/// PCI root bridges, from a scan of the DSDT and the SSDTs for the names _HID with PNP0A03 or PNP0A08 and _BBN, without interpreting them
-/// [§6.5.5]. A bridge without a _BBN has bus 0.
+/// PCI root bridges, from a scan of the DSDT and the SSDTs for the names _HID with PNP0A03 or PNP0A08 and _BBN, without
+/// interpreting them [§6.5.5]. A bridge without a _BBN has bus 0.
 struct RootBridges {
     u32 bridges = 0;            // _HIDs that are a root bridge's
     u32 numbered = 0;           // _BBNs that are constants
     std::array<u64, 4> buses{}; // a bit for each of their values
     bool incomplete = false;    // a table could not be read: there may be more
-    u64 cba = 0;                // the first constant _CBA: configuration space in memory where there is no MCFG [PCI-FW 3.3 §4.1.3]
+    // the first constant _CBA: configuration space in memory where there is no MCFG [PCI-FW 3.3 §4.1.3]
+    u64 cba = 0;
     bool gives(u8 bus) const { return (buses[bus / 64] >> bus % 64 & 1) != 0; }
     /// There are bridges whose bus is not known.
     bool others() const { return incomplete || bridges > numbered + (gives(0) ? 0 : 1); }
 };
 RootBridges find_root_bridges(PhysicalReader& memory, const Tables& tables);
 
-/// The virtio-mmio devices that the DSDT and the SSDTs name (_HID LNRO0005) with the memory range that stands first behind the name; calls
-/// `found` for each. From a scan, as above: a range that is computed is not seen. Returns the number of names whose range was not found.
-u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)(void* context, u64 base, u32 size), void* context);
+/// The virtio-mmio devices that the DSDT and the SSDTs name (_HID LNRO0005) with the memory range that stands first
+/// behind the name; calls `found` for each. From a scan, as above: a range that is computed is not seen. Returns the
+/// number of names whose range was not found.
+u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)(void* context, u64 base, u32 size),
+                     void* context);
 
 /// What \_S5 asks to be written to sleep [§7.4.2.6]; from a scan of the DSDT, without interpreting it.
 struct SleepType {

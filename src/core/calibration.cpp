@@ -45,7 +45,8 @@ class Measurement {
         return false;
     }
 
-    /// From the last reading that was used to one at least `wanted` ticks later. Nothing: the timer stands still, or the readings are used up.
+    /// From the last reading that was used to one at least `wanted` ticks later. Nothing: the timer stands still, or
+    /// the readings are used up.
     std::optional<Sample> next(u64 wanted) {
         const TimerReading first = last_;
         TimerReading reading = first;
@@ -61,7 +62,8 @@ class Measurement {
                 continue;
             }
             still = 0;
-            sample.disturbed = sample.disturbed || step > timer_.mask / 2; // it went back, or round more often than can be told
+            // it went back, or round more often than can be told
+            sample.disturbed = sample.disturbed || step > timer_.mask / 2;
             sample.ticks += step;
             const u64 took = reading.after - reading.before;
             tightest_ = std::min(tightest_, took);
@@ -75,9 +77,11 @@ class Measurement {
             sample.cycles = to - from;
             // The machine stood still, or went back to where it was saved.
             constexpr u64 most_cycles = u64{1} << 30;
-            sample.disturbed = sample.disturbed || sample.ticks > 4 * wanted || sample.cycles == 0 || sample.cycles > most_cycles;
+            sample.disturbed =
+                sample.disturbed || sample.ticks > 4 * wanted || sample.cycles == 0 || sample.cycles > most_cycles;
             if (!sample.disturbed) {
-                // When the timer changed is known to a reading's length, or, where readings take longer than its ticks, to a tick; at both ends.
+                // When the timer changed is known to a reading's length, or, where readings take longer than its ticks,
+                // to a tick; at both ends.
                 const u64 open = 2 * std::min(2 * tightest_, sample.cycles / sample.ticks);
                 sample.rate = sample.cycles * timer_.hz / sample.ticks;
                 sample.slack = sample.rate / agreement + open * timer_.hz / sample.ticks;
@@ -137,10 +141,12 @@ Calibration calibrate(const ReferenceTimer& timer) {
     u32 taken = 0;
     Calibration result;
     if (const auto first = measurement.begin() ? measurement.next(timer.hz * warm_up_us / 1'000'000) : std::nullopt) {
-        // Readings that take long want longer samples, within a bound: what is not known about one reading is about half of what it takes.
+        // Readings that take long want longer samples, within a bound: what is not known about one reading is about
+        // half of what it takes.
         const u64 shortest = std::max(timer.hz * sample_us / 1'000'000, fewest_ticks);
         const u64 cycles = first->ticks == 0 ? 0 : shortest * first->cycles / first->ticks;
-        const u64 wanted = cycles == 0 ? shortest : shortest * std::clamp<u64>(16 * measurement.tightest() / cycles, 1, 16);
+        const u64 wanted =
+            cycles == 0 ? shortest : shortest * std::clamp<u64>(16 * measurement.tightest() / cycles, 1, 16);
         while (taken < most_samples && (result.agreeing < enough || result.agreeing * 3 < taken)) {
             const auto sample = measurement.next(wanted);
             if (!sample) {
@@ -153,7 +159,8 @@ Calibration calibrate(const ReferenceTimer& timer) {
             }
         }
     }
-    const bool good = (result.agreeing >= enough && result.agreeing * 3 >= taken) || (result.agreeing >= fewest && result.agreeing * 2 > taken);
+    const bool good = (result.agreeing >= enough && result.agreeing * 3 >= taken) ||
+                      (result.agreeing >= fewest && result.agreeing * 2 > taken);
     if (!good) {
         result = {};
     }

@@ -1,5 +1,5 @@
-// How fast the time stamp counter counts, measured against a timer whose frequency is known, and the time that is made of it. Portable: the
-// machine's timers are ports (core.machine.clock), a test's are models.
+// How fast the time stamp counter counts, measured against a timer whose frequency is known, and the time that is made
+// of it. Portable: the machine's timers are ports (core.machine.clock), a test's are models.
 export module core.calibration;
 import core.std;
 import core.time;
@@ -29,9 +29,10 @@ struct Calibration {
     u32 readings = 0;
 };
 
-/// Takes samples of about 55 us until five agree and are a third of all, and gives the rate over all of those. The first one is not counted: it
-/// pays for cold caches, and on an emulator for translation. A sample across which the machine stood still agrees with no other. Bounded in
-/// readings, since no clock exists yet: a timer that does not move costs `most_still` of them. Samples that do not agree give 0.
+/// Takes samples of about 55 us until five agree and are a third of all, and gives the rate over all of those. The
+/// first one is not counted: it pays for cold caches, and on an emulator for translation. A sample across which the
+/// machine stood still agrees with no other. Bounded in readings, since no clock exists yet: a timer that does not move
+/// costs `most_still` of them. Samples that do not agree give 0.
 Calibration calibrate(const ReferenceTimer& timer);
 
 /// Nanoseconds since the kernel's entry, of the time stamp counter.
@@ -42,8 +43,8 @@ class Timeline {
 
     constexpr Instant at(u64 tsc) const { return base_ + scale_.ns(tsc - base_tsc_); }
     constexpr u64 hz() const { return scale_.frequency_hz(); }
-    /// From `tsc` on at another frequency. Instants never go back: a clock that was fast goes on from where it was, and is then ahead() of the
-    /// true time since the entry; one that was slow is set forward.
+    /// From `tsc` on at another frequency. Instants never go back: a clock that was fast goes on from where it was, and
+    /// is then ahead() of the true time since the entry; one that was slow is set forward.
     constexpr void correct(u64 tsc, u64 hz) {
         const CycleScale better(hz);
         const Instant before = at(tsc);

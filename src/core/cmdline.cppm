@@ -5,7 +5,9 @@ import core.text;
 
 export namespace fl {
 
-constexpr bool is_blank(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n' || c == '\v' || c == '\f' || c == '\0'; }
+constexpr bool is_blank(char c) {
+    return c == ' ' || c == '\t' || c == '\r' || c == '\n' || c == '\v' || c == '\f' || c == '\0';
+}
 
 /// One word. Views into the command line.
 struct CmdlineWord {
@@ -45,10 +47,12 @@ class CmdlineWords {
     std::string_view rest_;
 };
 
-/// Walks over the parts of a value between separators; an empty text has no parts, "a,,b" has an empty one in the middle.
+/// Walks over the parts of a value between separators; an empty text has no parts, "a,,b" has an empty one in the
+/// middle.
 class TextParts {
   public:
-    constexpr explicit TextParts(std::string_view text, char separator = ',') : rest_(text), separator_(separator), more_(!text.empty()) {}
+    constexpr explicit TextParts(std::string_view text, char separator = ',')
+        : rest_(text), separator_(separator), more_(!text.empty()) {}
     constexpr std::optional<std::string_view> next() {
         if (!more_) {
             return std::nullopt;
@@ -66,7 +70,8 @@ class TextParts {
     bool more_;
 };
 
-/// A number, decimal or 0x hexadecimal, with an optional k, m or g (powers of 1024, either case); nothing on anything else or on overflow.
+/// A number, decimal or 0x hexadecimal, with an optional k, m or g (powers of 1024, either case); nothing on anything
+/// else or on overflow.
 constexpr std::optional<u64> parse_size(std::string_view text) {
     int shift = 0;
     if (!text.empty()) {
@@ -90,7 +95,8 @@ constexpr std::optional<u64> parse_size(std::string_view text) {
     return *number << shift;
 }
 
-/// Text from outside, made fit for a message: at most 32 bytes, what is not printable shown as '?'; a cut text ends with "...".
+/// Text from outside, made fit for a message: at most 32 bytes, what is not printable shown as '?'; a cut text ends
+/// with "...".
 constexpr FixedText<35> shown(std::string_view text) {
     FixedText<35> result;
     for (char c : text.substr(0, 32)) {

@@ -1,10 +1,12 @@
-// What CPUID says, read once and kept: under a hypervisor every CPUID exits. A snapshot is a plain value, so a recorded machine is one too.
+// What CPUID says, read once and kept: under a hypervisor every CPUID exits. A snapshot is a plain value, so a recorded
+// machine is one too.
 //
-// Cost: 256 CPUIDs look for a hypervisor at 0x40000000, 0x40000100 … 0x4000ff00 (any of them may hold one, and nothing says where the last
-// is, so none can be left out without missing one), one more for each leaf that is kept, and a dozen basic ones. The scan does not depend on the
-// hypervisor bit (leaf 1, ECX 31): hypervisors can be told to hide it while their leaves stay, and on bare metal, where nothing is behind it,
-// CPUID does not exit and the scan takes microseconds. What keeps it safe there is that a base counts only when its answer is one: processors
-// answer an unknown leaf with the data of their highest basic one [SDM-2A CPUID].
+// Cost: 256 CPUIDs look for a hypervisor at 0x40000000, 0x40000100 … 0x4000ff00 (any of them may hold one, and nothing
+// says where the last is, so none can be left out without missing one), one more for each leaf that is kept, and a
+// dozen basic ones. The scan does not depend on the hypervisor bit (leaf 1, ECX 31): hypervisors can be told to hide it
+// while their leaves stay, and on bare metal, where nothing is behind it, CPUID does not exit and the scan takes
+// microseconds. What keeps it safe there is that a base counts only when its answer is one: processors answer an
+// unknown leaf with the data of their highest basic one [SDM-2A CPUID].
 export module core.cpuid;
 import core.std;
 import core.text;
@@ -56,11 +58,14 @@ struct CpuidSnapshot {
         return std::nullopt;
     }
     /// Zeroes for a leaf that is not there: its feature bits are off.
-    constexpr CpuidRegisters get(u32 leaf, u32 subleaf = 0) const { return find(leaf, subleaf).value_or(CpuidRegisters{}); }
+    constexpr CpuidRegisters get(u32 leaf, u32 subleaf = 0) const {
+        return find(leaf, subleaf).value_or(CpuidRegisters{});
+    }
 
     constexpr u32 max_basic() const { return get(0).eax; }
     constexpr u32 max_extended() const { return get(0x80000000).eax; }
-    constexpr bool hypervisor_bit() const { return (get(1).ecx >> 31 & 1) != 0; }        // [SDM-2A CPUID.01H], reserved for this use
+    // [SDM-2A CPUID.01H], reserved for this use
+    constexpr bool hypervisor_bit() const { return (get(1).ecx >> 31 & 1) != 0; }
     constexpr bool invariant_tsc() const { return (get(0x80000007).edx >> 8 & 1) != 0; } // [SDM-3 17.17]
     /// "GenuineIntel", "AuthenticAMD"
     constexpr FixedText<12> vendor() const;
@@ -85,8 +90,9 @@ constexpr FixedText<12> CpuidSnapshot::vendor() const {
     return text_of(r.ebx, r.edx, r.ecx);
 }
 
-/// The hypervisor that answered at `base`, or nothing: its highest leaf must lie in the base's own block of 256 (some answer 0 there and mean
-/// base + 1: KVM's older ones, [kvm-cpuid]; believed only of "KVMKVMKVM"), and its name must be up to 12 printable characters, NUL-padded.
+/// The hypervisor that answered at `base`, or nothing: its highest leaf must lie in the base's own block of 256 (some
+/// answer 0 there and mean base + 1: KVM's older ones, [kvm-cpuid]; believed only of "KVMKVMKVM"), and its name must be
+/// up to 12 printable characters, NUL-padded.
 constexpr std::optional<HypervisorBase> hypervisor_at(u32 base, const CpuidRegisters& r) {
     HypervisorBase found{base, r.eax, text_of(r.ebx, r.ecx, r.edx)};
     const std::string_view signature = found.signature.view();
@@ -102,7 +108,8 @@ constexpr std::optional<HypervisorBase> hypervisor_at(u32 base, const CpuidRegis
     return found;
 }
 
-/// Executes CPUID through `read(leaf, subleaf) -> CpuidRegisters` and keeps what this project uses. Called once, by boot.
+/// Executes CPUID through `read(leaf, subleaf) -> CpuidRegisters` and keeps what this project uses. Called once, by
+/// boot.
 template <class Read>
     requires requires(Read& read, u32 leaf, u32 subleaf) {
         { read(leaf, subleaf) } -> std::convertible_to<CpuidRegisters>;
@@ -164,12 +171,16 @@ constexpr void scan_cpuid(CpuidSnapshot& into, Read&& read) {
     }
 }
 
-/// The time stamp counter's frequency in Hz as CPUID tells it, or nothing. A hypervisor's timing leaf (0x40000010 EAX, in kHz: VMware's, taken
-/// over by QEMU with KVM, VirtualBox and ACRN; other hypervisors use that number for other things) comes before the processor's leaf 0x15
-/// [SDM-2A CPUID.15H], which a hypervisor may pass through from a host that counts differently.
+/// The time stamp counter's frequency in Hz as CPUID tells it, or nothing. A hypervisor's timing leaf (0x40000010 EAX,
+/// in kHz: VMware's, taken over by QEMU with KVM, VirtualBox and ACRN; other hypervisors use that number for other
+/// things) comes before the processor's leaf 0x15 [SDM-2A CPUID.15H], which a hypervisor may pass through from a host
+/// that counts differently.
 constexpr std::optional<u64> tsc_hz_by_cpuid(const CpuidSnapshot& cpuid) {
-    constexpr std::array<std::string_view, 4> with_timing_leaf{"VMwareVMware", "KVMKVMKVM", "VBoxVBoxVBox", "ACRNACRNACRN"};
-    auto plausible = [](u64 hz) -> std::optional<u64> { return hz >= 1'000'000 && hz <= 100'000'000'000 ? std::optional(hz) : std::nullopt; };
+    constexpr std::array<std::string_view, 4> with_timing_leaf{"VMwareVMware", "KVMKVMKVM", "VBoxVBoxVBox",
+                                                               "ACRNACRNACRN"};
+    auto plausible = [](u64 hz) -> std::optional<u64> {
+        return hz >= 1'000'000 && hz <= 100'000'000'000 ? std::optional(hz) : std::nullopt;
+    };
     for (const HypervisorBase& h : cpuid.hypervisors()) {
         if (h.base == CpuidSnapshot::first_base && h.max_leaf >= h.base + 0x10 &&
             std::ranges::find(with_timing_leaf, h.signature.view()) != with_timing_leaf.end()) {

@@ -80,7 +80,8 @@ bool crc32c_detail::has_instruction() {
 
 u32 crc32c(std::span<const std::byte> data, u32 before) {
     enum : u8 { unknown, no, yes };
-    // Relaxed: every asker finds the same answer, and nothing hangs on it. CPUID exits in a virtual machine, hence once.
+    // Relaxed: every asker finds the same answer, and nothing hangs on it. CPUID exits in a virtual machine, hence
+    // once.
     static constinit std::atomic<u8> instruction{unknown};
     u8 known = instruction.load(std::memory_order_relaxed);
     if (known == unknown) {

@@ -4,8 +4,9 @@ import core.std;
 
 export namespace fl {
 
-/// CRC-32C of `data`, continuing from `before` (the value of what came in front, 0 for nothing): reflected, polynomial 0x1edc6f41, initial and
-/// final value inverted [rfc3720 §12.1]. Uses the processor's instruction where CPUID offers it (asked once).
+/// CRC-32C of `data`, continuing from `before` (the value of what came in front, 0 for nothing): reflected, polynomial
+/// 0x1edc6f41, initial and final value inverted [rfc3720 §12.1]. Uses the processor's instruction where CPUID offers it
+/// (asked once).
 u32 crc32c(std::span<const std::byte> data, u32 before = 0);
 
 namespace crc32c_detail {

@@ -13,7 +13,8 @@ struct Condemned {
     SpinLock lock;
 };
 constinit Condemned condemned{};
-// Relaxed: whoever condemns and whoever gives back is the same processor, or was ordered behind it by the end of the request.
+// Relaxed: whoever condemns and whoever gives back is the same processor, or was ordered behind it by the end of the
+// request.
 constinit std::atomic<bool> any{false};
 } // namespace
 
@@ -35,7 +36,8 @@ bool is_condemned(DmaSpan span) {
         return false;
     }
     const Locked locked(condemned.lock);
-    return condemned.everything || std::ranges::any_of(std::span(condemned.spans).first(condemned.count), [&](const DmaSpan& bad) {
+    return condemned.everything ||
+           std::ranges::any_of(std::span(condemned.spans).first(condemned.count), [&](const DmaSpan& bad) {
                return span.bus < bad.bus + bad.size && bad.bus < span.bus + span.size;
            });
 }

@@ -7,8 +7,9 @@ export namespace fl {
 
 inline constexpr u64 page_size = 4096;
 
-/// A run of memory that is contiguous for the processor and for the device. Does not own it. `bus` is the address that a device uses
-/// (the guest-physical address: there is no IOMMU here). Where DMA must not cross a boundary the driver splits.
+/// A run of memory that is contiguous for the processor and for the device. Does not own it. `bus` is the address that
+/// a device uses (the guest-physical address: there is no IOMMU here). Where DMA must not cross a boundary the driver
+/// splits.
 struct DmaSpan {
     std::byte* data = nullptr;
     u64 bus = 0;
@@ -21,8 +22,9 @@ struct DmaSpan {
 
 class DmaBuffer;
 
-/// Takes memory out of use for good: a device may still write to it, or read it, whatever becomes of its owner. A DmaBuffer that holds any of it
-/// is not given back. From any processor. There is room for 64 spans; after that nothing is given back any more.
+/// Takes memory out of use for good: a device may still write to it, or read it, whatever becomes of its owner. A
+/// DmaBuffer that holds any of it is not given back. From any processor. There is room for 64 spans; after that nothing
+/// is given back any more.
 void condemn(DmaSpan span);
 bool is_condemned(DmaSpan span);
 /// For tests, where the end of a machine is not the end of the program.
@@ -40,13 +42,14 @@ class DmaAllocator {
     ~DmaAllocator() = default;
 };
 
-/// Owns DMA memory. `abandon()` gives it up for good: for memory that the other side may still write after a fault. What was condemned is given
-/// up, too.
+/// Owns DMA memory. `abandon()` gives it up for good: for memory that the other side may still write after a fault.
+/// What was condemned is given up, too.
 class DmaBuffer {
   public:
     DmaBuffer() = default;
     DmaBuffer(DmaAllocator& from, DmaSpan span) : from_(&from), span_(span) {}
-    DmaBuffer(DmaBuffer&& other) noexcept : from_(std::exchange(other.from_, nullptr)), span_(std::exchange(other.span_, {})) {}
+    DmaBuffer(DmaBuffer&& other) noexcept
+        : from_(std::exchange(other.from_, nullptr)), span_(std::exchange(other.span_, {})) {}
     DmaBuffer& operator=(DmaBuffer&& other) noexcept {
         if (this != &other) {
             reset();

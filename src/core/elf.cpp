@@ -9,7 +9,9 @@ namespace fl::elf {
 namespace {
 
 // [begin, begin + size) and [other, other + other_size), neither of which wraps.
-constexpr bool overlap(u64 begin, u64 size, u64 other, u64 other_size) { return begin < other + other_size && other < begin + size; }
+constexpr bool overlap(u64 begin, u64 size, u64 other, u64 other_size) {
+    return begin < other + other_size && other < begin + size;
+}
 
 template <class T>
 T copy_out(std::span<const std::byte> file, u64 offset) {
@@ -20,24 +22,29 @@ T copy_out(std::span<const std::byte> file, u64 offset) {
 
 Result<FileHeader> file_header(std::span<const std::byte> file) {
     if (file.size() < sizeof(FileHeader)) {
-        return Error(Code::corrupt, "ELF: the file is shorter than its header; rebuild it", sizeof(FileHeader), file.size());
+        return Error(Code::corrupt, "ELF: the file is shorter than its header; rebuild it", sizeof(FileHeader),
+                     file.size());
     }
     const auto h = copy_out<FileHeader>(file, 0);
     if (h.ident[0] != 0x7f || h.ident[1] != 'E' || h.ident[2] != 'L' || h.ident[3] != 'F') {
         const u64 seen = u64{h.ident[0]} << 24 | u64{h.ident[1]} << 16 | u64{h.ident[2]} << 8 | h.ident[3];
-        return Error(Code::corrupt, "ELF: the magic bytes 7f 45 4c 46 are missing; this is not an ELF file", 0x7f454c46, seen);
+        return Error(Code::corrupt, "ELF: the magic bytes 7f 45 4c 46 are missing; this is not an ELF file", 0x7f454c46,
+                     seen);
     }
     if (h.ident[4] != 2) {
         return Error(Code::not_supported, "ELF: the class must be 64-bit; build for x86-64", 2, h.ident[4]);
     }
     if (h.ident[5] != 1) {
-        return Error(Code::not_supported, "ELF: the data encoding must be little endian; build for x86-64", 1, h.ident[5]);
+        return Error(Code::not_supported, "ELF: the data encoding must be little endian; build for x86-64", 1,
+                     h.ident[5]);
     }
     if (h.ident[6] != 1 || h.version != 1) {
-        return Error(Code::not_supported, "ELF: the format version must be 1", 1, h.ident[6] != 1 ? u64{h.ident[6]} : h.version);
+        return Error(Code::not_supported, "ELF: the format version must be 1", 1,
+                     h.ident[6] != 1 ? u64{h.ident[6]} : h.version);
     }
     if (h.type != type_executable) {
-        return Error(Code::not_supported, "ELF: the type must be executable, linked to fixed addresses; link with -static", type_executable,
+        return Error(Code::not_supported,
+                     "ELF: the type must be executable, linked to fixed addresses; link with -static", type_executable,
                      h.type);
     }
     if (h.machine != machine_x86_64) {
@@ -54,10 +61,12 @@ Result<FileHeader> file_header(std::span<const std::byte> file) {
 
 Result<Segment> segment_from(const ProgramHeader& p, std::span<const std::byte> file) {
     if (p.file_size > p.memory_size) {
-        return Error(Code::corrupt, "ELF: a segment has more bytes in the file than in memory", p.memory_size, p.file_size);
+        return Error(Code::corrupt, "ELF: a segment has more bytes in the file than in memory", p.memory_size,
+                     p.file_size);
     }
     if (p.file_offset > file.size() || p.file_size > file.size() - p.file_offset) {
-        return Error(Code::corrupt, "ELF: a segment ends behind the file, which was cut short; rebuild it", file.size(), p.file_offset);
+        return Error(Code::corrupt, "ELF: a segment ends behind the file, which was cut short; rebuild it", file.size(),
+                     p.file_offset);
     }
     if (p.memory_size > ~p.virtual_address || p.memory_size > ~p.physical_address) {
         return Error(Code::corrupt, "ELF: a segment wraps round the end of the address space", ~u64{0}, p.memory_size);
@@ -71,7 +80,8 @@ Result<Segment> segment_from(const ProgramHeader& p, std::span<const std::byte> 
                          p.virtual_address & (p.alignment - 1), p.file_offset & (p.alignment - 1));
         }
     }
-    return Segment{p.virtual_address, p.physical_address, p.memory_size, p.flags, file.subspan(p.file_offset, p.file_size)};
+    return Segment{p.virtual_address, p.physical_address, p.memory_size, p.flags,
+                   file.subspan(p.file_offset, p.file_size)};
 }
 
 } // namespace
@@ -81,7 +91,8 @@ Result<Image> Image::parse(std::span<const std::byte> file) {
     // 0xffff says that the count stands elsewhere (PN_XNUM): no kernel of ours has so many.
     const u64 table = u64{h.program_count} * sizeof(ProgramHeader);
     if (h.program_offset > file.size() || table > file.size() - h.program_offset) {
-        return Error(Code::corrupt, "ELF: the program header table ends behind the file, which was cut short; rebuild it", file.size(),
+        return Error(Code::corrupt,
+                     "ELF: the program header table ends behind the file, which was cut short; rebuild it", file.size(),
                      h.program_offset);
     }
     Image image;
@@ -100,25 +111,27 @@ Result<Image> Image::parse(std::span<const std::byte> file) {
         }
         for (const Segment& other : image.segments()) {
             if (overlap(s.physical_address, s.memory_size, other.physical_address, other.memory_size)) {
-                return Error(Code::corrupt, "ELF: two segments overlap in physical memory", other.physical_address + other.memory_size,
-                             s.physical_address);
+                return Error(Code::corrupt, "ELF: two segments overlap in physical memory",
+                             other.physical_address + other.memory_size, s.physical_address);
             }
             if (overlap(s.virtual_address, s.memory_size, other.virtual_address, other.memory_size)) {
-                return Error(Code::corrupt, "ELF: two segments overlap in virtual memory", other.virtual_address + other.memory_size,
-                             s.virtual_address);
+                return Error(Code::corrupt, "ELF: two segments overlap in virtual memory",
+                             other.virtual_address + other.memory_size, s.virtual_address);
             }
         }
         image.segments_[image.count_++] = s;
         image.base_ = std::min(image.base_, s.physical_address);
         end = std::max(end, s.physical_address + s.memory_size);
-        entry_found = entry_found || (s.executable() && h.entry >= s.virtual_address && h.entry - s.virtual_address < s.bytes.size());
+        entry_found = entry_found ||
+                      (s.executable() && h.entry >= s.virtual_address && h.entry - s.virtual_address < s.bytes.size());
     }
     if (image.count_ == 0) {
         return Error(Code::corrupt, "ELF: there is no loadable segment; link the kernel with its linker script");
     }
     image.size_ = end - image.base_;
     if (!entry_found) {
-        return Error(Code::corrupt, "ELF: the entry lies in no executable segment; link the kernel with its linker script",
+        return Error(Code::corrupt,
+                     "ELF: the entry lies in no executable segment; link the kernel with its linker script",
                      image.segments_[0].virtual_address, h.entry);
     }
     return image;
@@ -128,7 +141,8 @@ Result<void> Image::require_linear(u64 virtual_base) const {
     for (const Segment& s : segments()) {
         const u64 expected = virtual_base + (s.physical_address - base_);
         if (s.virtual_address != expected) {
-            return Error(Code::not_supported, "ELF: a segment is linked elsewhere than its physical address says; check the linker script",
+            return Error(Code::not_supported,
+                         "ELF: a segment is linked elsewhere than its physical address says; check the linker script",
                          expected, s.virtual_address);
         }
     }

@@ -1,5 +1,5 @@
-// Reads ELF64 executables out of memory: the UEFI loader takes the kernel apart with it. Nothing in a file is believed before it was
-// checked, and every header is copied out before it is read, so the bytes need no alignment.
+// Reads ELF64 executables out of memory: the UEFI loader takes the kernel apart with it. Nothing in a file is believed
+// before it was checked, and every header is copied out before it is read, so the bytes need no alignment.
 module;
 #include <cstddef>
 export module core.elf;
@@ -26,9 +26,12 @@ struct FileHeader {
     u16 section_names;
 };
 static_assert(sizeof(FileHeader) == 64);
-static_assert(offsetof(FileHeader, ident) == 0 && offsetof(FileHeader, type) == 16 && offsetof(FileHeader, machine) == 18);
-static_assert(offsetof(FileHeader, version) == 20 && offsetof(FileHeader, entry) == 24 && offsetof(FileHeader, program_offset) == 32);
-static_assert(offsetof(FileHeader, section_offset) == 40 && offsetof(FileHeader, flags) == 48 && offsetof(FileHeader, header_size) == 52);
+static_assert(offsetof(FileHeader, ident) == 0 && offsetof(FileHeader, type) == 16 &&
+              offsetof(FileHeader, machine) == 18);
+static_assert(offsetof(FileHeader, version) == 20 && offsetof(FileHeader, entry) == 24 &&
+              offsetof(FileHeader, program_offset) == 32);
+static_assert(offsetof(FileHeader, section_offset) == 40 && offsetof(FileHeader, flags) == 48 &&
+              offsetof(FileHeader, header_size) == 52);
 static_assert(offsetof(FileHeader, program_entry_size) == 54 && offsetof(FileHeader, program_count) == 56);
 static_assert(offsetof(FileHeader, section_entry_size) == 58 && offsetof(FileHeader, section_count) == 60);
 static_assert(offsetof(FileHeader, section_names) == 62);
@@ -45,7 +48,8 @@ struct ProgramHeader {
     u64 alignment;   // 0 and 1: none; else a power of two
 };
 static_assert(sizeof(ProgramHeader) == 56);
-static_assert(offsetof(ProgramHeader, type) == 0 && offsetof(ProgramHeader, flags) == 4 && offsetof(ProgramHeader, file_offset) == 8);
+static_assert(offsetof(ProgramHeader, type) == 0 && offsetof(ProgramHeader, flags) == 4 &&
+              offsetof(ProgramHeader, file_offset) == 8);
 static_assert(offsetof(ProgramHeader, virtual_address) == 16 && offsetof(ProgramHeader, physical_address) == 24);
 static_assert(offsetof(ProgramHeader, file_size) == 32 && offsetof(ProgramHeader, memory_size) == 40);
 static_assert(offsetof(ProgramHeader, alignment) == 48);
@@ -56,7 +60,8 @@ inline constexpr u32 segment_load = 1;
 inline constexpr u32 flag_execute = 1;
 inline constexpr u32 flag_write = 2;
 
-/// A loadable part of the file, checked: `bytes` lies inside the file and is no longer than memory_size, neither address range wraps.
+/// A loadable part of the file, checked: `bytes` lies inside the file and is no longer than memory_size, neither
+/// address range wraps.
 struct Segment {
     u64 virtual_address = 0;
     u64 physical_address = 0;
@@ -73,8 +78,8 @@ class Image {
   public:
     static constexpr usize max_segments = 16;
 
-    /// Accepts an x86-64 executable with 1 to max_segments loadable segments that overlap neither in virtual nor in physical memory, and
-    /// an entry inside the file's part of an executable one. Empty segments are left out.
+    /// Accepts an x86-64 executable with 1 to max_segments loadable segments that overlap neither in virtual nor in
+    /// physical memory, and an entry inside the file's part of an executable one. Empty segments are left out.
     static Result<Image> parse(std::span<const std::byte> file);
 
     /// Virtual address of the first instruction.
@@ -89,8 +94,8 @@ class Image {
     /// virtual_base + (physical address - physical_base()).
     Result<void> require_linear(u64 virtual_base) const;
 
-    /// Copies the segments to where they belong and zeroes all the rest. `memory` holds physical_size() bytes and stands for
-    /// physical_base() onwards.
+    /// Copies the segments to where they belong and zeroes all the rest. `memory` holds physical_size() bytes and
+    /// stands for physical_base() onwards.
     Result<void> load(std::span<std::byte> memory) const;
 
   private:

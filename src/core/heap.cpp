@@ -87,8 +87,8 @@ void* Heap::allocate(usize size, usize alignment) {
     }
     const usize block = align_up(reinterpret_cast<usize>(memory) + granule, alignment);
     std::byte* header = reinterpret_cast<std::byte*>(block) - granule;
-    new (header) Header{alive, small ? static_cast<u16>(index) : large, static_cast<u16>(static_cast<usize>(header - memory) / granule),
-                        small ? classes[index] : need};
+    new (header) Header{alive, small ? static_cast<u16>(index) : large,
+                        static_cast<u16>(static_cast<usize>(header - memory) / granule), small ? classes[index] : need};
     ++allocations_;
     ++in_use_;
     return reinterpret_cast<void*>(block);

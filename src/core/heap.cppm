@@ -1,5 +1,5 @@
-// The heap: size classes for small blocks, an address-ordered list of runs for the rest. Not for hot paths (io.block allocates nothing) and
-// not for interrupt handlers; the caller serialises.
+// The heap: size classes for small blocks, an address-ordered list of runs for the rest. Not for hot paths (io.block
+// allocates nothing) and not for interrupt handlers; the caller serialises.
 export module core.heap;
 import core.std;
 
@@ -8,7 +8,8 @@ export namespace fl {
 class Heap {
   public:
     static constexpr usize granule = 16;
-    static constexpr std::array<usize, 12> classes{32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048}; // bytes, header included
+    // bytes, header included
+    static constexpr std::array<usize, 12> classes{32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048};
     static constexpr usize slab = 4096; // what a class takes from the runs at once
 
     constexpr Heap() = default;
@@ -17,7 +18,8 @@ class Heap {
 
     /// Gives the heap memory for good; parts are joined with their neighbours.
     void add(std::span<std::byte> memory);
-    /// At least `size` bytes at a multiple of `alignment` (a power of two), or nullptr. Zero bytes are a block of their own.
+    /// At least `size` bytes at a multiple of `alignment` (a power of two), or nullptr. Zero bytes are a block of their
+    /// own.
     void* allocate(usize size, usize alignment = granule);
     /// Takes back a block; nullptr is nothing. A block that is not from here, or freed twice, is a panic.
     void free(void* block);
@@ -27,7 +29,9 @@ class Heap {
     /// Bytes in runs (not in the classes' free lists).
     usize free_bytes() const;
     /// What add() must be given for allocate(size, alignment) to succeed for certain.
-    static constexpr usize bytes_for(usize size, usize alignment) { return align_up(size + alignment + 2 * granule, slab) + granule; }
+    static constexpr usize bytes_for(usize size, usize alignment) {
+        return align_up(size + alignment + 2 * granule, slab) + granule;
+    }
 
   private:
     struct Free {

@@ -5,8 +5,8 @@ import core.result;
 
 export namespace fl {
 
-/// Runs with interrupts off, on the interrupted stack: it may read a device's status, count, and call Executor::wake() or Signal::raise(). It
-/// must not allocate, log or resume a coroutine.
+/// Runs with interrupts off, on the interrupted stack: it may read a device's status, count, and call Executor::wake()
+/// or Signal::raise(). It must not allocate, log or resume a coroutine.
 using InterruptHandler = void (*)(void* context);
 
 /// A global system interrupt (ISA lines are 0–15 before the MADT's overrides are applied: the controller applies them).
@@ -28,8 +28,9 @@ class InterruptController {
     /// Routes the line to this processor and unmasks it. Several handlers may share a line; all are called.
     virtual Result<void> attach_line(InterruptLine line, InterruptHandler handler, void* context) = 0;
     virtual void detach_line(InterruptLine line, InterruptHandler handler, void* context) = 0;
-    /// A vector, valid on every processor (they share one table of handlers); apic_id is the calling processor's. A handler that needs to know
-    /// asks this_processor(). `eoi`: it arrives through the local APIC, which gets its end-of-interrupt after the handler.
+    /// A vector, valid on every processor (they share one table of handlers); apic_id is the calling processor's. A
+    /// handler that needs to know asks this_processor(). `eoi`: it arrives through the local APIC, which gets its
+    /// end-of-interrupt after the handler.
     virtual Result<InterruptVector> attach_vector(InterruptHandler handler, void* context, bool eoi) = 0;
     virtual void detach_vector(InterruptVector vector) = 0;
 

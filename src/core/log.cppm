@@ -1,5 +1,5 @@
-// The log: lines for people and records for programs, to every sink that is attached. No allocation. A line or a record is
-// never mixed with another processor's: each holds the log from its begin to its end. Not for interrupt handlers.
+// The log: lines for people and records for programs, to every sink that is attached. No allocation. A line or a record
+// is never mixed with another processor's: each holds the log from its begin to its end. Not for interrupt handlers.
 export module core.log;
 import core.std;
 import core.text;
@@ -13,8 +13,9 @@ constexpr std::string_view name(Level level) {
     return names[to_underlying(level)];
 }
 
-/// A place that log text goes to (serial port, debug console, a test's buffer). Owned by whoever attaches it; must outlive the log or
-/// be detached. write() gets whole lines, which end with "\n", but for very long ones, which come in pieces.
+/// A place that log text goes to (serial port, debug console, a test's buffer). Owned by whoever attaches it; must
+/// outlive the log or be detached. write() gets whole lines, which end with "\n", but for very long ones, which come in
+/// pieces.
 struct Sinks;
 class Sink {
   public:
@@ -35,8 +36,8 @@ class Sink {
 /// Adds the sink, at the end; a sink attached twice stays once. What has been kept comes first.
 void attach(Sink& sink);
 void detach(Sink& sink);
-/// True: from now on the last kept_bytes of the log are kept, in whole lines, for sinks that are attached later. False: no more, and what was
-/// kept is forgotten. Default: false.
+/// True: from now on the last kept_bytes of the log are kept, in whole lines, for sinks that are attached later. False:
+/// no more, and what was kept is forgotten. Default: false.
 void keep(bool on);
 inline constexpr usize kept_bytes = 16 * 1024;
 /// Sends what has been gathered of a line, whole or not, and flushes every sink.
@@ -47,9 +48,10 @@ Level level();
 /// Gives the nanoseconds that stand before every line, nullptr for none.
 void set_clock(u64 (*now_ns)());
 
-/// For a sink whose reader cuts lines that are longer than `longest` (0: it does not): gives `text` to send(text) in parts, with a line break
-/// and the mark of a continuation wherever a line would become longer. A reader puts the line together again by leaving out break and mark; so a
-/// record survives (docs/INTERFACES.md). `column`: where the sink's line stands, kept from call to call.
+/// For a sink whose reader cuts lines that are longer than `longest` (0: it does not): gives `text` to send(text) in
+/// parts, with a line break and the mark of a continuation wherever a line would become longer. A reader puts the line
+/// together again by leaving out break and mark; so a record survives (docs/INTERFACES.md). `column`: where the sink's
+/// line stands, kept from call to call.
 inline constexpr std::string_view continuation = "@+";
 template <class Send>
 constexpr void folded(std::string_view text, usize& column, usize longest, Send&& send) {
@@ -89,7 +91,8 @@ struct Line {
 void begin(Level level);
 
 template <class... Args>
-void line(Level at, text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>...> format, const Args&... args) {
+void line(Level at, text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>...> format,
+          const Args&... args) {
     if (at > level()) {
         return;
     }
@@ -117,7 +120,8 @@ void debug(text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>..
     line(Level::debug, format, args...);
 }
 
-/// One record: a line "@{…}" (docs/INTERFACES.md). Fields are written in order; the destructor ends the line. Holds the log meanwhile.
+/// One record: a line "@{…}" (docs/INTERFACES.md). Fields are written in order; the destructor ends the line. Holds the
+/// log meanwhile.
 class Record {
   public:
     explicit Record(std::string_view kind);

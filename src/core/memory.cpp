@@ -6,8 +6,8 @@ import core.panic;
 namespace fl {
 
 usize FrameAllocator::first_ending_after(u64 address) const {
-    const auto* at =
-        std::lower_bound(ranges_.data(), ranges_.data() + count_, address, [](const Range& r, u64 a) { return r.base + r.size <= a; });
+    const auto* at = std::lower_bound(ranges_.data(), ranges_.data() + count_, address,
+                                      [](const Range& r, u64 a) { return r.base + r.size <= a; });
     return static_cast<usize>(at - ranges_.data());
 }
 
@@ -104,8 +104,9 @@ Result<u64> FrameAllocator::allocate(const FrameRequest& request) {
         }
         return base;
     }
-    return Error(Code::exhausted, "physical memory: no free run of frames is as large as asked (bytes); give the machine more memory", size,
-                 free_bytes_);
+    return Error(Code::exhausted,
+                 "physical memory: no free run of frames is as large as asked (bytes); give the machine more memory",
+                 size, free_bytes_);
 }
 
 void FrameAllocator::free(u64 base, u64 frames) {
@@ -139,7 +140,8 @@ void FrameAllocator::free(u64 base, u64 frames) {
 Result<u64> allocate_start_frame(FrameAllocator& from) {
     constexpr u64 reserved_begin = 0xa0 * frame_size;
     constexpr u64 reserved_end = 0xc0 * frame_size;
-    for (const FrameRequest& place : {FrameRequest{.floor = frame_size, .limit = reserved_begin}, {.floor = reserved_end, .limit = low_memory_end}}) {
+    for (const FrameRequest& place : {FrameRequest{.floor = frame_size, .limit = reserved_begin},
+                                      {.floor = reserved_end, .limit = low_memory_end}}) {
         if (auto frame = from.allocate(place)) {
             return frame;
         }

@@ -1,5 +1,5 @@
-// Physical memory in frames of 4 KiB: a sorted list of free ranges, so that nothing is touched, or even mapped, before it is used.
-// One processor at a time, not in interrupt handlers.
+// Physical memory in frames of 4 KiB: a sorted list of free ranges, so that nothing is touched, or even mapped, before
+// it is used. One processor at a time, not in interrupt handlers.
 export module core.memory;
 import core.std;
 import core.result;
@@ -25,11 +25,13 @@ class FrameAllocator {
         u64 size;
     };
 
-    /// Gives the allocator the whole frames of a range for good. Page 0 is left out; what overlaps free memory counts once.
+    /// Gives the allocator the whole frames of a range for good. Page 0 is left out; what overlaps free memory counts
+    /// once.
     void add(u64 base, u64 size);
     /// Takes every frame that the range touches out of the free ones; what is not free there stays as it is.
     void reserve(u64 base, u64 size);
-    /// Contiguous frames, the highest that fit; not zeroed. Error{exhausted} says how much was asked for and what is free.
+    /// Contiguous frames, the highest that fit; not zeroed. Error{exhausted} says how much was asked for and what is
+    /// free.
     Result<u64> allocate(const FrameRequest& request);
     /// Gives back frames from allocate(), in parts if that is wished. Frames that are free already are a panic.
     void free(u64 base, u64 frames);
@@ -50,8 +52,9 @@ class FrameAllocator {
     u64 lost_bytes_ = 0;
 };
 
-/// A free frame that a startup IPI can name: below 1 MiB, and not one of the reserved vectors 0xa0 to 0xbf [SDM-3 9.4.4.1]. Nothing else is assumed
-/// about what lies there: a PC has adapters and firmware from 640 KiB on, Xen's PVH has memory everywhere. Page 0 is never free.
+/// A free frame that a startup IPI can name: below 1 MiB, and not one of the reserved vectors 0xa0 to 0xbf [SDM-3
+/// 9.4.4.1]. Nothing else is assumed about what lies there: a PC has adapters and firmware from 640 KiB on, Xen's PVH
+/// has memory everywhere. Page 0 is never free.
 Result<u64> allocate_start_frame(FrameAllocator& from);
 
 } // namespace fl

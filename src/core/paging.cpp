@@ -22,9 +22,11 @@ constexpr bool canonical(u64 address) { return static_cast<u64>(static_cast<i64>
 
 Result<void> check_range(u64 address, u64 size) {
     if (size == 0 || address % small_page != 0 || size % small_page != 0) {
-        return Error(Code::bad_argument, "paging: address and size must be multiples of 4096, and the size more than none");
+        return Error(Code::bad_argument,
+                     "paging: address and size must be multiples of 4096, and the size more than none");
     }
-    if (size - 1 > ~u64{0} - address || !canonical(address) || !canonical(address + size - 1) || (address ^ (address + size - 1)) >> 63 != 0) {
+    if (size - 1 > ~u64{0} - address || !canonical(address) || !canonical(address + size - 1) ||
+        (address ^ (address + size - 1)) >> 63 != 0) {
         return Error(Code::bad_argument, "paging: the range is not canonical");
     }
     return {};
@@ -67,8 +69,8 @@ u64 AddressSpace::map_some(u64 address, u64 physical, u64 size, u64 bits, std::o
     u64* table = memory_.view(root_);
     u32 level = 4;
     const auto fits = [&](u32 at) {
-        return at == 1 ||
-               ((at == 2 || (at == 3 && features_.gigabyte_pages)) && (address | physical) % coverage(at) == 0 && size >= coverage(at));
+        return at == 1 || ((at == 2 || (at == 3 && features_.gigabyte_pages)) &&
+                           (address | physical) % coverage(at) == 0 && size >= coverage(at));
     };
     for (;;) {
         u64& entry = table[index(address, level)];
@@ -111,7 +113,8 @@ Result<void> AddressSpace::map(u64 address, u64 physical, u64 size, Protection p
         return checked;
     }
     if (physical % small_page != 0 || physical >= features_.physical_end || size > features_.physical_end - physical) {
-        return Error(Code::bad_argument, "paging: no such physical address on this processor", features_.physical_end, physical);
+        return Error(Code::bad_argument, "paging: no such physical address on this processor", features_.physical_end,
+                     physical);
     }
     const u64 bits = leaf_bits(protection);
     std::optional<Error> error;
@@ -165,8 +168,8 @@ Result<void> AddressSpace::split_at(u64 address) {
         for (u64 i = 0; i < 512; ++i) {
             table[i] = (base + i * part) | bits;
         }
-        // One store: the same translation before and after it. What the processor remembers of the large page goes with it, whatever address in it
-        // is named [SDM-3 4.10.4.1].
+        // One store: the same translation before and after it. What the processor remembers of the large page goes with
+        // it, whatever address in it is named [SDM-3 4.10.4.1].
         entry = *fresh | present | writable;
         memory_.invalidate(address);
     }
@@ -221,7 +224,9 @@ std::optional<Mapping> AddressSpace::find(u64 address) const {
     }
     const u64 page = coverage(level);
     const u64 base = entry & address_mask & ~(page - 1);
-    return Mapping{base + address % page, page, {(entry & writable) != 0, (entry & no_execute) == 0, (entry & cache_disable) != 0}};
+    return Mapping{base + address % page,
+                   page,
+                   {(entry & writable) != 0, (entry & no_execute) == 0, (entry & cache_disable) != 0}};
 }
 
 } // namespace fl

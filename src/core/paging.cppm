@@ -1,4 +1,5 @@
-// Page tables of four levels [SDM-3 4.5]. The logic alone: where tables come from and how they are reached is the caller's.
+// Page tables of four levels [SDM-3 4.5]. The logic alone: where tables come from and how they are reached is the
+// caller's.
 export module core.paging;
 import core.std;
 import core.result;
@@ -46,11 +47,12 @@ class AddressSpace {
     Result<void> create(PagingFeatures features);
     u64 root() const { return root_; }
 
-    /// Maps [address, address + size) to [physical, …) with the largest pages that fit. All three are multiples of 4 KiB. Error{busy}: part of
-    /// it is mapped already; Error{exhausted}: no table. Then nothing of it stays mapped.
+    /// Maps [address, address + size) to [physical, …) with the largest pages that fit. All three are multiples of 4
+    /// KiB. Error{busy}: part of it is mapped already; Error{exhausted}: no table. Then nothing of it stays mapped.
     Result<void> map(u64 address, u64 physical, u64 size, Protection protection);
-    /// Large pages that lie only partly in the range are split first. Error{not_found}: something there is not mapped; Error{exhausted}: no table
-    /// for a split. Then nothing has changed for the range's user. Tables stay where they are.
+    /// Large pages that lie only partly in the range are split first. Error{not_found}: something there is not mapped;
+    /// Error{exhausted}: no table for a split. Then nothing has changed for the range's user. Tables stay where they
+    /// are.
     Result<void> unmap(u64 address, u64 size);
     /// Changes the protection of what is mapped, under the rules of unmap().
     Result<void> protect(u64 address, u64 size, Protection protection);

@@ -1,4 +1,5 @@
-// Physical memory as the parsers of firmware tables see it: in the kernel through the direct map, in tests an array of golden bytes.
+// Physical memory as the parsers of firmware tables see it: in the kernel through the direct map, in tests an array of
+// golden bytes.
 export module core.physical;
 import core.std;
 
@@ -6,7 +7,8 @@ export namespace fl {
 
 class PhysicalReader {
   public:
-    /// Copies the bytes from `address` on into `into`; false, with `into` in any state, when not all of them can be read. Never faults.
+    /// Copies the bytes from `address` on into `into`; false, with `into` in any state, when not all of them can be
+    /// read. Never faults.
     virtual bool read(u64 address, std::span<std::byte> into) = 0;
 
     /// A trivially copyable value from `address`, which need not be aligned.

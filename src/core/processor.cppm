@@ -1,4 +1,5 @@
-// Which processor this is. One instruction in the kernel, from per-processor data at GS; on the host a thread plays a processor.
+// Which processor this is. One instruction in the kernel, from per-processor data at GS; on the host a thread plays a
+// processor.
 export module core.processor;
 import core.std;
 
@@ -16,8 +17,9 @@ void set_this_processor(u32 number);
 
 #else
 
-/// The index of the processor that runs this: 0 is the boot processor, the others count on in the order in which they were started. From
-/// anywhere, interrupt handlers included, once the exceptions' tables are installed (core.machine.traps).
+/// The index of the processor that runs this: 0 is the boot processor, the others count on in the order in which they
+/// were started. From anywhere, interrupt handlers included, once the exceptions' tables are installed
+/// (core.machine.traps).
 inline u32 this_processor() {
     u32 number;
     asm volatile("movl %%gs:0, %0" : "=r"(number));

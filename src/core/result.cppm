@@ -38,8 +38,8 @@ constexpr std::string_view name(Code code) {
     return "unknown";
 }
 
-/// An error is a value of fixed size; `message` refers to static storage and says what was expected and what to do. `expected` and `seen`
-/// are printed when `has_values`.
+/// An error is a value of fixed size; `message` refers to static storage and says what was expected and what to do.
+/// `expected` and `seen` are printed when `has_values`.
 struct Error {
     Code code;
     std::string_view message;
@@ -48,7 +48,8 @@ struct Error {
     u64 seen = 0;
 
     constexpr Error(Code c, std::string_view text) : code(c), message(text) {}
-    constexpr Error(Code c, std::string_view text, u64 want, u64 got) : code(c), message(text), has_values(true), expected(want), seen(got) {}
+    constexpr Error(Code c, std::string_view text, u64 want, u64 got)
+        : code(c), message(text), has_values(true), expected(want), seen(got) {}
 };
 
 /// A value or an Error. Ignoring one does not compile.

@@ -29,8 +29,9 @@ bool sums_to_zero(std::span<const std::byte> bytes) {
 }
 
 bool starts_with(std::span<const std::byte> bytes, std::string_view text) {
-    return bytes.size() >= text.size() &&
-           std::equal(text.begin(), text.end(), bytes.begin(), [](char c, std::byte b) { return static_cast<u8>(c) == std::to_integer<u8>(b); });
+    return bytes.size() >= text.size() && std::equal(text.begin(), text.end(), bytes.begin(), [](char c, std::byte b) {
+               return static_cast<u8>(c) == std::to_integer<u8>(b);
+           });
 }
 
 // String `number` (from 1; 0: none) of the string set that begins at `strings` [smbios §6.1.3].
@@ -76,11 +77,12 @@ std::optional<Result<EntryPoint>> parse_entry(std::span<const std::byte> bytes) 
     // Version 2.1 was implemented with 0x1e by mistake, which [smbios §5.2.1] tells readers to take as 0x1f.
     const usize checked = !v3 && length == 0x1e ? usize{0x1f} : usize{length};
     if (checked < minimum || checked > bytes.size()) {
-        return Result<EntryPoint>(
-            Error{Code::protocol, "SMBIOS entry point of an impossible length; its strings are not used", minimum, length});
+        return Result<EntryPoint>(Error{
+            Code::protocol, "SMBIOS entry point of an impossible length; its strings are not used", minimum, length});
     }
     if (!sums_to_zero(bytes.first(checked))) {
-        return Result<EntryPoint>(Error{Code::protocol, "SMBIOS entry point with a wrong checksum; its strings are not used"});
+        return Result<EntryPoint>(
+            Error{Code::protocol, "SMBIOS entry point with a wrong checksum; its strings are not used"});
     }
     EntryPoint entry;
     if (v3) {
@@ -91,7 +93,8 @@ std::optional<Result<EntryPoint>> parse_entry(std::span<const std::byte> bytes) 
     } else {
         if (!starts_with(bytes.subspan(0x10), "_DMI_") || !sums_to_zero(bytes.subspan(0x10, 0x0f))) {
             return Result<EntryPoint>(
-                Error{Code::protocol, "SMBIOS intermediate anchor missing or with a wrong checksum; its strings are not used"});
+                Error{Code::protocol,
+                      "SMBIOS intermediate anchor missing or with a wrong checksum; its strings are not used"});
         }
         entry.major = byte_at(bytes, 6);
         entry.minor = byte_at(bytes, 7);
@@ -123,7 +126,9 @@ void parse_smbios_table(std::span<const std::byte> table, Smbios& into) {
             return; // no end in sight: this structure is cut off
         }
         const auto strings = table.subspan(at + length, end - (at + length));
-        auto text = [&](usize field) { return field < length ? string_of(strings, byte_at(formatted, field)) : FixedText<64>{}; };
+        auto text = [&](usize field) {
+            return field < length ? string_of(strings, byte_at(formatted, field)) : FixedText<64>{};
+        };
         if (type == 0) {
             into.bios_vendor = text(4);
             into.bios_version = text(5);
@@ -147,7 +152,8 @@ Result<Smbios> read_smbios(PhysicalReader& memory, u64 entry) {
         }
         found = parse_entry(bytes);
         if (!found) {
-            return Error{Code::protocol, "what was handed over as SMBIOS entry point begins neither with _SM_ nor with _SM3_"};
+            return Error{Code::protocol,
+                         "what was handed over as SMBIOS entry point begins neither with _SM_ nor with _SM3_"};
         }
     } else {
         // [smbios §5.2.1]: anywhere in the BIOS area, on a 16-byte boundary. A good one later on beats a broken one.
@@ -176,7 +182,8 @@ Result<Smbios> read_smbios(PhysicalReader& memory, u64 entry) {
     // Read in whole: one structure may be longer than any smaller window, and only early boot comes here.
     static constinit std::array<std::byte, max_table> table{};
     const usize size = std::min(point.size, max_table);
-    // Firmware may announce more than can be read (3.0 gives a maximum only): take what there is, in pieces, the last ones smaller.
+    // Firmware may announce more than can be read (3.0 gives a maximum only): take what there is, in pieces, the last
+    // ones smaller.
     usize have = 0;
     for (usize piece = 256; have < size && piece > 0;) {
         const usize now = std::min(size - have, piece);

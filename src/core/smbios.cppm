@@ -18,13 +18,13 @@ struct Smbios {
     FixedText<64> version;      // type 1
 };
 
-/// Parses the structure table itself: at most `max_structures` structures, `table` bytes. A structure that leaves the table, or is shorter than
-/// its own header, ends the walk with what was found until then.
+/// Parses the structure table itself: at most `max_structures` structures, `table` bytes. A structure that leaves the
+/// table, or is shorter than its own header, ends the walk with what was found until then.
 void parse_smbios_table(std::span<const std::byte> table, Smbios& into);
 
-/// The entry point at `entry` ("_SM_" [smbios §5.2.1] or "_SM3_" [smbios §5.2.2], checksums verified) and its table. 0: looks in the BIOS area
-/// 0xf0000–0xfffff, on 16-byte boundaries. Error{not_found}: there is none; Error{protocol}: there is one, and it is malformed. At most 64 KiB
-/// of a longer table are read.
+/// The entry point at `entry` ("_SM_" [smbios §5.2.1] or "_SM3_" [smbios §5.2.2], checksums verified) and its table. 0:
+/// looks in the BIOS area 0xf0000–0xfffff, on 16-byte boundaries. Error{not_found}: there is none; Error{protocol}:
+/// there is one, and it is malformed. At most 64 KiB of a longer table are read.
 Result<Smbios> read_smbios(PhysicalReader& memory, u64 entry);
 
 } // namespace fl

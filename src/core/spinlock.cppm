@@ -1,4 +1,5 @@
-// The lock between processors, for what is shared and rare: frames, heap, page tables, log. The path of an I/O takes none.
+// The lock between processors, for what is shared and rare: frames, heap, page tables, log. The path of an I/O takes
+// none.
 export module core.spinlock;
 import core.std;
 import core.panic;
@@ -12,12 +13,12 @@ inline void spin_pause() { __builtin_ia32_pause(); }
 namespace spinlock_detail {
 inline constinit std::atomic<bool> broken{false};
 }
-/// For the report of a panic: the other processors have stopped, and what they hold would be waited for in vain. From here on every lock is had
-/// at once. Relaxed: the caller is the only processor that goes on.
+/// For the report of a panic: the other processors have stopped, and what they hold would be waited for in vain. From
+/// here on every lock is had at once. Relaxed: the caller is the only processor that goes on.
 inline void break_locks() { spinlock_detail::broken.store(true, std::memory_order_relaxed); }
 
-/// Not for interrupt handlers, and not recursive: a processor that takes it twice panics. Hold it for a few hundred instructions at most, and do
-/// not suspend a coroutine meanwhile. All bits zero: free.
+/// Not for interrupt handlers, and not recursive: a processor that takes it twice panics. Hold it for a few hundred
+/// instructions at most, and do not suspend a coroutine meanwhile. All bits zero: free.
 class SpinLock {
   public:
     constexpr SpinLock() = default;
@@ -29,7 +30,8 @@ class SpinLock {
         for (;;) {
             u32 seen = 0;
             // Acquire: partner is the release in unlock(), so that what the last holder wrote is seen.
-            if (holder_.compare_exchange_weak(seen, me, std::memory_order_acquire, std::memory_order_relaxed)) [[likely]] {
+            if (holder_.compare_exchange_weak(seen, me, std::memory_order_acquire, std::memory_order_relaxed))
+                [[likely]] {
                 return;
             }
             if (spinlock_detail::broken.load(std::memory_order_relaxed)) {
@@ -40,7 +42,8 @@ class SpinLock {
                 panic("a lock is taken twice on processor {}", me - 1);
             }
             // Reads only, so that the line stays where it is; the exchange above orders.
-            while (holder_.load(std::memory_order_relaxed) != 0 && !spinlock_detail::broken.load(std::memory_order_relaxed)) {
+            while (holder_.load(std::memory_order_relaxed) != 0 &&
+                   !spinlock_detail::broken.load(std::memory_order_relaxed)) {
                 spin_pause();
             }
         }

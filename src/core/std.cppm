@@ -1,5 +1,6 @@
-// The part of the C++20 library that the whole project uses, in the kernel and on the host alike: what libc++ offers without an
-// operating system. A name that is missing here is missing on purpose (no allocation behind your back, no locale, no clock).
+// The part of the C++20 library that the whole project uses, in the kernel and on the host alike: what libc++ offers
+// without an operating system. A name that is missing here is missing on purpose (no allocation behind your back, no
+// locale, no clock).
 module;
 #include <algorithm>
 #include <array>
@@ -266,7 +267,8 @@ using std::suspend_always;
 using std::suspend_never;
 } // namespace std
 
-// Comparison of standard types from an importer is found by argument-dependent lookup in std's inline namespace only when it is exported.
+// Comparison of standard types from an importer is found by argument-dependent lookup in std's inline namespace only
+// when it is exported.
 export namespace std::inline __1 {
 using std::__1::operator==;
 using std::__1::operator<=>;

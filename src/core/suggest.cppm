@@ -4,11 +4,12 @@ import core.std;
 
 export namespace fl {
 
-/// Edits from `a` to `b`: inserting, deleting, replacing a letter, exchanging two neighbours (Damerau and Levenshtein, each place edited once).
-/// Anything above `limit`, and any word longer than 48 letters, gives limit + 1.
+/// Edits from `a` to `b`: inserting, deleting, replacing a letter, exchanging two neighbours (Damerau and Levenshtein,
+/// each place edited once). Anything above `limit`, and any word longer than 48 letters, gives limit + 1.
 constexpr usize edit_distance(std::string_view a, std::string_view b, usize limit) {
     constexpr usize longest = 48;
-    if (a.size() > longest || b.size() > longest || (a.size() > b.size() ? a.size() - b.size() : b.size() - a.size()) > limit) {
+    if (a.size() > longest || b.size() > longest ||
+        (a.size() > b.size() ? a.size() - b.size() : b.size() - a.size()) > limit) {
         return limit + 1;
     }
     // Three rows of the usual table: [i][j] is the distance of the first i letters of a to the first j of b.
@@ -31,8 +32,8 @@ constexpr usize edit_distance(std::string_view a, std::string_view b, usize limi
     return std::min(rows[a.size() % 3][b.size()], limit + 1);
 }
 
-/// The nearest of `valid`, the first among equals; empty when none is near enough to be meant: at most 1 edit for words of up to 3 letters, 2 up
-/// to 7, else 3.
+/// The nearest of `valid`, the first among equals; empty when none is near enough to be meant: at most 1 edit for words
+/// of up to 3 letters, 2 up to 7, else 3.
 constexpr std::string_view suggest(std::string_view word, std::span<const std::string_view> valid) {
     const usize limit = word.size() <= 3 ? 1 : word.size() <= 7 ? 2 : 3;
     std::string_view best;

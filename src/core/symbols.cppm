@@ -1,5 +1,6 @@
-// The image's own table of symbols, for backtraces. boot/link.sh writes it: "FLSYMTAB", u32 count, u32 version 1, count pairs of u32 (offset of
-// the function from the image's begin, offset of its name), ascending; then names, each ended by 0.
+// The image's own table of symbols, for backtraces. boot/link.sh writes it: "FLSYMTAB", u32 count, u32 version 1, count
+// pairs of u32 (offset of the function from the image's begin, offset of its name), ascending; then names, each ended
+// by 0.
 export module core.symbols;
 import core.std;
 

@@ -61,7 +61,8 @@ void put_argument(void* sink, Write write, const Spec& spec, const Argument& a) 
     case text:
         put(sink, write, spec, a.text, '<');
         if (a.error != nullptr && a.error->has_values) {
-            // What a person asked for and what there is room for are amounts; everything else comes from registers and packets.
+            // What a person asked for and what there is room for are amounts; everything else comes from registers and
+            // packets.
             const bool amount = a.error->code == Code::bad_argument || a.error->code == Code::exhausted;
             Spec shown{};
             shown.hex = shown.prefix = !amount;

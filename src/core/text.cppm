@@ -1,6 +1,6 @@
 // Text without allocation: a sink takes string_views, print() fills a format string that is checked at compile time.
-// Fields: {} {:x} {:#x} {:08x} {:>8} {:<8} {:016x}; {{ and }} stand for braces. Integers, bool, char, pointers, string_view, enums that
-// have a name() found by argument-dependent lookup, and Error.
+// Fields: {} {:x} {:#x} {:08x} {:>8} {:<8} {:016x}; {{ and }} stand for braces. Integers, bool, char, pointers,
+// string_view, enums that have a name() found by argument-dependent lookup, and Error.
 export module core.text;
 import core.std;
 import core.result;
@@ -178,9 +178,12 @@ void vprint(void* sink, Write write, std::string_view format, std::span<const Ar
 
 /// Writes `format` with its fields filled to the sink.
 template <TextSink S, class... Args>
-void print(S& sink, text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>...> format, const Args&... args) {
-    const std::array<text_detail::Argument, sizeof...(Args)> erased{text_detail::erase<std::decay_t<const Args&>>(args)...};
-    text_detail::vprint(&sink, [](void* s, std::string_view text) { static_cast<S*>(s)->write(text); }, format.text, erased);
+void print(S& sink, text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>...> format,
+           const Args&... args) {
+    const std::array<text_detail::Argument, sizeof...(Args)> erased{
+        text_detail::erase<std::decay_t<const Args&>>(args)...};
+    text_detail::vprint(
+        &sink, [](void* s, std::string_view text) { static_cast<S*>(s)->write(text); }, format.text, erased);
 }
 
 /// A sink that counts what it is given; for column widths.
@@ -189,7 +192,8 @@ struct CountingSink {
     constexpr void write(std::string_view text) { size += text.size(); }
 };
 
-/// Writes text as the inside of a JSON string: quotes, backslashes and control bytes escaped; bytes above 0x7e as \u00XX.
+/// Writes text as the inside of a JSON string: quotes, backslashes and control bytes escaped; bytes above 0x7e as
+/// \u00XX.
 template <TextSink S>
 void print_json(S& sink, std::string_view text) {
     for (char c : text) {

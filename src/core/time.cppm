@@ -4,18 +4,20 @@ import core.std;
 
 export namespace fl {
 
-/// Nanoseconds since the kernel's entry, monotonic. `never` is later than everything. Two scales, never mixed: elapsed time, which the clock
-/// counts and every processor shares, and machine time, which each executor counts for itself (MachineTime).
+/// Nanoseconds since the kernel's entry, monotonic. `never` is later than everything. Two scales, never mixed: elapsed
+/// time, which the clock counts and every processor shares, and machine time, which each executor counts for itself
+/// (MachineTime).
 using Instant = u64;
 using Nanoseconds = u64;
 inline constexpr Instant never = ~u64{0};
 
 constexpr Instant after(Instant now, Nanoseconds length) { return length >= never - now ? never : now + length; }
 
-/// Time that this machine ran, from readings of a clock that goes on while the machine is stopped (paused by its host, migrated, saved and
-/// restored): waits are bounded in it, so that a stop is not taken for the silence of the other side. For the readings of one processor or of one
-/// loop, in their order. A step between two readings counts up to longest_step beyond what was asked for; the rest is a stop and does not count.
-/// A clock that is set back (a restored counter) makes a stop, too: machine time never goes back.
+/// Time that this machine ran, from readings of a clock that goes on while the machine is stopped (paused by its host,
+/// migrated, saved and restored): waits are bounded in it, so that a stop is not taken for the silence of the other
+/// side. For the readings of one processor or of one loop, in their order. A step between two readings counts up to
+/// longest_step beyond what was asked for; the rest is a stop and does not count. A clock that is set back (a restored
+/// counter) makes a stop, too: machine time never goes back.
 class MachineTime {
   public:
     static constexpr Nanoseconds longest_step = 100'000'000;
@@ -38,7 +40,8 @@ class MachineTime {
         last_ = elapsed;
         return elapsed - stopped_;
     }
-    /// The next reading may come as late as this, by the clock: nothing is to be done before. `never`, too, which is what a new one begins with.
+    /// The next reading may come as late as this, by the clock: nothing is to be done before. `never`, too, which is
+    /// what a new one begins with.
     constexpr void rest_until(Instant elapsed) { rest_until_ = elapsed; }
     /// When the clock will show this machine time, if the machine is not stopped until then.
     constexpr Instant elapsed(Instant machine) const { return machine == never ? never : machine + stopped_; }
@@ -76,7 +79,8 @@ class SpinBound {
     Instant end_;
 };
 
-/// Cycles of a constant-rate counter to nanoseconds: ns = (cycles * multiplier) >> 32, exact to 1 part in 2^31, no division in use.
+/// Cycles of a constant-rate counter to nanoseconds: ns = (cycles * multiplier) >> 32, exact to 1 part in 2^31, no
+/// division in use.
 class CycleScale {
   public:
     constexpr CycleScale() = default;
@@ -97,7 +101,8 @@ class CycleScale {
         multiplier_ = (whole << 32) | fraction;
     }
     constexpr Nanoseconds ns(u64 cycles) const {
-        // 64 x 64 -> 96 bits kept, in halves: a freestanding build has no 128-bit division but multiplication is one instruction.
+        // 64 x 64 -> 96 bits kept, in halves: a freestanding build has no 128-bit division but multiplication is one
+        //   instruction.
         return static_cast<Nanoseconds>((static_cast<unsigned __int128>(cycles) * multiplier_) >> 32);
     }
     constexpr u64 frequency_hz() const { return frequency_hz_; }

@@ -1,5 +1,5 @@
-// A growing array on the heap, for lists whose length the machine decides: devices, disks, units. Running out of memory is an answer, not an
-// abort. Not for hot paths and not for interrupt handlers.
+// A growing array on the heap, for lists whose length the machine decides: devices, disks, units. Running out of memory
+// is an answer, not an abort. Not for hot paths and not for interrupt handlers.
 export module core.vector;
 import core.std;
 

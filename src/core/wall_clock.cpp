@@ -5,7 +5,8 @@ import core.time;
 namespace fl {
 
 namespace {
-// The time at instant 0, modulo 2^64; ~0: not told. Relaxed: a single word, and nothing else is read on the strength of it.
+// The time at instant 0, modulo 2^64; ~0: not told. Relaxed: a single word, and nothing else is read on the strength of
+// it.
 constinit std::atomic<u64> offset{~u64{0}};
 } // namespace
 

@@ -1,4 +1,5 @@
-// What time it is in the world, as far as somebody has told: an offset to the kernel's own clock. Portable; written rarely, read by anybody.
+// What time it is in the world, as far as somebody has told: an offset to the kernel's own clock. Portable; written
+// rarely, read by anybody.
 export module core.wall_clock;
 import core.std;
 import core.time;

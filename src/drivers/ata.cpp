@@ -13,12 +13,15 @@ namespace fl::drivers::ata {
 Result<ControllerPorts> set_up(const pci::Device& device) {
     // Programming interface [PCI-IDE §2.1]: bit 0 primary channel in native mode, bit 2 secondary, bit 7 bus mastering.
     if ((device.prog_if & 0x80) == 0) {
-        return Error{Code::not_supported, "the IDE controller has no bus mastering (programming interface bit 7)", 0x80, device.prog_if};
+        return Error{Code::not_supported, "the IDE controller has no bus mastering (programming interface bit 7)", 0x80,
+                     device.prog_if};
     }
     // A missing or useless BAR of a channel in native mode is that channel's own; bus-master registers are everybody's.
     TRY(const pci::Bar bus_master, device.bar(4));
-    if (bus_master.kind != pci::Bar::Kind::io || bus_master.base == 0 || bus_master.size < 16 || bus_master.base > 0xfff0) {
-        return Error{Code::not_supported, "the firmware has given the IDE controller's bus-master registers (BAR 4) no I/O ports", 16,
+    if (bus_master.kind != pci::Bar::Kind::io || bus_master.base == 0 || bus_master.size < 16 ||
+        bus_master.base > 0xfff0) {
+        return Error{Code::not_supported,
+                     "the firmware has given the IDE controller's bus-master registers (BAR 4) no I/O ports", 16,
                      bus_master.base};
     }
     ControllerPorts result;
@@ -35,8 +38,8 @@ Result<ControllerPorts> set_up(const pci::Device& device) {
         }
         TRY(const pci::Bar command, device.bar(static_cast<u8>(2 * c)));
         TRY(const pci::Bar control, device.bar(static_cast<u8>(2 * c + 1)));
-        if (command.kind != pci::Bar::Kind::io || control.kind != pci::Bar::Kind::io || command.base == 0 || control.base == 0 ||
-            command.base > 0xfff8 || control.base > 0xfffc) {
+        if (command.kind != pci::Bar::Kind::io || control.kind != pci::Bar::Kind::io || command.base == 0 ||
+            control.base == 0 || command.base > 0xfff8 || control.base > 0xfffc) {
             at = {}; // switched off, or nobody has given it ports: the other channel may work
             continue;
         }

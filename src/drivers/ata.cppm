@@ -1,9 +1,9 @@
-// The driver for PCI IDE controllers with bus-master DMA [BMIDE, PCI-IDE 1.0]: matching, attaching, announcing. What runs afterwards is in
-// drivers.ata.queue.
+// The driver for PCI IDE controllers with bus-master DMA [BMIDE, PCI-IDE 1.0]: matching, attaching, announcing. What
+// runs afterwards is in drivers.ata.queue.
 //
-// Attaching looks before it touches: a channel none of whose disks is offered is left alone, and so is one whose bus floats. A device that shows
-// itself ready and answers IDENTIFY DEVICE is not reset, for a reset costs milliseconds and the firmware has done it; one that hangs or gives
-// nonsense is reset once and asked again.
+// Attaching looks before it touches: a channel none of whose disks is offered is left alone, and so is one whose bus
+// floats. A device that shows itself ready and answers IDENTIFY DEVICE is not reset, for a reset costs milliseconds and
+// the firmware has done it; one that hangs or gives nonsense is reset once and asked again.
 module;
 #include "core/try.hpp"
 export module drivers.ata;
@@ -29,13 +29,15 @@ export namespace fl::drivers::ata {
 /// Mass storage, IDE, whatever the programming interface says about native mode [PCI-IDE §2].
 inline constexpr pci::Match ids[] = {{.class_code = 0x01, .subclass = 0x01}};
 
-/// Whether a channel of the controller is at the fixed ports and interrupts of compatibility mode [PCI-IDE §2.1]. A machine has one such
-/// controller: its disks are hda to hdd, and what a hypervisor pairs synthetic disks with.
+/// Whether a channel of the controller is at the fixed ports and interrupts of compatibility mode [PCI-IDE §2.1]. A
+/// machine has one such controller: its disks are hda to hdd, and what a hypervisor pairs synthetic disks with.
 constexpr bool is_legacy(const pci::Device& device) { return (device.prog_if & 5) != 5; }
 
-/// Where the two channels of a controller are, from its programming interface and base address registers [PCI-IDE §2.2, BMIDE §2].
+/// Where the two channels of a controller are, from its programming interface and base address registers [PCI-IDE §2.2,
+/// BMIDE §2].
 struct ControllerPorts {
-    std::array<ChannelPorts, 2> channels{}; // command 0: the channel is in native mode and has no ports: it is switched off
+    // command 0: the channel is in native mode and has no ports: it is switched off
+    std::array<ChannelPorts, 2> channels{};
     std::array<InterruptLine, 2> lines{};
 };
 /// Enables I/O decoding and bus mastering. Errors: no bus-master registers, or none that anybody has given an address.
@@ -53,12 +55,13 @@ void report_failed(DiskSink& disks, u32 number, std::string_view what, const Err
 /// What was found at a unit.
 enum class Found : u8 { nothing, disk, packet_device };
 
-/// Talks to a channel's devices before it has a queue: presence, IDENTIFY, transfer mode. Polls; every wait is bounded and sleeps in the
-/// executor, the first look is taken at once.
+/// Talks to a channel's devices before it has a queue: presence, IDENTIFY, transfer mode. Polls; every wait is bounded
+/// and sleeps in the executor, the first look is taken at once.
 template <PortAccess P>
 class Prober {
   public:
-    Prober(io::Executor& executor, Channel<P>& channel, Nanoseconds timeout) : executor_(executor), channel_(channel), timeout_(timeout) {}
+    Prober(io::Executor& executor, Channel<P>& channel, Nanoseconds timeout)
+        : executor_(executor), channel_(channel), timeout_(timeout) {}
 
     /// False: nobody drives this bus.
     bool driven() { return !channel_.registers().status().floating(); }
@@ -66,7 +69,8 @@ class Prober {
     io::Task<Result<void>> reset();
     /// Looks at a unit; the data is valid for Found::disk. Finds out, on the way, whether words work.
     io::Task<Result<Found>> identify(u8 unit, IdentifyData& data);
-    /// Whether device 0 is what answered as device 1, too: it is, when a setting of the one is seen in the other. `first`: device 0's data.
+    /// Whether device 0 is what answered as device 1, too: it is, when a setting of the one is seen in the other.
+    /// `first`: device 0's data.
     io::Task<Result<bool>> one_device(IdentifyData& first);
     /// Selects the disk's best multiword mode, for a disk that has none selected.
     io::Task<Result<void>> select_mode(u8 unit, DriveInfo& info);
@@ -84,7 +88,8 @@ class Prober {
     bool try_words_ = true; // until a device hangs
 };
 
-/// One controller with its two channels. Its disks hold on to it: it lives until the machine ends, or at least until nobody uses them.
+/// One controller with its two channels. Its disks hold on to it: it lives until the machine ends, or at least until
+/// nobody uses them.
 template <PortAccess P>
 class Controller {
   public:
@@ -92,8 +97,8 @@ class Controller {
     Controller(const Controller&) = delete;
     Controller& operator=(const Controller&) = delete;
 
-    /// Finds and announces the disks; `first_disk` is the number of the primary master. A channel that does not work is reported in the log, and
-    /// the other one is tried; no disk at all is no error.
+    /// Finds and announces the disks; `first_disk` is the number of the primary master. A channel that does not work is
+    /// reported in the log, and the other one is tried; no disk at all is no error.
     io::Task<Result<void>> attach(pci::Device device, u32 first_disk = 0);
     /// Disks that were announced.
     u32 disks() const { return count_; }
@@ -111,7 +116,9 @@ class Controller {
     void unused(u32 number, std::string_view what, Unused why, std::string_view reason = {}) {
         report_unused(environment_.disks, number, what, why, reason);
     }
-    void failed(u32 number, std::string_view what, const Error& error) { report_failed(environment_.disks, number, what, error); }
+    void failed(u32 number, std::string_view what, const Error& error) {
+        report_failed(environment_.disks, number, what, error);
+    }
 
     Environment environment_; // its disk sink is used while attaching, not later
     P ports_;
@@ -134,9 +141,10 @@ io::Task<Result<void>> probe(Environment& environment, pci::Device device, P por
     co_return result;
 }
 
-// --- Prober ----------------------------------------------------------------------------------------------------------------------------------
+// ---- Prober ----
 
-/// Waits until the selected device is not busy. The 400 ns before the status counts are a read of the alternate status [ATA-7 §9.4].
+/// Waits until the selected device is not busy. The 400 ns before the status counts are a read of the alternate status
+/// [ATA-7 §9.4].
 template <PortAccess P>
 io::Task<Result<Status>> Prober<P>::settle(Nanoseconds length) {
     static_cast<void>(channel_.registers().alternate_status());
@@ -167,7 +175,8 @@ io::Task<Result<void>> Prober<P>::reset() {
     co_return Result<void>{};
 }
 
-/// Whether count and LBA registers keep what is written: that is how a device, and a bus that splits words, show themselves.
+/// Whether count and LBA registers keep what is written: that is how a device, and a bus that splits words, show
+/// themselves.
 template <PortAccess P>
 bool Prober<P>::keeps(bool words, u8 a, u8 b, u8 c, u8 d) {
     auto& r = channel_.registers();
@@ -194,15 +203,17 @@ io::Task<Result<Found>> Prober<P>::identify(u8 unit, IdentifyData& data) {
         co_return Found::nothing;
     }
     if (selected.data_request()) {
-        co_return Error{Code::protocol, "the IDE device wants to transfer data though nobody asked (DRQ)", 0, selected.raw};
+        co_return Error{Code::protocol, "the IDE device wants to transfer data though nobody asked (DRQ)", 0,
+                        selected.raw};
     }
-    // Bytes first set, then words over them, then the other way round with the complement: only what writes both registers passes.
+    // Bytes first set, then words over them, then the other way round with the complement: only what writes both
+    // registers passes.
     const bool bytes = keeps(false, 0x55, 0xaa, 0x33, 0xcc);
     if (!bytes) {
         co_return Found::nothing; // registers that keep nothing are no device's
     }
-    const bool words =
-        try_words_ && keeps(true, 0xa6, 0x59, 0xc3, 0x3c) && keeps(false, 0x59, 0xa6, 0x3c, 0xc3) && keeps(true, 0x12, 0xed, 0x84, 0x7b);
+    const bool words = try_words_ && keeps(true, 0xa6, 0x59, 0xc3, 0x3c) && keeps(false, 0x59, 0xa6, 0x3c, 0xc3) &&
+                       keeps(true, 0x12, 0xed, 0x84, 0x7b);
     channel_.set_words(words);
     auto found = co_await ask(unit, data);
     const bool hangs = !found && found.error().code == Code::timed_out; // then nothing may be written before a reset
@@ -224,15 +235,16 @@ io::Task<Result<Found>> Prober<P>::ask(u8 unit, IdentifyData& data) {
             co_return Found::packet_device;
         }
         if (!status.device_fault() && ErrorRegister{r.read(Register::error)}.aborted()) {
-            // A disk must answer this command and a packet device the other one [ACS §4.2, §4.3]: what refuses both is no device. So QEMU
-            // answers for a master that is not there when there is a slave.
+            // A disk must answer this command and a packet device the other one [ACS §4.2, §4.3]: what refuses both is
+            // no device. So QEMU answers for a master that is not there when there is a slave.
             channel_.issue(unit, Command::identify_packet_device);
             CO_TRY(const Status other, co_await settle(timeout_));
             if (other.data_request()) {
                 r.read_data(data.words);
                 co_return Found::packet_device;
             }
-            if (other.raw == 0 || other.floating() || (other.error() && ErrorRegister{r.read(Register::error)}.aborted())) {
+            if (other.raw == 0 || other.floating() ||
+                (other.error() && ErrorRegister{r.read(Register::error)}.aborted())) {
                 co_return Found::nothing;
             }
         }
@@ -254,7 +266,8 @@ io::Task<Result<Found>> Prober<P>::ask(u8 unit, IdentifyData& data) {
 
 template <PortAccess P>
 io::Task<Result<bool>> Prober<P>::one_device(IdentifyData& first) {
-    // The number of sectors of READ MULTIPLE: nothing here uses it, and each device has its own (word 59; bit 8: it is valid).
+    // The number of sectors of READ MULTIPLE: nothing here uses it, and each device has its own (word 59; bit 8: it is
+    // valid).
     auto& r = channel_.registers();
     const u8 count = (first.words[59] & 0xff) == 2 ? 4 : 2;
     r.write(Register::device, device_register(1));
@@ -284,7 +297,7 @@ io::Task<Result<void>> Prober<P>::select_mode(u8 unit, DriveInfo& info) {
     co_return Result<void>{};
 }
 
-// --- Controller ------------------------------------------------------------------------------------------------------------------------------
+// ---- Controller ----
 
 template <PortAccess P>
 io::Task<Result<void>> Controller<P>::attach(pci::Device device, u32 first_disk) {
@@ -305,7 +318,8 @@ io::Task<Result<void>> Controller<P>::attach(pci::Device device, u32 first_disk)
             continue;
         }
         if (ports.channels[c].command == 0) {
-            log::info("ata: the {} channel has no I/O ports (BAR 0 to 3): it is switched off", c == 0 ? "primary" : "secondary");
+            log::info("ata: the {} channel has no I/O ports (BAR 0 to 3): it is switched off",
+                      c == 0 ? "primary" : "secondary");
             continue;
         }
         auto attached = co_await attach_channel(channels_[c], ports.channels[c], ports.lines[c], first_disk + 2 * c);
@@ -332,7 +346,8 @@ io::Task<Result<void>> Controller<P>::attach_channel(Slot& slot, ChannelPorts at
     channel.initialise_engine();
     if (at.bus_master % 16 != 0 && channel.registers().bus_status().simplex() && channels_[0].queue) {
         slot.queue.reset();
-        co_return Error{Code::not_supported, "the controller transfers on one channel at a time (simplex): the secondary one is not used"};
+        co_return Error{Code::not_supported,
+                        "the controller transfers on one channel at a time (simplex): the secondary one is not used"};
     }
 
     Prober<P> prober(environment_.executor, channel, environment_.timeout);
@@ -398,14 +413,16 @@ io::Task<Result<bool>> Controller<P>::examine(Slot& slot, Prober<P>& prober, u8 
         co_return found.error();
     }
     if (*found == Found::packet_device) {
-        unused(number, "ATAPI device", Unused::not_a_disk, "no driver for CD drives and other ATAPI devices in this build");
+        unused(number, "ATAPI device", Unused::not_a_disk,
+               "no driver for CD drives and other ATAPI devices in this build");
     }
     if (*found != Found::disk) {
         co_return false;
     }
     slot.identities[unit].emplace(data);
     if (unit == 1 && slot.identities[0] && slot.identities[0]->same(*slot.identities[1])) {
-        // Some controllers in front of SATA disks do not look at the device bit; and two disks may have been given one serial number.
+        // Some controllers in front of SATA disks do not look at the device bit; and two disks may have been given one
+        // serial number.
         IdentifyData first = data;
         CO_TRY(const bool one, co_await prober.one_device(first));
         if (one) {

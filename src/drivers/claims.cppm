@@ -1,6 +1,7 @@
-// The same disk never attaches twice. A machine's disk can be reached as an emulated one and as a synthetic one; both drivers name it by the
-// same slot, and whoever attaches first, in the plan's order, has it. A driver asks offered() before it touches the device and says attached()
-// once it works; what fails to attach is not claimed, so that the other driver still gets it.
+// The same disk never attaches twice. A machine's disk can be reached as an emulated one and as a synthetic one; both
+// drivers name it by the same slot, and whoever attaches first, in the plan's order, has it. A driver asks offered()
+// before it touches the device and says attached() once it works; what fails to attach is not claimed, so that the
+// other driver still gets it.
 export module drivers.claims;
 import core.std;
 import core.result;
@@ -16,8 +17,8 @@ constexpr std::string_view name(SlotKind kind) {
     return names[to_underlying(kind)];
 }
 
-/// A device of the machine, however it is reached. Disk 0 is the primary master and what a hypervisor pairs with it (Xen: xvda, hda), disk 1 the
-/// primary slave, disk 2 the secondary master, disk 3 the secondary slave.
+/// A device of the machine, however it is reached. Disk 0 is the primary master and what a hypervisor pairs with it
+/// (Xen: xvda, hda), disk 1 the primary slave, disk 2 the secondary master, disk 3 the secondary slave.
 struct Slot {
     SlotKind kind = SlotKind::disk;
     u32 index = 0;
@@ -34,7 +35,8 @@ class Claims {
 
     /// Whether `driver` may look at the device in that slot: nobody has it, or the plan lets both attach.
     bool offered(std::string_view driver, Slot slot) const;
-    /// `driver` has attached it. Error{busy}: it was not offered, or the driver has it already; Error{exhausted}: no memory.
+    /// `driver` has attached it. Error{busy}: it was not offered, or the driver has it already; Error{exhausted}: no
+    /// memory.
     Result<void> attached(std::string_view driver, Slot slot);
     /// The device is gone, or its driver gave it up: the slot is free again. Returns whether it was held.
     bool released(std::string_view driver, Slot slot);

@@ -1,5 +1,6 @@
-// What a driver is given and what it gives back. A driver is a folder: protocol (wire structs, constexpr), channel or queue (the ring, no
-// policy), the driver itself (probe, submit, complete). It knows its device and nothing of hypervisors or of other drivers.
+// What a driver is given and what it gives back. A driver is a folder: protocol (wire structs, constexpr), channel or
+// queue (the ring, no policy), the driver itself (probe, submit, complete). It knows its device and nothing of
+// hypervisors or of other drivers.
 export module drivers.driver;
 import core.std;
 import core.result;
@@ -27,7 +28,8 @@ enum class Unused : u8 {
     no_room,    // a table of this kernel's is full
 };
 constexpr std::string_view name(Unused why) {
-    constexpr std::array<std::string_view, 7> names{"no driver", "taken", "unplugged", "not a disk", "empty", "failed", "no room"};
+    constexpr std::array<std::string_view, 7> names{"no driver", "taken",  "unplugged", "not a disk",
+                                                    "empty",     "failed", "no room"};
     return names[to_underlying(why)];
 }
 
@@ -57,20 +59,21 @@ struct UnusedUnit {
     std::string_view address; // as the driver calls it: "hdb", "LUN 3 of …"
     std::string_view what;    // "CD drive", "SCSI disk"
     Unused why = Unused::failed;
-    std::string_view reason;  // for people; empty with `taken`: the driver that has the disk is named
+    std::string_view reason; // for people; empty with `taken`: the driver that has the disk is named
     u32 disk_number = ~u32{0};
 };
 
-/// Where drivers announce disks. A disk number says which disk of the machine it is, whichever driver shows it: primary master is 0, primary
-/// slave 1, secondary master 2, and so on; a synthetic disk's bus says which number its emulated twin would have. Disks without a twin use
-/// `no_twin`.
+/// Where drivers announce disks. A disk number says which disk of the machine it is, whichever driver shows it: primary
+/// master is 0, primary slave 1, secondary master 2, and so on; a synthetic disk's bus says which number its emulated
+/// twin would have. Disks without a twin use `no_twin`.
 class DiskSink {
   public:
     static constexpr u32 no_twin = ~u32{0};
-    /// Whether a driver may touch this disk at all: false when another driver has it already, or the table withholds it. Ask before the first
-    /// access.
+    /// Whether a driver may touch this disk at all: false when another driver has it already, or the table withholds
+    /// it. Ask before the first access.
     virtual bool offered(u32 disk_number) = 0;
-    /// The disk is ready; it lives until the machine ends. Error{busy}: another driver attached the same disk first; the driver lets go of it.
+    /// The disk is ready; it lives until the machine ends. Error{busy}: another driver attached the same disk first;
+    /// the driver lets go of it.
     virtual Result<void> announce(io::BlockDevice& disk, u32 disk_number) = 0;
     /// Once for each unit that is not driven. `failed` and `no_room` make the kernel's verdict an ERROR.
     virtual void unused(const UnusedUnit& unit) { static_cast<void>(unit); }
@@ -89,8 +92,8 @@ struct Environment {
     DiskSink& disks;
     Nanoseconds timeout = 5'000'000'000; // bound of every wait for the other side, and of one request
     u32 withheld_features = 0;           // Feature bits
-    /// One executor per processor that runs, index = processor, the first one is `executor`; empty: there is one processor. Work gets to another
-    /// one through Executor::post or io::run_on.
+    /// One executor per processor that runs, index = processor, the first one is `executor`; empty: there is one
+    /// processor. Work gets to another one through Executor::post or io::run_on.
     std::span<io::Executor* const> executors{};
     /// Where a driver says that somebody asks for an orderly end; nullptr: nobody would listen.
     io::Shutdown* shutdown = nullptr;

@@ -40,7 +40,8 @@ Result<void> Device::take_all() {
 }
 
 io::Task<Result<void>> Device::connect(Offer offer) {
-    CO_CHECK(co_await bus_.open(channel_, offer, {.send_bytes = ring_bytes, .receive_bytes = ring_bytes, .may_defer = false}));
+    CO_CHECK(co_await bus_.open(channel_, offer,
+                                {.send_bytes = ring_bytes, .receive_bytes = ring_bytes, .may_defer = false}));
     inbox_.emplace(channel_, environment_.executor);
     Result<void> result = balloon_.begin();
     const io::Bound bound(environment_.executor, environment_.timeout);
@@ -69,7 +70,8 @@ io::Task<Result<void>> Device::connect(Offer offer) {
 io::Task<Result<void>> Device::serve() {
     Result<void> result;
     while (result && !channel_.rescinded()) {
-        const bool looked = balloon_.reports_wanted() ? co_await inbox_->wait({environment_.executor, report_interval}) : co_await inbox_->wait();
+        const bool looked = balloon_.reports_wanted() ? co_await inbox_->wait({environment_.executor, report_interval})
+                                                      : co_await inbox_->wait();
         result = looked ? take_all() : balloon_.report();
         if (!result && result.error().code == Code::exhausted) {
             result = {}; // no room for a report: the next one will do
@@ -100,7 +102,8 @@ io::Task<Result<Device*>> attach(Environment& environment, Vmbus& bus, Offer off
     co_return device;
 }
 
-io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device, const Memory& memory) {
+io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device,
+                             const Memory& memory) {
     const auto offer = bus.vmbus().find(device.number);
     if (!offer) {
         co_return Error{Code::device_gone, "the balloon's channel is gone already"};

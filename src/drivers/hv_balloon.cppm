@@ -1,4 +1,5 @@
-// Hyper-V's dynamic memory as a channel [hv-dm]; QEMU's hv-balloon is a peer too. What is said is drivers.hv_balloon.balloon's.
+// Hyper-V's dynamic memory as a channel [hv-dm]; QEMU's hv-balloon is a peer too. What is said is
+// drivers.hv_balloon.balloon's.
 export module drivers.hv_balloon;
 import core.std;
 import core.result;
@@ -45,8 +46,10 @@ class Device final : private Link {
     io::TaskGroup keeper_; // ends before what it uses
 };
 
-io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device, const Memory& memory);
+io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device,
+                             const Memory& memory);
 /// The same for a bus without its backend; the device stays, and is given.
-io::Task<Result<Device*>> attach(Environment& environment, hv::hyperv::Vmbus& bus, hv::hyperv::Offer offer, const Memory& memory);
+io::Task<Result<Device*>> attach(Environment& environment, hv::hyperv::Vmbus& bus, hv::hyperv::Offer offer,
+                                 const Memory& memory);
 
 } // namespace fl::drivers::hv_balloon

@@ -18,7 +18,8 @@ using hv::hyperv::Offer;
 using hv::hyperv::Vmbus;
 
 io::Task<Result<void>> Utility::connect(Offer offer) {
-    CO_CHECK(co_await bus_.open(channel_, offer, {.send_bytes = ring_bytes, .receive_bytes = ring_bytes, .may_defer = false}));
+    CO_CHECK(co_await bus_.open(channel_, offer,
+                                {.send_bytes = ring_bytes, .receive_bytes = ring_bytes, .may_defer = false}));
     inbox_.emplace(channel_, environment_.executor);
     auto kept = keeper_.spawn(serve());
     if (!kept) { // the channel must not outlive us
@@ -46,10 +47,13 @@ io::Task<Result<void>> Utility::serve() {
                 continue; // an answer to something that we did not ask
             }
             const usize bytes = packet.payload.size();
-            std::memcpy(message_.data(), packet.payload.data(), bytes); // the channel's copy lasts only until the next packet
+            // the channel's copy lasts only until the next packet
+            std::memcpy(message_.data(), packet.payload.data(), bytes);
             const std::span<std::byte> message = std::span(message_).first(bytes);
             const auto ends = take(message, packet.transaction);
-            result = !ends ? Result<void>(ends.error()) : *ends ? co_await shut_down(message, packet.transaction) : Result<void>{};
+            result = !ends   ? Result<void>(ends.error())
+                     : *ends ? co_await shut_down(message, packet.transaction)
+                             : Result<void>{};
             if (!result) {
                 break;
             }
@@ -65,14 +69,15 @@ io::Task<Result<void>> Utility::serve() {
     co_return co_await bus_.close(channel_);
 }
 
-// A message that is answered at once has its answer. True: the host asks for a shutdown, which takes its time. No coroutine: heartbeats come all
-// the time, and nothing is allocated for them.
+// A message that is answered at once has its answer. True: the host asks for a shutdown, which takes its time. No
+// coroutine: heartbeats come all the time, and nothing is allocated for them.
 Result<bool> Utility::take(std::span<std::byte> message, u64 transaction) {
     const bool negotiated = service_.negotiated();
     TRY(const Service::Action action, service_.answer(message));
     if (!negotiated && service_.negotiated()) {
         log::info("hv_util: {}: framework {}.{}, version {}.{}", service_.kind(), service_.framework_version().major,
-                  service_.framework_version().minor, service_.message_version().major, service_.message_version().minor);
+                  service_.framework_version().minor, service_.message_version().major,
+                  service_.message_version().minor);
     }
     if (action == Service::Action::set_clock) {
         set_clock();
@@ -93,7 +98,8 @@ io::Task<Result<void>> Utility::shut_down(std::span<std::byte> message, u64 tran
         Service::refuse(message);
         co_return reply(message, transaction);
     }
-    const bool good = co_await shutdown->rested({environment_.executor, 4 * environment_.timeout}) && shutdown->at_rest();
+    const bool good =
+        co_await shutdown->rested({environment_.executor, 4 * environment_.timeout}) && shutdown->at_rest();
     if (!good) {
         Service::refuse(message);
     }
@@ -121,15 +127,18 @@ void Utility::set_clock() {
     set_wall_clock(now, host);
     if (!std::exchange(clock_told_, true)) {
         const CivilTime t = civil_time(host);
-        log::info("hv_util: the host's time is {}-{:02}-{:02} {:02}:{:02}:{:02} UTC", t.year, t.month, t.day, t.hour, t.minute, t.second);
+        log::info("hv_util: the host's time is {}-{:02}-{:02} {:02}:{:02}:{:02} UTC", t.year, t.month, t.day, t.hour,
+                  t.minute, t.second);
     }
     if (ours && !std::exchange(difference_told_, true)) {
         const bool behind = host > *ours;
-        log::info("hv_util: the clock was {} us {} the host's", (behind ? host - *ours : *ours - host) / 1000, behind ? "behind" : "before");
+        log::info("hv_util: the clock was {} us {} the host's", (behind ? host - *ours : *ours - host) / 1000,
+                  behind ? "behind" : "before");
     }
 }
 
-io::Task<Result<Utility*>> attach(Environment& environment, Vmbus& bus, Offer offer, const hv::hyperv::ReferenceClock* reference) {
+io::Task<Result<Utility*>> attach(Environment& environment, Vmbus& bus, Offer offer,
+                                  const hv::hyperv::ReferenceClock* reference) {
     std::optional<Kind> kind;
     for (const Kind k : {Kind::shutdown, Kind::heartbeat, Kind::time_sync}) {
         if (offer.type.text() == class_of(k)) {

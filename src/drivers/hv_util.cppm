@@ -1,4 +1,5 @@
-// Hyper-V's integration services as channels [hv-ic]: shutdown, heartbeat, time synchronisation. What is said is drivers.hv_util.service's.
+// Hyper-V's integration services as channels [hv-ic]: shutdown, heartbeat, time synchronisation. What is said is
+// drivers.hv_util.service's.
 export module drivers.hv_util;
 import core.std;
 import core.result;
@@ -51,8 +52,8 @@ class Utility {
 
 /// Opens the channel of one service. The device's type says which.
 io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device);
-/// The same for a bus without its backend; the service stays, and is given. `reference`: what a time that the host sends is brought up to date
-/// with, if anything.
+/// The same for a bus without its backend; the service stays, and is given. `reference`: what a time that the host
+/// sends is brought up to date with, if anything.
 io::Task<Result<Utility*>> attach(Environment& environment, hv::hyperv::Vmbus& bus, hv::hyperv::Offer offer,
                                   const hv::hyperv::ReferenceClock* reference = nullptr);
 

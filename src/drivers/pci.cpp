@@ -41,7 +41,8 @@ Result<Bar> Device::bar(u8 index) const {
     }
     const u32 high = is_wide ? config->read32(at, static_cast<u8>(offset + 4)) : 0;
 
-    // All ones in, the bits that stick are the address bits. Decoding is off meanwhile, or the device would answer at the top of the space.
+    // All ones in, the bits that stick are the address bits. Decoding is off meanwhile, or the device would answer at
+    // the top of the space.
     const Command before = command();
     const u16 decoding = Command::io_space | Command::memory_space;
     change_command(0, decoding);
@@ -110,8 +111,10 @@ std::optional<Device> look_up(Config& config, Address at) {
 
 void Walk::function(const Device& device) {
     ++functions_;
-    if (device.header_type == header_bridge && device.class_code == class_bridge && device.subclass == subclass_pci_bridge) {
-        known_.add(static_cast<u8>(device.read32(Field::bridge_buses) >> 8)); // 0, an unconfigured bridge, is walked already
+    if (device.header_type == header_bridge && device.class_code == class_bridge &&
+        device.subclass == subclass_pci_bridge) {
+        // 0, an unconfigured bridge, is walked already
+        known_.add(static_cast<u8>(device.read32(Field::bridge_buses) >> 8));
     }
     if (device.class_code == class_bridge && device.subclass == subclass_host_bridge && device.at != Address{}) {
         more_host_bridges_ = true;
@@ -141,7 +144,8 @@ void Walk::bus(u8 number) {
 
 void Walk::tree(u8 root) {
     known_.add(root);
-    for (bool more = true; more;) { // a bridge may lead to a lower number: until a round finds nothing new, 256 buses at most
+    // a bridge may lead to a lower number: until a round finds nothing new, 256 buses at most
+    for (bool more = true; more;) {
         more = false;
         for (u32 n = 0; n < 256; ++n) {
             const auto number = static_cast<u8>(n);
@@ -177,7 +181,8 @@ u32 enumerate(Config& config, Walk::Found found, void* context, u8 first, std::o
     }
     // A host bridge that ignores the bus number would show everything again on every bus.
     const u32 identity = config.read32({first, 0, 0}, offset_of(Field::identity));
-    if (roots.others && (first == roots.last || config.read32({roots.last, 0, 0}, offset_of(Field::identity)) != identity)) {
+    if (roots.others &&
+        (first == roots.last || config.read32({roots.last, 0, 0}, offset_of(Field::identity)) != identity)) {
         walk.rest(roots.first, roots.last);
     }
     return walk.functions();

@@ -1,11 +1,14 @@
-// The PCI bus: configuration space, a bounded walk over all functions, base address registers, capabilities, and the data that a driver is
-// matched by. Portable; drivers.machine.pci has the two ways to reach configuration space, tests have a fake.
+// The PCI bus: configuration space, a bounded walk over all functions, base address registers, capabilities, and the
+// data that a driver is matched by. Portable; drivers.machine.pci has the two ways to reach configuration space, tests
+// have a fake.
 //
-// A machine has a root bus for each host bridge. Bus 0 is always one; the others are found in this order, cheapest first:
-//   1. No function of class host bridge beside 00:00.0, and no MCFG table (a PC of the conventional kind): there is no other root.
-//   2. The bus numbers that ACPI gives (_BBN, core.acpi): 32 reads a bus. QEMU's pxb and pxb-pcie show a host bridge function and have a _BBN.
-//   3. No ACPI, or a host bridge whose _BBN is computed: every bus that no bridge leads to, 32 reads each, 8160 at most. A read costs two exits
-//      where the ports are emulated, so this is not done without a reason.
+// A machine has a root bus for each host bridge. Bus 0 is always one; the others are found in this order, cheapest
+// first:
+//   1. No function of class host bridge beside 00:00.0, and no MCFG table (a conventional PC): there is no other root.
+//   2. The bus numbers that ACPI gives (_BBN, core.acpi): 32 reads a bus. QEMU's pxb and pxb-pcie show a host bridge
+//      function and have a _BBN.
+//   3. No ACPI, or a host bridge whose _BBN is computed: every bus that no bridge leads to: 32 reads each, 8160 in all.
+//      A read costs two exits where the ports are emulated, so this is the last resort.
 export module drivers.pci;
 import core.std;
 import core.result;
@@ -21,8 +24,8 @@ struct Address {
     friend constexpr bool operator==(const Address&, const Address&) = default;
 };
 
-/// Configuration space, 256 bytes a function, little endian. Offsets are aligned to the access. A function that is not there reads as all ones
-/// and ignores writes.
+/// Configuration space, 256 bytes a function, little endian. Offsets are aligned to the access. A function that is not
+/// there reads as all ones and ignores writes.
 template <class C>
 concept ConfigAccess = requires(C& config, Address at, u8 offset, u32 value32, u16 value16) {
     { config.read32(at, offset) } -> std::same_as<u32>;
@@ -42,14 +45,16 @@ class Config {
 };
 static_assert(ConfigAccess<Config>);
 
-/// The address register of configuration mechanism #1 at port 0xcf8 [PCI-3.0 §3.2.2.3.2]: enable, bus, device, function, dword.
+/// The address register of configuration mechanism #1 at port 0xcf8 [PCI-3.0 §3.2.2.3.2]: enable, bus, device,
+/// function, dword.
 class MechanismOneAddress {
   public:
     static constexpr u16 address_port = 0xcf8;
     static constexpr u16 data_port = 0xcfc;
 
     constexpr MechanismOneAddress(Address at, u8 offset)
-        : value_(u32{1} << 31 | u32{at.bus} << 16 | (at.device & u32{31}) << 11 | (at.function & u32{7}) << 8 | (offset & u32{0xfc})) {}
+        : value_(u32{1} << 31 | u32{at.bus} << 16 | (at.device & u32{31}) << 11 | (at.function & u32{7}) << 8 |
+                 (offset & u32{0xfc})) {}
     constexpr u32 value() const { return value_; }
 
   private:
@@ -111,8 +116,9 @@ struct Device {
     Command command() const { return {static_cast<u16>(read32(Field::command))}; }
     /// Sets and clears bits of the command register; a register that has them already is not written.
     void change_command(u16 set, u16 clear = 0) const;
-    /// Reads and sizes BAR `index` (0 to 5). Decoding is off while the size is read, so do this before the device is in use.
-    /// Error{bad_argument}: no such register in this header; Error{protocol}: a type, or a size, that does not exist.
+    /// Reads and sizes BAR `index` (0 to 5). Decoding is off while the size is read, so do this before the device is in
+    /// use. Error{bad_argument}: no such register in this header; Error{protocol}: a type, or a size, that does not
+    /// exist.
     Result<Bar> bar(u8 index) const;
     /// Offset of the first capability with this id; nothing when there is none. Bounded: a list with a loop ends.
     std::optional<u8> capability(CapabilityId id) const;
@@ -129,8 +135,8 @@ struct Match {
 
     constexpr bool matches(const Device& d) const {
         const auto fits = [](u32 wanted, u32 seen) { return wanted == any || wanted == seen; };
-        return fits(vendor, d.vendor) && fits(device, d.device) && fits(class_code, d.class_code) && fits(subclass, d.subclass) &&
-               fits(prog_if, d.prog_if);
+        return fits(vendor, d.vendor) && fits(device, d.device) && fits(class_code, d.class_code) &&
+               fits(subclass, d.subclass) && fits(prog_if, d.prog_if);
     }
 };
 constexpr bool matches(std::span<const Match> ids, const Device& device) {
@@ -147,8 +153,8 @@ struct BusSet {
     constexpr void add(u8 bus) { bits[bus / 64] |= u64{1} << bus % 64; }
 };
 
-/// A walk over the functions of one segment. Each bus is walked once, whatever the bridges claim; a bus costs at least 32 reads, one for
-/// function 0 of each device number.
+/// A walk over the functions of one segment. Each bus is walked once, whatever the bridges claim; a bus costs at least
+/// 32 reads, one for function 0 of each device number.
 class Walk {
   public:
     /// Called for every function, in order of discovery.
@@ -158,7 +164,8 @@ class Walk {
 
     /// A bus, and every bus that a bridge on the way leads to.
     void tree(u8 root);
-    /// All buses from `first` to `last` that were not walked yet: for machines where nobody says which of them are roots.
+    /// All buses from `first` to `last` that were not walked yet: for machines where nobody says which of them are
+    /// roots.
     void rest(u8 first, u8 last);
     /// Whether a host bridge was seen beside the one at 00:00.0: there may be root buses that no bridge leads to.
     bool more_host_bridges() const { return more_host_bridges_; }
@@ -180,15 +187,17 @@ class Walk {
 
 /// What the firmware says about the root buses of a segment.
 struct Roots {
-    BusSet buses;          // whose number it gives
-    bool others = false;   // there are some whose number it does not give
-    u8 first = 0;          // the buses that exist
+    BusSet buses;        // whose number it gives
+    bool others = false; // there are some whose number it does not give
+    u8 first = 0;        // the buses that exist
     u8 last = 255;
 };
 
-/// All functions of a segment: the tree of bus `first`, those of the other root buses, and all buses there are where nobody says which of them
-/// are roots. `ask` is called when there may be further roots, and may be nullptr or give nothing: nothing is known then. `always`: ask even
-/// where no second host bridge shows itself. Returns the number of functions.
-u32 enumerate(Config& config, Walk::Found found, void* context, u8 first = 0, std::optional<Roots> (*ask)() = nullptr, bool always = false);
+/// All functions of a segment: the tree of bus `first`, those of the other root buses, and all buses there are where
+/// nobody says which of them are roots. `ask` is called when there may be further roots, and may be nullptr or give
+/// nothing: nothing is known then. `always`: ask even where no second host bridge shows itself. Returns the number of
+/// functions.
+u32 enumerate(Config& config, Walk::Found found, void* context, u8 first = 0, std::optional<Roots> (*ask)() = nullptr,
+              bool always = false);
 
 } // namespace fl::drivers::pci

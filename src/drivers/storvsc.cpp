@@ -30,7 +30,8 @@ FixedText<16> disk_name(u32 number) {
     return name;
 }
 
-Controller::Controller(Environment& environment, Vmbus& bus) : environment_(environment), bus_(bus), news_(environment.executor), keeper_(environment.executor) {
+Controller::Controller(Environment& environment, Vmbus& bus)
+    : environment_(environment), bus_(bus), news_(environment.executor), keeper_(environment.executor) {
     shared_.notify = [](void* self) { static_cast<Controller*>(self)->news_.open(); };
     shared_.context = this;
 }
@@ -48,7 +49,7 @@ Controller::~Controller() {
     }
 }
 
-// ---- handshake -------------------------------------------------------------------------------------------------------------------------------
+// ---- handshake ----
 
 io::Task<Result<void>> Controller::open_lane(u32 index, Offer offer) {
     io::Executor& executor = index == 0 ? environment_.executor : *environment_.executors[index];
@@ -63,7 +64,8 @@ io::Task<Result<void>> Controller::open_lane(u32 index, Offer offer) {
     }
     lane->parameters = std::move(*parameters);
     lane->channel.on_rescind([](void* self) { static_cast<Controller*>(self)->news_.open(); }, this);
-    const auto opened = co_await bus_.open(lane->channel, offer, {.send_bytes = send_bytes, .receive_bytes = receive_bytes, .cpu = index});
+    const auto opened = co_await bus_.open(lane->channel, offer,
+                                           {.send_bytes = send_bytes, .receive_bytes = receive_bytes, .cpu = index});
     if (!opened) {
         delete lane;
         co_return opened.error();
@@ -133,8 +135,9 @@ io::Task<Result<void>> Controller::agree_on_version() {
         }
         log::info("storvsc: version {} is refused (status {:#x})", version, exchange.packet.header.status);
     }
-    co_return Error{Code::not_supported,
-                    "the host refuses every version of the storage protocol that this driver knows (6.2, 6.0, 5.1, 4.2, 2.0)"};
+    co_return Error{
+        Code::not_supported,
+        "the host refuses every version of the storage protocol that this driver knows (6.2, 6.0, 5.1, 4.2, 2.0)"};
 }
 
 io::Task<Result<ChannelProperties>> Controller::read_properties() {
@@ -156,18 +159,21 @@ io::Task<Result<void>> Controller::connect(const Offer& offer) {
         Exchange exchange(environment_.executor);
         CO_CHECK(co_await ask(exchange, Operation::begin_initialization));
         if (exchange.packet.header.status != 0) {
-            co_return Error{Code::io, "the host refuses BEGIN_INITIALIZATION (status)", 0, exchange.packet.header.status};
+            co_return Error{Code::io, "the host refuses BEGIN_INITIALIZATION (status)", 0,
+                            exchange.packet.header.status};
         }
     }
     CO_CHECK(co_await agree_on_version());
     CO_TRY(const ChannelProperties properties, co_await read_properties());
-    // The descriptor, the range, a page number for each page (and one more for a buffer that is not aligned), the packet, the trailer.
+    // The descriptor, the range, a page number for each page (and one more for a buffer that is not aligned), the
+    // packet, the trailer.
     const u32 around = 16 + 8 + 8 + 8 + static_cast<u32>(sizeof(Packet)) + 8;
     const u32 fits = (lanes_[0]->channel.send_capacity() / 2 - around) / 8 * static_cast<u32>(page_size);
     const u32 said = properties.max_transfer_bytes == 0 ? terms_.max_transfer : properties.max_transfer_bytes;
     terms_.max_transfer = align_down<u32>(std::min(said, fits), static_cast<u32>(page_size));
     if (terms_.max_transfer == 0) {
-        co_return Error{Code::protocol, "the host's largest transfer is smaller than a page (max_transfer_bytes)", page_size, said};
+        co_return Error{Code::protocol, "the host's largest transfer is smaller than a page (max_transfer_bytes)",
+                        page_size, said};
     }
     {
         Exchange exchange(environment_.executor);
@@ -178,15 +184,16 @@ io::Task<Result<void>> Controller::connect(const Offer& offer) {
     }
     lanes_[0]->queue.agree(terms_);
     if (auto further = co_await open_sub_channels(properties); !further) {
-        log::warning("storvsc: {} of {} processors have a channel: {}", lane_count_, std::max<usize>(environment_.executors.size(), 1),
-                     further.error());
+        log::warning("storvsc: {} of {} processors have a channel: {}", lane_count_,
+                     std::max<usize>(environment_.executors.size(), 1), further.error());
     }
     co_return Result<void>{};
 }
 
 // A further channel for each further processor, as many as the host lets us have.
 io::Task<Result<void>> Controller::open_sub_channels(ChannelProperties properties) {
-    const u32 processors = static_cast<u32>(std::min<usize>(std::max<usize>(environment_.executors.size(), 1), Disk::max_lanes));
+    const u32 processors =
+        static_cast<u32>(std::min<usize>(std::max<usize>(environment_.executors.size(), 1), Disk::max_lanes));
     if (terms_.version < Version::win8 || (properties.flags & properties_multi_channel) == 0 || processors == 1 ||
         properties.max_sub_channels == 0) {
         co_return Result<void>{};
@@ -207,7 +214,7 @@ io::Task<Result<void>> Controller::open_sub_channels(ChannelProperties propertie
     co_return Result<void>{};
 }
 
-// ---- units -----------------------------------------------------------------------------------------------------------------------------------
+// ---- units ----
 
 // A command that reads up to `bytes` into scratch_.
 io::Task<Result<Controller::Answer>> Controller::command_once(u8 lun, scsi::Cdb cdb, u32 bytes) {
@@ -241,7 +248,8 @@ io::Task<Result<Controller::Answer>> Controller::command_once(u8 lun, scsi::Cdb 
     }
     Answer answer{srb.scsi_status, srb_status_of(srb.srb_status), srb.data_transfer_length, std::nullopt};
     if ((srb.srb_status & srb_autosense_valid) != 0) {
-        answer.sense = scsi::parse_sense(std::span(srb.payload).first(std::min<usize>(srb.sense_info_length, sense_bytes(terms_.version))));
+        answer.sense = scsi::parse_sense(
+            std::span(srb.payload).first(std::min<usize>(srb.sense_info_length, sense_bytes(terms_.version))));
     }
     co_return answer;
 }
@@ -253,7 +261,8 @@ io::Task<Result<Controller::Answer>> Controller::command(u8 lun, scsi::Cdb cdb, 
         CO_TRY(const Answer answer, co_await command_once(lun, cdb, bytes));
         const bool attention = answer.sense && answer.sense->key == scsi::key_unit_attention;
         const bool busy = answer.scsi_status == scsi::status_busy || answer.scsi_status == scsi::status_task_set_full ||
-                          answer.srb_status == SrbStatus::busy || (answer.sense ? scsi::passes(*answer.sense) : was_flushed(answer.srb_status));
+                          answer.srb_status == SrbStatus::busy ||
+                          (answer.sense ? scsi::passes(*answer.sense) : was_flushed(answer.srb_status));
         if (i == attempts || (!attention && !busy)) {
             co_return answer;
         }
@@ -285,7 +294,8 @@ io::Task<Result<bool>> Controller::list_units(std::array<bool, max_units>& there
     });
     if (beyond != 0) {
         FixedText<96> reason;
-        print(reason, "{} units have numbers that a request to this host cannot name: this driver reaches LUN 0 to {}", beyond, max_units - 1);
+        print(reason, "{} units have numbers that a request to this host cannot name: this driver reaches LUN 0 to {}",
+              beyond, max_units - 1);
         unused(max_units - 1, "SCSI units above", Unused::no_room, reason);
     }
     if (!listed) {
@@ -325,8 +335,9 @@ io::Task<Result<void>> Controller::scan() {
             }
         }
     }
-    co_return lanes_[0]->queue.is_open() ? Result<void>{}
-                                         : Error{Code::device_gone, "the storage channel was closed while its units were asked"};
+    co_return lanes_[0]->queue.is_open()
+        ? Result<void>{}
+        : Error{Code::device_gone, "the storage channel was closed while its units were asked"};
 }
 
 void Controller::take_away(Unit& unit, std::string_view why) {
@@ -377,7 +388,8 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
         if (inquiry && inquiry->qualifier == 0 && !std::exchange(told_[lun], true)) {
             FixedText<64> what;
             print(what, "SCSI device of type {:#x} ({} {})", inquiry->device_type, inquiry->vendor, inquiry->product);
-            unused(lun, what, Unused::not_a_disk, "no driver for CD drives and other SCSI devices but disks in this build");
+            unused(lun, what, Unused::not_a_disk,
+                   "no driver for CD drives and other SCSI devices but disks in this build");
         }
         co_return no_disk;
     }
@@ -390,12 +402,14 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
         CO_CHECK(co_await read_caching(lun, caching));
         const bool same_size = now.blocks == disk.geometry().sectors && now.block_bytes == disk.geometry().sector_size;
         const bool same_model = model.view() == disk.identity().model.view();
-        if (same_size && same_model && caching.flush == disk.geometry().flush && caching.read_only == disk.geometry().read_only) {
+        if (same_size && same_model && caching.flush == disk.geometry().flush &&
+            caching.read_only == disk.geometry().read_only) {
             co_return Result<void>{};
         }
-        take_away(*unit, !same_size    ? "the host has changed the disk's size: it comes under a new name"
-                         : !same_model ? "the host has put another disk in its place: it comes under a new name"
-                                       : "the host has changed the disk's cache or write protection: it comes under a new name");
+        take_away(*unit, !same_size ? "the host has changed the disk's size: it comes under a new name"
+                         : !same_model
+                             ? "the host has put another disk in its place: it comes under a new name"
+                             : "the host has changed the disk's cache or write protection: it comes under a new name");
     }
     CO_TRY(answer, co_await command(lun, scsi::test_unit_ready(), 0));
     if (!answer.good() && answer.sense && answer.sense->asc == scsi::asc_no_medium) {
@@ -412,8 +426,10 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
     geometry.sectors = capacity.blocks;
     geometry.sector_size = capacity.block_bytes;
     geometry.physical_sector_size = std::min<u32>(capacity.block_bytes << capacity.physical_shift, 65536);
-    Disk::Unit which{
-        .target = ide_ ? ide_->target : u8{0}, .lun = lun, .max_transfer = terms_.max_transfer, .short_commands = capacity.short_form};
+    Disk::Unit which{.target = ide_ ? ide_->target : u8{0},
+                     .lun = lun,
+                     .max_transfer = terms_.max_transfer,
+                     .short_commands = capacity.short_form};
     CO_CHECK(co_await read_caching(lun, geometry));
     CO_CHECK(co_await read_limits(lun, capacity.thin, geometry, which));
 
@@ -422,13 +438,15 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
     identity.kind = io::Kind::synthetic;
     identity.name = disk_name(next_disk);
     identity.model = model;
-    print(identity.features, "{}{}{}version={} channels={} max-transfer={}", ide_ ? "ide " : "", geometry.flush ? "flush " : "",
-          geometry.discard ? "discard " : "", terms_.version, lane_count_, which.max_transfer);
+    print(identity.features, "{}{}{}version={} channels={} max-transfer={}", ide_ ? "ide " : "",
+          geometry.flush ? "flush " : "", geometry.discard ? "discard " : "", terms_.version, lane_count_,
+          which.max_transfer);
     co_return attach(which, geometry, identity);
 }
 
 io::Task<Result<scsi::Capacity>> Controller::read_capacity(u8 lun) {
-    CO_TRY(Answer answer, co_await command(lun, scsi::read_capacity_16(scsi::capacity_16_bytes), scsi::capacity_16_bytes));
+    CO_TRY(Answer answer,
+           co_await command(lun, scsi::read_capacity_16(scsi::capacity_16_bytes), scsi::capacity_16_bytes));
     if (answer.good()) {
         co_return scsi::parse_capacity_16(data(answer.bytes));
     }
@@ -438,7 +456,8 @@ io::Task<Result<scsi::Capacity>> Controller::read_capacity(u8 lun) {
     }
     CO_TRY(scsi::Capacity capacity, scsi::parse_capacity_10(data(answer.bytes)));
     if (capacity.beyond_32_bits) {
-        co_return Error{Code::not_supported, "the disk has more blocks than READ CAPACITY(10) can say, and refuses (16)"};
+        co_return Error{Code::not_supported,
+                        "the disk has more blocks than READ CAPACITY(10) can say, and refuses (16)"};
     }
     capacity.short_form = true;
     co_return capacity;
@@ -487,13 +506,15 @@ io::Task<Result<void>> Controller::read_limits(u8 lun, bool thin, io::Geometry& 
     co_return Result<void>{};
 }
 
-Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geometry, const io::BlockDevice::Identity& identity) {
+Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geometry,
+                                const io::BlockDevice::Identity& identity) {
     Unit* place = nullptr;
     const bool fresh = units_.size() < max_units;
     if (!fresh) { // the place of one that is gone. Its disks stay with whoever still knows them
         const auto at = std::ranges::find_if(units_, [](const Unit* u) { return u->gone; });
         if (at == units_.end()) {
-            return Error{Code::exhausted, "more units than a storage controller has room for", max_units, max_units + 1};
+            return Error{Code::exhausted, "more units than a storage controller has room for", max_units,
+                         max_units + 1};
         }
         place = *at;
     } else {
@@ -523,19 +544,21 @@ Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geom
             entry.disks[0]->add_lane(*entry.disks[i]);
         }
     }
-    if (auto announced = environment_.disks.announce(*entry.disks[0], ide_ ? ide_->disk_number() : DiskSink::no_twin); !announced) {
+    if (auto announced = environment_.disks.announce(*entry.disks[0], ide_ ? ide_->disk_number() : DiskSink::no_twin);
+        !announced) {
         undo();
         return announced;
     }
     for (u32 i = 0; i < lane_count_; ++i) {
-        entry.disks[i]->link(environment_.executor); // nobody else has run since: it comes before anything that is asked of the lane
+        // nobody else has run since: it comes before anything that is asked of the lane
+        entry.disks[i]->link(environment_.executor);
     }
     *place = entry;
     ++next_disk;
     return {};
 }
 
-// ---- afterwards ------------------------------------------------------------------------------------------------------------------------------
+// ---- afterwards ----
 
 Result<void> Controller::keep() { return keeper_.spawn(watch_over()); }
 
@@ -545,7 +568,8 @@ io::Task<Result<void>> Controller::watch_over() {
         Queue& queue = lanes_[0]->queue;
         for (u32 i = 0; i < lane_count_; ++i) {
             if (lanes_[i]->channel.rescinded()) {
-                queue.shut(io::Status::device_gone, {Code::device_gone, "the host has taken the storage controller away"});
+                queue.shut(io::Status::device_gone,
+                           {Code::device_gone, "the host has taken the storage controller away"});
                 if (ide_) {
                     environment_.disks.gone(ide_->disk_number());
                 }
@@ -568,8 +592,10 @@ io::Task<Result<void>> Controller::disconnect() {
         co_return Result<void>{};
     }
     lanes_[0]->queue.stop();
-    shared_.close_status.store(to_underlying(io::Status::device_gone), std::memory_order_relaxed); // ordered by the next line
-    shared_.closed.store(true, std::memory_order_release); // partner: the acquire in Queue::drain(), on the other processors
+    // ordered by the next line
+    shared_.close_status.store(to_underlying(io::Status::device_gone), std::memory_order_relaxed);
+    // partner: the acquire in Queue::drain(), on the other processors
+    shared_.closed.store(true, std::memory_order_release);
     const io::Bound bound(environment_.executor, environment_.timeout); // for all of them together
     Result<void> result;
     for (u32 i = lane_count_; i-- > 0;) { // the sub-channels first
@@ -604,12 +630,18 @@ io::Task<Result<void>> attach(Environment& environment, Vmbus& bus, Offer offer)
     if (offer.type.text() == ide_class) {
         ide = ide_path(offer.instance.text());
         if (!ide) {
-            environment.disks.unused({"vmbus", offer.instance.text(), "IDE accelerator", Unused::failed, "its instance names no IDE disk"});
+            environment.disks.unused(
+                {"vmbus", offer.instance.text(), "IDE accelerator", Unused::failed, "its instance names no IDE disk"});
             co_return Result<void>{};
         }
     }
     if (!environment.disks.offered(ide ? ide->disk_number() : DiskSink::no_twin)) {
-        environment.disks.unused({"vmbus", offer.instance.text(), "IDE accelerator", Unused::taken, {}, ide ? ide->disk_number() : DiskSink::no_twin});
+        environment.disks.unused({"vmbus",
+                                  offer.instance.text(),
+                                  "IDE accelerator",
+                                  Unused::taken,
+                                  {},
+                                  ide ? ide->disk_number() : DiskSink::no_twin});
         co_return Result<void>{};
     }
     auto* controller = new (std::nothrow) Controller(environment, bus);
@@ -619,8 +651,8 @@ io::Task<Result<void>> attach(Environment& environment, Vmbus& bus, Offer offer)
     controller->ide_ = ide;
     auto result = co_await controller->connect(offer);
     if (result) {
-        log::info("storvsc: {}: version {}, {} channels, transfers up to {} bytes", offer.instance.text(), controller->terms_.version,
-                  controller->lane_count_, controller->terms_.max_transfer);
+        log::info("storvsc: {}: version {}, {} channels, transfers up to {} bytes", offer.instance.text(),
+                  controller->terms_.version, controller->lane_count_, controller->terms_.max_transfer);
         result = co_await controller->scan();
     }
     if (result) {

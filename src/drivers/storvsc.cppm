@@ -1,9 +1,9 @@
-// The driver for Hyper-V's synthetic disks: SCSI controllers, and the accelerators of IDE disks, as VMBus channels [storvsc]. Matching, the
-// handshake, finding the units, announcing them, and what happens when the host adds or takes away something. The queue and the disks are
-// drivers.storvsc.disk's.
+// The driver for Hyper-V's synthetic disks: SCSI controllers, and the accelerators of IDE disks, as VMBus channels
+// [storvsc]. Matching, the handshake, finding the units, announcing them, and what happens when the host adds or takes
+// away something. The queue and the disks are drivers.storvsc.disk's.
 //
-// The handshake: BEGIN_INITIALIZATION → QUERY_PROTOCOL_VERSION, newest first → QUERY_PROPERTIES → END_INITIALIZATION → CREATE_SUB_CHANNELS,
-// where both sides have use for them; then the units are asked what they are.
+// The handshake: BEGIN_INITIALIZATION → QUERY_PROTOCOL_VERSION, newest first → QUERY_PROPERTIES → END_INITIALIZATION →
+// CREATE_SUB_CHANNELS, where both sides have use for them; then the units are asked what they are.
 export module drivers.storvsc;
 import core.std;
 import core.result;
@@ -35,11 +35,13 @@ constexpr bool matches(const hv::SyntheticDevice& device) {
 /// sda, sdb … sdz, sdaa …
 FixedText<16> disk_name(u32 number);
 
-/// One controller with its channels. Lives until the machine ends, once it has a disk. On the boot processor, but for its further queues.
+/// One controller with its channels. Lives until the machine ends, once it has a disk. On the boot processor, but for
+/// its further queues.
 class Controller {
   public:
-    static constexpr u32 max_units = 256;        // LUN 0 to 255 of target 0: what a request can name
-    static constexpr u32 most_usual_units = 64;  // Hyper-V's own hosts have so many: all that are asked when none are listed
+    static constexpr u32 max_units = 256; // LUN 0 to 255 of target 0: what a request can name
+    // Hyper-V's own hosts have so many: all that are asked when none are listed
+    static constexpr u32 most_usual_units = 64;
     static constexpr u32 send_bytes = 64 * 1024; // of packets in each channel's rings
     static constexpr u32 receive_bytes = 32 * 1024;
 
@@ -50,7 +52,8 @@ class Controller {
 
     /// Everything up to END_INITIALIZATION, and the sub-channels.
     io::Task<Result<void>> connect(const hv::hyperv::Offer& offer);
-    /// Finds units that are not known yet and announces them; those that are gone are closed. Units that fail are left out, with a line.
+    /// Finds units that are not known yet and announces them; those that are gone are closed. Units that fail are left
+    /// out, with a line.
     io::Task<Result<void>> scan();
     /// Starts to watch the host: hot add and remove, rescind, a rule that is broken.
     Result<void> keep();
@@ -84,7 +87,8 @@ class Controller {
         u32 bytes = 0; // moved
         std::optional<scsi::Sense> sense;
         bool good() const {
-            return scsi_status == scsi::status_good && (srb_status == SrbStatus::success || srb_status == SrbStatus::data_overrun);
+            return scsi_status == scsi::status_good &&
+                   (srb_status == SrbStatus::success || srb_status == SrbStatus::data_overrun);
         }
     };
 
@@ -101,12 +105,15 @@ class Controller {
     io::Task<Result<void>> read_caching(u8 lun, io::Geometry& geometry);
     io::Task<Result<void>> read_limits(u8 lun, bool thin, io::Geometry& geometry, Disk::Unit& unit);
     io::Task<Result<void>> watch_over();
-    Result<void> attach(const Disk::Unit& unit, const io::Geometry& geometry, const io::BlockDevice::Identity& identity);
+    Result<void> attach(const Disk::Unit& unit, const io::Geometry& geometry,
+                        const io::BlockDevice::Identity& identity);
     Unit* known(u8 lun);
     void unused(u8 lun, std::string_view what, Unused why, std::string_view reason);
     void failed(u8 lun, const Error& error);
     void take_away(Unit& unit, std::string_view why);
-    std::span<const u8> data(u32 bytes) const { return {reinterpret_cast<const u8*>(scratch_.data()), std::min<u32>(bytes, scratch_bytes)}; }
+    std::span<const u8> data(u32 bytes) const {
+        return {reinterpret_cast<const u8*>(scratch_.data()), std::min<u32>(bytes, scratch_bytes)};
+    }
 
     static constexpr u32 scratch_bytes = 4096;
 
@@ -120,7 +127,7 @@ class Controller {
     DmaBuffer scratch_; // for the controller's own commands, one at a time
     std::array<Lane*, Disk::max_lanes> lanes_{};
     u32 lane_count_ = 0;
-    Vector<Unit*> units_; // owned
+    Vector<Unit*> units_;                // owned
     std::array<bool, max_units> told_{}; // of LUNs that are there and not driven: the log says why
     io::TaskGroup keeper_;
     Controller* next_ = nullptr; // in the list of those that are attached

@@ -36,7 +36,8 @@ struct Names {
 };
 
 // "expected WHAT (A, B), seen 'x': did you mean 'A'?"
-FixedText<160> complaint(std::string_view what, std::span<const std::string_view> valid, std::optional<std::string_view> seen) {
+FixedText<160> complaint(std::string_view what, std::span<const std::string_view> valid,
+                         std::optional<std::string_view> seen) {
     FixedText<160> text;
     print(text, "expected {}", what);
     if (!valid.empty() && valid.size() <= 6) {
@@ -170,8 +171,8 @@ bool Table::apply_line(std::string_view text, bool commas, u32 line) {
         }
         rule.twin = static_cast<Twin>(twin);
         if (rule.twin == Twin::unplug && rule.rank <= 0) {
-            return refuse(
-                FixedText<160>("expected a positive rank with unplug: it takes the native driver's device away, which would be tried first"));
+            return refuse(FixedText<160>("expected a positive rank with unplug: it takes the native driver's device "
+                                         "away, which would be tried first"));
         }
         word = words.next();
     }
@@ -183,7 +184,8 @@ bool Table::apply_line(std::string_view text, bool commas, u32 line) {
 
 bool Table::change(const Rule& rule, int verb, u32 line) {
     const auto refuse = [&](std::string_view message) { return this->refuse(line, message); };
-    // `*` changes every rule of the pair when it re-ranks or removes; an added `*` is a rule of its own, which a named hypervisor's rule beats.
+    // `*` changes every rule of the pair when it re-ranks or removes; an added `*` is a rule of its own, which a named
+    // hypervisor's rule beats.
     bool hit = false;
     for (u32 i = 0; i < rule_count_;) {
         Rule& have = rules_[i];
@@ -204,9 +206,8 @@ bool Table::change(const Rule& rule, int verb, u32 line) {
         ++i;
     }
     if (verb != Verb::add) {
-        return hit ||
-               refuse(
-                   "expected a rule that is in the table, seen a pair for which it has none: add it, or name the hypervisor as its rule does");
+        return hit || refuse("expected a rule that is in the table, seen a pair for which it has none: add it, or name "
+                             "the hypervisor as its rule does");
     }
     if (!hit) {
         if (rule_count_ == max_rules) {
@@ -224,9 +225,12 @@ Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
         if (!named && rule.guest) {
             continue;
         }
-        const bool beaten = !named && std::ranges::any_of(rules(), [&](const Rule& r) { return r.guest == guest && same_pair(r, rule); });
+        const bool beaten = !named && std::ranges::any_of(rules(), [&](const Rule& r) {
+            return r.guest == guest && same_pair(r, rule);
+        });
         if (!beaten) {
-            plan.pairs[plan.pair_count++] = {rule.native->name, rule.synthetic->name, rule.rank, emulated.value_or(rule.twin)};
+            plan.pairs[plan.pair_count++] = {rule.native->name, rule.synthetic->name, rule.rank,
+                                             emulated.value_or(rule.twin)};
         }
     }
     auto strength = [](const Plan::Pair& p) { return p.rank < 0 ? -p.rank : p.rank; };
@@ -236,12 +240,15 @@ Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
             std::swap(plan.pairs[j - 1], plan.pairs[j]);
         }
     }
-    // Each pair with a rank says which of two comes first. Place drivers one by one, always the first (in the order of known_drivers) that
-    // nobody unplaced must precede; when there is none the rules go round in a circle, and the weakest of them gives way.
+    // Each pair with a rank says which of two comes first. Place drivers one by one, always the first (in the order of
+    // known_drivers) that nobody unplaced must precede; when there is none the rules go round in a circle, and the
+    // weakest of them gives way.
     static_assert(known_drivers.size() <= Plan::max_drivers);
     std::array<bool, known_drivers.size()> placed{};
     u32 usable = plan.pair_count;
-    auto is_placed = [&](std::string_view name) { return placed[static_cast<usize>(driver_named(name) - known_drivers.data())]; };
+    auto is_placed = [&](std::string_view name) {
+        return placed[static_cast<usize>(driver_named(name) - known_drivers.data())];
+    };
     while (plan.driver_count < known_drivers.size()) {
         usize pick = known_drivers.size();
         for (usize i = 0; i < known_drivers.size() && pick == known_drivers.size(); ++i) {
@@ -281,7 +288,8 @@ bool Plan::both(std::string_view a, std::string_view b) const {
 }
 
 bool Plan::unplugs(std::string_view native) const {
-    return std::ranges::any_of(all_pairs(), [&](const Pair& p) { return p.native == native && p.rank > 0 && p.twin == Twin::unplug; });
+    return std::ranges::any_of(
+        all_pairs(), [&](const Pair& p) { return p.native == native && p.rank > 0 && p.twin == Twin::unplug; });
 }
 
 void log_plan(const Plan& plan, hv::VmGuest guest) {
@@ -289,10 +297,12 @@ void log_plan(const Plan& plan, hv::VmGuest guest) {
     write_list(order, plan.drivers());
     log::info("drivers on {}: {}", guest, order);
     for (const Plan::Pair& p : plan.all_pairs()) {
-        log::info("drivers: {} and {}, rank {}, twin: {}", p.synthetic, p.native, p.rank, p.rank == 0 ? "keep" : name(p.twin));
+        log::info("drivers: {} and {}, rank {}, twin: {}", p.synthetic, p.native, p.rank,
+                  p.rank == 0 ? "keep" : name(p.twin));
     }
     if (plan.contradicts) {
-        log::warning("drivers: the rules contradict each other: those with the weakest ranks do not count for the order");
+        log::warning(
+            "drivers: the rules contradict each other: those with the weakest ranks do not count for the order");
     }
 }
 

@@ -1,8 +1,10 @@
-// Which driver comes first. A rule pairs a native driver with the synthetic one that reaches the same device under a hypervisor; the table is
-// the built-in rules, changed by a map file and by the command line (docs/INTERFACES.md "Map file"). Drivers know nothing of it.
+// Which driver comes first. A rule pairs a native driver with the synthetic one that reaches the same device under a
+// hypervisor; the table is the built-in rules, changed by a map file and by the command line (docs/INTERFACES.md "Map
+// file"). Drivers know nothing of it.
 //
-// The built-in policy for an emulated twin is `leave`: the native driver is not offered a disk that the synthetic one has attached, and gets it
-// when the synthetic one fails, so nothing is lost. `unplug` cannot be taken back, and is there for those who ask for it.
+// The built-in policy for an emulated twin is `leave`: the native driver is not offered a disk that the synthetic one
+// has attached, and gets it when the synthetic one fails, so nothing is lost. `unplug` cannot be taken back, and is
+// there for those who ask for it.
 export module drivers.table;
 import core.std;
 import core.result;
@@ -20,7 +22,8 @@ enum class Twin : u8 {
 inline constexpr std::array<std::string_view, 3> twin_names{"leave", "unplug", "keep"};
 constexpr std::string_view name(Twin twin) { return twin_names[to_underlying(twin)]; }
 
-/// Every driver that a rule may name, whether or not this build has it. A new driver is one line here and one in boot's list.
+/// Every driver that a rule may name, whether or not this build has it. A new driver is one line here and one in boot's
+/// list.
 struct DriverInfo {
     std::string_view name;
     bool synthetic;
@@ -66,8 +69,9 @@ struct Plan {
         Twin twin = Twin::leave;
     };
 
-    std::array<std::string_view, max_drivers> order{}; // first to last; those that no rule names in the order of known_drivers
-    std::array<Pair, max_pairs> pairs{};               // strongest first
+    // first to last; those that no rule names in the order of known_drivers
+    std::array<std::string_view, max_drivers> order{};
+    std::array<Pair, max_pairs> pairs{}; // strongest first
     u32 driver_count = 0;
     u32 pair_count = 0;
     bool contradicts = false; // rules that cannot all hold: the weaker ranks were dropped
@@ -90,13 +94,16 @@ class Table {
     /// The built-in rules.
     constexpr Table();
 
-    /// Applies a map file, line by line. Returns the number of lines that were wrong; each has its diagnostic, as far as there is room.
+    /// Applies a map file, line by line. Returns the number of lines that were wrong; each has its diagnostic, as far
+    /// as there is room.
     u32 apply(std::string_view file);
     /// Applies one rule of the command line: words separated by `,`. False: wrong, with a diagnostic.
     bool apply_word(std::string_view rule);
 
     std::span<const Rule> rules() const { return {rules_.data(), rule_count_}; }
-    std::span<const Diagnostic> diagnostics() const { return {diagnostics_.data(), std::min<usize>(wrong_, max_diagnostics)}; }
+    std::span<const Diagnostic> diagnostics() const {
+        return {diagnostics_.data(), std::min<usize>(wrong_, max_diagnostics)};
+    }
     u32 wrong() const { return wrong_; }
     /// Whether a rule of the command line was wrong, with or without room for its diagnostic.
     bool wrong_word() const { return wrong_word_; }

@@ -22,8 +22,8 @@ constinit Vbd* attached = nullptr; // they live until the machine ends
 }
 
 Vbd::Vbd(Environment& environment, hv::Xen& xen)
-    : environment_(environment), xen_(xen), front_(xen.store(), environment.executor), disk_(environment.executor, xen.events(), xen.grants()),
-      keeper_(environment.executor) {
+    : environment_(environment), xen_(xen), front_(xen.store(), environment.executor),
+      disk_(environment.executor, xen.events(), xen.grants()), keeper_(environment.executor) {
     disk_.set_timeout(environment.timeout);
 }
 
@@ -84,8 +84,8 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
     if (environment_.allows(Feature::persistent)) {
         offers_persistent_ = disk_.start_pool(front_.domain(), environment_.dma);
         if (!offers_persistent_) {
-            log::info("xen_blk: {}: no persistent grants: not enough memory, or grants of the {} that are left", disk_name(which),
-                      xen_.grants().obtainable());
+            log::info("xen_blk: {}: no persistent grants: not enough memory, or grants of the {} that are left",
+                      disk_name(which), xen_.grants().obtainable());
         }
     }
     CO_TRY(port_, xen_.events().allocate_unbound(front_.domain()));
@@ -104,18 +104,20 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
           !terms_.flush                       ? ""
           : *terms_.flush == Operation::flush ? "flush "
                                               : "barrier ",
-          terms_.discard ? "discard " : "", terms_.persistent ? "persistent " : "", terms_.indirect_segments != 0 ? "indirect " : "",
-          terms_.ring_pages);
-    CO_CHECK(disk_.open(terms_, identity, environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.poke(); }, this));
+          terms_.discard ? "discard " : "", terms_.persistent ? "persistent " : "",
+          terms_.indirect_segments != 0 ? "indirect " : "", terms_.ring_pages);
+    CO_CHECK(disk_.open(
+        terms_, identity, environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.poke(); }, this));
     CO_CHECK(xen_.events().bind(port_, Disk::rang, &disk_)); // masked until the disk first goes to sleep
     CO_CHECK(co_await front_.set_state(BusState::connected));
     co_return Result<void>{};
 }
 
-// Waits for the back end to connect. With sectors larger than 512 bytes there are two kinds of back ends, and nothing tells them apart
-// beforehand: those that count 512 bytes on the wire whatever the sector size (Linux; what [xen-blkif] says now), and those that count sectors,
-// and only connect to a front end that says feature-large-sector-size (QEMU, Windows; what it said from 4.4 to 4.19). So the node, which is
-// deprecated, is written when a back end does not connect without it, and then it counts sectors.
+// Waits for the back end to connect. With sectors larger than 512 bytes there are two kinds of back ends, and nothing
+// tells them apart beforehand: those that count 512 bytes on the wire whatever the sector size (Linux; what [xen-blkif]
+// says now), and those that count sectors, and only connect to a front end that says feature-large-sector-size (QEMU,
+// Windows; what it said from 4.4 to 4.19). So the node, which is deprecated, is written when a back end does not
+// connect without it, and then it counts sectors.
 io::Task<Result<void>> Vbd::meet() {
     static constexpr BusState connected[] = {BusState::connected};
     static constexpr Nanoseconds first_try = 1'000'000'000;
@@ -130,7 +132,8 @@ io::Task<Result<void>> Vbd::meet() {
     if (!large || met.error().code != Code::timed_out) {
         co_return met.error();
     }
-    log::info("xen_blk: {}: no connection with {}-byte sectors; trying again with feature-large-sector-size", front_.path(), sector_size);
+    log::info("xen_blk: {}: no connection with {}-byte sectors; trying again with feature-large-sector-size",
+              front_.path(), sector_size);
     entry_count_ = 0;
     add_entry("feature-large-sector-size", 1u);
     CO_CHECK(co_await xen_.store().write_all(front_.path(), std::span(entries_).first(entry_count_)));
@@ -143,20 +146,24 @@ io::Task<Result<void>> Vbd::meet() {
     co_return Result<void>{};
 }
 
-// Somebody before us (a firmware, a kernel that has been replaced) may have left the device half connected: let it close, then begin.
+// Somebody before us (a firmware, a kernel that has been replaced) may have left the device half connected: let it
+// close, then begin.
 io::Task<Result<void>> Vbd::reset() {
     static constexpr BusState closed[] = {BusState::closed, BusState::closing, BusState::init_wait, BusState::unknown};
-    CO_TRY(const u64 ours, co_await xen_.store().number_or(front_.path(), "state", to_underlying(BusState::initialising)));
+    CO_TRY(const u64 ours,
+           co_await xen_.store().number_or(front_.path(), "state", to_underlying(BusState::initialising)));
     if (ours != to_underlying(BusState::initialising)) {
         CO_CHECK(co_await front_.set_state(BusState::closing));
         CO_CHECK(co_await front_.set_state(BusState::closed));
         static_cast<void>(co_await front_.await_state(closed, {environment_.executor, environment_.timeout}));
         CO_CHECK(co_await front_.set_state(BusState::initialising));
-        // A back end that closes for good never comes back from there, and one that will come back may still say closed now.
+        // A back end that closes for good never comes back from there, and one that will come back may still say closed
+        // now.
         const io::Bound bound(environment_.executor, environment_.timeout);
         for (;;) {
             CO_TRY(const BusState theirs, co_await front_.state());
-            if ((theirs != BusState::closed && theirs != BusState::closing) || !co_await front_.changed(bound) || bound.passed()) {
+            if ((theirs != BusState::closed && theirs != BusState::closing) || !co_await front_.changed(bound) ||
+                bound.passed()) {
                 break;
             }
         }
@@ -213,7 +220,8 @@ io::Task<Result<void>> Vbd::publish(u32 order, bool old_style) {
     }
     add_entry("event-channel", to_underlying(port_));
     add_entry("protocol", "x86_64-abi");
-    // Says that the same grants come again and again, so it must be said before it is known whether the back end makes use of it.
+    // Says that the same grants come again and again, so it must be said before it is known whether the back end makes
+    // use of it.
     add_entry("feature-persistent", offers_persistent_ ? 1u : 0u);
     co_return co_await xen_.store().write_all(front_.path(), std::span(entries_).first(entry_count_));
 }
@@ -231,9 +239,10 @@ io::Task<Result<void>> Vbd::read_geometry() {
     }
     if (sector_size < wire_sector || sector_size > page_size || !std::has_single_bit(sector_size)) {
         left_ = Unused::no_driver;
-        co_return Error{Code::not_supported,
-                        "the back end's sector size is none that this driver knows (sector-size: 512 to 4096, a power of two)", page_size,
-                        sector_size};
+        co_return Error{
+            Code::not_supported,
+            "the back end's sector size is none that this driver knows (sector-size: 512 to 4096, a power of two)",
+            page_size, sector_size};
     }
     if (sectors == 0) {
         left_ = Unused::empty;
@@ -246,13 +255,16 @@ io::Task<Result<void>> Vbd::read_geometry() {
     const StorePath mode_key = join(front_.backend(), "mode");
     const auto mode = co_await store.read(mode_key, text);
     geometry.sector_size = static_cast<u32>(sector_size);
-    terms_.wire_unit = counts_sectors_ ? geometry.sector_size : wire_sector; // what "sectors" and the requests count in: see meet()
+    // what "sectors" and the requests count in: see meet()
+    terms_.wire_unit = counts_sectors_ ? geometry.sector_size : wire_sector;
     geometry.sectors = sectors / (sector_size / terms_.wire_unit);
-    geometry.physical_sector_size =
-        physical >= sector_size && physical <= 65536 && std::has_single_bit(physical) ? static_cast<u32>(physical) : geometry.sector_size;
+    geometry.physical_sector_size = physical >= sector_size && physical <= 65536 && std::has_single_bit(physical)
+                                        ? static_cast<u32>(physical)
+                                        : geometry.sector_size;
     geometry.read_only = (info & info_read_only) != 0 || (mode && *mode == "r");
     if (geometry.sectors == 0) {
-        co_return Error{Code::protocol, "the back end's disk is smaller than one of its sectors", sector_size / wire_sector, sectors};
+        co_return Error{Code::protocol, "the back end's disk is smaller than one of its sectors",
+                        sector_size / wire_sector, sectors};
     }
     co_return Result<void>{};
 }
@@ -340,8 +352,8 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     }
     const auto which = virtual_disk(device.number);
     if (!which) {
-        environment.disks.unused(
-            {"xen", device.address, "virtual block device", Unused::failed, "a device number that [xen-vbd] gives no meaning"});
+        environment.disks.unused({"xen", device.address, "virtual block device", Unused::failed,
+                                  "a device number that [xen-vbd] gives no meaning"});
         co_return Result<void>{};
     }
     // Only the four places of the first IDE controller can be the same disk.

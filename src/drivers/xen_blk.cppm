@@ -1,8 +1,9 @@
-// The driver for Xen's virtual block devices [xen-blkif]: matching, the handshake with the back end, announcing, and what happens when the back
-// end leaves. The ring is drivers.xen_blk.disk's.
+// The driver for Xen's virtual block devices [xen-blkif]: matching, the handshake with the back end, announcing, and
+// what happens when the back end leaves. The ring is drivers.xen_blk.disk's.
 //
-// The handshake: back end init-wait → we publish ring, event channel, protocol → initialised → back end connected → we read what the disk is →
-// connected. What the back end offers is used as far as Environment::allows() lets it; what it does not offer is done without.
+// The handshake: back end init-wait → we publish ring, event channel, protocol → initialised → back end connected → we
+// read what the disk is → connected. What the back end offers is used as far as Environment::allows() lets it; what it
+// does not offer is done without.
 export module drivers.xen_blk;
 import core.std;
 import core.result;
@@ -40,9 +41,11 @@ class Vbd {
     Vbd(const Vbd&) = delete;
     Vbd& operator=(const Vbd&) = delete;
 
-    /// Everything up to state connected. `path`: "device/vbd/51712". An Error with left(): nothing that this driver is for.
+    /// Everything up to state connected. `path`: "device/vbd/51712". An Error with left(): nothing that this driver is
+    /// for.
     io::Task<Result<void>> connect(const hv::SyntheticDevice& device, const hv::xen::VirtualDisk& which);
-    /// Starts to watch the back end: a disk whose back end closes, or that broke a rule, is shut and taken from the bus.
+    /// Starts to watch the back end: a disk whose back end closes, or that broke a rule, is shut and taken from the
+    /// bus.
     Result<void> keep();
     /// Leaves the bus, in order, every wait bounded.
     io::Task<Result<void>> disconnect();
@@ -87,7 +90,8 @@ class Vbd {
     Vbd* next_ = nullptr; // in the list of those that are attached
 };
 
-/// Connects and announces one device. No error: attached, or left alone (another driver has the disk, a CD-ROM, a number without a meaning).
+/// Connects and announces one device. No error: attached, or left alone (another driver has the disk, a CD-ROM, a
+/// number without a meaning).
 io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device);
 
 } // namespace fl::drivers::xen_blk

@@ -1,15 +1,18 @@
-// What a hypervisor's module has to be, as concepts: small ones that compose. A backend is a class that models `Backend`; every further
-// concept is optional, and the kernel asks with `if constexpr (Console<B>)`. There is no base class and no virtual call on the way.
+// What a hypervisor's module has to be, as concepts: small ones that compose. A backend is a class that models
+// `Backend`; every further concept is optional, and the kernel asks with `if constexpr (Console<B>)`. There is no base
+// class and no virtual call on the way.
 //
-// That a type models a concept says what its instances may have; what this instance has is asked at run time. What works only after a start is
-// an object of its own, and the backend gives a pointer to it: nullptr until it came up, and for ever where it did not. Functions of the backend
-// itself (console, unplugging, tear-down, join) may be called on any instance at any time: they return an error, or do nothing, where there is
-// nothing behind them. An install() or start() that fails gives back what it had taken.
+// That a type models a concept says what its instances may have; what this instance has is asked at run time. What
+// works only after a start is an object of its own, and the backend gives a pointer to it: nullptr until it came up,
+// and for ever where it did not. Functions of the backend itself (console, unplugging, tear-down, join) may be called
+// on any instance at any time: they return an error, or do nothing, where there is nothing behind them. An install() or
+// start() that fails gives back what it had taken.
 //
 // The life of a backend, in order:
 //   1. B::recognises(sightings)      static; hv.list and the tests ask it
 //   2. construction                  constexpr, empty: nothing is touched
-//   3. install(environment)          once: hypercalls and shared pages work from here on. At the entry, or at the defined late point
+//   3. install(environment)          once, at the entry or at the defined late point: hypercalls and shared pages work
+//                                    from here on
 //   4. tsc_hz(), console()           right after install, before a clock is calibrated
 //   5. start(services)               once: interrupts and the executor exist; events work from here on
 //   6. join(...)                     once on every further processor (Processors)
@@ -37,8 +40,8 @@ export namespace fl::hv {
 /// Physical memory as a backend sees it. The kernel's page tables are a model, a test's arrays another.
 class PhysicalMemory {
   public:
-    /// Where `size` bytes from `physical` (RAM, or a page that the hypervisor put somewhere) can be read and written, cached, not executable.
-    /// Lasts for ever; mapping the same range twice gives the same address.
+    /// Where `size` bytes from `physical` (RAM, or a page that the hypervisor put somewhere) can be read and written,
+    /// cached, not executable. Lasts for ever; mapping the same range twice gives the same address.
     virtual Result<std::byte*> map(u64 physical, u64 size) = 0;
     /// The physical address behind something in the kernel's image, its heap or its mappings.
     virtual u64 physical_of(const void* address) = 0;
@@ -47,8 +50,8 @@ class PhysicalMemory {
     ~PhysicalMemory() = default;
 };
 
-/// Privileged instructions, behind an interface so that a backend's logic runs on the host against a fake. MSRs fault when they do not exist:
-/// only those that CPUID announces are touched. Not for the hot path.
+/// Privileged instructions, behind an interface so that a backend's logic runs on the host against a fake. MSRs fault
+/// when they do not exist: only those that CPUID announces are touched. Not for the hot path.
 class Privileged {
   public:
     virtual u64 read_msr(u32 msr) = 0;
@@ -64,8 +67,8 @@ class Privileged {
     ~Privileged() = default;
 };
 
-/// What there is at install(): page tables, frames, exception reports. No interrupts, no executor and no clock yet. Everything outlives the
-/// backend.
+/// What there is at install(): page tables, frames, exception reports. No interrupts, no executor and no clock yet.
+/// Everything outlives the backend.
 struct Environment {
     const CpuidSnapshot& cpuid;
     const Sightings& sightings;
@@ -81,18 +84,19 @@ struct Services {
     Nanoseconds timeout = 5'000'000'000; // bound of every wait for the other side
 };
 
-/// Tells time. Called after install(), any number of times.
-/// tsc_hz(): the time stamp counter's frequency, if the hypervisor (or the processor) says it; nothing: calibrate. clock_name(): where that
-/// comes from, for the log ("kvmclock", "cpuid 0x15").
+/// Tells time. Called after install(), any number of times. tsc_hz(): the time stamp counter's frequency, if the
+/// hypervisor (or the processor) says it; nothing: calibrate. clock_name(): where that comes from, for the log
+/// ("kvmclock", "cpuid 0x15").
 template <class B>
 concept Clock = requires(const B& b) {
     { b.tsc_hz() } -> std::same_as<std::optional<u64>>;
     { b.clock_name() } -> std::convertible_to<std::string_view>;
 };
 
-/// Event channels. Order: (their own way to get an Event) → bind → unmask → notify and handler calls in any order → unbind. bind() leaves the
-/// event masked; the handler runs under the rules of InterruptHandler. mask() is lazy and cheap; unmask() is true when an event came in the
-/// meantime (the handler will not be called for that one: look yourself). notify() tells the other side, one hypercall at most. On one CPU.
+/// Event channels. Order: (their own way to get an Event) → bind → unmask → notify and handler calls in any order →
+/// unbind. bind() leaves the event masked; the handler runs under the rules of InterruptHandler. mask() is lazy and
+/// cheap; unmask() is true when an event came in the meantime (the handler will not be called for that one: look
+/// yourself). notify() tells the other side, one hypercall at most. On one CPU.
 template <class E>
 concept EventChannels = requires(E& e, typename E::Event event, InterruptHandler handler, void* context) {
     { e.bind(event, handler, context) } -> std::same_as<Result<void>>;
@@ -107,14 +111,15 @@ concept EventSource = EventChannels<typename B::EventPorts> && requires(B& b) {
     { b.event_source() } -> std::same_as<typename B::EventPorts*>;
 };
 
-/// Counts the hypercalls made since install(), of every kind: one increment each. A backend's hypercalls themselves are its own members.
+/// Counts the hypercalls made since install(), of every kind: one increment each. A backend's hypercalls themselves are
+/// its own members.
 template <class B>
 concept Hypercalls = requires(const B& b) {
     { b.hypercalls() } -> std::same_as<u64>;
 };
 
-/// The host's text console. Asked once after install(); nullptr: the host gives none. The sink must work with interrupts off and in a panic: it
-/// waits a bounded time for room and then drops.
+/// The host's text console. Asked once after install(); nullptr: the host gives none. The sink must work with
+/// interrupts off and in a panic: it waits a bounded time for room and then drops.
 template <class B>
 concept Console = requires(B& b) {
     { b.console() } -> std::same_as<log::Sink*>;
@@ -137,21 +142,23 @@ struct DeviceList {
     std::span<const SyntheticDevice> all() const { return {list.begin(), list.size()}; }
 };
 
-/// A bus of synthetic devices. enumerate(): awaited in the executor, every wait in it bounded. It appends what is there in a stable order and
-/// connects nothing; an Error means that the bus itself cannot be asked.
+/// A bus of synthetic devices. enumerate(): awaited in the executor, every wait in it bounded. It appends what is there
+/// in a stable order and connects nothing; an Error means that the bus itself cannot be asked.
 template <class D>
 concept DeviceBus = requires(D& bus, DeviceList& into) {
     { bus.enumerate(into) } -> std::same_as<io::Task<Result<void>>>;
 };
-/// bus(): nullptr until start() has brought it up, and where there is none. Drivers are given what it points to (B::Bus), not the backend.
+/// bus(): nullptr until start() has brought it up, and where there is none. Drivers are given what it points to
+/// (B::Bus), not the backend.
 template <class B>
 concept BusRoot = DeviceBus<typename B::Bus> && requires(B& b) {
     { b.bus() } -> std::same_as<typename B::Bus*>;
 };
 
-/// A bus whose devices come and go while the machine runs. next_device(): after enumerate(), in the executor; a device that came since and was
-/// not given yet; nothing: none. news(): opened when there may be another one; one task waits for it. The bus keeps what nobody asks for, within
-/// its own bound, and forgets a device that goes before it was given.
+/// A bus whose devices come and go while the machine runs. next_device(): after enumerate(), in the executor; a device
+/// that came since and was not given yet; nothing: none. news(): opened when there may be another one; one task waits
+/// for it. The bus keeps what nobody asks for, within its own bound, and forgets a device that goes before it was
+/// given.
 template <class B>
 concept LateDevices = BusRoot<B> && requires(typename B::Bus& bus) {
     { bus.next_device() } -> std::same_as<std::optional<SyntheticDevice>>;
@@ -165,45 +172,48 @@ struct EmulatedClasses {
     bool nvme = false;
 };
 
-/// Takes emulated devices away, for good. unplug(): after the driver table, before native buses are probed, at most once. Error{not_supported}:
-/// this host does not know how, or the backend is not installed; nothing has changed then.
+/// Takes emulated devices away, for good. unplug(): after the driver table, before native buses are probed, at most
+/// once. Error{not_supported}: this host does not know how, or the backend is not installed; nothing has changed then.
 template <class B>
 concept EmulatedDevices = requires(B& b, EmulatedClasses classes) {
     { b.unplug(classes) } -> std::same_as<Result<void>>;
 };
 
-/// Takes part on further processors. join(): called on the processor itself (cpu == this_processor() > 0), after start() on the boot processor
-/// and before the first enumerate() and probe; its interrupts are on, its executor exists and does not run yet. One processor at a time. An
-/// Error leaves this processor without the backend's events: it is reported, and the processor is not used. Nothing to do, and no error, where
-/// nothing came up that other processors take part in.
+/// Takes part on further processors. join(): called on the processor itself (cpu == this_processor() > 0), after
+/// start() on the boot processor and before the first enumerate() and probe; its interrupts are on, its executor exists
+/// and does not run yet. One processor at a time. An Error leaves this processor without the backend's events: it is
+/// reported, and the processor is not used. Nothing to do, and no error, where nothing came up that other processors
+/// take part in.
 template <class B>
 concept Processors = requires(B& b, u32 cpu, io::Executor& executor) {
     { b.join(cpu, executor) } -> std::same_as<Result<void>>;
 };
 
-/// What a backend may have to undo there. leave(): on a processor that has joined, when the job is done and before the machine ends; nothing
-/// may arrive there afterwards.
+/// What a backend may have to undo there. leave(): on a processor that has joined, when the job is done and before the
+/// machine ends; nothing may arrive there afterwards.
 template <class B>
 concept LeavesProcessors = Processors<B> && requires(B& b, u32 cpu) {
     { b.leave(cpu) } -> std::same_as<void>;
 };
 
-/// Gives back what install(), start() and enumerate() took: shared pages, connections. uninstall(): at the end of the machine's life, after the
-/// drivers' last use of it, on processor 0; bounded, no executor needed, interrupts on or off. Nothing may be called afterwards. Nothing to do
-/// before install(), and the second time.
+/// Gives back what install(), start() and enumerate() took: shared pages, connections. uninstall(): at the end of the
+/// machine's life, after the drivers' last use of it, on processor 0; bounded, no executor needed, interrupts on or
+/// off. Nothing may be called afterwards. Nothing to do before install(), and the second time.
 template <class B>
 concept TearDown = requires(B& b) {
     { b.uninstall() } -> std::same_as<void>;
 };
 
-/// A one-shot timer of each processor. start(): on each processor that shall use it, once, after the backend's start() or join(). arm(): on that
-/// processor, `length` nanoseconds from now; a new one replaces the old one. For machines whose local APIC has no timer that is as cheap.
+/// A one-shot timer of each processor. start(): on each processor that shall use it, once, after the backend's start()
+/// or join(). arm(): on that processor, `length` nanoseconds from now; a new one replaces the old one. For machines
+/// whose local APIC has no timer that is as cheap.
 template <class T>
-concept ProcessorTimer = requires(T& timer, const T& constant, InterruptHandler handler, void* context, Nanoseconds length) {
-    { constant.name() } -> std::convertible_to<std::string_view>;
-    { timer.start(handler, context) } -> std::same_as<Result<void>>;
-    { timer.arm(length) } -> std::same_as<void>;
-};
+concept ProcessorTimer =
+    requires(T& timer, const T& constant, InterruptHandler handler, void* context, Nanoseconds length) {
+        { constant.name() } -> std::convertible_to<std::string_view>;
+        { timer.start(handler, context) } -> std::same_as<Result<void>>;
+        { timer.arm(length) } -> std::same_as<void>;
+    };
 /// timer(): nullptr until start() has brought up what it needs, and where the host gives none.
 template <class B>
 concept OneShotTimer = ProcessorTimer<typename B::Timer> && requires(B& b) {
@@ -212,13 +222,13 @@ concept OneShotTimer = ProcessorTimer<typename B::Timer> && requires(B& b) {
 
 /// A hypervisor's module. `name` is what the log and the records call it; `guest` the VmGuest that it is chosen for.
 template <class B>
-concept Backend =
-    Clock<B> && std::default_initializable<B> && requires(B& b, const Sightings& sightings, Environment& environment, Services& services) {
-        { B::name } -> std::convertible_to<std::string_view>;
-        { B::guest } -> std::convertible_to<VmGuest>;
-        { B::recognises(sightings) } -> std::same_as<bool>;
-        { b.install(environment) } -> std::same_as<Result<void>>;
-        { b.start(services) } -> std::same_as<Result<void>>;
-    };
+concept Backend = Clock<B> && std::default_initializable<B> &&
+                  requires(B& b, const Sightings& sightings, Environment& environment, Services& services) {
+                      { B::name } -> std::convertible_to<std::string_view>;
+                      { B::guest } -> std::convertible_to<VmGuest>;
+                      { B::recognises(sightings) } -> std::same_as<bool>;
+                      { b.install(environment) } -> std::same_as<Result<void>>;
+                      { b.start(services) } -> std::same_as<Result<void>>;
+                  };
 
 } // namespace fl::hv

@@ -1,5 +1,5 @@
-// No hypervisor, or none that this build has a module for: the machine as it looks, fully virtualised or real. Always in the build, and the
-// backend that everything falls back to.
+// No hypervisor, or none that this build has a module for: the machine as it looks, fully virtualised or real. Always
+// in the build, and the backend that everything falls back to.
 export module hv.bare;
 import core.std;
 import core.result;

@@ -103,15 +103,18 @@ constexpr std::array<PolicyRule, 15> rules{{
     {VmGuest::other, nullptr, "a hypervisor that has no name here"},
 }};
 
-bool starts_with(std::string_view text, std::string_view prefix) { return !prefix.empty() && text.substr(0, prefix.size()) == prefix; }
+bool starts_with(std::string_view text, std::string_view prefix) {
+    return !prefix.empty() && text.substr(0, prefix.size()) == prefix;
+}
 
 } // namespace
 
 std::span<const PolicyRule> policy() { return rules; }
 
 bool offers_vmbus(const Sighting& s) {
-    // AccessSynicRegs 2, AccessHypercallMsrs 5: without them no message can be sent or come in. Not PostMessages and SignalEvents (the high half),
-    // which OpenVMM does not set though its bus works; not AccessVpIndex, whose register the SynIC can do without.
+    // AccessSynicRegs 2, AccessHypercallMsrs 5: without them no message can be sent or come in. Not PostMessages and
+    // SignalEvents (the high half), which OpenVMM does not set though its bus works; not AccessVpIndex, whose register
+    // the SynIC can do without.
     constexpr u32 needed = 1u << 2 | 1u << 5;
     return s.guest == VmGuest::hyperv && s.base != 0 && (s.features & needed) == needed;
 }
@@ -233,15 +236,16 @@ void log_detection(const CpuidSnapshot& cpuid, const Sightings& sightings, const
         if (s.base == 0) {
             log::info("detection: {} by SMBIOS \"{}\"", s.guest, s.signature.view());
         } else if (s.version != 0) {
-            log::info("detection: {} at {:#x}-{:#x} \"{}\", version {}.{}", s.guest, s.base, s.max_leaf, s.signature.view(), s.version >> 16,
-                      s.version & 0xffff);
+            log::info("detection: {} at {:#x}-{:#x} \"{}\", version {}.{}", s.guest, s.base, s.max_leaf,
+                      s.signature.view(), s.version >> 16, s.version & 0xffff);
         } else {
             log::info("detection: {} at {:#x}-{:#x} \"{}\"", s.guest, s.base, s.max_leaf, s.signature.view());
         }
     }
     log::info("detection: vm_guest is {}: {}", choice.guest, choice.reason);
     if (choice.unsighted) {
-        log::warning("detection: {} was asked for (hv=), and nothing here looks like it: if its start fails, the machine goes on as bare",
+        log::warning("detection: {} was asked for (hv=), and nothing here looks like it: if its start fails, the "
+                     "machine goes on as bare",
                      choice.guest);
     }
 }

@@ -1,5 +1,5 @@
-// Where are we? Sightings are facts (every hypervisor that CPUID shows, what SMBIOS says); the policy that picks one of them is data and gives
-// its reason.
+// Where are we? Sightings are facts (every hypervisor that CPUID shows, what SMBIOS says); the policy that picks one of
+// them is data and gives its reason.
 export module hv.detect;
 import core.std;
 import core.text;
@@ -44,12 +44,13 @@ struct Sightings {
 /// CPUID first; SMBIOS's strings only when CPUID shows no hypervisor at all. `smbios` may be nullptr.
 Sightings detect(const CpuidSnapshot& cpuid, const Smbios* smbios);
 
-/// Whether a VMBus is possible: Hyper-V's interface with hypercalls and SynIC [hv-tlfs §2.4.4]. Whether there is one is only known when it has
-/// been asked; the bits for posting messages and signalling events are not demanded, since hosts exist that answer both and set neither.
+/// Whether a VMBus is possible: Hyper-V's interface with hypercalls and SynIC [hv-tlfs §2.4.4]. Whether there is one is
+/// only known when it has been asked; the bits for posting messages and signalling events are not demanded, since hosts
+/// exist that answer both and set neither.
 bool offers_vmbus(const Sighting& sighting);
 
-/// What the person wants. `guest`: that one, whatever was sighted; `late`: the backend is installed after a fully virtualised start, at the last
-/// point before buses are probed (hv=late, hv=late:xen).
+/// What the person wants. `guest`: that one, whatever was sighted; `late`: the backend is installed after a fully
+/// virtualised start, at the last point before buses are probed (hv=late, hv=late:xen).
 struct Preference {
     std::optional<VmGuest> guest;
     bool late = false;
@@ -69,8 +70,8 @@ struct Choice {
     std::string_view reason; // static storage, one clause
 };
 
-/// The policy, first match wins. Twice through: the first time only what this build has a module for, so that a hypervisor which can be used
-/// beats one that can only be named.
+/// The policy, first match wins. Twice through: the first time only what this build has a module for, so that a
+/// hypervisor which can be used beats one that can only be named.
 struct PolicyRule {
     VmGuest guest;
     bool (*applies)(const Sighting& sighting); // nullptr: whenever sighted

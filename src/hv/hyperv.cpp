@@ -23,8 +23,7 @@ namespace {
 constexpr Nanoseconds unload_timeout = 1'000'000'000;
 } // namespace
 
-// ---- install
-// -----------------------------------------------------------------------------------------------------------------------------------
+// ---- install ----
 
 Result<void> HyperV::install(Environment& environment) {
     const Sighting* sighting = environment.sightings.find(VmGuest::hyperv);
@@ -49,14 +48,16 @@ Result<void> HyperV::install(Environment& environment) {
     find_clock(environment);
     synic_.install(*cpu_, *memory_, (privileges_ & privileges::vp_index) != 0);
     installed_ = true;
-    log::info("hyperv {}.{}: hypercalls, clock {}, {}{}", sighting->version >> 16, sighting->version & 0xffff, clock_name_,
-              bus_offered_ ? "SynIC" : "no SynIC, hence no VMBus", (privileges_ & privileges::synthetic_timers) != 0 ? ", synthetic timers" : "");
+    log::info("hyperv {}.{}: hypercalls, clock {}, {}{}", sighting->version >> 16, sighting->version & 0xffff,
+              clock_name_, bus_offered_ ? "SynIC" : "no SynIC, hence no VMBus",
+              (privileges_ & privileges::synthetic_timers) != 0 ? ", synthetic timers" : "");
     return {};
 }
 
 Result<void> HyperV::install_hypercalls(Environment& environment) {
     if ((privileges_ & privileges::hypercall) == 0) {
-        return Error{Code::not_supported, "this Hyper-V gives its guest no hypercalls (privileges)", privileges::hypercall, privileges_};
+        return Error{Code::not_supported, "this Hyper-V gives its guest no hypercalls (privileges)",
+                     privileges::hypercall, privileges_};
     }
     if (gate_.call == nullptr) {
         gate_ = native_gate();
@@ -97,8 +98,7 @@ void HyperV::find_clock(Environment& environment) {
     }
 }
 
-// ---- start and end
-// -----------------------------------------------------------------------------------------------------------------------------
+// ---- start and end ----
 
 Result<void> HyperV::start(Services& services) {
     if (!installed_) {
@@ -121,7 +121,8 @@ Result<void> HyperV::start(Services& services) {
 Result<void> HyperV::start_bus(Services& services) {
     bus_.emplace(services.executor, clock_);
     CHECK(bus_->vmbus_.install({hypercalls_, synic_, *memory_, services.executor, services.timeout}));
-    // Auto-EOI saves the write that ends an interrupt; where the host advises against it, that write costs nothing and auto-EOI would.
+    // Auto-EOI saves the write that ends an interrupt; where the host advises against it, that write costs nothing and
+    // auto-EOI would.
     auto_eoi_ = (recommendations_ & recommendations::no_auto_eoi) == 0;
     TRY(vector_, services.interrupts.attach_vector(Synic::on_interrupt, &synic_, !auto_eoi_));
     if (auto enabled = synic_.enable(services.executor, vector_.vector, auto_eoi_); !enabled) {
@@ -158,12 +159,12 @@ void HyperV::uninstall() {
     withdraw_pages();
 }
 
-// ---- the bus
-// -----------------------------------------------------------------------------------------------------------------------------------
+// ---- the bus ----
 
 io::Task<Result<void>> HyperV::Bus::enumerate(DeviceList& into) {
     if (auto connected = co_await vmbus_.connect(); !connected) {
-        log::warning("hyperv: {}: native devices only (hv=kvm, where KVM is there, spares the attempt)", connected.error());
+        log::warning("hyperv: {}: native devices only (hv=kvm, where KVM is there, spares the attempt)",
+                     connected.error());
         co_return Result<void>{};
     }
     if (auto told = co_await vmbus_.request_offers(); !told) {
@@ -188,8 +189,7 @@ std::optional<SyntheticDevice> HyperV::Bus::next_device() {
     return device;
 }
 
-// ---- timer
-// -------------------------------------------------------------------------------------------------------------------------------------
+// ---- timer ----
 
 Result<void> HyperV::Timer::start(InterruptHandler handler, void* context) {
     u64 config = timer::auto_enable;
@@ -213,7 +213,8 @@ Result<void> HyperV::Timer::start(InterruptHandler handler, void* context) {
 }
 
 void HyperV::Timer::arm(Nanoseconds length) {
-    // Absolute, in reference time; read by the register: the page would need the counter's value, and this is a register write anyway.
+    // Absolute, in reference time; read by the register: the page would need the counter's value, and this is a
+    // register write anyway.
     const u64 now = clock_.counter().value_or(0);
     cpu_.write_msr(msr::timer0_count, now + std::max<u64>(length / 100, 1));
 }

@@ -1,7 +1,7 @@
-// Hyper-V, as its guest sees it, on Microsoft's hypervisor and on those that play it (KVM, OpenVMM). Order of what install() does: guest
-// identity, hypercall page, reference time; start(): SynIC of processor 0, what a VMBus needs, the synthetic timer; join(): SynIC of each
-// further processor. What came up is given out by bus() and timer(). Below a Hyper-V that offers no VMBus, or whose VMBus does not answer, it is
-// a clock, and the native drivers go on.
+// Hyper-V, as its guest sees it, on Microsoft's hypervisor and on those that play it (KVM, OpenVMM). Order of what
+// install() does: guest identity, hypercall page, reference time; start(): SynIC of processor 0, what a VMBus needs,
+// the synthetic timer; join(): SynIC of each further processor. What came up is given out by bus() and timer(). Below a
+// Hyper-V that offers no VMBus, or whose VMBus does not answer, it is a clock, and the native drivers go on.
 export module hv.hyperv;
 import core.std;
 import core.result;
@@ -33,8 +33,8 @@ class HyperV {
         Bus(const Bus&) = delete;
         Bus& operator=(const Bus&) = delete;
 
-        /// Connects, asks what is there, and lists the first channels of all devices by their relids. A bus that does not answer, or that this
-        /// guest may not use, is a warning and an empty list.
+        /// Connects, asks what is there, and lists the first channels of all devices by their relids. A bus that does
+        /// not answer, or that this guest may not use, is a warning and an empty list.
         io::Task<Result<void>> enumerate(DeviceList& into);
         /// LateDevices: what the host offers afterwards, a device that it took away and offers again included.
         std::optional<SyntheticDevice> next_device();
@@ -48,14 +48,17 @@ class HyperV {
         const hyperv::ReferenceClock& clock_;
         hyperv::Vmbus vmbus_;
         io::Latch news_;
-        hyperv::OfferListener listener_{.offered = [](void* self, const hyperv::Offer&) { static_cast<Bus*>(self)->news_.open(); },
-                                        .context = this};
+        hyperv::OfferListener listener_{
+            .offered = [](void* self, const hyperv::Offer&) { static_cast<Bus*>(self)->news_.open(); },
+            .context = this};
     };
 
-    /// Synthetic timer 0 of each processor, of an instance that has what it needs: direct mode, or a SynIC to send its message.
+    /// Synthetic timer 0 of each processor, of an instance that has what it needs: direct mode, or a SynIC to send its
+    /// message.
     class Timer {
       public:
-        Timer(Privileged& cpu, InterruptController& interrupts, hyperv::Synic& synic, const hyperv::ReferenceClock& clock, bool direct)
+        Timer(Privileged& cpu, InterruptController& interrupts, hyperv::Synic& synic,
+              const hyperv::ReferenceClock& clock, bool direct)
             : cpu_(cpu), interrupts_(interrupts), synic_(synic), clock_(clock), direct_(direct) {}
 
         /// On each processor that shall use it, once, after start() or join(). `handler` as an InterruptHandler.
@@ -72,7 +75,7 @@ class HyperV {
         hyperv::Synic& synic_;
         const hyperv::ReferenceClock& clock_;
         bool direct_;
-        std::atomic<bool> started_ = false; // on any processor
+        std::atomic<bool> started_ = false;     // on any processor
         std::optional<InterruptVector> vector_; // direct mode, one for all processors
     };
 
@@ -89,13 +92,16 @@ class HyperV {
     void set_gate(const hyperv::Gate& gate) { gate_ = gate; }
     /// Error{not_supported}: no hypercalls here; nothing is left behind. A missing VMBus is no error.
     Result<void> install(Environment& environment);
-    /// Processor 0's SynIC, the bus, the timer. What fails is given back and leaves a machine without it, with a warning.
+    /// Processor 0's SynIC, the bus, the timer. What fails is given back and leaves a machine without it, with a
+    /// warning.
     Result<void> start(Services& services);
-    /// Processors: on each further processor, once, after start() and before the first probe. Nothing to do where there is no VMBus.
+    /// Processors: on each further processor, once, after start() and before the first probe. Nothing to do where there
+    /// is no VMBus.
     Result<void> join(u32 cpu, io::Executor& executor);
     /// LeavesProcessors: on a processor that has joined: its SynIC off.
     void leave(u32 cpu);
-    /// TearDown: the bus unloaded, this processor's SynIC off, time and hypercall pages given back. Bounded; works with interrupts off.
+    /// TearDown: the bus unloaded, this processor's SynIC off, time and hypercall pages given back. Bounded; works with
+    /// interrupts off.
     void uninstall();
 
     std::optional<u64> tsc_hz() const { return tsc_hz_; }
@@ -137,7 +143,7 @@ class HyperV {
     std::optional<u64> tsc_hz_;
     std::string_view clock_name_ = "none";
 };
-static_assert(Backend<HyperV> && Hypercalls<HyperV> && BusRoot<HyperV> && LateDevices<HyperV> && LeavesProcessors<HyperV> &&
-              TearDown<HyperV> && OneShotTimer<HyperV>);
+static_assert(Backend<HyperV> && Hypercalls<HyperV> && BusRoot<HyperV> && LateDevices<HyperV> &&
+              LeavesProcessors<HyperV> && TearDown<HyperV> && OneShotTimer<HyperV>);
 
 } // namespace fl::hv

@@ -13,8 +13,8 @@ namespace fl::hv {
 
 namespace {
 
-// One consistent reading. The host updates the page before it enters the processor again, on this processor: after wrmsr has returned it is
-// there. A page that stays in motion for this many looks is not a clock.
+// One consistent reading. The host updates the page before it enters the processor again, on this processor: after
+// wrmsr has returned it is there. A page that stays in motion for this many looks is not a clock.
 constexpr int looks = 64;
 
 std::optional<kvm::ClockPage> read_clock(std::byte* page) {
@@ -27,7 +27,8 @@ std::optional<kvm::ClockPage> read_clock(std::byte* page) {
         for (usize i = 0; i < words.size(); ++i) {
             words[i] = std::atomic_ref(word(i)).load(std::memory_order_relaxed); // ordered by the version's two loads
         }
-        // Orders the fields' loads before the second look at the version; pairs with the host's odd version before it writes.
+        // Orders the fields' loads before the second look at the version; pairs with the host's odd version before it
+        // writes.
         std::atomic_thread_fence(std::memory_order_acquire);
         const u32 after = std::atomic_ref(word(0)).load(std::memory_order_relaxed); // ordered by the fence above
         if (before == after && before % 2 == 0 && before != 0) {

@@ -1,5 +1,6 @@
-// KVM, and QEMU's TCG, which looks the same to a guest and has less: no hypercalls are needed to run on either, and neither has a bus of its
-// own. What they tell is the time stamp counter's frequency, so that nothing has to be calibrated.
+// KVM, and QEMU's TCG, which looks the same to a guest and has less: no hypercalls are needed to run on either, and
+// neither has a bus of its own. What they tell is the time stamp counter's frequency, so that nothing has to be
+// calibrated.
 export module hv.kvm;
 import core.std;
 import core.result;
@@ -14,9 +15,12 @@ class Kvm {
     static constexpr VmGuest guest = VmGuest::kvm;
     static constexpr bool serves(VmGuest g) { return g == VmGuest::kvm || g == VmGuest::tcg; }
 
-    static bool recognises(const Sightings& sightings) { return sightings.has(VmGuest::kvm) || sightings.has(VmGuest::tcg); }
-    /// Asks for the frequency: CPUID's timing leaf, else the clock page, which is registered, read once and withdrawn, so that the host does not
-    /// write to the guest's memory ever after. A host that fills in nonsense costs a warning and a calibration.
+    static bool recognises(const Sightings& sightings) {
+        return sightings.has(VmGuest::kvm) || sightings.has(VmGuest::tcg);
+    }
+    /// Asks for the frequency: CPUID's timing leaf, else the clock page, which is registered, read once and withdrawn,
+    /// so that the host does not write to the guest's memory ever after. A host that fills in nonsense costs a warning
+    /// and a calibration.
     Result<void> install(Environment& environment);
     Result<void> start(Services&) { return {}; }
 

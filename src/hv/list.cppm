@@ -1,5 +1,5 @@
-// The hypervisors of this build, in no particular order: which one is used is decided by the policy in hv.detect. A new one is its import and
-// its line.
+// The hypervisors of this build, in no particular order: which one is used is decided by the policy in hv.detect. A new
+// one is its import and its line.
 export module hv.list;
 import core.std;
 export import hv.backend;

@@ -1,5 +1,5 @@
-// From a choice at run time to static code, once. Generic over the list of backends, so that tests bring their own; the kernel's list is
-// hv.list.
+// From a choice at run time to static code, once. Generic over the list of backends, so that tests bring their own; the
+// kernel's list is hv.list.
 //
 //     hv::with_backend(hv::list, choice, environment, [&](auto& backend) {
 //         …clock from backend.tsc_hz(), interrupts, executor…
@@ -35,7 +35,8 @@ constexpr bool serves(VmGuest guest) {
     }
 }
 
-// One backend of each type, in static storage (they may be large, and the boot stack is not); a fresh one each time it is asked for.
+// One backend of each type, in static storage (they may be large, and the boot stack is not); a fresh one each time it
+// is asked for.
 template <class B>
 B& fresh() {
     alignas(B) static constinit std::array<std::byte, sizeof(B)> storage{};
@@ -63,14 +64,15 @@ auto visit_bare(Environment& environment, Visitor& visitor) {
     return visitor(bare.backend);
 }
 
-// Installs the first backend that serves the choice and calls visitor(backend); without one, or when it fails, otherwise().
+// Installs the first backend that serves the choice and calls visitor(backend); without one, or when it fails,
+// otherwise().
 template <class Visitor, class Otherwise>
 auto visit_first(BackendList<>, const Choice&, Environment&, Services*, Visitor&, Otherwise& otherwise) {
     return otherwise();
 }
 template <class B, class... Rest, class Visitor, class Otherwise>
-auto visit_first(BackendList<B, Rest...>, const Choice& choice, Environment& environment, Services* services, Visitor& visitor,
-                 Otherwise& otherwise) {
+auto visit_first(BackendList<B, Rest...>, const Choice& choice, Environment& environment, Services* services,
+                 Visitor& visitor, Otherwise& otherwise) {
     if (!serves<B>(choice.guest)) {
         return visit_first(BackendList<Rest...>{}, choice, environment, services, visitor, otherwise);
     }
@@ -93,9 +95,9 @@ auto visit_first(BackendList<B, Rest...>, const Choice& choice, Environment& env
 
 } // namespace visit_detail
 
-/// Makes the chosen backend, installs it, and calls visitor(backend) exactly once; the backend lives until the visitor returns. With When::late,
-/// when the build has no module for the choice, or when install() fails (one warning), that backend is Bare: the machine goes on fully
-/// virtualised.
+/// Makes the chosen backend, installs it, and calls visitor(backend) exactly once; the backend lives until the visitor
+/// returns. With When::late, when the build has no module for the choice, or when install() fails (one warning), that
+/// backend is Bare: the machine goes on fully virtualised.
 template <Backend... Bs, class Visitor>
 auto with_backend(BackendList<Bs...> list, const Choice& choice, Environment& environment, Visitor&& visitor) {
     auto bare = [&] { return visit_detail::visit_bare<Bare>(environment, visitor); };
@@ -106,11 +108,12 @@ auto with_backend(BackendList<Bs...> list, const Choice& choice, Environment& en
     return visit_detail::visit_first(list, choice, environment, nullptr, visitor, bare);
 }
 
-/// The defined point, the same for every boot: interrupts and the executor are there, no bus has been probed, no driver has attached. A backend
-/// that was installed at the entry is started; a choice that was put off is installed and started. Then next(backend), exactly once. What fails
-/// leaves Bare.
+/// The defined point, the same for every boot: interrupts and the executor are there, no bus has been probed, no driver
+/// has attached. A backend that was installed at the entry is started; a choice that was put off is installed and
+/// started. Then next(backend), exactly once. What fails leaves Bare.
 template <Backend... Bs, Backend Current, class Next>
-auto upgrade(BackendList<Bs...> list, const Choice& choice, Environment& environment, Services& services, Current& current, Next&& next) {
+auto upgrade(BackendList<Bs...> list, const Choice& choice, Environment& environment, Services& services,
+             Current& current, Next&& next) {
     if constexpr (std::same_as<Current, Bare>) {
         auto stay = [&] { return next(current); };
         if (choice.when == When::late && !visit_detail::serves<Bare>(choice.guest)) {

@@ -26,8 +26,8 @@ Result<void> Xen::install(Environment& environment) {
     CHECK(install_grants(environment));
     install_store(environment);
     find_clock(environment, *sighting);
-    log::info("xen {}.{}: hypercalls, shared info, up to {} grant entries, XenStore {}", version_ >> 16, version_ & 0xffff, grants_.obtainable(),
-              store_there_ ? "there" : "absent");
+    log::info("xen {}.{}: hypercalls, shared info, up to {} grant entries, XenStore {}", version_ >> 16,
+              version_ & 0xffff, grants_.obtainable(), store_there_ ? "there" : "absent");
     return {};
 }
 
@@ -55,7 +55,8 @@ Result<void> Xen::install_hypercalls(Environment& environment, const Sighting& s
     version_ = static_cast<u32>(version);
     TRY(features_, hypercalls_.features());
     if ((features_ & feature_auto_translated) == 0) {
-        return Error{Code::not_supported, "this Xen wants the guest to know machine frames", feature_auto_translated, features_};
+        return Error{Code::not_supported, "this Xen wants the guest to know machine frames", feature_auto_translated,
+                     features_};
     }
     return {};
 }
@@ -77,7 +78,8 @@ Result<void> Xen::install_grants(Environment& environment) {
     if (frames == 0) {
         return Error{Code::exhausted, "Xen gives this guest no grant table", 1, 0};
     }
-    // The places of all frames, next to each other; Xen's frames come in their stead. A machine too small for that does with fewer.
+    // The places of all frames, next to each other; Xen's frames come in their stead. A machine too small for that does
+    // with fewer.
     auto table = environment.memory.buffer(frames * static_cast<u32>(page_size));
     while (!table && frames > 1) {
         frames /= 2;
@@ -104,7 +106,9 @@ Result<void> Xen::install_grants(Environment& environment) {
     return {};
 }
 
-Result<void> Xen::map_grant_frame(u32 frame) { return hypercalls_.add_to_physmap(MapSpace::grant_table, frame, grant_frame_ + frame); }
+Result<void> Xen::map_grant_frame(u32 frame) {
+    return hypercalls_.add_to_physmap(MapSpace::grant_table, frame, grant_frame_ + frame);
+}
 
 void Xen::install_store(Environment& environment) {
     const auto frame = hypercalls_.hvm_parameter(HvmParam::store_frame);
@@ -158,8 +162,8 @@ void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
 
 Result<void> Xen::start(Services& services) {
     store_.set_timeout(services.timeout);
-    // The vector that Xen injects itself needs no end-of-interrupt, which would be one more exit for every event; the message to the local APIC
-    // is for a Xen that does not offer it.
+    // The vector that Xen injects itself needs no end-of-interrupt, which would be one more exit for every event; the
+    // message to the local APIC is for a Xen that does not offer it.
     if ((features_ & feature_callback_vector) != 0) {
         TRY(const InterruptVector vector, services.interrupts.attach_vector(Events::upcall, &events_, false));
         if (auto set = hypercalls_.set_hvm_parameter(HvmParam::callback_irq, callback_by_vector(vector.vector)); set) {
@@ -191,8 +195,7 @@ io::Task<Result<void>> Xen::enumerate(DeviceList& into) {
     co_return co_await xen::enumerate(store_, into, listing_);
 }
 
-// ---- emulated devices
-// ----------------------------------------------------------------------------------------------------------------------------
+// ---- emulated devices ----
 
 Result<void> Xen::unplug(EmulatedClasses classes) {
     if (version_ == 0) {
@@ -200,13 +203,15 @@ Result<void> Xen::unplug(EmulatedClasses classes) {
     }
     const u16 magic = cpu_->in16(unplug_port);
     if (magic != unplug_magic) {
-        return Error{Code::not_supported, "this host takes no emulated devices away (magic at port 0x10)", unplug_magic, magic};
+        return Error{Code::not_supported, "this host takes no emulated devices away (magic at port 0x10)", unplug_magic,
+                     magic};
     }
     if (cpu_->in8(unplug_version_port) != 0) {
         cpu_->out16(unplug_version_port, unplug_product);
         cpu_->out32(unplug_port, 1);
         if (cpu_->in16(unplug_port) != unplug_magic) {
-            return Error{Code::not_supported, "this host refuses our drivers (driver-blacklist in XenStore)", unplug_magic, unplug_refused};
+            return Error{Code::not_supported, "this host refuses our drivers (driver-blacklist in XenStore)",
+                         unplug_magic, unplug_refused};
         }
     }
     u16 mask = 0;

@@ -1,6 +1,7 @@
-// Xen, as a guest that Xen (or KVM's emulation of it) virtualises fully sees it: HVM and PVH. Order of what install() does: hypercall page,
-// shared info page, grant table, XenStore's page; start(): the upcall's vector, XenStore's events. Everything a driver needs hangs here. The
-// consoles do not: they are there from the entry on (hv.xen.console, boot/entry.cpp).
+// Xen, as a guest that Xen (or KVM's emulation of it) virtualises fully sees it: HVM and PVH. Order of what install()
+// does: hypercall page, shared info page, grant table, XenStore's page; start(): the upcall's vector, XenStore's
+// events. Everything a driver needs hangs here. The consoles do not: they are there from the entry on (hv.xen.console,
+// boot/entry.cpp).
 export module hv.xen;
 import core.std;
 import core.result;
@@ -21,7 +22,8 @@ class Xen {
   public:
     static constexpr std::string_view name = "xen";
     static constexpr VmGuest guest = VmGuest::xen;
-    /// Devices are found in XenStore and driven by events and grants, all of which hang here: the backend itself is what its drivers are given.
+    /// Devices are found in XenStore and driven by events and grants, all of which hang here: the backend itself is
+    /// what its drivers are given.
     using Bus = Xen;
     using EventPorts = xen::Events;
 
@@ -40,8 +42,8 @@ class Xen {
 
     /// The way into the hypervisor: the processor's own unless a test brings another one, before install().
     void set_gate(const xen::Gate& gate) { gate_ = gate; }
-    /// Error{not_supported}: no hypercalls here, or a Xen that lacks what a guest with its own page tables needs. A XenStore that is missing is
-    /// no error: there are no devices then.
+    /// Error{not_supported}: no hypercalls here, or a Xen that lacks what a guest with its own page tables needs. A
+    /// XenStore that is missing is no error: there are no devices then.
     Result<void> install(Environment& environment);
     Result<void> start(Services& services);
 
@@ -55,8 +57,9 @@ class Xen {
     /// nullptr until start() has set an upcall.
     xen::Events* event_source() { return upcall_ != Upcall::none ? &events_ : nullptr; }
 
-    /// Sleeps in the hypervisor until one of the (masked) events is pending or about `timeout_ns` have passed: an idle that takes no interrupt.
-    /// Interrupts of other devices do not end it, so it suits a machine whose devices are all Xen's.
+    /// Sleeps in the hypervisor until one of the (masked) events is pending or about `timeout_ns` have passed: an idle
+    /// that takes no interrupt. Interrupts of other devices do not end it, so it suits a machine whose devices are all
+    /// Xen's.
     void idle_poll(std::span<const u32> ports, u64 timeout_ns) { static_cast<void>(events_.poll(ports, timeout_ns)); }
 
     xen::Hypercalls& calls() { return hypercalls_; }

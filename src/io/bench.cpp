@@ -159,8 +159,9 @@ Result<Workload> parse_workload(std::string_view text) {
         TRY(const usize key, find_word(key_words, pair.head));
         const auto value = pair.rest ? parse_size(*pair.rest) : std::nullopt;
         if (!value) {
-            return Error{Code::bad_argument,
-                         "a workload's bs, qd, count, seed and mix want a number, as in bs=4k,qd=1,count=2000,seed=1,mix=70"};
+            return Error{
+                Code::bad_argument,
+                "a workload's bs, qd, count, seed and mix want a number, as in bs=4k,qd=1,count=2000,seed=1,mix=70"};
         }
         const u32 clamped = static_cast<u32>(std::min<u64>(*value, ~u32{0}));
         switch (key) {
@@ -179,22 +180,26 @@ Result<void> Bench::suits(const BlockDevice& disk, const Workload& w, const Benc
     CHECK(check(w));
     const Geometry& g = disk.geometry();
     if (w.writes() && !options.scratch) {
-        return Error{Code::bad_argument, "a workload that writes needs a disk that may be overwritten: name it in scratch="};
+        return Error{Code::bad_argument,
+                     "a workload that writes needs a disk that may be overwritten: name it in scratch="};
     }
     if (w.writes() && g.read_only) {
         return Error{Code::bad_argument, "a workload that writes was asked for, and the disk is read-only"};
     }
     if (w.bs % g.sector_size != 0) {
-        return Error{Code::bad_argument, "bs of a workload must be a multiple of the disk's sector size", g.sector_size, w.bs};
+        return Error{Code::bad_argument, "bs of a workload must be a multiple of the disk's sector size", g.sector_size,
+                     w.bs};
     }
     const u64 blocks = g.sectors / (w.bs / g.sector_size);
     if (blocks == 0) {
-        return Error{Code::bad_argument, "bs of a workload in bytes: at most the whole disk", g.sectors * g.sector_size, w.bs};
+        return Error{Code::bad_argument, "bs of a workload in bytes: at most the whole disk", g.sectors * g.sector_size,
+                     w.bs};
     }
     const bool sequential = w.pattern == Pattern::read || w.pattern == Pattern::write;
     const u64 needed = !sequential ? 1 : lanes > 1 ? (w.count / lanes + 1) * lanes : w.count; // a stretch for each lane
     if (blocks < needed) {
-        return Error{Code::bad_argument, "count of a workload: at most as many blocks of bs bytes as the disk has", blocks, needed};
+        return Error{Code::bad_argument, "count of a workload: at most as many blocks of bs bytes as the disk has",
+                     blocks, needed};
     }
     if (options.dma == nullptr) {
         return Error{Code::bad_argument, "a workload needs memory for its buffers"};
@@ -235,7 +240,8 @@ void Bench::release() {
     }
 }
 
-// The addresses come in one sequence, whichever slot takes them: the same seed reads the same blocks at every queue depth.
+// The addresses come in one sequence, whichever slot takes them: the same seed reads the same blocks at every queue
+// depth.
 inline bool Bench::next(Op& op, u64& lba) {
     if (left_ == 0 || stopped_) {
         return false;
@@ -329,9 +335,11 @@ Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, Bench
     co_return report;
 }
 
-// Where the lanes meet before the first I/O: the last one to arrive reads the clock and the allocations, and lets all go.
+// Where the lanes meet before the first I/O: the last one to arrive reads the clock and the allocations, and lets all
+// go.
 struct Bench::Start {
-    static constexpr Nanoseconds longest = 5'000'000'000; // for a lane that never comes: no frame was left for it, or its processor has stopped
+    // for a lane that never comes: no frame was left for it, or its processor has stopped
+    static constexpr Nanoseconds longest = 5'000'000'000;
 
     u32 lanes;
     const BenchOptions& options;
@@ -341,7 +349,8 @@ struct Bench::Start {
     std::atomic<bool> open{false};
     std::atomic<bool> missed{false}; // written before `open`
 
-    // Each lane has a processor of its own, so waiting keeps nobody from arriving. What the last one writes is read when all lanes have ended.
+    // Each lane has a processor of its own, so waiting keeps nobody from arriving. What the last one writes is read
+    // when all lanes have ended.
     Result<void> meet(Executor& executor) {
         const Bound bound(executor, longest);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == lanes) {
@@ -388,20 +397,23 @@ Task<Result<void>> Bench::lane_elsewhere(Bench& bench, BlockDevice& lane, Start&
     co_return co_await run_on(lane.executor(), lane_task(bench, lane, start));
 }
 
-Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, BlockDevice& disk, Workload workload, BenchOptions options) {
+Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, BlockDevice& disk, Workload workload,
+                                           BenchOptions options) {
     const u32 lanes = static_cast<u32>(runners.size());
     BenchReport report;
     report.workload = workload;
     report.lanes = lanes;
     Result<void> ready;
     if (lanes == 0 || lanes > disk.lanes() || workload.count < lanes) {
-        ready =
-            Error{Code::bad_argument, "a workload needs as many lanes of the disk as are asked for, and an I/O for each", disk.lanes(), lanes};
+        ready = Error{Code::bad_argument,
+                      "a workload needs as many lanes of the disk as are asked for, and an I/O for each", disk.lanes(),
+                      lanes};
     }
     for (u32 i = 0; i < lanes && ready; ++i) {
         for (u32 other = 0; other < i; ++other) {
             if (&disk.lane(i).executor() == &disk.lane(other).executor()) {
-                ready = Error{Code::not_supported, "two lanes of the disk share a processor: they cannot run at once", i, other};
+                ready = Error{Code::not_supported, "two lanes of the disk share a processor: they cannot run at once",
+                              i, other};
             }
         }
         Workload share = workload;
@@ -414,8 +426,8 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
     }
     const bool sequential = workload.pattern == Pattern::read || workload.pattern == Pattern::write;
     if (ready && sequential && runners[0]->blocks_ / lanes < workload.count / lanes + 1) {
-        ready = Error{Code::bad_argument, "count of a workload: at most as many blocks of bs bytes as the disk has", runners[0]->blocks_,
-                      (workload.count / lanes + 1) * lanes};
+        ready = Error{Code::bad_argument, "count of a workload: at most as many blocks of bs bytes as the disk has",
+                      runners[0]->blocks_, (workload.count / lanes + 1) * lanes};
     }
     // The counters of the other lanes rest: what their processors wrote came to us with the end of their last task.
     const auto counters = [&] {
@@ -468,7 +480,12 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
 namespace {
 void print_direction(log::Record& record, std::string_view key, const Latencies& l) {
     record.open(key, '{').number("ios", l.ios).number("bytes", l.bytes);
-    record.open("lat_ns", '{').number("min", l.min).number("max", l.max).number("mean", l.mean).number("stddev", l.stddev).number("N", l.ios);
+    record.open("lat_ns", '{')
+        .number("min", l.min)
+        .number("max", l.max)
+        .number("mean", l.mean)
+        .number("stddev", l.stddev)
+        .number("N", l.ios);
     record.open("percentile", '{');
     for (usize i = 0; i < Histogram::usual.size(); ++i) {
         FixedText<16> percent;
@@ -478,8 +495,8 @@ void print_direction(log::Record& record, std::string_view key, const Latencies&
     record.close('}').close('}').close('}');
 }
 
-// The counts behind a direction, as records of bounded length: the first bucket's number and its count, then how many buckets further on the
-// next count lies, that count, and so on.
+// The counts behind a direction, as records of bounded length: the first bucket's number and its count, then how many
+// buckets further on the next count lies, that count, and so on.
 void print_latencies(const BlockDevice& disk, std::string_view op, const Latencies& latencies) {
     constexpr usize longest = 48; // counts in a record: less than 800 characters
     if (latencies.histogram == nullptr) {
@@ -507,7 +524,9 @@ void print_record(const BlockDevice& disk, const BenchReport& report, bool clock
     print_latencies(disk, "read", report.read);
     print_latencies(disk, "write", report.write);
     log::Record record("result");
-    record.text("disk", disk.identity().name).text("driver", disk.identity().driver).text("kind", name(disk.identity().kind));
+    record.text("disk", disk.identity().name)
+        .text("driver", disk.identity().driver)
+        .text("kind", name(disk.identity().kind));
     record.text("workload", name(w.pattern))
         .number("bs", w.bs)
         .number("qd", w.qd)

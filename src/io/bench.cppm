@@ -1,4 +1,5 @@
-// The workloads: one coroutine per queue slot, the same for every disk. What is measured is what docs/INTERFACES.md calls the record `result`.
+// The workloads: one coroutine per queue slot, the same for every disk. What is measured is what docs/INTERFACES.md
+// calls the record `result`.
 export module io.bench;
 import core.std;
 import core.result;
@@ -36,11 +37,12 @@ struct Workload {
     }
 };
 
-/// `randread,bs=4k,qd=1,count=2000,seed=1,mix=70`; all but the name may be left out. Error{bad_argument}: its message names the key that is
-/// meant, or the values that are allowed.
+/// `randread,bs=4k,qd=1,count=2000,seed=1,mix=70`; all but the name may be left out. Error{bad_argument}: its message
+/// names the key that is meant, or the values that are allowed.
 Result<Workload> parse_workload(std::string_view text);
 
-/// One direction of a finished run, in nanoseconds of elapsed time: a stop of the machine is part of the latencies of what was under way.
+/// One direction of a finished run, in nanoseconds of elapsed time: a stop of the machine is part of the latencies of
+/// what was under way.
 struct Latencies {
     u64 ios = 0; // those that ended well; the latencies are of these
     u64 bytes = 0;
@@ -49,7 +51,8 @@ struct Latencies {
     u64 mean = 0;
     u64 stddev = 0;
     std::array<u64, Histogram::usual.size()> percentiles{}; // of Histogram::usual
-    const Histogram* histogram = nullptr;                   // the runner's (of lanes, the first one's), until its next run
+    // the runner's (of lanes, the first one's), until its next run
+    const Histogram* histogram = nullptr;
 };
 
 struct BenchReport {
@@ -69,8 +72,9 @@ struct BenchOptions {
     DmaAllocator* dma = nullptr;    // buffers: qd times bs bytes, taken before the measured part
     bool scratch = false;           // the disk may be overwritten
     u64 (*allocations)() = nullptr; // counts the allocations of everybody else (the kernel's heap); may be absent
-    /// Called with `phase` before the clock is read for the first I/O, and with 0 after it was read for the last one; in a run that submits
-    /// nothing, not at all. Several lanes: the second call comes when all have ended. May be absent.
+    /// Called with `phase` before the clock is read for the first I/O, and with 0 after it was read for the last one;
+    /// in a run that submits nothing, not at all. Several lanes: the second call comes when all have ended. May be
+    /// absent.
     void (*mark)(u32 phase) = nullptr;
     u32 phase = 0;
 };
@@ -82,18 +86,22 @@ class Bench {
     Bench(const Bench&) = delete;
     Bench& operator=(const Bench&) = delete;
 
-    /// Measures. Error{bad_argument}, before anything is submitted: a block size that does not suit the disk, a disk that is smaller than asked,
-    /// a write workload without options.scratch or on a read-only disk. Error{exhausted}: no buffers or frames. I/Os that fail are counted in
-    /// the report; a disk that has timed out, gone or broken its protocol ends the run, and what was not done counts as failed.
+    /// Measures. Error{bad_argument}, before anything is submitted: a block size that does not suit the disk, a disk
+    /// that is smaller than asked, a write workload without options.scratch or on a read-only disk. Error{exhausted}:
+    /// no buffers or frames. I/Os that fail are counted in the report; a disk that has timed out, gone or broken its
+    /// protocol ends the run, and what was not done counts as failed.
     Task<Result<BenchReport>> run(BlockDevice& disk, Workload workload, BenchOptions options);
 
-    /// The same on several lanes of the disk at once, one runner for each: lanes 0 to runners.size() - 1 <= disk.lanes() - 1, each on a
-    /// processor of its own. The I/Os are shared out evenly, random ones from a seed for each lane (seed + lane), sequential ones as a stretch
-    /// for each. They begin together; runtime_ns is from there to the last completion of all.
-    static Task<Result<BenchReport>> run_lanes(std::span<Bench* const> runners, BlockDevice& disk, Workload workload, BenchOptions options);
+    /// The same on several lanes of the disk at once, one runner for each: lanes 0 to runners.size() - 1 <=
+    /// disk.lanes() - 1, each on a processor of its own. The I/Os are shared out evenly, random ones from a seed for
+    /// each lane (seed + lane), sequential ones as a stretch for each. They begin together; runtime_ns is from there to
+    /// the last completion of all.
+    static Task<Result<BenchReport>> run_lanes(std::span<Bench* const> runners, BlockDevice& disk, Workload workload,
+                                               BenchOptions options);
 
     /// What run() and run_lanes() (with `lanes` of them) would refuse before the first I/O, memory for buffers aside.
-    static Result<void> suits(const BlockDevice& disk, const Workload& workload, const BenchOptions& options, u32 lanes);
+    static Result<void> suits(const BlockDevice& disk, const Workload& workload, const BenchOptions& options,
+                              u32 lanes);
 
   private:
     struct Start;

@@ -1,5 +1,5 @@
-// Block devices as coroutines see them: co_await disk.read(lba, buffer). The request is the awaiter and lives in the frame of the
-// coroutine that waits; submitting allocates nothing.
+// Block devices as coroutines see them: co_await disk.read(lba, buffer). The request is the awaiter and lives in the
+// frame of the coroutine that waits; submitting allocates nothing.
 export module io.block;
 import core.std;
 import core.result;
@@ -70,10 +70,10 @@ struct Counters {
 
 class BlockDevice;
 
-/// One operation under way. Owned by the caller (as a rule: the awaiting frame); the device holds a pointer from submit() to complete(). Must
-/// not move or die in between: the destructor cancels. When a device gives a request up while its host may still write to the buffer (a time-out
-/// on a host that never answered), buffer_lost is set, and the owner must not use the buffer again. It is condemned as well [core.dma]: whoever
-/// frees it does not give it back.
+/// One operation under way. Owned by the caller (as a rule: the awaiting frame); the device holds a pointer from
+/// submit() to complete(). Must not move or die in between: the destructor cancels. When a device gives a request up
+/// while its host may still write to the buffer (a time-out on a host that never answered), buffer_lost is set, and the
+/// owner must not use the buffer again. It is condemned as well [core.dma]: whoever frees it does not give it back.
 class Request : public ReadyNode {
   public:
     Request(BlockDevice& device, Op op, u64 lba, DmaSpan buffer) : buffer(buffer), lba(lba), op(op), device_(&device) {}
@@ -89,8 +89,8 @@ class Request : public ReadyNode {
     Status status = Status::not_written;
     bool buffer_lost = false;
 
-    // For the driver alone, while it holds the request: a list link, how many bytes have been handed to the device, parts not yet answered, the
-    // worst status of the parts so far.
+    // For the driver alone, while it holds the request: a list link, how many bytes have been handed to the device,
+    // parts not yet answered, the worst status of the parts so far.
     Request* link = nullptr;
     u32 issued = 0;
     u32 parts = 0;
@@ -123,18 +123,18 @@ class BlockDevice {
     const Geometry& geometry() const { return geometry_; }
     const Counters& counters() const { return counters_; }
     Executor& executor() const { return executor_; }
-    /// How many processors may submit at once, each through a queue of its own. Lane 0 is the disk itself, on the boot processor. Lane i belongs
-    /// to a further processor (executor() says which): the same disk with the same identity and geometry, counters of its own. A request is
-    /// submitted, completed and destroyed on the processor of its lane; data written through one lane and acknowledged is seen through every
-    /// other. Constant once the disk is announced.
+    /// How many processors may submit at once, each through a queue of its own. Lane 0 is the disk itself, on the boot
+    /// processor. Lane i belongs to a further processor (executor() says which): the same disk with the same identity
+    /// and geometry, counters of its own. A request is submitted, completed and destroyed on the processor of its lane;
+    /// data written through one lane and acknowledged is seen through every other. Constant once the disk is announced.
     virtual u32 lanes() const { return 1; }
     /// index < lanes(). Lives as long as the disk.
     virtual BlockDevice& lane(u32 index) {
         static_cast<void>(index);
         return *this;
     }
-    /// The host has taken the disk itself away: every request ends as device_gone, and there is nothing left that a flush could reach. A disk
-    /// that was closed because of an error is not removed.
+    /// The host has taken the disk itself away: every request ends as device_gone, and there is nothing left that a
+    /// flush could reach. A disk that was closed because of an error is not removed.
     virtual bool removed() const { return false; }
     /// How long the device may take for a request, once it has that and those before it are answered [io.oldest_wait].
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
@@ -159,21 +159,23 @@ class BlockDevice {
         BlockDevice& device() const;
     };
 
-    /// co_await these. The buffer is whole sectors, aligned to one, and outlives the operation; ordering between operations under way is not
-    /// promised.
+    /// co_await these. The buffer is whole sectors, aligned to one, and outlives the operation; ordering between
+    /// operations under way is not promised.
     Transfer read(u64 lba, DmaSpan into) { return {*this, Op::read, lba, into}; }
     Transfer write(u64 lba, DmaSpan from) { return {*this, Op::write, lba, from}; }
-    /// Everything acknowledged before this was submitted is on stable storage when it ends with ok. A disk without a volatile cache says ok at
-    /// once.
+    /// Everything acknowledged before this was submitted is on stable storage when it ends with ok. A disk without a
+    /// volatile cache says ok at once.
     Transfer flush() { return {*this, Op::flush, 0, {}}; }
 
-    /// Checks the request and hands it to the driver. Ends through complete(), also when it is refused: never synchronously resumed.
+    /// Checks the request and hands it to the driver. Ends through complete(), also when it is refused: never
+    /// synchronously resumed.
     void submit(Request& request);
-    /// Withdraws a request: one that the device has not seen ends with cancelled; one that it has seen ends when the device answers or has been
-    /// stopped. True: it will end with cancelled.
+    /// Withdraws a request: one that the device has not seen ends with cancelled; one that it has seen ends when the
+    /// device answers or has been stopped. True: it will end with cancelled.
     bool cancel(Request& request) { return request.pending_ && cancel_now(request); }
-    /// For the end of the machine, on the device's processor: from here on nothing but flush() is begun. Anything else that is submitted is left
-    /// where it is: it never ends, and its waiter stays suspended until its frame dies. There is no way back.
+    /// For the end of the machine, on the device's processor: from here on nothing but flush() is begun. Anything else
+    /// that is submitted is left where it is: it never ends, and its waiter stays suspended until its frame dies. There
+    /// is no way back.
     void hold() { held_ = true; }
     /// On the device's processor: requests that were taken and have not ended.
     u64 under_way() const { return counters_.submitted - counters_.completed; }
@@ -184,7 +186,8 @@ class BlockDevice {
     /// The driver's part. The request has been checked against the geometry. May complete it at once.
     virtual void start(Request& request) = 0;
     virtual bool cancel_now(Request& request) = 0;
-    /// Called by ~Request on a request still under way: the driver forgets it before it returns (stops the device if it must).
+    /// Called by ~Request on a request still under way: the driver forgets it before it returns (stops the device if it
+    /// must).
     virtual void forget(Request& request) = 0;
 
     /// Ends a request: exactly once for every start(). The waiter becomes ready.

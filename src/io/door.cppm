@@ -1,12 +1,13 @@
-// The one door into an executor from other processors and from interrupt handlers: a list of posts that any processor adds to, the flag that
-// says "look again", and the rule by which a processor that may halt is kicked. Generic over its atomics, so that test/model runs the very code
-// under a model of memory.
+// The one door into an executor from other processors and from interrupt handlers: a list of posts that any processor
+// adds to, the flag that says "look again", and the rule by which a processor that may halt is kicked. Generic over its
+// atomics, so that test/model runs the very code under a model of memory.
 //
-//   what                      written by                       read by                        orders
-//   head_    release, acquire push() on any processor          take_all(), close() on owner   the post's contents and its link
-//   wake_    release, acquire raise() on any, clear() owner    clear() on the owner           what a handler wrote before raise()
-//   wake_, asleep_  seq_cst   raise_from_elsewhere(): wake_ then asleep_; falls_asleep(): asleep_ then wake_. In the one order of all four at
-//                             least one side sees the other: the owner stays awake, or the other side kicks it.
+//   atomic   ordering         written by                        read by                        orders
+//   head_    release/acquire  push() on any processor           take_all(), close() on owner   the post and its link
+//   wake_    release/acquire  raise() on any, clear() on owner  clear() on owner               what came before raise()
+//   wake_, asleep_  seq_cst   raise_from_elsewhere(): wake_ then asleep_; falls_asleep(): asleep_ then wake_.
+//                             In the one order of all four at least one side sees the other: the owner stays awake,
+//                             or the other side kicks it.
 export module io.door;
 import core.std;
 
@@ -24,8 +25,8 @@ struct StdAtomics {
 template <class Node, class Atomics = StdAtomics>
 class BasicDoor {
   public:
-    /// Any processor. The node must live until the owner has it out of take_all() or close(). A wake-up is the caller's part: raise() or
-    /// raise_from_elsewhere() after it. False: the door is closed, and nobody has the node.
+    /// Any processor. The node must live until the owner has it out of take_all() or close(). A wake-up is the caller's
+    /// part: raise() or raise_from_elsewhere() after it. False: the door is closed, and nobody has the node.
     [[nodiscard]] bool push(Node& node) {
         Node* first = head_.load(std::memory_order_relaxed);
         do {
@@ -33,7 +34,8 @@ class BasicDoor {
                 return false;
             }
             node.next = first;
-            // Release: partner is the acquire in take_all() and close(). A failed exchange reads nothing but the pointer.
+            // Release: partner is the acquire in take_all() and close(). A failed exchange reads nothing but the
+            // pointer.
         } while (!head_.compare_exchange_weak(first, &node, std::memory_order_release, std::memory_order_relaxed));
         return true;
     }
@@ -44,13 +46,14 @@ class BasicDoor {
 
     /// From a handler on the owner's processor, or from the owner itself. Release: partner is the acquire in clear().
     void raise() { wake_.store(true, std::memory_order_release); }
-    /// From another processor. True: the owner may be halting and must be kicked. See the table above for the two seq_cst.
+    /// From another processor. True: the owner may be halting and must be kicked. See the table above for the two
+    /// seq_cst.
     bool raise_from_elsewhere() {
         wake_.store(true, std::memory_order_seq_cst);
         return asleep_.load(std::memory_order_seq_cst);
     }
-    /// The owner, before it looks at everything: true when something was raised since the last time. What is raised from here on is either seen
-    /// by what follows or left for the next time.
+    /// The owner, before it looks at everything: true when something was raised since the last time. What is raised
+    /// from here on is either seen by what follows or left for the next time.
     bool clear() {
         if (!wake_.load(std::memory_order_relaxed)) {
             return false;
@@ -75,8 +78,8 @@ class BasicDoor {
     // No node: an address that none of them can have.
     Node* closed() { return reinterpret_cast<Node*>(this); }
     Node* take(Node* left) {
-        // The list is taken as a whole, so an address that comes back (ABA) does no harm. Acquire: partner is the release in push(); each
-        // exchange continues the release sequence of those before it.
+        // The list is taken as a whole, so an address that comes back (ABA) does no harm. Acquire: partner is the
+        // release in push(); each exchange continues the release sequence of those before it.
         Node* newest = head_.exchange(left, std::memory_order_acquire);
         Node* oldest = nullptr;
         while (newest != nullptr) {

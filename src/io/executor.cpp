@@ -165,7 +165,8 @@ void Executor::renew_bounds() {
     }
     if (processor_ == 0) {
         if (clock_.last_stop() != 0) {
-            log::info("the machine stood still for {} ms: every wait for another side begins anew", clock_.last_stop() / 1'000'000);
+            log::info("the machine stood still for {} ms: every wait for another side begins anew",
+                      clock_.last_stop() / 1'000'000);
         } else {
             log::info("the machine stood still, and its clock was set back: every wait for another side begins anew");
         }
@@ -175,13 +176,14 @@ void Executor::renew_bounds() {
 void Executor::step() {
     ++turns_;
     turn_time_ = now();
-    // Clear the flag, then look at everything: what is raised from here on is either seen below or keeps us awake. A post raises it, too.
+    // Clear the flag, then look at everything: what is raised from here on is either seen below or keeps us awake. A
+    // post raises it, too.
     if (door_.clear()) {
         run_posts();
     }
 
-    // Only what is ready now: a coroutine that makes itself ready again waits for the next turn, so that queues get theirs. A coroutine that is
-    // destroyed by one resumed before it takes its node out of the batch.
+    // Only what is ready now: a coroutine that makes itself ready again waits for the next turn, so that queues get
+    // theirs. A coroutine that is destroyed by one resumed before it takes its node out of the batch.
     ReadyList batch;
     batch.take_all(ready_);
     while (ReadyNode* node = batch.pop()) {
@@ -271,7 +273,8 @@ Result<void> TaskGroup::spawn(Task<Result<void>> task) {
     const bool has_frame = static_cast<bool>(task);
     Member member = has_frame ? run(*this, std::move(task)) : Member{};
     if (member.promise == nullptr) {
-        return Error{Code::exhausted, "no coroutine frame left to start a task: a smaller queue depth, or a larger io::FramePool"};
+        return Error{Code::exhausted,
+                     "no coroutine frame left to start a task: a smaller queue depth, or a larger io::FramePool"};
     }
     ++running_;
     member.promise->next_member = members_;

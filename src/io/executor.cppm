@@ -1,6 +1,6 @@
-// One executor per processor: runs what is ready, then lets every queue that was touched tell its device once, then takes what has come
-// back, and only when nothing is left arms the events and halts. Interrupt handlers do no work; they call Executor::wake(). Other processors
-// come in by Executor::post() alone (and io::run_on, which is made of it).
+// One executor per processor: runs what is ready, then lets every queue that was touched tell its device once, then
+// takes what has come back, and only when nothing is left arms the events and halts. Interrupt handlers do no work;
+// they call Executor::wake(). Other processors come in by Executor::post() alone (and io::run_on, which is made of it).
 export module io.executor;
 import core.std;
 import core.result;
@@ -12,8 +12,8 @@ import io.door;
 
 export namespace fl::io {
 
-/// Something that waits to be resumed. Lives in the frame of the coroutine that waits, and leaves the list that it stands in when it dies: a
-/// frame may be destroyed between the completion and the resumption.
+/// Something that waits to be resumed. Lives in the frame of the coroutine that waits, and leaves the list that it
+/// stands in when it dies: a frame may be destroyed between the completion and the resumption.
 struct ReadyNode {
     ReadyNode* next = nullptr; // nullptr: in no list
     ReadyNode* previous = nullptr;
@@ -81,9 +81,9 @@ class ReadyList {
 
 class Executor;
 
-/// A hardware queue, an event channel: what the executor looks after. Owned by its driver, registered with Executor::add. All members
-/// are called on the executor's own processor, never from an interrupt handler. Order of a turn: flush (only if touched), drain, tick (when
-/// time has passed), arm (only when about to sleep).
+/// A hardware queue, an event channel: what the executor looks after. Owned by its driver, registered with
+/// Executor::add. All members are called on the executor's own processor, never from an interrupt handler. Order of a
+/// turn: flush (only if touched), drain, tick (when time has passed), arm (only when about to sleep).
 class Service {
   public:
     Service() = default;
@@ -94,7 +94,8 @@ class Service {
     virtual void flush() {}
     /// Take completions that are there; true when at least one was taken.
     virtual bool drain() = 0;
-    /// Ask for an event when the next completion comes and look once more; true when one is there already (then nobody sleeps).
+    /// Ask for an event when the next completion comes and look once more; true when one is there already (then nobody
+    /// sleeps).
     virtual bool arm() { return false; }
     /// Look for what takes too long. Called about every Executor::tick_length of machine time while the executor runs.
     virtual void tick(Instant now) { static_cast<void>(now); }
@@ -109,9 +110,9 @@ class Service {
     bool touched_ = false;
 };
 
-/// What the executor needs from the processor, in elapsed time. `now` is the same clock on every processor. `idle` sleeps until an interrupt, or
-/// about `until`, whichever is first, unless `wake` is set; it must test `wake` and sleep without a gap (sti; hlt). Host tests give a clock that
-/// jumps.
+/// What the executor needs from the processor, in elapsed time. `now` is the same clock on every processor. `idle`
+/// sleeps until an interrupt, or about `until`, whichever is first, unless `wake` is set; it must test `wake` and sleep
+/// without a gap (sti; hlt). Host tests give a clock that jumps.
 struct Platform {
     void* context = nullptr;
     Instant (*now)(void* context) = nullptr;
@@ -120,18 +121,20 @@ struct Platform {
     void (*kick)(void* context) = nullptr;
 };
 
-/// Something of another processor's that lives on an executor: when that stops serving, `evict` is called, once, which ends it.
+/// Something of another processor's that lives on an executor: when that stops serving, `evict` is called, once, which
+/// ends it.
 struct Lodger {
     Lodger* next_lodger = nullptr;
     void (*evict)(Lodger& self) = nullptr;
 };
 
-/// Work for an executor from elsewhere. Owned by whoever posts it, and must live until `run` is called (or withdraw() has been); `run` may end
-/// its life. Only light work: a handler, say, that makes a node ready.
+/// Work for an executor from elsewhere. Owned by whoever posts it, and must live until `run` is called (or withdraw()
+/// has been); `run` may end its life. Only light work: a handler, say, that makes a node ready.
 struct Post {
     Post* next = nullptr;
     void (*run)(Post& self) = nullptr;
-    bool urgent = false; // also run while that processor waits for an answer of another one (run_urgent): never more than freeing
+    // also run while that processor waits for an answer of another one (run_urgent): never more than freeing
+    bool urgent = false;
 };
 
 class Executor {
@@ -155,8 +158,8 @@ class Executor {
     }
     /// The node's waiter is resumed in the next turn, once, however often this is called before.
     void make_ready(ReadyNode& node) { ready_.push(node); }
-    /// From an interrupt handler, or another processor: something has happened, do not sleep. What was written before is seen by the turn that
-    /// follows (io.door has the orderings).
+    /// From an interrupt handler, or another processor: something has happened, do not sleep. What was written before
+    /// is seen by the turn that follows (io.door has the orderings).
     void wake() {
         if (platform_.kick == nullptr || this_processor() == processor_) [[likely]] {
             door_.raise();
@@ -164,8 +167,8 @@ class Executor {
             platform_.kick(platform_.context);
         }
     }
-    /// From anywhere: post.run(post) is called on this executor's processor at the beginning of a turn, in order of arrival. Lock-free;
-    /// allocates nothing. False: it has stopped serving, and `run` will never be called.
+    /// From anywhere: post.run(post) is called on this executor's processor at the beginning of a turn, in order of
+    /// arrival. Lock-free; allocates nothing. False: it has stopped serving, and `run` will never be called.
     [[nodiscard]] bool post(Post& post) {
         if (!door_.push(post)) {
             return false;
@@ -178,19 +181,21 @@ class Executor {
     /// On the executor's processor: in and out of what ends when it stops serving.
     void lodge(Lodger& lodger);
     void leave(Lodger& lodger);
-    /// On the executor's processor, while it waits for another one inside a turn: runs the urgent posts; the others wait for the next turn.
+    /// On the executor's processor, while it waits for another one inside a turn: runs the urgent posts; the others
+    /// wait for the next turn.
     void run_urgent();
     /// Once, before another processor knows of this executor.
     void set_kick(void (*kick)(void* context)) { platform_.kick = kick; }
     u32 processor() const { return processor_; }
     /// The executor that runs on the calling processor just now; nullptr: none.
     static Executor* current();
-    /// Machine time [core.time], on this executor's processor alone: it means nothing on another one, so what crosses is a length. Bounds,
-    /// timers, sleeps and ticks are in it.
+    /// Machine time [core.time], on this executor's processor alone: it means nothing on another one, so what crosses
+    /// is a length. Bounds, timers, sleeps and ticks are in it.
     Instant now() { return clock_.read(platform_.now(platform_.context)); }
     /// The machine time at the beginning of this turn; cheap.
     Instant turn_time() const { return turn_time_; }
-    /// What the clock shows, stops of the machine included: for measuring, from any processor and comparable between them.
+    /// What the clock shows, stops of the machine included: for measuring, from any processor and comparable between
+    /// them.
     Instant elapsed() const { return platform_.now(platform_.context); }
     /// Machine time at the end of the last long stop of the machine that this executor has noticed; 0: none.
     Instant resumed_at() const { return clock_.resumed_at(); }
@@ -219,8 +224,8 @@ class Executor {
         root.handle.destroy();
         return std::move(*value);
     }
-    /// For a processor whose work comes by posts: turns until `stop` is set; then what is posted is refused, what has been posted is run, and
-    /// every lodger is evicted. Once. Whoever sets `stop` (release) calls wake() afterwards.
+    /// For a processor whose work comes by posts: turns until `stop` is set; then what is posted is refused, what has
+    /// been posted is run, and every lodger is evicted. Once. Whoever sets `stop` (release) calls wake() afterwards.
     void serve(const std::atomic<bool>& stop);
     /// One turn of the loop; for tests and for callers with a loop of their own.
     void turn() {
@@ -306,8 +311,9 @@ class Executor {
     BasicDoor<Post> door_;
 };
 
-/// How long the other side (a host, a device, another processor) may take, from now on: in machine time of one executor, and all of it anew when
-/// the machine was stopped meanwhile, since the other side may have been stopped as well, or have begun anew. Stops make it at most twice as long.
+/// How long the other side (a host, a device, another processor) may take, from now on: in machine time of one
+/// executor, and all of it anew when the machine was stopped meanwhile, since the other side may have been stopped as
+/// well, or have begun anew. Stops make it at most twice as long.
 class Bound {
   public:
     Bound(Executor& executor, Nanoseconds length) : executor_(&executor), begun_(executor.now()), length_(length) {}
@@ -330,7 +336,8 @@ class Bound {
     Nanoseconds length_;
 };
 
-/// An event that interrupt handlers raise and one coroutine waits for, with a bound. Raises that nobody waits for are kept (once).
+/// An event that interrupt handlers raise and one coroutine waits for, with a bound. Raises that nobody waits for are
+/// kept (once).
 class Signal final : public Service {
   public:
     explicit Signal(Executor& executor) : executor_(executor) { executor_.add(*this); }
@@ -375,13 +382,15 @@ class Signal final : public Service {
         Signal& signal_;
         bool by_signal_ = false;
     };
-    /// co_await signal.wait(bound) -> true: raised; false: the bound passed first. One waiter at a time, from its wait to its resumption; a
-    /// second one is a panic.
+    /// co_await signal.wait(bound) -> true: raised; false: the bound passed first. One waiter at a time, from its wait
+    /// to its resumption; a second one is a panic.
     Wait wait(const Bound& bound) { return {*this, bound}; }
     /// Without a bound: for what need not come.
     Wait wait() { return Wait(*this); }
     bool drain() override;
-    bool arm() override { return waiting_ != nullptr && !waiting_->by_signal_ && raised_.load(std::memory_order_acquire); }
+    bool arm() override {
+        return waiting_ != nullptr && !waiting_->by_signal_ && raised_.load(std::memory_order_acquire);
+    }
 
   private:
     Executor& executor_;
@@ -389,8 +398,9 @@ class Signal final : public Service {
     std::atomic<bool> raised_{false};
 };
 
-/// Starts tasks side by side and waits for all of them: group.spawn(…) up to any number, then co_await group.join(). The group owns its tasks:
-/// those that have not finished when it dies are destroyed, with all they wait for. The first error is kept.
+/// Starts tasks side by side and waits for all of them: group.spawn(…) up to any number, then co_await group.join().
+/// The group owns its tasks: those that have not finished when it dies are destroyed, with all they wait for. The first
+/// error is kept.
 class TaskGroup {
   public:
     explicit TaskGroup(Executor& executor) : executor_(executor) {}

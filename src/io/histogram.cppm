@@ -4,8 +4,9 @@ import core.std;
 
 export namespace fl::io {
 
-/// Counts values from 0 to 2^40 - 1 (nanoseconds: 18 minutes); larger ones count as that. Up to 255 each value has its own bucket, above that a
-/// power of two has 128, so a percentile is at most 1/128 too high; min, max, mean and stddev are exact. At most 2^32 - 1 values. 17 KiB.
+/// Counts values from 0 to 2^40 - 1 (nanoseconds: 18 minutes); larger ones count as that. Up to 255 each value has its
+/// own bucket, above that a power of two has 128, so a percentile is at most 1/128 too high; min, max, mean and stddev
+/// are exact. At most 2^32 - 1 values. 17 KiB.
 class Histogram {
   public:
     static constexpr u32 bits = 7; // 2^bits buckets for each power of two
@@ -17,9 +18,9 @@ class Histogram {
     using Millionths = u64;
     static constexpr u64 whole = 100'000'000;
     /// The list that fio prints by default.
-    static constexpr std::array<Millionths, 17> usual{1'000'000,  5'000'000,  10'000'000, 20'000'000, 30'000'000, 40'000'000,
-                                                      50'000'000, 60'000'000, 70'000'000, 80'000'000, 90'000'000, 95'000'000,
-                                                      99'000'000, 99'500'000, 99'900'000, 99'950'000, 99'990'000};
+    static constexpr std::array<Millionths, 17> usual{
+        1'000'000,  5'000'000,  10'000'000, 20'000'000, 30'000'000, 40'000'000, 50'000'000, 60'000'000, 70'000'000,
+        80'000'000, 90'000'000, 95'000'000, 99'000'000, 99'500'000, 99'900'000, 99'950'000, 99'990'000};
 
     void reset() { *this = Histogram{}; }
 
@@ -45,7 +46,8 @@ class Histogram {
     u64 mean() const { return total_ == 0 ? 0 : sum_ / total_; }
     /// Of the sample (divided by n - 1, as fio does), rounded down; 0 for fewer than two values.
     u64 stddev() const;
-    /// The smallest recorded value such that at least `p` of all are not larger, rounded up to the end of its bucket; 0 of nothing.
+    /// The smallest recorded value such that at least `p` of all are not larger, rounded up to the end of its bucket; 0
+    /// of nothing.
     u64 percentile(Millionths p) const;
 
     /// How many values a bucket holds.

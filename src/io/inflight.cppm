@@ -1,13 +1,13 @@
-// The table of what is under way: a slot for every request that the other side may answer. Ids carry a generation, so that an answer which comes
-// twice, late, or was never asked for is recognised and is never an array index.
+// The table of what is under way: a slot for every request that the other side may answer. Ids carry a generation, so
+// that an answer which comes twice, late, or was never asked for is recognised and is never an array index.
 export module io.inflight;
 import core.std;
 
 export namespace fl::io {
 
-/// N slots (at most 65536) of T*. Not thread-safe: one queue, one processor. An id is slot | generation << 16, with 48 bits of generation: no id
-/// comes twice in the life of a machine. It fits the 64 bits of Xen's and the VMBus's wire; for a wire with 16 bits (NVMe, virtio) the slot
-/// alone is asked for by give_slot().
+/// N slots (at most 65536) of T*. Not thread-safe: one queue, one processor. An id is slot | generation << 16, with 48
+/// bits of generation: no id comes twice in the life of a machine. It fits the 64 bits of Xen's and the VMBus's wire;
+/// for a wire with 16 bits (NVMe, virtio) the slot alone is asked for by give_slot().
 template <class T, usize N>
 class Inflight {
     static_assert(N >= 1 && N <= 65536);
@@ -30,7 +30,8 @@ class Inflight {
         slots_[slot].item = &item;
         return id_of(slot);
     }
-    /// The item behind an id that came from outside, and frees its slot; nullptr when the id is unknown, repeated or retired.
+    /// The item behind an id that came from outside, and frees its slot; nullptr when the id is unknown, repeated or
+    /// retired.
     constexpr T* give(u64 id) {
         const u64 slot = id & 0xffff;
         if (slot >= N || slots_[slot].item == nullptr || id_of(static_cast<u16>(slot)) != id) {
@@ -38,11 +39,14 @@ class Inflight {
         }
         return release(static_cast<u16>(slot));
     }
-    constexpr T* give_slot(u64 slot) { return slot < N && slots_[slot].item != nullptr ? release(static_cast<u16>(slot)) : nullptr; }
+    constexpr T* give_slot(u64 slot) {
+        return slot < N && slots_[slot].item != nullptr ? release(static_cast<u16>(slot)) : nullptr;
+    }
     /// The item, with its slot kept.
     constexpr T* peek(u64 id) const {
         const u64 slot = id & 0xffff;
-        return slot < N && slots_[slot].item != nullptr && id_of(static_cast<u16>(slot)) == id ? slots_[slot].item : nullptr;
+        return slot < N && slots_[slot].item != nullptr && id_of(static_cast<u16>(slot)) == id ? slots_[slot].item
+                                                                                               : nullptr;
     }
     static constexpr u16 slot_of(u64 id) { return static_cast<u16>(id & 0xffff); }
     constexpr usize size() const { return N - free_count_; }

@@ -1,4 +1,5 @@
-// One coroutine waits, with a bound; other code on the executor's processor opens. For what is decided in Service::drain, not in an interrupt.
+// One coroutine waits, with a bound; other code on the executor's processor opens. For what is decided in
+// Service::drain, not in an interrupt.
 export module io.latch;
 import core.std;
 import core.panic;
@@ -7,7 +8,8 @@ import io.executor;
 
 export namespace fl::io {
 
-/// Not usable without an executor; an object that gets its executor later constructs its latch then (std::optional::emplace).
+/// Not usable without an executor; an object that gets its executor later constructs its latch then
+/// (std::optional::emplace).
 class Latch {
   public:
     explicit Latch(Executor& executor) : executor_(executor) {}
@@ -63,8 +65,8 @@ class Latch {
         friend class Latch;
         Latch& latch_;
     };
-    /// co_await latch.wait(bound) -> true: it was open, and is closed again; false: the bound passed first. One waiter at a time, from its wait to
-    /// its resumption; a second one is a panic.
+    /// co_await latch.wait(bound) -> true: it was open, and is closed again; false: the bound passed first. One waiter
+    /// at a time, from its wait to its resumption; a second one is a panic.
     Wait wait(const Bound& bound) { return {*this, bound}; }
     /// Without a bound: for what need not come.
     Wait wait() { return Wait(*this); }

@@ -1,13 +1,14 @@
-// Whether a device takes too long: the one rule of all drivers. A request's time-out does not run while the request waits in a driver's queue, nor
-// behind others in the device. Only the oldest request that the device has is timed, from when it became the oldest:
+// Whether a device takes too long: the one rule of all drivers. A request's time-out does not run while the request
+// waits in a driver's queue, nor behind others in the device. Only the oldest request that the device has is timed,
+// from when it became the oldest:
 //
-//   lost    it has been the oldest for a whole time-out, and the device has answered so many others meanwhile that their number does not explain
-//           it (a device may take requests in another order than they came: it has been passed over)
+//   lost    it has been the oldest for a whole time-out, and the device has answered so many others meanwhile that
+//           their number does not explain it (a device may reorder requests): it has been passed over
 //   silent  it has been the oldest for a whole time-out, and for a whole time-out the device has not answered anything
 //
-// So a device that is slow and answers is never given up, however many requests it has; a device that is silent is found after one time-out; and
-// of several requests that a device loses each is found, one after the other. The bounds are in machine time and begin anew after a stop of the
-// machine [io.executor Bound].
+// So a device that is slow and answers is never given up, however many requests it has; a device that is silent is
+// found after one time-out; and of several requests that a device loses each is found, one after the other. The bounds
+// are in machine time and begin anew after a stop of the machine [io.executor Bound].
 export module io.oldest_wait;
 import core.std;
 import core.time;
@@ -15,7 +16,8 @@ import io.executor;
 
 export namespace fl::io {
 
-/// One for each queue. Costs nothing on the way of an I/O but a number for each request (Oldest::id) and a count of answers.
+/// One for each queue. Costs nothing on the way of an I/O but a number for each request (Oldest::id) and a count of
+/// answers.
 class OldestWait {
   public:
     enum class Finding : u8 { none, lost, silent };
@@ -29,7 +31,8 @@ class OldestWait {
     /// Answers for each request under way that a request may wait for beyond its time-out.
     static constexpr u64 patience = 4;
 
-    /// Once in each tick. What is found is found again in the next tick, until the driver has ended the request or `timeout` begins anew.
+    /// Once in each tick. What is found is found again in the next tick, until the driver has ended the request or
+    /// `timeout` begins anew.
     Finding look(Executor& executor, const Seen& seen, Nanoseconds timeout) {
         if (seen.oldest == 0) {
             oldest_ = 0;
@@ -51,7 +54,9 @@ class OldestWait {
         if (!wait_->passed(now)) {
             return Finding::none;
         }
-        return silence_->passed(now) ? Finding::silent : seen.answered - answered_ >= passes_ ? Finding::lost : Finding::none;
+        return silence_->passed(now)                  ? Finding::silent
+               : seen.answered - answered_ >= passes_ ? Finding::lost
+                                                      : Finding::none;
     }
     /// The oldest request gets a whole time-out more.
     void restart() { oldest_ = 0; }

@@ -1,4 +1,5 @@
-// Numbers that look random and come again: for the addresses of a workload and for the payload of a stamp. Not for secrets.
+// Numbers that look random and come again: for the addresses of a workload and for the payload of a stamp. Not for
+// secrets.
 export module io.random;
 import core.std;
 

@@ -1,14 +1,18 @@
-// The ring layer: what Xen's shared ring, a VMBus byte ring, a virtqueue and an NVMe queue share, and nothing more. Positions and their
-// validation, the order of the accesses to shared memory, and the rule that says when to notify. Wire formats, doorbells and grants belong to
-// the transports; docs/ring.md shows how each of the four fits.
+// The ring layer: what Xen's shared ring, a VMBus byte ring, a virtqueue and an NVMe queue share, and nothing more.
+// Positions and their validation, the order of the accesses to shared memory, and the rule that says when to notify.
+// Wire formats, doorbells and grants belong to the transports; docs/ring.md shows how each of the four fits.
 //
-// A ring has one producer and one consumer, each on one processor at a time; between them there is only the shared memory. All accesses:
+// A ring has one producer and one consumer, each on one processor at a time; between them there is only the shared
+// memory. All accesses:
 //
-//   access                                      partner on the other side                   what the pair orders
-//   producer: store-release of its index        consumer: load-acquire of that index        the entries are seen whole once the index is seen
-//   consumer: store-release of what it has read producer: load-acquire of that              an entry is overwritten only after it was copied out
-//   producer: index, full barrier, load event   consumer: event, full barrier, load index   one of the two sees the other: no wake-up is lost
-//   consumer: load-acquire of a phase bit       producer: store-release of the phase        the entry is seen whole once its phase is seen
+//   producer: store-release of its index          the entries are seen whole once the index is seen
+//   consumer: load-acquire of that index
+//   consumer: store-release of what it has read   an entry is overwritten only after it was copied out
+//   producer: load-acquire of that
+//   producer: index, full barrier, load event     one of the two sees the other: no wake-up is lost
+//   consumer: event, full barrier, load index
+//   producer: store-release of a phase bit        the entry is seen whole once its phase is seen
+//   consumer: load-acquire of that bit
 export module io.ring;
 import core.std;
 import core.result;
@@ -16,30 +20,34 @@ export import io.ring.memory;
 
 export namespace fl::io {
 
-// ---- positions -------------------------------------------------------------------------------------------------------------------------------
+// ---- positions ----
 
-/// How positions count. Word is what stands in shared memory. distance(a, b): entries from a on to b. contains(): whether a word from outside
-/// can be a position at all.
+/// How positions count. Word is what stands in shared memory. distance(a, b): entries from a on to b. contains():
+/// whether a word from outside can be a position at all.
 template <class P>
-concept RingPositions = std::copyable<P> && std::unsigned_integral<typename P::Word> && requires(const P& p, typename P::Word a, u32 n) {
-    { p.valid() } -> std::same_as<bool>;
-    { p.contains(a) } -> std::same_as<bool>;
-    { p.distance(a, a) } -> std::same_as<u32>;
-    { p.advance(a, n) } -> std::same_as<typename P::Word>;
-    { p.slot(a) } -> std::same_as<u32>;
-    { p.size() } -> std::same_as<u32>;
-    { p.capacity() } -> std::same_as<u32>;
-};
+concept RingPositions =
+    std::copyable<P> && std::unsigned_integral<typename P::Word> && requires(const P& p, typename P::Word a, u32 n) {
+        { p.valid() } -> std::same_as<bool>;
+        { p.contains(a) } -> std::same_as<bool>;
+        { p.distance(a, a) } -> std::same_as<u32>;
+        { p.advance(a, n) } -> std::same_as<typename P::Word>;
+        { p.slot(a) } -> std::same_as<u32>;
+        { p.size() } -> std::same_as<u32>;
+        { p.capacity() } -> std::same_as<u32>;
+    };
 
-/// Counts on and wraps at 2^bits; the slot is the low bits. Xen: u32, virtio: u16. All slots can be used. size: a power of two, at most half of
-/// what W counts, or, where a whole lap can be told from none by other means (virtio's descriptors), all of it less one.
+/// Counts on and wraps at 2^bits; the slot is the low bits. Xen: u32, virtio: u16. All slots can be used. size: a power
+/// of two, at most half of what W counts, or, where a whole lap can be told from none by other means (virtio's
+/// descriptors), all of it less one.
 template <std::unsigned_integral W>
 class FreeRunning {
   public:
     using Word = W;
     FreeRunning() = default;
     constexpr explicit FreeRunning(u32 size) : size_(size) {}
-    constexpr bool valid() const { return std::has_single_bit(size_) && size_ <= (u32{std::numeric_limits<W>::max()} >> 1) + 1; }
+    constexpr bool valid() const {
+        return std::has_single_bit(size_) && size_ <= (u32{std::numeric_limits<W>::max()} >> 1) + 1;
+    }
     constexpr bool contains(W) const { return true; }
     constexpr u32 distance(W from, W to) const { return static_cast<W>(to - from); }
     constexpr W advance(W at, u32 n) const { return static_cast<W>(at + n); }
@@ -51,8 +59,8 @@ class FreeRunning {
     u32 size_ = 1;
 };
 
-/// Counts from 0 to size - 1; one slot always stays empty, since full would look like empty. VMBus (bytes), NVMe submission queues. size: any,
-/// at least 2.
+/// Counts from 0 to size - 1; one slot always stays empty, since full would look like empty. VMBus (bytes), NVMe
+/// submission queues. size: any, at least 2.
 template <std::unsigned_integral W>
 class Wrapped {
   public:
@@ -75,41 +83,46 @@ class Wrapped {
 };
 static_assert(RingPositions<FreeRunning<u32>> && RingPositions<FreeRunning<u16>> && RingPositions<Wrapped<u32>>);
 
-/// Entries of `stride` bytes behind a header of `header` bytes in `bytes` bytes: the largest power of two (Xen's __RING_SIZE). 0: none fits.
+/// Entries of `stride` bytes behind a header of `header` bytes in `bytes` bytes: the largest power of two (Xen's
+/// __RING_SIZE). 0: none fits.
 constexpr u32 ring_entries(usize bytes, usize header, usize stride) {
     return bytes < header + stride ? 0 : std::bit_floor(static_cast<u32>((bytes - header) / stride));
 }
 
-// ---- layout ----------------------------------------------------------------------------------------------------------------------------------
+// ---- layout ----
 
-/// Where one direction of a ring keeps its words, in bytes from the memory's beginning. `nowhere`: the transport has no such word.
+/// Where one direction of a ring keeps its words, in bytes from the memory's beginning. `nowhere`: the transport has no
+/// such word.
 struct RingLayout {
     static constexpr usize nowhere = ~usize{0};
 
-    usize index = nowhere;    // the producer's position. nowhere: told by a doorbell (NVMe submission), or by a phase bit (NVMe completion)
+    // the producer's position. nowhere: told by a doorbell (NVMe submission), or by a phase bit (NVMe completion)
+    usize index = nowhere;
     usize event = nowhere;    // what the consumer asks for: event index, or interrupt mask
     usize consumed = nowhere; // how far the consumer has read. nowhere: told by answers (Xen, virtio), or by a doorbell
     usize entries = 0;        // the first entry
     u32 stride = 1;           // bytes from one entry to the next; 1: a ring of bytes
 };
 
-// ---- when to notify --------------------------------------------------------------------------------------------------------------------------
+// ---- when to notify ----
 
-/// A rule of notification, a value of the transport. wanted(): asked by the producer after it has stored its index (from old to now). arm(): the
-/// consumer asks for an event once `count` (>= 1) more entries have come; it must look once more afterwards. disarm(): no events are wanted.
+/// A rule of notification, a value of the transport. wanted(): asked by the producer after it has stored its index
+/// (from old to now). arm(): the consumer asks for an event once `count` (>= 1) more entries have come; it must look
+/// once more afterwards. disarm(): no events are wanted.
 template <class R, class M, class P>
-concept NotifyRule =
-    std::copyable<R> && requires(const R& rule, M& memory, const RingLayout& layout, const P& p, typename P::Word at, u32 count) {
-        { rule.wanted(memory, layout, p, at, at) } -> std::same_as<bool>;
-        rule.arm(memory, layout, p, at, count);
-        rule.disarm(memory, layout);
-        { R::needs_event } -> std::convertible_to<bool>;
-        { R::needs_consumed } -> std::convertible_to<bool>;
-    };
+concept NotifyRule = std::copyable<R> && requires(const R& rule, M& memory, const RingLayout& layout, const P& p,
+                                                  typename P::Word at, u32 count) {
+    { rule.wanted(memory, layout, p, at, at) } -> std::same_as<bool>;
+    rule.arm(memory, layout, p, at, count);
+    rule.disarm(memory, layout);
+    { R::needs_event } -> std::convertible_to<bool>;
+    { R::needs_consumed } -> std::convertible_to<bool>;
+};
 
-/// The consumer writes the position at which it wants to hear. Behind 0: the event names the position to be reached (Xen's req_event and
-/// rsp_event [xen-ring RING_PUSH_REQUESTS_AND_CHECK_NOTIFY]); behind 1: the last entry to be passed (virtio's used_event and avail_event
-/// [virtio-1.2 §2.7.7, §2.7.10]). The value read is only compared, so whatever the other side wrote is harmless.
+/// The consumer writes the position at which it wants to hear. Behind 0: the event names the position to be reached
+/// (Xen's req_event and rsp_event [xen-ring RING_PUSH_REQUESTS_AND_CHECK_NOTIFY]); behind 1: the last entry to be
+/// passed (virtio's used_event and avail_event [virtio-1.2 §2.7.7, §2.7.10]). The value read is only compared, so
+/// whatever the other side wrote is harmless.
 template <u32 Behind>
 struct EventIndex {
     static constexpr bool needs_event = true;
@@ -117,7 +130,8 @@ struct EventIndex {
 
     template <class M, class P, class W>
     bool wanted(M& memory, const RingLayout& layout, const P& p, W old, W now) const {
-        // Our index before their event. Partner: the barrier in arm(), between their event and our index: one side sees the other.
+        // Our index before their event. Partner: the barrier in arm(), between their event and our index: one side sees
+        // the other.
         memory.full_barrier();
         const W event = p.advance(memory.template load_relaxed<W>(layout.event), Behind);
         return p.distance(event, now) < p.distance(old, now);
@@ -134,8 +148,8 @@ struct EventIndex {
 using ReachedEvent = EventIndex<0>;
 using PassedEvent = EventIndex<1>;
 
-/// The consumer masks events while it works, and the producer notifies only when the ring was empty before. VMBus [vmbus; the
-/// word is 32 bits, not 0: masked]. `count` cannot be expressed: the first entry raises the event.
+/// The consumer masks events while it works, and the producer notifies only when the ring was empty before. VMBus
+/// [vmbus; the word is 32 bits, not 0: masked]. `count` cannot be expressed: the first entry raises the event.
 struct EmptyToNonEmpty {
     static constexpr bool needs_event = true;
     static constexpr bool needs_consumed = true;
@@ -147,8 +161,8 @@ struct EmptyToNonEmpty {
         if (memory.template load_relaxed<u32>(layout.event) != 0) {
             return false;
         }
-        // Acquire: their position not before their mask; they clear the mask and then look at our index. Partner: the release in
-        // Consumer::release().
+        // Acquire: their position not before their mask; they clear the mask and then look at our index. Partner: the
+        // release in Consumer::release().
         return memory.template load_acquire<W>(layout.consumed) == old;
     }
     template <class M, class P, class W>
@@ -163,7 +177,8 @@ struct EmptyToNonEmpty {
     }
 };
 
-/// The producer always tells (an NVMe doorbell), the consumer is always told (its interrupt is moderated by the device).
+/// The producer always tells (an NVMe doorbell), the consumer is always told (its interrupt is moderated by the
+/// device).
 struct Always {
     static constexpr bool needs_event = false;
     static constexpr bool needs_consumed = false;
@@ -187,15 +202,15 @@ struct Never : Always {
     }
 };
 
-// ---- how entries arrive ----------------------------------------------------------------------------------------------------------------------
+// ---- how entries arrive ----
 
 /// The producer publishes its position at layout.index.
 struct ByIndex {
     static constexpr bool needs_index = true;
 };
 
-/// Every entry carries a 16-bit word whose lowest bit turns with each lap, 1 in the first (NVMe completions [nvme-base, Phase Tag]); the entries
-/// are zero in the beginning. offset: of that word in the entry.
+/// Every entry carries a 16-bit word whose lowest bit turns with each lap, 1 in the first (NVMe completions [nvme-base,
+/// Phase Tag]); the entries are zero in the beginning. offset: of that word in the entry.
 struct ByPhase {
     static constexpr bool needs_index = false;
     usize offset = 0;
@@ -203,14 +218,16 @@ struct ByPhase {
 
 namespace ring_detail {
 template <class M, class P>
-Result<void> check(const M& memory, const RingLayout& layout, const P& positions, bool index, bool event, bool consumed) {
+Result<void> check(const M& memory, const RingLayout& layout, const P& positions, bool index, bool event,
+                   bool consumed) {
     constexpr usize bytes = sizeof(typename P::Word);
     if (!positions.valid()) {
         return Error{Code::bad_argument, "a ring's size does not suit its kind of positions", 2, positions.size()};
     }
-    if (layout.stride == 0 || layout.entries > memory.size() || u64{positions.size()} * layout.stride > memory.size() - layout.entries) {
-        return Error{Code::bad_argument, "a ring's entries do not fit into its memory", layout.entries + u64{positions.size()} * layout.stride,
-                     memory.size()};
+    if (layout.stride == 0 || layout.entries > memory.size() ||
+        u64{positions.size()} * layout.stride > memory.size() - layout.entries) {
+        return Error{Code::bad_argument, "a ring's entries do not fit into its memory",
+                     layout.entries + u64{positions.size()} * layout.stride, memory.size()};
     }
     struct Word {
         usize at;
@@ -219,7 +236,8 @@ Result<void> check(const M& memory, const RingLayout& layout, const P& positions
     for (const Word& word : {Word{layout.index, index}, Word{layout.event, event}, Word{layout.consumed, consumed}}) {
         const bool there = word.at != RingLayout::nowhere;
         if (!there ? word.needed : word.at % bytes != 0 || word.at > memory.size() || memory.size() - word.at < bytes) {
-            return Error{Code::bad_argument, "a ring's layout lacks a word, or has it misaligned or outside of the memory", memory.size(),
+            return Error{Code::bad_argument,
+                         "a ring's layout lacks a word, or has it misaligned or outside of the memory", memory.size(),
                          word.at};
         }
     }
@@ -227,18 +245,22 @@ Result<void> check(const M& memory, const RingLayout& layout, const P& positions
 }
 } // namespace ring_detail
 
-// ---- producer --------------------------------------------------------------------------------------------------------------------------------
+// ---- producer ----
 
-/// The writing end. Entries go into the ring at once but are not seen before publish(). Not thread-safe in itself: one owner.
+/// The writing end. Entries go into the ring at once but are not seen before publish(). Not thread-safe in itself: one
+/// owner.
 template <RingMemory M, RingPositions P, class Rule>
     requires NotifyRule<Rule, M, P>
 class Producer {
   public:
     using Word = typename P::Word;
 
-    /// Starts at position `start` (0 for a fresh ring) without touching the memory. Error{bad_argument}: the layout does not fit.
+    /// Starts at position `start` (0 for a fresh ring) without touching the memory. Error{bad_argument}: the layout
+    /// does not fit.
     static Result<Producer> create(M memory, const RingLayout& layout, P positions, Rule rule = {}, Word start = 0) {
-        if (auto checked = ring_detail::check(memory, layout, positions, false, Rule::needs_event, Rule::needs_consumed); !checked) {
+        if (auto checked =
+                ring_detail::check(memory, layout, positions, false, Rule::needs_event, Rule::needs_consumed);
+            !checked) {
             return checked.error();
         }
         return Producer(memory, layout, positions, rule, start);
@@ -262,7 +284,8 @@ class Producer {
         if (entry.size() > layout_.stride || full()) [[unlikely]] {
             return false;
         }
-        memory_.copy_in(layout_.entries + usize{positions_.slot(produced_)} * layout_.stride, entry.data(), entry.size());
+        memory_.copy_in(layout_.entries + usize{positions_.slot(produced_)} * layout_.stride, entry.data(),
+                        entry.size());
         produced_ = positions_.advance(produced_, 1);
         return true;
     }
@@ -299,7 +322,8 @@ class Producer {
         return rule_.wanted(memory_, layout_, positions_, std::exchange(published_, produced_), produced_);
     }
 
-    /// `count` more entries are known to be consumed, since they have been answered. Error{protocol}: that is more than were published.
+    /// `count` more entries are known to be consumed, since they have been answered. Error{protocol}: that is more than
+    /// were published.
     Result<void> retire(u32 count) {
         if (count > owed()) [[unlikely]] {
             return Error{Code::protocol, "more entries were answered than had been published", owed(), count};
@@ -307,11 +331,12 @@ class Producer {
         consumed_ = positions_.advance(consumed_, count);
         return {};
     }
-    /// The other side says how far it has read (a word of its message). Error{protocol}: that is not between the last known and the published
-    /// position.
+    /// The other side says how far it has read (a word of its message). Error{protocol}: that is not between the last
+    /// known and the published position.
     Result<void> observe(Word peer) {
         if (!positions_.contains(peer) || positions_.distance(consumed_, peer) > owed()) [[unlikely]] {
-            return Error{Code::protocol, "the consumer's position is not between its last one and the producer's", published_, peer};
+            return Error{Code::protocol, "the consumer's position is not between its last one and the producer's",
+                         published_, peer};
         }
         consumed_ = peer;
         return {};
@@ -321,13 +346,15 @@ class Producer {
         if (layout_.consumed == RingLayout::nowhere) {
             return Error{Code::not_supported, "this ring has no word for the consumer's position"};
         }
-        // Acquire: entries are overwritten only after they were copied out. Partner: the release in the other side's Consumer::release().
+        // Acquire: entries are overwritten only after they were copied out. Partner: the release in the other side's
+        // Consumer::release().
         return observe(memory_.template load_acquire<Word>(layout_.consumed));
     }
 
   private:
     Producer(M memory, const RingLayout& layout, P positions, Rule rule, Word start)
-        : memory_(memory), layout_(layout), positions_(positions), rule_(rule), produced_(start), published_(start), consumed_(start) {}
+        : memory_(memory), layout_(layout), positions_(positions), rule_(rule), produced_(start), published_(start),
+          consumed_(start) {}
 
     M memory_;
     RingLayout layout_;
@@ -338,30 +365,35 @@ class Producer {
     Word consumed_;  // what is known to be read
 };
 
-// ---- consumer --------------------------------------------------------------------------------------------------------------------------------
+// ---- consumer ----
 
-/// The reading end. Once the other side has written a position that cannot be, the ring is broken and stays so. Not thread-safe in itself: one
-/// owner.
+/// The reading end. Once the other side has written a position that cannot be, the ring is broken and stays so. Not
+/// thread-safe in itself: one owner.
 template <RingMemory M, RingPositions P, class Rule, class Arrival = ByIndex>
     requires NotifyRule<Rule, M, P>
 class Consumer {
   public:
     using Word = typename P::Word;
 
-    static Result<Consumer> create(M memory, const RingLayout& layout, P positions, Rule rule = {}, Arrival arrival = {}, Word start = 0) {
-        if (auto checked = ring_detail::check(memory, layout, positions, Arrival::needs_index, Rule::needs_event, false); !checked) {
+    static Result<Consumer> create(M memory, const RingLayout& layout, P positions, Rule rule = {},
+                                   Arrival arrival = {}, Word start = 0) {
+        if (auto checked =
+                ring_detail::check(memory, layout, positions, Arrival::needs_index, Rule::needs_event, false);
+            !checked) {
             return checked.error();
         }
         if constexpr (!Arrival::needs_index) {
             if (arrival.offset % 2 != 0 || layout.stride % 2 != 0 || arrival.offset + 2 > layout.stride) {
-                return Error{Code::bad_argument, "a ring's phase word is misaligned or outside of the entry", layout.stride, arrival.offset};
+                return Error{Code::bad_argument, "a ring's phase word is misaligned or outside of the entry",
+                             layout.stride, arrival.offset};
             }
         }
         return Consumer(memory, layout, positions, rule, arrival, start);
     }
 
-    /// Looks at the other side's position, once, and checks it. Entries (or bytes) that can be taken; with phases at least that many: 1 or 0.
-    /// `limit`: as many as it can have produced (answers: as many as were asked for). Error{protocol}: the ring is broken, now and from now on.
+    /// Looks at the other side's position, once, and checks it. Entries (or bytes) that can be taken; with phases at
+    /// least that many: 1 or 0. `limit`: as many as it can have produced (answers: as many as were asked for).
+    /// Error{protocol}: the ring is broken, now and from now on.
     Result<u32> available(u32 limit = ~u32{0}) {
         if (broken_) [[unlikely]] {
             return broken_error();
@@ -371,7 +403,8 @@ class Consumer {
             const Word peer = memory_.template load_acquire<Word>(layout_.index);
             const u32 count = positions_.distance(consumed_, peer);
             // Neither beyond what can be, nor behind what it has said before.
-            if (!positions_.contains(peer) || count > std::min(limit, positions_.capacity()) || count < ready()) [[unlikely]] {
+            if (!positions_.contains(peer) || count > std::min(limit, positions_.capacity()) || count < ready())
+                [[unlikely]] {
                 broken_ = true;
                 bad_ = peer;
                 return broken_error();
@@ -405,7 +438,8 @@ class Consumer {
         if (ready() == 0 || entry.size() > layout_.stride) [[unlikely]] {
             return false;
         }
-        memory_.copy_out(layout_.entries + usize{positions_.slot(consumed_)} * layout_.stride, entry.data(), entry.size());
+        memory_.copy_out(layout_.entries + usize{positions_.slot(consumed_)} * layout_.stride, entry.data(),
+                         entry.size());
         consumed_ = positions_.advance(consumed_, 1);
         return true;
     }
@@ -414,7 +448,8 @@ class Consumer {
     bool take(T& entry) {
         return take(std::span(reinterpret_cast<std::byte*>(&entry), sizeof(T)));
     }
-    /// For a ring of bytes: copies the next ones out, around the end if need be; false and nothing taken: fewer are ready.
+    /// For a ring of bytes: copies the next ones out, around the end if need be; false and nothing taken: fewer are
+    /// ready.
     bool remove(std::span<std::byte> bytes) {
         if (layout_.stride != 1 || bytes.size() > ready()) [[unlikely]] {
             return false;
@@ -443,8 +478,8 @@ class Consumer {
         }
     }
 
-    /// Before sleeping: asks for an event after `count` more entries (how many is the driver's to know) and looks once more. True: something is
-    /// there already, do not sleep. `count` must not be more than will come; 0 counts as 1.
+    /// Before sleeping: asks for an event after `count` more entries (how many is the driver's to know) and looks once
+    /// more. True: something is there already, do not sleep. `count` must not be more than will come; 0 counts as 1.
     Result<bool> arm(u32 count, u32 limit = ~u32{0}) {
         if (broken_) [[unlikely]] {
             return broken_error();
@@ -460,9 +495,12 @@ class Consumer {
 
   private:
     Consumer(M memory, const RingLayout& layout, P positions, Rule rule, Arrival arrival, Word start)
-        : memory_(memory), layout_(layout), positions_(positions), rule_(rule), arrival_(arrival), consumed_(start), seen_(start) {}
+        : memory_(memory), layout_(layout), positions_(positions), rule_(rule), arrival_(arrival), consumed_(start),
+          seen_(start) {}
     Error broken_error() const {
-        return {Code::protocol, "the producer's position is behind its last one or further than it can be: the ring is broken", seen_, bad_};
+        return {Code::protocol,
+                "the producer's position is behind its last one or further than it can be: the ring is broken", seen_,
+                bad_};
     }
 
     M memory_;

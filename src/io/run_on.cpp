@@ -33,7 +33,8 @@ void Errand::send(Carrier carrier, std::coroutine_handle<> waiting) {
 void Errand::on_start(Post& post) {
     Errand& errand = *static_cast<Step&>(post).errand;
     errand.carrier_->evict = [](Lodger& lodger) {
-        std::coroutine_handle<Carrier::promise_type>::from_promise(static_cast<Carrier::promise_type&>(lodger)).destroy();
+        std::coroutine_handle<Carrier::promise_type>::from_promise(static_cast<Carrier::promise_type&>(lodger))
+            .destroy();
     };
     errand.there_.lodge(*errand.carrier_);
     errand.there_.make_ready(*errand.carrier_);
@@ -46,7 +47,8 @@ void Errand::ended() {
         there_.leave(*carrier);
     }
     if (!home_->post(done_)) {
-        // Home has stopped, so nobody but abandon() waits for this. Release, and the last access: partner is the acquire there.
+        // Home has stopped, so nobody but abandon() waits for this. Release, and the last access: partner is the
+        // acquire there.
         gone_.store(true, std::memory_order_release);
     }
 }
@@ -63,13 +65,14 @@ void Errand::on_cancel(Post& post) {
     if (errand.carrier_ != nullptr) {
         std::coroutine_handle<Carrier::promise_type>::from_promise(*errand.carrier_).destroy(); // posts `done`
     }
-    // The last access from here. Release: partner is the acquire in abandon(), so that the end of the task comes before whatever the dying
-    // frame's owner does next.
+    // The last access from here. Release: partner is the acquire in abandon(), so that the end of the task comes before
+    // whatever the dying frame's owner does next.
     errand.cancelled_.store(true, std::memory_order_release);
 }
 
-// The frame that waits is being destroyed, at home. The task may refer to that frame: it must end first, on its own processor. Meanwhile this
-// one serves requests of the same kind, or two processors that abandon each other's tasks would wait for ever.
+// The frame that waits is being destroyed, at home. The task may refer to that frame: it must end first, on its own
+// processor. Meanwhile this one serves requests of the same kind, or two processors that abandon each other's tasks
+// would wait for ever.
 void Errand::abandon() {
     under_way_ = false;
     if (there_.processor() == home_->processor()) {
@@ -77,9 +80,11 @@ void Errand::abandon() {
         static_cast<void>(home_->withdraw(done_));
         return;
     }
-    const bool asked = there_.post(cancel_); // else it has stopped, and ends the task by itself, or has: `done` is its last access
+    // else it has stopped, and ends the task by itself, or has: `done` is its last access
+    const bool asked = there_.post(cancel_);
     const Bound bound(*home_, longest_answer);
-    while (asked ? !cancelled_.load(std::memory_order_acquire) : !home_->withdraw(done_) && !gone_.load(std::memory_order_acquire)) {
+    while (asked ? !cancelled_.load(std::memory_order_acquire)
+                 : !home_->withdraw(done_) && !gone_.load(std::memory_order_acquire)) {
         home_->run_urgent();
         spin_pause();
         if (bound.passed()) {

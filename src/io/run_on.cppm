@@ -8,8 +8,8 @@ import io.executor;
 
 export namespace fl::io {
 
-/// One task sent to another executor; lives in the frame of the coroutine that waits. Three posts, each used once: start (there), done (home)
-/// and, when the waiting frame dies first, cancel (there).
+/// One task sent to another executor; lives in the frame of the coroutine that waits. Three posts, each used once:
+/// start (there), done (home) and, when the waiting frame dies first, cancel (there).
 class Errand {
   public:
     Errand(const Errand&) = delete;
@@ -20,15 +20,16 @@ class Errand {
   protected:
     explicit Errand(Executor& there) : there_(there) {}
     ~Errand() = default;
-    /// A task still under way is destroyed on its own processor before this returns, with all it waits for. First thing in the destructor of
-    /// what holds the task and its value.
+    /// A task still under way is destroyed on its own processor before this returns, with all it waits for. First thing
+    /// in the destructor of what holds the task and its value.
     void settle() {
         if (under_way_) {
             abandon();
         }
     }
 
-    /// The coroutine that runs there and owns the task. Its promise's end is what `done` tells: nothing of it is left there then.
+    /// The coroutine that runs there and owns the task. Its promise's end is what `done` tells: nothing of it is left
+    /// there then.
     struct Carrier {
         struct promise_type : PoolAllocated, ReadyNode, Lodger {
             Errand& errand;
@@ -49,7 +50,8 @@ class Errand {
         promise_type* promise = nullptr;
     };
 
-    /// Sends the carrier on its way; `waiting` is resumed on the calling executor when the carrier has ended, at once where nobody serves.
+    /// Sends the carrier on its way; `waiting` is resumed on the calling executor when the carrier has ended, at once
+    /// where nobody serves.
     void send(Carrier carrier, std::coroutine_handle<> waiting);
 
   private:
@@ -84,7 +86,8 @@ class [[nodiscard]] RunOn final : Errand {
     bool await_suspend(std::coroutine_handle<> waiting) {
         const Carrier carrier = carry(*this);
         if (carrier.promise == nullptr) {
-            value_.emplace(Error{Code::exhausted, "no coroutine frame left to run a task on another processor: a larger io::FramePool"});
+            value_.emplace(Error{Code::exhausted,
+                                 "no coroutine frame left to run a task on another processor: a larger io::FramePool"});
             return false;
         }
         send(carrier, waiting);
@@ -107,10 +110,11 @@ class [[nodiscard]] RunOn final : Errand {
     std::optional<T> value_;
 };
 
-/// Awaited inside an executor's loop: runs `task` on `there` from its first instruction to the destruction of its frame; gives its value,
-/// Error{exhausted} when no frame could be had, or Error{device_gone} when `there` stops serving before the task has ended (which is then
-/// destroyed). What the task refers to must live until then: as a rule it is in the caller's frame. Destroying the waiting coroutine destroys
-/// the task on its own processor and waits for that; a processor that has not answered after Errand::longest_answer is a panic.
+/// Awaited inside an executor's loop: runs `task` on `there` from its first instruction to the destruction of its
+/// frame; gives its value, Error{exhausted} when no frame could be had, or Error{device_gone} when `there` stops
+/// serving before the task has ended (which is then destroyed). What the task refers to must live until then: as a rule
+/// it is in the caller's frame. Destroying the waiting coroutine destroys the task on its own processor and waits for
+/// that; a processor that has not answered after Errand::longest_answer is a panic.
 template <class T>
 RunOn<T> run_on(Executor& there, Task<T> task) {
     return RunOn<T>(there, std::move(task));

@@ -1,8 +1,10 @@
-// An orderly end that somebody outside asks for (a host's integration service): the one who hears of it says so here, the kernel's main task
-// stops the job and brings the disks to rest, and then the one who was asked may answer. One processor: all of it on one executor.
+// An orderly end that somebody outside asks for (a host's integration service): the one who hears of it says so here,
+// the kernel's main task stops the job and brings the disks to rest, and then the one who was asked may answer. One
+// processor: all of it on one executor.
 //
 //   asked by a driver:   ask(...) is true  →  co_await rested(bound)  →  (answers its host)  →  answered()
-//   the main task:       co_await asked()  →  (ends the job, flushes)  →  rest(result)  →  co_await was_answered(bound)  →  verdict
+//   the main task:       co_await asked()  →  (ends the job, flushes)  →  rest(result)
+//                        →  co_await was_answered(bound)  →  verdict
 export module io.shutdown;
 import core.std;
 import core.result;
@@ -16,8 +18,8 @@ class Shutdown {
   public:
     explicit Shutdown(Executor& executor) : asked_(executor), rested_(executor), answered_(executor) {}
 
-    /// `by`: static storage, for the log and the verdict. False: an end has been asked for already. Then there is nothing to wait for: rested() is
-    /// for the first one to ask, alone.
+    /// `by`: static storage, for the log and the verdict. False: an end has been asked for already. Then there is
+    /// nothing to wait for: rested() is for the first one to ask, alone.
     [[nodiscard]] bool ask(std::string_view by) {
         if (requested_) {
             return false;
@@ -30,7 +32,8 @@ class Shutdown {
     bool requested() const { return requested_; }
     std::string_view by() const { return by_; }
 
-    /// For the driver: waits until everything acknowledged is on stable storage; false: the bound passed first, or a disk failed.
+    /// For the driver: waits until everything acknowledged is on stable storage; false: the bound passed first, or a
+    /// disk failed.
     auto rested(const Bound& bound) { return rested_.wait(bound); }
     bool at_rest() const { return at_rest_; }
     void answered() { answered_.open(); }

@@ -1,5 +1,6 @@
-// Coroutines for drivers: Task<T> is lazy, owned by whoever awaits it, and resumes its awaiter by symmetric transfer. Frames come from a
-// bounded pool; a pool that has run dry gives an empty task, and awaiting that yields Error{exhausted} (so T is a Result).
+// Coroutines for drivers: Task<T> is lazy, owned by whoever awaits it, and resumes its awaiter by symmetric transfer.
+// Frames come from a bounded pool; a pool that has run dry gives an empty task, and awaiting that yields
+// Error{exhausted} (so T is a Result).
 export module io.task;
 import core.std;
 import core.result;
@@ -7,9 +8,9 @@ import core.spinlock;
 
 export namespace fl::io {
 
-/// Coroutine frames: blocks of a few fixed sizes. A page of the arena holds blocks of one size as long as one of them is in use, and then serves
-/// any size again, so a burst of one kind takes nothing from the others for good. Locked: for every processor, not for interrupt handlers.
-/// `allocations` counts every frame ever handed out.
+/// Coroutine frames: blocks of a few fixed sizes. A page of the arena holds blocks of one size as long as one of them
+/// is in use, and then serves any size again, so a burst of one kind takes nothing from the others for good. Locked:
+/// for every processor, not for interrupt handlers. `allocations` counts every frame ever handed out.
 class FramePool {
   public:
     static constexpr usize arena_bytes = 512 * 1024;
@@ -61,7 +62,8 @@ class FramePool {
     usize in_use_ = 0;
     u64 denied_from_ = 0; // 0: never; else the allocations left, plus one
     std::array<Page, pages> pages_{};
-    alignas(16) std::array<std::byte, arena_bytes> arena_; // every initial value here is zero, or the image would carry it
+    // every initial value here is zero, or the image would carry it
+    alignas(16) std::array<std::byte, arena_bytes> arena_;
 };
 
 /// The one pool of the kernel (or of the test program).
@@ -109,8 +111,8 @@ struct Promise : PromiseBase {
 
 } // namespace detail
 
-/// A coroutine that yields a Result. Starts when awaited, once. The task owns the frame: destroying it destroys the frame and all
-/// tasks that it waits for.
+/// A coroutine that yields a Result. Starts when awaited, once. The task owns the frame: destroying it destroys the
+/// frame and all tasks that it waits for.
 template <class T>
 class [[nodiscard]] Task {
     static_assert(std::constructible_from<T, Error>, "a Task yields a Result: running out of frames is an error value");
@@ -150,7 +152,8 @@ class [[nodiscard]] Task {
             }
             T await_resume() const noexcept {
                 if (!handle) {
-                    return Error{Code::exhausted, "no coroutine frame left: fewer requests at once, or a larger io::FramePool"};
+                    return Error{Code::exhausted,
+                                 "no coroutine frame left: fewer requests at once, or a larger io::FramePool"};
                 }
                 return std::move(*handle.promise().value);
             }

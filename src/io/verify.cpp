@@ -30,7 +30,9 @@ T get(std::span<const std::byte> block, usize offset) {
 
 constexpr usize crc_offset = 32;
 
-SplitMix64 payload_of(const Stamp& stamp) { return SplitMix64(mix64(mix64(mix64(stamp.seed) + stamp.lba) + stamp.generation)); }
+SplitMix64 payload_of(const Stamp& stamp) {
+    return SplitMix64(mix64(mix64(mix64(stamp.seed) + stamp.lba) + stamp.generation));
+}
 
 u32 crc_of(std::span<const std::byte> block) {
     constexpr std::array<std::byte, 4> zero{};
@@ -58,9 +60,11 @@ BlockCheck check_stamp(std::span<const std::byte> block, const Stamp& stamp) {
         return expected != seen;
     };
     BlockCheck check;
-    if (differs(Stamp::magic, get<u64>(block, 0), Mismatch::magic, check) || differs(stamp.lba, get<u64>(block, 8), Mismatch::lba, check) ||
+    if (differs(Stamp::magic, get<u64>(block, 0), Mismatch::magic, check) ||
+        differs(stamp.lba, get<u64>(block, 8), Mismatch::lba, check) ||
         differs(stamp.generation, get<u64>(block, 16), Mismatch::generation, check) ||
-        differs(stamp.seed, get<u64>(block, 24), Mismatch::seed, check) || differs(block.size(), get<u32>(block, 36), Mismatch::size, check) ||
+        differs(stamp.seed, get<u64>(block, 24), Mismatch::seed, check) ||
+        differs(block.size(), get<u32>(block, 36), Mismatch::size, check) ||
         differs(crc_of(block), get<u32>(block, crc_offset), Mismatch::crc, check)) {
         return check;
     }
@@ -95,7 +99,8 @@ struct Run {
         if (!report.first_error) {
             report.first_error = to_error(status);
         }
-        stopped = stopped || status != Status::io_error; // a bad sector is one bad sector; anything else will not get better
+        // a bad sector is one bad sector; anything else will not get better
+        stopped = stopped || status != Status::io_error;
     }
     void check(std::span<const std::byte> data, u64 block) {
         ++report.read;
@@ -160,27 +165,31 @@ Task<Result<void>> pass(Run& run, Op op, DmaAllocator& dma) {
 
 Result<u64> blocks_of(const Geometry& g, const VerifyPlan& plan) {
     if (plan.bs == 0 || plan.bs % g.sector_size != 0 || plan.bs > 1_MiB) {
-        return Error{Code::bad_argument, "verify: bs must be a multiple of the disk's sector size, at most 1m", g.sector_size, plan.bs};
+        return Error{Code::bad_argument, "verify: bs must be a multiple of the disk's sector size, at most 1m",
+                     g.sector_size, plan.bs};
     }
     if (plan.qd == 0 || plan.qd > 256) {
         return Error{Code::bad_argument, "verify: qd must be 1 to 256", 256, plan.qd};
     }
     const u64 units = plan.bs / 512;
     if (plan.first_lba % units != 0) {
-        return Error{Code::bad_argument, "verify: the first LBA must be a multiple of the block", units, plan.first_lba};
+        return Error{Code::bad_argument, "verify: the first LBA must be a multiple of the block", units,
+                     plan.first_lba};
     }
     const u64 on_disk = g.sectors / (plan.bs / g.sector_size);
     const u64 skipped = plan.first_lba / units;
     if (on_disk == 0) {
-        return Error{Code::bad_argument, "verify: the disk is smaller than one block (bytes); choose a smaller bs=", plan.bs,
+        return Error{Code::bad_argument,
+                     "verify: the disk is smaller than one block (bytes); choose a smaller bs=", plan.bs,
                      g.sectors * g.sector_size};
     }
     if (skipped >= on_disk) {
-        return Error{Code::bad_argument, "verify: the first LBA lies behind the disk's last block (units of 512 bytes)", (on_disk - 1) * units,
-                     plan.first_lba};
+        return Error{Code::bad_argument, "verify: the first LBA lies behind the disk's last block (units of 512 bytes)",
+                     (on_disk - 1) * units, plan.first_lba};
     }
     if (plan.count > on_disk - skipped) {
-        return Error{Code::bad_argument, "verify: count, at most as many blocks of bs bytes as the disk has", on_disk - skipped, plan.count};
+        return Error{Code::bad_argument, "verify: count, at most as many blocks of bs bytes as the disk has",
+                     on_disk - skipped, plan.count};
     }
     if (plan.write && !plan.scratch) {
         return Error{Code::bad_argument, "verify overwrites the disk: name it in scratch="};
@@ -270,8 +279,8 @@ Task<Result<VerifyReport>> verify(BlockDevice& disk, VerifyPlan plan, DmaAllocat
 
 void print_record(const BlockDevice& disk, const VerifyReport& report) {
     for (const BadBlock& bad : report.bad_blocks()) {
-        log::error("{}: block at LBA {} (of 512 bytes): {} expected {:#x}, seen {:#x}", disk.identity().name.view(), bad.lba, bad.check.what,
-                   bad.check.expected, bad.check.seen);
+        log::error("{}: block at LBA {} (of 512 bytes): {} expected {:#x}, seen {:#x}", disk.identity().name.view(),
+                   bad.lba, bad.check.what, bad.check.expected, bad.check.seen);
     }
     if (report.first_error) {
         log::error("{}: verify: {}", disk.identity().name.view(), *report.first_error);

@@ -1,4 +1,5 @@
-// Data integrity: stamp every block, flush, read back. The stamp's format is in docs/INTERFACES.md; the host checks an image by the same rules.
+// Data integrity: stamp every block, flush, read back. The stamp's format is in docs/INTERFACES.md; the host checks an
+// image by the same rules.
 export module io.verify;
 import core.std;
 import core.result;
@@ -22,7 +23,8 @@ struct Stamp {
 /// Which part of a block is wrong, in the order of the checks.
 enum class Mismatch : u8 { none, magic, lba, generation, seed, size, crc, payload };
 constexpr std::string_view name(Mismatch mismatch) {
-    constexpr std::array<std::string_view, 8> names{"none", "magic", "LBA", "generation", "seed", "block size", "CRC-32C", "payload"};
+    constexpr std::array<std::string_view, 8> names{"none", "magic",      "LBA",     "generation",
+                                                    "seed", "block size", "CRC-32C", "payload"};
     return names[to_underlying(mismatch)];
 }
 struct BlockCheck {
@@ -62,17 +64,20 @@ struct VerifyReport {
     std::array<BadBlock, 8> first_bad{};
     std::optional<Error> first_error; // of a transfer
 
-    constexpr bool ok() const { return bad == 0 && !first_error && read == blocks && (!plan.write || written == blocks); }
+    constexpr bool ok() const {
+        return bad == 0 && !first_error && read == blocks && (!plan.write || written == blocks);
+    }
     std::span<const BadBlock> bad_blocks() const { return {first_bad.data(), std::min<usize>(bad, first_bad.size())}; }
 };
 
 /// How many blocks `plan` means on such a disk; the error that verify() would give before the first transfer.
 Result<u64> blocks_of(const Geometry& geometry, const VerifyPlan& plan);
 
-/// Writes every block, flushes, reads every block back and checks it; or only reads and checks. A disk with several lanes is split into as many
-/// regions, and all lanes are at it at once, each with plan.qd transfers, on its own processor. Error{bad_argument}, before anything is
-/// submitted: a plan that does not suit the disk, or writing without plan.scratch. Error{exhausted}: no buffers or frames. Bad blocks and failed
-/// transfers are in the report; a disk that has timed out, gone or broken its protocol ends the run.
+/// Writes every block, flushes, reads every block back and checks it; or only reads and checks. A disk with several
+/// lanes is split into as many regions, and all lanes are at it at once, each with plan.qd transfers, on its own
+/// processor. Error{bad_argument}, before anything is submitted: a plan that does not suit the disk, or writing without
+/// plan.scratch. Error{exhausted}: no buffers or frames. Bad blocks and failed transfers are in the report; a disk that
+/// has timed out, gone or broken its protocol ends the run.
 Task<Result<VerifyReport>> verify(BlockDevice& disk, VerifyPlan plan, DmaAllocator& dma);
 
 /// The record `verify`, and a line for each of the first bad blocks.

@@ -21,7 +21,7 @@ struct Unordered {
     void copy_in(fl::usize, const std::byte*, fl::usize) {}
 };
 [[maybe_unused]] void caller() {
-    static_cast<void>(
-        fl::io::Consumer<Unordered, fl::io::FreeRunning<fl::u32>, fl::io::Never>::create({}, {.index = 0, .entries = 64, .stride = 16}, {}));
+    static_cast<void>(fl::io::Consumer<Unordered, fl::io::FreeRunning<fl::u32>, fl::io::Never>::create(
+        {}, {.index = 0, .entries = 64, .stride = 16}, {}));
 }
 } // namespace

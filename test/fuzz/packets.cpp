@@ -1,6 +1,7 @@
-// Both ends of a channel's rings over memory whose other side is the fuzzer: it keeps the protocol, breaks it, or changes a word between two
-// looks at it. Nothing outside of the ring's bytes and the end's own words is touched; what a sound host has sent arrives as it was, and what we
-// send can be read by a reader that knows the format alone; nobody who waits for room or for packets is forgotten; a broken ring stays broken.
+// Both ends of a channel's rings over memory whose other side is the fuzzer: it keeps the protocol, breaks it, or
+// changes a word between two looks at it. Nothing outside of the ring's bytes and the end's own words is touched; what
+// a sound host has sent arrives as it was, and what we send can be read by a reader that knows the format alone; nobody
+// who waits for room or for packets is forgotten; a broken ring stays broken.
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -39,7 +40,8 @@ struct Ring {
     usize copied = 0;             // bytes of packets that our end has read
     std::array<usize, 2> ours{};  // words that our end may write
 
-    Ring(u32 bytes, std::array<usize, 2> writable) : size(bytes), words(std::make_unique<u64[]>((4096 + bytes) / 8)), ours(writable) {
+    Ring(u32 bytes, std::array<usize, 2> writable)
+        : size(bytes), words(std::make_unique<u64[]>((4096 + bytes) / 8)), ours(writable) {
         state.storage = std::as_writable_bytes(std::span(words.get(), (4096 + bytes) / 8));
         state.context = this;
         state.before_read = [](void* self, io::HostileMemory::State&, usize offset, usize count) {
@@ -171,10 +173,12 @@ struct Outgoing {
         }
         require(!meant.empty());
         const Meant& m = meant.front();
-        require(get(bytes, 0, 2) == m.type && get(bytes, 2, 2) * 8 == 16 + m.header.size() && get(bytes, 6, 2) == m.flags);
+        require(get(bytes, 0, 2) == m.type && get(bytes, 2, 2) * 8 == 16 + m.header.size() &&
+                get(bytes, 6, 2) == m.flags);
         require(total == 16 + m.header.size() + m.payload.size() && get(bytes, 8, 8) == m.transaction);
         require(std::equal(m.header.begin(), m.header.end(), bytes.begin() + 16));
-        require(std::equal(m.payload.begin(), m.payload.end(), bytes.begin() + 16 + static_cast<std::ptrdiff_t>(m.header.size())));
+        require(std::equal(m.payload.begin(), m.payload.end(),
+                           bytes.begin() + 16 + static_cast<std::ptrdiff_t>(m.header.size())));
         require(get(bytes, total, 8) == u64{read} << 32);
         meant.pop_front();
         ring.set(read_word, (read + total + 8) % ring.size);
@@ -211,11 +215,13 @@ struct Outgoing {
         }
     }
     void publish() {
-        const bool expected = sender.unpublished() && ring.word(mask_word) == 0 && ring.word(read_word) == ring.word(write_word);
+        const bool expected =
+            sender.unpublished() && ring.word(mask_word) == 0 && ring.word(read_word) == ring.word(write_word);
         const bool signal = sender.publish();
         require(!ring.sound || signal == expected); // a sleeping host is woken, and only a sleeping one
         unpublished = 0;
-        require(!sender.unpublished() || (!ring.sound && sender.error())); // into a broken ring nothing more is published
+        // into a broken ring nothing more is published
+        require(!sender.unpublished() || (!ring.sound && sender.error()));
     }
 
     void send(fuzz::Input& input) {
@@ -264,14 +270,17 @@ struct Outgoing {
                     append(m.header, frames[i][p]);
                 }
             }
-            result = sender.gpa_direct(payload, std::span<const PageRange>(ranges).first(count), m.transaction, m.flags != 0);
+            result = sender.gpa_direct(payload, std::span<const PageRange>(ranges).first(count), m.transaction,
+                                       m.flags != 0);
             break;
         }
         default: {
             m.type = 9;
-            const DmaSpan buffer{nullptr, u64{input.word()} << 8 | input.byte(), input.word() % (how & 0x40 ? 0x1000000 : 70000)};
+            const DmaSpan buffer{nullptr, u64{input.word()} << 8 | input.byte(),
+                                 input.word() % (how & 0x40 ? 0x1000000 : 70000)};
             const u64 first = buffer.bus / 4096;
-            const u64 frames = buffer.size == 0 && buffer.bus % 4096 == 0 ? 0 : (buffer.bus % 4096 + buffer.size + 4095) / 4096;
+            const u64 frames =
+                buffer.size == 0 && buffer.bus % 4096 == 0 ? 0 : (buffer.bus % 4096 + buffer.size + 4095) / 4096;
             append(m.header, u64{1} << 32);
             append(m.header, buffer.bus % 4096 << 32 | buffer.size);
             for (u64 f = 0; f < frames; ++f) {
@@ -295,7 +304,8 @@ struct Incoming {
     u32 unreleased = 0;
     bool broken = false;
     Incoming(u32 bytes, u32 longest)
-        : ring(bytes, {read_word, mask_word}), buffer(std::make_unique<std::byte[]>(longest)), most(longest), receiver(make()) {}
+        : ring(bytes, {read_word, mask_word}), buffer(std::make_unique<std::byte[]>(longest)), most(longest),
+          receiver(make()) {}
     PacketReceiver<Memory> make() {
         io::FlatMemory flat(ring.state.storage);
         initialise_ring(flat);
@@ -322,8 +332,8 @@ struct Incoming {
             m.payload[i] = static_cast<u8>(i * 3 + how);
         }
         std::vector<u8> bytes;
-        append(bytes,
-               m.type | u64{2 + m.header.size() / 8} << 16 | u64{2 + m.header.size() / 8 + m.payload.size() / 8} << 32 | u64{m.flags} << 48);
+        append(bytes, m.type | u64{2 + m.header.size() / 8} << 16 |
+                          u64{2 + m.header.size() / 8 + m.payload.size() / 8} << 32 | u64{m.flags} << 48);
         append(bytes, m.transaction);
         bytes.insert(bytes.end(), m.header.begin(), m.header.end());
         bytes.insert(bytes.end(), m.payload.begin(), m.payload.end());
@@ -357,7 +367,8 @@ struct Incoming {
         require(packet.header.size() + packet.payload.size() <= most && packet.header.data() >= begin);
         require(packet.payload.data() == packet.header.data() + packet.header.size() &&
                 packet.payload.data() + packet.payload.size() <= begin + most);
-        require(ring.copied == 16 + packet.header.size() + packet.payload.size()); // nothing is left of the packet before
+        // nothing is left of the packet before
+        require(ring.copied == 16 + packet.header.size() + packet.payload.size());
         unreleased += static_cast<u32>(24 + packet.header.size() + packet.payload.size());
         require(!ring.sound || !meant.empty());
         if (ring.sound) {
@@ -365,7 +376,8 @@ struct Incoming {
             const auto same = [](std::span<const std::byte> a, const std::vector<u8>& b) {
                 return a.size() == b.size() && (b.empty() || std::memcmp(a.data(), b.data(), b.size()) == 0);
             };
-            require(to_underlying(packet.type) == m.type && packet.wants_completion == (m.flags != 0) && packet.transaction == m.transaction);
+            require(to_underlying(packet.type) == m.type && packet.wants_completion == (m.flags != 0) &&
+                    packet.transaction == m.transaction);
             require(same(packet.header, m.header) && same(packet.payload, m.payload));
             meant.pop_front();
         }
@@ -434,8 +446,9 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
             const u8 which = input.byte();
             Ring& ring = (which & 1) != 0 ? in.ring : out.ring;
             ring.sound = false;
-            const u32 at = (which & 2) != 0 ? 4096 + (ring.word((which & 1) != 0 ? write_word : read_word) + which / 4) % ring.size
-                                            : input.word() % (4096 + ring.size);
+            const u32 at = (which & 2) != 0
+                               ? 4096 + (ring.word((which & 1) != 0 ? write_word : read_word) + which / 4) % ring.size
+                               : input.word() % (4096 + ring.size);
             const auto bytes = input.take(std::min<u32>(input.byte(), 4096 + ring.size - at));
             std::copy(bytes.begin(), bytes.end(), ring.state.storage.begin() + at);
             break;

@@ -1,6 +1,6 @@
-// A disk whose host answers with anything, late, twice or never, rescinds the channel or stops reading it, while requests are asked for,
-// cancelled and given up: every request ends once and in time; it ends well only if the host has said so of each of its sectors; nothing outside
-// of a packet is read.
+// A disk whose host answers with anything, late, twice or never, rescinds the channel or stops reading it, while
+// requests are asked for, cancelled and given up: every request ends once and in time; it ends well only if the host
+// has said so of each of its sectors; nothing outside of a packet is read.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -81,9 +81,11 @@ struct Machine {
         u32 bytes;
     };
     std::vector<Asked> asked{};
-    std::vector<Asked> done{};                               // what the host has answered: as if it were to be answered again
-    std::array<bool, most_requests * sectors_each> served{}; // sectors of which the host has said that they are read or written
-    std::array<bool, most_requests> served_whole{};          // requests of which it has said so: flush, discard
+    // what the host has answered: as if it were to be answered again
+    std::vector<Asked> done{};
+    // sectors of which the host has said that they are read or written
+    std::array<bool, most_requests * sectors_each> served{};
+    std::array<bool, most_requests> served_whole{}; // requests of which it has said so: flush, discard
     std::vector<std::unique_ptr<io::Request>> requests{};
     std::unique_ptr<Exchange> exchange{};
     DmaSpan buffer{};
@@ -126,7 +128,8 @@ struct Machine {
             for (u32 i = 0; i < 8; ++i) {
                 a.lba = a.lba << 8 | packet[30 + i];
             }
-            if (get(packet, 0) == 3 && (a.opcode == 0x28 || a.opcode == 0x2a)) { // READ(10), WRITE(10): as their longer siblings
+            // READ(10), WRITE(10): as their longer siblings
+            if (get(packet, 0) == 3 && (a.opcode == 0x28 || a.opcode == 0x2a)) {
                 a.lba >>= 32;
                 a.opcode = static_cast<u8>(a.opcode + 0x60);
                 require((u32{packet[35]} << 8 | packet[36]) * 512 == a.bytes);
@@ -182,9 +185,13 @@ struct Machine {
         }
         const usize i = submitted++;
         const u8 how = static_cast<u8>(i % 12);
-        const io::Op op = how % 6 == 5 ? io::Op::flush : how % 6 == 4 ? io::Op::discard : how % 2 == 0 ? io::Op::read : io::Op::write;
+        const io::Op op = how % 6 == 5   ? io::Op::flush
+                          : how % 6 == 4 ? io::Op::discard
+                          : how % 2 == 0 ? io::Op::read
+                                         : io::Op::write;
         requests.push_back(std::make_unique<io::Request>(
-            *disk, op, i * sectors_each, op == io::Op::flush ? DmaSpan{} : buffer.subspan(0, how % 3 == 0 ? sectors_each * 512 : 4096)));
+            *disk, op, i * sectors_each,
+            op == io::Op::flush ? DmaSpan{} : buffer.subspan(0, how % 3 == 0 ? sectors_each * 512 : 4096)));
         disk->submit(*requests.back());
     }
     // One that has ended, or is given up: its frame dies.
@@ -259,8 +266,9 @@ struct Machine {
         }
         case 3:
         case 4: { // an error with sense data, of those that there are
-            static constexpr u8 senses[][3] = {{6, 0x29, 0}, {6, 0x3f, 0x0e}, {6, 0x2a, 9}, {5, 0x20, 0}, {5, 0x25, 0}, {3, 0x11, 0},
-                                               {1, 0x17, 1}, {2, 4, 1},       {7, 0x27, 0}, {0, 0, 0},    {5, 0x24, 0}, {11, 0x47, 0}};
+            static constexpr u8 senses[][3] = {{6, 0x29, 0}, {6, 0x3f, 0x0e}, {6, 0x2a, 9}, {5, 0x20, 0},
+                                               {5, 0x25, 0}, {3, 0x11, 0},    {1, 0x17, 1}, {2, 4, 1},
+                                               {7, 0x27, 0}, {0, 0, 0},       {5, 0x24, 0}, {11, 0x47, 0}};
             const u64 id = choose();
             const auto& sense = senses[input.byte() % std::size(senses)];
             payload[14] = std::byte{0x84};
@@ -291,7 +299,8 @@ struct Machine {
             const auto sense = input.take(20);
             std::copy(sense.begin(), sense.end(), payload.begin() + 28);
             const u8 status = static_cast<u8>(payload[14]) & 0x3f;
-            if (which && (((status == 1 || status == 0x12) && payload[15] == std::byte{0}) || sense.size() > 2)) { // may mean that it is done
+            // may mean that it is done
+            if (which && (((status == 1 || status == 0x12) && payload[15] == std::byte{0}) || sense.size() > 2)) {
                 if ((what & 0x20) != 0) {
                     std::memcpy(payload.data() + 24, &which->bytes, 4);
                     serve(*which);
@@ -303,7 +312,8 @@ struct Machine {
             break;
         }
         case 6: { // busy, and all that is asked for again
-            static constexpr u8 statuses[][2] = {{4, 8}, {4, 0x28}, {5, 0}, {0x0e, 0}, {2, 0}, {0x16, 0}, {0x20, 0}, {8, 0}};
+            static constexpr u8 statuses[][2] = {{4, 8}, {4, 0x28}, {5, 0},    {0x0e, 0},
+                                                 {2, 0}, {0x16, 0}, {0x20, 0}, {8, 0}};
             const u8 choice = input.byte();
             for (u32 n = (what & 0x40) != 0 ? 32 : 1; n != 0; --n) {
                 const u64 id = choose();
@@ -365,7 +375,8 @@ struct Machine {
                 exchange.reset();
             } else if (!exchange) {
                 exchange = std::make_unique<Exchange>(executor);
-                exchange->packet.header = {static_cast<drivers::storvsc::Operation>(3 + (what >> 5)), drivers::storvsc::flag_completion, 0};
+                exchange->packet.header = {static_cast<drivers::storvsc::Operation>(3 + (what >> 5)),
+                                           drivers::storvsc::flag_completion, 0};
                 exchange->data = (what & 0x40) != 0 ? buffer.subspan(0, 512) : DmaSpan{};
                 if (!queue->send(*exchange)) {
                     exchange.reset();

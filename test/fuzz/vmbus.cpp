@@ -1,7 +1,7 @@
-// A bus between a host and a guest that both do anything in any order: the host answers what it is asked, or answers with other ids, statuses
-// and lengths, offers, rescinds, raises events, writes into the rings, takes no messages; the guest connects, asks for offers, opens, closes,
-// moves and uses channels, shares memory, in two tasks at once. Every wait ends in time, nothing outside of a message is read, memory that the
-// host may still reach is not freed.
+// A bus between a host and a guest that both do anything in any order: the host answers what it is asked, or answers
+// with other ids, statuses and lengths, offers, rescinds, raises events, writes into the rings, takes no messages; the
+// guest connects, asks for offers, opens, closes, moves and uses channels, shares memory, in two tasks at once. Every
+// wait ends in time, nothing outside of a message is read, memory that the host may still reach is not freed.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -113,13 +113,15 @@ struct Host final : hv::Privileged {
                 held.push_back(std::move(fresh));
             }
         } else if (type == 9) {
-            const auto of = std::find_if(held.rbegin(), held.rend(), [&](const Held& h) { return h.gpadl == get(message, 12); });
+            const auto of =
+                std::find_if(held.rbegin(), held.rend(), [&](const Held& h) { return h.gpadl == get(message, 12); });
             if (of != held.rend()) {
                 require(of->more != 0);
                 take_frames(*of, 16);
             }
         }
-        if (type == 16 && (input->byte() & 1) == 0 && get({reinterpret_cast<const u8*>(messages), 4096}, 512) == 0) { // while it is waited for
+        // while it is waited for
+        if (type == 16 && (input->byte() & 1) == 0 && get({reinterpret_cast<const u8*>(messages), 4096}, 512) == 0) {
             deliver(std::array<u8, 8>{17}, 8, 1, false);
         }
         if (asked.size() < 16) {
@@ -178,8 +180,9 @@ struct Host final : hv::Privileged {
     }
 
     std::vector<u8> offer() {
-        static constexpr u8 types[3][16] = {{0xd9, 0x63, 0x61, 0xba, 0xa1, 0x04, 0x29, 0x4d, 0xb6, 0x05, 0x72, 0xe2, 0xff, 0xb1, 0xdc, 0x7f},
-                                            {0x32, 0x26, 0x41, 0x32, 0xcb, 0x86, 0xa2, 0x44, 0x9b, 0x5c, 0x50, 0xd1, 0x41, 0x73, 0x54, 0xf5}};
+        static constexpr u8 types[3][16] = {
+            {0xd9, 0x63, 0x61, 0xba, 0xa1, 0x04, 0x29, 0x4d, 0xb6, 0x05, 0x72, 0xe2, 0xff, 0xb1, 0xdc, 0x7f},
+            {0x32, 0x26, 0x41, 0x32, 0xcb, 0x86, 0xa2, 0x44, 0x9b, 0x5c, 0x50, 0xd1, 0x41, 0x73, 0x54, 0xf5}};
         const u8 shape = input->byte();
         std::vector<u8> a(196);
         put(a, 0, 1);
@@ -262,7 +265,8 @@ struct Host final : hv::Privileged {
             if (held.empty()) {
                 return;
             }
-            // Whoever has not been told that it is given back may write to it: a buffer that was freed too early is found by the sanitizer.
+            // Whoever has not been told that it is given back may write to it: a buffer that was freed too early is
+            // found by the sanitizer.
             const Held& h = held[input->byte() % held.size()];
             if (h.frames.empty() || h.more != 0) { // not all of it has been told: it is not shared
                 return;
@@ -296,7 +300,8 @@ struct Guest {
 
 // Nothing takes longer than its waits allow: `waits` of them, each with a message that a throttling host takes late.
 void in_time(const Guest& guest, Instant begin, u32 waits) {
-    constexpr Nanoseconds each = timeout + std::max<Nanoseconds>(timeout, hv::hyperv::Vmbus::posting_timeout) + 20'000'000;
+    constexpr Nanoseconds each =
+        timeout + std::max<Nanoseconds>(timeout, hv::hyperv::Vmbus::posting_timeout) + 20'000'000;
     require(guest.executor.now() - begin < waits * each);
 }
 
@@ -308,7 +313,9 @@ void use(Guest& guest, Channel& channel) {
         switch (what % 8) {
         case 0: static_cast<void>(channel.send_inband(std::span(payload).first(what / 8), what, true)); break;
         case 1: static_cast<void>(channel.send_completion(payload, what)); break;
-        case 2: static_cast<void>(channel.send_gpa_direct(payload, DmaSpan{nullptr, u64{what} << 8, what * 256u}, what)); break;
+        case 2:
+            static_cast<void>(channel.send_gpa_direct(payload, DmaSpan{nullptr, u64{what} << 8, what * 256u}, what));
+            break;
         case 3: static_cast<void>(channel.publish()); break;
         case 4: {
             hv::hyperv::Packet packet;
@@ -350,8 +357,9 @@ io::Task<Result<void>> life(Guest& guest, u32 own) {
             require(!there || (there->relid == offer.relid && there->instance == offer.instance));
             const bool was_open = channel.is_open();
             guest.rescinds[own] = was_open ? guest.rescinds[own] : 0;
-            const Vmbus::OpenParameters parameters{
-                .send_bytes = (what & 0x10) != 0 ? 32768u : 4096u, .receive_bytes = 4096, .may_defer = (what & 0x10) != 0};
+            const Vmbus::OpenParameters parameters{.send_bytes = (what & 0x10) != 0 ? 32768u : 4096u,
+                                                   .receive_bytes = 4096,
+                                                   .may_defer = (what & 0x10) != 0};
             const auto opened = co_await bus.open(channel, offer, parameters);
             require(there || !opened); // it had been rescinded before
             require(!was_open || !opened);
@@ -372,7 +380,8 @@ io::Task<Result<void>> life(Guest& guest, u32 own) {
             break;
         }
         case 5: {
-            const hv::hyperv::Guid instance = offers.empty() ? hv::hyperv::Guid{} : offers[(what >> 6) % offers.size()].instance;
+            const hv::hyperv::Guid instance =
+                offers.empty() ? hv::hyperv::Guid{} : offers[(what >> 6) % offers.size()].instance;
             const u16 index = 1 + (what >> 4) % 4;
             const auto sub = co_await bus.sub_channel(instance, index, {guest.executor, timeout});
             require(!sub || (sub->instance == instance && sub->sub_channel == index));

@@ -49,8 +49,9 @@ DiskOption parse_disk(const std::string& text, const std::vector<DiskOption>& be
         } else if (word.rfind("iops=", 0) == 0) {
             disk.iops = number_in(word.substr(5), 1000000000, "iops");
         } else {
-            throw CLI::ValidationError("--disk " + text + ": '" + word +
-                                       "' is not one of lun=N, controller=N, readonly, sector=512, sector=4096, iops=N");
+            throw CLI::ValidationError(
+                "--disk " + text + ": '" + word +
+                "' is not one of lun=N, controller=N, readonly, sector=512, sector=4096, iops=N");
         }
     }
     if (!numbered) {
@@ -62,7 +63,8 @@ DiskOption parse_disk(const std::string& text, const std::vector<DiskOption>& be
     }
     for (const DiskOption& other : before) {
         if (other.ide == disk.ide && other.controller == disk.controller && other.lun == disk.lun) {
-            throw CLI::ValidationError("--disk " + text + ": lun=" + std::to_string(disk.lun) + " is taken by " + other.file);
+            throw CLI::ValidationError("--disk " + text + ": lun=" + std::to_string(disk.lun) + " is taken by " +
+                                       other.file);
         }
     }
     if (disk.ide && disk.position > 3) {
@@ -76,16 +78,20 @@ std::uint32_t parse_version(const std::string& text) {
     if (dot == std::string::npos) {
         throw CLI::ValidationError("--vmbus-version " + text + ": MAJOR.MINOR was expected, as in 5.3");
     }
-    return number_in(text.substr(0, dot), 255, "a version's first half") << 16 | number_in(text.substr(dot + 1), 255, "a version's second half");
+    return number_in(text.substr(0, dot), 255, "a version's first half") << 16 |
+           number_in(text.substr(dot + 1), 255, "a version's second half");
 }
 
 } // namespace
 
 std::optional<int> parse_command_line(int count, char** words, Options& options) {
-    CLI::App app{"A small virtual machine monitor for tests: KVM with Hyper-V's interfaces, a VMBus with SCSI disks, an IDE controller.",
+    CLI::App app{"A small virtual machine monitor for tests: KVM with Hyper-V's interfaces, a VMBus with SCSI disks, "
+                 "an IDE controller.",
                  "firstlight-testhost"};
-    app.footer("Exit status: odd numbers are the guest's verdict, (value << 1) | 1; 0 power off; 64 command line; 66 a file; 70 crash of the "
-               "guest; 72 time-out; 74 the system refused something; 76 reset by the guest; 78 KVM lacks a capability.");
+    app.footer(
+        "Exit status: odd numbers are the guest's verdict, (value << 1) | 1; 0 power off; 64 command line; 66 a file; "
+        "70 crash of the "
+        "guest; 72 time-out; 74 the system refused something; 76 reset by the guest; 78 KVM lacks a capability.");
     std::vector<std::string> disks;
     std::string version = "5.3";
     app.add_option("--kernel", options.kernel, "ELF with a PVH entry, or Linux's bzImage")->check(CLI::ExistingFile);
@@ -96,16 +102,23 @@ std::optional<int> parse_command_line(int count, char** words, Options& options)
                    "processors that the ACPI tables list, if more than --cpus: the rest never comes up")
         ->check(CLI::Range(1, 64));
     app.add_option("--memory", options.memory_mebibytes, "MiB")->check(CLI::Range(16, 3072));
-    app.add_option("--disk", disks, "[scsi:|ide:]FILE[,lun=N][,controller=N][,readonly][,sector=4096][,iops=N]: a disk on the VMBus; iops: requests are taken at "
+    app.add_option("--disk", disks,
+                   "[scsi:|ide:]FILE[,lun=N][,controller=N][,readonly][,sector=4096][,iops=N]: a disk on the VMBus; "
+                   "iops: requests are taken at "
                    "once, and N of them are answered per second")
         ->expected(1)
         ->take_all()
         ->delimiter('\0');
-    app.add_option("--ide", options.ide, "FILE: an emulated IDE disk: hda, hdb, hdc, hdd")->expected(1)->take_all()->check(CLI::ExistingFile);
+    app.add_option("--ide", options.ide, "FILE: an emulated IDE disk: hda, hdb, hdc, hdd")
+        ->expected(1)
+        ->take_all()
+        ->check(CLI::ExistingFile);
     app.add_option("--vmbus-version", version, "the newest version that is accepted, MAJOR.MINOR");
-    app.add_option("--storage-versions", options.storage_versions, "versions of the storage protocol that are accepted, as 6.0,5.1")
+    app.add_option("--storage-versions", options.storage_versions,
+                   "versions of the storage protocol that are accepted, as 6.0,5.1")
         ->delimiter(',');
-    app.add_option("--sub-channels", options.sub_channels, "offered at most for a SCSI controller")->check(CLI::Range(0, 63));
+    app.add_option("--sub-channels", options.sub_channels, "offered at most for a SCSI controller")
+        ->check(CLI::Range(0, 63));
     app.add_option("--transfer", options.transfer, "bytes of one request at most")->check(CLI::Range(4096, 16 << 20));
     app.add_flag("--monitor-pages", options.monitor_pages, "offer monitor pages");
     app.add_option("--fault", options.fault, "NAME[,after=N][,count=N]: break a rule of the protocol");
@@ -116,9 +129,11 @@ std::optional<int> parse_command_line(int count, char** words, Options& options)
     app.add_option("--hot-add-on", options.add_marker, "TEXT: … when the guest prints a line that contains it");
     app.add_option("--hot-remove-on", options.remove_marker, "TEXT: likewise");
     app.add_option("--shutdown-on", options.shutdown_marker, "TEXT: likewise");
-    app.add_option("--hot-controller", options.hot_controller, "SECONDS: the last SCSI disk's controller, with all its disks, comes only then");
+    app.add_option("--hot-controller", options.hot_controller,
+                   "SECONDS: the last SCSI disk's controller, with all its disks, comes only then");
     app.add_option("--hot-controller-on", options.controller_marker, "TEXT: likewise");
-    app.add_option("--offer-again", options.offer_again, "SECONDS: the last SCSI disk's controller is rescinded and at once offered again");
+    app.add_option("--offer-again", options.offer_again,
+                   "SECONDS: the last SCSI disk's controller is rescinded and at once offered again");
     app.add_option("--offer-again-on", options.again_marker, "TEXT: likewise");
     app.add_option("--timeout", options.timeout, "SECONDS: give up");
     app.add_option("--log", options.log, "FILE for the host's own lines (standard output)");
@@ -126,7 +141,8 @@ std::optional<int> parse_command_line(int count, char** words, Options& options)
     app.add_flag("--eventfd", options.eventfd, "serve signals in the I/O thread instead of in the processor's exit");
     app.add_option("--hyperv-base", options.hyperv_base,
                    "where Hyper-V's CPUID leaves begin; elsewhere than 0x40000000 a foreign name is first");
-    app.add_flag("--no-rsdp", options.no_rsdp, "the loader does not say where ACPI's tables are: the guest finds them in the BIOS area");
+    app.add_flag("--no-rsdp", options.no_rsdp,
+                 "the loader does not say where ACPI's tables are: the guest finds them in the BIOS area");
     app.add_flag("--no-hyperv", options.no_hyperv, "no leaves of Hyper-V");
     app.add_flag("--openvmm-leaves", options.openvmm_leaves,
                  "Hyper-V's leaves as OpenVMM shows them: neither PostMessages nor SignalEvents, though both work");

@@ -1,5 +1,5 @@
-// What the test host was asked to do. A plain header: the unit that parses it uses exceptions, as the library for it does, and imports no
-// module.
+// What the test host was asked to do. A plain header: the unit that parses it uses exceptions, as the library for it
+// does, and imports no module.
 #pragma once
 #include <cstdint>
 #include <optional>

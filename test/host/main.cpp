@@ -53,7 +53,8 @@ T expect(Result<T> result, ExitCode code, const std::string& what) {
 void load(Machine& machine, const Options& options) {
     const auto dsdt = std::as_bytes(std::span{firstlight_dsdt, firstlight_dsdt_end});
     Payload payload{.command_line = options.append};
-    payload.rsdp = expect(write_acpi(machine.memory(), dsdt, std::max(options.processors, options.listed_processors)), ExitCode::host, "ACPI: ");
+    payload.rsdp = expect(write_acpi(machine.memory(), dsdt, std::max(options.processors, options.listed_processors)),
+                          ExitCode::host, "ACPI: ");
     if (options.no_rsdp) {
         payload.rsdp = 0;
     }
@@ -97,7 +98,8 @@ u16 storage_version_of(const std::string& text) {
     const auto first = std::from_chars(text.data(), end, major);
     const bool good = first.ec == std::errc{} && first.ptr != end && *first.ptr == '.';
     if (!good || std::from_chars(first.ptr + 1, end, minor).ptr != end || major > 255 || minor > 255) {
-        give_up(ExitCode::usage, "--storage-versions " + text + ": ", Error{Code::bad_argument, "MAJOR.MINOR was expected, as in 6.2"});
+        give_up(ExitCode::usage, "--storage-versions " + text + ": ",
+                Error{Code::bad_argument, "MAJOR.MINOR was expected, as in 6.2"});
     }
     return host::storage_version(static_cast<u8>(major), static_cast<u8>(minor));
 }
@@ -114,7 +116,8 @@ host::ServerConfig server_config(const Options& options) {
     return config;
 }
 
-/// Puts all disks on the bus. The last SCSI disk, or its controller, is what comes and goes: with a reason to come later it is left out here.
+/// Puts all disks on the bus. The last SCSI disk, or its controller, is what comes and goes: with a reason to come
+/// later it is left out here.
 MovingDisk add_disks(Bus& bus, Images& images, const Options& options) {
     const bool comes_later = options.hot_add > 0 || !options.add_marker.empty();
     const bool controller_comes_later = options.hot_controller > 0 || !options.controller_marker.empty();
@@ -140,7 +143,8 @@ MovingDisk add_disks(Bus& bus, Images& images, const Options& options) {
         lun.serial = (disk.ide ? "FLIDE" : "FLSCSI") + std::to_string(disk.controller * 64 + disk.lun);
         if (disk.ide) {
             config.number = disk.position;
-            bus.add(host::StorageDevice::ide(static_cast<u8>(disk.position / 2), static_cast<u8>(disk.position % 2), config, lun));
+            bus.add(host::StorageDevice::ide(static_cast<u8>(disk.position / 2), static_cast<u8>(disk.position % 2),
+                                             config, lun));
             continue;
         }
         auto& luns = controllers[disk.controller];
@@ -171,13 +175,14 @@ class Course {
   public:
     Course(Machine& machine, Bus& bus, const Options& options, MovingDisk moving, host::ShutdownService& shutdown)
         : machine_(machine), bus_(bus), moving_(std::move(moving)), shutdown_(shutdown), begin_(machine.now()),
-          wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), steps_{{
-                                                             {"hot-add", options.hot_add, options.add_marker},
-                                                             {"hot-remove", options.hot_remove, options.remove_marker},
-                                                             {"shutdown", options.shutdown_after, options.shutdown_marker},
-                                                             {"hot-controller", options.hot_controller, options.controller_marker},
-                                                             {"offer-again", options.offer_again, options.again_marker},
-                                                         }} {
+          wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+          steps_{{
+              {"hot-add", options.hot_add, options.add_marker},
+              {"hot-remove", options.hot_remove, options.remove_marker},
+              {"shutdown", options.shutdown_after, options.shutdown_marker},
+              {"hot-controller", options.hot_controller, options.controller_marker},
+              {"offer-again", options.offer_again, options.again_marker},
+          }} {
         machine.set_line_watcher(&see, this);
     }
     int wake() const { return wake_; }
@@ -259,7 +264,8 @@ class Course {
 
 /// The I/O thread: what no processor's exit does. Never returns.
 [[noreturn]] void serve(Machine& machine, Bus& bus, Course& course, const Options& options) {
-    // A deadline that a processor's exit sets is seen in the next turn: with a disk of limited speed that has to be soon.
+    // A deadline that a processor's exit sets is seen in the next turn: with a disk of limited speed that has to be
+    // soon.
     const bool limited = std::ranges::any_of(options.disks, [](const DiskOption& disk) { return disk.iops != 0; });
     const u64 console_interval = limited ? 1'000'000 : 100'000'000;
     const u64 begin = machine.now();
@@ -281,7 +287,8 @@ class Course {
         const u64 now = machine.now();
         const u64 next = std::min({end, bus.deadline(), course.deadline(), now + console_interval});
         epoll_event event{};
-        const int count = epoll_wait(poller, &event, 1, next <= now ? 0 : static_cast<int>((next - now) / 1'000'000 + 1));
+        const int count =
+            epoll_wait(poller, &event, 1, next <= now ? 0 : static_cast<int>((next - now) / 1'000'000 + 1));
         if (count == 1 && event.data.fd == bus.acknowledged()) {
             bus.on_acknowledged();
         } else if (count == 1 && options.eventfd && event.data.fd == bus.signals()) {
@@ -317,8 +324,8 @@ int run(int count, char** words) {
     }
     if (options.list_faults) {
         for (const auto& fault : host::fault_names) {
-            std::printf("%-24.*s %.*s\n", static_cast<int>(fault.name.size()), fault.name.data(), static_cast<int>(fault.rule.size()),
-                        fault.rule.data());
+            std::printf("%-24.*s %.*s\n", static_cast<int>(fault.name.size()), fault.name.data(),
+                        static_cast<int>(fault.rule.size()), fault.rule.data());
         }
         return 0;
     }

@@ -1,6 +1,7 @@
-// Recorded machines: what CPUID answers on each, in the order of `cpuid -r`. The registers are typed from the hypervisors' specifications and
-// sources and from public dumps (docs/hypervisors.md, "Recorded machines"), never from this project's constants. Leaves that are not listed are
-// answered as the machine would: with the highest basic leaf's data (Intel's way, and QEMU's and KVM's on Intel), or with zeroes (AMD's).
+// Recorded machines: what CPUID answers on each, in the order of `cpuid -r`. The registers are typed from the
+// hypervisors' specifications and sources and from public dumps (docs/hypervisors.md, "Recorded machines"), never from
+// this project's constants. Leaves that are not listed are answered as the machine would: with the highest basic leaf's
+// data (Intel's way, and QEMU's and KVM's on Intel), or with zeroes (AMD's).
 #pragma once
 #include <cstdint>
 #include <span>
@@ -21,16 +22,20 @@ struct Machine {
 };
 
 // The basic leaves of a processor, hypervisor bit set (ECX of leaf 1, bit 31) or clear.
-#define INTEL_BASIC                                                                                                                             \
-    {0x0, 0, 0x0000000d, 0x756e6547, 0x6c65746e, 0x49656e69}, {0x1, 0, 0x000806ea, 0x00010800, 0xfffa3203, 0x0f8bfbff},                         \
-        {0x7, 0, 0x00000000, 0x009c6fbf, 0x00000004, 0x84000000}, {0xd, 0, 0x0000001f, 0x00000440, 0x00000440, 0x00000000},                     \
-        {0x80000000, 0, 0x80000008, 0, 0, 0}, {0x80000001, 0, 0, 0, 0x00000121, 0x2c100800}, {0x80000007, 0, 0, 0, 0, 0x00000100},              \
+#define INTEL_BASIC                                                                                                    \
+    {0x0, 0, 0x0000000d, 0x756e6547, 0x6c65746e, 0x49656e69},                                                          \
+        {0x1, 0, 0x000806ea, 0x00010800, 0xfffa3203, 0x0f8bfbff},                                                      \
+        {0x7, 0, 0x00000000, 0x009c6fbf, 0x00000004, 0x84000000},                                                      \
+        {0xd, 0, 0x0000001f, 0x00000440, 0x00000440, 0x00000000}, {0x80000000, 0, 0x80000008, 0, 0, 0},                \
+        {0x80000001, 0, 0, 0, 0x00000121, 0x2c100800}, {0x80000007, 0, 0, 0, 0, 0x00000100},                           \
         {0x80000008, 0, 0x00003027, 0, 0, 0}
-#define AMD_BASIC                                                                                                                               \
-    {0x0, 0, 0x00000010, 0x68747541, 0x444d4163, 0x69746e65}, {0x1, 0, 0x00a00f11, 0x00020800, 0xfef83203, 0x178bfbff},                         \
-        {0x80000000, 0, 0x8000001f, 0, 0, 0}, {0x80000001, 0, 0x00a00f11, 0, 0x000007f3, 0x2fd3fbff}, {0x80000007, 0, 0, 0, 0, 0x00000100}
+#define AMD_BASIC                                                                                                      \
+    {0x0, 0, 0x00000010, 0x68747541, 0x444d4163, 0x69746e65},                                                          \
+        {0x1, 0, 0x00a00f11, 0x00020800, 0xfef83203, 0x178bfbff}, {0x80000000, 0, 0x8000001f, 0, 0, 0},                \
+        {0x80000001, 0, 0x00a00f11, 0, 0x000007f3, 0x2fd3fbff}, {0x80000007, 0, 0, 0, 0, 0x00000100}
 
-// KVM under QEMU, -cpu host: one base; features: clocksource, nop delay, clocksource2, async page fault, PV EOI …, stable clock.
+// KVM under QEMU, -cpu host: one base; features: clocksource, nop delay, clocksource2, async page fault, PV EOI …,
+// stable clock.
 inline constexpr Leaf kvm_leaves[] = {
     INTEL_BASIC,
     {0x40000000, 0, 0x40000001, 0x4b4d564b, 0x564b4d56, 0x0000004d},
@@ -49,10 +54,11 @@ inline constexpr Leaf kvm_old_leaves[] = {
     {0x40000000, 0, 0, 0x4b4d564b, 0x564b4d56, 0x0000004d},
     {0x40000001, 0, 0x0000003b, 0, 0, 0},
 };
-// QEMU -cpu host,hv-relaxed,hv-vpindex,hv-time,hv-synic,hv-stimer,hv-vapic,hv-runtime,hv-reset: Hyper-V below, KVM above.
-#define QEMU_HYPERV_WITH_SYNIC                                                                                                                  \
-    {0x40000000, 0, 0x40000005, 0x7263694d, 0x666f736f, 0x76482074}, {0x40000001, 0, 0x31237648, 0, 0, 0},                                      \
-        {0x40000002, 0, 0x00003839, 0x000a0000, 0, 0}, {0x40000003, 0, 0x000002ff, 0x00000030, 0, 0x00000008},                                  \
+// QEMU -cpu host,hv-relaxed,hv-vpindex,hv-time,hv-synic,hv-stimer,hv-vapic,hv-runtime,hv-reset: Hyper-V below, KVM
+// above.
+#define QEMU_HYPERV_WITH_SYNIC                                                                                         \
+    {0x40000000, 0, 0x40000005, 0x7263694d, 0x666f736f, 0x76482074}, {0x40000001, 0, 0x31237648, 0, 0, 0},             \
+        {0x40000002, 0, 0x00003839, 0x000a0000, 0, 0}, {0x40000003, 0, 0x000002ff, 0x00000030, 0, 0x00000008},         \
         {0x40000004, 0, 0x00000028, 0xffffffff, 0, 0}, {0x40000005, 0, 0x00000040, 0, 0, 0}
 inline constexpr Leaf kvm_hyperv_leaves[] = {
     AMD_BASIC,
@@ -62,7 +68,8 @@ inline constexpr Leaf kvm_hyperv_leaves[] = {
 };
 // The same with kvm=off: KVM's own leaves are gone.
 inline constexpr Leaf kvm_hidden_hyperv_leaves[] = {AMD_BASIC, QEMU_HYPERV_WITH_SYNIC};
-// What management software sets for Windows guests by default: hv-relaxed, hv-vapic, hv-spinlocks. No SynIC, so no VMBus.
+// What management software sets for Windows guests by default: hv-relaxed, hv-vapic, hv-spinlocks. No SynIC, so no
+// VMBus.
 inline constexpr Leaf kvm_hyperv_no_synic_leaves[] = {
     INTEL_BASIC,
     {0x40000000, 0, 0x40000005, 0x7263694d, 0x666f736f, 0x76482074},
@@ -86,17 +93,21 @@ inline constexpr Leaf kvm_hyperv_renamed_leaves[] = {
 inline constexpr Leaf kvm_hidden_leaves[] = {INTEL_BASIC};
 // -cpu host,-hypervisor: the bit is gone (leaf 1 ECX 31), the leaves are there.
 inline constexpr Leaf kvm_no_bit_leaves[] = {
-    {0x0, 0, 0x0000000d, 0x756e6547, 0x6c65746e, 0x49656e69},        {0x1, 0, 0x000806ea, 0x00010800, 0x7ffa3203, 0x0f8bfbff},
-    {0xd, 0, 0x0000001f, 0x00000440, 0x00000440, 0x00000000},        {0x80000000, 0, 0x80000008, 0, 0, 0},
-    {0x40000000, 0, 0x40000001, 0x4b4d564b, 0x564b4d56, 0x0000004d}, {0x40000001, 0, 0x01007efb, 0, 0, 0},
+    {0x0, 0, 0x0000000d, 0x756e6547, 0x6c65746e, 0x49656e69},
+    {0x1, 0, 0x000806ea, 0x00010800, 0x7ffa3203, 0x0f8bfbff},
+    {0xd, 0, 0x0000001f, 0x00000440, 0x00000440, 0x00000000},
+    {0x80000000, 0, 0x80000008, 0, 0, 0},
+    {0x40000000, 0, 0x40000001, 0x4b4d564b, 0x564b4d56, 0x0000004d},
+    {0x40000001, 0, 0x01007efb, 0, 0, 0},
 };
 
 // Xen 4.17. Leaf 2: one hypercall page, its MSR; leaf 4: HVM features.
-#define XEN_AT(base, features)                                                                                                                  \
-    {base, 0, (base) + 5, 0x566e6558, 0x65584d4d, 0x4d4d566e}, {(base) + 1, 0, 0x00040011, 0, 0, 0},                                            \
-        {(base) + 2, 0, 0x00000001, 0x40000000 + ((base) - 0x40000000), 0, 0}, {(base) + 3, 0, 0x00000000, 0x00000003, 2600000, 1},             \
-        {(base) + 3, 1, 0x2b1e8a04, 0x000000d7, 0xc4ec4ec4, 0xffffffff}, {(base) + 3, 2, 2600000, 0, 0, 0}, {(base) + 4, 0, features, 0, 7, 0}, \
-        {(base) + 5, 0, 0x00000027, 0, 0, 0}
+#define XEN_AT(base, features)                                                                                         \
+    {base, 0, (base) + 5, 0x566e6558, 0x65584d4d, 0x4d4d566e}, {(base) + 1, 0, 0x00040011, 0, 0, 0},                   \
+        {(base) + 2, 0, 0x00000001, 0x40000000 + ((base) - 0x40000000), 0, 0},                                         \
+        {(base) + 3, 0, 0x00000000, 0x00000003, 2600000, 1},                                                           \
+        {(base) + 3, 1, 0x2b1e8a04, 0x000000d7, 0xc4ec4ec4, 0xffffffff}, {(base) + 3, 2, 2600000, 0, 0, 0},            \
+        {(base) + 4, 0, features, 0, 7, 0}, {(base) + 5, 0, 0x00000027, 0, 0, 0}
 inline constexpr Leaf xen_hvm_leaves[] = {INTEL_BASIC, XEN_AT(0x40000000, 0x0000005d)};
 inline constexpr Leaf xen_pvh_leaves[] = {AMD_BASIC, XEN_AT(0x40000000, 0x0000007c)};
 // viridian=1: Hyper-V's signature below, Xen's above.
@@ -156,7 +167,8 @@ inline constexpr Leaf virtualbox_leaves[] = {
     {0x40000010, 0, 2904000, 1000000, 0, 0},
 };
 // Parallels' name with the letters of each word turned round, as some versions show it.
-inline constexpr Leaf parallels_leaves[] = {INTEL_BASIC, {0x40000000, 0, 0x40000001, 0x70726c20, 0x68797065, 0x72762020}};
+inline constexpr Leaf parallels_leaves[] = {INTEL_BASIC,
+                                            {0x40000000, 0, 0x40000001, 0x70726c20, 0x68797065, 0x72762020}};
 // Hyper-V in Azure, generation 2; privileges as Linux prints them there: low 0xae7f, high 0x3b8030.
 inline constexpr Leaf azure_leaves[] = {
     INTEL_BASIC,

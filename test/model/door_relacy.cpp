@@ -1,5 +1,6 @@
-// The door into an executor (io.door) under relacy: posts arrive whole, once, in each producer's order; a processor that halts is kicked. As in
-// ring_relacy.cpp each property is tried as it is, which must pass, and with each ordering that it needs taken away, which must fail.
+// The door into an executor (io.door) under relacy: posts arrive whole, once, in each producer's order; a processor
+// that halts is kicked. As in ring_relacy.cpp each property is tried as it is, which must pass, and with each ordering
+// that it needs taken away, which must fail.
 #include <cstring>
 #include <iostream>
 #include <relacy/relacy.hpp>
@@ -43,23 +44,27 @@ struct ModelAtomics {
       public:
         Cell(T initial) : value_(initial) {}
         T load(std::memory_order order) const {
-            const bool less = order == std::memory_order_seq_cst &&
-                              ((weak == Weak::wake_load && cell == DoorCell::wake) || (weak == Weak::asleep_load && cell == DoorCell::asleep));
+            const bool less =
+                order == std::memory_order_seq_cst && ((weak == Weak::wake_load && cell == DoorCell::wake) ||
+                                                       (weak == Weak::asleep_load && cell == DoorCell::asleep));
             return value_.load(less ? rl::mo_acquire : order_of(order), $);
         }
         void store(T value, std::memory_order order) {
             const bool relaxed = weak == Weak::raise && cell == DoorCell::wake && order == std::memory_order_release;
-            const bool less = order == std::memory_order_seq_cst &&
-                              ((weak == Weak::wake_store && cell == DoorCell::wake) || (weak == Weak::asleep_store && cell == DoorCell::asleep));
+            const bool less =
+                order == std::memory_order_seq_cst && ((weak == Weak::wake_store && cell == DoorCell::wake) ||
+                                                       (weak == Weak::asleep_store && cell == DoorCell::asleep));
             value_.store(value, relaxed ? rl::mo_relaxed : less ? rl::mo_release : order_of(order), $);
         }
         T exchange(T value, std::memory_order order) {
-            const bool relaxed = (weak == Weak::take && cell == DoorCell::head) || (weak == Weak::clear && cell == DoorCell::wake);
+            const bool relaxed =
+                (weak == Weak::take && cell == DoorCell::head) || (weak == Weak::clear && cell == DoorCell::wake);
             return value_.exchange(value, relaxed ? rl::mo_relaxed : order_of(order), $);
         }
         bool compare_exchange_weak(T& expected, T value, std::memory_order success, std::memory_order failure) {
             const bool relaxed = weak == Weak::push && cell == DoorCell::head;
-            return value_.compare_exchange_weak(expected, value, relaxed ? rl::mo_relaxed : order_of(success), $, order_of(failure), $);
+            return value_.compare_exchange_weak(expected, value, relaxed ? rl::mo_relaxed : order_of(success), $,
+                                                order_of(failure), $);
         }
 
       private:
@@ -242,8 +247,8 @@ void must(bool pass, std::string_view what) {
         }
     }
     const bool as_expected = passed == pass;
-    std::cout << (as_expected ? "ok      " : "NOT OK  ") << what << ": " << (passed ? "holds" : "violated") << " (" << schedules
-              << " schedules)\n"
+    std::cout << (as_expected ? "ok      " : "NOT OK  ") << what << ": " << (passed ? "holds" : "violated") << " ("
+              << schedules << " schedules)\n"
               << std::flush;
     if (!as_expected) {
         std::cout << report.str().substr(0, 8000) << '\n';

@@ -1,5 +1,6 @@
-// Executors on real threads: tasks sent from processor to processor and back, and abandoned at every moment; posts from three producers; frames
-// and the lock under all of it. The tsan preset watches. With the argument "weak" a door whose list is pushed and taken relaxed must be caught.
+// Executors on real threads: tasks sent from processor to processor and back, and abandoned at every moment; posts from
+// three producers; frames and the lock under all of it. The tsan preset watches. With the argument "weak" a door whose
+// list is pushed and taken relaxed must be caught.
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -131,7 +132,8 @@ struct WeakAtomics {
         using std::atomic<T>::atomic;
         T exchange(T value, std::memory_order) { return std::atomic<T>::exchange(value, std::memory_order_relaxed); }
         bool compare_exchange_weak(T& expected, T value, std::memory_order, std::memory_order) {
-            return std::atomic<T>::compare_exchange_weak(expected, value, std::memory_order_relaxed, std::memory_order_relaxed);
+            return std::atomic<T>::compare_exchange_weak(expected, value, std::memory_order_relaxed,
+                                                         std::memory_order_relaxed);
         }
     };
 };
@@ -175,7 +177,8 @@ int main(int count, char**) {
         check(static_cast<bool>(home.run(many(home, one.executor, two.executor))), "a task failed");
         one.stop();
         two.stop();
-        check(platform.overslept + one.platform.overslept + two.platform.overslept == 0, "a processor slept through a wake-up");
+        check(platform.overslept + one.platform.overslept + two.platform.overslept == 0,
+              "a processor slept through a wake-up");
     }
     check(frame_pool().in_use() == before, "coroutine frames leaked");
     std::printf("posts and tasks between three processors: as they should be\n");

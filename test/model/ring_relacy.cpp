@@ -1,7 +1,8 @@
-// The ring's memory orderings and its rules of notification under relacy, which runs two threads through their interleavings with C++'s memory
-// model underneath: an atomic load may return any value that the model allows, and a payload that is not ordered by acquire and release is a
-// data race. The very templates of io.ring are instantiated, over a memory that is relacy's. Each property is tried once as it is, which must
-// pass, and once for every ordering it needs with that ordering weakened, which must fail: a check that cannot fail shows nothing.
+// The ring's memory orderings and its rules of notification under relacy, which runs two threads through their
+// interleavings with C++'s memory model underneath: an atomic load may return any value that the model allows, and a
+// payload that is not ordered by acquire and release is a data race. The very templates of io.ring are instantiated,
+// over a memory that is relacy's. Each property is tried once as it is, which must pass, and once for every ordering it
+// needs with that ordering weakened, which must fail: a check that cannot fail shows nothing.
 //
 // Built with exceptions, since relacy uses them, and therefore with modules of its own (test/CMakeLists.txt).
 #include <cstring>
@@ -49,7 +50,8 @@ class ModelMemory {
     }
     template <class W>
     W load_acquire(usize at) const {
-        const bool relaxed = (weak == Weak::index_load && at == index_at) || (weak == Weak::consumed_load && at == consumed_at);
+        const bool relaxed =
+            (weak == Weak::index_load && at == index_at) || (weak == Weak::consumed_load && at == consumed_at);
         return static_cast<W>(shared_->words[at / 8].load(relaxed ? rl::mo_relaxed : rl::mo_acquire, $));
     }
     template <class W>
@@ -58,7 +60,8 @@ class ModelMemory {
     }
     template <class W>
     void store_release(usize at, W value) {
-        const bool relaxed = (weak == Weak::index_store && at == index_at) || (weak == Weak::consumed_store && at == consumed_at);
+        const bool relaxed =
+            (weak == Weak::index_store && at == index_at) || (weak == Weak::consumed_store && at == consumed_at);
         shared_->words[at / 8].store(value, relaxed ? rl::mo_relaxed : rl::mo_release, $);
     }
     void full_barrier() const {
@@ -81,7 +84,8 @@ class ModelMemory {
 };
 static_assert(RingMemory<ModelMemory<Weak::nothing>>);
 
-constexpr RingLayout layout{.index = index_at, .event = event_at, .consumed = consumed_at, .entries = entries_at, .stride = sizeof(unsigned)};
+constexpr RingLayout layout{
+    .index = index_at, .event = event_at, .consumed = consumed_at, .entries = entries_at, .stride = sizeof(unsigned)};
 using Positions = FreeRunning<u32>;
 
 template <Weak weak, class Rule>
@@ -210,8 +214,8 @@ void must(bool pass, std::string_view what) {
         }
     }
     const bool as_expected = passed == pass;
-    std::cout << (as_expected ? "ok      " : "NOT OK  ") << what << ": " << (passed ? "holds" : "violated") << " (" << schedules
-              << " schedules)\n"
+    std::cout << (as_expected ? "ok      " : "NOT OK  ") << what << ": " << (passed ? "holds" : "violated") << " ("
+              << schedules << " schedules)\n"
               << std::flush;
     if (!as_expected) {
         std::cout << report.str().substr(0, 8000) << '\n';

@@ -1,5 +1,5 @@
-// Two real threads on one ring, in every build; under the tsan preset each unordered access to an entry is reported. `weak`: with the index
-// stored relaxed, which the sanitizer must find.
+// Two real threads on one ring, in every build; under the tsan preset each unordered access to an entry is reported.
+// `weak`: with the index stored relaxed, which the sanitizer must find.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -28,7 +28,8 @@ class WeakMemory : public FlatMemory {
     }
 };
 
-/// An event that one thread waits for: what an interrupt is in a machine. Relaxed on purpose, so that the ring alone orders the entries.
+/// An event that one thread waits for: what an interrupt is in a machine. Relaxed on purpose, so that the ring alone
+/// orders the entries.
 class Bell {
   public:
     void ring() { rung_.fetch_add(1, std::memory_order_relaxed); }
@@ -122,6 +123,8 @@ int main(int count, char**) {
     if (count > 1) {
         return exchange<WeakMemory, Always>("relaxed index", 0);
     }
-    return exchange<FlatMemory, ReachedEvent>("event index, position", 1) + exchange<FlatMemory, PassedEvent>("event index, entry", 0) +
-           exchange<FlatMemory, EmptyToNonEmpty>("mask, empty to non-empty", 0) + exchange<MappedMemory, Always>("always", 0);
+    return exchange<FlatMemory, ReachedEvent>("event index, position", 1) +
+           exchange<FlatMemory, PassedEvent>("event index, entry", 0) +
+           exchange<FlatMemory, EmptyToNonEmpty>("mask, empty to non-empty", 0) +
+           exchange<MappedMemory, Always>("always", 0);
 }

@@ -61,11 +61,12 @@ TEST(Devices, WhichPciFunctionsAreListedAndAsWhat) {
                            Row{0x15ad, 0x07c0, 0x010700, true, DeviceClass::disk, "SAS controller"},
                            Row{0x8086, 0x100e, 0x020000, true, DeviceClass::network, "network controller"},
                            Row{0x1234, 0x1111, 0x030000, true, DeviceClass::display, "display controller"},
-                           Row{0x8086, 0x1237, 0x060000, false, DeviceClass::other, ""},   // host bridge
-                           Row{0x1b36, 0x000c, 0x060400, false, DeviceClass::other, ""},   // bridge
-                           Row{0x8086, 0x7113, 0x068000, false, DeviceClass::other, ""},   // ACPI
-                           Row{0x1b36, 0x000d, 0x0c0330, false, DeviceClass::other, ""},   // USB
-                           Row{0x1af4, 0x1110, 0x050000, false, DeviceClass::other, ""}}) { // shared memory, none of virtio's types
+                           Row{0x8086, 0x1237, 0x060000, false, DeviceClass::other, ""}, // host bridge
+                           Row{0x1b36, 0x000c, 0x060400, false, DeviceClass::other, ""}, // bridge
+                           Row{0x8086, 0x7113, 0x068000, false, DeviceClass::other, ""}, // ACPI
+                           Row{0x1b36, 0x000d, 0x0c0330, false, DeviceClass::other, ""}, // USB
+                           // shared memory, none of virtio's types
+                           Row{0x1af4, 0x1110, 0x050000, false, DeviceClass::other, ""}}) {
         SCOPED_TRACE(row.device);
         const auto device = function(row.vendor, row.device, row.class_code);
         EXPECT_EQ(boot::is_listed(device), row.listed);
@@ -115,12 +116,16 @@ TEST(Devices, OneRecordEach) {
     EXPECT_EQ(capture.text, "") << "not before the list is asked for";
     devices.list();
     devices.list();
-    EXPECT_EQ(capture.count("@{\"record\":\"device\",\"bus\":\"pci\",\"address\":\"12:03.1\",\"id\":\"1af4:1001\",\"class\":\"disk\","
-                            "\"what\":\"virtio block device\",\"driver\":\"\",\"state\":\"no driver\","
-                            "\"reason\":\"no driver for this virtio block device in this build\"}\n"),
-              1u)
+    EXPECT_EQ(
+        capture.count(
+            "@{\"record\":\"device\",\"bus\":\"pci\",\"address\":\"12:03.1\",\"id\":\"1af4:1001\",\"class\":\"disk\","
+            "\"what\":\"virtio block device\",\"driver\":\"\",\"state\":\"no driver\","
+            "\"reason\":\"no driver for this virtio block device in this build\"}\n"),
+        1u)
         << capture.text;
-    EXPECT_EQ(capture.count("device pci 12:03.1 [1af4:1001], virtio block device: no driver for this virtio block device in this build\n"), 1u)
+    EXPECT_EQ(capture.count("device pci 12:03.1 [1af4:1001], virtio block device: no driver for this virtio block "
+                            "device in this build\n"),
+              1u)
         << capture.text;
     EXPECT_EQ(devices.failures(), 0u) << "a device that nobody drives is no failure";
     entry.driver = "ata";
@@ -139,7 +144,8 @@ TEST(Devices, WhatFailsAndWhatFindsNoRoomCounts) {
     EXPECT_TRUE(devices.added("hda"));
     devices.begin();
     EXPECT_FALSE(devices.added("hda"));
-    devices.add(boot::describe(drivers::UnusedUnit{"scsi", "LUN 9", "SCSI disk", Unused::no_room, "the table is full"}));
+    devices.add(
+        boot::describe(drivers::UnusedUnit{"scsi", "LUN 9", "SCSI disk", Unused::no_room, "the table is full"}));
     devices.add(boot::describe(drivers::UnusedUnit{"ide", "hdc", "ATAPI device", Unused::not_a_disk, "no driver"}));
     EXPECT_EQ(devices.failures(), 2u);
     devices.list();
@@ -150,7 +156,10 @@ TEST(Devices, WhatFailsAndWhatFindsNoRoomCounts) {
     EXPECT_EQ(capture.count("warning: left out: 3 memory ranges: too many\n"), 1u) << capture.text;
     devices.left_out("PCI functions", 1, true, "no memory");
     EXPECT_TRUE(devices.disk_left_out());
-    EXPECT_EQ(capture.count("{\"record\":\"left_out\",\"what\":\"PCI functions\",\"count\":1,\"disk\":true,\"reason\":\"no memory\"}"), 1u)
+    EXPECT_EQ(
+        capture.count(
+            "{\"record\":\"left_out\",\"what\":\"PCI functions\",\"count\":1,\"disk\":true,\"reason\":\"no memory\"}"),
+        1u)
         << capture.text;
 }
 

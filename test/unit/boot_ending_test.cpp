@@ -1,5 +1,5 @@
-// Machines that can be ended in some ways and not in others, set up as the VMMs in docs/INTERFACES.md are: how each verdict ends on them, what
-// somebody outside sees, and that no way overtakes the one before it.
+// Machines that can be ended in some ways and not in others, set up as the VMMs in docs/INTERFACES.md are: how each
+// verdict ends on them, what somebody outside sees, and that no way overtakes the one before it.
 #include "core_physical_fake.hpp"
 #include <gtest/gtest.h>
 #include <map>
@@ -53,9 +53,9 @@ Bytes table(std::string_view signature, const Bytes& body) {
 const Bytes s5_of_5{0x08, '_', 'S', '5', '_', 0x12, 0x08, 0x04, 0x0a, 0x05, 0x0a, 0x05, 0x00, 0x00};
 const Bytes s5_of_0{0x08, '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x00, 0x00, 0x00, 0x00};
 // QEMU's pvpanic device: _HID, and its ports in _CRS.
-const Bytes pvpanic_aml{0x5b, 0x82, 0x40, 0x05, 'P',  'E',  'V',  'T',  0x08, '_',  'H',  'I', 'D', 0x0d, 'Q', 'E', 'M', 'U', '0', '0', '0',
-                        '1',  0x00, 0x08, '_',  'C',  'R',  'S',  0x11, 0x0d, 0x0a, 0x0a, 0x47, 0x01, 0x05, 0x05, 0x05, 0x05, 0x01, 0x01,
-                        0x79, 0x00};
+const Bytes pvpanic_aml{0x5b, 0x82, 0x40, 0x05, 'P',  'E',  'V',  'T',  0x08, '_',  'H',  'I',  'D',  0x0d,
+                        'Q',  'E',  'M',  'U',  '0',  '0',  '0',  '1',  0x00, 0x08, '_',  'C',  'R',  'S',
+                        0x11, 0x0d, 0x0a, 0x0a, 0x47, 0x01, 0x05, 0x05, 0x05, 0x05, 0x01, 0x01, 0x79, 0x00};
 
 struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
     // What there is.
@@ -303,7 +303,8 @@ TEST(Ending, PvpanicIsToldOfEveryFailure) {
     }
 }
 
-// Exit status 0 after the pulse, 1 after a triple fault; a pulse and a triple fault at once are a race. Each unknown port is a line in its log.
+// Exit status 0 after the pulse, 1 after a triple fault; a pulse and a triple fault at once are a race. Each unknown
+// port is a line in its log.
 TEST(Ending, FirecrackerTellsSuccessFromFailure) {
     for (const bool with_acpi : {false, true}) {
         for (const Nanoseconds needs : {100'000u, 5'000'000u, 300'000'000u}) {
@@ -313,7 +314,8 @@ TEST(Ending, FirecrackerTellsSuccessFromFailure) {
                 EXPECT_EQ(m.end(v), good(v) ? "reset" : "triple fault") << name(v);
                 EXPECT_EQ(m.resets, good(v) ? 1 : 0);
                 m.accesses.erase(0x64);
-                EXPECT_EQ(m.accesses, (std::map<u16, u32>{{0xf4, 1}})) << "a port that Firecracker has not, more than once";
+                EXPECT_EQ(m.accesses, (std::map<u16, u32>{{0xf4, 1}}))
+                    << "a port that Firecracker has not, more than once";
             }
         }
     }
@@ -356,7 +358,8 @@ TEST(Ending, HyperVsCrashRegisters) {
         m.hyperv_features = 1u << 10;
         m.msrs[0x40000105] = u64{3} << 62;
         EXPECT_EQ(m.end(v), "off");
-        EXPECT_EQ(m.said, good(v) ? std::vector<std::string>{} : std::vector<std::string>{"crash registers"}) << name(v);
+        EXPECT_EQ(m.said, good(v) ? std::vector<std::string>{} : std::vector<std::string>{"crash registers"})
+            << name(v);
         if (!good(v)) {
             EXPECT_EQ(m.msrs[0x40000105], u64{3} << 62);
             EXPECT_EQ(m.msrs[0x40000102], to_underlying(v));

@@ -77,8 +77,9 @@ struct MemoryDisk final : io::BlockDevice {
 
 struct Jobs : testing::Test {
     Instant clock = 0;
-    io::Executor executor{io::Platform{&clock, [](void* c) { return *static_cast<Instant*>(c) += 100; },
-                                       [](void* c, Instant until, const std::atomic<bool>&) { *static_cast<Instant*>(c) = until; }}};
+    io::Executor executor{
+        io::Platform{&clock, [](void* c) { return *static_cast<Instant*>(c) += 100; },
+                     [](void* c, Instant until, const std::atomic<bool>&) { *static_cast<Instant*>(c) = until; }}};
     HeapDma dma;
     drivers::Table table;
     drivers::Plan plan = table.plan(hv::VmGuest::xen, std::nullopt);
@@ -96,9 +97,12 @@ struct Jobs : testing::Test {
         boot::Options options;
         boot::OptionErrors errors;
         EXPECT_TRUE(boot::parse_options(cmdline, options, errors)) << cmdline;
-        auto result = executor.run(boot::run_job(options, disks, {.executor = executor, .dma = dma,
-                                                                  .heap_allocations = [] { return u64{0}; },
-                                                                  .clock_assumed = clock_assumed, .clock_ahead = clock_ahead}));
+        auto result = executor.run(boot::run_job(options, disks,
+                                                 {.executor = executor,
+                                                  .dma = dma,
+                                                  .heap_allocations = [] { return u64{0}; },
+                                                  .clock_assumed = clock_assumed,
+                                                  .clock_ahead = clock_ahead}));
         EXPECT_TRUE(result);
         return *result;
     }
@@ -150,7 +154,8 @@ TEST_F(Jobs, NoTimeByAnAssumedClockWithoutSayingSo) {
     const auto guessed = run("job=bench disk=xvda workload=randread,count=4");
     EXPECT_EQ(guessed.verdict, Verdict::success) << "the I/Os were done and counted";
     EXPECT_NE(guessed.reason.view().find("times are by an assumed clock"), std::string_view::npos);
-    EXPECT_NE(capture.text.find("\"clock_assumed\":true", capture.text.rfind("\"record\":\"result\"")), std::string::npos);
+    EXPECT_NE(capture.text.find("\"clock_assumed\":true", capture.text.rfind("\"record\":\"result\"")),
+              std::string::npos);
     EXPECT_TRUE(capture.has("0 errors (the clock's rate is assumed, not measured)"));
 }
 
@@ -190,7 +195,8 @@ TEST_F(Jobs, BootReadsOnBehindABadDisk) {
     EXPECT_EQ(xvda.counters().completed, first + 1);
     hdb.fail_reads = true;
     outcome = run("job=boot");
-    EXPECT_EQ(outcome.reason, "xvda: block 0: the disk reports an error for this transfer; hdb: block 0: the disk reports an error for this transfer");
+    EXPECT_EQ(outcome.reason, "xvda: block 0: the disk reports an error for this transfer; hdb: block 0: the disk "
+                              "reports an error for this transfer");
     EXPECT_TRUE(capture.has("error: hdb: i/o error: the disk reports an error for this transfer"));
 }
 
@@ -211,14 +217,16 @@ TEST_F(Jobs, PhasesAreNumberedInTheOrderOfTheResults) {
     boot::OptionErrors errors;
     ASSERT_TRUE(boot::parse_options("job=bench workload=randread,count=5 workload=read,count=5", options, errors));
     const auto heap = [] { return u64{0}; };
-    ASSERT_TRUE(executor.run(boot::run_job(options, disks, {executor, dma, heap, {}, [](u32 phase) { marks.push_back(phase); }})));
+    ASSERT_TRUE(executor.run(
+        boot::run_job(options, disks, {executor, dma, heap, {}, [](u32 phase) { marks.push_back(phase); }})));
     EXPECT_EQ(marks, (std::vector<u32>{1, 0, 2, 0, 3, 0, 4, 0}));
 }
 
 TEST_F(Jobs, NothingIsWrittenOnADiskThatIsNoScratch) {
     attach();
     // The first workload only reads, and would do no harm; the refusal comes before it.
-    EXPECT_EQ(run("job=bench workload=randread,count=5 workload=randwrite,count=5 scratch=xvda").verdict, Verdict::error);
+    EXPECT_EQ(run("job=bench workload=randread,count=5 workload=randwrite,count=5 scratch=xvda").verdict,
+              Verdict::error);
     EXPECT_EQ(xvda.counters().submitted + hdb.counters().submitted, 0u);
     EXPECT_TRUE(capture.has("hdb would be written"));
     EXPECT_EQ(run("job=bench workload=randwrite,count=5 disk=xvda scratch=xvda").verdict, Verdict::success);
@@ -229,9 +237,11 @@ TEST_F(Jobs, NothingIsWrittenOnADiskThatIsNoScratch) {
 
 TEST_F(Jobs, EverythingIsCheckedBeforeAnythingIsWritten) {
     attach();
-    EXPECT_EQ(run("job=bench scratch=all workload=randwrite,count=5 workload=read,bs=4k,count=1000000").verdict, Verdict::error);
+    EXPECT_EQ(run("job=bench scratch=all workload=randwrite,count=5 workload=read,bs=4k,count=1000000").verdict,
+              Verdict::error);
     EXPECT_EQ(xvda.counters().submitted + hdb.counters().submitted, 0u);
-    EXPECT_TRUE(capture.has("count of a workload: at most as many blocks of bs bytes as the disk has (expected 256, seen 1000000)"));
+    EXPECT_TRUE(capture.has(
+        "count of a workload: at most as many blocks of bs bytes as the disk has (expected 256, seen 1000000)"));
     MemoryDisk small{executor, "hdc", 16};
     ASSERT_TRUE(native.announce(small, 2));
     EXPECT_EQ(run("job=verify scratch=all bs=4k count=100").verdict, Verdict::error);
@@ -257,7 +267,8 @@ TEST_F(Jobs, WrongNamesAreToldWithThoseThatAreThere) {
     attach();
     const auto outcome = run("job=bench disk=xvdb");
     EXPECT_EQ(outcome.verdict, Verdict::error);
-    EXPECT_NE(std::string(outcome.reason.view()).find("disk=xvdb: no such disk; there are: xvda, hdb"), std::string::npos)
+    EXPECT_NE(std::string(outcome.reason.view()).find("disk=xvdb: no such disk; there are: xvda, hdb"),
+              std::string::npos)
         << outcome.reason.view();
     EXPECT_EQ(run("job=bench workload=randreed").verdict, Verdict::error);
     EXPECT_EQ(run("job=verify bs=2m scratch=all").verdict, Verdict::error);
@@ -271,7 +282,8 @@ TEST_F(Jobs, WithoutADiskThereIsNothingToMeasure) {
 TEST_F(Jobs, HundredsOfDisks) {
     std::vector<std::unique_ptr<MemoryDisk>> many;
     for (u32 i = 0; i < 300; ++i) {
-        many.push_back(std::make_unique<MemoryDisk>(executor, ("sd" + std::string(drivers::drive_letters(i).view())).c_str(), 16));
+        many.push_back(
+            std::make_unique<MemoryDisk>(executor, ("sd" + std::string(drivers::drive_letters(i).view())).c_str(), 16));
         ASSERT_TRUE(synthetic.announce(*many.back(), boot::Disks::Port::no_twin));
     }
     EXPECT_NE(disks.find("sdkn"), nullptr);
@@ -339,7 +351,8 @@ TEST_F(Listed, WithoutADiskTheVerdictSaysWhy) {
     devices.add(entry("00:04.0", drivers::Unused::no_driver));
     devices.add(entry("00:05.0", drivers::Unused::no_driver));
     devices.add(entry("00:06.0", drivers::Unused::empty));
-    const std::string why = "of 4 devices that could be or have one: 2 no driver, 1 empty, 1 without disks; see the device lines";
+    const std::string why =
+        "of 4 devices that could be or have one: 2 no driver, 1 empty, 1 without disks; see the device lines";
     EXPECT_EQ(run_with("job=boot").reason.view(), "booted; disks: none (" + why + ")");
     EXPECT_TRUE(capture.has("\"address\":\"00:06.0\"")) << "the lines are there";
     const auto bench = run_with("job=bench");

@@ -56,9 +56,10 @@ TEST(Options, Defaults) {
 }
 
 TEST(Options, Bench) {
-    const auto p =
-        parse("firstlight.elf job=bench workload=randread,bs=4k,qd=32 workload=read,bs=128k disk=xvda,hda scratch=xvda emulated=keep "
-              "timeout=250 log=debug map=rank,xen,ata,xen_blk,-1 map=add,kvm,ata,xen_blk,3 features=-indirect,-ring-pages hv=late:xen");
+    const auto p = parse("firstlight.elf job=bench workload=randread,bs=4k,qd=32 workload=read,bs=128k disk=xvda,hda "
+                         "scratch=xvda emulated=keep "
+                         "timeout=250 log=debug map=rank,xen,ata,xen_blk,-1 map=add,kvm,ata,xen_blk,3 "
+                         "features=-indirect,-ring-pages hv=late:xen");
     EXPECT_EQ(p.errors, "");
     const Options& o = p.options;
     EXPECT_EQ(o.job, boot::Job::bench);
@@ -109,12 +110,14 @@ TEST(Options, Marks) {
     EXPECT_EQ(parse("job=bench").options.marks, 0u) << "nobody's port is written unasked";
     EXPECT_EQ(parse("job=bench marks=0x5f0").options.marks, 0x5f0u);
     EXPECT_EQ(parse("job=bench marks=0").errors, "marks=0: expected an I/O port, 1 to 0xfffc, seen '0'\n");
-    EXPECT_EQ(parse("job=bench marks=0xfffd").errors, "marks=0xfffd: expected an I/O port, 1 to 0xfffc, seen '0xfffd'\n");
+    EXPECT_EQ(parse("job=bench marks=0xfffd").errors,
+              "marks=0xfffd: expected an I/O port, 1 to 0xfffc, seen '0xfffd'\n");
     EXPECT_EQ(parse("marks=0x5f0").errors, "'marks' is for job=bench, seen job=boot\n");
 }
 
 TEST(Options, UnknownKeys) {
-    EXPECT_EQ(parse("wrokload=randread").errors, "unknown key 'wrokload': did you mean 'workload'? Valid keys: " + std::string(valid_keys));
+    EXPECT_EQ(parse("wrokload=randread").errors,
+              "unknown key 'wrokload': did you mean 'workload'? Valid keys: " + std::string(valid_keys));
     EXPECT_EQ(parse("job=boot bogusness=1").errors, "unknown key 'bogusness'. Valid keys: " + std::string(valid_keys));
     EXPECT_EQ(parse("job=boot disk").errors, "'disk' has no value: write disk=VALUE\n");
     EXPECT_EQ(parse("a b").errors, "unknown key 'b': did you mean 'bs'? Valid keys: " + std::string(valid_keys))
@@ -129,18 +132,22 @@ TEST(Options, WrongValues) {
     EXPECT_EQ(parse("timeout=0").errors, "timeout=0: expected milliseconds from 1 to 3600000, seen '0'\n");
     EXPECT_EQ(parse("timeout=5s").errors, "timeout=5s: expected milliseconds from 1 to 3600000, seen '5s'\n");
     EXPECT_EQ(parse("timeout=").errors, "timeout=: expected milliseconds from 1 to 3600000, seen ''\n");
-    EXPECT_EQ(parse("job=verify bs=1000").errors, "bs=1000: expected a number of bytes, a multiple of 512 from 512 to 16m, seen '1000'\n");
+    EXPECT_EQ(parse("job=verify bs=1000").errors,
+              "bs=1000: expected a number of bytes, a multiple of 512 from 512 to 16m, seen '1000'\n");
     EXPECT_EQ(parse("job=verify qd=0").errors, "qd=0: expected a number from 1 to 1024, seen '0'\n");
-    EXPECT_EQ(parse("hv=xne").errors, "hv=xne: expected auto, a hypervisor (xen, hyperv, kvm, tcg, vmware, bare), late or late:HYPERVISOR, "
-                                      "seen 'xne': did you mean 'xen'?\n");
-    EXPECT_EQ(parse("emulated=unplugged").errors,
-              "emulated=unplugged: expected one of table, leave, unplug, keep, seen 'unplugged': did you mean 'unplug'?\n");
+    EXPECT_EQ(parse("hv=xne").errors,
+              "hv=xne: expected auto, a hypervisor (xen, hyperv, kvm, tcg, vmware, bare), late or late:HYPERVISOR, "
+              "seen 'xne': did you mean 'xen'?\n");
+    EXPECT_EQ(
+        parse("emulated=unplugged").errors,
+        "emulated=unplugged: expected one of table, leave, unplug, keep, seen 'unplugged': did you mean 'unplug'?\n");
     EXPECT_EQ(parse("features=-indirect,-persistant").errors,
-              "features=-indirect,-persistant: expected one of -persistent, -indirect, -ring-pages, -flush, -barrier, seen '-persistant': did "
+              "features=-indirect,-persistant: expected one of -persistent, -indirect, -ring-pages, -flush, -barrier, "
+              "seen '-persistant': did "
               "you mean '-persistent'?\n");
     EXPECT_EQ(parse("disk=").errors, "disk=: expected all or names of disks with commas between them, seen ''\n");
-    EXPECT_EQ(parse("disk=hda,,hdb").errors,
-              "disk=hda,,hdb: expected names of disks with commas between them, or one word for all or none of them, seen 'hda,,hdb'\n");
+    EXPECT_EQ(parse("disk=hda,,hdb").errors, "disk=hda,,hdb: expected names of disks with commas between them, or one "
+                                             "word for all or none of them, seen 'hda,,hdb'\n");
     EXPECT_EQ(parse("log=info log=debug").errors, "log=debug: 'log' was given before; it may be given once\n");
 }
 
@@ -156,7 +163,8 @@ TEST(Options, AValueThatIsWrongLeavesTheDefault) {
 TEST(Options, WhatAJobDoesNotReadIsAnError) {
     EXPECT_EQ(parse("workload=read").errors, "'workload' is for job=bench, seen job=boot\n");
     EXPECT_EQ(parse("job=bench workload=read qd=32").errors,
-              "'qd' is for job=verify, seen job=bench: with bench it is part of the workload, as in workload=randread,bs=4k,qd=32\n");
+              "'qd' is for job=verify, seen job=bench: with bench it is part of the workload, as in "
+              "workload=randread,bs=4k,qd=32\n");
     EXPECT_EQ(parse("fault=pf").errors, "'fault' is for job=panic, seen job=boot\n");
     EXPECT_EQ(parse("qd=4 job=verify").errors, "") << "in any order";
 }
@@ -169,27 +177,32 @@ TEST(Options, WordsThatLoadersAddAreListedAndIgnored) {
     };
     const Case cases[] = {
         // Firecracker without arguments of the user's, and with a root disk and PCI off
-        {"reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce pci=off root=/dev/vda rw job=boot",
-         {"reboot=k", "panic=1", "nomodule", "8250.nr_uarts=0", "i8042.noaux", "i8042.nomux", "i8042.dumbkbd", "swiotlb=noforce", "pci=off",
-          "root=/dev/vda", "rw"}},
+        {"reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce pci=off "
+         "root=/dev/vda rw job=boot",
+         {"reboot=k", "panic=1", "nomodule", "8250.nr_uarts=0", "i8042.noaux", "i8042.nomux", "i8042.dumbkbd",
+          "swiotlb=noforce", "pci=off", "root=/dev/vda", "rw"}},
         // Cloud Hypervisor's guide
         {"console=hvc0 root=/dev/vda1 rw job=boot", {"console=hvc0", "root=/dev/vda1", "rw"}},
         // OpenVMM
         {"panic=-1 debug pci=off console=ttyS0 job=boot", {"panic=-1", "debug", "pci=off", "console=ttyS0"}},
         // kvmtool
-        {"noapic noacpi pci=conf1 reboot=k panic=1 i8042.direct=1 i8042.dumbkbd=1 i8042.nopnp=1 earlyprintk=serial i8042.noaux=1 console=ttyS0 "
+        {"noapic noacpi pci=conf1 reboot=k panic=1 i8042.direct=1 i8042.dumbkbd=1 i8042.nopnp=1 earlyprintk=serial "
+         "i8042.noaux=1 console=ttyS0 "
          "rootflags=trans=virtio,version=9p2000.L rootfstype=9p init=/virt/init ip=dhcp",
-         {"noapic", "noacpi", "pci=conf1", "reboot=k", "panic=1", "i8042.direct=1", "i8042.dumbkbd=1", "i8042.nopnp=1", "earlyprintk=serial",
-          "i8042.noaux=1", "console=ttyS0", "rootflags=trans=virtio,version=9p2000.L", "rootfstype=9p", "init=/virt/init", "ip=dhcp"}},
+         {"noapic", "noacpi", "pci=conf1", "reboot=k", "panic=1", "i8042.direct=1", "i8042.dumbkbd=1", "i8042.nopnp=1",
+          "earlyprintk=serial", "i8042.noaux=1", "console=ttyS0", "rootflags=trans=virtio,version=9p2000.L",
+          "rootfstype=9p", "init=/virt/init", "ip=dhcp"}},
         // Kata Containers
-        {"tsc=reliable no_timer_check rcupdate.rcu_expedited=1 noreplace-smp cryptomgr.notests net.ifnames=0 nr_cpus=4 selinux=0 "
+        {"tsc=reliable no_timer_check rcupdate.rcu_expedited=1 noreplace-smp cryptomgr.notests net.ifnames=0 nr_cpus=4 "
+         "selinux=0 "
          "scsi_mod.scan=none agent.log=debug random.trust_cpu=on",
-         {"tsc=reliable", "no_timer_check", "rcupdate.rcu_expedited=1", "noreplace-smp", "cryptomgr.notests", "net.ifnames=0", "nr_cpus=4",
-          "selinux=0", "scsi_mod.scan=none", "agent.log=debug", "random.trust_cpu=on"}},
+         {"tsc=reliable", "no_timer_check", "rcupdate.rcu_expedited=1", "noreplace-smp", "cryptomgr.notests",
+          "net.ifnames=0", "nr_cpus=4", "selinux=0", "scsi_mod.scan=none", "agent.log=debug", "random.trust_cpu=on"}},
         // GRUB with Debian's and Ubuntu's defaults
-        {"BOOT_IMAGE=/vmlinuz root=UUID=12-34 ro quiet splash crashkernel=512M-:192M nomodeset acpi=off vt.handoff=7 initrd=/initrd.img",
-         {"BOOT_IMAGE=/vmlinuz", "root=UUID=12-34", "ro", "quiet", "splash", "crashkernel=512M-:192M", "nomodeset", "acpi=off", "vt.handoff=7",
-          "initrd=/initrd.img"}},
+        {"BOOT_IMAGE=/vmlinuz root=UUID=12-34 ro quiet splash crashkernel=512M-:192M nomodeset acpi=off vt.handoff=7 "
+         "initrd=/initrd.img",
+         {"BOOT_IMAGE=/vmlinuz", "root=UUID=12-34", "ro", "quiet", "splash", "crashkernel=512M-:192M", "nomodeset",
+          "acpi=off", "vt.handoff=7", "initrd=/initrd.img"}},
         {"job=boot quiet -- single job=bench", {"quiet", "single", "job=bench"}},
         {"job=boot dyndbg=\"file drivers/usb/* +p\" ro", {"dyndbg=\"file drivers/usb/* +p\"", "ro"}},
         {"firstlight.elf debug", {"debug"}},
@@ -206,13 +219,15 @@ TEST(Options, WordsThatLoadersAddAreListedAndIgnored) {
 }
 
 TEST(Options, AMisspeltKeyIsNoLoadersWord) {
-    for (std::string_view key : {"jbo", "worklaod", "dsik", "hvv", "mpa", "timout", "lgo", "log_level", "cpu", "lane", "qdd", "sede", "fautl"}) {
+    for (std::string_view key : {"jbo", "worklaod", "dsik", "hvv", "mpa", "timout", "lgo", "log_level", "cpu", "lane",
+                                 "qdd", "sede", "fautl"}) {
         EXPECT_NE(parse("job=boot " + std::string(key) + "=1").errors.find("unknown key"), std::string::npos) << key;
     }
     EXPECT_NE(parse("job=boot bogus").errors.find("unknown key"), std::string::npos);
     EXPECT_NE(parse("job=boot .x=1").errors.find("unknown key"), std::string::npos);
     EXPECT_NE(parse("job=boot x.=1").errors.find("unknown key"), std::string::npos);
-    EXPECT_NE(parse("job=boot a b.c=\"d e").errors.find("unknown key 'a'"), std::string::npos) << "a quote that never ends";
+    EXPECT_NE(parse("job=boot a b.c=\"d e").errors.find("unknown key 'a'"), std::string::npos)
+        << "a quote that never ends";
     std::istringstream all{std::string(valid_keys)};
     for (std::string key; std::getline(all, key, ',');) {
         std::erase_if(key, [](char c) { return c == ' ' || c == '\n'; });
@@ -227,8 +242,9 @@ TEST(Options, VirtioMmioDevices) {
     EXPECT_EQ(p.options.loader.devices()[0], (boot::MmioDevice{0xc0001000, 4096, 5, {}}));
     EXPECT_EQ(p.options.loader.devices()[1], (boot::MmioDevice{0xfeb00e00, 512, 12, 3}));
     EXPECT_EQ(p.options.loader.ignored.count, 1u);
-    for (std::string_view wrong : {"", "4K", "4K@", "4K@0xc0001000", "4K@0xc0001000:", "4K@0xc0001000:x", "0@0xc0001000:5", "@0xc0001000:5",
-                                   "4K@0xfffffffffffff001:5", "4K@0xc0001000:5:", "4K@0xc0001000:5:1:2", "4K@0xc0001000:0x100000000"}) {
+    for (std::string_view wrong :
+         {"", "4K", "4K@", "4K@0xc0001000", "4K@0xc0001000:", "4K@0xc0001000:x", "0@0xc0001000:5", "@0xc0001000:5",
+          "4K@0xfffffffffffff001:5", "4K@0xc0001000:5:", "4K@0xc0001000:5:1:2", "4K@0xc0001000:0x100000000"}) {
         EXPECT_EQ(parse("job=boot virtio_mmio.device=" + std::string(wrong)).errors,
                   "virtio_mmio.device=" + std::string(shown(wrong).view()) +
                       ": expected SIZE@ADDRESS:INTERRUPT[:ID], as in 4K@0xd0000000:5\n");

@@ -20,12 +20,13 @@ struct Memory final : PhysicalReader, Pieces {
 
 // Typed from xen/include/public/arch-x86/hvm/start_info.h, not from the structures under test.
 std::vector<std::uint8_t> golden_start_info() {
-    return {0x78, 0xc5, 0x6e, 0x33, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, // magic "xEn3" with the top bit, version, flags, modules
-            0x00, 0x20, 0,    0,    0, 0, 0, 0,                         // modules at 0x2000
-            0x00, 0x30, 0,    0,    0, 0, 0, 0,                         // command line at 0x3000
-            0x50, 0x52, 0x0f, 0,    0, 0, 0, 0,                         // RSDP at 0xf5250
-            0x00, 0x10, 0,    0,    0, 0, 0, 0,                         // memory map at 0x1000
-            3,    0,    0,    0,    0, 0, 0, 0};                        // entries, reserved
+    // magic "xEn3" with the top bit, version, flags, modules
+    return {0x78, 0xc5, 0x6e, 0x33, 1,    0,    0, 0, 0, 0, 0, 0,
+            1,    0,    0,    0,    0x00, 0x20, 0, 0, 0, 0, 0, 0, // modules at 0x2000
+            0x00, 0x30, 0,    0,    0,    0,    0, 0,             // command line at 0x3000
+            0x50, 0x52, 0x0f, 0,    0,    0,    0, 0,             // RSDP at 0xf5250
+            0x00, 0x10, 0,    0,    0,    0,    0, 0,             // memory map at 0x1000
+            3,    0,    0,    0,    0,    0,    0, 0};            // entries, reserved
 }
 
 struct Pvh : testing::Test {
@@ -36,7 +37,8 @@ struct Pvh : testing::Test {
         memory.put(0x1000, {0, 0, 0,    0,    0, 0, 0, 0, 0x00, 0xfc, 0x09, 0,    0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, //
                             0, 0, 0x10, 0,    0, 0, 0, 0, 0,    0,    0xf0, 0x07, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, //
                             0, 0, 0xfc, 0xff, 0, 0, 0, 0, 0,    0,    4,    0,    0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0});
-        memory.put(0x2000, {0, 0, 0x40, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0});
+        memory.put(0x2000,
+                   {0, 0, 0x40, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0});
         memory.put_text(0x3000, std::string("job=boot log=debug\0", 19) + std::string(200, 'x'));
         memory.put_text(0x400000, "# map\n");
     }
@@ -243,7 +245,8 @@ TEST_F(Pvh, WhatAFullTableHasNoRoomForIsStillProtected) {
         put_number(map, 24 * i + 8, 0x100000);
         map[24 * i + 16] = 1;
     }
-    put_number(map, 24 * 396, 0x110000); // a page of the first piece, most of the second, all of the third, one beyond the table
+    // a page of the first piece, most of the second, all of the third, one beyond the table
+    put_number(map, 24 * 396, 0x110000);
     put_number(map, 24 * 397, 0x308000);
     put_number(map, 24 * 398, 0x4ff000);
     put_number(map, 24 * 399, 0x100000 + 0x200000 * 390);
@@ -263,9 +266,10 @@ TEST_F(Pvh, WhatAFullTableHasNoRoomForIsStillProtected) {
     for (const MemoryRange& r : info->memory()) {
         if (r.kind == MemoryKind::usable) {
             usable += r.size;
-            for (const auto& [base, size] :
-                 {std::pair{0x110000, 0x1000}, std::pair{0x308000, 0x80000}, std::pair{0x4ff000, 0x102000}, std::pair{0x700000, 0x80000}}) {
-                EXPECT_TRUE(r.base + r.size <= std::uint64_t(base) || std::uint64_t(base + size) <= r.base) << base << " is used";
+            for (const auto& [base, size] : {std::pair{0x110000, 0x1000}, std::pair{0x308000, 0x80000},
+                                             std::pair{0x4ff000, 0x102000}, std::pair{0x700000, 0x80000}}) {
+                EXPECT_TRUE(r.base + r.size <= std::uint64_t(base) || std::uint64_t(base + size) <= r.base)
+                    << base << " is used";
             }
         }
     }
@@ -286,7 +290,8 @@ TEST_F(Pvh, RandomBytesNeverLeaveABrokenBootInfo) {
     }
 }
 
-// What a byte of memory may be used for, before and after: normalise() must agree with "the least usable kind wins" everywhere.
+// What a byte of memory may be used for, before and after: normalise() must agree with "the least usable kind wins"
+// everywhere.
 int rank(MemoryKind kind) {
     switch (kind) {
     case MemoryKind::usable: return 0;
@@ -298,7 +303,8 @@ int rank(MemoryKind kind) {
     default: return 4;
     }
 }
-/// The rank of each of the first `cells` pages, as the ranges say; -1: in none. The ranges must be in order, apart and not empty.
+/// The rank of each of the first `cells` pages, as the ranges say; -1: in none. The ranges must be in order, apart and
+/// not empty.
 std::vector<int> painted(const BootInfo& info, u32 cells) {
     std::vector<int> seen(cells, -1);
     u64 last_end = 0;
@@ -402,8 +408,8 @@ TEST(ClipRanges, NothingMayBeLeft) {
 
 TEST(Normalise, RandomFullTablesLoseNoProtection) {
     constexpr u32 cells = 1000;
-    const MemoryKind kinds[] = {MemoryKind::reserved, MemoryKind::acpi_reclaimable, MemoryKind::acpi_nvs, MemoryKind::unusable,
-                                MemoryKind::persistent};
+    const MemoryKind kinds[] = {MemoryKind::reserved, MemoryKind::acpi_reclaimable, MemoryKind::acpi_nvs,
+                                MemoryKind::unusable, MemoryKind::persistent};
     std::mt19937 random(12);
     auto info = std::make_unique<BootInfo>();
     u32 truncated = 0;
@@ -459,8 +465,9 @@ TEST(Normalise, RandomFullTablesLoseNoProtection) {
 
 TEST(Normalise, RandomAgainstAByteMap) {
     constexpr u32 cells = 64;
-    const MemoryKind kinds[] = {MemoryKind::usable,   MemoryKind::reserved,   MemoryKind::acpi_reclaimable, MemoryKind::acpi_nvs,
-                                MemoryKind::unusable, MemoryKind::persistent, static_cast<MemoryKind>(77)};
+    const MemoryKind kinds[] = {MemoryKind::usable,         MemoryKind::reserved, MemoryKind::acpi_reclaimable,
+                                MemoryKind::acpi_nvs,       MemoryKind::unusable, MemoryKind::persistent,
+                                static_cast<MemoryKind>(77)};
     std::mt19937 random(11);
     auto info = std::make_unique<BootInfo>();
     for (int round = 0; round < 3000; ++round) {

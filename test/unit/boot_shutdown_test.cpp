@@ -58,7 +58,8 @@ io::Task<Result<void>> host(Kernel& k, bool& answered) {
 io::Task<Result<boot::Outcome>> both(Kernel& k, bool& answered) {
     io::TaskGroup group(k.executor);
     static_cast<void>(group.spawn(host(k, answered)));
-    auto outcome = co_await boot::run_until_shutdown(k.options, k.disks, {k.executor, k.dma, [] { return u64{0}; }}, k.shutdown);
+    auto outcome =
+        co_await boot::run_until_shutdown(k.options, k.disks, {k.executor, k.dma, [] { return u64{0}; }}, k.shutdown);
     static_cast<void>(co_await group.join());
     co_return outcome;
 }
@@ -105,7 +106,8 @@ TEST(Shutdown, ADiskThatWasTakenAwayNeedsNoFlush) {
 
 TEST(Shutdown, AJobThatIsDoneEndsAsBefore) {
     Kernel k;
-    const auto outcome = k.executor.run(boot::run_until_shutdown(k.options, k.disks, {k.executor, k.dma, [] { return u64{0}; }}, k.shutdown));
+    const auto outcome = k.executor.run(
+        boot::run_until_shutdown(k.options, k.disks, {k.executor, k.dma, [] { return u64{0}; }}, k.shutdown));
     ASSERT_TRUE(outcome);
     EXPECT_EQ(outcome->verdict, Verdict::success);
     EXPECT_EQ(outcome->reason.view(), "booted; disks: mem0");

@@ -1,7 +1,8 @@
-// The loader's calls against a firmware that does what the UEFI specification promises and refuses everything else: what EDK II allows beyond it
-// others do not (rust-hypervisor-firmware fails a read that is longer than the file, and prints at most 128 characters).
-#include <gtest/gtest.h>
+// The loader's calls against a firmware that does what the UEFI specification promises and refuses everything else:
+// what EDK II allows beyond it others do not (rust-hypervisor-firmware fails a read that is longer than the file, and
+// prints at most 128 characters).
 #include <cstdint>
+#include <gtest/gtest.h>
 #include <map>
 #include <string>
 #include <sys/mman.h>
@@ -35,13 +36,13 @@ struct Firmware {
     std::vector<OpenedFile*> open;
     std::vector<std::string> broken_rules;
     bool has_volume = true;
-    u64 chunk = ~u64{0};          // bytes that one read gives at most
-    u64 lies_about_length = 0;    // bytes that FileInfo tells too many
+    u64 chunk = ~u64{0};       // bytes that one read gives at most
+    u64 lies_about_length = 0; // bytes that FileInfo tells too many
     u64 descriptors = 20;
-    u64 stride = 48;              // longer than today's descriptor, as the specification allows
+    u64 stride = 48; // longer than today's descriptor, as the specification allows
     u32 version = 1;
     u64 key = 1;
-    u64 grows_by = 0;             // descriptors, at the next map that is asked for
+    u64 grows_by = 0; // descriptors, at the next map that is asked for
     int exits_to_fail = 0;
     bool exit_was_tried = false;
     bool left = false;
@@ -57,7 +58,8 @@ Firmware* fw = nullptr;
 Status allocate_pages(u32 allocate, u32, u64 pages, u64* address) {
     fw->rule(!fw->exit_was_tried || fw->left, "memory after ExitBootServices was tried");
     fw->rule(allocate == 1 && *address < (u64{1} << 32), "AllocateMaxAddress below 4 GiB");
-    void* memory = mmap(nullptr, (pages + 1) * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+    void* memory =
+        mmap(nullptr, (pages + 1) * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
     if (memory == MAP_FAILED) {
         return out_of_resources;
     }

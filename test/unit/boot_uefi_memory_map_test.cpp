@@ -10,8 +10,8 @@ namespace {
 using namespace fl;
 using namespace fl::boot;
 
-// Descriptors as the firmware lays them out, byte by byte from the specification: type at 0, physical start at 8, virtual start at 16, number
-// of pages at 24, attributes at 32; the stride is longer, as real firmware's is.
+// Descriptors as the firmware lays them out, byte by byte from the specification: type at 0, physical start at 8,
+// virtual start at 16, number of pages at 24, attributes at 32; the stride is longer, as real firmware's is.
 struct Map {
     static constexpr std::size_t stride = 48;
     std::vector<std::byte> bytes;
@@ -65,7 +65,12 @@ TEST(UefiMemoryMap, NamesEveryType) {
 
 TEST(UefiMemoryMap, JoinsNeighboursOfOneKind) {
     Map map;
-    map.add(7, 0, 0xa0).add(3, 0x100000, 0x100).add(2, 0x200000, 0x200).add(7, 0x400000, 0x400).add(9, 0x800000, 8).add(4, 0x808000, 8);
+    map.add(7, 0, 0xa0)
+        .add(3, 0x100000, 0x100)
+        .add(2, 0x200000, 0x200)
+        .add(7, 0x400000, 0x400)
+        .add(9, 0x800000, 8)
+        .add(4, 0x808000, 8);
     BootInfo info{};
     ASSERT_TRUE(uefi::add_memory_map(info, map.bytes, Map::stride));
     const auto r = ranges_of(info);
@@ -141,7 +146,8 @@ TEST(UefiMemoryMap, WhatDoesNotFitIsCutOutOfTheUsableMemory) {
     for (const MemoryRange& r : info.memory()) {
         if (r.kind == MemoryKind::usable) {
             usable += r.size;
-            for (const auto& [base, size] : {std::pair{0x10008000, 0x10000}, std::pair{0x30000000, 0x80000}, std::pair{0x10800000, 0x200000}}) {
+            for (const auto& [base, size] :
+                 {std::pair{0x10008000, 0x10000}, std::pair{0x30000000, 0x80000}, std::pair{0x10800000, 0x200000}}) {
                 EXPECT_TRUE(r.base + r.size <= std::uint64_t(base) || std::uint64_t(base + size) <= r.base) << base;
             }
         }
@@ -151,7 +157,10 @@ TEST(UefiMemoryMap, WhatDoesNotFitIsCutOutOfTheUsableMemory) {
 
 TEST(UefiMemoryMap, AbsurdDescriptorsAreCut) {
     Map map;
-    map.add(7, 0x100000, 0).add(7, 0xfffffffffffff000, 0xffffffffffffffff).add(7, 0x200000, 0xfffffffffffffff).add(7, 0x300123, 1);
+    map.add(7, 0x100000, 0)
+        .add(7, 0xfffffffffffff000, 0xffffffffffffffff)
+        .add(7, 0x200000, 0xfffffffffffffff)
+        .add(7, 0x300123, 1);
     BootInfo info{};
     ASSERT_TRUE(uefi::add_memory_map(info, map.bytes, Map::stride));
     for (const MemoryRange& r : info.memory()) {
@@ -179,7 +188,11 @@ constexpr std::uint64_t gib = 1ull << 30;
 
 TEST(UefiWindows, CoverTheFirstFourGibAndAllMemory) {
     Map map;
-    map.add(7, 0, 0xa0).add(7, 5 * gib + 0x1000, 1).add(4, 6 * gib, 0x40000).add(14, 100 * gib, 0x40000).add(11, 200 * gib, 0x40000);
+    map.add(7, 0, 0xa0)
+        .add(7, 5 * gib + 0x1000, 1)
+        .add(4, 6 * gib, 0x40000)
+        .add(14, 100 * gib, 0x40000)
+        .add(11, 200 * gib, 0x40000);
     const auto windows = uefi::windows_of(map.bytes, Map::stride);
     ASSERT_TRUE(windows);
     const auto w = windows->view();
@@ -204,7 +217,9 @@ TEST(UefiWindows, JoinTheClosestWhenThereAreTooMany) {
     }
     for (std::uint64_t i = 0; i < 40; ++i) {
         const std::uint64_t at = (10 + i * 10 + (i == 20 ? 7 : 0)) * gib;
-        EXPECT_TRUE(std::any_of(w.begin(), w.end(), [&](const uefi::Window& x) { return x.begin <= at && at + 4096 <= x.end; })) << i;
+        EXPECT_TRUE(std::any_of(w.begin(), w.end(), [&](const uefi::Window& x) {
+            return x.begin <= at && at + 4096 <= x.end;
+        })) << i;
     }
 }
 

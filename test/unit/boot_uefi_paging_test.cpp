@@ -14,7 +14,8 @@ using namespace fl::boot;
 constexpr std::uint64_t gib = 1ull << 30;
 constexpr std::uint64_t mib = 1ull << 20;
 
-// A processor's walk of four levels, written from the manual: bit 0 present, bit 1 writable, bit 7 a page instead of a table.
+// A processor's walk of four levels, written from the manual: bit 0 present, bit 1 writable, bit 7 a page instead of a
+// table.
 struct Machine {
     std::uint64_t at = 0x7654000;
     std::vector<std::uint64_t> memory;
@@ -54,10 +55,12 @@ void check_kernel_tables(bool huge) {
     }
     ASSERT_TRUE(tables->map(0xffffffff80000000, 0x5600000, 6 * mib, huge));
     EXPECT_EQ(tables->tables_used(), needed);
-    for (std::uint64_t a : {std::uint64_t{0}, std::uint64_t{0x1234567}, 4 * gib - 1, 7 * gib - 1, 600 * gib, 601 * gib - 1}) {
+    for (std::uint64_t a :
+         {std::uint64_t{0}, std::uint64_t{0x1234567}, 4 * gib - 1, 7 * gib - 1, 600 * gib, 601 * gib - 1}) {
         EXPECT_EQ(m.translate(tables->root(), a), a) << std::hex << a;
     }
-    for (std::uint64_t a : {7 * gib, 599 * gib, 601 * gib, std::uint64_t{0xffffffff80600000}, std::uint64_t{0xffffffff7fffffff}}) {
+    for (std::uint64_t a :
+         {7 * gib, 599 * gib, 601 * gib, std::uint64_t{0xffffffff80600000}, std::uint64_t{0xffffffff7fffffff}}) {
         EXPECT_EQ(m.translate(tables->root(), a), std::nullopt) << std::hex << a;
     }
     EXPECT_EQ(m.translate(tables->root(), 0xffffffff80000000), 0x5600000u);

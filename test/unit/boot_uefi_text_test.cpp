@@ -40,14 +40,17 @@ TEST(UefiLoadOptions, AreTextUpToTheTerminator) {
 }
 
 TEST(UefiLoadOptions, AnythingElseIsAnError) {
-    EXPECT_EQ(options(bytes_of({'j', 0, '='})).substr(0, 5), "error");                        // an odd size
-    EXPECT_EQ(options(bytes_of({'a', 0, 0xe9, 0})).substr(0, 5), "error");                    // é
-    EXPECT_EQ(options(bytes_of({'a', 0, 'b', 1})).substr(0, 5), "error");                     // a high byte
-    EXPECT_EQ(options(bytes_of({0x4e, 0xac, 0x08, 0x81, 0x11, 0x9f})).substr(0, 5), "error"); // binary data of a boot manager
+    EXPECT_EQ(options(bytes_of({'j', 0, '='})).substr(0, 5), "error");     // an odd size
+    EXPECT_EQ(options(bytes_of({'a', 0, 0xe9, 0})).substr(0, 5), "error"); // é
+    EXPECT_EQ(options(bytes_of({'a', 0, 'b', 1})).substr(0, 5), "error");  // a high byte
+    // binary data of a boot manager
+    EXPECT_EQ(options(bytes_of({0x4e, 0xac, 0x08, 0x81, 0x11, 0x9f})).substr(0, 5), "error");
     EXPECT_EQ(options(bytes_of({0x7f, 0})).substr(0, 5), "error");
 }
 
-TEST(UefiLoadOptions, LongOnesAreCutAtTheStorage) { EXPECT_EQ(options(ucs2(std::string(100, 'a'))), std::string(64, 'a')); }
+TEST(UefiLoadOptions, LongOnesAreCutAtTheStorage) {
+    EXPECT_EQ(options(ucs2(std::string(100, 'a'))), std::string(64, 'a'));
+}
 
 TEST(UefiLoadOptions, LoseTheImageName) {
     EXPECT_EQ(uefi::without_image_name("fs0:\\EFI\\BOOT\\BOOTX64.EFI job=bench qd=4"), "job=bench qd=4");
@@ -82,17 +85,23 @@ TEST(UefiCommandLineFile, BecomesOneLine) {
 
 // PciRoot(0)/Pci(1,0)/Serial(0)/Uart(115200,8,N,1)/VenVt100()/End, node by node from the specification.
 std::vector<std::byte> serial_console(int uid) {
-    return bytes_of({0x02, 0x01, 0x0c, 0x00, 0xd0, 0x41, 0x03, 0x0a, 0,    0,    0,    0,                            // ACPI PNP0A03
-                     0x01, 0x01, 0x06, 0x00, 0x00, 0x01,                                                             // PCI function 0, device 1
-                     0x02, 0x01, 0x0c, 0x00, 0xd0, 0x41, 0x01, 0x05, uid,  0,    0,    0,                            // ACPI PNP0501
-                     0x03, 0x0e, 0x13, 0x00, 0,    0,    0,    0,    0x00, 0xc2, 0x01, 0,    0, 0, 0, 0, 8, 1, 1,    // UART
-                     0x03, 0x0a, 0x14, 0x00, 0x66, 0xd4, 0x60, 0xdf, 0x2a, 0x2a, 0x2a, 0x4a, 1, 2, 3, 4, 5, 6, 7, 8, // vendor: VT100
+    // ACPI PNP0A03
+    return bytes_of({0x02, 0x01, 0x0c, 0x00, 0xd0, 0x41, 0x03, 0x0a, 0, 0, 0, 0,
+                     // PCI function 0, device 1
+                     0x01, 0x01, 0x06, 0x00, 0x00, 0x01,
+                     // ACPI PNP0501
+                     0x02, 0x01, 0x0c, 0x00, 0xd0, 0x41, 0x01, 0x05, uid, 0, 0, 0,
+                     // UART
+                     0x03, 0x0e, 0x13, 0x00, 0, 0, 0, 0, 0x00, 0xc2, 0x01, 0, 0, 0, 0, 0, 8, 1, 1,
+                     // vendor: VT100
+                     0x03, 0x0a, 0x14, 0x00, 0x66, 0xd4, 0x60, 0xdf, 0x2a, 0x2a, 0x2a, 0x4a, 1, 2, 3, 4, 5, 6, 7, 8,
                      0x7f, 0xff, 0x04, 0x00});
 }
 
 // Video first, then the serial port, as one variable.
 std::vector<std::byte> video_and(std::vector<std::byte> second) {
-    auto path = bytes_of({0x02, 0x01, 0x0c, 0x00, 0xd0, 0x41, 0x03, 0x0a, 0,    0,    0,    0,   0x01, 0x01, 0x06, 0x00, 0x00, 0x02, //
+    auto path = bytes_of({0x02, 0x01, 0x0c, 0x00, 0xd0, 0x41, 0x03, 0x0a, 0,    0,    0,    0,
+                          0x01, 0x01, 0x06, 0x00, 0x00, 0x02, //
                           0x02, 0x03, 0x08, 0x00, 0,    1,    1,    0x80, 0x7f, 0x01, 0x04, 0x00});
     path.insert(path.end(), second.begin(), second.end());
     return path;
@@ -108,7 +117,8 @@ TEST(UefiDevicePath, FindsCom1) {
 
 TEST(UefiDevicePath, MalformedPathsLeadNowhere) {
     const auto good = serial_console(0);
-    // The UART's node ends at byte 49: every shorter path has no whole one. Own allocations, so that the sanitizer sees a read behind the end.
+    // The UART's node ends at byte 49: every shorter path has no whole one. Own allocations, so that the sanitizer sees
+    // a read behind the end.
     for (std::size_t size = 0; size < 49; ++size) {
         const std::vector<std::byte> cut(good.begin(), good.begin() + static_cast<std::ptrdiff_t>(size));
         EXPECT_FALSE(uefi::leads_to_com1(cut)) << size;

@@ -45,14 +45,17 @@ Bytes table(const char* signature, const Bytes& body) {
 }
 
 // The MADT of QEMU's pc machine with two processors, entry by entry from ACPI 6.5 §5.2.12.
-const Bytes madt_body = {0x00, 0x00, 0xe0, 0xfe, 1,    0,    0,    0,                               // local APIC at 0xfee00000, 8259s present
-                         0,    8,    0,    0,    1,    0,    0,    0,    0,    8, 1, 1, 1, 0, 0, 0, // two processors
-                         0,    8,    2,    2,    0,    0,    0,    0,                               // one that is not there
-                         1,    12,   0,    0,    0x00, 0x00, 0xc0, 0xfe, 0,    0, 0, 0,             // IOAPIC at 0xfec00000, from GSI 0
-                         2,    10,   0,    0,    2,    0,    0,    0,    0,    0,                   // IRQ 0 is GSI 2
-                         2,    10,   0,    5,    5,    0,    0,    0,    0x0d, 0,                   // IRQ 5: level, active high
-                         2,    10,   0,    9,    9,    0,    0,    0,    0x0f, 0,                   // IRQ 9: level, active low
-                         4,    6,    0xff, 0,    0,    1};                                          // NMI
+// local APIC at 0xfee00000, 8259s present
+const Bytes madt_body = {
+    0x00, 0x00, 0xe0, 0xfe, 1, 0, 0, 0, 0, 8, 0, 0, 1, 0, 0, 0, 0, 8, 1, 1, 1, 0, 0, 0, // two processors
+    // one that is not there
+    0, 8, 2, 2, 0, 0, 0, 0,
+    // IOAPIC at 0xfec00000, from GSI 0
+    1, 12, 0, 0, 0x00, 0x00, 0xc0, 0xfe, 0, 0, 0, 0, 2, 10, 0, 0, 2, 0, 0, 0, 0, 0, // IRQ 0 is GSI 2
+    // IRQ 5: level, active high
+    2, 10, 0, 5, 5, 0, 0, 0, 0x0d, 0,
+    // IRQ 9: level, active low
+    2, 10, 0, 9, 9, 0, 0, 0, 0x0f, 0, 4, 6, 0xff, 0, 0, 1}; // NMI
 
 // Name (\_S5, Package (4) {One, One, Zero, Zero}), as iasl writes it.
 const Bytes s5 = {0x08, '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x01, 0x0a, 0x07, 0x00, 0x00};
@@ -165,7 +168,8 @@ TEST_F(Acpi, ExtendedFieldsWinOverTheOldOnes) {
     put(b, 248 - 36, 0xfea00000, 8);
     memory.put(0x7fe1000, table("FACP", b));
     t = acpi::read_tables(memory, 0xf5250);
-    EXPECT_EQ(t->fadt->pm_timer, 0x1808) << "but the timer, which a host may have all the same (length 0: Cloud Hypervisor); it is tried";
+    EXPECT_EQ(t->fadt->pm_timer, 0x1808)
+        << "but the timer, which a host may have all the same (length 0: Cloud Hypervisor); it is tried";
     EXPECT_EQ(t->fadt->pm1a_control, 0);
     EXPECT_EQ(t->fadt->sleep_control.address, 0xfea00000u);
     EXPECT_EQ(t->fadt->sleep_control.space, acpi::Space::memory);
@@ -225,7 +229,8 @@ TEST_F(Acpi, ProcessorsOfTheMadt) {
         }
     };
     const auto extended = [&](u8 id, u8 high, u8 flags) { // type 9, 16 bytes [§5.2.12.12]
-        for (const u8 byte : {u8{9}, u8{16}, u8{0}, u8{0}, id, high, u8{0}, u8{0}, flags, u8{0}, u8{0}, u8{0}, id, u8{0}, u8{0}, u8{0}}) {
+        for (const u8 byte : {u8{9}, u8{16}, u8{0}, u8{0}, id, high, u8{0}, u8{0}, flags, u8{0}, u8{0}, u8{0}, id,
+                              u8{0}, u8{0}, u8{0}}) {
             b.push_back(byte);
         }
     };
@@ -349,15 +354,18 @@ TEST_F(Acpi, RootBridges) {
     found = with({hid_a03, hid_a03, {0x14, 0x09, '_', 'B', 'B', 'N', 0x00, 0xa4, 'B', 'U', 'S', '0'}}); // a method
     EXPECT_EQ(found.numbered, 0u);
     EXPECT_TRUE(found.others());
-    found = with({hid_a03, hid_a03, {0x14, 0x09, '_', 'B', 'B', 'N', 0x00, 0xa4, 0x0a, 0x42}}); // one that returns a constant
+    // one that returns a constant
+    found = with({hid_a03, hid_a03, {0x14, 0x09, '_', 'B', 'B', 'N', 0x00, 0xa4, 0x0a, 0x42}});
     EXPECT_TRUE(found.gives(0x42) && !found.others());
-    found = with({hid_a03, hid_a03, {0x14, 0x0c, '_', 'B', 'B', 'N', 0x00, 0x70, 'B', 'U', 'S', '0', 0x60}}); // one that begins otherwise
+    // one that begins otherwise
+    found = with({hid_a03, hid_a03, {0x14, 0x0c, '_', 'B', 'B', 'N', 0x00, 0x70, 'B', 'U', 'S', '0', 0x60}});
     EXPECT_TRUE(found.numbered == 0 && found.others());
     EXPECT_EQ(with({{0x08, '_', 'H', 'I', 'D', 0x0d, 'P', 'N', 'P', '0', 'A', '0', '8', 0}}).bridges, 1u);
     EXPECT_EQ(with({{0x08, '_', 'H', 'I', 'D', 0x0c, 0x41, 0xd0, 0x0a, 0x05}}).bridges, 0u);
     EXPECT_EQ(with({{0x14, 0x0e, '_', 'C', 'B', 'A', 0x00, 0xa4, 0x0c, 0, 0, 0, 0xe0}}).cba, 0xe0000000u);
     memory[0x7fe0040][40] ^= 1;
-    EXPECT_TRUE(acpi::find_root_bridges(memory, *acpi::read_tables(memory, 0xf5250)).others()) << "a damaged table says nothing";
+    EXPECT_TRUE(acpi::find_root_bridges(memory, *acpi::read_tables(memory, 0xf5250)).others())
+        << "a damaged table says nothing";
 }
 
 TEST_F(Acpi, RootBridgesOfSecondaryTables) {
@@ -374,18 +382,22 @@ TEST_F(Acpi, RootBridgesOfSecondaryTables) {
 
 TEST_F(Acpi, VirtioMmioDevices) {
     const auto node = [](u8 base) { // as QEMU's microvm: _HID, _UID, _CCA, _CRS with Memory32Fixed and Interrupt
-        return Bytes{0x08, '_', 'H',  'I', 'D',  0x0d, 'L',  'N', 'R', 'O', '0', '0', '0',  '5', 0,    0x08, '_',  'U', 'I', 'D',
-                     0x00, 0x08, '_', 'C', 'C', 'A', 0x01, 0x08, '_', 'C', 'R', 'S', 0x11, 0x1a, 0x0a, 0x17, 0x86, 0x09, 0x00, 0x01,
-                     0x00, base, 0xb0, 0xfe, 0x00, 0x02, 0x00, 0x00, 0x89, 0x06, 0x00, 0x05, 0x01, 0x05, 0x00, 0x00, 0x00, 0x79, 0x00};
+        return Bytes{0x08, '_',  'H',  'I',  'D',  0x0d, 'L',  'N',  'R',  'O',  '0',  '0',  '0',  '5',  0,
+                     0x08, '_',  'U',  'I',  'D',  0x00, 0x08, '_',  'C',  'C',  'A',  0x01, 0x08, '_',  'C',
+                     'R',  'S',  0x11, 0x1a, 0x0a, 0x17, 0x86, 0x09, 0x00, 0x01, 0x00, base, 0xb0, 0xfe, 0x00,
+                     0x02, 0x00, 0x00, 0x89, 0x06, 0x00, 0x05, 0x01, 0x05, 0x00, 0x00, 0x00, 0x79, 0x00};
     };
     Bytes body = node(0x10);
     const Bytes second = node(0x20);
     body.insert(body.end(), second.begin(), second.end());
-    const Bytes without = {0x08, '_', 'H', 'I', 'D', 0x0d, 'L', 'N', 'R', 'O', '0', '0', '0', '5', 0, 0x08, '_', 'H', 'I', 'D'};
+    const Bytes without = {0x08, '_', 'H', 'I', 'D', 0x0d, 'L', 'N', 'R', 'O',
+                           '0',  '0', '0', '5', 0,   0x08, '_', 'H', 'I', 'D'};
     body.insert(body.end(), without.begin(), without.end());
     memory.put(0x7fe0040, table("DSDT", body));
     std::vector<std::pair<u64, u32>> seen;
-    const auto keep = [](void* context, u64 base, u32 size) { static_cast<std::vector<std::pair<u64, u32>>*>(context)->emplace_back(base, size); };
+    const auto keep = [](void* context, u64 base, u32 size) {
+        static_cast<std::vector<std::pair<u64, u32>>*>(context)->emplace_back(base, size);
+    };
     EXPECT_EQ(acpi::find_virtio_mmio(memory, *acpi::read_tables(memory, 0xf5250), keep, &seen), 1u);
     EXPECT_EQ(seen, (std::vector<std::pair<u64, u32>>{{0xfeb01000, 0x200}, {0xfeb02000, 0x200}}));
 }
@@ -425,8 +437,8 @@ TEST_F(Acpi, FindsS5WhereverItIs) {
 
 TEST_F(Acpi, FindsPvpanicWhereverItIs) {
     // _HID "QEMU0001", then _CRS with an IO descriptor: 16 bits decoded, 0x505, one port.
-    const Bytes device{'Q', 'E', 'M', 'U', '0', '0', '0', '1', 0x00, 0x08, '_', 'C', 'R', 'S', 0x11, 0x0d, 0x0a, 0x0a,
-                       0x47, 0x01, 0x05, 0x05, 0x05, 0x05, 0x01, 0x01, 0x79, 0x00};
+    const Bytes device{'Q',  'E',  'M',  'U',  '0',  '0',  '0',  '1',  0x00, 0x08, '_',  'C',  'R',  'S',
+                       0x11, 0x0d, 0x0a, 0x0a, 0x47, 0x01, 0x05, 0x05, 0x05, 0x05, 0x01, 0x01, 0x79, 0x00};
     for (const usize filler : {0u, 1u, 1780u, 1790u, 1793u, 2000u, 2030u, 2047u, 2048u, 5000u}) {
         Bytes body(filler, 'Q');
         body.insert(body.end(), device.begin(), device.end());
@@ -447,9 +459,10 @@ TEST_F(Acpi, S5ThatIsNone) {
         return acpi::find_s5(memory, 0x7000000);
     };
     EXPECT_EQ(with({}).error().code, Code::not_found);
-    EXPECT_FALSE(with({0x10, '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x01, 0x01, 0x00, 0x00}));       // not a Name
-    EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x0a, 0x06, 0x04, 0x01, 0x01, 0x00, 0x00}));       // not a Package
-    EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x12, 0xff, 0x04, 0x01, 0x01}));                   // length bytes beyond the end
+    EXPECT_FALSE(with({0x10, '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x01, 0x01, 0x00, 0x00})); // not a Name
+    EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x0a, 0x06, 0x04, 0x01, 0x01, 0x00, 0x00})); // not a Package
+    // length bytes beyond the end
+    EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x12, 0xff, 0x04, 0x01, 0x01}));
     EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x0a, 0x55, 0x00, 0x00, 0x00})); // no 3-bit number
     EXPECT_TRUE(with({0x08, '\\', '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x00, 0x00, 0x00, 0x00}));
     EXPECT_FALSE(acpi::find_s5(memory, 0));

@@ -1,5 +1,5 @@
-// The time stamp counter against model timers: what one disturbed sample, a timer that wraps, one that stands still, and a pause of the machine do
-// to the result.
+// The time stamp counter against model timers: what one disturbed sample, a timer that wraps, one that stands still,
+// and a pause of the machine do to the result.
 #include <functional>
 #include <gtest/gtest.h>
 import core.std;
@@ -21,7 +21,8 @@ struct Model {
     u64 first_value = 0;
     bool counts = true;
     std::function<void(Model&)> disturb; // before each reading
-    double late = 0;                     // seconds between the timer's value and the second look at the counter, for one reading
+    // seconds between the timer's value and the second look at the counter, for one reading
+    double late = 0;
 
     double time = 1.0;
     double timer_time = 0; // that the timer has counted
@@ -41,7 +42,8 @@ struct Model {
         TimerReading r;
         r.before = tsc();
         pass(reading / 2);
-        r.value = counts ? static_cast<u32>((first_value + static_cast<u64>(timer_time * timer_hz)) & mask) : static_cast<u32>(mask);
+        r.value = counts ? static_cast<u32>((first_value + static_cast<u64>(timer_time * timer_hz)) & mask)
+                         : static_cast<u32>(mask);
         pass(reading / 2 + std::exchange(late, 0));
         r.after = tsc();
         return r;
@@ -56,7 +58,8 @@ struct Model {
 };
 
 void expect_within(const Calibration& found, double hz, double parts_per_million) {
-    EXPECT_NEAR(static_cast<double>(found.hz), hz, hz * parts_per_million / 1e6) << found.agreeing << " of " << found.samples;
+    EXPECT_NEAR(static_cast<double>(found.hz), hz, hz * parts_per_million / 1e6)
+        << found.agreeing << " of " << found.samples;
 }
 
 TEST(Calibration, FiveSamplesOfAQuietMachineInAThirdOfAMillisecond) {
@@ -107,7 +110,8 @@ TEST(Calibration, TheTimersWrap) {
 }
 
 TEST(Calibration, SamplesAcrossWhichTheMachineStoodStillAreLeftOut) {
-    // The counter runs on and the timer does not (a paused virtual machine); then the other way round (the counter was put back).
+    // The counter runs on and the timer does not (a paused virtual machine); then the other way round (the counter was
+    // put back).
     for (const double cycles : {2.4e9 * 7, 2.4e9 * 50e-6, -2.4e9 * 30e-6}) {
         Model m;
         m.reading = 20e-9;

@@ -32,7 +32,8 @@ TEST(Cpuid, FindsEveryBaseAndItsName) {
     EXPECT_EQ(bases(scan(machines::kvm)), "40000000-40000001 KVMKVMKVM; ");
     EXPECT_EQ(bases(scan(machines::kvm_hyperv)), "40000000-40000005 Microsoft Hv; 40000100-40000101 KVMKVMKVM; ");
     EXPECT_EQ(bases(scan(machines::xen_viridian)), "40000000-40000006 Microsoft Hv; 40000100-40000105 XenVMMXenVMM; ");
-    EXPECT_EQ(bases(scan(machines::three)), "40000000-40000005 Microsoft Hv; 40000100-40000104 XenVMMXenVMM; 40000200-40000201 KVMKVMKVM; ");
+    EXPECT_EQ(bases(scan(machines::three)),
+              "40000000-40000005 Microsoft Hv; 40000100-40000104 XenVMMXenVMM; 40000200-40000201 KVMKVMKVM; ");
     EXPECT_EQ(bases(scan(machines::last_base)), "4000ff00-4000ff01 KVMKVMKVM; ");
     EXPECT_EQ(bases(scan(machines::bhyve)), "40000000-40000000 bhyve bhyve ; ");
 }

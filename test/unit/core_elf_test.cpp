@@ -23,8 +23,8 @@ struct File {
     void put16(std::size_t at, std::uint64_t v) { put(at, v, 2); }
     void put32(std::size_t at, std::uint64_t v) { put(at, v, 4); }
     void put64(std::size_t at, std::uint64_t v) { put(at, v, 8); }
-    void segment(std::size_t index, std::uint32_t type, std::uint32_t flags, std::uint64_t offset, std::uint64_t virt, std::uint64_t phys,
-                 std::uint64_t in_file, std::uint64_t in_memory, std::uint64_t alignment) {
+    void segment(std::size_t index, std::uint32_t type, std::uint32_t flags, std::uint64_t offset, std::uint64_t virt,
+                 std::uint64_t phys, std::uint64_t in_file, std::uint64_t in_memory, std::uint64_t alignment) {
         const std::size_t at = 64 + index * 56;
         put32(at, type);
         put32(at + 4, flags);

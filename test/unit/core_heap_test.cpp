@@ -23,7 +23,8 @@ TEST_F(HeapTest, AlignedAndApart) {
             ASSERT_NE(a, nullptr);
             ASSERT_NE(b, nullptr);
             EXPECT_EQ(reinterpret_cast<usize>(a) % std::max<usize>(alignment, 16), 0u);
-            EXPECT_GE(static_cast<usize>(std::abs(static_cast<std::byte*>(a) - static_cast<std::byte*>(b))), std::max<usize>(size, 1));
+            EXPECT_GE(static_cast<usize>(std::abs(static_cast<std::byte*>(a) - static_cast<std::byte*>(b))),
+                      std::max<usize>(size, 1));
             heap.free(a);
             heap.free(b);
         }

@@ -35,7 +35,8 @@ TEST(Frames, NeverPageZeroAndLowMemoryOnlyOnDemand) {
     EXPECT_FALSE(a.allocate({.floor = 0}));
 }
 
-// Where further processors start. The maps are those of a PC, of Xen 4.20's PVH (memory from 0 on, without a hole) and two odd ones.
+// Where further processors start. The maps are those of a PC, of Xen 4.20's PVH (memory from 0 on, without a hole) and
+// two odd ones.
 TEST(Frames, AProcessorStartsWhereAStartupIpiCanNameAFreePage) {
     const auto taken = [](std::initializer_list<FrameAllocator::Range> map) {
         FrameAllocator a;
@@ -49,7 +50,8 @@ TEST(Frames, AProcessorStartsWhereAStartupIpiCanNameAFreePage) {
     EXPECT_EQ(taken({{0, 0x200000}, {0x400000, 128 * M}}), 0x9f000u) << "the vectors 0xa0 to 0xbf are reserved";
     EXPECT_EQ(taken({{0xa0000, 0x200000}}), 0xff000u);
     EXPECT_EQ(taken({{0, 0x2000}}), 0x1000u);
-    EXPECT_EQ(taken({{0, 0x1000}, {0xa0000, 0xc0000}, {1 * M, 2 * M}}), 0u) << "page 0, reserved vectors, and what lies above 1 MiB";
+    EXPECT_EQ(taken({{0, 0x1000}, {0xa0000, 0xc0000}, {1 * M, 2 * M}}), 0u)
+        << "page 0, reserved vectors, and what lies above 1 MiB";
 }
 
 TEST(Frames, CutsAtPartialFrames) {

@@ -36,7 +36,9 @@ class Tables final : public TableMemory {
 struct Paging : testing::Test {
     Tables tables;
     AddressSpace space{tables};
-    void SetUp() override { ASSERT_TRUE(space.create({.no_execute = true, .gigabyte_pages = true, .physical_end = u64{1} << 40})); }
+    void SetUp() override {
+        ASSERT_TRUE(space.create({.no_execute = true, .gigabyte_pages = true, .physical_end = u64{1} << 40}));
+    }
 };
 
 // The entries as the processor reads them [SDM-3 4.5], typed here by hand.
@@ -145,7 +147,8 @@ TEST_F(Paging, LargePagesAreSplitWhereAPartIsChanged) {
     EXPECT_EQ(tables.invalidated.size(), 2u);
     const u64 pdpt = tables.frames.at(space.root())[256] & 0x000ffffffffff000;
     const u64 pd = tables.frames.at(pdpt)[0] & 0x000ffffffffff000;
-    EXPECT_EQ(tables.frames.at(pd)[0] & 0x8000000000000fff, 3u) << "a table: writable, executable as far as its entries let it";
+    EXPECT_EQ(tables.frames.at(pd)[0] & 0x8000000000000fff, 3u)
+        << "a table: writable, executable as far as its entries let it";
     const u64 pt = tables.frames.at(pd)[0] & 0x000ffffffffff000;
     EXPECT_EQ(tables.frames.at(pt)[0x9e], 0x800000000009e003u);
     EXPECT_EQ(tables.frames.at(pt)[0x9f], 0x800000000009f001u);

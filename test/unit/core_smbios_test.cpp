@@ -31,7 +31,8 @@ void text(std::vector<u8>& out, const std::string& s) {
 }
 
 // Types 0, 1 and 127, byte by byte as DSP0134 lays them out.
-std::vector<u8> table(const std::string& vendor = "SeaBIOS", const std::string& maker = "QEMU", const std::string& product = "Standard PC") {
+std::vector<u8> table(const std::string& vendor = "SeaBIOS", const std::string& maker = "QEMU",
+                      const std::string& product = "Standard PC") {
     std::vector<u8> t{0, 24, 0, 0, 1, 2, 0, 0xe8, 3, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0xff, 0xff};
     text(t, vendor);
     text(t, "1.16.2");
@@ -162,7 +163,8 @@ Smbios parsed(const std::vector<u8>& bytes) {
 TEST(Smbios, ATableThatEndsEarlyNeverLeadsOutOfIt) {
     const auto whole = table();
     for (usize size = 0; size <= whole.size(); ++size) {
-        const std::vector<u8> cut(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(size)); // ASan watches its end
+        // ASan watches its end
+        const std::vector<u8> cut(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(size));
         const Smbios s = parsed(cut);
         EXPECT_EQ(s.bios_vendor.empty(), size < 24 + 27) << size;
     }

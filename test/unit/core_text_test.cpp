@@ -21,12 +21,15 @@ TEST(Text, FillsFields) {
     EXPECT_EQ(formatted("{:#x} {:08x} {:x}", 0xbeefu, 0xcafeu, u8{10}), "0xbeef 0000cafe a");
     EXPECT_EQ(formatted("[{:>6}] [{:<6}] [{:06}]", 42, "ab", 42), "[    42] [ab    ] [000042]");
     EXPECT_EQ(formatted("{{{}}}", true), "{true}");
-    EXPECT_EQ(formatted("{} {}", std::numeric_limits<i64>::min(), std::numeric_limits<u64>::max()), "-9223372036854775808 18446744073709551615");
+    EXPECT_EQ(formatted("{} {}", std::numeric_limits<i64>::min(), std::numeric_limits<u64>::max()),
+              "-9223372036854775808 18446744073709551615");
     EXPECT_EQ(formatted("{}", 'x'), "x");
     EXPECT_EQ(formatted("{}", Code::timed_out), "timed out");
-    EXPECT_EQ(formatted("{}", Error(Code::protocol, "producer index", 4, 40)), "producer index (expected 0x4, seen 0x28)");
+    EXPECT_EQ(formatted("{}", Error(Code::protocol, "producer index", 4, 40)),
+              "producer index (expected 0x4, seen 0x28)");
     // Amounts are what a person typed and what there is room for: decimal, as they were typed.
-    EXPECT_EQ(formatted("{}", Error(Code::bad_argument, "count: at most", 512, 2000)), "count: at most (expected 512, seen 2000)");
+    EXPECT_EQ(formatted("{}", Error(Code::bad_argument, "count: at most", 512, 2000)),
+              "count: at most (expected 512, seen 2000)");
     EXPECT_EQ(formatted("{}", Error(Code::exhausted, "disks", 256, 257)), "disks (expected 256, seen 257)");
 }
 
@@ -60,12 +63,11 @@ TEST(Log, RecordIsOneJsonLine) {
         r.open("list", '[').text("", "x").text("", "y").close(']').open("empty", '{').close('}').number("last", 1);
     }
     log::detach(capture);
-    EXPECT_EQ(
-        capture.text,
-        "@{\"record\":\"disk\",\"name\":\"a\\\"b\\u000a\",\"sectors\":8,\"read_only\":false,\"list\":[\"x\",\"y\"],\"empty\":{},\"last\":1}\n");
+    EXPECT_EQ(capture.text, "@{\"record\":\"disk\",\"name\":\"a\\\"b\\u000a\",\"sectors\":8,\"read_only\":false,"
+                            "\"list\":[\"x\",\"y\"],\"empty\":{},\"last\":1}\n");
 }
 
-// ---- lines that are kept for consoles that come later ----------------------------------------------------------------------------------------
+// ---- lines that are kept for consoles that come later ----
 
 struct Keeping {
     Keeping() { log::keep(true); }
@@ -113,7 +115,8 @@ TEST(Log, WhatIsKeptIsBoundedAndLosesTheOldestLinesWhole) {
     log::detach(late);
     const usize note_end = late.text.find('\n') + 1;
     const std::string kept = late.text.substr(note_end);
-    EXPECT_EQ(late.text.substr(0, note_end), "[" + std::to_string(all.size() - kept.size()) + " bytes of older lines are lost]\n");
+    EXPECT_EQ(late.text.substr(0, note_end),
+              "[" + std::to_string(all.size() - kept.size()) + " bytes of older lines are lost]\n");
     EXPECT_LE(kept.size(), log::kept_bytes);
     EXPECT_GT(kept.size(), log::kept_bytes - 800);
     EXPECT_TRUE(all.ends_with("\n" + kept)) << "whole lines, the last ones";
@@ -147,7 +150,8 @@ TEST(Log, LinesThatAReaderWouldCutAreContinued) {
     };
     EXPECT_EQ(folded({"12345678\n", "123\n"}, 8), "12345678\n123\n") << "what just fits stays whole";
     EXPECT_EQ(folded({"123456789\n"}, 8), "12345678\n@+9\n");
-    EXPECT_EQ(folded({"12345", "67890abcdef", "ghij\n1\n"}, 8), "12345678\n@+90abcd\n@+efghij\n1\n") << "in whatever pieces it comes";
+    EXPECT_EQ(folded({"12345", "67890abcdef", "ghij\n1\n"}, 8), "12345678\n@+90abcd\n@+efghij\n1\n")
+        << "in whatever pieces it comes";
     EXPECT_EQ(folded({"1234567890\n"}, 0), "1234567890\n");
     // What a reader does: breaks with a mark are left out.
     std::string whole(5000, 'r');

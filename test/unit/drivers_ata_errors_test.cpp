@@ -45,7 +45,8 @@ struct AtaErrors : testing::Test {
         return *requests.back();
     }
     bool all_ended() {
-        return m.turns_until([&] { return std::ranges::none_of(requests, [](const auto& r) { return r->pending(); }); });
+        return m.turns_until(
+            [&] { return std::ranges::none_of(requests, [](const auto& r) { return r->pending(); }); });
     }
 };
 

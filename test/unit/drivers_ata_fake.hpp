@@ -1,5 +1,6 @@
-// A strict IDE channel for tests: two devices, a bus-master engine, memory, interrupts, a clock that jumps. Written from the specifications
-// [ATA-7, ACS, BMIDE], not from the driver. It fails the running test when a rule is broken. Include after gtest and the standard headers.
+// A strict IDE channel for tests: two devices, a bus-master engine, memory, interrupts, a clock that jumps. Written
+// from the specifications [ATA-7, ACS, BMIDE], not from the driver. It fails the running test when a rule is broken.
+// Include after gtest and the standard headers.
 #pragma once
 
 import core.std;
@@ -24,8 +25,9 @@ class Clock {
     Instant time = 1'000'000;
 
     io::Platform platform() {
-        return {this, [](void* c) { return static_cast<Clock*>(c)->time; },
-                [](void* c, Instant until, const std::atomic<bool>& wake) { static_cast<Clock*>(c)->idle(until, wake); }};
+        return {
+            this, [](void* c) { return static_cast<Clock*>(c)->time; },
+            [](void* c, Instant until, const std::atomic<bool>& wake) { static_cast<Clock*>(c)->idle(until, wake); }};
     }
     void at(Instant when, std::function<void()> what) { events_.emplace(when, std::move(what)); }
     void idle(Instant until, const std::atomic<bool>& wake) {
@@ -66,7 +68,8 @@ class Memory final : public DmaAllocator {
         block.assign(size, std::byte{0});
         return {block.data(), bus, size};
     }
-    /// Host address of a range that the device wants to touch; nullptr and a failed test when it is not all in one allocation.
+    /// Host address of a range that the device wants to touch; nullptr and a failed test when it is not all in one
+    /// allocation.
     std::byte* at(u64 bus, u64 size) {
         auto it = blocks_.upper_bound(bus);
         if (it != blocks_.begin()) {
@@ -97,9 +100,13 @@ class Interrupts final : public InterruptController {
         return {};
     }
     void detach_line(InterruptLine line, InterruptHandler handler, void* context) override {
-        std::erase_if(entries, [&](const Entry& e) { return e.line.gsi == line.gsi && e.handler == handler && e.context == context; });
+        std::erase_if(entries, [&](const Entry& e) {
+            return e.line.gsi == line.gsi && e.handler == handler && e.context == context;
+        });
     }
-    Result<InterruptVector> attach_vector(InterruptHandler, void*, bool) override { return Error{Code::not_supported, "none"}; }
+    Result<InterruptVector> attach_vector(InterruptHandler, void*, bool) override {
+        return Error{Code::not_supported, "none"};
+    }
     void detach_vector(InterruptVector) override {}
     void raise(u32 gsi) {
         for (const Entry& e : std::vector<Entry>(entries)) {
@@ -183,8 +190,9 @@ class Channel {
     bool command_words = true; // … the command register as well
     bool floating = false;
     bool answers_for_absent = false; // device 0 drives the bus when device 1 is selected [ATA-7 §9.16.2]
-    bool empty_master = false;       // QEMU's: without a master the slave's cable keeps registers, shows 50h and aborts every command
-    bool one_device = false;         // the device bit is not decoded: device 0 answers for both places
+    // QEMU's: without a master the slave's cable keeps registers, shows 50h and aborts every command
+    bool empty_master = false;
+    bool one_device = false; // the device bit is not decoded: device 0 answers for both places
     Nanoseconds latency = 50'000;
     Nanoseconds latency_per_sector = 0; // beside it, of a transfer
     Nanoseconds pio_latency = 0;
@@ -470,7 +478,8 @@ class Channel {
         pending_ = 0;
         status_ = 0xd8;
         ASSERT_LE(lba + count, d.sectors) << "LBA out of range";
-        later(latency + count * latency_per_sector, [this, &d, lba, count, is_write] { transfer(d, lba, count, is_write); });
+        later(latency + count * latency_per_sector,
+              [this, &d, lba, count, is_write] { transfer(d, lba, count, is_write); });
     }
     void transfer(Drive& d, u64 lba, u32 count, bool is_write) {
         const u64 total = u64{count} * d.sector_size;
@@ -516,7 +525,8 @@ class Channel {
             if (bad.contains(lba + i)) {
                 return end(0x51, 0x40, 0); // the engine stays active: memory is left over
             }
-            is_write ? d.write(lba + i, data.data() + u64{i} * d.sector_size) : d.read(lba + i, data.data() + u64{i} * d.sector_size);
+            is_write ? d.write(lba + i, data.data() + u64{i} * d.sector_size)
+                     : d.read(lba + i, data.data() + u64{i} * d.sector_size);
         }
         if (short_transfer > 0) {
             --short_transfer;
@@ -587,7 +597,8 @@ struct Ports {
 
     Channel& channel(u16 port) {
         for (Channel* c : *channels) {
-            if ((port >= c->command && port < c->command + 8) || port == c->control || (port >= c->bus_master && port < c->bus_master + 8)) {
+            if ((port >= c->command && port < c->command + 8) || port == c->control ||
+                (port >= c->bus_master && port < c->bus_master + 8)) {
                 return *c;
             }
         }

@@ -64,7 +64,8 @@ TEST_F(AtaIo, AReadOf4KiBIsSevenAccessesAndOneInterrupt) {
     EXPECT_EQ(cost.notifications, 1u);
     EXPECT_EQ(cost.completed, 1u);
     EXPECT_EQ(m.memory.allocations, allocations);
-    const std::vector<std::string> expected{"out16 cmd+2", "out16 cmd+4", "out16 cmd+6", "out8 bm+0", "in8 cmd+7", "in8 bm+2", "out8 bm+0"};
+    const std::vector<std::string> expected{"out16 cmd+2", "out16 cmd+4", "out16 cmd+6", "out8 bm+0",
+                                            "in8 cmd+7",   "in8 bm+2",    "out8 bm+0"};
     EXPECT_EQ(m.primary.trace, expected);
 }
 
@@ -128,7 +129,8 @@ TEST_F(AtaIo, BackToBackTheDirectionCostsNothing) {
     const io::Counters before = hda().counters();
     std::vector<std::unique_ptr<io::Request>> requests;
     for (u32 i = 0; i < 16; ++i) {
-        requests.push_back(std::make_unique<io::Request>(hda(), i % 2 ? io::Op::write : io::Op::read, 100 * i, b.subspan(4096 * i, 4096)));
+        requests.push_back(std::make_unique<io::Request>(hda(), i % 2 ? io::Op::write : io::Op::read, 100 * i,
+                                                         b.subspan(4096 * i, 4096)));
         requests.back()->waiter = std::noop_coroutine();
         hda().submit(*requests.back());
     }
@@ -277,7 +279,8 @@ TEST_F(AtaIo, TheTwoDisksOfAChannelTakeTurns) {
     std::vector<std::unique_ptr<io::Request>> requests;
     for (u32 i = 0; i < 32; ++i) {
         io::BlockDevice& d = m.disk(i / 16);
-        requests.push_back(std::make_unique<io::Request>(d, i % 2 ? io::Op::write : io::Op::read, 20 * i, b.subspan(4096 * i, 4096)));
+        requests.push_back(
+            std::make_unique<io::Request>(d, i % 2 ? io::Op::write : io::Op::read, 20 * i, b.subspan(4096 * i, 4096)));
         requests.back()->waiter = std::noop_coroutine();
         d.submit(*requests.back());
     }

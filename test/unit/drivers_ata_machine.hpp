@@ -1,10 +1,12 @@
-// A machine with a fake IDE controller in it, and a driver that has attached to it. Include after drivers_pci_fake.hpp and drivers_ata_fake.hpp.
+// A machine with a fake IDE controller in it, and a driver that has attached to it. Include after drivers_pci_fake.hpp
+// and drivers_ata_fake.hpp.
 #pragma once
 
 namespace ata_test {
 namespace pci = fl::drivers::pci;
 
-/// Words as a disk of the late parallel days gives them, typed from [ACS §7.12]: LBA, DMA, 48-bit addresses, cache on, flush, udma5 selected.
+/// Words as a disk of the late parallel days gives them, typed from [ACS §7.12]: LBA, DMA, 48-bit addresses, cache on,
+/// flush, udma5 selected.
 inline ata::IdentifyData identify_words(u64 sectors, u32 sector_size = 512) {
     ata::IdentifyData id;
     auto& w = id.words;
@@ -99,8 +101,12 @@ struct Machine {
         }
         return true;
     }
-    static io::Task<Result<void>> do_read(io::BlockDevice& d, u64 lba, DmaSpan into) { co_return co_await d.read(lba, into); }
-    static io::Task<Result<void>> do_write(io::BlockDevice& d, u64 lba, DmaSpan from) { co_return co_await d.write(lba, from); }
+    static io::Task<Result<void>> do_read(io::BlockDevice& d, u64 lba, DmaSpan into) {
+        co_return co_await d.read(lba, into);
+    }
+    static io::Task<Result<void>> do_write(io::BlockDevice& d, u64 lba, DmaSpan from) {
+        co_return co_await d.write(lba, from);
+    }
     static io::Task<Result<void>> do_flush(io::BlockDevice& d) { co_return co_await d.flush(); }
     Result<void> read(io::BlockDevice& d, u64 lba, DmaSpan into) { return executor.run(do_read(d, lba, into)); }
     Result<void> write(io::BlockDevice& d, u64 lba, DmaSpan from) { return executor.run(do_write(d, lba, from)); }

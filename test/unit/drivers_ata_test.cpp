@@ -415,7 +415,8 @@ TEST(AtaAttach, TheControllerOnTheHeapLives) {
     EXPECT_TRUE(is_pattern(b, 5));
     Machine empty;
     empty.primary.floating = true;
-    ASSERT_TRUE(empty.executor.run(ata::probe(empty.environment, *pci::look_up(empty.space, {0, 1, 1}), Ports{&empty.all})));
+    ASSERT_TRUE(
+        empty.executor.run(ata::probe(empty.environment, *pci::look_up(empty.space, {0, 1, 1}), Ports{&empty.all})));
 }
 
 } // namespace

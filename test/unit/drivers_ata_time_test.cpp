@@ -33,14 +33,15 @@ struct AtaTime : testing::Test {
     void ask(u32 count, bool neighbours = false) {
         const DmaSpan b = *m.memory.allocate(count * 4096, ~u64{0});
         for (u32 i = 0; i < count; ++i) {
-            requests.push_back(
-                std::make_unique<io::Request>(m.disk(0), io::Op::read, 1000 + (neighbours ? 8 : 100) * i, b.subspan(4096 * i, 4096)));
+            requests.push_back(std::make_unique<io::Request>(m.disk(0), io::Op::read, 1000 + (neighbours ? 8 : 100) * i,
+                                                             b.subspan(4096 * i, 4096)));
             requests.back()->waiter = std::noop_coroutine();
             m.disk(0).submit(*requests.back());
         }
     }
     bool all_ended() {
-        return m.turns_until([&] { return std::ranges::none_of(requests, [](const auto& r) { return r->pending(); }); }, 600'000'000'000);
+        return m.turns_until([&] { return std::ranges::none_of(requests, [](const auto& r) { return r->pending(); }); },
+                             600'000'000'000);
     }
     void all_ok() {
         ASSERT_TRUE(all_ended());
@@ -114,7 +115,8 @@ TEST_F(AtaTime, ADeadDiskIsFoundInMachineTimeAlsoWithStops) {
         EXPECT_EQ(fresh.queue().resets(), 1u);
         const Nanoseconds took = fresh.executor.now() - begin;
         EXPECT_GE(took, timeout);
-        EXPECT_LE(took, stops == 0 ? timeout + 30'000'000 : 2 * timeout + MachineTime::longest_step + 30'000'000) << stops << " stops";
+        EXPECT_LE(took, stops == 0 ? timeout + 30'000'000 : 2 * timeout + MachineTime::longest_step + 30'000'000)
+            << stops << " stops";
     }
 }
 

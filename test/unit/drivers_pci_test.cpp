@@ -11,8 +11,11 @@ using namespace pci_test;
 // What a walk finds.
 struct Found {
     std::vector<pci::Device> devices;
-    explicit Found(pci::Config& config, u8 first = 0, std::optional<pci::Roots> (*ask)() = nullptr, bool always = false) {
-        const auto keep = [](void* context, const pci::Device& d) { static_cast<std::vector<pci::Device>*>(context)->push_back(d); };
+    explicit Found(pci::Config& config, u8 first = 0, std::optional<pci::Roots> (*ask)() = nullptr,
+                   bool always = false) {
+        const auto keep = [](void* context, const pci::Device& d) {
+            static_cast<std::vector<pci::Device>*>(context)->push_back(d);
+        };
         EXPECT_EQ(pci::enumerate(config, keep, &devices, first, ask, always), devices.size());
     }
     std::vector<u32> ids() const {
@@ -54,15 +57,16 @@ TEST(Pci, FindsFunctionsBehindBridgesOnce) {
     space.add(2, 7, 0, 0x10ec, 0x8139, 0x020000);
 
     Found found(space);
-    EXPECT_EQ(found.ids(),
-              (std::vector<u32>{0x123700, 0x700000, 0x701000, 0x711300, 0x000100, 0x100105, 0x000105, 0x000105, 0x000105, 0x813902}));
+    EXPECT_EQ(found.ids(), (std::vector<u32>{0x123700, 0x700000, 0x701000, 0x711300, 0x000100, 0x100105, 0x000105,
+                                             0x000105, 0x000105, 0x813902}));
 
     Space empty;
     EXPECT_EQ(Found(empty).devices.size(), 0u);
     EXPECT_LE(empty.reads, 32u);
 }
 
-// A host bridge at 00:00.0 and a disk below another root bus, number 0x80; on request, what QEMU's expander shows on bus 0.
+// A host bridge at 00:00.0 and a disk below another root bus, number 0x80; on request, what QEMU's expander shows on
+// bus 0.
 void two_roots(Space& space, bool expander) {
     space.add(0, 0, 0, 0x8086, 0x1237, 0x060000);
     if (expander) {
@@ -126,7 +130,8 @@ TEST(PciRoots, WithoutAnAnswerEveryBusIsSearched) {
     Space more; // a root whose number is computed
     two_roots(more, true);
     more.add(0xc0, 5, 0, 0x1af4, 0x1042, 0x010000);
-    EXPECT_EQ(Found(more, 0, knows_one_of_two).ids(), (std::vector<u32>{0x123700, 0x000900, 0x000180, 0x701081, 0x1042c0}));
+    EXPECT_EQ(Found(more, 0, knows_one_of_two).ids(),
+              (std::vector<u32>{0x123700, 0x000900, 0x000180, 0x701081, 0x1042c0}));
 }
 
 TEST(PciRoots, AHostBridgeThatIgnoresTheBusNumberShowsNothingTwice) {

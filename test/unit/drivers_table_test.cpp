@@ -59,7 +59,9 @@ TEST(Table, TheMapFileTurnsThePreferenceRound) {
 
 TEST(Table, AddRemoveRankAndLines) {
     Table table;
-    EXPECT_EQ(table.apply("\r\n  add  xen\tata xen_blk +7 unplug # why\r\n\n#only a comment\nremove * ata xen_blk\nadd kvm ata xen_blk 0"), 0u)
+    EXPECT_EQ(table.apply("\r\n  add  xen\tata xen_blk +7 unplug # why\r\n\n#only a comment\nremove * ata xen_blk\nadd "
+                          "kvm ata xen_blk 0"),
+              0u)
         << complaints(table);
     EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair_count, 0u);
     const auto kvm = table.plan(VmGuest::kvm, std::nullopt);
@@ -97,18 +99,21 @@ TEST(Table, MalformedLinesAreReportedByNumberAndTheRestCounts) {
     EXPECT_EQ(bad, 11u);
     EXPECT_EQ(table.wrong(), 11u);
     EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, -5);
-    EXPECT_EQ(complaints(table),
-              "1: expected what to do (add, remove, rank), seen 'adn': did you mean 'add'?\n"
-              "2: expected a hypervisor's name or *, seen 'xne': did you mean 'xen'?\n"
-              "3: expected a native driver (ata), seen 'xen_blk'\n"
-              "4: expected a rank from -1000000 to 1000000, seen 'ten'\n"
-              "5: expected a synthetic driver (xen_blk, storvsc), seen the end of the line\n"
-              "6: expected what becomes of the emulated twin (leave, unplug, keep), seen 'keeep': did you mean 'keep'?\n"
-              "8: expected the end of the rule, seen 'leave'\n"
-              "9: expected a rule that is in the table, seen a pair for which it has none: add it, or name the hypervisor as its rule does\n"
-              "10: expected a positive rank with unplug: it takes the native driver's device away, which would be tried first\n"
-              "11: expected a rank from -1000000 to 1000000, seen '1000001'\n"
-              "12: expected what to do (add, remove, rank), seen '?\?'\n");
+    EXPECT_EQ(
+        complaints(table),
+        "1: expected what to do (add, remove, rank), seen 'adn': did you mean 'add'?\n"
+        "2: expected a hypervisor's name or *, seen 'xne': did you mean 'xen'?\n"
+        "3: expected a native driver (ata), seen 'xen_blk'\n"
+        "4: expected a rank from -1000000 to 1000000, seen 'ten'\n"
+        "5: expected a synthetic driver (xen_blk, storvsc), seen the end of the line\n"
+        "6: expected what becomes of the emulated twin (leave, unplug, keep), seen 'keeep': did you mean 'keep'?\n"
+        "8: expected the end of the rule, seen 'leave'\n"
+        "9: expected a rule that is in the table, seen a pair for which it has none: add it, or name the hypervisor as "
+        "its rule does\n"
+        "10: expected a positive rank with unplug: it takes the native driver's device away, which would be tried "
+        "first\n"
+        "11: expected a rank from -1000000 to 1000000, seen '1000001'\n"
+        "12: expected what to do (add, remove, rank), seen '?\?'\n");
 }
 
 TEST(Table, CommandLineRules) {
@@ -132,7 +137,8 @@ TEST(Table, AnyHypervisor) {
     EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, -3);
     EXPECT_EQ(table.plan(VmGuest::kvm, std::nullopt).pair("ata", "xen_blk")->rank, -3);
     EXPECT_EQ(table.apply("remove xen ata xen_blk\n"), 0u);
-    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->twin, Twin::keep) << "now the general one shows";
+    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->twin, Twin::keep)
+        << "now the general one shows";
 }
 
 TEST(Table, TheCommandLineOverridesTheTwin) {

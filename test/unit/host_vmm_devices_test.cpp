@@ -36,7 +36,7 @@ struct Sink final : vmm::SerialSink {
     std::string text;
 };
 
-// --- serial --------------------------------------------------------------------------------------------------------------------------
+// ---- serial ----
 
 struct SerialTest : testing::Test {
     Line line;
@@ -114,7 +114,7 @@ TEST_F(SerialTest, IsASixteenFiftyA) {
     EXPECT_EQ(in(2) & 0xc0, 0xc0u);
 }
 
-// --- board ---------------------------------------------------------------------------------------------------------------------------
+// ---- board ----
 
 struct Control final : vmm::MachineControl {
     void debug_exit(u32 v) override { events.push_back("exit " + std::to_string(v)); }
@@ -148,8 +148,8 @@ TEST(HostBoard, EndsTheMachine) {
     power.out(0x604, 2, 5 << 10); // sleep type without enable
     power.out(0x604, 2, 1 << 13); // type 0
     power.out(0x604, 2, 1 << 13 | 5 << 10);
-    EXPECT_EQ(control.events,
-              (std::vector<std::string>{"exit 16", "phase 7", "phase 8", "reset keyboard controller", "reset port 0xcf9", "off"}));
+    EXPECT_EQ(control.events, (std::vector<std::string>{"exit 16", "phase 7", "phase 8", "reset keyboard controller",
+                                                        "reset port 0xcf9", "off"}));
 }
 
 TEST(HostBoard, TheTimerCountsItsFrequency) {
@@ -199,7 +199,7 @@ TEST(HostPorts, FindTheirDevice) {
     EXPECT_EQ(counts, (std::vector<std::pair<std::string, u64>>{{"exit", 1}, {"unclaimed", 2}}));
 }
 
-// --- CPUID ---------------------------------------------------------------------------------------------------------------------------
+// ---- CPUID ----
 
 kvm_cpuid_entry2 leaf(u32 function, u32 eax, u32 ebx = 0, u32 ecx = 0, u32 edx = 0) {
     kvm_cpuid_entry2 entry{};
@@ -212,16 +212,20 @@ kvm_cpuid_entry2 leaf(u32 function, u32 eax, u32 ebx = 0, u32 ecx = 0, u32 edx =
 }
 
 const kvm_cpuid_entry2* find(const std::vector<kvm_cpuid_entry2>& table, u32 function, u32 index = 0) {
-    const auto found = std::find_if(table.begin(), table.end(), [&](const auto& e) { return e.function == function && e.index == index; });
+    const auto found = std::find_if(table.begin(), table.end(),
+                                    [&](const auto& e) { return e.function == function && e.index == index; });
     return found == table.end() ? nullptr : &*found;
 }
 
 const std::vector<kvm_cpuid_entry2> basic{
-    leaf(1, 0xa20f10, 0x0800), leaf(0xb, 0), leaf(0x4000'0000, 0x4000'0001, 0x4b4d564b), leaf(0x4000'0001, 0x0100'7efb), leaf(0x8000'0008, 0),
+    leaf(1, 0xa20f10, 0x0800),      leaf(0xb, 0),         leaf(0x4000'0000, 0x4000'0001, 0x4b4d564b),
+    leaf(0x4000'0001, 0x0100'7efb), leaf(0x8000'0008, 0),
 };
 const std::vector<kvm_cpuid_entry2> hyperv{
-    leaf(0x4000'0000, 0x4000'0082), leaf(0x4000'0001, 0x31237648),  leaf(0x4000'0002, 1), leaf(0x4000'0003, 0x2fff, 0xffff),
-    leaf(0x4000'0004, 0x7fff),      leaf(0x4000'0005, 0xffff'ffff), leaf(0x4000'0006, 0), leaf(0x4000'000a, 0),
+    leaf(0x4000'0000, 0x4000'0082), leaf(0x4000'0001, 0x31237648),
+    leaf(0x4000'0002, 1),           leaf(0x4000'0003, 0x2fff, 0xffff),
+    leaf(0x4000'0004, 0x7fff),      leaf(0x4000'0005, 0xffff'ffff),
+    leaf(0x4000'0006, 0),           leaf(0x4000'000a, 0),
     leaf(0x4000'0080, 0),
 };
 
@@ -266,7 +270,7 @@ TEST(HostCpuid, BesideAndAboveOthers) {
     EXPECT_EQ(find(none, 0x4000'0000), nullptr);
 }
 
-// --- PCI and IDE ---------------------------------------------------------------------------------------------------------------------
+// ---- PCI and IDE ----
 
 TEST(HostPci, ShowsTheIdeFunctionOnlyWithDisks) {
     Control control;
@@ -319,7 +323,8 @@ struct IdeTest : testing::Test {
         u64 at = 0x1000;
         for (const auto& [address, bytes] : regions) {
             memory.put<u32>(at, address);
-            memory.put<u32>(at + 4, (bytes & 0xffff) | (mark && at == 0x1000 + 8 * (regions.size() - 1) ? 1u << 31 : 0));
+            memory.put<u32>(at + 4,
+                            (bytes & 0xffff) | (mark && at == 0x1000 + 8 * (regions.size() - 1) ? 1u << 31 : 0));
             at += 8;
         }
         out(0xc004, 0x1000, 4);

@@ -1,4 +1,5 @@
-// The test host's loader and its tables, read back by offset, as the specifications have them, and by the kernel's own readers.
+// The test host's loader and its tables, read back by offset, as the specifications have them, and by the kernel's own
+// readers.
 #include "host_vmm_support.hpp"
 #include <array>
 #include <gtest/gtest.h>
@@ -75,8 +76,9 @@ TEST(HostLoader, PvhPutsSegmentsCommandLineModuleAndMap) {
     const auto memory = memory_of(16 * mebibyte);
     const Bytes module(5000, 0x5a);
     const auto file = elf(0x20'0000, 0x20'0001, {0x90, 0x91, 0x92}, 100);
-    const auto entry = vmm::load_pvh(memory, std::as_bytes(std::span{file}),
-                                     {.command_line = "job=boot", .module = std::as_bytes(std::span{module}), .rsdp = 0xe0000});
+    const auto entry =
+        vmm::load_pvh(memory, std::as_bytes(std::span{file}),
+                      {.command_line = "job=boot", .module = std::as_bytes(std::span{module}), .rsdp = 0xe0000});
     ASSERT_TRUE(entry.has_value()) << entry.error().message;
     EXPECT_EQ(entry->mode, vmm::Entry::Mode::protected32);
     EXPECT_EQ(entry->address, 0x20'0001u);
@@ -138,8 +140,9 @@ TEST(HostLoader, BzImageGetsAZeroPage) {
     const Bytes initrd(4097, 7);
     const auto file = bzimage(0x020f, 1);
     ASSERT_TRUE(vmm::is_bzimage(std::as_bytes(std::span{file})));
-    const auto entry = vmm::load_bzimage(memory, std::as_bytes(std::span{file}),
-                                         {.command_line = "quiet", .module = std::as_bytes(std::span{initrd}), .rsdp = 0xe0000});
+    const auto entry =
+        vmm::load_bzimage(memory, std::as_bytes(std::span{file}),
+                          {.command_line = "quiet", .module = std::as_bytes(std::span{initrd}), .rsdp = 0xe0000});
     ASSERT_TRUE(entry.has_value()) << entry.error().message;
     EXPECT_EQ(entry->mode, vmm::Entry::Mode::long64);
     EXPECT_EQ(entry->address, 0x100'0200u);
@@ -172,7 +175,7 @@ TEST(HostLoader, BzImageRefusesOldOnesAndSmallMemory) {
     EXPECT_FALSE(vmm::load_bzimage(memory, std::as_bytes(std::span{file}), {.command_line = line}).has_value());
 }
 
-// --- ACPI ------------------------------------------------------------------------------------------------------------------------------
+// ---- ACPI ----
 
 /// A DSDT that holds \_S5 and nothing else: Name (_S5_, Package (4) { 5, 5, 0, 0 }).
 Bytes dsdt() {

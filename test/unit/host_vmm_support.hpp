@@ -16,7 +16,8 @@ class File {
         char name[] = "/tmp/firstlight-vmm-XXXXXX";
         close(mkstemp(name));
         path = name;
-        std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+        std::ofstream(path, std::ios::binary)
+            .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
     }
     ~File() { unlink(path.c_str()); }
     File(const File&) = delete;

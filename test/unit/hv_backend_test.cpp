@@ -106,7 +106,8 @@ struct Backend : ::testing::Test {
     FakeCpu cpu;
     hv::Environment environment{cpuid, sightings, memory, physical, cpu};
     NoInterrupts interrupts;
-    io::Executor executor{io::Platform{nullptr, [](void*) -> Instant { return 0; }, [](void*, Instant, const std::atomic<bool>&) {}}};
+    io::Executor executor{
+        io::Platform{nullptr, [](void*) -> Instant { return 0; }, [](void*, Instant, const std::atomic<bool>&) {}}};
     hv::Services services{interrupts, executor};
 
     void SetUp() override {
@@ -123,7 +124,8 @@ struct Backend : ::testing::Test {
     void boot(hv::Choice choice) {
         hv::with_backend(two, choice, environment, [&](auto& backend) {
             trace += "early:" + std::string(backend.name) + " ";
-            hv::upgrade(two, choice, environment, services, backend, [&](auto& last) { trace += "buses:" + std::string(last.name) + " "; });
+            hv::upgrade(two, choice, environment, services, backend,
+                        [&](auto& last) { trace += "buses:" + std::string(last.name) + " "; });
         });
     }
     static hv::Choice choice(VmGuest guest, hv::When when = hv::When::entry) {
@@ -185,7 +187,8 @@ TEST_F(Backend, UnsightedOnlyWhenAskedFor) {
 }
 
 TEST_F(Backend, VisitorsReturnValues) {
-    const auto name = hv::with_backend(two, choice(VmGuest::bare), environment, [](auto& b) { return std::string(b.name); });
+    const auto name =
+        hv::with_backend(two, choice(VmGuest::bare), environment, [](auto& b) { return std::string(b.name); });
     EXPECT_EQ(name, "bare");
 }
 
@@ -202,8 +205,8 @@ static_assert(!names(hv::list, "kvm") && !hv::built_for(VmGuest::kvm));
 #endif
 static_assert(!hv::BusRoot<hv::Bare> && !hv::EventSource<hv::Bare> && hv::Clock<hv::Bare>);
 
-// That a type can do something says nothing about an instance that was never installed: it has nothing to give, and whatever may be called on it
-// at any time does no harm.
+// That a type can do something says nothing about an instance that was never installed: it has nothing to give, and
+// whatever may be called on it at any time does no harm.
 template <class B>
 void ask_what_was_never_installed(io::Executor& executor) {
     SCOPED_TRACE(B::name);
@@ -246,7 +249,8 @@ void ask_each(hv::BackendList<Bs...>, io::Executor& executor) {
 TEST_F(Backend, WhatWasNeverInstalledCanBeAsked) { ask_each(hv::list, executor); }
 
 #ifdef FIRSTLIGHT_HV_KVM
-// A host's clock page, typed from the documentation of MSR_KVM_SYSTEM_TIME_NEW: version 2, 2.5 GHz: mul = 2^32 * 0.8 with shift -1, flags 1.
+// A host's clock page, typed from the documentation of MSR_KVM_SYSTEM_TIME_NEW: version 2, 2.5 GHz: mul = 2^32 * 0.8
+// with shift -1, flags 1.
 constexpr u8 golden_clock[32] = {2,    0,    0,   0, 0, 0, 0, 0, 0x15, 0xcd, 0x5b, 7,    0,    0, 0, 0,
                                  0x40, 0x42, 0xf, 0, 0, 0, 0, 0, 0xcc, 0xcc, 0xcc, 0xcc, 0xff, 1, 0, 0};
 

@@ -22,17 +22,24 @@ CpuidSnapshot scan(const machines::Machine& machine) {
     return s;
 }
 
-hv::Sightings sight(const machines::Machine& machine, const Smbios* smbios = nullptr) { return hv::detect(scan(machine), smbios); }
+hv::Sightings sight(const machines::Machine& machine, const Smbios* smbios = nullptr) {
+    return hv::detect(scan(machine), smbios);
+}
 
 bool everything(VmGuest) { return true; }
-bool without_hyperv(VmGuest g) { return g == VmGuest::xen || g == VmGuest::kvm || g == VmGuest::tcg || g == VmGuest::bare; }
+bool without_hyperv(VmGuest g) {
+    return g == VmGuest::xen || g == VmGuest::kvm || g == VmGuest::tcg || g == VmGuest::bare;
+}
 bool without_xen(VmGuest g) { return g == VmGuest::hyperv || g == VmGuest::kvm || g == VmGuest::bare; }
 bool bare_only(VmGuest g) { return g == VmGuest::bare; }
 
-VmGuest chosen(const machines::Machine& machine, bool (*built)(VmGuest) = everything) { return hv::choose(sight(machine), {}, built).guest; }
+VmGuest chosen(const machines::Machine& machine, bool (*built)(VmGuest) = everything) {
+    return hv::choose(sight(machine), {}, built).guest;
+}
 
 // Names are in one place, for `if constexpr` and for people.
-static_assert(hv::name(VmGuest::hyperv) == "hyperv" && hv::name(VmGuest::openbsd) == "openbsd" && hv::name(VmGuest::bare) == "bare");
+static_assert(hv::name(VmGuest::hyperv) == "hyperv" && hv::name(VmGuest::openbsd) == "openbsd" &&
+              hv::name(VmGuest::bare) == "bare");
 static_assert(hv::vm_guest_named("kvm") == VmGuest::kvm && !hv::vm_guest_named("KVM") && !hv::vm_guest_named(""));
 static_assert(hv::built_for(VmGuest::bare) && !hv::built_for(VmGuest::vmware));
 
@@ -76,7 +83,8 @@ TEST(Detect, RecordedMachines) {
 }
 
 TEST(Detect, WhatCanBeUsedBeatsAName) {
-    // Without Xen's module, Hyper-V's interface on the same machine is used; without any, the first of the policy is named.
+    // Without Xen's module, Hyper-V's interface on the same machine is used; without any, the first of the policy is
+    // named.
     EXPECT_EQ(chosen(machines::three, without_xen), VmGuest::hyperv);
     EXPECT_EQ(chosen(machines::qemu_xen, without_xen), VmGuest::kvm);
     EXPECT_EQ(chosen(machines::three, bare_only), VmGuest::xen);
@@ -112,17 +120,20 @@ TEST(Detect, AVmbusIsRuledOutOnlyByWhatMakesItImpossible) {
     less.features_high = 0;
     EXPECT_TRUE(hv::offers_vmbus(less)) << "the rest is asked of the bus";
     EXPECT_TRUE(hv::offers_vmbus(*sight(machines::openvmm_kvm).find(VmGuest::hyperv)));
-    // A machine that shows KVM and Hyper-V's interface without SynIC is KVM's; with SynIC the bus is asked; hv= overrides both.
+    // A machine that shows KVM and Hyper-V's interface without SynIC is KVM's; with SynIC the bus is asked; hv=
+    // overrides both.
     EXPECT_EQ(chosen(machines::kvm_hyperv_no_synic), VmGuest::kvm);
     EXPECT_EQ(hv::choose(sight(machines::kvm_hyperv), *hv::parse_preference("kvm"), everything).guest, VmGuest::kvm);
-    EXPECT_EQ(hv::choose(sight(machines::kvm_hyperv_no_synic), *hv::parse_preference("hyperv"), everything).guest, VmGuest::hyperv);
+    EXPECT_EQ(hv::choose(sight(machines::kvm_hyperv_no_synic), *hv::parse_preference("hyperv"), everything).guest,
+              VmGuest::hyperv);
     EXPECT_FALSE(hv::offers_vmbus(*sight(machines::kvm_hyperv_no_synic).find(VmGuest::hyperv)));
     EXPECT_FALSE(hv::offers_vmbus(*sight(machines::xen_viridian).find(VmGuest::hyperv)));
 }
 
 TEST(Detect, ThePolicyNamesEveryGuestAndGivesReasons) {
     for (usize g = 1; g < hv::vm_guest_names.size(); ++g) {
-        EXPECT_TRUE(std::ranges::any_of(hv::policy(), [&](const auto& r) { return r.guest == static_cast<VmGuest>(g) && r.applies == nullptr; }))
+        EXPECT_TRUE(std::ranges::any_of(
+            hv::policy(), [&](const auto& r) { return r.guest == static_cast<VmGuest>(g) && r.applies == nullptr; }))
             << hv::vm_guest_names[g] << " would be sighted and never chosen";
     }
     for (const auto& rule : hv::policy()) {
@@ -206,9 +217,11 @@ TEST(Detect, TellsPeople) {
     hv::log_detection(cpuid, s, hv::choose(s, {}, everything));
     hv::log_detection(cpuid, s, hv::choose(s, *hv::parse_preference("vmware"), everything));
     log::detach(capture);
-    EXPECT_NE(capture.text.find("detection: hyperv at 0x40000000-0x40000006 \"Microsoft Hv\", version 6.1\n"), std::string::npos)
+    EXPECT_NE(capture.text.find("detection: hyperv at 0x40000000-0x40000006 \"Microsoft Hv\", version 6.1\n"),
+              std::string::npos)
         << capture.text;
-    EXPECT_NE(capture.text.find("detection: xen at 0x40000100-0x40000105 \"XenVMMXenVMM\", version 4.17\n"), std::string::npos);
+    EXPECT_NE(capture.text.find("detection: xen at 0x40000100-0x40000105 \"XenVMMXenVMM\", version 4.17\n"),
+              std::string::npos);
     EXPECT_NE(capture.text.find("detection: vm_guest is xen: Xen's own leaves are there"), std::string::npos);
     EXPECT_NE(capture.text.find("warning: detection: vmware was asked for (hv=)"), std::string::npos);
 }

@@ -30,7 +30,8 @@ fl::u64 count_heap_allocations() { return heap_allocations.load(); }
 void* counted(std::size_t size, std::size_t alignment) {
     heap_allocations.fetch_add(1);
     void* block = nullptr;
-    return posix_memalign(&block, std::max(alignment, sizeof(void*)), std::max<std::size_t>(size, 1)) == 0 ? block : nullptr;
+    return posix_memalign(&block, std::max(alignment, sizeof(void*)), std::max<std::size_t>(size, 1)) == 0 ? block
+                                                                                                           : nullptr;
 }
 } // namespace
 
@@ -41,8 +42,12 @@ void* operator new[](std::size_t size, std::align_val_t a) { return counted(size
 // The nothrow forms too: a sanitizer brings its own, which do not come here, and their blocks must not end in free().
 void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return counted(size, 16); }
 void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return counted(size, 16); }
-void* operator new(std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept { return counted(size, static_cast<std::size_t>(a)); }
-void* operator new[](std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept { return counted(size, static_cast<std::size_t>(a)); }
+void* operator new(std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept {
+    return counted(size, static_cast<std::size_t>(a));
+}
+void* operator new[](std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept {
+    return counted(size, static_cast<std::size_t>(a));
+}
 void operator delete(void* block) noexcept { std::free(block); }
 void operator delete[](void* block) noexcept { std::free(block); }
 void operator delete(void* block, std::size_t) noexcept { std::free(block); }
@@ -74,7 +79,8 @@ struct BenchTest : testing::Test {
     Result<BenchReport> run(std::string_view text, bool scratch = false) {
         const auto workload = parse_workload(text);
         EXPECT_TRUE(workload) << text;
-        return executor.run(bench->run(disk, *workload, {.dma = &dma, .scratch = scratch, .allocations = count_heap_allocations}));
+        return executor.run(
+            bench->run(disk, *workload, {.dma = &dma, .scratch = scratch, .allocations = count_heap_allocations}));
     }
 };
 
@@ -349,7 +355,8 @@ TEST_F(BenchTest, LatenciesStandBeforeTheResult) {
     report.read.histogram = counts.get();
     CapturedLog log;
     print_record(disk, report);
-    EXPECT_TRUE(log.has("@{\"record\":\"latencies\",\"disk\":\"mem0\",\"op\":\"read\",\"bucket\":5,\"counts\":[1,2,2,271,1]}\n@{\"record\":\"result\""));
+    EXPECT_TRUE(log.has("@{\"record\":\"latencies\",\"disk\":\"mem0\",\"op\":\"read\",\"bucket\":5,\"counts\":[1,2,2,"
+                        "271,1]}\n@{\"record\":\"result\""));
     EXPECT_FALSE(log.has("\"op\":\"write\"")); // nothing was written
 }
 

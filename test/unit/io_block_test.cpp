@@ -75,7 +75,8 @@ TEST_F(Block, MemoryThatAHostMayStillReachIsNotGivenBack) {
         disk.submit(dying);
         executor.turn();
     }
-    EXPECT_EQ(dma.outstanding, outstanding + 2) << "the request died with its owner, and only a part of the buffer was in use";
+    EXPECT_EQ(dma.outstanding, outstanding + 2)
+        << "the request died with its owner, and only a part of the buffer was in use";
     disk.behaviour.never_answers = false;
     {
         const DmaBuffer good = *dma.buffer(4096);
@@ -205,8 +206,9 @@ TEST_F(Block, QueueKeepsItsOrder) {
 }
 
 TEST(BlockStatus, EveryEndHasItsError) {
-    for (const Status s : {Status::io_error, Status::not_supported, Status::timed_out, Status::cancelled, Status::device_gone,
-                           Status::protocol_error, Status::misaligned, Status::out_of_range, Status::read_only, Status::not_written}) {
+    for (const Status s :
+         {Status::io_error, Status::not_supported, Status::timed_out, Status::cancelled, Status::device_gone,
+          Status::protocol_error, Status::misaligned, Status::out_of_range, Status::read_only, Status::not_written}) {
         EXPECT_FALSE(to_error(s).message.empty());
     }
     EXPECT_EQ(to_error(Status::not_written).code, Code::protocol) << "a status that nobody wrote is not a success";

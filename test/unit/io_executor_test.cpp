@@ -91,7 +91,8 @@ TEST_F(TaskTest, NoFrameIsAnErrorValueEverywhere) {
     frame_pool().fail_after(0);
     EXPECT_FALSE(group.spawn([]() -> Task<Result<void>> { co_return Result<void>{}; }()));
     frame_pool().fail_after(1);
-    EXPECT_FALSE(group.spawn([]() -> Task<Result<void>> { co_return Result<void>{}; }())) << "a frame for the task, none for its membership";
+    EXPECT_FALSE(group.spawn([]() -> Task<Result<void>> { co_return Result<void>{}; }()))
+        << "a frame for the task, none for its membership";
     EXPECT_EQ(group.running(), 0u);
 }
 
@@ -259,7 +260,8 @@ Task<Result<void>> wait_forever(W& what) {
     static_cast<void>(co_await what.wait());
     co_return Result<void>{};
 }
-static_assert(!std::default_initializable<Latch> && !std::default_initializable<Signal>, "neither is usable without an executor");
+static_assert(!std::default_initializable<Latch> && !std::default_initializable<Signal>,
+              "neither is usable without an executor");
 
 TEST_F(ExecutorTest, ASecondWaiterIsAPanic) {
     EXPECT_DEATH(
@@ -310,7 +312,7 @@ TEST_F(ExecutorTest, ALatchOpensOnceForEachWait) {
     EXPECT_FALSE(*executor.run(wait(latch, {executor, 1_ms}))) << "once";
 }
 
-// ---- stops of the machine
+// ---- stops of the machine ----
 
 struct StopTest : Frames {
     struct Ticks final : Service {
@@ -348,7 +350,8 @@ TEST_F(StopTest, AStopInIdleIsNoTime) {
     }
 }
 
-// A timer keeps its length after a stop: what the sleep of the processor is told is the clock's time, not the machine's.
+// A timer keeps its length after a stop: what the sleep of the processor is told is the clock's time, not the
+// machine's.
 TEST_F(StopTest, TimersAfterAStop) {
     stop_in_idle(60_s);
     EXPECT_TRUE(executor.run(sleeper(executor, 50_ms)));
@@ -369,7 +372,8 @@ TEST_F(StopTest, AStopInsideATurnIsNoTime) {
     EXPECT_NE(executor.resumed_at(), 0u);
 }
 
-// A long computation that reads the clock counts; one that does not is cut to a step, and makes no bound pass too early.
+// A long computation that reads the clock counts; one that does not is cut to a step, and makes no bound pass too
+// early.
 TEST_F(StopTest, LongComputations) {
     const auto computes = [](FakeMachine& m, Executor& e) -> Task<Result<Nanoseconds>> {
         const Instant begun = e.now();
@@ -447,7 +451,8 @@ TEST_F(StopTest, StopsMakeABoundAtMostTwiceAsLong) {
     const Nanoseconds waited = *executor.run(wait_long(executor, latch, 5_s));
     EXPECT_GE(waited, 10_s);
     EXPECT_LT(waited, 10_s + 200_ms);
-    EXPECT_LT(*executor.run(sleeper(executor, 5_s)), 5_s + 200_ms) << "a plain sleep is none that anybody is waited for in";
+    EXPECT_LT(*executor.run(sleeper(executor, 5_s)), 5_s + 200_ms)
+        << "a plain sleep is none that anybody is waited for in";
 }
 
 TEST_F(StopTest, BoundOfALoop) {
@@ -501,19 +506,20 @@ TEST_F(ExecutorTest, NoWakeUpIsLost) {
         std::atomic<u64> sleeps{0};
         std::atomic<bool> lost{false};
     } real;
-    Executor live({&real, [](void*) { return static_cast<Instant>(std::chrono::steady_clock::now().time_since_epoch().count()); },
-                   [](void* c, Instant, const std::atomic<bool>& wake) {
-                       auto& r = *static_cast<Real*>(c);
-                       ++r.sleeps;
-                       const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(10);
-                       while (!wake.load(std::memory_order_acquire)) {
-                           if (std::chrono::steady_clock::now() > limit) {
-                               r.lost = true;
-                               return;
-                           }
-                           std::this_thread::yield();
-                       }
-                   }});
+    Executor live(
+        {&real, [](void*) { return static_cast<Instant>(std::chrono::steady_clock::now().time_since_epoch().count()); },
+         [](void* c, Instant, const std::atomic<bool>& wake) {
+             auto& r = *static_cast<Real*>(c);
+             ++r.sleeps;
+             const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+             while (!wake.load(std::memory_order_acquire)) {
+                 if (std::chrono::steady_clock::now() > limit) {
+                     r.lost = true;
+                     return;
+                 }
+                 std::this_thread::yield();
+             }
+         }});
     Signal signal(live);
     constexpr u64 rounds = 2000;
     std::atomic<u64> answered{0};

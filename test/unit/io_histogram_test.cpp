@@ -33,10 +33,12 @@ void compare(const std::vector<u64>& data) {
     }
     if (sorted.size() > 1) {
         const long double stddev = std::sqrt(squares / (sorted.size() - 1));
-        EXPECT_NEAR(static_cast<double>(h->stddev()), static_cast<double>(stddev), 1.0 + static_cast<double>(stddev) * 1e-9);
+        EXPECT_NEAR(static_cast<double>(h->stddev()), static_cast<double>(stddev),
+                    1.0 + static_cast<double>(stddev) * 1e-9);
     }
     for (const u64 p : Histogram::usual) {
-        const usize rank = static_cast<usize>((static_cast<unsigned __int128>(sorted.size()) * p + Histogram::whole - 1) / Histogram::whole);
+        const usize rank = static_cast<usize>(
+            (static_cast<unsigned __int128>(sorted.size()) * p + Histogram::whole - 1) / Histogram::whole);
         const u64 exact = sorted[std::max<usize>(rank, 1) - 1];
         EXPECT_GE(h->percentile(p), exact) << p;
         EXPECT_LE(h->percentile(p), exact + exact / 128) << p;
@@ -88,8 +90,8 @@ TEST(Histogram, BucketsMeetWithoutGaps) {
 }
 
 TEST(Histogram, IntegerRoots) {
-    for (const u64 v :
-         {u64{0}, u64{1}, u64{3}, u64{4}, u64{99}, u64{100}, ~u64{0}, u64{0xffff'ffff} * 0xffff'ffff, u64{0xffff'ffff} * 0xffff'ffff - 1}) {
+    for (const u64 v : {u64{0}, u64{1}, u64{3}, u64{4}, u64{99}, u64{100}, ~u64{0}, u64{0xffff'ffff} * 0xffff'ffff,
+                        u64{0xffff'ffff} * 0xffff'ffff - 1}) {
         const u64 r = isqrt(v);
         EXPECT_LE(r * r, v);
         EXPECT_TRUE(r == 0xffff'ffff || (r + 1) * (r + 1) > v) << v;

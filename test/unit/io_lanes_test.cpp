@@ -102,7 +102,8 @@ struct Lanes : testing::Test {
         one.stop();
         two.stop();
         EXPECT_EQ(frame_pool().in_use(), before);
-        EXPECT_EQ(disk.wrong_processor + lane1.wrong_processor + lane2.wrong_processor, 0u) << "a request on another processor than its lane's";
+        EXPECT_EQ(disk.wrong_processor + lane1.wrong_processor + lane2.wrong_processor, 0u)
+            << "a request on another processor than its lane's";
         EXPECT_EQ(platform.overslept + one.platform.overslept + two.platform.overslept, 0u);
     }
     VerifyReport verify_all(VerifyPlan plan) {
@@ -120,7 +121,9 @@ TEST_F(Lanes, VerifyCoversTheDiskInRegions) {
     EXPECT_EQ(report.written, 257u);
     EXPECT_EQ(report.read, 257u);
     for (u64 block = 0; block < 257; ++block) { // the image is the same as with one lane
-        EXPECT_EQ(check_stamp(std::span(platter.bytes).subspan(block * 4096, 4096), {.lba = block * 8}).what, Mismatch::none) << block;
+        EXPECT_EQ(check_stamp(std::span(platter.bytes).subspan(block * 4096, 4096), {.lba = block * 8}).what,
+                  Mismatch::none)
+            << block;
     }
     EXPECT_EQ(disk.first_written, 0u);
     EXPECT_EQ(disk.last_written, 85u * 8);
@@ -156,8 +159,8 @@ struct LanesBench : Lanes {
     std::unique_ptr<Bench> runners[3]{std::make_unique<Bench>(), std::make_unique<Bench>(), std::make_unique<Bench>()};
     Bench* list[3]{runners[0].get(), runners[1].get(), runners[2].get()};
     Result<BenchReport> run(const char* workload, u32 lanes) {
-        return home.run(
-            Bench::run_lanes(std::span<Bench* const>(list).first(lanes), disk, *parse_workload(workload), {.dma = &dma, .scratch = true}));
+        return home.run(Bench::run_lanes(std::span<Bench* const>(list).first(lanes), disk, *parse_workload(workload),
+                                         {.dma = &dma, .scratch = true}));
     }
 };
 
@@ -186,7 +189,8 @@ TEST_F(LanesBench, OnePairOfMarksForAllLanes) {
     done.reserve(2);
     const auto mark = [](u32 phase) {
         marks.push_back(phase);
-        done.push_back(self->disk.counters().completed + self->lane1.counters().completed + self->lane2.counters().completed);
+        done.push_back(self->disk.counters().completed + self->lane1.counters().completed +
+                       self->lane2.counters().completed);
     };
     const BenchOptions options{.dma = &dma, .scratch = true, .mark = mark, .phase = 3};
     ASSERT_TRUE(home.run(Bench::run_lanes(list, disk, *parse_workload("randread,qd=4,count=1000"), options)));
@@ -224,7 +228,8 @@ TEST_F(LanesBench, WhatCannotBe) {
     EXPECT_EQ(run("randread", 3).error().code, Code::bad_argument);
     Lane twin(home, platter);
     disk.others = {&twin};
-    EXPECT_EQ(run("randread", 2).error().code, Code::not_supported) << "they would wait for each other on one processor";
+    EXPECT_EQ(run("randread", 2).error().code, Code::not_supported)
+        << "they would wait for each other on one processor";
 }
 
 } // namespace

@@ -1,18 +1,20 @@
-// Threads that play processors: each with an executor of its own that really sleeps, so that a kick that is not sent shows. Included after the
-// imports.
+// Threads that play processors: each with an executor of its own that really sleeps, so that a kick that is not sent
+// shows. Included after the imports.
 #pragma once
 
 namespace fl::test {
 
-/// The clock and the sleep of one such processor. A sleep that nobody ends lasts until its time, or `longest`; `overslept` counts those that
-/// found the wake flag set at that late moment: a lost wake-up.
+/// The clock and the sleep of one such processor. A sleep that nobody ends lasts until its time, or `longest`;
+/// `overslept` counts those that found the wake flag set at that late moment: a lost wake-up.
 class ThreadPlatform {
   public:
     static constexpr std::chrono::seconds longest{10};
 
     fl::io::Platform platform() {
         return {this, [](void*) { return now(); },
-                [](void* c, fl::Instant until, const std::atomic<bool>& wake) { static_cast<ThreadPlatform*>(c)->idle(until, wake); },
+                [](void* c, fl::Instant until, const std::atomic<bool>& wake) {
+                    static_cast<ThreadPlatform*>(c)->idle(until, wake);
+                },
                 [](void* c) { static_cast<ThreadPlatform*>(c)->kick(); }};
     }
     std::atomic<unsigned> overslept{0};
@@ -21,7 +23,8 @@ class ThreadPlatform {
   private:
     static fl::Instant now() {
         return static_cast<fl::Instant>(
-            std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count());
+            std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+                .count());
     }
     void kick() {
         kicks.fetch_add(1, std::memory_order_relaxed);
@@ -33,9 +36,11 @@ class ThreadPlatform {
         std::unique_lock lock(mutex_);
         if (!wake.load(std::memory_order_acquire)) {
             const fl::Instant time = now();
-            const auto length =
-                until == fl::never ? std::chrono::nanoseconds(longest) : std::chrono::nanoseconds(until > time ? until - time : 0);
-            if (!condition_.wait_for(lock, std::min<std::chrono::nanoseconds>(length, longest), [&] { return kicked_; }) && until == fl::never) {
+            const auto length = until == fl::never ? std::chrono::nanoseconds(longest)
+                                                   : std::chrono::nanoseconds(until > time ? until - time : 0);
+            if (!condition_.wait_for(lock, std::min<std::chrono::nanoseconds>(length, longest),
+                                     [&] { return kicked_; }) &&
+                until == fl::never) {
                 overslept.fetch_add(wake.load() ? 1 : 0);
             }
         }

@@ -1,5 +1,5 @@
-// The four rings that the ring layer has to fit, each as its transport would set it up, with both ends played here. Offsets and sizes are typed
-// from the specifications (docs/ring.md), not taken from a driver.
+// The four rings that the ring layer has to fit, each as its transport would set it up, with both ends played here.
+// Offsets and sizes are typed from the specifications (docs/ring.md), not taken from a driver.
 #include <array>
 #include <gtest/gtest.h>
 #include <vector>
@@ -22,8 +22,7 @@ void set_at(std::span<std::byte> memory, usize offset, T value) {
     std::memcpy(memory.data() + offset, &value, sizeof(T));
 }
 
-// ---- Xen: one page, requests and answers share the slots [xen-ring]
-// ---------------------------------------------------------------------------
+// ---- Xen: one page, requests and answers share the slots [xen-ring] ----
 
 struct XenAnswer {
     u64 id;
@@ -46,8 +45,10 @@ TEST(RingLayouts, XenSharedRing) {
     // The front end; and a back end made of the same parts, the other way round.
     auto requests = *Producer<MappedMemory, FreeRunning<u32>, ReachedEvent>::create(memory, requests_layout, positions);
     auto answers = *Consumer<MappedMemory, FreeRunning<u32>, ReachedEvent>::create(memory, answers_layout, positions);
-    auto back_requests = *Consumer<MappedMemory, FreeRunning<u32>, ReachedEvent>::create(memory, requests_layout, positions);
-    auto back_answers = *Producer<MappedMemory, FreeRunning<u32>, ReachedEvent>::create(memory, answers_layout, positions);
+    auto back_requests =
+        *Consumer<MappedMemory, FreeRunning<u32>, ReachedEvent>::create(memory, requests_layout, positions);
+    auto back_answers =
+        *Producer<MappedMemory, FreeRunning<u32>, ReachedEvent>::create(memory, answers_layout, positions);
 
     // SHARED_RING_INIT: events are at 1.
     set_at<u32>(page, 4, 1);
@@ -89,8 +90,7 @@ TEST(RingLayouts, XenSharedRing) {
     EXPECT_EQ(notified, 100u); // one for 32 answers
 }
 
-// ---- VMBus: a page of indices, then bytes; one such ring for each direction [vmbus]
-// ----------------------------------------------------------------
+// ---- VMBus: a page of indices, then bytes; one such ring for each direction [vmbus] ----
 
 TEST(RingLayouts, VmbusByteRing) {
     constexpr usize ring_bytes = 3 * 4096; // need not be a power of two
@@ -115,7 +115,8 @@ TEST(RingLayouts, VmbusByteRing) {
             return false;
         }
         return out.append(std::as_bytes(std::span(&d, 1))) && out.append(payload) &&
-               out.append(std::span(padding).first(padded - payload.size())) && out.append(std::as_bytes(std::span(&trailer, 1)));
+               out.append(std::span(padding).first(padded - payload.size())) &&
+               out.append(std::as_bytes(std::span(&trailer, 1)));
     };
     std::vector<std::byte> payload(1000, std::byte{0x5a});
     u64 sent = 0;
@@ -169,8 +170,7 @@ TEST(RingLayouts, VmbusByteRing) {
     EXPECT_FALSE(in.available());
 }
 
-// ---- virtio: descriptors, and two rings of indices into them [virtio-1.2 §2.7]
-// --------------------------------------------------------------------
+// ---- virtio: descriptors, and two rings of indices into them [virtio-1.2 §2.7] ----
 
 TEST(RingLayouts, VirtioSplitQueueWithEventIndex) {
     constexpr u32 size = 8;
@@ -178,11 +178,15 @@ TEST(RingLayouts, VirtioSplitQueueWithEventIndex) {
     constexpr usize used = align_up<usize>(avail + 4 + 2 * size + 2, 4); // flags, idx, ring[], used_event
     constexpr usize total = used + 4 + 8 * size + 2;                     // flags, idx, ring[], avail_event
     alignas(16) std::array<std::byte, align_up<usize>(total, 8)> queue{};
-    constexpr RingLayout avail_layout{.index = avail + 2, .event = used + 4 + 8 * size, .entries = avail + 4, .stride = 2};
-    constexpr RingLayout used_layout{.index = used + 2, .event = avail + 4 + 2 * size, .entries = used + 4, .stride = 8};
+    constexpr RingLayout avail_layout{
+        .index = avail + 2, .event = used + 4 + 8 * size, .entries = avail + 4, .stride = 2};
+    constexpr RingLayout used_layout{
+        .index = used + 2, .event = avail + 4 + 2 * size, .entries = used + 4, .stride = 8};
     const MappedMemory memory(queue.data(), queue.size());
-    auto driver = *Producer<MappedMemory, FreeRunning<u16>, PassedEvent>::create(memory, avail_layout, FreeRunning<u16>(size));
-    auto done = *Consumer<MappedMemory, FreeRunning<u16>, PassedEvent>::create(memory, used_layout, FreeRunning<u16>(size));
+    auto driver =
+        *Producer<MappedMemory, FreeRunning<u16>, PassedEvent>::create(memory, avail_layout, FreeRunning<u16>(size));
+    auto done =
+        *Consumer<MappedMemory, FreeRunning<u16>, PassedEvent>::create(memory, used_layout, FreeRunning<u16>(size));
 
     struct Used {
         u32 id, length;
@@ -198,7 +202,8 @@ TEST(RingLayouts, VirtioSplitQueueWithEventIndex) {
         ASSERT_EQ(value_at<u16>(queue, avail + 2), static_cast<u16>(device_seen + size));
 
         EXPECT_FALSE(*done.arm(4, driver.owed()));
-        EXPECT_EQ(value_at<u16>(queue, used_layout.event), static_cast<u16>(device_seen + 3)) << "the fourth entry from here on";
+        EXPECT_EQ(value_at<u16>(queue, used_layout.event), static_cast<u16>(device_seen + 3))
+            << "the fourth entry from here on";
         for (u32 i = 0; i < size; ++i) {
             const u16 head = value_at<u16>(queue, avail + 4 + 2 * (device_seen % size));
             set_at(queue, used + 4 + 8 * (device_seen % size), Used{head, 512});
@@ -216,8 +221,7 @@ TEST(RingLayouts, VirtioSplitQueueWithEventIndex) {
     EXPECT_FALSE(done.available(driver.owed()));
 }
 
-// ---- NVMe: a queue of commands with a tail doorbell, a queue of completions with phases [nvme-base, Phase Tag]
-// --------------------------------------
+// ---- NVMe: a queue of commands with a tail doorbell, a queue of completions with phases [nvme-base, Phase Tag] ----
 
 struct NvmeCompletion {
     u32 result, reserved;
@@ -231,10 +235,11 @@ TEST(RingLayouts, NvmeQueues) {
     alignas(4096) static std::array<std::byte, 16 * size> completions{};
     commands.fill(std::byte{});
     completions.fill(std::byte{});
-    auto sq = *Producer<MappedMemory, Wrapped<u32>, Always>::create(MappedMemory(commands.data(), commands.size()), {.entries = 0, .stride = 64},
-                                                                    Wrapped<u32>(size));
+    auto sq = *Producer<MappedMemory, Wrapped<u32>, Always>::create(MappedMemory(commands.data(), commands.size()),
+                                                                    {.entries = 0, .stride = 64}, Wrapped<u32>(size));
     auto cq = *Consumer<MappedMemory, FreeRunning<u32>, Always, ByPhase>::create(
-        MappedMemory(completions.data(), completions.size()), {.entries = 0, .stride = 16}, FreeRunning<u32>(size), {}, ByPhase{14});
+        MappedMemory(completions.data(), completions.size()), {.entries = 0, .stride = 16}, FreeRunning<u32>(size), {},
+        ByPhase{14});
     u32 device_head = 0;
     u32 device_made = 0;
     u32 tail_doorbell = 0;
@@ -253,7 +258,8 @@ TEST(RingLayouts, NvmeQueues) {
         for (; device_head != tail_doorbell; device_head = (device_head + 1) % size, ++device_made) {
             const u16 id = value_at<u16>(commands, 64 * device_head + 2);
             const u16 phase = (device_made / size) % 2 == 0 ? 1 : 0;
-            set_at(completions, 16 * (device_made % size), NvmeCompletion{0, 0, static_cast<u16>((device_head + 1) % size), 1, id, phase});
+            set_at(completions, 16 * (device_made % size),
+                   NvmeCompletion{0, 0, static_cast<u16>((device_head + 1) % size), 1, id, phase});
         }
         u16 taken = 0;
         while (*cq.available(sq.owed()) != 0) {

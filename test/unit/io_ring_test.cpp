@@ -24,7 +24,8 @@ struct Pair {
 
     explicit Pair(W start)
         : producer(*Producer<FlatMemory, Positions, ReachedEvent>::create(memory, layout, Positions(size), {}, start)),
-          consumer(*Consumer<FlatMemory, Positions, ReachedEvent>::create(memory, layout, Positions(size), {}, {}, start)) {
+          consumer(
+              *Consumer<FlatMemory, Positions, ReachedEvent>::create(memory, layout, Positions(size), {}, {}, start)) {
         memory.template store_relaxed<W>(layout.index, start);
         memory.template store_relaxed<W>(layout.consumed, start);
         memory.template store_relaxed<W>(layout.event, static_cast<W>(start + 1));
@@ -195,12 +196,18 @@ TEST(Ring, LayoutsAreChecked) {
     using P = Producer<FlatMemory, FreeRunning<u32>, ReachedEvent>;
     using C = Consumer<FlatMemory, FreeRunning<u32>, ReachedEvent>;
     EXPECT_TRUE(P::create(memory, {.index = 0, .event = 8, .entries = 64, .stride = 8}, FreeRunning<u32>(4)));
-    EXPECT_FALSE(P::create(memory, {.index = 0, .event = 8, .entries = 64, .stride = 8}, FreeRunning<u32>(8))) << "too long";
-    EXPECT_FALSE(P::create(memory, {.index = 0, .event = 8, .entries = 64, .stride = 8}, FreeRunning<u32>(3))) << "no power of two";
-    EXPECT_FALSE(P::create(memory, {.index = 2, .event = 8, .entries = 64, .stride = 8}, FreeRunning<u32>(4))) << "misaligned";
-    EXPECT_FALSE(P::create(memory, {.index = 0, .event = 96, .entries = 64, .stride = 8}, FreeRunning<u32>(4))) << "outside";
-    EXPECT_FALSE(P::create(memory, {.index = 0, .entries = 64, .stride = 8}, FreeRunning<u32>(4))) << "the rule needs an event";
-    EXPECT_FALSE(C::create(memory, {.event = 8, .entries = 64, .stride = 8}, FreeRunning<u32>(4))) << "nothing to look at";
+    EXPECT_FALSE(P::create(memory, {.index = 0, .event = 8, .entries = 64, .stride = 8}, FreeRunning<u32>(8)))
+        << "too long";
+    EXPECT_FALSE(P::create(memory, {.index = 0, .event = 8, .entries = 64, .stride = 8}, FreeRunning<u32>(3)))
+        << "no power of two";
+    EXPECT_FALSE(P::create(memory, {.index = 2, .event = 8, .entries = 64, .stride = 8}, FreeRunning<u32>(4)))
+        << "misaligned";
+    EXPECT_FALSE(P::create(memory, {.index = 0, .event = 96, .entries = 64, .stride = 8}, FreeRunning<u32>(4)))
+        << "outside";
+    EXPECT_FALSE(P::create(memory, {.index = 0, .entries = 64, .stride = 8}, FreeRunning<u32>(4)))
+        << "the rule needs an event";
+    EXPECT_FALSE(C::create(memory, {.event = 8, .entries = 64, .stride = 8}, FreeRunning<u32>(4)))
+        << "nothing to look at";
     EXPECT_FALSE(C::create(memory, {.index = 0, .event = 8, .entries = 1000, .stride = 8}, FreeRunning<u32>(4)));
     EXPECT_FALSE(FreeRunning<u16>(65536).valid());
     EXPECT_TRUE(FreeRunning<u16>(32768).valid());
@@ -223,7 +230,8 @@ TEST(Ring, BytesGoRoundTheEnd) {
             b = static_cast<std::byte>(next++);
         }
         ASSERT_TRUE(out.append(message));
-        ASSERT_FALSE(out.append(std::span<const std::byte>(storage).first(24 - message.size()))) << "one byte stays free";
+        ASSERT_FALSE(out.append(std::span<const std::byte>(storage).first(24 - message.size())))
+            << "one byte stays free";
         EXPECT_TRUE(out.publish());
         ASSERT_EQ(*in.available(), message.size());
         std::vector<std::byte> got(message.size());
@@ -237,7 +245,8 @@ TEST(Ring, BytesGoRoundTheEnd) {
     EXPECT_FALSE(out.observe(24)) << "no position at all";
 }
 
-// A host that rewrites the index and the entries between any two looks: every value is read once, and what was checked is what is used.
+// A host that rewrites the index and the entries between any two looks: every value is read once, and what was checked
+// is what is used.
 TEST(Ring, HostileMemoryIsReadOnce) {
     alignas(64) std::array<std::byte, 64 + size * 8> storage{};
     HostileMemory::State state{.storage = storage};

@@ -33,7 +33,8 @@ struct RunOnTest : testing::Test {
         two.stop();
         frame_pool().fail_after(~u64{0});
         EXPECT_EQ(frame_pool().in_use(), before) << "coroutine frames leaked";
-        EXPECT_EQ(platform.overslept + one.platform.overslept + two.platform.overslept, 0u) << "a processor slept through a wake-up";
+        EXPECT_EQ(platform.overslept + one.platform.overslept + two.platform.overslept, 0u)
+            << "a processor slept through a wake-up";
     }
 };
 
@@ -78,7 +79,9 @@ Task<Result<void>> add_asleep(std::atomic<u64>& sum, u64 value) {
     sum += value * 1000 + this_processor();
     co_return Result<void>{};
 }
-Task<Result<void>> send(Executor& there, std::atomic<u64>& sum, u64 value) { co_return co_await run_on(there, add_asleep(sum, value)); }
+Task<Result<void>> send(Executor& there, std::atomic<u64>& sum, u64 value) {
+    co_return co_await run_on(there, add_asleep(sum, value));
+}
 Task<Result<void>> many(Executor& home, Executor& one, Executor& two, std::atomic<u64>& sum) {
     TaskGroup group(home);
     for (u64 i = 1; i <= 40; ++i) {
@@ -150,7 +153,8 @@ TEST_F(RunOnTest, AbandonedTaskDiesOnItsOwnProcessorFirst) {
     }
 }
 
-Task<Result<void>> there_and_back(Executor& home, Executor& there, std::atomic<bool>& begun, std::atomic<u32>& died_on) {
+Task<Result<void>> there_and_back(Executor& home, Executor& there, std::atomic<bool>& begun,
+                                  std::atomic<u32>& died_on) {
     co_return co_await run_on(there, wait_for_it(home, begun, died_on));
 }
 Task<Result<void>> give_up_nested(Executor& home, Executor& there, std::atomic<u32>& died_on) {

@@ -1,4 +1,5 @@
-// Fakes shared by the io tests: a clock that jumps, DMA memory on the heap, a disk in memory that can misbehave. Included after the imports.
+// Fakes shared by the io tests: a clock that jumps, DMA memory on the heap, a disk in memory that can misbehave.
+// Included after the imports.
 #pragma once
 
 namespace fl::test {
@@ -48,7 +49,8 @@ class HeapDma final : public fl::DmaAllocator {
         --left;
         ++outstanding;
         size = fl::align_up<fl::u32>(size, 4096);
-        auto* block = static_cast<Block*>(::operator new(4096 + size, std::align_val_t{4096})); // the page in front is ours
+        // the page in front is ours
+        auto* block = static_cast<Block*>(::operator new(4096 + size, std::align_val_t{4096}));
         *block = {blocks_};
         blocks_ = block;
         auto* data = reinterpret_cast<std::byte*>(block) + 4096;
@@ -99,7 +101,8 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
     fl::u64 most_under_way = 0;
     fl::u64 forgotten = 0;
 
-    MemoryDisk(fl::io::Executor& e, std::byte* storage, fl::usize bytes, fl::u32 sector = 512) : BlockDevice(e), data(storage), size(bytes) {
+    MemoryDisk(fl::io::Executor& e, std::byte* storage, fl::usize bytes, fl::u32 sector = 512)
+        : BlockDevice(e), data(storage), size(bytes) {
         identity_.name = fl::FixedText<16>("mem0");
         identity_.driver = "memory";
         identity_.kind = fl::io::Kind::synthetic;
@@ -181,7 +184,8 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
             if (r.lba == behaviour.drop_write_lba) {
                 return Status::ok;
             }
-            std::memcpy(data + at + (r.lba == behaviour.misdirect_lba ? r.buffer.size : 0), r.buffer.data, r.buffer.size);
+            std::memcpy(data + at + (r.lba == behaviour.misdirect_lba ? r.buffer.size : 0), r.buffer.data,
+                        r.buffer.size);
         } else if (r.lba != behaviour.no_data_read_lba) {
             std::memcpy(r.buffer.data, data + at, r.buffer.size);
             if (r.lba == behaviour.corrupt_read_lba) {

@@ -24,8 +24,9 @@ using namespace fl::test;
 TEST(VerifyStamp, HeaderIsAsDocumented) {
     std::vector<std::byte> block(512);
     write_stamp(block, {.lba = 0x1122334455667788, .generation = 3, .seed = 9});
-    const unsigned char golden[32] = {'F', 'L', 'V', 'E', 'R', 'I', 'F', 'Y', 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11,
-                                      3,   0,   0,   0,   0,   0,   0,   0,   9,    0,    0,    0,    0,    0,    0,    0};
+    const unsigned char golden[32] = {'F',  'L',  'V',  'E',  'R',  'I', 'F', 'Y', 0x88, 0x77, 0x66,
+                                      0x55, 0x44, 0x33, 0x22, 0x11, 3,   0,   0,   0,    0,    0,
+                                      0,    0,    9,    0,    0,    0,   0,   0,   0,    0};
     EXPECT_EQ(std::memcmp(block.data(), golden, 32), 0);
     const unsigned char size[4] = {0x00, 0x02, 0, 0};
     EXPECT_EQ(std::memcmp(block.data() + 36, size, 4), 0);
@@ -87,7 +88,9 @@ TEST_F(Verify, WholeDisk) {
     EXPECT_EQ(r->read, 256u);
     EXPECT_EQ(disk.flushes, 1u);
     for (u64 i = 0; i < 256; ++i) { // as the host would look at the image
-        ASSERT_EQ(check_stamp(std::span(storage).subspan(i * 4096, 4096), {.lba = i * 8, .generation = 7, .seed = 3}).what, Mismatch::none);
+        ASSERT_EQ(
+            check_stamp(std::span(storage).subspan(i * 4096, 4096), {.lba = i * 8, .generation = 7, .seed = 3}).what,
+            Mismatch::none);
     }
     auto again = whole;
     again.write = false;
@@ -164,7 +167,8 @@ TEST_F(Verify, FailedTransfersAreNotOk) {
     EXPECT_EQ(r->read, 255u);
     CapturedLog log;
     print_record(disk, *r);
-    EXPECT_TRUE(log.has("@{\"record\":\"verify\",\"disk\":\"mem0\",\"bs\":4096,\"blocks\":256,\"first_lba\":0,\"generation\":7,\"seed\":3,"
+    EXPECT_TRUE(log.has("@{\"record\":\"verify\",\"disk\":\"mem0\",\"bs\":4096,\"blocks\":256,\"first_lba\":0,"
+                        "\"generation\":7,\"seed\":3,"
                         "\"written\":255,\"read\":255,\"bad\":0,\"ok\":false,\"lanes\":1}\n"));
     EXPECT_TRUE(log.has("error: mem0: verify: the disk reports an error"));
 }

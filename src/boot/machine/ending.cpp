@@ -28,7 +28,7 @@ namespace fl::boot {
 namespace {
 
 constexpr u64 pvh_image = RestartNote::physical + 4096; // as kernel.ld has it
-constexpr u64 identity_end = u64{4} << 30; // of the loader's page tables
+constexpr u64 identity_end = u64{4} << 30;              // of the loader's page tables
 
 // Memory under the loader's page tables.
 class IdentityMemory final : public PhysicalReader {
@@ -50,7 +50,8 @@ class ThisMachine final : public EndMachine {
   public:
     constexpr explicit ThisMachine(CpuidSnapshot& snapshot) : cpuid_(snapshot) {}
     void wait(Nanoseconds length) override {
-        // The clock may not run yet, or be a guess: counted as if the counter were as fast as any. A counter that stands still is given up.
+        // The clock may not run yet, or be a guess: counted as if the counter were as fast as any. A counter that
+        // stands still is given up.
         constexpr u64 fastest_hz = 4'000'000'000;
         const u64 cycles = length / 1000 * (std::max(tsc_hz(), fastest_hz) / 1'000'000);
         const u64 begin = cpu::read_tsc();
@@ -87,9 +88,13 @@ class ThisMachine final : public EndMachine {
         u64 op = op_shutdown;
         const u32* pointer = &reason;
         if (vendor == "AuthenticAMD" || vendor == "HygonGenuine") {
-            asm volatile("vmmcall" : "+a"(answer), "+D"(op), "+S"(pointer)::"memory", "cc", "rcx", "rdx", "r8", "r9", "r10", "r11");
+            asm volatile("vmmcall"
+                         : "+a"(answer), "+D"(op), "+S"(pointer)::"memory", "cc", "rcx", "rdx", "r8", "r9", "r10",
+                           "r11");
         } else {
-            asm volatile("vmcall" : "+a"(answer), "+D"(op), "+S"(pointer)::"memory", "cc", "rcx", "rdx", "r8", "r9", "r10", "r11");
+            asm volatile("vmcall"
+                         : "+a"(answer), "+D"(op), "+S"(pointer)::"memory", "cc", "rcx", "rdx", "r8", "r9", "r10",
+                           "r11");
         }
         wait(10'000'000);
     }
@@ -146,7 +151,8 @@ extern "C" [[noreturn, gnu::used]] void end_on_own_stack() {
 
 namespace {
 
-// On the boot stack, from its top: that of the caller may be an emergency stack, too small to read ACPI's tables on, and nobody returns to either.
+// On the boot stack, from its top: that of the caller may be an emergency stack, too small to read ACPI's tables on,
+// and nobody returns to either.
 [[noreturn]] void end_machine(Verdict first, std::string_view reason) {
     if (!verdict) { // else a step has faulted
         verdict = first;
@@ -184,7 +190,8 @@ void stop_without_memory(std::byte* end) {
     print(reason, "too little memory: the image alone needs it up to {} KiB, and it ends before: give the machine more",
           (reinterpret_cast<u64>(end) - kernel_virtual + pvh_image) >> 10);
     FixedText<512> text;
-    print(text, "error: {}\n@{{\"record\":\"verdict\",\"verdict\":\"{}\",\"reason\":\"{}\"}}\n", reason.view(), Verdict::error, reason.view());
+    print(text, "error: {}\n@{{\"record\":\"verdict\",\"verdict\":\"{}\",\"reason\":\"{}\"}}\n", reason.view(),
+          Verdict::error, reason.view());
     constexpr u16 com1 = 0x3f8;
     constexpr u8 transmitter_empty = 0x20;
     for (const char c : text.view()) {
@@ -215,7 +222,8 @@ void stop_if_restarted() {
         return;
     }
     std::memset(place, 0, sizeof note); // a restart by somebody else boots again
-    log::error("the machine was restarted by the end of the boot before, whose verdict was {}: it cannot be switched off from inside. Halted; "
+    log::error("the machine was restarted by the end of the boot before, whose verdict was {}: it cannot be switched "
+               "off from inside. Halted; "
                "start the VMM so that a reset ends it (QEMU: -no-reboot), or with a debug exit port",
                *before);
     log::flush();

@@ -20,7 +20,8 @@ constexpr u32 spins_per_byte = 100'000; // a byte takes 87 µs at 115200 baud, a
 bool firmware_prints_on_com1(const SystemTable& system) {
     static constinit std::array<std::byte, 2048> paths{};
     u64 size = paths.size();
-    if (system.runtime == nullptr || failed(system.runtime->get_variable(u"ConOut", &global_variable_guid, nullptr, &size, paths.data()))) {
+    if (system.runtime == nullptr ||
+        failed(system.runtime->get_variable(u"ConOut", &global_variable_guid, nullptr, &size, paths.data()))) {
         return false;
     }
     return leads_to_com1(std::span(paths).first(std::min<u64>(size, paths.size())));

@@ -10,12 +10,14 @@ export namespace fl::boot::uefi {
 /// The only console there is; open() first. Every write is bounded: a port that never gets ready is given up.
 class Console {
   public:
-    /// COM1 is written directly unless the firmware's own console goes there already, which would print each line twice.
+    /// COM1 is written directly unless the firmware's own console goes there already, which would print each line
+    /// twice.
     void open(const SystemTable& system);
     /// Boot services are about to go: from now on COM1 alone, directly.
     void leave_firmware();
 
-    /// The verdict record (docs/INTERFACES.md), alone on its line, written to COM1 directly: the firmware's console may break lines.
+    /// The verdict record (docs/INTERFACES.md), alone on its line, written to COM1 directly: the firmware's console may
+    /// break lines.
     void verdict(Verdict verdict, std::string_view reason);
 
     template <class... Args>

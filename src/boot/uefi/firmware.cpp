@@ -51,8 +51,10 @@ Result<std::span<std::byte>> allocate(const BootServices& boot, u64 bytes, u64 a
     u64 address = four_gib - 1;
     const Status status = boot.allocate_pages(allocate_max_address, to_underlying(type), pages, &address);
     if (failed(status)) {
-        return Error(Code::exhausted, "the firmware has no run of memory below 4 GiB that is long enough (status); give the machine more memory",
-                     success, status);
+        return Error(
+            Code::exhausted,
+            "the firmware has no run of memory below 4 GiB that is long enough (status); give the machine more memory",
+            success, status);
     }
     const u64 begin = (address + alignment - 1) & ~(alignment - 1);
     auto* data = reinterpret_cast<std::byte*>(begin);
@@ -67,11 +69,13 @@ Result<MemoryMap> MemoryMap::create(const BootServices& boot) {
     u32 version = 0;
     const Status status = boot.get_memory_map(&size, nullptr, &key, &stride, &version);
     if (status != buffer_too_small) {
-        return Error(Code::protocol, "the firmware does not say how large its memory map is (status)", buffer_too_small, status);
+        return Error(Code::protocol, "the firmware does not say how large its memory map is (status)", buffer_too_small,
+                     status);
     }
     // A later version makes descriptors longer, never shorter [UEFI-2.10 §7.2.3].
     if (stride < sizeof(MemoryDescriptor) || stride > page) {
-        return Error(Code::not_supported, "memory map: the firmware's descriptor size is out of range", sizeof(MemoryDescriptor), stride);
+        return Error(Code::not_supported, "memory map: the firmware's descriptor size is out of range",
+                     sizeof(MemoryDescriptor), stride);
     }
     MemoryMap map;
     TRY(map.storage_, allocate(boot, size + spare_descriptors * stride, page, MemoryType::loader_data));
@@ -107,20 +111,23 @@ Result<void> leave_boot_services(const BootServices& boot, Handle handle, Memory
             return {};
         }
     }
-    return Error(Code::protocol, "the firmware does not let go (ExitBootServices, status); update the firmware", success, status);
+    return Error(Code::protocol, "the firmware does not let go (ExitBootServices, status); update the firmware",
+                 success, status);
 }
 
-Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const LoadedImage& image, const char16_t* name,
-                                                 std::span<char> into) {
+Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const LoadedImage& image,
+                                                 const char16_t* name, std::span<char> into) {
     void* interface = nullptr;
-    if (image.device == nullptr || failed(boot.handle_protocol(image.device, &file_system_guid, &interface)) || interface == nullptr) {
+    if (image.device == nullptr || failed(boot.handle_protocol(image.device, &file_system_guid, &interface)) ||
+        interface == nullptr) {
         return std::optional<std::span<char>>(); // loaded from the network or from memory
     }
     auto* system = static_cast<FileSystem*>(interface);
     File* opened = nullptr;
     Status status = system->open_volume(system, &opened);
     if (failed(status) || opened == nullptr) {
-        return Error(Code::io, "the volume that the loader came from cannot be opened (status); check the file system", success, status);
+        return Error(Code::io, "the volume that the loader came from cannot be opened (status); check the file system",
+                     success, status);
     }
     const OpenFile root(opened);
     opened = nullptr;
@@ -137,7 +144,8 @@ Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const
     u64 info_size = info_bytes.size();
     status = file->get_info(file.get(), &file_info_guid, &info_size, info_bytes.data());
     if (failed(status) || info_size < sizeof(FileInfo)) {
-        return Error(Code::io, "the firmware does not say how long the file is (status); check the file system", success, status);
+        return Error(Code::io, "the firmware does not say how long the file is (status); check the file system",
+                     success, status);
     }
     FileInfo info{};
     std::memcpy(&info, info_bytes.data(), sizeof info);
@@ -155,7 +163,8 @@ Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const
             return Error(Code::io, "the file cannot be read (status); check the disk", success, status);
         }
         if (chunk == 0) {
-            return Error(Code::io, "the file ends before its length (bytes); check the file system", info.file_size, size);
+            return Error(Code::io, "the file ends before its length (bytes); check the file system", info.file_size,
+                         size);
         }
         size += chunk;
     }
@@ -190,7 +199,8 @@ Framebuffer find_framebuffer(const BootServices& boot) {
         pitch * info.height > mode->framebuffer_size) {
         return {}; // the mode does not fit its own memory: better none than one that is drawn over something else
     }
-    return {mode->framebuffer, info.width, info.height, static_cast<u32>(pitch), info.format == PixelFormat::blue_first ? 1u : 0u};
+    return {mode->framebuffer, info.width, info.height, static_cast<u32>(pitch),
+            info.format == PixelFormat::blue_first ? 1u : 0u};
 }
 
 } // namespace fl::boot::uefi

@@ -10,7 +10,8 @@ export namespace fl::boot::uefi {
 
 inline constexpr u64 four_gib = u64{1} << 32;
 
-/// Whole pages below 4 GiB, zeroed, at a multiple of `alignment` (a power of two, at least 4096). Never given back: the kernel takes all.
+/// Whole pages below 4 GiB, zeroed, at a multiple of `alignment` (a power of two, at least 4096). Never given back: the
+/// kernel takes all.
 Result<std::span<std::byte>> allocate(const BootServices& boot, u64 bytes, u64 alignment, MemoryType type);
 
 /// The firmware's memory map in memory of its own.
@@ -34,12 +35,13 @@ class MemoryMap {
     bool outgrown_ = false;
 };
 
-/// Ends boot services, with `map` as the last map. A first call that fails may have shut drivers down, so after it only the map may be read
-/// again [UEFI-2.10 §7.4.6]. Nothing may be printed between.
+/// Ends boot services, with `map` as the last map. A first call that fails may have shut drivers down, so after it only
+/// the map may be read again [UEFI-2.10 §7.4.6]. Nothing may be printed between.
 Result<void> leave_boot_services(const BootServices& boot, Handle handle, MemoryMap& map);
 
 /// The file's first bytes, as many as fit; nothing when there is no such file. The name is absolute, with backslashes.
-Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const LoadedImage& image, const char16_t* name, std::span<char> into);
+Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const LoadedImage& image,
+                                                 const char16_t* name, std::span<char> into);
 
 /// Physical addresses out of the configuration table; 0: not there.
 u64 find_rsdp(const SystemTable& system);

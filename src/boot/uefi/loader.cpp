@@ -1,4 +1,5 @@
-// efi_main: gathers what the kernel needs, loads it, leaves boot services and jumps. docs/decisions/0001-uefi-loader.md says why it is so.
+// efi_main: gathers what the kernel needs, loads it, leaves boot services and jumps. docs/decisions/0001-uefi-loader.md
+// says why it is so.
 #include "core/try.hpp"
 import core.std;
 import core.result;
@@ -39,7 +40,8 @@ constexpr u64 max_image = u64{1} << 30; // what the tables map at kernel_virtual
 constinit std::array<char, BootInfo::max_cmdline + 1> cmdline_storage{};
 constinit std::array<char, BootInfo::max_map_file + 1> map_file_storage{};
 
-// What went wrong, for people and as the verdict ERROR (docs/INTERFACES.md). Comes back where there is no debug exit port.
+// What went wrong, for people and as the verdict ERROR (docs/INTERFACES.md). Comes back where there is no debug exit
+// port.
 void report_failure(std::string_view what) {
     console.line("error: {}; nothing was started", what);
     console.verdict(Verdict::error, what);
@@ -54,7 +56,8 @@ void report_failure(const Error& error) {
 
 constinit const RuntimeServices* runtime = nullptr;
 
-// After boot services are gone nobody can be returned to; the firmware can still switch the machine off [UEFI-2.10 §8.5.1].
+// After boot services are gone nobody can be returned to; the firmware can still switch the machine off [UEFI-2.10
+// §8.5.1].
 [[noreturn]] void stop() {
     if (runtime != nullptr) {
         runtime->reset_system(reset_shutdown, load_error, 0, nullptr);
@@ -65,7 +68,9 @@ constinit const RuntimeServices* runtime = nullptr;
     }
 }
 
-bool has_huge_pages() { return cpu::cpuid(0x80000000).eax >= 0x80000001 && (cpu::cpuid(0x80000001).edx & (u32{1} << 26)) != 0; }
+bool has_huge_pages() {
+    return cpu::cpuid(0x80000000).eax >= 0x80000001 && (cpu::cpuid(0x80000001).edx & (u32{1} << 26)) != 0;
+}
 
 // Load options win over the file; what is not text is reported and passed over.
 Result<void> gather_cmdline(const BootServices& boot, const LoadedImage& image, BootInfo& info) {
@@ -108,7 +113,8 @@ struct Prepared {
 
 Result<void> load_image(const BootServices& boot, const elf::Image& image, BootInfo& info) {
     if (image.physical_size() > max_image) {
-        return Error(Code::not_supported, "the kernel image is larger than its place at its link address", max_image, image.physical_size());
+        return Error(Code::not_supported, "the kernel image is larger than its place at its link address", max_image,
+                     image.physical_size());
     }
     CHECK(image.require_linear(kernel_virtual));
     const u64 size = (image.physical_size() + small_page - 1) & ~(small_page - 1);
@@ -124,8 +130,8 @@ Result<u64> build_tables(const BootServices& boot, const BootInfo& info, const M
     TRY(const Windows windows, windows_of(map.bytes(), map.stride()));
     const u64 bytes = PageTables::tables_needed(windows.view(), huge) * small_page;
     TRY(const std::span<std::byte> memory, allocate(boot, bytes, small_page, MemoryType::loader_data));
-    TRY(PageTables tables,
-        PageTables::create({reinterpret_cast<u64*>(memory.data()), memory.size() / sizeof(u64)}, reinterpret_cast<u64>(memory.data())));
+    TRY(PageTables tables, PageTables::create({reinterpret_cast<u64*>(memory.data()), memory.size() / sizeof(u64)},
+                                              reinterpret_cast<u64>(memory.data())));
     for (const Window& w : windows.view()) {
         CHECK(tables.map(w.begin, w.begin, w.end - w.begin, huge));
     }
@@ -136,8 +142,10 @@ Result<u64> build_tables(const BootServices& boot, const BootInfo& info, const M
 Result<Prepared> prepare(Handle handle, const SystemTable& system, u64 tsc) {
     const BootServices& boot = *system.boot;
     void* interface = nullptr;
-    if (const Status status = boot.handle_protocol(handle, &loaded_image_guid, &interface); failed(status) || interface == nullptr) {
-        return Error(Code::protocol, "the firmware does not say how the loader was loaded (LoadedImage, status)", success, status);
+    if (const Status status = boot.handle_protocol(handle, &loaded_image_guid, &interface);
+        failed(status) || interface == nullptr) {
+        return Error(Code::protocol, "the firmware does not say how the loader was loaded (LoadedImage, status)",
+                     success, status);
     }
     const LoadedImage& loaded = *static_cast<LoadedImage*>(interface);
     TRY(const elf::Image image, elf::Image::parse({kernel_elf_begin, kernel_elf_end}));
@@ -213,8 +221,8 @@ extern "C" Status efi_main(Handle handle, SystemTable* system) {
         return status_of(prepared.error().code);
     }
     const BootInfo& info = *prepared->info;
-    console.line("image at {:#x}, {} KiB, entry {:#x}; command line: {}", info.kernel_phys, info.kernel_size / 1024, prepared->entry,
-                 info.cmdline_text());
+    console.line("image at {:#x}, {} KiB, entry {:#x}; command line: {}", info.kernel_phys, info.kernel_size / 1024,
+                 prepared->entry, info.cmdline_text());
     const auto failure = hand_over(*system->boot, handle, *prepared);
     console.leave_firmware();
     report_failure(failure.error());

@@ -14,10 +14,12 @@ constexpr u64 page = 4096;
 // A later version of the specification may make descriptors longer, never shorter [UEFI-2.10 §7.2.3].
 Result<void> check(std::span<const std::byte> map, u64 stride) {
     if (stride < sizeof(MemoryDescriptor) || stride > page) {
-        return Error(Code::protocol, "memory map: the firmware's descriptor size is out of range", sizeof(MemoryDescriptor), stride);
+        return Error(Code::protocol, "memory map: the firmware's descriptor size is out of range",
+                     sizeof(MemoryDescriptor), stride);
     }
     if (map.empty() || map.size() % stride != 0) {
-        return Error(Code::protocol, "memory map: the firmware's map is no whole number of descriptors", stride, map.size());
+        return Error(Code::protocol, "memory map: the firmware's map is no whole number of descriptors", stride,
+                     map.size());
     }
     return {};
 }
@@ -48,7 +50,8 @@ MemoryKind kind_of(u32 type, u64 attributes) {
     case MemoryType::loader_data:
     case MemoryType::boot_services_code:
     case MemoryType::boot_services_data:
-    case MemoryType::conventional: return (attributes & attribute_special_purpose) != 0 ? MemoryKind::reserved : MemoryKind::usable;
+    case MemoryType::conventional:
+        return (attributes & attribute_special_purpose) != 0 ? MemoryKind::reserved : MemoryKind::usable;
     case MemoryType::unusable: return MemoryKind::unusable;
     case MemoryType::acpi_reclaim: return MemoryKind::acpi_reclaimable;
     case MemoryType::acpi_nvs: return MemoryKind::acpi_nvs;

@@ -1,5 +1,5 @@
-// The firmware's memory map, as GetMemoryMap() gives it, turned into BootInfo's ranges and into the windows that the provisional page
-// tables cover.
+// The firmware's memory map, as GetMemoryMap() gives it, turned into BootInfo's ranges and into the windows that the
+// provisional page tables cover.
 module;
 #include <cstddef>
 export module boot.uefi.memory_map;
@@ -49,8 +49,9 @@ inline constexpr u64 attribute_runtime = u64{1} << 63;    // EFI_MEMORY_RUNTIME:
 /// What a range is to the kernel once boot services are gone. Whatever is not known to be free is reserved.
 MemoryKind kind_of(u32 type, u64 attributes);
 
-/// Adds the map's ranges to `info`, sorted and with neighbours of one kind joined. Usable memory goes first: where a map has more pieces
-/// than the table has places (ranges_truncated), those of the other kinds are only cut out of it. `info.kernel_size` must still be 0.
+/// Adds the map's ranges to `info`, sorted and with neighbours of one kind joined. Usable memory goes first: where a
+/// map has more pieces than the table has places (ranges_truncated), those of the other kinds are only cut out of it.
+/// `info.kernel_size` must still be 0.
 Result<void> add_memory_map(BootInfo& info, std::span<const std::byte> map, u64 stride);
 
 /// One stretch of physical addresses, in whole GiB.
@@ -59,8 +60,8 @@ struct Window {
     u64 end;   // likewise, behind the last byte
 };
 
-/// What the provisional page tables map at its own address: the first 4 GiB and every GiB that holds memory. Sorted, disjoint; with more
-/// pieces than places the closest two are joined.
+/// What the provisional page tables map at its own address: the first 4 GiB and every GiB that holds memory. Sorted,
+/// disjoint; with more pieces than places the closest two are joined.
 class Windows {
   public:
     static constexpr usize max_windows = 16;

@@ -19,7 +19,8 @@ Result<PageTables> PageTables::create(std::span<u64> memory, u64 physical) {
         return Error(Code::bad_argument, "page tables: expected whole tables of 512 entries", entries, memory.size());
     }
     if (physical % small_page != 0) {
-        return Error(Code::bad_argument, "page tables: the address must be a multiple of 4096", 0, physical % small_page);
+        return Error(Code::bad_argument, "page tables: the address must be a multiple of 4096", 0,
+                     physical % small_page);
     }
     std::fill(memory.begin(), memory.end(), u64{0});
     return PageTables(memory, physical);
@@ -40,7 +41,8 @@ u64 PageTables::tables_needed(std::span<const Window> windows, bool huge_pages) 
 Result<usize> PageTables::below(usize entry) {
     if (memory_[entry] == 0) {
         if (used_ * entries == memory_.size()) {
-            return Error(Code::exhausted, "page tables: more tables are needed than were set aside", memory_.size() / entries, used_ + 1);
+            return Error(Code::exhausted, "page tables: more tables are needed than were set aside",
+                         memory_.size() / entries, used_ + 1);
         }
         memory_[entry] = (physical_ + used_ * small_page) | present_writable;
         ++used_;
@@ -52,7 +54,8 @@ Result<usize> PageTables::below(usize entry) {
 
 Result<void> PageTables::map(u64 virtual_address, u64 physical, u64 size, bool huge_pages) {
     if ((virtual_address | physical | size) % large_page != 0) {
-        return Error(Code::bad_argument, "page tables: expected multiples of 2 MiB", 0, (virtual_address | physical | size) % large_page);
+        return Error(Code::bad_argument, "page tables: expected multiples of 2 MiB", 0,
+                     (virtual_address | physical | size) % large_page);
     }
     for (u64 done = 0; done < size;) {
         const u64 v = virtual_address + done;

@@ -1,5 +1,6 @@
-// The firmware's tables and protocols, as far as the loader uses them [UEFI-2.10]. Compiled for the firmware's own calling convention only:
-// every function pointer here is a call into the firmware. Members that are not used are `unused` runs of pointers.
+// The firmware's tables and protocols, as far as the loader uses them [UEFI-2.10]. Compiled for the firmware's own
+// calling convention only: every function pointer here is a call into the firmware. Members that are not used are
+// `unused` runs of pointers.
 module;
 #include <cstddef>
 export module boot.uefi.protocol;
@@ -35,7 +36,8 @@ inline constexpr Guid loaded_image_guid{0x5b1b31a1, 0x9562, 0x11d2, {0x8e, 0x3f,
 inline constexpr Guid file_system_guid{0x964e5b22, 0x6459, 0x11d2, {0x8e, 0x39, 0x00, 0xa0, 0xc9, 0x69, 0x72, 0x3b}};
 inline constexpr Guid file_info_guid{0x09576e92, 0x6d3f, 0x11d2, {0x8e, 0x39, 0x00, 0xa0, 0xc9, 0x69, 0x72, 0x3b}};
 inline constexpr Guid graphics_guid{0x9042a9de, 0x23dc, 0x4a38, {0x96, 0xfb, 0x7a, 0xde, 0xd0, 0x80, 0x51, 0x6a}};
-inline constexpr Guid global_variable_guid{0x8be4df61, 0x93ca, 0x11d2, {0xaa, 0x0d, 0x00, 0xe0, 0x98, 0x03, 0x2b, 0x8c}};
+inline constexpr Guid global_variable_guid{
+    0x8be4df61, 0x93ca, 0x11d2, {0xaa, 0x0d, 0x00, 0xe0, 0x98, 0x03, 0x2b, 0x8c}};
 inline constexpr Guid acpi20_guid{0x8868e871, 0xe4f1, 0x11d3, {0xbc, 0x22, 0x00, 0x80, 0xc7, 0x3c, 0x88, 0x81}};
 inline constexpr Guid acpi10_guid{0xeb9d2d30, 0x2d88, 0x11d3, {0x9a, 0x16, 0x00, 0x90, 0x27, 0x3f, 0xc1, 0x4d}};
 inline constexpr Guid smbios3_guid{0xf2fd1544, 0x9794, 0x4a2c, {0x99, 0x2e, 0xe5, 0xbb, 0xcf, 0x20, 0xe3, 0x94}};
@@ -49,7 +51,8 @@ struct TableHeader {
     u32 crc32;
     u32 reserved;
 };
-static_assert(sizeof(TableHeader) == 24 && offsetof(TableHeader, revision) == 8 && offsetof(TableHeader, header_size) == 12);
+static_assert(sizeof(TableHeader) == 24 && offsetof(TableHeader, revision) == 8 &&
+              offsetof(TableHeader, header_size) == 12);
 static_assert(offsetof(TableHeader, crc32) == 16 && offsetof(TableHeader, reserved) == 20);
 
 /// EFI_SIMPLE_TEXT_OUTPUT_PROTOCOL [UEFI-2.10 §12.4].
@@ -79,8 +82,10 @@ struct BootServices {
     std::array<void*, 6> unused4;
 };
 static_assert(sizeof(BootServices) == 376);
-static_assert(offsetof(BootServices, header) == 0 && offsetof(BootServices, unused0) == 24 && offsetof(BootServices, allocate_pages) == 40);
-static_assert(offsetof(BootServices, free_pages) == 48 && offsetof(BootServices, get_memory_map) == 56 && offsetof(BootServices, unused1) == 64);
+static_assert(offsetof(BootServices, header) == 0 && offsetof(BootServices, unused0) == 24 &&
+              offsetof(BootServices, allocate_pages) == 40);
+static_assert(offsetof(BootServices, free_pages) == 48 && offsetof(BootServices, get_memory_map) == 56 &&
+              offsetof(BootServices, unused1) == 64);
 static_assert(offsetof(BootServices, handle_protocol) == 152 && offsetof(BootServices, unused2) == 160);
 static_assert(offsetof(BootServices, exit_boot_services) == 232 && offsetof(BootServices, unused3) == 240);
 static_assert(offsetof(BootServices, locate_protocol) == 320 && offsetof(BootServices, unused4) == 328);
@@ -93,7 +98,8 @@ struct RuntimeServices {
     std::array<void*, 3> unused1; // variables, monotonic count
     void (*reset_system)(u32 type, Status status, u64 data_size, void* data);
 };
-static_assert(sizeof(RuntimeServices) == 112 && offsetof(RuntimeServices, header) == 0 && offsetof(RuntimeServices, unused0) == 24);
+static_assert(sizeof(RuntimeServices) == 112 && offsetof(RuntimeServices, header) == 0 &&
+              offsetof(RuntimeServices, unused0) == 24);
 static_assert(offsetof(RuntimeServices, get_variable) == 72 && offsetof(RuntimeServices, unused1) == 80);
 static_assert(offsetof(RuntimeServices, reset_system) == 104);
 inline constexpr u32 reset_shutdown = 2; // EfiResetShutdown
@@ -103,7 +109,8 @@ struct ConfigurationTable {
     Guid guid;
     u64 table; // physical address
 };
-static_assert(sizeof(ConfigurationTable) == 24 && offsetof(ConfigurationTable, guid) == 0 && offsetof(ConfigurationTable, table) == 16);
+static_assert(sizeof(ConfigurationTable) == 24 && offsetof(ConfigurationTable, guid) == 0 &&
+              offsetof(ConfigurationTable, table) == 16);
 
 /// EFI_SYSTEM_TABLE [UEFI-2.10 §4.3].
 struct SystemTable {
@@ -125,11 +132,15 @@ struct SystemTable {
     const ConfigurationTable* tables;
 };
 static_assert(sizeof(SystemTable) == 120);
-static_assert(offsetof(SystemTable, header) == 0 && offsetof(SystemTable, vendor) == 24 && offsetof(SystemTable, firmware_revision) == 32);
-static_assert(offsetof(SystemTable, padding) == 36 && offsetof(SystemTable, input_handle) == 40 && offsetof(SystemTable, input) == 48);
+static_assert(offsetof(SystemTable, header) == 0 && offsetof(SystemTable, vendor) == 24 &&
+              offsetof(SystemTable, firmware_revision) == 32);
+static_assert(offsetof(SystemTable, padding) == 36 && offsetof(SystemTable, input_handle) == 40 &&
+              offsetof(SystemTable, input) == 48);
 static_assert(offsetof(SystemTable, output_handle) == 56 && offsetof(SystemTable, output) == 64);
-static_assert(offsetof(SystemTable, error_handle) == 72 && offsetof(SystemTable, error) == 80 && offsetof(SystemTable, runtime) == 88);
-static_assert(offsetof(SystemTable, boot) == 96 && offsetof(SystemTable, table_count) == 104 && offsetof(SystemTable, tables) == 112);
+static_assert(offsetof(SystemTable, error_handle) == 72 && offsetof(SystemTable, error) == 80 &&
+              offsetof(SystemTable, runtime) == 88);
+static_assert(offsetof(SystemTable, boot) == 96 && offsetof(SystemTable, table_count) == 104 &&
+              offsetof(SystemTable, tables) == 112);
 
 /// EFI_LOADED_IMAGE_PROTOCOL [UEFI-2.10 §9.1].
 struct LoadedImage {
@@ -150,11 +161,16 @@ struct LoadedImage {
     void* unload;
 };
 static_assert(sizeof(LoadedImage) == 96);
-static_assert(offsetof(LoadedImage, revision) == 0 && offsetof(LoadedImage, padding0) == 4 && offsetof(LoadedImage, parent) == 8);
-static_assert(offsetof(LoadedImage, system) == 16 && offsetof(LoadedImage, device) == 24 && offsetof(LoadedImage, file_path) == 32);
-static_assert(offsetof(LoadedImage, reserved) == 40 && offsetof(LoadedImage, load_options_size) == 48 && offsetof(LoadedImage, padding1) == 52);
-static_assert(offsetof(LoadedImage, load_options) == 56 && offsetof(LoadedImage, image_base) == 64 && offsetof(LoadedImage, image_size) == 72);
-static_assert(offsetof(LoadedImage, code_type) == 80 && offsetof(LoadedImage, data_type) == 84 && offsetof(LoadedImage, unload) == 88);
+static_assert(offsetof(LoadedImage, revision) == 0 && offsetof(LoadedImage, padding0) == 4 &&
+              offsetof(LoadedImage, parent) == 8);
+static_assert(offsetof(LoadedImage, system) == 16 && offsetof(LoadedImage, device) == 24 &&
+              offsetof(LoadedImage, file_path) == 32);
+static_assert(offsetof(LoadedImage, reserved) == 40 && offsetof(LoadedImage, load_options_size) == 48 &&
+              offsetof(LoadedImage, padding1) == 52);
+static_assert(offsetof(LoadedImage, load_options) == 56 && offsetof(LoadedImage, image_base) == 64 &&
+              offsetof(LoadedImage, image_size) == 72);
+static_assert(offsetof(LoadedImage, code_type) == 80 && offsetof(LoadedImage, data_type) == 84 &&
+              offsetof(LoadedImage, unload) == 88);
 
 inline constexpr u64 open_for_reading = 1;     // EFI_FILE_MODE_READ
 inline constexpr u64 attribute_directory = 16; // EFI_FILE_DIRECTORY
@@ -172,7 +188,8 @@ struct File {
     std::array<void*, 2> unused; // set info, flush
 };
 static_assert(sizeof(File) == 88);
-static_assert(offsetof(File, revision) == 0 && offsetof(File, open) == 8 && offsetof(File, close) == 16 && offsetof(File, remove) == 24);
+static_assert(offsetof(File, revision) == 0 && offsetof(File, open) == 8 && offsetof(File, close) == 16 &&
+              offsetof(File, remove) == 24);
 static_assert(offsetof(File, read) == 32 && offsetof(File, write) == 40 && offsetof(File, position) == 48);
 static_assert(offsetof(File, get_info) == 64 && offsetof(File, unused) == 72);
 
@@ -185,14 +202,16 @@ struct FileInfo {
     u64 attributes;
 };
 static_assert(sizeof(FileInfo) == 80 && offsetof(FileInfo, size) == 0 && offsetof(FileInfo, file_size) == 8);
-static_assert(offsetof(FileInfo, physical_size) == 16 && offsetof(FileInfo, times) == 24 && offsetof(FileInfo, attributes) == 72);
+static_assert(offsetof(FileInfo, physical_size) == 16 && offsetof(FileInfo, times) == 24 &&
+              offsetof(FileInfo, attributes) == 72);
 
 /// EFI_SIMPLE_FILE_SYSTEM_PROTOCOL [UEFI-2.10 §13.4].
 struct FileSystem {
     u64 revision;
     Status (*open_volume)(FileSystem* self, File** root);
 };
-static_assert(sizeof(FileSystem) == 16 && offsetof(FileSystem, revision) == 0 && offsetof(FileSystem, open_volume) == 8);
+static_assert(sizeof(FileSystem) == 16 && offsetof(FileSystem, revision) == 0 &&
+              offsetof(FileSystem, open_volume) == 8);
 
 enum class PixelFormat : u32 { red_first, blue_first, bit_mask, no_framebuffer }; // others may come
 
@@ -206,7 +225,8 @@ struct GraphicsInfo {
     u32 pixels_per_line;
 };
 static_assert(sizeof(GraphicsInfo) == 36 && offsetof(GraphicsInfo, version) == 0 && offsetof(GraphicsInfo, width) == 4);
-static_assert(offsetof(GraphicsInfo, height) == 8 && offsetof(GraphicsInfo, format) == 12 && offsetof(GraphicsInfo, masks) == 16);
+static_assert(offsetof(GraphicsInfo, height) == 8 && offsetof(GraphicsInfo, format) == 12 &&
+              offsetof(GraphicsInfo, masks) == 16);
 static_assert(offsetof(GraphicsInfo, pixels_per_line) == 32);
 
 /// EFI_GRAPHICS_OUTPUT_PROTOCOL_MODE [UEFI-2.10 §12.9.2].
@@ -218,8 +238,10 @@ struct GraphicsMode {
     u64 framebuffer; // physical
     u64 framebuffer_size;
 };
-static_assert(sizeof(GraphicsMode) == 40 && offsetof(GraphicsMode, mode_count) == 0 && offsetof(GraphicsMode, mode) == 4);
-static_assert(offsetof(GraphicsMode, info) == 8 && offsetof(GraphicsMode, info_size) == 16 && offsetof(GraphicsMode, framebuffer) == 24);
+static_assert(sizeof(GraphicsMode) == 40 && offsetof(GraphicsMode, mode_count) == 0 &&
+              offsetof(GraphicsMode, mode) == 4);
+static_assert(offsetof(GraphicsMode, info) == 8 && offsetof(GraphicsMode, info_size) == 16 &&
+              offsetof(GraphicsMode, framebuffer) == 24);
 static_assert(offsetof(GraphicsMode, framebuffer_size) == 32);
 
 /// EFI_GRAPHICS_OUTPUT_PROTOCOL [UEFI-2.10 §12.9.2].

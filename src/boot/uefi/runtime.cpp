@@ -1,4 +1,5 @@
-// What libc++ calls behind our back, in the loader; the memory functions are the kernel's own (core/machine/memory_functions.cpp).
+// What libc++ calls behind our back, in the loader; the memory functions are the kernel's own
+// (core/machine/memory_functions.cpp).
 #include <stdarg.h>
 #include <stddef.h>
 

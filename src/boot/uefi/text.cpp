@@ -17,8 +17,12 @@ std::string_view trimmed(std::string_view text) {
 }
 
 constexpr u32 byte_at(std::span<const std::byte> bytes, usize at) { return std::to_integer<u32>(bytes[at]); }
-constexpr u32 word_at(std::span<const std::byte> bytes, usize at) { return byte_at(bytes, at) | byte_at(bytes, at + 1) << 8; }
-constexpr u32 dword_at(std::span<const std::byte> bytes, usize at) { return word_at(bytes, at) | word_at(bytes, at + 2) << 16; }
+constexpr u32 word_at(std::span<const std::byte> bytes, usize at) {
+    return byte_at(bytes, at) | byte_at(bytes, at + 1) << 8;
+}
+constexpr u32 dword_at(std::span<const std::byte> bytes, usize at) {
+    return word_at(bytes, at) | word_at(bytes, at + 2) << 16;
+}
 
 } // namespace
 
@@ -40,7 +44,8 @@ bool next_output_piece(std::string_view& rest, OutputPiece& piece) {
 
 Result<std::string_view> text_of_load_options(std::span<const std::byte> options, std::span<char> storage) {
     if (options.size() % 2 != 0) {
-        return Error(Code::bad_argument, "load options: expected UCS-2 text, of an even size", options.size() + 1, options.size());
+        return Error(Code::bad_argument, "load options: expected UCS-2 text, of an even size", options.size() + 1,
+                     options.size());
     }
     usize size = 0;
     for (usize at = 0; at < options.size(); at += 2) {
@@ -89,7 +94,8 @@ Result<std::string_view> text_of_command_line_file(std::span<char> file) {
 }
 
 bool leads_to_com1(std::span<const std::byte> path) {
-    // Node types [UEFI-2.10 §10.3.1]: ACPI device 2/1 (HID and UID), UART 3/14, end 0x7f/0xff (of all) and 0x7f/0x01 (of one instance).
+    // Node types [UEFI-2.10 §10.3.1]: ACPI device 2/1 (HID and UID), UART 3/14, end 0x7f/0xff (of all) and 0x7f/0x01
+    // (of one instance).
     constexpr u32 pnp0501 = 0x050141d0; // EISA's compressed form of PNP0501, a 16550A-compatible port
     bool port = false;                  // the node before was COM1's ACPI device
     while (path.size() >= 4) {

@@ -22,8 +22,8 @@ constexpr std::string_view assumed = "assumed";
 
 constexpr u64 pm_timer_hz = 3'579'545; // [ACPI 6.5 §4.8.2.1]
 constexpr u64 pit_hz = 1'193'182;      // [8254]
-// A tick of either takes fewer readings than this on every machine, and a port that nobody answers costs a few milliseconds: a reading exits to
-// the hypervisor once, or three times.
+// A tick of either takes fewer readings than this on every machine, and a port that nobody answers costs a few
+// milliseconds: a reading exits to the hypervisor once, or three times.
 constexpr u32 pm_timer_most_still = 400;
 constexpr u32 pit_most_still = 200;
 
@@ -53,16 +53,17 @@ Calibration measure_pit() {
     cpu::out8(pit_command, 0xb0); // channel 2, low then high byte, mode 0
     cpu::out8(pit_channel2, 0xff);
     cpu::out8(pit_channel2, 0xff);
-    const Calibration found = calibrate({.hz = pit_hz, .mask = 0xffff, .most_still = pit_most_still, .context = nullptr, .read = [](void*) {
-                                             TimerReading reading;
-                                             reading.before = cpu::read_tsc();
-                                             cpu::out8(pit_command, 0x80); // latch channel 2
-                                             const u32 low = cpu::in8(pit_channel2);
-                                             const u32 high = cpu::in8(pit_channel2);
-                                             reading.after = cpu::read_tsc();
-                                             reading.value = ~(low | high << 8) & 0xffffu; // it counts down
-                                             return reading;
-                                         }});
+    const Calibration found =
+        calibrate({.hz = pit_hz, .mask = 0xffff, .most_still = pit_most_still, .context = nullptr, .read = [](void*) {
+                       TimerReading reading;
+                       reading.before = cpu::read_tsc();
+                       cpu::out8(pit_command, 0x80); // latch channel 2
+                       const u32 low = cpu::in8(pit_channel2);
+                       const u32 high = cpu::in8(pit_channel2);
+                       reading.after = cpu::read_tsc();
+                       reading.value = ~(low | high << 8) & 0xffffu; // it counts down
+                       return reading;
+                   }});
     cpu::out8(speaker, before);
     return found;
 }
@@ -85,7 +86,9 @@ u64 inverse(u64 hz) {
     }
     return whole << 32 | fraction;
 }
-u64 units(u64 multiplier, Nanoseconds ns) { return static_cast<u64>((static_cast<unsigned __int128>(ns) * multiplier) >> 32); }
+u64 units(u64 multiplier, Nanoseconds ns) {
+    return static_cast<u64>((static_cast<unsigned __int128>(ns) * multiplier) >> 32);
+}
 
 enum class Timer : u8 { none, deadline, local_apic, pit, hypervisor };
 constinit Timer timer = Timer::none;
@@ -245,7 +248,8 @@ Result<void> use_timer(const HypervisorTimer& given) {
 }
 
 Result<void> join_hypervisor_timer() {
-    return timer == Timer::hypervisor ? hypervisor_timer.start(hypervisor_timer.context, on_timer, nullptr) : Result<void>{};
+    return timer == Timer::hypervisor ? hypervisor_timer.start(hypervisor_timer.context, on_timer, nullptr)
+                                      : Result<void>{};
 }
 
 Result<void> join_timer() {
@@ -268,7 +272,8 @@ void platform_kick(void* context) { kick_processor(static_cast<const Local*>(con
 
 void platform_idle(void* context, Instant until, const std::atomic<bool>& wake) {
     cpu::interrupts_off();
-    // Acquire: pairs with the release in Executor::wake(), so that what woke us is seen. No interrupt can come between this and the halt.
+    // Acquire: pairs with the release in Executor::wake(), so that what woke us is seen. No interrupt can come between
+    // this and the halt.
     if (wake.load(std::memory_order_acquire) || timer == Timer::none) {
         cpu::interrupts_on();
         cpu::relax();

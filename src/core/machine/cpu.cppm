@@ -1,4 +1,5 @@
-// The processor's own instructions. Everything privileged that the kernel executes goes through here or through an assembly file.
+// The processor's own instructions. Everything privileged that the kernel executes goes through here or through an
+// assembly file.
 export module core.machine.cpu;
 import core.std;
 
@@ -23,9 +24,15 @@ inline void out8(u16 port, u8 value) { asm volatile("outb %0, %1" ::"a"(value), 
 inline void out16(u16 port, u16 value) { asm volatile("outw %0, %1" ::"a"(value), "Nd"(port)); }
 inline void out32(u16 port, u32 value) { asm volatile("outl %0, %1" ::"a"(value), "Nd"(port)); }
 /// `count` words from one port into memory: one string instruction, which a hypervisor may take in one exit.
-inline void in16_string(u16 port, u16* into, u64 count) { asm volatile("rep insw" : "+D"(into), "+c"(count) : "d"(port) : "memory"); }
-inline void out16_string(u16 port, const u16* from, u64 count) { asm volatile("rep outsw" : "+S"(from), "+c"(count) : "d"(port) : "memory"); }
-inline void out8_string(u16 port, const char* from, u64 count) { asm volatile("rep outsb" : "+S"(from), "+c"(count) : "d"(port) : "memory"); }
+inline void in16_string(u16 port, u16* into, u64 count) {
+    asm volatile("rep insw" : "+D"(into), "+c"(count) : "d"(port) : "memory");
+}
+inline void out16_string(u16 port, const u16* from, u64 count) {
+    asm volatile("rep outsw" : "+S"(from), "+c"(count) : "d"(port) : "memory");
+}
+inline void out8_string(u16 port, const char* from, u64 count) {
+    asm volatile("rep outsb" : "+S"(from), "+c"(count) : "d"(port) : "memory");
+}
 
 inline u64 read_msr(u32 msr) {
     u32 low;

@@ -9,7 +9,8 @@ export namespace fl {
 using EndMachine = void (*)(Verdict verdict, std::string_view reason);
 void set_end_machine(EndMachine hook);
 
-/// Prints the verdict record and ends the machine. A call from within itself (a fault on the way) goes on with the next step, so it always ends.
+/// Prints the verdict record and ends the machine. A call from within itself (a fault on the way) goes on with the next
+/// step, so it always ends.
 [[noreturn]] void end_vm(Verdict verdict, std::string_view reason);
 
 } // namespace fl

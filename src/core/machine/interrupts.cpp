@@ -23,8 +23,9 @@ constexpr u8 first_vector = 0x30; // to be given out
 constexpr u8 last_vector = 0xef;
 constexpr u8 spurious_vector = 0xff;
 
-// Handlers' lists are read by dispatch() on every processor while another one changes them under the lock: a link is stored last (release), read
-// once (acquire), and what has been unlinked is used again only when every processor has passed a point outside its handlers.
+// Handlers' lists are read by dispatch() on every processor while another one changes them under the lock: a link is
+// stored last (release), read once (acquire), and what has been unlinked is used again only when every processor has
+// passed a point outside its handlers.
 struct Handler {
     InterruptHandler call;
     void* context;
@@ -121,8 +122,8 @@ class Quiet {
     SpinLock& lock_;
 };
 
-// Returns when every other processor has taken an interrupt, and so has left the handlers it was in. Bounded; nobody keeps interrupts off for so
-// long.
+// Returns when every other processor has taken an interrupt, and so has left the handlers it was in. Bounded; nobody
+// keeps interrupts off for so long.
 void pass_everywhere() {
     const u32 count = running_processors.load(std::memory_order_acquire);
     const u32 me = this_processor();
@@ -272,7 +273,9 @@ Result<void> Controller::attach_line(InterruptLine line, InterruptHandler handle
     }
     if (!io_apic()) {
         if (!pic_ || w.gsi >= 16 || w.gsi == 2) {
-            return Error(Code::not_found, "interrupts: the machine has no IOAPIC, and the 8259s have lines 0, 1, 3 to 15 only", 15, w.gsi);
+            return Error(Code::not_found,
+                         "interrupts: the machine has no IOAPIC, and the 8259s have lines 0, 1, 3 to 15 only", 15,
+                         w.gsi);
         }
         const u8 irq = static_cast<u8>(w.gsi);
         auto slot = take(handler, context, nullptr);

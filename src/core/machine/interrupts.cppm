@@ -7,16 +7,17 @@ import core.result;
 
 export namespace fl {
 
-/// Programs the controllers with everything masked. `tables` may be nullptr. Once, after start_traps, add_memory and start_acpi; interrupts stay
-/// off until the caller switches them on.
-/// `x2apic` false keeps to the APIC's page of registers: QEMU's own emulation stops with "Bad icount read" when an x2APIC register is accessed
-/// while it counts instructions.
+/// Programs the controllers with everything masked. `tables` may be nullptr. Once, after start_traps, add_memory and
+/// start_acpi; interrupts stay off until the caller switches them on. `x2apic` false keeps to the APIC's page of
+/// registers: QEMU's own emulation stops with "Bad icount read" when an x2APIC register is accessed while it counts
+/// instructions.
 void start_interrupts(const acpi::Tables* tables, bool x2apic = true);
-/// Lines and vectors may be attached before interrupts are on. Lines go to the processor that attaches them; vectors are valid everywhere.
-/// Detaching waits until no processor runs the handler any more, so it is not for handlers.
+/// Lines and vectors may be attached before interrupts are on. Lines go to the processor that attaches them; vectors
+/// are valid everywhere. Detaching waits until no processor runs the handler any more, so it is not for handlers.
 InterruptController& interrupts();
 
-/// On a further processor, with interrupts off: its local APIC. Error{not_supported}: not of the kind that the first one has.
+/// On a further processor, with interrupts off: its local APIC. Error{not_supported}: not of the kind that the first
+/// one has.
 Result<void> join_interrupts();
 /// Once, on the boot processor, before the first further one is started: takes the vector that kick_processor() sends.
 Result<void> start_kicks();

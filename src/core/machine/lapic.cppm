@@ -1,4 +1,5 @@
-// The local APIC of the calling processor [SDM-3 11], by MSR (x2APIC) where it is offered, else by its page of registers.
+// The local APIC of the calling processor [SDM-3 11], by MSR (x2APIC) where it is offered, else by its page of
+// registers.
 export module core.machine.lapic;
 import core.std;
 import core.result;
@@ -34,8 +35,9 @@ enum class Reg : u32 {
     timer_divide = 0x3e0,
 };
 
-/// Switches it on with this spurious vector; everything masked but NMI. `external`: the 8259's interrupts come in through it (LINT0). `x2apic`:
-/// may be used where it is offered. Mode none: the processor has no APIC, or it cannot be reached.
+/// Switches it on with this spurious vector; everything masked but NMI. `external`: the 8259's interrupts come in
+/// through it (LINT0). `x2apic`: may be used where it is offered. Mode none: the processor has no APIC, or it cannot be
+/// reached.
 Mode start(u8 spurious_vector, bool external, bool x2apic);
 /// On a further processor: the same mode as start() found for the first one. False: this processor has no such APIC.
 bool join(u8 spurious_vector);
@@ -48,8 +50,8 @@ bool in_service(u8 vector);
 
 /// What an inter-processor interrupt does [SDM-3 11.6.1].
 enum class Delivery : u32 { fixed = 0, nmi = 4, init = 5, startup = 6 };
-/// To one processor; what was stored before is seen by it. From anywhere, handlers included. False: the mode cannot address this id, or the APIC
-/// did not send it within a bounded time.
+/// To one processor; what was stored before is seen by it. From anywhere, handlers included. False: the mode cannot
+/// address this id, or the APIC did not send it within a bounded time.
 bool send(u32 apic_id, Delivery delivery, u8 vector);
 /// LVT timer in TSC-deadline mode is offered.
 bool has_deadline();

@@ -17,8 +17,8 @@ struct [[gnu::packed]] TaskState { // [SDM-3 8.7]
 };
 static_assert(sizeof(TaskState) == 104);
 
-/// Zero until its processor starts; then written by that processor alone, but for `kicked` and `parked`, which others read. A cache line is
-/// never shared by two processors.
+/// Zero until its processor starts; then written by that processor alone, but for `kicked` and `parked`, which others
+/// read. A cache line is never shared by two processors.
 struct alignas(128) Local {
     u32 number; // at GS:0
     u32 apic_id;

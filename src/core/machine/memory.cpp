@@ -22,8 +22,8 @@ extern const std::byte image_data_end[];
 extern const std::byte image_symbols_begin[];
 extern const std::byte image_end[];
 
-// The tables that are needed before there are frames: root, the image's (up to 8 MiB of it), the first window of the direct map, and a page of
-// the hypervisor's (a console).
+// The tables that are needed before there are frames: root, the image's (up to 8 MiB of it), the first window of the
+// direct map, and a page of the hypervisor's (a console).
 constexpr fl::usize early_table_count = 16;
 alignas(4096) [[gnu::section(".bss.pages")]] std::byte early_tables[early_table_count * 4096];
 }
@@ -51,7 +51,9 @@ constinit u64 reachable_end = 0;
 u64 address_of(const void* p) { return reinterpret_cast<u64>(p); }
 u64 image_begin() { return address_of(image_text_begin); }
 u64 image_size() { return address_of(image_end) - image_begin(); }
-bool in_image(u64 physical) { return physical >= layout.image_physical && physical - layout.image_physical < image_size(); }
+bool in_image(u64 physical) {
+    return physical >= layout.image_physical && physical - layout.image_physical < image_size();
+}
 
 class KernelTables final : public TableMemory {
   public:
@@ -67,7 +69,8 @@ class KernelTables final : public TableMemory {
     }
     u64* view(u64 physical) override {
         // The image's own memory is not in the direct map: no second, writable way to it.
-        return reinterpret_cast<u64*>(in_image(physical) ? physical - layout.image_physical + image_begin() : layout.direct_map + physical);
+        return reinterpret_cast<u64*>(in_image(physical) ? physical - layout.image_physical + image_begin()
+                                                         : layout.direct_map + physical);
     }
     void invalidate(u64 address) override { cpu::invalidate_page(address); }
 
@@ -77,7 +80,8 @@ class KernelTables final : public TableMemory {
 
 constinit KernelTables tables;
 constinit AddressSpace space{tables};
-// Of the frames and the page tables. Mappings are only added while several processors run, so nobody has to forget anything.
+// Of the frames and the page tables. Mappings are only added while several processors run, so nobody has to forget
+// anything.
 constinit SpinLock lock;
 constinit u64 next_stack = stack_map;
 
@@ -124,7 +128,8 @@ void map_image(const std::byte* begin, const std::byte* end, Protection protecti
     if (size == 0) {
         return;
     }
-    const auto done = space.map(address_of(begin), address_of(begin) - image_begin() + layout.image_physical, size, protection);
+    const auto done =
+        space.map(address_of(begin), address_of(begin) - image_begin() + layout.image_physical, size, protection);
     if (!done) {
         panic("mapping the image: {}", done.error());
     }
@@ -237,7 +242,8 @@ Result<void> add_memory(std::span<const MemoryArea> areas) {
             }
         }
         if (best_size == 0) {
-            return Error(Code::exhausted, "no usable range of memory holds 2 MiB below 4 GiB: give the machine more memory");
+            return Error(Code::exhausted,
+                         "no usable range of memory holds 2 MiB below 4 GiB: give the machine more memory");
         }
         if (auto mapped = space.map(layout.direct_map + best, best, best_size, {.write = true}); !mapped) {
             return mapped;
@@ -249,7 +255,8 @@ Result<void> add_memory(std::span<const MemoryArea> areas) {
     for (const MemoryArea& area : areas) {
         // Whole pages inside usable memory, every page that firmware's memory touches.
         const u64 begin = area.usable ? align_up(area.base, frame_size) : align_down(area.base, frame_size);
-        const u64 end = area.usable ? align_down(area.base + area.size, frame_size) : align_up(area.base + area.size, frame_size);
+        const u64 end =
+            area.usable ? align_down(area.base + area.size, frame_size) : align_up(area.base + area.size, frame_size);
         if (begin >= end) {
             continue;
         }
@@ -260,7 +267,8 @@ Result<void> add_memory(std::span<const MemoryArea> areas) {
         struct Piece {
             u64 from, to;
         };
-        const std::array<Piece, 2> pieces{Piece{begin, apart ? end : middle_begin}, Piece{apart ? end : middle_end, end}};
+        const std::array<Piece, 2> pieces{Piece{begin, apart ? end : middle_begin},
+                                          Piece{apart ? end : middle_end, end}};
         for (const auto& [from, to] : pieces) {
             if (from >= to) {
                 continue;

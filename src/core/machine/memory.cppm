@@ -1,4 +1,5 @@
-// The kernel's own page tables, its frames, and what both offer to drivers. Order: start_memory, then add_memory once the memory map is known.
+// The kernel's own page tables, its frames, and what both offer to drivers. Order: start_memory, then add_memory once
+// the memory map is known.
 export module core.machine.memory;
 import core.std;
 import core.result;
@@ -22,16 +23,17 @@ struct MemoryArea {
     bool usable;
 };
 
-/// Leaves the loader's page tables for the kernel's own: the image alone, W^X, NX where the processor has it. Sets CR0.WP, EFER.NXE and, where
-/// offered, SMEP, SMAP, UMIP. Uses only memory of the image. Once, with the exceptions' table installed. Panics when the image does not fit its
-/// tables.
+/// Leaves the loader's page tables for the kernel's own: the image alone, W^X, NX where the processor has it. Sets
+/// CR0.WP, EFER.NXE and, where offered, SMEP, SMAP, UMIP. Uses only memory of the image. Once, with the exceptions'
+/// table installed. Panics when the image does not fit its tables.
 void start_memory(const MemoryLayout& layout);
-/// Maps the areas at direct_map (not executable) and gives the usable ones to frames() and to the heap. The image must not be among the
-/// areas, nor anything at or above physical_end(). May be called again with further areas. Error{exhausted}: no usable range is large enough to
-/// begin with.
+/// Maps the areas at direct_map (not executable) and gives the usable ones to frames() and to the heap. The image must
+/// not be among the areas, nor anything at or above physical_end(). May be called again with further areas.
+/// Error{exhausted}: no usable range is large enough to begin with.
 Result<void> add_memory(std::span<const MemoryArea> areas);
 
-/// No physical address at or above it on this processor (CPUID 0x80000008, or what the direct map has room for). After start_memory.
+/// No physical address at or above it on this processor (CPUID 0x80000008, or what the direct map has room for). After
+/// start_memory.
 u64 physical_end();
 
 FrameAllocator& frames();
@@ -44,19 +46,21 @@ PhysicalReader& physical_memory();
 Result<std::byte*> map_mmio(u64 physical, u64 size);
 /// Memory (RAM, firmware's, or a page that a hypervisor puts somewhere), cached, writable, not executable, for good.
 Result<std::byte*> map_physical(u64 physical, u64 size);
-/// `size` bytes of memory, multiple of 4 KiB, above a page that stays unmapped: a stack. Gives the address of that page. For good.
+/// `size` bytes of memory, multiple of 4 KiB, above a page that stays unmapped: a stack. Gives the address of that
+/// page. For good.
 Result<u64> map_stack(u64 size);
-/// Where processors start: a page below 1 MiB that fill(page, its physical address) fills; then it is executable at its physical address and
-/// writable nowhere. Gives that address. One at a time.
+/// Where processors start: a page below 1 MiB that fill(page, its physical address) fills; then it is executable at its
+/// physical address and writable nowhere. Gives that address. One at a time.
 Result<u64> open_start_page(void (*fill)(std::byte* page, u64 physical));
-/// Takes the page out of the page tables again; the calling processor forgets it, others must with forget_start_page(). `give_back` false:
-/// nobody else gets the frame, because a processor may still be on its way through it.
+/// Takes the page out of the page tables again; the calling processor forgets it, others must with forget_start_page().
+/// `give_back` false: nobody else gets the frame, because a processor may still be on its way through it.
 void close_start_page(u64 page, bool give_back);
 void forget_start_page(u64 page);
 /// Where the kernel's page tables begin; below 4 GiB wherever the image is.
 u64 page_table_root();
 
-/// The physical address behind something in the image, the direct map (so: the heap and DMA memory too) or map_mmio's area.
+/// The physical address behind something in the image, the direct map (so: the heap and DMA memory too) or map_mmio's
+/// area.
 u64 physical_of(const void* address);
 /// Bits of the kernel's page tables, for the log: "NX SMEP SMAP 1G".
 std::string_view memory_features();

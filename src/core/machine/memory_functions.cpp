@@ -1,6 +1,6 @@
-// The memory functions that the compiler calls. A repeated string instruction counts one instruction per round in the deterministic mode, so
-// whole words go first and only the rest byte by byte. Compiled code must not be turned into calls of themselves: no loops over bytes that
-// the compiler knows.
+// The memory functions that the compiler calls. A repeated string instruction counts one instruction per round in the
+// deterministic mode, so whole words go first and only the rest byte by byte. Compiled code must not be turned into
+// calls of themselves: no loops over bytes that the compiler knows.
 #include <stddef.h>
 #include <stdint.h>
 
@@ -27,7 +27,10 @@ void* memmove(void* to, const void* from, size_t size) {
     const char* s = static_cast<const char*>(from) + size - 1;
     size_t rest = size % 8;
     size_t words = size / 8;
-    asm volatile("std; rep movsb; sub $7, %0; sub $7, %1; mov %3, %2; rep movsq; cld" : "+D"(d), "+S"(s), "+c"(rest) : "r"(words) : "memory");
+    asm volatile("std; rep movsb; sub $7, %0; sub $7, %1; mov %3, %2; rep movsq; cld"
+                 : "+D"(d), "+S"(s), "+c"(rest)
+                 : "r"(words)
+                 : "memory");
     return to;
 }
 

@@ -1,4 +1,5 @@
-// What compiled C++ expects of its surroundings: memory functions, operator new and delete, initialisers, the ways to give up.
+// What compiled C++ expects of its surroundings: memory functions, operator new and delete, initialisers, the ways to
+// give up.
 export module core.machine.runtime;
 import core.std;
 

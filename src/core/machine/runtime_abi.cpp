@@ -26,8 +26,12 @@ const std::nothrow_t std::nothrow{};
 // operator new and delete belong to the global module: a plain file that imports.
 void* operator new(size_t size) { return must_allocate(size, Heap::granule); }
 void* operator new[](size_t size) { return must_allocate(size, Heap::granule); }
-void* operator new(size_t size, std::align_val_t alignment) { return must_allocate(size, static_cast<usize>(alignment)); }
-void* operator new[](size_t size, std::align_val_t alignment) { return must_allocate(size, static_cast<usize>(alignment)); }
+void* operator new(size_t size, std::align_val_t alignment) {
+    return must_allocate(size, static_cast<usize>(alignment));
+}
+void* operator new[](size_t size, std::align_val_t alignment) {
+    return must_allocate(size, static_cast<usize>(alignment));
+}
 void* operator new(size_t size, const std::nothrow_t&) noexcept { return heap_allocate(size, Heap::granule); }
 void* operator new[](size_t size, const std::nothrow_t&) noexcept { return heap_allocate(size, Heap::granule); }
 void* operator new(size_t size, std::align_val_t alignment, const std::nothrow_t&) noexcept {

@@ -8,10 +8,19 @@ namespace fl {
 namespace {
 
 // Registers of a 16550, as offsets from its base [16550].
-enum : u16 { data = 0, interrupt_enable = 1, fifo_control = 2, line_control = 3, modem_control = 4, line_status = 5, scratch = 7 };
+enum : u16 {
+    data = 0,
+    interrupt_enable = 1,
+    fifo_control = 2,
+    line_control = 3,
+    modem_control = 4,
+    line_status = 5,
+    scratch = 7
+};
 constexpr u8 line_status_empty = 0x20; // transmitter holding register (the whole FIFO) is empty
 constexpr u16 fifo_size = 16;
-// A byte at 115200 baud takes 87 us; 200 ms are far more than a FIFO ever needs, and a status read is never faster than about 10 ns.
+// A byte at 115200 baud takes 87 us; 200 ms are far more than a FIFO ever needs, and a status read is never faster than
+// about 10 ns.
 constexpr u32 most_polls = 20'000;
 
 constinit SerialPort port{0x3f8};
@@ -65,7 +74,8 @@ void DebugConsole::open(usize longest) {
 
 void DebugConsole::write(std::string_view text) {
     if (present_) {
-        log::folded(text, column_, longest_, [](std::string_view part) { cpu::out8_string(0xe9, part.data(), part.size()); });
+        log::folded(text, column_, longest_,
+                    [](std::string_view part) { cpu::out8_string(0xe9, part.data(), part.size()); });
     }
 }
 

@@ -5,8 +5,8 @@ import core.log;
 
 export namespace fl {
 
-/// A 16550 at 115200 8N1 [16550]. Text leaves in bursts of the FIFO's size, one status read each. A transmitter that stays full for too long
-/// loses the text rather than stop the kernel.
+/// A 16550 at 115200 8N1 [16550]. Text leaves in bursts of the FIFO's size, one status read each. A transmitter that
+/// stays full for too long loses the text rather than stop the kernel.
 class SerialPort final : public log::Sink {
   public:
     constexpr explicit SerialPort(u16 base) : base_(base) {}
@@ -25,7 +25,8 @@ class DebugConsole final : public log::Sink {
   public:
     /// Present only where the port reads back its own number.
     bool open();
-    /// It is there, whatever it reads back. Lines longer than `longest` are continued (log::folded); 0: they may be of any length.
+    /// It is there, whatever it reads back. Lines longer than `longest` are continued (log::folded); 0: they may be of
+    /// any length.
     void open(usize longest);
     void write(std::string_view text) override;
 

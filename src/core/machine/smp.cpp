@@ -24,8 +24,8 @@ extern const std::byte start_protected[];
 extern const std::byte start_long[];
 extern const std::byte processor_entry[];
 
-// What the next processor takes, or leaves when it is not the one meant: read by smp.S. `state` decides: offered becomes taken (by the
-// processor) or withdrawn (by the boot processor), never both.
+// What the next processor takes, or leaves when it is not the one meant: read by smp.S. `state` decides: offered
+// becomes taken (by the processor) or withdrawn (by the boot processor), never both.
 struct StartOffer {
     fl::u32 state; // Offer
     fl::u32 apic_id;
@@ -61,7 +61,8 @@ static_assert(sizeof(Parameters) == 42);
 constexpr u64 stack_size = 64 * 1024;
 constexpr Nanoseconds come_up_bound = 1'000'000'000;
 
-// The way of one processor. Written by it (release) up to serving, failed and stopped; by the boot processor (exchange) to given_up.
+// The way of one processor. Written by it (release) up to serving, failed and stopped; by the boot processor (exchange)
+// to given_up.
 enum class Stage : u32 { none, up, joining, serving, failed, given_up, stopped };
 
 struct State {
@@ -112,7 +113,8 @@ void answer_comparison() {
     }
 }
 
-// How far the other counter lies outside of the moments between question and answer: the least of all rounds, in cycles. Nothing: no answer.
+// How far the other counter lies outside of the moments between question and answer: the least of all rounds, in
+// cycles. Nothing: no answer.
 std::optional<i64> compare_counters() {
     std::optional<i64> least;
     for (u32 round = 1; round <= rounds; ++round) {
@@ -158,10 +160,13 @@ void send_nmi_to_others() {
 Result<u64> prepare_start_page() {
     const u64 root = page_table_root();
     if (root >= u64{1} << 32) {
-        return Error(Code::not_supported, "the page tables lie above 4 GiB, where a starting processor cannot reach them");
+        return Error(Code::not_supported,
+                     "the page tables lie above 4 GiB, where a starting processor cannot reach them");
     }
     return open_start_page([](std::byte* page, u64 at) {
-        const auto in_page = [&](const std::byte* symbol) { return static_cast<u32>(at + static_cast<u64>(symbol - start_code_begin)); };
+        const auto in_page = [&](const std::byte* symbol) {
+            return static_cast<u32>(at + static_cast<u64>(symbol - start_code_begin));
+        };
         std::memcpy(page, start_code_begin, static_cast<usize>(start_code_end - start_code_begin));
         constexpr u32 efer = 0xc0000080;
         constexpr u64 long_mode_active = 1 << 10; // set by the processor itself
@@ -213,8 +218,10 @@ bool start_one(u32 number, u32 apic_id, Nanoseconds join_bound, Processors& proc
     }
     u32 offered = to_underlying(Offer::offered);
     if (offer_state().compare_exchange_strong(offered, to_underlying(Offer::withdrawn), std::memory_order_acq_rel)) {
-        static_cast<void>(lapic::send(apic_id, lapic::Delivery::init, 0)); // back to where it waits for a startup IPI, wherever it is
-        log::warning("processor with APIC id {} did not come up within {} ms: left out", apic_id, come_up_bound / 1'000'000);
+        // back to where it waits for a startup IPI, wherever it is
+        static_cast<void>(lapic::send(apic_id, lapic::Delivery::init, 0));
+        log::warning("processor with APIC id {} did not come up within {} ms: left out", apic_id,
+                     come_up_bound / 1'000'000);
         ++processors.left_out;
         return true;
     }
@@ -223,9 +230,11 @@ bool start_one(u32 number, u32 apic_id, Nanoseconds join_bound, Processors& proc
         const Stage stage = state.stage.load(std::memory_order_acquire); // partner: the release of the processor itself
         return stage == Stage::serving || stage == Stage::failed;
     };
-    if (!wait(join_bound, settled) && state.stage.exchange(Stage::given_up, std::memory_order_acq_rel) != Stage::serving) {
-        log::warning("processor {} (APIC id {}) did not get ready within {} ms: left out, and no further one is started", number, apic_id,
-                     join_bound / 1'000'000);
+    if (!wait(join_bound, settled) &&
+        state.stage.exchange(Stage::given_up, std::memory_order_acq_rel) != Stage::serving) {
+        log::warning(
+            "processor {} (APIC id {}) did not get ready within {} ms: left out, and no further one is started", number,
+            apic_id, join_bound / 1'000'000);
         ++processors.left_out;
         return false;
     }
@@ -239,7 +248,8 @@ bool start_one(u32 number, u32 apic_id, Nanoseconds join_bound, Processors& proc
     if (!off) {
         log::warning("processor {} gave no answer when the time stamp counters were compared", number);
     } else if (*off > worst || *off < -worst) {
-        log::warning("processor {}: its time stamp counter is {} cycles {} the first one's: times of different processors do not compare",
+        log::warning("processor {}: its time stamp counter is {} cycles {} the first one's: times of different "
+                     "processors do not compare",
                      number, static_cast<u64>(*off < 0 ? -*off : *off), *off < 0 ? "behind" : "ahead of");
     }
     processors.running = number + 1;
@@ -270,7 +280,8 @@ extern "C" [[noreturn]] void processor_main(u64 number) {
     }
     Stage before = Stage::none;
     // Fails when the boot processor has given up.
-    const bool wanted = state.stage.compare_exchange_strong(before, done ? Stage::serving : Stage::failed, std::memory_order_acq_rel);
+    const bool wanted =
+        state.stage.compare_exchange_strong(before, done ? Stage::serving : Stage::failed, std::memory_order_acq_rel);
     if (wanted && done) {
         work.serve(work.context, n);
         state.stage.store(Stage::stopped, std::memory_order_release);
@@ -291,7 +302,8 @@ Processors start_processors(const acpi::Tables* tables, u32 most, const Processo
         return processors;
     }
     if (lapic::mode() == lapic::Mode::none) {
-        log::warning("{} processors are listed, and the first one has no local APIC to start the others with", processors.listed);
+        log::warning("{} processors are listed, and the first one has no local APIC to start the others with",
+                     processors.listed);
         return processors;
     }
     auto page = prepare_start_page();

@@ -19,7 +19,8 @@ extern const std::byte image_symbols_begin[];
 extern const std::byte image_symbols_end[];
 extern const std::byte trap_stubs[];
 
-// Stacks for double faults; for NMI and machine checks; for faults that an overflowing stack may raise. The boot processor's.
+// Stacks for double faults; for NMI and machine checks; for faults that an overflowing stack may raise. The boot
+// processor's.
 constexpr fl::usize emergency_stack_size = fl::emergency_stacks_size / 3;
 alignas(16) [[gnu::section(".bss.pages")]] std::byte emergency_stacks[3][emergency_stack_size];
 }
@@ -94,7 +95,8 @@ constexpr u8 interrupt_gate = 0x8e;
 alignas(16) constinit std::array<Gate, 256> gates{};
 constinit InterruptEntry interrupt_entry = nullptr;
 constinit StopOthers stop_others = nullptr;
-// The processor that reports, and one; 0: none. The first one wins, and every other that comes here, of itself or by NMI, parks.
+// The processor that reports, and one; 0: none. The first one wins, and every other that comes here, of itself or by
+// NMI, parks.
 constinit std::atomic<u32> reporter{0};
 
 u64 address_of(const void* p) { return reinterpret_cast<u64>(p); }
@@ -136,8 +138,8 @@ void print_caller(log::Line& out, u32 number, u64 address) {
     print(out, "\n");
 }
 
-// By frame pointers: each pair (caller's rbp, return address) must lie in a stack, above the one before, and return into the image's code. A
-// function that calls itself is printed once, with a count.
+// By frame pointers: each pair (caller's rbp, return address) must lie in a stack, above the one before, and return
+// into the image's code. A function that calls itself is printed once, with a count.
 void print_backtrace(log::Line& out, u64 rip, u64 rbp) {
     constexpr u32 most_lines = 24;
     print(out, "backtrace:\n");
@@ -178,7 +180,9 @@ void print_backtrace(log::Line& out, u64 rip, u64 rbp) {
 
 void print_page_fault(log::Line& out, u64 error, u64 address) {
     const std::string_view access = (error & 16) != 0 ? "execute" : (error & 2) != 0 ? "write" : "read";
-    const std::string_view why = (error & 8) != 0 ? "reserved bit set in a page table" : (error & 1) != 0 ? "not allowed there" : "not mapped";
+    const std::string_view why = (error & 8) != 0   ? "reserved bit set in a page table"
+                                 : (error & 1) != 0 ? "not allowed there"
+                                                    : "not mapped";
     print(out, "  {} at {:016x}: {}", access, address, why);
     if (const u64 guard = local().stack_guard; address >= guard && address < guard + 4096) {
         print(out, ": the guard page, the kernel's stack has overflowed");
@@ -255,8 +259,13 @@ void print_processor(log::Line& out) {
 
 void set_gate(u32 vector, u8 stack) {
     const u64 stub = address_of(trap_stubs) + vector * 16;
-    gates[vector] = {
-        static_cast<u16>(stub), code_selector, stack, interrupt_gate, static_cast<u16>(stub >> 16), static_cast<u32>(stub >> 32), 0};
+    gates[vector] = {static_cast<u16>(stub),
+                     code_selector,
+                     stack,
+                     interrupt_gate,
+                     static_cast<u16>(stub >> 16),
+                     static_cast<u32>(stub >> 32),
+                     0};
 }
 
 } // namespace
@@ -289,7 +298,8 @@ void load_tables(Local& own) {
     own.task.io_map = sizeof(TaskState);
     const u64 base = address_of(&own.task);
     own.descriptors = {0, 0x00af9b000000ffff, 0x00cf93000000ffff,
-                       (sizeof(TaskState) - 1) | (base & 0xffffff) << 16 | u64{0x89} << 40 | (base >> 24 & 0xff) << 56, base >> 32};
+                       (sizeof(TaskState) - 1) | (base & 0xffffff) << 16 | u64{0x89} << 40 | (base >> 24 & 0xff) << 56,
+                       base >> 32};
 
     const TablePointer gdt{sizeof(own.descriptors) - 1, address_of(own.descriptors.data())};
     asm volatile("lgdt %0\n"
@@ -375,7 +385,8 @@ bool provoke(std::string_view fault) {
     } else if (fault == "pf") {
         asm volatile("movb $1, (%0)" ::"r"(u64{0x10}) : "memory"); // nothing is mapped low
     } else if (fault == "text") {
-        asm volatile("orb $0, (%0)" ::"r"(image_text_begin) : "memory", "cc"); // a write that changes nothing, should it be possible
+        // a write that changes nothing, should it be possible
+        asm volatile("orb $0, (%0)" ::"r"(image_text_begin) : "memory", "cc");
     } else if (fault == "nx") {
         asm volatile("call *%0" ::"r"(&return_instruction) : "memory", "cc"); // comes back, should it be possible
     } else if (fault == "stack") {

@@ -1,29 +1,30 @@
-// One IDE channel at the level of registers: issue a command, see whether it has ended, stop, reset. No queue and no policy here. Every device
-// access of the driver is made, and counted, in Registers.
+// One IDE channel at the level of registers: issue a command, see whether it has ended, stop, reset. No queue and no
+// policy here. Every device access of the driver is made, and counted, in Registers.
 //
-// An access costs thousands of instructions where the controller is a program's, and a microsecond where it is not: each must have a reason. One
-// DMA command with 28-bit addresses:
+// An access costs thousands of instructions where the controller is a program's, and a microsecond where it is not:
+// each must have a reason. One DMA command with 28-bit addresses:
 //
-//   #  access                                     why
-//   1  out16 sector count, LBA low                the two registers are neighbours: one access when attach() saw that words work, else two
-//   2  out16 LBA mid, LBA high                    likewise
-//   3  out16 device, command                      likewise; device holds LBA 27:24, and the command register starts the command [ATA-7 §9]
-//   4  out8  bus-master command: start            the engine begins on the change from 0 to 1 [BMIDE §2.1]
+//   #  access                             why
+//   1  out16 sector count, LBA low        neighbouring registers: one access where attach() saw that words work
+//   2  out16 LBA mid, LBA high            likewise, else two accesses each
+//   3  out16 device, command              likewise; device holds LBA 27:24; writing the command starts it [ATA-7 §9]
+//   4  out8  bus-master command: start    the engine begins on the change from 0 to 1 [BMIDE §2.1]
 //   -  interrupt
-//   5  in8   status                               BSY = DRQ = 0: ended; ERR, DF: how; reading takes the interrupt back [ATA-7 §6.14]
-//   6  in8   bus-master status                    Error, and Active = 0: all data has arrived in memory [BMIDE §2.2]
-//   7  out8  bus-master command: stop             needed for the next change from 0 to 1
+//   5  in8   status                       BSY = DRQ = 0: ended; ERR, DF: how; clears the interrupt [ATA-7 §6.14]
+//   6  in8   bus-master status            Error, and Active = 0: all data has arrived in memory [BMIDE §2.2]
+//   7  out8  bus-master command: stop     needed for the next change from 0 to 1
 //
-// What is not there, and why that is right:
-//   - The table's address is written when it changes, and it never does: a channel has one table [BMIDE §2.3 keeps no state in that register].
-//   - No polling before a command: the status that ended the last one said BSY = DRQ = 0, and nobody else gives commands. The other device of
-//     the channel is selected, and waited for, when the device bit changes [ATA-7 §9.4].
-//   - The direction is written only when it changes [BMIDE §2.1], at no cost when commands follow one another: then the stop of the one (its
-//     engine is no longer active) sets the direction of the next.
-//   - Clearing the bus-master interrupt bit: the bit tells whose interrupt it was on a line that is shared, and such a line does clear it, each
-//     time. An ISA line (IRQ 14, 15) belongs to its channel alone, status says whether the command has ended, and the bit is left standing.
-//     Should an interrupt ever be lost, set_clear_always() goes back to clearing.
-// With 48 bits there are five pairs in place of three (two values for each register but device); without words each pair is two accesses.
+// Accesses that are left out, and why that is correct:
+//   - The table's address: a channel has one table, so it is written once [BMIDE §2.3 keeps no state in that register].
+//   - Polling before a command: the status that ended the last command had BSY = DRQ = 0, and nothing else gives
+//     commands. The other device of the channel is selected, and waited for, when the device bit changes [ATA-7 §9.4].
+//   - The direction is written only when it changes [BMIDE §2.1]. That costs nothing when commands follow one another:
+//     the write that stops one command (its engine is no longer active) sets the direction of the next.
+//   - Clearing the bus-master interrupt bit: the bit identifies the source on a shared line, and there it is cleared
+//     each time. An ISA line (IRQ 14, 15) belongs to its channel alone, status says whether the command has ended, and
+//     the bit stays set. If an interrupt is ever lost, set_clear_always() restores the clearing.
+// With 48 bits there are five pairs in place of three (two values for each register but device); without words each
+// pair is two accesses.
 export module drivers.ata.channel;
 import core.std;
 import core.dma;
@@ -31,16 +32,18 @@ import drivers.ata.protocol;
 
 export namespace fl::drivers::ata {
 
-/// The I/O ports, by width. out16 to an even port is two byte accesses in order of address for an 8-bit register pair, where the bus does that
-/// (attach() finds out). Accesses are ordered with memory: what was stored before out8() is in memory when the device sees it.
+/// The I/O ports, by width. out16 to an even port is two byte accesses in order of address for an 8-bit register pair,
+/// where the bus does that (attach() finds out). Accesses are ordered with memory: what was stored before out8() is in
+/// memory when the device sees it.
 template <class P>
-concept PortAccess = std::movable<P> && requires(P& ports, u16 port, u8 value8, u16 value16, u32 value32, u16* words, u64 count) {
-    { ports.in8(port) } -> std::same_as<u8>;
-    ports.out8(port, value8);
-    ports.out16(port, value16);
-    ports.out32(port, value32);
-    ports.in16_string(port, words, count);
-};
+concept PortAccess =
+    std::movable<P> && requires(P& ports, u16 port, u8 value8, u16 value16, u32 value32, u16* words, u64 count) {
+        { ports.in8(port) } -> std::same_as<u8>;
+        ports.out8(port, value8);
+        ports.out16(port, value16);
+        ports.out32(port, value32);
+        ports.in16_string(port, words, count);
+    };
 
 /// Where a channel's registers are.
 struct ChannelPorts {
@@ -129,7 +132,7 @@ class Channel {
     Registers<P>& registers() { return registers_; }
     const Registers<P>& registers() const { return registers_; }
 
-    // --- the table of physical regions -------------------------------------------------------------------------------------------------
+    // ---- the table of physical regions ----
     void begin_table() { prds_ = 0; }
     /// Appends memory below 4 GiB, split where 64 KiB boundaries are. False: it does not fit, and nothing was added.
     bool add_region(u64 bus, u32 bytes) {
@@ -150,8 +153,9 @@ class Channel {
     }
     usize regions() const { return prds_; }
 
-    // --- commands ---------------------------------------------------------------------------------------------------------------------------
-    /// Starts the transfer described by the table (at least one region). The last command has ended; its stop may be left to this one.
+    // ---- commands ----
+    /// Starts the transfer described by the table (at least one region). The last command has ended; its stop may be
+    /// left to this one.
     void issue(const TransferCommand& c) {
         const u16 flags = Prd::last;
         std::memcpy(table_.data + (prds_ - 1) * sizeof(Prd) + __builtin_offsetof(Prd, flags), &flags, sizeof(flags));
@@ -167,7 +171,8 @@ class Channel {
         const auto byte = [&](unsigned n) { return static_cast<u8>(c.lba >> (8 * n)); };
         if (c.wide) {
             select(device_register(c.unit));
-            pair(Register::sector_count, static_cast<u8>(c.count >> 8), byte(3)); // first what ends up in "previous" [ACS §4.1.2]
+            // first what ends up in "previous" [ACS §4.1.2]
+            pair(Register::sector_count, static_cast<u8>(c.count >> 8), byte(3));
             pair(Register::lba_mid, byte(4), byte(5));
             pair(Register::sector_count, static_cast<u8>(c.count), byte(0));
             pair(Register::lba_mid, byte(1), byte(2));
@@ -202,7 +207,8 @@ class Channel {
         device_ = device;
     }
 
-    /// Whether the command has ended: on a line of the channel's own. One access when it has not, two when it has, three when it must clear.
+    /// Whether the command has ended: on a line of the channel's own. One access when it has not, two when it has,
+    /// three when it must clear.
     Outcome look() {
         Outcome outcome{.status = registers_.status()};
         outcome.ended = !outcome.status.under_way();
@@ -217,8 +223,8 @@ class Channel {
         }
         return outcome;
     }
-    /// The same on a shared line, and with registers of the caller's own, since an interrupt handler calls it. An interrupt that is not this
-    /// channel's costs one access. The device has let go of the line when this returns.
+    /// The same on a shared line, and with registers of the caller's own, since an interrupt handler calls it. An
+    /// interrupt that is not this channel's costs one access. The device has let go of the line when this returns.
     static Outcome look_shared(Registers<P>& registers) {
         Outcome outcome{.bus = registers.bus_status()};
         if (outcome.bus.interrupt()) {
@@ -237,7 +243,7 @@ class Channel {
     }
     ErrorRegister error() { return {registers_.read(Register::error)}; }
 
-    // --- reset and setting up ----------------------------------------------------------------------------------------------------------------
+    // ---- reset and setting up ----
     /// Asserts the software reset of both devices, with interrupts off. Hold it for 5 us [ATA-7 §9.2].
     void assert_reset() {
         stop();
@@ -272,7 +278,8 @@ class Channel {
             registers_.write(static_cast<Register>(to_underlying(r) + 1), high);
         }
     }
-    /// Another unit than last time: select it and let it settle (400 ns, and BSY = DRQ = 0, which an idle device shows at once) [ATA-7 §9.4].
+    /// Another unit than last time: select it and let it settle (400 ns, and BSY = DRQ = 0, which an idle device shows
+    /// at once) [ATA-7 §9.4].
     void select(u8 device) {
         if (((device ^ device_) & 0x10) != 0) {
             registers_.write(Register::device, device);
@@ -282,8 +289,8 @@ class Channel {
         }
     }
     static void clear(Registers<P>& registers, u8 keep = 0) {
-        registers.bus_status(
-            static_cast<u8>((keep & BusMasterStatus::capable_bits) | BusMasterStatus::interrupt_bit | BusMasterStatus::error_bit));
+        registers.bus_status(static_cast<u8>((keep & BusMasterStatus::capable_bits) | BusMasterStatus::interrupt_bit |
+                                             BusMasterStatus::error_bit));
     }
 
     Registers<P> registers_;

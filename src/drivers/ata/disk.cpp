@@ -25,8 +25,10 @@ void Disk::configure(const DriveInfo& info, std::string_view name, bool flushes,
     features.write(info.lba48 ? " lba48" : "");
     features.write(can_flush ? " flush" : "");
     features.write(words ? " words" : "");
-    geometry_ = {
-        .sectors = info.sectors, .sector_size = info.sector_size, .physical_sector_size = info.physical_sector_size, .flush = can_flush};
+    geometry_ = {.sectors = info.sectors,
+                 .sector_size = info.sector_size,
+                 .physical_sector_size = info.physical_sector_size,
+                 .flush = can_flush};
 }
 
 void Disk::end_waiting(io::Status status) {

@@ -28,8 +28,8 @@ class Disk final : public io::BlockDevice {
   public:
     Disk(io::Executor& executor, Carrier& carrier, u8 unit) : BlockDevice(executor), carrier_(carrier), unit_(unit) {}
 
-    /// Takes over what IDENTIFY said; before the disk is announced. `name`: "hda". `flushes`: use FLUSH CACHE if there is a cache.
-    /// `words`: shown among the features.
+    /// Takes over what IDENTIFY said; before the disk is announced. `name`: "hda". `flushes`: use FLUSH CACHE if there
+    /// is a cache. `words`: shown among the features.
     void configure(const DriveInfo& info, std::string_view name, bool flushes, bool words);
     u8 unit() const { return unit_; }
     const DriveInfo& info() const { return info_; }

@@ -26,14 +26,16 @@ Result<DriveInfo> decode(const IdentifyData& data) {
             sum += (word & 0xffu) + (word >> 8);
         }
         if ((sum & 0xff) != 0) {
-            return Error{Code::corrupt, "the checksum of the IDENTIFY DEVICE data is wrong; the disk is left alone", 0, sum & 0xff};
+            return Error{Code::corrupt, "the checksum of the IDENTIFY DEVICE data is wrong; the disk is left alone", 0,
+                         sum & 0xff};
         }
     }
     if (bit(w[0], 15)) {
         return Error{Code::not_supported, "IDENTIFY DEVICE data of something that is no ATA disk (word 0)", 0, w[0]};
     }
     if (!bit(w[49], 9) || !bit(w[49], 8)) {
-        return Error{Code::not_supported, "the disk offers no LBA or no DMA (IDENTIFY word 49 bits 9 and 8)", 0x300, w[49]};
+        return Error{Code::not_supported, "the disk offers no LBA or no DMA (IDENTIFY word 49 bits 9 and 8)", 0x300,
+                     w[49]};
     }
 
     DriveInfo info;
@@ -59,8 +61,9 @@ Result<DriveInfo> decode(const IdentifyData& data) {
     if (info.lba48) {
         const u64 sectors48 = u64{w[103]} << 48 | u64{w[102]} << 32 | u64{w[101]} << 16 | w[100];
         if (sectors48 >> 48 != 0) {
-            return Error{Code::protocol, "the disk claims more sectors than 48 bits can count (IDENTIFY words 100 to 103)", u64{1} << 48,
-                         sectors48};
+            return Error{Code::protocol,
+                         "the disk claims more sectors than 48 bits can count (IDENTIFY words 100 to 103)",
+                         u64{1} << 48, sectors48};
         }
         info.sectors = std::max(info.sectors, sectors48);
     }
@@ -72,12 +75,14 @@ Result<DriveInfo> decode(const IdentifyData& data) {
         if (bit(w[106], 12)) {
             const u64 bytes = (u64{w[118]} << 16 | w[117]) * 2;
             if (bytes != 512 && bytes != 4096) {
-                return Error{Code::not_supported, "sectors of neither 512 nor 4096 bytes (IDENTIFY words 117, 118)", 512, bytes};
+                return Error{Code::not_supported, "sectors of neither 512 nor 4096 bytes (IDENTIFY words 117, 118)",
+                             512, bytes};
             }
             info.sector_size = static_cast<u32>(bytes);
         }
         // Bits 3:0: the logarithm of logical sectors in a physical one. A hint, so an absurd one is cut, not refused.
-        info.physical_sector_size = bit(w[106], 13) ? info.sector_size << std::min<unsigned>(w[106] & 0xf, 8) : info.sector_size;
+        info.physical_sector_size =
+            bit(w[106], 13) ? info.sector_size << std::min<unsigned>(w[106] & 0xf, 8) : info.sector_size;
     } else {
         info.physical_sector_size = info.sector_size;
     }
@@ -88,12 +93,14 @@ Result<DriveInfo> decode(const IdentifyData& data) {
     const bool has_cache = command_sets && bit(w[82], 5);
     info.write_cache = has_cache && (!valid(w[87]) || bit(w[85], 5));
 
-    // Words 63 and 88: supported modes in the low byte, the selected one in the high byte. Word 53 says whether 88 counts.
+    // Words 63 and 88: supported modes in the low byte, the selected one in the high byte. Word 53 says whether 88
+    // counts.
     info.multiword_best = highest(w[63], 3);
     info.multiword_dma = highest(w[63] >> 8, 3);
     info.ultra_dma = bit(w[53], 2) ? highest(w[88] >> 8, 7) : i8{-1};
     if (info.multiword_best < 0 && info.ultra_dma < 0) {
-        return Error{Code::not_supported, "the disk offers neither multiword nor Ultra DMA modes (IDENTIFY words 63, 88)"};
+        return Error{Code::not_supported,
+                     "the disk offers neither multiword nor Ultra DMA modes (IDENTIFY words 63, 88)"};
     }
     return info;
 }

@@ -1,5 +1,6 @@
-// ATA and bus-master IDE as they are on the wire: registers, commands, the physical region descriptor, the IDENTIFY data. No I/O here.
-// Specifications: [ACS] ATA/ATAPI Command Set, [ATA-7] the parallel interface (volume 2), [BMIDE] Programming Interface for Bus Master IDE, 1.0.
+// ATA and bus-master IDE as they are on the wire: registers, commands, the physical region descriptor, the IDENTIFY
+// data. No I/O here. Specifications: [ACS] ATA/ATAPI Command Set, [ATA-7] the parallel interface (volume 2), [BMIDE]
+// Programming Interface for Bus Master IDE, 1.0.
 export module drivers.ata.protocol;
 import core.std;
 import core.result;
@@ -47,7 +48,9 @@ struct ErrorRegister {
 };
 
 /// Device register [ATA-7 §6.7]: bits 7 and 5 are obsolete and set, as every driver before has set them.
-constexpr u8 device_register(u8 unit, u8 lba_27_24 = 0) { return static_cast<u8>(0xe0 | (unit & 1) << 4 | (lba_27_24 & 0x0f)); }
+constexpr u8 device_register(u8 unit, u8 lba_27_24 = 0) {
+    return static_cast<u8>(0xe0 | (unit & 1) << 4 | (lba_27_24 & 0x0f));
+}
 
 /// Device control register [ATA-7 §6.8].
 enum class Control : u8 { none = 0x00, interrupts_off = 0x02, software_reset = 0x04, high_order_byte = 0x80 };
@@ -68,32 +71,37 @@ enum class Command : u8 {
 };
 inline constexpr u8 set_features_transfer_mode = 0x03; // [ACS §7.45.7]
 inline constexpr u8 transfer_mode_multiword = 0x20;    // | mode
-inline constexpr u32 lba28_sectors = 0x0fff'ffff;      // sectors that 28 bits reach: the last LBA is one less [ACS §4.1.2]
-inline constexpr u32 lba28_max_count = 256;            // sector count 0
-inline constexpr u32 lba48_max_count = 65536;          // sector count 0
+// sectors that 28 bits reach: the last LBA is one less [ACS §4.1.2]
+inline constexpr u32 lba28_sectors = 0x0fff'ffff;
+inline constexpr u32 lba28_max_count = 256;   // sector count 0
+inline constexpr u32 lba48_max_count = 65536; // sector count 0
 
-/// What LBA mid and high hold after a reset or an aborted IDENTIFY DEVICE [ACS §4.3, table of signatures]; other values occur.
+/// What LBA mid and high hold after a reset or an aborted IDENTIFY DEVICE [ACS §4.3, table of signatures]; other values
+/// occur.
 enum class Signature : u16 { ata = 0x0000, packet = 0xeb14, serial_ata = 0xc33c, serial_packet = 0x9669 };
 
 /// Bus-master registers of a channel, as offsets from its 8 ports [BMIDE §2].
 enum class BusMaster : u8 { command = 0, status = 2, table = 4 };
-inline constexpr u8 bus_master_start = 0x01;     // transfers begin when this changes from 0 to 1
-inline constexpr u8 bus_master_to_memory = 0x08; // set: the device reads from the disk and writes memory; not to be changed while active
+inline constexpr u8 bus_master_start = 0x01; // transfers begin when this changes from 0 to 1
+// set: the device reads from the disk and writes memory; not to be changed while active
+inline constexpr u8 bus_master_to_memory = 0x08;
 
 /// Bus-master status [BMIDE §2.2].
 struct BusMasterStatus {
     u8 raw = 0;
 
-    static constexpr u8 interrupt_bit = 0x04;                      // written as one: cleared
-    static constexpr u8 error_bit = 0x02;                          // written as one: cleared
-    static constexpr u8 capable_bits = 0x60;                       // "drive can do DMA": kept by software for software
-    constexpr bool simplex() const { return (raw & 0x80) != 0; }   // the two channels cannot transfer at the same time
-    constexpr bool interrupt() const { return (raw & 0x04) != 0; } // the device has raised its interrupt since this was cleared
-    constexpr bool error() const { return (raw & 0x02) != 0; }     // memory refused a transfer
-    constexpr bool active() const { return (raw & 0x01) != 0; }    // not yet at the end of the table
+    static constexpr u8 interrupt_bit = 0x04;                    // written as one: cleared
+    static constexpr u8 error_bit = 0x02;                        // written as one: cleared
+    static constexpr u8 capable_bits = 0x60;                     // "drive can do DMA": kept by software for software
+    constexpr bool simplex() const { return (raw & 0x80) != 0; } // the two channels cannot transfer at the same time
+    // the device has raised its interrupt since this was cleared
+    constexpr bool interrupt() const { return (raw & 0x04) != 0; }
+    constexpr bool error() const { return (raw & 0x02) != 0; }  // memory refused a transfer
+    constexpr bool active() const { return (raw & 0x01) != 0; } // not yet at the end of the table
 };
 
-/// Physical region descriptor [BMIDE §1.2]: a run of memory, even address, even length, that does not cross a 64 KiB boundary.
+/// Physical region descriptor [BMIDE §1.2]: a run of memory, even address, even length, that does not cross a 64 KiB
+/// boundary.
 struct Prd {
     u32 base = 0;
     u16 count = 0; // bytes; 0 is 64 KiB
@@ -128,7 +136,8 @@ struct DriveInfo {
     i8 multiword_best = -1;   // best supported mode, -1: none
 };
 
-/// Serial number, firmware revision, model and size (words 10 to 19, 23 to 46, 60 and 61, 100 to 103) [ACS §7.12.7]: what tells devices apart.
+/// Serial number, firmware revision, model and size (words 10 to 19, 23 to 46, 60 and 61, 100 to 103) [ACS §7.12.7]:
+/// what tells devices apart.
 struct DeviceIdentity {
     std::array<u16, 40> words{};
 
@@ -150,7 +159,8 @@ constexpr bool is_empty(const IdentifyData& data) {
     return (w[0] & 0x8000) == 0 && (w[60] | w[61] | w[100] | w[101] | w[102] | w[103]) == 0;
 }
 
-/// Checks and decodes. Errors: a checksum that is wrong, a disk without LBA or DMA, a sector size that is neither 512 nor 4096, no sectors.
+/// Checks and decodes. Errors: a checksum that is wrong, a disk without LBA or DMA, a sector size that is neither 512
+/// nor 4096, no sectors.
 Result<DriveInfo> decode(const IdentifyData& data);
 
 /// "UNC (the medium is unreadable) at LBA …" without the LBA: what the registers say, for people.

@@ -1,19 +1,20 @@
-// A channel's queue: requests of its one or two disks, one command at a time, completion by interrupt, recovery. What it promises: every
-// request ends once, in bounded time, and none is lost when another one fails.
+// A channel's queue: requests of its one or two disks, one command at a time, completion by interrupt, recovery. What
+// it promises: every request ends once, in bounded time, and none is lost when another one fails.
 //
-//   idle ──flush()──> running ──ended well──> idle or running (the next one is issued before the last one's requests are completed)
+//   idle ──flush()──> running ──ended well──> idle or running (the next command is issued before requests complete)
 //                        │ no answer, DMA error
 //                        v
 //                  reset_held ──tick──> reset_released ──tick, BSY = 0──> idle
-//                                            │ no answer within the bound, or too many resets without a success between them
+//                                            │ no answer within the bound, or too many resets in a row
 //                                            v
 //                                         closed: everything ends with device_gone
 //
-// Neighbouring reads (or writes) that wait in the queue become one command: fewer commands, each request still ends on its own. When a gathered
-// command fails, or is not answered, its requests are tried again one by one, so a bad sector hurts only the request that covers it.
+// Neighbouring reads (or writes) that wait in the queue become one command: fewer commands, each request still ends on
+// its own. When a gathered command fails, or is not answered, its requests are tried again one by one, so a bad sector
+// hurts only the request that covers it.
 //
-// Time counts for the command under way alone [io.oldest_wait]: a device that needs long for each command is never reset, however many requests
-// wait in the queue. Those end when their turn has come, or the channel is closed.
+// Time counts for the command under way alone [io.oldest_wait]: a device that needs long for each command is never
+// reset, however many requests wait in the queue. Those end when their turn has come, or the channel is closed.
 export module drivers.ata.queue;
 import core.std;
 import core.result;
@@ -34,16 +35,19 @@ export namespace fl::drivers::ata {
 template <PortAccess P>
 class ChannelQueue final : public io::Service, public Carrier {
   public:
-    static constexpr u32 max_transfer = 1024 * 1024;       // bytes of one command
-    static constexpr u32 bounce_bytes = 64 * 1024;         // for memory that the engine's 32 bits do not reach
-    static constexpr Nanoseconds lost_after = 20'000'000;  // without an interrupt for so long the device is looked at, every tick
+    static constexpr u32 max_transfer = 1024 * 1024; // bytes of one command
+    static constexpr u32 bounce_bytes = 64 * 1024;   // for memory that the engine's 32 bits do not reach
+    // without an interrupt for so long the device is looked at, every tick
+    static constexpr Nanoseconds lost_after = 20'000'000;
     static constexpr Nanoseconds reset_hold = 5'000;       // [ATA-7 §9.2]
     static constexpr Nanoseconds reset_settle = 2'000'000; // [ATA-7 §9.2]
     static constexpr u32 max_resets = 3;                   // without a success between them
     static constexpr u32 max_reports = 16;                 // log lines about failed commands
 
-    ChannelQueue(io::Executor& executor, DmaAllocator& dma, P ports, ChannelPorts at, DmaSpan table, Nanoseconds timeout)
-        : executor_(executor), dma_(dma), handler_registers_(ports, at), channel_(std::move(ports), at, table), timeout_(timeout) {}
+    ChannelQueue(io::Executor& executor, DmaAllocator& dma, P ports, ChannelPorts at, DmaSpan table,
+                 Nanoseconds timeout)
+        : executor_(executor), dma_(dma), handler_registers_(ports, at), channel_(std::move(ports), at, table),
+          timeout_(timeout) {}
     ~ChannelQueue() { close(); }
 
     Channel<P>& channel() { return channel_; }
@@ -120,15 +124,15 @@ class ChannelQueue final : public io::Service, public Carrier {
     u32 gather_limit_ = max_transfer; // bytes of a command made of several requests
     io::OldestWait wait_;
     io::OldestWait::Finding finding_ = io::OldestWait::Finding::none; // of the last tick
-    Instant reset_at_ = 0;  // when the reset was asserted
-    Instant settle_at_ = 0; // when it was released
+    Instant reset_at_ = 0;                                            // when the reset was asserted
+    Instant settle_at_ = 0;                                           // when it was released
     u8 last_unit_ = 1;
     u32 resets_in_a_row_ = 0;
     u32 reports_ = 0;
     DmaBuffer bounce_;
 
-    // From the handler to drain(). flag_: release in the handler, acquire in drain() and arm(); whoever sees it set sees seen_ of that
-    // interrupt too. The rest is relaxed: same processor, and a sum that may lag by one interrupt.
+    // From the handler to drain(). flag_: release in the handler, acquire in drain() and arm(); whoever sees it set
+    // sees seen_ of that interrupt too. The rest is relaxed: same processor, and a sum that may lag by one interrupt.
     std::atomic<bool> flag_{false};
     std::atomic<u32> seen_{0}; // shared lines: 1<<16 | bus status<<8 | status of an ended command, 0: none
     std::atomic<u64> handler_interrupts_{0};
@@ -140,7 +144,7 @@ class ChannelQueue final : public io::Service, public Carrier {
     u64 resets_ = 0;
 };
 
-// --- opening, closing, requests ------------------------------------------------------------------------------------------------------------
+// ---- opening, closing, requests ----
 
 template <PortAccess P>
 Result<void> ChannelQueue<P>::open(InterruptController& interrupts, InterruptLine line) {
@@ -198,8 +202,8 @@ void ChannelQueue<P>::forget(Disk& disk, io::Request& request) {
     if (state_ != State::running || active_ != &disk || !batch().remove(request)) {
         return;
     }
-    // The device may be writing into the buffer that is about to die. Stopping the engine is immediate; what the disk thinks of it is settled
-    // by a reset. The others of the command are innocent.
+    // The device may be writing into the buffer that is about to die. Stopping the engine is immediate; what the disk
+    // thinks of it is settled by a reset. The others of the command are innocent.
     while (io::Request* other = batch().pop()) {
         disk.again.push(*other);
     }
@@ -216,7 +220,7 @@ void ChannelQueue<P>::flush() {
     }
 }
 
-// --- issuing ---------------------------------------------------------------------------------------------------------------------------------
+// ---- issuing ----
 
 template <PortAccess P>
 void ChannelQueue<P>::issue_next() {
@@ -266,7 +270,8 @@ bool ChannelQueue<P>::issue(Disk& disk) {
         // 28-bit commands alone: 256 sectors at most.
         const u32 limit = disk.info().lba48 ? max_transfer : std::min(max_transfer, lba28_max_count * sector);
         bytes_ = std::min(r.buffer.size - r.issued, limit);
-        static_cast<void>(channel_.add_region(r.buffer.bus + r.issued, bytes_)); // an empty table holds 1 MiB however it lies
+        // an empty table holds 1 MiB however it lies
+        static_cast<void>(channel_.add_region(r.buffer.bus + r.issued, bytes_));
         batch().push(r);
         if (!alone && bytes_ == r.buffer.size) {
             while (io::Request* next = from.front()) {
@@ -284,7 +289,8 @@ bool ChannelQueue<P>::issue(Disk& disk) {
     return true;
 }
 
-/// Memory beyond 4 GiB: the device uses ours, and the processor copies. False: there is none, and the request has ended.
+/// Memory beyond 4 GiB: the device uses ours, and the processor copies. False: there is none, and the request has
+/// ended.
 template <PortAccess P>
 bool ChannelQueue<P>::bounce(Disk& disk, io::Request& r) {
     if (!bounce_) {
@@ -318,7 +324,7 @@ void ChannelQueue<P>::send(Disk& disk, bool write, u64 lba) {
     ++commands_;
 }
 
-// --- completion ------------------------------------------------------------------------------------------------------------------------------
+// ---- completion ----
 
 template <PortAccess P>
 void ChannelQueue<P>::on_interrupt(void* self) {
@@ -390,7 +396,8 @@ void ChannelQueue<P>::finish(const Outcome& outcome) {
             std::memcpy(r.buffer.data + r.issued, bounce_.data(), bytes_);
         }
     }
-    if (done.front() != nullptr && done.front()->issued + bytes_ < done.front()->buffer.size) { // a long one: it goes on
+    // a long one: it goes on
+    if (done.front() != nullptr && done.front()->issued + bytes_ < done.front()->buffer.size) {
         io::Request& r = *done.pop();
         r.issued += bytes_;
         disk.again.push(r);
@@ -405,12 +412,13 @@ void ChannelQueue<P>::finish(const Outcome& outcome) {
     }
 }
 
-/// A slow disk is not made to look silent by commands that gather too much: going by the last command, the next one takes a quarter of a time-out
-/// at most, and a second at most.
+/// A slow disk is not made to look silent by commands that gather too much: going by the last command, the next one
+/// takes a quarter of a time-out at most, and a second at most.
 template <PortAccess P>
 void ChannelQueue<P>::limit_gathering() {
     const Nanoseconds enough = std::min<Nanoseconds>(timeout_ / 4, 1'000'000'000);
-    const Nanoseconds took = std::min<Nanoseconds>(executor_.now() - issued_at_, 1'000'000'000'000); // so that no product leaves 64 bits
+    // so that no product leaves 64 bits
+    const Nanoseconds took = std::min<Nanoseconds>(executor_.now() - issued_at_, 1'000'000'000'000);
     gather_limit_ = took * max_transfer > enough * bytes_ ? static_cast<u32>(enough * bytes_ / took) : max_transfer;
 }
 
@@ -446,7 +454,7 @@ void ChannelQueue<P>::fail(const Outcome& outcome) {
     }
 }
 
-// --- time ------------------------------------------------------------------------------------------------------------------------------------
+// ---- time ----
 
 template <PortAccess P>
 void ChannelQueue<P>::tick(Instant now) {
@@ -509,12 +517,14 @@ void ChannelQueue<P>::take_without_interrupt(Instant now) {
     finish(outcome);
 }
 
-/// The command under way has had no answer for a whole time-out. Its request ends; of several it may be any one: each is tried alone.
+/// The command under way has had no answer for a whole time-out. Its request ends; of several it may be any one: each
+/// is tried alone.
 template <PortAccess P>
 void ChannelQueue<P>::time_out(Instant now) {
     Disk& disk = *active_;
     begin_reset(); // the engine is off: buffers are safe
-    log::warning("{}: no answer to a command for {} ms, the channel is reset", disk.name(), (now - issued_at_) / 1'000'000);
+    log::warning("{}: no answer to a command for {} ms, the channel is reset", disk.name(),
+                 (now - issued_at_) / 1'000'000);
     const bool several = batch().size() > 1;
     while (io::Request* r = batch().pop()) {
         if (several) {

@@ -74,27 +74,32 @@ Result<void> Balloon::take(std::span<const std::byte> message) {
     case MessageType::info: {
         TRY(const Info info, load<Info>(message, "an info message is shorter than its fields"));
         if (info.bytes > message.size() - sizeof info) {
-            return Error{Code::protocol, "an info message is not as long as it says", info.bytes, message.size() - sizeof info};
+            return Error{Code::protocol, "an info message is not as long as it says", info.bytes,
+                         message.size() - sizeof info};
         }
         return {};
     }
     case MessageType::error:
         state_ = State::refused;
         return Error{Code::not_supported, "the host ended the dynamic memory protocol with an error message"};
-    default: return Error{Code::protocol, "a memory message that only a guest sends, or of an unknown type", 0, to_underlying(header.type)};
+    default:
+        return Error{Code::protocol, "a memory message that only a guest sends, or of an unknown type", 0,
+                     to_underlying(header.type)};
     }
 }
 
 Result<void> Balloon::version_answered(std::span<const std::byte> message, const Header& header) {
-    TRY(const VersionResponse response, load<VersionResponse>(message, "a version response is shorter than its fields"));
+    TRY(const VersionResponse response,
+        load<VersionResponse>(message, "a version response is shorter than its fields"));
     if (state_ != State::asking_version || header.transaction != transaction_) {
         return Error{Code::protocol, "a version response that nothing asked for", transaction_, header.transaction};
     }
     if ((response.accepted & 1) == 0) {
         if (attempt_ + 1 == versions.size()) {
             state_ = State::refused;
-            return Error{Code::not_supported,
-                         "the host speaks no version of the dynamic memory protocol that this driver knows (2.0, 1.0, 0.3)"};
+            return Error{
+                Code::not_supported,
+                "the host speaks no version of the dynamic memory protocol that this driver knows (2.0, 1.0, 0.3)"};
         }
         ++attempt_;
         return ask_version();
@@ -109,9 +114,11 @@ Result<void> Balloon::version_answered(std::span<const std::byte> message, const
 }
 
 Result<void> Balloon::capabilities_answered(std::span<const std::byte> message, const Header& header) {
-    TRY(const CapabilitiesResponse response, load<CapabilitiesResponse>(message, "a capabilities response is shorter than its fields"));
+    TRY(const CapabilitiesResponse response,
+        load<CapabilitiesResponse>(message, "a capabilities response is shorter than its fields"));
     if (state_ != State::asking_capabilities || header.transaction != transaction_) {
-        return Error{Code::protocol, "a capabilities response that nothing asked for", transaction_, header.transaction};
+        return Error{Code::protocol, "a capabilities response that nothing asked for", transaction_,
+                     header.transaction};
     }
     if ((response.flags & capabilities_accepted) == 0) {
         state_ = State::refused;
@@ -129,7 +136,8 @@ Result<void> Balloon::report() {
     StatusReport report{};
     report.header.type = MessageType::status_report;
     report.available = memory_.free();
-    // What is away is in use, as the host counts. More may be free than at the start: what was in use then has been given back.
+    // What is away is in use, as the host counts. More may be free than at the start: what was in use then has been
+    // given back.
     report.committed = memory_.total() - std::min(memory_.total(), report.available);
     return send(report, ++transaction_);
 }
@@ -180,14 +188,15 @@ Result<void> Balloon::inflate(std::span<const std::byte> message, const Header& 
 }
 
 Result<void> Balloon::deflate(std::span<const std::byte> message, const Header& header) {
-    TRY(const UnballoonRequest request, load<UnballoonRequest>(message, "an unballoon request is shorter than its fields"));
+    TRY(const UnballoonRequest request,
+        load<UnballoonRequest>(message, "an unballoon request is shorter than its fields"));
     if (state_ != State::running) {
         return Error{Code::protocol, "an unballoon request before the capabilities were agreed on"};
     }
     const auto list = message.subspan(sizeof request);
     if (request.range_count > list.size() / sizeof(PageRange)) {
-        return Error{Code::protocol, "an unballoon request counts more ranges than it holds", list.size() / sizeof(PageRange),
-                     request.range_count};
+        return Error{Code::protocol, "an unballoon request counts more ranges than it holds",
+                     list.size() / sizeof(PageRange), request.range_count};
     }
     for (u32 i = 0; i < request.range_count; ++i) {
         TRY(const PageRange range, load<PageRange>(list.subspan(i * sizeof(PageRange)), ""));

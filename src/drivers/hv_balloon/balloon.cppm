@@ -1,8 +1,9 @@
-// The guest's half of the dynamic memory protocol: what to say, and which pages are away. Knows no channel, so that it is tested and fuzzed
-// alone. Order: begin() → take() of every message that comes → report() about every second.
+// The guest's half of the dynamic memory protocol: what to say, and which pages are away. Knows no channel, so that it
+// is tested and fuzzed alone. Order: begin() → take() of every message that comes → report() about every second.
 //
-// Pages go in runs as large as can be had, at most `capacity` of them, and never the last `reserve` of what is free. A page is with the host
-// from the moment at which it stands in a response until the host gives it back; it is not touched in between.
+// Pages go in runs as large as can be had, at most `capacity` of them, and never the last `reserve` of what is free. A
+// page is with the host from the moment at which it stands in a response until the host gives it back; it is not
+// touched in between.
 export module drivers.hv_balloon.balloon;
 import core.std;
 import core.result;
@@ -42,8 +43,8 @@ class Balloon {
 
     /// Asks for the newest version.
     Result<void> begin();
-    /// One message of the host, whole, in a private copy. Error{protocol}: it breaks the protocol, and nothing further is to be believed;
-    /// Error{not_supported}: the host refuses every version, or our capabilities.
+    /// One message of the host, whole, in a private copy. Error{protocol}: it breaks the protocol, and nothing further
+    /// is to be believed; Error{not_supported}: the host refuses every version, or our capabilities.
     Result<void> take(std::span<const std::byte> message);
     /// Says how much memory there is, if the host wants to know.
     Result<void> report();

@@ -1,5 +1,5 @@
-// Hyper-V's dynamic memory protocol [hv-dm]: messages between the guest's balloon and the host. Little endian; every message begins with the
-// header and is at most one page long. No I/O here.
+// Hyper-V's dynamic memory protocol [hv-dm]: messages between the guest's balloon and the host. Little endian; every
+// message begins with the header and is at most one page long. No I/O here.
 module;
 #include <cstddef>
 export module drivers.hv_balloon.protocol;
@@ -61,7 +61,8 @@ struct VersionRequest {
     Version version;
     u32 last_attempt; // bit 0
 };
-static_assert(sizeof(VersionRequest) == 16 && offsetof(VersionRequest, version) == 8 && offsetof(VersionRequest, last_attempt) == 12);
+static_assert(sizeof(VersionRequest) == 16 && offsetof(VersionRequest, version) == 8 &&
+              offsetof(VersionRequest, last_attempt) == 12);
 
 struct VersionResponse {
     Header header;
@@ -77,8 +78,8 @@ struct Capabilities {
     u64 min_pages;
     u64 max_page_number; // ~0: no bound
 };
-static_assert(sizeof(Capabilities) == 32 && offsetof(Capabilities, capabilities) == 8 && offsetof(Capabilities, min_pages) == 16 &&
-              offsetof(Capabilities, max_page_number) == 24);
+static_assert(sizeof(Capabilities) == 32 && offsetof(Capabilities, capabilities) == 8 &&
+              offsetof(Capabilities, min_pages) == 16 && offsetof(Capabilities, max_page_number) == 24);
 
 struct CapabilitiesResponse {
     Header header;
@@ -98,9 +99,10 @@ struct StatusReport {
     u32 page_file_writes;
     u32 io_difference;
 };
-static_assert(sizeof(StatusReport) == 48 && offsetof(StatusReport, available) == 8 && offsetof(StatusReport, committed) == 16 &&
-              offsetof(StatusReport, page_file) == 24 && offsetof(StatusReport, zero_free) == 32 &&
-              offsetof(StatusReport, page_file_writes) == 40 && offsetof(StatusReport, io_difference) == 44);
+static_assert(sizeof(StatusReport) == 48 && offsetof(StatusReport, available) == 8 &&
+              offsetof(StatusReport, committed) == 16 && offsetof(StatusReport, page_file) == 24 &&
+              offsetof(StatusReport, zero_free) == 32 && offsetof(StatusReport, page_file_writes) == 40 &&
+              offsetof(StatusReport, io_difference) == 44);
 
 struct BalloonRequest {
     Header header;
@@ -123,14 +125,16 @@ struct UnballoonRequest {
     u32 more; // bit 0: more requests follow, and only the last one is answered
     u32 range_count;
 };
-static_assert(sizeof(UnballoonRequest) == 16 && offsetof(UnballoonRequest, more) == 8 && offsetof(UnballoonRequest, range_count) == 12);
+static_assert(sizeof(UnballoonRequest) == 16 && offsetof(UnballoonRequest, more) == 8 &&
+              offsetof(UnballoonRequest, range_count) == 12);
 
 struct HotAddResponse {
     Header header;
     u32 pages;
     u32 result; // 1: success; with 0 pages: never again
 };
-static_assert(sizeof(HotAddResponse) == 16 && offsetof(HotAddResponse, pages) == 8 && offsetof(HotAddResponse, result) == 12);
+static_assert(sizeof(HotAddResponse) == 16 && offsetof(HotAddResponse, pages) == 8 &&
+              offsetof(HotAddResponse, result) == 12);
 
 struct Info {
     Header header;
@@ -138,7 +142,8 @@ struct Info {
     u32 bytes; // of what follows
 };
 static_assert(sizeof(Info) == 16 && offsetof(Info, bytes) == 12);
-inline constexpr u32 info_max_pages = 0; // type of a block in Info: a u32 type, a u32 size, then the number of pages (u64)
+// type of a block in Info: a u32 type, a u32 size, then the number of pages (u64)
+inline constexpr u32 info_max_pages = 0;
 
 struct HotRemoveResponse {
     Header header;
@@ -146,8 +151,8 @@ struct HotRemoveResponse {
     u32 range_count;
     u64 more;
 };
-static_assert(sizeof(HotRemoveResponse) == 24 && offsetof(HotRemoveResponse, result) == 8 && offsetof(HotRemoveResponse, range_count) == 12 &&
-              offsetof(HotRemoveResponse, more) == 16);
+static_assert(sizeof(HotRemoveResponse) == 24 && offsetof(HotRemoveResponse, result) == 8 &&
+              offsetof(HotRemoveResponse, range_count) == 12 && offsetof(HotRemoveResponse, more) == 16);
 
 inline constexpr u32 max_message = 4096;
 inline constexpr u32 ranges_in_message = (max_message - sizeof(BalloonResponse)) / sizeof(PageRange);

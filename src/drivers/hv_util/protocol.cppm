@@ -1,4 +1,5 @@
-// Hyper-V's integration services on the wire [hv-ic]: a pipe header, a message header, a body. Little endian, naturally aligned. No I/O here.
+// Hyper-V's integration services on the wire [hv-ic]: a pipe header, a message header, a body. Little endian, naturally
+// aligned. No I/O here.
 module;
 #include <cstddef>
 export module drivers.hv_util.protocol;
@@ -45,12 +46,12 @@ struct Header {
     u8 flags;
     u8 reserved[2];
 };
-static_assert(sizeof(Header) == 20 && offsetof(Header, type) == 4 && offsetof(Header, message) == 6 && offsetof(Header, size) == 10 &&
-              offsetof(Header, status) == 12 && offsetof(Header, transaction) == 16 && offsetof(Header, flags) == 17 &&
-              offsetof(Header, reserved) == 18);
+static_assert(sizeof(Header) == 20 && offsetof(Header, type) == 4 && offsetof(Header, message) == 6 &&
+              offsetof(Header, size) == 10 && offsetof(Header, status) == 12 && offsetof(Header, transaction) == 16 &&
+              offsetof(Header, flags) == 17 && offsetof(Header, reserved) == 18);
 
-/// Body of a negotiation, and behind it the versions: first those of the framework, then those of the messages. The answer holds one of each, or
-/// counts of zero when nothing fits.
+/// Body of a negotiation, and behind it the versions: first those of the framework, then those of the messages. The
+/// answer holds one of each, or counts of zero when nothing fits.
 struct Negotiate {
     u16 framework_count;
     u16 message_count;
@@ -75,14 +76,16 @@ struct Heartbeat {
 };
 static_assert(sizeof(Heartbeat) == 40 && offsetof(Heartbeat, reserved) == 8);
 
-/// Up to version 3.0. Times in units of 100 ns, the host's from 1601-01-01 00:00 UTC. On the wire the structure ends with `flags`.
+/// Up to version 3.0. Times in units of 100 ns, the host's from 1601-01-01 00:00 UTC. On the wire the structure ends
+/// with `flags`.
 struct TimeSync {
     u64 host_time;
     u64 guest_time;
     u64 round_trip;
     u8 flags;
 };
-static_assert(offsetof(TimeSync, guest_time) == 8 && offsetof(TimeSync, round_trip) == 16 && offsetof(TimeSync, flags) == 24);
+static_assert(offsetof(TimeSync, guest_time) == 8 && offsetof(TimeSync, round_trip) == 16 &&
+              offsetof(TimeSync, flags) == 24);
 inline constexpr u32 time_sync_bytes = 25;
 /// From 4.0 on: with the partition's reference counter at the moment at which the host read its clock.
 struct TimeSync4 {
@@ -94,7 +97,8 @@ struct TimeSync4 {
     u8 reserved[5];
 };
 static_assert(sizeof(TimeSync4) == 24 && offsetof(TimeSync4, reference_time) == 8 && offsetof(TimeSync4, flags) == 16 &&
-              offsetof(TimeSync4, leap) == 17 && offsetof(TimeSync4, stratum) == 18 && offsetof(TimeSync4, reserved) == 19);
+              offsetof(TimeSync4, leap) == 17 && offsetof(TimeSync4, stratum) == 18 &&
+              offsetof(TimeSync4, reserved) == 19);
 inline constexpr u32 time_sync_4_bytes = 19; // what must be there; what follows is reserved
 inline constexpr u8 time_sync_now = 1;       // set the clock: after a start, a pause
 inline constexpr u8 time_sync_sample = 2;

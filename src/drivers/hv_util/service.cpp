@@ -11,7 +11,8 @@ namespace {
 
 // Newest first.
 constexpr std::array<Version, 2> framework_versions{{{3, 0}, {1, 0}}};
-constexpr std::array<Version, 2> plain_versions{{{3, 0}, {1, 0}}}; // a shutdown of 3.1 could be a restart, of 3.2 a hibernation
+// a shutdown of 3.1 could be a restart, of 3.2 a hibernation
+constexpr std::array<Version, 2> plain_versions{{{3, 0}, {1, 0}}};
 constexpr std::array<Version, 3> time_versions{{{4, 0}, {3, 0}, {1, 0}}};
 
 constexpr std::span<const Version> ours(Kind kind) {
@@ -45,7 +46,8 @@ std::optional<Version> pick(std::span<const Version> mine, std::span<const std::
 
 Result<Service::Action> Service::answer(std::span<std::byte> message) {
     if (message.size() < headers_bytes) {
-        return Error{Code::protocol, "an integration message is shorter than its headers", headers_bytes, message.size()};
+        return Error{Code::protocol, "an integration message is shorter than its headers", headers_bytes,
+                     message.size()};
     }
     const PipeHeader pipe = load<PipeHeader>(message);
     Header header = load<Header>(message.subspan(sizeof pipe));
@@ -83,13 +85,15 @@ void Service::refuse(std::span<std::byte> message) {
 
 Result<Service::Action> Service::negotiate(Header& header, std::span<std::byte> body) {
     if (body.size() < sizeof(Negotiate)) {
-        return Error{Code::protocol, "a version negotiation is shorter than its counts", sizeof(Negotiate), body.size()};
+        return Error{Code::protocol, "a version negotiation is shorter than its counts", sizeof(Negotiate),
+                     body.size()};
     }
     Negotiate offer = load<Negotiate>(body);
     const auto list = body.subspan(sizeof offer);
     const u32 count = u32{offer.framework_count} + offer.message_count;
     if (count > max_versions || count * sizeof(Version) > list.size()) {
-        return Error{Code::protocol, "a version negotiation counts more versions than it holds", list.size() / sizeof(Version), count};
+        return Error{Code::protocol, "a version negotiation counts more versions than it holds",
+                     list.size() / sizeof(Version), count};
     }
     const auto framework = pick(framework_versions, list, offer.framework_count);
     const auto version = pick(ours(kind_), list.subspan(offer.framework_count * sizeof(Version)), offer.message_count);

@@ -1,5 +1,5 @@
-// One integration service's half of the conversation: a message in, its answer out, in the same buffer. Knows no channel, so that it is tested
-// and fuzzed alone.
+// One integration service's half of the conversation: a message in, its answer out, in the same buffer. Knows no
+// channel, so that it is tested and fuzzed alone.
 export module drivers.hv_util.service;
 import core.std;
 import core.result;
@@ -28,8 +28,8 @@ class Service {
         shut_down, // the answer stands in the buffer and is sent once the disks are at rest; refuse() changes it
         set_clock, // host_time() is new
     };
-    /// `message`: what came, whole, in a private copy; it becomes the answer, which is as long. Error{protocol}: no answer is due, and what
-    /// follows can't be trusted.
+    /// `message`: what came, whole, in a private copy; it becomes the answer, which is as long. Error{protocol}: no
+    /// answer is due, and what follows can't be trusted.
     Result<Action> answer(std::span<std::byte> message);
     /// Makes the answer of a shutdown a refusal.
     static void refuse(std::span<std::byte> message);
@@ -39,12 +39,13 @@ class Service {
     Version framework_version() const { return framework_version_; }
     Version message_version() const { return message_version_; }
 
-    /// The host's clock as of set_clock, in nanoseconds since 1970, and the partition's reference counter (100 ns) when it was read, if it said.
+    /// The host's clock as of set_clock, in nanoseconds since 1970, and the partition's reference counter (100 ns) when
+    /// it was read, if it said.
     struct HostTime {
         u64 unix_ns = 0;
         std::optional<u64> reference;
-        /// The same clock when the counter stands at `counter`: the message was under way for a while. Without either of them, or when they
-        /// lie too far apart to be believed (or the wrong way round): as it was read.
+        /// The same clock when the counter stands at `counter`: the message was under way for a while. Without either
+        /// of them, or when they lie too far apart to be believed (or the wrong way round): as it was read.
         u64 at(std::optional<u64> counter) const {
             constexpr u64 longest = 60 * 10'000'000ull; // a minute under way
             const bool known = reference && counter && *counter >= *reference && *counter - *reference <= longest;

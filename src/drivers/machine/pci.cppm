@@ -1,5 +1,5 @@
-// The two ways to PCI configuration space: the processor's ports, mechanism #1 [PCI-3.0 §3.2.2.3.2], for segment 0; and memory, the enhanced
-// mechanism (ECAM) [PCIe-5.0 §7.2.2], whose place the MCFG table gives for each segment.
+// The two ways to PCI configuration space: the processor's ports, mechanism #1 [PCI-3.0 §3.2.2.3.2], for segment 0; and
+// memory, the enhanced mechanism (ECAM) [PCIe-5.0 §7.2.2], whose place the MCFG table gives for each segment.
 export module drivers.machine.pci;
 import core.std;
 import core.machine.cpu;
@@ -35,7 +35,8 @@ class MechanismOne final : public Config {
 };
 static_assert(ConfigAccess<MechanismOne>);
 
-/// The buses `first` to `last` of one segment; the registers of bus 0 would be at `base`. Pages are mapped as they are asked for.
+/// The buses `first` to `last` of one segment; the registers of bus 0 would be at `base`. Pages are mapped as they are
+/// asked for.
 class Ecam final : public Config {
   public:
     Ecam(u64 base, u8 first, u8 last) : base_(base), first_(first), last_(last) {}

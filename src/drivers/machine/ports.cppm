@@ -1,6 +1,6 @@
-// The processor's I/O ports as drivers want them: ordered with memory. A store before a port access is done before it, a load behind one
-// comes after it. The processor keeps that order by itself for in and out [SDM §9.2: I/O instructions are strongly ordered]; only the compiler
-// must be told.
+// The processor's I/O ports as drivers want them: ordered with memory. A store before a port access is done before it,
+// a load behind one comes after it. The processor keeps that order by itself for in and out [SDM §9.2: I/O instructions
+// are strongly ordered]; only the compiler must be told.
 export module drivers.machine.ports;
 import core.std;
 import core.machine.cpu;

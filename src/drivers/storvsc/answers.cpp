@@ -23,7 +23,8 @@ namespace {
 constexpr u8 max_retries = 3;
 
 constexpr Error unknown_id(u64 id) {
-    return {Code::protocol, "a completion carries a transaction id that is not under way (unknown, repeated or retired)", 0, id};
+    return {Code::protocol,
+            "a completion carries a transaction id that is not under way (unknown, repeated or retired)", 0, id};
 }
 } // namespace
 
@@ -43,7 +44,8 @@ bool Queue::drain() {
             break;
         }
         ++count;
-        if (!accept(packet) || state_ != State::open) [[unlikely]] { // shut: the channel may be closed under us from now on
+        // shut: the channel may be closed under us from now on
+        if (!accept(packet) || state_ != State::open) [[unlikely]] {
             return true;
         }
     }
@@ -85,11 +87,13 @@ bool Queue::accept(const hv::hyperv::Packet& packet) {
         broken(unknown_id(id));
         return false;
     }
-    // Before a version is agreed on a host may answer in either length, and to a packet that is no SRB as well [storvsc].
+    // Before a version is agreed on a host may answer in either length, and to a packet that is no SRB as well
+    // [storvsc].
     const u32 length = packet_bytes(terms_.version);
     const bool srb = slot.exchange == nullptr || slot.exchange->packet.header.operation == Operation::execute_srb;
     if (srb ? packet.payload.size() != length : packet.payload.size() < sizeof(PacketHeader)) [[unlikely]] {
-        broken({Code::protocol, "a completion has not the length of the agreed version's packets", length, packet.payload.size()});
+        broken({Code::protocol, "a completion has not the length of the agreed version's packets", length,
+                packet.payload.size()});
         return false;
     }
     Packet answer;
@@ -100,14 +104,16 @@ bool Queue::accept(const hv::hyperv::Packet& packet) {
         std::memcpy(&answer, packet.payload.data(), std::min(packet.payload.size(), sizeof answer));
     }
     if (answer.header.operation != Operation::complete_io) [[unlikely]] {
-        broken(
-            {Code::protocol, "a completion is no COMPLETE_IO", to_underlying(Operation::complete_io), to_underlying(answer.header.operation)});
+        broken({Code::protocol, "a completion is no COMPLETE_IO", to_underlying(Operation::complete_io),
+                to_underlying(answer.header.operation)});
         return false;
     }
-    if (srb && answer.srb.data_transfer_length >
-                   std::max(slot.bytes, slot.request != nullptr && slot.request->op == io::Op::discard ? scsi::unmap_list_bytes : 0u))
-        [[unlikely]] {
-        broken({Code::protocol, "a completion says that more data was moved than was asked for", slot.bytes, answer.srb.data_transfer_length});
+    if (srb &&
+        answer.srb.data_transfer_length >
+            std::max(slot.bytes, slot.request != nullptr && slot.request->op == io::Op::discard ? scsi::unmap_list_bytes
+                                                                                                : 0u)) [[unlikely]] {
+        broken({Code::protocol, "a completion says that more data was moved than was asked for", slot.bytes,
+                answer.srb.data_transfer_length});
         return false;
     }
     if (Exchange* exchange = slot.exchange; exchange != nullptr) [[unlikely]] {
@@ -126,12 +132,13 @@ bool Queue::accept(const hv::hyperv::Packet& packet) {
 // What the host says by itself.
 bool Queue::accept_event(const hv::hyperv::Packet& packet) {
     if (packet.type != PacketType::inband) {
-        broken({Code::protocol, "a packet of a type that a storage host does not send", to_underlying(PacketType::completion),
-                to_underlying(packet.type)});
+        broken({Code::protocol, "a packet of a type that a storage host does not send",
+                to_underlying(PacketType::completion), to_underlying(packet.type)});
         return false;
     }
     if (packet.payload.size() < sizeof(Operation)) {
-        broken({Code::protocol, "a storage packet is shorter than its operation", sizeof(Operation), packet.payload.size()});
+        broken({Code::protocol, "a storage packet is shorter than its operation", sizeof(Operation),
+                packet.payload.size()});
         return false;
     }
     Operation operation;
@@ -143,7 +150,9 @@ bool Queue::accept_event(const hv::hyperv::Packet& packet) {
         wish();
         return true;
     case Operation::event_notification: return true;
-    case Operation::complete_io: broken({Code::protocol, "a COMPLETE_IO that answers nothing", 0, packet.transaction}); return false;
+    case Operation::complete_io:
+        broken({Code::protocol, "a COMPLETE_IO that answers nothing", 0, packet.transaction});
+        return false;
     default: log::debug("storvsc: the host sends {}: not for a guest", name(operation)); return true;
     }
 }
@@ -156,29 +165,34 @@ void Queue::answered(u64 id, Slot& slot, const Packet& packet) {
         return;
     }
     const SrbStatus status = srb_status_of(srb.srb_status);
-    if (srb.scsi_status == scsi::status_good && (status == SrbStatus::success || status == SrbStatus::data_overrun)) [[likely]] {
+    if (srb.scsi_status == scsi::status_good && (status == SrbStatus::success || status == SrbStatus::data_overrun))
+        [[likely]] {
         if (srb.data_transfer_length == slot.bytes || request->op > io::Op::write) [[likely]] {
             static_cast<void>(inflight_.give(id));
             return finish(slot, io::Status::ok);
         }
         FixedText<120> text;
-        print(text, "the host moved {} of {} bytes and calls that a success, at LBA {}", srb.data_transfer_length, slot.bytes,
-              request->lba + (slot.offset >> slot.disk->sector_shift_));
+        print(text, "the host moved {} of {} bytes and calls that a success, at LBA {}", srb.data_transfer_length,
+              slot.bytes, request->lba + (slot.offset >> slot.disk->sector_shift_));
         slot.disk->tell(request->op == io::Op::read ? scsi::Opcode::read_16 : scsi::Opcode::write_16, text);
         static_cast<void>(inflight_.give(id));
         return finish(slot, io::Status::io_error);
     }
-    const auto opcode = request->op == io::Op::read      ? slot.short_cdb ? scsi::Opcode::read_10 : scsi::Opcode::read_16
-                        : request->op == io::Op::write   ? slot.short_cdb ? scsi::Opcode::write_10 : scsi::Opcode::write_16
+    const auto opcode = request->op == io::Op::read ? slot.short_cdb ? scsi::Opcode::read_10 : scsi::Opcode::read_16
+                        : request->op == io::Op::write
+                            ? slot.short_cdb ? scsi::Opcode::write_10 : scsi::Opcode::write_16
                         : request->op == io::Op::discard ? scsi::Opcode::unmap
                         : slot.short_cdb                 ? scsi::Opcode::synchronize_cache_10
                                                          : scsi::Opcode::synchronize_cache_16;
     const u64 lba = request->lba + (slot.offset >> slot.disk->sector_shift_);
     std::optional<scsi::Sense> sense;
     if ((srb.srb_status & srb_autosense_valid) != 0) {
-        sense = scsi::parse_sense(std::span(srb.payload).first(std::min<usize>(srb.sense_info_length, sense_bytes(terms_.version))));
+        sense = scsi::parse_sense(
+            std::span(srb.payload).first(std::min<usize>(srb.sense_info_length, sense_bytes(terms_.version))));
     }
-    if (sense && (sense->key == scsi::key_recovered || (sense->key == scsi::key_no_sense && srb.scsi_status == scsi::status_good)) &&
+    if (sense &&
+        (sense->key == scsi::key_recovered ||
+         (sense->key == scsi::key_no_sense && srb.scsi_status == scsi::status_good)) &&
         srb.data_transfer_length == slot.bytes) {
         static_cast<void>(inflight_.give(id));
         return finish(slot, io::Status::ok); // done, and the device wants to say how
@@ -193,8 +207,8 @@ void Queue::answered(u64 id, Slot& slot, const Packet& packet) {
             return;
         }
     }
-    const bool busy = srb.scsi_status == scsi::status_busy || srb.scsi_status == scsi::status_task_set_full || status == SrbStatus::busy ||
-                      (sense && scsi::passes(*sense));
+    const bool busy = srb.scsi_status == scsi::status_busy || srb.scsi_status == scsi::status_task_set_full ||
+                      status == SrbStatus::busy || (sense && scsi::passes(*sense));
     const bool flushed = was_flushed(status);
     if (slot.expired && (flushed || busy)) {
         static_cast<void>(inflight_.give(id));
@@ -204,7 +218,8 @@ void Queue::answered(u64 id, Slot& slot, const Packet& packet) {
         return;
     }
     if (sense && sense->key == scsi::key_illegal_request && sense->asc == 0x20) { // no such command
-        if (request->op == io::Op::flush && slot.short_cdb) {                     // each one that was under way with the short command
+        // each one that was under way with the short command
+        if (request->op == io::Op::flush && slot.short_cdb) {
             slot.disk->flush_16_ = true;
             if (again(id, true)) {
                 return;
@@ -229,11 +244,12 @@ void Queue::answered(u64 id, Slot& slot, const Packet& packet) {
     if (result == io::Status::device_gone && std::exchange(slot.disk->absence_told_, true)) {
         // All that is under way ends like this; the keeper looks at what is left.
     } else if (sense) {
-        slot.disk->tell(opcode, scsi::describe(*sense, request->op == io::Op::flush ? std::nullopt : std::optional(lba)));
+        slot.disk->tell(opcode,
+                        scsi::describe(*sense, request->op == io::Op::flush ? std::nullopt : std::optional(lba)));
     } else {
         FixedText<120> text;
-        print(text, "SCSI status {}, SRB status {} ({:#x}), no sense data, at LBA {}", scsi::status_name(srb.scsi_status), name(status),
-              srb.srb_status, lba);
+        print(text, "SCSI status {}, SRB status {} ({:#x}), no sense data, at LBA {}",
+              scsi::status_name(srb.scsi_status), name(status), srb.srb_status, lba);
         slot.disk->tell(opcode, text);
     }
     static_cast<void>(inflight_.give(id));

@@ -19,10 +19,11 @@ namespace fl::drivers::storvsc {
 using hv::hyperv::PacketType;
 using hv::hyperv::Sent;
 
-// ---- the disk --------------------------------------------------------------------------------------------------------------------
+// ---- the disk ----
 
 Disk::Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity, Linked linked)
-    : io::BlockDevice(queue.executor()), queue_(queue), unit_(unit), sector_shift_(static_cast<u32>(std::countr_zero(geometry.sector_size))) {
+    : io::BlockDevice(queue.executor()), queue_(queue), unit_(unit),
+      sector_shift_(static_cast<u32>(std::countr_zero(geometry.sector_size))) {
     identity_ = identity;
     geometry_ = geometry;
     set_timeout(queue.timeout_);
@@ -74,7 +75,9 @@ Disk::~Disk() {
     }
 }
 
-bool Disk::removed() const { return gone_.load(std::memory_order_relaxed) || queue_.shared_.taken.load(std::memory_order_relaxed); }
+bool Disk::removed() const {
+    return gone_.load(std::memory_order_relaxed) || queue_.shared_.taken.load(std::memory_order_relaxed);
+}
 
 void Disk::add_lane(Disk& lane) { lanes_[lane_count_++] = &lane; }
 
@@ -103,9 +106,9 @@ bool Disk::cancel_now(Request& request) {
     return true;
 }
 
-// The frame dies with the request, and as a rule the buffer with it: the host writes there for a read and reads there for a write, and what it
-// reads then reaches the medium. It gets the disk's time-out to answer, else the channel is closed. Whoever destroys many frames brings the disk
-// to rest before [boot.shutdown].
+// The frame dies with the request, and as a rule the buffer with it: the host writes there for a read and reads there
+// for a write, and what it reads then reaches the medium. It gets the disk's time-out to answer, else the channel is
+// closed. Whoever destroys many frames brings the disk to rest before [boot.shutdown].
 void Disk::forget(Request& request) {
     waiting_.remove(request);
     if (request.op <= io::Op::write && request.parts != 0 && queue_.is_open()) {
@@ -118,7 +121,8 @@ void Disk::forget(Request& request) {
         }
         if (request.pending() && queue_.is_open()) {
             queue_.abandon(request);
-            queue_.shut(io::Status::device_gone, {Code::busy, "a transfer was given up, and the host may still reach its buffer"});
+            queue_.shut(io::Status::device_gone,
+                        {Code::busy, "a transfer was given up, and the host may still reach its buffer"});
         }
     }
     queue_.abandon(request);
@@ -150,7 +154,9 @@ void Disk::build(Packet& packet, const Request& request, u32 offset, u32 bytes) 
         return;
     }
     const bool unmap = request.op == io::Op::discard;
-    const scsi::Cdb cdb = unmap ? scsi::unmap(scsi::unmap_list_bytes) : flush_16_ ? scsi::synchronize_cache_16() : scsi::synchronize_cache_10();
+    const scsi::Cdb cdb = unmap       ? scsi::unmap(scsi::unmap_list_bytes)
+                          : flush_16_ ? scsi::synchronize_cache_16()
+                                      : scsi::synchronize_cache_10();
     std::copy(cdb.bytes.begin(), cdb.bytes.end(), srb.payload.begin());
     srb.cdb_length = cdb.length;
     srb.data_in = unmap ? Direction::out : Direction::none;
@@ -159,7 +165,9 @@ void Disk::build(Packet& packet, const Request& request, u32 offset, u32 bytes) 
 }
 
 // Every LBA in 32 bits, the largest count in 16.
-bool Disk::fits_10() const { return geometry_.sectors <= u64{1} << 32 && unit_.max_transfer >> sector_shift_ <= 0xffff; }
+bool Disk::fits_10() const {
+    return geometry_.sectors <= u64{1} << 32 && unit_.max_transfer >> sector_shift_ <= 0xffff;
+}
 
 void Disk::tell(scsi::Opcode opcode, std::string_view what) {
     if (errors_told_ < max_told_errors) {
@@ -177,7 +185,7 @@ void Disk::tell_attention(const scsi::Sense& sense) {
     }
 }
 
-// ---- the queue: asking -----------------------------------------------------------------------------------------------------------
+// ---- the queue: asking ----
 
 Queue::Queue(io::Executor& executor, hv::hyperv::Channel& channel, Shared& shared, bool first)
     : executor_(executor), channel_(channel), shared_(shared), first_(first), reset_(executor) {}
@@ -224,8 +232,9 @@ Result<void> Queue::send(Exchange& exchange) {
     if (!put(slot, *id)) {
         static_cast<void>(inflight_.give(*id));
         slot.exchange = nullptr;
-        return state_ == State::open ? Error{Code::exhausted, "no room in the storage channel's ring"}
-                                     : Error{Code::protocol, "the storage channel is closed: its host broke the protocol"};
+        return state_ == State::open
+                   ? Error{Code::exhausted, "no room in the storage channel's ring"}
+                   : Error{Code::protocol, "the storage channel is closed: its host broke the protocol"};
     }
     executor_.touch(*this);
     return {};
@@ -246,7 +255,8 @@ void Queue::abandon(Exchange& exchange) {
     const u32 length = packet_bytes(terms_.version);
     if (slot.exchange != nullptr) [[unlikely]] {
         const auto bytes = std::as_bytes(std::span<const Packet, 1>(&slot.exchange->packet, 1)).first(length);
-        sent = slot.exchange->data.empty() ? channel_.send_inband(bytes, id, true) : channel_.send_gpa_direct(bytes, slot.exchange->data, id);
+        sent = slot.exchange->data.empty() ? channel_.send_inband(bytes, id, true)
+                                           : channel_.send_gpa_direct(bytes, slot.exchange->data, id);
     } else {
         Packet packet;
         const Request& request = *slot.request;
@@ -258,8 +268,9 @@ void Queue::abandon(Exchange& exchange) {
         } else if (request.op == io::Op::discard) {
             const u32 sector = slot.disk->geometry().sector_size;
             const DmaSpan list = parameters_.subspan(inflight_.slot_of(id) * 32u, scsi::unmap_list_bytes);
-            scsi::unmap_list(std::span<u8, scsi::unmap_list_bytes>(reinterpret_cast<u8*>(list.data), scsi::unmap_list_bytes),
-                             request.lba + slot.offset / sector, slot.bytes / sector);
+            scsi::unmap_list(
+                std::span<u8, scsi::unmap_list_bytes>(reinterpret_cast<u8*>(list.data), scsi::unmap_list_bytes),
+                request.lba + slot.offset / sector, slot.bytes / sector);
             sent = channel_.send_gpa_direct(bytes, list, id);
         } else {
             slot.short_cdb = !slot.disk->flush_16_;
@@ -270,7 +281,8 @@ void Queue::abandon(Exchange& exchange) {
         return true;
     }
     if (sent != Sent::full) {
-        broken(channel_.broken().value_or(Error{Code::exhausted, "a storage packet is longer than the ring", channel_.send_capacity(), length}));
+        broken(channel_.broken().value_or(
+            Error{Code::exhausted, "a storage packet is longer than the ring", channel_.send_capacity(), length}));
     }
     return false;
 }
@@ -364,6 +376,8 @@ void Queue::flush() {
 }
 
 // The rule that the host broke in one of the rings, which are of no use any more.
-void Queue::broken_ring() { broken(channel_.broken().value_or(Error{Code::protocol, "a ring of the storage channel is broken"})); }
+void Queue::broken_ring() {
+    broken(channel_.broken().value_or(Error{Code::protocol, "a ring of the storage channel is broken"}));
+}
 
 } // namespace fl::drivers::storvsc

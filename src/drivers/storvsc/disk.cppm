@@ -1,11 +1,14 @@
-// The storage channel once it is open: a Queue per channel, and on it a Disk per logical unit. Knows neither the bus nor the handshake.
+// The storage channel once it is open: a Queue per channel, and on it a Disk per logical unit. Knows neither the bus
+// nor the handshake.
 //
-// What is under way stands in the queue's slots; a completion is copied out once by the channel and must carry a known id, the length that the
-// version has, COMPLETE_IO, and no more data than was asked for. The first violation closes the whole controller: all its queues look at
-// `Shared`. A request may need several packets (parts); it ends when all of them have been answered.
+// What is under way stands in the queue's slots; a completion is copied out once by the channel and must carry a known
+// id, the length that the version has, COMPLETE_IO, and no more data than was asked for. The first violation closes the
+// whole controller: all its queues look at `Shared`. A request may need several packets (parts); it ends when all of
+// them have been answered.
 //
-// Only what the host has is timed [io.oldest_wait]. When the oldest request has had its time, the host is asked to reset the bus, which makes it
-// answer everything, and has a whole time-out for that; what is not answered then is given up.
+// Only what the host has is timed [io.oldest_wait]. When the oldest request has had its time, the host is asked to
+// reset the bus, which makes it answer everything, and has a whole time-out for that; what is not answered then is
+// given up.
 export module drivers.storvsc.disk;
 import core.std;
 import core.result;
@@ -35,7 +38,8 @@ struct Shared {
     std::atomic<bool> closed{false};
     std::atomic<u8> close_status{0}; // io::Status for what is still under way; written before `closed`
     std::atomic<bool> told{false};   // by whoever closes: there is one line, and one status
-    std::atomic<bool> taken{false};  // the host has rescinded the channel. Relaxed: nothing is read on the strength of it
+    // the host has rescinded the channel. Relaxed: nothing is read on the strength of it
+    std::atomic<bool> taken{false};
     // Relaxed: a wish, looked at in the first queue's tick.
     std::atomic<bool> reset_wanted{false};
     /// Called on the first queue's processor, in drain() or tick(): somebody should look at the units, or at `closed`.
@@ -90,7 +94,8 @@ class Queue final : private io::Service {
     void shut(io::Status status, const Error& why);
     bool is_open() const { return state_ == State::open; }
     /// From any processor: it has ended everything and touches the channel no more.
-    bool quiet() const { return quiet_.load(std::memory_order_acquire); } // acquire: partner is the release in end_all()
+    // acquire: partner is the release in end_all()
+    bool quiet() const { return quiet_.load(std::memory_order_acquire); }
     u32 under_way() const { return static_cast<u32>(inflight_.size()); }
     io::Executor& executor() const { return executor_; }
 
@@ -171,10 +176,11 @@ class Queue final : private io::Service {
     u64 published_answered_ = 0;
     u64 published_heard_ = 0;
     io::OldestWait oldest_;
-    io::OldestWait stuck_;                // of requests that wait while none is with the host
-    std::optional<io::Bound> reset_wait_; // since the bus reset was asked for, until all that was under way has been answered
-    u64 reset_issued_ = 0;                // issued_ then
-    u64 reset_heard_ = 0;                 // and what all queues had heard
+    io::OldestWait stuck_; // of requests that wait while none is with the host
+    // since the bus reset was asked for, until all that was under way has been answered
+    std::optional<io::Bound> reset_wait_;
+    u64 reset_issued_ = 0; // issued_ then
+    u64 reset_heard_ = 0;  // and what all queues had heard
     Exchange reset_;
     std::atomic<bool> quiet_{true};
 };
@@ -197,11 +203,13 @@ class Disk final : public io::BlockDevice {
     /// now: here, which is the queue's processor, or it has not been started. later: by link().
     enum class Linked : u8 { now, later };
 
-    Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity, Linked linked = Linked::now);
+    Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity,
+         Linked linked = Linked::now);
     /// On the queue's processor, or when it has been stopped; or never linked.
     ~Disk();
 
-    /// Once: its queue looks after it from here on. On the queue's own processor, as soon as that comes to it; `here` is the caller's.
+    /// Once: its queue looks after it from here on. On the queue's own processor, as soon as that comes to it; `here`
+    /// is the caller's.
     void link(io::Executor& here);
 
     /// Before it is announced: a further lane, in the order of the processors. Not owned.

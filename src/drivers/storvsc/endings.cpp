@@ -41,8 +41,9 @@ void Queue::tick(Instant now) {
     }
     look_at_events();
     if (idle_events_ > max_idle_events && !std::exchange(storm_told_, true)) {
-        log::warning("storvsc: more than {} interrupts within {} ms and not a packet: the host signals without a reason", max_idle_events,
-                     idle_window / 1'000'000);
+        log::warning(
+            "storvsc: more than {} interrupts within {} ms and not a packet: the host signals without a reason",
+            max_idle_events, idle_window / 1'000'000);
     }
     if (now >= idle_until_) {
         idle_events_ = 0;
@@ -75,7 +76,8 @@ void Queue::tick(Instant now) {
 }
 
 void Queue::publish_counts(u64 under_way) {
-    shared_.under_way.fetch_add(under_way - std::exchange(published_under_way_, under_way), std::memory_order_relaxed); // modulo 2^64
+    // modulo 2^64
+    shared_.under_way.fetch_add(under_way - std::exchange(published_under_way_, under_way), std::memory_order_relaxed);
     shared_.answered.fetch_add(answered_ - std::exchange(published_answered_, answered_), std::memory_order_relaxed);
     shared_.heard.fetch_add(heard_ - std::exchange(published_heard_, heard_), std::memory_order_relaxed);
 }
@@ -92,7 +94,8 @@ void Queue::look_at_time() {
             oldest = &slot;
         }
     });
-    const Finding found = oldest_.look(executor_, {oldest != nullptr ? oldest->number : 0, under_way, answered}, timeout_);
+    const Finding found =
+        oldest_.look(executor_, {oldest != nullptr ? oldest->number : 0, under_way, answered}, timeout_);
     if (reset_wait_) {
         if (oldest == nullptr || oldest->number > reset_issued_) {
             reset_wait_.reset(); // the reset has done its work
@@ -108,7 +111,8 @@ void Queue::look_at_time() {
     }
     const bool stuck = oldest == nullptr && waiting;
     if (stuck_.look(executor_, {stuck ? issued_ + 1 : 0, under_way, answered}, timeout_) != Finding::none) {
-        shut(io::Status::device_gone, {Code::timed_out, "every slot is held by a request that the host never answered"});
+        shut(io::Status::device_gone,
+             {Code::timed_out, "every slot is held by a request that the host never answered"});
     }
 }
 
@@ -150,7 +154,8 @@ void Queue::give_up_after_reset() {
         return broken_ring();
     }
     if (shared_.heard.load(std::memory_order_relaxed) == reset_heard_) { // on any queue
-        return shut(io::Status::device_gone, {Code::timed_out, "the host has not answered anything for a whole time-out"});
+        return shut(io::Status::device_gone,
+                    {Code::timed_out, "the host has not answered anything for a whole time-out"});
     }
     // What the host still holds it may carry out at any time, and undo by it what was written there since.
     if (unfenced) {

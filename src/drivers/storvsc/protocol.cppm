@@ -1,5 +1,5 @@
-// The storage channel's packets, as they stand behind a VMBus packet's descriptor [storvsc]: a header, then what the operation needs. All
-// integers are little endian; the structures are naturally aligned. No I/O here.
+// The storage channel's packets, as they stand behind a VMBus packet's descriptor [storvsc]: a header, then what the
+// operation needs. All integers are little endian; the structures are naturally aligned. No I/O here.
 module;
 #include <cstddef>
 export module drivers.storvsc.protocol;
@@ -20,7 +20,8 @@ enum class Version : u16 {
     win10 = 0x0602,
 };
 /// Newest first: the order in which they are asked for.
-inline constexpr std::array<Version, 5> versions{Version::win10, Version::blue, Version::win8, Version::win7, Version::win6};
+inline constexpr std::array<Version, 5> versions{Version::win10, Version::blue, Version::win8, Version::win7,
+                                                 Version::win6};
 constexpr std::string_view name(Version version) {
     switch (version) {
     case Version::win6: return "2.0";
@@ -169,12 +170,14 @@ struct ScsiRequest {
     u32 time_out_value; // seconds
     u32 queue_sort_key;
 };
-static_assert(sizeof(ScsiRequest) == 0x34 && offsetof(ScsiRequest, srb_status) == 2 && offsetof(ScsiRequest, scsi_status) == 3 &&
-              offsetof(ScsiRequest, port_number) == 4 && offsetof(ScsiRequest, path_id) == 5 && offsetof(ScsiRequest, target_id) == 6 &&
-              offsetof(ScsiRequest, lun) == 7 && offsetof(ScsiRequest, cdb_length) == 8 && offsetof(ScsiRequest, sense_info_length) == 9 &&
-              offsetof(ScsiRequest, data_in) == 10 && offsetof(ScsiRequest, properties) == 11 &&
-              offsetof(ScsiRequest, data_transfer_length) == 12 && offsetof(ScsiRequest, payload) == 16 &&
-              offsetof(ScsiRequest, reserved) == 36 && offsetof(ScsiRequest, queue_tag) == 38 && offsetof(ScsiRequest, queue_action) == 39 &&
+static_assert(sizeof(ScsiRequest) == 0x34 && offsetof(ScsiRequest, srb_status) == 2 &&
+              offsetof(ScsiRequest, scsi_status) == 3 && offsetof(ScsiRequest, port_number) == 4 &&
+              offsetof(ScsiRequest, path_id) == 5 && offsetof(ScsiRequest, target_id) == 6 &&
+              offsetof(ScsiRequest, lun) == 7 && offsetof(ScsiRequest, cdb_length) == 8 &&
+              offsetof(ScsiRequest, sense_info_length) == 9 && offsetof(ScsiRequest, data_in) == 10 &&
+              offsetof(ScsiRequest, properties) == 11 && offsetof(ScsiRequest, data_transfer_length) == 12 &&
+              offsetof(ScsiRequest, payload) == 16 && offsetof(ScsiRequest, reserved) == 36 &&
+              offsetof(ScsiRequest, queue_tag) == 38 && offsetof(ScsiRequest, queue_action) == 39 &&
               offsetof(ScsiRequest, srb_flags) == 40 && offsetof(ScsiRequest, time_out_value) == 44 &&
               offsetof(ScsiRequest, queue_sort_key) == 48);
 
@@ -210,8 +213,8 @@ constexpr u32 packet_bytes(Version version) { return static_cast<u32>(sizeof(Pac
 /// Room for sense data that a version has: 18 bytes were the fixed format's first part, 20 are the whole payload.
 constexpr u8 sense_bytes(Version version) { return version >= Version::win8 ? 0x14 : 0x12; }
 
-/// Which emulated IDE disk stands behind an accelerator's channel, from the instance GUID's text ("00000001-0000-8899-…": path, then target).
-/// Nothing: the text is no GUID, or names no IDE disk.
+/// Which emulated IDE disk stands behind an accelerator's channel, from the instance GUID's text
+/// ("00000001-0000-8899-…": path, then target). Nothing: the text is no GUID, or names no IDE disk.
 struct IdePath {
     u8 path = 0;   // 0 primary, 1 secondary
     u8 target = 0; // 0 master, 1 slave
@@ -222,7 +225,10 @@ constexpr std::optional<IdePath> ide_path(std::string_view instance) {
         u32 value = 0;
         for (usize i = at; i < at + count; ++i) {
             const char c = i < instance.size() ? instance[i] : ' ';
-            const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+            const int digit = c >= '0' && c <= '9'   ? c - '0'
+                              : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                              : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                                     : -1;
             if (digit < 0) {
                 return std::nullopt;
             }

@@ -46,7 +46,8 @@ FixedText<N> text(std::span<const u8> data) {
 
 Result<Capacity> checked(Capacity capacity, u64 last) {
     if (capacity.block_bytes < 512 || capacity.block_bytes > 4096 || !std::has_single_bit(capacity.block_bytes)) {
-        return Error{Code::not_supported, "READ CAPACITY: the block size is none that this driver knows (512 to 4096, a power of two)", 512,
+        return Error{Code::not_supported,
+                     "READ CAPACITY: the block size is none that this driver knows (512 to 4096, a power of two)", 512,
                      capacity.block_bytes};
     }
     if (last >= u64{1} << 54) {
@@ -195,10 +196,10 @@ std::optional<Sense> parse_sense(std::span<const u8> data) {
 }
 
 std::string_view sense_key_name(u8 key) {
-    static constexpr std::array<std::string_view, 16> names{"NO SENSE",       "RECOVERED ERROR", "NOT READY",      "MEDIUM ERROR",
-                                                            "HARDWARE ERROR", "ILLEGAL REQUEST", "UNIT ATTENTION", "DATA PROTECT",
-                                                            "BLANK CHECK",    "VENDOR SPECIFIC", "COPY ABORTED",   "ABORTED COMMAND",
-                                                            "RESERVED",       "VOLUME OVERFLOW", "MISCOMPARE",     "COMPLETED"};
+    static constexpr std::array<std::string_view, 16> names{
+        "NO SENSE",       "RECOVERED ERROR", "NOT READY",   "MEDIUM ERROR",    "HARDWARE ERROR", "ILLEGAL REQUEST",
+        "UNIT ATTENTION", "DATA PROTECT",    "BLANK CHECK", "VENDOR SPECIFIC", "COPY ABORTED",   "ABORTED COMMAND",
+        "RESERVED",       "VOLUME OVERFLOW", "MISCOMPARE",  "COMPLETED"};
     return names[key & 0x0f];
 }
 

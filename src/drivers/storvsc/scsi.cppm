@@ -1,5 +1,5 @@
-// SCSI as this driver speaks it: command blocks out, answers in. Numbers in them are big endian. No I/O here, and every parser takes what really
-// came, however short it is. Specifications: [SPC-4] primary commands, [SBC-3] block commands.
+// SCSI as this driver speaks it: command blocks out, answers in. Numbers in them are big endian. No I/O here, and every
+// parser takes what really came, however short it is. Specifications: [SPC-4] primary commands, [SBC-3] block commands.
 export module drivers.storvsc.scsi;
 import core.std;
 import core.result;
@@ -23,7 +23,7 @@ constexpr std::string_view status_name(u8 status) {
     }
 }
 
-// ---- commands --------------------------------------------------------------------------------------------------------------------------------
+// ---- commands ----
 
 enum class Opcode : u8 {
     test_unit_ready = 0x00,
@@ -109,9 +109,10 @@ constexpr void unmap_list(std::span<u8, unmap_list_bytes> into, u64 lba, u32 blo
     put_be(into.subspan(16, 4), blocks);
 }
 
-// ---- answers ---------------------------------------------------------------------------------------------------------------------------------
+// ---- answers ----
 
-/// Standard INQUIRY data [SPC-4 §6.6.2]. Texts are cut at the first byte that is not printable, and blanks at the end are taken off.
+/// Standard INQUIRY data [SPC-4 §6.6.2]. Texts are cut at the first byte that is not printable, and blanks at the end
+/// are taken off.
 struct Inquiry {
     u8 qualifier = 3; // 0: a unit is there; 1: none now; 3: none possible
     u8 device_type = 0x1f;
@@ -139,8 +140,8 @@ inline constexpr u32 capacity_16_bytes = 32;
 Result<Capacity> parse_capacity_10(std::span<const u8> data);
 Result<Capacity> parse_capacity_16(std::span<const u8> data);
 
-/// `f` is called with the number of each unit; ~0: it is addressed in a way that has no number here. Well-known units are not devices and are
-/// left out. Error{protocol}: the list is longer than what came.
+/// `f` is called with the number of each unit; ~0: it is addressed in a way that has no number here. Well-known units
+/// are not devices and are left out. Error{protocol}: the list is longer than what came.
 inline constexpr u32 lun_entry_bytes = 8;
 template <class F>
 Result<void> parse_luns(std::span<const u8> data, F&& f) {
@@ -164,7 +165,8 @@ Result<void> parse_luns(std::span<const u8> data, F&& f) {
     return {};
 }
 
-/// WCE of the caching mode page in the answer to mode_sense_6(0x08), and WP of its header. Nothing: the page is not there.
+/// WCE of the caching mode page in the answer to mode_sense_6(0x08), and WP of its header. Nothing: the page is not
+/// there.
 inline constexpr u8 caching_page = 0x08;
 struct ModeAnswer {
     bool write_protected = false;
@@ -184,7 +186,7 @@ Result<BlockLimits> parse_block_limits(std::span<const u8> data);
 /// VPD page 0xb2 [SBC-3 §6.5.6]: LBPU, UNMAP is offered.
 Result<bool> parse_provisioning_unmap(std::span<const u8> data);
 
-// ---- sense data ------------------------------------------------------------------------------------------------------------------------------
+// ---- sense data ----
 
 /// What went wrong, from fixed (0x70, 0x71) or descriptor format (0x72, 0x73) [SPC-4 §4.5].
 struct Sense {
@@ -212,7 +214,8 @@ constexpr bool passes(const Sense& sense) {
 std::string_view sense_key_name(u8 key);
 /// Empty: not one of those that disks give.
 std::string_view sense_code_name(u8 asc, u8 ascq);
-/// "MEDIUM ERROR, unrecovered read error (3/11/00) at LBA 1234". `lba`: the command's, used when the sense data has none.
+/// "MEDIUM ERROR, unrecovered read error (3/11/00) at LBA 1234". `lba`: the command's, used when the sense data has
+/// none.
 FixedText<120> describe(const Sense& sense, std::optional<u64> lba);
 
 } // namespace fl::drivers::scsi

@@ -39,18 +39,24 @@ Result<void> Disk::prepare(DmaSpan ring) {
     const u32 slots = std::min(io::ring_entries(ring.size, ring_slots, slot_bytes), max_parts);
     const io::FreeRunning<u32> positions(slots);
     TRY(requests_,
-        Requests::create(memory, {.index = ring_request_producer, .event = ring_request_event, .entries = ring_slots, .stride = slot_bytes},
-                         positions));
-    TRY(responses_,
-        Responses::create(memory, {.index = ring_response_producer, .event = ring_response_event, .entries = ring_slots, .stride = slot_bytes},
-                          positions));
+        Requests::create(
+            memory,
+            {.index = ring_request_producer, .event = ring_request_event, .entries = ring_slots, .stride = slot_bytes},
+            positions));
+    TRY(responses_, Responses::create(memory,
+                                      {.index = ring_response_producer,
+                                       .event = ring_response_event,
+                                       .entries = ring_slots,
+                                       .stride = slot_bytes},
+                                      positions));
     // Both sides want to hear of the first entry [xen-ring SHARED_RING_INIT].
     memory.store_relaxed<u32>(ring_request_event, 1);
     memory.store_relaxed<u32>(ring_response_event, 1);
     return {};
 }
 
-Result<void> Disk::open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void*), void* context) {
+Result<void> Disk::open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void*),
+                        void* context) {
     terms_ = terms;
     terms_.indirect_segments = std::min(terms.indirect_segments, max_segments);
     identity_ = identity;
@@ -66,7 +72,8 @@ Result<void> Disk::open(const Terms& terms, const Identity& identity, DmaAllocat
     } else if (pool_size_ >= max_segments) {
         extend_pool(pool);
     } else {
-        return Error{Code::bad_argument, "persistent grants were agreed on and there are no pages for them", max_segments, pool_size_};
+        return Error{Code::bad_argument, "persistent grants were agreed on and there are no pages for them",
+                     max_segments, pool_size_};
     }
     if (terms_.indirect_segments > segments_in_slot) {
         open_indirect(pool);
@@ -79,7 +86,8 @@ Result<void> Disk::open(const Terms& terms, const Identity& identity, DmaAllocat
 
 bool Disk::start_pool(hv::xen::Domain domain, DmaAllocator& pool) {
     terms_.domain = domain;
-    // An eighth of the grants that are left, at most, for each disk: the pools of many disks become smaller, and then there are none.
+    // An eighth of the grants that are left, at most, for each disk: the pools of many disks become smaller, and then
+    // there are none.
     return keep_spare(pool) && grants_.obtainable() / 8 >= pool_chunk && add_pool_pages(pool);
 }
 
@@ -92,7 +100,8 @@ bool Disk::keep_spare(DmaAllocator& pool) {
     return static_cast<bool>(spare_memory_);
 }
 
-// Pages that stay granted, for reading and writing: later requests use them in either direction [xen-blkif note 8]. A chunk of them or none.
+// Pages that stay granted, for reading and writing: later requests use them in either direction [xen-blkif note 8]. A
+// chunk of them or none.
 bool Disk::add_pool_pages(DmaAllocator& pool) {
     if (!grants_.ensure(pool_chunk + spare_grants)) {
         return false;
@@ -147,15 +156,15 @@ void Disk::open_indirect(DmaAllocator& pool) {
     }
 }
 
-// ---- asking
-// --------------------------------------------------------------------------------------------------------------------------------------
+// ---- asking ----
 
 void Disk::start(Request& request) {
     if (state_ != State::open) [[unlikely]] {
         return complete(request, io::Status::device_gone);
     }
     // A segment's offset must be a multiple of the sector size, too [xen-blkif].
-    if (request.op <= io::Op::write && request.buffer.bus % geometry_.sector_size != 0 && !terms_.persistent) [[unlikely]] {
+    if (request.op <= io::Op::write && request.buffer.bus % geometry_.sector_size != 0 && !terms_.persistent)
+        [[unlikely]] {
         return complete(request, io::Status::misaligned);
     }
     if (!waiting_.empty() || !issue(request)) {
@@ -164,7 +173,8 @@ void Disk::start(Request& request) {
     executor().touch(*this);
 }
 
-// Everything of the request into the ring; false: there is no room for the rest now. issued == buffer.size: nothing is left.
+// Everything of the request into the ring; false: there is no room for the rest now. issued == buffer.size: nothing is
+// left.
 bool Disk::issue(Request& request) {
     if (request.op > io::Op::write) [[unlikely]] {
         return issue_command(request);
@@ -185,8 +195,8 @@ bool Disk::issue_data(Request& request) {
     const bool pooled = terms_.persistent;
     const u32 left = request.buffer.size - request.issued;
     const u32 in_page = pooled ? 0 : static_cast<u32>((request.buffer.bus + request.issued) % page_size);
-    const bool indirect =
-        left + in_page > segments_in_slot * page_size && terms_.indirect_segments > segments_in_slot && indirect_free_count_ != 0;
+    const bool indirect = left + in_page > segments_in_slot * page_size &&
+                          terms_.indirect_segments > segments_in_slot && indirect_free_count_ != 0;
     const u32 most = indirect ? terms_.indirect_segments : segments_in_slot;
     u32 bytes = std::min(left, most * static_cast<u32>(page_size) - in_page);
     u32 count = (in_page + bytes + static_cast<u32>(page_size) - 1) / static_cast<u32>(page_size);
@@ -214,12 +224,14 @@ bool Disk::issue_data(Request& request) {
         DirectRequest slot; // as much of it as is used is written, and no more goes into the ring
         slot.header = {part.operation, static_cast<u8>(count), terms_.handle, 0, *id, sector};
         fill_segments(part, request, std::span(slot.segments).first(count), pooled);
-        static_cast<void>(requests_->produce({reinterpret_cast<const std::byte*>(&slot), sizeof slot.header + count * sizeof(Segment)}));
+        static_cast<void>(requests_->produce(
+            {reinterpret_cast<const std::byte*>(&slot), sizeof slot.header + count * sizeof(Segment)}));
     } else {
         part.indirect_page = indirect_free_[--indirect_free_count_];
         auto* segments = reinterpret_cast<Segment*>(indirect_memory_.data() + part.indirect_page * page_size);
         fill_segments(part, request, {segments, count}, pooled);
-        IndirectRequest slot{Operation::indirect, part.operation, static_cast<u16>(count), 0, *id, sector, terms_.handle, 0, {}, 0};
+        IndirectRequest slot{
+            Operation::indirect, part.operation, static_cast<u16>(count), 0, *id, sector, terms_.handle, 0, {}, 0};
         slot.pages[0] = indirect_grants_[part.indirect_page];
         static_cast<void>(requests_->produce(slot));
     }
@@ -251,7 +263,8 @@ void Disk::fill_segments(Part& part, Request& request, std::span<Segment> segmen
                 data += bytes;
             }
         }
-        segments[i] = {grant, static_cast<u8>(in_page >> unit_shift_), static_cast<u8>(((in_page + bytes) >> unit_shift_) - 1), 0};
+        segments[i] = {grant, static_cast<u8>(in_page >> unit_shift_),
+                       static_cast<u8>(((in_page + bytes) >> unit_shift_) - 1), 0};
         left -= bytes;
         in_page = 0;
     }
@@ -313,8 +326,7 @@ void Disk::flush() {
     }
 }
 
-// ---- being answered
-// --------------------------------------------------------------------------------------------------------------------------------
+// ---- being answered ----
 
 void Disk::rang(void* self) {
     Disk& disk = *static_cast<Disk*>(self);
@@ -373,11 +385,13 @@ bool Disk::drain() {
 
 bool Disk::accept(const Response& response) {
     if (inflight_.peek(response.id) == nullptr) [[unlikely]] {
-        broken({Code::protocol, "an answer carries an id that is not under way (unknown, repeated or retired)", 0, response.id});
+        broken({Code::protocol, "an answer carries an id that is not under way (unknown, repeated or retired)", 0,
+                response.id});
         return false;
     }
     Part& part = parts_[inflight_.slot_of(response.id)];
-    if (response.operation != part.operation && !(part.indirect && response.operation == Operation::indirect)) [[unlikely]] {
+    if (response.operation != part.operation && !(part.indirect && response.operation == Operation::indirect))
+        [[unlikely]] {
         broken({Code::protocol, "an answer names another operation than was asked for", to_underlying(part.operation),
                 to_underlying(response.operation)});
         return false;
@@ -388,7 +402,8 @@ bool Disk::accept(const Response& response) {
     case status_error: status = io::Status::io_error; break;
     case status_not_supported: status = io::Status::not_supported; break;
     default:
-        broken({Code::protocol, "an answer has a status that the block interface does not define", 0, static_cast<u16>(response.status)});
+        broken({Code::protocol, "an answer has a status that the block interface does not define", 0,
+                static_cast<u16>(response.status)});
         return false;
     }
     static_cast<void>(inflight_.give(response.id));
@@ -437,7 +452,8 @@ bool Disk::release(Part& part) {
     if (part.indirect) {
         indirect_free_[indirect_free_count_++] = part.indirect_page;
     }
-    for (u32 i = part.segments; i-- > 0;) { // the last one taken is the first one back: the same few are used again and again
+    // the last one taken is the first one back: the same few are used again and again
+    for (u32 i = part.segments; i-- > 0;) {
         if (terms_.persistent) {
             pool_free_[pool_free_count_++] = static_cast<u16>(part.grants[i]);
         } else {
@@ -449,8 +465,8 @@ bool Disk::release(Part& part) {
     return safe;
 }
 
-// Ends the other side's access to the part's buffer while its request still stands in the ring: the grants are not given to anybody else, since
-// it may yet be taken up. False: the other side has the buffer mapped now.
+// Ends the other side's access to the part's buffer while its request still stands in the ring: the grants are not
+// given to anybody else, since it may yet be taken up. False: the other side has the buffer mapped now.
 bool Disk::withdraw(Part& part) {
     bool safe = true;
     for (u32 i = 0; !terms_.persistent && i < part.segments; ++i) {
@@ -459,9 +475,10 @@ bool Disk::withdraw(Part& part) {
     return safe;
 }
 
-// After how many of the answers that are owed an event is worth its price: all of them, as long as the whole batch comes within `patience`;
-// three quarters where it does not, so that a slow answer does not keep the others waiting; and never before all the parts of a request can be
-// there, since nobody can go on before. Answers that wait for the rest are found by the executor's tick at the latest.
+// After how many of the answers that are owed an event is worth its price: all of them, as long as the whole batch
+// comes within `patience`; three quarters where it does not, so that a slow answer does not keep the others waiting;
+// and never before all the parts of a request can be there, since nobody can go on before. Answers that wait for the
+// rest are found by the executor's tick at the latest.
 u32 Disk::event_after(u32 owed) const {
     const u32 enough = owed < 2 || hurry_ == 0 ? owed : owed - std::max(owed / 4, 1u);
     return std::max(enough, std::min(burst_, owed));
@@ -493,8 +510,7 @@ bool Disk::arm() {
     return *found;
 }
 
-// ---- giving up
-// -------------------------------------------------------------------------------------------------------------------------------------
+// ---- giving up ----
 
 bool Disk::cancel_now(Request& request) {
     if (request.parts != 0 || !waiting_.remove(request)) {
@@ -557,9 +573,11 @@ void Disk::look_at_time() {
         }
     });
     const u64 under_way = inflight_.size();
-    const Finding found = oldest_.look(executor(), {oldest != nullptr ? oldest->number : 0, under_way, answered_}, timeout());
+    const Finding found =
+        oldest_.look(executor(), {oldest != nullptr ? oldest->number : 0, under_way, answered_}, timeout());
     if (found == Finding::lost) {
-        log::warning("{}: no answer to a request within {} ms, while others were answered", identity_.name, timeout() / 1'000'000);
+        log::warning("{}: no answer to a request within {} ms, while others were answered", identity_.name,
+                     timeout() / 1'000'000);
         give_up(*oldest->request);
     } else if (found == Finding::silent) {
         inflight_.for_each([&](u64 id, Part&) {
@@ -567,16 +585,18 @@ void Disk::look_at_time() {
                 give_up(*request);
             }
         });
-        return shut(io::Status::device_gone, {Code::timed_out, "the back end has not answered anything for a whole time-out"});
+        return shut(io::Status::device_gone,
+                    {Code::timed_out, "the back end has not answered anything for a whole time-out"});
     }
-    // Nothing that is waited for is with the back end, and still there is no room: requests that were given up hold the slots, or others hold all
-    // the grants.
+    // Nothing that is waited for is with the back end, and still there is no room: requests that were given up hold the
+    // slots, or others hold all the grants.
     const bool stuck = oldest == nullptr && !waiting_.empty();
     if (stuck_.look(executor(), {stuck ? issued_ + 1 : 0, under_way, answered_}, timeout()) == Finding::none) {
         return;
     }
     if (inflight_.full() || requests_->full()) {
-        return shut(io::Status::device_gone, {Code::timed_out, "every slot is held by a request that the back end never answered"});
+        return shut(io::Status::device_gone,
+                    {Code::timed_out, "every slot is held by a request that the back end never answered"});
     }
     log::warning("{}: no grant entries came free for a request within {} ms", identity_.name, timeout() / 1'000'000);
     give_up(*waiting_.front());

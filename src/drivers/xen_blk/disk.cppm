@@ -1,12 +1,16 @@
-// A virtual block device once it is connected: requests into the ring, answers out of it. Knows neither XenStore nor the handshake.
+// A virtual block device once it is connected: requests into the ring, answers out of it. Knows neither XenStore nor
+// the handshake.
 //
-// Buffers are granted where they stand, page by page, for as long as a request is under way; with persistent grants the data goes through pages
-// that stay granted. A request may need several slots of the ring (parts); it ends when all of them have been answered.
+// Buffers are granted where they stand, page by page, for as long as a request is under way; with persistent grants the
+// data goes through pages that stay granted. A request may need several slots of the ring (parts); it ends when all of
+// them have been answered.
 //
-// Nothing in the ring is believed: what a part is stands in parts_, an answer is copied out once and must carry a known id, the operation that
-// was asked for and a known status, and there are never more answers than questions. The first violation closes the disk.
+// Nothing in the ring is believed: what a part is stands in parts_, an answer is copied out once and must carry a known
+// id, the operation that was asked for and a known status, and there are never more answers than questions. The first
+// violation closes the disk.
 //
-// Only what the back end has is timed [io.oldest_wait]. A request that is lost ends as timed_out; a back end that is silent closes the disk.
+// Only what the back end has is timed [io.oldest_wait]. A request that is lost ends as timed_out; a back end that is
+// silent closes the disk.
 export module drivers.xen_blk.disk;
 import core.std;
 import core.result;
@@ -42,8 +46,8 @@ class Disk final : public io::BlockDevice, private io::Service {
   public:
     /// Parts under way at once: the slots of four ring pages. 32 requests of 128 KiB without indirect segments need 96.
     static constexpr u32 max_parts = 128;
-    /// 128 KiB in one slot. A request that is larger costs one slot more for each 128 KiB, so more would save little and cost grants for every
-    /// slot.
+    /// 128 KiB in one slot. A request that is larger costs one slot more for each 128 KiB, so more would save little
+    ///   and cost grants for every slot.
     static constexpr u32 max_segments = 32;
     static constexpr u32 max_indirect_pages = 64;
     static constexpr u32 max_pool_pages = 512;
@@ -53,7 +57,8 @@ class Disk final : public io::BlockDevice, private io::Service {
     static constexpr u32 spare_bytes = 256 * 1024; // likewise of memory: rings, a job's buffers
     /// Events in a row that bring no answer; then the channel stays masked until the next tick.
     static constexpr u32 max_idle_events = 64;
-    /// After a batch of answers that took longer the next two are not waited for as a whole; after another one the next four, and so on.
+    /// After a batch of answers that took longer the next two are not waited for as a whole; after another one the next
+    /// four, and so on.
     static constexpr Nanoseconds patience = 2'000'000;
     static constexpr u32 max_hurry = 64;
 
@@ -64,12 +69,13 @@ class Disk final : public io::BlockDevice, private io::Service {
     Result<void> prepare(DmaSpan ring);
     /// The handler of the event channel; runs in the upcall.
     static void rang(void* self);
-    /// Takes the first pages that stay granted, for a disk that shall offer persistent grants. False: there is not enough memory or there are
-    /// not enough grants: it must not offer them. Before open().
+    /// Takes the first pages that stay granted, for a disk that shall offer persistent grants. False: there is not
+    /// enough memory or there are not enough grants: it must not offer them. Before open().
     bool start_pool(hv::xen::Domain domain, DmaAllocator& pool);
-    /// From now on requests are taken. `pool`: what open() may allocate its pages from. `notify`: called, once, when the disk closes by itself.
-    /// Terms with persistent grants need a pool that was started.
-    Result<void> open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void* context), void* context);
+    /// From now on requests are taken. `pool`: what open() may allocate its pages from. `notify`: called, once, when
+    /// the disk closes by itself. Terms with persistent grants need a pool that was started.
+    Result<void> open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void* context),
+                      void* context);
     /// Ends everything under way with `status` and takes no more. `rule`: what for, for the log.
     void shut(io::Status status, const Error& why);
     bool is_open() const { return state_ == State::open; }
@@ -94,7 +100,7 @@ class Disk final : public io::BlockDevice, private io::Service {
         u16 indirect_page = 0;
         u32 offset = 0; // of its data in the request's buffer
         u32 bytes = 0;
-        u64 number = 0; // in order of issue
+        u64 number = 0;                         // in order of issue
         std::array<Grant, max_segments> grants; // or, with persistent grants, numbers of pool pages
     };
     struct PoolPage {
@@ -141,14 +147,15 @@ class Disk final : public io::BlockDevice, private io::Service {
     io::RequestQueue waiting_;
     io::Inflight<Part, max_parts> inflight_;
     std::array<Part, max_parts> parts_{}; // by slot of inflight_
-    // Written by the handler, read by the executor's turn on the same processor; relaxed: wake() and the next turn order them.
+    // Written by the handler, read by the executor's turn on the same processor; relaxed: wake() and the next turn
+    // order them.
     std::atomic<bool> rang_{false};
     std::atomic<bool> masked_{true};
     u32 idle_events_ = 0;
     u32 next_hurry_ = 1;
     u32 hurry_ = 0; // batches still to come that are not waited for as a whole
     Instant armed_at_ = never;
-    u32 burst_ = 1; // parts of the last request that was issued
+    u32 burst_ = 1;    // parts of the last request that was issued
     u64 issued_ = 0;   // parts so far
     u64 answered_ = 0; // parts so far
     io::OldestWait oldest_;

@@ -1,5 +1,6 @@
-// The block interface's wire: what stands in a slot of the ring, 64-bit layout ("x86_64-abi") [xen-blkif]. Sectors are 512 bytes everywhere
-// here, whatever the disk's sector size: sector numbers, the first and last sector of a segment, and the node "sectors".
+// The block interface's wire: what stands in a slot of the ring, 64-bit layout ("x86_64-abi") [xen-blkif]. Sectors are
+// 512 bytes everywhere here, whatever the disk's sector size: sector numbers, the first and last sector of a segment,
+// and the node "sectors".
 module;
 #include <cstddef>
 export module drivers.xen_blk.protocol;
@@ -32,8 +33,9 @@ struct RequestHeader {
     u64 id; // ours, comes back
     u64 sector;
 };
-static_assert(sizeof(RequestHeader) == 24 && offsetof(RequestHeader, segment_count) == 1 && offsetof(RequestHeader, handle) == 2 &&
-              offsetof(RequestHeader, id) == 8 && offsetof(RequestHeader, sector) == 16);
+static_assert(sizeof(RequestHeader) == 24 && offsetof(RequestHeader, segment_count) == 1 &&
+              offsetof(RequestHeader, handle) == 2 && offsetof(RequestHeader, id) == 8 &&
+              offsetof(RequestHeader, sector) == 16);
 
 /// read, write, write_barrier, flush
 struct DirectRequest {
@@ -61,8 +63,9 @@ struct IndirectRequest {
     std::array<u32, indirect_pages_in_slot> pages; // grants
     u32 padding2;
 };
-static_assert(sizeof(IndirectRequest) == 64 && offsetof(IndirectRequest, indirect_op) == 1 && offsetof(IndirectRequest, segment_count) == 2 &&
-              offsetof(IndirectRequest, id) == 8 && offsetof(IndirectRequest, sector) == 16 && offsetof(IndirectRequest, handle) == 24 &&
+static_assert(sizeof(IndirectRequest) == 64 && offsetof(IndirectRequest, indirect_op) == 1 &&
+              offsetof(IndirectRequest, segment_count) == 2 && offsetof(IndirectRequest, id) == 8 &&
+              offsetof(IndirectRequest, sector) == 16 && offsetof(IndirectRequest, handle) == 24 &&
               offsetof(IndirectRequest, pages) == 28);
 
 struct Response {

@@ -55,9 +55,11 @@ bool Channel::publish() {
 }
 
 void Channel::signal() {
-    // The packets and the index before the bits that say so: a locked instruction is a full barrier for all who look at them.
+    // The packets and the index before the bits that say so: a locked instruction is a full barrier for all who look at
+    // them.
     if (signalling_.interrupt_word != nullptr) {
-        std::atomic_ref<u64>(*signalling_.interrupt_word).fetch_or(signalling_.interrupt_bit, std::memory_order_seq_cst);
+        std::atomic_ref<u64>(*signalling_.interrupt_word)
+            .fetch_or(signalling_.interrupt_bit, std::memory_order_seq_cst);
     }
     if (signalling_.monitor_word != nullptr) {
         std::atomic_ref<u32>(*signalling_.monitor_word).fetch_or(signalling_.monitor_bit, std::memory_order_seq_cst);
@@ -69,17 +71,19 @@ void Channel::signal() {
     if (status == Status::success) [[likely]] {
         return;
     }
-    // As a rule the host has just taken the channel away, and its rescind is on the way. One that forbids the call is told, once: requests will go
-    // unanswered.
-    const bool forbidden =
-        status == Status::access_denied || status == Status::operation_denied || status == Status::invalid_hypercall_code;
+    // As a rule the host has just taken the channel away, and its rescind is on the way. One that forbids the call is
+    // told, once: requests will go unanswered.
+    const bool forbidden = status == Status::access_denied || status == Status::operation_denied ||
+                           status == Status::invalid_hypercall_code;
     if (counters_.refused++ == 0 && forbidden) {
-        log::warning("VMBus: channel {}: the hypervisor does not let this guest signal events (status {}): its requests may time out",
+        log::warning("VMBus: channel {}: the hypervisor does not let this guest signal events (status {}): its "
+                     "requests may time out",
                      offer_.relid, to_underlying(status));
     }
 }
 
-Inbox::Inbox(Channel& channel, io::Executor& executor) : channel_(channel), executor_(executor), latch_(executor), seen_(channel.interrupts()) {
+Inbox::Inbox(Channel& channel, io::Executor& executor)
+    : channel_(channel), executor_(executor), latch_(executor), seen_(channel.interrupts()) {
     latch_.open(); // what came before us
     executor_.add(*this);
 }

@@ -1,6 +1,7 @@
-// One open VMBus channel: two rings of packets, the way to signal the host, and the event flag by which the host signals us. A channel belongs
-// to one processor: everything but what is marked otherwise is called on that processor's executor, never from an interrupt handler. The
-// interrupt only counts the event and wakes that executor, in whose next turn every Service is drained; so a driver needs no handler of its own:
+// One open VMBus channel: two rings of packets, the way to signal the host, and the event flag by which the host
+// signals us. A channel belongs to one processor: everything but what is marked otherwise is called on that processor's
+// executor, never from an interrupt handler. The interrupt only counts the event and wakes that executor, in whose next
+// turn every Service is drained; so a driver needs no handler of its own:
 //
 //     flush():  channel.publish()                         one store, at most one signal for the turn
 //     drain():  channel.receive(packet) … ; channel.release()
@@ -65,23 +66,28 @@ class Channel {
         return count(sender_->inband(payload, transaction, wants_completion));
     }
     /// The answer to a packet that wanted one, with that packet's transaction id.
-    Sent send_completion(std::span<const std::byte> payload, u64 transaction) { return count(sender_->completion(payload, transaction)); }
+    Sent send_completion(std::span<const std::byte> payload, u64 transaction) {
+        return count(sender_->completion(payload, transaction));
+    }
     /// A packet with buffers that the host reads or writes until it has completed it.
-    Sent send_gpa_direct(std::span<const std::byte> payload, std::span<const PageRange> ranges, u64 transaction, bool wants_completion = true) {
+    Sent send_gpa_direct(std::span<const std::byte> payload, std::span<const PageRange> ranges, u64 transaction,
+                         bool wants_completion = true) {
         return count(sender_->gpa_direct(payload, ranges, transaction, wants_completion));
     }
     /// The same with one contiguous buffer.
-    Sent send_gpa_direct(std::span<const std::byte> payload, DmaSpan buffer, u64 transaction, bool wants_completion = true) {
+    Sent send_gpa_direct(std::span<const std::byte> payload, DmaSpan buffer, u64 transaction,
+                         bool wants_completion = true) {
         return count(sender_->gpa_direct(payload, buffer, transaction, wants_completion));
     }
     /// Bytes that a packet may have at most, descriptor (16), ranges and trailer (8) included.
     u32 send_capacity() const { return sender_->capacity(); }
-    /// Shows what was queued to the host, and signals it if it sleeps. True: it was signalled. False, and not sound(): nothing was shown.
+    /// Shows what was queued to the host, and signals it if it sleeps. True: it was signalled. False, and not sound():
+    /// nothing was shown.
     bool publish();
 
     // Receiving.
-    /// The next packet, checked, in the channel's own buffer, until the next call; false: there is none. Error{protocol}: the host broke a rule,
-    /// and the channel is broken from here on.
+    /// The next packet, checked, in the channel's own buffer, until the next call; false: there is none.
+    /// Error{protocol}: the host broke a rule, and the channel is broken from here on.
     Result<bool> receive(Packet& into) {
         auto got = receiver_->receive(into);
         counters_.packets_received += got && *got ? 1 : 0;
@@ -118,8 +124,9 @@ class Channel {
     }
     const ChannelCounters& counters() const { return counters_; }
 
-    /// Called once, on processor 0's executor (not in an interrupt), when the host rescinds the offer; may open latches and make coroutines
-    /// ready, not close the channel itself. Set before the channel is opened, or any time on processor 0. nullptr: nobody wants to know.
+    /// Called once, on processor 0's executor (not in an interrupt), when the host rescinds the offer; may open latches
+    /// and make coroutines ready, not close the channel itself. Set before the channel is opened, or any time on
+    /// processor 0. nullptr: nobody wants to know.
     void on_rescind(void (*handler)(void* context), void* context) {
         rescind_handler_ = handler;
         rescind_context_ = context;
@@ -136,8 +143,8 @@ class Channel {
     };
 
     // For the bus (hv.hyperv.vmbus) and for tests that play it, on processor 0.
-    /// Before OPENCHANNEL. `rings`: the outgoing one first; `send_bytes`: its part of them, header page included; `events`: counted by the
-    /// interrupt handler.
+    /// Before OPENCHANNEL. `rings`: the outgoing one first; `send_bytes`: its part of them, header page included;
+    /// `events`: counted by the interrupt handler.
     Result<void> attach(const Offer& offer, u32 cpu, DmaBuffer rings, u32 send_bytes, const Signalling& signalling,
                         const std::atomic<u32>& events);
     /// Rings and memory are let go; the memory is the caller's again.
@@ -156,7 +163,8 @@ class Channel {
   private:
     void signal();
     Sent count(Sent sent) {
-        (sent == Sent::queued ? counters_.packets_sent : counters_.full) += sent == Sent::queued || sent == Sent::full ? 1 : 0;
+        (sent == Sent::queued ? counters_.packets_sent : counters_.full) +=
+            sent == Sent::queued || sent == Sent::full ? 1 : 0;
         return sent;
     }
 
@@ -175,8 +183,8 @@ class Channel {
     alignas(8) std::array<std::byte, receive_max> buffer_;
 };
 
-/// For drivers that wait for packets in a coroutine: a Service that publishes, arms and wakes. One waiter at a time. Lives beside its open
-/// channel, on the channel's executor, from after open() to before close().
+/// For drivers that wait for packets in a coroutine: a Service that publishes, arms and wakes. One waiter at a time.
+/// Lives beside its open channel, on the channel's executor, from after open() to before close().
 ///
 ///     Inbox inbox(channel, executor);
 ///     while (co_await inbox.wait(bound)) {
@@ -189,7 +197,8 @@ class Inbox final : public io::Service {
     Inbox(Channel& channel, io::Executor& executor);
     ~Inbox();
 
-    /// True: look at the channel (a packet may be there, it may have room again, be broken, or rescinded). False: the bound passed first.
+    /// True: look at the channel (a packet may be there, it may have room again, be broken, or rescinded). False: the
+    /// bound passed first.
     auto wait(const io::Bound& bound) { return latch_.wait(bound); }
     auto wait() { return latch_.wait(); }
     /// What was sent is published at the end of this turn.

@@ -35,7 +35,8 @@ Result<void> ReferenceClock::install(Privileged& cpu, DmaAllocator& memory, cons
     cpu_ = &cpu;
     counter_offered_ = (leaf.eax & privileges::reference_counter) != 0;
     if ((leaf.eax & privileges::frequencies) != 0 && (leaf.edx & features::frequency_registers) != 0) {
-        if (const u64 hz = cpu.read_msr(msr::tsc_frequency); hz >= 1'000'000 && hz <= 100'000'000'000) { // else nonsense: the page may know
+        // else nonsense: the page may know
+        if (const u64 hz = cpu.read_msr(msr::tsc_frequency); hz >= 1'000'000 && hz <= 100'000'000'000) {
             tsc_hz_ = hz;
             name_ = "Hyper-V frequency register";
         }
@@ -67,8 +68,8 @@ std::optional<ReferenceClock::Scale> ReferenceClock::read_page() const {
         return std::nullopt;
     }
     for (u32 tries = 0; tries < 16; ++tries) {
-        // Acquire, twice: the values between two equal sequences. Partner: the hypervisor sets the sequence to invalid, writes the values, and
-        // then the next sequence [hv-tlfs §12.7.3].
+        // Acquire, twice: the values between two equal sequences. Partner: the hypervisor sets the sequence to invalid,
+        // writes the values, and then the next sequence [hv-tlfs §12.7.3].
         const u32 before = std::atomic_ref(const_cast<u32&>(page_->sequence)).load(std::memory_order_acquire);
         const u64 scale = *static_cast<const volatile u64*>(&page_->scale);
         const i64 offset = *static_cast<const volatile i64*>(&page_->offset);

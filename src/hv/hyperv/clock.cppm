@@ -1,4 +1,5 @@
-// Time as Hyper-V tells it: the reference TSC page, and the counter register where that page is not there or not valid just now.
+// Time as Hyper-V tells it: the reference TSC page, and the counter register where that page is not there or not valid
+// just now.
 export module hv.hyperv.clock;
 import core.std;
 import core.result;
@@ -9,20 +10,21 @@ export import hv.hyperv.protocol;
 
 export namespace fl::hv::hyperv {
 
-/// floor(10^7 * 2^64 / scale): the counter's frequency behind a reference TSC page's scale; nothing when that is no frequency of a real one.
+/// floor(10^7 * 2^64 / scale): the counter's frequency behind a reference TSC page's scale; nothing when that is no
+/// frequency of a real one.
 std::optional<u64> frequency_of_scale(u64 scale);
 
 /// One page for all processors. Reading it needs no exit and no lock.
 class ReferenceClock {
   public:
-    /// `leaf`: the registers of the features' leaf. Touches only registers that it announces. Nothing announced: now() is nothing for ever.
-    /// Error{exhausted}: no memory for the page; the registers are used all the same.
+    /// `leaf`: the registers of the features' leaf. Touches only registers that it announces. Nothing announced: now()
+    /// is nothing for ever. Error{exhausted}: no memory for the page; the registers are used all the same.
     Result<void> install(Privileged& cpu, DmaAllocator& memory, const CpuidRegisters& leaf);
     /// Tells the hypervisor that the page is not used any more.
     void uninstall();
 
-    /// Reference time in units of 100 ns since the machine's start, by the page, else by the register (an exit). `tsc`: the counter, read just
-    /// now.
+    /// Reference time in units of 100 ns since the machine's start, by the page, else by the register (an exit). `tsc`:
+    /// the counter, read just now.
     std::optional<u64> now(u64 tsc) const;
     /// By the register alone.
     std::optional<u64> counter() const;

@@ -1,5 +1,5 @@
-// Calls into Hyper-V. The way in is a Gate: in the kernel the page that the hypervisor fills with the processor's own instruction (so nobody
-// here knows whether that is vmcall or vmmcall), in a test a function.
+// Calls into Hyper-V. The way in is a Gate: in the kernel the page that the hypervisor fills with the processor's own
+// instruction (so nobody here knows whether that is vmcall or vmmcall), in a test a function.
 export module hv.hyperv.hypercall;
 import core.std;
 import core.result;
@@ -8,8 +8,9 @@ export import hv.hyperv.protocol;
 
 export namespace fl::hv::hyperv {
 
-/// How a call reaches the hypervisor: RCX control, RDX and R8 the guest-physical addresses of input and output, or, in a fast call, the input
-/// itself [hv-tlfs §3.7]. `page`: what the hypervisor shall fill, one page, executable; nullptr when there is nothing to fill.
+/// How a call reaches the hypervisor: RCX control, RDX and R8 the guest-physical addresses of input and output, or, in
+/// a fast call, the input itself [hv-tlfs §3.7]. `page`: what the hypervisor shall fill, one page, executable; nullptr
+/// when there is nothing to fill.
 struct Gate {
     void* context = nullptr;
     u64 (*call)(void* context, u64 control, u64 input, u64 output) = nullptr;

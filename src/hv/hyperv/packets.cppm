@@ -1,12 +1,14 @@
-// Packets in a pair of VMBus byte rings: the wire format, and the two ends of it over io.ring. Generic over the ring's memory, so that tests and
-// fuzzers bring a hostile one. Knows no hypercall: the ends say when the host is to be signalled. [vmbus-ring]
+// Packets in a pair of VMBus byte rings: the wire format, and the two ends of it over io.ring. Generic over the ring's
+// memory, so that tests and fuzzers bring a hostile one. Knows no hypercall: the ends say when the host is to be
+// signalled. [vmbus-ring]
 //
 // What the rings' words order is in io.ring's table. Two pairs are added here:
 //
-//   ours                                               the host's                                       what the pair orders
-//   send: pending_send_sz, full barrier, read index    read index, full barrier, pending_send_sz        one of the two sees the other: whoever
-//   release: read index, full barrier, pending_send_sz pending_send_sz, full barrier, read index        waits for room is told of it, or finds
-//   it
+//   ours: send            pending_send_sz, full barrier, read index
+//   the host's            read index, full barrier, pending_send_sz
+//   ours: release         read index, full barrier, pending_send_sz
+//   the host's            pending_send_sz, full barrier, read index
+// One of the two sees the other: the side that waits for room is signalled, or finds the room.
 module;
 #include <cstddef>
 export module hv.hyperv.packets;
@@ -17,7 +19,7 @@ import io.ring;
 
 export namespace fl::hv::hyperv {
 
-// ---- wire ------------------------------------------------------------------------------------------------------------------------------------
+// ---- wire ----
 
 /// What stands before the bytes of a ring: its first page.
 struct RingHeader {
@@ -28,11 +30,13 @@ struct RingHeader {
     std::array<u32, 12> reserved{};
     u32 features = 0; // bit 0: the writer uses pending_send_sz
 };
-static_assert(sizeof(RingHeader) == 68 && offsetof(RingHeader, write_index) == 0 && offsetof(RingHeader, read_index) == 4 &&
-              offsetof(RingHeader, interrupt_mask) == 8 && offsetof(RingHeader, pending_send_sz) == 12 && offsetof(RingHeader, features) == 64);
+static_assert(sizeof(RingHeader) == 68 && offsetof(RingHeader, write_index) == 0 &&
+              offsetof(RingHeader, read_index) == 4 && offsetof(RingHeader, interrupt_mask) == 8 &&
+              offsetof(RingHeader, pending_send_sz) == 12 && offsetof(RingHeader, features) == 64);
 inline constexpr usize ring_header_bytes = page_size;
 inline constexpr u32 ring_feature_pending_send = 1;
-inline constexpr io::RingLayout ring_layout{.index = 0, .event = 8, .consumed = 4, .entries = ring_header_bytes, .stride = 1};
+inline constexpr io::RingLayout ring_layout{
+    .index = 0, .event = 8, .consumed = 4, .entries = ring_header_bytes, .stride = 1};
 
 enum class PacketType : u16 {
     invalid = 0,
@@ -52,21 +56,24 @@ struct PacketDescriptor {
     u16 flags = 0;
     u64 transaction = 0;
 };
-static_assert(sizeof(PacketDescriptor) == 16 && offsetof(PacketDescriptor, header_units) == 2 && offsetof(PacketDescriptor, total_units) == 4 &&
-              offsetof(PacketDescriptor, flags) == 6 && offsetof(PacketDescriptor, transaction) == 8);
+static_assert(sizeof(PacketDescriptor) == 16 && offsetof(PacketDescriptor, header_units) == 2 &&
+              offsetof(PacketDescriptor, total_units) == 4 && offsetof(PacketDescriptor, flags) == 6 &&
+              offsetof(PacketDescriptor, transaction) == 8);
 inline constexpr u16 packet_wants_completion = 1;
-/// Ends every packet: the offset of its beginning in bits 32–63. Written, and not checked: see PacketReceiver::receive().
+/// Ends every packet: the offset of its beginning in bits 32–63. Written, and not checked: see
+/// PacketReceiver::receive().
 inline constexpr u32 packet_trailer_bytes = 8;
 
-/// Follows the descriptor of a gpa_direct packet; then for each range a length, an offset into the first page, and page numbers.
+/// Follows the descriptor of a gpa_direct packet; then for each range a length, an offset into the first page, and page
+/// numbers.
 struct GpaDirectHeader {
     u32 reserved = 0;
     u32 range_count = 0;
 };
 static_assert(sizeof(GpaDirectHeader) == 8 && offsetof(GpaDirectHeader, range_count) == 4);
 
-/// A buffer that goes with a packet: `bytes` bytes from `offset` in the first of the pages on. `frames`: guest page numbers, as many as the
-/// bytes touch.
+/// A buffer that goes with a packet: `bytes` bytes from `offset` in the first of the pages on. `frames`: guest page
+/// numbers, as many as the bytes touch.
 struct PageRange {
     u32 bytes = 0;
     u32 offset = 0;
@@ -78,7 +85,8 @@ struct Packet {
     PacketType type = PacketType::invalid;
     bool wants_completion = false;
     u64 transaction = 0;
-    std::span<const std::byte> header;  // what follows the descriptor in the packet's header (empty for inband and completion)
+    // what follows the descriptor in the packet's header (empty for inband and completion)
+    std::span<const std::byte> header;
     std::span<const std::byte> payload; // padded to 8 bytes by the sender: its own fields say how much of it counts
 };
 
@@ -102,7 +110,7 @@ void initialise_ring(M& memory) {
     memory.template store_relaxed<u32>(offsetof(RingHeader, features), ring_feature_pending_send);
 }
 
-// ---- sending ---------------------------------------------------------------------------------------------------------------------------------
+// ---- sending ----
 
 template <io::RingMemory M>
 class PacketSender {
@@ -110,9 +118,11 @@ class PacketSender {
     /// Of a fresh ring, header page and data. Error{bad_argument}: no whole number of pages, or no data.
     static Result<PacketSender> create(M memory) {
         if (memory.size() < ring_header_bytes + page_size || memory.size() % page_size != 0) {
-            return Error{Code::bad_argument, "a VMBus ring is a header page and at least one page of bytes", 2 * page_size, memory.size()};
+            return Error{Code::bad_argument, "a VMBus ring is a header page and at least one page of bytes",
+                         2 * page_size, memory.size()};
         }
-        auto producer = Ring::create(memory, ring_layout, io::Wrapped<u32>(static_cast<u32>(memory.size() - ring_header_bytes)));
+        auto producer =
+            Ring::create(memory, ring_layout, io::Wrapped<u32>(static_cast<u32>(memory.size() - ring_header_bytes)));
         if (!producer) {
             return producer.error();
         }
@@ -122,16 +132,19 @@ class PacketSender {
     Sent inband(std::span<const std::byte> payload, u64 transaction, bool wants_completion) {
         return simple(PacketType::inband, payload, transaction, wants_completion ? packet_wants_completion : u16{0});
     }
-    Sent completion(std::span<const std::byte> payload, u64 transaction) { return simple(PacketType::completion, payload, transaction, 0); }
+    Sent completion(std::span<const std::byte> payload, u64 transaction) {
+        return simple(PacketType::completion, payload, transaction, 0);
+    }
 
     /// `ranges`: each with as many frames as it touches; the caller has seen to that.
-    Sent gpa_direct(std::span<const std::byte> payload, std::span<const PageRange> ranges, u64 transaction, bool wants_completion) {
+    Sent gpa_direct(std::span<const std::byte> payload, std::span<const PageRange> ranges, u64 transaction,
+                    bool wants_completion) {
         u64 header = sizeof(PacketDescriptor) + sizeof(GpaDirectHeader);
         for (const PageRange& range : ranges) {
             header += 8 + 8 * u64{range.frames.size()};
         }
-        const Sent begun =
-            begin(PacketType::gpa_direct, header, payload.size(), transaction, wants_completion ? packet_wants_completion : u16{0});
+        const Sent begun = begin(PacketType::gpa_direct, header, payload.size(), transaction,
+                                 wants_completion ? packet_wants_completion : u16{0});
         if (begun != Sent::queued) [[unlikely]] {
             return begun;
         }
@@ -146,8 +159,9 @@ class PacketSender {
     Sent gpa_direct(std::span<const std::byte> payload, DmaSpan buffer, u64 transaction, bool wants_completion) {
         const u64 offset = buffer.bus % page_size;
         const u64 frames = (offset + buffer.size + page_size - 1) / page_size;
-        const Sent begun = begin(PacketType::gpa_direct, sizeof(PacketDescriptor) + sizeof(GpaDirectHeader) + 8 + 8 * frames, payload.size(),
-                                 transaction, wants_completion ? packet_wants_completion : u16{0});
+        const Sent begun =
+            begin(PacketType::gpa_direct, sizeof(PacketDescriptor) + sizeof(GpaDirectHeader) + 8 + 8 * frames,
+                  payload.size(), transaction, wants_completion ? packet_wants_completion : u16{0});
         if (begun != Sent::queued) [[unlikely]] {
             return begun;
         }
@@ -159,8 +173,9 @@ class PacketSender {
         return end(payload);
     }
 
-    /// Shows everything queued to the host, by one store. True: it wants a signal. The host's read index is looked at first, once for all that
-    /// was queued: one that cannot be is noticed here and not when the ring is full. Then nothing is shown, and error() says why.
+    /// Shows everything queued to the host, by one store. True: it wants a signal. The host's read index is looked at
+    /// first, once for all that was queued: one that cannot be is noticed here and not when the ring is full. Then
+    /// nothing is shown, and error() says why.
     [[nodiscard]] bool publish() { return observe() && ring_.publish(); }
     /// Reads the host's read index. False: it cannot be, and the ring is broken from here on.
     bool observe() {
@@ -168,7 +183,8 @@ class PacketSender {
             return false;
         }
         if (auto seen = ring_.observe(); !seen) [[unlikely]] {
-            error_ = Error{Code::protocol, "VMBus ring: the host's read index is not between its last one and what was written",
+            error_ = Error{Code::protocol,
+                           "VMBus ring: the host's read index is not between its last one and what was written",
                            seen.error().expected, seen.error().seen};
             return false;
         }
@@ -188,7 +204,8 @@ class PacketSender {
 
     template <class T>
     void put(const T& value) {
-        static_cast<void>(ring_.append(std::as_bytes(std::span<const T, 1>(&value, 1)))); // begin() has seen that there is room
+        // begin() has seen that there is room
+        static_cast<void>(ring_.append(std::as_bytes(std::span<const T, 1>(&value, 1))));
     }
     void put_bytes(std::span<const std::byte> bytes) { static_cast<void>(ring_.append(bytes)); }
 
@@ -247,26 +264,29 @@ class PacketSender {
     std::optional<Error> error_;
 };
 
-// ---- receiving -------------------------------------------------------------------------------------------------------------------------------
+// ---- receiving ----
 
 template <io::RingMemory M>
 class PacketReceiver {
   public:
-    /// Of a fresh ring. `buffer`: where packets are copied to; a longer one breaks the ring. Error{bad_argument}: as PacketSender.
+    /// Of a fresh ring. `buffer`: where packets are copied to; a longer one breaks the ring. Error{bad_argument}: as
+    /// PacketSender.
     static Result<PacketReceiver> create(M memory, std::span<std::byte> buffer) {
         if (memory.size() < ring_header_bytes + page_size || memory.size() % page_size != 0) {
-            return Error{Code::bad_argument, "a VMBus ring is a header page and at least one page of bytes", 2 * page_size, memory.size()};
+            return Error{Code::bad_argument, "a VMBus ring is a header page and at least one page of bytes",
+                         2 * page_size, memory.size()};
         }
-        auto consumer = Ring::create(memory, ring_layout, io::Wrapped<u32>(static_cast<u32>(memory.size() - ring_header_bytes)));
+        auto consumer =
+            Ring::create(memory, ring_layout, io::Wrapped<u32>(static_cast<u32>(memory.size() - ring_header_bytes)));
         if (!consumer) {
             return consumer.error();
         }
         return PacketReceiver(memory, *consumer, buffer);
     }
 
-    /// Copies the next packet out and checks it; false: there is none. Error{protocol}: the ring is broken, and stays so. What was received
-    /// before is void. The host gets the room back with release(); until then it can have written no more than the ring holds, so that a loop
-    /// over receive() ends, whatever the host does.
+    /// Copies the next packet out and checks it; false: there is none. Error{protocol}: the ring is broken, and stays
+    /// so. What was received before is void. The host gets the room back with release(); until then it can have written
+    /// no more than the ring holds, so that a loop over receive() ends, whatever the host does.
     Result<bool> receive(Packet& into) {
         if (error_) [[unlikely]] {
             return *error_;
@@ -283,10 +303,12 @@ class PacketReceiver {
         const u32 ready = ring_.ready();
         const u32 capacity = static_cast<u32>(memory_.size() - ring_header_bytes) - 1;
         if (unreleased_ + ready > capacity) [[unlikely]] {
-            return broken("VMBus ring: the host writes over what it has not been given back", capacity, u64{unreleased_} + ready);
+            return broken("VMBus ring: the host writes over what it has not been given back", capacity,
+                          u64{unreleased_} + ready);
         }
         if (ready < sizeof(PacketDescriptor) + packet_trailer_bytes) [[unlikely]] {
-            return broken("VMBus ring: fewer bytes are there than any packet has", sizeof(PacketDescriptor) + packet_trailer_bytes, ready);
+            return broken("VMBus ring: fewer bytes are there than any packet has",
+                          sizeof(PacketDescriptor) + packet_trailer_bytes, ready);
         }
         PacketDescriptor descriptor;
         static_cast<void>(ring_.remove(std::as_writable_bytes(std::span<PacketDescriptor, 1>(&descriptor, 1))));
@@ -306,17 +328,18 @@ class PacketReceiver {
             return broken("VMBus packet: it is longer than this channel takes", buffer_.size(), rest);
         }
         static_cast<void>(ring_.remove(buffer_.first(rest)));
-        // Where the packet began, which is known here. Linux does not look at it either, so that a host that writes something else has never
-        // been found out, and is not to lose a guest by it.
+        // Where the packet began, which is known here. Linux does not look at it either, so that a host that writes
+        // something else has never been found out, and is not to lose a guest by it.
         static_cast<void>(ring_.skip(packet_trailer_bytes));
         const u32 extra = header - static_cast<u32>(sizeof(PacketDescriptor));
-        into = {descriptor.type, (descriptor.flags & packet_wants_completion) != 0, descriptor.transaction, buffer_.first(extra),
-                buffer_.subspan(extra, rest - extra)};
+        into = {descriptor.type, (descriptor.flags & packet_wants_completion) != 0, descriptor.transaction,
+                buffer_.first(extra), buffer_.subspan(extra, rest - extra)};
         unreleased_ += total + packet_trailer_bytes;
         return true;
     }
 
-    /// Gives the room of everything received back to the host, by one store. True: it waits for room, has it now, and wants a signal.
+    /// Gives the room of everything received back to the host, by one store. True: it waits for room, has it now, and
+    /// wants a signal.
     [[nodiscard]] bool release() {
         if (unreleased_ == 0) {
             return false;
@@ -346,8 +369,8 @@ class PacketReceiver {
         }
         auto found = ring_.arm(1);
         if (!found) [[unlikely]] {
-            return broken("VMBus ring: the host's write index is behind its last one or outside of the ring", found.error().expected,
-                          found.error().seen);
+            return broken("VMBus ring: the host's write index is behind its last one or outside of the ring",
+                          found.error().expected, found.error().seen);
         }
         return *found;
     }
@@ -358,7 +381,8 @@ class PacketReceiver {
   private:
     using Ring = io::Consumer<M, io::Wrapped<u32>, io::EmptyToNonEmpty>;
 
-    PacketReceiver(M memory, const Ring& ring, std::span<std::byte> buffer) : memory_(memory), ring_(ring), buffer_(buffer) {}
+    PacketReceiver(M memory, const Ring& ring, std::span<std::byte> buffer)
+        : memory_(memory), ring_(ring), buffer_(buffer) {}
 
     Error broken(std::string_view rule, u64 expected, u64 seen) {
         error_ = Error{Code::protocol, rule, expected, seen};
@@ -367,8 +391,8 @@ class PacketReceiver {
     Result<u32> look() {
         auto seen = ring_.available();
         if (!seen) [[unlikely]] {
-            return broken("VMBus ring: the host's write index is behind its last one or outside of the ring", seen.error().expected,
-                          seen.error().seen);
+            return broken("VMBus ring: the host's write index is behind its last one or outside of the ring",
+                          seen.error().expected, seen.error().seen);
         }
         if (*seen % 8 != 0) [[unlikely]] {
             return broken("VMBus ring: the host's write index is no multiple of 8", 0, *seen % 8);

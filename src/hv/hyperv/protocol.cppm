@@ -1,6 +1,7 @@
-// What Hyper-V and a guest say to each other below the VMBus: CPUID bits, model specific registers, hypercalls, the synthetic interrupt
-// controller's pages, the reference time page, synthetic timers. Structures and constants, no action [hv-tlfs]. Values that the other side
-// writes are open enums: whatever else comes can be represented and is the reader's business.
+// What Hyper-V and a guest say to each other below the VMBus: CPUID bits, model specific registers, hypercalls, the
+// synthetic interrupt controller's pages, the reference time page, synthetic timers. Structures and constants, no
+// action [hv-tlfs]. Values that the other side writes are open enums: whatever else comes can be represented and is the
+// reader's business.
 module;
 #include <cstddef>
 export module hv.hyperv.protocol;
@@ -8,8 +9,7 @@ import core.std;
 
 export namespace fl::hv::hyperv {
 
-// ---- CPUID, relative to the hypervisor's base [hv-tlfs §2.4]
-// -----------------------------------------------------------------------------------
+// ---- CPUID, relative to the hypervisor's base [hv-tlfs §2.4] ----
 
 inline constexpr u32 leaf_features = 3;        // EAX, EBX: privileges; EDX: features
 inline constexpr u32 leaf_recommendations = 4; // EAX
@@ -42,11 +42,11 @@ inline constexpr u32 direct_timers = 1u << 19;
 
 /// EAX of leaf_recommendations.
 namespace recommendations {
-inline constexpr u32 no_auto_eoi = 1u << 9; // auto-EOI is deprecated here: it would switch hardware interrupt virtualisation off
+// auto-EOI is deprecated here: it would switch hardware interrupt virtualisation off
+inline constexpr u32 no_auto_eoi = 1u << 9;
 } // namespace recommendations
 
-// ---- registers [hv-tlfs appendix C]
-// ------------------------------------------------------------------------------------------------------------
+// ---- registers [hv-tlfs appendix C] ----
 
 namespace msr {
 inline constexpr u32 guest_os_id = 0x40000000;
@@ -71,7 +71,8 @@ inline constexpr u32 crash_control = 0x40000105;
 inline constexpr u64 page_enable = 1;
 inline constexpr u64 page_register_reserved = 0xffe;
 
-/// guest_os_id: bit 63: open source; 56–62: which one (none of those that are given out: 'F'); 16–47: version [hv-tlfs §2.6].
+/// guest_os_id: bit 63: open source; 56–62: which one (none of those that are given out: 'F'); 16–47: version [hv-tlfs
+/// §2.6].
 inline constexpr u64 our_guest_os_id = u64{1} << 63 | u64{0x46} << 56 | u64{0x000100} << 16;
 
 namespace sint {
@@ -93,8 +94,7 @@ inline constexpr u64 message = u64{1} << 62; // parameter 3: address of a text, 
 inline constexpr u64 notify = u64{1} << 63;
 } // namespace crash
 
-// ---- hypercalls [hv-tlfs §3]
-// -------------------------------------------------------------------------------------------------------------------
+// ---- hypercalls [hv-tlfs §3] ----
 
 enum class Call : u16 { post_message = 0x5c, signal_event = 0x5d };
 inline constexpr u64 call_fast = u64{1} << 16; // parameters in registers
@@ -123,14 +123,14 @@ struct PostMessageInput {
     u32 payload_bytes = 0;
     std::array<std::byte, message_payload> payload{};
 };
-static_assert(sizeof(PostMessageInput) == 256 && offsetof(PostMessageInput, reserved) == 4 && offsetof(PostMessageInput, type) == 8 &&
-              offsetof(PostMessageInput, payload_bytes) == 12 && offsetof(PostMessageInput, payload) == 16);
+static_assert(sizeof(PostMessageInput) == 256 && offsetof(PostMessageInput, reserved) == 4 &&
+              offsetof(PostMessageInput, type) == 8 && offsetof(PostMessageInput, payload_bytes) == 12 &&
+              offsetof(PostMessageInput, payload) == 16);
 
 /// signal_event as a fast call: connection in bits 0–31, flag number in 32–47.
 constexpr u64 signal_event_input(u32 connection, u16 flag) { return connection | u64{flag} << 32; }
 
-// ---- synthetic interrupt controller [hv-tlfs §11]
-// ------------------------------------------------------------------------------------------------
+// ---- synthetic interrupt controller [hv-tlfs §11] ----
 
 inline constexpr u32 sints = 16;
 
@@ -148,8 +148,9 @@ struct MessageSlot {
     u64 origin = 0; // the port
     std::array<std::byte, message_payload> payload{};
 };
-static_assert(sizeof(MessageSlot) == 256 && offsetof(MessageSlot, payload_bytes) == 4 && offsetof(MessageSlot, flags) == 5 &&
-              offsetof(MessageSlot, origin) == 8 && offsetof(MessageSlot, payload) == 16);
+static_assert(sizeof(MessageSlot) == 256 && offsetof(MessageSlot, payload_bytes) == 4 &&
+              offsetof(MessageSlot, flags) == 5 && offsetof(MessageSlot, origin) == 8 &&
+              offsetof(MessageSlot, payload) == 16);
 inline constexpr u8 message_pending = 1;
 
 struct MessagePage {
@@ -164,8 +165,7 @@ struct EventPage {
 static_assert(sizeof(EventPage) == 4096);
 inline constexpr u32 event_flags = 2048;
 
-// ---- time [hv-tlfs §12]
-// ------------------------------------------------------------------------------------------------------------------------
+// ---- time [hv-tlfs §12] ----
 
 /// reference time = (tsc * scale >> 64) + offset, in 100 ns. sequence 0: not valid now.
 struct ReferenceTscPage {
@@ -174,7 +174,8 @@ struct ReferenceTscPage {
     u64 scale = 0;
     i64 offset = 0;
 };
-static_assert(sizeof(ReferenceTscPage) == 24 && offsetof(ReferenceTscPage, scale) == 8 && offsetof(ReferenceTscPage, offset) == 16);
+static_assert(sizeof(ReferenceTscPage) == 24 && offsetof(ReferenceTscPage, scale) == 8 &&
+              offsetof(ReferenceTscPage, offset) == 16);
 inline constexpr u32 reference_tsc_invalid = 0;
 inline constexpr u64 reference_hz = 10'000'000;
 

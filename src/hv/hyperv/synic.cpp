@@ -60,7 +60,8 @@ void Synic::disable() {
 void Synic::watch(u32 relid) {
     const u32 words = std::min(relid, event_flags - 1) / 64 + 1;
     if (watched_words_.load(std::memory_order_relaxed) < words) {
-        // Release: partner is the acquire in take_events(). The host raises the flag only after a message that is posted later still.
+        // Release: partner is the acquire in take_events(). The host raises the flag only after a message that is
+        // posted later still.
         watched_words_.store(words, std::memory_order_release);
     }
 }
@@ -70,7 +71,8 @@ void Synic::interrupt() {
     if (!processor.on.load(std::memory_order_acquire)) {
         return;
     }
-    processor.interrupts.store(processor.interrupts.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed); // one writer
+    // one writer
+    processor.interrupts.store(processor.interrupts.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     take_events(processor);
     if (processor.looking.load(std::memory_order_relaxed)) { // on this very processor: we interrupted look()
         processor.again.store(true, std::memory_order_relaxed);
@@ -83,7 +85,8 @@ void Synic::interrupt() {
 void Synic::take_events(Processor& processor) {
     std::array<u64, 32>& words = processor.flags->flags[vmbus_sint];
     if (InterruptPage* page = interrupt_page_.load(std::memory_order_acquire)) {
-        // Flag 0 says that there is something in the interrupt page. It goes first: a flag of the page that comes later sets it again.
+        // Flag 0 says that there is something in the interrupt page. It goes first: a flag of the page that comes later
+        // sets it again.
         if (std::atomic_ref<u64>(words[0]).exchange(0, std::memory_order_acquire) == 0) {
             return;
         }
@@ -144,8 +147,8 @@ void Synic::take_messages(Processor& processor, bool queued_here) {
 }
 
 void Synic::look(Processor& processor) {
-    // The handler may come at any instruction; it stays out of the slot while `looking` is set, and says so. Everything is on one processor:
-    // the compiler must keep the order, the processor does anyway.
+    // The handler may come at any instruction; it stays out of the slot while `looking` is set, and says so. Everything
+    // is on one processor: the compiler must keep the order, the processor does anyway.
     for (u32 tries = 0; tries < messages_per_interrupt; ++tries) {
         processor.again.store(false, std::memory_order_relaxed);
         processor.looking.store(true, std::memory_order_relaxed);
@@ -165,8 +168,8 @@ bool Synic::next(SynicMessage& into) {
     if (tail_.load(std::memory_order_acquire) == head) {
         Processor& processor = processors_[0];
         if (!processor.on.load(std::memory_order_relaxed) ||
-            std::atomic_ref(reinterpret_cast<u32&>(processor.messages->slots[vmbus_sint].type)).load(std::memory_order_relaxed) ==
-                to_underlying(SynicMessageType::none)) {
+            std::atomic_ref(reinterpret_cast<u32&>(processor.messages->slots[vmbus_sint].type))
+                    .load(std::memory_order_relaxed) == to_underlying(SynicMessageType::none)) {
             return false;
         }
         look(processor); // interrupts are off, or the queue was full when the message came

@@ -1,14 +1,17 @@
-// The synthetic interrupt controller: on each processor a page of message slots and a page of event flags, and SINT2, by which the VMBus speaks.
-// The handler copies messages out, clears and ends them, counts events, and wakes the processor's executor; no other work is done in it.
+// The synthetic interrupt controller: on each processor a page of message slots and a page of event flags, and SINT2,
+// by which the VMBus speaks. The handler copies messages out, clears and ends them, counts events, and wakes the
+// processor's executor; no other work is done in it.
 //
-//   ours                                                   the hypervisor's                              what the pair orders
-//   handler: load-acquire of a slot's type                 writes the slot, its type last                the message is seen whole
-//   handler: slot's type none, full barrier, pending flag  pending flag, full barrier, slot's type       one of the two sees the other: no
-//   message
-//                                                                                                        waits for an end that nobody sends
-//   handler: exchange of a word of event flags with 0      sets a flag (locked), then interrupts         a flag that comes later interrupts
-//   again handler: store-release of a channel's event count      (Channel::interrupts: load-acquire)           what the host wrote before is
-//   seen
+// What is shared with the hypervisor, and what each pair of accesses orders:
+//
+//   handler: load-acquire of a slot's type                  the message is seen whole
+//   hypervisor: writes the slot, its type last
+//   handler: slot's type none, full barrier, pending flag   one of the two sees the other: no message waits for an end
+//   hypervisor: pending flag, full barrier, slot's type     of message (EOM) that is never written
+//   handler: exchange of a word of event flags with 0       a flag that is set later interrupts
+//   hypervisor: sets a flag (locked), then interrupts
+//   handler: store-release of a channel's event count       what the host wrote before the event is seen
+//   ours: load-acquire in Channel::interrupts
 export module hv.hyperv.synic;
 import core.std;
 import core.result;
@@ -40,15 +43,16 @@ class Synic {
     Synic(const Synic&) = delete;
     Synic& operator=(const Synic&) = delete;
 
-    /// Before anything else. `cpu`: the registers; every call below reaches those of the processor that makes it. `vp_index`: the register that
-    /// tells a processor's index is there; else the index is taken to be the processor's number here.
+    /// Before anything else. `cpu`: the registers; every call below reaches those of the processor that makes it.
+    /// `vp_index`: the register that tells a processor's index is there; else the index is taken to be the processor's
+    /// number here.
     void install(Privileged& cpu, DmaAllocator& memory, bool vp_index) {
         cpu_ = &cpu;
         memory_ = &memory;
         vp_index_ = vp_index;
     }
-    /// On the processor itself, once: its pages, its SINT2 with `vector`, whose handler is on_interrupt(). `auto_eoi`: the vector needs no
-    /// end-of-interrupt. Events wake `executor` from here on. Error{exhausted}.
+    /// On the processor itself, once: its pages, its SINT2 with `vector`, whose handler is on_interrupt(). `auto_eoi`:
+    /// the vector needs no end-of-interrupt. Events wake `executor` from here on. Error{exhausted}.
     Result<void> enable(io::Executor& executor, u8 vector, bool auto_eoi);
     /// On the processor itself: no interrupts, no pages. The memory is kept.
     void disable();
@@ -59,7 +63,8 @@ class Synic {
     /// The interrupt, on the processor that it came to. `context` is the Synic.
     static void on_interrupt(void* context) { static_cast<Synic*>(context)->interrupt(); }
 
-    /// The next message for processor 0, on processor 0 outside of interrupt handlers. Looks into the slot too, so it works with interrupts off.
+    /// The next message for processor 0, on processor 0 outside of interrupt handlers. Looks into the slot too, so it
+    /// works with interrupts off.
     bool next(SynicMessage& into);
     /// How often event flag `relid` was raised; wraps. The handler writes it.
     const std::atomic<u32>& events(u32 relid) const { return events_[relid]; }

@@ -39,8 +39,7 @@ std::optional<M> message_of(std::span<const std::byte> bytes, usize least = size
 }
 } // namespace
 
-// ---- requests and their answers
-// ----------------------------------------------------------------------------------------------------------------
+// ---- requests and their answers ----
 
 Vmbus::Pending::Pending(Vmbus& owner, MessageType type, u32 channel, u32 id)
     : answer(type), relid(channel), handle(id), latch(owner.environment_->executor), next(owner.pending_), bus(&owner) {
@@ -69,7 +68,8 @@ io::Task<Result<void>> Vmbus::answer(Pending& pending, io::Bound bound, std::str
 
 void Vmbus::settle(MessageType type, u32 relid, u32 handle, HostStatus status) {
     for (Pending* pending = pending_; pending != nullptr; pending = pending->next) {
-        if (pending->answer == type && !pending->done && pending->handle == handle && (relid == 0 || pending->relid == relid)) {
+        if (pending->answer == type && !pending->done && pending->handle == handle &&
+            (relid == 0 || pending->relid == relid)) {
             pending->status = status;
             pending->done = true;
             pending->latch.open();
@@ -82,12 +82,12 @@ void Vmbus::settle(MessageType type, u32 relid, u32 handle, HostStatus status) {
 void Vmbus::unexpected(MessageType type, std::string_view what, u64 value) {
     ++counters_.unexpected;
     if (!std::exchange(unexpected_told_, true)) {
-        log::warning("VMBus: a message of type {} {} {:#x}: ignored, as all further ones of the kind", to_underlying(type), what, value);
+        log::warning("VMBus: a message of type {} {} {:#x}: ignored, as all further ones of the kind",
+                     to_underlying(type), what, value);
     }
 }
 
-// ---- sending
-// -----------------------------------------------------------------------------------------------------------------------------------
+// ---- sending ----
 
 Status Vmbus::post_now(std::span<const std::byte> message) {
     const Status status = environment_->hypercalls.post_message(connection_, channel_message, message);
@@ -100,15 +100,18 @@ io::Task<Result<void>> Vmbus::post(std::span<const std::byte> message, io::Bound
         const Status status = post_now(message);
         switch (status) {
         case Status::success: co_return Result<void>{};
-        case Status::invalid_connection_id: // once there is a connection: a host that is being serviced or moved, and comes back
+        // once there is a connection: a host that is being serviced or moved, and comes back
+        case Status::invalid_connection_id:
             if (!connected()) {
-                co_return Error{Code::not_found, "VMBus: nobody listens at the connection that messages are posted to", 0, connection_};
+                co_return Error{Code::not_found, "VMBus: nobody listens at the connection that messages are posted to",
+                                0, connection_};
             }
             [[fallthrough]];
         case Status::insufficient_buffers:
         case Status::insufficient_memory:
             if (bound.passed()) {
-                co_return Error{Code::timed_out, "VMBus: the hypervisor has no buffer for a message (status)", 0, to_underlying(status)};
+                co_return Error{Code::timed_out, "VMBus: the hypervisor has no buffer for a message (status)", 0,
+                                to_underlying(status)};
             }
             ++counters_.retries;
             co_await environment_->executor.sleep(pause);
@@ -119,15 +122,16 @@ io::Task<Result<void>> Vmbus::post(std::span<const std::byte> message, io::Bound
         case Status::access_denied:
         case Status::operation_denied:
         case Status::invalid_hypercall_code:
-            co_return Error{Code::not_supported, "VMBus: the hypervisor does not let this guest post messages (status)", 0,
+            co_return Error{Code::not_supported, "VMBus: the hypervisor does not let this guest post messages (status)",
+                            0, to_underlying(status)};
+        default:
+            co_return Error{Code::io, "VMBus: the hypervisor does not take a message (status)", 0,
                             to_underlying(status)};
-        default: co_return Error{Code::io, "VMBus: the hypervisor does not take a message (status)", 0, to_underlying(status)};
         }
     }
 }
 
-// ---- the connection
-// ----------------------------------------------------------------------------------------------------------------------------
+// ---- the connection ----
 
 Result<void> Vmbus::install(const VmbusEnvironment& environment) {
     environment_.emplace(environment);
@@ -179,8 +183,10 @@ io::Task<Result<void>> Vmbus::connect() {
         const auto accepted = co_await contact(version);
         if (accepted && *accepted) {
             version_ = version;
-            environment_->synic.use_interrupt_page(version < Version::v2_4 ? reinterpret_cast<InterruptPage*>(interrupt_page_.data()) : nullptr);
-            log::info("VMBus {}.{}, messages by connection {:#x}", to_underlying(version) >> 16, to_underlying(version) & 0xffff, connection_);
+            environment_->synic.use_interrupt_page(
+                version < Version::v2_4 ? reinterpret_cast<InterruptPage*>(interrupt_page_.data()) : nullptr);
+            log::info("VMBus {}.{}, messages by connection {:#x}", to_underlying(version) >> 16,
+                      to_underlying(version) & 0xffff, connection_);
             co_return Result<void>{};
         }
         if (accepted) {
@@ -199,7 +205,8 @@ io::Task<Result<void>> Vmbus::connect() {
         co_return *failure;
     }
     if (failure) {
-        co_return Error{Code::not_found, "no VMBus answers: this host shows Hyper-V's interface and has no bus behind it"};
+        co_return Error{Code::not_found,
+                        "no VMBus answers: this host shows Hyper-V's interface and has no bus behind it"};
     }
     co_return Error{Code::not_supported, "the host refuses every version of the VMBus from 5.3 down to 0.13"};
 }
@@ -209,7 +216,8 @@ io::Task<Result<void>> Vmbus::request_offers() {
     Pending pending(*this, MessageType::all_offers_delivered, 0, 0);
     const RequestOffers message;
     CO_CHECK(co_await send(message, until));
-    const auto ended = co_await answer(pending, answering_bound(), "VMBus: the host does not come to an end with its offers");
+    const auto ended =
+        co_await answer(pending, answering_bound(), "VMBus: the host does not come to an end with its offers");
     offers_delivered_ = true; // or are late: listeners hear of them then
     co_return ended;
 }
@@ -224,7 +232,8 @@ void Vmbus::unload(Nanoseconds timeout) {
     const Unload message;
     const std::span<const std::byte> bytes = std::as_bytes(std::span<const Unload, 1>(&message, 1));
     Status status = post_now(bytes);
-    while ((status == Status::insufficient_buffers || status == Status::insufficient_memory || status == Status::invalid_connection_id) &&
+    while ((status == Status::insufficient_buffers || status == Status::insufficient_memory ||
+            status == Status::invalid_connection_id) &&
            !passed()) {
         status = post_now(bytes);
     }
@@ -248,8 +257,7 @@ void Vmbus::unload(Nanoseconds timeout) {
     }
 }
 
-// ---- what the host says
-// ------------------------------------------------------------------------------------------------------------------------
+// ---- what the host says ----
 
 bool Vmbus::drain() {
     SynicMessage message;
@@ -369,8 +377,8 @@ void Vmbus::on_offer(const OfferChannel& message) {
     }
     offers_[at] = {.offer = offer};
     ++counters_.offers;
-    log::debug("VMBus: channel {} of {} {}, sub-channel {}", offer.relid, offer.type.text().view(), offer.instance.text().view(),
-               offer.sub_channel);
+    log::debug("VMBus: channel {} of {} {}, sub-channel {}", offer.relid, offer.type.text().view(),
+               offer.instance.text().view(), offer.sub_channel);
 
     if (offer.sub_channel != 0) {
         for (Pending* pending = pending_; pending != nullptr; pending = pending->next) {
@@ -399,7 +407,8 @@ void Vmbus::on_rescind(u32 relid) {
         return;
     }
     ++counters_.rescinds;
-    log::info("VMBus: the host takes channel {} of {} {} away", relid, offer->offer.type.text().view(), offer->offer.instance.text().view());
+    log::info("VMBus: the host takes channel {} of {} {} away", relid, offer->offer.type.text().view(),
+              offer->offer.instance.text().view());
     const bool open = offer->open;
     offer->rescinded = true;
     for (Pending* pending = pending_; pending != nullptr; pending = pending->next) {
@@ -420,8 +429,7 @@ void Vmbus::on_rescind(u32 relid) {
     } // none: it is just being opened or closed, which ends the matter
 }
 
-// ---- the list of offers
-// ------------------------------------------------------------------------------------------------------------------------
+// ---- the list of offers ----
 
 Vmbus::KnownOffer* Vmbus::known(u32 relid) {
     for (KnownOffer& known_offer : offers_) {

@@ -1,9 +1,11 @@
-// The VMBus: one connection to the host, the channels that it offers, the memory that is shared with it. Everything here runs on processor 0's
-// executor; a channel that belongs to another processor is opened here and then used there. Every wait has a bound; every answer is matched
-// to its request by its ids; what matches nothing is counted and told once.
+// The VMBus: one connection to the host, the channels that it offers, the memory that is shared with it. Everything
+// here runs on processor 0's executor; a channel that belongs to another processor is opened here and then used there.
+// Every wait has a bound; every answer is matched to its request by its ids; what matches nothing is counted and told
+// once.
 //
-// Order: install → connect → request_offers → (open → the channel's use → close)… → unload. An offer may be rescinded at any moment: whoever
-// waits for an answer about it gets Error{device_gone}, an open channel is marked and its owner told.
+// Order: install → connect → request_offers → (open → the channel's use → close)… → unload. An offer may be rescinded
+// at any moment: whoever waits for an answer about it gets Error{device_gone}, an open channel is marked and its owner
+// told.
 export module hv.hyperv.vmbus;
 import core.std;
 import core.result;
@@ -35,7 +37,8 @@ struct Gpadl {
     u32 handle = 0; // never 0
 };
 
-/// Somebody who wants to hear of offers that come after request_offers() has ended (hot add). Lives with its owner, who removes it.
+/// Somebody who wants to hear of offers that come after request_offers() has ended (hot add). Lives with its owner, who
+/// removes it.
 struct OfferListener {
     Guid type; // null: any
     /// On processor 0's executor, in drain(): spawn a task or open a latch. First channels only, no sub-channels.
@@ -58,13 +61,16 @@ class Vmbus final : public io::Service {
   public:
     /// Offers that are kept at once, sub-channels included; further ones are given back with a warning, and counted.
     static constexpr usize max_offers = 1024;
-    /// The bound of a wait for an answer to the first contact, if timeout is not shorter: a host without a VMBus must not hold up the boot.
+    /// The bound of a wait for an answer to the first contact, if timeout is not shorter: a host without a VMBus must
+    /// not hold up the boot.
     static constexpr Nanoseconds contact_timeout = 1'000'000'000;
-    /// How long a message is posted again, at least, while the hypervisor has no room for it: a host throttles its guests for seconds.
+    /// How long a message is posted again, at least, while the hypervisor has no room for it: a host throttles its
+    /// guests for seconds.
     static constexpr Nanoseconds posting_timeout = 10'000'000'000;
 
     struct OpenParameters {
-        u32 send_bytes = 64 * 1024; // of packets, each direction: a multiple of the page size; the header page comes on top
+        // of packets, each direction: a multiple of the page size; the header page comes on top
+        u32 send_bytes = 64 * 1024;
         u32 receive_bytes = 64 * 1024;
         u32 cpu = 0;                               // gets the events; has joined
         std::span<const std::byte> user_data = {}; // at most 120 bytes, for the device
@@ -76,8 +82,8 @@ class Vmbus final : public io::Service {
     /// Once. Allocates the pages that older versions and monitors need. Error{exhausted}.
     Result<void> install(const VmbusEnvironment& environment);
 
-    /// Negotiates the version, newest first. Error{not_found}: nobody answers, or refuses every connection; Error{not_supported}: every version
-    /// is refused. Nothing is left behind then.
+    /// Negotiates the version, newest first. Error{not_found}: nobody answers, or refuses every connection;
+    /// Error{not_supported}: every version is refused. Nothing is left behind then.
     io::Task<Result<void>> connect();
     bool connected() const { return version_ != Version::none; }
     Version version() const { return version_; }
@@ -93,24 +99,25 @@ class Vmbus final : public io::Service {
     }
     /// The offer with this id (SyntheticDevice::number), if it is still there.
     std::optional<Offer> find(u32 relid) const;
-    /// A device that is there and that this has not given yet: each offer once, first channels only. One that is rescinded before is not given;
-    /// one that is offered again counts as new.
+    /// A device that is there and that this has not given yet: each offer once, first channels only. One that is
+    /// rescinded before is not given; one that is offered again counts as new.
     std::optional<Offer> take_new();
 
-    /// Opens an offered channel: allocates the rings, shares them, asks the host. `channel` is closed, lives until close() has ended, does not
-    /// move. Error{device_gone}: rescinded meanwhile; Error{io}: the host refuses (status); Error{timed_out}: the rings' memory is given up.
+    /// Opens an offered channel: allocates the rings, shares them, asks the host. `channel` is closed, lives until
+    /// close() has ended, does not move. Error{device_gone}: rescinded meanwhile; Error{io}: the host refuses (status);
+    /// Error{timed_out}: the rings' memory is given up.
     io::Task<Result<void>> open(Channel& channel, Offer offer, OpenParameters parameters);
-    /// Closes it; after a rescind, gives the id back too. The channel's processor uses it no more. Its memory is freed when the host has let go
-    /// of it, else given up (Error{timed_out}).
+    /// Closes it; after a rescind, gives the id back too. The channel's processor uses it no more. Its memory is freed
+    /// when the host has let go of it, else given up (Error{timed_out}).
     io::Task<Result<void>> close(Channel& channel);
-    /// The channel's events go to another processor from here on: from version 4.1 on. Error{not_supported} before. The channel's user there
-    /// takes over after this has ended.
+    /// The channel's events go to another processor from here on: from version 4.1 on. Error{not_supported} before. The
+    /// channel's user there takes over after this has ended.
     io::Task<Result<void>> modify(Channel& channel, u32 cpu);
     /// Waits until the host offers sub-channel `index` (>= 1) of that device. Error{timed_out}.
     io::Task<Result<Offer>> sub_channel(Guid instance, u16 index, io::Bound bound);
 
-    /// Lets the host reach whole pages, `frames.size()` of them (1 to max_gpadl_pages), in the name of an offered channel. Ends when the host
-    /// has confirmed. Error{timed_out}: it may reach them all the same: give the memory up.
+    /// Lets the host reach whole pages, `frames.size()` of them (1 to max_gpadl_pages), in the name of an offered
+    /// channel. Ends when the host has confirmed. Error{timed_out}: it may reach them all the same: give the memory up.
     io::Task<Result<Gpadl>> create_gpadl(u32 relid, std::span<const u64> frames);
     /// The same for contiguous memory: `first_frame` and those after it.
     io::Task<Result<Gpadl>> create_gpadl(u32 relid, u64 first_frame, u32 count);
@@ -120,8 +127,9 @@ class Vmbus final : public io::Service {
     void add(OfferListener& listener);
     void remove(OfferListener& listener);
 
-    /// Ends the connection. Channels that are open are the host's business no more. Waits for the confirmation without the executor, by looking
-    /// at the message slot: for the end of the machine, in a panic too, on any processor. Bounded by `timeout`.
+    /// Ends the connection. Channels that are open are the host's business no more. Waits for the confirmation without
+    /// the executor, by looking at the message slot: for the end of the machine, in a panic too, on any processor.
+    /// Bounded by `timeout`.
     void unload(Nanoseconds timeout);
 
     const VmbusCounters& counters() const { return counters_; }
@@ -173,7 +181,8 @@ class Vmbus final : public io::Service {
     Status post_now(std::span<const std::byte> message);
     io::Task<Result<bool>> contact(Version version);
     io::Task<Result<Gpadl>> share(u32 relid, Frames frames);
-    io::Task<Result<void>> open_shared(Channel& channel, Offer offer, OpenParameters parameters, DmaBuffer rings, Gpadl gpadl);
+    io::Task<Result<void>> open_shared(Channel& channel, Offer offer, OpenParameters parameters, DmaBuffer rings,
+                                       Gpadl gpadl);
     io::Task<Result<void>> answer(Pending& pending, io::Bound bound, std::string_view what);
     Channel::Signalling signalling(const Offer& offer, bool may_defer);
 
@@ -190,7 +199,9 @@ class Vmbus final : public io::Service {
     void unlink(Channel& channel);
     u32 fresh_gpadl();
     io::Bound answering_bound() const { return {environment_->executor, environment_->timeout}; }
-    io::Bound posting_bound() const { return {environment_->executor, std::max(environment_->timeout, posting_timeout)}; }
+    io::Bound posting_bound() const {
+        return {environment_->executor, std::max(environment_->timeout, posting_timeout)};
+    }
 
     std::optional<VmbusEnvironment> environment_;
     DmaBuffer interrupt_page_; // versions 0.13 and 1.1

@@ -13,10 +13,11 @@ enum class Feature : u32 {
 };
 constexpr bool has(u32 features, Feature f) { return (features & to_underlying(f)) != 0; }
 
-inline constexpr u32 msr_system_time = 0x4b564d01; // physical address of a ClockPage, bit 0: enable [kvm-msr MSR_KVM_SYSTEM_TIME_NEW]
+// physical address of a ClockPage, bit 0: enable [kvm-msr MSR_KVM_SYSTEM_TIME_NEW]
+inline constexpr u32 msr_system_time = 0x4b564d01;
 
-/// The host writes it whenever the processor is entered: version odd while it does. Little endian. 4-byte aligned; never across a page.
-/// [kvm-msr MSR_KVM_SYSTEM_TIME_NEW]
+/// The host writes it whenever the processor is entered: version odd while it does. Little endian. 4-byte aligned;
+/// never across a page. [kvm-msr MSR_KVM_SYSTEM_TIME_NEW]
 struct ClockPage {
     u32 version;
     u32 pad0;
@@ -27,14 +28,16 @@ struct ClockPage {
     u8 flags;              // bit 0: stable
     u8 pad[2];
 };
-static_assert(sizeof(ClockPage) == 32 && std::is_standard_layout_v<ClockPage> && std::is_trivially_copyable_v<ClockPage>);
+static_assert(sizeof(ClockPage) == 32 && std::is_standard_layout_v<ClockPage> &&
+              std::is_trivially_copyable_v<ClockPage>);
 static_assert(__builtin_offsetof(ClockPage, version) == 0 && __builtin_offsetof(ClockPage, pad0) == 4 &&
               __builtin_offsetof(ClockPage, tsc_timestamp) == 8 && __builtin_offsetof(ClockPage, system_time) == 16 &&
-              __builtin_offsetof(ClockPage, tsc_to_system_mul) == 24 && __builtin_offsetof(ClockPage, tsc_shift) == 28 &&
-              __builtin_offsetof(ClockPage, flags) == 29 && __builtin_offsetof(ClockPage, pad) == 30);
+              __builtin_offsetof(ClockPage, tsc_to_system_mul) == 24 &&
+              __builtin_offsetof(ClockPage, tsc_shift) == 28 && __builtin_offsetof(ClockPage, flags) == 29 &&
+              __builtin_offsetof(ClockPage, pad) == 30);
 
-/// The counter's frequency behind ns = ((difference << shift) * mul) >> 32; 0 when the values cannot be those of a clock (a multiplier of 0, a
-/// shift that leaves 64 bits).
+/// The counter's frequency behind ns = ((difference << shift) * mul) >> 32; 0 when the values cannot be those of a
+/// clock (a multiplier of 0, a shift that leaves 64 bits).
 constexpr u64 frequency_of(u32 mul, i8 shift) {
     if (mul == 0 || shift > 31 || shift < -31) {
         return 0;

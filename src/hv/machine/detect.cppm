@@ -6,7 +6,8 @@ import core.machine.cpu;
 
 export namespace fl::hv {
 
-/// Executes CPUID, once per boot, and keeps the answers for good: about 270 instructions, each an exit under a hypervisor.
+/// Executes CPUID, once per boot, and keeps the answers for good: about 270 instructions, each an exit under a
+/// hypervisor.
 inline void read_cpuid(CpuidSnapshot& into) {
     scan_cpuid(into, [](u32 leaf, u32 subleaf) {
         const cpu::CpuidRegisters r = cpu::cpuid(leaf, subleaf);

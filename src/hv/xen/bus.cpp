@@ -19,7 +19,8 @@ io::Task<Result<void>> enumerate_kind(Store& store, std::string_view kind, Devic
     const StorePath path = join("device", kind);
     auto listing = co_await store.directory(path, scratch);
     if (!listing) {
-        co_return listing.error().code == Code::not_found ? Result<void>{} : listing.error(); // a kind that has just gone
+        // a kind that has just gone
+        co_return listing.error().code == Code::not_found ? Result<void>{} : listing.error();
     }
     const usize first = into.list.size();
     std::string_view names = *listing;
@@ -118,15 +119,18 @@ io::Task<Result<BusState>> Frontend::await_state(std::span<const BusState> wante
             co_return seen;
         }
         if (seen == BusState::closing || seen == BusState::closed) {
-            co_return Error{Code::device_gone, "the back end closes the device (state)", to_underlying(BusState::connected),
-                            to_underlying(seen)};
+            co_return Error{Code::device_gone, "the back end closes the device (state)",
+                            to_underlying(BusState::connected), to_underlying(seen)};
         }
         if (!co_await changed_.wait(bound)) {
-            co_return Error{Code::timed_out, "the back end does not reach the state that is waited for (timeout=MILLISECONDS changes the bound)",
-                            to_underlying(wanted.front()), to_underlying(seen)};
+            co_return Error{
+                Code::timed_out,
+                "the back end does not reach the state that is waited for (timeout=MILLISECONDS changes the bound)",
+                to_underlying(wanted.front()), to_underlying(seen)};
         }
         if (bound.passed()) { // one that changes its state for ever
-            co_return Error{Code::timed_out, "the back end does not settle in a state", to_underlying(wanted.front()), to_underlying(seen)};
+            co_return Error{Code::timed_out, "the back end does not settle in a state", to_underlying(wanted.front()),
+                            to_underlying(seen)};
         }
     }
 }

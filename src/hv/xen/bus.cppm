@@ -1,5 +1,5 @@
-// XenBus: devices as directories of XenStore, a front half that is ours and a back half in another domain, which meet by a handshake of states
-// [xen-blkif, "State diagrams"]. Knows no kind of device.
+// XenBus: devices as directories of XenStore, a front half that is ours and a back half in another domain, which meet
+// by a handshake of states [xen-blkif, "State diagrams"]. Knows no kind of device.
 export module hv.xen.bus;
 import core.std;
 import core.result;
@@ -12,7 +12,8 @@ export import hv.xen.store;
 
 export namespace fl::hv::xen {
 
-/// What is below "device": every kind, every device, sorted by kind as the store has it and by number. `scratch`: room for a listing.
+/// What is below "device": every kind, every device, sorted by kind as the store has it and by number. `scratch`: room
+/// for a listing.
 io::Task<Result<void>> enumerate(Store& store, DeviceList& into, std::span<char> scratch);
 
 /// Our half of a device, and a watch on the other one. Lives in its driver; not moved while open.
@@ -31,7 +32,8 @@ class Frontend {
     /// The other half's state now; a node that is gone is BusState::unknown.
     io::Task<Result<BusState>> state();
     io::Task<Result<void>> set_state(BusState state);
-    /// Waits until the other half's state is one of `wanted`; gives it. Error{device_gone}: it closes, or is gone; Error{timed_out}.
+    /// Waits until the other half's state is one of `wanted`; gives it. Error{device_gone}: it closes, or is gone;
+    /// Error{timed_out}.
     io::Task<Result<BusState>> await_state(std::span<const BusState> wanted, io::Bound bound);
     /// Waits until something may have changed about the other half. False: the bound passed first.
     auto changed(const io::Bound& bound) { return changed_.wait(bound); }
@@ -72,7 +74,8 @@ constexpr std::optional<VirtualDisk> virtual_disk(u64 number) {
         if ((number >> 6 & 3) > 1) {
             return std::nullopt;
         }
-        return VirtualDisk{Kind::ide, static_cast<u32>((number >> 6 & 1) + (number >> 8 == 22 ? 2 : 0)), static_cast<u32>(number & 0x3f)};
+        return VirtualDisk{Kind::ide, static_cast<u32>((number >> 6 & 1) + (number >> 8 == 22 ? 2 : 0)),
+                           static_cast<u32>(number & 0x3f)};
     default: return std::nullopt;
     }
 }

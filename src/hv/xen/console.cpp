@@ -125,7 +125,8 @@ bool ConsoleRing::put(std::string_view text) {
             return false;
         }
         const u32 at = produced_ % console_out_bytes;
-        const u32 size = std::min({free(), static_cast<u32>(std::min<usize>(text.size(), console_out_bytes)), console_out_bytes - at});
+        const u32 size = std::min(
+            {free(), static_cast<u32>(std::min<usize>(text.size(), console_out_bytes)), console_out_bytes - at});
         memory.copy_in(offsetof(ConsolePage, out) + at, std::as_bytes(std::span(text)).data(), size);
         produced_ += size;
         text.remove_prefix(size);

@@ -1,6 +1,6 @@
-// The consoles that Xen gives a guest, usable from the entry on: before there is memory, a clock or a backend. The guest's own console is a ring
-// that xenconsoled (or a device model) empties [xen-public io/console.h]; Xen's log takes what is written to port 0xe9, and shows it only where
-// its own log level lets it (guest_loglvl).
+// The consoles that Xen gives a guest, usable from the entry on: before there is memory, a clock or a backend. The
+// guest's own console is a ring that xenconsoled (or a device model) empties [xen-public io/console.h]; Xen's log takes
+// what is written to port 0xe9, and shows it only where its own log level lets it (guest_loglvl).
 export module hv.xen.console;
 import core.std;
 import core.result;
@@ -25,18 +25,20 @@ struct Consoles {
     u64 tsc_khz = 0;        // 0: Xen does not say
 };
 
-/// Looks for Xen by a few CPUIDs (`cpuid` executes one) and asks it for this guest's consoles. Fills the gate's page itself, at guest-physical
-/// address `page`, as the backend's install() will do again. Needs neither memory nor a backend. Nothing found: Consoles{}.
+/// Looks for Xen by a few CPUIDs (`cpuid` executes one) and asks it for this guest's consoles. Fills the gate's page
+/// itself, at guest-physical address `page`, as the backend's install() will do again. Needs neither memory nor a
+/// backend. Nothing found: Consoles{}.
 Consoles find_consoles(CpuidRegisters (*cpuid)(u32 leaf, u32 subleaf), Privileged& cpu, const Gate& gate, u64 page);
 
-/// The guest's console. Every wait for its reader has a bound, and after one that was in vain there is none until the reader has read on: then
-/// what was lost is told in the console itself. Lines end with "\r\n", as terminals want it.
+/// The guest's console. Every wait for its reader has a bound, and after one that was in vain there is none until the
+/// reader has read on: then what was lost is told in the console itself. Lines end with "\r\n", as terminals want it.
 class ConsoleRing final : public log::Sink {
   public:
     /// How long a reader may take nothing. The first wait may be for one that is only about to come.
     static constexpr u64 patience_ms = 500;
 
-    /// `page`: the ring, mapped. `cycles`: a counter that runs at `cycles_per_ms`; 0: not known, and a fast one is assumed.
+    /// `page`: the ring, mapped. `cycles`: a counter that runs at `cycles_per_ms`; 0: not known, and a fast one is
+    /// assumed.
     void open(const Hypercalls& calls, std::byte* page, Port port, u64 (*cycles)(), u64 cycles_per_ms);
     bool is_open() const { return page_ != nullptr; }
     /// From now on the same ring is at `page`.

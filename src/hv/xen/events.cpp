@@ -36,7 +36,8 @@ Result<Port> Events::bind_interdomain(Domain remote, Port remote_port) {
 Result<void> Events::bind(Port port, InterruptHandler handler, void* context) {
     const u32 n = number(port);
     if (n == 0 || n >= capacity) {
-        return Error{Code::exhausted, "an event channel's port is beyond what this kernel has room for", capacity - 1, n};
+        return Error{Code::exhausted, "an event channel's port is beyond what this kernel has room for", capacity - 1,
+                     n};
     }
     if (slots_[n].handler != nullptr) {
         return Error{Code::busy, "the event channel has a handler already", 0, n};
@@ -54,8 +55,10 @@ void Events::unbind(Port port) {
     mask(port);
     slots_[n] = {};
     EventPort argument{port};
-    static_cast<void>(hypercalls_->call(Hypercall::event_channel_op, EventOp::close, argument));              // a port that is not open stays so
-    std::atomic_ref<u64>(shared_->pending[n / 64]).fetch_and(~(u64{1} << n % 64), std::memory_order_relaxed); // for the port's next user
+    // a port that is not open stays so
+    static_cast<void>(hypercalls_->call(Hypercall::event_channel_op, EventOp::close, argument));
+    // for the port's next user
+    std::atomic_ref<u64>(shared_->pending[n / 64]).fetch_and(~(u64{1} << n % 64), std::memory_order_relaxed);
 }
 
 Result<void> Events::send(Port port) {
@@ -70,8 +73,8 @@ Result<void> Events::send(Port port) {
 void Events::scan() {
     ++upcalls_;
     for (u32 pass = 0; pass < max_passes; ++pass) {
-        // Sequentially consistent exchanges (plain ones on this processor): see the table above. The upcall is cleared before the selector, the
-        // selector before the words.
+        // Sequentially consistent exchanges (plain ones on this processor): see the table above. The upcall is cleared
+        // before the selector, the selector before the words.
         std::atomic_ref<u8>(vcpu_->upcall_pending).exchange(0, std::memory_order_seq_cst);
         u64 selector = std::atomic_ref<u64>(vcpu_->pending_selector).exchange(0, std::memory_order_seq_cst);
         if (selector == 0) {
@@ -79,9 +82,11 @@ void Events::scan() {
         }
         for (; selector != 0; selector &= selector - 1) {
             const u32 word = static_cast<u32>(std::countr_zero(selector));
-            const u64 masked = std::atomic_ref<u64>(shared_->mask[word]).load(std::memory_order_relaxed); // only we write it
+            // only we write it
+            const u64 masked = std::atomic_ref<u64>(shared_->mask[word]).load(std::memory_order_relaxed);
             std::atomic_ref<u64> pending(shared_->pending[word]);
-            // Acquire: what the senders wrote before they sent is seen by what the handlers wake. Partner: Xen's set, after the sender's call.
+            // Acquire: what the senders wrote before they sent is seen by what the handlers wake. Partner: Xen's set,
+            // after the sender's call.
             u64 ringing = pending.load(std::memory_order_acquire) & ~masked;
             pending.fetch_and(~ringing, std::memory_order_acquire);
             for (; ringing != 0; ringing &= ringing - 1) {

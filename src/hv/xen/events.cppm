@@ -1,5 +1,5 @@
-// Event channels, two-level: ports, their pending and mask bits in the shared info page, and the upcall that finds out which of them rang.
-// Everything but raise() of the handlers' own signals happens on one processor.
+// Event channels, two-level: ports, their pending and mask bits in the shared info page, and the upcall that finds out
+// which of them rang. Everything but raise() of the handlers' own signals happens on one processor.
 export module hv.xen.events;
 import core.std;
 import core.result;
@@ -10,11 +10,11 @@ export namespace fl::hv::xen {
 
 /// What a sender and a receiver share, bit by bit. All read-modify-writes, since Xen sets bits while we clear them:
 ///
-///   ours                                       Xen's                                       what the pair orders
-///   upcall: exchange upcall_pending with 0     sets pending, selector, upcall_pending      Xen's bits are set in the order pending, selector,
-///   upcall: exchange selector with 0           in this order, each a locked operation      upcall_pending; ours are cleared in the other one:
-///   upcall: and-not of pending                                                             an event that comes meanwhile sets all three again
-///   unmask: and-not of mask, load of pending   or of pending, load of mask                 one of the two sees the other: no event is lost
+///   upcall: exchange upcall_pending with 0     Xen sets the bits in the order pending, selector, upcall_pending, each
+///   upcall: exchange selector with 0           by a locked operation; they are cleared here in the opposite order: an
+///   upcall: and-not of pending                 event that comes meanwhile sets all three again
+///   unmask: and-not of mask, load of pending   Xen: or of pending, load of mask. One of the two sees the other: no
+///                                              event is lost
 class Events {
   public:
     using Event = Port; // hv.backend EventChannels
@@ -24,7 +24,8 @@ class Events {
     /// Passes over the selector in one upcall; what comes later finds upcall_pending set and gets an upcall of its own.
     static constexpr u32 max_passes = 4;
 
-    /// `shared`: the mapped shared info page; `vcpu`: this processor's number for Xen, below vcpus_in_shared_info. Masks every port.
+    /// `shared`: the mapped shared info page; `vcpu`: this processor's number for Xen, below vcpus_in_shared_info.
+    /// Masks every port.
     void install(Hypercalls& hypercalls, SharedInfo& shared, u32 vcpu);
     bool installed() const { return shared_ != nullptr; }
 
@@ -32,8 +33,8 @@ class Events {
     Result<Port> allocate_unbound(Domain remote);
     /// A port connected to another domain's.
     Result<Port> bind_interdomain(Domain remote, Port remote_port);
-    /// The handler runs in the upcall, interrupts off, after the pending bit was cleared. The port is masked until unmask(). Error{exhausted}:
-    /// the port is beyond `capacity`; Error{busy}: it has a handler.
+    /// The handler runs in the upcall, interrupts off, after the pending bit was cleared. The port is masked until
+    /// unmask(). Error{exhausted}: the port is beyond `capacity`; Error{busy}: it has a handler.
     Result<void> bind(Port port, InterruptHandler handler, void* context);
     /// Masks, forgets the handler and closes the port.
     void unbind(Port port);
@@ -50,8 +51,8 @@ class Events {
     static void upcall(void* context) { static_cast<Events*>(context)->scan(); }
     void scan();
 
-    /// Sleeps until one of the ports (masked ones) is pending, or about `timeout_ns` have passed; wakes too early at will. For idling without an
-    /// interrupt: one call and no upcall. Interrupts that are no events do not wake it.
+    /// Sleeps until one of the ports (masked ones) is pending, or about `timeout_ns` have passed; wakes too early at
+    /// will. For idling without an interrupt: one call and no upcall. Interrupts that are no events do not wake it.
     i64 poll(std::span<const u32> ports, u64 timeout_ns);
 
     u64 upcalls() const { return upcalls_; }
@@ -82,7 +83,8 @@ inline void Events::mask(Port port) {
 inline bool Events::unmask(Port port) {
     const u32 n = number(port);
     const u64 bit = u64{1} << n % 64;
-    // Sequentially consistent: our mask before our look at pending. Partner: Xen's locked set of pending, then its load of the mask.
+    // Sequentially consistent: our mask before our look at pending. Partner: Xen's locked set of pending, then its load
+    // of the mask.
     std::atomic_ref<u64>(shared_->mask[n / 64]).fetch_and(~bit, std::memory_order_seq_cst);
     std::atomic_ref<u64> pending(shared_->pending[n / 64]);
     if ((pending.load(std::memory_order_seq_cst) & bit) == 0) [[likely]] {

@@ -44,7 +44,9 @@ bool Grants::ensure(u32 count) {
 
 Result<GrantRef> Grants::take() {
     if (!ensure(1)) {
-        return Error{Code::exhausted, "the grant table is full: fewer disks, or a larger gnttab_max_frames for this guest (entries)", 1, 0};
+        return Error{Code::exhausted,
+                     "the grant table is full: fewer disks, or a larger gnttab_max_frames for this guest (entries)", 1,
+                     0};
     }
     return take_unchecked();
 }

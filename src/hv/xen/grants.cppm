@@ -1,5 +1,6 @@
-// The grant table, version 1: which pages which domain may read or write. A page stays reachable until its entry has been ended; an entry that
-// the other domain still has mapped cannot be ended, and is set aside (quarantine) instead of being used again.
+// The grant table, version 1: which pages which domain may read or write. A page stays reachable until its entry has
+// been ended; an entry that the other domain still has mapped cannot be ended, and is set aside (quarantine) instead of
+// being used again.
 export module hv.xen.grants;
 import core.std;
 import core.result;
@@ -7,7 +8,8 @@ export import hv.xen.protocol;
 
 export namespace fl::hv::xen {
 
-/// How a grant table grows: makes its frame `frame` appear where it belongs in the memory that Grants::install() was given.
+/// How a grant table grows: makes its frame `frame` appear where it belongs in the memory that Grants::install() was
+/// given.
 struct GrantGrowth {
     void* context = nullptr;
     Result<void> (*map)(void* context, u32 frame) = nullptr;
@@ -19,8 +21,9 @@ class Grants {
     static constexpr u32 max_frames = 64;
     static constexpr u32 capacity = max_frames * grants_per_frame;
 
-    /// `table`: room for whole frames, of which the first `frames` are mapped; `growth` maps the others, in order, when they are needed. The
-    /// reserved entries are left as they are. Entries that are in use already (a loader's) are left out.
+    /// `table`: room for whole frames, of which the first `frames` are mapped; `growth` maps the others, in order, when
+    /// they are needed. The reserved entries are left as they are. Entries that are in use already (a loader's) are
+    /// left out.
     void install(std::span<GrantEntry> table, u32 frames, const GrantGrowth& growth = {});
     bool installed() const { return frames_ != 0; }
 
@@ -28,7 +31,8 @@ class Grants {
     u32 available() const { return free_count_; }
     /// Entries that can be taken now or once the table has grown.
     u32 obtainable() const { return free_count_ + (frame_limit_ - frames_) * grants_per_frame; }
-    /// Grows the table until `count` entries are available. False: they are not, and Xen gives no more. Not for the path of an I/O.
+    /// Grows the table until `count` entries are available. False: they are not, and Xen gives no more. Not for the
+    /// path of an I/O.
     bool ensure(u32 count);
     /// A free entry, nothing granted yet; the last one given back comes first. Grows the table. Error{exhausted}.
     Result<GrantRef> take();
@@ -36,21 +40,23 @@ class Grants {
     GrantRef take_unchecked() { return free_[--free_count_]; }
     /// Lets `domain` reach the guest frame. One store. The entry is one that was taken and is not granted.
     void grant(GrantRef ref, Domain domain, u64 frame, bool read_only) {
-        const GrantEntry entry{static_cast<u16>(grant_permit_access | (read_only ? grant_read_only : 0)), domain, static_cast<u32>(frame)};
-        // Release: the page's content before the permission. Partner: Xen's read of the entry when the other domain asks for it, which it does
-        // only after it has seen the reference in a ring that was published later still.
+        const GrantEntry entry{static_cast<u16>(grant_permit_access | (read_only ? grant_read_only : 0)), domain,
+                               static_cast<u32>(frame)};
+        // Release: the page's content before the permission. Partner: Xen's read of the entry when the other domain
+        // asks for it, which it does only after it has seen the reference in a ring that was published later still.
         std::atomic_ref<u64>(word(ref)).store(std::bit_cast<u64>(entry), std::memory_order_release);
     }
-    /// Ends the access. True: nobody can reach the page any more. False: it is still mapped; the permission stays, and the caller decides.
+    /// Ends the access. True: nobody can reach the page any more. False: it is still mapped; the permission stays, and
+    /// the caller decides.
     [[nodiscard]] bool end(GrantRef ref) {
         std::atomic_ref<u16> flags(table_[ref].flags);
         u16 seen = flags.load(std::memory_order_relaxed);
         if ((seen & (grant_reading | grant_writing)) != 0) [[unlikely]] {
             return false;
         }
-        // Sequentially consistent: what the other domain wrote into the page before it let go is seen by what follows. Partner: Xen's clearing
-        // of the two bits when the last mapping goes. Nobody changes anything else in the entry: where the exchange fails, it has been mapped
-        // just now.
+        // Sequentially consistent: what the other domain wrote into the page before it let go is seen by what follows.
+        // Partner: Xen's clearing of the two bits when the last mapping goes. Nobody changes anything else in the
+        // entry: where the exchange fails, it has been mapped just now.
         return flags.compare_exchange_strong(seen, 0, std::memory_order_seq_cst, std::memory_order_relaxed);
     }
     /// Gives an entry back that nobody can reach (ended, or never granted).

@@ -20,7 +20,9 @@ Result<void> checked(i64 answer, std::string_view what) {
 
 Result<u32> Hypercalls::features() {
     FeatureInfo info{};
-    if (auto ok = checked(call(Hypercall::xen_version, VersionOp::get_features, info), "Xen does not tell its features (errno)"); !ok) {
+    if (auto ok = checked(call(Hypercall::xen_version, VersionOp::get_features, info),
+                          "Xen does not tell its features (errno)");
+        !ok) {
         return ok.error();
     }
     return info.submap;
@@ -28,12 +30,15 @@ Result<u32> Hypercalls::features() {
 
 Result<void> Hypercalls::add_to_physmap(MapSpace space, u64 index, u64 frame) {
     AddToPhysmap map{domain_self, 0, space, index, frame};
-    return checked(call(Hypercall::memory_op, MemoryOp::add_to_physmap, map), "Xen does not map a shared page into the guest (errno)");
+    return checked(call(Hypercall::memory_op, MemoryOp::add_to_physmap, map),
+                   "Xen does not map a shared page into the guest (errno)");
 }
 
 Result<u64> Hypercalls::hvm_parameter(HvmParam index) {
     HvmParameter parameter{domain_self, 0, index, 0};
-    if (auto ok = checked(call(Hypercall::hvm_op, HvmOp::get_param, parameter), "Xen does not tell an HVM parameter (errno)"); !ok) {
+    if (auto ok =
+            checked(call(Hypercall::hvm_op, HvmOp::get_param, parameter), "Xen does not tell an HVM parameter (errno)");
+        !ok) {
         return ok.error();
     }
     return parameter.value;
@@ -46,18 +51,21 @@ Result<void> Hypercalls::set_hvm_parameter(HvmParam index, u64 value) {
 
 Result<void> Hypercalls::set_upcall_vector(u32 vcpu, u8 vector) {
     UpcallVector upcall{vcpu, vector, {}};
-    return checked(call(Hypercall::hvm_op, HvmOp::set_upcall_vector, upcall), "Xen does not take a vector for events (errno)");
+    return checked(call(Hypercall::hvm_op, HvmOp::set_upcall_vector, upcall),
+                   "Xen does not take a vector for events (errno)");
 }
 
 i64 Hypercalls::console_write(std::string_view text) {
-    return call(Hypercall::console_io, to_underlying(ConsoleOp::write), text.size(), reinterpret_cast<u64>(text.data()));
+    return call(Hypercall::console_io, to_underlying(ConsoleOp::write), text.size(),
+                reinterpret_cast<u64>(text.data()));
 }
 
 Result<u32> Hypercalls::grant_table_limit() {
     GrantQuerySize size{};
     size.domain = domain_self;
     // The third argument is how many structures there are.
-    const i64 answer = call(Hypercall::grant_table_op, to_underlying(GrantOp::query_size), reinterpret_cast<u64>(&size), 1);
+    const i64 answer =
+        call(Hypercall::grant_table_op, to_underlying(GrantOp::query_size), reinterpret_cast<u64>(&size), 1);
     if (answer < 0 || size.status != 0) {
         return Error{Code::not_supported, "Xen does not tell the size of the grant table (errno)", 0,
                      static_cast<u64>(answer < 0 ? -answer : -size.status)};

@@ -1,4 +1,5 @@
-// Calls into Xen. The way in is a Gate: in the kernel the page that Xen fills with the processor's own instruction, in a test a function.
+// Calls into Xen. The way in is a Gate: in the kernel the page that Xen fills with the processor's own instruction, in
+// a test a function.
 export module hv.xen.hypercall;
 import core.std;
 import core.result;
@@ -6,9 +7,9 @@ export import hv.xen.protocol;
 
 export namespace fl::hv::xen {
 
-/// How a call reaches the hypervisor. `call` gets a hypercall's number and up to five arguments (registers RDI, RSI, RDX, R10, R8
-/// [xen-public arch-x86/xen-x86_64.h]); `page`: what Xen shall fill with its entries, executable, nullptr when there is nothing to fill. Guest
-/// structures are passed by virtual address.
+/// How a call reaches the hypervisor. `call` gets a hypercall's number and up to five arguments (registers RDI, RSI,
+/// RDX, R10, R8 [xen-public arch-x86/xen-x86_64.h]); `page`: what Xen shall fill with its entries, executable, nullptr
+/// when there is nothing to fill. Guest structures are passed by virtual address.
 struct Gate {
     void* context = nullptr;
     i64 (*call)(void* context, u32 number, u64 a, u64 b, u64 c, u64 d, u64 e) = nullptr;

@@ -7,16 +7,19 @@ import hv.xen.hypercall;
 
 namespace fl::hv::xen {
 
-Result<u32> read_memory_map(const CpuidSnapshot& cpuid, Privileged& cpu, const Gate& gate, u64 page, std::span<E820Entry> into) {
+Result<u32> read_memory_map(const CpuidSnapshot& cpuid, Privileged& cpu, const Gate& gate, u64 page,
+                            std::span<E820Entry> into) {
     const auto bases = cpuid.hypervisors();
-    const auto found = std::ranges::find_if(bases, [](const HypervisorBase& h) { return h.signature.view() == "XenVMMXenVMM"; });
+    const auto found =
+        std::ranges::find_if(bases, [](const HypervisorBase& h) { return h.signature.view() == "XenVMMXenVMM"; });
     if (found == bases.end() || found->max_leaf < found->base + 2) {
         return Error{Code::not_found, "the loader gave no memory map, and there is no Xen that could be asked for it"};
     }
     // Leaf base + 2: EAX the number of hypercall pages, EBX the MSR that fills them [xen-public arch-x86/cpuid.h].
     const CpuidRegisters leaf = cpuid.get(found->base + 2);
     if (leaf.eax == 0 || leaf.ebx == 0 || gate.call == nullptr) {
-        return Error{Code::not_supported, "Xen announces no hypercall page, so it cannot be asked for the memory map", 1, leaf.eax};
+        return Error{Code::not_supported, "Xen announces no hypercall page, so it cannot be asked for the memory map",
+                     1, leaf.eax};
     }
     if (gate.page != nullptr) {
         cpu.write_msr(leaf.ebx, page);

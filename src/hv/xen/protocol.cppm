@@ -1,6 +1,7 @@
-// What Xen and a guest say to each other: hypercall numbers and arguments, the shared info page, event channels, grant entries, the XenStore
-// wire. Structures and constants, no action. All of it is the 64-bit layout; a guest that installs its hypercall page in 64-bit mode gets it
-// [xen-public]. Values that the other side writes are open enums: whatever else comes can be represented and is the reader's business.
+// What Xen and a guest say to each other: hypercall numbers and arguments, the shared info page, event channels, grant
+// entries, the XenStore wire. Structures and constants, no action. All of it is the 64-bit layout; a guest that
+// installs its hypercall page in 64-bit mode gets it [xen-public]. Values that the other side writes are open enums:
+// whatever else comes can be represented and is the reader's business.
 module;
 #include <cstddef>
 export module hv.xen.protocol;
@@ -8,7 +9,7 @@ import core.std;
 
 export namespace fl::hv::xen {
 
-// ---- hypercalls [xen-public xen.h] -----------------------------------------------------------------------------------------------------------
+// ---- hypercalls [xen-public xen.h] ----
 
 enum class Hypercall : u32 {
     memory_op = 12,
@@ -65,7 +66,13 @@ static_assert(sizeof(AddToPhysmap) == 24 && offsetof(AddToPhysmap, space) == 4 &
               offsetof(AddToPhysmap, frame) == 16);
 
 enum class HvmOp : u32 { set_param = 0, get_param = 1, set_upcall_vector = 23 };
-enum class HvmParam : u32 { callback_irq = 0, store_frame = 1, store_event_channel = 2, console_frame = 17, console_event_channel = 18 };
+enum class HvmParam : u32 {
+    callback_irq = 0,
+    store_frame = 1,
+    store_event_channel = 2,
+    console_frame = 17,
+    console_event_channel = 18
+};
 struct HvmParameter {
     Domain domain;
     u16 padding;
@@ -79,7 +86,8 @@ struct UpcallVector {
     u8 padding[3];
 };
 static_assert(sizeof(UpcallVector) == 8 && offsetof(UpcallVector, vector) == 4);
-/// The upcall comes as an interrupt of this vector, without the local APIC having a part in it [xen-public hvm/params.h].
+/// The upcall comes as an interrupt of this vector, without the local APIC having a part in it [xen-public
+/// hvm/params.h].
 constexpr u64 callback_by_vector(u8 vector) { return u64{2} << 56 | vector; }
 
 enum class SchedOp : u32 { yield = 0, block = 1, shutdown = 2, poll = 3 };
@@ -93,8 +101,7 @@ static_assert(sizeof(SchedPoll) == 24 && offsetof(SchedPoll, port_count) == 8 &&
 
 enum class ConsoleOp : u32 { write = 0 };
 
-// ---- the shared info page [xen-public xen.h, arch-x86/xen.h]
-// -----------------------------------------------------------------------------------
+// ---- the shared info page [xen-public xen.h, arch-x86/xen.h] ----
 
 /// Written by Xen under an odd `version`: read version, the rest, version again.
 struct VcpuTimeInfo {
@@ -107,8 +114,9 @@ struct VcpuTimeInfo {
     u8 flags;
     u8 padding1[2];
 };
-static_assert(sizeof(VcpuTimeInfo) == 32 && offsetof(VcpuTimeInfo, tsc_timestamp) == 8 && offsetof(VcpuTimeInfo, system_time) == 16 &&
-              offsetof(VcpuTimeInfo, tsc_to_system_mul) == 24 && offsetof(VcpuTimeInfo, tsc_shift) == 28 && offsetof(VcpuTimeInfo, flags) == 29);
+static_assert(sizeof(VcpuTimeInfo) == 32 && offsetof(VcpuTimeInfo, tsc_timestamp) == 8 &&
+              offsetof(VcpuTimeInfo, system_time) == 16 && offsetof(VcpuTimeInfo, tsc_to_system_mul) == 24 &&
+              offsetof(VcpuTimeInfo, tsc_shift) == 28 && offsetof(VcpuTimeInfo, flags) == 29);
 
 struct VcpuInfo {
     u8 upcall_pending; // set by Xen, cleared by the guest before it looks
@@ -119,8 +127,9 @@ struct VcpuInfo {
     u64 reserved;
     VcpuTimeInfo time;
 };
-static_assert(sizeof(VcpuInfo) == 64 && offsetof(VcpuInfo, upcall_mask) == 1 && offsetof(VcpuInfo, pending_selector) == 8 &&
-              offsetof(VcpuInfo, cr2) == 16 && offsetof(VcpuInfo, time) == 32);
+static_assert(sizeof(VcpuInfo) == 64 && offsetof(VcpuInfo, upcall_mask) == 1 &&
+              offsetof(VcpuInfo, pending_selector) == 8 && offsetof(VcpuInfo, cr2) == 16 &&
+              offsetof(VcpuInfo, time) == 32);
 
 inline constexpr u32 vcpus_in_shared_info = 32;
 inline constexpr u32 event_words = 64;
@@ -137,22 +146,31 @@ struct SharedInfo {
     std::array<u64, 6> arch;
 };
 static_assert(offsetof(SharedInfo, pending) == 0x800 && offsetof(SharedInfo, mask) == 0xa00 &&
-              offsetof(SharedInfo, wallclock_version) == 0xc00 && offsetof(SharedInfo, wallclock_seconds_high) == 0xc0c &&
-              offsetof(SharedInfo, arch) == 0xc10 && sizeof(SharedInfo) == 0xc40);
+              offsetof(SharedInfo, wallclock_version) == 0xc00 &&
+              offsetof(SharedInfo, wallclock_seconds_high) == 0xc0c && offsetof(SharedInfo, arch) == 0xc10 &&
+              sizeof(SharedInfo) == 0xc40);
 
-// ---- event channels [xen-public event_channel.h]
-// -----------------------------------------------------------------------------------------------
+// ---- event channels [xen-public event_channel.h] ----
 
 /// A port: the number of an event channel at this end. 0 is none.
 enum class Port : u32 { none = 0 };
 
-enum class EventOp : u32 { bind_interdomain = 0, bind_virq = 1, close = 3, send = 4, status = 5, alloc_unbound = 6, unmask = 9 };
+enum class EventOp : u32 {
+    bind_interdomain = 0,
+    bind_virq = 1,
+    close = 3,
+    send = 4,
+    status = 5,
+    alloc_unbound = 6,
+    unmask = 9
+};
 struct EventAllocUnbound {
     Domain domain; // whose port; domain_self
     Domain remote; // who may bind to it
     Port port;     // out
 };
-static_assert(sizeof(EventAllocUnbound) == 8 && offsetof(EventAllocUnbound, remote) == 2 && offsetof(EventAllocUnbound, port) == 4);
+static_assert(sizeof(EventAllocUnbound) == 8 && offsetof(EventAllocUnbound, remote) == 2 &&
+              offsetof(EventAllocUnbound, port) == 4);
 struct EventBindInterdomain {
     Domain remote;
     u16 padding;
@@ -178,7 +196,7 @@ static_assert(sizeof(EventStatus) == 24 && offsetof(EventStatus, port) == 4 && o
 inline constexpr u32 event_unbound = 1; // the other domain has not bound it yet
 inline constexpr u32 event_interdomain = 2;
 
-// ---- the guest's console [xen-public io/console.h] -------------------------------------------------------------------------------------------
+// ---- the guest's console [xen-public io/console.h] ----
 
 inline constexpr u32 console_out_bytes = 2048;
 
@@ -191,11 +209,10 @@ struct ConsolePage {
     u32 out_consumer;
     u32 out_producer;
 };
-static_assert(offsetof(ConsolePage, out) == 1024 && offsetof(ConsolePage, in_consumer) == 3072 && offsetof(ConsolePage, out_consumer) == 3080 &&
-              offsetof(ConsolePage, out_producer) == 3084);
+static_assert(offsetof(ConsolePage, out) == 1024 && offsetof(ConsolePage, in_consumer) == 3072 &&
+              offsetof(ConsolePage, out_consumer) == 3080 && offsetof(ConsolePage, out_producer) == 3084);
 
-// ---- grants [xen-public grant_table.h]
-// -----------------------------------------------------------------------------------------------------------
+// ---- grants [xen-public grant_table.h] ----
 
 enum class GrantOp : u32 { query_size = 6 };
 struct GrantQuerySize {
@@ -206,8 +223,8 @@ struct GrantQuerySize {
     i16 status;     // out; 0: the rest is valid
     u16 padding1;
 };
-static_assert(sizeof(GrantQuerySize) == 16 && offsetof(GrantQuerySize, frames) == 4 && offsetof(GrantQuerySize, max_frames) == 8 &&
-              offsetof(GrantQuerySize, status) == 12);
+static_assert(sizeof(GrantQuerySize) == 16 && offsetof(GrantQuerySize, frames) == 4 &&
+              offsetof(GrantQuerySize, max_frames) == 8 && offsetof(GrantQuerySize, status) == 12);
 
 inline constexpr u16 grant_permit_access = 1;
 inline constexpr u16 grant_read_only = 1u << 2;
@@ -225,7 +242,7 @@ struct GrantEntry {
 static_assert(sizeof(GrantEntry) == 8 && offsetof(GrantEntry, domain) == 2 && offsetof(GrantEntry, frame) == 4);
 inline constexpr u32 grants_per_frame = 4096 / sizeof(GrantEntry);
 
-// ---- XenStore [xenstore, xenstore-ring, xen-public io/xs_wire.h] -----------------------------------------------------------------------------
+// ---- XenStore [xenstore, xenstore-ring, xen-public io/xs_wire.h] ----
 
 enum class StoreType : u32 {
     directory = 1,
@@ -246,8 +263,8 @@ struct StoreHeader {
     u32 transaction;
     u32 length; // of what follows
 };
-static_assert(sizeof(StoreHeader) == 16 && offsetof(StoreHeader, request_id) == 4 && offsetof(StoreHeader, transaction) == 8 &&
-              offsetof(StoreHeader, length) == 12);
+static_assert(sizeof(StoreHeader) == 16 && offsetof(StoreHeader, request_id) == 4 &&
+              offsetof(StoreHeader, transaction) == 8 && offsetof(StoreHeader, length) == 12);
 inline constexpr u32 store_payload_max = 4096;
 inline constexpr u32 store_ring_bytes = 1024;
 
@@ -268,8 +285,7 @@ static_assert(offsetof(StorePage, responses) == 1024 && offsetof(StorePage, requ
               offsetof(StorePage, response_producer) == 2060 && offsetof(StorePage, server_features) == 2064 &&
               offsetof(StorePage, connection) == 2068 && offsetof(StorePage, error) == 2072);
 
-// ---- XenBus [xen-public io/xenbus.h]
-// -----------------------------------------------------------------------------------------------------------
+// ---- XenBus [xen-public io/xenbus.h] ----
 
 /// The state of one end of a device. Any number may be read.
 enum class BusState : u32 {
@@ -284,21 +300,23 @@ enum class BusState : u32 {
     reconfigured = 8,
 };
 constexpr std::string_view name(BusState state) {
-    constexpr std::array<std::string_view, 9> names{"unknown", "initialising", "init-wait",     "initialised", "connected",
-                                                    "closing", "closed",       "reconfiguring", "reconfigured"};
+    constexpr std::array<std::string_view, 9> names{"unknown",     "initialising",  "init-wait",
+                                                    "initialised", "connected",     "closing",
+                                                    "closed",      "reconfiguring", "reconfigured"};
     return to_underlying(state) < names.size() ? names[to_underlying(state)] : "a state that Xen does not define";
 }
 
-// ---- taking emulated devices away [xen-unplug]
-// -------------------------------------------------------------------------------------------------
+// ---- taking emulated devices away [xen-unplug] ----
 
 inline constexpr u16 unplug_port = 0x10;         // 16 bits: read the magic, write the mask; 32 bits: write the build
 inline constexpr u16 unplug_version_port = 0x12; // 8 bits: read the version; 16 bits: write the product
 inline constexpr u16 unplug_magic = 0x49d2;
-inline constexpr u16 unplug_refused = 0xd249; // read from unplug_port after product and build: this driver is on the host's list
+// read from unplug_port after product and build: this driver is on the host's list
+inline constexpr u16 unplug_refused = 0xd249;
 inline constexpr u16 unplug_disks = 1u << 0;
 inline constexpr u16 unplug_nics = 1u << 1;
 inline constexpr u16 unplug_nvme = 1u << 3;
-inline constexpr u16 unplug_product = 0xffff; // experimental: none is registered for this kernel [xen-public hvm/pvdrivers.h]
+// experimental: none is registered for this kernel [xen-public hvm/pvdrivers.h]
+inline constexpr u16 unplug_product = 0xffff;
 
 } // namespace fl::hv::xen

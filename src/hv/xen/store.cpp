@@ -114,8 +114,7 @@ Error Store::close(const Error& why) {
     return *closed_;
 }
 
-// ---- taking turns
-// --------------------------------------------------------------------------------------------------------------------------------
+// ---- taking turns ----
 
 struct Store::Turn : io::ReadyNode {
     Store& store;
@@ -159,14 +158,15 @@ struct Store::Sending {
     bool incomplete = false;
     ~Sending() {
         if (incomplete) {
-            static_cast<void>(store.close({Code::timed_out, "a request could not be written whole: the server takes nothing"}));
+            static_cast<void>(
+                store.close({Code::timed_out, "a request could not be written whole: the server takes nothing"}));
         }
         store.leave();
     }
 };
 
-io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transaction, std::string_view path, std::string_view value,
-                                                   bool terminate, std::span<char> into) {
+io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transaction, std::string_view path,
+                                                   std::string_view value, bool terminate, std::span<char> into) {
     if (!started()) {
         co_return Error{Code::not_found, "XenStore has not been started"};
     }
@@ -185,9 +185,9 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
     progress_->close();
 
     const char nul = 0;
-    std::array<std::span<const std::byte>, 5> pieces{std::as_bytes(std::span(&header, 1)), std::as_bytes(std::span(path)),
-                                                     std::as_bytes(std::span(&nul, 1)), std::as_bytes(std::span(value)),
-                                                     std::as_bytes(std::span(&nul, terminate ? 1u : 0u))};
+    std::array<std::span<const std::byte>, 5> pieces{
+        std::as_bytes(std::span(&header, 1)), std::as_bytes(std::span(path)), std::as_bytes(std::span(&nul, 1)),
+        std::as_bytes(std::span(value)), std::as_bytes(std::span(&nul, terminate ? 1u : 0u))};
     for (auto& piece : pieces) {
         while (!piece.empty()) {
             if (auto read = requests_->observe(); !read) {
@@ -228,8 +228,7 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
     co_return std::string_view(into.data(), expected_.length);
 }
 
-// ---- what comes in
-// -------------------------------------------------------------------------------------------------------------------------------
+// ---- what comes in ----
 
 bool Store::drain() {
     if (closed_) {
@@ -266,7 +265,8 @@ bool Store::drain() {
         if (!in_payload_) {
             static_cast<void>(responses_->remove(std::as_writable_bytes(std::span(&header_, 1))));
             if (header_.length > store_payload_max) {
-                static_cast<void>(close({Code::protocol, "XenStore announces a message that is too long", store_payload_max, header_.length}));
+                static_cast<void>(close({Code::protocol, "XenStore announces a message that is too long",
+                                         store_payload_max, header_.length}));
                 break;
             }
             received_ = 0;
@@ -307,23 +307,27 @@ void Store::dispatch() {
         return dispatch_watch();
     }
     if (!expected_.active || expected_.done || header_.request_id != expected_.id) {
-        // A late answer to a request that has timed out is known by its number; one to a request that was never made is not.
+        // A late answer to a request that has timed out is known by its number; one to a request that was never made is
+        // not.
         const u32 age = next_id_ - header_.request_id;
         if (age == 0 || age >= u32{1} << 31 || (expected_.active && header_.request_id == expected_.id)) {
-            static_cast<void>(close({Code::protocol, "XenStore answers a request that is not under way", expected_.id, header_.request_id}));
+            static_cast<void>(close({Code::protocol, "XenStore answers a request that is not under way", expected_.id,
+                                     header_.request_id}));
         }
         return;
     }
     const std::string_view text(payload_.data(), header_.length);
     if (header_.transaction != expected_.transaction) {
-        static_cast<void>(close({Code::protocol, "XenStore answers for another transaction", expected_.transaction, header_.transaction}));
+        static_cast<void>(close(
+            {Code::protocol, "XenStore answers for another transaction", expected_.transaction, header_.transaction}));
     } else if (header_.type == StoreType::error) {
         expected_.error = from_server(text);
     } else if (header_.type != expected_.type) {
-        static_cast<void>(
-            close({Code::protocol, "XenStore answers with another type", to_underlying(expected_.type), to_underlying(header_.type)}));
+        static_cast<void>(close({Code::protocol, "XenStore answers with another type", to_underlying(expected_.type),
+                                 to_underlying(header_.type)}));
     } else if (text.size() > expected_.into.size()) {
-        expected_.error = Error{Code::exhausted, "a value in XenStore is longer than there is room for it", expected_.into.size(), text.size()};
+        expected_.error = Error{Code::exhausted, "a value in XenStore is longer than there is room for it",
+                                expected_.into.size(), text.size()};
     } else {
         std::copy_n(text.data(), text.size(), expected_.into.data());
         expected_.length = text.size();
@@ -353,10 +357,10 @@ void Store::dispatch_watch() {
     } // else: an event that crossed with unwatch()
 }
 
-// ---- operations
-// ----------------------------------------------------------------------------------------------------------------------------------
+// ---- operations ----
 
-io::Task<Result<void>> Store::command(StoreType type, u32 transaction, std::string_view path, std::string_view value, bool terminate) {
+io::Task<Result<void>> Store::command(StoreType type, u32 transaction, std::string_view path, std::string_view value,
+                                      bool terminate) {
     std::array<char, 16> answer; // "OK"
     CO_CHECK(co_await exchange(type, transaction, path, value, terminate, answer));
     co_return Result<void>{};
@@ -371,7 +375,9 @@ io::Task<Result<std::string_view>> Store::directory(std::string_view path, std::
 io::Task<Result<void>> Store::write(std::string_view path, std::string_view value, u32 transaction) {
     return command(StoreType::write, transaction, path, value, false);
 }
-io::Task<Result<void>> Store::remove(std::string_view path, u32 transaction) { return command(StoreType::remove, transaction, path, {}, false); }
+io::Task<Result<void>> Store::remove(std::string_view path, u32 transaction) {
+    return command(StoreType::remove, transaction, path, {}, false);
+}
 
 io::Task<Result<u32>> Store::begin() {
     std::array<char, 16> answer;
@@ -440,7 +446,8 @@ io::Task<Result<u64>> Store::number(std::string_view directory, std::string_view
 io::Task<Result<u64>> Store::number_or(std::string_view directory, std::string_view key, u64 otherwise) {
     auto value = co_await number(directory, key);
     if (!value && !closed_ &&
-        (value.error().code == Code::not_found || value.error().code == Code::protocol || value.error().code == Code::exhausted)) {
+        (value.error().code == Code::not_found || value.error().code == Code::protocol ||
+         value.error().code == Code::exhausted)) {
         co_return otherwise;
     }
     co_return value;
@@ -454,7 +461,8 @@ io::Task<Result<void>> Store::write_all(std::string_view directory, std::span<co
             if (auto written = co_await write(path, entry.value, transaction); !written) {
                 if (!closed_) {
                     std::array<char, 16> answer;
-                    static_cast<void>(co_await exchange(StoreType::transaction_end, transaction, "F", {}, false, answer));
+                    static_cast<void>(
+                        co_await exchange(StoreType::transaction_end, transaction, "F", {}, false, answer));
                 }
                 co_return written.error();
             }
@@ -464,8 +472,8 @@ io::Task<Result<void>> Store::write_all(std::string_view directory, std::span<co
             co_return Result<void>{};
         }
     }
-    co_return Error{Code::busy, "XenStore never lets a transaction through: somebody keeps changing the same nodes", transaction_tries,
-                    transaction_tries};
+    co_return Error{Code::busy, "XenStore never lets a transaction through: somebody keeps changing the same nodes",
+                    transaction_tries, transaction_tries};
 }
 
 } // namespace fl::hv::xen

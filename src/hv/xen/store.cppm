@@ -1,5 +1,6 @@
-// XenStore's client: a tree of small texts that the toolstack, the back ends and we read, write and watch. Requests and answers travel through
-// one page of two byte rings [xenstore, xenstore-ring]. One request at a time is under way, the others queue; every wait has a bound.
+// XenStore's client: a tree of small texts that the toolstack, the back ends and we read, write and watch. Requests and
+// answers travel through one page of two byte rings [xenstore, xenstore-ring]. One request at a time is under way, the
+// others queue; every wait has a bound.
 export module hv.xen.store;
 import core.std;
 import core.result;
@@ -18,8 +19,9 @@ using StorePath = FixedText<192>;
 /// "directory/key".
 StorePath join(std::string_view directory, std::string_view key);
 
-/// Somebody who wants to know that something below a path may have changed. `changed` runs in the store's drain(): it may open a latch, and
-/// must not call the store. Events that come before the owner looks are one event. Owned by whoever asks; unwatch before it dies.
+/// Somebody who wants to know that something below a path may have changed. `changed` runs in the store's drain(): it
+/// may open a latch, and must not call the store. Events that come before the owner looks are one event. Owned by
+/// whoever asks; unwatch before it dies.
 struct Watch {
     void (*changed)(void* context) = nullptr;
     void* context = nullptr;
@@ -37,16 +39,18 @@ class Store final : public io::Service {
   public:
     static constexpr u32 transaction_tries = 16;
 
-    /// `page`: the mapped ring page; `port`: its event channel, bound by the toolstack. Nothing is touched before start().
+    /// `page`: the mapped ring page; `port`: its event channel, bound by the toolstack. Nothing is touched before
+    /// start().
     void install(std::byte* page, Port port);
     /// Takes over the rings where a loader has left them and listens. Error{protocol}: the page is not a store's.
     Result<void> start(io::Executor& executor, Events& events);
     bool started() const { return executor_ != nullptr; }
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
 
-    /// Each: Error{not_found} for a path that is not there, Error{timed_out}, Error{protocol} when the server broke a rule (the store is closed
-    /// then for good), Error{bad_argument} for more than store_payload_max, Error{exhausted} for an answer that is longer than `into`. A path
-    /// that does not begin with '/' is below our own domain's. transaction: 0, or what begin() gave. The texts must outlive the task.
+    /// Each: Error{not_found} for a path that is not there, Error{timed_out}, Error{protocol} when the server broke a
+    /// rule (the store is closed then for good), Error{bad_argument} for more than store_payload_max, Error{exhausted}
+    /// for an answer that is longer than `into`. A path that does not begin with '/' is below our own domain's.
+    /// transaction: 0, or what begin() gave. The texts must outlive the task.
     io::Task<Result<std::string_view>> read(std::string_view path, std::span<char> into, u32 transaction = 0);
     /// The children's names, each with a NUL behind it.
     io::Task<Result<std::string_view>> directory(std::string_view path, std::span<char> into, u32 transaction = 0);
@@ -78,9 +82,10 @@ class Store final : public io::Service {
     struct Sending;
 
     static void rang(void* context);
-    io::Task<Result<std::string_view>> exchange(StoreType type, u32 transaction, std::string_view path, std::string_view value, bool terminate,
-                                                std::span<char> into);
-    io::Task<Result<void>> command(StoreType type, u32 transaction, std::string_view path, std::string_view value, bool terminate);
+    io::Task<Result<std::string_view>> exchange(StoreType type, u32 transaction, std::string_view path,
+                                                std::string_view value, bool terminate, std::span<char> into);
+    io::Task<Result<void>> command(StoreType type, u32 transaction, std::string_view path, std::string_view value,
+                                   bool terminate);
     void leave();
     void dispatch();
     void dispatch_watch();

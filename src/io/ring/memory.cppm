@@ -1,29 +1,31 @@
-// What a ring's shared memory looks like from our side: the concept and its two models in use. Others stand in test/model (a checker's memory)
-// and in io.ring.hostile.
+// What a ring's shared memory looks like from our side: the concept and its two models in use. Others stand in
+// test/model (a checker's memory) and in io.ring.hostile.
 export module io.ring.memory;
 import core.std;
 
 export namespace fl::io {
 
-/// Memory that two sides share. A small handle, copied into the ring. Everything is by value: no reference into shared memory leaves the model,
-/// since the other side may change a byte between two reads of it. Offsets are in bytes from the handle's beginning; words are naturally aligned
-/// (create() checks that once), the byte copies are not ordered by themselves.
+/// Memory that two sides share. A small handle, copied into the ring. Everything is by value: no reference into shared
+/// memory leaves the model, since the other side may change a byte between two reads of it. Offsets are in bytes from
+/// the handle's beginning; words are naturally aligned (create() checks that once), the byte copies are not ordered by
+/// themselves.
 template <class M>
-concept RingMemory = std::copyable<M> && requires(M& memory, usize offset, u16 half, u32 word, const std::byte* from, std::byte* into) {
-    { memory.size() } -> std::convertible_to<usize>;
-    { memory.template load_relaxed<u32>(offset) } -> std::same_as<u32>;
-    { memory.template load_acquire<u32>(offset) } -> std::same_as<u32>;
-    { memory.template load_acquire<u16>(offset) } -> std::same_as<u16>;
-    memory.template store_relaxed<u32>(offset, word);
-    memory.template store_release<u32>(offset, word);
-    memory.template store_release<u16>(offset, half);
-    memory.full_barrier(); // orders earlier stores before later loads
-    memory.copy_out(offset, into, usize{});
-    memory.copy_in(offset, from, usize{});
-};
+concept RingMemory =
+    std::copyable<M> && requires(M& memory, usize offset, u16 half, u32 word, const std::byte* from, std::byte* into) {
+        { memory.size() } -> std::convertible_to<usize>;
+        { memory.template load_relaxed<u32>(offset) } -> std::same_as<u32>;
+        { memory.template load_acquire<u32>(offset) } -> std::same_as<u32>;
+        { memory.template load_acquire<u16>(offset) } -> std::same_as<u16>;
+        memory.template store_relaxed<u32>(offset, word);
+        memory.template store_release<u32>(offset, word);
+        memory.template store_release<u16>(offset, half);
+        memory.full_barrier(); // orders earlier stores before later loads
+        memory.copy_out(offset, into, usize{});
+        memory.copy_in(offset, from, usize{});
+    };
 
-/// Pages that a device or a hypervisor shares with us: every byte is read exactly once and written exactly once, by volatile accesses as wide as
-/// the alignment allows. Does not own the pages. `base` is 8-byte aligned.
+/// Pages that a device or a hypervisor shares with us: every byte is read exactly once and written exactly once, by
+/// volatile accesses as wide as the alignment allows. Does not own the pages. `base` is 8-byte aligned.
 class MappedMemory {
   public:
     MappedMemory() = default;
@@ -84,8 +86,8 @@ class MappedMemory {
     usize size_ = 0;
 };
 
-/// Ordinary memory of the same program, for tests and for rings between processors: plain copies, atomic indices. Does not own the storage
-/// (8-byte aligned).
+/// Ordinary memory of the same program, for tests and for rings between processors: plain copies, atomic indices. Does
+/// not own the storage (8-byte aligned).
 class FlatMemory {
   public:
     FlatMemory() = default;
@@ -109,8 +111,12 @@ class FlatMemory {
         std::atomic_ref<W>(word<W>(offset)).store(value, std::memory_order_release);
     }
     void full_barrier() const { std::atomic_thread_fence(std::memory_order_seq_cst); }
-    void copy_out(usize offset, std::byte* into, usize count) const { std::memcpy(into, storage_.data() + offset, count); }
-    void copy_in(usize offset, const std::byte* from, usize count) { std::memcpy(storage_.data() + offset, from, count); }
+    void copy_out(usize offset, std::byte* into, usize count) const {
+        std::memcpy(into, storage_.data() + offset, count);
+    }
+    void copy_in(usize offset, const std::byte* from, usize count) {
+        std::memcpy(storage_.data() + offset, from, count);
+    }
 
   private:
     template <class W>

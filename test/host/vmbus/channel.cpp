@@ -23,8 +23,9 @@ struct Descriptor {
     u16 flags;
     u64 transaction;
 };
-static_assert(sizeof(Descriptor) == descriptor_bytes && offsetof(Descriptor, offset8) == 2 && offsetof(Descriptor, length8) == 4 &&
-              offsetof(Descriptor, flags) == 6 && offsetof(Descriptor, transaction) == 8);
+static_assert(sizeof(Descriptor) == descriptor_bytes && offsetof(Descriptor, offset8) == 2 &&
+              offsetof(Descriptor, length8) == 4 && offsetof(Descriptor, flags) == 6 &&
+              offsetof(Descriptor, transaction) == 8);
 
 template <class T>
 std::span<const std::byte> bytes_of(const T& value) {
@@ -36,11 +37,13 @@ constexpr io::RingLayout layout{
 
 } // namespace
 
-Result<Channel> Channel::create(Bus& bus, u32 relid, u32 vp, u16 index, std::vector<std::byte*> page_list, u32 downstream) {
+Result<Channel> Channel::create(Bus& bus, u32 relid, u32 vp, u16 index, std::vector<std::byte*> page_list,
+                                u32 downstream) {
     // The list must not move any more once the rings refer to it.
     auto pages = std::make_unique<std::vector<std::byte*>>(std::move(page_list));
     if (downstream < 2 || downstream >= pages->size() || pages->size() - downstream < 2) {
-        return Error{Code::protocol, "each ring needs a header page and at least one page of bytes", pages->size(), downstream};
+        return Error{Code::protocol, "each ring needs a header page and at least one page of bytes", pages->size(),
+                     downstream};
     }
     const std::span<std::byte* const> all = *pages;
     Memory in_memory(all.first(downstream));
@@ -56,7 +59,8 @@ Result<Channel> Channel::create(Bus& bus, u32 relid, u32 vp, u16 index, std::vec
         const u32 write = memory->load_relaxed<u32>(ring_write_index);
         const u32 read = memory->load_relaxed<u32>(ring_read_index);
         if (write != 0 || read != 0) {
-            return Error{Code::protocol, "a ring's indices are 0 when its channel is opened", 0, write != 0 ? write : read};
+            return Error{Code::protocol, "a ring's indices are 0 when its channel is opened", 0,
+                         write != 0 ? write : read};
         }
     }
     out_memory.store_relaxed<u32>(ring_features, feature_pending_send);
@@ -65,8 +69,8 @@ Result<Channel> Channel::create(Bus& bus, u32 relid, u32 vp, u16 index, std::vec
 
 std::optional<Packet> Channel::give_up(const char* what, u64 expected, u64 seen) {
     broken_ = true;
-    bus_->judge().violation("channel %u: %s; expected %llu, seen %llu: its rings are not looked at any more", relid_, what,
-                            static_cast<unsigned long long>(expected), static_cast<unsigned long long>(seen));
+    bus_->judge().violation("channel %u: %s; expected %llu, seen %llu: its rings are not looked at any more", relid_,
+                            what, static_cast<unsigned long long>(expected), static_cast<unsigned long long>(seen));
     return std::nullopt;
 }
 
@@ -82,7 +86,8 @@ std::optional<Packet> Channel::receive() {
     if (in_.ready() == 0) {
         auto available = in_.available();
         if (!available) {
-            return give_up("the guest's write index is outside of what can be", available.error().expected, available.error().seen);
+            return give_up("the guest's write index is outside of what can be", available.error().expected,
+                           available.error().seen);
         }
         if (*available == 0) {
             return std::nullopt;
@@ -115,12 +120,18 @@ std::optional<Packet> Channel::receive() {
     taken_ += length + trailer_bytes;
     ++bus_->counters().packets_in;
     if (trailer[1] != at) {
-        bus_->judge().violation("channel %u: a packet's trailer names offset %u, it began at %u", relid_, trailer[1], at);
+        bus_->judge().violation("channel %u: a packet's trailer names offset %u, it began at %u", relid_, trailer[1],
+                                at);
     }
     if ((descriptor.flags & ~packet_completion_requested) != 0) {
         bus_->judge().violation("channel %u: a packet's flags have unknown bits: 0x%x", relid_, descriptor.flags);
     }
-    Packet packet{static_cast<PacketType>(descriptor.type), descriptor.flags, descriptor.transaction, 0, {}, body.subspan(offset - 16)};
+    Packet packet{static_cast<PacketType>(descriptor.type),
+                  descriptor.flags,
+                  descriptor.transaction,
+                  0,
+                  {},
+                  body.subspan(offset - 16)};
     if (gpa_direct) {
         std::memcpy(&packet.range_count, body.data() + 4, 4);
         packet.ranges = body.subspan(8, offset - header);
@@ -138,8 +149,8 @@ bool Channel::room(usize payload) {
     }
     for (bool asked = false;; asked = true) {
         if (auto seen = out_.observe(); !seen) {
-            static_cast<void>(
-                give_up("the guest's read index is not between its last one and what was written", seen.error().expected, seen.error().seen));
+            static_cast<void>(give_up("the guest's read index is not between its last one and what was written",
+                                      seen.error().expected, seen.error().seen));
             return false;
         }
         if (out_.free() >= need) {
@@ -156,8 +167,8 @@ bool Channel::room(usize payload) {
         publish();
         waiting_ = need;
         out_memory_.store_relaxed<u32>(ring_pending_send, need);
-        // Our wish before their read index, which is looked at once more. Partner: the barrier between the guest's read index and its look at
-        // pending_send_sz: one of the two sees the other.
+        // Our wish before their read index, which is looked at once more. Partner: the barrier between the guest's read
+        // index and its look at pending_send_sz: one of the two sees the other.
         out_memory_.full_barrier();
     }
 }
@@ -168,7 +179,8 @@ bool Channel::send(PacketType type, u16 flags, u64 transaction, std::span<const 
     }
     const u32 at = out_.slot();
     const u32 length = descriptor_bytes + padded(payload.size());
-    Descriptor descriptor{static_cast<u16>(type), descriptor_bytes / 8, static_cast<u16>(length / 8), flags, transaction};
+    Descriptor descriptor{static_cast<u16>(type), descriptor_bytes / 8, static_cast<u16>(length / 8), flags,
+                          transaction};
     std::array<u32, 2> trailer{0, at};
     if (target) [[unlikely]] {
         FaultPlan& faults = bus_->faults();
@@ -202,9 +214,10 @@ void Channel::publish() {
     if (out_.unpublished() == 0) {
         return;
     }
-    if (auto seen = out_.observe(); !seen) { // the rule below compares with it; a bad one is noticed here, not when the ring is full
-        static_cast<void>(
-            give_up("the guest's read index is not between its last one and what was written", seen.error().expected, seen.error().seen));
+    // the rule below compares with it; a bad one is noticed here, not when the ring is full
+    if (auto seen = out_.observe(); !seen) {
+        static_cast<void>(give_up("the guest's read index is not between its last one and what was written",
+                                  seen.error().expected, seen.error().seen));
         return;
     }
     if (out_.publish()) {
@@ -229,8 +242,8 @@ void Channel::break_after_publishing() {
     } else if (faults.strikes(Fault::signal_storm)) {
         storm += 5000;
     } else if (faults.strikes(Fault::rewrite_completion)) {
-        // Right and wrong by turns, wrong in the end: the length in the descriptor, and the length of the data in a completion's payload. A
-        // reader that looks twice sees both.
+        // Right and wrong by turns, wrong in the end: the length in the descriptor, and the length of the data in a
+        // completion's payload. A reader that looks twice sees both.
         const u32 ring = out_.capacity() + 1;
         const u32 length_at = 4096 + (last_at_ + 4) % ring;
         const u32 data_at = 4096 + (last_at_ + 16 + 12 + 12) % ring;
@@ -254,7 +267,8 @@ bool Channel::finish() {
     }
     auto more = in_.arm(1); // mask off, full barrier, one more look
     if (!more) {
-        static_cast<void>(give_up("the guest's write index is outside of what can be", more.error().expected, more.error().seen));
+        static_cast<void>(
+            give_up("the guest's write index is outside of what can be", more.error().expected, more.error().seen));
         return false;
     }
     if (taken != 0) {

@@ -1,5 +1,5 @@
-// The host's end of one open channel: two byte rings over the pages of a GPADL, packets in and out; and what a device is to the bus. Guests'
-// pages may change at any moment: everything is copied out once, checked, and then used.
+// The host's end of one open channel: two byte rings over the pages of a GPADL, packets in and out; and what a device
+// is to the bus. Guests' pages may change at any moment: everything is copied out once, checked, and then used.
 module;
 #include <array>
 #include <memory>
@@ -19,8 +19,8 @@ export namespace fl::host {
 /// 16 bytes as they stand on the wire.
 using Guid = std::array<u8, 16>;
 void malformed_guid(); // never called: naming it makes a constant expression ill-formed
-/// From "ba6163d9-04a1-4d29-b605-72e2ffb1dc7f": the first three groups are little-endian numbers. Constants only: a malformed text does not
-/// compile.
+/// From "ba6163d9-04a1-4d29-b605-72e2ffb1dc7f": the first three groups are little-endian numbers. Constants only: a
+/// malformed text does not compile.
 consteval Guid guid(std::string_view text) {
     constexpr std::array<u8, 16> places{3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15};
     Guid result{};
@@ -40,12 +40,14 @@ consteval Guid guid(std::string_view text) {
     return result;
 }
 
-/// Pages of guest memory as one ring's memory: a header page and the bytes behind it. Models io::RingMemory. Does not own the list.
+/// Pages of guest memory as one ring's memory: a header page and the bytes behind it. Models io::RingMemory. Does not
+/// own the list.
 class PagedMemory {
   public:
     PagedMemory() = default;
     /// `pages`: host addresses, none null. When they happen to follow each other the copies are single ones.
-    explicit PagedMemory(std::span<std::byte* const> pages) : pages_(pages.data()), size_(pages.size() * 4096), flat_(true) {
+    explicit PagedMemory(std::span<std::byte* const> pages)
+        : pages_(pages.data()), size_(pages.size() * 4096), flat_(true) {
         for (usize i = 1; i < pages.size(); ++i) {
             flat_ = flat_ && pages[i] == pages[0] + i * 4096;
         }
@@ -113,8 +115,9 @@ struct Packet {
     PacketType type;
     u16 flags;
     u64 transaction;
-    u32 range_count;                    // data_gpa_direct: ranges in `ranges`
-    std::span<const std::byte> ranges;  // { u32 bytes, u32 offset, u64 frames[] } each; checked to be there, not what they say
+    u32 range_count; // data_gpa_direct: ranges in `ranges`
+    // { u32 bytes, u32 offset, u64 frames[] } each; checked to be there, not what they say
+    std::span<const std::byte> ranges;
     std::span<const std::byte> payload; // padded to 8 bytes
     bool wants_completion() const { return (flags & packet_completion_requested) != 0; }
 };
@@ -134,11 +137,13 @@ class Bus {
     virtual u64 now() const = 0;
     virtual u64 heartbeat_interval() const = 0;
     virtual u64 time_sync_interval() const = 0;
-    /// Tells the guest of the channel that there is something for it, or room. `always`: even where the event flag is set already.
+    /// Tells the guest of the channel that there is something for it, or room. `always`: even where the event flag is
+    /// set already.
     virtual void interrupt(Channel& channel, bool always = false) = 0;
     /// Offers sub-channels 1..count of the device.
     virtual void offer_sub_channels(Device& device, u16 count) = 0;
-    /// Takes the device's channels away; the device itself lives until the server says so. Takes effect after the current serve().
+    /// Takes the device's channels away; the device itself lives until the server says so. Takes effect after the
+    /// current serve().
     virtual void rescind(Device& device) = 0;
     /// Calls serve() for the device's open channels in this turn or the next.
     virtual void kick(Device& device) = 0;
@@ -147,7 +152,8 @@ class Bus {
 class Channel {
   public:
     /// `pages`: the GPADL's, host addresses; the guest's ring is the first `downstream` of them, the host's the rest.
-    static Result<Channel> create(Bus& bus, u32 relid, u32 vp, u16 index, std::vector<std::byte*> pages, u32 downstream);
+    static Result<Channel> create(Bus& bus, u32 relid, u32 vp, u16 index, std::vector<std::byte*> pages,
+                                  u32 downstream);
 
     u32 relid() const { return relid_; }
     u32 target_vp() const { return vp_; }
@@ -161,16 +167,20 @@ class Channel {
     void begin();
     /// The next packet; nothing: the ring is empty for now, or broken.
     std::optional<Packet> receive();
-    /// Whether a packet with `payload` bytes fits now. False: asks the guest to signal when it does; the device waits for its next serve().
+    /// Whether a packet with `payload` bytes fits now. False: asks the guest to signal when it does; the device waits
+    /// for its next serve().
     bool room(usize payload);
-    /// Writes a packet, not seen before finish(). False: no room. `target`: one of those that a planned fault can strike.
+    /// Writes a packet, not seen before finish(). False: no room. `target`: one of those that a planned fault can
+    /// strike.
     bool send(PacketType type, u16 flags, u64 transaction, std::span<const std::byte> payload, bool target = false);
-    /// Ends a turn: publishes what was sent with one store and at most one interrupt, and what was read with another. True: there is more
-    /// to read already.
+    /// Ends a turn: publishes what was sent with one store and at most one interrupt, and what was read with another.
+    /// True: there is more to read already.
     bool finish();
 
     /// The device waits for room, and this guest does not promise to signal when there is some: look again soon.
-    bool must_poll() const { return waiting_ != 0 && (in_memory_.load_relaxed<u32>(ring_features) & feature_pending_send) == 0; }
+    bool must_poll() const {
+        return waiting_ != 0 && (in_memory_.load_relaxed<u32>(ring_features) & feature_pending_send) == 0;
+    }
     bool waiting() const { return waiting_ != 0; }
 
     /// Something else to do for a fault: interrupts without content that are still to come.
@@ -180,10 +190,10 @@ class Channel {
     using Memory = PagedMemory;
     using In = io::Consumer<Memory, io::Wrapped<u32>, io::EmptyToNonEmpty>;
     using Out = io::Producer<Memory, io::Wrapped<u32>, io::EmptyToNonEmpty>;
-    Channel(Bus& bus, u32 relid, u32 vp, u16 index, std::unique_ptr<std::vector<std::byte*>> pages, Memory in_memory, Memory out_memory, In in,
-            Out out)
-        : bus_(&bus), relid_(relid), vp_(vp), index_(index), pages_(std::move(pages)), in_memory_(in_memory), out_memory_(out_memory), in_(in),
-          out_(out), buffer_(new std::array<std::byte, buffer_bytes>) {}
+    Channel(Bus& bus, u32 relid, u32 vp, u16 index, std::unique_ptr<std::vector<std::byte*>> pages, Memory in_memory,
+            Memory out_memory, In in, Out out)
+        : bus_(&bus), relid_(relid), vp_(vp), index_(index), pages_(std::move(pages)), in_memory_(in_memory),
+          out_memory_(out_memory), in_(in), out_(out), buffer_(new std::array<std::byte, buffer_bytes>) {}
     std::optional<Packet> give_up(const char* what, u64 expected, u64 seen);
     void publish();
     void break_after_publishing();

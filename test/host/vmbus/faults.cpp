@@ -29,8 +29,8 @@ Result<FaultSpec> parse_fault(std::string_view text) {
         const std::string_view key = word.substr(0, equals);
         u32 value = 0;
         const char* last = word.data() + word.size();
-        const auto parsed =
-            equals == std::string_view::npos ? std::from_chars(last, last, value) : std::from_chars(word.data() + equals + 1, last, value);
+        const auto parsed = equals == std::string_view::npos ? std::from_chars(last, last, value)
+                                                             : std::from_chars(word.data() + equals + 1, last, value);
         if (parsed.ec != std::errc{} || parsed.ptr != last || (key != "after" && key != "count")) {
             return Error{Code::bad_argument, "behind a fault's name: expected after=N or count=N"};
         }

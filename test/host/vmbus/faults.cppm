@@ -1,4 +1,5 @@
-// The rules that the host can break on purpose, so that a guest's answer to it is seen: one at a time, at a chosen occurrence.
+// The rules that the host can break on purpose, so that a guest's answer to it is seen: one at a time, at a chosen
+// occurrence.
 module;
 #include <array>
 #include <string>
@@ -61,12 +62,14 @@ inline constexpr std::array fault_names{
     FaultName{Fault::read_index_beyond, "read-index", "the read index of a ring is below the ring's size"},
     FaultName{Fault::packet_too_long, "packet-too-long", "a packet's length is at most what was published"},
     FaultName{Fault::packet_too_short, "packet-too-short", "a packet is at least as long as its descriptor"},
-    FaultName{Fault::packet_offset, "packet-offset", "a packet's payload begins behind its descriptor and inside of it"},
+    FaultName{Fault::packet_offset, "packet-offset",
+              "a packet's payload begins behind its descriptor and inside of it"},
     FaultName{Fault::packet_trailer, "packet-trailer", "a packet's trailer names the place where the packet began"},
     FaultName{Fault::packet_type, "packet-type", "a packet's type is one that the protocol knows"},
     FaultName{Fault::rewrite_completion, "rewrite", "a packet does not change once its index was published"},
     FaultName{Fault::signal_storm, "signal-storm", "an interrupt says that there is something in a ring"},
-    FaultName{Fault::unknown_transaction, "unknown-transaction", "a completion's transaction id is one that the guest gave"},
+    FaultName{Fault::unknown_transaction, "unknown-transaction",
+              "a completion's transaction id is one that the guest gave"},
     FaultName{Fault::repeated_completion, "repeated-completion", "a request is completed once"},
     FaultName{Fault::early_completion, "early-completion", "a completion comes after its request"},
     FaultName{Fault::no_answer, "no-answer", "a request is completed"},
@@ -79,13 +82,16 @@ inline constexpr std::array fault_names{
     FaultName{Fault::no_gpadl_created, "no-gpadl-created", "a complete GPADL is answered"},
     FaultName{Fault::no_open_result, "no-open-result", "OPEN_CHANNEL is answered"},
     FaultName{Fault::no_storage_version, "no-storage-version", "QUERY_PROTOCOL_VERSION is answered"},
-    FaultName{Fault::refuse_versions, "refuse-versions", "none: the host knows no version of the bus that the guest knows"},
+    FaultName{Fault::refuse_versions, "refuse-versions",
+              "none: the host knows no version of the bus that the guest knows"},
     FaultName{Fault::refuse_new_versions, "refuse-new-versions", "none: the host is an old one, 3.0"},
-    FaultName{Fault::refuse_storage_versions, "refuse-storage-versions", "none: the host knows no version of the storage protocol"},
+    FaultName{Fault::refuse_storage_versions, "refuse-storage-versions",
+              "none: the host knows no version of the storage protocol"},
     FaultName{Fault::refuse_gpadl, "refuse-gpadl", "none: the host has no room for a GPADL"},
     FaultName{Fault::refuse_open, "refuse-open", "none: the host cannot open the channel"},
     FaultName{Fault::rescind_at_open, "rescind-at-open", "none: the device is taken away while it is being opened"},
-    FaultName{Fault::rescind_in_flight, "rescind-in-flight", "none: the device is taken away while requests are under way"},
+    FaultName{Fault::rescind_in_flight, "rescind-in-flight",
+              "none: the device is taken away while requests are under way"},
     FaultName{Fault::unknown_message, "unknown-message", "a message's type is one that the version knows"},
     FaultName{Fault::short_message, "short-message", "a message is as long as its type says"},
     FaultName{Fault::duplicate_relid, "duplicate-relid", "an offer's channel number is not in use"},

@@ -39,8 +39,9 @@ void ServerState::gpadl_header(InMessage& message) {
         wrong = "has a buffer length that does not fit its range";
     }
     if (wrong != nullptr) {
-        judge_.violation("GPADL_HEADER for handle 0x%x of channel %u %s (%u bytes, %u ranges, first %u bytes at offset %u)", id, relid, wrong,
-                         bytes, ranges, range_bytes, range_offset);
+        judge_.violation(
+            "GPADL_HEADER for handle 0x%x of channel %u %s (%u bytes, %u ranges, first %u bytes at offset %u)", id,
+            relid, wrong, bytes, ranges, range_bytes, range_offset);
         send(OutMessage(MessageType::gpadl_created).add(relid).add(id).add(status_unsuccessful));
         return;
     }
@@ -69,13 +70,15 @@ void ServerState::gpadl_pages(u32 id, Gpadl& gpadl, InMessage& message) {
         const u64 frame = message.take<u64>();
         std::byte* page = memory_.page(frame);
         if (page == nullptr) {
-            judge_.violation("GPADL 0x%x of channel %u: frame 0x%llx is not memory", id, relid, static_cast<unsigned long long>(frame));
+            judge_.violation("GPADL 0x%x of channel %u: frame 0x%llx is not memory", id, relid,
+                             static_cast<unsigned long long>(frame));
             good = false;
         }
         gpadl.pages.push_back(page);
     }
     if (good && message.left() >= 8) {
-        judge_.violation("GPADL 0x%x of channel %u: a message has %zu bytes behind the last page", id, relid, message.left());
+        judge_.violation("GPADL 0x%x of channel %u: a message has %zu bytes behind the last page", id, relid,
+                         message.left());
     }
     if (good && !gpadl.complete()) {
         return;

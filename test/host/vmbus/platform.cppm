@@ -1,8 +1,9 @@
-// What the test host's VMBus side needs from the machine around it: guest memory, the two ways to reach a guest (messages and event flags), a
-// disk's contents, a place for lines of text, and counters. The VMM models these with KVM, the unit tests with arrays. No system call is
-// made on this side of them.
+// What the test host's VMBus side needs from the machine around it: guest memory, the two ways to reach a guest
+// (messages and event flags), a disk's contents, a place for lines of text, and counters. The VMM models these with
+// KVM, the unit tests with arrays. No system call is made on this side of them.
 //
-// Threads: everything in host.* runs on one thread, that which calls Server::poll(), except for the functions that say otherwise.
+// Threads: everything in host.* runs on one thread, that which calls Server::poll(), except for the functions that say
+// otherwise.
 module;
 #include <array>
 #include <cstdarg>
@@ -16,8 +17,8 @@ import core.std;
 
 export namespace fl::host {
 
-/// The guest's memory as this process has it mapped: a few regions of whole pages. Addresses come from the guest and may be anything. The
-/// regions are added before the first guest instruction and stay.
+/// The guest's memory as this process has it mapped: a few regions of whole pages. Addresses come from the guest and
+/// may be anything. The regions are added before the first guest instruction and stay.
 class GuestMemory {
   public:
     /// `bytes` (page aligned, whole pages, not owned) is what the guest sees at `address`.
@@ -51,8 +52,9 @@ class Delivery {
   public:
     enum class Message : u8 {
         delivered, // in the slot, and the interrupt raised
-        busy,      // the slot holds a message: pending bit set; Server::on_end_of_message() follows when the guest has taken it
-        refused,   // SynIC, message page or SINT are not enabled: it will never arrive
+        // the slot holds a message: pending bit set; Server::on_end_of_message() follows when the guest has taken it
+        busy,
+        refused, // SynIC, message page or SINT are not enabled: it will never arrive
     };
     enum class Event : u8 {
         raised,  // flag set, interrupt raised
@@ -62,17 +64,19 @@ class Delivery {
     virtual ~Delivery() = default;
     /// Puts a message (type, at most 240 bytes) into the slot of `sint` on virtual processor `vp` [hv-tlfs §11.8].
     virtual Message post(u32 vp, u8 sint, u32 type, std::span<const std::byte> payload) = 0;
-    /// Sets event flag `flag` (0..2047) of `sint` on `vp` [hv-tlfs §11.9]. Interrupts even if the flag was set when `always`.
+    /// Sets event flag `flag` (0..2047) of `sint` on `vp` [hv-tlfs §11.9]. Interrupts even if the flag was set when
+    /// `always`.
     virtual Event set_event(u32 vp, u8 sint, u16 flag, bool always) = 0;
-    /// From now on, or no longer, Server::on_signal() knows connection `id`: for a VMM that lets the kernel turn signals into eventfds.
+    /// From now on, or no longer, Server::on_signal() knows connection `id`: for a VMM that lets the kernel turn
+    /// signals into eventfds.
     virtual void connection(u32 id, bool exists) {
         static_cast<void>(id);
         static_cast<void>(exists);
     }
 };
 
-/// A disk's contents. One that can be mapped is read and written without a call; `write`, `flush` and `unmap` are called all the same when the
-/// store asks for them. All ranges are inside size(), checked by the caller.
+/// A disk's contents. One that can be mapped is read and written without a call; `write`, `flush` and `unmap` are
+/// called all the same when the store asks for them. All ranges are inside size(), checked by the caller.
 class BlockStore {
   public:
     virtual ~BlockStore() = default;
@@ -150,9 +154,12 @@ struct Counters {
     void each(F f) const {
         f("messages_in", messages_in), f("messages_out", messages_out), f("messages_waited", messages_waited);
         f("signals_in", signals_in), f("events_out", events_out), f("interrupts_out", interrupts_out);
-        f("interrupts_saved", interrupts_saved), f("turns", turns), f("packets_in", packets_in), f("packets_out", packets_out);
-        f("ring_full", ring_full), f("requests", requests), f("reads", reads), f("writes", writes), f("flushes", flushes);
-        f("unmaps", unmaps), f("others", others), f("errors", errors), f("bytes_read", bytes_read), f("bytes_written", bytes_written);
+        f("interrupts_saved", interrupts_saved), f("turns", turns), f("packets_in", packets_in),
+            f("packets_out", packets_out);
+        f("ring_full", ring_full), f("requests", requests), f("reads", reads), f("writes", writes),
+            f("flushes", flushes);
+        f("unmaps", unmaps), f("others", others), f("errors", errors), f("bytes_read", bytes_read),
+            f("bytes_written", bytes_written);
         f("heartbeats", heartbeats), f("faults", faults), f("violations", violations);
     }
 };

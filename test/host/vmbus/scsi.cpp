@@ -137,13 +137,16 @@ ScsiResult ScsiDisk::execute(std::span<const u8, 16> cdb, DataBuffer& data) {
     switch (opcode) {
     case 0x08:
     case 0x0a: // READ(6), WRITE(6): 0 blocks mean 256
-        return read_write(opcode == 0x0a, big_endian(cdb.subspan(1, 3)) & 0x1fffff, cdb[4] == 0 ? 256 : cdb[4], false, data);
+        return read_write(opcode == 0x0a, big_endian(cdb.subspan(1, 3)) & 0x1fffff, cdb[4] == 0 ? 256 : cdb[4], false,
+                          data);
     case 0x28:
     case 0x2a: // READ(10), WRITE(10)
-        return read_write(opcode == 0x2a, big_endian(cdb.subspan(2, 4)), big_endian(cdb.subspan(7, 2)), (cdb[1] & 0x08) != 0, data);
+        return read_write(opcode == 0x2a, big_endian(cdb.subspan(2, 4)), big_endian(cdb.subspan(7, 2)),
+                          (cdb[1] & 0x08) != 0, data);
     case 0x88:
     case 0x8a: // READ(16), WRITE(16)
-        return read_write(opcode == 0x8a, big_endian(cdb.subspan(2, 8)), big_endian(cdb.subspan(10, 4)), (cdb[1] & 0x08) != 0, data);
+        return read_write(opcode == 0x8a, big_endian(cdb.subspan(2, 8)), big_endian(cdb.subspan(10, 4)),
+                          (cdb[1] & 0x08) != 0, data);
     case 0x35: // SYNCHRONIZE CACHE(10), (16): any range is all of it
         return inside(big_endian(cdb.subspan(2, 4)), big_endian(cdb.subspan(7, 2))) ? flush() : out_of_range();
     case 0x91: return inside(big_endian(cdb.subspan(2, 8)), big_endian(cdb.subspan(10, 4))) ? flush() : out_of_range();
@@ -286,7 +289,8 @@ ScsiResult ScsiDisk::read_write(bool write, u64 lba, u64 count, bool force, Data
         return check(key_data_protect, 0x27, 0x00);
     }
     if (faults_.strikes(Fault::medium_error)) {
-        return write ? check(key_medium_error, 0x0c, 0x00, information) : check(key_medium_error, 0x11, 0x00, information);
+        return write ? check(key_medium_error, 0x0c, 0x00, information)
+                     : check(key_medium_error, 0x11, 0x00, information);
     }
     ScsiResult result;
     u64 bytes = count * config_.block_size;
@@ -309,7 +313,8 @@ ScsiResult ScsiDisk::read_write(bool write, u64 lba, u64 count, bool force, Data
             good = write ? store.write(at, piece) : store.read(at, piece);
         }
         if (!good) {
-            return write ? check(key_medium_error, 0x0c, 0x00, information) : check(key_medium_error, 0x11, 0x00, information);
+            return write ? check(key_medium_error, 0x0c, 0x00, information)
+                         : check(key_medium_error, 0x11, 0x00, information);
         }
         at += piece.size();
         result.transferred += piece.size();

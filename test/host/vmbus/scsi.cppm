@@ -23,7 +23,8 @@ struct LunConfig {
     u32 iops = 0;     // reads, writes, flushes and UNMAPs that are answered per second, one after the other; 0: at once
 };
 
-/// Where a command's data lie in the guest: pieces, in order. Resolved before the command runs, so that every byte is there.
+/// Where a command's data lie in the guest: pieces, in order. Resolved before the command runs, so that every byte is
+/// there.
 class DataBuffer {
   public:
     void clear() { pieces_.clear(), bytes_ = 0; }
@@ -75,7 +76,8 @@ inline constexpr u8 opcode_inquiry = 0x12;
 inline constexpr u8 opcode_report_luns = 0xa0;
 /// Whether a command reaches the medium: what LunConfig::iops limits.
 constexpr bool reaches_medium(u8 opcode) {
-    constexpr std::array<u8, 9> commands{0x08, 0x0a, 0x28, 0x2a, 0x88, 0x8a, 0x35, 0x91, 0x42}; // READ, WRITE, SYNCHRONIZE CACHE, UNMAP
+    // READ, WRITE, SYNCHRONIZE CACHE, UNMAP
+    constexpr std::array<u8, 9> commands{0x08, 0x0a, 0x28, 0x2a, 0x88, 0x8a, 0x35, 0x91, 0x42};
     return std::ranges::find(commands, opcode) != commands.end();
 }
 
@@ -87,7 +89,8 @@ class ScsiDisk {
     const LunConfig& config() const { return config_; }
     u64 blocks() const { return config_.store->size() / config_.block_size; }
     ScsiResult execute(std::span<const u8, 16> cdb, DataBuffer& data);
-    /// The next command but INQUIRY, REPORT LUNS and REQUEST SENSE is answered with it (power on, reset, changed capacity).
+    /// The next command but INQUIRY, REPORT LUNS and REQUEST SENSE is answered with it (power on, reset, changed
+    /// capacity).
     void set_unit_attention(u8 asc, u8 ascq) { attention_ = Sense{6, asc, ascq, {}}; }
 
   private:

@@ -37,8 +37,9 @@ struct Header {
     u8 reserved[2];
 };
 static_assert(sizeof(Header) == 28 && offsetof(Header, pipe_bytes) == 4 && offsetof(Header, framework_major) == 8 &&
-              offsetof(Header, framework_minor) == 10 && offsetof(Header, type) == 12 && offsetof(Header, message_major) == 14 &&
-              offsetof(Header, message_minor) == 16 && offsetof(Header, message_bytes) == 18 && offsetof(Header, status) == 20 &&
+              offsetof(Header, framework_minor) == 10 && offsetof(Header, type) == 12 &&
+              offsetof(Header, message_major) == 14 && offsetof(Header, message_minor) == 16 &&
+              offsetof(Header, message_bytes) == 18 && offsetof(Header, status) == 20 &&
               offsetof(Header, transaction) == 24 && offsetof(Header, flags) == 25);
 constexpr u32 pipe_header_bytes = 8;
 constexpr usize message_limit = 4096;
@@ -74,7 +75,7 @@ DeviceOffer pipe_offer(const Guid& type, const Guid& instance) {
 
 } // namespace
 
-// ---- what they have in common ----------------------------------------------------------------------------------------------------------------
+// ---- what they have in common ----
 
 void Service::opened(Channel& channel) {
     channel_ = &channel;
@@ -107,7 +108,9 @@ bool Service::write(Channel& channel, u16 type, std::span<const std::byte> body)
     return asked_;
 }
 
-bool Service::request(Channel& channel, u16 type, std::span<const std::byte> body) { return write(channel, type, body); }
+bool Service::request(Channel& channel, u16 type, std::span<const std::byte> body) {
+    return write(channel, type, body);
+}
 
 u64 Service::tick(Channel& channel, u64 now) {
     if (asked_ || channel.broken()) {
@@ -147,14 +150,16 @@ void Service::negotiated(Channel& channel, std::span<const std::byte> body) {
     const bool known = std::find(frameworks.begin(), frameworks.end(), framework) != frameworks.end() &&
                        std::find(offered_.begin(), offered_.end(), message) != offered_.end();
     if (body.size() < sizeof words || words[0] != 1 || words[1] != 1 || !known) {
-        bus_->judge().violation("channel %u (%s): the negotiation was answered with %u framework and %u message versions, %u.%u and %u.%u; "
-                                "expected one of each that was offered",
-                                channel.relid(), name().data(), words[0], words[1], words[4], words[5], words[6], words[7]);
+        bus_->judge().violation(
+            "channel %u (%s): the negotiation was answered with %u framework and %u message versions, %u.%u and %u.%u; "
+            "expected one of each that was offered",
+            channel.relid(), name().data(), words[0], words[1], words[4], words[5], words[6], words[7]);
         asked_ = true; // nothing more is asked
         return;
     }
     versions_ = {framework, message};
-    bus_->judge().note("%s: framework %u.%u, message version %u.%u", name().data(), words[4], words[5], words[6], words[7]);
+    bus_->judge().note("%s: framework %u.%u, message version %u.%u", name().data(), words[4], words[5], words[6],
+                       words[7]);
 }
 
 void Service::take(Channel& channel, const Packet& packet) {
@@ -168,7 +173,8 @@ void Service::take(Channel& channel, const Packet& packet) {
     }
     std::memcpy(&header, packet.payload.data(), sizeof header);
     const usize there = packet.payload.size() - pipe_header_bytes;
-    if (header.pipe_type != pipe_data || header.pipe_bytes > there || header.pipe_bytes < sizeof header - pipe_header_bytes) {
+    if (header.pipe_type != pipe_data || header.pipe_bytes > there ||
+        header.pipe_bytes < sizeof header - pipe_header_bytes) {
         return bad("the pipe's header does not fit the packet", there, header.pipe_bytes);
     }
     if (!asked_ || header.type != asked_type_) {
@@ -187,7 +193,7 @@ void Service::take(Channel& channel, const Packet& packet) {
     }
 }
 
-// ---- shutdown --------------------------------------------------------------------------------------------------------------------------------
+// ---- shutdown ----
 
 ShutdownService::ShutdownService() : Service({0x00010000, 0x00030000, 0x00030001, 0x00030002}) {}
 
@@ -220,7 +226,7 @@ void ShutdownService::answered(u16, u32 status, std::span<const std::byte>) {
     bus_->judge().note("shutdown: the guest says 0x%x", status);
 }
 
-// ---- heartbeat -------------------------------------------------------------------------------------------------------------------------------
+// ---- heartbeat ----
 
 HeartbeatService::HeartbeatService() : Service({0x00010000, 0x00030000}) {}
 
@@ -248,17 +254,19 @@ void HeartbeatService::answered(u16, u32, std::span<const std::byte> body) {
     std::memcpy(&sequence, body.data(), std::min(body.size(), sizeof sequence));
     if (body.size() < sizeof sequence || sequence != sequence_ + 1) {
         bus_->judge().violation("heartbeat: the sequence number is not one more; expected %llu, seen %llu",
-                                static_cast<unsigned long long>(sequence_ + 1), static_cast<unsigned long long>(sequence));
+                                static_cast<unsigned long long>(sequence_ + 1),
+                                static_cast<unsigned long long>(sequence));
     }
     sequence_ += 2;
     ++answers_;
     ++bus_->counters().heartbeats;
 }
 
-// ---- time ------------------------------------------------------------------------------------------------------------------------------------
+// ---- time ----
 
 TimeSyncService::TimeSyncService(std::function<u64()> wall_clock, std::function<u64()> reference)
-    : Service({0x00010000, 0x00030000, 0x00040000}), wall_clock_(std::move(wall_clock)), reference_(std::move(reference)) {}
+    : Service({0x00010000, 0x00030000, 0x00040000}), wall_clock_(std::move(wall_clock)),
+      reference_(std::move(reference)) {}
 
 DeviceOffer TimeSyncService::offer() const {
     return pipe_offer(guid("9527e630-d0ae-497b-adce-e80ab0175caf"), guid("2dd1ce17-079e-403c-b352-a1921ee207ee"));
@@ -270,7 +278,8 @@ u64 TimeSyncService::ready(Channel& channel, u64 now) {
         constexpr u8 sample = 2;
         Body body;
         const u8 flags = first_ ? sync : sample;
-        if (versions().message >= 0x00040000) { // host's time, partition's reference time of it, flags, leap indicator, stratum
+        // host's time, partition's reference time of it, flags, leap indicator, stratum
+        if (versions().message >= 0x00040000) {
             body.add(wall_clock_()).add(reference_()).add(flags).zeros(7);
         } else { // host's time, guest's time, round trip, flags
             body.add(wall_clock_()).add(u64{0}).add(u64{0}).add(flags).zeros(3);

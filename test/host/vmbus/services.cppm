@@ -1,5 +1,5 @@
-// Integration services, host side: shutdown, heartbeat, time synchronisation. Each is a channel in message mode that begins with a negotiation
-// of framework and message versions [hv-ic].
+// Integration services, host side: shutdown, heartbeat, time synchronisation. Each is a channel in message mode that
+// begins with a negotiation of framework and message versions [hv-ic].
 module;
 #include <functional>
 #include <memory>
@@ -56,7 +56,8 @@ class ShutdownService final : public Service {
     ShutdownService();
     DeviceOffer offer() const override;
     std::string_view name() const override { return "shutdown"; }
-    /// Asks the guest for an orderly shutdown, at once or when it has negotiated. Poll's thread; poll() soon afterwards.
+    /// Asks the guest for an orderly shutdown, at once or when it has negotiated. Poll's thread; poll() soon
+    /// afterwards.
     void ask(bool restart = false);
     ShutdownState state() const { return shutdown_; }
 

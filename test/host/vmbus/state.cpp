@@ -34,7 +34,7 @@ ServerState::ServerState(GuestMemory& memory, Delivery& delivery, Log& log, cons
     }
 }
 
-// ---- out -------------------------------------------------------------------------------------------------------------------------------------
+// ---- out ----
 
 void ServerState::send(OutMessage message) {
     if (faults_.strikes(Fault::unknown_message)) {
@@ -60,7 +60,8 @@ void ServerState::flush() {
             break;
         case Delivery::Message::busy: slot_busy_ = true; return;
         case Delivery::Message::refused:
-            judge_.violation("SINT2 or the message page of processor %u is not enabled; %zu messages are lost", target_vp_, queue_.size());
+            judge_.violation("SINT2 or the message page of processor %u is not enabled; %zu messages are lost",
+                             target_vp_, queue_.size());
             queue_.clear();
             slot_busy_ = false;
             return;
@@ -79,7 +80,8 @@ void ServerState::interrupt(Channel& channel, bool always) {
         if (page.empty()) {
             return;
         }
-        // Release: the ring's index before the bit. Partner: the guest's atomic clear of the bit, then its look at the ring.
+        // Release: the ring's index before the bit. Partner: the guest's atomic clear of the bit, then its look at the
+        // ring.
         std::atomic_ref<u32>(*reinterpret_cast<u32*>(page.data() + channel.relid() / 32 * 4))
             .fetch_or(u32{1} << channel.relid() % 32, std::memory_order_release);
         flag = 0;
@@ -94,7 +96,7 @@ void ServerState::interrupt(Channel& channel, bool always) {
     }
 }
 
-// ---- offers ----------------------------------------------------------------------------------------------------------------------------------
+// ---- offers ----
 
 Offer* ServerState::new_offer(Attached& attached, u16 index) {
     for (u32 relid = 1; relid < relids; ++relid) {
@@ -226,12 +228,13 @@ void ServerState::sweep() {
         }
     }
     std::erase_if(devices_, [&](const auto& attached) {
-        return attached->leaving &&
-               std::none_of(offers_.begin(), offers_.end(), [&](const auto& entry) { return entry.second.owner == attached.get(); });
+        return attached->leaving && std::none_of(offers_.begin(), offers_.end(), [&](const auto& entry) {
+                   return entry.second.owner == attached.get();
+               });
     });
 }
 
-// ---- in --------------------------------------------------------------------------------------------------------------------------------------
+// ---- in ----
 
 Offer* ServerState::known(u32 relid, const char* what) {
     Offer* offer = relid < relids ? by_relid_[relid] : nullptr;
@@ -246,12 +249,13 @@ void ServerState::handle(const Posted& posted) {
     const auto type = static_cast<MessageType>(message.take<u32>());
     message.skip(4);
     if (posted.type != hv_message_vmbus) {
-        judge_.violation("a message on connection %u has SynIC type %u; expected %u", posted.connection, posted.type, hv_message_vmbus);
+        judge_.violation("a message on connection %u has SynIC type %u; expected %u", posted.connection, posted.type,
+                         hv_message_vmbus);
         return;
     }
     if (config_.verbose) {
-        judge_.note("from the guest: %s (%u), %zu bytes on connection %u", name(type), static_cast<u32>(type), message.size(),
-                    posted.connection);
+        judge_.note("from the guest: %s (%u), %zu bytes on connection %u", name(type), static_cast<u32>(type),
+                    message.size(), posted.connection);
     }
     if (type == MessageType::initiate_contact) {
         contact(message, posted.connection);
@@ -263,7 +267,8 @@ void ServerState::handle(const Posted& posted) {
     }
     const u32 expected = version_ >= version(5, 0) ? config_.message_connection : 1;
     if (posted.connection != expected) {
-        judge_.violation("%s came on connection %u; the version response said %u", name(type), posted.connection, expected);
+        judge_.violation("%s came on connection %u; the version response said %u", name(type), posted.connection,
+                         expected);
     }
     switch (type) {
     case MessageType::request_offers: request_offers(); break;
@@ -285,7 +290,9 @@ void ServerState::handle(const Posted& posted) {
         send(OutMessage(MessageType::unload_response));
         break;
     }
-    default: judge_.violation("a message of type %u, which a guest does not send in this version", static_cast<u32>(type)); return;
+    default:
+        judge_.violation("a message of type %u, which a guest does not send in this version", static_cast<u32>(type));
+        return;
     }
     if (message.too_short()) {
         judge_.violation("%s has %zu bytes, less than it needs", name(type), message.size());
@@ -308,7 +315,8 @@ void ServerState::contact(InMessage& message, u32 connection) {
     unloaded_ = false;
     target_vp_ = asked >= version(3, 0) ? vp : 0;
     if (target_vp_ >= config_.processors) {
-        judge_.violation("INITIATE_CONTACT wants its messages on processor %u; there are %u", target_vp_, config_.processors);
+        judge_.violation("INITIATE_CONTACT wants its messages on processor %u; there are %u", target_vp_,
+                         config_.processors);
         target_vp_ = 0;
     }
     if (faults_.strikes(Fault::no_version_response)) {
@@ -316,10 +324,13 @@ void ServerState::contact(InMessage& message, u32 connection) {
     }
     const u32 wanted_connection = asked >= version(5, 0) ? 4 : 1;
     if (connection != wanted_connection) {
-        judge_.violation("INITIATE_CONTACT for version %u.%u came on connection %u; expected %u", major, minor, connection, wanted_connection);
+        judge_.violation("INITIATE_CONTACT for version %u.%u came on connection %u; expected %u", major, minor,
+                         connection, wanted_connection);
     }
-    bool yes = asked <= config_.maximum_version && std::find(known_versions.begin(), known_versions.end(), asked) != known_versions.end() &&
-               std::find(config_.refused_versions.begin(), config_.refused_versions.end(), asked) == config_.refused_versions.end() &&
+    bool yes = asked <= config_.maximum_version &&
+               std::find(known_versions.begin(), known_versions.end(), asked) != known_versions.end() &&
+               std::find(config_.refused_versions.begin(), config_.refused_versions.end(), asked) ==
+                   config_.refused_versions.end() &&
                faults_.fault() != Fault::refuse_versions;
     if (asked >= version(5, 0)) {
         const u32 sint = page_or_target & 0xff;
@@ -329,14 +340,16 @@ void ServerState::contact(InMessage& message, u32 connection) {
             yes = false;
         }
     } else if (asked < version(2, 4) && memory_.at(page_or_target, 4096).empty()) {
-        judge_.violation("INITIATE_CONTACT's interrupt page 0x%llx is not memory", static_cast<unsigned long long>(page_or_target));
+        judge_.violation("INITIATE_CONTACT's interrupt page 0x%llx is not memory",
+                         static_cast<unsigned long long>(page_or_target));
         yes = false;
     }
     const bool pages = parent_to_child != 0 && child_to_parent != 0;
     if ((parent_to_child != 0) != (child_to_parent != 0) ||
         (pages && (memory_.at(parent_to_child, 4096).empty() || memory_.at(child_to_parent, 4096).empty()))) {
         judge_.violation("INITIATE_CONTACT's monitor pages 0x%llx and 0x%llx are not two pages of memory",
-                         static_cast<unsigned long long>(parent_to_child), static_cast<unsigned long long>(child_to_parent));
+                         static_cast<unsigned long long>(parent_to_child),
+                         static_cast<unsigned long long>(child_to_parent));
         yes = false;
     }
     OutMessage response(MessageType::version_response);
@@ -386,18 +399,23 @@ void ServerState::open(InMessage& message) {
     } else if (offer->channel) {
         judge_.violation("OPEN_CHANNEL for channel %u, which is open", relid);
     } else if (gpadl == gpadls_.end() || gpadl->second.relid != relid || !gpadl->second.complete()) {
-        judge_.violation("OPEN_CHANNEL for channel %u names GPADL 0x%x, which is not a complete one of this channel", relid, gpadl_id);
+        judge_.violation("OPEN_CHANNEL for channel %u names GPADL 0x%x, which is not a complete one of this channel",
+                         relid, gpadl_id);
     } else if (vp >= config_.processors && vp != no_processor) {
-        judge_.violation("OPEN_CHANNEL for channel %u wants its events on processor %u; there are %u", relid, vp, config_.processors);
+        judge_.violation("OPEN_CHANNEL for channel %u wants its events on processor %u; there are %u", relid, vp,
+                         config_.processors);
     } else if (faults_.strikes(Fault::refuse_open)) {
         // as asked
     } else if (faults_.strikes(Fault::rescind_at_open)) {
         offer->owner->leaving = true;
         return;
-    } else if (auto channel = Channel::create(*this, relid, version_ < version(2, 4) ? 0 : vp, offer->index, gpadl->second.pages, downstream);
+    } else if (auto channel = Channel::create(*this, relid, version_ < version(2, 4) ? 0 : vp, offer->index,
+                                              gpadl->second.pages, downstream);
                !channel) {
-        judge_.violation("OPEN_CHANNEL for channel %u: %s (%llu, %llu)", relid, std::string(channel.error().message).c_str(),
-                         static_cast<unsigned long long>(channel.error().expected), static_cast<unsigned long long>(channel.error().seen));
+        judge_.violation("OPEN_CHANNEL for channel %u: %s (%llu, %llu)", relid,
+                         std::string(channel.error().message).c_str(),
+                         static_cast<unsigned long long>(channel.error().expected),
+                         static_cast<unsigned long long>(channel.error().seen));
     } else {
         offer->channel.emplace(std::move(*channel));
         offer->ring_gpadl = gpadl_id;
@@ -468,7 +486,8 @@ void ServerState::modify(InMessage& message) {
             judge_.violation("MODIFY_CHANNEL for channel %u, which is not open", relid);
         }
     } else if (vp >= config_.processors && vp != no_processor) {
-        judge_.violation("MODIFY_CHANNEL for channel %u wants its events on processor %u; there are %u", relid, vp, config_.processors);
+        judge_.violation("MODIFY_CHANNEL for channel %u wants its events on processor %u; there are %u", relid, vp,
+                         config_.processors);
     } else {
         offer->channel->retarget(vp);
         status = status_success;

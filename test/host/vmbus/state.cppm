@@ -1,4 +1,5 @@
-// The server's insides, for its two implementation units: what the guest has been told and has asked for (messages), and the turns (poll).
+// The server's insides, for its two implementation units: what the guest has been told and has asked for (messages),
+// and the turns (poll).
 module;
 #include <array>
 #include <atomic>
@@ -20,7 +21,8 @@ inline constexpr u32 relids = 2048; // as many as there are event flags; 0 is no
 inline constexpr u8 vmbus_sint = 2;
 inline constexpr u32 status_success = 0; // of GPADL_CREATED, OPEN_CHANNEL_RESULT, MODIFY_CHANNEL_RESPONSE
 inline constexpr u32 status_unsuccessful = 0x8000ffff;
-inline constexpr u32 event_connection = 2; // signals of guests before 1.1, and of those whose channels are not dedicated
+// signals of guests before 1.1, and of those whose channels are not dedicated
+inline constexpr u32 event_connection = 2;
 
 /// A device and what it is to the guest at present.
 struct Attached {

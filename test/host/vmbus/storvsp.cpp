@@ -67,7 +67,8 @@ struct StorageDevice::State {
     u64 early = 0;     // a fault: a completion for this transaction, which does not exist
     DataBuffer data;
 
-    // A request to a disk of limited speed, taken out of the ring and not answered yet: in order of the time when it will be.
+    // A request to a disk of limited speed, taken out of the ring and not answered yet: in order of the time when it
+    // will be.
     struct Held {
         Channel* channel;
         Packet packet; // its spans are of the two below
@@ -88,7 +89,7 @@ struct StorageDevice::State {
     ScsiDisk* find(const wire::ScsiRequest& srb) const;
 };
 
-// ---- the device ------------------------------------------------------------------------------------------------------------------------------
+// ---- the device ----
 
 StorageDevice::StorageDevice(std::unique_ptr<State> state) : state_(std::move(state)) {}
 StorageDevice::~StorageDevice() = default;
@@ -101,7 +102,8 @@ std::unique_ptr<StorageDevice> StorageDevice::scsi(const StorageConfig& config, 
     return std::unique_ptr<StorageDevice>(new StorageDevice(std::move(state)));
 }
 
-std::unique_ptr<StorageDevice> StorageDevice::ide(u8 path, u8 target, const StorageConfig& config, const LunConfig& disk) {
+std::unique_ptr<StorageDevice> StorageDevice::ide(u8 path, u8 target, const StorageConfig& config,
+                                                  const LunConfig& disk) {
     auto state = std::make_unique<State>();
     state->config = config;
     state->config.sub_channels = 0;
@@ -196,7 +198,8 @@ bool StorageDevice::serve(Channel& channel) {
         wire::Packet answer{};
         answer.header.operation = wire::Operation::complete_io;
         answer.srb.srb_status = static_cast<u8>(wire::SrbStatus::success);
-        static_cast<void>(channel.send(PacketType::completion, 0, std::exchange(s.early, 0), std::as_bytes(std::span(&answer, 1))));
+        static_cast<void>(
+            channel.send(PacketType::completion, 0, std::exchange(s.early, 0), std::as_bytes(std::span(&answer, 1))));
     }
     if (&channel == s.primary && s.phase == Phase::ready && (s.enumerate || s.remove)) [[unlikely]] {
         s.notify(channel);
@@ -207,7 +210,8 @@ bool StorageDevice::serve(Channel& channel) {
 bool StorageDevice::timed() const {
     const State& s = *state_;
     const auto limited = [](const auto& lun) { return lun && lun->config().iops != 0; };
-    return std::ranges::any_of(s.initial, [](const LunConfig& lun) { return lun.iops != 0; }) || std::ranges::any_of(s.luns, limited);
+    return std::ranges::any_of(s.initial, [](const LunConfig& lun) { return lun.iops != 0; }) ||
+           std::ranges::any_of(s.luns, limited);
 }
 
 u64 StorageDevice::tick(Channel& channel, u64 now) {
@@ -235,13 +239,14 @@ u64 StorageDevice::tick(Channel& channel, u64 now) {
     return next;
 }
 
-// ---- packets ---------------------------------------------------------------------------------------------------------------------------------
+// ---- packets ----
 
 void StorageDevice::State::notify(Channel& channel) {
     const auto tell = [&](wire::Operation operation) {
         wire::Packet packet{};
         packet.header.operation = operation;
-        const auto bytes = std::as_bytes(std::span(&packet, 1)).first(wire::packet_bytes(static_cast<wire::Version>(version)));
+        const auto bytes =
+            std::as_bytes(std::span(&packet, 1)).first(wire::packet_bytes(static_cast<wire::Version>(version)));
         return channel.send(PacketType::data_inband, 0, 0, bytes);
     };
     if (enumerate && version >= 0x0402) {
@@ -271,8 +276,8 @@ void StorageDevice::State::handle(Channel& channel, const Packet& packet, Storag
         return;
     }
     if (packet.payload.size() < 48) { // header and the short SRB, which every version has
-        bus->judge().violation("channel %u (%s): a packet of %zu bytes; expected 48 or 64", channel.relid(), name.c_str(),
-                               packet.payload.size());
+        bus->judge().violation("channel %u (%s): a packet of %zu bytes; expected 48 or 64", channel.relid(),
+                               name.c_str(), packet.payload.size());
         wire::Packet answer{};
         complete(channel, packet, answer, nt_invalid_parameter);
         return;
@@ -289,7 +294,8 @@ void StorageDevice::State::handle(Channel& channel, const Packet& packet, Storag
     }
 }
 
-void StorageDevice::State::negotiate(Channel& channel, const Packet& packet, const wire::Packet& request, StorageDevice& device) {
+void StorageDevice::State::negotiate(Channel& channel, const Packet& packet, const wire::Packet& request,
+                                     StorageDevice& device) {
     using wire::Operation;
     const Operation operation = request.header.operation;
     wire::Packet answer = request;
@@ -297,8 +303,9 @@ void StorageDevice::State::negotiate(Channel& channel, const Packet& packet, con
     u32 status = nt_success;
     const auto expect = [&](bool good) {
         if (!good) {
-            bus->judge().violation("channel %u (%s): %s (%u) in a state that does not allow it", channel.relid(), name.c_str(),
-                                   std::string(wire::name(operation)).c_str(), static_cast<u32>(operation));
+            bus->judge().violation("channel %u (%s): %s (%u) in a state that does not allow it", channel.relid(),
+                                   name.c_str(), std::string(wire::name(operation)).c_str(),
+                                   static_cast<u32>(operation));
             status = nt_invalid_state;
         }
         return good;
@@ -350,8 +357,8 @@ void StorageDevice::State::negotiate(Channel& channel, const Packet& packet, con
         if (expect(first && (phase == Phase::ending || phase == Phase::ready) && version >= 0x0501)) {
             const u16 count = read_as<u16>(std::as_bytes(std::span(&answer.srb, 1)), 0);
             if (count == 0 || count > config.sub_channels) {
-                bus->judge().violation("channel %u (%s): CREATE_SUB_CHANNELS for %u; at most %u were offered", channel.relid(), name.c_str(),
-                                       count, config.sub_channels);
+                bus->judge().violation("channel %u (%s): CREATE_SUB_CHANNELS for %u; at most %u were offered",
+                                       channel.relid(), name.c_str(), count, config.sub_channels);
                 status = nt_invalid_parameter;
             } else {
                 complete(channel, packet, answer, nt_success);
@@ -373,8 +380,8 @@ void StorageDevice::State::negotiate(Channel& channel, const Packet& packet, con
         break;
     case Operation::execute_srb: static_cast<void>(expect(false)); break;
     default:
-        bus->judge().violation("channel %u (%s): operation %u, which a guest does not send", channel.relid(), name.c_str(),
-                               static_cast<u32>(operation));
+        bus->judge().violation("channel %u (%s): operation %u, which a guest does not send", channel.relid(),
+                               name.c_str(), static_cast<u32>(operation));
         status = nt_invalid_request;
         break;
     }
@@ -382,7 +389,8 @@ void StorageDevice::State::negotiate(Channel& channel, const Packet& packet, con
 }
 
 ScsiDisk* StorageDevice::State::find(const wire::ScsiRequest& srb) const {
-    const bool here = ide ? srb.target_id == target && (srb.path_id == 0 || srb.path_id == path) : srb.target_id == 0 && srb.path_id == 0;
+    const bool here = ide ? srb.target_id == target && (srb.path_id == 0 || srb.path_id == path)
+                          : srb.target_id == 0 && srb.path_id == 0;
     return here && srb.lun < lun_limit ? luns[srb.lun].get() : nullptr;
 }
 
@@ -424,7 +432,8 @@ const char* StorageDevice::State::gather(const Packet& packet, u32 bytes) {
     return nullptr;
 }
 
-void StorageDevice::State::execute(Channel& channel, const Packet& packet, const wire::Packet& request, StorageDevice& device) {
+void StorageDevice::State::execute(Channel& channel, const Packet& packet, const wire::Packet& request,
+                                   StorageDevice& device) {
     const wire::ScsiRequest& srb = request.srb;
     FaultPlan& faults = bus->faults();
     Counters& counters = bus->counters();
@@ -439,8 +448,9 @@ void StorageDevice::State::execute(Channel& channel, const Packet& packet, const
     }
     const auto known = static_cast<wire::Version>(version);
     if (packet.payload.size() < wire::packet_bytes(known) || srb.length != wire::srb_bytes(known)) {
-        bus->judge().violation("channel %u (%s): an SRB that says %u bytes in a packet of %zu; version %u.%u has %u", channel.relid(),
-                               name.c_str(), srb.length, packet.payload.size(), version >> 8, version & 0xff, wire::srb_bytes(known));
+        bus->judge().violation("channel %u (%s): an SRB that says %u bytes in a packet of %zu; version %u.%u has %u",
+                               channel.relid(), name.c_str(), srb.length, packet.payload.size(), version >> 8,
+                               version & 0xff, wire::srb_bytes(known));
     }
     const ScsiDisk* disk = find(srb);
     if (disk != nullptr && disk->config().iops != 0 && reaches_medium(static_cast<u8>(srb.payload[0]))) [[unlikely]] {
@@ -454,7 +464,10 @@ void StorageDevice::State::execute(Channel& channel, const Packet& packet, const
 void StorageDevice::State::hold(Channel& channel, const Packet& packet, const LunConfig& disk) {
     u64& done = free_at[disk.lun];
     done = std::max(done, bus->now()) + 1'000'000'000 / disk.iops;
-    const auto entry = held.emplace(done, Held{&channel, packet, {packet.ranges.begin(), packet.ranges.end()}, {packet.payload.begin(), packet.payload.end()}});
+    const auto entry = held.emplace(done, Held{&channel,
+                                               packet,
+                                               {packet.ranges.begin(), packet.ranges.end()},
+                                               {packet.payload.begin(), packet.payload.end()}});
     Held& kept = entry->second;
     kept.packet.ranges = kept.ranges;
     kept.packet.payload = kept.payload;
@@ -472,15 +485,17 @@ void StorageDevice::State::perform(Channel& channel, const Packet& packet, const
     std::array<u8, 16> cdb;
     std::memcpy(cdb.data(), srb.payload.data(), cdb.size());
     const u8 opcode = cdb[0];
-    const char* wrong = srb.cdb_length > wire::cdb_bytes ? "a CDB longer than 16 bytes" : gather(packet, srb.data_transfer_length);
+    const char* wrong =
+        srb.cdb_length > wire::cdb_bytes ? "a CDB longer than 16 bytes" : gather(packet, srb.data_transfer_length);
     const bool writes = opcode == 0x0a || opcode == 0x2a || opcode == 0x8a;
     const bool reads = opcode == 0x08 || opcode == 0x28 || opcode == 0x88;
-    if (wrong == nullptr && ((writes && srb.data_in != wire::Direction::out) || (reads && srb.data_in != wire::Direction::in))) {
+    if (wrong == nullptr &&
+        ((writes && srb.data_in != wire::Direction::out) || (reads && srb.data_in != wire::Direction::in))) {
         wrong = "a direction that is not the command's";
     }
     if (wrong != nullptr) {
-        bus->judge().violation("channel %u (%s): command 0x%02x with %s (%u bytes)", channel.relid(), name.c_str(), opcode, wrong,
-                               srb.data_transfer_length);
+        bus->judge().violation("channel %u (%s): command 0x%02x with %s (%u bytes)", channel.relid(), name.c_str(),
+                               opcode, wrong, srb.data_transfer_length);
         srb_status = wire::SrbStatus::invalid_request;
         status = nt_invalid_parameter;
     } else if (opcode == opcode_report_luns) {
@@ -516,7 +531,8 @@ void StorageDevice::State::perform(Channel& channel, const Packet& packet, const
         status = nt_buffer_overflow;
     }
     reply.srb_status = static_cast<u8>(srb_status);
-    if (result.sense && srb.sense_info_length != 0 && (version < 0x0501 || (srb.srb_flags & srb_disable_autosense) == 0)) {
+    if (result.sense && srb.sense_info_length != 0 &&
+        (version < 0x0501 || (srb.srb_flags & srb_disable_autosense) == 0)) {
         const auto sense = result.sense->bytes();
         const usize bytes = std::min<usize>(sense.size(), srb.sense_info_length);
         reply.payload = {};

@@ -1,4 +1,5 @@
-// The storage provider: a SCSI controller (class ba6163d9-…) or an IDE accelerator channel (class 32412632-…) and its disks.
+// The storage provider: a SCSI controller (class ba6163d9-…) or an IDE accelerator channel (class 32412632-…) and its
+// disks.
 module;
 #include <memory>
 #include <string>
@@ -25,7 +26,8 @@ class StorageDevice final : public Device {
   public:
     /// Target 0 of bus 0, any LUN below 64.
     static std::unique_ptr<StorageDevice> scsi(const StorageConfig& config, std::vector<LunConfig> luns);
-    /// The accelerator of a generation-1 machine's IDE disk: `path` is the channel (0, 1), `target` 0 for master, 1 for slave.
+    /// The accelerator of a generation-1 machine's IDE disk: `path` is the channel (0, 1), `target` 0 for master, 1 for
+    /// slave.
     static std::unique_ptr<StorageDevice> ide(u8 path, u8 target, const StorageConfig& config, const LunConfig& disk);
     ~StorageDevice() override;
 

@@ -16,8 +16,9 @@ import host.vmbus;
 
 namespace fl::host {
 namespace {
-constexpr u32 turns_at_once = 16;       // of one channel, before others are looked at
-constexpr u32 storm_at_once = 4;        // interrupts of a storm in one poll: more would be merged into one before the guest runs
+constexpr u32 turns_at_once = 16; // of one channel, before others are looked at
+// interrupts of a storm in one poll: more would be merged into one before the guest runs
+constexpr u32 storm_at_once = 4;
 constexpr u64 polling_interval = 50000; // nanoseconds: a guest that does not promise to signal, and monitor pages
 } // namespace
 
@@ -61,7 +62,8 @@ bool ServerState::take_signals() {
     if (signalled_words_.load(std::memory_order_relaxed) == 0) {
         return false;
     }
-    // Acquire: the word's bit before the word. Partner: the release in Server::on_signal(), which sets the relid's bit first.
+    // Acquire: the word's bit before the word. Partner: the release in Server::on_signal(), which sets the relid's bit
+    // first.
     u32 words = signalled_words_.exchange(0, std::memory_order_acquire);
     bool any = false;
     for (; words != 0; words &= words - 1) {
@@ -95,10 +97,12 @@ bool ServerState::poll(u64 now) {
     bool any = take_messages();
     any = take_signals() || any;
     if (shared_signal_.load(std::memory_order_relaxed) && shared_signal_.exchange(false, std::memory_order_acquire)) {
-        any = take_shared_bits(interrupt_page_, 2048, 4, relids / 32) || any; // the second half is guest to host [vmbus]
+        // the second half is guest to host [vmbus]
+        any = take_shared_bits(interrupt_page_, 2048, 4, relids / 32) || any;
     }
     if (monitor_page_ != 0) {
-        any = take_shared_bits(monitor_page_, 8, 8, 4) || any; // trigger groups: { u32 pending, u32 armed } [vmbus "hv_monitor_page"]
+        // trigger groups: { u32 pending, u32 armed } [vmbus "hv_monitor_page"]
+        any = take_shared_bits(monitor_page_, 8, 8, 4) || any;
     }
     for (auto& [relid, offer] : offers_) {
         if (!offer.channel) {

@@ -74,7 +74,8 @@ HvStatus Server::on_signal(u32 connection, u16 flag) {
         return HvStatus::invalid_connection;
     }
     state_->signalled_[relid / 64].fetch_or(bit, std::memory_order_release);
-    state_->signalled_words_.fetch_or(u32{1} << relid / 64, std::memory_order_release); // partner: the exchange in take_signals()
+    // partner: the exchange in take_signals()
+    state_->signalled_words_.fetch_or(u32{1} << relid / 64, std::memory_order_release);
     return HvStatus::success;
 }
 

@@ -1,9 +1,11 @@
-// The VMBus server: what Hyper-V's root partition is to a guest. Messages come in by HvPostMessage and go out through SynIC message slots;
-// devices are offered as channels, a channel is opened over a GPADL and then belongs to its device (host.storvsp, host.services).
+// The VMBus server: what Hyper-V's root partition is to a guest. Messages come in by HvPostMessage and go out through
+// SynIC message slots; devices are offered as channels, a channel is opened over a GPADL and then belongs to its device
+// (host.storvsp, host.services).
 //
-// Threads: on_message(), on_signal() and on_end_of_message() may be called by any thread at any time (a VCPU's exit, an eventfd); they put
-// something into the inbox. Everything else is for one thread: poll() empties the inbox, serves all channels until nothing is left
-// to do and returns. Who has to be woken for poll() after the three functions is the VMM's decision.
+// Threads: on_message(), on_signal() and on_end_of_message() may be called by any thread at any time (a VCPU's exit, an
+// eventfd); they put something into the inbox. Everything else is for one thread: poll() empties the inbox, serves all
+// channels until nothing is left to do and returns. Who has to be woken for poll() after the three functions is the
+// VMM's decision.
 module;
 #include <array>
 #include <atomic>
@@ -37,7 +39,12 @@ struct ServerConfig {
 };
 
 /// hv_status values that the three entries answer with [hv-tlfs §B].
-enum class HvStatus : u16 { success = 0, invalid_parameter = 5, insufficient_buffers = 0x13, invalid_connection = 0x12 };
+enum class HvStatus : u16 {
+    success = 0,
+    invalid_parameter = 5,
+    insufficient_buffers = 0x13,
+    invalid_connection = 0x12
+};
 
 class Server {
   public:
@@ -53,7 +60,8 @@ class Server {
         add_device(std::move(device));
         return result;
     }
-    /// Takes a device away: its channels are rescinded, and it is destroyed when the guest has let go of them. Poll's thread.
+    /// Takes a device away: its channels are rescinded, and it is destroyed when the guest has let go of them. Poll's
+    /// thread.
     void remove(Device& device);
 
     // ---- from any thread ----
@@ -65,7 +73,8 @@ class Server {
     void on_end_of_message(u32 vp, u8 sint);
 
     // ---- from one thread ----
-    /// Does what there is to do. `now`: nanoseconds since any fixed point, for the services' intervals. True: something was done.
+    /// Does what there is to do. `now`: nanoseconds since any fixed point, for the services' intervals. True: something
+    /// was done.
     bool poll(u64 now);
     /// When poll() wants to be called again without an event, in the same nanoseconds; ~0: never.
     u64 deadline() const;

@@ -71,7 +71,8 @@ void write_fadt(Table table, u64 facs, u64 dsdt) {
     table.put<u16>(98, 0x0fff);
     table.put<u8>(108, 0x32);   // century, in the clock's memory
     table.put<u16>(109, 1 | 4); // legacy devices behind ISA, no VGA; no 8042 to be probed
-    // WBINVD works; C1 on every processor; no power button, no sleep button, no fixed clock; 32-bit timer; reset register.
+    // WBINVD works; C1 on every processor; no power button, no sleep button, no fixed clock; 32-bit timer; reset
+    // register.
     table.put<u32>(112, 1u << 0 | 1u << 2 | 1u << 4 | 1u << 5 | 1u << 6 | 1u << 8 | 1u << 10);
     table.io_address(116, 8, 1, reset_control);
     table.put<u8>(128, 0x06);
@@ -136,7 +137,8 @@ Result<u64> write_acpi(const GuestMemory& memory, std::span<const std::byte> dsd
     const u64 madt_size = 44 + 8 * processors + 12 + 2 * 10 + 6;
     const u64 code = (madt + madt_size + 15) & ~u64{15};
     if (length != dsdt.size() || dsdt.size() > acpi_end - code) {
-        return Error{Code::bad_argument, "the DSDT's length field does not match, or it is too long", dsdt.size(), length};
+        return Error{Code::bad_argument, "the DSDT's length field does not match, or it is too long", dsdt.size(),
+                     length};
     }
     const auto place = [&](u64 address, u64 size) { return memory.at(address, size); };
     if (place(acpi_base, acpi_end - acpi_base).empty()) {

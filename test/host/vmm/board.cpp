@@ -35,7 +35,8 @@ u32 PowerManagement::in(u16 port, unsigned size) {
 void PowerManagement::out(u16 port, unsigned, u32 value) {
     if (port == pm1_event + 2) {
         enable_ = static_cast<u16>(value);
-    } else if (port == pm1_control && (value & 1u << 13) != 0 && (value >> 10 & 7) == sleep_type_off) { // SLP_EN, SLP_TYP
+        // SLP_EN, SLP_TYP
+    } else if (port == pm1_control && (value & 1u << 13) != 0 && (value >> 10 & 7) == sleep_type_off) {
         control_.power_off();
     }
 }
@@ -48,7 +49,8 @@ struct Date {
     u64 year, month, day;
 };
 
-/// Days since 1970-01-01 as a date of the Gregorian calendar; years are counted from March, so that the leap day is a year's last.
+/// Days since 1970-01-01 as a date of the Gregorian calendar; years are counted from March, so that the leap day is a
+/// year's last.
 constexpr Date date_of(u64 days) {
     const u64 z = days + 719'468;
     const u64 era = z / 146'097;

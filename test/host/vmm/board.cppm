@@ -1,4 +1,5 @@
-// The small devices of the board: power management, reset, clock, debug exit, phase marks. Each answers as little as a guest needs.
+// The small devices of the board: power management, reset, clock, debug exit, phase marks. Each answers as little as a
+// guest needs.
 export module vmm.board;
 import core.std;
 import vmm.ports;
@@ -64,7 +65,8 @@ class PowerManagement final : public PortDevice {
     u16 enable_ = 0;
 };
 
-/// The clock of the MC146818 kind at 0x70 and 0x71: the time in BCD, 24 hours, never updating; everything else is battery-backed memory.
+/// The clock of the MC146818 kind at 0x70 and 0x71: the time in BCD, 24 hours, never updating; everything else is
+/// battery-backed memory.
 class RealTimeClock final : public PortDevice {
   public:
     explicit RealTimeClock(BoardClock& clock) : clock_(clock) {}

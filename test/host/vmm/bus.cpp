@@ -53,8 +53,9 @@ void add_counters(void* context, Snapshot& into) {
 } // namespace
 
 Bus::Bus(Machine& machine, const host::ServerConfig& config, std::function<void(std::string_view)> line, bool eventfds)
-    : machine_(machine), line_(std::move(line)), eventfds_(eventfds), signals_(eventfds ? epoll_create1(EPOLL_CLOEXEC) : -1),
-      memory_(regions_of(machine)), server_(memory_, *this, *this, config) {}
+    : machine_(machine), line_(std::move(line)), eventfds_(eventfds),
+      signals_(eventfds ? epoll_create1(EPOLL_CLOEXEC) : -1), memory_(regions_of(machine)),
+      server_(memory_, *this, *this, config) {}
 
 Bus::~Bus() = default;
 
@@ -88,7 +89,8 @@ u64 Bus::deadline() {
             const std::scoped_lock guard(serving_);
             next = server_.deadline();
         }
-        if (!work_.load(std::memory_order_seq_cst)) { // else a processor found the mutex taken and went on: its work is ours
+        // else a processor found the mutex taken and went on: its work is ours
+        if (!work_.load(std::memory_order_seq_cst)) {
             return next;
         }
         serve(machine_.now());
@@ -101,7 +103,8 @@ u16 Bus::post_message(u32 connection, u32 type, std::span<const std::byte> paylo
     return to_underlying(status);
 }
 
-/// In the exit of the processor that signals: no other thread has to wake up, and what can be answered at once has been when the guest goes on.
+/// In the exit of the processor that signals: no other thread has to wake up, and what can be answered at once has been
+/// when the guest goes on.
 u16 Bus::signal_event(u32 connection, u16 flag) {
     const auto status = server_.on_signal(connection, flag);
     serve(Machine::coarse_now());

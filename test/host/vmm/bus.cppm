@@ -62,7 +62,8 @@ class Bus final : private Partition, private EndOfMessage, private host::Deliver
     }
     /// Runs `work` where nobody else touches server or devices, then serves.
     void with_server(const std::function<void()>& work);
-    /// Serves all channels until nothing is left to do. Any thread; when another one is at it, that one goes on a little longer.
+    /// Serves all channels until nothing is left to do. Any thread; when another one is at it, that one goes on a
+    /// little longer.
     void serve(u64 now);
 
     // The I/O thread's part.
@@ -93,8 +94,8 @@ class Bus final : private Partition, private EndOfMessage, private host::Deliver
     Descriptor signals_;
     std::vector<std::unique_ptr<Signal>> connections_;
     host::GuestMemory memory_;
-    // work_ says that somebody wants to be served. Whoever fails to get the mutex has set it before, and who holds the mutex looks at it
-    // after letting go: one of the two sees the other.
+    // work_ says that somebody wants to be served. Whoever fails to get the mutex has set it before, and who holds the
+    // mutex looks at it after letting go: one of the two sees the other.
     std::atomic<bool> work_ = false;
     std::mutex serving_;
     host::Server server_;

@@ -22,7 +22,8 @@ enum class Exit : u8 {
     count,
 };
 inline constexpr std::array<std::string_view, to_underlying(Exit::count)> exit_names{
-    "io_in", "io_out", "memory", "synic", "post_message", "signal_event", "other_hypercall", "shutdown", "interrupted", "other",
+    "io_in",        "io_out",          "memory",   "synic",       "post_message",
+    "signal_event", "other_hypercall", "shutdown", "interrupted", "other",
 };
 
 using Snapshot = std::map<std::string, u64, std::less<>>;

@@ -41,8 +41,9 @@ constexpr u32 log2_up(u32 count) { return count <= 1 ? 0 : static_cast<u32>(std:
 
 } // namespace
 
-std::vector<kvm_cpuid_entry2> processor_cpuid(std::span<const kvm_cpuid_entry2> basic, std::span<const kvm_cpuid_entry2> hyperv,
-                                              const Identity& identity, u32 number) {
+std::vector<kvm_cpuid_entry2> processor_cpuid(std::span<const kvm_cpuid_entry2> basic,
+                                              std::span<const kvm_cpuid_entry2> hyperv, const Identity& identity,
+                                              u32 number) {
     std::vector<kvm_cpuid_entry2> table;
     const u32 count = identity.processors;
     const u32 shift = log2_up(count);
@@ -91,7 +92,8 @@ std::vector<kvm_cpuid_entry2> processor_cpuid(std::span<const kvm_cpuid_entry2> 
     if (identity.hyperv) {
         if (identity.hyperv_base != hypervisor_base) {
             table.push_back(signature(hypervisor_base, hypervisor_base, "FirstlightVM"));
-            // KVM serves Hyper-V's registers only to a processor whose leaf 0x40000001 says so; the signature above hides it from guests.
+            // KVM serves Hyper-V's registers only to a processor whose leaf 0x40000001 says so; the signature above
+            // hides it from guests.
             table.push_back(leaf(hypervisor_base + 1, hyperv_interface, 0, 0, 0));
         }
         for (kvm_cpuid_entry2 entry : hyperv) {
@@ -116,7 +118,9 @@ std::vector<kvm_cpuid_entry2> processor_cpuid(std::span<const kvm_cpuid_entry2> 
                 switch (offset) {
                 case 0: entry.eax = identity.hyperv_base + 5; break;
                 case 2: entry.eax = entry.ebx = entry.ecx = entry.edx = 0; break;
-                case 3: // run time, reference counter, SynIC, timers, APIC, hypercalls, VP index, frequencies; the frequencies' registers
+                // run time, reference counter, SynIC, timers, APIC, hypercalls, VP index, frequencies; the frequencies'
+                // registers
+                case 3:
                     entry.eax = 0x87f;
                     entry.ebx = entry.ecx = 0;
                     entry.edx = 0x100;

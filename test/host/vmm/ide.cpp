@@ -105,7 +105,8 @@ void IdeChannel::start_transfer(bool to_disk, bool wide) {
         count |= static_cast<u64>(count_.before) << 8;
         count = count == 0 ? 65536 : count;
         t.lba = static_cast<u64>(low_.now) | static_cast<u64>(mid_.now) << 8 | static_cast<u64>(high_.now) << 16 |
-                static_cast<u64>(low_.before) << 24 | static_cast<u64>(mid_.before) << 32 | static_cast<u64>(high_.before) << 40;
+                static_cast<u64>(low_.before) << 24 | static_cast<u64>(mid_.before) << 32 |
+                static_cast<u64>(high_.before) << 40;
     } else {
         count = count == 0 ? 256 : count;
         t.lba = static_cast<u64>(low_.now) | static_cast<u64>(mid_.now) << 8 | static_cast<u64>(high_.now) << 16 |
@@ -182,7 +183,8 @@ void IdeChannel::start(u8 command) {
     case 0x35: start_transfer(true, true); break;
     case 0xe7: // FLUSH CACHE
     case 0xea: end(drive().image->flush() ? ready : ready | failed, 0); break;
-    case 0xef: // SET FEATURES: transfer mode, write cache on and off, read look-ahead; all of it is accepted and changes nothing
+    // SET FEATURES: transfer mode, write cache on and off, read look-ahead; all of it is accepted and changes nothing
+    case 0xef:
     case 0x91: // INITIALIZE DEVICE PARAMETERS
     case 0xe0: // STANDBY IMMEDIATE, IDLE IMMEDIATE
     case 0xe1: end(ready); break;
@@ -283,7 +285,8 @@ u32 IdeChannel::in(u16 port, unsigned size) {
     u32 value = 0;
     for (unsigned i = 0; i < size; ++i) {
         const bool command = port < ports_.command + 8 && port >= ports_.command;
-        const u8 byte = command ? read_command(port - ports_.command + i) : read_bus_master(port - ports_.bus_master + i);
+        const u8 byte =
+            command ? read_command(port - ports_.command + i) : read_bus_master(port - ports_.bus_master + i);
         value |= static_cast<u32>(byte) << (8 * i);
     }
     return value;

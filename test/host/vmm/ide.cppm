@@ -1,5 +1,6 @@
-// One IDE channel with up to two disks and its half of the bus-master engine: what a driver needs that transfers by DMA [ATA-7], [BMIDE]. A
-// transfer happens within the access that starts it; its interrupt is there when the access returns.
+// One IDE channel with up to two disks and its half of the bus-master engine: what a driver needs that transfers by DMA
+// [ATA-7], [BMIDE]. A transfer happens within the access that starts it; its interrupt is there when the access
+// returns.
 export module vmm.ide;
 import core.std;
 import vmm.image;
@@ -19,7 +20,10 @@ class IdeChannel final : public PortDevice {
     static constexpr std::array<Ports, 2> compatible{{{0x1f0, 0x3f6, 0xc000}, {0x170, 0x376, 0xc008}}};
     static constexpr std::array<u32, 2> interrupts{14, 15};
 
-    IdeChannel(const Ports& ports, const GuestMemory& memory, IrqLine& line) : ports_(ports), memory_(memory), line_(line) { reset(); }
+    IdeChannel(const Ports& ports, const GuestMemory& memory, IrqLine& line)
+        : ports_(ports), memory_(memory), line_(line) {
+        reset();
+    }
     /// `unit` 0 or 1. The image outlives the channel.
     void attach(unsigned unit, Image& image) { drives_[unit].image = &image; }
 

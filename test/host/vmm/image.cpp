@@ -20,13 +20,16 @@ Result<std::unique_ptr<Image>> Image::open(const std::string& path, bool read_on
     }
     struct stat found{};
     if (fstat(image->file_, &found) != 0 || found.st_size < 512 || found.st_size % 512 != 0) {
-        return Error{Code::bad_argument, "an image of whole sectors of 512 bytes was expected", 512, static_cast<u64>(found.st_size)};
+        return Error{Code::bad_argument, "an image of whole sectors of 512 bytes was expected", 512,
+                     static_cast<u64>(found.st_size)};
     }
     image->read_only_ = read_only;
     const auto size = static_cast<usize>(found.st_size);
-    void* const mapped = mmap(nullptr, size, PROT_READ | PROT_WRITE, read_only ? MAP_PRIVATE : MAP_SHARED, image->file_, 0);
+    void* const mapped =
+        mmap(nullptr, size, PROT_READ | PROT_WRITE, read_only ? MAP_PRIVATE : MAP_SHARED, image->file_, 0);
     if (mapped == MAP_FAILED) {
-        return Error{Code::exhausted, "mmap of the image failed; the values are its size and errno", size, static_cast<u64>(errno)};
+        return Error{Code::exhausted, "mmap of the image failed; the values are its size and errno", size,
+                     static_cast<u64>(errno)};
     }
     // Now rather than during what is measured; a system that cannot do it loses nothing else.
     madvise(mapped, size, MADV_POPULATE_WRITE);

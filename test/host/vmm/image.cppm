@@ -1,4 +1,5 @@
-// A raw disk image: a file, mapped, so that a transfer is a copy. IDE and VMBus may hold the same one: a machine with both has one disk.
+// A raw disk image: a file, mapped, so that a transfer is a copy. IDE and VMBus may hold the same one: a machine with
+// both has one disk.
 module;
 #include <memory>
 #include <string>

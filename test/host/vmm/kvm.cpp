@@ -39,12 +39,14 @@ constexpr Need needs[] = {
 
 Error failed(std::string_view what) { return {Code::io, what, 0, static_cast<u64>(errno)}; }
 
-// The headers' macro for flexible arrays adds an empty structure, which has a size in C++: what depends on that size is spelt out.
-constexpr usize routing_head_size = 8;                                                      // kvm_irq_routing: nr, flags
+// The headers' macro for flexible arrays adds an empty structure, which has a size in C++: what depends on that size is
+// spelt out. kvm_irq_routing: nr, flags
+constexpr usize routing_head_size = 8;
 constexpr unsigned long set_gsi_routing = _IOC(_IOC_WRITE, KVMIO, 0x6a, routing_head_size); // KVM_SET_GSI_ROUTING
 constexpr usize cpuid_head_size = 8;                                                        // kvm_cpuid2: nent, padding
 constexpr usize msrs_head_size = 8;                                                         // kvm_msrs: nmsrs, padding
-constexpr usize stats_description_size = 16;                                                // kvm_stats_desc without its name
+// kvm_stats_desc without its name
+constexpr usize stats_description_size = 16;
 constexpr u32 pic_pins = 16;
 constexpr u32 io_apic_pins = 24;
 
@@ -68,11 +70,13 @@ Result<Kvm> Kvm::create(const char* device) {
     Kvm kvm;
     kvm.system_ = Descriptor{open(device, O_RDWR | O_CLOEXEC)};
     if (kvm.system_.number() < 0) {
-        return Error{Code::not_supported, "the KVM device cannot be opened; the value is errno", 0, static_cast<u64>(errno)};
+        return Error{Code::not_supported, "the KVM device cannot be opened; the value is errno", 0,
+                     static_cast<u64>(errno)};
     }
     const int version = ioctl(kvm.system_.number(), KVM_GET_API_VERSION, 0);
     if (version != KVM_API_VERSION) {
-        return Error{Code::not_supported, "another version of KVM's interface was expected", KVM_API_VERSION, static_cast<u64>(version)};
+        return Error{Code::not_supported, "another version of KVM's interface was expected", KVM_API_VERSION,
+                     static_cast<u64>(version)};
     }
     for (const Need& need : needs) {
         if (!kvm.has(need.capability)) {
@@ -87,7 +91,8 @@ Result<Kvm> Kvm::create(const char* device) {
     kvm.run_size_ = static_cast<usize>(size);
     // Only Intel's processors use these three pages; they lie where a PC has its firmware.
     __u64 identity = 0xfeff'c000;
-    if (control(kvm.machine_, KVM_SET_IDENTITY_MAP_ADDR, &identity) < 0 || ioctl(kvm.machine_.number(), KVM_SET_TSS_ADDR, 0xfeff'd000UL) < 0) {
+    if (control(kvm.machine_, KVM_SET_IDENTITY_MAP_ADDR, &identity) < 0 ||
+        ioctl(kvm.machine_.number(), KVM_SET_TSS_ADDR, 0xfeff'd000UL) < 0) {
         return failed("KVM_SET_TSS_ADDR");
     }
     if (control(kvm.machine_, KVM_CREATE_IRQCHIP) < 0) {
@@ -264,26 +269,32 @@ namespace {
 
 constexpr std::string_view machine_statistics[] = {"remote_tlb_flush", "mmu_cache_miss"};
 constexpr std::string_view processor_statistics[] = {
-    "exits",     "io_exits",   "mmio_exits",     "signal_exits",   "irq_window_exits", "halt_exits",          "halt_wakeup",
-    "irq_exits", "hypercalls", "irq_injections", "insn_emulation", "pf_taken",         "preemption_reported",
+    "exits",          "io_exits",    "mmio_exits",          "signal_exits", "irq_window_exits",
+    "halt_exits",     "halt_wakeup", "irq_exits",           "hypercalls",   "irq_injections",
+    "insn_emulation", "pf_taken",    "preemption_reported",
 };
 
 } // namespace
 
-KvmStatistics Kvm::statistics() const { return {Descriptor{ioctl(machine_.number(), KVM_GET_STATS_FD, 0)}, machine_statistics}; }
+KvmStatistics Kvm::statistics() const {
+    return {Descriptor{ioctl(machine_.number(), KVM_GET_STATS_FD, 0)}, machine_statistics};
+}
 
 KvmStatistics Kvm::statistics_of(const Descriptor& processor) {
     return {Descriptor{ioctl(processor.number(), KVM_GET_STATS_FD, 0)}, processor_statistics};
 }
 
-KvmStatistics::KvmStatistics(Descriptor descriptor, std::span<const std::string_view> wanted) : descriptor_(std::move(descriptor)) {
+KvmStatistics::KvmStatistics(Descriptor descriptor, std::span<const std::string_view> wanted)
+    : descriptor_(std::move(descriptor)) {
     kvm_stats_header header{};
-    if (descriptor_.number() < 0 || pread(descriptor_.number(), &header, sizeof(header), 0) != static_cast<ssize_t>(sizeof(header))) {
+    if (descriptor_.number() < 0 ||
+        pread(descriptor_.number(), &header, sizeof(header), 0) != static_cast<ssize_t>(sizeof(header))) {
         return;
     }
     const usize step = stats_description_size + header.name_size;
     std::vector<std::byte> bytes(step * header.num_desc);
-    if (pread(descriptor_.number(), bytes.data(), bytes.size(), header.desc_offset) != static_cast<ssize_t>(bytes.size())) {
+    if (pread(descriptor_.number(), bytes.data(), bytes.size(), header.desc_offset) !=
+        static_cast<ssize_t>(bytes.size())) {
         return;
     }
     for (usize i = 0; i < header.num_desc; ++i) {
@@ -299,7 +310,10 @@ KvmStatistics::KvmStatistics(Descriptor descriptor, std::span<const std::string_
 
 u64 KvmStatistics::value(u64 offset) const {
     u64 found = 0;
-    return pread(descriptor_.number(), &found, sizeof(found), static_cast<off_t>(offset)) == static_cast<ssize_t>(sizeof(found)) ? found : 0;
+    return pread(descriptor_.number(), &found, sizeof(found), static_cast<off_t>(offset)) ==
+                   static_cast<ssize_t>(sizeof(found))
+               ? found
+               : 0;
 }
 
 } // namespace fl::vmm

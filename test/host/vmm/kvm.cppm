@@ -1,4 +1,5 @@
-// KVM's ioctls as this program uses them: one machine with KVM's own interrupt controllers, its processors, interrupt routes, statistics.
+// KVM's ioctls as this program uses them: one machine with KVM's own interrupt controllers, its processors, interrupt
+// routes, statistics.
 module;
 #include <linux/kvm.h>
 #include <string>
@@ -63,8 +64,8 @@ struct SintRoute {
 
 class Kvm {
   public:
-    /// Opens `device`, asks for every capability that a machine with Hyper-V's interfaces needs and creates the machine. Error{not_supported}
-    /// names the first capability that is missing.
+    /// Opens `device`, asks for every capability that a machine with Hyper-V's interfaces needs and creates the
+    /// machine. Error{not_supported} names the first capability that is missing.
     static Result<Kvm> create(const char* device);
 
     /// Guest memory from address 0. `memory` outlives the machine.
@@ -72,8 +73,8 @@ class Kvm {
     /// The legacy routes of PIC and I/O APIC and those of `sints`; replaces all others.
     Result<void> set_routes(std::span<const SintRoute> sints);
     void set_line(u32 gsi, bool level) const;
-    /// Connects an eventfd to an interrupt route: each signal raises it. With `resample` instead of -1, that one is signalled when the guest has
-    /// acknowledged the interrupt.
+    /// Connects an eventfd to an interrupt route: each signal raises it. With `resample` instead of -1, that one is
+    /// signalled when the guest has acknowledged the interrupt.
     Result<void> connect(int event, u32 gsi, int resample = -1) const;
     void disconnect(int event, u32 gsi) const;
     /// The machine's clock in nanoseconds: what the reference counter shows, a hundred times finer.

@@ -35,8 +35,8 @@ Result<T> value_at(std::span<const std::byte> file, u64 offset) {
     return value;
 }
 
-/// The entry in a segment of notes: name size, descriptor size, type, each 32 bits; name and descriptor padded to 4 [gABI-4 ch. 5 "Note
-/// Section"].
+/// The entry in a segment of notes: name size, descriptor size, type, each 32 bits; name and descriptor padded to 4
+/// [gABI-4 ch. 5 "Note Section"].
 Result<u64> entry_of_notes(std::span<const std::byte> notes) {
     u64 at = 0;
     while (at + 12 <= notes.size()) {
@@ -65,8 +65,10 @@ Result<u64> entry_of_notes(std::span<const std::byte> notes) {
 Result<u64> pvh_entry(std::span<const std::byte> file) {
     TRY(const elf::FileHeader header, value_at<elf::FileHeader>(file, 0));
     for (u32 i = 0; i < header.program_count; ++i) {
-        TRY(const elf::ProgramHeader program, value_at<elf::ProgramHeader>(file, header.program_offset + u64{i} * sizeof(elf::ProgramHeader)));
-        if (program.type == elf_note_segment && program.file_offset <= file.size() && program.file_size <= file.size() - program.file_offset) {
+        TRY(const elf::ProgramHeader program,
+            value_at<elf::ProgramHeader>(file, header.program_offset + u64{i} * sizeof(elf::ProgramHeader)));
+        if (program.type == elf_note_segment && program.file_offset <= file.size() &&
+            program.file_size <= file.size() - program.file_offset) {
             if (const auto found = entry_of_notes(file.subspan(program.file_offset, program.file_size))) {
                 return *found;
             }
@@ -82,8 +84,8 @@ Result<u64> place_module(const GuestMemory& memory, std::span<const std::byte> m
     }
     const u64 whole = (module.size() + page_size - 1) & ~(page_size - 1);
     if (lowest > memory.size() || whole > memory.size() - lowest) {
-        return Error{Code::bad_argument, "the module or initrd does not fit behind the kernel: more --memory is needed", memory.size(),
-                     lowest + whole};
+        return Error{Code::bad_argument, "the module or initrd does not fit behind the kernel: more --memory is needed",
+                     memory.size(), lowest + whole};
     }
     const u64 at = memory.size() - whole;
     memory.write(at, module);
@@ -102,7 +104,9 @@ Result<void> place_command_line(const GuestMemory& memory, std::string_view text
 } // namespace
 
 std::array<MemoryRange, 3> memory_map(const GuestMemory& memory) {
-    return {{{0, low_memory_end, 1}, {low_memory_end, one_mebibyte - low_memory_end, 2}, {one_mebibyte, memory.size() - one_mebibyte, 1}}};
+    return {{{0, low_memory_end, 1},
+             {low_memory_end, one_mebibyte - low_memory_end, 2},
+             {one_mebibyte, memory.size() - one_mebibyte, 1}}};
 }
 
 bool is_elf(std::span<const std::byte> file) {
@@ -112,7 +116,9 @@ bool is_elf(std::span<const std::byte> file) {
                                            4) == 0;
 }
 
-bool is_bzimage(std::span<const std::byte> file) { return file.size() >= 0x206 && std::memcmp(file.data() + 0x202, "HdrS", 4) == 0; }
+bool is_bzimage(std::span<const std::byte> file) {
+    return file.size() >= 0x206 && std::memcmp(file.data() + 0x202, "HdrS", 4) == 0;
+}
 
 Result<Entry> load_pvh(const GuestMemory& memory, std::span<const std::byte> file, const Payload& payload) {
     TRY(const elf::Image image, elf::Image::parse(file));
@@ -129,7 +135,8 @@ Result<Entry> load_pvh(const GuestMemory& memory, std::span<const std::byte> fil
     CHECK(image.load(target));
     CHECK(place_command_line(memory, payload.command_line, command_line_room));
     TRY(const u64 module, place_module(memory, payload.module, base + image.physical_size()));
-    // hvm_start_info, version 1, then one hvm_modlist_entry, then hvm_memmap_table_entries: by offset, as the header defines them [PVH].
+    // hvm_start_info, version 1, then one hvm_modlist_entry, then hvm_memmap_table_entries: by offset, as the header
+    // defines them [PVH].
     memory.put<u32>(start_info, start_magic);
     memory.put<u32>(start_info + 4, 1);
     memory.put<u32>(start_info + 12, payload.module.empty() ? 0 : 1);
@@ -157,7 +164,8 @@ Result<Entry> load_bzimage(const GuestMemory& memory, std::span<const std::byte>
     TRY(const u16 version, value_at<u16>(file, 0x206));
     TRY(const u16 load_flags, value_at<u16>(file, 0x236)); // xloadflags
     if (version < 0x020c || (load_flags & 1) == 0) {
-        return Error{Code::bad_argument, "a bzImage of protocol 2.12 with a 64-bit entry was expected", 0x020c, version};
+        return Error{Code::bad_argument, "a bzImage of protocol 2.12 with a 64-bit entry was expected", 0x020c,
+                     version};
     }
     TRY(const u8 setup_sectors, value_at<u8>(file, 0x1f1));
     TRY(const u64 preferred, value_at<u64>(file, 0x258));
@@ -171,10 +179,12 @@ Result<Entry> load_bzimage(const GuestMemory& memory, std::span<const std::byte>
     }
     const u64 needed = std::max<u64>(init_size, file.size() - setup_size);
     if (preferred < one_mebibyte || memory.at(preferred, needed).empty()) {
-        return Error{Code::bad_argument, "the kernel does not fit into memory: more --memory is needed", memory.size(), preferred + needed};
+        return Error{Code::bad_argument, "the kernel does not fit into memory: more --memory is needed", memory.size(),
+                     preferred + needed};
     }
     memory.write(preferred, file.subspan(setup_size));
-    CHECK(place_command_line(memory, payload.command_line, std::min<u64>(command_line_room, u64{command_line_size} + 1)));
+    CHECK(
+        place_command_line(memory, payload.command_line, std::min<u64>(command_line_room, u64{command_line_size} + 1)));
     TRY(const u64 initrd, place_module(memory, payload.module, preferred + needed));
     memory.write(zero_page + 0x1f1, file.subspan(0x1f1, header_end - 0x1f1));
     memory.put<u8>(zero_page + 0x210, 0xff); // type of loader: none of those that have a number

@@ -1,4 +1,5 @@
-// Puts a guest's kernel into memory: an ELF with a PVH entry, or Linux's bzImage. What the file says is checked before it is used.
+// Puts a guest's kernel into memory: an ELF with a PVH entry, or Linux's bzImage. What the file says is checked before
+// it is used.
 export module vmm.loader;
 import core.std;
 import core.result;
@@ -40,8 +41,8 @@ std::array<MemoryRange, 3> memory_map(const GuestMemory& memory);
 bool is_elf(std::span<const std::byte> file);
 bool is_bzimage(std::span<const std::byte> file);
 
-/// An ELF64 for x86-64 with the note XEN_ELFNOTE_PHYS32_ENTRY; segments go to their physical addresses, which lie between 1 MiB and the end
-/// of memory. Error{bad_argument}: it is not one, or has no room.
+/// An ELF64 for x86-64 with the note XEN_ELFNOTE_PHYS32_ENTRY; segments go to their physical addresses, which lie
+/// between 1 MiB and the end of memory. Error{bad_argument}: it is not one, or has no room.
 Result<Entry> load_pvh(const GuestMemory& memory, std::span<const std::byte> file, const Payload& payload);
 
 /// A bzImage of protocol 2.12 or later with a 64-bit entry. Errors as above.

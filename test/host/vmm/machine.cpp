@@ -116,18 +116,21 @@ Result<void> Machine::add_ide(std::span<Image* const> images) {
     return {};
 }
 
-Result<void> Machine::add_processor(u32 number, std::span<const kvm_cpuid_entry2> basic, std::span<const kvm_cpuid_entry2> hyperv) {
+Result<void> Machine::add_processor(u32 number, std::span<const kvm_cpuid_entry2> basic,
+                                    std::span<const kvm_cpuid_entry2> hyperv) {
     auto processor = std::make_unique<Processor>();
     processor->number = number;
     TRY(processor->descriptor, kvm_.create_processor(number));
-    void* const run = mmap(nullptr, kvm_.run_size(), PROT_READ | PROT_WRITE, MAP_SHARED, processor->descriptor.number(), 0);
+    void* const run =
+        mmap(nullptr, kvm_.run_size(), PROT_READ | PROT_WRITE, MAP_SHARED, processor->descriptor.number(), 0);
     if (run == MAP_FAILED) {
         return Error{Code::io, "mmap of a processor's page failed; the value is errno", 0, static_cast<u64>(errno)};
     }
     processor->run = static_cast<kvm_run*>(run);
     const auto table = processor_cpuid(basic, hyperv, config_.identity, number);
     CHECK(Kvm::set_cpuid(processor->descriptor, table));
-    CHECK(Kvm::set_register(processor->descriptor, 0x2ff, 0xc06)); // memory type ranges as firmware leaves them: on, everything write-back
+    // memory type ranges as firmware leaves them: on, everything write-back
+    CHECK(Kvm::set_register(processor->descriptor, 0x2ff, 0xc06));
     processor->statistics = Kvm::statistics_of(processor->descriptor);
     processors_.push_back(std::move(processor));
     return {};
@@ -202,16 +205,17 @@ Exit Machine::handle(Processor& processor) {
     case KVM_EXIT_HYPERV: return handle_hyperv(processor);
     case KVM_EXIT_SHUTDOWN: finish(ExitCode::crash, "triple fault on processor " + std::to_string(processor.number));
     case KVM_EXIT_SYSTEM_EVENT:
-        finish(ExitCode::crash, "system event " + std::to_string(run.system_event.type) + " (Hyper-V's crash registers, or a reset)");
+        finish(ExitCode::crash,
+               "system event " + std::to_string(run.system_event.type) + " (Hyper-V's crash registers, or a reset)");
     case KVM_EXIT_INTR: return Exit::interrupted;
     case KVM_EXIT_FAIL_ENTRY:
-        finish(ExitCode::crash,
-               "the processor could not enter the guest: reason " + std::to_string(run.fail_entry.hardware_entry_failure_reason));
+        finish(ExitCode::crash, "the processor could not enter the guest: reason " +
+                                    std::to_string(run.fail_entry.hardware_entry_failure_reason));
     case KVM_EXIT_INTERNAL_ERROR: {
         kvm_regs registers{};
         control(processor.descriptor, KVM_GET_REGS, &registers);
-        finish(ExitCode::crash, "KVM could not go on: suberror " + std::to_string(run.internal.suberror) + " at instruction pointer " +
-                                    std::to_string(registers.rip));
+        finish(ExitCode::crash, "KVM could not go on: suberror " + std::to_string(run.internal.suberror) +
+                                    " at instruction pointer " + std::to_string(registers.rip));
     }
     default: finish(ExitCode::crash, "an exit that no guest should cause: " + std::to_string(run.exit_reason));
     }
@@ -267,7 +271,8 @@ u16 Machine::post_message(u64 input, u64 address) {
     if (address % 8 != 0) {
         return hv_invalid_alignment;
     }
-    if (!memory_.read(address, std::as_writable_bytes(std::span{&message, 1})) || message.size > message.payload.size()) {
+    if (!memory_.read(address, std::as_writable_bytes(std::span{&message, 1})) ||
+        message.size > message.payload.size()) {
         return hv_invalid_hypercall_input;
     }
     return partition_->post_message(message.connection, message.type, std::span{message.payload}.first(message.size));
@@ -276,7 +281,8 @@ u16 Machine::post_message(u64 input, u64 address) {
 /// HvSignalEvent [hv-tlfs §11.11.2]: connection 31:0, flag 47:32, in a register or in memory.
 u16 Machine::signal_event(u64 input, u64 parameter) {
     constexpr u64 fast = 1u << 16;
-    if ((input & fast) == 0 && (parameter % 8 != 0 || !memory_.read(parameter, std::as_writable_bytes(std::span{&parameter, 1})))) {
+    if ((input & fast) == 0 &&
+        (parameter % 8 != 0 || !memory_.read(parameter, std::as_writable_bytes(std::span{&parameter, 1})))) {
         return parameter % 8 != 0 ? hv_invalid_alignment : hv_invalid_hypercall_input;
     }
     if (partition_ == nullptr) {
@@ -301,7 +307,7 @@ void Machine::Line::set(bool level) {
 
 void Machine::set_counters(void (*add)(void*, Snapshot&), void* context) { counters_.emplace_back(add, context); }
 
-// --- the console: whole lines of guest and host, never mixed -------------------------------------------------------------------------------
+// ---- the console: whole lines of guest and host, never mixed ----
 
 void Machine::put(char byte) {
     const std::scoped_lock guard(console_mutex_);
@@ -330,7 +336,7 @@ void Machine::say(std::string_view text) {
     write_all("@@host " + std::string(text) + "\n");
 }
 
-// --- counters and the end ------------------------------------------------------------------------------------------------------------------
+// ---- counters and the end ----
 
 Snapshot Machine::snapshot() {
     Snapshot all;
@@ -373,8 +379,8 @@ void Machine::phase(u32 number) {
     phase_ = number;
     if (number != 0) {
         phase_counters_ = snapshot();
-        // Neither mark belongs to the phase. KVM and the port have counted a mark before it comes here, run() counts it afterwards: either way
-        // one of the two lies between the snapshots.
+        // Neither mark belongs to the phase. KVM and the port have counted a mark before it comes here, run() counts it
+        // afterwards: either way one of the two lies between the snapshots.
         for (const char* name : {"exit_io_out", "kvm_exits", "kvm_io_exits", "port_phase"}) {
             if (const auto counter = phase_counters_.find(name); counter != phase_counters_.end()) {
                 ++counter->second;
@@ -396,7 +402,8 @@ void Machine::finish(ExitCode code, std::string_view why) {
         console_.clear();
     }
     phase_begin_ = 0;
-    print_counters(("\"end\":\"" + std::string(why) + "\",\"status\":" + std::to_string(static_cast<int>(code))).c_str(), {});
+    print_counters(
+        ("\"end\":\"" + std::string(why) + "\",\"status\":" + std::to_string(static_cast<int>(code))).c_str(), {});
     _exit(static_cast<int>(code));
 }
 

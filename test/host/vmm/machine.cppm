@@ -1,4 +1,5 @@
-// The machine: memory, processors as threads, ports, SynIC. What a guest says to Hyper-V's partition goes to a Partition; how it ends, to main.
+// The machine: memory, processors as threads, ports, SynIC. What a guest says to Hyper-V's partition goes to a
+// Partition; how it ends, to main.
 module;
 #include <atomic>
 #include <linux/kvm.h>
@@ -72,10 +73,12 @@ class Machine final : private MachineControl, private BoardClock, private Serial
     std::mutex& device_mutex() { return device_mutex_; }
     /// An interrupt line of the legacy controllers; lives as long as the machine.
     IrqLine& line(u32 gsi);
-    /// Emulated IDE disks: hda, hdb, hdc, hdd, in order; at most four. Before start(), at most once. The images outlive the machine.
+    /// Emulated IDE disks: hda, hdb, hdc, hdd, in order; at most four. Before start(), at most once. The images outlive
+    /// the machine.
     Result<void> add_ide(std::span<Image* const> images);
     Serial& serial() { return *serial_; }
-    /// Is told of each whole line that the guest prints, in the thread of the processor that prints it, and must not print.
+    /// Is told of each whole line that the guest prints, in the thread of the processor that prints it, and must not
+    /// print.
     void set_line_watcher(void (*see)(void* context, std::string_view line), void* context) { watch_ = {see, context}; }
     void set_partition(Partition& partition) { partition_ = &partition; }
     /// Adds counters of others to what is printed.
@@ -86,7 +89,8 @@ class Machine final : private MachineControl, private BoardClock, private Serial
 
     /// A line of this program's own, between the guest's lines. Any thread.
     void say(std::string_view text);
-    /// A guest's line that has not been ended is shown all the same when it gets old: now and then, from the I/O thread.
+    /// A guest's line that has not been ended is shown all the same when it gets old: now and then, from the I/O
+    /// thread.
     void flush_console();
     /// Prints the counters and the reason, ends the process. Any thread.
     [[noreturn]] void finish(ExitCode code, std::string_view why);
@@ -117,7 +121,8 @@ class Machine final : private MachineControl, private BoardClock, private Serial
 
     explicit Machine(const MachineConfig& config) : config_(config) {}
     Result<void> set_up();
-    Result<void> add_processor(u32 number, std::span<const kvm_cpuid_entry2> basic, std::span<const kvm_cpuid_entry2> hyperv);
+    Result<void> add_processor(u32 number, std::span<const kvm_cpuid_entry2> basic,
+                               std::span<const kvm_cpuid_entry2> hyperv);
     [[noreturn]] void run(Processor& processor);
     Exit handle(Processor& processor);
     Exit handle_hyperv(Processor& processor);

@@ -13,7 +13,8 @@ Result<GuestMemory> GuestMemory::create(u64 size) {
     }
     void* const found = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (found == MAP_FAILED) {
-        return Error{Code::exhausted, "mmap of the guest's memory failed; the values are its size and errno", size, static_cast<u64>(errno)};
+        return Error{Code::exhausted, "mmap of the guest's memory failed; the values are its size and errno", size,
+                     static_cast<u64>(errno)};
     }
     GuestMemory memory;
     memory.bytes_ = {static_cast<std::byte*>(found), size};

@@ -1,4 +1,5 @@
-// The guest's memory: one run of bytes from guest physical address 0, held by this process, and the only way anything here touches it.
+// The guest's memory: one run of bytes from guest physical address 0, held by this process, and the only way anything
+// here touches it.
 export module vmm.memory;
 import core.std;
 import core.result;
@@ -7,7 +8,8 @@ export namespace fl::vmm {
 
 inline constexpr u64 page_size = 4096;
 
-/// Bytes 0 to size() - 1 of guest physical memory. The guest changes them at any time: what is checked has to be copied out first.
+/// Bytes 0 to size() - 1 of guest physical memory. The guest changes them at any time: what is checked has to be copied
+/// out first.
 class GuestMemory {
   public:
     /// Where memory ends at the latest: above are PCI's and the VMBus's windows and the interrupt controllers.
@@ -29,7 +31,8 @@ class GuestMemory {
 
     /// The bytes at [address, address + length), or an empty span when they are not all there (or length is 0).
     std::span<std::byte> at(u64 address, u64 length) const {
-        return address <= size() && length <= size() - address ? bytes_.subspan(address, length) : std::span<std::byte>{};
+        return address <= size() && length <= size() - address ? bytes_.subspan(address, length)
+                                                               : std::span<std::byte>{};
     }
     bool read(u64 address, std::span<std::byte> into) const {
         const auto from = at(address, into.size());

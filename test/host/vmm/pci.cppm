@@ -1,4 +1,5 @@
-// PCI by configuration mechanism 1, one bus: a host bridge, and with IDE disks the southbridge's two functions [PCI-3.0 §3.2.2.3.2].
+// PCI by configuration mechanism 1, one bus: a host bridge, and with IDE disks the southbridge's two functions [PCI-3.0
+// §3.2.2.3.2].
 export module vmm.pci;
 import core.std;
 import vmm.board;

@@ -1,11 +1,13 @@
-// I/O ports: devices claim ranges, an access goes to the device that claims its first port. What nobody claims reads as all ones.
+// I/O ports: devices claim ranges, an access goes to the device that claims its first port. What nobody claims reads as
+// all ones.
 export module vmm.ports;
 import core.std;
 import core.result;
 
 export namespace fl::vmm {
 
-/// A device with I/O ports. `size` is 1, 2 or 4 bytes; the access may reach beyond the claimed range, and the device decides what that means.
+/// A device with I/O ports. `size` is 1, 2 or 4 bytes; the access may reach beyond the claimed range, and the device
+/// decides what that means.
 class PortDevice {
   public:
     virtual u32 in(u16 port, unsigned size) = 0;

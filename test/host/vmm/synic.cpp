@@ -13,8 +13,9 @@ import vmm.memory;
 namespace fl::vmm {
 namespace {
 
-constexpr u32 first_gsi = 24;       // behind the I/O APIC's pins
-constexpr u32 first_listener = 512; // above all of those: the last route of a SINT is the one that acknowledgements go to
+constexpr u32 first_gsi = 24; // behind the I/O APIC's pins
+// above all of those: the last route of a SINT is the one that acknowledgements go to
+constexpr u32 first_listener = 512;
 constexpr u64 page_mask = ~(page_size - 1);
 
 Descriptor event_descriptor() { return Descriptor{eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)}; }
@@ -34,7 +35,8 @@ void Synic::registers(u32 processor, u64 control, u64 event_page, u64 message_pa
     p.message_page = message_page;
 }
 
-/// The lines of a SINT come into being when something is first delivered to it: KVM's routes are set as a whole, at a cost.
+/// The lines of a SINT come into being when something is first delivered to it: KVM's routes are set as a whole, at a
+/// cost.
 Synic::Line* Synic::line(u32 processor, u8 sint) {
     auto& slot = processors_[processor].lines[sint];
     if (!slot) {
@@ -81,10 +83,12 @@ Synic::Posted Synic::post(u32 processor, u8 sint, u32 type, std::span<const std:
     }
     auto* const header = reinterpret_cast<MessageHeader*>(slot.data());
     const std::atomic_ref<u32> occupied(header->type);
-    // Pairs with the guest's store of 0, made after it has copied the message out: what was there is not overwritten too early.
+    // Pairs with the guest's store of 0, made after it has copied the message out: what was there is not overwritten
+    // too early.
     if (occupied.load(std::memory_order_acquire) != 0) {
-        // Pending first, then a second look: the guest frees the slot first and then looks at the bit. One of the two sees the other's store,
-        // since both put a full barrier in between; so either the guest tells the end of the message, or this finds the slot free.
+        // Pending first, then a second look: the guest frees the slot first and then looks at the bit. One of the two
+        // sees the other's store, since both put a full barrier in between; so either the guest tells the end of the
+        // message, or this finds the slot free.
         listen(*target);
         target->waiting = true;
         const std::atomic_ref<u8> flags(header->flags);
@@ -119,7 +123,8 @@ Synic::Flagged Synic::set_event(u32 processor, u8 sint, u16 flag, bool always) {
     }
     const std::atomic_ref<u32> word(reinterpret_cast<u32*>(words.data())[flag / 32]);
     const u32 bit = u32{1} << (flag % 32);
-    // Pairs with the guest's exchange of the word: what was written to a ring before the flag is seen by whoever clears the flag.
+    // Pairs with the guest's exchange of the word: what was written to a ring before the flag is seen by whoever clears
+    // the flag.
     const bool was_set = (word.fetch_or(bit, std::memory_order_seq_cst) & bit) != 0;
     if (was_set && !always) {
         return Flagged::pending;
@@ -141,7 +146,8 @@ void Synic::service(EndOfMessage& listener) {
                     continue;
                 }
                 if (found->waiting) {
-                    found->waiting = false; // whoever still has a message posts again, and waits again if the slot is not free
+                    // whoever still has a message posts again, and waits again if the slot is not free
+                    found->waiting = false;
                     free.emplace_back(i, sint);
                 } else {
                     // Nobody waits: every acknowledgement of an interrupt would signal for nothing from here on.

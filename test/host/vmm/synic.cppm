@@ -1,4 +1,5 @@
-// The host's half of SynIC: message slots and event flags in the guest's pages, interrupts through KVM's routes [hv-tlfs §11].
+// The host's half of SynIC: message slots and event flags in the guest's pages, interrupts through KVM's routes
+// [hv-tlfs §11].
 module;
 #include <memory>
 #include <mutex>
@@ -48,12 +49,14 @@ class Synic {
 
     /// What a SynIC exit of KVM says: the registers SCONTROL, SIEFP, SIMP as the guest has them now. Any thread.
     void registers(u32 processor, u64 control, u64 event_page, u64 message_page);
-    /// A message into the slot of `sint` (at most 240 bytes); `busy`: its pending bit is set, and service() reports the end of the message.
+    /// A message into the slot of `sint` (at most 240 bytes); `busy`: its pending bit is set, and service() reports the
+    /// end of the message.
     Posted post(u32 processor, u8 sint, u32 type, std::span<const std::byte> payload);
     /// Sets flag 0 to 2047 of `sint`; interrupts when it was clear, or `always`.
     Flagged set_event(u32 processor, u8 sint, u16 flag, bool always);
 
-    /// The descriptor that becomes readable when a guest has acknowledged a message somebody waits behind: for the I/O thread's epoll.
+    /// The descriptor that becomes readable when a guest has acknowledged a message somebody waits behind: for the I/O
+    /// thread's epoll.
     int acknowledged() const { return acknowledged_.number(); }
     /// After that: tells who waits about the slots that are free.
     void service(EndOfMessage& listener);
@@ -63,8 +66,9 @@ class Synic {
 
   private:
     struct Line {
-        SintRoute route;    // raises the interrupt
-        SintRoute listener; // the same SINT again, with a higher number, for acknowledgements: KVM reports those to the last route
+        SintRoute route; // raises the interrupt
+        // the same SINT again, with a higher number, for acknowledgements: KVM reports those to the last route
+        SintRoute listener;
         Descriptor event;
         Descriptor unused; // the listener's own trigger, never signalled
         bool listening = false;

@@ -1,4 +1,5 @@
-// The balloon's half of the dynamic memory protocol: golden bytes typed from [hv-dm], pages that go and come back, and a host that lies.
+// The balloon's half of the dynamic memory protocol: golden bytes typed from [hv-dm], pages that go and come back, and
+// a host that lies.
 #include <cstring>
 #include <gtest/gtest.h>
 #include <map>

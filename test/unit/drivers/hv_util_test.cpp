@@ -55,7 +55,8 @@ TEST(HvUtil, Negotiates) {
     ASSERT_TRUE(time.answer(message));
     EXPECT_EQ(time.message_version(), (Version{4, 0}));
     Service old(Kind::shutdown);
-    message = hex("01000000 24000000 0100 0000 0000 0100 0000 1000 00000000 07 03 0000 0100 0100 00000000 09000000 03000000");
+    message =
+        hex("01000000 24000000 0100 0000 0000 0100 0000 1000 00000000 07 03 0000 0100 0100 00000000 09000000 03000000");
     ASSERT_TRUE(old.answer(message));
     EXPECT_FALSE(old.negotiated());
     EXPECT_EQ(text(std::span(message).subspan(28, 4)), "00000000") << "nothing fits: counts of zero";
@@ -74,14 +75,16 @@ TEST(HvUtil, Beats) {
 
 TEST(HvUtil, ShutsDownAndRefusesWhatItCannot) {
     Service service(Kind::shutdown);
-    auto message = hex("01000000 20000000 0300 0000 0300 0300 0000 0c00 ffffffff 01 03 0000 00000080 3c000000 01000000");
+    auto message =
+        hex("01000000 20000000 0300 0000 0300 0300 0000 0c00 ffffffff 01 03 0000 00000080 3c000000 01000000");
     auto action = service.answer(message);
     ASSERT_TRUE(action);
     EXPECT_EQ(*action, Action::shut_down);
     EXPECT_EQ(text(std::span(message).subspan(20, 4)), "00000000");
     Service::refuse(message);
     EXPECT_EQ(text(std::span(message).subspan(20, 4)), "05400080");
-    message = hex("01000000 20000000 0300 0000 0300 0300 0000 0c00 00000000 01 03 0000 00000080 3c000000 02000000"); // a restart
+    // a restart
+    message = hex("01000000 20000000 0300 0000 0300 0300 0000 0c00 00000000 01 03 0000 00000080 3c000000 02000000");
     action = service.answer(message);
     ASSERT_TRUE(action);
     EXPECT_EQ(*action, Action::none);
@@ -155,7 +158,8 @@ TEST(HvUtil, ShortAndLyingMessages) {
 TEST(WallClock, CivilTime) {
     const auto is = [](u64 seconds, u32 y, u32 mo, u32 d, u32 h, u32 mi, u32 s) {
         const CivilTime t = civil_time(seconds * 1'000'000'000);
-        EXPECT_TRUE(t.year == y && t.month == mo && t.day == d && t.hour == h && t.minute == mi && t.second == s) << seconds;
+        EXPECT_TRUE(t.year == y && t.month == mo && t.day == d && t.hour == h && t.minute == mi && t.second == s)
+            << seconds;
     };
     is(0, 1970, 1, 1, 0, 0, 0);
     is(951782399, 2000, 2, 28, 23, 59, 59);

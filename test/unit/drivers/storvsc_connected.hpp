@@ -1,5 +1,5 @@
-// A machine in one process: the guest's SynIC, VMBus and drivers on one side, the test host's server on the other, guest memory an arena between
-// them. Interrupts are played while the executor sleeps. Include after the imports.
+// A machine in one process: the guest's SynIC, VMBus and drivers on one side, the test host's server on the other,
+// guest memory an arena between them. Interrupts are played while the executor sleeps. Include after the imports.
 #pragma once
 
 namespace connected {
@@ -35,7 +35,8 @@ struct Lines final : host::Log {
 struct Sink final : drivers::DiskSink {
     std::vector<std::pair<io::BlockDevice*, u32>> disks;
     std::vector<u32> gone_numbers;
-    std::vector<std::pair<std::string, drivers::Unused>> left; // units that are not driven: the end of the address, and why
+    // units that are not driven: the end of the address, and why
+    std::vector<std::pair<std::string, drivers::Unused>> left;
     bool offers = true;
     bool offered(u32) override { return offers; }
     void unused(const drivers::UnusedUnit& unit) override {
@@ -84,7 +85,9 @@ class Machine final : public hv::Privileged, public host::Delivery {
         server = std::make_unique<host::Server>(memory, *this, lines, config);
         hv::hyperv::Gate gate;
         gate.context = this;
-        gate.call = [](void* self, u64 control, u64 input, u64) { return static_cast<Machine*>(self)->call(control, input); };
+        gate.call = [](void* self, u64 control, u64 input, u64) {
+            return static_cast<Machine*>(self)->call(control, input);
+        };
         EXPECT_TRUE(hypercalls.install(gate, arena));
         synic.install(*this, arena, true);
         EXPECT_TRUE(synic.enable(executor, 0x41, true));

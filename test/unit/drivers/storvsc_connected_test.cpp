@@ -1,4 +1,5 @@
-// Guest and host in one process: the drivers over the real bus against the test host, honest and with every rule broken that it can break.
+// Guest and host in one process: the drivers over the real bus against the test host, honest and with every rule broken
+// that it can break.
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -65,7 +66,8 @@ void verify(Machine& m, io::BlockDevice& disk, Store& store, u32 rounds) {
     DmaSpan buffer = m.buffer(512 * 1024);
     for (u32 i = 0; i < rounds; ++i) {
         const u64 lba = random() % disk.geometry().sectors;
-        const u32 most = static_cast<u32>(std::min<u64>(disk.geometry().sectors - lba, i % 4 == 0 ? 480 * 1024 / sector : 16));
+        const u32 most =
+            static_cast<u32>(std::min<u64>(disk.geometry().sectors - lba, i % 4 == 0 ? 480 * 1024 / sector : 16));
         const u32 count = static_cast<u32>(1 + random() % most);
         DmaSpan span = buffer.subspan(static_cast<u32>(random() % 4) * sector, count * sector);
         if (i % 2 == 0) {
@@ -166,8 +168,8 @@ TEST(Connected, OneOddUnitKeepsNobodyFromTheOthers) {
     Store a;
     Store nothing(0); // its last block is block 2^64 - 1
     Store b;
-    m.server->add(
-        host::StorageDevice::scsi({}, {{.lun = 0, .store = &a.store}, {.lun = 1, .store = &nothing.store}, {.lun = 2, .store = &b.store}}));
+    m.server->add(host::StorageDevice::scsi(
+        {}, {{.lun = 0, .store = &a.store}, {.lun = 1, .store = &nothing.store}, {.lun = 2, .store = &b.store}}));
     ASSERT_TRUE(m.connect());
     ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::scsi_class)))) << log.text.view();
     ASSERT_EQ(m.sink.disks.size(), 2u) << log.text.view() << m.lines.text;
@@ -380,7 +382,8 @@ TEST_P(ConnectedFault, BoundedAndNothingAcknowledgedIsLost) {
     config.fault = {GetParam().fault, 0, 1};
     const std::string name(GetParam().name);
     const bool in_use = name.find("version") == std::string::npos && name.find("gpadl") == std::string::npos &&
-                        name.find("open") == std::string::npos && name.find("message") == std::string::npos && name != "duplicate-relid";
+                        name.find("open") == std::string::npos && name.find("message") == std::string::npos &&
+                        name != "duplicate-relid";
     config.fault.after = in_use ? 20 : 0; // once the disk is there
     Machine m(config);
     test::CapturedLog log;
@@ -419,8 +422,9 @@ TEST_P(ConnectedFault, BoundedAndNothingAcknowledgedIsLost) {
         EXPECT_EQ(a.data[lba * 512 + 4095], value) << lba;
     }
     const bool told = log.has("error: ") || log.has("warning: ") || !done || !attached;
-    const bool harmless = name == "rewrite" || name == "packet-trailer" || name == "unit-attention" || name == "refuse-new-versions" ||
-                          name == "unknown-message" || name == "short-message" || name == "signal-storm" || name == "no-version-response";
+    const bool harmless = name == "rewrite" || name == "packet-trailer" || name == "unit-attention" ||
+                          name == "refuse-new-versions" || name == "unknown-message" || name == "short-message" ||
+                          name == "signal-storm" || name == "no-version-response";
     EXPECT_TRUE(told || harmless || m.server->faults_struck() == 0) << log.text.view();
     EXPECT_TRUE(m.server->faults_struck() != 0 || !in_use || name == "early-completion") << "the fault did not happen";
     EXPECT_TRUE(failed == 0 || told) << "nothing fails without a word";
@@ -437,8 +441,8 @@ TEST(Connected, IntegrationServices) {
     test::CapturedLog log;
     host::ShutdownService& shutdown = m.server->add(std::make_unique<host::ShutdownService>());
     host::HeartbeatService& heartbeat = m.server->add(std::make_unique<host::HeartbeatService>());
-    m.server->add(
-        std::make_unique<host::TimeSyncService>([] { return u64{116'444'736'000'000'000} + 17'640'000'000'000'000; }, [] { return u64{1000}; }));
+    m.server->add(std::make_unique<host::TimeSyncService>(
+        [] { return u64{116'444'736'000'000'000} + 17'640'000'000'000'000; }, [] { return u64{1000}; }));
     ASSERT_TRUE(m.connect());
     for (const std::string_view type :
          {drivers::hv_util::shutdown_class, drivers::hv_util::heartbeat_class, drivers::hv_util::time_sync_class}) {

@@ -1,5 +1,6 @@
-// A storage host for one channel, typed from the ring's and the storage protocol's descriptions [vmbus-ring, storvsc]: its own offsets, its own
-// indices. It plays the other side of rings that a Channel was attached to, and of the Queue on them. Include after the imports.
+// A storage host for one channel, typed from the ring's and the storage protocol's descriptions [vmbus-ring, storvsc]:
+// its own offsets, its own indices. It plays the other side of rings that a Channel was attached to, and of the Queue
+// on them. Include after the imports.
 #pragma once
 
 namespace fake {
@@ -117,7 +118,8 @@ class StorageHost {
                 EXPECT_EQ(header, 32 + (offset + left + 4095) / 4096 * 8);
                 for (u32 at = 32; at < header; at += 8) {
                     const u32 n = std::min(left, 4096 - offset);
-                    command.data.push_back({reinterpret_cast<std::byte*>(get64(packet.data() + at) * 4096 + offset), n});
+                    command.data.push_back(
+                        {reinterpret_cast<std::byte*>(get64(packet.data() + at) * 4096 + offset), n});
                     left -= n;
                     offset = 0;
                 }

@@ -22,7 +22,9 @@ template <class T>
 std::string raw(const T& value) {
     return std::string(reinterpret_cast<const char*>(&value), sizeof value);
 }
-std::string raw(const scsi::Cdb& cdb) { return std::string(reinterpret_cast<const char*>(cdb.bytes.data()), cdb.length); }
+std::string raw(const scsi::Cdb& cdb) {
+    return std::string(reinterpret_cast<const char*>(cdb.bytes.data()), cdb.length);
+}
 template <usize N>
 std::string bytes(const char (&text)[N]) {
     return std::string(text, N - 1);
@@ -98,7 +100,8 @@ TEST(Scsi, CommandsGoldenBytes) {
     EXPECT_EQ(raw(scsi::synchronize_cache_10()), bytes("\x35\0\0\0\0\0\0\0\0\0"));
     EXPECT_EQ(raw(scsi::synchronize_cache_16()), bytes("\x91\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"));
     EXPECT_EQ(raw(scsi::unmap(24)), bytes("\x42\0\0\0\0\0\0\0\x18\0"));
-    EXPECT_EQ(raw(scsi::read_write_16(true, 0x1122334455667788, 0x99)), bytes("\x8a\0\x11\x22\x33\x44\x55\x66\x77\x88\0\0\0\x99\0\0"));
+    EXPECT_EQ(raw(scsi::read_write_16(true, 0x1122334455667788, 0x99)),
+              bytes("\x8a\0\x11\x22\x33\x44\x55\x66\x77\x88\0\0\0\x99\0\0"));
     std::array<u8, 24> list;
     scsi::unmap_list(list, 0x1122334455667788, 0x10203);
     EXPECT_EQ(raw(list), bytes("\0\x16\0\x10\0\0\0\0\x11\x22\x33\x44\x55\x66\x77\x88\0\x01\x02\x03\0\0\0\0"));
@@ -154,7 +157,7 @@ TEST(Scsi, Luns) {
                            "\x40\x3f\0\0\0\0\0\0")));
     EXPECT_EQ(luns, "0 5 63 ");
     EXPECT_TRUE(list(bytes("\0\0\0\x10\0\0\0\0"
-                           "\x41\x2c\0\0\0\0\0\0"      // flat space: 300
+                           "\x41\x2c\0\0\0\0\0\0"     // flat space: 300
                            "\0\x01\0\x02\0\0\0\0"))); // a second level
     EXPECT_EQ(luns, "300 4294967295 ");
     EXPECT_TRUE(list(bytes("\0\0\0\x08\0\0\0\0"
@@ -172,7 +175,8 @@ TEST(Scsi, CachingPage) {
     ASSERT_TRUE(mode);
     EXPECT_TRUE(mode->write_protected);
     EXPECT_EQ(mode->write_cache, true);
-    mode = scsi::parse_mode_6(octets(bytes("\x17\0\0\x08\0\0\0\0\0\0\0\0\x88\x12\0\0"))); // a block descriptor before it, PS set, cut
+    // a block descriptor before it, PS set, cut
+    mode = scsi::parse_mode_6(octets(bytes("\x17\0\0\x08\0\0\0\0\0\0\0\0\x88\x12\0\0")));
     EXPECT_EQ(mode->write_cache, false);
     EXPECT_FALSE(mode->write_protected);
     EXPECT_EQ(scsi::parse_mode_6(octets(bytes("\x03\0\0\0")))->write_cache, std::nullopt);
@@ -184,7 +188,8 @@ TEST(Scsi, VitalProductData) {
     EXPECT_TRUE(scsi::lists_page(octets(bytes("\0\0\0\x03\0\xb0\xb2")), 0xb2));
     EXPECT_FALSE(scsi::lists_page(octets(bytes("\0\0\0\x01\0\xb0\xb2")), 0xb2));
     EXPECT_FALSE(scsi::lists_page(octets(bytes("\0\0\xff\xff\0")), 0xb2));
-    auto limits = scsi::parse_block_limits(octets(bytes("\0\xb0\0\x3c\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0\0\0\0\0\x10\0\0\0\0\x01")));
+    auto limits =
+        scsi::parse_block_limits(octets(bytes("\0\xb0\0\x3c\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0\0\0\0\0\x10\0\0\0\0\x01")));
     ASSERT_TRUE(limits);
     EXPECT_EQ(limits->max_transfer_blocks, 0x102u);
     EXPECT_EQ(limits->max_unmap_blocks, 0x1000u);
@@ -204,7 +209,8 @@ TEST(Scsi, Sense) {
     EXPECT_EQ(scsi::describe(*sense, 77).view(), "UNIT ATTENTION, capacity data has changed (6/2a/09) at LBA 77");
     sense = scsi::parse_sense(octets(bytes("\x72\x05\x21\0\0\0\0\x0c\0\x0a\x80\0\0\0\0\x01\0\0\0\x02")));
     ASSERT_TRUE(sense);
-    EXPECT_EQ(scsi::describe(*sense, std::nullopt).view(), "ILLEGAL REQUEST, LBA out of range (5/21/00) at LBA 4294967298");
+    EXPECT_EQ(scsi::describe(*sense, std::nullopt).view(),
+              "ILLEGAL REQUEST, LBA out of range (5/21/00) at LBA 4294967298");
     sense = scsi::parse_sense(octets(bytes("\x72\x04\x80\x7f\0\0\0\xff\0\xff")));
     EXPECT_EQ(scsi::describe(*sense, std::nullopt).view(), "HARDWARE ERROR (4/80/7f)");
     sense = scsi::parse_sense(octets(bytes("\x70\0\x02"))); // no room for more
@@ -216,9 +222,11 @@ TEST(Scsi, Sense) {
 // Every cut of an answer is read without a step outside it (the sanitizers watch).
 TEST(Scsi, ShortAnswers) {
     for (const std::string& whole :
-         {bytes("\xf0\0\x03\0\0\x12\x34\xff\0\0\0\0\x11\x00\0\0\0\0\0\0"), bytes("\x72\x05\x21\0\0\0\0\xff\0\x0a\x80\0\0\0\0\x01\0\0\0\x02"),
+         {bytes("\xf0\0\x03\0\0\x12\x34\xff\0\0\0\0\x11\x00\0\0\0\0\0\0"),
+          bytes("\x72\x05\x21\0\0\0\0\xff\0\x0a\x80\0\0\0\0\x01\0\0\0\x02"),
           bytes("\0\0\0\x18\0\0\0\0\0\0\0\0\0\0\0\0\0\x05\0\0\0\0\0\0"), bytes("\xff\0\x80\0\x88\xff\x04\0\0\0\0\0"),
-          bytes("\0\xb0\xff\xff\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0\0\0\0\0\x10\0\0\0\0\x01"), bytes("\0\xb2\xff\xff\0\xe0\0\0")}) {
+          bytes("\0\xb0\xff\xff\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0\0\0\0\0\x10\0\0\0\0\x01"),
+          bytes("\0\xb2\xff\xff\0\xe0\0\0")}) {
         for (usize n = 0; n <= whole.size(); ++n) {
             const std::vector<u8> cut = octets(whole.substr(0, n));
             static_cast<void>(scsi::parse_sense(cut));

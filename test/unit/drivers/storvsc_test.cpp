@@ -244,7 +244,7 @@ TEST(Storvsc, FlushByTheCommandThatTheUnitKnows) {
     EXPECT_EQ(m.host.done, 3u) << "asked once with (10), and then no more";
 }
 
-// ---- a host that breaks a rule ---------------------------------------------------------------------------------------------------------------
+// ---- a host that breaks a rule ----
 
 struct Break {
     const char* name;
@@ -286,9 +286,12 @@ Reply with(void (*change)(Reply&)) {
     return r;
 }
 const Break breaks[] = {
-    {"unknown_id", [](Machine&, const Command&) { return with([](Reply& r) { r.id = 0x7f0099; }); }, "transaction id that is not under way"},
-    {"huge_id", [](Machine&, const Command&) { return with([](Reply& r) { r.id = ~u64{0}; }); }, "transaction id that is not under way"},
-    {"repeated", [](Machine&, const Command&) { return with([](Reply& r) { r.twice = true; }); }, "transaction id that is not under way"},
+    {"unknown_id", [](Machine&, const Command&) { return with([](Reply& r) { r.id = 0x7f0099; }); },
+     "transaction id that is not under way"},
+    {"huge_id", [](Machine&, const Command&) { return with([](Reply& r) { r.id = ~u64{0}; }); },
+     "transaction id that is not under way"},
+    {"repeated", [](Machine&, const Command&) { return with([](Reply& r) { r.twice = true; }); },
+     "transaction id that is not under way"},
     {"retired",
      [](Machine& m, const Command&) {
          Reply r;
@@ -303,13 +306,20 @@ const Break breaks[] = {
          return r;
      },
      "transaction id that is not under way"},
-    {"too_short", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 48; }); }, "not the length of the agreed version"},
-    {"too_long", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 72; }); }, "not the length of the agreed version"},
-    {"empty", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 0; }); }, "not the length of the agreed version"},
-    {"longer_than_the_channel", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 4096; }); }, "length"},
-    {"no_complete_io", [](Machine&, const Command&) { return with([](Reply& r) { r.operation = 3; }); }, "no COMPLETE_IO"},
-    {"moved_more", [](Machine&, const Command&) { return with([](Reply& r) { r.moved = 4097; }); }, "more data was moved"},
-    {"moved_much_more", [](Machine&, const Command&) { return with([](Reply& r) { r.moved = ~0u; }); }, "more data was moved"},
+    {"too_short", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 48; }); },
+     "not the length of the agreed version"},
+    {"too_long", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 72; }); },
+     "not the length of the agreed version"},
+    {"empty", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 0; }); },
+     "not the length of the agreed version"},
+    {"longer_than_the_channel", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 4096; }); },
+     "length"},
+    {"no_complete_io", [](Machine&, const Command&) { return with([](Reply& r) { r.operation = 3; }); },
+     "no COMPLETE_IO"},
+    {"moved_more", [](Machine&, const Command&) { return with([](Reply& r) { r.moved = 4097; }); },
+     "more data was moved"},
+    {"moved_much_more", [](Machine&, const Command&) { return with([](Reply& r) { r.moved = ~0u; }); },
+     "more data was moved"},
     {"packet_type", [](Machine&, const Command&) { return with([](Reply& r) { r.type = 9; }); }, "packet of a type"},
     {"unasked",
      [](Machine&, const Command&) { // a COMPLETE_IO as a packet of the host's own
@@ -338,7 +348,8 @@ const Break breaks[] = {
      },
      "longer than what is in the ring"},
 };
-INSTANTIATE_TEST_SUITE_P(All, StorvscBreak, testing::ValuesIn(breaks), [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(All, StorvscBreak, testing::ValuesIn(breaks),
+                         [](const auto& info) { return info.param.name; });
 
 TEST(Storvsc, AReadIndexThatCannotBeIsNoticedWithTheNextRequest) {
     Machine m;
@@ -373,7 +384,7 @@ TEST(Storvsc, ATimeOutOfABrokenRingNamesTheRule) {
     EXPECT_FALSE(m.log.has("reset the bus")) << m.log.text.view();
 }
 
-// ---- errors that are none of the protocol's --------------------------------------------------------------------------------------------------
+// ---- errors that are none of the protocol's ----
 
 struct Failure {
     const char* name;
@@ -415,11 +426,14 @@ const Failure failures[] = {
      "sda: WRITE(16): HARDWARE ERROR, internal target failure (4/44/00) at LBA 1000"},
     {"protected", io::Op::write, sense("\x70\0\x07\0\0\0\0\x0a\0\0\0\0\x27\0\0\0\0\0"), io::Status::io_error,
      "DATA PROTECT, write protected (7/27/00)"},
-    {"attention_for_ever", io::Op::read, sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x29\0\0\0\0\0"), io::Status::io_error, "UNIT ATTENTION"},
+    {"attention_for_ever", io::Op::read, sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x29\0\0\0\0\0"), io::Status::io_error,
+     "UNIT ATTENTION"},
     {"flush_medium", io::Op::flush, sense("\x70\0\x03\0\0\0\0\x0a\0\0\0\0\x0c\0\0\0\0\0"), io::Status::io_error,
      "sda: SYNCHRONIZE CACHE(10): MEDIUM ERROR, write error (3/0c/00)"},
-    {"short", io::Op::read, with([](Reply& r) { r.moved = 4095; }), io::Status::io_error, "moved 4095 of 4096 bytes and calls that a success"},
-    {"nothing_written", io::Op::write, with([](Reply& r) { r.moved = 0; }), io::Status::io_error, "moved 0 of 4096 bytes"},
+    {"short", io::Op::read, with([](Reply& r) { r.moved = 4095; }), io::Status::io_error,
+     "moved 4095 of 4096 bytes and calls that a success"},
+    {"nothing_written", io::Op::write, with([](Reply& r) { r.moved = 0; }), io::Status::io_error,
+     "moved 0 of 4096 bytes"},
     {"overrun_short", io::Op::read, with([](Reply& r) {
          r.srb_status = 0x12;
          r.moved = 512;
@@ -432,7 +446,8 @@ const Failure failures[] = {
     {"unmap_refused", io::Op::discard, sense("\x70\0\x05\0\0\0\0\x0a\0\0\0\0\x20\0\0\0\0\0"), io::Status::not_supported,
      "UNMAP: ILLEGAL REQUEST"},
 };
-INSTANTIATE_TEST_SUITE_P(All, StorvscFailure, testing::ValuesIn(failures), [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(All, StorvscFailure, testing::ValuesIn(failures),
+                         [](const auto& info) { return info.param.name; });
 
 TEST(Storvsc, TransientConditionsAreTriedAgain) {
     Machine m;
@@ -471,7 +486,9 @@ TEST(Storvsc, TransientConditionsAreTriedAgain) {
 
 TEST(Storvsc, FlushesAtOnceOnAHostThatKnowsTheLongCommandAlone) {
     Machine m;
-    m.host.say = [](const Command& c) { return c.cdb(0) == 0x35 ? sense("\x70\0\x05\0\0\0\0\x0a\0\0\0\0\x20\0\0\0\0\0") : Reply{}; };
+    m.host.say = [](const Command& c) {
+        return c.cdb(0) == 0x35 ? sense("\x70\0\x05\0\0\0\0\x0a\0\0\0\0\x20\0\0\0\0\0") : Reply{};
+    };
     std::vector<std::unique_ptr<io::Request>> flushes;
     for (u32 i = 0; i < 5; ++i) {
         flushes.push_back(std::make_unique<io::Request>(*m.disk, io::Op::flush, 0, DmaSpan{}));
@@ -509,7 +526,8 @@ TEST(Storvsc, MixedRetriesEnd) {
     Machine m;
     u32 busy = 5;
     m.host.say = [&](const Command&) {
-        return busy != 0 ? (--busy, with([](Reply& r) { r.scsi_status = 8; })) : sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x29\0\0\0\0\0");
+        return busy != 0 ? (--busy, with([](Reply& r) { r.scsi_status = 8; }))
+                         : sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x29\0\0\0\0\0");
     };
     DmaSpan buffer = m.buffer(4096);
     io::Request request(*m.disk, io::Op::read, 0, buffer);
@@ -536,7 +554,7 @@ TEST(Storvsc, TheHostTellsOfUnits) {
     EXPECT_TRUE(m.read(0, m.buffer(4096)));
 }
 
-// ---- a host that says nothing ----------------------------------------------------------------------------------------------------------------
+// ---- a host that says nothing ----
 
 struct StorvscTime : testing::Test {
     Machine m;
@@ -736,7 +754,8 @@ TEST_P(StorvscUnfenced, AWriteThatIsNeverAnsweredClosesTheController) {
 INSTANTIATE_TEST_SUITE_P(All, StorvscUnfenced, testing::Values(io::Op::write, io::Op::discard),
                          [](const auto& info) { return std::string(io::name(info.param)); });
 
-// Reads that are given up keep their slots. When nothing but such slots is left the disk is closed, and not silently stuck.
+// Reads that are given up keep their slots. When nothing but such slots is left the disk is closed, and not silently
+// stuck.
 TEST(Storvsc, SlotsThatAreNeverGivenBackEndTheDisk) {
     Machine m;
     m.host.say = [](const Command& c) {

@@ -1,5 +1,5 @@
-// A block back end for tests, typed from the block interface's description [xen-blkif] and the ring's [xen-ring]: its own offsets, its own
-// indices. Include after the imports and after hv/xen_fake.hpp.
+// A block back end for tests, typed from the block interface's description [xen-blkif] and the ring's [xen-ring]: its
+// own offsets, its own indices. Include after the imports and after hv/xen_fake.hpp.
 #pragma once
 
 namespace fake {
@@ -17,8 +17,9 @@ struct Offer {
     std::optional<u32> ring_order;
     std::optional<u32> ring_pages; // the old key
     std::string device_type = "disk";
-    std::map<std::string, std::string> extra; // keys of the back end's directory, instead of what would stand there; "-": missing
-    u32 slow_states = 0;                      // idle rounds before each change of state
+    // keys of the back end's directory, instead of what would stand there; "-": missing
+    std::map<std::string, std::string> extra;
+    u32 slow_states = 0; // idle rounds before each change of state
     bool never_connects = false;
     bool closes_instead = false;
 };
@@ -162,8 +163,8 @@ class Blkback {
         kept.clear();
         refs.clear();
     }
-    /// Maps a page of a request, as blkback does: with persistent grants for writing whatever it is for, and once for all; else for as long as
-    /// the request lasts, and no more than it needs.
+    /// Maps a page of a request, as blkback does: with persistent grants for writing whatever it is for, and once for
+    /// all; else for as long as the request lasts, and no more than it needs.
     std::byte* map(u32 ref, bool write) {
         write = write || keeps_mapped;
         if (keeps_mapped && kept.contains(ref)) {
@@ -236,7 +237,8 @@ class Blkback {
             EXPECT_GE(n, 1u);
             EXPECT_LE(n, 11u);
             for (u32 i = 0; i < n; ++i) {
-                segments.push_back({Xen::field<u32>(at, 24 + i * 8), Xen::field<u8>(at, 28 + i * 8), Xen::field<u8>(at, 29 + i * 8)});
+                segments.push_back(
+                    {Xen::field<u32>(at, 24 + i * 8), Xen::field<u8>(at, 28 + i * 8), Xen::field<u8>(at, 29 + i * 8)});
             }
         } else if (op == 6) {
             answer_op = op = Xen::field<u8>(at, 1);
@@ -341,7 +343,8 @@ class Blkback {
     u32 at_once = ~0u;
     bool keeps_mapped = false, hold_grants = false, dead = false, refuse_flush = false, sulks = false;
     bool more_work = false, wild = false;
-    bool lazy = false; // asks for an event only when nothing is under way (QEMU), instead of whenever it has looked (Linux)
+    // asks for an event only when nothing is under way (QEMU), instead of whenever it has looked (Linux)
+    bool lazy = false;
     std::map<u32, bool> kept;               // mapped until we leave; true: for writing
     std::vector<std::pair<u32, bool>> lent; // mapped for the request at hand
     std::set<u32> all_refs;
@@ -384,7 +387,8 @@ struct Sink final : drivers::DiskSink {
 /// A machine with one disk.
 struct DiskMachine : Machine {
     explicit DiskMachine(const Offer& offer, u32 withheld = 0, u32 number = 51712)
-        : Machine(48u << 20), back(xen, offer, number), environment{executor, xen.memory, xen.interrupts, sink, 200'000'000, withheld} {
+        : Machine(48u << 20), back(xen, offer, number),
+          environment{executor, xen.memory, xen.interrupts, sink, 200'000'000, withheld} {
         world.device = [this] { return back.step(); };
         device.type.write("vbd");
         device.address.write(std::to_string(number));

@@ -58,8 +58,10 @@ void verify(DiskMachine& m, u32 rounds = 60) {
     DmaSpan buffer = m.buffer(512 * 1024);
     for (u32 i = 0; i < rounds; ++i) {
         const u64 lba = random() % sectors;
-        const u32 count = static_cast<u32>(std::min<u64>({1 + random() % (i % 3 == 0 ? 400 : 20), sectors - lba, 400u * 512 / sector}));
-        const u32 shift = static_cast<u32>(random() % 8 * 512 / sector * sector); // not at a page's beginning where that is allowed
+        const u32 count = static_cast<u32>(
+            std::min<u64>({1 + random() % (i % 3 == 0 ? 400 : 20), sectors - lba, 400u * 512 / sector}));
+        // not at a page's beginning where that is allowed
+        const u32 shift = static_cast<u32>(random() % 8 * 512 / sector * sector);
         DmaSpan span = buffer.subspan(shift, count * sector);
         for (std::byte& b : span.bytes()) {
             b = static_cast<std::byte>(random());
@@ -87,7 +89,8 @@ TEST(XenBlkProtocol, GoldenBytes) {
     golden += std::string("\0\0\0\0\0\0\0\0\x04\x03\x02\x01\x03\x07\0\0", 16);
     EXPECT_EQ(bytes(r).substr(0, 40), golden);
     IndirectRequest i{Operation::indirect, Operation::read, 32, 0, 5, 6, 0xca00, 0, {0x0a0b0c0d}, 0};
-    EXPECT_EQ(bytes(i).substr(0, 32), std::string("\x06\0\x20\0\0\0\0\0\x05\0\0\0\0\0\0\0\x06\0\0\0\0\0\0\0\x00\xca\0\0\x0d\x0c\x0b\x0a", 32));
+    EXPECT_EQ(bytes(i).substr(0, 32),
+              std::string("\x06\0\x20\0\0\0\0\0\x05\0\0\0\0\0\0\0\x06\0\0\0\0\0\0\0\x00\xca\0\0\x0d\x0c\x0b\x0a", 32));
     Response a;
     std::memcpy(&a, "\x07\0\0\0\0\0\0\0\x03\0\xfe\xff\0\0\0\0", 16);
     EXPECT_EQ(a.id, 7u);
@@ -142,8 +145,8 @@ const Variant variants[] = {
      "flush persistent indirect ring-pages=2"},
     {"all_withheld",
      {.barrier = true, .persistent = true, .indirect = 256, .ring_order = 4},
-     without(Feature::persistent) | without(Feature::indirect) | without(Feature::ring_pages) | without(Feature::flush) |
-         without(Feature::barrier),
+     without(Feature::persistent) | without(Feature::indirect) | without(Feature::ring_pages) |
+         without(Feature::flush) | without(Feature::barrier),
      "ring-pages=1"},
     {"flush_withheld", {.barrier = true}, without(Feature::flush), "barrier ring-pages=1"},
     {"garbage",
@@ -160,7 +163,8 @@ const Variant variants[] = {
      "ring-pages=1"},
     {"slow", {.slow_states = 30}, 0, "flush ring-pages=1"},
 };
-INSTANTIATE_TEST_SUITE_P(All, XenBlkVariant, testing::ValuesIn(variants), [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(All, XenBlkVariant, testing::ValuesIn(variants),
+                         [](const auto& info) { return info.param.name; });
 
 TEST(XenBlk, PublishesWhatTheBackEndReads) {
     DiskMachine plain({.ring_order = 0});
@@ -181,14 +185,16 @@ TEST(XenBlk, PublishesWhatTheBackEndReads) {
 }
 
 TEST(XenBlk, GeometryInUnitsOfTheDisk) {
-    DiskMachine m({.sectors = 8 * 1000 + 5, .sector_size = 4096, .read_only = true, .extra = {{"physical-sector-size", "4096"}}});
+    DiskMachine m(
+        {.sectors = 8 * 1000 + 5, .sector_size = 4096, .read_only = true, .extra = {{"physical-sector-size", "4096"}}});
     ASSERT_TRUE(m.probe());
     EXPECT_EQ(m.disk().geometry().sectors, 1000u);
     EXPECT_EQ(m.disk().geometry().sector_size, 4096u);
     EXPECT_TRUE(m.disk().geometry().read_only);
     const DmaSpan buffer = m.buffer(8192);
     EXPECT_EQ(m.run(fake::write(m.disk(), 0, buffer)).error().code, Code::bad_argument);
-    EXPECT_EQ(m.run(fake::read(m.disk(), 0, buffer.subspan(512, 4096))).error().code, Code::bad_argument) << "a segment must be aligned, too";
+    EXPECT_EQ(m.run(fake::read(m.disk(), 0, buffer.subspan(512, 4096))).error().code, Code::bad_argument)
+        << "a segment must be aligned, too";
     std::memset(m.back.disk.data() + 999 * 4096, 0x5a, 4096);
     ASSERT_TRUE(m.run(fake::read(m.disk(), 999, buffer.subspan(0, 4096))));
     EXPECT_EQ(buffer.data[4095], std::byte{0x5a});
@@ -208,7 +214,8 @@ TEST(XenBlk, ImpossibleDisksAreRefused) {
                                                                                      {"sector-size", "256"}}) {
         SCOPED_TRACE(key + "=" + value);
         DiskMachine m({.extra = {{key, value}}});
-        // A size that is not understood is a disk that is not understood: "not supported" leaves it alone, all else is an error.
+        // A size that is not understood is a disk that is not understood: "not supported" leaves it alone, all else is
+        // an error.
         static_cast<void>(m.probe());
         EXPECT_EQ(m.sink.disk, nullptr);
         EXPECT_EQ(m.back.front_state(), 6u);
@@ -325,7 +332,8 @@ TEST(XenBlk, ABackEndWithPersistentGrantsMapsEverythingForWriting) {
     for (u32 i = 0; i < buffer.size; ++i) {
         buffer.data[i] = static_cast<std::byte>(i * 7 >> 3);
     }
-    for (const u32 size : {44u * 1024, 48u * 1024, 128u * 1024, 512u * 1024}) { // 44 KiB: the most that needs no page of segments
+    // 44 KiB: the most that needs no page of segments
+    for (const u32 size : {44u * 1024, 48u * 1024, 128u * 1024, 512u * 1024}) {
         ASSERT_TRUE(m.run(fake::write(m.disk(), 8, buffer.subspan(0, size))));
         ASSERT_EQ(std::memcmp(m.back.disk.data() + 8 * 512, buffer.data, size), 0);
         const DmaSpan into = m.buffer(size);
@@ -350,7 +358,7 @@ TEST(XenBlk, APoolThatTheBackEndDoesNotUseIsGivenBack) {
     EXPECT_EQ(kept.xen.live_grants(), 1u + 352u) << "as many as a ring of 32 slots can use";
 }
 
-// ---- many disks ------------------------------------------------------------------------------------------------------------------------------
+// ---- many disks ----
 
 struct ManyDisks : fake::Machine {
     explicit ManyDisks(u32 count, const Offer& offer, usize bytes = 96u << 20) : Machine(bytes), sinks(count) {
@@ -372,8 +380,8 @@ struct ManyDisks : fake::Machine {
         EXPECT_TRUE(start());
         u32 attached = 0;
         for (usize i = 0; i < backs.size(); ++i) {
-            environments.push_back(
-                std::make_unique<drivers::Environment>(executor, xen.memory, xen.interrupts, sinks[i], 200'000'000, withheld));
+            environments.push_back(std::make_unique<drivers::Environment>(executor, xen.memory, xen.interrupts,
+                                                                          sinks[i], 200'000'000, withheld));
             hv::SyntheticDevice device;
             device.type.write("vbd");
             device.address.write(std::to_string(numbers[i]));
@@ -384,7 +392,9 @@ struct ManyDisks : fake::Machine {
         }
         return attached;
     }
-    bool persistent(u32 i) { return sinks[i].disk->identity().features.view().find("persistent") != std::string_view::npos; }
+    bool persistent(u32 i) {
+        return sinks[i].disk->identity().features.view().find("persistent") != std::string_view::npos;
+    }
     void use_all() {
         const DmaSpan out = *xen.memory.allocate(300 * 1024, ~u64{0});
         const DmaSpan in = *xen.memory.allocate(300 * 1024, ~u64{0});
@@ -483,7 +493,7 @@ TEST(XenBlkMany, ADiskWithoutPersistentGrantsWorksWithTheFewThatAreLeft) {
     EXPECT_EQ(m.xen.bad_maps, 0u);
 }
 
-// ---- many at once ----------------------------------------------------------------------------------------------------------------------------
+// ---- many at once ----
 
 struct Load {
     io::BlockDevice& disk;
@@ -583,8 +593,8 @@ TEST(XenBlk, OneSlowAnswerDoesNotKeepTheOthersWaiting) {
 }
 
 TEST(XenBlk, MoreThanTheRingHolds) {
-    for (Offer offer :
-         {Offer{}, Offer{.persistent = true}, Offer{.indirect = 256, .ring_order = 2}, Offer{.persistent = true, .indirect = 64}}) {
+    for (Offer offer : {Offer{}, Offer{.persistent = true}, Offer{.indirect = 256, .ring_order = 2},
+                        Offer{.persistent = true, .indirect = 64}}) {
         DiskMachine m(offer);
         ASSERT_TRUE(m.probe());
         m.back.at_once = 5;
@@ -600,7 +610,7 @@ TEST(XenBlk, MoreThanTheRingHolds) {
     }
 }
 
-// ---- a back end that misbehaves --------------------------------------------------------------------------------------------------------------
+// ---- a back end that misbehaves ----
 
 TEST(XenBlkHostile, TheFirstBrokenRuleClosesTheDisk) {
     struct Case {
@@ -609,8 +619,9 @@ TEST(XenBlkHostile, TheFirstBrokenRuleClosesTheDisk) {
     };
     for (const Case& c :
          {Case{Trick::unknown_id, "id that is not under way"}, Case{Trick::repeated_id, "id that is not under way"},
-          Case{Trick::far_ahead, "ring is broken"}, Case{Trick::behind, "ring is broken"}, Case{Trick::wrong_operation, "another operation"},
-          Case{Trick::bad_status, "status that the block interface"}, Case{Trick::unasked, ""}}) {
+          Case{Trick::far_ahead, "ring is broken"}, Case{Trick::behind, "ring is broken"},
+          Case{Trick::wrong_operation, "another operation"}, Case{Trick::bad_status, "status that the block interface"},
+          Case{Trick::unasked, ""}}) {
         SCOPED_TRACE(c.rule);
         DiskMachine m({});
         ASSERT_TRUE(m.probe());
@@ -650,7 +661,8 @@ TEST(XenBlkHostile, AnAnswerThatChangesAfterwardsChangesNothing) {
         }
         return did;
     };
-    // The scribbling happens between turns, after the answers were published: the driver must have copied them or close the disk, never more.
+    // The scribbling happens between turns, after the answers were published: the driver must have copied them or close
+    // the disk, never more.
     static_cast<void>(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
     static_cast<void>(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
     EXPECT_EQ(m.disk().counters().completed, 2u);
@@ -725,7 +737,8 @@ TEST(XenBlkHostile, AMappedBufferIsLostWhenTheRequestTimesOut) {
     EXPECT_FALSE(lost.pending());
     EXPECT_EQ(lost.status, io::Status::timed_out);
     EXPECT_TRUE(lost.buffer_lost);
-    EXPECT_EQ(m.run(fake::read(m.disk(), 0, m.buffer(4096))).error().code, Code::device_gone) << "a dead back end closes the disk";
+    EXPECT_EQ(m.run(fake::read(m.disk(), 0, m.buffer(4096))).error().code, Code::device_gone)
+        << "a dead back end closes the disk";
 }
 
 TEST(XenBlkHostile, ABufferThatIsAnsweredAndStillMappedIsLost) {
@@ -848,7 +861,8 @@ TEST(XenBlkTime, AStoppedMachineIsNoSilentBackEnd) {
     for (const bool persistent : {false, true}) {
         for (const bool writes : {false, true}) {
             for (const u32 depth : {1u, 32u}) {
-                for (const Nanoseconds length : {Nanoseconds{1'000'000'000}, Nanoseconds{7'000'000'000}, Nanoseconds{60'000'000'000}}) {
+                for (const Nanoseconds length :
+                     {Nanoseconds{1'000'000'000}, Nanoseconds{7'000'000'000}, Nanoseconds{60'000'000'000}}) {
                     Capture capture;
                     DiskMachine m({.persistent = persistent});
                     ASSERT_TRUE(m.probe());
@@ -860,7 +874,7 @@ TEST(XenBlkTime, AStoppedMachineIsNoSilentBackEnd) {
                         if (stops < 3 && asked && m.world.now >= next && stopped_before != m.back.req_cons) {
                             ++stops;
                             stopped_before = m.back.req_cons;
-                            m.world.now += length; // the time-out is 200 ms
+                            m.world.now += length;           // the time-out is 200 ms
                             next = m.world.now + 60'000'000; // and the back end needs a while as well
                             return true;
                         }
@@ -922,7 +936,8 @@ TEST(XenBlkTime, ADeadBackEndIsFoundInMachineTimeAlsoWithStops) {
         Figures f;
         ASSERT_TRUE(m.run(run_load(m, load, 40, f))); // eight of them find no slot
         EXPECT_EQ(load.failed, 40u);
-        EXPECT_LE(m.executor.now() - before, 2 * 200'000'000u + MachineTime::longest_step + 30'000'000) << stops << " stops";
+        EXPECT_LE(m.executor.now() - before, 2 * 200'000'000u + MachineTime::longest_step + 30'000'000)
+            << stops << " stops";
         EXPECT_EQ(m.run(fake::read(m.disk(), 0, m.buffer(4096))).error().code, Code::device_gone);
     }
 }
@@ -944,7 +959,8 @@ TEST(XenBlkTime, SlotsThatAreNeverGivenBackEndTheDisk) {
     ASSERT_FALSE(read);
     EXPECT_EQ(read.error().code, Code::device_gone);
     EXPECT_LE(m.executor.now() - before, 230'000'000u);
-    EXPECT_NE(capture.text.find("every slot is held by a request that the back end never answered"), std::string::npos) << capture.text;
+    EXPECT_NE(capture.text.find("every slot is held by a request that the back end never answered"), std::string::npos)
+        << capture.text;
 }
 
 TEST(XenBlk, CancelAndForget) {

@@ -1,4 +1,5 @@
-// Every rule that the host can break as it looks on the wire, and the integration services, by packets typed from the protocols.
+// Every rule that the host can break as it looks on the wire, and the integration services, by packets typed from the
+// protocols.
 #include <gtest/gtest.h>
 
 #include <array>
@@ -30,7 +31,7 @@ using fl::host::ServerConfig;
 
 constexpr u64 buffer = 0x100200; // not at a page's beginning
 
-// ---- faults ----------------------------------------------------------------------------------------------------------------------------------
+// ---- faults ----
 
 TEST(HostFaults, AreParsed) {
     for (const auto& known : fl::host::fault_names) {
@@ -42,7 +43,8 @@ TEST(HostFaults, AreParsed) {
         EXPECT_FALSE(known.rule.empty());
     }
     EXPECT_EQ(fl::host::fault_names.size(), static_cast<usize>(Fault::duplicate_relid)); // each but none
-    for (const char* text : {"", "nothing", "no-answer,", "no-answer,after", "no-answer,after=x", "no-answer,before=1", "no-answer,after=1x"}) {
+    for (const char* text : {"", "nothing", "no-answer,", "no-answer,after", "no-answer,after=x", "no-answer,before=1",
+                             "no-answer,after=1x"}) {
         EXPECT_FALSE(fl::host::parse_fault(text)) << text;
     }
 }
@@ -205,7 +207,8 @@ TEST(HostFaults, OfMessages) {
         EXPECT_FALSE(guest.connect(0x00040000));
         EXPECT_TRUE(guest.connect(0x00030000));
     }
-    for (const Fault fault : {Fault::refuse_gpadl, Fault::no_gpadl_created, Fault::refuse_open, Fault::no_open_result}) {
+    for (const Fault fault :
+         {Fault::refuse_gpadl, Fault::no_gpadl_created, Fault::refuse_open, Fault::no_open_result}) {
         Guest guest(with(fault));
         guest.add_disk();
         ASSERT_TRUE(guest.connect());
@@ -261,7 +264,7 @@ TEST(HostFaults, OfMessages) {
     }
 }
 
-// ---- services --------------------------------------------------------------------------------------------------------------------------------
+// ---- services ----
 
 class HostServices : public ::testing::Test {
   protected:
@@ -348,11 +351,13 @@ TEST_F(HostServices, Heartbeat) {
 }
 
 TEST_F(HostServices, TimeSync) {
-    guest.server->add(std::make_unique<fl::host::TimeSyncService>([] { return u64{0x1122334455667788}; }, [] { return u64{77}; }));
+    guest.server->add(
+        std::make_unique<fl::host::TimeSyncService>([] { return u64{0x1122334455667788}; }, [] { return u64{77}; }));
     start(4, 0);
     const auto first = rings.receive();
     ASSERT_TRUE(first);
-    EXPECT_EQ(Bytes(first->payload.begin() + 28, first->payload.begin() + 45), hex("8877665544332211 4d00000000000000 01"));
+    EXPECT_EQ(Bytes(first->payload.begin() + 28, first->payload.begin() + 45),
+              hex("8877665544332211 4d00000000000000 01"));
     answer(4, {});
     guest.now += 30000000000;
     guest.poll();

@@ -1,5 +1,5 @@
-// A guest for the test host's VMBus side, typed by hand from the protocol's description: its own offsets, its own indices, no structure shared
-// with either side. Include after the imports.
+// A guest for the test host's VMBus side, typed by hand from the protocol's description: its own offsets, its own
+// indices, no structure shared with either side. Include after the imports.
 #pragma once
 
 namespace typed {
@@ -124,7 +124,9 @@ class Rings {
     Rings(std::span<u8> memory, std::vector<u64> frames, u32 downstream)
         : memory_(memory), frames_(std::move(frames)), downstream_(downstream) {}
 
-    u32 bytes(bool from_host) const { return static_cast<u32>(from_host ? frames_.size() - downstream_ - 1 : downstream_ - 1) * 4096; }
+    u32 bytes(bool from_host) const {
+        return static_cast<u32>(from_host ? frames_.size() - downstream_ - 1 : downstream_ - 1) * 4096;
+    }
     u32& word(bool from_host, u32 offset) { return *reinterpret_cast<u32*>(at(from_host, offset)); }
     u32& write_index(bool from_host) { return word(from_host, 0); }
     u32& read_index(bool from_host) { return word(from_host, 4); }
@@ -308,7 +310,8 @@ class Guest {
         rings.features(false) = 1;
         post(open_message(channel, handle, ring_pages + 1, vp), connection);
         const Bytes result = take();
-        return get<u32>(result, 0) == 6 && get<u32>(result, 8) == channel && get<u32>(result, 12) == 0x77 && get<u32>(result, 16) == 0;
+        return get<u32>(result, 0) == 6 && get<u32>(result, 8) == channel && get<u32>(result, 12) == 0x77 &&
+               get<u32>(result, 16) == 0;
     }
     void signal(u32 channel) {
         EXPECT_EQ(server->on_signal(0x2000 | channel, 0), host::HvStatus::success);
@@ -382,8 +385,8 @@ class Guest {
         answer.sense = Bytes(p.begin() + 28, p.begin() + 46);
         return answer;
     }
-    std::optional<Answer> command(u32 channel, Rings& rings, const Bytes& cdb, u8 direction = 2, u64 address = 0, u32 bytes = 0, u8 lun = 0,
-                                  u8 target = 0, u8 path = 0) {
+    std::optional<Answer> command(u32 channel, Rings& rings, const Bytes& cdb, u8 direction = 2, u64 address = 0,
+                                  u32 bytes = 0, u8 lun = 0, u8 target = 0, u8 path = 0) {
         rings.send(bytes != 0 ? 9 : 6, ++transaction, srb(cdb, direction, bytes, lun, target, path),
                    bytes != 0 ? range(address, bytes) : Bytes{});
         signal(channel);

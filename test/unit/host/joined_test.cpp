@@ -1,5 +1,5 @@
-// The kernel's own guest side and the test host in one process: the SynIC's pages and the hypercalls between them are all that this file adds.
-// Guest-physical addresses are not the program's, so that one taken for the other is found.
+// The kernel's own guest side and the test host in one process: the SynIC's pages and the hypercalls between them are
+// all that this file adds. Guest-physical addresses are not the program's, so that one taken for the other is found.
 #include <gtest/gtest.h>
 
 #include <array>
@@ -95,11 +95,14 @@ class Disks final : public drivers::DiskSink {
 /// Registers, hypercalls, SynIC pages: what a processor and KVM are between the two.
 class Joined final : public host::Delivery, public host::Log, public hv::Privileged, public hv::PhysicalMemory {
   public:
-    explicit Joined(const host::ServerConfig& config = {}, const host::StorageConfig& storage = {}) : image(1 << 20), store(image) {
+    explicit Joined(const host::ServerConfig& config = {}, const host::StorageConfig& storage = {})
+        : image(1 << 20), store(image) {
         memory.add(ram_base, arena.bytes());
         server.emplace(memory, *this, *this, config);
         controller = &server->add(host::StorageDevice::scsi(storage, {{.store = &store}}));
-        const auto leaf = [&](u32 number, CpuidRegisters r) { cpuid.leaves[cpuid.leaf_count++] = {0x40000000 + number, 0, r}; };
+        const auto leaf = [&](u32 number, CpuidRegisters r) {
+            cpuid.leaves[cpuid.leaf_count++] = {0x40000000 + number, 0, r};
+        };
         leaf(3, {0xe7f, 0x30, 0, 0});
         leaf(4, {});
         hv::Sighting s;
@@ -110,7 +113,9 @@ class Joined final : public host::Delivery, public host::Log, public hv::Privile
         s.features = 0xe7f;
         s.features_high = 0x30;
         sightings.list[sightings.count++] = s;
-        guest.set_gate({this, [](void* c, u64 control, u64 input, u64) { return static_cast<Joined*>(c)->call(control, input); }, page});
+        guest.set_gate(
+            {this, [](void* c, u64 control, u64 input, u64) { return static_cast<Joined*>(c)->call(control, input); },
+             page});
         clock.on_idle = [](void* c) { static_cast<Joined*>(c)->idle(); };
         clock.on_idle_context = this;
     }
@@ -254,8 +259,12 @@ class Joined final : public host::Delivery, public host::Log, public hv::Privile
     hv::HyperV guest;
 };
 
-io::Task<Result<void>> write_one(io::BlockDevice& disk, u64 lba, DmaSpan data) { co_return co_await disk.write(lba, data); }
-io::Task<Result<void>> read_one(io::BlockDevice& disk, u64 lba, DmaSpan data) { co_return co_await disk.read(lba, data); }
+io::Task<Result<void>> write_one(io::BlockDevice& disk, u64 lba, DmaSpan data) {
+    co_return co_await disk.write(lba, data);
+}
+io::Task<Result<void>> read_one(io::BlockDevice& disk, u64 lba, DmaSpan data) {
+    co_return co_await disk.read(lba, data);
+}
 io::Task<Result<void>> flush_one(io::BlockDevice& disk) { co_return co_await disk.flush(); }
 
 void fill(DmaSpan span, u32 seed) {
@@ -264,7 +273,8 @@ void fill(DmaSpan span, u32 seed) {
     }
 }
 
-/// Writes with 4 KiB each, reads them again; every write that was acknowledged has to be in the image. Bounded by the requests' time-outs.
+/// Writes with 4 KiB each, reads them again; every write that was acknowledged has to be in the image. Bounded by the
+/// requests' time-outs.
 struct Outcome {
     u32 written = 0;
     u32 read = 0;
@@ -316,8 +326,8 @@ TEST(HostJoined, ReadsAndWrites) {
 }
 
 TEST(HostJoined, EveryVersionOfTheBusAndOfTheProtocol) {
-    for (const u32 version :
-         {0x00050003u, 0x00050002u, 0x00050001u, 0x00050000u, 0x00040001u, 0x00040000u, 0x00030000u, 0x00020004u, 0x00010001u, 0x0000000du}) {
+    for (const u32 version : {0x00050003u, 0x00050002u, 0x00050001u, 0x00050000u, 0x00040001u, 0x00040000u, 0x00030000u,
+                              0x00020004u, 0x00010001u, 0x0000000du}) {
         for (const u16 storage : {0x0602, 0x0600, 0x0501, 0x0402, 0x0200}) {
             SCOPED_TRACE(testing::Message() << std::hex << version << ", " << storage);
             host::ServerConfig config;
@@ -368,8 +378,9 @@ TEST_P(HostJoinedFault, EndsInABoundAndLosesNothing) {
         const Outcome outcome = work(machine, *machine.disks.list[0]);
         EXPECT_EQ(outcome.written >= 14, c.goes_on) << outcome.written << " written, " << outcome.failed << " failed";
     }
-    EXPECT_GE(machine.server->faults_struck() +
-                  (c.fault == Fault::refuse_versions || c.fault == Fault::refuse_new_versions || c.fault == Fault::refuse_storage_versions),
+    EXPECT_GE(machine.server->faults_struck() + (c.fault == Fault::refuse_versions ||
+                                                 c.fault == Fault::refuse_new_versions ||
+                                                 c.fault == Fault::refuse_storage_versions),
               1u);
     EXPECT_TRUE(machine.said(c.line)) << machine.log.text.view();
     EXPECT_LT(machine.clock.time, u64{60'000'000'000});
@@ -381,8 +392,10 @@ TEST_P(HostJoinedFault, EndsInABoundAndLosesNothing) {
 
 constexpr u32 later = 24; // SRBs after which the scan is over
 constexpr FaultCase cases[] = {
-    {Fault::write_index_beyond, later, true, false, "the host's write index is behind its last one or outside of the ring"},
-    {Fault::read_index_beyond, later, true, false, "the host's read index is not between its last one and what was written"},
+    {Fault::write_index_beyond, later, true, false,
+     "the host's write index is behind its last one or outside of the ring"},
+    {Fault::read_index_beyond, later, true, false,
+     "the host's read index is not between its last one and what was written"},
     {Fault::packet_too_long, later, true, false, "it is longer than what is in the ring"},
     {Fault::packet_too_short, later, true, false, "it is shorter than its header"},
     {Fault::packet_offset, later, true, false, "it is shorter than its header"},

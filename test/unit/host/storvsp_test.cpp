@@ -40,7 +40,8 @@ TEST(HostStorvsp, NegotiatesAsTyped) {
     ASSERT_TRUE(guest.open(1, rings));
     EXPECT_EQ(guest.operation(1, rings, 10), 0xc0000184u); // before BEGIN_INITIALIZATION
     EXPECT_EQ(guest.operation(1, rings, 7), 0u);
-    // The answer's packet: completion, header of 16 bytes, 80 bytes, the transaction; payload COMPLETE_IO with status 0.
+    // The answer's packet: completion, header of 16 bytes, 80 bytes, the transaction; payload COMPLETE_IO with status
+    // 0.
     EXPECT_EQ(guest.last.type, 11);
     EXPECT_EQ(guest.last.offset, 16);
     EXPECT_EQ(guest.last.length, 80);
@@ -138,7 +139,8 @@ TEST(HostStorvsp, ADiskOfLimitedSpeedTakesAllAtOnceAndAnswersAtItsPace) {
     for (u64 i = 0; i < 3; ++i) {
         rings.send(9, 100 + i, Guest::srb(Guest::read_16(i, 1), 1, 512), Guest::range(buffer + i * 512, 512));
     }
-    rings.send(9, 103, Guest::srb({0x12, 0, 0, 0, 36, 0}, 1, 36), Guest::range(buffer + 4096, 36)); // INQUIRY: not of the medium
+    // INQUIRY: not of the medium
+    rings.send(9, 103, Guest::srb({0x12, 0, 0, 0, 36, 0}, 1, 36), Guest::range(buffer + 4096, 36));
     guest.signal(channel);
     EXPECT_EQ(rings.read_index(false), rings.write_index(false)); // all were taken
     const auto next = [&] {
@@ -260,9 +262,12 @@ TEST(HostStorvsp, BadRangesAreRefused) {
     EXPECT_EQ(status(9, read, typed_range(512, 0, {0x100})), 6);            // shorter than the transfer
     EXPECT_EQ(status(9, read, typed_range(4096, 0, {0x100}, 2)), 6);
     EXPECT_EQ(status(9, read, typed_range(0xfffff000, 0, {0x100})), 6);
-    EXPECT_EQ(status(6, read, {}), 6);                                                                                // data without pages
-    EXPECT_EQ(status(9, Guest::srb(Guest::read_16(0, 1024), 1, 512 * 1024), typed_range(512 * 1024, 0, {0x100})), 6); // above the limit
-    EXPECT_EQ(status(9, Guest::srb(Guest::read_16(0, 8), 0, 4096), typed_range(4096, 0, {0x100})), 6);                // wrong direction
+    // data without pages
+    EXPECT_EQ(status(6, read, {}), 6);
+    // above the limit
+    EXPECT_EQ(status(9, Guest::srb(Guest::read_16(0, 1024), 1, 512 * 1024), typed_range(512 * 1024, 0, {0x100})), 6);
+    // wrong direction
+    EXPECT_EQ(status(9, Guest::srb(Guest::read_16(0, 8), 0, 4096), typed_range(4096, 0, {0x100})), 6);
     EXPECT_EQ(guest.server->counters().bytes_read, 0u);
     EXPECT_TRUE(guest.command(channel, rings, Guest::read_16(0, 8), 1, buffer, 4096));
 }

@@ -31,12 +31,14 @@ using fl::host::ServerConfig;
 TEST(HostVmbus, AnswersTheNewestContact) {
     Guest guest;
     // INITIATE_CONTACT 5.3, messages to processor 0, SINT 2, VTL 0, no monitor pages
-    EXPECT_EQ(guest.post(hex("0e000000 00000000 03000500 00000000 02000000 00000000 0000000000000000 0000000000000000")), 0);
+    EXPECT_EQ(
+        guest.post(hex("0e000000 00000000 03000500 00000000 02000000 00000000 0000000000000000 0000000000000000")), 0);
     ASSERT_EQ(guest.machine.messages.size(), 1u);
     EXPECT_EQ(guest.machine.messages[0].vp, 0u);
     EXPECT_EQ(guest.machine.messages[0].sint, 2);
     EXPECT_EQ(guest.machine.messages[0].type, 1u);
-    EXPECT_EQ(guest.take(), hex("0f000000 00000000 01 00 0000 04000000")); // supported, successful, further messages to connection 4
+    // supported, successful, further messages to connection 4
+    EXPECT_EQ(guest.take(), hex("0f000000 00000000 01 00 0000 04000000"));
     EXPECT_EQ(guest.server->negotiated_version(), 0x00050003u);
     EXPECT_EQ(guest.violations(), 0u);
 }
@@ -67,9 +69,12 @@ TEST(HostVmbus, OffersAsTheProtocolSays) {
     ASSERT_EQ(offers.size(), 2u);
     ASSERT_EQ(offers[0].size(), 196u);
     // type ba6163d9-04a1-4d29-b605-72e2ffb1dc7f
-    EXPECT_EQ(Bytes(offers[0].begin(), offers[0].begin() + 24), hex("01000000 00000000 d96361ba a104 294d b605 72e2ffb1dc7f"));
-    EXPECT_EQ(Bytes(offers[0].begin() + 40, offers[0].begin() + 60), hex("0000000000000000 0000000000000000 0100 0000"));
-    EXPECT_EQ(Bytes(offers[0].begin() + 180, offers[0].end()), hex("0000 0000 01000000 00 00 0100 01200000")); // relid 1, connection 0x2001
+    EXPECT_EQ(Bytes(offers[0].begin(), offers[0].begin() + 24),
+              hex("01000000 00000000 d96361ba a104 294d b605 72e2ffb1dc7f"));
+    EXPECT_EQ(Bytes(offers[0].begin() + 40, offers[0].begin() + 60),
+              hex("0000000000000000 0000000000000000 0100 0000"));
+    // relid 1, connection 0x2001
+    EXPECT_EQ(Bytes(offers[0].begin() + 180, offers[0].end()), hex("0000 0000 01000000 00 00 0100 01200000"));
     EXPECT_EQ(Bytes(offers[1].begin() + 8, offers[1].begin() + 24), hex("31600b0e 1352 3449 818b 38d90ced39db"));
     EXPECT_EQ(get<u16>(offers[1], 56), 0x11); // a pipe
     EXPECT_EQ(get<u32>(offers[1], 60), 4u);   // of messages
@@ -248,7 +253,8 @@ TEST(HostVmbus, SubChannelsComeAndGoWithTheirPrimary) {
     ASSERT_EQ(guest.operation(1, rings, 9, {0x00, 0x06}), 0u);
     ASSERT_EQ(guest.operation(1, rings, 10), 0u);
     // QUERY_PROPERTIES: at most 3 sub-channels, multi-channel, 256 KiB
-    EXPECT_EQ(Bytes(guest.last.payload.begin() + 12, guest.last.payload.begin() + 28), hex("00000000 0300 0000 01000000 00000400"));
+    EXPECT_EQ(Bytes(guest.last.payload.begin() + 12, guest.last.payload.begin() + 28),
+              hex("00000000 0300 0000 01000000 00000400"));
     ASSERT_EQ(guest.operation(1, rings, 8), 0u);
     EXPECT_EQ(guest.operation(1, rings, 13, {4, 0}), 0xc000000du); // more than there are
     EXPECT_EQ(guest.operation(1, rings, 13, {2, 0}), 0u);
@@ -273,7 +279,7 @@ TEST(HostVmbus, SubChannelsComeAndGoWithTheirPrimary) {
     EXPECT_EQ(guest.take(), hex("02000000 00000000 03000000"));
 }
 
-// ---- guests that break rules -----------------------------------------------------------------------------------------------------------------
+// ---- guests that break rules ----
 
 TEST(HostVmbus, BadGpadlsAreRefused) {
     Guest guest;
@@ -290,10 +296,10 @@ TEST(HostVmbus, BadGpadlsAreRefused) {
     guest.share(9, 0x11, {16, 17}); // there is no channel 9
     EXPECT_EQ(guest.violations(), before + 1);
     // Two ranges; an offset; a length that is not the buffer's.
-    for (const char* text :
-         {"01000000 12000000 1800 0200 00200000 00000000 1000000000000000 1100000000000000",
-          "01000000 12000000 1800 0100 00200000 10000000 1000000000000000 1100000000000000",
-          "01000000 12000000 2000 0100 00200000 00000000 1000000000000000 1100000000000000", "01000000 12000000 0800 0100 00000000 00000000"}) {
+    for (const char* text : {"01000000 12000000 1800 0200 00200000 00000000 1000000000000000 1100000000000000",
+                             "01000000 12000000 1800 0100 00200000 10000000 1000000000000000 1100000000000000",
+                             "01000000 12000000 2000 0100 00200000 00000000 1000000000000000 1100000000000000",
+                             "01000000 12000000 0800 0100 00000000 00000000"}) {
         Bytes bytes = message(8);
         const Bytes rest = hex(text);
         bytes.insert(bytes.end(), rest.begin(), rest.end());

@@ -129,7 +129,8 @@ TEST(HyperVBackend, InstalledAndNotStartedItHasNoBusAndNoTimer) {
 }
 
 TEST(HyperVBackend, WhateverStepFailsWhatItTookIsGivenBack) {
-    // In order: the hypercalls' page, the reference time's; then the bus's interrupt page, its monitor pages, the SynIC's.
+    // In order: the hypercalls' page, the reference time's; then the bus's interrupt page, its monitor pages, the
+    // SynIC's.
     constexpr u32 pages = 5;
     for (u32 left = 0; left <= pages; ++left) {
         SCOPED_TRACE(left);

@@ -1,5 +1,6 @@
-// A Hyper-V for tests: registers, hypercalls, a SynIC and the host's end of a VMBus. Typed from the specifications, not from the kernel's
-// structures: numbers and places of fields are written out. Include after the imports; guest memory is the program's (io_support.hpp's HeapDma).
+// A Hyper-V for tests: registers, hypercalls, a SynIC and the host's end of a VMBus. Typed from the specifications, not
+// from the kernel's structures: numbers and places of fields are written out. Include after the imports; guest memory
+// is the program's (io_support.hpp's HeapDma).
 #pragma once
 
 namespace hyperv_fake {
@@ -150,7 +151,8 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
     u64 physical_of(const void* address) override { return reinterpret_cast<u64>(address); }
 
     hv::hyperv::Gate gate() {
-        return {this, [](void* c, u64 control, u64 input, u64) { return static_cast<Host*>(c)->call(control, input); }, page};
+        return {this, [](void* c, u64 control, u64 input, u64) { return static_cast<Host*>(c)->call(control, input); },
+                page};
     }
     alignas(4096) static constexpr u8 page[4096]{};
 
@@ -357,7 +359,9 @@ struct Machine {
 
     // Privileges of a Hyper-V with a VMBus.
     explicit Machine(u32 base = 0x40000000, u32 low = 0xe7f, u32 recommended = 0) {
-        const auto leaf = [&](u32 number, CpuidRegisters r) { cpuid.leaves[cpuid.leaf_count++] = {base + number, 0, r}; };
+        const auto leaf = [&](u32 number, CpuidRegisters r) {
+            cpuid.leaves[cpuid.leaf_count++] = {base + number, 0, r};
+        };
         leaf(3, {low, 0x30, 0, 1u << 8 | 1u << 10 | 1u << 19});
         leaf(4, {recommended, 0, 0, 0});
         hv::Sighting kvm;

@@ -129,8 +129,10 @@ TEST_P(Rules, ABrokenPacketBreaksTheRingForGood) {
 }
 INSTANTIATE_TEST_SUITE_P(Packets, Rules,
                          testing::Values(Broken{"outside of the ring", 4096, {6, 2, 2, 0}},
-                                         Broken{"outside of the ring", 0xfffffff8, {6, 2, 2, 0}}, Broken{"no multiple of 8", 25, {6, 2, 2, 0}},
-                                         Broken{"fewer bytes", 16, {6, 2, 2, 0}}, Broken{"shorter than a descriptor", 32, {6, 1, 3, 0}},
+                                         Broken{"outside of the ring", 0xfffffff8, {6, 2, 2, 0}},
+                                         Broken{"no multiple of 8", 25, {6, 2, 2, 0}},
+                                         Broken{"fewer bytes", 16, {6, 2, 2, 0}},
+                                         Broken{"shorter than a descriptor", 32, {6, 1, 3, 0}},
                                          Broken{"shorter than a descriptor", 32, {6, 0, 0, 0}},
                                          Broken{"shorter than its header", 32, {6, 3, 2, 0}},
                                          Broken{"longer than what is in the ring", 32, {6, 2, 4, 0}},
@@ -227,7 +229,9 @@ TEST(Packets, RandomMemoryNeverLeavesItsBounds) {
         ring.state.before_read = [](void*, HostileMemory::State& state, usize offset, usize count) {
             for (usize at = offset; at + 4 <= offset + count; at += 4) {
                 const u32 kind = (*source)() % 8;
-                state.poke<u32>(at, kind == 0 ? (*source)() : kind < 5 ? (*source)() % 4200 & ~7u : 0x00030002u + (*source)() % 5);
+                state.poke<u32>(at, kind == 0  ? (*source)()
+                                    : kind < 5 ? (*source)() % 4200 & ~7u
+                                               : 0x00030002u + (*source)() % 5);
             }
         };
         Packet packet;

@@ -36,8 +36,7 @@ hyperv_fake::Bytes le64(u64 value) {
     return bytes;
 }
 
-// ---- versions
-// ----------------------------------------------------------------------------------------------------------------------------------
+// ---- versions ----
 
 TEST(Vmbus, StepsDownToWhatTheHostKnows) {
     const std::array<u32, 10> all{0x00050003, 0x00050002, 0x00050001, 0x00050000, 0x00040001,
@@ -137,8 +136,7 @@ TEST(Vmbus, ARefusedConnectionIsToldWithItsState) {
     EXPECT_FALSE(m.bus().connected());
 }
 
-// ---- messages, byte by byte
-// ----------------------------------------------------------------------------------------------------------------------
+// ---- messages, byte by byte ----
 
 TEST(Vmbus, MessagesAreAsTheProtocolHasThem) {
     hyperv_fake::Machine m;
@@ -153,22 +151,27 @@ TEST(Vmbus, MessagesAreAsTheProtocolHasThem) {
 
     Channel channel;
     const std::array<std::byte, 3> user{std::byte{0xaa}, std::byte{0xbb}, std::byte{0xcc}};
-    ASSERT_TRUE(m.executor.run(m.bus().open(channel, *m.bus().find(0x12), {.send_bytes = 8192, .receive_bytes = 4096, .user_data = user})));
+    ASSERT_TRUE(m.executor.run(
+        m.bus().open(channel, *m.bus().find(0x12), {.send_bytes = 8192, .receive_bytes = 4096, .user_data = user})));
     const auto header = m.host.of(8).at(0);
     const u32 handle = hyperv_fake::get32(header, 12);
     // 5 pages: header and two of data, header and one of data. 8 + 5 * 8 = 48 bytes of ranges.
     ASSERT_EQ(header.size(), 28u + 5 * 8);
-    EXPECT_EQ(hyperv_fake::Bytes(header.begin(), header.begin() + 12), hyperv_fake::hex("08 00 00 00 00 00 00 00 12 00 00 00"));
-    EXPECT_EQ(hyperv_fake::Bytes(header.begin() + 16, header.begin() + 28), hyperv_fake::hex("30 00 01 00 00 50 00 00 00 00 00 00"));
+    EXPECT_EQ(hyperv_fake::Bytes(header.begin(), header.begin() + 12),
+              hyperv_fake::hex("08 00 00 00 00 00 00 00 12 00 00 00"));
+    EXPECT_EQ(hyperv_fake::Bytes(header.begin() + 16, header.begin() + 28),
+              hyperv_fake::hex("30 00 01 00 00 50 00 00 00 00 00 00"));
     const u64 first = hyperv_fake::get64(header, 28);
     for (u64 i = 0; i < 5; ++i) {
         EXPECT_EQ(hyperv_fake::get64(header, 28 + 8 * i), first + i);
     }
     const auto open = m.host.of(5).at(0);
     ASSERT_EQ(open.size(), 148u);
-    EXPECT_EQ(hyperv_fake::Bytes(open.begin(), open.begin() + 12), hyperv_fake::hex("05 00 00 00 00 00 00 00 12 00 00 00"));
+    EXPECT_EQ(hyperv_fake::Bytes(open.begin(), open.begin() + 12),
+              hyperv_fake::hex("05 00 00 00 00 00 00 00 12 00 00 00"));
     EXPECT_EQ(hyperv_fake::get32(open, 16), handle);
-    EXPECT_EQ(hyperv_fake::Bytes(open.begin() + 20, open.begin() + 32), hyperv_fake::hex("07 00 00 00 03 00 00 00 aa bb cc 00"));
+    EXPECT_EQ(hyperv_fake::Bytes(open.begin() + 20, open.begin() + 32),
+              hyperv_fake::hex("07 00 00 00 03 00 00 00 aa bb cc 00"));
     EXPECT_EQ(*reinterpret_cast<u32*>(first * 4096 + 64), 1u) << "feature bit: pending_send_sz";
     EXPECT_EQ(*reinterpret_cast<u32*>((first + 3) * 4096 + 64), 1u);
 
@@ -186,8 +189,9 @@ TEST(Vmbus, MessagesAreAsTheProtocolHasThem) {
 
 TEST(Vmbus, OffersAreReadFieldByField) {
     hyperv_fake::Machine m;
-    m.host.offers = {{.relid = 9, .instance = 5, .sub_channel = 0, .dedicated = false, .monitor = 33, .connection = 0x1234},
-                     {.relid = 2, .type = "525074dc-8985-46e2-8057-a307dc18a502"}};
+    m.host.offers = {
+        {.relid = 9, .instance = 5, .sub_channel = 0, .dedicated = false, .monitor = 33, .connection = 0x1234},
+        {.relid = 2, .type = "525074dc-8985-46e2-8057-a307dc18a502"}};
     hv::DeviceList list;
     ASSERT_TRUE(m.start());
     ASSERT_TRUE(m.enumerate(list));
@@ -207,18 +211,19 @@ TEST(Vmbus, OffersAreReadFieldByField) {
 TEST(Guids, TextAndMemory) {
     const auto guid = Guid::parse("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f");
     ASSERT_TRUE(guid);
-    constexpr std::array<u8, 16> memory{0xd9, 0x63, 0x61, 0xba, 0xa1, 0x04, 0x29, 0x4d, 0xb6, 0x05, 0x72, 0xe2, 0xff, 0xb1, 0xdc, 0x7f};
+    constexpr std::array<u8, 16> memory{0xd9, 0x63, 0x61, 0xba, 0xa1, 0x04, 0x29, 0x4d,
+                                        0xb6, 0x05, 0x72, 0xe2, 0xff, 0xb1, 0xdc, 0x7f};
     EXPECT_EQ(guid->bytes, memory);
     EXPECT_EQ(guid->text().view(), "ba6163d9-04a1-4d29-b605-72e2ffb1dc7f");
     EXPECT_EQ(Guid::parse("BA6163D9-04A1-4D29-B605-72E2FFB1DC7F"), guid);
-    for (const std::string_view wrong : {"", "ba6163d9", "ba6163d9-04a1-4d29-b605-72e2ffb1dc7", "ba6163d9-04a1-4d29-b605-72e2ffb1dc7fa",
-                                         "ba6163d9+04a1-4d29-b605-72e2ffb1dc7f", "ga6163d9-04a1-4d29-b605-72e2ffb1dc7f"}) {
+    for (const std::string_view wrong :
+         {"", "ba6163d9", "ba6163d9-04a1-4d29-b605-72e2ffb1dc7", "ba6163d9-04a1-4d29-b605-72e2ffb1dc7fa",
+          "ba6163d9+04a1-4d29-b605-72e2ffb1dc7f", "ga6163d9-04a1-4d29-b605-72e2ffb1dc7f"}) {
         EXPECT_FALSE(Guid::parse(wrong)) << wrong;
     }
 }
 
-// ---- shared memory
-// -------------------------------------------------------------------------------------------------------------------------------
+// ---- shared memory ----
 
 TEST(Vmbus, HundredsOfPagesGoInParts) {
     hyperv_fake::Machine m;
@@ -326,11 +331,11 @@ TEST(Vmbus, RefusalsAndSilenceAreErrorsWithABound) {
     EXPECT_FALSE(channel.is_open());
 }
 
-// ---- rescind
-// ---------------------------------------------------------------------------------------------------------------------------------------
+// ---- rescind ----
 
 TEST(Vmbus, ARescindEndsWhateverWaits) {
-    // During GPADL creation, while opening, while closing, while moving: the message after which the host takes the device away.
+    // During GPADL creation, while opening, while closing, while moving: the message after which the host takes the
+    // device away.
     for (const u32 moment : {8u, 9u, 5u}) {
         hyperv_fake::Machine m;
         ASSERT_TRUE(m.up());
@@ -410,8 +415,7 @@ TEST(Vmbus, ARescindWhileClosingFreesTheMemory) {
     EXPECT_EQ(m.host.released, std::vector<u32>{1});
 }
 
-// ---- later offers
-// ----------------------------------------------------------------------------------------------------------------------------------
+// ---- later offers ----
 
 TEST(Vmbus, SubChannelsAreWaitedForAndFound) {
     hyperv_fake::Machine m;
@@ -440,8 +444,10 @@ TEST(Vmbus, SubChannelsAreWaitedForAndFound) {
 TEST(Vmbus, ListenersHearOfHotAdd) {
     hyperv_fake::Machine m;
     std::vector<u32> heard;
-    OfferListener listener{*Guid::parse(classes::scsi),
-                           [](void* c, const Offer& offer) { static_cast<std::vector<u32>*>(c)->push_back(offer.relid); }, &heard, nullptr};
+    OfferListener listener{
+        *Guid::parse(classes::scsi),
+        [](void* c, const Offer& offer) { static_cast<std::vector<u32>*>(c)->push_back(offer.relid); }, &heard,
+        nullptr};
     ASSERT_TRUE(m.start());
     m.bus().add(listener);
     hv::DeviceList list;
@@ -552,8 +558,7 @@ TEST(Vmbus, MoreOffersThanThereIsRoomForAreDropped) {
     EXPECT_EQ(m.host.released.size(), 3u);
 }
 
-// ---- a channel's life
-// ------------------------------------------------------------------------------------------------------------------------------
+// ---- a channel's life ----
 
 struct HostRings {
     u8* out; // the guest writes
@@ -592,8 +597,10 @@ TEST(VmbusChannel, PacketsGoThereAndBack) {
     EXPECT_EQ(m.host.signals, std::vector<u64>{0x10000}) << "one signal for the turn";
     EXPECT_EQ(HostRings::word(rings.out, 0), 64u);
     const hyperv_fake::Bytes seen(rings.out + 4096, rings.out + 4096 + 64);
-    EXPECT_EQ(seen, hyperv_fake::hex("06 00 02 00 03 00 01 00 bc 0a 00 00 00 00 00 00 88 77 66 55 44 33 22 11 00 00 00 00 00 00 00 00"
-                                     "06 00 02 00 03 00 00 00 bd 0a 00 00 00 00 00 00 88 77 66 00 00 00 00 00 00 00 00 00 20 00 00 00"));
+    EXPECT_EQ(seen,
+              hyperv_fake::hex(
+                  "06 00 02 00 03 00 01 00 bc 0a 00 00 00 00 00 00 88 77 66 55 44 33 22 11 00 00 00 00 00 00 00 00"
+                  "06 00 02 00 03 00 00 00 bd 0a 00 00 00 00 00 00 88 77 66 00 00 00 00 00 00 00 00 00 20 00 00 00"));
     EXPECT_EQ(channel.send_completion({}, 1), Sent::queued);
     EXPECT_FALSE(channel.publish()) << "the ring was not empty: the host is awake";
     HostRings::word(rings.out, 4) = HostRings::word(rings.out, 0);
@@ -601,7 +608,8 @@ TEST(VmbusChannel, PacketsGoThereAndBack) {
     EXPECT_EQ(channel.send_completion({}, 1), Sent::queued);
     EXPECT_FALSE(channel.publish()) << "masked";
 
-    rings.write(hyperv_fake::hex("0b 00 02 00 03 00 00 00 34 12 00 00 00 00 00 00 01 02 03 04 05 06 07 08 00 00 00 00 00 00 00 00"));
+    rings.write(hyperv_fake::hex(
+        "0b 00 02 00 03 00 00 00 34 12 00 00 00 00 00 00 01 02 03 04 05 06 07 08 00 00 00 00 00 00 00 00"));
     m.host.raise(1);
     EXPECT_EQ(channel.interrupts(), 1u);
     Packet packet;
@@ -627,7 +635,8 @@ TEST(VmbusChannel, AHostThatWaitsForRoomIsSignalled) {
     ASSERT_TRUE(m.executor.run(m.bus().open(channel, *m.bus().find(1), {.send_bytes = 4096, .receive_bytes = 4096})));
     HostRings rings(m);
     for (u32 i = 0; i < 127; ++i) { // 127 * 32 = 4064 of 4096 bytes
-        rings.write(hyperv_fake::hex("0b 00 02 00 03 00 00 00 34 12 00 00 00 00 00 00 01 02 03 04 05 06 07 08 00 00 00 00 00 00 00 00"));
+        rings.write(hyperv_fake::hex(
+            "0b 00 02 00 03 00 00 00 34 12 00 00 00 00 00 00 01 02 03 04 05 06 07 08 00 00 00 00 00 00 00 00"));
     }
     HostRings::word(rings.in, 12) = 100;
     Packet packet;

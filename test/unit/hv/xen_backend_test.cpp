@@ -165,7 +165,7 @@ TEST(XenBackend, UnplugsEmulatedDevices) {
     }
 }
 
-// ---- event channels --------------------------------------------------------------------------------------------------------------------------
+// ---- event channels ----
 
 void count(void* n) { ++*static_cast<int*>(n); }
 
@@ -230,8 +230,7 @@ TEST(XenEvents, AStormIsBoundedAndAStrayEventIsMasked) {
     EXPECT_EQ(s.m.xen.mask(2), ~u64{0});
 }
 
-// ---- grants
-// --------------------------------------------------------------------------------------------------------------------------------------
+// ---- grants ----
 
 TEST(XenGrants, EntriesAndTheirEnd) {
     alignas(8) static std::array<unsigned char, 4096> table{};

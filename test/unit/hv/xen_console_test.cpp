@@ -30,7 +30,7 @@ using namespace fl;
 using hv::xen::ConsoleRing;
 using hv::xen::Consoles;
 
-// ---- which consoles there are ----------------------------------------------------------------------------------------------------------------
+// ---- which consoles there are ----
 
 struct Machine {
     u32 base = 0x40000000;
@@ -128,7 +128,7 @@ TEST_F(XenConsole, ARingThatNobodyWillReadIsNotUsed) {
     EXPECT_FALSE(find().found);
 }
 
-// ---- the ring --------------------------------------------------------------------------------------------------------------------------------
+// ---- the ring ----
 
 TEST_F(XenConsole, LinesForATerminalOneNotificationEach) {
     open();
@@ -173,14 +173,16 @@ TEST_F(XenConsole, AReaderThatNeverReadsCostsOneBound) {
     const u64 patience = ConsoleRing::patience_ms * 1000;
     EXPECT_LT(now, patience + 10'000) << "one wait, not one for each line";
     EXPECT_GT(now, patience - 10'000);
-    EXPECT_EQ(ring.lost(), 92 + 979 * 101u) << "what did not fit: 20 lines of 102 bytes with their ends did, and 8 bytes of the next one";
+    EXPECT_EQ(ring.lost(), 92 + 979 * 101u)
+        << "what did not fit: 20 lines of 102 bytes with their ends did, and 8 bytes of the next one";
     ring.flush(); // once more, in case that the reader has come
     EXPECT_LT(now, 2 * patience + 20'000);
     xen.read_console();
     EXPECT_EQ(xen.console_text.size(), 2048u);
     ring.write("here again\n");
     xen.read_console();
-    EXPECT_NE(xen.console_text.find("bytes are lost here: nobody read this console]\r\nhere again\r\n"), std::string::npos);
+    EXPECT_NE(xen.console_text.find("bytes are lost here: nobody read this console]\r\nhere again\r\n"),
+              std::string::npos);
     EXPECT_LT(now, 2 * patience + 20'000);
 }
 
@@ -199,7 +201,8 @@ TEST_F(XenConsole, AReaderThatComesLateGetsTheEnd) {
 
 TEST_F(XenConsole, AReadersPositionIsNotBelieved) {
     open();
-    for (const u32 position : {0x12345678u, 0xfffffe01u, 0xfffff5ffu}) { // far off; ahead of us; more than a ring behind
+    // far off; ahead of us; more than a ring behind
+    for (const u32 position : {0x12345678u, 0xfffffe01u, 0xfffff5ffu}) {
         xen.console_word(3080) = position;
         ring.write("x\n");
     }

@@ -1,5 +1,5 @@
-// A Xen for tests: guest memory, hypercalls, event channels, a XenStore server and its page. Typed from the specifications, not from the
-// kernel's structures. Include after the imports.
+// A Xen for tests: guest memory, hypercalls, event channels, a XenStore server and its page. Typed from the
+// specifications, not from the kernel's structures. Include after the imports.
 #pragma once
 
 namespace fake {
@@ -39,7 +39,9 @@ class Memory final : public DmaAllocator, public hv::PhysicalMemory {
         }
     }
     Result<std::byte*> map(u64 physical, u64) override { return at(physical); }
-    u64 physical_of(const void* address) override { return base + static_cast<u64>(static_cast<const std::byte*>(address) - storage_.data()); }
+    u64 physical_of(const void* address) override {
+        return base + static_cast<u64>(static_cast<const std::byte*>(address) - storage_.data());
+    }
     std::byte* at(u64 physical) const { return storage_.data() + (physical - base); }
     usize left() const {
         usize bytes = storage_.size() - used_;
@@ -122,13 +124,18 @@ class Xen {
         cpuid.leaves[1] = {0x40000002, 0, {1, 0x40000200, 0, 0}};
         cpuid.leaves[2] = {0x40000003, 0, {0, 0, 2'500'000, 0}};
         cpuid.leaf_count = 3;
-        sightings.list[0] = {hv::VmGuest::xen, 0x40000000, 0x40000005, FixedText<12>("XenVMMXenVMM"), 4u << 16 | 17, 0, 0, 0};
+        sightings.list[0] = {hv::VmGuest::xen, 0x40000000, 0x40000005, FixedText<12>("XenVMMXenVMM"),
+                             4u << 16 | 17,    0,          0,          0};
         sightings.count = 1;
         sightings.hypervisor_bit = true;
     }
 
     hv::xen::Gate gate() {
-        return {this, [](void* self, u32 n, u64 a, u64 b, u64 c, u64, u64) { return static_cast<Xen*>(self)->hypercall(n, a, b, c); }, nullptr};
+        return {this,
+                [](void* self, u32 n, u64 a, u64 b, u64 c, u64, u64) {
+                    return static_cast<Xen*>(self)->hypercall(n, a, b, c);
+                },
+                nullptr};
     }
 
     template <class T>
@@ -292,7 +299,8 @@ class Xen {
         return true;
     }
 
-    // ---- grants, checked as the hypervisor checks them: type, domain, mode; and what it cannot see but the guest must not do ----
+    // ---- grants, checked as the hypervisor checks them: type, domain, mode; and what it cannot see but the guest must
+    // ---- not do ----
     struct Mapping {
         u64 frame = 0;
         u16 domain = 0;
@@ -340,9 +348,12 @@ class Xen {
     void check_mappings() {
         for (const auto& [ref, mapping] : mappings) {
             EXPECT_EQ(grant_flags(ref) & 3, 1) << "grant " << ref << " was ended while it was mapped";
-            EXPECT_EQ(u64{field<u32>(entry_address(ref), 4)}, mapping.frame) << "grant " << ref << " was used again while it was mapped";
-            EXPECT_EQ(field<u16>(entry_address(ref), 2), mapping.domain) << "grant " << ref << " was used again while it was mapped";
-            EXPECT_EQ(grant_flags(ref) >> 3 & 3, mapping.writers != 0 ? 3 : 1) << "the bits of grant " << ref << " are Xen's to change";
+            EXPECT_EQ(u64{field<u32>(entry_address(ref), 4)}, mapping.frame)
+                << "grant " << ref << " was used again while it was mapped";
+            EXPECT_EQ(field<u16>(entry_address(ref), 2), mapping.domain)
+                << "grant " << ref << " was used again while it was mapped";
+            EXPECT_EQ(grant_flags(ref) >> 3 & 3, mapping.writers != 0 ? 3 : 1)
+                << "the bits of grant " << ref << " are Xen's to change";
         }
     }
     bool granted_read_only(u32 ref) { return (grant_flags(ref) & 4) != 0; }
@@ -365,7 +376,9 @@ class Xen {
 
     // ---- XenStore ----
     u32& store_word(u32 offset) { return field<u32>(reinterpret_cast<u64>(store_page), offset); }
-    std::string full(const std::string& path) { return !path.empty() && path[0] == '/' ? path : "/local/domain/1/" + path; }
+    std::string full(const std::string& path) {
+        return !path.empty() && path[0] == '/' ? path : "/local/domain/1/" + path;
+    }
     void set(const std::string& path, const std::string& value) {
         tree[full(path)] = value;
         changed(full(path));
@@ -564,7 +577,9 @@ class World {
     explicit World(Xen& x) : xen(x) {}
     io::Platform platform() {
         return {this, [](void* self) { return static_cast<World*>(self)->now; },
-                [](void* self, Instant until, const std::atomic<bool>& wake) { static_cast<World*>(self)->idle(until, wake); }};
+                [](void* self, Instant until, const std::atomic<bool>& wake) {
+                    static_cast<World*>(self)->idle(until, wake);
+                }};
     }
     void idle(Instant until, const std::atomic<bool>& wake) {
         ++idles;
@@ -592,7 +607,9 @@ class World {
 
 /// A backend that is installed and started on the fake.
 struct Machine {
-    explicit Machine(usize bytes = 48u << 20) : xen(bytes), world(xen), executor(world.platform()) { guest.set_gate(xen.gate()); }
+    explicit Machine(usize bytes = 48u << 20) : xen(bytes), world(xen), executor(world.platform()) {
+        guest.set_gate(xen.gate());
+    }
     Result<void> install() {
         hv::Environment environment{xen.cpuid, xen.sightings, xen.memory, xen.memory, xen.cpu};
         return guest.install(environment);

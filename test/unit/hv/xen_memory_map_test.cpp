@@ -62,7 +62,8 @@ struct XenMemoryMap : testing::Test {
     void SetUp() override {
         scan_cpuid(cpuid, [](u32 leaf, u32) -> CpuidRegisters {
             switch (leaf) {
-            case 0x40000100: return {0x40000104, 0x566e6558, 0x65584d4d, 0x4d4d566e}; // behind another hypervisor's leaves
+            // behind another hypervisor's leaves
+            case 0x40000100: return {0x40000104, 0x566e6558, 0x65584d4d, 0x4d4d566e};
             case 0x40000102: return {1, 0x40000000, 0, 0};
             default: return {0, 0, 0, 0};
             }

@@ -106,7 +106,8 @@ TEST_F(XenStore, ClientsQueue) {
 }
 
 TEST_F(XenStore, TransactionsAreRepeatedABoundedNumberOfTimes) {
-    const std::array<hv::xen::StoreEntry, 2> entries{{{FixedText<40>("a"), FixedText<24>("1")}, {FixedText<40>("b"), FixedText<24>("2")}}};
+    const std::array<hv::xen::StoreEntry, 2> entries{
+        {{FixedText<40>("a"), FixedText<24>("1")}, {FixedText<40>("b"), FixedText<24>("2")}}};
     m.xen.conflicts = 3;
     ASSERT_TRUE(m.run(store.write_all("d", entries)));
     EXPECT_EQ(m.xen.get("d/a") + m.xen.get("d/b"), "12");

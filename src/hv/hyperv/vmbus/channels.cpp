@@ -17,8 +17,7 @@ import hv.hyperv.vmbus.protocol;
 
 namespace fl::hv::hyperv {
 
-// ---- GPADLs
-// ------------------------------------------------------------------------------------------------------------------------------------
+// ---- GPADLs ----
 
 u32 Vmbus::fresh_gpadl() {
     const u32 handle = next_gpadl_;
@@ -29,11 +28,14 @@ u32 Vmbus::fresh_gpadl() {
 io::Task<Result<Gpadl>> Vmbus::create_gpadl(u32 relid, std::span<const u64> frames) {
     return share(relid, {frames, 0, static_cast<u32>(frames.size())});
 }
-io::Task<Result<Gpadl>> Vmbus::create_gpadl(u32 relid, u64 first_frame, u32 count) { return share(relid, {{}, first_frame, count}); }
+io::Task<Result<Gpadl>> Vmbus::create_gpadl(u32 relid, u64 first_frame, u32 count) {
+    return share(relid, {{}, first_frame, count});
+}
 
 io::Task<Result<Gpadl>> Vmbus::share(u32 relid, Frames frames) {
     if (frames.count == 0 || frames.count > max_gpadl_pages) {
-        co_return Error{Code::bad_argument, "VMBus: so many pages cannot be shared at once", max_gpadl_pages, frames.count};
+        co_return Error{Code::bad_argument, "VMBus: so many pages cannot be shared at once", max_gpadl_pages,
+                        frames.count};
     }
     if (is_rescinded(relid)) {
         co_return Error{Code::device_gone, "VMBus: the host has taken the device away"};
@@ -59,7 +61,8 @@ io::Task<Result<Gpadl>> Vmbus::share(u32 relid, Frames frames) {
             const u64 frame = frames.at(told);
             std::memcpy(message.data() + size, &frame, 8);
         }
-        // Never once the channel is rescinded: its id may be released and in other hands, and the host would keep what this gives it.
+        // Never once the channel is rescinded: its id may be released and in other hands, and the host would keep what
+        // this gives it.
         CO_CHECK(co_await post(std::span<const std::byte>(message).first(size), until, &pending.gone));
         if (told == frames.count || pending.gone) { // the rest would be told to nobody
             break;
@@ -70,9 +73,11 @@ io::Task<Result<Gpadl>> Vmbus::share(u32 relid, Frames frames) {
         std::memcpy(message.data(), &body, sizeof(body));
         size = sizeof(body);
     }
-    CO_CHECK(co_await answer(pending, answering_bound(), "VMBus: the host does not confirm that it shares memory: the memory is given up"));
+    CO_CHECK(co_await answer(pending, answering_bound(),
+                             "VMBus: the host does not confirm that it shares memory: the memory is given up"));
     if (pending.status != HostStatus::success) {
-        co_return Error{Code::io, "VMBus: the host does not take memory that shall be shared (status)", 0, to_underlying(pending.status)};
+        co_return Error{Code::io, "VMBus: the host does not take memory that shall be shared (status)", 0,
+                        to_underlying(pending.status)};
     }
     co_return gpadl;
 }
@@ -87,15 +92,15 @@ io::Task<Result<void>> Vmbus::teardown_gpadl(Gpadl gpadl) {
     message.relid = gpadl.relid;
     message.gpadl = gpadl.handle;
     CO_CHECK(co_await send(message, until));
-    auto done = co_await answer(pending, answering_bound(), "VMBus: the host does not let go of shared memory: the memory is given up");
+    auto done = co_await answer(pending, answering_bound(),
+                                "VMBus: the host does not let go of shared memory: the memory is given up");
     if (!done && done.error().code == Code::device_gone) {
         co_return Result<void>{};
     }
     co_return done;
 }
 
-// ---- open and close
-// ----------------------------------------------------------------------------------------------------------------------------
+// ---- open and close ----
 
 Channel::Signalling Vmbus::signalling(const Offer& offer, bool may_defer) {
     Channel::Signalling result{&environment_->hypercalls, offer.connection_id, nullptr, 0, nullptr, 0};
@@ -131,13 +136,15 @@ io::Task<Result<void>> Vmbus::open(Channel& channel, Offer offer, OpenParameters
         co_return Error{Code::busy, "VMBus: this channel is open already"};
     }
     const u64 bytes = ring_bytes(parameters.send_bytes) + ring_bytes(parameters.receive_bytes);
-    if (parameters.send_bytes == 0 || parameters.receive_bytes == 0 || (parameters.send_bytes | parameters.receive_bytes) % page_size != 0 ||
-        bytes / page_size > max_gpadl_pages) {
-        co_return Error{Code::bad_argument, "VMBus: a channel's rings are whole pages, both together at most 8190", max_gpadl_pages * page_size,
-                        bytes};
+    if (parameters.send_bytes == 0 || parameters.receive_bytes == 0 ||
+        (parameters.send_bytes | parameters.receive_bytes) % page_size != 0 || bytes / page_size > max_gpadl_pages) {
+        co_return Error{Code::bad_argument, "VMBus: a channel's rings are whole pages, both together at most 8190",
+                        max_gpadl_pages * page_size, bytes};
     }
-    if (parameters.user_data.size() > 120 || parameters.cpu >= max_processors || !environment_->synic.enabled(parameters.cpu)) {
-        co_return Error{Code::bad_argument, "VMBus: a channel opens with at most 120 bytes of data, on a processor that has joined", 120,
+    if (parameters.user_data.size() > 120 || parameters.cpu >= max_processors ||
+        !environment_->synic.enabled(parameters.cpu)) {
+        co_return Error{Code::bad_argument,
+                        "VMBus: a channel opens with at most 120 bytes of data, on a processor that has joined", 120,
                         parameters.user_data.size()};
     }
     CO_TRY(DmaBuffer rings, environment_->memory.buffer(static_cast<u32>(bytes)));
@@ -157,10 +164,12 @@ io::Task<Result<void>> Vmbus::open(Channel& channel, Offer offer, OpenParameters
     co_return opened;
 }
 
-io::Task<Result<void>> Vmbus::open_shared(Channel& channel, Offer offer, OpenParameters parameters, DmaBuffer rings, Gpadl gpadl) {
+io::Task<Result<void>> Vmbus::open_shared(Channel& channel, Offer offer, OpenParameters parameters, DmaBuffer rings,
+                                          Gpadl gpadl) {
     const u32 send_bytes = static_cast<u32>(ring_bytes(parameters.send_bytes));
-    Result<void> result = channel.attach(offer, parameters.cpu, std::move(rings), send_bytes, signalling(offer, parameters.may_defer),
-                                         environment_->synic.events(offer.relid));
+    Result<void> result =
+        channel.attach(offer, parameters.cpu, std::move(rings), send_bytes, signalling(offer, parameters.may_defer),
+                       environment_->synic.events(offer.relid));
     bool unanswered = false;
     if (result) {
         channel.gpadl = gpadl.handle;
@@ -179,11 +188,13 @@ io::Task<Result<void>> Vmbus::open_shared(Channel& channel, Offer offer, OpenPar
         }
         result = co_await send(message, until);
         if (result) {
-            result = co_await answer(pending, answering_bound(), "VMBus: the host does not answer whether it opens a channel");
+            result = co_await answer(pending, answering_bound(),
+                                     "VMBus: the host does not answer whether it opens a channel");
             unanswered = !result && result.error().code == Code::timed_out;
         }
         if (result && pending.status != HostStatus::success) {
-            result = Error{Code::io, "VMBus: the host does not open the channel (status)", 0, to_underlying(pending.status)};
+            result =
+                Error{Code::io, "VMBus: the host does not open the channel (status)", 0, to_underlying(pending.status)};
         }
     }
     if (result) {
@@ -232,11 +243,12 @@ io::Task<Result<void>> Vmbus::close(Channel& channel) {
 
 io::Task<Result<void>> Vmbus::modify(Channel& channel, u32 cpu) {
     if (version_ < Version::v4_1) {
-        co_return Error{Code::not_supported, "VMBus: this version cannot move a channel to another processor", to_underlying(Version::v4_1),
-                        to_underlying(version_)};
+        co_return Error{Code::not_supported, "VMBus: this version cannot move a channel to another processor",
+                        to_underlying(Version::v4_1), to_underlying(version_)};
     }
     if (!channel.is_open() || cpu >= max_processors || !environment_->synic.enabled(cpu)) {
-        co_return Error{Code::bad_argument, "VMBus: only an open channel moves, to a processor that has joined", max_processors - 1, cpu};
+        co_return Error{Code::bad_argument, "VMBus: only an open channel moves, to a processor that has joined",
+                        max_processors - 1, cpu};
     }
     const u32 relid = channel.offer().relid;
     if (is_rescinded(relid)) {
@@ -248,10 +260,13 @@ io::Task<Result<void>> Vmbus::modify(Channel& channel, u32 cpu) {
     message.relid = relid;
     message.target_vp = environment_->synic.vp_index(cpu);
     CO_CHECK(co_await send(message, until));
-    if (version_ >= Version::v5_3) { // before, the host does not confirm: events may come to the old processor for a while
-        CO_CHECK(co_await answer(pending, answering_bound(), "VMBus: the host does not confirm a channel's new processor"));
+    // before, the host does not confirm: events may come to the old processor for a while
+    if (version_ >= Version::v5_3) {
+        CO_CHECK(
+            co_await answer(pending, answering_bound(), "VMBus: the host does not confirm a channel's new processor"));
         if (pending.status != HostStatus::success) {
-            co_return Error{Code::io, "VMBus: the host does not move the channel (status)", 0, to_underlying(pending.status)};
+            co_return Error{Code::io, "VMBus: the host does not move the channel (status)", 0,
+                            to_underlying(pending.status)};
         }
     }
     channel.move_to(cpu);

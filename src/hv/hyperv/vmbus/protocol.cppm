@@ -1,6 +1,6 @@
-// What a VMBus guest and its host say to each other in messages: types, sizes and places of every field. Structures and constants, no action.
-// Values that the host writes are open enums: whatever else comes can be represented and is the reader's business. All little endian.
-// [vmbus-protocol]
+// What a VMBus guest and its host say to each other in messages: types, sizes and places of every field. Structures and
+// constants, no action. Values that the host writes are open enums: whatever else comes can be represented and is the
+// reader's business. All little endian. [vmbus-protocol]
 module;
 #include <cstddef>
 export module hv.hyperv.vmbus.protocol;
@@ -9,7 +9,7 @@ import core.text;
 
 export namespace fl::hv::hyperv {
 
-// ---- names -----------------------------------------------------------------------------------------------------------------------------------
+// ---- names ----
 
 /// A GUID as it stands in memory: the first three parts little endian, the last eight bytes in order.
 struct Guid {
@@ -29,7 +29,10 @@ namespace guid_detail {
 inline constexpr std::array<u8, 16> order{3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr bool dash_before(usize byte) { return byte == 4 || byte == 6 || byte == 8 || byte == 10; }
 constexpr int digit(char c) {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+    return c >= '0' && c <= '9'   ? c - '0'
+           : c >= 'a' && c <= 'f' ? c - 'a' + 10
+           : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                  : -1;
 }
 } // namespace guid_detail
 
@@ -78,7 +81,7 @@ inline constexpr std::string_view heartbeat = "57164f39-9115-4e78-ab55-382f3bd54
 inline constexpr std::string_view dynamic_memory = "525074dc-8985-46e2-8057-a307dc18a502";
 } // namespace classes
 
-// ---- versions --------------------------------------------------------------------------------------------------------------------------------
+// ---- versions ----
 
 /// major << 16 | minor
 enum class Version : u32 {
@@ -95,19 +98,21 @@ enum class Version : u32 {
     v5_3 = 0x00050003, // a changed processor is confirmed
 };
 /// The newest first: the order in which they are asked for.
-inline constexpr std::array<Version, 10> versions{Version::v5_3, Version::v5_2, Version::v5_1, Version::v5_0, Version::v4_1,
-                                                  Version::v4_0, Version::v3_0, Version::v2_4, Version::v1_1, Version::v0_13};
+inline constexpr std::array<Version, 10> versions{Version::v5_3, Version::v5_2, Version::v5_1, Version::v5_0,
+                                                  Version::v4_1, Version::v4_0, Version::v3_0, Version::v2_4,
+                                                  Version::v1_1, Version::v0_13};
 
-// ---- connections of the hypervisor -----------------------------------------------------------------------------------------------------------
+// ---- connections of the hypervisor ----
 
-inline constexpr u32 message_connection = 1;     // messages, before version 5.0
-inline constexpr u32 event_connection = 2;       // version 0.13 and 1.1: signals of channels that have no connection of their own
+inline constexpr u32 message_connection = 1; // messages, before version 5.0
+// version 0.13 and 1.1: signals of channels that have no connection of their own
+inline constexpr u32 event_connection = 2;
 inline constexpr u32 message_connection_5_0 = 4; // the first contact from 5.0 on
 inline constexpr u32 channel_message = 1;        // type of the hypervisor message that carries what follows
 inline constexpr usize max_message = 240;        // bytes of it [hv-tlfs §11.8.1]
 inline constexpr u32 vmbus_sint = 2;
 
-// ---- messages --------------------------------------------------------------------------------------------------------------------------------
+// ---- messages ----
 
 enum class MessageType : u32 {
     invalid = 0,
@@ -165,8 +170,9 @@ struct OfferChannel {
     u16 dedicated_interrupt = 0; // bit 0; not before version 1.1
     u32 connection_id = 0;       // not before version 1.1
 };
-static_assert(sizeof(OfferChannel) == 196 && offsetof(OfferChannel, interface_type) == 8 && offsetof(OfferChannel, instance) == 24 &&
-              offsetof(OfferChannel, reserved0) == 40 && offsetof(OfferChannel, flags) == 56 && offsetof(OfferChannel, mmio_megabytes) == 58 &&
+static_assert(sizeof(OfferChannel) == 196 && offsetof(OfferChannel, interface_type) == 8 &&
+              offsetof(OfferChannel, instance) == 24 && offsetof(OfferChannel, reserved0) == 40 &&
+              offsetof(OfferChannel, flags) == 56 && offsetof(OfferChannel, mmio_megabytes) == 58 &&
               offsetof(OfferChannel, user_defined) == 60 && offsetof(OfferChannel, sub_channel_index) == 180 &&
               offsetof(OfferChannel, relid) == 184 && offsetof(OfferChannel, monitor_id) == 188 &&
               offsetof(OfferChannel, monitor_allocated) == 189 && offsetof(OfferChannel, dedicated_interrupt) == 190 &&
@@ -226,9 +232,11 @@ struct OpenChannelResult {
     u32 open_id = 0;
     HostStatus status = HostStatus::success;
 };
-static_assert(sizeof(OpenChannelResult) == 20 && offsetof(OpenChannelResult, open_id) == 12 && offsetof(OpenChannelResult, status) == 16);
+static_assert(sizeof(OpenChannelResult) == 20 && offsetof(OpenChannelResult, open_id) == 12 &&
+              offsetof(OpenChannelResult, status) == 16);
 
-/// Then one range (GpaRange), then as many page numbers of 64 bits as the message has room for; the rest follows in bodies.
+/// Then one range (GpaRange), then as many page numbers of 64 bits as the message has room for; the rest follows in
+/// bodies.
 struct GpadlHeader {
     static constexpr MessageType type = MessageType::gpadl_header;
     MessageHeader header{type};
@@ -240,7 +248,8 @@ struct GpadlHeader {
 static_assert(sizeof(GpadlHeader) == 20 && offsetof(GpadlHeader, relid) == 8 && offsetof(GpadlHeader, gpadl) == 12 &&
               offsetof(GpadlHeader, range_bytes) == 16 && offsetof(GpadlHeader, range_count) == 18);
 
-/// A buffer in guest memory: `byte_count` bytes from `byte_offset` in the first page on; page numbers of 64 bits follow.
+/// A buffer in guest memory: `byte_count` bytes from `byte_offset` in the first page on; page numbers of 64 bits
+/// follow.
 struct GpaRange {
     u32 byte_count = 0;
     u32 byte_offset = 0;
@@ -269,7 +278,8 @@ struct GpadlCreated {
     u32 gpadl = 0;
     HostStatus status = HostStatus::success;
 };
-static_assert(sizeof(GpadlCreated) == 20 && offsetof(GpadlCreated, gpadl) == 12 && offsetof(GpadlCreated, status) == 16);
+static_assert(sizeof(GpadlCreated) == 20 && offsetof(GpadlCreated, gpadl) == 12 &&
+              offsetof(GpadlCreated, status) == 16);
 
 struct GpadlTeardown {
     static constexpr MessageType type = MessageType::gpadl_teardown;
@@ -277,7 +287,8 @@ struct GpadlTeardown {
     u32 relid = 0;
     u32 gpadl = 0;
 };
-static_assert(sizeof(GpadlTeardown) == 16 && offsetof(GpadlTeardown, relid) == 8 && offsetof(GpadlTeardown, gpadl) == 12);
+static_assert(sizeof(GpadlTeardown) == 16 && offsetof(GpadlTeardown, relid) == 8 &&
+              offsetof(GpadlTeardown, gpadl) == 12);
 
 struct GpadlTorndown {
     static constexpr MessageType type = MessageType::gpadl_torndown;
@@ -290,13 +301,15 @@ struct InitiateContact {
     static constexpr MessageType type = MessageType::initiate_contact;
     MessageHeader header{type};
     Version version = Version::none;
-    u32 target_vp = 0;                // gets the messages
-    u64 interrupt_page_or_target = 0; // before 5.0: address of the interrupt page; from 5.0 on: SINT in bits 0–7, VTL in 8–15
-    u64 monitor_page_from_host = 0;   // addresses
+    u32 target_vp = 0; // gets the messages
+    // before 5.0: address of the interrupt page; from 5.0 on: SINT in bits 0–7, VTL in 8–15
+    u64 interrupt_page_or_target = 0;
+    u64 monitor_page_from_host = 0; // addresses
     u64 monitor_page_to_host = 0;
 };
-static_assert(sizeof(InitiateContact) == 40 && offsetof(InitiateContact, version) == 8 && offsetof(InitiateContact, target_vp) == 12 &&
-              offsetof(InitiateContact, interrupt_page_or_target) == 16 && offsetof(InitiateContact, monitor_page_from_host) == 24 &&
+static_assert(sizeof(InitiateContact) == 40 && offsetof(InitiateContact, version) == 8 &&
+              offsetof(InitiateContact, target_vp) == 12 && offsetof(InitiateContact, interrupt_page_or_target) == 16 &&
+              offsetof(InitiateContact, monitor_page_from_host) == 24 &&
               offsetof(InitiateContact, monitor_page_to_host) == 32);
 
 enum class ConnectionState : u8 { successful = 0, low_resources = 1, unknown_failure = 2 };
@@ -308,8 +321,8 @@ struct VersionResponse {
     u16 padding = 0;
     u32 message_connection = 0; // from 5.0 on; hosts before that leave the message shorter, or this field undefined
 };
-static_assert(sizeof(VersionResponse) == 16 && offsetof(VersionResponse, supported) == 8 && offsetof(VersionResponse, state) == 9 &&
-              offsetof(VersionResponse, message_connection) == 12);
+static_assert(sizeof(VersionResponse) == 16 && offsetof(VersionResponse, supported) == 8 &&
+              offsetof(VersionResponse, state) == 9 && offsetof(VersionResponse, message_connection) == 12);
 /// The part that every host sends.
 inline constexpr usize version_response_min = 10;
 
@@ -329,7 +342,7 @@ struct ModifyChannelResponse {
 };
 static_assert(sizeof(ModifyChannelResponse) == 16 && offsetof(ModifyChannelResponse, status) == 12);
 
-// ---- pages beside the messages ---------------------------------------------------------------------------------------------------------------
+// ---- pages beside the messages ----
 
 /// Versions 0.13 and 1.1: one bit for each channel, the host's half first.
 struct InterruptPage {
@@ -338,7 +351,8 @@ struct InterruptPage {
 };
 static_assert(sizeof(InterruptPage) == 4096 && offsetof(InterruptPage, to_host) == 2048);
 
-/// Signals that the host may take at its own pace: a bit set in `pending` of the group is seen within the group's latency [hv-tlfs §11.11].
+/// Signals that the host may take at its own pace: a bit set in `pending` of the group is seen within the group's
+/// latency [hv-tlfs §11.11].
 struct MonitorPage {
     struct Group {
         u32 pending = 0;
@@ -359,8 +373,9 @@ struct MonitorPage {
     std::array<Parameter, 128> parameters{};
     std::array<u8, 1984> reserved3{};
 };
-static_assert(sizeof(MonitorPage) == 4096 && offsetof(MonitorPage, groups) == 8 && offsetof(MonitorPage, next_check) == 64 &&
-              offsetof(MonitorPage, latency) == 576 && offsetof(MonitorPage, parameters) == 1088);
+static_assert(sizeof(MonitorPage) == 4096 && offsetof(MonitorPage, groups) == 8 &&
+              offsetof(MonitorPage, next_check) == 64 && offsetof(MonitorPage, latency) == 576 &&
+              offsetof(MonitorPage, parameters) == 1088);
 inline constexpr u32 monitors = 128;
 
 /// Ids from here on have no event flag.
