@@ -1,51 +1,125 @@
 module core.dma;
 import core.std;
+import core.log;
 import core.spinlock;
+import core.vector;
 
 namespace fl {
 
 namespace {
-struct Condemned {
-    static constexpr usize capacity = 64;
-    std::array<DmaSpan, capacity> spans{};
-    usize count = 0;
-    bool everything = false;
-    SpinLock lock;
+struct Held {
+    DmaSpan span;
+    const void* holder = nullptr;
+    u64 id = 0;
 };
-constinit Condemned condemned{};
-// Relaxed: whoever condemns and whoever gives back is the same processor, or was ordered behind it by the end of the
-// request.
+struct Orphan {
+    DmaAllocator* from = nullptr;
+    DmaSpan span;
+};
+struct Quarantine {
+    Vector<Held> held;
+    Vector<Orphan> orphans;
+    bool frozen = false;
+    SpinLock lock;
+
+    bool holds(DmaSpan span) const {
+        return frozen || std::ranges::any_of(held, [&](const Held& h) {
+                   return span.bus < h.span.bus + h.span.size && h.span.bus < span.bus + span.size;
+               });
+    }
+    void freeze() {
+        if (!std::exchange(frozen, true)) {
+            log::error("no memory left to note what devices may still access: no DMA memory is given back any more");
+        }
+    }
+};
+constinit Quarantine state{};
+// Relaxed: the processor that quarantines is the one that gives the buffer back, or the end of the request orders them.
 constinit std::atomic<bool> any{false};
+
+template <class F>
+void release_if(F&& matches) {
+    if (!any.load(std::memory_order_relaxed)) {
+        return;
+    }
+    for (;;) {
+        Orphan free{};
+        {
+            const Locked locked(state.lock);
+            for (usize i = 0; i < state.held.size();) {
+                if (matches(state.held[i])) {
+                    state.held.remove(i);
+                } else {
+                    ++i;
+                }
+            }
+            for (usize i = 0; i < state.orphans.size(); ++i) {
+                if (!state.holds(state.orphans[i].span)) {
+                    free = state.orphans[i];
+                    state.orphans.remove(i);
+                    break;
+                }
+            }
+        }
+        if (free.from == nullptr) {
+            return;
+        }
+        free.from->free(free.span); // without the lock: an allocator has its own
+    }
+}
 } // namespace
 
-void condemn(DmaSpan span) {
+void quarantine(DmaSpan span, const void* holder, u64 id) {
     if (span.empty()) {
         return;
     }
-    const Locked locked(condemned.lock);
-    if (condemned.count == Condemned::capacity) {
-        condemned.everything = true;
-    } else {
-        condemned.spans[condemned.count++] = span;
+    const Locked locked(state.lock);
+    if (!state.held.push({span, holder, id})) {
+        state.freeze();
     }
     any.store(true, std::memory_order_relaxed);
 }
 
-bool is_condemned(DmaSpan span) {
+void release_quarantine(const void* holder, u64 id) {
+    release_if([&](const Held& h) { return h.holder == holder && h.id == id; });
+}
+
+void release_quarantine(const void* holder) {
+    release_if([&](const Held& h) { return h.holder == holder; });
+}
+
+bool is_quarantined(DmaSpan span) {
     if (!any.load(std::memory_order_relaxed)) [[likely]] {
         return false;
     }
-    const Locked locked(condemned.lock);
-    return condemned.everything ||
-           std::ranges::any_of(std::span(condemned.spans).first(condemned.count), [&](const DmaSpan& bad) {
-               return span.bus < bad.bus + bad.size && bad.bus < span.bus + span.size;
-           });
+    const Locked locked(state.lock);
+    return state.holds(span);
 }
 
-void pardon_all() {
-    const Locked locked(condemned.lock);
-    condemned.count = 0;
-    condemned.everything = false;
+bool keep_quarantined(DmaAllocator& from, DmaSpan span) {
+    if (!any.load(std::memory_order_relaxed)) [[likely]] {
+        return false;
+    }
+    const Locked locked(state.lock);
+    if (!state.holds(span)) {
+        return false;
+    }
+    if (!state.orphans.push({&from, span})) {
+        state.freeze();
+    }
+    return true;
+}
+
+QuarantineState quarantine_state() {
+    const Locked locked(state.lock);
+    return {state.held.size(), state.orphans.size(), state.frozen};
+}
+
+void clear_quarantine() {
+    const Locked locked(state.lock);
+    state.held.clear();
+    state.orphans.clear();
+    state.frozen = false;
     any.store(false, std::memory_order_relaxed);
 }
 

@@ -22,13 +22,23 @@ struct DmaSpan {
 
 class DmaBuffer;
 
-/// Takes memory out of use for good: a device may still write to it, or read it, whatever becomes of its owner. A
-/// DmaBuffer that holds any of it is not given back. From any processor. There is room for 64 spans; after that nothing
-/// is given back any more.
-void condemn(DmaSpan span);
-bool is_condemned(DmaSpan span);
-/// For tests, where the end of a machine is not the end of the program.
-void pardon_all();
+/// Quarantines memory that a device may still access, whatever becomes of its owner: a DmaBuffer that overlaps it is not
+/// given back when it is reset or dies, but when the last of its quarantined memory has been released. `holder` and `id`
+/// say which access it is (a queue and its command). From any processor.
+void quarantine(DmaSpan span, const void* holder, u64 id = 0);
+/// The device can no longer reach what was quarantined under `holder` and `id`; or under `holder` alone.
+void release_quarantine(const void* holder, u64 id);
+void release_quarantine(const void* holder);
+bool is_quarantined(DmaSpan span);
+
+struct QuarantineState {
+    usize spans = 0;     // that a device may still access
+    usize buffers = 0;   // whose owners are gone
+    bool frozen = false; // there was no memory to note a span or a buffer: nothing is given back any more
+};
+QuarantineState quarantine_state();
+/// For tests, where the end of a machine is not the end of the program: forgets everything.
+void clear_quarantine();
 
 /// Where DMA memory comes from: frames in the kernel, the heap in host tests.
 class DmaAllocator {
@@ -42,8 +52,11 @@ class DmaAllocator {
     ~DmaAllocator() = default;
 };
 
-/// Owns DMA memory. `abandon()` gives it up for good: for memory that the other side may still write after a fault.
-/// What was condemned is given up, too.
+/// For DmaBuffer. True: some of `span` is quarantined; it goes back to `from`, which must live so long, afterwards.
+bool keep_quarantined(DmaAllocator& from, DmaSpan span);
+
+/// Owns DMA memory. `abandon()` gives it up for good: for memory that the other side may still write after a fault. What
+/// is quarantined is given back later, or never.
 class DmaBuffer {
   public:
     DmaBuffer() = default;
@@ -67,7 +80,7 @@ class DmaBuffer {
     u32 size() const { return span_.size; }
     explicit operator bool() const { return span_.data != nullptr; }
     void reset() {
-        if (from_ != nullptr && span_.data != nullptr && !is_condemned(span_)) {
+        if (from_ != nullptr && span_.data != nullptr && !keep_quarantined(*from_, span_)) {
             from_->free(span_);
         }
         from_ = nullptr;

@@ -21,7 +21,6 @@ import drivers.driver;
 import drivers.pci;
 export import drivers.ata.protocol;
 export import drivers.ata.channel;
-export import drivers.ata.disk;
 export import drivers.ata.queue;
 
 export namespace fl::drivers::ata {
@@ -108,7 +107,7 @@ class Controller {
     struct Slot {
         DmaBuffer table;
         std::array<std::optional<DeviceIdentity>, 2> identities; // of what answered IDENTIFY DEVICE
-        std::array<std::optional<Disk>, 2> disks;
+        std::array<std::optional<Disk<P>>, 2> disks;
         std::optional<ChannelQueue<P>> queue; // ends first: it ends the disks' requests
     };
     io::Task<Result<void>> attach_channel(Slot& slot, ChannelPorts at, InterruptLine line, u32 first_disk);
@@ -384,7 +383,7 @@ io::Task<Result<void>> Controller<P>::attach_channel(Slot& slot, ChannelPorts at
         if (!slot.disks[unit]) {
             continue;
         }
-        Disk& disk = *slot.disks[unit];
+        Disk<P>& disk = *slot.disks[unit];
         disk.configure(disk.info(), disk_name(first_disk + unit), environment_.allows(Feature::flush), channel.words());
         disk.set_timeout(environment_.timeout);
         slot.queue->add(disk);

@@ -609,6 +609,8 @@ io::Task<Result<void>> Controller::disconnect() {
         }
         if (auto closed = co_await bus_.close(lane.channel); !closed) {
             result = closed;
+        } else {
+            lane.queue.reclaim(); // quiet: its processor does not touch it any more
         }
     }
     co_return result;

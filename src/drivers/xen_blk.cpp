@@ -108,7 +108,7 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
           terms_.indirect_segments != 0 ? "indirect " : "", terms_.ring_pages);
     CO_CHECK(disk_.open(
         terms_, identity, environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.poke(); }, this));
-    CO_CHECK(xen_.events().bind(port_, Disk::rang, &disk_)); // masked until the disk first goes to sleep
+    CO_CHECK(xen_.events().bind(port_, Disk::on_event, &disk_)); // masked until the disk first goes to sleep
     CO_CHECK(co_await front_.set_state(BusState::connected));
     co_return Result<void>{};
 }

@@ -30,9 +30,6 @@ Error to_error(Status status) {
 Request::~Request() {
     if (pending_) {
         device_->forget(*this);
-        if (buffer_lost) { // its owner is dying with it, and cannot keep the buffer
-            condemn(buffer);
-        }
         if (pending_) { // ended by nobody else
             ++device_->counters_.completed;
             ++device_->counters_.errors;
@@ -49,6 +46,8 @@ void BlockDevice::submit(Request& request) {
     request.issued = 0;
     request.parts = 0;
     request.part_status = Status::ok;
+    request.tries = 0;
+    request.again = false;
     request.pending_ = true;
     if (request.op != Op::flush) {
         const u32 sector = geometry_.sector_size;
@@ -75,9 +74,6 @@ void BlockDevice::submit(Request& request) {
 void BlockDevice::complete(Request& request, Status status) {
     request.pending_ = false;
     request.status = status;
-    if (request.buffer_lost) [[unlikely]] { // the frame that waits may die before it could see this
-        condemn(request.buffer);
-    }
     ++counters_.completed;
     counters_.errors += status != Status::ok ? 1 : 0;
     if (request.waiter) { // a request without a waiter is looked at by its owner: pending() turns false

@@ -70,10 +70,10 @@ struct Counters {
 
 class BlockDevice;
 
-/// One operation under way. Owned by the caller (as a rule: the awaiting frame); the device holds a pointer from
-/// submit() to complete(). Must not move or die in between: the destructor cancels. When a device gives a request up
-/// while its host may still write to the buffer (a time-out on a host that never answered), buffer_lost is set, and the
-/// owner must not use the buffer again. It is condemned as well [core.dma]: whoever frees it does not give it back.
+/// One operation under way. Owned by the caller (as a rule: the awaiting frame); the device holds a pointer from submit()
+/// to complete(). Must not move in between; when it dies in between the device forgets it. When a device ends a request
+/// whose buffer its host may still access (a time-out on a host that never answered), buffer_lost is set: the owner must
+/// not use the buffer again. It is also quarantined [core.dma], so that an owner who frees it does no harm.
 class Request : public ReadyNode {
   public:
     Request(BlockDevice& device, Op op, u64 lba, DmaSpan buffer) : buffer(buffer), lba(lba), op(op), device_(&device) {}
@@ -89,14 +89,16 @@ class Request : public ReadyNode {
     Status status = Status::not_written;
     bool buffer_lost = false;
 
-    // For the driver alone, while it holds the request: a list link, how many bytes have been handed to the device,
-    // parts not yet answered, the worst status of the parts so far.
-    Request* link = nullptr;
-    u32 issued = 0;
-    u32 parts = 0;
-    Status part_status = Status::ok;
+    // For the queue alone [io.block_queue], from submit() to complete().
+    Request* link = nullptr;         // the next request in the list that it is in
+    u32 issued = 0;                  // bytes of the buffer that have been made into commands
+    u32 parts = 0;                   // commands for it that have not been answered
+    Status part_status = Status::ok; // the first error of its commands
+    u8 tries = 0;                    // times that it was sent again after an error of the transport
+    bool again = false;              // to be sent again, alone, when its last command has been answered
 
     bool pending() const { return pending_; }
+    BlockDevice& device() const { return *device_; }
 
   private:
     friend class BlockDevice;
@@ -154,9 +156,6 @@ class BlockDevice {
             }
             return to_error(status);
         }
-
-      private:
-        BlockDevice& device() const;
     };
 
     /// co_await these. The buffer is whole sectors, aligned to one, and outlives the operation; ordering between
@@ -204,8 +203,6 @@ class BlockDevice {
     bool held_ = false;
 };
 
-inline BlockDevice& BlockDevice::Transfer::device() const { return *device_; }
-
 /// A list of requests in order of arrival, through Request::link. Owns nothing.
 class RequestQueue {
   public:
@@ -215,6 +212,12 @@ class RequestQueue {
         request.link = nullptr;
         *tail_ = &request;
         tail_ = &request.link;
+        ++size_;
+    }
+    void push_front(Request& request) {
+        request.link = head_;
+        tail_ = head_ == nullptr ? &request.link : tail_;
+        head_ = &request;
         ++size_;
     }
     Request* pop() {

@@ -85,19 +85,53 @@ TEST_F(Block, MemoryThatAHostMayStillReachIsNotGivenBack) {
     EXPECT_EQ(dma.outstanding, outstanding + 2);
 }
 
-TEST(Dma, CondemnedSpansAreBounded) {
-    const auto page = [](u64 n) { return DmaSpan{nullptr, n * 4096, 4096}; };
-    for (u64 n = 0; n < 64; ++n) {
-        condemn(page(2 * n));
+// However many buffers hosts hold on to: what is quarantined is kept, and everything else is given back.
+TEST(Dma, QuarantineKeepsWhatItHoldsAndNothingElse) {
+    HeapDma dma;
+    int holders[2] = {};
+    {
+        std::vector<DmaBuffer> held;
+        for (u64 n = 0; n < 1000; ++n) {
+            held.push_back(*dma.buffer(8192));
+            quarantine(held.back().span().subspan(4096, 512), &holders[n % 2], n);
+        }
+        const DmaBuffer other = *dma.buffer(4096);
+        EXPECT_TRUE(is_quarantined(held[999]));
+        EXPECT_FALSE(is_quarantined(held[999].span().subspan(0, 4096)));
+        EXPECT_FALSE(is_quarantined(other));
+        EXPECT_EQ(quarantine_state().spans, 1000u);
+        EXPECT_EQ(quarantine_state().buffers, 0u) << "their owners have them still";
     }
-    EXPECT_TRUE(is_condemned(page(126)));
-    EXPECT_FALSE(is_condemned(page(127)));
-    condemn({});
-    EXPECT_FALSE(is_condemned(page(1)));
-    condemn(page(1000));
-    EXPECT_TRUE(is_condemned(page(1))) << "no room: nothing is given back any more";
-    pardon_all();
-    EXPECT_FALSE(is_condemned(page(0)));
+    EXPECT_EQ(dma.outstanding, 1000u) << "the other one is given back";
+    EXPECT_EQ(quarantine_state().buffers, 1000u);
+    release_quarantine(&holders[1], 7);
+    EXPECT_EQ(dma.outstanding, 999u) << "the device has answered";
+    release_quarantine(&holders[0], 7);
+    EXPECT_EQ(dma.outstanding, 999u) << "another queue's command of that number";
+    release_quarantine(&holders[0]);
+    EXPECT_EQ(dma.outstanding, 499u) << "the queue's device has let go of everything";
+    release_quarantine(&holders[1]);
+    EXPECT_EQ(dma.outstanding, 0u);
+    EXPECT_EQ(quarantine_state().spans, 0u);
+    EXPECT_EQ(quarantine_state().buffers, 0u);
+    EXPECT_FALSE(quarantine_state().frozen);
+}
+
+// Two commands of one buffer: it comes back with the second one.
+TEST(Dma, QuarantineOfTwoPartsOfOneBuffer) {
+    HeapDma dma;
+    int holder = 0;
+    {
+        const DmaBuffer buffer = *dma.buffer(8192);
+        quarantine(buffer.span().subspan(0, 4096), &holder, 1);
+        quarantine(buffer.span().subspan(4096, 4096), &holder, 2);
+        quarantine({}, &holder, 3);
+        release_quarantine(&holder, 1);
+        EXPECT_TRUE(is_quarantined(buffer));
+    }
+    EXPECT_EQ(dma.outstanding, 1u);
+    release_quarantine(&holder, 2);
+    EXPECT_EQ(dma.outstanding, 0u);
 }
 
 TEST_F(Block, SectorsOf4096) {

@@ -35,7 +35,7 @@ struct FakeMachine {
 class HeapDma final : public fl::DmaAllocator {
   public:
     ~HeapDma() {
-        fl::pardon_all();
+        fl::clear_quarantine();
         while (blocks_ != nullptr) {
             release(blocks_);
         }
@@ -143,6 +143,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
             fl::io::Request* request = queue_.front();
             drop(*request);
             request->buffer_lost = true;
+            fl::quarantine(request->buffer, this);
             complete(*request, fl::io::Status::timed_out);
         }
     }
@@ -165,6 +166,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
     void forget(fl::io::Request& request) override {
         ++forgotten;
         request.buffer_lost = behaviour.never_answers;
+        fl::quarantine(behaviour.never_answers ? request.buffer : fl::DmaSpan{}, this);
         drop(request);
     }
 

@@ -1,21 +1,18 @@
 module drivers.ata.disk;
 import core.std;
-import core.result;
 import core.text;
-import io.executor;
 import io.block;
 import drivers.ata.protocol;
 
 namespace fl::drivers::ata {
 
-void Disk::configure(const DriveInfo& info, std::string_view name, bool flushes, bool words) {
-    info_ = info;
-    identity_.name = FixedText<16>(name);
-    identity_.driver = "ata";
-    identity_.kind = io::Kind::emulated;
-    identity_.model = FixedText<48>(info.model.view());
-    auto& features = identity_.features;
-    features.clear();
+Description describe_disk(const DriveInfo& info, std::string_view name, bool flushes, bool words) {
+    Description d;
+    d.identity.name = FixedText<16>(name);
+    d.identity.driver = "ata";
+    d.identity.kind = io::Kind::emulated;
+    d.identity.model = FixedText<48>(info.model.view());
+    auto& features = d.identity.features;
     if (info.ultra_dma >= 0) {
         print(features, "udma{}", info.ultra_dma);
     } else {
@@ -25,18 +22,11 @@ void Disk::configure(const DriveInfo& info, std::string_view name, bool flushes,
     features.write(info.lba48 ? " lba48" : "");
     features.write(can_flush ? " flush" : "");
     features.write(words ? " words" : "");
-    geometry_ = {.sectors = info.sectors,
-                 .sector_size = info.sector_size,
-                 .physical_sector_size = info.physical_sector_size,
-                 .flush = can_flush};
-}
-
-void Disk::end_waiting(io::Status status) {
-    for (io::RequestQueue* queue : {&again, &pending}) {
-        while (io::Request* request = queue->pop()) {
-            end(*request, status);
-        }
-    }
+    d.geometry = {.sectors = info.sectors,
+                  .sector_size = info.sector_size,
+                  .physical_sector_size = info.physical_sector_size,
+                  .flush = can_flush};
+    return d;
 }
 
 } // namespace fl::drivers::ata

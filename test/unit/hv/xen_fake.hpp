@@ -10,7 +10,7 @@ class Memory final : public DmaAllocator, public hv::PhysicalMemory {
   public:
     static constexpr u64 base = 0x10000000;
     explicit Memory(usize bytes) : storage_(bytes) {}
-    ~Memory() { pardon_all(); } // its addresses come again in the next test
+    ~Memory() { clear_quarantine(); } // its addresses come again in the next test
     Result<DmaSpan> allocate(u32 size, u64) override {
         size = (size + 4095) & ~4095u;
         for (DmaSpan& span : freed_) {
