@@ -61,11 +61,16 @@ make_table() {
         print ".ascii \"FLSYMTAB\""
         printf ".long %d, 1\n", count
         at = 0
+        unique = 0
         for (i = 0; i < count; i++) {
-            printf ".long 0x%s - 0x80000000, %d\n", addresses[i], at
-            at += length(names[i]) + 1
+            if (!(names[i] in where)) {         # instances of a template and overloads share their name
+                where[names[i]] = at
+                uniques[unique++] = names[i]
+                at += length(names[i]) + 1
+            }
+            printf ".long 0x%s - 0x80000000, %d\n", addresses[i], where[names[i]]
         }
-        for (i = 0; i < count; i++) printf ".asciz \"%s\"\n", names[i]
+        for (i = 0; i < unique; i++) printf ".asciz \"%s\"\n", uniques[i]
     }'
 }
 

@@ -393,7 +393,7 @@ void QueueDisk<T>::forget(Request& request) {
 // ---- opening and closing ----
 
 template <class T>
-void BlockQueue<T>::open(Nanoseconds timeout) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::open(Nanoseconds timeout) {
     timeout_ = timeout;
     events_seen_ = transport_.events();
     state_ = State::open;
@@ -401,7 +401,7 @@ void BlockQueue<T>::open(Nanoseconds timeout) {
 }
 
 template <class T>
-void BlockQueue<T>::close(Status status, const Error& why) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::close(Status status, const Error& why) {
     if (state_ != State::open) {
         return;
     }
@@ -412,7 +412,7 @@ void BlockQueue<T>::close(Status status, const Error& why) {
 }
 
 template <class T>
-void BlockQueue<T>::stop() {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::stop() {
     if (state_ == State::closed) {
         return;
     }
@@ -424,7 +424,7 @@ void BlockQueue<T>::stop() {
 }
 
 template <class T>
-void BlockQueue<T>::end_everything(Status status, bool stopped) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::end_everything(Status status, bool stopped) {
     state_ = State::shut;
     const auto end = [&](Request& request) {
         request.issued = request.buffer.size; // the rest is not sent
@@ -464,7 +464,7 @@ void BlockQueue<T>::end_everything(Status status, bool stopped) {
 }
 
 template <class T>
-void BlockQueue<T>::reclaim() {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::reclaim() {
     if (state_ == State::open) {
         return;
     }
@@ -477,7 +477,7 @@ void BlockQueue<T>::reclaim() {
 }
 
 template <class T>
-void BlockQueue<T>::add(Disk& disk) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::add(Disk& disk) {
     if (disks_ == nullptr) {
         disks_ = disk.next_ = &disk;
     } else {
@@ -492,7 +492,7 @@ void BlockQueue<T>::add(Disk& disk) {
 }
 
 template <class T>
-void BlockQueue<T>::remove(Disk& disk) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::remove(Disk& disk) {
     if (disk.next_ == nullptr) {
         return;
     }
@@ -507,7 +507,7 @@ void BlockQueue<T>::remove(Disk& disk) {
 }
 
 template <class T>
-FixedText<96> BlockQueue<T>::names() const {
+[[gnu::cold, clang::minsize]] FixedText<96> BlockQueue<T>::names() const {
     FixedText<96> text;
     for_each_disk(
         [&](const Disk& disk) { print(text, "{}{}", text.empty() ? "" : ", ", disk.identity().name.view()); });
@@ -637,7 +637,7 @@ void BlockQueue<T>::gather(Command& command, RequestQueue& from) {
 
 /// Whether a write that was given up, and that the device may still carry out, has a sector in common with the request.
 template <class T>
-bool BlockQueue<T>::blocked(const Disk& disk, const Request& request) {
+[[gnu::cold, clang::minsize]] bool BlockQueue<T>::blocked(const Disk& disk, const Request& request) {
     bool found = false;
     const u64 end = request.lba + (request.buffer.size >> disk.sector_shift_);
     commands_.for_each([&](u64, const Command& command) {
@@ -663,7 +663,7 @@ bool BlockQueue<T>::pump() {
 }
 
 template <class T>
-void BlockQueue<T>::send_delayed() {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::send_delayed() {
     commands_.for_each([&](u64 id, Command& command) {
         if (!command.delayed || state_ != State::open) {
             return;
@@ -694,7 +694,7 @@ void BlockQueue<T>::flush() {
 }
 
 template <class T>
-Result<void> BlockQueue<T>::send(Exchange& exchange) {
+[[gnu::cold, clang::minsize]] Result<void> BlockQueue<T>::send(Exchange& exchange) {
     if (state_ != State::open) {
         return Error{Code::device_gone, "the queue is closed"};
     }
@@ -728,7 +728,7 @@ Result<void> BlockQueue<T>::send(Exchange& exchange) {
 }
 
 template <class T>
-void BlockQueue<T>::abandon(Exchange& exchange) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::abandon(Exchange& exchange) {
     if (Command* command = commands_.find(exchange.id); command != nullptr && command->exchange == &exchange) {
         command->exchange = nullptr;
     }
@@ -798,7 +798,7 @@ inline void BlockQueue<T>::take(const Completion& completion) {
 
 /// False: it has been tried often enough.
 template <class T>
-bool BlockQueue<T>::retry(u64 id, Command& command, Retry how) {
+[[gnu::cold, clang::minsize]] bool BlockQueue<T>::retry(u64 id, Command& command, Retry how) {
     if (how == Retry::alone) {
         if (!command.gathered && command.first->tries != 0) {
             return false;
@@ -893,7 +893,7 @@ inline void BlockQueue<T>::end_part(Disk& disk, Request& request, Status status)
 
 /// The device does not have the command any more: its requests are sent again, alone.
 template <class T>
-void BlockQueue<T>::requeue_all(Command& command) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::requeue_all(Command& command) {
     Request* request = std::exchange(command.first, nullptr);
     for (Request* following = nullptr; request != nullptr; request = following) {
         following = command.gathered ? request->link : nullptr;
@@ -915,7 +915,7 @@ void BlockQueue<T>::requeue_all(Command& command) {
 
 /// From its beginning: parts of it have ended well, and others not.
 template <class T>
-void BlockQueue<T>::requeue(Disk& disk, Request& request) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::requeue(Disk& disk, Request& request) {
     request.again = false;
     request.issued = 0;
     park(disk.retry_, request);
@@ -952,7 +952,7 @@ bool BlockQueue<T>::arm() {
 // ---- giving up ----
 
 template <class T>
-bool BlockQueue<T>::cancel(Disk& disk, Request& request) {
+[[gnu::cold, clang::minsize]] bool BlockQueue<T>::cancel(Disk& disk, Request& request) {
     if (request.parts != 0 || !unpark(disk, request)) {
         return false; // the device has it: it ends when that answers
     }
@@ -961,14 +961,14 @@ bool BlockQueue<T>::cancel(Disk& disk, Request& request) {
 }
 
 template <class T>
-void BlockQueue<T>::forget(Disk& disk, Request& request) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::forget(Disk& disk, Request& request) {
     static_cast<void>(unpark(disk, request));
     detach(request);
     request.parts = 0;
 }
 
 template <class T>
-void BlockQueue<T>::give_up(Request& request, Status status) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::give_up(Request& request, Status status) {
     static_cast<void>(unpark(static_cast<Disk&>(request.device()), request));
     detach(request);
     request.parts = 0;
@@ -976,7 +976,7 @@ void BlockQueue<T>::give_up(Request& request, Status status) {
 }
 
 template <class T>
-void BlockQueue<T>::give_up_all(Command& command) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::give_up_all(Command& command) {
     while (command.first != nullptr) {
         give_up(*command.first, Status::timed_out);
     }
@@ -984,7 +984,7 @@ void BlockQueue<T>::give_up_all(Command& command) {
 
 /// None of its commands is the request's any more.
 template <class T>
-void BlockQueue<T>::detach(Request& request) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::detach(Request& request) {
     bool stopped = false;
     if (request.parts != 0) {
         commands_.for_each([&](u64 id, Command& command) { stopped = detach(id, command, request) || stopped; });
@@ -996,7 +996,7 @@ void BlockQueue<T>::detach(Request& request) {
 
 /// True: the device had to be stopped.
 template <class T>
-bool BlockQueue<T>::detach(u64 id, Command& command, Request& request) {
+[[gnu::cold, clang::minsize]] bool BlockQueue<T>::detach(u64 id, Command& command, Request& request) {
     Request** at = &command.first;
     while (*at != nullptr && *at != &request) {
         at = command.gathered ? &(*at)->link : nullptr;
@@ -1028,7 +1028,7 @@ bool BlockQueue<T>::detach(u64 id, Command& command, Request& request) {
 
 /// Nobody waits for the command any more. Its requests are still in it: their buffers are quarantined if they must be.
 template <class T>
-void BlockQueue<T>::orphan(u64 id, Command& command, Fence fence) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::orphan(u64 id, Command& command, Fence fence) {
     for (Request* request = command.first; request != nullptr && fence == Fence::reachable;
          request = command.gathered ? request->link : nullptr) {
         if (request->op <= Op::write) {
@@ -1049,7 +1049,7 @@ void BlockQueue<T>::orphan(u64 id, Command& command, Fence fence) {
 
 /// The device has been stopped. `expired`: the command that it did not answer; of several requests each is tried alone.
 template <class T>
-void BlockQueue<T>::take_back_everything(const Command* expired) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::take_back_everything(const Command* expired) {
     commands_.for_each([&](u64 id, Command& command) {
         if (command.delayed) {
             return;
@@ -1073,7 +1073,7 @@ void BlockQueue<T>::take_back_everything(const Command* expired) {
 // ---- time ----
 
 template <class T>
-void BlockQueue<T>::tick(Instant now) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::tick(Instant now) {
     if (state_ != State::open) {
         return;
     }
@@ -1105,7 +1105,7 @@ void BlockQueue<T>::tick(Instant now) {
 }
 
 template <class T>
-void BlockQueue<T>::look_at_time() {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::look_at_time() {
     using Finding = OldestWait::Finding;
     Command* oldest = nullptr; // with the device, and somebody waits for it, or for its sectors
     commands_.for_each([&](u64, Command& command) {
@@ -1149,7 +1149,7 @@ void BlockQueue<T>::look_at_time() {
 }
 
 template <class T>
-void BlockQueue<T>::recover(Command& command, OldestWait::Finding finding) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::recover(Command& command, OldestWait::Finding finding) {
     const Recovery recovery = transport_.recover(command, finding, names());
     switch (recovery.kind) {
     case Recovery::Kind::none: return;
@@ -1179,7 +1179,7 @@ void BlockQueue<T>::recover(Command& command, OldestWait::Finding finding) {
 }
 
 template <class T>
-void BlockQueue<T>::ask(const Command& oldest) {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::ask(const Command& oldest) {
     commands_.for_each([&](u64, Command& command) {
         if (command.first != nullptr && !command.delayed) {
             command.expired = &command == &oldest || command.reset;
@@ -1191,7 +1191,7 @@ void BlockQueue<T>::ask(const Command& oldest) {
 }
 
 template <class T>
-void BlockQueue<T>::give_up_after_asking() {
+[[gnu::cold, clang::minsize]] void BlockQueue<T>::give_up_after_asking() {
     bool writes = false;
     commands_.for_each([&](u64, Command& command) {
         if ((command.first == nullptr && !command.late_write) || command.delayed || command.number > asked_issued_) {
