@@ -96,4 +96,26 @@ void report(const io::BlockDevice& disk) {
     record.close(']');
 }
 
+static FixedText<16> null_name(u64 number) {
+    FixedText<16> name;
+    print(name, "null{}", number);
+    return name;
+}
+
+u32 null_disks(std::span<const std::string_view> names) {
+    constexpr std::string_view prefix = "null";
+    constexpr u64 most = 256;
+    u64 count = 0;
+    for (const std::string_view name : names) {
+        if (!name.starts_with(prefix)) {
+            continue;
+        }
+        const auto number = parse_number(name.substr(prefix.size()));
+        if (number && *number < most && null_name(*number).view() == name) { // not null01, not null0x1
+            count = std::max(count, *number + 1);
+        }
+    }
+    return static_cast<u32>(count);
+}
+
 } // namespace fl::boot

@@ -48,6 +48,10 @@ class Disks {
     usize count_ = 0;
 };
 
+/// How many null disks [drivers.null] the command line asks for: one more than the highest number in null0, null1 …
+/// among these names; 0 to 256.
+u32 null_disks(std::span<const std::string_view> names);
+
 /// The `disk` record and its line for people.
 void report(const io::BlockDevice& disk);
 

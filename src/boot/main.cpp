@@ -38,6 +38,7 @@ import hv.machine.detect;
 import hv.machine.privileged;
 import drivers.table;
 import drivers.driver;
+import drivers.null;
 import drivers.pci;
 import drivers.machine.pci;
 import boot.handoff;
@@ -470,8 +471,8 @@ struct Given {
     Devices devices;
     Disks disks{plan, &devices};
     io::Shutdown shutdown;
-    // of the drivers in the plan's order; then of the services
-    std::array<std::optional<Disks::Port>, drivers::Plan::max_drivers + 1> ports;
+    // of the drivers in the plan's order; then of the services and of null disks
+    std::array<std::optional<Disks::Port>, drivers::Plan::max_drivers + 2> ports;
     io::TaskGroup keeper; // never ended: what its task waits for may be in a device's hands
 
     drivers::Environment environment(u32 port, std::string_view driver) {
@@ -557,6 +558,17 @@ void name_virtio_mmio(Devices& devices) {
         if (const u32 without = acpi::find_virtio_mmio(physical_memory(), *tables, look, &seen); without != 0) {
             devices.left_out("virtio-mmio devices of ACPI", without, true,
                              "their address is computed, and nothing here interprets AML");
+        }
+    }
+}
+
+// Disks without a device, for a command line that names them.
+void attach_null_disks(Given& given) {
+    drivers::Environment environment = given.environment(plan.driver_count + 1, "null");
+    for (u32 i = 0, count = null_disks(options.disk.names.all()); i < count; ++i) {
+        if (auto attached = drivers::null::attach(environment, i); !attached) {
+            given.devices.left_out("null disks", count - i, true, attached.error().message);
+            return;
         }
     }
 }
@@ -659,6 +671,7 @@ io::Task<Result<Outcome>> probe_and_run(const BootInfo& info, BackendSide side, 
     find_pci_functions(pci, given.devices);
     log::info("devices: {} synthetic, {} PCI functions", synthetic.count(), pci.functions);
     CO_CHECK(co_await probe(given, synthetic.all(), {pci.list.begin(), pci.list.size()}));
+    attach_null_disks(given);
     name_virtio_mmio(given.devices);
     name_left_out(info, synthetic, given.devices);
     if (side.late != nullptr) {
