@@ -5,24 +5,14 @@ import core.std;
 
 export namespace fl::io {
 
-/// N entries (at most 65536), owned by the table. Not thread-safe: one queue, one processor. An id is
+/// Which slots are taken, and under which ids. Not thread-safe: one queue, one processor. An id is
 /// slot | generation << 16 with 48 bits of generation, so no id repeats in the life of a machine. It fits the 64-bit ids
-/// of Xen's and the VMBus's rings; a ring with 16-bit ids (NVMe, virtio) carries the slot alone and uses find_slot().
-/// take() leaves an entry as its last user left it: the caller sets every member.
-template <class T, usize N>
-class SlotTable {
-    static_assert(N >= 1 && N <= 65536);
-
+/// of Xen's and the VMBus's rings; a ring with 16-bit ids (NVMe, virtio) carries the slot alone and uses has_slot().
+class SlotIndex {
   public:
     using Id = u64;
-
-    constexpr SlotTable() {
-        for (usize i = 0; i < N; ++i) {
-            free_[i] = static_cast<u16>(N - 1 - i);
-        }
-    }
-    SlotTable(const SlotTable&) = delete;
-    SlotTable& operator=(const SlotTable&) = delete;
+    SlotIndex(const SlotIndex&) = delete;
+    SlotIndex& operator=(const SlotIndex&) = delete;
 
     /// A free slot's id; nothing when all are taken.
     constexpr std::optional<Id> take() {
@@ -39,55 +29,80 @@ class SlotTable {
         generations_[slot] = (generations_[slot] & ~taken) + 1;
         free_[free_count_++] = slot;
     }
-    /// Retires `id`, which must be taken, and gives the same slot, entry kept, a new one.
+    /// Retires `id`, which must be taken, and gives the same slot a new one.
     constexpr Id renew(Id id) {
         const u16 slot = slot_of(id);
         generations_[slot] += 1;
         return id_of(slot);
     }
-    /// The entry of an id that came from outside; nullptr: unknown, repeated or retired.
-    constexpr T* find(Id id) {
+    /// Whether an id that came from outside is taken now: not unknown, repeated or retired.
+    constexpr bool has(Id id) const {
         const u64 slot = id & 0xffff;
-        return slot < N && generations_[slot] == ((id >> 16) | taken) ? &entries_[slot] : nullptr;
+        return slot < capacity_ && generations_[slot] == ((id >> 16) | taken);
     }
     /// The same for a ring that carries the slot alone.
-    constexpr T* find_slot(u64 slot) {
-        return slot < N && (generations_[slot] & taken) != 0 ? &entries_[slot] : nullptr;
-    }
-    /// The entry of an id that is known to be taken.
-    constexpr T& operator[](Id id) { return entries_[slot_of(id)]; }
+    constexpr bool has_slot(u64 slot) const { return slot < capacity_ && (generations_[slot] & taken) != 0; }
     static constexpr u16 slot_of(Id id) { return static_cast<u16>(id & 0xffff); }
     constexpr Id id_of(u16 slot) const { return slot | (generations_[slot] & ~taken) << 16; }
 
-    constexpr usize size() const { return N - free_count_; }
+    constexpr usize size() const { return capacity_ - free_count_; }
     constexpr bool full() const { return free_count_ == 0; }
-    constexpr bool empty() const { return free_count_ == N; }
-    static constexpr usize capacity() { return N; }
+    constexpr bool empty() const { return free_count_ == capacity_; }
+    constexpr usize capacity() const { return capacity_; }
 
-    /// Calls f(id, entry) for everything that is taken; f may give() or renew() the id that it is called with.
-    template <class F>
-    constexpr void for_each(F&& f) {
-        if (empty()) {
-            return;
-        }
-        for (usize slot = 0; slot < N; ++slot) {
-            if ((generations_[slot] & taken) != 0) {
-                f(id_of(static_cast<u16>(slot)), entries_[slot]);
-            }
+  protected:
+    constexpr SlotIndex() = default;
+    ~SlotIndex() = default;
+    /// Arrays of the derived class, `capacity` long.
+    constexpr void use(u64* generations, u16* free, u32 capacity) {
+        generations_ = generations;
+        free_ = free;
+        capacity_ = free_count_ = capacity;
+        for (u32 i = 0; i < capacity; ++i) {
+            generations_[i] = 1;
+            free_[i] = static_cast<u16>(capacity - 1 - i);
         }
     }
 
   private:
     static constexpr u64 taken = u64{1} << 63; // beside a generation of 48 bits
 
+    u64* generations_ = nullptr;
+    u16* free_ = nullptr;
+    u32 capacity_ = 0;
+    u32 free_count_ = 0;
+};
+
+/// N entries (at most 65536), owned by the table. take() leaves an entry as its last user left it: the caller sets every
+/// member.
+template <class T, usize N>
+class SlotTable final : public SlotIndex {
+    static_assert(N >= 1 && N <= 65536);
+
+  public:
+    constexpr SlotTable() { use(generations_.data(), free_.data(), N); }
+
+    /// The entry of an id that came from outside; nullptr: unknown, repeated or retired.
+    constexpr T* find(Id id) { return has(id) ? &entries_[slot_of(id)] : nullptr; }
+    constexpr T* find_slot(u64 slot) { return has_slot(slot) ? &entries_[slot] : nullptr; }
+    /// The entry of an id that is known to be taken.
+    constexpr T& operator[](Id id) { return entries_[slot_of(id)]; }
+    constexpr T* entries() { return entries_.data(); }
+
+    /// Calls f(id, entry) for everything that is taken; f may give() or renew() the id that it is called with.
+    template <class F>
+    constexpr void for_each(F&& f) {
+        for (usize slot = 0; slot < N && !empty(); ++slot) {
+            if (has_slot(slot)) {
+                f(id_of(static_cast<u16>(slot)), entries_[slot]);
+            }
+        }
+    }
+
+  private:
     std::array<T, N> entries_{};
-    std::array<u64, N> generations_ = [] {
-        std::array<u64, N> first{};
-        first.fill(1);
-        return first;
-    }();
+    std::array<u64, N> generations_{};
     std::array<u16, N> free_{};
-    usize free_count_ = N;
 };
 
 } // namespace fl::io

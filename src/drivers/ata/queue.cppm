@@ -220,8 +220,8 @@ void ChannelQueue<P>::close() {
 
 template <PortAccess P>
 u32 Transport<P>::limit(const Command& command) const { // 28-bit commands alone: 256 sectors at most
-    const u32 sector = command.disk->geometry().sector_size;
-    return command.disk->info().lba48 ? max_transfer : std::min(max_transfer, lba28_max_count * sector);
+    const u32 sector = command.disk().geometry().sector_size;
+    return command.disk().info().lba48 ? max_transfer : std::min(max_transfer, lba28_max_count * sector);
 }
 
 template <PortAccess P>
@@ -248,7 +248,7 @@ io::Fit Transport<P>::prepare(Command& command) {
     if (!bounce_) {
         auto memory = dma_.buffer(bounce_bytes, u64{1} << 32); // once for the channel: most machines never come here
         if (!memory) {
-            log::error("{}: no memory below 4 GiB to reach a buffer above it: {}", command.disk->name(),
+            log::error("{}: no memory below 4 GiB to reach a buffer above it: {}", command.disk().name(),
                        memory.error());
             command.refusal = io::Status::io_error;
             return io::Fit::refused;
@@ -278,7 +278,7 @@ io::SendResult Transport<P>::send(Command& command, u64 id) {
     suspect_ = false;
     busy_ = true;
     seen_.store(0, std::memory_order_relaxed); // an answer to the last command is none to this one
-    const Disk& disk = *command.disk;
+    const Disk& disk = command.disk();
     if (command.op == io::Op::flush) {
         channel_.issue(disk.unit(), disk.info().flush_ext ? ata::Command::flush_cache_ext : ata::Command::flush_cache);
     } else {
@@ -393,7 +393,7 @@ io::Completion Transport<P>::failed(const Outcome& outcome) {
     if (reports_ < max_reports) {
         FixedText<160> text;
         describe(text, outcome.status, error, outcome.bus);
-        log::warning("{}: {} of {} bytes at LBA {} failed: {}{}", active_->disk->name(), active_->op, active_->bytes,
+        log::warning("{}: {} of {} bytes at LBA {} failed: {}{}", active_->disk().name(), active_->op, active_->bytes,
                      active_->lba, text, ++reports_ == max_reports ? " (further ones are not shown)" : "");
     }
     if (transport) {
@@ -460,7 +460,7 @@ void Transport<P>::poll_running(Instant now) {
         return;
     }
     if (++lost_ == 1) {
-        log::warning("{}: a command ended without an interrupt", active_->disk->name());
+        log::warning("{}: a command ended without an interrupt", active_->disk().name());
     }
     channel_.set_clear_always(true);
     found_ = ended(outcome);
@@ -472,7 +472,7 @@ io::Recovery Transport<P>::recover(const Command& command, io::OldestWait::Findi
     if (!busy_ || found_ || state_ != State::running) {
         return {.kind = io::Recovery::Kind::none};
     }
-    log::warning("{}: no answer to a command for {} ms, the channel is reset", command.disk->name(),
+    log::warning("{}: no answer to a command for {} ms, the channel is reset", command.disk().name(),
                  (executor_.now() - issued_at_) / 1'000'000);
     begin_reset(); // the engine is off: buffers are safe
     return {.kind = io::Recovery::Kind::stopped,

@@ -163,9 +163,9 @@ void Transport::start(DmaSpan parameters, Nanoseconds timeout) {
 
 io::Fit Transport::prepare(Command& command) {
     if (command.op <= io::Op::write) [[likely]] {
-        command.bytes = std::min(command.bytes, command.disk->unit().max_transfer);
+        command.bytes = std::min(command.bytes, command.disk().unit().max_transfer);
     } else if (command.op == io::Op::discard) {
-        const u64 most = u64{command.disk->unit().max_unmap_blocks} * command.disk->geometry().sector_size;
+        const u64 most = u64{command.disk().unit().max_unmap_blocks} * command.disk().geometry().sector_size;
         command.bytes = static_cast<u32>(std::min<u64>(command.bytes, most));
     }
     return io::Fit::ok;
@@ -185,12 +185,12 @@ io::SendResult Transport::send(Command& command, u64 id) {
                                      : channel_.send_gpa_direct(bytes_of(exchange.packet), exchange.data, id);
     } else {
         Packet packet;
-        command.disk->build(packet, command);
+        command.disk().build(packet, command);
         if (command.op <= io::Op::write) [[likely]] {
             sent = channel_.send_gpa_direct(bytes_of(packet), command.data(), id);
         } else if (command.op == io::Op::discard) {
-            const u32 sector = command.disk->geometry().sector_size;
-            const u32 at = io::CommandTable<Transport>::slot_of(id) * 32u;
+            const u32 sector = command.disk().geometry().sector_size;
+            const u32 at = io::SlotIndex::slot_of(id) * 32u;
             const DmaSpan list = parameters_.subspan(at, scsi::unmap_list_bytes);
             scsi::unmap_list(
                 std::span<u8, scsi::unmap_list_bytes>(reinterpret_cast<u8*>(list.data), scsi::unmap_list_bytes),
@@ -328,7 +328,7 @@ io::Completion Transport::judge(u64 id, Command& command, const Packet& packet) 
         return {id};
     }
     const SrbStatus status = srb_status_of(srb.srb_status);
-    Disk& disk = *command.disk;
+    Disk& disk = command.disk();
     if (srb.scsi_status == scsi::status_good && (status == SrbStatus::success || status == SrbStatus::data_overrun))
         [[likely]] {
         if (srb.data_transfer_length == command.bytes || command.op > io::Op::write) [[likely]] {

@@ -1,0 +1,546 @@
+module io.block_queue;
+import core.std;
+import core.result;
+import core.text;
+import core.log;
+import core.time;
+import core.dma;
+import io.executor;
+import io.latch;
+import io.block;
+import io.oldest_wait;
+
+namespace fl::io {
+
+// ---- opening and closing ----
+
+void QueueCore::open(Nanoseconds timeout) {
+    timeout_ = timeout;
+    events_seen_ = transport_events();
+    state_ = State::open;
+    executor_.add(*this);
+}
+
+void QueueCore::close(Status status, const Error& why) {
+    if (state_ != State::open) {
+        return;
+    }
+    if (transport_closing(status)) {
+        log::error("{}: closed: {}", names(), why);
+    }
+    end_everything(status);
+}
+
+void QueueCore::stop() {
+    if (state_ == State::closed) {
+        return;
+    }
+    if (state_ == State::open) {
+        end_everything(Status::device_gone, true);
+    }
+    executor_.remove(*this);
+    state_ = State::closed;
+}
+
+void QueueCore::end_everything(Status status, bool stopped) {
+    state_ = State::shut;
+    const auto end = [&](Request& request) {
+        request.issued = request.buffer.size; // the rest is not sent
+        request.again = false;
+        if (request.parts == 0) {
+            request.part_status = status;
+            done_.push(request);
+        }
+    };
+    for_each_disk([&](QueuedDevice& disk) {
+        for (RequestQueue* list : {&disk.retry_, &disk.waiting_}) {
+            while (Request* request = list->pop()) {
+                end(*request);
+            }
+        }
+    });
+    parked_ = 0;
+    for_each_command([&](u64 id, QueuedCommand& command) {
+        if (Exchange* exchange = std::exchange(command.exchange, nullptr); exchange != nullptr) {
+            exchange->done.open();
+        }
+        Request* request = command.first;
+        if (request == nullptr) {
+            return;
+        }
+        orphan(id, command, command.delayed ? Fence::stopped : transport_fence(command));
+        for (Request* following = nullptr; request != nullptr; request = following) {
+            following = command.gathered ? request->link : nullptr;
+            --request->parts;
+            end(*request);
+        }
+    });
+    delayed_ = 0;
+    asked_.reset();
+    complete_done();
+    transport_closed(stopped);
+}
+
+void QueueCore::reclaim() {
+    if (state_ == State::open) {
+        return;
+    }
+    for_each_command([&](u64 id, QueuedCommand& command) {
+        static_cast<void>(transport_finish(command, Status::device_gone));
+        slots_->give(id);
+    });
+    late_writes_ = 0;
+    release_quarantine(this);
+}
+
+void QueueCore::add(QueuedDevice& disk) {
+    if (disks_ == nullptr) {
+        disks_ = disk.next_ = &disk;
+    } else {
+        QueuedDevice* last = disks_;
+        while (last->next_ != disks_) {
+            last = last->next_;
+        }
+        disk.next_ = disks_;
+        last->next_ = &disk;
+    }
+    ++disk_count_;
+}
+
+void QueueCore::remove(QueuedDevice& disk) {
+    if (disk.next_ == nullptr) {
+        return;
+    }
+    QueuedDevice* before = &disk;
+    while (before->next_ != &disk) {
+        before = before->next_;
+    }
+    before->next_ = disk.next_;
+    disks_ = --disk_count_ == 0 ? nullptr : disks_ == &disk ? disk.next_ : disks_;
+    disk.next_ = nullptr;
+    current_ = current_ == &disk ? nullptr : current_;
+}
+
+FixedText<96> QueueCore::names() const {
+    FixedText<96> text;
+    for_each_disk(
+        [&](const QueuedDevice& disk) { print(text, "{}{}", text.empty() ? "" : ", ", disk.identity().name.view()); });
+    return text.empty() ? FixedText<96>(limits_.driver) : text;
+}
+
+// ---- sending ----
+
+/// Whether a write that was given up, and that the device may still carry out, has a sector in common with the request.
+bool QueueCore::blocked(const QueuedDevice& disk, const Request& request) {
+    bool found = false;
+    const u64 end = request.lba + (request.buffer.size >> disk.sector_shift_);
+    for_each_command([&](u64, const QueuedCommand& command) {
+        found = found || (command.late_write && command.device == &disk && command.lba < end &&
+                          request.lba < command.lba + (command.bytes >> disk.sector_shift_));
+    });
+    return found;
+}
+
+void QueueCore::send_delayed() {
+    for_each_command([&](u64 id, QueuedCommand& command) {
+        if (!command.delayed || state_ != State::open) {
+            return;
+        }
+        const SendResult sent = transport_send(command, id);
+        if (sent == SendResult::sent) {
+            command.delayed = false;
+            --delayed_;
+            executor_.touch(*this);
+        } else if (sent == SendResult::broken) {
+            fail(transport_fault());
+        }
+    });
+}
+
+Result<void> QueueCore::send(Exchange& exchange) {
+    if (state_ != State::open) {
+        return Error{Code::device_gone, "the queue is closed"};
+    }
+    const auto id = slots_->take();
+    if (!id) {
+        return Error{Code::exhausted, "no slot for a command of the driver's own", slots_->capacity(),
+                     slots_->capacity()};
+    }
+    QueuedCommand& command = at(*id);
+    command.device = nullptr;
+    command.first = nullptr;
+    command.exchange = &exchange;
+    command.number = 0;
+    command.bytes = 0;
+    command.gathered = command.delayed = command.reset = command.expired = command.late_write = false;
+    exchange.id = *id;
+    exchange.answered = false;
+    exchange.done.close();
+    const SendResult sent = transport_send(command, *id);
+    if (sent != SendResult::sent) {
+        command.exchange = nullptr;
+        slots_->give(*id);
+        if (sent == SendResult::broken) {
+            const Error why = transport_fault();
+            fail(why);
+            return why;
+        }
+        return Error{Code::exhausted, "no room in the queue"};
+    }
+    executor_.touch(*this);
+    return {};
+}
+
+void QueueCore::abandon(Exchange& exchange) {
+    if (is_under_way(exchange)) {
+        at(exchange.id).exchange = nullptr;
+    }
+}
+
+// ---- answers ----
+
+/// Out of the lists of its disk.
+bool QueueCore::unpark(Request& request) {
+    auto& disk = static_cast<QueuedDevice&>(request.device());
+    const bool found = disk.waiting_.remove(request) || disk.retry_.remove(request);
+    parked_ -= found ? 1 : 0;
+    return found;
+}
+
+/// An answer that nobody waits for any more.
+void QueueCore::end_without_requests(u64 id, QueuedCommand& command, bool safe) {
+    late_writes_ -= command.late_write ? 1 : 0;
+    if (safe) {
+        release_quarantine(this, id);
+    }
+    slots_->give(id);
+}
+
+void QueueCore::note_error(Request& request, Status status) {
+    if (request.part_status == Status::ok) {
+        request.part_status = status;
+    }
+    if (request.issued != request.buffer.size) { // the rest need not be sent
+        static_cast<void>(unpark(request));
+        request.issued = request.buffer.size;
+    }
+}
+
+/// The host has answered and may still access the buffer.
+void QueueCore::note_held(u64 id, const QueuedDevice& device, Request& request) {
+    log::warning("{}: the host has answered and still holds the buffer: it is not used again",
+                 device.identity().name.view());
+    request.buffer_lost = true;
+    quarantine(request.buffer, this, id);
+}
+
+/// False: it has been tried often enough.
+bool QueueCore::retry(u64 id, QueuedCommand& command, Retry how) {
+    if (how == Retry::alone) {
+        if (!command.gathered && command.first->tries != 0) {
+            return false;
+        }
+        for (Request* request = command.first; request != nullptr;
+             request = command.gathered ? request->link : nullptr) {
+            ++request->tries;
+        }
+        static_cast<void>(transport_finish(command, Status::io_error));
+        requeue_all(command);
+        slots_->give(id);
+        return true;
+    }
+    if (command.retries >= (how == Retry::now ? retries_at_once : retries_later)) {
+        return false;
+    }
+    ++command.retries;
+    const u64 fresh = slots_->renew(id);
+    command.number = ++issued_;
+    if (how == Retry::now) {
+        const SendResult sent = transport_send(command, fresh);
+        if (sent == SendResult::sent) {
+            executor_.touch(*this);
+            return true;
+        }
+        if (sent == SendResult::broken) {
+            fail(transport_fault());
+            return true;
+        }
+    }
+    command.delayed = true;
+    ++delayed_;
+    return true;
+}
+
+/// The device does not have the command any more: its requests are sent again, alone.
+void QueueCore::requeue_all(QueuedCommand& command) {
+    Request* request = std::exchange(command.first, nullptr);
+    for (Request* following = nullptr; request != nullptr; request = following) {
+        following = command.gathered ? request->link : nullptr;
+        if (--request->parts != 0 || request->part_status != Status::ok) { // others of its commands are with the device
+            static_cast<void>(unpark(*request));
+            request->issued = request->buffer.size;
+            request->again = true;
+            if (request->parts == 0) {
+                done_.push(*request);
+            }
+        } else {
+            static_cast<void>(unpark(*request));
+            request->issued = command.gathered ? 0 : command.offset;
+            request->again = false;
+            park(command.device->retry_, *request);
+        }
+    }
+}
+
+/// From its beginning: parts of it have ended well, and others not.
+void QueueCore::requeue(Request& request) {
+    request.again = false;
+    request.issued = 0;
+    park(static_cast<QueuedDevice&>(request.device()).retry_, request);
+}
+
+// ---- giving up ----
+
+bool QueueCore::cancel(Request& request) {
+    if (request.parts != 0 || !unpark(request)) {
+        return false; // the device has it: it ends when that answers
+    }
+    complete(request, Status::cancelled);
+    return true;
+}
+
+void QueueCore::forget(Request& request) {
+    static_cast<void>(unpark(request));
+    detach(request);
+    request.parts = 0;
+}
+
+void QueueCore::give_up(Request& request, Status status) {
+    static_cast<void>(unpark(request));
+    detach(request);
+    request.parts = 0;
+    complete(request, status);
+}
+
+void QueueCore::give_up_all(QueuedCommand& command) {
+    while (command.first != nullptr) {
+        give_up(*command.first, Status::timed_out);
+    }
+}
+
+/// None of its commands is the request's any more.
+void QueueCore::detach(Request& request) {
+    bool stopped = false;
+    if (request.parts != 0) {
+        for_each_command([&](u64 id, QueuedCommand& command) { stopped = detach(id, command, request) || stopped; });
+    }
+    if (stopped) {
+        take_back_everything(nullptr);
+    }
+}
+
+/// True: the device had to be stopped.
+bool QueueCore::detach(u64 id, QueuedCommand& command, Request& request) {
+    Request** at = &command.first;
+    while (*at != nullptr && *at != &request) {
+        at = command.gathered ? &(*at)->link : nullptr;
+        if (at == nullptr) {
+            return false;
+        }
+    }
+    if (*at == nullptr) {
+        return false;
+    }
+    if (!command.gathered) {
+        const Fence fence = command.delayed ? Fence::stopped : transport_fence(command);
+        const bool stopped = !command.delayed && fence == Fence::stopped;
+        if (command.delayed) {
+            --delayed_;
+        }
+        orphan(id, command, fence);
+        return stopped;
+    }
+    const Fence fence = transport_fence(command);
+    *at = request.link;
+    request.link = nullptr;
+    if (fence == Fence::reachable) {
+        request.buffer_lost = true;
+        quarantine(request.buffer, this, id);
+    }
+    return fence == Fence::stopped;
+}
+
+/// Nobody waits for the command any more. Its requests are still in it: their buffers are quarantined if they must be.
+void QueueCore::orphan(u64 id, QueuedCommand& command, Fence fence) {
+    for (Request* request = command.first; request != nullptr && fence == Fence::reachable;
+         request = command.gathered ? request->link : nullptr) {
+        if (request->op <= Op::write) {
+            request->buffer_lost = true;
+            quarantine(command.gathered ? request->buffer : request->buffer.subspan(command.offset, command.bytes),
+                       this, id);
+        }
+    }
+    command.first = nullptr;
+    if (fence == Fence::stopped) {
+        static_cast<void>(transport_finish(command, Status::cancelled));
+        slots_->give(id);
+    } else if (fence != Fence::done && (command.op == Op::write || command.op == Op::discard)) {
+        command.late_write = true;
+        ++late_writes_;
+    }
+}
+
+/// The device has been stopped. `expired`: the command that it did not answer; of several requests each is tried alone.
+void QueueCore::take_back_everything(const QueuedCommand* expired) {
+    for_each_command([&](u64 id, QueuedCommand& command) {
+        if (command.delayed) {
+            return;
+        }
+        static_cast<void>(transport_finish(command, Status::cancelled));
+        if (Exchange* exchange = std::exchange(command.exchange, nullptr); exchange != nullptr) {
+            exchange->done.open();
+        } else if (command.first == nullptr) {
+            late_writes_ -= command.late_write ? 1 : 0;
+            release_quarantine(this, id);
+        } else if (&command == expired && !command.gathered) {
+            end_part(*std::exchange(command.first, nullptr), Status::timed_out);
+        } else {
+            requeue_all(command);
+        }
+        slots_->give(id);
+    });
+    asked_.reset();
+}
+
+// ---- time ----
+
+void QueueCore::tick(Instant now) {
+    if (state_ != State::open) {
+        return;
+    }
+    count_events(transport_events(), false);
+    if (idle_events_ > limits_.max_idle_events && !std::exchange(storm_told_, true)) {
+        log::warning("{}: more than {} interrupts within {} ms and not an answer: the host signals without a reason",
+                     limits_.driver, limits_.max_idle_events, limits_.idle_window / 1'000'000);
+    }
+    if (now >= idle_until_) {
+        idle_events_ = 0;
+        idle_until_ = after(now, limits_.idle_window);
+    }
+    if (auto ticked = transport_tick(now, parked_ != 0); !ticked) {
+        return fail(ticked.error());
+    }
+    if (delayed_ != 0) {
+        send_delayed();
+    }
+    if (parked_ != 0 && pump()) {
+        executor_.touch(*this);
+    }
+    if (state_ == State::open) {
+        look_at_time();
+    }
+    if (state_ == State::open) {
+        transport_settle();
+    }
+    complete_done();
+}
+
+void QueueCore::look_at_time() {
+    using Finding = OldestWait::Finding;
+    QueuedCommand* oldest = nullptr; // with the device, and somebody waits for it, or for its sectors
+    for_each_command([&](u64, QueuedCommand& command) {
+        if ((command.first != nullptr || command.late_write) && !command.delayed &&
+            (oldest == nullptr || command.number < oldest->number)) {
+            oldest = &command;
+        }
+    });
+    const OldestWait::Seen seen = transport_seen(
+        {.oldest = oldest != nullptr ? oldest->number : 0, .under_way = slots_->size(), .answered = answered_});
+    const Finding found = oldest_.look(executor_, seen, timeout_);
+    if (asked_) {
+        if (oldest == nullptr || oldest->number > asked_issued_) {
+            asked_.reset(); // it has helped
+        } else if (asked_->passed()) {
+            return give_up_after_asking();
+        }
+    } else if (found != Finding::none) {
+        return recover(*oldest, found);
+    }
+    const bool waits = oldest == nullptr && (parked_ != 0 || delayed_ != 0);
+    const OldestWait::Seen waiting{
+        .oldest = waits ? issued_ + 1 : 0, .under_way = seen.under_way, .answered = seen.answered};
+    if (stuck_.look(executor_, waiting, timeout_) == Finding::none) {
+        return;
+    }
+    const Stuck stuck = transport_stuck(names());
+    if (stuck.kind == Stuck::Kind::close) {
+        return close(Status::device_gone, *stuck.why);
+    }
+    if (stuck.kind == Stuck::Kind::give_up) {
+        bool given_up = false;
+        for_each_disk([&](QueuedDevice& disk) {
+            if (!given_up && !disk.waiting_.empty()) {
+                given_up = true;
+                log::warning("{}: {}", disk.identity().name.view(), *stuck.why);
+                give_up(*disk.waiting_.front(), Status::timed_out);
+            }
+        });
+    }
+}
+
+void QueueCore::recover(QueuedCommand& command, OldestWait::Finding finding) {
+    const Recovery recovery = transport_recover(command, finding, names());
+    switch (recovery.kind) {
+    case Recovery::Kind::none: return;
+    case Recovery::Kind::give_up:
+        if (command.first == nullptr) {
+            return close(Status::device_gone, {Code::timed_out, "a write that was given up was never answered: nothing "
+                                                                "may be written after it"});
+        }
+        log::warning("{}: no answer to a request within {} ms, while others were answered",
+                     command.device->identity().name.view(), timeout_ / 1'000'000);
+        return give_up_all(command);
+    case Recovery::Kind::asked: return ask(command);
+    case Recovery::Kind::stopped:
+        take_back_everything(&command);
+        complete_done();
+        if (recovery.why) {
+            close(Status::device_gone, *recovery.why);
+        }
+        return;
+    case Recovery::Kind::close:
+        if (recovery.why && recovery.why->code == Code::protocol) {
+            return fail(*recovery.why);
+        }
+        for_each_command([&](u64, QueuedCommand& each) { give_up_all(each); });
+        return close(Status::device_gone, recovery.why.value_or(Error{Code::timed_out, "the device is silent"}));
+    }
+}
+
+void QueueCore::ask(const QueuedCommand& oldest) {
+    for_each_command([&](u64, QueuedCommand& command) {
+        if (command.first != nullptr && !command.delayed) {
+            command.expired = &command == &oldest || command.reset;
+            command.reset = true;
+        }
+    });
+    asked_.emplace(executor_, timeout_);
+    asked_issued_ = issued_;
+}
+
+void QueueCore::give_up_after_asking() {
+    bool writes = false;
+    for_each_command([&](u64, QueuedCommand& command) {
+        if ((command.first == nullptr && !command.late_write) || command.delayed || command.number > asked_issued_) {
+            return;
+        }
+        writes = writes || command.op == Op::write || command.op == Op::discard;
+        give_up_all(command);
+    });
+    asked_.reset();
+    if (const auto why = transport_asked_in_vain(writes)) {
+        close(why->code == Code::protocol ? Status::protocol_error : Status::device_gone, *why);
+    }
+}
+
+} // namespace fl::io
