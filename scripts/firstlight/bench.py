@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import build, fiojson, lab, launch, paths, records, report, setup, workloads, yardstick
 from .machine import PLATFORMS, DiskSpec, Machine
-from .options import Conflict, Parser, demand_agreement, one_line, whole
+from .options import Conflict, Parser, demand_agreement, name_pattern, one_line, whole
 from .problems import EXIT_HELP, Exit, Problem
 from .records import Verdict
 from .workloads import Chosen, Side
@@ -30,7 +30,7 @@ def arguments() -> Parser:
     parser.add_argument("--wall", action="store_true", help="wall-clock time instead: noisy")
     parser.add_argument("--runs", type=whole(1, 100), default=1, metavar="N", help="repeat, and show how far the runs lie apart")
     parser.add_argument("--list", action="store_true", help="list the jobs")
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="only jobs whose name matches (a glob, or a part of it), several times (default: all but xen-pvh)")
+    parser.add_argument("--only", type=name_pattern, action="append", default=[], metavar="PATTERN", help="only jobs whose name matches (a glob, or a part of it), several times (default: all but xen-pvh)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as fio would (json+), last run")
     parser.add_argument("--json-dir", type=Path, metavar="FOLDER", help="the same as one file for each job in a new folder, for fio-plot")
     parser.add_argument("--yardstick", action="store_true", help="measure Linux with fio in the same machines, in the same start of the lab")
@@ -42,9 +42,10 @@ def arguments() -> Parser:
 
 
 LISTED = "nothing is measured"
-CONFLICTS = tuple(
-    Conflict(("list", name), LISTED) for name in ("wall", "runs", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build")
-)  # fmt: skip
+CONFLICTS = (
+    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build")),
+    Conflict(("wall", "lab"), "--lab never measures on this machine's own KVM, always in wall-clock time: leave out --wall", lambda options: options.lab == "never"),
+)
 OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks")  # of the kernel's command line, which the jobs set
 
 
@@ -68,7 +69,7 @@ def check(options) -> list[Chosen]:
             platform = PLATFORMS[side.platform]
             if options.boot not in platform.boots:
                 raise Problem(f"--boot {options.boot}: {side.platform} boots by {' or '.join(platform.boots)}. Add --only xen-emu.", Exit.USAGE)
-            launch.demand_kvm(platform, options.lab)
+            launch.place_beforehand(platform, options.lab)
             if platform.domain and "lab" in options.given:
                 raise Problem(f"--lab {options.lab}: {side.platform} has a lab of its own, always. Leave out --lab, or add --only for other jobs.", Exit.USAGE)
     if options.json:
@@ -149,7 +150,7 @@ def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
 
 def images(side: Side) -> list[DiskSpec]:
     # Under the real Xen a RAM disk of dom0's: a file there would have the time of its kernel's threads in it.
-    backing = "ram" if PLATFORMS[side.platform].domain else "loop"
+    backing = "ram" if PLATFORMS[side.platform].domain else ""
     return [DiskSpec(bus, DISK_BYTES, content=DISK_CONTENT, backing=backing) for bus in side.attached]
 
 

@@ -36,25 +36,28 @@ class Place:
 
 @functools.cache
 def place(platform: Platform, lab: Lab, forced: str = "auto") -> Place:
+    if known := place_beforehand(platform, forced):
+        return known
+    lacking = probe.boots(lab.qemu, platform.accelerator or ("-accel", "kvm", "-cpu", "host"))
+    return place_by(platform, forced, lacking) or Place(False, "the machine's own KVM has what it needs")
+
+
+def place_beforehand(platform: Platform, forced: str) -> Place | None:
+    """The part of place() that can be told before anything is fetched or built: without a QEMU."""
     if platform.domain:
         return Place(True, "the Xen lab, on an emulated processor")
     if not platform.kvm:
         return Place(False, "QEMU emulates the processor here")
     if forced == "always":
         return Place(True, "nested lab, as asked")
-    lacking = probe.lacks(lab.qemu, platform.accelerator, platform.xen, platform.test_host)
-    if not lacking:
-        return Place(False, "the machine's own KVM has what it needs")
-    if forced == "never":
-        raise Problem(f"--lab never: {platform.name} cannot run on this machine's KVM: {lacking}. Leave out --lab never.")
-    return Place(True, f"nested lab, because {lacking}")
+    return place_by(platform, forced, probe.lacks_interfaces(platform.xen, platform.test_host))
 
 
-def demand_kvm(platform: Platform, forced: str) -> None:
-    """The part of place() that can be told before anything is fetched or built."""
-    lacking = probe.lacks_interfaces(platform.xen, platform.test_host) if forced == "never" and platform.kvm else ""
-    if lacking:
+def place_by(platform: Platform, forced: str, lacking: str) -> Place | None:
+    """What follows from what this machine's KVM lacks; None if it lacks nothing."""
+    if lacking and forced == "never":
         raise Problem(f"--lab never: {platform.name} cannot run on this machine's KVM: {lacking}. Leave out --lab never.")
+    return Place(True, f"nested lab, because {lacking}") if lacking else None
 
 
 def demand_built(files: Iterable[Path]) -> None:

@@ -118,8 +118,8 @@ class DiskSpec:
     image: str = ""
     sector: int = 512
     iops: int = 0  # 0: no limit
-    backend: str = "blkback"  # under the real Xen: who serves the disk
-    backing: str = "loop"  # there: the device of dom0 that holds the image in memory
+    backend: str = ""  # under the real Xen: who serves the disk; empty: blkback
+    backing: str = ""  # there: the device of dom0 that holds the image in memory; empty: loop
     controller: int = 0
     read_only: bool = False
     bring_out: Path | None = None
@@ -235,7 +235,7 @@ class Machine:
                 raise Problem(f"The platform {self.platform} has disks on the Xen ring only, not {disk.bus}:… .", Exit.USAGE)
             if kind.domain and disk.iops:
                 raise Problem(f"iops=N limits QEMU's and the test host's disks, not those of {self.platform}.", Exit.USAGE)
-            if not kind.domain and (disk.backend, disk.backing) != ("blkback", "loop"):
+            if not kind.domain and (disk.backend or disk.backing):
                 raise Problem(f"backend= and backing= belong to the platform xen-pvh, not to {self.platform}.", Exit.USAGE)
             if disk.bus in ("scsi", "accel") and not kind.test_host:
                 raise Problem(f"A disk on the VMBus needs the platform hyperv, not {self.platform}.", Exit.USAGE)
@@ -256,10 +256,14 @@ class Machine:
                 raise Problem(f"image={disk.image}: one image has one size and one content; two different ones were asked for.", Exit.USAGE)
             if disk.image and disk.content == "null":
                 raise Problem("content=null has no image that image=NAME could share.", Exit.USAGE)
+            if disk.image and sum(other.image == disk.image for other in self.specs) == 1:
+                raise Problem(f"image={disk.image}: several disks that name it are one image, and only one disk names it. Leave it out, or give it to another disk.", Exit.USAGE)
 
         if (self.blkback or self.xen) and not kind.domain:
             raise Problem(f"Parameters of blkback and words for Xen belong to the platform xen-pvh, not to {self.platform}.", Exit.USAGE)
         xenguest.check_blkback(self.blkback)
+        if kind.domain:
+            xenguest.check_disks(self.specs, self.blkback)
         if self.pauses and self.counted and not kind.kvm and not kind.domain:
             raise Problem("QEMU's instruction counter stands still while QEMU is stopped: a pause needs wall-clock time, or the lab.", Exit.USAGE)
 

@@ -151,7 +151,17 @@ def one_line(text: str) -> str:
 
 def listed(text: str) -> tuple[str, ...]:
     """Words with commas between them."""
-    return tuple(word for word in text.split(",") if word)
+    words = tuple(word for word in text.split(",") if word)
+    if not words:
+        raise argparse.ArgumentTypeError(f"{text!r} was given, at least one word was expected")
+    return words
+
+
+def name_pattern(text: str) -> str:
+    """What picks by name. An empty one would pick everything."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' was given, a name, a part of one or a glob was expected")
+    return text
 
 
 def file(magic: bytes = b"", what: str = "a file") -> Callable[[str], Path]:

@@ -79,13 +79,8 @@ def boots(qemu: Path, accelerator: tuple[str, ...]) -> str:
     return f"a guest of four instructions ended QEMU with {done.returncode}, expected 33 ({process.tail(done.stdout, 1)})"
 
 
-def lacks(qemu: Path, accelerator: tuple[str, ...], xen: bool, hyperv: bool = False) -> str:
-    """Why the machine's own KVM does not do; empty if it does."""
-    return lacks_interfaces(xen, hyperv) or boots(qemu, accelerator or ("-accel", "kvm", "-cpu", "host"))
-
-
 def lacks_interfaces(xen: bool, hyperv: bool) -> str:
-    """The same as far as KVM itself can be asked, without a QEMU."""
+    """Why the machine's own KVM does not do, as far as it can be asked without a QEMU; empty if it does."""
     if not os.path.exists(DEVICE):
         return f"there is no {DEVICE}"
     try:

@@ -41,7 +41,7 @@ def arguments() -> options.Parser:
     parser.add_argument("--xen", type=options.one_line, default="", metavar="WORDS", help="xen-pvh: more words of Xen's command line, as guest_loglvl=all")
     parser.add_argument("--timeout", type=options.seconds(MOST_SECONDS), default=60.0, metavar="SECONDS", help="when the boot is given up")
     parser.add_argument("--deterministic", action="store_true", help="one instruction is one nanosecond (TCG platforms; the lab always unless --wall)")
-    parser.add_argument("--wall", action="store_true", help="the lab in wall-clock time: faster to start, noisy to measure")
+    parser.add_argument("--wall", action="store_true", help="the lab in wall-clock time: faster to start, noisy to measure (platforms on KVM and xen-pvh)")
     parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether the platforms on KVM run nested")
     parser.add_argument("--records", action="store_true", help="show the records (@{…}) and the test host's lines (@@host …) too")
     parser.add_argument("--dry-run", action="store_true", help="print the exact QEMU command and do not start it")
@@ -67,12 +67,19 @@ def boot_of(chosen) -> str:
     return chosen.boot or kind_of(chosen).boots[0]
 
 
+def in_lab(chosen) -> bool:
+    """Whether the platform is one that can run in a lab."""
+    return kind_of(chosen).kvm or bool(kind_of(chosen).domain)
+
+
 KEYBOARD = "reach QEMU on this machine, with --platform qemu-pvh and qemu-uefi, or where KVM has what the platform needs"
 CONFLICTS = (
     Conflict(("kernel",), "is for boots by pvh, and this one is by uefi: name the application by --efi", lambda o: boot_of(o) == "uefi"),
     Conflict(("efi",), "is for boots by uefi, and this one is by pvh: name the kernel by --kernel, or add --boot uefi", lambda o: boot_of(o) == "pvh"),
     Conflict(("deterministic", "wall"), "time is counted in instructions or by the clock, not both"),
     Conflict(("deterministic", "lab"), "a KVM of this machine's own cannot count instructions", lambda o: o.lab == "never" and kind_of(o).kvm),
+    Conflict(("wall",), "is for the lab, and this platform runs without it, in wall-clock time: leave it out, or name a platform on KVM or xen-pvh", lambda o: not in_lab(o)),
+    Conflict(("wall", "lab"), "--wall is for the lab, which --lab never leaves out; this machine's own KVM runs in wall-clock time: leave out one of them", lambda o: o.lab == "never" and kind_of(o).kvm),
     Conflict(("lab",), "always is for the platforms on KVM; this one's processor is emulated here anyway", lambda o: o.lab == "always" and not kind_of(o).kvm),
     Conflict(("trace_interrupts",), "is QEMU's log of a processor that it emulates itself: qemu-pvh or qemu-uefi", lambda o: kind_of(o).kvm),
     Conflict(("gdb",), f"and --console {KEYBOARD}", lambda o: kind_of(o).test_host),
@@ -81,6 +88,10 @@ CONFLICTS = (
     Conflict(("console",), f"and --gdb {KEYBOARD}", lambda o: bool(kind_of(o).domain)),
     Conflict(("trace_interrupts",), "is QEMU's log of a processor that it emulates for the kernel: qemu-pvh or qemu-uefi", lambda o: bool(kind_of(o).domain)),
     Conflict(("lab",), "never is for the platforms on KVM; xen-pvh has a lab of its own, always", lambda o: o.lab == "never" and bool(kind_of(o).domain)),
+    Conflict(("lab",), "never is for the platforms on KVM; this one never runs in the lab: leave it out", lambda o: o.lab == "never" and not in_lab(o)),
+    Conflict(("machine",), "is QEMU's, and this platform is not a machine of QEMU's: leave it out", lambda o: kind_of(o).test_host or bool(kind_of(o).domain)),
+    Conflict(("kernel", "no_build"), "nothing is built where the kernel is named: leave out --no-build", lambda o: not kind_of(o).test_host),
+    Conflict(("efi", "no_build"), "nothing is built where the application is named: leave out --no-build"),
     Conflict(("blkback",), "is for the platform xen-pvh", lambda o: not kind_of(o).domain),
     Conflict(("xen",), "is for the platform xen-pvh", lambda o: not kind_of(o).domain),
     Conflict(("gdb_port",), "says where --gdb waits: use it with --gdb", lambda o: not o.gdb),
@@ -88,6 +99,8 @@ CONFLICTS = (
     Conflict(("console", "lab"), f"--gdb and --console {KEYBOARD}", lambda o: o.lab == "always"),
     Conflict(("gdb", "timeout"), "nothing is timed while a person debugs"),
     Conflict(("console", "timeout"), "nothing is timed while a person has the keyboard"),
+    Conflict(("gdb", "records"), "with --gdb the console is QEMU's own, which shows everything: leave out --records"),
+    Conflict(("console", "records"), "with --console the console is QEMU's own, which shows everything: leave out --records"),
     Conflict(("dry_run", "timeout"), "nothing is started"),
     Conflict(("dry_run", "records"), "nothing is started"),
     Conflict(("disk",), "none goes with no other disk", lambda o: "none" in o.disk and len(o.disk) > 1),
@@ -112,7 +125,8 @@ def main(words: list[str]) -> Exit:
     if machine.kind.test_host and chosen.no_build:
         needed.append(paths.TEST_HOST)
     launch.demand_built(needed)
-    launch.demand_kvm(machine.kind, chosen.lab)
+    if known := launch.place_beforehand(machine.kind, chosen.lab):
+        demand_place(machine, known, chosen)
     if chosen.gdb and not chosen.dry_run:
         debugger.demand_free(chosen.gdb_port)
     paths.cache()
@@ -146,6 +160,8 @@ def demand_place(machine: Machine, where: launch.Place, chosen) -> None:
         raise Problem(f"--gdb and --console {KEYBOARD}; {machine.platform} runs in the lab here ({where.reason}).", Exit.USAGE)
     if machine.kind.kvm and not where.nested and chosen.deterministic:
         raise Problem(f"--deterministic: a KVM of this machine's own cannot count instructions ({where.reason}). Add --lab always.", Exit.USAGE)
+    if machine.kind.kvm and not where.nested and chosen.wall:
+        raise Problem(f"--wall is for the lab, and {machine.platform} runs in wall-clock time here ({where.reason}). Leave it out, or add --lab always.", Exit.USAGE)
     if where.nested and not machine.kind.domain:
         nested.demand_memory([machine.name], [machine.memory << 20], [sum(disk.size for disk in machine.specs if disk.content not in ("sparse", "null"))])
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from . import build, debugger, fiotools, image, lab, launch, machine, paths, process, setup, vmtests, workloads
-from .options import Conflict, Parser, demand_agreement
+from .options import Conflict, Parser, demand_agreement, name_pattern
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
 
@@ -40,11 +40,11 @@ def arguments() -> Parser:
         epilog="A test that is required and skipped is a failure.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
     parser.add_argument("--fast", action="store_true", help="host tests and boots on QEMU's emulated processor only")
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="only tests whose name matches (a glob, or a part of it), several times (default: all)")
+    parser.add_argument("--only", type=name_pattern, action="append", default=[], metavar="PATTERN", help="only tests whose name matches (a glob, or a part of it), several times (default: all)")
     parser.add_argument("--list", action="store_true", help="list the tests of the table and the other suites")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
     parser.add_argument("--tap", action="store_true", help="print TAP instead of the table")
-    parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether kvm and xen-emu run nested")
+    parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether the platforms on KVM run nested")
     return parser
 
 
@@ -52,7 +52,7 @@ CONFLICTS = (
     Conflict(("list", "junit"), "nothing is run"),
     Conflict(("list", "tap"), "nothing is run"),
     Conflict(("list", "lab"), "nothing is run"),
-    Conflict(("fast", "lab"), "always is for the boots that --fast leaves out", lambda options: options.lab == "always"),
+    Conflict(("fast", "lab"), "--lab is for the boots on KVM, which --fast leaves out"),
 )
 
 
@@ -65,19 +65,27 @@ def check(options, cases: list[vmtests.Case], suites: Sequence[str]) -> None:
             raise Problem(f"--only {pattern}: no test has such a name. scripts/test --list shows them{left_out}.", Exit.USAGE)
     if options.junit:
         paths.writable(options.junit, "--junit")
-    for platform in sorted({case.platform for case in cases}):
-        launch.demand_kvm(machine.PLATFORMS[platform], options.lab)
+    platforms = [machine.PLATFORMS[name] for name in sorted({case.platform for case in chosen(options, cases)})]
+    if "lab" in options.given and not any(platform.kvm for platform in platforms):
+        raise Problem(f"--lab {options.lab}: it is for boots on KVM, and --only {' --only '.join(options.only)} names none. Leave out --lab.", Exit.USAGE)
+    for platform in platforms:
+        launch.place_beforehand(platform, options.lab)
     paths.cache()
+
+
+def chosen(options, cases: list[vmtests.Case]) -> list[vmtests.Case]:
+    """The boots that are asked for."""
+    # The name of a suite means that suite, not the boots in whose names the word happens to occur.
+    parts = [pattern for pattern in options.only if pattern not in ("scripts", *PRESETS, FUZZ, "image", GDB, MINIMAL, fiotools.SUITE)]
+    return [case for case in cases if not options.only or (parts and wanted(f"vm/{case.name}", parts))]
 
 
 def main(words: list[str]) -> Exit:
     options = arguments().parse_args(words)
-    # The name of a suite means that suite, not the boots in whose names the word happens to occur.
-    parts = [pattern for pattern in options.only if pattern not in ("scripts", *PRESETS, FUZZ, "image", GDB, MINIMAL, fiotools.SUITE)]
     cases = [case for case in vmtests.load() if not options.fast or "fast" in case.groups]
     presets = ("host",) if options.fast else PRESETS
     check(options, cases, ("scripts", *presets, "image", GDB, *(() if options.fast else (FUZZ, MINIMAL, fiotools.SUITE))))
-    cases = [case for case in cases if not options.only or (parts and wanted(f"vm/{case.name}", parts))]
+    cases = chosen(options, cases)
     if options.list:
         for case in cases:
             print(f"vm/{case.name:34} {case.platform:10} {case.machine:8} {','.join(case.groups):10} {case.about}")

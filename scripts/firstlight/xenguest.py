@@ -25,7 +25,7 @@ from .records import Judgement, Verdict
 from .xenlab import XenLab
 
 if TYPE_CHECKING:
-    from .machine import Machine
+    from .machine import DiskSpec, Machine
 
 BOOT_SECONDS = 180.0  # until dom0 is ready, on a loaded machine
 # What QEMU's emulation of a processor has must work under Xen; docs/decisions/0004-the-xen-lab.md has the reason for each flag.
@@ -87,6 +87,22 @@ def check_blkback(parameters: Sequence[str]) -> None:
             raise Problem(f"{parameter!r} is no parameter of xen-blkback: NAME=NUMBER with {', '.join(BLKBACK)} was expected.", Exit.USAGE)
 
 
+def check_disks(specs: Sequence[DiskSpec], blkback: Sequence[str]) -> None:
+    """What dom0 cannot do with its devices, each of which holds one image, whatever number of disks it serves."""
+    if any(spec.backing == "ram" for spec in specs):
+        if any(spec.backing != "ram" for spec in specs):
+            raise Problem("The disks of one machine are all in RAM disks (backing=ram), or none is.", Exit.USAGE)
+        if len({spec.size for spec in specs}) > 1 or any(spec.sector != 512 for spec in specs):
+            raise Problem("RAM disks of Linux are all of one size and have sectors of 512 bytes: use backing=loop for these disks.", Exit.USAGE)
+    devices: dict[str, tuple[int, str]] = {}  # sector and backing of each shared image
+    for spec in specs:
+        asked = (spec.sector, spec.backing or "loop")
+        if spec.image and devices.setdefault(spec.image, asked) != asked:
+            raise Problem(f"image={spec.image}: on xen-pvh the disks of one image are on one device: one sector= and one backing= were expected, two are given.", Exit.USAGE)
+    if blkback and not any(spec.backend != "qdisk" for spec in specs):
+        raise Problem("Parameters of blkback are for the disks that it serves, and this machine has none: leave them out, or add a disk without backend=qdisk.", Exit.USAGE)
+
+
 def domain(machine: Machine, work: Path) -> Domain:
     """The guest that the description of a machine stands for."""
     if machine.linux:
@@ -98,19 +114,14 @@ def domain(machine: Machine, work: Path) -> Domain:
     disks: dict[str, Disk] = {}
     attached: list[Attached] = []
     lines: list[str] = []
-    backings = {"ram" if spec.backing == "ram" else "loop" for spec in machine.specs}
-    if len(backings) > 1:
-        raise Problem("The disks of one machine are all in RAM disks (backing=ram), or none is.", Exit.USAGE)
-    backing = next(iter(backings), "loop")
-    if backing == "ram" and (len({spec.size for spec in machine.specs}) > 1 or any(spec.sector != 512 for spec in machine.specs)):
-        raise Problem("RAM disks of Linux are all of one size and have sectors of 512 bytes: use backing=loop for these disks.", Exit.USAGE)
+    backing = "ram" if any(spec.backing == "ram" for spec in machine.specs) else "loop"
     for spec, name in zip(machine.specs, machine.disk_names()):
         image = machine.add_image(disks, spec, name)
         # One device for one image, as another disk may have it as well.
         device = next((known.device for known in attached if known.image == image), f"/dev/{backing}{len(attached)}")
         if not any(known.image == image for known in attached):
             attached.append(Attached(image, device, spec.sector, spec.backing == "readonly" or (spec.read_only and not spec.image)))
-        backend = {"blkback": "phy", "qdisk": "qdisk"}[spec.backend]
+        backend = "qdisk" if spec.backend == "qdisk" else "phy"
         access = "ro" if spec.read_only else "rw"
         lines.append(f"    {quoted(f'format=raw,vdev={name},access={access},backendtype={backend},target={device}')},\n")
     config = [
@@ -123,7 +134,6 @@ def domain(machine: Machine, work: Path) -> Domain:
         "disk = [\n" + "".join(lines) + "]",
         *(f'on_{event} = "preserve"' for event in ("poweroff", "reboot", "crash", "watchdog")),
     ]
-    check_blkback(machine.blkback)
     return Domain(
         machine.name, [], files, list(disks.values()), machine.timeout, pauses=machine.pauses,
         config="\n".join(config) + "\n", memory=memory, backing=backing, attached=attached,

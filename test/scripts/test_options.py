@@ -14,7 +14,7 @@ from unittest import mock
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from firstlight import bench, machine, probe, run, setup, testing  # noqa: E402
+from firstlight import bench, launch, machine, paths, probe, run, setup, testing  # noqa: E402
 from firstlight.problems import Exit, Problem  # noqa: E402
 
 SCRIPT = {"run": run, "bench": bench, "test": testing, "setup": setup}
@@ -99,6 +99,9 @@ class Options(unittest.TestCase):
             self.assertIn(said, self.verdict(script, *words.split()) or "(accepted)", words)
         self.assertIn("one line", self.verdict("run", "--cmdline", "a\nb"))
         self.assertIn("none is there", self.verdict("run", "--disk", ""))
+        self.assertIn("at least one word", self.verdict("run", "--platform", "xen-pvh", "--blkback", ",") or "(accepted)")
+        for script in ("bench", "test"):
+            self.assertIn("a glob was expected", self.verdict(script, "--only", "") or "(accepted)")
 
     def test_disks_that_no_machine_has(self):
         for words, said in (
@@ -106,6 +109,12 @@ class Options(unittest.TestCase):
             ("--disk scsi:1m", "needs the platform hyperv"), ("--platform hyperv --disk 1m,readonly", "readonly is for"), ("--platform hyperv --disk 1m,iops=5", "iops=N"),
             ("--disk 1m,iops=5 --deterministic", "iops=N"), ("--machine microvm --disk 1m", "no IDE disks"), ("--platform hyperv --disk 1m,content=null", "content=null"),
             ("--disk 1m,image=a --disk 2m,image=a", "one size"), ("--disk 1m,image=a --disk 1m,image=a,content=zero", "one content"), ("--disk 1m,image=a,content=null", "no image that"),
+            ("--disk 1m,image=a", "only one disk names it"), ("--platform xen-emu --disk xen:1m,backend=blkback", "backend= and backing="),
+            ("--platform xen-emu --disk xen:1m,backing=loop", "backend= and backing="), ("--platform xen-pvh --disk xen:1m,backing=ram --disk xen:1m", "or none is"),
+            ("--platform xen-pvh --disk xen:1m,backing=ram --disk xen:2m,backing=ram", "all of one size"), ("--platform xen-pvh --disk xen:1m,backing=ram,sector=4096", "512 bytes"),
+            ("--platform xen-pvh --disk xen:1m,image=a --disk xen:1m,image=a,sector=4096", "one sector="), ("--platform xen-pvh --disk none --blkback max_queues=1", "it serves"),
+            ("--platform xen-pvh --disk xen:1m,image=a --disk xen:1m,image=a,backing=readonly", "one backing="),
+            ("--platform xen-pvh --disk xen:1m,backend=qdisk --blkback max_queues=1", "it serves"),
         ):  # fmt: skip
             self.assertIn(said, self.verdict("run", *words.split()) or "(accepted)", words)
         self.assertIsNone(self.verdict("run", "--platform", "xen-emu", "--disk", "xen:64m,sector=4096,readonly"))
@@ -129,21 +138,29 @@ class Options(unittest.TestCase):
             "--wall": ("--wall",), "--records": ("--records",), "--dry-run": ("--dry-run",), "--console": ("--console",), "--kernel": ("--kernel", self.elf),
             "--efi": ("--efi", self.efi), "--trace-interrupts": ("--trace-interrupts",), "--lab=always": ("--lab", "always"),
             "--gdb": ("--gdb", "--gdb-port", "47331"), "--platform=xen-pvh": ("--platform", "xen-pvh"), "--xen": ("--xen", "guest_loglvl=all"),
-            "--blkback": ("--blkback", "feature_persistent=0"),
+            "--blkback": ("--blkback", "feature_persistent=0"), "--no-build": ("--no-build",), "--lab=never": ("--lab", "never"), "--machine=pc": ("--machine", "pc"),
         }  # fmt: skip
-        alone = {"--efi", "--lab=always"}  # need one of these beside them
         pairs = {
             ("--deterministic", "--wall"), ("--boot=uefi", "--kernel"), ("--platform=uefi", "--kernel"), ("--platform=hyperv", "--boot=uefi"),
-            ("--platform=hyperv", "--machine"), ("--platform=kvm", "--trace-interrupts"), ("--platform=hyperv", "--trace-interrupts"),
+            ("--platform=hyperv", "--machine"), ("--platform=hyperv", "--machine=pc"), ("--platform=kvm", "--trace-interrupts"), ("--platform=hyperv", "--trace-interrupts"),
             ("--platform=hyperv", "--gdb"), ("--platform=hyperv", "--console"), ("--gdb", "--timeout"), ("--console", "--timeout"), ("--dry-run", "--timeout"),
-            ("--dry-run", "--records"), ("--disk", "--disk=none"), ("--platform=kvm", "--platform=hyperv"), ("--platform=kvm", "--platform=uefi"), ("--platform=hyperv", "--platform=uefi"),
+            ("--dry-run", "--records"), ("--gdb", "--records"), ("--console", "--records"), ("--kernel", "--no-build"), ("--machine", "--machine=pc"), ("--disk", "--disk=none"), ("--platform=kvm", "--platform=hyperv"), ("--platform=kvm", "--platform=uefi"), ("--platform=hyperv", "--platform=uefi"),
         }  # fmt: skip
-        pairs |= {("--platform=xen-pvh", other) for other in ("--platform=kvm", "--platform=hyperv", "--platform=uefi", "--boot=uefi", "--machine", "--disk", "--console", "--gdb", "--trace-interrupts")}
+        pairs |= {("--platform=xen-pvh", other) for other in ("--platform=kvm", "--platform=hyperv", "--platform=uefi", "--boot=uefi", "--machine", "--machine=pc", "--disk", "--console", "--gdb", "--trace-interrupts")}
         pairs |= {(word, other) for word in ("--xen", "--blkback") for other in samples if other not in (word, "--platform=xen-pvh")}
         pairs |= {("--efi", other) for other in samples if other not in ("--efi", "--boot=uefi", "--platform=uefi")}
-        pairs |= {("--lab=always", other) for other in samples if other not in ("--lab=always", "--platform=kvm", "--platform=hyperv")}
-        self.assertTrue(alone <= set(samples))
-        self.pairs("run", samples, {frozenset(pair) for pair in pairs})
+        # What needs one of these beside it.
+        for word, beside in (("--lab=always", ("kvm", "hyperv")), ("--lab=never", ("kvm", "hyperv")), ("--wall", ("kvm", "hyperv", "xen-pvh"))):
+            pairs |= {(word, other) for other in samples if other != word and other not in [f"--platform={name}" for name in beside]}
+        built = [mock.patch.object(paths, name, self.elf) for name in ("KERNEL", "EFI", "TEST_HOST")]
+        with mock.patch.object(probe, "lacks_interfaces", return_value=""), built[0], built[1], built[2]:  # what this machine has is no matter of the options
+            self.pairs("run", samples, {frozenset(pair) for pair in pairs})
+            on_kvm = {name: words for name, words in samples.items() if not name.startswith(("--platform", "--lab", "--xen", "--blkback", "--efi", "--boot"))}
+            never = {("--deterministic", other) for other in on_kvm} | {("--wall", other) for other in on_kvm} | {("--trace-interrupts", other) for other in on_kvm}
+            never |= {tuple(pair) for pair in pairs if set(pair) <= set(on_kvm) and "--wall" not in pair}
+            self.pairs("run", on_kvm, {frozenset(pair) for pair in never if len(set(pair)) == 2}, base=("--platform", "kvm", "--lab", "never"))
+            self.assertIsNone(self.verdict("run", "--platform", "hyperv", "--kernel", self.elf, "--no-build"))
+            self.assertIn("nothing is built", self.verdict("run", "--boot", "uefi", "--efi", self.efi, "--no-build"))
         self.assertIn("use it with --gdb", self.verdict("run", "--gdb-port", "47331"))
         self.assertIn("--lab", self.verdict("run", "--platform", "kvm", "--lab", "always", "--gdb"))
         self.assertIn("--lab", self.verdict("run", "--platform", "kvm", "--lab", "always", "--console"))
@@ -158,18 +175,37 @@ class Options(unittest.TestCase):
         }  # fmt: skip
         pairs = {frozenset(("--list", other)) for other in samples if other not in ("--list", "--only")}
         self.pairs("bench", samples, pairs)
+        with mock.patch.object(probe, "lacks_interfaces", return_value=""):
+            self.assertIn("leave out --wall", self.verdict("bench", "--lab", "never", "--wall") or "(accepted)")
+            self.assertIsNone(self.verdict("bench", "--lab", "never"))
         self.assertIsNone(self.verdict("bench", "--only", "xen-emu", "--boot", "uefi"))
 
     def test_pairs_of_test_and_setup(self):
         samples = {
             "--fast": ("--fast",), "--only": ("--only", "scripts"), "--list": ("--list",), "--junit": ("--junit", self.folder / "j.xml"), "--tap": ("--tap",), "--lab": ("--lab", "always"),
         }  # fmt: skip
-        self.pairs("test", samples, {frozenset(pair) for pair in (("--list", "--junit"), ("--list", "--tap"), ("--list", "--lab"), ("--fast", "--lab"))})
+        self.pairs("test", samples, {frozenset(pair) for pair in (("--list", "--junit"), ("--list", "--tap"), ("--list", "--lab"), ("--fast", "--lab"), ("--only", "--lab"))})
+        self.assertIn("--fast leaves out", self.verdict("test", "--fast", "--lab", "never") or "(accepted)")
+        self.assertIsNone(self.verdict("test", "--only", "vm/hyperv*", "--lab", "always"))
         samples = {"--refresh": ("--refresh",), "--no-lab": ("--no-lab",), "--xen": ("--xen",)}
         self.pairs("setup", samples, {frozenset(pair) for pair in (("--refresh", "--no-lab"), ("--xen", "--no-lab"))})
 
+    def test_what_only_the_lab_or_only_this_machine_can_do(self):
+        # The other way round without a KVM, which shows before anything is fetched.
+        for word in ("--gdb", "--console"):
+            self.assertIn("runs in the lab here", self.verdict("run", "--platform", "kvm", word) or "(accepted)")
+        for words in (("--platform", "kvm"), ("--platform", "hyperv"), ("--platform", "kvm", "--lab", "always")):
+            self.assertIn("which has 1600 MiB for both", self.verdict("run", *words, "--memory", "2000") or "(accepted)")
+        for word in ("--wall", "--deterministic"):
+            chosen = run.arguments().parse_args(["--platform", "kvm", word])
+            run.demand_place(machine.Machine("m", "kvm"), launch.Place(True, "as asked"), chosen)
+            with self.assertRaises(Problem) as raised:
+                run.demand_place(machine.Machine("m", "kvm"), launch.Place(False, "it has what it needs"), chosen)
+            self.assertIn(word, str(raised.exception))
+            self.assertIn("Add --lab always" if word == "--deterministic" else "add --lab always", str(raised.exception))
+
     def test_a_kvm_that_is_not_there_is_missed_before_anything_is_fetched(self):
-        for script, words in (("run", ["--platform", "kvm"]), ("bench", ["--only", "hyperv"]), ("test", [])):
+        for script, words in (("run", ["--platform", "kvm"]), ("bench", ["--only", "hyperv"]), ("test", []), ("test", ["--only", "vm/hyperv*"])):
             with self.assertRaises(Problem) as raised:
                 SCRIPT[script].main([*words, "--lab", "never"])
             self.assertIn("there is no", str(raised.exception))
