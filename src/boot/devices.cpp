@@ -229,7 +229,7 @@ void Devices::list() {
 
 void Devices::left_out(std::string_view what, u64 count, bool disk, std::string_view reason) {
     disk_left_out_ = disk_left_out_ || disk;
-    log::line(disk ? log::Level::error : log::Level::warning, "left out: {} {}: {}", count, what, reason);
+    log::line(disk ? log::Level::error : log::Level::warning, "left out: {} ({}): {}", what, count, reason);
     log::Record("left_out").text("what", what).number("count", count).flag("disk", disk).text("reason", reason);
 }
 
@@ -243,7 +243,7 @@ FixedText<160> Devices::why_no_disk() const {
         text.write("no device that could be one was found");
         return text;
     }
-    fl::print(text, "of {} devices that could be or have one", all);
+    fl::print(text, "of {} {} that could be or have one", all, noun(all, "devices"));
     std::string_view before = ":";
     const auto count = [&](u32 n, std::string_view why) {
         if (n != 0) {

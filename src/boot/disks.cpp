@@ -74,9 +74,9 @@ FixedText<256> Disks::names() const {
 void report(const io::BlockDevice& disk) {
     const auto& id = disk.identity();
     const auto& g = disk.geometry();
-    const u64 mib = g.sectors * g.sector_size >> 20;
-    log::info("{}: {} disk by {}, {} MiB, {}-byte sectors{}{} [{}] {}", id.name.view(), id.kind, id.driver, mib,
-              g.sector_size, g.flush ? ", flush" : "", g.read_only ? ", read-only" : "", id.features.view(),
+    const ShownSize size = shown_size(g.sectors * g.sector_size);
+    log::info("{}: {} disk by {}, {} {}, {}-byte sectors{}{} [{}] {}", id.name.view(), id.kind, id.driver, size.number,
+              size.unit, g.sector_size, g.flush ? ", flush" : "", g.read_only ? ", read-only" : "", id.features.view(),
               id.model.view());
     log::Record record("disk");
     record.text("name", id.name.view()).text("driver", id.driver).text("kind", name(id.kind));

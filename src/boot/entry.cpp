@@ -184,7 +184,7 @@ static Result<void> ask_for_memory() {
     for (const hv::xen::E820Entry& range : std::span(ranges).first(*count)) {
         boot::add_range(boot_info, range.address, range.size, static_cast<boot::MemoryKind>(range.type));
     }
-    log::info("PVH: Xen told {} memory ranges", *count);
+    log::info("PVH: Xen told {} memory {}", *count, noun(*count, "ranges"));
     return {};
 }
 #endif
@@ -215,7 +215,8 @@ extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
         log::warning("PVH: the first module lies outside the memory that the loader describes; there is no map file");
     }
     if (notes->extra_modules != 0) {
-        log::warning("PVH: {} modules behind the first one (the map file) are ignored", notes->extra_modules);
+        log::warning("PVH: ignored: {} {} behind the first one, which is the map file", notes->extra_modules,
+                     noun(notes->extra_modules, "modules"));
     }
     boot_info.kernel_size = static_cast<u64>(image_end - image_text_begin);
     go_on();

@@ -113,8 +113,8 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
         }
     } else if (outcome.reason.truncated()) {
         outcome.reason.clear();
-        print(outcome.reason, "block 0 of {} of {} disks could not be read: the errors above name them", bad,
-              disks.all().size());
+        print(outcome.reason, "block 0 of {} of {} {} could not be read: see the errors above", bad, disks.all().size(),
+              noun(disks.all().size(), "disks"));
     }
     co_return outcome;
 }
@@ -218,9 +218,9 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
                 co_return refused(result.error(), disk_name);
             }
             io::print_record(*disk, *result, services.clock_assumed);
-            log::info("{}: {} bs={} qd={} lanes={}: {} I/Os in {} us, {} errors{}", disk_name, workload.pattern,
-                      workload.bs, workload.qd, result->lanes, workload.count, result->runtime_ns / 1000,
-                      result->errors, by_a_guess(services));
+            log::info("{}: {} bs={} qd={} lanes={}: {} {} in {} us, {} {}{}", disk_name, workload.pattern, workload.bs,
+                      workload.qd, result->lanes, workload.count, noun(workload.count, "I/Os"),
+                      result->runtime_ns / 1000, result->errors, noun(result->errors, "errors"), by_a_guess(services));
             if (result->first_error) {
                 report(*result->first_error, disk_name);
             }
@@ -229,7 +229,7 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
         }
     }
     outcome.verdict = errors == 0 ? Verdict::success : Verdict::failure;
-    print(outcome.reason, "{} workloads, {} failed I/Os", runs, errors);
+    print(outcome.reason, "{} {}, {} failed {}", runs, noun(runs, "workloads"), errors, noun(errors, "I/Os"));
     if (most_lanes > 1) {
         print(outcome.reason, ", on {} lanes", most_lanes);
     }
@@ -279,15 +279,15 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
         lanes = std::max(lanes, result->lanes);
         if (result->ok()) {
             ++good;
-            log::info("{}: {} blocks of {} bytes verified on {} lanes", disk_name, result->blocks, plan.bs,
-                      result->lanes);
+            log::info("{}: {} {} of {} bytes verified on {} {}", disk_name, result->blocks,
+                      noun(result->blocks, "blocks"), plan.bs, result->lanes, noun(result->lanes, "lanes"));
         } else {
             outcome.verdict = Verdict::failure;
-            log::error("{}: verify failed: {} of {} blocks bad, {} written, {} read", disk_name, result->bad,
-                       result->blocks, result->written, result->read);
+            log::error("{}: verify failed: {} of {} {} bad, {} written, {} read", disk_name, result->bad,
+                       result->blocks, noun(result->blocks, "blocks"), result->written, result->read);
         }
     }
-    print(outcome.reason, "{} disks verified{}", good,
+    print(outcome.reason, "{} {} verified{}", good, noun(good, "disks"),
           outcome.verdict == Verdict::success ? "" : ", and not all of them");
     if (lanes > 1) {
         print(outcome.reason, ", on {} lanes", lanes);

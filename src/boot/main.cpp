@@ -378,7 +378,7 @@ void failed_probe(Devices& devices, DeviceEntry entry, const Error& error, std::
     devices.add(entry);
 }
 
-void count_disks(DeviceEntry& entry) { print(entry.reason, "{} disk{}", entry.disks, entry.disks == 1 ? "" : "s"); }
+void count_disks(DeviceEntry& entry) { print(entry.reason, "{} {}", entry.disks, noun(entry.disks, "disks")); }
 
 io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDriver& driver,
                                  std::span<PciCandidate> candidates, Devices& devices, const Disks& disks) {
@@ -649,14 +649,14 @@ BackendSide side_of(B& backend) {
 void judge(Outcome& outcome, const BootInfo& info, const Devices& devices) {
     FixedText<240> reason;
     if (devices.failures() != 0) {
-        print(reason, "{} devices could not be taken into use (see the errors above); the job itself succeeded",
-              devices.failures());
+        print(reason, "{} {} could not be taken into use (see the errors above); the job itself succeeded",
+              devices.failures(), noun(devices.failures(), "devices"));
     } else if (devices.disk_left_out()) {
         reason.write(
             "something was left out, and a disk may be among it (see the left_out records); the job itself succeeded");
     } else if (table.wrong() != 0 || info.map_file_truncated != 0) {
-        print(reason, "{} malformed lines in the map file{}; the rest of it counted, and the job itself succeeded",
-              table.wrong(), info.map_file_truncated != 0 ? ", which is cut" : "");
+        print(reason, "{} malformed {} in the map file{}; the rest of it counted, and the job itself succeeded",
+              table.wrong(), noun(table.wrong(), "lines"), info.map_file_truncated != 0 ? ", which is cut" : "");
     } else {
         return;
     }
@@ -669,7 +669,7 @@ io::Task<Result<Outcome>> probe_and_run(const BootInfo& info, BackendSide side, 
     static Given given(side, executor); // larger than a coroutine frame may be
     static PciList pci;
     find_pci_functions(pci, given.devices);
-    log::info("devices: {} synthetic, {} PCI functions", synthetic.count(), pci.functions);
+    log::info("devices: {} synthetic, {} PCI {}", synthetic.count(), pci.functions, noun(pci.functions, "functions"));
     CO_CHECK(co_await probe(given, synthetic.all(), {pci.list.begin(), pci.list.size()}));
     attach_null_disks(given);
     name_virtio_mmio(given.devices);

@@ -86,7 +86,8 @@ io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks
     if (!shutdown.requested() && work->done) {
         co_return std::move(*work->done);
     }
-    log::info("boot: {} asks for a shutdown: flushing {} disks", shutdown.by(), disks.all().size());
+    log::info("boot: {} asks for a shutdown: flushing {} {}", shutdown.by(), disks.all().size(),
+              noun(disks.all().size(), "disks"));
     // A job that is not done ends here, with all that it waits for; its memory only when no host can reach it any more.
     if (auto rested = co_await bring_to_rest(disks, services, options.timeout); rested) {
         work.reset();

@@ -112,7 +112,7 @@ Result<u64> FrameAllocator::allocate(const FrameRequest& request) {
 void FrameAllocator::free(u64 base, u64 frames) {
     const u64 size = frames * frame_size;
     if (base % frame_size != 0 || base == 0 || frames == 0 || frames > (~u64{0} - base) / frame_size) {
-        panic("frames: {} frames at {:#x} cannot be given back", frames, base);
+        panic("frames: {} at {:#x} cannot be given back", frames, base);
     }
     const usize at = first_ending_after(base);
     if (at < count_ && ranges_[at].base < base + size) {

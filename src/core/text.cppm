@@ -186,6 +186,23 @@ void print(S& sink, text_detail::Format<std::type_identity_t<std::remove_cvref_t
         &sink, [](void* s, std::string_view text) { static_cast<S*>(s)->write(text); }, format.text, erased);
 }
 
+/// The noun that goes with a number. `several` is its plural, which ends in an s: for one it is left out.
+constexpr std::string_view noun(u64 number, std::string_view several) {
+    return several.substr(0, several.size() - (number == 1 ? 1 : 0));
+}
+
+/// A size for people: whole MiB (the rest is cut off), below 1 MiB exactly, in KiB or bytes. To be printed as "{} {}".
+struct ShownSize {
+    u64 number;
+    std::string_view unit;
+};
+constexpr ShownSize shown_size(u64 bytes) {
+    if (bytes >= 1_MiB) {
+        return {bytes >> 20, "MiB"};
+    }
+    return bytes != 0 && bytes % 1_KiB == 0 ? ShownSize{bytes >> 10, "KiB"} : ShownSize{bytes, noun(bytes, "bytes")};
+}
+
 /// A sink that counts what it is given; for column widths.
 struct CountingSink {
     usize size = 0;

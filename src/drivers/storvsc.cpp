@@ -184,7 +184,7 @@ io::Task<Result<void>> Controller::connect(const Offer& offer) {
     }
     lanes_[0]->queue.agree(terms_);
     if (auto further = co_await open_sub_channels(properties); !further) {
-        log::warning("storvsc: {} of {} processors have a channel: {}", lane_count_,
+        log::warning("storvsc: channels for {} of {} processors: {}", lane_count_,
                      std::max<usize>(environment_.executors.size(), 1), further.error());
     }
     co_return Result<void>{};
@@ -294,8 +294,8 @@ io::Task<Result<bool>> Controller::list_units(std::array<bool, max_units>& there
     });
     if (beyond != 0) {
         FixedText<96> reason;
-        print(reason, "{} units have numbers that a request to this host cannot name: this driver reaches LUN 0 to {}",
-              beyond, max_units - 1);
+        print(reason, "{} {} that a request to this host cannot name: this driver reaches LUN 0 to {}", beyond,
+              noun(beyond, "units"), max_units - 1);
         unused(max_units - 1, "SCSI units above", Unused::no_room, reason);
     }
     if (!listed) {
@@ -653,8 +653,9 @@ io::Task<Result<void>> attach(Environment& environment, Vmbus& bus, Offer offer)
     controller->ide_ = ide;
     auto result = co_await controller->connect(offer);
     if (result) {
-        log::info("storvsc: {}: version {}, {} channels, transfers up to {} bytes", offer.instance.text(),
-                  controller->terms_.version, controller->lane_count_, controller->terms_.max_transfer);
+        log::info("storvsc: {}: version {}, {} {}, transfers up to {} bytes", offer.instance.text(),
+                  controller->terms_.version, controller->lane_count_, noun(controller->lane_count_, "channels"),
+                  controller->terms_.max_transfer);
         result = co_await controller->scan();
     }
     if (result) {

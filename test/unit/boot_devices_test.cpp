@@ -153,9 +153,10 @@ TEST(Devices, WhatFailsAndWhatFindsNoRoomCounts) {
     EXPECT_FALSE(devices.disk_left_out());
     devices.left_out("memory ranges", 3, false, "too many");
     EXPECT_FALSE(devices.disk_left_out());
-    EXPECT_EQ(capture.count("warning: left out: 3 memory ranges: too many\n"), 1u) << capture.text;
+    EXPECT_EQ(capture.count("warning: left out: memory ranges (3): too many\n"), 1u) << capture.text;
     devices.left_out("PCI functions", 1, true, "no memory");
     EXPECT_TRUE(devices.disk_left_out());
+    EXPECT_EQ(capture.count("error: left out: PCI functions (1): no memory\n"), 1u) << capture.text;
     EXPECT_EQ(
         capture.count(
             "{\"record\":\"left_out\",\"what\":\"PCI functions\",\"count\":1,\"disk\":true,\"reason\":\"no memory\"}"),

@@ -263,6 +263,34 @@ TEST_F(Jobs, VerifySeesACorruptDisk) {
     EXPECT_TRUE(capture.has("\"ok\":false"));
 }
 
+TEST_F(Jobs, OneIsNotSaidAsSeveral) {
+    ASSERT_TRUE(synthetic.announce(xvda, 0));
+    EXPECT_EQ(run("job=verify scratch=all bs=4k count=1").reason.view(), "1 disk verified");
+    EXPECT_TRUE(capture.has("xvda: 1 block of 4096 bytes verified on 1 lane\n")) << capture.text;
+    EXPECT_EQ(run("job=bench workload=randread,count=1").reason.view(), "1 workload, 0 failed I/Os");
+    EXPECT_TRUE(capture.has(": 1 I/O in ")) << capture.text;
+    xvda.fail_reads = true;
+    EXPECT_EQ(run("job=bench workload=randread,count=1").reason.view(), "1 workload, 1 failed I/O");
+    EXPECT_TRUE(capture.has(" us, 1 error\n")) << capture.text;
+    ASSERT_TRUE(native.announce(hdb, 1));
+    xvda.fail_reads = false;
+    EXPECT_EQ(run("job=verify scratch=all bs=4k count=2").reason.view(), "2 disks verified");
+    EXPECT_TRUE(capture.has("xvda: 2 blocks of 4096 bytes verified on 1 lane\n")) << capture.text;
+}
+
+TEST_F(Jobs, SmallDisksAreShownInSmallUnits) {
+    MemoryDisk tiny{executor, "xvdb", 1};
+    MemoryDisk small{executor, "xvdc", 16};
+    for (MemoryDisk* disk : {&xvda, &tiny, &small}) {
+        ASSERT_TRUE(synthetic.announce(*disk, boot::Disks::Port::no_twin));
+    }
+    EXPECT_TRUE(capture.has("xvda: emulated disk by memory, 1 MiB, 512-byte sectors")) << capture.text;
+    EXPECT_TRUE(capture.has("xvdb: emulated disk by memory, 512 bytes, 512-byte sectors")) << capture.text;
+    EXPECT_TRUE(capture.has("xvdc: emulated disk by memory, 8 KiB, 512-byte sectors")) << capture.text;
+    EXPECT_TRUE(capture.has("\"name\":\"xvdb\",\"driver\":\"memory\",\"kind\":\"emulated\",\"sectors\":1,"))
+        << capture.text;
+}
+
 TEST_F(Jobs, WrongNamesAreToldWithThoseThatAreThere) {
     attach();
     const auto outcome = run("job=bench disk=xvdb");
@@ -360,5 +388,7 @@ TEST_F(Listed, WithoutADiskTheVerdictSaysWhy) {
     EXPECT_EQ(bench.reason.view(), "no disk was found: " + why);
     boot::Devices none;
     EXPECT_EQ(none.why_no_disk().view(), "no device that could be one was found");
+    none.add(entry("00:06.0", drivers::Unused::empty));
+    EXPECT_EQ(none.why_no_disk().view(), "of 1 device that could be or have one: 1 empty; see the device lines");
 }
 } // namespace

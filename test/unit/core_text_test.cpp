@@ -33,6 +33,30 @@ TEST(Text, FillsFields) {
     EXPECT_EQ(formatted("{}", Error(Code::exhausted, "disks", 256, 257)), "disks (expected 256, seen 257)");
 }
 
+TEST(Text, ANounGoesWithItsNumber) {
+    EXPECT_EQ(noun(0, "disks"), "disks");
+    EXPECT_EQ(noun(1, "disks"), "disk");
+    EXPECT_EQ(noun(2, "I/Os"), "I/Os");
+    EXPECT_EQ(noun(1, "I/Os"), "I/O");
+    EXPECT_EQ(noun((u64{1} << 32) + 1, "lanes"), "lanes");
+}
+
+TEST(Text, ASizeThatIsThereIsNeverShownAsZero) {
+    const auto shown = [](u64 bytes) {
+        const ShownSize size = shown_size(bytes);
+        return formatted("{} {}", size.number, size.unit);
+    };
+    EXPECT_EQ(shown(0), "0 bytes");
+    EXPECT_EQ(shown(1), "1 byte");
+    EXPECT_EQ(shown(512), "512 bytes");
+    EXPECT_EQ(shown(1_KiB), "1 KiB");
+    EXPECT_EQ(shown(3 * 512), "1536 bytes");
+    EXPECT_EQ(shown(1_MiB - 1_KiB), "1023 KiB");
+    EXPECT_EQ(shown(1_MiB), "1 MiB");
+    EXPECT_EQ(shown(64_MiB + 512), "64 MiB");
+    EXPECT_EQ(shown(2_GiB), "2048 MiB");
+}
+
 TEST(Text, FixedTextDropsWhatDoesNotFitAndSaysSo) {
     FixedText<4> t;
     t.write("abcdef");

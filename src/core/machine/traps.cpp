@@ -149,7 +149,8 @@ void print_backtrace(log::Line& out, u64 rip, u64 rbp) {
     u64 last = 0;
     const auto end_repetition = [&] {
         if (repeated != 0) {
-            print(out, "      ... {} more times\n", std::exchange(repeated, 0));
+            print(out, "      ... {} more {}\n", repeated, noun(repeated, "times"));
+            repeated = 0;
         }
     };
     if (rip != 0) {

@@ -5,6 +5,7 @@ import core.std;
 import core.result;
 import core.dma;
 import core.log;
+import core.text;
 
 namespace fl::drivers::hv_balloon {
 
@@ -183,7 +184,8 @@ Result<void> Balloon::inflate(std::span<const std::byte> message, const Header& 
         return sent;
     }
     away_ += given;
-    log::info("hv_balloon: {} pages asked for, {} given, {} away", request.pages, given, away_);
+    log::info("hv_balloon: {} {} asked for, {} given, {} away", request.pages, noun(request.pages, "pages"), given,
+              away_);
     return {};
 }
 
@@ -236,7 +238,7 @@ Result<void> Balloon::take_back(PageRange range) {
             if (behind != 0 && run_count_ < capacity) {
                 runs_[run_count_++] = tail;
             } else if (behind != 0) {
-                log::warning("hv_balloon: {} pages are lost: too many pieces are away", behind);
+                log::warning("hv_balloon: {} {} lost: too many pieces are away", behind, noun(behind, "pages"));
             }
         } else if (behind != 0) {
             run = tail;
