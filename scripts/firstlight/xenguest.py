@@ -99,6 +99,8 @@ def check_disks(specs: Sequence[DiskSpec], blkback: Sequence[str]) -> None:
         asked = (spec.sector, spec.backing or "loop")
         if spec.image and devices.setdefault(spec.image, asked) != asked:
             raise Problem(f"image={spec.image}: on xen-pvh the disks of one image are on one device: one sector= and one backing= were expected, two are given.", Exit.USAGE)
+    if any(spec.backend == "qdisk" and spec.sector != 512 for spec in specs):
+        raise Problem("sector=4096 is for disks that blkback serves: one with backend=qdisk has 512-byte sectors, whatever its device has. Leave out one of them.", Exit.USAGE)
     if blkback and not any(spec.backend != "qdisk" for spec in specs):
         raise Problem("Parameters of blkback are for the disks that it serves, and this machine has none: leave them out, or add a disk without backend=qdisk.", Exit.USAGE)
 

@@ -114,6 +114,7 @@ class Options(unittest.TestCase):
             ("--platform xen-pvh --disk xen:1m,backing=ram --disk xen:2m,backing=ram", "all of one size"), ("--platform xen-pvh --disk xen:1m,backing=ram,sector=4096", "512 bytes"),
             ("--platform xen-pvh --disk xen:1m,image=a --disk xen:1m,image=a,sector=4096", "one sector="), ("--platform xen-pvh --disk none --blkback max_queues=1", "it serves"),
             ("--platform xen-pvh --disk xen:1m,image=a --disk xen:1m,image=a,backing=readonly", "one backing="),
+            ("--platform xen-pvh --disk xen:1m,backend=qdisk,sector=4096", "512-byte sectors"),
             ("--platform xen-pvh --disk xen:1m,backend=qdisk --blkback max_queues=1", "it serves"),
         ):  # fmt: skip
             self.assertIn(said, self.verdict("run", *words.split()) or "(accepted)", words)

@@ -21,7 +21,7 @@ def domain(**words):
 
 class Configuration(unittest.TestCase):
     def test_a_guest_of_each_kind_of_disk(self):
-        made = domain(disks=["xen:8m", "xen:8m,backend=qdisk,sector=4096", "xen:4m,readonly"], cpus=7, memory=96, cmdline="job=boot")
+        made = domain(disks=["xen:8m", "xen:8m,backend=qdisk", "xen:4m,readonly,sector=4096"], cpus=7, memory=96, cmdline="job=boot")
         self.assertIn('type = "pvh"\n', made.config)
         self.assertIn("vcpus = 7\n", made.config)
         self.assertIn("memory = 96\n", made.config)
@@ -31,8 +31,8 @@ class Configuration(unittest.TestCase):
         self.assertIn('"format=raw,vdev=xvdc,access=ro,backendtype=phy,target=/dev/loop2",\n', made.config)
         self.assertTrue(made.device_model)
         script = xenguest.job_script(made, 3, {"xvdb.img": 4 << 20})
-        self.assertIn("attach 1 xvdb.img 4096 loop\n", script)
-        self.assertIn("attach 2 xvdc.img 512 loop readonly\n", script)
+        self.assertIn("attach 1 xvdb.img 512 loop\n", script)
+        self.assertIn("attach 2 xvdc.img 4096 loop readonly\n", script)
         self.assertIn("bring_out /dev/loop1 4\n", script)
         self.assertNotIn("rd_nr", script)
 
