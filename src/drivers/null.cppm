@@ -29,8 +29,12 @@ class Transport : public io::TransportDefaults {
         ids_[sent_++ % max_commands] = id;
         return io::SendResult::sent;
     }
-    Result<std::optional<io::Completion>> next() {
-        return taken_ == sent_ ? std::nullopt : std::optional(io::Completion{ids_[taken_++ % max_commands]});
+    io::Next next(io::Completion& completion) {
+        if (taken_ == sent_) {
+            return io::Next::none;
+        }
+        completion.id = ids_[taken_++ % max_commands];
+        return io::Next::one;
     }
     bool finish(Command&, io::Status) { return true; }
     io::Fence fence(Command&) { return io::Fence::done; }

@@ -48,6 +48,13 @@ enum class Retry : u8 {
     alone, // the request again, without neighbours; once, then its status counts
 };
 
+/// What a look for an answer finds.
+enum class Next : u8 {
+    none,
+    one,
+    broken, // as SendResult::broken
+};
+
 /// One checked answer. `id`: of a command in the table.
 struct Completion {
     u64 id = 0;
@@ -131,8 +138,8 @@ using CommandTable = SlotTable<Command<T>, T::max_commands>;
 template <class T>
 concept BlockTransport =
     requires(T& t, const T& constant, CommandTable<T>& commands, Command<T>& command, const Command<T>& sent,
-             const Request& neighbour, u64 id, Status status, Counters& counters, OldestWait::Finding finding,
-             OldestWait::Seen seen, std::string_view names, Instant now, bool flag) {
+             const Request& neighbour, Completion& completion, u64 id, Status status, Counters& counters,
+             OldestWait::Finding finding, OldestWait::Seen seen, std::string_view names, Instant now, bool flag) {
         typename T::Disk;                                       // a QueueDisk<T>
         typename T::Wire;                                       // what it keeps for each command
         { T::driver } -> std::convertible_to<std::string_view>; // for log lines while there is no disk
@@ -152,7 +159,7 @@ concept BlockTransport =
         { t.publish(counters) } -> std::same_as<Result<void>>;
         /// The next answer, checked: a known id, once, of a command that is with the device. Nothing: no more now. What the
         /// answer to an exchange holds has been copied to it.
-        { t.next() } -> std::same_as<Result<std::optional<Completion>>>;
+        { t.next(completion) } -> std::same_as<Next>;
         /// After a batch of answers, before more is sent: their room is free.
         { t.release(counters) } -> std::same_as<Result<void>>;
         /// After the last send of a turn: an idle device comes to rest; accesses so far are counted.
@@ -442,7 +449,8 @@ class BlockQueue : public QueueCore {
     enum class Issued : u8 { all, some, none };
 
     Issued issue(QueuedDevice& disk, Request& request, RequestQueue* from, bool alone);
-    void gather(Command& command, RequestQueue& from);
+    void gather(Command& command, RequestQueue& from)
+        requires(T::gathers);
     bool pump() override;
     void take(const Completion& completion);
     void end_command(u64 id, Command& command, Status status);
@@ -589,7 +597,9 @@ inline BlockQueue<T>::Issued BlockQueue<T>::issue(QueuedDevice& disk, Request& r
 
 /// The requests at the head of `from` that continue the command's last one, as many as the transport joins.
 template <class T>
-void BlockQueue<T>::gather(Command& command, RequestQueue& from) {
+void BlockQueue<T>::gather(Command& command, RequestQueue& from)
+    requires(T::gathers)
+{
     Request* last = command.first;
     last->link = nullptr;
     while (Request* next = from.front()) {
@@ -646,16 +656,17 @@ bool BlockQueue<T>::drain() {
     }
     u32 count = 0;
     for (;;) {
-        const Result<std::optional<Completion>> got = transport_.next();
-        if (!got) [[unlikely]] {
-            fail(got.error());
-            return true;
-        }
-        if (!*got) {
+        Completion completion;
+        const Next next = transport_.next(completion);
+        if (next == Next::none) {
             break;
         }
+        if (next == Next::broken) [[unlikely]] {
+            fail(transport_.fault());
+            return true;
+        }
         ++count;
-        take(**got);
+        take(completion);
         if (state_ != State::open) [[unlikely]] {
             return true;
         }

@@ -73,7 +73,7 @@ class Transport : public io::TransportDefaults {
     io::Fit prepare(Command& command);
     bool join(Command& command, const io::Request& next);
     io::SendResult send(Command& command, u64 id);
-    Result<std::optional<io::Completion>> next();
+    io::Next next(io::Completion& completion);
     void settle(io::Counters& counters);
     // Acquire: pairs with the release in interrupted(), as in next().
     Result<bool> arm() { return found_.has_value() || flag_.load(std::memory_order_acquire); }
@@ -343,17 +343,22 @@ Outcome Transport<P>::look() {
 }
 
 template <PortAccess P>
-Result<std::optional<io::Completion>> Transport<P>::next() {
+io::Next Transport<P>::next(io::Completion& completion) {
     if (found_) [[unlikely]] {
-        return std::exchange(found_, std::nullopt);
+        completion = *std::exchange(found_, std::nullopt);
+        return io::Next::one;
     }
     // Acquire: pairs with the release in interrupted().
     if (!flag_.load(std::memory_order_relaxed) || !flag_.exchange(false, std::memory_order_acquire) ||
         state_ != State::running) {
-        return std::optional<io::Completion>();
+        return io::Next::none;
     }
     const Outcome outcome = look();
-    return outcome.ended ? std::optional(ended(outcome)) : std::nullopt;
+    if (!outcome.ended) {
+        return io::Next::none;
+    }
+    completion = ended(outcome);
+    return io::Next::one;
 }
 
 template <PortAccess P>

@@ -234,15 +234,18 @@ Error Transport::fault() const {
 
 // ---- the transport: answers ----
 
-Result<std::optional<io::Completion>> Transport::next() {
+io::Next Transport::next(io::Completion& completion) {
     hv::hyperv::Packet packet;
     for (;;) {
-        TRY(const bool got, channel_.receive(packet));
-        if (!got) {
+        const auto got = channel_.receive(packet);
+        if (!got) [[unlikely]] {
+            return broken(got.error());
+        }
+        if (!*got) {
             if (std::exchange(taken_, false)) {
                 channel_.release();
             }
-            return std::optional<io::Completion>();
+            return io::Next::none;
         }
         taken_ = true;
         ++heard_;
@@ -251,20 +254,21 @@ Result<std::optional<io::Completion>> Transport::next() {
             armed_ = false;
         }
         if (packet.type == PacketType::completion) [[likely]] {
-            TRY(const io::Completion completion, complete(packet));
-            return std::optional(completion);
+            return complete(packet, completion);
         }
-        CHECK(accept_event(packet));
+        if (auto accepted = accept_event(packet); !accepted) [[unlikely]] {
+            return broken(accepted.error());
+        }
     }
 }
 
-Result<io::Completion> Transport::complete(const hv::hyperv::Packet& packet) {
+inline io::Next Transport::complete(const hv::hyperv::Packet& packet, io::Completion& completion) {
     const u64 id = packet.transaction;
     Command* command = commands_->find(id);
     if (command == nullptr || command->delayed) [[unlikely]] {
-        return Error{Code::protocol,
-                     "a completion carries a transaction id that is not under way (unknown, repeated or retired)", 0,
-                     id};
+        return broken({Code::protocol,
+                       "a completion carries a transaction id that is not under way (unknown, repeated or retired)", 0,
+                       id});
     }
     // Before a version is agreed on a host may answer in either length, and to a packet that is no SRB as well
     // [storvsc].
@@ -272,8 +276,8 @@ Result<io::Completion> Transport::complete(const hv::hyperv::Packet& packet) {
     const u32 length = packet_bytes(terms_.version);
     const bool srb = exchange == nullptr || exchange->packet.header.operation == Operation::execute_srb;
     if (srb ? packet.payload.size() != length : packet.payload.size() < sizeof(PacketHeader)) [[unlikely]] {
-        return Error{Code::protocol, "a completion has not the length of the agreed version's packets", length,
-                     packet.payload.size()};
+        return broken({Code::protocol, "a completion has not the length of the agreed version's packets", length,
+                       packet.payload.size()});
     }
     Packet answer;
     if (srb && length == sizeof answer) [[likely]] {
@@ -283,20 +287,29 @@ Result<io::Completion> Transport::complete(const hv::hyperv::Packet& packet) {
         std::memcpy(&answer, packet.payload.data(), std::min(packet.payload.size(), sizeof answer));
     }
     if (answer.header.operation != Operation::complete_io) [[unlikely]] {
-        return Error{Code::protocol, "a completion is no COMPLETE_IO", to_underlying(Operation::complete_io),
-                     to_underlying(answer.header.operation)};
+        return broken({Code::protocol, "a completion is no COMPLETE_IO", to_underlying(Operation::complete_io),
+                       to_underlying(answer.header.operation)});
     }
     const bool unmap = exchange == nullptr && command->op == io::Op::discard;
     if (srb && answer.srb.data_transfer_length > std::max(command->bytes, unmap ? scsi::unmap_list_bytes : 0u))
         [[unlikely]] {
-        return Error{Code::protocol, "a completion says that more data was moved than was asked for", command->bytes,
-                     answer.srb.data_transfer_length};
+        return broken({Code::protocol, "a completion says that more data was moved than was asked for", command->bytes,
+                       answer.srb.data_transfer_length});
     }
     if (exchange != nullptr) [[unlikely]] {
         exchange->packet = answer;
-        return io::Completion{id};
+        completion = {id};
+        return io::Next::one;
     }
-    return judge(id, *command, answer);
+    const ScsiRequest& s = answer.srb;
+    const SrbStatus status = srb_status_of(s.srb_status);
+    if (s.scsi_status == scsi::status_good && (status == SrbStatus::success || status == SrbStatus::data_overrun) &&
+        (s.data_transfer_length == command->bytes || command->op > io::Op::write)) [[likely]] {
+        completion.id = id;
+        return io::Next::one;
+    }
+    completion = judge(id, *command, answer);
+    return io::Next::one;
 }
 
 // What the host says by itself.
@@ -331,9 +344,6 @@ io::Completion Transport::judge(u64 id, Command& command, const Packet& packet) 
     Disk& disk = command.disk();
     if (srb.scsi_status == scsi::status_good && (status == SrbStatus::success || status == SrbStatus::data_overrun))
         [[likely]] {
-        if (srb.data_transfer_length == command.bytes || command.op > io::Op::write) [[likely]] {
-            return {id};
-        }
         FixedText<120> text;
         print(text, "the host moved {} of {} bytes and calls that a success, at LBA {}", srb.data_transfer_length,
               command.bytes, command.lba);
@@ -502,3 +512,8 @@ void Transport::closed(bool stopped) {
 }
 
 } // namespace fl::drivers::storvsc
+
+namespace fl {
+template class io::BlockQueue<drivers::storvsc::Transport>;
+template class io::QueueDisk<drivers::storvsc::Transport>;
+} // namespace fl

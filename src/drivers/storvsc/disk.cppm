@@ -88,7 +88,7 @@ class Transport : public io::TransportDefaults {
     io::Fit prepare(Command& command);
     io::SendResult send(Command& command, u64 id);
     Result<void> publish(io::Counters& counters);
-    Result<std::optional<io::Completion>> next();
+    io::Next next(io::Completion& completion);
     void settle(io::Counters& counters);
     Result<bool> arm();
     u32 events() const { return channel_.interrupts(); }
@@ -105,8 +105,12 @@ class Transport : public io::TransportDefaults {
     void closed(bool stopped);
 
   private:
-    Result<io::Completion> complete(const hv::hyperv::Packet& packet);
+    io::Next complete(const hv::hyperv::Packet& packet, io::Completion& completion);
     Result<void> accept_event(const hv::hyperv::Packet& packet);
+    io::Next broken(const Error& why) {
+        fault_ = why;
+        return io::Next::broken;
+    }
     io::Completion judge(u64 id, Command& command, const Packet& packet);
     void add_counts(u64 under_way, u64 answered);
     void notify() const {
@@ -137,6 +141,16 @@ class Transport : public io::TransportDefaults {
     u64 reset_heard_ = 0; // what all queues had heard when the bus reset was asked for
     std::atomic<bool> quiet_{true};
 };
+
+} // namespace fl::drivers::storvsc
+
+// Compiled once, in disk.cpp, which is optimised for speed.
+namespace fl {
+extern template class io::BlockQueue<drivers::storvsc::Transport>;
+extern template class io::QueueDisk<drivers::storvsc::Transport>;
+} // namespace fl
+
+export namespace fl::drivers::storvsc {
 
 /// One channel. Registered with its executor from start() to stop(), both on its own processor.
 class Queue final : public io::BlockQueue<Transport> {

@@ -288,14 +288,17 @@ void Transport::on_event() {
 }
 
 // The producer's index is read once for each batch.
-Result<std::optional<io::Completion>> Transport::next() {
-    if (!batch_left_) {
-        TRY(const u32 found, responses_->available(requests_->owed()));
-        if (found == 0) {
-            return std::optional<io::Completion>();
+io::Next Transport::next(io::Completion& completion) {
+    if (!in_batch_) {
+        const auto found = responses_->available(requests_->owed());
+        if (!found) [[unlikely]] {
+            return broken(found.error());
         }
-        batch_ = found;
-        batch_left_ = found;
+        if (*found == 0) {
+            return io::Next::none;
+        }
+        in_batch_ = true;
+        batch_ = batch_left_ = *found;
         if (armed_at_ != never) { // we slept for these
             if (eager_ != 0) {
                 --eager_;
@@ -308,40 +311,41 @@ Result<std::optional<io::Completion>> Transport::next() {
             armed_at_ = never;
         }
     }
-    if (*batch_left_ == 0) {
-        return std::optional<io::Completion>();
+    if (batch_left_ == 0) {
+        return io::Next::none;
     }
-    --*batch_left_;
+    --batch_left_;
     Response response;
     static_cast<void>(responses_->take(response)); // the only look at it
-    TRY(const io::Completion completion, check(response));
-    return std::optional(completion);
+    return check(response, completion);
 }
 
-Result<io::Completion> Transport::check(const Response& response) {
+inline io::Next Transport::check(const Response& response, io::Completion& completion) {
     const Command* command = commands_->find(response.id);
     if (command == nullptr) [[unlikely]] {
-        return Error{Code::protocol, "an answer carries an id that is not under way (unknown, repeated or retired)", 0,
-                     response.id};
+        return broken({Code::protocol, "an answer carries an id that is not under way (unknown, repeated or retired)",
+                       0, response.id});
     }
     const Wire& wire = command->wire;
     if (response.operation != wire.operation && !(wire.indirect && response.operation == Operation::indirect))
         [[unlikely]] {
-        return Error{Code::protocol, "an answer names another operation than was asked for",
-                     to_underlying(wire.operation), to_underlying(response.operation)};
+        return broken({Code::protocol, "an answer names another operation than was asked for",
+                       to_underlying(wire.operation), to_underlying(response.operation)});
     }
+    completion.id = response.id;
     switch (response.status) {
-    case status_ok: return io::Completion{response.id, io::Status::ok};
-    case status_error: return io::Completion{response.id, io::Status::io_error};
-    case status_not_supported: return io::Completion{response.id, io::Status::not_supported};
+    case status_ok: completion.status = io::Status::ok; break;
+    case status_error: completion.status = io::Status::io_error; break;
+    case status_not_supported: completion.status = io::Status::not_supported; break;
     default:
-        return Error{Code::protocol, "an answer has a status that the block interface does not define", 0,
-                     static_cast<u16>(response.status)};
+        return broken({Code::protocol, "an answer has a status that the block interface does not define", 0,
+                       static_cast<u16>(response.status)});
     }
+    return io::Next::one;
 }
 
 Result<void> Transport::release(io::Counters&) {
-    batch_left_.reset();
+    in_batch_ = false;
     return requests_->retire(batch_);
 }
 
@@ -474,3 +478,8 @@ void Transport::reclaim() {
 }
 
 } // namespace fl::drivers::xen_blk
+
+namespace fl {
+template class io::BlockQueue<drivers::xen_blk::Transport>;
+template class io::QueueDisk<drivers::xen_blk::Transport>;
+} // namespace fl

@@ -89,7 +89,8 @@ class Transport : public io::TransportDefaults {
     io::Fit prepare(Command& command);
     io::SendResult send(Command& command, u64 id);
     Result<void> publish(io::Counters& counters);
-    Result<std::optional<io::Completion>> next();
+    io::Next next(io::Completion& completion);
+    Error fault() const { return fault_.value_or(Error{Code::protocol, "the ring is broken"}); }
     Result<void> release(io::Counters& counters);
     Result<bool> arm();
     u32 events() const { return interrupts_.load(std::memory_order_relaxed); }
@@ -111,7 +112,11 @@ class Transport : public io::TransportDefaults {
 
     u32 event_after(u32 owed) const;
     void fill_segments(Command& command, std::span<Segment> segments);
-    Result<io::Completion> check(const Response& response);
+    io::Next check(const Response& response, io::Completion& completion);
+    io::Next broken(const Error& why) {
+        fault_ = why;
+        return io::Next::broken;
+    }
     bool keep_spare(DmaAllocator& pool);
     bool add_pool_pages(DmaAllocator& pool);
     void extend_pool(DmaAllocator& pool);
@@ -127,8 +132,10 @@ class Transport : public io::TransportDefaults {
     u32 unit_shift_ = 9;   // from bytes to the wire's units
     std::optional<Requests> requests_;
     std::optional<Responses> responses_;
-    std::optional<u32> batch_left_; // answers of the batch that is being taken
-    u32 batch_ = 0;                 // answers in it
+    bool in_batch_ = false; // answers are being taken
+    u32 batch_left_ = 0;    // of them, not taken yet
+    u32 batch_ = 0;         // in all
+    std::optional<Error> fault_;
     // Written by the handler, read by the executor's turn on the same processor; relaxed: wake() and the next turn order
     // them.
     std::atomic<bool> masked_{true};
@@ -153,6 +160,16 @@ class Transport : public io::TransportDefaults {
     u32 indirect_size_ = 0;
     u32 indirect_free_count_ = 0;
 };
+
+} // namespace fl::drivers::xen_blk
+
+// Compiled once, in disk.cpp, which is optimised for speed.
+namespace fl {
+extern template class io::BlockQueue<drivers::xen_blk::Transport>;
+extern template class io::QueueDisk<drivers::xen_blk::Transport>;
+} // namespace fl
+
+export namespace fl::drivers::xen_blk {
 
 class Disk final : public io::QueueDisk<Transport> {
   public:
