@@ -61,6 +61,7 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
     // What there is.
     bool exit_port = false;
     bool exit_takes_time = false; // ends from another thread, as newer QEMUs do
+    bool others_at_once = false;  // every other way ends the machine with the access
     bool i8042 = true;            // and a reset by it ends the VMM: Firecracker, QEMU -no-reboot
     Nanoseconds host_needs = 5'000'000;
     std::string_view hypervisor = "KVMKVMKVM";
@@ -83,7 +84,9 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
     virtual ~Fake() = default;
 
     void end_soon(const std::string& how) {
-        if (pending.empty()) {
+        if (others_at_once && !how.starts_with("exit")) {
+            ended = ended.empty() ? how : ended;
+        } else if (pending.empty()) {
             pending = how;
             pending_at = now + host_needs;
         }
@@ -276,6 +279,7 @@ TEST(Ending, TheDebugExitPortTellsEveryVerdict) {
             Fake m = qemu_pc();
             m.exit_port = true;
             m.exit_takes_time = later;
+            m.others_at_once = true; // and would overtake it
             EXPECT_EQ(m.end(v), "exit " + std::to_string(to_underlying(v)));
             EXPECT_TRUE(m.said.empty());
         }
@@ -313,6 +317,7 @@ TEST(Ending, FirecrackerTellsSuccessFromFailure) {
                 m.host_needs = needs;
                 EXPECT_EQ(m.end(v), good(v) ? "reset" : "triple fault") << name(v);
                 EXPECT_EQ(m.resets, good(v) ? 1 : 0);
+                EXPECT_EQ(m.note, v) << "for the boot that follows where the machine is not ended but restarted";
                 m.accesses.erase(0x64);
                 EXPECT_EQ(m.accesses, (std::map<u16, u32>{{0xf4, 1}}))
                     << "a port that Firecracker has not, more than once";

@@ -221,6 +221,22 @@ TEST_F(Acpi, DamagedTablesAreIgnoredAndCounted) {
     EXPECT_EQ(acpi::read_tables(memory, 0x1234567800).error().code, Code::protocol);
 }
 
+TEST_F(Acpi, TablesBeyondThoseThatAreLookedAtAreCounted) {
+    Bytes list;
+    put(list, 0, 0x7fe1000, 4); // the FADT is the first
+    for (usize i = 1; i < 131; ++i) {
+        put(list, 4 * i, 0x7fe0040, 4);
+    }
+    memory.put(0x7fe0040, table("OEM1", {}));
+    memory.put(0x7fe4000, table("RSDT", list));
+    const auto t = acpi::read_tables(memory, 0xf5250);
+    ASSERT_TRUE(t);
+    EXPECT_EQ(t->tables, 128u);
+    EXPECT_EQ(t->dropped, 3u);
+    EXPECT_EQ(t->damaged, 0u);
+    EXPECT_TRUE(t->fadt);
+}
+
 TEST_F(Acpi, ProcessorsOfTheMadt) {
     Bytes b = {0x00, 0x00, 0xe0, 0xfe, 0, 0, 0, 0}; // local APIC at 0xfee00000
     const auto local = [&](u8 id, u8 flags) {       // type 0, 8 bytes [ACPI 6.5 §5.2.12.2]

@@ -196,6 +196,7 @@ class Channel {
     Nanoseconds latency = 50'000;
     Nanoseconds latency_per_sector = 0; // beside it, of a transfer
     Nanoseconds pio_latency = 0;
+    Nanoseconds reset_latency = 0; // busy for so long behind a reset
 
     // What was seen.
     u64 accesses = 0;
@@ -355,7 +356,10 @@ class Channel {
             ++resets;
             ++generation_;
             pending_ = 0;
-            status_ = dead ? 0x80 : 0x50;
+            status_ = dead || reset_latency != 0 ? 0x80 : 0x50;
+            if (!dead && reset_latency != 0) {
+                later(reset_latency, [this] { status_ = 0x50; });
+            }
             error_ = 1;
             regs_ = {0, 0, 1, 1, 0, 0, 0, 0};
             if (drives[0] && drives[0]->packet) {

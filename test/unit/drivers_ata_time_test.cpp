@@ -120,6 +120,24 @@ TEST_F(AtaTime, ADeadDiskIsFoundInMachineTimeAlsoWithStops) {
     }
 }
 
+// A disk that is busy behind a reset when the machine is stopped: it has its whole time anew, and is not closed.
+TEST_F(AtaTime, AStopDuringAResetIsNoSilentDisk) {
+    constexpr Nanoseconds stop = 7'000'000'000;
+    m.primary.hang = 1; // reset after one time-out
+    m.primary.reset_latency = 30'000'000 + stop + 30'000'000;
+    ask(1);
+    ASSERT_TRUE(m.turns_until([&] { return m.primary.resets == 1; }));
+    m.clock.at(m.clock.time + 30'000'000, [&] { m.clock.time += stop; });
+    ASSERT_TRUE(all_ended());
+    EXPECT_EQ(requests[0]->status, io::Status::timed_out);
+    requests.clear();
+    ask(1);
+    ASSERT_TRUE(all_ended());
+    EXPECT_EQ(requests[0]->status, io::Status::ok);
+    EXPECT_FALSE(m.queue().closed());
+    EXPECT_EQ(m.queue().resets(), 1u);
+}
+
 // A command of several requests is not answered: only the one that the disk is silent about ends as timed_out.
 TEST_F(AtaTime, GatheredNeighboursAreTriedAlone) {
     m.primary.hang = 2; // the gathered one, and the first of its requests

@@ -384,4 +384,17 @@ TEST(HyperVBackend, UninstallDoesNotWaitForEver) {
     EXPECT_LT(m.clock.time - before, 2'000'000'000u);
 }
 
+// The machine is stopped between any two looks at the clock: each stop counts as a step of the clock and no more, so the
+// host is looked at about ten times before a second is over.
+TEST(HyperVBackend, UninstallDoesNotTakeAStopForSilence) {
+    hyperv_fake::Machine m;
+    ASSERT_TRUE(m.up());
+    m.host.answers_unload = false;
+    m.clock.step = 7'000'000'000;
+    const Instant before = m.clock.time;
+    m.guest.uninstall();
+    EXPECT_GE(m.clock.time - before, 9 * m.clock.step);
+    EXPECT_LE(m.clock.time - before, 12 * m.clock.step);
+}
+
 } // namespace

@@ -186,6 +186,25 @@ TEST_F(XenConsole, AReaderThatNeverReadsCostsOneBound) {
     EXPECT_LT(now, 2 * patience + 20'000);
 }
 
+// The machine stands still for a minute while the ring is full, and with it the reader: nothing is lost for that.
+TEST_F(XenConsole, AStopOfTheMachineIsNoAbsentReader) {
+    open();
+    u32 looks = 0;
+    xen.on_yield = [this, &looks] {
+        if (++looks == 3) {
+            now += 60'000 * 1000; // a thousand for a millisecond
+        } else if (looks > 5) {
+            xen.read_console();
+        }
+    };
+    const std::string line(5'000, 's');
+    ring.write(line + "\n");
+    ring.flush();
+    EXPECT_GT(looks, 5u);
+    EXPECT_EQ(ring.lost(), 0u);
+    EXPECT_TRUE(xen.console_text == line + "\r\n");
+}
+
 TEST_F(XenConsole, AReaderThatComesLateGetsTheEnd) {
     open();
     for (u32 i = 0; i < 100; ++i) {
