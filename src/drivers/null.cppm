@@ -24,20 +24,20 @@ class Transport : public io::TransportDefaults {
     static constexpr u32 max_commands = 256;
 
     void use(io::CommandTable<Transport>&) {}
-    io::Fit prepare(Command&) { return io::Fit::ok; }
-    io::SendResult send(Command&, u64 id) {
+    inline io::Fit prepare(Command&) { return io::Fit::ok; }
+    inline io::SendResult send(Command&, u64 id) {
         ids_[sent_++ % max_commands] = id;
         return io::SendResult::sent;
     }
-    io::Next next(io::Completion& completion) {
+    inline io::Next next(io::Completion& completion) {
         if (taken_ == sent_) {
             return io::Next::none;
         }
         completion.id = ids_[taken_++ % max_commands];
         return io::Next::one;
     }
-    bool finish(Command&, io::Status) { return true; }
-    io::Fence fence(Command&) { return io::Fence::done; }
+    inline bool finish(Command&, io::Status) { return true; }
+    inline io::Fence fence(Command&) { return io::Fence::done; }
     io::Recovery recover(const Command&, io::OldestWait::Finding, std::string_view) { return {}; }
 
   private:

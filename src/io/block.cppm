@@ -97,8 +97,8 @@ class Request : public ReadyNode {
     u8 tries = 0;                    // times that it was sent again after an error of the transport
     bool again = false;              // to be sent again, alone, when its last command has been answered
 
-    bool pending() const { return pending_; }
-    BlockDevice& device() const { return *device_; }
+    inline bool pending() const { return pending_; }
+    inline BlockDevice& device() const { return *device_; }
 
   private:
     friend class BlockDevice;
@@ -121,10 +121,10 @@ class BlockDevice {
     BlockDevice(const BlockDevice&) = delete;
     BlockDevice& operator=(const BlockDevice&) = delete;
 
-    const Identity& identity() const { return identity_; }
-    const Geometry& geometry() const { return geometry_; }
-    const Counters& counters() const { return counters_; }
-    Executor& executor() const { return executor_; }
+    inline const Identity& identity() const { return identity_; }
+    inline const Geometry& geometry() const { return geometry_; }
+    inline const Counters& counters() const { return counters_; }
+    inline Executor& executor() const { return executor_; }
     /// How many processors may submit at once, each through a queue of its own. Lane 0 is the disk itself, on the boot
     /// processor. Lane i belongs to a further processor (executor() says which): the same disk with the same identity
     /// and geometry, counters of its own. A request is submitted, completed and destroyed on the processor of its lane;
@@ -177,7 +177,7 @@ class BlockDevice {
     /// is no way back.
     void hold() { held_ = true; }
     /// On the device's processor: requests that were taken and have not ended.
-    u64 under_way() const { return counters_.submitted - counters_.completed; }
+    inline u64 under_way() const { return counters_.submitted - counters_.completed; }
 
   protected:
     ~BlockDevice() = default;
@@ -206,21 +206,21 @@ class BlockDevice {
 /// A list of requests in order of arrival, through Request::link. Owns nothing.
 class RequestQueue {
   public:
-    bool empty() const { return head_ == nullptr; }
-    Request* front() const { return head_; }
-    void push(Request& request) {
+    inline bool empty() const { return head_ == nullptr; }
+    inline Request* front() const { return head_; }
+    inline void push(Request& request) {
         request.link = nullptr;
         *tail_ = &request;
         tail_ = &request.link;
         ++size_;
     }
-    void push_front(Request& request) {
+    inline void push_front(Request& request) {
         request.link = head_;
         tail_ = head_ == nullptr ? &request.link : tail_;
         head_ = &request;
         ++size_;
     }
-    Request* pop() {
+    inline Request* pop() {
         Request* request = head_;
         if (request != nullptr) {
             head_ = request->link;

@@ -119,7 +119,7 @@ struct QueuedCommand {
     u32 bytes = 0;           // of data: that of all its requests together
     u64 number = 0;          // in order of issue, from 1, never repeated; 0: an exchange
 
-    DmaSpan data() const { return first->buffer.subspan(offset, bytes); } // not for gathered ones
+    inline DmaSpan data() const { return first->buffer.subspan(offset, bytes); } // not for gathered ones
 };
 
 /// The same with what a transport keeps for it.
@@ -198,7 +198,7 @@ struct TransportDefaults {
     static constexpr bool gathers = false;
     static constexpr u32 max_idle_events = 256;
     static constexpr Nanoseconds idle_window = 1'000'000'000;
-    Result<void> publish(Counters&) { return {}; }
+    inline Result<void> publish(Counters&) { return {}; }
     Result<void> release(Counters&) { return {}; }
     void settle(Counters&) {}
     Result<bool> arm() { return false; }
@@ -217,7 +217,7 @@ struct TransportDefaults {
 class QueuedDevice : public BlockDevice {
   public:
     /// log2 of the sector size in bytes.
-    u32 sector_shift() const { return sector_shift_; }
+    inline u32 sector_shift() const { return sector_shift_; }
     bool removed() const override { return false; }
 
   protected:
@@ -233,7 +233,7 @@ class QueuedDevice : public BlockDevice {
     friend class QueueCore;
     template <class T>
     friend class BlockQueue;
-    bool parked() const { return !waiting_.empty() || !retry_.empty(); }
+    inline bool parked() const { return !waiting_.empty() || !retry_.empty(); }
 
     RequestQueue retry_;   // to be sent again, alone; before those that wait
     RequestQueue waiting_; // not, or not wholly, sent
@@ -248,14 +248,14 @@ class QueueCore : public Service {
     static constexpr u32 retries_at_once = 3;
     static constexpr u32 retries_later = 200;
 
-    Executor& executor() const { return executor_; }
+    inline Executor& executor() const { return executor_; }
     /// Takes requests from here on. `timeout`: how long the device may be silent.
     void open(Nanoseconds timeout);
     /// Ends everything with `status`, says why, and takes no more.
     void close(Status status, const Error& why);
     /// The same with device_gone and without a word, and out of the executor. May be opened again.
     void stop();
-    bool is_open() const { return state_ == State::open; }
+    inline bool is_open() const { return state_ == State::open; }
     /// The device can no longer access anything: the slots and quarantined buffers of a closed queue come back.
     void reclaim();
 
@@ -270,8 +270,8 @@ class QueueCore : public Service {
         return slots_->has(exchange.id) && at(exchange.id).exchange == &exchange;
     }
     /// Commands that the device has, those of requests that were given up included.
-    u32 under_way() const { return static_cast<u32>(slots_->size()); }
-    Nanoseconds timeout() const { return timeout_; }
+    inline u32 under_way() const { return static_cast<u32>(slots_->size()); }
+    inline Nanoseconds timeout() const { return timeout_; }
 
     bool cancel(Request& request);
     void forget(Request& request);
@@ -311,7 +311,7 @@ class QueueCore : public Service {
     /// Requests that found no room before; the disks take turns. True: something was sent.
     virtual bool pump() = 0;
 
-    QueuedCommand& at(SlotIndex::Id id) const {
+    inline QueuedCommand& at(SlotIndex::Id id) const {
         return *reinterpret_cast<QueuedCommand*>(commands_ + SlotIndex::slot_of(id) * limits_.stride);
     }
     template <class F>
@@ -325,7 +325,7 @@ class QueueCore : public Service {
         }
     }
 
-    void park(RequestQueue& list, Request& request) {
+    inline void park(RequestQueue& list, Request& request) {
         list.push(request);
         ++parked_;
     }
@@ -333,7 +333,7 @@ class QueueCore : public Service {
     bool blocked(const QueuedDevice& disk, const Request& request);
     bool retry(u64 id, QueuedCommand& command, Retry how);
     void end_without_requests(u64 id, QueuedCommand& command, bool safe);
-    void end_part(Request& request, Status status) {
+    inline void end_part(Request& request, Status status) {
         if (status != Status::ok) [[unlikely]] {
             note_error(request, status);
         }
@@ -350,20 +350,20 @@ class QueueCore : public Service {
     void note_held(u64 id, const QueuedDevice& device, Request& request);
     void requeue_all(QueuedCommand& command);
     void requeue(Request& request);
-    void complete_done() {
+    inline void complete_done() {
         while (Request* request = done_.pop()) {
             complete(*request, request->part_status);
         }
     }
-    static void complete(Request& request, Status status) {
+    static inline void complete(Request& request, Status status) {
         static_cast<QueuedDevice&>(request.device()).complete(request, status);
     }
-    void count_events(u32 events, bool answered) {
+    inline void count_events(u32 events, bool answered) {
         const u32 fresh = events - std::exchange(events_seen_, events);
         idle_events_ = answered ? 0 : idle_events_ + fresh;
         charged().interrupts += fresh;
     }
-    Counters& charged() { return current_ != nullptr ? current_->counters_ : nobody_; }
+    inline Counters& charged() { return current_ != nullptr ? current_->counters_ : nobody_; }
     void end_everything(Status status, bool stopped = false);
     void fail(const Error& why) {
         close(why.code == Code::protocol ? Status::protocol_error : Status::device_gone, why);
@@ -694,7 +694,7 @@ bool BlockQueue<T>::drain() {
 }
 
 template <class T>
-inline void BlockQueue<T>::take(const Completion& completion) {
+[[gnu::always_inline]] inline void BlockQueue<T>::take(const Completion& completion) {
     Command& command = table_[completion.id];
     if (Exchange* exchange = std::exchange(command.exchange, nullptr); exchange != nullptr) [[unlikely]] {
         table_.give(completion.id);
@@ -712,7 +712,7 @@ inline void BlockQueue<T>::take(const Completion& completion) {
 
 /// The device no longer has the command.
 template <class T>
-inline void BlockQueue<T>::end_command(u64 id, Command& command, Status status) {
+[[gnu::always_inline]] inline void BlockQueue<T>::end_command(u64 id, Command& command, Status status) {
     const bool safe = transport_.finish(command, status);
     Request* request = std::exchange(command.first, nullptr);
     if (request == nullptr) [[unlikely]] {

@@ -65,7 +65,7 @@ Disk::~Disk() {
 
 void Disk::add_lane(Disk& lane) { lanes_[lane_count_++] = &lane; }
 
-inline void Disk::build(Packet& packet, Transport::Command& command) const {
+[[gnu::always_inline]] inline void Disk::build(Packet& packet, Transport::Command& command) const {
     packet = template_;
     ScsiRequest& srb = packet.srb;
     if (command.op <= io::Op::write) [[likely]] {
@@ -262,7 +262,8 @@ io::Next Transport::next(io::Completion& completion) {
     }
 }
 
-inline io::Next Transport::complete(const hv::hyperv::Packet& packet, io::Completion& completion) {
+[[gnu::always_inline]] inline io::Next Transport::complete(const hv::hyperv::Packet& packet,
+                                                           io::Completion& completion) {
     const u64 id = packet.transaction;
     Command* command = commands_->find(id);
     if (command == nullptr || command->delayed) [[unlikely]] {

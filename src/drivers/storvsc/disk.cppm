@@ -76,7 +76,7 @@ class Transport : public io::TransportDefaults {
     void start(DmaSpan parameters, Nanoseconds timeout);
     void agree(const Terms& terms) { terms_ = terms; }
     const Terms& terms() const { return terms_; }
-    const Shared& shared() const { return shared_; }
+    inline const Shared& shared() const { return shared_; }
     bool closed_before_start() const { return shared_.closed.load(std::memory_order_acquire); } // see Shared
     /// True: a bus reset is wanted, and this is the queue that sends it.
     bool reset_wanted() const { return first_ && shared_.reset_wanted.load(std::memory_order_relaxed); }
@@ -91,9 +91,9 @@ class Transport : public io::TransportDefaults {
     io::Next next(io::Completion& completion);
     void settle(io::Counters& counters);
     Result<bool> arm();
-    u32 events() const { return channel_.interrupts(); }
-    bool finish(Command&, io::Status) { return true; }
-    io::Fence fence(Command&) { return io::Fence::reachable; }
+    inline u32 events() const { return channel_.interrupts(); }
+    inline bool finish(Command&, io::Status) { return true; }
+    inline io::Fence fence(Command&) { return io::Fence::reachable; }
     io::Recovery recover(const Command& oldest, io::OldestWait::Finding finding, std::string_view names);
     std::optional<Error> asked_in_vain(bool writes);
     io::Stuck stuck(std::string_view names);
@@ -113,7 +113,7 @@ class Transport : public io::TransportDefaults {
     }
     io::Completion judge(u64 id, Command& command, const Packet& packet);
     void add_counts(u64 under_way, u64 answered);
-    void notify() const {
+    inline void notify() const {
         if (shared_.notify != nullptr && first_) {
             shared_.notify(shared_.context);
         }
@@ -209,10 +209,10 @@ class Disk final : public io::QueueDisk<Transport> {
     u32 lanes() const override { return lane_count_ + 1; }
     io::BlockDevice& lane(u32 index) override { return index == 0 ? *this : *lanes_[index - 1]; }
 
-    const Unit& unit() const { return unit_; }
+    inline const Unit& unit() const { return unit_; }
     /// From any processor, for this lane alone: the unit is gone; what is asked for from here on is refused.
     void remove() { gone_.store(true, std::memory_order_relaxed); } // relaxed: nothing else is read because of it
-    bool removed() const override {
+    inline bool removed() const override {
         return gone_.load(std::memory_order_relaxed) ||
                owner_.transport().shared().taken.load(std::memory_order_relaxed);
     }

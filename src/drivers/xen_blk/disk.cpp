@@ -320,7 +320,7 @@ io::Next Transport::next(io::Completion& completion) {
     return check(response, completion);
 }
 
-inline io::Next Transport::check(const Response& response, io::Completion& completion) {
+[[gnu::always_inline]] inline io::Next Transport::check(const Response& response, io::Completion& completion) {
     const Command* command = commands_->find(response.id);
     if (command == nullptr) [[unlikely]] {
         return broken({Code::protocol, "an answer carries an id that is not under way (unknown, repeated or retired)",

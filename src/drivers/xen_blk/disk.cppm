@@ -93,7 +93,7 @@ class Transport : public io::TransportDefaults {
     Error fault() const { return fault_.value_or(Error{Code::protocol, "the ring is broken"}); }
     Result<void> release(io::Counters& counters);
     Result<bool> arm();
-    u32 events() const { return interrupts_.load(std::memory_order_relaxed); }
+    inline u32 events() const { return interrupts_.load(std::memory_order_relaxed); }
     bool finish(Command& command, io::Status status);
     io::Fence fence(Command& command);
     io::Recovery recover(const Command& oldest, io::OldestWait::Finding finding, std::string_view names);
