@@ -24,7 +24,7 @@ class Histogram {
 
     void reset() { *this = Histogram{}; }
 
-    void record(u64 value) {
+    inline void record(u64 value) {
         value = std::min(value, max_value);
         ++counts_[index_of(value)];
         ++total_;

@@ -59,7 +59,7 @@ class OldestWait {
                                                       : Finding::none;
     }
     /// The oldest request gets a whole time-out more.
-    void restart() { oldest_ = 0; }
+    inline void restart() { oldest_ = 0; }
 
   private:
     u64 oldest_ = 0;

@@ -48,8 +48,10 @@ class FramePool {
         u16 used;   // blocks in use
         u8 size_class;
     };
-    Page& page(PageNumber number) { return pages_[number - 1u]; }
-    bool has_room(const Page& p) const { return p.free != nullptr || p.carved < page_bytes / classes[p.size_class]; }
+    inline Page& page(PageNumber number) { return pages_[number - 1u]; }
+    inline bool has_room(const Page& p) const {
+        return p.free != nullptr || p.carved < page_bytes / classes[p.size_class];
+    }
     PageNumber fresh_page(usize size_class);
     void link(PageNumber number);
     void unlink(PageNumber number);

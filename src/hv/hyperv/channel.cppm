@@ -55,18 +55,18 @@ class Channel {
     Channel(const Channel&) = delete;
     Channel& operator=(const Channel&) = delete;
 
-    bool is_open() const { return sender_.has_value(); }
+    inline bool is_open() const { return sender_.has_value(); }
     /// As it was opened.
     const Offer& offer() const { return offer_; }
     /// The processor that it belongs to.
     u32 cpu() const { return cpu_; }
 
     // Sending. Payloads are padded to 8 bytes. Nothing is seen by the host before publish().
-    Sent send_inband(std::span<const std::byte> payload, u64 transaction, bool wants_completion = false) {
+    inline Sent send_inband(std::span<const std::byte> payload, u64 transaction, bool wants_completion = false) {
         return count(sender_->inband(payload, transaction, wants_completion));
     }
     /// The answer to a packet that wanted one, with that packet's transaction id.
-    Sent send_completion(std::span<const std::byte> payload, u64 transaction) {
+    inline Sent send_completion(std::span<const std::byte> payload, u64 transaction) {
         return count(sender_->completion(payload, transaction));
     }
     /// A packet with buffers that the host reads or writes until it has completed it.
@@ -88,21 +88,21 @@ class Channel {
     // Receiving.
     /// The next packet, checked, in the channel's own buffer, until the next call; false: there is none.
     /// Error{protocol}: the host broke a rule, and the channel is broken from here on.
-    Result<bool> receive(Packet& into) {
+    inline Result<bool> receive(Packet& into) {
         auto got = receiver_->receive(into);
         counters_.packets_received += got && *got ? 1 : 0;
         return got;
     }
     /// After a batch of receive(): gives the room back, and signals a host that waits for it.
-    void release() {
+    inline void release() {
         if (receiver_->release()) [[unlikely]] {
             signal();
         }
     }
     /// Before sleeping: asks for an event and looks once more. True: a packet is there already. Error: broken.
-    Result<bool> arm() { return receiver_->arm(); }
+    inline Result<bool> arm() { return receiver_->arm(); }
     /// No more events from the host for packets, until arm(). A store.
-    void disarm() { receiver_->disarm(); }
+    inline void disarm() { receiver_->disarm(); }
 
     /// Events that the host has raised since the channel was opened. From any processor. Wraps.
     u32 interrupts() const {
@@ -112,7 +112,7 @@ class Channel {
     /// The host has taken the device away: no answer will come any more. Close the channel. From any processor.
     bool rescinded() const { return rescinded_.load(std::memory_order_acquire); } // acquire: see mark_rescinded()
     /// Whether the host has kept the rules of both rings so far. Cheap.
-    bool sound() const { return sender_ && !sender_->error() && !receiver_->error(); }
+    inline bool sound() const { return sender_ && !sender_->error() && !receiver_->error(); }
     /// The same, after one more look at how far the host says that it has read: for an owner who misses an answer.
     bool look() { return sender_ && sender_->observe() && sound(); }
     /// The first rule that the host broke in one of the rings; nothing while they are sound.
@@ -122,7 +122,7 @@ class Channel {
         }
         return receiver_ ? receiver_->error() : std::nullopt;
     }
-    const ChannelCounters& counters() const { return counters_; }
+    inline const ChannelCounters& counters() const { return counters_; }
 
     /// Called once, on processor 0's executor (not in an interrupt), when the host rescinds the offer; may open latches
     /// and make coroutines ready, not close the channel itself. Set before the channel is opened, or any time on
@@ -162,7 +162,7 @@ class Channel {
 
   private:
     void signal();
-    Sent count(Sent sent) {
+    inline Sent count(Sent sent) {
         (sent == Sent::queued ? counters_.packets_sent : counters_.full) +=
             sent == Sent::queued || sent == Sent::full ? 1 : 0;
         return sent;

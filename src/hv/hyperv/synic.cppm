@@ -99,7 +99,7 @@ class Synic {
     void take_events(Processor& processor);
     void take_messages(Processor& processor, bool queued_here);
     void look(Processor& processor);
-    void raised(u32 flag) {
+    inline void raised(u32 flag) {
         if (flag < event_flags) {
             std::atomic<u32>& count = events_[flag];
             // One writer: the processor that the channel belongs to. Release: partner is Channel::interrupts().

@@ -37,9 +37,9 @@ class Grants {
     /// A free entry, nothing granted yet; the last one given back comes first. Grows the table. Error{exhausted}.
     Result<GrantRef> take();
     /// `count` free entries for one caller who has looked at available() first. Does not fail then.
-    GrantRef take_unchecked() { return free_[--free_count_]; }
+    inline GrantRef take_unchecked() { return free_[--free_count_]; }
     /// Lets `domain` reach the guest frame. One store. The entry is one that was taken and is not granted.
-    void grant(GrantRef ref, Domain domain, u64 frame, bool read_only) {
+    inline void grant(GrantRef ref, Domain domain, u64 frame, bool read_only) {
         const GrantEntry entry{static_cast<u16>(grant_permit_access | (read_only ? grant_read_only : 0)), domain,
                                static_cast<u32>(frame)};
         // Release: the page's content before the permission. Partner: Xen's read of the entry when the other domain
@@ -60,9 +60,9 @@ class Grants {
         return flags.compare_exchange_strong(seen, 0, std::memory_order_seq_cst, std::memory_order_relaxed);
     }
     /// Gives an entry back that nobody can reach (ended, or never granted).
-    void give(GrantRef ref) { free_[free_count_++] = static_cast<u16>(ref); }
+    inline void give(GrantRef ref) { free_[free_count_++] = static_cast<u16>(ref); }
     /// end() and give(); where end() fails the entry goes into quarantine. True: the page is safe.
-    bool release(GrantRef ref) {
+    inline bool release(GrantRef ref) {
         if (end(ref)) [[likely]] {
             give(ref);
             return true;
