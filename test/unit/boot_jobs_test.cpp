@@ -278,6 +278,17 @@ TEST_F(Jobs, OneIsNotSaidAsSeveral) {
     EXPECT_TRUE(capture.has("xvda: 2 blocks of 4096 bytes verified on 1 lane\n")) << capture.text;
 }
 
+TEST(NullDisks, AreThoseThatAreNamed) {
+    using Names = std::vector<std::string_view>;
+    EXPECT_EQ(boot::null_disks(Names{}), 0u);
+    EXPECT_EQ(boot::null_disks(Names{"hda", "nul0", "null", "nullx", "null-1"}), 0u);
+    EXPECT_EQ(boot::null_disks(Names{"null0"}), 1u);
+    EXPECT_EQ(boot::null_disks(Names{"null3", "hda", "null1"}), 4u);
+    EXPECT_EQ(boot::null_disks(Names{"null255"}), 256u);
+    EXPECT_EQ(boot::null_disks(Names{"null256", "null99999999999999999999"}), 0u) << "told as no such disk";
+    EXPECT_EQ(boot::null_disks(Names{"null01", "null0x1", "null1k"}), 0u) << "another spelling is another name";
+}
+
 TEST_F(Jobs, SmallDisksAreShownInSmallUnits) {
     MemoryDisk tiny{executor, "xvdb", 1};
     MemoryDisk small{executor, "xvdc", 16};
