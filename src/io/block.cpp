@@ -3,6 +3,8 @@ import core.std;
 import core.result;
 import core.time;
 import core.dma;
+import core.panic;
+import core.processor;
 import io.executor;
 
 namespace fl::io {
@@ -38,6 +40,10 @@ Request::~Request() {
 }
 
 void BlockDevice::submit(Request& request) {
+    if (this_processor() != executor_.processor()) [[unlikely]] {
+        panic("io::BlockDevice: {}: submitted on processor {}; this lane belongs to processor {}",
+              identity_.name.view(), this_processor(), executor_.processor());
+    }
     if (held_ && request.op != Op::flush) [[unlikely]] {
         return;
     }

@@ -170,6 +170,7 @@ Result<void> QueueCore::send(Exchange& exchange) {
     command.device = nullptr;
     command.first = nullptr;
     command.exchange = &exchange;
+    command.op = Op::read;
     command.number = 0;
     command.bytes = 0;
     command.gathered = command.delayed = command.reset = command.expired = command.late_write = false;

@@ -1,3 +1,5 @@
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <gtest/gtest.h>
 #include <new>
@@ -9,6 +11,8 @@ import core.text;
 import core.log;
 import core.time;
 import core.dma;
+import core.panic;
+import core.processor;
 import io.task;
 import io.executor;
 import io.block;
@@ -57,6 +61,20 @@ TEST_F(Block, RefusesWhatCannotBe) {
     EXPECT_EQ(disk.counters().submitted, 11u);
     EXPECT_EQ(disk.counters().completed, 11u);
     EXPECT_EQ(disk.counters().errors, 9u);
+}
+
+TEST_F(Block, ALaneBelongsToItsProcessor) {
+    EXPECT_DEATH(
+        {
+            set_panic_hook([](std::string_view message) {
+                std::fprintf(stderr, "panic: %.*s\n", static_cast<int>(message.size()), message.data());
+                std::abort();
+            });
+            set_this_processor(1);
+            BlockDevice::Transfer transfer(disk, Op::read, 0, buffer);
+            disk.submit(transfer);
+        },
+        "mem0: submitted on processor 1; this lane belongs to processor 0");
 }
 
 // A host that never answered may still write: whoever owns the buffer frees it, and it is not given back.

@@ -352,7 +352,9 @@ TEST(Connected, SubChannels) {
     DmaSpan buffer = m.buffer(4096);
     std::memset(buffer.data, 0x77, buffer.size);
     io::Request there(lane, io::Op::write, 24, buffer);
+    set_this_processor(1); // the lane's
     lane.submit(there);
+    set_this_processor(0);
     for (u32 i = 0; i < 200 && there.pending(); ++i) {
         m.executor.turn();
         m.idle();
