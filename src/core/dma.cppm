@@ -22,9 +22,9 @@ struct DmaSpan {
 
 class DmaBuffer;
 
-/// Quarantines memory that a device may still access, whatever becomes of its owner: a DmaBuffer that overlaps it is not
-/// given back when it is reset or dies, but when the last of its quarantined memory has been released. `holder` and `id`
-/// say which access it is (a queue and its command). From any processor.
+/// Quarantines memory that a device may still access, whatever becomes of its owner: a DmaBuffer that overlaps it is
+/// not given back when it is reset or dies, but when the last of its quarantined memory has been released. `holder` and
+/// `id` say which access it is (a queue and its command). From any processor.
 void quarantine(DmaSpan span, const void* holder, u64 id = 0);
 /// The device can no longer reach what was quarantined under `holder` and `id`; or under `holder` alone.
 void release_quarantine(const void* holder, u64 id);
@@ -55,8 +55,8 @@ class DmaAllocator {
 /// For DmaBuffer. True: some of `span` is quarantined; it goes back to `from`, which must live so long, afterwards.
 bool keep_quarantined(DmaAllocator& from, DmaSpan span);
 
-/// Owns DMA memory. `abandon()` gives it up for good: for memory that the other side may still write after a fault. What
-/// is quarantined is given back later, or never.
+/// Owns DMA memory. `abandon()` gives it up for good: for memory that the other side may still write after a fault.
+/// What is quarantined is given back later, or never.
 class DmaBuffer {
   public:
     DmaBuffer() = default;

@@ -1,5 +1,5 @@
-// A disk without a device: every request is answered at once, reads leave their buffer as it is. Like Linux's null_blk it
-// shows what the kernel itself costs per I/O, and what a driver has to write: a transport, a disk, and attaching.
+// A disk without a device: every request is answered at once, reads leave their buffer as it is. Like Linux's null_blk
+// it shows what the kernel itself costs per I/O, and what a driver has to write: a transport, a disk, and attaching.
 export module drivers.null;
 import core.std;
 import core.result;

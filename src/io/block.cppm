@@ -70,10 +70,10 @@ struct Counters {
 
 class BlockDevice;
 
-/// One operation under way. Owned by the caller (as a rule: the awaiting frame); the device holds a pointer from submit()
-/// to complete(). Must not move in between; when it dies in between the device forgets it. When a device ends a request
-/// whose buffer its host may still access (a time-out on a host that never answered), buffer_lost is set: the owner must
-/// not use the buffer again. It is also quarantined [core.dma], so that an owner who frees it does no harm.
+/// One operation under way. Owned by the caller (as a rule: the awaiting frame); the device holds a pointer from
+/// submit() to complete(). Must not move in between; when it dies in between the device forgets it. When a device ends
+/// a request whose buffer its host may still access (a time-out on a host that never answered), buffer_lost is set: the
+/// owner must not use the buffer again. It is also quarantined [core.dma], so that an owner who frees it does no harm.
 class Request : public ReadyNode {
   public:
     Request(BlockDevice& device, Op op, u64 lba, DmaSpan buffer) : buffer(buffer), lba(lba), op(op), device_(&device) {}

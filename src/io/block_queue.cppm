@@ -1,7 +1,7 @@
 // The life of a block request, written once for all drivers. A queue owns the waiting, the splitting of a request into
-// commands, the table of commands that the device has, part status, time-outs, cancelling, retries, event storms, the end
-// of everything, and the counters. A transport is what differs: how a command is encoded, published and notified, how an
-// answer is taken and checked, how the device is made to let go of a buffer, and what recovery the protocol has.
+// commands, the table of commands that the device has, part status, time-outs, cancelling, retries, event storms, the
+// end of everything, and the counters. A transport is what differs: how a command is encoded, published and notified,
+// how an answer is taken and checked, how the device is made to let go of a buffer, and what recovery the protocol has.
 //
 //   submit ──> waiting list ──prepare, send──> table of commands ──next──> finish ──> complete
 //                  ^                                   │
@@ -132,9 +132,9 @@ struct Command : QueuedCommand {
 template <class T>
 using CommandTable = SlotTable<Command<T>, T::max_commands>;
 
-/// A transport. Not shared between processors: each lane of a disk has one, in its queue. All calls come from the queue,
-/// on the executor's processor. An Error closes the queue: with protocol_error if its code is Code::protocol, else with
-/// device_gone.
+/// A transport. Not shared between processors: each lane of a disk has one, in its queue. All calls come from the
+/// queue, on the executor's processor. An Error closes the queue: with protocol_error if its code is Code::protocol,
+/// else with device_gone.
 template <class T>
 concept BlockTransport =
     requires(T& t, const T& constant, CommandTable<T>& commands, Command<T>& command, const Command<T>& sent,
@@ -152,13 +152,14 @@ concept BlockTransport =
         { t.use(commands) } -> std::same_as<void>;
         /// Lowers command.bytes to what fits into one command, and reserves what send() needs.
         { t.prepare(command) } -> std::same_as<Fit>;
-        /// Encodes the command under `id`. The device sees it here or in publish(). Called again, under a new id, when the
-        /// command is sent again. A transport that gathers has reserved its room in prepare(): it is never full here.
+        /// Encodes the command under `id`. The device sees it here or in publish(). Called again, under a new id, when
+        /// the command is sent again. A transport that gathers has reserved its room in prepare(): it is never full
+        /// here.
         { t.send(command, id) } -> std::same_as<SendResult>;
         /// Makes what was sent visible, and notifies the device once at most.
         { t.publish(counters) } -> std::same_as<Result<void>>;
-        /// The next answer, checked: a known id, once, of a command that is with the device. Nothing: no more now. What the
-        /// answer to an exchange holds has been copied to it.
+        /// The next answer, checked: a known id, once, of a command that is with the device. Nothing: no more now. What
+        /// the answer to an exchange holds has been copied to it.
         { t.next(completion) } -> std::same_as<Next>;
         /// After a batch of answers, before more is sent: their room is free.
         { t.release(counters) } -> std::same_as<Result<void>>;
@@ -168,14 +169,14 @@ concept BlockTransport =
         { t.arm() } -> std::same_as<Result<bool>>;
         /// Events that have come so far, modulo 2^32.
         { constant.events() } -> std::same_as<u32>;
-        /// The command has ended: what send() took comes back, and data that was bounced is copied. False: the device may
-        /// still access the buffer, although it has answered.
+        /// The command has ended: what send() took comes back, and data that was bounced is copied. False: the device
+        /// may still access the buffer, although it has answered.
         { t.finish(command, status) } -> std::same_as<bool>;
         /// The command's requests end now. What it returns for a gathered command is reachable or stopped.
         { t.fence(command) } -> std::same_as<Fence>;
         { t.recover(sent, finding, names) } -> std::same_as<Recovery>;
-        /// Recovery::asked has not helped for a whole time-out. `flag`: a write is among what was not answered. An error
-        /// closes the queue.
+        /// Recovery::asked has not helped for a whole time-out. `flag`: a write is among what was not answered. An
+        /// error closes the queue.
         { t.asked_in_vain(flag) } -> std::same_as<std::optional<Error>>;
         { t.stuck(names) } -> std::same_as<Stuck>;
         /// Adds what other queues of the same device have, and were answered.

@@ -1,13 +1,14 @@
-// A table of what a device has been given and has not answered yet. Ids carry a generation, so that an answer that comes
-// twice, late, or was never asked for is recognised, and an id from outside is never used as an index unchecked.
+// A table of what a device has been given and has not answered yet. Ids carry a generation, so that an answer that
+// comes twice, late, or was never asked for is recognised, and an id from outside is never used as an index unchecked.
 export module io.slots;
 import core.std;
 
 export namespace fl::io {
 
 /// Which slots are taken, and under which ids. Not thread-safe: one queue, one processor. An id is
-/// slot | generation << 16 with 48 bits of generation, so no id repeats in the life of a machine. It fits the 64-bit ids
-/// of Xen's and the VMBus's rings; a ring with 16-bit ids (NVMe, virtio) carries the slot alone and uses has_slot().
+/// slot | generation << 16 with 48 bits of generation, so no id repeats in the life of a machine. It fits the 64-bit
+/// ids of Xen's and the VMBus's rings; a ring with 16-bit ids (NVMe, virtio) carries the slot alone and uses
+/// has_slot().
 class SlotIndex {
   public:
     using Id = u64;
@@ -73,8 +74,8 @@ class SlotIndex {
     u32 free_count_ = 0;
 };
 
-/// N entries (at most 65536), owned by the table. take() leaves an entry as its last user left it: the caller sets every
-/// member.
+/// N entries (at most 65536), owned by the table. take() leaves an entry as its last user left it: the caller sets
+/// every member.
 template <class T, usize N>
 class SlotTable final : public SlotIndex {
     static_assert(N >= 1 && N <= 65536);

@@ -217,9 +217,9 @@ struct Machine {
         submitted_at.erase(submitted_at.begin() + static_cast<std::ptrdiff_t>(at));
     }
     // How long a request may be pending. A host that does nothing more has a time-out for the oldest one, and the same
-    // again for a bus reset. One that does this and that, and answers nothing that it was asked, does not keep a request
-    // pending either: both once more, for those that were sent while the bus was being reset, and one time-out for what
-    // waits for slots that are never given back.
+    // again for a bus reset. One that does this and that, and answers nothing that it was asked, does not keep a
+    // request pending either: both once more, for those that were sent while the bus was being reset, and one time-out
+    // for what waits for slots that are never given back.
     bool in_time(usize at) const {
         return !requests[at]->pending() ||
                (clock.time - acted < 2 * timeout + 50'000'000 &&

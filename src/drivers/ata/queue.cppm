@@ -10,8 +10,8 @@
 //                                         closed
 //
 // Neighbouring reads (or writes) become one command: fewer commands, each request still ends on its own. When such a
-// command fails, or is not answered, its requests are sent again one by one, so a bad sector hurts only the request that
-// covers it.
+// command fails, or is not answered, its requests are sent again one by one, so a bad sector hurts only the request
+// that covers it.
 export module drivers.ata.queue;
 import core.std;
 import core.result;
@@ -125,8 +125,8 @@ class Transport : public io::TransportDefaults {
     u32 reports_ = 0;
     DmaBuffer bounce_;
 
-    // From the handler to next(). flag_: release in the handler, acquire in next() and arm(); what sees it set sees seen_
-    // of that interrupt too. The rest is relaxed: same processor, and a sum that may lag by one interrupt.
+    // From the handler to next(). flag_: release in the handler, acquire in next() and arm(); what sees it set sees
+    // seen_ of that interrupt too. The rest is relaxed: same processor, and a sum that may lag by one interrupt.
     std::atomic<bool> flag_{false};
     std::atomic<u32> seen_{0}; // shared lines: 1<<16 | bus status<<8 | status of an ended command, 0: none
     std::atomic<u32> interrupts_{0};
@@ -486,8 +486,8 @@ io::Recovery Transport<P>::recover(const Command& command, io::OldestWait::Findi
                        : std::nullopt};
 }
 
-/// The device may be writing into a buffer that is about to die. Stopping the engine is immediate; the disk's own state is
-/// settled by a reset.
+/// The device may be writing into a buffer that is about to die. Stopping the engine is immediate; the disk's own state
+/// is settled by a reset.
 template <PortAccess P>
 io::Fence Transport<P>::fence(Command&) {
     if (leaving_) {

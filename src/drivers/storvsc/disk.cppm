@@ -3,8 +3,8 @@
 // packets.
 //
 // A completion is copied out once by the channel and must carry a known id, the length that the version has,
-// COMPLETE_IO, and no more data than was asked for. The first violation closes the whole controller: all its queues look
-// at `Shared`.
+// COMPLETE_IO, and no more data than was asked for. The first violation closes the whole controller: all its queues
+// look at `Shared`.
 //
 // When the oldest command has had its time [io.oldest_wait], the host is asked to reset the bus, which makes it answer
 // everything, and has a whole time-out for that; what is not answered then is given up.

@@ -378,8 +378,8 @@ bool Transport::finish(Command& command, io::Status status) {
     return safe;
 }
 
-// Ends the other side's access to the buffer while the request is still in the ring. The grants are not given to anybody
-// else, since it may yet be taken up. A pool page stays readable: a write may still be carried out from there.
+// Ends the other side's access to the buffer while the request is still in the ring. The grants are not given to
+// anybody else, since it may yet be taken up. A pool page stays readable: a write may still be carried out from there.
 io::Fence Transport::fence(Command& command) {
     if (terms_.persistent) {
         return io::Fence::effect;
@@ -391,10 +391,10 @@ io::Fence Transport::fence(Command& command) {
     return !safe ? io::Fence::reachable : command.op == io::Op::discard ? io::Fence::effect : io::Fence::done;
 }
 
-// After how many of the answers that are owed an event is worth its price: all of them, as long as the whole batch comes
-// within `patience`; three quarters where it does not, so that a slow answer does not keep the others waiting; and never
-// before all the commands of a request can have been answered, since nobody can go on before. Answers that wait for the
-// rest are found by the executor's tick at the latest.
+// After how many of the answers that are owed an event is worth its price: all of them, as long as the whole batch
+// comes within `patience`; three quarters where it does not, so that a slow answer does not keep the others waiting;
+// and never before all the commands of a request can have been answered, since nobody can go on before. Answers that
+// wait for the rest are found by the executor's tick at the latest.
 u32 Transport::event_after(u32 owed) const {
     const u32 enough = owed < 2 || eager_ == 0 ? owed : owed - std::max(owed / 4, 1u);
     return std::max(enough, std::min(burst_, owed));

@@ -1,11 +1,11 @@
-// A virtual block device once it is connected: commands into the ring, answers out of it. Knows neither XenStore nor the
-// handshake. The life of a request is io.block_queue's; this is its transport.
+// A virtual block device once it is connected: commands into the ring, answers out of it. Knows neither XenStore nor
+// the handshake. The life of a request is io.block_queue's; this is its transport.
 //
 // Buffers are granted in place, page by page, for as long as a command is under way; with persistent grants the data
 // goes through pages that stay granted.
 //
-// Nothing in the ring is trusted: what a command is is kept outside of it, an answer is copied out once and must carry a
-// known id, the operation that was asked for and a known status, and there are never more answers than requests. The
+// Nothing in the ring is trusted: what a command is is kept outside of it, an answer is copied out once and must carry
+// a known id, the operation that was asked for and a known status, and there are never more answers than requests. The
 // first violation closes the disk.
 export module drivers.xen_blk.disk;
 import core.std;
@@ -50,8 +50,8 @@ class Transport : public io::TransportDefaults {
     static constexpr u32 max_commands = 128;
     static constexpr u32 max_idle_events = 64;
     static constexpr Nanoseconds idle_window = io::Executor::tick_length;
-    /// 128 KiB in one slot. A request that is larger costs one slot more for each 128 KiB, so more would save little and
-    /// cost grants for every slot.
+    /// 128 KiB in one slot. A request that is larger costs one slot more for each 128 KiB, so more would save little
+    /// and cost grants for every slot.
     static constexpr u32 max_segments = 32;
     static constexpr u32 max_indirect_pages = 64;
     static constexpr u32 max_pool_pages = 512;
@@ -136,8 +136,8 @@ class Transport : public io::TransportDefaults {
     u32 batch_left_ = 0;    // of them, not taken yet
     u32 batch_ = 0;         // in all
     std::optional<Error> fault_;
-    // Written by the handler, read by the executor's turn on the same processor; relaxed: wake() and the next turn order
-    // them.
+    // Written by the handler, read by the executor's turn on the same processor; relaxed: wake() and the next turn
+    // order them.
     std::atomic<bool> masked_{true};
     std::atomic<u32> interrupts_{0};
     u32 next_eager_ = 1;
@@ -185,11 +185,11 @@ class Disk final : public io::QueueDisk<Transport> {
     Result<void> prepare(DmaSpan ring) { return queue_.transport().lay_out(ring); }
     /// The handler of the event channel; runs in the upcall.
     static void on_event(void* self) { static_cast<Disk*>(self)->queue_.transport().on_event(); }
-    /// Takes the first pages that stay granted, for a disk that shall offer persistent grants. False: there is not enough
-    /// memory or there are not enough grants: it must not offer them. Before open().
+    /// Takes the first pages that stay granted, for a disk that shall offer persistent grants. False: there is not
+    /// enough memory or there are not enough grants: it must not offer them. Before open().
     bool start_pool(hv::xen::Domain domain, DmaAllocator& pool) { return queue_.transport().start_pool(domain, pool); }
-    /// From now on requests are taken. `pool`: what open() may allocate its pages from. `notify`: called, once, when the
-    /// disk closes by itself. Terms with persistent grants need a pool that was started.
+    /// From now on requests are taken. `pool`: what open() may allocate its pages from. `notify`: called, once, when
+    /// the disk closes by itself. Terms with persistent grants need a pool that was started.
     Result<void> open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void* context),
                       void* context);
     /// Ends everything under way with `status` and takes no more. `why`: for the log.

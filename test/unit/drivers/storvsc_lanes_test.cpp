@@ -285,7 +285,8 @@ TEST_F(StorvscLanes, AStoppedMachineIsNoSilentHost) {
     EXPECT_FALSE(log.has("no answer within"));
 }
 
-// And a host that is dead is found all the same, in time that the machine ran: each of the two waits is at most doubled.
+// And a host that is dead is found all the same, in time that the machine ran: each of the two waits is at most
+// doubled.
 TEST_F(StorvscLanes, ADeadHostIsFoundInMachineTimeAlsoWithAStop) {
     lanes[0]->host.hold = lanes[1]->host.hold = true;
     for (u32 i = 0; i < 2; ++i) {

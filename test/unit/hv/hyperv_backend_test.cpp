@@ -384,8 +384,8 @@ TEST(HyperVBackend, UninstallDoesNotWaitForEver) {
     EXPECT_LT(m.clock.time - before, 2'000'000'000u);
 }
 
-// The machine is stopped between any two looks at the clock: each stop counts as a step of the clock and no more, so the
-// host is looked at about ten times before a second is over.
+// The machine is stopped between any two looks at the clock: each stop counts as a step of the clock and no more, so
+// the host is looked at about ten times before a second is over.
 TEST(HyperVBackend, UninstallDoesNotTakeAStopForSilence) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
