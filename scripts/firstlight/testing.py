@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import build, debugger, fiotools, image, lab, launch, machine, paths, process, setup, vmtests, workloads
+from . import build, checks, debugger, fiotools, image, lab, launch, machine, paths, process, setup, vmtests, workloads
 from .options import Conflict, Parser, demand_agreement, name_pattern
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
@@ -34,12 +34,12 @@ BAR = "=" * 20
 def arguments() -> Parser:
     parser = Parser(
         prog="scripts/test",
-        description="Build everything and run every test: the scripts' own, the modules' on this machine (plain, with "
+        description="Build everything and run every test: the scripts' own, checks of the sources (format, commit subjects, links and commands in the documents), the modules' on this machine (plain, with "
         "sanitizers, with a checker of memory orderings), a fixed number of fuzzed inputs, the image, gdb on a machine, fio's tools on what scripts/bench writes, a kernel without any hypervisor's module, and the "
         "boots of test/vm/*.toml.",
         epilog="A test that is required and skipped is a failure.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
-    parser.add_argument("--fast", action="store_true", help="host tests and boots on QEMU's emulated processor only")
+    parser.add_argument("--fast", action="store_true", help="host tests, checks of the sources, and boots on QEMU's emulated processor only")
     parser.add_argument("--only", type=name_pattern, action="append", default=[], metavar="PATTERN", help="only tests whose name matches (a glob, or a part of it), several times (default: all)")
     parser.add_argument("--list", action="store_true", help="list the tests of the table and the other suites")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
@@ -76,7 +76,7 @@ def check(options, cases: list[vmtests.Case], suites: Sequence[str]) -> None:
 def chosen(options, cases: list[vmtests.Case]) -> list[vmtests.Case]:
     """The boots that are asked for."""
     # The name of a suite means that suite, not the boots in whose names the word happens to occur.
-    parts = [pattern for pattern in options.only if pattern not in ("scripts", *PRESETS, FUZZ, "image", GDB, MINIMAL, fiotools.SUITE)]
+    parts = [pattern for pattern in options.only if pattern not in ("scripts", checks.SUITE, *PRESETS, FUZZ, "image", GDB, MINIMAL, fiotools.SUITE)]
     return [case for case in cases if not options.only or (parts and wanted(f"vm/{case.name}", parts))]
 
 
@@ -84,13 +84,13 @@ def main(words: list[str]) -> Exit:
     options = arguments().parse_args(words)
     cases = [case for case in vmtests.load() if not options.fast or "fast" in case.groups]
     presets = ("host",) if options.fast else PRESETS
-    check(options, cases, ("scripts", *presets, "image", GDB, *(() if options.fast else (FUZZ, MINIMAL, fiotools.SUITE))))
+    check(options, cases, ("scripts", checks.SUITE, *presets, "image", GDB, *(() if options.fast else (FUZZ, MINIMAL, fiotools.SUITE))))
     cases = chosen(options, cases)
     if options.list:
         for case in cases:
             print(f"vm/{case.name:34} {case.platform:10} {case.machine:8} {','.join(case.groups):10} {case.about}")
         slow = [] if options.fast else [*(f"{FUZZ}/{target}" for target in FUZZ_TARGETS), MINIMAL, fiotools.SUITE]
-        print("\n".join(["scripts", *presets, "image", GDB, *slow]))
+        print("\n".join(["scripts", *(f"{checks.SUITE}/{name}" for name in checks.CHECKS), *presets, "image", GDB, *slow]))
         return Exit.SUCCESS
     setup.ensure(tests=True)
     results: list[Result] = []
@@ -105,6 +105,8 @@ def main(words: list[str]) -> Exit:
 
     if wanted("scripts", options.only, whole=True):
         add(surviving("scripts", script_tests(options.only)))
+    if wanted(checks.SUITE, options.only, whole=True):
+        add(surviving(checks.SUITE, checks.checks(lambda name: checks.SUITE in options.only or wanted(name, options.only))))
     built = True
     measured = not options.fast and wanted(fiotools.SUITE, options.only, whole=True)
     if cases or measured or any(wanted(suite, options.only, whole=True) for suite in ("image", GDB)):
