@@ -21,7 +21,7 @@ from .vmtests import Result
 PRESETS = ("host", "asan", "tsan")
 CTEST_SECONDS = 600
 FUZZ = "fuzz"
-FUZZ_TARGETS = ("packets", "storvsc", "vmbus")
+FUZZ_TARGETS = ("packets", "storvsc", "virtqueue", "vmbus")
 FUZZ_RUNS = 5000  # of each target, behind its corpus; always the same ones
 FUZZ_SECONDS = 240
 GDB = "gdb"

@@ -1,6 +1,7 @@
-// The ring layer: what Xen's shared ring, a VMBus byte ring, a virtqueue and an NVMe queue share, and nothing more.
-// Positions and their validation, the order of the accesses to shared memory, and the rule that says when to notify.
-// Wire formats, doorbells and grants belong to the transports; docs/ring.md shows how each of the four fits.
+// The ring layer: what Xen's shared ring, a VMBus byte ring, the two rings of a split virtqueue and the queues of NVMe
+// have in common. Positions and their validation, the order of the accesses to shared memory, and the rule that says
+// when to notify. Wire formats, doorbells and grants belong to the transports; docs/ring.md shows how each of them
+// fits. A packed virtqueue does not fit and has a type of its own, io.ring.packed.
 //
 // A ring has one producer and one consumer, each on one processor at a time; between them there is only the shared
 // memory. All accesses:
@@ -54,6 +55,8 @@ class FreeRunning {
     constexpr u32 slot(W at) const { return at & (size_ - 1); }
     constexpr u32 size() const { return size_; }
     constexpr u32 capacity() const { return size_; }
+    /// The lap that `at` is in, counted from 0, is odd.
+    constexpr bool odd_lap(W at) const { return (at & size_) != 0; }
 
   private:
     u32 size_ = 1;
@@ -82,6 +85,13 @@ class Wrapped {
     u32 size_ = 2;
 };
 static_assert(RingPositions<FreeRunning<u32>> && RingPositions<FreeRunning<u16>> && RingPositions<Wrapped<u32>>);
+
+/// Positions that tell odd laps from even ones. Wrapped positions do not: they begin again with each lap.
+template <class P>
+concept LapPositions = RingPositions<P> && requires(const P& p, typename P::Word at) {
+    { p.odd_lap(at) } -> std::same_as<bool>;
+};
+static_assert(LapPositions<FreeRunning<u32>> && !LapPositions<Wrapped<u32>>);
 
 /// Entries of `stride` bytes behind a header of `header` bytes in `bytes` bytes: the largest power of two (Xen's
 /// __RING_SIZE). 0: none fits.
@@ -161,9 +171,8 @@ struct EmptyToNonEmpty {
         if (memory.template load_relaxed<u32>(layout.event) != 0) {
             return false;
         }
-        // Acquire: their position not before their mask; they clear the mask and then look at our index. Partner: the
-        // release in Consumer::release().
-        return memory.template load_acquire<W>(layout.consumed) == old;
+        // Relaxed: a consumer that has missed our index stored its position before its barrier, so it is seen here.
+        return memory.template load_relaxed<W>(layout.consumed) == old;
     }
     template <class M, class P, class W>
     void arm(M& memory, const RingLayout& layout, const P&, W, u32) const {
@@ -215,6 +224,10 @@ struct ByPhase {
     static constexpr bool needs_index = false;
     usize offset = 0;
 };
+
+/// How entries arrive, with positions that can carry it: a phase is expected by the lap.
+template <class A, class P>
+concept RingArrival = std::same_as<A, ByIndex> || (std::same_as<A, ByPhase> && LapPositions<P>);
 
 namespace ring_detail {
 template <class M, class P>
@@ -370,7 +383,7 @@ class Producer {
 /// The reading end. Once the other side has written a position that cannot be, the ring is broken and stays so. Not
 /// thread-safe in itself: one owner.
 template <RingMemory M, RingPositions P, class Rule, class Arrival = ByIndex>
-    requires NotifyRule<Rule, M, P>
+    requires NotifyRule<Rule, M, P> && RingArrival<Arrival, P>
 class Consumer {
   public:
     using Word = typename P::Word;
@@ -414,8 +427,7 @@ class Consumer {
             const usize at = layout_.entries + usize{positions_.slot(consumed_)} * layout_.stride + arrival_.offset;
             // Acquire: the phase before the rest of the entry. Partner: the device writes the phase last.
             const u16 word = memory_.template load_acquire<u16>(at);
-            const bool odd_lap = (consumed_ & positions_.size()) != 0;
-            if (((word & 1) != 0) != odd_lap) {
+            if (((word & 1) != 0) != positions_.odd_lap(consumed_)) { // 1 in the first lap, which is even
                 if (limit == 0) [[unlikely]] {
                     broken_ = true;
                     bad_ = positions_.advance(consumed_, 1);

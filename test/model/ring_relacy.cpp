@@ -6,10 +6,9 @@
 //
 // Built with exceptions, since relacy uses them, and therefore with modules of its own (test/CMakeLists.txt).
 #include <cstring>
-#include <iostream>
 #include <relacy/relacy.hpp>
-#include <sstream>
-#include <string_view>
+//
+#include "must.hpp"
 #undef new
 #undef delete
 #undef malloc
@@ -180,52 +179,10 @@ struct WakeUp : rl::test_suite<WakeUp<weak, Rule, Count>, 2> {
     }
 };
 
-struct Way {
-    std::string_view name;
-    rl::scheduler_type_e scheduler;
-    rl::iteration_t iterations;
-};
-constexpr Way ways[] = {
-    {"every schedule", rl::fair_full_search_scheduler_type, 20'000'000},
-    {"random schedules", rl::random_scheduler_type, 100'000},
-};
-
-int failures = 0;
-
-template <class Test>
-void must(bool pass, std::string_view what) {
-    bool passed = true;
-    rl::iteration_t schedules = 0;
-    std::ostringstream report;
-    for (const Way& way : ways) {
-        rl::test_params params;
-        params.search_type = way.scheduler;
-        params.iteration_count = way.iterations;
-        params.output_stream = &report;
-        params.progress_stream = &report;
-        passed = rl::simulate<Test>(params) && passed;
-        schedules += params.stop_iteration;
-        if (passed && way.scheduler == rl::fair_full_search_scheduler_type && params.stop_iteration >= way.iterations) {
-            std::cout << "the search was cut short: not every schedule was seen\n";
-            ++failures;
-        }
-        if (!passed) {
-            break;
-        }
-    }
-    const bool as_expected = passed == pass;
-    std::cout << (as_expected ? "ok      " : "NOT OK  ") << what << ": " << (passed ? "holds" : "violated") << " ("
-              << schedules << " schedules)\n"
-              << std::flush;
-    if (!as_expected) {
-        std::cout << report.str().substr(0, 8000) << '\n';
-        ++failures;
-    }
-}
-
 } // namespace
 
 int main() {
+    using model::must;
     must<Transfer<Weak::nothing>>(true, "entries arrive whole, in order, once");
     must<Transfer<Weak::index_store>>(false, "… with the producer's index stored relaxed");
     must<Transfer<Weak::index_load>>(false, "… with the producer's index loaded relaxed");
@@ -239,6 +196,5 @@ int main() {
     must<WakeUp<Weak::barrier, PassedEvent, 1>>(false, "… without the full barriers");
     must<WakeUp<Weak::nothing, EmptyToNonEmpty, 1>>(true, "mask and empty to non-empty (VMBus): no wake-up is lost");
     must<WakeUp<Weak::barrier, EmptyToNonEmpty, 1>>(false, "… without the full barriers");
-    std::cout << (failures == 0 ? "all as expected\n" : "some were not as expected\n");
-    return failures == 0 ? 0 : 1;
+    return model::verdict();
 }

@@ -1,5 +1,5 @@
-// What a ring's shared memory looks like from our side: the concept and its two models in use. Others stand in
-// test/model (a checker's memory) and in io.ring.hostile.
+// How the rings access memory that they share with another side: the concept and the two models in use. Others are in
+// test/model (the memory of a model checker) and in io.ring.hostile.
 export module io.ring.memory;
 import core.std;
 
@@ -24,12 +24,30 @@ concept RingMemory =
         memory.copy_in(offset, from, usize{});
     };
 
-/// Pages that a device or a hypervisor shares with us: every byte is read exactly once and written exactly once, by
-/// volatile accesses as wide as the alignment allows. Does not own the pages. `base` is 8-byte aligned.
-class MappedMemory {
+/// Reads and writes shared memory by single machine instructions: what BasicMappedMemory uses outside of tests. `at` is
+/// aligned to the width of W, an unsigned integer of 1, 2, 4 or 8 bytes.
+struct VolatileAccess {
+    template <class W>
+    static W read(const std::byte* at) {
+        return *reinterpret_cast<const volatile W*>(at);
+    }
+    template <class W>
+    static void write(std::byte* at, W value) {
+        *reinterpret_cast<volatile W*>(at) = value;
+    }
+};
+
+/// Pages that a device or a hypervisor shares with us. Does not own them. `base` is 8-byte aligned.
+///
+/// copy_out() and copy_in() access every byte exactly once, in ascending order, by naturally aligned accesses of 8, 4,
+/// 2 and 1 bytes, each the widest that the alignment and the bytes left allow. So a naturally aligned field of 2, 4 or
+/// 8 bytes that lies wholly within the copied range is read or written by one access, together with its neighbours or
+/// alone, and is never torn. The copies order nothing: that is what the words with acquire and release are for.
+template <class Access>
+class BasicMappedMemory {
   public:
-    MappedMemory() = default;
-    MappedMemory(std::byte* base, usize size) : base_(base), size_(size) {}
+    BasicMappedMemory() = default;
+    BasicMappedMemory(std::byte* base, usize size) : base_(base), size_(size) {}
 
     usize size() const { return size_; }
     std::byte* base() const { return base_; }
@@ -53,31 +71,101 @@ class MappedMemory {
     // Inlined always: the size of an entry is a constant where it is copied, and then each copy is a few moves.
     [[gnu::always_inline]] inline void copy_out(usize offset, std::byte* into, usize count) const {
         const std::byte* from = base_ + offset;
-        if (offset % 8 == 0) {
-            for (; count >= 8; count -= 8, from += 8, into += 8) {
-                const u64 value = *reinterpret_cast<const volatile u64*>(from);
-                std::memcpy(into, &value, 8);
-            }
+        if (offset % 8 != 0) [[unlikely]] {
+            const usize head = read_to_alignment(from, into, offset, count);
+            from += head;
+            into += head;
+            count -= head;
         }
-        for (; count != 0; --count, ++from, ++into) {
-            *into = *static_cast<const volatile std::byte*>(from);
+        for (; count >= 8; count -= 8, from += 8, into += 8) {
+            read<u64>(from, into);
+        }
+        if ((count & 4) != 0) {
+            read<u32>(from, into);
+            from += 4;
+            into += 4;
+        }
+        if ((count & 2) != 0) {
+            read<u16>(from, into);
+            from += 2;
+            into += 2;
+        }
+        if ((count & 1) != 0) {
+            read<u8>(from, into);
         }
     }
     [[gnu::always_inline]] inline void copy_in(usize offset, const std::byte* from, usize count) {
         std::byte* into = base_ + offset;
-        if (offset % 8 == 0) {
-            for (; count >= 8; count -= 8, from += 8, into += 8) {
-                u64 value;
-                std::memcpy(&value, from, 8);
-                *reinterpret_cast<volatile u64*>(into) = value;
-            }
+        if (offset % 8 != 0) [[unlikely]] {
+            const usize head = write_to_alignment(into, from, offset, count);
+            from += head;
+            into += head;
+            count -= head;
         }
-        for (; count != 0; --count, ++from, ++into) {
-            *static_cast<volatile std::byte*>(into) = *from;
+        for (; count >= 8; count -= 8, from += 8, into += 8) {
+            write<u64>(into, from);
+        }
+        if ((count & 4) != 0) {
+            write<u32>(into, from);
+            from += 4;
+            into += 4;
+        }
+        if ((count & 2) != 0) {
+            write<u16>(into, from);
+            from += 2;
+            into += 2;
+        }
+        if ((count & 1) != 0) {
+            write<u8>(into, from);
         }
     }
 
   private:
+    template <class W>
+    [[gnu::always_inline]] static void read(const std::byte* from, std::byte* into) {
+        const W value = Access::template read<W>(from);
+        std::memcpy(into, &value, sizeof(W));
+    }
+    template <class W>
+    [[gnu::always_inline]] static void write(std::byte* into, const std::byte* from) {
+        W value;
+        std::memcpy(&value, from, sizeof(W));
+        Access::template write<W>(into, value);
+    }
+    /// The width of the first access at `offset`, which is not a multiple of 8, with `count` (>= 1) bytes to go.
+    static usize first_width(usize offset, usize count) {
+        return std::min(usize{1} << std::countr_zero(offset), std::bit_floor(count));
+    }
+    /// Copies up to the next multiple of 8, or to the end; returns how many bytes. Not inlined: rare.
+    [[gnu::noinline]] static usize read_to_alignment(const std::byte* from, std::byte* into, usize offset,
+                                                     usize count) {
+        usize done = 0;
+        while ((offset + done) % 8 != 0 && done != count) {
+            const usize width = first_width(offset + done, count - done);
+            switch (width) {
+            case 4: read<u32>(from + done, into + done); break;
+            case 2: read<u16>(from + done, into + done); break;
+            default: read<u8>(from + done, into + done); break;
+            }
+            done += width;
+        }
+        return done;
+    }
+    [[gnu::noinline]] static usize write_to_alignment(std::byte* into, const std::byte* from, usize offset,
+                                                      usize count) {
+        usize done = 0;
+        while ((offset + done) % 8 != 0 && done != count) {
+            const usize width = first_width(offset + done, count - done);
+            switch (width) {
+            case 4: write<u32>(into + done, from + done); break;
+            case 2: write<u16>(into + done, from + done); break;
+            default: write<u8>(into + done, from + done); break;
+            }
+            done += width;
+        }
+        return done;
+    }
+
     template <class W>
     W& word(usize offset) const {
         return *reinterpret_cast<W*>(base_ + offset);
@@ -85,6 +173,7 @@ class MappedMemory {
     std::byte* base_ = nullptr;
     usize size_ = 0;
 };
+using MappedMemory = BasicMappedMemory<VolatileAccess>;
 
 /// Ordinary memory of the same program, for tests and for rings between processors: plain copies, atomic indices. Does
 /// not own the storage (8-byte aligned).

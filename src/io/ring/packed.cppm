@@ -1,0 +1,301 @@
+// The packed virtqueue, the driver's side [virtio-1.2 §2.8]: one ring of descriptors that driver and device both write.
+//
+// The driver writes descriptors in ring order and makes them available by two bits of their flags; the device writes
+// one used descriptor for each buffer over them and marks it by the same bits. What the bits mean changes with each lap
+// (wrap counter). A Producer and a Consumer of io.ring do not fit: the ring is not divided into what one side writes
+// and the other reads, positions move by a buffer's number of descriptors, the size need not be a power of two, and
+// an event is a structure of two fields.
+//
+// The device follows the ring in order, so it reads nothing after a descriptor that is not available. publish()
+// therefore needs one release store, of the first added descriptor's flags: everything after it was written before.
+//
+// Accesses, with the device's partner:
+//
+//   descriptors, then store-release the first one's flags    load-acquire flags of the next one, then the rest of it
+//   load-acquire flags of the next used one, then id, length buffers, id and length, then store-release flags
+//   flags, full barrier, load device event suppression       device event suppression, full barrier, load flags
+//   driver event suppression, full barrier, load flags       flags, full barrier, load driver event suppression
+module;
+#include <cstddef>
+export module io.ring.packed;
+import core.std;
+import core.result;
+export import io.ring.memory;
+export import io.ring.virtqueue;
+
+export namespace fl::io {
+
+/// A descriptor in the ring, or in an indirect table [virtio-1.2 §2.8.13]. Little-endian, as all of the queue.
+struct PackedDescriptor {
+    u64 bus = 0;
+    u32 length = 0;
+    u16 id = 0;
+    u16 flags = 0;
+};
+static_assert(sizeof(PackedDescriptor) == virtqueue_descriptor_bytes && offsetof(PackedDescriptor, bus) == 0 &&
+              offsetof(PackedDescriptor, length) == 8 && offsetof(PackedDescriptor, id) == 12 &&
+              offsetof(PackedDescriptor, flags) == 14);
+inline constexpr u16 descriptor_available = 1 << 7;
+inline constexpr u16 descriptor_used = 1 << 15;
+
+/// Bits 16 and 17 of an event suppression structure; bits 0 to 14 are an offset in the ring and bit 15 is the wrap
+/// counter there [virtio-1.2 §2.8.10, §2.8.14].
+enum class RingEvent : u32 {
+    enable = 0,
+    disable = 1,
+    descriptor = 2, // for a certain descriptor; with VIRTIO_F_EVENT_IDX only
+};
+
+/// See the concept Virtqueue. Size: 1 to 32768, a power of two or not.
+template <RingMemory M>
+class PackedQueue {
+  public:
+    using Memory = M;
+
+    /// The ring, and each event suppression structure in a cache line of its own. The memory's bus address is a
+    /// multiple of 16.
+    static constexpr VirtqueueLayout layout(u32 size) {
+        const usize driver = (usize{virtqueue_descriptor_bytes} * size + 63) & ~usize{63};
+        return {.descriptors = 0, .driver = driver, .device = driver + 64, .bytes = driver + 128};
+    }
+
+    /// An empty queue of `size` descriptors, before the device has been told of it. Writes all flags and both event
+    /// suppression structures; the rest of the memory may hold anything. `rows`: at least `size`, private to this queue
+    /// while it is used. Error{bad_argument}: the size is 0 or above 32768, or the areas do not fit.
+    static Result<PackedQueue> create(M memory, const VirtqueueLayout& at, u32 size, std::span<VirtqueueRow> rows,
+                                      VirtqueueOptions options) {
+        if (size == 0 || size > virtqueue_max_size) {
+            return Error{Code::bad_argument, "a packed virtqueue's size is 1 to 32768", virtqueue_max_size, size};
+        }
+        if (auto fits = virtqueue_detail::check(memory,
+                                                {{{at.descriptors, usize{virtqueue_descriptor_bytes} * size, 16},
+                                                  {at.driver, 4, 4},
+                                                  {at.device, 4, 4}}},
+                                                size, rows);
+            !fits) {
+            return fits.error();
+        }
+        PackedQueue queue(memory, at, rows.first(size), options);
+        for (u32 i = 0; i < size; ++i) { // seen by the device when it is told of the queue
+            memory.template store_relaxed<u16>(queue.flags_of(i), 0);
+        }
+        memory.template store_relaxed<u32>(at.driver, 0);
+        memory.template store_relaxed<u32>(at.device, 0);
+        return queue;
+    }
+
+    u32 size() const { return table_.size(); }
+    u32 free() const { return table_.free_descriptors(); }
+    u32 outstanding() const { return table_.added() + table_.published(); }
+    bool broken() const { return broken_.has_value(); }
+    u16 next_available() const { return next_.word(); }
+
+    Result<void> add(u16 slot, std::span<const BufferElement> elements) {
+        const auto writable = virtqueue_detail::check(elements, size());
+        if (!writable) [[unlikely]] {
+            return writable.error();
+        }
+        const u32 count = static_cast<u32>(elements.size());
+        if (auto ready = room(count); !ready) [[unlikely]] {
+            return ready;
+        }
+        for (u32 i = 0; i < count; ++i) {
+            append(elements[i], i + 1 < count ? descriptor_next : u16{0});
+        }
+        table_.add(table_.first_free(), count, slot, *writable);
+        return {};
+    }
+    Result<void> add_indirect(u16 slot, std::span<const BufferElement> elements, M table, u64 bus) {
+        if (!options_.indirect) [[unlikely]] {
+            return Error{Code::not_supported, virtqueue_detail::no_indirect};
+        }
+        const auto writable = virtqueue_detail::check(elements, size());
+        if (!writable) [[unlikely]] {
+            return writable.error();
+        }
+        const usize bytes = elements.size() * virtqueue_descriptor_bytes;
+        if (table.size() < bytes) [[unlikely]] {
+            return Error{Code::bad_argument, virtqueue_detail::short_table, bytes, table.size()};
+        }
+        if (auto ready = room(1); !ready) [[unlikely]] {
+            return ready;
+        }
+        for (usize i = 0; i < elements.size(); ++i) { // no flag but this one, and no id [virtio-1.2 §2.8.7]
+            const PackedDescriptor descriptor{.bus = elements[i].bus,
+                                              .length = elements[i].length,
+                                              .flags = elements[i].device_writable ? descriptor_write : u16{0}};
+            table.copy_in(i * sizeof descriptor, reinterpret_cast<const std::byte*>(&descriptor), sizeof descriptor);
+        }
+        append({.bus = bus, .length = static_cast<u32>(bytes)}, descriptor_indirect);
+        table_.add(table_.first_free(), 1, slot, *writable);
+        return {};
+    }
+    [[nodiscard]] bool publish() {
+        if (broken_ || unpublished_ == 0) [[unlikely]] {
+            return false;
+        }
+        table_.publish();
+        // Release: all added descriptors before these flags. Partner: the device's acquire of them.
+        memory_.template store_release<u16>(flags_of(first_.offset), first_flags_);
+        // Our flags before their structure. Partner: the device's barrier between the two: one side sees the other.
+        memory_.full_barrier();
+        // Both fields by one load: they belong together. They are only compared, so whatever is there is harmless.
+        const u32 event = memory_.template load_relaxed<u32>(at_.device);
+        const u32 count = std::exchange(unpublished_, 0);
+        switch (static_cast<RingEvent>(event >> 16 & 3)) {
+        case RingEvent::disable: return false;
+        case RingEvent::descriptor: return !options_.event_index || first_.distance(event, size()) < count;
+        case RingEvent::enable: break;
+        }
+        return true;
+    }
+
+    Result<std::optional<UsedBuffer>> take() {
+        if (broken_) [[unlikely]] {
+            return *broken_;
+        }
+        if (batch_ == 0) {
+            const u16 flags = next_flags();
+            if (!is_used(flags)) {
+                return std::optional<UsedBuffer>{};
+            }
+            if (table_.published() == 0) [[unlikely]] {
+                return fail({Code::protocol, virtqueue_detail::too_many, 0, 1});
+            }
+            memory_.copy_out(flags_of(used_.offset) - 6, reinterpret_cast<std::byte*>(&last_), 6);
+            if (!table_.is_published(last_.id)) [[unlikely]] {
+                return fail({Code::protocol, virtqueue_detail::unknown_id, size(), last_.id});
+            }
+            last_written_ = (flags & descriptor_write) != 0;
+            batch_ = 1;
+            if (options_.in_order) { // one descriptor for all buffers up to this one [virtio-1.2 §2.8.8]
+                for (u16 id = oldest_; id != last_.id; id = table_.following(id)) {
+                    ++batch_;
+                }
+            }
+        }
+        const u16 id = options_.in_order ? oldest_ : last_.id;
+        const VirtqueueRow row = table_[id];
+        // A buffer that was passed over counts as used in full [virtio-1.2 §2.8.8].
+        u32 length = --batch_ == 0 ? last_.length : row.writable;
+        if (length > row.writable) [[unlikely]] {
+            if (last_written_) {
+                return fail({Code::protocol, virtqueue_detail::too_long, row.writable, length});
+            }
+            length = 0; // without that flag the field is reserved [virtio-1.2 §2.8.4]; QEMU fills it in all the same
+        }
+        oldest_ = table_.following(id);
+        used_.advance(row.descriptors, size());
+        table_.remove(id);
+        return std::optional<UsedBuffer>{{row.slot, length}};
+    }
+    Result<bool> arm(u32 count = 1) {
+        if (broken_) [[unlikely]] {
+            return *broken_;
+        }
+        RingPosition event = used_;
+        // The device's position in the ring moves by a buffer's number of descriptors, and which buffers come first is
+        // not known. So many descriptors are passed at least; and where all buffers are of one length, exactly.
+        event.advance((std::clamp(count, 1u, std::max(table_.published(), 1u)) - 1) * table_.shortest(), size());
+        const u32 word =
+            options_.event_index ? event.word() | event_word(RingEvent::descriptor) : event_word(RingEvent::enable);
+        // Both fields by one store: the device never sees one of them alone.
+        memory_.template store_relaxed<u32>(at_.driver, word);
+        // Our structure before their flags. Partner: the device's barrier between the two.
+        memory_.full_barrier();
+        return batch_ != 0 || is_used(next_flags());
+    }
+    void disarm() {
+        // Orders nothing: an event too many is harmless.
+        memory_.template store_relaxed<u32>(at_.driver, event_word(RingEvent::disable));
+    }
+
+  private:
+    /// A place in the ring, and the wrap counter there: 1 in the first lap [virtio-1.2 §2.8.1].
+    struct RingPosition {
+        u16 offset = 0;
+        bool wrap = true;
+
+        void advance(u32 count, u32 size) { // count: at most size
+            const u32 sum = offset + count;
+            wrap = sum >= size ? !wrap : wrap;
+            offset = static_cast<u16>(sum >= size ? sum - size : sum);
+        }
+        u16 word() const { return static_cast<u16>(offset | (wrap ? 0x8000 : 0)); }
+        /// Descriptors from here to `event`, an offset and a wrap counter in bits 0 to 15. One that has passed is very
+        /// far away.
+        u32 distance(u32 event, u32 size) const {
+            const u32 lap = ((event & 0x8000) != 0) == wrap ? 0 : size;
+            return (event & 0x7fff) + lap - offset;
+        }
+    };
+    struct Last {
+        u32 length = 0;
+        u16 id = 0;
+    };
+    static_assert(offsetof(Last, id) == 4);
+
+    PackedQueue(M memory, const VirtqueueLayout& at, std::span<VirtqueueRow> rows, VirtqueueOptions options)
+        : memory_(memory), at_(at), options_(options), table_(rows) {}
+
+    static constexpr u32 event_word(RingEvent event) { return static_cast<u32>(event) << 16; }
+    usize flags_of(u32 offset) const {
+        return at_.descriptors + usize{virtqueue_descriptor_bytes} * offset + offsetof(PackedDescriptor, flags);
+    }
+    /// Writes the next descriptor of a buffer. The flags of the first one since publish() are kept back.
+    void append(const BufferElement& element, u16 flags) {
+        const PackedDescriptor descriptor{element.bus, element.length, table_.first_free(),
+                                          static_cast<u16>(flags |
+                                                           (element.device_writable ? descriptor_write : u16{0}) |
+                                                           (next_.wrap ? descriptor_available : descriptor_used))};
+        const bool first = unpublished_ == 0;
+        if (first) {
+            first_ = next_;
+            first_flags_ = descriptor.flags;
+        }
+        memory_.copy_in(flags_of(next_.offset) - offsetof(PackedDescriptor, flags),
+                        reinterpret_cast<const std::byte*>(&descriptor),
+                        first ? offsetof(PackedDescriptor, flags) : sizeof descriptor);
+        next_.advance(1, size());
+        ++unpublished_;
+    }
+    u16 next_flags() const {
+        // Acquire: the flags before id and length, and before what the device wrote to the buffer. Partner: the
+        // device's release of them.
+        return memory_.template load_acquire<u16>(flags_of(used_.offset));
+    }
+    bool is_used(u16 flags) const {
+        return ((flags & descriptor_available) != 0) == used_.wrap && ((flags & descriptor_used) != 0) == used_.wrap;
+    }
+    Result<void> room(u32 descriptors) const {
+        if (broken_) [[unlikely]] {
+            return *broken_;
+        }
+        if (free() < descriptors) [[unlikely]] {
+            return Error{Code::exhausted, virtqueue_detail::no_room, descriptors, free()};
+        }
+        return {};
+    }
+    Error fail(const Error& error) {
+        broken_ = error;
+        return error;
+    }
+
+    M memory_;
+    VirtqueueLayout at_;
+    VirtqueueOptions options_;
+    VirtqueueTable table_;
+    RingPosition next_;         // where the next descriptor goes
+    RingPosition used_;         // where the device writes the next used descriptor
+    RingPosition first_;        // the first descriptor that is not published
+    u16 first_flags_ = 0;       // its flags
+    u16 oldest_ = 0;            // with in_order: the buffer that comes back next
+    u32 unpublished_ = 0;       // descriptors
+    u32 batch_ = 0;             // buffers of the last used descriptor that were not yet returned by take()
+    Last last_;                 // that descriptor
+    bool last_written_ = false; // it has descriptor_write
+    std::optional<Error> broken_;
+};
+static_assert(Virtqueue<PackedQueue<MappedMemory>> && Virtqueue<PackedQueue<FlatMemory>>);
+
+} // namespace fl::io

@@ -1,0 +1,264 @@
+// What split and packed virtqueues have in common: the description of a buffer, the negotiated options, the places of
+// a queue's three areas, and the table of the buffers that the device holds. [virtio-1.2 §2.6]
+//
+// The queues themselves are io.ring.split and io.ring.packed. Both are the driver's side, and both have the interface
+// that the concept Virtqueue describes.
+module;
+#include <cstddef>
+export module io.ring.virtqueue;
+import core.std;
+import core.result;
+import io.ring.memory;
+
+export namespace fl::io {
+
+/// The largest queue, in descriptors [virtio-1.2 §2.7, §2.8].
+inline constexpr u32 virtqueue_max_size = 32768;
+/// Bytes of one descriptor, in either format and in an indirect table.
+inline constexpr u32 virtqueue_descriptor_bytes = 16;
+
+/// Descriptor flags that the two formats share [virtio-1.2 §2.7.5, §2.8.3, §2.8.6, §2.8.7].
+inline constexpr u16 descriptor_next = 1;
+inline constexpr u16 descriptor_write = 2;
+inline constexpr u16 descriptor_indirect = 4;
+
+/// One physically contiguous piece of a buffer. `bus`: the address that the device uses. `length`: bytes, at least 1.
+struct BufferElement {
+    u64 bus = 0;
+    u32 length = 0;
+    bool device_writable = false; // false: the device only reads it
+};
+
+/// A buffer that the device has given back. `slot`: what the caller passed to add(). `length`: bytes that the device
+/// says it has written, from the first device-writable byte on; never more than the buffer's device-writable bytes.
+struct UsedBuffer {
+    u16 slot = 0;
+    u32 length = 0;
+};
+
+/// Negotiated features that a queue must know.
+struct VirtqueueOptions {
+    bool event_index = false; // VIRTIO_F_EVENT_IDX: events are asked for by position instead of on or off
+    bool in_order = false;    // VIRTIO_F_IN_ORDER: buffers come back in the order in which they were added
+    bool indirect = false;    // VIRTIO_F_INDIRECT_DESC: add_indirect() may be used
+};
+
+/// Where the three areas of a queue are, in bytes from the beginning of its memory, and how much memory they need. The
+/// device is given the bus address of each. Made by SplitQueue::layout() and PackedQueue::layout().
+struct VirtqueueLayout {
+    usize descriptors = 0; // Descriptor Area: descriptor table, or descriptor ring
+    usize driver = 0;      // Driver Area: available ring, or driver event suppression
+    usize device = 0;      // Device Area: used ring, or device event suppression
+    usize bytes = 0;       // all of it
+};
+
+/// One id's row in the table of outstanding buffers. Storage only: its fields belong to VirtqueueTable.
+struct VirtqueueRow {
+    u32 writable = 0; // bytes that the device may write
+    u16 slot = 0;
+    u16 next = 0;        // the following id: of a chain's next descriptor, or in the free list
+    u16 last = 0;        // the last id of the chain
+    u16 descriptors = 0; // how many the buffer occupies
+    u16 state = 0;       // free, published, or added: then the id of the buffer added next
+};
+
+/// The driver's side of a virtqueue. Not thread-safe: one owner, on one processor at a time. Nothing here allocates or
+/// waits. Every value that the device writes is read once, checked, and then used; after the first one that breaks a
+/// rule the queue is broken for good, and the driver has to reset the device.
+///
+///   add(slot, elements)    puts a buffer into the queue: the readable elements first, at most size() of them, together
+///                          at most 2^32 - 1 bytes. Not seen by the device before publish(). `slot` is the caller's
+///                          number for the buffer; take() returns it. Error{exhausted}: fewer than elements.size()
+///                          descriptors are free. Error{bad_argument}: the elements break a rule above.
+///   add_indirect(slot, elements, table, bus)
+///                          the same through a table of 16 bytes for each element, and takes one descriptor only. The
+///                          table is the caller's memory at the bus address `bus`; it must not be changed before the
+///                          buffer has come back. Error{not_supported}: without VirtqueueOptions::indirect.
+///   publish()              makes all added buffers visible, in their order, by one release store. True: the device
+///                          must be notified.
+///   take()                 the next buffer that has come back, or nothing. Error{protocol}: the queue is broken.
+///   arm(count)             asks for an event once `count` of the published buffers have come back, and then looks once
+///                          more. True: one is there already, do not sleep. At least 1; at most as many as are
+///                          published are counted. Without event_index: once any has come back.
+///   disarm()               asks for no events. They may come nevertheless.
+///   free()                 descriptors that are free.
+///   outstanding()          buffers that were added and have not come back.
+///   next_available()       what a driver notification carries with VIRTIO_F_NOTIFICATION_DATA [virtio-1.2 §2.9].
+template <class Q>
+concept Virtqueue =
+    RingMemory<typename Q::Memory> && requires(Q& queue, const Q& view, std::span<const BufferElement> elements,
+                                               typename Q::Memory memory, std::span<VirtqueueRow> rows) {
+        { Q::layout(u32{}) } -> std::same_as<VirtqueueLayout>;
+        { Q::create(memory, VirtqueueLayout{}, u32{}, rows, VirtqueueOptions{}) } -> std::same_as<Result<Q>>;
+        { queue.add(u16{}, elements) } -> std::same_as<Result<void>>;
+        { queue.add_indirect(u16{}, elements, memory, u64{}) } -> std::same_as<Result<void>>;
+        { queue.publish() } -> std::same_as<bool>;
+        { queue.take() } -> std::same_as<Result<std::optional<UsedBuffer>>>;
+        { queue.arm(u32{}) } -> std::same_as<Result<bool>>;
+        queue.disarm();
+        { view.broken() } -> std::same_as<bool>;
+        { view.size() } -> std::same_as<u32>;
+        { view.free() } -> std::same_as<u32>;
+        { view.outstanding() } -> std::same_as<u32>;
+        { view.next_available() } -> std::same_as<u16>;
+    };
+
+/// The buffers that are under way, by the id that the device gives back. Kept in the driver's own memory: nothing that
+/// the device can write is used to find or to free a buffer.
+///
+/// Ids that are free form a first-in, first-out list, beginning as 0, 1, 2 … That makes two things true. An id that has
+/// come back is used again as late as possible, so a device that returns one twice is noticed. And where buffers come
+/// back in order, ids and descriptors are used in ring order, which VIRTIO_F_IN_ORDER demands [virtio-1.2 §2.7.5].
+class VirtqueueTable {
+  public:
+    VirtqueueTable() = default;
+    /// Does not own `rows`; there is one for each id.
+    explicit VirtqueueTable(std::span<VirtqueueRow> rows)
+        : rows_(rows), free_tail_(static_cast<u16>(rows.size() - 1)), free_descriptors_(static_cast<u32>(rows.size())),
+          free_ids_(static_cast<u32>(rows.size())) {
+        for (usize id = 0; id < rows.size(); ++id) {
+            rows[id] = {.next = static_cast<u16>(id + 1 == rows.size() ? 0 : id + 1), .state = state_free};
+        }
+    }
+
+    u32 size() const { return static_cast<u32>(rows_.size()); }
+    u32 free_descriptors() const { return free_descriptors_; }
+    u32 added() const { return added_; }
+    u32 published() const { return published_; }
+    /// No buffer that is under way occupies fewer descriptors.
+    u32 shortest() const { return shortest_; }
+    /// The id that the next buffer gets.
+    u16 first_free() const { return free_head_; }
+    /// The free id after `id`.
+    u16 after(u16 id) const { return rows_[id].next; }
+    /// The buffer was published and has not come back. `id` is whatever the device wrote.
+    bool is_published(u32 id) const { return id < rows_.size() && rows_[id].state == state_published; }
+    const VirtqueueRow& operator[](u16 id) const { return rows_[id]; }
+    /// With VIRTIO_F_IN_ORDER: the id of the buffer that was added after buffer `id`.
+    u16 following(u16 id) const { return rows_[rows_[id].last].next; }
+
+    /// Takes the free ids first_free() to `last` for one buffer, whose id is the first of them. The caller has seen to
+    /// it that `descriptors` are free.
+    void add(u16 last, u32 descriptors, u16 slot, u32 writable) {
+        const u16 id = free_head_;
+        free_head_ = rows_[last].next;
+        VirtqueueRow& row = rows_[id];
+        row.writable = writable;
+        row.slot = slot;
+        row.last = last;
+        row.descriptors = static_cast<u16>(descriptors);
+        row.state = state_last_added;
+        if (added_ != 0) {
+            rows_[added_tail_].state = id;
+        } else {
+            added_head_ = id;
+        }
+        added_tail_ = id;
+        shortest_ = added_ + published_ == 0 ? descriptors : std::min(shortest_, descriptors);
+        ++added_;
+        free_descriptors_ -= descriptors;
+        free_ids_ -= ids_of(id);
+    }
+    /// From now on the device may return what was added.
+    void publish() {
+        u16 id = added_head_;
+        for (u32 left = added_; left != 0; --left) {
+            id = std::exchange(rows_[id].state, state_published);
+        }
+        published_ += std::exchange(added_, 0);
+    }
+    /// A published buffer has come back.
+    void remove(u16 id) {
+        VirtqueueRow& row = rows_[id];
+        // The tail's link is kept also while the list is empty: following() reads it.
+        rows_[free_tail_].next = id;
+        if (free_ids_ == 0) {
+            free_head_ = id;
+        }
+        free_ids_ += ids_of(id);
+        free_tail_ = row.last;
+        row.state = state_free;
+        free_descriptors_ += row.descriptors;
+        --published_;
+    }
+
+  private:
+    // States that are no ids.
+    static constexpr u16 state_free = 0xffff;
+    static constexpr u16 state_published = 0xfffe;
+    static constexpr u16 state_last_added = 0xfffd;
+
+    /// A split queue's buffer takes an id for each descriptor, a packed queue's takes one.
+    u32 ids_of(u16 id) const { return rows_[id].last == id ? 1 : rows_[id].descriptors; }
+
+    std::span<VirtqueueRow> rows_;
+    u16 free_head_ = 0;
+    u16 free_tail_ = 0;
+    u16 added_head_ = 0; // the buffers that are not yet published, linked by `state`
+    u16 added_tail_ = 0;
+    u32 added_ = 0;
+    u32 published_ = 0;
+    u32 free_descriptors_ = 0;
+    u32 free_ids_ = 0;
+    u32 shortest_ = 1;
+};
+
+namespace virtqueue_detail {
+/// Checks what the caller wants to add. The number of device-writable bytes, or Error{bad_argument}.
+inline Result<u32> check(std::span<const BufferElement> elements, u32 size) {
+    // An indirect table, too, is at most as long as the queue [virtio-1.2 §2.7.5.3.1, §2.8.5].
+    if (elements.empty() || elements.size() > size) [[unlikely]] {
+        return Error{Code::bad_argument, "a buffer has at least one element and at most as many as the queue has", size,
+                     elements.size()};
+    }
+    u64 total = 0;
+    u64 writable = 0;
+    for (const BufferElement& element : elements) {
+        if (element.length == 0 || (writable != 0 && !element.device_writable)) [[unlikely]] {
+            return Error{Code::bad_argument,
+                         "a buffer's elements are not empty, and the device-readable ones come first"};
+        }
+        total += element.length;
+        writable += element.device_writable ? element.length : 0;
+    }
+    if (total > ~u32{0}) [[unlikely]] {
+        return Error{Code::bad_argument, "a buffer is longer than 2^32 - 1 bytes", ~u32{0}, total};
+    }
+    return static_cast<u32>(writable);
+}
+
+struct Area {
+    usize at;
+    usize bytes;
+    usize alignment;
+};
+
+/// Checks what a queue is made of.
+template <class M>
+Result<void> check(const M& memory, const std::array<Area, 3>& areas, u32 size, std::span<VirtqueueRow> rows) {
+    if (rows.size() < size) {
+        return Error{Code::bad_argument, "a virtqueue needs a row for each descriptor", size, rows.size()};
+    }
+    for (const Area& area : areas) {
+        if (area.at % area.alignment != 0 || area.at > memory.size() || area.bytes > memory.size() - area.at) {
+            return Error{Code::bad_argument, "a virtqueue's area is misaligned or outside of its memory", memory.size(),
+                         area.at};
+        }
+        for (const Area& other : areas) {
+            if (&area != &other && area.at < other.at + other.bytes && other.at < area.at + area.bytes) {
+                return Error{Code::bad_argument, "a virtqueue's areas overlap", other.at, area.at};
+            }
+        }
+    }
+    return {};
+}
+
+inline constexpr std::string_view unknown_id = "the device has returned a buffer that it does not hold";
+inline constexpr std::string_view too_long = "the device says that it has written more than the buffer holds";
+inline constexpr std::string_view too_many = "the device has returned more buffers than it holds";
+inline constexpr std::string_view no_room = "not enough descriptors are free: take used buffers first";
+inline constexpr std::string_view no_indirect = "VIRTIO_F_INDIRECT_DESC was not negotiated";
+inline constexpr std::string_view short_table = "an indirect table needs 16 bytes for each element";
+} // namespace virtqueue_detail
+
+} // namespace fl::io

@@ -1,0 +1,553 @@
+// The memory orderings of the split and the packed virtqueue under relacy, as in ring_relacy.cpp: the very templates of
+// io.ring.split and io.ring.packed on the driver's side, over a memory that is relacy's, and a device written here from
+// the specification. Each property is tried as it is, which must pass, and once for every ordering it needs with that
+// ordering weakened, on the driver's side and on the device's, which must fail.
+#include <cstring>
+#include <relacy/relacy.hpp>
+//
+#include "must.hpp"
+#undef new
+#undef delete
+#undef malloc
+#undef free
+#undef assert
+import core.std;
+import core.result;
+import io.ring.split;
+import io.ring.packed;
+
+namespace {
+using namespace fl;
+using namespace fl::io;
+
+/// Which ordering is taken away.
+enum class Weak {
+    nothing,
+    available_store, // driver: what makes buffers available
+    available_load,  // device
+    used_store,      // device: what makes them used
+    used_load,       // driver
+    driver_barrier,
+    device_barrier,
+    head_first, // packed: the flags of a list's first descriptor are not kept back until the rest is written
+};
+
+constexpr rl::memory_order either(bool weak, rl::memory_order order) { return weak ? rl::mo_relaxed : order; }
+
+/// What a buffer is in these models: its address says which one it is, and the device writes that number to the
+/// buffer's memory and as the used length.
+BufferElement element(unsigned value) { return {value, 100, true}; }
+
+// ---- split ----
+
+constexpr u32 split_size = 2;
+constexpr VirtqueueLayout split_at{.descriptors = 0, .driver = 32, .device = 48, .bytes = 72};
+
+struct SplitShared {
+    rl::var<unsigned> descriptors[split_size];
+    rl::var<unsigned> heads[split_size];
+    rl::var<unsigned> used_id[split_size];
+    rl::var<unsigned> used_length[split_size];
+    rl::atomic<unsigned> available_flags, available_index, used_event, used_flags, used_index, available_event;
+
+    rl::atomic<unsigned>& word(usize at) {
+        switch (at) {
+        case split_at.driver: return available_flags;
+        case split_at.driver + 2: return available_index;
+        case split_at.driver + 4 + 2 * split_size: return used_event;
+        case split_at.device: return used_flags;
+        case split_at.device + 2: return used_index;
+        default: return available_event;
+        }
+    }
+};
+
+template <Weak weak>
+class SplitMemory {
+  public:
+    SplitMemory() = default;
+    explicit SplitMemory(SplitShared& shared) : shared_(&shared) {}
+    usize size() const { return split_at.bytes; }
+    template <class W>
+    W load_relaxed(usize at) const {
+        return static_cast<W>(shared_->word(at).load(rl::mo_relaxed, $));
+    }
+    template <class W>
+    W load_acquire(usize at) const {
+        return static_cast<W>(shared_->word(at).load(either(weak == Weak::used_load, rl::mo_acquire), $));
+    }
+    template <class W>
+    void store_relaxed(usize at, W value) {
+        shared_->word(at).store(value, rl::mo_relaxed, $);
+    }
+    template <class W>
+    void store_release(usize at, W value) {
+        shared_->word(at).store(value, either(weak == Weak::available_store, rl::mo_release), $);
+    }
+    void full_barrier() const {
+        if (weak != Weak::driver_barrier) {
+            rl::atomic_thread_fence(rl::mo_seq_cst, $);
+        }
+    }
+    void copy_out(usize at, std::byte* into, usize) const {
+        const usize i = (at - split_at.device - 4) / 8;
+        const unsigned id = shared_->used_id[i]($);
+        const unsigned length = shared_->used_length[i]($);
+        std::memcpy(into, &id, 4);
+        std::memcpy(into + 4, &length, 4);
+    }
+    void copy_in(usize at, const std::byte* from, usize count) {
+        unsigned value = 0;
+        if (at >= split_at.driver) {
+            std::memcpy(&value, from, count);
+            shared_->heads[(at - split_at.driver - 4) / 2]($) = value;
+        } else {
+            std::memcpy(&value, from, 4); // the address
+            shared_->descriptors[at / 16]($) = value;
+        }
+    }
+
+  private:
+    SplitShared* shared_ = nullptr;
+};
+
+template <Weak weak, bool event_index>
+struct Split {
+    using Memory = SplitMemory<weak>;
+    using Queue = SplitQueue<Memory>;
+    static constexpr u32 size = split_size;
+    SplitShared shared;
+    std::array<VirtqueueRow, size> rows;
+    std::optional<Queue> queue;
+    // the device
+    u16 taken = 0;
+    u16 used = 0;
+    unsigned current_head = 0;
+    bool lists = false; // all buffers are lists of two
+
+    void begin() {
+        queue.emplace(*Queue::create(Memory(shared), split_at, size, rows, {.event_index = event_index}));
+        taken = used = 0;
+    }
+    /// The next buffer's number; 0: none.
+    unsigned pop() {
+        const unsigned index = shared.available_index.load(either(weak == Weak::available_load, rl::mo_acquire), $);
+        if (static_cast<u16>(index) == taken) {
+            return 0;
+        }
+        current_head = shared.heads[taken % size]($);
+        ++taken;
+        RL_ASSERT(current_head < size);
+        const unsigned value = shared.descriptors[current_head]($);
+        if (lists) { // of two: the next descriptor is the other one
+            const unsigned other = shared.descriptors[1 - current_head]($);
+            RL_ASSERT(other == value);
+        }
+        return value;
+    }
+    /// Gives back the buffer of the last pop().
+    void push(unsigned length) {
+        shared.used_id[used % size]($) = current_head;
+        shared.used_length[used % size]($) = length;
+        shared.used_index.store(++used, either(weak == Weak::used_store, rl::mo_release), $);
+    }
+    void barrier() {
+        if (weak != Weak::device_barrier) {
+            rl::atomic_thread_fence(rl::mo_seq_cst, $);
+        }
+    }
+    /// After push(): whether the driver wants an event.
+    bool interrupt() {
+        barrier();
+        if (event_index) {
+            return shared.used_event.load(rl::mo_relaxed, $) == static_cast<u16>(used - 1);
+        }
+        return shared.available_flags.load(rl::mo_relaxed, $) == 0;
+    }
+    /// Asks to be notified of the next buffer; the caller looks once more.
+    void want() {
+        if (event_index) {
+            shared.available_event.store(taken, rl::mo_relaxed, $);
+        } else {
+            shared.used_flags.store(0, rl::mo_relaxed, $);
+        }
+        barrier();
+    }
+    void want_none() {
+        if (event_index) {
+            shared.available_event.store(static_cast<u16>(taken + 0x8000), rl::mo_relaxed, $);
+        } else {
+            shared.used_flags.store(1, rl::mo_relaxed, $);
+        }
+    }
+};
+
+// ---- packed ----
+
+constexpr u32 packed_size = 3;
+constexpr VirtqueueLayout packed_at{.descriptors = 0, .driver = 48, .device = 52, .bytes = 56};
+
+struct PackedBody {
+    unsigned address = 0;
+    unsigned length = 0;
+    unsigned id = 0;
+};
+struct PackedShared {
+    rl::var<unsigned> address[packed_size];
+    rl::var<unsigned> length[packed_size];
+    rl::var<unsigned> id[packed_size];
+    rl::atomic<unsigned> flags[packed_size], driver, device;
+
+    rl::atomic<unsigned>& word(usize at) {
+        return at == packed_at.driver ? driver : at == packed_at.device ? device : flags[at / 16];
+    }
+};
+
+template <Weak weak>
+class PackedMemory {
+  public:
+    PackedMemory() = default;
+    explicit PackedMemory(PackedShared& shared) : shared_(&shared) {}
+    usize size() const { return packed_at.bytes; }
+    template <class W>
+    W load_relaxed(usize at) const {
+        return static_cast<W>(shared_->word(at).load(rl::mo_relaxed, $));
+    }
+    template <class W>
+    W load_acquire(usize at) const {
+        return static_cast<W>(shared_->word(at).load(either(weak == Weak::used_load, rl::mo_acquire), $));
+    }
+    template <class W>
+    void store_relaxed(usize at, W value) {
+        shared_->word(at).store(value, rl::mo_relaxed, $);
+    }
+    template <class W>
+    void store_release(usize at, W value) {
+        shared_->word(at).store(value, either(weak == Weak::available_store, rl::mo_release), $);
+    }
+    void full_barrier() const {
+        if (weak != Weak::driver_barrier) {
+            rl::atomic_thread_fence(rl::mo_seq_cst, $);
+        }
+    }
+    void copy_out(usize at, std::byte* into, usize) const {
+        const unsigned length = shared_->length[at / 16]($);
+        const u16 id = static_cast<u16>(shared_->id[at / 16]($));
+        std::memcpy(into, &length, 4);
+        std::memcpy(into + 4, &id, 2);
+    }
+    void copy_in(usize at, const std::byte* from, usize count) {
+        PackedDescriptor descriptor;
+        std::memcpy(&descriptor, from, sizeof descriptor); // the flags, too, where they are kept back
+        const usize i = at / 16;
+        shared_->address[i]($) = static_cast<unsigned>(descriptor.bus);
+        shared_->length[i]($) = descriptor.length;
+        shared_->id[i]($) = descriptor.id;
+        if (count == sizeof descriptor) {
+            shared_->flags[i].store(descriptor.flags, rl::mo_relaxed, $);
+        } else if (weak == Weak::head_first) {
+            shared_->flags[i].store(descriptor.flags, rl::mo_release, $);
+        }
+    }
+
+  private:
+    PackedShared* shared_ = nullptr;
+};
+
+template <Weak weak, bool event_index>
+struct Packed {
+    using Memory = PackedMemory<weak>;
+    using Queue = PackedQueue<Memory>;
+    static constexpr u32 size = packed_size;
+    PackedShared shared;
+    std::array<VirtqueueRow, size> rows;
+    std::optional<Queue> queue;
+    // the device
+    struct Place {
+        u32 offset = 0;
+        bool wrap = true;
+        void advance(u32 count) {
+            offset += count;
+            if (offset >= size) {
+                offset -= size;
+                wrap = !wrap;
+            }
+        }
+        unsigned word() const { return offset | (wrap ? 0x8000u : 0u); }
+    };
+    Place next;
+    Place used;
+    u32 current_id = 0;
+    u32 current_count = 0;
+    bool lists = false; // the flags say it
+
+    void begin() {
+        queue.emplace(*Queue::create(Memory(shared), packed_at, size, rows, {.event_index = event_index}));
+        next = used = {};
+    }
+    unsigned pop() {
+        const auto is_available = [&](rl::memory_order order) {
+            const unsigned flags = shared.flags[next.offset].load(order, $);
+            const bool there = ((flags & 0x80) != 0) == next.wrap && ((flags & 0x8000) != 0) != next.wrap;
+            return std::pair(there, flags);
+        };
+        auto [there, flags] = is_available(either(weak == Weak::available_load, rl::mo_acquire));
+        if (!there) {
+            return 0;
+        }
+        const unsigned value = shared.address[next.offset]($);
+        current_count = 1;
+        current_id = shared.id[next.offset]($);
+        next.advance(1);
+        while ((flags & 1) != 0) { // the rest of the list is there
+            std::tie(there, flags) = is_available(rl::mo_relaxed);
+            RL_ASSERT(there);
+            const unsigned other = shared.address[next.offset]($);
+            RL_ASSERT(other == value);
+            current_id = shared.id[next.offset]($);
+            ++current_count;
+            next.advance(1);
+        }
+        return value;
+    }
+    void push(unsigned length) {
+        shared.length[used.offset]($) = length;
+        shared.id[used.offset]($) = current_id;
+        shared.flags[used.offset].store(used.wrap ? 0x8082 : 0x0002, either(weak == Weak::used_store, rl::mo_release),
+                                        $);
+        last = used;
+        used.advance(current_count);
+    }
+    void barrier() {
+        if (weak != Weak::device_barrier) {
+            rl::atomic_thread_fence(rl::mo_seq_cst, $);
+        }
+    }
+    bool interrupt() {
+        barrier();
+        const unsigned event = shared.driver.load(rl::mo_relaxed, $);
+        switch (event >> 16) {
+        case 0: return true;
+        case 1: return false;
+        default: break;
+        }
+        for (Place at = last; at.offset != used.offset || at.wrap != used.wrap; at.advance(1)) {
+            if (at.word() == (event & 0xffff)) {
+                return true;
+            }
+        }
+        return false;
+    }
+    void want() {
+        shared.device.store(event_index ? 0x20000 | next.word() : 0, rl::mo_relaxed, $);
+        barrier();
+    }
+    void want_none() { shared.device.store(0x10000, rl::mo_relaxed, $); }
+
+    Place last;
+};
+
+// ---- properties ----
+
+/// Buffers arrive whole and in order, come back whole, and neither a descriptor nor a buffer's memory is used again
+/// before the other side has done with it.
+template <template <Weak, bool> class Kind, Weak weak>
+struct Transfer : rl::test_suite<Transfer<Kind, weak>, 2> {
+    Kind<weak, false> q;
+    rl::var<unsigned> memory; // of either buffer, in turn
+
+    void before() {
+        q.begin();
+        q.lists = true;
+    }
+    void thread(unsigned number) {
+        if (number == 0) {
+            unsigned added = 0;
+            unsigned back = 0;
+            for (int attempt = 0; attempt < 3; ++attempt) {
+                if (added == back && added != 2) { // lists of two elements: there is room for one of them at a time
+                    memory($) = 0;
+                    ++added;
+                    const BufferElement elements[2] = {element(added), element(added)};
+                    RL_ASSERT(q.queue->add(static_cast<u16>(added), elements).has_value());
+                    static_cast<void>(q.queue->publish());
+                }
+                const auto used = q.queue->take();
+                RL_ASSERT(used.has_value());
+                if (*used) {
+                    ++back;
+                    RL_ASSERT((*used)->slot == back);
+                    RL_ASSERT((*used)->length == back);
+                    const unsigned content = memory($);
+                    RL_ASSERT(content == back);
+                }
+            }
+        } else {
+            unsigned expected = 1;
+            for (int attempt = 0; attempt < 3; ++attempt) {
+                if (const unsigned value = q.pop()) {
+                    RL_ASSERT(value == expected);
+                    memory($) = value;
+                    q.push(value);
+                    ++expected;
+                }
+            }
+        }
+    }
+};
+
+/// Buffers that are published together are seen together, whole and in order.
+template <template <Weak, bool> class Kind, Weak weak>
+struct Batch : rl::test_suite<Batch<Kind, weak>, 2> {
+    Kind<weak, false> q;
+
+    void before() { q.begin(); }
+    void thread(unsigned number) {
+        if (number == 0) {
+            for (unsigned i = 1; i <= 2; ++i) {
+                const BufferElement one = element(i);
+                RL_ASSERT(q.queue->add(static_cast<u16>(i), std::span(&one, 1)).has_value());
+            }
+            static_cast<void>(q.queue->publish());
+        } else {
+            for (int attempt = 0; attempt < 3; ++attempt) {
+                if (const unsigned value = q.pop()) {
+                    RL_ASSERT(value == 1);
+                    RL_ASSERT(q.pop() == 2);
+                    return;
+                }
+            }
+        }
+    }
+};
+
+/// A driver that sleeps after arm(Count) gets an event once so many buffers have come back.
+template <template <Weak, bool> class Kind, Weak weak, bool event_index, unsigned Count>
+struct DriverSleeps : rl::test_suite<DriverSleeps<Kind, weak, event_index, Count>, 2> {
+    Kind<weak, event_index> q;
+    unsigned event = 0;   // how many had come back at the last event
+    unsigned slept = ~0u; // how many had been taken when the driver fell asleep
+
+    void before() {
+        q.begin();
+        for (unsigned i = 0; i < 2; ++i) {
+            const BufferElement one = element(i + 1);
+            RL_ASSERT(q.queue->add(static_cast<u16>(i), std::span(&one, 1)).has_value());
+        }
+        static_cast<void>(q.queue->publish());
+        q.queue->disarm();
+        event = 0;
+        slept = ~0u;
+    }
+    void thread(unsigned number) {
+        if (number == 0) {
+            unsigned taken = 0;
+            for (int attempt = event_index ? 0 : 1; attempt < 3; ++attempt) {
+                while (true) {
+                    const auto used = q.queue->take();
+                    RL_ASSERT(used.has_value());
+                    if (!*used) {
+                        break;
+                    }
+                    ++taken;
+                }
+                const auto found = q.queue->arm(Count);
+                RL_ASSERT(found.has_value());
+                if (!*found) {
+                    slept = taken;
+                    return;
+                }
+                q.queue->disarm();
+            }
+        } else {
+            for (unsigned i = 1; i <= 2; ++i) {
+                RL_ASSERT(q.pop() == i);
+                q.push(i);
+                if (q.interrupt()) {
+                    event = i;
+                }
+            }
+        }
+    }
+    void after() { RL_ASSERT(slept == ~0u || 2 - slept < Count || event >= slept + Count); }
+};
+
+/// A device that sleeps after it has asked for a notification gets one for the next buffer.
+template <template <Weak, bool> class Kind, Weak weak, bool event_index>
+struct DeviceSleeps : rl::test_suite<DeviceSleeps<Kind, weak, event_index>, 2> {
+    Kind<weak, event_index> q;
+    unsigned notified = 0; // how many had been published at the last notification
+    unsigned slept = ~0u;  // how many the device had taken when it fell asleep
+
+    void before() {
+        q.begin();
+        q.want_none();
+        notified = 0;
+        slept = ~0u;
+    }
+    void thread(unsigned number) {
+        if (number == 0) {
+            for (unsigned i = 1; i <= 2; ++i) {
+                const BufferElement one = element(i);
+                RL_ASSERT(q.queue->add(static_cast<u16>(i), std::span(&one, 1)).has_value());
+                if (q.queue->publish()) {
+                    notified = i;
+                }
+            }
+        } else {
+            unsigned taken = 0;
+            for (int attempt = event_index ? 0 : 1; attempt < 3; ++attempt) {
+                while (q.pop() != 0) {
+                    ++taken;
+                }
+                q.want();
+                if (q.pop() == 0) {
+                    slept = taken;
+                    return;
+                }
+                ++taken;
+                q.want_none();
+            }
+        }
+    }
+    void after() { RL_ASSERT(slept == ~0u || slept == 2 || notified > slept); }
+};
+
+template <template <Weak, bool> class Kind>
+void both() {
+    using model::must;
+    must<Transfer<Kind, Weak::nothing>>(true, "buffers arrive and come back whole, in order, once");
+    must<Transfer<Kind, Weak::available_store>>(false, "… made available by a relaxed store");
+    must<Transfer<Kind, Weak::available_load>>(false, "… found available by a relaxed load");
+    must<Transfer<Kind, Weak::used_store>>(false, "… made used by a relaxed store");
+    must<Transfer<Kind, Weak::used_load>>(false, "… found used by a relaxed load");
+    must<Batch<Kind, Weak::nothing>>(true, "buffers published together are seen together");
+    must<Batch<Kind, Weak::available_store>>(false, "… made available by a relaxed store");
+    must<Batch<Kind, Weak::available_load>>(false, "… found available by a relaxed load");
+    must<DriverSleeps<Kind, Weak::nothing, true, 1>>(true, "event index: no event to the driver is lost");
+    must<DriverSleeps<Kind, Weak::driver_barrier, true, 1>>(false, "… without arm()'s barrier");
+    must<DriverSleeps<Kind, Weak::device_barrier, true, 1>>(false, "… without the device's");
+    must<DriverSleeps<Kind, Weak::nothing, true, 2>>(true, "event index, after two: no event to the driver is lost");
+    must<DriverSleeps<Kind, Weak::driver_barrier, true, 2>>(false, "… without arm()'s barrier");
+    must<DriverSleeps<Kind, Weak::device_barrier, true, 2>>(false, "… without the device's");
+    must<DriverSleeps<Kind, Weak::nothing, false, 1>>(true, "flags: no event to the driver is lost");
+    must<DriverSleeps<Kind, Weak::driver_barrier, false, 1>>(false, "… without arm()'s barrier");
+    must<DriverSleeps<Kind, Weak::device_barrier, false, 1>>(false, "… without the device's");
+    must<DeviceSleeps<Kind, Weak::nothing, true>>(true, "event index: no notification to the device is lost");
+    must<DeviceSleeps<Kind, Weak::driver_barrier, true>>(false, "… without publish()'s barrier");
+    must<DeviceSleeps<Kind, Weak::device_barrier, true>>(false, "… without the device's");
+    must<DeviceSleeps<Kind, Weak::nothing, false>>(true, "flags: no notification to the device is lost");
+    must<DeviceSleeps<Kind, Weak::driver_barrier, false>>(false, "… without publish()'s barrier");
+    must<DeviceSleeps<Kind, Weak::device_barrier, false>>(false, "… without the device's");
+}
+
+} // namespace
+
+int main() {
+    std::cout << "split\n" << std::flush;
+    both<Split>();
+    std::cout << "packed\n" << std::flush;
+    both<Packed>();
+    model::must<Transfer<Packed, Weak::head_first>>(false, "… with a list's first flags not kept back");
+    return model::verdict();
+}

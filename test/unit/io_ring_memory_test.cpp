@@ -1,0 +1,123 @@
+// The accesses of MappedMemory's copies, counted by width: which of a shared field's bytes are accessed together.
+#include <array>
+#include <cstring>
+#include <gtest/gtest.h>
+#include <vector>
+import core.std;
+import io.ring.memory;
+
+namespace {
+using namespace fl;
+using namespace fl::io;
+
+struct Access {
+    const std::byte* at;
+    u32 width;
+    bool write;
+};
+std::vector<Access> accesses;
+
+/// VolatileAccess that keeps a record.
+struct RecordedAccess {
+    template <class W>
+    static W read(const std::byte* at) {
+        accesses.push_back({at, sizeof(W), false});
+        return VolatileAccess::read<W>(at);
+    }
+    template <class W>
+    static void write(std::byte* at, W value) {
+        accesses.push_back({at, sizeof(W), true});
+        VolatileAccess::write<W>(at, value);
+    }
+};
+
+constexpr usize size = 64;
+struct Page {
+    alignas(8) std::array<std::byte, size> bytes{};
+    BasicMappedMemory<RecordedAccess> memory{bytes.data(), bytes.size()};
+    Page() {
+        for (usize i = 0; i < size; ++i) {
+            bytes[i] = static_cast<std::byte>(i + 1);
+        }
+        accesses.clear();
+    }
+    std::vector<u32> widths() const {
+        std::vector<u32> all;
+        for (const Access& access : accesses) {
+            all.push_back(access.width);
+        }
+        return all;
+    }
+    /// Every byte of the range once, in order; naturally aligned; no aligned field within the range in two pieces.
+    void check(usize offset, usize count, bool write) const {
+        usize next = offset;
+        for (const Access& access : accesses) {
+            const usize at = static_cast<usize>(access.at - bytes.data());
+            ASSERT_EQ(at, next);
+            ASSERT_EQ(at % access.width, 0u);
+            ASSERT_EQ(access.write, write);
+            next += access.width;
+        }
+        ASSERT_EQ(next, offset + count);
+        for (const usize width : {usize{2}, usize{4}, usize{8}}) {
+            for (usize field = (offset + width - 1) / width * width; field + width <= offset + count; field += width) {
+                bool whole = false;
+                for (const Access& access : accesses) {
+                    const usize at = static_cast<usize>(access.at - bytes.data());
+                    whole = whole || (at <= field && field + width <= at + access.width);
+                }
+                ASSERT_TRUE(whole) << "field of " << width << " at " << field << ", copied " << offset << "+" << count;
+            }
+        }
+    }
+};
+
+TEST(RingMemory, CopiesAreAsWideAsAlignmentAndLengthAllow) {
+    const auto out = [](usize offset, usize count) {
+        Page page;
+        std::array<std::byte, size> into{};
+        page.memory.copy_out(offset, into.data(), count);
+        return page.widths();
+    };
+    using Widths = std::vector<u32>;
+    EXPECT_EQ(out(0, 16), (Widths{8, 8}));
+    EXPECT_EQ(out(8, 8), (Widths{8}));
+    EXPECT_EQ(out(4, 4), (Widths{4}));
+    EXPECT_EQ(out(8, 4), (Widths{4}));
+    EXPECT_EQ(out(2, 2), (Widths{2}));
+    EXPECT_EQ(out(0, 14), (Widths{8, 4, 2})) << "a packed descriptor without its flags";
+    EXPECT_EQ(out(24, 6), (Widths{4, 2})) << "length and id of a used descriptor";
+    EXPECT_EQ(out(12, 8), (Widths{4, 4})) << "a used element of a split queue";
+    EXPECT_EQ(out(1, 15), (Widths{1, 2, 4, 8}));
+    EXPECT_EQ(out(1, 1), (Widths{1}));
+    EXPECT_EQ(out(3, 2), (Widths{1, 1}));
+    EXPECT_EQ(out(6, 13), (Widths{2, 8, 2, 1}));
+    EXPECT_EQ(out(4, 15), (Widths{4, 8, 2, 1}));
+    EXPECT_EQ(out(5, 0), (Widths{}));
+}
+
+TEST(RingMemory, NoFieldIsTornAndEveryByteIsAccessedOnce) {
+    for (usize offset = 0; offset < 16; ++offset) {
+        for (usize count = 0; count <= 40; ++count) {
+            Page page;
+            std::array<std::byte, size> copy{};
+            page.memory.copy_out(offset, copy.data(), count);
+            page.check(offset, count, false);
+            EXPECT_EQ(std::memcmp(copy.data(), page.bytes.data() + offset, count), 0) << offset << "+" << count;
+            EXPECT_EQ(copy[count], std::byte{0}) << "nothing after the last byte";
+
+            Page target;
+            const std::array<std::byte, size> before = target.bytes;
+            std::array<std::byte, size> from{};
+            from.fill(std::byte{0xee});
+            target.memory.copy_in(offset, from.data(), count);
+            target.check(offset, count, true);
+            for (usize i = 0; i < size; ++i) {
+                const bool in_range = i >= offset && i < offset + count;
+                EXPECT_EQ(target.bytes[i], in_range ? std::byte{0xee} : before[i]) << offset << "+" << count;
+            }
+        }
+    }
+}
+
+} // namespace
