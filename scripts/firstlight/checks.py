@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from . import options, paths, process
+from . import options, outputs, paths, process
 from .problems import Exit, Problem
 from .vmtests import Result
 
@@ -370,8 +370,30 @@ def call_fault(tree: Tree, script: str, words: list[str]) -> str:
     return ""
 
 
+def figures(tree: Tree) -> Finding:
+    """docs/OUTPUT.md shows what scripts/outputs knows, and each figure in README's table of results is shown there."""
+    page_name = "docs/OUTPUT.md"
+    if page_name not in tree.files:
+        return Finding([f"there is no {page_name}"])
+    shown = tree.read(page_name)
+    faults = outputs.faults(shown)
+    there = set(re.findall(r"\d+(?:\.\d+)?", shown))
+    table = re.search(r"^## Results$(.*?)^## ", tree.read("README.md"), re.M | re.S)
+    rows = [line for line in (table[1].splitlines() if table else []) if line.startswith("|") and not re.match(r"\|[-:| ]+$", line)]
+    if len(rows) < 2:
+        faults.append("README.md: no table under the heading Results")
+    for row in rows[1:]:
+        for cell in row.strip("|").split("|")[1:]:
+            number = re.fullmatch(r"\s*\**([\d,]+(?:\.\d+)?)\**\s*", cell)
+            if not number:
+                faults.append(f"README.md: {cell.strip()!r} in the table of results is not a number")
+            elif number[1].replace(",", "") not in there:
+                faults.append(f"README.md: {number[1]} in the table of results is not a figure of {page_name}")
+    return Finding(faults)
+
+
 CHECKS: dict[str, Callable[[Tree], Finding]] = {
-    "format": formatted, "columns": columns, "commits": commits, "links": links, "paths": named, "commands": commands,
+    "format": formatted, "columns": columns, "commits": commits, "links": links, "paths": named, "commands": commands, "figures": figures,
 }  # fmt: skip
 
 

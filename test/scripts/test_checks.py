@@ -11,8 +11,8 @@ from unittest import mock
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
-from firstlight import checks, distribution, testing  # noqa: E402
-from firstlight.problems import Exit  # noqa: E402
+from firstlight import checks, distribution, outputs, process, testing  # noqa: E402
+from firstlight.problems import Exit, Problem  # noqa: E402
 
 README = """# It
 
@@ -22,6 +22,14 @@ README = """# It
 scripts/run --boot uefi --machine q35  # a comment
 FIRSTLIGHT_CACHE=/x sudo scripts/setup --refresh && scripts/test --only 'vm/x*'
 ```
+
+## Results
+
+| workload | ring | IDE |
+|---|---|---|
+| randread | 12860 | **0.31** |
+
+## More
 
 `scripts/run --disk` names one; `[no link](nowhere.md)` is code, and so is
 
@@ -38,6 +46,8 @@ class Planted(unittest.TestCase):
             self.write(name, (REPOSITORY / name).read_text())
         self.write("README.md", README)
         self.write("docs/MAP.md", "# Map\n\n## Two `words`\n\n[back](../README.md), [line](../src/core/a.cppm#L1)\n")
+        blocks = "".join(f"`{output.command}`\n\n<!-- output of {name} -->\n\n```\nxvda 12860 0.31\n```\n\n" for name, output in outputs.OUTPUTS.items())
+        self.write("docs/OUTPUT.md", "# Output\n\n" + blocks)
         self.write("src/core/a.cppm", "export module core.a;\n\nexport int answer() { return 42; }\n")
         self.write("src/hv/b.cppm", "export module hv.b; // " + "é" * 90 + "\n")
 
@@ -160,6 +170,16 @@ class Planted(unittest.TestCase):
         ):  # fmt: skip
             self.planted(checks.commands, "README.md", old, new, words)
 
+    def test_figures(self):
+        for name, old, new, words in (
+            ("README.md", "12860", "12861", "12861 in the table of results is not a figure of docs/OUTPUT.md"), ("README.md", "**0.31**", "0.32", "0.32 in the table"),
+            ("README.md", "12860", "fast", "'fast' in the table of results is not a number"), ("README.md", "## Results", "## Figures", "no table under the heading Results"),
+            ("docs/OUTPUT.md", "output of hyperv ", "output of vmbus ", "0 blocks for hyperv"), ("docs/OUTPUT.md", "`scripts/test`", "the tests", "`scripts/test`, which test is the output of"),
+            ("docs/OUTPUT.md", "xvda 12860 0.31\n", "", "1 blocks for run, one that is not empty expected"),
+            ("docs/OUTPUT.md", "# Output\n", "# Output\n\n<!-- output of more -->\n", "scripts/outputs does not know more"),
+        ):  # fmt: skip
+            self.planted(checks.figures, name, old, new, words)
+
     def test_each_is_a_row_and_a_fault_fails_the_run(self):
         rows = list(checks.checks(tree=checks.Tree(self.root)))
         self.assertEqual([row.name for row in rows], [f"checks/{name}" for name in checks.CHECKS])
@@ -176,6 +196,42 @@ class Planted(unittest.TestCase):
                 mock.patch.object(checks, "CHECKS", {name: lambda tree, name=name: checks.Finding(["wrong"] if name == "links" else []) for name in checks.CHECKS}),
             ):  # fmt: skip
                 self.assertIs(testing.main(words), Exit.FAILURE, words)
+
+
+class Outputs(unittest.TestCase):
+    """scripts/outputs replaces the block of its command and nothing else, and not at all if the command fails."""
+
+    def setUp(self):
+        self.page = Path(self.enterContext(tempfile.TemporaryDirectory())) / "OUTPUT.md"
+        self.page.write_text("# Output\n\n" + "".join(f"{name}:\n\n<!-- output of {name} -->\n\n```\nold {name}\n```\n\nmore\n" for name in outputs.OUTPUTS))
+        self.enterContext(mock.patch.object(outputs, "PAGE", self.page))
+        self.enterContext(mock.patch("sys.stderr"))
+
+    def test_each_in_its_place(self):
+        before = self.page.read_text()
+        done = subprocess.CompletedProcess([], 0, f"\x1b[1mnew\x1b[0m  \\1\nlab: {Path.home()}/lab\n", "")
+        with mock.patch.object(process, "run", return_value=done) as run:
+            self.assertIs(outputs.main(["--only", "hyperv"]), Exit.SUCCESS)
+        self.assertEqual(run.call_args.args[0], [REPOSITORY / "scripts/bench", "--only", "hyperv", "--yardstick"])
+        self.assertEqual(self.page.read_text(), before.replace("old hyperv\n", "new  \\1\nlab: ~/lab\n"))
+
+    def test_what_fails_changes_nothing(self):
+        before = self.page.read_text()
+        with mock.patch.object(process, "run", side_effect=Problem("no")), self.assertRaises(Problem):
+            outputs.main([])
+        with mock.patch.object(process, "run", return_value=subprocess.CompletedProcess([], 0, "a\n```\n", "")), self.assertRaisesRegex(Problem, "fence"):
+            outputs.main(["--only", "run"])
+        self.assertEqual(self.page.read_text(), before)
+        self.page.write_text(before.replace("output of run", "output of nothing"))
+        with mock.patch.object(process, "run") as run, self.assertRaisesRegex(Problem, "expected one fenced block"):
+            outputs.main(["--only", "run"])
+        run.assert_not_called()
+
+    def test_what_is_left_out(self):
+        steps = [f"  [{step}/6]  {step}.0 s  hda" for step in range(1, 7)]
+        self.assertEqual(outputs.first_and_last(["a", *steps, "b"]), ["a", *steps[:4], "…", steps[5], "b"])
+        rows = ["result   seconds  test", "passed      0.1  checks/format", "passed      0.1  host/A.b", "failed     10.1  vm/x: why", "build: host", "passed      0.1  build/host", "9 passed"]
+        self.assertEqual(outputs.whole_suites(rows), [rows[0], rows[1], "…", rows[5], rows[6]])
 
 
 if __name__ == "__main__":

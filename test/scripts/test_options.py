@@ -14,10 +14,10 @@ from unittest import mock
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from firstlight import bench, launch, machine, paths, probe, run, setup, testing  # noqa: E402
+from firstlight import bench, launch, machine, outputs, paths, probe, run, setup, testing  # noqa: E402
 from firstlight.problems import Exit, Problem  # noqa: E402
 
-SCRIPT = {"run": run, "bench": bench, "test": testing, "setup": setup}
+SCRIPT = {"run": run, "bench": bench, "test": testing, "setup": setup, "outputs": outputs}
 
 
 class TooEarly(AssertionError):
@@ -91,7 +91,7 @@ class Options(unittest.TestCase):
             ("bench", "--cmdline marks=5", "marks="), ("bench", "--boot bios", "invalid choice"), ("bench", "--boot uefi", "Add --only xen-emu"),
             ("test", "--only nonsense", "scripts/test --list"), ("test", "--only host --only nonsense", "--only nonsense"), ("test", "--fast --only tsan", "--fast leaves out"),
             ("test", f"--junit {nothing}/x", "does not exist"), ("test", f"--junit {self.folder}", "a folder"), ("test", "--lab perhaps", "invalid choice"),
-            ("setup", "--frob", "unrecognized"),
+            ("setup", "--frob", "unrecognized"), ("outputs", "--only nonsense", "invalid choice"), ("outputs", "--list --only run", "nothing is run"),
         ]  # fmt: skip
 
     def test_values(self):

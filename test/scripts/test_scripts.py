@@ -556,6 +556,7 @@ class Survival(unittest.TestCase):
             mock.patch.multiple(testing, script_tests=dies, host_tests=dies),
             mock.patch.object(testing.image, "checks", dies),
             mock.patch.object(testing.debugger, "checks", dies),
+            mock.patch.object(testing.checks, "checks", dies),
             mock.patch.object(testing.build, "kernel"),
             mock.patch.object(testing.setup, "ensure"),
             mock.patch.object(testing.lab, "find", side_effect=Problem("no lab")),
@@ -563,9 +564,9 @@ class Survival(unittest.TestCase):
         ):
             file = Path(folder) / "junit.xml"
             code = testing.main(["--fast", "--junit", str(file)])
-            self.assertEqual(file.read_text().count("<error"), 6)
+            self.assertEqual(file.read_text().count("<error"), 7)
         self.assertIs(code, Exit.FAILURE)
-        self.assertEqual(out.getvalue().splitlines()[-1], "5 passed, 6 failed, 0 skipped")
+        self.assertEqual(out.getvalue().splitlines()[-1], "6 passed, 7 failed, 0 skipped")
 
 
 class Choosing(unittest.TestCase):

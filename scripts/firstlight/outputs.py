@@ -1,0 +1,118 @@
+"""scripts/outputs: runs the commands that docs/OUTPUT.md shows, and puts what they print there."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from . import paths, process
+from .options import Conflict, Parser, demand_agreement
+from .problems import EXIT_HELP, Exit, Problem
+
+PAGE = paths.REPOSITORY / "docs" / "OUTPUT.md"
+LEFT_OUT = "…"
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    command: str
+    shorten: Callable[[list[str]], list[str]]
+    seconds: float  # at most
+
+
+def without(lines: list[str], dropped: Callable[[str], bool]) -> list[str]:
+    """The lines with one mark in place of each run of dropped ones."""
+    kept: list[str] = []
+    for line in lines:
+        if not dropped(line):
+            kept.append(line)
+        elif kept[-1:] != [LEFT_OUT]:
+            kept.append(LEFT_OUT)
+    return kept
+
+
+def first_and_last(lines: list[str]) -> list[str]:
+    """Of the lines of progress `[N/M]` the first four and the last."""
+    steps = [line for line in lines if re.match(r"\s*\[\d+/\d+\]", line)]
+    return without(lines, lambda line: line in steps[4:-1])
+
+
+def whole_suites(lines: list[str]) -> list[str]:
+    """The table of scripts/test without the rows that are many: boots, single host tests and single tests of the scripts."""
+    return without(lines, lambda line: re.match(r"\w+ +[\d.]+  (vm|host|asan|scripts)/|(vm|build)[: ]", line) is not None)
+
+
+OUTPUTS = {
+    "run": Output("scripts/run --deterministic", list, 900),
+    "xen-emu": Output("scripts/bench --only xen-emu --yardstick", first_and_last, 3600),
+    "hyperv": Output("scripts/bench --only hyperv --yardstick", first_and_last, 3600),
+    "test": Output("scripts/test", whole_suites, 7200),
+}
+
+
+def block(name: str) -> re.Pattern[str]:
+    """Where a command's output is: the mark, the fence, and what is between."""
+    return re.compile(rf"(^<!-- output of {re.escape(name)} -->\n+```\n)(.*?)(^```$)", re.M | re.S)
+
+
+def replaced(text: str, name: str, said: str) -> str:
+    if len(block(name).findall(text)) != 1:
+        raise Problem(f"{PAGE.name}: expected one fenced block behind the line `<!-- output of {name} -->`.", Exit.ERROR)
+    if "```" in said:
+        raise Problem(f"{OUTPUTS[name].command}: its output has a fence in it and cannot be shown in one.", Exit.ERROR)
+    return block(name).sub(lambda found: found[1] + said.rstrip("\n") + "\n" + found[3], text)
+
+
+def faults(text: str) -> list[str]:
+    """What is wrong with the page: each output is there once, with its command, and not empty; no other is."""
+    found = []
+    for name, output in OUTPUTS.items():
+        blocks = block(name).findall(text)
+        if len(blocks) != 1 or not blocks[0][1].strip():
+            found.append(f"docs/OUTPUT.md: {len(blocks)} blocks for {name}, one that is not empty expected; scripts/outputs --only {name} writes it")
+        if f"`{output.command}`" not in text:
+            found.append(f"docs/OUTPUT.md: `{output.command}`, which {name} is the output of, is not named")
+    marked = re.findall(r"^<!-- output of (\S+) -->$", text, re.M)
+    return found + [f"docs/OUTPUT.md: scripts/outputs does not know {name}" for name in marked if name not in OUTPUTS]
+
+
+def shown(text: str) -> str:
+    """Without what differs between machines and says nothing: the home, colours, blanks at the ends."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text).replace(str(paths.REPOSITORY) + "/", "")
+    return "\n".join(line.rstrip() for line in text.replace(str(Path.home()), "~").splitlines())
+
+
+def arguments() -> Parser:
+    parser = Parser(
+        prog="scripts/outputs",
+        description="Run the commands that docs/OUTPUT.md shows and put there what they print. A command that fails changes nothing.",
+        epilog="It takes as long as the commands do: scripts/bench twice, scripts/test once.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
+    )
+    parser.add_argument("--only", choices=tuple(OUTPUTS), action="append", default=[], help="only this output, several times (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the outputs and their commands")
+    return parser
+
+
+CONFLICTS = (Conflict(("only", "list"), "nothing is run"),)
+
+
+def main(words: list[str]) -> Exit:
+    options = arguments().parse_args(words)
+    demand_agreement(options, CONFLICTS)
+    if options.list:
+        for name, output in OUTPUTS.items():
+            print(f"{name:10} {output.command}")
+        return Exit.SUCCESS
+    paths.writable(PAGE, "scripts/outputs")
+    for name in options.only or OUTPUTS:
+        output = OUTPUTS[name]
+        replaced(PAGE.read_text(), name, "")  # the place is there, before anything takes its time
+        print(f"{name}: {output.command}", file=sys.stderr, flush=True)
+        script, *rest = shlex.split(output.command)
+        done = process.run([paths.REPOSITORY / script, *rest], timeout=output.seconds, cwd=paths.REPOSITORY, what=output.command)
+        paths.write_whole(PAGE, replaced(PAGE.read_text(), name, "\n".join(output.shorten(shown(done.stdout).splitlines()))))
+    return Exit.SUCCESS
