@@ -21,7 +21,7 @@ constexpr Instant after(Instant now, Nanoseconds length) { return length >= neve
 class MachineTime {
   public:
     static constexpr Nanoseconds longest_step = 100'000'000;
-    /// A stop that the other side may have noticed: resumed_at() tells of those.
+    /// A stop of this length is worth a line in the log: long_stops() counts those.
     static constexpr Nanoseconds long_stop = 1'000'000'000;
 
     /// Machine time at a reading of the clock.
@@ -31,10 +31,14 @@ class MachineTime {
         if (elapsed > latest) [[unlikely]] {
             stopped(elapsed - latest, elapsed);
         } else if (elapsed < last_) [[unlikely]] {
-            stopped_ -= last_ - elapsed;
-            if (last_ - elapsed >= long_stop) {
+            const Nanoseconds back = last_ - elapsed;
+            stopped_ -= back;
+            if (back > longest_step) { // less is no restored counter, but one that is not kept exactly
                 resumed_at_ = elapsed - stopped_;
-                last_stop_ = 0;
+            }
+            if (back >= long_stop) {
+                ++long_stops_;
+                last_long_stop_ = 0;
             }
         }
         last_ = elapsed;
@@ -45,19 +49,28 @@ class MachineTime {
     constexpr void rest_until(Instant elapsed) { rest_until_ = elapsed; }
     /// When the clock will show this machine time, if the machine is not stopped until then.
     constexpr Instant elapsed(Instant machine) const { return machine == never ? never : machine + stopped_; }
-    /// Machine time at the end of the last long stop; 0: there was none.
+    /// Machine time at the end of the last stop, however short; 0: there was none.
     constexpr Instant resumed_at() const { return resumed_at_; }
+    /// When a wait of `length` that began at `begun` is over: after a stop it has its whole length anew, and all stops
+    /// together make it at most twice as long.
+    constexpr Instant end_of_bound(Instant begun, Nanoseconds length) const {
+        const Instant end = after(begun, length);
+        return resumed_at_ <= begun ? end : std::min(after(resumed_at_, length), after(end, length));
+    }
     /// All that did not count; modulo 2^64, when the clock was set back.
     constexpr Nanoseconds stopped() const { return stopped_; }
-    /// The length of the last long stop; 0: there was none, or it was one at which the clock was set back.
-    constexpr Nanoseconds last_stop() const { return last_stop_; }
+    /// How many stops were of `long_stop` and more.
+    constexpr u32 long_stops() const { return long_stops_; }
+    /// The length of the last one of them; 0: there was none, or the clock was set back at it.
+    constexpr Nanoseconds last_long_stop() const { return last_long_stop_; }
 
   private:
     constexpr void stopped(Nanoseconds length, Instant elapsed) {
         stopped_ += length;
+        resumed_at_ = elapsed - stopped_;
         if (length >= long_stop) {
-            resumed_at_ = elapsed - stopped_;
-            last_stop_ = length;
+            ++long_stops_;
+            last_long_stop_ = length;
         }
     }
 
@@ -65,18 +78,20 @@ class MachineTime {
     Instant rest_until_ = never;
     Nanoseconds stopped_ = 0; // modulo 2^64, when the clock was set back
     Instant resumed_at_ = 0;
-    Nanoseconds last_stop_ = 0;
+    Nanoseconds last_long_stop_ = 0;
+    u32 long_stops_ = 0;
 };
 
-/// The bound of a loop that reads the clock each time round and has no executor. In machine time.
+/// The bound of a loop that reads the clock each time round and has no executor. In machine time; anew after a stop.
 class SpinBound {
   public:
-    constexpr SpinBound(Instant elapsed, Nanoseconds length) : end_(after(time_.read(elapsed), length)) {}
-    constexpr bool passed(Instant elapsed) { return time_.read(elapsed) >= end_; }
+    constexpr SpinBound(Instant elapsed, Nanoseconds length) : begun_(time_.read(elapsed)), length_(length) {}
+    constexpr bool passed(Instant elapsed) { return time_.read(elapsed) >= time_.end_of_bound(begun_, length_); }
 
   private:
     MachineTime time_;
-    Instant end_;
+    Instant begun_;
+    Nanoseconds length_;
 };
 
 /// Cycles of a constant-rate counter to nanoseconds: ns = (cycles * multiplier) >> 32, exact to 1 part in 2^31, no

@@ -163,10 +163,10 @@ void Executor::renew_bounds() {
         }
         start(timer);
     }
-    if (processor_ == 0) {
-        if (clock_.last_stop() != 0) {
+    if (std::exchange(told_stops_, clock_.long_stops()) != clock_.long_stops() && processor_ == 0) {
+        if (clock_.last_long_stop() != 0) {
             log::info("the machine stood still for {} ms: every wait for another side begins anew",
-                      clock_.last_stop() / 1'000'000);
+                      clock_.last_long_stop() / 1'000'000);
         } else {
             log::info("the machine stood still, and its clock was set back: every wait for another side begins anew");
         }

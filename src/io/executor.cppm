@@ -197,13 +197,10 @@ class Executor {
     /// What the clock shows, stops of the machine included: for measuring, from any processor and comparable between
     /// them.
     Instant elapsed() const { return platform_.now(platform_.context); }
-    /// Machine time at the end of the last long stop of the machine that this executor has noticed; 0: none.
+    /// Machine time at the end of the last stop of the machine that this executor has noticed; 0: none.
     Instant resumed_at() const { return clock_.resumed_at(); }
     /// When a wait of `length` that began at `begun` is over [Bound].
-    Instant end_of_bound(Instant begun, Nanoseconds length) const {
-        const Instant end = after(begun, length);
-        return resumed_at() <= begun ? end : std::min(after(resumed_at(), length), after(end, length));
-    }
+    Instant end_of_bound(Instant begun, Nanoseconds length) const { return clock_.end_of_bound(begun, length); }
 
     /// Runs until the task has finished and gives its value. Not reentrant.
     template <class T>
@@ -302,6 +299,7 @@ class Executor {
     Instant turn_time_ = 0;
     Instant next_tick_ = 0;
     Instant renewed_at_ = 0; // resumed_at() when the timers were last looked at for it
+    u32 told_stops_ = 0;     // long stops that the log has a line of
     u64 turns_ = 0;
     u64 idles_ = 0;
     Post* posts_ = nullptr; // out of the door and not run yet, oldest first

@@ -32,11 +32,26 @@ TEST(MachineTimeTest, AStopCountsAsOneStep) {
     EXPECT_EQ(time.elapsed(never), never);
 }
 
-TEST(MachineTimeTest, ShortStopsDoNotCountAndAreNoNews) {
-    MachineTime time;
-    static_cast<void>(time.read(1 * s));
-    EXPECT_EQ(time.read(1 * s + 800 * ms), 1 * s + step);
-    EXPECT_EQ(time.resumed_at(), 0u);
+// The other side stood still as well, however short the stop was: it gets its whole time anew. Only long ones are told.
+TEST(MachineTimeTest, ShortStopsAreStopsAndNotTold) {
+    for (const Nanoseconds length : {101 * ms, 200 * ms, 800 * ms, 1099 * ms, 1100 * ms}) {
+        MachineTime time;
+        static_cast<void>(time.read(1 * s));
+        EXPECT_EQ(time.read(1 * s + length), 1 * s + step);
+        EXPECT_EQ(time.resumed_at(), 1 * s + step) << length;
+        EXPECT_EQ(time.long_stops(), length - step >= 1 * s ? 1u : 0u) << length;
+        EXPECT_EQ(time.last_long_stop(), length - step >= 1 * s ? 1 * s : 0u) << length;
+    }
+    MachineTime back;
+    static_cast<void>(back.read(100 * s));
+    EXPECT_EQ(back.read(99 * s + 500 * ms), 100 * s) << "a counter that was restored to half a second ago";
+    EXPECT_EQ(back.resumed_at(), 100 * s);
+    EXPECT_EQ(back.long_stops(), 0u);
+    MachineTime exact;
+    static_cast<void>(exact.read(100 * s));
+    EXPECT_EQ(exact.read(100 * s - step), 100 * s);
+    EXPECT_EQ(exact.read(100 * s), 100 * s + step);
+    EXPECT_EQ(exact.resumed_at(), 0u) << "a step that long is none, in neither direction";
 }
 
 TEST(MachineTimeTest, ARestThatWasAskedForIsNoStop) {
@@ -68,6 +83,8 @@ TEST(MachineTimeTest, AClockThatIsSetBack) {
     static_cast<void>(time.read(100 * s));
     EXPECT_EQ(time.read(2 * s), 100 * s) << "a counter that began anew with a restored machine";
     EXPECT_EQ(time.resumed_at(), 100 * s);
+    EXPECT_EQ(time.long_stops(), 1u);
+    EXPECT_EQ(time.last_long_stop(), 0u) << "nobody knows how long it was";
     EXPECT_EQ(time.read(2 * s + 3 * ms), 100 * s + 3 * ms);
     EXPECT_EQ(time.elapsed(100 * s + 10 * ms), 2 * s + 10 * ms);
     EXPECT_EQ(time.read(2 * s + 1 * ms), 100 * s + 3 * ms) << "never back, however little";
@@ -81,7 +98,24 @@ TEST(MachineTimeTest, SpinBound) {
     while (!bound.passed(clock += 50 * ms)) {
         ++looks;
     }
-    EXPECT_EQ(looks, 17u) << "100 ms of the stop, and 18 times 50 ms";
+    EXPECT_EQ(looks, 19u) << "its whole length after the stop";
+    SpinBound often(5 * s, 1 * s);
+    clock = 5 * s;
+    looks = 0;
+    while (!often.passed(clock += 60 * s)) {
+        ++looks;
+    }
+    EXPECT_EQ(looks, 19u) << "stopped between all looks: each counts 100 ms, and twice the length is the most";
+}
+
+// As two processors ask each other when one starts: 100 ms, of which a stop takes nothing away.
+TEST(MachineTimeTest, AShortSpinBoundOutlastsAStop) {
+    for (const Nanoseconds length : {200 * ms, 1000 * ms}) {
+        SpinBound bound(5 * s, 100 * ms);
+        EXPECT_FALSE(bound.passed(5 * s + length)) << length;
+        EXPECT_FALSE(bound.passed(5 * s + length + 99 * ms)) << length;
+        EXPECT_TRUE(bound.passed(5 * s + length + 100 * ms)) << length;
+    }
 }
 
 } // namespace

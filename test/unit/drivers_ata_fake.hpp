@@ -30,6 +30,15 @@ class Clock {
             [](void* c, Instant until, const std::atomic<bool>& wake) { static_cast<Clock*>(c)->idle(until, wake); }};
     }
     void at(Instant when, std::function<void()> what) { events_.emplace(when, std::move(what)); }
+    /// The whole machine stands still, its devices included: what they were doing takes as long as it did before.
+    void stop(Nanoseconds length) {
+        time += length;
+        std::multimap<Instant, std::function<void()>> later;
+        for (auto& [when, what] : events_) {
+            later.emplace(when + length, std::move(what));
+        }
+        events_ = std::move(later);
+    }
     void idle(Instant until, const std::atomic<bool>& wake) {
         while (!wake && !events_.empty() && events_.begin()->first <= until) {
             auto node = events_.extract(events_.begin());

@@ -44,7 +44,7 @@ struct Machine {
     Interrupts interrupts;
     Sink sink;
     io::Executor executor{clock.platform()};
-    drivers::Environment environment{executor, memory, interrupts, sink, 100'000'000, 0};
+    drivers::Environment environment;
     Channel primary{clock, memory, interrupts};
     Channel secondary{clock, memory, interrupts};
     std::vector<Channel*> all{&primary, &secondary};
@@ -52,7 +52,7 @@ struct Machine {
     pci_test::Function& function = space.add(0, 1, 1, 0x8086, 0x7010, 0x010180);
     ata::Controller<Ports> controller{environment, Ports{&all}};
 
-    Machine() {
+    explicit Machine(Nanoseconds timeout = 100'000'000) : environment{executor, memory, interrupts, sink, timeout, 0} {
         secondary.command = 0x170;
         secondary.control = 0x376;
         secondary.bus_master = 0xc048;

@@ -92,6 +92,47 @@ TEST_F(AtaTime, AStoppedMachineIsNoSilentDisk) {
     }
 }
 
+// Stops of less than a second, and one in each command: the disk needs nearly the whole time-out for a command and
+// stands still together with the machine. Each stop counts as a step of machine time, so that it would be silent for
+// too long.
+TEST(AtaStops, ShortStopsOfASlowDiskLoseNothing) {
+    for (const Nanoseconds limit : {Nanoseconds{500'000'000}, Nanoseconds{5'000'000'000}}) {
+        for (const u32 depth : {1u, 32u}) {
+            for (const Nanoseconds length : {200'000'000u, 600'000'000u, 1'000'000'000u}) {
+                for (const Nanoseconds when : {10'000'000u, 250'000'000u, 440'000'000u}) {
+                    Machine m(limit);
+                    m.add(m.primary, 0);
+                    ASSERT_TRUE(m.attach());
+                    m.primary.latency = limit - 50'000'000;
+                    u32 stops = 0;
+                    std::function<void()> stop = [&] {
+                        ++stops;
+                        m.clock.stop(length);
+                        m.clock.at(m.clock.time + m.primary.latency, stop);
+                    };
+                    m.clock.at(m.clock.time + when, stop);
+                    std::vector<std::unique_ptr<io::Request>> requests;
+                    const DmaSpan buffer = *m.memory.allocate(depth * 4096, ~u64{0});
+                    for (u32 i = 0; i < depth; ++i) {
+                        requests.push_back(std::make_unique<io::Request>(m.disk(0), io::Op::read, 1000 + 100 * i,
+                                                                         buffer.subspan(4096 * i, 4096)));
+                        requests.back()->waiter = std::noop_coroutine();
+                        m.disk(0).submit(*requests.back());
+                    }
+                    const auto ended = [](const auto& r) { return !r->pending(); };
+                    ASSERT_TRUE(m.turns_until([&] { return std::ranges::all_of(requests, ended); }, 600'000'000'000));
+                    for (const auto& r : requests) {
+                        EXPECT_EQ(r->status, io::Status::ok) << r->lba;
+                    }
+                    EXPECT_GE(stops, depth);
+                    EXPECT_EQ(m.queue().resets(), 0u) << limit << ", " << length << " after " << when;
+                    EXPECT_FALSE(m.queue().closed());
+                }
+            }
+        }
+    }
+}
+
 TEST_F(AtaTime, ADeadDiskIsFoundInMachineTimeAlsoWithStops) {
     for (const u32 stops : {0u, 1u, 5u}) {
         Machine fresh;

@@ -378,7 +378,7 @@ TEST_F(StopTest, LongComputations) {
     const auto computes = [](FakeMachine& m, Executor& e) -> Task<Result<Nanoseconds>> {
         const Instant begun = e.now();
         for (u32 i = 0; i < 50; ++i) {
-            m.time += 100_ms;
+            m.time += 100_ms - m.step; // with what the reading takes: as long as a step may be
             static_cast<void>(e.now());
         }
         co_return e.now() - begun;
@@ -432,6 +432,30 @@ TEST_F(StopTest, ABoundHasItsWholeLengthAfterAStop) {
     const Nanoseconds waited = *executor.run(wait_long(executor, latch, 5_s));
     EXPECT_GE(waited, 9_s);
     EXPECT_LT(waited, 9_s + 200_ms);
+}
+
+// A stop that is too short for the log is one for the bounds.
+TEST_F(StopTest, ABoundHasItsWholeLengthAfterAShortStop) {
+    struct At {
+        FakeMachine& machine;
+        Instant time;
+        Nanoseconds length;
+    };
+    for (const Nanoseconds length : {200_ms, 600_ms, 1'000_ms}) {
+        Latch latch(executor);
+        At at{machine, machine.time + 400_ms, length};
+        machine.on_idle_context = &at;
+        machine.on_idle = [](void* c) {
+            auto& stop = *static_cast<At*>(c);
+            if (stop.machine.time >= stop.time) {
+                stop.machine.time += std::exchange(stop.length, 0);
+            }
+        };
+        const Nanoseconds waited = *executor.run(wait_long(executor, latch, 500_ms));
+        EXPECT_GE(waited, 900_ms) << length;
+        EXPECT_LT(waited, 900_ms + 200_ms) << length;
+    }
+    EXPECT_FALSE(log.has("stood still"));
 }
 
 TEST_F(StopTest, StopsMakeABoundAtMostTwiceAsLong) {

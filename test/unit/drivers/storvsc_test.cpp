@@ -633,6 +633,71 @@ TEST_F(StorvscTime, AStoppedMachineIsNoSilentHost) {
     EXPECT_FALSE(m.log.has("no answer within"));
 }
 
+// Stops of less than a second, one in each request; the host needs nearly the whole time-out for one and stands still
+// together with the machine.
+TEST(StorvscStops, ShortStopsOfASlowHostLoseNothing) {
+    struct Slow {
+        Machine m;
+        Nanoseconds each, when, length;
+        u32 stops = 0;
+        bool works = false;
+        Instant done = 0;
+        Instant stop_at = never;
+
+        Slow(Nanoseconds limit, Nanoseconds stop_when, Nanoseconds stop_length)
+            : m(Version::win10, 32768, limit), each(limit - 50'000'000), when(stop_when), length(stop_length) {
+            m.clock.on_idle_context = this;
+            m.clock.on_idle = [](void* self) { static_cast<Slow*>(self)->idle(); };
+        }
+        void idle() {
+            const u64 wanted = m.host.signals_wanted;
+            m.host.take();
+            const Instant now = m.clock.time;
+            if (m.host.commands.empty()) {
+                return;
+            }
+            if (!std::exchange(works, true)) {
+                done = now + each;
+                stop_at = now + when;
+            } else if (now >= stop_at) {
+                ++stops;
+                m.clock.time += length;
+                done += length;
+                stop_at = never;
+            } else if (now >= done) {
+                works = false;
+                m.host.answer();
+            }
+            if (m.host.signals_wanted != wanted) {
+                m.interrupt();
+            }
+        }
+    };
+    for (const Nanoseconds limit : {Nanoseconds{500'000'000}, Nanoseconds{5'000'000'000}}) {
+        for (const u32 depth : {1u, 32u}) {
+            for (const Nanoseconds length : {200'000'000u, 600'000'000u, 1'000'000'000u}) {
+                for (const Nanoseconds when : {10'000'000u, 250'000'000u, 440'000'000u}) {
+                    Slow slow(limit, when, length);
+                    Machine& m = slow.m;
+                    std::vector<std::unique_ptr<io::Request>> requests;
+                    const DmaSpan buffer = m.buffer(4096);
+                    for (u32 i = 0; i < depth; ++i) {
+                        requests.push_back(std::make_unique<io::Request>(*m.disk, io::Op::write, 8 * i, buffer));
+                        m.disk->submit(*requests.back());
+                    }
+                    for (const auto& request : requests) {
+                        ASSERT_TRUE(m.settle(*request, 600'000'000'000));
+                        EXPECT_EQ(request->status, io::Status::ok) << limit << ", " << length << " after " << when;
+                    }
+                    EXPECT_GE(slow.stops, depth);
+                    EXPECT_EQ(m.host.resets, 0u) << limit << ", " << length << " after " << when;
+                    EXPECT_TRUE(m.queue->is_open());
+                }
+            }
+        }
+    }
+}
+
 TEST_F(StorvscTime, ADeadHostIsFoundInMachineTimeAlsoWithStops) {
     m.host.hold = true;
     stop_after = 600'000'000;

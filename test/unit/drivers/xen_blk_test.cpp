@@ -893,6 +893,56 @@ TEST(XenBlkTime, AStoppedMachineIsNoSilentBackEnd) {
     }
 }
 
+// Stops of less than a second, one in each request; the back end needs nearly the whole time-out for one and stands
+// still together with the machine.
+TEST(XenBlkTime, ShortStopsOfASlowBackEndLoseNothing) {
+    for (const Nanoseconds limit : {Nanoseconds{500'000'000}, Nanoseconds{5'000'000'000}}) {
+        for (const u32 depth : {1u, 32u}) {
+            for (const Nanoseconds length :
+                 {Nanoseconds{200'000'000}, Nanoseconds{600'000'000}, Nanoseconds{1'000'000'000}}) {
+                for (const Nanoseconds when :
+                     {Nanoseconds{10'000'000}, Nanoseconds{250'000'000}, Nanoseconds{440'000'000}}) {
+                    Capture capture;
+                    DiskMachine m({});
+                    m.environment.timeout = limit;
+                    ASSERT_TRUE(m.probe());
+                    m.back.at_once = 1;
+                    u32 stops = 0;
+                    bool works = false;
+                    Instant done = 0;
+                    Instant stop_at = never;
+                    m.world.device = [&] {
+                        if (m.back.ring == nullptr || m.back.req_cons == m.back.word(0)) {
+                            return m.back.step();
+                        }
+                        if (!std::exchange(works, true)) {
+                            done = m.world.now + limit - 50'000'000;
+                            stop_at = m.world.now + when;
+                        }
+                        if (m.world.now >= stop_at) {
+                            ++stops;
+                            m.world.now += length;
+                            done += length;
+                            stop_at = never;
+                        }
+                        if (m.world.now < done) {
+                            return false;
+                        }
+                        works = false;
+                        return m.back.step();
+                    };
+                    Load load{m.disk(), 1, 4096, true};
+                    Figures f;
+                    ASSERT_TRUE(m.run(run_load(m, load, depth, f)));
+                    EXPECT_EQ(load.failed, 0u) << limit << ", " << length << " after " << when << capture.text;
+                    EXPECT_GE(stops, depth);
+                    EXPECT_EQ(capture.text.find("closed"), std::string::npos) << capture.text;
+                }
+            }
+        }
+    }
+}
+
 // 32 requests at once, one answer every 150 ms: the last one comes after 24 time-outs.
 TEST(XenBlkTime, ASlowBackEndIsNeverClosed) {
     DiskMachine m({});
