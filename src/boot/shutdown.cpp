@@ -34,42 +34,47 @@ struct Work {
     io::TaskGroup group; // ends before what it uses
 };
 
-// On the lane's own processor.
-io::Task<Result<void>> settle(io::BlockDevice& lane, Nanoseconds length) {
+// On the lane's own processor: nothing more is begun, and how many requests have not ended.
+io::Task<Result<u64>> hold(io::BlockDevice& lane) {
     lane.hold();
-    const io::Bound bound(lane.executor(), length);
-    while (lane.under_way() != 0) {
-        if (bound.passed()) {
-            co_return Error{Code::timed_out, "requests are still under way", 0, lane.under_way()};
-        }
-        co_await lane.executor().sleep(1'000'000);
-    }
-    co_return Result<void>{};
+    co_return lane.under_way();
 }
 
 // Nothing more is begun on any disk, and what is under way has ended: no device reaches into the job's buffers any
-// more. All lanes are stopped before the first one is waited for.
+// more. All lanes are held before the first one is waited for. A disk that is slow and answers is waited for, however
+// many requests it has; `timeout` bounds the time in which none ends on any disk, since lanes of one disk, and disks of
+// one host, may wait behind each other. So all of it takes a time-out for each request that was under way, at most.
 io::Task<Result<void>> bring_to_rest(const Disks& disks, JobServices services, Nanoseconds timeout) {
-    Result<void> result;
-    const io::Bound bound(services.executor, timeout); // for all of them together
-    for (const bool wait : {false, true}) {
-        result = {};
+    static constexpr Nanoseconds poll = 1'000'000;
+    std::optional<io::Bound> silence;
+    for (u64 before = 0;;) {
+        u64 under_way = 0;
+        std::optional<Error> failed;
         for (io::BlockDevice* disk : disks.all()) {
             for (u32 i = 0; i < disk->lanes(); ++i) {
                 io::BlockDevice& lane = disk->lane(i);
-                const Instant now = services.executor.now();
-                // a length: each lane counts its own time
-                const Nanoseconds left = wait && !bound.passed(now) ? bound.due() - now : 0;
-                auto settled = &lane.executor() == &services.executor
-                                   ? co_await settle(lane, left)
-                                   : co_await io::run_on(lane.executor(), settle(lane, left));
-                if (!settled) {
-                    result = settled;
+                const auto held = &lane.executor() == &services.executor
+                                      ? co_await hold(lane)
+                                      : co_await io::run_on(lane.executor(), hold(lane));
+                if (held) {
+                    under_way += *held;
+                } else {
+                    failed = held.error();
                 }
             }
         }
+        if (under_way == 0) {
+            co_return failed ? Result<void>(*failed) : Result<void>{};
+        }
+        if (!silence || under_way < before) {
+            silence.emplace(services.executor, timeout);
+        } else if (silence->passed()) {
+            co_return Error{Code::timed_out, "requests are still under way, and for a whole time-out none has ended", 0,
+                            under_way};
+        }
+        before = under_way;
+        co_await services.executor.sleep(poll);
     }
-    co_return result;
 }
 
 } // namespace
@@ -89,13 +94,14 @@ io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks
     log::info("boot: {} asks for a shutdown: flushing {} {}", shutdown.by(), disks.all().size(),
               noun(disks.all().size(), "disks"));
     // A job that is not done ends here, with all that it waits for; its memory only when no host can reach it any more.
+    Outcome outcome;
     if (auto rested = co_await bring_to_rest(disks, services, options.timeout); rested) {
         work.reset();
     } else {
-        log::warning("boot: the job's memory is given up: {}", rested.error());
+        log::error("boot: not every disk comes to rest; the job's memory is given up: {}", rested.error());
         static_cast<void>(work.release());
+        outcome.verdict = Verdict::failure;
     }
-    Outcome outcome;
     for (io::BlockDevice* disk : disks.all()) {
         if (disk->removed()) {
             log::info("{}: taken away, nothing to flush", disk->identity().name.view());
@@ -109,7 +115,7 @@ io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks
     shutdown.rest(outcome.verdict == Verdict::success);
     static_cast<void>(co_await shutdown.was_answered({services.executor, answer_bound}));
     print(outcome.reason, "shut down as {} asked{}", shutdown.by(),
-          outcome.verdict == Verdict::success ? "" : ", and not every disk could be flushed");
+          outcome.verdict == Verdict::success ? "" : ", and not every disk could be brought to rest and flushed");
     co_return outcome;
 }
 

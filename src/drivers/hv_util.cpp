@@ -98,9 +98,8 @@ io::Task<Result<void>> Utility::shut_down(std::span<std::byte> message, u64 tran
         Service::refuse(message);
         co_return reply(message, transaction);
     }
-    const bool good =
-        co_await shutdown->rested({environment_.executor, 4 * environment_.timeout}) && shutdown->at_rest();
-    if (!good) {
+    static_cast<void>(co_await shutdown->rested());
+    if (!shutdown->at_rest()) {
         Service::refuse(message);
     }
     auto replied = reply(message, transaction);

@@ -2,7 +2,7 @@
 // the kernel's main task stops the job and brings the disks to rest, and then the one who was asked may answer. One
 // processor: all of it on one executor.
 //
-//   asked by a driver:   ask(...) is true  →  co_await rested(bound)  →  (answers its host)  →  answered()
+//   asked by a driver:   ask(...) is true  →  co_await rested()       →  (answers its host)  →  answered()
 //   the main task:       co_await asked()  →  (ends the job, flushes)  →  rest(result)
 //                        →  co_await was_answered(bound)  →  verdict
 export module io.shutdown;
@@ -32,9 +32,10 @@ class Shutdown {
     bool requested() const { return requested_; }
     std::string_view by() const { return by_; }
 
-    /// For the driver: waits until everything acknowledged is on stable storage; false: the bound passed first, or a
-    /// disk failed.
-    auto rested(const Bound& bound) { return rested_.wait(bound); }
+    /// For the driver: waits until the main task is done with the disks; then at_rest() says whether everything
+    /// acknowledged is on stable storage. Without a bound of its own: the main task's waits have theirs, which depend
+    /// on how many requests a slow disk still has.
+    auto rested() { return rested_.wait(); }
     bool at_rest() const { return at_rest_; }
     void answered() { answered_.open(); }
 

@@ -84,6 +84,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
         fl::u32 per_drain = ~fl::u32{0}; // requests that end in one turn
         bool newest_first = false;
         fl::Nanoseconds latency = 0; // not earlier than so long after the submission
+        fl::Nanoseconds each = 0;    // one after the other, and each takes so long
         bool never_answers = false;  // the time-out ends them, with the buffer lost
         bool removed = false;
         fl::u64 fail_lba = ~fl::u64{0};
@@ -114,6 +115,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
     }
     ~MemoryDisk() { executor().remove(*this); }
     fl::io::Geometry& change_geometry() { return geometry_; }
+    void rename(std::string_view name) { identity_.name = fl::FixedText<16>(name); }
 
     void flush() override { ++counters_.notifications; }
     bool drain() override {
@@ -125,10 +127,12 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
                     request = request->link;
                 }
             }
-            if (behaviour.never_answers || executor().now() < since(*request) + behaviour.latency) {
+            if (behaviour.never_answers || executor().now() < since(*request) + behaviour.latency ||
+                executor().now() < free_at_ + behaviour.each) {
                 break;
             }
             drop(*request);
+            free_at_ = executor().now();
             some = true;
             complete(*request, perform(*request));
         }
@@ -136,7 +140,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
     }
     bool arm() override {
         // Whatever is late comes when the clock has moved on.
-        return !queue_.empty() && !behaviour.never_answers;
+        return !queue_.empty() && !behaviour.never_answers && behaviour.each == 0;
     }
     void tick(fl::Instant now) override {
         while (!queue_.empty() && since(*queue_.front()) + timeout() <= now) {
@@ -150,6 +154,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
 
   protected:
     void start(fl::io::Request& request) override {
+        free_at_ = queue_.empty() ? executor().now() : free_at_;
         queue_.push(request);
         auto* free = std::find_if(since_.begin(), since_.end(), [](const Since& s) { return s.request == nullptr; });
         *free = {&request, executor().turn_time()};
@@ -212,6 +217,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
         return true;
     }
     fl::io::RequestQueue queue_;
+    fl::Instant free_at_ = 0;         // when it had done with the one before
     std::array<Since, 1024> since_{}; // when each came
 };
 
