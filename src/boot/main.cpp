@@ -304,7 +304,13 @@ struct PciCandidate {
 struct PciList {
     Vector<PciCandidate> list;
     u32 functions = 0;
+    u32 unreachable = 0;
     u32 dropped = 0;
+
+    void count(const drivers::pci::Enumerated& found) {
+        functions += found.functions;
+        unreachable += found.unreachable;
+    }
 };
 
 void keep_candidate(void* context, const drivers::pci::Device& device) {
@@ -340,7 +346,7 @@ void find_pci_functions(PciList& into, Devices& devices) {
     const u64 mcfg = acpi_tables() != nullptr ? acpi_tables()->mcfg : 0;
     const bool have_ports = drivers::pci::MechanismOne::present();
     if (have_ports) {
-        into.functions = drivers::pci::enumerate(ports, keep_candidate, &into, 0, ask_for_roots, mcfg != 0);
+        into.count(drivers::pci::enumerate(ports, keep_candidate, &into, 0, ask_for_roots, mcfg != 0));
     }
     const u32 count = mcfg != 0 ? acpi::ecam_count(physical_memory(), mcfg) : 0;
     for (u32 i = 0; i < count; ++i) {
@@ -355,17 +361,22 @@ void find_pci_functions(PciList& into, Devices& devices) {
             continue;
         }
         const bool first_segment = at->segment == 0;
-        into.functions += drivers::pci::enumerate(*ecam, keep_candidate, &into, at->first_bus,
-                                                  first_segment ? ask_for_roots : nullptr, first_segment);
+        into.count(drivers::pci::enumerate(*ecam, keep_candidate, &into, at->first_bus,
+                                           first_segment ? ask_for_roots : nullptr, first_segment));
     }
     if (!have_ports && count == 0 && acpi_tables() != nullptr) {
         if (const u64 base = acpi::find_root_bridges(physical_memory(), *acpi_tables()).cba; base != 0) {
             static drivers::pci::Ecam ecam(base, 0, 255);
-            into.functions = drivers::pci::enumerate(ecam, keep_candidate, &into, 0, ask_for_roots, true);
+            into.count(drivers::pci::enumerate(ecam, keep_candidate, &into, 0, ask_for_roots, true));
         }
     }
     if (into.dropped != 0) {
         devices.left_out("PCI functions", into.dropped, true, "no memory for them");
+    }
+    if (into.unreachable != 0) {
+        devices.left_out("places on PCI buses", into.unreachable, true,
+                         "their registers cannot be mapped: no memory for page tables, or a bus beyond those of the "
+                         "MCFG table");
     }
 }
 

@@ -124,6 +124,7 @@ void Walk::function(const Device& device) {
 
 void Walk::bus(u8 number) {
     walked_.add(number);
+    const u32 failed_before = config_.failed_reads();
     for (u8 slot = 0; slot < 32; ++slot) {
         u8 functions = 1;
         for (u8 n = 0; n < functions; ++n) {
@@ -140,6 +141,7 @@ void Walk::bus(u8 number) {
             function(*device);
         }
     }
+    unreachable_ += config_.failed_reads() - failed_before; // a place that fails is read once
 }
 
 void Walk::tree(u8 root) {
@@ -163,15 +165,17 @@ void Walk::rest(u8 first, u8 last) {
     }
 }
 
-u32 enumerate(Config& config, Walk::Found found, void* context, u8 first, std::optional<Roots> (*ask)(), bool always) {
+Enumerated enumerate(Config& config, Walk::Found found, void* context, u8 first, std::optional<Roots> (*ask)(),
+                     bool always) {
     Walk walk(config, found, context);
+    const auto counts = [&] { return Enumerated{walk.functions(), walk.unreachable()}; };
     walk.tree(first);
     if (!walk.more_host_bridges() && !always) {
-        return walk.functions();
+        return counts();
     }
     const std::optional<Roots> said = ask != nullptr ? ask() : std::nullopt;
     if (!said && !walk.more_host_bridges()) {
-        return walk.functions();
+        return counts();
     }
     const Roots roots = said.value_or(Roots{.others = true});
     for (u32 n = roots.first; n <= roots.last; ++n) {
@@ -185,7 +189,7 @@ u32 enumerate(Config& config, Walk::Found found, void* context, u8 first, std::o
         (first == roots.last || config.read32({roots.last, 0, 0}, offset_of(Field::identity)) != identity)) {
         walk.rest(roots.first, roots.last);
     }
-    return walk.functions();
+    return counts();
 }
 
 } // namespace fl::drivers::pci

@@ -39,6 +39,8 @@ class Config {
     virtual u32 read32(Address at, u8 offset) = 0;
     virtual void write32(Address at, u8 offset, u32 value) = 0;
     virtual void write16(Address at, u8 offset, u16 value) = 0;
+    /// Reads so far that did not get to a function's registers and gave all ones for that, not for an empty place.
+    virtual u32 failed_reads() const { return 0; }
 
   protected:
     ~Config() = default;
@@ -171,6 +173,8 @@ class Walk {
     bool more_host_bridges() const { return more_host_bridges_; }
     /// Functions found.
     u32 functions() const { return functions_; }
+    /// Places that could not be looked at, one for each device number: what is there, and behind it, is not found.
+    u32 unreachable() const { return unreachable_; }
 
   private:
     void bus(u8 number);
@@ -183,6 +187,7 @@ class Walk {
     BusSet walked_;
     bool more_host_bridges_ = false;
     u32 functions_ = 0;
+    u32 unreachable_ = 0;
 };
 
 /// What the firmware says about the root buses of a segment.
@@ -193,11 +198,16 @@ struct Roots {
     u8 last = 255;
 };
 
+/// What a search found.
+struct Enumerated {
+    u32 functions = 0;
+    u32 unreachable = 0; // as Walk's
+};
+
 /// All functions of a segment: the tree of bus `first`, those of the other root buses, and all buses there are where
 /// nobody says which of them are roots. `ask` is called when there may be further roots, and may be nullptr or give
-/// nothing: nothing is known then. `always`: ask even where no second host bridge shows itself. Returns the number of
-/// functions.
-u32 enumerate(Config& config, Walk::Found found, void* context, u8 first = 0, std::optional<Roots> (*ask)() = nullptr,
-              bool always = false);
+/// nothing: nothing is known then. `always`: ask even where no second host bridge shows itself.
+Enumerated enumerate(Config& config, Walk::Found found, void* context, u8 first = 0,
+                     std::optional<Roots> (*ask)() = nullptr, bool always = false);
 
 } // namespace fl::drivers::pci

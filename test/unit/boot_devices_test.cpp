@@ -1,6 +1,7 @@
 // What is said about devices that could be a disk, a network card, an input device or a display.
 #include <gtest/gtest.h>
 #include <map>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>

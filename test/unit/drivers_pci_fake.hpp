@@ -30,6 +30,8 @@ class Space final : public pci::Config {
     u64 reads = 0;
     u64 command_writes = 0;
     bool sized_while_decoding = false;
+    std::set<std::tuple<int, int, int>> unreachable; // as pages that cannot be mapped
+    u32 failed = 0;
 
     Function& add(int bus, int device, int function, u16 vendor, u16 id, u32 class_code) {
         Function& f = functions[{bus, device, function}];
@@ -41,9 +43,14 @@ class Space final : public pci::Config {
     u32 read32(pci::Address at, u8 offset) override {
         ++reads;
         EXPECT_EQ(offset % 4, 0);
+        if (unreachable.contains({at.bus, at.device, at.function})) {
+            ++failed;
+            return ~u32{0};
+        }
         auto it = functions.find({at.bus, at.device, at.function});
         return it == functions.end() ? ~u32{0} : it->second.get32(offset);
     }
+    u32 failed_reads() const override { return failed; }
     void write32(pci::Address at, u8 offset, u32 value) override {
         auto it = functions.find({at.bus, at.device, at.function});
         if (it == functions.end()) {

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 #include <map>
+#include <set>
 #include <tuple>
 #include <vector>
 
@@ -11,12 +12,15 @@ using namespace pci_test;
 // What a walk finds.
 struct Found {
     std::vector<pci::Device> devices;
+    u32 unreachable = 0;
     explicit Found(pci::Config& config, u8 first = 0, std::optional<pci::Roots> (*ask)() = nullptr,
                    bool always = false) {
         const auto keep = [](void* context, const pci::Device& d) {
             static_cast<std::vector<pci::Device>*>(context)->push_back(d);
         };
-        EXPECT_EQ(pci::enumerate(config, keep, &devices, first, ask, always), devices.size());
+        const pci::Enumerated counted = pci::enumerate(config, keep, &devices, first, ask, always);
+        EXPECT_EQ(counted.functions, devices.size());
+        unreachable = counted.unreachable;
     }
     std::vector<u32> ids() const {
         std::vector<u32> list;
@@ -152,6 +156,35 @@ TEST(PciRoots, OfAnotherSegmentTheFirstBusIsTheRoot) {
     space.add(4, 0, 0, 0x8086, 0x0d57, 0x060000);
     space.add(4, 1, 0, 0x1af4, 0x1042, 0x010000);
     EXPECT_EQ(Found(space, 4, nullptr).ids(), (std::vector<u32>{0x0d5704, 0x104204}));
+}
+
+// A place whose registers cannot be mapped is not an empty one: it is counted, with all that may be behind it.
+TEST(Pci, WhatCannotBeReachedIsCounted) {
+    Space space;
+    space.add(0, 0, 0, 0x8086, 0x1237, 0x060000);
+    Function& isa = space.add(0, 1, 0, 0x8086, 0x7000, 0x060100);
+    isa.bytes[0x0e] = 0x80;
+    space.add(0, 1, 1, 0x8086, 0x7010, 0x010180);
+    space.add(0, 1, 3, 0x8086, 0x7113, 0x068000);
+    Function& up = space.add(0, 3, 0, 0x1b36, 0x0001, 0x060400);
+    up.bytes[0x0e] = 1;
+    up.bytes[0x19] = 5;
+    space.add(5, 0, 0, 0x1af4, 0x1001, 0x010000);
+    EXPECT_EQ(Found(space).unreachable, 0u);
+
+    space.unreachable = {{0, 1, 1}, {0, 1, 7}, {0, 9, 0}, {5, 0, 0}};
+    Found some(space);
+    EXPECT_EQ(some.ids(), (std::vector<u32>{0x123700, 0x700000, 0x711300, 0x000100}));
+    EXPECT_EQ(some.unreachable, 4u);
+
+    for (int device = 0; device < 32; ++device) { // the whole bus behind a bridge
+        space.unreachable.insert({5, device, 0});
+    }
+    EXPECT_EQ(Found(space).unreachable, 3 + 32u);
+    space.unreachable = {{0, 0, 0}, {0, 1, 0}, {0, 3, 0}};
+    Found none(space, 0, knows_0x80, true);
+    EXPECT_EQ(none.ids().size(), 0u);
+    EXPECT_EQ(none.unreachable, 3u);
 }
 
 TEST(Pci, ABusFullOfRootPortsWithADeviceEach) {

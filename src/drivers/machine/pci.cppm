@@ -43,7 +43,11 @@ class Ecam final : public Config {
 
     u32 read32(Address at, u8 offset) override {
         const std::byte* page = map(at);
-        return page != nullptr ? *reinterpret_cast<const volatile u32*>(page + offset) : ~u32{0};
+        if (page == nullptr) {
+            ++failed_reads_;
+            return ~u32{0};
+        }
+        return *reinterpret_cast<const volatile u32*>(page + offset);
     }
     void write32(Address at, u8 offset, u32 value) override {
         if (std::byte* page = map(at)) {
@@ -55,6 +59,8 @@ class Ecam final : public Config {
             *reinterpret_cast<volatile u16*>(page + offset) = value;
         }
     }
+    /// There was no memory for page tables, or a bridge leads to a bus that is none of these.
+    u32 failed_reads() const override { return failed_reads_; }
 
   private:
     std::byte* map(Address at) const {
@@ -66,6 +72,7 @@ class Ecam final : public Config {
     }
 
     u64 base_;
+    u32 failed_reads_ = 0;
     u8 first_;
     u8 last_;
 };
