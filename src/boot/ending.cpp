@@ -101,15 +101,18 @@ void Ending::ask_cpuid(EndMachine& machine, hv::Privileged&) {
 }
 
 void Ending::ask_acpi(EndMachine& machine) {
-    if (const acpi::Tables* known = machine.tables()) {
-        fadt_ = known->fadt;
-    } else if (const auto read = acpi::read_tables(machine.memory(), machine.rsdp())) {
-        fadt_ = read->fadt;
+    std::optional<acpi::Tables> read;
+    const acpi::Tables* tables = machine.tables();
+    if (tables == nullptr) {
+        if (const auto found = acpi::read_tables(machine.memory(), machine.rsdp())) {
+            tables = &read.emplace(*found);
+        }
     }
-    if (!fadt_) {
+    if (tables == nullptr || !tables->fadt) {
         return;
     }
-    if (const auto s5 = acpi::find_s5(machine.memory(), fadt_->dsdt)) {
+    fadt_ = tables->fadt;
+    if (const auto s5 = acpi::find_s5(machine.memory(), *tables)) {
         s5_ = *s5;
     }
     platform_.acpi_off = s5_ && (fadt_->pm1a_control != 0 || fadt_->sleep_control.address != 0);

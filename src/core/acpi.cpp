@@ -450,10 +450,14 @@ u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)
     return search.without;
 }
 
-Result<SleepType> find_s5(PhysicalReader& memory, u64 dsdt) {
-    const auto table = open_table(memory, dsdt, most_dsdt_bytes);
-    if (!table || !table->is("DSDT")) {
-        return Error(Code::not_found, "ACPI: the DSDT is missing or damaged");
+namespace {
+
+// In one definition block. `damaged`: becomes true where it cannot be read as a whole.
+std::optional<SleepType> find_s5(PhysicalReader& memory, u64 address, std::string_view signature, bool& damaged) {
+    const auto table = open_table(memory, address, most_dsdt_bytes);
+    if (!table || !table->is(signature)) {
+        damaged = true;
+        return std::nullopt;
     }
     // NameOp "_S5_" PackageOp PkgLength NumElements, then the elements [ACPI 6.5 §20.2]. Windows overlap by the length
     // of a match.
@@ -462,6 +466,7 @@ Result<SleepType> find_s5(PhysicalReader& memory, u64 dsdt) {
     for (u32 base = header_size; base < table->length; base += static_cast<u32>(window.size() - longest)) {
         const auto part = std::span(window).first(std::min<usize>(window.size(), table->length - base));
         if (!memory.read(table->address + base, std::as_writable_bytes(part))) {
+            damaged = true;
             break;
         }
         for (usize i = 1; i + 8 < part.size(); ++i) {
@@ -502,7 +507,23 @@ Result<SleepType> find_s5(PhysicalReader& memory, u64 dsdt) {
             break;
         }
     }
-    return Error(Code::not_found, "ACPI: the DSDT has no \\_S5");
+    return std::nullopt;
+}
+
+} // namespace
+
+Result<SleepType> find_s5(PhysicalReader& memory, const Tables& tables) {
+    bool damaged = tables.ssdts_dropped != 0;
+    if (const auto found = find_s5(memory, tables.fadt ? tables.fadt->dsdt : 0, "DSDT", damaged)) {
+        return *found;
+    }
+    for (const u64 ssdt : tables.all_ssdts()) {
+        if (const auto found = find_s5(memory, ssdt, "SSDT", damaged)) {
+            return *found;
+        }
+    }
+    return Error(Code::not_found, damaged ? "ACPI: no \\_S5, and a DSDT or SSDT is missing or damaged"
+                                          : "ACPI: neither the DSDT nor an SSDT has an \\_S5");
 }
 
 std::optional<u16> find_pvpanic(PhysicalReader& memory, u64 dsdt) {

@@ -143,12 +143,13 @@ RootBridges find_root_bridges(PhysicalReader& memory, const Tables& tables);
 u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)(void* context, u64 base, u32 size),
                      void* context);
 
-/// What \_S5 asks to be written to sleep [§7.4.2.6]; from a scan of the DSDT, without interpreting it.
+/// What \_S5 asks to be written to sleep [§7.4.2.6]; from a scan of the DSDT, and where that has none of the SSDTs in
+/// their order, without interpreting them. A table whose length or checksum is wrong is passed over.
 struct SleepType {
     u8 a;
     u8 b;
 };
-Result<SleepType> find_s5(PhysicalReader& memory, u64 dsdt);
+Result<SleepType> find_s5(PhysicalReader& memory, const Tables& tables);
 
 /// The port of QEMU's pvpanic device (_HID "QEMU0001"), from its _CRS in the DSDT, by a scan too.
 std::optional<u16> find_pvpanic(PhysicalReader& memory, u64 dsdt);

@@ -203,7 +203,7 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
     u8 sleep_type = 0;
 
     // A FADT that says so, a DSDT with this content, and the way there from the RSDP.
-    void acpi_tables(bool reduced, const Bytes& aml, acpi::Space space) {
+    void acpi_tables(bool reduced, const Bytes& aml, acpi::Space space, const Bytes& ssdt = {}) {
         Bytes f(268 - 36);
         put(f, 140 - 36, 0x20000, 8);
         put(f, 112 - 36, (reduced ? u64{1} << 20 : 0) | (reset_register != 0 ? 1u << 10 : 0), 4);
@@ -221,6 +221,10 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
         Pieces::put(0x21000, table("FACP", f));
         Bytes list;
         ::put(list, 0, 0x21000, 8);
+        if (!ssdt.empty()) {
+            Pieces::put(0x23000, table("SSDT", ssdt));
+            ::put(list, 8, 0x23000, 8);
+        }
         Pieces::put(0x22000, table("XSDT", list));
         Bytes r{'R', 'S', 'D', ' ', 'P', 'T', 'R', ' '};
         ::put(r, 15, 2, 1);
@@ -330,6 +334,19 @@ TEST(Ending, FirecrackerTellsSuccessFromFailure) {
 TEST(Ending, CloudHypervisorIsSwitchedOffForEveryVerdict) {
     for (const Verdict v : verdicts) {
         Fake m = cloud_hypervisor();
+        EXPECT_EQ(m.end(v), "off") << name(v);
+        EXPECT_EQ(m.resets, 0);
+    }
+}
+
+// The DSDT has none: a table behind it does.
+TEST(Ending, S5OfAnSsdt) {
+    for (const Verdict v : verdicts) {
+        Fake m;
+        m.pm1a = 0x604;
+        m.reset_register = 0xcf9;
+        m.sleep_type = 5;
+        m.acpi_tables(false, Bytes(64, 0xa3), acpi::Space::io, s5_of_5);
         EXPECT_EQ(m.end(v), "off") << name(v);
         EXPECT_EQ(m.resets, 0);
     }

@@ -94,6 +94,11 @@ struct Acpi : testing::Test {
         memory.put(0x7fe5000, table("XSDT", wide));
         rsdp(0xf5250, 0);
     }
+    static acpi::Tables with_dsdt(u64 at) {
+        acpi::Tables tables;
+        tables.fadt.emplace().dsdt = at;
+        return tables;
+    }
     void rsdp(u64 at, int revision) {
         Bytes r = {'R', 'S', 'D', ' ', 'P', 'T', 'R', ' '};
         put(r, 15, static_cast<u64>(revision), 1);
@@ -444,11 +449,50 @@ TEST_F(Acpi, FindsS5WhereverItIs) {
         body.insert(body.end(), s5.begin(), s5.end());
         body.resize(body.size() + 40);
         memory.put(0x7000000, table("DSDT", body));
-        const auto found = acpi::find_s5(memory, 0x7000000);
+        const auto found = acpi::find_s5(memory, with_dsdt(0x7000000));
         ASSERT_TRUE(found) << filler;
         EXPECT_EQ(found->a, 1);
         EXPECT_EQ(found->b, 7);
     }
+}
+
+TEST_F(Acpi, FindsS5InAnySsdt) {
+    memory.put(0x7000000, table("DSDT", Bytes(100, 0xa3)));
+    acpi::Tables tables = with_dsdt(0x7000000);
+    const auto add = [&](const Bytes& bytes) {
+        const u64 at = 0x7100000 + 0x1000 * tables.ssdt_count;
+        memory.put(at, bytes);
+        tables.ssdts[tables.ssdt_count++] = at;
+    };
+    add(table("SSDT", Bytes(2000, '_')));
+    EXPECT_EQ(acpi::find_s5(memory, tables).error().message, "ACPI: neither the DSDT nor an SSDT has an \\_S5");
+    Bytes other = s5;
+    other[10] = 0x05;
+    Bytes broken = table("SSDT", other);
+    broken.back() ^= 1;
+    add(broken);
+    add(table("OEM1", other));
+    tables.ssdts[tables.ssdt_count++] = 0x7ffffff0000; // nothing is there
+    EXPECT_EQ(acpi::find_s5(memory, tables).error().message,
+              "ACPI: no \\_S5, and a DSDT or SSDT is missing or damaged");
+    Bytes late(1500, 0xa3);
+    late.insert(late.end(), s5.begin(), s5.end());
+    late.resize(late.size() + 40);
+    add(table("SSDT", late));
+    add(table("SSDT", other)); // the first one counts
+    auto found = acpi::find_s5(memory, tables);
+    ASSERT_TRUE(found);
+    EXPECT_EQ(found->a, 1);
+    EXPECT_EQ(found->b, 7);
+    other.resize(other.size() + 40);
+    memory.put(0x7000000, table("DSDT", other));
+    found = acpi::find_s5(memory, tables);
+    ASSERT_TRUE(found);
+    EXPECT_EQ(found->b, 5) << "and the DSDT's before all others";
+    tables.fadt.reset();
+    found = acpi::find_s5(memory, tables);
+    ASSERT_TRUE(found);
+    EXPECT_EQ(found->b, 7);
 }
 
 TEST_F(Acpi, FindsPvpanicWhereverItIs) {
@@ -472,7 +516,7 @@ TEST_F(Acpi, FindsPvpanicWhereverItIs) {
 TEST_F(Acpi, S5ThatIsNone) {
     const auto with = [&](Bytes body) {
         memory.put(0x7000000, table("DSDT", body));
-        return acpi::find_s5(memory, 0x7000000);
+        return acpi::find_s5(memory, with_dsdt(0x7000000));
     };
     EXPECT_EQ(with({}).error().code, Code::not_found);
     EXPECT_FALSE(with({0x10, '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x01, 0x01, 0x00, 0x00})); // not a Name
@@ -481,7 +525,8 @@ TEST_F(Acpi, S5ThatIsNone) {
     EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x12, 0xff, 0x04, 0x01, 0x01}));
     EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x0a, 0x55, 0x00, 0x00, 0x00})); // no 3-bit number
     EXPECT_TRUE(with({0x08, '\\', '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x00, 0x00, 0x00, 0x00}));
-    EXPECT_FALSE(acpi::find_s5(memory, 0));
+    EXPECT_FALSE(acpi::find_s5(memory, with_dsdt(0)));
+    EXPECT_FALSE(acpi::find_s5(memory, {}));
 }
 
 TEST(Symbols, FindsTheFunctionThatAnAddressLiesIn) {

@@ -220,7 +220,7 @@ TEST(HostAcpi, TheKernelsReaderFindsEverything) {
         EXPECT_TRUE(tables->fadt->pm_timer_32);
         EXPECT_EQ(tables->fadt->pm1a_control, 0x604);
         EXPECT_EQ(tables->fadt->reset.address, 0xcf9u);
-        const auto sleep = acpi::find_s5(reader, tables->fadt->dsdt);
+        const auto sleep = acpi::find_s5(reader, *tables);
         ASSERT_TRUE(sleep.has_value());
         EXPECT_EQ(sleep->a, 5);
     }
