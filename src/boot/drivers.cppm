@@ -25,18 +25,19 @@ import drivers.hv_balloon;
 export namespace fl::boot {
 
 /// `name` as in drivers::known_drivers; `ids`: what it drives; `probe`: attaches one function, the driver's `index`th.
-/// `unique`: functions that use resources of which a machine has one; the first of them comes before all others, and a
-/// second one cannot be used. May be nullptr.
+/// `first`: functions that come before all others of the driver. May be nullptr.
 struct PciDriver {
     std::string_view name;
     std::span<const drivers::pci::Match> ids;
     io::Task<Result<void>> (*probe)(drivers::Environment& environment, drivers::pci::Device device, u32 index);
-    bool (*unique)(const drivers::pci::Device& device);
+    bool (*first)(const drivers::pci::Device& device);
 };
 
-/// Four places for disks on each controller, in the order of Linux: hda to hdd, hde to hdh …
+/// Four places for disks on each controller, in the order of Linux: hda to hdd, hde to hdh … The controller at the
+/// fixed ports comes first: its disks are those that can have a synthetic twin.
 inline io::Task<Result<void>> probe_ata(drivers::Environment& environment, drivers::pci::Device device, u32 index) {
-    return drivers::ata::probe(environment, device, drivers::Ports{}, 4 * index);
+    static constinit drivers::ata::PortClaims claims;
+    return drivers::ata::probe(environment, device, drivers::Ports{}, 4 * index, &claims);
 }
 inline constexpr std::array<PciDriver, 1> pci_drivers{{
     {"ata", drivers::ata::ids, probe_ata, drivers::ata::is_legacy},

@@ -394,22 +394,15 @@ void count_disks(DeviceEntry& entry) { print(entry.reason, "{} {}", entry.disks,
 io::Task<Result<void>> probe_pci(drivers::Environment& environment, const PciDriver& driver,
                                  std::span<PciCandidate> candidates, Devices& devices, const Disks& disks) {
     u32 index = 0;
-    bool unique_taken = false;
-    for (const bool unique : {true, false}) {
+    for (const bool first : {true, false}) {
         for (PciCandidate& candidate : candidates) {
             const drivers::pci::Device& device = candidate.device;
             if (candidate.tried || !drivers::pci::matches(driver.ids, device) ||
-                (driver.unique != nullptr && driver.unique(device)) != unique) {
+                (driver.first != nullptr && driver.first(device)) != first) {
                 continue;
             }
             candidate.tried = true;
             DeviceEntry entry = describe(device);
-            if (unique && std::exchange(unique_taken, true)) {
-                entry.why = drivers::Unused::failed;
-                print(entry.reason, "{}: its fixed I/O ports are those of the controller before it", driver.name);
-                devices.add(entry);
-                continue;
-            }
             log::info("{}: probing {} [{}]", driver.name, entry.address.view(), entry.id.view());
             const usize before = disks.all().size();
             auto done = co_await driver.probe(environment, device, index++);

@@ -10,6 +10,55 @@ import drivers.pci;
 
 namespace fl::drivers::ata {
 
+namespace {
+
+// Compatibility mode: fixed ports and ISA interrupts.
+constexpr std::array<u16, 2> legacy_command{0x1f0, 0x170};
+constexpr std::array<u16, 2> legacy_control{0x3f6, 0x376};
+
+bool is_native(const pci::Device& device, u8 channel) { return (device.prog_if >> (2 * channel) & 1) != 0; }
+
+} // namespace
+
+std::array<ChannelPorts, 2> fixed_ports(const pci::Device& device) {
+    std::array<ChannelPorts, 2> ports{};
+    for (u8 c = 0; c < 2; ++c) {
+        if (!is_native(device, c)) {
+            ports[c] = {legacy_command[c], legacy_control[c], 0};
+        }
+    }
+    return ports;
+}
+
+PortClaims::Answer PortClaims::take(const ChannelPorts& at) {
+    const std::array<Range, 3> wanted{{{at.command, 8}, {at.control, 1}, {at.bus_master, 8}}};
+    for (u32 i = 0; i < count_; ++i) {
+        for (const Range& range : wanted) {
+            if (range.first != 0 && range.first < held_[i].first + held_[i].count &&
+                held_[i].first < range.first + range.count) {
+                return Answer::taken;
+            }
+        }
+    }
+    for (const Range& range : wanted) {
+        if (range.first != 0) {
+            if (count_ == capacity) {
+                return Answer::full;
+            }
+            held_[count_++] = range;
+        }
+    }
+    return Answer::yes;
+}
+
+Error PortClaims::why_not(Answer answer) {
+    if (answer == Answer::full) {
+        return {Code::exhausted, "the list of IDE channels' I/O ports is full", capacity, capacity + 1};
+    }
+    return {Code::protocol,
+            "its I/O ports are those of a controller before it: give it others, or remove one of the two"};
+}
+
 Result<ControllerPorts> set_up(const pci::Device& device) {
     // Programming interface [PCI-IDE §2.1]: bit 0 primary channel in native mode, bit 2 secondary, bit 7 bus mastering.
     if ((device.prog_if & 0x80) == 0) {
@@ -25,12 +74,10 @@ Result<ControllerPorts> set_up(const pci::Device& device) {
                      bus_master.base};
     }
     ControllerPorts result;
-    constexpr std::array<u16, 2> legacy_command{0x1f0, 0x170}; // compatibility mode: fixed ports and ISA interrupts
-    constexpr std::array<u16, 2> legacy_control{0x3f6, 0x376};
     for (u8 c = 0; c < 2; ++c) {
         ChannelPorts& at = result.channels[c];
         at.bus_master = static_cast<u16>(bus_master.base + 8u * c);
-        if ((device.prog_if >> (2 * c) & 1) == 0) {
+        if (!is_native(device, c)) {
             at.command = legacy_command[c];
             at.control = legacy_control[c];
             result.lines[c] = {.gsi = 14u + c, .isa = true};

@@ -41,6 +41,32 @@ struct ControllerPorts {
 };
 /// Enables I/O decoding and bus mastering. Errors: no bus-master registers, or none that anybody has given an address.
 Result<ControllerPorts> set_up(const pci::Device& device);
+/// The ports of the channels in compatibility mode, as the programming interface alone says them: no access. Without
+/// bus-master registers; 0 for a channel in native mode.
+std::array<ChannelPorts, 2> fixed_ports(const pci::Device& device);
+
+/// Which I/O ports belong to which IDE channel. Two controllers may show the same ones: two in compatibility mode, or
+/// one whose registers somebody has given addresses of another's. A command then reaches the devices of both, or those
+/// of the other one, so the second claim is refused before anything is accessed. Claims last as long as this.
+class PortClaims {
+  public:
+    static constexpr u32 capacity = 96; // ranges: of 16 controllers
+
+    enum class Answer : u8 { yes, taken, full };
+    /// The ranges of a channel: command block (8 ports), control (1), bus master (8), each only if it is not 0. `taken`:
+    /// one of the ports is claimed already, and nothing more is then.
+    Answer take(const ChannelPorts& at);
+    /// Why a channel without its claim is not used.
+    static Error why_not(Answer answer);
+
+  private:
+    struct Range {
+        u16 first;
+        u16 count;
+    };
+    std::array<Range, capacity> held_{};
+    u32 count_ = 0;
+};
 
 /// "hda" for 0, and so on: hdz, hdaa …
 FixedText<16> disk_name(u32 number);
@@ -92,12 +118,15 @@ class Prober {
 template <PortAccess P>
 class Controller {
   public:
-    Controller(Environment& environment, P ports) : environment_(environment), ports_(std::move(ports)) {}
+    /// `claims`: of all controllers of the machine, outlives this; nullptr: it is the only one.
+    Controller(Environment& environment, P ports, PortClaims* claims = nullptr)
+        : environment_(environment), ports_(std::move(ports)), claims_(claims) {}
     Controller(const Controller&) = delete;
     Controller& operator=(const Controller&) = delete;
 
     /// Finds and announces the disks; `first_disk` is the number of the primary master. A channel that does not work is
-    /// reported in the log, and the other one is tried; no disk at all is no error.
+    /// reported in the log, and the other one is tried; no disk at all is no error. A channel whose ports another
+    /// controller has is not touched; where all that are wanted are such, Error{protocol}.
     io::Task<Result<void>> attach(pci::Device device, u32 first_disk = 0);
     /// Disks that were announced.
     u32 disks() const { return count_; }
@@ -119,8 +148,12 @@ class Controller {
         report_failed(environment_.disks, number, what, error);
     }
 
+    using Claim = PortClaims::Answer;
+    Claim claim(const ChannelPorts& at) { return claims_ != nullptr ? claims_->take(at) : Claim::yes; }
+
     Environment environment_; // its disk sink is used while attaching, not later
     P ports_;
+    PortClaims* claims_;
     std::array<Slot, 2> channels_;
     std::array<bool, 4> offered_{};
     u32 count_ = 0;
@@ -128,8 +161,9 @@ class Controller {
 
 /// Makes a controller that lives until the machine ends (from the heap, once) and attaches it.
 template <PortAccess P>
-io::Task<Result<void>> probe(Environment& environment, pci::Device device, P ports, u32 first_disk = 0) {
-    auto* controller = new (std::nothrow) Controller<P>(environment, std::move(ports));
+io::Task<Result<void>> probe(Environment& environment, pci::Device device, P ports, u32 first_disk = 0,
+                             PortClaims* claims = nullptr) {
+    auto* controller = new (std::nothrow) Controller<P>(environment, std::move(ports), claims);
     if (controller == nullptr) {
         co_return Error{Code::exhausted, "no memory for an IDE controller"};
     }
@@ -300,6 +334,12 @@ io::Task<Result<void>> Prober<P>::select_mode(u8 unit, DriveInfo& info) {
 
 template <PortAccess P>
 io::Task<Result<void>> Controller<P>::attach(pci::Device device, u32 first_disk) {
+    // The fixed ports are claimed even if no disk is wanted: nobody else's commands may reach what is there.
+    const auto fixed = fixed_ports(device);
+    std::array<Claim, 2> claimed{claim(fixed[0]), claim(fixed[1])};
+    if (claimed[0] != Claim::yes && claimed[1] != Claim::yes) {
+        co_return PortClaims::why_not(claimed[0]);
+    }
     std::array<bool, 2> wanted{};
     for (u32 n = 0; n < 4; ++n) {
         offered_[n] = environment_.disks.offered(twin_of(first_disk + n));
@@ -312,8 +352,27 @@ io::Task<Result<void>> Controller<P>::attach(pci::Device device, u32 first_disk)
         co_return Result<void>{};
     }
     CO_TRY(const ControllerPorts ports, set_up(device));
+    bool any = false;
+    for (u32 c = 0; c < 2; ++c) {
+        if (wanted[c] && ports.channels[c].command != 0 && claimed[c] == Claim::yes) {
+            ChannelPorts more = ports.channels[c]; // what is not claimed yet
+            if (fixed[c].command != 0) {
+                more.command = more.control = 0;
+            }
+            claimed[c] = claim(more);
+        }
+        any = any || (wanted[c] && claimed[c] == Claim::yes);
+    }
+    if (!any) {
+        co_return PortClaims::why_not(claimed[claimed[0] != Claim::yes ? 0 : 1]);
+    }
     for (u32 c = 0; c < 2; ++c) {
         if (!wanted[c]) {
+            continue;
+        }
+        if (claimed[c] != Claim::yes) {
+            failed(first_disk + 2 * c, c == 0 ? "primary IDE channel" : "secondary IDE channel",
+                   PortClaims::why_not(claimed[c]));
             continue;
         }
         if (ports.channels[c].command == 0) {

@@ -132,7 +132,7 @@ struct Sink final : drivers::DiskSink {
     std::map<std::string, drivers::Unused> left; // units that were found and are not driven
     std::string reasons;
     bool busy = false;
-    bool offered(u32 n) override { return offer[n]; }
+    bool offered(u32 n) override { return n >= offer.size() || offer[n]; }
     void unused(const drivers::UnusedUnit& unit) override {
         EXPECT_TRUE(left.emplace(std::string(unit.address), unit.why).second) << unit.address << " twice";
         reasons += std::string(unit.reason) + "\n";

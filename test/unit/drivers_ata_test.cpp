@@ -395,6 +395,103 @@ TEST(AtaAttach, HonoursWithheldFlush) {
     EXPECT_EQ(m.disk(0).identity().features.view(), "udma5 lba48 words");
 }
 
+/// A second controller on the machine of the first.
+struct Second {
+    explicit Second(Machine& machine) : m(machine) {
+        m.space.add(0, 2, 0, 0x8086, 0x7111, 0x010180);
+        function().set32(0x20, 0xc061);
+        function().bar_mask[4] = 0xfff0;
+    }
+    pci_test::Function& function() { return m.space.functions[{0, 2, 0}]; }
+    void native(u8 prog_if, std::array<u32, 4> bases) {
+        function().bytes[9] = prog_if;
+        for (u32 i = 0; i < 4; ++i) {
+            function().set32(0x10 + 4 * i, bases[i] | 1);
+            function().bar_mask[i] = i % 2 == 0 ? 0xfff8 : 0xfffc;
+        }
+    }
+    Result<void> attach() { return m.executor.run(controller.attach(*pci::look_up(m.space, {0, 2, 0}), 4)); }
+
+    Machine& m;
+    ata::PortClaims claims;
+    ata::Controller<Ports> first{m.environment, Ports{&m.all}, &claims};
+    ata::Controller<Ports> controller{m.environment, Ports{&m.all}, &claims};
+};
+
+// Whatever answers there is the first one's: nothing is sent there for the second one, and nothing is waited for.
+TEST(AtaPorts, ASecondControllerAtTheSamePortsIsRefusedAtOnce) {
+    for (const bool offered : {true, false}) {
+        Machine m;
+        m.add(m.primary, 0);
+        m.add(m.secondary, 1);
+        Second second(m);
+        for (u32 n = 0; n < 4; ++n) {
+            m.sink.offer[n] = offered;
+        }
+        ASSERT_TRUE(m.executor.run(second.first.attach(*pci::look_up(m.space, {0, 1, 1}))));
+        EXPECT_EQ(m.sink.disks.size(), offered ? 2u : 0u);
+        const u64 accesses = m.primary.accesses + m.secondary.accesses;
+        const Instant before = m.clock.time;
+        const auto refused = second.attach();
+        ASSERT_FALSE(refused);
+        EXPECT_EQ(drivers::unused_because(refused.error().code), drivers::Unused::failed) << "a disk may be on it";
+        EXPECT_EQ(m.primary.accesses + m.secondary.accesses, accesses);
+        EXPECT_EQ(m.clock.time, before);
+        EXPECT_EQ(m.sink.disks.size(), offered ? 2u : 0u);
+        EXPECT_EQ(second.controller.disks(), 0u);
+    }
+}
+
+// In native mode at addresses of others: each channel for itself.
+TEST(AtaPorts, OfAControllerInNativeModeTheOverlappingChannelIsRefused) {
+    struct Row {
+        std::array<u32, 4> bases;
+        bool primary, secondary; // can be used
+    };
+    for (const Row& row : {
+             Row{{0xd000, 0xd010, 0xd020, 0xd030}, true, true},
+             Row{{0x1f0, 0x3f4, 0xd020, 0xd030}, false, true},   // the first one's primary ports, to the byte
+             Row{{0x1e8, 0xd010, 0xd020, 0xd030}, true, true},   // they end where the others begin
+             Row{{0xd000, 0x374, 0xd020, 0xd030}, false, true},  // the control register alone
+             Row{{0xd000, 0xd010, 0xc040, 0xd030}, true, false}, // its bus-master registers
+             Row{{0xd000, 0xd010, 0xd000, 0xd030}, true, false}, // the channel beside it
+             Row{{0x1f0, 0x3f4, 0x170, 0x374}, false, false},
+         }) {
+        SCOPED_TRACE(testing::Message() << std::hex << row.bases[0] << ' ' << row.bases[1] << ' ' << row.bases[2]);
+        Machine m;
+        m.add(m.primary, 0);
+        Second second(m);
+        second.native(0x85, row.bases);
+        Channel third{m.clock, m.memory, m.interrupts};
+        Channel fourth{m.clock, m.memory, m.interrupts};
+        for (Channel* c : {&third, &fourth}) {
+            const u32 at = c == &third ? 0 : 2;
+            c->command = static_cast<u16>(row.bases[at]);
+            c->control = static_cast<u16>(row.bases[at + 1] + 2);
+            c->bus_master = c == &third ? 0xc060 : 0xc068;
+            c->gsi = 11;
+            c->level = true;
+            m.all.push_back(c);
+            m.add(*c, 0);
+        }
+        second.function().bytes[0x3c] = 11;
+        ASSERT_TRUE(m.executor.run(second.first.attach(*pci::look_up(m.space, {0, 1, 1}))));
+        const u64 accesses = m.primary.accesses + m.secondary.accesses;
+        const Instant before = m.clock.time;
+        const auto attached = second.attach();
+        EXPECT_EQ(attached.has_value(), row.primary || row.secondary);
+        EXPECT_EQ(m.sink.disks.contains(drivers::DiskSink::no_twin), row.primary || row.secondary);
+        EXPECT_EQ(second.controller.disks(), u32{row.primary} + u32{row.secondary});
+        EXPECT_EQ(m.primary.accesses + m.secondary.accesses, accesses);
+        EXPECT_LE(m.clock.time - before, 1'000'000u);
+        EXPECT_EQ(m.sink.left.contains("hde"), !row.primary && row.secondary);
+        EXPECT_EQ(m.sink.left.contains("hdg"), row.primary && !row.secondary);
+        for (const auto& [name, why] : m.sink.left) {
+            EXPECT_EQ(why, drivers::Unused::failed) << name;
+        }
+    }
+}
+
 TEST(AtaAttach, ReportsAControllerThatCannotBeUsed) {
     Machine m;
     m.function.bytes[9] = 0x00;
