@@ -577,10 +577,12 @@ void attach_null_disks(Given& given) {
     }
 }
 
+constexpr std::string_view no_room = "no room for them";
+
 // What of the machine's description was not used.
 void name_left_out(const BootInfo& info, const hv::DeviceList& synthetic, Devices& devices) {
     if (synthetic.dropped != 0) {
-        devices.left_out("synthetic devices", synthetic.dropped, true, "no room for them");
+        devices.left_out("synthetic devices", synthetic.dropped, true, no_room);
     }
     if (info.ranges_truncated != 0) {
         devices.left_out("memory ranges", info.ranges_truncated, false,
@@ -624,8 +626,15 @@ void name_left_out(const BootInfo& info, const hv::DeviceList& synthetic, Device
 template <hv::LateDevices B>
 io::Task<Result<void>> probe_late(Given& given) {
     auto& bus = *static_cast<typename B::Bus*>(given.side.bus);
+    u32 told = 0;
+    u32 dropped = 0; // and not told: a host may offer without end, and the log has an end
     for (;;) {
         static_cast<void>(co_await bus.news().wait());
+        dropped += bus.new_dropped();
+        if (dropped > told / 2) {
+            given.devices.left_out("synthetic devices", dropped, true, no_room);
+            told += std::exchange(dropped, 0);
+        }
         while (const auto device = bus.next_device()) {
             if (given.shutdown.requested()) {
                 co_return Result<void>{};

@@ -156,12 +156,14 @@ concept BusRoot = DeviceBus<typename B::Bus> && requires(B& b) {
 };
 
 /// A bus whose devices come and go while the machine runs. next_device(): after enumerate(), in the executor; a device
-/// that came since and was not given yet; nothing: none. news(): opened when there may be another one; one task waits
-/// for it. The bus keeps what nobody asks for, within its own bound, and forgets a device that goes before it was
-/// given.
+/// that came since and was not given yet; nothing: none. new_dropped(): how many found no room in the bus since
+/// enumerate(), or since this was asked last; they are never given. news(): opened when either may have something; one
+/// task waits for it. The bus keeps what nobody asks for, within its own bound, and forgets a device that goes before
+/// it was given.
 template <class B>
 concept LateDevices = BusRoot<B> && requires(typename B::Bus& bus) {
     { bus.next_device() } -> std::same_as<std::optional<SyntheticDevice>>;
+    { bus.new_dropped() } -> std::same_as<u32>;
     { bus.news() } -> std::same_as<io::Latch&>;
 };
 

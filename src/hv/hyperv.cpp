@@ -173,7 +173,7 @@ io::Task<Result<void>> HyperV::Bus::enumerate(DeviceList& into) {
     while (const auto device = next_device()) {
         into.add(*device);
     }
-    into.dropped += static_cast<u32>(vmbus_.counters().offers_dropped);
+    into.dropped += new_dropped();
     co_return Result<void>{};
 }
 

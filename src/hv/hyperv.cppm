@@ -38,6 +38,10 @@ class HyperV {
         io::Task<Result<void>> enumerate(DeviceList& into);
         /// LateDevices: what the host offers afterwards, a device that it took away and offers again included.
         std::optional<SyntheticDevice> next_device();
+        u32 new_dropped() {
+            const auto dropped = static_cast<u32>(vmbus_.counters().offers_dropped);
+            return dropped - std::exchange(dropped_, dropped);
+        }
         io::Latch& news() { return news_; }
 
         hyperv::Vmbus& vmbus() { return vmbus_; }
@@ -50,7 +54,9 @@ class HyperV {
         io::Latch news_;
         hyperv::OfferListener listener_{
             .offered = [](void* self, const hyperv::Offer&) { static_cast<Bus*>(self)->news_.open(); },
+            .dropped = [](void* self) { static_cast<Bus*>(self)->news_.open(); },
             .context = this};
+        u32 dropped_ = 0; // offers that new_dropped() has told of
     };
 
     /// Synthetic timer 0 of each processor, of an instance that has what it needs: direct mode, or a SynIC to send its

@@ -352,10 +352,14 @@ void Vmbus::on_offer(const OfferChannel& message) {
     }
     if (offers_.size() >= max_offers || !offers_.push({})) {
         ++counters_.offers_dropped;
-        if (!std::exchange(dropped_told_, true)) {
-            log::warning("VMBus: more than {} offers: the rest is not used", max_offers);
-        }
         release_relid(message.relid);
+        for (OfferListener* listener = offers_delivered_ ? listeners_ : nullptr; listener != nullptr;) {
+            OfferListener* const following = listener->next;
+            if (listener->dropped != nullptr) {
+                listener->dropped(listener->context);
+            }
+            listener = following;
+        }
         return;
     }
     Offer offer;

@@ -43,6 +43,8 @@ struct OfferListener {
     Guid type; // null: any
     /// On processor 0's executor, in drain(): spawn a task or open a latch. First channels only, no sub-channels.
     void (*offered)(void* context, const Offer& offer) = nullptr;
+    /// Likewise, of one for which there was no room, whatever its type; nullptr: not told.
+    void (*dropped)(void* context) = nullptr;
     void* context = nullptr;
     OfferListener* next = nullptr;
 };
@@ -59,7 +61,7 @@ struct VmbusCounters {
 
 class Vmbus final : public io::Service {
   public:
-    /// Offers that are kept at once, sub-channels included; further ones are given back with a warning, and counted.
+    /// Offers that are kept at once, sub-channels included; further ones are given back and counted.
     static constexpr usize max_offers = 1024;
     /// The bound of a wait for an answer to the first contact, if timeout is not shorter: a host without a VMBus must
     /// not hold up the boot.
@@ -210,7 +212,6 @@ class Vmbus final : public io::Service {
     u32 connection_ = message_connection;
     bool active_ = false; // in the executor's list, messages are looked at
     bool offers_delivered_ = false;
-    bool dropped_told_ = false;
     bool unexpected_told_ = false;
     u32 next_gpadl_ = 1;
     u32 next_open_ = 1;

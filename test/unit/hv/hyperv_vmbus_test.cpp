@@ -445,9 +445,9 @@ TEST(Vmbus, ListenersHearOfHotAdd) {
     hyperv_fake::Machine m;
     std::vector<u32> heard;
     OfferListener listener{
-        *Guid::parse(classes::scsi),
-        [](void* c, const Offer& offer) { static_cast<std::vector<u32>*>(c)->push_back(offer.relid); }, &heard,
-        nullptr};
+        .type = *Guid::parse(classes::scsi),
+        .offered = [](void* c, const Offer& offer) { static_cast<std::vector<u32>*>(c)->push_back(offer.relid); },
+        .context = &heard};
     ASSERT_TRUE(m.start());
     m.bus().add(listener);
     hv::DeviceList list;
@@ -501,25 +501,41 @@ TEST(Vmbus, EachOfferIsGivenOnceAndAgainAfterARescind) {
     EXPECT_FALSE(m.guest.bus()->next_device());
 }
 
-TEST(Vmbus, OffersThatFindNoRoomAreToldInOneLine) {
+// Offers after the boot that find no room: whoever waits for news hears how many.
+TEST(Vmbus, LateOffersThatFindNoRoomAreNews) {
     hyperv_fake::Machine m;
-    test::CapturedLog log;
     m.host.offers.clear();
-    ASSERT_TRUE(m.up());
-    for (u32 i = 1; i <= Vmbus::max_offers + 3; ++i) {
-        m.host.send(hyperv_fake::Host::offer_message({.relid = i, .instance = static_cast<u8>(i)}));
+    hv::DeviceList list;
+    ASSERT_TRUE(m.start() && m.enumerate(list));
+    EXPECT_EQ(list.dropped, 0u);
+    hv::HyperV::Bus& bus = *m.guest.bus();
+    const auto offer = [&](u32 id) {
+        bus.news().close();
+        m.host.send(hyperv_fake::Host::offer_message({.relid = id, .instance = static_cast<u8>(id)}));
         m.settle();
+        EXPECT_TRUE(bus.news().is_open()) << id;
+    };
+    u32 id = 1;
+    for (; id <= Vmbus::max_offers; ++id) {
+        offer(id);
     }
+    EXPECT_EQ(bus.new_dropped(), 0u);
+    offer(id++);
+    EXPECT_EQ(bus.new_dropped(), 1u);
+    EXPECT_EQ(bus.new_dropped(), 0u) << "each is told once";
+    offer(id++);
+    offer(id++);
+    EXPECT_EQ(bus.new_dropped(), 2u);
     usize given = 0;
-    while (m.guest.bus()->next_device()) {
+    while (bus.next_device()) {
         ++given;
     }
     EXPECT_EQ(given, Vmbus::max_offers);
-    const std::string_view text = log.text.view();
-    const usize told = text.find("more than 1024 offers");
-    ASSERT_NE(told, text.npos) << text;
-    EXPECT_EQ(text.find("more than 1024 offers", told + 1), text.npos) << text;
     EXPECT_EQ(m.host.released.size(), 3u);
+    m.host.rescind(1); // room for one
+    offer(id++);
+    EXPECT_EQ(bus.new_dropped(), 0u);
+    EXPECT_TRUE(bus.next_device());
 }
 
 TEST(Vmbus, ForeignAnswersAndBrokenMessagesAreIgnored) {
@@ -555,6 +571,7 @@ TEST(Vmbus, MoreOffersThanThereIsRoomForAreDropped) {
     EXPECT_EQ(m.bus().counters().offers, Vmbus::max_offers);
     EXPECT_EQ(list.count(), Vmbus::max_offers);
     EXPECT_EQ(list.dropped, 3u) << "told to whoever asks for the list";
+    EXPECT_EQ(m.guest.bus()->new_dropped(), 0u) << "and not once more";
     EXPECT_EQ(m.host.released.size(), 3u);
 }
 
