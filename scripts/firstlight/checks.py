@@ -37,7 +37,8 @@ COMMITS_AFTER = "0399b4894583fcf1552e69b6f611a4964e1acffe"
 # Later ones that were published before this check existed.
 COMMITS_ALLOWED = ("7fca064c2cba60207e4c77434b4e1e2d8b50c792",)
 SUBJECT = 72
-MODULE = re.compile(r"[a-z0-9_]+([./-][a-z0-9_]+)*(, [a-z0-9_]+([./-][a-z0-9_]+)*)*")
+NAME = r"(?:[a-z0-9_]+(?:[./-][a-z0-9_]+)*|[A-Z]{4,})"  # of a module, or of a document such as README
+MODULE = re.compile(rf"{NAME}(, {NAME})*")
 # What a subject that is no imperative begins with, as a rule.
 NO_VERBS = frozenset(
     "a an the this that these those some any no not all each every what which who where when why how if as it its they we i you is are was were be been has have had "
@@ -129,7 +130,7 @@ def subject_fault(subject: str) -> str:
         return f"{len(subject)} characters, at most {SUBJECT} expected"
     module, colon, text = subject.partition(": ")
     if not colon or not MODULE.fullmatch(module):
-        return "`module: imperative` expected, with the module in lower case"
+        return "`module: imperative` expected, with the module in lower case or the name of a document"
     if text.endswith("."):
         return "ends with a full stop"
     verb = text.split(" ")[0]

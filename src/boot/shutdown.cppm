@@ -14,9 +14,9 @@ export import boot.jobs;
 export namespace fl::boot {
 
 /// run_job(), unless `shutdown` is asked for first: then nothing more is begun, what is under way ends, the job is
-/// given up, every disk is flushed, and who asked is told. Slow disks are waited for; when for options.timeout no request of
-/// any disk ends, the job's memory is given up with it. An end that leaves every disk at rest is a success, any other
-/// one a failure.
+/// given up, every disk is flushed, and who asked is told. Slow disks are waited for; when for options.timeout no
+/// request of any disk ends, the job's memory is given up with it. An end that leaves every disk at rest is a success,
+/// any other one a failure.
 io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks& disks, JobServices services,
                                              io::Shutdown& shutdown);
 

@@ -53,8 +53,8 @@ class PortClaims {
     static constexpr u32 capacity = 96; // ranges: of 16 controllers
 
     enum class Answer : u8 { yes, taken, full };
-    /// The ranges of a channel: command block (8 ports), control (1), bus master (8), each only if it is not 0. `taken`:
-    /// one of the ports is claimed already, and nothing more is then.
+    /// The ranges of a channel: command block (8 ports), control (1), bus master (8), each only if it is not 0.
+    /// `taken`: one of the ports is claimed already, and nothing more is then.
     Answer take(const ChannelPorts& at);
     /// Why a channel without its claim is not used.
     static Error why_not(Answer answer);

@@ -100,7 +100,7 @@ class Planted(unittest.TestCase):
         self.planted(checks.columns, "src/core/a.cppm", "\n\n", "\n// " + "x" * 118 + "\n", "src/core/a.cppm:2: 121 columns, at most 120 expected")
 
     def test_subjects(self):
-        for good in ("io.ring: read each index once", "core/x, docs: feed it", "test.fuzz: bound how long it is", "a: pass \"b.\" on", "m: " + "x" * 69):
+        for good in ("io.ring: read each index once", "core/x, docs: feed it", "README: say it once", "test.fuzz: bound how long it is", "a: pass \"b.\" on", "m: " + "x" * 69):
             self.assertEqual(checks.subject_fault(good), "", good)
         for bad, words in (
             ("m: " + "x" * 70, "73 characters, at most 72 expected"), ("Add a thing", "`module: imperative` expected"), ("Ring: add it", "`module: imperative` expected"),

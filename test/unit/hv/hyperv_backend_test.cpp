@@ -385,7 +385,8 @@ TEST(HyperVBackend, UninstallDoesNotWaitForEver) {
 }
 
 // The machine is stopped between any two looks at the clock: each stop counts as a step of the clock and no more, and
-// the wait restarts after it until it is twice as long. So the host is looked at about twenty times in a second's bound.
+// the wait restarts after it until it is twice as long. So the host is looked at about twenty times in a second's
+// bound.
 TEST(HyperVBackend, UninstallDoesNotTakeAStopForSilence) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
