@@ -88,6 +88,16 @@ void release_quarantine(const void* holder) {
     release_if([&](const Held& h) { return h.holder == holder; });
 }
 
+void keep_quarantine(const void* holder) {
+    if (!any.load(std::memory_order_relaxed)) [[likely]] {
+        return;
+    }
+    const Locked locked(state.lock);
+    for (Held& held : state.held) {
+        held.holder = held.holder == holder ? nullptr : held.holder;
+    }
+}
+
 bool is_quarantined(DmaSpan span) {
     if (!any.load(std::memory_order_relaxed)) [[likely]] {
         return false;

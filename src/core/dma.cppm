@@ -29,6 +29,9 @@ void quarantine(DmaSpan span, const void* holder, u64 id = 0);
 /// The device can no longer reach what was quarantined under `holder` and `id`; or under `holder` alone.
 void release_quarantine(const void* holder, u64 id);
 void release_quarantine(const void* holder);
+/// `holder` ends, and the device has not let go: what it has quarantined stays so for good, and another holder at the
+/// same address cannot release it.
+void keep_quarantine(const void* holder);
 bool is_quarantined(DmaSpan span);
 
 struct QuarantineState {

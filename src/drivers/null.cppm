@@ -57,6 +57,7 @@ class Disk final : public io::QueueDisk<Transport> {
         queue_.add(*this);
         queue_.open(timeout());
     }
+    io::BlockQueue<Transport>& queue() { return queue_; }
 
   private:
     io::BlockQueue<Transport> queue_;

@@ -17,18 +17,21 @@ namespace fl::io {
 void QueueCore::open(Nanoseconds timeout) {
     timeout_ = timeout;
     events_seen_ = transport_events();
+    idle_events_ = 0;
+    oldest_.restart();
+    stuck_.restart();
     state_ = State::open;
     executor_.add(*this);
 }
 
-void QueueCore::close(Status status, const Error& why) {
+void QueueCore::close(Status status, Status with_device, const Error& why) {
     if (state_ != State::open) {
         return;
     }
     if (transport_closing(status)) {
         log::error("{}: closed: {}", names(), why);
     }
-    end_everything(status);
+    end_everything(status, with_device);
 }
 
 void QueueCore::stop() {
@@ -36,30 +39,32 @@ void QueueCore::stop() {
         return;
     }
     if (state_ == State::open) {
-        end_everything(Status::device_gone, true);
+        end_everything(Status::device_gone, Status::device_gone, true);
     }
     executor_.remove(*this);
     state_ = State::closed;
 }
 
-void QueueCore::end_everything(Status status, bool stopped) {
+/// `with_device`: the status of requests of which the device has something.
+void QueueCore::end_everything(Status status, Status with_device, bool stopped) {
     state_ = State::shut;
-    const auto end = [&](Request& request) {
+    const auto end = [&](Request& request, Status how) {
         request.issued = request.buffer.size; // the rest is not sent
         request.again = false;
         if (request.parts == 0) {
-            request.part_status = status;
+            request.part_status = how;
             done_.push(request);
         }
     };
     for_each_disk([&](QueuedDevice& disk) {
         for (RequestQueue* list : {&disk.retry_, &disk.waiting_}) {
             while (Request* request = list->pop()) {
-                end(*request);
+                end(*request, status);
             }
         }
     });
     parked_ = 0;
+    bool device_stopped = false;
     for_each_command([&](u64 id, QueuedCommand& command) {
         if (Exchange* exchange = std::exchange(command.exchange, nullptr); exchange != nullptr) {
             exchange->done.open();
@@ -68,14 +73,19 @@ void QueueCore::end_everything(Status status, bool stopped) {
         if (request == nullptr) {
             return;
         }
-        orphan(id, command, command.delayed ? Fence::stopped : transport_fence(command));
+        const Fence fence = command.delayed || device_stopped ? Fence::stopped : transport_fence(command);
+        device_stopped = device_stopped || (fence == Fence::stopped && !command.delayed);
+        orphan(id, command, fence);
         for (Request* following = nullptr; request != nullptr; request = following) {
             following = command.gathered ? request->link : nullptr;
             --request->parts;
-            end(*request);
+            end(*request, with_device);
         }
     });
     delayed_ = 0;
+    if (device_stopped) { // what nobody waited for comes back as well
+        take_back_everything(nullptr);
+    }
     asked_.reset();
     complete_done();
     transport_closed(stopped);
@@ -173,7 +183,8 @@ Result<void> QueueCore::send(Exchange& exchange) {
     command.op = Op::read;
     command.number = 0;
     command.bytes = 0;
-    command.gathered = command.delayed = command.reset = command.expired = command.late_write = false;
+    command.gathered = command.thinned = command.delayed = false;
+    command.reset = command.expired = command.late_write = false;
     exchange.id = *id;
     exchange.answered = false;
     exchange.done.close();
@@ -208,13 +219,13 @@ bool QueueCore::unpark(Request& request) {
     return found;
 }
 
-/// An answer that nobody waits for any more.
-void QueueCore::end_without_requests(u64 id, QueuedCommand& command, bool safe) {
-    late_writes_ -= command.late_write ? 1 : 0;
+/// The device has answered a command of which something was given up, or has been stopped. `safe`: it accesses none of
+/// the command's buffers any more.
+void QueueCore::end_late(u64 id, QueuedCommand& command, bool safe) {
+    late_writes_ -= std::exchange(command.late_write, false) ? 1 : 0;
     if (safe) {
         release_quarantine(this, id);
     }
-    slots_->give(id);
 }
 
 void QueueCore::note_error(Request& request, Status status) {
@@ -237,15 +248,18 @@ void QueueCore::note_held(u64 id, const QueuedDevice& device, Request& request) 
 
 /// False: it has been tried often enough.
 bool QueueCore::retry(u64 id, QueuedCommand& command, Retry how) {
-    if (how == Retry::alone) {
-        if (!command.gathered && command.first->tries != 0) {
+    if (how == Retry::alone || command.thinned) {
+        if (!command.gathered && command.first->tries != 0 && !command.first->again) {
             return false;
         }
         for (Request* request = command.first; request != nullptr;
              request = command.gathered ? request->link : nullptr) {
-            ++request->tries;
+            request->tries += request->again ? 0 : 1; // else another of its commands failed in the same try
         }
-        static_cast<void>(transport_finish(command, Status::io_error));
+        const bool safe = transport_finish(command, Status::io_error);
+        if (command.thinned) {
+            end_late(id, command, safe);
+        }
         requeue_all(command);
         slots_->give(id);
         return true;
@@ -286,7 +300,8 @@ void QueueCore::requeue_all(QueuedCommand& command) {
             }
         } else {
             static_cast<void>(unpark(*request));
-            request->issued = command.gathered ? 0 : command.offset;
+            // `again`: one of its other commands has to be sent again as well.
+            request->issued = command.gathered || request->again ? 0 : command.offset;
             request->again = false;
             park(command.device->retry_, *request);
         }
@@ -314,6 +329,7 @@ void QueueCore::forget(Request& request) {
     static_cast<void>(unpark(request));
     detach(request);
     request.parts = 0;
+    complete_done(); // where the device was stopped: requests that had failed already; they may die as well
 }
 
 void QueueCore::give_up(Request& request, Status status) {
@@ -333,40 +349,46 @@ void QueueCore::give_up_all(QueuedCommand& command) {
 void QueueCore::detach(Request& request) {
     bool stopped = false;
     if (request.parts != 0) {
-        for_each_command([&](u64 id, QueuedCommand& command) { stopped = detach(id, command, request) || stopped; });
+        for_each_command(
+            [&](u64 id, QueuedCommand& command) { stopped = detach(id, command, request, stopped) || stopped; });
     }
     if (stopped) {
         take_back_everything(nullptr);
     }
 }
 
-/// True: the device had to be stopped.
-bool QueueCore::detach(u64 id, QueuedCommand& command, Request& request) {
+/// `stopped`: the device has been stopped already. True: it had to be.
+bool QueueCore::detach(u64 id, QueuedCommand& command, Request& request, bool stopped) {
     Request** at = &command.first;
-    while (*at != nullptr && *at != &request) {
-        at = command.gathered ? &(*at)->link : nullptr;
-        if (at == nullptr) {
-            return false;
-        }
+    while (*at != nullptr && *at != &request && command.gathered) {
+        at = &(*at)->link;
     }
-    if (*at == nullptr) {
+    if (*at != &request) {
         return false;
     }
+    const bool delayed = command.delayed;
+    const Fence fence = delayed || stopped ? Fence::stopped : transport_fence(command);
     if (!command.gathered) {
-        const Fence fence = command.delayed ? Fence::stopped : transport_fence(command);
-        const bool stopped = !command.delayed && fence == Fence::stopped;
-        if (command.delayed) {
-            --delayed_;
-        }
+        delayed_ -= delayed ? 1 : 0;
         orphan(id, command, fence);
-        return stopped;
+        return fence == Fence::stopped && !delayed;
     }
-    const Fence fence = transport_fence(command);
     *at = request.link;
     request.link = nullptr;
+    if (delayed) { // it is not sent again as it was
+        --delayed_;
+        static_cast<void>(transport_finish(command, Status::cancelled));
+        requeue_all(command);
+        slots_->give(id);
+        return false;
+    }
     if (fence == Fence::reachable) {
+        command.thinned = true;
         request.buffer_lost = true;
         quarantine(request.buffer, this, id);
+        if (command.op == Op::write && !std::exchange(command.late_write, true)) {
+            ++late_writes_;
+        }
     }
     return fence == Fence::stopped;
 }
@@ -384,9 +406,10 @@ void QueueCore::orphan(u64 id, QueuedCommand& command, Fence fence) {
     command.first = nullptr;
     if (fence == Fence::stopped) {
         static_cast<void>(transport_finish(command, Status::cancelled));
+        end_late(id, command, true);
         slots_->give(id);
-    } else if (fence != Fence::done && (command.op == Op::write || command.op == Op::discard)) {
-        command.late_write = true;
+    } else if (fence != Fence::done && (command.op == Op::write || command.op == Op::discard) &&
+               !std::exchange(command.late_write, true)) {
         ++late_writes_;
     }
 }
@@ -398,12 +421,12 @@ void QueueCore::take_back_everything(const QueuedCommand* expired) {
             return;
         }
         static_cast<void>(transport_finish(command, Status::cancelled));
+        if (command.first == nullptr || command.thinned) {
+            end_late(id, command, true);
+        }
         if (Exchange* exchange = std::exchange(command.exchange, nullptr); exchange != nullptr) {
             exchange->done.open();
-        } else if (command.first == nullptr) {
-            late_writes_ -= command.late_write ? 1 : 0;
-            release_quarantine(this, id);
-        } else if (&command == expired && !command.gathered) {
+        } else if (command.first != nullptr && &command == expired && !command.gathered) {
             end_part(*std::exchange(command.first, nullptr), Status::timed_out);
         } else {
             requeue_all(command);
@@ -478,14 +501,26 @@ void QueueCore::look_at_time() {
         return close(Status::device_gone, *stuck.why);
     }
     if (stuck.kind == Stuck::Kind::give_up) {
-        bool given_up = false;
-        for_each_disk([&](QueuedDevice& disk) {
-            if (!given_up && !disk.waiting_.empty()) {
-                given_up = true;
-                log::warning("{}: {}", disk.identity().name.view(), *stuck.why);
-                give_up(*disk.waiting_.front(), Status::timed_out);
-            }
-        });
+        give_up_waiting(*stuck.why);
+    }
+}
+
+/// One of the requests that wait for room, or for the next try.
+void QueueCore::give_up_waiting(const Error& why) {
+    Request* request = nullptr;
+    for_each_disk([&](QueuedDevice& disk) {
+        if (request == nullptr) {
+            request = disk.retry_.empty() ? disk.waiting_.front() : disk.retry_.front();
+        }
+    });
+    for_each_command([&](u64, QueuedCommand& command) {
+        if (request == nullptr && command.delayed) {
+            request = command.first;
+        }
+    });
+    if (request != nullptr) {
+        log::warning("{}: {}", request->device().identity().name.view(), why);
+        give_up(*request, Status::timed_out);
     }
 }
 
@@ -500,7 +535,8 @@ void QueueCore::recover(QueuedCommand& command, OldestWait::Finding finding) {
         }
         log::warning("{}: no answer to a request within {} ms, while others were answered",
                      command.device->identity().name.view(), timeout_ / 1'000'000);
-        return give_up_all(command);
+        give_up_all(command);
+        return oldest_.restart(); // a write that may still be carried out has a time-out more
     case Recovery::Kind::asked: return ask(command);
     case Recovery::Kind::stopped:
         take_back_everything(&command);
@@ -513,8 +549,8 @@ void QueueCore::recover(QueuedCommand& command, OldestWait::Finding finding) {
         if (recovery.why && recovery.why->code == Code::protocol) {
             return fail(*recovery.why);
         }
-        for_each_command([&](u64, QueuedCommand& each) { give_up_all(each); });
-        return close(Status::device_gone, recovery.why.value_or(Error{Code::timed_out, "the device is silent"}));
+        return close(Status::device_gone, Status::timed_out,
+                     recovery.why.value_or(Error{Code::timed_out, "the device is silent"}));
     }
 }
 

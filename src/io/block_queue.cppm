@@ -77,7 +77,7 @@ struct Recovery {
         give_up, // this command alone: its requests end as timed_out
         asked,   // the device was asked to answer everything (SCSI bus reset), and has a whole time-out for that
         stopped, // as Fence::stopped; commands are sent again when the reset is over
-        close,   // everything ends as timed_out, and the queue is closed
+        close,   // what the device has ends as timed_out, the rest as device_gone, and the queue is closed
     };
     Kind kind = Kind::close;
     std::optional<Error> why; // for `close`; for `stopped`: the queue is closed as well, since no reset helps
@@ -95,7 +95,7 @@ struct Stuck {
 struct Exchange {
     explicit Exchange(Executor& executor) : done(executor) {}
     Latch done;
-    bool answered = false; // when done: false means that the queue was closed
+    bool answered = false; // when done: false means that the queue was closed, or the device stopped
     u64 id = 0;
 };
 
@@ -110,10 +110,11 @@ struct QueuedCommand {
     Status refusal = Status::io_error;
     u8 retries = 0;
     bool gathered = false;   // several requests
+    bool thinned = false;    // some of these were given up: it is not sent again as it was
     bool delayed = false;    // not with the device: sent again in the next tick
     bool reset = false;      // it was with the device when that was asked to answer everything
     bool expired = false;    // because of it: it is not sent again after that
-    bool late_write = false; // nobody waits, and it may still reach the medium
+    bool late_write = false; // for some of it nobody waits, and that may still reach the medium
     u64 lba = 0;             // of its first sector
     u32 offset = 0;          // of its data in the first request's buffer, in bytes
     u32 bytes = 0;           // of data: that of all its requests together
@@ -152,9 +153,9 @@ concept BlockTransport =
         { t.use(commands) } -> std::same_as<void>;
         /// Lowers command.bytes to what fits into one command, and reserves what send() needs.
         { t.prepare(command) } -> std::same_as<Fit>;
-        /// Encodes the command under `id`. The device sees it here or in publish(). Called again, under a new id, when
-        /// the command is sent again. A transport that gathers has reserved its room in prepare(): it is never full
-        /// here.
+        /// Encodes the command under `id`. The device sees it here or in publish(). A transport that gathers has
+        /// reserved its room in prepare(): it is never full here. Called again, under a new id, without prepare() and
+        /// without finish() in between, when the command is sent again [Retry::now, later]: full is allowed then.
         { t.send(command, id) } -> std::same_as<SendResult>;
         /// Makes what was sent visible, and notifies the device once at most.
         { t.publish(counters) } -> std::same_as<Result<void>>;
@@ -169,10 +170,13 @@ concept BlockTransport =
         { t.arm() } -> std::same_as<Result<bool>>;
         /// Events that have come so far, modulo 2^32.
         { constant.events() } -> std::same_as<u32>;
-        /// The command has ended: what send() took comes back, and data that was bounced is copied. False: the device
-        /// may still access the buffer, although it has answered.
+        /// The command has ended, once for each: what prepare() and send() took comes back, and data that was bounced
+        /// is copied. Also of one that send() had no room for, and of an exchange that was sent. Nobody waits for it:
+        /// command.first is nullptr. False: the device may still access the buffer, although it has answered.
         { t.finish(command, status) } -> std::same_as<bool>;
-        /// The command's requests end now. What it returns for a gathered command is reachable or stopped.
+        /// The command's requests end now; at most once for a command that is not gathered. What it returns for a
+        /// gathered command is reachable or stopped. After `stopped` it is not called for the other commands: they are
+        /// taken back.
         { t.fence(command) } -> std::same_as<Fence>;
         { t.recover(sent, finding, names) } -> std::same_as<Recovery>;
         /// Recovery::asked has not helped for a whole time-out. `flag`: a write is among what was not answered. An
@@ -205,7 +209,10 @@ struct TransportDefaults {
     Result<bool> arm() { return false; }
     u32 events() const { return 0; }
     std::optional<Error> asked_in_vain(bool) { return std::nullopt; }
-    Stuck stuck(std::string_view) { return {}; }
+    Stuck stuck(std::string_view) {
+        return {Stuck::Kind::close,
+                Error{Code::timed_out, "requests wait, and for a whole time-out no room came free"}};
+    }
     OldestWait::Seen seen(OldestWait::Seen own) { return own; }
     Result<void> tick(Instant, bool) { return {}; }
     std::optional<Status> closed_elsewhere() const { return std::nullopt; }
@@ -253,7 +260,7 @@ class QueueCore : public Service {
     /// Takes requests from here on. `timeout`: how long the device may be silent.
     void open(Nanoseconds timeout);
     /// Ends everything with `status`, says why, and takes no more.
-    void close(Status status, const Error& why);
+    void close(Status status, const Error& why) { close(status, status, why); }
     /// The same with device_gone and without a word, and out of the executor. May be opened again.
     void stop();
     inline bool is_open() const { return state_ == State::open; }
@@ -333,7 +340,7 @@ class QueueCore : public Service {
     bool unpark(Request& request);
     bool blocked(const QueuedDevice& disk, const Request& request);
     bool retry(u64 id, QueuedCommand& command, Retry how);
-    void end_without_requests(u64 id, QueuedCommand& command, bool safe);
+    void end_late(u64 id, QueuedCommand& command, bool safe);
     inline void end_part(Request& request, Status status) {
         if (status != Status::ok) [[unlikely]] {
             note_error(request, status);
@@ -365,7 +372,7 @@ class QueueCore : public Service {
         charged().interrupts += fresh;
     }
     inline Counters& charged() { return current_ != nullptr ? current_->counters_ : nobody_; }
-    void end_everything(Status status, bool stopped = false);
+    void end_everything(Status status, Status with_device, bool stopped = false);
     void fail(const Error& why) {
         close(why.code == Code::protocol ? Status::protocol_error : Status::device_gone, why);
     }
@@ -388,14 +395,15 @@ class QueueCore : public Service {
 
   private:
     void send_delayed();
+    void close(Status status, Status with_device, const Error& why);
+    void give_up_waiting(const Error& why);
     void give_up(Request& request, Status status);
     void give_up_all(QueuedCommand& command);
     void detach(Request& request);
-    bool detach(u64 id, QueuedCommand& command, Request& request);
+    bool detach(u64 id, QueuedCommand& command, Request& request, bool stopped);
     void orphan(u64 id, QueuedCommand& command, Fence fence);
     void take_back_everything(const QueuedCommand* expired);
     void look_at_time();
-    void look_for_stuck(const QueuedCommand* oldest, const OldestWait::Seen& seen);
     void recover(QueuedCommand& command, OldestWait::Finding finding);
     void ask(const QueuedCommand& oldest);
     void give_up_after_asking();
@@ -436,7 +444,11 @@ class BlockQueue : public QueueCore {
         use(table_, table_.entries());
         transport_.use(table_);
     }
-    virtual ~BlockQueue() { stop(); }
+    /// What is still quarantined stays so for good: reclaim() first where the device has let go.
+    virtual ~BlockQueue() {
+        stop();
+        keep_quarantine(this);
+    }
 
     T& transport() { return transport_; }
     const T& transport() const { return transport_; }
@@ -541,7 +553,8 @@ inline BlockQueue<T>::Issued BlockQueue<T>::issue(QueuedDevice& disk, Request& r
         command.bytes = request.buffer.size - request.issued;
         command.lba = request.lba + (request.issued >> disk.sector_shift_);
         command.retries = 0;
-        command.gathered = command.delayed = command.reset = command.expired = command.late_write = false;
+        command.gathered = command.thinned = command.delayed = false;
+        command.reset = command.expired = command.late_write = false;
         if (const Fit fit = transport_.prepare(command); fit != Fit::ok) [[unlikely]] {
             command.first = nullptr;
             table_.give(id);
@@ -606,7 +619,7 @@ void BlockQueue<T>::gather(Command& command, RequestQueue& from)
     while (Request* next = from.front()) {
         if (next->op != command.op || next->issued != 0 ||
             next->lba != command.lba + (command.bytes >> command.device->sector_shift_) ||
-            !transport_.join(command, *next)) {
+            (late_writes_ != 0 && blocked(*command.device, *next)) || !transport_.join(command, *next)) {
             return;
         }
         static_cast<void>(from.pop());
@@ -673,7 +686,7 @@ bool BlockQueue<T>::drain() {
         }
     }
     if (const auto status = transport_.closed_elsewhere()) [[unlikely]] {
-        end_everything(*status);
+        end_everything(*status, *status);
         return true;
     }
     count_events(transport_.events(), count != 0);
@@ -698,6 +711,7 @@ template <class T>
 [[gnu::always_inline]] inline void BlockQueue<T>::take(const Completion& completion) {
     Command& command = table_[completion.id];
     if (Exchange* exchange = std::exchange(command.exchange, nullptr); exchange != nullptr) [[unlikely]] {
+        static_cast<void>(transport_.finish(command, completion.status));
         table_.give(completion.id);
         exchange->answered = true;
         exchange->done.open();
@@ -716,8 +730,11 @@ template <class T>
 [[gnu::always_inline]] inline void BlockQueue<T>::end_command(u64 id, Command& command, Status status) {
     const bool safe = transport_.finish(command, status);
     Request* request = std::exchange(command.first, nullptr);
-    if (request == nullptr) [[unlikely]] {
-        return end_without_requests(id, command, safe);
+    if (request == nullptr || command.thinned) [[unlikely]] {
+        end_late(id, command, safe);
+        if (request == nullptr) {
+            return table_.give(id);
+        }
     }
     current_ = command.device;
     if (command.gathered && status != Status::ok) [[unlikely]] { // it may be any one of them
