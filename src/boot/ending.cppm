@@ -77,7 +77,7 @@ class EndMachine {
     ~EndMachine() = default;
 };
 
-/// Ends the machine step by step. A step that faults is not tried again: whoever handles the fault calls step() for the
+/// Ends the machine step by step. A step that faults is not tried again: the fault handler calls step() for the
 /// next one.
 class Ending {
   public:
