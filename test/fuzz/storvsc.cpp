@@ -216,14 +216,14 @@ struct Machine {
         requests.erase(requests.begin() + static_cast<std::ptrdiff_t>(at));
         submitted_at.erase(submitted_at.begin() + static_cast<std::ptrdiff_t>(at));
     }
-    // How long a request may be pending. A host that does nothing more has a time-out for the oldest one, and the same
-    // again for a bus reset. One that does this and that, and answers nothing that it was asked, does not keep a
-    // request pending either: both once more, for those that were sent while the bus was being reset, and one time-out
-    // for what waits for slots that are never given back.
+    // How long a request may be pending. After the host's last word, four time-outs at most: a bus reset that was asked
+    // for before is waited for; a request that was sent meanwhile is the oldest one from then on, and has its own
+    // time-out and that of the next reset; one that waited for its slot, which never comes free, has one more. What the
+    // host says without answering anything that it was asked may cost a fifth.
     bool in_time(usize at) const {
-        return !requests[at]->pending() ||
-               (clock.time - acted < 2 * timeout + 50'000'000 &&
-                clock.time - std::max(answered, submitted_at[at]) < 5 * timeout + 100'000'000);
+        constexpr Nanoseconds ticks = 100'000'000; // all of these are looked at in ticks
+        return !requests[at]->pending() || (clock.time - acted < 4 * timeout + ticks &&
+                                            clock.time - std::max(answered, submitted_at[at]) < 5 * timeout + ticks);
     }
 
     void step() {
