@@ -49,36 +49,40 @@ pvh_entry32:
     cli
     cld
 
+    // Both halves of each entry are written: .bss need not be zero. Firmware that runs after the image was loaded (QEMU
+    // with SeaBIOS) works at the end of memory, which is here when there is too little of it.
     movl $(provisional_tables + TO_PHYSICAL), %edi
     movl $LARGE, %eax
-    movl $2048, %ecx
-1:  movl %eax, (%edi)                   // the high halves are zero: .bss, and nothing above 4 GiB
+1:  movl %eax, (%edi)
+    movl $0, 4(%edi)                    // nothing above 4 GiB
+    leal 8(%edi), %edi
     addl $SIZE_2M, %eax
-    addl $8, %edi
-    decl %ecx
-    jnz 1b
+    jnc 1b                              // 4 GiB
 
     movl $(provisional_image + TO_PHYSICAL), %edi
     movl $(KERNEL_PHYSICAL + LARGE), %eax
-    movl $512, %ecx
 2:  movl %eax, (%edi)
+    movl $0, 4(%edi)
+    leal 8(%edi), %edi
     addl $SIZE_2M, %eax
-    addl $8, %edi
     cmpl $(image_end + TO_PHYSICAL), %eax
     jb 2b
 
+    xorl %ecx, %ecx
     movl $(provisional_tables + TO_PHYSICAL + PRESENT_WRITABLE), %eax
     movl $(provisional_low + TO_PHYSICAL), %edi
-    movl %eax, (%edi)
+3:  movl %eax, (%edi,%ecx,8)
+    movl $0, 4(%edi,%ecx,8)
     addl $4096, %eax
-    movl %eax, 8(%edi)
-    addl $4096, %eax
-    movl %eax, 16(%edi)
-    addl $4096, %eax
-    movl %eax, 24(%edi)
+    incl %ecx
+    cmpl $4, %ecx
+    jb 3b
     movl $(provisional_image + TO_PHYSICAL + PRESENT_WRITABLE), provisional_high + TO_PHYSICAL + 510 * 8
+    movl $0, provisional_high + TO_PHYSICAL + 510 * 8 + 4
     movl $(provisional_low + TO_PHYSICAL + PRESENT_WRITABLE), provisional_pml4 + TO_PHYSICAL
+    movl $0, provisional_pml4 + TO_PHYSICAL + 4
     movl $(provisional_high + TO_PHYSICAL + PRESENT_WRITABLE), provisional_pml4 + TO_PHYSICAL + 511 * 8
+    movl $0, provisional_pml4 + TO_PHYSICAL + 511 * 8 + 4
 
     movl %cr4, %eax
     orl $0x20, %eax                     // PAE
