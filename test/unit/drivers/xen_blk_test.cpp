@@ -386,8 +386,11 @@ struct ManyDisks : fake::Machine {
             device.type.write("vbd");
             device.address.write(std::to_string(numbers[i]));
             device.number = numbers[i];
+            obtainable.push_back(guest.grants().obtainable());
+            const u32 live = xen.live_grants();
             const auto probed = run(drivers::xen_blk::probe(*environments[i], guest, device));
             EXPECT_TRUE(probed) << i << ": " << probed.error().message;
+            taken.push_back(xen.live_grants() - live);
             attached += sinks[i].disk != nullptr;
         }
         return attached;
@@ -411,6 +414,8 @@ struct ManyDisks : fake::Machine {
     std::vector<std::unique_ptr<Blkback>> backs;
     std::vector<fake::Sink> sinks;
     std::vector<std::unique_ptr<drivers::Environment>> environments;
+    std::vector<u32> obtainable; // grants that were left before each disk
+    std::vector<u32> taken;      // grants that each disk keeps: ring, pool, pages of segments
     u32 withheld = 0;
 };
 
@@ -439,6 +444,37 @@ TEST(XenBlkMany, WhereGrantsAreFewPoolsAreSmallerAndThenThereAreNone) {
         EXPECT_EQ(m.xen.get(m.backs[23]->front + "/feature-persistent"), "0") << "and the back end is told";
         m.use_all();
         EXPECT_GE(m.guest.grants().available(), 32u) << "something is left for buffers";
+    }
+}
+
+// So that the first few disks do not take everything. A pool grows by 32 pages; one that gets fewer is not begun.
+TEST(XenBlkMany, NoDiskTakesMoreThanItsShareOfTheGrantsThatAreLeft) {
+    constexpr u32 ring = 4;
+    for (const u32 frames : {1u, 8u}) {
+        SCOPED_TRACE(frames);
+        ManyDisks pools(24, linux_offer, 40u << 20);
+        pools.withheld = without(Feature::indirect);
+        pools.xen.grant_frames_limit = pools.xen.grant_frames_given = frames;
+        ASSERT_EQ(pools.probe(), 24u);
+        u32 persistent = 0;
+        for (u32 i = 0; i < 24; ++i) {
+            const u32 eighth = (pools.obtainable[i] - ring) / 8;
+            EXPECT_EQ(pools.persistent(i), eighth >= 32) << i;
+            const u32 pool = pools.taken[i] - ring;
+            EXPECT_EQ(pool % 32, 0u) << i;
+            EXPECT_LE(pool, eighth) << i;
+            EXPECT_GT(pool + 64, std::min(eighth, 512u)) << i << ": and less for no reason";
+            persistent += pools.persistent(i) ? 1 : 0;
+        }
+        EXPECT_GE(persistent, std::min(24u, frames * 2)) << "an eighth each, and not all for the first ones";
+
+        ManyDisks segments(24, linux_offer, 40u << 20);
+        segments.withheld = without(Feature::persistent);
+        segments.xen.grant_frames_limit = segments.xen.grant_frames_given = frames;
+        ASSERT_EQ(segments.probe(), 24u);
+        for (u32 i = 0; i < 24; ++i) {
+            EXPECT_EQ(segments.taken[i] - ring, std::min((segments.obtainable[i] - ring) / 32, 64u)) << i;
+        }
     }
 }
 
