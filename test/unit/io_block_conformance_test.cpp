@@ -1094,6 +1094,62 @@ class NullRig final : public Rig {
     test::HeapDma dma;
     drivers::null::Disk disk_{executor, 0, Rig::sectors};
 };
+
+// ---- time: what the cases above do not tell apart ----
+
+constexpr ModelConfig effect_give_up{io::Fence::effect, io::Recovery::Kind::give_up, io::Retry::later};
+
+// A write that was given up may still reach the medium: the device has a whole time-out more to answer it, and then
+// the queue is closed.
+TEST(BlockQueueTime, AWriteThatWasGivenUpHasATimeOutMore) {
+    for (const bool answered : {true, false}) {
+        const Make make{"", [] { return std::make_unique<ModelRig<false>>(effect_give_up); }};
+        Bench b(make);
+        const Nanoseconds timeout = b.facts().timeout;
+        Item& write = b.start(Op::write, 100, 4096);
+        b.pass(timeout * 11 / 10);
+        EXPECT_EQ(write.status, Status::timed_out);
+        Item& next = b.start(Op::write, 100, 4096); // waits for its sectors
+        b.pass(timeout * 7 / 10);
+        EXPECT_TRUE(b.rig->is_open()) << "closed without the second time-out";
+        EXPECT_EQ(next.ended, 0u);
+        if (answered) {
+            ASSERT_EQ(b.rig->held().size(), 1u);
+            b.rig->answer(0, Status::ok);
+            b.turn();
+            b.finish();
+            EXPECT_EQ(next.status, Status::ok);
+            EXPECT_TRUE(b.rig->is_open());
+        } else {
+            b.pass(timeout * 4 / 10);
+            EXPECT_FALSE(b.rig->is_open()) << "never closed";
+            EXPECT_EQ(next.status, Status::device_gone);
+            b.finish();
+        }
+    }
+}
+
+// What waited before a stop says nothing of what waits after the next open().
+TEST(BlockQueueTime, AQueueThatIsOpenedAgainBeginsAnew) {
+    ModelConfig config;
+    config.room = 0;
+    const Make make{"", [&] { return std::make_unique<ModelRig<false>>(config); }};
+    Bench b(make);
+    const Nanoseconds timeout = b.facts().timeout;
+    Item& before = b.start(Op::read, 100, 4096);
+    b.pass(timeout * 9 / 10);
+    EXPECT_EQ(before.ended, 0u);
+    b.rig->stop();
+    static_cast<ModelRig<false>&>(*b.rig).queue().open(timeout);
+    Item& after = b.start(Op::read, 100, 4096);
+    b.pass(timeout * 8 / 10);
+    EXPECT_EQ(before.status, Status::device_gone);
+    EXPECT_TRUE(b.rig->is_open() && after.ended == 0);
+    b.pass(timeout * 4 / 10);
+    EXPECT_FALSE(b.rig->is_open()) << "no room for a whole time-out";
+    EXPECT_EQ(after.status, Status::device_gone);
+    b.finish();
+}
 } // namespace
 
 namespace fl::test::conformance {
