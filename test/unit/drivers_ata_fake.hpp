@@ -206,6 +206,7 @@ class Channel {
     Nanoseconds latency_per_sector = 0; // beside it, of a transfer
     Nanoseconds pio_latency = 0;
     Nanoseconds reset_latency = 0; // busy for so long behind a reset
+    bool hold = false;             // a transfer stays under way until release()
 
     // What was seen.
     u64 accesses = 0;
@@ -281,6 +282,33 @@ class Channel {
         status_ = 0x50;
     }
     bool started() const { return (bm_status_ & 1) != 0; }
+    struct Transfer {
+        bool is_write = false;
+        u64 lba = 0;
+        u32 count = 0; // sectors
+        u64 generation = 0;
+    };
+    /// The transfer that waits for release(); none once the engine was stopped or the channel reset.
+    std::optional<Transfer> held() const { return held_ && held_->generation == generation_ ? held_ : std::nullopt; }
+    /// Ends it, as the fields above say.
+    void release() {
+        if (const auto t = held()) {
+            held_.reset();
+            transfer(*drives[unit()], t->lba, t->count, t->is_write);
+        }
+    }
+    /// Whether the engine may access some of it.
+    bool reachable(u64 bus, u64 size) {
+        if (!held()) {
+            return false;
+        }
+        for (const auto& [base, length] : regions()) {
+            if (base < bus + size && bus < u64{base} + length) {
+                return true;
+            }
+        }
+        return false;
+    }
     /// Somebody else on the same line, or noise on it.
     void raise_line() { interrupts.raise(gsi); }
 
@@ -491,18 +519,23 @@ class Channel {
         pending_ = 0;
         status_ = 0xd8;
         ASSERT_LE(lba + count, d.sectors) << "LBA out of range";
+        if (hold) {
+            held_ = {is_write, lba, count, generation_};
+            return;
+        }
         later(latency + count * latency_per_sector,
               [this, &d, lba, count, is_write] { transfer(d, lba, count, is_write); });
     }
-    void transfer(Drive& d, u64 lba, u32 count, bool is_write) {
-        const u64 total = u64{count} * d.sector_size;
-        std::vector<std::pair<u64, u32>> regions;
-        u64 room = 0;
+    /// The memory of the transfer, as its table says.
+    std::vector<std::pair<u32, u32>> regions() {
+        std::vector<std::pair<u32, u32>> found;
         for (u32 i = 0;; ++i) {
-            ASSERT_LT((bm_table_ & 0xffff) + 8 * i, 0x10000u) << "the table crosses 64 KiB, or has no end";
+            EXPECT_LT((bm_table_ & 0xffff) + 8 * i, 0x10000u) << "the table crosses 64 KiB, or has no end";
             std::array<u8, 8> raw{};
             const std::byte* at = memory.at(bm_table_ + 8 * i, 8);
-            ASSERT_NE(at, nullptr);
+            if (at == nullptr || i == 0x2000) {
+                return found;
+            }
             std::memcpy(raw.data(), at, 8);
             const u32 base = raw[0] | raw[1] << 8 | raw[2] << 16 | u32{raw[3]} << 24;
             u32 length = raw[4] | raw[5] << 8;
@@ -510,11 +543,18 @@ class Channel {
             EXPECT_EQ(base % 2, 0u);
             EXPECT_EQ(length % 2, 0u);
             EXPECT_LE((base & 0xffff) + length, 0x10000u) << "a region crosses 64 KiB";
-            regions.emplace_back(base, length);
-            room += length;
+            found.emplace_back(base, length);
             if ((raw[7] & 0x80) != 0) {
-                break;
+                return found;
             }
+        }
+    }
+    void transfer(Drive& d, u64 lba, u32 count, bool is_write) {
+        const u64 total = u64{count} * d.sector_size;
+        const auto memory_of_it = regions();
+        u64 room = 0;
+        for (const auto& [base, length] : memory_of_it) {
+            room += length;
         }
         EXPECT_EQ(room, total) << "the table is not as long as the transfer";
         if (bus_error > 0) {
@@ -529,7 +569,7 @@ class Channel {
         std::vector<std::byte> data(total);
         if (is_write) {
             u64 done = 0;
-            for (auto [base, length] : regions) {
+            for (auto [base, length] : memory_of_it) {
                 std::memcpy(data.data() + done, memory.at(base, length), length);
                 done += length;
             }
@@ -547,7 +587,7 @@ class Channel {
         }
         if (!is_write) {
             u64 done = 0;
-            for (auto [base, length] : regions) {
+            for (auto [base, length] : memory_of_it) {
                 std::memcpy(memory.at(base, length), data.data() + done, length);
                 done += length;
             }
@@ -601,6 +641,7 @@ class Channel {
     Instant reset_at_ = 0;
     Instant released_at_ = no;
     u64 generation_ = 0;
+    std::optional<Transfer> held_;
     u32 commands_at_start_ = 0;
 };
 

@@ -617,8 +617,8 @@ TEST_P(BlockConformance, NeighboursAreEachTheirOwn) {
                 b.forget(*near[gone]);
                 b.pass(30'000'000);
             }
-            if (!b.rig->held().empty()) {
-                b.rig->answer(0, status);
+            if (const auto held = b.rig->held(); !held.empty()) { // where the device was stopped: one of them, alone
+                b.rig->answer(0, held[0].bytes > 4096 ? status : Status::ok);
             }
             b.finish();
             for (u32 i = 0; i < 3; ++i) {

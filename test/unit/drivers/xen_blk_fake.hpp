@@ -37,10 +37,9 @@ class Blkback {
         unasked,
     };
 
-    Blkback(Xen& x, const Offer& o, u32 number = 51712, u32 domain = 0) : xen(x), offer(o), domain_(domain) {
+    Blkback(Xen& x, const Offer& o, u32 number = 51712, u32 domain = 0) : xen(x), offer(o), disk(o.sectors * 512), domain_(domain) {
         front = "/local/domain/1/device/vbd/" + std::to_string(number);
         back = "/local/domain/" + std::to_string(domain) + "/backend/vbd/1/" + std::to_string(number);
-        disk.resize(offer.sectors * 512);
         xen.tree[front + "/backend"] = back;
         xen.tree[front + "/backend-id"] = std::to_string(domain);
         xen.tree[front + "/state"] = "1";
@@ -167,6 +166,11 @@ class Blkback {
     /// all; else for as long as the request lasts, and no more than it needs.
     std::byte* map(u32 ref, bool write) {
         write = write || keeps_mapped;
+        if (const auto had = std::ranges::find(premapped_, std::pair{ref, write}); had != premapped_.end()) {
+            lent.push_back(*had);
+            premapped_.erase(had);
+            return xen.memory.at(xen.mappings[ref].frame * 4096);
+        }
         if (keeps_mapped && kept.contains(ref)) {
             return xen.memory.at(xen.mappings[ref].frame * 4096);
         }
@@ -214,7 +218,11 @@ class Blkback {
             ++taken;
             did = true;
             EXPECT_TRUE(wild || req_cons - rsp_prod <= slots);
-            serve(copy.data());
+            if (hold) {
+                take(copy);
+            } else {
+                serve(copy.data());
+            }
         }
         if (rsp_prod == req_cons || !lazy) {
             word(4) = req_cons + 1; // the final check for requests: tell me of the next one
@@ -222,6 +230,66 @@ class Blkback {
         more_work = req_cons != word(0);
         return did;
     }
+
+    /// A request that waits for answer().
+    struct Held {
+        std::array<std::byte, 112> slot;
+        std::vector<u32> refs;                    // of its data
+        std::vector<std::pair<u32, bool>> mapped; // with hold_mapped; true: for writing
+        u8 op = 0;                                // of an indirect one: that of its data
+        u64 sector = 0;
+        u32 sectors = 0; // of 512 bytes
+    };
+    void take(const std::array<std::byte, 112>& slot) {
+        Held held{slot, {}, {}};
+        const u64 at = reinterpret_cast<u64>(slot.data());
+        const bool indirect = Xen::field<u8>(at, 0) == 6;
+        held.op = Xen::field<u8>(at, indirect ? 1 : 0);
+        held.sector = Xen::field<u64>(at, 16);
+        const u32 n = indirect ? Xen::field<u16>(at, 2) : Xen::field<u8>(at, 1);
+        u64 first = at + 24;
+        if (indirect) {
+            std::byte* page = xen.memory.at(u64{Xen::field<u32>(xen.entry_address(Xen::field<u32>(at, 28)), 4)} * 4096);
+            first = reinterpret_cast<u64>(page);
+        }
+        for (u32 i = 0; i < n; ++i) {
+            const u32 ref = Xen::field<u32>(first + i * 8, 0);
+            held.refs.push_back(ref);
+            held.sectors += Xen::field<u8>(first + i * 8, 5) - Xen::field<u8>(first + i * 8, 4) + 1u;
+            if (hold_mapped && !keeps_mapped && xen.map_grant(ref, static_cast<u16>(domain_), held.op == 0)) {
+                held.mapped.emplace_back(ref, held.op == 0);
+            }
+        }
+        held_.push_back(std::move(held));
+    }
+    /// Ends the held request at `index`: carries it out and says how that went, or says `status` and does nothing.
+    void answer(usize index, i16 status) {
+        Held held = std::move(held_[index]);
+        held_.erase(held_.begin() + static_cast<std::ptrdiff_t>(index));
+        for (const auto& [ref, write] : held.mapped) {
+            if (status != 0) {
+                xen.unmap_grant(ref, write);
+            }
+        }
+        if (status != 0) {
+            respond(Xen::field<u64>(reinterpret_cast<u64>(held.slot.data()), 8), held.op, status);
+            return;
+        }
+        premapped_ = std::move(held.mapped);
+        serve(held.slot.data());
+    }
+    /// It forgets all requests, and unmaps every page.
+    void forget() {
+        for (const Held& held : held_) {
+            for (const auto& [ref, write] : held.mapped) {
+                xen.unmap_grant(ref, write);
+            }
+        }
+        held_.clear();
+        ring = nullptr;
+        let_go_of_ring();
+    }
+    const std::vector<Held>& held() const { return held_; }
 
     void serve(std::byte* r) {
         const u64 at = reinterpret_cast<u64>(r);
@@ -335,7 +403,7 @@ class Blkback {
     Xen& xen;
     Offer offer;
     std::string front, back;
-    std::vector<std::byte> disk;
+    Zeroed disk;
     std::byte* ring = nullptr;
     std::vector<u32> refs;
     u32 pages = 0, slots = 0, port = 0;
@@ -343,6 +411,8 @@ class Blkback {
     u32 at_once = ~0u;
     bool keeps_mapped = false, hold_grants = false, dead = false, refuse_flush = false, sulks = false;
     bool more_work = false, wild = false;
+    bool hold = false;        // requests are taken, and wait for answer()
+    bool hold_mapped = false; // with their pages mapped
     // asks for an event only when nothing is under way (QEMU), instead of whenever it has looked (Linux)
     bool lazy = false;
     std::map<u32, bool> kept;               // mapped until we leave; true: for writing
@@ -361,6 +431,8 @@ class Blkback {
     u32 wanted_state_ = 0;
     u32 waited_ = 0;
     bool frontend_changed_ = false;
+    std::vector<Held> held_;
+    std::vector<std::pair<u32, bool>> premapped_; // of the request that is being served
 };
 
 struct Sink final : drivers::DiskSink {

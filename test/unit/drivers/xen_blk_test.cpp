@@ -54,7 +54,8 @@ void verify(DiskMachine& m, u32 rounds = 60) {
     const u32 sector = disk.geometry().sector_size;
     const u64 sectors = disk.geometry().sectors;
     std::mt19937_64 random(7);
-    std::vector<std::byte> model(m.back.disk);
+    const std::span<std::byte> image = m.back.disk.bytes();
+    std::vector<std::byte> model(image.begin(), image.end());
     DmaSpan buffer = m.buffer(512 * 1024);
     for (u32 i = 0; i < rounds; ++i) {
         const u64 lba = random() % sectors;
@@ -74,7 +75,7 @@ void verify(DiskMachine& m, u32 rounds = 60) {
             ASSERT_EQ(std::memcmp(model.data() + lba * sector, span.data, span.size), 0) << lba << "+" << count;
         }
     }
-    EXPECT_TRUE(model == m.back.disk);
+    EXPECT_TRUE(std::ranges::equal(model, image));
     EXPECT_EQ(m.back.bad_grants, 0u);
     EXPECT_TRUE(m.run(fake::flush(disk)));
 }
@@ -294,10 +295,10 @@ TEST(XenBlk, FlushDiscardAndTheirRefusal) {
     std::memset(m.back.disk.data(), 0xff, m.back.disk.size());
     const DmaSpan buffer = m.buffer(8192);
     EXPECT_TRUE(m.run(fake::discard(m.disk(), 16, buffer)));
-    EXPECT_EQ(m.back.disk[16 * 512], std::byte{0});
-    EXPECT_EQ(m.back.disk[31 * 512 + 511], std::byte{0});
-    EXPECT_EQ(m.back.disk[32 * 512], std::byte{0xff});
-    EXPECT_EQ(m.back.disk[15 * 512], std::byte{0xff});
+    EXPECT_EQ(m.back.disk.data()[16 * 512], std::byte{0});
+    EXPECT_EQ(m.back.disk.data()[31 * 512 + 511], std::byte{0});
+    EXPECT_EQ(m.back.disk.data()[32 * 512], std::byte{0xff});
+    EXPECT_EQ(m.back.disk.data()[15 * 512], std::byte{0xff});
     m.back.refuse_flush = true;
     EXPECT_EQ(m.run(fake::flush(m.disk())).error().code, Code::not_supported);
     DiskMachine barrier({.flush = false, .barrier = true});
@@ -406,7 +407,7 @@ struct ManyDisks : fake::Machine {
             ASSERT_TRUE(run(fake::write(*sinks[i].disk, 16, out)));
             ASSERT_TRUE(run(fake::read(*sinks[i].disk, 16, in)));
             ASSERT_EQ(std::memcmp(in.data, out.data, in.size), 0) << i;
-            EXPECT_EQ(backs[i]->disk[16 * 512 + 300 * 1024 - 1], static_cast<std::byte>(i + 1));
+            EXPECT_EQ(backs[i]->disk.data()[16 * 512 + 300 * 1024 - 1], static_cast<std::byte>(i + 1));
         }
         EXPECT_EQ(xen.bad_maps, 0u);
     }

@@ -1,0 +1,191 @@
+// The Xen block front end in the conformance suite: grants ended or still mapped, persistent, indirect.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <gtest/gtest.h>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "zeroed.hpp"
+
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import core.interrupt;
+import core.log;
+import core.cpuid;
+import io.executor;
+import io.task;
+import io.block;
+import hv.xen;
+import drivers.driver;
+import drivers.xen_blk;
+import drivers.xen_blk.disk;
+
+#include "unit/hv/xen_fake.hpp"
+// behind it
+#include "unit/drivers/xen_blk_fake.hpp"
+#include "unit/io_block_conformance.hpp"
+
+namespace {
+using namespace fl;
+using namespace fl::test::conformance;
+using io::Status;
+namespace xen_blk = drivers::xen_blk;
+
+struct Kind {
+    bool persistent = false;
+    bool indirect = false;
+    bool mapped = false; // the back end maps a request's pages when it takes it, and unmaps them when it answers
+};
+
+class XenBlkRig final : public Rig {
+  public:
+    explicit XenBlkRig(const Kind& kind)
+        : back_(m_.xen, {.sectors = sectors, .persistent = kind.persistent, .indirect = kind.indirect ? 256u : 0u}) {
+        EXPECT_TRUE(m_.install());
+        EXPECT_TRUE(m_.start());
+        m_.world.device = [this] {
+            const InFake scope;
+            return back_.process();
+        };
+        back_.hold = true;
+        back_.hold_mapped = kind.mapped;
+        xen_blk::Terms terms;
+        terms.handle = 51712;
+        terms.flush = xen_blk::Operation::flush;
+        terms.persistent = kind.persistent;
+        terms.indirect_segments = kind.indirect ? 32 : 0;
+        terms.geometry = {.sectors = sectors, .flush = true};
+        terms.port = *m_.guest.events().allocate_unbound(terms.domain);
+        ring_ = *m_.xen.memory.buffer(4096);
+        EXPECT_TRUE(disk_.prepare(ring_));
+        ring_grant_ = *m_.guest.grants().take();
+        m_.guest.grants().grant(ring_grant_, terms.domain, ring_.bus() / 4096, false);
+        if (kind.persistent) {
+            EXPECT_TRUE(disk_.start_pool(terms.domain, m_.xen.memory));
+        }
+        m_.xen.tree[back_.front + "/ring-ref"] = std::to_string(ring_grant_);
+        m_.xen.tree[back_.front + "/event-channel"] = std::to_string(to_underlying(terms.port));
+        m_.xen.tree[back_.front + "/protocol"] = "x86_64-abi";
+        m_.xen.tree[back_.front + "/feature-persistent"] = kind.persistent ? "1" : "0";
+        EXPECT_TRUE(back_.connect());
+        io::BlockDevice::Identity identity;
+        identity.name = FixedText<16>("xvda");
+        disk_.set_timeout(timeout);
+        EXPECT_TRUE(disk_.open(terms, identity, m_.xen.memory, nullptr, nullptr));
+        EXPECT_TRUE(m_.guest.events().bind(terms.port, xen_blk::Disk::on_event, &disk_));
+        port_ = terms.port;
+        facts = {.capacity = 32,
+                 .part_bytes = (kind.indirect ? 32u : 11u) * 4096,
+                 .stoppable = false,
+                 .ids = true,
+                 .timeout = timeout,
+                 .answers = {Status::ok, Status::io_error, Status::not_supported}};
+    }
+    ~XenBlkRig() {
+        if (disk_.is_open()) {
+            disk_.shut(Status::device_gone, {Code::device_gone, "the test is over"});
+        }
+        reclaim();
+        m_.guest.events().unbind(port_);
+        EXPECT_TRUE(m_.guest.grants().release(ring_grant_));
+    }
+    io::BlockDevice& disk(u32) override { return disk_; }
+    void turn() override { m_.executor.turn(); }
+    Instant now() override { return m_.executor.now(); }
+    void jump(Nanoseconds length) override { m_.world.now += length; }
+    DmaAllocator& memory() override { return m_.xen.memory; }
+    std::vector<Held> held() override {
+        std::vector<Held> held;
+        for (const auto& h : back_.held()) {
+            held.push_back({h.op == 0 ? io::Op::read : io::Op::write, h.sector, h.sectors * 512});
+        }
+        return held;
+    }
+    void answer(usize index, Status how) override {
+        const InFake scope;
+        back_.answer(index, how == Status::ok ? 0 : how == Status::io_error ? -1 : -2);
+        m_.xen.deliver();
+    }
+    void answer_wrongly(u32 kind) override {
+        const auto id = [](const fake::Blkback::Held& h) {
+            return fake::Xen::field<u64>(reinterpret_cast<u64>(h.slot.data()), 8);
+        };
+        back_.wild = true; // it notifies each time
+        switch (kind) {
+        case 0: back_.push(0x1234567, 0, 0); break;
+        case 1: back_.push(*back_.last_id, 0, 0); break;
+        default: {
+            const u64 head = id(back_.held()[0]);
+            const u8 op = back_.held()[0].op;
+            back_.answer(0, 0);
+            back_.push(head, op, 0);
+        }
+        }
+        m_.xen.deliver();
+    }
+    void event() override {
+        m_.xen.raise(to_underlying(port_));
+        m_.xen.deliver();
+    }
+    bool reachable(DmaSpan span) override {
+        for (const std::byte* frame : m_.xen.grant_frames) {
+            for (u32 i = 0; frame != nullptr && i < 512; ++i) {
+                std::array<u32, 2> entry; // flags and domain, frame
+                std::memcpy(entry.data(), frame + i * 8, sizeof entry);
+                const u64 page = u64{entry[1]} * 4096;
+                if ((entry[0] & 3) == 1 && page < span.bus + span.size && span.bus < page + 4096) {
+                    return true;
+                }
+            }
+        }
+        return false;
+    }
+    void read_medium(u64 lba, u32 count, std::byte* into) override {
+        std::memcpy(into, back_.disk.data() + lba * 512, count * 512);
+    }
+    void close(Status status) override { disk_.shut(status, {Code::device_gone, "the test closes it"}); }
+    void reclaim() override {
+        back_.forget();
+        disk_.reclaim();
+    }
+    bool is_open() override { return disk_.is_open(); }
+    u32 under_way() override { return disk_.abandoned(); }
+
+  private:
+    static constexpr Nanoseconds timeout = 200'000'000;
+    fake::Machine m_{16u << 20};
+    fake::Blkback back_;
+    DmaBuffer ring_;
+    hv::xen::GrantRef ring_grant_ = 0;
+    hv::xen::Port port_ = hv::xen::Port::none;
+    xen_blk::Disk disk_{m_.executor, m_.guest.events(), m_.guest.grants()};
+};
+
+std::vector<Make> kinds() {
+    std::vector<Make> all;
+    const auto add = [&](const char* name, const Kind& kind) {
+        all.push_back({name, [kind] { return std::make_unique<XenBlkRig>(kind); }});
+    };
+    add("xen_blk", {});
+    add("xen_blk_mapped", {.mapped = true});
+    add("xen_blk_indirect", {.indirect = true});
+    add("xen_blk_indirect_mapped", {.indirect = true, .mapped = true});
+    add("xen_blk_persistent", {.persistent = true});
+    add("xen_blk_persistent_indirect", {.persistent = true, .indirect = true});
+    return all;
+}
+} // namespace
+
+namespace fl::test::conformance {
+INSTANTIATE_TEST_SUITE_P(XenBlk, BlockConformance, testing::ValuesIn(kinds()), name_of);
+} // namespace fl::test::conformance

@@ -1,0 +1,95 @@
+// The IDE channel in the conformance suite: one command at a time, neighbours gathered, recovery by a reset.
+#include <array>
+#include <cstring>
+#include <functional>
+#include <gtest/gtest.h>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "unit/drivers_ata_fake.hpp"
+#include "unit/drivers_pci_fake.hpp"
+// after them
+#include "unit/drivers_ata_machine.hpp"
+import io.block_queue;
+import io.slots;
+#include "unit/io_block_conformance.hpp"
+
+namespace {
+using namespace ata_test;
+using namespace fl::test::conformance;
+using io::Status;
+
+class AtaRig final : public Rig {
+  public:
+    explicit AtaRig(bool native) {
+        Drive& drive = m.add(m.primary, 0, sectors);
+        drive.id.words[83] = 0x5000; // no 48-bit commands: 256 sectors each
+        drive.id.words[86] = 0x1000;
+        if (native) {
+            m.go_native();
+        }
+        EXPECT_TRUE(m.attach());
+        m.primary.codes.reserve(1 << 16); // nothing is allocated while the driver runs
+        m.primary.hold = true;
+        facts = {.capacity = 1,
+                 .part_bytes = 256 * 512,
+                 .gathers = true,
+                 .retries = true,
+                 .timeout = timeout,
+                 .timeouts = 16};
+    }
+    io::BlockDevice& disk(u32) override { return m.disk(0); }
+    void turn() override { m.executor.turn(); }
+    Instant now() override { return m.executor.now(); }
+    void jump(Nanoseconds length) override { m.clock.stop(length); }
+    DmaAllocator& memory() override { return m.memory; }
+    std::vector<Held> held() override {
+        const auto t = m.primary.held();
+        return t ? std::vector<Held>{{t->is_write ? io::Op::write : io::Op::read, t->lba, t->count * 512}}
+                 : std::vector<Held>{};
+    }
+    void answer(usize, Status how) override {
+        const auto t = m.primary.held();
+        if (how != Status::ok) {
+            m.primary.bad.insert(t->lba);
+        }
+        m.primary.release();
+        m.primary.bad.clear();
+    }
+    void answer_again(usize) override {
+        m.primary.crc_error = 1;
+        m.primary.release();
+    }
+    void event() override { m.primary.raise_line(); }
+    bool reachable(DmaSpan span) override { return m.primary.reachable(span.bus, span.size); }
+    void read_medium(u64 lba, u32 count, std::byte* into) override {
+        for (u32 i = 0; i < count; ++i) {
+            m.primary.drives[0]->read(lba + i, into + i * 512);
+        }
+    }
+    void close(Status status) override { core().close(status, {Code::device_gone, "the test closes it"}); }
+    void stop() override { m.queue().close(); }
+    void reclaim() override { core().reclaim(); } // a channel that was reset has no command
+    bool is_open() override { return m.queue().is_open(); }
+    u32 under_way() override { return m.queue().under_way(); }
+
+  private:
+    static constexpr Nanoseconds timeout = 200'000'000;
+    io::QueueCore& core() { return m.queue(); }
+    Machine m{timeout};
+};
+
+} // namespace
+
+namespace fl::test::conformance {
+INSTANTIATE_TEST_SUITE_P(Ata, BlockConformance,
+                         testing::Values(Make{"ata_isa", [] { return std::make_unique<AtaRig>(false); }},
+                                         Make{"ata_native", [] { return std::make_unique<AtaRig>(true); }}),
+                         name_of);
+} // namespace fl::test::conformance
