@@ -13,6 +13,7 @@ import io.latch;
 import io.block;
 import hv.hyperv;
 import drivers.driver;
+import drivers.scsi.unit;
 
 namespace fl::drivers::storvsc {
 
@@ -31,7 +32,8 @@ FixedText<16> disk_name(u32 number) {
 }
 
 Controller::Controller(Environment& environment, Vmbus& bus)
-    : environment_(environment), bus_(bus), news_(environment.executor), keeper_(environment.executor) {
+    : Nexus(environment.executor, driver_name), environment_(environment), bus_(bus), news_(environment.executor),
+      keeper_(environment.executor) {
     shared_.notify = [](void* self) { static_cast<Controller*>(self)->news_.open(); };
     shared_.context = this;
 }
@@ -216,8 +218,8 @@ io::Task<Result<void>> Controller::open_sub_channels(ChannelProperties propertie
 
 // ---- units ----
 
-// A command that reads up to `bytes` into scratch_.
-io::Task<Result<Controller::Answer>> Controller::command_once(u8 lun, scsi::Cdb cdb, u32 bytes) {
+// A command that reads up to `bytes` into scratch_. `lun` is below max_units.
+io::Task<Result<void>> Controller::execute(u16 lun, scsi::Cdb cdb, u32 bytes, scsi::Response& response) {
     if (bytes != 0 && !scratch_) { // lost to a command that was not answered
         CO_TRY(scratch_, environment_.dma.buffer(scratch_bytes));
     }
@@ -225,7 +227,7 @@ io::Task<Result<Controller::Answer>> Controller::command_once(u8 lun, scsi::Cdb 
     ScsiRequest& srb = exchange.packet.srb;
     srb.length = static_cast<u16>(srb_bytes(terms_.version));
     srb.target_id = ide_ ? ide_->target : u8{0};
-    srb.lun = lun;
+    srb.lun = static_cast<u8>(lun);
     srb.cdb_length = cdb.length;
     srb.sense_info_length = sense_bytes(terms_.version);
     srb.data_in = bytes != 0 ? Direction::in : Direction::none;
@@ -246,68 +248,24 @@ io::Task<Result<Controller::Answer>> Controller::command_once(u8 lun, scsi::Cdb 
         }
         co_return done.error();
     }
-    Answer answer{srb.scsi_status, srb_status_of(srb.srb_status), srb.data_transfer_length, std::nullopt};
-    if ((srb.srb_status & srb_autosense_valid) != 0) {
-        answer.sense = scsi::parse_sense(
-            std::span(srb.payload).first(std::min<usize>(srb.sense_info_length, sense_bytes(terms_.version))));
-    }
-    co_return answer;
-}
-
-// The same, again after a unit attention or while the unit is busy.
-io::Task<Result<Controller::Answer>> Controller::command(u8 lun, scsi::Cdb cdb, u32 bytes) {
-    static constexpr u32 attempts = 5;
-    for (u32 i = 1;; ++i) {
-        CO_TRY(const Answer answer, co_await command_once(lun, cdb, bytes));
-        const bool attention = answer.sense && answer.sense->key == scsi::key_unit_attention;
-        const bool busy = answer.scsi_status == scsi::status_busy || answer.scsi_status == scsi::status_task_set_full ||
-                          answer.srb_status == SrbStatus::busy ||
-                          (answer.sense ? scsi::passes(*answer.sense) : was_flushed(answer.srb_status));
-        if (i == attempts || (!attention && !busy)) {
-            co_return answer;
-        }
-        if (attention) {
-            log::info("storvsc: LUN {}: {}: asked again", lun, scsi::describe(*answer.sense, std::nullopt));
-        } else {
-            co_await environment_.executor.sleep(50'000'000);
-        }
-    }
-}
-
-// False: the host does not answer REPORT LUNS, and every unit has to be asked.
-io::Task<Result<bool>> Controller::list_units(std::array<bool, max_units>& there) {
-    if (ide_) {
-        there[0] = true;
-        co_return true;
-    }
-    CO_TRY(const Answer answer, co_await command(0, scsi::report_luns(scratch_bytes), scratch_bytes));
-    if (!answer.good()) {
-        co_return false;
-    }
-    u32 beyond = 0;
-    const auto listed = scsi::parse_luns(data(answer.bytes), [&](u32 lun) {
-        if (lun < max_units) {
-            there[lun] = true;
-        } else {
-            ++beyond;
-        }
-    });
-    if (beyond != 0) {
-        FixedText<96> reason;
-        print(reason, "{} {} that a request to this host cannot name: this driver reaches LUN 0 to {}", beyond,
-              noun(beyond, "units"), max_units - 1);
-        unused(max_units - 1, "SCSI units above", Unused::no_room, reason);
-    }
-    if (!listed) {
-        log::warning("storvsc: {}", listed.error());
-    }
-    co_return listed.has_value();
+    response = response_of(srb, terms_.version);
+    response.data = {reinterpret_cast<const u8*>(scratch_.data()), std::min(response.moved, bytes)};
+    co_return Result<void>{};
 }
 
 io::Task<Result<void>> Controller::scan() {
     std::array<bool, max_units> there{};
-    CO_TRY(const bool listed, co_await list_units(there));
-    if (!listed) {
+    bool listed = true;
+    if (ide_) {
+        there[0] = true;
+    } else {
+        CO_TRY(const scsi::LunList list, co_await scsi::report_luns(*this, there));
+        listed = list.whole;
+        if (list.beyond != 0) {
+            beyond(list.beyond);
+        }
+    }
+    if (!listed) { // every unit has to be asked
         std::fill_n(there.begin(), most_usual_units, true);
     }
     for (u32 n = 0; n < max_units; ++n) {
@@ -363,6 +321,13 @@ void Controller::unused(u8 lun, std::string_view what, Unused why, std::string_v
     environment_.disks.unused({"scsi", address, what, why, reason});
 }
 
+void Controller::beyond(u32 units) {
+    FixedText<96> reason;
+    print(reason, "{} {} that a request to this host cannot name: this driver reaches LUN 0 to {}", units,
+          noun(units, "units"), max_units - 1);
+    unused(max_units - 1, "SCSI units above", Unused::no_room, reason);
+}
+
 void Controller::failed(u8 lun, const Error& error) {
     FixedText<160> reason;
     print(reason, "{}", error);
@@ -372,14 +337,7 @@ void Controller::failed(u8 lun, const Error& error) {
 // What the unit is. Error{not_found}: no disk.
 io::Task<Result<void>> Controller::scan_unit(u8 lun) {
     static constexpr Error no_disk{Code::not_found, "no disk"};
-    CO_TRY(Answer answer, co_await command(lun, scsi::inquiry(std::nullopt, scsi::inquiry_bytes), scsi::inquiry_bytes));
-    std::optional<scsi::Inquiry> inquiry;
-    if (answer.good()) {
-        CO_TRY(inquiry, scsi::parse_inquiry(data(answer.bytes)));
-    } else if (!says_nobody(answer.srb_status) && !(answer.sense && answer.sense->asc == 0x25)) {
-        // It says nothing about whether a disk is there: one that is known stays.
-        co_return Error{Code::io, "INQUIRY fails (SCSI status)", scsi::status_good, answer.scsi_status};
-    }
+    CO_TRY(const std::optional<scsi::Inquiry> inquiry, co_await scsi::inquire(*this, lun));
     Unit* unit = known(lun);
     if (!inquiry || !inquiry->disk()) {
         if (unit != nullptr) {
@@ -393,117 +351,39 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
         }
         co_return no_disk;
     }
-    FixedText<48> model;
-    print(model, "{} {} {}", inquiry->vendor, inquiry->product, inquiry->revision);
     if (unit != nullptr) { // still the same?
         const io::BlockDevice& disk = *unit->disks[0];
-        CO_TRY(const scsi::Capacity now, co_await read_capacity(lun));
-        io::Geometry caching;
-        CO_CHECK(co_await read_caching(lun, caching));
-        const bool same_size = now.blocks == disk.geometry().sectors && now.block_bytes == disk.geometry().sector_size;
-        const bool same_model = model.view() == disk.identity().model.view();
-        if (same_size && same_model && caching.flush == disk.geometry().flush &&
-            caching.read_only == disk.geometry().read_only) {
+        CO_TRY(const scsi::UnitState now, co_await scsi::read_state(*this, lun));
+        const scsi::Change change = scsi::compare(*inquiry, now, disk.geometry(), disk.identity().model, limits());
+        if (change == scsi::Change::none) {
             co_return Result<void>{};
         }
-        take_away(*unit, !same_size ? "the host has changed the disk's size: it comes under a new name"
-                         : !same_model
+        take_away(*unit, change == scsi::Change::size
+                             ? "the host has changed the disk's size: it comes under a new name"
+                         : change == scsi::Change::model
                              ? "the host has put another disk in its place: it comes under a new name"
                              : "the host has changed the disk's cache or write protection: it comes under a new name");
     }
-    CO_TRY(answer, co_await command(lun, scsi::test_unit_ready(), 0));
-    if (!answer.good() && answer.sense && answer.sense->asc == scsi::asc_no_medium) {
+    CO_TRY(const scsi::UnitDescription found, co_await scsi::describe(*this, lun, *inquiry, limits()));
+    if (!found.medium) {
         if (!std::exchange(told_[lun], true)) {
             unused(lun, "SCSI disk", Unused::empty, "there is no medium in it");
         }
         co_return no_disk;
     }
-    if (!answer.good() && answer.sense) {
-        log::info("storvsc: LUN {}: {}", lun, scsi::describe(*answer.sense, std::nullopt));
-    }
-    CO_TRY(const scsi::Capacity capacity, co_await read_capacity(lun));
-    io::Geometry geometry;
-    geometry.sectors = capacity.blocks;
-    geometry.sector_size = capacity.block_bytes;
-    geometry.physical_sector_size = std::min<u32>(capacity.block_bytes << capacity.physical_shift, 65536);
-    Disk::Unit which{.target = ide_ ? ide_->target : u8{0},
-                     .lun = lun,
-                     .max_transfer = terms_.max_transfer,
-                     .short_commands = capacity.short_form};
-    CO_CHECK(co_await read_caching(lun, geometry));
-    CO_CHECK(co_await read_limits(lun, capacity.thin, geometry, which));
+    Disk::Unit which{found.limits};
+    which.target = ide_ ? ide_->target : u8{0};
+    which.lun = lun;
 
     io::BlockDevice::Identity identity;
     identity.driver = driver_name;
     identity.kind = io::Kind::synthetic;
     identity.name = disk_name(next_disk);
-    identity.model = model;
+    identity.model = found.model;
     print(identity.features, "{}{}{}version={} channels={} max-transfer={}", ide_ ? "ide " : "",
-          geometry.flush ? "flush " : "", geometry.discard ? "discard " : "", terms_.version, lane_count_,
+          found.geometry.flush ? "flush " : "", found.geometry.discard ? "discard " : "", terms_.version, lane_count_,
           which.max_transfer);
-    co_return attach(which, geometry, identity);
-}
-
-io::Task<Result<scsi::Capacity>> Controller::read_capacity(u8 lun) {
-    CO_TRY(Answer answer,
-           co_await command(lun, scsi::read_capacity_16(scsi::capacity_16_bytes), scsi::capacity_16_bytes));
-    if (answer.good()) {
-        co_return scsi::parse_capacity_16(data(answer.bytes));
-    }
-    CO_TRY(answer, co_await command(lun, scsi::read_capacity_10(), scsi::capacity_10_bytes));
-    if (!answer.good()) {
-        co_return Error{Code::io, "READ CAPACITY fails (SCSI status)", scsi::status_good, answer.scsi_status};
-    }
-    CO_TRY(scsi::Capacity capacity, scsi::parse_capacity_10(data(answer.bytes)));
-    if (capacity.beyond_32_bits) {
-        co_return Error{Code::not_supported,
-                        "the disk has more blocks than READ CAPACITY(10) can say, and refuses (16)"};
-    }
-    capacity.short_form = true;
-    co_return capacity;
-}
-
-// A unit that does not tell is taken to have a cache that is lost with the power.
-io::Task<Result<void>> Controller::read_caching(u8 lun, io::Geometry& geometry) {
-    static constexpr u8 room = 192;
-    CO_TRY(const Answer answer, co_await command(lun, scsi::mode_sense_6(scsi::caching_page, room), room));
-    bool cache = true;
-    if (answer.good()) {
-        if (auto mode = scsi::parse_mode_6(data(answer.bytes))) {
-            geometry.read_only = mode->write_protected;
-            cache = mode->write_cache.value_or(true);
-        }
-    }
-    geometry.flush = cache && environment_.allows(Feature::flush);
-    co_return Result<void>{};
-}
-
-io::Task<Result<void>> Controller::read_limits(u8 lun, bool thin, io::Geometry& geometry, Disk::Unit& unit) {
-    static constexpr u16 room = 64;
-    CO_TRY(Answer answer, co_await command(lun, scsi::inquiry(u8{0x00}, room), room));
-    if (!answer.good()) {
-        co_return Result<void>{};
-    }
-    const bool limits_there = scsi::lists_page(data(answer.bytes), 0xb0);
-    const bool provisioning_there = scsi::lists_page(data(answer.bytes), 0xb2);
-    scsi::BlockLimits limits;
-    if (limits_there) {
-        CO_TRY(answer, co_await command(lun, scsi::inquiry(u8{0xb0}, room), room));
-        if (auto parsed = scsi::parse_block_limits(data(answer.bytes)); answer.good() && parsed) {
-            limits = *parsed;
-        }
-    }
-    if (limits.max_transfer_blocks != 0) {
-        const u64 most = u64{limits.max_transfer_blocks} * geometry.sector_size;
-        unit.max_transfer = static_cast<u32>(std::min<u64>(unit.max_transfer, most));
-    }
-    if (provisioning_there && (thin || limits.max_unmap_blocks != 0) && limits.max_unmap_descriptors != 0) {
-        CO_TRY(answer, co_await command(lun, scsi::inquiry(u8{0xb2}, room), room));
-        const auto offered = scsi::parse_provisioning_unmap(data(answer.bytes));
-        geometry.discard = answer.good() && offered && *offered && limits.max_unmap_blocks != 0 && !geometry.read_only;
-        unit.max_unmap_blocks = limits.max_unmap_blocks;
-    }
-    co_return Result<void>{};
+    co_return attach(which, found.geometry, identity);
 }
 
 Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geometry,

@@ -1,6 +1,6 @@
 // The driver for Hyper-V's synthetic disks: SCSI controllers, and the accelerators of IDE disks, as VMBus channels
 // [storvsc]. Matching, the handshake, finding the units, announcing them, and what happens when the host adds or takes
-// away something. The queue and the disks are drivers.storvsc.disk's.
+// away something. The queue and the disks are drivers.storvsc.disk's; what a unit is, drivers.scsi.unit finds out.
 //
 // The handshake: BEGIN_INITIALIZATION → QUERY_PROTOCOL_VERSION, newest first → QUERY_PROPERTIES → END_INITIALIZATION →
 // CREATE_SUB_CHANNELS, where both sides have use for them; then the units are asked what they are.
@@ -17,6 +17,7 @@ import io.latch;
 import io.block;
 import hv.hyperv;
 import drivers.driver;
+import drivers.scsi.unit;
 export import drivers.storvsc.disk;
 
 export namespace fl::drivers::storvsc {
@@ -37,7 +38,7 @@ FixedText<16> disk_name(u32 number);
 
 /// One controller with its channels. Lives until the machine ends, once it has a disk. On the boot processor, but for
 /// its further queues.
-class Controller {
+class Controller final : public scsi::Nexus {
   public:
     static constexpr u32 max_units = 256; // LUN 0 to 255 of target 0: what a request can name
     // Hyper-V's own hosts have so many: all that are asked when none are listed
@@ -80,42 +81,26 @@ class Controller {
         std::array<Disk*, Disk::max_lanes> disks{}; // one for each lane; the first is the disk
         bool gone = false;
     };
-    /// How a command ended that the controller sent for itself.
-    struct Answer {
-        u8 scsi_status = 0;
-        SrbStatus srb_status = SrbStatus::pending;
-        u32 bytes = 0; // moved
-        std::optional<scsi::Sense> sense;
-        bool good() const {
-            return scsi_status == scsi::status_good &&
-                   (srb_status == SrbStatus::success || srb_status == SrbStatus::data_overrun);
-        }
-    };
-
     io::Task<Result<void>> open_lane(u32 index, hv::hyperv::Offer offer);
     io::Task<Result<void>> ask(Exchange& exchange, Operation operation);
     io::Task<Result<void>> agree_on_version();
     io::Task<Result<ChannelProperties>> read_properties();
     io::Task<Result<void>> open_sub_channels(ChannelProperties properties);
-    io::Task<Result<Answer>> command_once(u8 lun, scsi::Cdb cdb, u32 bytes);
-    io::Task<Result<Answer>> command(u8 lun, scsi::Cdb cdb, u32 bytes);
-    io::Task<Result<bool>> list_units(std::array<bool, max_units>& there);
+    io::Task<Result<void>> execute(u16 lun, scsi::Cdb cdb, u32 bytes, scsi::Response& response) override;
     io::Task<Result<void>> scan_unit(u8 lun);
-    io::Task<Result<scsi::Capacity>> read_capacity(u8 lun);
-    io::Task<Result<void>> read_caching(u8 lun, io::Geometry& geometry);
-    io::Task<Result<void>> read_limits(u8 lun, bool thin, io::Geometry& geometry, Disk::Unit& unit);
     io::Task<Result<void>> watch_over();
     Result<void> attach(const Disk::Unit& unit, const io::Geometry& geometry,
                         const io::BlockDevice::Identity& identity);
     Unit* known(u8 lun);
     void unused(u8 lun, std::string_view what, Unused why, std::string_view reason);
+    void beyond(u32 units);
     void failed(u8 lun, const Error& error);
     void take_away(Unit& unit, std::string_view why);
-    std::span<const u8> data(u32 bytes) const {
-        return {reinterpret_cast<const u8*>(scratch_.data()), std::min<u32>(bytes, scratch_bytes)};
+    scsi::TransportLimits limits() const {
+        return {.max_transfer = terms_.max_transfer, .flush = environment_.allows(Feature::flush)};
     }
 
-    static constexpr u32 scratch_bytes = 4096;
+    static constexpr u32 scratch_bytes = max_data;
 
     Environment environment_; // a copy: what it refers to lasts, it need not
     hv::hyperv::Vmbus& bus_;

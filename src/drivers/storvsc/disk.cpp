@@ -20,11 +20,10 @@ using hv::hyperv::PacketType;
 // ---- the disk ----
 
 Disk::Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity, Linked linked)
-    : QueueDisk(queue.executor(), queue), owner_(queue), unit_(unit) {
+    : QueueDisk(queue.executor(), queue), owner_(queue), unit_(unit), commands_(unit, geometry) {
     identity_ = identity;
     set_geometry(geometry);
     set_timeout(queue.timeout());
-    io_10_ = unit.short_commands && fits_10();
     const Version version = queue.terms().version;
     template_.header = {Operation::execute_srb, flag_completion, 0};
     ScsiRequest& srb = template_.srb;
@@ -68,59 +67,20 @@ void Disk::add_lane(Disk& lane) { lanes_[lane_count_++] = &lane; }
 [[gnu::always_inline]] inline void Disk::build(Packet& packet, Transport::Command& command) const {
     packet = template_;
     ScsiRequest& srb = packet.srb;
+    const auto cdb = std::span(srb.payload).first<scsi::cdb_bytes>();
     if (command.op <= io::Op::write) [[likely]] {
         const bool write = command.op == io::Op::write;
-        command.wire.short_cdb = io_10_;
-        srb.cdb_length = 16;
+        srb.cdb_length = commands_.build_io(cdb, command, command.wire);
         srb.data_in = write ? Direction::out : Direction::in;
         srb.data_transfer_length = command.bytes;
         srb.srb_flags = srb_common_flags | (write ? srb_data_out : srb_data_in);
-        if (io_10_) [[unlikely]] { // READ(10) and WRITE(10): the LBA in bytes 2 to 5, the count in 7 and 8
-            srb.cdb_length = 10;
-            srb.payload[0] = to_underlying(write ? scsi::Opcode::write_10 : scsi::Opcode::read_10);
-            scsi::put_be(std::span(srb.payload).subspan(2, 4), command.lba);
-            scsi::put_be(std::span(srb.payload).subspan(7, 2), command.bytes >> sector_shift());
-            return;
-        }
-        // READ(16) and WRITE(16) [SBC-3 §5.15, §5.38], in place: the LBA in bytes 2 to 9, the count in 10 to 13.
-        srb.payload[0] = write ? 0x8a : 0x88;
-        const u64 lba_be = __builtin_bswap64(command.lba);
-        const u32 blocks_be = __builtin_bswap32(command.bytes >> sector_shift());
-        std::memcpy(srb.payload.data() + 2, &lba_be, 8);
-        std::memcpy(srb.payload.data() + 10, &blocks_be, 4);
         return;
     }
-    const bool unmap = command.op == io::Op::discard;
-    command.wire.short_cdb = !unmap && !flush_16_;
-    const scsi::Cdb cdb = unmap       ? scsi::unmap(scsi::unmap_list_bytes)
-                          : flush_16_ ? scsi::synchronize_cache_16()
-                                      : scsi::synchronize_cache_10();
-    std::copy(cdb.bytes.begin(), cdb.bytes.end(), srb.payload.begin());
-    srb.cdb_length = cdb.length;
-    srb.data_in = unmap ? Direction::out : Direction::none;
-    srb.data_transfer_length = unmap ? scsi::unmap_list_bytes : 0;
-    srb.srb_flags = srb_common_flags | (unmap ? srb_data_out : 0);
-}
-
-// Every LBA in 32 bits, the largest count in 16.
-bool Disk::fits_10() const {
-    return geometry_.sectors <= u64{1} << 32 && unit_.max_transfer >> sector_shift() <= 0xffff;
-}
-
-void Disk::report(scsi::Opcode opcode, std::string_view what) {
-    if (errors_reported_ < max_reported_errors) {
-        log::error("{}: {}: {}", identity_.name, scsi::name(opcode), what);
-        if (++errors_reported_ == max_reported_errors) {
-            log::warning("{}: further errors of this kind are only counted", identity_.name);
-        }
-    }
-}
-
-void Disk::report_attention(const scsi::Sense& sense) {
-    if (attentions_reported_ < max_reported_errors) {
-        ++attentions_reported_;
-        log::info("{}: {}: asked again", identity_.name, scsi::describe(sense, std::nullopt));
-    }
+    const bool out = scsi::data_phase(command.op) == scsi::DataPhase::out;
+    srb.cdb_length = commands_.build_other(cdb, command, command.wire);
+    srb.data_in = out ? Direction::out : Direction::none;
+    srb.data_transfer_length = out ? scsi::unmap_list_bytes : 0;
+    srb.srb_flags = srb_common_flags | (out ? srb_data_out : 0);
 }
 
 // ---- the queue ----
@@ -162,12 +122,7 @@ void Transport::start(DmaSpan parameters, Nanoseconds timeout) {
 }
 
 io::Fit Transport::prepare(Command& command) {
-    if (command.op <= io::Op::write) [[likely]] {
-        command.bytes = std::min(command.bytes, command.disk().unit().max_transfer);
-    } else if (command.op == io::Op::discard) {
-        const u64 most = u64{command.disk().unit().max_unmap_blocks} * command.disk().geometry().sector_size;
-        command.bytes = static_cast<u32>(std::min<u64>(command.bytes, most));
-    }
+    command.disk().commands_.limit(command);
     return io::Fit::ok;
 }
 
@@ -189,12 +144,11 @@ io::SendResult Transport::send(Command& command, u64 id) {
         if (command.op <= io::Op::write) [[likely]] {
             sent = channel_.send_gpa_direct(bytes_of(packet), command.data(), id);
         } else if (command.op == io::Op::discard) {
-            const u32 sector = command.disk().geometry().sector_size;
             const u32 at = io::SlotIndex::slot_of(id) * 32u;
             const DmaSpan list = parameters_.subspan(at, scsi::unmap_list_bytes);
-            scsi::unmap_list(
+            command.disk().commands_.build_unmap_list(
                 std::span<u8, scsi::unmap_list_bytes>(reinterpret_cast<u8*>(list.data), scsi::unmap_list_bytes),
-                command.lba, command.bytes / sector);
+                command);
             sent = channel_.send_gpa_direct(bytes_of(packet), list, id);
         } else {
             sent = channel_.send_inband(bytes_of(packet), id, true);
@@ -305,7 +259,7 @@ io::Next Transport::next(io::Completion& completion) {
     const ScsiRequest& s = answer.srb;
     const SrbStatus status = srb_status_of(s.srb_status);
     if (s.scsi_status == scsi::status_good && (status == SrbStatus::success || status == SrbStatus::data_overrun) &&
-        (s.data_transfer_length == command->bytes || command->op > io::Op::write)) [[likely]] {
+        scsi::moved_all(*command, s.data_transfer_length)) [[likely]] {
         completion.id = id;
         return io::Next::one;
     }
@@ -335,87 +289,53 @@ Result<void> Transport::accept_event(const hv::hyperv::Packet& packet) {
     }
 }
 
-// What an answer to a request means: SCSI status, SRB status and sense data.
+namespace {
+
+scsi::ServiceResponse service_of(SrbStatus status, u8 scsi_status) {
+    if (says_nobody(status)) {
+        return scsi::ServiceResponse::no_unit;
+    }
+    if (was_flushed(status)) {
+        return scsi::ServiceResponse::aborted;
+    }
+    switch (status) {
+    case SrbStatus::success:
+    case SrbStatus::data_overrun: return scsi::ServiceResponse::command_complete;
+    case SrbStatus::busy: return scsi::ServiceResponse::busy;
+    case SrbStatus::error: // the unit's own, if it says so
+        return scsi_status != scsi::status_good ? scsi::ServiceResponse::command_complete
+                                                : scsi::ServiceResponse::failed;
+    default: return scsi::ServiceResponse::failed;
+    }
+}
+
+} // namespace
+
+scsi::Response response_of(const ScsiRequest& srb, Version version) {
+    const SrbStatus status = srb_status_of(srb.srb_status);
+    scsi::Response response{.service = service_of(status, srb.scsi_status),
+                            .status = srb.scsi_status,
+                            .moved = srb.data_transfer_length,
+                            .sense = {},
+                            .transport = {"SRB status", name(status), srb.srb_status}};
+    if ((srb.srb_status & srb_autosense_valid) != 0) {
+        response.sense = scsi::parse_sense(
+            std::span(srb.payload).first(std::min<usize>(srb.sense_info_length, sense_bytes(version))));
+    }
+    return response;
+}
+
 io::Completion Transport::judge(u64 id, Command& command, const Packet& packet) {
-    const ScsiRequest& srb = packet.srb;
     if (command.first == nullptr) [[unlikely]] { // a late answer: the request has ended without it
         return {id};
     }
-    const SrbStatus status = srb_status_of(srb.srb_status);
     Disk& disk = command.disk();
-    if (srb.scsi_status == scsi::status_good && (status == SrbStatus::success || status == SrbStatus::data_overrun))
-        [[likely]] {
-        FixedText<120> text;
-        print(text, "the host moved {} of {} bytes and calls that a success, at LBA {}", srb.data_transfer_length,
-              command.bytes, command.lba);
-        disk.report(command.op == io::Op::read ? scsi::Opcode::read_16 : scsi::Opcode::write_16, text);
-        return {id, io::Status::io_error};
-    }
-    const bool short_cdb = command.wire.short_cdb;
-    const auto opcode = command.op == io::Op::read      ? short_cdb ? scsi::Opcode::read_10 : scsi::Opcode::read_16
-                        : command.op == io::Op::write   ? short_cdb ? scsi::Opcode::write_10 : scsi::Opcode::write_16
-                        : command.op == io::Op::discard ? scsi::Opcode::unmap
-                        : short_cdb                     ? scsi::Opcode::synchronize_cache_10
-                                                        : scsi::Opcode::synchronize_cache_16;
-    std::optional<scsi::Sense> sense;
-    if ((srb.srb_status & srb_autosense_valid) != 0) {
-        sense = scsi::parse_sense(
-            std::span(srb.payload).first(std::min<usize>(srb.sense_info_length, sense_bytes(terms_.version))));
-    }
-    if (sense &&
-        (sense->key == scsi::key_recovered ||
-         (sense->key == scsi::key_no_sense && srb.scsi_status == scsi::status_good)) &&
-        srb.data_transfer_length == command.bytes) {
-        return {id}; // done, and the device wants to say how
-    }
-    const bool again_now = command.retries < Queue::retries_at_once;
-    if (sense && sense->key == scsi::key_unit_attention) {
-        if (sense->asc == 0x3f || sense->asc == 0x2a) { // the units, or their sizes, have changed
-            want_rescan();
-        }
-        if (again_now) {
-            disk.report_attention(*sense);
-            return {id, io::Status::io_error, io::Retry::now};
-        }
-    }
-    const bool busy = srb.scsi_status == scsi::status_busy || srb.scsi_status == scsi::status_task_set_full ||
-                      status == SrbStatus::busy || (sense && scsi::passes(*sense));
-    const bool flushed = was_flushed(status);
-    if (command.expired && (flushed || busy)) {
-        return {id, io::Status::timed_out};
-    }
-    if ((busy || (flushed && !sense)) && command.retries < Queue::retries_later) {
-        return {id, io::Status::io_error, io::Retry::later};
-    }
-    if (sense && sense->key == scsi::key_illegal_request && sense->asc == 0x20) { // no such command
-        if (command.op == io::Op::flush && short_cdb && again_now) { // each one that was sent as the short command
-            disk.flush_16_ = true;
-            return {id, io::Status::not_supported, io::Retry::now};
-        }
-        if (command.op <= io::Op::write && !short_cdb && disk.fits_10() && again_now) {
-            disk.io_10_ = true;
-            return {id, io::Status::not_supported, io::Retry::now};
-        }
-        disk.report(opcode, scsi::describe(*sense, std::nullopt));
-        return {id, io::Status::not_supported};
-    }
-    io::Status result = io::Status::io_error;
-    if (says_nobody(status) || (sense && sense->asc == 0x25)) {
-        result = io::Status::device_gone;
+    const scsi::Verdict verdict =
+        disk.commands_.judge(command, command.wire, response_of(packet.srb, terms_.version), disk.identity().name);
+    if (verdict.rescan) {
         want_rescan();
     }
-    if (result == io::Status::device_gone && std::exchange(disk.absence_reported_, true)) {
-        // All that is under way ends like this; the keeper looks at what is left.
-    } else if (sense) {
-        disk.report(opcode,
-                    scsi::describe(*sense, command.op == io::Op::flush ? std::nullopt : std::optional(command.lba)));
-    } else {
-        FixedText<120> text;
-        print(text, "SCSI status {}, SRB status {} ({:#x}), no sense data, at LBA {}",
-              scsi::status_name(srb.scsi_status), name(status), srb.srb_status, command.lba);
-        disk.report(opcode, text);
-    }
-    return {id, result};
+    return {id, verdict.status, verdict.retry};
 }
 
 Result<bool> Transport::arm() {

@@ -20,7 +20,7 @@ import io.block_queue;
 import io.oldest_wait;
 import hv.hyperv.channel;
 export import drivers.storvsc.protocol;
-export import drivers.storvsc.scsi;
+export import drivers.scsi.commands;
 
 export namespace fl::drivers::storvsc {
 
@@ -56,6 +56,9 @@ struct Exchange : io::Exchange {
     DmaSpan data{};  // what the host reads or writes; empty: nothing
 };
 
+/// What an answer to EXECUTE_SRB says. Its sense data are as long as the version has them.
+scsi::Response response_of(const ScsiRequest& srb, Version version);
+
 class Disk;
 
 class Transport : public io::TransportDefaults {
@@ -64,9 +67,7 @@ class Transport : public io::TransportDefaults {
     static constexpr std::string_view driver = "storvsc";
     static constexpr u32 max_commands = 128;
     static constexpr u32 kept_commands = 2; // a command of a rescan, and the reset of the bus
-    struct Wire {
-        bool short_cdb = false; // it was sent as a command of 10 bytes that has a longer sibling
-    };
+    using Wire = scsi::CommandForm;
     using Command = io::Command<Transport>;
 
     Transport(hv::hyperv::Channel& channel, Shared& shared, bool first)
@@ -111,7 +112,7 @@ class Transport : public io::TransportDefaults {
         fault_ = why;
         return io::Next::broken;
     }
-    io::Completion judge(u64 id, Command& command, const Packet& packet);
+    [[gnu::noinline]] io::Completion judge(u64 id, Command& command, const Packet& packet); // off the fast path
     void add_counts(u64 under_way, u64 answered);
     inline void notify() const {
         if (shared_.notify != nullptr && first_) {
@@ -181,15 +182,13 @@ class Queue final : public io::BlockQueue<Transport> {
 class Disk final : public io::QueueDisk<Transport> {
   public:
     static constexpr u32 max_lanes = 64;
-    static constexpr u32 max_reported_errors = 8;
+    static constexpr u32 max_reported_errors = scsi::LogicalUnit::max_reported_errors;
 
-    struct Unit {
+    /// Where the unit is, and what it does.
+    struct Unit : scsi::UnitLimits {
         u8 path = 0;
         u8 target = 0;
         u8 lun = 0;
-        u32 max_transfer = 0;        // bytes; a multiple of the sector size
-        u32 max_unmap_blocks = 0;    // of one UNMAP
-        bool short_commands = false; // READ(10) and WRITE(10) from the beginning; else when (16) is refused
     };
 
     /// now: here, which is the queue's processor, or it has not been started. later: by link().
@@ -220,9 +219,6 @@ class Disk final : public io::QueueDisk<Transport> {
   private:
     friend class Transport;
     void build(Packet& packet, Transport::Command& command) const;
-    bool fits_10() const;
-    void report(scsi::Opcode opcode, std::string_view what);
-    void report_attention(const scsi::Sense& sense);
 
     struct Link : io::Post {
         Disk* disk = nullptr;
@@ -234,11 +230,7 @@ class Disk final : public io::QueueDisk<Transport> {
     Link link_;
     bool linked_ = false;
     Packet template_{};
-    bool flush_16_ = false;
-    bool io_10_ = false; // READ(10), WRITE(10)
-    u32 errors_reported_ = 0;
-    u32 attentions_reported_ = 0;
-    bool absence_reported_ = false;
+    scsi::LogicalUnit commands_;
     std::atomic<bool> gone_{false};
     std::array<Disk*, max_lanes - 1> lanes_{};
     u32 lane_count_ = 0;

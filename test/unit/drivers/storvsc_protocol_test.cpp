@@ -1,16 +1,15 @@
-// The storage channel's packets and SCSI against bytes typed from [storvsc], [SPC-4] and [SBC-3].
+// The storage channel's packets against bytes typed from [storvsc].
 #include <array>
 #include <cstring>
 #include <gtest/gtest.h>
 #include <optional>
 #include <span>
 #include <string>
-#include <vector>
 import core.std;
 import core.result;
 import core.text;
 import drivers.storvsc.protocol;
-import drivers.storvsc.scsi;
+import drivers.scsi.protocol;
 
 namespace {
 using namespace fl;
@@ -22,14 +21,10 @@ template <class T>
 std::string raw(const T& value) {
     return std::string(reinterpret_cast<const char*>(&value), sizeof value);
 }
-std::string raw(const scsi::Cdb& cdb) {
-    return std::string(reinterpret_cast<const char*>(cdb.bytes.data()), cdb.length);
-}
 template <usize N>
 std::string bytes(const char (&text)[N]) {
     return std::string(text, N - 1);
 }
-std::vector<u8> octets(const std::string& text) { return {text.begin(), text.end()}; }
 
 TEST(StorvscProtocol, SrbPacketGoldenBytes) {
     storvsc::Packet packet{};
@@ -87,159 +82,6 @@ TEST(StorvscProtocol, IdePathOfAnInstance) {
     EXPECT_FALSE(at("00000000"));
     EXPECT_FALSE(at("0000000000000-8899-0000-000000000000"));
     EXPECT_FALSE(at(""));
-}
-
-TEST(Scsi, CommandsGoldenBytes) {
-    EXPECT_EQ(raw(scsi::test_unit_ready()), bytes("\0\0\0\0\0\0"));
-    EXPECT_EQ(raw(scsi::inquiry(std::nullopt, 36)), bytes("\x12\0\0\0\x24\0"));
-    EXPECT_EQ(raw(scsi::inquiry(u8{0xb0}, 0x1234)), bytes("\x12\x01\xb0\x12\x34\0"));
-    EXPECT_EQ(raw(scsi::report_luns(0x01020304)), bytes("\xa0\0\0\0\0\0\x01\x02\x03\x04\0\0"));
-    EXPECT_EQ(raw(scsi::read_capacity_10()), bytes("\x25\0\0\0\0\0\0\0\0\0"));
-    EXPECT_EQ(raw(scsi::read_capacity_16(32)), bytes("\x9e\x10\0\0\0\0\0\0\0\0\0\0\0\x20\0\0"));
-    EXPECT_EQ(raw(scsi::mode_sense_6(8, 192)), bytes("\x1a\x08\x08\0\xc0\0"));
-    EXPECT_EQ(raw(scsi::synchronize_cache_10()), bytes("\x35\0\0\0\0\0\0\0\0\0"));
-    EXPECT_EQ(raw(scsi::synchronize_cache_16()), bytes("\x91\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"));
-    EXPECT_EQ(raw(scsi::unmap(24)), bytes("\x42\0\0\0\0\0\0\0\x18\0"));
-    EXPECT_EQ(raw(scsi::read_write_16(true, 0x1122334455667788, 0x99)),
-              bytes("\x8a\0\x11\x22\x33\x44\x55\x66\x77\x88\0\0\0\x99\0\0"));
-    std::array<u8, 24> list;
-    scsi::unmap_list(list, 0x1122334455667788, 0x10203);
-    EXPECT_EQ(raw(list), bytes("\0\x16\0\x10\0\0\0\0\x11\x22\x33\x44\x55\x66\x77\x88\0\x01\x02\x03\0\0\0\0"));
-}
-
-TEST(Scsi, Inquiry) {
-    std::string text = bytes("\0\0\x05\x02\x1f\0\0\0Msft    Virtual Disk    1.0 ");
-    auto inquiry = scsi::parse_inquiry(octets(text));
-    ASSERT_TRUE(inquiry);
-    EXPECT_TRUE(inquiry->disk());
-    EXPECT_EQ(inquiry->vendor.view(), "Msft");
-    EXPECT_EQ(inquiry->product.view(), "Virtual Disk");
-    EXPECT_EQ(inquiry->revision.view(), "1.0");
-    text[0] = 0x7f; // no unit
-    EXPECT_FALSE(scsi::parse_inquiry(octets(text))->disk());
-    text[0] = 0x05; // CD-ROM
-    EXPECT_FALSE(scsi::parse_inquiry(octets(text))->disk());
-    text[0] = 0;
-    text[9] = '\x1b'; // nothing that a terminal would obey
-    EXPECT_EQ(scsi::parse_inquiry(octets(text))->vendor.view(), "M");
-    EXPECT_TRUE(scsi::parse_inquiry(octets(text.substr(0, 5)))->vendor.empty());
-    EXPECT_FALSE(scsi::parse_inquiry(octets(text.substr(0, 4))));
-}
-
-TEST(Scsi, Capacity) {
-    auto c = scsi::parse_capacity_16(octets(bytes("\0\0\0\0\0\x01\xff\xff\0\0\x02\0\0\x03\x80\0")));
-    ASSERT_TRUE(c);
-    EXPECT_EQ(c->blocks, 0x20000u);
-    EXPECT_EQ(c->block_bytes, 512u);
-    EXPECT_EQ(c->physical_shift, 3u);
-    EXPECT_TRUE(c->thin);
-    EXPECT_FALSE(scsi::parse_capacity_16(octets(bytes("\xff\xff\xff\xff\xff\xff\xff\xff\0\0\x02\0"))));
-    EXPECT_FALSE(scsi::parse_capacity_16(octets(bytes("\0\0\0\0\0\x01\xff\xff\0\0\x02\x01"))));
-    EXPECT_FALSE(scsi::parse_capacity_16(octets(bytes("\0\0\0\0\0\x01\xff\xff\0\0\0"))));
-    c = scsi::parse_capacity_10(octets(bytes("\0\0\x01\xff\0\0\x10\0")));
-    ASSERT_TRUE(c);
-    EXPECT_EQ(c->blocks, 0x200u);
-    EXPECT_EQ(c->block_bytes, 4096u);
-    EXPECT_FALSE(c->beyond_32_bits);
-    EXPECT_TRUE(scsi::parse_capacity_10(octets(bytes("\xff\xff\xff\xff\0\0\x02\0")))->beyond_32_bits);
-    EXPECT_FALSE(scsi::parse_capacity_10(octets(bytes("\0\0\x01\xff\0\0\x10"))));
-}
-
-TEST(Scsi, Luns) {
-    std::string luns;
-    const auto list = [&](const std::string& text) {
-        luns.clear();
-        return scsi::parse_luns(octets(text), [&](u32 lun) { luns += std::to_string(lun) + " "; });
-    };
-    EXPECT_TRUE(list(bytes("\0\0\0\x18\0\0\0\0"
-                           "\0\0\0\0\0\0\0\0"
-                           "\0\x05\0\0\0\0\0\0"
-                           "\x40\x3f\0\0\0\0\0\0")));
-    EXPECT_EQ(luns, "0 5 63 ");
-    EXPECT_TRUE(list(bytes("\0\0\0\x10\0\0\0\0"
-                           "\x41\x2c\0\0\0\0\0\0"     // flat space: 300
-                           "\0\x01\0\x02\0\0\0\0"))); // a second level
-    EXPECT_EQ(luns, "300 4294967295 ");
-    EXPECT_TRUE(list(bytes("\0\0\0\x08\0\0\0\0"
-                           "\xc1\x01\0\0\0\0\0\0"))); // a well-known unit
-    EXPECT_EQ(luns, "");
-    EXPECT_FALSE(list(bytes("\0\0\0\x18\0\0\0\0"
-                            "\0\x01\0\0\0\0\0\0"))); // longer than what came: what came counts
-    EXPECT_EQ(luns, "1 ");
-    EXPECT_FALSE(list(bytes("\xff\xff\xff\xf8\0\0\0\0")));
-    EXPECT_FALSE(list(bytes("\0\0\0")));
-}
-
-TEST(Scsi, CachingPage) {
-    auto mode = scsi::parse_mode_6(octets(bytes("\x17\0\x80\0\x08\x12\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0")));
-    ASSERT_TRUE(mode);
-    EXPECT_TRUE(mode->write_protected);
-    EXPECT_EQ(mode->write_cache, true);
-    // a block descriptor before it, PS set, cut
-    mode = scsi::parse_mode_6(octets(bytes("\x17\0\0\x08\0\0\0\0\0\0\0\0\x88\x12\0\0")));
-    EXPECT_EQ(mode->write_cache, false);
-    EXPECT_FALSE(mode->write_protected);
-    EXPECT_EQ(scsi::parse_mode_6(octets(bytes("\x03\0\0\0")))->write_cache, std::nullopt);
-    EXPECT_EQ(scsi::parse_mode_6(octets(bytes("\xff\0\0\xff")))->write_cache, std::nullopt);
-    EXPECT_FALSE(scsi::parse_mode_6(octets(bytes("\x03\0\0"))));
-}
-
-TEST(Scsi, VitalProductData) {
-    EXPECT_TRUE(scsi::lists_page(octets(bytes("\0\0\0\x03\0\xb0\xb2")), 0xb2));
-    EXPECT_FALSE(scsi::lists_page(octets(bytes("\0\0\0\x01\0\xb0\xb2")), 0xb2));
-    EXPECT_FALSE(scsi::lists_page(octets(bytes("\0\0\xff\xff\0")), 0xb2));
-    auto limits =
-        scsi::parse_block_limits(octets(bytes("\0\xb0\0\x3c\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0\0\0\0\0\x10\0\0\0\0\x01")));
-    ASSERT_TRUE(limits);
-    EXPECT_EQ(limits->max_transfer_blocks, 0x102u);
-    EXPECT_EQ(limits->max_unmap_blocks, 0x1000u);
-    EXPECT_EQ(limits->max_unmap_descriptors, 1u);
-    EXPECT_FALSE(scsi::parse_block_limits(octets(bytes("\0\xb2\0\x3c\0\0\0\0\0\0\x01\x02"))));
-    EXPECT_TRUE(*scsi::parse_provisioning_unmap(octets(bytes("\0\xb2\0\x04\0\xe0\0\0"))));
-    EXPECT_FALSE(*scsi::parse_provisioning_unmap(octets(bytes("\0\xb2\0\x04\0\x60\0\0"))));
-    EXPECT_FALSE(scsi::parse_provisioning_unmap(octets(bytes("\0\xb2\0\x01\0"))));
-}
-
-TEST(Scsi, Sense) {
-    auto sense = scsi::parse_sense(octets(bytes("\xf0\0\x03\0\0\x12\x34\x0a\0\0\0\0\x11\x00\0\0\0\0")));
-    ASSERT_TRUE(sense);
-    EXPECT_EQ(scsi::describe(*sense, 1).view(), "MEDIUM ERROR, unrecovered read error (3/11/00) at LBA 4660");
-    sense = scsi::parse_sense(octets(bytes("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x2a\x09\0\0\0\0")));
-    EXPECT_EQ(scsi::describe(*sense, std::nullopt).view(), "UNIT ATTENTION, capacity data has changed (6/2a/09)");
-    EXPECT_EQ(scsi::describe(*sense, 77).view(), "UNIT ATTENTION, capacity data has changed (6/2a/09) at LBA 77");
-    sense = scsi::parse_sense(octets(bytes("\x72\x05\x21\0\0\0\0\x0c\0\x0a\x80\0\0\0\0\x01\0\0\0\x02")));
-    ASSERT_TRUE(sense);
-    EXPECT_EQ(scsi::describe(*sense, std::nullopt).view(),
-              "ILLEGAL REQUEST, LBA out of range (5/21/00) at LBA 4294967298");
-    sense = scsi::parse_sense(octets(bytes("\x72\x04\x80\x7f\0\0\0\xff\0\xff")));
-    EXPECT_EQ(scsi::describe(*sense, std::nullopt).view(), "HARDWARE ERROR (4/80/7f)");
-    sense = scsi::parse_sense(octets(bytes("\x70\0\x02"))); // no room for more
-    EXPECT_EQ(scsi::describe(*sense, std::nullopt).view(), "NOT READY, no additional information (2/00/00)");
-    EXPECT_FALSE(scsi::parse_sense(octets(bytes("\x70\0"))));
-    EXPECT_FALSE(scsi::parse_sense(octets(bytes("\0\0\0\0\0\0"))));
-}
-
-// Every cut of an answer is read without a step outside it (the sanitizers watch).
-TEST(Scsi, ShortAnswers) {
-    for (const std::string& whole :
-         {bytes("\xf0\0\x03\0\0\x12\x34\xff\0\0\0\0\x11\x00\0\0\0\0\0\0"),
-          bytes("\x72\x05\x21\0\0\0\0\xff\0\x0a\x80\0\0\0\0\x01\0\0\0\x02"),
-          bytes("\0\0\0\x18\0\0\0\0\0\0\0\0\0\0\0\0\0\x05\0\0\0\0\0\0"), bytes("\xff\0\x80\0\x88\xff\x04\0\0\0\0\0"),
-          bytes("\0\xb0\xff\xff\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0\0\0\0\0\x10\0\0\0\0\x01"),
-          bytes("\0\xb2\xff\xff\0\xe0\0\0")}) {
-        for (usize n = 0; n <= whole.size(); ++n) {
-            const std::vector<u8> cut = octets(whole.substr(0, n));
-            static_cast<void>(scsi::parse_sense(cut));
-            static_cast<void>(scsi::parse_luns(cut, [](u32) {}));
-            static_cast<void>(scsi::parse_mode_6(cut));
-            static_cast<void>(scsi::parse_block_limits(cut));
-            static_cast<void>(scsi::parse_provisioning_unmap(cut));
-            static_cast<void>(scsi::parse_inquiry(cut));
-            static_cast<void>(scsi::parse_capacity_10(cut));
-            static_cast<void>(scsi::parse_capacity_16(cut));
-            static_cast<void>(scsi::lists_page(cut, 0xb0));
-        }
-    }
 }
 
 } // namespace

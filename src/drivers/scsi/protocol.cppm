@@ -1,6 +1,7 @@
-// SCSI as this driver speaks it: command blocks out, answers in. Numbers in them are big endian. No I/O here, and every
-// parser takes what really came, however short it is. Specifications: [SPC-4] primary commands, [SBC-3] block commands.
-export module drivers.storvsc.scsi;
+// SCSI disks, whatever carries the commands: CDBs, the data that they return, status and sense data. Numbers in them
+// are big endian. No I/O here. Every parser takes the bytes that really arrived, however few. Specifications: [SAM-5]
+// architecture, [SPC-4] primary commands, [SBC-3] block commands.
+export module drivers.scsi.protocol;
 import core.std;
 import core.result;
 import core.text;
@@ -10,15 +11,17 @@ export namespace fl::drivers::scsi {
 inline constexpr u8 status_good = 0x00;
 inline constexpr u8 status_check_condition = 0x02;
 inline constexpr u8 status_busy = 0x08;
+inline constexpr u8 status_reservation_conflict = 0x18;
 inline constexpr u8 status_task_set_full = 0x28;
+inline constexpr u8 status_task_aborted = 0x40;
 constexpr std::string_view status_name(u8 status) {
     switch (status) {
     case status_good: return "GOOD";
     case status_check_condition: return "CHECK CONDITION";
     case status_busy: return "BUSY";
-    case 0x18: return "RESERVATION CONFLICT";
+    case status_reservation_conflict: return "RESERVATION CONFLICT";
     case status_task_set_full: return "TASK SET FULL";
-    case 0x40: return "TASK ABORTED";
+    case status_task_aborted: return "TASK ABORTED";
     default: return "unknown status";
     }
 }
@@ -44,8 +47,9 @@ enum class Opcode : u8 {
 std::string_view name(Opcode opcode);
 
 /// A command descriptor block; unused bytes are zero.
+inline constexpr u32 cdb_bytes = 16; // the longest one used here
 struct Cdb {
-    std::array<u8, 16> bytes{};
+    std::array<u8, cdb_bytes> bytes{};
     u8 length = 0;
     constexpr Opcode opcode() const { return static_cast<Opcode>(bytes[0]); }
 };
@@ -201,12 +205,18 @@ std::optional<Sense> parse_sense(std::span<const u8> data);
 
 inline constexpr u8 key_no_sense = 0x0;
 inline constexpr u8 key_recovered = 0x1;
-inline constexpr u8 asc_no_medium = 0x3a; // MEDIUM NOT PRESENT
 inline constexpr u8 key_not_ready = 0x2;
 inline constexpr u8 key_illegal_request = 0x5;
 inline constexpr u8 key_unit_attention = 0x6;
 inline constexpr u8 key_data_protect = 0x7;
 inline constexpr u8 key_aborted_command = 0xb;
+inline constexpr u8 asc_invalid_opcode = 0x20;        // INVALID COMMAND OPERATION CODE
+inline constexpr u8 asc_no_unit = 0x25;               // LOGICAL UNIT NOT SUPPORTED
+inline constexpr u8 asc_medium_changed = 0x28;        // NOT READY TO READY CHANGE, MEDIUM MAY HAVE CHANGED
+inline constexpr u8 asc_parameters_changed = 0x2a;    // PARAMETERS CHANGED, CAPACITY DATA HAS CHANGED
+inline constexpr u8 asc_no_medium = 0x3a;             // MEDIUM NOT PRESENT
+inline constexpr u8 asc_conditions_changed = 0x3f;    // TARGET OPERATING CONDITIONS HAVE CHANGED
+inline constexpr u8 ascq_inquiry_data_changed = 0x03; // of asc_conditions_changed
 /// "Becoming ready", or the command was aborted by the device: it is worth asking again [SPC-4 §4.5.6].
 constexpr bool passes(const Sense& sense) {
     return (sense.key == key_not_ready && sense.asc == 0x04 && sense.ascq == 0x01) || sense.key == key_aborted_command;
@@ -217,5 +227,47 @@ std::string_view sense_code_name(u8 asc, u8 ascq);
 /// "MEDIUM ERROR, unrecovered read error (3/11/00) at LBA 1234". `lba`: the command's, used when the sense data has
 /// none.
 FixedText<120> describe(const Sense& sense, std::optional<u64> lba);
+
+// ---- how a command ended ----
+
+/// What the transport says about a command, apart from the unit's status: the service response [SAM-5 §5.1], with the
+/// failures told apart that are treated differently.
+enum class ServiceResponse : u8 {
+    command_complete, // the unit has answered: its status and sense data count
+    busy,             // the transport or the host has no room now
+    aborted,          // ended without having been done, as by a reset
+    no_unit,          // there is nothing at this address, or nothing any more
+    failed,           // any other failure of the transport
+};
+
+/// The transport's own code, for log lines: "SRB status error (0x4)". `field` empty: none.
+struct TransportStatus {
+    std::string_view field;
+    std::string_view name;
+    u32 code = 0;
+};
+
+/// How one command ended.
+struct Response {
+    ServiceResponse service = ServiceResponse::command_complete;
+    u8 status = status_good;
+    u32 moved = 0; // bytes of data
+    std::optional<Sense> sense;
+    TransportStatus transport;
+    /// What Nexus::execute() has read; valid until its next call.
+    std::span<const u8> data{};
+
+    constexpr bool good() const { return service == ServiceResponse::command_complete && status == status_good; }
+    /// The same command may succeed a little later.
+    constexpr bool transient() const {
+        return status == status_busy || status == status_task_set_full || status == status_task_aborted ||
+               service == ServiceResponse::busy || (sense ? passes(*sense) : service == ServiceResponse::aborted);
+    }
+    constexpr bool unit_attention() const { return sense && sense->key == key_unit_attention; }
+    /// There is no logical unit at this address.
+    constexpr bool no_unit() const {
+        return service == ServiceResponse::no_unit || (sense && sense->asc == asc_no_unit);
+    }
+};
 
 } // namespace fl::drivers::scsi

@@ -1,4 +1,4 @@
-module drivers.storvsc.scsi;
+module drivers.scsi.protocol;
 import core.std;
 import core.result;
 import core.text;
@@ -50,8 +50,8 @@ Result<Capacity> checked(Capacity capacity, u64 last) {
                      "READ CAPACITY: the block size is none that this driver knows (512 to 4096, a power of two)", 512,
                      capacity.block_bytes};
     }
-    if (last >= u64{1} << 54) {
-        return Error{Code::protocol, "READ CAPACITY: an impossible number of blocks", u64{1} << 54, last};
+    if (const u64 most = (u64{1} << 63) / capacity.block_bytes; last >= most) { // the size in bytes fits into 64 bits
+        return Error{Code::protocol, "READ CAPACITY: an impossible number of blocks", most, last};
     }
     capacity.blocks = last + 1;
     return capacity;

@@ -1,0 +1,150 @@
+module drivers.scsi.commands;
+import core.std;
+import core.result;
+import core.text;
+import core.log;
+import io.block;
+import io.block_queue;
+
+namespace fl::drivers::scsi {
+
+using io::Op;
+using io::QueueCore;
+using io::Retry;
+using io::Status;
+
+LogicalUnit::LogicalUnit(const UnitLimits& limits, const io::Geometry& geometry)
+    : limits_(limits), block_shift_(static_cast<u32>(std::countr_zero(geometry.sector_size))),
+      // every LBA in 32 bits, the largest count in 16
+      fits_10_(geometry.sectors <= u64{1} << 32 && limits.max_transfer >> block_shift_ <= 0xffff),
+      io_10_(limits.short_commands && fits_10_) {}
+
+// READ(10) and WRITE(10) [SBC-3]: the LBA in bytes 2 to 5, the count in 7 and 8.
+void LogicalUnit::build_io_10(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command) const {
+    cdb[0] = to_underlying(command.op == Op::write ? Opcode::write_10 : Opcode::read_10);
+    put_be(cdb.subspan<2, 4>(), command.lba);
+    put_be(cdb.subspan<7, 2>(), command.bytes >> block_shift_);
+}
+
+u8 LogicalUnit::build_other(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command, CommandForm& form) const {
+    const bool discard = command.op == Op::discard;
+    form.short_cdb = !discard && !flush_16_;
+    const Cdb built = discard ? unmap(unmap_list_bytes) : flush_16_ ? synchronize_cache_16() : synchronize_cache_10();
+    std::copy(built.bytes.begin(), built.bytes.end(), cdb.begin());
+    return built.length;
+}
+
+namespace {
+
+Opcode opcode_of(Op op, CommandForm form) {
+    switch (op) {
+    case Op::read: return form.short_cdb ? Opcode::read_10 : Opcode::read_16;
+    case Op::write: return form.short_cdb ? Opcode::write_10 : Opcode::write_16;
+    case Op::discard: return Opcode::unmap;
+    default: return form.short_cdb ? Opcode::synchronize_cache_10 : Opcode::synchronize_cache_16;
+    }
+}
+
+// Done, and the sense data only say how.
+bool recovered(const io::QueuedCommand& command, const Response& response) {
+    return response.sense &&
+           (response.sense->key == key_recovered ||
+            (response.sense->key == key_no_sense && response.status == status_good)) &&
+           response.moved == command.bytes;
+}
+
+} // namespace
+
+Verdict LogicalUnit::judge(const io::QueuedCommand& command, CommandForm form, const Response& response,
+                           std::string_view name) {
+    const Opcode opcode = opcode_of(command.op, form);
+    const std::optional<Sense>& sense = response.sense;
+    FixedText<120> text;
+    if (response.good()) {
+        if (moved_all(command, response.moved)) {
+            return {};
+        }
+        print(text, "the host moved {} of {} bytes and calls that a success, at LBA {}", response.moved, command.bytes,
+              command.lba);
+        report(name, opcode, text);
+        return {.status = Status::io_error};
+    }
+    if (recovered(command, response)) {
+        return {};
+    }
+    Verdict verdict{.status = Status::io_error};
+    if (response.unit_attention()) {
+        verdict.rescan = sense->asc == asc_conditions_changed || sense->asc == asc_parameters_changed;
+        if (command.retries < QueueCore::retries_at_once) {
+            report_attention(name, *sense);
+            verdict.retry = Retry::now;
+            return verdict;
+        }
+    }
+    if (command.expired && (response.service == ServiceResponse::aborted || response.transient())) {
+        verdict.status = Status::timed_out;
+        return verdict;
+    }
+    if (response.transient() && command.retries < QueueCore::retries_later) {
+        verdict.retry = Retry::later;
+        return verdict;
+    }
+    if (sense && sense->key == key_illegal_request && sense->asc == asc_invalid_opcode) {
+        verdict.status = Status::not_supported;
+        if (command.retries < QueueCore::retries_at_once && try_other_form(command, form)) {
+            verdict.retry = Retry::now;
+        } else {
+            report(name, opcode, describe(*sense, std::nullopt));
+        }
+        return verdict;
+    }
+    if (response.no_unit()) {
+        verdict.status = Status::device_gone;
+        verdict.rescan = true;
+        if (std::exchange(absence_reported_, true)) { // all commands that the unit had end like this
+            return verdict;
+        }
+    }
+    if (sense) {
+        report(name, opcode, describe(*sense, command.op == Op::flush ? std::nullopt : std::optional(command.lba)));
+        return verdict;
+    }
+    print(text, "SCSI status {}", status_name(response.status));
+    if (!response.transport.field.empty()) {
+        print(text, ", {} {} ({:#x})", response.transport.field, response.transport.name, response.transport.code);
+    }
+    print(text, ", no sense data, at LBA {}", command.lba);
+    report(name, opcode, text);
+    return verdict;
+}
+
+// The unit does not know this form. Every command that was sent in it comes here; those that follow have the other one.
+bool LogicalUnit::try_other_form(const io::QueuedCommand& command, CommandForm form) {
+    if (command.op == Op::flush && form.short_cdb) {
+        flush_16_ = true;
+        return true;
+    }
+    if (command.op <= Op::write && !form.short_cdb && fits_10_) {
+        io_10_ = true;
+        return true;
+    }
+    return false;
+}
+
+void LogicalUnit::report(std::string_view name, Opcode opcode, std::string_view what) {
+    if (errors_reported_ < max_reported_errors) {
+        log::error("{}: {}: {}", name, scsi::name(opcode), what);
+        if (++errors_reported_ == max_reported_errors) {
+            log::warning("{}: further errors of this kind are only counted", name);
+        }
+    }
+}
+
+void LogicalUnit::report_attention(std::string_view name, const Sense& sense) {
+    if (attentions_reported_ < max_reported_errors) {
+        ++attentions_reported_;
+        log::info("{}: {}: asked again", name, describe(sense, std::nullopt));
+    }
+}
+
+} // namespace fl::drivers::scsi

@@ -1,0 +1,113 @@
+// The commands of a disk's I/O, for any transport: which form of them a unit takes, their CDBs, and what the end of one
+// means for its request. The transport (an io::BlockTransport) puts the CDB into its packet and says how the command
+// ended.
+//
+// Hot: limit(), build_io() and moved_all(); they are inline. An answer with status GOOD and all of its data moved needs
+// no judge().
+export module drivers.scsi.commands;
+import core.std;
+import core.result;
+import core.text;
+import io.block;
+import io.block_queue;
+export import drivers.scsi.protocol;
+
+export namespace fl::drivers::scsi {
+
+/// How much one command of a unit may do, and in which form it is sent.
+struct UnitLimits {
+    u32 max_transfer = 0;        // bytes of one READ or WRITE; a multiple of the block size
+    u32 max_unmap_blocks = 0;    // of one UNMAP
+    bool short_commands = false; // READ(10) and WRITE(10) from the beginning; else when (16) is refused
+};
+
+/// What a transport keeps with each command (a part of its BlockTransport::Wire).
+struct CommandForm {
+    bool short_cdb = false; // it was sent as a command of 10 bytes that has a longer form
+};
+
+/// Which way a command's data moves.
+enum class DataPhase : u8 { none, in, out };
+
+/// What the end of a command means for its request.
+struct Verdict {
+    io::Status status = io::Status::ok;
+    io::Retry retry = io::Retry::none;
+    bool rescan = false; // the target's units, or their sizes, have changed: they are to be looked for again
+};
+
+/// True: an answer with status GOOD has done the whole command.
+constexpr bool moved_all(const io::QueuedCommand& command, u32 moved) {
+    return moved == command.bytes || command.op > io::Op::write;
+}
+
+/// A logical unit, as one queue uses it: which forms of commands it takes, and how many of its errors have been
+/// reported. Used on the queue's processor alone.
+class LogicalUnit {
+  public:
+    static constexpr u32 max_reported_errors = 8;
+
+    /// `geometry`: 512 to 4096 bytes for a block.
+    LogicalUnit(const UnitLimits& limits, const io::Geometry& geometry);
+
+    /// Lowers command.bytes to what one command of the unit does. Inline: for BlockTransport::prepare().
+    inline void limit(io::QueuedCommand& command) const {
+        if (command.op <= io::Op::write) [[likely]] {
+            command.bytes = std::min(command.bytes, limits_.max_transfer);
+        } else if (command.op == io::Op::discard) {
+            const u64 most = u64{limits_.max_unmap_blocks} << block_shift_;
+            command.bytes = static_cast<u32>(std::min<u64>(command.bytes, most));
+        }
+    }
+
+    /// The CDB of a read or write, in place; `cdb` is zero before. Returns its length.
+    inline u8 build_io(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command, CommandForm& form) const {
+        const bool write = command.op == io::Op::write;
+        form.short_cdb = io_10_;
+        if (io_10_) [[unlikely]] {
+            build_io_10(cdb, command);
+            return 10;
+        }
+        // READ(16) and WRITE(16) [SBC-3 §5.15, §5.38]: the LBA in bytes 2 to 9, the count in 10 to 13.
+        cdb[0] = write ? 0x8a : 0x88;
+        const u64 lba_be = __builtin_bswap64(command.lba);
+        const u32 blocks_be = __builtin_bswap32(command.bytes >> block_shift_);
+        std::memcpy(cdb.data() + 2, &lba_be, 8);
+        std::memcpy(cdb.data() + 10, &blocks_be, 4);
+        return 16;
+    }
+
+    /// The CDB of a flush or discard. Returns its length. A discard's parameter list is unmap_list_bytes long:
+    /// build_unmap_list().
+    u8 build_other(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command, CommandForm& form) const;
+    void build_unmap_list(std::span<u8, unmap_list_bytes> list, const io::QueuedCommand& command) const {
+        unmap_list(list, command.lba, command.bytes >> block_shift_);
+    }
+
+    /// What the response to a command means. The command has requests (BlockQueue has not given it up), and `form` is
+    /// what it was built in. Errors are reported as `name`'s, max_reported_errors at most. Retries are bounded by
+    /// command.retries.
+    Verdict judge(const io::QueuedCommand& command, CommandForm form, const Response& response, std::string_view name);
+
+  private:
+    void build_io_10(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command) const;
+    bool try_other_form(const io::QueuedCommand& command, CommandForm form);
+    void report(std::string_view name, Opcode opcode, std::string_view what);
+    void report_attention(std::string_view name, const Sense& sense);
+
+    UnitLimits limits_;
+    u32 block_shift_;
+    bool fits_10_;          // READ(10) and WRITE(10) reach all of it
+    bool io_10_;            // and are used
+    bool flush_16_ = false; // SYNCHRONIZE CACHE(16) is used
+    bool absence_reported_ = false;
+    u32 errors_reported_ = 0;
+    u32 attentions_reported_ = 0;
+};
+
+/// Which way the data of a command moves.
+constexpr DataPhase data_phase(io::Op op) {
+    return op == io::Op::read ? DataPhase::in : op == io::Op::flush ? DataPhase::none : DataPhase::out;
+}
+
+} // namespace fl::drivers::scsi

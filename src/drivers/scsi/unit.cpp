@@ -1,0 +1,209 @@
+module;
+#include "core/try.hpp"
+module drivers.scsi.unit;
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.log;
+import io.executor;
+import io.task;
+import io.block;
+
+namespace fl::drivers::scsi {
+
+namespace {
+
+constexpr u32 max_attempts = 5;
+constexpr Nanoseconds busy_delay = 50'000'000;
+constexpr u32 max_readings = 3; // of a unit that says each time that it has changed
+constexpr u8 page_supported = 0x00;
+constexpr u8 page_block_limits = 0xb0;
+constexpr u8 page_provisioning = 0xb2;
+
+/// What was read of the unit before this unit attention may no longer be true.
+bool outdates(const Sense& sense) {
+    return sense.asc == asc_medium_changed || sense.asc == asc_parameters_changed ||
+           (sense.asc == asc_conditions_changed && sense.ascq == ascq_inquiry_data_changed);
+}
+
+// Block limits and logical block provisioning. Data of a page that is refused or malformed count as not there.
+io::Task<Result<void>> read_limits(Nexus& nexus, u16 lun, bool thin, UnitDescription& unit) {
+    static constexpr u16 room = 64;
+    Response response;
+    CO_CHECK(co_await execute_retrying(nexus, lun, inquiry(page_supported, room), room, response));
+    if (!response.good()) {
+        co_return Result<void>{};
+    }
+    const bool limits_there = lists_page(response.data, page_block_limits);
+    const bool provisioning_there = lists_page(response.data, page_provisioning);
+    BlockLimits limits;
+    if (limits_there) {
+        CO_CHECK(co_await execute_retrying(nexus, lun, inquiry(page_block_limits, room), room, response));
+        if (auto parsed = parse_block_limits(response.data); response.good() && parsed) {
+            limits = *parsed;
+        }
+    }
+    if (limits.max_transfer_blocks != 0) {
+        const u64 most = u64{limits.max_transfer_blocks} * unit.geometry.sector_size;
+        unit.limits.max_transfer = static_cast<u32>(std::min<u64>(unit.limits.max_transfer, most));
+    }
+    if (provisioning_there && (thin || limits.max_unmap_blocks != 0) && limits.max_unmap_descriptors != 0) {
+        CO_CHECK(co_await execute_retrying(nexus, lun, inquiry(page_provisioning, room), room, response));
+        const auto offered = parse_provisioning_unmap(response.data);
+        unit.geometry.discard =
+            response.good() && offered && *offered && limits.max_unmap_blocks != 0 && !unit.geometry.read_only;
+        unit.limits.max_unmap_blocks = limits.max_unmap_blocks;
+    }
+    co_return Result<void>{};
+}
+
+// The answer to READ CAPACITY(10), if (16) was refused.
+Result<Capacity> short_capacity(const Response& response) {
+    if (!response.good()) {
+        return Error{Code::io, "READ CAPACITY fails (SCSI status)", status_good, response.status};
+    }
+    TRY(Capacity capacity, parse_capacity_10(response.data));
+    if (capacity.beyond_32_bits) {
+        return Error{Code::not_supported, "the disk has more blocks than READ CAPACITY(10) can say, and refuses (16)"};
+    }
+    capacity.short_form = true;
+    return capacity;
+}
+
+} // namespace
+
+io::Task<Result<void>> execute_retrying(Nexus& nexus, u16 lun, Cdb cdb, u32 bytes, Response& response) {
+    for (u32 i = 1;; ++i) {
+        CO_CHECK(co_await nexus.execute(lun, cdb, bytes, response));
+        response.data = response.data.first(std::min<usize>(response.data.size(), bytes));
+        const bool attention = response.unit_attention();
+        if (attention && outdates(*response.sense)) {
+            nexus.note_change();
+        }
+        if (i == max_attempts || (!attention && !response.transient())) {
+            co_return Result<void>{};
+        }
+        if (attention) {
+            log::info("{}: LUN {}: {}: asked again", nexus.driver(), lun,
+                      scsi::describe(*response.sense, std::nullopt));
+        } else {
+            co_await nexus.executor().sleep(busy_delay);
+        }
+    }
+}
+
+io::Task<Result<LunList>> report_luns(Nexus& nexus, std::span<bool> there) {
+    Response response;
+    CO_CHECK(co_await execute_retrying(nexus, 0, report_luns(Nexus::max_data), Nexus::max_data, response));
+    LunList list;
+    if (!response.good()) {
+        co_return list;
+    }
+    const auto parsed = parse_luns(response.data, [&](u32 lun) {
+        if (lun < there.size()) {
+            there[lun] = true;
+        } else {
+            ++list.beyond;
+        }
+    });
+    if (!parsed) {
+        log::warning("{}: {}", nexus.driver(), parsed.error());
+    }
+    list.whole = parsed.has_value();
+    co_return list;
+}
+
+io::Task<Result<std::optional<Inquiry>>> inquire(Nexus& nexus, u16 lun) {
+    Response response;
+    CO_CHECK(co_await execute_retrying(nexus, lun, inquiry(std::nullopt, inquiry_bytes), inquiry_bytes, response));
+    if (response.good()) {
+        CO_TRY(const Inquiry inquiry, parse_inquiry(response.data));
+        co_return std::optional(inquiry);
+    }
+    if (response.no_unit()) {
+        co_return std::optional<Inquiry>();
+    }
+    co_return Error{Code::io, "INQUIRY fails (SCSI status)", status_good, response.status};
+}
+
+FixedText<48> model_of(const Inquiry& inquiry) {
+    FixedText<48> model;
+    print(model, "{} {} {}", inquiry.vendor, inquiry.product, inquiry.revision);
+    return model;
+}
+
+io::Task<Result<UnitState>> read_state(Nexus& nexus, u16 lun) {
+    static constexpr u8 mode_room = 192;
+    Response response;
+    for (u32 i = 1;; ++i) {
+        UnitState state;
+        CO_CHECK(
+            co_await execute_retrying(nexus, lun, read_capacity_16(capacity_16_bytes), capacity_16_bytes, response));
+        if (response.good()) {
+            CO_TRY(state.capacity, parse_capacity_16(response.data));
+        } else {
+            CO_CHECK(co_await execute_retrying(nexus, lun, read_capacity_10(), capacity_10_bytes, response));
+            CO_TRY(state.capacity, short_capacity(response));
+        }
+        const u32 changes = nexus.changes(); // those before are in the capacity
+        CO_CHECK(co_await execute_retrying(nexus, lun, mode_sense_6(caching_page, mode_room), mode_room, response));
+        if (auto mode = parse_mode_6(response.data); response.good() && mode) {
+            state.write_protected = mode->write_protected;
+            state.write_cache = mode->write_cache.value_or(true);
+        }
+        if (nexus.changes() == changes || i == max_readings) {
+            co_return state;
+        }
+    }
+}
+
+io::Task<Result<UnitDescription>> describe(Nexus& nexus, u16 lun, Inquiry inquiry, TransportLimits transport) {
+    for (u32 i = 1;; ++i) {
+        const u32 changes = nexus.changes();
+        UnitDescription unit;
+        Response response;
+        CO_CHECK(co_await execute_retrying(nexus, lun, test_unit_ready(), 0, response));
+        if (!response.good() && response.sense) {
+            if (response.sense->asc == asc_no_medium) {
+                unit.medium = false;
+                co_return unit;
+            }
+            log::info("{}: LUN {}: {}", nexus.driver(), lun, scsi::describe(*response.sense, std::nullopt));
+        }
+        CO_TRY(const UnitState state, co_await read_state(nexus, lun));
+        unit.model = model_of(inquiry);
+        unit.geometry.sectors = state.capacity.blocks;
+        unit.geometry.sector_size = state.capacity.block_bytes;
+        unit.geometry.physical_sector_size =
+            std::min<u32>(state.capacity.block_bytes << state.capacity.physical_shift, 65536);
+        unit.geometry.read_only = state.write_protected;
+        unit.geometry.flush = state.write_cache && transport.flush;
+        unit.limits.max_transfer = transport.max_transfer;
+        unit.limits.short_commands = state.capacity.short_form;
+        CO_CHECK(co_await read_limits(nexus, lun, state.capacity.thin, unit));
+        if (nexus.changes() == changes || i == max_readings) {
+            co_return unit;
+        }
+        CO_TRY(const std::optional<Inquiry> now, co_await inquire(nexus, lun));
+        if (!now || !now->disk()) {
+            co_return Error{Code::not_found, "the unit is no disk any more"};
+        }
+        inquiry = *now;
+    }
+}
+
+Change compare(const Inquiry& inquiry, const UnitState& now, const io::Geometry& geometry, std::string_view model,
+               TransportLimits transport) {
+    if (now.capacity.blocks != geometry.sectors || now.capacity.block_bytes != geometry.sector_size) {
+        return Change::size;
+    }
+    if (model_of(inquiry).view() != model) {
+        return Change::model;
+    }
+    const bool same =
+        (now.write_cache && transport.flush) == geometry.flush && now.write_protected == geometry.read_only;
+    return same ? Change::none : Change::attributes;
+}
+
+} // namespace fl::drivers::scsi
