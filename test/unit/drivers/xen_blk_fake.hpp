@@ -127,6 +127,7 @@ class Blkback {
         EXPECT_EQ(xen.get(front + "/protocol"), "x86_64-abi");
         port = static_cast<u32>(front_number("event-channel"));
         EXPECT_TRUE(xen.open_ports.contains(port));
+        EXPECT_EQ(xen.port_domains[port], domain_);
         slots = 1;
         while (slots * 2 <= (pages * 4096 - 64) / 112) {
             slots *= 2;
@@ -458,8 +459,8 @@ struct Sink final : drivers::DiskSink {
 
 /// A machine with one disk.
 struct DiskMachine : Machine {
-    explicit DiskMachine(const Offer& offer, u32 withheld = 0, u32 number = 51712)
-        : Machine(48u << 20), back(xen, offer, number),
+    explicit DiskMachine(const Offer& offer, u32 withheld = 0, u32 number = 51712, u32 domain = 0)
+        : Machine(48u << 20), back(xen, offer, number, domain),
           environment{executor, xen.memory, xen.interrupts, sink, 200'000'000, withheld} {
         world.device = [this] { return back.step(); };
         device.type.write("vbd");

@@ -104,12 +104,13 @@ struct Variant {
     Offer offer;
     u32 withheld = 0;
     std::string_view features;
+    u32 domain = 0; // of the back end
 };
 class XenBlkVariant : public testing::TestWithParam<Variant> {};
 
 TEST_P(XenBlkVariant, VerifiesAndLeavesNothingGranted) {
     const Variant& v = GetParam();
-    DiskMachine m(v.offer, v.withheld);
+    DiskMachine m(v.offer, v.withheld, 51712, v.domain);
     auto probed = m.probe();
     ASSERT_TRUE(probed) << probed.error().message;
     ASSERT_NE(m.sink.disk, nullptr);
@@ -163,6 +164,12 @@ const Variant variants[] = {
      0,
      "ring-pages=1"},
     {"slow", {.slow_states = 30}, 0, "flush ring-pages=1"},
+    {"driver_domain", {.indirect = 256, .ring_order = 4}, 0, "flush indirect ring-pages=4", 3},
+    {"driver_domain_persistent",
+     {.persistent = true, .indirect = 256, .ring_order = 4},
+     0,
+     "flush persistent indirect ring-pages=4",
+     3},
 };
 INSTANTIATE_TEST_SUITE_P(All, XenBlkVariant, testing::ValuesIn(variants),
                          [](const auto& info) { return info.param.name; });

@@ -224,6 +224,7 @@ class Xen {
             }
             field<u32>(b, 4) = next_port;
             open_ports.insert(next_port);
+            port_domains[next_port] = field<u16>(b, 2);
             return (next_port++, 0);
         case 4: { // send
             const u32 port = field<u32>(b, 0);
@@ -545,6 +546,7 @@ class Xen {
     std::map<u32, u64> calls;
     std::map<u32, u64> sends;
     std::set<u32> open_ports;
+    std::map<u32, u16> port_domains; // that may bind to them
     u32 next_port = 5;
     u64 upcalls = 0;
     std::byte* shared = nullptr;
