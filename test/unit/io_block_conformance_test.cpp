@@ -1129,6 +1129,160 @@ TEST(BlockQueueTime, AWriteThatWasGivenUpHasATimeOutMore) {
     }
 }
 
+// What the device was asked to answer everything has a whole time-out for that, in machine time.
+TEST(BlockQueueTime, AStopAfterAskingIsNoSilence) {
+    const ModelConfig asked{io::Fence::reachable, io::Recovery::Kind::asked, io::Retry::later, false};
+    for (const bool answered : {true, false}) {
+        const Make make{"", [&] { return std::make_unique<ModelRig<false>>(asked); }};
+        Bench b(make);
+        const Nanoseconds timeout = b.facts().timeout;
+        Item& item = b.start(Op::read, 100, 4096);
+        b.pass(timeout * 12 / 10); // asked
+        b.rig->jump(7'000'000'000);
+        b.pass(timeout * 9 / 10);
+        EXPECT_TRUE(b.rig->is_open() && item.ended == 0);
+        if (answered) {
+            b.rig->answer(0, Status::ok);
+            b.finish();
+            EXPECT_EQ(item.status, Status::ok);
+            EXPECT_TRUE(b.rig->is_open());
+        } else {
+            b.pass(timeout * 2 / 10);
+            EXPECT_EQ(item.status, Status::timed_out);
+            EXPECT_FALSE(b.rig->is_open());
+            b.finish();
+        }
+    }
+}
+
+// A device that is never satisfied: so many answers, and then the status counts. The time-out is no bound here, since
+// the device answers.
+TEST(BlockQueueTime, TriesAreCounted) {
+    struct Row {
+        io::Retry retry;
+        u32 answers;
+    };
+    for (const Row& row : {Row{io::Retry::now, 1 + io::QueueCore::retries_at_once},
+                           Row{io::Retry::later, 1 + io::QueueCore::retries_later}, Row{io::Retry::alone, 2}}) {
+        for (const bool gather : {false, true}) {
+            SCOPED_TRACE(to_underlying(row.retry));
+            ModelConfig config;
+            config.retry = row.retry;
+            const Make make{"", [&]() -> std::unique_ptr<Rig> {
+                                if (gather) {
+                                    return std::make_unique<ModelRig<true>>(config);
+                                }
+                                return std::make_unique<ModelRig<false>>(config);
+                            }};
+            Bench b(make);
+            Item& item = b.start(Op::read, 100, 4096);
+            u32 answers = 0;
+            for (u32 turns = 0; turns < 2'000 && item.ended == 0; ++turns) {
+                b.turn();
+                if (!b.rig->held().empty()) {
+                    ++answers;
+                    b.rig->answer_again(0);
+                }
+            }
+            EXPECT_EQ(answers, row.answers);
+            EXPECT_EQ(item.status, Status::io_error);
+            b.finish();
+        }
+    }
+}
+
+// Of two disks with one queue: a write that was given up on one of them holds up its sectors there, and there alone.
+TEST(BlockQueueTime, AWriteThatWasGivenUpHoldsUpItsOwnDiskAlone) {
+    const ModelConfig reachable{io::Fence::reachable, io::Recovery::Kind::give_up, io::Retry::later};
+    ModelRig<false> rig(reachable);
+    ModelDisk<false> other(rig.executor, rig.queue());
+    test::HeapDma dma;
+    const DmaBuffer buffer = *dma.buffer(4 * 4096);
+    const auto part = [&](u32 i) { return buffer.span().subspan(i * 4096, 4096); };
+    auto lost = std::make_unique<io::Request>(rig.disk(0), Op::write, 100, part(0));
+    rig.disk(0).submit(*lost);
+    rig.turn();
+    lost.reset(); // its owner gives it up
+    ASSERT_EQ(rig.held().size(), 1u);
+    io::Request same(rig.disk(0), Op::read, 104, part(1));
+    io::Request beside(rig.disk(0), Op::read, 108, part(2));
+    io::Request elsewhere(other, Op::read, 100, part(3));
+    for (io::Request* request : {&same, &beside, &elsewhere}) {
+        request->waiter = std::noop_coroutine();
+        request->device().submit(*request);
+    }
+    rig.turn();
+    EXPECT_EQ(rig.held().size(), 2u) << "one of the disk itself waits, and what comes after it there";
+    if (rig.held().size() == 2) {
+        rig.answer(1, Status::ok);
+        rig.turn();
+        EXPECT_FALSE(elsewhere.pending());
+        EXPECT_TRUE(same.pending());
+    }
+    rig.answer(0, Status::ok); // the write
+    rig.turn();
+    for (u32 i = 0; i < 4; ++i) {
+        while (!rig.held().empty()) {
+            rig.answer(0, Status::ok);
+        }
+        rig.turn();
+    }
+    EXPECT_FALSE(same.pending() || beside.pending());
+    rig.queue().remove(other);
+    clear_quarantine();
+}
+
+// So many events without an answer are a storm: no more are asked for until idle_window has passed, and one more is
+// told in the log.
+TEST(BlockQueueTime, TheLimitOfAStormIsExact) {
+    struct Capture final : log::Sink {
+        Capture() { log::attach(*this); }
+        ~Capture() { log::detach(*this); }
+        void write(std::string_view t) override { text += t; }
+        bool told() const { return text.find("signals without a reason") != std::string::npos; }
+        std::string text;
+    } log;
+    using Transport = ModelTransport<false>;
+    ModelRig<false> rig(effect_give_up);
+    const auto raise = [&](u32 events) {
+        rig.device.events += events;
+        rig.executor.wake();
+        rig.turn();
+        const u32 before = rig.device.arms;
+        rig.executor.wake();
+        rig.turn();
+        return rig.device.arms != before; // more are asked for
+    };
+    const auto tick = [&] {
+        const Instant begun = rig.now();
+        while (rig.now() < begun + 2 * io::Executor::tick_length) {
+            rig.turn();
+        }
+    };
+    tick();
+    EXPECT_TRUE(raise(Transport::max_idle_events - 1));
+    EXPECT_FALSE(raise(1));
+    tick();
+    EXPECT_FALSE(log.told());
+    EXPECT_FALSE(raise(1));
+    tick();
+    EXPECT_TRUE(log.told());
+    for (const Instant begun = rig.now(); rig.now() < begun + Transport::idle_window;) {
+        rig.turn();
+    }
+    EXPECT_TRUE(raise(1)) << "it is over";
+    for (u32 i = 0; i < 3 * Transport::max_idle_events; ++i) { // events that bring an answer are none
+        io::Request request(rig.disk(0), Op::flush, 0, {});
+        request.waiter = std::noop_coroutine();
+        rig.disk(0).submit(request);
+        rig.turn();
+        rig.answer(0, Status::ok);
+        rig.turn();
+        EXPECT_FALSE(request.pending());
+    }
+    EXPECT_TRUE(raise(1));
+}
+
 // What waited before a stop says nothing of what waits after the next open().
 TEST(BlockQueueTime, AQueueThatIsOpenedAgainBeginsAnew) {
     ModelConfig config;
