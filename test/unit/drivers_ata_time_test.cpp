@@ -78,6 +78,25 @@ TEST_F(AtaTime, GatheringDoesNotOutlastTheTimeOut) {
     EXPECT_LE(m.primary.commands - before, 8u);
 }
 
+// A command that has ended, and whose interrupt is lost, is no silence, however late in the time-out it ends, and
+// wherever between two ticks.
+TEST_F(AtaTime, ALostInterruptAtTheEndOfTheTimeOutIsNoSilence) {
+    constexpr Nanoseconds ms = 1'000'000;
+    for (Nanoseconds phase = 0; phase < 10 * ms; phase += ms) {
+        for (Nanoseconds latency = timeout - 12 * ms; latency < timeout; latency += ms) {
+            Machine fresh;
+            fresh.add(fresh.primary, 0);
+            ASSERT_TRUE(fresh.attach());
+            fresh.clock.time += phase;
+            fresh.primary.latency = latency;
+            fresh.primary.lose_interrupt = 1;
+            EXPECT_TRUE(fresh.read(fresh.disk(0), 5, *fresh.memory.allocate(4096, ~u64{0}))) << phase << " " << latency;
+            EXPECT_EQ(fresh.queue().lost_interrupts(), 1u) << phase << " " << latency;
+            EXPECT_EQ(fresh.primary.resets, 0u) << phase << " " << latency;
+        }
+    }
+}
+
 TEST_F(AtaTime, AStoppedMachineIsNoSilentDisk) {
     for (const u32 depth : {1u, 32u}) {
         for (const Nanoseconds length : {7'000'000'000u, 60'000'000'000u}) {
