@@ -205,6 +205,22 @@ TEST_F(XenConsole, AStopOfTheMachineIsNoAbsentReader) {
     EXPECT_TRUE(xen.console_text == line + "\r\n");
 }
 
+// One whose position changes all the time and leads nowhere.
+TEST_F(XenConsole, AReaderThatMovesForEverCostsOneBound) {
+    open();
+    const u64 patience = ConsoleRing::patience_ms * 1000;
+    const u64 begun = now;
+    xen.on_yield = [this, begun] {
+        if (now - begun < 20 * patience) {
+            xen.console_word(3080) ^= 1;
+        }
+    };
+    ring.write("a line\n");
+    ring.flush();
+    EXPECT_GT(now - begun, 7 * patience) << "it moves";
+    EXPECT_LT(now - begun, 9 * patience);
+}
+
 TEST_F(XenConsole, AReaderThatComesLateGetsTheEnd) {
     open();
     for (u32 i = 0; i < 100; ++i) {
