@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import build, fiojson, lab, launch, paths, records, report, setup, workloads, yardstick
+from . import build, fiojson, lab, launch, paths, process, records, report, setup, workloads, yardstick
 from .machine import PLATFORMS, DiskSpec, Machine
 from .options import Conflict, Parser, demand_agreement, name_pattern, one_line, whole
 from .problems import EXIT_HELP, Exit, Problem
@@ -28,10 +29,11 @@ def arguments() -> Parser:
         epilog=paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
     parser.add_argument("--wall", action="store_true", help="wall-clock time instead: noisy")
-    parser.add_argument("--runs", type=whole(1, 100), default=1, metavar="N", help="repeat, and show how far the runs lie apart")
+    parser.add_argument("--runs", type=whole(1, 100), default=1, metavar="N", help="repeat, each time with another start and other pauses, and show the median and the range")
+    parser.add_argument("--seed", type=whole(0, 1 << 32), default=1, metavar="S", help="what the starts and pauses of --runs follow from (default: 1)")
     parser.add_argument("--list", action="store_true", help="list the jobs")
     parser.add_argument("--only", type=name_pattern, action="append", default=[], metavar="PATTERN", help="only jobs whose name matches (a glob, or a part of it), several times (default: all but xen-pvh)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as fio would (json+), last run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as fio would (json+); with --runs of the run with the median IOPS of each job")
     parser.add_argument("--json-dir", type=Path, metavar="FOLDER", help="the same as one file for each job in a new folder, for fio-plot")
     parser.add_argument("--yardstick", action="store_true", help="measure Linux with fio in the same machines, in the same start of the lab")
     parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether the machine runs nested")
@@ -43,7 +45,8 @@ def arguments() -> Parser:
 
 LISTED = "nothing is measured"
 CONFLICTS = (
-    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build")),
+    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build")),
+    Conflict(("seed",), "is what the starts of several runs follow from: use it with --runs 2 or more", lambda options: options.runs == 1),
     Conflict(("wall", "lab"), "--lab never measures on this machine's own KVM, always in wall-clock time: leave out --wall", lambda options: options.lab == "never"),
 )
 OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks")  # of the kernel's command line, which the jobs set
@@ -114,28 +117,39 @@ def main(words: list[str]) -> Exit:
 
 
 def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
-    """All runs of one comparison, printed; the jobs of the last."""
+    """All runs of one comparison, printed; of each job the run with the median IOPS."""
     sides = sides_of(chosen)
-    machines = [main_machine(side, chosen, options) for side in sides]
+    machines = guests(sides, chosen, options)
     # Only the lab counts instructions: a KVM of this machine's own is taken for wall-clock time, or where it is asked for.
     forced = "always" if options.lab == "auto" and not options.wall else options.lab
     where = launch.place(machines[0].kind, ready, forced)
     mode = "wall" if options.wall or not where.nested else "deterministic"
     reason = where.reason if forced == options.lab or machines[0].kind.domain else "nested lab, where instructions can be counted"
     launch.warn(f"{chosen.comparison}: {reason}; {mode} time")
-    if options.yardstick:
-        machines += [linux_machine(side, chosen, bool(options.json or options.json_dir)) for side in sides]
     runs: list[list[dict]] = []
+    service: dict[str, list[float]] = {}
     for number in range(options.runs):
         launch.warn(f"run {number + 1} of {options.runs}")
+        # One run alone begins as it always did: it is for what is counted, not for what depends on the start.
+        this = workloads.perturbed(chosen, options.seed, number, options.runs, service) if options.runs > 1 else chosen
+        machines = guests(sides, this, options)
         # One place for all: a KVM that does for one side may lack what the other needs.
-        runs.append(measure(ready, chosen, machines, mode, "always" if where.nested else options.lab, options))
-    jobs = runs[-1]
+        runs.append(measure(ready, this, machines, mode, "always" if where.nested else options.lab, options))
+        service = service_times(runs[-1])
+    jobs = report.median_run(runs) if options.runs > 1 else runs[0]
+    stated = versions(ready, where.nested)
+    for job in jobs:
+        job["firstlight"]["versions"] = stated
+        if options.runs > 1:
+            job["firstlight"]["runs_seed"] = options.seed
     ours = [job for job in jobs if not job["firstlight"]["driver"].startswith("linux-")]
     theirs = [job for job in jobs if job["firstlight"]["driver"].startswith("linux-")]
     boots = " and ".join(f"{side.platform} ({side.about}): {', '.join(side.disks)}" for side in sides)
-    print(f"\nplatform {chosen.comparison}, boot {machines[0].boot}, {mode} time; {boots}\n")
-    print(report.results(ours))
+    print(f"\nplatform {chosen.comparison}, boot {machines[0].boot}, {mode} time; {boots}")
+    print(", ".join(f"{what} {version}" for what, version in stated.items()))
+    if options.runs > 1:
+        print(f"{options.runs} runs, each with another start and other pauses, from seed {options.seed}; of each job the run with the median IOPS")
+    print("\n" + report.results(ours))
     if note := report.clock_note(ours):
         print("\n" + note)
     compared = report.ratios(ours, theirs)
@@ -144,8 +158,36 @@ def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
     if compared:
         print("\n" + compared)
     if options.runs > 1:
-        print("\n" + report.spread(runs))
+        print("\n" + report.spread(jobs))
     return jobs
+
+
+def guests(sides: Sequence[Side], chosen: Chosen, options) -> list[Machine]:
+    machines = [main_machine(side, chosen, options) for side in sides]
+    if options.yardstick:
+        machines += [linux_machine(side, chosen, bool(options.json or options.json_dir)) for side in sides]
+    return machines
+
+
+def service_times(jobs: Sequence[dict]) -> dict[str, list[float]]:
+    """What an I/O of our own took on each disk, in nanoseconds, by the label of the workload."""
+    found: dict[str, list[float]] = {}
+    for job in jobs:
+        if report.iops(job) and not job["firstlight"]["driver"].startswith("linux-"):
+            words = job["job options"]
+            found.setdefault(f"{words['name']}-{words['bs']}-qd{words['iodepth']}", []).append(1e9 / report.iops(job))
+    return found
+
+
+def versions(ready: lab.Lab, nested: bool) -> dict[str, str]:
+    """What the figures depend on beside this kernel's code: they stand over each table and in the JSON."""
+    lab_kernel = next(name.removeprefix("linux-image-") for name in ready.versions if name.startswith("linux-image-"))
+    found = process.run(["git", "-C", paths.REPOSITORY, "describe", "--always", "--dirty"], timeout=20, check=False, what="git describe")
+    return {
+        "Firstlight": found.stdout.strip() if found.returncode == 0 else "of no git checkout",
+        "QEMU": ready.versions["qemu-system-x86"],
+        "Linux": lab_kernel if nested else platform.release(),
+    }
 
 
 def images(side: Side) -> list[DiskSpec]:
@@ -171,7 +213,7 @@ def linux_machine(side: Side, chosen: Chosen, bins: bool) -> Machine:
     disks = [disk for disk in side.disks if disk in chosen.disks]
     # fio counts milliseconds: on a disk that is done with our count within some tens of them it does more.
     more = FIO_MORE if any(workloads.KINDS[disk] == "synthetic" for disk in disks) else 1
-    wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count * more, "mix": 70} for w in chosen.workloads]
+    wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count * more, "mix": 70, "seed": w.seed, "startdelay": w.startdelay} for w in chosen.workloads]
     script = yardstick.script(disks, wanted, PLATFORMS[side.platform].marks, bins)
     return Machine(f"linux-{side.platform}", side.platform, disks=images(side), timeout=120, linux=script)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import sys
 from collections.abc import Sequence
 
@@ -120,15 +121,27 @@ def ratios(ours: Sequence[dict], theirs: Sequence[dict] = ()) -> str:
     return table(("workload", "synthetic", "emulated", *(head for _, _, head in pairs)), useful, 1, width=terminal()) if useful else ""
 
 
-def spread(runs: Sequence[Sequence[dict]]) -> str:
-    """How far the runs lie apart: (highest - lowest) / lowest."""
-    seen: dict[str, list[float]] = {}
+def median_run(runs: Sequence[Sequence[dict]]) -> list[dict]:
+    """Of each job the run whose IOPS are the median (the lower one of two), with those of all its runs beside it."""
+    seen: dict[str, list[dict]] = {}
     for jobs in runs:
         for job in jobs:
-            seen.setdefault(job["jobname"], []).append(iops(job))
-    rows = [
-        [name, *(f"{value:.0f}" for value in values), f"{(max(values) - min(values)) / min(values) * 100:.2f} %"]
-        for name, values in seen.items()
-        if len(values) == len(runs) and min(values) > 0
-    ]
-    return table(("job", *(f"run {number + 1}" for number in range(len(runs))), "spread"), rows, 1, width=terminal()) if rows else ""
+            seen.setdefault(f"{job['firstlight']['disk']} {job['jobname']}", []).append(job)
+    chosen = []
+    for jobs in seen.values():
+        job = sorted(jobs, key=iops)[(len(jobs) - 1) // 2]
+        chosen.append({**job, "firstlight": {**job["firstlight"], "runs_iops": [round(iops(each), 1) for each in jobs]}})
+    return chosen
+
+
+def spread(jobs: Sequence[dict]) -> str:
+    """Of jobs from median_run(): the median and the range of their runs; the range is also given in per cent of the median."""
+    rows = []
+    for job in jobs:
+        values = sorted(job["firstlight"]["runs_iops"])
+        median = statistics.median(values)
+        if median > 0:
+            rows.append(
+                [job["jobname"], str(len(values)), *(f"{value:.0f}" for value in (median, values[0], values[-1])), f"{(values[-1] - values[0]) / median * 100:.1f} %"]
+            )
+    return table(("job", "runs", "median IOPS", "lowest", "highest", "range"), rows, 1, width=terminal()) if rows else ""

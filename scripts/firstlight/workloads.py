@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+from collections.abc import Mapping, Sequence
+from random import Random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,10 +15,13 @@ class Workload:
     qd: int
     count: int
     seed: int = 1
+    startdelay: int = 0  # nanoseconds before the first I/O
+    thinktime: int = 0  # the longest pause after every 64 I/Os, nanoseconds
 
     @property
     def word(self) -> str:
-        return f"workload={self.name},bs={self.bs},qd={self.qd},count={self.count},seed={self.seed}"
+        perturbed = f",startdelay={self.startdelay},thinktime={self.thinktime}" if self.startdelay or self.thinktime else ""
+        return f"workload={self.name},bs={self.bs},qd={self.qd},count={self.count},seed={self.seed}{perturbed}"
 
     @property
     def label(self) -> str:
@@ -54,6 +59,31 @@ COMPARISONS: dict[str, tuple[Side, ...]] = {
     "xen-pvh": (Side("xen-pvh", "Xen with Linux's blkback", ("xvda",), ("xen",)),),
 }
 ON_REQUEST = ("xen-pvh",)  # measured only where --only names it: it has no emulated disk to be set against
+
+
+# Of a run whose predecessors have measured nothing yet: what an I/O takes.
+FIRST_GUESS = 25_000  # ns
+LONGEST_DELAY, LONGEST_PAUSE = 1_000_000_000, 1_000_000  # what the kernel takes, ns
+
+
+def perturbed(chosen: Chosen, seed: int, number: int, runs: int, service: Mapping[str, Sequence[float]]) -> Chosen:
+    """The jobs of run `number` of `runs`: where guest, VMM and host are in step, a figure depends on how they began, so each run begins elsewhere.
+
+    The first I/O waits for a part of a round, which is queue depth times `service`, the nanoseconds that an I/O took on each disk in the run before,
+    by the label of the workload. The parts are stratified: run k of n takes its own from the k-th n-th. And after every 64 I/Os there is a pause of
+    up to the shortest of `service`. Everything follows from `seed`.
+    """
+    changed = []
+    for workload in chosen.workloads:
+        random = Random(f"{seed} {chosen.comparison} {workload.label} {number}")
+        took = service.get(workload.label) or [FIRST_GUESS]
+        delay = (number + random.random()) / runs * workload.qd * max(took)
+        changed.append(
+            dataclasses.replace(
+                workload, seed=random.randrange(1, 1 << 31), startdelay=max(1, min(round(delay), LONGEST_DELAY)), thinktime=min(round(min(took)), LONGEST_PAUSE)
+            )
+        )
+    return dataclasses.replace(chosen, workloads=changed)
 
 
 def name(comparison: str, disk: str, workload: Workload) -> str:

@@ -103,6 +103,8 @@ def fio_words(workload: dict, device: str, port: int = 0, phase: int = 0) -> lis
         f"--iodepth={workload['qd']}", f"--number_ios={workload['count']}", "--ioengine=libaio", "--direct=1",
         "--randrepeat=1", "--thread", "--lat_percentiles=1",
     ]  # fmt: skip
+    if workload.get("seed", 1) != 1:
+        words.append(f"--randseed={workload['seed']}")
     if name == "randrw":
         words.append(f"--rwmixread={workload['mix']}")
     if port:
@@ -121,6 +123,9 @@ def script(disks: Sequence[str], workloads: Sequence[dict], port: int = 0, bins:
             lines.append(f"echo 'yardstick {disk} {driver} {number}'")
             phase += 1
             words = " ".join(fio_words(workload, device, port, phase))
+            if workload.get("startdelay"):
+                # Before fio, whose own startdelay comes in steps of 0.1 s; its thinktime would first let the queue run empty.
+                lines.append(f"usleep {max(1, round(workload['startdelay'] / 1000))}")
             lines.append(f"fio --output-format={'json+' if bins else 'json'} --output=/tmp/out {words} >/dev/null 2>&1 || echo failed")
             lines.append("tr -d '\\n\\t' < /tmp/out; echo")
             lines.append("echo 'yardstick end'")

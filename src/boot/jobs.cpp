@@ -119,25 +119,26 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
     co_return outcome;
 }
 
+// The workloads that were asked for, read once more when each is run: a list of them is too large for a coroutine frame.
 struct Workloads {
-    std::array<io::Workload, TextList::capacity> list;
-    u32 count = 0;
+    std::span<const std::string_view> texts;
+    u32 count = 1; // without a text: one of the defaults
     bool writes = false;
+
+    io::Workload at(u32 i) const { return texts.empty() ? io::Workload{} : *io::parse_workload(texts[i]); }
 };
 
+/// Fails where one of them is no workload.
 Result<Workloads> parse_workloads(const TextList& texts) {
-    Workloads workloads;
-    for (std::string_view text : texts.all()) {
+    Workloads workloads{.texts = texts.all()};
+    for (std::string_view text : workloads.texts) {
         auto workload = io::parse_workload(text);
         if (!workload) {
             return workload.error();
         }
-        workloads.list[workloads.count++] = *workload;
         workloads.writes = workloads.writes || workload->writes();
     }
-    if (workloads.count == 0) {
-        workloads.list[workloads.count++] = io::Workload{};
-    }
+    workloads.count = std::max(texts.count, 1u);
     return workloads;
 }
 
@@ -190,7 +191,7 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
         const std::string_view disk_name = disk->identity().name.view();
         for (u32 i = 0; i < workloads->count && options.disk.chosen(disk_name); ++i) {
             const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations};
-            if (auto suits = io::Bench::suits(*disk, workloads->list[i], with, std::min(most_lanes, disk->lanes()));
+            if (auto suits = io::Bench::suits(*disk, workloads->at(i), with, std::min(most_lanes, disk->lanes()));
                 !suits) {
                 co_return refused(suits.error(), disk_name);
             }
@@ -207,7 +208,7 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
             continue;
         }
         for (u32 i = 0; i < workloads->count; ++i) {
-            const io::Workload& workload = workloads->list[i];
+            const io::Workload workload = workloads->at(i);
             const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations,
                                         services.mark, runs + 1};
             const u32 lanes = std::min(most_lanes, disk->lanes());

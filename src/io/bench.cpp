@@ -51,12 +51,16 @@ constexpr std::array<Word, 5> pattern_words{{
     {"write", "unknown workload: is write meant? There are randread, randwrite, read, write, mixed"},
     {"mixed", "unknown workload: is mixed meant? There are randread, randwrite, read, write, mixed"},
 }};
-constexpr std::array<Word, 5> key_words{{
-    {"bs", "unknown key of a workload: is bs= meant? There are bs, qd, count, seed, mix"},
-    {"qd", "unknown key of a workload: is qd= meant? There are bs, qd, count, seed, mix"},
-    {"count", "unknown key of a workload: is count= meant? There are bs, qd, count, seed, mix"},
-    {"seed", "unknown key of a workload: is seed= meant? There are bs, qd, count, seed, mix"},
-    {"mix", "unknown key of a workload: is mix= meant? There are bs, qd, count, seed, mix"},
+constexpr std::array<Word, 7> key_words{{
+    {"bs", "unknown key of a workload: is bs= meant? There are bs, qd, count, seed, mix, startdelay, thinktime"},
+    {"qd", "unknown key of a workload: is qd= meant? There are bs, qd, count, seed, mix, startdelay, thinktime"},
+    {"count", "unknown key of a workload: is count= meant? There are bs, qd, count, seed, mix, startdelay, thinktime"},
+    {"seed", "unknown key of a workload: is seed= meant? There are bs, qd, count, seed, mix, startdelay, thinktime"},
+    {"mix", "unknown key of a workload: is mix= meant? There are bs, qd, count, seed, mix, startdelay, thinktime"},
+    {"startdelay",
+     "unknown key of a workload: is startdelay= meant? There are bs, qd, count, seed, mix, startdelay, thinktime"},
+    {"thinktime",
+     "unknown key of a workload: is thinktime= meant? There are bs, qd, count, seed, mix, startdelay, thinktime"},
 }};
 
 Result<usize> find_word(std::span<const Word> words, std::string_view text) {
@@ -117,6 +121,14 @@ Result<void> check(const Workload& w) {
     if (w.mix > 100) {
         return Error{Code::bad_argument, "mix of a workload: the percentage of reads, 0 to 100", 100, w.mix};
     }
+    if (w.startdelay > Workload::max_startdelay) {
+        return Error{Code::bad_argument, "startdelay of a workload in nanoseconds: at most a second",
+                     Workload::max_startdelay, w.startdelay};
+    }
+    if (w.thinktime > Workload::max_thinktime) {
+        return Error{Code::bad_argument, "thinktime of a workload in nanoseconds: at most a millisecond",
+                     Workload::max_thinktime, w.thinktime};
+    }
     return {};
 }
 
@@ -141,6 +153,17 @@ void mark(const BenchOptions& options, u32 phase) {
     }
 }
 
+// Busy, so that the executor neither submits nor sleeps. The time now.
+Instant spin(Executor& executor, Nanoseconds length) {
+    const Instant begin = executor.elapsed();
+    Instant now = begin;
+    while (now - begin < length) {
+        spin_pause();
+        now = executor.elapsed();
+    }
+    return now;
+}
+
 u64 allocations(const BenchOptions& options) {
     return frame_pool().allocations() + (options.allocations != nullptr ? options.allocations() : 0);
 }
@@ -161,7 +184,7 @@ Result<Workload> parse_workload(std::string_view text) {
         if (!value) {
             return Error{
                 Code::bad_argument,
-                "a workload's bs, qd, count, seed and mix want a number, as in bs=4k,qd=1,count=2000,seed=1,mix=70"};
+                "a workload's keys want numbers, as in bs=4k,qd=1,count=2000,seed=1,mix=70,startdelay=0,thinktime=0"};
         }
         const u32 clamped = static_cast<u32>(std::min<u64>(*value, ~u32{0}));
         switch (key) {
@@ -169,7 +192,9 @@ Result<Workload> parse_workload(std::string_view text) {
         case 1: w.qd = clamped; break;
         case 2: w.count = *value; break;
         case 3: w.seed = *value; break;
-        default: w.mix = clamped; break;
+        case 4: w.mix = clamped; break;
+        case 5: w.startdelay = *value; break;
+        default: w.thinktime = *value; break;
         }
     }
     CHECK(check(w));
@@ -220,6 +245,9 @@ Result<void> Bench::prepare(BlockDevice& disk, const Workload& w, const BenchOpt
     random_ = SplitMix64(mix64(w.seed));
     errors_ = 0;
     stopped_ = false;
+    until_thinking_ = w.thinktime == 0 ? ~u64{0} : Workload::thinktime_blocks;
+    thinking_ = SplitMix64(w.seed);
+    thought_ = 0;
     first_error_.reset();
     read_.reset();
     write_.reset();
@@ -279,6 +307,13 @@ inline void Bench::ended(const Request& request, Instant begun, Instant now) {
     stopped_ = stopped_ || request.status != Status::io_error;
 }
 
+Instant Bench::think(Executor& executor, Instant now) {
+    until_thinking_ = Workload::thinktime_blocks;
+    const Instant ended = spin(executor, thinking_.below(workload_.thinktime + 1));
+    thought_ += ended - now;
+    return ended;
+}
+
 Task<Result<void>> Bench::slot(Bench& bench, BlockDevice& disk, u32 index) {
     const DmaSpan buffer = bench.buffers_[index].span().subspan(0, bench.workload_.bs);
     Executor& executor = disk.executor();
@@ -291,7 +326,7 @@ Task<Result<void>> Bench::slot(Bench& bench, BlockDevice& disk, u32 index) {
         static_cast<void>(co_await transfer); // its status says it, too
         const Instant now = executor.elapsed();
         bench.ended(transfer, begun, now);
-        begun = now;
+        begun = --bench.until_thinking_ == 0 ? bench.think(executor, now) : now;
         if (transfer.buffer_lost) [[unlikely]] {
             bench.buffers_[index].abandon();
             break;
@@ -318,12 +353,14 @@ Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, Bench
     }
     BenchReport report;
     report.workload = workload;
+    spin(disk.executor(), workload.startdelay);
     mark(options, options.phase);
     const Counters counters_before = disk.counters();
     const u64 allocations_before = allocations(options);
     const Instant begun = disk.executor().elapsed();
     static_cast<void>(co_await group.join());
-    report.runtime_ns = disk.executor().elapsed() - begun;
+    report.runtime_ns = disk.executor().elapsed() - begun - thought_;
+    report.thinktime_ns = thought_;
     mark(options, 0);
     report.allocations = allocations(options) - allocations_before;
     report.counters = disk.counters() - counters_before;
@@ -437,6 +474,7 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
         }
         return sum;
     };
+    spin(disk.executor(), ready ? workload.startdelay : 0);
     Start start{.lanes = lanes, .options = options};
     const Counters before = ready ? counters() : Counters{};
     TaskGroup group(disk.executor());
@@ -454,7 +492,10 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
         report.allocations = allocations(options) - start.allocations;
         Instant ended = start.begun;
         for (Bench* bench : runners) {
-            ended = std::max(ended, bench->ended_);
+            if (bench->ended_ > ended) {
+                ended = bench->ended_;
+                report.thinktime_ns = bench->thought_;
+            }
             report.errors += bench->errors_ + bench->left_;
             if (!report.first_error) {
                 report.first_error = bench->first_error_;
@@ -464,7 +505,7 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
                 runners[0]->write_.add(bench->write_);
             }
         }
-        report.runtime_ns = ended - start.begun;
+        report.runtime_ns = ended - start.begun - report.thinktime_ns;
         report.read = summary(runners[0]->read_, workload.bs);
         report.write = summary(runners[0]->write_, workload.bs);
     }
@@ -533,6 +574,10 @@ void print_record(const BlockDevice& disk, const BenchReport& report, bool clock
         .number("count", w.count)
         .number("seed", w.seed)
         .number("mix", w.mix);
+    if (w.startdelay != 0 || w.thinktime != 0) {
+        record.number("startdelay", w.startdelay).number("thinktime", w.thinktime);
+        record.number("thinktime_ns", report.thinktime_ns);
+    }
     record.number("runtime_ns", report.runtime_ns).number("errors", report.errors);
     record.number("device_accesses", report.counters.device_accesses).number("hypercalls", report.counters.hypercalls);
     record.number("notifications", report.counters.notifications).number("interrupts", report.counters.interrupts);

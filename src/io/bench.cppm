@@ -24,6 +24,9 @@ struct Workload {
     static constexpr u32 max_qd = 256;
     static constexpr u32 max_bs = 1024 * 1024;
     static constexpr u64 max_count = 0xffff'ffff;
+    static constexpr Nanoseconds max_startdelay = 1'000'000'000;
+    static constexpr Nanoseconds max_thinktime = 1'000'000;
+    static constexpr u64 thinktime_blocks = 64; // I/Os from one pause to the next
 
     Pattern pattern = Pattern::randread;
     u32 bs = 4096;    // bytes of one I/O: a multiple of 512, at most max_bs
@@ -31,13 +34,16 @@ struct Workload {
     u64 count = 2000; // I/Os in all, at most max_count
     u64 seed = 1;
     u32 mix = 70; // per cent of reads in `mixed`
+    // Where guest, VMM and host are in step, a figure depends on how they began. Both in nanoseconds:
+    Nanoseconds startdelay = 0; // busy for so long before the first I/O
+    Nanoseconds thinktime = 0;  // busy for 0 to this, drawn from `seed`, after every thinktime_blocks I/Os of a lane
 
     constexpr bool writes() const {
         return pattern == Pattern::randwrite || pattern == Pattern::write || (pattern == Pattern::mixed && mix < 100);
     }
 };
 
-/// `randread,bs=4k,qd=1,count=2000,seed=1,mix=70`; all but the name may be left out. Error{bad_argument}: its message
+/// `randread,bs=4k,qd=1,count=2000,seed=1,mix=70,startdelay=0,thinktime=0`; all but the name may be left out. Error{bad_argument}: its message
 /// names the key that is meant, or the values that are allowed.
 Result<Workload> parse_workload(std::string_view text);
 
@@ -57,11 +63,13 @@ struct Latencies {
 
 struct BenchReport {
     Workload workload;
-    u32 lanes = 1;              // of the disk that were used
-    Nanoseconds runtime_ns = 0; // from the first submission to the last completion
-    u64 errors = 0;             // I/Os that failed or were given up
-    Counters counters;          // of the disk, over the run
-    u64 allocations = 0;        // coroutine frames and heap blocks, over the run
+    u32 lanes = 1; // of the disk that were used
+    // from the first submission to the last completion, without the pauses of the lane that ended last
+    Nanoseconds runtime_ns = 0;
+    Nanoseconds thinktime_ns = 0; // those pauses
+    u64 errors = 0;               // I/Os that failed or were given up
+    Counters counters;            // of the disk, over the run
+    u64 allocations = 0;          // coroutine frames and heap blocks, over the run
     Latencies read;
     Latencies write;
     std::optional<Error> first_error;
@@ -111,6 +119,8 @@ class Bench {
     Result<void> prepare(BlockDevice& disk, const Workload& workload, const BenchOptions& options);
     bool next(Op& op, u64& lba);
     void ended(const Request& request, Instant begun, Instant now);
+    /// Pauses as the workload asks for; the time when it is over.
+    Instant think(Executor& executor, Instant now);
     void release();
 
     Workload workload_;
@@ -122,6 +132,9 @@ class Bench {
     SplitMix64 random_;
     u64 errors_ = 0;
     bool stopped_ = false;
+    u64 until_thinking_ = 0; // I/Os
+    SplitMix64 thinking_;
+    Nanoseconds thought_ = 0;
     std::optional<Error> first_error_;
     Histogram read_;
     Histogram write_;

@@ -172,7 +172,7 @@ class Options(unittest.TestCase):
         samples = {
             "--wall": ("--wall",), "--runs": ("--runs", "2"), "--list": ("--list",), "--only": ("--only", "xen-emu"), "--json": ("--json", self.folder / "r.json"),
             "--json-dir": ("--json-dir", self.folder / "results"),
-            "--yardstick": ("--yardstick",), "--lab": ("--lab", "always"), "--boot": ("--boot", "pvh"), "--cmdline": ("--cmdline", "log=debug"),
+            "--yardstick": ("--yardstick",), "--lab": ("--lab", "always"), "--boot": ("--boot", "pvh"), "--seed": ("--runs", "2", "--seed", "3"), "--cmdline": ("--cmdline", "log=debug"),
         }  # fmt: skip
         pairs = {frozenset(("--list", other)) for other in samples if other not in ("--list", "--only")}
         self.pairs("bench", samples, pairs)
@@ -180,6 +180,7 @@ class Options(unittest.TestCase):
             self.assertIn("leave out --wall", self.verdict("bench", "--lab", "never", "--wall") or "(accepted)")
             self.assertIsNone(self.verdict("bench", "--lab", "never"))
         self.assertIsNone(self.verdict("bench", "--only", "xen-emu", "--boot", "uefi"))
+        self.assertIn("use it with --runs 2 or more", self.verdict("bench", "--seed", "3") or "(accepted)")
 
     def test_pairs_of_test_and_setup(self):
         samples = {

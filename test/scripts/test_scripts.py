@@ -666,7 +666,28 @@ class Fio(unittest.TestCase):
         self.assertEqual((heads[-1], rows[0][-1], rows[1][-1]), ("exit/IO", "0.064", "-"))
         self.assertIn("40000", report.results([job]))
         self.assertIn("2.00", report.ratios([job, other]))
-        self.assertIn("0.00 %", report.spread([[job], [job]]))
+
+    def test_of_several_runs_the_median_and_the_range(self):
+        runs = [[fiojson.job({**RESULT, "runtime_ns": ns}, {})] for ns in (50_000_000, 40_000_000, 100_000_000, 80_000_000)]
+        (chosen,) = report.median_run(runs)
+        self.assertEqual(chosen["read"]["iops"], 25000.0)  # the lower one of the two in the middle
+        self.assertEqual(chosen["firstlight"]["runs_iops"], [40000.0, 50000.0, 20000.0, 25000.0])
+        self.assertEqual(report.spread([chosen]).splitlines()[-1].split(), ["xvda-randread-4k-qd32", "4", "32500", "20000", "50000", "92.3", "%"])
+
+    def test_each_run_begins_elsewhere(self):
+        (chosen,) = workloads.choose(["xen-emu/*-randread-4k-qd32"])
+        service = {"randread-4k-qd32": [22_000.0, 110_000.0]}
+        runs = [workloads.perturbed(chosen, 7, number, 8, service).workloads[0] for number in range(8)]
+        part = 32 * 110_000 / 8
+        for number, workload in enumerate(runs):
+            self.assertTrue(number * part <= workload.startdelay < (number + 1) * part)
+            self.assertEqual(workload.thinktime, 22_000)
+            self.assertIn(f"seed={workload.seed},startdelay={workload.startdelay},thinktime=22000", workload.word)
+        self.assertEqual(len({workload.seed for workload in runs}), 8)
+        self.assertEqual(runs, [workloads.perturbed(chosen, 7, number, 8, service).workloads[0] for number in range(8)])
+        self.assertNotEqual(runs, [workloads.perturbed(chosen, 8, number, 8, service).workloads[0] for number in range(8)])
+        self.assertGreater(workloads.perturbed(chosen, 7, 0, 8, {}).workloads[0].thinktime, 0)
+        self.assertNotIn("startdelay", chosen.workloads[0].word)
 
     def test_times_by_an_assumed_clock_have_a_note(self):
         good = fiojson.job(RESULT, {"clock_assumed": False})

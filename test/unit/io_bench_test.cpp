@@ -124,6 +124,9 @@ TEST(WorkloadText, SaysWhatWasMeant) {
     EXPECT_NE(message("read,qd=0").find("1 to 256"), std::string::npos);
     EXPECT_NE(message("read,qd=4294967297").find("1 to 256"), std::string::npos);
     EXPECT_NE(message("read,count=0").find("count"), std::string::npos);
+    EXPECT_NE(message("read,startdelay=1000000001").find("at most a second"), std::string::npos);
+    EXPECT_NE(message("read,thinktime=1000001").find("at most a millisecond"), std::string::npos);
+    EXPECT_NE(message("read,thinktine=1").find("is thinktime= meant?"), std::string::npos);
     EXPECT_NE(message("mixed,mix=101").find("percentage"), std::string::npos);
     EXPECT_NE(message("read,count=18446744073709551615k").find("want a number"), std::string::npos);
 }
@@ -310,6 +313,42 @@ TEST_F(BenchTest, LatencyIsWhatPassed) {
     EXPECT_GE(r->read.min, 100'000u);
     EXPECT_LT(r->read.max, 200'000u);
     EXPECT_GE(r->runtime_ns, 50u * 100'000);
+}
+
+TEST_F(BenchTest, AStartDelayComesBeforeTheFirstIo) {
+    machine.step = 100;
+    disk.behaviour.latency = 1000;
+    const auto at_once = run("randread,qd=1,count=10");
+    const Instant begun = machine.time;
+    const auto later = run("randread,qd=1,count=10,startdelay=700000");
+    ASSERT_TRUE(at_once && later);
+    EXPECT_GE(machine.time - begun, 700'000u);
+    EXPECT_LT(machine.time - begun, 900'000u);
+    EXPECT_EQ(later->runtime_ns, at_once->runtime_ns);
+    EXPECT_EQ(later->thinktime_ns, 0u);
+}
+
+TEST_F(BenchTest, ThinkTimeIsDrawnFromTheSeedAndNotCounted) {
+    machine.step = 100;
+    disk.behaviour.latency = 1000;
+    const auto without = run("randread,qd=1,count=640");
+    const Instant begun = machine.time;
+    const auto with = run("randread,qd=1,count=640,thinktime=50000");
+    const Nanoseconds took = machine.time - begun;
+    const auto again = run("randread,qd=1,count=640,thinktime=50000");
+    const auto other = run("randread,qd=1,count=640,thinktime=50000,seed=2");
+    const auto short_run = run("randread,qd=1,count=63,thinktime=50000");
+    ASSERT_TRUE(without && with && again && other && short_run);
+    EXPECT_GT(with->thinktime_ns, 10u * 10'000) << "ten pauses";
+    EXPECT_LT(with->thinktime_ns, 10u * 50'200);
+    EXPECT_NEAR(static_cast<double>(with->runtime_ns), static_cast<double>(without->runtime_ns), 20 * 100.0);
+    EXPECT_GE(took, with->runtime_ns + with->thinktime_ns);
+    EXPECT_EQ(again->thinktime_ns, with->thinktime_ns);
+    EXPECT_NE(other->thinktime_ns, with->thinktime_ns);
+    EXPECT_EQ(short_run->thinktime_ns, 0u) << "after every 64 I/Os";
+    CapturedLog log;
+    print_record(disk, *with);
+    EXPECT_TRUE(log.has("\"mix\":70,\"startdelay\":0,\"thinktime\":50000,\"thinktime_ns\":"));
 }
 
 TEST_F(BenchTest, RecordHasEveryField) {
