@@ -1129,6 +1129,30 @@ TEST(BlockQueueTime, AWriteThatWasGivenUpHasATimeOutMore) {
     }
 }
 
+// A device that answers reads that nobody waits for any more is not silent.
+TEST(BlockQueueTime, AnswersToReadsThatWereGivenUpAreAnswers) {
+    const Make make{"", [] { return std::make_unique<ModelRig<false>>(effect_give_up); }};
+    Bench b(make);
+    std::array<Item*, 4> given_up{};
+    for (u32 i = 0; i < given_up.size(); ++i) {
+        given_up[i] = &b.start(Op::read, 100 * i, 4096);
+    }
+    Item& item = b.start(Op::read, 1000, 4096);
+    b.turn();
+    for (Item* each : given_up) {
+        b.forget(*each);
+    }
+    for (u32 i = 0; i < given_up.size(); ++i) {
+        b.pass(b.facts().timeout * 6 / 10);
+        ASSERT_FALSE(b.rig->held().empty());
+        b.rig->answer(0, Status::ok);
+        b.turn();
+        EXPECT_EQ(item.ended, 0u);
+    }
+    b.finish();
+    EXPECT_EQ(item.status, Status::ok);
+}
+
 // What the device was asked to answer everything has a whole time-out for that, in machine time.
 TEST(BlockQueueTime, AStopAfterAskingIsNoSilence) {
     const ModelConfig asked{io::Fence::reachable, io::Recovery::Kind::asked, io::Retry::later, false};
