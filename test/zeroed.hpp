@@ -16,6 +16,9 @@ class Zeroed {
     }
     std::size_t size() const { return bytes_; }
     std::span<std::byte> bytes() const { return {data(), bytes_}; }
+    std::byte* begin() const { return data(); }
+    std::byte* end() const { return data() + bytes_; }
+    std::byte& operator[](std::size_t at) const { return data()[at]; }
 
   private:
     static constexpr std::uintptr_t page = 4096;

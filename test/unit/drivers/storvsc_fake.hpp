@@ -68,7 +68,7 @@ class StorageHost {
     static constexpr u32 ring_data = 16384;
     static constexpr u32 ring_size = 4096 + ring_data;
 
-    std::vector<std::byte> disk = std::vector<std::byte>(4096 * 512);
+    Zeroed disk{8192 * 512};
     std::deque<Command> commands;             // taken, not yet answered
     std::function<Reply(const Command&)> say; // overrides the honest answer
     u32 packet_length = 64;

@@ -10,6 +10,9 @@
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "zeroed.hpp"
+
 import core.std;
 import core.result;
 import core.text;

@@ -11,6 +11,9 @@
 #include <span>
 #include <string>
 #include <vector>
+
+#include "zeroed.hpp"
+
 import core.std;
 import core.result;
 import core.text;
@@ -146,7 +149,7 @@ class StorvscVariant : public testing::TestWithParam<Variant> {};
 TEST_P(StorvscVariant, VerifiesInPartsAndAnywhereInAPage) {
     Machine m(GetParam().version, GetParam().max_transfer);
     std::mt19937_64 random(7);
-    std::vector<std::byte> model(m.host.disk);
+    std::vector<std::byte> model(m.host.disk.begin(), m.host.disk.end());
     DmaSpan buffer = m.buffer(512 * 1024);
     for (u32 i = 0; i < 200; ++i) {
         const u64 lba = random() % 4096;
@@ -163,7 +166,7 @@ TEST_P(StorvscVariant, VerifiesInPartsAndAnywhereInAPage) {
             ASSERT_EQ(std::memcmp(model.data() + lba * 512, span.data, span.size), 0) << lba << "+" << count;
         }
     }
-    EXPECT_TRUE(model == m.host.disk);
+    EXPECT_TRUE(std::ranges::equal(model, m.host.disk));
     EXPECT_TRUE(m.flush());
     EXPECT_EQ(m.host.flushes, 1u);
     EXPECT_EQ(m.queue->under_way(), 0u);
