@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
+import itertools
 import json
+import os
 import re
 import sys
 import tempfile
@@ -13,12 +16,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import build, checks, debugger, fiotools, image, lab, launch, machine, paths, process, setup, vmtests, workloads
+from . import build, checks, debugger, fiotools, image, lab, launch, machine, paths, process, setup, unittests, vmtests, workloads
 from .options import Conflict, Parser, demand_agreement, name_pattern
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
 
 PRESETS = ("host", "asan", "tsan")
+UNIT_PRESETS = ("host", "asan")  # those with the program of the unit tests
+UNIT_LABEL = "unit"  # its tests, for ctest
+UNIT_SECONDS = 600
 CTEST_SECONDS = 600
 FUZZ = "fuzz"
 FUZZ_TARGETS = ("packets", "storvsc", "virtqueue", "vmbus")
@@ -124,10 +130,13 @@ def main(words: list[str]) -> Exit:
         add(surviving(FUZZ, fuzz_tests(options.only)))
     if not options.fast and wanted(MINIMAL, options.only, whole=True):
         add(surviving(MINIMAL, minimal()))
-    if measured and built:
-        add(surviving(fiotools.SUITE, fiotools.checks()))
+    # One boot of the lab after the other takes one processor: the boots of the table take the others.
+    beside = [lambda: surviving(fiotools.SUITE, fiotools.checks())] if measured and built else []
     if cases:
-        add(vm_tests(cases, options.lab, built))
+        add(vm_tests(cases, options.lab, built, beside))
+    else:
+        for part in beside:
+            add(part())
     return finish(results, options)
 
 
@@ -164,15 +173,15 @@ def surviving(suite: str, results: Iterable[Result]) -> Iterable[Result]:
         yield vmtests.wreck(f"{suite}/unfinished", error, time.monotonic() - begin)
 
 
-def vm_tests(cases: list[vmtests.Case], forced: str, built: bool) -> Iterable[Result]:
-    """One result for each case, whatever breaks down."""
+def vm_tests(cases: list[vmtests.Case], forced: str, built: bool, beside: Sequence[Callable[[], Iterable[Result]]] = ()) -> Iterable[Result]:
+    """One result for each case, whatever breaks down; and those of what is run beside them, which have their own names."""
     left = {case.name: case for case in cases}
     reason: Exception = Problem("The kernel was not built.")
     try:
         if built:
-            for result in vmtests.run(lab.find(), cases, forced, lambda text: say(f"vm: {text}")):
-                left.pop(result.name, None)
-                result.name = f"vm/{result.name}"
+            for result in vmtests.run(lab.find(), cases, forced, lambda text: say(f"vm: {text}"), beside):
+                if left.pop(result.name, None):
+                    result.name = f"vm/{result.name}"
                 yield result
             reason = Problem("It was never run.")
     except Exception as error:
@@ -191,21 +200,27 @@ def fuzz_tests(only: list[str]) -> Iterable[Result]:
         yield Result(f"build/{FUZZ}", "failed", time.monotonic() - begin, str(problem))
         return
     yield Result(f"build/{FUZZ}", "passed", time.monotonic() - begin)
-    for target in FUZZ_TARGETS:
-        if FUZZ not in only and not wanted(f"{FUZZ}/{target}", only):
-            continue
-        begin = time.monotonic()
-        corpus = paths.REPOSITORY / "test" / "fuzz" / "corpus" / target
-        folder = paths.BUILD / FUZZ / "findings"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as fresh:  # takes what libFuzzer adds
+    chosen = [target for target in FUZZ_TARGETS if FUZZ in only or wanted(f"{FUZZ}/{target}", only)]
+    yield from vmtests.side_by_side([functools.partial(fuzz, target) for target in chosen], os.cpu_count() or 1)
+
+
+def fuzz(target: str) -> Iterable[Result]:
+    begin = time.monotonic()
+    corpus = paths.REPOSITORY / "test" / "fuzz" / "corpus" / target
+    folder = paths.BUILD / FUZZ / "findings"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as fresh:  # takes what libFuzzer adds
+        try:
             done = process.run(
                 [paths.BUILD / FUZZ / "test" / "fuzz" / f"fuzz_{target}", f"-runs={FUZZ_RUNS}", "-seed=1", "-use_cmp=0", "-max_len=1024", "-timeout=20",
                  "-rss_limit_mb=2048", f"-artifact_prefix={folder}/{target}-", fresh, corpus],
                 timeout=FUZZ_SECONDS, check=False, what=f"fuzz_{target}",
             )  # fmt: skip
-        detail = fuzz_fault(done.returncode, done.stdout)
-        yield Result(f"{FUZZ}/{target}", "failed" if detail else "passed", time.monotonic() - begin, detail, done.stdout if detail else "")
+        except Exception as error:  # the other targets go on
+            yield vmtests.wreck(f"{FUZZ}/{target}", error, time.monotonic() - begin)
+            return
+    detail = fuzz_fault(done.returncode, done.stdout)
+    yield Result(f"{FUZZ}/{target}", "failed" if detail else "passed", time.monotonic() - begin, detail, done.stdout if detail else "")
 
 
 def fuzz_fault(status: int, said: str) -> str:
@@ -273,7 +288,7 @@ def script_tests(only: list[str]) -> Iterable[Result]:
 
 
 def host_tests(preset: str, only: list[str]) -> Iterable[Result]:
-    """One preset: configure, build, ctest; each of ctest's tests is one result."""
+    """One preset: configure, build, ctest, and the unit tests many to a process, which ctest would start once for each; each test is one result."""
     begin = time.monotonic()
     say(f"build: {preset}")
     try:
@@ -282,15 +297,35 @@ def host_tests(preset: str, only: list[str]) -> Iterable[Result]:
         yield Result(f"build/{preset}", "failed", time.monotonic() - begin, str(problem))
         return
     yield Result(f"build/{preset}", "passed", time.monotonic() - begin)
+    within = [pattern.partition("/")[2] for pattern in only if pattern.startswith(f"{preset}/")]
+    expression = "|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in within)
+    count = 0
+    for result in itertools.chain(by_ctest(preset, expression), unit_tests(preset, expression) if preset in UNIT_PRESETS else ()):
+        count += 1
+        yield result
+    if not count:
+        yield Result(f"{preset}/none", "failed", 0, f"no test of {preset} matches {' '.join(within) or 'anything'}")
+
+
+def unit_tests(preset: str, expression: str) -> Iterable[Result]:
+    program = paths.BUILD / preset / "test" / "firstlight_tests"
+    shown = unittests.names(program)
+    for result in unittests.run(program, [name for name in shown if re.search(expression, shown[name])], UNIT_SECONDS):
+        result.name = f"{preset}/{shown.get(result.name, result.name)}"
+        yield result
+
+
+def by_ctest(preset: str, expression: str) -> Iterable[Result]:
+    """What is no unit test: models, and code that must not compile."""
     report_file = paths.BUILD / preset / "junit.xml"
     report_file.unlink(missing_ok=True)
-    command = ["ctest", "--preset", preset, "--output-junit", str(report_file), "--no-tests=error"]
-    within = [pattern.partition("/")[2] for pattern in only if pattern.startswith(f"{preset}/")]
-    if within:
-        command += ["-R", "|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in within)]
+    command = ["ctest", "--preset", preset, "--output-junit", str(report_file), "-LE", f"^{UNIT_LABEL}$", "--no-tests=ignore"]
+    if expression:
+        command += ["-R", expression]
     done = process.run(command, timeout=CTEST_SECONDS, cwd=paths.REPOSITORY, check=False, what=f"ctest --preset {preset}")
     if not report_file.is_file():
-        yield Result(f"{preset}/ctest", "failed", 0, f"ctest left no report, exit status {done.returncode}", done.stdout)
+        if done.returncode or "No tests were found" not in done.stdout:
+            yield Result(f"{preset}/ctest", "failed", 0, f"ctest left no report, exit status {done.returncode}", done.stdout)
         return
     found = list(read_junit(report_file, preset))
     yield from found

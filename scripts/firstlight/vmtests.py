@@ -292,8 +292,12 @@ def judged(case: Case, boot: launch.Boot) -> Result:
         return broken
 
 
-def run(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None]) -> Iterable[Result]:
+def run(
+    ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None], beside: Sequence[Callable[[], Iterable[Result]]] = ()
+) -> Iterable[Result]:
     """All cases, each with a result whatever happens. Those for the lab share starts of it, which run side by side: each has one processor.
+
+    `beside`: further parts that take one processor each, with results of their own; none of them raises.
 
     What QEMU's emulated SVM makes of OVMF depends on the instruction, and at worst it ends L1: deterministic UEFI boots have
     a start that nothing else shifts.
@@ -327,6 +331,7 @@ def run(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str]
         for start, chosen in starts.items()
         for first in range(0, len(chosen), START_CASES)
     ]
+    parts += beside
     if here:
         parts.append(functools.partial(run_here, ready, here, forced, work))
     yield from side_by_side(parts, min(os.cpu_count() or 1, AT_ONCE))
