@@ -119,7 +119,8 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
     co_return outcome;
 }
 
-// The workloads that were asked for, read once more when each is run: a list of them is too large for a coroutine frame.
+// The workloads that were asked for. Each is read once more when it is run: a list of them is too large for a coroutine
+// frame.
 struct Workloads {
     std::span<const std::string_view> texts;
     u32 count = 1; // without a text: one of the defaults

@@ -182,9 +182,8 @@ Result<Workload> parse_workload(std::string_view text) {
         TRY(const usize key, find_word(key_words, pair.head));
         const auto value = pair.rest ? parse_size(*pair.rest) : std::nullopt;
         if (!value) {
-            return Error{
-                Code::bad_argument,
-                "a workload's keys want a number each, as in bs=4k,qd=1,count=2000,seed=1,mix=70,startdelay=0,thinktime=0"};
+            return Error{Code::bad_argument, "a workload's keys want a number each, as in "
+                                             "bs=4k,qd=1,count=2000,seed=1,mix=70,startdelay=0,thinktime=0"};
         }
         const u32 clamped = static_cast<u32>(std::min<u64>(*value, ~u32{0}));
         switch (key) {

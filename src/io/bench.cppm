@@ -43,8 +43,8 @@ struct Workload {
     }
 };
 
-/// `randread,bs=4k,qd=1,count=2000,seed=1,mix=70,startdelay=0,thinktime=0`; all but the name may be left out. Error{bad_argument}: its message
-/// names the key that is meant, or the values that are allowed.
+/// `randread,bs=4k,qd=1,count=2000,seed=1,mix=70,startdelay=0,thinktime=0`; all but the name may be left out.
+/// Error{bad_argument}: its message names the key that is meant, or the values that are allowed.
 Result<Workload> parse_workload(std::string_view text);
 
 /// One direction of a finished run, in nanoseconds of elapsed time: a stop of the machine is part of the latencies of

@@ -37,7 +37,8 @@ class Blkback {
         unasked,
     };
 
-    Blkback(Xen& x, const Offer& o, u32 number = 51712, u32 domain = 0) : xen(x), offer(o), disk(o.sectors * 512), domain_(domain) {
+    Blkback(Xen& x, const Offer& o, u32 number = 51712, u32 domain = 0)
+        : xen(x), offer(o), disk(o.sectors * 512), domain_(domain) {
         front = "/local/domain/1/device/vbd/" + std::to_string(number);
         back = "/local/domain/" + std::to_string(domain) + "/backend/vbd/1/" + std::to_string(number);
         xen.tree[front + "/backend"] = back;
