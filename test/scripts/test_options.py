@@ -172,7 +172,7 @@ class Options(unittest.TestCase):
         samples = {
             "--wall": ("--wall",), "--runs": ("--runs", "2"), "--list": ("--list",), "--only": ("--only", "xen-emu"), "--json": ("--json", self.folder / "r.json"),
             "--json-dir": ("--json-dir", self.folder / "results"),
-            "--yardstick": ("--yardstick",), "--lab": ("--lab", "always"), "--boot": ("--boot", "pvh"), "--seed": ("--runs", "2", "--seed", "3"), "--cmdline": ("--cmdline", "log=debug"),
+            "--yardstick": ("--yardstick",), "--lab": ("--lab", "always"), "--boot": ("--boot", "pvh"), "--cmdline": ("--cmdline", "log=debug"),
         }  # fmt: skip
         pairs = {frozenset(("--list", other)) for other in samples if other not in ("--list", "--only")}
         self.pairs("bench", samples, pairs)
