@@ -53,11 +53,13 @@ pvh_entry32:
     // with SeaBIOS) works at the end of memory, which is here when there is too little of it.
     movl $(provisional_tables + TO_PHYSICAL), %edi
     movl $LARGE, %eax
-1:  movl %eax, (%edi)
-    movl $0, 4(%edi)                    // nothing above 4 GiB
-    leal 8(%edi), %edi
-    addl $SIZE_2M, %eax
-    jnc 1b                              // 4 GiB
+1:  .irp entry, 0, 8, 16, 24            // four at a time: a third fewer instructions
+    movl %eax, \entry(%edi)
+    movl $0, \entry + 4(%edi)          // nothing above 4 GiB
+    addl $SIZE_2M, %eax                 // carries behind the last one, 4 GiB
+    .endr
+    leal 32(%edi), %edi                 // keeps the carry
+    jnc 1b
 
     movl $(provisional_image + TO_PHYSICAL), %edi
     movl $(KERNEL_PHYSICAL + LARGE), %eax
