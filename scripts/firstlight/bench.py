@@ -126,6 +126,7 @@ def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
     mode = "wall" if options.wall or not where.nested else "deterministic"
     reason = where.reason if forced == options.lab or machines[0].kind.domain else "nested lab, where instructions can be counted"
     launch.warn(f"{chosen.comparison}: {reason}; {mode} time")
+    stated = versions(ready, where.nested)  # now, while the checkout is what was built
     runs: list[list[dict]] = []
     service: dict[str, list[float]] = {}
     for number in range(options.runs):
@@ -137,7 +138,6 @@ def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
         runs.append(measure(ready, this, machines, mode, "always" if where.nested else options.lab, options))
         service = service_times(runs[-1])
     jobs = report.median_run(runs) if options.runs > 1 else runs[0]
-    stated = versions(ready, where.nested)
     for job in jobs:
         job["firstlight"]["versions"] = stated
         if options.runs > 1:
