@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import build, fiojson, lab, launch, paths, process, records, report, setup, workloads, yardstick
-from .machine import PLATFORMS, DiskSpec, Machine
+from . import build, fiojson, lab, launch, paths, process, records, report, setup, workloads, xenlab, yardstick
+from .machine import PLATFORMS, DiskSpec, Machine, Platform
 from .options import Conflict, Parser, demand_agreement, name_pattern, one_line, whole
 from .problems import EXIT_HELP, Exit, Problem
 from .records import Verdict
@@ -126,7 +126,7 @@ def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
     mode = "wall" if options.wall or not where.nested else "deterministic"
     reason = where.reason if forced == options.lab or machines[0].kind.domain else "nested lab, where instructions can be counted"
     launch.warn(f"{chosen.comparison}: {reason}; {mode} time")
-    stated = versions(ready, where.nested)  # now, while the checkout is what was built
+    stated = versions(ready, machines[0].kind, where.nested)  # now, while the checkout is what was built
     runs: list[list[dict]] = []
     service: dict[str, list[float]] = {}
     for number in range(options.runs):
@@ -179,15 +179,26 @@ def service_times(jobs: Sequence[dict]) -> dict[str, list[float]]:
     return found
 
 
-def versions(ready: lab.Lab, nested: bool) -> dict[str, str]:
+def versions(ready: lab.Lab, kind: Platform, nested: bool) -> dict[str, str]:
     """What the figures depend on beside this kernel's code: they stand over each table and in the JSON."""
-    lab_kernel = next(name.removeprefix("linux-image-") for name in ready.versions if name.startswith("linux-image-"))
-    found = process.run(["git", "-C", paths.REPOSITORY, "describe", "--always", "--dirty"], timeout=20, check=False, what="git describe")
+    xen = xenlab.find() if kind.domain else None
+    packages = {name.rpartition("/")[2]: version for name, version in (xen or ready).versions.items()}
+    lab_kernel = next(name.removeprefix("linux-image-") for name in packages if name.startswith("linux-image-"))
     return {
-        "Firstlight": found.stdout.strip() if found.returncode == 0 else "of no git checkout",
-        "QEMU": ready.versions["qemu-system-x86"],
-        "Linux": lab_kernel if nested else platform.release(),
+        "Firstlight": revision(),
+        **({"Xen": packages[f"xen-hypervisor-{xen.version}-amd64"]} if xen else {}),
+        "QEMU": packages["qemu-system-x86"],
+        "Linux": lab_kernel if nested or xen else platform.release(),
     }
+
+
+def revision() -> str:
+    """The checkout's commit; a source tree without git, or a machine without it, is measured all the same."""
+    try:
+        found = process.run(["git", "-C", paths.REPOSITORY, "describe", "--always", "--dirty"], timeout=20, check=False, what="git describe")
+    except Problem:
+        return "of an unknown commit"
+    return found.stdout.strip() if found.returncode == 0 else "of an unknown commit"
 
 
 def images(side: Side) -> list[DiskSpec]:

@@ -23,7 +23,7 @@ import hv.hyperv.channel;
 import drivers.storvsc.disk;
 
 #include "fuzz/input.hpp"
-// behind it
+// It needs what is above.
 #include "unit/io_support.hpp"
 
 namespace {

@@ -25,7 +25,7 @@ import hv.backend;
 import hv.hyperv;
 
 #include "fuzz/input.hpp"
-// behind it
+// It needs what is above.
 #include "unit/io_support.hpp"
 
 namespace {

@@ -674,6 +674,21 @@ class Fio(unittest.TestCase):
         self.assertEqual(chosen["firstlight"]["runs_iops"], [40000.0, 50000.0, 20000.0, 25000.0])
         self.assertEqual(report.spread([chosen]).splitlines()[-1].split(), ["xvda-randread-4k-qd32", "4", "32500", "20000", "50000", "92.3", "%"])
 
+    def test_versions_are_those_of_the_lab_that_runs(self):
+        ready = types.SimpleNamespace(versions={"linux-image-6.1-amd64": "6.1-1", "qemu-system-x86": "10.0"})
+        xen = types.SimpleNamespace(version="4.17", versions={
+            "kernel/linux-image-6.2-amd64": "6.2-1", "dom0/xen-hypervisor-4.17-amd64": "4.17.7", "emulator/qemu-system-x86": "7.2",
+        })  # fmt: skip
+        with mock.patch.object(bench, "revision", return_value="abc"), mock.patch.object(bench.xenlab, "find", return_value=xen):
+            self.assertEqual(bench.versions(ready, machine.PLATFORMS["xen-emu"], True), {"Firstlight": "abc", "QEMU": "10.0", "Linux": "6.1-amd64"})
+            self.assertEqual(
+                bench.versions(ready, machine.PLATFORMS["xen-pvh"], False), {"Firstlight": "abc", "Xen": "4.17.7", "QEMU": "7.2", "Linux": "6.2-amd64"}
+            )
+
+    def test_a_machine_without_git_is_measured(self):
+        with mock.patch.object(process, "run", side_effect=Problem("git: not found.", Exit.MISSING)):
+            self.assertEqual(bench.revision(), "of an unknown commit")
+
     def test_each_run_begins_elsewhere(self):
         (chosen,) = workloads.choose(["xen-emu/*-randread-4k-qd32"])
         service = {"randread-4k-qd32": [22_000.0, 110_000.0]}

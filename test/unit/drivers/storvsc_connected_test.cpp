@@ -39,7 +39,7 @@ import host.storvsp;
 import host.services;
 
 #include "unit/io_support.hpp"
-// behind it
+// It needs what is above.
 #include "unit/drivers/storvsc_connected.hpp"
 
 namespace {

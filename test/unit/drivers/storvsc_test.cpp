@@ -28,7 +28,7 @@ import hv.hyperv.channel;
 import drivers.storvsc.disk;
 
 #include "unit/io_support.hpp"
-// behind it
+// It needs what is above.
 #include "unit/drivers/storvsc_fake.hpp"
 
 namespace {

@@ -31,7 +31,7 @@ import drivers.xen_blk;
 import drivers.xen_blk.disk;
 
 #include "unit/hv/xen_fake.hpp"
-// behind it
+// It needs what is above.
 #include "unit/drivers/xen_blk_fake.hpp"
 #include "unit/io_block_conformance.hpp"
 

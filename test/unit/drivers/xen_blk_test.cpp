@@ -29,7 +29,7 @@ import drivers.driver;
 import drivers.xen_blk;
 
 #include "unit/hv/xen_fake.hpp"
-// behind it
+// It needs what is above.
 #include "unit/drivers/xen_blk_fake.hpp"
 
 namespace {
