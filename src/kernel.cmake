@@ -19,7 +19,9 @@ set(hot "^io/(block|block_queue|executor|slots|ring|task|bench|histogram)|^drive
 # First, because the linker keeps the first copy that it sees of a template's instantiation.
 set(hot_units ${units})
 list(FILTER hot_units INCLUDE REGEX "${hot}")
-list(FILTER units EXCLUDE REGEX "${hot}")
+# Not on that path: closing, time-outs and retries of a queue; the pool of coroutine frames.
+list(FILTER hot_units EXCLUDE REGEX "^io/(block_queue|task)\\.cpp$")
+list(REMOVE_ITEM units ${hot_units})
 list(PREPEND units ${hot_units})
 set(hot_interfaces ${interfaces})
 list(FILTER hot_interfaces INCLUDE REGEX "${hot}")

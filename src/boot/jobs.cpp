@@ -321,9 +321,12 @@ io::Task<Result<Outcome>> run_job(const Options& options, const Disks& disks, Jo
     case Job::boot: co_return co_await read_first_blocks(disks, services);
     case Job::bench: co_return co_await bench(options, disks, services);
     case Job::verify: co_return co_await verify(options, disks, services);
-    case Job::idle:
+    case Job::idle: {
+        const u64 before = services.executor.idles();
         co_await services.executor.sleep(options.timeout);
+        log::Record("idle").number("sleeps", services.executor.idles() - before);
         co_return Outcome{Verdict::success, FixedText<240>("idled")};
+    }
     case Job::panic: break;
     }
     co_return Outcome{Verdict::error, FixedText<240>("job=panic is not a job for run_job")};

@@ -5,7 +5,7 @@ import core.result;
 
 export namespace fl {
 
-/// Runs with interrupts off, on the interrupted stack: it may read a device's status, count, and call Executor::wake()
+/// Runs with interrupts off, on the interrupted stack: it may read a device's status, count, and call Executor::raise()
 /// or Signal::raise(). It must not allocate, log or resume a coroutine.
 using InterruptHandler = void (*)(void* context);
 

@@ -70,8 +70,8 @@ io::Task<Result<void>> Device::connect(Offer offer) {
 io::Task<Result<void>> Device::serve() {
     Result<void> result;
     while (result && !channel_.rescinded()) {
-        const bool looked = balloon_.reports_wanted() ? co_await inbox_->wait({environment_.executor, report_interval})
-                                                      : co_await inbox_->wait();
+        const bool looked = co_await inbox_->wait_until(
+            balloon_.reports_wanted() ? after(environment_.executor.now(), report_interval) : never);
         result = looked ? take_all() : balloon_.report();
         if (!result && result.error().code == Code::exhausted) {
             result = {}; // no room for a report: the next one will do

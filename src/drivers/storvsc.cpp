@@ -476,6 +476,7 @@ io::Task<Result<void>> Controller::disconnect() {
     shared_.close_status.store(to_underlying(io::Status::device_gone), std::memory_order_relaxed);
     // partner: the acquire in Queue::drain(), on the other processors
     shared_.closed.store(true, std::memory_order_release);
+    shared_.raise_queues();
     const io::Bound bound(environment_.executor, environment_.timeout); // for all of them together
     Result<void> result;
     for (u32 i = lane_count_; i-- > 0;) { // the sub-channels first

@@ -187,6 +187,11 @@ concept BlockTransport =
         { t.seen(seen) } -> std::same_as<OldestWait::Seen>;
         /// `flag`: requests wait for room.
         { t.tick(now, flag) } -> std::same_as<Result<void>>;
+        /// Whether tick() has something to do while there are neither commands nor requests that wait. What makes it
+        /// true raises the queue.
+        { constant.wants_tick() } -> std::same_as<bool>;
+        /// The queue, set by it: what an interrupt handler raises [io.executor raise].
+        { t.queue } -> std::same_as<Service*&>;
         /// How another queue of the same device has closed it; looked at in each turn.
         { constant.closed_elsewhere() } -> std::same_as<std::optional<Status>>;
         /// After SendResult::broken: the rule that the device broke.
@@ -199,6 +204,7 @@ concept BlockTransport =
 
 /// What a transport inherits where its protocol has nothing of the kind. Not virtual: a transport hides what it has.
 struct TransportDefaults {
+    Service* queue = nullptr;
     static constexpr u32 kept_commands = 0;
     static constexpr bool gathers = false;
     static constexpr u32 max_idle_events = 256;
@@ -215,6 +221,7 @@ struct TransportDefaults {
     }
     OldestWait::Seen seen(OldestWait::Seen own) { return own; }
     Result<void> tick(Instant, bool) { return {}; }
+    bool wants_tick() const { return false; }
     std::optional<Status> closed_elsewhere() const { return std::nullopt; }
     Error fault() const { return {Code::protocol, "the device's side of the queue is damaged"}; }
     bool closing(Status) { return true; }
@@ -284,6 +291,10 @@ class QueueCore : public Service {
     bool cancel(Request& request);
     void forget(Request& request);
     void tick(Instant now) override;
+    bool wants_tick() const override {
+        return state_ == State::open &&
+               (!slots_->empty() || parked_ != 0 || idle_events_ != 0 || transport_wants_tick());
+    }
 
   protected:
     enum class State : u8 { closed, open, shut };
@@ -313,6 +324,7 @@ class QueueCore : public Service {
     virtual Stuck transport_stuck(std::string_view names) = 0;
     virtual OldestWait::Seen transport_seen(OldestWait::Seen own) = 0;
     virtual Result<void> transport_tick(Instant now, bool waiting) = 0;
+    virtual bool transport_wants_tick() const = 0;
     virtual Error transport_fault() = 0;
     virtual bool transport_closing(Status status) = 0;
     virtual void transport_closed(bool stopped) = 0;
@@ -441,6 +453,7 @@ class BlockQueue : public QueueCore {
         : QueueCore(executor, {T::driver, T::max_idle_events, T::idle_window, sizeof(Command)}),
           transport_(std::forward<Arguments>(arguments)...) {
         static_assert(BlockTransport<T>);
+        transport_.queue = this;
         use(table_, table_.entries());
         transport_.use(table_);
     }
@@ -485,6 +498,7 @@ class BlockQueue : public QueueCore {
     Stuck transport_stuck(std::string_view names) override { return transport_.stuck(names); }
     OldestWait::Seen transport_seen(OldestWait::Seen own) override { return transport_.seen(own); }
     Result<void> transport_tick(Instant now, bool waiting) override { return transport_.tick(now, waiting); }
+    bool transport_wants_tick() const override { return transport_.wants_tick(); }
     Error transport_fault() override { return transport_.fault(); }
     bool transport_closing(Status status) override { return transport_.closing(status); }
     void transport_closed(bool stopped) override { transport_.closed(stopped); }

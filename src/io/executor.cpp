@@ -4,8 +4,10 @@ import core.result;
 import core.log;
 import core.time;
 import core.processor;
+import core.spinlock;
 import io.task;
 import io.door;
+import io.timer_heap;
 
 namespace fl::io {
 
@@ -88,7 +90,7 @@ void Executor::run_urgent() {
     }
 }
 
-void Executor::serve(const std::atomic<bool>& stop) {
+[[clang::minsize]] void Executor::serve(const std::atomic<bool>& stop) {
     Executor* const before = enter(this);
     clock_.rest_until(never);
     while (!stop.load(std::memory_order_acquire)) { // partner: the release of whoever stops us
@@ -108,35 +110,80 @@ void Executor::serve(const std::atomic<bool>& stop) {
 void Executor::add(Service& service) {
     service.next_ = services_;
     services_ = &service;
+    activate(service);
+    RaisedList<Service>::attach(service);
 }
 
-void Executor::remove(Service& service) {
-    if (following_ == &service) { // removed by the service that is being visited just now
-        following_ = service.next_;
+// Seldom called, so for size.
+[[clang::minsize]] void Executor::remove(Service& service) {
+    const auto unlink = [&](Service*& first, Service* Service::* next) {
+        for (Service** at = &first; *at != nullptr; at = &((*at)->*next)) {
+            if (*at == &service) {
+                *at = service.*next;
+                return true;
+            }
+        }
+        return false;
+    };
+    if (!unlink(services_, &Service::next_)) {
+        return;
     }
-    for (Service** at = &services_; *at != nullptr; at = &(*at)->next_) {
-        if (*at == &service) {
-            *at = service.next_;
-            break;
+    if (RaisedList<Service>::detach(service)) { // it is in the list, or on its way there
+        for (bool found = false; !found; spin_pause()) {
+            for (Service* raised = raised_.take_all(); raised != nullptr;) {
+                Service* const following = raised->next_raised;
+                found = found || raised == &service;
+                if (raised != &service) {
+                    lower(*raised);
+                    door_.raise(); // the turn of that raise may have begun already: drained in the next one
+                }
+                raised = following;
+            }
         }
     }
-    for (Service** at = &touched_; *at != nullptr; at = &(*at)->next_touched_) {
-        if (*at == &service) {
-            *at = service.next_touched_;
-            service.touched_ = false;
-            break;
-        }
+    if (service.active_) {
+        unlink(active_, &Service::next_active_);
+        unlink(following_, &Service::next_active_); // removed inside a loop over active ones
+        service.active_ = false;
+    }
+    if (service.ticking_) {
+        unlink(ticking_, &Service::next_ticking_);
+        service.ticking_ = false;
+    }
+    if (service.touched_) {
+        unlink(touched_, &Service::next_touched_);
+        service.touched_ = false;
+    }
+}
+
+// A service that was raised, and its link has been read.
+void Executor::lower(Service& service) {
+    RaisedList<Service>::lower(service);
+    if (&service != &everything_) [[likely]] {
+        activate(service);
+        return;
+    }
+    for (Service* each = services_; each != nullptr; each = each->next_) {
+        activate(*each);
+    }
+    // wake() also announces what is no service: the loop's own condition, which is looked at between turns and may have
+    // been looked at before this turn began. So this turn must not end in a sleep.
+    door_.raise();
+}
+
+void Executor::take_raised() {
+    for (Service* service = raised_.take_all(); service != nullptr;) {
+        Service* const following = service->next_raised;
+        lower(*service);
+        service = following;
     }
 }
 
 void Executor::start(Timer& timer) {
     timer.pending = true;
-    Timer** at = &timers_;
-    while (*at != nullptr && (*at)->due <= timer.due) {
-        at = &(*at)->next_timer;
-    }
-    timer.next_timer = *at;
-    *at = &timer;
+    timer.number = ++timers_started_;
+    bounds_pending_ += timer.length != 0 ? 1 : 0;
+    timers_.add(timer);
 }
 
 void Executor::cancel(Timer& timer) {
@@ -144,25 +191,19 @@ void Executor::cancel(Timer& timer) {
         return;
     }
     timer.pending = false;
-    for (Timer** at = &timers_; *at != nullptr; at = &(*at)->next_timer) {
-        if (*at == &timer) {
-            *at = timer.next_timer;
-            return;
-        }
-    }
+    bounds_pending_ -= timer.length != 0 ? 1 : 0;
+    timers_.remove(timer);
 }
 
 // After a stop of the machine: the bounds among the timers get their length anew.
-void Executor::renew_bounds() {
+[[clang::minsize]] void Executor::renew_bounds() {
     renewed_at_ = resumed_at();
-    Timer* timers = std::exchange(timers_, nullptr);
-    while (timers != nullptr) {
-        Timer& timer = *std::exchange(timers, timers->next_timer);
+    timers_.take_all([&](Timer& timer) {
         if (timer.length != 0) {
             timer.due = end_of_bound(timer.begun, timer.length);
         }
-        start(timer);
-    }
+        timers_.add(timer);
+    });
     if (std::exchange(told_stops_, clock_.long_stops()) != clock_.long_stops() && processor_ == 0) {
         if (clock_.last_long_stop() != 0) {
             log::info("the machine stood still for {} ms: every wait for another side begins anew",
@@ -180,6 +221,7 @@ void Executor::step() {
     // post raises it, too.
     if (door_.clear()) {
         run_posts();
+        take_raised();
     }
 
     // Only what is ready now: a coroutine that makes itself ready again waits for the next turn, so that queues get
@@ -195,27 +237,30 @@ void Executor::step() {
         service->touched_ = false;
         service->flush();
     }
-    for (Service* service = services_; service != nullptr; service = following_) {
-        following_ = service->next_;
+    const bool tick_due = turn_time_ >= next_tick_;
+    if (tick_due) { // these are drained first: an interrupt may have got lost
+        while (ticking_ != nullptr) {
+            Service* const service = std::exchange(ticking_, ticking_->next_ticking_);
+            activate(*service); // ticking_ stays set until run_ticks()
+        }
+    }
+    for (Service* service = active_; service != nullptr; service = following_) {
+        following_ = service->next_active_;
         static_cast<void>(service->drain());
     }
 
-    if (timers_ != nullptr || turn_time_ >= next_tick_) {
+    if (tick_due || !timers_.empty()) {
         const Instant time = now();
         if (resumed_at() != renewed_at_) [[unlikely]] {
             renew_bounds();
         }
-        while (timers_ != nullptr && timers_->due <= time) {
-            Timer* timer = std::exchange(timers_, timers_->next_timer);
-            timer->pending = false;
-            make_ready(*timer);
+        while (!timers_.empty() && timers_.first()->due <= time) {
+            Timer& timer = *timers_.first();
+            cancel(timer);
+            make_ready(timer);
         }
-        if (time >= next_tick_) {
-            next_tick_ = after(time, tick_length);
-            for (Service* service = services_; service != nullptr; service = following_) {
-                following_ = service->next_;
-                service->tick(time);
-            }
+        if (tick_due) {
+            run_ticks(time);
         }
     }
     if (!ready_.empty() || touched_ != nullptr) {
@@ -226,18 +271,14 @@ void Executor::step() {
     if (door_.raised()) {
         return; // something came while we worked
     }
-    bool found = false;
-    for (Service* service = services_; service != nullptr; service = service->next_) {
-        found = service->arm() || found;
-    }
-    if (found) {
+    if (active_ != nullptr && arm_all()) {
         return;
     }
     ++idles_;
-    // Without services there is nothing to tick: a processor without work sleeps until it is kicked.
-    Instant until = services_ != nullptr ? next_tick_ : never;
-    if (timers_ != nullptr) {
-        until = std::min(until, timers_->due);
+    // A bound needs ticks even if no service does: a long stop of the machine is noticed by reading the clock often.
+    Instant until = ticking_ != nullptr || bounds_pending_ != 0 ? next_tick_ : never;
+    if (!timers_.empty()) {
+        until = std::min(until, timers_.first()->due);
     }
     until = clock_.elapsed(until);
     clock_.rest_until(until);
@@ -249,6 +290,33 @@ void Executor::step() {
         }
         door_.woke();
     }
+}
+
+void Executor::run_ticks(Instant time) {
+    next_tick_ = after(time, tick_length);
+    for (Service* service = active_; service != nullptr; service = following_) {
+        following_ = service->next_active_;
+        if (std::exchange(service->ticking_, false) || service->wants_tick()) {
+            service->tick(time);
+        }
+    }
+}
+
+// All active services, most of which become passive. True: not all of them, or there is something else to do.
+bool Executor::arm_all() {
+    following_ = std::exchange(active_, nullptr);
+    while (following_ != nullptr) {
+        Service& service = *std::exchange(following_, following_->next_active_);
+        service.active_ = false;
+        if (service.arm()) {
+            activate(service);
+        } else if (!service.ticking_ && service.wants_tick()) {
+            service.ticking_ = true;
+            service.next_ticking_ = ticking_;
+            ticking_ = &service;
+        }
+    }
+    return active_ != nullptr || touched_ != nullptr || !ready_.empty();
 }
 
 bool Signal::drain() {

@@ -1,6 +1,18 @@
 // One executor per processor: runs what is ready, then lets every queue that was touched tell its device once, then
 // takes what has come back, and only when nothing is left arms the events and halts. Interrupt handlers do no work;
-// they call Executor::wake(). Other processors come in by Executor::post() alone (and io::run_on, which is made of it).
+// they call Executor::raise() with the service that is to be visited. Other processors use Executor::post() and raise()
+// alone (and io::run_on, which is made of post()).
+//
+// Which services a turn visits. A service is active from add(), touch(), poll(), a raise, or a tick, until the
+// processor is about to sleep and its arm() returns false:
+//
+//   active    drain() in each turn; arm() when the processor is about to sleep
+//   passive   no call at all, until it is raised, touched or polled; tick() while wants_tick()
+//
+// So a turn costs as much as there is to do, however many services there are. No event is lost: one that comes before
+// arm() looks is found by arm(), which keeps the service active; one that comes later is announced by an interrupt
+// whose handler raises the service, and the wake flag that raise() sets is tested with interrupts off before the halt
+// [io.door, test/model]. A lost interrupt is found by the next tick, if the service wants one: it is drained before it.
 export module io.executor;
 import core.std;
 import core.result;
@@ -9,6 +21,7 @@ import core.time;
 import core.processor;
 import io.task;
 import io.door;
+import io.timer_heap;
 
 export namespace fl::io {
 
@@ -25,8 +38,8 @@ struct ReadyNode {
     ReadyNode& operator=(const ReadyNode&) = delete;
     ~ReadyNode() { unlink(); }
 
-    bool queued() const { return next != nullptr; }
-    void unlink() {
+    inline bool queued() const { return next != nullptr; }
+    inline void unlink() {
         if (next != nullptr) {
             previous->next = next;
             next->previous = previous;
@@ -47,9 +60,9 @@ class ReadyList {
         head_.next = head_.previous = nullptr;
     }
 
-    bool empty() const { return head_.next == &head_; }
+    inline bool empty() const { return head_.next == &head_; }
     /// At the end; a node that is in a list already stays where it is.
-    void push(ReadyNode& node) {
+    inline void push(ReadyNode& node) {
         if (!node.queued()) [[likely]] {
             node.next = &head_;
             node.previous = head_.previous;
@@ -57,7 +70,7 @@ class ReadyList {
             head_.previous = &node;
         }
     }
-    ReadyNode* pop() {
+    inline ReadyNode* pop() {
         ReadyNode* node = head_.next;
         if (node == &head_) {
             return nullptr;
@@ -66,7 +79,7 @@ class ReadyList {
         return node;
     }
     /// Takes over everything from `other`; this list is empty before.
-    void take_all(ReadyList& other) {
+    inline void take_all(ReadyList& other) {
         if (!other.empty()) {
             head_.next = other.head_.next;
             head_.previous = other.head_.previous;
@@ -83,7 +96,8 @@ class Executor;
 
 /// A hardware queue, an event channel: what the executor looks after. Owned by its driver, registered with
 /// Executor::add. All members are called on the executor's own processor, never from an interrupt handler. Order of a
-/// turn: flush (only if touched), drain, tick (when time has passed), arm (only when about to sleep).
+/// turn, for an active service: flush (only if touched), drain, tick (when time has passed), arm (only when about to
+/// sleep).
 class Service {
   public:
     Service() = default;
@@ -94,20 +108,34 @@ class Service {
     virtual void flush() {}
     /// Take completions that are there; true when at least one was taken.
     virtual bool drain() = 0;
-    /// Ask for an event when the next completion comes and look once more; true when one is there already (then nobody
-    /// sleeps).
+    /// Ask for an event when the next completion comes and look once more; true when one is there already (then the
+    /// processor does not sleep, and drain() is called). After a false it is not called again before the service has
+    /// been raised, touched, polled or ticked: what changes an answer of false without any of these calls
+    /// Executor::poll().
     virtual bool arm() { return false; }
-    /// Look for what takes too long. Called about every Executor::tick_length of machine time while the executor runs.
+    /// Look for what takes too long. Called about every Executor::tick_length of machine time while the executor runs
+    /// and wants_tick(), and once more after wants_tick() has become false.
     virtual void tick(Instant now) { static_cast<void>(now); }
+    /// Whether anything can expire: a request is under way, a reset. Asked after arm() has returned false and in a
+    /// tick; what makes it true at any other time calls Executor::poll(). While no service wants a tick and no bounded
+    /// wait is pending the processor sleeps until an interrupt or a timer.
+    virtual bool wants_tick() const { return true; }
 
   protected:
     ~Service() = default;
 
   private:
     friend class Executor;
-    Service* next_ = nullptr;
+    friend class RaisedList<Service>;
+    Service* next_ = nullptr; // all services of the executor
+    Service* next_active_ = nullptr;
+    Service* next_ticking_ = nullptr;
     Service* next_touched_ = nullptr;
+    bool active_ = false;  // in the list of active ones
+    bool ticking_ = false; // in the list of those that the next tick visits
     bool touched_ = false;
+    StdAtomics::Cell<bool, DoorCell::raised> raised{true}; // RaisedList
+    Service* next_raised = nullptr;
 };
 
 /// What the executor needs from the processor, in elapsed time. `now` is the same clock on every processor. `idle`
@@ -141,39 +169,51 @@ class Executor {
   public:
     static constexpr Nanoseconds tick_length = 10'000'000;
 
-    /// For one processor: everything but wake() and post() is called there alone, as soon as it runs.
-    explicit Executor(Platform platform, u32 processor = 0) : platform_(platform), processor_(processor) {}
+    /// For one processor: everything but raise(), wake() and post() is called there alone, as soon as it runs.
+    explicit Executor(Platform platform, u32 processor = 0) : platform_(platform), processor_(processor) {
+        RaisedList<Service>::attach(everything_);
+    }
     Executor(const Executor&) = delete;
     Executor& operator=(const Executor&) = delete;
 
+    /// Active from here on. A service belongs to one executor at a time.
     void add(Service& service);
+    /// Also from inside a call of this or of another service (but not of arm()). Until it returns raise() may go on
+    /// elsewhere; afterwards it does nothing, as long as the service lives. Waits for a raise() that is under way on
+    /// another processor: a few instructions.
     void remove(Service& service);
-    /// flush() of this service is due at the end of the turn.
-    void touch(Service& service) {
+    /// flush() of this service is due at the end of the turn, and drain() after it.
+    inline void touch(Service& service) {
         if (!service.touched_) {
             service.touched_ = true;
             service.next_touched_ = touched_;
             touched_ = &service;
         }
+        activate(service);
     }
+    /// Active from this turn on, with nothing to publish: for a service whose arm() or wants_tick() would answer
+    /// differently now.
+    inline void poll(Service& service) { activate(service); }
     /// The node's waiter is resumed in the next turn, once, however often this is called before.
-    void make_ready(ReadyNode& node) { ready_.push(node); }
-    /// From an interrupt handler, or another processor: something has happened, do not sleep. What was written before
-    /// is seen by the turn that follows (io.door has the orderings).
-    void wake() {
-        if (platform_.kick == nullptr || this_processor() == processor_) [[likely]] {
-            door_.raise();
-        } else if (door_.raise_from_elsewhere()) {
-            platform_.kick(platform_.context);
+    inline void make_ready(ReadyNode& node) { ready_.push(node); }
+    /// From an interrupt handler, or another processor: something has happened for this service; do not sleep. It is
+    /// active from the turn that follows, whose drain() sees what was written before (io.door has the orderings).
+    /// Lock-free. The service lives and has been add()ed here; after remove() this does nothing.
+    inline void raise(Service& service) {
+        if (raised_.add(service)) {
+            wake_up();
         }
     }
+    /// The same for every service of this executor, where it is not known which one or how many there are; and for a
+    /// condition that the loop tests between turns (serve(), run()): it is tested again before the processor sleeps.
+    void wake() { raise(everything_); }
     /// From anywhere: post.run(post) is called on this executor's processor at the beginning of a turn, in order of
     /// arrival. Lock-free; allocates nothing. False: it has stopped serving, and `run` will never be called.
     [[nodiscard]] bool post(Post& post) {
         if (!door_.push(post)) {
             return false;
         }
-        wake();
+        wake_up();
         return true;
     }
     /// On the executor's processor: takes back what was posted to it and has not been run. False: it is not there.
@@ -191,9 +231,9 @@ class Executor {
     static Executor* current();
     /// Machine time [core.time], on this executor's processor alone: it means nothing on another one, so what crosses
     /// is a length. Bounds, timers, sleeps and ticks are in it.
-    Instant now() { return clock_.read(platform_.now(platform_.context)); }
+    inline Instant now() { return clock_.read(platform_.now(platform_.context)); }
     /// The machine time at the beginning of this turn; cheap.
-    Instant turn_time() const { return turn_time_; }
+    inline Instant turn_time() const { return turn_time_; }
     /// What the clock shows, stops of the machine included: for measuring, from any processor and comparable between
     /// them.
     Instant elapsed() const { return platform_.now(platform_.context); }
@@ -249,18 +289,21 @@ class Executor {
         return Awaiter{*this, after(now(), length)};
     }
 
-    /// In the executor's list. Lives with its owner, who cancels it before it dies. When due it is made ready.
-    struct Timer : ReadyNode {
+    /// Lives with its owner, who cancels it before it dies. When due it is made ready; of several that are due at the
+    /// same time the one that was started first. Starting and cancelling allocate nothing and take O(log n) comparisons
+    /// on average [io.timer_heap].
+    struct Timer : ReadyNode, HeapLinks<Timer> {
         Instant due = never;
         Instant begun = 0;      // of a bound on the other side [Bound], which a stop of the machine lengthens:
         Nanoseconds length = 0; // its length; 0: it is none, and is due when it is due
-        Timer* next_timer = nullptr;
+        u64 number = 0;         // in order of start
         bool pending = false;
     };
     void start(Timer& timer);
     void cancel(Timer& timer);
 
     u64 turns() const { return turns_; }
+    /// How often the processor went to sleep.
     u64 idles() const { return idles_; }
 
   private:
@@ -278,7 +321,7 @@ class Executor {
     template <class T>
     static Root drive(Executor& executor, Task<T> task, std::optional<T>& value) {
         value.emplace(co_await std::move(task));
-        executor.wake(); // run() returns after this turn: it must not end in a sleep
+        executor.door_.raise(); // run() returns after this turn: it must not end in a sleep
     }
     /// Makes it the calling processor's current one; gives the one before.
     static Executor* enter(Executor* executor);
@@ -287,15 +330,47 @@ class Executor {
     void collect();
     void run_posts();
     void renew_bounds();
+    inline void activate(Service& service) {
+        if (!service.active_) {
+            service.active_ = true;
+            service.next_active_ = active_;
+            active_ = &service;
+        }
+    }
+    void take_raised();
+    void lower(Service& service);
+    void run_ticks(Instant time);
+    bool arm_all();
+    inline void wake_up() {
+        if (platform_.kick == nullptr || this_processor() == processor_) [[likely]] {
+            door_.raise();
+        } else if (door_.raise_from_elsewhere()) {
+            platform_.kick(platform_.context);
+        }
+    }
+
+    struct TimerBefore {
+        bool operator()(const Timer& a, const Timer& b) const {
+            return a.due != b.due ? a.due < b.due : a.number < b.number;
+        }
+    };
+    /// What wake() raises: take_raised() makes every service active instead.
+    struct Everything final : Service {
+        bool drain() override { return false; }
+    };
 
     Platform platform_;
     MachineTime clock_;
     u32 processor_;
     ReadyList ready_;
     Service* services_ = nullptr;
+    Service* active_ = nullptr;
+    Service* ticking_ = nullptr; // those that the next tick visits
     Service* touched_ = nullptr;
-    Service* following_ = nullptr; // the next one to be visited, while a loop over services_ is under way
-    Timer* timers_ = nullptr;
+    Service* following_ = nullptr; // the next one to be visited, while a loop over active ones is under way
+    PairingHeap<Timer, TimerBefore> timers_;
+    u64 timers_started_ = 0;
+    u32 bounds_pending_ = 0; // timers that are bounds [Bound]
     Instant turn_time_ = 0;
     Instant next_tick_ = 0;
     Instant renewed_at_ = 0; // resumed_at() when the timers were last looked at for it
@@ -307,6 +382,55 @@ class Executor {
     Lodger* lodgers_ = nullptr;
     bool closed_ = false;
     BasicDoor<Post> door_;
+    RaisedList<Service> raised_;
+    Everything everything_;
+};
+
+/// Which service an event source raises, where the source lives longer than the service and does not know it: the event
+/// flag of a channel, for example. One writer at a time; whoever writes next is ordered after the last one.
+class Listener {
+  public:
+    /// On the executor's processor, or before the service is add()ed.
+    void set(Executor& executor, Service& service) {
+        // Release, both: partners are the acquires in load(). A reader that sees this service sees also the clear()
+        // before it, and so notices that the executor that it has read is an earlier listener's.
+        service_.store(&service, std::memory_order_release);
+        executor_.store(&executor, std::memory_order_release);
+    }
+    /// On that processor, before the service dies; or on another one that keeps the service alive.
+    void clear() { executor_.store(nullptr, std::memory_order_relaxed); }
+    /// Relaxed: for the writer.
+    bool is_set() const { return executor_.load(std::memory_order_relaxed) != nullptr; }
+    /// In a handler on the processor of `here`. False: no service of that executor listens.
+    inline bool raise_on(Executor& here) {
+        Service* const service = load(&here);
+        if (service == nullptr) {
+            return false;
+        }
+        here.raise(*service);
+        return true;
+    }
+    /// On any processor that keeps the service alive.
+    void raise() {
+        Executor* const executor = executor_.load(std::memory_order_relaxed);
+        if (Service* const service = executor != nullptr ? load(executor) : nullptr; service != nullptr) {
+            executor->raise(*service);
+        }
+    }
+
+  private:
+    /// The service, if it is this executor's; otherwise nullptr.
+    inline Service* load(const Executor* executor) const {
+        if (executor_.load(std::memory_order_acquire) != executor) {
+            return nullptr;
+        }
+        Service* const service = service_.load(std::memory_order_acquire);
+        // Relaxed: the acquire above orders it. Different: set() came between the two loads.
+        return executor_.load(std::memory_order_relaxed) == executor ? service : nullptr;
+    }
+
+    std::atomic<Executor*> executor_{nullptr};
+    std::atomic<Service*> service_{nullptr};
 };
 
 /// How long the other side (a host, a device, another processor) may take, from now on: in machine time of one
@@ -344,7 +468,7 @@ class Signal final : public Service {
     /// From anywhere, interrupt handlers included. Release: pairs with the acquire exchange in drain().
     void raise() {
         raised_.store(true, std::memory_order_release);
-        executor_.wake();
+        executor_.raise(*this);
     }
     class [[nodiscard]] Wait : Executor::Timer {
       public:
@@ -389,6 +513,7 @@ class Signal final : public Service {
     bool arm() override {
         return waiting_ != nullptr && !waiting_->by_signal_ && raised_.load(std::memory_order_acquire);
     }
+    bool wants_tick() const override { return false; }
 
   private:
     Executor& executor_;

@@ -27,10 +27,12 @@ class Latch {
     void close() { open_ = false; }
     bool is_open() const { return open_; }
     bool awaited() const { return waiting_ != nullptr; }
+    /// A coroutine waits, with a bound.
+    bool awaited_with_bound() const { return waiting_ != nullptr && waiting_->length != 0; }
 
     class [[nodiscard]] Wait : Executor::Timer {
       public:
-        explicit Wait(Latch& latch) : latch_(latch) {}
+        explicit Wait(Latch& latch, Instant until = never) : latch_(latch) { due = until; }
         Wait(Latch& latch, const Bound& bound) : latch_(latch) {
             if (&bound.executor() != &latch.executor_) {
                 panic("io::Latch: a bound in another executor's time");
@@ -70,6 +72,9 @@ class Latch {
     Wait wait(const Bound& bound) { return {*this, bound}; }
     /// Without a bound: for what need not come.
     Wait wait() { return Wait(*this); }
+    /// Until `instant` of the executor's machine time at the latest: for what is done at intervals, when nobody is late
+    /// if nothing comes. A stop of the machine does not lengthen it.
+    Wait wait_until(Instant instant) { return Wait(*this, instant); }
 
   private:
     Executor& executor_;

@@ -3,16 +3,27 @@
 // Error{exhausted} (so T is a Result).
 export module io.task;
 import core.std;
+import core.processor;
 import core.result;
 import core.spinlock;
 
 export namespace fl::io {
 
-/// Coroutine frames: blocks of a few fixed sizes. A page of the arena holds blocks of one size as long as one of them
-/// is in use, and then serves any size again, so a burst of one kind takes nothing from the others for good. Locked:
-/// for every processor, not for interrupt handlers. `allocations` counts every frame ever handed out.
+/// Coroutine frames: blocks of a few fixed sizes. For every processor, not for interrupt handlers.
+///
+/// Each processor keeps a few blocks that were freed on it, and serves itself from them without a lock. What it has no
+/// block for, and what is more than it keeps, goes to the arena, which is shared and locked. A page of the arena holds
+/// blocks of one size as long as one of them is in use or kept, and then serves any size again, so a burst of one kind
+/// takes nothing from the others for good. A processor that finds the arena empty gives back what it keeps and tries
+/// once more; the others give back what they keep when they next allocate or free.
 class FramePool {
   public:
+    /// What each processor keeps at most: bytes of blocks, and blocks of one size. With 64 processors that is half of
+    /// the arena.
+    static constexpr usize kept_bytes = 4096;
+    static constexpr u8 kept_blocks = 4;
+    /// Larger blocks are never kept: they are for what is started once.
+    static constexpr usize largest_kept = 1024;
     static constexpr usize arena_bytes = 512 * 1024;
     static constexpr usize page_bytes = 4096;
     static constexpr usize pages = arena_bytes / page_bytes;
@@ -20,24 +31,39 @@ class FramePool {
 
     /// nullptr: larger than the largest class, or nothing left.
     void* allocate(usize size) noexcept;
+    /// `size`: what it was allocated with. On any processor, which may keep the block.
     void free(void* block, usize size) noexcept;
-    u64 allocations() const {
+    /// Every frame ever handed out, on all processors. Exact for the calling processor; what others do at the same time
+    /// may or may not be in it.
+    u64 allocations() const;
+    /// Frames handed out and not freed; likewise.
+    usize in_use() const;
+    /// How often the arena was locked for a block: each time that a processor could not help itself.
+    u64 arena_calls() const {
         const Locked locked(lock_);
-        return allocations_;
-    }
-    usize in_use() const {
-        const Locked locked(lock_);
-        return in_use_;
+        return arena_calls_;
     }
     /// For tests: the next `n` allocations succeed, all later ones fail until lifted with ~0.
     void fail_after(u64 n) {
         const Locked locked(lock_);
         denied_from_ = n == ~u64{0} ? 0 : n + 1;
+        limited_.store(denied_from_ != 0, std::memory_order_relaxed); // the lock orders the rest
     }
 
   private:
     struct Free {
         Free* next;
+    };
+    /// What one processor keeps; used by that processor alone, but for the counters, which others read. No two of them
+    /// share a cache line.
+    struct alignas(128) Kept {
+        std::array<Free*, classes.size()> free;
+        std::array<u8, classes.size()> count;
+        u32 returned; // returns_ when it last gave everything back
+        usize bytes;
+        // Relaxed: numbers that nothing is read on the strength of. One writer each: the processor.
+        std::atomic<u64> allocated;
+        std::atomic<u64> freed;
     };
     using PageNumber = u16; // counted from 1; 0: none
     struct Page {
@@ -45,7 +71,7 @@ class FramePool {
         PageNumber next; // in the list of its class, while a block can be had; or of free pages
         PageNumber previous;
         u16 carved; // blocks handed out for the first time
-        u16 used;   // blocks in use
+        u16 used;   // blocks in use, or kept by a processor
         u8 size_class;
     };
     inline Page& page(PageNumber number) { return pages_[number - 1u]; }
@@ -55,14 +81,25 @@ class FramePool {
     PageNumber fresh_page(usize size_class);
     void link(PageNumber number);
     void unlink(PageNumber number);
+    bool take_allowance();
+    void return_allowance();
+    void* take(usize size_class);
+    void give(void* block);
+    void* take_locked(usize size_class);
+    void* allocate_from_arena(Kept& kept, usize size_class);
+    void give_one(Kept& kept, usize size_class);
+    void give_all(Kept& kept);
 
-    mutable SpinLock lock_;                            // of everything below
+    mutable SpinLock lock_; // of everything below but limited_, returns_, kept_ and the blocks
     std::array<PageNumber, classes.size()> partial_{}; // pages of each class with room
     PageNumber free_pages_ = 0;
     PageNumber touched_ = 0; // pages that were ever used
-    u64 allocations_ = 0;
-    usize in_use_ = 0;
-    u64 denied_from_ = 0; // 0: never; else the allocations left, plus one
+    u64 arena_calls_ = 0;
+    u64 denied_from_ = 0;              // 0: never; else the allocations left, plus one
+    std::atomic<bool> limited_{false}; // denied_from_ != 0
+    // How often the arena was found empty: everybody gives back what he keeps. Relaxed: a request, and no data.
+    std::atomic<u32> returns_{0};
+    std::array<Kept, max_processors> kept_{};
     std::array<Page, pages> pages_{};
     // every initial value here is zero, or the image would carry it
     alignas(16) std::array<std::byte, arena_bytes> arena_;

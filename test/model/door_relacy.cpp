@@ -1,6 +1,6 @@
-// The door into an executor (io.door) under relacy: posts arrive whole, once, in each producer's order; a processor
-// that halts is kicked. As in ring_relacy.cpp each property is tried as it is, which must pass, and with each ordering
-// that it needs taken away, which must fail.
+// What executors share (io.door) under relacy: posts arrive whole, once, in each producer's order; a processor that
+// halts is kicked; a service that was raised is drained, and one that was removed is in no list. As in ring_relacy.cpp
+// each property is tried as it is, which must pass, and with each ordering that it needs taken away, which must fail.
 #include <cstring>
 #include <iostream>
 #include <relacy/relacy.hpp>
@@ -25,7 +25,24 @@ using namespace fl;
 using namespace fl::io;
 
 /// Which ordering is taken away.
-enum class Weak { nothing, push, take, raise, clear, wake_store, asleep_store, wake_load, asleep_load };
+enum class Weak {
+    nothing,
+    push,
+    take,
+    raise,
+    clear,
+    wake_store,
+    asleep_store,
+    wake_load,
+    asleep_load,
+    wake_plain, // the flag is stored, not exchanged
+    add_release,
+    add_acquire,
+    lower_release,
+    lower_acquire,
+    add_push,
+    raised_take,
+};
 
 constexpr rl::memory_order order_of(std::memory_order order) {
     switch (order) {
@@ -50,19 +67,39 @@ struct ModelAtomics {
             return value_.load(less ? rl::mo_acquire : order_of(order), $);
         }
         void store(T value, std::memory_order order) {
-            const bool relaxed = weak == Weak::raise && cell == DoorCell::wake && order == std::memory_order_release;
             const bool less =
-                order == std::memory_order_seq_cst && ((weak == Weak::wake_store && cell == DoorCell::wake) ||
-                                                       (weak == Weak::asleep_store && cell == DoorCell::asleep));
-            value_.store(value, relaxed ? rl::mo_relaxed : less ? rl::mo_release : order_of(order), $);
+                order == std::memory_order_seq_cst && weak == Weak::asleep_store && cell == DoorCell::asleep;
+            value_.store(value, less ? rl::mo_release : order_of(order), $);
         }
         T exchange(T value, std::memory_order order) {
+            if constexpr (cell == DoorCell::wake) {
+                if (value && weak == Weak::wake_plain) {
+                    value_.store(value, order_of(order), $);
+                    return false;
+                }
+                if (value && order == std::memory_order_seq_cst && weak == Weak::wake_store) {
+                    return value_.exchange(value, rl::mo_release, $);
+                }
+            }
+            if constexpr (cell == DoorCell::raised) { // add() and detach() set it, lower() clears it
+                const bool no_release = weak == (value ? Weak::add_release : Weak::lower_release);
+                const bool no_acquire = weak == (value ? Weak::add_acquire : Weak::lower_acquire);
+                return value_.exchange(value,
+                                       no_release   ? rl::mo_acquire
+                                       : no_acquire ? rl::mo_release
+                                                    : order_of(order),
+                                       $);
+            }
             const bool relaxed =
-                (weak == Weak::take && cell == DoorCell::head) || (weak == Weak::clear && cell == DoorCell::wake);
+                (weak == Weak::take && cell == DoorCell::head) ||
+                (weak == Weak::clear && cell == DoorCell::wake && !value) ||
+                (weak == Weak::raise && cell == DoorCell::wake && value && order == std::memory_order_release) ||
+                (weak == Weak::raised_take && cell == DoorCell::raised_head);
             return value_.exchange(value, relaxed ? rl::mo_relaxed : order_of(order), $);
         }
         bool compare_exchange_weak(T& expected, T value, std::memory_order success, std::memory_order failure) {
-            const bool relaxed = weak == Weak::push && cell == DoorCell::head;
+            const bool relaxed = (weak == Weak::push && cell == DoorCell::head) ||
+                                 (weak == Weak::add_push && cell == DoorCell::raised_head);
             return value_.compare_exchange_weak(expected, value, relaxed ? rl::mo_relaxed : order_of(success), $,
                                                 order_of(failure), $);
         }
@@ -218,6 +255,184 @@ struct Close : rl::test_suite<Close<weak>, 3> {
     }
 };
 
+/// What a service is here: the members that RaisedList uses, and what raisers have to tell, which drains note.
+template <Weak weak>
+struct Raisable {
+    struct NodeLink {
+        rl::var<Raisable*> value;
+        NodeLink& operator=(Raisable* node) {
+            value($) = node;
+            return *this;
+        }
+        operator Raisable*() { return value($); }
+    };
+    typename ModelAtomics<weak>::template Cell<bool, DoorCell::raised> raised{true};
+    NodeLink next_raised;
+    rl::atomic<unsigned> told[2]; // by each raiser
+    bool drained[2];
+};
+
+/// The owner's side of a turn, as Executor::step() does it.
+template <Weak weak>
+void take_raised(RaisedList<Raisable<weak>, ModelAtomics<weak>>& list) {
+    for (Raisable<weak>* node = list.take_all(); node != nullptr;) {
+        Raisable<weak>* following = node->next_raised;
+        list.lower(*node);
+        for (unsigned i = 0; i < 2; ++i) {
+            node->drained[i] = node->drained[i] || node->told[i].load(rl::mo_relaxed, $) != 0;
+        }
+        node = following;
+    }
+}
+
+/// Two handlers or processors raise the same service while the owner has a turn, or one of them raises only the flag,
+/// for something else (`alone`): whatever was told has been drained, or is by the turn that the flag announces.
+template <Weak weak, bool alone>
+struct Services : rl::test_suite<Services<weak, alone>, 3> {
+    std::optional<Door<weak>> door;
+    std::optional<RaisedList<Raisable<weak>, ModelAtomics<weak>>> list;
+    std::optional<Raisable<weak>> node;
+
+    void before() {
+        door.emplace();
+        list.emplace();
+        node.emplace();
+        for (unsigned i = 0; i < 2; ++i) {
+            node->told[i].store(0, rl::mo_relaxed, $);
+            node->drained[i] = false;
+        }
+        list->attach(*node);
+    }
+    void turn() {
+        if (door->clear()) {
+            take_raised(*list);
+        }
+    }
+    void thread(unsigned which) {
+        if (which == 1 && alone) {
+            door->raise();
+        } else if (which < 2) {
+            node->told[which].store(1, rl::mo_relaxed, $);
+            if (list->add(*node)) {
+                door->raise();
+            }
+        } else {
+            turn();
+        }
+    }
+    void after() {
+        turn();
+        RL_ASSERT(node->drained[0] && (alone || node->drained[1]));
+    }
+};
+
+/// Raised again while it is taken: the link belongs to one side at a time.
+template <Weak weak>
+struct RaisedTwice : rl::test_suite<RaisedTwice<weak>, 2> {
+    std::optional<Door<weak>> door;
+    std::optional<RaisedList<Raisable<weak>, ModelAtomics<weak>>> list;
+    std::optional<Raisable<weak>> node;
+    rl::var<unsigned> written;
+
+    void before() {
+        door.emplace();
+        list.emplace();
+        node.emplace();
+        for (unsigned i = 0; i < 2; ++i) {
+            node->told[i].store(0, rl::mo_relaxed, $);
+            node->drained[i] = false;
+        }
+        list->attach(*node);
+    }
+    void turn() {
+        if (door->clear()) {
+            take_raised(*list);
+        }
+    }
+    void thread(unsigned which) {
+        if (which == 0) {
+            for (unsigned i = 0; i < 2; ++i) {
+                node->told[i].store(1, rl::mo_relaxed, $);
+                if (list->add(*node)) {
+                    door->raise();
+                }
+            }
+        } else {
+            turn();
+            turn();
+        }
+    }
+    void after() {
+        turn();
+        RL_ASSERT(node->drained[0] && node->drained[1]);
+    }
+};
+
+/// Raised on another processor while the owner goes to sleep: drained, or awake, or kicked.
+template <Weak weak>
+struct RaisedAsleep : rl::test_suite<RaisedAsleep<weak>, 2> {
+    std::optional<Door<weak>> door;
+    std::optional<RaisedList<Raisable<weak>, ModelAtomics<weak>>> list;
+    std::optional<Raisable<weak>> node;
+    bool asleep;
+    bool kicked;
+
+    void before() {
+        door.emplace();
+        list.emplace();
+        node.emplace();
+        for (unsigned i = 0; i < 2; ++i) {
+            node->told[i].store(0, rl::mo_relaxed, $);
+            node->drained[i] = false;
+        }
+        list->attach(*node);
+        asleep = kicked = false;
+    }
+    void thread(unsigned which) {
+        if (which == 0) {
+            node->told[0].store(1, rl::mo_relaxed, $);
+            kicked = list->add(*node) && door->raise_from_elsewhere();
+        } else {
+            for (int turn = 0; turn < 2 && !asleep; ++turn) {
+                if (door->clear()) {
+                    take_raised(*list);
+                }
+                asleep = door->falls_asleep();
+                if (!asleep) {
+                    door->woke();
+                }
+            }
+        }
+    }
+    void after() { RL_ASSERT(node->drained[0] || !asleep || kicked); }
+};
+
+/// The owner removes a service while another processor raises it: afterwards it is in no list, and is never added
+/// again.
+template <Weak weak, bool waits>
+struct Removed : rl::test_suite<Removed<weak, waits>, 2> {
+    std::optional<RaisedList<Raisable<weak>, ModelAtomics<weak>>> list;
+    std::optional<Raisable<weak>> node;
+
+    void before() {
+        list.emplace();
+        node.emplace();
+        list->attach(*node);
+    }
+    void thread(unsigned which) {
+        if (which == 0) {
+            static_cast<void>(list->add(*node));
+            static_cast<void>(list->add(*node));
+        } else if (list->detach(*node)) {
+            // as Executor::remove() does it; without the wait a node that is on its way is missed
+            for (bool found = false; !found; rl::yield(1, $)) {
+                found = list->take_all() != nullptr || !waits;
+            }
+        }
+    }
+    void after() { RL_ASSERT(list->take_all() == nullptr); }
+};
+
 int failures = 0;
 
 template <class Test>
@@ -268,11 +483,31 @@ int main() {
     must<Raise<Weak::nothing>>(true, "what a handler wrote is seen by the turn that it raised");
     must<Raise<Weak::raise>>(false, "… raised relaxed");
     must<Raise<Weak::clear>>(false, "… cleared relaxed");
+    must<Raise<Weak::wake_plain>>(true, "… set by a store, where one handler alone raises");
     must<Sleep<Weak::nothing>>(true, "no post is slept through");
     must<Sleep<Weak::wake_store>>(false, "… the flag stored with release");
     must<Sleep<Weak::asleep_store>>(false, "… asleep stored with release");
     must<Sleep<Weak::wake_load>>(false, "… the flag loaded with acquire");
     must<Sleep<Weak::asleep_load>>(false, "… asleep loaded with acquire");
+    must<Services<Weak::nothing, false>>(true, "a service that two raise is drained after both");
+    must<Services<Weak::add_release, false>>(false, "… added without release");
+    must<Services<Weak::lower_acquire, false>>(false, "… lowered without acquire");
+    must<Services<Weak::nothing, true>>(true, "a service is drained also when the flag is raised for something else");
+    must<Services<Weak::wake_plain, true>>(false, "… the flag set by a store");
+    must<Services<Weak::raise, true>>(false, "… the flag raised relaxed");
+    must<Services<Weak::clear, true>>(false, "… the flag cleared relaxed");
+    must<Services<Weak::add_push, true>>(false, "… pushed relaxed: the flag is not what orders the link then");
+    must<Services<Weak::raised_take, true>>(false, "… taken relaxed");
+    must<RaisedTwice<Weak::nothing>>(true, "a service may be raised while it is taken");
+    must<RaisedTwice<Weak::add_acquire>>(false, "… added without acquire");
+    must<RaisedTwice<Weak::lower_release>>(false, "… lowered without release");
+    must<RaisedAsleep<Weak::nothing>>(true, "no raise is slept through");
+    must<RaisedAsleep<Weak::wake_store>>(false, "… the flag exchanged with release");
+    must<RaisedAsleep<Weak::asleep_store>>(false, "… asleep stored with release");
+    must<RaisedAsleep<Weak::wake_load>>(false, "… the flag loaded with acquire");
+    must<RaisedAsleep<Weak::asleep_load>>(false, "… asleep loaded with acquire");
+    must<Removed<Weak::nothing, true>>(true, "a service that is removed is in no list");
+    must<Removed<Weak::nothing, false>>(false, "… without waiting for a raise that is under way");
     std::cout << (failures == 0 ? "all as expected\n" : "some were not as expected\n");
     return failures == 0 ? 0 : 1;
 }

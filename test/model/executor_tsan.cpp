@@ -1,6 +1,6 @@
 // Executors on real threads: tasks sent from processor to processor and back, and abandoned at every moment; posts from
-// three producers; frames and the lock under all of it. The tsan preset watches. With the argument "weak" a door whose
-// list is pushed and taken relaxed must be caught.
+// three producers; services that three processors raise while they come and go; frames and the lock under all of it.
+// The tsan preset watches. With the argument "weak" a door whose list is pushed and taken relaxed must be caught.
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -125,6 +125,83 @@ void posts_from_three() {
     }
 }
 
+/// A service that counts: what was asked before a raise is done in the drain that follows.
+struct Counted final : Service {
+    std::atomic<u64> asked{0}; // relaxed: raise() orders
+    std::atomic<u64> done{0};
+    bool drain() override {
+        done.store(asked.load(std::memory_order_relaxed), std::memory_order_release);
+        return true;
+    }
+    bool wants_tick() const override { return false; }
+};
+/// On the owner: adds, removes, or removes and adds again.
+struct Change : Post {
+    enum class What { add, remove, both } what = What::add;
+    Executor* executor = nullptr;
+    Counted* service = nullptr;
+    std::atomic<bool> done{false};
+    static void apply(Post& post) {
+        auto& self = static_cast<Change&>(post);
+        if (self.what != What::add) {
+            self.executor->remove(*self.service);
+        }
+        if (self.what != What::remove) {
+            self.executor->add(*self.service);
+        }
+        self.done.store(true, std::memory_order_release);
+    }
+};
+void change(Executor& executor, Counted& service, Change::What what) {
+    Change post;
+    post.run = Change::apply;
+    post.what = what;
+    post.executor = &executor;
+    post.service = &service;
+    check(executor.post(post), "a processor that serves takes no posts");
+    while (!post.done.load(std::memory_order_acquire)) {
+        std::this_thread::yield();
+    }
+}
+
+void raises_from_three() {
+    constexpr u64 rounds = 3000;
+    ThreadProcessor owner(1);
+    std::vector<Counted> services(3);
+    for (Counted& service : services) {
+        change(owner.executor, service, Change::What::add);
+    }
+    std::atomic<u32> finished = 0;
+    std::vector<std::thread> raisers;
+    for (u32 n = 0; n < 3; ++n) {
+        raisers.emplace_back([&, n] {
+            set_this_processor(2 + n);
+            Counted& own = services[n];
+            for (u64 i = 1; i <= rounds; ++i) {
+                own.asked.store(i, std::memory_order_relaxed);
+                owner.executor.raise(own);
+                while (own.done.load(std::memory_order_acquire) != i) {
+                    check(owner.platform.overslept == 0, "the owner slept through a raise");
+                    std::this_thread::yield();
+                }
+            }
+            finished.fetch_add(1);
+        });
+    }
+    for (u32 i = 0; finished != 3; ++i) { // removed and added again at any moment
+        change(owner.executor, services[i % 3], Change::What::both);
+    }
+    for (std::thread& raiser : raisers) {
+        raiser.join();
+    }
+    for (Counted& service : services) {
+        check(service.done == rounds, "a drain has not seen what came before its raise");
+        change(owner.executor, service, Change::What::remove);
+    }
+    owner.stop();
+    check(owner.platform.overslept == 0, "the owner slept through a wake-up");
+}
+
 struct WeakAtomics {
     template <class T, DoorCell>
     class Cell : public std::atomic<T> {
@@ -168,6 +245,7 @@ int main(int count, char**) {
         return weak();
     }
     posts_from_three();
+    raises_from_three();
     const usize before = frame_pool().in_use();
     {
         ThreadPlatform platform;
@@ -181,6 +259,6 @@ int main(int count, char**) {
               "a processor slept through a wake-up");
     }
     check(frame_pool().in_use() == before, "coroutine frames leaked");
-    std::printf("posts and tasks between three processors: as they should be\n");
+    std::printf("posts, raises and tasks between three processors: as they should be\n");
     return 0;
 }

@@ -46,7 +46,8 @@ class Clock {
             node.mapped()();
         }
         if (!wake) {
-            time = std::max(time, until);
+            // A sleep without an end is ended by something that nobody asked for.
+            time = std::max(time, until == never ? time + 10'000'000 : until);
         }
     }
 

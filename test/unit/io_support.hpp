@@ -9,6 +9,9 @@ struct FakeMachine {
     fl::Instant time = 1000;
     fl::Nanoseconds step = 10; // each look at the clock takes so long
     fl::u64 idles = 0;
+    fl::Instant until = 0; // what the last idle was given
+    /// A sleep without an end is ended by something that nobody asked for.
+    fl::Nanoseconds stray_interrupt = 10'000'000;
     void (*on_idle)(void* context) = nullptr;
     void* on_idle_context = nullptr;
 
@@ -21,11 +24,12 @@ struct FakeMachine {
                 [](void* c, fl::Instant until, const std::atomic<bool>& wake) {
                     auto& m = *static_cast<FakeMachine*>(c);
                     ++m.idles;
+                    m.until = until;
                     if (m.on_idle != nullptr) {
                         m.on_idle(m.on_idle_context);
                     }
                     if (!wake.load()) {
-                        m.time = std::max(m.time, until);
+                        m.time = std::max(m.time, until == fl::never ? m.time + m.stray_interrupt : until);
                     }
                 }};
     }

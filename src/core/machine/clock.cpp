@@ -272,7 +272,7 @@ void platform_kick(void* context) { kick_processor(static_cast<const Local*>(con
 
 void platform_idle(void* context, Instant until, const std::atomic<bool>& wake) {
     cpu::interrupts_off();
-    // Acquire: pairs with the release in Executor::wake(), so that what woke us is seen. No interrupt can come between
+    // Acquire: pairs with the release in Executor::raise(), so that what woke us is seen. No interrupt can come between
     // this and the halt.
     if (wake.load(std::memory_order_acquire) || timer == Timer::none) {
         cpu::interrupts_on();

@@ -82,6 +82,7 @@ class Transport : public io::TransportDefaults {
     io::Fence fence(Command& command);
     io::Recovery recover(const Command& command, io::OldestWait::Finding finding, std::string_view names);
     Result<void> tick(Instant now, bool waiting);
+    bool wants_tick() const { return state_ != State::idle; }
     bool closing(io::Status) {
         leave();
         return true;
@@ -328,7 +329,7 @@ void Transport<P>::interrupted() {
     }
     interrupts_.store(interrupts_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     flag_.store(true, std::memory_order_release); // pairs with the acquire in next() and arm()
-    executor_.wake();
+    executor_.raise(*this->queue);
 }
 
 template <PortAccess P>

@@ -90,6 +90,7 @@ void Queue::start(DmaSpan parameters, Nanoseconds timeout) {
         return;
     }
     open(timeout);
+    transport().listen(executor());
     transport().start(parameters, timeout);
 }
 
@@ -383,6 +384,7 @@ io::Recovery Transport::recover(const Command&, io::OldestWait::Finding, std::st
     log::warning("storvsc: no answer within {} ms: asking the host to reset the bus", timeout_ / 1'000'000);
     reset_heard_ = shared_.heard.load(std::memory_order_relaxed);
     shared_.reset_wanted.store(true, std::memory_order_relaxed);
+    shared_.raise_queues();
     return {.kind = io::Recovery::Kind::asked};
 }
 
@@ -420,10 +422,12 @@ bool Transport::closing(io::Status status) {
     }
     shared_.close_status.store(to_underlying(status), std::memory_order_relaxed); // ordered by the next line
     shared_.closed.store(true, std::memory_order_release); // partner: the acquire in closed_elsewhere()
+    shared_.raise_queues();
     return true;
 }
 
 void Transport::closed(bool stopped) {
+    channel_.stop_listening();
     add_counts(0, added_answered_);
     // Release: all of the above before. Partner: the acquire in quiet().
     quiet_.store(true, std::memory_order_release);

@@ -32,6 +32,7 @@ struct Terms {
 
 /// What the queues of one controller share across processors.
 struct Shared {
+    static constexpr u32 max_queues = 64;
     // Release when set, acquire when seen: what led to it is logged before.
     std::atomic<bool> closed{false};
     std::atomic<u8> close_status{0};   // io::Status for what is still under way; written before `closed`
@@ -47,6 +48,23 @@ struct Shared {
     std::atomic<u64> under_way{0};
     std::atomic<u64> answered{0};
     std::atomic<u64> heard{0}; // packets of any kind: the answer to a bus reset comes on the first queue
+    // All queues; written by the controller.
+    std::array<io::Listener, max_queues> queues;
+    /// After a change of closed, reset_wanted or rescan_wanted: the queues look at them, on their own processors.
+    void raise_queues() {
+        for (io::Listener& queue : queues) {
+            queue.raise();
+        }
+    }
+    /// nullptr: there are more queues than a controller can have.
+    io::Listener* free_listener() {
+        for (io::Listener& queue : queues) {
+            if (!queue.is_set()) {
+                return &queue;
+            }
+        }
+        return nullptr;
+    }
 };
 
 /// A packet of the controller's own, and its answer.
@@ -75,6 +93,8 @@ class Transport : public io::TransportDefaults {
 
     /// `parameters`: one page for UNMAP's lists; kept by the caller.
     void start(DmaSpan parameters, Nanoseconds timeout);
+    /// The channel's events raise the queue until it is closed.
+    void listen(io::Executor& executor) { channel_.listen(executor, *queue); }
     void agree(const Terms& terms) { terms_ = terms; }
     const Terms& terms() const { return terms_; }
     inline const Shared& shared() const { return shared_; }
@@ -100,6 +120,10 @@ class Transport : public io::TransportDefaults {
     io::Stuck stuck(std::string_view names);
     io::OldestWait::Seen seen(io::OldestWait::Seen own);
     Result<void> tick(Instant now, bool waiting);
+    bool wants_tick() const {
+        return channel_.rescinded() || reset_wanted() ||
+               (first_ && shared_.rescan_wanted.load(std::memory_order_relaxed));
+    }
     std::optional<io::Status> closed_elsewhere() const;
     Error fault() const;
     bool closing(io::Status status);
@@ -121,6 +145,7 @@ class Transport : public io::TransportDefaults {
     }
     void want_rescan() {
         shared_.rescan_wanted.store(true, std::memory_order_relaxed);
+        shared_.raise_queues();
         notify();
     }
 
@@ -159,8 +184,17 @@ class Queue final : public io::BlockQueue<Transport> {
     static constexpr u32 max_parts = Transport::max_commands;
 
     Queue(io::Executor& executor, hv::hyperv::Channel& channel, Shared& shared, bool first)
-        : BlockQueue(executor, channel, shared, first), reset_(executor) {}
-    ~Queue() { stop(); }
+        : BlockQueue(executor, channel, shared, first), reset_(executor), listener_(shared.free_listener()) {
+        if (listener_ != nullptr) {
+            listener_->set(executor, *this);
+        }
+    }
+    ~Queue() {
+        if (listener_ != nullptr) {
+            listener_->clear();
+        }
+        stop();
+    }
 
     /// The channel is open. `parameters`, `timeout`: see Transport::start.
     void start(DmaSpan parameters, Nanoseconds timeout);
@@ -176,6 +210,7 @@ class Queue final : public io::BlockQueue<Transport> {
     void send_reset();
 
     Exchange reset_;
+    io::Listener* listener_; // of Shared
 };
 
 /// One logical unit through one channel. The first one is the disk; the others are its lanes.

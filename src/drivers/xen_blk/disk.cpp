@@ -284,7 +284,7 @@ void Transport::on_event() {
     // One event for each time that the executor is about to sleep, however many the other side sends.
     events_.mask(terms_.port);
     masked_.store(true, std::memory_order_relaxed);
-    executor_.wake();
+    executor_.raise(*queue);
 }
 
 // The producer's index is read once for each batch.

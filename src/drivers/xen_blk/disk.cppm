@@ -99,6 +99,7 @@ class Transport : public io::TransportDefaults {
     io::Recovery recover(const Command& oldest, io::OldestWait::Finding finding, std::string_view names);
     io::Stuck stuck(std::string_view names);
     Result<void> tick(Instant now, bool waiting);
+    bool wants_tick() const { return grants_.in_quarantine() != 0; }
     bool closing(io::Status);
     void closed(bool stopped);
 
@@ -136,7 +137,7 @@ class Transport : public io::TransportDefaults {
     u32 batch_left_ = 0;    // of them, not taken yet
     u32 batch_ = 0;         // in all
     std::optional<Error> fault_;
-    // Written by the handler, read by the executor's turn on the same processor; relaxed: wake() and the next turn
+    // Written by the handler, read by the executor's turn on the same processor; relaxed: raise() and the next turn
     // order them.
     std::atomic<bool> masked_{true};
     std::atomic<u32> interrupts_{0};

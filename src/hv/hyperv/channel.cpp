@@ -9,8 +9,10 @@ import hv.hyperv.hypercall;
 
 namespace fl::hv::hyperv {
 
-Result<void> Channel::attach(const Offer& offer, u32 cpu, DmaBuffer rings, u32 send_bytes, const Signalling& signalling,
-                             const std::atomic<u32>& events) {
+// Once for a channel, so for size.
+[[clang::minsize]] Result<void> Channel::attach(const Offer& offer, u32 cpu, DmaBuffer rings, u32 send_bytes,
+                                                const Signalling& signalling, const std::atomic<u32>& events,
+                                                io::Listener* listener) {
     io::MappedMemory out(rings.data(), send_bytes);
     io::MappedMemory in(rings.data() + send_bytes, rings.size() - send_bytes);
     initialise_ring(out);
@@ -29,6 +31,7 @@ Result<void> Channel::attach(const Offer& offer, u32 cpu, DmaBuffer rings, u32 s
     offer_ = offer;
     cpu_ = cpu;
     events_ = &events;
+    listener_ = listener;
     first_event_ = events.load(std::memory_order_relaxed);
     rescinded_.store(false, std::memory_order_relaxed); // nobody else knows the channel yet
     rings_ = std::move(rings);
@@ -39,6 +42,8 @@ DmaBuffer Channel::detach() {
     sender_.reset();
     receiver_.reset();
     events_ = nullptr;
+    stop_listening(); // whoever listened has been stopped, or is about to be
+    listener_ = nullptr;
     return std::move(rings_);
 }
 
@@ -86,9 +91,13 @@ Inbox::Inbox(Channel& channel, io::Executor& executor)
     : channel_(channel), executor_(executor), latch_(executor), seen_(channel.interrupts()) {
     latch_.open(); // what came before us
     executor_.add(*this);
+    channel_.listen(executor_, *this);
 }
 
-Inbox::~Inbox() { executor_.remove(*this); }
+Inbox::~Inbox() {
+    channel_.stop_listening();
+    executor_.remove(*this);
+}
 
 bool Inbox::drain() {
     const u32 events = channel_.interrupts();

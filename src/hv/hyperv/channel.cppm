@@ -1,8 +1,9 @@
 // One open VMBus channel: two rings of packets, the way to signal the host, and the event flag by which the host
 // signals us. A channel belongs to one processor: everything but what is marked otherwise is called on that processor's
-// executor, never from an interrupt handler. The interrupt only counts the event and wakes that executor, in whose next
-// turn every Service is drained; so a driver needs no handler of its own:
+// executor, never from an interrupt handler. The interrupt only counts the event and raises the service that listens,
+// so a driver needs no handler of its own:
 //
+//     listen() when it starts, stop_listening() when it ends
 //     flush():  channel.publish()                         one store, at most one signal for the turn
 //     drain():  channel.receive(packet) … ; channel.release()
 //     arm():    channel.arm()
@@ -104,6 +105,18 @@ class Channel {
     /// No more events from the host for packets, until arm(). A store.
     inline void disarm() { receiver_->disarm(); }
 
+    /// Raises `service` for each event of the host's, and when the host takes the device away. On the channel's
+    /// processor; the service is that executor's, and one at a time. Until stop_listening(), or the channel is closed.
+    void listen(io::Executor& executor, io::Service& service) {
+        if (listener_ != nullptr) {
+            listener_->set(executor, service);
+        }
+    }
+    void stop_listening() {
+        if (listener_ != nullptr) {
+            listener_->clear();
+        }
+    }
     /// Events that the host has raised since the channel was opened. From any processor. Wraps.
     u32 interrupts() const {
         // Acquire: what the host wrote before the event is seen. Partner: the release in Synic::on_interrupt().
@@ -144,14 +157,18 @@ class Channel {
 
     // For the bus (hv.hyperv.vmbus) and for tests that play it, on processor 0.
     /// Before OPENCHANNEL. `rings`: the outgoing one first; `send_bytes`: its part of them, header page included;
-    /// `events`: counted by the interrupt handler.
+    /// `events`: counted by the interrupt handler; `listener`: whom it raises. Without one whoever delivers an event
+    /// wakes the whole executor.
     Result<void> attach(const Offer& offer, u32 cpu, DmaBuffer rings, u32 send_bytes, const Signalling& signalling,
-                        const std::atomic<u32>& events);
+                        const std::atomic<u32>& events, io::Listener* listener = nullptr);
     /// Rings and memory are let go; the memory is the caller's again.
     DmaBuffer detach();
     void mark_rescinded() {
         // Release: the host's last completions came before. Partner: the acquire in rescinded().
         rescinded_.store(true, std::memory_order_release);
+        if (listener_ != nullptr) {
+            listener_->raise();
+        }
         if (rescind_handler_ != nullptr) {
             rescind_handler_(rescind_context_);
         }
@@ -175,6 +192,7 @@ class Channel {
     u32 cpu_ = 0;
     const std::atomic<u32>* events_ = nullptr; // counted by the interrupt handler
     u32 first_event_ = 0;
+    io::Listener* listener_ = nullptr;
     std::atomic<bool> rescinded_{false};
     void (*rescind_handler_)(void*) = nullptr;
     void* rescind_context_ = nullptr;
@@ -199,8 +217,19 @@ class Inbox final : public io::Service {
 
     /// True: look at the channel (a packet may be there, it may have room again, be broken, or rescinded). False: the
     /// bound passed first.
-    auto wait(const io::Bound& bound) { return latch_.wait(bound); }
-    auto wait() { return latch_.wait(); }
+    auto wait(const io::Bound& bound) {
+        executor_.poll(*this); // arm() asks the host for an event while somebody waits
+        return latch_.wait(bound);
+    }
+    auto wait() {
+        executor_.poll(*this);
+        return latch_.wait();
+    }
+    /// The same for what is done at intervals [io.latch wait_until].
+    auto wait_until(Instant instant) {
+        executor_.poll(*this);
+        return latch_.wait_until(instant);
+    }
     /// What was sent is published at the end of this turn.
     void touch() { executor_.touch(*this); }
     /// Ends a wait: for an owner who has something to tell his own coroutine. On the channel's executor.
@@ -209,6 +238,8 @@ class Inbox final : public io::Service {
     void flush() override { static_cast<void>(channel_.publish()); }
     bool drain() override;
     bool arm() override;
+    /// For an answer that is waited for: an interrupt that gets lost costs a tick, and not the bound.
+    bool wants_tick() const override { return latch_.awaited_with_bound(); }
 
   private:
     Channel& channel_;

@@ -76,10 +76,10 @@ void Synic::interrupt() {
     take_events(processor);
     if (processor.looking.load(std::memory_order_relaxed)) { // on this very processor: we interrupted look()
         processor.again.store(true, std::memory_order_relaxed);
+        announce_messages(processor);
     } else {
         take_messages(processor, this_processor() == 0);
     }
-    processor.executor->wake();
 }
 
 void Synic::take_events(Processor& processor) {
@@ -94,7 +94,7 @@ void Synic::take_events(Processor& processor) {
             std::atomic_ref<u64> word(page->from_host[w]);
             if (word.load(std::memory_order_relaxed) != 0) {
                 for (u64 set = word.exchange(0, std::memory_order_acquire); set != 0; set &= set - 1) {
-                    raised(w * 64 + static_cast<u32>(std::countr_zero(set)));
+                    raised(processor, w * 64 + static_cast<u32>(std::countr_zero(set)));
                 }
             }
         }
@@ -107,8 +107,14 @@ void Synic::take_events(Processor& processor) {
             continue;
         }
         for (u64 set = word.exchange(0, std::memory_order_acquire); set != 0; set &= set - 1) { // see the table
-            raised(w * 64 + static_cast<u32>(std::countr_zero(set)));
+            raised(processor, w * 64 + static_cast<u32>(std::countr_zero(set)));
         }
+    }
+}
+
+void Synic::announce_messages(Processor& processor) {
+    if (!message_listener_.raise_on(*processor.executor)) {
+        processor.executor->wake();
     }
 }
 
@@ -137,6 +143,7 @@ void Synic::take_messages(Processor& processor, bool queued_here) {
             std::memcpy(message.payload.data(), slot.payload.data(), message_payload);
             // Release: the message before its place in the queue. Partner: the acquire in next().
             tail_.store(tail + 1, std::memory_order_release);
+            announce_messages(processor);
         }
         type_word.store(to_underlying(SynicMessageType::none), std::memory_order_release);
         std::atomic_thread_fence(std::memory_order_seq_cst); // see the table

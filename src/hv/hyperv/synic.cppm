@@ -1,6 +1,6 @@
 // The synthetic interrupt controller: on each processor a page of message slots and a page of event flags, and SINT2,
-// by which the VMBus speaks. The handler copies messages out, clears and ends them, counts events, and wakes the
-// processor's executor; no other work is done in it.
+// by which the VMBus speaks. The handler copies messages out, clears and ends them, counts events, and raises the
+// services that listen for them; no other work is done in it.
 //
 // What is shared with the hypervisor, and what each pair of accesses orders:
 //
@@ -52,7 +52,8 @@ class Synic {
         vp_index_ = vp_index;
     }
     /// On the processor itself, once: its pages, its SINT2 with `vector`, whose handler is on_interrupt(). `auto_eoi`:
-    /// the vector needs no end-of-interrupt. Events wake `executor` from here on. Error{exhausted}.
+    /// the vector needs no end-of-interrupt. Events that no service listens for wake `executor` from here on.
+    /// Error{exhausted}.
     Result<void> enable(io::Executor& executor, u8 vector, bool auto_eoi);
     /// On the processor itself: no interrupts, no pages. The memory is kept.
     void disable();
@@ -68,6 +69,10 @@ class Synic {
     bool next(SynicMessage& into);
     /// How often event flag `relid` was raised; wraps. The handler writes it.
     const std::atomic<u32>& events(u32 relid) const { return events_[relid]; }
+    /// The service that the handler raises for event flag `relid` (< event_flags), on its own processor.
+    io::Listener& listener(u32 relid) { return listeners_[relid]; }
+    /// The service that the handler raises for messages: processor 0's.
+    io::Listener& message_listener() { return message_listener_; }
     /// The handler looks at flags up to this one. Before the host may raise it.
     void watch(u32 relid);
     /// For versions 0.13 and 1.1: channels' flags are in this page, from here on; nullptr: in the event page.
@@ -98,12 +103,16 @@ class Synic {
     void interrupt();
     void take_events(Processor& processor);
     void take_messages(Processor& processor, bool queued_here);
+    void announce_messages(Processor& processor);
     void look(Processor& processor);
-    inline void raised(u32 flag) {
+    inline void raised(Processor& processor, u32 flag) {
         if (flag < event_flags) {
             std::atomic<u32>& count = events_[flag];
             // One writer: the processor that the channel belongs to. Release: partner is Channel::interrupts().
             count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+            if (!listeners_[flag].raise_on(*processor.executor)) {
+                processor.executor->wake();
+            }
         }
     }
 
@@ -121,6 +130,8 @@ class Synic {
     std::array<SynicMessage, queue_length> queue_{};
     std::array<Processor, max_processors> processors_{};
     std::array<std::atomic<u32>, event_flags> events_{};
+    std::array<io::Listener, event_flags> listeners_{};
+    io::Listener message_listener_;
 };
 
 } // namespace fl::hv::hyperv

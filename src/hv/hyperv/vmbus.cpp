@@ -44,6 +44,7 @@ std::optional<M> message_of(std::span<const std::byte> bytes, usize least = size
 Vmbus::Pending::Pending(Vmbus& owner, MessageType type, u32 channel, u32 id)
     : answer(type), relid(channel), handle(id), latch(owner.environment_->executor), next(owner.pending_), bus(&owner) {
     owner.pending_ = this;
+    owner.environment_->executor.poll(owner); // wants_tick() from here on
 }
 
 Vmbus::Pending::~Pending() {
@@ -173,6 +174,7 @@ io::Task<Result<void>> Vmbus::connect() {
     }
     if (!std::exchange(active_, true)) {
         environment_->executor.add(*this);
+        environment_->synic.message_listener().set(environment_->executor, *this);
     }
     bool new_connection = true; // whether anybody listens where hosts from 5.0 on do
     std::optional<Error> failure;
@@ -198,6 +200,7 @@ io::Task<Result<void>> Vmbus::connect() {
         }
         new_connection = false; // a host from before 5.0, or none at all
     }
+    environment_->synic.message_listener().clear();
     environment_->executor.remove(*this);
     active_ = false;
     connection_ = message_connection;
@@ -268,7 +271,7 @@ bool Vmbus::drain() {
         take(message);
     }
     if (taken == messages_per_turn) {
-        environment_->executor.wake(); // there may be more: do not sleep
+        environment_->executor.raise(*this); // there may be more: do not sleep
     }
     return taken != 0;
 }
@@ -486,6 +489,7 @@ void Vmbus::release_relid(u32 relid) {
     const Status status = post_now(std::as_bytes(std::span<const RelidReleased, 1>(&message, 1)));
     if (status != Status::success && to_release_count_ < to_release_.size()) {
         to_release_[to_release_count_++] = relid; // tick() tries again; what finds no room there costs the host an id
+        environment_->executor.poll(*this);
     }
 }
 

@@ -139,6 +139,9 @@ class Vmbus final : public io::Service {
     // io::Service
     bool drain() override;
     void tick(Instant now) override;
+    /// While an answer is awaited (a message whose interrupt gets lost costs a tick, and not the bound), or ids are to
+    /// be given back.
+    bool wants_tick() const override { return pending_ != nullptr || to_release_count_ != 0; }
 
   private:
     struct KnownOffer {

@@ -102,8 +102,8 @@ Result<void> Store::start(io::Executor& executor, Events& events) {
 // In the upcall: the executor looks at the ring in its next turn.
 void Store::rang(void* context) {
     Store& self = *static_cast<Store*>(context);
-    self.events_.fetch_add(1, std::memory_order_relaxed); // a count; wake() orders
-    self.executor_->wake();
+    self.events_.fetch_add(1, std::memory_order_relaxed); // a count; raise() orders
+    self.executor_->raise(self);
 }
 
 Error Store::close(const Error& why) {
@@ -183,6 +183,7 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
     const StoreHeader header{type, next_id_++, transaction, static_cast<u32>(length)};
     expected_ = {true, false, false, type, header.request_id, transaction, into, 0, {}};
     progress_->close();
+    executor_->poll(*this); // wants_tick() from here on
 
     const char nul = 0;
     std::array<std::span<const std::byte>, 5> pieces{
@@ -237,7 +238,11 @@ bool Store::drain() {
     const bool waiting = expected_.active;
     bool taken = false;
     // At most a few rings' worth in a turn: a server that never stops does not keep the others from theirs.
-    for (u32 rounds = 0; rounds < 64; ++rounds) {
+    for (u32 rounds = 0;; ++rounds) {
+        if (rounds == 64) {
+            executor_->raise(*this); // the rest in the next turn
+            break;
+        }
         u32 ready = responses_->ready();
         if (ready == 0) {
             auto more = responses_->available();

@@ -71,6 +71,8 @@ class Store final : public io::Service {
     io::Task<Result<void>> write_all(std::string_view directory, std::span<const StoreEntry> entries);
 
     bool drain() override;
+    /// While an answer is awaited: an event that gets lost costs a tick, and not the bound.
+    bool wants_tick() const override { return expected_.active; }
 
     u64 events() const { return events_.load(std::memory_order_relaxed); }
 

@@ -169,7 +169,7 @@ io::Task<Result<void>> Vmbus::open_shared(Channel& channel, Offer offer, OpenPar
     const u32 send_bytes = static_cast<u32>(ring_bytes(parameters.send_bytes));
     Result<void> result =
         channel.attach(offer, parameters.cpu, std::move(rings), send_bytes, signalling(offer, parameters.may_defer),
-                       environment_->synic.events(offer.relid));
+                       environment_->synic.events(offer.relid), &environment_->synic.listener(offer.relid));
     bool unanswered = false;
     if (result) {
         channel.gpadl = gpadl.handle;
