@@ -91,7 +91,7 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
     CO_TRY(port_, xen_.events().allocate_unbound(front_.domain()));
     terms_.port = port_;
     CO_CHECK(co_await publish(order, old_ring_keys_));
-    CO_CHECK(co_await meet());
+    CO_CHECK(co_await negotiate());
     CO_CHECK(co_await read_geometry());
     CO_CHECK(co_await read_features());
 
@@ -118,7 +118,7 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
 // says now), and those that count sectors, and only connect to a front end that says feature-large-sector-size (QEMU,
 // Windows; what it said from 4.4 to 4.19). So the node, which is deprecated, is written when a back end does not
 // connect without it, and then it counts sectors.
-io::Task<Result<void>> Vbd::meet() {
+io::Task<Result<void>> Vbd::negotiate() {
     static constexpr BusState connected[] = {BusState::connected};
     static constexpr Nanoseconds first_try = 1'000'000'000;
     CO_TRY(const u64 sector_size, co_await xen_.store().number_or(front_.backend(), "sector-size", wire_sector));
@@ -255,7 +255,7 @@ io::Task<Result<void>> Vbd::read_geometry() {
     const StorePath mode_key = join(front_.backend(), "mode");
     const auto mode = co_await store.read(mode_key, text);
     geometry.sector_size = static_cast<u32>(sector_size);
-    // what "sectors" and the requests count in: see meet()
+    // what "sectors" and the requests count in: see negotiate()
     terms_.wire_unit = counts_sectors_ ? geometry.sector_size : wire_sector;
     geometry.sectors = sectors / (sector_size / terms_.wire_unit);
     geometry.physical_sector_size = physical >= sector_size && physical <= 65536 && std::has_single_bit(physical)

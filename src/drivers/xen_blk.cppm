@@ -57,7 +57,7 @@ class Vbd {
     static constexpr u32 max_ring_pages = 1u << max_ring_order;
 
     io::Task<Result<void>> reset();
-    io::Task<Result<void>> meet();
+    io::Task<Result<void>> negotiate();
     io::Task<Result<u32>> ring_order();
     Result<u32> make_ring(u32 order);
     io::Task<Result<void>> publish(u32 order, bool old_style);

@@ -51,7 +51,7 @@ struct Alive {
     ~Alive() { std::destroy_at(&backend); }
 };
 
-inline void said_no(std::string_view name, std::string_view what, const Error& error) {
+inline void log_failure(std::string_view name, std::string_view what, const Error& error) {
     log::warning("backend {}: {} failed: {}: going on as bare", name, what, error);
 }
 
@@ -81,12 +81,12 @@ auto visit_first(BackendList<B, Rest...>, const Choice& choice, Environment& env
     }
     Alive<B> alive;
     if (auto done = alive.backend.install(environment); !done) {
-        said_no(B::name, "install()", done.error());
+        log_failure(B::name, "install()", done.error());
         return otherwise();
     }
     if (services != nullptr) {
         if (auto done = alive.backend.start(*services); !done) {
-            said_no(B::name, "start()", done.error());
+            log_failure(B::name, "start()", done.error());
             return otherwise();
         }
     }
@@ -122,7 +122,7 @@ auto upgrade(BackendList<Bs...> list, const Choice& choice, Environment& environ
         return stay();
     } else {
         if (auto done = current.start(services); !done) {
-            visit_detail::said_no(Current::name, "start()", done.error());
+            visit_detail::log_failure(Current::name, "start()", done.error());
             return visit_detail::visit_bare<Bare>(environment, next);
         }
         return next(current);

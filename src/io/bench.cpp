@@ -387,7 +387,7 @@ struct Bench::Start {
 
     // Each lane has a processor of its own, so waiting keeps nobody from arriving. What the last one writes is read
     // when all lanes have ended.
-    Result<void> meet(Executor& executor) {
+    Result<void> arrive_and_wait(Executor& executor) {
         const Bound bound(executor, longest);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == lanes) {
             mark(options, options.phase);
@@ -417,7 +417,7 @@ Task<Result<void>> Bench::lane_task(Bench& bench, BlockDevice& lane, Start& star
     for (u32 i = 0; i < bench.workload_.qd && spawned; ++i) {
         spawned = group.spawn(slot(bench, lane, i));
     }
-    const auto met = start.meet(executor); // the slots run when this coroutine waits
+    const auto met = start.arrive_and_wait(executor); // the slots run when this coroutine waits
     if (spawned && !met) {
         spawned = met;
     }

@@ -6,7 +6,7 @@ import core.time;
 import core.processor;
 import core.spinlock;
 import io.task;
-import io.door;
+import io.mailbox;
 import io.timer_heap;
 
 namespace fl::io {
@@ -21,7 +21,7 @@ Executor* Executor::enter(Executor* executor) { return std::exchange(running[thi
 
 void Executor::collect() {
     if (!closed_) {
-        collect(door_.take_all());
+        collect(mailbox_.take_all());
     }
 }
 
@@ -58,17 +58,17 @@ bool Executor::withdraw(Post& post) {
         }
     }
     if (posts_ != nullptr) {
-        door_.raise(); // the turn that was told of them may have begun already
+        mailbox_.raise(); // the turn that was told of them may have begun already
     }
     return found;
 }
 
-void Executor::lodge(Lodger& lodger) { lodger.next_lodger = std::exchange(lodgers_, &lodger); }
+void Executor::add_remote(RemoteTask& task) { task.next_remote = std::exchange(remote_tasks_, &task); }
 
-void Executor::leave(Lodger& lodger) {
-    for (Lodger** at = &lodgers_; *at != nullptr; at = &(*at)->next_lodger) {
-        if (*at == &lodger) {
-            *at = lodger.next_lodger;
+void Executor::remove_remote(RemoteTask& task) {
+    for (RemoteTask** at = &remote_tasks_; *at != nullptr; at = &(*at)->next_remote) {
+        if (*at == &task) {
+            *at = task.next_remote;
             return;
         }
     }
@@ -86,7 +86,7 @@ void Executor::run_urgent() {
         post = posts_; // it may have changed the list
     }
     if (posts_ != nullptr) {
-        door_.raise();
+        mailbox_.raise();
     }
 }
 
@@ -96,13 +96,13 @@ void Executor::run_urgent() {
     while (!stop.load(std::memory_order_acquire)) { // partner: the release of whoever stops us
         step();
     }
-    collect(door_.close());
+    collect(mailbox_.close());
     closed_ = true;
-    run_posts(); // what arrived before; a lodger that comes by one of them goes below
-    while (lodgers_ != nullptr) {
-        Lodger* lodger = lodgers_;
-        leave(*lodger);
-        lodger->evict(*lodger);
+    run_posts(); // what arrived before; a task that comes by one of them goes below
+    while (remote_tasks_ != nullptr) {
+        RemoteTask* task = remote_tasks_;
+        remove_remote(*task);
+        task->evict(*task);
     }
     enter(before);
 }
@@ -135,7 +135,7 @@ void Executor::add(Service& service) {
                 found = found || raised == &service;
                 if (raised != &service) {
                     lower(*raised);
-                    door_.raise(); // the turn of that raise may have begun already: drained in the next one
+                    mailbox_.raise(); // the turn of that raise may have begun already: drained in the next one
                 }
                 raised = following;
             }
@@ -168,7 +168,7 @@ void Executor::lower(Service& service) {
     }
     // wake() also announces what is no service: the loop's own condition, which is looked at between turns and may have
     // been looked at before this turn began. So this turn must not end in a sleep.
-    door_.raise();
+    mailbox_.raise();
 }
 
 void Executor::take_raised() {
@@ -219,7 +219,7 @@ void Executor::step() {
     turn_time_ = now();
     // Clear the flag, then look at everything: what is raised from here on is either seen below or keeps us awake. A
     // post raises it, too.
-    if (door_.clear()) {
+    if (mailbox_.clear()) {
         run_posts();
         take_raised();
     }
@@ -268,7 +268,7 @@ void Executor::step() {
     }
 
     // About to sleep.
-    if (door_.raised()) {
+    if (mailbox_.raised()) {
         return; // something came while we worked
     }
     if (active_ != nullptr && arm_all()) {
@@ -283,12 +283,12 @@ void Executor::step() {
     until = clock_.elapsed(until);
     clock_.rest_until(until);
     if (platform_.kick == nullptr) {
-        platform_.idle(platform_.context, until, door_.wake_flag());
+        platform_.idle(platform_.context, until, mailbox_.wake_flag());
     } else {
-        if (door_.falls_asleep()) {
-            platform_.idle(platform_.context, until, door_.wake_flag());
+        if (mailbox_.falls_asleep()) {
+            platform_.idle(platform_.context, until, mailbox_.wake_flag());
         }
-        door_.woke();
+        mailbox_.woke();
     }
 }
 

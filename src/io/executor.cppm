@@ -12,7 +12,7 @@
 // So a turn costs as much as there is to do, however many services there are. No event is lost: one that comes before
 // arm() looks is found by arm(), which keeps the service active; one that comes later is announced by an interrupt
 // whose handler raises the service, and the wake flag that raise() sets is tested with interrupts off before the halt
-// [io.door, test/model]. A lost interrupt is found by the next tick, if the service wants one: it is drained before it.
+// [io.mailbox, test/model]. A lost interrupt is found by the next tick, if the service wants one: it is drained before it.
 export module io.executor;
 import core.std;
 import core.result;
@@ -20,7 +20,7 @@ import core.panic;
 import core.time;
 import core.processor;
 import io.task;
-import io.door;
+import io.mailbox;
 import io.timer_heap;
 
 export namespace fl::io {
@@ -134,7 +134,7 @@ class Service {
     bool active_ = false;  // in the list of active ones
     bool ticking_ = false; // in the list of those that the next tick visits
     bool touched_ = false;
-    StdAtomics::Cell<bool, DoorCell::raised> raised{true}; // RaisedList
+    StdAtomics::Cell<bool, MailboxCell::raised> raised{true}; // RaisedList
     Service* next_raised = nullptr;
 };
 
@@ -149,11 +149,11 @@ struct Platform {
     void (*kick)(void* context) = nullptr;
 };
 
-/// Something of another processor's that lives on an executor: when that stops serving, `evict` is called, once, which
-/// ends it.
-struct Lodger {
-    Lodger* next_lodger = nullptr;
-    void (*evict)(Lodger& self) = nullptr;
+/// A task of another processor that runs on this executor; `evict` destroys it when the executor stops serving, and is
+/// called at most once.
+struct RemoteTask {
+    RemoteTask* next_remote = nullptr;
+    void (*evict)(RemoteTask& self) = nullptr;
 };
 
 /// Work for an executor from elsewhere. Owned by whoever posts it, and must live until `run` is called (or withdraw()
@@ -197,7 +197,7 @@ class Executor {
     /// The node's waiter is resumed in the next turn, once, however often this is called before.
     inline void make_ready(ReadyNode& node) { ready_.push(node); }
     /// From an interrupt handler, or another processor: something has happened for this service; do not sleep. It is
-    /// active from the turn that follows, whose drain() sees what was written before (io.door has the orderings).
+    /// active from the turn that follows, whose drain() sees what was written before (io.mailbox has the orderings).
     /// Lock-free. The service lives and has been add()ed here; after remove() this does nothing.
     inline void raise(Service& service) {
         if (raised_.add(service)) {
@@ -210,7 +210,7 @@ class Executor {
     /// From anywhere: post.run(post) is called on this executor's processor at the beginning of a turn, in order of
     /// arrival. Lock-free; allocates nothing. False: it has stopped serving, and `run` will never be called.
     [[nodiscard]] bool post(Post& post) {
-        if (!door_.push(post)) {
+        if (!mailbox_.push(post)) {
             return false;
         }
         wake_up();
@@ -218,9 +218,9 @@ class Executor {
     }
     /// On the executor's processor: takes back what was posted to it and has not been run. False: it is not there.
     bool withdraw(Post& post);
-    /// On the executor's processor: in and out of what ends when it stops serving.
-    void lodge(Lodger& lodger);
-    void leave(Lodger& lodger);
+    /// On the executor's processor: adds or removes a task that is destroyed when the executor stops serving.
+    void add_remote(RemoteTask& task);
+    void remove_remote(RemoteTask& task);
     /// On the executor's processor, while it waits for another one inside a turn: runs the urgent posts; the others
     /// wait for the next turn.
     void run_urgent();
@@ -262,7 +262,7 @@ class Executor {
         return std::move(*value);
     }
     /// For a processor whose work comes by posts: turns until `stop` is set; then what is posted is refused, what has
-    /// been posted is run, and every lodger is evicted. Once. Whoever sets `stop` (release) calls wake() afterwards.
+    /// been posted is run, and every task is evicted. Once. Whoever sets `stop` (release) calls wake() afterwards.
     void serve(const std::atomic<bool>& stop);
     /// One turn of the loop; for tests and for callers with a loop of their own.
     void turn() {
@@ -321,7 +321,7 @@ class Executor {
     template <class T>
     static Root drive(Executor& executor, Task<T> task, std::optional<T>& value) {
         value.emplace(co_await std::move(task));
-        executor.door_.raise(); // run() returns after this turn: it must not end in a sleep
+        executor.mailbox_.raise(); // run() returns after this turn: it must not end in a sleep
     }
     /// Makes it the calling processor's current one; gives the one before.
     static Executor* enter(Executor* executor);
@@ -343,8 +343,8 @@ class Executor {
     bool arm_all();
     inline void wake_up() {
         if (platform_.kick == nullptr || this_processor() == processor_) [[likely]] {
-            door_.raise();
-        } else if (door_.raise_from_elsewhere()) {
+            mailbox_.raise();
+        } else if (mailbox_.raise_from_elsewhere()) {
             platform_.kick(platform_.context);
         }
     }
@@ -377,11 +377,11 @@ class Executor {
     u32 told_stops_ = 0;     // long stops that the log has a line of
     u64 turns_ = 0;
     u64 idles_ = 0;
-    Post* posts_ = nullptr; // out of the door and not run yet, oldest first
+    Post* posts_ = nullptr; // out of the mailbox and not run yet, oldest first
     Post** posts_end_ = &posts_;
-    Lodger* lodgers_ = nullptr;
+    RemoteTask* remote_tasks_ = nullptr;
     bool closed_ = false;
-    BasicDoor<Post> door_;
+    BasicMailbox<Post> mailbox_;
     RaisedList<Service> raised_;
     Everything everything_;
 };

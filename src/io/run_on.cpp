@@ -8,43 +8,42 @@ import io.executor;
 
 namespace fl::io {
 
-void Errand::send(Carrier carrier, std::coroutine_handle<> waiting) {
+void RemoteCall::send(Runner runner, std::coroutine_handle<> waiting) {
     home_ = Executor::current();
     if (home_ == nullptr) {
         panic("run_on: awaited outside of every executor");
     }
-    using Handle = std::coroutine_handle<Carrier::promise_type>;
-    carrier.promise->waiter = Handle::from_promise(*carrier.promise);
-    carrier_ = carrier.promise;
+    using Handle = std::coroutine_handle<Runner::promise_type>;
+    runner.promise->waiter = Handle::from_promise(*runner.promise);
+    runner_ = runner.promise;
     waiter_.waiter = waiting;
     under_way_ = true;
     for (Step* step : {&start_, &done_, &cancel_}) {
-        step->errand = this;
+        step->call = this;
     }
     start_.run = on_start;
     done_.run = on_done;
     cancel_.run = on_cancel;
     cancel_.urgent = true;
     if (!there_.post(start_)) {
-        Handle::from_promise(*carrier.promise).destroy(); // it has never run; posts `done`
+        Handle::from_promise(*runner.promise).destroy(); // it has never run; posts `done`
     }
 }
 
-void Errand::on_start(Post& post) {
-    Errand& errand = *static_cast<Step&>(post).errand;
-    errand.carrier_->evict = [](Lodger& lodger) {
-        std::coroutine_handle<Carrier::promise_type>::from_promise(static_cast<Carrier::promise_type&>(lodger))
-            .destroy();
+void RemoteCall::on_start(Post& post) {
+    RemoteCall& call = *static_cast<Step&>(post).call;
+    call.runner_->evict = [](RemoteTask& task) {
+        std::coroutine_handle<Runner::promise_type>::from_promise(static_cast<Runner::promise_type&>(task)).destroy();
     };
-    errand.there_.lodge(*errand.carrier_);
-    errand.there_.make_ready(*errand.carrier_);
+    call.there_.add_remote(*call.runner_);
+    call.there_.make_ready(*call.runner_);
 }
 
-// There, at the carrier's end, whichever it is. With the post the errand may be gone.
-void Errand::ended() {
-    Carrier::promise_type* carrier = std::exchange(carrier_, nullptr);
-    if (carrier->evict != nullptr) { // it has been started
-        there_.leave(*carrier);
+// There, at the runner's end, whichever it is. With the post the call may be gone.
+void RemoteCall::ended() {
+    Runner::promise_type* runner = std::exchange(runner_, nullptr);
+    if (runner->evict != nullptr) { // it has been started
+        there_.remove_remote(*runner);
     }
     if (!home_->post(done_)) {
         // Home has stopped, so nobody but abandon() waits for this. Release, and the last access: partner is the
@@ -53,27 +52,27 @@ void Errand::ended() {
     }
 }
 
-void Errand::on_done(Post& post) {
-    Errand& errand = *static_cast<Step&>(post).errand;
-    errand.under_way_ = false;
-    errand.home_->make_ready(errand.waiter_);
+void RemoteCall::on_done(Post& post) {
+    RemoteCall& call = *static_cast<Step&>(post).call;
+    call.under_way_ = false;
+    call.home_->make_ready(call.waiter_);
 }
 
-void Errand::on_cancel(Post& post) {
-    Errand& errand = *static_cast<Step&>(post).errand;
-    errand.there_.withdraw(errand.start_);
-    if (errand.carrier_ != nullptr) {
-        std::coroutine_handle<Carrier::promise_type>::from_promise(*errand.carrier_).destroy(); // posts `done`
+void RemoteCall::on_cancel(Post& post) {
+    RemoteCall& call = *static_cast<Step&>(post).call;
+    call.there_.withdraw(call.start_);
+    if (call.runner_ != nullptr) {
+        std::coroutine_handle<Runner::promise_type>::from_promise(*call.runner_).destroy(); // posts `done`
     }
     // The last access from here. Release: partner is the acquire in abandon(), so that the end of the task comes before
     // whatever the dying frame's owner does next.
-    errand.cancelled_.store(true, std::memory_order_release);
+    call.cancelled_.store(true, std::memory_order_release);
 }
 
 // The frame that waits is being destroyed, at home. The task may refer to that frame: it must end first, on its own
 // processor. Meanwhile this one serves requests of the same kind, or two processors that abandon each other's tasks
 // would wait for ever.
-void Errand::abandon() {
+void RemoteCall::abandon() {
     under_way_ = false;
     if (there_.processor() == home_->processor()) {
         on_cancel(cancel_);

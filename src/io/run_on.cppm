@@ -10,16 +10,16 @@ export namespace fl::io {
 
 /// One task sent to another executor; lives in the frame of the coroutine that waits. Three posts, each used once:
 /// start (there), done (home) and, when the waiting frame dies first, cancel (there).
-class Errand {
+class RemoteCall {
   public:
-    Errand(const Errand&) = delete;
-    Errand& operator=(const Errand&) = delete;
+    RemoteCall(const RemoteCall&) = delete;
+    RemoteCall& operator=(const RemoteCall&) = delete;
 
     static constexpr Nanoseconds longest_answer = 30'000'000'000;
 
   protected:
-    explicit Errand(Executor& there) : there_(there) {}
-    ~Errand() = default;
+    explicit RemoteCall(Executor& there) : there_(there) {}
+    ~RemoteCall() = default;
     /// A task still under way is destroyed on its own processor before this returns, with all it waits for. First thing
     /// in the destructor of what holds the task and its value.
     void settle() {
@@ -30,18 +30,18 @@ class Errand {
 
     /// The coroutine that runs there and owns the task. Its promise's end is what `done` tells: nothing of it is left
     /// there then.
-    struct Carrier {
-        struct promise_type : PoolAllocated, ReadyNode, Lodger {
-            Errand& errand;
-            explicit promise_type(Errand& e) : errand(e) {}
+    struct Runner {
+        struct promise_type : PoolAllocated, ReadyNode, RemoteTask {
+            RemoteCall& call;
+            explicit promise_type(RemoteCall& e) : call(e) {}
             promise_type(const promise_type&) = delete;
             promise_type& operator=(const promise_type&) = delete;
             ~promise_type() {
                 unlink();
-                errand.ended();
+                call.ended();
             }
-            Carrier get_return_object() noexcept { return {this}; }
-            static Carrier get_return_object_on_allocation_failure() noexcept { return {}; }
+            Runner get_return_object() noexcept { return {this}; }
+            static Runner get_return_object_on_allocation_failure() noexcept { return {}; }
             std::suspend_always initial_suspend() const noexcept { return {}; }
             std::suspend_never final_suspend() const noexcept { return {}; }
             void return_void() const noexcept {}
@@ -50,13 +50,13 @@ class Errand {
         promise_type* promise = nullptr;
     };
 
-    /// Sends the carrier on its way; `waiting` is resumed on the calling executor when the carrier has ended, at once
+    /// Sends the runner on its way; `waiting` is resumed on the calling executor when the runner has ended, at once
     /// where nobody serves.
-    void send(Carrier carrier, std::coroutine_handle<> waiting);
+    void send(Runner runner, std::coroutine_handle<> waiting);
 
   private:
     struct Step : Post {
-        Errand* errand = nullptr;
+        RemoteCall* call = nullptr;
     };
     static void on_start(Post& post);
     static void on_done(Post& post);
@@ -66,8 +66,8 @@ class Errand {
 
     Executor& there_;
     Executor* home_ = nullptr;
-    Carrier::promise_type* carrier_ = nullptr; // used there alone, once it has been sent
-    bool under_way_ = false;                   // used at home alone
+    Runner::promise_type* runner_ = nullptr; // used there alone, once it has been sent
+    bool under_way_ = false;                 // used at home alone
     ReadyNode waiter_;
     Step start_;
     Step done_;
@@ -77,20 +77,20 @@ class Errand {
 };
 
 template <class T>
-class [[nodiscard]] RunOn final : Errand {
+class [[nodiscard]] RunOn final : RemoteCall {
   public:
-    RunOn(Executor& there, Task<T> task) : Errand(there), task_(std::move(task)) {}
+    RunOn(Executor& there, Task<T> task) : RemoteCall(there), task_(std::move(task)) {}
     ~RunOn() { settle(); }
 
     bool await_ready() const { return false; }
     bool await_suspend(std::coroutine_handle<> waiting) {
-        const Carrier carrier = carry(*this);
-        if (carrier.promise == nullptr) {
+        const Runner runner = run_there(*this);
+        if (runner.promise == nullptr) {
             value_.emplace(Error{Code::exhausted,
                                  "no coroutine frame left to run a task on another processor: a larger io::FramePool"});
             return false;
         }
-        send(carrier, waiting);
+        send(runner, waiting);
         return true;
     }
     T await_resume() {
@@ -101,7 +101,7 @@ class [[nodiscard]] RunOn final : Errand {
     }
 
   private:
-    static Carrier carry(RunOn& self) {
+    static Runner run_there(RunOn& self) {
         Task<T> task = std::move(self.task_); // it dies there, like everything it made
         self.value_.emplace(co_await std::move(task));
     }
@@ -114,7 +114,7 @@ class [[nodiscard]] RunOn final : Errand {
 /// frame; gives its value, Error{exhausted} when no frame could be had, or Error{device_gone} when `there` stops
 /// serving before the task has ended (which is then destroyed). What the task refers to must live until then: as a rule
 /// it is in the caller's frame. Destroying the waiting coroutine destroys the task on its own processor and waits for
-/// that; a processor that has not answered after Errand::longest_answer is a panic.
+/// that; a processor that has not answered after RemoteCall::longest_answer is a panic.
 template <class T>
 RunOn<T> run_on(Executor& there, Task<T> task) {
     return RunOn<T>(there, std::move(task));

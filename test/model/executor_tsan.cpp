@@ -1,6 +1,6 @@
 // Executors on real threads: tasks sent from processor to processor and back, and abandoned at every moment; posts from
 // three producers; services that three processors raise while they come and go; frames and the lock under all of it.
-// The tsan preset watches. With the argument "weak" a door whose list is pushed and taken relaxed must be caught.
+// The tsan preset watches. With the argument "weak" a mailbox whose list is pushed and taken relaxed must be caught.
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -14,7 +14,7 @@ import core.result;
 import core.processor;
 import core.time;
 import io.task;
-import io.door;
+import io.mailbox;
 import io.executor;
 import io.run_on;
 #include "unit/io_processors.hpp"
@@ -104,7 +104,7 @@ void posts_from_three() {
         for (std::thread& producer : producers) {
             producer.join();
         }
-        // Whatever is still in the door is run before the loop ends: this one is the last.
+        // Whatever is still in the mailbox is run before the loop ends: this one is the last.
         std::atomic<bool> done = false;
         struct Last : Post {
             std::atomic<bool>* done;
@@ -203,7 +203,7 @@ void raises_from_three() {
 }
 
 struct WeakAtomics {
-    template <class T, DoorCell>
+    template <class T, MailboxCell>
     class Cell : public std::atomic<T> {
       public:
         using std::atomic<T>::atomic;
@@ -220,17 +220,17 @@ struct Plain {
 };
 
 int weak() {
-    BasicDoor<Plain, WeakAtomics> door;
+    BasicMailbox<Plain, WeakAtomics> mailbox;
     std::vector<Plain> nodes(1000);
     std::thread producer([&] {
         for (Plain& node : nodes) {
             node.value = 1;
-            static_cast<void>(door.push(node));
+            static_cast<void>(mailbox.push(node));
         }
     });
     u64 sum = 0;
     while (sum != nodes.size()) {
-        for (Plain* node = door.take_all(); node != nullptr; node = node->next) {
+        for (Plain* node = mailbox.take_all(); node != nullptr; node = node->next) {
             sum += node->value;
         }
     }

@@ -174,7 +174,7 @@ struct WakeUp : rl::test_suite<WakeUp<weak, Rule, Count>, 2> {
         }
     }
     void after() {
-        // Asleep at a position with enough behind it, and nobody rang since: the wake-up is lost.
+        // Asleep at a position with enough behind it, and nobody raised since: the wake-up is lost.
         RL_ASSERT(slept == ~0u || 2 - slept < Count || told >= slept + Count);
     }
 };

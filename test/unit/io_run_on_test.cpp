@@ -64,7 +64,7 @@ TEST_F(RunOnTest, ErrorsComeBack) {
 }
 
 TEST_F(RunOnTest, NoFrameIsAnErrorWhereverItIsMissing) {
-    // Frames: the root, ask_for_failure, failing, the carrier.
+    // Frames: the root, ask_for_failure, failing, the runner.
     for (u64 n = 0; n < 4; ++n) {
         frame_pool().fail_after(n);
         const auto result = home.run(ask_for_failure(one.executor));

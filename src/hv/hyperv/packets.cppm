@@ -231,7 +231,8 @@ class PacketSender {
             }
             memory_.template store_relaxed<u32>(pending_at, static_cast<u32>(need));
             pending_ = true;
-            // Our wish before their index. Partner: the host's barrier between its read index and its look at our wish.
+            // Our pending_send_sz before their read index. Partner: the host's barrier between its read index and its
+            // read of pending_send_sz.
             memory_.full_barrier();
             if (!look_for_room(static_cast<u32>(need))) {
                 return error_ ? Sent::broken : Sent::full;
@@ -346,7 +347,8 @@ class PacketReceiver {
         }
         ring_.release();
         const u32 read = std::exchange(unreleased_, 0);
-        // Our index before their wish. Partner: the host's barrier between pending_send_sz and its look at our index.
+        // Our read index before our read of pending_send_sz. Partner: the host's barrier between its store of
+        // pending_send_sz and its read of our index.
         memory_.full_barrier();
         const u32 pending = memory_.template load_relaxed<u32>(offsetof(RingHeader, pending_send_sz));
         if (pending == 0) [[likely]] {

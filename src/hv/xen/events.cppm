@@ -1,5 +1,5 @@
 // Event channels, two-level: ports, their pending and mask bits in the shared info page, and the upcall that finds out
-// which of them rang. Everything but raise() of the handlers' own signals happens on one processor.
+// which of them is pending. Everything but raise() of the handlers' own signals happens on one processor.
 export module hv.xen.events;
 import core.std;
 import core.result;

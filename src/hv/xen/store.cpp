@@ -88,19 +88,19 @@ Result<void> Store::start(io::Executor& executor, Events& events) {
     TRY(requests_, Requests::create(memory, out, positions, {}, produced));
     TRY(responses_, Responses::create(memory, in, positions, {}, {}, answered));
 
-    CHECK(events.bind(port_, rang, this));
+    CHECK(events.bind(port_, on_event, this));
     executor_ = &executor;
     channel_ = &events;
     progress_.emplace(executor);
     executor.add(*this);
     if (events.unmask(port_)) {
-        rang(this);
+        on_event(this);
     }
     return {};
 }
 
 // In the upcall: the executor looks at the ring in its next turn.
-void Store::rang(void* context) {
+void Store::on_event(void* context) {
     Store& self = *static_cast<Store*>(context);
     self.events_.fetch_add(1, std::memory_order_relaxed); // a count; raise() orders
     self.executor_->raise(self);

@@ -83,7 +83,7 @@ class Store final : public io::Service {
     struct Turn;
     struct Sending;
 
-    static void rang(void* context);
+    static void on_event(void* context);
     io::Task<Result<std::string_view>> exchange(StoreType type, u32 transaction, std::string_view path,
                                                 std::string_view value, bool terminate, std::span<char> into);
     io::Task<Result<void>> command(StoreType type, u32 transaction, std::string_view path, std::string_view value,

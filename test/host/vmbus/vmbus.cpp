@@ -1,4 +1,4 @@
-// The doors: three for any thread, which fill the inbox, and those of the thread that polls.
+// The entry points: three for any thread, which fill the inbox, and those of the thread that polls.
 module;
 #include <array>
 #include <atomic>

@@ -397,7 +397,7 @@ class Blkback {
         ++rsp_prod;
         word(8) = rsp_prod;
         if (wild || rsp_prod - word(12) < rsp_prod - old) {
-            ++rang;
+            ++notifications;
             xen.raise(port);
         }
     }
@@ -421,7 +421,7 @@ class Blkback {
     std::vector<std::pair<u32, bool>> lent; // mapped for the request at hand
     std::set<u32> all_refs;
     std::map<u8, u64> served;
-    u64 indirect_served = 0, segment_count = 0, notified = 0, rang = 0, bad_grants = 0;
+    u64 indirect_served = 0, segment_count = 0, notified = 0, notifications = 0, bad_grants = 0;
     std::optional<u64> fail_sector, last_id;
     Trick trick = Trick::none;
     int after_good = 0;

@@ -1,4 +1,4 @@
-// What executors share (io.door) under relacy: posts arrive whole, once, in each producer's order; a processor that
+// What executors share (io.mailbox) under relacy: posts arrive whole, once, in each producer's order; a processor that
 // halts is kicked; a service that was raised is drained, and one that was removed is in no list. As in ring_relacy.cpp
 // each property is tried as it is, which must pass, and with each ordering that it needs taken away, which must fail.
 #include <cstring>
@@ -18,7 +18,7 @@
 #undef memory_order_acq_rel
 #undef memory_order_seq_cst
 import core.std;
-import io.door;
+import io.mailbox;
 
 namespace {
 using namespace fl;
@@ -56,23 +56,23 @@ constexpr rl::memory_order order_of(std::memory_order order) {
 
 template <Weak weak>
 struct ModelAtomics {
-    template <class T, DoorCell cell>
+    template <class T, MailboxCell cell>
     class Cell {
       public:
         Cell(T initial) : value_(initial) {}
         T load(std::memory_order order) const {
             const bool less =
-                order == std::memory_order_seq_cst && ((weak == Weak::wake_load && cell == DoorCell::wake) ||
-                                                       (weak == Weak::asleep_load && cell == DoorCell::asleep));
+                order == std::memory_order_seq_cst && ((weak == Weak::wake_load && cell == MailboxCell::wake) ||
+                                                       (weak == Weak::asleep_load && cell == MailboxCell::asleep));
             return value_.load(less ? rl::mo_acquire : order_of(order), $);
         }
         void store(T value, std::memory_order order) {
             const bool less =
-                order == std::memory_order_seq_cst && weak == Weak::asleep_store && cell == DoorCell::asleep;
+                order == std::memory_order_seq_cst && weak == Weak::asleep_store && cell == MailboxCell::asleep;
             value_.store(value, less ? rl::mo_release : order_of(order), $);
         }
         T exchange(T value, std::memory_order order) {
-            if constexpr (cell == DoorCell::wake) {
+            if constexpr (cell == MailboxCell::wake) {
                 if (value && weak == Weak::wake_plain) {
                     value_.store(value, order_of(order), $);
                     return false;
@@ -81,7 +81,7 @@ struct ModelAtomics {
                     return value_.exchange(value, rl::mo_release, $);
                 }
             }
-            if constexpr (cell == DoorCell::raised) { // add() and detach() set it, lower() clears it
+            if constexpr (cell == MailboxCell::raised) { // add() and detach() set it, lower() clears it
                 const bool no_release = weak == (value ? Weak::add_release : Weak::lower_release);
                 const bool no_acquire = weak == (value ? Weak::add_acquire : Weak::lower_acquire);
                 return value_.exchange(value,
@@ -91,15 +91,15 @@ struct ModelAtomics {
                                        $);
             }
             const bool relaxed =
-                (weak == Weak::take && cell == DoorCell::head) ||
-                (weak == Weak::clear && cell == DoorCell::wake && !value) ||
-                (weak == Weak::raise && cell == DoorCell::wake && value && order == std::memory_order_release) ||
-                (weak == Weak::raised_take && cell == DoorCell::raised_head);
+                (weak == Weak::take && cell == MailboxCell::head) ||
+                (weak == Weak::clear && cell == MailboxCell::wake && !value) ||
+                (weak == Weak::raise && cell == MailboxCell::wake && value && order == std::memory_order_release) ||
+                (weak == Weak::raised_take && cell == MailboxCell::raised_head);
             return value_.exchange(value, relaxed ? rl::mo_relaxed : order_of(order), $);
         }
         bool compare_exchange_weak(T& expected, T value, std::memory_order success, std::memory_order failure) {
-            const bool relaxed = (weak == Weak::push && cell == DoorCell::head) ||
-                                 (weak == Weak::add_push && cell == DoorCell::raised_head);
+            const bool relaxed = (weak == Weak::push && cell == MailboxCell::head) ||
+                                 (weak == Weak::add_push && cell == MailboxCell::raised_head);
             return value_.compare_exchange_weak(expected, value, relaxed ? rl::mo_relaxed : order_of(success), $,
                                                 order_of(failure), $);
         }
@@ -125,21 +125,21 @@ struct Node {
 };
 
 template <Weak weak>
-using Door = BasicDoor<Node, ModelAtomics<weak>>;
+using Mailbox = BasicMailbox<Node, ModelAtomics<weak>>;
 
 /// Two producers, one owner: every post once, whole, in its producer's order.
 template <Weak weak>
 struct Posts : rl::test_suite<Posts<weak>, 3> {
-    std::optional<Door<weak>> door;
+    std::optional<Mailbox<weak>> mailbox;
     Node nodes[3];
     unsigned last[2];
 
     void before() {
-        door.emplace();
+        mailbox.emplace();
         last[0] = last[1] = 0;
     }
     void take() {
-        for (Node* node = door->take_all(); node != nullptr;) {
+        for (Node* node = mailbox->take_all(); node != nullptr;) {
             Node* following = node->next;
             const unsigned number = node->number($);
             unsigned& expected = last[number / 10];
@@ -152,11 +152,11 @@ struct Posts : rl::test_suite<Posts<weak>, 3> {
         if (which == 0) {
             for (unsigned i = 0; i < 2; ++i) {
                 nodes[i].number($) = 1 + i;
-                RL_ASSERT(door->push(nodes[i]));
+                RL_ASSERT(mailbox->push(nodes[i]));
             }
         } else if (which == 1) {
             nodes[2].number($) = 11;
-            RL_ASSERT(door->push(nodes[2]));
+            RL_ASSERT(mailbox->push(nodes[2]));
         } else {
             take();
             take();
@@ -171,15 +171,15 @@ struct Posts : rl::test_suite<Posts<weak>, 3> {
 /// A handler's raise: what it wrote before is seen by the turn that cleared the flag.
 template <Weak weak>
 struct Raise : rl::test_suite<Raise<weak>, 2> {
-    std::optional<Door<weak>> door;
+    std::optional<Mailbox<weak>> mailbox;
     rl::var<unsigned> written;
 
-    void before() { door.emplace(); }
+    void before() { mailbox.emplace(); }
     void thread(unsigned which) {
         if (which == 0) {
             written($) = 7;
-            door->raise();
-        } else if (door->clear()) {
+            mailbox->raise();
+        } else if (mailbox->clear()) {
             RL_ASSERT(written($) == 7);
         }
     }
@@ -188,29 +188,29 @@ struct Raise : rl::test_suite<Raise<weak>, 2> {
 /// The owner goes to sleep, another processor posts: the post has been seen, or the owner stays awake, or it is kicked.
 template <Weak weak>
 struct Sleep : rl::test_suite<Sleep<weak>, 2> {
-    std::optional<Door<weak>> door;
+    std::optional<Mailbox<weak>> mailbox;
     Node node;
     bool seen;
     bool asleep;
     bool kicked;
 
     void before() {
-        door.emplace();
+        mailbox.emplace();
         seen = asleep = kicked = false;
     }
     void thread(unsigned which) {
         if (which == 0) {
             node.number($) = 1;
-            RL_ASSERT(door->push(node));
-            kicked = door->raise_from_elsewhere();
+            RL_ASSERT(mailbox->push(node));
+            kicked = mailbox->raise_from_elsewhere();
         } else {
             for (int turn = 0; turn < 2 && !asleep; ++turn) {
-                if (door->clear() && door->take_all() != nullptr) {
+                if (mailbox->clear() && mailbox->take_all() != nullptr) {
                     seen = true;
                 }
-                asleep = door->falls_asleep();
+                asleep = mailbox->falls_asleep();
                 if (!asleep) {
-                    door->woke();
+                    mailbox->woke();
                 }
             }
         }
@@ -221,13 +221,13 @@ struct Sleep : rl::test_suite<Sleep<weak>, 2> {
 /// The owner closes while two others post: what was not refused is there, whole, and nothing else.
 template <Weak weak>
 struct Close : rl::test_suite<Close<weak>, 3> {
-    std::optional<Door<weak>> door;
+    std::optional<Mailbox<weak>> mailbox;
     Node nodes[2];
     bool pushed[2];
     bool seen[2];
 
     void before() {
-        door.emplace();
+        mailbox.emplace();
         pushed[0] = pushed[1] = seen[0] = seen[1] = false;
     }
     void look(Node* first) {
@@ -242,16 +242,16 @@ struct Close : rl::test_suite<Close<weak>, 3> {
     void thread(unsigned which) {
         if (which < 2) {
             nodes[which].number($) = which;
-            pushed[which] = door->push(nodes[which]);
+            pushed[which] = mailbox->push(nodes[which]);
         } else {
-            look(door->take_all());
-            look(door->close());
+            look(mailbox->take_all());
+            look(mailbox->close());
         }
     }
     void after() {
         RL_ASSERT(pushed[0] == seen[0] && pushed[1] == seen[1]);
         Node late;
-        RL_ASSERT(!door->push(late));
+        RL_ASSERT(!mailbox->push(late));
     }
 };
 
@@ -266,7 +266,7 @@ struct Raisable {
         }
         operator Raisable*() { return value($); }
     };
-    typename ModelAtomics<weak>::template Cell<bool, DoorCell::raised> raised{true};
+    typename ModelAtomics<weak>::template Cell<bool, MailboxCell::raised> raised{true};
     NodeLink next_raised;
     rl::atomic<unsigned> told[2]; // by each raiser
     bool drained[2];
@@ -289,12 +289,12 @@ void take_raised(RaisedList<Raisable<weak>, ModelAtomics<weak>>& list) {
 /// for something else (`alone`): whatever was told has been drained, or is by the turn that the flag announces.
 template <Weak weak, bool alone>
 struct Services : rl::test_suite<Services<weak, alone>, 3> {
-    std::optional<Door<weak>> door;
+    std::optional<Mailbox<weak>> mailbox;
     std::optional<RaisedList<Raisable<weak>, ModelAtomics<weak>>> list;
     std::optional<Raisable<weak>> node;
 
     void before() {
-        door.emplace();
+        mailbox.emplace();
         list.emplace();
         node.emplace();
         for (unsigned i = 0; i < 2; ++i) {
@@ -304,17 +304,17 @@ struct Services : rl::test_suite<Services<weak, alone>, 3> {
         list->attach(*node);
     }
     void turn() {
-        if (door->clear()) {
+        if (mailbox->clear()) {
             take_raised(*list);
         }
     }
     void thread(unsigned which) {
         if (which == 1 && alone) {
-            door->raise();
+            mailbox->raise();
         } else if (which < 2) {
             node->told[which].store(1, rl::mo_relaxed, $);
             if (list->add(*node)) {
-                door->raise();
+                mailbox->raise();
             }
         } else {
             turn();
@@ -329,13 +329,13 @@ struct Services : rl::test_suite<Services<weak, alone>, 3> {
 /// Raised again while it is taken: the link belongs to one side at a time.
 template <Weak weak>
 struct RaisedTwice : rl::test_suite<RaisedTwice<weak>, 2> {
-    std::optional<Door<weak>> door;
+    std::optional<Mailbox<weak>> mailbox;
     std::optional<RaisedList<Raisable<weak>, ModelAtomics<weak>>> list;
     std::optional<Raisable<weak>> node;
     rl::var<unsigned> written;
 
     void before() {
-        door.emplace();
+        mailbox.emplace();
         list.emplace();
         node.emplace();
         for (unsigned i = 0; i < 2; ++i) {
@@ -345,7 +345,7 @@ struct RaisedTwice : rl::test_suite<RaisedTwice<weak>, 2> {
         list->attach(*node);
     }
     void turn() {
-        if (door->clear()) {
+        if (mailbox->clear()) {
             take_raised(*list);
         }
     }
@@ -354,7 +354,7 @@ struct RaisedTwice : rl::test_suite<RaisedTwice<weak>, 2> {
             for (unsigned i = 0; i < 2; ++i) {
                 node->told[i].store(1, rl::mo_relaxed, $);
                 if (list->add(*node)) {
-                    door->raise();
+                    mailbox->raise();
                 }
             }
         } else {
@@ -371,14 +371,14 @@ struct RaisedTwice : rl::test_suite<RaisedTwice<weak>, 2> {
 /// Raised on another processor while the owner goes to sleep: drained, or awake, or kicked.
 template <Weak weak>
 struct RaisedAsleep : rl::test_suite<RaisedAsleep<weak>, 2> {
-    std::optional<Door<weak>> door;
+    std::optional<Mailbox<weak>> mailbox;
     std::optional<RaisedList<Raisable<weak>, ModelAtomics<weak>>> list;
     std::optional<Raisable<weak>> node;
     bool asleep;
     bool kicked;
 
     void before() {
-        door.emplace();
+        mailbox.emplace();
         list.emplace();
         node.emplace();
         for (unsigned i = 0; i < 2; ++i) {
@@ -391,15 +391,15 @@ struct RaisedAsleep : rl::test_suite<RaisedAsleep<weak>, 2> {
     void thread(unsigned which) {
         if (which == 0) {
             node->told[0].store(1, rl::mo_relaxed, $);
-            kicked = list->add(*node) && door->raise_from_elsewhere();
+            kicked = list->add(*node) && mailbox->raise_from_elsewhere();
         } else {
             for (int turn = 0; turn < 2 && !asleep; ++turn) {
-                if (door->clear()) {
+                if (mailbox->clear()) {
                     take_raised(*list);
                 }
-                asleep = door->falls_asleep();
+                asleep = mailbox->falls_asleep();
                 if (!asleep) {
-                    door->woke();
+                    mailbox->woke();
                 }
             }
         }
@@ -477,7 +477,7 @@ int main() {
     must<Posts<Weak::nothing>>(true, "posts arrive whole, once, in order");
     must<Posts<Weak::push>>(false, "… pushed relaxed");
     must<Posts<Weak::take>>(false, "… taken relaxed");
-    must<Close<Weak::nothing>>(true, "a closing door loses no post that it took");
+    must<Close<Weak::nothing>>(true, "a closing mailbox loses no post that it took");
     must<Close<Weak::push>>(false, "… pushed relaxed");
     must<Close<Weak::take>>(false, "… closed relaxed");
     must<Raise<Weak::nothing>>(true, "what a handler wrote is seen by the turn that it raised");

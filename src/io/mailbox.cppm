@@ -14,25 +14,25 @@
 //
 // wake_ and raised are set by exchanges and not by stores: an exchange continues the release sequence of the one
 // before it, so the owner that reads the last of several raises sees what came before all of them.
-export module io.door;
+export module io.mailbox;
 import core.std;
 
 export namespace fl::io {
 
 /// Which atomic; the model takes the orderings of one away at a time.
-enum class DoorCell : u8 { head, wake, asleep, raised, raised_head };
+enum class MailboxCell : u8 { head, wake, asleep, raised, raised_head };
 
 struct StdAtomics {
-    template <class T, DoorCell>
+    template <class T, MailboxCell>
     using Cell = std::atomic<T>;
 };
 
-/// Node: has a member `next`, a pointer to Node that belongs to the door from push() to take_all().
+/// Node: has a member `next`, a pointer to Node that belongs to the mailbox from push() to take_all().
 template <class Node, class Atomics = StdAtomics>
-class BasicDoor {
+class BasicMailbox {
   public:
     /// Any processor. The node must live until the owner has it out of take_all() or close(). A wake-up is the caller's
-    /// part: raise() or raise_from_elsewhere() after it. False: the door is closed, and nobody has the node.
+    /// part: raise() or raise_from_elsewhere() after it. False: the mailbox is closed, and nobody has the node.
     [[nodiscard]] bool push(Node& node) {
         Node* first = head_.load(std::memory_order_relaxed);
         do {
@@ -78,7 +78,7 @@ class BasicDoor {
     /// Relaxed: a stale `asleep` costs a kick for nothing.
     void woke() { asleep_.store(false, std::memory_order_relaxed); }
 
-    const typename Atomics::template Cell<bool, DoorCell::wake>& wake_flag() const { return wake_; }
+    const typename Atomics::template Cell<bool, MailboxCell::wake>& wake_flag() const { return wake_; }
 
   private:
     // No node: an address that none of them can have.
@@ -101,13 +101,13 @@ class BasicDoor {
         return oldest;
     }
 
-    typename Atomics::template Cell<Node*, DoorCell::head> head_{nullptr};
-    typename Atomics::template Cell<bool, DoorCell::wake> wake_{false};
-    typename Atomics::template Cell<bool, DoorCell::asleep> asleep_{false};
+    typename Atomics::template Cell<Node*, MailboxCell::head> head_{nullptr};
+    typename Atomics::template Cell<bool, MailboxCell::wake> wake_{false};
+    typename Atomics::template Cell<bool, MailboxCell::asleep> asleep_{false};
 };
 
 /// The nodes that were raised since the owner last took them. Node has two members that belong to this list: `raised`,
-/// a Cell<bool, DoorCell::raised> that begins as true, and `next_raised`, a pointer to Node.
+/// a Cell<bool, MailboxCell::raised> that begins as true, and `next_raised`, a pointer to Node.
 ///
 ///   raised  node is                        add()              next
 ///   true    detached                       does nothing       attach() → false
@@ -119,7 +119,7 @@ class BasicDoor {
 template <class Node, class Atomics = StdAtomics>
 class RaisedList {
   public:
-    /// Any processor and handler, while the node lives. True: the caller now raises the wake flag (BasicDoor::raise).
+    /// Any processor and handler, while the node lives. True: the caller now raises the wake flag (BasicMailbox::raise).
     /// False: whoever added it does, or nobody attends to the node.
     bool add(Node& node) {
         // Release: partner is the acquire in lower(), so that the drain sees what came before. Acquire: partner is the
@@ -134,10 +134,10 @@ class RaisedList {
         } while (!head_.compare_exchange_weak(first, &node, std::memory_order_release, std::memory_order_relaxed));
         return true;
     }
-    /// The owner, after BasicDoor::clear(): everything that was added, in order of arrival, linked by next_raised. It
+    /// The owner, after BasicMailbox::clear(): everything that was added, in order of arrival, linked by next_raised. It
     /// reads a node's link and calls lower() before it looks at what the node stands for.
     Node* take_all() {
-        if (head_.load(std::memory_order_relaxed) == nullptr) { // as in BasicDoor::take_all()
+        if (head_.load(std::memory_order_relaxed) == nullptr) { // as in BasicMailbox::take_all()
             return nullptr;
         }
         Node* newest = head_.exchange(nullptr, std::memory_order_acquire); // acquire: partner is the release in add()
@@ -159,7 +159,7 @@ class RaisedList {
     [[nodiscard]] static bool detach(Node& node) { return node.raised.exchange(true, std::memory_order_acq_rel); }
 
   private:
-    typename Atomics::template Cell<Node*, DoorCell::raised_head> head_{nullptr};
+    typename Atomics::template Cell<Node*, MailboxCell::raised_head> head_{nullptr};
 };
 
 } // namespace fl::io
