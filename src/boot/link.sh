@@ -17,9 +17,10 @@ fail() {
     exit 1
 }
 
-# Reads lines "ADDRESS TYPE NAME", writes the table as assembly: count, pairs of (offset from the image's begin, offset of the name), names.
+# Reads lines "ADDRESS TYPE NAME", writes the table as assembly; core/symbols.cppm describes its format.
 make_table() {
     awk '
+    function scope_of(name) { return match(name, /^.*::/) ? substr(name, 1, RLENGTH) : "" }
     BEGIN { count = 0 }
     {
         name = $0
@@ -56,21 +57,32 @@ make_table() {
         names[count++] = name
     }
     END {
+        scopes = 1                              # the first one is empty
+        for (i = 0; i < count; i++) if (!(names[i] in uses)) { uses[names[i]] = 1; scope_uses[scope_of(names[i])]++ }
         print ".section .symbols, \"a\", @progbits"
         print ".balign 8"
         print ".ascii \"FLSYMTAB\""
-        printf ".long %d, 1\n", count
         at = 0
         unique = 0
         for (i = 0; i < count; i++) {
-            if (!(names[i] in where)) {         # instances of a template and overloads share their name
-                where[names[i]] = at
-                uniques[unique++] = names[i]
-                at += length(names[i]) + 1
+            if (names[i] in where) continue     # instances of a template and overloads share their name
+            scope = scope_of(names[i])
+            if (!(scope in index_of)) {
+                index_of[scope] = scope == "" || scope_uses[scope] < 2 || scopes > 255 ? 0 : scopes
+                if (index_of[scope]) scope_names[scopes++] = scope
             }
-            printf ".long 0x%s - 0x80000000, %d\n", addresses[i], where[names[i]]
+            where[names[i]] = at
+            unique_scopes[unique] = index_of[scope]
+            uniques[unique] = index_of[scope] ? substr(names[i], length(scope) + 1) : names[i]
+            at += 1 + length(uniques[unique++]) + 1
         }
-        for (i = 0; i < unique; i++) printf ".asciz \"%s\"\n", uniques[i]
+        if (at > 65535) { print "link.sh: the names of the functions take " at " bytes, an offset has 16 bits" > "/dev/stderr"; exit 1 }
+        printf ".long %d, 2, %d\n", count, scopes
+        for (i = 0; i < count; i++) printf ".long 0x%s - 0x80000000\n", addresses[i]
+        for (i = 0; i < count; i++) printf ".short %d\n", where[names[i]]
+        print ".asciz \"\""
+        for (i = 1; i < scopes; i++) printf ".asciz \"%s\"\n", scope_names[i]
+        for (i = 0; i < unique; i++) printf ".byte %d\n.asciz \"%s\"\n", unique_scopes[i], uniques[i]
     }'
 }
 

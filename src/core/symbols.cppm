@@ -1,6 +1,10 @@
-// The image's own table of symbols, for backtraces. boot/link.sh writes it: "FLSYMTAB", u32 count, u32 version 1, count
-// pairs of u32 (offset of the function from the image's begin, offset of its name), ascending; then names, each ended
-// by 0.
+// The image's own table of symbols, for backtraces. boot/link.sh writes it; little endian:
+//
+//   "FLSYMTAB", u32 count, u32 version 2, u32 scope_count
+//   count × u32    offset of a function from the image's begin, ascending
+//   count × u16    offset of its name from the first name
+//   scopes         scope_count strings, each ended by 0: what many names begin with ("fl::io::"); the first is empty
+//   names          u8 index of a scope, then the rest of the name, ended by 0; functions may share one
 export module core.symbols;
 import core.std;
 
@@ -8,7 +12,9 @@ export namespace fl {
 
 class Symbols {
   public:
+    /// The function's name is `scope` followed by `name`.
     struct Symbol {
+        std::string_view scope;
         std::string_view name;
         u32 offset; // bytes from the function's begin
     };
@@ -20,10 +26,14 @@ class Symbols {
     u32 count() const { return count_; }
 
   private:
-    u32 word(usize at) const;
+    template <class T>
+    T read(usize at) const;
+    std::optional<std::string_view> string(usize at) const;
 
     std::span<const std::byte> table_;
     u32 count_ = 0;
+    u32 scope_count_ = 0;
+    usize scopes_ = 0;
     usize names_ = 0;
 };
 

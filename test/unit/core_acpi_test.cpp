@@ -7,7 +7,6 @@ import core.std;
 import core.result;
 import core.physical;
 import core.acpi;
-import core.symbols;
 
 namespace {
 using namespace fl;
@@ -527,34 +526,6 @@ TEST_F(Acpi, S5ThatIsNone) {
     EXPECT_TRUE(with({0x08, '\\', '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x00, 0x00, 0x00, 0x00}));
     EXPECT_FALSE(acpi::find_s5(memory, with_dsdt(0)));
     EXPECT_FALSE(acpi::find_s5(memory, {}));
-}
-
-TEST(Symbols, FindsTheFunctionThatAnAddressLiesIn) {
-    Bytes t;
-    t.insert(t.end(), {'F', 'L', 'S', 'Y', 'M', 'T', 'A', 'B', 3, 0, 0, 0, 1, 0, 0, 0});
-    t.insert(t.end(), {0x10, 0, 0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 4, 0, 0, 0, 0x00, 1, 0, 0, 8, 0, 0, 0});
-    const std::string names("one\0two\0three\0", 14);
-    t.insert(t.end(), names.begin(), names.end());
-    const auto bytes = std::as_bytes(std::span(t));
-    const Symbols symbols(bytes);
-    ASSERT_EQ(symbols.count(), 3u);
-    EXPECT_FALSE(symbols.find(0x0f));
-    EXPECT_EQ(symbols.find(0x10)->name, "one");
-    EXPECT_EQ(symbols.find(0x3f)->offset, 0x2fu);
-    EXPECT_EQ(symbols.find(0x40)->name, "two");
-    EXPECT_EQ(symbols.find(0x12345)->name, "three");
-    for (usize size = 0; size < t.size(); ++size) { // cut anywhere: no read beyond the end
-        const Symbols cut(bytes.first(size));
-        for (const u32 at : {0u, 0x20u, 0x50u, 0x200u}) {
-            static_cast<void>(cut.find(at));
-        }
-    }
-    Bytes huge = t;
-    huge[11] = 0xff;
-    EXPECT_EQ(Symbols(std::as_bytes(std::span(huge))).count(), 0u);
-    huge = t;
-    huge[16 + 8 + 7] = 0xff; // a name far outside
-    EXPECT_FALSE(Symbols(std::as_bytes(std::span(huge))).find(0x40));
 }
 
 } // namespace

@@ -116,7 +116,7 @@ std::optional<Symbols::Symbol> symbol_of(u64 address) {
 template <class Sink>
 void print_place(Sink& out, u64 address) {
     if (const auto symbol = symbol_of(address)) {
-        print(out, "{}+{:#x}", symbol->name, symbol->offset);
+        print(out, "{}{}+{:#x}", symbol->scope, symbol->name, symbol->offset);
     } else {
         print(out, "{:#x}", address);
     }
@@ -131,7 +131,7 @@ void print_frame(log::Line& out, u32 number, u64 address) {
 void print_caller(log::Line& out, u32 number, u64 address) {
     print(out, "  #{:<2} {:016x} ", number, address);
     if (const auto symbol = symbol_of(address - 1)) {
-        print(out, "{}+{:#x}", symbol->name, symbol->offset + 1);
+        print(out, "{}{}+{:#x}", symbol->scope, symbol->name, symbol->offset + 1);
     } else {
         print(out, "{:#x}", address);
     }
