@@ -155,7 +155,7 @@ static void start(boot::Entry entry) {
 }
 
 [[noreturn]] static void go_on() {
-    start_memory({boot::direct_map, boot_info.kernel_phys, stack_guard()});
+    start_memory({boot_info.kernel_phys, stack_guard()});
     boot::ending_uses_kernel_tables();
 #ifdef FIRSTLIGHT_HV_XEN
     open_xen_consoles(false);

@@ -134,9 +134,7 @@ void normalise(BootInfo& info);
 /// every count.
 bool is_valid(const BootInfo& info);
 
-/// Where the image is linked: virtual = physical - kernel_phys + kernel_virtual. All physical memory stands at
-/// direct_map.
+/// Where the image is linked: virtual = physical - kernel_phys + kernel_virtual (core.address_map: image_map).
 inline constexpr u64 kernel_virtual = 0xffffffff80000000;
-inline constexpr u64 direct_map = 0xffff800000000000;
 
 } // namespace fl::boot

@@ -40,6 +40,7 @@ import drivers.table;
 import drivers.driver;
 import drivers.null;
 import drivers.pci;
+import drivers.pci.access;
 import drivers.machine.pci;
 import boot.handoff;
 import boot.options;
@@ -344,17 +345,22 @@ std::optional<drivers::pci::Roots> ask_for_roots() {
 void find_pci_functions(PciList& into, Devices& devices) {
     static constinit drivers::pci::MechanismOne ports{};
     const u64 mcfg = acpi_tables() != nullptr ? acpi_tables()->mcfg : 0;
-    const bool have_ports = drivers::pci::MechanismOne::present();
+    const bool have_ports = ports.present();
     if (have_ports) {
         into.count(drivers::pci::enumerate(ports, keep_candidate, &into, 0, ask_for_roots, mcfg != 0));
     }
     const u32 count = mcfg != 0 ? acpi::ecam_count(physical_memory(), mcfg) : 0;
     for (u32 i = 0; i < count; ++i) {
         const auto at = acpi::ecam(physical_memory(), mcfg, i);
+        auto* ecam = at ? new (std::nothrow)
+                              drivers::pci::Ecam(device_registers(), at->base, at->first_bus, at->last_bus, at->segment)
+                        : nullptr;
         if (at && at->segment == 0 && have_ports) {
+            if (ecam != nullptr) {
+                ports.use_beyond(*ecam);
+            }
             continue;
         }
-        auto* ecam = at ? new (std::nothrow) drivers::pci::Ecam(at->base, at->first_bus, at->last_bus) : nullptr;
         if (ecam == nullptr) {
             devices.left_out("ranges of PCI buses", 1, !have_ports || at,
                              at ? "no memory for them" : "the MCFG table has an entry that makes no sense");
@@ -366,7 +372,7 @@ void find_pci_functions(PciList& into, Devices& devices) {
     }
     if (!have_ports && count == 0 && acpi_tables() != nullptr) {
         if (const u64 base = acpi::find_root_bridges(physical_memory(), *acpi_tables()).cba; base != 0) {
-            static drivers::pci::Ecam ecam(base, 0, 255);
+            static drivers::pci::Ecam ecam(device_registers(), base, 0, 255);
             into.count(drivers::pci::enumerate(ecam, keep_candidate, &into, 0, ask_for_roots, true));
         }
     }
@@ -483,8 +489,9 @@ struct Given {
         if (!ports[port]) {
             ports[port].emplace(disks, driver);
         }
-        return {executor,          dma_memory(), interrupts(), *ports[port], options.timeout, options.withheld_features,
-                executors().all(), &shutdown};
+        return {executor,          dma_memory(),    interrupts(),
+                *ports[port],      options.timeout, options.withheld_features,
+                executors().all(), &shutdown,       device_registers()};
     }
 };
 
@@ -596,7 +603,7 @@ void name_left_out(const BootInfo& info, const hv::DeviceList& synthetic, Device
     for (const acpi::Damage& damage : tables->all_damages()) {
         reason.clear();
         print(reason, "{} at {:#x}, length {}, {}", damage.name(), damage.address, damage.length, damage.what());
-        devices.left_out("ACPI tables", 1, damage.name() == "MCFG" && !drivers::pci::MechanismOne::present(), reason);
+        devices.left_out("ACPI tables", 1, damage.name() == "MCFG" && !drivers::pci::MechanismOne{}.present(), reason);
     }
     if (tables->damaged > tables->all_damages().size()) {
         devices.left_out("ACPI tables", tables->damaged - tables->all_damages().size(), false, "damaged, too");

@@ -229,4 +229,16 @@ std::optional<Mapping> AddressSpace::find(u64 address) const {
                    {(entry & writable) != 0, (entry & no_execute) == 0, (entry & cache_disable) != 0}};
 }
 
+u64 AddressSpace::unmapped(u64 address, u64 size) const {
+    u64 done = 0;
+    while (done < size) {
+        u32 level = 0;
+        if ((*entry_of(address + done, level) & present) != 0) {
+            return done;
+        }
+        done += coverage(level) - (address + done) % coverage(level);
+    }
+    return size;
+}
+
 } // namespace fl

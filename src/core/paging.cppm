@@ -57,6 +57,10 @@ class AddressSpace {
     /// Changes the protection of what is mapped, under the rules of unmap().
     Result<void> protect(u64 address, u64 size, Protection protection);
     std::optional<Mapping> find(u64 address) const;
+    /// Of the `size` bytes from `address` on, both multiples of 4 KiB: how many there are before the first that is
+    /// mapped. Looks at as few entries as there are tables and large pages.
+    u64 unmapped(u64 address, u64 size) const;
+    u64 physical_end() const { return features_.physical_end; }
 
   private:
     u64 leaf_bits(Protection protection) const;

@@ -94,7 +94,8 @@ Result<ControllerPorts> set_up(const pci::Device& device) {
         at.control = static_cast<u16>(control.base + 2); // the third of four bytes [PCI-IDE §2.4]
         result.lines[c] = {.gsi = device.interrupt_line(), .isa = false, .level = true, .active_low = true};
     }
-    device.change_command(pci::Command::io_space | pci::Command::bus_master, pci::Command::interrupt_disable);
+    device.change_command(pci::Command::of(pci::Command::io_space, pci::Command::bus_master),
+                          pci::Command::of(pci::Command::interrupt_disable));
     return result;
 }
 

@@ -8,6 +8,7 @@ import core.text;
 import core.time;
 import core.dma;
 import core.interrupt;
+import core.mmio;
 import io.executor;
 import io.block;
 import io.shutdown;
@@ -97,6 +98,8 @@ struct Environment {
     std::span<io::Executor* const> executors{};
     /// Where a driver says that somebody asks for an orderly end; nullptr: nobody would listen.
     io::Shutdown* shutdown = nullptr;
+    /// Maps registers in memory: pci::Device::map_bar(), or a device whose address a table gives.
+    MmioMapper& mmio = no_mmio();
 
     bool allows(Feature feature) const { return (withheld_features & to_underlying(feature)) == 0; }
 };

@@ -1,71 +1,78 @@
+module;
+#include "core/try.hpp"
 module drivers.pci;
 import core.std;
+import core.mmio;
+import core.registers;
 import core.result;
 
 namespace fl::drivers::pci {
 
 namespace {
 
-constexpr u8 offset_of(Field field) { return static_cast<u8>(field); }
-
-constexpr u8 header_multi_function = 0x80;
 constexpr u8 header_general = 0;
 constexpr u8 header_bridge = 1;
-constexpr u16 status_capabilities = 1u << 4; // [PCI-3.0 §6.2.3]
 constexpr u8 class_bridge = 6;
 constexpr u8 subclass_host_bridge = 0;
 constexpr u8 subclass_pci_bridge = 4;
-constexpr unsigned max_capabilities = 48; // 192 bytes behind the header, at least 4 each
+constexpr u16 header_end = 0x40;
+
+constexpr u8 bars_of(u8 header_type) {
+    return header_type == header_general ? 6 : header_type == header_bridge ? 2 : 0;
+}
 
 } // namespace
 
-void Device::change_command(u16 set, u16 clear) const {
+void Device::change_command(Command set, Command clear) const {
     const Command now = command();
-    const auto wanted = static_cast<u16>((now.raw & ~clear) | set);
-    if (wanted != now.raw) {
-        config->write16(at, offset_of(Field::command), wanted); // 16 bits: the status half clears on ones
+    const auto wanted = Command::from(static_cast<u16>((now.raw & ~clear.raw) | set.raw));
+    if (wanted != now) {
+        wanted.write(*this); // 16 bits: the bits of the status register are cleared by ones
     }
 }
 
 Result<Bar> Device::bar(u8 index) const {
-    const u8 count = header_type == header_general ? 6 : header_type == header_bridge ? 2 : 0;
+    using Type = MemoryBaseAddress::Type;
+    const u8 count = bars_of(header_type);
     if (index >= count) {
         return Error{Code::bad_argument, "this PCI header has fewer base address registers", count, index};
     }
-    const auto offset = static_cast<u8>(offset_of(Field::bar0) + 4 * index);
-    const u32 low = config->read32(at, offset);
-    const bool is_io = (low & 1) != 0;
-    const bool is_wide = !is_io && (low >> 1 & 3) == 2;
-    if (!is_io && ((low >> 1 & 3) == 3 || (is_wide && index + 1 >= count))) {
-        return Error{Code::protocol, "a PCI base address register of a type that does not exist", 0, low};
+    const u64 low_at = MemoryBaseAddress::offset + 4u * index;
+    const u64 high_at = low_at + 4;
+    const auto low = MemoryBaseAddress::from(read<u32>(low_at));
+    const bool is_io = low.get(MemoryBaseAddress::io_space);
+    const Type type = low.get(MemoryBaseAddress::type);
+    const bool is_wide = !is_io && type == Type::bits_64;
+    if (!is_io && (to_underlying(type) == 3 || (is_wide && index + 1 >= count))) {
+        return Error{Code::protocol, "a PCI base address register of a type that does not exist", 0, low.raw};
     }
-    const u32 high = is_wide ? config->read32(at, static_cast<u8>(offset + 4)) : 0;
+    const u32 high = is_wide ? read<u32>(high_at) : 0;
 
     // All ones in, the bits that stick are the address bits. Decoding is off meanwhile, or the device would answer at
     // the top of the space.
     const Command before = command();
-    const u16 decoding = Command::io_space | Command::memory_space;
-    change_command(0, decoding);
-    config->write32(at, offset, ~u32{0});
-    const u32 low_mask = config->read32(at, offset);
-    config->write32(at, offset, low);
+    const Command decoding = Command::of(Command::io_space, Command::memory_space);
+    change_command({}, decoding);
+    write(low_at, ~u32{0});
+    const u32 low_mask = read<u32>(low_at);
+    write(low_at, low.raw);
     u32 high_mask = is_io || !is_wide ? ~u32{0} : 0;
     if (is_wide) {
-        config->write32(at, static_cast<u8>(offset + 4), ~u32{0});
-        high_mask = config->read32(at, static_cast<u8>(offset + 4));
-        config->write32(at, static_cast<u8>(offset + 4), high);
+        write(high_at, ~u32{0});
+        high_mask = read<u32>(high_at);
+        write(high_at, high);
     }
-    change_command(static_cast<u16>(before.raw & decoding));
+    change_command(Command::from(before.raw & decoding.raw));
 
     if (low_mask == 0 || low_mask == ~u32{0}) {
         return Bar{};
     }
     Bar bar;
     bar.kind = is_io ? Bar::Kind::io : is_wide ? Bar::Kind::memory64 : Bar::Kind::memory32;
-    bar.prefetchable = !is_io && (low & 8) != 0;
-    const u32 flags = is_io ? 3 : 15;
-    bar.base = u64{high} << 32 | (low & ~flags);
-    u64 mask = u64{high_mask} << 32 | (low_mask & ~flags);
+    bar.prefetchable = !is_io && low.get(MemoryBaseAddress::prefetchable);
+    const u32 bits = is_io ? decltype(IoBaseAddress::address)::mask : decltype(MemoryBaseAddress::address)::mask;
+    bar.base = u64{high} << 32 | (low.raw & bits);
+    u64 mask = u64{high_mask} << 32 | (low_mask & bits);
     if (is_io && low_mask >> 16 == 0) {
         mask |= 0xffff0000; // a port register may implement 16 bits only
     }
@@ -76,37 +83,132 @@ Result<Bar> Device::bar(u8 index) const {
     return bar;
 }
 
-std::optional<u8> Device::capability(CapabilityId id) const {
-    if ((read32(Field::command) >> 16 & status_capabilities) == 0) {
+Result<Bar> Device::memory_bar(u8 index) const {
+    for (u8 i = 0; i < index && i < bars_of(header_type); ++i) {
+        const auto low = MemoryBaseAddress::read(*this, 4u * i);
+        if (!low.get(MemoryBaseAddress::io_space) &&
+            low.get(MemoryBaseAddress::type) == MemoryBaseAddress::Type::bits_64 && ++i == index) {
+            return Error{Code::protocol,
+                         "a PCI device names the upper half of a 64-bit base address register as one of its own",
+                         i - 1u, index};
+        }
+    }
+    TRY(const Bar found, bar(index));
+    switch (found.kind) {
+    case Bar::Kind::none:
+        return Error{Code::not_supported,
+                     "the driver needs registers in memory, and the device does not implement this BAR", 1, index};
+    case Bar::Kind::io:
+        return Error{Code::not_supported, "the driver needs registers in memory, and this BAR is for I/O ports", 1,
+                     index};
+    case Bar::Kind::memory32:
+    case Bar::Kind::memory64: break;
+    }
+    if (found.base == 0) {
+        return Error{Code::not_supported,
+                     "the firmware has given this BAR no address: let it configure the device (not \"pci=off\"), or "
+                     "attach the device to a bus with a larger window",
+                     1, index};
+    }
+    return found;
+}
+
+Result<Mmio> Device::map_bar(MmioMapper& mapper, u8 index, u64 at_byte, u64 size) const {
+    TRY(const Bar found, memory_bar(index));
+    if (at_byte > found.size || size > found.size - at_byte) {
+        return Error{Code::protocol, "a PCI device places registers outside of the BAR that holds them", found.size,
+                     at_byte + size};
+    }
+    TRY(const Mmio region, mapper.map(found.base + at_byte, size));
+    change_command(Command::of(Command::memory_space));
+    return region;
+}
+
+Result<Mmio> Device::map_bar(MmioMapper& mapper, u8 index) const {
+    TRY(const Bar found, memory_bar(index));
+    TRY(const Mmio region, mapper.map(found.base, found.size));
+    change_command(Command::of(Command::memory_space));
+    return region;
+}
+
+Capabilities::Capabilities(const Device& device, bool extended) : device_(&device), extended_(extended) {
+    if (!extended) {
+        if (Status::read(device).get(Status::capabilities_list)) {
+            at_ = static_cast<u16>(4u * CapabilitiesPointer::read(device).get(CapabilitiesPointer::dword));
+        }
+    } else if (device.config->reaches_extended(device.at) && device.capability(CapabilityId::express)) {
+        at_ = conventional_size; // a conventional function may show its first 256 bytes there again
+    }
+}
+
+std::optional<Capability> Capabilities::next() {
+    const u16 at = at_;
+    u64& seen = seen_[at / 4 / 64];
+    if (at < (extended_ ? conventional_size : header_end) || (seen >> at / 4 % 64 & 1) != 0) {
         return std::nullopt;
     }
-    auto offset = static_cast<u8>(read32(Field::capabilities) & 0xfc);
-    for (unsigned i = 0; i < max_capabilities && offset >= 0x40; ++i) {
-        const u32 head = config->read32(at, offset);
-        if ((head & 0xff) == to_underlying(id)) {
-            return offset;
+    seen |= u64{1} << at / 4 % 64;
+    if (extended_) {
+        const auto header = ExtendedCapabilityHeader::read(*device_, at);
+        if (header.raw == 0 || header.raw == ~u32{0}) { // there is none, or the function is gone
+            at_ = 0;
+            return std::nullopt;
         }
-        offset = static_cast<u8>(head >> 8 & 0xfc);
+        at_ = static_cast<u16>(4u * header.get(ExtendedCapabilityHeader::next_dword));
+        return Capability{header.get(ExtendedCapabilityHeader::id), at, header.get(ExtendedCapabilityHeader::version)};
     }
-    return std::nullopt;
+    const auto header = CapabilityHeader::read(*device_, at);
+    if (header.raw == 0xffff) {
+        at_ = 0;
+        return std::nullopt;
+    }
+    at_ = static_cast<u16>(4u * header.get(CapabilityHeader::next_dword));
+    return Capability{header.get(CapabilityHeader::id), at, 0};
+}
+
+std::optional<Capability> Capabilities::next_with(u16 id) {
+    for (;;) {
+        const auto found = next();
+        if (!found || found->id == id) {
+            return found;
+        }
+    }
+}
+
+std::optional<u16> Device::capability(CapabilityId id) const {
+    const auto found = capabilities().next(id);
+    return found ? std::optional(found->offset) : std::nullopt;
+}
+
+u64 Device::power_on() const {
+    using State = PowerControl::State;
+    const auto at_byte = capability(CapabilityId::power);
+    const auto control = at_byte ? PowerControl::read(*this, *at_byte) : PowerControl{};
+    const State state = control.get(PowerControl::state);
+    if (state == State::d0) {
+        return 0;
+    }
+    PowerControl::change(*this, *at_byte, [](PowerControl& power) { power.set(PowerControl::state, State::d0); });
+    return state == State::d3_hot ? 10_ms : 200_us; // [PCI-PM-1.2 §5.6.1]
 }
 
 std::optional<Device> look_up(Config& config, Address at) {
-    const u32 identity = config.read32(at, offset_of(Field::identity));
-    if ((identity & 0xffff) == 0xffff || identity == 0) { // nobody drove the bus
+    Device found{.config = &config, .at = at};
+    const auto identity = Identity::read(found);
+    if (identity.get(Identity::vendor) == 0xffff || identity.raw == 0) { // no function answers
         return std::nullopt;
     }
-    const u32 code = config.read32(at, offset_of(Field::class_code));
-    const u32 header = config.read32(at, offset_of(Field::header_type));
-    return Device{.config = &config,
-                  .at = at,
-                  .vendor = static_cast<u16>(identity),
-                  .device = static_cast<u16>(identity >> 16),
-                  .class_code = static_cast<u8>(code >> 24),
-                  .subclass = static_cast<u8>(code >> 16),
-                  .prog_if = static_cast<u8>(code >> 8),
-                  .revision = static_cast<u8>(code),
-                  .header_type = static_cast<u8>(header >> 16 & 0x7f)};
+    const auto code = ClassCode::read(found);
+    const auto header = HeaderType::read(found);
+    found.vendor = static_cast<u16>(identity.get(Identity::vendor));
+    found.device = static_cast<u16>(identity.get(Identity::device));
+    found.class_code = static_cast<u8>(code.get(ClassCode::base_class));
+    found.subclass = static_cast<u8>(code.get(ClassCode::subclass));
+    found.prog_if = static_cast<u8>(code.get(ClassCode::interface));
+    found.revision = static_cast<u8>(code.get(ClassCode::revision));
+    found.header_type = header.get(HeaderType::type);
+    found.multi_function = header.get(HeaderType::multi_function);
+    return found;
 }
 
 void Walk::function(const Device& device) {
@@ -114,9 +216,10 @@ void Walk::function(const Device& device) {
     if (device.header_type == header_bridge && device.class_code == class_bridge &&
         device.subclass == subclass_pci_bridge) {
         // 0, an unconfigured bridge, is walked already
-        known_.add(static_cast<u8>(device.read32(Field::bridge_buses) >> 8));
+        known_.add(BusNumbers::read(device).get(BusNumbers::secondary));
     }
-    if (device.class_code == class_bridge && device.subclass == subclass_host_bridge && device.at != Address{}) {
+    if (device.class_code == class_bridge && device.subclass == subclass_host_bridge &&
+        device.at != Address{.segment = device.at.segment}) {
         more_host_bridges_ = true;
     }
     found_(context_, device);
@@ -128,14 +231,14 @@ void Walk::bus(u8 number) {
     for (u8 slot = 0; slot < 32; ++slot) {
         u8 functions = 1;
         for (u8 n = 0; n < functions; ++n) {
-            const auto device = look_up(config_, {number, slot, n});
+            const auto device = look_up(config_, {number, slot, n, config_.segment()});
             if (!device) {
                 if (n == 0) {
                     break; // function 0 is mandatory [PCI-3.0 §6.1]
                 }
                 continue;
             }
-            if (n == 0 && (device->read32(Field::header_type) >> 16 & header_multi_function) != 0) {
+            if (n == 0 && device->multi_function) {
                 functions = 8;
             }
             function(*device);
@@ -184,9 +287,9 @@ Enumerated enumerate(Config& config, Walk::Found found, void* context, u8 first,
         }
     }
     // A host bridge that ignores the bus number would show everything again on every bus.
-    const u32 identity = config.read32({first, 0, 0}, offset_of(Field::identity));
-    if (roots.others &&
-        (first == roots.last || config.read32({roots.last, 0, 0}, offset_of(Field::identity)) != identity)) {
+    const auto identity_of = [&](u8 bus) { return config.read({bus, 0, 0, config.segment()}, Identity::offset, 4); };
+    const u32 identity = identity_of(first);
+    if (roots.others && (first == roots.last || identity_of(roots.last) != identity)) {
         walk.rest(roots.first, roots.last);
     }
     return counts();

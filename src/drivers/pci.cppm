@@ -1,6 +1,6 @@
 // The PCI bus: configuration space, a bounded walk over all functions, base address registers, capabilities, and the
-// data that a driver is matched by. Portable; drivers.machine.pci has the two ways to reach configuration space, tests
-// have a fake.
+// data that a driver is matched by. Portable: drivers.pci.registers has the registers, drivers.pci.access the two ways
+// to reach configuration space, drivers.pci.msi interrupts; tests have a fake.
 //
 // A machine has a root bus for each host bridge. Bus 0 is always one; the others are found in this order, cheapest
 // first:
@@ -10,81 +10,45 @@
 //   3. No ACPI, or a host bridge whose _BBN is computed: every bus that no bridge leads to: 32 reads each, 8160 in all.
 //      A read costs two exits where the ports are emulated, so this is the last resort.
 export module drivers.pci;
+export import drivers.pci.registers;
 import core.std;
+import core.mmio;
+import core.registers;
 import core.result;
 
 export namespace fl::drivers::pci {
 
-/// Where a function sits. Values beyond 31 and 7 do not exist.
+/// Where a function sits. Devices beyond 31 and functions beyond 7 do not exist. A segment has 256 buses of its own
+/// [PCI-FW 3.3 §4.1.2].
 struct Address {
     u8 bus = 0;
     u8 device = 0;
     u8 function = 0;
+    u16 segment = 0;
 
     friend constexpr bool operator==(const Address&, const Address&) = default;
 };
 
-/// Configuration space, 256 bytes a function, little endian. Offsets are aligned to the access. A function that is not
-/// there reads as all ones and ignores writes.
-template <class C>
-concept ConfigAccess = requires(C& config, Address at, u8 offset, u32 value32, u16 value16) {
-    { config.read32(at, offset) } -> std::same_as<u32>;
-    config.write32(at, offset, value32);
-    config.write16(at, offset, value16);
-};
+/// Bytes of a function's configuration space [PCI-3.0 §6.1], [PCIe-5.0 §7.2].
+inline constexpr u16 conventional_size = 256;
+inline constexpr u16 extended_size = 4096;
 
-/// The model of ConfigAccess that a Device can hold on to; references live as long as the machine.
+/// Configuration space of the functions of a segment, or of some buses of it, little endian. References live as long
+/// as the machine.
 class Config {
   public:
-    virtual u32 read32(Address at, u8 offset) = 0;
-    virtual void write32(Address at, u8 offset, u32 value) = 0;
-    virtual void write16(Address at, u8 offset, u16 value) = 0;
+    /// One access of `width` bytes: 1, 2 or 4. `offset` is a multiple of it below extended_size. All ones, and a write
+    /// is ignored: no function is there, it is in another segment, or this way does not get to the offset.
+    virtual u32 read(Address at, u16 offset, u32 width) = 0;
+    virtual void write(Address at, u16 offset, u32 width, u32 value) = 0;
+    /// Whether offsets from conventional_size on are reached for this function.
+    virtual bool reaches_extended(Address at) const = 0;
+    virtual u16 segment() const { return 0; }
     /// Reads so far that did not get to a function's registers and gave all ones for that, not for an empty place.
     virtual u32 failed_reads() const { return 0; }
 
   protected:
     ~Config() = default;
-};
-static_assert(ConfigAccess<Config>);
-
-/// The address register of configuration mechanism #1 at port 0xcf8 [PCI-3.0 §3.2.2.3.2]: enable, bus, device,
-/// function, dword.
-class MechanismOneAddress {
-  public:
-    static constexpr u16 address_port = 0xcf8;
-    static constexpr u16 data_port = 0xcfc;
-
-    constexpr MechanismOneAddress(Address at, u8 offset)
-        : value_(u32{1} << 31 | u32{at.bus} << 16 | (at.device & u32{31}) << 11 | (at.function & u32{7}) << 8 |
-                 (offset & u32{0xfc})) {}
-    constexpr u32 value() const { return value_; }
-
-  private:
-    u32 value_;
-};
-
-/// Offsets of the header's registers [PCI-3.0 §6.1]; the first 64 bytes.
-enum class Field : u8 {
-    identity = 0x00,     // device 31:16, vendor 15:0
-    command = 0x04,      // status 31:16, command 15:0
-    class_code = 0x08,   // class 31:24, subclass 23:16, programming interface 15:8, revision 7:0
-    header_type = 0x0c,  // header type 23:16
-    bar0 = 0x10,         // six in a type 0 header, two in a type 1 header
-    bridge_buses = 0x18, // type 1: subordinate 23:16, secondary 15:8, primary 7:0
-    capabilities = 0x34, // pointer 7:0
-    interrupt = 0x3c,    // pin 15:8, line 7:0
-};
-
-/// The command register [PCI-3.0 §6.2.2].
-struct Command {
-    u16 raw = 0;
-
-    static constexpr u16 interrupt_disable = 1u << 10;
-    static constexpr u16 bus_master = 1u << 2;
-    static constexpr u16 memory_space = 1u << 1;
-    static constexpr u16 io_space = 1u << 0;
-
-    constexpr bool has(u16 bits) const { return (raw & bits) == bits; }
 };
 
 /// A base address register, decoded and sized [PCI-3.0 §6.2.5.1].
@@ -98,8 +62,39 @@ struct Bar {
 
 /// Capability ids that have a use here; other values occur [PCI-3.0 appendix H].
 enum class CapabilityId : u8 { power = 0x01, msi = 0x05, vendor = 0x09, express = 0x10, msix = 0x11 };
+/// Extended capability ids [PCIe-5.0 §7.9]; other values occur.
+enum class ExtendedCapabilityId : u16 { error_reporting = 0x01, serial_number = 0x03, vendor = 0x0b };
 
-/// One function, as read once. Holds a pointer to its configuration space.
+struct Capability {
+    u16 id = 0;     // a CapabilityId, or an ExtendedCapabilityId
+    u16 offset = 0; // of its header, in configuration space
+    u8 version = 0; // of an extended one
+};
+
+struct Device;
+
+/// The capabilities of a function, in the order of the list. Each place is visited once, so a list with a loop ends, and
+/// so does one with a pointer into the header.
+class Capabilities {
+  public:
+    /// The next one; nothing: that was all. One or two reads.
+    std::optional<Capability> next();
+    std::optional<Capability> next(CapabilityId id) { return next_with(to_underlying(id)); }
+    std::optional<Capability> next(ExtendedCapabilityId id) { return next_with(to_underlying(id)); }
+
+  private:
+    friend struct Device;
+    Capabilities(const Device& device, bool extended);
+    std::optional<Capability> next_with(u16 id);
+
+    const Device* device_;                           // it outlives this
+    std::array<u64, extended_size / 4 / 64> seen_{}; // a bit for each dword
+    u16 at_ = 0;                                     // of the next header; 0: there is none
+    bool extended_;
+};
+
+/// One function, as read once. Holds a pointer to its configuration space. A model of RegisterAccess for 8, 16 and 32
+/// bits: `Command::read(device)`, `MsiControl::read(device, capability)`.
 struct Device {
     Config* config = nullptr;
     Address at{};
@@ -110,21 +105,50 @@ struct Device {
     u8 prog_if = 0;
     u8 revision = 0;
     u8 header_type = 0; // without the multi-function bit
+    bool multi_function = false;
 
-    u32 read32(Field field) const { return config->read32(at, static_cast<u8>(field)); }
+    /// One access; as Config's.
+    template <class T>
+        requires(RegisterValue<T> && sizeof(T) <= 4)
+    T read(u64 offset) const {
+        return static_cast<T>(config->read(at, static_cast<u16>(offset), sizeof(T)));
+    }
+    template <class T>
+        requires(RegisterValue<T> && sizeof(T) <= 4)
+    void write(u64 offset, T value) const {
+        config->write(at, static_cast<u16>(offset), sizeof(T), value);
+    }
+
     /// INTx pin: 0 none, 1 to 4 INTA to INTD. Line: what the firmware routed it to; 0xff: nothing.
-    u8 interrupt_pin() const { return static_cast<u8>(read32(Field::interrupt) >> 8); }
-    u8 interrupt_line() const { return static_cast<u8>(read32(Field::interrupt)); }
-    Command command() const { return {static_cast<u16>(read32(Field::command))}; }
+    u8 interrupt_pin() const { return InterruptPin::read(*this).get(InterruptPin::pin); }
+    u8 interrupt_line() const { return InterruptPin::read(*this).get(InterruptPin::line); }
+    Command command() const { return Command::read(*this); }
     /// Sets and clears bits of the command register; a register that has them already is not written.
-    void change_command(u16 set, u16 clear = 0) const;
+    void change_command(Command set, Command clear = {}) const;
     /// Reads and sizes BAR `index` (0 to 5). Decoding is off while the size is read, so do this before the device is in
     /// use. Error{bad_argument}: no such register in this header; Error{protocol}: a type, or a size, that does not
     /// exist.
     Result<Bar> bar(u8 index) const;
-    /// Offset of the first capability with this id; nothing when there is none. Bounded: a list with a loop ends.
-    std::optional<u8> capability(CapabilityId id) const;
+    /// bar() of a register that a driver needs for registers in memory: Error{not_supported} says what it is instead (I/O
+    /// ports, not implemented, without an address); Error{protocol}: the upper half of a 64-bit register.
+    Result<Bar> memory_bar(u8 index) const;
+    /// Maps `size` bytes at `at_byte` of a BAR, and switches the decoding of memory on. Its errors are those of
+    /// memory_bar() and MmioMapper::map(); Error{protocol}: the BAR is smaller.
+    Result<Mmio> map_bar(MmioMapper& mapper, u8 index, u64 at_byte, u64 size) const;
+    /// The whole BAR.
+    Result<Mmio> map_bar(MmioMapper& mapper, u8 index) const;
+
+    Capabilities capabilities() const { return {*this, false}; }
+    /// Those beyond the first 256 bytes; none where they are not reached, or the function is not PCI Express.
+    Capabilities extended_capabilities() const { return {*this, true}; }
+    /// Offset of the first capability with this id; nothing when there is none.
+    std::optional<u16> capability(CapabilityId id) const;
+    /// Brings the function to D0 [PCI-PM-1.2 §5.4]. Gives how many nanoseconds must pass before the next access to it: 0
+    /// where it was there already or has no power management, 10 ms from D3.
+    u64 power_on() const;
 };
+static_assert(RegisterAccess<const Device, u8> && RegisterAccess<const Device, u16> &&
+              RegisterAccess<const Device, u32>);
 
 /// What a driver looks for. Fields left alone match everything.
 struct Match {

@@ -2,6 +2,7 @@
 #pragma once
 
 import core.std;
+import core.mmio;
 import core.result;
 import drivers.pci;
 
@@ -10,8 +11,10 @@ using namespace fl;
 namespace pci = fl::drivers::pci;
 
 struct Function {
-    std::array<u8, 256> bytes{};
-    std::array<u32, 6> bar_mask{}; // the bits that stick; 0: not implemented
+    std::array<u8, 4096> bytes{};
+    std::array<u32, 6> bar_mask{};     // the bits that stick; 0: not implemented
+    std::map<u32, u8> writable;        // of a byte: its bits that can be written; all, where nothing is said
+    std::map<u32, u8> cleared_by_ones; // of a byte: its bits that a one clears
 
     void set16(u32 at, u16 v) {
         bytes[at] = static_cast<u8>(v);
@@ -21,7 +24,22 @@ struct Function {
         set16(at, static_cast<u16>(v));
         set16(at + 2, static_cast<u16>(v >> 16));
     }
-    u32 get32(u32 at) const { return bytes[at] | bytes[at + 1] << 8 | bytes[at + 2] << 16 | u32{bytes[at + 3]} << 24; }
+    u16 get16(u32 at) const { return static_cast<u16>(bytes[at] | bytes[at + 1] << 8); }
+    u32 get32(u32 at) const { return get16(at) | u32{get16(at + 2)} << 16; }
+    /// Appends a capability; `next` of the one before it, or of the header, leads to it.
+    void add_capability(u8 at, u8 id) {
+        bytes[6] |= 0x10;
+        u8 link = 0x34;
+        while (bytes[link] != 0) {
+            link = static_cast<u8>(bytes[link] + 1);
+        }
+        bytes[link] = at;
+        bytes[at] = id;
+    }
+    void limit16(u32 at, u16 bits) {
+        writable[at] = static_cast<u8>(bits);
+        writable[at + 1] = static_cast<u8>(bits >> 8);
+    }
 };
 
 class Space final : public pci::Config {
@@ -32,6 +50,9 @@ class Space final : public pci::Config {
     bool sized_while_decoding = false;
     std::set<std::tuple<int, int, int>> unreachable; // as pages that cannot be mapped
     u32 failed = 0;
+    u16 number = 0;                                            // of the segment
+    bool extended = true;                                      // all 4096 bytes are reached
+    std::function<void(u32 at, u32 width, u32 value)> written; // every write but those of BARs
 
     Function& add(int bus, int device, int function, u16 vendor, u16 id, u32 class_code) {
         Function& f = functions[{bus, device, function}];
@@ -40,20 +61,24 @@ class Space final : public pci::Config {
         f.set32(8, class_code << 8);
         return f;
     }
-    u32 read32(pci::Address at, u8 offset) override {
+    u32 read(pci::Address at, u16 offset, u32 width) override {
         ++reads;
-        EXPECT_EQ(offset % 4, 0);
+        check(at, offset, width);
         if (unreachable.contains({at.bus, at.device, at.function})) {
             ++failed;
             return ~u32{0};
         }
         auto it = functions.find({at.bus, at.device, at.function});
-        return it == functions.end() ? ~u32{0} : it->second.get32(offset);
+        u32 value = ~u32{0};
+        if (it != functions.end() && at.segment == number && (extended || offset < 256)) {
+            std::memcpy(&value, it->second.bytes.data() + offset, width);
+        }
+        return width == 4 ? value : value & ((u32{1} << 8 * width) - 1);
     }
-    u32 failed_reads() const override { return failed; }
-    void write32(pci::Address at, u8 offset, u32 value) override {
+    void write(pci::Address at, u16 offset, u32 width, u32 value) override {
+        check(at, offset, width);
         auto it = functions.find({at.bus, at.device, at.function});
-        if (it == functions.end()) {
+        if (it == functions.end() || at.segment != number) {
             return;
         }
         Function& f = it->second;
@@ -64,12 +89,56 @@ class Space final : public pci::Config {
             f.set32(offset, (value & mask) | flags);
             return;
         }
-        f.set32(offset, value);
+        command_writes += offset == 4 ? 1 : 0;
+        if (written) {
+            written(offset, width, value);
+        }
+        for (u32 i = 0; i < width; ++i) {
+            const u8 byte = static_cast<u8>(value >> 8 * i);
+            const auto rule = f.writable.find(offset + i);
+            const u8 bits = rule == f.writable.end() ? 0xff : rule->second;
+            const auto ones = f.cleared_by_ones.find(offset + i);
+            const u8 clear = ones == f.cleared_by_ones.end() ? 0 : ones->second;
+            u8& now = f.bytes[offset + i];
+            now = static_cast<u8>((now & ~bits & ~(clear & byte)) | (byte & bits & ~clear) | (now & clear & ~byte));
+        }
     }
-    void write16(pci::Address at, u8 offset, u16 value) override {
-        EXPECT_EQ(offset, 4);
-        ++command_writes;
-        functions[{at.bus, at.device, at.function}].set16(offset, value);
+    bool reaches_extended(pci::Address) const override { return extended; }
+    u16 segment() const override { return number; }
+    u32 failed_reads() const override { return failed; }
+
+  private:
+    void check(pci::Address at, u16 offset, u32 width) const {
+        EXPECT_TRUE(width == 1 || width == 2 || width == 4);
+        EXPECT_EQ(offset % width, 0u);
+        EXPECT_LT(offset, 4096);
+        EXPECT_LT(at.device, 32);
+        EXPECT_LT(at.function, 8);
+    }
+};
+
+/// Device registers at physical addresses, and memory, which must not be mapped for registers.
+class Mapper final : public MmioMapper {
+  public:
+    struct Place {
+        MmioModel* model;
+        u64 size;
+    };
+    std::map<u64, Place> places;
+    std::vector<std::pair<u64, u64>> maps; // what was asked for
+    u64 memory_end = 0x40000000;
+
+    Result<Mmio> map(u64 physical, u64 size) override {
+        maps.emplace_back(physical, size);
+        if (physical < memory_end) {
+            return Error(Code::protocol, "memory is there", memory_end, physical);
+        }
+        for (const auto& [base, place] : places) {
+            if (physical >= base && physical - base < place.size) {
+                return Mmio(*place.model, place.size).part(physical - base, size);
+            }
+        }
+        return Error(Code::not_found, "nothing is there", 0, physical);
     }
 };
 

@@ -1,8 +1,10 @@
 module core.machine.memory;
 import core.std;
 import core.result;
+import core.address_map;
 import core.dma;
 import core.memory;
+import core.mmio;
 import core.paging;
 import core.panic;
 import core.physical;
@@ -33,12 +35,6 @@ namespace fl {
 namespace {
 
 constexpr u64 size_2m = 2_MiB;
-// Device registers stand at a fixed distance too, far from the direct map's 64 TiB.
-constexpr u64 mmio_map = 0xffffc00000000000;
-constexpr u64 map_span = u64{1} << 46;
-// Stacks of further processors, each with its guard page below.
-constexpr u64 stack_map = 0xffffe00000000000;
-constexpr u64 stack_map_end = stack_map + (u64{1} << 30);
 
 constinit MemoryLayout layout{};
 constinit FrameAllocator frame_allocator;
@@ -70,7 +66,7 @@ class KernelTables final : public TableMemory {
     u64* view(u64 physical) override {
         // The image's own memory is not in the direct map: no second, writable way to it.
         return reinterpret_cast<u64*>(in_image(physical) ? physical - layout.image_physical + image_begin()
-                                                         : layout.direct_map + physical);
+                                                         : direct_map.begin + physical);
     }
     void invalidate(u64 address) override { cpu::invalidate_page(address); }
 
@@ -80,10 +76,11 @@ class KernelTables final : public TableMemory {
 
 constinit KernelTables tables;
 constinit AddressSpace space{tables};
+constinit MmioSpace mmio_space{space};
 // Of the frames and the page tables. Mappings are only added while several processors run, so nobody has to forget
 // anything.
 constinit SpinLock lock;
-constinit u64 next_stack = stack_map;
+constinit u64 next_stack = stack_map.begin;
 
 // Control register and model-specific register bits [SDM-3 2.5, 2.2.1].
 constexpr u64 cr0_write_protect = 1 << 16;
@@ -99,8 +96,7 @@ void read_features() {
     features.no_execute = (extended >> 20 & 1) != 0;
     features.gigabyte_pages = (extended >> 26 & 1) != 0;
     u32 bits = highest >= 0x80000008 ? cpu::cpuid(0x80000008).eax & 0xff : 36;
-    bits = std::clamp<u32>(bits, 32, 46);
-    features.physical_end = u64{1} << bits;
+    features.physical_end = u64{1} << std::clamp<u32>(bits, 32, 52); // 52: all that an entry has room for
 
     const u32 offered = cpu::cpuid(0).eax >= 7 ? cpu::cpuid(7).ebx : 0;
     const u32 offered_ecx = cpu::cpuid(0).eax >= 7 ? cpu::cpuid(7).ecx : 0;
@@ -135,30 +131,6 @@ void map_image(const std::byte* begin, const std::byte* end, Protection protecti
     }
 }
 
-// Maps what is not yet mapped of [base, base + size), whole pages.
-Result<void> map_missing(u64 window, u64 physical, u64 size, Protection protection) {
-    if (physical >= features.physical_end || size > features.physical_end - physical || size == 0) {
-        return Error(Code::bad_argument, "no such physical address on this processor", features.physical_end, physical);
-    }
-    u64 at = align_down(physical, frame_size);
-    const u64 end = align_up(physical + size, frame_size);
-    while (at < end) {
-        if (const auto there = space.find(window + at); there) {
-            at = align_down(at, there->page) + there->page;
-            continue;
-        }
-        u64 stop = at + frame_size;
-        while (stop < end && !space.find(window + stop)) {
-            stop += frame_size;
-        }
-        if (auto mapped = space.map(window + at, at, stop - at, protection); !mapped) {
-            return mapped;
-        }
-        at = stop;
-    }
-    return {};
-}
-
 Result<u64> allocate_frames(const FrameRequest& request) {
     const Locked locked(lock);
     return frame_allocator.allocate(request);
@@ -172,7 +144,7 @@ class FrameDma final : public DmaAllocator {
         if (!frame) {
             return frame.error();
         }
-        auto* data = reinterpret_cast<std::byte*>(layout.direct_map + *frame);
+        auto* data = reinterpret_cast<std::byte*>(direct_map.begin + *frame);
         std::memset(data, 0, bytes);
         return DmaSpan{data, *frame, static_cast<u32>(bytes)};
     }
@@ -204,7 +176,7 @@ std::span<std::byte> grow_heap(usize at_least) {
     if (!frame) {
         return {};
     }
-    return {reinterpret_cast<std::byte*>(layout.direct_map + *frame), bytes};
+    return {reinterpret_cast<std::byte*>(direct_map.begin + *frame), bytes};
 }
 
 } // namespace
@@ -245,7 +217,7 @@ Result<void> add_memory(std::span<const MemoryArea> areas) {
             return Error(Code::exhausted,
                          "no usable range of memory holds 2 MiB below 4 GiB: give the machine more memory");
         }
-        if (auto mapped = space.map(layout.direct_map + best, best, best_size, {.write = true}); !mapped) {
+        if (auto mapped = space.map(direct_map.begin + best, best, best_size, {.write = true}); !mapped) {
             return mapped;
         }
         reachable_begin = best;
@@ -273,9 +245,9 @@ Result<void> add_memory(std::span<const MemoryArea> areas) {
             if (from >= to) {
                 continue;
             }
-            auto mapped = space.map(layout.direct_map + from, from, to - from, {.write = true});
+            auto mapped = space.map(direct_map.begin + from, from, to - from, {.write = true});
             if (!mapped && mapped.error().code == Code::busy) { // shares a page with what is there
-                mapped = map_missing(layout.direct_map, from, to - from, {.write = true});
+                mapped = map_missing(space, direct_map.begin, from, to - from, {.write = true});
             }
             if (!mapped) {
                 return mapped;
@@ -285,33 +257,56 @@ Result<void> add_memory(std::span<const MemoryArea> areas) {
     return {};
 }
 
-u64 physical_end() { return features.physical_end; }
+u64 physical_end() { return std::min(features.physical_end, direct_map.size); }
 FrameAllocator& frames() { return frame_allocator; }
 DmaAllocator& dma_memory() { return dma; }
 PhysicalReader& physical_memory() { return reader; }
 
 Result<std::byte*> map_mmio(u64 physical, u64 size) {
     const Locked locked(lock);
-    if (auto mapped = map_missing(mmio_map, physical, size, {.write = true, .uncached = true}); !mapped) {
+    const auto mapped = mmio_space.map(physical, size);
+    if (!mapped) {
         return mapped.error();
     }
-    return reinterpret_cast<std::byte*>(mmio_map + physical);
+    return reinterpret_cast<std::byte*>(*mapped);
 }
+
+namespace {
+class KernelMmio final : public MmioMapper {
+  public:
+    Result<Mmio> map(u64 physical, u64 size) override {
+        const Locked locked(lock);
+        if (auto checked = mmio_space.check_no_memory(physical, size); !checked) {
+            return checked.error();
+        }
+        const auto mapped = mmio_space.map(physical, size);
+        if (!mapped) {
+            return mapped.error();
+        }
+        return Mmio(reinterpret_cast<std::byte*>(*mapped), size);
+    }
+};
+constinit KernelMmio mapper;
+} // namespace
+MmioMapper& device_registers() { return mapper; }
 
 Result<std::byte*> map_physical(u64 physical, u64 size) {
     if (in_image(physical) && size <= image_size() - (physical - layout.image_physical)) {
         return reinterpret_cast<std::byte*>(physical - layout.image_physical + image_begin());
     }
+    if (physical >= direct_map.size || size > direct_map.size - physical) {
+        return Error(Code::bad_argument, "memory at this physical address cannot be mapped", direct_map.size, physical);
+    }
     const Locked locked(lock);
-    if (auto mapped = map_missing(layout.direct_map, physical, size, {.write = true}); !mapped) {
+    if (auto mapped = map_missing(space, direct_map.begin, physical, size, {.write = true}); !mapped) {
         return mapped.error();
     }
-    return reinterpret_cast<std::byte*>(layout.direct_map + physical);
+    return reinterpret_cast<std::byte*>(direct_map.begin + physical);
 }
 
 Result<u64> map_stack(u64 size) {
     const Locked locked(lock);
-    if (size > stack_map_end - next_stack - frame_size) {
+    if (size > stack_map.end() - next_stack - frame_size) {
         return Error(Code::exhausted, "no address space left for another processor's stack");
     }
     auto frame = frame_allocator.allocate({.frames = size / frame_size});
@@ -333,7 +328,7 @@ Result<u64> open_start_page(void (*fill)(std::byte* page, u64 physical)) {
     if (!frame) {
         return frame;
     }
-    const u64 window = layout.direct_map + *frame;
+    const u64 window = direct_map.begin + *frame;
     std::memset(reinterpret_cast<void*>(window), 0, frame_size);
     fill(reinterpret_cast<std::byte*>(window), *frame);
     // Never writable and executable at once, not even by two names.
@@ -354,7 +349,7 @@ void close_start_page(u64 page, bool give_back) {
     if (!space.unmap(page, frame_size) || !give_back) {
         return;
     }
-    if (space.protect(layout.direct_map + page, frame_size, {.write = true})) {
+    if (space.protect(direct_map.begin + page, frame_size, {.write = true})) {
         frame_allocator.free(page, 1);
     }
 }
@@ -367,14 +362,14 @@ u64 physical_of(const void* pointer) {
     if (address >= image_begin() && address - image_begin() < image_size()) {
         return address - image_begin() + layout.image_physical;
     }
-    if (address - mmio_map < map_span) {
-        return address - mmio_map;
+    if (direct_map.has(address)) {
+        return address - direct_map.begin;
     }
-    if (address - layout.direct_map < map_span) {
-        return address - layout.direct_map;
+    const Locked locked(lock);
+    if (const auto physical = mmio_space.physical_of(address)) {
+        return *physical;
     }
-    if (address - stack_map < stack_map_end - stack_map) {
-        const Locked locked(lock);
+    if (stack_map.has(address)) {
         if (const auto there = space.find(address)) {
             return there->physical;
         }

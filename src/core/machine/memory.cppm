@@ -5,13 +5,13 @@ import core.std;
 import core.result;
 import core.dma;
 import core.memory;
+import core.mmio;
 import core.physical;
 
 export namespace fl {
 
-/// Where things stand. Virtual addresses are constants of the link, the physical one the loader's choice.
+/// Where the image is. Virtual addresses are constants of the link, the physical one the loader's choice.
 struct MemoryLayout {
-    u64 direct_map;     // virtual address of physical 0
     u64 image_physical; // of the image's first byte, 2 MiB aligned
     u64 stack_guard;    // virtual address of the page that stays unmapped
 };
@@ -32,8 +32,8 @@ void start_memory(const MemoryLayout& layout);
 /// Error{exhausted}: no usable range is large enough to begin with.
 Result<void> add_memory(std::span<const MemoryArea> areas);
 
-/// No physical address at or above it on this processor (CPUID 0x80000008, or what the direct map has room for). After
-/// start_memory.
+/// No memory at or above it is used: the processor's physical addresses end there (CPUID 0x80000008), or the direct map.
+/// Device registers may be higher. After start_memory.
 u64 physical_end();
 
 FrameAllocator& frames();
@@ -42,8 +42,11 @@ DmaAllocator& dma_memory();
 /// Reads physical memory of any kind that is not device registers, mapping it on demand.
 PhysicalReader& physical_memory();
 
-/// Device registers, uncached, for good: the same address for the same range, however often it is asked for.
+/// Device registers, uncached, for good, wherever the processor has physical addresses: the same address for the same
+/// range, however often it is asked for. For what the platform says about itself (APICs, ACPI).
 Result<std::byte*> map_mmio(u64 physical, u64 size);
+/// The same for what devices say about themselves: an address where memory is, is refused.
+MmioMapper& device_registers();
 /// Memory (RAM, firmware's, or a page that a hypervisor puts somewhere), cached, writable, not executable, for good.
 Result<std::byte*> map_physical(u64 physical, u64 size);
 /// `size` bytes of memory, multiple of 4 KiB, above a page that stays unmapped: a stack. Gives the address of that

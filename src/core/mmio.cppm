@@ -1,0 +1,133 @@
+// Device registers in memory: a mapped region, and what maps it. Portable; core.machine.memory has the kernel's mapper,
+// tests have memory of their own or a model of the device.
+export module core.mmio;
+import core.std;
+import core.panic;
+import core.result;
+import core.registers;
+
+export namespace fl {
+
+/// For tests: answers accesses to a region in place of memory, so that a fake device can act on each one and a script
+/// can check their order. `at` counts from the beginning of the region that was mapped; `width` is 1, 2, 4 or 8 bytes.
+class MmioModel {
+  public:
+    virtual u64 read(u64 at, u32 width) = 0;
+    virtual void write(u64 at, u32 width, u64 value) = 0;
+
+  protected:
+    ~MmioModel() = default;
+};
+
+/// A mapped region of device registers; a value, to be copied. A model of RegisterAccess for all four widths.
+///
+/// Each access is one `mov` of exactly this width: an instruction that every hypervisor decodes. It is ordered with the
+/// other accesses to memory as the program has them: what was stored before a write() is seen by a device that the write
+/// makes look at memory, and a load after a read() comes after it. That costs nothing on x86: uncached accesses are
+/// strongly ordered [SDM-3 11.3], so only the compiler is held back.
+///
+/// Bounds are checked once, where the region is mapped (`size` of MmioMapper::map, part()). Test builds also check each
+/// access, and panic.
+class Mmio {
+  public:
+    constexpr Mmio() = default;
+    /// `base`: mapped for `size` bytes, uncached where it is a device's.
+    Mmio(std::byte* base, u64 size) : base_(base), size_(size) {}
+#if __STDC_HOSTED__
+    Mmio(MmioModel& model, u64 size) : size_(size), model_(&model) {}
+#endif
+
+    u64 size() const { return size_; }
+    /// The registers [at, at + size). Error{protocol}: the region has fewer bytes.
+    Result<Mmio> part(u64 at, u64 size) const {
+        if (at > size_ || size > size_ - at) {
+            return Error(Code::protocol, "a device places registers outside of the region that holds them", size_,
+                         at + size);
+        }
+        Mmio inner = *this;
+        inner.size_ = size;
+#if __STDC_HOSTED__
+        inner.first_ = first_ + at;
+#endif
+        inner.base_ = base_ == nullptr ? nullptr : base_ + at;
+        return inner;
+    }
+
+    /// `at`: a multiple of the width, with the whole register in the region.
+    template <RegisterValue T>
+    T read(u64 at) const {
+#if __STDC_HOSTED__
+        check(at, sizeof(T));
+        if (model_ != nullptr) {
+            return static_cast<T>(model_->read(first_ + at, sizeof(T)));
+        }
+#endif
+        T value;
+        const auto* const from = reinterpret_cast<const volatile T*>(base_ + at);
+        if constexpr (sizeof(T) == 1) {
+            asm volatile("movb %1, %0" : "=q"(value) : "m"(*from) : "memory");
+        } else if constexpr (sizeof(T) == 2) {
+            asm volatile("movw %1, %0" : "=r"(value) : "m"(*from) : "memory");
+        } else if constexpr (sizeof(T) == 4) {
+            asm volatile("movl %1, %0" : "=r"(value) : "m"(*from) : "memory");
+        } else {
+            asm volatile("movq %1, %0" : "=r"(value) : "m"(*from) : "memory");
+        }
+        return value;
+    }
+    template <RegisterValue T>
+    void write(u64 at, T value) const {
+#if __STDC_HOSTED__
+        check(at, sizeof(T));
+        if (model_ != nullptr) {
+            model_->write(first_ + at, sizeof(T), value);
+            return;
+        }
+#endif
+        auto* const to = reinterpret_cast<volatile T*>(base_ + at);
+        if constexpr (sizeof(T) == 1) {
+            asm volatile("movb %1, %0" : "=m"(*to) : "qi"(value) : "memory");
+        } else if constexpr (sizeof(T) == 2) {
+            asm volatile("movw %1, %0" : "=m"(*to) : "ri"(value) : "memory");
+        } else if constexpr (sizeof(T) == 4) {
+            asm volatile("movl %1, %0" : "=m"(*to) : "ri"(value) : "memory");
+        } else {
+            asm volatile("movq %1, %0" : "=m"(*to) : "re"(value) : "memory");
+        }
+    }
+
+  private:
+#if __STDC_HOSTED__
+    void check(u64 at, u64 width) const {
+        if (at % width != 0 || at > size_ || width > size_ - at) {
+            panic("a register of {} bytes at {:#x} does not lie in its region of {:#x} bytes", width, at, size_);
+        }
+    }
+#endif
+
+    std::byte* base_ = nullptr;
+    u64 size_ = 0;
+#if __STDC_HOSTED__
+    MmioModel* model_ = nullptr;
+    u64 first_ = 0; // of the region that the model stands for
+#endif
+};
+static_assert(RegisterAccess<const Mmio, u8> && RegisterAccess<const Mmio, u16> && RegisterAccess<const Mmio, u32> &&
+              RegisterAccess<const Mmio, u64>);
+
+/// Maps device registers. References live as long as the machine.
+class MmioMapper {
+  public:
+    /// The registers at [physical, physical + size), uncached, for good; `size` is not 0, nothing needs to be aligned.
+    /// The same range gives the same region. Error{bad_argument}: no such physical address on this processor;
+    /// Error{protocol}: memory is there; Error{exhausted}: no page tables or no address space left.
+    virtual Result<Mmio> map(u64 physical, u64 size) = 0;
+
+  protected:
+    ~MmioMapper() = default;
+};
+
+/// Where there is no mapper: every map() is Error{not_supported}.
+MmioMapper& no_mmio();
+
+} // namespace fl

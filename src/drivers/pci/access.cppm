@@ -1,0 +1,165 @@
+// The two ways to PCI configuration space: I/O ports, mechanism #1 [PCI-3.0 §3.2.2.3.2], for the first 256 bytes of
+// segment 0; and memory, the enhanced mechanism (ECAM) [PCIe-5.0 §7.2.2], whose place the MCFG table gives for ranges
+// of buses of each segment [PCI-FW 3.3 §4.1.2]. A machine that has both uses the ports, which cost no page tables, and
+// ECAM for what lies beyond 256 bytes.
+export module drivers.pci.access;
+import core.std;
+import core.mmio;
+import core.registers;
+import drivers.pci;
+
+export namespace fl::drivers::pci {
+
+/// The buses `first` to `last` of one segment; the registers of bus 0 would be at `base`. A function's page is mapped
+/// when it is first accessed.
+class Ecam final : public Config {
+  public:
+    Ecam(MmioMapper& mapper, u64 base, u8 first, u8 last, u16 segment = 0)
+        : mapper_(mapper), base_(base), segment_(segment), first_(first), last_(last) {}
+
+    u32 read(Address at, u16 offset, u32 width) override {
+        const Mmio* page = map(at);
+        if (page == nullptr) {
+            ++failed_reads_;
+            return ~u32{0};
+        }
+        switch (width) {
+        case 1: return page->read<u8>(offset);
+        case 2: return page->read<u16>(offset);
+        default: return page->read<u32>(offset);
+        }
+    }
+    void write(Address at, u16 offset, u32 width, u32 value) override {
+        const Mmio* page = map(at);
+        if (page == nullptr) {
+            return;
+        }
+        switch (width) {
+        case 1: page->write(offset, static_cast<u8>(value)); break;
+        case 2: page->write(offset, static_cast<u16>(value)); break;
+        default: page->write(offset, value); break;
+        }
+    }
+    bool reaches_extended(Address at) const override { return covers(at); }
+    u16 segment() const override { return segment_; }
+    /// There was no memory for page tables, or a bridge leads to a bus that is none of these.
+    u32 failed_reads() const override { return failed_reads_; }
+
+    bool covers(Address at) const { return at.segment == segment_ && at.bus >= first_ && at.bus <= last_; }
+
+    Ecam* next = nullptr; // for PortConfig::use_beyond()
+
+  private:
+    const Mmio* map(Address at) {
+        if (mapped_ && mapped_at_ == at) { // as a rule: a function's registers are read one after the other
+            return &page_;
+        }
+        if (!covers(at)) {
+            return nullptr;
+        }
+        const auto page =
+            mapper_.map(base_ + (u64{at.bus} << 20 | u64{at.device} << 15 | u64{at.function} << 12), extended_size);
+        if (!page) {
+            return nullptr;
+        }
+        page_ = *page;
+        mapped_at_ = at;
+        mapped_ = true;
+        return &page_;
+    }
+
+    MmioMapper& mapper_;
+    u64 base_;
+    Mmio page_{};
+    Address mapped_at_{};
+    u32 failed_reads_ = 0;
+    u16 segment_;
+    u8 first_;
+    u8 last_;
+    bool mapped_ = false;
+};
+
+/// The address register at port 0xcf8.
+struct PortAddress : Register<PortAddress, u32> {
+    static constexpr u64 offset = 0xcf8;
+    static constexpr u16 data_port = 0xcfc;
+    static constexpr Bit<31> enable{};
+    static constexpr Field<23, 16, Attribute::read_write, u8> bus{};
+    static constexpr Field<15, 11> device{};
+    static constexpr Field<10, 8> function{};
+    static constexpr Field<7, 2> dword{};
+    static constexpr auto layout = fields(enable, bus, device, function, dword);
+
+    static constexpr PortAddress to(Address at, u16 register_offset) {
+        return from(u32{1} << 31 | u32{at.bus} << 16 | (at.device & u32{31}) << 11 | (at.function & u32{7}) << 8 |
+                    (register_offset & u32{0xfc}));
+    }
+};
+
+/// By ports. `Ports` is a RegisterAccess for 8, 16 and 32 bits by port number. There is one pair of ports in the
+/// machine: one object, used by one processor, not by interrupt handlers.
+template <class Ports>
+    requires(RegisterAccess<Ports, u8> && RegisterAccess<Ports, u16> && RegisterAccess<Ports, u32>)
+class PortConfig final : public Config {
+  public:
+    constexpr explicit PortConfig(Ports ports = {}) : ports_(ports) {}
+
+    /// Whether the ports are there: the address register keeps what is written to it.
+    bool present() {
+        const auto before = PortAddress::read(ports_);
+        const auto probe = PortAddress::to({}, 0);
+        probe.write(ports_);
+        const bool kept = PortAddress::read(ports_) == probe;
+        before.write(ports_);
+        return kept;
+    }
+    /// Offsets from conventional_size on go there, for the functions that it covers. It lives as long as this.
+    void use_beyond(Ecam& ecam) {
+        ecam.next = beyond_;
+        beyond_ = &ecam;
+    }
+
+    u32 read(Address at, u16 offset, u32 width) override {
+        if (offset >= conventional_size || at.segment != 0) {
+            Ecam* const ecam = beyond(at);
+            return ecam != nullptr ? ecam->read(at, offset, width) : ~u32{0};
+        }
+        PortAddress::to(at, offset).write(ports_);
+        const u64 port = PortAddress::data_port + (offset & 3u);
+        switch (width) {
+        case 1: return ports_.template read<u8>(port);
+        case 2: return ports_.template read<u16>(port);
+        default: return ports_.template read<u32>(port);
+        }
+    }
+    void write(Address at, u16 offset, u32 width, u32 value) override {
+        if (offset >= conventional_size || at.segment != 0) {
+            if (Ecam* const ecam = beyond(at)) {
+                ecam->write(at, offset, width, value);
+            }
+            return;
+        }
+        PortAddress::to(at, offset).write(ports_);
+        const u64 port = PortAddress::data_port + (offset & 3u);
+        switch (width) {
+        case 1: ports_.write(port, static_cast<u8>(value)); break;
+        case 2: ports_.write(port, static_cast<u16>(value)); break;
+        default: ports_.write(port, value); break;
+        }
+    }
+    bool reaches_extended(Address at) const override { return beyond(at) != nullptr; }
+
+  private:
+    Ecam* beyond(Address at) const {
+        Ecam* ecam = beyond_;
+        while (ecam != nullptr && !ecam->covers(at)) {
+            ecam = ecam->next;
+        }
+        return ecam;
+    }
+
+    [[no_unique_address]] Ports ports_;
+    Ecam* beyond_ = nullptr;
+};
+
+} // namespace fl::drivers::pci
