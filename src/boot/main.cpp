@@ -820,7 +820,8 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
         log::set_clock([] { return now(); });
         // QEMU's TCG with instruction counting stops at x2APIC accesses ("Bad icount read"); everywhere else they are
         // the cheaper ones.
-        start_interrupts(acpi_tables(), hv::vm_guest() != hv::VmGuest::tcg);
+        start_interrupts(acpi_tables(), {.x2apic = hv::vm_guest() != hv::VmGuest::tcg,
+                                         .extended_destinations = hv::offers_extended_destinations(sightings)});
         if (auto timer = start_timer(interrupts()); !timer) {
             log::warning("no timer, the processor will not sleep: {}", timer.error());
         }

@@ -111,6 +111,15 @@ bool starts_with(std::string_view text, std::string_view prefix) {
 
 std::span<const PolicyRule> policy() { return rules; }
 
+bool offers_extended_destinations(const Sightings& sightings) {
+    constexpr u32 kvm_extended_destinations = 1 << 15;
+    constexpr u32 xen_extended_destinations = 1 << 5;
+    const Sighting* const kvm = sightings.find(VmGuest::kvm);
+    const Sighting* const xen = sightings.find(VmGuest::xen);
+    return (kvm != nullptr && (kvm->features & kvm_extended_destinations) != 0) ||
+           (xen != nullptr && (xen->features & xen_extended_destinations) != 0);
+}
+
 bool offers_vmbus(const Sighting& s) {
     // AccessSynicRegs 2, AccessHypercallMsrs 5: without them no message can be sent or come in. Not PostMessages and
     // SignalEvents (the high half), which OpenVMM does not set though its bus works; not AccessVpIndex, whose register

@@ -105,7 +105,7 @@ class Interrupts final : public InterruptController {
     };
     std::vector<Entry> entries;
 
-    Result<void> attach_line(InterruptLine line, InterruptHandler handler, void* context) override {
+    Result<void> attach_line(InterruptLine line, InterruptHandler handler, void* context, u32) override {
         entries.push_back({line, handler, context});
         return {};
     }
@@ -116,6 +116,12 @@ class Interrupts final : public InterruptController {
     }
     Result<InterruptVector> attach_vector(InterruptHandler, void*, bool) override {
         return Error{Code::not_supported, "none"};
+    }
+    Result<InterruptVector> attach_message(u32, InterruptHandler, void*) override {
+        return Error{Code::not_supported, "no messages here"};
+    }
+    Result<InterruptMessage> message_for(InterruptVector) const override {
+        return Error{Code::not_supported, "no messages here"};
     }
     void detach_vector(InterruptVector) override {}
     void raise(u32 gsi) {

@@ -78,9 +78,15 @@ struct FakeCpu final : hv::Privileged {
     void out32(u16, u32) override {}
 };
 struct NoInterrupts final : InterruptController {
-    Result<void> attach_line(InterruptLine, InterruptHandler, void*) override { return {}; }
+    Result<void> attach_line(InterruptLine, InterruptHandler, void*, u32) override { return {}; }
     void detach_line(InterruptLine, InterruptHandler, void*) override {}
     Result<InterruptVector> attach_vector(InterruptHandler, void*, bool) override { return InterruptVector{}; }
+    Result<InterruptVector> attach_message(u32, InterruptHandler, void*) override {
+        return Error{Code::not_supported, "no messages here"};
+    }
+    Result<InterruptMessage> message_for(InterruptVector) const override {
+        return Error{Code::not_supported, "no messages here"};
+    }
     void detach_vector(InterruptVector) override {}
 };
 

@@ -1,6 +1,7 @@
 // What each processor has of its own, at GS: its number first, where core.processor reads it.
 export module core.machine.local;
 import core.std;
+import core.interrupt_router;
 import core.processor;
 import core.time;
 
@@ -22,11 +23,11 @@ static_assert(sizeof(TaskState) == 104);
 struct alignas(128) Local {
     u32 number; // at GS:0
     u32 apic_id;
+    Local* self;          // at GS:8
+    VectorTable* vectors; // its interrupt handlers; nullptr before it has joined, with interrupts off
+    InterruptCounters interrupts;
     Instant timer_at; // when its timer will go off; `never`: it is not set. Interrupts are off when it is written
-    u64 interrupts_taken;
-    u64 interrupts_spurious;
-    u64 interrupts_unexpected;
-    u64 stack_guard; // the unmapped page below its stack
+    u64 stack_guard;  // the unmapped page below its stack
     u64 stack_size;
     u64 emergency;            // its stacks for faults, one behind the other
     std::atomic<u64> kicked;  // kicks taken
@@ -35,10 +36,15 @@ struct alignas(128) Local {
     alignas(16) TaskState task;
 };
 static_assert(__builtin_offsetof(Local, number) == 0, "this_processor() reads it there");
+static_assert(__builtin_offsetof(Local, self) == 8, "local() reads it there");
 
 /// Of any processor; number < max_processors.
 Local& local_of(u32 number);
-/// Of this one.
-inline Local& local() { return local_of(this_processor()); }
+/// Of this one. One instruction; valid where this_processor() is.
+inline Local& local() {
+    Local* self;
+    asm volatile("movq %%gs:8, %0" : "=r"(self));
+    return *self;
+}
 
 } // namespace fl

@@ -340,6 +340,7 @@ void start_traps(u64 stack_guard, u64 stack_size) {
     set_gate(13, fault_stack);
     set_gate(page_fault, fault_stack);
     Local& own = local_of(0);
+    own.self = &own;
     own.stack_guard = stack_guard;
     own.stack_size = stack_size;
     own.emergency = address_of(emergency_stacks);
@@ -351,6 +352,7 @@ void start_traps(u64 stack_guard, u64 stack_size) {
 void join_traps(u32 number, u64 stack_guard, u64 stack_size) {
     Local& own = local_of(number);
     own.number = number;
+    own.self = &own;
     own.stack_guard = stack_guard;
     own.stack_size = stack_size;
     own.emergency = stack_guard + 4096 + stack_size;

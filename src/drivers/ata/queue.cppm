@@ -19,6 +19,7 @@ import core.text;
 import core.log;
 import core.time;
 import core.dma;
+import core.dma_mapper;
 import core.interrupt;
 import io.executor;
 import io.block;
@@ -42,18 +43,20 @@ class Transport : public io::TransportDefaults {
     static constexpr std::string_view driver = "ata";
     static constexpr u32 max_commands = 1;
     static constexpr bool gathers = true;
-    static constexpr u32 max_idle_events = 100'000;       // a line that is shared is masked by its controller, not here
-    static constexpr u32 max_transfer = 1024 * 1024;      // bytes of one command
-    static constexpr u32 bounce_bytes = 64 * 1024;        // for memory that the engine's 32 bits do not reach
-    static constexpr Nanoseconds lost_after = 20'000'000; // without an interrupt for so long it is polled in each tick
-    static constexpr Nanoseconds reset_hold = 5'000;      // [ATA-7 §9.2]
+    static constexpr u32 max_idle_events = 100'000;  // a line that is shared is masked by its controller, not here
+    static constexpr u32 max_transfer = 1024 * 1024; // bytes of one command
+    static constexpr u32 bounce_bytes = 64 * 1024;   // for memory that the engine's 32 bits do not reach
+    /// What the bus-master engine takes [channel's add_region() splits what it reaches].
+    static constexpr DmaLimits limits{.highest = 0xffff'ffff, .boundary = Prd::boundary, .max_segment = Prd::boundary};
+    static constexpr Nanoseconds lost_after = 20'000'000;  // without an interrupt for so long it is polled in each tick
+    static constexpr Nanoseconds reset_hold = 5'000;       // [ATA-7 §9.2]
     static constexpr Nanoseconds reset_settle = 2'000'000; // [ATA-7 §9.2]
     static constexpr u32 max_resets = 3;                   // without a success between them
     static constexpr u32 max_reports = 16;                 // log lines about failed commands
 
     Transport(io::Executor& executor, DmaAllocator& dma, P ports, ChannelPorts at, DmaSpan table, Nanoseconds timeout)
-        : executor_(executor), dma_(dma), handler_registers_(ports, at), channel_(std::move(ports), at, table),
-          timeout_(timeout) {}
+        : executor_(executor), mapper_(dma, bounce_bytes), handler_registers_(ports, at),
+          channel_(std::move(ports), at, table), timeout_(timeout) {}
 
     Channel<P>& channel() { return channel_; }
     void start_counting() { charged_accesses_ = channel_.registers().accesses(); }
@@ -92,7 +95,6 @@ class Transport : public io::TransportDefaults {
     enum class State : u8 { idle, running, reset_held, reset_released };
 
     void interrupted();
-    static bool reachable(DmaSpan buffer) { return buffer.bus + buffer.size <= u64{1} << 32; }
     u32 limit(const Command& command) const;
     Outcome look();
     io::Completion ended(const Outcome& outcome);
@@ -102,7 +104,7 @@ class Transport : public io::TransportDefaults {
     void poll_running(Instant now);
 
     io::Executor& executor_;
-    DmaAllocator& dma_;
+    BounceMapper mapper_; // its pool is allocated when it is needed: most machines never come there
     Registers<P> handler_registers_;
     Channel<P> channel_;
     Nanoseconds timeout_;
@@ -114,7 +116,6 @@ class Transport : public io::TransportDefaults {
     // The command under way.
     Command* active_ = nullptr;
     u64 id_ = 0;
-    bool bounced_ = false; // through bounce_
     bool suspect_ = false; // no longer under way at the last tick, and no interrupt
     bool busy_ = true;     // under way at the last tick
     Instant issued_at_ = 0;
@@ -124,7 +125,8 @@ class Transport : public io::TransportDefaults {
     Instant settle_at_ = 0;               // when it was released
     u32 resets_in_a_row_ = 0;
     u32 reports_ = 0;
-    DmaBuffer bounce_;
+    std::array<DmaSegment, max_transfer / Prd::boundary + 1> segments_{};
+    DmaMapping mapping_{segments_}; // active: the command's data goes through other memory
 
     // From the handler to next(). flag_: release in the handler, acquire in next() and arm(); what sees it set sees
     // seen_ of that interrupt too. The rest is relaxed: same processor, and a sum that may lag by one interrupt.
@@ -230,7 +232,6 @@ io::Fit Transport<P>::prepare(Command& command) {
     if (state_ != State::idle) {
         return io::Fit::full;
     }
-    bounced_ = false;
     if (command.op == io::Op::flush) {
         return io::Fit::ok;
     }
@@ -240,35 +241,32 @@ io::Fit Transport<P>::prepare(Command& command) {
     }
     channel_.begin_table();
     const DmaSpan data = command.data();
-    if (reachable(command.first->buffer)) [[likely]] {
+    if (limits.admits(command.first->buffer)) [[likely]] {
         command.bytes = std::min(command.bytes, limit(command));
         static_cast<void>(channel_.add_region(data.bus, command.bytes)); // an empty table holds 1 MiB however it lies
         return io::Fit::ok;
     }
-    // Memory beyond 4 GiB: the device uses ours, and the processor copies.
-    if (!bounce_) {
-        auto memory = dma_.buffer(bounce_bytes, u64{1} << 32); // once for the channel: most machines never come here
-        if (!memory) {
-            log::error("{}: no memory below 4 GiB to reach a buffer above it: {}", command.disk().name(),
-                       memory.error());
-            command.refusal = io::Status::io_error;
-            return io::Fit::refused;
-        }
-        bounce_ = std::move(*memory);
+    DmaLimits limited = limits;
+    limited.granule = command.disk().geometry().sector_size;
+    const auto mapped =
+        mapper_.map({&data, 1}, command.op == io::Op::write ? DmaDirection::to_device : DmaDirection::from_device,
+                    limited, mapping_);
+    if (!mapped) {
+        log::error("{}: no memory below 4 GiB to reach a buffer above it: {}", command.disk().name(), mapped.error());
+        command.refusal = io::Status::io_error;
+        return io::Fit::refused;
     }
-    bounced_ = true;
-    command.bytes = std::min(command.bytes, bounce_bytes);
-    if (command.op == io::Op::write) {
-        std::memcpy(bounce_.data(), data.data, command.bytes);
+    command.bytes = *mapped;
+    for (const DmaSegment& segment : mapping_.segments()) {
+        static_cast<void>(channel_.add_region(segment.bus, segment.size));
     }
-    static_cast<void>(channel_.add_region(bounce_.bus(), command.bytes));
     return io::Fit::ok;
 }
 
 template <PortAccess P>
 bool Transport<P>::join(Command& command, const io::Request& next) {
-    return command.op <= io::Op::write && !bounced_ && next.buffer.size <= limit(command) - command.bytes &&
-           command.bytes + next.buffer.size <= gather_limit_ && reachable(next.buffer) &&
+    return command.op <= io::Op::write && !mapping_.active() && next.buffer.size <= limit(command) - command.bytes &&
+           command.bytes + next.buffer.size <= gather_limit_ && limits.admits(next.buffer) &&
            channel_.add_region(next.buffer.bus, next.buffer.size);
 }
 
@@ -410,10 +408,10 @@ io::Completion Transport<P>::failed(const Outcome& outcome) {
 
 template <PortAccess P>
 bool Transport<P>::finish(Command& command, io::Status status) {
-    if (bounced_ && status == io::Status::ok && command.op == io::Op::read) {
-        std::memcpy(command.data().data, bounce_.data(), command.bytes);
+    if (mapping_.active()) [[unlikely]] {
+        const DmaSpan data = status == io::Status::ok && command.first != nullptr ? command.data() : DmaSpan{};
+        mapper_.unmap(mapping_, data.empty() ? std::span<const DmaSpan>() : std::span(&data, 1));
     }
-    bounced_ = false;
     return true;
 }
 

@@ -39,11 +39,9 @@ void Disk::reclaim() {
 }
 
 Transport::~Transport() {
-    if (!commands_->empty() || pool_size_ != 0 ||
+    if (!commands_->empty() || pool_.size() != 0 ||
         indirect_size_ != 0) { // not reclaimed: the host may still write there
-        for (DmaBuffer& memory : pool_memory_) {
-            memory.abandon();
-        }
+        pool_.abandon();
         indirect_memory_.abandon();
     }
 }
@@ -78,11 +76,11 @@ Result<void> Transport::open(const Terms& terms, DmaAllocator& pool, void (*noti
     notify_context_ = context;
     if (!terms_.persistent) {
         close_pool();
-    } else if (pool_size_ >= max_segments) {
+    } else if (pool_.size() >= max_segments) {
         extend_pool(pool);
     } else {
         return Error{Code::bad_argument, "persistent grants were agreed on and there are no pages for them",
-                     max_segments, pool_size_};
+                     max_segments, pool_.size()};
     }
     if (terms_.indirect_segments > segments_in_slot) {
         open_indirect(pool);
@@ -113,17 +111,16 @@ bool Transport::add_pool_pages(DmaAllocator& pool) {
     if (!grants_.ensure(pool_chunk + spare_grants)) {
         return false;
     }
-    auto pages = pool.buffer(pool_chunk * static_cast<u32>(page_size));
+    auto pages = pool.buffer(pool_.chunk_bytes);
     if (!pages) {
         return false;
     }
-    DmaBuffer& memory = pool_memory_[pool_size_ / pool_chunk];
-    memory = std::move(*pages);
-    for (u32 i = 0; i < pool_chunk; ++i) {
+    u32 page = pool_.size();
+    pool_.add(std::move(*pages));
+    for (; page < pool_.size(); ++page) {
         const Grant grant = grants_.take_unchecked();
-        grants_.grant(grant, terms_.domain, memory.bus() / page_size + i, false);
-        pool_[pool_size_] = {memory.data() + i * page_size, grant};
-        pool_free_[pool_free_count_++] = static_cast<u16>(pool_size_++);
+        grants_.grant(grant, terms_.domain, pool_.span(page).bus / page_size, false);
+        pool_grants_[page] = grant;
     }
     return true;
 }
@@ -131,17 +128,16 @@ bool Transport::add_pool_pages(DmaAllocator& pool) {
 // As many pages as the ring can use; fewer where grants or memory are short.
 void Transport::extend_pool(DmaAllocator& pool) {
     const u32 wanted = std::min({requests_->capacity() * segments_in_slot, max_pool_pages, grants_.obtainable() / 8});
-    while (pool_size_ + pool_chunk <= wanted && add_pool_pages(pool)) {
+    while (pool_.size() + pool_chunk <= wanted && add_pool_pages(pool)) {
     }
 }
 
 // The other side has not seen these grants.
 void Transport::close_pool() {
-    while (pool_size_ != 0) {
-        static_cast<void>(grants_.release(pool_[--pool_size_].grant));
+    for (u32 page = pool_.size(); page-- != 0;) {
+        static_cast<void>(grants_.release(pool_grants_[page]));
     }
-    pool_free_count_ = 0;
-    pool_memory_ = {};
+    pool_.clear();
 }
 
 void Transport::open_indirect(DmaAllocator& pool) {
@@ -190,7 +186,7 @@ io::Fit Transport::prepare(Command& command) {
     const u32 most = wire.indirect ? terms_.indirect_segments : segments_in_slot;
     u32 bytes = std::min(command.bytes, most * static_cast<u32>(page_size) - in_page);
     u32 count = (in_page + bytes + static_cast<u32>(page_size) - 1) / static_cast<u32>(page_size);
-    if (const u32 free = pooled ? pool_free_count_ : grants_.available(); count > free) [[unlikely]] {
+    if (const u32 free = pooled ? pool_.available() : grants_.available(); count > free) [[unlikely]] {
         if (free == 0 || commands_->size() > 1) { // this one has a slot already
             wire.indirect = false;
             return io::Fit::full; // answers give some back
@@ -253,11 +249,11 @@ void Transport::fill_segments(Command& command, std::span<Segment> segments) {
             grants_.grant(grant, terms_.domain, frame++, wire.operation == Operation::write);
             wire.grants[i] = grant;
         } else {
-            const u16 page = pool_free_[--pool_free_count_];
+            const u16 page = pool_.take();
             wire.grants[i] = page;
-            grant = pool_[page].grant;
+            grant = pool_grants_[page];
             if (wire.operation == Operation::write) {
-                std::memcpy(pool_[page].data, data, bytes);
+                std::memcpy(pool_.data(page), data, bytes);
                 data += bytes;
             }
         }
@@ -357,7 +353,7 @@ bool Transport::finish(Command& command, io::Status status) {
         std::byte* into = command.first->buffer.data + command.offset;
         for (u32 i = 0, left = command.bytes; i < wire.segments; ++i) {
             const u32 bytes = std::min(left, static_cast<u32>(page_size));
-            std::memcpy(into, pool_[wire.grants[i]].data, bytes);
+            std::memcpy(into, pool_.data(wire.grants[i]), bytes);
             into += bytes;
             left -= bytes;
         }
@@ -368,7 +364,7 @@ bool Transport::finish(Command& command, io::Status status) {
     }
     for (u32 i = wire.segments; i-- > 0;) { // the last one taken is the first one back: the same few are used again
         if (terms_.persistent) {
-            pool_free_[pool_free_count_++] = static_cast<u16>(wire.grants[i]);
+            pool_.give(static_cast<u16>(wire.grants[i]));
         } else {
             safe = grants_.release(wire.grants[i]) && safe;
         }
@@ -459,22 +455,20 @@ void Transport::closed(bool stopped) {
 
 void Transport::reclaim() {
     bool safe = true;
-    for (u32 i = 0; i < pool_size_; ++i) {
-        safe = grants_.release(pool_[i].grant) && safe;
+    for (u32 page = 0; page < pool_.size(); ++page) {
+        safe = grants_.release(pool_grants_[page]) && safe;
     }
     for (u32 i = 0; i < indirect_size_; ++i) {
         safe = grants_.release(indirect_grants_[i]) && safe;
     }
     if (safe) {
-        pool_memory_ = {};
+        pool_.clear();
         indirect_memory_.reset();
     } else {
-        for (DmaBuffer& memory : pool_memory_) {
-            memory.abandon();
-        }
+        pool_.abandon();
         indirect_memory_.abandon();
     }
-    pool_size_ = pool_free_count_ = indirect_size_ = indirect_free_count_ = 0;
+    indirect_size_ = indirect_free_count_ = 0;
 }
 
 } // namespace fl::drivers::xen_blk

@@ -13,6 +13,7 @@ import core.result;
 import core.text;
 import core.time;
 import core.dma;
+import core.dma_mapper;
 import io.executor;
 import io.block;
 import io.block_queue;
@@ -106,11 +107,6 @@ class Transport : public io::TransportDefaults {
   private:
     using Requests = io::Producer<io::MappedMemory, io::FreeRunning<u32>, io::ReachedEvent>;
     using Responses = io::Consumer<io::MappedMemory, io::FreeRunning<u32>, io::ReachedEvent>;
-    struct PoolPage {
-        std::byte* data = nullptr;
-        Grant grant = 0;
-    };
-
     u32 event_after(u32 owed) const;
     void fill_segments(Command& command, std::span<Segment> segments);
     io::Next check(const Response& response, io::Completion& completion);
@@ -148,11 +144,8 @@ class Transport : public io::TransportDefaults {
     void (*notify_)(void*) = nullptr;
     void* notify_context_ = nullptr;
 
-    std::array<DmaBuffer, max_pool_pages / pool_chunk> pool_memory_{};
-    std::array<PoolPage, max_pool_pages> pool_{};
-    std::array<u16, max_pool_pages> pool_free_{};
-    u32 pool_size_ = 0;
-    u32 pool_free_count_ = 0;
+    BouncePool<max_pool_pages, pool_chunk> pool_;
+    std::array<Grant, max_pool_pages> pool_grants_{}; // by the pool's numbers of pages
 
     DmaBuffer spare_memory_; // until the disk is open: what others find is left
     DmaBuffer indirect_memory_;

@@ -70,12 +70,18 @@ class Arena final : public DmaAllocator {
 
 class Interrupts final : public InterruptController {
   public:
-    Result<void> attach_line(InterruptLine, InterruptHandler, void*) override { return {}; }
+    Result<void> attach_line(InterruptLine, InterruptHandler, void*, u32) override { return {}; }
     void detach_line(InterruptLine, InterruptHandler, void*) override {}
     Result<InterruptVector> attach_vector(InterruptHandler call, void* with, bool) override {
         handler = call;
         context = with;
         return InterruptVector{0x41, 0};
+    }
+    Result<InterruptVector> attach_message(u32, InterruptHandler, void*) override {
+        return Error{Code::not_supported, "no messages here"};
+    }
+    Result<InterruptMessage> message_for(InterruptVector) const override {
+        return Error{Code::not_supported, "no messages here"};
     }
     void detach_vector(InterruptVector) override { handler = nullptr; }
     InterruptHandler handler = nullptr;

@@ -85,7 +85,7 @@ class Cpu final : public hv::Privileged {
 
 class Interrupts final : public InterruptController {
   public:
-    Result<void> attach_line(InterruptLine, InterruptHandler, void*) override { return {}; }
+    Result<void> attach_line(InterruptLine, InterruptHandler, void*, u32) override { return {}; }
     void detach_line(InterruptLine, InterruptHandler, void*) override {}
     Result<InterruptVector> attach_vector(InterruptHandler h, void* c, bool e) override {
         handler = h;
@@ -93,6 +93,12 @@ class Interrupts final : public InterruptController {
         eoi = e;
         ++attached;
         return InterruptVector{0x40, 0};
+    }
+    Result<InterruptVector> attach_message(u32, InterruptHandler, void*) override {
+        return Error{Code::not_supported, "no messages here"};
+    }
+    Result<InterruptMessage> message_for(InterruptVector) const override {
+        return Error{Code::not_supported, "no messages here"};
     }
     void detach_vector(InterruptVector) override { handler = nullptr; }
     InterruptHandler handler = nullptr;
