@@ -65,7 +65,7 @@ class InterruptController {
 
 /// The highest APIC id that a message or an IOAPIC's redirection entry can name without interrupt remapping: their
 /// destination has 8 bits, of which 255 is every processor [SDM-3 11.11.1], [82093AA 3.2.4]. Hypervisors may offer 15
-/// bits [kvm-cpuid KVM_FEATURE_MSI_EXT_DEST_ID], [xen-headers arch-x86/cpuid.h XEN_HVM_CPUID_EXT_DEST_ID].
+/// bits [kvm-cpuid KVM_FEATURE_MSI_EXT_DEST_ID], [xen-cpuid XEN_HVM_CPUID_EXT_DEST_ID].
 constexpr u32 highest_destination(bool extended) { return extended ? 0x7fff : 0xfe; }
 
 constexpr Result<void> check_destination(u32 apic_id, bool extended) {

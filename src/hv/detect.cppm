@@ -50,7 +50,7 @@ Sightings detect(const CpuidSnapshot& cpuid, const Smbios* smbios);
 bool offers_vmbus(const Sighting& sighting);
 
 /// Whether messages and IOAPICs may name processors by 15-bit APIC ids [kvm-cpuid KVM_FEATURE_MSI_EXT_DEST_ID],
-/// [xen-headers arch-x86/cpuid.h XEN_HVM_CPUID_EXT_DEST_ID].
+/// [xen-cpuid XEN_HVM_CPUID_EXT_DEST_ID].
 bool offers_extended_destinations(const Sightings& sightings);
 
 /// What the person wants. `guest`: that one, whatever was sighted; `late`: the backend is installed after a fully

@@ -130,6 +130,20 @@ TEST(Detect, AVmbusIsRuledOutOnlyByWhatMakesItImpossible) {
     EXPECT_FALSE(hv::offers_vmbus(*sight(machines::xen_viridian).find(VmGuest::hyperv)));
 }
 
+TEST(Detect, FifteenBitDestinationsAreOfferedByKvmAndXen) {
+    const auto with = [](VmGuest guest, u32 features) {
+        hv::Sightings s;
+        s.list[s.count++] = {.guest = guest, .features = features};
+        return hv::offers_extended_destinations(s);
+    };
+    EXPECT_TRUE(with(VmGuest::kvm, 1u << 15));
+    EXPECT_FALSE(with(VmGuest::kvm, ~(1u << 15)));
+    EXPECT_TRUE(with(VmGuest::xen, 1u << 5));
+    EXPECT_FALSE(with(VmGuest::xen, ~(1u << 5)));
+    EXPECT_FALSE(with(VmGuest::hyperv, ~0u)) << "another meaning there";
+    EXPECT_FALSE(hv::offers_extended_destinations({}));
+}
+
 TEST(Detect, ThePolicyNamesEveryGuestAndGivesReasons) {
     for (usize g = 1; g < hv::vm_guest_names.size(); ++g) {
         EXPECT_TRUE(std::ranges::any_of(
