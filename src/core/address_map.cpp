@@ -26,12 +26,11 @@ Result<void> map_missing(AddressSpace& space, u64 window, u64 physical, u64 size
     u64 at = align_down(physical, page);
     const u64 end = align_up(physical + size, page);
     while (at < end) {
-        const u64 missing = space.unmapped(window + at, end - at);
-        if (missing == 0) {
-            at += space.find(window + at)->page;
-            at = align_down(at, page);
+        if (const auto there = space.find(window + at)) { // first: as a rule it is mapped already
+            at = align_down(at, there->page) + there->page;
             continue;
         }
+        const u64 missing = space.unmapped(window + at, end - at);
         if (auto mapped = space.map(window + at, at, missing, protection); !mapped) {
             return mapped;
         }

@@ -9,6 +9,7 @@
 // unknown leaf with the data of their highest basic one [SDM-2A CPUID].
 export module core.cpuid;
 import core.std;
+import core.cpu_registers;
 import core.text;
 
 export namespace fl {
@@ -64,9 +65,10 @@ struct CpuidSnapshot {
 
     constexpr u32 max_basic() const { return get(0).eax; }
     constexpr u32 max_extended() const { return get(0x80000000).eax; }
-    // [SDM-2A CPUID.01H], reserved for this use
-    constexpr bool hypervisor_bit() const { return (get(1).ecx >> 31 & 1) != 0; }
-    constexpr bool invariant_tsc() const { return (get(0x80000007).edx >> 8 & 1) != 0; } // [SDM-3 17.17]
+    constexpr bool hypervisor_bit() const { return Cpuid1Ecx::from(get(1).ecx).get(Cpuid1Ecx::hypervisor); }
+    constexpr bool invariant_tsc() const {
+        return Cpuid80000007Edx::from(get(0x80000007).edx).get(Cpuid80000007Edx::invariant_tsc);
+    }
     /// "GenuineIntel", "AuthenticAMD"
     constexpr FixedText<12> vendor() const;
 };

@@ -193,11 +193,11 @@ u64 Device::power_on() const {
 }
 
 std::optional<Device> look_up(Config& config, Address at) {
-    Device found{.config = &config, .at = at};
-    const auto identity = Identity::read(found);
+    const auto identity = Identity::from(config.read(at, Identity::offset, 4));
     if (identity.get(Identity::vendor) == 0xffff || identity.raw == 0) { // no function answers
         return std::nullopt;
     }
+    Device found{.config = &config, .at = at};
     const auto code = ClassCode::read(found);
     const auto header = HeaderType::read(found);
     found.vendor = static_cast<u16>(identity.get(Identity::vendor));

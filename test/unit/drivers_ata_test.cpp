@@ -101,6 +101,24 @@ TEST(AtaProtocol, RefusesWhatItCannotUse) {
     EXPECT_EQ(ata::decode(id).error().code, Code::not_supported);
 }
 
+// Bits typed here from [ATA-7 §6.7, §6.9, §6.14] and [BMIDE §2].
+TEST(AtaProtocol, RegistersAreThoseOfTheManual) {
+    EXPECT_TRUE(ata::Status{0x80}.busy() && ata::Status{0x40}.ready() && ata::Status{0x20}.device_fault());
+    EXPECT_TRUE(ata::Status{0x08}.data_request() && ata::Status{0x01}.error());
+    EXPECT_FALSE(ata::Status{0x76}.under_way() || ata::Status{0x7e}.error());
+    EXPECT_TRUE(ata::Status{0xff}.floating() && ata::Status{0x7f}.floating() && !ata::Status{0xfe}.floating());
+    EXPECT_TRUE(ata::ErrorRegister{0x80}.interface_crc() && ata::ErrorRegister{0x40}.uncorrectable());
+    EXPECT_TRUE(ata::ErrorRegister{0x10}.id_not_found() && ata::ErrorRegister{0x04}.aborted());
+    EXPECT_EQ(ata::device_register(0), 0xe0u);
+    EXPECT_EQ(ata::device_register(1, 0x0a), 0xfau);
+    EXPECT_EQ(ata::device_register(2, 0xf5), 0xe5u);
+    EXPECT_EQ(ata::bus_master_start, 1u);
+    EXPECT_EQ(ata::bus_master_to_memory, 8u);
+    EXPECT_TRUE(ata::BusMasterStatus{0x80}.simplex() && ata::BusMasterStatus{0x04}.interrupt());
+    EXPECT_TRUE(ata::BusMasterStatus{0x02}.error() && ata::BusMasterStatus{0x01}.active());
+    EXPECT_FALSE(ata::BusMasterStatus{0x78}.simplex() || ata::BusMasterStatus{0xf8}.active());
+}
+
 TEST(AtaProtocol, DescribesErrors) {
     FixedText<200> text;
     ata::describe(text, {0x51}, {0x40}, {0x05});

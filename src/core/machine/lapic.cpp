@@ -1,5 +1,8 @@
 module core.machine.lapic;
 import core.std;
+import core.apic;
+import core.cpu_registers;
+import core.mmio;
 import core.result;
 import core.machine.cpu;
 import core.machine.memory;
@@ -8,17 +11,16 @@ namespace fl::lapic {
 
 namespace {
 
-constexpr u32 apic_base_msr = 0x1b; // [SDM-3 11.4.4]
-constexpr u64 base_x2apic = 1 << 10;
-constexpr u64 base_enable = 1 << 11;
-constexpr u64 base_address = 0x000ffffffffff000;
+using apic::Delivery;
+using apic::LocalVector;
 
 constinit Mode current = Mode::none;
-constinit volatile u32* registers = nullptr;
+constinit Mmio registers{};
 constinit u64 registers_at = 0; // physical
 constinit bool deadline = false;
 
-constexpr u32 masked = 1 << 16;
+ApicBase read_base() { return ApicBase::from(cpu::read_msr(ApicBase::msr)); }
+void write_base(ApicBase base) { cpu::write_msr(ApicBase::msr, base.raw); }
 
 } // namespace
 
@@ -26,68 +28,74 @@ u32 read(Reg reg) {
     if (current == Mode::x2apic) {
         return static_cast<u32>(cpu::read_msr(0x800 + (to_underlying(reg) >> 4)));
     }
-    return registers[to_underlying(reg) / 4];
+    return registers.read<u32>(to_underlying(reg));
 }
 
 void write(Reg reg, u32 value) {
     if (current == Mode::x2apic) {
         cpu::write_msr(0x800 + (to_underlying(reg) >> 4), value);
     } else {
-        registers[to_underlying(reg) / 4] = value;
+        registers.write(to_underlying(reg), value);
     }
 }
 
 namespace {
 void set_up(u8 spurious_vector, bool external) {
+    constexpr u32 masked = LocalVector::of(LocalVector::mask).raw;
+    constexpr u32 external_line = LocalVector{}.set(LocalVector::delivery, Delivery::external).raw;
+    constexpr u32 nmi_line = LocalVector{}.set(LocalVector::delivery, Delivery::nmi).raw;
     write(Reg::task_priority, 0);
     write(Reg::lvt_timer, masked);
     write(Reg::lvt_error, masked);
-    write(Reg::lvt_lint0, external ? 0x700 : masked);
-    write(Reg::lvt_lint1, 0x400); // NMI
-    write(Reg::spurious, 0x100u | spurious_vector);
+    write(Reg::lvt_lint0, external ? external_line : masked);
+    write(Reg::lvt_lint1, nmi_line);
+    using apic::SpuriousVector;
+    write(Reg::spurious, SpuriousVector::of(SpuriousVector::enable).set(SpuriousVector::vector, spurious_vector).raw);
+}
+
+void switch_to_x2apic(ApicBase base) {
+    write_base(base.set(ApicBase::enable, true)); // the two bits must not rise at once [SDM-3 11.12.1]
+    write_base(base.set(ApicBase::x2apic, true));
 }
 } // namespace
 
 Mode start(u8 spurious_vector, bool external, bool x2apic) {
     const auto features = cpu::cpuid(1);
-    if ((features.edx >> 9 & 1) == 0) {
+    const auto more = Cpuid1Ecx::from(features.ecx);
+    if (!Cpuid1Edx::from(features.edx).get(Cpuid1Edx::apic)) {
         return current = Mode::none;
     }
-    u64 base = cpu::read_msr(apic_base_msr);
+    ApicBase base = read_base();
     // Once switched on it cannot go back without a reset of the APIC: then it stays.
-    if ((base & base_x2apic) != 0 || (x2apic && (features.ecx >> 21 & 1) != 0)) {
-        cpu::write_msr(apic_base_msr, base | base_enable); // the two bits must not rise at once [SDM-3 11.12.1]
-        cpu::write_msr(apic_base_msr, base | base_enable | base_x2apic);
+    if (base.get(ApicBase::x2apic) || (x2apic && more.get(Cpuid1Ecx::x2apic))) {
+        switch_to_x2apic(base);
         current = Mode::x2apic;
     } else {
-        base |= base_enable;
-        cpu::write_msr(apic_base_msr, base);
-        const auto mapped = map_mmio(base & base_address, 4096);
+        write_base(base.set(ApicBase::enable, true));
+        constexpr u64 size = 4096;
+        const auto mapped = map_mmio(base.address(), size);
         if (!mapped) {
             return current = Mode::none;
         }
-        registers = reinterpret_cast<volatile u32*>(*mapped);
-        registers_at = base & base_address;
+        registers = Mmio(*mapped, size);
+        registers_at = base.address();
         current = Mode::memory;
     }
-    deadline = (features.ecx >> 24 & 1) != 0;
+    deadline = more.get(Cpuid1Ecx::tsc_deadline);
     set_up(spurious_vector, external);
     return current;
 }
 
 bool join(u8 spurious_vector) {
-    const u64 base = cpu::read_msr(apic_base_msr);
+    ApicBase base = read_base();
     switch (current) {
     case Mode::none: return false;
-    case Mode::x2apic:
-        cpu::write_msr(apic_base_msr, base | base_enable);
-        cpu::write_msr(apic_base_msr, base | base_enable | base_x2apic);
-        break;
+    case Mode::x2apic: switch_to_x2apic(base); break;
     case Mode::memory: // every processor sees its own registers at the one address
-        if ((base & base_x2apic) != 0 || (base & base_address) != registers_at) {
+        if (base.get(ApicBase::x2apic) || base.address() != registers_at) {
             return false;
         }
-        cpu::write_msr(apic_base_msr, base | base_enable);
+        write_base(base.set(ApicBase::enable, true));
         break;
     }
     set_up(spurious_vector, false);
@@ -95,10 +103,11 @@ bool join(u8 spurious_vector) {
 }
 
 bool send(u32 apic_id, Delivery delivery, u8 vector) {
-    constexpr u32 assert_level = 1 << 14;
-    constexpr u32 pending = 1 << 12;
+    using apic::CommandHigh;
+    using apic::CommandLow;
     constexpr u32 most_polls = 100'000;
-    const u32 low = vector | to_underlying(delivery) << 8 | assert_level;
+    const u32 low =
+        CommandLow::of(CommandLow::assert).set(CommandLow::delivery, delivery).set(CommandLow::vector, vector).raw;
     switch (current) {
     case Mode::none: return false;
     case Mode::x2apic:
@@ -115,11 +124,11 @@ bool send(u32 apic_id, Delivery delivery, u8 vector) {
     const bool were_on = cpu::interrupts_are_on();
     cpu::interrupts_off();
     u32 polls = 0;
-    while ((read(Reg::command_low) & pending) != 0 && ++polls < most_polls) {
+    while (CommandLow::from(read(Reg::command_low)).get(CommandLow::pending) && ++polls < most_polls) {
         cpu::relax();
     }
     if (polls < most_polls) {
-        write(Reg::command_high, apic_id << 24);
+        write(Reg::command_high, CommandHigh{}.set(CommandHigh::destination, apic_id).raw);
         write(Reg::command_low, low);
     }
     if (were_on) {
@@ -129,7 +138,13 @@ bool send(u32 apic_id, Delivery delivery, u8 vector) {
 }
 
 Mode mode() { return current; }
-u32 id() { return current == Mode::x2apic ? read(Reg::id) : current == Mode::memory ? read(Reg::id) >> 24 : 0; }
+u32 id() {
+    if (current == Mode::none) {
+        return 0;
+    }
+    const u32 raw = read(Reg::id);
+    return current == Mode::x2apic ? raw : apic::LocalId::from(raw).get(apic::LocalId::id);
+}
 void end_of_interrupt() { write(Reg::end_of_interrupt, 0); }
 bool in_service(u8 vector) {
     const u32 word = to_underlying(Reg::in_service) + u32{vector} / 32 * 0x10;

@@ -2,6 +2,7 @@
 // registers.
 export module core.machine.lapic;
 import core.std;
+import core.apic;
 import core.result;
 
 export namespace fl::lapic {
@@ -49,7 +50,7 @@ void end_of_interrupt();
 bool in_service(u8 vector);
 
 /// What an inter-processor interrupt does [SDM-3 11.6.1].
-enum class Delivery : u32 { fixed = 0, nmi = 4, init = 5, startup = 6 };
+using apic::Delivery;
 /// To one processor; what was stored before is seen by it. From anywhere, handlers included. False: the mode cannot
 /// address this id, or the APIC did not send it within a bounded time.
 bool send(u32 apic_id, Delivery delivery, u8 vector);

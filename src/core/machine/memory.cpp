@@ -2,6 +2,7 @@ module core.machine.memory;
 import core.std;
 import core.result;
 import core.address_map;
+import core.cpu_registers;
 import core.dma;
 import core.memory;
 import core.mmio;
@@ -82,41 +83,34 @@ constinit MmioSpace mmio_space{space};
 constinit SpinLock lock;
 constinit u64 next_stack = stack_map.begin;
 
-// Control register and model-specific register bits [SDM-3 2.5, 2.2.1].
-constexpr u64 cr0_write_protect = 1 << 16;
-constexpr u64 cr4_umip = 1 << 11;
-constexpr u64 cr4_smep = 1 << 20;
-constexpr u64 cr4_smap = 1 << 21;
-constexpr u32 efer = 0xc0000080;
-constexpr u64 efer_no_execute = 1 << 11;
-
 void read_features() {
     const u32 highest = cpu::cpuid(0x80000000).eax;
-    const u32 extended = highest >= 0x80000001 ? cpu::cpuid(0x80000001).edx : 0;
-    features.no_execute = (extended >> 20 & 1) != 0;
-    features.gigabyte_pages = (extended >> 26 & 1) != 0;
-    u32 bits = highest >= 0x80000008 ? cpu::cpuid(0x80000008).eax & 0xff : 36;
-    features.physical_end = u64{1} << std::clamp<u32>(bits, 32, 52); // 52: all that an entry has room for
+    const auto extended = Cpuid80000001Edx::from(highest >= 0x80000001 ? cpu::cpuid(0x80000001).edx : 0);
+    features.no_execute = extended.get(Cpuid80000001Edx::no_execute);
+    features.gigabyte_pages = extended.get(Cpuid80000001Edx::gigabyte_pages);
+    const auto sizes = Cpuid80000008Eax::from(highest >= 0x80000008 ? cpu::cpuid(0x80000008).eax : 36);
+    // 52: all that an entry of a page table has room for.
+    features.physical_end = u64{1} << std::clamp<u32>(sizes.get(Cpuid80000008Eax::physical_bits), 32, 52);
 
-    const u32 offered = cpu::cpuid(0).eax >= 7 ? cpu::cpuid(7).ebx : 0;
-    const u32 offered_ecx = cpu::cpuid(0).eax >= 7 ? cpu::cpuid(7).ecx : 0;
-    u64 cr4 = cpu::read_cr4();
-    const auto use = [&](bool there, u64 bit, std::string_view text) {
+    const auto offered = cpu::cpuid(0).eax >= 7 ? cpu::cpuid(7) : cpu::CpuidRegisters{};
+    const auto offered_ebx = Cpuid7Ebx::from(offered.ebx);
+    Cr4 cr4 = Cr4::from(cpu::read_cr4());
+    const auto use = [&](bool there, Cr4 bit, std::string_view text) {
         if (there) {
-            cr4 |= bit;
+            cr4.raw |= bit.raw;
             print(feature_names, "{}{}", feature_names.empty() ? "" : " ", text);
         }
     };
-    use(features.no_execute, 0, "NX");
-    use(features.gigabyte_pages, 0, "1G");
-    use((offered >> 7 & 1) != 0, cr4_smep, "SMEP");
-    use((offered >> 20 & 1) != 0, cr4_smap, "SMAP");
-    use((offered_ecx >> 2 & 1) != 0, cr4_umip, "UMIP");
+    use(features.no_execute, {}, "NX");
+    use(features.gigabyte_pages, {}, "1G");
+    use(offered_ebx.get(Cpuid7Ebx::smep), Cr4::of(Cr4::smep), "SMEP");
+    use(offered_ebx.get(Cpuid7Ebx::smap), Cr4::of(Cr4::smap), "SMAP");
+    use(Cpuid7Ecx::from(offered.ecx).get(Cpuid7Ecx::umip), Cr4::of(Cr4::umip), "UMIP");
     if (features.no_execute) {
-        cpu::write_msr(efer, cpu::read_msr(efer) | efer_no_execute);
+        cpu::write_msr(Efer::msr, Efer::from(cpu::read_msr(Efer::msr)).set(Efer::no_execute_enable, true).raw);
     }
-    cpu::write_cr0(cpu::read_cr0() | cr0_write_protect);
-    cpu::write_cr4(cr4);
+    cpu::write_cr0(Cr0::from(cpu::read_cr0()).set(Cr0::write_protect, true).raw);
+    cpu::write_cr4(cr4.raw);
 }
 
 void map_image(const std::byte* begin, const std::byte* end, Protection protection) {

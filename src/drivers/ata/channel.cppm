@@ -289,8 +289,11 @@ class Channel {
         }
     }
     static void clear(Registers<P>& registers, u8 keep = 0) {
-        registers.bus_status(static_cast<u8>((keep & BusMasterStatus::capable_bits) | BusMasterStatus::interrupt_bit |
-                                             BusMasterStatus::error_bit));
+        using S = BusMasterStatus;
+        registers.bus_status(S{}.set(S::drives_capable, S::from(keep).get(S::drives_capable))
+                                 .clear(S::interrupt_seen)
+                                 .clear(S::failed)
+                                 .raw);
     }
 
     Registers<P> registers_;

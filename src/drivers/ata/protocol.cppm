@@ -3,6 +3,7 @@
 // Programming Interface for Bus Master IDE, 1.0.
 export module drivers.ata.protocol;
 import core.std;
+import core.registers;
 import core.result;
 import core.text;
 
@@ -23,33 +24,54 @@ enum class Register : u8 {
 };
 
 /// Status register [ATA-7 §6.14].
-struct Status {
-    u8 raw = 0;
+struct Status : fl::Register<Status, u8> {
+    static constexpr Bit<7, Attribute::read_only> bsy{}; // no other bit is valid
+    static constexpr Bit<6, Attribute::read_only> drdy{};
+    static constexpr Bit<5, Attribute::read_only> df{};
+    static constexpr Bit<3, Attribute::read_only> drq{};
+    static constexpr Bit<0, Attribute::read_only> err{}; // the error register says what
+    static constexpr auto layout = fields(bsy, drdy, df, drq, err);
 
-    constexpr bool busy() const { return (raw & 0x80) != 0; }         // BSY: no other bit is valid
-    constexpr bool ready() const { return (raw & 0x40) != 0; }        // DRDY
-    constexpr bool device_fault() const { return (raw & 0x20) != 0; } // DF
-    constexpr bool data_request() const { return (raw & 0x08) != 0; } // DRQ
-    constexpr bool error() const { return (raw & 0x01) != 0; }        // ERR: the error register says what
-    /// Nobody drives the bus: the pull-ups, or the pull-up without DD7's pull-down.
+    constexpr bool busy() const { return get(bsy); }
+    constexpr bool ready() const { return get(drdy); }
+    constexpr bool device_fault() const { return get(df); }
+    constexpr bool data_request() const { return get(drq); }
+    constexpr bool error() const { return get(err); }
+    /// Nothing drives the bus: the pull-ups, or the pull-up without DD7's pull-down.
     constexpr bool floating() const { return raw == 0xff || raw == 0x7f; }
     /// A command is under way: between its issue and its end either BSY or DRQ is set [ATA-7 §9.3].
     constexpr bool under_way() const { return busy() || data_request(); }
 };
 
 /// Error register, valid when Status::error() [ATA-7 §6.9, ACS §6.3].
-struct ErrorRegister {
-    u8 raw = 0;
+struct ErrorRegister : fl::Register<ErrorRegister, u8> {
+    static constexpr Bit<7, Attribute::read_only> icrc{}; // the bus garbled an Ultra DMA transfer
+    static constexpr Bit<6, Attribute::read_only> unc{};  // the medium
+    static constexpr Bit<4, Attribute::read_only> idnf{}; // no such sector
+    static constexpr Bit<2, Attribute::read_only> abrt{}; // not supported, or not now
+    static constexpr auto layout = fields(icrc, unc, idnf, abrt);
 
-    constexpr bool interface_crc() const { return (raw & 0x80) != 0; } // ICRC: the bus garbled an Ultra DMA transfer
-    constexpr bool uncorrectable() const { return (raw & 0x40) != 0; } // UNC: the medium
-    constexpr bool id_not_found() const { return (raw & 0x10) != 0; }  // IDNF: no such sector
-    constexpr bool aborted() const { return (raw & 0x04) != 0; }       // ABRT: not supported, or not now
+    constexpr bool interface_crc() const { return get(icrc); }
+    constexpr bool uncorrectable() const { return get(unc); }
+    constexpr bool id_not_found() const { return get(idnf); }
+    constexpr bool aborted() const { return get(abrt); }
 };
 
-/// Device register [ATA-7 §6.7]: bits 7 and 5 are obsolete and set, as every driver before has set them.
+/// Device register [ATA-7 §6.7].
+struct DeviceRegister : fl::Register<DeviceRegister, u8> {
+    static constexpr Bit<7> obsolete_7{}; // these two are set, as every driver before has set them
+    static constexpr Bit<6> lba{};        // addresses are LBAs
+    static constexpr Bit<5> obsolete_5{};
+    static constexpr Bit<4> dev{}; // the unit
+    static constexpr Field<3, 0> lba_27_24{};
+    static constexpr auto layout = fields(obsolete_7, lba, obsolete_5, dev, lba_27_24);
+};
 constexpr u8 device_register(u8 unit, u8 lba_27_24 = 0) {
-    return static_cast<u8>(0xe0 | (unit & 1) << 4 | (lba_27_24 & 0x0f));
+    using D = DeviceRegister;
+    return D::of(D::obsolete_7, D::lba, D::obsolete_5)
+        .set(D::dev, (unit & 1) != 0)
+        .set(D::lba_27_24, static_cast<u8>(lba_27_24 & 0x0f))
+        .raw;
 }
 
 /// Device control register [ATA-7 §6.8].
@@ -82,22 +104,31 @@ enum class Signature : u16 { ata = 0x0000, packet = 0xeb14, serial_ata = 0xc33c,
 
 /// Bus-master registers of a channel, as offsets from its 8 ports [BMIDE §2].
 enum class BusMaster : u8 { command = 0, status = 2, table = 4 };
-inline constexpr u8 bus_master_start = 0x01; // transfers begin when this changes from 0 to 1
-// set: the device reads from the disk and writes memory; not to be changed while active
-inline constexpr u8 bus_master_to_memory = 0x08;
+
+/// Bus-master command [BMIDE §2.1].
+struct BusMasterCommand : fl::Register<BusMasterCommand, u8> {
+    // set: the device reads from the disk and writes memory; not to be changed while active
+    static constexpr Bit<3> to_memory{};
+    static constexpr Bit<0> start{}; // transfers begin when this changes from 0 to 1
+    static constexpr auto layout = fields(to_memory, start);
+};
+inline constexpr u8 bus_master_start = BusMasterCommand::of(BusMasterCommand::start).raw;
+inline constexpr u8 bus_master_to_memory = BusMasterCommand::of(BusMasterCommand::to_memory).raw;
 
 /// Bus-master status [BMIDE §2.2].
-struct BusMasterStatus {
-    u8 raw = 0;
-
-    static constexpr u8 interrupt_bit = 0x04;                    // written as one: cleared
-    static constexpr u8 error_bit = 0x02;                        // written as one: cleared
-    static constexpr u8 capable_bits = 0x60;                     // "drive can do DMA": kept by software for software
-    constexpr bool simplex() const { return (raw & 0x80) != 0; } // the two channels cannot transfer at the same time
+struct BusMasterStatus : fl::Register<BusMasterStatus, u8> {
+    static constexpr Bit<7, Attribute::read_only> simplex_only{}; // the two channels cannot transfer at the same time
+    static constexpr Field<6, 5> drives_capable{};                // "drive can do DMA": kept by software for software
     // the device has raised its interrupt since this was cleared
-    constexpr bool interrupt() const { return (raw & 0x04) != 0; }
-    constexpr bool error() const { return (raw & 0x02) != 0; }  // memory refused a transfer
-    constexpr bool active() const { return (raw & 0x01) != 0; } // not yet at the end of the table
+    static constexpr Bit<2, Attribute::write_1_to_clear> interrupt_seen{};
+    static constexpr Bit<1, Attribute::write_1_to_clear> failed{}; // memory refused a transfer
+    static constexpr Bit<0, Attribute::read_only> transferring{};  // not yet at the end of the table
+    static constexpr auto layout = fields(simplex_only, drives_capable, interrupt_seen, failed, transferring);
+
+    constexpr bool simplex() const { return get(simplex_only); }
+    constexpr bool interrupt() const { return get(interrupt_seen); }
+    constexpr bool error() const { return get(failed); }
+    constexpr bool active() const { return get(transferring); }
 };
 
 /// Physical region descriptor [BMIDE §1.2]: a run of memory, even address, even length, that does not cross a 64 KiB

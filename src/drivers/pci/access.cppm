@@ -126,11 +126,10 @@ class PortConfig final : public Config {
         }
         PortAddress::to(at, offset).write(ports_);
         const u64 port = PortAddress::data_port + (offset & 3u);
-        switch (width) {
-        case 1: return ports_.template read<u8>(port);
-        case 2: return ports_.template read<u16>(port);
-        default: return ports_.template read<u32>(port);
+        if (width == 4) {
+            return ports_.template read<u32>(port);
         }
+        return width == 2 ? ports_.template read<u16>(port) : ports_.template read<u8>(port);
     }
     void write(Address at, u16 offset, u32 width, u32 value) override {
         if (offset >= conventional_size || at.segment != 0) {
