@@ -10,18 +10,18 @@ namespace {
 constexpr u64 page = 4096;
 constexpr Protection registers{.write = true, .uncached = true};
 
-Result<void> check_physical(const AddressSpace& space, u64 physical, u64 size) {
-    if (size == 0 || physical >= space.physical_end() || size > space.physical_end() - physical) {
-        return Error(Code::bad_argument, "no such physical address on this processor", space.physical_end(), physical);
-    }
-    return {};
+bool exists(const AddressSpace& space, u64 physical, u64 size) {
+    return size != 0 && physical < space.physical_end() && size <= space.physical_end() - physical;
+}
+Error no_such_address(const AddressSpace& space, u64 physical) {
+    return Error(Code::bad_argument, "no such physical address on this processor", space.physical_end(), physical);
 }
 
 } // namespace
 
 Result<void> map_missing(AddressSpace& space, u64 window, u64 physical, u64 size, Protection protection) {
-    if (auto checked = check_physical(space, physical, size); !checked) {
-        return checked;
+    if (!exists(space, physical, size)) {
+        return no_such_address(space, physical);
     }
     u64 at = align_down(physical, page);
     const u64 end = align_up(physical + size, page);
@@ -40,8 +40,8 @@ Result<void> map_missing(AddressSpace& space, u64 window, u64 physical, u64 size
 }
 
 Result<u64> MmioSpace::map(u64 physical, u64 size) {
-    if (auto checked = check_physical(space_, physical, size); !checked) {
-        return checked.error();
+    if (!exists(space_, physical, size)) {
+        return no_such_address(space_, physical);
     }
     if (physical >= mmio_map.size || size > mmio_map.size - physical) {
         return window(physical, size);

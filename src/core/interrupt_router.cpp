@@ -1,6 +1,7 @@
 module core.interrupt_router;
 import core.std;
 import core.acpi;
+import core.apic;
 import core.log;
 import core.processor;
 import core.result;
@@ -11,14 +12,19 @@ namespace fl {
 
 namespace {
 
-// Registers and bits of an IOAPIC's redirection entries [82093AA 3.2.4].
-constexpr u32 entry_low(u32 pin) { return 0x10 + 2 * pin; }
-constexpr u32 entry_high(u32 pin) { return 0x10 + 2 * pin + 1; }
-constexpr u32 entry_active_low = 1 << 13;
-constexpr u32 entry_level = 1 << 15;
-constexpr u32 entry_masked = 1 << 16;
-// The destination: 8 bits from bit 56 of the entry, with 15-bit ids 7 more from bit 49.
-constexpr u32 entry_destination(u32 apic_id) { return (apic_id & 0xff) << 24 | (apic_id >> 8) << 17; }
+using apic::RedirectionHigh;
+using apic::RedirectionLow;
+
+// Indices of the registers of a redirection entry [82093AA 3.2.4].
+constexpr u32 entry_low(u32 pin) { return static_cast<u32>(RedirectionLow::offset) + 2 * pin; }
+constexpr u32 entry_high(u32 pin) { return static_cast<u32>(RedirectionHigh::offset) + 2 * pin; }
+constexpr u32 entry_masked = RedirectionLow::of(RedirectionLow::mask).raw;
+constexpr u32 entry_destination(u32 apic_id) {
+    return RedirectionHigh{}
+        .set(RedirectionHigh::destination, apic_id & 0xff)
+        .set(RedirectionHigh::extended_destination, apic_id >> 8)
+        .raw;
+}
 
 } // namespace
 
@@ -254,8 +260,11 @@ void InterruptRouter::program(const Wire& wire, u32 apic_id, u8 vector) {
     const u32 io_apic = *io_apic_of(wire.gsi);
     const u32 pin = wire.gsi - io_apics_[io_apic].first_gsi;
     hardware_.write_io_apic(io_apic, entry_high(pin), entry_destination(apic_id));
-    hardware_.write_io_apic(io_apic, entry_low(pin),
-                            vector | (wire.active_low ? entry_active_low : 0) | (wire.level ? entry_level : 0));
+    const auto low = RedirectionLow{}
+                         .set(RedirectionLow::vector, vector)
+                         .set(RedirectionLow::active_low, wire.active_low)
+                         .set(RedirectionLow::level_triggered, wire.level);
+    hardware_.write_io_apic(io_apic, entry_low(pin), low.raw);
 }
 
 // The first handler of a line: takes a vector and unmasks it.

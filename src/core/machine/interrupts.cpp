@@ -1,7 +1,9 @@
 module core.machine.interrupts;
 import core.std;
 import core.acpi;
+import core.apic;
 import core.interrupt_router;
+import core.mmio;
 import core.panic;
 import core.processor;
 import core.result;
@@ -18,24 +20,13 @@ namespace fl {
 
 namespace {
 
-struct IoApicRegisters {
-    volatile u32* at; // select at byte 0, window at byte 16 [82093AA 3.1]
-
-    u32 read(u32 index) const {
-        at[0] = index;
-        return at[4];
-    }
-    void write(u32 index, u32 value) const {
-        at[0] = index;
-        at[4] = value;
-    }
-};
+using IoApicRegisters = apic::IndexedAccess<Mmio>;
 
 void pass_everywhere();
 
 class Hardware final : public InterruptHardware {
   public:
-    void write_io_apic(u32 io_apic, u32 reg, u32 value) override { io_apics[io_apic].write(reg, value); }
+    void write_io_apic(u32 io_apic, u32 reg, u32 value) override { io_apics[io_apic].write<u32>(reg, value); }
     void mask_pic(u8 irq, bool masked) override { masked ? pic::mask(irq) : pic::unmask(irq); }
     void set_pic_level(u8 irq, bool level) override { pic::set_level(irq, level); }
     void wait_for_handlers() override { pass_everywhere(); }
@@ -83,17 +74,17 @@ void on_kick(void*) {
 }
 
 void add_io_apic(const acpi::IoApic& found) {
-    const auto mapped = map_mmio(found.address, 32);
+    const auto mapped = map_mmio(found.address, IoApicRegisters::size);
     if (!mapped) {
         return;
     }
-    const IoApicRegisters registers{reinterpret_cast<volatile u32*>(*mapped)};
-    const u32 version = registers.read(1);
-    if (version == ~0u) {
-        return; // nobody there
+    const IoApicRegisters registers(Mmio(*mapped, IoApicRegisters::size));
+    const auto version = apic::IoVersion::read(registers);
+    if (version.raw == ~0u) {
+        return; // there is none
     }
     hardware.io_apics[hardware.io_apic_count] = registers;
-    if (router.add_io_apic(found.first_gsi, (version >> 16 & 0xff) + 1)) {
+    if (router.add_io_apic(found.first_gsi, version.get(apic::IoVersion::last_entry) + 1)) {
         ++hardware.io_apic_count;
     }
 }
