@@ -142,7 +142,7 @@ DeviceEntry describe(const drivers::UnusedUnit& unit) {
     entry.bus.write(unit.bus);
     entry.address.write(unit.address);
     entry.what.write(unit.what);
-    entry.kind = DeviceClass::disk;
+    entry.kind = class_of(unit.kind);
     entry.why = unit.why;
     entry.reason.write(unit.reason);
     return entry;
@@ -205,7 +205,6 @@ void Devices::print(const DeviceEntry& entry) {
 }
 
 void Devices::add(const DeviceEntry& entry) {
-    last_ = entry.address;
     if (entry.why == Unused::failed || entry.why == Unused::no_room) {
         ++failures_;
     }

@@ -17,6 +17,17 @@ constexpr std::string_view name(DeviceClass kind) {
     return names[to_underlying(kind)];
 }
 
+constexpr DeviceClass class_of(drivers::DeviceKind kind) {
+    switch (kind) {
+    case drivers::DeviceKind::disk: return DeviceClass::disk;
+    case drivers::DeviceKind::network: return DeviceClass::network;
+    case drivers::DeviceKind::keyboard:
+    case drivers::DeviceKind::pointer: return DeviceClass::input;
+    case drivers::DeviceKind::display: return DeviceClass::display;
+    }
+    return DeviceClass::other;
+}
+
 struct DeviceEntry {
     FixedText<12> bus;     // "pci", "virtio-mmio", "xen", "vmbus"; of a driver's units "ide", "scsi"
     FixedText<64> address; // on that bus
@@ -26,7 +37,7 @@ struct DeviceEntry {
     std::string_view driver;            // static storage; empty: none
     std::optional<drivers::Unused> why; // nothing: `driver` drives it
     FixedText<160> reason;              // for people; may be empty when it is driven
-    u32 disks = 0;                      // that the driver found on it
+    u32 disks = 0;                      // devices that the driver found on it: disks of a controller
 };
 
 class Devices {
@@ -37,16 +48,13 @@ class Devices {
     /// Prints what was added so far; from then on each entry is printed when it is added.
     void list();
     /// Something of the machine for which there was no room or no sense: a line and a `left_out` record at once.
-    /// `disk`: a disk may be among it, and the verdict is an ERROR.
+    /// `disk`: a disk, or another device that has a driver, may be among it, and the verdict is an ERROR.
     void left_out(std::string_view what, u64 count, bool disk, std::string_view reason);
 
     /// Units and devices that should work and do not, or found no room.
     u32 failures() const { return failures_; }
     /// Of left_out(), a disk may be among them.
     bool disk_left_out() const { return disk_left_out_; }
-    /// Whether add() was called with this address since the last call of begin().
-    void begin() { last_.clear(); }
-    bool added(std::string_view address) const { return last_ == address; }
     /// "of 3 devices that could be or have one: 2 no driver, 1 empty; see the device lines"; for verdicts.
     FixedText<160> why_no_disk() const;
 
@@ -55,7 +63,6 @@ class Devices {
 
     Vector<DeviceEntry> entries_; // not printed yet
     bool listed_ = false;
-    FixedText<64> last_;
     u32 failures_ = 0;
     bool disk_left_out_ = false;
     std::array<u32, to_underlying(drivers::Unused::no_room) + 1> unused_disks_{};

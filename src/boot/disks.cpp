@@ -4,47 +4,22 @@ import core.result;
 import core.text;
 import core.log;
 import io.block;
-import drivers.table;
-import drivers.claims;
-import drivers.driver;
-import boot.devices;
 
 namespace fl::boot {
 
-bool Disks::Port::offered(u32 disk_number) {
-    if (disk_number == no_twin) {
-        return true;
-    }
-    return disks_.claims_.offered(driver_, drivers::disk_slot(disk_number));
-}
-
-void Disks::Port::unused(const drivers::UnusedUnit& unit) {
-    if (disks_.devices_ == nullptr) {
-        return;
-    }
-    DeviceEntry entry = describe(unit);
-    if (unit.why == drivers::Unused::taken && unit.reason.empty()) {
-        print(entry.reason, "left to {}, which has the same disk",
-              disks_.claims_.holder(drivers::disk_slot(unit.disk_number)));
-    }
-    disks_.devices_->add(entry);
-}
-
-Result<void> Disks::Port::announce(io::BlockDevice& disk, u32 disk_number) {
-    if (disks_.find(disk.identity().name.view()) != nullptr) {
+Result<void> Disks::takes(std::string_view name) const {
+    if (find(name) != nullptr) {
         return Error{Code::busy, "a disk of this name is attached already"};
     }
-    if (disks_.count_ == capacity) {
+    if (count_ == capacity) {
         return Error{Code::exhausted, "more disks than boot::Disks has room for", capacity, capacity + 1};
     }
-    if (disk_number != no_twin) {
-        if (auto claimed = disks_.claims_.attached(driver_, drivers::disk_slot(disk_number)); !claimed) {
-            return claimed.error();
-        }
-    }
-    disks_.disks_[disks_.count_++] = &disk;
-    report(disk);
     return {};
+}
+
+void Disks::add(io::BlockDevice& disk) {
+    disks_[count_++] = &disk;
+    report(disk);
 }
 
 io::BlockDevice* Disks::find(std::string_view name) const {

@@ -1,15 +1,11 @@
-// The disks of the machine, as the drivers announce them. Keeps the rule that one disk attaches once (drivers.claims)
-// and prints each as it comes.
+// The disks of the machine, as the drivers announce them, and what is printed of each as it comes. Which driver may
+// announce which disk is decided by the claims (boot.sinks).
 export module boot.disks;
 import core.std;
 import core.result;
 import core.text;
 import core.log;
 import io.block;
-import drivers.table;
-import drivers.claims;
-import drivers.driver;
-import boot.devices;
 
 export namespace fl::boot {
 
@@ -17,24 +13,10 @@ class Disks {
   public:
     static constexpr usize capacity = 1024; // fixed, since jobs hold on to the list while disks are added
 
-    /// What these refer to must outlive this. `devices`: where disks that are not attached are told; nullptr: nobody
-    /// is.
-    explicit Disks(const drivers::Plan& plan, Devices* devices = nullptr) : claims_(plan), devices_(devices) {}
-
-    /// What one driver is given: it sees only the disks that the table lets it have.
-    class Port final : public drivers::DiskSink {
-      public:
-        Port(Disks& disks, std::string_view driver) : disks_(disks), driver_(driver) {}
-        bool offered(u32 disk_number) override;
-        Result<void> announce(io::BlockDevice& disk, u32 disk_number) override;
-        void unused(const drivers::UnusedUnit& unit) override;
-        void gone(u32 disk_number) override { disks_.claims_.released(driver_, drivers::disk_slot(disk_number)); }
-
-      private:
-        Disks& disks_;
-        std::string_view driver_;
-    };
-
+    /// Whether add() would take a disk of that name. Error{busy}: there is one; Error{exhausted}: no room.
+    Result<void> takes(std::string_view name) const;
+    /// takes() has said that it can be added. The disk lives until the machine ends.
+    void add(io::BlockDevice& disk);
     /// In the order in which they attached.
     std::span<io::BlockDevice* const> all() const { return {disks_.data(), count_}; }
     io::BlockDevice* find(std::string_view name) const;
@@ -42,8 +24,6 @@ class Disks {
     FixedText<256> names() const;
 
   private:
-    drivers::Claims claims_;
-    Devices* devices_;
     std::array<io::BlockDevice*, capacity> disks_{};
     usize count_ = 0;
 };

@@ -1,5 +1,6 @@
-// The drivers of this build, as data. A native driver of a PCI device is one line in pci_drivers; a synthetic one a
-// line in the list of its hypervisor's backend. Which of them come first is not decided here but by the driver table.
+// The drivers of this build, as data: one list for each source of devices (boot.sources). A native driver of a PCI
+// device is one line in pci_drivers; a synthetic one a line in the list of its hypervisor's backend. Which of them come
+// first is not decided here but by the driver table.
 export module boot.drivers;
 import core.std;
 import core.result;
@@ -7,9 +8,12 @@ import io.task;
 import hv.backend;
 import hv.list;
 import drivers.driver;
+import drivers.table;
 import drivers.pci;
 import drivers.ata;
 import drivers.machine.ports;
+import boot.backend;
+import boot.sources;
 #ifdef FIRSTLIGHT_HV_XEN
 import drivers.xen_blk;
 #endif
@@ -24,15 +28,6 @@ import drivers.hv_balloon;
 
 export namespace fl::boot {
 
-/// `name` as in drivers::known_drivers; `ids`: what it drives; `probe`: attaches one function, the driver's `index`th.
-/// `first`: functions that come before all others of the driver. May be nullptr.
-struct PciDriver {
-    std::string_view name;
-    std::span<const drivers::pci::Match> ids;
-    io::Task<Result<void>> (*probe)(drivers::Environment& environment, drivers::pci::Device device, u32 index);
-    bool (*first)(const drivers::pci::Device& device);
-};
-
 /// Four places for disks on each controller, in the order of Linux: hda to hdd, hde to hdh … The controller at the
 /// fixed ports comes first: its disks are those that can have a synthetic twin.
 inline io::Task<Result<void>> probe_ata(drivers::Environment& environment, drivers::pci::Device device, u32 index) {
@@ -42,42 +37,23 @@ inline io::Task<Result<void>> probe_ata(drivers::Environment& environment, drive
 inline constexpr std::array<PciDriver, 1> pci_drivers{{
     {"ata", drivers::ata::ids, probe_ata, drivers::ata::is_legacy},
 }};
+static_assert(std::ranges::all_of(pci_drivers, [](const PciDriver& d) { return drivers::driver_named(d.name); }));
 
-/// `type`: as the backend's bus calls it (hv::SyntheticDevice::type). `bus`: B::Bus of the backend in whose list it
-/// stands; untyped, so that one loop does for all of them.
-struct SyntheticDriver {
-    std::string_view name;
-    std::string_view type;
-    io::Task<Result<void>> (*probe)(drivers::Environment& environment, void* bus, const hv::SyntheticDevice& device);
-};
-template <hv::BusRoot B,
-          io::Task<Result<void>> (*probe)(drivers::Environment&, typename B::Bus&, const hv::SyntheticDevice&)>
-io::Task<Result<void>> probe_on(drivers::Environment& environment, void* bus, const hv::SyntheticDevice& device) {
-    return probe(environment, *static_cast<typename B::Bus*>(bus), device);
-}
+inline constexpr std::array<VirtioMmioDriver, 0> virtio_mmio_drivers{};
 
-/// The synthetic drivers for one backend; none for most.
+/// The drivers for the devices on one backend's bus; none for most. Those that are no twins of anything (services) are
+/// named by no rule of the table, and are tried after those that are.
 template <class B>
-inline constexpr std::array<SyntheticDriver, 0> synthetic_drivers{};
+inline constexpr std::array<BusDriver<BusOf<B>>, 0> bus_drivers{};
 
 #ifdef FIRSTLIGHT_HV_XEN
 template <>
-inline constexpr std::array<SyntheticDriver, 1> synthetic_drivers<hv::Xen>{{
-    {"xen_blk", "vbd", probe_on<hv::Xen, drivers::xen_blk::probe>},
+inline constexpr std::array<BusDriver<hv::Xen::Bus>, 1> bus_drivers<hv::Xen>{{
+    {{"xen_blk", "vbd"}, drivers::xen_blk::probe},
 }};
 #endif
 
-/// Synthetic devices that are no disks: no rule of the table names them, they are probed after the disks.
-template <class B>
-inline constexpr std::array<SyntheticDriver, 0> service_drivers{};
-
 #ifdef FIRSTLIGHT_HV_HYPERV
-template <>
-inline constexpr std::array<SyntheticDriver, 2> synthetic_drivers<hv::HyperV>{{
-    {"storvsc", drivers::storvsc::scsi_class, probe_on<hv::HyperV, drivers::storvsc::probe>},
-    {"storvsc", drivers::storvsc::ide_class, probe_on<hv::HyperV, drivers::storvsc::probe>},
-}};
-
 inline io::Task<Result<void>> probe_balloon(drivers::Environment& environment, hv::HyperV::Bus& bus,
                                             const hv::SyntheticDevice& device) {
     static constinit u64 total = 0; // pages that the kernel could still give when it began to report
@@ -87,11 +63,13 @@ inline io::Task<Result<void>> probe_balloon(drivers::Environment& environment, h
     return drivers::hv_balloon::probe(environment, bus, device, memory);
 }
 template <>
-inline constexpr std::array<SyntheticDriver, 4> service_drivers<hv::HyperV>{{
-    {"hv_util", drivers::hv_util::shutdown_class, probe_on<hv::HyperV, drivers::hv_util::probe>},
-    {"hv_util", drivers::hv_util::heartbeat_class, probe_on<hv::HyperV, drivers::hv_util::probe>},
-    {"hv_util", drivers::hv_util::time_sync_class, probe_on<hv::HyperV, drivers::hv_util::probe>},
-    {"hv_balloon", drivers::hv_balloon::balloon_class, probe_on<hv::HyperV, probe_balloon>},
+inline constexpr std::array<BusDriver<hv::HyperV::Bus>, 6> bus_drivers<hv::HyperV>{{
+    {{"storvsc", drivers::storvsc::scsi_class}, drivers::storvsc::probe},
+    {{"storvsc", drivers::storvsc::ide_class}, drivers::storvsc::probe},
+    {{"hv_util", drivers::hv_util::shutdown_class}, drivers::hv_util::probe},
+    {{"hv_util", drivers::hv_util::heartbeat_class}, drivers::hv_util::probe},
+    {{"hv_util", drivers::hv_util::time_sync_class}, drivers::hv_util::probe},
+    {{"hv_balloon", drivers::hv_balloon::balloon_class}, probe_balloon},
 }};
 #endif
 

@@ -5,6 +5,15 @@ import core.std;
 
 export namespace fl {
 
+namespace vector_detail {
+
+/// `bytes` of memory that begins with the `used` ones of `old`, which is freed; nullptr: none, and `old` stays.
+void* grow(void* old, usize used, usize bytes);
+/// For tests: the next `n` growths of all vectors succeed, all later ones fail until lifted with ~0.
+void fail_after(u64 n);
+
+} // namespace vector_detail
+
 template <class T>
     requires(std::is_trivially_copyable_v<T> && alignof(T) <= 16)
 class Vector {
@@ -47,14 +56,11 @@ class Vector {
   private:
     bool grow() {
         const usize room = room_ == 0 ? 8 : 2 * room_;
-        void* bytes = room > ~usize{0} / sizeof(T) ? nullptr : ::operator new(room * sizeof(T), std::nothrow);
+        void* const bytes =
+            room > ~usize{0} / sizeof(T) ? nullptr : vector_detail::grow(data_, size_ * sizeof(T), room * sizeof(T));
         if (bytes == nullptr) {
             return false;
         }
-        if (size_ != 0) {
-            std::memcpy(bytes, data_, size_ * sizeof(T));
-        }
-        release(data_);
         data_ = static_cast<T*>(bytes);
         room_ = room;
         return true;

@@ -1,35 +1,34 @@
 module drivers.claims;
 import core.std;
 import core.result;
-import core.text;
 import core.vector;
 import drivers.table;
 
 namespace fl::drivers {
 
-bool Claims::offered(std::string_view driver, Slot slot) const {
+bool Claims::offered(std::string_view driver, DeviceId id) const {
     // No driver is paired with itself: what it holds already is not offered to it again.
     for (const Claim& claim : claims_) {
-        if (claim.slot == slot && !plan_->both(driver, claim.driver)) {
+        if (claim.id == id && !plan_->both(driver, claim.driver)) {
             return false;
         }
     }
     return true;
 }
 
-Result<void> Claims::attached(std::string_view driver, Slot slot) {
-    if (!offered(driver, slot)) {
+Result<void> Claims::attached(std::string_view driver, DeviceId id) {
+    if (!offered(driver, id)) {
         return Error{Code::busy, "this device is attached already: a driver must ask offered() before it touches one"};
     }
-    if (!claims_.push({slot, driver})) {
-        return Error{Code::exhausted, "no memory for a list of disks"};
+    if (!claims_.push({id, driver})) {
+        return Error{Code::exhausted, "no memory for the list of devices that are attached"};
     }
     return {};
 }
 
-bool Claims::released(std::string_view driver, Slot slot) {
+bool Claims::released(std::string_view driver, DeviceId id) {
     for (usize i = 0; i < claims_.size(); ++i) {
-        if (claims_[i].slot == slot && claims_[i].driver == driver) {
+        if (claims_[i].id == id && claims_[i].driver == driver) {
             claims_.remove(i);
             return true;
         }
@@ -37,9 +36,9 @@ bool Claims::released(std::string_view driver, Slot slot) {
     return false;
 }
 
-std::string_view Claims::holder(Slot slot) const {
+std::string_view Claims::holder(DeviceId id) const {
     for (const Claim& claim : claims_) {
-        if (claim.slot == slot) {
+        if (claim.id == id) {
             return claim.driver;
         }
     }

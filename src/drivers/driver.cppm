@@ -12,6 +12,7 @@ import core.mmio;
 import io.executor;
 import io.block;
 import io.shutdown;
+export import drivers.device;
 
 export namespace fl::drivers {
 
@@ -21,7 +22,7 @@ enum class Feature : u32 { persistent = 1, indirect = 2, ring_pages = 4, flush =
 /// Why something that a driver was offered, or found on its device, is not in use.
 enum class Unused : u8 {
     no_driver,  // nothing in this build drives it
-    taken,      // another driver has the same disk
+    taken,      // another driver has the same device
     unplugged,  // the host has taken the emulated devices away, as it was asked to
     not_a_disk, // a CD drive, a tape …
     empty,      // a disk of 0 bytes, a drive without a medium
@@ -60,25 +61,44 @@ struct UnusedUnit {
     std::string_view address; // as the driver calls it: "hdb", "LUN 3 of …"
     std::string_view what;    // "CD drive", "SCSI disk"
     Unused why = Unused::failed;
-    std::string_view reason; // for people; empty with `taken`: the driver that has the disk is named
-    u32 disk_number = ~u32{0};
+    std::string_view reason; // for people; empty with `taken`: the driver that has the device is named
+    u32 number = no_twin;    // of its DeviceId
+    DeviceKind kind = DeviceKind::disk;
 };
 
-/// Where drivers announce disks. A disk number says which disk of the machine it is, whichever driver shows it: primary
-/// master is 0, primary slave 1, secondary master 2, and so on; a synthetic disk's bus says which number its emulated
-/// twin would have. Disks without a twin use `no_twin`.
+/// The claims of the machine's devices, of every class, as one driver sees them. Order: offered() before the first
+/// access, claim() once the device works, gone() when it does not exist any more. A class whose devices have an
+/// interface has a typed sink (DiskSink), whose announce() claims; drivers of the others claim here.
+class DeviceSink {
+  public:
+    /// Whether the driver may touch the device at all: false when another driver has it already, or the table withholds
+    /// it. Devices without a twin are always offered.
+    virtual bool offered(DeviceId id) = 0;
+    /// The driver has attached the device. Error{busy}: another driver attached it first, and this one lets go of it;
+    /// Error{exhausted}: no memory.
+    virtual Result<void> claim(DeviceId id) = 0;
+    /// Once for each unit that is not driven. `failed` and `no_room` make the kernel's verdict an ERROR.
+    virtual void unused(const UnusedUnit& unit) = 0;
+    /// The host has taken the device away: what is claimed under that id later is another one.
+    virtual void gone(DeviceId id) = 0;
+
+  protected:
+    ~DeviceSink() = default;
+};
+
+/// Where drivers announce disks. A disk number says which disk of the machine it is, whichever driver shows it: see
+/// DeviceId. A synthetic disk's bus says which number its emulated twin would have. Disks without a twin use `no_twin`.
 class DiskSink {
   public:
-    static constexpr u32 no_twin = ~u32{0};
-    /// Whether a driver may touch this disk at all: false when another driver has it already, or the table withholds
-    /// it. Ask before the first access.
+    static constexpr u32 no_twin = drivers::no_twin;
+    /// As DeviceSink::offered().
     virtual bool offered(u32 disk_number) = 0;
     /// The disk is ready; it lives until the machine ends. Error{busy}: another driver attached the same disk first;
     /// the driver lets go of it.
     virtual Result<void> announce(io::BlockDevice& disk, u32 disk_number) = 0;
-    /// Once for each unit that is not driven. `failed` and `no_room` make the kernel's verdict an ERROR.
+    /// As DeviceSink::unused().
     virtual void unused(const UnusedUnit& unit) { static_cast<void>(unit); }
-    /// The host has taken the disk away: what is announced under that number later is another one.
+    /// As DeviceSink::gone().
     virtual void gone(u32 disk_number) { static_cast<void>(disk_number); }
 
   protected:
@@ -100,6 +120,8 @@ struct Environment {
     io::Shutdown* shutdown = nullptr;
     /// Maps registers in memory: pci::Device::map_bar(), or a device whose address a table gives.
     MmioMapper& mmio = no_mmio();
+    /// Claims of devices of every class, those of `disks` among them; nullptr where only disks are announced (tests).
+    DeviceSink* devices = nullptr;
 
     bool allows(Feature feature) const { return (withheld_features & to_underlying(feature)) == 0; }
 };

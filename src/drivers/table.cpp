@@ -5,6 +5,7 @@ import core.text;
 import core.log;
 import core.cmdline;
 import core.suggest;
+import hv.backend;
 
 namespace fl::drivers {
 
@@ -21,13 +22,13 @@ void write_list(FixedText<N>& out, std::span<const std::string_view> names) {
     }
 }
 
-// The names of the drivers of one kind.
+// The names of the native or of the synthetic drivers: what a complaint lists and what a suggestion is taken from.
 struct Names {
-    std::array<std::string_view, known_drivers.size()> list{};
+    std::array<std::string_view, Plan::max_drivers> list{};
     usize count = 0;
-    explicit constexpr Names(bool synthetic) {
-        for (const DriverInfo& d : known_drivers) {
-            if (d.synthetic == synthetic) {
+    Names(std::span<const DriverInfo> drivers, bool synthetic) {
+        for (const DriverInfo& d : drivers) {
+            if (d.synthetic == synthetic && count < list.size()) {
                 list[count++] = d.name;
             }
         }
@@ -147,13 +148,19 @@ bool Table::apply_line(std::string_view text, bool commas, u32 line) {
     }
     for (const bool synthetic : {false, true}) {
         const std::optional<std::string_view> word = words.next();
-        const DriverInfo* driver = driver_named(word.value_or(""));
+        const DriverInfo* driver = driver_named(word.value_or(""), drivers_);
         const std::string_view what = synthetic ? "a synthetic driver" : "a native driver";
         if (driver == nullptr || driver->synthetic != synthetic) {
-            const Names names(synthetic);
+            const Names names(drivers_, synthetic);
             return refuse(complaint(what, names.all(), word));
         }
         (synthetic ? rule.synthetic : rule.native) = driver;
+    }
+    if (rule.native->kind != rule.synthetic->kind) {
+        FixedText<160> message;
+        print(message, "expected two drivers of one class of devices, seen '{}' (class {}) and '{}' (class {})",
+              rule.native->name, name(rule.native->kind), rule.synthetic->name, name(rule.synthetic->kind));
+        return refuse(message);
     }
     if (verb != Verb::remove) {
         const std::optional<std::string_view> word = words.next();
@@ -211,6 +218,7 @@ bool Table::change(const Rule& rule, int verb, u32 line) {
     }
     if (!hit) {
         if (rule_count_ == max_rules) {
+            ++rules_dropped_;
             return refuse("the table is full: remove rules that are not needed");
         }
         rules_[rule_count_++] = rule;
@@ -220,6 +228,9 @@ bool Table::change(const Rule& rule, int verb, u32 line) {
 
 Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
     Plan plan;
+    plan.known = drivers_;
+    const usize count = std::min(drivers_.size(), Plan::max_drivers);
+    plan.drivers_dropped = static_cast<u32>(drivers_.size() - count);
     for (const Rule& rule : rules()) {
         const bool named = rule.guest == guest;
         if (!named && rule.guest) {
@@ -241,18 +252,18 @@ Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
         }
     }
     // Each pair with a rank says which of two comes first. Place drivers one by one, always the first (in the order of
-    // known_drivers) that nobody unplaced must precede; when there is none the rules go round in a circle, and the
-    // weakest of them gives way.
-    static_assert(known_drivers.size() <= Plan::max_drivers);
-    std::array<bool, known_drivers.size()> placed{};
+    // the table's drivers) that no unplaced one must precede; when there is none the rules go round in a circle, and
+    // the weakest of them gives way.
+    std::array<bool, Plan::max_drivers> placed{};
     u32 usable = plan.pair_count;
     auto is_placed = [&](std::string_view name) {
-        return placed[static_cast<usize>(driver_named(name) - known_drivers.data())];
+        const auto index = static_cast<usize>(driver_named(name, drivers_) - drivers_.data());
+        return index >= count || placed[index]; // one that has found no room holds up none
     };
-    while (plan.driver_count < known_drivers.size()) {
-        usize pick = known_drivers.size();
-        for (usize i = 0; i < known_drivers.size() && pick == known_drivers.size(); ++i) {
-            const std::string_view name = known_drivers[i].name;
+    while (plan.driver_count < count) {
+        usize pick = count;
+        for (usize i = 0; i < count && pick == count; ++i) {
+            const std::string_view name = drivers_[i].name;
             const bool blocked = std::ranges::any_of(std::span(plan.pairs).first(usable), [&](const Plan::Pair& p) {
                 const std::string_view first = p.rank > 0 ? p.synthetic : p.native;
                 const std::string_view second = p.rank > 0 ? p.native : p.synthetic;
@@ -262,13 +273,13 @@ Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
                 pick = i;
             }
         }
-        if (pick == known_drivers.size()) {
+        if (pick == count) {
             --usable; // pairs are sorted: the last one is the weakest
             plan.contradicts = true;
             continue;
         }
         placed[pick] = true;
-        plan.order[plan.driver_count++] = known_drivers[pick].name;
+        plan.order[plan.driver_count++] = drivers_[pick].name;
     }
     return plan;
 }
@@ -287,13 +298,19 @@ bool Plan::both(std::string_view a, std::string_view b) const {
     return p != nullptr && (p->rank == 0 || p->twin == Twin::keep);
 }
 
-bool Plan::unplugs(std::string_view native) const {
-    return std::ranges::any_of(
-        all_pairs(), [&](const Pair& p) { return p.native == native && p.rank > 0 && p.twin == Twin::unplug; });
+hv::EmulatedClasses Plan::unplugs() const {
+    hv::EmulatedClasses classes;
+    for (const Pair& p : all_pairs()) {
+        const DriverInfo* native = driver(p.native);
+        if (native != nullptr && p.rank > 0 && p.twin == Twin::unplug) {
+            classes |= native->emulated;
+        }
+    }
+    return classes;
 }
 
 void log_plan(const Plan& plan, hv::VmGuest guest) {
-    FixedText<160> order;
+    FixedText<512> order; // Plan::max_drivers names
     write_list(order, plan.drivers());
     log::info("drivers on {}: {}", guest, order);
     for (const Plan::Pair& p : plan.all_pairs()) {

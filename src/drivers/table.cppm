@@ -1,15 +1,17 @@
-// Which driver comes first. A rule pairs a native driver with the synthetic one that reaches the same device under a
-// hypervisor; the table is the built-in rules, changed by a map file and by the command line (docs/INTERFACES.md "Map
-// file"). Drivers know nothing of it.
+// Which driver comes first. A rule pairs a native driver with the synthetic one that reaches the same devices (disks,
+// network cards, keyboards …) under a hypervisor; the table is the built-in rules, changed by a map file and by the
+// command line (docs/INTERFACES.md "Map file"). Drivers know nothing of it.
 //
-// The built-in policy for an emulated twin is `leave`: the native driver is not offered a disk that the synthetic one
-// has attached, and gets it when the synthetic one fails, so nothing is lost. `unplug` cannot be taken back, and is
+// The built-in policy for an emulated twin is `leave`: the native driver is not offered a device that the synthetic
+// one has attached, and gets it when the synthetic one fails, so nothing is lost. `unplug` cannot be taken back, and is
 // there for those who ask for it.
 export module drivers.table;
 import core.std;
 import core.result;
 import core.text;
+import hv.backend;
 export import hv.vm_guest;
+export import drivers.device;
 
 export namespace fl::drivers {
 
@@ -27,14 +29,17 @@ constexpr std::string_view name(Twin twin) { return twin_names[to_underlying(twi
 struct DriverInfo {
     std::string_view name;
     bool synthetic;
+    DeviceKind kind;
+    /// Of a native driver: which devices a host takes away when it is asked to unplug those of this driver.
+    hv::EmulatedClasses emulated{};
 };
 inline constexpr std::array<DriverInfo, 3> known_drivers{{
-    {"xen_blk", true},
-    {"storvsc", true},
-    {"ata", false},
+    {"xen_blk", true, DeviceKind::disk},
+    {"storvsc", true, DeviceKind::disk},
+    {"ata", false, DeviceKind::disk, {.disks = true}},
 }};
-constexpr const DriverInfo* driver_named(std::string_view name) {
-    for (const DriverInfo& d : known_drivers) {
+constexpr const DriverInfo* driver_named(std::string_view name, std::span<const DriverInfo> drivers = known_drivers) {
+    for (const DriverInfo& d : drivers) {
         if (d.name == name) {
             return &d;
         }
@@ -42,7 +47,7 @@ constexpr const DriverInfo* driver_named(std::string_view name) {
     return nullptr;
 }
 
-/// One rule. `native` and `synthetic` point into known_drivers.
+/// One rule. `native` and `synthetic` point into the table's drivers, and are for one class of devices.
 struct Rule {
     std::optional<hv::VmGuest> guest; // nothing: any (`*`)
     const DriverInfo* native = nullptr;
@@ -59,8 +64,8 @@ struct Diagnostic {
 
 /// What the table says for one hypervisor: the order in which drivers are tried, and what holds between each pair.
 struct Plan {
-    static constexpr usize max_drivers = 16;
-    static constexpr usize max_pairs = 32;
+    static constexpr usize max_drivers = 24;
+    static constexpr usize max_pairs = 64;
 
     struct Pair {
         std::string_view native;
@@ -69,11 +74,13 @@ struct Plan {
         Twin twin = Twin::leave;
     };
 
-    // first to last; those that no rule names in the order of known_drivers
+    std::span<const DriverInfo> known; // the table's drivers
+    // first to last; those that no rule names in the order of the table's drivers
     std::array<std::string_view, max_drivers> order{};
     std::array<Pair, max_pairs> pairs{}; // strongest first
     u32 driver_count = 0;
     u32 pair_count = 0;
+    u32 drivers_dropped = 0;  // beyond max_drivers: they come after all others
     bool contradicts = false; // rules that cannot all hold: the weaker ranks were dropped
 
     constexpr std::span<const std::string_view> drivers() const { return {order.data(), driver_count}; }
@@ -82,8 +89,11 @@ struct Plan {
     const Pair* pair(std::string_view a, std::string_view b) const;
     /// Whether both drivers may attach the same device.
     bool both(std::string_view a, std::string_view b) const;
-    /// The host shall be asked to take away what `native` drives: a synthetic driver in front of it says unplug.
-    bool unplugs(std::string_view native) const;
+    /// What the table knows of a driver; nullptr: no rule can name it.
+    const DriverInfo* driver(std::string_view name) const { return driver_named(name, known); }
+    /// What the host shall be asked to take away: the emulated devices of each native driver that has a synthetic one
+    /// in front of it with the twin policy `unplug`.
+    hv::EmulatedClasses unplugs() const;
 };
 
 class Table {
@@ -91,8 +101,10 @@ class Table {
     static constexpr usize max_rules = Plan::max_pairs;
     static constexpr usize max_diagnostics = 16;
 
-    /// The built-in rules.
+    /// The built-in rules for the known drivers.
     constexpr Table();
+    /// Other drivers and rules, for tests. `drivers` must outlive this.
+    constexpr Table(std::span<const DriverInfo> drivers, std::span<const Rule> rules);
 
     /// Applies a map file, line by line. Returns the number of lines that were wrong; each has its diagnostic, as far
     /// as there is room.
@@ -105,6 +117,8 @@ class Table {
         return {diagnostics_.data(), std::min<usize>(wrong_, max_diagnostics)};
     }
     u32 wrong() const { return wrong_; }
+    /// Rules for which there was no room. Those of a map file or of the command line are among wrong(), too.
+    u32 rules_dropped() const { return rules_dropped_; }
     /// Whether a rule of the command line was wrong, with or without room for its diagnostic.
     bool wrong_word() const { return wrong_word_; }
 
@@ -115,8 +129,10 @@ class Table {
     bool apply_line(std::string_view text, bool commas, u32 line);
     bool change(const Rule& rule, int verb, u32 line);
     bool refuse(u32 line, std::string_view message);
+    std::span<const DriverInfo> drivers_;
     std::array<Rule, max_rules> rules_{};
     u32 rule_count_ = 0;
+    u32 rules_dropped_ = 0;
     std::array<Diagnostic, max_diagnostics> diagnostics_{};
     u32 wrong_ = 0;
     bool wrong_word_ = false;
@@ -128,11 +144,19 @@ inline constexpr std::array<Rule, 2> builtin_rules{{
     {hv::VmGuest::hyperv, driver_named("ata"), driver_named("storvsc"), 100, Twin::leave},
 }};
 
-constexpr Table::Table() {
-    for (const Rule& rule : builtin_rules) {
-        rules_[rule_count_++] = rule;
+constexpr Table::Table() : Table(known_drivers, builtin_rules) {}
+
+constexpr Table::Table(std::span<const DriverInfo> drivers, std::span<const Rule> rules) : drivers_(drivers) {
+    for (const Rule& rule : rules) {
+        if (rule_count_ == max_rules) {
+            ++rules_dropped_;
+        } else {
+            rules_[rule_count_++] = rule;
+        }
     }
 }
+static_assert(known_drivers.size() <= Plan::max_drivers && builtin_rules.size() <= Table::max_rules);
+static_assert(Table::max_rules <= Plan::max_pairs); // a plan has room for every rule
 
 /// Prints the plan for people: the order, then each pair with its policy.
 void log_plan(const Plan& plan, hv::VmGuest guest);

@@ -1,6 +1,6 @@
 // What a hypervisor's module has to be, as concepts: small ones that compose. A backend is a class that models
-// `Backend`; every further concept is optional, and the kernel asks with `if constexpr (Console<B>)`. There is no base
-// class and no virtual call on the way.
+// `Backend`; every further concept is optional. Drivers use a backend's bus by its own type, without a virtual call;
+// the kernel uses the chosen backend through one interface (boot.backend).
 //
 // That a type models a concept says what its instances may have; what this instance has is asked at run time. What
 // works only after a start is an object of its own, and the backend gives a pointer to it: nullptr until it came up,
@@ -93,31 +93,6 @@ concept Clock = requires(const B& b) {
     { b.clock_name() } -> std::convertible_to<std::string_view>;
 };
 
-/// Event channels. Order: (their own way to get an Event) → bind → unmask → notify and handler calls in any order →
-/// unbind. bind() leaves the event masked; the handler runs under the rules of InterruptHandler. mask() is lazy and
-/// cheap; unmask() is true when an event came in the meantime (the handler will not be called for that one: look
-/// yourself). notify() tells the other side, one hypercall at most. On one CPU.
-template <class E>
-concept EventChannels = requires(E& e, typename E::Event event, InterruptHandler handler, void* context) {
-    { e.bind(event, handler, context) } -> std::same_as<Result<void>>;
-    { e.unbind(event) } -> std::same_as<void>;
-    { e.mask(event) } -> std::same_as<void>;
-    { e.unmask(event) } -> std::same_as<bool>;
-    { e.notify(event) } -> std::same_as<Result<void>>;
-};
-/// event_source(): nullptr until start() has found a way for events to come in.
-template <class B>
-concept EventSource = EventChannels<typename B::EventPorts> && requires(B& b) {
-    { b.event_source() } -> std::same_as<typename B::EventPorts*>;
-};
-
-/// Counts the hypercalls made since install(), of every kind: one increment each. A backend's hypercalls themselves are
-/// its own members.
-template <class B>
-concept Hypercalls = requires(const B& b) {
-    { b.hypercalls() } -> std::same_as<u64>;
-};
-
 /// The host's text console. Asked once after install(); nullptr: the host gives none. The sink must work with
 /// interrupts off and in a panic: it waits a bounded time for room and then drops.
 template <class B>
@@ -172,6 +147,19 @@ struct EmulatedClasses {
     bool disks = false; // IDE, all positions
     bool nics = false;
     bool nvme = false;
+
+    constexpr bool any() const { return disks || nics || nvme; }
+    /// Whether one of these is among the others, too.
+    constexpr bool intersects(const EmulatedClasses& others) const {
+        return (disks && others.disks) || (nics && others.nics) || (nvme && others.nvme);
+    }
+    constexpr EmulatedClasses& operator|=(const EmulatedClasses& others) {
+        disks = disks || others.disks;
+        nics = nics || others.nics;
+        nvme = nvme || others.nvme;
+        return *this;
+    }
+    friend constexpr bool operator==(const EmulatedClasses&, const EmulatedClasses&) = default;
 };
 
 /// Takes emulated devices away, for good. unplug(): after the driver table, before native buses are probed, at most

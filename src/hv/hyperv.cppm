@@ -112,7 +112,6 @@ class HyperV {
 
     std::optional<u64> tsc_hz() const { return tsc_hz_; }
     std::string_view clock_name() const { return clock_name_; }
-    u64 hypercalls() const { return hypercalls_.count(); }
 
     /// nullptr: before start(), after uninstall(), and where SynIC or bus did not come up.
     Bus* bus() { return bus_started_ ? &*bus_ : nullptr; }
@@ -149,7 +148,7 @@ class HyperV {
     std::optional<u64> tsc_hz_;
     std::string_view clock_name_ = "none";
 };
-static_assert(Backend<HyperV> && Hypercalls<HyperV> && BusRoot<HyperV> && LateDevices<HyperV> &&
-              LeavesProcessors<HyperV> && TearDown<HyperV> && OneShotTimer<HyperV>);
+static_assert(Backend<HyperV> && BusRoot<HyperV> && LateDevices<HyperV> && LeavesProcessors<HyperV> &&
+              TearDown<HyperV> && OneShotTimer<HyperV>);
 
 } // namespace fl::hv

@@ -25,7 +25,6 @@ class Xen {
     /// Devices are found in XenStore and driven by events and grants, all of which hang here: the backend itself is
     /// what its drivers are given.
     using Bus = Xen;
-    using EventPorts = xen::Events;
 
     /// How events reach this processor, once started.
     enum class Upcall : u8 {
@@ -49,13 +48,10 @@ class Xen {
 
     std::optional<u64> tsc_hz() const { return tsc_hz_; }
     std::string_view clock_name() const { return clock_name_; }
-    u64 hypercalls() const { return hypercalls_.count(); }
     Result<void> unplug(EmulatedClasses classes);
     /// nullptr: before start(), and where XenStore is not there or cannot be used.
     Xen* bus() { return store_.started() ? this : nullptr; }
     io::Task<Result<void>> enumerate(DeviceList& into);
-    /// nullptr until start() has set an upcall.
-    xen::Events* event_source() { return upcall_ != Upcall::none ? &events_ : nullptr; }
 
     /// Sleeps in the hypervisor until one of the (masked) events is pending or about `timeout_ns` have passed: an idle
     /// that takes no interrupt. Interrupts of other devices do not end it, so it suits a machine whose devices are all
@@ -63,6 +59,7 @@ class Xen {
     void idle_poll(std::span<const u32> ports, u64 timeout_ns) { static_cast<void>(events_.poll(ports, timeout_ns)); }
 
     xen::Hypercalls& calls() { return hypercalls_; }
+    /// Work once start() has set an upcall: upcall() is not `none` then.
     xen::Events& events() { return events_; }
     xen::Grants& grants() { return grants_; }
     xen::Store& store() { return store_; }
@@ -94,6 +91,6 @@ class Xen {
     xen::Store store_;
     std::array<char, xen::store_payload_max> listing_{};
 };
-static_assert(Backend<Xen> && EventSource<Xen> && Hypercalls<Xen> && EmulatedDevices<Xen> && BusRoot<Xen>);
+static_assert(Backend<Xen> && EmulatedDevices<Xen> && BusRoot<Xen>);
 
 } // namespace fl::hv

@@ -252,15 +252,4 @@ class RequestQueue {
     usize size_ = 0;
 };
 
-/// What a workload needs of a disk: BlockDevice is one model, a test's fake may be another.
-template <class D>
-concept Disk = requires(D& disk, const D& constant, u64 lba, DmaSpan buffer) {
-    { constant.geometry() } -> std::convertible_to<const Geometry&>;
-    { constant.counters() } -> std::convertible_to<const Counters&>;
-    disk.read(lba, buffer);
-    disk.write(lba, buffer);
-    disk.flush();
-};
-static_assert(Disk<BlockDevice>);
-
 } // namespace fl::io

@@ -4,7 +4,8 @@ import core.result;
 import core.text;
 import core.dma;
 import io.task;
-import io.block;
+import io.block_queue;
+import drivers.null;
 import io.ring;
 
 namespace {
@@ -26,7 +27,7 @@ u32 use() {
     static_cast<void>(twice());
     return result.value_or(0);
 }
-static_assert(io::Disk<io::BlockDevice>);
+static_assert(io::BlockTransport<drivers::null::Transport>);
 static_assert(io::RingMemory<io::FlatMemory>);
 [[maybe_unused]] constexpr auto keep = &use;
 } // namespace

@@ -21,6 +21,7 @@ import drivers.driver;
 import boot.options;
 import boot.devices;
 import boot.disks;
+import boot.sinks;
 import boot.jobs;
 
 namespace {
@@ -83,9 +84,12 @@ struct Jobs : testing::Test {
     HeapDma dma;
     drivers::Table table;
     drivers::Plan plan = table.plan(hv::VmGuest::xen, std::nullopt);
-    boot::Disks disks{plan};
-    boot::Disks::Port synthetic{disks, "xen_blk"};
-    boot::Disks::Port native{disks, "ata"};
+    boot::Attached attached{plan};
+    boot::Disks& disks = attached.disks;
+    boot::DriverSinks xen_blk{attached, "xen_blk"};
+    boot::DriverSinks ata{attached, "ata"};
+    boot::DiskPort& synthetic = xen_blk.disks;
+    boot::DiskPort& native = ata.disks;
     MemoryDisk xvda{executor, "xvda", 2048};
     MemoryDisk hdb{executor, "hdb", 2048};
     Capture capture;
@@ -293,7 +297,7 @@ TEST_F(Jobs, SmallDisksAreShownInSmallUnits) {
     MemoryDisk tiny{executor, "xvdb", 1};
     MemoryDisk small{executor, "xvdc", 16};
     for (MemoryDisk* disk : {&xvda, &tiny, &small}) {
-        ASSERT_TRUE(synthetic.announce(*disk, boot::Disks::Port::no_twin));
+        ASSERT_TRUE(synthetic.announce(*disk, drivers::no_twin));
     }
     EXPECT_TRUE(capture.has("xvda: emulated disk by memory, 1 MiB, 512-byte sectors")) << capture.text;
     EXPECT_TRUE(capture.has("xvdb: emulated disk by memory, 512 bytes, 512-byte sectors")) << capture.text;
@@ -323,7 +327,7 @@ TEST_F(Jobs, HundredsOfDisks) {
     for (u32 i = 0; i < 300; ++i) {
         many.push_back(
             std::make_unique<MemoryDisk>(executor, ("sd" + std::string(drivers::drive_letters(i).view())).c_str(), 16));
-        ASSERT_TRUE(synthetic.announce(*many.back(), boot::Disks::Port::no_twin));
+        ASSERT_TRUE(synthetic.announce(*many.back(), drivers::no_twin));
     }
     EXPECT_NE(disks.find("sdkn"), nullptr);
     const auto outcome = run("job=boot");
@@ -374,9 +378,11 @@ TEST_F(Listed, TheFirstBlockComesBeforeTheList) {
 }
 
 TEST_F(Listed, TheDriverThatHasTheSameDiskIsNamed) {
-    boot::Disks shared{plan, &devices};
-    boot::Disks::Port ring{shared, "xen_blk"};
-    boot::Disks::Port ide{shared, "ata"};
+    boot::Attached shared{plan, &devices};
+    boot::DriverSinks xen_blk_sinks{shared, "xen_blk"};
+    boot::DriverSinks ata_sinks{shared, "ata"};
+    boot::DiskPort& ring = xen_blk_sinks.disks;
+    boot::DiskPort& ide = ata_sinks.disks;
     ASSERT_TRUE(ring.announce(xvda, 0));
     ASSERT_FALSE(ide.offered(0));
     ide.unused({"ide", "hda", "IDE disk", drivers::Unused::taken, {}, 0});

@@ -23,6 +23,8 @@ import io.shutdown;
 import drivers.table;
 import boot.options;
 import boot.disks;
+import boot.sinks;
+import drivers.driver;
 import boot.shutdown;
 
 #include "unit/io_support.hpp"
@@ -36,15 +38,14 @@ struct Kernel {
     test::HeapDma dma;
     drivers::Table table;
     drivers::Plan plan = table.plan(hv::VmGuest::hyperv, std::nullopt);
-    boot::Disks disks{plan};
+    boot::Attached attached{plan};
+    boot::Disks& disks = attached.disks;
+    boot::DriverSinks storvsc{attached, "storvsc"};
     std::vector<std::byte> data = std::vector<std::byte>(64 * 512);
     test::MemoryDisk disk{executor, data.data(), data.size()};
     io::Shutdown shutdown{executor};
     boot::Options options{};
-    Kernel() {
-        boot::Disks::Port port(disks, "storvsc");
-        EXPECT_TRUE(port.announce(disk, boot::Disks::Port::no_twin));
-    }
+    Kernel() { EXPECT_TRUE(storvsc.disks.announce(disk, drivers::no_twin)); }
 };
 
 // Plays the driver that hears of the host's wish after a while.
@@ -235,8 +236,7 @@ TEST(Shutdown, ADiskBehindASlowOneIsNotSilent) {
     second.rename("mem1");
     second.behaviour.never_answers = true;
     second.set_timeout(60'000'000'000);
-    boot::Disks::Port port(k.disks, "storvsc");
-    ASSERT_TRUE(port.announce(second, boot::Disks::Port::no_twin));
+    ASSERT_TRUE(k.storvsc.disks.announce(second, drivers::no_twin));
     k.clock.on_idle = [](void*) { last->behaviour.never_answers = all->disk.under_way() != 0; };
     DmaBuffer buffer = *k.dma.buffer(4096);
     io::Request read(second, io::Op::read, 0, buffer.span().subspan(0, 512));

@@ -15,6 +15,7 @@
 
 import drivers.table;
 import boot.disks;
+import boot.sinks;
 
 namespace {
 using namespace ata_test;
@@ -310,9 +311,12 @@ TEST(AtaAttach, ASecondControllerHasNumbersAndClaimsOfItsOwn) {
     EXPECT_FALSE(ata::is_legacy(*pci::look_up(b.space, {0, 1, 1})));
     drivers::Table table;
     const drivers::Plan plan = table.plan(hv::VmGuest::xen, std::nullopt);
-    boot::Disks disks{plan};
-    boot::Disks::Port port{disks, "ata"};
-    boot::Disks::Port ring{disks, "xen_blk"};
+    boot::Attached attached{plan};
+    const boot::Disks& disks = attached.disks;
+    boot::DriverSinks ata_sinks{attached, "ata"};
+    boot::DriverSinks xen_blk_sinks{attached, "xen_blk"};
+    boot::DiskPort& port = ata_sinks.disks;
+    boot::DiskPort& ring = xen_blk_sinks.disks;
     drivers::Environment first{a.executor, a.memory, a.interrupts, port, 100'000'000, 0};
     drivers::Environment second{b.executor, b.memory, b.interrupts, port, 100'000'000, 0};
     ata::Controller<Ports> one{first, Ports{&a.all}};

@@ -4,6 +4,7 @@ import core.std;
 import core.text;
 import core.log;
 import drivers.table;
+import hv.backend;
 
 namespace {
 using namespace fl;
@@ -36,7 +37,7 @@ TEST(Table, BuiltIn) {
     EXPECT_EQ(xen.pair("ata", "xen_blk")->rank, 100);
     EXPECT_EQ(xen.pair("ata", "xen_blk")->twin, Twin::leave);
     EXPECT_FALSE(xen.both("ata", "xen_blk"));
-    EXPECT_FALSE(xen.unplugs("ata"));
+    EXPECT_FALSE(xen.unplugs().any());
     const auto hyperv = table.plan(VmGuest::hyperv, std::nullopt);
     EXPECT_EQ(order(hyperv), "xen_blk storvsc ata ");
     ASSERT_NE(hyperv.pair("ata", "storvsc"), nullptr);
@@ -67,8 +68,7 @@ TEST(Table, AddRemoveRankAndLines) {
     const auto kvm = table.plan(VmGuest::kvm, std::nullopt);
     EXPECT_TRUE(kvm.both("ata", "xen_blk")) << "rank 0: both attach";
     EXPECT_TRUE(table.apply_word("add,xen,ata,xen_blk,5,unplug")) << complaints(table);
-    EXPECT_TRUE(table.plan(VmGuest::xen, std::nullopt).unplugs("ata"));
-    EXPECT_FALSE(table.plan(VmGuest::xen, std::nullopt).unplugs("xen_blk"));
+    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).unplugs(), hv::EmulatedClasses{.disks = true});
     EXPECT_EQ(table.wrong(), 0u);
 }
 
@@ -144,9 +144,9 @@ TEST(Table, AnyHypervisor) {
 TEST(Table, TheCommandLineOverridesTheTwin) {
     Table table;
     EXPECT_TRUE(table.plan(VmGuest::xen, Twin::keep).both("ata", "xen_blk"));
-    EXPECT_TRUE(table.plan(VmGuest::xen, Twin::unplug).unplugs("ata"));
+    EXPECT_TRUE(table.plan(VmGuest::xen, Twin::unplug).unplugs().disks);
     EXPECT_TRUE(table.apply_word("rank,xen,ata,xen_blk,-1"));
-    EXPECT_FALSE(table.plan(VmGuest::xen, Twin::unplug).unplugs("ata")) << "what comes first is not taken away";
+    EXPECT_FALSE(table.plan(VmGuest::xen, Twin::unplug).unplugs().any()) << "what comes first is not taken away";
 }
 
 TEST(Table, AFloodOfLinesIsBounded) {
@@ -173,5 +173,37 @@ TEST(Table, ThePlanIsPrinted) {
     drivers::log_plan(Table{}.plan(VmGuest::xen, std::nullopt), VmGuest::xen);
     log::detach(capture);
     EXPECT_EQ(capture.text, "drivers on xen: xen_blk, storvsc, ata\ndrivers: xen_blk and ata, rank 100, twin: leave\n");
+}
+
+// Drivers of two classes, and of two that a host unplugs separately.
+constexpr std::array<drivers::DriverInfo, 5> classes{{
+    {"front_disk", true, drivers::DeviceKind::disk},
+    {"front_net", true, drivers::DeviceKind::network},
+    {"ide", false, drivers::DeviceKind::disk, {.disks = true}},
+    {"nvm", false, drivers::DeviceKind::disk, {.nvme = true}},
+    {"nic", false, drivers::DeviceKind::network, {.nics = true}},
+}};
+
+TEST(Table, ARulePairsDriversOfOneClass) {
+    Table table(classes, {});
+    EXPECT_EQ(table.apply("add xen nic front_disk 1\nadd xen nic front_net 1\n"), 1u);
+    EXPECT_EQ(complaints(table), "1: expected two drivers of one class of devices, seen 'nic' (class network card) and "
+                                 "'front_disk' (class disk)\n");
+    EXPECT_NE(table.plan(VmGuest::xen, std::nullopt).pair("nic", "front_net"), nullptr);
+}
+
+TEST(Table, WhatIsUnpluggedIsTheClassOfTheNativeDriver) {
+    const auto unplugs = [](std::string_view rules, std::optional<Twin> twin = std::nullopt) {
+        Table table(classes, {});
+        EXPECT_EQ(table.apply(rules), 0u) << complaints(table);
+        return table.plan(VmGuest::xen, twin).unplugs();
+    };
+    EXPECT_EQ(unplugs("add xen nic front_net 1 unplug\nadd xen ide front_disk 1 leave"),
+              hv::EmulatedClasses{.nics = true});
+    EXPECT_EQ(unplugs("add xen nvm front_disk 1 unplug"), hv::EmulatedClasses{.nvme = true});
+    EXPECT_EQ(unplugs("add xen ide front_disk 1\nadd xen nic front_net -1\nadd xen nvm front_disk 0", Twin::unplug),
+              hv::EmulatedClasses{.disks = true})
+        << "what comes first, or is kept, is not taken away";
+    EXPECT_FALSE(unplugs("add kvm ide front_disk 1 unplug").any()) << "another hypervisor's rule";
 }
 } // namespace

@@ -209,7 +209,7 @@ static_assert(names(hv::list, "kvm") && hv::built_for(VmGuest::kvm) && hv::built
 #else
 static_assert(!names(hv::list, "kvm") && !hv::built_for(VmGuest::kvm));
 #endif
-static_assert(!hv::BusRoot<hv::Bare> && !hv::EventSource<hv::Bare> && hv::Clock<hv::Bare>);
+static_assert(!hv::BusRoot<hv::Bare> && !hv::EmulatedDevices<hv::Bare> && hv::Clock<hv::Bare>);
 
 // That a type can do something says nothing about an instance that was never installed: it has nothing to give, and
 // whatever may be called on it at any time does no harm.
@@ -224,18 +224,12 @@ void ask_what_was_never_installed(io::Executor& executor) {
     if constexpr (hv::OneShotTimer<B>) {
         EXPECT_EQ(backend->timer(), nullptr);
     }
-    if constexpr (hv::EventSource<B>) {
-        EXPECT_EQ(backend->event_source(), nullptr);
-    }
     if constexpr (hv::Console<B>) {
         EXPECT_EQ(backend->console(), nullptr);
     }
     if constexpr (hv::EmulatedDevices<B>) {
         const auto done = backend->unplug({.disks = true});
         EXPECT_FALSE(done);
-    }
-    if constexpr (hv::Hypercalls<B>) {
-        EXPECT_EQ(backend->hypercalls(), 0u);
     }
     if constexpr (hv::Processors<B>) {
         EXPECT_TRUE(backend->join(1, executor));

@@ -7,6 +7,7 @@ import core.calibration;
 import core.interrupt;
 import core.result;
 import core.time;
+import core.timer;
 import core.machine.cpu;
 import core.machine.interrupts;
 import core.machine.lapic;
@@ -94,7 +95,7 @@ enum class Timer : u8 { none, deadline, local_apic, pit, hypervisor };
 constinit Timer timer = Timer::none;
 constinit u64 timer_units = 0; // multiplier of units()
 constinit u32 timer_vector = 0;
-constinit HypervisorTimer hypervisor_timer{};
+constinit OneShotTimer* hypervisor_timer = nullptr;
 
 constexpr u32 deadline_msr = 0x6e0;
 constexpr u32 lvt_deadline = 2 << 17;
@@ -142,7 +143,7 @@ void arm(Local& own, Instant until, Instant time) {
         cpu::out8(pit_channel0, static_cast<u8>(count >> 8));
         break;
     }
-    case Timer::hypervisor: hypervisor_timer.arm(hypervisor_timer.context, length); break;
+    case Timer::hypervisor: hypervisor_timer->arm(length); break;
     case Timer::none: break;
     }
 }
@@ -232,24 +233,23 @@ std::string_view timer_name() {
     case Timer::deadline: return "TSC deadline";
     case Timer::local_apic: return "local APIC";
     case Timer::pit: return "PIT";
-    case Timer::hypervisor: return hypervisor_timer.name;
+    case Timer::hypervisor: return hypervisor_timer->name();
     }
     return "none";
 }
 
 bool timer_is_deadline() { return timer == Timer::deadline; }
 
-Result<void> use_timer(const HypervisorTimer& given) {
-    CHECK(given.start(given.context, on_timer, nullptr));
+Result<void> use_timer(OneShotTimer& given) {
+    CHECK(given.start(on_timer, nullptr));
     local().timer_at = never; // what the other timer was set for need not come
-    hypervisor_timer = given;
+    hypervisor_timer = &given;
     timer = Timer::hypervisor;
     return {};
 }
 
 Result<void> join_hypervisor_timer() {
-    return timer == Timer::hypervisor ? hypervisor_timer.start(hypervisor_timer.context, on_timer, nullptr)
-                                      : Result<void>{};
+    return timer == Timer::hypervisor ? hypervisor_timer->start(on_timer, nullptr) : Result<void>{};
 }
 
 Result<void> join_timer() {

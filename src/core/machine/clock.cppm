@@ -5,6 +5,7 @@ import core.acpi;
 import core.interrupt;
 import core.result;
 import core.time;
+import core.timer;
 
 export namespace fl {
 
@@ -40,17 +41,9 @@ std::string_view timer_name();
 /// Whether a timer costs one register write and no division: then a hypervisor's is no better.
 bool timer_is_deadline();
 
-/// A one-shot timer that a hypervisor gives every processor [hv.backend OneShotTimer]. Both functions act on the
-/// calling processor.
-struct HypervisorTimer {
-    void* context = nullptr; // lives as long as the machine
-    Result<void> (*start)(void* context, InterruptHandler handler, void* handler_context) = nullptr;
-    void (*arm)(void* context, Nanoseconds length) = nullptr;
-    std::string_view name; // static
-};
-/// Takes it in place of the one that start_timer() found. Once, on the first processor, before another one runs. An
-/// error changes nothing.
-Result<void> use_timer(const HypervisorTimer& given);
+/// Takes a hypervisor's timer in place of the one that start_timer() found. It lives as long as the machine. Once, on
+/// the first processor, before another one runs. An error changes nothing.
+Result<void> use_timer(OneShotTimer& timer);
 
 /// The same timer on a further processor, called there. Only where start_timer() has found one of the local APIC, or a
 /// hypervisor's is in use (which then begins with join_hypervisor_timer()).

@@ -45,7 +45,6 @@ class Events {
     [[nodiscard]] bool unmask(Port port);
     /// Tells the other end: one hypercall.
     Result<void> send(Port port);
-    Result<void> notify(Port port) { return send(port); } // as the concept calls it
 
     /// The interrupt. `context` is the Events.
     static void upcall(void* context) { static_cast<Events*>(context)->scan(); }

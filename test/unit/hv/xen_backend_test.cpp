@@ -46,7 +46,7 @@ TEST(XenBackend, InstallsInOrder) {
     EXPECT_EQ(m.xen.callback, u64{2} << 56 | 0x40u);
     EXPECT_FALSE(m.xen.interrupts.eoi);
     EXPECT_EQ(m.guest.upcall(), hv::Xen::Upcall::vector);
-    EXPECT_GE(m.guest.hypercalls(), 12u);
+    EXPECT_GE(m.guest.calls().count(), 12u);
 }
 
 TEST(XenBackend, TakesTheLocalApicsVectorWhereXenHasNoOther) {
@@ -174,16 +174,16 @@ TEST(XenEvents, UpcallFindsTheHandlers) {
     ASSERT_TRUE(m.install() && m.start());
     int a = 0;
     int b = 0;
-    ASSERT_TRUE(m.guest.event_source()->bind(Port{70}, count, &a));
-    ASSERT_TRUE(m.guest.event_source()->bind(Port{3}, count, &b));
-    EXPECT_EQ(m.guest.event_source()->bind(Port{3}, count, &b).error().code, Code::busy);
-    EXPECT_EQ(m.guest.event_source()->bind(Port{0}, count, &b).error().code, Code::exhausted);
-    EXPECT_EQ(m.guest.event_source()->bind(Port{512}, count, &b).error().code, Code::exhausted);
+    ASSERT_TRUE(m.guest.events().bind(Port{70}, count, &a));
+    ASSERT_TRUE(m.guest.events().bind(Port{3}, count, &b));
+    EXPECT_EQ(m.guest.events().bind(Port{3}, count, &b).error().code, Code::busy);
+    EXPECT_EQ(m.guest.events().bind(Port{0}, count, &b).error().code, Code::exhausted);
+    EXPECT_EQ(m.guest.events().bind(Port{512}, count, &b).error().code, Code::exhausted);
     m.xen.raise(70);
     EXPECT_FALSE(m.xen.deliver()) << "masked until unmask()";
-    EXPECT_TRUE(m.guest.event_source()->unmask(Port{70})) << "came in the meantime";
-    EXPECT_FALSE(m.guest.event_source()->unmask(Port{70}));
-    EXPECT_FALSE(m.guest.event_source()->unmask(Port{3}));
+    EXPECT_TRUE(m.guest.events().unmask(Port{70})) << "came in the meantime";
+    EXPECT_FALSE(m.guest.events().unmask(Port{70}));
+    EXPECT_FALSE(m.guest.events().unmask(Port{3}));
     m.xen.raise(70);
     m.xen.raise(3);
     m.xen.raise(3);
@@ -193,10 +193,10 @@ TEST(XenEvents, UpcallFindsTheHandlers) {
     EXPECT_EQ(m.xen.upcall_pending(), 0);
     EXPECT_EQ(m.xen.selector(), 0u);
     EXPECT_EQ(m.xen.pending(0) | m.xen.pending(1), 0u);
-    m.guest.event_source()->mask(Port{70});
+    m.guest.events().mask(Port{70});
     m.xen.raise(70);
     EXPECT_FALSE(m.xen.deliver());
-    m.guest.event_source()->unbind(Port{70});
+    m.guest.events().unbind(Port{70});
     EXPECT_EQ(m.xen.pending(1), 0u);
     EXPECT_EQ(m.xen.mask(1) >> 6 & 1, 1u);
 }
@@ -207,7 +207,7 @@ TEST(XenEvents, AStormIsBoundedAndAStrayEventIsMasked) {
         int rings = 0;
     } s;
     ASSERT_TRUE(s.m.install() && s.m.start());
-    ASSERT_TRUE(s.m.guest.event_source()->bind(
+    ASSERT_TRUE(s.m.guest.events().bind(
         Port{9},
         [](void* c) {
             Storm& storm = *static_cast<Storm*>(c);
@@ -215,12 +215,12 @@ TEST(XenEvents, AStormIsBoundedAndAStrayEventIsMasked) {
             storm.m.xen.raise(9); // rings again while it is answered
         },
         &s));
-    static_cast<void>(s.m.guest.event_source()->unmask(Port{9}));
+    static_cast<void>(s.m.guest.events().unmask(Port{9}));
     s.m.xen.raise(9);
     EXPECT_TRUE(s.m.xen.deliver());
     EXPECT_EQ(s.rings, static_cast<int>(hv::xen::Events::max_passes));
     EXPECT_EQ(s.m.xen.upcall_pending(), 1) << "and the next one is not lost";
-    s.m.guest.event_source()->mask(Port{9});
+    s.m.guest.events().mask(Port{9});
     EXPECT_TRUE(s.m.xen.deliver());
 
     s.m.xen.mask(2) &= ~(u64{1} << 5);

@@ -264,17 +264,17 @@ TEST(XenStoreStart, RefusesARingWithSomebodyElsesRequest) {
     ASSERT_TRUE(m.start()) << "Xen is there: its clock, its console";
     EXPECT_TRUE(log.has("warning: xen: XenStore cannot be used: XenStore's ring holds a request that is not ours"));
     EXPECT_EQ(m.guest.bus(), nullptr) << "and no device";
-    EXPECT_NE(m.guest.event_source(), nullptr);
+    EXPECT_NE(m.guest.upcall(), hv::Xen::Upcall::none);
 }
 TEST(XenStoreStart, TheBusIsThereOnceItIsStarted) {
     fake::Machine m;
     EXPECT_EQ(m.guest.bus(), nullptr);
-    EXPECT_EQ(m.guest.event_source(), nullptr);
+    EXPECT_EQ(m.guest.upcall(), hv::Xen::Upcall::none);
     ASSERT_TRUE(m.install());
     EXPECT_EQ(m.guest.bus(), nullptr);
-    EXPECT_EQ(m.guest.event_source(), nullptr);
+    EXPECT_EQ(m.guest.upcall(), hv::Xen::Upcall::none);
     ASSERT_TRUE(m.start());
     EXPECT_NE(m.guest.bus(), nullptr);
-    EXPECT_NE(m.guest.event_source(), nullptr);
+    EXPECT_NE(m.guest.upcall(), hv::Xen::Upcall::none);
 }
 } // namespace

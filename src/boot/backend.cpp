@@ -1,0 +1,26 @@
+module boot.backend;
+import core.std;
+import core.result;
+import io.executor;
+import io.task;
+import hv.backend;
+
+namespace fl::boot {
+
+io::Task<Result<void>> Backend::enumerate(hv::DeviceList& into) {
+    static_cast<void>(into);
+    co_return Result<void>{};
+}
+
+Result<void> Backend::unplug(hv::EmulatedClasses classes) {
+    static_cast<void>(classes);
+    return Error{Code::not_supported, "this hypervisor has no way to take emulated devices away"};
+}
+
+Result<void> Backend::join(u32 processor, io::Executor& executor) {
+    static_cast<void>(processor);
+    static_cast<void>(executor);
+    return {};
+}
+
+} // namespace fl::boot

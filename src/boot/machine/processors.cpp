@@ -1,0 +1,84 @@
+module;
+#include "core/try.hpp"
+module boot.machine.processors;
+import core.std;
+import core.log;
+import core.processor;
+import core.result;
+import core.time;
+import core.machine.acpi;
+import core.machine.clock;
+import core.machine.smp;
+import io.executor;
+import boot.backend;
+
+namespace fl::boot {
+
+namespace {
+
+// One executor for each processor, index = processor. Those of further processors are made when they start and last as
+// long as the machine.
+struct Executors {
+    struct alignas(128) Place { // no two processors write to one cache line
+        std::optional<io::Executor> executor;
+    };
+    std::array<Place, max_processors> places;
+    std::array<io::Executor*, max_processors> list{};
+    u32 count = 0;
+    std::atomic<bool> stop{false};
+
+    io::Executor& make(u32 processor) {
+        std::optional<io::Executor>& own = places[processor].executor;
+        if (!own) { // else of a processor that was left out
+            own.emplace(io::Platform{platform_context(processor), platform_now, platform_idle, platform_kick},
+                        processor);
+        }
+        list[processor] = &*own;
+        return *own;
+    }
+};
+Executors& all() {
+    static Executors executors;
+    return executors;
+}
+
+// The functions of ProcessorWork; the context is the Backend.
+Result<void> join(void* backend, u32 processor) {
+    io::Executor& executor = all().make(processor);
+    CHECK(static_cast<Backend*>(backend)->join(processor, executor));
+    return join_hypervisor_timer();
+}
+
+void serve(void* backend, u32 processor) {
+    all().list[processor]->serve(all().stop);
+    static_cast<Backend*>(backend)->leave(processor);
+}
+
+} // namespace
+
+void start_executors(Backend& backend, io::Executor& executor, u32 most, Nanoseconds bound) {
+    all().list[0] = &executor;
+    executor.set_kick(platform_kick);
+    const Processors found = start_processors(acpi_tables(), most, {&backend, join, serve}, bound);
+    if (found.running == 1) {
+        executor.set_kick(nullptr); // nobody is there to kick it
+    }
+    all().count = found.running;
+    log::info("processors: {} of {} run", found.running, found.listed);
+    log::Record("processors")
+        .number("listed", found.listed)
+        .number("running", found.running)
+        .number("left_out", found.left_out);
+}
+
+std::span<io::Executor* const> executors() { return {all().list.data(), all().count}; }
+
+void stop_executors() {
+    all().stop.store(true, std::memory_order_release); // partner: the acquire in Executor::serve
+    for (io::Executor* executor : executors().subspan(std::min<usize>(all().count, 1))) {
+        executor->wake();
+    }
+    await_stopped();
+}
+
+} // namespace fl::boot
