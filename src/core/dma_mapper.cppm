@@ -159,8 +159,8 @@ class BouncePool {
     u32 available_ = 0;
 };
 
-/// What the limits do not admit goes through pages below DmaLimits::highest, which are allocated in chunks when they are
-/// needed first and kept. One device, so that the limits are always the same.
+/// What the limits do not admit goes through pages below DmaLimits::highest, which are allocated in chunks when they
+/// are needed first and kept. One device, so that the limits are always the same.
 class BounceMapper final : public DmaMapper {
   public:
     static constexpr u32 max_pages = 64;

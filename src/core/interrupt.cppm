@@ -52,8 +52,8 @@ class InterruptController {
     /// message.
     virtual Result<InterruptMessage> message_for(InterruptVector vector) const = 0;
     /// A vector valid on every processor, those included that join later: for what each processor raises itself, or the
-    /// hypervisor raises on it (timers, kicks, Xen's upcall, Hyper-V's SINT). A handler that needs to know where it runs
-    /// asks this_processor(). `eoi`: it arrives through the local APIC, which gets its end-of-interrupt after the
+    /// hypervisor raises on it (timers, kicks, Xen's upcall, Hyper-V's SINT). A handler that needs to know where it
+    /// runs asks this_processor(). `eoi`: it arrives through the local APIC, which gets its end-of-interrupt after the
     /// handler.
     virtual Result<InterruptVector> attach_vector(InterruptHandler handler, void* context, bool eoi) = 0;
     /// From attach_message() or attach_vector().

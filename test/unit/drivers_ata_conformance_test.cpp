@@ -27,7 +27,8 @@ using io::Status;
 
 class AtaRig final : public Rig {
   public:
-    explicit AtaRig(bool native) {
+    // `high`: buffers lie above 4 GiB, and every transfer is copied.
+    explicit AtaRig(bool native, bool high = false) {
         Drive& drive = m.add(m.primary, 0, sectors);
         drive.id.words[83] = 0x5000; // no 48-bit commands: 256 sectors each
         drive.id.words[86] = 0x1000;
@@ -36,10 +37,15 @@ class AtaRig final : public Rig {
         }
         EXPECT_TRUE(m.attach());
         m.primary.codes.reserve(1 << 16); // nothing is allocated while the driver runs
+        if (high) {
+            m.memory.high_bus = u64{1} << 32;
+            EXPECT_TRUE(m.read(m.disk(0), 0, *m.memory.allocate(4096, ~u64{0}))); // allocates what is copied through
+        }
         m.primary.hold = true;
         facts = {.capacity = 1,
-                 .part_bytes = 256 * 512,
+                 .part_bytes = high ? 64 * 1024u : 256 * 512u,
                  .gathers = true,
+                 .copies = high,
                  .retries = true,
                  .timeout = timeout,
                  .timeouts = 16};
@@ -90,6 +96,7 @@ class AtaRig final : public Rig {
 namespace fl::test::conformance {
 INSTANTIATE_TEST_SUITE_P(Ata, BlockConformance,
                          testing::Values(Make{"ata_isa", [] { return std::make_unique<AtaRig>(false); }},
-                                         Make{"ata_native", [] { return std::make_unique<AtaRig>(true); }}),
+                                         Make{"ata_native", [] { return std::make_unique<AtaRig>(true); }},
+                                         Make{"ata_above_4_gib", [] { return std::make_unique<AtaRig>(true, true); }}),
                          name_of);
 } // namespace fl::test::conformance

@@ -59,11 +59,17 @@ class Clock {
 class Memory final : public DmaAllocator {
   public:
     u64 next_bus = 0x100000;
+    u64 high_bus = 0; // else 0: memory without a limit comes from here
     u32 allocations = 0;
     bool refuse = false;
 
     Result<DmaSpan> allocate(u32 size, u64 limit) override {
         size = align_up(size, u32{4096});
+        if (high_bus != 0 && limit == ~u64{0}) {
+            const DmaSpan span = place(high_bus, size);
+            high_bus += size;
+            return span;
+        }
         if (refuse || next_bus + size > limit) {
             return Error{Code::exhausted, "no memory"};
         }

@@ -34,6 +34,7 @@ struct Facts {
     u32 part_bytes = 0;             // a larger request becomes several commands; 0: never
     bool holds = true;              // false: the device answers at once
     bool gathers = false;           // neighbours become one command, at the end of the turn
+    bool copies = false;            // and these buffers are copied: each command has one request
     bool answers_after_all = false; // a silent device has answered, and only the event was lost
     bool retries = false;           // answer_again() has the command sent again
     bool stoppable = true;          // stop() is there
