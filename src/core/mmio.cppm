@@ -22,8 +22,8 @@ class MmioModel {
 /// A mapped region of device registers; a value, to be copied. A model of RegisterAccess for all four widths.
 ///
 /// Each access is one `mov` of exactly this width: an instruction that every hypervisor decodes. It is ordered with the
-/// other accesses to memory as the program has them: what was stored before a write() is seen by a device that the write
-/// makes look at memory, and a load after a read() comes after it. That costs nothing on x86: uncached accesses are
+/// other accesses to memory as the program has them: what was stored before a write() is seen by a device that looks at
+/// memory because of it, and a load after a read() comes after it. That costs nothing on x86: uncached accesses are
 /// strongly ordered [SDM-3 11.3], so only the compiler is held back.
 ///
 /// Bounds are checked once, where the region is mapped (`size` of MmioMapper::map, part()). Test builds also check each

@@ -73,8 +73,8 @@ struct Capability {
 
 struct Device;
 
-/// The capabilities of a function, in the order of the list. Each place is visited once, so a list with a loop ends, and
-/// so does one with a pointer into the header.
+/// The capabilities of a function, in the order of the list. Each place is visited once, so a list with a loop ends,
+/// and so does one with a pointer into the header.
 class Capabilities {
   public:
     /// The next one; nothing: that was all. One or two reads.
@@ -129,8 +129,8 @@ struct Device {
     /// use. Error{bad_argument}: no such register in this header; Error{protocol}: a type, or a size, that does not
     /// exist.
     Result<Bar> bar(u8 index) const;
-    /// bar() of a register that a driver needs for registers in memory: Error{not_supported} says what it is instead (I/O
-    /// ports, not implemented, without an address); Error{protocol}: the upper half of a 64-bit register.
+    /// bar() of a register that a driver needs for registers in memory: Error{not_supported} says what it is instead
+    /// (I/O ports, not implemented, without an address); Error{protocol}: the upper half of a 64-bit register.
     Result<Bar> memory_bar(u8 index) const;
     /// Maps `size` bytes at `at_byte` of a BAR, and switches the decoding of memory on. Its errors are those of
     /// memory_bar() and MmioMapper::map(); Error{protocol}: the BAR is smaller.
@@ -143,8 +143,8 @@ struct Device {
     Capabilities extended_capabilities() const { return {*this, true}; }
     /// Offset of the first capability with this id; nothing when there is none.
     std::optional<u16> capability(CapabilityId id) const;
-    /// Brings the function to D0 [PCI-PM-1.2 §5.4]. Gives how many nanoseconds must pass before the next access to it: 0
-    /// where it was there already or has no power management, 10 ms from D3.
+    /// Brings the function to D0 [PCI-PM-1.2 §5.4]. Gives how many nanoseconds must pass before the next access to it:
+    /// 0 where it was there already or has no power management, 10 ms from D3.
     u64 power_on() const;
 };
 static_assert(RegisterAccess<const Device, u8> && RegisterAccess<const Device, u16> &&

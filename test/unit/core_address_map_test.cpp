@@ -178,6 +178,9 @@ TEST(AddressMap, CountsWhatIsNotMapped) {
     EXPECT_EQ(m.space.unmapped(base + 2_GiB + 0x6000, K4), K4);
     EXPECT_EQ(m.space.unmapped(base + 2_GiB + 0x6000, 8 * TiB), 8 * TiB);
     EXPECT_EQ(m.space.unmapped(base, 0x1000), 0x1000u);
+    // From the middle of an absent table up to a page right after it.
+    ASSERT_TRUE(m.space.map(base + 5_GiB, 0x5000, K4, {}));
+    EXPECT_EQ(m.space.unmapped(base + 4_GiB + 512_MiB, 1_GiB), 512_MiB);
 }
 
 } // namespace

@@ -292,6 +292,11 @@ Result<std::byte*> map_physical(u64 physical, u64 size) {
         return Error(Code::bad_argument, "memory at this physical address cannot be mapped", direct_map.size, physical);
     }
     const Locked locked(lock);
+    // As a rule it is mapped: a boot reads a hundred times a few bytes of ACPI's tables.
+    if (const auto there = space.find(direct_map.begin + physical);
+        there && size - 1 < there->page - physical % there->page) {
+        return reinterpret_cast<std::byte*>(direct_map.begin + physical);
+    }
     if (auto mapped = map_missing(space, direct_map.begin, physical, size, {.write = true}); !mapped) {
         return mapped.error();
     }

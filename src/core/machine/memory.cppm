@@ -32,8 +32,8 @@ void start_memory(const MemoryLayout& layout);
 /// Error{exhausted}: no usable range is large enough to begin with.
 Result<void> add_memory(std::span<const MemoryArea> areas);
 
-/// No memory at or above it is used: the processor's physical addresses end there (CPUID 0x80000008), or the direct map.
-/// Device registers may be higher. After start_memory.
+/// No memory at or above it is used: the processor's physical addresses end there (CPUID 0x80000008), or the direct
+/// map. Device registers may be higher. After start_memory.
 u64 physical_end();
 
 FrameAllocator& frames();

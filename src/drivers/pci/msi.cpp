@@ -222,7 +222,8 @@ Result<void> Interrupts::attach_msix(std::span<const VectorUse> wanted, u32 at_l
         if (i < count_) {
             entries_[i].old_control = vector.raw;
         }
-        vector.set(MsixVectorControl::mask, true).write(table_, entry); // before its address changes [PCI-3.0 §6.8.3.5]
+        // Before its address changes [PCI-3.0 §6.8.3.5].
+        vector.set(MsixVectorControl::mask, true).write(table_, entry);
     }
     for (u32 i = 0; i < count_; ++i) {
         const u64 entry = i * msix_entry_size;
