@@ -449,7 +449,6 @@ void QueueCore::tick(Instant now) {
     }
     if (now >= idle_until_) {
         idle_events_ = 0;
-        idle_until_ = after(now, limits_.idle_window);
     }
     if (auto ticked = transport_tick(now, parked_ != 0); !ticked) {
         return fail(ticked.error());

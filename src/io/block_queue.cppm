@@ -380,7 +380,14 @@ class QueueCore : public Service {
     }
     inline void count_events(u32 events, bool answered) {
         const u32 fresh = events - std::exchange(events_seen_, events);
-        idle_events_ = answered ? 0 : idle_events_ + fresh;
+        if (answered) {
+            idle_events_ = 0;
+        } else if (fresh != 0) {
+            if (idle_events_ == 0) {
+                idle_until_ = after(executor_.turn_time(), limits_.idle_window);
+            }
+            idle_events_ += fresh;
+        }
         charged().interrupts += fresh;
     }
     inline Counters& charged() { return current_ != nullptr ? current_->counters_ : nobody_; }
