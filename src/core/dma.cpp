@@ -1,3 +1,5 @@
+module;
+#include "core/thread_annotations.hpp"
 module core.dma;
 import core.std;
 import core.log;
@@ -17,17 +19,17 @@ struct Orphan {
     DmaSpan span;
 };
 struct Quarantine {
-    Vector<Held> held;
-    Vector<Orphan> orphans;
-    bool frozen = false;
     SpinLock lock;
+    Vector<Held> held GUARDED_BY(lock);
+    Vector<Orphan> orphans GUARDED_BY(lock);
+    bool frozen GUARDED_BY(lock) = false;
 
-    bool holds(DmaSpan span) const {
+    bool holds(DmaSpan span) const REQUIRES(lock) {
         return frozen || std::ranges::any_of(held, [&](const Held& h) {
                    return span.bus < h.span.bus + h.span.size && h.span.bus < span.bus + span.size;
                });
     }
-    void freeze() {
+    void freeze() REQUIRES(lock) {
         if (!std::exchange(frozen, true)) {
             log::error("no memory left to note what devices may still access: no DMA memory is given back any more");
         }

@@ -9,6 +9,8 @@
 // Handlers are on the heap. Tables are read by dispatch_interrupt() without a lock while another processor changes
 // them: a link is stored last (release) and loaded once (acquire), and what was unlinked is freed only when every
 // processor has left the handlers that it was in (InterruptHardware::wait_for_handlers).
+module;
+#include "core/thread_annotations.hpp"
 export module core.interrupt_router;
 import core.std;
 import core.acpi;
@@ -120,16 +122,16 @@ class InterruptRouter final : public InterruptController {
         u8 vector;
     };
 
-    Wire wire(InterruptLine line) const;
-    std::optional<u32> io_apic_of(u32 gsi) const;
-    Line* find(u32 gsi);
-    Result<void> route(const Wire& wire, bool isa, u32 processor, AttachedHandler& handler);
+    Wire wire(InterruptLine line) const REQUIRES(lock_);
+    std::optional<u32> io_apic_of(u32 gsi) const REQUIRES(lock_);
+    Line* find(u32 gsi) REQUIRES(lock_);
+    Result<void> route(const Wire& wire, bool isa, u32 processor, AttachedHandler& handler) REQUIRES(lock_);
     Result<void> check_processor(u32 processor) const;
     Result<u8> free_vector(u32 processor) const;
     AttachedHandler* create(InterruptHandler handler, void* context);
     void destroy(AttachedHandler* handler);
     void enter(u32 processor, u8 vector, AttachedHandler* handler);
-    void program(const Wire& wire, u32 apic_id, u8 vector);
+    void program(const Wire& wire, u32 apic_id, u8 vector) REQUIRES(lock_);
 
     InterruptHardware& hardware_;
     mutable SpinLock lock_; // of everything below; dispatch_interrupt() reads the tables without it
@@ -137,7 +139,7 @@ class InterruptRouter final : public InterruptController {
     VectorTable first_table_{}; // of processor 0, before there is a heap
     std::array<VectorTable*, max_processors> tables_{};
     std::array<u32, max_processors> apic_ids_{};
-    Vector<Line> lines_;
+    Vector<Line> lines_ GUARDED_BY(lock_);
     std::array<IoApic, acpi::Madt::max_io_apics> io_apics_{};
     std::array<acpi::Override, acpi::Madt::max_overrides> overrides_{};
     u32 io_apic_count_ = 0;

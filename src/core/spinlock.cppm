@@ -1,5 +1,7 @@
 // The lock between processors, for what is shared and rare: frames, heap, page tables, log. The path of an I/O takes
 // none.
+module;
+#include "core/thread_annotations.hpp"
 export module core.spinlock;
 import core.std;
 import core.panic;
@@ -18,14 +20,15 @@ inline constinit std::atomic<bool> broken{false};
 inline void break_locks() { spinlock_detail::broken.store(true, std::memory_order_relaxed); }
 
 /// Not for interrupt handlers, and not recursive: a processor that takes it twice panics. Hold it for a few hundred
-/// instructions at most, and do not suspend a coroutine meanwhile. All bits zero: free.
-class SpinLock {
+/// instructions at most, and do not suspend a coroutine meanwhile. All bits zero: free. What it protects is declared
+/// GUARDED_BY it, and the compiler checks that it is held [core/thread_annotations.hpp].
+class CAPABILITY("mutex") SpinLock {
   public:
     constexpr SpinLock() = default;
     SpinLock(const SpinLock&) = delete;
     SpinLock& operator=(const SpinLock&) = delete;
 
-    void lock() {
+    void lock() ACQUIRE() {
         const u32 me = this_processor() + 1;
         for (;;) {
             u32 seen = 0;
@@ -48,7 +51,7 @@ class SpinLock {
             }
         }
     }
-    void unlock() { holder_.store(0, std::memory_order_release); } // partner: the acquire in lock()
+    void unlock() RELEASE() { holder_.store(0, std::memory_order_release); } // partner: the acquire in lock()
     /// Relaxed: only the holder itself can see its own number, and it wrote that.
     bool held_here() const { return holder_.load(std::memory_order_relaxed) == this_processor() + 1; }
 
@@ -57,10 +60,10 @@ class SpinLock {
 };
 
 /// Holds a lock for a scope.
-class Locked {
+class SCOPED_CAPABILITY Locked {
   public:
-    explicit Locked(SpinLock& lock) : lock_(lock) { lock_.lock(); }
-    ~Locked() { lock_.unlock(); }
+    explicit Locked(SpinLock& lock) ACQUIRE(lock) : lock_(lock) { lock_.lock(); }
+    ~Locked() RELEASE() { lock_.unlock(); }
     Locked(const Locked&) = delete;
     Locked& operator=(const Locked&) = delete;
 

@@ -1,6 +1,8 @@
 // Coroutines for drivers: Task<T> is lazy, owned by whoever awaits it, and resumes its awaiter by symmetric transfer.
 // Frames come from a bounded pool; a pool that has run dry gives an empty task, and awaiting that yields
 // Error{exhausted} (so T is a Result).
+module;
+#include "core/thread_annotations.hpp"
 export module io.task;
 import core.std;
 import core.processor;
@@ -74,33 +76,33 @@ class FramePool {
         u16 used;   // blocks in use, or kept by a processor
         u8 size_class;
     };
-    inline Page& page(PageNumber number) { return pages_[number - 1u]; }
+    inline Page& page(PageNumber number) REQUIRES(lock_) { return pages_[number - 1u]; }
     inline bool has_room(const Page& p) const {
         return p.free != nullptr || p.carved < page_bytes / classes[p.size_class];
     }
-    PageNumber fresh_page(usize size_class);
-    void link(PageNumber number);
-    void unlink(PageNumber number);
+    PageNumber fresh_page(usize size_class) REQUIRES(lock_);
+    void link(PageNumber number) REQUIRES(lock_);
+    void unlink(PageNumber number) REQUIRES(lock_);
     bool take_allowance();
     void return_allowance();
     void* take(usize size_class);
     void give(void* block);
-    void* take_locked(usize size_class);
+    void* take_locked(usize size_class) REQUIRES(lock_);
     void* allocate_from_arena(Kept& kept, usize size_class);
     void give_one(Kept& kept, usize size_class);
     void give_all(Kept& kept);
 
-    mutable SpinLock lock_; // of everything below but limited_, returns_, kept_ and the blocks
-    std::array<PageNumber, classes.size()> partial_{}; // pages of each class with room
-    PageNumber free_pages_ = 0;
-    PageNumber touched_ = 0; // pages that were ever used
-    u64 arena_calls_ = 0;
-    u64 denied_from_ = 0;              // 0: never; else the allocations left, plus one
-    std::atomic<bool> limited_{false}; // denied_from_ != 0
+    mutable SpinLock lock_;
+    std::array<PageNumber, classes.size()> partial_ GUARDED_BY(lock_){}; // pages of each class with room
+    PageNumber free_pages_ GUARDED_BY(lock_) = 0;
+    PageNumber touched_ GUARDED_BY(lock_) = 0; // pages that were ever used
+    u64 arena_calls_ GUARDED_BY(lock_) = 0;
+    u64 denied_from_ GUARDED_BY(lock_) = 0; // 0: never; else the allocations left, plus one
+    std::atomic<bool> limited_{false};      // denied_from_ != 0
     // How often the arena was found empty: everybody gives back what he keeps. Relaxed: a request, and no data.
     std::atomic<u32> returns_{0};
     std::array<Kept, max_processors> kept_{};
-    std::array<Page, pages> pages_{};
+    std::array<Page, pages> pages_ GUARDED_BY(lock_){};
     // every initial value here is zero, or the image would carry it
     alignas(16) std::array<std::byte, arena_bytes> arena_;
 };

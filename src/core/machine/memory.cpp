@@ -1,3 +1,5 @@
+module;
+#include "core/thread_annotations.hpp"
 module core.machine.memory;
 import core.std;
 import core.result;
@@ -38,7 +40,10 @@ namespace {
 constexpr u64 size_2m = 2_MiB;
 
 constinit MemoryLayout layout{};
-constinit FrameAllocator frame_allocator;
+// Of the frames and the page tables. Mappings are only added while several processors run, so no processor has to
+// invalidate what it has cached of them. start_memory() does without it: there is no second processor yet.
+constinit SpinLock lock;
+constinit FrameAllocator frame_allocator GUARDED_BY(lock);
 constinit PagingFeatures features{};
 constinit FixedText<48> feature_names;
 // Frames for tables come from here: what the direct map has reached so far.
@@ -54,7 +59,7 @@ bool in_image(u64 physical) {
 
 class KernelTables final : public TableMemory {
   public:
-    Result<u64> new_table() override {
+    Result<u64> new_table() override REQUIRES(lock) {
         if (used_ < early_table_count) {
             return layout.image_physical + (address_of(early_tables) - image_begin()) + 4096 * used_++;
         }
@@ -78,10 +83,7 @@ class KernelTables final : public TableMemory {
 constinit KernelTables tables;
 constinit AddressSpace space{tables};
 constinit MmioSpace mmio_space{space};
-// Of the frames and the page tables. Mappings are only added while several processors run, so nobody has to forget
-// anything.
-constinit SpinLock lock;
-constinit u64 next_stack = stack_map.begin;
+constinit u64 next_stack GUARDED_BY(lock) = stack_map.begin;
 
 void read_features() {
     const u32 highest = cpu::cpuid(0x80000000).eax;
@@ -252,7 +254,8 @@ Result<void> add_memory(std::span<const MemoryArea> areas) {
 }
 
 u64 physical_end() { return std::min(features.physical_end, direct_map.size); }
-FrameAllocator& frames() { return frame_allocator; }
+// For its counters, which other processors may change meanwhile.
+FrameAllocator& frames() NO_THREAD_SAFETY_ANALYSIS { return frame_allocator; }
 DmaAllocator& dma_memory() { return dma; }
 PhysicalReader& physical_memory() { return reader; }
 

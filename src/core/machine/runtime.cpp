@@ -1,3 +1,5 @@
+module;
+#include "core/thread_annotations.hpp"
 module core.machine.runtime;
 import core.std;
 import core.heap;
@@ -12,9 +14,9 @@ extern void (*const init_array_end[])();
 namespace fl {
 
 namespace {
-constinit Heap heap;
-constinit HeapGrowth growth = nullptr;
-constinit SpinLock lock; // of both; the frames' lock is taken under it, never the other way round
+constinit SpinLock lock; // the frames' lock is taken while it is held, never the other way round
+constinit Heap heap GUARDED_BY(lock);
+constinit HeapGrowth growth GUARDED_BY(lock) = nullptr;
 } // namespace
 
 void* heap_allocate(usize size, usize alignment) {
@@ -38,7 +40,8 @@ u64 heap_allocations() {
     const Locked locked(lock);
     return heap.allocations();
 }
-void set_heap_growth(HeapGrowth more) { growth = more; }
+// Once, before further processors run; its caller has the lock of the frames, which is never taken first.
+void set_heap_growth(HeapGrowth more) NO_THREAD_SAFETY_ANALYSIS { growth = more; }
 
 void run_initialisers() {
     for (auto* at = init_array_begin; at != init_array_end; ++at) {

@@ -1,0 +1,11 @@
+// Data that a lock protects is written without it.
+// expect: writing variable 'count' requires holding mutex 'lock'
+#include "core/thread_annotations.hpp"
+import core.std;
+import core.spinlock;
+
+namespace {
+fl::SpinLock lock;
+int count GUARDED_BY(lock) = 0;
+[[maybe_unused]] void caller() { ++count; }
+} // namespace
