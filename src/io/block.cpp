@@ -1,5 +1,6 @@
 module io.block;
 import core.std;
+import core.check;
 import core.result;
 import core.time;
 import core.dma;
@@ -31,6 +32,7 @@ Error to_error(Status status) {
 
 Request::~Request() {
     if (pending_) {
+        check(this_processor() == device_->executor_.processor(), "a request is destroyed on its lane's processor");
         device_->forget(*this);
         if (pending_) { // ended by nobody else
             ++device_->counters_.completed;

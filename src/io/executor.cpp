@@ -1,5 +1,6 @@
 module io.executor;
 import core.std;
+import core.check;
 import core.result;
 import core.log;
 import core.time;
@@ -44,6 +45,7 @@ void Executor::run_posts() {
 }
 
 bool Executor::withdraw(Post& post) {
+    check_processor();
     collect();
     bool found = false;
     for (Post** at = &posts_; *at != nullptr; at = &(*at)->next) {
@@ -108,6 +110,7 @@ void Executor::run_urgent() {
 }
 
 void Executor::add(Service& service) {
+    check_processor();
     service.next_ = services_;
     services_ = &service;
     activate(service);
@@ -116,6 +119,7 @@ void Executor::add(Service& service) {
 
 // Seldom called, so for size.
 [[clang::minsize]] void Executor::remove(Service& service) {
+    check_processor();
     const auto unlink = [&](Service*& first, Service* Service::* next) {
         for (Service** at = &first; *at != nullptr; at = &((*at)->*next)) {
             if (*at == &service) {
@@ -180,6 +184,7 @@ void Executor::take_raised() {
 }
 
 void Executor::start(Timer& timer) {
+    check_processor();
     timer.pending = true;
     timer.number = ++timers_started_;
     bounds_pending_ += timer.length != 0 ? 1 : 0;
@@ -187,6 +192,7 @@ void Executor::start(Timer& timer) {
 }
 
 void Executor::cancel(Timer& timer) {
+    check_processor();
     if (!timer.pending) {
         return;
     }
@@ -262,6 +268,9 @@ void Executor::step() {
         if (tick_due) {
             run_ticks(time);
         }
+    }
+    if (checks_enabled && platform_.turn_budget != 0) {
+        check(now() - turn_time_ <= platform_.turn_budget, "a turn ends within its budget of time");
     }
     if (!ready_.empty() || touched_ != nullptr) {
         return;

@@ -15,10 +15,11 @@
 // [io.mailbox, test/model]. A lost interrupt is found by the next tick, if the service wants one: it is drained before it.
 export module io.executor;
 import core.std;
+import core.check;
+import core.processor;
 import core.result;
 import core.panic;
 import core.time;
-import core.processor;
 import io.task;
 import io.mailbox;
 import io.timer_heap;
@@ -147,6 +148,8 @@ struct Platform {
     void (*idle)(void* context, Instant until, const std::atomic<bool>& wake) = nullptr;
     /// Ends the idle() of this platform's processor, called on another one; absent where there is no other.
     void (*kick)(void* context) = nullptr;
+    /// The longest turn, machine time; 0: no bound. Looked at in builds with checks [core.check].
+    Nanoseconds turn_budget = 0;
 };
 
 /// A task of another processor that runs on this executor; `evict` destroys it when the executor stops serving, and is
@@ -184,6 +187,7 @@ class Executor {
     void remove(Service& service);
     /// flush() of this service is due at the end of the turn, and drain() after it.
     inline void touch(Service& service) {
+        check_processor();
         if (!service.touched_) {
             service.touched_ = true;
             service.next_touched_ = touched_;
@@ -193,9 +197,15 @@ class Executor {
     }
     /// Active from this turn on, with nothing to publish: for a service whose arm() or wants_tick() would answer
     /// differently now.
-    inline void poll(Service& service) { activate(service); }
+    inline void poll(Service& service) {
+        check_processor();
+        activate(service);
+    }
     /// The node's waiter is resumed in the next turn, once, however often this is called before.
-    inline void make_ready(ReadyNode& node) { ready_.push(node); }
+    inline void make_ready(ReadyNode& node) {
+        check_processor();
+        ready_.push(node);
+    }
     /// From an interrupt handler, or another processor: something has happened for this service; do not sleep. It is
     /// active from the turn that follows, whose drain() sees what was written before (io.mailbox has the orderings).
     /// Lock-free. The service lives and has been add()ed here; after remove() this does nothing.
@@ -340,6 +350,9 @@ class Executor {
     void take_raised();
     void lower(Service& service);
     void run_ticks(Instant time);
+    inline void check_processor() const {
+        check(this_processor() == processor_, "an executor's services and coroutines are touched on its own processor");
+    }
     bool arm_all();
     inline void wake_up() {
         if (platform_.kick == nullptr || this_processor() == processor_) [[likely]] {
