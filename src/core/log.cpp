@@ -1,3 +1,5 @@
+module;
+#include "core/thread_annotations.hpp"
 module core.log;
 import core.std;
 import core.text;

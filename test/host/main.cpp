@@ -2,22 +2,13 @@
 #include "acpi/dsdt.hpp"
 #include "command_line.hpp"
 
-#include <algorithm>
-#include <atomic>
-#include <charconv>
 #include <cstdio>
 #include <cstdlib>
-#include <map>
-#include <memory>
-#include <span>
-#include <string>
-#include <string_view>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
-#include <vector>
 
-import core.std;
+import host.std;
 import core.result;
 import host.faults;
 import host.services;

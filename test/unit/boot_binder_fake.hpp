@@ -1,5 +1,8 @@
 // Sources, drivers and hypervisors for tests of the binder. Included after the imports.
 #pragma once
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 
 namespace binder_test {
 using namespace fl;

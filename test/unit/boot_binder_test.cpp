@@ -1,16 +1,7 @@
 // Which driver is given which device, and what is said about the rest.
-#include <algorithm>
-#include <atomic>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <map>
-#include <memory>
-#include <optional>
-#include <set>
-#include <string>
-#include <tuple>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.dma;
 import core.interrupt;
 import core.log;

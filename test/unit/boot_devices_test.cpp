@@ -1,11 +1,7 @@
 // What is said about devices that could be a disk, a network card, an input device or a display.
-#include <gtest/gtest.h>
-#include <map>
-#include <set>
-#include <string>
-#include <tuple>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.log;
 import core.text;
 import core.vector;

@@ -1,11 +1,9 @@
 // Machines that can be ended in some ways and not in others, set up as the VMMs in docs/INTERFACES.md are: how each
 // verdict ends on them, what somebody outside sees, and that no way overtakes the one before it.
 #include "core_physical_fake.hpp"
-#include <gtest/gtest.h>
-#include <map>
-#include <string>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.acpi;
 import core.cpuid;
 import core.physical;

@@ -1,11 +1,7 @@
+#include "gtest_macros.hpp"
 #include <cstdlib>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <memory>
-#include <optional>
-#include <string>
-#include <vector>
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import core.log;
 import core.text;

@@ -1,9 +1,6 @@
-#include <gtest/gtest.h>
-#include <memory>
-#include <sstream>
-#include <string>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.text;
 import core.cmdline;
 import core.log;

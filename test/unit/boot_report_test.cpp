@@ -1,8 +1,7 @@
 // What is printed of the loader's and the firmware's tables, and what of them is not used.
-#include <gtest/gtest.h>
-#include <memory>
-#include <string>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.acpi;
 import core.log;
 import core.text;

@@ -1,15 +1,10 @@
 // An orderly end before the job is done.
-#include <atomic>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <memory>
-#include <optional>
-#include <string>
-#include <vector>
+#include "gtest_macros.hpp"
 #if __has_feature(address_sanitizer)
 #    include <sanitizer/lsan_interface.h>
 #endif
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import core.time;

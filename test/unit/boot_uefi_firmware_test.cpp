@@ -1,13 +1,11 @@
 // The loader's calls against a firmware that does what the UEFI specification promises and refuses everything else:
 // what EDK II allows beyond it others do not (rust-hypervisor-firmware fails a read that is longer than the file, and
 // prints at most 128 characters).
+#include "gtest_macros.hpp"
 #include <cstdint>
-#include <gtest/gtest.h>
-#include <map>
-#include <string>
 #include <sys/mman.h>
-#include <vector>
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import boot.handoff;
 import boot.uefi.firmware;

@@ -1,7 +1,6 @@
-#include <cstring>
-#include <gtest/gtest.h>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import boot.handoff;
 import boot.uefi.memory_map;

@@ -1,7 +1,6 @@
-#include <gtest/gtest.h>
-#include <optional>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import boot.handoff;
 import boot.uefi.memory_map;

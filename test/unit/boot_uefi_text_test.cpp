@@ -1,7 +1,6 @@
-#include <gtest/gtest.h>
-#include <string>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import boot.uefi.text;
 

@@ -1,9 +1,7 @@
 #include "core_physical_fake.hpp"
-#include <gtest/gtest.h>
-#include <random>
-#include <string>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import core.physical;
 import core.acpi;

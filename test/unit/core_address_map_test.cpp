@@ -1,7 +1,6 @@
-#include <gtest/gtest.h>
-#include <map>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.address_map;
 import core.paging;
 import core.result;

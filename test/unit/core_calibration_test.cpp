@@ -1,8 +1,8 @@
 // The time stamp counter against model timers: what one disturbed sample, a timer that wraps, one that stands still,
 // and a pause of the machine do to the result.
-#include <functional>
-#include <gtest/gtest.h>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.time;
 import core.calibration;
 

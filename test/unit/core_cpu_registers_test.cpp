@@ -1,9 +1,8 @@
-#include <deque>
-#include <gtest/gtest.h>
-#include <string>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "unit/core_registers_mock.hpp"
+import test.gtest;
+import host.std;
 import core.apic;
 import core.cpu_registers;
 

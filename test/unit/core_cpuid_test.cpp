@@ -1,8 +1,7 @@
+#include "gtest_macros.hpp"
 #include "machines/machines.hpp"
-#include <gtest/gtest.h>
-#include <set>
-#include <string>
-import core.std;
+import test.gtest;
+import host.std;
 import core.text;
 import core.cpuid;
 

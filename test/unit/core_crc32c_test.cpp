@@ -1,6 +1,6 @@
-#include <gtest/gtest.h>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.crc32c;
 
 namespace {

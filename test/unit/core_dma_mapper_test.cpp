@@ -1,14 +1,9 @@
 // Mapping for devices: every limit at its edge, both models, the pool, and what a device has not let go of.
-#include <gtest/gtest.h>
-
+#include "gtest_macros.hpp"
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <map>
-#include <memory>
-#include <vector>
-
-import core.std;
+import test.gtest;
+import host.std;
 import core.dma;
 import core.dma_mapper;
 import core.panic;

@@ -1,8 +1,6 @@
-#include <cstring>
-#include <gtest/gtest.h>
-#include <random>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.heap;
 import core.verdict;
 

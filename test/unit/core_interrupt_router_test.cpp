@@ -1,12 +1,7 @@
 // The tables of vectors and the redirection entries, on controllers that only remember what was written.
-#include <gtest/gtest.h>
-
-#include <map>
-#include <set>
-#include <thread>
-#include <vector>
-
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.acpi;
 import core.interrupt_router;
 import core.processor;

@@ -1,8 +1,6 @@
-#include <gtest/gtest.h>
-#include <random>
-#include <set>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import core.memory;
 

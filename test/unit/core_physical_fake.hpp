@@ -3,10 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
-#include <map>
-#include <string_view>
-#include <vector>
+import host.std;
 
 class Pieces {
   public:

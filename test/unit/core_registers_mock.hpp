@@ -2,8 +2,9 @@
 // not the next one of the script, one of another width or value, and one that never comes, each fail the test. Include
 // after <gtest/gtest.h>, <deque>, <string>, <vector>.
 #pragma once
-
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.mmio;
 import core.registers;
 

@@ -1,11 +1,10 @@
+#include "gtest_macros.hpp"
 #include <cstdio>
 #include <cstdlib>
-#include <deque>
-#include <gtest/gtest.h>
-#include <string>
-#include <vector>
 
 #include "unit/core_registers_mock.hpp"
+import test.gtest;
+import host.std;
 import core.panic;
 import core.result;
 

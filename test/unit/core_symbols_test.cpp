@@ -1,10 +1,7 @@
 // The table of symbols as boot/link.sh writes it, in bytes typed from the format's description.
-#include <gtest/gtest.h>
-
-#include <string>
-#include <vector>
-
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.symbols;
 
 namespace fl {
@@ -23,7 +20,7 @@ Bytes table() {
     t.insert(t.end(), {0x10, 0, 0, 0, 0x40, 0, 0, 0, 0x00, 1, 0, 0, 0x80, 1, 0, 0});
     t.insert(t.end(), {0, 0, 5, 0, 11, 0, 11, 0});
     add(t, std::string_view("\0fl::\0fl::io::\0", 15));
-    add(t, std::string_view("\0one\0\1two2\0\2three\0", 19));
+    add(t, std::string_view("\0one\0\1two2\0\2three\0", 18));
     return t;
 }
 auto bytes(const Bytes& t) { return std::as_bytes(std::span(t)); }

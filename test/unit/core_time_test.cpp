@@ -1,5 +1,6 @@
-#include <gtest/gtest.h>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.time;
 
 namespace {

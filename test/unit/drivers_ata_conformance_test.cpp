@@ -1,21 +1,12 @@
 // The IDE channel in the conformance suite: one command at a time, neighbours gathered, recovery by a reset.
-#include <array>
-#include <cstring>
-#include <functional>
-#include <gtest/gtest.h>
-#include <map>
-#include <memory>
-#include <optional>
-#include <set>
-#include <sstream>
-#include <string>
-#include <tuple>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "unit/drivers_ata_fake.hpp"
 #include "unit/drivers_pci_fake.hpp"
 // after them
 #include "unit/drivers_ata_machine.hpp"
+import test.gtest;
+import host.std;
 import io.block_queue;
 import io.slots;
 #include "unit/io_block_conformance.hpp"

@@ -1,18 +1,12 @@
 // When things go wrong: errors, silence, lost and spurious interrupts, cancelled and forgotten requests.
-#include <functional>
-#include <gtest/gtest.h>
-#include <map>
-#include <set>
-#include <sstream>
-#include <string>
-#include <tuple>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "unit/drivers_ata_fake.hpp"
 #include "unit/drivers_pci_fake.hpp"
 
 #include "unit/drivers_ata_machine.hpp"
-
+import test.gtest;
+import host.std;
 import core.log;
 
 namespace {

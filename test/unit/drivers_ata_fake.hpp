@@ -2,8 +2,9 @@
 // from the specifications [ATA-7, ACS, BMIDE], not from the driver. It fails the running test when a rule is broken.
 // Include after gtest and the standard headers.
 #pragma once
-
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import core.time;
 import core.text;

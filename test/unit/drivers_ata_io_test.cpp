@@ -1,17 +1,12 @@
 // Reading, writing, flushing: what it costs and that the data is right.
-#include <functional>
-#include <gtest/gtest.h>
-#include <map>
-#include <set>
-#include <sstream>
-#include <string>
-#include <tuple>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "unit/drivers_ata_fake.hpp"
 #include "unit/drivers_pci_fake.hpp"
 
 #include "unit/drivers_ata_machine.hpp"
+import test.gtest;
+import host.std;
 
 namespace {
 using namespace ata_test;

@@ -1,6 +1,7 @@
 // A machine with a fake IDE controller in it, and a driver that has attached to it. Include after drivers_pci_fake.hpp
 // and drivers_ata_fake.hpp.
 #pragma once
+import host.std;
 
 namespace ata_test {
 namespace pci = fl::drivers::pci;

@@ -1,18 +1,12 @@
 // Attaching: what is touched, what is recognised, what is refused.
-#include <functional>
-#include <gtest/gtest.h>
-#include <map>
-#include <set>
-#include <sstream>
-#include <string>
-#include <tuple>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "unit/drivers_ata_fake.hpp"
 #include "unit/drivers_pci_fake.hpp"
 
 #include "unit/drivers_ata_machine.hpp"
-
+import test.gtest;
+import host.std;
 import drivers.table;
 import boot.disks;
 import boot.sinks;

@@ -1,18 +1,12 @@
 // What counts as silence on an IDE channel: time that the machine ran, and the command under way alone.
-#include <functional>
-#include <gtest/gtest.h>
-#include <map>
-#include <set>
-#include <sstream>
-#include <string>
-#include <tuple>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "unit/drivers_ata_fake.hpp"
 #include "unit/drivers_pci_fake.hpp"
 
 #include "unit/drivers_ata_machine.hpp"
-
+import test.gtest;
+import host.std;
 import core.log;
 
 namespace {

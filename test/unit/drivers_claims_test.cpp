@@ -1,6 +1,6 @@
-#include <gtest/gtest.h>
-#include <string>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import drivers.table;
 import drivers.claims;

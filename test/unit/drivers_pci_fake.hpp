@@ -1,7 +1,8 @@
 // Configuration space for tests: headers made of bytes, base address registers that keep only what hardware would keep.
 #pragma once
-
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.mmio;
 import core.result;
 import drivers.pci;

@@ -1,12 +1,9 @@
-#include <functional>
-#include <gtest/gtest.h>
-#include <map>
-#include <set>
-#include <string>
-#include <tuple>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "unit/drivers_pci_fake.hpp"
+#include <cstdio>
+import test.gtest;
+import host.std;
 import core.interrupt;
 import drivers.pci.msi;
 

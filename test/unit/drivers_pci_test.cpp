@@ -1,14 +1,9 @@
-#include <deque>
-#include <functional>
-#include <gtest/gtest.h>
-#include <map>
-#include <set>
-#include <string>
-#include <tuple>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "unit/core_registers_mock.hpp"
 #include "unit/drivers_pci_fake.hpp"
+import test.gtest;
+import host.std;
 import drivers.pci.access;
 
 namespace {

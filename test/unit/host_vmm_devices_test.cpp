@@ -1,13 +1,9 @@
 // The test host's devices, driven through their ports as a guest does.
+#include "gtest_macros.hpp"
 #include "host_vmm_support.hpp"
-#include <algorithm>
-#include <array>
-#include <gtest/gtest.h>
 #include <linux/kvm.h>
-#include <memory>
-#include <string>
-#include <vector>
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import vmm.board;
 import vmm.cpuid;

@@ -1,11 +1,9 @@
 // The test host's loader and its tables, read back by offset, as the specifications have them, and by the kernel's own
 // readers.
+#include "gtest_macros.hpp"
 #include "host_vmm_support.hpp"
-#include <array>
-#include <gtest/gtest.h>
-#include <string>
-#include <vector>
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import core.physical;
 import core.acpi;

@@ -1,11 +1,9 @@
 // What the tests of the test host's devices share. Include after the standard headers and gtest, and before any import.
 #pragma once
 #include <cstdint>
-#include <cstring>
-#include <fstream>
-#include <string>
+#include <stdlib.h>
 #include <unistd.h>
-#include <vector>
+import host.std;
 
 namespace vmm_test {
 

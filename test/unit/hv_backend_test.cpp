@@ -1,10 +1,6 @@
-#include <cstring>
-#include <gtest/gtest.h>
-#include <map>
-#include <memory>
-#include <string>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import core.log;
 import core.time;

@@ -6,6 +6,9 @@
 // A rig is a disk on its fake device. The device does nothing by itself: it holds what it was given until a case
 // answers it. Time passes only in turn() and jump(). Include after the imports.
 #pragma once
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 
 namespace fl::test {
 /// Calls of operator new in the test program so far [io_bench_test.cpp].

@@ -1,11 +1,8 @@
+#include "gtest_macros.hpp"
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <new>
-#include <optional>
-#include <vector>
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import core.log;

@@ -1,10 +1,6 @@
-#include <algorithm>
-#include <cmath>
-#include <gtest/gtest.h>
-#include <memory>
-#include <random>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import io.histogram;
 
 namespace {

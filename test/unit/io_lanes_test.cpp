@@ -1,14 +1,7 @@
-#include <atomic>
-#include <chrono>
-#include <condition_variable>
+#include "gtest_macros.hpp"
 #include <cstdlib>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <memory>
-#include <mutex>
-#include <thread>
-#include <vector>
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import core.processor;
 import core.time;

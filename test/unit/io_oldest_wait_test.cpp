@@ -1,8 +1,6 @@
-#include <atomic>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <new>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import core.log;

@@ -1,9 +1,8 @@
 // The four rings that the ring layer has to fit, each as its transport would set it up, with both ends played here.
 // Offsets and sizes are typed from the specifications (docs/ring.md), not taken from a driver.
-#include <array>
-#include <gtest/gtest.h>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import io.ring;
 

@@ -1,9 +1,7 @@
 // The accesses of MappedMemory's copies, counted by width: which of a shared field's bytes are accessed together.
-#include <array>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import io.ring.memory;
 
 namespace {

@@ -1,8 +1,6 @@
-#include <array>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import io.ring;
 import io.ring.hostile;

@@ -5,6 +5,7 @@
 //
 // Include after the imports.
 #pragma once
+import host.std;
 
 namespace virtqueue_fake {
 using fl::i64;

@@ -1,17 +1,8 @@
 // The two virtqueues against a device written from the specification (io_ring_virtqueue_fake.hpp), and against devices
 // that break the rules. What both formats promise is tested for both; what is particular to one follows.
-#include <array>
-#include <cstring>
-#include <deque>
-#include <gtest/gtest.h>
-#include <map>
-#include <optional>
-#include <random>
-#include <span>
-#include <string>
-#include <utility>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import io.ring.split;
 import io.ring.packed;

@@ -1,6 +1,7 @@
 // Fakes shared by the io tests: a clock that jumps, DMA memory on the heap, a disk in memory that can misbehave.
 // Included after the imports.
 #pragma once
+import host.std;
 
 namespace fl::test {
 

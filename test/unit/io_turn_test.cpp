@@ -1,15 +1,7 @@
 // Which services a turn of the executor visits, what wakes it, and what its timers cost: counted, not timed.
-#include <array>
-#include <atomic>
-#include <chrono>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <memory>
-#include <random>
-#include <set>
-#include <thread>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import core.log;

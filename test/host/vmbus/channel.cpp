@@ -1,11 +1,7 @@
 module;
-#include <array>
-#include <memory>
-#include <optional>
-#include <span>
-#include <vector>
+#include <cstddef>
 module host.channel;
-import core.std;
+import host.std;
 import core.result;
 import io.ring;
 

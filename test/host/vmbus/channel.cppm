@@ -1,14 +1,7 @@
 // The host's end of one open channel: two byte rings over the pages of a GPADL, packets in and out; and what a device
 // is to the bus. Guests' pages may change at any moment: everything is copied out once, checked, and then used.
-module;
-#include <array>
-#include <memory>
-#include <optional>
-#include <span>
-#include <string_view>
-#include <vector>
 export module host.channel;
-import core.std;
+import host.std;
 import core.result;
 import io.ring;
 export import host.platform;

@@ -1,8 +1,5 @@
-module;
-#include <array>
-#include <string_view>
 module host.faults;
-import core.std;
+import host.std;
 import core.result;
 
 namespace fl::host {

@@ -1,11 +1,7 @@
 // The rules that the host can break on purpose, so that a guest's answer to it is seen: one at a time, at a chosen
 // occurrence.
-module;
-#include <array>
-#include <string>
-#include <string_view>
 export module host.faults;
-import core.std;
+import host.std;
 import core.result;
 
 export namespace fl::host {

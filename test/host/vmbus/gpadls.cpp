@@ -1,15 +1,6 @@
 // GPADLs: guest pages that the guest has named, each checked to be memory.
-module;
-#include <array>
-#include <atomic>
-#include <deque>
-#include <map>
-#include <memory>
-#include <optional>
-#include <string>
-#include <vector>
 module host.state;
-import core.std;
+import host.std;
 import core.result;
 import host.channel;
 import host.messages;

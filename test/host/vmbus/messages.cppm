@@ -1,12 +1,8 @@
 // Channel messages as bytes: written and read field by field, in the order in which the protocol lists them [vmbus
 // "struct vmbus_channel_*"]. Typed independently of the guest's structures, so that a mistake in those does not agree
 // with itself here.
-module;
-#include <array>
-#include <optional>
-#include <span>
 export module host.messages;
-import core.std;
+import host.std;
 
 export namespace fl::host {
 

@@ -5,15 +5,10 @@
 // Threads: everything in host.* runs on one thread, that which calls Server::poll(), except for the functions that say
 // otherwise.
 module;
-#include <array>
 #include <cstdarg>
 #include <cstdio>
-#include <span>
-#include <string>
-#include <string_view>
-#include <vector>
 export module host.platform;
-import core.std;
+import host.std;
 
 export namespace fl::host {
 

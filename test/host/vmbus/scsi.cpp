@@ -1,12 +1,5 @@
-module;
-#include <algorithm>
-#include <array>
-#include <optional>
-#include <span>
-#include <string>
-#include <vector>
 module host.scsi;
-import core.std;
+import host.std;
 
 namespace fl::host {
 namespace {

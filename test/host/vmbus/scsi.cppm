@@ -1,13 +1,6 @@
 // A SCSI disk as a host sees it: command blocks in, data and sense out. No VMBus here. [SPC-4], [SBC-3]
-module;
-#include <algorithm>
-#include <array>
-#include <optional>
-#include <span>
-#include <string>
-#include <vector>
 export module host.scsi;
-import core.std;
+import host.std;
 export import host.platform;
 export import host.faults;
 

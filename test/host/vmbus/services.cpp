@@ -1,12 +1,7 @@
 module;
-#include <algorithm>
-#include <array>
-#include <functional>
-#include <memory>
-#include <span>
-#include <vector>
+#include <cstddef>
 module host.services;
-import core.std;
+import host.std;
 import host.channel;
 
 namespace fl::host {

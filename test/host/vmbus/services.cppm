@@ -1,13 +1,7 @@
 // Integration services, host side: shutdown, heartbeat, time synchronisation. Each is a channel in message mode that
 // begins with a negotiation of framework and message versions [hv-ic].
-module;
-#include <functional>
-#include <memory>
-#include <span>
-#include <string_view>
-#include <vector>
 export module host.services;
-import core.std;
+import host.std;
 export import host.platform;
 export import host.channel;
 

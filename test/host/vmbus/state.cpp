@@ -1,15 +1,6 @@
 // Messages: what the guest asks and what it is told.
-module;
-#include <array>
-#include <atomic>
-#include <deque>
-#include <map>
-#include <memory>
-#include <optional>
-#include <string>
-#include <vector>
 module host.state;
-import core.std;
+import host.std;
 import core.result;
 import host.channel;
 import host.messages;

@@ -1,16 +1,7 @@
 // The server's insides, for its two implementation units: what the guest has been told and has asked for (messages),
 // and the turns (poll).
-module;
-#include <array>
-#include <atomic>
-#include <deque>
-#include <map>
-#include <memory>
-#include <optional>
-#include <string>
-#include <vector>
 export module host.state;
-import core.std;
+import host.std;
 import host.channel;
 import host.messages;
 import host.vmbus;
@@ -97,7 +88,7 @@ class ServerState : public Bus {
     u64 now_ = 0;
 
     // The inbox: filled by any thread.
-    std::atomic_flag lock_ = ATOMIC_FLAG_INIT;
+    std::atomic_flag lock_;
     std::vector<Posted> posted_;
     std::array<std::atomic<u64>, relids / 64> signalled_{};
     std::array<std::atomic<u64>, relids / 64> live_{}; // relids whose connection exists

@@ -1,14 +1,5 @@
-module;
-#include <algorithm>
-#include <array>
-#include <map>
-#include <memory>
-#include <optional>
-#include <span>
-#include <string>
-#include <vector>
 module host.storvsp;
-import core.std;
+import host.std;
 import host.channel;
 import host.scsi;
 import drivers.storvsc.protocol;

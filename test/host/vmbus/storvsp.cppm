@@ -1,11 +1,7 @@
 // The storage provider: a SCSI controller (class ba6163d9-…) or an IDE accelerator channel (class 32412632-…) and its
 // disks.
-module;
-#include <memory>
-#include <string>
-#include <vector>
 export module host.storvsp;
-import core.std;
+import host.std;
 export import host.platform;
 export import host.channel;
 export import host.scsi;

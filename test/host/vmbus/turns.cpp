@@ -1,15 +1,6 @@
 // The turns: what arrived is taken out of the inbox, channels are served until nothing is left, time passes.
-module;
-#include <array>
-#include <atomic>
-#include <deque>
-#include <map>
-#include <memory>
-#include <optional>
-#include <string>
-#include <vector>
 module host.state;
-import core.std;
+import host.std;
 import host.channel;
 import host.messages;
 import host.vmbus;

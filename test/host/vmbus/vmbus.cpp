@@ -1,14 +1,6 @@
 // The entry points: three for any thread, which fill the inbox, and those of the thread that polls.
-module;
-#include <array>
-#include <atomic>
-#include <deque>
-#include <map>
-#include <memory>
-#include <optional>
-#include <vector>
 module host.vmbus;
-import core.std;
+import host.std;
 import host.channel;
 import host.messages;
 import host.state;

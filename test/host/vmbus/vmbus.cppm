@@ -6,18 +6,8 @@
 // eventfd); they put something into the inbox. Everything else is for one thread: poll() empties the inbox, serves all
 // channels until nothing is left to do and returns. Who has to be woken for poll() after the three functions is the
 // VMM's decision.
-module;
-#include <array>
-#include <atomic>
-#include <deque>
-#include <map>
-#include <memory>
-#include <optional>
-#include <span>
-#include <string>
-#include <vector>
 export module host.vmbus;
-import core.std;
+import host.std;
 export import host.platform;
 export import host.faults;
 export import host.channel;

@@ -1,15 +1,9 @@
 module;
-#include <atomic>
-#include <functional>
-#include <memory>
-#include <mutex>
-#include <string>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
-#include <vector>
 module vmm.bus;
-import core.std;
+import host.std;
 import core.result;
 import host.platform;
 import host.storvsp;

@@ -1,13 +1,6 @@
 // Connects the machine with the VMBus server: hypercalls go in, messages and event flags come out; images become disks.
-module;
-#include <atomic>
-#include <functional>
-#include <memory>
-#include <mutex>
-#include <string>
-#include <vector>
 export module vmm.bus;
-import core.std;
+import host.std;
 import core.result;
 import host.platform;
 import host.services;

@@ -1,9 +1,6 @@
 // Counts by name, taken as a whole now and then; what is printed is the difference of two takings, as one line of JSON.
-module;
-#include <map>
-#include <string>
 export module vmm.counters;
-import core.std;
+import host.std;
 
 export namespace fl::vmm {
 

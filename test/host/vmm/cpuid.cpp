@@ -1,8 +1,7 @@
 module;
 #include <linux/kvm.h>
-#include <vector>
 module vmm.cpuid;
-import core.std;
+import host.std;
 
 namespace fl::vmm {
 namespace {

@@ -2,9 +2,8 @@
 // are wanted.
 module;
 #include <linux/kvm.h>
-#include <vector>
 export module vmm.cpuid;
-import core.std;
+import host.std;
 
 export namespace fl::vmm {
 

@@ -1,13 +1,11 @@
 module;
 #include <cerrno>
 #include <fcntl.h>
-#include <memory>
-#include <string>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 module vmm.image;
-import core.std;
+import host.std;
 import core.result;
 
 namespace fl::vmm {

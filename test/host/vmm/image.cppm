@@ -1,10 +1,7 @@
 // A raw disk image: a file, mapped, so that a transfer is a copy. IDE and VMBus may hold the same one: a machine with
 // both has one disk.
-module;
-#include <memory>
-#include <string>
 export module vmm.image;
-import core.std;
+import host.std;
 import core.result;
 
 export namespace fl::vmm {

@@ -1,15 +1,12 @@
 module;
 #include "core/try.hpp"
-#include <algorithm>
 #include <cerrno>
 #include <fcntl.h>
 #include <linux/kvm.h>
-#include <string>
 #include <sys/ioctl.h>
 #include <unistd.h>
-#include <vector>
 module vmm.kvm;
-import core.std;
+import host.std;
 import core.result;
 import vmm.memory;
 

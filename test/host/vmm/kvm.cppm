@@ -2,11 +2,8 @@
 // routes, statistics.
 module;
 #include <linux/kvm.h>
-#include <string>
-#include <string_view>
-#include <vector>
 export module vmm.kvm;
-import core.std;
+import host.std;
 import core.result;
 import vmm.memory;
 

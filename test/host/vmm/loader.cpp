@@ -1,8 +1,7 @@
 module;
 #include "core/try.hpp"
-#include <cstddef>
 module vmm.loader;
-import core.std;
+import host.std;
 import core.result;
 import core.elf;
 import vmm.memory;

@@ -1,20 +1,14 @@
 module;
 #include "core/try.hpp"
-#include <atomic>
 #include <cerrno>
 #include <cstdlib>
 #include <ctime>
 #include <linux/kvm.h>
-#include <memory>
-#include <mutex>
-#include <string>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <thread>
 #include <unistd.h>
-#include <vector>
 module vmm.machine;
-import core.std;
+import host.std;
 import core.result;
 import vmm.board;
 import vmm.counters;

@@ -1,15 +1,9 @@
 // The machine: memory, processors as threads, ports, SynIC. What a guest says to Hyper-V's partition goes to a
 // Partition; how it ends, to main.
 module;
-#include <atomic>
 #include <linux/kvm.h>
-#include <memory>
-#include <mutex>
-#include <string>
-#include <thread>
-#include <vector>
 export module vmm.machine;
-import core.std;
+import host.std;
 import core.result;
 import vmm.board;
 import vmm.counters;

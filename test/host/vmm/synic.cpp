@@ -1,11 +1,8 @@
 module;
-#include <memory>
-#include <mutex>
 #include <sys/eventfd.h>
 #include <unistd.h>
-#include <vector>
 module vmm.synic;
-import core.std;
+import host.std;
 import core.result;
 import vmm.kvm;
 import vmm.memory;

@@ -1,11 +1,7 @@
 // The host's half of SynIC: message slots and event flags in the guest's pages, interrupts through KVM's routes
 // [hv-tlfs §11].
-module;
-#include <memory>
-#include <mutex>
-#include <vector>
 export module vmm.synic;
-import core.std;
+import host.std;
 import core.result;
 import vmm.kvm;
 import vmm.memory;

@@ -1,13 +1,8 @@
 // The balloon's half of the dynamic memory protocol: golden bytes typed from [hv-dm], pages that go and come back, and
 // a host that lies.
-#include <cstring>
-#include <gtest/gtest.h>
-#include <map>
-#include <span>
-#include <string>
-#include <utility>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import core.dma;
 import core.log;

@@ -1,11 +1,7 @@
 // One integration service's half of the conversation against bytes typed from the specification [hv-ic].
-#include <algorithm>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <span>
-#include <string>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import core.time;
 import core.wall_clock;

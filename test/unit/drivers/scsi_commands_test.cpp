@@ -1,14 +1,7 @@
 // The commands of a SCSI disk's I/O: their CDBs against bytes typed from [SBC-3], and what each end of a command means.
-#include <algorithm>
-#include <array>
-#include <atomic>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <optional>
-#include <span>
-#include <string>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import core.time;

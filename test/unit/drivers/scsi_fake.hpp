@@ -1,6 +1,9 @@
 // A SCSI target in memory, typed from [SPC-4] and [SBC-3]: units that are honest until a test changes what they have,
 // or replaces the answer to one command. Include after the imports.
 #pragma once
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 
 namespace fake {
 using namespace fl;

@@ -1,12 +1,7 @@
 // CDBs, data, status and sense of SCSI disks against bytes typed from [SPC-4] and [SBC-3].
-#include <array>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <optional>
-#include <span>
-#include <string>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import drivers.scsi.protocol;

@@ -1,16 +1,7 @@
 // Finding and describing SCSI units, without a transport: units that refuse, lie, and change between two commands.
-#include <algorithm>
-#include <array>
-#include <atomic>
-#include <cstring>
-#include <functional>
-#include <gtest/gtest.h>
-#include <map>
-#include <optional>
-#include <span>
-#include <string>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import core.time;

@@ -1,6 +1,9 @@
 // A machine in one process: the guest's SynIC, VMBus and drivers on one side, the test host's server on the other,
 // guest memory an arena between them. Interrupts are played while the executor sleeps. Include after the imports.
 #pragma once
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 
 namespace connected {
 using namespace fl;

@@ -1,22 +1,11 @@
 // Guest and host in one process: the drivers over the real bus against the test host, honest and with every rule broken
 // that it can break.
-#include <array>
-#include <atomic>
-#include <cstring>
-#include <functional>
-#include <gtest/gtest.h>
-#include <map>
-#include <memory>
-#include <optional>
-#include <random>
-#include <set>
-#include <span>
-#include <string>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
 
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import core.time;

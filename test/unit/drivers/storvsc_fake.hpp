@@ -2,6 +2,9 @@
 // its own offsets, its own indices. It plays the other side of rings that a Channel was attached to, and of the Queue
 // on them. Include after the imports.
 #pragma once
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 
 namespace fake {
 using namespace fl;

@@ -1,19 +1,11 @@
 // Two lanes of one disk, each a channel on a processor of its own: how long a request may take is judged by what all
 // channels hear. The bus is reset on the first channel, and so is its answer; the host is one machine behind both.
-#include <array>
-#include <atomic>
-#include <cstring>
-#include <deque>
-#include <functional>
-#include <gtest/gtest.h>
-#include <memory>
-#include <optional>
-#include <string>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
 
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import core.time;

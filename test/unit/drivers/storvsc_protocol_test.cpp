@@ -1,11 +1,7 @@
 // The storage channel's packets against bytes typed from [storvsc].
-#include <array>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <optional>
-#include <span>
-#include <string>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import drivers.storvsc.protocol;

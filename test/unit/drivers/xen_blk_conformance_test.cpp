@@ -1,20 +1,10 @@
 // The Xen block front end in the conformance suite: grants ended or still mapped, persistent, indirect.
-#include <algorithm>
-#include <array>
-#include <atomic>
-#include <cstring>
-#include <functional>
-#include <gtest/gtest.h>
-#include <map>
-#include <memory>
-#include <optional>
-#include <set>
-#include <string>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
 
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import core.time;

@@ -1,6 +1,9 @@
 // A block back end for tests, typed from the block interface's description [xen-blkif] and the ring's [xen-ring]: its
 // own offsets, its own indices. Include after the imports and after hv/xen_fake.hpp.
 #pragma once
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 
 namespace fake {
 

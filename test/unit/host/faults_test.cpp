@@ -1,21 +1,11 @@
 // Every rule that the host can break as it looks on the wire, and the integration services, by packets typed from the
 // protocols.
-#include <gtest/gtest.h>
-
-#include <array>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <optional>
-#include <set>
-#include <span>
-#include <string>
-#include <string_view>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
 
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import host.vmbus;
 import host.storvsp;

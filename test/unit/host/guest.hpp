@@ -1,6 +1,9 @@
 // A guest for the test host's VMBus side, typed by hand from the protocol's description: its own offsets, its own
 // indices, no structure shared with either side. Include after the imports.
 #pragma once
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 
 namespace typed {
 

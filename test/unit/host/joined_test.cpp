@@ -1,24 +1,11 @@
 // The kernel's own guest side and the test host in one process: the SynIC's pages and the hypercalls between them are
 // all that this file adds. Guest-physical addresses are not the program's, so that one taken for the other is found.
-#include <gtest/gtest.h>
-
-#include <array>
-#include <atomic>
-#include <cstring>
-#include <functional>
-#include <map>
-#include <memory>
-#include <new>
-#include <optional>
-#include <set>
-#include <span>
-#include <string>
-#include <string_view>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
 
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import core.time;

@@ -2,6 +2,9 @@
 // from the kernel's structures: numbers and places of fields are written out. Include after the imports; guest memory
 // is the program's (io_support.hpp's HeapDma).
 #pragma once
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 
 namespace hyperv_fake {
 using namespace fl;

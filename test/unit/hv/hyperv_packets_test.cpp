@@ -1,10 +1,6 @@
-#include <array>
-#include <atomic>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <random>
-#include <vector>
-import core.std;
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 import core.result;
 import core.dma;
 import io.ring;

@@ -1,16 +1,9 @@
-#include <array>
-#include <atomic>
-#include <cstring>
-#include <functional>
-#include <gtest/gtest.h>
-#include <map>
-#include <set>
-#include <string>
-#include <vector>
+#include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
 
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import core.time;

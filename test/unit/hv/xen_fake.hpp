@@ -1,6 +1,9 @@
 // A Xen for tests: guest memory, hypercalls, event channels, a XenStore server and its page. Typed from the
 // specifications, not from the kernel's structures. Include after the imports.
 #pragma once
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
 
 namespace fake {
 using namespace fl;

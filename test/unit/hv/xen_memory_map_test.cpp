@@ -1,9 +1,7 @@
-#include <array>
+#include "gtest_macros.hpp"
 #include <cstdint>
-#include <cstring>
-#include <gtest/gtest.h>
-#include <vector>
-import core.std;
+import test.gtest;
+import host.std;
 import core.result;
 import core.text;
 import core.cpuid;
