@@ -62,18 +62,7 @@ class Mmio {
             return static_cast<T>(model_->read(first_ + at, sizeof(T)));
         }
 #endif
-        T value;
-        const auto* const from = reinterpret_cast<const volatile T*>(base_ + at);
-        if constexpr (sizeof(T) == 1) {
-            asm volatile("movb %1, %0" : "=q"(value) : "m"(*from) : "memory");
-        } else if constexpr (sizeof(T) == 2) {
-            asm volatile("movw %1, %0" : "=r"(value) : "m"(*from) : "memory");
-        } else if constexpr (sizeof(T) == 4) {
-            asm volatile("movl %1, %0" : "=r"(value) : "m"(*from) : "memory");
-        } else {
-            asm volatile("movq %1, %0" : "=r"(value) : "m"(*from) : "memory");
-        }
-        return value;
+        return load(reinterpret_cast<const volatile T*>(base_ + at));
     }
     template <RegisterValue T>
     void write(u64 at, T value) const {
@@ -84,19 +73,34 @@ class Mmio {
             return;
         }
 #endif
-        auto* const to = reinterpret_cast<volatile T*>(base_ + at);
-        if constexpr (sizeof(T) == 1) {
-            asm volatile("movb %1, %0" : "=m"(*to) : "qi"(value) : "memory");
-        } else if constexpr (sizeof(T) == 2) {
-            asm volatile("movw %1, %0" : "=m"(*to) : "ri"(value) : "memory");
-        } else if constexpr (sizeof(T) == 4) {
-            asm volatile("movl %1, %0" : "=m"(*to) : "ri"(value) : "memory");
-        } else {
-            asm volatile("movq %1, %0" : "=m"(*to) : "re"(value) : "memory");
-        }
+        store(reinterpret_cast<volatile T*>(base_ + at), value);
     }
 
   private:
+    static u8 load(const volatile u8* from) {
+        u8 value;
+        asm volatile("movb %1, %0" : "=q"(value) : "m"(*from) : "memory");
+        return value;
+    }
+    static u16 load(const volatile u16* from) {
+        u16 value;
+        asm volatile("movw %1, %0" : "=r"(value) : "m"(*from) : "memory");
+        return value;
+    }
+    static u32 load(const volatile u32* from) {
+        u32 value;
+        asm volatile("movl %1, %0" : "=r"(value) : "m"(*from) : "memory");
+        return value;
+    }
+    static u64 load(const volatile u64* from) {
+        u64 value;
+        asm volatile("movq %1, %0" : "=r"(value) : "m"(*from) : "memory");
+        return value;
+    }
+    static void store(volatile u8* to, u8 value) { asm volatile("movb %1, %0" : "=m"(*to) : "qi"(value) : "memory"); }
+    static void store(volatile u16* to, u16 value) { asm volatile("movw %1, %0" : "=m"(*to) : "ri"(value) : "memory"); }
+    static void store(volatile u32* to, u32 value) { asm volatile("movl %1, %0" : "=m"(*to) : "ri"(value) : "memory"); }
+    static void store(volatile u64* to, u64 value) { asm volatile("movq %1, %0" : "=m"(*to) : "re"(value) : "memory"); }
 #if __STDC_HOSTED__
     void check(u64 at, u64 width) const {
         if (at % width != 0 || at > size_ || width > size_ - at) {
