@@ -1,6 +1,6 @@
-// A hypervisor's backend after the choice, as the kernel uses it: one interface for all of them, so that what uses it
-// exists once. `BackendOf<B>` is the only place where the type of a backend, and of its bus, is known; what B does not
-// model [hv.backend] is the interface's default. On no path of an I/O.
+// The chosen hypervisor's backend behind one run-time interface, so that its users are compiled once. Only
+// `BackendOf<B>` knows the concrete types of the backend and its bus. Capabilities that B does not model [hv.backend]
+// get the interface's defaults. Not used on the I/O path.
 export module boot.backend;
 import core.std;
 import core.interrupt;
@@ -16,12 +16,12 @@ import drivers.driver;
 
 export namespace fl::boot {
 
-/// What a driver of synthetic devices is matched by.
+/// How a driver of synthetic devices is matched.
 struct BusMatch {
-    std::string_view name; // as in drivers::known_drivers; of a service its own
-    std::string_view type; // of the devices, as the bus names them: hv::SyntheticDevice::type
+    std::string_view name; // as in drivers::known_drivers; a service has its own
+    std::string_view type; // device type as the bus names it: hv::SyntheticDevice::type
 };
-/// Such a driver. `Bus`: B::Bus of its backend.
+/// A driver of synthetic devices. `Bus`: B::Bus of its backend.
 template <class Bus>
 struct BusDriver {
     BusMatch match;
@@ -38,22 +38,22 @@ class Backend {
     /// hv::Console; nullptr: none.
     virtual log::Sink* console() { return nullptr; }
 
-    /// hv::BusRoot: appends the bus's devices; nothing where there is no bus. Every wait is bounded.
+    /// hv::BusRoot: appends the bus's devices; appends nothing if there is no bus. Every wait is bounded.
     virtual io::Task<Result<void>> enumerate(hv::DeviceList& into);
-    /// hv::LateDevices; nullptr: no device comes later.
+    /// hv::LateDevices; news() is nullptr if the bus has no hot-added devices.
     virtual io::Latch* news() { return nullptr; }
     virtual std::optional<hv::SyntheticDevice> next_device() { return std::nullopt; }
     virtual u32 new_dropped() { return 0; }
-    /// The drivers for the bus's devices: their numbers are 0 to driver_count() - 1.
+    /// Drivers for the bus's devices, numbered 0 to driver_count() - 1.
     virtual u32 driver_count() const { return 0; }
     virtual const BusMatch& driver(u32 number) const = 0;
-    /// Only for a device that the bus has shown.
+    /// Only for a device that the bus reported.
     virtual io::Task<Result<void>> probe(u32 driver, drivers::Environment& environment,
                                          const hv::SyntheticDevice& device) = 0;
 
-    /// hv::EmulatedDevices. Error{not_supported} without it.
+    /// hv::EmulatedDevices; Error{not_supported} without it.
     virtual Result<void> unplug(hv::EmulatedClasses classes);
-    /// hv::Processors, LeavesProcessors, TearDown: nothing to do without them.
+    /// hv::Processors, LeavesProcessors, TearDown: no-ops without them.
     virtual Result<void> join(u32 processor, io::Executor& executor);
     virtual void leave(u32 processor) { static_cast<void>(processor); }
     virtual void uninstall() {}
@@ -104,7 +104,7 @@ class TimerOf<None> {};
 
 } // namespace backend_detail
 
-/// B's bus; a type without values where B has none.
+/// B's bus type, or an empty type if B has none.
 template <class B>
 using BusOf = typename backend_detail::Of<B>::Bus;
 

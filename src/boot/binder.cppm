@@ -1,16 +1,15 @@
-// Brings devices and drivers together, by the plan that the driver table gives (docs/decisions/0007-binder.md). The
-// devices are those of all sources (boot.sources); the order of the drivers, and which of two drivers gets a device
-// that both can reach, are the plan's; claims and lists are boot.sinks' and boot.devices'. One object for the machine's
-// life.
+// Matches devices to drivers according to the driver table's plan (docs/decisions/0007-binder.md). Devices come from
+// the sources (boot.sources). The plan decides the order of the drivers, and which of two drivers gets a device that
+// both can reach. boot.sinks handles claims, boot.devices the listing. One instance for the machine's lifetime.
 //
-// Order of the calls: unplug(), add() for each source, bind(), watch(). The rules:
-//   - Drivers are tried in the plan's order, those that no rule can name (services) after all others, in the order of
-//     their sources. A driver gets its devices in the order of the source, those that are `first` before the others.
-//   - The first driver that matches a device has it. One that answers not_supported leaves it to the next one that
-//     matches; any other error is the device's end: its state is not known, and it is listed as failed.
+// Call order: unplug(), add() for each source, bind(), watch(). The rules:
+//   - Drivers are tried in the plan's order. Drivers that no rule can name (services) follow, in the order of their
+//     sources. A driver is given its devices in source order, `first` devices before the others.
+//   - The first matching driver gets the device. If it returns not_supported, the next matching driver is tried. Any
+//     other error is final: the device's state is unknown, and it is listed as failed.
 //   - A device that no driver takes is listed with the reason.
-//   - A device that comes later is given to the drivers by the same rules, one device at a time.
-// Every device is listed once, by the binder or by its driver [DeviceSink::unused].
+//   - A hot-added device is offered by the same rules, one device at a time.
+// Every device is listed exactly once, by the binder or by its driver [DeviceSink::unused].
 export module boot.binder;
 import core.std;
 import core.result;
@@ -30,21 +29,21 @@ import boot.sources;
 
 export namespace fl::boot {
 
-/// What the machine gives to drivers.
+/// Provides the environment in which drivers run.
 class DriverMachine {
   public:
-    /// For one driver; `sinks` and `shutdown` last as long as the machine.
+    /// The environment for one driver; `sinks` and `shutdown` live as long as the machine.
     virtual drivers::Environment environment(DriverSinks& sinks, io::Shutdown& shutdown) = 0;
 
   protected:
     ~DriverMachine() = default;
 };
 
-/// Not movable, and not destroyed before the machine ends: drivers, and tasks that wait, refer to it.
+/// Neither movable nor destroyed before the machine ends: drivers and waiting tasks refer to it.
 class Binder {
   public:
     static constexpr usize max_sources = 8;
-    /// Drivers that find a device: those of the plan, and the services.
+    /// Drivers that find a device: those in the plan and the services.
     static constexpr usize max_drivers = drivers::Plan::max_drivers + 16;
 
     /// All of these must outlive this.
@@ -53,22 +52,22 @@ class Binder {
     Binder(const Binder&) = delete;
     Binder& operator=(const Binder&) = delete;
 
-    /// Has the host take away what the plan says, before anything is probed. Where it does not, the twins' drivers
-    /// decide as with `leave`: a warning.
+    /// Asks the host to unplug the emulated devices that the plan names, before anything is probed. If the host does
+    /// not comply, logs a warning, and the twins' drivers decide as with `leave`.
     void unplug(Backend& backend);
-    /// A source whose devices are found; it lasts as long as the machine. Order: the order in which devices without a
-    /// driver are listed.
+    /// Adds a source whose devices have been enumerated; it must live as long as the machine. Devices without a driver
+    /// are listed in the order of these calls.
     void add(DeviceSource& source);
-    /// Offers all devices of all sources to the drivers, and reports what was left out. Error{exhausted}: no coroutine
+    /// Offers the devices of all sources to the drivers and reports what was left out. Error{exhausted}: no coroutine
     /// frames.
     io::Task<Result<void>> bind();
-    /// From now on devices that come later are offered, too, until an end of the machine is asked for.
+    /// Starts offering hot-added devices, until a shutdown is requested.
     void watch();
 
     Devices& devices() { return devices_; }
     const Disks& disks() const { return attached_.disks; }
     io::Shutdown& shutdown() { return shutdown_; }
-    /// What the host has taken away.
+    /// The emulated devices that the host has unplugged.
     hv::EmulatedClasses unplugged() const { return unplugged_; }
 
   private:
@@ -79,7 +78,7 @@ class Binder {
         std::string_view declined_by{};
         std::optional<Error> declined{}; // not_supported, by that driver
     };
-    // A driver that a source has; in the order in which drivers are tried.
+    // One driver of one source. order_ holds these in the order in which drivers are tried.
     struct Entry {
         DeviceSource* source;
         u32 driver;
@@ -87,7 +86,7 @@ class Binder {
     struct Port {
         explicit Port(Attached& attached, std::string_view driver) : sinks(attached, driver) {}
         DriverSinks sinks;
-        u32 given = 0; // devices
+        u32 given = 0; // devices given to it so far
     };
 
     void order_drivers();
@@ -115,15 +114,14 @@ class Binder {
     Vector<Entry> order_;
     u32 drivers_dropped_ = 0; // no memory for their entries
     hv::EmulatedClasses unplugged_;
-    io::TaskGroup keeper_; // never ended: what its tasks wait for may be in a device's hands
+    io::TaskGroup keeper_; // never destroyed: a device may still access what its tasks wait for
 };
 
-/// What of the rules was not used, as left_out records: the rules themselves are fewer than asked for, no device is
-/// lost by that.
+/// Reports unused rules as left_out records. The rules themselves were cut short; no device is lost.
 void report_left_out(const drivers::Table& table, const drivers::Plan& plan, Devices& into);
 
-/// Of a job that has succeeded: an ERROR where a device could not be taken into use, where something was left out that
-/// may be one, or where rules were malformed (`wrong_rules`) or cut off (`map_file_cut`).
+/// Turns the outcome of a job that succeeded into an ERROR if a device could not be used, if something left out may be
+/// a device, or if rules were malformed (`wrong_rules`) or cut off (`map_file_cut`).
 void judge(Outcome& outcome, const Devices& devices, u32 wrong_rules, bool map_file_cut);
 
 } // namespace fl::boot

@@ -1,6 +1,6 @@
-// What became of every device that could be a disk, a network card, an input device or a display: one line and one
-// `device` record each (docs/INTERFACES.md), so that "no disk" is never a riddle. Collected while drivers attach and
-// printed when the job says so, because the first block is read before anything is explained.
+// Reports the state of every device that could be a disk, network card, input device or display: one line and one
+// `device` record each (docs/INTERFACES.md), so that a missing disk is always explained. Entries are collected while
+// drivers attach and printed when the job calls list(), so that they do not delay the first block.
 export module boot.devices;
 import core.std;
 import core.text;
@@ -29,15 +29,15 @@ constexpr DeviceClass class_of(drivers::DeviceKind kind) {
 }
 
 struct DeviceEntry {
-    FixedText<12> bus;     // "pci", "virtio-mmio", "xen", "vmbus"; of a driver's units "ide", "scsi"
+    FixedText<12> bus;     // "pci", "virtio-mmio", "xen", "vmbus"; for a driver's units "ide", "scsi"
     FixedText<64> address; // on that bus
     FixedText<16> id;      // "1af4:1001", "virtio 2"; may be empty
     FixedText<64> what;    // "virtio block device"
     DeviceClass kind = DeviceClass::other;
-    std::string_view driver;            // static storage; empty: none
-    std::optional<drivers::Unused> why; // nothing: `driver` drives it
-    FixedText<160> reason;              // for people; may be empty when it is driven
-    u32 disks = 0;                      // devices that the driver found on it: disks of a controller
+    std::string_view driver;            // static storage; empty: no driver
+    std::optional<drivers::Unused> why; // why it is not in use; nothing: `driver` drives it
+    FixedText<160> reason;              // for people; may be empty if the device is driven
+    u32 disks = 0;                      // devices that the driver found on it: the disks of a controller
 };
 
 class Devices {
@@ -45,15 +45,15 @@ class Devices {
     Devices() = default;
 
     void add(const DeviceEntry& entry);
-    /// Prints what was added so far; from then on each entry is printed when it is added.
+    /// Prints all entries so far; later entries are printed as they are added.
     void list();
-    /// Something of the machine for which there was no room or no sense: a line and a `left_out` record at once.
-    /// `disk`: a disk, or another device that has a driver, may be among it, and the verdict is an ERROR.
+    /// Reports something of the machine that was not recorded or not examined: prints a line and a `left_out` record at
+    /// once. `disk`: it may include a disk or another device that has a driver, and the verdict becomes an ERROR.
     void left_out(std::string_view what, u64 count, bool disk, std::string_view reason);
 
-    /// Units and devices that should work and do not, or found no room.
+    /// Number of units and devices that failed or found no room.
     u32 failures() const { return failures_; }
-    /// Of left_out(), a disk may be among them.
+    /// Whether any left_out() call may include a disk.
     bool disk_left_out() const { return disk_left_out_; }
     /// "of 3 devices that could be or have one: 2 no driver, 1 empty; see the device lines"; for verdicts.
     FixedText<160> why_no_disk() const;
@@ -66,21 +66,20 @@ class Devices {
     u32 failures_ = 0;
     bool disk_left_out_ = false;
     std::array<u32, to_underlying(drivers::Unused::no_room) + 1> unused_disks_{};
-    u32 without_disks_ = 0; // controllers that are driven and have none
+    u32 without_disks_ = 0; // driven controllers without disks
 };
 
-/// Whether a PCI function is of a class that is listed: mass storage, network, display, input, and everything of
-/// virtio's.
+/// Whether a PCI function belongs to a listed class: mass storage, network, display, input, and all of virtio.
 bool is_listed(const drivers::pci::Device& device);
 DeviceEntry describe(const drivers::pci::Device& device);
 /// `bus`: the backend's name.
 DeviceEntry describe(const hv::SyntheticDevice& device, std::string_view bus);
 DeviceEntry describe(const drivers::UnusedUnit& unit);
-/// A virtio-mmio device at `base`, from its first registers: MagicValue, Version, DeviceID [virtio-1.2 §4.2.2].
-/// Nothing: a place without a device.
+/// A virtio-mmio device at `base`, from its registers MagicValue, Version and DeviceID [virtio-1.2 §4.2.2]. Nothing: a
+/// placeholder without a device.
 std::optional<DeviceEntry> describe_virtio_mmio(u64 base, u32 magic, u32 version, u32 device_id);
 
-/// "no driver for NAME in this build", as the entry's reason.
+/// Sets the entry's reason to "no driver for this NAME in this build".
 DeviceEntry without_driver(DeviceEntry entry);
 
 } // namespace fl::boot

@@ -1,5 +1,5 @@
-// The disks of the machine, as the drivers announce them, and what is printed of each as it comes. Which driver may
-// announce which disk is decided by the claims (boot.sinks).
+// The list of announced disks, and the record printed for each. The claims (boot.sinks) decide which driver may
+// announce which disk.
 export module boot.disks;
 import core.std;
 import core.result;
@@ -11,16 +11,17 @@ export namespace fl::boot {
 
 class Disks {
   public:
-    static constexpr usize capacity = 1024; // fixed, since jobs hold on to the list while disks are added
+    static constexpr usize capacity = 1024; // fixed: jobs hold a span of the list while disks are added
 
-    /// Whether add() would take a disk of that name. Error{busy}: there is one; Error{exhausted}: no room.
+    /// Whether add() would accept a disk of this name. Error{busy}: the name is in use; Error{exhausted}: the list is
+    /// full.
     Result<void> takes(std::string_view name) const;
-    /// takes() has said that it can be added. The disk lives until the machine ends.
+    /// Requires success of takes(). The disk must live until the machine ends.
     void add(io::BlockDevice& disk);
-    /// In the order in which they attached.
+    /// In order of attachment.
     std::span<io::BlockDevice* const> all() const { return {disks_.data(), count_}; }
     io::BlockDevice* find(std::string_view name) const;
-    /// "xvda, hda" for messages, the first ones and the number where there are many; "none" when there is none.
+    /// "xvda, hda" for messages; only the first names and the total if there are many; "none" if there are none.
     FixedText<256> names() const;
 
   private:
@@ -28,11 +29,11 @@ class Disks {
     usize count_ = 0;
 };
 
-/// How many null disks [drivers.null] the command line asks for: one more than the highest number in null0, null1 …
-/// among these names; 0 to 256.
+/// Number of null disks [drivers.null] that the command line needs, 0 to 256: one more than the highest N among the
+/// names nullN.
 u32 null_disks(std::span<const std::string_view> names);
 
-/// The `disk` record and its line for people.
+/// Prints the `disk` record and its human-readable line.
 void report(const io::BlockDevice& disk);
 
 } // namespace fl::boot

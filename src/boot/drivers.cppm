@@ -1,6 +1,6 @@
-// The drivers of this build, as data: one list for each source of devices (boot.sources). A native driver of a PCI
-// device is one line in pci_drivers; a synthetic one a line in the list of its hypervisor's backend. Which of them come
-// first is not decided here but by the driver table.
+// The drivers of this build: one list for each device source (boot.sources). A native PCI driver is one line in
+// pci_drivers; a synthetic driver is one line in the list of its hypervisor's backend. Their priority is decided by the
+// driver table, not here.
 export module boot.drivers;
 import core.std;
 import core.result;
@@ -28,8 +28,8 @@ import drivers.hv_balloon;
 
 export namespace fl::boot {
 
-/// Four places for disks on each controller, in the order of Linux: hda to hdd, hde to hdh … The controller at the
-/// fixed ports comes first: its disks are those that can have a synthetic twin.
+/// Each controller reserves four disk names, in Linux's order: hda to hdd, hde to hdh … The controller at the legacy
+/// ports is probed first, because only its disks can have a synthetic twin.
 inline io::Task<Result<void>> probe_ata(drivers::Environment& environment, drivers::pci::Device device, u32 index) {
     static constinit drivers::ata::PortClaims claims;
     return drivers::ata::probe(environment, device, drivers::Ports{}, 4 * index, &claims);
@@ -41,8 +41,8 @@ static_assert(std::ranges::all_of(pci_drivers, [](const PciDriver& d) { return d
 
 inline constexpr std::array<VirtioMmioDriver, 0> virtio_mmio_drivers{};
 
-/// The drivers for the devices on one backend's bus; none for most. Those that are no twins of anything (services) are
-/// named by no rule of the table, and are tried after those that are.
+/// The drivers for the devices on one backend's bus; empty for most. Drivers without a twin (services) are not named by
+/// any rule of the table, and are tried after those that are.
 template <class B>
 inline constexpr std::array<BusDriver<BusOf<B>>, 0> bus_drivers{};
 
@@ -56,7 +56,7 @@ inline constexpr std::array<BusDriver<hv::Xen::Bus>, 1> bus_drivers<hv::Xen>{{
 #ifdef FIRSTLIGHT_HV_HYPERV
 inline io::Task<Result<void>> probe_balloon(drivers::Environment& environment, hv::HyperV::Bus& bus,
                                             const hv::SyntheticDevice& device) {
-    static constinit u64 total = 0; // pages that the kernel could still give when it began to report
+    static constinit u64 total = 0; // pages available to the kernel when reporting began
     total = frames().free_bytes() / frame_size;
     const drivers::hv_balloon::Memory memory{dma_memory(), [] { return total; },
                                              [] { return frames().free_bytes() / frame_size; }};

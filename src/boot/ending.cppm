@@ -1,6 +1,5 @@
-// How the machine ends: for each platform and verdict the ways to be tried, one after the other (docs/INTERFACES.md
-// "How the machine ends"). Portable: the tests end machines that they made up. boot.machine.ending does it with this
-// machine's own instructions.
+// Machine shutdown: for each platform and verdict, the methods to try in order (docs/INTERFACES.md "How the machine
+// ends"). Portable, so that tests can use fake machines; boot.machine.ending executes the methods on the real one.
 export module boot.ending;
 import core.std;
 import core.acpi;
@@ -12,21 +11,21 @@ import hv.backend;
 
 export namespace fl::boot {
 
-/// A way to end the machine. Most of them return where there is nothing that takes them.
+/// A method of ending the machine. Most of them return if the platform does not support them.
 enum class Way : u8 {
     exit_port,    // debug exit port 0xf4: QEMU's isa-debug-exit, the test host
     xen_off,      // SCHEDOP_shutdown with SHUTDOWN_poweroff
     xen_crash,    // SCHEDOP_shutdown with SHUTDOWN_crash
-    hyperv_crash, // Hyper-V's crash registers: a note for the host; the machine goes on
+    hyperv_crash, // Hyper-V's crash registers: notifies the host only; the machine keeps running
     pvpanic,      // QEMU's pvpanic: likewise
-    acpi_off,     // \_S5
+    acpi_off,     // \_S5 (ACPI soft-off)
     acpi_reset,   // the FADT's reset register
     hyperv_reset, // Hyper-V's reset register
-    keyboard,     // the i8042 pulses the reset line
+    keyboard,     // the i8042 keyboard controller pulses the reset line
     triple_fault, // never returns
 };
 
-/// What is known about the machine's ways out.
+/// The shutdown methods that the platform supports.
 struct Platform {
     bool xen = false;
     bool hyperv_crash = false;
@@ -34,7 +33,7 @@ struct Platform {
     bool pvpanic = false;
     bool acpi_off = false;
     bool acpi_reset = false;
-    // the VMM's exit status after a triple fault is one of its own, though it can power off: bhyve
+    // a triple fault gives the VMM a distinct exit status, although it can power off: bhyve
     bool triple_fault_tells = false;
 };
 
@@ -44,32 +43,33 @@ struct Ways {
     constexpr std::span<const Way> all() const { return {list.data(), count}; }
 };
 
-/// The ways behind the debug exit port, in order. SUCCESS and SKIP end as what the platform takes for a success, the
-/// other three, where it knows a difference, as a failure. A way that restarts the machine comes only where it has no
-/// way to be switched off, or behind that one.
+/// The methods to try after the debug exit port, in order. SUCCESS and SKIP end the way the platform reports success;
+/// the other three verdicts end as a failure where the platform distinguishes the two. A method that restarts the
+/// machine is used only if it cannot be powered off, or after that has failed.
 Ways ways_of(const Platform& platform, Verdict verdict);
 
-/// What the ways are made of, beside ports and registers.
+/// What the methods need besides ports and registers.
 class EndMachine {
   public:
-    /// Bounded, without any device.
+    /// Busy-waits for a bounded time; uses no device.
     virtual void wait(Nanoseconds length) = 0;
     virtual const CpuidSnapshot& cpuid() = 0;
     virtual PhysicalReader& memory() = 0;
-    /// What the loader said; 0: it is looked for.
+    /// The RSDP address from the loader; 0: search for it.
     virtual u64 rsdp() = 0;
-    /// The tables, where somebody has read them before.
+    /// The ACPI tables if they have been read already, else nullptr.
     virtual const acpi::Tables* tables() = 0;
     virtual void write_memory(u64 physical, u8 value) = 0;
-    /// SCHEDOP_shutdown by the processor's own instruction: no hypercall page may be there yet.
+    /// SCHEDOP_shutdown with the processor's hypercall instruction, since the hypercall page may not be installed yet.
     virtual void xen_shutdown(u32 reason) = 0;
-    /// The reason's text in memory that a host can read; size 0: none.
+    /// The reason text, in memory that the host can read; size 0: none.
     struct Text {
         u64 physical;
         u64 size;
     };
     virtual Text reason() = 0;
-    /// The next way may restart the machine: leaves a note for the next boot (restarted_by()), where memory survives.
+    /// Called before a method that may restart the machine: leaves a note for the next boot (restarted_by()) if memory
+    /// survives the reset.
     virtual void note_restart(Verdict verdict) = 0;
     virtual void triple_fault() = 0;
 
@@ -77,12 +77,11 @@ class EndMachine {
     ~EndMachine() = default;
 };
 
-/// Ends the machine step by step. A step that faults is not tried again: the fault handler calls step() for the
-/// next one.
+/// Ends the machine step by step. A step that faults is not repeated: the fault handler calls step() for the next one.
 class Ending {
   public:
     constexpr Ending() = default;
-    /// The next step; false: there is none left. The verdict of the first call counts.
+    /// Runs the next step; false: none is left. The verdict of the first call is used throughout.
     bool step(EndMachine& machine, hv::Privileged& cpu, Verdict verdict);
     const Platform& platform() const { return platform_; }
 
@@ -102,19 +101,19 @@ class Ending {
     u16 pvpanic_port_ = 0;
 };
 
-/// The note of note_restart(), at a place that no loader and no reset writes to.
+/// The note written by note_restart(), at an address that neither loaders nor a reset overwrite.
 struct RestartNote {
-    static constexpr u64 physical = 0x1ff000; // the page below the image, as PVH loads it
+    static constexpr u64 physical = 0x1ff000; // the page below the image at its PVH load address
     static constexpr u64 magic_value = 0x4b52414d4c46544e;
 
     u64 magic;
     u64 verdict;
-    u64 inverted; // ~magic ^ verdict: memory that holds something else by chance is no note
+    u64 inverted; // ~magic ^ verdict: guards against memory that matches by chance
 };
 constexpr RestartNote restart_note(Verdict verdict) {
     return {RestartNote::magic_value, to_underlying(verdict), ~RestartNote::magic_value ^ to_underlying(verdict)};
 }
-/// The verdict that the machine was restarted after; nothing: it was not, or by somebody else.
+/// The verdict of the previous boot if the kernel itself restarted the machine; nothing if this is not such a restart.
 constexpr std::optional<Verdict> restarted_by(const RestartNote& note) {
     if (note.magic != RestartNote::magic_value || note.inverted != (~note.magic ^ note.verdict) ||
         note.verdict < to_underlying(Verdict::success) || note.verdict > to_underlying(Verdict::crash)) {

@@ -1,4 +1,4 @@
-// What the kernel was started for: job=boot, bench, verify, idle. Portable: the tests run jobs on disks in memory.
+// The jobs of the kernel: job=boot, bench, verify, idle. Portable: the tests run them on in-memory disks.
 export module boot.jobs;
 import core.std;
 import core.result;
@@ -14,37 +14,36 @@ import boot.disks;
 
 export namespace fl::boot {
 
-/// How a job ended; the verdict record says it to the outside.
+/// The result of a job, reported by the verdict record.
 struct Outcome {
     Verdict verdict = Verdict::success;
     FixedText<240> reason;
 };
 
-/// What jobs need of the kernel. References outlive the job.
+/// What jobs need from the kernel. References outlive the job.
 struct JobServices {
     io::Executor& executor;
     DmaAllocator& dma;
-    u64 (*heap_allocations)(); // since the start
-    /// Of every processor that runs, index = processor; empty: there is one.
+    u64 (*heap_allocations)(); // since boot
+    /// One executor per running processor, index = processor; empty: only one processor.
     std::span<io::Executor* const> executors{};
-    /// Tells a host that counts where each workload of `bench` begins (their numbers from 1) and ends (0); absent:
-    /// nobody counts.
+    /// Notifies a host that counts events where each workload of `bench` starts (its number, from 1) and ends (0);
+    /// nullptr: no notification.
     void (*mark)(u32 phase) = nullptr;
-    /// What instants are worth: their rate is a guess, and no figure is printed without saying so; they are ahead of
-    /// the time since the entry by so much.
+    /// clock_assumed: the clock's rate is a guess, and every printed figure says so. clock_ahead: how far instants are
+    /// ahead of the time since the entry.
     bool clock_assumed = false;
     Nanoseconds clock_ahead = 0;
-    /// What was found and is not in use: listed once, after the first block of `job=boot`, before the other jobs;
-    /// absent: nobody collects it.
+    /// The unused devices: listed once, after the first block of `job=boot` and before the other jobs; nullptr: not
+    /// collected.
     Devices* devices = nullptr;
 };
 
-/// Runs options.job (all but `panic`) on the disks. Everything that the options name is checked before the first
-/// transfer: what is wrong with them ends with Verdict::error and nothing has been written. Prints the records of
-/// docs/INTERFACES.md.
+/// Runs options.job (any but `panic`) on the disks. Validates everything the options name before the first transfer; an
+/// error there ends with Verdict::error, and nothing has been written. Prints the records of docs/INTERFACES.md.
 io::Task<Result<Outcome>> run_job(const Options& options, const Disks& disks, JobServices services);
 
-/// The `error` record and its line for people.
+/// Prints the `error` record and its human-readable line.
 void report(const Error& error, std::string_view where);
 
 } // namespace fl::boot

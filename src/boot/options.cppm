@@ -1,5 +1,5 @@
-// The command line as a value (docs/INTERFACES.md "Command line"). Every word is looked at, and everything that is
-// wrong is told at once.
+// The parsed command line (docs/INTERFACES.md "Command line"). Every word is checked, and all errors are reported
+// together.
 export module boot.options;
 import core.std;
 import core.text;
@@ -17,17 +17,17 @@ enum class Job : u8 { boot, bench, verify, panic, idle };
 inline constexpr std::array<std::string_view, 5> job_names{"boot", "bench", "verify", "panic", "idle"};
 constexpr std::string_view name(Job job) { return job_names[to_underlying(job)]; }
 
-/// What job=panic does.
+/// The fault that job=panic triggers.
 enum class Fault : u8 { ud, gp, pf, text, nx, stack, div, panic };
 inline constexpr std::array<std::string_view, 8> fault_names{"ud", "gp", "pf", "text", "nx", "stack", "div", "panic"};
 constexpr std::string_view name(Fault fault) { return fault_names[to_underlying(fault)]; }
 
-/// Whose one-shot timer wakes the processors. automatic: a hypervisor's where there is one and the processor's own is
-/// none by deadline.
+/// The one-shot timer that wakes the processors. automatic: the hypervisor's, if it has one and the processor's own
+/// timer has no deadline mode.
 enum class TimerChoice : u8 { automatic, processor, hypervisor };
 inline constexpr std::array<std::string_view, 3> timer_names{"auto", "processor", "hypervisor"};
 
-/// A bounded list of texts that stand in the command line.
+/// A bounded list of texts from the command line.
 struct TextList {
     static constexpr usize capacity = 32;
 
@@ -45,22 +45,22 @@ struct TextList {
     constexpr bool has(std::string_view text) const { return std::ranges::find(all(), text) != all().end(); }
 };
 
-/// Disks by name, or all, or none of them.
+/// A set of disks: named ones, all, or none.
 struct DiskChoice {
     bool all = false;
     TextList names;
     constexpr bool chosen(std::string_view disk) const { return all || names.has(disk); }
 };
 
-/// What a loader added for Linux. A virtio_mmio.device word says something to us, too, and is kept apart.
+/// Words that a loader added for Linux. virtio_mmio.device words are kept apart, because this kernel uses them.
 struct LoaderWords {
     static constexpr usize max_devices = 64;
 
     TextList ignored;        // whole words
-    u32 ignored_dropped = 0; // further ones
+    u32 ignored_dropped = 0; // number that did not fit
     std::array<MmioDevice, max_devices> device_list{};
     u32 device_count = 0;
-    u32 devices_dropped = 0; // well-formed, and no room left
+    u32 devices_dropped = 0; // well-formed ones that did not fit
 
     constexpr std::span<const MmioDevice> devices() const { return {device_list.data(), device_count}; }
     constexpr void ignore(std::string_view word) { ignored_dropped += ignored.add(word) ? 0 : 1; }
@@ -69,7 +69,7 @@ struct LoaderWords {
 /// All text is a view into the command line, which must outlive this.
 struct Options {
     Job job = Job::boot;
-    TextList workloads; // unparsed: io.bench knows how
+    TextList workloads; // unparsed; io.bench parses them
     DiskChoice disk{.all = true, .names = {}};
     DiskChoice scratch;
     std::optional<u64> count; // verify: blocks, 0 the whole disk
@@ -82,30 +82,30 @@ struct Options {
     std::optional<drivers::Twin> emulated;
     Nanoseconds timeout = 5'000'000'000;
     u32 withheld_features = 0; // bits of drivers::Feature
-    u64 cpus = max_processors; // processors that are used at most
-    u64 processor = 0;         // panic: the processor that it happens on
-    u64 lanes = 1;             // bench: lanes of each disk that are used
-    u64 marks = 0;             // bench: the I/O port that is written around each workload; 0: none
+    u64 cpus = max_processors; // maximum number of processors to use
+    u64 processor = 0;         // panic: the processor to fault on
+    u64 lanes = 1;             // bench: lanes to use on each disk
+    u64 marks = 0;             // bench: I/O port written before and after each workload; 0: none
     TimerChoice timer = TimerChoice::automatic;
     log::Level log = log::Level::info;
     Fault fault = Fault::panic;
     LoaderWords loader;
 };
 
-/// Messages, each one whole: what was expected, what was seen, what to write instead.
+/// Complete error messages: what was expected, what was given, what to write instead.
 struct OptionErrors {
     static constexpr usize capacity = 12;
 
     std::array<FixedText<320>, capacity> list{};
     u32 count = 0;
-    u32 dropped = 0; // no room left
+    u32 dropped = 0; // number that did not fit
 
     constexpr std::span<const FixedText<320>> all() const { return {list.data(), count}; }
     constexpr bool empty() const { return count == 0; }
 };
 
-/// Parses all of it. Options whose value is wrong keep their default. Known words of loaders, and all behind "--" (for
-/// Linux's init), are kept in into.loader; a word in double quotes may hold blanks. True: nothing was wrong.
+/// Parses the whole command line. An option with an invalid value keeps its default. Known loader words, and everything
+/// after "--" (for Linux's init), go to into.loader; a word in double quotes may contain blanks. True: no errors.
 bool parse_options(std::string_view cmdline, Options& into, OptionErrors& errors);
 
 } // namespace fl::boot

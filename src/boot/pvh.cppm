@@ -1,5 +1,5 @@
-// What a PVH loader hands over, turned into a BootInfo [PVH]. Every address comes from outside: it is bounded before it
-// is read.
+// Converts the structures of a PVH loader into a BootInfo [PVH]. All addresses are untrusted: each is bounds-checked
+// before it is read.
 module;
 #include <cstddef>
 export module boot.pvh;
@@ -34,7 +34,7 @@ static_assert(offsetof(HvmStartInfo, rsdp) == 32 && offsetof(HvmStartInfo, memor
               offsetof(HvmStartInfo, memory_map_count) == 48);
 static_assert(offsetof(HvmStartInfo, reserved) == 52);
 inline constexpr usize start_info_v0_size = 40;
-inline constexpr u32 max_map_entries = 4096; // of the memory map that are read, whatever its count says
+inline constexpr u32 max_map_entries = 4096; // limit on the entries read, regardless of the given count
 
 struct HvmModule {
     u64 address;
@@ -57,19 +57,19 @@ static_assert(sizeof(HvmMemory) == 24);
 static_assert(offsetof(HvmMemory, address) == 0 && offsetof(HvmMemory, size) == 8 && offsetof(HvmMemory, type) == 16);
 static_assert(offsetof(HvmMemory, reserved) == 20);
 
-/// What was left out, for the log: the boot goes on without it.
+/// What could not be used, for the log; the boot continues without it.
 struct PvhNotes {
-    // version 0, or an empty or unreadable map: the hypervisor must be asked (BootInfo::range_count is 0)
+    // version 0, or an empty or unreadable map: query the hypervisor instead (BootInfo::range_count is 0)
     bool no_memory_map = false;
-    bool memory_map_cut = false;     // it has more than max_map_entries: those behind were not read
-    bool cmdline_unreadable = false; // outside the memory that the loader describes
+    bool memory_map_cut = false;     // more than max_map_entries; the rest was not read
+    bool cmdline_unreadable = false; // lies outside the memory that the loader describes
     bool modules_unreadable = false; // likewise
-    u32 extra_modules = 0;           // only the first one is used (the map file)
+    u32 extra_modules = 0;           // number beyond the first; only the first is used (the map file)
 };
 
-/// Fills `info` (all zero before) from the start_info at `address`; kernel_phys and kernel_size must be set by the
-/// caller, before or after. The ranges are as the loader gave them: normalise() is the caller's. Error{protocol}: no
-/// start_info there.
+/// Fills `info` (zeroed by the caller) from the start_info at physical `address`. The caller must also set kernel_phys
+/// and kernel_size, before or after. The ranges are copied as given; the caller must call normalise(). Error{protocol}:
+/// no start_info at that address.
 Result<PvhNotes> gather_pvh(PhysicalReader& memory, u64 address, u64 tsc, BootInfo& info);
 
 } // namespace fl::boot

@@ -1,4 +1,4 @@
-// What the kernel prints of the machine before and while devices are bound: lines for people and records
+// What the kernel prints about the machine before and while devices are bound: human-readable lines and records
 // (docs/INTERFACES.md "Console and records").
 export module boot.report;
 import core.std;
@@ -12,28 +12,29 @@ import boot.options;
 
 export namespace fl::boot {
 
-/// What the entry and the loader have handed over.
+/// The data handed over by the loader and the entry.
 void print_boot_info(const BootInfo& info);
-/// Words of the command line that are for Linux: a line and the record `ignored`; nothing where there are none.
+/// Command line words meant for Linux: a line and the record `ignored`; nothing if there are none.
 void print_loader_words(const LoaderWords& words);
-/// What is wrong with the command line, each message once.
+/// Prints each command line error once.
 void print_option_errors(const OptionErrors& errors);
-/// What is wrong with the rules of a map file and of the command line.
+/// Prints the errors in the rules of the map file and the command line.
 void print_diagnostics(const drivers::Table& table);
 
-/// What the `boot` record says, beside the memory map.
+/// The contents of the `boot` record besides the memory map.
 struct BootFacts {
     std::string_view backend;
     std::string_view clock;
     u64 tsc_hz = 0;
     bool clock_assumed = false;
     Nanoseconds detected = 0;    // from the entry to the choice of a hypervisor
-    Nanoseconds first_probe = 0; // from the entry on
+    Nanoseconds first_probe = 0; // from the entry
 };
 void boot_record(const BootInfo& info, const hv::Sightings& sightings, const BootFacts& facts);
 
-/// What of the loader's and the firmware's tables is not used. `tables`: nullptr without ACPI. `config_ports`: PCI
-/// configuration space is reached through ports, so that a damaged MCFG costs no device of segment 0.
+/// Reports the parts of the loader's and the firmware's tables that are not used. `tables`: nullptr without ACPI.
+/// `config_ports`: PCI configuration space is accessed through ports, so that a damaged MCFG loses no device of segment
+/// 0.
 void report_left_out(const BootInfo& info, const acpi::Tables* tables, bool config_ports, Devices& into);
 
 } // namespace fl::boot

@@ -1,6 +1,6 @@
-// The job, and an orderly end before it is done: when somebody outside asks for one (io.shutdown), the job is given up,
-// the disks are brought to rest, and the machine ends with a verdict of its own. Portable: the tests run it on disks in
-// memory.
+// Runs the job, and handles a shutdown request that arrives before it is done (io.shutdown): the job is cancelled, the
+// disks are quiesced and flushed, and the machine ends with a verdict of its own. Portable: the tests run it on
+// in-memory disks.
 export module boot.shutdown;
 import core.std;
 import core.result;
@@ -13,10 +13,10 @@ export import boot.jobs;
 
 export namespace fl::boot {
 
-/// run_job(), unless `shutdown` is asked for first: then nothing more is begun, what is under way ends, the job is
-/// given up, every disk is flushed, and who asked is told. Slow disks are waited for; when for options.timeout no
-/// request of any disk ends, the job's memory is given up with it. An end that leaves every disk at rest is a success,
-/// any other one a failure.
+/// run_job(), unless `shutdown` is requested first. Then no new request is started, pending ones complete, the job is
+/// cancelled, every disk is flushed and the requester is notified. Slow disks are waited for; if no request on any disk
+/// completes for options.timeout (ns), the job is abandoned and its memory leaked. The verdict is success if every disk
+/// was quiesced and flushed, otherwise failure.
 io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks& disks, JobServices services,
                                              io::Shutdown& shutdown);
 

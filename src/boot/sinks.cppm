@@ -1,5 +1,6 @@
-// What drivers are given to announce devices: one sink for each driver and class, over the claims of the whole machine.
-// A class of devices joins by a typed sink like DiskPort: announce() asks its list, claims by DeviceSink, and adds.
+// The sinks through which drivers announce devices: one for each driver and device class, on top of the machine-wide
+// claims. To add a device class, add a typed sink like DiskPort: announce() asks its list, claims through DeviceSink,
+// and adds.
 export module boot.sinks;
 import core.std;
 import core.result;
@@ -13,16 +14,16 @@ import boot.disks;
 
 export namespace fl::boot {
 
-/// What is attached, whichever driver announced it. Lives as long as the machine.
+/// Everything attached, by any driver. Lives as long as the machine.
 struct Attached {
-    /// What these refer to must outlive this. `list`: where units that are not driven are listed; nullptr: nowhere.
+    /// The arguments must outlive this. `list`: receives units that are not driven; nullptr: they are not listed.
     explicit Attached(const drivers::Plan& plan, Devices* list = nullptr) : claims(plan), devices(list) {}
     drivers::Claims claims;
     Devices* devices;
     Disks disks;
 };
 
-/// The claims of all classes, for one driver: it sees only what the table lets it have.
+/// One driver's view of the claims of all classes: it sees only the devices that the table allows it.
 class ClaimSink final : public drivers::DeviceSink {
   public:
     ClaimSink(Attached& attached, std::string_view driver) : attached_(attached), driver_(driver) {}
@@ -32,10 +33,10 @@ class ClaimSink final : public drivers::DeviceSink {
     void gone(drivers::DeviceId id) override;
 
     std::string_view driver() const { return driver_; }
-    /// How many devices the driver has attached so far, those that are gone again included.
+    /// Number of devices the driver has attached so far, removed ones included.
     u32 attached() const { return count_; }
-    /// The driver is about to be given the device at this address: reported() says from then on whether it has said
-    /// itself, by unused(), what became of that device.
+    /// Call before offering the driver the device at `address`. reported() then says whether the driver has itself
+    /// reported that device through unused().
     void expect(std::string_view address) {
         expected_.clear();
         expected_.write(address);

@@ -1,9 +1,8 @@
-// Where the machine's devices come from: PCI functions, the synthetic devices of a backend's bus, virtio-mmio devices,
-// null disks. Each is a DeviceSource: a list of devices and a list of drivers for devices of its kind. The binder
-// (boot.binder) brings the two together and knows nothing else of them. Portable: what touches the machine finds the
-// devices and puts them in (boot.machine.sources).
+// Device sources: PCI functions, the synthetic devices of a backend's bus, virtio-mmio devices and null disks. Each is
+// a DeviceSource: a list of devices plus a list of the drivers for that kind of device. The binder (boot.binder) uses
+// nothing but this interface. Portable: boot.machine.sources discovers the devices and fills the lists.
 //
-// A new source, ACPI's devices for one: a class that derives from SourceOf<Device, Driver>. A new driver: one line in
+// To add a source (ACPI devices, for example), derive from SourceOf<Device, Driver>. To add a driver, add one line to
 // the list of its source (boot.drivers).
 export module boot.sources;
 import core.std;
@@ -25,46 +24,46 @@ class DeviceSource {
   public:
     /// For log lines; static storage.
     virtual std::string_view name() const = 0;
-    /// Devices have the numbers 0 to count() - 1, drivers 0 to driver_count() - 1.
+    /// Devices are numbered 0 to count() - 1, drivers 0 to driver_count() - 1.
     virtual u32 count() const = 0;
     virtual u32 driver_count() const = 0;
-    /// The driver's name, as in drivers::known_drivers or, of one that no rule can name, its own. Several drivers of a
-    /// source may have one name: they are parts of one driver. Static storage.
+    /// The driver's name: as in drivers::known_drivers, or its own if no rule can name it. Several entries of one
+    /// source may share a name; they are parts of one driver. Static storage.
     virtual std::string_view driver(u32 driver) const = 0;
     virtual bool matches(u32 driver, u32 device) const = 0;
-    /// Whether it comes before all devices of that driver for which this is false.
+    /// True: probe this device before the driver's devices for which this is false.
     virtual bool first(u32 driver, u32 device) const;
-    /// Attaches the device. `index`: how many devices the driver's name was given before. A Result without an error:
-    /// done, or left alone for a reason that the driver has reported. Error{not_supported}: this driver is not for it,
-    /// and another one may be.
+    /// Attaches the device. `index`: how many devices this driver name was given before. A Result without an error:
+    /// attached, or skipped for a reason the driver has reported. Error{not_supported}: the driver declines, and
+    /// another one may match.
     virtual io::Task<Result<void>> probe(u32 driver, drivers::Environment& environment, u32 device, u32 index) = 0;
-    /// Devices of the machine are listed (boot.devices); others only if they fail.
+    /// True: each device is listed (boot.devices). False: only devices that fail.
     virtual bool listed() const { return true; }
-    /// The device without a driver. With `why`: that is why, when no driver takes it.
+    /// Describes the device as if no driver had it. `why`, if set, is the reason to report when no driver takes it.
     virtual DeviceEntry describe(u32 device) const = 0;
-    /// For log lines: the device, as the bus calls it.
+    /// The device's name on its bus, for log lines.
     virtual FixedText<120> place(u32 device) const;
-    /// Devices for which there was no room, or which cannot be reached: left_out(), once for each kind of them.
+    /// Reports devices that did not fit or cannot be reached: one left_out() for each kind.
     virtual void report_left_out(Devices& into) const { static_cast<void>(into); }
 
-    /// Devices that come while the machine runs. news(): opened when one waits, or was lost; nullptr: none ever comes.
-    /// One task waits for it.
+    /// Hot-added devices. news(): a latch opened when one is pending or was dropped; nullptr: this source has none.
+    /// Only one task may wait for it.
     virtual io::Latch* news() { return nullptr; }
-    /// Makes the next one that waits the source's only device; false: none waits.
+    /// Makes the next pending device the source's only device. False: none is pending.
     virtual bool next() { return false; }
-    /// How many were lost since this was asked last.
+    /// Number of hot-added devices dropped since the last call.
     virtual u32 lost() { return 0; }
 
   protected:
     ~DeviceSource() = default;
 };
 
-/// A list of devices on the heap, as many as the machine has, and a list of drivers. `Driver` has `name`,
-/// `matches(const Device&)` and what else its source wants.
+/// A heap-allocated list of devices and a list of drivers. `Driver` has `name`, `matches(const Device&)` and whatever
+/// else its source needs.
 template <class Device, class Driver>
 class SourceOf : public DeviceSource {
   public:
-    /// `drivers` lasts as long as the machine.
+    /// `drivers` must live as long as the machine.
     explicit SourceOf(std::span<const Driver> drivers) : drivers_(drivers) {}
 
     u32 count() const override { return static_cast<u32>(devices_.size()); }
@@ -81,13 +80,13 @@ class SourceOf : public DeviceSource {
 
     std::span<const Driver> drivers_;
     Vector<Device> devices_;
-    u32 dropped_ = 0; // no memory
+    u32 dropped_ = 0; // dropped for lack of memory
 };
 
 // ---- PCI ----
 
-/// `name` as in drivers::known_drivers; `ids`: what it drives; `probe`: attaches one function, the driver's `index`th.
-/// `first`: functions that come before all others of the driver. May be nullptr.
+/// `name`: as in drivers::known_drivers. `ids`: the functions it drives. `probe`: attaches one function, the driver's
+/// `index`th. `first`: functions to probe before the driver's others; may be nullptr.
 struct PciDriver {
     std::string_view name;
     std::span<const drivers::pci::Match> ids;
@@ -97,15 +96,15 @@ struct PciDriver {
     bool matches(const drivers::pci::Device& device) const { return drivers::pci::matches(ids, device); }
 };
 
-/// The PCI functions that are listed or that a driver matches.
+/// The PCI functions that are listed or matched by a driver.
 class PciSource final : public SourceOf<drivers::pci::Device, PciDriver> {
   public:
     using SourceOf::SourceOf;
-    /// A drivers::pci::Walk::Found; `context` is the PciSource.
+    /// Callback for drivers::pci::Walk::Found; `context` is the PciSource.
     static void found(void* context, const drivers::pci::Device& device);
-    /// After a walk: what it says.
+    /// Adds the totals of one bus walk.
     void count_found(const drivers::pci::Enumerated& found);
-    /// All functions of the machine.
+    /// All functions found, listed or not.
     u32 functions() const { return functions_; }
 
     std::string_view name() const override { return "pci"; }
@@ -121,14 +120,14 @@ class PciSource final : public SourceOf<drivers::pci::Device, PciDriver> {
 
 // ---- synthetic devices ----
 
-/// The devices on the bus of the backend, and those that come later.
+/// The devices on the backend's bus, hot-added ones included.
 class SyntheticSource final : public DeviceSource {
   public:
     explicit SyntheticSource(Backend& backend) : backend_(backend) {}
-    /// Lists what is there. An Error: the bus cannot be asked, and shows nothing.
+    /// Lists the devices present. On an Error the bus cannot be queried and the list stays empty.
     io::Task<Result<void>> enumerate() { return backend_.enumerate(found_); }
 
-    /// What the records call the bus: "xen", "vmbus".
+    /// The bus's name in records: "xen", "vmbus".
     std::string_view name() const override;
     u32 count() const override { return late_ ? 1 : found_.count(); }
     u32 driver_count() const override { return backend_.driver_count(); }
@@ -148,17 +147,17 @@ class SyntheticSource final : public DeviceSource {
     const hv::SyntheticDevice& at(u32 device) const { return late_ ? *late_ : found_.list[device]; }
     Backend& backend_;
     hv::DeviceList found_;
-    std::optional<hv::SyntheticDevice> late_; // the one that came last
+    std::optional<hv::SyntheticDevice> late_; // the most recent hot-added device
 };
 
 // ---- virtio-mmio ----
 
-/// What the first registers of a virtio-mmio device say [virtio-1.2 §4.2.2].
+/// The identification registers of a virtio-mmio device [virtio-1.2 §4.2.2].
 struct VirtioMmioDevice {
     u64 base = 0; // physical
     u32 magic = 0;
     u32 version = 0;
-    u32 device_id = 0; // 0: a place without a device
+    u32 device_id = 0; // 0: placeholder, no device
 };
 struct VirtioMmioDriver {
     std::string_view name; // as in drivers::known_drivers
@@ -168,15 +167,15 @@ struct VirtioMmioDriver {
     bool matches(const VirtioMmioDevice& device) const;
 };
 
-/// The devices that the command line or ACPI names. What does not answer as a virtio device is listed as failed.
+/// The devices named by the command line or by ACPI. One that does not identify as virtio is listed as failed.
 class VirtioMmioSource final : public SourceOf<VirtioMmioDevice, VirtioMmioDriver> {
   public:
     using SourceOf::SourceOf;
-    /// Whether a device at this address is there already, or was found to be an empty place.
+    /// Whether this address has been added, even as an empty placeholder.
     bool seen(u64 base) const { return std::ranges::find(bases_, base) != bases_.end(); }
-    /// Once for each address.
+    /// Call once for each address.
     void add(const VirtioMmioDevice& device);
-    /// So many that the command line or ACPI names were not looked at.
+    /// Number of devices named by the command line or ACPI that were not examined.
     void leave_out_words(u32 count) { words_dropped_ += count; }
     void leave_out_acpi(u32 count) { acpi_dropped_ += count; }
 
@@ -193,7 +192,8 @@ class VirtioMmioSource final : public SourceOf<VirtioMmioDevice, VirtioMmioDrive
 
 // ---- null disks ----
 
-/// Disks without a device [drivers.null], for a command line that names them. No devices of the machine: not listed.
+/// Null disks [drivers.null], which have no device; created for a command line that names them. Not part of the
+/// machine, so not listed.
 class NullSource final : public DeviceSource {
   public:
     explicit NullSource(u32 count) : count_(count) {}

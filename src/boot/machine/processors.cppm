@@ -1,4 +1,4 @@
-// The processors of this machine: one executor for each, and their part in the backend.
+// The processors of this machine: one executor for each, joined to the backend.
 export module boot.machine.processors;
 import core.std;
 import core.time;
@@ -7,13 +7,13 @@ import boot.backend;
 
 export namespace fl::boot {
 
-/// Starts further processors until `most` run, joins them to the backend and runs their executors. `executor` is the
-/// boot processor's, which calls this, once; both live as long as the machine. Reports what runs: a line and the record
-/// `processors`. `bound`: how long one may take to join.
+/// Starts secondary processors until `most` are running, joins them to the backend and runs their executors. Called
+/// once, on the boot processor; `executor` is its executor. `backend` and `executor` live as long as the machine.
+/// Prints a line and the record `processors`. `bound`: how long one processor may take to join, in ns.
 void start_executors(Backend& backend, io::Executor& executor, u32 most, Nanoseconds bound);
-/// Of every processor that runs, index = processor.
+/// One executor per running processor, index = processor.
 std::span<io::Executor* const> executors();
-/// Ends the executors of the further processors, which leave the backend; waits for a bounded time.
+/// Stops the executors of the secondary processors, which then leave the backend. The wait is bounded.
 void stop_executors();
 
 } // namespace fl::boot

@@ -1,4 +1,4 @@
-// Finds the devices of this machine that no bus enumerates by itself, and puts them into their sources.
+// Discovers the devices of this machine that no bus enumerates by itself, and adds them to their sources.
 export module boot.machine.sources;
 import core.std;
 import boot.devices;
@@ -7,12 +7,13 @@ import boot.sources;
 
 export namespace fl::boot {
 
-/// Whether PCI configuration space is reached through ports.
+/// Whether PCI configuration space is accessed through I/O ports.
 bool has_config_ports();
-/// All PCI functions. Segment 0 through the ports where they are there, else in memory like all other segments. What is
-/// left out beyond single functions is reported to `devices`.
+/// Enumerates all PCI functions. Segment 0 uses the configuration ports if present; otherwise it uses memory-mapped
+/// configuration, like all other segments. Anything larger than a single function that is skipped is reported to
+/// `devices`.
 void find_pci_functions(PciSource& into, Devices& devices);
-/// The virtio-mmio devices that the command line names and, on machines without the old hardware, those of ACPI.
+/// Adds the virtio-mmio devices named by the command line and, on hardware-reduced machines, those in ACPI.
 void find_virtio_mmio(VirtioMmioSource& into, const LoaderWords& words);
 
 } // namespace fl::boot

@@ -1,4 +1,4 @@
-// What the loader says: lines on the firmware's console and on COM1 alike.
+// The loader's console: writes lines to the firmware's console and to COM1.
 export module boot.uefi.console;
 import core.std;
 import core.text;
@@ -7,17 +7,16 @@ import boot.uefi.protocol;
 
 export namespace fl::boot::uefi {
 
-/// The only console there is; open() first. Every write is bounded: a port that never gets ready is given up.
+/// The only instance; call open() first. Every write is bounded: a port that never becomes ready is given up.
 class Console {
   public:
-    /// COM1 is written directly unless the firmware's own console goes there already, which would print each line
-    /// twice.
+    /// Writes to COM1 directly unless the firmware's console already goes there, which would print each line twice.
     void open(const SystemTable& system);
-    /// Boot services are about to go: from now on COM1 alone, directly.
+    /// Call before boot services end: from then on writes to COM1 only, directly.
     void leave_firmware();
 
-    /// The verdict record (docs/INTERFACES.md), alone on its line, written to COM1 directly: the firmware's console may
-    /// break lines.
+    /// Writes the verdict record (docs/INTERFACES.md) on a line of its own, directly to COM1: the firmware's console
+    /// may wrap lines.
     void verdict(Verdict verdict, std::string_view reason);
 
     template <class... Args>

@@ -1,6 +1,6 @@
-// The firmware's tables and protocols, as far as the loader uses them [UEFI-2.10]. Compiled for the firmware's own
-// calling convention only: every function pointer here is a call into the firmware. Members that are not used are
-// `unused` runs of pointers.
+// The firmware's tables and protocols, as far as the loader uses them [UEFI-2.10]. Compiled only for the firmware's
+// calling convention, so the function pointers can be called directly. Unused members are arrays of pointers named
+// `unused`.
 module;
 #include <cstddef>
 export module boot.uefi.protocol;
@@ -8,7 +8,7 @@ import core.std;
 
 export namespace fl::boot::uefi {
 
-/// EFI_STATUS: the top bit says error [UEFI-2.10 Appendix D].
+/// EFI_STATUS: the top bit marks an error [UEFI-2.10 Appendix D].
 using Status = u64;
 inline constexpr u64 error_bit = u64{1} << 63;
 inline constexpr Status success = 0;
@@ -148,7 +148,7 @@ struct LoadedImage {
     u32 padding0;
     Handle parent;
     SystemTable* system;
-    Handle device; // the volume that the image came from; nullptr: none
+    Handle device; // the volume the image was loaded from; nullptr: none
     void* file_path;
     void* reserved;
     u32 load_options_size; // bytes
@@ -181,7 +181,7 @@ struct File {
     Status (*open)(File* self, File** opened, const char16_t* name, u64 mode, u64 attributes);
     Status (*close)(File* self);
     void* remove;
-    Status (*read)(File* self, u64* size, void* into); // size: room, then bytes read; 0 at the end
+    Status (*read)(File* self, u64* size, void* into); // size: in: capacity, out: bytes read; 0 at the end of the file
     void* write;
     std::array<void*, 2> position; // get, set
     Status (*get_info)(File* self, const Guid* kind, u64* size, void* into);
@@ -213,7 +213,7 @@ struct FileSystem {
 static_assert(sizeof(FileSystem) == 16 && offsetof(FileSystem, revision) == 0 &&
               offsetof(FileSystem, open_volume) == 8);
 
-enum class PixelFormat : u32 { red_first, blue_first, bit_mask, no_framebuffer }; // others may come
+enum class PixelFormat : u32 { red_first, blue_first, bit_mask, no_framebuffer }; // later versions may add more
 
 /// EFI_GRAPHICS_OUTPUT_MODE_INFORMATION [UEFI-2.10 §12.9.2.1].
 struct GraphicsInfo {

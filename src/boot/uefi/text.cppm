@@ -1,35 +1,35 @@
-// What a person gave the loader to read: load options, the command line file; and the device path that says where the
-// console goes.
+// Parses the text given to the loader (load options, the command line file) and the device path of the console.
 export module boot.uefi.text;
 import core.std;
 import core.result;
 
 export namespace fl::boot::uefi {
 
-/// The longest text that is given to OutputString() at once, in characters, a line end included and the terminator not:
-/// some firmware has a fixed buffer of 128 for it.
+/// Maximum length of one OutputString() call, in characters, including the line end and excluding the terminator: some
+/// firmware has a fixed buffer of 128 characters.
 inline constexpr usize longest_output = 127;
 using OutputPiece = std::array<char16_t, longest_output + 1>;
-/// The next piece of a line: takes its characters from the front of `rest`, writes them with a terminator; the last
-/// piece ends with CR LF. True: that was the last one. What is not ASCII becomes '?'.
+/// Converts the next piece of a line: consumes characters from the front of `rest` and writes them, terminated; the
+/// last piece ends with CR LF. True: this was the last piece. Non-ASCII characters become '?'.
 bool next_output_piece(std::string_view& rest, OutputPiece& piece);
 
-/// Load options [UEFI-2.10 §9.1 LoadOptions] as text. Anything may stand there: only UCS-2 that is wholly printable
-/// ASCII (and blanks), up to a terminator or the end, is a command line; everything else is an error. Blanks at both
-/// ends are cut. `storage` receives the text; what does not fit is dropped, so give it a byte more than the longest
-/// text that is wanted.
+/// Load options [UEFI-2.10 §9.1 LoadOptions] as text. The options may be arbitrary binary data. Only UCS-2 that
+/// consists of printable ASCII and blanks, up to a terminator or the end, is accepted as a command line; anything else
+/// is an error. Leading and trailing blanks are removed. `storage` receives the text and truncates it: pass one byte
+/// more than the longest text wanted, to detect that.
 Result<std::string_view> text_of_load_options(std::span<const std::byte> options, std::span<char> storage);
 
-/// A shell passes the image's name first, maybe in double quotes; a boot manager does not. The first word goes if it
-/// has no '='.
+/// Removes the image name that a shell passes first, possibly in double quotes; a boot manager does not pass one. The
+/// first word is removed if it has no '='.
 std::string_view without_image_name(std::string_view options);
 
-/// A command line file as one line: line ends, tabs and other control characters become blanks, a UTF-8 byte order mark
-/// and the blanks at both ends are cut. The text is changed in place. UTF-16, with a mark or not, is an error.
+/// Converts a command line file to one line, in place: line ends, tabs and other control characters become blanks; a
+/// UTF-8 byte order mark and leading and trailing blanks are removed. UTF-16, with or without a byte order mark, is an
+/// error.
 Result<std::string_view> text_of_command_line_file(std::span<char> file);
 
-/// Whether a device path [UEFI-2.10 §10.3] has COM1 in it: the ACPI device PNP0501 with UID 0, followed by a UART. With
-/// several paths in a row (the ConOut variable) all of them are looked at. A malformed path has none.
+/// Whether a device path [UEFI-2.10 §10.3] leads to COM1: the ACPI device PNP0501 with UID 0, followed by a UART node.
+/// All paths of a multi-instance path (the ConOut variable) are examined. A malformed path does not match.
 bool leads_to_com1(std::span<const std::byte> path);
 
 } // namespace fl::boot::uefi
