@@ -376,6 +376,11 @@ TEST(PciMsi, SeveralMessagesAreAnAlignedRun) {
     EXPECT_EQ(m.calls[31], 1u);
     interrupts.detach();
 
+    m.controller.taken.insert({2, 0x31}); // in the middle of the first run that would be aligned
+    EXPECT_EQ(*interrupts.attach(m.uses(4, 2)), 4u);
+    EXPECT_EQ(m.f.get16(0x7c), 0x34u);
+    interrupts.detach();
+
     m.controller.last = 0x39; // of processor 1: 0x31, 0x32, 0x34 to 0x38
     EXPECT_EQ(*interrupts.attach(m.uses(8, 1)), 4u) << "there are 7 vectors, and no 8 in a run";
     interrupts.detach();
