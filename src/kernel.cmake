@@ -1,4 +1,5 @@
-# The kernel image: firstlight.debug.elf (symbols, for gdb), firstlight.elf (what boots), BOOTX64.EFI (the loader that carries it).
+# The kernel image: firstlight.debug.elf (with symbols, for gdb), firstlight.elf (the bootable image) and BOOTX64.EFI (the
+# UEFI loader with the image embedded).
 set(freestanding
   -ffreestanding -fno-exceptions -fno-rtti -nostdinc++ -nostdlibinc
   "SHELL:-isystem \"${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/site\""
@@ -6,8 +7,9 @@ set(freestanding
   "SHELL:-isystem \"${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/libc\""
   -mno-red-zone -fno-stack-protector -fno-threadsafe-statics -fno-asynchronous-unwind-tables
   -ffunction-sections -fdata-sections -fno-pic -mno-sse -mno-mmx -fno-omit-frame-pointer)
-# For size, but for the path of an I/O (`hot` below): the image is meant to stay below 560 KiB.
-# Sources are named from the checkout's root, and so is the folder that they are named in: a debugger started there finds them.
+# Optimised for size, except for the I/O path (`hot` below): the image should stay below 560 KiB.
+# Source paths and the compilation directory are relative to the root of the checkout, so that a debugger started there
+# finds the sources.
 set(kernel_flags -Oz --target=x86_64-unknown-none-elf ${freestanding} -mcmodel=kernel -fno-strict-aliasing -fdebug-compilation-dir=.)
 
 list(APPEND units ${boot_units})
@@ -16,10 +18,10 @@ list(FILTER interfaces INCLUDE REGEX "\\.cppm$")
 list(FILTER units EXCLUDE REGEX "\\.cppm$")
 
 set(hot "^io/(block|block_queue|executor|slots|ring|task|bench|histogram)|^drivers/(ata/queue|[a-z_]+/disk)|^hv/hyperv/(channel|packets|hypercall)|^hv/xen/(events|grants|hypercall)|memory_functions|^boot/drivers|^drivers/ata")
-# First, because the linker keeps the first copy that it sees of a template's instantiation.
+# First, because the linker keeps the first copy of a template instantiation that it sees.
 set(hot_units ${units})
 list(FILTER hot_units INCLUDE REGEX "${hot}")
-# Not on that path: closing, time-outs and retries of a queue; the pool of coroutine frames.
+# Not on the I/O path: close, time-outs and retries of a queue; the pool of coroutine frames.
 list(FILTER hot_units EXCLUDE REGEX "^io/(block_queue|task)\\.cpp$")
 list(REMOVE_ITEM units ${hot_units})
 list(PREPEND units ${hot_units})
@@ -36,7 +38,8 @@ foreach(hv IN LISTS FIRSTLIGHT_HV)
   target_compile_definitions(firstlight_objects PRIVATE FIRSTLIGHT_HV_${upper}=1)
 endforeach()
 
-# Linked twice: the symbol table for backtraces is made from the first link and stands last in the image, so nothing moves.
+# Linked twice: the symbol table for backtraces is built from the first link. It is last in the image, so that nothing
+# moves.
 set(link_script ${CMAKE_CURRENT_SOURCE_DIR}/boot/kernel.ld)
 set(out ${CMAKE_BINARY_DIR})
 add_custom_command(OUTPUT ${out}/firstlight.debug.elf ${out}/firstlight.elf

@@ -1,4 +1,5 @@
-# One toolchain for the host and the kernel: clang 19, lld 19, libc++ 19. The kernel's own triple and flags are in src/CMakeLists.txt.
+# The toolchain for the host and the kernel: clang 19, lld 19, libc++ 19. The kernel's target triple and flags are in
+# src/CMakeLists.txt.
 set(CMAKE_C_COMPILER clang-19)
 set(CMAKE_CXX_COMPILER clang++-19)
 set(CMAKE_ASM_COMPILER clang-19)

@@ -139,7 +139,7 @@ io::Task<Result<void>> Binder::offer(std::span<Candidate> candidates) {
     co_return Result<void>{};
 }
 
-// The sinks of that driver; nullptr: no room for another driver.
+// The sinks of that driver, created on first use; nullptr: no room for another driver.
 Binder::Port* Binder::port(std::string_view driver) {
     for (std::optional<Port>& place : ports_) {
         if (!place) {
@@ -178,7 +178,7 @@ void Binder::finish(Candidate& candidate, const Entry& entry, const Port& port, 
     const std::string_view driver = source.driver(entry.driver);
     const u32 found = port.sinks.devices.attached() - before;
     const bool declines = !done && done.error().code == Code::not_supported;
-    // QEMU resets a controller whose disks it takes away: it has no ports then, and is not usable.
+    // QEMU resets a controller whose disks it unplugs; the controller then has no ports and cannot be used.
     const bool is_gone = is_unplugged(driver) && (done ? found == 0 : declines);
     if (declines && !is_gone) {
         candidate.declined = done.error();
@@ -210,7 +210,7 @@ void Binder::finish(Candidate& candidate, const Entry& entry, const Port& port, 
     devices_.add(listing);
 }
 
-// After all drivers: what none of them has.
+// Runs after all drivers: lists a device that none of them took.
 void Binder::settle(Candidate& candidate) {
     if (std::exchange(candidate.settled, true)) {
         return;
@@ -223,7 +223,7 @@ void Binder::settle(Candidate& candidate) {
     devices_.add(listing.why ? listing : without_driver(listing));
 }
 
-// A device that a driver was for and that failed it: silent, closed, broken; or that it does not support.
+// Lists a device that matched a driver and could not be used: unresponsive, closed, broken or unsupported.
 void Binder::failed(Candidate& candidate, std::string_view driver, const Error& error) {
     report(error, driver);
     DeviceEntry listing = candidate.source->describe(candidate.device);
@@ -244,10 +244,10 @@ void Binder::watch() {
     }
 }
 
-// Devices that come later, or that come again. Those that wait are in the source's list.
+// Offers hot-added devices, including devices that reappear. The pending ones are in the source's list.
 io::Task<Result<void>> Binder::watch_over(DeviceSource& source) {
     u32 told = 0;
-    u32 lost = 0; // and not told: a host may offer without end, and the log has an end
+    u32 lost = 0; // dropped and not yet reported: rate-limited, because a host may offer devices without end
     for (;;) {
         static_cast<void>(co_await source.news()->wait());
         lost += source.lost();

@@ -38,7 +38,7 @@ Known virtio(u32 type) {
     }
 }
 
-// The type of a virtio PCI function [virtio-1.2 §4.1.2]; 0: it is none.
+// The type of a virtio PCI function [virtio-1.2 §4.1.2]; 0: not virtio.
 u32 virtio_type(const drivers::pci::Device& device) {
     if (device.vendor != 0x1af4 || device.device < 0x1000 || device.device > 0x107f) {
         return 0;
@@ -76,8 +76,8 @@ struct Synthetic {
     std::string_view type;
     Known known;
 };
-// Directories below `device` [xen-public io], and classes of VMBus channels [hv-vmbus]. Those that have a driver are
-// listed, too: it may fail.
+// Directories under `device` [xen-public io] and VMBus channel classes [hv-vmbus]. Types with a driver are included,
+// because the driver may fail.
 constexpr Synthetic synthetic[] = {
     {"vbd", {"Xen virtual block device", DeviceClass::disk}},
     {"vscsi", {"Xen virtual SCSI host", DeviceClass::disk}},
@@ -88,7 +88,7 @@ constexpr Synthetic synthetic[] = {
     {"ba6163d9-04a1-4d29-b605-72e2ffb1dc7f", {"Hyper-V SCSI controller", DeviceClass::disk}},
     {"32412632-86cb-44a2-9b5c-50d1417354f5", {"Hyper-V IDE accelerator", DeviceClass::disk}},
     {"2f9bcc4a-0069-4af3-b76b-6fd0be528cda", {"Hyper-V Fibre Channel adapter", DeviceClass::disk}},
-    {"44c4f61d-4444-4400-9d52-802e27ede19f", {"Hyper-V PCI pass-through", DeviceClass::disk}}, // as a rule an NVMe disk
+    {"44c4f61d-4444-4400-9d52-802e27ede19f", {"Hyper-V PCI pass-through", DeviceClass::disk}}, // usually an NVMe disk
     {"f8615163-df3e-46c5-913f-f2d2f965ed0e", {"Hyper-V network adapter", DeviceClass::network}},
     {"8c2eaf3d-32a7-4b09-ab99-bd1f1c86b501", {"Hyper-V RDMA adapter", DeviceClass::network}},
     {"f912ad6d-2b17-48ea-bd65-f927a61c7684", {"Hyper-V keyboard", DeviceClass::input}},
@@ -154,7 +154,7 @@ std::optional<DeviceEntry> describe_virtio_mmio(u64 base, u32 magic, u32 version
     fl::print(entry.address, "{:#x}", base);
     if (magic != 0x74726976) { // "virt"
         entry.what.write("virtio-mmio device");
-        entry.kind = DeviceClass::disk; // it might be
+        entry.kind = DeviceClass::disk; // it may be one
         entry.why = Unused::failed;
         fl::print(entry.reason, "no virtio device answers there (MagicValue {:#x}, 0x74726976 was expected)", magic);
         return entry;

@@ -32,7 +32,7 @@ io::BlockDevice* Disks::find(std::string_view name) const {
 }
 
 FixedText<256> Disks::names() const {
-    static constexpr usize most = 24; // names; they and the number fit into a verdict's reason
+    static constexpr usize most = 24; // so that the names and the total fit into a verdict's reason
     FixedText<256> text;
     for (const io::BlockDevice* disk : all().first(std::min(count_, most))) {
         print(text, "{}{}", text.empty() ? "" : ", ", disk->identity().name.view());

@@ -13,31 +13,31 @@ namespace fl::boot {
 namespace {
 
 constexpr u16 debug_exit_port = 0xf4;
-// The host may end the machine from another thread, after the access has come back: the next way must not overtake this
-// one.
+// The host may end the machine from another thread after the port write has completed; do not start the next method
+// before that.
 constexpr Nanoseconds exit_port_wait = 10'000'000;
 constexpr Nanoseconds note_wait = 50'000'000;
 constexpr Nanoseconds end_wait = 1'000'000'000;
 constexpr Nanoseconds acpi_mode_wait = 300'000'000;
 
-// SHUTDOWN_poweroff, SHUTDOWN_crash [xen-public sched.h]. Not by the module of Xen: a build without it ends there as
-// well.
+// SHUTDOWN_poweroff, SHUTDOWN_crash [xen-public sched.h]. Defined here, not in the Xen module, because builds without
+// Xen support end this way, too.
 constexpr u32 xen_poweroff = 0;
 constexpr u32 xen_crash = 3;
 
-// [hv-tlfs §2.4, §2.9]: privileges in EAX, features in EDX of leaf base + 3.
+// [hv-tlfs §2.4, §2.9]: privileges in EAX, features in EDX of CPUID leaf base + 3.
 constexpr u32 hyperv_reset_privilege = 1u << 7;
 constexpr u32 hyperv_crash_feature = 1u << 10;
 constexpr u32 hyperv_reset_msr = 0x40000003;
 constexpr u32 hyperv_guest_os_id_msr = 0x40000000;
-constexpr u32 hyperv_crash_parameter0 = 0x40000100; // five
+constexpr u32 hyperv_crash_parameter0 = 0x40000100; // the first of five
 constexpr u32 hyperv_crash_control = 0x40000105;
 constexpr u64 hyperv_crash_message = u64{1} << 62;
 constexpr u64 hyperv_crash_notify = u64{1} << 63;
 
 constexpr u8 pvpanic_panicked = 1; // [QEMU "pvpanic"]
 
-constexpr u16 keyboard_command = 0x64; // its status when read: bit 1, the input buffer is full
+constexpr u16 keyboard_command = 0x64; // reads return the status; bit 1: input buffer full
 constexpr u8 pulse_reset = 0xfe;
 
 constexpr bool is_good(Verdict verdict) { return verdict == Verdict::success || verdict == Verdict::skip; }
@@ -55,8 +55,8 @@ Ways ways_of(const Platform& platform, Verdict verdict) {
     add(platform.xen, good ? Way::xen_off : Way::xen_crash);
     add(!good && platform.hyperv_crash, Way::hyperv_crash);
     add(!good && platform.pvpanic, Way::pvpanic);
-    // Where a triple fault is visible outside as a failure: on bhyve, and on machines that can only be reset, such as
-    // Firecracker's.
+    // Where a triple fault is reported to the outside as a failure: on bhyve, and on machines that can only be reset,
+    // such as Firecracker's.
     if (!good && (platform.triple_fault_tells || (!platform.acpi_off && !platform.acpi_reset))) {
         add(true, Way::triple_fault);
         return ways;
@@ -80,7 +80,7 @@ bool Ending::step(EndMachine& machine, hv::Privileged& cpu, Verdict verdict) {
     case 3: ways_ = ways_of(platform_, *verdict_); return true;
     default:
         if (at - 4 >= ways_.count) {
-            next_ = at; // stays behind the last one
+            next_ = at; // stays past the last entry
             return false;
         }
         take(ways_.list[at - 4], machine, cpu);
@@ -164,7 +164,7 @@ void Ending::sleep_s5(EndMachine& machine, hv::Privileged& cpu) {
     machine.wait(end_wait);
 }
 
-// [hv-tlfs, guest crash enlightenment]: parameters 3 and 4 are a text, where the host takes one.
+// [hv-tlfs, guest crash enlightenment]: parameters 3 and 4 give a text, if the host accepts one.
 void Ending::crash_hyperv(EndMachine& machine, hv::Privileged& cpu) {
     const u64 offered = cpu.read_msr(hyperv_crash_control);
     if ((offered & hyperv_crash_notify) == 0) {
@@ -174,7 +174,7 @@ void Ending::crash_hyperv(EndMachine& machine, hv::Privileged& cpu) {
     if ((offered & hyperv_crash_message) != 0) {
         text = machine.reason();
     }
-    constexpr u64 first_parameter = 0x4649525354; // "FIRST": who speaks
+    constexpr u64 first_parameter = 0x4649525354; // "FIRST": identifies this kernel
     const std::array<u64, 5> parameters{first_parameter, cpu.read_msr(hyperv_guest_os_id_msr), to_underlying(*verdict_),
                                         text.physical, text.size};
     for (u32 i = 0; i < parameters.size(); ++i) {
@@ -210,7 +210,7 @@ void Ending::take(Way way, EndMachine& machine, hv::Privileged& cpu) {
         break;
     case Way::keyboard:
         machine.note_restart(*verdict_);
-        // A controller that is busy drops a command. All bits set: there is none, and its port is not asked again.
+        // A busy controller drops commands. All bits set: there is no controller, so stop polling.
         for (u32 tries = 0; tries < 8; ++tries) {
             const u8 status = cpu.in8(keyboard_command);
             if (status == 0xff || (status & 2) == 0) {
@@ -219,7 +219,7 @@ void Ending::take(Way way, EndMachine& machine, hv::Privileged& cpu) {
             machine.wait(1'000'000);
         }
         cpu.out8(keyboard_command, pulse_reset);
-        machine.wait(end_wait); // Firecracker takes a triple fault that follows at once for a failure
+        machine.wait(end_wait); // Firecracker reports a failure if a triple fault follows immediately
         break;
     case Way::triple_fault:
         machine.note_restart(*verdict_);

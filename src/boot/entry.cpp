@@ -1,4 +1,4 @@
-// The C++ side of the entries in pvh.S.
+// The C++ part of the entry points in pvh.S.
 #include <stdint.h>
 import core.std;
 import core.physical;
@@ -26,7 +26,7 @@ import hv.xen.memory_map;
 
 using namespace fl;
 
-// From kernel.ld, pvh.S: addresses, not objects.
+// Symbols of kernel.ld and pvh.S; only their addresses are meaningful.
 extern "C" {
 extern const std::byte image_text_begin[];
 extern const std::byte image_end[];
@@ -38,7 +38,7 @@ constexpr usize stack_size = 64 * 1024;
 
 constinit boot::BootInfo boot_info{};
 
-// Memory under the entry's page tables: identity, 4 GiB.
+// Physical memory under the entry's page tables: 4 GiB, identity-mapped.
 class IdentityReader final : public PhysicalReader {
   public:
     bool read(u64 address, std::span<std::byte> into) override {
@@ -52,7 +52,7 @@ class IdentityReader final : public PhysicalReader {
 
 } // namespace
 
-// The stack grows down to a page that the final page tables leave out.
+// The stack grows down to a guard page that the final page tables leave unmapped.
 extern "C" {
 alignas(4096) [[gnu::section(".bss.pages")]] std::byte boot_stack_guard[4096 + stack_size];
 }
@@ -67,9 +67,9 @@ static u64 hypercall_page(const hv::xen::Gate& gate) {
     return reinterpret_cast<u64>(gate.page) - reinterpret_cast<u64>(image_text_begin) + boot_info.kernel_phys;
 }
 
-// Xen's consoles, before anything else can go wrong: at first with the loader's page tables, which a PVH entry knows.
-// Again with our own: then the ring stands somewhere else. They come before the command line is read, so hv= has no say
-// in them; nothing else is asked of Xen here.
+// Opens Xen's consoles as early as possible: first under the loader's page tables, which a PVH entry knows, then once
+// more under the kernel's own, where the ring has another address. This precedes the parsing of the command line, so
+// hv= does not affect it. Nothing else of Xen is used here.
 static void open_xen_consoles(bool loaders_tables) {
     static constinit hv::xen::Consoles found{};
     static constinit bool asked = false;
@@ -82,7 +82,8 @@ static void open_xen_consoles(bool loaders_tables) {
         };
         found = hv::xen::find_consoles(cpuid, cpu, gate, hypercall_page(gate));
         if (found.found && !found.emulated) {
-            use_debug_port(hv::xen::log_line_max); // Xen's own log; written to, not read: older ones do not answer
+            // Xen's debug port; written without probing, because older versions do not answer reads
+            use_debug_port(hv::xen::log_line_max);
         }
     }
     if (found.ring == 0 || (loaders_tables && found.ring > 0xffff'f000)) {
@@ -122,7 +123,7 @@ static void start(boot::Entry entry) {
     boot::stop_if_restarted();
 }
 
-// What a loader or a machine did wrong is no crash of ours.
+// Errors of the loader or the machine are not reported as a crash of the kernel.
 [[noreturn]] static void refuse(std::string_view reason, Code code) {
     log::error("{}", reason);
     log::Record("error").text("code", name(code)).text("message", reason);
@@ -134,7 +135,7 @@ static void start(boot::Entry entry) {
     refuse(reason.view(), error.code);
 }
 
-// In amounts that a person can give to a machine.
+// Reports sizes in units in which a machine's memory is configured.
 [[noreturn]] static void too_little_memory(const Error& error) {
     constexpr u64 large = 2_MiB;
     const u64 needed = align_up(boot_info.kernel_phys + boot_info.kernel_size, large) + large;
@@ -170,7 +171,8 @@ static void start(boot::Entry entry) {
 }
 
 #ifdef FIRSTLIGHT_HV_XEN
-// Xen is the one loader of version 0; it answers what its start_info leaves out. Rare, so CPUID is simply read twice.
+// Only Xen uses version 0; the hypervisor supplies what its start_info lacks. Rare, so CPUID is simply read a second
+// time.
 static Result<void> ask_for_memory() {
     static constinit CpuidSnapshot cpuid{};
     static constinit std::array<hv::xen::E820Entry, boot::BootInfo::max_ranges> ranges{};

@@ -5,7 +5,7 @@ namespace fl::boot {
 
 namespace {
 
-// Which kind wins where ranges overlap: the higher one.
+// Where ranges overlap, the kind with the higher value wins.
 constexpr u32 severity(MemoryKind kind) {
     switch (kind) {
     case MemoryKind::usable: return 0;
@@ -16,12 +16,12 @@ constexpr u32 severity(MemoryKind kind) {
     case MemoryKind::unusable: return 5;
     case MemoryKind::kernel: return 6;
     }
-    return 4; // a kind that the firmware made up is not ours to use
+    return 4; // firmware-defined kinds are never used
 }
 
 u64 end_of(const MemoryRange& r) { return r.base + r.size; }
 
-// Takes `out` from a range that can be one piece only: the larger of the two that are left.
+// Cuts `out` from a range that must remain one piece: keeps the larger of the two remainders.
 void cut(MemoryRange& r, const MemoryRange& out) {
     if (out.base >= end_of(r) || end_of(out) <= r.base) {
         return;
@@ -83,7 +83,8 @@ void normalise(BootInfo& info) {
         put(info, {info.kernel_phys, info.kernel_size, MemoryKind::kernel, 0}, places);
     }
     auto& r = info.ranges;
-    // By insertion: after the first time nearly all is in order, and std::sort is larger than everything else here.
+    // Insertion sort: after the first pass the table is nearly sorted, and std::sort would be larger than the rest of
+    // this file.
     const auto sort_from = [&](u32 at) {
         for (u32 k = at + 1; k < info.range_count; ++k) {
             for (u32 j = k; j > at && r[j].base < r[j - 1].base; --j) {
@@ -93,9 +94,9 @@ void normalise(BootInfo& info) {
     };
     sort_from(0);
 
-    // Cut overlaps pairwise until none is left. Every step shrinks or removes a range, or splits one around a more
-    // severe one. A split that does not fit into the table keeps the larger piece of a usable range; of any other, the
-    // piece behind becomes more severe, never free.
+    // Resolve overlaps pairwise until none is left. Every step shrinks or removes a range, or splits one around a more
+    // severe one. If a split does not fit into the table, a usable range keeps the larger piece; for any other kind,
+    // the piece after the cut becomes more severe, never free.
     for (u32 i = 0; i + 1 < info.range_count;) {
         MemoryRange& a = r[i];
         MemoryRange& b = r[i + 1];

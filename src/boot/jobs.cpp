@@ -37,7 +37,7 @@ Outcome refused(const Error& error, std::string_view where) {
     return outcome;
 }
 
-// A name on the command line that no disk has.
+// The error if the command line names a disk that does not exist.
 std::optional<Outcome> unknown_disk(const DiskChoice& choice, std::string_view key, const Disks& disks) {
     for (std::string_view name : choice.names.all()) {
         if (disks.find(name) == nullptr) {
@@ -71,15 +71,16 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
     bool first = true;
     u32 bad = 0;
     for (io::BlockDevice* disk : disks.all()) {
-        CO_TRY(DmaBuffer buffer, services.dma.buffer(4096)); // one each: a host that misbehaves may keep its own
+        // one for each disk: a host that misbehaves may keep its own
+        CO_TRY(DmaBuffer buffer, services.dma.buffer(4096));
         const u32 size = disk->geometry().sector_size;
         auto transfer = disk->read(0, buffer.span().subspan(0, size));
         const Result<void> done = co_await transfer;
-        const Instant now = services.executor.elapsed(); // the entry is its beginning
+        const Instant now = services.executor.elapsed(); // counted from the entry
         if (transfer.buffer_lost) {
             buffer.abandon();
         }
-        if (!done) { // the others are read all the same: one boot tells all that is wrong
+        if (!done) { // read the others all the same, so that one boot reports all errors
             report(done.error(), disk->identity().name.view());
             outcome.verdict = Verdict::failure;
             print(outcome.reason, "{}{}: block 0: {}", bad++ == 0 ? "" : "; ", disk->identity().name.view(),
@@ -119,17 +120,16 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
     co_return outcome;
 }
 
-// The workloads that were asked for. Each is read once more when it is run: a list of them is too large for a coroutine
-// frame.
+// The workloads asked for. Each is parsed again when it is run: a list of them is too large for a coroutine frame.
 struct Workloads {
     std::span<const std::string_view> texts;
-    u32 count = 1; // without a text: one of the defaults
+    u32 count = 1; // without texts: one default workload
     bool writes = false;
 
     io::Workload at(u32 i) const { return texts.empty() ? io::Workload{} : *io::parse_workload(texts[i]); }
 };
 
-/// Fails where one of them is no workload.
+/// Fails if a text is not a valid workload.
 Result<Workloads> parse_workloads(const TextList& texts) {
     Workloads workloads{.texts = texts.all()};
     for (std::string_view text : workloads.texts) {
@@ -170,7 +170,7 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
             co_return *bad;
         }
     }
-    const auto there = disks.all(); // what comes while we wait is not asked about above
+    const auto there = disks.all(); // snapshot: disks added while we wait were not checked above
     u32 most_lanes = 1;
     for (io::BlockDevice* disk : there) {
         if (options.disk.chosen(disk->identity().name.view())) {
@@ -187,7 +187,7 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
     if (std::ranges::find(runners.begin(), runners.begin() + most_lanes, nullptr) != runners.begin() + most_lanes) {
         co_return Error{Code::exhausted, "no memory for the benchmark's histograms: give the machine more"};
     }
-    // All of it before any of it: what has been written cannot be taken back.
+    // Check every workload before running any: writes cannot be undone.
     for (const io::BlockDevice* disk : disks.all()) {
         const std::string_view disk_name = disk->identity().name.view();
         for (u32 i = 0; i < workloads->count && options.disk.chosen(disk_name); ++i) {
@@ -198,7 +198,7 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
             }
         }
     }
-    // What the buses still have to say after the probe is said before anything is counted.
+    // Let pending bus messages from the probe drain before anything is counted.
     co_await services.executor.sleep(20'000'000);
     Outcome outcome;
     u32 runs = 0;
@@ -247,14 +247,14 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
     }
     io::VerifyPlan plan;
     plan.scratch = true;
-    // Values beyond 32 bits become the largest one, which verify() refuses with the bounds.
+    // Values beyond 32 bits saturate; verify() then rejects them with the bounds.
     const auto narrow = [](u64 value) { return static_cast<u32>(std::min<u64>(value, ~u32{0})); };
     plan.bs = narrow(options.bs.value_or(plan.bs));
     plan.qd = narrow(options.qd.value_or(plan.qd));
     plan.count = options.count.value_or(plan.count);
     plan.seed = options.seed.value_or(plan.seed);
     plan.generation = options.generation;
-    // All of it before any of it: what has been written cannot be taken back.
+    // Check every disk before running any: writes cannot be undone.
     for (const io::BlockDevice* disk : disks.all()) {
         const std::string_view disk_name = disk->identity().name.view();
         if (auto blocks = options.disk.chosen(disk_name) ? io::blocks_of(disk->geometry(), plan) : Result<u64>{0};

@@ -1,6 +1,6 @@
 #!/bin/sh
-# link.sh OUT SCRIPT OBJECTS...: links the image twice (the second time with its own table of symbols, for backtraces), strips it
-# and checks what the kernel relies on.
+# link.sh OUT SCRIPT OBJECTS...: links the image twice (the second time with its own symbol table, for backtraces),
+# strips it and checks the properties that the kernel relies on.
 set -eu
 out=$1
 script=$2
@@ -17,7 +17,7 @@ fail() {
     exit 1
 }
 
-# Reads lines "ADDRESS TYPE NAME", writes the table as assembly; core/symbols.cppm describes its format.
+# Converts lines "ADDRESS TYPE NAME" to the symbol table, as assembly; for its format see core/symbols.cppm.
 make_table() {
     awk '
     function scope_of(name) { return match(name, /^.*::/) ? substr(name, 1, RLENGTH) : "" }
@@ -25,11 +25,12 @@ make_table() {
     {
         name = $0
         sub(/^[^ ]+ [^ ]+ /, "", name)
-        gsub(/@[A-Za-z0-9_.]+/, "", name)       # the module that a name is attached to
+        gsub(/@[A-Za-z0-9_.]+/, "", name)       # the module of the name
         gsub(/\[abi:[a-z0-9]+\]/, "", name)
-        gsub(/std::__1::/, "std::", name)       # libc++ of one version is one namespace
+        gsub(/std::__1::/, "std::", name)       # libc++'s version namespace
         gsub(/\(anonymous namespace\)/, "{}", name)
-        # What a backtrace does not need goes: template arguments, parameters, and the return type that only templates show.
+        # Remove what a backtrace does not need: template arguments, parameters, and the return type that only
+        # templates have.
         gsub(/operator\(\)/, "operator{}", name)
         gsub(/operator<=>/, "operator{ord}", name)
         gsub(/operator<</, "operator{shl}", name)
@@ -50,14 +51,14 @@ make_table() {
         gsub(/\{\}::/, "", name)
         gsub(/["\\]/, "", name)
         name = substr(name, 1, 60)
-        address = substr($1, length($1) - 7)    # the image lies in the last 2 GiB: 32 bits tell addresses apart
+        address = substr($1, length($1) - 7)    # the image is in the last 2 GiB: 32 bits suffice
         if (address == last) next
         last = address
         addresses[count] = address
         names[count++] = name
     }
     END {
-        scopes = 1                              # the first one is empty
+        scopes = 1                              # scope 0 is the empty one
         for (i = 0; i < count; i++) if (!(names[i] in uses)) { uses[names[i]] = 1; scope_uses[scope_of(names[i])]++ }
         print ".section .symbols, \"a\", @progbits"
         print ".balign 8"
@@ -65,7 +66,7 @@ make_table() {
         at = 0
         unique = 0
         for (i = 0; i < count; i++) {
-            if (names[i] in where) continue     # instances of a template and overloads share their name
+            if (names[i] in where) continue     # template instances and overloads share a name
             scope = scope_of(names[i])
             if (!(scope in index_of)) {
                 index_of[scope] = scope == "" || scope_uses[scope] < 2 || scopes > 255 ? 0 : scopes
@@ -90,10 +91,10 @@ functions() {
     llvm-nm-19 -n --defined-only "$1" | awk '$2 == "t" || $2 == "T" || $2 == "w" || $2 == "W"' | grep -v ' image_' || true
 }
 
-# Debuggers take the name of a function from its mangled name, with the module that it is attached to: `break fl::boot::kernel_start` would
-# then find nothing, and `fl::boot::kernel_start@boot.start` cannot be typed. Without mangled names in the debug information they
-# put the name together from its namespaces. So every DW_AT_linkage_name (0x6e) becomes a DW_AT_description (0x5a), of which they make nothing:
-# one byte of the abbreviation that declares it [DWARF5 §7.5.3]. Reads bytes as numbers, one a line, writes them as assembly.
+# Debuggers derive a function's name from its mangled name, which includes its module: `break fl::boot::kernel_start`
+# finds nothing, and `fl::boot::kernel_start@boot.start` cannot be typed. Without a mangled name they build the name from
+# the namespaces. So this changes every DW_AT_linkage_name (0x6e) into a DW_AT_description (0x5a), which they ignore: one
+# byte in the abbreviation that declares it [DWARF5 §7.5.3]. Input: bytes as numbers, one per line; output: assembly.
 plain_names() {
     awk '
     BEGIN { part = "code"; scale = 1 }
@@ -134,7 +135,7 @@ link "$@" "$work/symbols1.o" -o "$work/firstlight.elf"
 functions "$work/firstlight.elf" >"$work/functions1"
 cmp -s "$work/functions0" "$work/functions1" || fail "the table of symbols moved the image: .symbols must stand last in kernel.ld"
 
-# No code that touches x87 or vector registers: nobody saves them.
+# The kernel does not save x87 and vector registers, so no code may use them.
 if llvm-objdump-19 -d --no-show-raw-insn "$work/firstlight.elf" | grep -E '%([xyz]?mm[0-9]|st\b)' >"$work/vector"; then
     head -5 "$work/vector" >&2
     fail "the image uses x87 or vector registers; see $work/vector"

@@ -1,5 +1,5 @@
-// The kernel proper: detect, choose, install; then clock, interrupts, executors; then the driver table, the devices,
-// the job, the verdict.
+// The kernel proper: detects the hypervisor, chooses and installs a backend; starts clock, interrupts and executors;
+// then applies the driver table, binds devices, runs the job and reports the verdict.
 module;
 #include "core/try.hpp"
 module boot.start;
@@ -54,15 +54,15 @@ namespace fl::boot {
 
 namespace {
 
-// An object that is made once, by make(), and lasts as long as the machine. In static storage, since the boot stack and
-// coroutine frames are small; zero until then, since an object that begins with other values takes its whole size in
-// the image's file.
+// An object constructed once, by make(), that lives as long as the machine. In static storage, since the boot stack and
+// coroutine frames are small. Zero until constructed, so that it goes into .bss instead of taking its full size in the
+// image file.
 template <class T>
 union Later {
     u8 nothing;
     T value;
     constexpr Later() : nothing(0) {}
-    constexpr ~Later() {} // the value is not destroyed
+    constexpr ~Later() {} // the value is never destroyed
     template <class... Args>
     T& make(Args&&... args) {
         return *new (&value) T(std::forward<Args>(args)...);
@@ -85,7 +85,7 @@ constinit drivers::Plan plan{};
 constinit hv::MachinePrivileged privileged{};
 constinit KernelMemory kernel_memory{};
 
-// Cycle counts, read before there is a clock.
+// Time stamp counter values taken before the clock runs.
 struct Moments {
     u64 entry = 0;
     u64 detected = 0;
@@ -112,7 +112,7 @@ class KernelDrivers final : public DriverMachine {
     io::Executor& executor_;
 };
 
-// The devices of the machine with their drivers.
+// The device sources and the binder.
 struct Machine {
     Machine(Backend& backend, io::Executor& executor)
         : drivers(executor), binder(executor, plan, drivers), synthetic(backend),
@@ -126,7 +126,7 @@ struct Machine {
 };
 constinit Later<Machine> machine_place;
 
-// Before further processors run. With the processor's own timer everything works, too: an error is a warning.
+// Runs before secondary processors start. An error is only a warning: the processor's own timer remains in use.
 void choose_timer(Backend& backend) {
     if (options.timer == TimerChoice::processor || (options.timer == TimerChoice::automatic && timer_is_deadline())) {
         return;
@@ -149,7 +149,7 @@ io::Task<Result<void>> provoke_here(Fault fault) {
     co_return Error{Code::not_supported, "this fault did not end the machine"};
 }
 
-// A malformed rule of the map file is reported, and the others count; the boot goes on, and its verdict is an ERROR.
+// A malformed rule in the map file is reported and skipped; the boot continues and ends with verdict ERROR.
 void apply_table(const BootInfo& info) {
     if (info.has_map_file != 0) {
         table.apply(info.map_file_text());
@@ -172,7 +172,7 @@ BootFacts boot_facts(const Backend& backend, Instant first_probe) {
             .first_probe = first_probe - std::min(first_probe, clock_ahead())};
 }
 
-// What is no bus of the backend's, and what of all that is left out.
+// Finds the devices that are not on the backend's bus, and reports everything left out.
 void find_devices(Machine& machine, const BootInfo& info) {
     Devices& devices = machine.binder.devices();
     find_pci_functions(machine.pci, devices);
@@ -187,11 +187,11 @@ void find_devices(Machine& machine, const BootInfo& info) {
     machine.binder.add(machine.null);
 }
 
-// From the defined point on: `backend` is final, and nothing has been probed.
+// Runs from the defined point on: `backend` is final, and nothing has been probed.
 io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings& sightings, Backend& backend,
                                       io::Executor& executor) {
     apply_table(info);
-    if (options.job == Job::panic) { // on another processor than the first one, or it would not have come here
+    if (options.job == Job::panic) { // on a secondary processor; on the boot processor it has happened already
         if (options.processor >= executors().size()) {
             co_return Outcome{Verdict::error,
                               FixedText<240>("processor= on the command line names a processor that does not run")};
@@ -207,7 +207,7 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     const Instant first_probe = now();
     binder.unplug(backend);
     if (auto done = co_await machine.synthetic.enumerate(); !done) {
-        report(done.error(), backend.name()); // native devices are still there
+        report(done.error(), backend.name()); // native devices are still available
     }
     boot_record(info, sightings, boot_facts(backend, first_probe));
     find_devices(machine, info);
@@ -218,7 +218,7 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
                                                            options.marks != 0 ? mark_phase : nullptr, clock_assumed(),
                                                            clock_ahead(), &binder.devices()},
                                                           binder.shutdown());
-    binder.devices().list(); // of a job that was given up
+    binder.devices().list(); // for a job that was cancelled
     if (const u64 lost = frames().lost_bytes(); lost != 0) {
         binder.devices().left_out("bytes of memory", lost, false,
                                   "the list of free ranges was full when they were given back");
@@ -237,9 +237,9 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     end_vm(outcome->verdict, outcome->reason.view());
 }
 
-// What the loader and the command line do not allow to go on with.
+// Ends the machine on loader or command line errors that prevent the boot.
 void check_handoff(const BootInfo& info, bool options_understood) {
-    if (info.cmdline_truncated != 0) { // what is missing may change what is there
+    if (info.cmdline_truncated != 0) { // what was cut off may change the meaning of the rest
         end_vm(Verdict::error,
                info.cmdline_truncated == BootInfo::unreadable
                    ? "the command line could not be read: the loader put it outside of the memory that it describes"
@@ -255,7 +255,7 @@ void check_handoff(const BootInfo& info, bool options_understood) {
     }
 }
 
-// With the first backend installed: tables, clock, interrupts, timer.
+// With the first backend installed: starts ACPI tables, clock, interrupts and timer.
 void start_machine(const BootInfo& info, const hv::Sightings& sightings, ClockHint clock) {
     if (auto tables = start_acpi(info.rsdp); !tables) {
         log::info("no ACPI: {}", tables.error());
@@ -264,8 +264,8 @@ void start_machine(const BootInfo& info, const hv::Sightings& sightings, ClockHi
     }
     start_clock(info.entry_tsc, acpi_tables(), clock);
     log::set_clock([] { return now(); });
-    // QEMU's TCG with instruction counting stops at x2APIC accesses ("Bad icount read"); everywhere else they are the
-    // cheaper ones.
+    // QEMU's TCG with instruction counting stops at x2APIC accesses ("Bad icount read"); elsewhere x2APIC accesses are
+    // cheaper.
     start_interrupts(acpi_tables(), {.x2apic = hv::vm_guest() != hv::VmGuest::tcg,
                                      .extended_destinations = hv::offers_extended_destinations(sightings)});
     if (auto timer = start_timer(interrupts()); !timer) {
@@ -275,13 +275,13 @@ void start_machine(const BootInfo& info, const hv::Sightings& sightings, ClockHi
               interrupt_controllers());
 }
 
-// At the defined point. `when`: a backend that was installed late knows the clock better.
+// Runs from the defined point on. `when`: if late, the backend was installed after the clock started and corrects it.
 [[noreturn]] void run(const BootInfo& info, const hv::Sightings& sightings, hv::When when, Backend& backend,
                       io::Executor& executor) {
     if (log::Sink* console = backend.console()) {
         log::attach(*console);
     }
-    log::keep(false); // no console comes later
+    log::keep(false); // no further console will be attached
     if (when == hv::When::late) {
         correct_clock({backend.tsc_hz().value_or(0), backend.clock_name()});
         log::info("clock {} at {} kHz", clock_name(), tsc_hz() / 1000);
@@ -292,7 +292,7 @@ void start_machine(const BootInfo& info, const hv::Sightings& sightings, ClockHi
                      "PIT counts here; {} kHz is assumed, and every time that is printed is wrong by the same factor",
                      tsc_hz() / 1000);
     }
-    // Its name is that of its code, which may serve more: QEMU's TCG is served by kvm.
+    // A backend is named after its code, which may serve several hypervisors: kvm also serves QEMU's TCG.
     if (name(hv::vm_guest()) == backend.name()) {
         log::info("backend: {}", backend.name());
     } else {
@@ -314,7 +314,7 @@ void start_machine(const BootInfo& info, const hv::Sightings& sightings, ClockHi
     moments.entry = info.entry_tsc;
     hv::read_cpuid(cpuid_snapshot);
     std::optional<Smbios> smbios;
-    if (cpuid_snapshot.hypervisors().empty()) { // the older way, only where it is needed
+    if (cpuid_snapshot.hypervisors().empty()) { // older detection method, only if CPUID shows no hypervisor
         if (auto read = read_smbios(physical_memory(), info.smbios)) {
             smbios = *read;
         }

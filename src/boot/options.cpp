@@ -33,13 +33,13 @@ constexpr std::array<FeatureName, 5> features{{
 constexpr std::array<std::string_view, 5> feature_names{features[0].name, features[1].name, features[2].name,
                                                         features[3].name, features[4].name};
 
-// What the hv key lists; parse_preference() takes every name that a VmGuest has.
+// The values listed for the hv key; parse_preference() accepts every VmGuest name.
 constexpr std::array<std::string_view, 8> hv_names{"auto", "xen", "hyperv", "kvm", "tcg", "vmware", "bare", "late"};
 
-// The value is wrong: what would have been right. Nothing: it was right.
+// What a value should have been. Absent: the value was valid.
 struct Wrong {
     std::string_view expected;                 // "a number from 1"; empty: one of `valid`
-    std::span<const std::string_view> valid{}; // for the list and the suggestion
+    std::span<const std::string_view> valid{}; // for the list and the suggestion in the message
     std::string_view seen{};                   // the part of the value that is wrong; empty: all of it
 };
 using Answer = std::optional<Wrong>;
@@ -99,11 +99,11 @@ Answer disks(DiskChoice& into, std::string_view value, bool may_be_none) {
 constexpr u8 any_job = 0xff;
 constexpr u8 only(Job job) { return static_cast<u8>(1u << to_underlying(job)); }
 
-// The whole command line, as data.
+// One command line key; the table of keys describes the whole command line.
 struct Key {
     std::string_view name;
     bool repeatable;
-    u8 jobs; // the jobs that take notice of it: elsewhere it would be silently ignored, and is an error
+    u8 jobs; // the jobs that use this key; with any other job it is an error, so that it is not silently ignored
     Answer (*parse)(Options&, std::string_view value);
 };
 constexpr std::array<Key, 21> keys{{
@@ -219,7 +219,7 @@ void write_list(Message& out, std::span<const std::string_view> names) {
     }
 }
 
-// A loader's word as a whole: what stands in double quotes goes on over blanks, as Linux takes it.
+// A loader's word in full: a part in double quotes may contain blanks, as in Linux.
 std::string_view whole_word(const CmdlineWord& word, CmdlineWords& rest) {
     std::string_view text = word.text;
     const auto quote_is_open = [&] {
@@ -263,7 +263,7 @@ bool parse_options(std::string_view cmdline, Options& into, OptionErrors& errors
     bool job_is_wrong = false;
     while (const auto word = words.next()) {
         const bool may_be_file_name = std::exchange(first, false);
-        if (word->text == "--") { // what follows is for Linux's init
+        if (word->text == "--") { // the rest is for Linux's init
             while (const auto other = words.next()) {
                 into.loader.ignore(whole_word(*other, words));
             }

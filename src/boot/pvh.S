@@ -1,12 +1,12 @@
-// The PVH entry: 32-bit protected mode, flat segments, paging off, EBX -> hvm_start_info [PVH]. Everything here runs at physical addresses
-// until the far jump; the provisional tables below live until the kernel has its own.
+// The PVH entry: 32-bit protected mode, flat segments, paging off, EBX -> hvm_start_info [PVH]. The code runs at
+// physical addresses until the far jump; the provisional tables below are used until the kernel has its own.
 .set KERNEL_VIRTUAL, 0xffffffff80000000
 .set KERNEL_PHYSICAL, 0x200000
 .set TO_PHYSICAL, KERNEL_PHYSICAL - KERNEL_VIRTUAL
 .set PRESENT_WRITABLE, 0x3
 .set LARGE, 0x83
 .set SIZE_2M, 0x200000
-.set STACK_WITH_GUARD, 4096 + 65536         // as in entry.cpp
+.set STACK_WITH_GUARD, 4096 + 65536 // as in entry.cpp
 
 .section .note.Xen, "a", @note
 .balign 4
@@ -34,7 +34,7 @@ provisional_gdt_pointer:
     .word . - provisional_gdt - 1
     .long provisional_gdt + TO_PHYSICAL
 
-// Unwinding ends here: nobody called these entries, the return address is undefined [DWARF5 §6.4.4].
+// Unwinding ends here: these entries have no caller, so the return address is undefined [DWARF5 §6.4.4].
 .cfi_sections .debug_frame
 .section .text.entry, "ax", @progbits
 .code32
@@ -42,23 +42,23 @@ provisional_gdt_pointer:
 .type pvh_entry32, @function
 pvh_entry32:
     .cfi_startproc
-    .cfi_undefined 16                   // rip, which 32-bit code cannot name
-    rdtsc                               // the entry's time, before anything else; EBX keeps start_info
+    .cfi_undefined 16 // rip, which cannot be named in 32-bit code
+    rdtsc // entry time, taken first; EBX keeps start_info
     movl %eax, %esi
     movl %edx, %ebp
     cli
     cld
 
-    // Both halves of each entry are written: .bss need not be zero. Firmware that runs after the image was loaded (QEMU
-    // with SeaBIOS) works at the end of memory, which is here when there is too little of it.
+    // Write both halves of each entry: .bss may not be zero. Firmware that runs after the image was loaded (QEMU with
+    // SeaBIOS) uses the end of memory, which is here if memory is small.
     movl $(provisional_tables + TO_PHYSICAL), %edi
     movl $LARGE, %eax
-1:  .irp entry, 0, 8, 16, 24            // four at a time: a third fewer instructions
+1:  .irp entry, 0, 8, 16, 24 // four per iteration: a third fewer instructions
     movl %eax, \entry(%edi)
     movl $0, \entry + 4(%edi)          // nothing above 4 GiB
-    addl $SIZE_2M, %eax                 // carries behind the last one, 4 GiB
+    addl $SIZE_2M, %eax // carry set after the last entry, at 4 GiB
     .endr
-    leal 32(%edi), %edi                 // keeps the carry
+    leal 32(%edi), %edi // preserves the carry flag
     jnc 1b
 
     movl $(provisional_image + TO_PHYSICAL), %edi
@@ -102,7 +102,7 @@ pvh_entry32:
     ljmpl $0x08, $(1f + TO_PHYSICAL)
 
 .code64
-1:  movq $2f, %rax                      // from the identity map to where the image is linked
+1:  movq $2f, %rax // jump from the identity map to the link address
     jmp *%rax
 2:  movl $0x10, %eax
     movl %eax, %ds
@@ -116,14 +116,14 @@ pvh_entry32:
     movl %esi, %esi
     shlq $32, %rbp
     orq %rbp, %rsi                      // TSC
-    xorl %ebp, %ebp                     // the last frame of every backtrace
+    xorl %ebp, %ebp // end of every backtrace
     call pvh_main
     ud2
     .cfi_endproc
 .size pvh_entry32, . - pvh_entry32
 
-// The 64-bit entry: long mode, the image mapped where it is linked, RDI = BootInfo, identity-mapped, interrupts off. Nothing is assumed
-// about the loader's stack or descriptor tables.
+// The 64-bit entry: long mode, the image mapped at its link address, RDI = identity-mapped BootInfo, interrupts off.
+// Makes no assumption about the loader's stack or descriptor tables.
 .global kernel_entry64
 .type kernel_entry64, @function
 kernel_entry64:

@@ -8,10 +8,10 @@ namespace fl::boot {
 
 namespace {
 
-// Loaders put their structures below 1 MiB, where the map may have a hole (QEMU's option ROM), or into memory that the
-// map names.
+// Loaders put their structures below 1 MiB, where the map may have a hole (QEMU's option ROM), or into memory listed in
+// the map.
 constexpr u64 low_memory = 0x100000;
-constexpr u64 limit = 0x100000000; // a 32-bit loader's structures; all that the provisional page tables reach
+constexpr u64 limit = 0x100000000; // structures come from 32-bit loaders; also all that the provisional page tables map
 
 bool within(const BootInfo& info, u64 address, u64 size) {
     if (address == 0 || size > limit || address > limit - size) {
@@ -50,7 +50,7 @@ bool read_ranges(PhysicalReader& memory, const HvmStartInfo& start, BootInfo& in
     return info.range_count != 0;
 }
 
-// A text that ends with 0, read piece by piece so that no piece crosses into a page behind its end.
+// Reads a NUL-terminated text in pieces, none of which crosses into a page after the one with the terminator.
 bool read_cmdline(PhysicalReader& memory, u64 address, BootInfo& info) {
     std::array<char, 64> piece{};
     for (u64 at = address;;) {

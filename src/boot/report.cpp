@@ -18,7 +18,7 @@ void print_boot_info(const BootInfo& info) {
     log::info("Firstlight, entered by {}; image at {:#x}, {} KiB", info.entry, info.kernel_phys,
               info.kernel_size >> 10);
     log::info("command line: \"{}\"", info.cmdline_text());
-    // An address of the loader's, or what becomes of it where it gave none.
+    // An address from the loader, or `none`, which says what happens without one.
     const auto place = [](u64 address, std::string_view none) {
         FixedText<48> text{none};
         if (address != 0) {
@@ -130,7 +130,7 @@ void report_left_out(const BootInfo& info, const acpi::Tables* tables, bool conf
     if (tables->dropped != 0) {
         into.left_out("ACPI tables", tables->dropped, false, "there are more than this kernel looks at");
     }
-    if (tables->ssdts_dropped != 0) { // on hardware-reduced machines they may name virtio-mmio devices
+    if (tables->ssdts_dropped != 0) { // on hardware-reduced machines they may describe virtio-mmio devices
         into.left_out("SSDTs", tables->ssdts_dropped, tables->fadt && tables->fadt->hardware_reduced,
                       "there are more than this kernel looks at");
     }

@@ -27,23 +27,24 @@ io::Task<Result<void>> keep(const Options& options, const Disks& disks, JobServi
     co_return Result<void>{};
 }
 
-// The job with what it writes to. On the heap: it may have to outlive us.
+// The job and its result. On the heap, because it may have to outlive the caller.
 struct Work {
     explicit Work(io::Executor& executor) : group(executor) {}
     std::optional<Result<Outcome>> done;
-    io::TaskGroup group; // ends before what it uses
+    io::TaskGroup group; // destroyed before what its tasks use
 };
 
-// On the lane's own processor: nothing more is begun, and how many requests have not ended.
+// Runs on the lane's own processor: holds back new requests and returns the number of requests in flight.
 io::Task<Result<u64>> hold(io::BlockDevice& lane) {
     lane.hold();
     co_return lane.under_way();
 }
 
-// Nothing more is begun on any disk, and what is under way has ended: no device reaches into the job's buffers any
-// more. All lanes are held before the first one is waited for. A disk that is slow and answers is waited for, however
-// many requests it has; `timeout` bounds the time in which none ends on any disk, since lanes of one disk, and disks of
-// one host, may wait behind each other. So all of it takes a time-out for each request that was under way, at most.
+// Quiesces all disks: no new request is started and those in flight have completed, so no device accesses the job's
+// buffers any more. All lanes are held before the first one is waited for. A slow disk that makes progress is waited
+// for, however many requests it has. `timeout` (ns) bounds the time in which no request completes on any disk, because
+// lanes of one disk, and disks of one host, may queue up after each other. The total wait is at most one time-out for
+// each request in flight.
 io::Task<Result<void>> bring_to_rest(const Disks& disks, JobServices services, Nanoseconds timeout) {
     static constexpr Nanoseconds poll = 1'000'000;
     std::optional<io::Bound> silence;
@@ -93,7 +94,7 @@ io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks
     }
     log::info("boot: {} asks for a shutdown: flushing {} {}", shutdown.by(), disks.all().size(),
               noun(disks.all().size(), "disks"));
-    // A job that is not done ends here, with all that it waits for; its memory only when no host can reach it any more.
+    // Cancel the unfinished job with everything it waits for. Free its memory only if no device can access it any more.
     Outcome outcome;
     if (auto rested = co_await bring_to_rest(disks, services, options.timeout); rested) {
         work.reset();

@@ -101,7 +101,7 @@ bool VirtioMmioDriver::matches(const VirtioMmioDevice& device) const {
 }
 
 void VirtioMmioSource::add(const VirtioMmioDevice& device) {
-    // Without memory for it a device that is named twice is listed twice.
+    // Without memory for this entry, a device that is named twice is listed twice.
     static_cast<void>(bases_.push(device.base));
     if (device.magic != virtio_magic || device.device_id != 0) {
         keep(device);

@@ -23,7 +23,7 @@ Result<void> use_memory(BootInfo& info) {
         }
     }
     auto added = add_memory(std::span(areas).first(count));
-    if (added) { // a note that is left there at the end must not be written over anything in use
+    if (added) { // so that the restart note written at the end does not overwrite memory in use
         frames().reserve(RestartNote::physical, frame_size);
     }
     return added;

@@ -1,5 +1,5 @@
-# Compiles SNIPPET with the very command that built CONTROL, against the module interfaces of the build tree BUILD, and compares the outcome with the
-# snippet's own "// expect: TEXT" lines.
+# Compiles SNIPPET with the command that built CONTROL, against the module interfaces of the build tree BUILD, and
+# compares the outcome with the snippet's "// expect: TEXT" lines.
 file(READ ${BUILD}/compile_commands.json commands)
 string(JSON count LENGTH "${commands}")
 math(EXPR last "${count} - 1")
@@ -12,7 +12,7 @@ endforeach()
 if(NOT command)
   message(FATAL_ERROR "no compile command for ${CONTROL} in ${BUILD}/compile_commands.json")
 endif()
-# All interfaces, not just those that the control imports; no object file.
+# Use all interfaces, not only those that the control imports; write no object file.
 string(REGEX REPLACE " @[^ ]*modmap" " -fprebuilt-module-path=src/CMakeFiles/firstlight_host.dir" command "${command}")
 string(REGEX REPLACE " -o [^ ]+" " -fsyntax-only" command "${command}")
 string(REPLACE "${CONTROL}" "${SNIPPET}" command "${command}")

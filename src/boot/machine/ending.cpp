@@ -18,7 +18,7 @@ import hv.machine.privileged;
 import boot.ending;
 import boot.handoff;
 
-// From kernel.ld: an address, not an object.
+// A symbol of kernel.ld; only its address is meaningful.
 extern "C" {
 extern const std::byte image_text_begin[];
 }
@@ -27,10 +27,10 @@ namespace fl::boot {
 
 namespace {
 
-constexpr u64 pvh_image = RestartNote::physical + 4096; // as kernel.ld has it
+constexpr u64 pvh_image = RestartNote::physical + 4096; // as in kernel.ld
 constexpr u64 identity_end = u64{4} << 30;              // of the loader's page tables
 
-// Memory under the loader's page tables.
+// Physical memory under the loader's page tables.
 class IdentityMemory final : public PhysicalReader {
   public:
     bool read(u64 address, std::span<std::byte> into) override {
@@ -42,16 +42,16 @@ class IdentityMemory final : public PhysicalReader {
     }
 };
 
-// Apart from the machine's object, so that they take no place in the image's file.
+// Separate from the machine object, so that they go into .bss instead of the image file.
 constinit CpuidSnapshot cpuid_snapshot{};
-alignas(256) constinit std::array<char, 256> reason_text{}; // in one page: a host reads no further
+alignas(256) constinit std::array<char, 256> reason_text{}; // within one page: the host reads no further
 
 class ThisMachine final : public EndMachine {
   public:
     constexpr explicit ThisMachine(CpuidSnapshot& snapshot) : cpuid_(snapshot) {}
     void wait(Nanoseconds length) override {
-        // The clock may not run yet, or be a guess: counted as if the counter were as fast as any. A counter that
-        // stands still is given up.
+        // The clock may not run yet, or its rate may be a guess: assume the fastest possible counter. Give up if the
+        // counter does not advance.
         constexpr u64 fastest_hz = 4'000'000'000;
         const u64 cycles = length / 1000 * (std::max(tsc_hz(), fastest_hz) / 1'000'000);
         const u64 begin = cpu::read_tsc();
@@ -79,7 +79,7 @@ class ThisMachine final : public EndMachine {
             *reinterpret_cast<volatile u8*>(*mapped) = value;
         }
     }
-    // [xen-public arch-x86/xen-x86_64.h]: RAX the call, RDI and RSI its arguments.
+    // [xen-public arch-x86/xen-x86_64.h]: RAX holds the hypercall number, RDI and RSI the arguments.
     void xen_shutdown(u32 reason) override {
         constexpr u64 sched_op = 29;
         constexpr u64 op_shutdown = 2;
@@ -111,7 +111,7 @@ class ThisMachine final : public EndMachine {
         }
     }
     void triple_fault() override {
-        // No descriptor table and a breakpoint.
+        // A breakpoint with an empty descriptor table.
         const struct [[gnu::packed]] {
             u16 limit = 0;
             u64 base = 0;
@@ -151,10 +151,10 @@ extern "C" [[noreturn, gnu::used]] void end_on_own_stack() {
 
 namespace {
 
-// On the boot stack, from its top: that of the caller may be an emergency stack, too small to read ACPI's tables on,
-// and nobody returns to either.
+// Runs from the top of the boot stack: the caller's stack may be an emergency stack, too small for reading the ACPI
+// tables, and neither is returned to.
 [[noreturn]] void end_machine(Verdict first, std::string_view reason) {
-    if (!verdict) { // else a step has faulted
+    if (!verdict) { // otherwise a step has faulted
         verdict = first;
         machine.keep(reason);
     }
@@ -185,7 +185,7 @@ void stop_without_memory(std::byte* end) {
     if (there) {
         return;
     }
-    // With the stack alone: the log and its consoles live in memory that may be missing.
+    // Uses only the stack: the log and its consoles may lie in memory that is missing.
     FixedText<256> reason;
     print(reason, "too little memory: the image alone needs it up to {} KiB, and it ends before: give the machine more",
           (reinterpret_cast<u64>(end) - kernel_virtual + pvh_image) >> 10);
@@ -221,7 +221,7 @@ void stop_if_restarted() {
     if (!before) {
         return;
     }
-    std::memset(place, 0, sizeof note); // a restart by somebody else boots again
+    std::memset(place, 0, sizeof note); // so that a restart from outside boots again
     log::error("the machine was restarted by the end of the boot before, whose verdict was {}: it cannot be switched "
                "off from inside. Halted; "
                "start the VMM so that a reset ends it (QEMU: -no-reboot), or with a debug exit port",

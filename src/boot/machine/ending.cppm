@@ -5,7 +5,7 @@ import boot.handoff;
 
 export namespace fl::boot {
 
-/// Installs the handler behind end_vm(). Call this first. `info` may be completed later (the RSDP) but must stay alive.
+/// Makes end_vm() end the machine. Call this first. `info` may be completed later (the RSDP) but must stay alive.
 /// The shutdown runs on the stack below `stack_top`, overwriting what is there.
 void start_ending(const BootInfo& info, u64 stack_top);
 /// Call once the kernel's own page tables are active (start_memory()) instead of the loader's.

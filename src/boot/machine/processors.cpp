@@ -16,10 +16,10 @@ namespace fl::boot {
 
 namespace {
 
-// One executor for each processor, index = processor. Those of further processors are made when they start and last as
-// long as the machine.
+// One executor per processor, index = processor. Those of secondary processors are created when the processor starts
+// and live as long as the machine.
 struct Executors {
-    struct alignas(128) Place { // no two processors write to one cache line
+    struct alignas(128) Place { // no cache line is written by two processors
         std::optional<io::Executor> executor;
     };
     std::array<Place, max_processors> places;
@@ -29,7 +29,7 @@ struct Executors {
 
     io::Executor& make(u32 processor) {
         std::optional<io::Executor>& own = places[processor].executor;
-        if (!own) { // else of a processor that was left out
+        if (!own) { // otherwise left by a processor that failed to start
             own.emplace(io::Platform{platform_context(processor), platform_now, platform_idle, platform_kick},
                         processor);
         }
@@ -42,7 +42,7 @@ Executors& all() {
     return executors;
 }
 
-// The functions of ProcessorWork; the context is the Backend.
+// Callbacks of ProcessorWork; the context is the Backend.
 Result<void> join(void* backend, u32 processor) {
     io::Executor& executor = all().make(processor);
     CHECK(static_cast<Backend*>(backend)->join(processor, executor));
@@ -61,7 +61,7 @@ void start_executors(Backend& backend, io::Executor& executor, u32 most, Nanosec
     executor.set_kick(platform_kick);
     const Processors found = start_processors(acpi_tables(), most, {&backend, join, serve}, bound);
     if (found.running == 1) {
-        executor.set_kick(nullptr); // nobody is there to kick it
+        executor.set_kick(nullptr); // no other processor will kick it
     }
     all().count = found.running;
     log::info("processors: {} of {} run", found.running, found.listed);
@@ -74,7 +74,7 @@ void start_executors(Backend& backend, io::Executor& executor, u32 most, Nanosec
 std::span<io::Executor* const> executors() { return {all().list.data(), all().count}; }
 
 void stop_executors() {
-    all().stop.store(true, std::memory_order_release); // partner: the acquire in Executor::serve
+    all().stop.store(true, std::memory_order_release); // pairs with the acquire in Executor::serve
     for (io::Executor* executor : executors().subspan(std::min<usize>(all().count, 1))) {
         executor->wake();
     }

@@ -17,9 +17,9 @@ namespace {
 using drivers::pci::Ecam;
 using drivers::pci::MechanismOne;
 
-constinit MechanismOne ports{}; // of the machine: one pair
+constinit MechanismOne ports{}; // configuration mechanism #1; one pair of ports per machine
 
-// What ACPI says of the root buses of segment 0.
+// The root buses of segment 0, from ACPI.
 std::optional<drivers::pci::Roots> ask_for_roots() {
     const acpi::Tables* tables = acpi_tables();
     const acpi::RootBridges found =

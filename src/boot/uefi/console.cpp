@@ -31,7 +31,7 @@ bool firmware_prints_on_com1(const SystemTable& system) {
 
 void Console::open(const SystemTable& system) {
     output_ = system.output;
-    serial_present_ = cpu::in8(line_status) != 0xff; // nothing answers: all bits set
+    serial_present_ = cpu::in8(line_status) != 0xff; // all bits set: no device responds
     if (!serial_present_ || (output_ != nullptr && firmware_prints_on_com1(system))) {
         return;
     }
@@ -51,17 +51,17 @@ void Console::leave_firmware() {
 }
 
 void Console::verdict(Verdict verdict, std::string_view reason) {
-    FixedText<1024> text; // a reason is short: a cut one would be no JSON
+    FixedText<1024> text; // large enough, since reasons are short: a truncated record would be invalid JSON
     print(text, "@{{\"record\":\"verdict\",\"verdict\":\"{}\",\"reason\":\"", verdict);
     print_json(text, reason.substr(0, 160));
     text.write("\"}");
-    if (!serial_present_ || serial_) { // else the firmware's console is COM1
+    if (!serial_present_ || serial_) { // otherwise the firmware's console is COM1
         put_output(text);
     }
     if (serial_present_) {
         put_serial(text);
         put_serial("\r\n");
-        // The machine may be gone with the next instruction.
+        // Wait until all is sent: the machine may end with the next instruction.
         for (u32 spins = 0; spins < spins_per_byte && (cpu::in8(line_status) & all_sent) == 0; ++spins) {
         }
     }

@@ -1,5 +1,6 @@
-// The last instructions of the loader. The firmware's convention on this side (rcx, rdx, r8, r9), System V's on the kernel's: rdi holds the
-// physical address of BootInfo. The code that runs is mapped at its own address by the old tables and the new ones alike.
+// The last instructions of the loader. Called with the firmware's convention (rcx, rdx, r8, r9); enters the kernel with
+// System V's: rdi holds the physical address of BootInfo. The code is identity-mapped by both the old and the new
+// tables.
 .set COMPATIBILITY_CODE, 0x18
 .set LONG_CODE, 0x08
 .set DATA, 0x10
@@ -16,8 +17,9 @@ enter_kernel:
     mov %rdx, %rdi
     jmp *%r8
 
-// Five-level tables can be left only with paging off, that is, through 32-bit code below 4 GiB [SDM-3A §4.1.1]. What lies between the two
-// labels is copied to a page down there and entered with: rbx its address, ecx root (below 4 GiB), rdx boot_info, r8 entry.
+// Five-level paging can be left only with paging off, that is, through 32-bit code below 4 GiB [SDM-3A §4.1.1]. The
+// code between the two labels is copied to a page there and entered with: rbx its address, ecx root (below 4 GiB), rdx
+// boot_info, r8 entry.
 // [[noreturn]] void enter_kernel_from_five_levels(u64 root, u64 boot_info, u64 entry, void* page)
 .globl enter_kernel_from_five_levels
 enter_kernel_from_five_levels:
@@ -52,7 +54,7 @@ compatibility:
     mov %eax, %cr4
     mov %ecx, %cr3
     mov %cr0, %eax
-    or $CR0_PG, %eax            // EFER.LME is still set: long mode again, now with four levels
+    or $CR0_PG, %eax // EFER.LME is still set: back to long mode, now with four levels
     mov %eax, %cr0
     pushl $LONG_CODE
     lea four_levels - five_levels_begin(%ebx), %eax
@@ -60,7 +62,7 @@ compatibility:
     lretl
 .code64
 four_levels:
-    mov %ebx, %ebx              // the upper halves are undefined after 32-bit code
+    mov %ebx, %ebx // the upper halves are undefined after 32-bit code
     lea 4096(%rbx), %rsp
     mov boot_info_slot - five_levels_begin(%rbx), %rdi
     jmp *entry_slot - five_levels_begin(%rbx)
@@ -81,7 +83,7 @@ entry_slot:
 .globl five_levels_end
 five_levels_end:
 
-// The kernel image, as it was linked and stripped.
+// The kernel image, linked and stripped.
 .section .rdata, "dr"
 .balign 16
 .globl kernel_elf_begin

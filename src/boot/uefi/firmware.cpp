@@ -13,7 +13,7 @@ namespace {
 
 constexpr u64 page = 4096;
 constexpr u64 spare_descriptors = 64;
-constexpr u64 max_tables = 1024; // entries of the configuration table that are looked at
+constexpr u64 max_tables = 1024; // limit on the configuration table entries examined
 
 u64 find_table(const SystemTable& system, const Guid& guid) {
     const u64 count = system.tables != nullptr ? std::min(system.table_count, max_tables) : 0;
@@ -25,7 +25,7 @@ u64 find_table(const SystemTable& system, const Guid& guid) {
     return 0;
 }
 
-// Closes the file on every way out.
+// Closes the file on every return path.
 class OpenFile {
   public:
     explicit OpenFile(File* file) : file_(file) {}
@@ -46,7 +46,7 @@ class OpenFile {
 } // namespace
 
 Result<std::span<std::byte>> allocate(const BootServices& boot, u64 bytes, u64 alignment, MemoryType type) {
-    // The firmware aligns to pages alone: ask for more, and begin inside.
+    // The firmware aligns to pages only: allocate more and align inside.
     const u64 pages = (bytes + alignment - page + page - 1) / page;
     u64 address = four_gib - 1;
     const Status status = boot.allocate_pages(allocate_max_address, to_underlying(type), pages, &address);
@@ -72,7 +72,7 @@ Result<MemoryMap> MemoryMap::create(const BootServices& boot) {
         return Error(Code::protocol, "the firmware does not say how large its memory map is (status)", buffer_too_small,
                      status);
     }
-    // A later version makes descriptors longer, never shorter [UEFI-2.10 §7.2.3].
+    // A later version may make descriptors longer, never shorter [UEFI-2.10 §7.2.3].
     if (stride < sizeof(MemoryDescriptor) || stride > page) {
         return Error(Code::not_supported, "memory map: the firmware's descriptor size is out of range",
                      sizeof(MemoryDescriptor), stride);
@@ -101,7 +101,7 @@ Result<void> leave_boot_services(const BootServices& boot, Handle handle, Memory
     Status status = success;
     for (u32 i = 0; i < most_tries; ++i) {
         auto read = map.refresh(boot);
-        if (!read && map.outgrown() && i == 0) { // memory may still be allocated
+        if (!read && map.outgrown() && i == 0) { // memory can still be allocated
             TRY(map, MemoryMap::create(boot));
             read = Result<void>{};
         }
@@ -120,7 +120,7 @@ Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const
     void* interface = nullptr;
     if (image.device == nullptr || failed(boot.handle_protocol(image.device, &file_system_guid, &interface)) ||
         interface == nullptr) {
-        return std::optional<std::span<char>>(); // loaded from the network or from memory
+        return std::optional<std::span<char>>(); // the image was loaded from the network or from memory
     }
     auto* system = static_cast<FileSystem*>(interface);
     File* opened = nullptr;
@@ -153,7 +153,7 @@ Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const
         return Error(Code::bad_argument, "expected a file, seen a directory of that name; replace it by a text file");
     }
 
-    // Never more than the file holds: not every firmware cuts a longer read short.
+    // Never ask for more than the file holds: not every firmware truncates a longer read.
     const usize wanted = static_cast<usize>(std::min<u64>(into.size(), info.file_size));
     usize size = 0;
     while (size < wanted) {
@@ -197,7 +197,7 @@ Framebuffer find_framebuffer(const BootServices& boot) {
     const u64 pitch = u64{info.pixels_per_line} * 4;
     if (info.width == 0 || info.height == 0 || info.pixels_per_line < info.width || pitch > ~u32{0} ||
         pitch * info.height > mode->framebuffer_size) {
-        return {}; // the mode does not fit its own memory: better none than one that is drawn over something else
+        return {}; // the mode exceeds its own framebuffer: rather none than drawing over other memory
     }
     return {mode->framebuffer, info.width, info.height, static_cast<u32>(pitch),
             info.format == PixelFormat::blue_first ? 1u : 0u};

@@ -1,5 +1,5 @@
-// efi_main: gathers what the kernel needs, loads it, leaves boot services and jumps. docs/decisions/0001-uefi-loader.md
-// says why it is so.
+// efi_main: gathers the hand-off data, loads the kernel, exits boot services and jumps. For the reasons see
+// docs/decisions/0001-uefi-loader.md.
 #include "core/try.hpp"
 import core.std;
 import core.result;
@@ -31,17 +31,16 @@ extern const std::byte five_levels_end[];
 }
 
 constinit Console console;
-constinit std::string_view file_at_work; // that the loader is reading: errors name it
+constinit std::string_view file_at_work; // the file being read, named in errors
 
 constexpr u64 cr4_five_levels = 0x1000;
-constexpr u64 max_image = u64{1} << 30; // what the tables map at kernel_virtual
+constexpr u64 max_image = u64{1} << 30; // the area mapped at kernel_virtual
 
-// A command line or map file one byte longer than the longest: BootInfo's setters then see that it was cut.
+// One byte larger than the longest command line or map file, so that BootInfo's setters detect truncation.
 constinit std::array<char, BootInfo::max_cmdline + 1> cmdline_storage{};
 constinit std::array<char, BootInfo::max_map_file + 1> map_file_storage{};
 
-// What went wrong, for people and as the verdict ERROR (docs/INTERFACES.md). Comes back where there is no debug exit
-// port.
+// Reports a failure to the console and as verdict ERROR (docs/INTERFACES.md). Returns if there is no debug exit port.
 void report_failure(std::string_view what) {
     console.line("error: {}; nothing was started", what);
     console.verdict(Verdict::error, what);
@@ -56,7 +55,7 @@ void report_failure(const Error& error) {
 
 constinit const RuntimeServices* runtime = nullptr;
 
-// After boot services are gone nobody can be returned to; the firmware can still switch the machine off [UEFI-2.10
+// After boot services end there is no caller to return to, but the firmware can still power the machine off [UEFI-2.10
 // §8.5.1].
 [[noreturn]] void stop() {
     if (runtime != nullptr) {
@@ -72,7 +71,7 @@ bool has_huge_pages() {
     return cpu::cpuid(0x80000000).eax >= 0x80000001 && (cpu::cpuid(0x80000001).edx & (u32{1} << 26)) != 0;
 }
 
-// Load options win over the file; what is not text is reported and passed over.
+// Load options take precedence over the file; if they are not text, that is reported and they are ignored.
 Result<void> gather_cmdline(const BootServices& boot, const LoadedImage& image, BootInfo& info) {
     if (image.load_options != nullptr && image.load_options_size > 0) {
         const auto options = text_of_load_options({image.load_options, image.load_options_size}, cmdline_storage);
@@ -107,7 +106,7 @@ struct Prepared {
     BootInfo* info = nullptr;
     u64 root = 0;
     u64 entry = 0;
-    std::byte* five_levels = nullptr; // the page to leave five-level tables through, when they are on
+    std::byte* five_levels = nullptr; // the page for leaving five-level paging; nullptr: not active
     MemoryMap map;
 };
 
@@ -174,7 +173,7 @@ Result<Prepared> prepare(Handle handle, const SystemTable& system, u64 tsc) {
 Result<void> hand_over(const BootServices& boot, Handle handle, Prepared& p) {
     CHECK(leave_boot_services(boot, handle, p.map));
     cpu::interrupts_off();
-    // The image is noted as in use by the kernel's own normalise(), so the map is taken over as it is.
+    // The kernel's own normalise() marks the image as in use, so copy the map unchanged.
     const u64 size = std::exchange(p.info->kernel_size, 0);
     CHECK(add_memory_map(*p.info, p.map.bytes(), p.map.stride()));
     p.info->kernel_size = size;
@@ -209,7 +208,7 @@ extern "C" Status efi_main(Handle handle, SystemTable* system) {
     const u64 tsc = cpu::read_tsc();
     if (system == nullptr || system->header.signature != SystemTable::signature_value || system->boot == nullptr ||
         system->boot->header.signature != BootServices::signature_value) {
-        return invalid_parameter; // whoever called is no UEFI firmware: there is no console to complain on
+        return invalid_parameter; // the caller is not UEFI firmware, so there is no console for a message
     }
     console.open(*system);
     if (system->runtime != nullptr && system->runtime->header.header_size >= sizeof(RuntimeServices)) {

@@ -26,7 +26,7 @@ Result<void> check(std::span<const std::byte> map, u64 stride) {
 
 struct Range {
     u64 base;
-    u64 size; // 0: nothing of it can be described
+    u64 size; // 0: no usable description
     u32 type;
     u64 attributes;
 };
@@ -77,7 +77,7 @@ Result<void> add_memory_map(BootInfo& info, std::span<const std::byte> map, u64 
                 continue;
             }
             if (info.range_count > 0) {
-                // Most maps are sorted, so joining with the last range keeps the table short.
+                // Most maps are sorted, so merging with the last range keeps the table short.
                 MemoryRange& last = info.ranges[info.range_count - 1];
                 if (last.kind == kind && last.base + last.size == r.base) {
                     last.size += r.size;
@@ -101,7 +101,7 @@ void Windows::add(u64 base, u64 size) {
     const u64 end = std::min(limit, base + std::min(size, limit - base));
     Window next{base & ~(gib - 1), (end + gib - 1) & ~(gib - 1)};
 
-    // Swallow every window that touches the new one, then put it in its place.
+    // Merge all windows that touch the new one, then insert the result.
     usize kept = 0;
     for (usize i = 0; i < count_; ++i) {
         const Window w = windows_[i];

@@ -28,7 +28,7 @@ Result<PageTables> PageTables::create(std::span<u64> memory, u64 physical) {
 
 u64 PageTables::tables_needed(std::span<const Window> windows, bool huge_pages) {
     constexpr u64 per_directory_pointers = entries * huge_page;
-    u64 tables = 1 + 2; // the root; the image's two
+    u64 tables = 1 + 2; // the root, and two for the image
     for (const Window& w : windows) {
         tables += (w.end - 1) / per_directory_pointers - w.begin / per_directory_pointers + 1;
         if (!huge_pages) {

@@ -1,9 +1,9 @@
-// What libc++ calls behind our back, in the loader; the memory functions are the kernel's own
+// Functions that libc++ calls implicitly in the loader; the memory functions are the kernel's own
 // (core/machine/memory_functions.cpp).
 #include <stdarg.h>
 #include <stddef.h>
 
-// A broken invariant of our own: in loader.cpp.
+// Reports a broken internal invariant; defined in loader.cpp.
 extern "C" [[noreturn]] void loader_bug(const char* what);
 
 extern "C" [[noreturn]] void abort() { loader_bug("abort() was called"); }

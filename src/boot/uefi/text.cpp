@@ -77,7 +77,7 @@ std::string_view without_image_name(std::string_view options) {
 
 Result<std::string_view> text_of_command_line_file(std::span<char> file) {
     std::string_view text(file.data(), file.size());
-    // With a byte order mark, or without one: two characters in a row that have a zero byte each.
+    // UTF-16 with a byte order mark, or without one: two consecutive characters with a zero byte each.
     const bool zeroes = text.size() >= 4 && ((text[0] == 0 && text[2] == 0) || (text[1] == 0 && text[3] == 0));
     if (text.starts_with("\xff\xfe") || text.starts_with("\xfe\xff") || zeroes) {
         return Error(Code::bad_argument, "expected ASCII or UTF-8 text, seen UTF-16; save it as UTF-8");
@@ -94,10 +94,10 @@ Result<std::string_view> text_of_command_line_file(std::span<char> file) {
 }
 
 bool leads_to_com1(std::span<const std::byte> path) {
-    // Node types [UEFI-2.10 §10.3.1]: ACPI device 2/1 (HID and UID), UART 3/14, end 0x7f/0xff (of all) and 0x7f/0x01
-    // (of one instance).
-    constexpr u32 pnp0501 = 0x050141d0; // EISA's compressed form of PNP0501, a 16550A-compatible port
-    bool port = false;                  // the node before was COM1's ACPI device
+    // Node types [UEFI-2.10 §10.3.1]: ACPI device 2/1 (HID and UID), UART 3/14, end 0x7f/0xff (of the entire path) and
+    // 0x7f/0x01 (of one instance).
+    constexpr u32 pnp0501 = 0x050141d0; // EISA-compressed PNP0501, a 16550A-compatible port
+    bool port = false;                  // the previous node was COM1's ACPI device
     while (path.size() >= 4) {
         const u32 type = byte_at(path, 0);
         const u32 subtype = byte_at(path, 1);
