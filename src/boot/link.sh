@@ -27,7 +27,7 @@ make_table() {
         sub(/^[^ ]+ [^ ]+ /, "", name)
         gsub(/@[A-Za-z0-9_.]+/, "", name)       # the module of the name
         gsub(/\[abi:[a-z0-9]+\]/, "", name)
-        gsub(/std::__1::/, "std::", name)       # libc++'s version namespace
+        gsub(/std::__1::/, "std::", name)       # the version namespace of libc++
         gsub(/\(anonymous namespace\)/, "{}", name)
         # Remove what a backtrace does not need: template arguments, parameters, and the return type that only
         # templates have.
