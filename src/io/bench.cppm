@@ -1,5 +1,5 @@
-// The workloads: one coroutine per queue slot, the same for every disk. What is measured is what docs/INTERFACES.md
-// calls the record `result`.
+// The workloads: one coroutine per queue slot, the same for every disk. The results are defined by the record
+// `result` in docs/INTERFACES.md.
 export module io.bench;
 import core.std;
 import core.result;
@@ -19,55 +19,56 @@ constexpr std::string_view name(Pattern pattern) {
     return names[to_underlying(pattern)];
 }
 
-/// One workload as the command line gives it.
+/// A workload, as given on the command line.
 struct Workload {
     static constexpr u32 max_qd = 256;
     static constexpr u32 max_bs = 1024 * 1024;
     static constexpr u64 max_count = 0xffff'ffff;
     static constexpr Nanoseconds max_startdelay = 1'000'000'000;
     static constexpr Nanoseconds max_thinktime = 1'000'000;
-    static constexpr u64 thinktime_blocks = 64; // I/Os from one pause to the next
+    static constexpr u64 thinktime_blocks = 64; // I/Os between pauses
 
     Pattern pattern = Pattern::randread;
-    u32 bs = 4096;    // bytes of one I/O: a multiple of 512, at most max_bs
-    u32 qd = 1;       // I/Os under way at once, on each lane that is used; at most max_qd
-    u64 count = 2000; // I/Os in all, at most max_count
+    u32 bs = 4096;    // bytes per I/O: a multiple of 512, at most max_bs
+    u32 qd = 1;       // concurrent I/Os on each lane used; at most max_qd
+    u64 count = 2000; // total I/Os, at most max_count
     u64 seed = 1;
-    u32 mix = 70; // per cent of reads in `mixed`
-    // Where guest, VMM and host are in step, a figure depends on how they began. Both in nanoseconds:
-    Nanoseconds startdelay = 0; // busy for so long before the first I/O
-    Nanoseconds thinktime = 0;  // busy for 0 to this, drawn from `seed`, after every thinktime_blocks I/Os of a lane
+    u32 mix = 70; // percentage of reads in `mixed`
+    // These break up phase locking between guest, VMM and host, which makes results depend on the start. Nanoseconds:
+    Nanoseconds startdelay = 0; // busy-wait before the first I/O
+    // busy-wait of 0 to this, drawn from `seed`, after every thinktime_blocks I/Os of a lane
+    Nanoseconds thinktime = 0;
 
     constexpr bool writes() const {
         return pattern == Pattern::randwrite || pattern == Pattern::write || (pattern == Pattern::mixed && mix < 100);
     }
 };
 
-/// `randread,bs=4k,qd=1,count=2000,seed=1,mix=70,startdelay=0,thinktime=0`; all but the name may be left out.
-/// Error{bad_argument}: its message names the key that is meant, or the values that are allowed.
+/// `randread,bs=4k,qd=1,count=2000,seed=1,mix=70,startdelay=0,thinktime=0`; everything except the name is optional.
+/// Error{bad_argument}: the message names the key, or the allowed values.
 Result<Workload> parse_workload(std::string_view text);
 
-/// One direction of a finished run, in nanoseconds of elapsed time: a stop of the machine is part of the latencies of
-/// what was under way.
+/// One direction of a finished run, in nanoseconds of elapsed time: a machine stop counts toward the latencies of
+/// I/Os under way.
 struct Latencies {
-    u64 ios = 0; // those that ended well; the latencies are of these
+    u64 ios = 0; // successful I/Os; latencies cover only these
     u64 bytes = 0;
     u64 min = 0;
     u64 max = 0;
     u64 mean = 0;
     u64 stddev = 0;
     std::array<u64, Histogram::usual.size()> percentiles{}; // of Histogram::usual
-    // the runner's (of lanes, the first one's), until its next run
+    // owned by the runner (the first lane's, if several); valid until its next run
     const Histogram* histogram = nullptr;
 };
 
 struct BenchReport {
     Workload workload;
-    u32 lanes = 1; // of the disk that were used
-    // from the first submission to the last completion, without the pauses of the lane that ended last
+    u32 lanes = 1; // lanes of the disk used
+    // from the first submission to the last completion, excluding the pauses of the lane that ended last
     Nanoseconds runtime_ns = 0;
     Nanoseconds thinktime_ns = 0; // those pauses
-    u64 errors = 0;               // I/Os that failed or were given up
+    u64 errors = 0;               // I/Os that failed or were abandoned
     Counters counters;            // of the disk, over the run
     u64 allocations = 0;          // coroutine frames and heap blocks, over the run
     Latencies read;
@@ -75,39 +76,39 @@ struct BenchReport {
     std::optional<Error> first_error;
 };
 
-/// What a run needs beside the disk.
+/// What a run needs besides the disk.
 struct BenchOptions {
-    DmaAllocator* dma = nullptr;    // buffers: qd times bs bytes, taken before the measured part
+    DmaAllocator* dma = nullptr;    // buffers: qd times bs bytes, allocated before the measured part
     bool scratch = false;           // the disk may be overwritten
-    u64 (*allocations)() = nullptr; // counts the allocations of everybody else (the kernel's heap); may be absent
+    u64 (*allocations)() = nullptr; // counts all other allocations (the kernel's heap); may be nullptr
     /// Called with `phase` before the clock is read for the first I/O, and with 0 after it was read for the last one;
-    /// in a run that submits nothing, not at all. Several lanes: the second call comes when all have ended. May be
-    /// absent.
+    /// not called in a run that submits nothing. Several lanes: the second call is made when all have ended. May be
+    /// nullptr.
     void (*mark)(u32 phase) = nullptr;
     u32 phase = 0;
 };
 
-/// Runs workloads, one at a time. 50 KiB: not for a stack in the kernel, nor for a coroutine frame.
+/// Runs workloads, one at a time. 50 KiB: too large for a kernel stack or a coroutine frame.
 class Bench {
   public:
     Bench() = default;
     Bench(const Bench&) = delete;
     Bench& operator=(const Bench&) = delete;
 
-    /// Measures. Error{bad_argument}, before anything is submitted: a block size that does not suit the disk, a disk
-    /// that is smaller than asked, a write workload without options.scratch or on a read-only disk. Error{exhausted}:
-    /// no buffers or frames. I/Os that fail are counted in the report; a disk that has timed out, gone or broken its
-    /// protocol ends the run, and what was not done counts as failed.
+    /// Runs a measurement. Error{bad_argument}, before anything is submitted: a block size unsuitable for the disk, a
+    /// disk smaller than required, or a write workload without options.scratch or on a read-only disk.
+    /// Error{exhausted}: no buffers or frames. Failed I/Os are counted in the report; a disk that timed out, was
+    /// removed or violated its protocol ends the run, and the remaining I/Os count as failed.
     Task<Result<BenchReport>> run(BlockDevice& disk, Workload workload, BenchOptions options);
 
-    /// The same on several lanes of the disk at once, one runner for each: lanes 0 to runners.size() - 1 <=
-    /// disk.lanes() - 1, each on a processor of its own. The I/Os are shared out evenly, random ones from a seed for
-    /// each lane (seed + lane), sequential ones as a stretch for each. They begin together; runtime_ns is from there to
-    /// the last completion of all.
+    /// The same on several lanes of the disk concurrently, with one runner each: lanes 0 to runners.size() - 1 <=
+    /// disk.lanes() - 1, each on its own processor. The I/Os are divided evenly: random ones use a seed per lane
+    /// (seed + lane), sequential ones a region per lane. All lanes start together; runtime_ns runs from there to the
+    /// last completion of all.
     static Task<Result<BenchReport>> run_lanes(std::span<Bench* const> runners, BlockDevice& disk, Workload workload,
                                                BenchOptions options);
 
-    /// What run() and run_lanes() (with `lanes` of them) would refuse before the first I/O, memory for buffers aside.
+    /// Checks what run() and run_lanes() (with `lanes` lanes) reject before the first I/O, except for buffer memory.
     static Result<void> suits(const BlockDevice& disk, const Workload& workload, const BenchOptions& options,
                               u32 lanes);
 
@@ -119,15 +120,15 @@ class Bench {
     Result<void> prepare(BlockDevice& disk, const Workload& workload, const BenchOptions& options);
     bool next(Op& op, u64& lba);
     void ended(const Request& request, Instant begun, Instant now);
-    /// Pauses as the workload asks for; the time when it is over.
+    /// Pauses as the workload specifies; returns the time at the end of the pause.
     Instant think(Executor& executor, Instant now);
     void release();
 
     Workload workload_;
     u64 left_ = 0;      // I/Os not yet started
     u64 blocks_ = 0;    // of workload_.bs bytes on the disk
-    u64 block_ = 0;     // the next one of a sequential workload
-    Instant ended_ = 0; // elapsed time of the last completion, with several lanes
+    u64 block_ = 0;     // next block of a sequential workload
+    Instant ended_ = 0; // elapsed time of the last completion; used with several lanes
     u64 sectors_per_block_ = 0;
     SplitMix64 random_;
     u64 errors_ = 0;
@@ -141,8 +142,7 @@ class Bench {
     std::array<DmaBuffer, Workload::max_qd> buffers_;
 };
 
-/// The record `result`.
-/// `clock_assumed`: the times are by a clock whose rate is a guess; the record says so.
+/// Prints the record `result`. `clock_assumed`: the clock's rate is an assumption; noted in the record.
 void print_record(const BlockDevice& disk, const BenchReport& report, bool clock_assumed = false);
 
 } // namespace fl::io

@@ -1,5 +1,5 @@
-// Block devices as coroutines see them: co_await disk.read(lba, buffer). The request is the awaiter and lives in the
-// frame of the coroutine that waits; submitting allocates nothing.
+// Block devices for coroutines: co_await disk.read(lba, buffer). The request is the awaiter and lives in the frame of
+// the waiting coroutine; submitting allocates nothing.
 export module io.block;
 import core.std;
 import core.result;
@@ -16,45 +16,45 @@ constexpr std::string_view name(Op op) {
     return names[to_underlying(op)];
 }
 
-/// How a request ended. `not_written` is the poison it starts with: a request that ends so was never answered.
+/// How a request ended. `not_written` is the initial value: a request with it was never answered.
 enum class Status : u8 {
     ok,
-    io_error,       // the device says so
-    not_supported,  // the device refuses this operation
+    io_error,       // reported by the device
+    not_supported,  // operation refused by the device
     timed_out,      // no answer within the bound
-    cancelled,      // withdrawn before the device saw it, or given up
-    device_gone,    // the queue was closed under it
-    protocol_error, // the answer broke a rule
-    misaligned,     // buffer or length is no multiple of the sector size
+    cancelled,      // withdrawn before the device saw it, or abandoned
+    device_gone,    // the queue was closed
+    protocol_error, // the answer violated the protocol
+    misaligned,     // buffer or length is not a multiple of the sector size
     out_of_range,   // beyond the last sector
-    read_only,      // write, discard on a disk that must not be written
+    read_only,      // write or discard on a write-protected disk
     not_written = 0xff,
 };
 Error to_error(Status status);
 
-/// What a disk is. Set before it is announced, constant afterwards.
+/// Properties of a disk. Set before it is announced, constant afterwards.
 struct Geometry {
     u64 sectors = 0;                // of sector_size bytes each
     u32 sector_size = 512;          // bytes; 512 or 4096: the unit of LBAs and lengths
     u32 physical_sector_size = 512; // bytes; a hint
     bool read_only = false;
-    bool flush = false; // has a volatile cache, and flush() empties it
+    bool flush = false; // has a volatile write cache, which flush() empties
     bool discard = false;
 };
 
-/// synthetic: made for virtual machines; emulated: a piece of hardware, played by the host.
+/// synthetic: paravirtual, designed for virtual machines; emulated: a hardware device modelled by the host.
 enum class Kind : u8 { synthetic, emulated };
 constexpr std::string_view name(Kind kind) { return kind == Kind::synthetic ? "synthetic" : "emulated"; }
 
-/// Counted by the queue, one increment each, never reset: read before and after.
+/// Counted by the queue, never reset: read before and after.
 struct Counters {
-    u64 submitted = 0;       // requests taken
-    u64 completed = 0;       // requests ended, in whatever way
-    u64 device_accesses = 0; // port and MMIO reads and writes: each one is an exit
-    u64 hypercalls = 0;      // of this queue, notifications included
+    u64 submitted = 0;       // requests accepted
+    u64 completed = 0;       // requests ended, with any status
+    u64 device_accesses = 0; // port and MMIO reads and writes: each causes a VM exit
+    u64 hypercalls = 0;      // by this queue, including notifications
     u64 notifications = 0;   // doorbells: event sends, kicks; for ATA: commands issued
     u64 interrupts = 0;      // taken for this queue
-    u64 errors = 0;          // requests that ended with anything but ok
+    u64 errors = 0;          // requests that ended with a status other than ok
 
     friend constexpr Counters operator+(const Counters& a, const Counters& b) {
         return {a.submitted + b.submitted,   a.completed + b.completed,         a.device_accesses + b.device_accesses,
@@ -70,10 +70,10 @@ struct Counters {
 
 class BlockDevice;
 
-/// One operation under way. Owned by the caller (as a rule: the awaiting frame); the device holds a pointer from
-/// submit() to complete(). Must not move in between; when it dies in between the device forgets it. When a device ends
-/// a request whose buffer its host may still access (a time-out on a host that never answered), buffer_lost is set: the
-/// owner must not use the buffer again. It is also quarantined [core.dma], so that an owner who frees it does no harm.
+/// An operation under way. Owned by the caller (normally the awaiting frame); the device holds a pointer to it from
+/// submit() to complete(). Must not move in between; if destroyed in between, the device forgets it. When a device
+/// ends a request whose buffer its host may still access (a timeout on a host that never answered), buffer_lost is
+/// set: the owner must not reuse the buffer. It is also quarantined [core.dma], so that freeing it is harmless.
 class Request : public ReadyNode {
   public:
     Request(BlockDevice& device, Op op, u64 lba, DmaSpan buffer) : buffer(buffer), lba(lba), op(op), device_(&device) {}
@@ -81,21 +81,21 @@ class Request : public ReadyNode {
     Request& operator=(const Request&) = delete;
     ~Request();
 
-    // The operation: constant once submitted.
+    // The operation: constant after submit().
     DmaSpan buffer; // whole sectors; empty for flush
     u64 lba;        // in sectors of the device
     Op op;
-    // Its end.
+    // Result.
     Status status = Status::not_written;
     bool buffer_lost = false;
 
     // For the queue alone [io.block_queue], from submit() to complete().
-    Request* link = nullptr;         // the next request in the list that it is in
-    u32 issued = 0;                  // bytes of the buffer that have been made into commands
-    u32 parts = 0;                   // commands for it that have not been answered
+    Request* link = nullptr;         // the next request in its list
+    u32 issued = 0;                  // bytes of the buffer already covered by commands
+    u32 parts = 0;                   // its unanswered commands
     Status part_status = Status::ok; // the first error of its commands
-    u8 tries = 0;                    // times that it was sent again after an error of the transport
-    bool again = false;              // to be sent again, alone, when its last command has been answered
+    u8 tries = 0;                    // number of resends after a transport error
+    bool again = false;              // to be resent alone after its last command is answered
 
     inline bool pending() const { return pending_; }
     inline BlockDevice& device() const { return *device_; }
@@ -106,7 +106,7 @@ class Request : public ReadyNode {
     bool pending_ = false;
 };
 
-/// A disk that is attached: what every driver's disk derives from. Owned by its driver.
+/// An attached disk: base of every driver's disk class. Owned by its driver.
 class BlockDevice {
   public:
     struct Identity {
@@ -114,7 +114,7 @@ class BlockDevice {
         std::string_view driver; // "xen_blk", "ata"; static storage
         Kind kind = Kind::emulated;
         FixedText<48> model;
-        FixedText<96> features; // negotiated ones, blank separated
+        FixedText<96> features; // negotiated features, space-separated
     };
 
     BlockDevice(Executor& executor) : executor_(executor) {}
@@ -125,20 +125,20 @@ class BlockDevice {
     inline const Geometry& geometry() const { return geometry_; }
     inline const Counters& counters() const { return counters_; }
     inline Executor& executor() const { return executor_; }
-    /// How many processors may submit at once, each through a queue of its own. Lane 0 is the disk itself, on the boot
-    /// processor. Lane i belongs to a further processor (executor() says which): the same disk with the same identity
-    /// and geometry, counters of its own. A request is submitted, completed and destroyed on the processor of its lane;
-    /// data written through one lane and acknowledged is seen through every other. Constant once the disk is announced.
+    /// Number of processors that may submit concurrently, each through its own queue. Lane 0 is the disk itself, on
+    /// the boot processor. Each further lane belongs to another processor (see executor()): same disk, identity and
+    /// geometry, but separate counters. A request is submitted, completed and destroyed on its lane's processor; data
+    /// written through one lane and acknowledged is visible through every other. Constant once the disk is announced.
     virtual u32 lanes() const { return 1; }
-    /// index < lanes(). Lives as long as the disk.
+    /// index < lanes(). Valid as long as the disk.
     virtual BlockDevice& lane(u32 index) {
         static_cast<void>(index);
         return *this;
     }
-    /// The host has taken the disk itself away: every request ends as device_gone, and there is nothing left that a
-    /// flush could reach. A disk that was closed because of an error is not removed.
+    /// The host has removed the disk: every request ends as device_gone, and a flush has no medium left to reach. A
+    /// disk closed because of an error is not removed.
     virtual bool removed() const { return false; }
-    /// How long the device may take for a request, once it has that and those before it are answered [io.oldest_wait].
+    /// Timeout for a request, counted once the device has it and all earlier ones are answered [io.oldest_wait].
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
     Nanoseconds timeout() const { return timeout_; }
 
@@ -158,38 +158,37 @@ class BlockDevice {
         }
     };
 
-    /// co_await these. The buffer is whole sectors, aligned to one, and outlives the operation; ordering between
-    /// operations under way is not promised.
+    /// To be co_awaited. The buffer is whole sectors, sector-aligned, and must outlive the operation; concurrent
+    /// operations are not ordered.
     Transfer read(u64 lba, DmaSpan into) { return {*this, Op::read, lba, into}; }
     Transfer write(u64 lba, DmaSpan from) { return {*this, Op::write, lba, from}; }
-    /// Everything acknowledged before this was submitted is on stable storage when it ends with ok. A disk without a
-    /// volatile cache says ok at once.
+    /// Ends with ok once all data acknowledged before its submission is on stable storage. A disk without a volatile
+    /// cache ends it with ok at once.
     Transfer flush() { return {*this, Op::flush, 0, {}}; }
 
-    /// Checks the request and hands it to the driver. Ends through complete(), also when it is refused: never
-    /// synchronously resumed.
+    /// Checks the request and hands it to the driver. Always ends through complete(), even when refused; never
+    /// resumes the waiter synchronously.
     void submit(Request& request);
-    /// Withdraws a request: one that the device has not seen ends with cancelled; one that it has seen ends when the
-    /// device answers or has been stopped. True: it will end with cancelled.
+    /// Withdraws a request: one the device has not seen ends with cancelled; otherwise it ends when the device
+    /// answers or has been stopped. True: it will end with cancelled.
     bool cancel(Request& request) { return request.pending_ && cancel_now(request); }
-    /// For the end of the machine, on the device's processor: from here on nothing but flush() is begun. Anything else
-    /// that is submitted is left where it is: it never ends, and its waiter stays suspended until its frame dies. There
-    /// is no way back.
+    /// For machine shutdown, on the device's processor: from now on only flush() is started. Any other submitted
+    /// request never ends: its waiter stays suspended until its frame is destroyed. Irreversible.
     void hold() { held_ = true; }
-    /// On the device's processor: requests that were taken and have not ended.
+    /// On the device's processor: requests accepted and not ended.
     inline u64 under_way() const { return counters_.submitted - counters_.completed; }
 
   protected:
     ~BlockDevice() = default;
 
-    /// The driver's part. The request has been checked against the geometry. May complete it at once.
+    /// Implemented by the driver. The request has been checked against the geometry. May complete it at once.
     virtual void start(Request& request) = 0;
     virtual bool cancel_now(Request& request) = 0;
-    /// Called by ~Request on a request still under way: the driver forgets it before it returns (stops the device if it
-    /// must).
+    /// Called by ~Request for a request still under way: the driver must forget it before returning (stopping the
+    /// device if necessary).
     virtual void forget(Request& request) = 0;
 
-    /// Ends a request: exactly once for every start(). The waiter becomes ready.
+    /// Ends a request: exactly once for every start(). Makes the waiter ready.
     void complete(Request& request, Status status);
 
     Identity identity_;
@@ -203,7 +202,7 @@ class BlockDevice {
     bool held_ = false;
 };
 
-/// A list of requests in order of arrival, through Request::link. Owns nothing.
+/// FIFO list of requests, through Request::link. Does not own them.
 class RequestQueue {
   public:
     inline bool empty() const { return head_ == nullptr; }

@@ -1,18 +1,18 @@
-// The life of a block request, written once for all drivers. A queue owns the waiting, the splitting of a request into
-// commands, the table of commands that the device has, part status, time-outs, cancelling, retries, event storms, the
-// end of everything, and the counters. A transport is what differs: how a command is encoded, published and notified,
-// how an answer is taken and checked, how the device is made to let go of a buffer, and what recovery the protocol has.
+// The life cycle of a block request, common to all drivers. A queue owns the waiting list, splitting requests into
+// commands, the table of commands sent to the device, partial status, timeouts, cancellation, retries, interrupt
+// storm detection, shutdown and the counters. A transport supplies the protocol: how a command is encoded, published
+// and notified, how an answer is taken and checked, how device access to a buffer is stopped, and how to recover.
 //
 //   submit ──> waiting list ──prepare, send──> table of commands ──next──> finish ──> complete
 //                  ^                                   │
 //                  └── retry list <── failed, or the device was stopped
 //
-// What the queue promises: every request ends once; none is lost when another one fails; no buffer is used again while
-// the device may access it; nothing is allocated; nothing spins. A request that its owner gives up (its frame dies) is
-// forgotten at once: what cannot be fenced is quarantined [core.dma] until the device answers or is closed.
+// Guarantees: every request ends exactly once; none is lost when another one fails; no buffer is reused while the
+// device may access it; no allocation; no spinning. A request abandoned by its owner (its frame is destroyed) is
+// forgotten at once: a buffer that cannot be fenced is quarantined [core.dma] until the device answers or is closed.
 //
-// A write that was given up may still reach the medium. Until the device has answered it, requests for the same sectors
-// wait, so that it cannot undo what is acknowledged later.
+// An abandoned write may still reach the medium. Until the device has answered it, requests for the same sectors
+// wait, so that it cannot overwrite data acknowledged later.
 export module io.block_queue;
 import core.std;
 import core.result;
@@ -28,102 +28,102 @@ export import io.slots;
 
 export namespace fl::io {
 
-/// What a transport makes of a command that it is offered.
+/// A transport's answer when it is offered a command.
 enum class Fit : u8 {
     ok,      // Command::bytes of it fit into one command
-    full,    // no room now: tried again when the device has answered something, and in each tick
-    refused, // never; Command::refusal says why
+    full,    // no room now: retried after the device answers something, and in each tick
+    refused, // never possible; Command::refusal gives the status
 };
 enum class SendResult : u8 {
     sent,
     full,   // as Fit::full
-    broken, // the device's side of the queue is damaged: BlockTransport::fault() says how, and the queue is closed
+    broken, // the device corrupted the queue: BlockTransport::fault() describes it, and the queue is closed
 };
 
-/// What an answer asks the queue to do instead of ending the command with its status.
+/// What to do with an answered command instead of ending it with its status.
 enum class Retry : u8 {
     none,
-    now,   // the same command again, at once; a few times, then its status counts
-    later, // in the next tick; many times
-    alone, // the request again, without neighbours; once, then its status counts
+    now,   // resend the same command at once; after a few attempts its status counts
+    later, // resend it in the next tick; many attempts
+    alone, // resend the request in a command of its own; once, then its status counts
 };
 
-/// What a look for an answer finds.
+/// Result of a check for an answer.
 enum class Next : u8 {
     none,
     one,
     broken, // as SendResult::broken
 };
 
-/// One checked answer. `id`: of a command in the table.
+/// A validated answer. `id`: a command in the table.
 struct Completion {
     u64 id = 0;
     Status status = Status::ok;
     Retry retry = Retry::none;
 };
 
-/// How far a transport can keep the device from a command that nobody waits for any more.
+/// How far a transport can keep the device from a command that has no waiter any more.
 enum class Fence : u8 {
-    done,      // it neither touches the buffer nor the medium any more
-    effect,    // it does not touch the buffer; a write may still reach the medium
-    reachable, // it may do anything, until it answers
-    stopped,   // the whole device has been stopped: it has no command at all any more, and is being reset
+    done,      // accesses neither the buffer nor the medium any more
+    effect,    // does not access the buffer; a write may still reach the medium
+    reachable, // may access both until it answers
+    stopped,   // the whole device was stopped: it holds no commands, and is being reset
 };
 
-/// What a transport does about a device that is silent, or that has lost a command.
+/// What a transport does about a device that does not answer, or has lost a command.
 struct Recovery {
     enum class Kind : u8 {
-        none,    // the device has answered after all: next() will say so
-        give_up, // this command alone: its requests end as timed_out
-        asked,   // the device was asked to answer everything (SCSI bus reset), and has a whole time-out for that
-        stopped, // as Fence::stopped; commands are sent again when the reset is over
-        close,   // what the device has ends as timed_out, the rest as device_gone, and the queue is closed
+        none,    // the device has answered after all: next() will return it
+        give_up, // end this command only: its requests end as timed_out
+        asked,   // the device was asked to end all commands (SCSI bus reset), and has a full timeout to do so
+        stopped, // as Fence::stopped; commands are resent after the reset
+        close,   // the device's commands end as timed_out, the rest as device_gone, and the queue is closed
     };
     Kind kind = Kind::close;
-    std::optional<Error> why; // for `close`; for `stopped`: the queue is closed as well, since no reset helps
+    std::optional<Error> why; // for `close`; for `stopped`: the queue is closed as well, because no reset can help
 };
 
-/// What a transport says of requests that wait while the device has none: nothing comes free.
+/// A transport's decision when requests wait while the device holds none: no room can become free.
 struct Stuck {
     enum class Kind : u8 { none, give_up, close };
     Kind kind = Kind::none;
-    std::optional<Error> why; // of `close`, and for the log
+    std::optional<Error> why; // for `close`, and for the log
 };
 
-/// A packet of a driver's own among the requests (a handshake, INQUIRY), and its answer. Owned by its sender, until it
-/// is done or abandoned.
+/// A driver's own packet (a handshake, INQUIRY) among the requests, and its answer. Owned by its sender until it is
+/// done or abandoned.
 struct Exchange {
     explicit Exchange(Executor& executor) : done(executor) {}
     Latch done;
-    bool answered = false; // when done: false means that the queue was closed, or the device stopped
+    bool answered = false; // valid when done; false: the queue was closed or the device stopped
     u64 id = 0;
 };
 
 class QueuedDevice;
 
-/// What the device has been given: part of a request, several whole neighbouring requests, or an exchange.
+/// A command sent to the device: part of a request, several whole adjacent requests, or an exchange.
 struct QueuedCommand {
     QueuedDevice* device = nullptr;
-    Request* first = nullptr; // its requests, through Request::link; nullptr, and no exchange: nobody waits any more
+    Request* first = nullptr; // its requests, through Request::link; nullptr and no exchange: no waiter any more
     Exchange* exchange = nullptr;
     Op op = Op::read;
     Status refusal = Status::io_error;
     u8 retries = 0;
-    bool gathered = false;   // several requests
-    bool thinned = false;    // some of these were given up: it is not sent again as it was
-    bool delayed = false;    // not with the device: sent again in the next tick
-    bool reset = false;      // it was with the device when that was asked to answer everything
-    bool expired = false;    // because of it: it is not sent again after that
-    bool late_write = false; // for some of it nobody waits, and that may still reach the medium
+    bool gathered = false;   // contains several requests
+    bool thinned = false;    // some of them were abandoned: it is not resent as it was
+    bool delayed = false;    // not with the device: resent in the next tick
+    bool reset = false;      // was with the device when that was asked to end all commands
+    bool expired = false;    // caused the reset: not resent after it
+    bool late_write = false; // part of it has no waiter any more and may still reach the medium
     u64 lba = 0;             // of its first sector
     u32 offset = 0;          // of its data in the first request's buffer, in bytes
-    u32 bytes = 0;           // of data: that of all its requests together
-    u64 number = 0;          // in order of issue, from 1, never repeated; 0: an exchange
+    u32 bytes = 0;           // of data: total of all its requests
+    u64 number = 0;          // in order of issue, from 1, never reused; 0: an exchange
 
     inline DmaSpan data() const { return first->buffer.subspan(offset, bytes); } // not for gathered ones
 };
 
-/// The same with what a transport keeps for it.
+/// The same with the transport's per-command state.
 template <class T>
 struct Command : QueuedCommand {
     typename T::Wire wire{};
@@ -133,7 +133,7 @@ struct Command : QueuedCommand {
 template <class T>
 using CommandTable = SlotTable<Command<T>, T::max_commands>;
 
-/// A transport. Not shared between processors: each lane of a disk has one, in its queue. All calls come from the
+/// A transport. Not shared between processors: each lane of a disk has its own, in its queue. All calls come from the
 /// queue, on the executor's processor. An Error closes the queue: with protocol_error if its code is Code::protocol,
 /// else with device_gone.
 template <class T>
@@ -142,67 +142,68 @@ concept BlockTransport =
              const Request& neighbour, Completion& completion, u64 id, Status status, Counters& counters,
              OldestWait::Finding finding, OldestWait::Seen seen, std::string_view names, Instant now, bool flag) {
         typename T::Disk;                                       // a QueueDisk<T>
-        typename T::Wire;                                       // what it keeps for each command
+        typename T::Wire;                                       // the transport's per-command state
         { T::driver } -> std::convertible_to<std::string_view>; // for log lines while there is no disk
-        { T::max_commands } -> std::convertible_to<u32>;        // so many are with the device at most
-        { T::kept_commands } -> std::convertible_to<u32>;       // of these, for exchanges alone
-        { T::gathers } -> std::convertible_to<bool>;            // join() makes one command of neighbours
+        { T::max_commands } -> std::convertible_to<u32>;        // at most this many commands with the device
+        { T::kept_commands } -> std::convertible_to<u32>;       // of these, reserved for exchanges
+        { T::gathers } -> std::convertible_to<bool>;            // join() merges adjacent requests into one command
         { T::max_idle_events } -> std::convertible_to<u32>;     // events without an answer within idle_window: a storm,
         { T::idle_window } -> std::convertible_to<Nanoseconds>; // and no more are asked for until it is over
-        /// Once: where its commands are.
+        /// Called once: the table of its commands.
         { t.use(commands) } -> std::same_as<void>;
-        /// Lowers command.bytes to what fits into one command, and reserves what send() needs.
+        /// Reduces command.bytes to what fits into one command, and reserves what send() needs.
         { t.prepare(command) } -> std::same_as<Fit>;
         /// Encodes the command under `id`. The device sees it here or in publish(). A transport that gathers has
-        /// reserved its room in prepare(): it is never full here. Called again, under a new id, without prepare() and
-        /// without finish() in between, when the command is sent again [Retry::now, later]: full is allowed then.
+        /// reserved room in prepare(), so it is never full here. Called again under a new id, without prepare() or
+        /// finish() in between, to resend the command [Retry::now, later]; it may be full then.
         { t.send(command, id) } -> std::same_as<SendResult>;
-        /// Makes what was sent visible, and notifies the device once at most.
+        /// Makes sent commands visible to the device, and notifies it at most once.
         { t.publish(counters) } -> std::same_as<Result<void>>;
-        /// The next answer, checked: a known id, once, of a command that is with the device. Nothing: no more now. What
-        /// the answer to an exchange holds has been copied to it.
+        /// The next answer, validated: a known id, once only, of a command that is with the device. Next::none: no
+        /// more for now. The answer to an exchange has been copied to it.
         { t.next(completion) } -> std::same_as<Next>;
-        /// After a batch of answers, before more is sent: their room is free.
+        /// After a batch of answers, before more commands are sent: frees the space of the answers.
         { t.release(counters) } -> std::same_as<Result<void>>;
-        /// After the last send of a turn: an idle device comes to rest; accesses so far are counted.
+        /// After the last send of a turn: quiesces an idle device and counts the accesses so far.
         { t.settle(counters) } -> std::same_as<void>;
-        /// Asks for an event when an answer comes and looks once more. True: one is there already.
+        /// Enables an event for the next answer, then checks once more. True: an answer is already available.
         { t.arm() } -> std::same_as<Result<bool>>;
-        /// Events that have come so far, modulo 2^32.
+        /// Number of events so far, modulo 2^32.
         { constant.events() } -> std::same_as<u32>;
-        /// The command has ended, once for each: what prepare() and send() took comes back, and data that was bounced
-        /// is copied. Also of one that send() had no room for, and of an exchange that was sent. Nobody waits for it:
-        /// command.first is nullptr. False: the device may still access the buffer, although it has answered.
+        /// The command has ended; called once for each: releases what prepare() and send() took, and copies bounced
+        /// data. Also called for a command that send() had no room for, and for an exchange that was sent.
+        /// command.first is nullptr if it has no waiter. False: the device may still access the buffer, although it
+        /// has answered.
         { t.finish(command, status) } -> std::same_as<bool>;
-        /// The command's requests end now; at most once for a command that is not gathered. What it returns for a
-        /// gathered command is reachable or stopped. After `stopped` it is not called for the other commands: they are
+        /// The command's requests end now; called at most once for a command that is not gathered. For a gathered
+        /// command it returns reachable or stopped. After `stopped` it is not called for the other commands: they are
         /// taken back.
         { t.fence(command) } -> std::same_as<Fence>;
         { t.recover(sent, finding, names) } -> std::same_as<Recovery>;
-        /// Recovery::asked has not helped for a whole time-out. `flag`: a write is among what was not answered. An
-        /// error closes the queue.
+        /// Recovery::asked had no effect for a full timeout. `flag`: an unanswered command is a write. An error
+        /// closes the queue.
         { t.asked_in_vain(flag) } -> std::same_as<std::optional<Error>>;
         { t.stuck(names) } -> std::same_as<Stuck>;
-        /// Adds what other queues of the same device have, and were answered.
+        /// Adds the outstanding commands and answers of other queues of the same device.
         { t.seen(seen) } -> std::same_as<OldestWait::Seen>;
         /// `flag`: requests wait for room.
         { t.tick(now, flag) } -> std::same_as<Result<void>>;
-        /// Whether tick() has something to do while there are neither commands nor requests that wait. What makes it
-        /// true raises the queue.
+        /// Whether tick() has work while there are neither commands nor waiting requests. A change to true must raise
+        /// the queue.
         { constant.wants_tick() } -> std::same_as<bool>;
-        /// The queue, set by it: what an interrupt handler raises [io.executor raise].
+        /// Set by the queue to itself: what an interrupt handler raises [io.executor raise].
         { t.queue } -> std::same_as<Service*&>;
-        /// How another queue of the same device has closed it; looked at in each turn.
+        /// The status with which another queue of the same device closed it; checked in each turn.
         { constant.closed_elsewhere() } -> std::same_as<std::optional<Status>>;
-        /// After SendResult::broken: the rule that the device broke.
+        /// After SendResult::broken: the violated rule.
         { t.fault() } -> std::same_as<Error>;
-        /// Before close() ends everything with `status`. False: another queue of the device has said why.
+        /// Before close() ends everything with `status`. False: another queue of the device has logged the reason.
         { t.closing(status) } -> std::same_as<bool>;
         /// Everything has ended. `flag`: by stop().
         { t.closed(flag) } -> std::same_as<void>;
     };
 
-/// What a transport inherits where its protocol has nothing of the kind. Not virtual: a transport hides what it has.
+/// Defaults for protocols without a feature. Not virtual: a transport hides the members it implements.
 struct TransportDefaults {
     Service* queue = nullptr;
     static constexpr u32 kept_commands = 0;
@@ -228,7 +229,7 @@ struct TransportDefaults {
     void closed(bool) {}
 };
 
-/// A disk, or a lane of one, whose requests go through a queue; several may share one.
+/// A disk, or a lane of one, whose requests go through a queue; several disks may share a queue.
 class QueuedDevice : public BlockDevice {
   public:
     /// log2 of the sector size in bytes.
@@ -238,7 +239,7 @@ class QueuedDevice : public BlockDevice {
   protected:
     explicit QueuedDevice(Executor& executor) : BlockDevice(executor) {}
     ~QueuedDevice() = default;
-    /// Before the disk is announced.
+    /// Call before the disk is announced.
     void set_geometry(const Geometry& geometry) {
         geometry_ = geometry;
         sector_shift_ = static_cast<u32>(std::countr_zero(geometry.sector_size));
@@ -250,41 +251,40 @@ class QueuedDevice : public BlockDevice {
     friend class BlockQueue;
     inline bool parked() const { return !waiting_.empty() || !retry_.empty(); }
 
-    RequestQueue retry_;   // to be sent again, alone; before those that wait
-    RequestQueue waiting_; // not, or not wholly, sent
+    RequestQueue retry_;   // to be resent, each alone; sent before waiting requests
+    RequestQueue waiting_; // not sent, or only in part
     u32 sector_shift_ = 9;
-    QueuedDevice* next_ = nullptr; // in the queue's ring of disks; nullptr: in none
+    QueuedDevice* next_ = nullptr; // ring of the queue's disks; nullptr: not in a ring
 };
 
-/// What does not depend on the transport: everything but the path of an I/O that ends well. BlockQueue is the one class
-/// that derives from it.
+/// The transport-independent part: everything except the fast path. BlockQueue is the only class that derives from it.
 class QueueCore : public Service {
   public:
     static constexpr u32 retries_at_once = 3;
     static constexpr u32 retries_later = 200;
 
     inline Executor& executor() const { return executor_; }
-    /// Takes requests from here on. `timeout`: how long the device may be silent.
+    /// Accepts requests from now on. `timeout`: how long the device may take without an answer.
     void open(Nanoseconds timeout);
-    /// Ends everything with `status`, says why, and takes no more.
+    /// Ends everything with `status`, logs `why`, and accepts no more requests.
     void close(Status status, const Error& why) { close(status, status, why); }
-    /// The same with device_gone and without a word, and out of the executor. May be opened again.
+    /// As close() with device_gone, but without logging; also removes the queue from the executor. May be reopened.
     void stop();
     inline bool is_open() const { return state_ == State::open; }
-    /// The device can no longer access anything: the slots and quarantined buffers of a closed queue come back.
+    /// The device can no longer access anything: frees the slots and quarantined buffers of a closed queue.
     void reclaim();
 
     void add(QueuedDevice& disk);
     void remove(QueuedDevice& disk);
 
-    /// Sends an exchange; what it holds belongs to the transport's own type. Error{exhausted}: no room now.
+    /// Sends an exchange, whose contents are of the transport's own type. Error{exhausted}: no room now.
     Result<void> send(Exchange& exchange);
-    /// Nobody waits for it any more; a late answer is taken silently.
+    /// Drops the waiter; a late answer is consumed silently.
     void abandon(Exchange& exchange);
     bool is_under_way(const Exchange& exchange) const {
         return slots_->has(exchange.id) && at(exchange.id).exchange == &exchange;
     }
-    /// Commands that the device has, those of requests that were given up included.
+    /// Commands held by the device, including those of abandoned requests.
     inline u32 under_way() const { return static_cast<u32>(slots_->size()); }
     inline Nanoseconds timeout() const { return timeout_; }
 
@@ -302,17 +302,17 @@ class QueueCore : public Service {
         std::string_view driver;
         u32 max_idle_events;
         Nanoseconds idle_window;
-        usize stride; // bytes from one command to the next
+        usize stride; // bytes between consecutive commands
     };
     QueueCore(Executor& executor, const Limits& limits) : executor_(executor), limits_(limits) {}
     ~QueueCore() = default;
-    /// Once: the table, and its first command.
+    /// Called once: the table, and its first command.
     void use(SlotIndex& slots, QueuedCommand* commands) {
         slots_ = &slots;
         commands_ = reinterpret_cast<std::byte*>(commands);
     }
 
-    // The transport; see BlockTransport.
+    // Implemented by the transport; see BlockTransport.
     virtual SendResult transport_send(QueuedCommand& command, u64 id) = 0;
     virtual void transport_settle() = 0;
     virtual u32 transport_events() const = 0;
@@ -328,7 +328,7 @@ class QueueCore : public Service {
     virtual Error transport_fault() = 0;
     virtual bool transport_closing(Status status) = 0;
     virtual void transport_closed(bool stopped) = 0;
-    /// Requests that found no room before; the disks take turns. True: something was sent.
+    /// Sends waiting requests, round-robin over the disks. True: something was sent.
     virtual bool pump() = 0;
 
     inline QueuedCommand& at(SlotIndex::Id id) const {
@@ -402,14 +402,14 @@ class QueueCore : public Service {
     const Limits limits_;
     State state_ = State::closed;
     Nanoseconds timeout_ = 0;
-    QueuedDevice* disks_ = nullptr; // a ring; whose turn it is to send
+    QueuedDevice* disks_ = nullptr; // a ring; its head sends next
     u32 disk_count_ = 0;
-    QueuedDevice* current_ = nullptr; // is charged for notifications and interrupts: the one that was active last
+    QueuedDevice* current_ = nullptr; // charged with notifications and interrupts: the last active disk
     u32 parked_ = 0;                  // requests in the lists of all disks
-    u32 late_writes_ = 0;             // commands with late_write
-    u64 issued_ = 0;                  // commands so far, exchanges excluded
-    u64 answered_ = 0;                // of them, those that were answered, late ones included
-    RequestQueue done_;               // have ended in this batch; complete_done() makes their waiters ready
+    u32 late_writes_ = 0;             // commands with late_write set
+    u64 issued_ = 0;                  // commands issued so far, excluding exchanges
+    u64 answered_ = 0;                // of those, answered ones, including late answers
+    RequestQueue done_;               // ended in this batch; complete_done() makes their waiters ready
     u32 idle_events_ = 0;
 
   private:
@@ -437,18 +437,18 @@ class QueueCore : public Service {
         }
     }
 
-    u32 delayed_ = 0; // commands that wait for the next tick
+    u32 delayed_ = 0; // commands waiting for the next tick
     u32 events_seen_ = 0;
     Instant idle_until_ = 0;
     bool storm_told_ = false;
-    Counters nobody_; // for what happens while no disk is there
+    Counters nobody_; // charged while there is no disk
     OldestWait oldest_;
-    OldestWait stuck_;           // of requests that wait while the device has none
-    std::optional<Bound> asked_; // since the device was asked to answer everything
-    u64 asked_issued_ = 0;       // issued_ then
+    OldestWait stuck_;           // for requests that wait while the device holds none
+    std::optional<Bound> asked_; // set when the device was asked to end all commands
+    u64 asked_issued_ = 0;       // issued_ at that time
 };
 
-/// One queue of a device, on one processor, with the disks that use it. Registered with its executor from open() to
+/// A queue of a device, on one processor, with the disks that use it. Registered with its executor from open() to
 /// stop(). All members are called on the executor's processor.
 template <class T>
 class BlockQueue : public QueueCore {
@@ -464,7 +464,7 @@ class BlockQueue : public QueueCore {
         use(table_, table_.entries());
         transport_.use(table_);
     }
-    /// What is still quarantined stays so for good: reclaim() first where the device has let go.
+    /// Buffers still quarantined stay so for good: call reclaim() first if the device can no longer access them.
     virtual ~BlockQueue() {
         stop();
         keep_quarantine(this);
@@ -530,19 +530,19 @@ class QueueDisk : public QueuedDevice {
     BlockQueue<T>& queue_;
 };
 
-// ---- the path of an I/O that ends well ----
+// ---- fast path: an I/O that succeeds ----
 
 template <class T>
 inline void BlockQueue<T>::submit(QueuedDevice& disk, Request& request) {
     if (state_ != State::open || static_cast<typename T::Disk&>(disk).removed()) [[unlikely]] {
         return complete(request, Status::device_gone);
     }
-    if (T::gathers) { // sent at the end of the turn, when its neighbours are here too
+    if (T::gathers) { // sent at the end of the turn, together with adjacent requests
         park(disk.waiting_, request);
     } else if (disk.parked()) [[unlikely]] {
         park(disk.waiting_, request);
     } else if (issue(disk, request, nullptr, false) != Issued::all) [[unlikely]] {
-        if (state_ != State::open) { // found broken just now: what was sent of it has ended
+        if (state_ != State::open) { // found broken just now: the parts already sent have ended
             if (request.pending()) {
                 complete(request, Status::protocol_error);
             }
@@ -553,8 +553,8 @@ inline void BlockQueue<T>::submit(QueuedDevice& disk, Request& request) {
     executor_.touch(*this);
 }
 
-/// Sends as much of the request as there is room for. `from`: the list that it is the head of, and leaves when all of
-/// it is sent; nullptr: none. `alone`: no neighbours are gathered.
+/// Sends as much of the request as there is room for. `from`: the list whose head it is; it is removed once fully
+/// sent; nullptr: none. `alone`: no adjacent requests are gathered.
 template <class T>
 inline BlockQueue<T>::Issued BlockQueue<T>::issue(QueuedDevice& disk, Request& request, RequestQueue* from,
                                                   bool alone) {
@@ -630,7 +630,7 @@ inline BlockQueue<T>::Issued BlockQueue<T>::issue(QueuedDevice& disk, Request& r
     }
 }
 
-/// The requests at the head of `from` that continue the command's last one, as many as the transport joins.
+/// Adds requests at the head of `from` that continue the command's last one, as many as the transport joins.
 template <class T>
 void BlockQueue<T>::gather(Command& command, RequestQueue& from)
     requires(T::gathers)
@@ -655,7 +655,7 @@ void BlockQueue<T>::gather(Command& command, RequestQueue& from)
     }
 }
 
-/// Requests that found no room before; the disks take turns. True: something was sent.
+/// Sends waiting requests, round-robin over the disks. True: something was sent.
 template <class T>
 bool BlockQueue<T>::pump() {
     bool sent = false;
@@ -718,7 +718,7 @@ bool BlockQueue<T>::drain() {
         fail(released.error());
         return true;
     }
-    if (parked_ != 0 && pump()) { // first the device, so that it works while the requests are completed
+    if (parked_ != 0 && pump()) { // the device first, so that it works while requests are completed
         executor_.touch(*this);
     }
     if (state_ == State::open) {
@@ -746,7 +746,7 @@ template <class T>
     end_command(completion.id, command, completion.status);
 }
 
-/// The device no longer has the command.
+/// Called when the device no longer holds the command.
 template <class T>
 [[gnu::always_inline]] inline void BlockQueue<T>::end_command(u64 id, Command& command, Status status) {
     const bool safe = transport_.finish(command, status);
@@ -758,7 +758,7 @@ template <class T>
         }
     }
     current_ = command.device;
-    if (command.gathered && status != Status::ok) [[unlikely]] { // it may be any one of them
+    if (command.gathered && status != Status::ok) [[unlikely]] { // any one of them may have failed
         command.first = request;
         requeue_all(command);
         table_.give(id);

@@ -1,18 +1,19 @@
-// One executor per processor: runs what is ready, then lets every queue that was touched tell its device once, then
-// takes what has come back, and only when nothing is left arms the events and halts. Interrupt handlers do no work;
-// they call Executor::raise() with the service that is to be visited. Other processors use Executor::post() and raise()
-// alone (and io::run_on, which is made of post()).
+// One executor per processor. A turn resumes the ready coroutines, flushes every touched service (at most one device
+// notification each) and drains completions. When no work is left it arms the services' events and halts. Interrupt
+// handlers do no work beyond Executor::raise() for the service to visit. Other processors may only call
+// Executor::post() and raise() (io::run_on is built on post()).
 //
-// Which services a turn visits. A service is active from add(), touch(), poll(), a raise, or a tick, until the
-// processor is about to sleep and its arm() returns false:
+// Services visited by a turn. A service becomes active by add(), touch(), poll(), raise() or a tick, and stays active
+// until the processor is about to sleep and its arm() returns false:
 //
 //   active    drain() in each turn; arm() when the processor is about to sleep
-//   passive   no call at all, until it is raised, touched or polled; tick() while wants_tick()
+//   passive   no calls until raised, touched or polled; tick() while wants_tick()
 //
-// So a turn costs as much as there is to do, however many services there are. No event is lost: one that comes before
-// arm() looks is found by arm(), which keeps the service active; one that comes later is announced by an interrupt
-// whose handler raises the service, and the wake flag that raise() sets is tested with interrupts off before the halt
-// [io.mailbox, test/model]. A lost interrupt is found by the next tick, if the service wants one: it is drained before it.
+// The cost of a turn thus depends on the pending work, not on the number of services. No event is lost: arm() finds
+// one that arrives before its check and keeps the service active; a later one raises an interrupt whose handler
+// raises the service, and the wake flag set by raise() is tested with interrupts off before the halt [io.mailbox,
+// test/model]. A lost interrupt is recovered by the next tick, if the service wants ticks: the service is drained
+// before its tick().
 export module io.executor;
 import core.std;
 import core.check;
@@ -26,10 +27,10 @@ import io.timer_heap;
 
 export namespace fl::io {
 
-/// Something that waits to be resumed. Lives in the frame of the coroutine that waits, and leaves the list that it
-/// stands in when it dies: a frame may be destroyed between the completion and the resumption.
+/// A waiter to be resumed. Lives in the frame of the waiting coroutine and unlinks itself on destruction, because a
+/// frame may be destroyed between completion and resumption.
 struct ReadyNode {
-    ReadyNode* next = nullptr; // nullptr: in no list
+    ReadyNode* next = nullptr; // nullptr: not in a list
     ReadyNode* previous = nullptr;
     std::coroutine_handle<> waiter{};
 
@@ -49,7 +50,7 @@ struct ReadyNode {
     }
 };
 
-/// Nodes in order of arrival, a ring through `head_`. Owns nothing.
+/// FIFO list of nodes, circular through `head_`. Does not own them.
 class ReadyList {
   public:
     ReadyList() { head_.next = head_.previous = &head_; }
@@ -62,7 +63,7 @@ class ReadyList {
     }
 
     inline bool empty() const { return head_.next == &head_; }
-    /// At the end; a node that is in a list already stays where it is.
+    /// Appends the node; no effect if it is already in a list.
     inline void push(ReadyNode& node) {
         if (!node.queued()) [[likely]] {
             node.next = &head_;
@@ -79,7 +80,7 @@ class ReadyList {
         node->unlink();
         return node;
     }
-    /// Takes over everything from `other`; this list is empty before.
+    /// Moves all nodes from `other` to this list, which must be empty.
     inline void take_all(ReadyList& other) {
         if (!other.empty()) {
             head_.next = other.head_.next;
@@ -95,31 +96,30 @@ class ReadyList {
 
 class Executor;
 
-/// A hardware queue, an event channel: what the executor looks after. Owned by its driver, registered with
-/// Executor::add. All members are called on the executor's own processor, never from an interrupt handler. Order of a
-/// turn, for an active service: flush (only if touched), drain, tick (when time has passed), arm (only when about to
-/// sleep).
+/// An event source served by the executor: a hardware queue, an event channel. Owned by its driver, registered with
+/// Executor::add. All members are called on the executor's own processor, never from an interrupt handler. Order
+/// within a turn, for an active service: flush (only if touched), drain, tick (when due), arm (only before sleeping).
 class Service {
   public:
     Service() = default;
     Service(const Service&) = delete;
     Service& operator=(const Service&) = delete;
 
-    /// Publish everything that was queued in this turn and notify the other side at most once.
+    /// Publishes everything queued in this turn and notifies the device at most once.
     virtual void flush() {}
-    /// Take completions that are there; true when at least one was taken.
+    /// Takes available completions; returns true if at least one was taken.
     virtual bool drain() = 0;
-    /// Ask for an event when the next completion comes and look once more; true when one is there already (then the
-    /// processor does not sleep, and drain() is called). After a false it is not called again before the service has
-    /// been raised, touched, polled or ticked: what changes an answer of false without any of these calls
+    /// Enables an event for the next completion, then checks once more; returns true if one is already available (the
+    /// processor then does not sleep, and drain() is called). After returning false it is not called again until the
+    /// service is raised, touched, polled or ticked: any other change that would make it return true must call
     /// Executor::poll().
     virtual bool arm() { return false; }
-    /// Look for what takes too long. Called about every Executor::tick_length of machine time while the executor runs
-    /// and wants_tick(), and once more after wants_tick() has become false.
+    /// Checks timeouts. Called about every Executor::tick_length of machine time while the executor runs and
+    /// wants_tick(), and once more after wants_tick() has become false.
     virtual void tick(Instant now) { static_cast<void>(now); }
-    /// Whether anything can expire: a request is under way, a reset. Asked after arm() has returned false and in a
-    /// tick; what makes it true at any other time calls Executor::poll(). While no service wants a tick and no bounded
-    /// wait is pending the processor sleeps until an interrupt or a timer.
+    /// Whether anything can time out: a request under way, a reset. Evaluated after arm() has returned false and in
+    /// each tick; a change to true at any other time must call Executor::poll(). While no service wants a tick and no
+    /// bounded wait is pending the processor sleeps until an interrupt or a timer.
     virtual bool wants_tick() const { return true; }
 
   protected:
@@ -128,43 +128,42 @@ class Service {
   private:
     friend class Executor;
     friend class RaisedList<Service>;
-    Service* next_ = nullptr; // all services of the executor
+    Service* next_ = nullptr; // list of all services of the executor
     Service* next_active_ = nullptr;
     Service* next_ticking_ = nullptr;
     Service* next_touched_ = nullptr;
-    bool active_ = false;  // in the list of active ones
-    bool ticking_ = false; // in the list of those that the next tick visits
+    bool active_ = false;  // in the list of active services
+    bool ticking_ = false; // in the list of services for the next tick
     bool touched_ = false;
     StdAtomics::Cell<bool, MailboxCell::raised> raised{true}; // RaisedList
     Service* next_raised = nullptr;
 };
 
-/// What the executor needs from the processor, in elapsed time. `now` is the same clock on every processor. `idle`
-/// sleeps until an interrupt, or about `until`, whichever is first, unless `wake` is set; it must test `wake` and sleep
-/// without a gap (sti; hlt). Host tests give a clock that jumps.
+/// What the executor needs from the processor, in elapsed time. `now` reads a clock common to all processors. `idle`
+/// sleeps until an interrupt or about `until`, whichever is first; it returns at once if `wake` is set, and must test
+/// `wake` and halt atomically with respect to interrupts (sti; hlt). Host tests supply a simulated clock.
 struct Platform {
     void* context = nullptr;
     Instant (*now)(void* context) = nullptr;
     void (*idle)(void* context, Instant until, const std::atomic<bool>& wake) = nullptr;
-    /// Ends the idle() of this platform's processor, called on another one; absent where there is no other.
+    /// Called on another processor to end this platform's idle(); nullptr on a uniprocessor.
     void (*kick)(void* context) = nullptr;
-    /// The longest turn, machine time; 0: no bound. Looked at in builds with checks [core.check].
+    /// Maximum duration of a turn, in machine time; 0: unlimited. Checked in debug builds only [core.check].
     Nanoseconds turn_budget = 0;
 };
 
-/// A task of another processor that runs on this executor; `evict` destroys it when the executor stops serving, and is
-/// called at most once.
+/// A remote task running on this executor. `evict` destroys it when the executor stops serving; called at most once.
 struct RemoteTask {
     RemoteTask* next_remote = nullptr;
     void (*evict)(RemoteTask& self) = nullptr;
 };
 
-/// Work for an executor from elsewhere. Owned by whoever posts it, and must live until `run` is called (or withdraw()
-/// has been); `run` may end its life. Only light work: a handler, say, that makes a node ready.
+/// Work submitted to an executor from elsewhere. Owned by its poster, and must live until `run` is called (or until
+/// withdraw()); `run` may destroy it. For short work only, such as making a node ready.
 struct Post {
     Post* next = nullptr;
     void (*run)(Post& self) = nullptr;
-    // also run while that processor waits for an answer of another one (run_urgent): never more than freeing
+    // also run while that processor waits for another one (run_urgent); must do no more than free memory
     bool urgent = false;
 };
 
@@ -172,20 +171,20 @@ class Executor {
   public:
     static constexpr Nanoseconds tick_length = 10'000'000;
 
-    /// For one processor: everything but raise(), wake() and post() is called there alone, as soon as it runs.
+    /// Serves one processor: once that runs, only raise(), wake() and post() may be called from another one.
     explicit Executor(Platform platform, u32 processor = 0) : platform_(platform), processor_(processor) {
         RaisedList<Service>::attach(everything_);
     }
     Executor(const Executor&) = delete;
     Executor& operator=(const Executor&) = delete;
 
-    /// Active from here on. A service belongs to one executor at a time.
+    /// Registers the service as active. A service belongs to one executor at a time.
     void add(Service& service);
-    /// Also from inside a call of this or of another service (but not of arm()). Until it returns raise() may go on
-    /// elsewhere; afterwards it does nothing, as long as the service lives. Waits for a raise() that is under way on
-    /// another processor: a few instructions.
+    /// May be called from inside a call of this or another service, but not from arm(). A concurrent raise()
+    /// elsewhere is allowed until this returns; a later one has no effect, as long as the service exists. Spins for a
+    /// few instructions if another processor is inside raise().
     void remove(Service& service);
-    /// flush() of this service is due at the end of the turn, and drain() after it.
+    /// Schedules flush() of this service for the end of the turn, and drain() after it.
     inline void touch(Service& service) {
         check_processor();
         if (!service.touched_) {
@@ -195,30 +194,30 @@ class Executor {
         }
         activate(service);
     }
-    /// Active from this turn on, with nothing to publish: for a service whose arm() or wants_tick() would answer
-    /// differently now.
+    /// Makes the service active without scheduling a flush(): for when its arm() or wants_tick() result has changed.
     inline void poll(Service& service) {
         check_processor();
         activate(service);
     }
-    /// The node's waiter is resumed in the next turn, once, however often this is called before.
+    /// Resumes the node's waiter in the next turn, once, even if called several times before.
     inline void make_ready(ReadyNode& node) {
         check_processor();
         ready_.push(node);
     }
-    /// From an interrupt handler, or another processor: something has happened for this service; do not sleep. It is
-    /// active from the turn that follows, whose drain() sees what was written before (io.mailbox has the orderings).
-    /// Lock-free. The service lives and has been add()ed here; after remove() this does nothing.
+    /// Reports an event for this service from an interrupt handler or another processor, and prevents sleep. The
+    /// service is active from the following turn on, whose drain() sees all earlier writes (orderings: io.mailbox).
+    /// Lock-free. The service must exist and have been add()ed here; after remove() this has no effect.
     inline void raise(Service& service) {
         if (raised_.add(service)) {
             wake_up();
         }
     }
-    /// The same for every service of this executor, where it is not known which one or how many there are; and for a
-    /// condition that the loop tests between turns (serve(), run()): it is tested again before the processor sleeps.
+    /// raise() for every service of this executor: for when the service is unknown, and for a condition that the loop
+    /// tests between turns (serve(), run()), which is tested once more before the processor sleeps.
     void wake() { raise(everything_); }
-    /// From anywhere: post.run(post) is called on this executor's processor at the beginning of a turn, in order of
-    /// arrival. Lock-free; allocates nothing. False: it has stopped serving, and `run` will never be called.
+    /// Callable from any processor: post.run(post) is called on this executor's processor at the beginning of a turn,
+    /// in FIFO order. Lock-free; allocates nothing. False: the executor has stopped serving, and `run` will never be
+    /// called.
     [[nodiscard]] bool post(Post& post) {
         if (!mailbox_.push(post)) {
             return false;
@@ -226,7 +225,7 @@ class Executor {
         wake_up();
         return true;
     }
-    /// On the executor's processor: takes back what was posted to it and has not been run. False: it is not there.
+    /// On the executor's processor: cancels a post that has not run yet. False: it is not queued.
     bool withdraw(Post& post);
     /// On the executor's processor: adds or removes a task that is destroyed when the executor stops serving.
     void add_remote(RemoteTask& task);
@@ -234,25 +233,25 @@ class Executor {
     /// On the executor's processor, while it waits for another one inside a turn: runs the urgent posts; the others
     /// wait for the next turn.
     void run_urgent();
-    /// Once, before another processor knows of this executor.
+    /// Call once, before another processor has access to this executor.
     void set_kick(void (*kick)(void* context)) { platform_.kick = kick; }
     u32 processor() const { return processor_; }
-    /// The executor that runs on the calling processor just now; nullptr: none.
+    /// The executor running on the calling processor; nullptr: none.
     static Executor* current();
-    /// Machine time [core.time], on this executor's processor alone: it means nothing on another one, so what crosses
-    /// is a length. Bounds, timers, sleeps and ticks are in it.
+    /// Machine time [core.time] of this executor's processor. Not comparable between processors: pass durations, not
+    /// instants. Bounds, timers, sleeps and ticks use it.
     inline Instant now() { return clock_.read(platform_.now(platform_.context)); }
-    /// The machine time at the beginning of this turn; cheap.
+    /// Machine time at the beginning of this turn; cheap.
     inline Instant turn_time() const { return turn_time_; }
-    /// What the clock shows, stops of the machine included: for measuring, from any processor and comparable between
-    /// them.
+    /// Elapsed time, including time during which the machine was stopped: for measurements. Callable from any
+    /// processor, and comparable between processors.
     Instant elapsed() const { return platform_.now(platform_.context); }
-    /// Machine time at the end of the last stop of the machine that this executor has noticed; 0: none.
+    /// Machine time at the end of the last machine stop noticed by this executor; 0: none.
     Instant resumed_at() const { return clock_.resumed_at(); }
-    /// When a wait of `length` that began at `begun` is over [Bound].
+    /// When a wait of `length` that began at `begun` expires [Bound].
     Instant end_of_bound(Instant begun, Nanoseconds length) const { return clock_.end_of_bound(begun, length); }
 
-    /// Runs until the task has finished and gives its value. Not reentrant.
+    /// Runs until the task has finished and returns its value. Not reentrant.
     template <class T>
     T run(Task<T> task) {
         std::optional<T> value;
@@ -263,7 +262,7 @@ class Executor {
         ReadyNode first(root.handle);
         make_ready(first);
         Executor* const before = enter(this);
-        clock_.rest_until(never); // whatever was done since the last loop is no stop
+        clock_.rest_until(never); // time since the last loop is not a machine stop
         while (!value) {
             step();
         }
@@ -271,8 +270,9 @@ class Executor {
         root.handle.destroy();
         return std::move(*value);
     }
-    /// For a processor whose work comes by posts: turns until `stop` is set; then what is posted is refused, what has
-    /// been posted is run, and every task is evicted. Once. Whoever sets `stop` (release) calls wake() afterwards.
+    /// Main loop of a processor that gets its work by posts: turns until `stop` is set, then refuses further posts,
+    /// runs those already queued, and evicts every task. Call once. The setter of `stop` (release) must call wake()
+    /// afterwards.
     void serve(const std::atomic<bool>& stop);
     /// One turn of the loop; for tests and for callers with a loop of their own.
     void turn() {
@@ -299,21 +299,21 @@ class Executor {
         return Awaiter{*this, after(now(), length)};
     }
 
-    /// Lives with its owner, who cancels it before it dies. When due it is made ready; of several that are due at the
-    /// same time the one that was started first. Starting and cancelling allocate nothing and take O(log n) comparisons
-    /// on average [io.timer_heap].
+    /// Lives with its owner, which must cancel it before destroying it. Made ready when due; timers due at the same
+    /// time expire in order of start. Starting and cancelling allocate nothing and take O(log n) comparisons on
+    /// average [io.timer_heap].
     struct Timer : ReadyNode, HeapLinks<Timer> {
         Instant due = never;
-        Instant begun = 0;      // of a bound on the other side [Bound], which a stop of the machine lengthens:
-        Nanoseconds length = 0; // its length; 0: it is none, and is due when it is due
-        u64 number = 0;         // in order of start
+        Instant begun = 0;      // start of a bound [Bound], which a machine stop extends
+        Nanoseconds length = 0; // length of the bound; 0: not a bound, `due` is final
+        u64 number = 0;         // start order
         bool pending = false;
     };
     void start(Timer& timer);
     void cancel(Timer& timer);
 
     u64 turns() const { return turns_; }
-    /// How often the processor went to sleep.
+    /// Number of times the processor went to sleep.
     u64 idles() const { return idles_; }
 
   private:
@@ -331,9 +331,9 @@ class Executor {
     template <class T>
     static Root drive(Executor& executor, Task<T> task, std::optional<T>& value) {
         value.emplace(co_await std::move(task));
-        executor.mailbox_.raise(); // run() returns after this turn: it must not end in a sleep
+        executor.mailbox_.raise(); // run() returns after this turn, so it must not sleep
     }
-    /// Makes it the calling processor's current one; gives the one before.
+    /// Makes it the calling processor's current executor; returns the previous one.
     static Executor* enter(Executor* executor);
     void step();
     void collect(Post* posts);
@@ -367,7 +367,7 @@ class Executor {
             return a.due != b.due ? a.due < b.due : a.number < b.number;
         }
     };
-    /// What wake() raises: take_raised() makes every service active instead.
+    /// The service raised by wake(): take_raised() then activates every service.
     struct Everything final : Service {
         bool drain() override { return false; }
     };
@@ -378,19 +378,19 @@ class Executor {
     ReadyList ready_;
     Service* services_ = nullptr;
     Service* active_ = nullptr;
-    Service* ticking_ = nullptr; // those that the next tick visits
+    Service* ticking_ = nullptr; // services for the next tick
     Service* touched_ = nullptr;
-    Service* following_ = nullptr; // the next one to be visited, while a loop over active ones is under way
+    Service* following_ = nullptr; // next service to visit while iterating over the active list
     PairingHeap<Timer, TimerBefore> timers_;
     u64 timers_started_ = 0;
     u32 bounds_pending_ = 0; // timers that are bounds [Bound]
     Instant turn_time_ = 0;
     Instant next_tick_ = 0;
-    Instant renewed_at_ = 0; // resumed_at() when the timers were last looked at for it
-    u32 told_stops_ = 0;     // long stops that the log has a line of
+    Instant renewed_at_ = 0; // resumed_at() when the timers were last updated for it
+    u32 told_stops_ = 0;     // long machine stops already logged
     u64 turns_ = 0;
     u64 idles_ = 0;
-    Post* posts_ = nullptr; // out of the mailbox and not run yet, oldest first
+    Post* posts_ = nullptr; // taken from the mailbox but not yet run, oldest first
     Post** posts_end_ = &posts_;
     RemoteTask* remote_tasks_ = nullptr;
     bool closed_ = false;
@@ -399,22 +399,22 @@ class Executor {
     Everything everything_;
 };
 
-/// Which service an event source raises, where the source lives longer than the service and does not know it: the event
-/// flag of a channel, for example. One writer at a time; whoever writes next is ordered after the last one.
+/// The service to be raised by an event source that outlives it, for example a channel's event flag. One writer at a
+/// time; successive writers must be ordered with each other.
 class Listener {
   public:
-    /// On the executor's processor, or before the service is add()ed.
+    /// On the executor's processor, or before add() of the service.
     void set(Executor& executor, Service& service) {
-        // Release, both: partners are the acquires in load(). A reader that sees this service sees also the clear()
-        // before it, and so notices that the executor that it has read is an earlier listener's.
+        // Both stores release, pairing with the acquire loads in load(). A reader that sees this service also sees
+        // the preceding clear(), and so detects that the executor it read belongs to an earlier listener.
         service_.store(&service, std::memory_order_release);
         executor_.store(&executor, std::memory_order_release);
     }
-    /// On that processor, before the service dies; or on another one that keeps the service alive.
+    /// On that processor before the service is destroyed, or on another one that keeps the service alive.
     void clear() { executor_.store(nullptr, std::memory_order_relaxed); }
-    /// Relaxed: for the writer.
+    /// Relaxed: for the writer only.
     bool is_set() const { return executor_.load(std::memory_order_relaxed) != nullptr; }
-    /// In a handler on the processor of `here`. False: no service of that executor listens.
+    /// For a handler on the processor of `here`. False: no service of that executor listens.
     inline bool raise_on(Executor& here) {
         Service* const service = load(&here);
         if (service == nullptr) {
@@ -423,7 +423,7 @@ class Listener {
         here.raise(*service);
         return true;
     }
-    /// On any processor that keeps the service alive.
+    /// Callable on any processor that keeps the service alive.
     void raise() {
         Executor* const executor = executor_.load(std::memory_order_relaxed);
         if (Service* const service = executor != nullptr ? load(executor) : nullptr; service != nullptr) {
@@ -432,13 +432,13 @@ class Listener {
     }
 
   private:
-    /// The service, if it is this executor's; otherwise nullptr.
+    /// The service if it belongs to this executor, else nullptr.
     inline Service* load(const Executor* executor) const {
         if (executor_.load(std::memory_order_acquire) != executor) {
             return nullptr;
         }
         Service* const service = service_.load(std::memory_order_acquire);
-        // Relaxed: the acquire above orders it. Different: set() came between the two loads.
+        // Relaxed: ordered by the acquire above. A different value means that set() ran between the two loads.
         return executor_.load(std::memory_order_relaxed) == executor ? service : nullptr;
     }
 
@@ -446,16 +446,16 @@ class Listener {
     std::atomic<Service*> service_{nullptr};
 };
 
-/// How long the other side (a host, a device, another processor) may take, from now on: in machine time of one
-/// executor, and all of it anew when the machine was stopped meanwhile, since the other side may have been stopped as
-/// well, or have begun anew. Stops make it at most twice as long.
+/// A timeout for an answer of a host, a device or another processor, starting now: in machine time of one executor,
+/// restarted in full when the machine was stopped meanwhile, because the peer may have been stopped or restarted as
+/// well. Stops extend it to at most twice its length.
 class Bound {
   public:
     Bound(Executor& executor, Nanoseconds length) : executor_(&executor), begun_(executor.now()), length_(length) {}
 
     bool passed() const { return executor_->now() >= due(); }
     bool passed(Instant now) const { return now >= due(); }
-    /// As things stand: a stop may still move it.
+    /// The current deadline: a machine stop may still move it.
     Instant due() const { return executor_->end_of_bound(begun_, length_); }
     Nanoseconds length() const { return length_; }
     const Executor& executor() const { return *executor_; }
@@ -471,14 +471,14 @@ class Bound {
     Nanoseconds length_;
 };
 
-/// An event that interrupt handlers raise and one coroutine waits for, with a bound. Raises that nobody waits for are
-/// kept (once).
+/// An event raised by interrupt handlers and awaited by one coroutine, with a bound. A raise without a waiter is
+/// latched; further ones are merged with it.
 class Signal final : public Service {
   public:
     explicit Signal(Executor& executor) : executor_(executor) { executor_.add(*this); }
     ~Signal() { executor_.remove(*this); }
 
-    /// From anywhere, interrupt handlers included. Release: pairs with the acquire exchange in drain().
+    /// Callable from anywhere, including interrupt handlers. Release: pairs with the acquire exchange in drain().
     void raise() {
         raised_.store(true, std::memory_order_release);
         executor_.raise(*this);
@@ -517,10 +517,10 @@ class Signal final : public Service {
         Signal& signal_;
         bool by_signal_ = false;
     };
-    /// co_await signal.wait(bound) -> true: raised; false: the bound passed first. One waiter at a time, from its wait
-    /// to its resumption; a second one is a panic.
+    /// co_await signal.wait(bound) -> true: raised; false: the bound expired first. One waiter at a time, from its
+    /// wait to its resumption; a second one causes a panic.
     Wait wait(const Bound& bound) { return {*this, bound}; }
-    /// Without a bound: for what need not come.
+    /// Without a bound: for events that may never occur.
     Wait wait() { return Wait(*this); }
     bool drain() override;
     bool arm() override {
@@ -530,13 +530,13 @@ class Signal final : public Service {
 
   private:
     Executor& executor_;
-    Wait* waiting_ = nullptr; // from its wait to its resumption
+    Wait* waiting_ = nullptr; // from wait to resumption
     std::atomic<bool> raised_{false};
 };
 
-/// Starts tasks side by side and waits for all of them: group.spawn(…) up to any number, then co_await group.join().
-/// The group owns its tasks: those that have not finished when it dies are destroyed, with all they wait for. The first
-/// error is kept.
+/// Runs tasks concurrently and waits for all of them: group.spawn(…) any number of times, then co_await group.join().
+/// The group owns its tasks: on destruction, unfinished ones are destroyed together with everything they wait for.
+/// The first error is kept.
 class TaskGroup {
   public:
     explicit TaskGroup(Executor& executor) : executor_(executor) {}
@@ -544,7 +544,7 @@ class TaskGroup {
     TaskGroup& operator=(const TaskGroup&) = delete;
     ~TaskGroup();
 
-    /// Queues the task; it runs when the executor next takes what is ready. Error{exhausted}: no frame.
+    /// Queues the task; it runs when the executor next resumes ready coroutines. Error{exhausted}: no frame available.
     Result<void> spawn(Task<Result<void>> task);
     auto join() {
         struct Awaiter {
@@ -554,7 +554,7 @@ class TaskGroup {
             Awaiter(const Awaiter&) = delete;
             Awaiter& operator=(const Awaiter&) = delete;
             ~Awaiter() {
-                if (waiting && group.joiner_.waiter == waiting) { // destroyed while it waited
+                if (waiting && group.joiner_.waiter == waiting) { // destroyed while waiting
                     group.joiner_.unlink();
                     group.joiner_.waiter = {};
                 }
@@ -579,7 +579,7 @@ class TaskGroup {
     struct Member {
         struct promise_type : PoolAllocated, ReadyNode {
             promise_type* next_member = nullptr;
-            promise_type** link = nullptr; // what points to us; nullptr: in no group
+            promise_type** link = nullptr; // the pointer to this node; nullptr: not in a group
             ~promise_type() { leave(); }
             void leave() {
                 if (link != nullptr) {

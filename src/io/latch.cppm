@@ -1,5 +1,5 @@
-// One coroutine waits, with a bound; other code on the executor's processor opens. For what is decided in
-// Service::drain, not in an interrupt.
+// One coroutine waits, with a bound; other code on the executor's processor opens the latch. For conditions detected
+// in Service::drain, not in an interrupt handler.
 export module io.latch;
 import core.std;
 import core.panic;
@@ -8,26 +8,25 @@ import io.executor;
 
 export namespace fl::io {
 
-/// Not usable without an executor; an object that gets its executor later constructs its latch then
-/// (std::optional::emplace).
+/// Needs an executor; an object that gets its executor later constructs its latch then (std::optional::emplace).
 class Latch {
   public:
     explicit Latch(Executor& executor) : executor_(executor) {}
     Latch(const Latch&) = delete;
     Latch& operator=(const Latch&) = delete;
 
-    /// Wakes the waiter, or the next one to come. Not from an interrupt handler.
+    /// Wakes the current waiter, or else the next one. Not from an interrupt handler.
     void open() {
         open_ = true;
         if (waiting_ != nullptr && waiting_->pending) {
             executor_.cancel(*waiting_);
             executor_.make_ready(*waiting_);
-        } // else its bound, or an open() before this one, has made it ready already
+        } // else already made ready by its bound or an earlier open()
     }
     void close() { open_ = false; }
     bool is_open() const { return open_; }
     bool awaited() const { return waiting_ != nullptr; }
-    /// A coroutine waits, with a bound.
+    /// A coroutine waits with a bound.
     bool awaited_with_bound() const { return waiting_ != nullptr && waiting_->length != 0; }
 
     class [[nodiscard]] Wait : Executor::Timer {
@@ -67,18 +66,18 @@ class Latch {
         friend class Latch;
         Latch& latch_;
     };
-    /// co_await latch.wait(bound) -> true: it was open, and is closed again; false: the bound passed first. One waiter
-    /// at a time, from its wait to its resumption; a second one is a panic.
+    /// co_await latch.wait(bound) -> true: the latch was open and is now closed; false: the bound expired first. One
+    /// waiter at a time, from its wait to its resumption; a second one causes a panic.
     Wait wait(const Bound& bound) { return {*this, bound}; }
-    /// Without a bound: for what need not come.
+    /// Without a bound: for events that may never occur.
     Wait wait() { return Wait(*this); }
-    /// Until `instant` of the executor's machine time at the latest: for what is done at intervals, when nobody is late
-    /// if nothing comes. A stop of the machine does not lengthen it.
+    /// Waits at most until `instant` of the executor's machine time: for periodic work, where expiry is normal. A
+    /// machine stop does not extend it.
     Wait wait_until(Instant instant) { return Wait(*this, instant); }
 
   private:
     Executor& executor_;
-    Wait* waiting_ = nullptr; // from its wait to its resumption
+    Wait* waiting_ = nullptr; // from wait to resumption
     bool open_ = false;
 };
 

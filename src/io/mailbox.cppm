@@ -1,6 +1,6 @@
-// What other processors and interrupt handlers share with an executor: a list of posts that any processor adds to, a
-// list of the services that were raised, the flag that says "look again", and the rule by which a processor that may
-// halt is kicked. Generic over its atomics, so that test/model runs the very code under a model of memory.
+// State that other processors and interrupt handlers share with an executor: a list of posts that any processor
+// appends to, a list of raised services, the wake flag, and the protocol for kicking a processor that may halt.
+// Generic over its atomics, so that test/model runs the same code under a memory model.
 //
 //   atomic   ordering         written by                        read by                        orders
 //   head_    release/acquire  push() on any processor           take_all(), close() on owner   the post and its link
@@ -12,14 +12,14 @@
 //                             lower(), detach() on owner                                       reuse of next_raised
 //   RaisedList::head_         as head_
 //
-// wake_ and raised are set by exchanges and not by stores: an exchange continues the release sequence of the one
-// before it, so the owner that reads the last of several raises sees what came before all of them.
+// wake_ and raised are set by exchanges, not stores: an exchange continues the release sequence of the previous one,
+// so the owner that reads the last of several raises sees the writes before all of them.
 export module io.mailbox;
 import core.std;
 
 export namespace fl::io {
 
-/// Which atomic; the model takes the orderings of one away at a time.
+/// Identifies an atomic; the model weakens the orderings of one at a time.
 enum class MailboxCell : u8 { head, wake, asleep, raised, raised_head };
 
 struct StdAtomics {
@@ -27,12 +27,13 @@ struct StdAtomics {
     using Cell = std::atomic<T>;
 };
 
-/// Node: has a member `next`, a pointer to Node that belongs to the mailbox from push() to take_all().
+/// Node: has a member `next`, a pointer to Node, which the mailbox owns from push() to take_all().
 template <class Node, class Atomics = StdAtomics>
 class BasicMailbox {
   public:
-    /// Any processor. The node must live until the owner has it out of take_all() or close(). A wake-up is the caller's
-    /// part: raise() or raise_from_elsewhere() after it. False: the mailbox is closed, and nobody has the node.
+    /// Callable on any processor. The node must live until the owner has received it from take_all() or close(). The
+    /// caller must then wake the owner: raise() or raise_from_elsewhere(). False: the mailbox is closed and the node
+    /// was not added.
     [[nodiscard]] bool push(Node& node) {
         Node* first = head_.load(std::memory_order_relaxed);
         do {
@@ -40,56 +41,55 @@ class BasicMailbox {
                 return false;
             }
             node.next = first;
-            // Release: partner is the acquire in take_all() and close(). A failed exchange reads nothing but the
-            // pointer.
+            // Release: pairs with the acquire in take_all() and close(). A failed exchange reads only the pointer.
         } while (!head_.compare_exchange_weak(first, &node, std::memory_order_release, std::memory_order_relaxed));
         return true;
     }
-    /// The owner: everything that is there, in order of arrival, linked by `next`. Not after close().
+    /// Owner only: all queued nodes in FIFO order, linked by `next`. Not after close().
     Node* take_all() { return take(nullptr); }
-    /// The owner, once: everything that is there, and from here on push() is refused.
+    /// Owner only, once: all queued nodes; later push() calls fail.
     Node* close() { return take(closed()); }
 
-    /// From a handler on the owner's processor, or from the owner itself. Release: partner is the acquire in clear().
+    /// From a handler on the owner's processor, or from the owner itself. Release: pairs with the acquire in clear().
     void raise() { wake_.exchange(true, std::memory_order_release); }
-    /// From another processor. True: the owner may be halting and must be kicked. See the table above for the two
-    /// seq_cst.
+    /// From another processor. True: the owner may be halting and must be kicked. For the seq_cst pair see the table
+    /// above.
     bool raise_from_elsewhere() {
         wake_.exchange(true, std::memory_order_seq_cst);
         return asleep_.load(std::memory_order_seq_cst);
     }
-    /// The owner, before it looks at everything: true when something was raised since the last time. What is raised
-    /// from here on is either seen by what follows or left for the next time.
+    /// Owner only, before it checks all sources: true if raise() was called since the last clear(). A later raise is
+    /// either seen by those checks or left for the next clear().
     bool clear() {
         if (!wake_.load(std::memory_order_relaxed)) {
             return false;
         }
-        // An exchange, not a store: it reads the latest raise, and acquire orders everything before that raise.
+        // An exchange, not a store: it reads the latest raise, and its acquire orders all writes before that raise.
         wake_.exchange(false, std::memory_order_acquire);
         return true;
     }
-    /// Relaxed: nothing is read on the strength of it.
+    /// Relaxed: orders no other data.
     bool raised() const { return wake_.load(std::memory_order_relaxed); }
-    /// The owner, before it halts: false when something was raised. From a true on, others kick.
+    /// Owner only, before halting: false if something was raised. Once it returns true, other processors kick.
     bool falls_asleep() {
         asleep_.store(true, std::memory_order_seq_cst);
         return !wake_.load(std::memory_order_seq_cst);
     }
-    /// Relaxed: a stale `asleep` costs a kick for nothing.
+    /// Relaxed: a stale `asleep` only costs a needless kick.
     void woke() { asleep_.store(false, std::memory_order_relaxed); }
 
     const typename Atomics::template Cell<bool, MailboxCell::wake>& wake_flag() const { return wake_; }
 
   private:
-    // No node: an address that none of them can have.
+    // Marks a closed list: an address that no node can have.
     Node* closed() { return reinterpret_cast<Node*>(this); }
     Node* take(Node* left) {
-        // Empty as a rule: then a load is enough, since a push that came before the raise that brought us here is seen.
+        // Usually empty: then a load suffices, because a push before the raise that led here is visible.
         if (left == nullptr && head_.load(std::memory_order_relaxed) == nullptr) {
             return nullptr;
         }
-        // The list is taken as a whole, so an address that comes back (ABA) does no harm. Acquire: partner is the
-        // release in push(); each exchange continues the release sequence of those before it.
+        // The whole list is taken at once, so ABA is harmless. Acquire: pairs with the release in push(); each
+        // exchange continues the release sequence of the previous ones.
         Node* newest = head_.exchange(left, std::memory_order_acquire);
         Node* oldest = nullptr;
         while (newest != nullptr) {
@@ -106,41 +106,41 @@ class BasicMailbox {
     typename Atomics::template Cell<bool, MailboxCell::asleep> asleep_{false};
 };
 
-/// The nodes that were raised since the owner last took them. Node has two members that belong to this list: `raised`,
-/// a Cell<bool, MailboxCell::raised> that begins as true, and `next_raised`, a pointer to Node.
+/// Nodes raised since the owner last took them. Node has two members owned by this list: `raised`, a Cell<bool,
+/// MailboxCell::raised> with initial value true, and `next_raised`, a pointer to Node.
 ///
 ///   raised  node is                        add()              next
 ///   true    detached                       does nothing       attach() → false
 ///   false   attached, nothing happened     adds it → true     detach() → true
 ///   true    in the list, or being added    does nothing       lower() → false; detach() → true
 ///
-/// A node that is raised again before lower() is not added twice: the drain that follows lower() sees what came before
-/// both. After lower() it is added again. So nothing that happens before add() is missed by the last drain.
+/// A node raised again before lower() is not added twice: the drain after lower() sees the writes before both. After
+/// lower() it is added anew. Thus the last drain misses nothing that happened before add().
 template <class Node, class Atomics = StdAtomics>
 class RaisedList {
   public:
-    /// Any processor and handler, while the node lives. True: the caller now raises the wake flag (BasicMailbox::raise).
-    /// False: whoever added it does, or nobody attends to the node.
+    /// Any processor or handler, while the node exists. True: the caller must raise the wake flag
+    /// (BasicMailbox::raise). False: the processor that added it does so, or the node is detached.
     bool add(Node& node) {
-        // Release: partner is the acquire in lower(), so that the drain sees what came before. Acquire: partner is the
-        // release in lower(), so that the link is read there before it is written here.
+        // Release: pairs with the acquire in lower(), so that the drain sees earlier writes. Acquire: pairs with the
+        // release in lower(), so that the link is read there before it is overwritten here.
         if (node.raised.exchange(true, std::memory_order_acq_rel)) {
             return false;
         }
         Node* first = head_.load(std::memory_order_relaxed);
         do {
             node.next_raised = first;
-            // Release: partner is the acquire in take_all().
+            // Release: pairs with the acquire in take_all().
         } while (!head_.compare_exchange_weak(first, &node, std::memory_order_release, std::memory_order_relaxed));
         return true;
     }
-    /// The owner, after BasicMailbox::clear(): everything that was added, in order of arrival, linked by next_raised. It
-    /// reads a node's link and calls lower() before it looks at what the node stands for.
+    /// Owner only, after BasicMailbox::clear(): all added nodes in FIFO order, linked by next_raised. The owner must
+    /// read a node's link and call lower() before it checks the node's event source.
     Node* take_all() {
         if (head_.load(std::memory_order_relaxed) == nullptr) { // as in BasicMailbox::take_all()
             return nullptr;
         }
-        Node* newest = head_.exchange(nullptr, std::memory_order_acquire); // acquire: partner is the release in add()
+        Node* newest = head_.exchange(nullptr, std::memory_order_acquire); // pairs with the release in add()
         Node* oldest = nullptr;
         while (newest != nullptr) {
             Node* older = newest->next_raised;
@@ -150,12 +150,12 @@ class RaisedList {
         }
         return oldest;
     }
-    /// The owner: the node may be added again. See add() for acquire and release.
+    /// Owner only: allows the node to be added again. For acquire and release see add().
     static void lower(Node& node) { node.raised.exchange(false, std::memory_order_acq_rel); }
-    /// The owner: from here on the node may be added.
+    /// Owner only: allows the node to be added.
     static void attach(Node& node) { node.raised.exchange(false, std::memory_order_acq_rel); }
-    /// The owner, on a node that is attached: it is not added from here on. True: it is in the list, or a processor is
-    /// about to add it: the owner calls take_all() until it comes.
+    /// Owner only, on an attached node: prevents further additions. True: it is in the list, or another processor is
+    /// about to add it: the owner must call take_all() until the node appears.
     [[nodiscard]] static bool detach(Node& node) { return node.raised.exchange(true, std::memory_order_acq_rel); }
 
   private:

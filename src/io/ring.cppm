@@ -1,18 +1,18 @@
-// The ring layer: what Xen's shared ring, a VMBus byte ring, the two rings of a split virtqueue and the queues of NVMe
-// have in common. Positions and their validation, the order of the accesses to shared memory, and the rule that says
-// when to notify. Wire formats, doorbells and grants belong to the transports; docs/ring.md shows how each of them
-// fits. A packed virtqueue does not fit and has a type of its own, io.ring.packed.
+// The ring layer, common to Xen's shared ring, VMBus byte rings, the two rings of a split virtqueue and NVMe queues:
+// positions and their validation, the ordering of accesses to shared memory, and the rule for notifications. Wire
+// formats, doorbells and grants belong to the transports; docs/ring.md describes how each of them maps. A packed
+// virtqueue does not fit and has its own type, io.ring.packed.
 //
-// A ring has one producer and one consumer, each on one processor at a time; between them there is only the shared
-// memory. All accesses:
+// A ring has one producer and one consumer, each on one processor at a time, which share only the ring's memory. All
+// accesses:
 //
-//   producer: store-release of its index          the entries are seen whole once the index is seen
+//   producer: store-release of its index          entries are complete once the index is visible
 //   consumer: load-acquire of that index
-//   consumer: store-release of what it has read   an entry is overwritten only after it was copied out
+//   consumer: store-release of its position       an entry is overwritten only after it was copied out
 //   producer: load-acquire of that
-//   producer: index, full barrier, load event     one of the two sees the other: no wake-up is lost
+//   producer: index, full barrier, load event     at least one side sees the other: no wake-up is lost
 //   consumer: event, full barrier, load index
-//   producer: store-release of a phase bit        the entry is seen whole once its phase is seen
+//   producer: store-release of a phase bit        the entry is complete once its phase is visible
 //   consumer: load-acquire of that bit
 export module io.ring;
 import core.std;
@@ -23,8 +23,8 @@ export namespace fl::io {
 
 // ---- positions ----
 
-/// How positions count. Word is what stands in shared memory. distance(a, b): entries from a on to b. contains():
-/// whether a word from outside can be a position at all.
+/// How positions count. Word is the type in shared memory. distance(a, b): entries from a to b. contains(): whether a
+/// word received from the peer can be a position at all.
 template <class P>
 concept RingPositions =
     std::copyable<P> && std::unsigned_integral<typename P::Word> && requires(const P& p, typename P::Word a, u32 n) {
@@ -37,9 +37,8 @@ concept RingPositions =
         { p.capacity() } -> std::same_as<u32>;
     };
 
-/// Counts on and wraps at 2^bits; the slot is the low bits. Xen: u32, virtio: u16. All slots can be used. size: a power
-/// of two, at most half of what W counts, or, where a whole lap can be told from none by other means (virtio's
-/// descriptors), all of it less one.
+/// Free-running: wraps at 2^bits; the slot is the low bits. Xen: u32, virtio: u16. All slots can be used. size: a
+/// power of two, at most half the range of W.
 template <std::unsigned_integral W>
 class FreeRunning {
   public:
@@ -55,14 +54,14 @@ class FreeRunning {
     constexpr u32 slot(W at) const { return at & (size_ - 1); }
     constexpr u32 size() const { return size_; }
     constexpr u32 capacity() const { return size_; }
-    /// The lap that `at` is in, counted from 0, is odd.
+    /// Whether the lap that contains `at`, counted from 0, is odd.
     constexpr bool odd_lap(W at) const { return (at & size_) != 0; }
 
   private:
     u32 size_ = 1;
 };
 
-/// Counts from 0 to size - 1; one slot always stays empty, since full would look like empty. VMBus (bytes), NVMe
+/// Counts from 0 to size - 1; one slot always stays empty, to distinguish full from empty. VMBus (bytes), NVMe
 /// submission queues. size: any, at least 2.
 template <std::unsigned_integral W>
 class Wrapped {
@@ -86,39 +85,39 @@ class Wrapped {
 };
 static_assert(RingPositions<FreeRunning<u32>> && RingPositions<FreeRunning<u16>> && RingPositions<Wrapped<u32>>);
 
-/// Positions that tell odd laps from even ones. Wrapped positions do not: they begin again with each lap.
+/// Positions that distinguish odd laps from even ones. Wrapped positions do not: they restart at 0 with each lap.
 template <class P>
 concept LapPositions = RingPositions<P> && requires(const P& p, typename P::Word at) {
     { p.odd_lap(at) } -> std::same_as<bool>;
 };
 static_assert(LapPositions<FreeRunning<u32>> && !LapPositions<Wrapped<u32>>);
 
-/// Entries of `stride` bytes behind a header of `header` bytes in `bytes` bytes: the largest power of two (Xen's
-/// __RING_SIZE). 0: none fits.
+/// Number of entries of `stride` bytes after a header of `header` bytes in `bytes` bytes: the largest power of two
+/// (Xen's __RING_SIZE). 0: none fits.
 constexpr u32 ring_entries(usize bytes, usize header, usize stride) {
     return bytes < header + stride ? 0 : std::bit_floor(static_cast<u32>((bytes - header) / stride));
 }
 
 // ---- layout ----
 
-/// Where one direction of a ring keeps its words, in bytes from the memory's beginning. `nowhere`: the transport has no
-/// such word.
+/// Where one direction of a ring keeps its words, in bytes from the start of the memory. `nowhere`: the transport has
+/// no such word.
 struct RingLayout {
     static constexpr usize nowhere = ~usize{0};
 
-    // the producer's position. nowhere: told by a doorbell (NVMe submission), or by a phase bit (NVMe completion)
+    // the producer's position. nowhere: conveyed by a doorbell (NVMe submission) or a phase bit (NVMe completion)
     usize index = nowhere;
-    usize event = nowhere;    // what the consumer asks for: event index, or interrupt mask
-    usize consumed = nowhere; // how far the consumer has read. nowhere: told by answers (Xen, virtio), or by a doorbell
+    usize event = nowhere;    // written by the consumer: event index or interrupt mask
+    usize consumed = nowhere; // the consumer's position. nowhere: conveyed by answers (Xen, virtio) or by a doorbell
     usize entries = 0;        // the first entry
-    u32 stride = 1;           // bytes from one entry to the next; 1: a ring of bytes
+    u32 stride = 1;           // bytes between consecutive entries; 1: a byte ring
 };
 
 // ---- when to notify ----
 
-/// A rule of notification, a value of the transport. wanted(): asked by the producer after it has stored its index
-/// (from old to now). arm(): the consumer asks for an event once `count` (>= 1) more entries have come; it must look
-/// once more afterwards. disarm(): no events are wanted.
+/// A notification rule, a value held by the transport. wanted(): called by the producer after it has stored its index
+/// (from old to now); whether to notify. arm(): the consumer requests an event after `count` (>= 1) more entries; it
+/// must check once more afterwards. disarm(): no events are wanted.
 template <class R, class M, class P>
 concept NotifyRule = std::copyable<R> && requires(const R& rule, M& memory, const RingLayout& layout, const P& p,
                                                   typename P::Word at, u32 count) {
@@ -129,10 +128,10 @@ concept NotifyRule = std::copyable<R> && requires(const R& rule, M& memory, cons
     { R::needs_consumed } -> std::convertible_to<bool>;
 };
 
-/// The consumer writes the position at which it wants to hear. Behind 0: the event names the position to be reached
-/// (Xen's req_event and rsp_event [xen-ring RING_PUSH_REQUESTS_AND_CHECK_NOTIFY]); behind 1: the last entry to be
-/// passed (virtio's used_event and avail_event [virtio-1.2 §2.7.7, §2.7.10]). The value read is only compared, so
-/// whatever the other side wrote is harmless.
+/// The consumer writes the position at which it wants an event. Behind 0: the event names the position to be reached
+/// (Xen's req_event and rsp_event [xen-ring RING_PUSH_REQUESTS_AND_CHECK_NOTIFY]); Behind 1: the last entry to be
+/// passed (virtio's used_event and avail_event [virtio-1.2 §2.7.7, §2.7.10]). The value read is only compared, so any
+/// value from the peer is harmless.
 template <u32 Behind>
 struct EventIndex {
     static constexpr bool needs_event = true;
@@ -140,8 +139,8 @@ struct EventIndex {
 
     template <class M, class P, class W>
     bool wanted(M& memory, const RingLayout& layout, const P& p, W old, W now) const {
-        // Our index before their event. Partner: the barrier in arm(), between their event and our index: one side sees
-        // the other.
+        // Our index before the peer's event. Pairs with the barrier in arm(), between the peer's event and our index:
+        // at least one side sees the other.
         memory.full_barrier();
         const W event = p.advance(memory.template load_relaxed<W>(layout.event), Behind);
         return p.distance(event, now) < p.distance(old, now);
@@ -149,45 +148,45 @@ struct EventIndex {
     template <class M, class P, class W>
     void arm(M& memory, const RingLayout& layout, const P& p, W consumed, u32 count) const {
         memory.template store_relaxed<W>(layout.event, p.advance(consumed, count - Behind));
-        // Our event before their index, which the caller looks at next. Partner: the barrier in wanted().
+        // Our event before the peer's index, which the caller reads next. Pairs with the barrier in wanted().
         memory.full_barrier();
     }
     template <class M>
-    void disarm(M&, const RingLayout&) const {} // an event that has passed asks for nothing
+    void disarm(M&, const RingLayout&) const {} // an event position already passed triggers nothing
 };
 using ReachedEvent = EventIndex<0>;
 using PassedEvent = EventIndex<1>;
 
 /// The consumer masks events while it works, and the producer notifies only when the ring was empty before. VMBus
-/// [vmbus; the word is 32 bits, not 0: masked]. `count` cannot be expressed: the first entry raises the event.
+/// [vmbus; the word is 32 bits, nonzero: masked]. `count` cannot be expressed: the first entry raises the event.
 struct EmptyToNonEmpty {
     static constexpr bool needs_event = true;
     static constexpr bool needs_consumed = true;
 
     template <class M, class P, class W>
     bool wanted(M& memory, const RingLayout& layout, const P&, W old, W) const {
-        // Our index before their mask and their position. Partner: the barrier in arm().
+        // Our index before the peer's mask and position. Pairs with the barrier in arm().
         memory.full_barrier();
         if (memory.template load_relaxed<u32>(layout.event) != 0) {
             return false;
         }
-        // Relaxed: a consumer that has missed our index stored its position before its barrier, so it is seen here.
+        // Relaxed: a consumer that missed our index stored its position before its barrier, so it is visible here.
         return memory.template load_relaxed<W>(layout.consumed) == old;
     }
     template <class M, class P, class W>
     void arm(M& memory, const RingLayout& layout, const P&, W, u32) const {
         memory.template store_relaxed<u32>(layout.event, 0);
-        // Our mask before their index, which the caller looks at next. Partner: the barrier in wanted().
+        // Our mask before the peer's index, which the caller reads next. Pairs with the barrier in wanted().
         memory.full_barrier();
     }
     template <class M>
     void disarm(M& memory, const RingLayout& layout) const {
-        memory.template store_relaxed<u32>(layout.event, 1); // orders nothing: an event too many is harmless
+        memory.template store_relaxed<u32>(layout.event, 1); // no ordering needed: a spurious event is harmless
     }
 };
 
-/// The producer always tells (an NVMe doorbell), the consumer is always told (its interrupt is moderated by the
-/// device).
+/// The producer always notifies (an NVMe doorbell) and the consumer always gets events (the device moderates its
+/// interrupt).
 struct Always {
     static constexpr bool needs_event = false;
     static constexpr bool needs_consumed = false;
@@ -203,7 +202,7 @@ struct Always {
     void disarm(M&, const RingLayout&) const {}
 };
 
-/// Nobody is told; both sides poll.
+/// No notifications; both sides poll.
 struct Never : Always {
     template <class M, class P, class W>
     bool wanted(M&, const RingLayout&, const P&, W, W) const {
@@ -218,14 +217,14 @@ struct ByIndex {
     static constexpr bool needs_index = true;
 };
 
-/// Every entry carries a 16-bit word whose lowest bit turns with each lap, 1 in the first (NVMe completions [nvme-base,
-/// Phase Tag]); the entries are zero in the beginning. offset: of that word in the entry.
+/// Every entry has a 16-bit word whose lowest bit is inverted in each lap, 1 in the first (NVMe completions
+/// [nvme-base, Phase Tag]); entries are zero initially. offset: of that word in the entry, in bytes.
 struct ByPhase {
     static constexpr bool needs_index = false;
     usize offset = 0;
 };
 
-/// How entries arrive, with positions that can carry it: a phase is expected by the lap.
+/// How entries arrive. A phase needs positions that distinguish laps.
 template <class A, class P>
 concept RingArrival = std::same_as<A, ByIndex> || (std::same_as<A, ByPhase> && LapPositions<P>);
 
@@ -260,15 +259,15 @@ Result<void> check(const M& memory, const RingLayout& layout, const P& positions
 
 // ---- producer ----
 
-/// The writing end. Entries go into the ring at once but are not seen before publish(). Not thread-safe in itself: one
-/// owner.
+/// The writing end. Entries are written to the ring at once but become visible only with publish(). Not thread-safe:
+/// one owner.
 template <RingMemory M, RingPositions P, class Rule>
     requires NotifyRule<Rule, M, P>
 class Producer {
   public:
     using Word = typename P::Word;
 
-    /// Starts at position `start` (0 for a fresh ring) without touching the memory. Error{bad_argument}: the layout
+    /// Starts at position `start` (0 for a new ring) without accessing the memory. Error{bad_argument}: the layout
     /// does not fit.
     static Result<Producer> create(M memory, const RingLayout& layout, P positions, Rule rule = {}, Word start = 0) {
         if (auto checked =
@@ -284,15 +283,15 @@ class Producer {
     bool full() const { return free() == 0; }
     /// Produced, and not known to be consumed.
     u32 in_flight() const { return positions_.distance(consumed_, produced_); }
-    /// Published, and not known to be consumed: what the other side can have taken at most.
+    /// Published, and not known to be consumed: the most that the peer can have taken.
     u32 owed() const { return positions_.distance(consumed_, published_); }
     u32 unpublished() const { return positions_.distance(published_, produced_); }
     u32 capacity() const { return positions_.capacity(); }
-    /// Where the next entry goes: as a position, and as a slot (the value of a doorbell).
+    /// Where the next entry is written: as a position, and as a slot (a doorbell's value).
     Word position() const { return produced_; }
     u32 slot() const { return positions_.slot(produced_); }
 
-    /// Copies one entry, or its first bytes, into the next slot; false: full, or longer than a slot.
+    /// Copies one entry, or its first bytes, into the next slot; false: full, or larger than a slot.
     [[gnu::always_inline]] inline bool produce(std::span<const std::byte> entry) {
         if (entry.size() > layout_.stride || full()) [[unlikely]] {
             return false;
@@ -307,7 +306,7 @@ class Producer {
     bool produce(const T& entry) {
         return produce(std::span(reinterpret_cast<const std::byte*>(&entry), sizeof(T)));
     }
-    /// For a ring of bytes: copies them all, around the end if need be; false and nothing written: not enough room.
+    /// For a byte ring: copies all bytes, wrapping around if necessary; false: not enough room, nothing written.
     bool append(std::span<const std::byte> bytes) {
         if (layout_.stride != 1 || bytes.size() > free()) [[unlikely]] {
             return false;
@@ -320,23 +319,23 @@ class Producer {
         produced_ = positions_.advance(produced_, count);
         return true;
     }
-    /// Withdraws what was produced since the last publish().
+    /// Discards what was produced since the last publish().
     void withdraw() { produced_ = published_; }
 
-    /// Shows everything produced so far to the other side, once per turn. True: it wants to be notified.
+    /// Makes everything produced so far visible to the peer; called once per turn. True: the peer must be notified.
     [[nodiscard]] bool publish() {
         if (produced_ == published_) {
             return false;
         }
         if (layout_.index != RingLayout::nowhere) {
-            // Release: the entries before the index. Partner: the acquire in the other side's Consumer::available().
+            // Release: the entries before the index. Pairs with the acquire in the peer's Consumer::available().
             memory_.template store_release<Word>(layout_.index, produced_);
         }
         return rule_.wanted(memory_, layout_, positions_, std::exchange(published_, produced_), produced_);
     }
 
-    /// `count` more entries are known to be consumed, since they have been answered. Error{protocol}: that is more than
-    /// were published.
+    /// `count` more entries are known to be consumed because they were answered. Error{protocol}: more than were
+    /// published.
     Result<void> retire(u32 count) {
         if (count > owed()) [[unlikely]] {
             return Error{Code::protocol, "more entries were answered than had been published", owed(), count};
@@ -344,8 +343,8 @@ class Producer {
         consumed_ = positions_.advance(consumed_, count);
         return {};
     }
-    /// The other side says how far it has read (a word of its message). Error{protocol}: that is not between the last
-    /// known and the published position.
+    /// Takes the consumer's position from a message of the peer. Error{protocol}: not between the last known and the
+    /// published position.
     Result<void> observe(Word peer) {
         if (!positions_.contains(peer) || positions_.distance(consumed_, peer) > owed()) [[unlikely]] {
             return Error{Code::protocol, "the consumer's position is not between its last one and the producer's",
@@ -354,12 +353,12 @@ class Producer {
         consumed_ = peer;
         return {};
     }
-    /// Reads that from layout.consumed.
+    /// The same, with the position read from layout.consumed.
     Result<void> observe() {
         if (layout_.consumed == RingLayout::nowhere) {
             return Error{Code::not_supported, "this ring has no word for the consumer's position"};
         }
-        // Acquire: entries are overwritten only after they were copied out. Partner: the release in the other side's
+        // Acquire: entries are overwritten only after they were copied out. Pairs with the release in the peer's
         // Consumer::release().
         return observe(memory_.template load_acquire<Word>(layout_.consumed));
     }
@@ -373,15 +372,15 @@ class Producer {
     RingLayout layout_;
     P positions_;
     [[no_unique_address]] Rule rule_;
-    Word produced_;  // the private view
-    Word published_; // what the other side has been told
-    Word consumed_;  // what is known to be read
+    Word produced_;  // private position
+    Word published_; // position visible to the peer
+    Word consumed_;  // last known position of the consumer
 };
 
 // ---- consumer ----
 
-/// The reading end. Once the other side has written a position that cannot be, the ring is broken and stays so. Not
-/// thread-safe in itself: one owner.
+/// The reading end. Once the peer has written an invalid position, the ring is broken permanently. Not thread-safe:
+/// one owner.
 template <RingMemory M, RingPositions P, class Rule, class Arrival = ByIndex>
     requires NotifyRule<Rule, M, P> && RingArrival<Arrival, P>
 class Consumer {
@@ -404,18 +403,18 @@ class Consumer {
         return Consumer(memory, layout, positions, rule, arrival, start);
     }
 
-    /// Looks at the other side's position, once, and checks it. Entries (or bytes) that can be taken; with phases at
-    /// least that many: 1 or 0. `limit`: as many as it can have produced (answers: as many as were asked for).
-    /// Error{protocol}: the ring is broken, now and from now on.
+    /// Reads the peer's position once and checks it. Returns the entries (or bytes) that can be taken; with phases a
+    /// lower bound, 1 or 0. `limit`: the most it can have produced (for answers: those outstanding). Error{protocol}:
+    /// the ring is broken, permanently.
     Result<u32> available(u32 limit = ~u32{0}) {
         if (broken_) [[unlikely]] {
             return broken_error();
         }
         if constexpr (Arrival::needs_index) {
-            // Acquire: the index before the entries. Partner: the release in the other side's Producer::publish().
+            // Acquire: the index before the entries. Pairs with the release in the peer's Producer::publish().
             const Word peer = memory_.template load_acquire<Word>(layout_.index);
             const u32 count = positions_.distance(consumed_, peer);
-            // Neither beyond what can be, nor behind what it has said before.
+            // Must neither exceed what is possible nor go back before an earlier position.
             if (!positions_.contains(peer) || count > std::min(limit, positions_.capacity()) || count < ready())
                 [[unlikely]] {
                 broken_ = true;
@@ -425,7 +424,7 @@ class Consumer {
             seen_ = peer;
         } else if (ready() == 0) {
             const usize at = layout_.entries + usize{positions_.slot(consumed_)} * layout_.stride + arrival_.offset;
-            // Acquire: the phase before the rest of the entry. Partner: the device writes the phase last.
+            // Acquire: the phase before the rest of the entry. Pairs with the device writing the phase last.
             const u16 word = memory_.template load_acquire<u16>(at);
             if (((word & 1) != 0) != positions_.odd_lap(consumed_)) { // 1 in the first lap, which is even
                 if (limit == 0) [[unlikely]] {
@@ -441,11 +440,12 @@ class Consumer {
     /// Seen by available() and not yet taken.
     u32 ready() const { return positions_.distance(consumed_, seen_); }
     bool broken() const { return broken_; }
-    /// Where the next entry is taken: as a position, and as a slot (the value of a doorbell).
+    /// Where the next entry is taken: as a position, and as a slot (a doorbell's value).
     Word position() const { return consumed_; }
     u32 slot() const { return positions_.slot(consumed_); }
 
-    /// Copies the next entry, or its first bytes, out; false: none is ready. The only look at these bytes that counts.
+    /// Copies the next entry, or its first bytes, out; false: none ready. The entry must be validated and used from
+    /// the copy.
     [[gnu::always_inline]] inline bool take(std::span<std::byte> entry) {
         if (ready() == 0 || entry.size() > layout_.stride) [[unlikely]] {
             return false;
@@ -460,8 +460,7 @@ class Consumer {
     bool take(T& entry) {
         return take(std::span(reinterpret_cast<std::byte*>(&entry), sizeof(T)));
     }
-    /// For a ring of bytes: copies the next ones out, around the end if need be; false and nothing taken: fewer are
-    /// ready.
+    /// For a byte ring: copies the next bytes out, wrapping around if necessary; false: fewer are ready, nothing taken.
     bool remove(std::span<std::byte> bytes) {
         if (layout_.stride != 1 || bytes.size() > ready()) [[unlikely]] {
             return false;
@@ -474,7 +473,7 @@ class Consumer {
         consumed_ = positions_.advance(consumed_, count);
         return true;
     }
-    /// Passes over `count` entries or bytes; false: fewer are ready.
+    /// Skips `count` entries or bytes; false: fewer are ready.
     bool skip(u32 count) {
         if (count > ready()) {
             return false;
@@ -482,16 +481,16 @@ class Consumer {
         consumed_ = positions_.advance(consumed_, count);
         return true;
     }
-    /// Tells the other side how far we have read, where the layout has a word for that.
+    /// Publishes our position to the peer, if the layout has a word for it.
     void release() {
         if (layout_.consumed != RingLayout::nowhere) {
-            // Release: the copies before the position. Partner: the acquire in the other side's Producer::observe().
+            // Release: the copies before the position. Pairs with the acquire in the peer's Producer::observe().
             memory_.template store_release<Word>(layout_.consumed, consumed_);
         }
     }
 
-    /// Before sleeping: asks for an event after `count` more entries (how many is the driver's to know) and looks once
-    /// more. True: something is there already, do not sleep. `count` must not be more than will come; 0 counts as 1.
+    /// Before sleeping: requests an event after `count` more entries, then checks once more. True: entries are
+    /// available, do not sleep. `count` must not exceed the entries still expected; 0 counts as 1.
     Result<bool> arm(u32 count, u32 limit = ~u32{0}) {
         if (broken_) [[unlikely]] {
             return broken_error();
@@ -521,7 +520,7 @@ class Consumer {
     [[no_unique_address]] Rule rule_;
     [[no_unique_address]] Arrival arrival_;
     Word consumed_;
-    Word seen_; // the other side's position, as last checked
+    Word seen_; // the peer's position, as last validated
     Word bad_ = 0;
     bool broken_ = false;
 };

@@ -1,4 +1,5 @@
-// co_await io::run_on(executor, task): the task runs on another processor's executor, the caller goes on on its own.
+// co_await io::run_on(executor, task): runs the task on another processor's executor, while the caller's executor
+// continues.
 export module io.run_on;
 import core.std;
 import core.result;
@@ -8,8 +9,8 @@ import io.executor;
 
 export namespace fl::io {
 
-/// One task sent to another executor; lives in the frame of the coroutine that waits. Three posts, each used once:
-/// start (there), done (home) and, when the waiting frame dies first, cancel (there).
+/// A task sent to another executor; lives in the frame of the waiting coroutine. Three posts, each used once: start
+/// (remote), done (home) and, if the waiting frame is destroyed first, cancel (remote).
 class RemoteCall {
   public:
     RemoteCall(const RemoteCall&) = delete;
@@ -20,16 +21,16 @@ class RemoteCall {
   protected:
     explicit RemoteCall(Executor& there) : there_(there) {}
     ~RemoteCall() = default;
-    /// A task still under way is destroyed on its own processor before this returns, with all it waits for. First thing
-    /// in the destructor of what holds the task and its value.
+    /// Destroys a task still under way, with everything it awaits, on its own processor before returning. Must come
+    /// first in the destructor of the class that holds the task and its value.
     void settle() {
         if (under_way_) {
             abandon();
         }
     }
 
-    /// The coroutine that runs there and owns the task. Its promise's end is what `done` tells: nothing of it is left
-    /// there then.
+    /// The remote coroutine that owns the task. `done` is posted when its promise is destroyed: nothing of it is left
+    /// on the remote processor then.
     struct Runner {
         struct promise_type : PoolAllocated, ReadyNode, RemoteTask {
             RemoteCall& call;
@@ -50,8 +51,8 @@ class RemoteCall {
         promise_type* promise = nullptr;
     };
 
-    /// Sends the runner on its way; `waiting` is resumed on the calling executor when the runner has ended, at once
-    /// where nobody serves.
+    /// Starts the runner; `waiting` is resumed on the calling executor when the runner has ended, or at once if the
+    /// remote executor has stopped serving.
     void send(Runner runner, std::coroutine_handle<> waiting);
 
   private:
@@ -66,14 +67,14 @@ class RemoteCall {
 
     Executor& there_;
     Executor* home_ = nullptr;
-    Runner::promise_type* runner_ = nullptr; // used there alone, once it has been sent
-    bool under_way_ = false;                 // used at home alone
+    Runner::promise_type* runner_ = nullptr; // accessed only on the remote processor once sent
+    bool under_way_ = false;                 // accessed only on the home processor
     ReadyNode waiter_;
     Step start_;
     Step done_;
     Step cancel_;
     std::atomic<bool> cancelled_{false};
-    std::atomic<bool> gone_{false}; // ended without `done`, which home does not take any more
+    std::atomic<bool> gone_{false}; // ended without `done`, because the home executor has stopped serving
 };
 
 template <class T>
@@ -102,7 +103,7 @@ class [[nodiscard]] RunOn final : RemoteCall {
 
   private:
     static Runner run_there(RunOn& self) {
-        Task<T> task = std::move(self.task_); // it dies there, like everything it made
+        Task<T> task = std::move(self.task_); // destroyed on the remote processor, like everything it creates
         self.value_.emplace(co_await std::move(task));
     }
 
@@ -110,11 +111,11 @@ class [[nodiscard]] RunOn final : RemoteCall {
     std::optional<T> value_;
 };
 
-/// Awaited inside an executor's loop: runs `task` on `there` from its first instruction to the destruction of its
-/// frame; gives its value, Error{exhausted} when no frame could be had, or Error{device_gone} when `there` stops
-/// serving before the task has ended (which is then destroyed). What the task refers to must live until then: as a rule
-/// it is in the caller's frame. Destroying the waiting coroutine destroys the task on its own processor and waits for
-/// that; a processor that has not answered after RemoteCall::longest_answer is a panic.
+/// Awaited in an executor's loop: runs `task` on `there` from its first instruction to the destruction of its frame.
+/// Returns its value, Error{exhausted} if no frame was available, or Error{device_gone} if `there` stops serving
+/// before the task has ended (it is then destroyed). Everything the task refers to must live until then; normally it
+/// is in the caller's frame. Destroying the waiting coroutine destroys the task on its own processor and waits for
+/// that; no answer within RemoteCall::longest_answer (nanoseconds) causes a panic.
 template <class T>
 RunOn<T> run_on(Executor& there, Task<T> task) {
     return RunOn<T>(there, std::move(task));

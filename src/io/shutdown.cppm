@@ -1,10 +1,10 @@
-// An orderly end that somebody outside asks for (a host's integration service): the one who hears of it says so here,
-// the kernel's main task stops the job and brings the disks to rest, and then the one who was asked may answer. One
-// processor: all of it on one executor.
+// Host-requested shutdown (a host's integration service): a driver reports the request here, the kernel's main task
+// stops the job and flushes the disks, and the driver may then answer its host. Single processor: everything runs on
+// one executor.
 //
-//   asked by a driver:   ask(...) is true  →  co_await rested()       →  (answers its host)  →  answered()
-//   the main task:       co_await asked()  →  (ends the job, flushes)  →  rest(result)
-//                        →  co_await was_answered(bound)  →  verdict
+//   driver:     ask(...) is true  →  co_await rested()           →  (answers its host)  →  answered()
+//   main task:  co_await asked()  →  (ends the job, flushes)    →  rest(result)
+//               →  co_await was_answered(bound)  →  verdict
 export module io.shutdown;
 import core.std;
 import core.result;
@@ -18,8 +18,8 @@ class Shutdown {
   public:
     explicit Shutdown(Executor& executor) : asked_(executor), rested_(executor), answered_(executor) {}
 
-    /// `by`: static storage, for the log and the verdict. False: an end has been asked for already. Then there is
-    /// nothing to wait for: rested() is for the first one to ask, alone.
+    /// `by`: static storage, for the log and the verdict. False: a shutdown has already been requested, and this
+    /// caller must not wait in rested(), which has only one waiter.
     [[nodiscard]] bool ask(std::string_view by) {
         if (requested_) {
             return false;
@@ -32,9 +32,9 @@ class Shutdown {
     bool requested() const { return requested_; }
     std::string_view by() const { return by_; }
 
-    /// For the driver: waits until the main task is done with the disks; then at_rest() says whether everything
-    /// acknowledged is on stable storage. Without a bound of its own: the main task's waits have theirs, which depend
-    /// on how many requests a slow disk still has.
+    /// For the driver: waits until the main task has finished with the disks; at_rest() then says whether all
+    /// acknowledged data is on stable storage. Has no bound of its own: the main task's waits are bounded, depending
+    /// on the requests a slow disk still holds.
     auto rested() { return rested_.wait(); }
     bool at_rest() const { return at_rest_; }
     void answered() { answered_.open(); }

@@ -1,21 +1,20 @@
-// A table of what a device has been given and has not answered yet. Ids carry a generation, so that an answer that
-// comes twice, late, or was never asked for is recognised, and an id from outside is never used as an index unchecked.
+// A table of commands sent to a device and not yet answered. Ids carry a generation, so that duplicate, late and
+// unsolicited answers are detected; an id received from the device is never used as an unchecked index.
 export module io.slots;
 import core.std;
 
 export namespace fl::io {
 
-/// Which slots are taken, and under which ids. Not thread-safe: one queue, one processor. An id is
-/// slot | generation << 16 with 48 bits of generation, so no id repeats in the life of a machine. It fits the 64-bit
-/// ids of Xen's and the VMBus's rings; a ring with 16-bit ids (NVMe, virtio) carries the slot alone and uses
-/// has_slot().
+/// Tracks which slots are taken, and under which ids. Not thread-safe: one queue, one processor. An id is slot |
+/// generation << 16 with a 48-bit generation, so ids do not repeat within the machine's lifetime. It fits the 64-bit
+/// ids of Xen and VMBus rings; a ring with 16-bit ids (NVMe, virtio) carries only the slot and uses has_slot().
 class SlotIndex {
   public:
     using Id = u64;
     SlotIndex(const SlotIndex&) = delete;
     SlotIndex& operator=(const SlotIndex&) = delete;
 
-    /// A free slot's id; nothing when all are taken.
+    /// Takes a free slot and returns its id; nullopt: all are taken.
     constexpr std::optional<Id> take() {
         if (free_count_ == 0) {
             return std::nullopt;
@@ -30,18 +29,18 @@ class SlotIndex {
         generations_[slot] = (generations_[slot] & ~taken) + 1;
         free_[free_count_++] = slot;
     }
-    /// Retires `id`, which must be taken, and gives the same slot a new one.
+    /// Retires `id`, which must be taken, and returns a new id for the same slot.
     constexpr Id renew(Id id) {
         const u16 slot = slot_of(id);
         generations_[slot] += 1;
         return id_of(slot);
     }
-    /// Whether an id that came from outside is taken now: not unknown, repeated or retired.
+    /// Whether an id received from outside is currently taken: not unknown, repeated or retired.
     constexpr bool has(Id id) const {
         const u64 slot = id & 0xffff;
         return slot < capacity_ && generations_[slot] == ((id >> 16) | taken);
     }
-    /// The same for a ring that carries the slot alone.
+    /// The same for a ring that carries only the slot.
     constexpr bool has_slot(u64 slot) const { return slot < capacity_ && (generations_[slot] & taken) != 0; }
     static constexpr u16 slot_of(Id id) { return static_cast<u16>(id & 0xffff); }
     constexpr Id id_of(u16 slot) const { return slot | (generations_[slot] & ~taken) << 16; }
@@ -54,7 +53,7 @@ class SlotIndex {
   protected:
     constexpr SlotIndex() = default;
     ~SlotIndex() = default;
-    /// Arrays of the derived class, `capacity` long.
+    /// Arrays owned by the derived class, `capacity` elements each.
     constexpr void use(u64* generations, u16* free, u32 capacity) {
         generations_ = generations;
         free_ = free;
@@ -66,7 +65,7 @@ class SlotIndex {
     }
 
   private:
-    static constexpr u64 taken = u64{1} << 63; // beside a generation of 48 bits
+    static constexpr u64 taken = u64{1} << 63; // above the 48-bit generation
 
     u64* generations_ = nullptr;
     u16* free_ = nullptr;
@@ -74,8 +73,7 @@ class SlotIndex {
     u32 free_count_ = 0;
 };
 
-/// N entries (at most 65536), owned by the table. take() leaves an entry as its last user left it: the caller sets
-/// every member.
+/// N entries (at most 65536), owned by the table. take() does not reset an entry: the caller must set every member.
 template <class T, usize N>
 class SlotTable final : public SlotIndex {
     static_assert(N >= 1 && N <= 65536);
@@ -83,14 +81,14 @@ class SlotTable final : public SlotIndex {
   public:
     constexpr SlotTable() { use(generations_.data(), free_.data(), N); }
 
-    /// The entry of an id that came from outside; nullptr: unknown, repeated or retired.
+    /// The entry of an id received from outside; nullptr: unknown, repeated or retired.
     constexpr T* find(Id id) { return has(id) ? &entries_[slot_of(id)] : nullptr; }
     constexpr T* find_slot(u64 slot) { return has_slot(slot) ? &entries_[slot] : nullptr; }
-    /// The entry of an id that is known to be taken.
+    /// The entry of an id known to be taken.
     constexpr T& operator[](Id id) { return entries_[slot_of(id)]; }
     constexpr T* entries() { return entries_.data(); }
 
-    /// Calls f(id, entry) for everything that is taken; f may give() or renew() the id that it is called with.
+    /// Calls f(id, entry) for every taken entry; f may give() or renew() the id it is called with.
     template <class F>
     constexpr void for_each(F&& f) {
         for (usize slot = 0; slot < N && !empty(); ++slot) {

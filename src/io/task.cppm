@@ -1,6 +1,6 @@
-// Coroutines for drivers: Task<T> is lazy, owned by whoever awaits it, and resumes its awaiter by symmetric transfer.
-// Frames come from a bounded pool; a pool that has run dry gives an empty task, and awaiting that yields
-// Error{exhausted} (so T is a Result).
+// Coroutines for drivers: Task<T> is lazy, owned by its awaiter, and resumes it by symmetric transfer. Frames come
+// from a bounded pool; if that is exhausted the task is empty, and awaiting it yields Error{exhausted} (so T is a
+// Result).
 module;
 #include "core/thread_annotations.hpp"
 export module io.task;
@@ -11,36 +11,37 @@ import core.spinlock;
 
 export namespace fl::io {
 
-/// Coroutine frames: blocks of a few fixed sizes. For every processor, not for interrupt handlers.
+/// Allocator for coroutine frames: blocks of a few fixed sizes. Callable on every processor, but not from interrupt
+/// handlers.
 ///
-/// Each processor keeps a few blocks that were freed on it, and serves itself from them without a lock. What it has no
-/// block for, and what is more than it keeps, goes to the arena, which is shared and locked. A page of the arena holds
-/// blocks of one size as long as one of them is in use or kept, and then serves any size again, so a burst of one kind
-/// takes nothing from the others for good. A processor that finds the arena empty gives back what it keeps and tries
-/// once more; the others give back what they keep when they next allocate or free.
+/// Each processor caches a few blocks freed on it and allocates from them without a lock. Cache misses and overflow
+/// go to the shared, locked arena. An arena page holds blocks of one size while any of them is in use or cached, and
+/// can serve any size afterwards, so a burst of one size does not permanently take memory from the others. A
+/// processor that finds the arena empty returns its cached blocks and retries; the others return theirs at their next
+/// allocation or free.
 class FramePool {
   public:
-    /// What each processor keeps at most: bytes of blocks, and blocks of one size. With 64 processors that is half of
-    /// the arena.
+    /// Per-processor cache limits: bytes of blocks, and blocks of one size. With 64 processors that is half of the
+    /// arena.
     static constexpr usize kept_bytes = 4096;
     static constexpr u8 kept_blocks = 4;
-    /// Larger blocks are never kept: they are for what is started once.
+    /// Larger blocks are never cached: they are for long-lived, rarely started coroutines.
     static constexpr usize largest_kept = 1024;
     static constexpr usize arena_bytes = 512 * 1024;
     static constexpr usize page_bytes = 4096;
     static constexpr usize pages = arena_bytes / page_bytes;
     static constexpr std::array<usize, 8> classes{128, 192, 256, 384, 512, 1024, 2048, 4096};
 
-    /// nullptr: larger than the largest class, or nothing left.
+    /// nullptr: larger than the largest class, or out of memory.
     void* allocate(usize size) noexcept;
-    /// `size`: what it was allocated with. On any processor, which may keep the block.
+    /// `size`: as passed to allocate(). Callable on any processor, which may cache the block.
     void free(void* block, usize size) noexcept;
-    /// Every frame ever handed out, on all processors. Exact for the calling processor; what others do at the same time
-    /// may or may not be in it.
+    /// Total frames allocated, on all processors. Exact for the calling processor; concurrent changes on others may
+    /// or may not be included.
     u64 allocations() const;
-    /// Frames handed out and not freed; likewise.
+    /// Frames allocated and not freed; same accuracy.
     usize in_use() const;
-    /// How often the arena was locked for a block: each time that a processor could not help itself.
+    /// Number of times the arena was locked for a block: cache misses and overflows.
     u64 arena_calls() const {
         const Locked locked(lock_);
         return arena_calls_;
@@ -49,31 +50,31 @@ class FramePool {
     void fail_after(u64 n) {
         const Locked locked(lock_);
         denied_from_ = n == ~u64{0} ? 0 : n + 1;
-        limited_.store(denied_from_ != 0, std::memory_order_relaxed); // the lock orders the rest
+        limited_.store(denied_from_ != 0, std::memory_order_relaxed); // everything else is ordered by the lock
     }
 
   private:
     struct Free {
         Free* next;
     };
-    /// What one processor keeps; used by that processor alone, but for the counters, which others read. No two of them
-    /// share a cache line.
+    /// Cache of one processor, accessed only by that processor except for the counters, which others read. Aligned so
+    /// that no two share a cache line.
     struct alignas(128) Kept {
         std::array<Free*, classes.size()> free;
         std::array<u8, classes.size()> count;
-        u32 returned; // returns_ when it last gave everything back
+        u32 returned; // returns_ when it last returned all its blocks
         usize bytes;
-        // Relaxed: numbers that nothing is read on the strength of. One writer each: the processor.
+        // Relaxed: statistics that order no other data. Each has one writer, its processor.
         std::atomic<u64> allocated;
         std::atomic<u64> freed;
     };
     using PageNumber = u16; // counted from 1; 0: none
     struct Page {
-        Free* free;      // blocks that were given back
-        PageNumber next; // in the list of its class, while a block can be had; or of free pages
+        Free* free;      // freed blocks
+        PageNumber next; // in the list of its class while it has a block available, or of free pages
         PageNumber previous;
-        u16 carved; // blocks handed out for the first time
-        u16 used;   // blocks in use, or kept by a processor
+        u16 carved; // blocks allocated at least once
+        u16 used;   // blocks in use or cached by a processor
         u8 size_class;
     };
     inline Page& page(PageNumber number) REQUIRES(lock_) { return pages_[number - 1u]; }
@@ -95,22 +96,23 @@ class FramePool {
     mutable SpinLock lock_;
     std::array<PageNumber, classes.size()> partial_ GUARDED_BY(lock_){}; // pages of each class with room
     PageNumber free_pages_ GUARDED_BY(lock_) = 0;
-    PageNumber touched_ GUARDED_BY(lock_) = 0; // pages that were ever used
+    PageNumber touched_ GUARDED_BY(lock_) = 0; // pages ever used
     u64 arena_calls_ GUARDED_BY(lock_) = 0;
-    u64 denied_from_ GUARDED_BY(lock_) = 0; // 0: never; else the allocations left, plus one
+    u64 denied_from_ GUARDED_BY(lock_) = 0; // 0: unlimited; else the allocations left, plus one
     std::atomic<bool> limited_{false};      // denied_from_ != 0
-    // How often the arena was found empty: everybody gives back what he keeps. Relaxed: a request, and no data.
+    // Number of times the arena was found empty: every processor then returns its cached blocks. Relaxed: orders no
+    // data.
     std::atomic<u32> returns_{0};
     std::array<Kept, max_processors> kept_{};
     std::array<Page, pages> pages_ GUARDED_BY(lock_){};
-    // every initial value here is zero, or the image would carry it
+    // all initial values are zero, so that the pool occupies no space in the image
     alignas(16) std::array<std::byte, arena_bytes> arena_;
 };
 
-/// The one pool of the kernel (or of the test program).
+/// The kernel's (or the test program's) only pool.
 FramePool& frame_pool();
 
-/// Base of every promise here: frames come from the pool, and an empty pool is an answer, not a crash.
+/// Base of every promise here: frames come from the pool; exhaustion is reported as an error.
 struct PoolAllocated {
     static void* operator new(std::size_t size) noexcept { return frame_pool().allocate(size); }
     static void operator delete(void* block, std::size_t size) noexcept { frame_pool().free(block, size); }
@@ -134,7 +136,7 @@ struct PromiseBase : PoolAllocated {
     };
     std::suspend_always initial_suspend() const noexcept { return {}; }
     Final final_suspend() const noexcept { return {}; }
-    void unhandled_exception() const noexcept {} // there are no exceptions
+    void unhandled_exception() const noexcept {} // built without exceptions
 };
 
 template <class T>
@@ -152,8 +154,8 @@ struct Promise : PromiseBase {
 
 } // namespace detail
 
-/// A coroutine that yields a Result. Starts when awaited, once. The task owns the frame: destroying it destroys the
-/// frame and all tasks that it waits for.
+/// A coroutine that yields a Result. Lazy: starts when awaited, which may be done once. Owns its frame: destroying
+/// the task destroys the frame and all tasks it awaits.
 template <class T>
 class [[nodiscard]] Task {
     static_assert(std::constructible_from<T, Error>, "a Task yields a Result: running out of frames is an error value");
@@ -180,7 +182,7 @@ class [[nodiscard]] Task {
         }
     }
 
-    /// False: no frame could be had.
+    /// False: no frame was available.
     explicit operator bool() const { return static_cast<bool>(handle_); }
 
     auto operator co_await() && noexcept {

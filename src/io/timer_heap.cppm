@@ -1,20 +1,19 @@
-// A pairing heap [pairing-heap] of nodes that somebody else owns: what the executor keeps its timers in. Nothing is
-// allocated, and no operation recurses. Adding costs one comparison; taking the first one, or any one, O(log n)
-// comparisons on average over all operations.
+// An intrusive pairing heap [pairing-heap] for the executor's timers. Allocates nothing and never recurses. Adding
+// costs one comparison; removing any node costs O(log n) comparisons, amortized.
 export module io.timer_heap;
 import core.std;
 
 export namespace fl::io {
 
-/// Base of a node; belongs to the heap while the node is in it.
+/// Base of a node; used by the heap while the node is in it.
 template <class T>
 struct HeapLinks {
-    T* child = nullptr;   // the first one
-    T* sibling = nullptr; // the next one
-    T* above = nullptr;   // the sibling before; of a first child: the parent; of the root: nullptr
+    T* child = nullptr;   // first child
+    T* sibling = nullptr; // next sibling
+    T* above = nullptr;   // previous sibling; for a first child: its parent; for the root: nullptr
 };
 
-/// T derives from HeapLinks<T>. Before: a default-constructible function of two nodes, a strict order. Not thread-safe.
+/// T derives from HeapLinks<T>. Before: a default-constructible strict ordering of two nodes. Not thread-safe.
 template <class T, class Before>
 class PairingHeap {
   public:
@@ -23,14 +22,14 @@ class PairingHeap {
     PairingHeap& operator=(const PairingHeap&) = delete;
 
     bool empty() const { return root_ == nullptr; }
-    /// The first one in the order; nullptr: the heap is empty.
+    /// The first node in the order; nullptr: the heap is empty.
     T* first() const { return root_; }
-    /// A node that is in no heap.
+    /// The node must not be in any heap.
     void add(T& node) {
         node.child = node.sibling = node.above = nullptr;
         root_ = root_ == nullptr ? &node : meld(*root_, node);
     }
-    /// A node that is in this heap.
+    /// The node must be in this heap.
     void remove(T& node) {
         T* const below = combine(std::exchange(node.child, nullptr));
         if (&node == root_) {
@@ -46,7 +45,7 @@ class PairingHeap {
             root_ = meld(*root_, *below);
         }
     }
-    /// Empties the heap: f(node) for each one, in no order, which may add it again.
+    /// Empties the heap and calls f(node) for each node, in no particular order; f may add the node again.
     template <class F>
     void take_all(F&& f) {
         T* list = std::exchange(root_, nullptr);
@@ -67,7 +66,7 @@ class PairingHeap {
     }
 
   private:
-    // Two roots become one: the later one is the other's first child.
+    // Merges two roots: the later one becomes the other's first child.
     static T* meld(T& a, T& b) {
         T* first = &a;
         T* second = &b;
@@ -83,10 +82,10 @@ class PairingHeap {
         first->child = second;
         return first;
     }
-    // A list of siblings becomes one tree: neighbours in pairs from the left, then the pairs from the right. The two
-    // passes are what bounds the cost.
+    // Merges a list of siblings into one tree: in pairs from left to right, then the pairs from right to left. The
+    // two passes give the amortized bound.
     static T* combine(T* list) {
-        T* pairs = nullptr; // the last one first
+        T* pairs = nullptr; // in reverse order
         while (list != nullptr) {
             T* one = list;
             T* const two = one->sibling;

@@ -1,5 +1,5 @@
-// Data integrity: stamp every block, flush, read back. The stamp's format is in docs/INTERFACES.md; the host checks an
-// image by the same rules.
+// Data integrity: stamp every block, flush, read back. The stamp format is defined in docs/INTERFACES.md; the host
+// checks an image by the same rules.
 export module io.verify;
 import core.std;
 import core.result;
@@ -9,18 +9,18 @@ import io.block;
 
 export namespace fl::io {
 
-/// What a block says about itself. The payload (from byte 40 on) is the words of splitmix64, begun at
-/// mix64(mix64(mix64(seed) + lba) + generation), little endian.
+/// Identity of a block. The payload (from byte 40 on) is the splitmix64 sequence seeded with mix64(mix64(mix64(seed)
+/// + lba) + generation), as little-endian 64-bit words.
 struct Stamp {
     static constexpr u64 magic = 0x594649524556'4c46; // the bytes "FLVERIFY"
     static constexpr u32 header_bytes = 40;
 
-    u64 lba = 0; // of the block's first byte, in units of 512
+    u64 lba = 0; // of the block's first byte, in units of 512 bytes
     u64 generation = 1;
     u64 seed = 1;
 };
 
-/// Which part of a block is wrong, in the order of the checks.
+/// The first mismatching part of a block, in the order of the checks.
 enum class Mismatch : u8 { none, magic, lba, generation, seed, size, crc, payload };
 constexpr std::string_view name(Mismatch mismatch) {
     constexpr std::array<std::string_view, 8> names{"none", "magic",      "LBA",     "generation",
@@ -35,32 +35,32 @@ struct BlockCheck {
 
 /// Fills a block (its size is bs: a multiple of 8, at least header_bytes).
 void write_stamp(std::span<std::byte> block, const Stamp& stamp);
-/// Compares a block with what write_stamp would have made.
+/// Compares a block with the output of write_stamp.
 BlockCheck check_stamp(std::span<const std::byte> block, const Stamp& stamp);
 
 struct VerifyPlan {
     u32 bs = 4096;     // bytes: a multiple of the sector size, at most 1 MiB
     u32 qd = 8;        // 1 to 256
-    u64 count = 0;     // blocks; 0: as many as the disk has from first_lba on
-    u64 first_lba = 0; // in units of 512, a multiple of the block
+    u64 count = 0;     // blocks; 0: all from first_lba on
+    u64 first_lba = 0; // in units of 512 bytes, aligned to the block size
     u64 seed = 1;
     u64 generation = 1;
-    bool write = true;    // false: only check what an earlier run has written
-    bool scratch = false; // the disk may be overwritten; needed for `write`
+    bool write = true;    // false: only check what an earlier run wrote
+    bool scratch = false; // the disk may be overwritten; required for `write`
 };
 
 struct BadBlock {
-    u64 lba = 0; // in units of 512
+    u64 lba = 0; // in units of 512 bytes
     BlockCheck check;
 };
 
 struct VerifyReport {
     VerifyPlan plan;
-    u32 lanes = 1; // of the disk that were used
+    u32 lanes = 1; // lanes of the disk used
     u64 blocks = 0;
-    u64 written = 0; // blocks whose write ended well
-    u64 read = 0;    // blocks whose read ended well
-    u64 bad = 0;     // blocks read that were not as written
+    u64 written = 0; // blocks written successfully
+    u64 read = 0;    // blocks read successfully
+    u64 bad = 0;     // blocks read with wrong contents
     std::array<BadBlock, 8> first_bad{};
     std::optional<Error> first_error; // of a transfer
 
@@ -70,17 +70,18 @@ struct VerifyReport {
     std::span<const BadBlock> bad_blocks() const { return {first_bad.data(), std::min<usize>(bad, first_bad.size())}; }
 };
 
-/// How many blocks `plan` means on such a disk; the error that verify() would give before the first transfer.
+/// Number of blocks covered by `plan` on such a disk, or the error that verify() would return before its first
+/// transfer.
 Result<u64> blocks_of(const Geometry& geometry, const VerifyPlan& plan);
 
 /// Writes every block, flushes, reads every block back and checks it; or only reads and checks. A disk with several
-/// lanes is split into as many regions, and all lanes are at it at once, each with plan.qd transfers, on its own
-/// processor. Error{bad_argument}, before anything is submitted: a plan that does not suit the disk, or writing without
-/// plan.scratch. Error{exhausted}: no buffers or frames. Bad blocks and failed transfers are in the report; a disk that
-/// has timed out, gone or broken its protocol ends the run.
+/// lanes is split into as many regions, processed concurrently, each with plan.qd transfers on its own processor.
+/// Error{bad_argument}, before anything is submitted: the plan does not suit the disk, or writes without
+/// plan.scratch. Error{exhausted}: no buffers or frames. Bad blocks and failed transfers are reported in the result;
+/// a disk that timed out, was removed or violated its protocol ends the run.
 Task<Result<VerifyReport>> verify(BlockDevice& disk, VerifyPlan plan, DmaAllocator& dma);
 
-/// The record `verify`, and a line for each of the first bad blocks.
+/// Prints the record `verify`, and a line for each of the first bad blocks.
 void print_record(const BlockDevice& disk, const VerifyReport& report);
 
 } // namespace fl::io

@@ -1,13 +1,12 @@
-// Shared memory whose other side misbehaves: for tests and fuzzers of everything that reads a ring. No part of the
-// running kernel uses it.
+// Shared memory with a misbehaving peer, for tests and fuzzers of ring readers. Not used by the running kernel.
 export module io.ring.hostile;
 import core.std;
 import io.ring.memory;
 
 export namespace fl::io {
 
-/// FlatMemory that calls a hook before every single read, so that the "host" can change a value between two looks at
-/// it; `reads` counts the looks.
+/// FlatMemory that calls a hook before each read, so that the "host" can change a value between two reads of it;
+/// `reads` counts the reads.
 class HostileMemory {
   public:
     struct State {

@@ -1,14 +1,13 @@
-// How the rings access memory that they share with another side: the concept and the two models in use. Others are in
-// test/model (the memory of a model checker) and in io.ring.hostile.
+// Ring access to memory shared with a peer: the concept and the two models in use. Others are in test/model (a model
+// checker's memory) and in io.ring.hostile.
 export module io.ring.memory;
 import core.std;
 
 export namespace fl::io {
 
-/// Memory that two sides share. A small handle, copied into the ring. Everything is by value: no reference into shared
-/// memory leaves the model, since the other side may change a byte between two reads of it. Offsets are in bytes from
-/// the handle's beginning; words are naturally aligned (create() checks that once), the byte copies are not ordered by
-/// themselves.
+/// Memory shared by two sides. A small handle, copied into the ring. All access is by value: no reference into shared
+/// memory leaves the model, because the peer may change a byte between two reads of it. Offsets are in bytes from the
+/// start of the memory; words are naturally aligned (create() checks that once); byte copies are unordered.
 template <class M>
 concept RingMemory =
     std::copyable<M> && requires(M& memory, usize offset, u16 half, u32 word, const std::byte* from, std::byte* into) {
@@ -24,8 +23,8 @@ concept RingMemory =
         memory.copy_in(offset, from, usize{});
     };
 
-/// Reads and writes shared memory by single machine instructions: what BasicMappedMemory uses outside of tests. `at` is
-/// aligned to the width of W, an unsigned integer of 1, 2, 4 or 8 bytes.
+/// Accesses shared memory by single machine instructions; used by BasicMappedMemory outside of tests. `at` is aligned
+/// to the width of W, an unsigned integer of 1, 2, 4 or 8 bytes.
 struct VolatileAccess {
     template <class W>
     static W read(const std::byte* at) {
@@ -37,12 +36,12 @@ struct VolatileAccess {
     }
 };
 
-/// Pages that a device or a hypervisor shares with us. Does not own them. `base` is 8-byte aligned.
+/// Pages shared with a device or hypervisor. Does not own them. `base` is 8-byte aligned.
 ///
-/// copy_out() and copy_in() access every byte exactly once, in ascending order, by naturally aligned accesses of 8, 4,
-/// 2 and 1 bytes, each the widest that the alignment and the bytes left allow. So a naturally aligned field of 2, 4 or
-/// 8 bytes that lies wholly within the copied range is read or written by one access, together with its neighbours or
-/// alone, and is never torn. The copies order nothing: that is what the words with acquire and release are for.
+/// copy_out() and copy_in() access every byte exactly once, in ascending order, by naturally aligned accesses of 8,
+/// 4, 2 and 1 bytes, each the widest that the alignment and the remaining bytes allow. Thus a naturally aligned field
+/// of 2, 4 or 8 bytes that lies wholly within the copied range is accessed once and never torn. The copies are
+/// unordered: ordering comes from the acquire loads and release stores of words.
 template <class Access>
 class BasicMappedMemory {
   public:
@@ -68,7 +67,7 @@ class BasicMappedMemory {
         std::atomic_ref<W>(word<W>(offset)).store(value, std::memory_order_release);
     }
     void full_barrier() const { std::atomic_thread_fence(std::memory_order_seq_cst); }
-    // Inlined always: the size of an entry is a constant where it is copied, and then each copy is a few moves.
+    // Always inlined: callers copy entries of constant size, which become a few moves.
     [[gnu::always_inline]] inline void copy_out(usize offset, std::byte* into, usize count) const {
         const std::byte* from = base_ + offset;
         if (offset % 8 != 0) [[unlikely]] {
@@ -132,11 +131,11 @@ class BasicMappedMemory {
         std::memcpy(&value, from, sizeof(W));
         Access::template write<W>(into, value);
     }
-    /// The width of the first access at `offset`, which is not a multiple of 8, with `count` (>= 1) bytes to go.
+    /// Width in bytes of the first access at `offset`, which is not a multiple of 8, with `count` (>= 1) bytes left.
     static usize first_width(usize offset, usize count) {
         return std::min(usize{1} << std::countr_zero(offset), std::bit_floor(count));
     }
-    /// Copies up to the next multiple of 8, or to the end; returns how many bytes. Not inlined: rare.
+    /// Copies up to the next multiple of 8, or to the end; returns the number of bytes. Not inlined: rare.
     [[gnu::noinline]] static usize read_to_alignment(const std::byte* from, std::byte* into, usize offset,
                                                      usize count) {
         usize done = 0;
@@ -175,8 +174,8 @@ class BasicMappedMemory {
 };
 using MappedMemory = BasicMappedMemory<VolatileAccess>;
 
-/// Ordinary memory of the same program, for tests and for rings between processors: plain copies, atomic indices. Does
-/// not own the storage (8-byte aligned).
+/// Ordinary memory of the same program, for tests and for rings between processors: plain copies, atomic indices.
+/// Does not own the storage (8-byte aligned).
 class FlatMemory {
   public:
     FlatMemory() = default;

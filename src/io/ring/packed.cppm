@@ -1,15 +1,15 @@
-// The packed virtqueue, the driver's side [virtio-1.2 §2.8]: one ring of descriptors that driver and device both write.
+// The packed virtqueue, driver side [virtio-1.2 §2.8]: a single ring of descriptors written by both driver and device.
 //
-// The driver writes descriptors in ring order and makes them available by two bits of their flags; the device writes
-// one used descriptor for each buffer over them and marks it by the same bits. What the bits mean changes with each lap
-// (wrap counter). A Producer and a Consumer of io.ring do not fit: the ring is not divided into what one side writes
-// and the other reads, positions move by a buffer's number of descriptors, the size need not be a power of two, and
-// an event is a structure of two fields.
+// The driver writes descriptors in ring order and makes them available by two bits of their flags; the device
+// overwrites them with one used descriptor per buffer and marks it by the same bits, whose meaning is inverted in
+// each lap (wrap counter). io.ring's Producer and Consumer do not fit: both sides write the whole ring, positions
+// advance by the number of descriptors of a buffer, the size need not be a power of two, and an event is a structure
+// of two fields.
 //
-// The device follows the ring in order, so it reads nothing after a descriptor that is not available. publish()
-// therefore needs one release store, of the first added descriptor's flags: everything after it was written before.
+// The device processes the ring in order and reads nothing after an unavailable descriptor. publish() therefore needs
+// a single release store, of the first added descriptor's flags, after everything else has been written.
 //
-// Accesses, with the device's partner:
+// Accesses, paired with the device's:
 //
 //   descriptors, then store-release the first one's flags    load-acquire flags of the next one, then the rest of it
 //   load-acquire flags of the next used one, then id, length buffers, id and length, then store-release flags
@@ -25,7 +25,7 @@ export import io.ring.virtqueue;
 
 export namespace fl::io {
 
-/// A descriptor in the ring, or in an indirect table [virtio-1.2 §2.8.13]. Little-endian, as all of the queue.
+/// A descriptor in the ring or in an indirect table [virtio-1.2 §2.8.13]. Little-endian, like the whole queue.
 struct PackedDescriptor {
     u64 bus = 0;
     u32 length = 0;
@@ -38,30 +38,30 @@ static_assert(sizeof(PackedDescriptor) == virtqueue_descriptor_bytes && offsetof
 inline constexpr u16 descriptor_available = 1 << 7;
 inline constexpr u16 descriptor_used = 1 << 15;
 
-/// Bits 16 and 17 of an event suppression structure; bits 0 to 14 are an offset in the ring and bit 15 is the wrap
-/// counter there [virtio-1.2 §2.8.10, §2.8.14].
+/// Bits 16 and 17 of an event suppression structure; bits 0 to 14 are a ring offset and bit 15 is its wrap counter
+/// [virtio-1.2 §2.8.10, §2.8.14].
 enum class RingEvent : u32 {
     enable = 0,
     disable = 1,
-    descriptor = 2, // for a certain descriptor; with VIRTIO_F_EVENT_IDX only
+    descriptor = 2, // for a specific descriptor; requires VIRTIO_F_EVENT_IDX
 };
 
-/// See the concept Virtqueue. Size: 1 to 32768, a power of two or not.
+/// See the concept Virtqueue. Size: any from 1 to 32768.
 template <RingMemory M>
 class PackedQueue {
   public:
     using Memory = M;
 
-    /// The ring, and each event suppression structure in a cache line of its own. The memory's bus address is a
+    /// The ring, then each event suppression structure in its own cache line. The memory's bus address must be a
     /// multiple of 16.
     static constexpr VirtqueueLayout layout(u32 size) {
         const usize driver = (usize{virtqueue_descriptor_bytes} * size + 63) & ~usize{63};
         return {.descriptors = 0, .driver = driver, .device = driver + 64, .bytes = driver + 128};
     }
 
-    /// An empty queue of `size` descriptors, before the device has been told of it. Writes all flags and both event
-    /// suppression structures; the rest of the memory may hold anything. `rows`: at least `size`, private to this queue
-    /// while it is used. Error{bad_argument}: the size is 0 or above 32768, or the areas do not fit.
+    /// Creates an empty queue of `size` descriptors; call before its addresses are given to the device. Writes all
+    /// flags and both event suppression structures; the other memory may have any contents. `rows`: at least `size`,
+    /// used exclusively by this queue. Error{bad_argument}: the size is 0 or above 32768, or the areas do not fit.
     static Result<PackedQueue> create(M memory, const VirtqueueLayout& at, u32 size, std::span<VirtqueueRow> rows,
                                       VirtqueueOptions options) {
         if (size == 0 || size > virtqueue_max_size) {
@@ -76,7 +76,7 @@ class PackedQueue {
             return fits.error();
         }
         PackedQueue queue(memory, at, rows.first(size), options);
-        for (u32 i = 0; i < size; ++i) { // seen by the device when it is told of the queue
+        for (u32 i = 0; i < size; ++i) { // visible to the device once it is given the queue
             memory.template store_relaxed<u16>(queue.flags_of(i), 0);
         }
         memory.template store_relaxed<u32>(at.driver, 0);
@@ -120,7 +120,7 @@ class PackedQueue {
         if (auto ready = room(1); !ready) [[unlikely]] {
             return ready;
         }
-        for (usize i = 0; i < elements.size(); ++i) { // no flag but this one, and no id [virtio-1.2 §2.8.7]
+        for (usize i = 0; i < elements.size(); ++i) { // only this flag, and no id [virtio-1.2 §2.8.7]
             const PackedDescriptor descriptor{.bus = elements[i].bus,
                                               .length = elements[i].length,
                                               .flags = elements[i].device_writable ? descriptor_write : u16{0}};
@@ -135,11 +135,12 @@ class PackedQueue {
             return false;
         }
         table_.publish();
-        // Release: all added descriptors before these flags. Partner: the device's acquire of them.
+        // Release: all added descriptors before these flags. Pairs with the device's acquire of them.
         memory_.template store_release<u16>(flags_of(first_.offset), first_flags_);
-        // Our flags before their structure. Partner: the device's barrier between the two: one side sees the other.
+        // Our flags before the device's structure. Pairs with the device's barrier between the two: at least one side
+        // sees the other.
         memory_.full_barrier();
-        // Both fields by one load: they belong together. They are only compared, so whatever is there is harmless.
+        // One load, because the fields belong together. They are only compared, so any value is harmless.
         const u32 event = memory_.template load_relaxed<u32>(at_.device);
         const u32 count = std::exchange(unpublished_, 0);
         switch (static_cast<RingEvent>(event >> 16 & 3)) {
@@ -176,13 +177,13 @@ class PackedQueue {
         }
         const u16 id = options_.in_order ? oldest_ : last_.id;
         const VirtqueueRow row = table_[id];
-        // A buffer that was passed over counts as used in full [virtio-1.2 §2.8.8].
+        // A skipped buffer counts as fully used [virtio-1.2 §2.8.8].
         u32 length = --batch_ == 0 ? last_.length : row.writable;
         if (length > row.writable) [[unlikely]] {
             if (last_written_) {
                 return fail({Code::protocol, virtqueue_detail::too_long, row.writable, length});
             }
-            length = 0; // without that flag the field is reserved [virtio-1.2 §2.8.4]; QEMU fills it in all the same
+            length = 0; // without that flag the field is reserved [virtio-1.2 §2.8.4], but QEMU fills it in
         }
         oldest_ = table_.following(id);
         used_.advance(row.descriptors, size());
@@ -194,24 +195,24 @@ class PackedQueue {
             return *broken_;
         }
         RingPosition event = used_;
-        // The device's position in the ring moves by a buffer's number of descriptors, and which buffers come first is
-        // not known. So many descriptors are passed at least; and where all buffers are of one length, exactly.
+        // The device's position advances by the number of descriptors of each buffer, and the order of completion is
+        // unknown. This is the minimum number of descriptors passed, and exact if all buffers have the same length.
         event.advance((std::clamp(count, 1u, std::max(table_.published(), 1u)) - 1) * table_.shortest(), size());
         const u32 word =
             options_.event_index ? event.word() | event_word(RingEvent::descriptor) : event_word(RingEvent::enable);
-        // Both fields by one store: the device never sees one of them alone.
+        // One store for both fields: the device never sees only one of them.
         memory_.template store_relaxed<u32>(at_.driver, word);
-        // Our structure before their flags. Partner: the device's barrier between the two.
+        // Our structure before the device's flags. Pairs with the device's barrier between the two.
         memory_.full_barrier();
         return batch_ != 0 || is_used(next_flags());
     }
     void disarm() {
-        // Orders nothing: an event too many is harmless.
+        // No ordering needed: a spurious event is harmless.
         memory_.template store_relaxed<u32>(at_.driver, event_word(RingEvent::disable));
     }
 
   private:
-    /// A place in the ring, and the wrap counter there: 1 in the first lap [virtio-1.2 §2.8.1].
+    /// A ring position with its wrap counter: 1 in the first lap [virtio-1.2 §2.8.1].
     struct RingPosition {
         u16 offset = 0;
         bool wrap = true;
@@ -222,8 +223,8 @@ class PackedQueue {
             offset = static_cast<u16>(sum >= size ? sum - size : sum);
         }
         u16 word() const { return static_cast<u16>(offset | (wrap ? 0x8000 : 0)); }
-        /// Descriptors from here to `event`, an offset and a wrap counter in bits 0 to 15. One that has passed is very
-        /// far away.
+        /// Descriptors from here to `event`, an offset and a wrap counter in bits 0 to 15. Very large (u32
+        /// wrap-around) if the event has already passed.
         u32 distance(u32 event, u32 size) const {
             const u32 lap = ((event & 0x8000) != 0) == wrap ? 0 : size;
             return (event & 0x7fff) + lap - offset;
@@ -242,7 +243,7 @@ class PackedQueue {
     usize flags_of(u32 offset) const {
         return at_.descriptors + usize{virtqueue_descriptor_bytes} * offset + offsetof(PackedDescriptor, flags);
     }
-    /// Writes the next descriptor of a buffer. The flags of the first one since publish() are kept back.
+    /// Writes the next descriptor of a buffer. Defers the flags of the first one since publish().
     void append(const BufferElement& element, u16 flags) {
         const PackedDescriptor descriptor{element.bus, element.length, table_.first_free(),
                                           static_cast<u16>(flags |
@@ -260,8 +261,8 @@ class PackedQueue {
         ++unpublished_;
     }
     u16 next_flags() const {
-        // Acquire: the flags before id and length, and before what the device wrote to the buffer. Partner: the
-        // device's release of them.
+        // Acquire: the flags before id and length, and before the device's writes to the buffer. Pairs with the
+        // device's release of the flags.
         return memory_.template load_acquire<u16>(flags_of(used_.offset));
     }
     bool is_used(u16 flags) const {
@@ -285,15 +286,15 @@ class PackedQueue {
     VirtqueueLayout at_;
     VirtqueueOptions options_;
     VirtqueueTable table_;
-    RingPosition next_;         // where the next descriptor goes
-    RingPosition used_;         // where the device writes the next used descriptor
-    RingPosition first_;        // the first descriptor that is not published
+    RingPosition next_;         // position of the next descriptor to write
+    RingPosition used_;         // position of the device's next used descriptor
+    RingPosition first_;        // first unpublished descriptor
     u16 first_flags_ = 0;       // its flags
-    u16 oldest_ = 0;            // with in_order: the buffer that comes back next
+    u16 oldest_ = 0;            // with in_order: the next buffer to be returned
     u32 unpublished_ = 0;       // descriptors
-    u32 batch_ = 0;             // buffers of the last used descriptor that were not yet returned by take()
+    u32 batch_ = 0;             // buffers covered by the last used descriptor and not yet returned by take()
     Last last_;                 // that descriptor
-    bool last_written_ = false; // it has descriptor_write
+    bool last_written_ = false; // that descriptor has descriptor_write
     std::optional<Error> broken_;
 };
 static_assert(Virtqueue<PackedQueue<MappedMemory>> && Virtqueue<PackedQueue<FlatMemory>>);

@@ -1,7 +1,7 @@
-// The split virtqueue, the driver's side [virtio-1.2 §2.7]: a table of descriptors, and two rings of indices into it,
-// which are a Producer (available ring) and a Consumer (used ring) of io.ring.
+// The split virtqueue, driver side [virtio-1.2 §2.7]: a descriptor table, and two rings of indices into it: a
+// Producer (available ring) and a Consumer (used ring) of io.ring.
 //
-// Accesses, with the device's partner:
+// Accesses, paired with the device's:
 //
 //   descriptors and ring entry, then store-release avail.idx   load-acquire avail.idx, then the entry and descriptors
 //   load-acquire used.idx, then the used element               buffers and used element, then store-release used.idx
@@ -17,12 +17,12 @@ export import io.ring.virtqueue;
 
 export namespace fl::io {
 
-/// A descriptor in the table, or in an indirect table [virtio-1.2 §2.7.5]. Little-endian, as all of the queue.
+/// A descriptor in the table or in an indirect table [virtio-1.2 §2.7.5]. Little-endian, like the whole queue.
 struct SplitDescriptor {
     u64 bus = 0;
     u32 length = 0;
     u16 flags = 0;
-    u16 next = 0; // with descriptor_next
+    u16 next = 0; // valid with descriptor_next
 };
 static_assert(sizeof(SplitDescriptor) == virtqueue_descriptor_bytes && offsetof(SplitDescriptor, bus) == 0 &&
               offsetof(SplitDescriptor, length) == 8 && offsetof(SplitDescriptor, flags) == 12 &&
@@ -35,13 +35,13 @@ struct SplitUsedElement {
 };
 static_assert(sizeof(SplitUsedElement) == 8 && offsetof(SplitUsedElement, length) == 4);
 
-/// The rule of notification of one direction: an event index with VIRTIO_F_EVENT_IDX, or bit 0 of a word of flags, set
-/// by the side that wants no notifications [virtio-1.2 §2.7.7, §2.7.10]. What is read is only compared, so whatever the
-/// device wrote is harmless.
+/// The notification rule of one direction: an event index with VIRTIO_F_EVENT_IDX, otherwise bit 0 of a flags word,
+/// set by the side that wants no notifications [virtio-1.2 §2.7.7, §2.7.10]. The value read is only compared, so
+/// anything the device wrote is harmless.
 struct SplitNotify {
     static constexpr bool needs_event = true;
     static constexpr bool needs_consumed = false;
-    usize flags = 0; // offset of that word
+    usize flags = 0; // offset of the flags word, in bytes
     bool event_index = false;
 
     template <class M, class P, class W>
@@ -49,7 +49,7 @@ struct SplitNotify {
         if (event_index) {
             return PassedEvent{}.wanted(memory, layout, p, old, now);
         }
-        // Our index before their flags. Partner: the device's barrier between its flags and our index.
+        // Our index before the device's flags. Pairs with the device's barrier between its flags and our index.
         memory.full_barrier();
         return (memory.template load_relaxed<u16>(flags) & 1) == 0;
     }
@@ -60,13 +60,14 @@ struct SplitNotify {
             return;
         }
         memory.template store_relaxed<u16>(flags, 0);
-        // Our flags before their index, which the caller loads next. Partner: the device's barrier between the two.
+        // Our flags before the device's index, which the caller loads next. Pairs with the device's barrier between
+        // the two.
         memory.full_barrier();
     }
     template <class M>
     void disarm(M& memory, const RingLayout&) const {
-        if (!event_index) { // the flags stay 0 with an event index; one that has passed asks for nothing
-            memory.template store_relaxed<u16>(flags, 1); // orders nothing: an event too many is harmless
+        if (!event_index) { // with an event index the flags stay 0: an event already passed triggers nothing
+            memory.template store_relaxed<u16>(flags, 1); // no ordering needed: a spurious event is harmless
         }
     }
 };
@@ -77,18 +78,18 @@ class SplitQueue {
   public:
     using Memory = M;
 
-    /// The three areas one after the other. `alignment` (a power of two, at least 4) is the used ring's: 64 keeps what
-    /// the device writes in cache lines of its own; the legacy interface has the queue align, 4096
-    /// [virtio-1.2 §2.7.2]. The memory's bus address is a multiple of 16.
+    /// The three areas, consecutively. `alignment` (a power of two, at least 4) is the used ring's: 64 gives the
+    /// device's writes their own cache lines; the legacy interface requires the queue align, 4096 [virtio-1.2
+    /// §2.7.2]. The memory's bus address must be a multiple of 16.
     static constexpr VirtqueueLayout layout(u32 size, usize alignment = 64) {
         const usize driver = usize{virtqueue_descriptor_bytes} * size;
         const usize device = (driver + driver_bytes(size) + alignment - 1) & ~(alignment - 1);
         return {.descriptors = 0, .driver = driver, .device = device, .bytes = device + device_bytes(size)};
     }
 
-    /// An empty queue of `size` descriptors, before the device has been told of it. Writes the indices, flags and
-    /// events; the rest of the memory may hold anything. `rows`: at least `size`, private to this queue while it is
-    /// used. Error{bad_argument}: the size is no power of two or above 32768, or the areas do not fit.
+    /// Creates an empty queue of `size` descriptors; call before its addresses are given to the device. Writes the
+    /// indices, flags and events; the other memory may have any contents. `rows`: at least `size`, used exclusively
+    /// by this queue. Error{bad_argument}: the size is not a power of two or above 32768, or the areas do not fit.
     static Result<SplitQueue> create(M memory, const VirtqueueLayout& at, u32 size, std::span<VirtqueueRow> rows,
                                      VirtqueueOptions options) {
         if (!FreeRunning<u16>(size).valid()) {
@@ -106,7 +107,7 @@ class SplitQueue {
         const usize avail_event = at.device + 4 + usize{8} * size;
         const usize used_event = at.driver + 4 + usize{2} * size;
         for (const usize word : {at.driver, at.driver + 2, used_event, at.device, at.device + 2, avail_event}) {
-            memory.template store_relaxed<u16>(word, 0); // seen by the device when it is told of the queue
+            memory.template store_relaxed<u16>(word, 0); // visible to the device once it is given the queue
         }
         auto available = Available::create(
             memory, {.index = at.driver + 2, .event = avail_event, .entries = at.driver + 4, .stride = 2},
@@ -213,14 +214,14 @@ class SplitQueue {
         }
         const u16 id = options_.in_order ? oldest_ : last_.id;
         const VirtqueueRow row = table_[id];
-        // A buffer that was passed over counts as used in full [virtio-1.2 §2.7.9].
+        // A skipped buffer counts as fully used [virtio-1.2 §2.7.9].
         const u32 length = --batch_ == 0 ? last_.length : row.writable;
         if (length > row.writable) [[unlikely]] {
             return fail({Code::protocol, virtqueue_detail::too_long, row.writable, length});
         }
         oldest_ = table_.following(id);
         table_.remove(id);
-        static_cast<void>(available_.retire(1)); // one of those that are published
+        static_cast<void>(available_.retire(1)); // cannot fail: it was published
         return std::optional<UsedBuffer>{{row.slot, length}};
     }
     Result<bool> arm(u32 count = 1) {
@@ -269,7 +270,7 @@ class SplitQueue {
         return {};
     }
     void append(u16 last, u32 descriptors, u16 slot, u32 writable) {
-        // There are as many entries as descriptors: with a free descriptor there is a free entry.
+        // The ring has as many entries as there are descriptors, so a free descriptor implies a free entry.
         static_cast<void>(available_.produce(table_.first_free()));
         table_.add(last, descriptors, slot, writable);
     }
@@ -284,8 +285,8 @@ class SplitQueue {
     Available available_;
     Used used_;
     VirtqueueTable table_;
-    u16 oldest_ = 0; // with in_order: the buffer that comes back next
-    u32 batch_ = 0;  // buffers of the last used element that were not yet returned by take()
+    u16 oldest_ = 0; // with in_order: the next buffer to be returned
+    u32 batch_ = 0;  // buffers covered by the last used element and not yet returned by take()
     Last last_;      // that element
     std::optional<Error> broken_;
 };

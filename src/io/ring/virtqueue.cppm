@@ -1,8 +1,8 @@
-// What split and packed virtqueues have in common: the description of a buffer, the negotiated options, the places of
-// a queue's three areas, and the table of the buffers that the device holds. [virtio-1.2 §2.6]
+// Common parts of split and packed virtqueues: buffer description, negotiated options, the layout of a queue's three
+// areas, and the table of buffers held by the device. [virtio-1.2 §2.6]
 //
-// The queues themselves are io.ring.split and io.ring.packed. Both are the driver's side, and both have the interface
-// that the concept Virtqueue describes.
+// The queues themselves are io.ring.split and io.ring.packed. Both are the driver side and implement the concept
+// Virtqueue.
 module;
 #include <cstddef>
 export module io.ring.virtqueue;
@@ -12,78 +12,78 @@ import io.ring.memory;
 
 export namespace fl::io {
 
-/// The largest queue, in descriptors [virtio-1.2 §2.7, §2.8].
+/// Maximum queue size, in descriptors [virtio-1.2 §2.7, §2.8].
 inline constexpr u32 virtqueue_max_size = 32768;
-/// Bytes of one descriptor, in either format and in an indirect table.
+/// Size of a descriptor in bytes, in both formats and in an indirect table.
 inline constexpr u32 virtqueue_descriptor_bytes = 16;
 
-/// Descriptor flags that the two formats share [virtio-1.2 §2.7.5, §2.8.3, §2.8.6, §2.8.7].
+/// Descriptor flags common to both formats [virtio-1.2 §2.7.5, §2.8.3, §2.8.6, §2.8.7].
 inline constexpr u16 descriptor_next = 1;
 inline constexpr u16 descriptor_write = 2;
 inline constexpr u16 descriptor_indirect = 4;
 
-/// One physically contiguous piece of a buffer. `bus`: the address that the device uses. `length`: bytes, at least 1.
+/// A physically contiguous part of a buffer. `bus`: its address for the device. `length`: bytes, at least 1.
 struct BufferElement {
     u64 bus = 0;
     u32 length = 0;
-    bool device_writable = false; // false: the device only reads it
+    bool device_writable = false; // false: read-only for the device
 };
 
-/// A buffer that the device has given back. `slot`: what the caller passed to add(). `length`: bytes that the device
-/// says it has written, from the first device-writable byte on; never more than the buffer's device-writable bytes.
+/// A buffer returned by the device. `slot`: the number passed to add(). `length`: bytes written according to the
+/// device, from the first device-writable byte on; never more than the buffer's device-writable bytes.
 struct UsedBuffer {
     u16 slot = 0;
     u32 length = 0;
 };
 
-/// Negotiated features that a queue must know.
+/// Negotiated features that affect a queue.
 struct VirtqueueOptions {
-    bool event_index = false; // VIRTIO_F_EVENT_IDX: events are asked for by position instead of on or off
-    bool in_order = false;    // VIRTIO_F_IN_ORDER: buffers come back in the order in which they were added
+    bool event_index = false; // VIRTIO_F_EVENT_IDX: events are requested by position instead of on or off
+    bool in_order = false;    // VIRTIO_F_IN_ORDER: the device returns buffers in the order in which they were added
     bool indirect = false;    // VIRTIO_F_INDIRECT_DESC: add_indirect() may be used
 };
 
-/// Where the three areas of a queue are, in bytes from the beginning of its memory, and how much memory they need. The
-/// device is given the bus address of each. Made by SplitQueue::layout() and PackedQueue::layout().
+/// Offsets of a queue's three areas in its memory, and the memory needed, in bytes. The device is given the bus
+/// address of each area. Made by SplitQueue::layout() and PackedQueue::layout().
 struct VirtqueueLayout {
     usize descriptors = 0; // Descriptor Area: descriptor table, or descriptor ring
     usize driver = 0;      // Driver Area: available ring, or driver event suppression
     usize device = 0;      // Device Area: used ring, or device event suppression
-    usize bytes = 0;       // all of it
+    usize bytes = 0;       // total size
 };
 
-/// One id's row in the table of outstanding buffers. Storage only: its fields belong to VirtqueueTable.
+/// An id's row in the table of outstanding buffers. Storage only: its fields belong to VirtqueueTable.
 struct VirtqueueRow {
-    u32 writable = 0; // bytes that the device may write
+    u32 writable = 0; // device-writable bytes
     u16 slot = 0;
-    u16 next = 0;        // the following id: of a chain's next descriptor, or in the free list
-    u16 last = 0;        // the last id of the chain
-    u16 descriptors = 0; // how many the buffer occupies
-    u16 state = 0;       // free, published, or added: then the id of the buffer added next
+    u16 next = 0;        // next id: of the chain's next descriptor, or in the free list
+    u16 last = 0;        // last id of the chain
+    u16 descriptors = 0; // descriptors occupied by the buffer
+    u16 state = 0;       // free, published, or added; if added: the id of the buffer added next
 };
 
-/// The driver's side of a virtqueue. Not thread-safe: one owner, on one processor at a time. Nothing here allocates or
-/// waits. Every value that the device writes is read once, checked, and then used; after the first one that breaks a
-/// rule the queue is broken for good, and the driver has to reset the device.
+/// The driver side of a virtqueue. Not thread-safe: one owner, on one processor at a time. Never allocates or waits.
+/// Every value written by the device is read once and validated before use; after the first violation the queue is
+/// broken permanently, and the driver must reset the device.
 ///
-///   add(slot, elements)    puts a buffer into the queue: the readable elements first, at most size() of them, together
-///                          at most 2^32 - 1 bytes. Not seen by the device before publish(). `slot` is the caller's
-///                          number for the buffer; take() returns it. Error{exhausted}: fewer than elements.size()
-///                          descriptors are free. Error{bad_argument}: the elements break a rule above.
+///   add(slot, elements)    adds a buffer: readable elements first, at most size() of them, in total at most 2^32 - 1
+///                          bytes. Not visible to the device before publish(). `slot` is the caller's number for the
+///                          buffer, returned by take(). Error{exhausted}: fewer than elements.size() descriptors are
+///                          free. Error{bad_argument}: the elements violate these rules.
 ///   add_indirect(slot, elements, table, bus)
-///                          the same through a table of 16 bytes for each element, and takes one descriptor only. The
-///                          table is the caller's memory at the bus address `bus`; it must not be changed before the
-///                          buffer has come back. Error{not_supported}: without VirtqueueOptions::indirect.
-///   publish()              makes all added buffers visible, in their order, by one release store. True: the device
-///                          must be notified.
-///   take()                 the next buffer that has come back, or nothing. Error{protocol}: the queue is broken.
-///   arm(count)             asks for an event once `count` of the published buffers have come back, and then looks once
-///                          more. True: one is there already, do not sleep. At least 1; at most as many as are
-///                          published are counted. Without event_index: once any has come back.
-///   disarm()               asks for no events. They may come nevertheless.
-///   free()                 descriptors that are free.
-///   outstanding()          buffers that were added and have not come back.
-///   next_available()       what a driver notification carries with VIRTIO_F_NOTIFICATION_DATA [virtio-1.2 §2.9].
+///                          the same through a table of 16 bytes per element; takes only one descriptor. The table is
+///                          the caller's memory at the bus address `bus`; it must not change until the buffer is
+///                          returned. Error{not_supported}: without VirtqueueOptions::indirect.
+///   publish()              makes all added buffers visible, in order, by one release store. True: the device must be
+///                          notified.
+///   take()                 returns the next used buffer, or nothing. Error{protocol}: the queue is broken.
+///   arm(count)             requests an event once `count` of the published buffers have been used, then checks once
+///                          more. True: one is available already, do not sleep. count is clamped to 1 and the number
+///                          of published buffers. Without event_index: an event once any buffer has been used.
+///   disarm()               requests no events. Events may occur nevertheless.
+///   free()                 number of free descriptors.
+///   outstanding()          buffers added and not yet returned.
+///   next_available()       the position for a driver notification with VIRTIO_F_NOTIFICATION_DATA [virtio-1.2 §2.9].
 template <class Q>
 concept Virtqueue =
     RingMemory<typename Q::Memory> && requires(Q& queue, const Q& view, std::span<const BufferElement> elements,
@@ -103,16 +103,16 @@ concept Virtqueue =
         { view.next_available() } -> std::same_as<u16>;
     };
 
-/// The buffers that are under way, by the id that the device gives back. Kept in the driver's own memory: nothing that
-/// the device can write is used to find or to free a buffer.
+/// Buffers under way, by the id that the device returns. Kept in the driver's private memory: nothing writable by the
+/// device is used to find or free a buffer.
 ///
-/// Ids that are free form a first-in, first-out list, beginning as 0, 1, 2 … That makes two things true. An id that has
-/// come back is used again as late as possible, so a device that returns one twice is noticed. And where buffers come
-/// back in order, ids and descriptors are used in ring order, which VIRTIO_F_IN_ORDER demands [virtio-1.2 §2.7.5].
+/// Free ids form a FIFO list, initially 0, 1, 2 … Hence an id is reused as late as possible, so that a device
+/// returning one twice is detected; and if buffers are returned in order, ids and descriptors are used in ring order,
+/// as VIRTIO_F_IN_ORDER requires [virtio-1.2 §2.7.5].
 class VirtqueueTable {
   public:
     VirtqueueTable() = default;
-    /// Does not own `rows`; there is one for each id.
+    /// Does not own `rows`; one per id.
     explicit VirtqueueTable(std::span<VirtqueueRow> rows)
         : rows_(rows), free_tail_(static_cast<u16>(rows.size() - 1)), free_descriptors_(static_cast<u32>(rows.size())),
           free_ids_(static_cast<u32>(rows.size())) {
@@ -125,20 +125,20 @@ class VirtqueueTable {
     u32 free_descriptors() const { return free_descriptors_; }
     u32 added() const { return added_; }
     u32 published() const { return published_; }
-    /// No buffer that is under way occupies fewer descriptors.
+    /// Lower bound of the descriptors occupied by any buffer under way.
     u32 shortest() const { return shortest_; }
-    /// The id that the next buffer gets.
+    /// The id of the next buffer to be added.
     u16 first_free() const { return free_head_; }
     /// The free id after `id`.
     u16 after(u16 id) const { return rows_[id].next; }
-    /// The buffer was published and has not come back. `id` is whatever the device wrote.
+    /// Whether the buffer is published and not yet returned. `id` is an unchecked value from the device.
     bool is_published(u32 id) const { return id < rows_.size() && rows_[id].state == state_published; }
     const VirtqueueRow& operator[](u16 id) const { return rows_[id]; }
-    /// With VIRTIO_F_IN_ORDER: the id of the buffer that was added after buffer `id`.
+    /// With VIRTIO_F_IN_ORDER: the id of the buffer added after buffer `id`.
     u16 following(u16 id) const { return rows_[rows_[id].last].next; }
 
-    /// Takes the free ids first_free() to `last` for one buffer, whose id is the first of them. The caller has seen to
-    /// it that `descriptors` are free.
+    /// Allocates the free ids first_free() to `last` to one buffer, whose id is the first of them. The caller has
+    /// checked that `descriptors` are free.
     void add(u16 last, u32 descriptors, u16 slot, u32 writable) {
         const u16 id = free_head_;
         free_head_ = rows_[last].next;
@@ -159,7 +159,7 @@ class VirtqueueTable {
         free_descriptors_ -= descriptors;
         free_ids_ -= ids_of(id);
     }
-    /// From now on the device may return what was added.
+    /// From now on the device may return the added buffers.
     void publish() {
         u16 id = added_head_;
         for (u32 left = added_; left != 0; --left) {
@@ -167,10 +167,10 @@ class VirtqueueTable {
         }
         published_ += std::exchange(added_, 0);
     }
-    /// A published buffer has come back.
+    /// A published buffer was returned.
     void remove(u16 id) {
         VirtqueueRow& row = rows_[id];
-        // The tail's link is kept also while the list is empty: following() reads it.
+        // The tail's link is maintained even while the list is empty: following() reads it.
         rows_[free_tail_].next = id;
         if (free_ids_ == 0) {
             free_head_ = id;
@@ -183,18 +183,18 @@ class VirtqueueTable {
     }
 
   private:
-    // States that are no ids.
+    // States distinct from all ids.
     static constexpr u16 state_free = 0xffff;
     static constexpr u16 state_published = 0xfffe;
     static constexpr u16 state_last_added = 0xfffd;
 
-    /// A split queue's buffer takes an id for each descriptor, a packed queue's takes one.
+    /// A split queue's buffer occupies one id per descriptor, a packed queue's one id.
     u32 ids_of(u16 id) const { return rows_[id].last == id ? 1 : rows_[id].descriptors; }
 
     std::span<VirtqueueRow> rows_;
     u16 free_head_ = 0;
     u16 free_tail_ = 0;
-    u16 added_head_ = 0; // the buffers that are not yet published, linked by `state`
+    u16 added_head_ = 0; // unpublished buffers, linked by `state`
     u16 added_tail_ = 0;
     u32 added_ = 0;
     u32 published_ = 0;
@@ -204,9 +204,9 @@ class VirtqueueTable {
 };
 
 namespace virtqueue_detail {
-/// Checks what the caller wants to add. The number of device-writable bytes, or Error{bad_argument}.
+/// Validates a buffer to be added. Returns the number of device-writable bytes, or Error{bad_argument}.
 inline Result<u32> check(std::span<const BufferElement> elements, u32 size) {
-    // An indirect table, too, is at most as long as the queue [virtio-1.2 §2.7.5.3.1, §2.8.5].
+    // An indirect table is also limited to the queue size [virtio-1.2 §2.7.5.3.1, §2.8.5].
     if (elements.empty() || elements.size() > size) [[unlikely]] {
         return Error{Code::bad_argument, "a buffer has at least one element and at most as many as the queue has", size,
                      elements.size()};
@@ -233,7 +233,7 @@ struct Area {
     usize alignment;
 };
 
-/// Checks what a queue is made of.
+/// Validates a queue's areas and rows.
 template <class M>
 Result<void> check(const M& memory, const std::array<Area, 3>& areas, u32 size, std::span<VirtqueueRow> rows) {
     if (rows.size() < size) {
