@@ -1,4 +1,4 @@
-// The registers of local APICs [SDM-3 11] and IOAPICs [82093AA 3]. Values and places alone: core.machine.lapic and
+// Registers of local APICs [SDM-3 11] and IOAPICs [82093AA 3]. Layouts only: core.machine.lapic and
 // core.machine.interrupts access them.
 export module core.apic;
 import core.std;
@@ -6,14 +6,15 @@ import core.registers;
 
 export namespace fl::apic {
 
-/// Of an interrupt, in redirection entries, local vectors and the interrupt command [SDM-3 11.5.1], [82093AA 3.2.4].
+/// Delivery mode, in redirection entries, the local vector table and the interrupt command register [SDM-3 11.5.1],
+/// [82093AA 3.2.4].
 enum class Delivery : u8 { fixed = 0, lowest_priority = 1, smi = 2, nmi = 4, init = 5, startup = 6, external = 7 };
 
 // ---- local APIC: `offset` in its page; the MSR of an x2APIC is 0x800 + offset / 16 [SDM-3 11.12.1.2] ----
 
 struct SpuriousVector : Register<SpuriousVector, u32> {
     static constexpr u64 offset = 0xf0;
-    static constexpr Bit<8> enable{}; // of the APIC, by software
+    static constexpr Bit<8> enable{}; // software enable of the APIC
     static constexpr Field<7, 0, Attribute::read_write, u8> vector{};
     static constexpr auto layout = fields(enable, vector);
 };
@@ -31,10 +32,10 @@ struct LocalVector : Register<LocalVector, u32> {
     static constexpr auto layout =
         fields(timer_mode, mask, level_triggered, remote_irr, active_low, pending, delivery, vector);
 };
-/// The interrupt command's lower half; writing it sends [SDM-3 11.6.1].
+/// Low half of the interrupt command register; writing it sends the interrupt [SDM-3 11.6.1].
 struct CommandLow : Register<CommandLow, u32> {
     static constexpr u64 offset = 0x300;
-    static constexpr Field<19, 18> shorthand{}; // 0: the destination that the upper half names
+    static constexpr Field<19, 18> shorthand{}; // 0: use the destination in the high half
     static constexpr Bit<15> level_triggered{};
     static constexpr Bit<14> assert{};
     static constexpr Bit<12, Attribute::read_only> pending{};
@@ -48,7 +49,7 @@ struct CommandHigh : Register<CommandHigh, u32> {
     static constexpr Field<31, 24> destination{};
     static constexpr auto layout = fields(destination);
 };
-/// With the memory interface; an x2APIC's identity has all 32 bits.
+/// xAPIC mode only; an x2APIC id has 32 bits.
 struct LocalId : Register<LocalId, u32> {
     static constexpr u64 offset = 0x20;
     static constexpr Field<31, 24, Attribute::read_only> id{};
@@ -63,7 +64,7 @@ struct IoVersion : Register<IoVersion, u32> {
     static constexpr Field<7, 0, Attribute::read_only> version{};
     static constexpr auto layout = fields(last_entry, version);
 };
-/// A redirection entry's halves; `block` is 2 * pin [82093AA 3.2.4]. The lower one unmasks: it is written last.
+/// Halves of a redirection entry; `block` is 2 * pin [82093AA 3.2.4]. Write the low half last: it unmasks.
 struct RedirectionLow : Register<RedirectionLow, u32> {
     static constexpr u64 offset = 0x10;
     static constexpr Bit<16> mask{};
@@ -80,18 +81,18 @@ struct RedirectionLow : Register<RedirectionLow, u32> {
 struct RedirectionHigh : Register<RedirectionHigh, u32> {
     static constexpr u64 offset = 0x11;
     static constexpr Field<31, 24> destination{};
-    // Bits 14:8 of the APIC id, where the hypervisor offers them [kvm-cpuid KVM_FEATURE_MSI_EXT_DEST_ID].
+    // Bits 14:8 of the APIC id, if the hypervisor supports them [kvm-cpuid KVM_FEATURE_MSI_EXT_DEST_ID].
     static constexpr Field<23, 17> extended_destination{};
     static constexpr auto layout = fields(destination, extended_destination);
 };
 
-/// RegisterAccess by index, over the two registers that an IOAPIC shows [82093AA 3.1]: two accesses for each.
+/// RegisterAccess by index, through an IOAPIC's select and window registers [82093AA 3.1]: two accesses each.
 template <RegisterAccess<u32> A>
 class IndexedAccess {
   public:
     static constexpr u64 select_at = 0x00;
     static constexpr u64 window_at = 0x10;
-    static constexpr u64 size = 0x20; // bytes to be mapped
+    static constexpr u64 size = 0x20; // bytes to map
 
     constexpr IndexedAccess() = default;
     constexpr explicit IndexedAccess(A access) : access_(access) {}

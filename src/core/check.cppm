@@ -1,6 +1,6 @@
-// Checks of the kernel's own rules that a release image does without: rules of the hot path, and rules whose check
-// costs more than what it protects. On in host builds and in kernels that are built with FIRSTLIGHT_CHECKS=ON.
-// Values of hosts, devices and users are not checked here: those checks are always on, and end in an Error.
+// Assertions of the kernel's own invariants that are compiled out of release images: those on the hot path, and those
+// that cost more than what they protect. Enabled in host builds and in kernels built with FIRSTLIGHT_CHECKS=ON. Input
+// from hosts, devices and users is not checked here: those checks are always enabled and return an Error.
 export module core.check;
 import core.std;
 import core.panic;
@@ -13,8 +13,7 @@ inline constexpr bool checks_enabled = true;
 inline constexpr bool checks_enabled = false;
 #endif
 
-/// Panics with `rule`, which says what must hold, when it does not. `holds` must have no side effects: a release image
-/// does not evaluate it.
+/// Panics with `rule`, a statement of what must hold, if `holds` is false. `holds` must have no side effects.
 [[gnu::always_inline]] inline void check(bool holds, std::string_view rule) {
     if constexpr (checks_enabled) {
         if (!holds) [[unlikely]] {

@@ -1,4 +1,4 @@
-// Command lines: words of the form key=value, and the values that recur. What the keys mean is boot.options' business.
+// Command lines: key=value words and common value formats. boot.options defines the keys.
 export module core.cmdline;
 import core.std;
 import core.text;
@@ -9,19 +9,19 @@ constexpr bool is_blank(char c) {
     return c == ' ' || c == '\t' || c == '\r' || c == '\n' || c == '\v' || c == '\f' || c == '\0';
 }
 
-/// One word. Views into the command line.
+/// One word. Refers to the command line.
 struct CmdlineWord {
-    std::string_view text;  // all of it
-    std::string_view key;   // before the first '='; all of it when there is none
-    std::string_view value; // after it
+    std::string_view text;  // the whole word
+    std::string_view key;   // the part before the first '='; the whole word if there is none
+    std::string_view value; // the part after the first '='
     bool has_value = false;
 };
 
-/// Walks over the words, front to back. The text must outlive the words.
+/// Iterates over the words from front to back. The text must outlive the words.
 class CmdlineWords {
   public:
     constexpr explicit CmdlineWords(std::string_view text) : rest_(text) {}
-    /// Nothing: that was the last one.
+    /// The next word, or nothing after the last one.
     constexpr std::optional<CmdlineWord> next() {
         while (!rest_.empty() && is_blank(rest_.front())) {
             rest_.remove_prefix(1);
@@ -47,7 +47,7 @@ class CmdlineWords {
     std::string_view rest_;
 };
 
-/// Walks over the parts of a value between separators; an empty text has no parts, "a,,b" has an empty one in the
+/// Iterates over the parts of a value between separators. An empty text has no parts; "a,,b" has an empty one in the
 /// middle.
 class TextParts {
   public:
@@ -70,8 +70,8 @@ class TextParts {
     bool more_;
 };
 
-/// A number, decimal or 0x hexadecimal, with an optional k, m or g (powers of 1024, either case); nothing on anything
-/// else or on overflow.
+/// Parses a number, decimal or 0x hexadecimal, with an optional suffix k, m or g (powers of 1024, either case). Nothing
+/// on a syntax error or overflow.
 constexpr std::optional<u64> parse_size(std::string_view text) {
     int shift = 0;
     if (!text.empty()) {
@@ -95,7 +95,7 @@ constexpr std::optional<u64> parse_size(std::string_view text) {
     return *number << shift;
 }
 
-/// Text from outside, made fit for a message: at most 32 bytes, what is not printable shown as '?'; a cut text ends
+/// Sanitises untrusted text for a message: at most 32 bytes, non-printable ones replaced by '?'; truncated text ends
 /// with "...".
 constexpr FixedText<35> shown(std::string_view text) {
     FixedText<35> result;

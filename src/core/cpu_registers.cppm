@@ -1,5 +1,5 @@
-// Registers of the processor itself: control registers, model-specific registers, and the parts of CPUID's answers that
-// are used here [SDM-3 2.5, 2.2.1], [SDM-2A CPUID]. Values alone; core.machine.cpu has the instructions.
+// Processor registers: control registers, model-specific registers, and the parts of CPUID that are used here [SDM-3
+// 2.5, 2.2.1], [SDM-2A CPUID]. Layouts only; core.machine.cpu has the instructions.
 export module core.cpu_registers;
 import core.std;
 import core.registers;
@@ -34,9 +34,9 @@ struct Efer : Register<Efer, u64> {
 /// [SDM-3 11.4.4], [SDM-3 11.12.1]
 struct ApicBase : Register<ApicBase, u64> {
     static constexpr u32 msr = 0x1b;
-    static constexpr Field<51, 12> page{}; // physical address of the page of registers, in pages
+    static constexpr Field<51, 12> page{}; // page number of the physical address of the register page
     static constexpr Bit<11> enable{};
-    static constexpr Bit<10> x2apic{}; // must not rise together with `enable`
+    static constexpr Bit<10> x2apic{}; // must not be set in the same write as `enable`
     static constexpr Bit<8, Attribute::read_only> boot_processor{};
     static constexpr auto layout = fields(page, enable, x2apic, boot_processor);
 
@@ -46,7 +46,7 @@ struct ApicBase : Register<ApicBase, u64> {
 // ---- CPUID: leaf, register ----
 
 struct Cpuid1Ecx : Register<Cpuid1Ecx, u32> {
-    static constexpr Bit<31, Attribute::read_only> hypervisor{}; // reserved for this use
+    static constexpr Bit<31, Attribute::read_only> hypervisor{}; // reserved for hypervisors
     static constexpr Bit<24, Attribute::read_only> tsc_deadline{};
     static constexpr Bit<21, Attribute::read_only> x2apic{};
     static constexpr auto layout = fields(hypervisor, tsc_deadline, x2apic);

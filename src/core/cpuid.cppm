@@ -1,12 +1,12 @@
-// What CPUID says, read once and kept: under a hypervisor every CPUID exits. A snapshot is a plain value, so a recorded
-// machine is one too.
+// A snapshot of CPUID, read once: under a hypervisor every CPUID exits. It is a plain value, so a recorded machine is
+// one too.
 //
-// Cost: 256 CPUIDs look for a hypervisor at 0x40000000, 0x40000100 … 0x4000ff00 (any of them may hold one, and nothing
-// says where the last is, so none can be left out without missing one), one more for each leaf that is kept, and a
-// dozen basic ones. The scan does not depend on the hypervisor bit (leaf 1, ECX 31): hypervisors can be told to hide it
-// while their leaves stay, and on bare metal, where nothing is behind it, CPUID does not exit and the scan takes
-// microseconds. What keeps it safe there is that a base counts only when its answer is one: processors answer an
-// unknown leaf with the data of their highest basic one [SDM-2A CPUID].
+// Cost: 256 CPUIDs search for hypervisors at 0x40000000, 0x40000100 … 0x4000ff00 (any of these may hold one, and none
+// announces the last, so all must be tried), plus one for each leaf that is kept, plus a dozen basic ones. The scan
+// does not depend on the hypervisor bit (leaf 1, ECX 31): hypervisors can be configured to hide it while their leaves
+// remain. On bare metal CPUID does not exit, and the scan takes microseconds. It is safe there because a base counts
+// only if its answer is valid: for an unknown leaf, processors return the data of the highest basic leaf [SDM-2A
+// CPUID].
 export module core.cpuid;
 import core.std;
 import core.cpu_registers;
@@ -19,24 +19,24 @@ struct CpuidRegisters {
     friend constexpr bool operator==(const CpuidRegisters&, const CpuidRegisters&) = default;
 };
 
-/// One answer. Leaves whose meaning depends on ECX are kept per subleaf.
+/// One leaf. Leaves that depend on ECX are stored per subleaf.
 struct CpuidLeaf {
     u32 leaf = 0;
     u32 subleaf = 0;
     CpuidRegisters value;
 };
 
-/// A hypervisor's first leaf.
+/// The first leaf of a hypervisor.
 struct HypervisorBase {
     u32 base = 0;            // 0x40000000 + n * 0x100
-    u32 max_leaf = 0;        // as announced, within [base, base + 0xff]
-    FixedText<12> signature; // up to its last byte that is not NUL
+    u32 max_leaf = 0;        // reported maximum, within [base, base + 0xff]
+    FixedText<12> signature; // trailing NULs removed
 };
 
 struct CpuidSnapshot {
     static constexpr usize max_leaves = 160;
     static constexpr usize max_bases = 8;
-    static constexpr u32 leaves_per_base = 32; // kept of each hypervisor; the highest in use today is base + 0x10
+    static constexpr u32 leaves_per_base = 32; // stored per hypervisor; the highest in use today is base + 0x10
     static constexpr u32 first_base = 0x40000000;
     static constexpr u32 last_base = 0x4000ff00;
 
@@ -44,12 +44,12 @@ struct CpuidSnapshot {
     std::array<HypervisorBase, max_bases> bases{};
     u32 leaf_count = 0;
     u32 base_count = 0;
-    u32 executed = 0;       // CPUID instructions that the scan took
-    bool truncated = false; // a leaf or a base found no room
+    u32 executed = 0;       // CPUID instructions executed by the scan
+    bool truncated = false; // a leaf or a base did not fit
 
     constexpr std::span<const CpuidLeaf> all() const { return {leaves.data(), leaf_count}; }
     constexpr std::span<const HypervisorBase> hypervisors() const { return {bases.data(), base_count}; }
-    /// The registers of a leaf that was kept; nothing when it was not there.
+    /// The registers of a stored leaf, or nothing.
     constexpr std::optional<CpuidRegisters> find(u32 leaf, u32 subleaf = 0) const {
         for (const CpuidLeaf& l : all()) {
             if (l.leaf == leaf && l.subleaf == subleaf) {
@@ -58,7 +58,7 @@ struct CpuidSnapshot {
         }
         return std::nullopt;
     }
-    /// Zeroes for a leaf that is not there: its feature bits are off.
+    /// Zeroes for a leaf that was not stored, so that its feature bits read as off.
     constexpr CpuidRegisters get(u32 leaf, u32 subleaf = 0) const {
         return find(leaf, subleaf).value_or(CpuidRegisters{});
     }
@@ -73,7 +73,7 @@ struct CpuidSnapshot {
     constexpr FixedText<12> vendor() const;
 };
 
-/// Twelve bytes, lowest first, from three registers, without trailing NULs.
+/// Twelve bytes from three registers, lowest byte first, without trailing NULs.
 constexpr FixedText<12> text_of(u32 a, u32 b, u32 c) {
     std::array<char, 12> bytes{};
     for (usize i = 0; i < 12; ++i) {
@@ -92,9 +92,9 @@ constexpr FixedText<12> CpuidSnapshot::vendor() const {
     return text_of(r.ebx, r.edx, r.ecx);
 }
 
-/// The hypervisor that answered at `base`, or nothing: its highest leaf must lie in the base's own block of 256 (some
-/// answer 0 there and mean base + 1: KVM's older ones, [kvm-cpuid]; believed only of "KVMKVMKVM"), and its name must be
-/// up to 12 printable characters, NUL-padded.
+/// The hypervisor that answered at `base`, or nothing. Its highest leaf must be in the base's block of 256, and its
+/// signature must be up to 12 printable characters, NUL-padded. Old KVM returns 0 as the highest leaf and means base +
+/// 1 [kvm-cpuid]; this is accepted only for "KVMKVMKVM".
 constexpr std::optional<HypervisorBase> hypervisor_at(u32 base, const CpuidRegisters& r) {
     HypervisorBase found{base, r.eax, text_of(r.ebx, r.ecx, r.edx)};
     const std::string_view signature = found.signature.view();
@@ -110,8 +110,8 @@ constexpr std::optional<HypervisorBase> hypervisor_at(u32 base, const CpuidRegis
     return found;
 }
 
-/// Executes CPUID through `read(leaf, subleaf) -> CpuidRegisters` and keeps what this project uses. Called once, by
-/// boot.
+/// Executes CPUID through `read(leaf, subleaf) -> CpuidRegisters` and stores the leaves that this project uses. Called
+/// once, by boot.
 template <class Read>
     requires requires(Read& read, u32 leaf, u32 subleaf) {
         { read(leaf, subleaf) } -> std::convertible_to<CpuidRegisters>;
@@ -173,10 +173,10 @@ constexpr void scan_cpuid(CpuidSnapshot& into, Read&& read) {
     }
 }
 
-/// The time stamp counter's frequency in Hz as CPUID tells it, or nothing. A hypervisor's timing leaf (0x40000010 EAX,
-/// in kHz: VMware's, taken over by QEMU with KVM, VirtualBox and ACRN; other hypervisors use that number for other
-/// things) comes before the processor's leaf 0x15 [SDM-2A CPUID.15H], which a hypervisor may pass through from a host
-/// that counts differently.
+/// The time stamp counter's frequency in Hz according to CPUID, or nothing. A hypervisor's timing leaf (0x40000010 EAX,
+/// in kHz: defined by VMware, also used by QEMU with KVM, VirtualBox and ACRN; other hypervisors use this number for
+/// other purposes) takes precedence over the processor's leaf 0x15 [SDM-2A CPUID.15H], which a hypervisor may pass
+/// through from a host with a different rate.
 constexpr std::optional<u64> tsc_hz_by_cpuid(const CpuidSnapshot& cpuid) {
     constexpr std::array<std::string_view, 4> with_timing_leaf{"VMwareVMware", "KVMKVMKVM", "VBoxVBoxVBox",
                                                                "ACRNACRNACRN"};

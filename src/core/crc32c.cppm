@@ -1,16 +1,16 @@
-// CRC-32C (Castagnoli), the checksum of the verify stamp.
+// CRC-32C (Castagnoli), the checksum of the data verification stamp.
 export module core.crc32c;
 import core.std;
 
 export namespace fl {
 
-/// CRC-32C of `data`, continuing from `before` (the value of what came in front, 0 for nothing): reflected, polynomial
-/// 0x1edc6f41, initial and final value inverted [rfc3720 §12.1]. Uses the processor's instruction where CPUID offers it
-/// (asked once).
+/// CRC-32C of `data`, continued from `before` (the CRC of the preceding bytes; 0 if there are none): reflected,
+/// polynomial 0x1edc6f41, initial and final value inverted [rfc3720 §12.1]. Uses the SSE4.2 instruction if CPUID
+/// reports it (checked once).
 u32 crc32c(std::span<const std::byte> data, u32 before = 0);
 
 namespace crc32c_detail {
-/// The two ways behind it, for tests; the second one only where has_instruction().
+/// The two implementations, for tests; by_instruction() requires has_instruction().
 u32 by_table(std::span<const std::byte> data, u32 before);
 u32 by_instruction(std::span<const std::byte> data, u32 before);
 bool has_instruction();

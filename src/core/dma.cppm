@@ -7,9 +7,9 @@ export namespace fl {
 
 inline constexpr u64 page_size = 4096;
 
-/// A run of memory that is contiguous for the processor and for the device. Does not own it. `bus` is the address that
-/// a device uses (the guest-physical address: there is no IOMMU here). Where DMA must not cross a boundary the driver
-/// splits.
+/// A range of memory that is contiguous for the processor and the device. Non-owning. `bus` is the address that a
+/// device uses (the guest-physical address: there is no IOMMU here); `size` is in bytes. Drivers split spans at DMA
+/// boundaries.
 struct DmaSpan {
     std::byte* data = nullptr;
     u64 bus = 0;
@@ -22,31 +22,31 @@ struct DmaSpan {
 
 class DmaBuffer;
 
-/// Quarantines memory that a device may still access, whatever becomes of its owner: a DmaBuffer that overlaps it is
-/// not given back when it is reset or dies, but when the last of its quarantined memory has been released. `holder` and
-/// `id` say which access it is (a queue and its command). From any processor.
+/// Quarantines memory that a device may still access, independently of its owner's lifetime: a DmaBuffer that overlaps
+/// it is freed not when it is reset or destroyed, but when the last quarantined part has been released. `holder` and
+/// `id` identify the access (a queue and its command). Callable on any processor.
 void quarantine(DmaSpan span, const void* holder, u64 id = 0);
-/// The device can no longer reach what was quarantined under `holder` and `id`; or under `holder` alone.
+/// The device can no longer access the memory quarantined under `holder` and `id`, or under `holder` alone.
 void release_quarantine(const void* holder, u64 id);
 void release_quarantine(const void* holder);
-/// `holder` ends, and the device has not let go: what it has quarantined stays so for good, and another holder at the
-/// same address cannot release it.
+/// `holder` is destroyed while the device may still access its memory: what it has quarantined stays so for good, and
+/// another holder at the same address cannot release it.
 void keep_quarantine(const void* holder);
 bool is_quarantined(DmaSpan span);
 
 struct QuarantineState {
     usize spans = 0;     // that a device may still access
     usize buffers = 0;   // whose owners are gone
-    bool frozen = false; // there was no memory to note a span or a buffer: nothing is given back any more
+    bool frozen = false; // out of memory while recording a span or a buffer: no memory is freed from now on
 };
 QuarantineState quarantine_state();
-/// For tests, where the end of a machine is not the end of the program: forgets everything.
+/// For tests, in which several machines share one process: forgets everything.
 void clear_quarantine();
 
-/// Where DMA memory comes from: frames in the kernel, the heap in host tests.
+/// Source of DMA memory: frames in the kernel, the heap in host tests.
 class DmaAllocator {
   public:
-    /// `size` bytes (rounded up to whole pages), zeroed, page-aligned, physically contiguous, wholly below `limit`.
+    /// `size` bytes (rounded up to whole pages): zeroed, page-aligned, physically contiguous, wholly below `limit`.
     virtual Result<DmaSpan> allocate(u32 size, u64 limit) = 0;
     virtual void free(DmaSpan span) = 0;
     Result<DmaBuffer> buffer(u32 size, u64 limit = ~u64{0});
@@ -55,11 +55,11 @@ class DmaAllocator {
     ~DmaAllocator() = default;
 };
 
-/// For DmaBuffer. True: some of `span` is quarantined; it goes back to `from`, which must live so long, afterwards.
+/// For DmaBuffer. True if part of `span` is quarantined: it is then freed to `from` later, which must live that long.
 bool keep_quarantined(DmaAllocator& from, DmaSpan span);
 
-/// Owns DMA memory. `abandon()` gives it up for good: for memory that the other side may still write after a fault.
-/// What is quarantined is given back later, or never.
+/// Owns DMA memory. `abandon()` gives it up permanently: for memory that the device or host may still write after a
+/// fault. Quarantined memory is freed later, or never.
 class DmaBuffer {
   public:
     DmaBuffer() = default;

@@ -1,5 +1,5 @@
-// Reads ELF64 executables out of memory: the UEFI loader takes the kernel apart with it. Nothing in a file is believed
-// before it was checked, and every header is copied out before it is read, so the bytes need no alignment.
+// Parser for ELF64 executables in memory, used by the UEFI loader. Every field is checked before use, and headers are
+// copied before they are read, so that the file needs no alignment.
 module;
 #include <cstddef>
 export module core.elf;
@@ -38,13 +38,13 @@ static_assert(offsetof(FileHeader, section_names) == 62);
 
 /// One entry of the program header table [gABI-4 ch. 5 "Program Header"].
 struct ProgramHeader {
-    u32 type;        // 1: loadable; many others, which are skipped
+    u32 type;        // 1: loadable; other types are skipped
     u32 flags;       // 1 execute, 2 write, 4 read
     u64 file_offset; // bytes
     u64 virtual_address;
     u64 physical_address;
     u64 file_size;   // bytes in the file
-    u64 memory_size; // bytes in memory; what the file does not give is zero
+    u64 memory_size; // bytes in memory; those beyond file_size are zero
     u64 alignment;   // 0 and 1: none; else a power of two
 };
 static_assert(sizeof(ProgramHeader) == 56);
@@ -60,8 +60,7 @@ inline constexpr u32 segment_load = 1;
 inline constexpr u32 flag_execute = 1;
 inline constexpr u32 flag_write = 2;
 
-/// A loadable part of the file, checked: `bytes` lies inside the file and is no longer than memory_size, neither
-/// address range wraps.
+/// A checked loadable segment: `bytes` is inside the file and not longer than memory_size; neither address range wraps.
 struct Segment {
     u64 virtual_address = 0;
     u64 physical_address = 0;
@@ -73,13 +72,13 @@ struct Segment {
     constexpr bool writable() const { return (flags & flag_write) != 0; }
 };
 
-/// A checked executable. Refers to the bytes it was parsed from, which must stay as they are.
+/// A checked executable. Refers to the bytes that it was parsed from, which must not change.
 class Image {
   public:
     static constexpr usize max_segments = 16;
 
     /// Accepts an x86-64 executable with 1 to max_segments loadable segments that overlap neither in virtual nor in
-    /// physical memory, and an entry inside the file's part of an executable one. Empty segments are left out.
+    /// physical memory, and an entry point in the file-backed part of an executable one. Empty segments are skipped.
     static Result<Image> parse(std::span<const std::byte> file);
 
     /// Virtual address of the first instruction.
@@ -87,15 +86,15 @@ class Image {
     std::span<const Segment> segments() const { return {segments_.data(), count_}; }
     /// Lowest physical address of a segment.
     u64 physical_base() const { return base_; }
-    /// Bytes from there to the end of the highest segment.
+    /// Bytes from physical_base() to the end of the highest segment.
     u64 physical_size() const { return size_; }
 
-    /// Whether the image keeps its shape when it is mapped in one piece: every segment's virtual address is
-    /// virtual_base + (physical address - physical_base()).
+    /// Checks that the image can be mapped with one offset: every segment's virtual address must be virtual_base +
+    /// (physical address - physical_base()).
     Result<void> require_linear(u64 virtual_base) const;
 
-    /// Copies the segments to where they belong and zeroes all the rest. `memory` holds physical_size() bytes and
-    /// stands for physical_base() onwards.
+    /// Copies the segments to their physical addresses and zeroes the rest. `memory` has physical_size() bytes and
+    /// corresponds to physical_base().
     Result<void> load(std::span<std::byte> memory) const;
 
   private:

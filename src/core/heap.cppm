@@ -1,5 +1,5 @@
-// The heap: size classes for small blocks, an address-ordered list of runs for the rest. Not for hot paths (io.block
-// allocates nothing) and not for interrupt handlers; the caller serialises.
+// The heap: size classes for small blocks, an address-ordered list of runs for larger ones. Not for hot paths (io.block
+// does not allocate) and not for interrupt handlers; callers must serialise.
 export module core.heap;
 import core.std;
 
@@ -8,27 +8,27 @@ export namespace fl {
 class Heap {
   public:
     static constexpr usize granule = 16;
-    // bytes, header included
+    // block sizes in bytes, header included
     static constexpr std::array<usize, 12> classes{32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048};
-    static constexpr usize slab = 4096; // what a class takes from the runs at once
+    static constexpr usize slab = 4096; // bytes that a class takes from the runs at a time
 
     constexpr Heap() = default;
     Heap(const Heap&) = delete;
     Heap& operator=(const Heap&) = delete;
 
-    /// Gives the heap memory for good; parts are joined with their neighbours.
+    /// Adds memory permanently; adjacent parts are merged.
     void add(std::span<std::byte> memory);
-    /// At least `size` bytes at a multiple of `alignment` (a power of two), or nullptr. Zero bytes are a block of their
-    /// own.
+    /// At least `size` bytes at a multiple of `alignment` (a power of two), or nullptr. A size of 0 yields a distinct
+    /// block.
     void* allocate(usize size, usize alignment = granule);
-    /// Takes back a block; nullptr is nothing. A block that is not from here, or freed twice, is a panic.
+    /// Frees a block; nullptr is ignored. Panics on a foreign block or a double free.
     void free(void* block);
 
     u64 allocations() const { return allocations_; }
     usize blocks_in_use() const { return in_use_; }
-    /// Bytes in runs (not in the classes' free lists).
+    /// Bytes in runs, excluding the classes' free lists.
     usize free_bytes() const;
-    /// What add() must be given for allocate(size, alignment) to succeed for certain.
+    /// Bytes to add() so that allocate(size, alignment) is certain to succeed.
     static constexpr usize bytes_for(usize size, usize alignment) {
         return align_up(size + alignment + 2 * granule, slab) + granule;
     }
@@ -41,12 +41,12 @@ class Heap {
         usize size; // bytes, this header included; a multiple of the granule
         Run* next;
     };
-    // Stands before every block in use.
+    // Precedes every block in use.
     struct Header {
         u32 magic;
         u16 size_class; // index, or large
-        u16 back;       // granules from the begin of the memory to this header
-        u64 size;       // of the run, when large
+        u16 back;       // distance from the start of the memory to this header, in granules
+        u64 size;       // of the run, for large blocks
     };
     static_assert(sizeof(Header) == granule && sizeof(Run) == granule);
     static constexpr u32 alive = 0x45564c41;
@@ -58,7 +58,7 @@ class Heap {
     std::byte* take_class(usize index);
 
     std::array<Free*, classes.size()> free_{};
-    Run* runs_ = nullptr; // by address
+    Run* runs_ = nullptr; // sorted by address
     u64 allocations_ = 0;
     usize in_use_ = 0;
 };

@@ -1,14 +1,13 @@
-// Which handler an interrupt leads to: the tables of vectors, one for each processor, and the policy of giving them
-// out. The registers of the controllers belong to the machine (InterruptHardware): core.machine.interrupts in the
-// kernel, a fake in tests.
+// Interrupt routing: the per-processor vector tables and the allocation of vectors. The controllers' registers are
+// accessed through InterruptHardware: core.machine.interrupts in the kernel, a fake in tests.
 //
-// Every processor has 192 vectors (0x30 to 0xef) of its own. Messages and IOAPIC lines take the lowest free one of
-// their processor; vectors that are valid everywhere take the highest number that is free on all of them, so that the
-// timer and the kicks have a higher priority than devices [SDM-3 11.8.3]. The 16 lines of the 8259s have 0x20 to 0x2f.
+// Every processor has 192 vectors (0x30 to 0xef) of its own. Messages and IOAPIC lines use the lowest free one of their
+// processor; vectors that are valid everywhere use the highest number that is free on all processors, so that timers
+// and kicks have a higher priority than devices [SDM-3 11.8.3]. The 16 lines of the 8259s use 0x20 to 0x2f.
 //
-// Handlers are on the heap. Tables are read by dispatch_interrupt() without a lock while another processor changes
-// them: a link is stored last (release) and loaded once (acquire), and what was unlinked is freed only when every
-// processor has left the handlers that it was in (InterruptHardware::wait_for_handlers).
+// Handlers are allocated from the heap. dispatch_interrupt() reads the tables without a lock while another processor
+// may change them: a link is stored last (release) and loaded once (acquire), and an unlinked handler is freed only
+// after every processor has left its handlers (InterruptHardware::wait_for_handlers).
 module;
 #include "core/thread_annotations.hpp"
 export module core.interrupt_router;
@@ -22,10 +21,10 @@ export import core.interrupt;
 
 export namespace fl {
 
-/// What ends an interrupt's service.
+/// Where to send the end-of-interrupt.
 enum class InterruptEnd : u8 { none, local_apic, pic };
 
-/// One handler of a vector; the handlers of a shared line are linked, and have the same `end` and `irq`.
+/// One handler of a vector. Handlers of a shared line form a list and have the same `end` and `irq`.
 struct AttachedHandler {
     InterruptHandler call;
     void* context;
@@ -40,23 +39,23 @@ struct AttachedHandler {
 using VectorTable = std::array<AttachedHandler*, 256>;
 
 struct InterruptCounters {
-    u64 taken = 0;      // with at least one handler
-    u64 spurious = 0;   // announced by the controller and withdrawn
-    u64 unexpected = 0; // a vector that has no handler
+    u64 taken = 0;      // delivered to at least one handler
+    u64 spurious = 0;   // raised by the controller and withdrawn
+    u64 unexpected = 0; // on a vector without a handler
 };
 
 /// The controllers' registers.
 class InterruptHardware {
   public:
-    /// `io_apic`: its index, in the order of add_io_apic(). `reg`: as in its select register [82093AA 3.1].
+    /// `io_apic`: index, in the order of add_io_apic(). `reg`: number in the register select register [82093AA 3.1].
     virtual void write_io_apic(u32 io_apic, u32 reg, u32 value) = 0;
     virtual void mask_pic(u8 irq, bool masked) = 0;
     virtual void set_pic_level(u8 irq, bool level) = 0;
-    /// Returns when every other processor has left the handlers that it was in when this was called.
+    /// Returns when every other processor has left the handlers that it was running at the time of the call.
     virtual void wait_for_handlers() = 0;
 
-    // For dispatch_interrupt(), on the processor that has the interrupt.
-    /// Whether the line that the 8259 announced is in service; does what is needed when it is not.
+    // Used by dispatch_interrupt(), on the interrupted processor.
+    /// Whether the line that the 8259 raised is in service; if not, completes the spurious interrupt.
     virtual bool is_real_pic(u8 irq) = 0;
     virtual void end_pic(u8 irq) = 0;
     virtual bool in_service(u8 vector) = 0; // false without a local APIC
@@ -77,24 +76,24 @@ class InterruptRouter final : public InterruptController {
     struct Machine {
         bool local_apic = false;
         bool pic = false;      // the 8259s answer
-        bool extended = false; // destinations have 15 bits [highest_destination]
+        bool extended = false; // 15-bit destinations [highest_destination]
     };
 
     constexpr explicit InterruptRouter(InterruptHardware& hardware) : hardware_(hardware) {}
 
-    /// Once, on processor 0, before everything else. `apic_id`: its own.
+    /// Called once, on processor 0, before any other function. `apic_id`: of processor 0.
     void start(const Machine& machine, u32 apic_id);
-    /// An IOAPIC with `lines` redirection entries; masks them all. As soon as there is one, lines go through IOAPICs,
-    /// and the 8259s are out of use. False: there is no room for it.
+    /// Registers an IOAPIC with `lines` redirection entries and masks them all. Once there is an IOAPIC, lines are
+    /// routed through IOAPICs and the 8259s are not used. Returns false if the table is full.
     bool add_io_apic(u32 first_gsi, u32 lines);
     void add_override(const acpi::Override& wire);
-    /// A further processor, on itself, with interrupts off. Error{exhausted}: no memory for its table.
+    /// Adds another processor. Called on that processor with interrupts off. Error{exhausted}: no memory for its table.
     Result<void> join(u32 processor, u32 apic_id);
 
     /// The table of a processor that has joined.
     VectorTable& vectors(u32 processor) { return *tables_[processor]; }
     bool has_io_apic() const { return io_apic_count_ != 0; }
-    /// Handlers that have not been freed.
+    /// Number of handlers not yet freed.
     usize attached() const { return attached_.load(std::memory_order_relaxed); }
 
     Result<void> attach_line(InterruptLine line, InterruptHandler handler, void* context, u32 processor = 0) override;
@@ -109,13 +108,13 @@ class InterruptRouter final : public InterruptController {
         u32 first_gsi;
         u32 lines;
     };
-    // A line after the overrides: which global interrupt, and how it is wired.
+    // A line after the MADT's overrides: its GSI and how it is wired.
     struct Wire {
         u32 gsi;
         bool level;
         bool active_low;
     };
-    // A line that has handlers.
+    // A line with at least one handler.
     struct Line {
         u32 gsi;
         u32 processor;
@@ -134,9 +133,9 @@ class InterruptRouter final : public InterruptController {
     void program(const Wire& wire, u32 apic_id, u8 vector) REQUIRES(lock_);
 
     InterruptHardware& hardware_;
-    mutable SpinLock lock_; // of everything below; dispatch_interrupt() reads the tables without it
+    mutable SpinLock lock_; // protects everything below; dispatch_interrupt() reads the tables without it
     Machine machine_;
-    VectorTable first_table_{}; // of processor 0, before there is a heap
+    VectorTable first_table_{}; // of processor 0, used before the heap exists
     std::array<VectorTable*, max_processors> tables_{};
     std::array<u32, max_processors> apic_ids_{};
     Vector<Line> lines_ GUARDED_BY(lock_);
@@ -144,7 +143,7 @@ class InterruptRouter final : public InterruptController {
     std::array<acpi::Override, acpi::Madt::max_overrides> overrides_{};
     u32 io_apic_count_ = 0;
     u32 override_count_ = 0;
-    std::atomic<usize> attached_{0}; // relaxed: a count for tests
+    std::atomic<usize> attached_{0}; // relaxed: a statistic for tests
 };
 
 [[gnu::always_inline]] inline AttachedHandler* load_handler(AttachedHandler*& link) {
@@ -154,7 +153,7 @@ class InterruptRouter final : public InterruptController {
     __atomic_store_n(&link, to, __ATOMIC_RELEASE);
 }
 
-/// A vector without a handler: counted, and ended where the controller waits for that.
+/// A vector without a handler: counts it, and sends an end-of-interrupt if the controller expects one.
 template <class Hardware>
 [[gnu::noinline, gnu::cold]] void dispatch_unexpected(InterruptCounters& counters, Hardware& hardware, u32 number) {
     const u32 irq = number - InterruptRouter::first_pic_vector;
@@ -173,8 +172,8 @@ template <class Hardware>
     ++counters.unexpected;
 }
 
-/// Calls the handlers of a vector (32 to 255) and ends the interrupt. `table` and `counters` are the calling
-/// processor's. `Hardware` is the final class, so that nothing is called through a table of functions.
+/// Calls the handlers of a vector (32 to 255) and ends the interrupt. `table` and `counters` belong to the calling
+/// processor. `Hardware` is the final class, so that no virtual calls are made.
 template <class Hardware>
     requires std::derived_from<Hardware, InterruptHardware>
 inline void dispatch_interrupt(VectorTable& table, InterruptCounters& counters, Hardware& hardware, u32 number) {

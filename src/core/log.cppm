@@ -1,5 +1,5 @@
-// The log: lines for people and records for programs, to every sink that is attached. No allocation. A line or a record
-// is never mixed with another processor's: each holds the log from its begin to its end. Not for interrupt handlers.
+// The log: lines for people and records for programs, sent to every attached sink. Allocates nothing. Lines and records
+// of different processors are never interleaved: each holds the log from start to end. Not for interrupt handlers.
 export module core.log;
 import core.std;
 import core.text;
@@ -13,14 +13,14 @@ constexpr std::string_view name(Level level) {
     return names[to_underlying(level)];
 }
 
-/// A place that log text goes to (serial port, debug console, a test's buffer). Owned by whoever attaches it; must
-/// outlive the log or be detached. write() gets whole lines, which end with "\n", but for very long ones, which come in
-/// pieces.
 struct Sinks;
+/// A destination for log text (serial port, debug console, a test's buffer). Owned by the caller of attach(); must be
+/// detached before it is destroyed. write() receives whole lines that end with "\n", except that very long lines arrive
+/// in pieces.
 class Sink {
   public:
     virtual void write(std::string_view text) = 0;
-    /// Returns when the text has left the machine, or when a bound has passed.
+    /// Returns when the text has left the machine, or after a bounded time.
     virtual void flush() {}
 
   protected:
@@ -33,25 +33,25 @@ class Sink {
     Sink* next_ = nullptr;
 };
 
-/// Adds the sink, at the end; a sink attached twice stays once. What has been kept comes first.
+/// Appends a sink; attaching one twice has no effect. The kept text is written to it first.
 void attach(Sink& sink);
 void detach(Sink& sink);
-/// True: from now on the last kept_bytes of the log are kept, in whole lines, for sinks that are attached later. False:
-/// no more, and what was kept is forgotten. Default: false.
+/// True: keep the last kept_bytes of the log, in whole lines, for sinks attached later. False: stop, and discard what
+/// was kept. Default: false.
 void keep(bool on);
 inline constexpr usize kept_bytes = 16 * 1024;
-/// Sends what has been gathered of a line, whole or not, and flushes every sink.
+/// Sends buffered text, even an incomplete line, and flushes every sink.
 void flush();
 /// Lines above this level are dropped. Default: info.
 void set_level(Level level);
 Level level();
-/// Gives the nanoseconds that stand before every line, nullptr for none.
+/// Sets the source of the timestamp, in nanoseconds, at the start of each line; nullptr for none.
 void set_clock(u64 (*now_ns)());
 
-/// For a sink whose reader cuts lines that are longer than `longest` (0: it does not): gives `text` to send(text) in
-/// parts, with a line break and the mark of a continuation wherever a line would become longer. A reader puts the line
-/// together again by leaving out break and mark; so a record survives (docs/INTERFACES.md). `column`: where the sink's
-/// line stands, kept from call to call.
+/// For a sink whose reader truncates lines longer than `longest` bytes (0: unlimited): passes `text` to send(text) in
+/// parts, with a line break and the continuation mark wherever a line would become longer. A reader removes break and
+/// mark to restore the line; records therefore survive (docs/INTERFACES.md). `column`: the sink's current column, kept
+/// between calls.
 inline constexpr std::string_view continuation = "@+";
 template <class Send>
 constexpr void folded(std::string_view text, usize& column, usize longest, Send&& send) {
@@ -73,7 +73,8 @@ constexpr void folded(std::string_view text, usize& column, usize longest, Send&
     }
 }
 
-/// Holds the log: what this processor writes meanwhile stays together. May be nested. Not across a suspension.
+/// Holds the log, so that this processor's output is not interleaved. May be nested. Do not suspend a coroutine
+/// meanwhile.
 class Hold {
   public:
     Hold();
@@ -82,12 +83,12 @@ class Hold {
     Hold& operator=(const Hold&) = delete;
 };
 
-/// The TextSink behind the functions below: everything written goes to all sinks.
+/// The TextSink used by the functions below: writes to all sinks.
 struct Line {
     void write(std::string_view text);
 };
 
-/// "[   0.001234] " before a line, when there is a clock; "error: " and "warning: " after it.
+/// Writes the prefix of a line: "[   0.001234] " if there is a clock, then "error: " or "warning: ".
 void begin(Level level);
 
 template <class... Args>
@@ -121,7 +122,7 @@ void debug(text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>..
 }
 
 /// One record: a line "@{…}" (docs/INTERFACES.md). Fields are written in order; the destructor ends the line. Holds the
-/// log meanwhile.
+/// log for its lifetime.
 class Record {
   public:
     explicit Record(std::string_view kind);
@@ -132,14 +133,14 @@ class Record {
     Record& text(std::string_view key, std::string_view value);
     Record& number(std::string_view key, u64 value);
     Record& flag(std::string_view key, bool value);
-    /// begin/end of a nested object or list; inside a list the keys are empty.
+    /// Opens or closes a nested object or list; inside a list, keys are empty.
     Record& open(std::string_view key, char bracket); // '{' or '['
     Record& close(char bracket);                      // '}' or ']'
 
   private:
     void key(std::string_view name);
     Hold hold_;
-    bool first_ = false; // the next field is the first of its object: no comma before it
+    bool first_ = false; // the next field is the first of its object and needs no comma
 };
 
 } // namespace fl::log

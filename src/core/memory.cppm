@@ -1,5 +1,5 @@
-// Physical memory in frames of 4 KiB: a sorted list of free ranges, so that nothing is touched, or even mapped, before
-// it is used. One processor at a time, not in interrupt handlers.
+// Physical memory in frames of 4 KiB: a sorted list of free ranges, so that memory is neither touched nor mapped before
+// its first use. Not thread-safe, and not for interrupt handlers.
 export module core.memory;
 import core.std;
 import core.result;
@@ -7,14 +7,14 @@ import core.result;
 export namespace fl {
 
 inline constexpr u64 frame_size = 4096;
-/// Below this address frames are given out only on demand: the firmware's habits, and what other processors start in.
+/// Frames below this address are allocated only on request: the firmware uses some, and processors start there.
 inline constexpr u64 low_memory_end = 0x100000;
 
 struct FrameRequest {
     u64 frames = 1;
     u64 alignment = frame_size; // bytes, a power of two
-    u64 floor = low_memory_end; // bytes: wholly at or above
-    u64 limit = ~u64{0};        // bytes: wholly below
+    u64 floor = low_memory_end; // bytes: lowest address
+    u64 limit = ~u64{0};        // bytes: end of the allocation is at most this
 };
 
 class FrameAllocator {
@@ -25,19 +25,18 @@ class FrameAllocator {
         u64 size;
     };
 
-    /// Gives the allocator the whole frames of a range for good. Page 0 is left out; what overlaps free memory counts
-    /// once.
+    /// Adds the whole frames in a range. Page 0 is left out; overlap with free memory counts once.
     void add(u64 base, u64 size);
-    /// Takes every frame that the range touches out of the free ones; what is not free there stays as it is.
+    /// Removes every frame that the range touches from the free frames. Frames that are not free are unaffected.
     void reserve(u64 base, u64 size);
-    /// Contiguous frames, the highest that fit; not zeroed. Error{exhausted} says how much was asked for and what is
-    /// free.
+    /// Allocates contiguous frames at the highest address that fits; not zeroed. Error{exhausted} reports the requested
+    /// and the free bytes.
     Result<u64> allocate(const FrameRequest& request);
-    /// Gives back frames from allocate(), in parts if that is wished. Frames that are free already are a panic.
+    /// Frees frames from allocate(), possibly in parts. Panics if any of them is free already.
     void free(u64 base, u64 frames);
 
     u64 free_bytes() const { return free_bytes_; }
-    /// Bytes that were given back while the list was full of fragments: out of use from then on.
+    /// Bytes lost because they were freed while the list of ranges was full.
     u64 lost_bytes() const { return lost_bytes_; }
     std::span<const Range> ranges() const { return {ranges_.data(), count_}; }
 
@@ -52,8 +51,8 @@ class FrameAllocator {
     u64 lost_bytes_ = 0;
 };
 
-/// A free frame that a startup IPI can name: below 1 MiB, and not one of the reserved vectors 0xa0 to 0xbf [SDM-3
-/// 9.4.4.1]. Nothing else is assumed about what lies there: a PC has adapters and firmware from 640 KiB on, Xen's PVH
+/// Allocates a frame that a startup IPI can address: below 1 MiB, and not one of the reserved vectors 0xa0 to 0xbf
+/// [SDM-3 9.4.4.1]. Nothing else is assumed about the layout: a PC has adapters and firmware from 640 KiB up, Xen's PVH
 /// has memory everywhere. Page 0 is never free.
 Result<u64> allocate_start_frame(FrameAllocator& from);
 

@@ -1,5 +1,5 @@
-// Device registers in memory: a mapped region, and what maps it. Portable; core.machine.memory has the kernel's mapper,
-// tests have memory of their own or a model of the device.
+// Device registers in memory: a mapped region and its mapper. Portable: core.machine.memory implements the kernel's
+// mapper; tests use ordinary memory or a model of the device.
 export module core.mmio;
 import core.std;
 import core.panic;
@@ -8,8 +8,8 @@ import core.registers;
 
 export namespace fl {
 
-/// For tests: answers accesses to a region in place of memory, so that a fake device can act on each one and a script
-/// can check their order. `at` counts from the beginning of the region that was mapped; `width` is 1, 2, 4 or 8 bytes.
+/// For tests: handles accesses to a region in place of memory, so that a fake device can act on each one and a script
+/// can check their order. `at` is the offset in the mapped region; `width` is 1, 2, 4 or 8 bytes.
 class MmioModel {
   public:
     virtual u64 read(u64 at, u32 width) = 0;
@@ -19,26 +19,26 @@ class MmioModel {
     ~MmioModel() = default;
 };
 
-/// A mapped region of device registers; a value, to be copied. A model of RegisterAccess for all four widths.
+/// A mapped region of device registers; a value type. Models RegisterAccess for all four widths.
 ///
-/// Each access is one `mov` of exactly this width: an instruction that every hypervisor decodes. It is ordered with the
-/// other accesses to memory as the program has them: what was stored before a write() is seen by a device that looks at
-/// memory because of it, and a load after a read() comes after it. That costs nothing on x86: uncached accesses are
-/// strongly ordered [SDM-3 11.3], so only the compiler is held back.
+/// Each access is one `mov` of exactly this width: an instruction that every hypervisor decodes. Accesses are in
+/// program order with other memory accesses: stores before a write() are visible to a device that reads memory because
+/// of it, and loads after a read() follow it. This costs nothing on x86: uncached accesses are strongly ordered [SDM-3
+/// 11.3], so only the compiler needs a barrier.
 ///
-/// Bounds are checked once, where the region is mapped (`size` of MmioMapper::map, part()). Test builds also check each
-/// access, and panic.
+/// Bounds are checked once, when the region is mapped (`size` of MmioMapper::map, part()). Test builds also check each
+/// access, and panic on a violation.
 class Mmio {
   public:
     constexpr Mmio() = default;
-    /// `base`: mapped for `size` bytes, uncached where it is a device's.
+    /// `base`: mapped for `size` bytes, uncached for device registers.
     Mmio(std::byte* base, u64 size) : base_(base), size_(size) {}
 #if __STDC_HOSTED__
     Mmio(MmioModel& model, u64 size) : size_(size), model_(&model) {}
 #endif
 
     u64 size() const { return size_; }
-    /// The registers [at, at + size). Error{protocol}: the region has fewer bytes.
+    /// The registers [at, at + size). Error{protocol}: the region is too small.
     Result<Mmio> part(u64 at, u64 size) const {
         if (at > size_ || size > size_ - at) {
             return Error(Code::protocol, "a device places registers outside of the region that holds them", size_,
@@ -53,7 +53,7 @@ class Mmio {
         return inner;
     }
 
-    /// `at`: a multiple of the width, with the whole register in the region.
+    /// `at`: a multiple of the width; the whole register must lie in the region.
     template <RegisterValue T>
     T read(u64 at) const {
 #if __STDC_HOSTED__
@@ -113,25 +113,26 @@ class Mmio {
     u64 size_ = 0;
 #if __STDC_HOSTED__
     MmioModel* model_ = nullptr;
-    u64 first_ = 0; // of the region that the model stands for
+    u64 first_ = 0; // offset in the modelled region
 #endif
 };
 static_assert(RegisterAccess<const Mmio, u8> && RegisterAccess<const Mmio, u16> && RegisterAccess<const Mmio, u32> &&
               RegisterAccess<const Mmio, u64>);
 
-/// Maps device registers. References live as long as the machine.
+/// Maps device registers. The object lives as long as the machine.
 class MmioMapper {
   public:
-    /// The registers at [physical, physical + size), uncached, for good; `size` is not 0, nothing needs to be aligned.
-    /// The same range gives the same region. Error{bad_argument}: no such physical address on this processor;
-    /// Error{protocol}: memory is there; Error{exhausted}: no page tables or no address space left.
+    /// Maps the registers at [physical, physical + size), uncached and permanently. `size` is in bytes and not 0; no
+    /// alignment is required. The same range yields the same region. Error{bad_argument}: no such physical address on
+    /// this processor; Error{protocol}: the range contains RAM; Error{exhausted}: no page tables or no address space
+    /// left.
     virtual Result<Mmio> map(u64 physical, u64 size) = 0;
 
   protected:
     ~MmioMapper() = default;
 };
 
-/// Where there is no mapper: every map() is Error{not_supported}.
+/// A mapper for environments without one: map() always returns Error{not_supported}.
 MmioMapper& no_mmio();
 
 } // namespace fl

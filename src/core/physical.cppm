@@ -1,5 +1,4 @@
-// Physical memory as the parsers of firmware tables see it: in the kernel through the direct map, in tests an array of
-// golden bytes.
+// Physical memory as the firmware table parsers read it: through the direct map in the kernel, an array in tests.
 export module core.physical;
 import core.std;
 
@@ -7,11 +6,11 @@ export namespace fl {
 
 class PhysicalReader {
   public:
-    /// Copies the bytes from `address` on into `into`; false, with `into` in any state, when not all of them can be
-    /// read. Never faults.
+    /// Copies into.size() bytes from physical `address`. Returns false, with `into` unspecified, if any of them cannot
+    /// be read. Never faults.
     virtual bool read(u64 address, std::span<std::byte> into) = 0;
 
-    /// A trivially copyable value from `address`, which need not be aligned.
+    /// A trivially copyable value at `address`, of any alignment.
     template <class T>
         requires std::is_trivially_copyable_v<T>
     std::optional<T> value(u64 address) {

@@ -1,24 +1,24 @@
-// Which processor this is. One instruction in the kernel, from per-processor data at GS; on the host a thread plays a
-// processor.
+// The index of the current processor: in the kernel, one load from per-processor data at GS; on the host, a thread
+// stands for a processor.
 export module core.processor;
 import core.std;
 
 export namespace fl {
 
-/// So many processors are used at most; further ones stay as the firmware left them.
+/// Maximum number of processors used; others are left as the firmware set them up.
 inline constexpr u32 max_processors = 64;
 
 #if __STDC_HOSTED__
 
-/// The calling thread's number: 0 until it says otherwise.
+/// The calling thread's processor number: 0 by default.
 u32 this_processor();
-/// For tests: the calling thread is processor `number` from here on.
+/// For tests: makes the calling thread processor `number`.
 void set_this_processor(u32 number);
 
 #else
 
-/// The index of the processor that runs this: 0 is the boot processor, the others count on in the order in which they
-/// were started. From anywhere, interrupt handlers included, once the exceptions' tables are installed
+/// The index of the current processor: 0 is the boot processor, the others are numbered in the order in which they were
+/// started. Callable from anywhere, including interrupt handlers, once the exception tables are installed
 /// (core.machine.traps).
 inline u32 this_processor() {
     u32 number;

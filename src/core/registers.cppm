@@ -1,7 +1,7 @@
-// Typed registers. A register is a struct that names its fields as the manual does, high bit first, with what may be
-// done to each; it is a value of the register's width, without a place of its own, so it costs what a plain integer
-// costs. Reading and writing goes through a RegisterAccess: memory (core.mmio), I/O ports, PCI configuration space, or
-// the script of a test, which also checks the order of the accesses.
+// Typed registers. A register is a struct that names its fields as the manual does, high bit first, each with its
+// access attribute. It is a value of the register's width and costs no more than an integer. It is read and written
+// through a RegisterAccess: memory (core.mmio), I/O ports, PCI configuration space, or a test script that also checks
+// the order of accesses.
 //
 //     struct Control : Register<Control, u16> {                          // [PCI-3.0 §6.8.2.3]
 //         static constexpr u64 offset = 2;                               // in its block: here, of the capability
@@ -13,35 +13,35 @@
 //     Control control = Control::read(device, capability);
 //     control.set(Control::enable, true).write(device, capability);
 //
-// What does not compile: two fields that overlap, a field that is wider than the register, a field of another register,
-// a field that is missing in `layout`, writing a read-only or reserved field, reading a write-only one, a constant that
-// is too large for its field.
+// These do not compile: overlapping fields, a field wider than the register, a field of another register, a field that
+// is missing in `layout`, writing a read-only or reserved field, reading a write-only one, and a constant that is too
+// large for its field.
 export module core.registers;
 import core.std;
 import core.panic;
 
 export namespace fl {
 
-/// The widths that a register may have: 8, 16, 32 or 64 bits.
+/// Register widths: 8, 16, 32 or 64 bits.
 template <class T>
 concept RegisterValue = std::same_as<T, u8> || std::same_as<T, u16> || std::same_as<T, u32> || std::same_as<T, u64>;
 
-/// How registers of one width are reached. `at` is an offset in bytes in what the access stands for. Each call is one
-/// access of exactly this width, in the order of the calls.
+/// Access to registers of one width. `at` is an offset in bytes. Each call performs one access of exactly this width,
+/// in program order.
 template <class A, class T>
 concept RegisterAccess = RegisterValue<T> && requires(A& access, u64 at, T value) {
     { access.template read<T>(at) } -> std::same_as<T>;
     access.template write<T>(at, value);
 };
 
-/// What may be done to a field.
+/// Access attribute of a field.
 enum class Attribute : u8 {
     read_write,
     read_only,
-    write_only,        // reads as anything
-    write_1_to_clear,  // a one that is written clears it, a zero leaves it: change() leaves it
-    reserved_preserve, // to be written as it was read; so are bits that no field covers
-    reserved_zero,     // to be written as zero: write() does
+    write_only,        // value read is undefined
+    write_1_to_clear,  // writing 1 clears it, writing 0 does not; change() writes 0
+    reserved_preserve, // must be written back as read; so are bits that no field covers
+    reserved_zero,     // must be written as 0; write() does so
 };
 constexpr bool can_read(Attribute a) {
     return a == Attribute::read_write || a == Attribute::read_only || a == Attribute::write_1_to_clear;
@@ -62,7 +62,7 @@ struct RegisterField {
     static constexpr Value mask = static_cast<Value>(limit << Low);
 };
 
-/// All fields of a register, and the bits that need care when it is written.
+/// All fields of a register, and the bits that need care on writes.
 template <RegisterValue Value, class... Fields>
 struct RegisterLayout {
     static constexpr Value of(Attribute attribute) {
@@ -86,12 +86,12 @@ template <class F, class R>
 concept ReadableField = FieldOf<F, R> && can_read(F::attribute);
 template <class F, class R>
 concept WritableField = FieldOf<F, R> && can_set(F::attribute);
-/// Written as one: set, or cleared where that is what a one does.
+/// A bit that can be written as 1: to set it, or to clear a write_1_to_clear bit.
 template <class F, class R>
 concept SingleBitField =
     FieldOf<F, R> && F::limit == 1 && (can_set(F::attribute) || F::attribute == Attribute::write_1_to_clear);
 
-/// Base of a register's struct, which has `layout` and, to be read or written, `offset`. An aggregate of the raw value.
+/// Base of a register struct, which defines `layout` and, for accesses, `offset`. An aggregate of the raw value.
 template <class Derived, RegisterValue Int>
 struct Register {
     using Value = Int;
@@ -111,7 +111,7 @@ struct Register {
         value.raw = raw;
         return value;
     }
-    /// The value in which these bits are ones, and all others zeroes.
+    /// A value with exactly these bits set.
     template <class... F>
         requires(SingleBitField<F, Derived> && ...)
     static constexpr Derived of(F...) {
@@ -122,7 +122,7 @@ struct Register {
     constexpr typename F::Type get(F) const {
         return static_cast<typename F::Type>((raw & F::mask) >> F::low);
     }
-    /// A value that the field cannot hold is cut off, but for tests, which panic.
+    /// A value that does not fit the field is truncated; test builds panic.
     template <WritableField<Derived> F>
     constexpr Derived& set(F, typename F::Type value) {
         const auto bits = static_cast<Int>(value);
@@ -134,7 +134,7 @@ struct Register {
         raw = static_cast<Int>((raw & static_cast<Int>(~F::mask)) | ((bits << F::low) & F::mask));
         return static_cast<Derived&>(*this);
     }
-    /// Whether all of these bits are set.
+    /// True if all of these bits are set.
     template <class... F>
         requires(ReadableField<F, Derived> && ...)
     constexpr bool has(F...) const {
@@ -143,19 +143,19 @@ struct Register {
     }
     friend constexpr bool operator==(const Register&, const Register&) = default;
 
-    /// One access. `block`: where the block begins that `offset` counts from (a capability, an entry of a table).
+    /// One access. `block`: base address that `offset` is relative to (a capability, a table entry).
     template <RegisterAccess<Int> A>
     static Derived read(A&& access, u64 block = 0) {
         return from(access.template read<Int>(block + Derived::offset));
     }
-    /// One access. Bits that are reserved_zero are written as zeroes.
+    /// One access. reserved_zero bits are written as 0.
     template <RegisterAccess<Int> A>
     void write(A&& access, u64 block = 0) const {
         constexpr Int zero = Derived::layout.of(Attribute::reserved_zero);
         access.template write<Int>(block + Derived::offset, static_cast<Int>(raw & static_cast<Int>(~zero)));
     }
-    /// Two accesses: reads, changes by `edit(Derived&)`, writes. Bits that a one clears are written as zeroes, unless
-    /// `edit` sets them by clear().
+    /// Two accesses: reads, modifies with `edit(Derived&)`, writes. write_1_to_clear bits are written as 0 unless
+    /// `edit` calls clear() on them.
     template <RegisterAccess<Int> A, class Edit>
     static Derived change(A&& access, u64 block, Edit&& edit) {
         Derived value = read(access, block);
@@ -165,7 +165,7 @@ struct Register {
         value.write(access, block);
         return value;
     }
-    /// What is written next clears this field.
+    /// Writes a 1 to this field, so that the next write() clears it.
     template <FieldOf<Derived> F>
         requires(F::attribute == Attribute::write_1_to_clear)
     constexpr Derived& clear(F) {

@@ -1,23 +1,22 @@
-// One error type and one Result for the whole kernel: what std::expected would be in C++23, nothing more.
-// TRY and CO_TRY are macros and therefore live in core/try.hpp.
+// Error and Result: a subset of C++23's std::expected. The TRY and CO_TRY macros are in core/try.hpp.
 export module core.result;
 import core.std;
 
 export namespace fl {
 
-/// What kind of thing went wrong. The message says the rest.
+/// Error category. The details are in Error::message.
 enum class Code : u8 {
-    bad_argument,  // the caller asked for something that cannot be (command line, map file, unaligned request)
+    bad_argument,  // invalid request from the caller (command line, map file, unaligned access)
     not_found,     // no such disk, key, node, device
-    not_supported, // the other side or this build does not offer it
+    not_supported, // not offered by the host, by the device or by this build
     exhausted,     // memory, frames, slots, coroutine frames
     timed_out,     // the bound of a wait was reached
     cancelled,     // withdrawn by its owner
     io,            // the device reports an error
     device_gone,   // closed, unplugged, rescinded
-    protocol,      // the other side broke a rule of its specification
+    protocol,      // the peer violated its specification
     corrupt,       // data read is not the data written
-    busy,          // somebody else holds it
+    busy,          // held by another user
 };
 
 constexpr std::string_view name(Code code) {
@@ -38,8 +37,8 @@ constexpr std::string_view name(Code code) {
     return "unknown";
 }
 
-/// An error is a value of fixed size; `message` refers to static storage and says what was expected and what to do.
-/// `expected` and `seen` are printed when `has_values`.
+/// A fixed-size value. `message` refers to static storage and says what was expected and what to do. `expected` and
+/// `seen` are printed if `has_values`.
 struct Error {
     Code code;
     std::string_view message;
@@ -52,7 +51,7 @@ struct Error {
         : code(c), message(text), has_values(true), expected(want), seen(got) {}
 };
 
-/// A value or an Error. Ignoring one does not compile.
+/// A value or an Error. Discarding one is a compile-time warning, which this build treats as an error.
 template <class T = void>
 class [[nodiscard]] Result {
     static_assert(!std::is_lvalue_reference_v<T>, "a Result holds values; return a pointer for a reference");

@@ -1,4 +1,4 @@
-// The strings of SMBIOS that say who made the machine: the older way to recognise a hypervisor, kept as the fallback.
+// SMBIOS strings that name the machine's manufacturer: a fallback for hypervisor detection.
 export module core.smbios;
 import core.std;
 import core.result;
@@ -7,7 +7,7 @@ import core.physical;
 
 export namespace fl {
 
-/// Empty strings where the firmware says nothing. Bytes that are not printable ASCII are shown as '?'.
+/// Strings that the firmware does not supply are empty. Bytes that are not printable ASCII are replaced by '?'.
 struct Smbios {
     u8 major = 0;
     u8 minor = 0;
@@ -18,13 +18,13 @@ struct Smbios {
     FixedText<64> version;      // type 1
 };
 
-/// Parses the structure table itself: at most `max_structures` structures, `table` bytes. A structure that leaves the
-/// table, or is shorter than its own header, ends the walk with what was found until then.
+/// Parses a structure table: at most 1024 structures. A structure that extends past the table, or is shorter than its
+/// header, ends the walk; strings found before it are kept.
 void parse_smbios_table(std::span<const std::byte> table, Smbios& into);
 
-/// The entry point at `entry` ("_SM_" [smbios §5.2.1] or "_SM3_" [smbios §5.2.2], checksums verified) and its table. 0:
-/// looks in the BIOS area 0xf0000–0xfffff, on 16-byte boundaries. Error{not_found}: there is none; Error{protocol}:
-/// there is one, and it is malformed. At most 64 KiB of a longer table are read.
+/// Reads the entry point at physical address `entry` ("_SM_" [smbios §5.2.1] or "_SM3_" [smbios §5.2.2], checksums
+/// verified) and its table. 0: searches the BIOS area 0xf0000–0xfffff on 16-byte boundaries. Error{not_found}: no entry
+/// point; Error{protocol}: malformed. At most 64 KiB of the table are read.
 Result<Smbios> read_smbios(PhysicalReader& memory, u64 entry);
 
 } // namespace fl

@@ -1,5 +1,5 @@
-// No hypervisor, or none that this build has a module for: the machine as it looks, fully virtualised or real. Always
-// in the build, and the backend that everything falls back to.
+// No hypervisor, or none that this build supports: real or fully virtualised hardware. Always built in; the fallback
+// for every other backend.
 export module hv.bare;
 import core.std;
 import core.result;
@@ -13,7 +13,7 @@ class Bare {
     static constexpr std::string_view name = "bare";
     static constexpr VmGuest guest = VmGuest::bare;
 
-    /// Everything: it touches nothing that needs a hypervisor.
+    /// Always: it needs no hypervisor.
     static bool recognises(const Sightings&) { return true; }
     Result<void> install(Environment& environment);
     Result<void> start(Services&) { return {}; }

@@ -1,5 +1,5 @@
-// Where are we? Sightings are facts (every hypervisor that CPUID shows, what SMBIOS says); the policy that picks one of
-// them is data and gives its reason.
+// Hypervisor detection. Sightings are facts (hypervisors reported by CPUID or SMBIOS); the policy that picks one of
+// them is a table, with a reason for each rule.
 export module hv.detect;
 import core.std;
 import core.text;
@@ -9,16 +9,16 @@ export import hv.vm_guest;
 
 export namespace fl::hv {
 
-/// One hypervisor that showed itself.
+/// A hypervisor that was detected.
 struct Sighting {
     VmGuest guest = VmGuest::bare;
-    u32 base = 0;     // its first CPUID leaf; 0: seen in SMBIOS only
-    u32 max_leaf = 0; // its last one
+    u32 base = 0;     // first CPUID leaf; 0: seen in SMBIOS only
+    u32 max_leaf = 0; // last CPUID leaf
     FixedText<12> signature;
-    u32 version = 0;       // major << 16 | minor, where it says so (Xen, Hyper-V); 0 elsewhere
+    u32 version = 0;       // major << 16 | minor, if reported (Xen, Hyper-V); 0 otherwise
     u32 build = 0;         // Hyper-V's build number
     u32 features = 0;      // KVM: leaf base+1 EAX; Hyper-V: base+3 EAX (privileges, low half); Xen: base+4 EAX
-    u32 features_high = 0; // Hyper-V: base+3 EBX (privileges, high half); told, and nothing is ruled out by it
+    u32 features_high = 0; // Hyper-V: base+3 EBX (privileges, high half); logged only
 };
 
 struct Sightings {
@@ -29,7 +29,7 @@ struct Sightings {
     bool hypervisor_bit = false;
 
     constexpr std::span<const Sighting> all() const { return {list.data(), count}; }
-    /// The first sighting of that hypervisor (lowest base), or nullptr.
+    /// The first sighting of this hypervisor (lowest base), or nullptr.
     constexpr const Sighting* find(VmGuest guest) const {
         for (u32 i = 0; i < count; ++i) {
             if (list[i].guest == guest) {
@@ -41,26 +41,26 @@ struct Sightings {
     constexpr bool has(VmGuest guest) const { return find(guest) != nullptr; }
 };
 
-/// CPUID first; SMBIOS's strings only when CPUID shows no hypervisor at all. `smbios` may be nullptr.
+/// Uses CPUID; SMBIOS strings only if CPUID shows no hypervisor. `smbios` may be nullptr.
 Sightings detect(const CpuidSnapshot& cpuid, const Smbios* smbios);
 
-/// Whether a VMBus is possible: Hyper-V's interface with hypercalls and SynIC [hv-tlfs §2.4.4]. Whether there is one is
-/// only known when it has been asked; the bits for posting messages and signalling events are not demanded, since hosts
-/// exist that answer both and set neither.
+/// Whether a VMBus is possible: a Hyper-V interface with hypercalls and SynIC [hv-tlfs §2.4.4]. Only connecting shows
+/// whether there is one. The privileges to post messages and signal events are not required, since some hosts support
+/// both and set neither bit.
 bool offers_vmbus(const Sighting& sighting);
 
-/// Whether messages and IOAPICs may name processors by 15-bit APIC ids [kvm-cpuid KVM_FEATURE_MSI_EXT_DEST_ID],
+/// Whether messages and IOAPICs can address processors by 15-bit APIC ids [kvm-cpuid KVM_FEATURE_MSI_EXT_DEST_ID],
 /// [xen-cpuid XEN_HVM_CPUID_EXT_DEST_ID].
 bool offers_extended_destinations(const Sightings& sightings);
 
-/// What the person wants. `guest`: that one, whatever was sighted; `late`: the backend is installed after a fully
+/// The user's choice. `guest`: use this backend, whatever was detected; `late`: install the backend after a fully
 /// virtualised start, at the last point before buses are probed (hv=late, hv=late:xen).
 struct Preference {
     std::optional<VmGuest> guest;
     bool late = false;
 };
 
-/// "auto", a vm_guest name, "late" or "late:" and a vm_guest name; nothing on any other text.
+/// Parses "auto", a vm_guest name, "late", or "late:" and a vm_guest name; nothing for any other text.
 std::optional<Preference> parse_preference(std::string_view text);
 
 enum class When : u8 { entry, late };
@@ -70,23 +70,23 @@ struct Choice {
     VmGuest guest = VmGuest::bare;
     When when = When::entry;
     bool overridden = false; // by the command line
-    bool unsighted = false;  // overridden with something that did not show itself: a warning is due
+    bool unsighted = false;  // overridden with a hypervisor that was not detected: warn
     std::string_view reason; // static storage, one clause
 };
 
-/// The policy, first match wins. Twice through: the first time only what this build has a module for, so that a
-/// hypervisor which can be used beats one that can only be named.
+/// One rule of the policy; the first match wins. The table is searched twice, first for hypervisors that this build
+/// supports only, so that a supported one takes precedence over one that can only be named.
 struct PolicyRule {
     VmGuest guest;
-    bool (*applies)(const Sighting& sighting); // nullptr: whenever sighted
+    bool (*applies)(const Sighting& sighting); // nullptr: matches if sighted
     std::string_view reason;
 };
 std::span<const PolicyRule> policy();
 
-/// `built`: what there are modules for; the default asks hv.vm_guest's built_for().
+/// `built`: whether this build supports a guest; by default hv.vm_guest's built_for().
 Choice choose(const Sightings& sightings, Preference preference, bool (*built)(VmGuest) = nullptr);
 
-/// Lines for people: each sighting, then the choice with its reason (and the warning).
+/// Logs each sighting, then the choice with its reason (and the warning).
 void log_detection(const CpuidSnapshot& cpuid, const Sightings& sightings, const Choice& choice);
 
 } // namespace fl::hv

@@ -1,7 +1,8 @@
-// Hyper-V, as its guest sees it, on Microsoft's hypervisor and on those that play it (KVM, OpenVMM). Order of what
-// install() does: guest identity, hypercall page, reference time; start(): SynIC of processor 0, what a VMBus needs,
-// the synthetic timer; join(): SynIC of each further processor. What came up is given out by bus() and timer(). Below a
-// Hyper-V that offers no VMBus, or whose VMBus does not answer, it is a clock, and the native drivers go on.
+// Hyper-V guest support, on Microsoft's hypervisor and on those that emulate its interface (KVM, OpenVMM). install()
+// sets up, in order: guest identity, hypercall page, reference time; start(): SynIC of processor 0, what the VMBus
+// needs, the synthetic timer; join(): SynIC of each further processor. The services that are up are returned by bus()
+// and timer(). If Hyper-V offers no VMBus, or its VMBus does not answer, it serves as a clock only, and native drivers
+// are used.
 export module hv.hyperv;
 import core.std;
 import core.result;
@@ -26,17 +27,17 @@ class HyperV {
     static constexpr std::string_view name = "hyperv";
     static constexpr VmGuest guest = VmGuest::hyperv;
 
-    /// The VMBus of an instance whose SynIC is on. Whether a host answers on it is found out by enumerate().
+    /// The VMBus of an instance whose SynIC is enabled. enumerate() finds out whether a host answers on it.
     class Bus {
       public:
         Bus(io::Executor& executor, const hyperv::ReferenceClock& clock) : clock_(clock), news_(executor) {}
         Bus(const Bus&) = delete;
         Bus& operator=(const Bus&) = delete;
 
-        /// Connects, asks what is there, and lists the first channels of all devices by their relids. A bus that does
-        /// not answer, or that this guest may not use, is a warning and an empty list.
+        /// Connects, requests the offers, and lists the primary channels of all devices by relid. If the bus does not
+        /// answer, or refuses this guest, logs a warning and leaves the list empty.
         io::Task<Result<void>> enumerate(DeviceList& into);
-        /// LateDevices: what the host offers afterwards, a device that it took away and offers again included.
+        /// LateDevices: devices offered since enumerate(), including those that were rescinded and are offered again.
         std::optional<SyntheticDevice> next_device();
         u32 new_dropped() {
             const auto dropped = static_cast<u32>(vmbus_.counters().offers_dropped);
@@ -56,10 +57,10 @@ class HyperV {
             .offered = [](void* self, const hyperv::Offer&) { static_cast<Bus*>(self)->news_.open(); },
             .dropped = [](void* self) { static_cast<Bus*>(self)->news_.open(); },
             .context = this};
-        u32 dropped_ = 0; // offers that new_dropped() has told of
+        u32 dropped_ = 0; // offers already reported by new_dropped()
     };
 
-    /// Synthetic timer 0 of each processor, of an instance that has what it needs: direct mode, or a SynIC to send its
+    /// Synthetic timer 0 of each processor, if its requirements are met: direct mode, or a SynIC to deliver its
     /// message.
     class Timer {
       public:
@@ -67,9 +68,9 @@ class HyperV {
               const hyperv::ReferenceClock& clock, bool direct)
             : cpu_(cpu), interrupts_(interrupts), synic_(synic), clock_(clock), direct_(direct) {}
 
-        /// On each processor that shall use it, once, after start() or join(). `handler` as an InterruptHandler.
+        /// On each processor that uses the timer, once, after start() or join(). `handler`: as InterruptHandler.
         Result<void> start(InterruptHandler handler, void* context);
-        /// On this processor: once, `length` from now (at least 100 ns); replaces what was set before.
+        /// Fires once on this processor, `length` ns from now (at least 100 ns); replaces a previously armed expiry.
         void arm(Nanoseconds length);
         std::string_view name() const { return direct_ ? "Hyper-V synthetic, direct" : "Hyper-V synthetic"; }
 
@@ -81,7 +82,7 @@ class HyperV {
         hyperv::Synic& synic_;
         const hyperv::ReferenceClock& clock_;
         bool direct_;
-        std::atomic<bool> started_ = false;     // on any processor
+        std::atomic<bool> started_ = false;     // on at least one processor
         std::optional<InterruptVector> vector_; // direct mode, one for all processors
     };
 
@@ -94,28 +95,28 @@ class HyperV {
         return sighting != nullptr && sighting->base != 0;
     }
 
-    /// The way into the hypervisor: the processor's own unless a test brings another one, before install().
+    /// Replaces the hypercall instruction, for tests; call before install().
     void set_gate(const hyperv::Gate& gate) { gate_ = gate; }
-    /// Error{not_supported}: no hypercalls here; nothing is left behind. A missing VMBus is no error.
+    /// Error{not_supported}: no hypercalls here; nothing stays set up. A missing VMBus is not an error.
     Result<void> install(Environment& environment);
-    /// Processor 0's SynIC, the bus, the timer. What fails is given back and leaves a machine without it, with a
-    /// warning.
+    /// Brings up processor 0's SynIC, the bus and the timer. Parts that fail are released, with a warning, and the
+    /// machine runs without them.
     Result<void> start(Services& services);
-    /// Processors: on each further processor, once, after start() and before the first probe. Nothing to do where there
-    /// is no VMBus.
+    /// Processors: on each further processor, once, after start() and before the first probe. No effect without a
+    /// VMBus.
     Result<void> join(u32 cpu, io::Executor& executor);
-    /// LeavesProcessors: on a processor that has joined: its SynIC off.
+    /// LeavesProcessors: disables the SynIC of a processor that has joined.
     void leave(u32 cpu);
-    /// TearDown: the bus unloaded, this processor's SynIC off, time and hypercall pages given back. Bounded; works with
-    /// interrupts off.
+    /// TearDown: unloads the bus, disables this processor's SynIC, and withdraws the reference time and hypercall
+    /// pages. Bounded; works with interrupts off.
     void uninstall();
 
     std::optional<u64> tsc_hz() const { return tsc_hz_; }
     std::string_view clock_name() const { return clock_name_; }
 
-    /// nullptr: before start(), after uninstall(), and where SynIC or bus did not come up.
+    /// nullptr before start(), after uninstall(), and if SynIC or bus did not start.
     Bus* bus() { return bus_started_ ? &*bus_ : nullptr; }
-    /// nullptr: before start(), and where the host offers none that can be used.
+    /// nullptr before start(), and if the host offers no usable timer.
     Timer* timer() { return timer_ ? &*timer_ : nullptr; }
 
     hyperv::Synic& synic() { return synic_; }

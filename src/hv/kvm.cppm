@@ -1,6 +1,5 @@
-// KVM, and QEMU's TCG, which looks the same to a guest and has less: no hypercalls are needed to run on either, and
-// neither has a bus of its own. What they tell is the time stamp counter's frequency, so that nothing has to be
-// calibrated.
+// KVM, and QEMU's TCG, which looks the same to a guest but offers less. Neither requires hypercalls or has a bus of its
+// own. They supply the frequency of the time stamp counter, so that it need not be calibrated.
 export module hv.kvm;
 import core.std;
 import core.result;
@@ -18,9 +17,9 @@ class Kvm {
     static bool recognises(const Sightings& sightings) {
         return sightings.has(VmGuest::kvm) || sightings.has(VmGuest::tcg);
     }
-    /// Asks for the frequency: CPUID's timing leaf, else the clock page, which is registered, read once and withdrawn,
-    /// so that the host does not write to the guest's memory ever after. A host that fills in nonsense costs a warning
-    /// and a calibration.
+    /// Determines the frequency: from CPUID's timing leaf, else from the clock page, which is registered, read once and
+    /// withdrawn, so that the host does not keep writing to guest memory. If the host supplies implausible values, logs
+    /// a warning, and the counter is calibrated.
     Result<void> install(Environment& environment);
     Result<void> start(Services&) { return {}; }
 

@@ -1,5 +1,5 @@
-// The hypervisors of this build, in no particular order: which one is used is decided by the policy in hv.detect. A new
-// one is its import and its line.
+// The hypervisor backends of this build, in no particular order: the policy in hv.detect selects one. To add one,
+// import it and list it here.
 export module hv.list;
 import core.std;
 export import hv.backend;
@@ -30,7 +30,7 @@ using Backends = BackendList<
     Bare>;
 inline constexpr Backends list{};
 
-/// Whether a backend of the list takes that guest.
+/// Whether a backend of the list serves this guest.
 template <class... Bs>
 constexpr bool listed(BackendList<Bs...>, VmGuest guest) {
     return (visit_detail::serves<Bs>(guest) || ...);
@@ -39,7 +39,7 @@ constexpr bool listed(BackendList<Bs...>, VmGuest guest) {
 } // namespace fl::hv
 
 namespace fl::hv {
-// What the build options promise (built_for) is what the list holds: the policy relies on it.
+// The build options (built_for) must match the list: the policy relies on it.
 static_assert([] {
     for (usize g = 0; g < vm_guest_names.size(); ++g) {
         if (built_for(static_cast<VmGuest>(g)) != listed(list, static_cast<VmGuest>(g))) {

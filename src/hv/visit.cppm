@@ -1,5 +1,5 @@
-// From a choice at run time to static code, once. Generic over the list of backends, so that tests bring their own; the
-// kernel's list is hv.list.
+// Turns the run-time choice of a backend into statically typed code, once. Generic over the list of backends, so that
+// tests can supply their own; the kernel's list is hv.list.
 //
 //     hv::with_backend(hv::list, choice, environment, [&](auto& backend) {
 //         …clock from backend.tsc_hz(), interrupts, executor…
@@ -16,7 +16,7 @@ import hv.bare;
 
 export namespace fl::hv {
 
-/// A closed list of backends. The last one takes what the others do not, and is therefore Bare.
+/// A closed list of backends. The last one is the fallback and must be Bare.
 template <Backend... Bs>
 struct BackendList {
     static constexpr usize size = sizeof...(Bs);
@@ -35,8 +35,8 @@ constexpr bool serves(VmGuest guest) {
     }
 }
 
-// One backend of each type, in static storage (they may be large, and the boot stack is not); a fresh one each time it
-// is asked for.
+// One instance per backend type, in static storage (instances may be large, the boot stack is small); reconstructed on
+// each call.
 template <class B>
 B& fresh() {
     alignas(B) static constinit std::array<std::byte, sizeof(B)> storage{};
@@ -64,7 +64,7 @@ auto visit_bare(Environment& environment, Visitor& visitor) {
     return visitor(bare.backend);
 }
 
-// Installs the first backend that serves the choice and calls visitor(backend); without one, or when it fails,
+// Installs the first backend that serves the choice and calls visitor(backend); if there is none or it fails, calls
 // otherwise().
 template <class Visitor, class Otherwise>
 auto visit_first(BackendList<>, const Choice&, Environment&, Services*, Visitor&, Otherwise& otherwise) {
@@ -95,9 +95,9 @@ auto visit_first(BackendList<B, Rest...>, const Choice& choice, Environment& env
 
 } // namespace visit_detail
 
-/// Makes the chosen backend, installs it, and calls visitor(backend) exactly once; the backend lives until the visitor
-/// returns. With When::late, when the build has no module for the choice, or when install() fails (one warning), that
-/// backend is Bare: the machine goes on fully virtualised.
+/// Constructs and installs the chosen backend and calls visitor(backend) exactly once; the backend lives until the
+/// visitor returns. Uses Bare, on which the machine runs fully virtualised, for When::late, if the build does not
+/// support the choice, or if install() fails (logged as a warning).
 template <Backend... Bs, class Visitor>
 auto with_backend(BackendList<Bs...> list, const Choice& choice, Environment& environment, Visitor&& visitor) {
     auto bare = [&] { return visit_detail::visit_bare<Bare>(environment, visitor); };
@@ -108,9 +108,9 @@ auto with_backend(BackendList<Bs...> list, const Choice& choice, Environment& en
     return visit_detail::visit_first(list, choice, environment, nullptr, visitor, bare);
 }
 
-/// The defined point, the same for every boot: interrupts and the executor are there, no bus has been probed, no driver
-/// has attached. A backend that was installed at the entry is started; a choice that was put off is installed and
-/// started. Then next(backend), exactly once. What fails leaves Bare.
+/// Called at a fixed point of every boot: interrupts and the executor exist, no bus has been probed, no driver has
+/// attached. Starts a backend that was installed at entry; installs and starts one whose choice is When::late. Then
+/// calls next(backend) exactly once, with Bare if this fails.
 template <Backend... Bs, Backend Current, class Next>
 auto upgrade(BackendList<Bs...> list, const Choice& choice, Environment& environment, Services& services,
              Current& current, Next&& next) {

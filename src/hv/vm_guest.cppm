@@ -1,11 +1,11 @@
-// Which hypervisor this is: the one thing about hypervisors that machine-independent code may know. Constants and a
-// variable, nothing else; how it is found out is hv.detect's, what is done with it is the backends'.
+// The hypervisor's identity: the only knowledge of hypervisors in machine-independent code. Constants and one variable;
+// hv.detect determines the value, and the backends act on it.
 export module hv.vm_guest;
 import core.std;
 
 export namespace fl::hv {
 
-/// `bare`: no hypervisor was seen. `other`: there is one, and nobody here knows its name.
+/// `bare`: no hypervisor was detected. `other`: one that this kernel does not know.
 enum class VmGuest : u8 {
     bare,
     other,
@@ -24,7 +24,7 @@ enum class VmGuest : u8 {
     openbsd
 };
 
-/// All of them, in order; the names are those of the command line and the map file.
+/// Names in the order of VmGuest, as used on the command line and in the map file.
 inline constexpr std::array<std::string_view, 15> vm_guest_names{"bare", "other",  "xen",   "hyperv",     "kvm",
                                                                  "tcg",  "vmware", "bhyve", "virtualbox", "parallels",
                                                                  "acrn", "qnx",    "nvmm",  "jailhouse",  "openbsd"};
@@ -42,13 +42,12 @@ constexpr std::optional<VmGuest> vm_guest_named(std::string_view text) {
     return std::nullopt;
 }
 
-/// Set once by boot, before the first driver attaches; `bare` until then. One processor writes it before the others are
-/// started.
+/// Set once by boot, before the first driver attaches and before other processors start; `bare` until then.
 VmGuest vm_guest();
 void set_vm_guest(VmGuest guest);
 
-/// Whether this build has a module for that hypervisor: usable in `if constexpr`, so that a driver for a hypervisor
-/// that was left out costs nothing. `kvm` serves TCG as well.
+/// Whether this build supports the hypervisor. Usable in `if constexpr`, so that a driver for an excluded hypervisor
+/// costs nothing. `kvm` serves TCG as well.
 constexpr bool built_for(VmGuest guest) {
     switch (guest) {
     case VmGuest::bare: return true;

@@ -1,7 +1,6 @@
-// Xen, as a guest that Xen (or KVM's emulation of it) virtualises fully sees it: HVM and PVH. Order of what install()
-// does: hypercall page, shared info page, grant table, XenStore's page; start(): the upcall's vector, XenStore's
-// events. Everything a driver needs hangs here. The consoles do not: they are there from the entry on (hv.xen.console,
-// boot/entry.cpp).
+// Xen HVM and PVH guest support, on Xen or on KVM's emulation of it. install() sets up, in order: hypercall page,
+// shared info page, grant table, XenStore's page; start(): the upcall vector, XenStore's events. All services of Xen
+// drivers are members of this class, except the consoles, which work from entry on (hv.xen.console, boot/entry.cpp).
 export module hv.xen;
 import core.std;
 import core.result;
@@ -22,15 +21,15 @@ class Xen {
   public:
     static constexpr std::string_view name = "xen";
     static constexpr VmGuest guest = VmGuest::xen;
-    /// Devices are found in XenStore and driven by events and grants, all of which hang here: the backend itself is
-    /// what its drivers are given.
+    /// Devices are found in XenStore and driven by events and grants, which are members of the backend: drivers
+    /// therefore receive the backend itself.
     using Bus = Xen;
 
-    /// How events reach this processor, once started.
+    /// How events are delivered on this processor, once started.
     enum class Upcall : u8 {
         none,
-        vector,      // Xen injects the vector itself: no end-of-interrupt
-        apic_vector, // as a message to the local APIC
+        vector,      // injected by Xen: no end-of-interrupt
+        apic_vector, // through the local APIC: needs an end-of-interrupt
     };
 
     Xen() = default;
@@ -39,27 +38,26 @@ class Xen {
 
     static bool recognises(const Sightings& sightings) { return sightings.has(VmGuest::xen); }
 
-    /// The way into the hypervisor: the processor's own unless a test brings another one, before install().
+    /// Replaces the hypercall instruction, for tests; call before install().
     void set_gate(const xen::Gate& gate) { gate_ = gate; }
-    /// Error{not_supported}: no hypercalls here, or a Xen that lacks what a guest with its own page tables needs. A
-    /// XenStore that is missing is no error: there are no devices then.
+    /// Error{not_supported}: no hypercalls here, or Xen lacks a feature that a guest with its own page tables needs. A
+    /// missing XenStore is not an error: there are no devices then.
     Result<void> install(Environment& environment);
     Result<void> start(Services& services);
 
     std::optional<u64> tsc_hz() const { return tsc_hz_; }
     std::string_view clock_name() const { return clock_name_; }
     Result<void> unplug(EmulatedClasses classes);
-    /// nullptr: before start(), and where XenStore is not there or cannot be used.
+    /// nullptr before start(), and if XenStore is missing or unusable.
     Xen* bus() { return store_.started() ? this : nullptr; }
     io::Task<Result<void>> enumerate(DeviceList& into);
 
-    /// Sleeps in the hypervisor until one of the (masked) events is pending or about `timeout_ns` have passed: an idle
-    /// that takes no interrupt. Interrupts of other devices do not end it, so it suits a machine whose devices are all
-    /// Xen's.
+    /// Sleeps in the hypervisor until one of the (masked) events is pending or about `timeout_ns` have passed, without
+    /// taking an interrupt. Interrupts of other devices do not end it, so use it only if all devices are Xen's.
     void idle_poll(std::span<const u32> ports, u64 timeout_ns) { static_cast<void>(events_.poll(ports, timeout_ns)); }
 
     xen::Hypercalls& calls() { return hypercalls_; }
-    /// Work once start() has set an upcall: upcall() is not `none` then.
+    /// Valid once start() has set an upcall, i.e. upcall() is not `none`.
     xen::Events& events() { return events_; }
     xen::Grants& grants() { return grants_; }
     xen::Store& store() { return store_; }
@@ -87,7 +85,7 @@ class Xen {
     bool store_there_ = false;
     xen::Events events_;
     xen::Grants grants_;
-    u64 grant_frame_ = 0; // the guest frame where the table's first frame is
+    u64 grant_frame_ = 0; // guest frame number of the table's first frame
     xen::Store store_;
     std::array<char, xen::store_payload_max> listing_{};
 };

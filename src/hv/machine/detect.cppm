@@ -1,4 +1,4 @@
-// Detection on the machine that this runs on: the first thing after the entry.
+// Hypervisor detection on the running machine, right after entry.
 export module hv.machine.detect;
 import core.std;
 import core.cpuid;
@@ -6,8 +6,7 @@ import core.machine.cpu;
 
 export namespace fl::hv {
 
-/// Executes CPUID, once per boot, and keeps the answers for good: about 270 instructions, each an exit under a
-/// hypervisor.
+/// Executes CPUID (about 270 times, each an exit under a hypervisor). Call once per boot and keep the snapshot.
 inline void read_cpuid(CpuidSnapshot& into) {
     scan_cpuid(into, [](u32 leaf, u32 subleaf) {
         const cpu::CpuidRegisters r = cpu::cpuid(leaf, subleaf);

@@ -1,4 +1,4 @@
-// The processor itself as hv.backend's Privileged.
+// Implements hv.backend's Privileged with the processor's instructions.
 export module hv.machine.privileged;
 import core.std;
 import core.machine.cpu;
