@@ -11,8 +11,8 @@
 // The life of a backend, in order:
 //   1. B::recognises(sightings)      static; called by hv.list and tests
 //   2. construction                  constexpr, empty: touches no hardware
-//   3. install(environment)          once, at entry or at the defined late point; afterwards hypercalls and shared pages
-//                                    work
+//   3. install(environment)          once, at entry or at the defined late point; afterwards hypercalls and shared
+//                                    pages work
 //   4. tsc_hz(), console()           right after install(), before a clock is calibrated
 //   5. start(services)               once; interrupts and the executor exist, afterwards events work
 //   6. join(...)                     once on each further processor (Processors)

@@ -1,5 +1,5 @@
-// Time as Hyper-V tells it: the reference TSC page, and the counter register where that page is not there or not valid
-// just now.
+// Hyper-V's reference time: from the reference TSC page, or from the counter register if that page is unavailable or
+// currently invalid.
 export module hv.hyperv.clock;
 import core.std;
 import core.result;
@@ -10,33 +10,33 @@ export import hv.hyperv.protocol;
 
 export namespace fl::hv::hyperv {
 
-/// floor(10^7 * 2^64 / scale): the counter's frequency behind a reference TSC page's scale; nothing when that is no
-/// frequency of a real one.
+/// floor(10^7 * 2^64 / scale): the counter's frequency in Hz for a reference TSC page's scale; nothing if it is
+/// implausible.
 std::optional<u64> frequency_of_scale(u64 scale);
 
-/// One page for all processors. Reading it needs no exit and no lock.
+/// One page for all processors. Reading it takes no exit and no lock.
 class ReferenceClock {
   public:
-    /// `leaf`: the registers of the features' leaf. Touches only registers that it announces. Nothing announced: now()
-    /// is nothing for ever. Error{exhausted}: no memory for the page; the registers are used all the same.
+    /// `leaf`: the registers of the features leaf. Accesses only the MSRs that it reports; if it reports none, now()
+    /// always returns nothing. Error{exhausted}: no memory for the page; the MSRs are used nevertheless.
     Result<void> install(Privileged& cpu, DmaAllocator& memory, const CpuidRegisters& leaf);
-    /// Tells the hypervisor that the page is not used any more.
+    /// Disables the reference TSC page.
     void uninstall();
 
-    /// Reference time in units of 100 ns since the machine's start, by the page, else by the register (an exit). `tsc`:
-    /// the counter, read just now.
+    /// Reference time in units of 100 ns since the machine's start, from the page, or else from the register (an exit).
+    /// `tsc`: a current reading of the time stamp counter.
     std::optional<u64> now(u64 tsc) const;
-    /// By the register alone.
+    /// The same, from the register only.
     std::optional<u64> counter() const;
     /// Whether the page is valid now.
     bool page_valid() const;
 
-    /// The time stamp counter's frequency: its own register, else from the page's scale.
+    /// The time stamp counter's frequency in Hz: from its MSR, or else from the page's scale.
     std::optional<u64> tsc_hz() const { return tsc_hz_; }
     std::string_view name() const { return name_; }
 
   private:
-    // The page's values as one consistent whole; nothing: not valid now.
+    // A consistent snapshot of the page; nothing if it is invalid now.
     struct Scale {
         u64 scale;
         i64 offset;

@@ -1,14 +1,14 @@
-// Packets in a pair of VMBus byte rings: the wire format, and the two ends of it over io.ring. Generic over the ring's
-// memory, so that tests and fuzzers bring a hostile one. Knows no hypercall: the ends say when the host is to be
-// signalled. [vmbus-ring]
+// Packets in a pair of VMBus byte rings: the wire format and its sender and receiver, based on io.ring. Generic over
+// the ring's memory, so that tests and fuzzers can supply hostile memory. Makes no hypercalls: sender and receiver
+// report when to signal the host. [vmbus-ring]
 //
-// What the rings' words order is in io.ring's table. Two pairs are added here:
+// io.ring's table describes the ordering of the ring's words. Two more pairs are used here:
 //
 //   ours: send            pending_send_sz, full barrier, read index
 //   the host's            read index, full barrier, pending_send_sz
 //   ours: release         read index, full barrier, pending_send_sz
 //   the host's            pending_send_sz, full barrier, read index
-// One of the two sees the other: the side that waits for room is signalled, or finds the room.
+// One of the two sees the other: the side that waits for room is signalled, or finds room.
 module;
 #include <cstddef>
 export module hv.hyperv.packets;
@@ -21,12 +21,12 @@ export namespace fl::hv::hyperv {
 
 // ---- wire ----
 
-/// What stands before the bytes of a ring: its first page.
+/// The header of a ring: its first page, followed by the packet bytes.
 struct RingHeader {
     u32 write_index = 0;
     u32 read_index = 0;
-    u32 interrupt_mask = 0;  // not 0: the reader wants no event
-    u32 pending_send_sz = 0; // not 0: the writer waits until more than so many bytes are free
+    u32 interrupt_mask = 0;  // not 0: the reader wants no events
+    u32 pending_send_sz = 0; // not 0: the writer waits until more than this many bytes are free
     std::array<u32, 12> reserved{};
     u32 features = 0; // bit 0: the writer uses pending_send_sz
 };
@@ -48,11 +48,11 @@ enum class PacketType : u16 {
     completion = 11,
 };
 
-/// Begins every packet. Lengths are in units of 8 bytes.
+/// Precedes every packet. Lengths are in units of 8 bytes.
 struct PacketDescriptor {
     PacketType type = PacketType::invalid;
-    u16 header_units = 0; // this descriptor and what belongs to the packet's type
-    u16 total_units = 0;  // the header and the payload, without the trailer
+    u16 header_units = 0; // this descriptor and the type-specific header
+    u16 total_units = 0;  // header and payload, without the trailer
     u16 flags = 0;
     u64 transaction = 0;
 };
@@ -60,11 +60,11 @@ static_assert(sizeof(PacketDescriptor) == 16 && offsetof(PacketDescriptor, heade
               offsetof(PacketDescriptor, total_units) == 4 && offsetof(PacketDescriptor, flags) == 6 &&
               offsetof(PacketDescriptor, transaction) == 8);
 inline constexpr u16 packet_wants_completion = 1;
-/// Ends every packet: the offset of its beginning in bits 32–63. Written, and not checked: see
+/// Follows every packet: the packet's start offset, in bits 32–63. Written but not checked: see
 /// PacketReceiver::receive().
 inline constexpr u32 packet_trailer_bytes = 8;
 
-/// Follows the descriptor of a gpa_direct packet; then for each range a length, an offset into the first page, and page
+/// Follows the descriptor of a gpa_direct packet. Each range follows it: length, offset into the first page, page
 /// numbers.
 struct GpaDirectHeader {
     u32 reserved = 0;
@@ -72,36 +72,36 @@ struct GpaDirectHeader {
 };
 static_assert(sizeof(GpaDirectHeader) == 8 && offsetof(GpaDirectHeader, range_count) == 4);
 
-/// A buffer that goes with a packet: `bytes` bytes from `offset` in the first of the pages on. `frames`: guest page
-/// numbers, as many as the bytes touch.
+/// A buffer of a packet: `bytes` bytes, starting at `offset` in the first page. `frames`: guest page numbers, as many
+/// as the buffer touches.
 struct PageRange {
     u32 bytes = 0;
     u32 offset = 0;
     std::span<const u64> frames;
 };
 
-/// A packet that was received. The spans lie in the receiver's own buffer and last until the next one is received.
+/// A received packet. The spans refer to the receiver's buffer and are valid until the next receive().
 struct Packet {
     PacketType type = PacketType::invalid;
     bool wants_completion = false;
     u64 transaction = 0;
-    // what follows the descriptor in the packet's header (empty for inband and completion)
+    // the part of the header that follows the descriptor (empty for inband and completion)
     std::span<const std::byte> header;
-    std::span<const std::byte> payload; // padded to 8 bytes by the sender: its own fields say how much of it counts
+    std::span<const std::byte> payload; // padded to 8 bytes by the sender: its own fields give the length that is used
 };
 
-/// What became of a packet.
+/// Result of sending a packet.
 enum class Sent : u8 {
-    queued,   // in the ring; seen by the host after publish()
-    full,     // no room now. The host has been asked to signal once there is: try again when an event comes
-    too_long, // never: longer than the ring
-    broken,   // the host has broken the ring
+    queued,   // in the ring; visible to the host after publish()
+    full,     // no room now; the host has been asked to signal when there is: retry on the next event
+    too_long, // longer than the ring: will never fit
+    broken,   // the host has violated the ring protocol
 };
 
-/// Size of one direction's memory for `data` bytes of packets.
+/// Bytes of memory for one direction with `data` bytes for packets.
 constexpr usize ring_bytes(usize data) { return ring_header_bytes + data; }
 
-/// Puts a ring's memory into its initial state: before it is shown to the host. All zero but for the feature bit.
+/// Initialises a ring's memory before it is shared with the host: all zero except the feature bit.
 template <io::RingMemory M>
 void initialise_ring(M& memory) {
     for (usize at = 0; at < ring_header_bytes; at += 4) {
@@ -115,7 +115,8 @@ void initialise_ring(M& memory) {
 template <io::RingMemory M>
 class PacketSender {
   public:
-    /// Of a fresh ring, header page and data. Error{bad_argument}: no whole number of pages, or no data.
+    /// `memory`: an initialised ring, header page and data. Error{bad_argument}: not a whole number of pages, or no
+    /// data.
     static Result<PacketSender> create(M memory) {
         if (memory.size() < ring_header_bytes + page_size || memory.size() % page_size != 0) {
             return Error{Code::bad_argument, "a VMBus ring is a header page and at least one page of bytes",
@@ -136,7 +137,7 @@ class PacketSender {
         return simple(PacketType::completion, payload, transaction, 0);
     }
 
-    /// `ranges`: each with as many frames as it touches; the caller has seen to that.
+    /// `ranges`: each must have exactly as many frames as it touches; not checked here.
     Sent gpa_direct(std::span<const std::byte> payload, std::span<const PageRange> ranges, u64 transaction,
                     bool wants_completion) {
         u64 header = sizeof(PacketDescriptor) + sizeof(GpaDirectHeader);
@@ -155,7 +156,7 @@ class PacketSender {
         }
         return end(payload);
     }
-    /// The same with one range that is contiguous: its page numbers are counted out here.
+    /// The same with one contiguous range, whose page numbers are computed here.
     Sent gpa_direct(std::span<const std::byte> payload, DmaSpan buffer, u64 transaction, bool wants_completion) {
         const u64 offset = buffer.bus % page_size;
         const u64 frames = (offset + buffer.size + page_size - 1) / page_size;
@@ -173,11 +174,11 @@ class PacketSender {
         return end(payload);
     }
 
-    /// Shows everything queued to the host, by one store. True: it wants a signal. The host's read index is looked at
-    /// first, once for all that was queued: one that cannot be is noticed here and not when the ring is full. Then
-    /// nothing is shown, and error() says why.
+    /// Publishes everything queued with one store. True: the host must be signalled. First reads the host's read index,
+    /// once per batch, so that an invalid one is noticed here and not only when the ring is full. In that case nothing
+    /// is published, and error() gives the reason.
     [[nodiscard]] bool publish() { return observe() && ring_.publish(); }
-    /// Reads the host's read index. False: it cannot be, and the ring is broken from here on.
+    /// Reads the host's read index. False: it is invalid, and the ring is broken from now on.
     bool observe() {
         if (error_) [[unlikely]] {
             return false;
@@ -191,9 +192,9 @@ class PacketSender {
         return true;
     }
     bool unpublished() const { return ring_.unpublished() != 0; }
-    /// Bytes that a packet, descriptor and trailer included, can have at most.
+    /// Maximum size of a packet in bytes, descriptor and trailer included.
     u32 capacity() const { return ring_.capacity(); }
-    /// The rule that the host broke; nothing while it is sound.
+    /// The host's protocol violation; nothing while the ring is sound.
     const std::optional<Error>& error() const { return error_; }
 
   private:
@@ -204,7 +205,7 @@ class PacketSender {
 
     template <class T>
     void put(const T& value) {
-        // begin() has seen that there is room
+        // begin() has checked that there is room
         static_cast<void>(ring_.append(std::as_bytes(std::span<const T, 1>(&value, 1))));
     }
     void put_bytes(std::span<const std::byte> bytes) { static_cast<void>(ring_.append(bytes)); }
@@ -231,7 +232,7 @@ class PacketSender {
             }
             memory_.template store_relaxed<u32>(pending_at, static_cast<u32>(need));
             pending_ = true;
-            // Our pending_send_sz before their read index. Partner: the host's barrier between its read index and its
+            // Our pending_send_sz before their read index. Pairs with the host's barrier between its read index and its
             // read of pending_send_sz.
             memory_.full_barrier();
             if (!look_for_room(static_cast<u32>(need))) {
@@ -239,7 +240,7 @@ class PacketSender {
             }
         }
         if (pending_) {
-            memory_.template store_relaxed<u32>(pending_at, 0); // orders nothing: a signal too many is harmless
+            memory_.template store_relaxed<u32>(pending_at, 0); // needs no ordering: an extra signal is harmless
             pending_ = false;
         }
         start_ = ring_.position();
@@ -270,8 +271,8 @@ class PacketSender {
 template <io::RingMemory M>
 class PacketReceiver {
   public:
-    /// Of a fresh ring. `buffer`: where packets are copied to; a longer one breaks the ring. Error{bad_argument}: as
-    /// PacketSender.
+    /// `memory`: an initialised ring. `buffer`: packets are copied to it; a longer packet breaks the ring.
+    /// Error{bad_argument}: as PacketSender.
     static Result<PacketReceiver> create(M memory, std::span<std::byte> buffer) {
         if (memory.size() < ring_header_bytes + page_size || memory.size() % page_size != 0) {
             return Error{Code::bad_argument, "a VMBus ring is a header page and at least one page of bytes",
@@ -285,9 +286,9 @@ class PacketReceiver {
         return PacketReceiver(memory, *consumer, buffer);
     }
 
-    /// Copies the next packet out and checks it; false: there is none. Error{protocol}: the ring is broken, and stays
-    /// so. What was received before is void. The host gets the room back with release(); until then it can have written
-    /// no more than the ring holds, so that a loop over receive() ends, whatever the host does.
+    /// Copies out the next packet and checks it; false: none. Error{protocol}: the ring is broken, permanently.
+    /// Invalidates the previous packet. Ring space is returned to the host only by release(); until then the host
+    /// cannot have written more than the ring holds, so that a loop over receive() ends whatever the host does.
     Result<bool> receive(Packet& into) {
         if (error_) [[unlikely]] {
             return *error_;
@@ -329,8 +330,8 @@ class PacketReceiver {
             return broken("VMBus packet: it is longer than this channel takes", buffer_.size(), rest);
         }
         static_cast<void>(ring_.remove(buffer_.first(rest)));
-        // Where the packet began, which is known here. Linux does not look at it either, so that a host that writes
-        // something else has never been found out, and is not to lose a guest by it.
+        // The trailer repeats the packet's start offset. Linux ignores it, so hosts that write another value have never
+        // been noticed; they must not fail here either.
         static_cast<void>(ring_.skip(packet_trailer_bytes));
         const u32 extra = header - static_cast<u32>(sizeof(PacketDescriptor));
         into = {descriptor.type, (descriptor.flags & packet_wants_completion) != 0, descriptor.transaction,
@@ -339,32 +340,33 @@ class PacketReceiver {
         return true;
     }
 
-    /// Gives the room of everything received back to the host, by one store. True: it waits for room, has it now, and
-    /// wants a signal.
+    /// Returns the space of everything received to the host, with one store. True: the host waited for room, now has
+    /// it, and must be signalled.
     [[nodiscard]] bool release() {
         if (unreleased_ == 0) {
             return false;
         }
         ring_.release();
         const u32 read = std::exchange(unreleased_, 0);
-        // Our read index before our read of pending_send_sz. Partner: the host's barrier between its store of
+        // Our read index before our read of pending_send_sz. Pairs with the host's barrier between its store of
         // pending_send_sz and its read of our index.
         memory_.full_barrier();
         const u32 pending = memory_.template load_relaxed<u32>(offsetof(RingHeader, pending_send_sz));
         if (pending == 0) [[likely]] {
             return false;
         }
-        // How much is free now, by the host's own position, which is only compared: a wrong one costs a signal.
+        // Free space according to the host's write index, which is only compared: an invalid one costs at most a
+        // signal.
         const u32 size = static_cast<u32>(memory_.size() - ring_header_bytes);
         const u32 write = memory_.template load_relaxed<u32>(offsetof(RingHeader, write_index));
         if (write >= size) [[unlikely]] {
             return true;
         }
         const u32 free = size - io::Wrapped<u32>(size).distance(ring_.position(), write);
-        return free > pending && (free < read || free - read <= pending); // there was not enough before
+        return free > pending && (free < read || free - read <= pending); // there was not enough room before
     }
 
-    /// Before sleeping: asks for an event and looks once more. True: something is there already.
+    /// Before sleeping: requests an event and checks once more. True: a packet is already there.
     Result<bool> arm() {
         if (error_) [[unlikely]] {
             return *error_;
@@ -376,7 +378,7 @@ class PacketReceiver {
         }
         return *found;
     }
-    /// No events from here on.
+    /// Stops events until arm().
     void disarm() { ring_.disarm(); }
     const std::optional<Error>& error() const { return error_; }
 

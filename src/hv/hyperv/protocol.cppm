@@ -1,7 +1,6 @@
-// What Hyper-V and a guest say to each other below the VMBus: CPUID bits, model specific registers, hypercalls, the
-// synthetic interrupt controller's pages, the reference time page, synthetic timers. Structures and constants, no
-// action [hv-tlfs]. Values that the other side writes are open enums: whatever else comes can be represented and is the
-// reader's business.
+// The Hyper-V interface except the VMBus: CPUID bits, MSRs, hypercalls, the synthetic interrupt controller's pages, the
+// reference TSC page, synthetic timers. Structures and constants only [hv-tlfs]. Values written by the hypervisor are
+// open enums: unknown values are representable, and the reader must handle them.
 module;
 #include <cstddef>
 export module hv.hyperv.protocol;
@@ -42,7 +41,7 @@ inline constexpr u32 direct_timers = 1u << 19;
 
 /// EAX of leaf_recommendations.
 namespace recommendations {
-// auto-EOI is deprecated here: it would switch hardware interrupt virtualisation off
+// auto-EOI is deprecated on this host: using it would disable hardware interrupt virtualisation
 inline constexpr u32 no_auto_eoi = 1u << 9;
 } // namespace recommendations
 
@@ -60,25 +59,24 @@ inline constexpr u32 synic_control = 0x40000080;
 inline constexpr u32 event_page = 0x40000082;   // SIEFP
 inline constexpr u32 message_page = 0x40000083; // SIMP
 inline constexpr u32 end_of_message = 0x40000084;
-inline constexpr u32 sint0 = 0x40000090; // sixteen, one after the other
+inline constexpr u32 sint0 = 0x40000090; // the first of sixteen
 inline constexpr u32 timer0_config = 0x400000b0;
 inline constexpr u32 timer0_count = 0x400000b1;
-inline constexpr u32 crash_parameter0 = 0x40000100; // five, one after the other
+inline constexpr u32 crash_parameter0 = 0x40000100; // the first of five
 inline constexpr u32 crash_control = 0x40000105;
 } // namespace msr
 
-/// Pages are told by address | enable; bits 1–11 are kept as they were read.
+/// Page registers hold address | enable; bits 1–11 must be written back as read.
 inline constexpr u64 page_enable = 1;
 inline constexpr u64 page_register_reserved = 0xffe;
 
-/// guest_os_id: bit 63: open source; 56–62: which one (none of those that are given out: 'F'); 16–47: version [hv-tlfs
-/// §2.6].
+/// guest_os_id: bit 63: open source; 56–62: OS type (an unassigned one: 'F'); 16–47: version [hv-tlfs §2.6].
 inline constexpr u64 our_guest_os_id = u64{1} << 63 | u64{0x46} << 56 | u64{0x000100} << 16;
 
 namespace sint {
 inline constexpr u64 masked = u64{1} << 16;
 inline constexpr u64 auto_eoi = u64{1} << 17;
-inline constexpr u64 kept = ~u64{0x700ff}; // what is not vector, masked, auto-EOI, polling
+inline constexpr u64 kept = ~u64{0x700ff}; // all bits except vector, masked, auto-EOI and polling
 } // namespace sint
 
 namespace timer {
@@ -90,7 +88,7 @@ constexpr u64 sint_number(u32 number) { return u64{number} << 16; }
 } // namespace timer
 
 namespace crash {
-inline constexpr u64 message = u64{1} << 62; // parameter 3: address of a text, parameter 4: its length
+inline constexpr u64 message = u64{1} << 62; // parameter 3: address of a text, parameter 4: its length in bytes
 inline constexpr u64 notify = u64{1} << 63;
 } // namespace crash
 
@@ -99,7 +97,7 @@ inline constexpr u64 notify = u64{1} << 63;
 enum class Call : u16 { post_message = 0x5c, signal_event = 0x5d };
 inline constexpr u64 call_fast = u64{1} << 16; // parameters in registers
 
-/// Low 16 bits of a call's result.
+/// Low 16 bits of a hypercall's result.
 enum class Status : u16 {
     success = 0,
     invalid_hypercall_code = 2,
@@ -127,7 +125,7 @@ static_assert(sizeof(PostMessageInput) == 256 && offsetof(PostMessageInput, rese
               offsetof(PostMessageInput, type) == 8 && offsetof(PostMessageInput, payload_bytes) == 12 &&
               offsetof(PostMessageInput, payload) == 16);
 
-/// signal_event as a fast call: connection in bits 0–31, flag number in 32–47.
+/// Input of signal_event as a fast call: connection in bits 0–31, flag number in 32–47.
 constexpr u64 signal_event_input(u32 connection, u16 flag) { return connection | u64{flag} << 32; }
 
 // ---- synthetic interrupt controller [hv-tlfs §11] ----
@@ -139,13 +137,13 @@ enum class SynicMessageType : u32 {
     timer_expired = 0x80000010,
 };
 
-/// One slot of the message page. The hypervisor writes `type` last, and nothing while it is not none.
+/// A slot of the message page. The hypervisor writes `type` last, and does not write while `type` is not none.
 struct MessageSlot {
     SynicMessageType type = SynicMessageType::none;
     u8 payload_bytes = 0;
-    u8 flags = 0; // bit 0: another message waits for this slot
+    u8 flags = 0; // bit 0: another message is pending for this slot
     u16 reserved = 0;
-    u64 origin = 0; // the port
+    u64 origin = 0; // port id
     std::array<std::byte, message_payload> payload{};
 };
 static_assert(sizeof(MessageSlot) == 256 && offsetof(MessageSlot, payload_bytes) == 4 &&
@@ -167,7 +165,7 @@ inline constexpr u32 event_flags = 2048;
 
 // ---- time [hv-tlfs §12] ----
 
-/// reference time = (tsc * scale >> 64) + offset, in 100 ns. sequence 0: not valid now.
+/// reference time = (tsc * scale >> 64) + offset, in 100 ns. sequence 0: currently invalid.
 struct ReferenceTscPage {
     u32 sequence = 0;
     u32 reserved = 0;

@@ -1,8 +1,8 @@
-// The synthetic interrupt controller: on each processor a page of message slots and a page of event flags, and SINT2,
-// by which the VMBus speaks. The handler copies messages out, clears and ends them, counts events, and raises the
-// services that listen for them; no other work is done in it.
+// The synthetic interrupt controller: per processor, a page of message slots, a page of event flags, and SINT2, which
+// the VMBus uses. The handler copies messages out and acknowledges them, counts events, and raises the services that
+// listen for them; it does no other work.
 //
-// What is shared with the hypervisor, and what each pair of accesses orders:
+// Ordering of accesses that are shared with the hypervisor:
 //
 //   handler: load-acquire of a slot's type                  the message is seen whole
 //   hypervisor: writes the slot, its type last
@@ -25,10 +25,10 @@ import hv.hyperv.vmbus.protocol;
 
 export namespace fl::hv::hyperv {
 
-/// A message that was copied out.
+/// A message that was copied out of its slot.
 struct SynicMessage {
     u32 type = 0;
-    u32 size = 0; // bytes of the payload that count
+    u32 size = 0; // bytes of the payload that are valid
     alignas(8) std::array<std::byte, message_payload> payload{};
 
     std::span<const std::byte> bytes() const { return {payload.data(), size}; }
@@ -36,56 +36,55 @@ struct SynicMessage {
 
 class Synic {
   public:
-    /// Messages that can wait to be taken. Further ones wait in the slot, and behind it with the host.
+    /// Capacity of the message queue. Further messages wait in the slot, and after that in the host.
     static constexpr u32 queue_length = 64;
 
     Synic() = default;
     Synic(const Synic&) = delete;
     Synic& operator=(const Synic&) = delete;
 
-    /// Before anything else. `cpu`: the registers; every call below reaches those of the processor that makes it.
-    /// `vp_index`: the register that tells a processor's index is there; else the index is taken to be the processor's
-    /// number here.
+    /// Call first. `cpu`: access to MSRs; each function below accesses those of the calling processor. `vp_index`: the
+    /// VP index register exists; otherwise the index is assumed to be the processor's number.
     void install(Privileged& cpu, DmaAllocator& memory, bool vp_index) {
         cpu_ = &cpu;
         memory_ = &memory;
         vp_index_ = vp_index;
     }
-    /// On the processor itself, once: its pages, its SINT2 with `vector`, whose handler is on_interrupt(). `auto_eoi`:
-    /// the vector needs no end-of-interrupt. Events that no service listens for wake `executor` from here on.
-    /// Error{exhausted}.
+    /// Called on the processor itself, once: sets up its pages and its SINT2 with `vector`, whose handler is
+    /// on_interrupt(). `auto_eoi`: the vector needs no end-of-interrupt. From then on, events without a listening
+    /// service wake `executor`. Error{exhausted}: no memory for the pages.
     Result<void> enable(io::Executor& executor, u8 vector, bool auto_eoi);
-    /// On the processor itself: no interrupts, no pages. The memory is kept.
+    /// Called on the processor itself: disables its SINT and pages. The memory is kept.
     void disable();
     bool enabled(u32 cpu) const { return processors_[cpu].on.load(std::memory_order_acquire); }
-    /// What the hypervisor calls this processor; valid once it is enabled.
+    /// The hypervisor's VP index of this processor; valid once enabled.
     u32 vp_index(u32 cpu) const { return processors_[cpu].vp_index; }
 
-    /// The interrupt, on the processor that it came to. `context` is the Synic.
+    /// The interrupt handler. `context` is the Synic.
     static void on_interrupt(void* context) { static_cast<Synic*>(context)->interrupt(); }
 
-    /// The next message for processor 0, on processor 0 outside of interrupt handlers. Looks into the slot too, so it
-    /// works with interrupts off.
+    /// Takes the next message of processor 0, on processor 0 outside interrupt handlers. Also checks the slot, so that
+    /// it works with interrupts off.
     bool next(SynicMessage& into);
-    /// How often event flag `relid` was raised; wraps. The handler writes it.
+    /// Counter of event flag `relid`, incremented by the handler; wraps.
     const std::atomic<u32>& events(u32 relid) const { return events_[relid]; }
-    /// The service that the handler raises for event flag `relid` (< event_flags), on its own processor.
+    /// The service that the handler raises for event flag `relid` (< event_flags), on the service's own processor.
     io::Listener& listener(u32 relid) { return listeners_[relid]; }
-    /// The service that the handler raises for messages: processor 0's.
+    /// The service that the handler raises for messages, on processor 0.
     io::Listener& message_listener() { return message_listener_; }
-    /// The handler looks at flags up to this one. Before the host may raise it.
+    /// Makes the handler check flags up to `relid`. Call before the host may raise it.
     void watch(u32 relid);
-    /// For versions 0.13 and 1.1: channels' flags are in this page, from here on; nullptr: in the event page.
+    /// For versions 0.13 and 1.1: from now on, channel flags are in this page; nullptr: in the event page.
     void use_interrupt_page(InterruptPage* page) { interrupt_page_.store(page, std::memory_order_release); }
-    /// Called in the handler for a synthetic timer's message.
+    /// `handler` is called by the interrupt handler for a synthetic timer's message.
     void set_timer_handler(InterruptHandler handler, void* context) {
         timer_context_ = context;
         timer_handler_ = handler;
     }
 
-    /// Taken on all processors.
+    /// Interrupts taken, on all processors.
     u64 interrupts() const;
-    /// Messages that nobody expected: not the VMBus's, or on a processor that gets none. Dropped.
+    /// Unexpected messages, which were dropped: not from the VMBus, or on a processor that expects none.
     u64 stray() const { return stray_.load(std::memory_order_relaxed); }
 
   private:
@@ -95,8 +94,8 @@ class Synic {
         io::Executor* executor = nullptr;
         u32 vp_index = 0;
         std::atomic<bool> on{false};
-        std::atomic<bool> looking{false}; // the processor is in the slot outside of the handler
-        std::atomic<bool> again{false};   // the handler came meanwhile
+        std::atomic<bool> looking{false}; // the processor is reading the slot outside the handler
+        std::atomic<bool> again{false};   // the handler ran meanwhile
         std::atomic<u64> interrupts{0};
     };
 
@@ -108,7 +107,7 @@ class Synic {
     inline void raised(Processor& processor, u32 flag) {
         if (flag < event_flags) {
             std::atomic<u32>& count = events_[flag];
-            // One writer: the processor that the channel belongs to. Release: partner is Channel::interrupts().
+            // Single writer: the channel's processor. Release: pairs with Channel::interrupts().
             count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_release);
             if (!listeners_[flag].raise_on(*processor.executor)) {
                 processor.executor->wake();
@@ -124,7 +123,7 @@ class Synic {
     std::atomic<InterruptPage*> interrupt_page_{nullptr};
     std::atomic<u32> watched_words_{1};
     std::atomic<u64> stray_{0};
-    // Processor 0's messages: written by its handler, read by its executor; both on one processor.
+    // Processor 0's message queue: written by its handler, read by its executor, both on processor 0.
     std::atomic<u32> head_{0};
     std::atomic<u32> tail_{0};
     std::array<SynicMessage, queue_length> queue_{};

@@ -1,6 +1,6 @@
-// What a VMBus guest and its host say to each other in messages: types, sizes and places of every field. Structures and
-// constants, no action. Values that the host writes are open enums: whatever else comes can be represented and is the
-// reader's business. All little endian. [vmbus-protocol]
+// VMBus messages between guest and host: types, sizes and field offsets. Structures and constants only. Values written
+// by the host are open enums: unknown values are representable, and the reader must handle them. Little endian.
+// [vmbus-protocol]
 module;
 #include <cstddef>
 export module hv.hyperv.vmbus.protocol;
@@ -11,13 +11,13 @@ export namespace fl::hv::hyperv {
 
 // ---- names ----
 
-/// A GUID as it stands in memory: the first three parts little endian, the last eight bytes in order.
+/// A GUID in memory format: the first three parts little endian, the last eight bytes in order.
 struct Guid {
     std::array<u8, 16> bytes{};
 
-    /// "ba6163d9-04a1-4d29-b605-72e2ffb1dc7f", either case; nothing on any other text.
+    /// Parses "ba6163d9-04a1-4d29-b605-72e2ffb1dc7f", in either case; nothing for any other text.
     static constexpr std::optional<Guid> parse(std::string_view text);
-    /// The same text, lower case.
+    /// The same format, in lower case.
     constexpr FixedText<36> text() const;
     constexpr bool is_null() const { return *this == Guid{}; }
     friend constexpr bool operator==(const Guid&, const Guid&) = default;
@@ -25,7 +25,7 @@ struct Guid {
 static_assert(sizeof(Guid) == 16);
 
 namespace guid_detail {
-/// Where byte i of the text's order stands in memory.
+/// The position in memory of byte i in text order.
 inline constexpr std::array<u8, 16> order{3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr bool dash_before(usize byte) { return byte == 4 || byte == 6 || byte == 8 || byte == 10; }
 constexpr int digit(char c) {
@@ -71,7 +71,7 @@ constexpr FixedText<36> Guid::text() const {
     return result;
 }
 
-/// Classes of devices that have a driver somewhere [vmbus-protocol, class ids in Linux's include/linux/hyperv.h].
+/// Device classes used by drivers [vmbus-protocol, class ids in Linux's include/linux/hyperv.h].
 namespace classes {
 inline constexpr std::string_view scsi = "ba6163d9-04a1-4d29-b605-72e2ffb1dc7f";
 inline constexpr std::string_view ide = "32412632-86cb-44a2-9b5c-50d1417354f5";
@@ -88,28 +88,28 @@ enum class Version : u32 {
     none = 0,
     v0_13 = 0x0000000d, // Windows Server 2008
     v1_1 = 0x00010001,  // Windows Server 2008 R2
-    v2_4 = 0x00020004,  // Windows Server 2012: event flags reach the channel's own processor
+    v2_4 = 0x00020004,  // Windows Server 2012: event flags are raised on the channel's own processor
     v3_0 = 0x00030000,
     v4_0 = 0x00040000,
     v4_1 = 0x00040001, // a channel's processor can be changed
-    v5_0 = 0x00050000, // first contact by connection 4; the answer names the connection to be used afterwards
+    v5_0 = 0x00050000, // first contact through connection 4; the response names the connection to use afterwards
     v5_1 = 0x00050001,
     v5_2 = 0x00050002,
-    v5_3 = 0x00050003, // a changed processor is confirmed
+    v5_3 = 0x00050003, // a change of processor is confirmed
 };
-/// The newest first: the order in which they are asked for.
+/// Newest first: the order of negotiation.
 inline constexpr std::array<Version, 10> versions{Version::v5_3, Version::v5_2, Version::v5_1, Version::v5_0,
                                                   Version::v4_1, Version::v4_0, Version::v3_0, Version::v2_4,
                                                   Version::v1_1, Version::v0_13};
 
-// ---- connections of the hypervisor ----
+// ---- hypervisor connection ids ----
 
 inline constexpr u32 message_connection = 1; // messages, before version 5.0
-// version 0.13 and 1.1: signals of channels that have no connection of their own
+// versions 0.13 and 1.1: signals for channels without a connection of their own
 inline constexpr u32 event_connection = 2;
-inline constexpr u32 message_connection_5_0 = 4; // the first contact from 5.0 on
-inline constexpr u32 channel_message = 1;        // type of the hypervisor message that carries what follows
-inline constexpr usize max_message = 240;        // bytes of it [hv-tlfs §11.8.1]
+inline constexpr u32 message_connection_5_0 = 4; // the first contact, from 5.0 on
+inline constexpr u32 channel_message = 1;        // type of the hypervisor message that carries VMBus messages
+inline constexpr usize max_message = 240;        // bytes per message [hv-tlfs §11.8.1]
 inline constexpr u32 vmbus_sint = 2;
 
 // ---- messages ----
@@ -144,7 +144,7 @@ enum class MessageType : u32 {
     modify_connection_response = 26,
 };
 
-/// Statuses are the host's own numbers; 0 is success.
+/// Status codes are the host's; 0 is success.
 enum class HostStatus : u32 { success = 0 };
 
 struct MessageHeader {
@@ -162,13 +162,13 @@ struct OfferChannel {
     u16 flags = 0;
     u16 mmio_megabytes = 0;
     std::array<u8, 120> user_defined{};
-    u16 sub_channel_index = 0; // 0: the device's first channel
+    u16 sub_channel_index = 0; // 0: the device's primary channel
     u16 reserved2 = 0;
     u32 relid = 0;
     u8 monitor_id = 0;
     u8 monitor_allocated = 0;    // bit 0
-    u16 dedicated_interrupt = 0; // bit 0; not before version 1.1
-    u32 connection_id = 0;       // not before version 1.1
+    u16 dedicated_interrupt = 0; // bit 0; from version 1.1 on
+    u32 connection_id = 0;       // from version 1.1 on
 };
 static_assert(sizeof(OfferChannel) == 196 && offsetof(OfferChannel, interface_type) == 8 &&
               offsetof(OfferChannel, instance) == 24 && offsetof(OfferChannel, reserved0) == 40 &&
@@ -187,7 +187,7 @@ inline constexpr u16 request_monitored_notification = 0x400;
 inline constexpr u16 tlnpi_provider = 0x2000;
 } // namespace offer_flags
 
-/// Messages that consist of a channel's id: rescind, close, release.
+/// Messages whose body is a relid: rescind, close, release.
 template <MessageType T>
 struct RelidMessage {
     static constexpr MessageType type = T;
@@ -218,7 +218,7 @@ struct OpenChannel {
     u32 open_id = 0;
     u32 ring_gpadl = 0;
     u32 target_vp = 0;
-    u32 downstream_page_offset = 0; // in pages: where in the GPADL the ring that the host writes begins
+    u32 downstream_page_offset = 0; // in pages: offset in the GPADL of the ring that the host writes
     std::array<u8, 120> user_data{};
 };
 static_assert(sizeof(OpenChannel) == 148 && offsetof(OpenChannel, relid) == 8 && offsetof(OpenChannel, open_id) == 12 &&
@@ -235,20 +235,20 @@ struct OpenChannelResult {
 static_assert(sizeof(OpenChannelResult) == 20 && offsetof(OpenChannelResult, open_id) == 12 &&
               offsetof(OpenChannelResult, status) == 16);
 
-/// Then one range (GpaRange), then as many page numbers of 64 bits as the message has room for; the rest follows in
+/// Followed by one range (GpaRange) and as many 64-bit page numbers as fit into the message; the rest is sent in
 /// bodies.
 struct GpadlHeader {
     static constexpr MessageType type = MessageType::gpadl_header;
     MessageHeader header{type};
     u32 relid = 0;
     u32 gpadl = 0;
-    u16 range_bytes = 0; // of all ranges with their page numbers
+    u16 range_bytes = 0; // all ranges with their page numbers
     u16 range_count = 0;
 };
 static_assert(sizeof(GpadlHeader) == 20 && offsetof(GpadlHeader, relid) == 8 && offsetof(GpadlHeader, gpadl) == 12 &&
               offsetof(GpadlHeader, range_bytes) == 16 && offsetof(GpadlHeader, range_count) == 18);
 
-/// A buffer in guest memory: `byte_count` bytes from `byte_offset` in the first page on; page numbers of 64 bits
+/// A buffer in guest memory: `byte_count` bytes, starting at `byte_offset` in the first page. 64-bit page numbers
 /// follow.
 struct GpaRange {
     u32 byte_count = 0;
@@ -256,11 +256,11 @@ struct GpaRange {
 };
 static_assert(sizeof(GpaRange) == 8 && offsetof(GpaRange, byte_offset) == 4);
 
-/// Then page numbers.
+/// Followed by page numbers.
 struct GpadlBody {
     static constexpr MessageType type = MessageType::gpadl_body;
     MessageHeader header{type};
-    u32 number = 0; // of this body
+    u32 number = 0; // index of this body
     u32 gpadl = 0;
 };
 static_assert(sizeof(GpadlBody) == 16 && offsetof(GpadlBody, number) == 8 && offsetof(GpadlBody, gpadl) == 12);
@@ -268,7 +268,7 @@ static_assert(sizeof(GpadlBody) == 16 && offsetof(GpadlBody, number) == 8 && off
 inline constexpr usize pages_in_header = (max_message - sizeof(GpadlHeader) - sizeof(GpaRange)) / 8;
 inline constexpr usize pages_in_body = (max_message - sizeof(GpadlBody)) / 8;
 static_assert(pages_in_header == 26 && pages_in_body == 28);
-/// range_bytes has 16 bits.
+/// Limited by range_bytes, which has 16 bits.
 inline constexpr usize max_gpadl_pages = (0xffff - sizeof(GpaRange)) / 8;
 
 struct GpadlCreated {
@@ -301,10 +301,10 @@ struct InitiateContact {
     static constexpr MessageType type = MessageType::initiate_contact;
     MessageHeader header{type};
     Version version = Version::none;
-    u32 target_vp = 0; // gets the messages
-    // before 5.0: address of the interrupt page; from 5.0 on: SINT in bits 0–7, VTL in 8–15
+    u32 target_vp = 0; // the virtual processor that receives the messages
+    // before 5.0: physical address of the interrupt page; from 5.0 on: SINT in bits 0–7, VTL in 8–15
     u64 interrupt_page_or_target = 0;
-    u64 monitor_page_from_host = 0; // addresses
+    u64 monitor_page_from_host = 0; // physical addresses
     u64 monitor_page_to_host = 0;
 };
 static_assert(sizeof(InitiateContact) == 40 && offsetof(InitiateContact, version) == 8 &&
@@ -316,14 +316,14 @@ enum class ConnectionState : u8 { successful = 0, low_resources = 1, unknown_fai
 struct VersionResponse {
     static constexpr MessageType type = MessageType::version_response;
     MessageHeader header{type};
-    u8 supported = 0; // not 0: yes
+    u8 supported = 0; // not 0: supported
     ConnectionState state = ConnectionState::successful;
     u16 padding = 0;
-    u32 message_connection = 0; // from 5.0 on; hosts before that leave the message shorter, or this field undefined
+    u32 message_connection = 0; // from 5.0 on; older versions omit this field or leave it undefined
 };
 static_assert(sizeof(VersionResponse) == 16 && offsetof(VersionResponse, supported) == 8 &&
               offsetof(VersionResponse, state) == 9 && offsetof(VersionResponse, message_connection) == 12);
-/// The part that every host sends.
+/// The part that every host sends, in bytes.
 inline constexpr usize version_response_min = 10;
 
 struct ModifyChannel {
@@ -342,28 +342,27 @@ struct ModifyChannelResponse {
 };
 static_assert(sizeof(ModifyChannelResponse) == 16 && offsetof(ModifyChannelResponse, status) == 12);
 
-// ---- pages beside the messages ----
+// ---- shared pages ----
 
-/// Versions 0.13 and 1.1: one bit for each channel, the host's half first.
+/// Versions 0.13 and 1.1: one bit per channel, the host's half first.
 struct InterruptPage {
     std::array<u64, 256> from_host{};
     std::array<u64, 256> to_host{};
 };
 static_assert(sizeof(InterruptPage) == 4096 && offsetof(InterruptPage, to_host) == 2048);
 
-/// Signals that the host may take at its own pace: a bit set in `pending` of the group is seen within the group's
-/// latency [hv-tlfs §11.11].
+/// Deferred signals: the host checks the `pending` bits of each group within the group's latency [hv-tlfs §11.11].
 struct MonitorPage {
     struct Group {
         u32 pending = 0;
         u32 armed = 0;
     };
-    u32 trigger_state = 0; // bits 0–3: groups that the host looks at
+    u32 trigger_state = 0; // bits 0–3: groups that the host checks
     u32 reserved0 = 0;
     std::array<Group, 4> groups{};
     std::array<u64, 3> reserved1{};
     std::array<u32, 128> next_check{};
-    std::array<u16, 128> latency{}; // in 100 ns
+    std::array<u16, 128> latency{}; // in units of 100 ns
     std::array<u64, 32> reserved2{};
     struct Parameter {
         u32 connection_id = 0;
@@ -378,7 +377,7 @@ static_assert(sizeof(MonitorPage) == 4096 && offsetof(MonitorPage, groups) == 8 
               offsetof(MonitorPage, parameters) == 1088);
 inline constexpr u32 monitors = 128;
 
-/// Ids from here on have no event flag.
+/// Relids from here on have no event flag.
 inline constexpr u32 max_relids = 2048;
 
 } // namespace fl::hv::hyperv
