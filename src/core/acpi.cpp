@@ -12,7 +12,7 @@ constexpr u32 most_table_bytes = 64 * 1024;
 constexpr u32 most_dsdt_bytes = 4 * 1024 * 1024;
 constexpr u32 most_tables = 128;
 
-// A table in physical memory, whose header and checksum have been verified.
+// A table in physical memory whose header and checksum have been verified.
 struct Table {
     u64 address;
     u32 length;
@@ -36,7 +36,7 @@ bool sums_to_zero(PhysicalReader& memory, u64 address, u32 length) {
     return sum == 0;
 }
 
-// `damage`: is filled in when the answer is nothing.
+// `damage`: filled in if the result is nothing.
 std::optional<Table> open_table(PhysicalReader& memory, u64 address, u32 most_bytes = most_table_bytes,
                                 Damage* damage = nullptr) {
     struct Begin {
@@ -62,7 +62,7 @@ std::optional<Table> open_table(PhysicalReader& memory, u64 address, u32 most_by
     return Table{address, begin->length, begin->signature};
 }
 
-// A field of a table; zero when the table ends before it: older revisions are shorter.
+// A field of a table; zero if the table ends before it (older revisions are shorter).
 template <class T>
 T field(PhysicalReader& memory, const Table& table, u32 offset) {
     if (offset > table.length || sizeof(T) > table.length - offset) {
@@ -80,7 +80,7 @@ Register register_at(PhysicalReader& memory, const Table& table, u32 offset) {
     return {static_cast<Space>(space), address};
 }
 
-// A port: the extended register block where there is one, else the old 32-bit field.
+// A port: from the extended register block if present, else from the old 32-bit field.
 u16 port_at(PhysicalReader& memory, const Table& table, u32 old_offset, u32 extended_offset) {
     const Register extended = register_at(memory, table, extended_offset);
     if (extended.address != 0 && extended.space == Space::io && extended.address <= 0xffff) {
@@ -106,8 +106,8 @@ Fadt read_fadt(PhysicalReader& memory, const Table& t) {
         f.pm1a_control = port_at(memory, t, 64, 172);
         f.pm1b_control = port_at(memory, t, 68, 184);
     }
-    // Whatever the table says about its length, and on hardware-reduced machines too, where these fields do not count:
-    // Cloud Hypervisor has a timer there and says neither. Whether it counts is found out by reading it.
+    // Read regardless of the table's length, and on hardware-reduced machines too, where this field does not apply:
+    // Cloud Hypervisor has a timer there and announces it in neither way. Calibration finds out whether it counts.
     f.pm_timer = port_at(memory, t, 76, 208);
     f.pm_timer_32 = (flags >> 8 & 1) != 0;
     if ((flags >> 10 & 1) != 0) {
@@ -123,7 +123,7 @@ Madt read_madt(PhysicalReader& memory, const Table& t) {
     m.local_apic = field<u32>(memory, t, 36);
     m.has_8259 = (field<u32>(memory, t, 40) & 1) != 0;
     const auto add_processor = [&](u32 id, u32 flags) {
-        // Bit 0: enabled. One that is listed by both kinds of entry is one processor [ACPI 6.5 §5.2.12.12].
+        // Bit 0: enabled. A processor may be listed by both kinds of entry [ACPI 6.5 §5.2.12.12].
         if ((flags & 1) == 0) {
             ++m.disabled_count;
         } else if (std::ranges::find(m.all_processors(), id) != m.all_processors().end()) {
@@ -138,7 +138,7 @@ Madt read_madt(PhysicalReader& memory, const Table& t) {
         const u8 type = field<u8>(memory, t, at);
         const u8 length = field<u8>(memory, t, at + 1);
         if (length < 2 || length > t.length - at) {
-            m.bytes_dropped = t.length - at; // nothing behind a broken entry can be found
+            m.bytes_dropped = t.length - at; // nothing after a broken entry can be parsed
             break;
         }
         switch (type) {
@@ -187,7 +187,7 @@ struct [[gnu::packed]] Rsdp {
     std::array<char, 6> oem;
     u8 revision;
     u32 rsdt;
-    // From revision 2 on:
+    // From revision 2:
     u32 length;
     u64 xsdt;
 };
@@ -246,7 +246,7 @@ Result<Tables> read_tables(PhysicalReader& memory, u64 rsdp) {
     if (root.revision >= 2 && memory.read(rsdp, bytes)) {
         std::memcpy(&root, bytes.data(), sizeof(root));
         if (root.length < 36 || root.length > 4096 || !sums_to_zero(memory, rsdp, root.length)) {
-            root.xsdt = 0; // the old half is still good
+            root.xsdt = 0; // the ACPI 1.0 part is still valid
         }
     }
     result.rsdp = rsdp;
@@ -265,7 +265,7 @@ Result<Tables> read_tables(PhysicalReader& memory, u64 rsdp) {
     for (u32 i = 0; i < result.tables; ++i) {
         const u32 offset = header_size + i * entry_size;
         const u64 address = entry_size == 8 ? field<u64>(memory, *list, offset) : field<u32>(memory, *list, offset);
-        // Only what is used is read as a whole.
+        // Only tables that are used are read completely.
         const auto signature = address != 0 ? memory.value<std::array<char, 4>>(address) : std::nullopt;
         const std::string_view name = signature ? std::string_view(signature->data(), 4) : std::string_view();
         if (name == "SSDT") {
@@ -299,13 +299,12 @@ Result<Tables> read_tables(PhysicalReader& memory, u64 rsdp) {
 
 namespace {
 
-// [PCI-FW 3.3 §4.1.2]: the header, 8 reserved bytes, then 16 bytes for each range of buses.
+// [PCI-FW 3.3 §4.1.2]: the header, 8 reserved bytes, then 16 bytes for each bus range.
 constexpr u32 mcfg_entries = header_size + 8;
 constexpr u32 mcfg_entry_size = 16;
 
-// AML in pieces, for scans without an interpreter: calls `at` for every '_' in the definition blocks, with the byte
-// before it and the `name_near` bytes from it on (zeros beyond the end). Windows overlap by that much. False: a table
-// is damaged.
+// Scans AML without interpreting it: calls `at` for every '_' in the definition block, with the preceding byte and the
+// `name_near` bytes that start there (zeros past the end). Windows overlap by that much. False: the table is damaged.
 constexpr usize name_near = 128;
 using NameNear = std::span<const u8, name_near>;
 
@@ -347,7 +346,7 @@ bool begins(std::span<const u8> bytes, std::string_view with) {
     return std::memcmp(bytes.data(), with.data(), with.size()) == 0;
 }
 
-// A constant of AML [ACPI 6.5 §20.2.3].
+// An AML integer constant [ACPI 6.5 §20.2.3].
 std::optional<u64> integer(std::span<const u8> at) {
     const auto bytes = [&](usize count) {
         u64 value = 0;
@@ -390,18 +389,18 @@ std::optional<Ecam> ecam(PhysicalReader& memory, u64 mcfg, u32 index) {
 
 RootBridges find_root_bridges(PhysicalReader& memory, const Tables& tables) {
     RootBridges found;
-    // The constant that a name has, or that a method without arguments returns in its first statement [ACPI 6.5
-    // §20.2.5].
+    // The constant that a name is defined as, or that a method without arguments returns in its first statement [ACPI
+    // 6.5 §20.2.5].
     static constexpr auto value_of = [](u8 before, NameNear at) -> std::optional<u64> {
         constexpr u8 name_op = 0x08;
         constexpr u8 return_op = 0xa4;
-        // no arguments; behind a name it would be a zero and a statement of nobody's
+        // method flags 0: no arguments. In a name definition this byte would be ZeroOp, and a return could not follow
         const bool returns = at[4] == 0 && at[5] == return_op;
         return returns ? integer(at.subspan(6)) : before == name_op ? integer(at.subspan(4)) : std::nullopt;
     };
     const auto look = [](void* context, u8 before, NameNear at) {
         auto& into = *static_cast<RootBridges*>(context);
-        // "_HID", then EisaId ("PNP0A03") or ("PNP0A08") as DWordConst, or the same as a string [ACPI 6.5 §20.2.3,
+        // "_HID", then EisaId ("PNP0A03") or ("PNP0A08") as DWordConst, or the same id as a string [ACPI 6.5 §20.2.3,
         // §6.1.5].
         if (begins(at, "_HID")) {
             const auto value = at.subspan(4);
@@ -433,7 +432,7 @@ u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)
             return;
         }
         auto& to = *static_cast<Search*>(self);
-        // _UID, _STA, _CCA and _CRS are near: the hosts that have such nodes write about 60 bytes.
+        // _UID, _STA, _CCA and _CRS are close: hosts with such nodes generate about 60 bytes.
         for (usize i = 13; i + 12 <= at.size() && !begins(at.subspan(i), "_HID"); ++i) {
             // Memory32Fixed: tag, length 9, read-write, base, length [ACPI 6.5 §6.4.3.4].
             if (at[i] == 0x86 && at[i + 1] == 9 && at[i + 2] == 0) {
@@ -452,7 +451,7 @@ u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)
 
 namespace {
 
-// In one definition block. `damaged`: becomes true where it cannot be read as a whole.
+// Scans one definition block. `damaged` is set if it cannot be read completely.
 std::optional<SleepType> find_s5(PhysicalReader& memory, u64 address, std::string_view signature, bool& damaged) {
     const auto table = open_table(memory, address, most_dsdt_bytes);
     if (!table || !table->is(signature)) {
@@ -477,7 +476,7 @@ std::optional<SleepType> find_s5(PhysicalReader& memory, u64 address, std::strin
                 continue;
             }
             usize at = i + 5;
-            at += 1 + (part[at] >> 6); // PkgLength: its first byte says how many follow
+            at += 1 + (part[at] >> 6); // PkgLength: bits 7:6 of its first byte are the number of further bytes
             ++at;                      // NumElements
             std::array<u8, 2> values{};
             bool good = true;
@@ -532,7 +531,7 @@ std::optional<u16> find_pvpanic(PhysicalReader& memory, u64 dsdt) {
         return std::nullopt;
     }
     constexpr std::string_view id = "QEMU0001";
-    constexpr u32 reach = 256; // how far behind its name a device's resources are looked for
+    constexpr u32 reach = 256; // bytes after the name in which the device's resources are searched
     std::array<u8, 2048> window;
     for (u32 base = header_size; base < table->length; base += static_cast<u32>(window.size() - reach)) {
         const auto part = std::span(window).first(std::min<usize>(window.size(), table->length - base));

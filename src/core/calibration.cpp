@@ -7,13 +7,13 @@ namespace {
 
 constexpr u64 warm_up_us = 12;
 constexpr u64 sample_us = 55;
-constexpr u64 fewest_ticks = 128; // of a sample
-constexpr u32 enough = 5;         // that agree, and are a third of all
-constexpr u32 fewest = 3;         // if that is more than half, and no more can be had
+constexpr u64 fewest_ticks = 128; // per sample
+constexpr u32 enough = 5;         // agreeing samples, if they are a third of all
+constexpr u32 fewest = 3;         // agreeing samples, if they are more than half and no more can be taken
 constexpr u32 most_samples = 24;
-// Of all readings together: a timer that moves, and so slowly that nothing comes of it, ends here.
+// Limit of all readings together, for a timer that counts, but too slowly for a result.
 constexpr u32 most_readings = 65'536;
-// Two rates agree within one part in so many, besides what their readings leave open.
+// Two rates agree if they differ by less than one part in this many, plus the uncertainty of their readings.
 constexpr u64 agreement = 128;
 
 struct Sample {
@@ -21,14 +21,14 @@ struct Sample {
     u64 cycles = 0;
     bool disturbed = false;
     u64 rate = 0;  // Hz
-    u64 slack = 0; // of it: other rates agree within so much
+    u64 slack = 0; // Hz: other rates agree within this distance
 };
 
 class Measurement {
   public:
     explicit Measurement(const ReferenceTimer& timer) : timer_(timer) {}
 
-    /// Waits for the timer's first change. False: there is none.
+    /// Waits for the timer's first change. False: it does not change.
     bool begin() {
         TimerReading first;
         if (!read(first)) {
@@ -45,8 +45,8 @@ class Measurement {
         return false;
     }
 
-    /// From the last reading that was used to one at least `wanted` ticks later. Nothing: the timer stands still, or
-    /// the readings are used up.
+    /// A sample from the last reading used to one at least `wanted` ticks later. Nothing: the timer has stopped, or the
+    /// limit of readings is reached.
     std::optional<Sample> next(u64 wanted) {
         const TimerReading first = last_;
         TimerReading reading = first;
@@ -62,12 +62,12 @@ class Measurement {
                 continue;
             }
             still = 0;
-            // it went back, or round more often than can be told
+            // it went back, or wrapped around more often than can be detected
             sample.disturbed = sample.disturbed || step > timer_.mask / 2;
             sample.ticks += step;
             const u64 took = reading.after - reading.before;
             tightest_ = std::min(tightest_, took);
-            // A reading that was interrupted does not say when its value was read.
+            // If a reading was interrupted, it is unknown when its value was read.
             if (sample.ticks < wanted || (took > 4 * tightest_ + 64 && sample.ticks < 2 * wanted)) {
                 continue;
             }
@@ -75,13 +75,13 @@ class Measurement {
             const u64 from = first.before + (first.after - first.before) / 2;
             const u64 to = reading.before + took / 2;
             sample.cycles = to - from;
-            // The machine stood still, or went back to where it was saved.
+            // The machine was stopped, or restored from a snapshot.
             constexpr u64 most_cycles = u64{1} << 30;
             sample.disturbed =
                 sample.disturbed || sample.ticks > 4 * wanted || sample.cycles == 0 || sample.cycles > most_cycles;
             if (!sample.disturbed) {
-                // When the timer changed is known to a reading's length, or, where readings take longer than its ticks,
-                // to a tick; at both ends.
+                // The time of a timer change is known to within the length of a reading or, if readings take longer
+                // than its ticks, to within a tick; at both ends.
                 const u64 open = 2 * std::min(2 * tightest_, sample.cycles / sample.ticks);
                 sample.rate = sample.cycles * timer_.hz / sample.ticks;
                 sample.slack = sample.rate / agreement + open * timer_.hz / sample.ticks;
@@ -106,11 +106,11 @@ class Measurement {
 
     const ReferenceTimer& timer_;
     TimerReading last_;
-    u64 tightest_ = ~u64{0} / 8; // cycles that a reading takes
+    u64 tightest_ = ~u64{0} / 8; // cycles per reading
     u32 readings_ = 0;
 };
 
-// The largest group of samples that agree with one of them, as one long sample.
+// The largest group of samples that agree with one of them, combined into one long sample.
 Calibration largest_group(std::span<const Sample> samples, u64 timer_hz) {
     Calibration best;
     for (const Sample& middle : samples) {
@@ -141,8 +141,7 @@ Calibration calibrate(const ReferenceTimer& timer) {
     u32 taken = 0;
     Calibration result;
     if (const auto first = measurement.begin() ? measurement.next(timer.hz * warm_up_us / 1'000'000) : std::nullopt) {
-        // Readings that take long want longer samples, within a bound: what is not known about one reading is about
-        // half of what it takes.
+        // Slow readings need longer samples, within a bound: the uncertainty of a reading is about half its length.
         const u64 shortest = std::max(timer.hz * sample_us / 1'000'000, fewest_ticks);
         const u64 cycles = first->ticks == 0 ? 0 : shortest * first->cycles / first->ticks;
         const u64 wanted =

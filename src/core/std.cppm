@@ -1,6 +1,5 @@
-// The part of the C++20 library that the whole project uses, in the kernel and on the host alike: what libc++ offers
-// without an operating system. A name that is missing here is missing on purpose (no allocation behind your back, no
-// locale, no clock).
+// The subset of the C++20 library that the project uses, in the kernel and on the host: what libc++ offers without an
+// operating system. Omissions are deliberate (no hidden allocation, no locale, no clock).
 module;
 #include <algorithm>
 #include <array>
@@ -267,8 +266,7 @@ using std::suspend_always;
 using std::suspend_never;
 } // namespace std
 
-// Comparison of standard types from an importer is found by argument-dependent lookup in std's inline namespace only
-// when it is exported.
+// For importers, argument-dependent lookup finds these operators in std's inline namespace only if they are exported.
 export namespace std::inline __1 {
 using std::__1::operator==;
 using std::__1::operator<=>;
@@ -298,7 +296,7 @@ consteval u64 operator""_ms(unsigned long long n) { return n * 1'000'000; }
 consteval u64 operator""_s(unsigned long long n) { return n * 1'000'000'000; }
 } // namespace literals
 
-// C++23's to_underlying, which libc++ withholds in C++20.
+// C++23's to_underlying, which libc++ does not provide in C++20.
 template <class E>
     requires std::is_enum_v<E>
 constexpr std::underlying_type_t<E> to_underlying(E e) {

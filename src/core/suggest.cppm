@@ -1,18 +1,18 @@
-// Did you mean …? The nearest of the words that would have been right.
+// "Did you mean …?": finds the valid word nearest to a misspelt one.
 export module core.suggest;
 import core.std;
 
 export namespace fl {
 
-/// Edits from `a` to `b`: inserting, deleting, replacing a letter, exchanging two neighbours (Damerau and Levenshtein,
-/// each place edited once). Anything above `limit`, and any word longer than 48 letters, gives limit + 1.
+/// Damerau-Levenshtein distance (insert, delete, replace a letter, swap two neighbours; each place edited once).
+/// Returns limit + 1 for distances above `limit` and for words longer than 48 letters.
 constexpr usize edit_distance(std::string_view a, std::string_view b, usize limit) {
     constexpr usize longest = 48;
     if (a.size() > longest || b.size() > longest ||
         (a.size() > b.size() ? a.size() - b.size() : b.size() - a.size()) > limit) {
         return limit + 1;
     }
-    // Three rows of the usual table: [i][j] is the distance of the first i letters of a to the first j of b.
+    // Three rows of the usual table: [i][j] is the distance of the first i letters of a to the first j letters of b.
     std::array<std::array<usize, longest + 1>, 3> rows{};
     for (usize j = 0; j <= b.size(); ++j) {
         rows[0][j] = j;
@@ -32,8 +32,8 @@ constexpr usize edit_distance(std::string_view a, std::string_view b, usize limi
     return std::min(rows[a.size() % 3][b.size()], limit + 1);
 }
 
-/// The nearest of `valid`, the first among equals; empty when none is near enough to be meant: at most 1 edit for words
-/// of up to 3 letters, 2 up to 7, else 3.
+/// The nearest word of `valid`, the first of several; empty if none is near enough: at most 1 edit for words of up to 3
+/// letters, 2 for up to 7, otherwise 3.
 constexpr std::string_view suggest(std::string_view word, std::span<const std::string_view> valid) {
     const usize limit = word.size() <= 3 ? 1 : word.size() <= 7 ? 2 : 3;
     std::string_view best;

@@ -1,4 +1,4 @@
-// The image's own table of symbols, for backtraces. boot/link.sh writes it; little endian:
+// The image's symbol table, for backtraces. Written by boot/link.sh; little endian:
 //
 //   "FLSYMTAB", u32 count, u32 version 2, u32 scope_count
 //   count × u32    offset of a function from the image's begin, ascending
@@ -12,16 +12,16 @@ export namespace fl {
 
 class Symbols {
   public:
-    /// The function's name is `scope` followed by `name`.
+    /// The function's full name is `scope` followed by `name`.
     struct Symbol {
         std::string_view scope;
         std::string_view name;
-        u32 offset; // bytes from the function's begin
+        u32 offset; // bytes from the start of the function
     };
 
-    /// `table` must outlive this. A table that is cut off or malformed has no symbols.
+    /// `table` must outlive this object. A truncated or malformed table is treated as empty.
     explicit Symbols(std::span<const std::byte> table);
-    /// The function that the offset lies in: the last that begins at or before it. Nothing before the first one.
+    /// The last function that starts at or before the offset; nothing before the first one.
     std::optional<Symbol> find(u32 offset_in_image) const;
     u32 count() const { return count_; }
 

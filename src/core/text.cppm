@@ -7,11 +7,11 @@ import core.result;
 
 export namespace fl {
 
-/// Anything that takes text. write() must not fail; a full sink drops what does not fit and may say so itself.
+/// Consumer of text. write() must not fail; a full sink drops what does not fit and may report that itself.
 template <class S>
 concept TextSink = requires(S& sink, std::string_view text) { sink.write(text); };
 
-/// A text of at most N bytes with its own storage; what does not fit is dropped and `truncated` is set.
+/// Up to N bytes of text with its own storage; what does not fit is dropped and `truncated` is set.
 template <usize N>
 class FixedText {
   public:
@@ -41,7 +41,7 @@ class FixedText {
     bool truncated_ = false;
 };
 
-/// A text written into somebody else's storage.
+/// Text written into storage of the caller; what does not fit is dropped.
 class SpanText {
   public:
     constexpr explicit SpanText(std::span<char> storage) : storage_(storage) {}
@@ -61,13 +61,13 @@ namespace text_detail {
 
 struct Spec {
     char fill = ' ';
-    char align = 0; // '<', '>' or 0 for the type's own
+    char align = 0; // '<', '>' or 0 for the type's default
     u8 width = 0;
     bool hex = false;
     bool prefix = false;
 };
 
-// One erased argument: integers are widened, text keeps its view.
+// A type-erased argument: integers are widened, text is kept as a view.
 struct Argument {
     enum class Kind : u8 { unsigned_, signed_, text, character, boolean } kind;
     u64 number = 0;
@@ -106,10 +106,10 @@ constexpr Argument erase(const T& value) {
     }
 }
 
-// Called in a constant expression only when the format string is wrong: the compiler's message names it.
+// Called in a constant expression only if the format string is invalid, so that the compiler's message names it.
 void format_string_is_wrong(const char*);
 
-// Parses one field after its '{'; returns the position behind '}'.
+// Parses one field after its '{'; returns the position after '}'.
 constexpr usize parse(std::string_view f, usize i, Spec& spec) {
     if (i < f.size() && f[i] == ':') {
         ++i;
@@ -176,7 +176,7 @@ void vprint(void* sink, Write write, std::string_view format, std::span<const Ar
 
 } // namespace text_detail
 
-/// Writes `format` with its fields filled to the sink.
+/// Writes `format` with its fields substituted to the sink.
 template <TextSink S, class... Args>
 void print(S& sink, text_detail::Format<std::type_identity_t<std::remove_cvref_t<Args>>...> format,
            const Args&... args) {
@@ -186,12 +186,12 @@ void print(S& sink, text_detail::Format<std::type_identity_t<std::remove_cvref_t
         &sink, [](void* s, std::string_view text) { static_cast<S*>(s)->write(text); }, format.text, erased);
 }
 
-/// The noun that goes with a number. `several` is its plural, which ends in an s: for one it is left out.
+/// The noun for a number. `several` is the plural, which must end in s; the s is dropped for 1.
 constexpr std::string_view noun(u64 number, std::string_view several) {
     return several.substr(0, several.size() - (number == 1 ? 1 : 0));
 }
 
-/// A size for people: whole MiB (the rest is cut off), below 1 MiB exactly, in KiB or bytes. To be printed as "{} {}".
+/// A size for display: whole MiB (rounded down); below 1 MiB exact, in KiB or bytes. Print it as "{} {}".
 struct ShownSize {
     u64 number;
     std::string_view unit;
@@ -203,13 +203,13 @@ constexpr ShownSize shown_size(u64 bytes) {
     return bytes != 0 && bytes % 1_KiB == 0 ? ShownSize{bytes >> 10, "KiB"} : ShownSize{bytes, noun(bytes, "bytes")};
 }
 
-/// A sink that counts what it is given; for column widths.
+/// A sink that counts bytes, for column widths.
 struct CountingSink {
     usize size = 0;
     constexpr void write(std::string_view text) { size += text.size(); }
 };
 
-/// Writes text as the inside of a JSON string: quotes, backslashes and control bytes escaped; bytes above 0x7e as
+/// Writes text as the content of a JSON string: quotes, backslashes and control bytes escaped; bytes above 0x7e as
 /// \u00XX.
 template <TextSink S>
 void print_json(S& sink, std::string_view text) {
@@ -226,7 +226,7 @@ void print_json(S& sink, std::string_view text) {
     }
 }
 
-/// Decimal (or 0x hexadecimal) number, the whole text; nothing on anything else or on overflow.
+/// Parses a decimal or 0x hexadecimal number that makes up the whole text; nothing on a syntax error or overflow.
 constexpr std::optional<u64> parse_number(std::string_view text) {
     int base = 10;
     if (text.size() > 2 && text[0] == '0' && (text[1] == 'x' || text[1] == 'X')) {

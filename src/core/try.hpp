@@ -1,5 +1,5 @@
-// TRY(declaration, expression): unwraps a Result or returns its error. CO_TRY does the same in a coroutine. CHECK has
-// no value to keep.
+// TRY(declaration, expression): unwraps a Result or returns its error. CO_TRY does the same in a coroutine. CHECK and
+// CO_CHECK discard the value.
 //
 //     TRY(auto frame, memory.allocate(1));
 //     CO_TRY(auto ring, co_await connect(device));

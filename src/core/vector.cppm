@@ -1,5 +1,5 @@
-// A growing array on the heap, for lists whose length the machine decides: devices, disks, units. Running out of memory
-// is an answer, not an abort. Not for hot paths and not for interrupt handlers.
+// A growing array on the heap, for lists whose length depends on the machine: devices, disks, units. Running out of
+// memory is reported, not fatal. Not for hot paths or interrupt handlers.
 export module core.vector;
 import core.std;
 
@@ -7,9 +7,10 @@ export namespace fl {
 
 namespace vector_detail {
 
-/// `bytes` of memory that begins with the `used` ones of `old`, which is freed; nullptr: none, and `old` stays.
+/// Returns `bytes` of memory with the first `used` bytes of `old` copied, and frees `old`. nullptr: out of memory,
+/// `old` is kept.
 void* grow(void* old, usize used, usize bytes);
-/// For tests: the next `n` growths of all vectors succeed, all later ones fail until lifted with ~0.
+/// For tests: the next `n` growths of all vectors succeed, all later ones fail; ~0 removes the limit.
 void fail_after(u64 n);
 
 } // namespace vector_detail
@@ -23,7 +24,7 @@ class Vector {
     Vector& operator=(const Vector&) = delete;
     constexpr ~Vector() { clear(); }
 
-    /// False: there is no memory, and nothing has changed. A push() ends references to the elements.
+    /// False: out of memory, nothing has changed. A push() invalidates references to the elements.
     [[nodiscard]] bool push(const T& value) {
         if (size_ == room_ && !grow()) {
             return false;
@@ -32,12 +33,12 @@ class Vector {
         ++size_;
         return true;
     }
-    /// The elements after it move down by one.
+    /// Moves the following elements down by one.
     void remove(usize at) {
         std::copy(data_ + at + 1, data_ + size_, data_ + at);
         --size_;
     }
-    /// Gives the memory back, too.
+    /// Also frees the memory.
     constexpr void clear() {
         release(data_);
         data_ = nullptr;

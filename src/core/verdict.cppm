@@ -1,15 +1,15 @@
-// How a boot ends (docs/INTERFACES.md).
+// Outcome of a boot (docs/INTERFACES.md).
 export module core.verdict;
 import core.std;
 
 export namespace fl {
 
-/// The value goes to the debug exit port; QEMU exits with 2 * value + 1.
+/// The value is written to the debug exit port; QEMU then exits with 2 * value + 1.
 enum class Verdict : u32 {
     success = 0x10,
     skip = 0x11,
-    error = 0x12,   // it could not be tried: bad input, no such disk
-    failure = 0x13, // tried, and wrong
+    error = 0x12,   // could not be run: bad input, no such disk
+    failure = 0x13, // run, with a wrong result
     crash = 0x14,   // panic or exception
 };
 

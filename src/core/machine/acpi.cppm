@@ -1,4 +1,4 @@
-// This machine's ACPI tables.
+// ACPI tables of this machine.
 export module core.machine.acpi;
 import core.std;
 import core.acpi;
@@ -6,10 +6,10 @@ import core.result;
 
 export namespace fl {
 
-/// Reads the tables (rsdp 0: looks for them), keeps them. Once, after add_memory. An Error is
-/// no reason to stop: everything works without tables, with a PIC and a PIT.
+/// Reads the tables and keeps them. `rsdp`: physical address; 0: search for it. Call once, after add_memory(). An Error
+/// is not fatal: everything works without tables, with a PIC and a PIT.
 Result<void> start_acpi(u64 rsdp);
-/// nullptr: there are none.
+/// nullptr: no tables.
 const acpi::Tables* acpi_tables();
 
 } // namespace fl

@@ -23,8 +23,8 @@ constexpr std::string_view assumed = "assumed";
 
 constexpr u64 pm_timer_hz = 3'579'545; // [ACPI 6.5 §4.8.2.1]
 constexpr u64 pit_hz = 1'193'182;      // [8254]
-// A tick of either takes fewer readings than this on every machine, and a port that nobody answers costs a few
-// milliseconds: a reading exits to the hypervisor once, or three times.
+// More readings than one tick of either timer takes on any machine. A port without a device costs a few milliseconds:
+// each reading exits to the hypervisor once (PM timer) or three times (PIT).
 constexpr u32 pm_timer_most_still = 400;
 constexpr u32 pit_most_still = 200;
 
@@ -62,14 +62,14 @@ Calibration measure_pit() {
                        const u32 low = cpu::in8(pit_channel2);
                        const u32 high = cpu::in8(pit_channel2);
                        reading.after = cpu::read_tsc();
-                       reading.value = ~(low | high << 8) & 0xffffu; // it counts down
+                       reading.value = ~(low | high << 8) & 0xffffu; // counts down
                        return reading;
                    }});
     cpu::out8(speaker, before);
     return found;
 }
 
-// What is slower or faster than any processor is a broken answer.
+// Values outside this range are slower or faster than any processor: invalid.
 constexpr bool plausible(u64 hz) { return hz >= 10'000'000 && hz <= 100'000'000'000; }
 
 // Nanoseconds to units of a timer: (ns * multiplier) >> 32, the inverse of CycleScale.
@@ -102,7 +102,7 @@ constexpr u32 lvt_deadline = 2 << 17;
 
 void on_timer(void*) { local().timer_at = never; }
 
-// The local APIC's timer against the counter: it only wakes, it does not tell time.
+// Measures the local APIC's timer against the counter. It is used for wake-ups only, not as a clock.
 u64 measure_local_apic_once() {
     constexpr u64 length = 7'000;
     lapic::write(lapic::Reg::timer_initial, ~0u);
@@ -117,7 +117,7 @@ u64 measure_local_apic_once() {
     return took == 0 ? 0 : u64{first - last} * 1'000'000'000 / took;
 }
 
-// The middle one of three: one of them may have been interrupted by the host.
+// The median of three: the host may have interrupted one of them.
 u64 measure_local_apic() {
     const u64 a = measure_local_apic_once();
     const u64 b = measure_local_apic_once();
@@ -126,7 +126,7 @@ u64 measure_local_apic() {
 }
 
 void arm(Local& own, Instant until, Instant time) {
-    constexpr Nanoseconds shortest = 1'000; // a timer set for less may be late already
+    constexpr Nanoseconds shortest = 1'000; // a shorter timer may expire before it is armed
     const Nanoseconds length = std::max(until - time, shortest);
     own.timer_at = until;
     switch (timer) {
@@ -187,7 +187,7 @@ void correct_clock(ClockHint hint) {
     } else if (timer == Timer::local_apic) {
         timer_units = inverse(measure_local_apic());
     }
-    local().timer_at = never; // what was set before is due at another time: the next sleep sets it anew
+    local().timer_at = never; // the armed expiry is wrong at the new frequency: the next sleep arms the timer anew
 }
 
 std::string_view clock_name() { return source; }
@@ -242,7 +242,7 @@ bool timer_is_deadline() { return timer == Timer::deadline; }
 
 Result<void> use_timer(OneShotTimer& given) {
     CHECK(given.start(on_timer, nullptr));
-    local().timer_at = never; // what the other timer was set for need not come
+    local().timer_at = never; // the expiry armed in the previous timer may never fire
     hypervisor_timer = &given;
     timer = Timer::hypervisor;
     return {};
@@ -272,8 +272,8 @@ void platform_kick(void* context) { kick_processor(static_cast<const Local*>(con
 
 void platform_idle(void* context, Instant until, const std::atomic<bool>& wake) {
     cpu::interrupts_off();
-    // Acquire: pairs with the release in Executor::raise(), so that what woke us is seen. No interrupt can come between
-    // this and the halt.
+    // Acquire: pairs with the release in Executor::raise(), so that the writes before it are visible. No interrupt can
+    // arrive between this and the halt.
     if (wake.load(std::memory_order_acquire) || timer == Timer::none) {
         cpu::interrupts_on();
         cpu::relax();

@@ -1,5 +1,4 @@
-// The processor's own instructions. Everything privileged that the kernel executes goes through here or through an
-// assembly file.
+// Processor instructions. All privileged instructions of the kernel are here or in assembly files.
 export module core.machine.cpu;
 import core.std;
 
@@ -23,7 +22,8 @@ inline u32 in32(u16 port) {
 inline void out8(u16 port, u8 value) { asm volatile("outb %0, %1" ::"a"(value), "Nd"(port)); }
 inline void out16(u16 port, u16 value) { asm volatile("outw %0, %1" ::"a"(value), "Nd"(port)); }
 inline void out32(u16 port, u32 value) { asm volatile("outl %0, %1" ::"a"(value), "Nd"(port)); }
-/// `count` words from one port into memory: one string instruction, which a hypervisor may take in one exit.
+/// Reads `count` 16-bit words from a port into memory with one string instruction, which a hypervisor may handle in one
+/// exit.
 inline void in16_string(u16 port, u16* into, u64 count) {
     asm volatile("rep insw" : "+D"(into), "+c"(count) : "d"(port) : "memory");
 }
@@ -47,7 +47,7 @@ inline void write_msr(u32 msr, u64 value) {
 struct CpuidRegisters {
     u32 eax, ebx, ecx, edx;
 };
-/// Exits under most hypervisors: callers cache (core.cpuid).
+/// Exits under most hypervisors: callers must cache (core.cpuid).
 inline CpuidRegisters cpuid(u32 leaf, u32 subleaf = 0) {
     CpuidRegisters r;
     asm volatile("cpuid" : "=a"(r.eax), "=b"(r.ebx), "=c"(r.ecx), "=d"(r.edx) : "a"(leaf), "c"(subleaf));
@@ -63,7 +63,7 @@ inline u64 read_tsc() {
 
 inline void interrupts_off() { asm volatile("cli" ::: "memory"); }
 inline void interrupts_on() { asm volatile("sti" ::: "memory"); }
-/// sti takes effect after the next instruction: no interrupt can slip in between.
+/// sti takes effect after the next instruction: no interrupt can be taken before hlt.
 inline void interrupts_on_and_halt() { asm volatile("sti; hlt" ::: "memory"); }
 inline bool interrupts_are_on() {
     u64 flags;

@@ -16,7 +16,7 @@ import core.text;
 import core.machine.cpu;
 import core.machine.runtime;
 
-// From kernel.ld: addresses, not objects.
+// Defined in kernel.ld: addresses, not objects.
 extern "C" {
 extern const std::byte image_text_begin[];
 extern const std::byte image_text_end[];
@@ -27,8 +27,8 @@ extern const std::byte image_data_end[];
 extern const std::byte image_symbols_begin[];
 extern const std::byte image_end[];
 
-// The tables that are needed before there are frames: root, the image's (up to 8 MiB of it), the first window of the
-// direct map, and a page of the hypervisor's (a console).
+// Page tables that are needed before there are frames: the root, the image's (up to 8 MiB), the first window of the
+// direct map, and one page of the hypervisor's (a console).
 constexpr fl::usize early_table_count = 16;
 alignas(4096) [[gnu::section(".bss.pages")]] std::byte early_tables[early_table_count * 4096];
 }
@@ -40,13 +40,13 @@ namespace {
 constexpr u64 size_2m = 2_MiB;
 
 constinit MemoryLayout layout{};
-// Of the frames and the page tables. Mappings are only added while several processors run, so no processor has to
-// invalidate what it has cached of them. start_memory() does without it: there is no second processor yet.
+// Protects frames and page tables. While several processors run, mappings are only added, so that no processor has to
+// invalidate TLB entries. start_memory() does not take it: there is no second processor yet.
 constinit SpinLock lock;
 constinit FrameAllocator frame_allocator GUARDED_BY(lock);
 constinit PagingFeatures features{};
 constinit FixedText<48> feature_names;
-// Frames for tables come from here: what the direct map has reached so far.
+// Frames for tables are allocated from this range, which the direct map covers so far.
 constinit u64 reachable_begin = 0;
 constinit u64 reachable_end = 0;
 
@@ -91,7 +91,7 @@ void read_features() {
     features.no_execute = extended.get(Cpuid80000001Edx::no_execute);
     features.gigabyte_pages = extended.get(Cpuid80000001Edx::gigabyte_pages);
     const auto sizes = Cpuid80000008Eax::from(highest >= 0x80000008 ? cpu::cpuid(0x80000008).eax : 36);
-    // 52: all that an entry of a page table has room for.
+    // 52 bits is the limit of a page table entry.
     features.physical_end = u64{1} << std::clamp<u32>(sizes.get(Cpuid80000008Eax::physical_bits), 32, 52);
 
     const auto offered = cpu::cpuid(0).eax >= 7 ? cpu::cpuid(7) : cpu::CpuidRegisters{};
@@ -194,7 +194,8 @@ void start_memory(const MemoryLayout& given) {
 
 Result<void> add_memory(std::span<const MemoryArea> areas) {
     const Locked locked(lock);
-    // A window to begin with: tables for the rest come out of it. Large pages only, so that the early tables suffice.
+    // Map a first window, which then provides the tables for the rest. Large pages only, so that the early tables
+    // suffice.
     for (const MemoryArea& area : areas) {
         frame_allocator.add(area.usable ? area.base : 0, area.usable ? area.size : 0);
     }
@@ -221,14 +222,14 @@ Result<void> add_memory(std::span<const MemoryArea> areas) {
         set_heap_growth(grow_heap);
     }
     for (const MemoryArea& area : areas) {
-        // Whole pages inside usable memory, every page that firmware's memory touches.
+        // Whole pages inside usable memory; all pages that firmware memory touches.
         const u64 begin = area.usable ? align_up(area.base, frame_size) : align_down(area.base, frame_size);
         const u64 end =
             area.usable ? align_down(area.base + area.size, frame_size) : align_up(area.base + area.size, frame_size);
         if (begin >= end) {
             continue;
         }
-        // Around the window in pieces, each mapped at once with the largest pages that fit.
+        // Map the parts around the window, each at once with the largest pages that fit.
         const u64 middle_begin = std::clamp(reachable_begin, begin, end);
         const u64 middle_end = std::clamp(reachable_end, begin, end);
         const bool apart = reachable_end <= begin || reachable_begin >= end;
@@ -242,7 +243,7 @@ Result<void> add_memory(std::span<const MemoryArea> areas) {
                 continue;
             }
             auto mapped = space.map(direct_map.begin + from, from, to - from, {.write = true});
-            if (!mapped && mapped.error().code == Code::busy) { // shares a page with what is there
+            if (!mapped && mapped.error().code == Code::busy) { // shares a page with an existing mapping
                 mapped = map_missing(space, direct_map.begin, from, to - from, {.write = true});
             }
             if (!mapped) {
@@ -254,7 +255,7 @@ Result<void> add_memory(std::span<const MemoryArea> areas) {
 }
 
 u64 physical_end() { return std::min(features.physical_end, direct_map.size); }
-// For its counters, which other processors may change meanwhile.
+// For its counters, which other processors may change concurrently.
 FrameAllocator& frames() NO_THREAD_SAFETY_ANALYSIS { return frame_allocator; }
 DmaAllocator& dma_memory() { return dma; }
 PhysicalReader& physical_memory() { return reader; }
@@ -295,7 +296,7 @@ Result<std::byte*> map_physical(u64 physical, u64 size) {
         return Error(Code::bad_argument, "memory at this physical address cannot be mapped", direct_map.size, physical);
     }
     const Locked locked(lock);
-    // As a rule it is mapped: a boot reads a hundred times a few bytes of ACPI's tables.
+    // Usually it is mapped already: a boot reads a few bytes of ACPI tables a hundred times.
     if (const auto there = space.find(direct_map.begin + physical);
         there && size - 1 < there->page - physical % there->page) {
         return reinterpret_cast<std::byte*>(direct_map.begin + physical);
@@ -333,7 +334,7 @@ Result<u64> open_start_page(void (*fill)(std::byte* page, u64 physical)) {
     const u64 window = direct_map.begin + *frame;
     std::memset(reinterpret_cast<void*>(window), 0, frame_size);
     fill(reinterpret_cast<std::byte*>(window), *frame);
-    // Never writable and executable at once, not even by two names.
+    // Never writable and executable at the same time, not even through two mappings.
     auto done = space.protect(window, frame_size, {});
     if (done) {
         done = space.map(*frame, *frame, frame_size, {.execute = true});

@@ -4,15 +4,14 @@ import core.std;
 
 export namespace fl::pic {
 
-/// Moves the 16 lines to vectors first_vector … first_vector + 15 and masks them all. False: there is no such
-/// controller.
+/// Remaps the 16 lines to vectors first_vector … first_vector + 15 and masks them all. False: no such controller.
 bool start(u8 first_vector);
 void unmask(u8 irq);
 void mask(u8 irq);
-/// Level for PCI, edge for ISA; where the machine has the register.
+/// Sets level (PCI) or edge (ISA) triggering, if the machine has the register.
 void set_level(u8 irq, bool level);
-/// Whether the line that was announced is really in service (7 and 15 stand for "withdrawn" too). Does what a withdrawn
-/// one needs.
+/// Whether the raised line is in service: lines 7 and 15 also signal spurious interrupts, which this function
+/// completes.
 bool is_real(u8 irq);
 void end_of_interrupt(u8 irq);
 

@@ -15,7 +15,7 @@ import core.machine.memory;
 import core.machine.traps;
 
 extern "C" {
-// smp.S: the code that a processor starts in, and its parameters, as offsets from its begin.
+// smp.S: the code in which a processor starts; its parameters follow, as offsets from its start.
 extern const std::byte start_code_begin[];
 extern const std::byte start_code_end[];
 extern const std::byte start_parameters[];
@@ -24,12 +24,12 @@ extern const std::byte start_protected[];
 extern const std::byte start_long[];
 extern const std::byte processor_entry[];
 
-// What the next processor takes, or leaves when it is not the one meant: read by smp.S. `state` decides: offered
-// becomes taken (by the processor) or withdrawn (by the boot processor), never both.
+// Handed to the next processor by smp.S, which ignores it on a processor with another APIC id. `state` decides: it
+// changes from offered to either taken (by the processor) or withdrawn (by the boot processor), never both.
 struct StartOffer {
     fl::u32 state; // Offer
     fl::u32 apic_id;
-    fl::u64 stack; // its top
+    fl::u64 stack; // top of the stack
     fl::u64 number;
 };
 constinit StartOffer start_offer{};
@@ -42,7 +42,7 @@ namespace {
 
 enum class Offer : u32 { none, offered, taken, withdrawn };
 
-// As start_parameters in smp.S; filled in before the page becomes executable.
+// Layout of start_parameters in smp.S; written before the page becomes executable.
 struct [[gnu::packed]] Parameters {
     u16 gdt_limit;
     u32 gdt_base;
@@ -61,13 +61,13 @@ static_assert(sizeof(Parameters) == 42);
 constexpr u64 stack_size = 64 * 1024;
 constexpr Nanoseconds come_up_bound = 1'000'000'000;
 
-// The way of one processor. Written by it (release) up to serving, failed and stopped; by the boot processor (exchange)
+// Progress of a processor. Written by it (release) up to serving, failed and stopped; by the boot processor (exchange)
 // to given_up.
 enum class Stage : u32 { none, up, joining, serving, failed, given_up, stopped };
 
 struct State {
     std::atomic<Stage> stage{Stage::none};
-    std::optional<Error> error; // with failed
+    std::optional<Error> error; // set if failed
     u64 stack_guard = 0;
 };
 
@@ -76,7 +76,8 @@ constinit ProcessorWork work{};
 constinit u32 running = 1;
 constinit u64 start_page = 0;
 
-// The two sides of the comparison of counters. Each round the boot processor asks, the other one answers with its own.
+// Shared state for the comparison of time stamp counters. In each round the boot processor asks, and the other one
+// answers with its counter.
 struct Comparison {
     std::atomic<u32> asked{0};
     std::atomic<u32> answered{0};
@@ -86,11 +87,11 @@ constinit Comparison comparison{};
 constexpr u32 rounds = 8;
 
 u64 ordered_tsc() {
-    asm volatile("lfence" ::: "memory"); // not before what the other side wrote has been read
+    asm volatile("lfence" ::: "memory"); // not before the load of the other processor's store
     return cpu::read_tsc();
 }
 
-// Waits until `done()`, at most `bound`.
+// Waits until `done()`, at most `bound` ns.
 template <class Done>
 bool wait(Nanoseconds bound, Done done) {
     SpinBound limit(now(), bound);
@@ -106,14 +107,14 @@ bool wait(Nanoseconds bound, Done done) {
 void answer_comparison() {
     for (u32 round = 1; round <= rounds; ++round) {
         if (!wait(100'000'000, [&] { return comparison.asked.load(std::memory_order_acquire) >= round; })) {
-            return; // the other side has its own bound, and says so
+            return; // the other side has a bound of its own, and reports
         }
         comparison.counter.store(ordered_tsc(), std::memory_order_relaxed);
         comparison.answered.store(round, std::memory_order_release);
     }
 }
 
-// How far the other counter lies outside of the moments between question and answer: the least of all rounds, in
+// How far the other counter lies outside the interval between question and answer: the minimum of all rounds, in
 // cycles. Nothing: no answer.
 std::optional<i64> compare_counters() {
     std::optional<i64> least;
@@ -149,7 +150,7 @@ void send_nmi_to_others() {
     }
     SpinBound limit(now(), 200'000'000);
     for (u32 i = 0; i < running; ++i) {
-        // Partner: the release in park().
+        // Pairs with the release in park().
         while (i != me && !local_of(i).parked.load(std::memory_order_acquire) && !limit.passed(now())) {
             spin_pause();
         }
@@ -187,10 +188,10 @@ Result<u64> prepare_start_page() {
 
 std::atomic_ref<u32> offer_state() { return std::atomic_ref<u32>(start_offer.state); }
 
-// One processor up to serving. False: the number must not be used again, since the processor may still be about.
+// Brings one processor up to serving. False: the number must not be reused, since the processor may still use it.
 bool start_one(u32 number, u32 apic_id, Nanoseconds join_bound, Processors& processors) {
     State& state = states[number];
-    if (state.stack_guard == 0) { // else left over from one that did not come up
+    if (state.stack_guard == 0) { // otherwise left over from a processor that did not start
         const auto stack = map_stack(stack_size + emergency_stacks_size);
         if (!stack) {
             log::warning("processor with APIC id {}: {}: left out", apic_id, stack.error());
@@ -206,19 +207,19 @@ bool start_one(u32 number, u32 apic_id, Nanoseconds join_bound, Processors& proc
     start_offer.apic_id = apic_id;
     start_offer.stack = state.stack_guard + 4096 + stack_size;
     start_offer.number = number;
-    // Release: partner is the locked exchange in smp.S, which reads the rest behind it.
+    // Release: pairs with the locked exchange in smp.S, which reads the other fields after it.
     offer_state().store(to_underlying(Offer::offered), std::memory_order_release);
 
     const auto taken = [] { return offer_state().load(std::memory_order_acquire) == to_underlying(Offer::taken); };
     const u8 page = static_cast<u8>(start_page >> 12);
-    // INIT has been sent to all of them; a second startup IPI only where the first one was lost [SDM-3 9.4.4.1].
+    // INIT has been sent to all processors; a second startup IPI only if the first one was lost [SDM-3 9.4.4.1].
     for (u32 attempt = 0; attempt < 2 && !taken(); ++attempt) {
         static_cast<void>(lapic::send(apic_id, lapic::Delivery::startup, page));
         static_cast<void>(wait(attempt == 0 ? 20'000'000 : come_up_bound, taken));
     }
     u32 offered = to_underlying(Offer::offered);
     if (offer_state().compare_exchange_strong(offered, to_underlying(Offer::withdrawn), std::memory_order_acq_rel)) {
-        // back to where it waits for a startup IPI, wherever it is
+        // INIT puts it back into the state that waits for a startup IPI, wherever it is now
         static_cast<void>(lapic::send(apic_id, lapic::Delivery::init, 0));
         log::warning("processor with APIC id {} did not come up within {} ms: left out", apic_id,
                      come_up_bound / 1'000'000);
@@ -227,7 +228,7 @@ bool start_one(u32 number, u32 apic_id, Nanoseconds join_bound, Processors& proc
     }
     const auto off = compare_counters();
     const auto settled = [&] {
-        const Stage stage = state.stage.load(std::memory_order_acquire); // partner: the release of the processor itself
+        const Stage stage = state.stage.load(std::memory_order_acquire); // pairs with the processor's release
         return stage == Stage::serving || stage == Stage::failed;
     };
     if (!wait(join_bound, settled) &&
@@ -244,7 +245,7 @@ bool start_one(u32 number, u32 apic_id, Nanoseconds join_bound, Processors& proc
         return true;
     }
     log::info("processor {}: APIC id {}, running", number, apic_id);
-    const i64 worst = static_cast<i64>(tsc_hz() / 1'000'000); // a microsecond
+    const i64 worst = static_cast<i64>(tsc_hz() / 1'000'000); // one microsecond
     if (!off) {
         log::warning("processor {} gave no answer when the time stamp counters were compared", number);
     } else if (*off > worst || *off < -worst) {
@@ -260,7 +261,7 @@ bool start_one(u32 number, u32 apic_id, Nanoseconds join_bound, Processors& proc
 
 } // namespace
 
-// On the new processor, on its own stack, interrupts off.
+// Runs on the new processor, on its own stack, with interrupts off.
 extern "C" [[noreturn]] void processor_main(u64 number) {
     const u32 n = static_cast<u32>(number);
     State& state = states[n];
@@ -279,7 +280,7 @@ extern "C" [[noreturn]] void processor_main(u64 number) {
         state.error = done.error();
     }
     Stage before = Stage::none;
-    // Fails when the boot processor has given up.
+    // Fails if the boot processor has given up.
     const bool wanted =
         state.stage.compare_exchange_strong(before, done ? Stage::serving : Stage::failed, std::memory_order_acq_rel);
     if (wanted && done) {

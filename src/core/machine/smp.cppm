@@ -1,4 +1,4 @@
-// Further processors: found in the MADT, started by INIT and startup IPIs [SDM-3 9.4], stopped in the end.
+// Further processors: listed in the MADT, started by INIT and startup IPIs [SDM-3 9.4], stopped at the end.
 export module core.machine.smp;
 import core.std;
 import core.acpi;
@@ -7,9 +7,8 @@ import core.time;
 
 export namespace fl {
 
-/// What a further processor does; both functions are called on it, with interrupts on, number > 0. An Error from
-/// join(): it is reported, and the processor is not used. serve() returns soon after its processor has been told to
-/// stop.
+/// The work of a further processor. Both functions are called on it, with interrupts on, number > 0. An Error from
+/// join() is reported, and the processor is not used. serve() must return soon after its processor was asked to stop.
 struct ProcessorWork {
     void* context;
     Result<void> (*join)(void* context, u32 number);
@@ -19,15 +18,15 @@ struct ProcessorWork {
 struct Processors {
     u32 listed = 1;   // enabled in the MADT; 1 without one
     u32 running = 1;  // numbers 0 to running - 1
-    u32 left_out = 0; // did not come up, or could not join; each has its line in the log
+    u32 left_out = 0; // failed to start or to join; each is logged
 };
 
-/// Starts up to `most` - 1 further ones, one after the other; each has joined when the next one begins. Once, on the
-/// boot processor, with clock, timer and interrupts running. Every wait is bounded: 1 s for a processor to come up,
-/// `join_bound` for its join().
+/// Starts up to `most` - 1 further processors, one at a time: each has joined before the next is started. Call once, on
+/// the boot processor, with clock, timer and interrupts running. Every wait is bounded: 1 s for a processor to start,
+/// `join_bound` (ns) for its join().
 Processors start_processors(const acpi::Tables* tables, u32 most, const ProcessorWork& work, Nanoseconds join_bound);
-/// Waits, for a bounded time, until the serve() of each has returned; they take no interrupt after that. Whoever calls
-/// has told them.
+/// Waits, for a bounded time, until each serve() has returned; those processors take no interrupts afterwards. The
+/// caller must have asked them to stop.
 void await_stopped();
 
 } // namespace fl

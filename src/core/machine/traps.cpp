@@ -19,8 +19,8 @@ extern const std::byte image_symbols_begin[];
 extern const std::byte image_symbols_end[];
 extern const std::byte trap_stubs[];
 
-// Stacks for double faults; for NMI and machine checks; for faults that an overflowing stack may raise. The boot
-// processor's.
+// The boot processor's stacks for double faults, for NMIs and machine checks, and for faults that a stack overflow may
+// raise.
 constexpr fl::usize emergency_stack_size = fl::emergency_stacks_size / 3;
 alignas(16) [[gnu::section(".bss.pages")]] std::byte emergency_stacks[3][emergency_stack_size];
 }
@@ -63,7 +63,7 @@ constexpr std::array<std::string_view, 32> exception_names{"divide error",
                                                            "exception 31"};
 constexpr u32 page_fault = 14;
 
-// As exception_common pushes it, lowest address first, then what the processor pushed [SDM-3 6.14].
+// As pushed by exception_common, lowest address first, followed by what the processor pushed [SDM-3 6.14].
 struct Frame {
     u64 r15, r14, r13, r12, r11, r10, r9, r8, rbp, rdi, rsi, rdx, rcx, rbx, rax;
     u64 vector, error;
@@ -74,7 +74,7 @@ static_assert(sizeof(Frame) == 22 * 8);
 struct Gate { // [SDM-3 6.14.1]
     u16 offset_low;
     u16 selector;
-    u8 stack; // entry of the interrupt stack table, 0: none
+    u8 stack; // index in the interrupt stack table, 0: none
     u8 type;
     u16 offset_middle;
     u32 offset_high;
@@ -95,8 +95,8 @@ constexpr u8 interrupt_gate = 0x8e;
 alignas(16) constinit std::array<Gate, 256> gates{};
 constinit InterruptEntry interrupt_entry = nullptr;
 constinit StopOthers stop_others = nullptr;
-// The processor that reports, and one; 0: none. The first one wins, and every other that comes here, of itself or by
-// NMI, parks.
+// The reporting processor's number plus one; 0: none. The first one wins; every other that gets here, by a panic of its
+// own or by NMI, parks.
 constinit std::atomic<u32> reporter{0};
 
 u64 address_of(const void* p) { return reinterpret_cast<u64>(p); }
@@ -127,7 +127,7 @@ void print_frame(log::Line& out, u32 number, u64 address) {
     print_place(out, address);
     print(out, "\n");
 }
-// A return address belongs to the call before it: behind one that never returns, the next function may begin.
+// Look up the byte before the return address: after a call that never returns, the next function may begin.
 void print_caller(log::Line& out, u32 number, u64 address) {
     print(out, "  #{:<2} {:016x} ", number, address);
     if (const auto symbol = symbol_of(address - 1)) {
@@ -138,8 +138,8 @@ void print_caller(log::Line& out, u32 number, u64 address) {
     print(out, "\n");
 }
 
-// By frame pointers: each pair (caller's rbp, return address) must lie in a stack, above the one before, and return
-// into the image's code. A function that calls itself is printed once, with a count.
+// Walks frame pointers: each pair (caller's rbp, return address) must lie in a stack, above the previous one, and
+// return into the image's code. Recursive calls are printed once, with a count.
 void print_backtrace(log::Line& out, u64 rip, u64 rbp) {
     constexpr u32 most_lines = 24;
     print(out, "backtrace:\n");
@@ -192,18 +192,19 @@ void print_page_fault(log::Line& out, u64 error, u64 address) {
 }
 
 [[noreturn]] void park() {
-    local().parked.store(true, std::memory_order_release); // partner: the acquire of the one that stops the others
+    local().parked.store(true,
+                         std::memory_order_release); // pairs with the acquire of the processor that stops the others
     for (;;) {
         cpu::interrupts_off();
         cpu::halt();
     }
 }
 
-// One report at a time, readable. False: this processor was in the middle of one already.
+// Serialises reports, so that they are readable. False: this processor was reporting already.
 bool begin_report() {
     const u32 me = this_processor() + 1;
     u32 seen = 0;
-    // Relaxed is enough for the decision; what is reported is this processor's own.
+    // Relaxed suffices for the decision; the report covers only this processor's own state.
     if (!reporter.compare_exchange_strong(seen, me, std::memory_order_relaxed)) {
         if (seen != me) {
             park();
@@ -213,7 +214,7 @@ bool begin_report() {
     if (stop_others != nullptr) {
         stop_others();
     }
-    break_locks(); // what this processor itself holds is not waited for either
+    break_locks(); // the locks that this processor holds must not block it either
     return true;
 }
 
@@ -275,7 +276,7 @@ extern "C" [[noreturn]] void exception_raised(const Frame* frame) {
     constexpr u64 nmi = 2;
     if (frame->vector == nmi && reporter.load(std::memory_order_relaxed) != 0 &&
         reporter.load(std::memory_order_relaxed) != this_processor() + 1) {
-        park(); // sent by the processor that reports
+        park(); // sent by the reporting processor
     }
     if (!begin_report()) {
         end_vm(Verdict::crash, "a fault while another one was reported");
@@ -365,7 +366,7 @@ void set_interrupt_entry(InterruptEntry entry) { interrupt_entry = entry; }
 
 namespace {
 
-// Uses up the stack; not a tail call, because the array is looked at afterwards.
+// Uses up the stack; not a tail call, because the array is read afterwards.
 [[gnu::noinline]] u64 sink_deeper(u64 depth) {
     volatile u64 room[32];
     for (u64 i = 0; i < 32; ++i) {
@@ -375,7 +376,7 @@ namespace {
     return below + room[depth % 32];
 }
 
-// In .data: the asm that takes its address may write there, for all that the compiler knows.
+// In .data: the compiler must assume that the asm which takes its address may write to it.
 constinit u8 return_instruction = 0xc3;
 
 } // namespace
@@ -386,12 +387,12 @@ bool provoke(std::string_view fault) {
     } else if (fault == "gp") {
         asm volatile("movq (%0), %%rax" ::"r"(u64{0x1234567812345678}) : "rax"); // not canonical
     } else if (fault == "pf") {
-        asm volatile("movb $1, (%0)" ::"r"(u64{0x10}) : "memory"); // nothing is mapped low
+        asm volatile("movb $1, (%0)" ::"r"(u64{0x10}) : "memory"); // low addresses are unmapped
     } else if (fault == "text") {
-        // a write that changes nothing, should it be possible
+        // a write that changes nothing if it succeeds
         asm volatile("orb $0, (%0)" ::"r"(image_text_begin) : "memory", "cc");
     } else if (fault == "nx") {
-        asm volatile("call *%0" ::"r"(&return_instruction) : "memory", "cc"); // comes back, should it be possible
+        asm volatile("call *%0" ::"r"(&return_instruction) : "memory", "cc"); // returns if it succeeds
     } else if (fault == "stack") {
         log::info("{}", sink_deeper(0));
     } else if (fault == "div") {

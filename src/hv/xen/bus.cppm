@@ -1,5 +1,5 @@
-// XenBus: devices as directories of XenStore, a front half that is ours and a back half in another domain, which meet
-// by a handshake of states [xen-blkif, "State diagrams"]. Knows no kind of device.
+// XenBus: devices are XenStore directories with a front end (this guest) and a back end in another domain, which
+// connect by a handshake of states [xen-blkif, "State diagrams"]. Independent of device types.
 export module hv.xen.bus;
 import core.std;
 import core.result;
@@ -12,35 +12,35 @@ export import hv.xen.store;
 
 export namespace fl::hv::xen {
 
-/// What is below "device": every kind, every device, sorted by kind as the store has it and by number. `scratch`: room
-/// for a listing.
+/// Lists all devices below "device": types in the store's order, devices of a type sorted by number. `scratch`: buffer
+/// for directory listings.
 io::Task<Result<void>> enumerate(Store& store, DeviceList& into, std::span<char> scratch);
 
-/// Our half of a device, and a watch on the other one. Lives in its driver; not moved while open.
+/// The front end of a device, with a watch on its back end. Owned by its driver; must not move while open.
 class Frontend {
   public:
     Frontend(Store& store, io::Executor& executor);
     Frontend(const Frontend&) = delete;
     Frontend& operator=(const Frontend&) = delete;
 
-    /// Finds the other half and watches its state. `device`: "device/vbd/51712".
+    /// Finds the back end and watches its state. `device`: "device/vbd/51712".
     io::Task<Result<void>> open(std::string_view device);
     std::string_view path() const { return path_; }
     std::string_view backend() const { return backend_; }
     Domain domain() const { return domain_; }
 
-    /// The other half's state now; a node that is gone is BusState::unknown.
+    /// The back end's state; BusState::unknown if its node is gone.
     io::Task<Result<BusState>> state();
     io::Task<Result<void>> set_state(BusState state);
-    /// Waits until the other half's state is one of `wanted`; gives it. Error{device_gone}: it closes, or is gone;
+    /// Waits until the back end's state is one of `wanted`, and returns it. Error{device_gone}: it is closing or gone;
     /// Error{timed_out}.
     io::Task<Result<BusState>> await_state(std::span<const BusState> wanted, io::Bound bound);
-    /// Waits until something may have changed about the other half. False: the bound passed first.
+    /// Waits until the back end may have changed. False: the bound was reached first.
     auto changed(const io::Bound& bound) { return changed_.wait(bound); }
     auto changed() { return changed_.wait(); }
-    /// Ends a wait in changed(): for an owner who has something to tell his own coroutine.
+    /// Ends a wait in changed(), so that the owner can notify its own coroutine.
     void poke() { changed_.open(); }
-    /// No more news.
+    /// Stops watching.
     io::Task<Result<void>> close();
 
   private:
@@ -54,13 +54,13 @@ class Frontend {
     bool watching_ = false;
 };
 
-/// Which disk a virtual block device is [xen-vbd]. disk: 0 for the first; partition 0: the whole disk.
+/// The disk that a virtual-device number denotes [xen-vbd]. disk: from 0; partition 0: the whole disk.
 struct VirtualDisk {
     enum class Kind : u8 { xvd, ide, scsi } kind = Kind::xvd;
     u32 disk = 0;
     u32 partition = 0;
 };
-/// Nothing for numbers that the specification does not define.
+/// Nothing for a number that the specification does not define.
 constexpr std::optional<VirtualDisk> virtual_disk(u64 number) {
     using Kind = VirtualDisk::Kind;
     if (number >> 28 == 1) {
@@ -79,7 +79,7 @@ constexpr std::optional<VirtualDisk> virtual_disk(u64 number) {
     default: return std::nullopt;
     }
 }
-/// xvda, xvdb … xvdz, xvdaa …; with the partition's number behind it if it is one.
+/// xvda, xvdb … xvdz, xvdaa …; followed by the partition number, if any.
 constexpr FixedText<16> disk_name(const VirtualDisk& disk) {
     std::array<char, 8> letters{};
     usize at = letters.size();

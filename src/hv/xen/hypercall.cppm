@@ -1,5 +1,5 @@
-// Calls into Xen. The way in is a Gate: in the kernel the page that Xen fills with the processor's own instruction, in
-// a test a function.
+// Hypercalls to Xen. They are issued through a Gate: in the kernel, a page that Xen fills with the processor's
+// instruction; in a test, a function.
 export module hv.xen.hypercall;
 import core.std;
 import core.result;
@@ -7,19 +7,19 @@ export import hv.xen.protocol;
 
 export namespace fl::hv::xen {
 
-/// How a call reaches the hypervisor. `call` gets a hypercall's number and up to five arguments (registers RDI, RSI,
-/// RDX, R10, R8 [xen-public arch-x86/xen-x86_64.h]); `page`: what Xen shall fill with its entries, executable, nullptr
-/// when there is nothing to fill. Guest structures are passed by virtual address.
+/// How to issue a hypercall. `call` takes its number and up to five arguments (registers RDI, RSI, RDX, R10, R8
+/// [xen-public arch-x86/xen-x86_64.h]). `page`: an executable page for Xen to fill with its entries; nullptr if none.
+/// Guest structures are passed by virtual address.
 struct Gate {
     void* context = nullptr;
     i64 (*call)(void* context, u32 number, u64 a, u64 b, u64 c, u64 d, u64 e) = nullptr;
     const void* page = nullptr;
 };
 
-/// This processor's own: empty in a hosted program.
+/// The gate of this machine; empty in a hosted program.
 Gate native_gate();
 
-/// Typed calls, counted. Every answer is 0 or more, or one of Xen's error numbers, negative.
+/// Typed hypercalls, with a counter. Results are >= 0 on success, otherwise a negative Xen error number.
 class Hypercalls {
   public:
     Hypercalls() = default;
@@ -39,13 +39,13 @@ class Hypercalls {
     i64 version() { return call(Hypercall::xen_version, to_underlying(VersionOp::version)); }
     /// The first 32 feature bits.
     Result<u32> features();
-    /// Makes one of Xen's pages appear at a guest frame, in the place of what was there.
+    /// Maps one of Xen's pages at a guest frame, replacing what was there.
     Result<void> add_to_physmap(MapSpace space, u64 index, u64 frame);
     Result<u64> hvm_parameter(HvmParam index);
     Result<void> set_hvm_parameter(HvmParam index, u64 value);
     Result<void> set_upcall_vector(u32 vcpu, u8 vector);
     i64 console_write(std::string_view text);
-    /// The most frames that this guest's grant table may have.
+    /// Maximum number of frames of this guest's grant table.
     Result<u32> grant_table_limit();
 
   private:

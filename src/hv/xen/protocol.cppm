@@ -1,7 +1,7 @@
-// What Xen and a guest say to each other: hypercall numbers and arguments, the shared info page, event channels, grant
-// entries, the XenStore wire. Structures and constants, no action. All of it is the 64-bit layout; a guest that
-// installs its hypercall page in 64-bit mode gets it [xen-public]. Values that the other side writes are open enums:
-// whatever else comes can be represented and is the reader's business.
+// The Xen guest interface: hypercall numbers and arguments, the shared info page, event channels, grant entries,
+// XenStore messages. Structures and constants only, in the 64-bit layout, which applies if the hypercall page is
+// installed in 64-bit mode [xen-public]. Values written by Xen or another domain are open enums: unknown values are
+// representable, and the reader must handle them.
 module;
 #include <cstddef>
 export module hv.xen.protocol;
@@ -21,13 +21,13 @@ enum class Hypercall : u32 {
     event_channel_op = 32,
     hvm_op = 34,
 };
-/// Bytes from one entry of the hypercall page to the next: entry n is for hypercall n [xen-public arch-x86/xen.h].
+/// Size in bytes of an entry of the hypercall page: entry n is for hypercall n [xen-public arch-x86/xen.h].
 inline constexpr u32 hypercall_stride = 32;
 
 using Domain = u16;
 inline constexpr Domain domain_self = 0x7ff0;
 
-/// Errors are small negative numbers; the names are those of Linux [xen-public errno.h].
+/// Errors are small negative numbers, numbered as in Linux [xen-public errno.h].
 inline constexpr i64 error_again = -11;
 inline constexpr i64 error_no_such_call = -38;
 
@@ -37,11 +37,11 @@ struct FeatureInfo {
     u32 submap;       // out: 32 feature bits
 };
 static_assert(sizeof(FeatureInfo) == 8 && offsetof(FeatureInfo, submap) == 4);
-inline constexpr u32 feature_auto_translated = 1u << 2; // guest frames, not machine frames
+inline constexpr u32 feature_auto_translated = 1u << 2; // guest frames are used, not machine frames
 inline constexpr u32 feature_callback_vector = 1u << 8; // HVM_PARAM_CALLBACK_IRQ takes a vector
 
 enum class MemoryOp : u32 { add_to_physmap = 7, memory_map = 9 };
-/// As in E820, 20 bytes apart [xen-public memory.h XENMEM_memory_map].
+/// An E820 entry; the array is packed, 20 bytes per entry [xen-public memory.h XENMEM_memory_map].
 struct [[gnu::packed]] E820Entry {
     u64 address;
     u64 size; // bytes
@@ -49,7 +49,7 @@ struct [[gnu::packed]] E820Entry {
 };
 static_assert(sizeof(E820Entry) == 20 && offsetof(E820Entry, size) == 8 && offsetof(E820Entry, type) == 16);
 struct MemoryMap {
-    u32 count; // in: room; out: ranges written
+    u32 count; // in: capacity; out: ranges written
     u32 padding;
     E820Entry* buffer;
 };
@@ -60,7 +60,7 @@ struct AddToPhysmap {
     u16 size; // for ranges only
     MapSpace space;
     u64 index;
-    u64 frame; // guest frame at which the page shall appear
+    u64 frame; // guest frame at which to map the page
 };
 static_assert(sizeof(AddToPhysmap) == 24 && offsetof(AddToPhysmap, space) == 4 && offsetof(AddToPhysmap, index) == 8 &&
               offsetof(AddToPhysmap, frame) == 16);
@@ -86,8 +86,8 @@ struct UpcallVector {
     u8 padding[3];
 };
 static_assert(sizeof(UpcallVector) == 8 && offsetof(UpcallVector, vector) == 4);
-/// The upcall comes as an interrupt of this vector, without the local APIC having a part in it [xen-public
-/// hvm/params.h].
+/// HVM_PARAM_CALLBACK_IRQ value that delivers the upcall as an interrupt with this vector, bypassing the local APIC
+/// [xen-public hvm/params.h].
 constexpr u64 callback_by_vector(u8 vector) { return u64{2} << 56 | vector; }
 
 enum class SchedOp : u32 { yield = 0, block = 1, shutdown = 2, poll = 3 };
@@ -95,7 +95,7 @@ struct SchedPoll {
     const u32* ports; // virtual address of nr_ports ports
     u32 port_count;
     u32 padding;
-    u64 timeout; // absolute system time in nanoseconds (KVM's emulation takes it as a length); 0: none
+    u64 timeout; // absolute system time in ns (KVM's emulation treats it as a duration); 0: none
 };
 static_assert(sizeof(SchedPoll) == 24 && offsetof(SchedPoll, port_count) == 8 && offsetof(SchedPoll, timeout) == 16);
 
@@ -103,7 +103,7 @@ enum class ConsoleOp : u32 { write = 0 };
 
 // ---- the shared info page [xen-public xen.h, arch-x86/xen.h] ----
 
-/// Written by Xen under an odd `version`: read version, the rest, version again.
+/// `version` is odd while Xen updates the fields: read version, the fields, then version again.
 struct VcpuTimeInfo {
     u32 version;
     u32 padding0;
@@ -119,7 +119,7 @@ static_assert(sizeof(VcpuTimeInfo) == 32 && offsetof(VcpuTimeInfo, tsc_timestamp
               offsetof(VcpuTimeInfo, tsc_shift) == 28 && offsetof(VcpuTimeInfo, flags) == 29);
 
 struct VcpuInfo {
-    u8 upcall_pending; // set by Xen, cleared by the guest before it looks
+    u8 upcall_pending; // set by Xen; the guest clears it before it scans
     u8 upcall_mask;    // for guests without interrupts of their own
     u8 padding[6];
     u64 pending_selector; // one bit for each word of SharedInfo::pending
@@ -138,7 +138,7 @@ inline constexpr u32 event_channels = event_words * 64; // 2-level event channel
 struct SharedInfo {
     std::array<VcpuInfo, vcpus_in_shared_info> vcpu;
     std::array<u64, event_words> pending; // set by Xen, cleared by the guest
-    std::array<u64, event_words> mask;    // the guest's own
+    std::array<u64, event_words> mask;    // written by the guest
     u32 wallclock_version;
     u32 wallclock_seconds;
     u32 wallclock_nanoseconds;
@@ -152,7 +152,7 @@ static_assert(offsetof(SharedInfo, pending) == 0x800 && offsetof(SharedInfo, mas
 
 // ---- event channels [xen-public event_channel.h] ----
 
-/// A port: the number of an event channel at this end. 0 is none.
+/// A local port number of an event channel. 0: none.
 enum class Port : u32 { none = 0 };
 
 enum class EventOp : u32 {
@@ -165,8 +165,8 @@ enum class EventOp : u32 {
     unmask = 9
 };
 struct EventAllocUnbound {
-    Domain domain; // whose port; domain_self
-    Domain remote; // who may bind to it
+    Domain domain; // owner of the port; domain_self
+    Domain remote; // the domain that may bind to it
     Port port;     // out
 };
 static_assert(sizeof(EventAllocUnbound) == 8 && offsetof(EventAllocUnbound, remote) == 2 &&
@@ -185,7 +185,7 @@ struct EventPort { // close, send, unmask
 static_assert(sizeof(EventPort) == 4);
 
 struct EventStatus {
-    Domain domain; // in: whose port
+    Domain domain; // in: owner of the port
     u16 padding;
     Port port;  // in
     u32 status; // out: event_*
@@ -200,7 +200,7 @@ inline constexpr u32 event_interdomain = 2;
 
 inline constexpr u32 console_out_bytes = 2048;
 
-/// One page, seen from the guest: `out` is what it writes. The positions run freely.
+/// One page; `out` is written by the guest. The positions are free-running.
 struct ConsolePage {
     std::array<char, 1024> in;
     std::array<char, console_out_bytes> out;
@@ -230,10 +230,10 @@ inline constexpr u16 grant_permit_access = 1;
 inline constexpr u16 grant_read_only = 1u << 2;
 inline constexpr u16 grant_reading = 1u << 3; // set by Xen: mapped for reading
 inline constexpr u16 grant_writing = 1u << 4; // set by Xen: mapped for writing
-inline constexpr u32 grants_reserved = 8;     // the first ones belong to the toolstack
+inline constexpr u32 grants_reserved = 8;     // the first ones are reserved for the toolstack
 using GrantRef = u32;
 
-/// Version 1. Eight bytes, aligned: an unused entry can be filled with one store.
+/// Version 1. Eight bytes, aligned: an unused entry can be written with one store.
 struct GrantEntry {
     u16 flags;
     Domain domain;
@@ -261,14 +261,14 @@ struct StoreHeader {
     StoreType type;
     u32 request_id;
     u32 transaction;
-    u32 length; // of what follows
+    u32 length; // payload bytes that follow
 };
 static_assert(sizeof(StoreHeader) == 16 && offsetof(StoreHeader, request_id) == 4 &&
               offsetof(StoreHeader, transaction) == 8 && offsetof(StoreHeader, length) == 12);
 inline constexpr u32 store_payload_max = 4096;
 inline constexpr u32 store_ring_bytes = 1024;
 
-/// One page; the positions run freely.
+/// One page; the positions are free-running.
 struct StorePage {
     std::array<char, store_ring_bytes> requests;
     std::array<char, store_ring_bytes> responses;
@@ -306,17 +306,17 @@ constexpr std::string_view name(BusState state) {
     return to_underlying(state) < names.size() ? names[to_underlying(state)] : "a state that Xen does not define";
 }
 
-// ---- taking emulated devices away [xen-unplug] ----
+// ---- unplugging emulated devices [xen-unplug] ----
 
 inline constexpr u16 unplug_port = 0x10;         // 16 bits: read the magic, write the mask; 32 bits: write the build
 inline constexpr u16 unplug_version_port = 0x12; // 8 bits: read the version; 16 bits: write the product
 inline constexpr u16 unplug_magic = 0x49d2;
-// read from unplug_port after product and build: this driver is on the host's list
+// read from unplug_port after writing product and build: the host has blacklisted this driver
 inline constexpr u16 unplug_refused = 0xd249;
 inline constexpr u16 unplug_disks = 1u << 0;
 inline constexpr u16 unplug_nics = 1u << 1;
 inline constexpr u16 unplug_nvme = 1u << 3;
-// experimental: none is registered for this kernel [xen-public hvm/pvdrivers.h]
+// experimental: no number is registered for this kernel [xen-public hvm/pvdrivers.h]
 inline constexpr u16 unplug_product = 0xffff;
 
 } // namespace fl::hv::xen

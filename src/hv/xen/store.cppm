@@ -1,6 +1,6 @@
-// XenStore's client: a tree of small texts that the toolstack, the back ends and we read, write and watch. Requests and
-// answers travel through one page of two byte rings [xenstore, xenstore-ring]. One request at a time is under way, the
-// others queue; every wait has a bound.
+// XenStore client. The store is a tree of short texts that the toolstack, the back ends and guests read, write and
+// watch. Requests and replies use one page with two byte rings [xenstore, xenstore-ring]. One request is in flight at a
+// time, others queue; every wait is bounded.
 export module hv.xen.store;
 import core.std;
 import core.result;
@@ -19,9 +19,9 @@ using StorePath = FixedText<192>;
 /// "directory/key".
 StorePath join(std::string_view directory, std::string_view key);
 
-/// Somebody who wants to know that something below a path may have changed. `changed` runs in the store's drain(): it
-/// may open a latch, and must not call the store. Events that come before the owner looks are one event. Owned by
-/// whoever asks; unwatch before it dies.
+/// Notification that something below `path` may have changed. `changed` runs in the store's drain(): it may open a
+/// latch but must not call the store. Several events before the owner reacts count as one. Owned by the caller, which
+/// must call unwatch() before destroying it.
 struct Watch {
     void (*changed)(void* context) = nullptr;
     void* context = nullptr;
@@ -39,39 +39,39 @@ class Store final : public io::Service {
   public:
     static constexpr u32 transaction_tries = 16;
 
-    /// `page`: the mapped ring page; `port`: its event channel, bound by the toolstack. Nothing is touched before
-    /// start().
+    /// `page`: the mapped ring page; `port`: its event channel, bound by the toolstack. Not accessed before start().
     void install(std::byte* page, Port port);
-    /// Takes over the rings where a loader has left them and listens. Error{protocol}: the page is not a store's.
+    /// Takes over the rings at their current positions and enables events. Error{protocol}: the page is not a XenStore
+    /// ring.
     Result<void> start(io::Executor& executor, Events& events);
     bool started() const { return executor_ != nullptr; }
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
 
-    /// Each: Error{not_found} for a path that is not there, Error{timed_out}, Error{protocol} when the server broke a
-    /// rule (the store is closed then for good), Error{bad_argument} for more than store_payload_max, Error{exhausted}
-    /// for an answer that is longer than `into`. A path that does not begin with '/' is below our own domain's.
-    /// transaction: 0, or what begin() gave. The texts must outlive the task.
+    /// All functions return Error{not_found} for a missing path, Error{timed_out}, Error{protocol} if the server
+    /// violated the protocol (which closes the store permanently), Error{bad_argument} for more than store_payload_max
+    /// bytes, Error{exhausted} for a reply longer than `into`. A path that does not begin with '/' is relative to this
+    /// domain's directory. transaction: 0, or from begin(). The texts must outlive the task.
     io::Task<Result<std::string_view>> read(std::string_view path, std::span<char> into, u32 transaction = 0);
-    /// The children's names, each with a NUL behind it.
+    /// The names of the children, each terminated by a NUL.
     io::Task<Result<std::string_view>> directory(std::string_view path, std::span<char> into, u32 transaction = 0);
     io::Task<Result<void>> write(std::string_view path, std::string_view value, u32 transaction = 0);
     io::Task<Result<void>> remove(std::string_view path, u32 transaction = 0);
     io::Task<Result<u32>> begin();
-    /// True: done. False: somebody else changed what was read or written; begin again.
+    /// True: committed. False: another client changed what was read or written; retry from begin().
     io::Task<Result<bool>> commit(u32 transaction);
-    /// Adds the watch; its `changed` is called once at once.
+    /// Adds the watch; its `changed` is called once immediately.
     io::Task<Result<void>> watch(Watch& watch);
     io::Task<Result<void>> unwatch(Watch& watch);
 
-    /// A decimal number; Error{protocol}: it is none.
+    /// Reads a decimal number; Error{protocol}: not a number.
     io::Task<Result<u64>> number(std::string_view directory, std::string_view key);
-    /// A number that need not be there: `otherwise` if it is missing, or is none (with a warning).
+    /// Reads an optional number: `otherwise` if it is missing, or not a number (logged as a warning).
     io::Task<Result<u64>> number_or(std::string_view directory, std::string_view key, u64 otherwise);
-    /// All entries or none, below `directory`; a bounded number of tries.
+    /// Writes all entries below `directory`, or none; retries a bounded number of times.
     io::Task<Result<void>> write_all(std::string_view directory, std::span<const StoreEntry> entries);
 
     bool drain() override;
-    /// While an answer is awaited: an event that gets lost costs a tick, and not the bound.
+    /// While a reply is awaited: a lost event then costs a tick, not the whole bound.
     bool wants_tick() const override { return expected_.active; }
 
     u64 events() const { return events_.load(std::memory_order_relaxed); }
@@ -104,17 +104,17 @@ class Store final : public io::Service {
     std::optional<Latch> progress_; // from start() on
     std::atomic<u64> events_{0};
 
-    // Whose turn it is.
+    // The queue of requests.
     bool busy_ = false;
     io::ReadyList queue_;
 
-    // The request under way.
+    // The request in flight.
     u32 next_id_ = 1;
     u32 next_token_ = 1;
     struct Expected {
         bool active = false;
         bool done = false;
-        bool wants_room = false; // the request is not written whole yet
+        bool wants_room = false; // the request is not completely written yet
         StoreType type = StoreType::error;
         u32 id = 0;
         u32 transaction = 0;
@@ -123,7 +123,7 @@ class Store final : public io::Service {
         std::optional<Error> error;
     } expected_;
 
-    // The message that is coming in.
+    // The message being received.
     StoreHeader header_{};
     bool in_payload_ = false;
     u32 received_ = 0;
