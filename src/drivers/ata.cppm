@@ -1,9 +1,9 @@
-// The driver for PCI IDE controllers with bus-master DMA [BMIDE, PCI-IDE 1.0]: matching, attaching, announcing. What
-// runs afterwards is in drivers.ata.queue.
+// The driver for PCI IDE controllers with bus-master DMA [BMIDE, PCI-IDE 1.0]: matching, attaching, announcing. I/O
+// is handled by drivers.ata.queue.
 //
-// Attaching looks before it touches: a channel none of whose disks is offered is left alone, and so is one whose bus
-// floats. A device that shows itself ready and answers IDENTIFY DEVICE is not reset, for a reset costs milliseconds and
-// the firmware has done it; one that hangs or gives nonsense is reset once and asked again.
+// Attaching avoids unneeded accesses: a channel without an offered disk is left alone, and so is one with a floating
+// bus. A device that is ready and answers IDENTIFY DEVICE is not reset, because the firmware has done so and a reset
+// costs milliseconds; one that hangs or returns invalid data is reset once and identified once more.
 module;
 #include "core/try.hpp"
 export module drivers.ata;
@@ -25,38 +25,38 @@ export import drivers.ata.queue;
 
 export namespace fl::drivers::ata {
 
-/// Mass storage, IDE, whatever the programming interface says about native mode [PCI-IDE §2].
+/// Mass storage, IDE, with any programming interface (native mode or not) [PCI-IDE §2].
 inline constexpr pci::Match ids[] = {{.class_code = 0x01, .subclass = 0x01}};
 
-/// Whether a channel of the controller is at the fixed ports and interrupts of compatibility mode [PCI-IDE §2.1]. A
-/// machine has one such controller: its disks are hda to hdd, and what a hypervisor pairs synthetic disks with.
+/// Whether a channel of the controller uses the fixed ports and interrupts of compatibility mode [PCI-IDE §2.1]. A
+/// machine has one such controller: its disks are hda to hdd, the ones that hypervisors pair with synthetic disks.
 constexpr bool is_legacy(const pci::Device& device) { return (device.prog_if & 5) != 5; }
 
-/// Where the two channels of a controller are, from its programming interface and base address registers [PCI-IDE §2.2,
-/// BMIDE §2].
+/// I/O ports and interrupt lines of a controller's two channels, from its programming interface and base address
+/// registers [PCI-IDE §2.2, BMIDE §2].
 struct ControllerPorts {
-    // command 0: the channel is in native mode and has no ports: it is switched off
+    // command 0: the channel is in native mode and has no ports; it is disabled
     std::array<ChannelPorts, 2> channels{};
     std::array<InterruptLine, 2> lines{};
 };
-/// Enables I/O decoding and bus mastering. Errors: no bus-master registers, or none that anybody has given an address.
+/// Enables I/O decoding and bus mastering. Fails if the bus-master registers are missing or have no address.
 Result<ControllerPorts> set_up(const pci::Device& device);
-/// The ports of the channels in compatibility mode, as the programming interface alone says them: no access. Without
-/// bus-master registers; 0 for a channel in native mode.
+/// The ports of the channels in compatibility mode, derived from the programming interface alone, without any access.
+/// Excludes the bus-master registers; 0 for a channel in native mode.
 std::array<ChannelPorts, 2> fixed_ports(const pci::Device& device);
 
-/// Which I/O ports belong to which IDE channel. Two controllers may show the same ones: two in compatibility mode, or
-/// one whose registers somebody has given addresses of another's. A command then reaches the devices of both, or those
-/// of the other one, so the second claim is refused before anything is accessed. Claims last as long as this.
+/// Which I/O ports belong to which IDE channel. Two controllers may report the same ports: two in compatibility mode,
+/// or one with registers assigned to another's addresses. A command would then reach the devices of both, or of the
+/// wrong one, so the second claim is refused before any access. Claims last as long as this object.
 class PortClaims {
   public:
-    static constexpr u32 capacity = 96; // ranges: of 16 controllers
+    static constexpr u32 capacity = 96; // ranges, enough for 16 controllers
 
     enum class Answer : u8 { yes, taken, full };
-    /// The ranges of a channel: command block (8 ports), control (1), bus master (8), each only if it is not 0.
-    /// `taken`: one of the ports is claimed already, and nothing more is then.
+    /// Claims the ranges of a channel: command block (8 ports), control (1), bus master (8); zero bases are skipped.
+    /// `taken`: one of the ports is already claimed, and nothing is added.
     Answer take(const ChannelPorts& at);
-    /// Why a channel without its claim is not used.
+    /// The error for a channel whose claim failed.
     static Error why_not(Answer answer);
 
   private:
@@ -70,34 +70,34 @@ class PortClaims {
 
 /// "hda" for 0, and so on: hdz, hdaa …
 FixedText<16> disk_name(u32 number);
-/// The disks of the first controller can have a synthetic twin; those of further ones (hde …) are nobody's.
+/// Only the disks of the first controller can have a synthetic twin; those of further ones (hde …) have none.
 constexpr u32 twin_of(u32 number) { return number < 4 ? number : DiskSink::no_twin; }
 
-/// Tells what is at the place of disk `number` and not driven.
+/// Reports disk `number` as not driven.
 void report_unused(DiskSink& disks, u32 number, std::string_view what, Unused why, std::string_view reason);
 void report_failed(DiskSink& disks, u32 number, std::string_view what, const Error& error);
 
-/// What was found at a unit.
+/// The device found at a unit.
 enum class Found : u8 { nothing, disk, packet_device };
 
-/// Talks to a channel's devices before it has a queue: presence, IDENTIFY, transfer mode. Polls; every wait is bounded
-/// and sleeps in the executor, the first look is taken at once.
+/// Probes a channel's devices before it has a queue: presence, IDENTIFY, transfer mode. Polls at once, then sleeps in
+/// the executor between polls; every wait is bounded.
 template <PortAccess P>
 class Prober {
   public:
     Prober(io::Executor& executor, Channel<P>& channel, Nanoseconds timeout)
         : executor_(executor), channel_(channel), timeout_(timeout) {}
 
-    /// False: nobody drives this bus.
+    /// False: the bus floats, no device drives it.
     bool driven() { return !channel_.registers().status().floating(); }
     /// Software reset of both devices. Error{timed_out}: still busy.
     io::Task<Result<void>> reset();
-    /// Looks at a unit; the data is valid for Found::disk. Finds out, on the way, whether words work.
+    /// Identifies a unit; the data is valid for Found::disk. Also detects whether 16-bit register writes work.
     io::Task<Result<Found>> identify(u8 unit, IdentifyData& data);
-    /// Whether device 0 is what answered as device 1, too: it is, when a setting of the one is seen in the other.
-    /// `first`: device 0's data.
+    /// Whether device 1 is an alias of device 0: tested by changing a setting through device 1 and reading it from
+    /// device 0. `first`: device 0's data; overwritten.
     io::Task<Result<bool>> one_device(IdentifyData& first);
-    /// Selects the disk's best multiword mode, for a disk that has none selected.
+    /// Selects the disk's best multiword DMA mode, for a disk with no DMA mode selected.
     io::Task<Result<void>> select_mode(u8 unit, DriveInfo& info);
 
   private:
@@ -113,31 +113,30 @@ class Prober {
     bool try_words_ = true; // until a device hangs
 };
 
-/// One controller with its two channels. Its disks hold on to it: it lives until the machine ends, or at least until
-/// nobody uses them.
+/// One controller with its two channels. Must outlive all use of its disks; normally lives until machine shutdown.
 template <PortAccess P>
 class Controller {
   public:
-    /// `claims`: of all controllers of the machine, outlives this; nullptr: it is the only one.
+    /// `claims`: shared by all controllers of the machine, outlives this; nullptr: the only controller.
     Controller(Environment& environment, P ports, PortClaims* claims = nullptr)
         : environment_(environment), ports_(std::move(ports)), claims_(claims) {}
     Controller(const Controller&) = delete;
     Controller& operator=(const Controller&) = delete;
 
-    /// Finds and announces the disks; `first_disk` is the number of the primary master. A channel that does not work is
-    /// reported in the log, and the other one is tried; no disk at all is no error. A channel whose ports another
-    /// controller has is not touched; where all that are wanted are such, Error{protocol}.
+    /// Finds and announces the disks; `first_disk` is the number of the primary master. A failing channel is logged,
+    /// and the other one is tried; finding no disk is not an error. A channel whose ports are claimed by another
+    /// controller is not accessed; if that holds for all wanted channels, Error{protocol}.
     io::Task<Result<void>> attach(pci::Device device, u32 first_disk = 0);
-    /// Disks that were announced.
+    /// Number of announced disks.
     u32 disks() const { return count_; }
     ChannelQueue<P>* queue(u8 channel) { return channels_[channel].queue ? &*channels_[channel].queue : nullptr; }
 
   private:
     struct Slot {
         DmaBuffer table;
-        std::array<std::optional<DeviceIdentity>, 2> identities; // of what answered IDENTIFY DEVICE
+        std::array<std::optional<DeviceIdentity>, 2> identities; // of devices that answered IDENTIFY DEVICE
         std::array<std::optional<Disk<P>>, 2> disks;
-        std::optional<ChannelQueue<P>> queue; // ends first: it ends the disks' requests
+        std::optional<ChannelQueue<P>> queue; // destroyed first: it ends the disks' requests
     };
     io::Task<Result<void>> attach_channel(Slot& slot, ChannelPorts at, InterruptLine line, u32 first_disk);
     io::Task<Result<bool>> examine(Slot& slot, Prober<P>& prober, u8 unit, u32 number);
@@ -151,7 +150,7 @@ class Controller {
     using Claim = PortClaims::Answer;
     Claim claim(const ChannelPorts& at) { return claims_ != nullptr ? claims_->take(at) : Claim::yes; }
 
-    Environment environment_; // its disk sink is used while attaching, not later
+    Environment environment_; // its disk sink is used only while attaching
     P ports_;
     PortClaims* claims_;
     std::array<Slot, 2> channels_;
@@ -159,7 +158,7 @@ class Controller {
     u32 count_ = 0;
 };
 
-/// Makes a controller that lives until the machine ends (from the heap, once) and attaches it.
+/// Creates a controller on the heap, for the lifetime of the machine, and attaches it. Freed if it has no disks.
 template <PortAccess P>
 io::Task<Result<void>> probe(Environment& environment, pci::Device device, P ports, u32 first_disk = 0,
                              PortClaims* claims = nullptr) {
@@ -176,8 +175,8 @@ io::Task<Result<void>> probe(Environment& environment, pci::Device device, P por
 
 // ---- Prober ----
 
-/// Waits until the selected device is not busy. The 400 ns before the status counts are a read of the alternate status
-/// [ATA-7 §9.4].
+/// Waits until the selected device is not busy. The alternate status read provides the 400 ns delay before the status
+/// is valid [ATA-7 §9.4].
 template <PortAccess P>
 io::Task<Result<Status>> Prober<P>::settle(Nanoseconds length) {
     static_cast<void>(channel_.registers().alternate_status());
@@ -208,8 +207,8 @@ io::Task<Result<void>> Prober<P>::reset() {
     co_return Result<void>{};
 }
 
-/// Whether count and LBA registers keep what is written: that is how a device, and a bus that splits words, show
-/// themselves.
+/// Whether the count and LBA registers retain written values: this detects a device, and a bus that splits 16-bit
+/// writes.
 template <PortAccess P>
 bool Prober<P>::keeps(bool words, u8 a, u8 b, u8 c, u8 d) {
     auto& r = channel_.registers();
@@ -239,11 +238,11 @@ io::Task<Result<Found>> Prober<P>::identify(u8 unit, IdentifyData& data) {
         co_return Error{Code::protocol, "the IDE device wants to transfer data though nobody asked (DRQ)", 0,
                         selected.raw};
     }
-    // Bytes first set, then words over them, then the other way round with the complement: only what writes both
-    // registers passes.
+    // First bytes, then words over them, then the reverse with the complement: only a bus that writes both registers
+    // passes.
     const bool bytes = keeps(false, 0x55, 0xaa, 0x33, 0xcc);
     if (!bytes) {
-        co_return Found::nothing; // registers that keep nothing are no device's
+        co_return Found::nothing; // the registers retain nothing: no device
     }
     const bool words = try_words_ && keeps(true, 0xa6, 0x59, 0xc3, 0x3c) && keeps(false, 0x59, 0xa6, 0x3c, 0xc3) &&
                        keeps(true, 0x12, 0xed, 0x84, 0x7b);
@@ -251,7 +250,7 @@ io::Task<Result<Found>> Prober<P>::identify(u8 unit, IdentifyData& data) {
     auto found = co_await ask(unit, data);
     const bool hangs = !found && found.error().code == Code::timed_out; // then nothing may be written before a reset
     if (words && !hangs && (!found || *found == Found::nothing)) {
-        channel_.set_words(false); // the command register does not take part, or the device is not there at all
+        channel_.set_words(false); // the command register ignores words, or no device is present
         found = co_await ask(unit, data);
     }
     co_return found;
@@ -268,8 +267,8 @@ io::Task<Result<Found>> Prober<P>::ask(u8 unit, IdentifyData& data) {
             co_return Found::packet_device;
         }
         if (!status.device_fault() && ErrorRegister{r.read(Register::error)}.aborted()) {
-            // A disk must answer this command and a packet device the other one [ACS §4.2, §4.3]: what refuses both is
-            // no device. So QEMU answers for a master that is not there when there is a slave.
+            // A disk must answer this command, and a packet device the other one [ACS §4.2, §4.3]: refusing both
+            // means no device. QEMU does this for an absent master if there is a slave.
             channel_.issue(unit, Command::identify_packet_device);
             CO_TRY(const Status other, co_await settle(timeout_));
             if (other.data_request()) {
@@ -299,8 +298,7 @@ io::Task<Result<Found>> Prober<P>::ask(u8 unit, IdentifyData& data) {
 
 template <PortAccess P>
 io::Task<Result<bool>> Prober<P>::one_device(IdentifyData& first) {
-    // The number of sectors of READ MULTIPLE: nothing here uses it, and each device has its own (word 59; bit 8: it is
-    // valid).
+    // The sector count of READ MULTIPLE: unused here, and separate for each device (word 59; bit 8: valid).
     auto& r = channel_.registers();
     const u8 count = (first.words[59] & 0xff) == 2 ? 4 : 2;
     r.write(Register::device, device_register(1));
@@ -310,7 +308,7 @@ io::Task<Result<bool>> Prober<P>::one_device(IdentifyData& first) {
     channel_.issue(1, Command::set_multiple_mode);
     CO_TRY(const Status status, co_await settle(timeout_));
     if (status.error() || status.device_fault()) {
-        co_return true; // no other way to tell them apart
+        co_return true; // indistinguishable otherwise
     }
     CO_TRY(const Found found, co_await ask(0, first));
     co_return found == Found::disk && (first.words[59] & 0x1ff) == (0x100 | count);
@@ -334,7 +332,8 @@ io::Task<Result<void>> Prober<P>::select_mode(u8 unit, DriveInfo& info) {
 
 template <PortAccess P>
 io::Task<Result<void>> Controller<P>::attach(pci::Device device, u32 first_disk) {
-    // The fixed ports are claimed even if no disk is wanted: nobody else's commands may reach what is there.
+    // The fixed ports are claimed even if no disk is wanted, so that no other controller's commands reach these
+    // devices.
     const auto fixed = fixed_ports(device);
     std::array<Claim, 2> claimed{claim(fixed[0]), claim(fixed[1])};
     if (claimed[0] != Claim::yes && claimed[1] != Claim::yes) {
@@ -355,7 +354,7 @@ io::Task<Result<void>> Controller<P>::attach(pci::Device device, u32 first_disk)
     bool any = false;
     for (u32 c = 0; c < 2; ++c) {
         if (wanted[c] && ports.channels[c].command != 0 && claimed[c] == Claim::yes) {
-            ChannelPorts more = ports.channels[c]; // what is not claimed yet
+            ChannelPorts more = ports.channels[c]; // not claimed yet
             if (fixed[c].command != 0) {
                 more.command = more.control = 0;
             }
@@ -391,7 +390,7 @@ io::Task<Result<void>> Controller<P>::attach(pci::Device device, u32 first_disk)
 template <PortAccess P>
 io::Task<Result<void>> Controller<P>::attach_channel(Slot& slot, ChannelPorts at, InterruptLine line, u32 first_disk) {
     {
-        // Before anything is allocated: the usual empty channel.
+        // Before any allocation: the common case of an empty channel.
         Registers<P> registers(ports_, at);
         if (registers.status().floating()) {
             co_return Result<void>{};
@@ -418,7 +417,7 @@ io::Task<Result<void>> Controller<P>::attach_channel(Slot& slot, ChannelPorts at
         auto found = co_await examine(slot, prober, unit, first_disk + unit);
         if (!found) {
             failed(first_disk + unit, "IDE disk", found.error());
-            if (found.error().code == Code::timed_out) { // it blocks the cable for the other one too
+            if (found.error().code == Code::timed_out) { // it blocks the cable for the other device too
                 any = false;
                 break;
             }
@@ -427,7 +426,7 @@ io::Task<Result<void>> Controller<P>::attach_channel(Slot& slot, ChannelPorts at
             words = words && channel.words();
         }
     }
-    channel.set_words(any && words); // both disks latch what is written: the stricter one decides
+    channel.set_words(any && words); // both devices latch writes, so both must support words
     if (!any) {
         slot.disks[0].reset();
         slot.disks[1].reset();
@@ -435,7 +434,7 @@ io::Task<Result<void>> Controller<P>::attach_channel(Slot& slot, ChannelPorts at
         co_return Result<void>{};
     }
     CO_CHECK(slot.queue->open(environment_.interrupts, line));
-    static_cast<void>(channel.registers().status()); // takes back what the probe left behind
+    static_cast<void>(channel.registers().status()); // clears an interrupt left pending by the probe
     channel.registers().control(Control::none);
     slot.queue->start_counting();
     for (u8 unit = 0; unit < 2; ++unit) {
@@ -479,8 +478,7 @@ io::Task<Result<bool>> Controller<P>::examine(Slot& slot, Prober<P>& prober, u8 
     }
     slot.identities[unit].emplace(data);
     if (unit == 1 && slot.identities[0] && slot.identities[0]->same(*slot.identities[1])) {
-        // Some controllers in front of SATA disks do not look at the device bit; and two disks may have been given one
-        // serial number.
+        // Some controllers for SATA disks ignore the device bit; but two disks may also have the same serial number.
         IdentifyData first = data;
         CO_TRY(const bool one, co_await prober.one_device(first));
         if (one) {

@@ -1,7 +1,7 @@
-// The same device never attaches twice. A machine's disk, network card or keyboard can be reached as an emulated and as
-// a synthetic one; both drivers name it by the same DeviceId, and the one that attaches first, in the plan's order, has
-// it. A driver asks offered() before it touches the device, and claims it once it works; what fails to attach is not
-// claimed, so that the other driver still gets it.
+// Prevents a device from being attached twice. A machine's disk, network card or keyboard may be reachable both as an
+// emulated and as a synthetic device; both drivers use the same DeviceId for it, and the first to attach, in the
+// plan's order, owns it. A driver calls offered() before it accesses the device, and claims the device once it works;
+// a device that failed to attach is not claimed, so that the other driver can use it.
 export module drivers.claims;
 import core.std;
 import core.result;
@@ -16,12 +16,12 @@ class Claims {
     /// The plan must outlive this.
     constexpr explicit Claims(const Plan& plan) : plan_(&plan) {}
 
-    /// Whether `driver` may look at the device: nobody has it, or the plan lets both attach.
+    /// Whether `driver` may access the device: it is unclaimed, or the plan allows both drivers to attach.
     bool offered(std::string_view driver, DeviceId id) const;
-    /// `driver` has attached it. Error{busy}: it was not offered, or the driver has it already; Error{exhausted}: no
-    /// memory. Not for devices whose number is no_twin.
+    /// Records that `driver` has attached the device. Error{busy}: it was not offered, or the driver has it already;
+    /// Error{exhausted}: no memory. Not for devices numbered no_twin.
     Result<void> attached(std::string_view driver, DeviceId id);
-    /// The device is gone, or its driver gave it up: it is free again. Returns whether it was held.
+    /// Frees the device: it was removed, or its driver released it. Returns whether it was held.
     bool released(std::string_view driver, DeviceId id);
     /// The driver that attached it first; empty: none.
     std::string_view holder(DeviceId id) const;

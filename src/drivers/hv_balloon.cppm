@@ -1,5 +1,5 @@
-// Hyper-V's dynamic memory as a channel [hv-dm]; QEMU's hv-balloon is a peer too. What is said is
-// drivers.hv_balloon.balloon's.
+// Hyper-V's dynamic memory channel [hv-dm]; also provided by QEMU's hv-balloon. The protocol is in
+// drivers.hv_balloon.balloon.
 export module drivers.hv_balloon;
 import core.std;
 import core.result;
@@ -15,10 +15,10 @@ export namespace fl::drivers::hv_balloon {
 
 inline constexpr std::string_view driver_name = "hv_balloon";
 
-/// The device with its channel. Lives until the machine ends.
+/// The device with its channel. Lives until machine shutdown.
 class Device final : private Link {
   public:
-    static constexpr u32 ring_bytes = 16 * 1024; // of packets, each direction
+    static constexpr u32 ring_bytes = 16 * 1024; // of packets, in each direction
     static constexpr Nanoseconds report_interval = 1'000'000'000;
 
     Device(Environment& environment, hv::hyperv::Vmbus& bus, const Memory& memory)
@@ -26,10 +26,10 @@ class Device final : private Link {
     Device(const Device&) = delete;
     Device& operator=(const Device&) = delete;
 
-    /// Opens the channel and agrees on a version and on capabilities; from then on the host is answered.
+    /// Opens the channel and negotiates version and capabilities; the host's messages are answered from then on.
     io::Task<Result<void>> connect(hv::hyperv::Offer offer);
     const Balloon& balloon() const { return balloon_; }
-    /// The bus knows nothing of its channel.
+    /// The channel is closed, and the bus holds no reference to it.
     bool closed() const { return !channel_.is_open(); }
 
   private:
@@ -43,12 +43,12 @@ class Device final : private Link {
     Balloon balloon_;
     hv::hyperv::Channel channel_;
     std::optional<hv::hyperv::Inbox> inbox_;
-    io::TaskGroup keeper_; // ends before what it uses
+    io::TaskGroup keeper_; // destroyed before what it uses
 };
 
 io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device,
                              const Memory& memory);
-/// The same for a bus without its backend; the device stays, and is given.
+/// The same for a bus without its backend; the device is kept and returned.
 io::Task<Result<Device*>> attach(Environment& environment, hv::hyperv::Vmbus& bus, hv::hyperv::Offer offer,
                                  const Memory& memory);
 

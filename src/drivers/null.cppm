@@ -1,5 +1,6 @@
-// A disk without a device: every request is answered at once, reads leave their buffer as it is. Like Linux's null_blk
-// it shows what the kernel itself costs per I/O, and what a driver has to write: a transport, a disk, and attaching.
+// A disk without a device: every request is completed at once, and reads leave their buffer unchanged. Like Linux's
+// null_blk, it measures the kernel's own cost per I/O; it also shows the minimal driver: a transport, a disk, and
+// attaching.
 export module drivers.null;
 import core.std;
 import core.result;
@@ -63,7 +64,7 @@ class Disk final : public io::QueueDisk<Transport> {
     io::BlockQueue<Transport> queue_;
 };
 
-/// Makes a disk of 1 GiB that lives until the machine ends, and announces it.
+/// Creates a 1 GiB disk that lives until machine shutdown, and announces it.
 inline Result<void> attach(Environment& environment, u32 number) {
     auto* disk = new (std::nothrow) Disk(environment.executor, number, u64{1} << 21);
     if (disk == nullptr) {

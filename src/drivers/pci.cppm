@@ -1,14 +1,15 @@
-// The PCI bus: configuration space, a bounded walk over all functions, base address registers, capabilities, and the
-// data that a driver is matched by. Portable: drivers.pci.registers has the registers, drivers.pci.access the two ways
-// to reach configuration space, drivers.pci.msi interrupts; tests have a fake.
+// The PCI bus: configuration space, bounded enumeration of all functions, base address registers, capabilities, and
+// driver matching. Portable: drivers.pci.registers defines the registers, drivers.pci.access the two ways to access
+// configuration space, drivers.pci.msi interrupts; tests use a fake.
 //
-// A machine has a root bus for each host bridge. Bus 0 is always one; the others are found in this order, cheapest
+// A machine has a root bus for each host bridge. Bus 0 always exists; further ones are found in this order, cheapest
 // first:
-//   1. No function of class host bridge beside 00:00.0, and no MCFG table (a conventional PC): there is no other root.
-//   2. The bus numbers that ACPI gives (_BBN, core.acpi): 32 reads a bus. QEMU's pxb and pxb-pcie show a host bridge
-//      function and have a _BBN.
-//   3. No ACPI, or a host bridge whose _BBN is computed: every bus that no bridge leads to: 32 reads each, 8160 in all.
-//      A read costs two exits where the ports are emulated, so this is the last resort.
+//   1. No host bridge function besides 00:00.0, and no MCFG table (a conventional PC): there is no other root.
+//   2. The bus numbers given by ACPI (_BBN, core.acpi): 32 reads per bus. QEMU's pxb and pxb-pcie have a host bridge
+//      function and a _BBN.
+//   3. No ACPI, or a host bridge whose _BBN is computed: every bus that no bridge leads to: 32 reads each, 8160 in
+//   total.
+//      A read costs two VM exits where the ports are emulated, so this is the last resort.
 export module drivers.pci;
 export import drivers.pci.registers;
 import core.std;
@@ -18,7 +19,7 @@ import core.result;
 
 export namespace fl::drivers::pci {
 
-/// Where a function sits. Devices beyond 31 and functions beyond 7 do not exist. A segment has 256 buses of its own
+/// Location of a function. Devices beyond 31 and functions beyond 7 do not exist. Each segment has its own 256 buses
 /// [PCI-FW 3.3 §4.1.2].
 struct Address {
     u8 bus = 0;
@@ -29,22 +30,23 @@ struct Address {
     friend constexpr bool operator==(const Address&, const Address&) = default;
 };
 
-/// Bytes of a function's configuration space [PCI-3.0 §6.1], [PCIe-5.0 §7.2].
+/// Size of a function's configuration space in bytes [PCI-3.0 §6.1], [PCIe-5.0 §7.2].
 inline constexpr u16 conventional_size = 256;
 inline constexpr u16 extended_size = 4096;
 
-/// Configuration space of the functions of a segment, or of some buses of it, little endian. References live as long
-/// as the machine.
+/// Configuration space of the functions of a segment, or of some of its buses, little endian. References are valid
+/// for the lifetime of the machine.
 class Config {
   public:
-    /// One access of `width` bytes: 1, 2 or 4. `offset` is a multiple of it below extended_size. All ones, and a write
-    /// is ignored: no function is there, it is in another segment, or this way does not get to the offset.
+    /// One access of `width` bytes: 1, 2 or 4. `offset` is a multiple of it below extended_size. Reads return all
+    /// ones and writes are ignored if no function is present, it is in another segment, or the access method cannot
+    /// reach the offset.
     virtual u32 read(Address at, u16 offset, u32 width) = 0;
     virtual void write(Address at, u16 offset, u32 width, u32 value) = 0;
-    /// Whether offsets from conventional_size on are reached for this function.
+    /// Whether offsets from conventional_size on are reachable for this function.
     virtual bool reaches_extended(Address at) const = 0;
     virtual u16 segment() const { return 0; }
-    /// Reads so far that did not get to a function's registers and gave all ones for that, not for an empty place.
+    /// Number of reads that returned all ones because the registers were unreachable, as opposed to absent functions.
     virtual u32 failed_reads() const { return 0; }
 
   protected:
@@ -56,11 +58,11 @@ struct Bar {
     enum class Kind : u8 { none, io, memory32, memory64 };
     Kind kind = Kind::none; // none: not implemented
     bool prefetchable = false;
-    u64 base = 0; // a port number or a physical address; 0: nobody has assigned one
+    u64 base = 0; // a port number or a physical address; 0: unassigned
     u64 size = 0; // bytes, a power of two
 };
 
-/// Capability ids that have a use here; other values occur [PCI-3.0 appendix H].
+/// Capability ids used here; other values occur [PCI-3.0 appendix H].
 enum class CapabilityId : u8 { power = 0x01, msi = 0x05, vendor = 0x09, express = 0x10, msix = 0x11 };
 /// Extended capability ids [PCIe-5.0 §7.9]; other values occur.
 enum class ExtendedCapabilityId : u16 { error_reporting = 0x01, serial_number = 0x03, vendor = 0x0b };
@@ -68,16 +70,16 @@ enum class ExtendedCapabilityId : u16 { error_reporting = 0x01, serial_number = 
 struct Capability {
     u16 id = 0;     // a CapabilityId, or an ExtendedCapabilityId
     u16 offset = 0; // of its header, in configuration space
-    u8 version = 0; // of an extended one
+    u8 version = 0; // extended capabilities only
 };
 
 struct Device;
 
-/// The capabilities of a function, in the order of the list. Each place is visited once, so a list with a loop ends,
+/// The capabilities of a function, in list order. Each position is visited once, so a list with a loop terminates,
 /// and so does one with a pointer into the header.
 class Capabilities {
   public:
-    /// The next one; nothing: that was all. One or two reads.
+    /// The next one; nullopt: end of the list. One or two reads.
     std::optional<Capability> next();
     std::optional<Capability> next(CapabilityId id) { return next_with(to_underlying(id)); }
     std::optional<Capability> next(ExtendedCapabilityId id) { return next_with(to_underlying(id)); }
@@ -87,14 +89,14 @@ class Capabilities {
     Capabilities(const Device& device, bool extended);
     std::optional<Capability> next_with(u16 id);
 
-    const Device* device_;                           // it outlives this
-    std::array<u64, extended_size / 4 / 64> seen_{}; // a bit for each dword
-    u16 at_ = 0;                                     // of the next header; 0: there is none
+    const Device* device_;                           // must outlive this
+    std::array<u64, extended_size / 4 / 64> seen_{}; // one bit per dword
+    u16 at_ = 0;                                     // of the next header; 0: none
     bool extended_;
 };
 
-/// One function, as read once. Holds a pointer to its configuration space. A model of RegisterAccess for 8, 16 and 32
-/// bits: `Command::read(device)`, `MsiControl::read(device, capability)`.
+/// One function, with identification fields read once. Holds a pointer to its configuration space. Models
+/// RegisterAccess for 8, 16 and 32 bits: `Command::read(device)`, `MsiControl::read(device, capability)`.
 struct Device {
     Config* config = nullptr;
     Address at{};
@@ -107,7 +109,7 @@ struct Device {
     u8 header_type = 0; // without the multi-function bit
     bool multi_function = false;
 
-    /// One access; as Config's.
+    /// One access; see Config.
     template <class T>
         requires(RegisterValue<T> && sizeof(T) <= 4)
     T read(u64 offset) const {
@@ -119,38 +121,38 @@ struct Device {
         config->write(at, static_cast<u16>(offset), sizeof(T), value);
     }
 
-    /// INTx pin: 0 none, 1 to 4 INTA to INTD. Line: what the firmware routed it to; 0xff: nothing.
+    /// INTx pin: 0 none, 1 to 4 INTA to INTD. Line: assigned by the firmware; 0xff: none.
     u8 interrupt_pin() const { return InterruptPin::read(*this).get(InterruptPin::pin); }
     u8 interrupt_line() const { return InterruptPin::read(*this).get(InterruptPin::line); }
     Command command() const { return Command::read(*this); }
-    /// Sets and clears bits of the command register; a register that has them already is not written.
+    /// Sets and clears bits of the command register; writes only if that changes its value.
     void change_command(Command set, Command clear = {}) const;
-    /// Reads and sizes BAR `index` (0 to 5). Decoding is off while the size is read, so do this before the device is in
-    /// use. Error{bad_argument}: no such register in this header; Error{protocol}: a type, or a size, that does not
-    /// exist.
+    /// Reads and sizes BAR `index` (0 to 5). Decoding is disabled while the size is read, so call this before the
+    /// device is in use. Error{bad_argument}: no such register in this header; Error{protocol}: an invalid type or
+    /// size.
     Result<Bar> bar(u8 index) const;
-    /// bar() of a register that a driver needs for registers in memory: Error{not_supported} says what it is instead
-    /// (I/O ports, not implemented, without an address); Error{protocol}: the upper half of a 64-bit register.
+    /// bar() for a BAR that must be memory: Error{not_supported} says what it is instead (I/O ports, not implemented,
+    /// unassigned); Error{protocol}: the upper half of a 64-bit register.
     Result<Bar> memory_bar(u8 index) const;
-    /// Maps `size` bytes at `at_byte` of a BAR, and switches the decoding of memory on. Its errors are those of
-    /// memory_bar() and MmioMapper::map(); Error{protocol}: the BAR is smaller.
+    /// Maps `size` bytes at byte offset `at_byte` of a BAR, and enables memory decoding. Errors as for memory_bar()
+    /// and MmioMapper::map(); Error{protocol}: the BAR is too small.
     Result<Mmio> map_bar(MmioMapper& mapper, u8 index, u64 at_byte, u64 size) const;
-    /// The whole BAR.
+    /// Maps the whole BAR.
     Result<Mmio> map_bar(MmioMapper& mapper, u8 index) const;
 
     Capabilities capabilities() const { return {*this, false}; }
-    /// Those beyond the first 256 bytes; none where they are not reached, or the function is not PCI Express.
+    /// Capabilities beyond the first 256 bytes; none if these are unreachable or the function is not PCI Express.
     Capabilities extended_capabilities() const { return {*this, true}; }
-    /// Offset of the first capability with this id; nothing when there is none.
+    /// Offset of the first capability with this id; nullopt: none.
     std::optional<u16> capability(CapabilityId id) const;
-    /// Brings the function to D0 [PCI-PM-1.2 §5.4]. Gives how many nanoseconds must pass before the next access to it:
-    /// 0 where it was there already or has no power management, 10 ms from D3.
+    /// Brings the function to D0 [PCI-PM-1.2 §5.4]. Returns the delay in nanoseconds required before the next access
+    /// to it: 0 if it was in D0 already or has no power management, 10 ms from D3.
     u64 power_on() const;
 };
 static_assert(RegisterAccess<const Device, u8> && RegisterAccess<const Device, u16> &&
               RegisterAccess<const Device, u32>);
 
-/// What a driver looks for. Fields left alone match everything.
+/// Matching criteria of a driver. Default fields match everything.
 struct Match {
     static constexpr u32 any = ~u32{0};
     u32 vendor = any;
@@ -169,7 +171,7 @@ constexpr bool matches(std::span<const Match> ids, const Device& device) {
     return std::ranges::any_of(ids, [&](const Match& id) { return id.matches(device); });
 }
 
-/// The function at this address, or nothing.
+/// The function at this address, or nullopt.
 std::optional<Device> look_up(Config& config, Address at);
 
 /// A set of bus numbers.
@@ -179,8 +181,8 @@ struct BusSet {
     constexpr void add(u8 bus) { bits[bus / 64] |= u64{1} << bus % 64; }
 };
 
-/// A walk over the functions of one segment. Each bus is walked once, whatever the bridges claim; a bus costs at least
-/// 32 reads, one for function 0 of each device number.
+/// Enumeration of the functions of one segment. Each bus is scanned once, regardless of the bridges' claims; a bus
+/// costs at least 32 reads, one for function 0 of each device number.
 class Walk {
   public:
     /// Called for every function, in order of discovery.
@@ -188,16 +190,15 @@ class Walk {
 
     Walk(Config& config, Found found, void* context) : config_(config), found_(found), context_(context) {}
 
-    /// A bus, and every bus that a bridge on the way leads to.
+    /// Scans a bus and every bus that its bridges lead to.
     void tree(u8 root);
-    /// All buses from `first` to `last` that were not walked yet: for machines where nobody says which of them are
-    /// roots.
+    /// Scans all buses from `first` to `last` not scanned yet: for machines whose root buses are unknown.
     void rest(u8 first, u8 last);
-    /// Whether a host bridge was seen beside the one at 00:00.0: there may be root buses that no bridge leads to.
+    /// Whether a host bridge other than 00:00.0 was found: there may be root buses that no bridge leads to.
     bool more_host_bridges() const { return more_host_bridges_; }
-    /// Functions found.
+    /// Number of functions found.
     u32 functions() const { return functions_; }
-    /// Places that could not be looked at, one for each device number: what is there, and behind it, is not found.
+    /// Number of inaccessible device numbers: functions there, and on buses beyond them, are not found.
     u32 unreachable() const { return unreachable_; }
 
   private:
@@ -214,23 +215,23 @@ class Walk {
     u32 unreachable_ = 0;
 };
 
-/// What the firmware says about the root buses of a segment.
+/// The root buses of a segment according to the firmware.
 struct Roots {
-    BusSet buses;        // whose number it gives
-    bool others = false; // there are some whose number it does not give
-    u8 first = 0;        // the buses that exist
+    BusSet buses;        // root buses with known numbers
+    bool others = false; // there are root buses with unknown numbers
+    u8 first = 0;        // range of existing buses
     u8 last = 255;
 };
 
-/// What a search found.
+/// Result of an enumeration.
 struct Enumerated {
     u32 functions = 0;
-    u32 unreachable = 0; // as Walk's
+    u32 unreachable = 0; // see Walk
 };
 
-/// All functions of a segment: the tree of bus `first`, those of the other root buses, and all buses there are where
-/// nobody says which of them are roots. `ask` is called when there may be further roots, and may be nullptr or give
-/// nothing: nothing is known then. `always`: ask even where no second host bridge shows itself.
+/// Enumerates all functions of a segment: the tree of bus `first`, those of the other root buses, and every bus if
+/// the root buses are unknown. `ask` is called when there may be further roots; it may be nullptr or return nullopt,
+/// meaning that nothing is known. `always`: call it even without a second host bridge.
 Enumerated enumerate(Config& config, Walk::Found found, void* context, u8 first = 0,
                      std::optional<Roots> (*ask)() = nullptr, bool always = false);
 

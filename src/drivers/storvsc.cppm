@@ -1,9 +1,9 @@
 // The driver for Hyper-V's synthetic disks: SCSI controllers, and the accelerators of IDE disks, as VMBus channels
-// [storvsc]. Matching, the handshake, finding the units, announcing them, and what happens when the host adds or takes
-// away something. The queue and the disks are drivers.storvsc.disk's; what a unit is, drivers.scsi.unit finds out.
+// [storvsc]. Matching, handshake, unit discovery, announcing, hot add and remove. The queue and the disks are in
+// drivers.storvsc.disk; drivers.scsi.unit identifies units.
 //
-// The handshake: BEGIN_INITIALIZATION → QUERY_PROTOCOL_VERSION, newest first → QUERY_PROPERTIES → END_INITIALIZATION →
-// CREATE_SUB_CHANNELS, where both sides have use for them; then the units are asked what they are.
+// The handshake: BEGIN_INITIALIZATION → QUERY_PROTOCOL_VERSION, newest first → QUERY_PROPERTIES → END_INITIALIZATION
+// → CREATE_SUB_CHANNELS, if both sides can use them; then the units are identified.
 export module drivers.storvsc;
 import core.std;
 import core.result;
@@ -24,7 +24,7 @@ export namespace fl::drivers::storvsc {
 
 inline constexpr std::string_view driver_name = "storvsc";
 
-/// The channel's class, as the bus names it.
+/// The channel's class, by its bus name.
 struct Match {
     std::string_view type;
 };
@@ -36,12 +36,12 @@ constexpr bool matches(const hv::SyntheticDevice& device) {
 /// sda, sdb … sdz, sdaa …
 FixedText<16> disk_name(u32 number);
 
-/// One controller with its channels. Lives until the machine ends, once it has a disk. On the boot processor, but for
-/// its further queues.
+/// One controller with its channels. Lives until machine shutdown once it has a disk. Runs on the boot processor,
+/// except for its further queues.
 class Controller final : public scsi::Nexus {
   public:
-    static constexpr u32 max_units = 256; // LUN 0 to 255 of target 0: what a request can name
-    // Hyper-V's own hosts have so many: all that are asked when none are listed
+    static constexpr u32 max_units = 256; // LUN 0 to 255 of target 0: the addressable range
+    // the limit of Hyper-V's own hosts; LUNs probed if the host does not list them
     static constexpr u32 most_usual_units = 64;
     static constexpr u32 send_bytes = 64 * 1024; // of packets in each channel's rings
     static constexpr u32 receive_bytes = 32 * 1024;
@@ -51,12 +51,11 @@ class Controller final : public scsi::Nexus {
     Controller(const Controller&) = delete;
     Controller& operator=(const Controller&) = delete;
 
-    /// Everything up to END_INITIALIZATION, and the sub-channels.
+    /// The handshake up to END_INITIALIZATION, and the sub-channels.
     io::Task<Result<void>> connect(const hv::hyperv::Offer& offer);
-    /// Finds units that are not known yet and announces them; those that are gone are closed. Units that fail are left
-    /// out, with a line.
+    /// Finds and announces new units; closes those that are gone. Failing units are skipped and logged.
     io::Task<Result<void>> scan();
-    /// Starts to watch the host: hot add and remove, rescind, a rule that is broken.
+    /// Starts the task that handles host events: hot add and remove, rescind, protocol violations.
     Result<void> keep();
     /// Ends everything and closes the channels. Bounded.
     io::Task<Result<void>> disconnect();
@@ -78,7 +77,7 @@ class Controller final : public scsi::Nexus {
         } start;
     };
     struct Unit {
-        std::array<Disk*, Disk::max_lanes> disks{}; // one for each lane; the first is the disk
+        std::array<Disk*, Disk::max_lanes> disks{}; // one per lane; the first is the disk
         bool gone = false;
     };
     io::Task<Result<void>> open_lane(u32 index, hv::hyperv::Offer offer);
@@ -102,7 +101,7 @@ class Controller final : public scsi::Nexus {
 
     static constexpr u32 scratch_bytes = max_data;
 
-    Environment environment_; // a copy: what it refers to lasts, it need not
+    Environment environment_; // a copy: the objects it refers to outlive this, the Environment itself may not
     hv::hyperv::Vmbus& bus_;
     hv::hyperv::Offer offer_;
     std::optional<IdePath> ide_;
@@ -113,14 +112,14 @@ class Controller final : public scsi::Nexus {
     std::array<Lane*, Disk::max_lanes> lanes_{};
     u32 lane_count_ = 0;
     Vector<Unit*> units_;                // owned
-    std::array<bool, max_units> told_{}; // of LUNs that are there and not driven: the log says why
+    std::array<bool, max_units> told_{}; // LUNs present but not driven and already logged
     io::TaskGroup keeper_;
-    Controller* next_ = nullptr; // in the list of those that are attached
+    Controller* next_ = nullptr; // list of attached controllers
     friend io::Task<Result<void>> probe(Environment&, hv::HyperV&, const hv::SyntheticDevice&);
     friend io::Task<Result<void>> attach(Environment&, hv::hyperv::Vmbus&, hv::hyperv::Offer);
 };
 
-/// Connects one channel and announces its disks. No error: done, or left alone (another driver has the disk).
+/// Connects one channel and announces its disks. Success also if it is left alone (another driver has the disk).
 io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device);
 /// The same for a bus without its backend.
 io::Task<Result<void>> attach(Environment& environment, hv::hyperv::Vmbus& bus, hv::hyperv::Offer offer);

@@ -1,10 +1,9 @@
-// Which driver comes first. A rule pairs a native driver with the synthetic one that reaches the same devices (disks,
-// network cards, keyboards …) under a hypervisor; the table is the built-in rules, changed by a map file and by the
-// command line (docs/INTERFACES.md "Map file"). Drivers know nothing of it.
+// Driver priority. A rule pairs a native driver with the synthetic one for the same devices (disks, network cards,
+// keyboards …) under a hypervisor; the table holds the built-in rules, modified by a map file and the command line
+// (docs/INTERFACES.md "Map file"). Drivers do not depend on it.
 //
 // The built-in policy for an emulated twin is `leave`: the native driver is not offered a device that the synthetic
-// one has attached, and gets it when the synthetic one fails, so nothing is lost. `unplug` cannot be taken back, and is
-// there for those who ask for it.
+// one has attached, but gets it if the synthetic one fails. `unplug` is irreversible, and must be requested.
 export module drivers.table;
 import core.std;
 import core.result;
@@ -15,22 +14,22 @@ export import drivers.device;
 
 export namespace fl::drivers {
 
-/// What happens to the emulated twin of a synthetic device.
+/// Policy for the emulated twin of a synthetic device.
 enum class Twin : u8 {
     leave,  // not offered to the native driver once the synthetic one has attached
-    unplug, // the host is asked to take it away before native buses are probed
-    keep,   // both attach: for measuring
+    unplug, // the host is asked to remove it before native buses are probed
+    keep,   // both attach: for measurements
 };
 inline constexpr std::array<std::string_view, 3> twin_names{"leave", "unplug", "keep"};
 constexpr std::string_view name(Twin twin) { return twin_names[to_underlying(twin)]; }
 
-/// Every driver that a rule may name, whether or not this build has it. A new driver is one line here and one in boot's
+/// Every driver that a rule may name, even if not in this build. A new driver needs one line here and one in boot's
 /// list.
 struct DriverInfo {
     std::string_view name;
     bool synthetic;
     DeviceKind kind;
-    /// Of a native driver: which devices a host takes away when it is asked to unplug those of this driver.
+    /// For a native driver: the device classes that a host removes when asked to unplug this driver's devices.
     hv::EmulatedClasses emulated{};
 };
 inline constexpr std::array<DriverInfo, 3> known_drivers{{
@@ -47,22 +46,22 @@ constexpr const DriverInfo* driver_named(std::string_view name, std::span<const 
     return nullptr;
 }
 
-/// One rule. `native` and `synthetic` point into the table's drivers, and are for one class of devices.
+/// One rule. `native` and `synthetic` point into the table's drivers and belong to the same device class.
 struct Rule {
-    std::optional<hv::VmGuest> guest; // nothing: any (`*`)
+    std::optional<hv::VmGuest> guest; // nullopt: any (`*`)
     const DriverInfo* native = nullptr;
     const DriverInfo* synthetic = nullptr;
-    i32 rank = 0; // > 0: the synthetic driver first; < 0: the native one first; 0: alike, both attach
+    i32 rank = 0; // > 0: synthetic driver first; < 0: native driver first; 0: equal, both attach
     Twin twin = Twin::leave;
 };
 
-/// What is wrong with a line; the other lines count.
+/// An invalid line; the other lines still apply.
 struct Diagnostic {
-    u32 line = 0;           // from 1; 0: a rule of the command line
-    FixedText<160> message; // what was expected, what was seen
+    u32 line = 0;           // from 1; 0: a command line rule
+    FixedText<160> message; // what was expected and what was seen
 };
 
-/// What the table says for one hypervisor: the order in which drivers are tried, and what holds between each pair.
+/// The table's result for one hypervisor: the order in which drivers are tried, and the policy for each pair.
 struct Plan {
     static constexpr usize max_drivers = 24;
     static constexpr usize max_pairs = 64;
@@ -75,13 +74,13 @@ struct Plan {
     };
 
     std::span<const DriverInfo> known; // the table's drivers
-    // first to last; those that no rule names in the order of the table's drivers
+    // first to last; drivers not named by any rule are in the order of the table's drivers
     std::array<std::string_view, max_drivers> order{};
-    std::array<Pair, max_pairs> pairs{}; // strongest first
+    std::array<Pair, max_pairs> pairs{}; // highest rank first
     u32 driver_count = 0;
     u32 pair_count = 0;
-    u32 drivers_dropped = 0;  // beyond max_drivers: they come after all others
-    bool contradicts = false; // rules that cannot all hold: the weaker ranks were dropped
+    u32 drivers_dropped = 0;  // beyond max_drivers: tried after all others
+    bool contradicts = false; // rules that contradict each other: lower ranks were dropped
 
     constexpr std::span<const std::string_view> drivers() const { return {order.data(), driver_count}; }
     constexpr std::span<const Pair> all_pairs() const { return {pairs.data(), pair_count}; }
@@ -89,10 +88,10 @@ struct Plan {
     const Pair* pair(std::string_view a, std::string_view b) const;
     /// Whether both drivers may attach the same device.
     bool both(std::string_view a, std::string_view b) const;
-    /// What the table knows of a driver; nullptr: no rule can name it.
+    /// The table's entry for a driver; nullptr: no rule can name it.
     const DriverInfo* driver(std::string_view name) const { return driver_named(name, known); }
-    /// What the host shall be asked to take away: the emulated devices of each native driver that has a synthetic one
-    /// in front of it with the twin policy `unplug`.
+    /// What the host should unplug: the emulated devices of each native driver with a preceding synthetic one and
+    /// twin policy `unplug`.
     hv::EmulatedClasses unplugs() const;
 };
 
@@ -106,10 +105,10 @@ class Table {
     /// Other drivers and rules, for tests. `drivers` must outlive this.
     constexpr Table(std::span<const DriverInfo> drivers, std::span<const Rule> rules);
 
-    /// Applies a map file, line by line. Returns the number of lines that were wrong; each has its diagnostic, as far
-    /// as there is room.
+    /// Applies a map file, line by line. Returns the number of invalid lines; each has a diagnostic, as far as there
+    /// is room.
     u32 apply(std::string_view file);
-    /// Applies one rule of the command line: words separated by `,`. False: wrong, with a diagnostic.
+    /// Applies one command line rule: words separated by `,`. False: invalid, with a diagnostic.
     bool apply_word(std::string_view rule);
 
     std::span<const Rule> rules() const { return {rules_.data(), rule_count_}; }
@@ -117,9 +116,9 @@ class Table {
         return {diagnostics_.data(), std::min<usize>(wrong_, max_diagnostics)};
     }
     u32 wrong() const { return wrong_; }
-    /// Rules for which there was no room. Those of a map file or of the command line are among wrong(), too.
+    /// Rules dropped for lack of room. Those from a map file or the command line also count in wrong().
     u32 rules_dropped() const { return rules_dropped_; }
-    /// Whether a rule of the command line was wrong, with or without room for its diagnostic.
+    /// Whether a command line rule was invalid, even if there was no room for its diagnostic.
     bool wrong_word() const { return wrong_word_; }
 
     /// `emulated`: overrides every rule's twin policy (command line key `emulated`).
@@ -158,7 +157,7 @@ constexpr Table::Table(std::span<const DriverInfo> drivers, std::span<const Rule
 static_assert(known_drivers.size() <= Plan::max_drivers && builtin_rules.size() <= Table::max_rules);
 static_assert(Table::max_rules <= Plan::max_pairs); // a plan has room for every rule
 
-/// Prints the plan for people: the order, then each pair with its policy.
+/// Logs the plan: the order, then each pair with its policy.
 void log_plan(const Plan& plan, hv::VmGuest guest);
 
 } // namespace fl::drivers

@@ -1,9 +1,9 @@
 // The driver for Xen's virtual block devices [xen-blkif]: matching, the handshake with the back end, announcing, and
-// what happens when the back end leaves. The ring is drivers.xen_blk.disk's.
+// back end disconnection. The ring is in drivers.xen_blk.disk.
 //
-// The handshake: back end init-wait → we publish ring, event channel, protocol → initialised → back end connected → we
-// read what the disk is → connected. What the back end offers is used as far as Environment::allows() lets it; what it
-// does not offer is done without.
+// The handshake: back end init-wait → we publish ring, event channel, protocol → initialised → back end connected →
+// we read the disk's properties → connected. Features offered by the back end are used if Environment::allows() them;
+// all are optional.
 export module drivers.xen_blk;
 import core.std;
 import core.result;
@@ -21,7 +21,7 @@ export namespace fl::drivers::xen_blk {
 
 inline constexpr std::string_view driver_name = "xen_blk";
 
-/// Virtual block devices; the type as the bus names it.
+/// Virtual block devices, by the type's bus name.
 struct Match {
     std::string_view type;
 };
@@ -30,10 +30,10 @@ constexpr bool matches(const hv::SyntheticDevice& device) {
     return std::ranges::any_of(ids, [&](const Match& m) { return m.type == device.type.view(); });
 }
 
-/// The largest ring that is asked for: four pages, 128 slots. More slots than Disk::max_parts could not be used.
+/// The largest ring requested: four pages, 128 slots. More slots than Disk::max_parts would be unusable.
 inline constexpr u32 max_ring_order = 2;
 
-/// One device with its connection. Lives until the machine ends, once its disk has been announced.
+/// One device with its connection. Lives until machine shutdown once its disk has been announced.
 class Vbd {
   public:
     Vbd(Environment& environment, hv::Xen& xen);
@@ -41,16 +41,16 @@ class Vbd {
     Vbd(const Vbd&) = delete;
     Vbd& operator=(const Vbd&) = delete;
 
-    /// Everything up to state connected. `path`: "device/vbd/51712". An Error with left(): nothing that this driver is
-    /// for.
+    /// The handshake up to state connected. `path`: "device/vbd/51712". An Error with left() set: not a device for
+    /// this driver.
     io::Task<Result<void>> connect(const hv::SyntheticDevice& device, const hv::xen::VirtualDisk& which);
-    /// Starts to watch the back end: a disk whose back end closes, or that broke a rule, is shut and taken from the
-    /// bus.
+    /// Starts watching the back end: a disk whose back end closes or violates the protocol is closed and removed from
+    /// the bus.
     Result<void> keep();
-    /// Leaves the bus, in order, every wait bounded.
+    /// Disconnects from the bus in an orderly way; every wait is bounded.
     io::Task<Result<void>> disconnect();
     Disk& disk() { return disk_; }
-    /// Why a device that works is not attached: a CD drive, a disk of 0 bytes, one that this driver does not support.
+    /// Why a working device is not attached: a CD drive, a disk of 0 bytes, or an unsupported one.
     std::optional<Unused> left() const { return left_; }
 
   private:
@@ -69,7 +69,7 @@ class Vbd {
     void add_entry(std::string_view key, u64 value);
     void free_ring();
 
-    Environment environment_; // a copy: what it refers to lasts, it need not
+    Environment environment_; // a copy: the objects it refers to outlive this, the Environment itself may not
     hv::Xen& xen_;
     hv::xen::Frontend front_;
     Disk disk_;
@@ -78,7 +78,7 @@ class Vbd {
     bool begun_ = false; // the back end may have seen us
     bool old_ring_keys_ = false;
     bool offers_persistent_ = false;
-    bool counts_sectors_ = false; // feature-large-sector-size has been said
+    bool counts_sectors_ = false; // feature-large-sector-size has been published
     hv::xen::Port port_ = hv::xen::Port::none;
     DmaBuffer ring_;
     std::array<hv::xen::GrantRef, max_ring_pages> ring_grants_{};
@@ -87,11 +87,11 @@ class Vbd {
     u32 entry_count_ = 0;
     io::TaskGroup keeper_;
     friend io::Task<Result<void>> probe(Environment&, hv::Xen&, const hv::SyntheticDevice&);
-    Vbd* next_ = nullptr; // in the list of those that are attached
+    Vbd* next_ = nullptr; // list of attached devices
 };
 
-/// Connects and announces one device. No error: attached, or left alone (another driver has the disk, a CD-ROM, a
-/// number without a meaning).
+/// Connects and announces one device. Success: attached, or left alone (another driver has the disk, a CD-ROM, an
+/// unknown virtual-device number).
 io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device);
 
 } // namespace fl::drivers::xen_blk

@@ -31,7 +31,7 @@ struct ProcessorPorts {
     }
 };
 
-/// There is one pair of ports in the machine: one object.
+/// Use a single object: the machine has only one pair of ports.
 using MechanismOne = PortConfig<ProcessorPorts>;
 
 } // namespace fl::drivers::pci

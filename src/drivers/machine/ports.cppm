@@ -1,6 +1,6 @@
-// The processor's I/O ports as drivers want them: ordered with memory. A store before a port access is done before it,
-// a load behind one comes after it. The processor keeps that order by itself for in and out [SDM §9.2: I/O instructions
-// are strongly ordered]; only the compiler must be told.
+// The processor's I/O ports for drivers: ordered with memory accesses. An earlier store completes before a port
+// access, and a later load executes after it. The processor guarantees that order for in and out [SDM §9.2: I/O
+// instructions are strongly ordered]; only the compiler needs a barrier.
 export module drivers.machine.ports;
 import core.std;
 import core.machine.cpu;

@@ -1,7 +1,7 @@
-// The two ways to PCI configuration space: I/O ports, mechanism #1 [PCI-3.0 §3.2.2.3.2], for the first 256 bytes of
-// segment 0; and memory, the enhanced mechanism (ECAM) [PCIe-5.0 §7.2.2], whose place the MCFG table gives for ranges
-// of buses of each segment [PCI-FW 3.3 §4.1.2]. A machine that has both uses the ports, which cost no page tables, and
-// ECAM for what lies beyond 256 bytes.
+// The two ways to access PCI configuration space: I/O ports, mechanism #1 [PCI-3.0 §3.2.2.3.2], for the first 256
+// bytes in segment 0; and memory, the enhanced mechanism (ECAM) [PCIe-5.0 §7.2.2], whose location the MCFG table
+// gives for bus ranges of each segment [PCI-FW 3.3 §4.1.2]. A machine with both uses the ports, which need no page
+// tables, and ECAM beyond 256 bytes.
 export module drivers.pci.access;
 import core.std;
 import core.mmio;
@@ -10,8 +10,8 @@ import drivers.pci;
 
 export namespace fl::drivers::pci {
 
-/// The buses `first` to `last` of one segment; the registers of bus 0 would be at `base`. A function's page is mapped
-/// when it is first accessed.
+/// The buses `first` to `last` of one segment; `base` is the physical address that bus 0 would have. A function's
+/// page is mapped at its first access.
 class Ecam final : public Config {
   public:
     Ecam(MmioMapper& mapper, u64 base, u8 first, u8 last, u16 segment = 0)
@@ -42,7 +42,7 @@ class Ecam final : public Config {
     }
     bool reaches_extended(Address at) const override { return covers(at); }
     u16 segment() const override { return segment_; }
-    /// There was no memory for page tables, or a bridge leads to a bus that is none of these.
+    /// Reads that failed for lack of memory for page tables, or because a bridge leads to a bus outside of this range.
     u32 failed_reads() const override { return failed_reads_; }
 
     bool covers(Address at) const { return at.segment == segment_ && at.bus >= first_ && at.bus <= last_; }
@@ -51,7 +51,7 @@ class Ecam final : public Config {
 
   private:
     const Mmio* map(Address at) {
-        if (mapped_ && mapped_at_ == at) { // as a rule: a function's registers are read one after the other
+        if (mapped_ && mapped_at_ == at) { // common case: a function's registers are read consecutively
             return &page_;
         }
         if (!covers(at)) {
@@ -96,15 +96,15 @@ struct PortAddress : Register<PortAddress, u32> {
     }
 };
 
-/// By ports. `Ports` is a RegisterAccess for 8, 16 and 32 bits by port number. There is one pair of ports in the
-/// machine: one object, used by one processor, not by interrupt handlers.
+/// Access by ports. `Ports` is a RegisterAccess for 8, 16 and 32 bits by port number. The machine has only one pair
+/// of ports: use a single object, on one processor, not in interrupt handlers.
 template <class Ports>
     requires(RegisterAccess<Ports, u8> && RegisterAccess<Ports, u16> && RegisterAccess<Ports, u32>)
 class PortConfig final : public Config {
   public:
     constexpr explicit PortConfig(Ports ports = {}) : ports_(ports) {}
 
-    /// Whether the ports are there: the address register keeps what is written to it.
+    /// Whether the ports exist: the address register retains written values.
     bool present() {
         const auto before = PortAddress::read(ports_);
         const auto probe = PortAddress::to({}, 0);
@@ -113,7 +113,7 @@ class PortConfig final : public Config {
         before.write(ports_);
         return kept;
     }
-    /// Offsets from conventional_size on go there, for the functions that it covers. It lives as long as this.
+    /// Uses `ecam` for offsets from conventional_size on, for the functions it covers. It must outlive this.
     void use_beyond(Ecam& ecam) {
         ecam.next = beyond_;
         beyond_ = &ecam;

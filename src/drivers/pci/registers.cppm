@@ -1,6 +1,5 @@
-// The registers of PCI configuration space, and of the structures that capabilities describe: [PCI-3.0 §6], [PCIe-5.0
-// §7]. An `offset` counts from the beginning of the configuration space, or of the capability or table entry that the
-// register belongs to.
+// The registers of PCI configuration space and of capability structures: [PCI-3.0 §6], [PCIe-5.0 §7]. An `offset` is
+// relative to the start of the configuration space, or of the register's capability or table entry.
 export module drivers.pci.registers;
 import core.std;
 import core.registers;
@@ -18,7 +17,7 @@ struct Identity : Register<Identity, u32> {
 
 struct Command : Register<Command, u16> {
     static constexpr u64 offset = 0x04;
-    static constexpr Bit<10> interrupt_disable{}; // INTx alone, not messages
+    static constexpr Bit<10> interrupt_disable{}; // INTx only, not messages
     static constexpr Bit<8> serr_enable{};
     static constexpr Bit<6> parity_error_response{};
     static constexpr Bit<2> bus_master{};
@@ -53,20 +52,20 @@ struct ClassCode : Register<ClassCode, u32> {
 };
 
 struct HeaderType : Register<HeaderType, u32> {
-    static constexpr u64 offset = 0x0c; // the byte 0x0e, read with its neighbours
+    static constexpr u64 offset = 0x0c; // the byte 0x0e, read as part of a dword
     static constexpr Bit<23, Attribute::read_only> multi_function{};
     static constexpr Field<22, 16, Attribute::read_only, u8> type{}; // 0: a device, 1: a PCI-to-PCI bridge
     static constexpr auto layout = fields(multi_function, type);
 };
 
-/// A base address register for memory; `block` 4 * index. Six in a header of type 0, two in one of type 1.
+/// A memory base address register; `block` is 4 * index. Six in a header of type 0, two in one of type 1.
 struct MemoryBaseAddress : Register<MemoryBaseAddress, u32> {
     static constexpr u64 offset = 0x10;
-    enum class Type : u8 { bits_32 = 0, below_1_mib = 1, bits_64 = 2 }; // below_1_mib: of old devices
+    enum class Type : u8 { bits_32 = 0, below_1_mib = 1, bits_64 = 2 }; // below_1_mib: legacy devices only
     static constexpr Field<31, 4> address{};
     static constexpr Bit<3, Attribute::read_only> prefetchable{};
     static constexpr Field<2, 1, Attribute::read_only, Type> type{};
-    static constexpr Bit<0, Attribute::read_only> io_space{}; // one: an IoBaseAddress
+    static constexpr Bit<0, Attribute::read_only> io_space{}; // 1: an IoBaseAddress
     static constexpr auto layout = fields(address, prefetchable, type, io_space);
 };
 
@@ -77,7 +76,7 @@ struct IoBaseAddress : Register<IoBaseAddress, u32> {
     static constexpr auto layout = fields(address, io_space);
 };
 
-/// Of a header of type 1.
+/// Only in a header of type 1.
 struct BusNumbers : Register<BusNumbers, u32> {
     static constexpr u64 offset = 0x18;
     static constexpr Field<23, 16, Attribute::read_write, u8> subordinate{};
@@ -89,7 +88,7 @@ struct BusNumbers : Register<BusNumbers, u32> {
 struct CapabilitiesPointer : Register<CapabilitiesPointer, u8> {
     static constexpr u64 offset = 0x34;
     static constexpr Field<7, 2, Attribute::read_only> dword{};
-    static constexpr auto layout = fields(dword); // bits 1 and 0 are to be ignored [PCI-3.0 §6.7]
+    static constexpr auto layout = fields(dword); // bits 1 and 0 must be ignored [PCI-3.0 §6.7]
 };
 
 struct InterruptPin : Register<InterruptPin, u16> {
@@ -101,7 +100,7 @@ struct InterruptPin : Register<InterruptPin, u16> {
 
 // ---- capabilities [PCI-3.0 §6.7] ----
 
-/// What each one begins with.
+/// Header of each capability.
 struct CapabilityHeader : Register<CapabilityHeader, u16> {
     static constexpr u64 offset = 0;
     static constexpr Field<15, 10, Attribute::read_only> next_dword{};
@@ -109,7 +108,7 @@ struct CapabilityHeader : Register<CapabilityHeader, u16> {
     static constexpr auto layout = fields(next_dword, id);
 };
 
-/// What each extended capability begins with [PCIe-5.0 §7.6.3].
+/// Header of each extended capability [PCIe-5.0 §7.6.3].
 struct ExtendedCapabilityHeader : Register<ExtendedCapabilityHeader, u32> {
     static constexpr u64 offset = 0;
     static constexpr Field<31, 22, Attribute::read_only> next_dword{};
@@ -118,7 +117,8 @@ struct ExtendedCapabilityHeader : Register<ExtendedCapabilityHeader, u32> {
     static constexpr auto layout = fields(next_dword, version, id);
 };
 
-/// Vendor-specific capability [PCI-3.0 appendix H]: bytes in all; the rest is the vendor's.
+/// Vendor-specific capability [PCI-3.0 appendix H]: its total length in bytes; the remaining contents are
+/// vendor-defined.
 struct VendorLength : Register<VendorLength, u8> {
     static constexpr u64 offset = 2;
     static constexpr Field<7, 0, Attribute::read_only> length{};
@@ -143,7 +143,7 @@ struct ExpressDeviceCapabilities : Register<ExpressDeviceCapabilities, u32> {
 };
 struct ExpressDeviceControl : Register<ExpressDeviceControl, u16> {
     static constexpr u64 offset = 8;
-    // After a one: no access to the function for 100 ms [PCIe-5.0 §6.6.2]. Reads as zero.
+    // After writing one: no access to the function for 100 ms [PCIe-5.0 §6.6.2]. Reads as zero.
     static constexpr Bit<15, Attribute::write_only> initiate_function_level_reset{};
     static constexpr auto layout = fields(initiate_function_level_reset);
 };
@@ -165,7 +165,7 @@ struct MsiControl : Register<MsiControl, u16> {
     static constexpr auto layout =
         fields(per_vector_masking, address_64, multiple_message_enable, multiple_message_capable, enable);
 };
-// What follows stands at places that depend on the control register: the offsets of the four.
+// Offsets of the registers that follow; some depend on the control register.
 inline constexpr u64 msi_address = 4;
 inline constexpr u64 msi_address_high = 8; // with address_64
 constexpr u64 msi_data(MsiControl control) { return control.get(MsiControl::address_64) ? 12 : 8; }
@@ -180,14 +180,14 @@ struct MsixControl : Register<MsixControl, u16> {
     static constexpr Field<10, 0, Attribute::read_only> last_entry{};
     static constexpr auto layout = fields(enable, function_mask, last_entry);
 };
-/// Where the table is: units of 8 bytes from the beginning of a BAR.
+/// Location of the table: offset in a BAR, in units of 8 bytes.
 struct MsixTable : Register<MsixTable, u32> {
     static constexpr u64 offset = 4;
     static constexpr Field<31, 3, Attribute::read_only> qword{};
     static constexpr Field<2, 0, Attribute::read_only, u8> bar{};
     static constexpr auto layout = fields(qword, bar);
 };
-/// Where the bits of pending messages are, one for each entry, in whole qwords.
+/// Location of the pending bits, one per entry, in whole qwords.
 struct MsixPending : Register<MsixPending, u32> {
     static constexpr u64 offset = 8;
     static constexpr Field<31, 3, Attribute::read_only> qword{};
@@ -195,7 +195,7 @@ struct MsixPending : Register<MsixPending, u32> {
     static constexpr auto layout = fields(qword, bar);
 };
 
-// An entry of the table, 16 bytes.
+// A table entry, 16 bytes.
 inline constexpr u64 msix_entry_size = 16;
 struct MsixAddress : Register<MsixAddress, u32> {
     static constexpr u64 offset = 0;
