@@ -1,30 +1,30 @@
-// One IDE channel at the level of registers: issue a command, see whether it has ended, stop, reset. No queue and no
-// policy here. Every device access of the driver is made, and counted, in Registers.
+// Register-level access to an IDE channel: issue a command, check for its end, stop, reset. No queue and no policy.
+// Every device access of the driver is made, and counted, in Registers.
 //
-// An access costs thousands of instructions where the controller is a program's, and a microsecond where it is not:
-// each must have a reason. One DMA command with 28-bit addresses:
+// An access costs thousands of instructions with an emulated controller, and a microsecond with a real one: each must
+// be justified. A DMA command with 28-bit addresses:
 //
 //   #  access                             why
-//   1  out16 sector count, LBA low        neighbouring registers: one access where attach() saw that words work
+//   1  out16 sector count, LBA low        adjacent registers: one access if attach() found that words work
 //   2  out16 LBA mid, LBA high            likewise, else two accesses each
 //   3  out16 device, command              likewise; device holds LBA 27:24; writing the command starts it [ATA-7 §9]
-//   4  out8  bus-master command: start    the engine begins on the change from 0 to 1 [BMIDE §2.1]
+//   4  out8  bus-master command: start    the engine starts on the transition from 0 to 1 [BMIDE §2.1]
 //   -  interrupt
 //   5  in8   status                       BSY = DRQ = 0: ended; ERR, DF: how; clears the interrupt [ATA-7 §6.14]
 //   6  in8   bus-master status            Error, and Active = 0: all data has arrived in memory [BMIDE §2.2]
-//   7  out8  bus-master command: stop     needed for the next change from 0 to 1
+//   7  out8  bus-master command: stop     required for the next transition from 0 to 1
 //
-// Accesses that are left out, and why that is correct:
-//   - The table's address: a channel has one table, so it is written once [BMIDE §2.3 keeps no state in that register].
-//   - Polling before a command: the status that ended the last command had BSY = DRQ = 0, and nothing else gives
-//     commands. The other device of the channel is selected, and waited for, when the device bit changes [ATA-7 §9.4].
-//   - The direction is written only when it changes [BMIDE §2.1]. That costs nothing when commands follow one another:
-//     the write that stops one command (its engine is no longer active) sets the direction of the next.
-//   - Clearing the bus-master interrupt bit: the bit identifies the source on a shared line, and there it is cleared
-//     each time. An ISA line (IRQ 14, 15) belongs to its channel alone, status says whether the command has ended, and
-//     the bit stays set. If an interrupt is ever lost, set_clear_always() restores the clearing.
-// With 48 bits there are five pairs in place of three (two values for each register but device); without words each
-// pair is two accesses.
+// Accesses omitted, and why that is correct:
+// - The table's address: a channel has one table, so it is written once [BMIDE §2.3 keeps no state in that register].
+// - Polling before a command: the status that ended the last command had BSY = DRQ = 0, and nothing else issues
+//   commands. The channel's other device is selected, and polled, when the device bit changes [ATA-7 §9.4].
+// - The direction is written only when it changes [BMIDE §2.1]. That is free for consecutive commands: the write that
+//   stops one command (whose engine is no longer active) sets the direction of the next.
+// - Clearing the bus-master interrupt bit: the bit identifies the source on a shared line, and is cleared there each
+//   time. An ISA line (IRQ 14, 15) belongs to its channel alone and status shows whether the command has ended, so
+//   the bit stays set. If an interrupt is ever lost, set_clear_always() enables the clearing.
+// A 48-bit command has five pairs instead of three (two values for each register except device); without words each
+// pair takes two accesses.
 export module drivers.ata.channel;
 import core.std;
 import core.dma;
@@ -32,9 +32,9 @@ import drivers.ata.protocol;
 
 export namespace fl::drivers::ata {
 
-/// The I/O ports, by width. out16 to an even port is two byte accesses in order of address for an 8-bit register pair,
-/// where the bus does that (attach() finds out). Accesses are ordered with memory: what was stored before out8() is in
-/// memory when the device sees it.
+/// I/O ports, by width. out16 to an even port acts on an 8-bit register pair as two byte accesses in ascending
+/// address order, if the bus supports that (attach() tests it). Accesses are ordered with memory: earlier stores are
+/// in memory before the device sees out8().
 template <class P>
 concept PortAccess =
     std::movable<P> && requires(P& ports, u16 port, u8 value8, u16 value16, u32 value32, u16* words, u64 count) {
@@ -45,14 +45,15 @@ concept PortAccess =
         ports.in16_string(port, words, count);
     };
 
-/// Where a channel's registers are.
+/// I/O ports of a channel's registers.
 struct ChannelPorts {
     u16 command = 0;    // first of the 8 command block registers
     u16 control = 0;    // device control and alternate status
     u16 bus_master = 0; // first of 8
 };
 
-/// The only place that touches the device. Copies count separately (the interrupt handler has its own).
+/// The only code that accesses the device. Each copy has its own access count (the interrupt handler uses its own
+/// copy).
 template <PortAccess P>
 class Registers {
   public:
@@ -63,7 +64,7 @@ class Registers {
         ++accesses_;
         ports_.out8(port(r), value);
     }
-    /// `low` goes to `r`, `high` to the register behind it.
+    /// `low` goes to `r`, `high` to the next register.
     void write_word(Register r, u8 low, u8 high) {
         ++accesses_;
         ports_.out16(port(r), static_cast<u16>(low | high << 8));
@@ -103,7 +104,7 @@ class Registers {
     u64 accesses_ = 0;
 };
 
-/// A transfer of whole sectors. `count` is 1 to 256, or 1 to 65536 when `wide` (48-bit command).
+/// A transfer of whole sectors. `count` is 1 to 256, or 1 to 65536 if `wide` (48-bit command).
 struct TransferCommand {
     u8 unit = 0;
     bool write = false;
@@ -112,7 +113,7 @@ struct TransferCommand {
     u32 count = 0;
 };
 
-/// How a command stands. `ended` false: it has not, and nothing else counts.
+/// State of a command. If `ended` is false the other members are invalid.
 struct Outcome {
     bool ended = false;
     Status status{};
@@ -134,7 +135,7 @@ class Channel {
 
     // ---- the table of physical regions ----
     void begin_table() { prds_ = 0; }
-    /// Appends memory below 4 GiB, split where 64 KiB boundaries are. False: it does not fit, and nothing was added.
+    /// Appends memory below 4 GiB, split at 64 KiB boundaries. False: it does not fit; nothing was added.
     bool add_region(u64 bus, u32 bytes) {
         const u64 first = bus / Prd::boundary;
         const u64 last = (bus + bytes - 1) / Prd::boundary;
@@ -144,7 +145,7 @@ class Channel {
         while (bytes != 0) {
             const u32 room = Prd::boundary - static_cast<u32>(bus % Prd::boundary);
             const u32 length = std::min(bytes, room);
-            const Prd prd{static_cast<u32>(bus), static_cast<u16>(length), 0}; // 64 KiB becomes 0, as it must
+            const Prd prd{static_cast<u32>(bus), static_cast<u16>(length), 0}; // 64 KiB is encoded as 0
             std::memcpy(table_.data + prds_++ * sizeof(Prd), &prd, sizeof(Prd));
             bus += length;
             bytes -= length;
@@ -154,13 +155,13 @@ class Channel {
     usize regions() const { return prds_; }
 
     // ---- commands ----
-    /// Starts the transfer described by the table (at least one region). The last command has ended; its stop may be
-    /// left to this one.
+    /// Starts the transfer described by the table (at least one region). The last command must have ended, but the
+    /// engine need not have been stopped: this does it.
     void issue(const TransferCommand& c) {
         const u16 flags = Prd::last;
         std::memcpy(table_.data + (prds_ - 1) * sizeof(Prd) + __builtin_offsetof(Prd, flags), &flags, sizeof(flags));
         const u8 direction = c.write ? 0 : bus_master_to_memory;
-        if (direction != direction_ || engine_on_) { // also the stop of the command before this one
+        if (direction != direction_ || engine_on_) { // also stops the previous command
             direction_ = direction;
             registers_.bus_command(direction);
         }
@@ -171,7 +172,7 @@ class Channel {
         const auto byte = [&](unsigned n) { return static_cast<u8>(c.lba >> (8 * n)); };
         if (c.wide) {
             select(device_register(c.unit));
-            // first what ends up in "previous" [ACS §4.1.2]
+            // first the values for the "previous" registers [ACS §4.1.2]
             pair(Register::sector_count, static_cast<u8>(c.count >> 8), byte(3));
             pair(Register::lba_mid, byte(4), byte(5));
             pair(Register::sector_count, static_cast<u8>(c.count), byte(0));
@@ -180,21 +181,21 @@ class Channel {
         } else {
             const u8 device = device_register(c.unit, byte(3));
             select(device);
-            pair(Register::sector_count, static_cast<u8>(c.count), byte(0)); // 256 becomes 0, as it must
+            pair(Register::sector_count, static_cast<u8>(c.count), byte(0)); // 256 is encoded as 0
             pair(Register::lba_mid, byte(1), byte(2));
             command(device, c.write ? Command::write_dma : Command::read_dma);
         }
         registers_.bus_command(direction | bus_master_start);
         engine_on_ = true;
     }
-    /// Starts a command without data and without parameters.
+    /// Starts a command without data or parameters.
     void issue(u8 unit, Command code) {
         stop();
         const u8 device = device_register(unit);
         select(device);
         command(device, code);
     }
-    /// Writes device and command register; byte by byte, or as a word.
+    /// Writes the device and command registers, by bytes or as a word.
     void command(u8 device, Command code) {
         if (words_) {
             registers_.write_word(Register::device, device, to_underlying(code));
@@ -207,15 +208,15 @@ class Channel {
         device_ = device;
     }
 
-    /// Whether the command has ended: on a line of the channel's own. One access when it has not, two when it has,
-    /// three when it must clear.
+    /// Checks whether the command has ended; for an unshared line. One access if it has not, two if it has, three if
+    /// the interrupt bit must be cleared.
     Outcome look() {
         Outcome outcome{.status = registers_.status()};
         outcome.ended = !outcome.status.under_way();
         if (outcome.ended) {
             outcome.bus = registers_.bus_status();
             for (int i = 0; i < 3 && engine_on_ && outcome.bus.active() && !outcome.status.error(); ++i) {
-                outcome.bus = registers_.bus_status(); // the last data may still be on its way to memory
+                outcome.bus = registers_.bus_status(); // the last data may still be in flight to memory
             }
             if (clear_always_ || outcome.bus.error()) {
                 clear(registers_);
@@ -223,8 +224,8 @@ class Channel {
         }
         return outcome;
     }
-    /// The same on a shared line, and with registers of the caller's own, since an interrupt handler calls it. An
-    /// interrupt that is not this channel's costs one access. The device has let go of the line when this returns.
+    /// The same for a shared line, using the caller's registers, because it runs in an interrupt handler. An
+    /// interrupt of another device costs one access. Otherwise the device has deasserted the line on return.
     static Outcome look_shared(Registers<P>& registers) {
         Outcome outcome{.bus = registers.bus_status()};
         if (outcome.bus.interrupt()) {
@@ -234,7 +235,7 @@ class Channel {
         }
         return outcome;
     }
-    /// Ends the transfer: from here on the engine touches no memory. Costs nothing when it is off.
+    /// Ends the transfer: afterwards the engine accesses no memory. No access if it is off.
     void stop() {
         if (engine_on_) {
             registers_.bus_command(direction_);
@@ -244,17 +245,17 @@ class Channel {
     ErrorRegister error() { return {registers_.read(Register::error)}; }
 
     // ---- reset and setting up ----
-    /// Asserts the software reset of both devices, with interrupts off. Hold it for 5 us [ATA-7 §9.2].
+    /// Asserts software reset of both devices, with interrupts off. Must be held for 5 us [ATA-7 §9.2].
     void assert_reset() {
         stop();
         registers_.control(Control::software_reset | Control::interrupts_off);
     }
-    /// Lets go of it; status counts 2 ms later. Device 0 is selected then.
+    /// Deasserts software reset; status is valid 2 ms later. Selects device 0.
     void release_reset(Control control) {
         registers_.control(control);
         device_ = 0;
     }
-    /// Stops the engine and clears its status, whatever a predecessor left; forgets what is known of the registers.
+    /// Stops the engine and clears its status, regardless of its previous state; invalidates cached register values.
     void initialise_engine() {
         registers_.bus_command(0);
         direction_ = 0;
@@ -266,7 +267,7 @@ class Channel {
     bool words() const { return words_; }
     void set_clear_always(bool clear) { clear_always_ = clear; }
     bool clear_always() const { return clear_always_; }
-    /// What the device register is known to hold; after writing it past this class.
+    /// Records the contents of the device register after it was written bypassing this class.
     void note_device(u8 device) { device_ = device; }
 
   private:
@@ -278,8 +279,8 @@ class Channel {
             registers_.write(static_cast<Register>(to_underlying(r) + 1), high);
         }
     }
-    /// Another unit than last time: select it and let it settle (400 ns, and BSY = DRQ = 0, which an idle device shows
-    /// at once) [ATA-7 §9.4].
+    /// If the unit changes: selects it and lets it settle (400 ns, and BSY = DRQ = 0, which is immediate for an idle
+    /// device) [ATA-7 §9.4].
     void select(u8 device) {
         if (((device ^ device_) & 0x10) != 0) {
             registers_.write(Register::device, device);
@@ -299,7 +300,7 @@ class Channel {
     Registers<P> registers_;
     DmaSpan table_;
     usize prds_ = 0;
-    u8 device_ = 0;    // last value of the device register; 0: unit 0, the rest unknown
+    u8 device_ = 0;    // last value of the device register; 0: unit 0, other bits unknown
     u8 direction_ = 0; // last value of the direction bit
     bool engine_on_ = false;
     bool table_written_ = false;

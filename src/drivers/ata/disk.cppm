@@ -1,4 +1,4 @@
-// What IDENTIFY DEVICE says of a disk, as a block device's identity and geometry.
+// Converts IDENTIFY DEVICE data into a block device's identity and geometry.
 export module drivers.ata.disk;
 import core.std;
 import core.text;
@@ -11,7 +11,7 @@ struct Description {
     io::BlockDevice::Identity identity;
     io::Geometry geometry;
 };
-/// `name`: "hda". `flushes`: FLUSH CACHE is used if there is a cache. `words`: shown among the features.
+/// `name`: "hda". `flushes`: FLUSH CACHE is used if there is a write cache. `words`: listed in the features.
 Description describe_disk(const DriveInfo& info, std::string_view name, bool flushes, bool words);
 
 } // namespace fl::drivers::ata

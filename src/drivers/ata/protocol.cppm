@@ -1,6 +1,6 @@
-// ATA and bus-master IDE as they are on the wire: registers, commands, the physical region descriptor, the IDENTIFY
-// data. No I/O here. Specifications: [ACS] ATA/ATAPI Command Set, [ATA-7] the parallel interface (volume 2), [BMIDE]
-// Programming Interface for Bus Master IDE, 1.0.
+// ATA and bus-master IDE wire formats: registers, commands, the physical region descriptor, IDENTIFY data. No I/O.
+// Specifications: [ACS] ATA/ATAPI Command Set, [ATA-7] the parallel interface (volume 2), [BMIDE] Programming
+// Interface for Bus Master IDE, 1.0.
 export module drivers.ata.protocol;
 import core.std;
 import core.registers;
@@ -25,11 +25,11 @@ enum class Register : u8 {
 
 /// Status register [ATA-7 §6.14].
 struct Status : fl::Register<Status, u8> {
-    static constexpr Bit<7, Attribute::read_only> bsy{}; // no other bit is valid
+    static constexpr Bit<7, Attribute::read_only> bsy{}; // if set, no other bit is valid
     static constexpr Bit<6, Attribute::read_only> drdy{};
     static constexpr Bit<5, Attribute::read_only> df{};
     static constexpr Bit<3, Attribute::read_only> drq{};
-    static constexpr Bit<0, Attribute::read_only> err{}; // the error register says what
+    static constexpr Bit<0, Attribute::read_only> err{}; // details in the error register
     static constexpr auto layout = fields(bsy, drdy, df, drq, err);
 
     constexpr bool busy() const { return get(bsy); }
@@ -37,18 +37,18 @@ struct Status : fl::Register<Status, u8> {
     constexpr bool device_fault() const { return get(df); }
     constexpr bool data_request() const { return get(drq); }
     constexpr bool error() const { return get(err); }
-    /// Nothing drives the bus: the pull-ups, or the pull-up without DD7's pull-down.
+    /// The bus is not driven: all pull-ups, or pull-ups with DD7's pull-down.
     constexpr bool floating() const { return raw == 0xff || raw == 0x7f; }
-    /// A command is under way: between its issue and its end either BSY or DRQ is set [ATA-7 §9.3].
+    /// A command is in progress: from its issue to its end BSY or DRQ is set [ATA-7 §9.3].
     constexpr bool under_way() const { return busy() || data_request(); }
 };
 
 /// Error register, valid when Status::error() [ATA-7 §6.9, ACS §6.3].
 struct ErrorRegister : fl::Register<ErrorRegister, u8> {
-    static constexpr Bit<7, Attribute::read_only> icrc{}; // the bus garbled an Ultra DMA transfer
-    static constexpr Bit<6, Attribute::read_only> unc{};  // the medium
+    static constexpr Bit<7, Attribute::read_only> icrc{}; // CRC error in an Ultra DMA transfer
+    static constexpr Bit<6, Attribute::read_only> unc{};  // uncorrectable medium error
     static constexpr Bit<4, Attribute::read_only> idnf{}; // no such sector
-    static constexpr Bit<2, Attribute::read_only> abrt{}; // not supported, or not now
+    static constexpr Bit<2, Attribute::read_only> abrt{}; // command not supported, or not in the current state
     static constexpr auto layout = fields(icrc, unc, idnf, abrt);
 
     constexpr bool interface_crc() const { return get(icrc); }
@@ -59,7 +59,7 @@ struct ErrorRegister : fl::Register<ErrorRegister, u8> {
 
 /// Device register [ATA-7 §6.7].
 struct DeviceRegister : fl::Register<DeviceRegister, u8> {
-    static constexpr Bit<7> obsolete_7{}; // these two are set, as every driver before has set them
+    static constexpr Bit<7> obsolete_7{}; // these two are set for compatibility, as in all drivers
     static constexpr Bit<6> lba{};        // addresses are LBAs
     static constexpr Bit<5> obsolete_5{};
     static constexpr Bit<4> dev{}; // the unit
@@ -93,13 +93,13 @@ enum class Command : u8 {
 };
 inline constexpr u8 set_features_transfer_mode = 0x03; // [ACS §7.45.7]
 inline constexpr u8 transfer_mode_multiword = 0x20;    // | mode
-// sectors that 28 bits reach: the last LBA is one less [ACS §4.1.2]
+// sectors addressable with 28 bits: the last LBA is one less [ACS §4.1.2]
 inline constexpr u32 lba28_sectors = 0x0fff'ffff;
-inline constexpr u32 lba28_max_count = 256;   // sector count 0
-inline constexpr u32 lba48_max_count = 65536; // sector count 0
+inline constexpr u32 lba28_max_count = 256;   // encoded as sector count 0
+inline constexpr u32 lba48_max_count = 65536; // encoded as sector count 0
 
-/// What LBA mid and high hold after a reset or an aborted IDENTIFY DEVICE [ACS §4.3, table of signatures]; other values
-/// occur.
+/// Contents of LBA mid and high after a reset or an aborted IDENTIFY DEVICE [ACS §4.3, table of signatures]; other
+/// values occur.
 enum class Signature : u16 { ata = 0x0000, packet = 0xeb14, serial_ata = 0xc33c, serial_packet = 0x9669 };
 
 /// Bus-master registers of a channel, as offsets from its 8 ports [BMIDE §2].
@@ -107,9 +107,9 @@ enum class BusMaster : u8 { command = 0, status = 2, table = 4 };
 
 /// Bus-master command [BMIDE §2.1].
 struct BusMasterCommand : fl::Register<BusMasterCommand, u8> {
-    // set: the device reads from the disk and writes memory; not to be changed while active
+    // set: data moves from disk to memory; must not change while active
     static constexpr Bit<3> to_memory{};
-    static constexpr Bit<0> start{}; // transfers begin when this changes from 0 to 1
+    static constexpr Bit<0> start{}; // transfers begin on the transition from 0 to 1
     static constexpr auto layout = fields(to_memory, start);
 };
 inline constexpr u8 bus_master_start = BusMasterCommand::of(BusMasterCommand::start).raw;
@@ -117,12 +117,12 @@ inline constexpr u8 bus_master_to_memory = BusMasterCommand::of(BusMasterCommand
 
 /// Bus-master status [BMIDE §2.2].
 struct BusMasterStatus : fl::Register<BusMasterStatus, u8> {
-    static constexpr Bit<7, Attribute::read_only> simplex_only{}; // the two channels cannot transfer at the same time
-    static constexpr Field<6, 5> drives_capable{};                // "drive can do DMA": kept by software for software
+    static constexpr Bit<7, Attribute::read_only> simplex_only{}; // the two channels cannot transfer concurrently
+    static constexpr Field<6, 5> drives_capable{};                // "drive can do DMA": set and used by software only
     // the device has raised its interrupt since this was cleared
     static constexpr Bit<2, Attribute::write_1_to_clear> interrupt_seen{};
-    static constexpr Bit<1, Attribute::write_1_to_clear> failed{}; // memory refused a transfer
-    static constexpr Bit<0, Attribute::read_only> transferring{};  // not yet at the end of the table
+    static constexpr Bit<1, Attribute::write_1_to_clear> failed{}; // a memory access failed
+    static constexpr Bit<0, Attribute::read_only> transferring{};  // the end of the table is not reached
     static constexpr auto layout = fields(simplex_only, drives_capable, interrupt_seen, failed, transferring);
 
     constexpr bool simplex() const { return get(simplex_only); }
@@ -131,11 +131,11 @@ struct BusMasterStatus : fl::Register<BusMasterStatus, u8> {
     constexpr bool active() const { return get(transferring); }
 };
 
-/// Physical region descriptor [BMIDE §1.2]: a run of memory, even address, even length, that does not cross a 64 KiB
+/// Physical region descriptor [BMIDE §1.2]: contiguous memory with even address and length, not crossing a 64 KiB
 /// boundary.
 struct Prd {
     u32 base = 0;
-    u16 count = 0; // bytes; 0 is 64 KiB
+    u16 count = 0; // bytes; 0 means 64 KiB
     u16 flags = 0;
 
     static constexpr u16 last = 0x8000;
@@ -143,23 +143,23 @@ struct Prd {
 };
 static_assert(sizeof(Prd) == 8 && __builtin_offsetof(Prd, base) == 0 && __builtin_offsetof(Prd, count) == 4 &&
               __builtin_offsetof(Prd, flags) == 6);
-/// The table itself is aligned to 4, below 4 GiB and does not cross 64 KiB [BMIDE §1.1]; a page does all of that.
+/// The table must be 4-byte aligned, below 4 GiB and not cross 64 KiB [BMIDE §1.1]; a page satisfies that.
 inline constexpr usize prd_capacity = 512;
 
-/// The 512 bytes that IDENTIFY DEVICE returns [ACS §7.12]; words are little endian on the bus.
+/// IDENTIFY DEVICE data, 512 bytes [ACS §7.12]; words are little endian on the bus.
 struct IdentifyData {
     std::array<u16, 256> words{};
 };
 static_assert(sizeof(IdentifyData) == 512);
 
-/// What the driver keeps of it.
+/// The part used by the driver.
 struct DriveInfo {
     FixedText<40> model;
     u64 sectors = 0; // of sector_size
     u32 sector_size = 512;
     u32 physical_sector_size = 512;
     bool lba48 = false;
-    bool write_cache = false; // volatile, and on
+    bool write_cache = false; // volatile and enabled
     bool flush = false;       // FLUSH CACHE
     bool flush_ext = false;   // FLUSH CACHE EXT
     i8 ultra_dma = -1;        // selected mode, -1: none
@@ -168,7 +168,7 @@ struct DriveInfo {
 };
 
 /// Serial number, firmware revision, model and size (words 10 to 19, 23 to 46, 60 and 61, 100 to 103) [ACS §7.12.7]:
-/// what tells devices apart.
+/// identifies a device.
 struct DeviceIdentity {
     std::array<u16, 40> words{};
 
@@ -178,23 +178,23 @@ struct DeviceIdentity {
         std::copy_n(data.words.begin() + 60, 2, words.begin() + 34); // sectors
         std::copy_n(data.words.begin() + 100, 4, words.begin() + 36);
     }
-    /// Whether these are one device: an equal serial number counts only where there is one.
+    /// Whether both are the same device; never true with a blank serial number.
     constexpr bool same(const DeviceIdentity& other) const {
         const bool blank = std::all_of(words.begin(), words.begin() + 10, [](u16 w) { return w == 0 || w == 0x2020; });
         return !blank && std::equal(words.begin(), words.end(), other.words.begin());
     }
 };
-/// A disk that says it has no sectors: a drive without a medium, or an image of 0 bytes.
+/// A disk that reports no sectors: a drive without a medium, or an image of 0 bytes.
 constexpr bool is_empty(const IdentifyData& data) {
     const auto& w = data.words;
     return (w[0] & 0x8000) == 0 && (w[60] | w[61] | w[100] | w[101] | w[102] | w[103]) == 0;
 }
 
-/// Checks and decodes. Errors: a checksum that is wrong, a disk without LBA or DMA, a sector size that is neither 512
-/// nor 4096, no sectors.
+/// Validates and decodes. Errors: a wrong checksum, a disk without LBA or DMA, a sector size other than 512 or 4096,
+/// no sectors.
 Result<DriveInfo> decode(const IdentifyData& data);
 
-/// "UNC (the medium is unreadable) at LBA …" without the LBA: what the registers say, for people.
+/// Human-readable register contents: status, error and bus-master bits.
 template <TextSink S>
 void describe(S& sink, Status status, ErrorRegister error, BusMasterStatus bus) {
     print(sink, "status {:#02x}", status.raw);

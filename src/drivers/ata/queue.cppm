@@ -1,17 +1,17 @@
-// An IDE channel as a transport of io.block_queue: the commands of its one or two disks, one at a time, completion by
-// interrupt, recovery by a software reset.
+// An IDE channel as an io.block_queue transport: the commands of its one or two disks, one at a time, completion by
+// interrupt, recovery by software reset.
 //
 //   idle ──send()──> running ──next()──> idle or running (the next command is sent before requests complete)
-//                        │ no answer, DMA error, a buffer that is given up
+//                         │ no answer, DMA error, an abandoned buffer
 //                        v
 //                  reset_held ──tick──> reset_released ──tick, BSY = 0──> idle
 //                                            │ no answer within the bound, or too many resets in a row
-//                                            v
+//                                             │ no answer within the bound, or too many consecutive resets
 //                                         closed
 //
-// Neighbouring reads (or writes) become one command: fewer commands, each request still ends on its own. When such a
-// command fails, or is not answered, its requests are sent again one by one, so a bad sector hurts only the request
-// that covers it.
+// Adjacent reads (or writes) are merged into one command: fewer commands, but each request still ends separately. If
+// such a command fails, or is not answered, its requests are resent one by one, so that a bad sector affects only the
+// request that covers it.
 export module drivers.ata.queue;
 import core.std;
 import core.result;
@@ -43,15 +43,16 @@ class Transport : public io::TransportDefaults {
     static constexpr std::string_view driver = "ata";
     static constexpr u32 max_commands = 1;
     static constexpr bool gathers = true;
-    static constexpr u32 max_idle_events = 100'000;  // a line that is shared is masked by its controller, not here
-    static constexpr u32 max_transfer = 1024 * 1024; // bytes of one command
-    static constexpr u32 bounce_bytes = 64 * 1024;   // for memory that the engine's 32 bits do not reach
-    /// What the bus-master engine takes [channel's add_region() splits what it reaches].
+    static constexpr u32 max_idle_events = 100'000;  // a shared line is masked by its interrupt controller, not here
+    static constexpr u32 max_transfer = 1024 * 1024; // bytes per command
+    static constexpr u32 bounce_bytes = 64 * 1024;   // for memory beyond the engine's 32-bit range
+    /// Limits of the bus-master engine [channel's add_region() splits memory within them].
     static constexpr DmaLimits limits{.highest = 0xffff'ffff, .boundary = Prd::boundary, .max_segment = Prd::boundary};
-    static constexpr Nanoseconds lost_after = 20'000'000;  // without an interrupt for so long it is polled in each tick
+    // without an interrupt for this long it is polled in each tick
+    static constexpr Nanoseconds lost_after = 20'000'000;
     static constexpr Nanoseconds reset_hold = 5'000;       // [ATA-7 §9.2]
     static constexpr Nanoseconds reset_settle = 2'000'000; // [ATA-7 §9.2]
-    static constexpr u32 max_resets = 3;                   // without a success between them
+    static constexpr u32 max_resets = 3;                   // consecutive, without a success in between
     static constexpr u32 max_reports = 16;                 // log lines about failed commands
 
     Transport(io::Executor& executor, DmaAllocator& dma, P ports, ChannelPorts at, DmaSpan table, Nanoseconds timeout)
@@ -60,12 +61,12 @@ class Transport : public io::TransportDefaults {
 
     Channel<P>& channel() { return channel_; }
     void start_counting() { charged_accesses_ = channel_.registers().accesses(); }
-    /// `shared`: the line is not the channel's own: the handler asks the device.
+    /// `shared`: the line is shared with other devices: the handler checks the device.
     void open(bool shared) {
         shared_ = shared;
         state_ = State::idle;
     }
-    /// From here on the device is stopped rather than reset when a command is given up.
+    /// From now on abandoning a command stops the device instead of resetting it.
     void leave() { leaving_ = true; }
     static void on_interrupt(void* self) { static_cast<Transport*>(self)->interrupted(); }
     u64 lost_interrupts() const { return lost_; }
@@ -104,7 +105,7 @@ class Transport : public io::TransportDefaults {
     void poll_running(Instant now);
 
     io::Executor& executor_;
-    BounceMapper mapper_; // its pool is allocated when it is needed: most machines never come there
+    BounceMapper mapper_; // its pool is allocated on first use, which most machines never need
     Registers<P> handler_registers_;
     Channel<P> channel_;
     Nanoseconds timeout_;
@@ -113,23 +114,24 @@ class Transport : public io::TransportDefaults {
     bool shared_ = false;
     bool leaving_ = false;
 
-    // The command under way.
+    // The current command.
     Command* active_ = nullptr;
     u64 id_ = 0;
-    bool suspect_ = false; // no longer under way at the last tick, and no interrupt
-    bool busy_ = true;     // under way at the last tick
+    bool suspect_ = false; // had ended at the last tick, but no interrupt was seen
+    bool busy_ = true;     // in progress at the last tick
     Instant issued_at_ = 0;
-    std::optional<io::Completion> found_; // ended without an interrupt
+    std::optional<io::Completion> found_; // result of a command that ended without an interrupt
     u32 gather_limit_ = max_transfer;     // bytes of a command made of several requests
-    Instant reset_at_ = 0;                // when the reset was asserted
-    Instant settle_at_ = 0;               // when it was released
+    Instant reset_at_ = 0;                // time of asserting the reset
+    Instant settle_at_ = 0;               // time of releasing it
     u32 resets_in_a_row_ = 0;
     u32 reports_ = 0;
     std::array<DmaSegment, max_transfer / Prd::boundary + 1> segments_{};
-    DmaMapping mapping_{segments_}; // active: the command's data goes through other memory
+    DmaMapping mapping_{segments_}; // active: the command's data uses a bounce buffer
 
-    // From the handler to next(). flag_: release in the handler, acquire in next() and arm(); what sees it set sees
-    // seen_ of that interrupt too. The rest is relaxed: same processor, and a sum that may lag by one interrupt.
+    // From the handler to next(). flag_: release in the handler, acquire in next() and arm(): a reader that sees it
+    // set also sees seen_ of that interrupt. The others are relaxed: same processor, and a sum may lag by one
+    // interrupt.
     std::atomic<bool> flag_{false};
     std::atomic<u32> seen_{0}; // shared lines: 1<<16 | bus status<<8 | status of an ended command, 0: none
     std::atomic<u32> interrupts_{0};
@@ -142,7 +144,7 @@ class Transport : public io::TransportDefaults {
     u64 resets_ = 0;
 };
 
-/// A channel's queue, with its interrupt.
+/// A channel's queue with its interrupt.
 template <PortAccess P>
 class ChannelQueue final : public io::BlockQueue<Transport<P>> {
   public:
@@ -156,11 +158,11 @@ class ChannelQueue final : public io::BlockQueue<Transport<P>> {
     ~ChannelQueue() { close(); }
 
     Channel<P>& channel() { return this->transport().channel(); }
-    /// Accesses so far were for attaching: no disk is charged for them.
+    /// Excludes the accesses made while attaching from the disks' counters.
     void start_counting() { this->transport().start_counting(); }
-    /// Takes requests from here on. `line`: the interrupt, already known to be this channel's.
+    /// Accepts requests from now on. `line`: the interrupt, known to be this channel's.
     Result<void> open(InterruptController& interrupts, InterruptLine line);
-    /// Stops the device, ends what is there with device_gone, gives the interrupt back.
+    /// Stops the device, ends all requests with device_gone, releases the interrupt.
     void close();
     u64 lost_interrupts() const { return this->transport().lost_interrupts(); }
     u64 resets() const { return this->transport().resets(); }
@@ -178,7 +180,7 @@ class Disk final : public io::QueueDisk<Transport<P>> {
     Disk(io::Executor& executor, ChannelQueue<P>& queue, u8 unit)
         : io::QueueDisk<Transport<P>>(executor, queue), unit_(unit) {}
 
-    /// Before the disk is announced; see describe_disk().
+    /// Call before the disk is announced; see describe_disk().
     void configure(const DriveInfo& info, std::string_view name, bool flushes, bool words) {
         info_ = info;
         const Description description = describe_disk(info, name, flushes, words);
@@ -222,7 +224,7 @@ void ChannelQueue<P>::close() {
 // ---- sending ----
 
 template <PortAccess P>
-u32 Transport<P>::limit(const Command& command) const { // 28-bit commands alone: 256 sectors at most
+u32 Transport<P>::limit(const Command& command) const { // 28-bit commands only: at most 256 sectors
     const u32 sector = command.disk().geometry().sector_size;
     return command.disk().info().lba48 ? max_transfer : std::min(max_transfer, lba28_max_count * sector);
 }
@@ -243,7 +245,7 @@ io::Fit Transport<P>::prepare(Command& command) {
     const DmaSpan data = command.data();
     if (limits.admits(command.first->buffer)) [[likely]] {
         command.bytes = std::min(command.bytes, limit(command));
-        static_cast<void>(channel_.add_region(data.bus, command.bytes)); // an empty table holds 1 MiB however it lies
+        static_cast<void>(channel_.add_region(data.bus, command.bytes)); // an empty table holds 1 MiB at any alignment
         return io::Fit::ok;
     }
     DmaLimits limited = limits;
@@ -276,7 +278,7 @@ io::SendResult Transport<P>::send(Command& command, u64 id) {
     id_ = id;
     suspect_ = false;
     busy_ = true;
-    seen_.store(0, std::memory_order_relaxed); // an answer to the last command is none to this one
+    seen_.store(0, std::memory_order_relaxed); // discards a stale answer to the last command
     const Disk& disk = command.disk();
     if (command.op == io::Op::flush) {
         channel_.issue(disk.unit(), disk.info().flush_ext ? ata::Command::flush_cache_ext : ata::Command::flush_cache);
@@ -319,7 +321,7 @@ void Transport<P>::interrupted() {
         const Outcome outcome = Channel<P>::look_shared(handler_registers_);
         handler_accesses_.store(handler_registers_.accesses(), std::memory_order_relaxed);
         if (!outcome.bus.interrupt()) {
-            return; // another device's
+            return; // of another device
         }
         if (outcome.ended) {
             seen_.store(1u << 16 | u32{outcome.bus.raw} << 8 | outcome.status.raw, std::memory_order_relaxed);
@@ -375,12 +377,12 @@ io::Completion Transport<P>::ended(const Outcome& outcome) {
     return {id_, io::Status::ok};
 }
 
-/// A slow disk is not made to look silent by commands that gather too much: going by the last command, the next one
-/// takes a quarter of a time-out at most, and a second at most.
+/// Keeps gathered commands from making a slow disk look silent: at the speed of the last command, the next one takes
+/// at most a quarter of a timeout, and at most one second.
 template <PortAccess P>
 void Transport<P>::limit_gathering() {
     const Nanoseconds enough = std::min<Nanoseconds>(timeout_ / 4, 1'000'000'000);
-    // so that no product leaves 64 bits
+    // so that the product fits into 64 bits
     const Nanoseconds took = std::min<Nanoseconds>(executor_.now() - issued_at_, 1'000'000'000'000);
     const u32 bytes = active_->bytes;
     gather_limit_ = took * max_transfer > enough * bytes ? static_cast<u32>(enough * bytes / took) : max_transfer;
@@ -390,7 +392,7 @@ template <PortAccess P>
 io::Completion Transport<P>::failed(const Outcome& outcome) {
     const ErrorRegister error = outcome.status.error() ? channel_.error() : ErrorRegister{};
     const bool media = outcome.status.error() && (error.uncorrectable() || error.id_not_found());
-    // ICRC comes with ABRT [ACS §6.3]; ABRT alone is a refusal, and trying again will not help.
+    // ICRC is set together with ABRT [ACS §6.3]; ABRT alone is a refusal, which a retry would not change.
     const bool garbled = outcome.status.error() && error.interface_crc();
     const bool cut_short = outcome.bus.active() && !media && !error.aborted();
     const bool transport = active_->op != io::Op::flush && (outcome.bus.error() || garbled || cut_short);
@@ -448,7 +450,8 @@ Result<void> Transport<P>::tick(Instant now, bool) {
     }
 }
 
-/// A command that has no interrupt yet. One that has ended has until the next tick: then its interrupt is lost.
+/// Handles a command without an interrupt so far. If it has ended, and there is still no interrupt in the next tick,
+/// the interrupt is lost.
 template <PortAccess P>
 void Transport<P>::poll_running(Instant now) {
     if (now <= issued_at_ || now - issued_at_ < lost_after || found_) {
@@ -470,7 +473,7 @@ void Transport<P>::poll_running(Instant now) {
     found_ = ended(outcome);
 }
 
-/// The command has had no answer for a whole time-out.
+/// The command was not answered for a full timeout.
 template <PortAccess P>
 io::Recovery Transport<P>::recover(const Command& command, io::OldestWait::Finding, std::string_view) {
     if (!busy_ || found_ || state_ != State::running) {
@@ -485,8 +488,8 @@ io::Recovery Transport<P>::recover(const Command& command, io::OldestWait::Findi
                        : std::nullopt};
 }
 
-/// The device may be writing into a buffer that is about to die. Stopping the engine is immediate; the disk's own state
-/// is settled by a reset.
+/// The device may be writing to a buffer that is about to be freed. Stopping the engine takes effect at once; the
+/// disk itself is reset.
 template <PortAccess P>
 io::Fence Transport<P>::fence(Command&) {
     if (leaving_) {
@@ -494,7 +497,7 @@ io::Fence Transport<P>::fence(Command&) {
         state_ = State::idle;
     } else {
         begin_reset();
-        --resets_in_a_row_; // its owner's decision, and no sign of a disk that does not work
+        --resets_in_a_row_; // requested by the owner, not caused by a failing disk
     }
     return io::Fence::stopped;
 }

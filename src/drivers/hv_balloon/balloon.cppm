@@ -1,9 +1,10 @@
-// The guest's half of the dynamic memory protocol: what to say, and which pages are away. Knows no channel, so that it
-// is tested and fuzzed alone. Order: begin() → take() of every message that comes → report() about every second.
+// The guest side of the dynamic memory protocol: messages, and which pages the host holds. Independent of the
+// channel, so that it can be tested and fuzzed separately. Order: begin() → take() for every message → report() about
+// every second.
 //
-// Pages go in runs as large as can be had, at most `capacity` of them, and never the last `reserve` of what is free. A
-// page is with the host from the moment at which it stands in a response until the host gives it back; it is not
-// touched in between.
+// Pages are given in the largest available runs, at most `capacity` of them, and never the last `reserve` free pages.
+// The host holds a page from its listing in a response until it returns the page; the guest must not access it in
+// between.
 export module drivers.hv_balloon.balloon;
 import core.std;
 import core.result;
@@ -12,7 +13,7 @@ export import drivers.hv_balloon.protocol;
 
 export namespace fl::drivers::hv_balloon {
 
-/// How messages leave. `message` is copied before send() returns.
+/// Sends messages. `message` is copied before send() returns.
 class Link {
   public:
     virtual Result<void> send(std::span<const std::byte> message, u32 transaction) = 0;
@@ -21,7 +22,7 @@ class Link {
     ~Link() = default;
 };
 
-/// Where pages come from. total() and free(): of the machine, in pages.
+/// Source of pages. total() and free(): of the machine, in pages.
 struct Memory {
     DmaAllocator& pages;
     u64 (*total)();
@@ -30,9 +31,9 @@ struct Memory {
 
 class Balloon {
   public:
-    static constexpr u32 capacity = ranges_in_message; // runs that are away at once: those of one response
+    static constexpr u32 capacity = ranges_in_message; // maximum number of runs held by the host: those of one response
     static constexpr u64 max_run = 1u << 15;           // pages: 128 MiB
-    static constexpr u64 reserve = 8192;               // pages that stay: 32 MiB
+    static constexpr u64 reserve = 8192;               // pages kept: 32 MiB
 
     enum class State : u8 { closed, asking_version, asking_capabilities, running, refused };
 
@@ -41,18 +42,18 @@ class Balloon {
     Balloon(const Balloon&) = delete;
     Balloon& operator=(const Balloon&) = delete;
 
-    /// Asks for the newest version.
+    /// Requests the newest version.
     Result<void> begin();
-    /// One message of the host, whole, in a private copy. Error{protocol}: it breaks the protocol, and nothing further
-    /// is to be believed; Error{not_supported}: the host refuses every version, or our capabilities.
+    /// Handles one complete host message, in a private copy. Error{protocol}: a protocol violation, and later
+    /// messages must not be trusted; Error{not_supported}: the host rejects every version, or our capabilities.
     Result<void> take(std::span<const std::byte> message);
-    /// Says how much memory there is, if the host wants to know.
+    /// Sends a memory status report, if the host wants reports.
     Result<void> report();
 
     State state() const { return state_; }
     Version version() const { return versions[attempt_]; }
     bool reports_wanted() const { return state_ == State::running && reports_wanted_; }
-    /// Pages that are with the host.
+    /// Pages held by the host.
     u64 away() const { return away_; }
 
   private:
@@ -75,7 +76,7 @@ class Balloon {
     Memory memory_;
     State state_ = State::closed;
     u32 attempt_ = 0;
-    u32 transaction_ = 0; // of our own last question
+    u32 transaction_ = 0; // of our last request
     bool reports_wanted_ = true;
     std::array<Run, capacity> runs_{};
     u32 run_count_ = 0;

@@ -1,5 +1,5 @@
-// Hyper-V's dynamic memory protocol [hv-dm]: messages between the guest's balloon and the host. Little endian; every
-// message begins with the header and is at most one page long. No I/O here.
+// Hyper-V's dynamic memory protocol [hv-dm]: messages between the guest's balloon driver and the host. Little endian;
+// every message begins with the header and is at most one page long. No I/O.
 module;
 #include <cstddef>
 export module drivers.hv_balloon.protocol;
@@ -11,7 +11,7 @@ inline constexpr std::string_view balloon_class = "525074dc-8985-46e2-8057-a307d
 
 /// major << 16 | minor
 enum class Version : u32 { win7 = 0x0000'0003, win8 = 0x0001'0000, win10 = 0x0002'0000 };
-/// Newest first: the order in which they are asked for.
+/// Newest first: the order in which they are requested.
 inline constexpr std::array<Version, 3> versions{Version::win10, Version::win8, Version::win7};
 
 enum class MessageType : u16 {
@@ -41,12 +41,12 @@ constexpr std::string_view name(MessageType type) {
 
 struct Header {
     MessageType type;
-    u16 size; // bytes, this header included
+    u16 size; // bytes, including this header
     u32 transaction;
 };
 static_assert(sizeof(Header) == 8 && offsetof(Header, size) == 2 && offsetof(Header, transaction) == 4);
 
-/// Pages of 4 KiB: the first one's number in the low 40 bits, how many in the high 24.
+/// Pages of 4 KiB: number of the first one in the low 40 bits, count in the high 24.
 struct PageRange {
     u64 bits;
     constexpr u64 first() const { return bits & 0xff'ffff'ffff; }
@@ -76,7 +76,7 @@ struct Capabilities {
     Header header;
     u64 capabilities;
     u64 min_pages;
-    u64 max_page_number; // ~0: no bound
+    u64 max_page_number; // ~0: unlimited
 };
 static_assert(sizeof(Capabilities) == 32 && offsetof(Capabilities, capabilities) == 8 &&
               offsetof(Capabilities, min_pages) == 16 && offsetof(Capabilities, max_page_number) == 24);
@@ -93,7 +93,7 @@ inline constexpr u64 capabilities_no_reports = 4; // STATUS_REPORT is not wanted
 struct StatusReport {
     Header header;
     u64 available;
-    u64 committed; // what the host steers by
+    u64 committed; // used by the host to adjust memory
     u64 page_file;
     u64 zero_free;
     u32 page_file_writes;
@@ -115,7 +115,7 @@ static_assert(sizeof(BalloonRequest) == 16 && offsetof(BalloonRequest, pages) ==
 struct BalloonResponse {
     Header header;
     u32 reserved;
-    u32 more_and_count; // bit 0: more responses follow; the rest: how many ranges
+    u32 more_and_count; // bit 0: more responses follow; other bits: number of ranges
 };
 static_assert(sizeof(BalloonResponse) == 16 && offsetof(BalloonResponse, more_and_count) == 12);
 
@@ -131,7 +131,7 @@ static_assert(sizeof(UnballoonRequest) == 16 && offsetof(UnballoonRequest, more)
 struct HotAddResponse {
     Header header;
     u32 pages;
-    u32 result; // 1: success; with 0 pages: never again
+    u32 result; // 1: success; with 0 pages: do not ask again
 };
 static_assert(sizeof(HotAddResponse) == 16 && offsetof(HotAddResponse, pages) == 8 &&
               offsetof(HotAddResponse, result) == 12);
@@ -139,10 +139,10 @@ static_assert(sizeof(HotAddResponse) == 16 && offsetof(HotAddResponse, pages) ==
 struct Info {
     Header header;
     u32 reserved;
-    u32 bytes; // of what follows
+    u32 bytes; // of the data that follows
 };
 static_assert(sizeof(Info) == 16 && offsetof(Info, bytes) == 12);
-// type of a block in Info: a u32 type, a u32 size, then the number of pages (u64)
+// block type in Info: a u32 type, a u32 size, then the number of pages (u64)
 inline constexpr u32 info_max_pages = 0;
 
 struct HotRemoveResponse {

@@ -1,5 +1,5 @@
-// Hyper-V's integration services on the wire [hv-ic]: a pipe header, a message header, a body. Little endian, naturally
-// aligned. No I/O here.
+// Hyper-V's integration services' wire format [hv-ic]: a pipe header, a message header, a body. Little endian,
+// naturally aligned. No I/O.
 module;
 #include <cstddef>
 export module drivers.hv_util.protocol;
@@ -13,7 +13,7 @@ inline constexpr std::string_view heartbeat_class = "57164f39-9115-4e78-ab55-382
 
 struct PipeHeader {
     u32 flags;
-    u32 message_bytes; // behind this header
+    u32 message_bytes; // after this header
 };
 static_assert(sizeof(PipeHeader) == 8 && offsetof(PipeHeader, message_bytes) == 4);
 
@@ -50,8 +50,8 @@ static_assert(sizeof(Header) == 20 && offsetof(Header, type) == 4 && offsetof(He
               offsetof(Header, size) == 10 && offsetof(Header, status) == 12 && offsetof(Header, transaction) == 16 &&
               offsetof(Header, flags) == 17 && offsetof(Header, reserved) == 18);
 
-/// Body of a negotiation, and behind it the versions: first those of the framework, then those of the messages. The
-/// answer holds one of each, or counts of zero when nothing fits.
+/// Body of a negotiation, followed by the versions: first the framework's, then the messages'. The answer holds one
+/// of each, or counts of zero if none matches.
 struct Negotiate {
     u16 framework_count;
     u16 message_count;
@@ -76,7 +76,7 @@ struct Heartbeat {
 };
 static_assert(sizeof(Heartbeat) == 40 && offsetof(Heartbeat, reserved) == 8);
 
-/// Up to version 3.0. Times in units of 100 ns, the host's from 1601-01-01 00:00 UTC. On the wire the structure ends
+/// Up to version 3.0. Times in units of 100 ns, the host's since 1601-01-01 00:00 UTC. On the wire the structure ends
 /// with `flags`.
 struct TimeSync {
     u64 host_time;
@@ -87,7 +87,7 @@ struct TimeSync {
 static_assert(offsetof(TimeSync, guest_time) == 8 && offsetof(TimeSync, round_trip) == 16 &&
               offsetof(TimeSync, flags) == 24);
 inline constexpr u32 time_sync_bytes = 25;
-/// From 4.0 on: with the partition's reference counter at the moment at which the host read its clock.
+/// From 4.0 on: with the partition's reference counter at the time the host read its clock.
 struct TimeSync4 {
     u64 host_time;
     u64 reference_time;
@@ -99,15 +99,15 @@ struct TimeSync4 {
 static_assert(sizeof(TimeSync4) == 24 && offsetof(TimeSync4, reference_time) == 8 && offsetof(TimeSync4, flags) == 16 &&
               offsetof(TimeSync4, leap) == 17 && offsetof(TimeSync4, stratum) == 18 &&
               offsetof(TimeSync4, reserved) == 19);
-inline constexpr u32 time_sync_4_bytes = 19; // what must be there; what follows is reserved
-inline constexpr u8 time_sync_now = 1;       // set the clock: after a start, a pause
+inline constexpr u32 time_sync_4_bytes = 19; // minimum length; the rest is reserved
+inline constexpr u8 time_sync_now = 1;       // set the clock: after a start or pause
 inline constexpr u8 time_sync_sample = 2;
 
 /// 1601-01-01 to 1970-01-01, in units of 100 ns.
 inline constexpr u64 unix_epoch = 116'444'736'000'000'000;
 
 inline constexpr u32 headers_bytes = sizeof(PipeHeader) + sizeof(Header);
-/// The longest message that the three services get: a shutdown with its text.
+/// The longest message of the three services: a shutdown with its text.
 inline constexpr u32 max_message = headers_bytes + sizeof(Shutdown) + 2048;
 
 } // namespace fl::drivers::hv_util

@@ -1,5 +1,5 @@
-// One integration service's half of the conversation: a message in, its answer out, in the same buffer. Knows no
-// channel, so that it is tested and fuzzed alone.
+// The guest side of one integration service: transforms a message into its answer, in the same buffer. Independent of
+// the channel, so that it can be tested and fuzzed separately.
 export module drivers.hv_util.service;
 import core.std;
 import core.result;
@@ -22,16 +22,16 @@ class Service {
   public:
     explicit Service(Kind kind) : kind_(kind) {}
 
-    /// What a message asks for besides its answer.
+    /// Action required by a message in addition to its answer.
     enum class Action : u8 {
         none,
-        shut_down, // the answer stands in the buffer and is sent once the disks are at rest; refuse() changes it
-        set_clock, // host_time() is new
+        shut_down, // the answer is in the buffer, to be sent once the disks are flushed; refuse() changes it
+        set_clock, // host_time() has been updated
     };
-    /// `message`: what came, whole, in a private copy; it becomes the answer, which is as long. Error{protocol}: no
-    /// answer is due, and what follows can't be trusted.
+    /// `message`: a complete message, in a private copy; replaced by the answer, which has the same length.
+    /// Error{protocol}: no answer is due, and later messages must not be trusted.
     Result<Action> answer(std::span<std::byte> message);
-    /// Makes the answer of a shutdown a refusal.
+    /// Turns the answer to a shutdown into a refusal.
     static void refuse(std::span<std::byte> message);
 
     Kind kind() const { return kind_; }
@@ -39,15 +39,15 @@ class Service {
     Version framework_version() const { return framework_version_; }
     Version message_version() const { return message_version_; }
 
-    /// The host's clock as of set_clock, in nanoseconds since 1970, and the partition's reference counter (100 ns) when
-    /// it was read, if it said.
+    /// The host's clock as of set_clock, in nanoseconds since 1970, and the partition's reference counter (100 ns) at
+    /// that time, if given.
     struct HostTime {
         u64 unix_ns = 0;
         std::optional<u64> reference;
-        /// The same clock when the counter stands at `counter`: the message was under way for a while. Without either
-        /// of them, or when they lie too far apart to be believed (or the wrong way round): as it was read.
+        /// The host's clock at counter value `counter`, corrected for the message's time in transit. Uncorrected if
+        /// either counter is missing, or their difference is negative or implausibly large.
         u64 at(std::optional<u64> counter) const {
-            constexpr u64 longest = 60 * 10'000'000ull; // a minute under way
+            constexpr u64 longest = 60 * 10'000'000ull; // one minute in transit
             const bool known = reference && counter && *counter >= *reference && *counter - *reference <= longest;
             return unix_ns + (known ? (*counter - *reference) * 100 : 0);
         }

@@ -1,9 +1,9 @@
-// The commands of a disk's I/O, for any transport: which form of them a unit takes, their CDBs, and what the end of one
-// means for its request. The transport (an io::BlockTransport) puts the CDB into its packet and says how the command
-// ended.
+// The commands of a disk's I/O, independent of the transport: which command forms a unit supports, their CDBs, and
+// the meaning of a command's end for its request. The transport (an io::BlockTransport) puts the CDB into its packet
+// and reports how the command ended.
 //
-// Hot: limit(), build_io() and moved_all(); they are inline. An answer with status GOOD and all of its data moved needs
-// no judge().
+// Fast path: limit(), build_io() and moved_all(), which are inline. An answer with status GOOD and all data moved
+// needs no judge().
 export module drivers.scsi.commands;
 import core.std;
 import core.result;
@@ -14,43 +14,43 @@ export import drivers.scsi.protocol;
 
 export namespace fl::drivers::scsi {
 
-/// How much one command of a unit may do, and in which form it is sent.
+/// Limits of one command to a unit, and its form.
 struct UnitLimits {
-    u32 max_transfer = 0;        // bytes of one READ or WRITE; a multiple of the block size
-    u32 max_unmap_blocks = 0;    // of one UNMAP
-    bool short_commands = false; // READ(10) and WRITE(10) from the beginning; else when (16) is refused
+    u32 max_transfer = 0;        // bytes per READ or WRITE; a multiple of the block size
+    u32 max_unmap_blocks = 0;    // per UNMAP
+    bool short_commands = false; // READ(10) and WRITE(10) from the start; else after (16) was refused
 };
 
-/// What a transport keeps with each command (a part of its BlockTransport::Wire).
+/// A transport's per-command state (part of its BlockTransport::Wire).
 struct CommandForm {
-    bool short_cdb = false; // it was sent as a command of 10 bytes that has a longer form
+    bool short_cdb = false; // sent as a 10-byte command that has a longer form
 };
 
-/// Which way a command's data moves.
+/// Direction of a command's data.
 enum class DataPhase : u8 { none, in, out };
 
-/// What the end of a command means for its request.
+/// Meaning of a command's end for its request.
 struct Verdict {
     io::Status status = io::Status::ok;
     io::Retry retry = io::Retry::none;
-    bool rescan = false; // the target's units, or their sizes, have changed: they are to be looked for again
+    bool rescan = false; // the target's units, or their sizes, have changed: they must be rescanned
 };
 
-/// True: an answer with status GOOD has done the whole command.
+/// True: an answer with status GOOD completed the whole command.
 constexpr bool moved_all(const io::QueuedCommand& command, u32 moved) {
     return moved == command.bytes || command.op > io::Op::write;
 }
 
-/// A logical unit, as one queue uses it: which forms of commands it takes, and how many of its errors have been
-/// reported. Used on the queue's processor alone.
+/// A logical unit, as used by one queue: supported command forms, and the number of errors reported. For use on the
+/// queue's processor only.
 class LogicalUnit {
   public:
     static constexpr u32 max_reported_errors = 8;
 
-    /// `geometry`: 512 to 4096 bytes for a block.
+    /// `geometry`: block size of 512 to 4096 bytes.
     LogicalUnit(const UnitLimits& limits, const io::Geometry& geometry);
 
-    /// Lowers command.bytes to what one command of the unit does. Inline: for BlockTransport::prepare().
+    /// Reduces command.bytes to what one command to the unit can do. Inline: for BlockTransport::prepare().
     inline void limit(io::QueuedCommand& command) const {
         if (command.op <= io::Op::write) [[likely]] {
             command.bytes = std::min(command.bytes, limits_.max_transfer);
@@ -60,7 +60,7 @@ class LogicalUnit {
         }
     }
 
-    /// The CDB of a read or write, in place; `cdb` is zero before. Returns its length.
+    /// Builds the CDB of a read or write in place; `cdb` must be zeroed. Returns its length in bytes.
     inline u8 build_io(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command, CommandForm& form) const {
         const bool write = command.op == io::Op::write;
         form.short_cdb = io_10_;
@@ -77,16 +77,16 @@ class LogicalUnit {
         return 16;
     }
 
-    /// The CDB of a flush or discard. Returns its length. A discard's parameter list is unmap_list_bytes long:
-    /// build_unmap_list().
+    /// Builds the CDB of a flush or discard. Returns its length in bytes. A discard's parameter list is
+    /// unmap_list_bytes long: build_unmap_list().
     u8 build_other(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command, CommandForm& form) const;
     void build_unmap_list(std::span<u8, unmap_list_bytes> list, const io::QueuedCommand& command) const {
         unmap_list(list, command.lba, command.bytes >> block_shift_);
     }
 
-    /// What the response to a command means. The command has requests (BlockQueue has not given it up), and `form` is
-    /// what it was built in. Errors are reported as `name`'s, max_reported_errors at most. Retries are bounded by
-    /// command.retries.
+    /// Interprets the response to a command. The command has requests (BlockQueue has not abandoned it), and `form`
+    /// is the one it was built with. Errors are logged with `name`, at most max_reported_errors. Retries are bounded
+    /// by command.retries.
     Verdict judge(const io::QueuedCommand& command, CommandForm form, const Response& response, std::string_view name);
 
   private:
@@ -97,7 +97,7 @@ class LogicalUnit {
 
     UnitLimits limits_;
     u32 block_shift_;
-    bool fits_10_;          // READ(10) and WRITE(10) reach all of it
+    bool fits_10_;          // READ(10) and WRITE(10) can address the whole unit
     bool io_10_;            // and are used
     bool flush_16_ = false; // SYNCHRONIZE CACHE(16) is used
     bool absence_reported_ = false;
@@ -105,7 +105,7 @@ class LogicalUnit {
     u32 attentions_reported_ = 0;
 };
 
-/// Which way the data of a command moves.
+/// Data direction of an operation.
 constexpr DataPhase data_phase(io::Op op) {
     return op == io::Op::read ? DataPhase::in : op == io::Op::flush ? DataPhase::none : DataPhase::out;
 }

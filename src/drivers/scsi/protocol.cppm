@@ -1,6 +1,6 @@
-// SCSI disks, whatever carries the commands: CDBs, the data that they return, status and sense data. Numbers in them
-// are big endian. No I/O here. Every parser takes the bytes that really arrived, however few. Specifications: [SAM-5]
-// architecture, [SPC-4] primary commands, [SBC-3] block commands.
+// SCSI disks, independent of the transport: CDBs, returned data, status and sense data. Big endian. No I/O. Every
+// parser takes the bytes that actually arrived, however few. Specifications: [SAM-5] architecture, [SPC-4] primary
+// commands, [SBC-3] block commands.
 export module drivers.scsi.protocol;
 import core.std;
 import core.result;
@@ -68,13 +68,13 @@ constexpr u64 get_be(std::span<const u8> from) {
 }
 
 constexpr Cdb test_unit_ready() { return {{}, 6}; }
-/// Vital product data page `page`, or (without one) the standard data [SPC-4 §6.6].
+/// Vital product data page `page`, or (nullopt) the standard data [SPC-4 §6.6].
 constexpr Cdb inquiry(std::optional<u8> page, u16 allocation) {
     Cdb cdb{{0x12, static_cast<u8>(page ? 1 : 0), page.value_or(0)}, 6};
     put_be(std::span(cdb.bytes).subspan(3, 2), allocation);
     return cdb;
 }
-/// All logical units but the well-known ones [SPC-4 §6.33].
+/// All logical units except the well-known ones [SPC-4 §6.33].
 constexpr Cdb report_luns(u32 allocation) {
     Cdb cdb{{0xa0}, 12};
     put_be(std::span(cdb.bytes).subspan(6, 4), allocation);
@@ -88,7 +88,7 @@ constexpr Cdb read_capacity_16(u32 allocation) {
 }
 /// Current values, without block descriptors [SPC-4 §6.11].
 constexpr Cdb mode_sense_6(u8 page, u8 allocation) { return {{0x1a, 0x08, page, 0, allocation}, 6}; }
-constexpr Cdb synchronize_cache_10() { return {{0x35}, 10}; } // LBA 0, 0 blocks: all of the medium [SBC-3 §5.24]
+constexpr Cdb synchronize_cache_10() { return {{0x35}, 10}; } // LBA 0, 0 blocks: the whole medium [SBC-3 §5.24]
 constexpr Cdb synchronize_cache_16() { return {{0x91}, 16}; }
 /// `parameters`: bytes of the parameter list [SBC-3 §5.28].
 constexpr Cdb unmap(u16 parameters) {
@@ -115,10 +115,10 @@ constexpr void unmap_list(std::span<u8, unmap_list_bytes> into, u64 lba, u32 blo
 
 // ---- answers ----
 
-/// Standard INQUIRY data [SPC-4 §6.6.2]. Texts are cut at the first byte that is not printable, and blanks at the end
-/// are taken off.
+/// Standard INQUIRY data [SPC-4 §6.6.2]. Texts are truncated at the first unprintable byte, and trailing blanks
+/// removed.
 struct Inquiry {
-    u8 qualifier = 3; // 0: a unit is there; 1: none now; 3: none possible
+    u8 qualifier = 3; // 0: unit present; 1: none now; 3: none possible
     u8 device_type = 0x1f;
     bool removable = false;
     FixedText<8> vendor;
@@ -127,25 +127,25 @@ struct Inquiry {
     constexpr bool disk() const { return qualifier == 0 && device_type == 0; }
 };
 inline constexpr u32 inquiry_bytes = 36;
-/// Error{protocol}: not even the first five bytes came.
+/// Error{protocol}: fewer than five bytes were received.
 Result<Inquiry> parse_inquiry(std::span<const u8> data);
 
 struct Capacity {
     u64 blocks = 0;
     u32 block_bytes = 0;
     u32 physical_shift = 0;      // a physical block is block_bytes << this
-    bool thin = false;           // LBPME: unmapping means something
-    bool beyond_32_bits = false; // (10) only: ask with (16)
-    bool short_form = false;     // the unit knows (10) alone
+    bool thin = false;           // LBPME: unmapping is meaningful
+    bool beyond_32_bits = false; // (10) only: use (16)
+    bool short_form = false;     // the unit supports only (10)
 };
 inline constexpr u32 capacity_10_bytes = 8;
 inline constexpr u32 capacity_16_bytes = 32;
-/// Error{protocol}: too short, or sizes that no disk has.
+/// Error{protocol}: too short, or an impossible size.
 Result<Capacity> parse_capacity_10(std::span<const u8> data);
 Result<Capacity> parse_capacity_16(std::span<const u8> data);
 
-/// `f` is called with the number of each unit; ~0: it is addressed in a way that has no number here. Well-known units
-/// are not devices and are left out. Error{protocol}: the list is longer than what came.
+/// Calls `f` with the number of each unit; ~0: its address format has no number here. Well-known units are not
+/// devices and are skipped. Error{protocol}: the list is longer than the data received.
 inline constexpr u32 lun_entry_bytes = 8;
 template <class F>
 Result<void> parse_luns(std::span<const u8> data, F&& f) {
@@ -169,8 +169,8 @@ Result<void> parse_luns(std::span<const u8> data, F&& f) {
     return {};
 }
 
-/// WCE of the caching mode page in the answer to mode_sense_6(0x08), and WP of its header. Nothing: the page is not
-/// there.
+/// WCE of the caching mode page in the answer to mode_sense_6(0x08), and WP of its header. write_cache is nullopt if
+/// the page is missing.
 inline constexpr u8 caching_page = 0x08;
 struct ModeAnswer {
     bool write_protected = false;
@@ -178,29 +178,29 @@ struct ModeAnswer {
 };
 Result<ModeAnswer> parse_mode_6(std::span<const u8> data);
 
-/// Whether a supported-pages list (VPD page 0x00) has the page.
+/// Whether a supported-pages list (VPD page 0x00) contains the page.
 bool lists_page(std::span<const u8> data, u8 page);
-/// VPD page 0xb0 [SBC-3 §6.5.3]; zero where nothing is said.
+/// VPD page 0xb0 [SBC-3 §6.5.3]; zero: not reported.
 struct BlockLimits {
     u32 max_transfer_blocks = 0;
     u32 max_unmap_blocks = 0;
     u32 max_unmap_descriptors = 0;
 };
 Result<BlockLimits> parse_block_limits(std::span<const u8> data);
-/// VPD page 0xb2 [SBC-3 §6.5.6]: LBPU, UNMAP is offered.
+/// VPD page 0xb2 [SBC-3 §6.5.6]: LBPU, i.e. whether UNMAP is supported.
 Result<bool> parse_provisioning_unmap(std::span<const u8> data);
 
 // ---- sense data ----
 
-/// What went wrong, from fixed (0x70, 0x71) or descriptor format (0x72, 0x73) [SPC-4 §4.5].
+/// Sense data, from fixed (0x70, 0x71) or descriptor format (0x72, 0x73) [SPC-4 §4.5].
 struct Sense {
     u8 key = 0;
     u8 asc = 0;
     u8 ascq = 0;
-    std::optional<u64> information; // as a rule the LBA
+    std::optional<u64> information; // normally the LBA
     constexpr u32 code() const { return static_cast<u32>(asc << 8 | ascq); }
 };
-/// Nothing: no format that is known, or too short for its key.
+/// nullopt: unknown format, or too short for its key.
 std::optional<Sense> parse_sense(std::span<const u8> data);
 
 inline constexpr u8 key_no_sense = 0x0;
@@ -217,48 +217,47 @@ inline constexpr u8 asc_parameters_changed = 0x2a;    // PARAMETERS CHANGED, CAP
 inline constexpr u8 asc_no_medium = 0x3a;             // MEDIUM NOT PRESENT
 inline constexpr u8 asc_conditions_changed = 0x3f;    // TARGET OPERATING CONDITIONS HAVE CHANGED
 inline constexpr u8 ascq_inquiry_data_changed = 0x03; // of asc_conditions_changed
-/// "Becoming ready", or the command was aborted by the device: it is worth asking again [SPC-4 §4.5.6].
+/// "Becoming ready", or aborted by the device: worth a retry [SPC-4 §4.5.6].
 constexpr bool passes(const Sense& sense) {
     return (sense.key == key_not_ready && sense.asc == 0x04 && sense.ascq == 0x01) || sense.key == key_aborted_command;
 }
 std::string_view sense_key_name(u8 key);
-/// Empty: not one of those that disks give.
+/// Empty: not a code that disks return.
 std::string_view sense_code_name(u8 asc, u8 ascq);
-/// "MEDIUM ERROR, unrecovered read error (3/11/00) at LBA 1234". `lba`: the command's, used when the sense data has
-/// none.
+/// "MEDIUM ERROR, unrecovered read error (3/11/00) at LBA 1234". `lba`: the command's, used if the sense data has none.
 FixedText<120> describe(const Sense& sense, std::optional<u64> lba);
 
 // ---- how a command ended ----
 
-/// What the transport says about a command, apart from the unit's status: the service response [SAM-5 §5.1], with the
-/// failures told apart that are treated differently.
+/// The transport's result for a command, separate from the unit's status: the service response [SAM-5 §5.1], with
+/// failures distinguished where they are handled differently.
 enum class ServiceResponse : u8 {
-    command_complete, // the unit has answered: its status and sense data count
+    command_complete, // the unit has answered: its status and sense data are valid
     busy,             // the transport or the host has no room now
-    aborted,          // ended without having been done, as by a reset
-    no_unit,          // there is nothing at this address, or nothing any more
-    failed,           // any other failure of the transport
+    aborted,          // ended without being executed, e.g. by a reset
+    no_unit,          // no unit at this address, or no longer
+    failed,           // any other transport failure
 };
 
-/// The transport's own code, for log lines: "SRB status error (0x4)". `field` empty: none.
+/// The transport's own code, for log lines: "SRB status error (0x4)". Empty `field`: none.
 struct TransportStatus {
     std::string_view field;
     std::string_view name;
     u32 code = 0;
 };
 
-/// How one command ended.
+/// Result of one command.
 struct Response {
     ServiceResponse service = ServiceResponse::command_complete;
     u8 status = status_good;
-    u32 moved = 0; // bytes of data
+    u32 moved = 0; // bytes of data transferred
     std::optional<Sense> sense;
     TransportStatus transport;
-    /// What Nexus::execute() has read; valid until its next call.
+    /// Data read by Nexus::execute(); valid until its next call.
     std::span<const u8> data{};
 
     constexpr bool good() const { return service == ServiceResponse::command_complete && status == status_good; }
-    /// The same command may succeed a little later.
+    /// A later retry of the same command may succeed.
     constexpr bool transient() const {
         return status == status_busy || status == status_task_set_full || status == status_task_aborted ||
                service == ServiceResponse::busy || (sense ? passes(*sense) : service == ServiceResponse::aborted);

@@ -1,9 +1,9 @@
-// Finding and describing logical units, for any transport: REPORT LUNS, INQUIRY with its vital product data, TEST UNIT
-// READY, READ CAPACITY, MODE SENSE. A transport supplies Nexus::execute(); which units are in use, and their names, is
-// the driver's business.
+// Discovery and description of logical units, independent of the transport: REPORT LUNS, INQUIRY with vital product
+// data, TEST UNIT READY, READ CAPACITY, MODE SENSE. A transport supplies Nexus::execute(); tracking and naming the
+// units in use is up to the driver.
 //
-// A driver calls report_luns(), then for each unit inquire(), and then describe() for a disk that is new, or
-// read_state() and compare() for one that is in use.
+// A driver calls report_luns(), then inquire() for each unit, then describe() for a new disk, or read_state() and
+// compare() for one in use.
 export module drivers.scsi.unit;
 import core.std;
 import core.result;
@@ -15,23 +15,23 @@ export import drivers.scsi.commands;
 
 export namespace fl::drivers::scsi {
 
-/// The way to the logical units of one target: an I_T nexus [SAM-5]. One command at a time.
+/// Access to the logical units of one target: an I_T nexus [SAM-5]. One command at a time.
 class Nexus {
   public:
-    /// Data that a command may return, in bytes.
+    /// Maximum data returned by a command, in bytes.
     static constexpr u32 max_data = 4096;
 
     /// `driver`: its name, for log lines.
     Nexus(io::Executor& executor, std::string_view driver) : executor_(executor), driver_(driver) {}
 
-    /// Sends one command and waits for its end, bounded. `bytes`: the size of its data-in buffer, at most max_data; 0:
-    /// the command has no data. The buffer is zero before. Sets `response`, whose data has at most `bytes`. Error: the
-    /// command was not answered, or could not be sent; `response` is not set.
+    /// Sends one command and waits for its end, with a bound. `bytes`: the size of its data-in buffer, at most
+    /// max_data, zeroed beforehand; 0: the command has no data. Sets `response`, with at most `bytes` of data. Error:
+    /// the command was not answered, or could not be sent; `response` is not set.
     virtual io::Task<Result<void>> execute(u16 lun, Cdb cdb, u32 bytes, Response& response) = 0;
 
     io::Executor& executor() const { return executor_; }
     std::string_view driver() const { return driver_; }
-    /// Unit attentions so far that say that what was read of a unit before may no longer be true.
+    /// Number of unit attentions so far that may invalidate earlier information about a unit.
     u32 changes() const { return changes_; }
     void note_change() { ++changes_; }
 
@@ -44,57 +44,55 @@ class Nexus {
     u32 changes_ = 0;
 };
 
-/// execute(), up to five times: again at once after a unit attention, and 50 ms later while the unit is busy. The last
-/// response counts.
+/// Calls execute() up to five times: retries at once after a unit attention, and after 50 ms while the unit is busy.
+/// Returns the last response.
 io::Task<Result<void>> execute_retrying(Nexus& nexus, u16 lun, Cdb cdb, u32 bytes, Response& response);
 
 struct LunList {
-    bool whole = false; // false: the target did not say which units it has; what it did say is marked
-    u32 beyond = 0;     // units whose number is none of `there`
+    bool whole = false; // false: the target gave no complete list; the units it did report are marked
+    u32 beyond = 0;     // units whose number does not fit into `there`
 };
-/// REPORT LUNS, asked of LUN 0. Sets there[n] for each LUN n. `there` lives until the task has ended.
+/// REPORT LUNS, sent to LUN 0. Sets there[n] for each LUN n. `there` must outlive the task.
 io::Task<Result<LunList>> report_luns(Nexus& nexus, std::span<bool> there);
 
-/// Standard INQUIRY data. Nothing: there is no unit at this number. Error{io}: refused, which says nothing about
-/// whether there is one.
+/// Standard INQUIRY data. nullopt: no unit at this number. Error{io}: refused, so it is unknown whether there is a
+/// unit.
 io::Task<Result<std::optional<Inquiry>>> inquire(Nexus& nexus, u16 lun);
 FixedText<48> model_of(const Inquiry& inquiry); // vendor, product, revision
 
-/// What may change while a disk is in use.
+/// Attributes that may change while a disk is in use.
 struct UnitState {
     Capacity capacity;
-    // Of a unit that does not say: a volatile cache, and writable.
+    // Defaults if the unit does not report them: a volatile cache, and writable.
     bool write_cache = true;
     bool write_protected = false;
 };
-/// READ CAPACITY(16), or (10) if that is refused, and the caching mode page; again, three times at most, if a unit
-/// attention says that the capacity may have changed since it was read. Error{not_supported}: blocks of a size, or more
-/// of them, than can be used.
+/// READ CAPACITY(16), or (10) if that is refused, and the caching mode page. Repeated, at most three readings, if a
+/// unit attention reports a possible change of capacity meanwhile. Error{not_supported}: an unsupported block size or
+/// number of blocks.
 io::Task<Result<UnitState>> read_state(Nexus& nexus, u16 lun);
 
-/// What the transport allows.
+/// Limits of the transport.
 struct TransportLimits {
-    u32 max_transfer = 0; // bytes of one command, a multiple of 4096
+    u32 max_transfer = 0; // bytes per command, a multiple of 4096
     bool flush = true;    // false: volatile caches are ignored
 };
 
-/// A disk, as its unit describes it.
+/// A disk as described by its unit.
 struct UnitDescription {
-    bool medium = true; // false: the drive is empty, and the rest is not set
+    bool medium = true; // false: the drive is empty, and the other members are not set
     FixedText<48> model;
     io::Geometry geometry;
     UnitLimits limits;
 };
-/// TEST UNIT READY, read_state(), block limits and logical block provisioning. A unit that is not ready for another
-/// reason than an empty drive is described all the same. Pages that a unit does not list are not read. If a unit
-/// attention says that the unit has changed since it was asked first, it is described again; the third description
-/// counts in any case.
-/// Error{not_found}: it is no disk any more.
+/// TEST UNIT READY, read_state(), block limits and logical block provisioning. A unit that is not ready is described
+/// anyway, unless its drive is empty. Pages that a unit does not list are not read. Repeated if a unit attention
+/// reports a change meanwhile; the third description is final. Error{not_found}: it is no longer a disk.
 io::Task<Result<UnitDescription>> describe(Nexus& nexus, u16 lun, Inquiry inquiry, TransportLimits transport);
 
-/// How a disk that is in use differs from the unit that now has its number.
+/// How a disk in use differs from the unit that now has its number.
 enum class Change : u8 { none, size, model, attributes };
-/// `inquiry` and `now` are the unit's; `geometry` and `model`: what describe() said of the disk.
+/// `inquiry` and `now` are the unit's; `geometry` and `model`: from describe() of the disk.
 Change compare(const Inquiry& inquiry, const UnitState& now, const io::Geometry& geometry, std::string_view model,
                TransportLimits transport);
 

@@ -1,13 +1,13 @@
-// The storage channel once it is open: a Queue for each channel, and on it a Disk for each logical unit. Knows neither
-// the bus nor the handshake. The life of a request is io.block_queue's; this is its transport: SCSI commands in VMBus
+// An open storage channel: a Queue for each channel, and a Disk on it for each logical unit. Independent of the bus
+// and the handshake. The life cycle of a request is in io.block_queue; this is its transport: SCSI commands in VMBus
 // packets.
 //
-// A completion is copied out once by the channel and must carry a known id, the length that the version has,
-// COMPLETE_IO, and no more data than was asked for. The first violation closes the whole controller: all its queues
-// look at `Shared`.
+// A completion is copied out once by the channel and must have a known id, the length defined by the version,
+// COMPLETE_IO, and no more data than requested. The first violation closes the whole controller: all its queues check
+// `Shared`.
 //
-// When the oldest command has had its time [io.oldest_wait], the host is asked to reset the bus, which makes it answer
-// everything, and has a whole time-out for that; what is not answered then is given up.
+// When the oldest command has timed out [io.oldest_wait], the host is asked to reset the bus, which makes it answer
+// all commands, within another full timeout; commands still unanswered then are abandoned.
 export module drivers.storvsc.disk;
 import core.std;
 import core.result;
@@ -24,39 +24,40 @@ export import drivers.scsi.commands;
 
 export namespace fl::drivers::storvsc {
 
-/// What was agreed with the host; the same for all channels of a controller.
+/// Terms negotiated with the host; common to all channels of a controller.
 struct Terms {
-    Version version = Version::win6; // until one has been agreed on: the shorter packets, which every host takes
-    u32 max_transfer = 128 * 1024;   // bytes of one command, a multiple of 4096
+    Version version = Version::win6; // before negotiation: the shorter packets, accepted by every host
+    u32 max_transfer = 128 * 1024;   // bytes per command, a multiple of 4096
 };
 
-/// What the queues of one controller share across processors.
+/// State shared between processors by the queues of one controller.
 struct Shared {
     static constexpr u32 max_queues = 64;
-    // Release when set, acquire when seen: what led to it is logged before.
+    // Stored with release, loaded with acquire: the cause is logged before.
     std::atomic<bool> closed{false};
-    std::atomic<u8> close_status{0};   // io::Status for what is still under way; written before `closed`
-    std::atomic<bool> reported{false}; // by the queue that closes: there is one line, and one status
-    std::atomic<bool> taken{false}; // the host has rescinded the channel. Relaxed: nothing else is read because of it
-    // Requests to the controller, polled by the first queue's tick(). Relaxed: nothing else is read because of them.
+    std::atomic<u8> close_status{0};   // io::Status for requests still under way; written before `closed`
+    std::atomic<bool> reported{false}; // set by the queue that closes: only one log line, and one status
+    std::atomic<bool> taken{false};    // the host has rescinded the channel. Relaxed: orders no other data
+    // Requests to the controller, polled by the first queue's tick(). Relaxed: order no other data.
     std::atomic<bool> reset_wanted{false};
     std::atomic<bool> rescan_wanted{false};
-    /// Called on the first queue's processor, in drain() or tick(), when the units or `closed` are to be looked at.
+    /// Called on the first queue's processor, in drain() or tick(), when the units or `closed` must be checked.
     void (*notify)(void* context) = nullptr;
     void* context = nullptr;
-    // Sums over all queues, each adds its own in its tick. Relaxed: they only say how busy the host is.
+    // Sums over all queues, each adds its own in its tick. Relaxed: they only show how busy the host is.
     std::atomic<u64> under_way{0};
     std::atomic<u64> answered{0};
-    std::atomic<u64> heard{0}; // packets of any kind: the answer to a bus reset comes on the first queue
+    std::atomic<u64> heard{0}; // packets of any kind: the answer to a bus reset arrives on the first queue
     // All queues; written by the controller.
     std::array<io::Listener, max_queues> queues;
-    /// After a change of closed, reset_wanted or rescan_wanted: the queues look at them, on their own processors.
+    /// Call after a change of closed, reset_wanted or rescan_wanted: the queues then check them, on their own
+    /// processors.
     void raise_queues() {
         for (io::Listener& queue : queues) {
             queue.raise();
         }
     }
-    /// nullptr: there are more queues than a controller can have.
+    /// nullptr: more queues than a controller can have.
     io::Listener* free_listener() {
         for (io::Listener& queue : queues) {
             if (!queue.is_set()) {
@@ -67,14 +68,14 @@ struct Shared {
     }
 };
 
-/// A packet of the controller's own, and its answer.
+/// A packet of the controller itself, and its answer.
 struct Exchange : io::Exchange {
     using io::Exchange::Exchange;
-    Packet packet{}; // in: what is asked; out: the answer
-    DmaSpan data{};  // what the host reads or writes; empty: nothing
+    Packet packet{}; // in: the request; out: the answer
+    DmaSpan data{};  // read or written by the host; empty: none
 };
 
-/// What an answer to EXECUTE_SRB says. Its sense data are as long as the version has them.
+/// Decodes an answer to EXECUTE_SRB. The version determines the length of its sense data.
 scsi::Response response_of(const ScsiRequest& srb, Version version);
 
 class Disk;
@@ -84,14 +85,14 @@ class Transport : public io::TransportDefaults {
     using Disk = storvsc::Disk;
     static constexpr std::string_view driver = "storvsc";
     static constexpr u32 max_commands = 128;
-    static constexpr u32 kept_commands = 2; // a command of a rescan, and the reset of the bus
+    static constexpr u32 kept_commands = 2; // a command of a rescan, and the bus reset
     using Wire = scsi::CommandForm;
     using Command = io::Command<Transport>;
 
     Transport(hv::hyperv::Channel& channel, Shared& shared, bool first)
         : channel_(channel), shared_(shared), first_(first) {}
 
-    /// `parameters`: one page for UNMAP's lists; kept by the caller.
+    /// `parameters`: one page for UNMAP parameter lists; owned by the caller.
     void start(DmaSpan parameters, Nanoseconds timeout);
     /// The channel's events raise the queue until it is closed.
     void listen(io::Executor& executor) { channel_.listen(executor, *queue); }
@@ -99,10 +100,10 @@ class Transport : public io::TransportDefaults {
     const Terms& terms() const { return terms_; }
     inline const Shared& shared() const { return shared_; }
     bool closed_before_start() const { return shared_.closed.load(std::memory_order_acquire); } // see Shared
-    /// True: a bus reset is wanted, and this is the queue that sends it.
+    /// True: a bus reset is requested, and this is the queue that sends it.
     bool reset_wanted() const { return first_ && shared_.reset_wanted.load(std::memory_order_relaxed); }
     void reset_sent() { shared_.reset_wanted.store(false, std::memory_order_relaxed); }
-    bool quiet() const { return quiet_.load(std::memory_order_acquire); } // acquire: partner is the release in closed()
+    bool quiet() const { return quiet_.load(std::memory_order_acquire); } // pairs with the release in closed()
 
     // io::BlockTransport
     void use(io::CommandTable<Transport>& commands) { commands_ = &commands; }
@@ -154,23 +155,23 @@ class Transport : public io::TransportDefaults {
     const bool first_;
     io::CommandTable<Transport>* commands_ = nullptr;
     bool armed_ = false;
-    bool taken_ = false; // packets since the ring's room was given back
+    bool taken_ = false; // packets taken since the ring space was last released
     Terms terms_;
     Nanoseconds timeout_ = 0;
     DmaSpan parameters_;
     std::optional<Error> fault_;
     u64 charged_signals_ = 0;
-    u64 heard_ = 0; // packets of the host's so far, of any kind
+    u64 heard_ = 0; // packets received from the host so far, of any kind
     u64 added_under_way_ = 0;
     u64 added_answered_ = 0;
     u64 added_heard_ = 0;
-    u64 reset_heard_ = 0; // what all queues had heard when the bus reset was asked for
+    u64 reset_heard_ = 0; // packets received by all queues when the bus reset was requested
     std::atomic<bool> quiet_{true};
 };
 
 } // namespace fl::drivers::storvsc
 
-// Compiled once, in disk.cpp, which is optimised for speed.
+// Instantiated once, in disk.cpp, which is optimized for speed.
 namespace fl {
 extern template class io::BlockQueue<drivers::storvsc::Transport>;
 extern template class io::QueueDisk<drivers::storvsc::Transport>;
@@ -196,13 +197,14 @@ class Queue final : public io::BlockQueue<Transport> {
         stop();
     }
 
-    /// The channel is open. `parameters`, `timeout`: see Transport::start.
+    /// Call when the channel is open. `parameters`, `timeout`: see Transport::start.
     void start(DmaSpan parameters, Nanoseconds timeout);
     void agree(const Terms& terms) { transport().agree(terms); }
     const Terms& terms() const { return transport().terms(); }
-    /// From any processor: it has ended everything and touches the channel no more.
+    /// Callable on any processor: it has ended everything and no longer accesses the channel.
     bool quiet() const { return transport().quiet(); }
-    /// Ends everything under way, here at once and in the other queues in their next turn, and takes no more.
+    /// Ends everything under way, here at once and in the other queues in their next turn, and accepts no more
+    /// requests.
     void shut(io::Status status, const Error& why) { close(status, why); }
 
   private:
@@ -213,39 +215,39 @@ class Queue final : public io::BlockQueue<Transport> {
     io::Listener* listener_; // of Shared
 };
 
-/// One logical unit through one channel. The first one is the disk; the others are its lanes.
+/// One logical unit on one channel. The first one is the disk; the others are its lanes.
 class Disk final : public io::QueueDisk<Transport> {
   public:
     static constexpr u32 max_lanes = 64;
     static constexpr u32 max_reported_errors = scsi::LogicalUnit::max_reported_errors;
 
-    /// Where the unit is, and what it does.
+    /// Address and limits of the unit.
     struct Unit : scsi::UnitLimits {
         u8 path = 0;
         u8 target = 0;
         u8 lun = 0;
     };
 
-    /// now: here, which is the queue's processor, or it has not been started. later: by link().
+    /// now: the caller is on the queue's processor, or that has not been started. later: by link().
     enum class Linked : u8 { now, later };
 
     Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity,
          Linked linked = Linked::now);
-    /// On the queue's processor, or when it has been stopped; or never linked.
+    /// On the queue's processor, or after it was stopped; or if it was never linked.
     ~Disk();
 
-    /// Once: its queue serves it from here on. On the queue's own processor, as soon as that comes to it; `here` is the
-    /// caller's.
+    /// Called once: its queue serves it from now on. Runs on the queue's own processor, by a post if necessary;
+    /// `here` is the caller's executor.
     void link(io::Executor& here);
 
-    /// Before it is announced: a further lane, in the order of the processors. Not owned.
+    /// Call before the disk is announced: adds a further lane, in processor order. Not owned.
     void add_lane(Disk& lane);
     u32 lanes() const override { return lane_count_ + 1; }
     io::BlockDevice& lane(u32 index) override { return index == 0 ? *this : *lanes_[index - 1]; }
 
     inline const Unit& unit() const { return unit_; }
-    /// From any processor, for this lane alone: the unit is gone; what is asked for from here on is refused.
-    void remove() { gone_.store(true, std::memory_order_relaxed); } // relaxed: nothing else is read because of it
+    /// Callable on any processor, affects only this lane: the unit is gone; further requests are refused.
+    void remove() { gone_.store(true, std::memory_order_relaxed); } // relaxed: orders no other data
     inline bool removed() const override {
         return gone_.load(std::memory_order_relaxed) ||
                owner_.transport().shared().taken.load(std::memory_order_relaxed);

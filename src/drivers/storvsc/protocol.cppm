@@ -1,5 +1,5 @@
-// The storage channel's packets, as they stand behind a VMBus packet's descriptor [storvsc]: a header, then what the
-// operation needs. All integers are little endian; the structures are naturally aligned. No I/O here.
+// The storage channel's packets, which follow the VMBus packet's descriptor [storvsc]: a header, then
+// operation-specific data. Little endian; the structures are naturally aligned. No I/O.
 module;
 #include <cstddef>
 export module drivers.storvsc.protocol;
@@ -7,11 +7,11 @@ import core.std;
 
 export namespace fl::drivers::storvsc {
 
-/// Class GUIDs of the channels that speak this protocol, as the bus writes them.
+/// Class GUIDs of the channels with this protocol, in the bus's notation.
 inline constexpr std::string_view scsi_class = "ba6163d9-04a1-4d29-b605-72e2ffb1dc7f";
 inline constexpr std::string_view ide_class = "32412632-86cb-44a2-9b5c-50d1417354f5";
 
-/// major << 8 | minor. Any value can stand in an answer.
+/// major << 8 | minor. An answer may contain any value.
 enum class Version : u16 {
     win6 = 0x0200, // Windows Server 2008
     win7 = 0x0402,
@@ -19,7 +19,7 @@ enum class Version : u16 {
     blue = 0x0600, // 8.1
     win10 = 0x0602,
 };
-/// Newest first: the order in which they are asked for.
+/// Newest first: the order in which they are requested.
 inline constexpr std::array<Version, 5> versions{Version::win10, Version::blue, Version::win8, Version::win7,
                                                  Version::win6};
 constexpr std::string_view name(Version version) {
@@ -69,13 +69,13 @@ constexpr std::string_view name(Operation operation) {
     return "unknown operation";
 }
 
-/// PacketHeader::flags: an answer is wanted.
+/// PacketHeader::flags: an answer is requested.
 inline constexpr u32 flag_completion = 1;
 
 struct PacketHeader {
     Operation operation;
     u32 flags;
-    u32 status; // of an answer: an NTSTATUS, 0 for success
+    u32 status; // in an answer: an NTSTATUS, 0 for success
 };
 static_assert(sizeof(PacketHeader) == 12 && offsetof(PacketHeader, flags) == 4 && offsetof(PacketHeader, status) == 8);
 
@@ -87,13 +87,13 @@ inline constexpr u32 srb_queue_action_enable = 0x02;
 inline constexpr u32 srb_disable_synch_transfer = 0x08;
 inline constexpr u32 srb_data_in = 0x40;
 inline constexpr u32 srb_data_out = 0x80;
-inline constexpr u32 srb_no_queue_freeze = 0x100; // an error does not stop what is queued behind it
-/// What every command has: tagged, with a tag of the host's choice; the host may order it as it likes.
+inline constexpr u32 srb_no_queue_freeze = 0x100; // an error does not stop commands queued after it
+/// Common flags: tagged, with a tag chosen by the host; the host may reorder commands.
 inline constexpr u32 srb_common_flags = srb_queue_action_enable | srb_disable_synch_transfer | srb_no_queue_freeze;
 inline constexpr u8 queue_untagged = 0xff;       // queue_tag
 inline constexpr u8 queue_simple_request = 0x20; // queue_action
 
-/// ScsiRequest::srb_status: the low six bits say how it went, two more are flags.
+/// ScsiRequest::srb_status: the low six bits are the status, the other two are flags.
 enum class SrbStatus : u8 {
     pending = 0x00,
     success = 0x01,
@@ -106,17 +106,17 @@ enum class SrbStatus : u8 {
     selection_timeout = 0x0a,
     command_timeout = 0x0b,
     bus_reset = 0x0e,
-    data_overrun = 0x12, // also: moved less than asked for
+    data_overrun = 0x12, // also: less data moved than requested
     request_flushed = 0x16,
     invalid_lun = 0x20,
     invalid_target_id = 0x21,
     internal_error = 0x30,
 };
-/// The host ended it without having done it, as after a reset: it is worth asking again.
+/// The host ended it without executing it, e.g. after a reset: worth a retry.
 constexpr bool was_flushed(SrbStatus status) {
     return status == SrbStatus::bus_reset || status == SrbStatus::aborted || status == SrbStatus::request_flushed;
 }
-/// There is nothing at this address, or nothing any more.
+/// No unit at this address, or no longer.
 constexpr bool says_nobody(SrbStatus status) {
     return status == SrbStatus::invalid_lun || status == SrbStatus::no_device || status == SrbStatus::invalid_target_id;
 }
@@ -148,7 +148,7 @@ constexpr std::string_view name(SrbStatus status) {
 inline constexpr u32 cdb_bytes = 16;
 inline constexpr u32 payload_bytes = 20;
 
-/// A SCSI command and, in the answer, how it went. Before 5.1 it ends with `payload`.
+/// A SCSI command and, in the answer, its result. Before 5.1 it ends with `payload`.
 struct ScsiRequest {
     u16 length;    // of this structure: srb_bytes(version)
     u8 srb_status; // answer
@@ -158,7 +158,7 @@ struct ScsiRequest {
     u8 target_id;
     u8 lun;
     u8 cdb_length;
-    u8 sense_info_length; // request: room for it; answer: how much of it
+    u8 sense_info_length; // request: space for it; answer: its length
     Direction data_in;
     u8 properties;
     u32 data_transfer_length;              // bytes: to be moved; answer: moved
@@ -207,14 +207,14 @@ struct Packet {
 };
 static_assert(sizeof(Packet) == 64 && offsetof(Packet, srb) == 12);
 
-/// How much of it a version has on the wire.
+/// Length of the SRB, and of the packet, on the wire, in bytes.
 constexpr u32 srb_bytes(Version version) { return version >= Version::win8 ? 0x34 : 0x24; }
 constexpr u32 packet_bytes(Version version) { return static_cast<u32>(sizeof(PacketHeader)) + srb_bytes(version); }
-/// Room for sense data that a version has: 18 bytes were the fixed format's first part, 20 are the whole payload.
+/// Space for sense data in bytes: 18 are the first part of the fixed format, 20 the whole payload.
 constexpr u8 sense_bytes(Version version) { return version >= Version::win8 ? 0x14 : 0x12; }
 
-/// Which emulated IDE disk stands behind an accelerator's channel, from the instance GUID's text
-/// ("00000001-0000-8899-…": path, then target). Nothing: the text is no GUID, or names no IDE disk.
+/// The emulated IDE disk of an accelerator's channel, from the instance GUID's text ("00000001-0000-8899-…": path,
+/// then target). nullopt: not a GUID, or not an IDE disk.
 struct IdePath {
     u8 path = 0;   // 0 primary, 1 secondary
     u8 target = 0; // 0 master, 1 slave

@@ -1,12 +1,12 @@
-// A virtual block device once it is connected: commands into the ring, answers out of it. Knows neither XenStore nor
-// the handshake. The life of a request is io.block_queue's; this is its transport.
+// A connected virtual block device: requests to the ring, responses from it. Independent of XenStore and the
+// handshake. The life cycle of a request is in io.block_queue; this is its transport.
 //
-// Buffers are granted in place, page by page, for as long as a command is under way; with persistent grants the data
-// goes through pages that stay granted.
+// Buffers are granted in place, page by page, while a command is under way; with persistent grants the data is copied
+// through permanently granted pages.
 //
-// Nothing in the ring is trusted: what a command is is kept outside of it, an answer is copied out once and must carry
-// a known id, the operation that was asked for and a known status, and there are never more answers than requests. The
-// first violation closes the disk.
+// The ring is not trusted: command state is kept outside of it; a response is copied out once and must have a known
+// id, the requested operation and a known status, and there are never more responses than requests. The first
+// violation closes the disk.
 export module drivers.xen_blk.disk;
 import core.std;
 import core.result;
@@ -25,17 +25,17 @@ export import drivers.xen_blk.protocol;
 
 export namespace fl::drivers::xen_blk {
 
-/// What was agreed with the back end.
+/// Terms negotiated with the back end.
 struct Terms {
     hv::xen::Domain domain = 0;
     hv::xen::Port port = hv::xen::Port::none;
     u16 handle = 0;
-    std::optional<Operation> flush; // flush, or write_barrier where only that is offered
+    std::optional<Operation> flush; // flush, or write_barrier if only that is offered
     bool discard = false;
     bool persistent = false;
-    u32 indirect_segments = 0; // of one request; 0: none
+    u32 indirect_segments = 0; // per request; 0: none
     u32 ring_pages = 1;
-    u32 wire_unit = wire_sector; // bytes that sector numbers in the ring count: 512, or the disk's sector size
+    u32 wire_unit = wire_sector; // bytes per sector number in the ring: 512, or the disk's sector size
     io::Geometry geometry;
 };
 
@@ -51,17 +51,17 @@ class Transport : public io::TransportDefaults {
     static constexpr u32 max_commands = 128;
     static constexpr u32 max_idle_events = 64;
     static constexpr Nanoseconds idle_window = io::Executor::tick_length;
-    /// 128 KiB in one slot. A request that is larger costs one slot more for each 128 KiB, so more would save little
+    /// 128 KiB in one slot. A larger request takes another slot for each 128 KiB, so more segments would save little
     /// and cost grants for every slot.
     static constexpr u32 max_segments = 32;
     static constexpr u32 max_indirect_pages = 64;
     static constexpr u32 max_pool_pages = 512;
-    static constexpr u32 pool_chunk = max_segments; // pages that the pool begins with and grows by: any command fits
-    /// Grants that are left to other disks, for their rings and for buffers without persistent grants.
+    static constexpr u32 pool_chunk = max_segments; // initial size and growth of the pool in pages: fits any command
+    /// Grants left to other disks, for their rings and for buffers without persistent grants.
     static constexpr u32 spare_grants = 64;
-    static constexpr u32 spare_bytes = 256 * 1024; // likewise of memory: rings, a job's buffers
-    /// After a batch of answers that took longer the next two are not waited for as a whole; after another one the next
-    /// four, and so on.
+    static constexpr u32 spare_bytes = 256 * 1024; // likewise for memory: rings, a job's buffers
+    /// After a batch of responses that took longer than this, the event for the next two batches is requested before
+    /// the whole batch is due; after another slow one for the next four, and so on.
     static constexpr Nanoseconds patience = 2'000'000;
     static constexpr u32 max_eager = 64;
 
@@ -70,7 +70,7 @@ class Transport : public io::TransportDefaults {
         bool indirect = false;
         u16 segments = 0;
         u16 indirect_page = 0;
-        std::array<Grant, max_segments> grants; // or, with persistent grants, numbers of pool pages
+        std::array<Grant, max_segments> grants; // or, with persistent grants, indices of pool pages
     };
     using Command = io::Command<Transport>;
 
@@ -82,7 +82,7 @@ class Transport : public io::TransportDefaults {
     bool start_pool(hv::xen::Domain domain, DmaAllocator& pool);
     Result<void> open(const Terms& terms, DmaAllocator& pool, void (*notify)(void* context), void* context);
     void on_event();
-    /// The other side has let go for good: grants and pages can be used again.
+    /// The back end can no longer access anything: frees grants and pages.
     void reclaim();
 
     // io::BlockTransport
@@ -129,25 +129,25 @@ class Transport : public io::TransportDefaults {
     u32 unit_shift_ = 9;   // from bytes to the wire's units
     std::optional<Requests> requests_;
     std::optional<Responses> responses_;
-    bool in_batch_ = false; // answers are being taken
-    u32 batch_left_ = 0;    // of them, not taken yet
-    u32 batch_ = 0;         // in all
+    bool in_batch_ = false; // responses are being taken
+    u32 batch_left_ = 0;    // responses of the batch not taken yet
+    u32 batch_ = 0;         // size of the batch
     std::optional<Error> fault_;
-    // Written by the handler, read by the executor's turn on the same processor; relaxed: raise() and the next turn
-    // order them.
+    // Written by the handler, read by the executor's turn on the same processor; relaxed: ordered by raise() and the
+    // next turn.
     std::atomic<bool> masked_{true};
     std::atomic<u32> interrupts_{0};
     u32 next_eager_ = 1;
-    u32 eager_ = 0; // batches still to come that are not waited for as a whole
+    u32 eager_ = 0; // remaining batches with an early event
     Instant armed_at_ = never;
-    u32 burst_ = 1; // commands of the last request
+    u32 burst_ = 1; // number of commands of the last request
     void (*notify_)(void*) = nullptr;
     void* notify_context_ = nullptr;
 
     BouncePool<max_pool_pages, pool_chunk> pool_;
-    std::array<Grant, max_pool_pages> pool_grants_{}; // by the pool's numbers of pages
+    std::array<Grant, max_pool_pages> pool_grants_{}; // indexed by the pool's page numbers
 
-    DmaBuffer spare_memory_; // until the disk is open: what others find is left
+    DmaBuffer spare_memory_; // until the disk is open: reserves memory for other users
     DmaBuffer indirect_memory_;
     std::array<Grant, max_indirect_pages> indirect_grants_{};
     std::array<u16, max_indirect_pages> indirect_free_{};
@@ -157,7 +157,7 @@ class Transport : public io::TransportDefaults {
 
 } // namespace fl::drivers::xen_blk
 
-// Compiled once, in disk.cpp, which is optimised for speed.
+// Instantiated once, in disk.cpp, which is optimized for speed.
 namespace fl {
 extern template class io::BlockQueue<drivers::xen_blk::Transport>;
 extern template class io::QueueDisk<drivers::xen_blk::Transport>;
@@ -175,23 +175,23 @@ class Disk final : public io::QueueDisk<Transport> {
     Disk(io::Executor& executor, hv::xen::Events& events, hv::xen::Grants& grants)
         : QueueDisk(executor, queue_), queue_(executor, executor, events, grants) {}
 
-    /// Lays out an empty ring in `ring` (whole pages, zeroed); it is shared afterwards. Once.
+    /// Lays out an empty ring in `ring` (whole pages, zeroed), to be shared afterwards. Call once.
     Result<void> prepare(DmaSpan ring) { return queue_.transport().lay_out(ring); }
     /// The handler of the event channel; runs in the upcall.
     static void on_event(void* self) { static_cast<Disk*>(self)->queue_.transport().on_event(); }
-    /// Takes the first pages that stay granted, for a disk that shall offer persistent grants. False: there is not
-    /// enough memory or there are not enough grants: it must not offer them. Before open().
+    /// Allocates the first persistently granted pages, for a disk that will offer persistent grants. False: not
+    /// enough memory or grants: it must not offer them. Call before open().
     bool start_pool(hv::xen::Domain domain, DmaAllocator& pool) { return queue_.transport().start_pool(domain, pool); }
-    /// From now on requests are taken. `pool`: what open() may allocate its pages from. `notify`: called, once, when
-    /// the disk closes by itself. Terms with persistent grants need a pool that was started.
+    /// Accepts requests from now on. `pool`: allocator for open()'s pages. `notify`: called once, when the disk
+    /// closes by itself. Terms with persistent grants require a successful start_pool().
     Result<void> open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void* context),
                       void* context);
-    /// Ends everything under way with `status` and takes no more. `why`: for the log.
+    /// Ends everything under way with `status` and accepts no more requests. `why`: for the log.
     void shut(io::Status status, const Error& why) { queue_.close(status, why); }
     bool is_open() const { return queue_.is_open(); }
-    /// The other side has let go for good: the grants and pages of a disk that was shut can be used again.
+    /// The back end can no longer access anything: frees the grants and pages of a disk that was shut.
     void reclaim();
-    /// Commands whose slots the back end still holds.
+    /// Commands whose slots are still held by the back end.
     u32 abandoned() const { return queue_.under_way(); }
 
   private:

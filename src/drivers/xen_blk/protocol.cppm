@@ -1,6 +1,6 @@
-// The block interface's wire: what stands in a slot of the ring, 64-bit layout ("x86_64-abi") [xen-blkif]. Sectors are
-// 512 bytes everywhere here, whatever the disk's sector size: sector numbers, the first and last sector of a segment,
-// and the node "sectors".
+// The block interface's wire format: the contents of a ring slot, 64-bit layout ("x86_64-abi") [xen-blkif]. Sectors
+// in sector numbers, in a segment's first and last sector, and in the node "sectors" are 512 bytes, regardless of the
+// disk's sector size (for back ends that count otherwise see Terms::wire_unit).
 module;
 #include <cstddef>
 export module drivers.xen_blk.protocol;
@@ -8,14 +8,14 @@ import core.std;
 
 export namespace fl::drivers::xen_blk {
 
-/// What is asked for. Comes back in the answer, where any value can stand.
+/// The requested operation. Repeated in the response, which may contain any value.
 enum class Operation : u8 { read = 0, write = 1, write_barrier = 2, flush = 3, discard = 5, indirect = 6 };
 
 inline constexpr u32 wire_sector = 512;
 inline constexpr u32 segments_in_slot = 11;
 inline constexpr u32 indirect_pages_in_slot = 8;
 
-/// A part of one page: sectors first_sector to last_sector of it, both included.
+/// A part of one page: sectors first_sector to last_sector, inclusive.
 struct Segment {
     u32 grant;
     u8 first_sector;
@@ -30,7 +30,7 @@ struct RequestHeader {
     u8 segment_count;
     u16 handle;
     u32 padding;
-    u64 id; // ours, comes back
+    u64 id; // ours, returned in the response
     u64 sector;
 };
 static_assert(sizeof(RequestHeader) == 24 && offsetof(RequestHeader, segment_count) == 1 &&
@@ -45,12 +45,12 @@ struct DirectRequest {
 static_assert(sizeof(DirectRequest) == 112 && offsetof(DirectRequest, segments) == 24);
 
 struct DiscardRequest {
-    RequestHeader header; // segment_count: flags, 1 for a secure one
+    RequestHeader header; // segment_count: flags, 1 for a secure discard
     u64 sector_count;
 };
 static_assert(sizeof(DiscardRequest) == 32 && offsetof(DiscardRequest, sector_count) == 24);
 
-/// The segments stand in pages of their own, segments_in_page in each.
+/// The segments are in separate pages, segments_in_page in each.
 struct IndirectRequest {
     Operation operation;   // indirect
     Operation indirect_op; // read or write
@@ -70,7 +70,7 @@ static_assert(sizeof(IndirectRequest) == 64 && offsetof(IndirectRequest, indirec
 
 struct Response {
     u64 id;
-    Operation operation; // for an indirect request what it does, or indirect itself: both are seen in the field
+    Operation operation; // for an indirect request its indirect_op, or indirect itself: back ends differ
     u8 padding0;
     i16 status;
     u32 padding1;
@@ -81,7 +81,7 @@ inline constexpr i16 status_ok = 0;
 inline constexpr i16 status_error = -1;
 inline constexpr i16 status_not_supported = -2;
 
-// The ring's page: four words, then the slots; an answer stands at the beginning of a slot [xen-ring].
+// The ring page: four words, then the slots; a response is at the beginning of a slot [xen-ring].
 inline constexpr usize ring_request_producer = 0;
 inline constexpr usize ring_request_event = 4;
 inline constexpr usize ring_response_producer = 8;
@@ -89,7 +89,7 @@ inline constexpr usize ring_response_event = 12;
 inline constexpr usize ring_slots = 64;
 inline constexpr u32 slot_bytes = sizeof(DirectRequest);
 
-// The node "info".
+// Bits of the node "info".
 inline constexpr u64 info_cdrom = 1;
 inline constexpr u64 info_removable = 2;
 inline constexpr u64 info_read_only = 4;
