@@ -19,7 +19,7 @@ namespace fl::io {
 
 namespace {
 
-// How many letters to change, add or drop; the words are short.
+// Levenshtein distance; for short words.
 constexpr u32 edit_distance(std::string_view a, std::string_view b) {
     constexpr usize limit = 16;
     if (a.size() >= limit || b.size() >= limit) {
@@ -41,7 +41,7 @@ constexpr u32 edit_distance(std::string_view a, std::string_view b) {
 
 struct Word {
     std::string_view word;
-    std::string_view if_meant; // the message for something that looks like it
+    std::string_view if_meant; // the message for a misspelling of it
 };
 
 constexpr std::array<Word, 5> pattern_words{{
@@ -76,7 +76,7 @@ Result<usize> find_word(std::span<const Word> words, std::string_view text) {
     return Error{Code::bad_argument, words[best].if_meant};
 }
 
-// A number with an optional k, m or g.
+// A number with an optional suffix k, m or g.
 std::optional<u64> parse_size(std::string_view text) {
     u32 shift = 0;
     if (!text.empty()) {
@@ -94,7 +94,7 @@ std::optional<u64> parse_size(std::string_view text) {
     return *value << shift;
 }
 
-// Everything before the first `at`, and what stands behind it; nothing when there is none.
+// The text before the first `at`, and the text after it; nullopt if there is none.
 struct Piece {
     std::string_view head;
     std::optional<std::string_view> rest;
@@ -153,7 +153,7 @@ void mark(const BenchOptions& options, u32 phase) {
     }
 }
 
-// Busy, so that the executor neither submits nor sleeps. The time now.
+// Busy-waits, so that the executor neither submits nor sleeps. Returns the time at its end.
 Instant spin(Executor& executor, Nanoseconds length) {
     const Instant begin = executor.elapsed();
     Instant now = begin;
@@ -220,7 +220,7 @@ Result<void> Bench::suits(const BlockDevice& disk, const Workload& w, const Benc
                      w.bs};
     }
     const bool sequential = w.pattern == Pattern::read || w.pattern == Pattern::write;
-    const u64 needed = !sequential ? 1 : lanes > 1 ? (w.count / lanes + 1) * lanes : w.count; // a stretch for each lane
+    const u64 needed = !sequential ? 1 : lanes > 1 ? (w.count / lanes + 1) * lanes : w.count; // a region per lane
     if (blocks < needed) {
         return Error{Code::bad_argument, "count of a workload: at most as many blocks of bs bytes as the disk has",
                      blocks, needed};
@@ -253,7 +253,7 @@ Result<void> Bench::prepare(BlockDevice& disk, const Workload& w, const BenchOpt
     SplitMix64 filling(w.seed);
     for (u32 i = 0; i < w.qd; ++i) {
         TRY(buffers_[i], options.dma->buffer(w.bs));
-        for (u32 at = 0; at < w.bs; at += 8) { // not zeroes, which a host may treat better
+        for (u32 at = 0; at < w.bs; at += 8) { // not zeroes, which a host may optimize
             const u64 word = filling.next();
             std::memcpy(buffers_[i].data() + at, &word, 8);
         }
@@ -267,8 +267,7 @@ void Bench::release() {
     }
 }
 
-// The addresses come in one sequence, whichever slot takes them: the same seed reads the same blocks at every queue
-// depth.
+// Addresses form one sequence shared by all slots: the same seed accesses the same blocks at every queue depth.
 inline bool Bench::next(Op& op, u64& lba) {
     if (left_ == 0 || stopped_) {
         return false;
@@ -302,7 +301,7 @@ inline void Bench::ended(const Request& request, Instant begun, Instant now) {
     if (!first_error_) {
         first_error_ = to_error(request.status);
     }
-    // A bad sector is one bad sector; anything else will not get better by asking two thousand times.
+    // Continue after a bad sector; any other error would affect all following I/Os.
     stopped_ = stopped_ || request.status != Status::io_error;
 }
 
@@ -318,11 +317,11 @@ Task<Result<void>> Bench::slot(Bench& bench, BlockDevice& disk, u32 index) {
     Executor& executor = disk.executor();
     Op op = Op::read;
     u64 lba = 0;
-    // One stamp ends an I/O and begins the next one. All times of a report are elapsed time.
+    // One timestamp ends an I/O and begins the next one. All times of a report are elapsed time.
     Instant begun = executor.elapsed();
     while (bench.next(op, lba)) {
         BlockDevice::Transfer transfer(disk, op, lba, buffer);
-        static_cast<void>(co_await transfer); // its status says it, too
+        static_cast<void>(co_await transfer); // the result is in its status
         const Instant now = executor.elapsed();
         bench.ended(transfer, begun, now);
         begun = --bench.until_thinking_ == 0 ? bench.think(executor, now) : now;
@@ -345,7 +344,7 @@ Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, Bench
         spawned = group.spawn(slot(*this, disk, i));
     }
     if (!spawned) {
-        left_ = 0; // those that were started end at once
+        left_ = 0; // tasks already started end at once
         static_cast<void>(co_await group.join());
         release();
         co_return spawned.error();
@@ -371,10 +370,10 @@ Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, Bench
     co_return report;
 }
 
-// Where the lanes meet before the first I/O: the last one to arrive reads the clock and the allocations, and lets all
-// go.
+// Start barrier of the lanes before the first I/O: the last one to arrive reads the clock and the allocations, and
+// releases all.
 struct Bench::Start {
-    // for a lane that never comes: no frame was left for it, or its processor has stopped
+    // for a lane that never arrives: no frame was left for it, or its processor has stopped
     static constexpr Nanoseconds longest = 5'000'000'000;
 
     u32 lanes;
@@ -385,8 +384,8 @@ struct Bench::Start {
     std::atomic<bool> open{false};
     std::atomic<bool> missed{false}; // written before `open`
 
-    // Each lane has a processor of its own, so waiting keeps nobody from arriving. What the last one writes is read
-    // when all lanes have ended.
+    // Spinning is safe because each lane has its own processor. The data written by the last one is read after all
+    // lanes have ended.
     Result<void> arrive_and_wait(Executor& executor) {
         const Bound bound(executor, longest);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == lanes) {
@@ -395,7 +394,7 @@ struct Bench::Start {
             begun = executor.elapsed();
             open.store(true, std::memory_order_release);
         }
-        while (!open.load(std::memory_order_acquire)) { // partner: the releases here
+        while (!open.load(std::memory_order_acquire)) { // pairs with the releases here
             spin_pause();
             if (bound.passed()) {
                 missed.store(true, std::memory_order_relaxed); // ordered by the next line
@@ -465,7 +464,7 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
         ready = Error{Code::bad_argument, "count of a workload: at most as many blocks of bs bytes as the disk has",
                       runners[0]->blocks_, (workload.count / lanes + 1) * lanes};
     }
-    // The counters of the other lanes rest: what their processors wrote came to us with the end of their last task.
+    // The other lanes' counters are stable now: the end of each lane's last task made its writes visible here.
     const auto counters = [&] {
         Counters sum;
         for (u32 i = 0; i < lanes; ++i) {
@@ -481,7 +480,7 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
         ready = group.spawn(lane_elsewhere(*runners[i], disk.lane(i), start));
     }
     if (!ready) {
-        start.lanes = 0; // nobody has begun: spawned tasks run when this coroutine waits, and it does not
+        start.lanes = 0; // nothing has started: spawned tasks run only when this coroutine waits, and it does not
     } else {
         ready = co_await group.join();
         mark(options, 0);
@@ -535,10 +534,10 @@ void print_direction(log::Record& record, std::string_view key, const Latencies&
     record.close('}').close('}').close('}');
 }
 
-// The counts behind a direction, as records of bounded length: the first bucket's number and its count, then how many
-// buckets further on the next count lies, that count, and so on.
+// The histogram of a direction, as records of bounded length: the first bucket's number and its count, then for each
+// next nonempty bucket its distance and its count.
 void print_latencies(const BlockDevice& disk, std::string_view op, const Latencies& latencies) {
-    constexpr usize longest = 48; // counts in a record: less than 800 characters
+    constexpr usize longest = 48; // counts per record: less than 800 characters
     if (latencies.histogram == nullptr) {
         return;
     }

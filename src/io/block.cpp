@@ -34,7 +34,7 @@ Request::~Request() {
     if (pending_) {
         check(this_processor() == device_->executor_.processor(), "a request is destroyed on its lane's processor");
         device_->forget(*this);
-        if (pending_) { // ended by nobody else
+        if (pending_) { // not ended by forget()
             ++device_->counters_.completed;
             ++device_->counters_.errors;
         }
@@ -84,7 +84,7 @@ void BlockDevice::complete(Request& request, Status status) {
     request.status = status;
     ++counters_.completed;
     counters_.errors += status != Status::ok ? 1 : 0;
-    if (request.waiter) { // a request without a waiter is looked at by its owner: pending() turns false
+    if (request.waiter) { // a request without a waiter is polled by its owner: pending() becomes false
         executor_.make_ready(request);
     }
 }

@@ -45,7 +45,7 @@ void QueueCore::stop() {
     state_ = State::closed;
 }
 
-/// `with_device`: the status of requests of which the device has something.
+/// `with_device`: the status of requests of which the device holds a part.
 void QueueCore::end_everything(Status status, Status with_device, bool stopped) {
     state_ = State::shut;
     const auto end = [&](Request& request, Status how) {
@@ -83,7 +83,7 @@ void QueueCore::end_everything(Status status, Status with_device, bool stopped) 
         }
     });
     delayed_ = 0;
-    if (device_stopped) { // what nobody waited for comes back as well
+    if (device_stopped) { // also takes back commands without a waiter
         take_back_everything(nullptr);
     }
     asked_.reset();
@@ -140,7 +140,7 @@ FixedText<96> QueueCore::names() const {
 
 // ---- sending ----
 
-/// Whether a write that was given up, and that the device may still carry out, has a sector in common with the request.
+/// Whether an abandoned write that the device may still execute overlaps the request.
 bool QueueCore::blocked(const QueuedDevice& disk, const Request& request) {
     bool found = false;
     const u64 end = request.lba + (request.buffer.size >> disk.sector_shift_);
@@ -211,7 +211,7 @@ void QueueCore::abandon(Exchange& exchange) {
 
 // ---- answers ----
 
-/// Out of the lists of its disk.
+/// Removes the request from its disk's lists.
 bool QueueCore::unpark(Request& request) {
     auto& disk = static_cast<QueuedDevice&>(request.device());
     const bool found = disk.waiting_.remove(request) || disk.retry_.remove(request);
@@ -219,8 +219,8 @@ bool QueueCore::unpark(Request& request) {
     return found;
 }
 
-/// The device has answered a command of which something was given up, or has been stopped. `safe`: it accesses none of
-/// the command's buffers any more.
+/// The device has answered, or was stopped with, a command of which some request was abandoned. `safe`: it no longer
+/// accesses any of the command's buffers.
 void QueueCore::end_late(u64 id, QueuedCommand& command, bool safe) {
     late_writes_ -= std::exchange(command.late_write, false) ? 1 : 0;
     if (safe) {
@@ -238,7 +238,7 @@ void QueueCore::note_error(Request& request, Status status) {
     }
 }
 
-/// The host has answered and may still access the buffer.
+/// The host has answered but may still access the buffer.
 void QueueCore::note_held(u64 id, const QueuedDevice& device, Request& request) {
     log::warning("{}: the host has answered and still holds the buffer: it is not used again",
                  device.identity().name.view());
@@ -246,7 +246,7 @@ void QueueCore::note_held(u64 id, const QueuedDevice& device, Request& request) 
     quarantine(request.buffer, this, id);
 }
 
-/// False: it has been tried often enough.
+/// False: the retries are exhausted.
 bool QueueCore::retry(u64 id, QueuedCommand& command, Retry how) {
     if (how == Retry::alone || command.thinned) {
         if (!command.gathered && command.first->tries != 0 && !command.first->again) {
@@ -254,7 +254,7 @@ bool QueueCore::retry(u64 id, QueuedCommand& command, Retry how) {
         }
         for (Request* request = command.first; request != nullptr;
              request = command.gathered ? request->link : nullptr) {
-            request->tries += request->again ? 0 : 1; // else another of its commands failed in the same try
+            request->tries += request->again ? 0 : 1; // else another of its commands failed in the same attempt
         }
         const bool safe = transport_finish(command, Status::io_error);
         if (command.thinned) {
@@ -286,12 +286,13 @@ bool QueueCore::retry(u64 id, QueuedCommand& command, Retry how) {
     return true;
 }
 
-/// The device does not have the command any more: its requests are sent again, alone.
+/// The device no longer holds the command: its requests are resent, each alone.
 void QueueCore::requeue_all(QueuedCommand& command) {
     Request* request = std::exchange(command.first, nullptr);
     for (Request* following = nullptr; request != nullptr; request = following) {
         following = command.gathered ? request->link : nullptr;
-        if (--request->parts != 0 || request->part_status != Status::ok) { // others of its commands are with the device
+        // the device still holds other commands of it
+        if (--request->parts != 0 || request->part_status != Status::ok) {
             static_cast<void>(unpark(*request));
             request->issued = request->buffer.size;
             request->again = true;
@@ -300,7 +301,7 @@ void QueueCore::requeue_all(QueuedCommand& command) {
             }
         } else {
             static_cast<void>(unpark(*request));
-            // `again`: one of its other commands has to be sent again as well.
+            // `again`: another of its commands must be resent as well.
             request->issued = command.gathered || request->again ? 0 : command.offset;
             request->again = false;
             park(command.device->retry_, *request);
@@ -308,7 +309,7 @@ void QueueCore::requeue_all(QueuedCommand& command) {
     }
 }
 
-/// From its beginning: parts of it have ended well, and others not.
+/// Resends the request from its beginning: some of its parts succeeded, others did not.
 void QueueCore::requeue(Request& request) {
     request.again = false;
     request.issued = 0;
@@ -319,7 +320,7 @@ void QueueCore::requeue(Request& request) {
 
 bool QueueCore::cancel(Request& request) {
     if (request.parts != 0 || !unpark(request)) {
-        return false; // the device has it: it ends when that answers
+        return false; // the device has it: it ends when the device answers
     }
     complete(request, Status::cancelled);
     return true;
@@ -329,7 +330,7 @@ void QueueCore::forget(Request& request) {
     static_cast<void>(unpark(request));
     detach(request);
     request.parts = 0;
-    complete_done(); // where the device was stopped: requests that had failed already; they may die as well
+    complete_done(); // if the device was stopped: requests that failed before, which may be destroyed now
 }
 
 void QueueCore::give_up(Request& request, Status status) {
@@ -345,7 +346,7 @@ void QueueCore::give_up_all(QueuedCommand& command) {
     }
 }
 
-/// None of its commands is the request's any more.
+/// Detaches all commands from the request.
 void QueueCore::detach(Request& request) {
     bool stopped = false;
     if (request.parts != 0) {
@@ -357,7 +358,7 @@ void QueueCore::detach(Request& request) {
     }
 }
 
-/// `stopped`: the device has been stopped already. True: it had to be.
+/// `stopped`: the device is already stopped. Returns whether this call had to stop it.
 bool QueueCore::detach(u64 id, QueuedCommand& command, Request& request, bool stopped) {
     Request** at = &command.first;
     while (*at != nullptr && *at != &request && command.gathered) {
@@ -375,7 +376,7 @@ bool QueueCore::detach(u64 id, QueuedCommand& command, Request& request, bool st
     }
     *at = request.link;
     request.link = nullptr;
-    if (delayed) { // it is not sent again as it was
+    if (delayed) { // it is not resent as it was
         --delayed_;
         static_cast<void>(transport_finish(command, Status::cancelled));
         requeue_all(command);
@@ -393,7 +394,7 @@ bool QueueCore::detach(u64 id, QueuedCommand& command, Request& request, bool st
     return fence == Fence::stopped;
 }
 
-/// Nobody waits for the command any more. Its requests are still in it: their buffers are quarantined if they must be.
+/// The command has no waiter any more. Its requests are still linked, and their buffers are quarantined if necessary.
 void QueueCore::orphan(u64 id, QueuedCommand& command, Fence fence) {
     for (Request* request = command.first; request != nullptr && fence == Fence::reachable;
          request = command.gathered ? request->link : nullptr) {
@@ -414,7 +415,7 @@ void QueueCore::orphan(u64 id, QueuedCommand& command, Fence fence) {
     }
 }
 
-/// The device has been stopped. `expired`: the command that it did not answer; of several requests each is tried alone.
+/// The device was stopped. `expired`: the command that timed out; if it has several requests, each is resent alone.
 void QueueCore::take_back_everything(const QueuedCommand* expired) {
     for_each_command([&](u64 id, QueuedCommand& command) {
         if (command.delayed) {
@@ -470,7 +471,7 @@ void QueueCore::tick(Instant now) {
 
 void QueueCore::look_at_time() {
     using Finding = OldestWait::Finding;
-    QueuedCommand* oldest = nullptr; // with the device, and somebody waits for it, or for its sectors
+    QueuedCommand* oldest = nullptr; // held by the device, with a waiter, or with requests waiting for its sectors
     for_each_command([&](u64, QueuedCommand& command) {
         if ((command.first != nullptr || command.late_write) && !command.delayed &&
             (oldest == nullptr || command.number < oldest->number)) {
@@ -482,7 +483,7 @@ void QueueCore::look_at_time() {
     const Finding found = oldest_.look(executor_, seen, timeout_);
     if (asked_) {
         if (oldest == nullptr || oldest->number > asked_issued_) {
-            asked_.reset(); // it has helped
+            asked_.reset(); // the reset succeeded
         } else if (asked_->passed()) {
             return give_up_after_asking();
         }
@@ -504,7 +505,7 @@ void QueueCore::look_at_time() {
     }
 }
 
-/// One of the requests that wait for room, or for the next try.
+/// Ends one of the requests that wait for room or for a resend.
 void QueueCore::give_up_waiting(const Error& why) {
     Request* request = nullptr;
     for_each_disk([&](QueuedDevice& disk) {
@@ -535,7 +536,7 @@ void QueueCore::recover(QueuedCommand& command, OldestWait::Finding finding) {
         log::warning("{}: no answer to a request within {} ms, while others were answered",
                      command.device->identity().name.view(), timeout_ / 1'000'000);
         give_up_all(command);
-        return oldest_.restart(); // a write that may still be carried out has a time-out more
+        return oldest_.restart(); // a late write gets another timeout
     case Recovery::Kind::asked: return ask(command);
     case Recovery::Kind::stopped:
         take_back_everything(&command);

@@ -13,7 +13,7 @@ import io.timer_heap;
 namespace fl::io {
 
 namespace {
-// Each processor reads and writes its own, when it enters or leaves its loop.
+// Each processor accesses only its own entry, on entering or leaving its loop.
 constinit std::array<Executor*, max_processors> running{};
 } // namespace
 
@@ -40,7 +40,7 @@ void Executor::run_posts() {
     while (posts_ != nullptr) {
         Post* post = posts_;
         static_cast<void>(withdraw(*post));
-        post->run(*post); // may be its end
+        post->run(*post); // may destroy it
     }
 }
 
@@ -60,7 +60,7 @@ bool Executor::withdraw(Post& post) {
         }
     }
     if (posts_ != nullptr) {
-        mailbox_.raise(); // the turn that was told of them may have begun already
+        mailbox_.raise(); // the turn signalled for them may have begun already
     }
     return found;
 }
@@ -85,7 +85,7 @@ void Executor::run_urgent() {
         }
         static_cast<void>(withdraw(*post));
         post->run(*post);
-        post = posts_; // it may have changed the list
+        post = posts_; // run() may have changed the list
     }
     if (posts_ != nullptr) {
         mailbox_.raise();
@@ -95,12 +95,12 @@ void Executor::run_urgent() {
 [[clang::minsize]] void Executor::serve(const std::atomic<bool>& stop) {
     Executor* const before = enter(this);
     clock_.rest_until(never);
-    while (!stop.load(std::memory_order_acquire)) { // partner: the release of whoever stops us
+    while (!stop.load(std::memory_order_acquire)) { // pairs with the release by the setter of `stop`
         step();
     }
     collect(mailbox_.close());
     closed_ = true;
-    run_posts(); // what arrived before; a task that comes by one of them goes below
+    run_posts(); // posts queued before; tasks added by them are evicted below
     while (remote_tasks_ != nullptr) {
         RemoteTask* task = remote_tasks_;
         remove_remote(*task);
@@ -117,7 +117,7 @@ void Executor::add(Service& service) {
     RaisedList<Service>::attach(service);
 }
 
-// Seldom called, so for size.
+// Rarely called: optimized for size.
 [[clang::minsize]] void Executor::remove(Service& service) {
     check_processor();
     const auto unlink = [&](Service*& first, Service* Service::* next) {
@@ -132,14 +132,14 @@ void Executor::add(Service& service) {
     if (!unlink(services_, &Service::next_)) {
         return;
     }
-    if (RaisedList<Service>::detach(service)) { // it is in the list, or on its way there
+    if (RaisedList<Service>::detach(service)) { // it is in the list, or about to be added
         for (bool found = false; !found; spin_pause()) {
             for (Service* raised = raised_.take_all(); raised != nullptr;) {
                 Service* const following = raised->next_raised;
                 found = found || raised == &service;
                 if (raised != &service) {
                     lower(*raised);
-                    mailbox_.raise(); // the turn of that raise may have begun already: drained in the next one
+                    mailbox_.raise(); // the turn for that raise may have begun already: drain it in the next one
                 }
                 raised = following;
             }
@@ -147,7 +147,7 @@ void Executor::add(Service& service) {
     }
     if (service.active_) {
         unlink(active_, &Service::next_active_);
-        unlink(following_, &Service::next_active_); // removed inside a loop over active ones
+        unlink(following_, &Service::next_active_); // removed while iterating over active services
         service.active_ = false;
     }
     if (service.ticking_) {
@@ -160,7 +160,7 @@ void Executor::add(Service& service) {
     }
 }
 
-// A service that was raised, and its link has been read.
+// Handles a raised service, after its link has been read.
 void Executor::lower(Service& service) {
     RaisedList<Service>::lower(service);
     if (&service != &everything_) [[likely]] {
@@ -170,8 +170,8 @@ void Executor::lower(Service& service) {
     for (Service* each = services_; each != nullptr; each = each->next_) {
         activate(*each);
     }
-    // wake() also announces what is no service: the loop's own condition, which is looked at between turns and may have
-    // been looked at before this turn began. So this turn must not end in a sleep.
+    // wake() also signals the loop's own condition, which is tested between turns, possibly before this turn began.
+    // So this turn must not end in a sleep.
     mailbox_.raise();
 }
 
@@ -201,7 +201,7 @@ void Executor::cancel(Timer& timer) {
     timers_.remove(timer);
 }
 
-// After a stop of the machine: the bounds among the timers get their length anew.
+// After a machine stop: bounds among the timers restart in full.
 [[clang::minsize]] void Executor::renew_bounds() {
     renewed_at_ = resumed_at();
     timers_.take_all([&](Timer& timer) {
@@ -223,19 +223,18 @@ void Executor::cancel(Timer& timer) {
 void Executor::step() {
     ++turns_;
     turn_time_ = now();
-    // Clear the flag, then look at everything: what is raised from here on is either seen below or keeps us awake. A
-    // post raises it, too.
+    // Clear the flag, then check everything: a later raise or post is either seen below or prevents the sleep.
     if (mailbox_.clear()) {
         run_posts();
         take_raised();
     }
 
-    // Only what is ready now: a coroutine that makes itself ready again waits for the next turn, so that queues get
-    // theirs. A coroutine that is destroyed by one resumed before it takes its node out of the batch.
+    // Only coroutines ready now: one that makes itself ready again waits for the next turn, so that the queues are
+    // serviced. A coroutine destroyed by an earlier one unlinks its node from the batch.
     ReadyList batch;
     batch.take_all(ready_);
     while (ReadyNode* node = batch.pop()) {
-        node->waiter.resume(); // the node may die with the frame
+        node->waiter.resume(); // the node may be destroyed with the frame
     }
 
     while (touched_ != nullptr) {
@@ -244,7 +243,7 @@ void Executor::step() {
         service->flush();
     }
     const bool tick_due = turn_time_ >= next_tick_;
-    if (tick_due) { // these are drained first: an interrupt may have got lost
+    if (tick_due) { // drain these first: an interrupt may have been lost
         while (ticking_ != nullptr) {
             Service* const service = std::exchange(ticking_, ticking_->next_ticking_);
             activate(*service); // ticking_ stays set until run_ticks()
@@ -278,13 +277,13 @@ void Executor::step() {
 
     // About to sleep.
     if (mailbox_.raised()) {
-        return; // something came while we worked
+        return; // an event arrived during this turn
     }
     if (active_ != nullptr && arm_all()) {
         return;
     }
     ++idles_;
-    // A bound needs ticks even if no service does: a long stop of the machine is noticed by reading the clock often.
+    // A bound needs ticks even if no service does: long machine stops are detected by reading the clock often.
     Instant until = ticking_ != nullptr || bounds_pending_ != 0 ? next_tick_ : never;
     if (!timers_.empty()) {
         until = std::min(until, timers_.first()->due);
@@ -311,7 +310,7 @@ void Executor::run_ticks(Instant time) {
     }
 }
 
-// All active services, most of which become passive. True: not all of them, or there is something else to do.
+// Arms all active services, most of which become passive. True: some remain active, or there is other work.
 bool Executor::arm_all() {
     following_ = std::exchange(active_, nullptr);
     while (following_ != nullptr) {
@@ -333,7 +332,7 @@ bool Signal::drain() {
         return false;
     }
     waiting_->by_signal_ = true;
-    if (waiting_->pending) { // else its deadline has passed in this very turn and it is ready already
+    if (waiting_->pending) { // else its bound has expired in this turn, and it is already ready
         executor_.cancel(*waiting_);
         executor_.make_ready(*waiting_);
     }
@@ -342,7 +341,7 @@ bool Signal::drain() {
 
 TaskGroup::~TaskGroup() {
     while (members_ != nullptr) {
-        std::coroutine_handle<Member::promise_type>::from_promise(*members_).destroy(); // leaves the list
+        std::coroutine_handle<Member::promise_type>::from_promise(*members_).destroy(); // unlinks it
     }
 }
 

@@ -6,7 +6,7 @@ namespace fl::io {
 namespace {
 using u128 = unsigned __int128;
 
-// A freestanding build has no 128-bit division; this one is asked once per report.
+// A freestanding build has no 128-bit division; called rarely, for reports only.
 u128 divide(u128 dividend, u64 divisor) {
     u128 quotient = 0;
     u128 rest = 0;
@@ -36,8 +36,8 @@ u64 Histogram::stddev() const {
     if (total_ < 2) {
         return 0;
     }
-    // Sum of (v - m)^2 with the whole mean m, then less n * (mean - m)^2 for its fraction r/n: exact but for the last
-    // division. Values have 40 bits and there are less than 2^32 of them, so nothing leaves 112 bits.
+    // Sum of (v - m)^2 with the integer part m of the mean, minus n * (mean - m)^2 for its fraction r/n: exact except
+    // for the last division. Values have 40 bits and there are fewer than 2^32 of them, so 112 bits suffice.
     const u64 m = sum_ / total_;
     const u64 r = sum_ % total_;
     const u128 about_m = square_sum_ - u128{2} * m * sum_ + u128{m} * m * total_;

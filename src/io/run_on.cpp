@@ -26,7 +26,7 @@ void RemoteCall::send(Runner runner, std::coroutine_handle<> waiting) {
     cancel_.run = on_cancel;
     cancel_.urgent = true;
     if (!there_.post(start_)) {
-        Handle::from_promise(*runner.promise).destroy(); // it has never run; posts `done`
+        Handle::from_promise(*runner.promise).destroy(); // it never ran; posts `done`
     }
 }
 
@@ -39,15 +39,15 @@ void RemoteCall::on_start(Post& post) {
     call.there_.make_ready(*call.runner_);
 }
 
-// There, at the runner's end, whichever it is. With the post the call may be gone.
+// On the remote processor, when the runner ends in any way. Once the post is sent the call may be destroyed.
 void RemoteCall::ended() {
     Runner::promise_type* runner = std::exchange(runner_, nullptr);
-    if (runner->evict != nullptr) { // it has been started
+    if (runner->evict != nullptr) { // it was started
         there_.remove_remote(*runner);
     }
     if (!home_->post(done_)) {
-        // Home has stopped, so nobody but abandon() waits for this. Release, and the last access: partner is the
-        // acquire there.
+        // The home executor has stopped, so only abandon() can be waiting. Release, and the last access: pairs with
+        // the acquire there.
         gone_.store(true, std::memory_order_release);
     }
 }
@@ -64,14 +64,14 @@ void RemoteCall::on_cancel(Post& post) {
     if (call.runner_ != nullptr) {
         std::coroutine_handle<Runner::promise_type>::from_promise(*call.runner_).destroy(); // posts `done`
     }
-    // The last access from here. Release: partner is the acquire in abandon(), so that the end of the task comes before
-    // whatever the dying frame's owner does next.
+    // The last access from here. Release: pairs with the acquire in abandon(), so that the task's end is ordered
+    // before what the destroyed frame's owner does next.
     call.cancelled_.store(true, std::memory_order_release);
 }
 
-// The frame that waits is being destroyed, at home. The task may refer to that frame: it must end first, on its own
-// processor. Meanwhile this one serves requests of the same kind, or two processors that abandon each other's tasks
-// would wait for ever.
+// On the home processor: the waiting frame is being destroyed. The task may refer to that frame, so it must end
+// first, on its own processor. Meanwhile this processor serves such requests itself, or two processors abandoning
+// each other's tasks would deadlock.
 void RemoteCall::abandon() {
     under_way_ = false;
     if (there_.processor() == home_->processor()) {
@@ -79,7 +79,7 @@ void RemoteCall::abandon() {
         static_cast<void>(home_->withdraw(done_));
         return;
     }
-    // else it has stopped, and ends the task by itself, or has: `done` is its last access
+    // else it has stopped, and ends or has ended the task by itself: `done` is its last access
     const bool asked = there_.post(cancel_);
     const Bound bound(*home_, longest_answer);
     while (asked ? !cancelled_.load(std::memory_order_acquire)

@@ -112,7 +112,7 @@ void FramePool::give_all(Kept& kept) {
     }
 }
 
-// What the processor does not keep. The arena may be empty because of blocks of other sizes that processors keep.
+// Allocates on a cache miss. The arena may be empty because processors cache blocks of other sizes.
 void* FramePool::allocate_from_arena(Kept& kept, usize size_class) {
     if (void* const block = take(size_class); block != nullptr) [[likely]] {
         return block;
@@ -181,7 +181,7 @@ void FramePool::free(void* block, usize size) noexcept {
     if (classes[i] > largest_kept || kept.count[i] == kept_blocks) {
         return give(block);
     }
-    // The size that is in use now displaces others.
+    // The size in use now displaces cached blocks of other sizes.
     for (usize other = 0; kept.bytes + classes[i] > kept_bytes;) {
         if (other != i && kept.count[other] != 0) {
             give_one(kept, other);

@@ -82,7 +82,7 @@ namespace {
 struct Run {
     BlockDevice& disk;
     VerifyReport& report;
-    u64 next = 0; // block
+    u64 next = 0; // next block
     bool stopped = false;
 
     bool take(u64& block) {
@@ -99,7 +99,7 @@ struct Run {
         if (!report.first_error) {
             report.first_error = to_error(status);
         }
-        // a bad sector is one bad sector; anything else will not get better
+        // continue after a bad sector; any other error would affect all following blocks
         stopped = stopped || status != Status::io_error;
     }
     void check(std::span<const std::byte> data, u64 block) {
@@ -114,7 +114,7 @@ struct Run {
     }
 };
 
-// A read that moves nothing must not find what an earlier transfer left in the buffer.
+// Ensures that a read that transfers nothing does not find the data of an earlier transfer.
 void poison(std::span<std::byte> block) {
     for (usize at = 0; at < block.size(); at += 512) {
         put<u64>(block, at, 0xdead'dead'dead'dead);
@@ -131,7 +131,7 @@ Task<Result<void>> slot(Run& run, Op op, DmaBuffer owned) {
             poison(buffer.bytes());
         }
         BlockDevice::Transfer transfer(run.disk, op, run.sector(block), buffer);
-        static_cast<void>(co_await transfer); // its status says it, too
+        static_cast<void>(co_await transfer); // the result is in its status
         if (transfer.status != Status::ok) {
             run.failed(transfer.status);
         } else if (op == Op::write) {
@@ -147,7 +147,7 @@ Task<Result<void>> slot(Run& run, Op op, DmaBuffer owned) {
     co_return Result<void>{};
 }
 
-// All blocks once, in one direction.
+// Processes all blocks once, in one direction.
 Task<Result<void>> pass(Run& run, Op op, DmaAllocator& dma) {
     run.next = 0;
     TaskGroup group(run.disk.executor());
@@ -202,7 +202,7 @@ Result<u64> blocks_of(const Geometry& g, const VerifyPlan& plan) {
 
 namespace {
 
-// The blocks of one report through one lane.
+// Processes the blocks of one report through one lane.
 Task<Result<void>> region(BlockDevice& lane, VerifyReport& report, DmaAllocator& dma) {
     Run run{lane, report};
     if (report.plan.write) {
@@ -248,7 +248,7 @@ Task<Result<VerifyReport>> verify(BlockDevice& disk, VerifyPlan plan, DmaAllocat
         CO_CHECK(co_await region(disk, report, dma));
         co_return report;
     }
-    // Each processor writes to its own report; they are one again when all have ended.
+    // Each processor writes to its own report; they are merged when all have ended.
     struct Parts {
         std::array<VerifyReport, max_processors> list;
     };
