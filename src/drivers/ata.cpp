@@ -65,7 +65,8 @@ Result<ControllerPorts> set_up(const pci::Device& device) {
         return Error{Code::not_supported, "the IDE controller has no bus mastering (programming interface bit 7)", 0x80,
                      device.prog_if};
     }
-    // A missing or useless BAR of a channel in native mode is that channel's own; bus-master registers are everybody's.
+    // A missing or unusable BAR of a channel in native mode affects only that channel; the bus-master registers are
+    // shared.
     TRY(const pci::Bar bus_master, device.bar(4));
     if (bus_master.kind != pci::Bar::Kind::io || bus_master.base == 0 || bus_master.size < 16 ||
         bus_master.base > 0xfff0) {
@@ -87,7 +88,7 @@ Result<ControllerPorts> set_up(const pci::Device& device) {
         TRY(const pci::Bar control, device.bar(static_cast<u8>(2 * c + 1)));
         if (command.kind != pci::Bar::Kind::io || control.kind != pci::Bar::Kind::io || command.base == 0 ||
             control.base == 0 || command.base > 0xfff8 || control.base > 0xfffc) {
-            at = {}; // switched off, or nobody has given it ports: the other channel may work
+            at = {}; // disabled, or without ports assigned: the other channel may work
             continue;
         }
         at.command = static_cast<u16>(command.base);

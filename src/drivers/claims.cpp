@@ -7,7 +7,7 @@ import drivers.table;
 namespace fl::drivers {
 
 bool Claims::offered(std::string_view driver, DeviceId id) const {
-    // No driver is paired with itself: what it holds already is not offered to it again.
+    // A driver is not paired with itself, so it is not offered a device that it already holds.
     for (const Claim& claim : claims_) {
         if (claim.id == id && !plan_->both(driver, claim.driver)) {
             return false;

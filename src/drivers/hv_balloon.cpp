@@ -24,7 +24,7 @@ Result<void> Device::send(std::span<const std::byte> message, u32 transaction) {
     }
 }
 
-// Everything that is there.
+// Handles all received packets.
 Result<void> Device::take_all() {
     hv::hyperv::Packet packet;
     for (;;) {
@@ -74,7 +74,7 @@ io::Task<Result<void>> Device::serve() {
             balloon_.reports_wanted() ? after(environment_.executor.now(), report_interval) : never);
         result = looked ? take_all() : balloon_.report();
         if (!result && result.error().code == Code::exhausted) {
-            result = {}; // no room for a report: the next one will do
+            result = {}; // no room for a report: skip it, the next one follows
         }
     }
     if (!result) {
@@ -89,14 +89,14 @@ io::Task<Result<void>> Device::close() {
 }
 
 io::Task<Result<Device*>> attach(Environment& environment, Vmbus& bus, Offer offer, const Memory& memory) {
-    auto* device = new (std::nothrow) Device(environment, bus, memory); // lives until the machine ends
+    auto* device = new (std::nothrow) Device(environment, bus, memory); // lives until machine shutdown
     if (device == nullptr) {
         co_return Error{Code::exhausted, "no memory for a balloon"};
     }
     if (auto connected = co_await device->connect(offer); !connected) {
         if (device->closed()) {
             delete device;
-        } // else its channel is still with the bus, and it stays
+        } // else the bus still refers to its channel, and it must stay
         co_return connected.error();
     }
     co_return device;

@@ -44,10 +44,10 @@ io::Task<Result<void>> Utility::serve() {
                 break;
             }
             if (packet.type != hv::hyperv::PacketType::inband) {
-                continue; // an answer to something that we did not ask
+                continue; // an answer without a request of ours
             }
             const usize bytes = packet.payload.size();
-            // the channel's copy lasts only until the next packet
+            // the channel's copy is valid only until the next packet
             std::memcpy(message_.data(), packet.payload.data(), bytes);
             const std::span<std::byte> message = std::span(message_).first(bytes);
             const auto ends = take(message, packet.transaction);
@@ -69,8 +69,8 @@ io::Task<Result<void>> Utility::serve() {
     co_return co_await bus_.close(channel_);
 }
 
-// A message that is answered at once has its answer. True: the host asks for a shutdown, which takes its time. No
-// coroutine: heartbeats come all the time, and nothing is allocated for them.
+// Answers the message, except for a shutdown request. True: the host requests a shutdown, which takes time. Not a
+// coroutine: heartbeats are frequent, and must not allocate.
 Result<bool> Utility::take(std::span<std::byte> message, u64 transaction) {
     const bool negotiated = service_.negotiated();
     TRY(const Service::Action action, service_.answer(message));
@@ -94,7 +94,7 @@ Result<bool> Utility::take(std::span<std::byte> message, u64 transaction) {
 io::Task<Result<void>> Utility::shut_down(std::span<std::byte> message, u64 transaction) {
     log::info("hv_util: the host asks for a shutdown");
     io::Shutdown* const shutdown = environment_.shutdown;
-    if (shutdown == nullptr || !shutdown->ask("the host")) { // a second channel of this class, say
+    if (shutdown == nullptr || !shutdown->ask("the host")) { // for example a second channel of this class
         Service::refuse(message);
         co_return reply(message, transaction);
     }
@@ -113,14 +113,14 @@ Result<void> Utility::reply(std::span<const std::byte> message, u64 transaction)
     if (sent == hv::hyperv::Sent::broken || !channel_.sound()) {
         return channel_.broken().value_or(Error{Code::protocol, "the channel is broken"});
     }
-    if (sent != hv::hyperv::Sent::queued) { // the host does not read what it asked for
+    if (sent != hv::hyperv::Sent::queued) { // the host does not read the answers to its requests
         log::warning("hv_util: {}: an answer found no room and was dropped", service_.kind());
     }
     return {};
 }
 
 void Utility::set_clock() {
-    const Instant now = environment_.executor.elapsed(); // the time of day goes on while the machine is stopped
+    const Instant now = environment_.executor.elapsed(); // the time of day advances while the machine is stopped
     const UnixNanoseconds host = service_.host_time().at(reference_ != nullptr ? reference_->counter() : std::nullopt);
     const auto ours = wall_clock(now);
     set_wall_clock(now, host);
@@ -147,14 +147,14 @@ io::Task<Result<Utility*>> attach(Environment& environment, Vmbus& bus, Offer of
     if (!kind) {
         co_return Error{Code::not_supported, "not an integration service that this driver knows"};
     }
-    auto* utility = new (std::nothrow) Utility(environment, bus, *kind, reference); // lives until the machine ends
+    auto* utility = new (std::nothrow) Utility(environment, bus, *kind, reference); // lives until machine shutdown
     if (utility == nullptr) {
         co_return Error{Code::exhausted, "no memory for an integration service"};
     }
     if (auto connected = co_await utility->connect(offer); !connected) {
         if (utility->closed()) {
             delete utility;
-        } // else its channel is still with the bus, and it stays
+        } // else the bus still refers to its channel, and it must stay
         co_return connected.error();
     }
     co_return utility;

@@ -27,7 +27,7 @@ void Device::change_command(Command set, Command clear) const {
     const Command now = command();
     const auto wanted = Command::from(static_cast<u16>((now.raw & ~clear.raw) | set.raw));
     if (wanted != now) {
-        wanted.write(*this); // 16 bits: the bits of the status register are cleared by ones
+        wanted.write(*this); // 16 bits: writing ones would clear bits of the status register
     }
 }
 
@@ -48,8 +48,8 @@ Result<Bar> Device::bar(u8 index) const {
     }
     const u32 high = is_wide ? read<u32>(high_at) : 0;
 
-    // All ones in, the bits that stick are the address bits. Decoding is off meanwhile, or the device would answer at
-    // the top of the space.
+    // Write all ones: the bits that read back as one are the address bits. Decoding is disabled meanwhile, or the
+    // device would respond at the top of the address space.
     const Command before = command();
     const Command decoding = Command::of(Command::io_space, Command::memory_space);
     change_command({}, decoding);
@@ -74,7 +74,7 @@ Result<Bar> Device::bar(u8 index) const {
     bar.base = u64{high} << 32 | (low.raw & bits);
     u64 mask = u64{high_mask} << 32 | (low_mask & bits);
     if (is_io && low_mask >> 16 == 0) {
-        mask |= 0xffff0000; // a port register may implement 16 bits only
+        mask |= 0xffff0000; // an I/O register may implement only 16 bits
     }
     bar.size = ~mask + 1;
     if (!std::has_single_bit(bar.size)) {
@@ -137,7 +137,7 @@ Capabilities::Capabilities(const Device& device, bool extended) : device_(&devic
             at_ = static_cast<u16>(4u * CapabilitiesPointer::read(device).get(CapabilitiesPointer::dword));
         }
     } else if (device.config->reaches_extended(device.at) && device.capability(CapabilityId::express)) {
-        at_ = conventional_size; // a conventional function may show its first 256 bytes there again
+        at_ = conventional_size; // a conventional function may alias its first 256 bytes there
     }
 }
 
@@ -150,7 +150,7 @@ std::optional<Capability> Capabilities::next() {
     seen |= u64{1} << at / 4 % 64;
     if (extended_) {
         const auto header = ExtendedCapabilityHeader::read(*device_, at);
-        if (header.raw == 0 || header.raw == ~u32{0}) { // there is none, or the function is gone
+        if (header.raw == 0 || header.raw == ~u32{0}) { // end of the list, or the function is gone
             at_ = 0;
             return std::nullopt;
         }
@@ -194,7 +194,7 @@ u64 Device::power_on() const {
 
 std::optional<Device> look_up(Config& config, Address at) {
     const auto identity = Identity::from(config.read(at, Identity::offset, 4));
-    if (identity.get(Identity::vendor) == 0xffff || identity.raw == 0) { // no function answers
+    if (identity.get(Identity::vendor) == 0xffff || identity.raw == 0) { // no function present
         return std::nullopt;
     }
     Device found{.config = &config, .at = at};
@@ -215,7 +215,7 @@ void Walk::function(const Device& device) {
     ++functions_;
     if (device.header_type == header_bridge && device.class_code == class_bridge &&
         device.subclass == subclass_pci_bridge) {
-        // 0, an unconfigured bridge, is walked already
+        // 0, an unconfigured bridge, was scanned already
         known_.add(BusNumbers::read(device).get(BusNumbers::secondary));
     }
     if (device.class_code == class_bridge && device.subclass == subclass_host_bridge &&
@@ -244,12 +244,12 @@ void Walk::bus(u8 number) {
             function(*device);
         }
     }
-    unreachable_ += config_.failed_reads() - failed_before; // a place that fails is read once
+    unreachable_ += config_.failed_reads() - failed_before; // an inaccessible device number is read once
 }
 
 void Walk::tree(u8 root) {
     known_.add(root);
-    // a bridge may lead to a lower number: until a round finds nothing new, 256 buses at most
+    // a bridge may lead to a lower number: repeat until nothing new is found, at most 256 buses
     for (bool more = true; more;) {
         more = false;
         for (u32 n = 0; n < 256; ++n) {
@@ -286,7 +286,7 @@ Enumerated enumerate(Config& config, Walk::Found found, void* context, u8 first,
             walk.tree(static_cast<u8>(n));
         }
     }
-    // A host bridge that ignores the bus number would show everything again on every bus.
+    // A host bridge that ignores the bus number would show all its functions again on every bus.
     const auto identity_of = [&](u8 bus) { return config.read({bus, 0, 0, config.segment()}, Identity::offset, 4); };
     const u32 identity = identity_of(first);
     if (roots.others && (first == roots.last || identity_of(roots.last) != identity)) {

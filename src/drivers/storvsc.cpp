@@ -21,7 +21,7 @@ using hv::hyperv::Offer;
 using hv::hyperv::Vmbus;
 
 namespace {
-constinit Controller* attached = nullptr; // they live until the machine ends
+constinit Controller* attached = nullptr; // controllers live until machine shutdown
 constinit u32 next_disk = 0;
 } // namespace
 
@@ -38,7 +38,7 @@ Controller::Controller(Environment& environment, Vmbus& bus)
     shared_.context = this;
 }
 
-// Only after disconnect(), or before connect(): no queue is registered any more.
+// Only after disconnect() or before connect(): no queue may be registered.
 Controller::~Controller() {
     for (Unit* unit : units_) {
         for (Disk* disk : unit->disks) {
@@ -97,7 +97,7 @@ io::Task<Result<void>> Controller::open_lane(u32 index, Offer offer) {
     co_return Result<void>{};
 }
 
-// One packet and its answer.
+// Sends one packet and waits for its answer.
 io::Task<Result<void>> Controller::ask(Exchange& exchange, Operation operation) {
     Queue& queue = lanes_[0]->queue;
     exchange.packet.header = {operation, flag_completion, 0};
@@ -167,8 +167,8 @@ io::Task<Result<void>> Controller::connect(const Offer& offer) {
     }
     CO_CHECK(co_await agree_on_version());
     CO_TRY(const ChannelProperties properties, co_await read_properties());
-    // The descriptor, the range, a page number for each page (and one more for a buffer that is not aligned), the
-    // packet, the trailer.
+    // Overhead of a packet: the descriptor, the range, one more page number for an unaligned buffer, the packet, the
+    // trailer.
     const u32 around = 16 + 8 + 8 + 8 + static_cast<u32>(sizeof(Packet)) + 8;
     const u32 fits = (lanes_[0]->channel.send_capacity() / 2 - around) / 8 * static_cast<u32>(page_size);
     const u32 said = properties.max_transfer_bytes == 0 ? terms_.max_transfer : properties.max_transfer_bytes;
@@ -192,7 +192,7 @@ io::Task<Result<void>> Controller::connect(const Offer& offer) {
     co_return Result<void>{};
 }
 
-// A further channel for each further processor, as many as the host lets us have.
+// Opens a further channel for each further processor, up to the number that the host allows.
 io::Task<Result<void>> Controller::open_sub_channels(ChannelProperties properties) {
     const u32 processors =
         static_cast<u32>(std::min<usize>(std::max<usize>(environment_.executors.size(), 1), Disk::max_lanes));
@@ -220,7 +220,7 @@ io::Task<Result<void>> Controller::open_sub_channels(ChannelProperties propertie
 
 // A command that reads up to `bytes` into scratch_. `lun` is below max_units.
 io::Task<Result<void>> Controller::execute(u16 lun, scsi::Cdb cdb, u32 bytes, scsi::Response& response) {
-    if (bytes != 0 && !scratch_) { // lost to a command that was not answered
+    if (bytes != 0 && !scratch_) { // abandoned by a command that was not answered
         CO_TRY(scratch_, environment_.dma.buffer(scratch_bytes));
     }
     Exchange exchange(environment_.executor);
@@ -243,7 +243,7 @@ io::Task<Result<void>> Controller::execute(u16 lun, scsi::Cdb cdb, u32 bytes, sc
     exchange.data = bytes == 0 ? DmaSpan{} : scratch_.span().subspan(0, bytes);
     const auto done = co_await ask(exchange, Operation::execute_srb);
     if (!done) {
-        if (bytes != 0) { // the host may still write there
+        if (bytes != 0) { // the host may still write to it
             scratch_.abandon();
         }
         co_return done.error();
@@ -265,7 +265,7 @@ io::Task<Result<void>> Controller::scan() {
             beyond(list.beyond);
         }
     }
-    if (!listed) { // every unit has to be asked
+    if (!listed) { // every unit must be probed
         std::fill_n(there.begin(), most_usual_units, true);
     }
     for (u32 n = 0; n < max_units; ++n) {
@@ -280,7 +280,7 @@ io::Task<Result<void>> Controller::scan() {
         if (auto scanned = co_await scan_unit(lun); !scanned) {
             if (!scratch_) {
                 auto fresh = environment_.dma.buffer(scratch_bytes);
-                if (!fresh) { // nothing can be asked without it
+                if (!fresh) { // no command is possible without it
                     co_return fresh.error();
                 }
                 scratch_ = std::move(*fresh);
@@ -334,7 +334,7 @@ void Controller::failed(u8 lun, const Error& error) {
     unused(lun, "SCSI disk", unused_because(error.code), reason);
 }
 
-// What the unit is. Error{not_found}: no disk.
+// Identifies the unit. Error{not_found}: not a disk.
 io::Task<Result<void>> Controller::scan_unit(u8 lun) {
     static constexpr Error no_disk{Code::not_found, "no disk"};
     CO_TRY(const std::optional<scsi::Inquiry> inquiry, co_await scsi::inquire(*this, lun));
@@ -351,7 +351,7 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
         }
         co_return no_disk;
     }
-    if (unit != nullptr) { // still the same?
+    if (unit != nullptr) { // has it changed?
         const io::BlockDevice& disk = *unit->disks[0];
         CO_TRY(const scsi::UnitState now, co_await scsi::read_state(*this, lun));
         const scsi::Change change = scsi::compare(*inquiry, now, disk.geometry(), disk.identity().model, limits());
@@ -390,7 +390,7 @@ Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geom
                                 const io::BlockDevice::Identity& identity) {
     Unit* place = nullptr;
     const bool fresh = units_.size() < max_units;
-    if (!fresh) { // the place of one that is gone. Its disks stay with whoever still knows them
+    if (!fresh) { // reuse the entry of a removed unit; its disks remain valid for their users
         const auto at = std::ranges::find_if(units_, [](const Unit* u) { return u->gone; });
         if (at == units_.end()) {
             return Error{Code::exhausted, "more units than a storage controller has room for", max_units,
@@ -430,7 +430,7 @@ Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geom
         return announced;
     }
     for (u32 i = 0; i < lane_count_; ++i) {
-        // nobody else has run since: it comes before anything that is asked of the lane
+        // no other coroutine has run since, so this precedes any request to the lane
         entry.disks[i]->link(environment_.executor);
     }
     *place = entry;
@@ -438,7 +438,7 @@ Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geom
     return {};
 }
 
-// ---- afterwards ----
+// ---- hot add, hot remove and shutdown ----
 
 Result<void> Controller::keep() { return keeper_.spawn(watch_over()); }
 
@@ -474,12 +474,12 @@ io::Task<Result<void>> Controller::disconnect() {
     lanes_[0]->queue.stop();
     // ordered by the next line
     shared_.close_status.store(to_underlying(io::Status::device_gone), std::memory_order_relaxed);
-    // partner: the acquire in Queue::drain(), on the other processors
+    // pairs with the acquire in Queue::drain(), on the other processors
     shared_.closed.store(true, std::memory_order_release);
     shared_.raise_queues();
     const io::Bound bound(environment_.executor, environment_.timeout); // for all of them together
     Result<void> result;
-    for (u32 i = lane_count_; i-- > 0;) { // the sub-channels first
+    for (u32 i = lane_count_; i-- > 0;) { // sub-channels first
         Lane& lane = *lanes_[i];
         while (!lane.queue.quiet() && !bound.passed()) {
             co_await environment_.executor.sleep(1'000'000);
@@ -491,7 +491,7 @@ io::Task<Result<void>> Controller::disconnect() {
         if (auto closed = co_await bus_.close(lane.channel); !closed) {
             result = closed;
         } else {
-            lane.queue.reclaim(); // quiet: its processor does not touch it any more
+            lane.queue.reclaim(); // quiet: its processor no longer accesses it
         }
     }
     co_return result;
@@ -549,10 +549,10 @@ io::Task<Result<void>> attach(Environment& environment, Vmbus& bus, Offer offer)
     const bool known = controller->disks() != 0 || controller->channels() > 1; // to the machine, or to other processors
     if (auto left = co_await controller->disconnect(); !left) {
         log::warning("storvsc: {}: leaving the bus: {}", offer.instance.text(), left.error());
-        co_return result; // its memory stays: a queue may still look at it
+        co_return result; // its memory is leaked: a queue may still access it
     }
     if (known) {
-        controller->next_ = std::exchange(attached, controller); // it stays, closed
+        controller->next_ = std::exchange(attached, controller); // kept, closed
     } else {
         delete controller;
     }

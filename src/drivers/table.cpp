@@ -22,7 +22,7 @@ void write_list(FixedText<N>& out, std::span<const std::string_view> names) {
     }
 }
 
-// The names of the native or of the synthetic drivers: what a complaint lists and what a suggestion is taken from.
+// The names of the native or of the synthetic drivers: for error messages and suggestions.
 struct Names {
     std::array<std::string_view, Plan::max_drivers> list{};
     usize count = 0;
@@ -57,7 +57,7 @@ FixedText<160> complaint(std::string_view what, std::span<const std::string_view
     return text;
 }
 
-// Words between blanks (files) or commas (command line).
+// Splits words at blanks (files) or commas (command line).
 class Splitter {
   public:
     Splitter(std::string_view text, bool commas) : rest_(text), commas_(commas) {}
@@ -191,8 +191,8 @@ bool Table::apply_line(std::string_view text, bool commas, u32 line) {
 
 bool Table::change(const Rule& rule, int verb, u32 line) {
     const auto refuse = [&](std::string_view message) { return this->refuse(line, message); };
-    // `*` changes every rule of the pair when it re-ranks or removes; an added `*` is a rule of its own, which a named
-    // hypervisor's rule beats.
+    // When re-ranking or removing, `*` matches every rule of the pair; when adding, it is a separate rule, overridden
+    // by a rule for a specific hypervisor.
     bool hit = false;
     for (u32 i = 0; i < rule_count_;) {
         Rule& have = rules_[i];
@@ -245,20 +245,20 @@ Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
         }
     }
     auto strength = [](const Plan::Pair& p) { return p.rank < 0 ? -p.rank : p.rank; };
-    // Insertion sort: stable, and there are a handful.
+    // Insertion sort: stable, and the list is short.
     for (u32 i = 1; i < plan.pair_count; ++i) {
         for (u32 j = i; j > 0 && strength(plan.pairs[j - 1]) < strength(plan.pairs[j]); --j) {
             std::swap(plan.pairs[j - 1], plan.pairs[j]);
         }
     }
-    // Each pair with a rank says which of two comes first. Place drivers one by one, always the first (in the order of
-    // the table's drivers) that no unplaced one must precede; when there is none the rules go round in a circle, and
-    // the weakest of them gives way.
+    // Each pair with a rank orders two drivers. Place drivers one by one: the first (in the order of the table's
+    // drivers) that no unplaced one must precede. If there is none, the rules are cyclic, and the lowest-ranked pair
+    // is dropped.
     std::array<bool, Plan::max_drivers> placed{};
     u32 usable = plan.pair_count;
     auto is_placed = [&](std::string_view name) {
         const auto index = static_cast<usize>(driver_named(name, drivers_) - drivers_.data());
-        return index >= count || placed[index]; // one that has found no room holds up none
+        return index >= count || placed[index]; // one without room must not block others
     };
     while (plan.driver_count < count) {
         usize pick = count;
@@ -274,7 +274,7 @@ Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
             }
         }
         if (pick == count) {
-            --usable; // pairs are sorted: the last one is the weakest
+            --usable; // pairs are sorted: the last one has the lowest rank
             plan.contradicts = true;
             continue;
         }
@@ -310,7 +310,7 @@ hv::EmulatedClasses Plan::unplugs() const {
 }
 
 void log_plan(const Plan& plan, hv::VmGuest guest) {
-    FixedText<512> order; // Plan::max_drivers names
+    FixedText<512> order; // fits Plan::max_drivers names
     write_list(order, plan.drivers());
     log::info("drivers on {}: {}", guest, order);
     for (const Plan::Pair& p : plan.all_pairs()) {

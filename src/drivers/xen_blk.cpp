@@ -18,7 +18,7 @@ namespace fl::drivers::xen_blk {
 using namespace hv::xen;
 
 namespace {
-constinit Vbd* attached = nullptr; // they live until the machine ends
+constinit Vbd* attached = nullptr; // devices live until machine shutdown
 }
 
 Vbd::Vbd(Environment& environment, hv::Xen& xen)
@@ -34,7 +34,7 @@ Vbd::~Vbd() {
     free_ring();
 }
 
-// The ring's pages go back only if the other side has let go of every one.
+// Frees the ring's pages only if the back end has unmapped all of them.
 void Vbd::free_ring() {
     bool safe = true;
     for (u32 i = 0; i < ring_pages_; ++i) {
@@ -108,16 +108,16 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
           terms_.indirect_segments != 0 ? "indirect " : "", terms_.ring_pages);
     CO_CHECK(disk_.open(
         terms_, identity, environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.poke(); }, this));
-    CO_CHECK(xen_.events().bind(port_, Disk::on_event, &disk_)); // masked until the disk first goes to sleep
+    CO_CHECK(xen_.events().bind(port_, Disk::on_event, &disk_)); // masked until the disk first sleeps
     CO_CHECK(co_await front_.set_state(BusState::connected));
     co_return Result<void>{};
 }
 
-// Waits for the back end to connect. With sectors larger than 512 bytes there are two kinds of back ends, and nothing
-// tells them apart beforehand: those that count 512 bytes on the wire whatever the sector size (Linux; what [xen-blkif]
-// says now), and those that count sectors, and only connect to a front end that says feature-large-sector-size (QEMU,
-// Windows; what it said from 4.4 to 4.19). So the node, which is deprecated, is written when a back end does not
-// connect without it, and then it counts sectors.
+// Waits for the back end to connect. With sectors larger than 512 bytes there are two kinds of back ends,
+// indistinguishable beforehand: those that count units of 512 bytes on the wire regardless of the sector size (Linux;
+// as [xen-blkif] specifies now), and those that count sectors, and only connect to a front end with
+// feature-large-sector-size (QEMU, Windows; as it specified from 4.4 to 4.19). The node is deprecated, so it is
+// written only if a back end does not connect without it, and then the wire counts sectors.
 io::Task<Result<void>> Vbd::negotiate() {
     static constexpr BusState connected[] = {BusState::connected};
     static constexpr Nanoseconds first_try = 1'000'000'000;
@@ -138,7 +138,7 @@ io::Task<Result<void>> Vbd::negotiate() {
     add_entry("feature-large-sector-size", 1u);
     CO_CHECK(co_await xen_.store().write_all(front_.path(), std::span(entries_).first(entry_count_)));
     counts_sectors_ = true;
-    CO_CHECK(co_await front_.set_state(BusState::initialised)); // written again, so that the back end looks again
+    CO_CHECK(co_await front_.set_state(BusState::initialised)); // rewritten to trigger the back end's watch
     const auto again = co_await front_.await_state(connected, {environment_.executor, environment_.timeout});
     if (!again) {
         co_return again.error();
@@ -146,8 +146,7 @@ io::Task<Result<void>> Vbd::negotiate() {
     co_return Result<void>{};
 }
 
-// Somebody before us (a firmware, a kernel that has been replaced) may have left the device half connected: let it
-// close, then begin.
+// A predecessor (firmware, or a replaced kernel) may have left the device half connected: let it close first.
 io::Task<Result<void>> Vbd::reset() {
     static constexpr BusState closed[] = {BusState::closed, BusState::closing, BusState::init_wait, BusState::unknown};
     CO_TRY(const u64 ours,
@@ -157,8 +156,7 @@ io::Task<Result<void>> Vbd::reset() {
         CO_CHECK(co_await front_.set_state(BusState::closed));
         static_cast<void>(co_await front_.await_state(closed, {environment_.executor, environment_.timeout}));
         CO_CHECK(co_await front_.set_state(BusState::initialising));
-        // A back end that closes for good never comes back from there, and one that will come back may still say closed
-        // now.
+        // A back end closed for good stays closed, and one about to reinitialise may still be closed now.
         const io::Bound bound(environment_.executor, environment_.timeout);
         for (;;) {
             CO_TRY(const BusState theirs, co_await front_.state());
@@ -171,7 +169,7 @@ io::Task<Result<void>> Vbd::reset() {
     co_return Result<void>{};
 }
 
-// log2 of the ring's pages. Two ways to offer more than one page exist [xen-blkif notes 1 to 3].
+// Returns log2 of the number of ring pages. There are two ways to offer more than one page [xen-blkif notes 1 to 3].
 io::Task<Result<u32>> Vbd::ring_order() {
     CO_TRY(const u64 order, co_await xen_.store().number_or(front_.backend(), "max-ring-page-order", ~u64{0}));
     CO_TRY(const u64 pages, co_await xen_.store().number_or(front_.backend(), "max-ring-pages", 1));
@@ -180,7 +178,7 @@ io::Task<Result<u32>> Vbd::ring_order() {
     co_return environment_.allows(Feature::ring_pages) ? static_cast<u32>(std::min<u64>(offered, max_ring_order)) : 0;
 }
 
-// As large as `order` says, or as grants and memory let it be.
+// Allocates 2^order pages, or fewer if grants or memory are short.
 Result<u32> Vbd::make_ring(u32 order) {
     while (order != 0 && !xen_.grants().ensure((1u << order) + Disk::spare_grants)) {
         --order;
@@ -220,8 +218,7 @@ io::Task<Result<void>> Vbd::publish(u32 order, bool old_style) {
     }
     add_entry("event-channel", to_underlying(port_));
     add_entry("protocol", "x86_64-abi");
-    // Says that the same grants come again and again, so it must be said before it is known whether the back end makes
-    // use of it.
+    // Announces that grants are reused, so it must be written before it is known whether the back end uses it.
     add_entry("feature-persistent", offers_persistent_ ? 1u : 0u);
     co_return co_await xen_.store().write_all(front_.path(), std::span(entries_).first(entry_count_));
 }
@@ -255,7 +252,7 @@ io::Task<Result<void>> Vbd::read_geometry() {
     const StorePath mode_key = join(front_.backend(), "mode");
     const auto mode = co_await store.read(mode_key, text);
     geometry.sector_size = static_cast<u32>(sector_size);
-    // what "sectors" and the requests count in: see negotiate()
+    // the unit of "sectors" and of requests: see negotiate()
     terms_.wire_unit = counts_sectors_ ? geometry.sector_size : wire_sector;
     geometry.sectors = sectors / (sector_size / terms_.wire_unit);
     geometry.physical_sector_size = physical >= sector_size && physical <= 65536 && std::has_single_bit(physical)
@@ -314,10 +311,11 @@ io::Task<Result<void>> Vbd::watch_over() {
 
 io::Task<Result<void>> Vbd::disconnect() {
     static constexpr BusState gone[] = {BusState::closed, BusState::unknown, BusState::init_wait};
-    if (!begun_) { // not touched yet: left as it is
+    if (!begun_) { // not accessed yet: leave it as it is
         co_return co_await front_.close();
     }
-    // Every step is taken whatever became of the one before: what is left behind must not be reachable.
+    // Every step is attempted even if the one before failed: the back end must not be able to reach anything of ours
+    // afterwards.
     Result<void> said = co_await front_.set_state(BusState::closing);
     if (said) {
         said = co_await front_.set_state(BusState::closed);
@@ -342,7 +340,7 @@ io::Task<Result<void>> Vbd::disconnect() {
         ring_pages_ = 0;
         ring_.abandon();
     }
-    const Result<void> left = co_await front_.close(); // takes the watch out of the store's list before it asks anybody
+    const Result<void> left = co_await front_.close(); // unlinks the watch before its first wait
     co_return said ? left : said;
 }
 
@@ -356,7 +354,7 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
                                   "a device number that [xen-vbd] gives no meaning"});
         co_return Result<void>{};
     }
-    // Only the four places of the first IDE controller can be the same disk.
+    // Only the four positions of the first IDE controller can be the same disk.
     const bool has_twin = which->kind != VirtualDisk::Kind::scsi && which->partition == 0 && which->disk < 4;
     const u32 slot = has_twin ? which->disk : DiskSink::no_twin;
     if (!environment.disks.offered(slot)) {

@@ -8,10 +8,10 @@ namespace fl::drivers::ata {
 namespace {
 
 constexpr bool bit(u16 word, unsigned n) { return (word >> n & 1) != 0; }
-/// Words 83, 84, 86, 87 and 106 count only when bits 15:14 are 01 [ACS §7.12.7].
+/// Words 83, 84, 86, 87 and 106 are valid only if bits 15:14 are 01 [ACS §7.12.7].
 constexpr bool valid(u16 word) { return word >> 14 == 1; }
 
-/// The highest bit set in the low `width` bits, -1 for none.
+/// The index of the highest bit set in the low `width` bits, -1 for none.
 constexpr i8 highest(u16 bits, unsigned width) {
     return static_cast<i8>(static_cast<int>(std::bit_width(static_cast<u16>(bits & ((1u << width) - 1)))) - 1);
 }
@@ -80,21 +80,22 @@ Result<DriveInfo> decode(const IdentifyData& data) {
             }
             info.sector_size = static_cast<u32>(bytes);
         }
-        // Bits 3:0: the logarithm of logical sectors in a physical one. A hint, so an absurd one is cut, not refused.
+        // Bits 3:0: log2 of the logical sectors per physical sector. Only a hint, so an implausible value is clamped,
+        // not rejected.
         info.physical_sector_size =
             bit(w[106], 13) ? info.sector_size << std::min<unsigned>(w[106] & 0xf, 8) : info.sector_size;
     } else {
         info.physical_sector_size = info.sector_size;
     }
 
-    // A volatile cache that is off needs no flush; whether it is on is known when word 85 is valid (word 87 says so).
+    // A disabled volatile cache needs no flush; word 85 says whether it is enabled, if word 87 is valid.
     info.flush = command_sets && bit(w[83], 12);
     info.flush_ext = command_sets && bit(w[83], 13) && info.lba48;
     const bool has_cache = command_sets && bit(w[82], 5);
     info.write_cache = has_cache && (!valid(w[87]) || bit(w[85], 5));
 
-    // Words 63 and 88: supported modes in the low byte, the selected one in the high byte. Word 53 says whether 88
-    // counts.
+    // Words 63 and 88: supported modes in the low byte, the selected one in the high byte. Word 53 says whether word
+    // 88 is valid.
     info.multiword_best = highest(w[63], 3);
     info.multiword_dma = highest(w[63] >> 8, 3);
     info.ultra_dma = bit(w[53], 2) ? highest(w[88] >> 8, 7) : i8{-1};

@@ -2,11 +2,11 @@
 // interrupt, recovery by software reset.
 //
 //   idle ──send()──> running ──next()──> idle or running (the next command is sent before requests complete)
-//                         │ no answer, DMA error, an abandoned buffer
+//                        │ no answer, DMA error, an abandoned buffer
 //                        v
 //                  reset_held ──tick──> reset_released ──tick, BSY = 0──> idle
-//                                            │ no answer within the bound, or too many resets in a row
-//                                             │ no answer within the bound, or too many consecutive resets
+//                                            │ no answer within the bound, or too many consecutive resets
+//                                            v
 //                                         closed
 //
 // Adjacent reads (or writes) are merged into one command: fewer commands, but each request still ends separately. If

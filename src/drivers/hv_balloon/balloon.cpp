@@ -25,7 +25,7 @@ constexpr u64 bytes_in(u64 pages) { return pages * page_size; }
 
 } // namespace
 
-// What is away stays away: nobody gives it back any more.
+// Pages held by the host are not reclaimed: they will never be returned.
 Balloon::~Balloon() = default;
 
 template <class T>
@@ -64,7 +64,7 @@ Result<void> Balloon::take(std::span<const std::byte> message) {
         log::info("hv_balloon: the host offers more memory: this kernel cannot take it");
         HotAddResponse response{};
         response.header.type = MessageType::hot_add_response;
-        response.result = 1; // success with no page: it need not ask again [hv-dm]
+        response.result = 1; // success with 0 pages: the host need not ask again [hv-dm]
         return send(response, header.transaction);
     }
     case MessageType::hot_remove_request: {
@@ -137,13 +137,13 @@ Result<void> Balloon::report() {
     StatusReport report{};
     report.header.type = MessageType::status_report;
     report.available = memory_.free();
-    // What is away is in use, as the host counts. More may be free than at the start: what was in use then has been
-    // given back.
+    // The host counts pages that it holds as committed. Free memory may exceed total(), because memory in use at the
+    // start may have been freed since.
     report.committed = memory_.total() - std::min(memory_.total(), report.available);
     return send(report, ++transaction_);
 }
 
-// Gives as many pages as can be spared, in one response; the host asks again if that is too few.
+// Gives as many pages as can be spared, in one response; the host repeats the request if it needs more.
 Result<void> Balloon::inflate(std::span<const std::byte> message, const Header& header) {
     TRY(const BalloonRequest request, load<BalloonRequest>(message, "a balloon request is shorter than its fields"));
     if (state_ != State::running) {
@@ -176,7 +176,7 @@ Result<void> Balloon::inflate(std::span<const std::byte> message, const Header& 
         std::memcpy(response_.data() + sizeof response + i * sizeof range, &range, sizeof range);
     }
     const auto sent = link_.send(std::span<const std::byte>(response_).first(response.header.size), header.transaction);
-    if (!sent) { // they have not left
+    if (!sent) { // the host has not received them
         while (run_count_ > before) {
             const Run& run = runs_[--run_count_];
             memory_.pages.free({run.data, bytes_in(run.first), static_cast<u32>(bytes_in(run.pages))});
@@ -215,7 +215,7 @@ Result<void> Balloon::deflate(std::span<const std::byte> message, const Header& 
     return send(response, header.transaction);
 }
 
-// A range may be a part of a run, or several of them.
+// A range may be part of a run, or span several runs.
 Result<void> Balloon::take_back(PageRange range) {
     u64 first = range.first();
     u64 left = range.count();

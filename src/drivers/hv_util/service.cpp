@@ -11,7 +11,7 @@ namespace {
 
 // Newest first.
 constexpr std::array<Version, 2> framework_versions{{{3, 0}, {1, 0}}};
-// a shutdown of 3.1 could be a restart, of 3.2 a hibernation
+// a shutdown of version 3.1 could be a restart, of 3.2 a hibernation
 constexpr std::array<Version, 2> plain_versions{{{3, 0}, {1, 0}}};
 constexpr std::array<Version, 3> time_versions{{{4, 0}, {3, 0}, {1, 0}}};
 
@@ -30,7 +30,7 @@ void store(std::span<std::byte> into, const T& value) {
     std::memcpy(into.data(), &value, sizeof value);
 }
 
-// The newest of ours among `count` versions at `list`.
+// The newest of our versions that is among the `count` versions at `list`.
 std::optional<Version> pick(std::span<const Version> mine, std::span<const std::byte> list, u32 count) {
     for (const Version& version : mine) {
         for (u32 i = 0; i < count; ++i) {
@@ -115,7 +115,7 @@ Result<Service::Action> Service::shut_down(Header& header, std::span<std::byte> 
     }
     const Shutdown request = load<Shutdown>(body);
     if ((request.flags & ~shutdown_force) != 0) {
-        header.status = status_fail; // a restart, a hibernation
+        header.status = status_fail; // a restart or hibernation
         return Action::none;
     }
     return Action::shut_down;
@@ -141,7 +141,7 @@ Result<Service::Action> Service::take_time(Header& header, std::span<std::byte> 
     if ((flags & (time_sync_now | time_sync_sample)) == 0) {
         return Action::none; // a probe
     }
-    // Behind 1970, and before nanoseconds no longer fit into 64 bits.
+    // From 1970 on, and small enough for 64 bits of nanoseconds.
     if (time < unix_epoch || time - unix_epoch > ~u64{0} / 100) {
         header.status = status_fail;
         return Action::none;

@@ -12,7 +12,7 @@ namespace fl::drivers::pci {
 
 namespace {
 
-constexpr u32 most_messages_log2 = 5; // of MSI: 32 [PCI-3.0 §6.8.1.3]
+constexpr u32 most_messages_log2 = 5; // for MSI: 32 [PCI-3.0 §6.8.1.3]
 
 constexpr Error too_few(u32 at_least, u32 there) {
     return {Code::exhausted,
@@ -59,7 +59,7 @@ Result<u32> Interrupts::attach(std::span<const VectorUse> wanted, u32 at_least) 
                               "the device has neither MSI-X nor MSI, nor an interrupt pin that is routed anywhere"});
 }
 
-// One message for each, up to the first that the machine does not have.
+// Attaches one message vector per use, up to the first that the machine cannot provide.
 Result<void> Interrupts::attach_messages(std::span<const VectorUse> wanted, u32 at_least) {
     while (count_ < wanted.size()) {
         const VectorUse& use = wanted[count_];
@@ -75,11 +75,11 @@ Result<void> Interrupts::attach_messages(std::span<const VectorUse> wanted, u32 
     return {};
 }
 
-// Messages that differ in the lowest bits of the data alone, as MSI needs them: the number is a power of two, and the
-// first is a multiple of it. The controller hands out one vector after the other, so they are taken until a run is
-// there; what is in no run is given back. With less room shorter runs are tried.
+// Attaches messages that differ only in the lowest bits of the data, as MSI requires: a power-of-two count, with the
+// first aligned to it. The controller hands out single vectors, so these are taken until a suitable run is complete,
+// and the others are released. If there is no such run, shorter ones are tried.
 Result<void> Interrupts::attach_run(std::span<const VectorUse> wanted, u32 at_least) {
-    constexpr u32 most_looks = 2 << most_messages_log2; // any run of 32 lies in 63 successive vectors
+    constexpr u32 most_looks = 2 << most_messages_log2; // any aligned run of 32 lies within 63 consecutive vectors
     std::array<InterruptVector, most_looks> unfit;
     std::optional<Error> why;
     for (u32 size = std::bit_floor(static_cast<u32>(wanted.size())); size >= at_least && size != 0; size /= 2) {
@@ -154,7 +154,7 @@ Result<void> Interrupts::fail(Error error) {
     return error;
 }
 
-// A function must not have both switched on [PCI-3.0 §6.8].
+// A function must not have both enabled [PCI-3.0 §6.8].
 void Interrupts::switch_other_off(CapabilityId id) {
     other_ = 0;
     other_id_ = id;
@@ -188,7 +188,7 @@ Result<void> Interrupts::attach_msix(std::span<const VectorUse> wanted, u32 at_l
     if (most < at_least) {
         return too_few(at_least, size);
     }
-    // Both must lie in the BARs that they name; of the second nothing is read.
+    // Both must lie within the BARs that they name; the pending bits are not accessed.
     const auto pending = MsixPending::read(device_, *at);
     TRY(const Bar pending_bar, device_.memory_bar(pending.get(MsixPending::bar)));
     const u64 pending_at = u64{8} * pending.get(MsixPending::qword);
@@ -203,7 +203,7 @@ Result<void> Interrupts::attach_msix(std::span<const VectorUse> wanted, u32 at_l
 
     CHECK(make_entries(most));
     CHECK(attach_messages(wanted.first(most), at_least));
-    // Asked for before anything of the device changes.
+    // Obtained before any device register changes.
     for (u32 i = 0; i < count_; ++i) {
         if (const auto message = controller_.message_for(entries_[i].vector); !message) {
             return fail(message.error());
@@ -214,7 +214,7 @@ Result<void> Interrupts::attach_msix(std::span<const VectorUse> wanted, u32 at_l
     old_control_ = control.raw;
     old_command_ = device_.command();
     switch_other_off(CapabilityId::msi);
-    // All are masked until the table is complete; the table counts only while MSI-X is on.
+    // All are masked until the table is complete; the table is in effect only while MSI-X is enabled.
     control.set(MsixControl::enable, true).set(MsixControl::function_mask, true).write(device_, *at);
     for (u32 i = 0; i < size; ++i) {
         const u64 entry = i * msix_entry_size;
@@ -222,7 +222,7 @@ Result<void> Interrupts::attach_msix(std::span<const VectorUse> wanted, u32 at_l
         if (i < count_) {
             entries_[i].old_control = vector.raw;
         }
-        // Before its address changes [PCI-3.0 §6.8.3.5].
+        // Must precede a change of its address [PCI-3.0 §6.8.3.5].
         vector.set(MsixVectorControl::mask, true).write(table_, entry);
     }
     for (u32 i = 0; i < count_; ++i) {
@@ -294,7 +294,7 @@ Result<void> Interrupts::attach_msi(std::span<const VectorUse> wanted, u32 at_le
     device_.change_command(Command::of(Command::interrupt_disable));
     control.set(MsiControl::enable, true).write(device_, *at);
     if (maskable) {
-        // Messages that are not in use stay masked.
+        // Unused messages stay masked.
         device_.write(*at + msi_mask(control), count_ == 32 ? 0 : ~u32{0} << count_);
     }
     kind_ = InterruptKind::msi;
@@ -326,7 +326,7 @@ void Interrupts::detach() {
     switch (kind_) {
     case InterruptKind::none: return;
     case InterruptKind::line:
-        device_.change_command(Command::of(Command::interrupt_disable)); // none is left without a handler
+        device_.change_command(Command::of(Command::interrupt_disable)); // no interrupt may arrive without a handler
         controller_.detach_line(line_, line_use_.handler, line_use_.context);
         count_ = 0;
         break;
@@ -369,7 +369,7 @@ void Interrupts::detach() {
     const Command mine = Command::of(Command::interrupt_disable);
     device_.change_command(Command::from(old_command_.raw & mine.raw), Command::from(~old_command_.raw & mine.raw));
     kind_ = InterruptKind::none;
-    release_vectors(); // the device writes no message any more
+    release_vectors(); // the device sends no more messages
 }
 
 bool Interrupts::set_mask(u32 index, bool masked) {
@@ -386,7 +386,8 @@ bool Interrupts::set_mask(u32 index, bool masked) {
         const u64 entry = index * msix_entry_size;
         MsixVectorControl::change(table_, entry,
                                   [&](MsixVectorControl& now) { now.set(MsixVectorControl::mask, masked); });
-        static_cast<void>(MsixVectorControl::read(table_, entry)); // the write has reached the device [PCI-3.0 §3.2.5]
+        // flushes the posted write to the device [PCI-3.0 §3.2.5]
+        static_cast<void>(MsixVectorControl::read(table_, entry));
         return true;
     }
     case InterruptKind::msi: {

@@ -15,7 +15,7 @@ using io::Status;
 
 LogicalUnit::LogicalUnit(const UnitLimits& limits, const io::Geometry& geometry)
     : limits_(limits), block_shift_(static_cast<u32>(std::countr_zero(geometry.sector_size))),
-      // every LBA in 32 bits, the largest count in 16
+      // all LBAs fit into 32 bits, and the largest count into 16
       fits_10_(geometry.sectors <= u64{1} << 32 && limits.max_transfer >> block_shift_ <= 0xffff),
       io_10_(limits.short_commands && fits_10_) {}
 
@@ -45,7 +45,7 @@ Opcode opcode_of(Op op, CommandForm form) {
     }
 }
 
-// Done, and the sense data only say how.
+// The command succeeded, and the sense data is only informational.
 bool recovered(const io::QueuedCommand& command, const Response& response) {
     return response.sense &&
            (response.sense->key == key_recovered ||
@@ -101,7 +101,7 @@ Verdict LogicalUnit::judge(const io::QueuedCommand& command, CommandForm form, c
     if (response.no_unit()) {
         verdict.status = Status::device_gone;
         verdict.rescan = true;
-        if (std::exchange(absence_reported_, true)) { // all commands that the unit had end like this
+        if (std::exchange(absence_reported_, true)) { // all commands of a removed unit end like this
             return verdict;
         }
     }
@@ -118,7 +118,7 @@ Verdict LogicalUnit::judge(const io::QueuedCommand& command, CommandForm form, c
     return verdict;
 }
 
-// The unit does not know this form. Every command that was sent in it comes here; those that follow have the other one.
+// The unit does not support this form. Called for every command already sent in it; later ones use the other form.
 bool LogicalUnit::try_other_form(const io::QueuedCommand& command, CommandForm form) {
     if (command.op == Op::flush && form.short_cdb) {
         flush_16_ = true;

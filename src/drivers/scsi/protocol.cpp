@@ -50,7 +50,8 @@ Result<Capacity> checked(Capacity capacity, u64 last) {
                      "READ CAPACITY: the block size is none that this driver knows (512 to 4096, a power of two)", 512,
                      capacity.block_bytes};
     }
-    if (const u64 most = (u64{1} << 63) / capacity.block_bytes; last >= most) { // the size in bytes fits into 64 bits
+    // the size in bytes must fit into 64 bits
+    if (const u64 most = (u64{1} << 63) / capacity.block_bytes; last >= most) {
         return Error{Code::protocol, "READ CAPACITY: an impossible number of blocks", most, last};
     }
     capacity.blocks = last + 1;
@@ -120,7 +121,7 @@ Result<ModeAnswer> parse_mode_6(std::span<const u8> data) {
 }
 
 namespace {
-// The pages after their header; empty when this is another page.
+// The page's contents after its header; empty if it is a different page.
 std::span<const u8> page_body(std::span<const u8> data, u8 page) {
     if (data.size() < 4 || data[1] != page) {
         return {};

@@ -16,18 +16,18 @@ namespace {
 
 constexpr u32 max_attempts = 5;
 constexpr Nanoseconds busy_delay = 50'000'000;
-constexpr u32 max_readings = 3; // of a unit that says each time that it has changed
+constexpr u32 max_readings = 3; // for a unit that reports a change each time
 constexpr u8 page_supported = 0x00;
 constexpr u8 page_block_limits = 0xb0;
 constexpr u8 page_provisioning = 0xb2;
 
-/// What was read of the unit before this unit attention may no longer be true.
+/// Whether this unit attention may invalidate earlier information about the unit.
 bool outdates(const Sense& sense) {
     return sense.asc == asc_medium_changed || sense.asc == asc_parameters_changed ||
            (sense.asc == asc_conditions_changed && sense.ascq == ascq_inquiry_data_changed);
 }
 
-// Block limits and logical block provisioning. Data of a page that is refused or malformed count as not there.
+// Reads block limits and logical block provisioning. A page that is refused or malformed counts as missing.
 io::Task<Result<void>> read_limits(Nexus& nexus, u16 lun, bool thin, UnitDescription& unit) {
     static constexpr u16 room = 64;
     Response response;
@@ -58,7 +58,7 @@ io::Task<Result<void>> read_limits(Nexus& nexus, u16 lun, bool thin, UnitDescrip
     co_return Result<void>{};
 }
 
-// The answer to READ CAPACITY(10), if (16) was refused.
+// Decodes the answer to READ CAPACITY(10), after (16) was refused.
 Result<Capacity> short_capacity(const Response& response) {
     if (!response.good()) {
         return Error{Code::io, "READ CAPACITY fails (SCSI status)", status_good, response.status};
@@ -146,7 +146,7 @@ io::Task<Result<UnitState>> read_state(Nexus& nexus, u16 lun) {
             CO_CHECK(co_await execute_retrying(nexus, lun, read_capacity_10(), capacity_10_bytes, response));
             CO_TRY(state.capacity, short_capacity(response));
         }
-        const u32 changes = nexus.changes(); // those before are in the capacity
+        const u32 changes = nexus.changes(); // earlier changes are reflected in the capacity
         CO_CHECK(co_await execute_retrying(nexus, lun, mode_sense_6(caching_page, mode_room), mode_room, response));
         if (auto mode = parse_mode_6(response.data); response.good() && mode) {
             state.write_protected = mode->write_protected;

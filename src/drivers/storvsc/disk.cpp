@@ -47,7 +47,7 @@ void Disk::enlist() {
     owner_.add(*this);
 }
 
-// The queue walks its disks on its own processor, at any time.
+// Must run on the queue's processor, because the queue may iterate over its disks there at any time.
 void Disk::link(io::Executor& here) {
     if (&here == &owner_.executor()) {
         enlist();
@@ -101,7 +101,7 @@ void Queue::tick(Instant now) {
     }
 }
 
-// Its answer says only that it was taken; what was under way is answered command by command, or is given up.
+// The answer only confirms the request; the host ends outstanding commands individually, or they are abandoned.
 void Queue::send_reset() {
     if (is_under_way(reset_)) {
         return transport().reset_sent();
@@ -118,7 +118,7 @@ void Queue::send_reset() {
 void Transport::start(DmaSpan parameters, Nanoseconds timeout) {
     parameters_ = parameters;
     timeout_ = timeout;
-    // Release: started before it is seen to be. Partner: the acquire in quiet().
+    // Release: orders the start before the flag. Pairs with the acquire in quiet().
     quiet_.store(false, std::memory_order_release);
 }
 
@@ -181,7 +181,7 @@ void Transport::settle(io::Counters& counters) {
     counters.hypercalls += signals - std::exchange(charged_signals_, signals);
 }
 
-// The rule that the host broke in one of the rings, which are of no use any more.
+// The protocol violation by the host that broke a ring; the rings are unusable afterwards.
 Error Transport::fault() const {
     return fault_.value_or(
         channel_.broken().value_or(Error{Code::protocol, "a ring of the storage channel is broken"}));
@@ -205,7 +205,7 @@ io::Next Transport::next(io::Completion& completion) {
         taken_ = true;
         ++heard_;
         if (armed_) {
-            channel_.disarm(); // polled as long as there is something to do
+            channel_.disarm(); // polled while there is work
             armed_ = false;
         }
         if (packet.type == PacketType::completion) [[likely]] {
@@ -226,8 +226,7 @@ io::Next Transport::next(io::Completion& completion) {
                        "a completion carries a transaction id that is not under way (unknown, repeated or retired)", 0,
                        id});
     }
-    // Before a version is agreed on a host may answer in either length, and to a packet that is no SRB as well
-    // [storvsc].
+    // Before version negotiation a host may answer with either length, even to a packet without an SRB [storvsc].
     auto* exchange = static_cast<Exchange*>(command->exchange);
     const u32 length = packet_bytes(terms_.version);
     const bool srb = exchange == nullptr || exchange->packet.header.operation == Operation::execute_srb;
@@ -268,7 +267,7 @@ io::Next Transport::next(io::Completion& completion) {
     return io::Next::one;
 }
 
-// What the host says by itself.
+// Handles unsolicited packets from the host.
 Result<void> Transport::accept_event(const hv::hyperv::Packet& packet) {
     if (packet.type != PacketType::inband) {
         return Error{Code::protocol, "a packet of a type that a storage host does not send",
@@ -303,7 +302,7 @@ scsi::ServiceResponse service_of(SrbStatus status, u8 scsi_status) {
     case SrbStatus::success:
     case SrbStatus::data_overrun: return scsi::ServiceResponse::command_complete;
     case SrbStatus::busy: return scsi::ServiceResponse::busy;
-    case SrbStatus::error: // the unit's own, if it says so
+    case SrbStatus::error: // reported by the unit, if its SCSI status is not GOOD
         return scsi_status != scsi::status_good ? scsi::ServiceResponse::command_complete
                                                 : scsi::ServiceResponse::failed;
     default: return scsi::ServiceResponse::failed;
@@ -327,7 +326,7 @@ scsi::Response response_of(const ScsiRequest& srb, Version version) {
 }
 
 io::Completion Transport::judge(u64 id, Command& command, const Packet& packet) {
-    if (command.first == nullptr) [[unlikely]] { // a late answer: the request has ended without it
+    if (command.first == nullptr) [[unlikely]] { // a late answer: the request has already ended
         return {id};
     }
     Disk& disk = command.disk();
@@ -341,7 +340,7 @@ io::Completion Transport::judge(u64 id, Command& command, const Packet& packet) 
 
 Result<bool> Transport::arm() {
     if (armed_) {
-        return false; // whatever has come since has raised an event, which keeps us awake
+        return false; // anything received since has raised an event, which prevents sleep
     }
     TRY(const bool found, channel_.arm());
     armed_ = !found;
@@ -352,7 +351,7 @@ Result<bool> Transport::arm() {
 
 Result<void> Transport::tick(Instant, bool) {
     if (channel_.rescinded()) {
-        shared_.taken.store(true, std::memory_order_relaxed); // ordered by what closing() stores
+        shared_.taken.store(true, std::memory_order_relaxed); // ordered by the stores in closing()
         return Error{Code::device_gone, "the host has taken the storage controller away"};
     }
     if (shared_.rescan_wanted.load(std::memory_order_relaxed)) {
@@ -378,7 +377,7 @@ io::OldestWait::Seen Transport::seen(io::OldestWait::Seen own) {
 }
 
 io::Recovery Transport::recover(const Command&, io::OldestWait::Finding, std::string_view) {
-    if (!channel_.look()) { // the rule that was broken, and not the time-out that came of it
+    if (!channel_.look()) { // report the protocol violation, not the resulting timeout
         return {.kind = io::Recovery::Kind::close, .why = fault()};
     }
     log::warning("storvsc: no answer within {} ms: asking the host to reset the bus", timeout_ / 1'000'000);
@@ -388,7 +387,7 @@ io::Recovery Transport::recover(const Command&, io::OldestWait::Finding, std::st
     return {.kind = io::Recovery::Kind::asked};
 }
 
-// The host does not even answer what the reset of the bus has ended.
+// The host has not answered all commands even after the bus reset.
 std::optional<Error> Transport::asked_in_vain(bool writes) {
     if (!channel_.look()) {
         return fault();
@@ -396,7 +395,7 @@ std::optional<Error> Transport::asked_in_vain(bool writes) {
     if (shared_.heard.load(std::memory_order_relaxed) == reset_heard_) { // on any queue
         return Error{Code::timed_out, "the host has not answered anything for a whole time-out"};
     }
-    if (writes) { // it may be carried out at any time, and undo what was written since
+    if (writes) { // it may be executed at any time, and overwrite later writes
         return Error{Code::timed_out,
                      "a write was not answered, not even by a bus reset: nothing may be written behind it"};
     }
@@ -409,19 +408,19 @@ io::Stuck Transport::stuck(std::string_view) {
 }
 
 std::optional<io::Status> Transport::closed_elsewhere() const {
-    if (!shared_.closed.load(std::memory_order_acquire)) [[likely]] { // acquire: see Shared
+    if (!shared_.closed.load(std::memory_order_acquire)) [[likely]] { // see Shared
         return std::nullopt;
     }
     return static_cast<io::Status>(shared_.close_status.load(std::memory_order_relaxed));
 }
 
 bool Transport::closing(io::Status status) {
-    // Relaxed: it only says which queue reports; another one may find the same, or something else, in this very moment.
+    // Relaxed: it only selects the queue that reports; another one may find the same or a different error concurrently.
     if (shared_.reported.exchange(true, std::memory_order_relaxed)) {
         return false;
     }
     shared_.close_status.store(to_underlying(status), std::memory_order_relaxed); // ordered by the next line
-    shared_.closed.store(true, std::memory_order_release); // partner: the acquire in closed_elsewhere()
+    shared_.closed.store(true, std::memory_order_release); // pairs with the acquire in closed_elsewhere()
     shared_.raise_queues();
     return true;
 }
@@ -429,7 +428,7 @@ bool Transport::closing(io::Status status) {
 void Transport::closed(bool stopped) {
     channel_.stop_listening();
     add_counts(0, added_answered_);
-    // Release: all of the above before. Partner: the acquire in quiet().
+    // Release: orders all of the above before the flag. Pairs with the acquire in quiet().
     quiet_.store(true, std::memory_order_release);
     if (!stopped) {
         notify();

@@ -40,7 +40,7 @@ void Disk::reclaim() {
 
 Transport::~Transport() {
     if (!commands_->empty() || pool_.size() != 0 ||
-        indirect_size_ != 0) { // not reclaimed: the host may still write there
+        indirect_size_ != 0) { // not reclaimed: the host may still write to it
         pool_.abandon();
         indirect_memory_.abandon();
     }
@@ -61,7 +61,7 @@ Result<void> Transport::lay_out(DmaSpan ring) {
                                        .entries = ring_slots,
                                        .stride = slot_bytes},
                                       positions));
-    // Both sides want to hear of the first entry [xen-ring SHARED_RING_INIT].
+    // Both sides want an event for the first entry [xen-ring SHARED_RING_INIT].
     memory.store_relaxed<u32>(ring_request_event, 1);
     memory.store_relaxed<u32>(ring_response_event, 1);
     return {};
@@ -91,7 +91,7 @@ Result<void> Transport::open(const Terms& terms, DmaAllocator& pool, void (*noti
 
 bool Transport::start_pool(hv::xen::Domain domain, DmaAllocator& pool) {
     terms_.domain = domain;
-    // An eighth of the grants that are left, at most, for each disk: the pools of many disks become smaller, and then
+    // At most an eighth of the remaining grants for each disk: with many disks the pools get smaller, and finally
     // there are none.
     return keep_spare(pool) && grants_.obtainable() / 8 >= pool_chunk && add_pool_pages(pool);
 }
@@ -105,8 +105,8 @@ bool Transport::keep_spare(DmaAllocator& pool) {
     return static_cast<bool>(spare_memory_);
 }
 
-// Pages that stay granted, for reading and writing: later requests use them in either direction [xen-blkif note 8]. A
-// chunk of them or none.
+// Adds one chunk of permanently granted pages, or nothing. Granted for reading and writing, because later requests
+// may use them in either direction [xen-blkif note 8].
 bool Transport::add_pool_pages(DmaAllocator& pool) {
     if (!grants_.ensure(pool_chunk + spare_grants)) {
         return false;
@@ -125,14 +125,14 @@ bool Transport::add_pool_pages(DmaAllocator& pool) {
     return true;
 }
 
-// As many pages as the ring can use; fewer where grants or memory are short.
+// Allocates as many pages as the ring can use, or fewer if grants or memory are short.
 void Transport::extend_pool(DmaAllocator& pool) {
     const u32 wanted = std::min({requests_->capacity() * segments_in_slot, max_pool_pages, grants_.obtainable() / 8});
     while (pool_.size() + pool_chunk <= wanted && add_pool_pages(pool)) {
     }
 }
 
-// The other side has not seen these grants.
+// Only before the back end has seen these grants.
 void Transport::close_pool() {
     for (u32 page = pool_.size(); page-- != 0;) {
         static_cast<void>(grants_.release(pool_grants_[page]));
@@ -146,13 +146,13 @@ void Transport::open_indirect(DmaAllocator& pool) {
                      ? pool.buffer(wanted * static_cast<u32>(page_size))
                      : Result<DmaBuffer>(Error{Code::exhausted, "no grants, or no memory, for pages of segments"});
     if (!pages) {
-        terms_.indirect_segments = 0; // eleven segments will do
+        terms_.indirect_segments = 0; // use 11 direct segments instead
         return;
     }
     indirect_memory_ = std::move(*pages);
     for (; indirect_size_ < wanted; ++indirect_size_) {
         const Grant grant = grants_.take_unchecked();
-        // Only read, but with persistent grants the back end maps every page for writing, these too.
+        // The back end only reads them, but with persistent grants it maps every page writable, including these.
         grants_.grant(grant, terms_.domain, indirect_memory_.bus() / page_size + indirect_size_, !terms_.persistent);
         indirect_grants_[indirect_size_] = grant;
         indirect_free_[indirect_free_count_++] = static_cast<u16>(indirect_size_);
@@ -174,7 +174,7 @@ io::Fit Transport::prepare(Command& command) {
     }
     const bool pooled = terms_.persistent;
     const u64 bus = command.first->buffer.bus + command.offset;
-    // A segment's offset must be a multiple of the sector size, too [xen-blkif].
+    // A segment's offset must also be a multiple of the sector size [xen-blkif].
     if (!pooled && bus % terms_.geometry.sector_size != 0) [[unlikely]] {
         command.refusal = io::Status::misaligned;
         return io::Fit::refused;
@@ -187,11 +187,11 @@ io::Fit Transport::prepare(Command& command) {
     u32 bytes = std::min(command.bytes, most * static_cast<u32>(page_size) - in_page);
     u32 count = (in_page + bytes + static_cast<u32>(page_size) - 1) / static_cast<u32>(page_size);
     if (const u32 free = pooled ? pool_.available() : grants_.available(); count > free) [[unlikely]] {
-        if (free == 0 || commands_->size() > 1) { // this one has a slot already
+        if (free == 0 || commands_->size() > 1) { // this command is already counted
             wire.indirect = false;
-            return io::Fit::full; // answers give some back
+            return io::Fit::full; // answers will free some
         }
-        count = free; // other disks have the rest, for as long as they like
+        count = free; // other disks hold the rest, for an unbounded time
         bytes = count * static_cast<u32>(page_size) - in_page;
     }
     if (wire.indirect) {
@@ -217,7 +217,7 @@ io::SendResult Transport::send(Command& command, u64 id) {
         return io::SendResult::sent;
     }
     if (!wire.indirect) [[likely]] {
-        DirectRequest slot; // as much of it as is used is written, and no more goes into the ring
+        DirectRequest slot; // only the part in use is initialized and copied to the ring
         slot.header = {wire.operation, static_cast<u8>(wire.segments), terms_.handle, 0, id, sector};
         fill_segments(command, std::span(slot.segments).first(wire.segments));
         static_cast<void>(requests_->produce(
@@ -232,7 +232,7 @@ io::SendResult Transport::send(Command& command, u64 id) {
     return io::SendResult::sent;
 }
 
-// Grants the command's pages and describes them. For writes through the pool the data is copied here.
+// Grants the command's pages and fills in their descriptors. For pooled writes it also copies the data.
 void Transport::fill_segments(Command& command, std::span<Segment> segments) {
     Wire& wire = command.wire;
     const bool pooled = terms_.persistent;
@@ -277,13 +277,13 @@ Result<void> Transport::publish(io::Counters& counters) {
 
 void Transport::on_event() {
     interrupts_.store(interrupts_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
-    // One event for each time that the executor is about to sleep, however many the other side sends.
+    // At most one event between two sleeps of the executor, however many the back end sends.
     events_.mask(terms_.port);
     masked_.store(true, std::memory_order_relaxed);
     executor_.raise(*queue);
 }
 
-// The producer's index is read once for each batch.
+// The producer index is read once per batch.
 io::Next Transport::next(io::Completion& completion) {
     if (!in_batch_) {
         const auto found = responses_->available(requests_->owed());
@@ -295,7 +295,7 @@ io::Next Transport::next(io::Completion& completion) {
         }
         in_batch_ = true;
         batch_ = batch_left_ = *found;
-        if (armed_at_ != never) { // we slept for these
+        if (armed_at_ != never) { // the processor slept until these arrived
             if (eager_ != 0) {
                 --eager_;
             } else if (executor_.turn_time() <= after(armed_at_, patience)) {
@@ -312,7 +312,7 @@ io::Next Transport::next(io::Completion& completion) {
     }
     --batch_left_;
     Response response;
-    static_cast<void>(responses_->take(response)); // the only look at it
+    static_cast<void>(responses_->take(response)); // the only read of it
     return check(response, completion);
 }
 
@@ -345,7 +345,7 @@ Result<void> Transport::release(io::Counters&) {
     return requests_->retire(batch_);
 }
 
-// Takes the command's grants and pages back.
+// Releases the command's grants and pages.
 bool Transport::finish(Command& command, io::Status status) {
     Wire& wire = command.wire;
     if (terms_.persistent && command.first != nullptr && wire.operation == Operation::read &&
@@ -362,7 +362,7 @@ bool Transport::finish(Command& command, io::Status status) {
     if (wire.indirect) {
         indirect_free_[indirect_free_count_++] = wire.indirect_page;
     }
-    for (u32 i = wire.segments; i-- > 0;) { // the last one taken is the first one back: the same few are used again
+    for (u32 i = wire.segments; i-- > 0;) { // LIFO order keeps reusing the same few
         if (terms_.persistent) {
             pool_.give(static_cast<u16>(wire.grants[i]));
         } else {
@@ -374,8 +374,9 @@ bool Transport::finish(Command& command, io::Status status) {
     return safe;
 }
 
-// Ends the other side's access to the buffer while the request is still in the ring. The grants are not given to
-// anybody else, since it may yet be taken up. A pool page stays readable: a write may still be carried out from there.
+// Ends the back end's access to the buffer while the request is still in the ring. The grant references are not
+// reused, because the back end may still process the request. A pool page stays accessible: a write from it may still
+// be executed.
 io::Fence Transport::fence(Command& command) {
     if (terms_.persistent) {
         return io::Fence::effect;
@@ -387,10 +388,10 @@ io::Fence Transport::fence(Command& command) {
     return !safe ? io::Fence::reachable : command.op == io::Op::discard ? io::Fence::effect : io::Fence::done;
 }
 
-// After how many of the answers that are owed an event is worth its price: all of them, as long as the whole batch
-// comes within `patience`; three quarters where it does not, so that a slow answer does not keep the others waiting;
-// and never before all the commands of a request can have been answered, since nobody can go on before. Answers that
-// wait for the rest are found by the executor's tick at the latest.
+// The number of outstanding responses after which an event pays off: all of them, as long as whole batches arrive
+// within `patience`; otherwise three quarters, so that a slow response does not delay the others; and at least as
+// many as the last request has commands, because no waiter can continue earlier. Responses waiting for the rest are
+// found by the executor's tick at the latest.
 u32 Transport::event_after(u32 owed) const {
     const u32 enough = owed < 2 || eager_ == 0 ? owed : owed - std::max(owed / 4, 1u);
     return std::max(enough, std::min(burst_, owed));
@@ -398,16 +399,16 @@ u32 Transport::event_after(u32 owed) const {
 
 Result<bool> Transport::arm() {
     if (masked_.load(std::memory_order_relaxed)) {
-        masked_.store(false, std::memory_order_relaxed); // before the unmasking: the handler may run in between
+        masked_.store(false, std::memory_order_relaxed); // before unmasking: the handler may run in between
         if (events_.unmask(terms_.port)) {
-            masked_.store(true, std::memory_order_relaxed); // consumed here, as the handler would have
+            masked_.store(true, std::memory_order_relaxed); // consumed here, as the handler would do
             events_.mask(terms_.port);
             return true;
         }
     }
     const u32 owed = requests_->owed();
     if (owed == 0) {
-        return false; // an answer now would be one too many; next() sees it
+        return false; // a response now would be a protocol violation, which next() detects
     }
     TRY(const bool found, responses_->arm(event_after(owed), owed));
     armed_at_ = found ? never : executor_.turn_time();
@@ -424,7 +425,7 @@ io::Recovery Transport::recover(const Command&, io::OldestWait::Finding finding,
             .why = Error{Code::timed_out, "the back end has not answered anything for a whole time-out"}};
 }
 
-// Requests that were given up hold the slots, or others hold all the grants.
+// Abandoned requests hold all slots, or other disks hold all grants.
 io::Stuck Transport::stuck(std::string_view) {
     if (commands_->full() || requests_->full()) {
         return {.kind = io::Stuck::Kind::close,
@@ -436,7 +437,7 @@ io::Stuck Transport::stuck(std::string_view) {
 
 Result<void> Transport::tick(Instant, bool waiting) {
     grants_.sweep();
-    if (waiting && !terms_.persistent) { // the table may grow still; a pool has its own entries
+    if (waiting && !terms_.persistent) { // the grant table may still grow; a pool has its own entries
         static_cast<void>(grants_.ensure(std::max(spare_grants, terms_.indirect_segments)));
     }
     return {};
