@@ -26,7 +26,7 @@ Result<void> map_missing(AddressSpace& space, u64 window, u64 physical, u64 size
     u64 at = align_down(physical, page);
     const u64 end = align_up(physical + size, page);
     while (at < end) {
-        if (const auto there = space.find(window + at)) { // first: as a rule it is mapped already
+        if (const auto there = space.find(window + at)) { // check first: usually it is mapped already
             at = align_down(at, there->page) + there->page;
             continue;
         }
@@ -52,8 +52,8 @@ Result<u64> MmioSpace::map(u64 physical, u64 size) {
     return mmio_map.begin + physical;
 }
 
-// A window that has the whole range, or a new one. Addresses agree with the physical ones in their lowest 30 bits, so
-// large pages are used for a large range.
+// Finds a window that contains the whole range, or allocates one. Virtual and physical addresses agree in their low 30
+// bits, so that a large range can use large pages.
 Result<u64> MmioSpace::window(u64 physical, u64 size) {
     const u64 begin = align_down(physical, page);
     const u64 length = align_up(physical + size, page) - begin;
@@ -64,7 +64,7 @@ Result<u64> MmioSpace::window(u64 physical, u64 size) {
             continue;
         }
         if (begin >= there->physical && begin - there->physical < there->page) {
-            // Pages that are neighbours here are neighbours there, up to the gap after the window.
+            // Adjacent pages are adjacent physically, up to the gap after the window.
             const u64 found = at + (begin - there->physical);
             u64 done = 0;
             while (done < length) {
@@ -80,7 +80,7 @@ Result<u64> MmioSpace::window(u64 physical, u64 size) {
         }
         at += there->page - at % there->page;
     }
-    // At least one page stays unmapped before each.
+    // At least one page before each window stays unmapped.
     const u64 from = windows_end_ + page;
     const u64 fixed = begin % 1_GiB;
     const u64 address = align_down(from, 1_GiB) + fixed + (align_down(from, 1_GiB) + fixed < from ? 1_GiB : 0);

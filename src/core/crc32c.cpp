@@ -5,9 +5,9 @@ namespace fl {
 
 namespace {
 
-constexpr u32 polynomial = 0x82f63b78; // 0x1edc6f41, lowest bit first
+constexpr u32 polynomial = 0x82f63b78; // 0x1edc6f41, bit-reversed
 
-// tables[k][b]: the effect of byte b, k more bytes before the end.
+// tables[k][b]: the contribution of byte b, k bytes before the end.
 using Tables = std::array<std::array<u32, 256>, 8>;
 
 constexpr Tables make_tables() {
@@ -54,7 +54,7 @@ u32 crc32c_detail::by_table(std::span<const std::byte> data, u32 before) {
     return ~crc;
 }
 
-// The crc32 instruction works on general registers: no vector state is touched, so the kernel may use it.
+// The crc32 instruction uses general-purpose registers only: the kernel may use it without saving vector state.
 u32 crc32c_detail::by_instruction(std::span<const std::byte> data, u32 before) {
     u64 crc = static_cast<u32>(~before);
     const std::byte* at = data.data();
@@ -75,13 +75,13 @@ bool crc32c_detail::has_instruction() {
     u32 ecx = 0;
     u32 edx;
     asm volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-    return (ecx & (u32{1} << 20)) != 0; // SSE4.2 [sdm CPUID.01H:ECX]
+    return (ecx & (u32{1} << 20)) != 0; // SSE4.2 [SDM-2A CPUID.01H:ECX]
 }
 
 u32 crc32c(std::span<const std::byte> data, u32 before) {
     enum : u8 { unknown, no, yes };
-    // Relaxed: every asker finds the same answer, and nothing hangs on it. CPUID exits in a virtual machine, hence
-    // once.
+    // Relaxed: every caller computes the same value, and no other data depends on it. Cached, since CPUID exits in a
+    // virtual machine.
     static constinit std::atomic<u8> instruction{unknown};
     u8 known = instruction.load(std::memory_order_relaxed);
     if (known == unknown) {

@@ -36,7 +36,7 @@ struct Quarantine {
     }
 };
 constinit Quarantine state{};
-// Relaxed: the processor that quarantines is the one that gives the buffer back, or the end of the request orders them.
+// Relaxed: the processor that quarantines also frees the buffer, or the end of the request orders the two.
 constinit std::atomic<bool> any{false};
 
 template <class F>
@@ -66,7 +66,7 @@ void release_if(F&& matches) {
         if (free.from == nullptr) {
             return;
         }
-        free.from->free(free.span); // without the lock: an allocator has its own
+        free.from->free(free.span); // without holding the lock: the allocator has its own
     }
 }
 } // namespace

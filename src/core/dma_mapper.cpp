@@ -6,16 +6,16 @@ import core.result;
 
 namespace fl {
 
-/// The segments of a mapping while they are made.
+/// Builds the segments of a mapping.
 class SegmentList {
   public:
     SegmentList(DmaMapping& mapping, const DmaLimits& limits)
         : mapping_(mapping), boundary_(limits.boundary),
           most_(static_cast<u32>(std::min<usize>(limits.max_segments, mapping.room_.size()))),
-          // the segment after a full one is aligned too
+          // keeps the segment that follows a full one aligned
           max_segment_(limits.max_segment - limits.max_segment % limits.alignment) {}
 
-    /// Appends as many bytes of the range as fit, and returns their number.
+    /// Appends as many bytes of the range as fit; returns their number.
     u32 add(u64 bus, u32 size) {
         size = std::min(size, ~u32{0} - mapping_.bytes_);
         u32 taken = 0;
@@ -129,12 +129,12 @@ void IdentityMapper::unmap(DmaMapping& mapping, std::span<const DmaSpan>) {
     mapping.active_ = false;
 }
 
-void IdentityMapper::abandon(DmaMapping& mapping) { unmap(mapping, {}); } // the buffer's quarantine is its owner's
+void IdentityMapper::abandon(DmaMapping& mapping) { unmap(mapping, {}); } // the owner of the buffer quarantines it
 
 // ---- bounce ----
 
 BounceMapper::~BounceMapper() {
-    if (in_use_ != 0) { // mappings that nobody has ended
+    if (in_use_ != 0) { // mappings that were never ended
         for (u32 i = 0; i < pool_.size(); ++i) {
             quarantine(pool_.span(i), this);
         }
@@ -142,7 +142,7 @@ BounceMapper::~BounceMapper() {
     keep_quarantine(this);
 }
 
-// At least one page.
+// Makes at least one page available.
 Result<void> BounceMapper::make_room(const DmaLimits& limits) {
     if (held_ != DmaMapping::no_page) {
         u16 page = std::exchange(held_, DmaMapping::no_page);
@@ -156,7 +156,7 @@ Result<void> BounceMapper::make_room(const DmaLimits& limits) {
         return {};
     }
     if (pool_.size() + chunk_pages <= most_pages_) {
-        // A chunk ends at or before the last address that the device reaches.
+        // A chunk ends at or before the last address that the device can reach.
         auto memory = from_.buffer(pool_.chunk_bytes, limits.highest == ~u64{0} ? limits.highest : limits.highest + 1);
         if (memory) {
             pool_.add(std::move(*memory));
@@ -172,7 +172,7 @@ Result<void> BounceMapper::make_room(const DmaLimits& limits) {
     return Error(Code::busy, "DMA mapping: all pages that data is copied through are in use", pool_.size(), 0);
 }
 
-// From a mapping, or from quarantine: into the pool, or into quarantine's list.
+// Takes a page from a mapping or from the quarantine list, and puts it into the pool or (back) into that list.
 void BounceMapper::take_back(u16 page) {
     if (is_quarantined(pool_.span(page))) {
         uses_[page].next = held_;
@@ -247,14 +247,14 @@ Result<u32> BounceMapper::map(std::span<const DmaSpan> spans, DmaDirection direc
 void BounceMapper::unmap(DmaMapping& mapping, std::span<const DmaSpan> spans) {
     end(mapping.active_);
     mapping.active_ = false;
-    u32 begin = 0; // of `spans` front, in the mapped bytes
+    u32 begin = 0; // offset of `spans`' front in the mapped bytes
     for (u16 page = std::exchange(mapping.first_page_, DmaMapping::no_page); page != DmaMapping::no_page;) {
         const Use use = uses_[page];
         while (!spans.empty() && use.offset >= begin + spans.front().size) {
             begin += spans.front().size;
             spans = spans.subspan(1);
         }
-        // What was cut off is not copied.
+        // Bytes past the end of a shortened mapping are not copied.
         const u32 size = use.offset >= mapping.bytes_ ? 0 : std::min(use.size, mapping.bytes_ - use.offset);
         if (!spans.empty() && size != 0 && mapping.direction_ != DmaDirection::to_device) {
             std::memcpy(spans.front().data + (use.offset - begin), pool_.data(page), size);
@@ -272,6 +272,6 @@ void BounceMapper::abandon(DmaMapping& mapping) {
     unmap(mapping, {});
 }
 
-void BounceMapper::reclaim() { release_quarantine(this); } // the pages are found when they are needed
+void BounceMapper::reclaim() { release_quarantine(this); } // make_room() collects the pages when they are needed
 
 } // namespace fl

@@ -8,7 +8,7 @@ namespace fl::elf {
 
 namespace {
 
-// [begin, begin + size) and [other, other + other_size), neither of which wraps.
+// True if [begin, begin + size) and [other, other + other_size) overlap. Neither may wrap.
 constexpr bool overlap(u64 begin, u64 size, u64 other, u64 other_size) {
     return begin < other + other_size && other < begin + size;
 }
@@ -88,7 +88,7 @@ Result<Segment> segment_from(const ProgramHeader& p, std::span<const std::byte> 
 
 Result<Image> Image::parse(std::span<const std::byte> file) {
     TRY(const FileHeader h, file_header(file));
-    // 0xffff says that the count stands elsewhere (PN_XNUM): no kernel of ours has so many.
+    // 0xffff would mean that the count is stored elsewhere (PN_XNUM): no kernel has so many program headers.
     const u64 table = u64{h.program_count} * sizeof(ProgramHeader);
     if (h.program_offset > file.size() || table > file.size() - h.program_offset) {
         return Error(Code::corrupt,

@@ -57,7 +57,8 @@ Result<void> InterruptRouter::join(u32 processor, u32 apic_id) {
     if (processor >= max_processors) {
         return Error(Code::bad_argument, "interrupts: no such processor", max_processors - 1, processor);
     }
-    // The number may be that of a processor that did not come up. Nobody else joins under it.
+    // The number may be that of a processor that failed to start: its table is reused. Only one processor joins at a
+    // time under a number.
     VectorTable* table = tables_[processor];
     if (table == nullptr) {
         table = new (std::nothrow) VectorTable{};
@@ -79,7 +80,7 @@ Result<void> InterruptRouter::join(u32 processor, u32 apic_id) {
 
 Result<void> InterruptRouter::check_processor(u32 processor) const {
     if (processor >= max_processors || tables_[processor] == nullptr) {
-        const auto running = std::ranges::find(tables_, nullptr) - tables_.begin(); // the numbers have no gaps
+        const auto running = std::ranges::find(tables_, nullptr) - tables_.begin(); // numbers are contiguous
         return Error(Code::bad_argument, "interrupts: no processor with such a number runs (expected: at most)",
                      static_cast<u64>(running - 1), processor);
     }
@@ -227,7 +228,7 @@ void InterruptRouter::detach_vector(InterruptVector vector) {
 // ---- lines ----
 
 InterruptRouter::Wire InterruptRouter::wire(InterruptLine line) const {
-    if (!has_io_apic()) { // the 8259s know no polarity
+    if (!has_io_apic()) { // the 8259s have no polarity setting
         return {line.gsi, !line.isa && line.level, false};
     }
     if (!line.isa) {
@@ -255,7 +256,7 @@ InterruptRouter::Line* InterruptRouter::find(u32 gsi) {
     return found == lines_.end() ? nullptr : found;
 }
 
-// Fixed delivery to one processor by its id. The low word unmasks: it goes last.
+// Fixed delivery to one processor by its id. The low word is written last: it unmasks.
 void InterruptRouter::program(const Wire& wire, u32 apic_id, u8 vector) {
     const u32 io_apic = *io_apic_of(wire.gsi);
     const u32 pin = wire.gsi - io_apics_[io_apic].first_gsi;
@@ -267,7 +268,7 @@ void InterruptRouter::program(const Wire& wire, u32 apic_id, u8 vector) {
     hardware_.write_io_apic(io_apic, entry_low(pin), low.raw);
 }
 
-// The first handler of a line: takes a vector and unmasks it.
+// The first handler of a line: allocates a vector and unmasks the line.
 Result<void> InterruptRouter::route(const Wire& wire, bool isa, u32 processor, AttachedHandler& handler) {
     if (auto runs = check_processor(processor); !runs) {
         return runs;

@@ -11,26 +11,26 @@ namespace {
 constinit Sink* first_sink = nullptr;
 constinit Level current = Level::info;
 constinit u64 (*clock_ns)() = nullptr;
-constinit SpinLock lock; // of the sinks and of what they have gathered
-constinit u32 depth = 0; // Holds of the processor that has the lock
+constinit SpinLock lock; // protects the sinks and their buffered text
+constinit u32 depth = 0; // nesting depth of Hold on the processor that has the lock
 
-// The line that is being written. Sinks get it at once: their devices are slow, and a line is made of many pieces.
+// The current line. It is passed to sinks as a whole: their devices are slow, and a line consists of many pieces.
 constinit std::array<char, 256> gathered{};
 constinit usize gathered_size = 0;
 
-// The last lines, in a circle that begins at kept_begin.
+// The last lines, in a circular buffer that begins at kept_begin.
 constinit std::array<char, kept_bytes> kept{};
 constinit bool keeping = false;
 constinit usize kept_begin = 0;
 constinit usize kept_size = 0;
-constinit u64 kept_lost = 0; // bytes of lines that had to go
+constinit u64 kept_lost = 0; // bytes of lines that were overwritten
 
 std::array<std::string_view, 2> kept_text() {
     const usize first = std::min(kept_size, kept.size() - kept_begin);
     return {std::string_view(kept.data() + kept_begin, first), std::string_view(kept.data(), kept_size - first)};
 }
 
-// Makes room by whole lines, oldest first.
+// Frees at least `bytes` bytes by removing whole lines, oldest first.
 void forget_lines(usize bytes) {
     usize gone = 0;
     for (usize seen = 0; gone < bytes && seen < kept_size; ++seen) {
@@ -49,7 +49,7 @@ void keep_text(std::string_view text) {
         forget_lines(kept_size + text.size() - kept.size());
     }
     const usize at = (kept_begin + kept_size) % kept.size();
-    const usize first = std::min(text.size(), kept.size() - at); // a line at most: shorter than the circle
+    const usize first = std::min(text.size(), kept.size() - at); // at most one line: shorter than the buffer
     std::copy_n(text.data(), first, kept.data() + at);
     std::copy_n(text.data() + first, text.size() - first, kept.data());
     kept_size += text.size();

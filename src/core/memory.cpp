@@ -38,7 +38,7 @@ void FrameAllocator::add(u64 base, u64 size) {
     if (begin >= end) {
         return;
     }
-    // Swallow whatever it touches: neighbours are joined, overlaps counted once.
+    // Absorb the ranges that it touches: adjacent ones are merged, overlaps counted once.
     usize at = first_ending_after(begin - 1);
     while (at < count_ && ranges_[at].base <= end) {
         begin = std::min(begin, ranges_[at].base);
@@ -87,12 +87,12 @@ Result<u64> FrameAllocator::allocate(const FrameRequest& request) {
         if (base < low) {
             continue;
         }
-        // Take [base, base + size) out of the middle.
+        // Remove [base, base + size) from the middle.
         const u64 before = base - range.base;
         const u64 behind = range.base + range.size - base - size;
         if (before != 0 && behind != 0) {
             if (!insert(i + 1, {base + size, behind})) {
-                continue; // no room for one more fragment: another range may be cut at its end
+                continue; // no room for another fragment: try a range that can be shortened at an end
             }
             ranges_[i].size = before;
             free_bytes_ -= behind + size;

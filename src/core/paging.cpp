@@ -10,12 +10,12 @@ constexpr u64 present = 1;
 constexpr u64 writable = 1 << 1;
 constexpr u64 write_through = 1 << 3;
 constexpr u64 cache_disable = 1 << 4;
-constexpr u64 large = 1 << 7; // in a page directory or a table of page directory pointers
+constexpr u64 large = 1 << 7; // in a page directory or page-directory-pointer table
 constexpr u64 no_execute = u64{1} << 63;
 constexpr u64 address_mask = 0x000ffffffffff000;
 constexpr u64 small_page = 4096;
 
-// Level 1 is the page table, 4 the root. An entry of a level covers so many bytes:
+// Level 1 is the page table, level 4 the root. Bytes that an entry of a level covers:
 constexpr u64 coverage(u32 level) { return small_page << (9 * (level - 1)); }
 constexpr usize index(u64 address, u32 level) { return static_cast<usize>(address >> (12 + 9 * (level - 1)) & 511); }
 constexpr bool canonical(u64 address) { return static_cast<u64>(static_cast<i64>(address << 16) >> 16) == address; }
@@ -52,7 +52,7 @@ u64 AddressSpace::leaf_bits(Protection p) const {
     return bits;
 }
 
-// The entry that decides about the address, and its level: a leaf, or the first that is not present.
+// The entry that maps the address, and its level: a leaf, or the first one that is not present.
 u64* AddressSpace::entry_of(u64 address, u32& level) const {
     u64* table = memory_.view(root_);
     for (level = 4;; --level) {
@@ -64,7 +64,7 @@ u64* AddressSpace::entry_of(u64 address, u32& level) const {
     }
 }
 
-// Fills neighbouring entries of one table, as many as fit; gives the bytes done (0 with an error).
+// Fills consecutive entries of one table, as many as fit. Returns the bytes mapped (0 with an error).
 u64 AddressSpace::map_some(u64 address, u64 physical, u64 size, u64 bits, std::optional<Error>& error) {
     u64* table = memory_.view(root_);
     u32 level = 4;
@@ -74,7 +74,7 @@ u64 AddressSpace::map_some(u64 address, u64 physical, u64 size, u64 bits, std::o
     };
     for (;;) {
         u64& entry = table[index(address, level)];
-        // A table that an unmap has left empty stays: smaller pages go into it.
+        // A table that an unmap has left empty is kept: use smaller pages in it.
         const bool is_table = level > 1 && (entry & present) != 0 && (entry & large) == 0;
         if (fits(level) && !is_table) {
             break;
@@ -123,7 +123,7 @@ Result<void> AddressSpace::map(u64 address, u64 physical, u64 size, Protection p
         const u64 step = map_some(address + done, physical + done, size - done, bits, error);
         if (error) {
             if (done != 0) {
-                static_cast<void>(unmap(address, done)); // what was just mapped: it can be unmapped
+                static_cast<void>(unmap(address, done)); // it was just mapped, so this cannot fail
             }
             return *error;
         }
@@ -146,9 +146,9 @@ Result<void> AddressSpace::check_mapped(u64 address, u64 size) const {
     return {};
 }
 
-// Splits large pages until one begins at `address`, or nothing is mapped there.
+// Splits large pages until a page begins at `address`, or nothing is mapped there.
 Result<void> AddressSpace::split_at(u64 address) {
-    if (!canonical(address)) { // the end of the range is the end of a half of the address space
+    if (!canonical(address)) { // the range ends at the end of a half of the address space
         return {};
     }
     for (;;) {
@@ -168,14 +168,14 @@ Result<void> AddressSpace::split_at(u64 address) {
         for (u64 i = 0; i < 512; ++i) {
             table[i] = (base + i * part) | bits;
         }
-        // One store: the same translation before and after it. What the processor remembers of the large page goes with
-        // it, whatever address in it is named [SDM-3 4.10.4.1].
+        // One store: the translation is the same before and after. Invalidating any address in the large page removes
+        // its TLB entry [SDM-3 4.10.4.1].
         entry = *fresh | present | writable;
         memory_.invalidate(address);
     }
 }
 
-// What is mapped, and has no page that reaches out of the range afterwards.
+// Checks that the range is mapped, and splits the pages that extend beyond it.
 Result<void> AddressSpace::isolate(u64 address, u64 size) {
     if (auto checked = check_mapped(address, size); !checked) {
         return checked;

@@ -34,7 +34,7 @@ bool starts_with(std::span<const std::byte> bytes, std::string_view text) {
            });
 }
 
-// String `number` (from 1; 0: none) of the string set that begins at `strings` [smbios §6.1.3].
+// String `number` (from 1; 0: none) of the string set that starts at `strings` [smbios §6.1.3].
 FixedText<64> string_of(std::span<const std::byte> strings, u8 number) {
     FixedText<64> text;
     if (number == 0) {
@@ -66,7 +66,7 @@ struct EntryPoint {
     u8 minor = 0;
 };
 
-// Nothing: these are not an entry point's bytes. An error: they begin like one, and are not.
+// Nothing: not an entry point. An error: the anchor of an entry point, but invalid contents.
 std::optional<Result<EntryPoint>> parse_entry(std::span<const std::byte> bytes) {
     const bool v3 = starts_with(bytes, "_SM3_");
     if (!v3 && !starts_with(bytes, "_SM_")) {
@@ -74,7 +74,7 @@ std::optional<Result<EntryPoint>> parse_entry(std::span<const std::byte> bytes) 
     }
     const usize minimum = v3 ? 0x18 : 0x1f;
     const u8 length = byte_at(bytes, v3 ? 6 : 5);
-    // Version 2.1 was implemented with 0x1e by mistake, which [smbios §5.2.1] tells readers to take as 0x1f.
+    // Version 2.1 was implemented with length 0x1e by mistake; [smbios §5.2.1] requires readers to treat it as 0x1f.
     const usize checked = !v3 && length == 0x1e ? usize{0x1f} : usize{length};
     if (checked < minimum || checked > bytes.size()) {
         return Result<EntryPoint>(Error{
@@ -117,13 +117,13 @@ void parse_smbios_table(std::span<const std::byte> table, Smbios& into) {
             return;
         }
         const auto formatted = table.subspan(at, length);
-        // The string set ends with two NULs, also when it is empty [smbios §6.1.3].
+        // The string set ends with two NULs, even if it is empty [smbios §6.1.3].
         usize end = at + length;
         while (end + 1 < table.size() && !(byte_at(table, end) == 0 && byte_at(table, end + 1) == 0)) {
             ++end;
         }
         if (end + 1 >= table.size()) {
-            return; // no end in sight: this structure is cut off
+            return; // no end found: this structure is truncated
         }
         const auto strings = table.subspan(at + length, end - (at + length));
         auto text = [&](usize field) {
@@ -156,7 +156,8 @@ Result<Smbios> read_smbios(PhysicalReader& memory, u64 entry) {
                          "what was handed over as SMBIOS entry point begins neither with _SM_ nor with _SM3_"};
         }
     } else {
-        // [smbios §5.2.1]: anywhere in the BIOS area, on a 16-byte boundary. A good one later on beats a broken one.
+        // [smbios §5.2.1]: anywhere in the BIOS area, on a 16-byte boundary. A later valid one takes precedence over an
+        // invalid one.
         for (u64 address = 0xf0000; address < 0xfffe0; address += 16) {
             if (!memory.read(address, bytes)) {
                 continue;
@@ -179,11 +180,11 @@ Result<Smbios> read_smbios(PhysicalReader& memory, u64 entry) {
     Smbios result;
     result.major = point.major;
     result.minor = point.minor;
-    // Read in whole: one structure may be longer than any smaller window, and only early boot comes here.
+    // Read as a whole: a structure may be longer than any smaller window. Only early boot uses this buffer.
     static constinit std::array<std::byte, max_table> table{};
     const usize size = std::min(point.size, max_table);
-    // Firmware may announce more than can be read (3.0 gives a maximum only): take what there is, in pieces, the last
-    // ones smaller.
+    // Firmware may announce more than can be read (3.0 gives only a maximum): read what is readable, in pieces that get
+    // smaller at the end.
     usize have = 0;
     for (usize piece = 256; have < size && piece > 0;) {
         const usize now = std::min(size - have, piece);

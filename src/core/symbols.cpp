@@ -16,7 +16,7 @@ T Symbols::read(usize at) const {
     return value;
 }
 
-// Ended by 0 within the table.
+// The string at `at`, if it is terminated within the table.
 std::optional<std::string_view> Symbols::string(usize at) const {
     for (usize end = at; end < table_.size(); ++end) {
         if (table_[end] == std::byte{0}) {
@@ -49,7 +49,7 @@ Symbols::Symbols(std::span<const std::byte> table) : table_(table) {
 }
 
 std::optional<Symbols::Symbol> Symbols::find(u32 offset) const {
-    u32 low = 0; // every function before it begins at or before the offset
+    u32 low = 0; // every function before index `low` begins at or before the offset
     u32 high = count_;
     while (low < high) {
         const u32 middle = low + (high - low) / 2;
@@ -71,7 +71,7 @@ std::optional<Symbols::Symbol> Symbols::find(u32 offset) const {
     if (!name || scope_index >= scope_count_) {
         return std::nullopt;
     }
-    std::string_view scope = *string(scopes_); // the constructor has seen the end of each
+    std::string_view scope = *string(scopes_); // the constructor has checked the terminators
     for (u32 i = 0; i < scope_index; ++i) {
         scope = *string(static_cast<usize>(reinterpret_cast<const std::byte*>(scope.data()) - table_.data()) +
                         scope.size() + 1);

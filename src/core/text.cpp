@@ -34,7 +34,7 @@ void put_number(void* sink, Write write, const Spec& spec, u64 number, bool nega
         number = spec.hex ? number >> 4 : number / 10;
     } while (number != 0);
     if (spec.prefix) {
-        // The prefix stands before zero fill, so the width counts the digits alone.
+        // The prefix precedes zero padding, so the width counts the digits only.
         write(sink, "0x");
     }
     if (negative) {
@@ -61,8 +61,8 @@ void put_argument(void* sink, Write write, const Spec& spec, const Argument& a) 
     case text:
         put(sink, write, spec, a.text, '<');
         if (a.error != nullptr && a.error->has_values) {
-            // What a person asked for and what there is room for are amounts; everything else comes from registers and
-            // packets.
+            // Requested and available quantities are shown in decimal; everything else comes from registers and packets
+            // and is shown in hexadecimal.
             const bool amount = a.error->code == Code::bad_argument || a.error->code == Code::exhausted;
             Spec shown{};
             shown.hex = shown.prefix = !amount;
@@ -80,7 +80,7 @@ void put_argument(void* sink, Write write, const Spec& spec, const Argument& a) 
 
 void vprint(void* sink, Write write, std::string_view f, std::span<const Argument> arguments) {
     usize next = 0;
-    usize plain = 0; // start of the run of ordinary text
+    usize plain = 0; // start of the current run of ordinary text
     for (usize i = 0; i < f.size();) {
         if (f[i] != '{' && f[i] != '}') {
             ++i;

@@ -5,8 +5,7 @@ import core.time;
 namespace fl {
 
 namespace {
-// The time at instant 0, modulo 2^64; ~0: not told. Relaxed: a single word, and nothing else is read on the strength of
-// it.
+// The wall-clock time at instant 0, modulo 2^64; ~0: not set. Relaxed: a single word that no other data depends on.
 constinit std::atomic<u64> offset{~u64{0}};
 } // namespace
 

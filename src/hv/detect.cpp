@@ -10,21 +10,21 @@ namespace fl::hv {
 namespace {
 
 struct Signature {
-    std::string_view text; // without trailing NULs; compared after leading and trailing blanks are gone, which vary
+    std::string_view text; // without trailing NULs; compared with leading and trailing blanks removed, since these vary
     VmGuest guest;
 };
-// Each from the hypervisor's own documentation or source; docs/hypervisors.md says which.
+// Taken from each hypervisor's documentation or source; docs/hypervisors.md lists which.
 constexpr std::array<Signature, 18> signatures{{
     {"XenVMMXenVMM", VmGuest::xen},
     {"Microsoft Hv", VmGuest::hyperv},
-    {"Linux KVM Hv", VmGuest::hyperv}, // KVM's own answer when it plays Hyper-V
+    {"Linux KVM Hv", VmGuest::hyperv}, // KVM's signature when it emulates Hyper-V
     {"KVMKVMKVM", VmGuest::kvm},
     {"TCGTCGTCGTCG", VmGuest::tcg},
     {"VMwareVMware", VmGuest::vmware},
     {"bhyve bhyve", VmGuest::bhyve},
     {"VBoxVBoxVBox", VmGuest::virtualbox},
     {"prl hyperv", VmGuest::parallels},
-    {"lrpepyh  vr", VmGuest::parallels}, // the same, with the bytes of each word turned round
+    {"lrpepyh  vr", VmGuest::parallels}, // the same, with the bytes of each word reversed
     {"lrpepyh vr", VmGuest::parallels},
     {"ACRNACRNACRN", VmGuest::acrn},
     {"QNXQVMBSQG", VmGuest::qnx},
@@ -54,22 +54,22 @@ VmGuest guest_of(std::string_view signature, u32 interface) {
             return s.guest;
         }
     }
-    // The name can be changed (QEMU's hv-vendor-id); the interface is what counts then [hv-tlfs §2.4.1].
+    // The vendor string is configurable (QEMU's hv-vendor-id); the interface signature then decides [hv-tlfs §2.4.1].
     return interface == hyperv_interface ? VmGuest::hyperv : VmGuest::other;
 }
 
-// The older method: what the firmware calls the machine. Prefixes, first match wins.
+// Fallback: names in the firmware's SMBIOS strings. Prefixes, first match wins.
 struct FirmwareName {
     FixedText<64> Smbios::* field;
     std::string_view prefix;
     VmGuest guest;
-    FixedText<64> Smbios::* and_field; // nullptr: the first condition is enough
+    FixedText<64> Smbios::* and_field; // nullptr: the first condition suffices
     std::string_view and_prefix;
 };
 constexpr std::array<FirmwareName, 14> firmware_names{{
     {&Smbios::manufacturer, "Xen", VmGuest::xen, nullptr, {}},
     {&Smbios::bios_vendor, "Xen", VmGuest::xen, nullptr, {}},
-    // The maker sells real computers too: the product decides.
+    // The manufacturer also sells physical machines: the product decides.
     {&Smbios::manufacturer, "Microsoft Corporation", VmGuest::hyperv, &Smbios::product, "Virtual Machine"},
     {&Smbios::manufacturer, "VMware", VmGuest::vmware, nullptr, {}},
     {&Smbios::product, "VMware", VmGuest::vmware, nullptr, {}},
@@ -80,7 +80,7 @@ constexpr std::array<FirmwareName, 14> firmware_names{{
     {&Smbios::product, "BHYVE", VmGuest::bhyve, nullptr, {}},
     {&Smbios::product, "KVM", VmGuest::kvm, nullptr, {}},
     {&Smbios::manufacturer, "OpenBSD", VmGuest::openbsd, &Smbios::product, "VMM"},
-    // QEMU runs on several accelerators, and one that is silent in CPUID cannot be told from another.
+    // QEMU supports several accelerators; one that is hidden in CPUID cannot be identified.
     {&Smbios::manufacturer, "QEMU", VmGuest::other, nullptr, {}},
     {&Smbios::bios_vendor, "Bochs", VmGuest::other, nullptr, {}},
 }};
@@ -121,9 +121,9 @@ bool offers_extended_destinations(const Sightings& sightings) {
 }
 
 bool offers_vmbus(const Sighting& s) {
-    // AccessSynicRegs 2, AccessHypercallMsrs 5: without them no message can be sent or come in. Not PostMessages and
-    // SignalEvents (the high half), which OpenVMM does not set though its bus works; not AccessVpIndex, whose register
-    // the SynIC can do without.
+    // AccessSynicRegs 2, AccessHypercallMsrs 5: required to send or receive messages. PostMessages and SignalEvents
+    // (the high half) are not required: OpenVMM does not set them, although its bus works; nor is AccessVpIndex,
+    // without whose register the SynIC works too.
     constexpr u32 needed = 1u << 2 | 1u << 5;
     return s.guest == VmGuest::hyperv && s.base != 0 && (s.features & needed) == needed;
 }
@@ -173,7 +173,7 @@ Sightings detect(const CpuidSnapshot& cpuid, const Smbios* smbios) {
             return result;
         }
     }
-    if (result.hypervisor_bit) { // somebody says that it is there, and nothing more
+    if (result.hypervisor_bit) { // a hypervisor is present, but unknown
         Sighting s;
         s.guest = VmGuest::other;
         result.list[result.count++] = s;
@@ -214,7 +214,7 @@ Choice choose(const Sightings& sightings, Preference preference, bool (*built)(V
         choice.reason = "asked for on the command line";
         return choice;
     }
-    // What this build can use; then whatever has a name.
+    // First what this build supports, then anything that can be named.
     for (const bool usable_only : {true, false}) {
         for (const PolicyRule& rule : rules) {
             if (usable_only && !built(rule.guest)) {

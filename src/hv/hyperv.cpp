@@ -19,7 +19,7 @@ namespace fl::hv {
 using namespace hyperv;
 
 namespace {
-// The end of the machine does not wait longer for a host.
+// Limits how long the end of the machine waits for the host, in ns.
 constexpr Nanoseconds unload_timeout = 1'000'000'000;
 } // namespace
 
@@ -65,7 +65,7 @@ Result<void> HyperV::install_hypercalls(Environment& environment) {
     if (gate_.call == nullptr) {
         return Error{Code::not_supported, "this program cannot call a hypervisor"};
     }
-    // The identity first: without one the hypercall register cannot be switched on [hv-tlfs §3.13].
+    // The guest identity first: without it the hypercall page cannot be enabled [hv-tlfs §3.13].
     cpu_->write_msr(msr::guest_os_id, our_guest_os_id);
     if (gate_.page != nullptr) {
         const u64 kept = cpu_->read_msr(msr::hypercall) & page_register_reserved;
@@ -77,11 +77,12 @@ Result<void> HyperV::install_hypercalls(Environment& environment) {
     return hypercalls_.install(gate_, environment.memory);
 }
 
-// What a hypervisor must not reach once this object is gone, and the identity, without which there are no hypercalls.
+// Withdraws the pages that the hypervisor must not access after this object is destroyed, and the guest identity,
+// without which there are no hypercalls.
 void HyperV::withdraw_pages() {
     clock_.uninstall();
     if ((privileges_ & privileges::hypercall) == 0) {
-        return; // the registers are not there
+        return; // the MSRs do not exist
     }
     if (gate_.page != nullptr) {
         cpu_->write_msr(msr::hypercall, cpu_->read_msr(msr::hypercall) & page_register_reserved);
@@ -121,8 +122,8 @@ Result<void> HyperV::start(Services& services) {
 Result<void> HyperV::start_bus(Services& services) {
     bus_.emplace(services.executor, clock_);
     CHECK(bus_->vmbus_.install({hypercalls_, synic_, *memory_, services.executor, services.timeout}));
-    // Auto-EOI saves the write that ends an interrupt; where the host advises against it, that write costs nothing and
-    // auto-EOI would.
+    // Auto-EOI saves the end-of-interrupt write; where the host advises against it, that write is cheap and auto-EOI is
+    // expensive.
     auto_eoi_ = (recommendations_ & recommendations::no_auto_eoi) == 0;
     TRY(vector_, services.interrupts.attach_vector(Synic::on_interrupt, &synic_, !auto_eoi_));
     if (auto enabled = synic_.enable(services.executor, vector_.vector, auto_eoi_); !enabled) {
@@ -206,15 +207,15 @@ Result<void> HyperV::Timer::start(InterruptHandler handler, void* context) {
         synic_.set_timer_handler(handler, context);
         config |= timer::sint_number(vmbus_sint);
     }
-    started_.store(true, std::memory_order_relaxed); // orders nothing: stop() comes after all use
+    started_.store(true, std::memory_order_relaxed); // orders nothing: stop() is called after all use
     cpu_.write_msr(msr::timer0_config, 0);
     cpu_.write_msr(msr::timer0_config, config);
     return {};
 }
 
 void HyperV::Timer::arm(Nanoseconds length) {
-    // Absolute, in reference time; read by the register: the page would need the counter's value, and this is a
-    // register write anyway.
+    // The count is absolute reference time, read from the MSR: the page would require a reading of the time stamp
+    // counter, and arming takes an MSR access anyway.
     const u64 now = clock_.counter().value_or(0);
     cpu_.write_msr(msr::timer0_count, now + std::max<u64>(length / 100, 1));
 }

@@ -13,8 +13,8 @@ namespace fl::hv {
 
 namespace {
 
-// One consistent reading. The host updates the page before it enters the processor again, on this processor: after
-// wrmsr has returned it is there. A page that stays in motion for this many looks is not a clock.
+// Takes one consistent reading. The host updates the page before it enters this processor, so the page is valid once
+// wrmsr has returned. If it keeps changing for this many attempts, it is not a clock.
 constexpr int looks = 64;
 
 std::optional<kvm::ClockPage> read_clock(std::byte* page) {
@@ -25,9 +25,9 @@ std::optional<kvm::ClockPage> read_clock(std::byte* page) {
         const u32 before = std::atomic_ref(word(0)).load(std::memory_order_acquire);
         std::array<u32, sizeof(copy) / 4> words;
         for (usize i = 0; i < words.size(); ++i) {
-            words[i] = std::atomic_ref(word(i)).load(std::memory_order_relaxed); // ordered by the version's two loads
+            words[i] = std::atomic_ref(word(i)).load(std::memory_order_relaxed); // ordered by the two loads of version
         }
-        // Orders the fields' loads before the second look at the version; pairs with the host's odd version before it
+        // Orders the loads of the fields before the second load of version; pairs with the host's odd version before it
         // writes.
         std::atomic_thread_fence(std::memory_order_acquire);
         const u32 after = std::atomic_ref(word(0)).load(std::memory_order_relaxed); // ordered by the fence above
@@ -50,7 +50,7 @@ Result<void> Kvm::install(Environment& environment) {
         return {};
     }
     if (!kvm::has(features_, kvm::Feature::clocksource2)) {
-        return {}; // calibrate: TCG, or a KVM that was told to hide its clock
+        return {}; // calibrate: TCG, or a KVM configured to hide its clock
     }
     TRY(DmaBuffer page, environment.memory.buffer(page_size));
     environment.cpu.write_msr(kvm::msr_system_time, page.bus() | 1);

@@ -64,7 +64,7 @@ Result<void> Xen::install_hypercalls(Environment& environment, const Sighting& s
 Result<void> Xen::install_shared_info(Environment& environment) {
     TRY(DmaBuffer page, environment.memory.buffer(page_size));
     CHECK(hypercalls_.add_to_physmap(MapSpace::shared_info, 0, page.bus() / page_size));
-    // Xen's page stands where ours was: it is never given back.
+    // Xen's page has replaced ours: never free it.
     shared_ = reinterpret_cast<SharedInfo*>(page.data());
     page.abandon();
     events_.install(hypercalls_, *shared_, 0);
@@ -72,14 +72,14 @@ Result<void> Xen::install_shared_info(Environment& environment) {
 }
 
 Result<void> Xen::install_grants(Environment& environment) {
-    static constexpr u32 first_frames = 8; // a full ring, its pages and a few disks more; the rest when it is needed
+    static constexpr u32 first_frames = 8; // enough for a full ring, its pages and a few more disks; grows on demand
     TRY(const u32 limit, hypercalls_.grant_table_limit());
     u32 frames = std::min(limit, Grants::max_frames);
     if (frames == 0) {
         return Error{Code::exhausted, "Xen gives this guest no grant table", 1, 0};
     }
-    // The places of all frames, next to each other; Xen's frames come in their stead. A machine too small for that does
-    // with fewer.
+    // Contiguous address space for all frames, which Xen's frames then replace. If memory is too small for that, use
+    // fewer.
     auto table = environment.memory.buffer(frames * static_cast<u32>(page_size));
     while (!table && frames > 1) {
         frames /= 2;
@@ -91,7 +91,8 @@ Result<void> Xen::install_grants(Environment& environment) {
     grant_frame_ = table->bus() / page_size;
     auto* entries = reinterpret_cast<GrantEntry*>(table->data());
     table->abandon();
-    // The last of the first frames comes first: Xen's table then grows once. Where it cannot, as far as it can.
+    // Map the last of the first frames first, so that Xen grows its table only once. If it cannot, use as many as it
+    // can.
     u32 mapped = std::min(frames, first_frames);
     for (auto done = map_grant_frame(mapped - 1); !done; done = map_grant_frame(mapped - 1)) {
         if (--mapped == 0) {
@@ -138,7 +139,8 @@ void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
     };
     const VcpuTimeInfo& time = shared_->vcpu[0].time;
     for (u32 tries = 0; tries < 16; ++tries) {
-        // Acquire, twice: the values between two equal, even versions. Partner: Xen writes version, values, version.
+        // Acquire, twice: reads the values between two equal, even versions. Pairs with Xen's order: version, values,
+        // version.
         const u32 before = std::atomic_ref(const_cast<u32&>(time.version)).load(std::memory_order_acquire);
         const u32 mul = *static_cast<const volatile u32*>(&time.tsc_to_system_mul);
         const i8 shift = *static_cast<const volatile i8*>(&time.tsc_shift);
@@ -150,7 +152,7 @@ void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
             break;
         }
     }
-    if (!tsc_hz_) { // not written yet: CPUID says the same
+    if (!tsc_hz_) { // not written yet: CPUID has the same values
         const CpuidRegisters scale = environment.cpuid.get(sighting.base + 3, 1);
         tsc_hz_ = frequency(scale.ecx, static_cast<i8>(scale.edx));
         if (const u64 khz = environment.cpuid.get(sighting.base + 3, 0).ecx; !tsc_hz_ && khz >= 1000) {
@@ -162,8 +164,8 @@ void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
 
 Result<void> Xen::start(Services& services) {
     store_.set_timeout(services.timeout);
-    // The vector that Xen injects itself needs no end-of-interrupt, which would be one more exit for every event; the
-    // message to the local APIC is for a Xen that does not offer it.
+    // The vector that Xen injects needs no end-of-interrupt, which would cost another exit per event. The vector
+    // through the local APIC is the fallback for a Xen without it.
     if ((features_ & feature_callback_vector) != 0) {
         TRY(const InterruptVector vector, services.interrupts.attach_vector(Events::upcall, &events_, false));
         if (auto set = hypercalls_.set_hvm_parameter(HvmParam::callback_irq, callback_by_vector(vector.vector)); set) {

@@ -8,7 +8,7 @@ namespace fl {
 
 namespace {
 constinit EndMachine hook = nullptr;
-constinit u32 next_step = 0; // each is tried once, even if it faults and brings us back here
+constinit u32 next_step = 0; // each step is tried once, even if it faults and this code is entered again
 } // namespace
 
 void set_end_machine(EndMachine to) { hook = to; }
@@ -17,7 +17,7 @@ void set_end_machine(EndMachine to) { hook = to; }
     cpu::interrupts_off();
     for (;;) {
         switch (next_step++) {
-        case 0: log::flush(); break; // a console that waits for its reader has room then
+        case 0: log::flush(); break; // a console that waits for its reader then has room
         case 1: log::Record("verdict").text("verdict", name(verdict)).text("reason", reason); break;
         case 2: log::flush(); break;
         default:

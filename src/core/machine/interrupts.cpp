@@ -42,11 +42,11 @@ class Hardware final : public InterruptHardware {
 constinit Hardware hardware;
 constinit InterruptRouter router(hardware);
 constinit FixedText<32> names;
-constinit std::atomic<u32> running_processors{1}; // release, acquire: with it, what they need to be kicked
+constinit std::atomic<u32> running_processors{1}; // release, acquire: publishes what is needed to kick them
 constinit u8 kick_vector = 0;
 
-// Returns when every other processor has taken an interrupt, and so has left the handlers it was in. Bounded; nobody
-// keeps interrupts off for so long.
+// Returns when every other processor has taken an interrupt, and so has left the handlers that it was running. Bounded;
+// interrupts are never off for that long.
 void pass_everywhere() {
     const u32 count = running_processors.load(std::memory_order_acquire);
     const u32 me = this_processor();
@@ -59,7 +59,7 @@ void pass_everywhere() {
         kick_processor(other.apic_id);
         constexpr u32 most_looks = 100'000'000;
         u32 looks = 0;
-        while (other.kicked.load(std::memory_order_acquire) == before) { // partner: the release in on_kick()
+        while (other.kicked.load(std::memory_order_acquire) == before) { // pairs with the release in on_kick()
             if (++looks == most_looks) {
                 panic("processor {} does not take interrupts", i);
             }
@@ -69,7 +69,7 @@ void pass_everywhere() {
 }
 
 void on_kick(void*) {
-    std::atomic<u64>& kicked = local().kicked; // written here alone
+    std::atomic<u64>& kicked = local().kicked; // written only here
     kicked.store(kicked.load(std::memory_order_relaxed) + 1, std::memory_order_release);
 }
 
@@ -81,7 +81,7 @@ void add_io_apic(const acpi::IoApic& found) {
     const IoApicRegisters registers(Mmio(*mapped, IoApicRegisters::size));
     const auto version = apic::IoVersion::read(registers);
     if (version.raw == ~0u) {
-        return; // there is none
+        return; // no IOAPIC
     }
     hardware.io_apics[hardware.io_apic_count] = registers;
     if (router.add_io_apic(found.first_gsi, version.get(apic::IoVersion::last_entry) + 1)) {
@@ -92,7 +92,7 @@ void add_io_apic(const acpi::IoApic& found) {
 } // namespace
 
 void start_interrupts(const acpi::Tables* tables, const InterruptOptions& options) {
-    // Always moved away from the exceptions' vectors and masked, whoever handles the lines in the end.
+    // Always remapped away from the exception vectors and masked, even if the IOAPICs are used.
     const bool pic = pic::start(InterruptRouter::first_pic_vector);
     const bool has_apics = tables != nullptr && tables->madt && tables->madt->io_apic_count != 0;
     const auto mode = lapic::start(InterruptRouter::spurious_vector, !has_apics, options.x2apic);

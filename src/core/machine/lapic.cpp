@@ -16,7 +16,7 @@ using apic::LocalVector;
 
 constinit Mode current = Mode::none;
 constinit Mmio registers{};
-constinit u64 registers_at = 0; // physical
+constinit u64 registers_at = 0; // physical address
 constinit bool deadline = false;
 
 ApicBase read_base() { return ApicBase::from(cpu::read_msr(ApicBase::msr)); }
@@ -54,7 +54,7 @@ void set_up(u8 spurious_vector, bool external) {
 }
 
 void switch_to_x2apic(ApicBase base) {
-    write_base(base.set(ApicBase::enable, true)); // the two bits must not rise at once [SDM-3 11.12.1]
+    write_base(base.set(ApicBase::enable, true)); // the two bits must not be set in the same write [SDM-3 11.12.1]
     write_base(base.set(ApicBase::x2apic, true));
 }
 } // namespace
@@ -66,7 +66,7 @@ Mode start(u8 spurious_vector, bool external, bool x2apic) {
         return current = Mode::none;
     }
     ApicBase base = read_base();
-    // Once switched on it cannot go back without a reset of the APIC: then it stays.
+    // Once in x2APIC mode, only a reset of the APIC leaves it: then keep it.
     if (base.get(ApicBase::x2apic) || (x2apic && more.get(Cpuid1Ecx::x2apic))) {
         switch_to_x2apic(base);
         current = Mode::x2apic;
@@ -91,7 +91,7 @@ bool join(u8 spurious_vector) {
     switch (current) {
     case Mode::none: return false;
     case Mode::x2apic: switch_to_x2apic(base); break;
-    case Mode::memory: // every processor sees its own registers at the one address
+    case Mode::memory: // all processors access their own registers at the same address
         if (base.get(ApicBase::x2apic) || base.address() != registers_at) {
             return false;
         }
@@ -111,7 +111,7 @@ bool send(u32 apic_id, Delivery delivery, u8 vector) {
     switch (current) {
     case Mode::none: return false;
     case Mode::x2apic:
-        // Writing an x2APIC register does not wait for earlier stores [SDM-3 11.12.3].
+        // A write to an x2APIC register does not wait for earlier stores [SDM-3 11.12.3].
         asm volatile("mfence; lfence" ::: "memory");
         cpu::write_msr(0x830, u64{apic_id} << 32 | low);
         return true;
@@ -120,7 +120,7 @@ bool send(u32 apic_id, Delivery delivery, u8 vector) {
     if (apic_id > 0xfe) {
         return false;
     }
-    // Two writes, and a handler in between may have one of its own to send.
+    // Two writes, between which a handler might send an interrupt of its own.
     const bool were_on = cpu::interrupts_are_on();
     cpu::interrupts_off();
     u32 polls = 0;

@@ -70,7 +70,7 @@ class KernelTables final : public TableMemory {
         return frame;
     }
     u64* view(u64 physical) override {
-        // The image's own memory is not in the direct map: no second, writable way to it.
+        // The image's own memory is not in the direct map, so that there is no second, writable mapping of it.
         return reinterpret_cast<u64*>(in_image(physical) ? physical - layout.image_physical + image_begin()
                                                          : direct_map.begin + physical);
     }

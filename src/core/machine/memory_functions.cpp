@@ -1,6 +1,6 @@
-// The memory functions that the compiler calls. A repeated string instruction counts one instruction per round in the
-// deterministic mode, so whole words go first and only the rest byte by byte. Compiled code must not be turned into
-// calls of themselves: no loops over bytes that the compiler knows.
+// The memory functions that the compiler calls. In deterministic mode each iteration of a string instruction counts as
+// one instruction, so whole words are processed first and only the rest by bytes. No byte loops that the compiler would
+// turn into calls of these same functions.
 #include <stddef.h>
 #include <stdint.h>
 
@@ -22,7 +22,7 @@ void* memmove(void* to, const void* from, size_t size) {
     if (reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(from) >= size) {
         return memcpy(to, from, size);
     }
-    // Overlapping, destination behind source: downwards, tail first.
+    // Overlapping, with the destination after the source: copy downwards, tail first.
     char* d = static_cast<char*>(to) + size - 1;
     const char* s = static_cast<const char*>(from) + size - 1;
     size_t rest = size % 8;
@@ -79,7 +79,7 @@ void* memchr(const void* in, int value, size_t size) {
 size_t strlen(const char* text) {
     const char* end = text;
     while (*end != '\0') {
-        asm volatile("" : "+r"(end)); // keeps the compiler from seeing strlen in this loop
+        asm volatile("" : "+r"(end)); // keeps the compiler from turning this loop into strlen
         ++end;
     }
     return static_cast<size_t>(end - text);

@@ -29,7 +29,7 @@ bool start(u8 first_vector) {
     for (u32 i = 0; i < 2; ++i) {
         cpu::out8(data[i], masks[i]);
     }
-    return cpu::in8(data[0]) == masks[0]; // a missing controller reads all ones
+    return cpu::in8(data[0]) == masks[0]; // a missing controller reads as all ones
 }
 
 void unmask(u8 irq) {
@@ -62,7 +62,7 @@ bool is_real(u8 irq) {
         return true;
     }
     if (irq == 15) {
-        cpu::out8(command[0], non_specific_eoi); // the first controller did see the cascade
+        cpu::out8(command[0], non_specific_eoi); // the first controller has the cascade line in service
     }
     return false;
 }

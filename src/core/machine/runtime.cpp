@@ -6,7 +6,7 @@ import core.heap;
 import core.spinlock;
 
 extern "C" {
-// From kernel.ld.
+// Defined in kernel.ld.
 extern void (*const init_array_begin[])();
 extern void (*const init_array_end[])();
 }
@@ -14,7 +14,7 @@ extern void (*const init_array_end[])();
 namespace fl {
 
 namespace {
-constinit SpinLock lock; // the frames' lock is taken while it is held, never the other way round
+constinit SpinLock lock; // lock order: the frames' lock is taken with this one held, never the reverse
 constinit Heap heap GUARDED_BY(lock);
 constinit HeapGrowth growth GUARDED_BY(lock) = nullptr;
 } // namespace
@@ -40,7 +40,8 @@ u64 heap_allocations() {
     const Locked locked(lock);
     return heap.allocations();
 }
-// Once, before further processors run; its caller has the lock of the frames, which is never taken first.
+// Called once, before further processors run. The caller holds the frames' lock, after which this lock must not be
+// taken.
 void set_heap_growth(HeapGrowth more) NO_THREAD_SAFETY_ANALYSIS { growth = more; }
 
 void run_initialisers() {

@@ -1,4 +1,4 @@
-// The names that compiled code and libc++ look for in the global module.
+// Symbols that compiled code and libc++ expect in the global module.
 #include <new>
 #include <stdarg.h>
 #include <stddef.h>
@@ -23,7 +23,7 @@ void* must_allocate(usize size, usize alignment) {
 
 const std::nothrow_t std::nothrow{};
 
-// operator new and delete belong to the global module: a plain file that imports.
+// operator new and delete must belong to the global module: hence a file that is not a module unit.
 void* operator new(size_t size) { return must_allocate(size, Heap::granule); }
 void* operator new[](size_t size) { return must_allocate(size, Heap::granule); }
 void* operator new(size_t size, std::align_val_t alignment) {
@@ -55,7 +55,7 @@ extern "C" {
 
 [[noreturn]] void abort() { panic("abort() was called"); }
 [[noreturn]] void __cxa_pure_virtual() { panic("a pure virtual function was called"); }
-// The kernel never runs destructors of statics: it ends by ending the machine.
+// The kernel never runs destructors of static objects: it ends by ending the machine.
 int __cxa_atexit(void (*)(void*), void*, void*) { return 0; }
 void* __dso_handle = nullptr;
 }

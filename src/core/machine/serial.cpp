@@ -19,8 +19,7 @@ enum : u16 {
 };
 constexpr u8 line_status_empty = 0x20; // transmitter holding register (the whole FIFO) is empty
 constexpr u16 fifo_size = 16;
-// A byte at 115200 baud takes 87 us; 200 ms are far more than a FIFO ever needs, and a status read is never faster than
-// about 10 ns.
+// A byte at 115200 baud takes 87 us. 200 ms are far more than a FIFO ever needs; a status read takes at least 10 ns.
 constexpr u32 most_polls = 20'000;
 
 constinit SerialPort port{0x3f8};
@@ -29,7 +28,7 @@ constinit DebugConsole debug;
 } // namespace
 
 bool SerialPort::open() {
-    // A register that keeps what is written: a missing port reads 0xff.
+    // Test the scratch register: an absent port reads as 0xff.
     for (const u8 pattern : {u8{0x5a}, u8{0xa5}}) {
         cpu::out8(base_ + scratch, pattern);
         if (cpu::in8(base_ + scratch) != pattern) {
@@ -41,7 +40,7 @@ bool SerialPort::open() {
     cpu::out8(base_ + data, 1);            // 115200 baud
     cpu::out8(base_ + interrupt_enable, 0);
     cpu::out8(base_ + line_control, 0x03); // 8N1
-    cpu::out8(base_ + fifo_control, 0x07); // on, both sides emptied
+    cpu::out8(base_ + fifo_control, 0x07); // enable, clear both FIFOs
     cpu::out8(base_ + modem_control, 0x03);
     burst_ = (cpu::in8(base_ + fifo_control) & 0xc0) == 0xc0 ? fifo_size : 1;
     return present_ = true;

@@ -1,5 +1,5 @@
-// Where a further processor begins: a copy of this page's code below 1 MiB, in real mode, CS = page / 16, IP = 0 [SDM-3 9.4.4]. The parameters are
-// filled in by smp.cpp (struct Parameters); every absolute address in them is one of the copy.
+// Entry of a further processor: a copy of this page's code below 1 MiB, in real mode, CS = page / 16, IP = 0 [SDM-3
+// 9.4.4]. smp.cpp fills in the parameters (struct Parameters); all absolute addresses in them refer to the copy.
 .section .rodata.start, "a", @progbits
 .balign 16
 .global start_code_begin, start_code_end, start_parameters, start_gdt, start_protected, start_long
@@ -40,7 +40,7 @@ start_protected:
     movl EFER_VALUE(%ebx), %eax
     xorl %edx, %edx
     wrmsr
-    movl CR0_VALUE(%ebx), %eax          // PG and WP with it
+    movl CR0_VALUE(%ebx), %eax          // sets PG and WP
     movl %eax, %cr0
     ljmpl *LONG_POINTER(%ebx)
 
@@ -59,8 +59,8 @@ start_parameters:
     .skip 42
 start_code_end:
 
-// In the image. Whoever arrives here says by its APIC id whether it is the one that is meant, and takes the offer before the boot processor
-// withdraws it; anybody else rests.
+// In the image. A processor that arrives here compares its APIC id with the offer's and takes the offer unless the boot
+// processor has withdrawn it; any other processor halts.
 .cfi_sections .debug_frame
 .section .text.processor_entry, "ax", @progbits
 .global processor_entry
@@ -72,7 +72,7 @@ processor_entry:
     cpuid
     cmpl $0xb, %eax
     jb 1f
-    movl $0xb, %eax                     // extended topology: EDX is the whole x2APIC id, where EBX is not zero
+    movl $0xb, %eax                     // extended topology: EDX is the x2APIC id, valid if EBX is not 0
     xorl %ecx, %ecx
     cpuid
     testl $0xffff, %ebx

@@ -1,10 +1,10 @@
-// 256 stubs of 16 bytes, one per vector. Exceptions (0–31) save everything for the report; interrupts save what C++ may change.
-// The unwinding rules lead a debugger on into what was interrupted: the canonical frame address is what RSP was before the processor
-// pushed SS, RSP, RFLAGS, CS and RIP below it [SDM-3 6.14.2].
+// 256 stubs of 16 bytes, one per vector. Exceptions (0–31) save all registers for the report; interrupts save the
+// caller-saved ones. The unwinding rules lead a debugger to the interrupted code: the canonical frame address is the
+// value of RSP before the processor pushed SS, RSP, RFLAGS, CS and RIP [SDM-3 6.14.2].
 .cfi_sections .debug_frame
 .section .text.traps, "ax", @progbits
 
-// `pushed`: how many bytes lie between RSP and the frame that the processor pushed.
+// `pushed`: bytes between RSP and the frame that the processor pushed.
 .macro begin_frame pushed
     .cfi_startproc simple
     .cfi_def_cfa rsp, \pushed + 40
@@ -12,9 +12,10 @@
     .cfi_offset rsp, -16
 .endm
 
-// Assemblers leave the mark of a signal frame out of .debug_frame, and without it a debugger looks up the interrupted function one byte before
-// the interrupted instruction, which is another function's, or nobody's, if that one is the first. So the rules of the two common parts, from
-// which the interrupted code is found, are written out [DWARF5 §6.4.1]; "S" is the mark [LSB-5.0 §10.6].
+// Assemblers omit the signal frame mark from .debug_frame. Without it a debugger looks up the function of the byte
+// before the interrupted instruction, which is the wrong one if that instruction is the first of its function. So the
+// unwinding rules of the two common parts, from which the interrupted code is found, are written by hand [DWARF5
+// §6.4.1]; "S" is the mark [LSB-5.0 §10.6].
 .pushsection .debug_frame, "", @progbits
 frame_rules:
     .long frame_rules_end - frame_rules_begin
@@ -40,7 +41,7 @@ frame_rules_end:
 \name\()_rules:
     .long frame_rules
     .quad \name, \name\()_end - \name
-    .byte 0x0c, 7                       // DW_CFA_def_cfa: RSP + so many bytes
+    .byte 0x0c, 7                       // DW_CFA_def_cfa: RSP + offset
     .uleb128 frame_bytes
     .popsection
 .endm
@@ -53,7 +54,7 @@ frame_rules_end:
     .popsection
 .endm
 
-// RSP has just gone down by so many bytes.
+// RSP has just decreased by this many bytes.
 .macro frame_grows bytes
     .set frame_bytes, frame_bytes + \bytes
 78:
@@ -65,7 +66,7 @@ frame_rules_end:
 77:
 .endm
 
-// `number`: DWARF's of the register [psABI §3.6.2].
+// `number`: the register's DWARF number [psABI §3.6.2].
 .macro push_register name number
     pushq %\name
     frame_grows 8
@@ -89,7 +90,7 @@ trap_stubs:
 .rept 256
     .balign 16
     .if vector < 32
-        // Vectors whose exception brings no error code get a zero in its place [SDM-3 6.13].
+        // Vectors without an error code push a zero in its place [SDM-3 6.13].
         .if (vector != 8) && (vector != 10) && (vector != 11) && (vector != 12) && (vector != 13) && (vector != 14) && (vector != 17) && (vector != 21) && (vector != 29) && (vector != 30)
             begin_frame 0
             pushq $0

@@ -192,8 +192,7 @@ void print_page_fault(log::Line& out, u64 error, u64 address) {
 }
 
 [[noreturn]] void park() {
-    local().parked.store(true,
-                         std::memory_order_release); // pairs with the acquire of the processor that stops the others
+    local().parked.store(true, std::memory_order_release); // pairs with the acquire of the one that stops the others
     for (;;) {
         cpu::interrupts_off();
         cpu::halt();

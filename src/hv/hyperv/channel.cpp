@@ -9,7 +9,7 @@ import hv.hyperv.hypercall;
 
 namespace fl::hv::hyperv {
 
-// Once for a channel, so for size.
+// Called once per channel: optimise for size.
 [[clang::minsize]] Result<void> Channel::attach(const Offer& offer, u32 cpu, DmaBuffer rings, u32 send_bytes,
                                                 const Signalling& signalling, const std::atomic<u32>& events,
                                                 io::Listener* listener) {
@@ -33,7 +33,7 @@ namespace fl::hv::hyperv {
     events_ = &events;
     listener_ = listener;
     first_event_ = events.load(std::memory_order_relaxed);
-    rescinded_.store(false, std::memory_order_relaxed); // nobody else knows the channel yet
+    rescinded_.store(false, std::memory_order_relaxed); // no other processor knows the channel yet
     rings_ = std::move(rings);
     return {};
 }
@@ -42,7 +42,7 @@ DmaBuffer Channel::detach() {
     sender_.reset();
     receiver_.reset();
     events_ = nullptr;
-    stop_listening(); // whoever listened has been stopped, or is about to be
+    stop_listening(); // the listener has been stopped, or is about to be
     listener_ = nullptr;
     return std::move(rings_);
 }
@@ -60,8 +60,7 @@ bool Channel::publish() {
 }
 
 void Channel::signal() {
-    // The packets and the index before the bits that say so: a locked instruction is a full barrier for all who look at
-    // them.
+    // Orders the packets and the index before the bits that announce them: a locked instruction is a full barrier.
     if (signalling_.interrupt_word != nullptr) {
         std::atomic_ref<u64>(*signalling_.interrupt_word)
             .fetch_or(signalling_.interrupt_bit, std::memory_order_seq_cst);
@@ -76,8 +75,8 @@ void Channel::signal() {
     if (status == Status::success) [[likely]] {
         return;
     }
-    // As a rule the host has just taken the channel away, and its rescind is on the way. One that forbids the call is
-    // told, once: requests will go unanswered.
+    // Usually the host has just rescinded the channel and the message is on its way. If the call is forbidden, log that
+    // once: requests will go unanswered.
     const bool forbidden = status == Status::access_denied || status == Status::operation_denied ||
                            status == Status::invalid_hypercall_code;
     if (counters_.refused++ == 0 && forbidden) {
@@ -89,7 +88,7 @@ void Channel::signal() {
 
 Inbox::Inbox(Channel& channel, io::Executor& executor)
     : channel_(channel), executor_(executor), latch_(executor), seen_(channel.interrupts()) {
-    latch_.open(); // what came before us
+    latch_.open(); // packets may have arrived before
     executor_.add(*this);
     channel_.listen(executor_, *this);
 }
@@ -120,7 +119,7 @@ bool Inbox::arm() {
         return false;
     }
     if (!found && std::exchange(told_, true)) {
-        return false; // broken, and said so
+        return false; // broken, and already reported
     }
     latch_.open();
     return true;

@@ -11,13 +11,13 @@ import hv.hyperv.protocol;
 namespace fl::hv::hyperv {
 
 std::optional<u64> frequency_of_scale(u64 scale) {
-    // scale = 10^7 * 2^64 / hz: from 20 MHz (above which 2^63 is) to 100 GHz.
+    // scale = 10^7 * 2^64 / hz: for 20 MHz (scale 2^63) to 100 GHz.
     constexpr u64 highest = u64{1} << 63;
     constexpr u64 lowest = (highest / 100'000'000'000) * 2 * reference_hz;
     if (scale > highest || scale < lowest) {
         return std::nullopt;
     }
-    // 10^7 * 2^64 / scale bit by bit: a freestanding build has no 128-bit division.
+    // 10^7 * 2^64 / scale by long division: a freestanding build has no 128-bit division.
     u64 rest = reference_hz; // < scale
     u64 hz = 0;
     for (int bit = 0; bit < 64; ++bit) {
@@ -35,7 +35,7 @@ Result<void> ReferenceClock::install(Privileged& cpu, DmaAllocator& memory, cons
     cpu_ = &cpu;
     counter_offered_ = (leaf.eax & privileges::reference_counter) != 0;
     if ((leaf.eax & privileges::frequencies) != 0 && (leaf.edx & features::frequency_registers) != 0) {
-        // else nonsense: the page may know
+        // an implausible value is ignored: the page may give the frequency
         if (const u64 hz = cpu.read_msr(msr::tsc_frequency); hz >= 1'000'000 && hz <= 100'000'000'000) {
             tsc_hz_ = hz;
             name_ = "Hyper-V frequency register";
@@ -68,8 +68,8 @@ std::optional<ReferenceClock::Scale> ReferenceClock::read_page() const {
         return std::nullopt;
     }
     for (u32 tries = 0; tries < 16; ++tries) {
-        // Acquire, twice: the values between two equal sequences. Partner: the hypervisor sets the sequence to invalid,
-        // writes the values, and then the next sequence [hv-tlfs §12.7.3].
+        // Acquire, twice: reads the values between two equal sequences. Pairs with the hypervisor's order: it
+        // invalidates the sequence, writes the values, then the next sequence [hv-tlfs §12.7.3].
         const u32 before = std::atomic_ref(const_cast<u32&>(page_->sequence)).load(std::memory_order_acquire);
         const u64 scale = *static_cast<const volatile u64*>(&page_->scale);
         const i64 offset = *static_cast<const volatile i64*>(&page_->offset);

@@ -26,7 +26,7 @@ Status Hypercalls::post_message(u32 connection, u32 type, std::span<const std::b
     if (payload.size() > message_payload) {
         return Status::invalid_parameter;
     }
-    // In one page and aligned, as parameters of a call have to be [hv-tlfs §3.5].
+    // In one page and aligned, as required for hypercall parameters [hv-tlfs §3.5].
     PostMessageInput input{connection, 0, type, static_cast<u32>(payload.size()), {}};
     std::copy_n(payload.data(), payload.size(), input.payload.data());
     std::memcpy(input_.data(), &input, sizeof(input));

@@ -13,7 +13,7 @@ import hv.hyperv.vmbus.protocol;
 namespace fl::hv::hyperv {
 
 namespace {
-// Messages that one interrupt takes at most: each one that comes after an end raises an interrupt of its own.
+// Maximum number of messages taken per interrupt: each one delivered after an end of message raises another interrupt.
 constexpr u32 messages_per_interrupt = 4;
 constexpr u32 vmbus_sint_register = msr::sint0 + vmbus_sint;
 } // namespace
@@ -28,7 +28,7 @@ Result<void> Synic::enable(io::Executor& executor, u8 vector, bool auto_eoi) {
         processor.messages = reinterpret_cast<MessagePage*>(pages.data());
         processor.flags = reinterpret_cast<EventPage*>(pages.data() + page_size);
         const u64 bus = pages.bus();
-        pages.abandon(); // the hypervisor's for as long as the machine runs
+        pages.abandon(); // the hypervisor's while the machine runs
         const u64 messages = cpu_->read_msr(msr::message_page) & page_register_reserved;
         const u64 flags = cpu_->read_msr(msr::event_page) & page_register_reserved;
         cpu_->write_msr(msr::message_page, bus | messages | page_enable);
@@ -38,7 +38,8 @@ Result<void> Synic::enable(io::Executor& executor, u8 vector, bool auto_eoi) {
     }
     processor.executor = &executor;
     processor.vp_index = vp_index_ ? static_cast<u32>(cpu_->read_msr(msr::vp_index)) : this_processor();
-    // Release: the handler, which comes from here on, sees the rest. Partner: the acquire in enabled() and interrupt().
+    // Release: the handler, which may run from now on, must see the rest. Pairs with the acquire in enabled() and
+    // interrupt().
     processor.on.store(true, std::memory_order_release);
     const u64 kept = cpu_->read_msr(vmbus_sint_register) & sint::kept;
     cpu_->write_msr(vmbus_sint_register, kept | vector | (auto_eoi ? sint::auto_eoi : 0));
@@ -60,7 +61,7 @@ void Synic::disable() {
 void Synic::watch(u32 relid) {
     const u32 words = std::min(relid, event_flags - 1) / 64 + 1;
     if (watched_words_.load(std::memory_order_relaxed) < words) {
-        // Release: partner is the acquire in take_events(). The host raises the flag only after a message that is
+        // Release: pairs with the acquire in take_events(). The host raises the flag only after a message that is
         // posted later still.
         watched_words_.store(words, std::memory_order_release);
     }
@@ -71,10 +72,10 @@ void Synic::interrupt() {
     if (!processor.on.load(std::memory_order_acquire)) {
         return;
     }
-    // one writer
+    // single writer
     processor.interrupts.store(processor.interrupts.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     take_events(processor);
-    if (processor.looking.load(std::memory_order_relaxed)) { // on this very processor: we interrupted look()
+    if (processor.looking.load(std::memory_order_relaxed)) { // on this same processor: the interrupt hit look()
         processor.again.store(true, std::memory_order_relaxed);
         announce_messages(processor);
     } else {
@@ -85,8 +86,8 @@ void Synic::interrupt() {
 void Synic::take_events(Processor& processor) {
     std::array<u64, 32>& words = processor.flags->flags[vmbus_sint];
     if (InterruptPage* page = interrupt_page_.load(std::memory_order_acquire)) {
-        // Flag 0 says that there is something in the interrupt page. It goes first: a flag of the page that comes later
-        // sets it again.
+        // Flag 0 announces flags in the interrupt page. Clear it first: a flag that is set in the page later sets it
+        // once more.
         if (std::atomic_ref<u64>(words[0]).exchange(0, std::memory_order_acquire) == 0) {
             return;
         }
@@ -135,13 +136,13 @@ void Synic::take_messages(Processor& processor, bool queued_here) {
         } else {
             const u32 tail = tail_.load(std::memory_order_relaxed);
             if (tail - head_.load(std::memory_order_acquire) == queue_length) {
-                return; // it stays where it is, and the host waits, until next() has made room and looks here
+                return; // leave it in the slot: the host waits until next() has made room and calls look()
             }
             SynicMessage& message = queue_[tail % queue_length];
             message.type = type;
             message.size = std::min<u32>(*static_cast<const volatile u8*>(&slot.payload_bytes), message_payload);
             std::memcpy(message.payload.data(), slot.payload.data(), message_payload);
-            // Release: the message before its place in the queue. Partner: the acquire in next().
+            // Release: the message before its place in the queue. Pairs with the acquire in next().
             tail_.store(tail + 1, std::memory_order_release);
             announce_messages(processor);
         }
@@ -154,8 +155,8 @@ void Synic::take_messages(Processor& processor, bool queued_here) {
 }
 
 void Synic::look(Processor& processor) {
-    // The handler may come at any instruction; it stays out of the slot while `looking` is set, and says so. Everything
-    // is on one processor: the compiler must keep the order, the processor does anyway.
+    // The handler may interrupt this at any instruction; while `looking` is set, it does not access the slot but sets
+    // `again`. All on one processor: only the compiler must be kept from reordering.
     for (u32 tries = 0; tries < messages_per_interrupt; ++tries) {
         processor.again.store(false, std::memory_order_relaxed);
         processor.looking.store(true, std::memory_order_relaxed);
@@ -179,13 +180,13 @@ bool Synic::next(SynicMessage& into) {
                     .load(std::memory_order_relaxed) == to_underlying(SynicMessageType::none)) {
             return false;
         }
-        look(processor); // interrupts are off, or the queue was full when the message came
+        look(processor); // interrupts are off, or the queue was full when the message arrived
         if (tail_.load(std::memory_order_acquire) == head) {
             return false;
         }
     }
     into = queue_[head % queue_length];
-    // Release: the copy before the room. Partner: the acquire in take_messages().
+    // Release: the copy before the free slot. Pairs with the acquire in take_messages().
     head_.store(++head, std::memory_order_release);
     return true;
 }

@@ -1,4 +1,4 @@
-// The connection, and what the host says. Channels and GPADLs: vmbus/channels.cpp.
+// The connection, and messages from the host. Channels and GPADLs: vmbus/channels.cpp.
 module;
 #include "core/try.hpp"
 module hv.hyperv.vmbus;
@@ -19,14 +19,14 @@ import hv.hyperv.vmbus.protocol;
 namespace fl::hv::hyperv {
 
 namespace {
-// Messages taken in one turn at most: a host that never ends must not keep everybody else waiting.
+// Limit of messages per turn, so that a host that never stops sending does not starve other services.
 constexpr u32 messages_per_turn = 128;
 constexpr Nanoseconds shortest_retry = 200'000;
 constexpr Nanoseconds longest_retry = 10'000'000;
-// Attempts, one a tick, to give one id back; then it is lost to the host.
+// Attempts, one per tick, to release an id; after that the host keeps it allocated.
 constexpr u32 most_release_attempts = 1000;
 
-// A message's struct out of its bytes: what the sender left out is zero. Nothing: fewer than `least` bytes.
+// Copies a message into its struct; fields that the sender omitted are zero. Nothing if shorter than `least` bytes.
 template <class M>
 std::optional<M> message_of(std::span<const std::byte> bytes, usize least = sizeof(M)) {
     if (bytes.size() < least) {
@@ -44,7 +44,7 @@ std::optional<M> message_of(std::span<const std::byte> bytes, usize least = size
 Vmbus::Pending::Pending(Vmbus& owner, MessageType type, u32 channel, u32 id)
     : answer(type), relid(channel), handle(id), latch(owner.environment_->executor), next(owner.pending_), bus(&owner) {
     owner.pending_ = this;
-    owner.environment_->executor.poll(owner); // wants_tick() from here on
+    owner.environment_->executor.poll(owner); // wants_tick() is true from now on
 }
 
 Vmbus::Pending::~Pending() {
@@ -101,7 +101,7 @@ io::Task<Result<void>> Vmbus::post(std::span<const std::byte> message, io::Bound
         const Status status = post_now(message);
         switch (status) {
         case Status::success: co_return Result<void>{};
-        // once there is a connection: a host that is being serviced or moved, and comes back
+        // after connect(): the host is being serviced or migrated, and the connection will return
         case Status::invalid_connection_id:
             if (!connected()) {
                 co_return Error{Code::not_found, "VMBus: nobody listens at the connection that messages are posted to",
@@ -176,7 +176,7 @@ io::Task<Result<void>> Vmbus::connect() {
         environment_->executor.add(*this);
         environment_->synic.message_listener().set(environment_->executor, *this);
     }
-    bool new_connection = true; // whether anybody listens where hosts from 5.0 on do
+    bool new_connection = true; // whether a host listens at the connection of versions from 5.0 on
     std::optional<Error> failure;
     for (const Version version : versions) {
         if (version >= Version::v5_0 && !new_connection) {
@@ -192,13 +192,13 @@ io::Task<Result<void>> Vmbus::connect() {
             co_return Result<void>{};
         }
         if (accepted) {
-            continue; // refused: the next older one
+            continue; // refused: try the next older version
         }
         failure = accepted.error();
         if (version < Version::v5_0) {
             break;
         }
-        new_connection = false; // a host from before 5.0, or none at all
+        new_connection = false; // an older host than 5.0, or none
     }
     environment_->synic.message_listener().clear();
     environment_->executor.remove(*this);
@@ -221,7 +221,7 @@ io::Task<Result<void>> Vmbus::request_offers() {
     CO_CHECK(co_await send(message, until));
     const auto ended =
         co_await answer(pending, answering_bound(), "VMBus: the host does not come to an end with its offers");
-    offers_delivered_ = true; // or are late: listeners hear of them then
+    offers_delivered_ = true; // or are late, and will be passed to the listeners
     co_return ended;
 }
 
@@ -229,7 +229,8 @@ void Vmbus::unload(Nanoseconds timeout) {
     if (!connected()) {
         return;
     }
-    // The executor's own time is not ours: a panic comes here on any processor.
+    // Uses elapsed time: in a panic this runs on any processor, and the executor's machine time is not this
+    // processor's.
     SpinBound bound(environment_->executor.elapsed(), timeout);
     const auto passed = [&] { return bound.passed(environment_->executor.elapsed()); };
     const Unload message;
@@ -244,7 +245,7 @@ void Vmbus::unload(Nanoseconds timeout) {
     version_ = Version::none;
     environment_->synic.use_interrupt_page(nullptr);
     if (this_processor() != 0) {
-        return; // the messages are processor 0's; a panic elsewhere does not wait for them
+        return; // only processor 0 receives messages; a panic elsewhere does not wait for them
     }
     SynicMessage received;
     while (!answered && !passed()) {
@@ -260,7 +261,7 @@ void Vmbus::unload(Nanoseconds timeout) {
     }
 }
 
-// ---- what the host says ----
+// ---- messages from the host ----
 
 bool Vmbus::drain() {
     SynicMessage message;
@@ -277,7 +278,7 @@ bool Vmbus::drain() {
 }
 
 void Vmbus::tick(Instant) {
-    while (connected() && to_release_count_ != 0) { // those that were not taken
+    while (connected() && to_release_count_ != 0) { // those that could not be posted
         const RelidReleased message{{RelidReleased::type}, to_release_[to_release_count_ - 1]};
         if (post_now(std::as_bytes(std::span<const RelidReleased, 1>(&message, 1))) != Status::success &&
             ++release_attempts_ < most_release_attempts) {
@@ -298,7 +299,7 @@ void Vmbus::take(const SynicMessage& message) {
     const auto too_short = [&] { unexpected(header->type, "is too short (bytes)", bytes.size()); };
     switch (header->type) {
     case MessageType::offer_channel: {
-        // Version 0.13 ends with the monitor's id.
+        // Version 0.13 messages end with the monitor id.
         const auto offer = message_of<OfferChannel>(bytes, 190);
         offer ? on_offer(*offer) : too_short();
         return;
@@ -372,7 +373,7 @@ void Vmbus::on_offer(const OfferChannel& message) {
     offer.flags = message.flags;
     offer.sub_channel = message.sub_channel_index;
     offer.user_defined = message.user_defined;
-    // Version 0.13 knows neither: every channel is signalled by the common connection and the interrupt page.
+    // Version 0.13 has neither field: all channels are signalled through the common connection and the interrupt page.
     offer.dedicated_interrupt = version_ > Version::v0_13 && (message.dedicated_interrupt & 1) != 0;
     offer.connection_id = version_ > Version::v0_13 ? message.connection_id : event_connection;
     if ((message.monitor_allocated & 1) != 0 && message.monitor_id < monitors) {
@@ -399,7 +400,7 @@ void Vmbus::on_offer(const OfferChannel& message) {
         return;
     }
     for (OfferListener* listener = offers_delivered_ ? listeners_ : nullptr; listener != nullptr;) {
-        OfferListener* const following = listener->next; // it may take itself out
+        OfferListener* const following = listener->next; // the callback may remove the listener
         if (listener->type.is_null() || listener->type == offer.type) {
             listener->offered(listener->context, offer);
         }
@@ -433,7 +434,7 @@ void Vmbus::on_rescind(u32 relid) {
             channel->mark_rescinded(); // its owner closes it
             return;
         }
-    } // none: it is just being opened or closed, which ends the matter
+    } // none: it is being opened or closed, which handles the rescind
 }
 
 // ---- the list of offers ----
@@ -471,7 +472,7 @@ void Vmbus::forget(u32 relid) {
     }
 }
 
-// Nobody has the channel any more: after a rescind its id goes back, and the host may use it again.
+// The channel is not open any more: after a rescind its id is released, and the host may reuse it.
 void Vmbus::no_longer_open(u32 relid) {
     KnownOffer* offer = known(relid);
     if (offer == nullptr) {
@@ -488,7 +489,7 @@ void Vmbus::release_relid(u32 relid) {
     const RelidReleased message{{RelidReleased::type}, relid};
     const Status status = post_now(std::as_bytes(std::span<const RelidReleased, 1>(&message, 1)));
     if (status != Status::success && to_release_count_ < to_release_.size()) {
-        to_release_[to_release_count_++] = relid; // tick() tries again; what finds no room there costs the host an id
+        to_release_[to_release_count_++] = relid; // tick() retries; without room here, the host keeps the id allocated
         environment_->executor.poll(*this);
     }
 }

@@ -1,5 +1,5 @@
-// The hypercall page: part of the kernel's text, so that it is executable; the hypervisor fills it through the
-// guest-physical address, or lays its own page over it, whatever our own page tables say about writing.
+// The hypercall page. Part of the kernel's text, so that it is executable; the hypervisor fills it by guest-physical
+// address, or overlays its own page, regardless of the guest's page protection.
 module hv.hyperv.hypercall;
 import core.std;
 
@@ -19,8 +19,8 @@ hyperv_hypercall_page:
 namespace fl::hv::hyperv {
 
 namespace {
-// RCX control, RDX input, R8 output, RAX result; R9 to R11 may be spoilt [hv-tlfs §3.7]. The red zone is off, so a call
-// is safe here.
+// RCX control, RDX input, R8 output, RAX result; R9 to R11 are clobbered [hv-tlfs §3.7]. The red zone is disabled, so a
+// call is safe here.
 u64 call_page(void*, u64 control, u64 input, u64 output) {
     register u64 r8 asm("r8") = output;
     u64 answer;

@@ -1,5 +1,5 @@
-// The hypercall page: part of the kernel's text, so that it is executable; Xen fills it through the guest-physical
-// address, whatever our own page tables say about writing.
+// The hypercall page. Part of the kernel's text, so that it is executable; Xen fills it by guest-physical address,
+// regardless of the guest's page protection.
 module hv.xen.hypercall;
 import core.std;
 
@@ -19,8 +19,8 @@ xen_hypercall_page:
 namespace fl::hv::xen {
 
 namespace {
-// RAX answers; RDI, RSI, RDX, R10 and R8 carry the arguments and may be spoilt [xen-public arch-x86/xen-x86_64.h]. The
-// red zone is off, so a call is safe here.
+// RAX result; RDI, RSI, RDX, R10 and R8 are arguments and are clobbered [xen-public arch-x86/xen-x86_64.h]. The red
+// zone is disabled, so a call is safe here.
 i64 call_page(void*, u32 number, u64 a, u64 b, u64 c, u64 d, u64 e) {
     register u64 r10 asm("r10") = d;
     register u64 r8 asm("r8") = e;

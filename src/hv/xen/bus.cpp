@@ -14,12 +14,12 @@ import hv.xen.store;
 namespace fl::hv::xen {
 
 namespace {
-// One kind's devices. The listing is used up before anything else is asked.
+// Lists the devices of one type. The listing is consumed before any other request uses `scratch`.
 io::Task<Result<void>> enumerate_kind(Store& store, std::string_view kind, DeviceList& into, std::span<char> scratch) {
     const StorePath path = join("device", kind);
     auto listing = co_await store.directory(path, scratch);
     if (!listing) {
-        // a kind that has just gone
+        // a type that was just removed
         co_return listing.error().code == Code::not_found ? Result<void>{} : listing.error();
     }
     const usize first = into.list.size();
@@ -59,7 +59,7 @@ io::Task<Result<void>> enumerate(Store& store, DeviceList& into, std::span<char>
         FixedText<24> kind(names.substr(0, end));
         names.remove_prefix(std::min(end + 1, names.size()));
         if (kind == "suspend") {
-            continue; // no kind of device: the toolstack makes device/suspend/event-channel for every guest [xen-paths]
+            continue; // not a device: the toolstack creates device/suspend/event-channel for every guest [xen-paths]
         }
         if (kind.empty() || kind.truncated() || count == max_kinds) {
             ++into.dropped;
@@ -128,7 +128,7 @@ io::Task<Result<BusState>> Frontend::await_state(std::span<const BusState> wante
                 "the back end does not reach the state that is waited for (timeout=MILLISECONDS changes the bound)",
                 to_underlying(wanted.front()), to_underlying(seen)};
         }
-        if (bound.passed()) { // one that changes its state for ever
+        if (bound.passed()) { // a back end that keeps changing its state
             co_return Error{Code::timed_out, "the back end does not settle in a state", to_underlying(wanted.front()),
                             to_underlying(seen)};
         }

@@ -17,7 +17,7 @@ Consoles find_consoles(CpuidRegisters (*cpuid)(u32 leaf, u32 subleaf), Privilege
     if (gate.call == nullptr || (cpuid(1, 0).ecx >> 31 & 1) == 0) { // Xen always sets the hypervisor bit
         return found;
     }
-    // Xen stands at the first base, or at the second one behind Hyper-V's leaves [xen-public arch-x86/cpuid.h].
+    // Xen uses the first base, or the second one after Hyper-V's leaves [xen-public arch-x86/cpuid.h].
     std::optional<HypervisorBase> xen;
     for (const u32 base : {0x40000000u, 0x40000100u}) {
         xen = hypervisor_at(base, cpuid(base, 0));
@@ -47,7 +47,7 @@ Consoles find_consoles(CpuidRegisters (*cpuid)(u32 leaf, u32 subleaf), Privilege
     if (!frame || !port || *frame == 0 || *frame >= u64{1} << 40 || *port == 0 || *port >= event_channels) {
         return found;
     }
-    // Under Xen xenconsoled may only be about to come. An emulated console that nobody is bound to stays so.
+    // Under Xen, xenconsoled may still be starting. An emulated console that is not bound stays that way.
     EventStatus status{domain_self, 0, static_cast<Port>(static_cast<u32>(*port)), 0, 0, {}};
     const bool known = found.calls.call(Hypercall::event_channel_op, EventOp::status, status) >= 0;
     if (known && status.status != event_interdomain && (found.emulated || status.status != event_unbound)) {
@@ -65,25 +65,26 @@ void ConsoleRing::open(const Hypercalls& calls, std::byte* page, Port port, u64 
     port_ = port;
     cycles_ = cycles;
     patience_ = patience_ms * (cycles_per_ms != 0 ? cycles_per_ms : fast);
-    // A loader may have written before us; what of it has not been read yet stays.
+    // A loader may have written before; keep what has not been read yet.
     produced_ = io::MappedMemory(page_, 4096).load_acquire<u32>(offsetof(ConsolePage, out_producer));
 }
 
-// How many bytes the ring takes now. A reader's position that cannot be is no room.
+// Free bytes in the ring. An invalid reader position counts as no room.
 u32 ConsoleRing::free() {
-    // Acquire: bytes are overwritten only after they were copied out. Partner: the reader's store of its position.
+    // Acquire: bytes are overwritten only after they have been copied out. Pairs with the reader's store of its
+    // position.
     const u32 used = produced_ - io::MappedMemory(page_, 4096).load_acquire<u32>(offsetof(ConsolePage, out_consumer));
     return used <= console_out_bytes ? console_out_bytes - used : 0;
 }
 
 void ConsoleRing::publish() {
-    // Release: the bytes before the position. Partner: the reader's load of it.
+    // Release: the bytes before the position. Pairs with the reader's load of it.
     io::MappedMemory(page_, 4096).store_release<u32>(offsetof(ConsolePage, out_producer), produced_);
     EventPort argument{port_};
     static_cast<void>(calls_.call(Hypercall::event_channel_op, EventOp::send, argument));
 }
 
-// False: the reader has not read on for as long as it may.
+// False: the reader has made no progress for the permitted time.
 bool ConsoleRing::wait_for(u32 room) {
     u32 seen = free();
     if (seen >= room) {
@@ -95,7 +96,7 @@ bool ConsoleRing::wait_for(u32 room) {
     u64 all = 0;
     while (seen < room) {
         static_cast<void>(calls_.call(Hypercall::sched_op, to_underlying(SchedOp::yield)));
-        // A long step is a stop of the machine, in which the reader did not run either: little of it counts.
+        // A large step means that the machine was stopped, and the reader with it: count little of it.
         const u64 now = cycles_();
         const u64 step = std::min(now - last, patience_ / 8);
         last = now;
@@ -107,14 +108,14 @@ bool ConsoleRing::wait_for(u32 room) {
         } else if (still > patience_) {
             return false;
         }
-        if (all > 8 * patience_) { // one that moves for ever, and makes no room
+        if (all > 8 * patience_) { // a reader that keeps moving but makes no room
             return seen >= room;
         }
     }
     return true;
 }
 
-// False: part of it is lost.
+// False: part of the text was lost.
 bool ConsoleRing::put(std::string_view text) {
     io::MappedMemory memory(page_, 4096);
     while (!text.empty()) {
@@ -134,7 +135,7 @@ bool ConsoleRing::put(std::string_view text) {
     return true;
 }
 
-// What was lost, on a line of its own, as soon as there is room for it.
+// Reports the lost bytes on a line of their own, once there is room for it.
 bool ConsoleRing::tell_lost() {
     FixedText<80> note;
     print(note, "\r\n[{} bytes are lost here: nobody read this console]\r\n", lost_untold_);
@@ -172,7 +173,7 @@ void ConsoleRing::flush() {
         return;
     }
     if (stalled_) {
-        static_cast<void>(wait_for(console_out_bytes / 2)); // room for the note, and for what comes after it
+        static_cast<void>(wait_for(console_out_bytes / 2)); // room for the note and the text that follows
         if (!tell_lost()) {
             return;
         }

@@ -11,7 +11,7 @@ void Events::install(Hypercalls& hypercalls, SharedInfo& shared, u32 vcpu) {
     shared_ = &shared;
     vcpu_ = &shared.vcpu[vcpu];
     for (u64& word : shared.mask) {
-        std::atomic_ref<u64>(word).store(~u64{0}, std::memory_order_relaxed); // nobody has a port yet
+        std::atomic_ref<u64>(word).store(~u64{0}, std::memory_order_relaxed); // no ports are in use yet
     }
 }
 
@@ -55,9 +55,9 @@ void Events::unbind(Port port) {
     mask(port);
     slots_[n] = {};
     EventPort argument{port};
-    // a port that is not open stays so
+    // fails harmlessly if the port is not open
     static_cast<void>(hypercalls_->call(Hypercall::event_channel_op, EventOp::close, argument));
-    // for the port's next user
+    // clear it for the port's next user
     std::atomic_ref<u64>(shared_->pending[n / 64]).fetch_and(~(u64{1} << n % 64), std::memory_order_relaxed);
 }
 
@@ -73,8 +73,8 @@ Result<void> Events::send(Port port) {
 void Events::scan() {
     ++upcalls_;
     for (u32 pass = 0; pass < max_passes; ++pass) {
-        // Sequentially consistent exchanges (plain ones on this processor): see the table above. The upcall is cleared
-        // before the selector, the selector before the words.
+        // Sequentially consistent exchanges (plain ones on this processor): see the table in the interface.
+        // upcall_pending is cleared before the selector, the selector before the words.
         std::atomic_ref<u8>(vcpu_->upcall_pending).exchange(0, std::memory_order_seq_cst);
         u64 selector = std::atomic_ref<u64>(vcpu_->pending_selector).exchange(0, std::memory_order_seq_cst);
         if (selector == 0) {
@@ -82,11 +82,11 @@ void Events::scan() {
         }
         for (; selector != 0; selector &= selector - 1) {
             const u32 word = static_cast<u32>(std::countr_zero(selector));
-            // only we write it
+            // written by this guest only
             const u64 masked = std::atomic_ref<u64>(shared_->mask[word]).load(std::memory_order_relaxed);
             std::atomic_ref<u64> pending(shared_->pending[word]);
-            // Acquire: what the senders wrote before they sent is seen by what the handlers wake. Partner: Xen's set,
-            // after the sender's call.
+            // Acquire: makes the senders' writes before their notification visible to what the handlers wake. Pairs
+            // with Xen's set, after the sender's hypercall.
             u64 ringing = pending.load(std::memory_order_acquire) & ~masked;
             pending.fetch_and(~ringing, std::memory_order_acquire);
             for (; ringing != 0; ringing &= ringing - 1) {

@@ -11,7 +11,7 @@ void Grants::install(std::span<GrantEntry> table, u32 frames, const GrantGrowth&
     table_ = table.first(frame_limit_ * grants_per_frame);
     growth_ = growth;
     free_count_ = 0;
-    // The entries of the first frame are taken first.
+    // Entries of the first frame are allocated first.
     frames_ = std::min(frames, frame_limit_);
     for (u32 frame = frames_; frame-- > 0;) {
         add_frame(frame);

@@ -63,7 +63,7 @@ i64 Hypercalls::console_write(std::string_view text) {
 Result<u32> Hypercalls::grant_table_limit() {
     GrantQuerySize size{};
     size.domain = domain_self;
-    // The third argument is how many structures there are.
+    // The third argument is the number of structures.
     const i64 answer =
         call(Hypercall::grant_table_op, to_underlying(GrantOp::query_size), reinterpret_cast<u64>(&size), 1);
     if (answer < 0 || size.status != 0) {

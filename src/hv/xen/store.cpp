@@ -17,7 +17,7 @@ import hv.xen.latch;
 namespace fl::hv::xen {
 
 namespace {
-// The error names that mean something here [xenstore]; any other one is an i/o error of the store.
+// Error names that are handled specially [xenstore]; any other one becomes an I/O error.
 Error from_server(std::string_view name) {
     if (const usize end = name.find('\0'); end != std::string_view::npos) {
         name = name.substr(0, end);
@@ -68,13 +68,13 @@ Result<void> Store::start(io::Executor& executor, Events& events) {
         return Error{Code::not_found, "this guest was given no XenStore"};
     }
     io::MappedMemory memory(page_, page_size);
-    // Positions need not begin at 0: somebody may have talked to the store before us [xenstore-ring].
+    // Positions need not start at 0: a loader may have used the store before [xenstore-ring].
     const u32 produced = memory.load_acquire<u32>(offsetof(StorePage, request_producer));
     const u32 consumed = memory.load_acquire<u32>(offsetof(StorePage, request_consumer));
     if (produced != consumed) {
         return Error{Code::protocol, "XenStore's ring holds a request that is not ours", consumed, produced};
     }
-    // Answers to whoever was here before are not ours to read.
+    // Discard replies to previous users of the ring.
     const u32 answered = memory.load_acquire<u32>(offsetof(StorePage, response_producer));
     memory.store_release<u32>(offsetof(StorePage, response_consumer), answered);
 
@@ -99,10 +99,10 @@ Result<void> Store::start(io::Executor& executor, Events& events) {
     return {};
 }
 
-// In the upcall: the executor looks at the ring in its next turn.
+// Runs in the upcall: the executor checks the ring in its next turn.
 void Store::on_event(void* context) {
     Store& self = *static_cast<Store*>(context);
-    self.events_.fetch_add(1, std::memory_order_relaxed); // a count; raise() orders
+    self.events_.fetch_add(1, std::memory_order_relaxed); // a statistic; raise() provides the ordering
     self.executor_->raise(self);
 }
 
@@ -114,17 +114,17 @@ Error Store::close(const Error& why) {
     return *closed_;
 }
 
-// ---- taking turns ----
+// ---- request queue ----
 
 struct Store::Turn : io::ReadyNode {
     Store& store;
-    bool given = false; // the turn is ours, and nobody has taken it up yet
+    bool given = false; // it is this request's turn, and the coroutine has not resumed yet
     explicit Turn(Store& s) : store(s) {}
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
     ~Turn() {
         unlink();
-        if (given) { // died between its turn's coming and its resumption: the next one
+        if (given) { // destroyed between getting its turn and resuming: pass it to the next one
             store.leave();
         }
     }
@@ -145,14 +145,14 @@ struct Store::Turn : io::ReadyNode {
 void Store::leave() {
     expected_ = {};
     io::ReadyNode* node = queue_.pop();
-    busy_ = node != nullptr; // busy_ passes on
+    busy_ = node != nullptr; // busy_ is passed on
     if (node != nullptr) {
         static_cast<Turn*>(node)->given = true;
         executor_->make_ready(*node);
     }
 }
 
-// Ends the turn, however the coroutine ends; a request that was left half written makes the byte stream useless.
+// Ends the turn, however the coroutine ends. A partly written request makes the byte stream unusable.
 struct Store::Sending {
     Store& store;
     bool incomplete = false;
@@ -183,7 +183,7 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
     const StoreHeader header{type, next_id_++, transaction, static_cast<u32>(length)};
     expected_ = {true, false, false, type, header.request_id, transaction, into, 0, {}};
     progress_->close();
-    executor_->poll(*this); // wants_tick() from here on
+    executor_->poll(*this); // wants_tick() is true from now on
 
     const char nul = 0;
     std::array<std::span<const std::byte>, 5> pieces{
@@ -198,7 +198,7 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
             static_cast<void>(requests_->append(piece.first(now))); // it fits: now <= free()
             piece = piece.subspan(now);
             sending.incomplete = true;
-            if (!piece.empty()) { // full: show it, and wait for room
+            if (!piece.empty()) { // full: publish it, and wait for room
                 static_cast<void>(requests_->publish());
                 CO_CHECK(channel_->send(port_));
                 expected_.wants_room = true;
@@ -229,7 +229,7 @@ io::Task<Result<std::string_view>> Store::exchange(StoreType type, u32 transacti
     co_return std::string_view(into.data(), expected_.length);
 }
 
-// ---- what comes in ----
+// ---- receiving ----
 
 bool Store::drain() {
     if (closed_) {
@@ -237,10 +237,10 @@ bool Store::drain() {
     }
     const bool waiting = expected_.active;
     bool taken = false;
-    // At most a few rings' worth in a turn: a server that never stops does not keep the others from theirs.
+    // Bounded to a few rings' worth per turn: a server that never stops sending must not starve other services.
     for (u32 rounds = 0;; ++rounds) {
         if (rounds == 64) {
-            executor_->raise(*this); // the rest in the next turn
+            executor_->raise(*this); // handle the rest in the next turn
             break;
         }
         u32 ready = responses_->ready();
@@ -253,7 +253,7 @@ bool Store::drain() {
             ready = *more;
         }
         if (ready == 0 || (!in_payload_ && ready < sizeof header_)) {
-            // A header that is not whole yet stays in the ring: look for the rest next time.
+            // An incomplete header stays in the ring: check for the rest next time.
             if (ready == 0) {
                 break;
             }
@@ -290,12 +290,12 @@ bool Store::drain() {
     }
     if (taken && !closed_) {
         responses_->release();
-        if (auto sent = channel_->send(port_); !sent) { // there is room again
+        if (auto sent = channel_->send(port_); !sent) { // the server has room again
             static_cast<void>(close(sent.error()));
         }
     }
     if (waiting) {
-        // The answer is whole, or the server has read and there is room now, or all is over.
+        // The reply is complete, the server has made room for the request, or the store is closed.
         auto room = closed_ ? Result<void>{} : requests_->observe();
         if (!room) {
             static_cast<void>(close(room.error()));
@@ -312,8 +312,8 @@ void Store::dispatch() {
         return dispatch_watch();
     }
     if (!expected_.active || expected_.done || header_.request_id != expected_.id) {
-        // A late answer to a request that has timed out is known by its number; one to a request that was never made is
-        // not.
+        // A late reply to a request that timed out is recognised by its id; a reply to a request that was never made is
+        // a protocol error.
         const u32 age = next_id_ - header_.request_id;
         if (age == 0 || age >= u32{1} << 31 || (expected_.active && header_.request_id == expected_.id)) {
             static_cast<void>(close({Code::protocol, "XenStore answers a request that is not under way", expected_.id,
@@ -350,7 +350,7 @@ void Store::dispatch_watch() {
     }
     std::string_view token = text.substr(path_end + 1, token_end - path_end - 1);
     if (!token.starts_with(token_prefix)) {
-        return; // a watch of whoever was here before
+        return; // a watch of a previous user
     }
     token.remove_prefix(token_prefix.size());
     const auto number = parse_number(token);
@@ -359,7 +359,7 @@ void Store::dispatch_watch() {
             watch->changed(watch->context);
             return;
         }
-    } // else: an event that crossed with unwatch()
+    } // otherwise: an event that crossed with unwatch()
 }
 
 // ---- operations ----
@@ -408,7 +408,7 @@ io::Task<Result<bool>> Store::commit(u32 transaction) {
 
 io::Task<Result<void>> Store::watch(Watch& watch) {
     watch.token = next_token_++;
-    watch.next = watches_; // before the request: the first event comes with the answer
+    watch.next = watches_; // before the request: the first event arrives with the reply
     watches_ = &watch;
     FixedText<24> token;
     print(token, "{}{}", token_prefix, watch.token);

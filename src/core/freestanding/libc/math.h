@@ -1,5 +1,5 @@
 #pragma once
-// libc++'s <compare> pulls <cmath> in, which wants the classes; the kernel computes nothing in floating point.
+// libc++'s <compare> includes <cmath>, which needs these classes; the kernel uses no floating point.
 #define FP_NAN 0
 #define FP_INFINITE 1
 #define FP_ZERO 2

@@ -1,5 +1,5 @@
 #pragma once
-// The part of C's <string.h> that libc++'s freestanding subset needs; defined in core/machine/runtime.cpp.
+// The part of C's <string.h> that libc++'s freestanding subset needs; defined in core/machine/memory_functions.cpp.
 #include <stddef.h>
 #ifdef __cplusplus
 extern "C" {

@@ -1,4 +1,4 @@
-// Channels and the memory that is shared with the host.
+// Channels, and memory shared with the host.
 module;
 #include "core/try.hpp"
 module hv.hyperv.vmbus;
@@ -44,7 +44,7 @@ io::Task<Result<Gpadl>> Vmbus::share(u32 relid, Frames frames) {
     const io::Bound until = posting_bound();
     Pending pending(*this, MessageType::gpadl_created, relid, gpadl.handle);
 
-    // The header with as many pages as it holds, then bodies with the rest.
+    // The header with as many pages as fit, then bodies with the rest.
     alignas(8) std::array<std::byte, max_message> message{};
     GpadlHeader header;
     header.relid = relid;
@@ -61,10 +61,10 @@ io::Task<Result<Gpadl>> Vmbus::share(u32 relid, Frames frames) {
             const u64 frame = frames.at(told);
             std::memcpy(message.data() + size, &frame, 8);
         }
-        // Never once the channel is rescinded: its id may be released and in other hands, and the host would keep what
-        // this gives it.
+        // Do not send once the channel is rescinded: its id may have been released and reused, and the host would keep
+        // the pages for the new channel.
         CO_CHECK(co_await post(std::span<const std::byte>(message).first(size), until, &pending.gone));
-        if (told == frames.count || pending.gone) { // the rest would be told to nobody
+        if (told == frames.count || pending.gone) { // the host would ignore the rest
             break;
         }
         GpadlBody body;
@@ -84,7 +84,7 @@ io::Task<Result<Gpadl>> Vmbus::share(u32 relid, Frames frames) {
 
 io::Task<Result<void>> Vmbus::teardown_gpadl(Gpadl gpadl) {
     if (is_rescinded(gpadl.relid)) {
-        co_return Result<void>{}; // the host lets go of everything with the channel
+        co_return Result<void>{}; // the host releases everything of a rescinded channel
     }
     const io::Bound until = posting_bound();
     Pending pending(*this, MessageType::gpadl_torndown, gpadl.relid, gpadl.handle);
@@ -200,12 +200,12 @@ io::Task<Result<void>> Vmbus::open_shared(Channel& channel, Offer offer, OpenPar
     if (result) {
         channel.next = channels_;
         channels_ = &channel;
-        if (is_rescinded(offer.relid)) { // in the very turn in which it was opened
+        if (is_rescinded(offer.relid)) { // rescinded in the same turn in which it was opened
             channel.mark_rescinded();
         }
         co_return result;
     }
-    if (unanswered) { // it may be open: close it before the memory is asked back
+    if (unanswered) { // it may be open: close it before the memory is reclaimed
         CloseChannel message;
         message.relid = offer.relid;
         static_cast<void>(co_await send(message, posting_bound()));
@@ -260,7 +260,7 @@ io::Task<Result<void>> Vmbus::modify(Channel& channel, u32 cpu) {
     message.relid = relid;
     message.target_vp = environment_->synic.vp_index(cpu);
     CO_CHECK(co_await send(message, until));
-    // before, the host does not confirm: events may come to the old processor for a while
+    // before 5.3 the host does not confirm: events may still be raised on the old processor for a while
     if (version_ >= Version::v5_3) {
         CO_CHECK(
             co_await answer(pending, answering_bound(), "VMBus: the host does not confirm a channel's new processor"));

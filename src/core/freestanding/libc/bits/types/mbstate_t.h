@@ -1,5 +1,5 @@
 #pragma once
-// libc++ names the type in stream positions; nothing here reads one.
+// libc++ uses the type in stream positions, which the kernel does not use.
 typedef struct {
     int state;
 } mbstate_t;
