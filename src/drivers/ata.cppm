@@ -129,6 +129,7 @@ class Controller {
     io::Task<Result<void>> attach(pci::Device device, u32 first_disk = 0);
     /// Number of announced disks.
     u32 disks() const { return count_; }
+    /// `channel`: 0 primary, 1 secondary. nullptr: the channel is not in use.
     ChannelQueue<P>* queue(u8 channel) { return channels_[channel].queue ? &*channels_[channel].queue : nullptr; }
 
   private:

@@ -46,6 +46,7 @@ class Device final : private Link {
     io::TaskGroup keeper_; // destroyed before what it uses
 };
 
+/// Connects one device, which then lives until machine shutdown.
 io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device,
                              const Memory& memory);
 /// The same for a bus without its backend; the device is kept and returned.

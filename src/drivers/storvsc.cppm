@@ -60,8 +60,10 @@ class Controller final : public scsi::Nexus {
     /// Ends everything and closes the channels. Bounded.
     io::Task<Result<void>> disconnect();
 
+    /// Number of units attached, including removed ones.
     u32 disks() const { return static_cast<u32>(units_.size()); }
     const Terms& terms() const { return terms_; }
+    /// Number of channels that were opened.
     u32 channels() const { return lane_count_; }
 
   private:

@@ -252,8 +252,8 @@ Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
         }
     }
     // Each pair with a rank orders two drivers. Place drivers one by one: the first (in the order of the table's
-    // drivers) that no unplaced one must precede. If there is none, the rules are cyclic, and the lowest-ranked pair
-    // is dropped.
+    // drivers) that no unplaced one must precede. If there is none, the rules are cyclic, and the pair of the smallest
+    // |rank| is dropped.
     std::array<bool, Plan::max_drivers> placed{};
     u32 usable = plan.pair_count;
     auto is_placed = [&](std::string_view name) {
@@ -274,7 +274,7 @@ Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
             }
         }
         if (pick == count) {
-            --usable; // pairs are sorted: the last one has the lowest rank
+            --usable; // pairs are sorted: the last one has the smallest |rank|
             plan.contradicts = true;
             continue;
         }

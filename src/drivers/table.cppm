@@ -76,11 +76,11 @@ struct Plan {
     std::span<const DriverInfo> known; // the table's drivers
     // first to last; drivers not named by any rule are in the order of the table's drivers
     std::array<std::string_view, max_drivers> order{};
-    std::array<Pair, max_pairs> pairs{}; // highest rank first
+    std::array<Pair, max_pairs> pairs{}; // largest |rank| first
     u32 driver_count = 0;
     u32 pair_count = 0;
     u32 drivers_dropped = 0;  // beyond max_drivers: tried after all others
-    bool contradicts = false; // rules that contradict each other: lower ranks were dropped
+    bool contradicts = false; // rules contradict each other: those of smaller |rank| were dropped
 
     constexpr std::span<const std::string_view> drivers() const { return {order.data(), driver_count}; }
     constexpr std::span<const Pair> all_pairs() const { return {pairs.data(), pair_count}; }
@@ -95,6 +95,7 @@ struct Plan {
     hv::EmulatedClasses unplugs() const;
 };
 
+/// The built-in rules, with the changes by a map file and the command line.
 class Table {
   public:
     static constexpr usize max_rules = Plan::max_pairs;

@@ -142,6 +142,7 @@ class BlockDevice {
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
     Nanoseconds timeout() const { return timeout_; }
 
+    /// The awaiter returned by read(), write() and flush().
     class [[nodiscard]] Transfer : public Request {
       public:
         using Request::Request;
@@ -230,6 +231,7 @@ class RequestQueue {
         }
         return request;
     }
+    /// Linear search. False: the request is not in the list.
     bool remove(Request& request) {
         for (Request** at = &head_; *at != nullptr; at = &(*at)->link) {
             if (*at == &request) {

@@ -316,7 +316,7 @@ void QueueCore::requeue(Request& request) {
     park(static_cast<QueuedDevice&>(request.device()).retry_, request);
 }
 
-// ---- giving up ----
+// ---- cancellation ----
 
 bool QueueCore::cancel(Request& request) {
     if (request.parts != 0 || !unpark(request)) {
@@ -358,7 +358,7 @@ void QueueCore::detach(Request& request) {
     }
 }
 
-/// `stopped`: the device is already stopped. Returns whether this call had to stop it.
+/// `stopped`: the device is already stopped. True: the device held the command, and is stopped now.
 bool QueueCore::detach(u64 id, QueuedCommand& command, Request& request, bool stopped) {
     Request** at = &command.first;
     while (*at != nullptr && *at != &request && command.gathered) {
@@ -437,7 +437,7 @@ void QueueCore::take_back_everything(const QueuedCommand* expired) {
     asked_.reset();
 }
 
-// ---- time ----
+// ---- timeouts ----
 
 void QueueCore::tick(Instant now) {
     if (state_ != State::open) {

@@ -148,7 +148,7 @@ concept BlockTransport =
         { T::kept_commands } -> std::convertible_to<u32>;       // of these, reserved for exchanges
         { T::gathers } -> std::convertible_to<bool>;            // join() merges adjacent requests into one command
         { T::max_idle_events } -> std::convertible_to<u32>;     // events without an answer within idle_window: a storm,
-        { T::idle_window } -> std::convertible_to<Nanoseconds>; // and no more are asked for until it is over
+        { T::idle_window } -> std::convertible_to<Nanoseconds>; // events stay disabled until it is over
         /// Called once: the table of its commands.
         { t.use(commands) } -> std::same_as<void>;
         /// Reduces command.bytes to what fits into one command, and reserves what send() needs.

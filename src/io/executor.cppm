@@ -72,6 +72,7 @@ class ReadyList {
             head_.previous = &node;
         }
     }
+    /// Removes and returns the first node; nullptr: the list is empty.
     inline ReadyNode* pop() {
         ReadyNode* node = head_.next;
         if (node == &head_) {
@@ -163,12 +164,13 @@ struct RemoteTask {
 struct Post {
     Post* next = nullptr;
     void (*run)(Post& self) = nullptr;
-    // also run while that processor waits for another one (run_urgent); must do no more than free memory
+    // also run while that processor waits for another one (run_urgent): may only release resources
     bool urgent = false;
 };
 
 class Executor {
   public:
+    /// The interval of ticks, in machine time.
     static constexpr Nanoseconds tick_length = 10'000'000;
 
     /// Serves one processor: once that runs, only raise(), wake() and post() may be called from another one.
@@ -546,6 +548,8 @@ class TaskGroup {
 
     /// Queues the task; it runs when the executor next resumes ready coroutines. Error{exhausted}: no frame available.
     Result<void> spawn(Task<Result<void>> task);
+    /// co_await group.join(): resumes once all tasks have finished; returns the first error, if any. One waiter at a
+    /// time.
     auto join() {
         struct Awaiter {
             TaskGroup& group;
@@ -573,6 +577,7 @@ class TaskGroup {
         };
         return Awaiter(*this);
     }
+    /// Number of tasks that have not finished.
     usize running() const { return running_; }
 
   private:

@@ -23,6 +23,7 @@ class Latch {
             executor_.make_ready(*waiting_);
         } // else already made ready by its bound or an earlier open()
     }
+    /// Clears an open() that no waiter has consumed.
     void close() { open_ = false; }
     bool is_open() const { return open_; }
     bool awaited() const { return waiting_ != nullptr; }

@@ -4,11 +4,11 @@
 //
 //   atomic   ordering         written by                        read by                        orders
 //   head_    release/acquire  push() on any processor           take_all(), close() on owner   the post and its link
-//   wake_    release/acquire  raise() on any, clear() on owner  clear() on owner               what came before raise()
+//   wake_    release/acquire  raise() on any, clear() on owner  clear() on owner               writes before raise()
 //   wake_, asleep_  seq_cst   raise_from_elsewhere(): wake_ then asleep_; falls_asleep(): asleep_ then wake_.
-//                             In the one order of all four at least one side sees the other: the owner stays awake,
-//                             or the other side kicks it.
-//   raised   acq_rel          RaisedList::add() on any,         add() on any, lower() on owner what came before add();
+//                             In the single total order of all four at least one side sees the other: the owner stays
+//                             awake, or the other processor kicks it.
+//   raised   acq_rel          RaisedList::add() on any,         add() on any, lower() on owner writes before add();
 //                             lower(), detach() on owner                                       reuse of next_raised
 //   RaisedList::head_         as head_
 //

@@ -27,8 +27,8 @@ class OldestWait {
         u64 under_way = 0; // requests held by the device
         u64 answered = 0;  // requests answered so far
     };
-    /// Answers to other requests, per request under way, that a request tolerates after its timeout before it counts
-    /// as lost.
+    /// A request whose timeout has expired counts as lost after this many answers to other requests for each request
+    /// that was under way when it became the oldest.
     static constexpr u64 patience = 4;
 
     /// Call once per tick. A finding is repeated in every tick until the driver has ended the request or restarts the

@@ -113,7 +113,7 @@ struct RingLayout {
     u32 stride = 1;           // bytes between consecutive entries; 1: a byte ring
 };
 
-// ---- when to notify ----
+// ---- notifications ----
 
 /// A notification rule, a value held by the transport. wanted(): called by the producer after it has stored its index
 /// (from old to now); whether to notify. arm(): the consumer requests an event after `count` (>= 1) more entries; it
@@ -210,7 +210,7 @@ struct Never : Always {
     }
 };
 
-// ---- how entries arrive ----
+// ---- arrival of entries ----
 
 /// The producer publishes its position at layout.index.
 struct ByIndex {

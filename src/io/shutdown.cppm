@@ -37,14 +37,17 @@ class Shutdown {
     /// on the requests a slow disk still holds.
     auto rested() { return rested_.wait(); }
     bool at_rest() const { return at_rest_; }
+    /// For the driver: reports that it has answered its host.
     void answered() { answered_.open(); }
 
     /// For the main task.
     auto asked() { return asked_.wait(); }
+    /// For the main task: the disks are done; `good`: all acknowledged data is on stable storage.
     void rest(bool good) {
         at_rest_ = good;
         rested_.open();
     }
+    /// For the main task: co_await -> false: the driver did not answer within the bound.
     auto was_answered(const Bound& bound) { return answered_.wait(bound); }
     /// Ends the main task's wait in asked() without a request: the job is done.
     void stop_waiting() { asked_.open(); }

@@ -244,7 +244,7 @@ class Channel {
     }
     ErrorRegister error() { return {registers_.read(Register::error)}; }
 
-    // ---- reset and setting up ----
+    // ---- reset and setup ----
     /// Asserts software reset of both devices, with interrupts off. Must be held for 5 us [ATA-7 §9.2].
     void assert_reset() {
         stop();

@@ -297,8 +297,7 @@ io::SendResult Transport<P>::send(Command& command, u64 id) {
     return io::SendResult::sent;
 }
 
-// An engine that has nothing to do is stopped. What was accessed since the last time goes to the disk that had the
-// channel.
+// Stops an idle engine. Charges the accesses since the last call to the disk that had the channel.
 template <PortAccess P>
 void Transport<P>::settle(io::Counters& counters) {
     if (state_ == State::idle) {
@@ -417,7 +416,7 @@ bool Transport<P>::finish(Command& command, io::Status status) {
     return true;
 }
 
-// ---- time ----
+// ---- timeouts ----
 
 template <PortAccess P>
 Result<void> Transport<P>::tick(Instant now, bool) {

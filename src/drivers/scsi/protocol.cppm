@@ -227,7 +227,7 @@ std::string_view sense_code_name(u8 asc, u8 ascq);
 /// "MEDIUM ERROR, unrecovered read error (3/11/00) at LBA 1234". `lba`: the command's, used if the sense data has none.
 FixedText<120> describe(const Sense& sense, std::optional<u64> lba);
 
-// ---- how a command ended ----
+// ---- command results ----
 
 /// The transport's result for a command, separate from the unit's status: the service response [SAM-5 §5.1], with
 /// failures distinguished where they are handled differently.

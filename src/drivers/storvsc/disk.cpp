@@ -347,7 +347,7 @@ Result<bool> Transport::arm() {
     return found;
 }
 
-// ---- the transport: giving up ----
+// ---- the transport: recovery ----
 
 Result<void> Transport::tick(Instant, bool) {
     if (channel_.rescinded()) {

@@ -415,7 +415,7 @@ Result<bool> Transport::arm() {
     return found;
 }
 
-// ---- giving up ----
+// ---- recovery ----
 
 io::Recovery Transport::recover(const Command&, io::OldestWait::Finding finding, std::string_view) {
     if (finding == io::OldestWait::Finding::lost) {

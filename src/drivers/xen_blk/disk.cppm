@@ -78,6 +78,7 @@ class Transport : public io::TransportDefaults {
         : executor_(executor), events_(events), grants_(grants) {}
     ~Transport();
 
+    /// See Disk::prepare(), start_pool() and open().
     Result<void> lay_out(DmaSpan ring);
     bool start_pool(hv::xen::Domain domain, DmaAllocator& pool);
     Result<void> open(const Terms& terms, DmaAllocator& pool, void (*notify)(void* context), void* context);
