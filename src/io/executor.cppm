@@ -149,7 +149,7 @@ struct Platform {
     void (*idle)(void* context, Instant until, const std::atomic<bool>& wake) = nullptr;
     /// Called on another processor to end this platform's idle(); nullptr on a uniprocessor.
     void (*kick)(void* context) = nullptr;
-    /// Maximum duration of a turn, in machine time; 0: unlimited. Enforced only in builds with checks enabled [core.check].
+    /// Maximum duration of a turn, in machine time; 0: unlimited. Enforced in builds with checks [core.check].
     Nanoseconds turn_budget = 0;
 };
 
