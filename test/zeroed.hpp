@@ -1,5 +1,5 @@
-// Memory for a fake's guest: zeroed, aligned to a page, and pages that nobody touches cost nothing. A vector of bytes
-// would be written one by one in a build without optimisation, which the tests are.
+// Guest memory for fakes: zeroed, page-aligned, and untouched pages cost nothing. A vector would be filled byte by byte
+// in an unoptimised build, such as the tests.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// The fuzzer's bytes, taken from the front; behind the end everything is zero. Include after the imports.
+// The fuzzer's input, consumed from the front; zeroes after its end. Include after the imports.
 #pragma once
 
 namespace fuzz {
@@ -19,7 +19,7 @@ class Input {
         const u32 third = byte();
         return low | second << 8 | third << 16 | u32{byte()} << 24;
     }
-    /// As many of `most` as are left.
+    /// At most `most` bytes, fewer at the end of the input.
     std::span<const std::byte> take(usize most) {
         const usize n = std::min(most, rest_.size());
         const auto bytes = std::as_bytes(rest_.first(n));
@@ -31,7 +31,7 @@ class Input {
     std::span<const unsigned char> rest_;
 };
 
-/// What must never be.
+/// Aborts if a condition that must always hold does not.
 inline void require(bool so) {
     if (!so) {
         __builtin_trap();

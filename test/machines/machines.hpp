@@ -1,7 +1,7 @@
-// Recorded machines: what CPUID answers on each, in the order of `cpuid -r`. The registers are typed from the
+// Recorded machines: the CPUID output of each, in the order of `cpuid -r`. The registers are transcribed from the
 // hypervisors' specifications and sources and from public dumps (docs/hypervisors.md, "Recorded machines"), never from
-// this project's constants. Leaves that are not listed are answered as the machine would: with the highest basic leaf's
-// data (Intel's way, and QEMU's and KVM's on Intel), or with zeroes (AMD's).
+// this project's constants. Unlisted leaves are answered as by the real machine: with the data of the highest basic
+// leaf (Intel, and QEMU and KVM on Intel), or with zeroes (AMD).
 #pragma once
 #include <cstdint>
 #include <span>
@@ -21,7 +21,7 @@ struct Machine {
     std::span<const Leaf> leaves;
 };
 
-// The basic leaves of a processor, hypervisor bit set (ECX of leaf 1, bit 31) or clear.
+// The basic leaves of a processor, with the hypervisor bit (ECX of leaf 1, bit 31) set or clear.
 #define INTEL_BASIC                                                                                                    \
     {0x0, 0, 0x0000000d, 0x756e6547, 0x6c65746e, 0x49656e69},                                                          \
         {0x1, 0, 0x000806ea, 0x00010800, 0xfffa3203, 0x0f8bfbff},                                                      \
@@ -34,28 +34,28 @@ struct Machine {
         {0x1, 0, 0x00a00f11, 0x00020800, 0xfef83203, 0x178bfbff}, {0x80000000, 0, 0x8000001f, 0, 0, 0},                \
         {0x80000001, 0, 0x00a00f11, 0, 0x000007f3, 0x2fd3fbff}, {0x80000007, 0, 0, 0, 0, 0x00000100}
 
-// KVM under QEMU, -cpu host: one base; features: clocksource, nop delay, clocksource2, async page fault, PV EOI …,
+// KVM under QEMU, -cpu host: one base. Features: clocksource, nop delay, clocksource2, async page fault, PV EOI …,
 // stable clock.
 inline constexpr Leaf kvm_leaves[] = {
     INTEL_BASIC,
     {0x40000000, 0, 0x40000001, 0x4b4d564b, 0x564b4d56, 0x0000004d},
     {0x40000001, 0, 0x01007efb, 0, 0, 0},
 };
-// The same with an invariant counter: QEMU adds VMware's timing leaf (kHz of the counter, kHz of the APIC bus).
+// The same with an invariant TSC: QEMU adds VMware's timing leaf (TSC kHz, APIC bus kHz).
 inline constexpr Leaf kvm_timing_leaves[] = {
     AMD_BASIC,
     {0x40000000, 0, 0x40000010, 0x4b4d564b, 0x564b4d56, 0x0000004d},
     {0x40000001, 0, 0x01007efb, 0, 0, 0},
     {0x40000010, 0, 2994374, 1000000, 0, 0},
 };
-// KVM from before 2012 said 0 where the highest leaf belongs, and meant 0x40000001.
+// KVM before 2012 returned 0 as the highest leaf, meaning 0x40000001.
 inline constexpr Leaf kvm_old_leaves[] = {
     INTEL_BASIC,
     {0x40000000, 0, 0, 0x4b4d564b, 0x564b4d56, 0x0000004d},
     {0x40000001, 0, 0x0000003b, 0, 0, 0},
 };
-// QEMU -cpu host,hv-relaxed,hv-vpindex,hv-time,hv-synic,hv-stimer,hv-vapic,hv-runtime,hv-reset: Hyper-V below, KVM
-// above.
+// QEMU -cpu host,hv-relaxed,hv-vpindex,hv-time,hv-synic,hv-stimer,hv-vapic,hv-runtime,hv-reset: Hyper-V at the lower
+// base, KVM at the higher one.
 #define QEMU_HYPERV_WITH_SYNIC                                                                                         \
     {0x40000000, 0, 0x40000005, 0x7263694d, 0x666f736f, 0x76482074}, {0x40000001, 0, 0x31237648, 0, 0, 0},             \
         {0x40000002, 0, 0x00003839, 0x000a0000, 0, 0}, {0x40000003, 0, 0x000002ff, 0x00000030, 0, 0x00000008},         \
@@ -66,10 +66,9 @@ inline constexpr Leaf kvm_hyperv_leaves[] = {
     {0x40000100, 0, 0x40000101, 0x4b4d564b, 0x564b4d56, 0x0000004d},
     {0x40000101, 0, 0x01007efb, 0, 0, 0},
 };
-// The same with kvm=off: KVM's own leaves are gone.
+// The same with kvm=off: no KVM leaves.
 inline constexpr Leaf kvm_hidden_hyperv_leaves[] = {AMD_BASIC, QEMU_HYPERV_WITH_SYNIC};
-// What management software sets for Windows guests by default: hv-relaxed, hv-vapic, hv-spinlocks. No SynIC, so no
-// VMBus.
+// The default of management software for Windows guests: hv-relaxed, hv-vapic, hv-spinlocks. No SynIC, so no VMBus.
 inline constexpr Leaf kvm_hyperv_no_synic_leaves[] = {
     INTEL_BASIC,
     {0x40000000, 0, 0x40000005, 0x7263694d, 0x666f736f, 0x76482074},
@@ -81,7 +80,7 @@ inline constexpr Leaf kvm_hyperv_no_synic_leaves[] = {
     {0x40000100, 0, 0x40000101, 0x4b4d564b, 0x564b4d56, 0x0000004d},
     {0x40000101, 0, 0x01007efb, 0, 0, 0},
 };
-// hv-vendor-id=ExampleCloud: the name is gone, the interface stays.
+// hv-vendor-id=ExampleCloud: another name with the same interface.
 inline constexpr Leaf kvm_hyperv_renamed_leaves[] = {
     AMD_BASIC,
     {0x40000000, 0, 0x40000005, 0x6d617845, 0x43656c70, 0x64756f6c},
@@ -89,9 +88,9 @@ inline constexpr Leaf kvm_hyperv_renamed_leaves[] = {
     {0x40000002, 0, 0x00003839, 0x000a0000, 0, 0},
     {0x40000003, 0, 0x000002ff, 0x00000030, 0, 0},
 };
-// kvm=off and nothing else: a hypervisor bit and no leaf.
+// kvm=off only: the hypervisor bit without any leaf.
 inline constexpr Leaf kvm_hidden_leaves[] = {INTEL_BASIC};
-// -cpu host,-hypervisor: the bit is gone (leaf 1 ECX 31), the leaves are there.
+// -cpu host,-hypervisor: leaves present, but the bit (leaf 1 ECX 31) is clear.
 inline constexpr Leaf kvm_no_bit_leaves[] = {
     {0x0, 0, 0x0000000d, 0x756e6547, 0x6c65746e, 0x49656e69},
     {0x1, 0, 0x000806ea, 0x00010800, 0x7ffa3203, 0x0f8bfbff},
@@ -110,7 +109,7 @@ inline constexpr Leaf kvm_no_bit_leaves[] = {
         {(base) + 4, 0, features, 0, 7, 0}, {(base) + 5, 0, 0x00000027, 0, 0, 0}
 inline constexpr Leaf xen_hvm_leaves[] = {INTEL_BASIC, XEN_AT(0x40000000, 0x0000005d)};
 inline constexpr Leaf xen_pvh_leaves[] = {AMD_BASIC, XEN_AT(0x40000000, 0x0000007c)};
-// viridian=1: Hyper-V's signature below, Xen's above.
+// viridian=1: Hyper-V's signature at the lower base, Xen's at the higher one.
 inline constexpr Leaf xen_viridian_leaves[] = {
     INTEL_BASIC,
     {0x40000000, 0, 0x40000006, 0x7263694d, 0x666f736f, 0x76482074},
@@ -121,7 +120,7 @@ inline constexpr Leaf xen_viridian_leaves[] = {
     {0x40000006, 0, 0x00000009, 0, 0, 0},
     XEN_AT(0x40000100, 0x0000005d),
 };
-// QEMU -accel kvm,xen-version=0x40011: Xen's leaves first, KVM's above.
+// QEMU -accel kvm,xen-version=0x40011: Xen's leaves first, then KVM's.
 inline constexpr Leaf qemu_xen_leaves[] = {
     AMD_BASIC,
     {0x40000000, 0, 0x40000004, 0x566e6558, 0x65584d4d, 0x4d4d566e},
@@ -132,7 +131,7 @@ inline constexpr Leaf qemu_xen_leaves[] = {
     {0x40000100, 0, 0x40000101, 0x4b4d564b, 0x564b4d56, 0x0000004d},
     {0x40000101, 0, 0x01007efb, 0, 0, 0},
 };
-// All three at once: QEMU with both emulations.
+// All three: QEMU with both emulations.
 inline constexpr Leaf three_leaves[] = {
     AMD_BASIC,
     QEMU_HYPERV_WITH_SYNIC,
@@ -143,7 +142,7 @@ inline constexpr Leaf three_leaves[] = {
     {0x40000200, 0, 0x40000201, 0x4b4d564b, 0x564b4d56, 0x0000004d},
     {0x40000201, 0, 0x01007efb, 0, 0, 0},
 };
-// The last place where a hypervisor may stand.
+// The highest possible hypervisor base.
 inline constexpr Leaf last_base_leaves[] = {
     AMD_BASIC,
     {0x4000ff00, 0, 0x4000ff01, 0x4b4d564b, 0x564b4d56, 0x0000004d},
@@ -166,10 +165,10 @@ inline constexpr Leaf virtualbox_leaves[] = {
     {0x40000000, 0, 0x40000010, 0x786f4256, 0x786f4256, 0x786f4256},
     {0x40000010, 0, 2904000, 1000000, 0, 0},
 };
-// Parallels' name with the letters of each word turned round, as some versions show it.
+// Parallels' name with the letters of each word reversed, as some versions show it.
 inline constexpr Leaf parallels_leaves[] = {INTEL_BASIC,
                                             {0x40000000, 0, 0x40000001, 0x70726c20, 0x68797065, 0x72762020}};
-// Hyper-V in Azure, generation 2; privileges as Linux prints them there: low 0xae7f, high 0x3b8030.
+// Hyper-V in Azure, generation 2; privileges as printed by Linux there: low 0xae7f, high 0x3b8030.
 inline constexpr Leaf azure_leaves[] = {
     INTEL_BASIC,
     {0x40000000, 0, 0x4000000c, 0x7263694d, 0x666f736f, 0x76482074},
@@ -180,7 +179,7 @@ inline constexpr Leaf azure_leaves[] = {
     {0x40000005, 0, 0x000000f0, 0x00000400, 0x00005d00, 0},
     {0x40000006, 0, 0x0000000f, 0, 0, 0},
 };
-// OpenVMM on KVM: a VMBus that works, and no bit set in EBX of the privileges (no PostMessages, no SignalEvents).
+// OpenVMM on KVM: a working VMBus without any bit set in EBX of the privileges (no PostMessages, no SignalEvents).
 inline constexpr Leaf openvmm_kvm_leaves[] = {
     AMD_BASIC,
     {0x40000000, 0, 0x40000005, 0x7263694d, 0x666f736f, 0x76482074},
@@ -188,7 +187,7 @@ inline constexpr Leaf openvmm_kvm_leaves[] = {
     {0x40000003, 0, 0x0000087f, 0, 0, 0x00000100},
     {0x40000004, 0, 0x00000200, 0xffffffff, 0, 0},
 };
-// Bare metal, Intel: every unknown leaf is answered with leaf 0xd's data.
+// Bare metal, Intel: unknown leaves return leaf 0xd's data.
 inline constexpr Leaf bare_intel_leaves[] = {
     {0x0, 0, 0x0000000d, 0x756e6547, 0x6c65746e, 0x49656e69},
     {0x1, 0, 0x000306c3, 0x00100800, 0x7ffafbff, 0xbfebfbff},
@@ -202,7 +201,7 @@ inline constexpr Leaf bare_amd_leaves[] = {
     {0x80000000, 0, 0x8000001f, 0, 0, 0},
     {0x80000007, 0, 0, 0, 0, 0x00000100},
 };
-// A processor whose crystal and ratio are told: 24 MHz * 216 / 2.
+// A processor that reports crystal frequency and ratio: 24 MHz * 216 / 2.
 inline constexpr Leaf bare_skylake_leaves[] = {
     {0x0, 0, 0x00000016, 0x756e6547, 0x6c65746e, 0x49656e69},
     {0x1, 0, 0x000506e3, 0x00100800, 0x7ffafbbf, 0xbfebfbff},
@@ -263,7 +262,7 @@ inline constexpr const Machine* all[] = {&kvm,
                                          &bare_amd,
                                          &bare_skylake};
 
-/// The processor of a recorded machine.
+/// Executes CPUID on a recorded machine.
 inline Leaf answer(const Machine& machine, std::uint32_t leaf, std::uint32_t subleaf) {
     for (const Leaf& l : machine.leaves) {
         if (l.leaf == leaf && l.subleaf == subleaf) {

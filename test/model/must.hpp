@@ -1,6 +1,6 @@
-// Runs a relacy suite through every schedule that its search finds and then through random ones, and compares the
-// outcome with what is expected: a property as it is must hold, and with an ordering taken away it must not. Include
-// after <relacy/relacy.hpp>.
+// Runs a relacy suite through all schedules found by its search and then through random ones, and compares the result
+// with the expectation: an unmodified property must hold, one with a weakened ordering must not. Include after
+// <relacy/relacy.hpp>.
 #pragma once
 #include <iostream>
 #include <sstream>

@@ -1,4 +1,4 @@
-// Sources, drivers and hypervisors for tests of the binder. Included after the imports.
+// Sources, drivers and hypervisors for tests of the binder. Include after the imports.
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;
@@ -35,20 +35,20 @@ struct NoInterrupts final : InterruptController {
     void detach_vector(InterruptVector) override {}
 };
 
-/// What the drivers did, in order: "driver:address ".
+/// The drivers' actions, in order: "driver:address ".
 inline std::string trace;
 
-/// What a driver makes of its device: the rule of every fake driver here. It announces `disks` disks, the first of them
-/// with the number of the device's twin; a device of another class it claims.
+/// How a fake driver handles its device. It announces `disks` disks, the first with the number of the device's twin; it
+/// claims a device of another class.
 struct Behaviour {
     std::optional<Error> error;
     u32 disks = 1;
     std::optional<drivers::Unused> unused; // reported for the device itself
     Nanoseconds takes = 0;
-    bool asks = true; // offered() first, as a driver shall
+    bool asks = true; // calls offered() first, as drivers must
 };
 
-/// The disks live as long as the test.
+/// The disks live until the end of the test.
 struct Disk final : io::BlockDevice {
     Disk(io::Executor& executor, std::string_view name) : BlockDevice(executor) {
         identity_.name = FixedText<16>(name);
@@ -97,7 +97,7 @@ inline io::Task<Result<void>> attach(drivers::Environment& environment, std::str
 
 struct FakeDevice {
     std::string address;
-    std::string type; // what a driver matches
+    std::string type; // matched by drivers
     drivers::DeviceId id = {};
     bool early = false; // `first`
 };
@@ -107,12 +107,12 @@ struct FakeDriver {
     Behaviour behaviour = {};
 };
 
-/// A bus of the test.
+/// A bus for the test.
 class Source final : public boot::DeviceSource {
   public:
     std::vector<FakeDevice> devices;
     std::vector<FakeDriver> drivers;
-    std::vector<u32> indices; // that drivers were given
+    std::vector<u32> indices; // the indices given to drivers
     std::string_view bus = "fake";
     bool lists = true;
 
@@ -138,14 +138,14 @@ class Source final : public boot::DeviceSource {
     }
 };
 
-/// A hypervisor whose bus is a list. `late`: devices that wait.
+/// A hypervisor whose bus is a list. `late`: pending hot-added devices.
 struct Hypervisor {
     struct Bus {
         explicit Bus(io::Executor& executor) : latch(executor) {}
         std::vector<hv::SyntheticDevice> there;
         std::vector<hv::SyntheticDevice> late;
         u32 lost = 0;
-        u32 not_listed = 0; // that find no room in enumerate()
+        u32 not_listed = 0; // devices without room in enumerate()
         std::optional<Error> broken;
         io::Latch latch;
 
@@ -200,7 +200,7 @@ inline hv::SyntheticDevice synthetic(std::string_view type, std::string_view add
     return {FixedText<40>(type), FixedText<64>(address), number};
 }
 
-// One driver on that bus for disks, one for network cards, one service; what they do is for the test to say.
+// Drivers on that bus: one for disks, one for network cards, one service; the test sets their behaviour.
 inline Behaviour on_disk, on_network;
 inline io::Task<Result<void>> probe_disk(drivers::Environment& environment, Hypervisor::Bus&,
                                          const hv::SyntheticDevice& device) {
@@ -223,7 +223,7 @@ inline constexpr std::array<boot::BusDriver<Hypervisor::Bus>, 3> bus_drivers{{
     {{"xnet", "vif"}, probe_network},
 }};
 
-// The table of these tests: two classes of devices, each with a native and a synthetic driver.
+// The driver table of these tests: two device classes, each with a native and a synthetic driver.
 inline constexpr std::array<drivers::DriverInfo, 5> known{{
     {"xdisk", true, drivers::DeviceKind::disk},
     {"xnet", true, drivers::DeviceKind::network},
@@ -236,7 +236,7 @@ inline constexpr std::array<drivers::Rule, 2> rules{{
     {hv::VmGuest::xen, &known[3], &known[1], 100, drivers::Twin::leave},
 }};
 
-/// A kernel with a native bus and a hypervisor's.
+/// A kernel with a native bus and a hypervisor's bus.
 struct Kernel : boot::DriverMachine {
     explicit Kernel(std::string_view rule = {}, std::optional<drivers::Twin> twin = std::nullopt) {
         trace.clear();
@@ -262,7 +262,7 @@ struct Kernel : boot::DriverMachine {
                 .devices = &sinks.devices};
     }
     boot::Binder& make() { return binder ? *binder : binder.emplace(executor, plan, *this); }
-    /// Unplug, both buses, all devices.
+    /// Unplugs, adds both buses and binds all devices.
     Result<void> bind() {
         make().unplug(backend);
         EXPECT_TRUE(executor.run(source.enumerate()));

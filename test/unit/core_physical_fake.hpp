@@ -1,5 +1,5 @@
-// Physical memory made of pieces; what lies in none of them cannot be read. Include after the standard headers and
-// before any import of the test, which then derives its reader from it.
+// Physical memory made of pieces; addresses outside them cannot be read. Include after the standard headers and before
+// any import of the test, which then derives its reader from it.
 #pragma once
 #include <cstddef>
 #include <cstdint>

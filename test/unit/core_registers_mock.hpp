@@ -1,6 +1,6 @@
-// A script of register accesses for tests: which ones must come, in which order, with which values. An access that is
-// not the next one of the script, one of another width or value, and one that never comes, each fail the test. Include
-// after <gtest/gtest.h>, <deque>, <string>, <vector>.
+// A script of register accesses for tests: the expected accesses, their order and their values. An access that is not
+// next in the script, has another width or value, or never occurs fails the test. Include after <gtest/gtest.h>,
+// <deque>, <string>, <vector>.
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;
@@ -18,7 +18,7 @@ class AccessScript {
             ADD_FAILURE() << failure;
         }
     }
-    /// A read of `width` bytes, which gives `value`. `space`: whose access it is, where several share a script.
+    /// Expects a read of `width` bytes, which returns `value`. `space` names the accessor if several share a script.
     AccessScript& expect_read(u64 at, u32 width, u64 value, const char* space = "") {
         expected_.push_back({false, at, width, value, space});
         return *this;
@@ -45,7 +45,7 @@ class AccessScript {
         }
         expected_.pop_front();
     }
-    /// What has gone wrong, with what did not come; nothing is left of either. For tests of this class.
+    /// Returns and clears the failures, including accesses still missing. For tests of this class.
     std::vector<std::string> take_failures() {
         std::vector<std::string> all = std::move(failures_);
         failures_.clear();
@@ -99,7 +99,7 @@ class ScriptedAccess {
 };
 static_assert(RegisterAccess<ScriptedAccess, u8> && RegisterAccess<ScriptedAccess, u64>);
 
-/// The same for code that is given an Mmio.
+/// The same for code that uses an Mmio.
 class ScriptedMmio final : public MmioModel {
   public:
     explicit ScriptedMmio(AccessScript& script, const char* space = "") : script_(script), space_(space) {}

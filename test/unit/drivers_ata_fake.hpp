@@ -1,6 +1,6 @@
-// A strict IDE channel for tests: two devices, a bus-master engine, memory, interrupts, a clock that jumps. Written
-// from the specifications [ATA-7, ACS, BMIDE], not from the driver. It fails the running test when a rule is broken.
-// Include after gtest and the standard headers.
+// A strict IDE channel for tests: two devices, a bus-master engine, memory, interrupts and a clock that jumps. Written
+// from the specifications [ATA-7, ACS, BMIDE], not from the driver. A rule violation fails the running test. Include
+// after gtest and the standard headers.
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;
@@ -20,7 +20,7 @@ namespace ata_test {
 using namespace fl;
 namespace ata = fl::drivers::ata;
 
-/// Time stands still until the executor sleeps; then it jumps to the next event or to where the sleep ends.
+/// Time advances only while the executor sleeps: to the next event or the end of the sleep.
 class Clock {
   public:
     Instant time = 1'000'000;
@@ -31,7 +31,7 @@ class Clock {
             [](void* c, Instant until, const std::atomic<bool>& wake) { static_cast<Clock*>(c)->idle(until, wake); }};
     }
     void at(Instant when, std::function<void()> what) { events_.emplace(when, std::move(what)); }
-    /// The whole machine stands still, its devices included: what they were doing takes as long as it did before.
+    /// Stops the whole machine, devices included: pending operations take as long afterwards as before.
     void stop(Nanoseconds length) {
         time += length;
         std::multimap<Instant, std::function<void()>> later;
@@ -47,7 +47,7 @@ class Clock {
             node.mapped()();
         }
         if (!wake) {
-            // A sleep without an end is ended by something that nobody asked for.
+            // An unbounded sleep ends with a spurious interrupt.
             time = std::max(time, until == never ? time + 10'000'000 : until);
         }
     }
@@ -56,11 +56,11 @@ class Clock {
     std::multimap<Instant, std::function<void()>> events_;
 };
 
-/// Physical memory: every allocation has a bus address of the test's choice.
+/// Physical memory: the test chooses the bus address of every allocation.
 class Memory final : public DmaAllocator {
   public:
     u64 next_bus = 0x100000;
-    u64 high_bus = 0; // else 0: memory without a limit comes from here
+    u64 high_bus = 0; // if not 0, the address of memory allocated without a limit
     u32 allocations = 0;
     bool refuse = false;
 
@@ -85,8 +85,7 @@ class Memory final : public DmaAllocator {
         block.assign(size, std::byte{0});
         return {block.data(), bus, size};
     }
-    /// Host address of a range that the device wants to touch; nullptr and a failed test when it is not all in one
-    /// allocation.
+    /// Host address of a range accessed by the device; if it is not inside one allocation, nullptr and a failed test.
     std::byte* at(u64 bus, u64 size) {
         auto it = blocks_.upper_bound(bus);
         if (it != blocks_.begin()) {
@@ -143,7 +142,7 @@ class Interrupts final : public InterruptController {
 struct Sink final : drivers::DiskSink {
     std::vector<bool> offer = std::vector<bool>(8, true);
     std::map<u32, io::BlockDevice*> disks;
-    std::map<std::string, drivers::Unused> left; // units that were found and are not driven
+    std::map<std::string, drivers::Unused> left; // units that were found but are not driven
     std::string reasons;
     bool busy = false;
     bool offered(u32 n) override { return n >= offer.size() || offer[n]; }
@@ -160,11 +159,11 @@ struct Sink final : drivers::DiskSink {
     }
 };
 
-/// A disk behind the bus. Sectors that were never written hold their own LBA in every 8 bytes.
+/// A disk. Sectors never written hold their own LBA in every 8 bytes.
 struct Drive {
     bool packet = false;
-    bool no_multiple = false;  // refuses SET MULTIPLE MODE
-    bool no_signature = false; // a packet device that does not show itself when it refuses IDENTIFY DEVICE
+    bool no_multiple = false;  // rejects SET MULTIPLE MODE
+    bool no_signature = false; // a packet device that shows no signature when it rejects IDENTIFY DEVICE
     u64 sectors = 1 << 20;
     u32 sector_size = 512;
     ata::IdentifyData id;
@@ -199,35 +198,35 @@ class Channel {
     bool level = false;
     std::array<std::optional<Drive>, 2> drives;
 
-    // What goes wrong, each counted down.
-    u32 hang = 0;              // commands that are never answered
+    // Faults to inject, each counted down.
+    u32 hang = 0;              // commands that are never completed
     bool dead = false;         // not even after a reset
     u32 lose_interrupt = 0;    // commands whose interrupt does not arrive
-    u32 bus_error = 0;         // transfers that end with the bus-master error bit
+    u32 bus_error = 0;         // transfers that end with the bus-master error bit set
     u32 crc_error = 0;         // transfers that end with ICRC
-    u32 abort = 0;             // commands that are refused
-    u8 abort_status = 0x51;    // with this status
-    u32 short_transfer = 0;    // transfers that end well before the memory does
-    std::set<u64> bad;         // LBAs that give UNC
+    u32 abort = 0;             // commands that are rejected
+    u8 abort_status = 0x51;    // the status for them
+    u32 short_transfer = 0;    // transfers that end well before the end of the memory
+    std::set<u64> bad;         // LBAs that fail with UNC
     bool words = true;         // 16-bit accesses reach both registers
-    bool command_words = true; // … the command register as well
+    bool command_words = true; // the same for the command register
     bool floating = false;
     bool answers_for_absent = false; // device 0 drives the bus when device 1 is selected [ATA-7 §9.16.2]
-    // QEMU's: without a master the slave's cable keeps registers, shows 50h and aborts every command
+    // QEMU's behaviour: without a master, the slave's cable keeps registers, reads 50h and aborts every command
     bool empty_master = false;
-    bool one_device = false; // the device bit is not decoded: device 0 answers for both places
+    bool one_device = false; // the device bit is not decoded: device 0 answers for both devices
     Nanoseconds latency = 50'000;
-    Nanoseconds latency_per_sector = 0; // beside it, of a transfer
+    Nanoseconds latency_per_sector = 0; // additional time of a transfer
     Nanoseconds pio_latency = 0;
-    Nanoseconds reset_latency = 0; // busy for so long behind a reset
-    bool hold = false;             // a transfer stays under way until release()
+    Nanoseconds reset_latency = 0; // busy time after a reset
+    bool hold = false;             // transfers stay in progress until release()
 
-    // What was seen.
+    // Observations.
     u64 accesses = 0;
     u32 commands = 0;
     u32 resets = 0;
     std::vector<u8> codes;
-    std::vector<std::string> trace; // of accesses, when tracing
+    std::vector<std::string> trace; // accesses, if tracing
     bool tracing = false;
 
     Channel(Clock& c, Memory& m, Interrupts& i) : clock(c), memory(m), interrupts(i) {}
@@ -302,16 +301,16 @@ class Channel {
         u32 count = 0; // sectors
         u64 generation = 0;
     };
-    /// The transfer that waits for release(); none once the engine was stopped or the channel reset.
+    /// The transfer held for release(); none after the engine was stopped or the channel reset.
     std::optional<Transfer> held() const { return held_ && held_->generation == generation_ ? held_ : std::nullopt; }
-    /// Ends it, as the fields above say.
+    /// Completes it, with the faults set above.
     void release() {
         if (const auto t = held()) {
             held_.reset();
             transfer(*drives[unit()], t->lba, t->count, t->is_write);
         }
     }
-    /// Whether the engine may access some of it.
+    /// Whether the engine may access any part of it.
     bool reachable(u64 bus, u64 size) {
         if (!held()) {
             return false;
@@ -323,7 +322,7 @@ class Channel {
         }
         return false;
     }
-    /// Somebody else on the same line, or noise on it.
+    /// An interrupt from another device on the same line, or a spurious one.
     void raise_line() { interrupts.raise(gsi); }
 
   private:
@@ -357,7 +356,7 @@ class Channel {
             return status_;
         }
         if (!drives[unit()].has_value()) {
-            return 0; // nobody, or device 0 answering for device 1: 00h
+            return 0; // no device, or device 0 answering for device 1: 00h
         }
         if (clears) {
             intrq_ = false;
@@ -438,7 +437,7 @@ class Channel {
         }
         if (was) {
             bm_status_ &= ~1;
-            ++generation_; // whatever was under way touches no memory any more
+            ++generation_; // transfers in progress no longer access memory
         }
         bm_command_ = value & 9;
     }
@@ -456,7 +455,7 @@ class Channel {
         error_ = 0;
         if (hang > 0) {
             --hang;
-            status_ = 0x80; // for good
+            status_ = 0x80; // permanently
             return;
         }
         if (abort > 0) {
@@ -509,7 +508,7 @@ class Channel {
         case 0x25:
         case 0x35:
             pending_ = code;
-            status_ = 0xd0; // BSY until the engine is engaged
+            status_ = 0xd0; // BSY until the engine is started
             return;
         default: ADD_FAILURE() << "unknown command " << std::hex << int{code};
         }
@@ -540,7 +539,7 @@ class Channel {
         later(latency + count * latency_per_sector,
               [this, &d, lba, count, is_write] { transfer(d, lba, count, is_write); });
     }
-    /// The memory of the transfer, as its table says.
+    /// The memory regions of the transfer, from its table.
     std::vector<std::pair<u32, u32>> regions() {
         std::vector<std::pair<u32, u32>> found;
         for (u32 i = 0;; ++i) {
@@ -648,7 +647,7 @@ class Channel {
     u8 bm_command_ = 0;
     u8 bm_status_ = 0;
     u32 bm_table_ = 0;
-    u8 pending_ = 0; // a DMA command that waits for the engine
+    u8 pending_ = 0; // a DMA command waiting for the engine
     bool in_reset_ = false;
     bool interrupts_off_ = false;
     bool intrq_ = false;
@@ -659,7 +658,7 @@ class Channel {
     u32 commands_at_start_ = 0;
 };
 
-/// The ports of the machine: finds the channel. A model of PortAccess.
+/// The machine's I/O ports: dispatches to the channels. A model of PortAccess.
 struct Ports {
     std::vector<Channel*>* channels;
 

@@ -1,12 +1,12 @@
-// A machine with a fake IDE controller in it, and a driver that has attached to it. Include after drivers_pci_fake.hpp
-// and drivers_ata_fake.hpp.
+// A machine with a fake IDE controller and an attached driver. Include after drivers_pci_fake.hpp and
+// drivers_ata_fake.hpp.
 #pragma once
 import host.std;
 
 namespace ata_test {
 namespace pci = fl::drivers::pci;
 
-/// Words as a disk of the late parallel days gives them, typed from [ACS §7.12]: LBA, DMA, 48-bit addresses, cache on,
+/// IDENTIFY DEVICE data of a late parallel ATA disk, written from [ACS §7.12]: LBA, DMA, 48-bit addresses, cache on,
 /// flush, udma5 selected.
 inline ata::IdentifyData identify_words(u64 sectors, u32 sector_size = 512) {
     ata::IdentifyData id;
@@ -62,7 +62,7 @@ struct Machine {
         function.set32(0x20, 0xc041);
         function.bar_mask[4] = 0xfff0;
     }
-    /// Native mode: ports and interrupt from PCI, one level-triggered line for both channels.
+    /// Native mode: ports and interrupt from PCI, with one level-triggered line for both channels.
     void go_native() {
         function.bytes[9] = 0x85;
         const std::array<u32, 4> bases{0xd000, 0xd010, 0xd020, 0xd030};
@@ -90,7 +90,7 @@ struct Machine {
     Result<void> attach() { return executor.run(controller.attach(*pci::look_up(space, {0, 1, 1}))); }
     io::BlockDevice& disk(u32 n) { return *sink.disks.at(n); }
     ata::ChannelQueue<Ports>& queue(u8 c = 0) { return *controller.queue(c); }
-    /// Turns until the condition holds; false when it does not within `bound` of virtual time.
+    /// Runs turns until the condition holds; false if it does not within `bound` of virtual time.
     template <class F>
     bool turns_until(F&& f, Nanoseconds bound = 10'000'000'000) {
         const Instant end = clock.time + bound;
@@ -114,7 +114,7 @@ struct Machine {
     Result<void> flush(io::BlockDevice& d) { return executor.run(do_flush(d)); }
 };
 
-/// Whether a buffer holds what sectors that were never written hold.
+/// Whether a buffer holds the contents of sectors that were never written.
 inline bool is_pattern(DmaSpan span, u64 lba, u32 sector_size = 512) {
     for (u32 i = 0; i < span.size; i += 8) {
         u64 v = 0;

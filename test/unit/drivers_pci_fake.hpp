@@ -1,4 +1,4 @@
-// Configuration space for tests: headers made of bytes, base address registers that keep only what hardware would keep.
+// Configuration space for tests: headers made of bytes, and BARs that keep only the bits that hardware would keep.
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;
@@ -13,9 +13,9 @@ namespace pci = fl::drivers::pci;
 
 struct Function {
     std::array<u8, 4096> bytes{};
-    std::array<u32, 6> bar_mask{};     // the bits that stick; 0: not implemented
-    std::map<u32, u8> writable;        // of a byte: its bits that can be written; all, where nothing is said
-    std::map<u32, u8> cleared_by_ones; // of a byte: its bits that a one clears
+    std::array<u32, 6> bar_mask{};     // the writable bits; 0: not implemented
+    std::map<u32, u8> writable;        // byte offset -> writable bits; all bits if absent
+    std::map<u32, u8> cleared_by_ones; // byte offset -> write-one-to-clear bits
 
     void set16(u32 at, u16 v) {
         bytes[at] = static_cast<u8>(v);
@@ -27,7 +27,7 @@ struct Function {
     }
     u16 get16(u32 at) const { return static_cast<u16>(bytes[at] | bytes[at + 1] << 8); }
     u32 get32(u32 at) const { return get16(at) | u32{get16(at + 2)} << 16; }
-    /// Appends a capability; `next` of the one before it, or of the header, leads to it.
+    /// Appends a capability and links it from the previous one, or from the header.
     void add_capability(u8 at, u8 id) {
         bytes[6] |= 0x10;
         u8 link = 0x34;
@@ -49,11 +49,11 @@ class Space final : public pci::Config {
     u64 reads = 0;
     u64 command_writes = 0;
     bool sized_while_decoding = false;
-    std::set<std::tuple<int, int, int>> unreachable; // as pages that cannot be mapped
+    std::set<std::tuple<int, int, int>> unreachable; // functions whose pages cannot be mapped
     u32 failed = 0;
-    u16 number = 0;                                            // of the segment
-    bool extended = true;                                      // all 4096 bytes are reached
-    std::function<void(u32 at, u32 width, u32 value)> written; // every write but those of BARs
+    u16 number = 0;                                            // segment number
+    bool extended = true;                                      // all 4096 bytes are accessible
+    std::function<void(u32 at, u32 width, u32 value)> written; // called for every write except those to BARs
 
     Function& add(int bus, int device, int function, u16 vendor, u16 id, u32 class_code) {
         Function& f = functions[{bus, device, function}];
@@ -118,7 +118,7 @@ class Space final : public pci::Config {
     }
 };
 
-/// Device registers at physical addresses, and memory, which must not be mapped for registers.
+/// Device registers at physical addresses, and memory, which must not be mapped as registers.
 class Mapper final : public MmioMapper {
   public:
     struct Place {
@@ -126,7 +126,7 @@ class Mapper final : public MmioMapper {
         u64 size;
     };
     std::map<u64, Place> places;
-    std::vector<std::pair<u64, u64>> maps; // what was asked for
+    std::vector<std::pair<u64, u64>> maps; // the requested mappings
     u64 memory_end = 0x40000000;
 
     Result<Mmio> map(u64 physical, u64 size) override {

@@ -1,4 +1,5 @@
-// What the tests of the test host's devices share. Include after the standard headers and gtest, and before any import.
+// Helpers for the tests of the test host's devices. Include after the standard headers and gtest, and before any
+// import.
 #pragma once
 #include <cstdint>
 #include <stdlib.h>
@@ -7,7 +8,7 @@ import host.std;
 
 namespace vmm_test {
 
-/// A file that is gone with the object.
+/// A temporary file, removed by the destructor.
 class File {
   public:
     explicit File(const std::vector<std::uint8_t>& bytes) {
@@ -26,7 +27,7 @@ class File {
     std::string path;
 };
 
-/// Little-endian value at an offset.
+/// Stores a little-endian value at an offset.
 inline void put(std::vector<std::uint8_t>& to, std::size_t at, std::uint64_t value, std::size_t size) {
     for (std::size_t i = 0; i < size; ++i) {
         to.at(at + i) = static_cast<std::uint8_t>(value >> (8 * i));

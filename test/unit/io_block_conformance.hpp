@@ -1,23 +1,23 @@
-// The conformance suite of io.block_queue's transports: what each of them must do at every point of a request's life.
-// The cases are in io_block_conformance_test.cpp; a driver joins them with a Rig of its own:
+// The conformance suite for transports of io.block_queue: the required behaviour at every point of a request's life.
+// The cases are in io_block_conformance_test.cpp; a driver joins with a Rig:
 //
 //   INSTANTIATE_TEST_SUITE_P(Nvme, BlockConformance, testing::Values(Make{"nvme", [] { return …; }}), name_of);
 //
-// A rig is a disk on its fake device. The device does nothing by itself: it holds what it was given until a case
-// answers it. Time passes only in turn() and jump(). Include after the imports.
+// A rig is a disk on its fake device. The device does nothing by itself: it holds its commands until a case completes
+// them. Time passes only in turn() and jump(). Include after the imports.
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
 
 namespace fl::test {
-/// Calls of operator new in the test program so far [io_bench_test.cpp].
+/// Number of calls of operator new in the test program so far [io_bench_test.cpp].
 u64 all_allocations();
 } // namespace fl::test
 
 namespace fl::test::conformance {
 
-/// Allocations in a fake are not the kernel's: those within such a scope are not counted.
+/// Allocations within such a scope belong to a fake and are not counted as the kernel's.
 inline u64 fake_allocations = 0;
 class InFake {
   public:
@@ -31,25 +31,25 @@ class InFake {
 };
 inline u64 allocations() { return all_allocations() - fake_allocations; }
 
-/// What a case must know of a transport.
+/// The properties of a transport that the cases depend on.
 struct Facts {
-    u32 capacity = 1;               // commands of 4 KiB that the device has at once
-    u32 part_bytes = 0;             // a larger request becomes several commands; 0: never
-    bool holds = true;              // false: the device answers at once
-    bool gathers = false;           // neighbours become one command, at the end of the turn
-    bool copies = false;            // and these buffers are copied: each command has one request
-    bool answers_after_all = false; // a silent device has answered, and only the event was lost
-    bool retries = false;           // answer_again() has the command sent again
-    bool stoppable = true;          // stop() is there
-    bool ids = false;               // answers carry ids, which can be wrong
-    bool events = true;             // event() is there
-    bool medium = true;             // there is one
-    Nanoseconds timeout = 0;        // that the queue was opened with
-    u32 timeouts = 2;               // after so many of them a device that is silent has ended everything
-    std::vector<io::Status> answers{io::Status::ok, io::Status::io_error}; // that the wire has
+    u32 capacity = 1;               // 4 KiB commands that the device can hold at once
+    u32 part_bytes = 0;             // larger requests are split; 0: never
+    bool holds = true;              // false: the device completes commands at once
+    bool gathers = false;           // adjacent requests are merged into one command at the end of the turn
+    bool copies = false;            // such buffers are bounced: each command has one request
+    bool answers_after_all = false; // a silent device has completed the command, and only the event was lost
+    bool retries = false;           // answer_again() makes the queue resend the command
+    bool stoppable = true;          // stop() is supported
+    bool ids = false;               // completions carry ids, which can be wrong
+    bool events = true;             // event() is supported
+    bool medium = true;             // there is a medium to compare with
+    Nanoseconds timeout = 0;        // with which the queue was opened
+    u32 timeouts = 2;               // number of time-outs after which a silent device has ended all requests
+    std::vector<io::Status> answers{io::Status::ok, io::Status::io_error}; // statuses that the protocol can express
 };
 
-/// A command, or what a transport makes of it, that the device has.
+/// A command that the device holds, in the form the transport sent it.
 struct Held {
     io::Op op = io::Op::read;
     u64 lba = 0;
@@ -65,34 +65,34 @@ class Rig {
 
     virtual u32 lanes() { return 1; }
     virtual io::BlockDevice& disk(u32 lane) = 0;
-    /// The calling thread is the lane's processor from here on.
+    /// From here on the calling thread acts as the lane's processor.
     virtual void enter(u32 lane) { static_cast<void>(lane); }
-    /// One turn of each executor; without work time passes up to a tick.
+    /// One turn of each executor; without work, time advances by up to one tick.
     virtual void turn() = 0;
     virtual Instant now() = 0; // machine time
-    /// The machine stands still for so long.
+    /// Stops the whole machine for this time.
     virtual void jump(Nanoseconds length) = 0;
-    /// Memory that the device can reach.
+    /// Memory that the device can access.
     virtual DmaAllocator& memory() = 0;
 
-    /// What the device has been told of and has not answered, in order of arrival.
+    /// Commands received and not completed, in order of arrival.
     virtual std::vector<Held> held() = 0;
-    /// Ends the command at `index` of held(). `ok` moves the data, as far as the device can reach it.
+    /// Completes the command at `index` of held(). `ok` transfers the data, as far as the device can access it.
     virtual void answer(usize index, io::Status how) = 0;
-    /// Answers it so that it is sent again.
+    /// Completes it with a status that makes the queue resend it.
     virtual void answer_again(usize index) { answer(index, io::Status::ok); }
-    /// An answer that breaks a rule: an id that was never given (0), one that was answered before (1), and the id of
-    /// the command at the head, twice (2).
+    /// An invalid completion: an id that was never used (0), one already completed (1), or the oldest command's id
+    /// twice (2).
     virtual void answer_wrongly(u32 kind) { static_cast<void>(kind); }
     virtual void event() {}
-    /// Whether the device may access some of it, now or later.
+    /// Whether the device may access any part of it, now or later.
     virtual bool reachable(DmaSpan span) = 0;
-    /// Sectors as they are on the medium.
+    /// Reads sectors from the medium directly.
     virtual void read_medium(u64 lba, u32 count, std::byte* into) = 0;
 
     virtual void close(io::Status status) = 0;
     virtual void stop() {}
-    /// The device forgets everything, and the queue is told so.
+    /// The device forgets everything, and the queue is notified.
     virtual void reclaim() = 0;
     virtual bool is_open() = 0;
     virtual u32 under_way() = 0;

@@ -1,11 +1,11 @@
-// Threads that play processors: each with an executor of its own that really sleeps, so that a kick that is not sent
-// shows. Included after the imports.
+// Threads that act as processors, each with an executor that really sleeps, so that a missing kick is detected. Include
+// after the imports.
 #pragma once
 
 namespace fl::test {
 
-/// The clock and the sleep of one such processor. A sleep that nobody ends lasts until its time, or `longest`;
-/// `overslept` counts those that found the wake flag set at that late moment: a lost wake-up.
+/// The clock and the sleep of one such processor. A sleep without a wake-up lasts until its deadline, or for `longest`;
+/// `overslept` counts sleeps that found the wake flag set at that late moment: lost wake-ups.
 class ThreadPlatform {
   public:
     static constexpr std::chrono::seconds longest{10};
@@ -51,7 +51,7 @@ class ThreadPlatform {
     bool kicked_ = false;
 };
 
-/// Processor `number`, from its construction until stop() or its destruction.
+/// Runs processor `number` from construction until stop() or destruction.
 class ThreadProcessor {
   public:
     explicit ThreadProcessor(fl::u32 number)

@@ -1,7 +1,7 @@
-// The device's side of split and packed virtqueues, for tests of the driver's side. Written from the specification
-// [virtio-1.2 §2.7, §2.8] with offsets and flags of its own, byte by byte over the guest's memory; it shares nothing
-// with io.ring.split and io.ring.packed. A device of this file follows the rules of a device, and reports the first
-// rule that the driver breaks. Tests of hostile devices write to the memory directly.
+// The device side of split and packed virtqueues, for tests of the driver side. Written from the specification
+// [virtio-1.2 §2.7, §2.8] with its own offsets and flags, byte by byte over guest memory; it shares nothing with
+// io.ring.split and io.ring.packed. The device itself conforms, and reports the first rule that the driver violates.
+// Tests of hostile devices write to the memory directly.
 //
 // Include after the imports.
 #pragma once
@@ -14,11 +14,11 @@ using fl::u32;
 using fl::u64;
 using fl::u8;
 
-/// The guest's memory as the device sees it: one run from `bus` on. An access outside of it is the driver's fault.
+/// Guest memory as the device sees it: one range starting at `bus`. An access outside it is a driver error.
 struct Guest {
     std::vector<u64> words;
     u64 bus = 0x1'0000'0000;
-    std::string fault; // the first rule that the driver has broken
+    std::string fault; // the first rule that the driver violated
 
     explicit Guest(std::size_t bytes) : words((bytes + 7) / 8) {}
     std::byte* data() { return reinterpret_cast<std::byte*>(words.data()); }
@@ -61,7 +61,7 @@ struct Piece {
 /// A buffer that the device has taken from the queue.
 struct Chain {
     u16 id = 0;
-    u32 descriptors = 0; // that it occupies in the ring or the table
+    u32 descriptors = 0; // occupied in the ring or the table
     bool indirect = false;
     std::vector<Piece> pieces;
 
@@ -74,7 +74,7 @@ struct Chain {
     }
 };
 
-/// What both formats demand of a buffer.
+/// Checks that apply to buffers in both formats.
 inline void judge(Guest& guest, const Chain& chain, u32 queue_size) {
     bool writable = false;
     u64 total = 0;
@@ -110,7 +110,7 @@ class SplitDevice {
         }
     }
 
-    /// How many buffers there are to be taken.
+    /// The number of buffers available to take.
     u32 pending() {
         const u16 index = static_cast<u16>(guest_->get(s_.driver + 2, 2));
         const u16 count = static_cast<u16>(index - taken_);
@@ -169,7 +169,7 @@ class SplitDevice {
         return chain;
     }
     void push(const Chain& chain, u32 length) { push_batch({&chain, 1}, length); }
-    /// One used element for all of them; more than one with VIRTIO_F_IN_ORDER only.
+    /// Writes one used element for all of them; more than one only with VIRTIO_F_IN_ORDER.
     void push_batch(std::span<const Chain> chains, u32 length) {
         const u64 element = s_.device + 4 + 8 * (used_ % s_.size);
         guest_->put(element, chains.back().id, 4);
@@ -177,7 +177,7 @@ class SplitDevice {
         used_ = static_cast<u16>(used_ + chains.size());
         guest_->put(s_.device + 2, used_, 2);
     }
-    /// Whether an event is due for what was pushed since the last call.
+    /// Whether an event is due for the buffers pushed since the last call.
     bool interrupt() {
         const u16 old = std::exchange(signalled_, used_);
         const u16 flags = static_cast<u16>(guest_->get(s_.driver, 2));
@@ -195,7 +195,7 @@ class SplitDevice {
         }
         return false;
     }
-    /// Asks for a notification when `count` more buffers are there.
+    /// Requests a notification after `count` more buffers.
     void want(u32 count) {
         guest_->put(s_.device + 4 + 8 * s_.size, static_cast<u16>(taken_ + count - 1), 2);
         guest_->put(s_.device, 0, 2);
@@ -255,7 +255,7 @@ class PackedDevice {
         }
     }
 
-    u32 pending() { // at least
+    u32 pending() { // a lower bound
         return available(next_, wrap_) ? 1 : 0;
     }
     std::optional<Chain> pop() {
@@ -305,7 +305,7 @@ class PackedDevice {
                 chain.pieces.push_back({bus, length, (flags & 2) != 0});
             }
             if ((flags & 1) == 0) {
-                chain.id = id; // the last one's counts
+                chain.id = id; // the last descriptor's id counts
                 break;
             }
         }
@@ -313,7 +313,7 @@ class PackedDevice {
         return chain;
     }
     void push(const Chain& chain, u32 length) { push_batch({&chain, 1}, length); }
-    /// As QEMU does: without the write flag, and with the length.
+    /// Like QEMU: without the write flag but with the length.
     void push_unflagged(const Chain& chain, u32 length) {
         flagged_ = false;
         push(chain, length);
@@ -349,7 +349,7 @@ class PackedDevice {
         }
         u32 at = old;
         bool wrap = old_wrap;
-        for (u32 i = 0; i < pushed; ++i) { // each descriptor that was passed
+        for (u32 i = 0; i < pushed; ++i) { // each descriptor passed
             if (at == (desc & 0x7fffu) && wrap == ((desc & 0x8000) != 0)) {
                 return true;
             }
@@ -360,7 +360,7 @@ class PackedDevice {
         }
         return false;
     }
-    /// Asks for a notification when the descriptor `count - 1` places ahead is made available.
+    /// Requests a notification when the descriptor `count - 1` positions ahead becomes available.
     void want(u32 count) {
         if (!s_.event_index) {
             guest_->put(s_.device + 2, 0, 2);

@@ -1,17 +1,17 @@
-// Fakes shared by the io tests: a clock that jumps, DMA memory on the heap, a disk in memory that can misbehave.
-// Included after the imports.
+// Fakes shared by the io tests: a clock that jumps, DMA memory on the heap, an in-memory disk with injectable faults.
+// Include after the imports.
 #pragma once
 import host.std;
 
 namespace fl::test {
 
-/// A machine in which time passes only while the executor sleeps, or when a test says so.
+/// A machine in which time passes only while the executor sleeps, or when a test advances it.
 struct FakeMachine {
     fl::Instant time = 1000;
-    fl::Nanoseconds step = 10; // each look at the clock takes so long
+    fl::Nanoseconds step = 10; // time per clock reading
     fl::u64 idles = 0;
-    fl::Instant until = 0; // what the last idle was given
-    /// A sleep without an end is ended by something that nobody asked for.
+    fl::Instant until = 0; // the deadline of the last idle call
+    /// An unbounded sleep ends with a spurious interrupt after this time.
     fl::Nanoseconds stray_interrupt = 10'000'000;
     void (*on_idle)(void* context) = nullptr;
     void* on_idle_context = nullptr;
@@ -36,7 +36,7 @@ struct FakeMachine {
     }
 };
 
-/// Abandoned memory stays valid until the allocator dies.
+/// Abandoned memory stays valid until the allocator is destroyed.
 class HeapDma final : public fl::DmaAllocator {
   public:
     ~HeapDma() {
@@ -54,7 +54,7 @@ class HeapDma final : public fl::DmaAllocator {
         --left;
         ++outstanding;
         size = fl::align_up<fl::u32>(size, 4096);
-        // the page in front is ours
+        // the page before the buffer holds the header
         auto* block = static_cast<Block*>(::operator new(4096 + size, std::align_val_t{4096}));
         *block = {blocks_};
         blocks_ = block;
@@ -82,22 +82,23 @@ class HeapDma final : public fl::DmaAllocator {
     Block* blocks_ = nullptr;
 };
 
-/// A disk in memory. Requests wait in a queue and end in drain(), so many at a time, in order or not, late or never.
+/// An in-memory disk. Requests wait in a queue and complete in drain(): a number per turn, in order or not, late or
+/// never.
 class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
   public:
     struct Behaviour {
-        fl::u32 per_drain = ~fl::u32{0}; // requests that end in one turn
+        fl::u32 per_drain = ~fl::u32{0}; // requests completed per turn
         bool newest_first = false;
-        fl::Nanoseconds latency = 0; // not earlier than so long after the submission
-        fl::Nanoseconds each = 0;    // one after the other, and each takes so long
-        bool never_answers = false;  // the time-out ends them, with the buffer lost
+        fl::Nanoseconds latency = 0; // minimum time from submission to completion
+        fl::Nanoseconds each = 0;    // time per request, one at a time
+        bool never_answers = false;  // requests end by time-out, with buffer_lost
         bool removed = false;
         fl::u64 fail_lba = ~fl::u64{0};
         fl::io::Status fail_status = fl::io::Status::io_error;
-        fl::u64 drop_write_lba = ~fl::u64{0};   // acknowledged, not done
+        fl::u64 drop_write_lba = ~fl::u64{0};   // acknowledged but not written
         fl::u64 misdirect_lba = ~fl::u64{0};    // written to the next block instead
-        fl::u64 corrupt_read_lba = ~fl::u64{0}; // one bit turns in the middle
-        fl::u64 no_data_read_lba = ~fl::u64{0}; // says ok and moves nothing
+        fl::u64 corrupt_read_lba = ~fl::u64{0}; // one bit in the middle is flipped
+        fl::u64 no_data_read_lba = ~fl::u64{0}; // reports ok without transferring data
     };
     Behaviour behaviour;
     bool removed() const override { return behaviour.removed; }
@@ -144,7 +145,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
         return some;
     }
     bool arm() override {
-        // Whatever is late comes when the clock has moved on.
+        // Late requests complete when the clock has advanced.
         return !queue_.empty() && !behaviour.never_answers && behaviour.each == 0;
     }
     void tick(fl::Instant now) override {
@@ -222,11 +223,11 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
         return true;
     }
     fl::io::RequestQueue queue_;
-    fl::Instant free_at_ = 0;         // when it had done with the one before
-    std::array<Since, 1024> since_{}; // when each came
+    fl::Instant free_at_ = 0;         // end of the previous request
+    std::array<Since, 1024> since_{}; // submission times
 };
 
-/// Takes everything that is logged.
+/// Captures all log output.
 struct CapturedLog final : fl::log::Sink {
     fl::FixedText<16384> text;
     CapturedLog() { fl::log::attach(*this); }

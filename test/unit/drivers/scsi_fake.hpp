@@ -1,5 +1,5 @@
-// A SCSI target in memory, typed from [SPC-4] and [SBC-3]: units that are honest until a test changes what they have,
-// or replaces the answer to one command. Include after the imports.
+// A SCSI target in memory, written from [SPC-4] and [SBC-3]: conforming units, until a test changes their properties or
+// replaces the reply to one command. Include after the imports.
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;
@@ -15,17 +15,17 @@ inline void put_be(std::vector<u8>& data, usize at, usize n, u64 value) {
     }
 }
 
-/// How one command ends.
+/// The result of one command.
 struct Answer {
     u8 status = 0;
-    std::vector<u8> data;                   // what the unit returns: cut at what was asked for
+    std::vector<u8> data;                   // data returned by the unit, truncated to the requested length
     std::optional<std::array<u8, 3>> sense; // key, ASC, ASCQ
     scsi::ServiceResponse service = scsi::ServiceResponse::command_complete;
 };
 inline Answer check(u8 key, u8 asc, u8 ascq = 0) { return {.status = 2, .sense = {{key, asc, ascq}}}; }
 
 struct Unit {
-    u8 peripheral = 0; // qualifier and type
+    u8 peripheral = 0; // qualifier and device type
     std::string vendor = "Msft    ", product = "Virtual Disk    ", revision = "1.0 ";
     u64 blocks = 2048;
     u32 block_bytes = 512;
@@ -36,7 +36,7 @@ struct Unit {
     bool write_protected = false;
     std::optional<bool> write_cache = true; // nothing: no caching page
     bool mode_sense = true;
-    std::vector<u8> pages{0x00, 0xb0, 0xb2}; // none: INQUIRY refuses vital product data
+    std::vector<u8> pages{0x00, 0xb0, 0xb2}; // empty: INQUIRY rejects vital product data
     u32 max_transfer_blocks = 0;
     u32 max_unmap_blocks = 0x1000;
     u32 max_unmap_descriptors = 1;
@@ -114,16 +114,16 @@ struct Unit {
     }
 };
 
-/// The target with its units, and what was asked of it.
+/// The target with its units, and a record of the commands received.
 class Target final : public scsi::Nexus {
   public:
     explicit Target(io::Executor& executor) : Nexus(executor, "fake") {}
 
     std::map<u16, Unit> units;
-    /// Before the honest answer: what it returns is the answer. It may change units.
+    /// Called before the regular handling: a value it returns is used instead. It may change units.
     std::function<std::optional<Answer>(u16 lun, const scsi::Cdb& cdb)> say;
-    std::vector<u8> asked; // operation codes
-    bool dead = false;     // no command is answered
+    std::vector<u8> asked; // operation codes received
+    bool dead = false;     // no command is completed
 
     usize count(u8 opcode) const { return static_cast<usize>(std::count(asked.begin(), asked.end(), opcode)); }
 
@@ -136,7 +136,8 @@ class Target final : public scsi::Nexus {
         }
         Answer a = answer(lun, cdb);
         a.data.resize(std::min<usize>(a.data.size(), bytes));
-        data_ = std::vector<u8>(a.data.begin(), a.data.end()); // a block of its own: the sanitizers see its end
+        // a separate allocation, so that the sanitizers detect an overrun
+        data_ = std::vector<u8>(a.data.begin(), a.data.end());
         response = {.service = a.service,
                     .status = a.status,
                     .moved = static_cast<u32>(data_.size()),

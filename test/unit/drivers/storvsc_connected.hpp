@@ -1,5 +1,6 @@
-// A machine in one process: the guest's SynIC, VMBus and drivers on one side, the test host's server on the other,
-// guest memory an arena between them. Interrupts are played while the executor sleeps. Include after the imports.
+// Guest and host in one process: the guest's SynIC, VMBus and drivers on one side, the test host's server on the other,
+// with an arena as guest memory between them. Interrupts are delivered while the executor sleeps. Include after the
+// imports.
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;
@@ -8,7 +9,7 @@ import host.std;
 namespace connected {
 using namespace fl;
 
-/// Guest memory: what the guest allocates and what the host may reach. Nothing is given back.
+/// Guest memory: allocated by the guest and accessible to the host. Never freed.
 class Arena final : public DmaAllocator {
   public:
     static constexpr usize size = 48 * 1024 * 1024;
@@ -34,11 +35,11 @@ struct Lines final : host::Log {
     void line(std::string_view t) override { text += std::string(t) + "\n"; }
 };
 
-/// Takes what is announced.
+/// Accepts every announced disk.
 struct Sink final : drivers::DiskSink {
     std::vector<std::pair<io::BlockDevice*, u32>> disks;
     std::vector<u32> gone_numbers;
-    // units that are not driven: the end of the address, and why
+    // units not driven: the end of the address, and the reason
     std::vector<std::pair<std::string, drivers::Unused>> left;
     bool offers = true;
     bool offered(u32) override { return offers; }
@@ -84,9 +85,9 @@ class Machine final : public hv::Privileged, public host::Delivery {
     std::unique_ptr<host::Server> server;
     io::Shutdown shutdown{executor};
     drivers::Environment environment{executor, arena, interrupts, sink, 500'000'000};
-    std::array<std::array<u64, 2>, 2> pages{}; // messages, events; of each processor
+    std::array<std::array<u64, 2>, 2> pages{}; // message and event pages of each processor
     u64 signals = 0;
-    std::array<std::map<u16, u64>, 2> flagged; // events of each channel that were sent to each processor
+    std::array<std::map<u16, u64>, 2> flagged; // events sent to each processor, by channel
 
     explicit Machine(host::ServerConfig config = {}, u32 processors = 1) {
         config.processors = processors;

@@ -1,6 +1,6 @@
-// A storage host for one channel, typed from the ring's and the storage protocol's descriptions [vmbus-ring, storvsc]:
-// its own offsets, its own indices. It plays the other side of rings that a Channel was attached to, and of the Queue
-// on them. Include after the imports.
+// The host side of one storage channel, written from the descriptions of the ring and the storage protocol [vmbus-ring,
+// storvsc], with its own offsets and indices. It serves rings that a Channel was attached to, and the Queue on them.
+// Include after the imports.
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;
@@ -29,7 +29,7 @@ inline u16 get16(const std::byte* at) {
 inline void put32(std::byte* at, u32 value) { std::memcpy(at, &value, 4); }
 inline void put64(std::byte* at, u64 value) { std::memcpy(at, &value, 8); }
 
-/// One SRB that the guest asked for.
+/// One SRB from the guest.
 struct Command {
     u64 id = 0;
     std::vector<std::byte> packet; // header and SRB
@@ -52,12 +52,12 @@ struct Command {
     }
 };
 
-/// How one command is answered; every field has the value of an honest host.
+/// The reply to one command; the defaults are those of a conforming host.
 struct Reply {
     u8 srb_status = 1;
     u8 scsi_status = 0;
     std::optional<u32> moved;
-    std::string sense; // autosense, when not empty
+    std::string sense; // autosense, unless empty
     u32 operation = 1;
     u32 length = 64; // of the packet's payload
     u16 type = 11;
@@ -72,18 +72,18 @@ class StorageHost {
     static constexpr u32 ring_size = 4096 + ring_data;
 
     Zeroed disk{8192 * 512};
-    std::deque<Command> commands;             // taken, not yet answered
-    std::function<Reply(const Command&)> say; // overrides the honest answer
+    std::deque<Command> commands;             // received and not completed
+    std::function<Reply(const Command&)> say; // overrides the regular reply
     u32 packet_length = 64;
     u64 done = 0;
     u64 flushes = 0;
     u64 unmaps = 0;
     u64 resets = 0;
     u64 signals_wanted = 0;
-    bool hold = false; // take nothing, answer nothing
+    bool hold = false; // receive nothing, complete nothing
     std::vector<u64> past_ids;
 
-    /// `rings`: the guest's outgoing ring first.
+    /// `rings`: the guest's outgoing ring is the first.
     void attach(std::byte* rings) {
         out_ = rings;
         in_ = rings + ring_size;
@@ -91,7 +91,7 @@ class StorageHost {
     std::byte* in_ring() { return in_; }
     std::byte* out_ring() { return out_; }
 
-    /// Takes what the guest has published. True: something was there.
+    /// Receives what the guest has published. True: there was something.
     bool take() {
         bool some = false;
         for (;;) {
@@ -138,7 +138,7 @@ class StorageHost {
             std::atomic_ref<u32>(*reinterpret_cast<u32*>(out_ + 4)).store(read);
         }
     }
-    /// Answers the command at `index` of those that were taken.
+    /// Completes the command at `index` of `commands`.
     void answer(usize index = 0) {
         Command command = commands[index];
         commands.erase(commands.begin() + static_cast<std::ptrdiff_t>(index));
@@ -195,7 +195,7 @@ class StorageHost {
         put64(packet.data() + 16 + payload.size(), u64{get32(in_)} << 32);
         raw(packet);
     }
-    /// The operation alone, as a host speaks by itself.
+    /// Sends an unsolicited message that consists of the operation only.
     void event(u32 operation) {
         std::vector<std::byte> payload(packet_length);
         put32(payload.data(), operation);
@@ -235,7 +235,7 @@ class StorageHost {
             EXPECT_TRUE(fits(lba, blocks));
             EXPECT_EQ(blocks * 512, c.bytes());
             EXPECT_EQ(get32(c.packet.data() + 24), c.bytes());
-            if (packet_length == 64) { // the later part: tag, action, flags
+            if (packet_length == 64) { // added in later versions: tag, action, flags
                 EXPECT_EQ(static_cast<u8>(c.packet[12 + 38]), 0xff) << "untagged";
                 EXPECT_EQ(static_cast<u8>(c.packet[12 + 39]), 0x20) << "simple";
                 EXPECT_EQ(get32(c.packet.data() + 12 + 40), is_read ? 0x14au : 0x18au);

@@ -1,5 +1,5 @@
-// A block back end for tests, typed from the block interface's description [xen-blkif] and the ring's [xen-ring]: its
-// own offsets, its own indices. Include after the imports and after hv/xen_fake.hpp.
+// A block back end for tests, written from the descriptions of the block interface [xen-blkif] and of the ring
+// [xen-ring], with its own offsets and indices. Include after the imports and after hv/xen_fake.hpp.
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;
@@ -7,7 +7,7 @@ import host.std;
 
 namespace fake {
 
-/// What the back end offers, and how it misbehaves.
+/// The back end's features, and the faults to inject.
 struct Offer {
     u64 sectors = 4096; // of 512 bytes
     u32 sector_size = 512;
@@ -18,9 +18,9 @@ struct Offer {
     bool read_only = false;
     u32 indirect = 0;
     std::optional<u32> ring_order;
-    std::optional<u32> ring_pages; // the old key
+    std::optional<u32> ring_pages; // the deprecated key
     std::string device_type = "disk";
-    // keys of the back end's directory, instead of what would stand there; "-": missing
+    // overrides for keys of the back end's directory; "-": the key is missing
     std::map<std::string, std::string> extra;
     u32 slow_states = 0; // idle rounds before each change of state
     bool never_connects = false;
@@ -75,7 +75,7 @@ class Blkback {
     bool has_front(const std::string& key) { return xen.tree.contains(front + "/" + key); }
     u64 front_number(const std::string& key) { return std::stoull(xen.get(front + "/" + key)); }
 
-    /// One round of work; true: something was done.
+    /// One round of work; true: there was something to do.
     bool step() {
         if (wanted_state_ != 0) {
             if (waited_++ < offer.slow_states) {
@@ -167,8 +167,8 @@ class Blkback {
         kept.clear();
         refs.clear();
     }
-    /// Maps a page of a request, as blkback does: with persistent grants for writing whatever it is for, and once for
-    /// all; else for as long as the request lasts, and no more than it needs.
+    /// Maps a page of a request, like blkback: with persistent grants always writable and permanently; otherwise for
+    /// the duration of the request, and with no more access than needed.
     std::byte* map(u32 ref, bool write) {
         write = write || keeps_mapped;
         if (const auto had = std::ranges::find(premapped_, std::pair{ref, write}); had != premapped_.end()) {
@@ -230,18 +230,18 @@ class Blkback {
             }
         }
         if (rsp_prod == req_cons || !lazy) {
-            word(4) = req_cons + 1; // the final check for requests: tell me of the next one
+            word(4) = req_cons + 1; // the final check for requests: request an event for the next one
         }
         more_work = req_cons != word(0);
         return did;
     }
 
-    /// A request that waits for answer().
+    /// A request held for answer().
     struct Held {
         std::array<std::byte, 112> slot;
-        std::vector<u32> refs;                    // of its data
-        std::vector<std::pair<u32, bool>> mapped; // with hold_mapped; true: for writing
-        u8 op = 0;                                // of an indirect one: that of its data
+        std::vector<u32> refs;                    // of its data pages
+        std::vector<std::pair<u32, bool>> mapped; // with hold_mapped; true: writable
+        u8 op = 0;                                // for an indirect request: that of its data
         u64 sector = 0;
         u32 sectors = 0; // of 512 bytes
     };
@@ -267,7 +267,8 @@ class Blkback {
         }
         held_.push_back(std::move(held));
     }
-    /// Ends the held request at `index`: carries it out and says how that went, or says `status` and does nothing.
+    /// Completes the held request at `index`: executes it and reports the result, or reports `status` without executing
+    /// it.
     void answer(usize index, i16 status) {
         Held held = std::move(held_[index]);
         held_.erase(held_.begin() + static_cast<std::ptrdiff_t>(index));
@@ -283,7 +284,7 @@ class Blkback {
         premapped_ = std::move(held.mapped);
         serve(held.slot.data());
     }
-    /// It forgets all requests, and unmaps every page.
+    /// Forgets all requests and unmaps every page.
     void forget() {
         for (const Held& held : held_) {
             for (const auto& [ref, write] : held.mapped) {
@@ -416,12 +417,12 @@ class Blkback {
     u32 at_once = ~0u;
     bool keeps_mapped = false, hold_grants = false, dead = false, refuse_flush = false, sulks = false;
     bool more_work = false, wild = false;
-    bool hold = false;        // requests are taken, and wait for answer()
+    bool hold = false;        // requests are taken and held for answer()
     bool hold_mapped = false; // with their pages mapped
-    // asks for an event only when nothing is under way (QEMU), instead of whenever it has looked (Linux)
+    // requests an event only when nothing is in flight (QEMU), instead of after every look at the ring (Linux)
     bool lazy = false;
-    std::map<u32, bool> kept;               // mapped until we leave; true: for writing
-    std::vector<std::pair<u32, bool>> lent; // mapped for the request at hand
+    std::map<u32, bool> kept;               // mapped until the back end disconnects; true: writable
+    std::vector<std::pair<u32, bool>> lent; // mapped for the current request
     std::set<u32> all_refs;
     std::map<u8, u64> served;
     u64 indirect_served = 0, segment_count = 0, notified = 0, notifications = 0, bad_grants = 0;
@@ -437,7 +438,7 @@ class Blkback {
     u32 waited_ = 0;
     bool frontend_changed_ = false;
     std::vector<Held> held_;
-    std::vector<std::pair<u32, bool>> premapped_; // of the request that is being served
+    std::vector<std::pair<u32, bool>> premapped_; // pages of the current request
 };
 
 struct Sink final : drivers::DiskSink {
@@ -455,7 +456,7 @@ struct Sink final : drivers::DiskSink {
     }
     void unused(const drivers::UnusedUnit& unit) override { left.emplace_back(std::string(unit.address), unit.why); }
     bool offer = true, refuse = false;
-    std::vector<std::pair<std::string, drivers::Unused>> left; // that it does not drive, and why
+    std::vector<std::pair<std::string, drivers::Unused>> left; // units that it does not drive, and why
     std::vector<u32> asked;
     io::BlockDevice* disk = nullptr;
     u32 slot = 0;

@@ -1,5 +1,5 @@
-// A guest for the test host's VMBus side, typed by hand from the protocol's description: its own offsets, its own
-// indices, no structure shared with either side. Include after the imports.
+// A guest for the test host's VMBus, written by hand from the protocol description: its own offsets and indices, no
+// structure shared with either side. Include after the imports.
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;
@@ -10,7 +10,7 @@ namespace typed {
 using namespace fl;
 using Bytes = std::vector<u8>;
 
-/// "0e 00 00 00": bytes as a person writes them.
+/// Converts "0e 00 00 00" to bytes.
 inline Bytes hex(std::string_view text) {
     Bytes result;
     int high = -1;
@@ -49,7 +49,7 @@ inline Bytes message(u32 type) {
     return bytes;
 }
 
-/// What the host puts into the SynIC's pages.
+/// Records what the host writes to the SynIC's pages.
 class Machine final : public host::Delivery, public host::Log {
   public:
     struct Delivered {
@@ -108,11 +108,11 @@ class Machine final : public host::Delivery, public host::Log {
     bool refuse = false;
 };
 
-/// One packet out of the host's ring.
+/// One packet from the host's ring.
 struct Received {
     u16 type = 0;
     u16 offset = 0; // in bytes
-    u16 length = 0; // in bytes, without trailer
+    u16 length = 0; // in bytes, without the trailer
     u16 flags = 0;
     u64 transaction = 0;
     Bytes payload;
@@ -120,7 +120,7 @@ struct Received {
     u32 at = 0;
 };
 
-/// A ring pair as the guest sees it, at a guest-physical address, pages in the order of a list.
+/// A ring pair as the guest sees it, at a guest-physical address; pages in the order of a list.
 class Rings {
   public:
     Rings() = default;
@@ -142,7 +142,7 @@ class Rings {
     }
     void put_byte(u32 position, u8 value) { *at(false, 4096 + position % bytes(false)) = value; }
 
-    /// Writes raw bytes at the write index and moves it.
+    /// Writes raw bytes at the write index and advances it.
     void write(const Bytes& raw) {
         const u32 begin = write_index(false);
         for (usize i = 0; i < raw.size(); ++i) {
@@ -168,7 +168,7 @@ class Rings {
         write(raw);
     }
     u32 ready() { return (write_index(true) + bytes(true) - read_index(true)) % bytes(true); }
-    /// The next packet as it stands there; nothing: empty. Moves the read index by what the descriptor says.
+    /// The next packet; nothing: empty. Advances the read index by the length in the descriptor.
     std::optional<Received> receive() {
         if (ready() == 0) {
             return std::nullopt;
@@ -203,7 +203,7 @@ class Rings {
     u32 downstream_ = 0;
 };
 
-/// The whole: memory, machine, host, and the steps that a guest goes through.
+/// Memory, machine, host, and the protocol steps of a guest.
 class Guest {
   public:
     static constexpr usize memory_bytes = 4 << 20;
@@ -213,7 +213,7 @@ class Guest {
         server.emplace(memory, machine, machine, config);
     }
 
-    /// A controller with one LUN over `disk`.
+    /// Adds a controller with one LUN on `disk`.
     host::StorageDevice& add_disk(host::StorageConfig config = {}, host::LunConfig lun = {}) {
         lun.store = lun.store != nullptr ? lun.store : &store_;
         return server->add(host::StorageDevice::scsi(config, {lun}));
@@ -228,7 +228,7 @@ class Guest {
         poll();
         return static_cast<u16>(status);
     }
-    /// The oldest message, taken; empty if there is none.
+    /// Takes the oldest message; empty if there is none.
     Bytes take() {
         if (machine.messages.empty()) {
             return {};
@@ -263,7 +263,7 @@ class Guest {
     }
     static u32 relid(const Bytes& offer) { return get<u32>(offer, 184); }
 
-    /// GPADL over `frames`; the status of GPADL_CREATED.
+    /// Creates a GPADL over `frames`; returns the status of GPADL_CREATED.
     u32 share(u32 channel, u32 handle, const std::vector<u64>& frames) {
         Bytes bytes = message(8);
         put(bytes, channel);
@@ -299,7 +299,7 @@ class Guest {
         bytes.resize(148);
         return bytes;
     }
-    /// Opens a channel over scattered pages; false: refused or not answered.
+    /// Opens a channel over scattered pages; false: rejected or no reply.
     bool open(u32 channel, Rings& rings, u32 ring_pages = 3, u32 handle = 0xe1e10, bool scattered = true, u32 vp = 0) {
         std::vector<u64> frames;
         for (u32 i = 0; i < 2 * (ring_pages + 1); ++i) {
@@ -322,7 +322,7 @@ class Guest {
     }
 
     // ---- storage ----
-    /// An operation without data; the status in the answer's header, or nothing.
+    /// An operation without data; returns the status in the reply's header, or nothing.
     std::optional<u32> operation(u32 channel, Rings& rings, u32 code, const Bytes& body = {}) {
         Bytes payload;
         put(payload, code);
@@ -411,7 +411,7 @@ class Guest {
         cdb.resize(16);
         return cdb;
     }
-    /// Connected, one controller, opened and initialized; the channel's relid.
+    /// Connects and opens and initialises one controller; returns the channel's relid.
     u32 start(Rings& rings, u16 version = 0x0600, host::LunConfig lun = {}) {
         add_disk({}, std::move(lun));
         EXPECT_TRUE(connect());
@@ -434,7 +434,7 @@ class Guest {
         return bytes;
     }
     static const std::vector<std::byte>& content() {
-        static const std::vector<std::byte> made = pattern(); // once for all tests of a process
+        static const std::vector<std::byte> made = pattern(); // shared by all tests of a process
         return made;
     }
     Zeroed storage_{memory_bytes};

@@ -1,6 +1,6 @@
-// A Hyper-V for tests: registers, hypercalls, a SynIC and the host's end of a VMBus. Typed from the specifications, not
-// from the kernel's structures: numbers and places of fields are written out. Include after the imports; guest memory
-// is the program's (io_support.hpp's HeapDma).
+// A fake Hyper-V: registers, hypercalls, a SynIC and the host's end of a VMBus. Written from the specifications, not
+// from the kernel's structures: numbers and field offsets are literals. Include after the imports; guest memory is the
+// program's own (HeapDma of io_support.hpp).
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;
@@ -29,7 +29,7 @@ inline u64 get64(const Bytes& bytes, usize at) {
     std::memcpy(&value, bytes.data() + at, 8);
     return value;
 }
-/// "0e 00 00 00" → bytes.
+/// Converts "0e 00 00 00" to bytes.
 inline Bytes hex(std::string_view text) {
     Bytes bytes;
     for (usize i = 0; i + 1 < text.size(); ++i) {
@@ -67,7 +67,7 @@ class Interrupts final : public InterruptController {
     bool full = false;
 };
 
-/// An offer as the host makes it.
+/// An offer from the host.
 struct HostOffer {
     u32 relid = 1;
     std::string type = "ba6163d9-04a1-4d29-b605-72e2ffb1dc7f";
@@ -85,15 +85,15 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
         u32 type;
         Bytes bytes;
     };
-    // What the host is like.
+    // Properties of the host.
     u32 newest = 0x00050003;
-    bool listens_at_4 = true; // else HvPostMessage says invalid connection id
+    bool listens_at_4 = true; // otherwise HvPostMessage returns invalid connection id
     bool listens_at_1 = true;
-    bool silent = false;        // takes messages and does not answer
-    u8 refuse_state = 0;        // connection state of an accepted version
-    u32 message_connection = 1; // told from 5.0 on
-    u32 busy_posts = 0;         // so many posts find no buffer
-    u32 busy_status = 0x13;     // what they are told: insufficient buffers
+    bool silent = false;        // accepts messages but does not reply
+    u8 refuse_state = 0;        // connection state reported for an accepted version
+    u32 message_connection = 1; // reported from version 5.0 on
+    u32 busy_posts = 0;         // number of posts that fail for lack of buffers
+    u32 busy_status = 0x13;     // the status they get: insufficient buffers
     u32 gpadl_status = 0;
     u32 open_status = 0;
     bool answers_gpadl = true;
@@ -103,9 +103,9 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
     bool answers_unload = true;
     bool interrupts_on = true;
     std::vector<HostOffer> offers{HostOffer{}};
-    std::function<void(const Bytes&)> before_answer; // called with each message before the host answers it
+    std::function<void(const Bytes&)> before_answer; // called with each message before the host replies
 
-    // What happened.
+    // Observations.
     std::vector<Posted> posted;
     std::vector<u64> signals; // inputs of HvSignalEvent
     std::map<u32, u64> msrs;
@@ -116,7 +116,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
     u64 interrupt_page = 0;
     u64 monitor_page_to_host = 0;
     std::map<u32, std::vector<u64>> gpadls; // page numbers seen so far
-    std::map<u32, u32> gpadl_pages;         // announced
+    std::map<u32, u32> gpadl_pages;         // announced page counts
     std::map<u32, Bytes> opened;            // relid → the OPENCHANNEL message
     std::vector<u32> released;
     std::deque<Bytes> outgoing;
@@ -135,7 +135,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
             return;
         }
         if (number == 0x40000001 && (msrs[0x40000000] == 0 || !hypercalls)) {
-            return; // no identity, no hypercalls
+            return; // no guest identity, so no hypercalls
         }
         msrs[number] = value;
         if (number == 0x40000021 && (value & 1) != 0) {
@@ -145,7 +145,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
             std::memcpy(reinterpret_cast<void*>(at + 16), &tsc_offset, 8);
         }
     }
-    bool hypercalls = true; // else their page cannot be switched on
+    bool hypercalls = true; // false: the hypercall page cannot be enabled
     u64 reference = 1000;
     u32 tsc_sequence = 1;
     u64 tsc_scale = 0x0147ae147ae147ae; // 2 GHz
@@ -196,7 +196,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
         return 0;
     }
 
-    // The host's messages reach the guest one by one, with an interrupt each.
+    // The host's messages reach the guest one at a time, with an interrupt each.
     void send(const Bytes& bytes) {
         outgoing.push_back(bytes);
         fill_slot();
@@ -213,7 +213,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
         u32 type;
         std::memcpy(&type, at, 4);
         if (type != 0) {
-            at[5] |= 1; // another one waits
+            at[5] |= 1; // another message is pending
             return;
         }
         const Bytes bytes = outgoing.front();
@@ -227,7 +227,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
         pending_interrupt = true;
     }
     bool pending_interrupt = false;
-    /// As the processor would, between two instructions.
+    /// Delivers interrupts, as the processor would between two instructions.
     void interrupt() {
         for (u32 i = 0; i < 64 && interrupts_on && std::exchange(pending_interrupt, false); ++i) {
             interrupts.handler(interrupts.context);
@@ -344,7 +344,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
             }
         }
     }
-    /// Messages of that type which the guest posted.
+    /// Messages of that type posted by the guest.
     std::vector<Bytes> of(u32 type) const {
         std::vector<Bytes> found;
         for (const Posted& p : posted) {
@@ -356,7 +356,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
     }
 };
 
-/// The whole guest side over such a host.
+/// The whole guest side on such a host.
 struct Machine {
     Host host;
     test::FakeMachine clock;
@@ -366,7 +366,7 @@ struct Machine {
     hv::Sightings sightings;
     hv::HyperV guest;
 
-    // Privileges of a Hyper-V with a VMBus.
+    // The privileges of a Hyper-V with a VMBus.
     explicit Machine(u32 base = 0x40000000, u32 low = 0xe7f, u32 recommended = 0) {
         const auto leaf = [&](u32 number, CpuidRegisters r) {
             cpuid.leaves[cpuid.leaf_count++] = {base + number, 0, r};
@@ -401,17 +401,17 @@ struct Machine {
         hv::Services services{host.interrupts, executor, timeout};
         return guest.start(services);
     }
-    /// Nothing to list where no bus came up.
+    /// Nothing to list if no bus started.
     Result<void> enumerate(hv::DeviceList& into) {
         return guest.bus() != nullptr ? executor.run(guest.bus()->enumerate(into)) : Result<void>{};
     }
-    /// Started, connected, with the offers told.
+    /// Starts, connects and lists the offers.
     bool up() {
         hv::DeviceList list;
         return start() && enumerate(list) && guest.bus() != nullptr && bus().connected();
     }
     hv::hyperv::Vmbus& bus() { return guest.bus()->vmbus(); }
-    /// Lets messages that are on their way arrive.
+    /// Lets messages in transit arrive.
     void settle() {
         for (u32 i = 0; i < 20; ++i) {
             host.interrupt();

@@ -1,4 +1,4 @@
-// A Xen for tests: guest memory, hypercalls, event channels, a XenStore server and its page. Typed from the
+// A fake Xen: guest memory, hypercalls, event channels, and a XenStore server with its page. Written from the
 // specifications, not from the kernel's structures. Include after the imports.
 #pragma once
 #include "gtest_macros.hpp"
@@ -8,12 +8,12 @@ import host.std;
 namespace fake {
 using namespace fl;
 
-/// Guest memory from `base` on. Pages are handed out once, unless `reuse` is set; what is given back is counted.
+/// Guest memory starting at `base`. Pages are allocated only once, unless `reuse` is set; freed pages are counted.
 class Memory final : public DmaAllocator, public hv::PhysicalMemory {
   public:
     static constexpr u64 base = 0x10000000;
     explicit Memory(usize bytes) : storage_(bytes) {}
-    ~Memory() { clear_quarantine(); } // its addresses come again in the next test
+    ~Memory() { clear_quarantine(); } // the next test uses the same addresses
     Result<DmaSpan> allocate(u32 size, u64) override {
         size = (size + 4095) & ~4095u;
         for (DmaSpan& span : freed_) {
@@ -110,7 +110,7 @@ class Interrupts final : public InterruptController {
     int attached = 0;
 };
 
-/// The hypervisor and the store's domain. `step()` lets the other domains work; true: something happened.
+/// The hypervisor and the store's domain. `step()` runs the other domains; true: something happened.
 class Xen {
   public:
     static constexpr u32 store_port = 1;
@@ -125,7 +125,7 @@ class Xen {
                     << "a page is given back while grant " << ref << " of it is mapped";
             }
         };
-        // Somebody has used the rings before: the positions do not begin at 0.
+        // The rings have been used before: the positions do not start at 0.
         for (u32 offset : {2048u, 2052u, 2056u, 2060u}) {
             store_word(offset) = 0xfffffff0;
         }
@@ -264,14 +264,14 @@ class Xen {
     }
 
     // ---- the guest's console: page by offsets ----
-    void give_console(u32 position = 0xfffffe00) { // the positions run freely: soon past 0
+    void give_console(u32 position = 0xfffffe00) { // the positions are free-running: soon past 0
         auto page = memory.allocate(4096, ~u64{0});
         console_page = page->data;
         console_frame = page->bus / 4096;
         console_word(3080) = console_word(3084) = position;
     }
     u32& console_word(u32 offset) { return field<u32>(reinterpret_cast<u64>(console_page), offset); }
-    /// xenconsoled: takes up to `most` bytes.
+    /// xenconsoled: consumes up to `most` bytes.
     bool read_console(u32 most = ~0u) {
         u32& consumer = console_word(3080);
         bool did = false;
@@ -309,19 +309,19 @@ class Xen {
         return true;
     }
 
-    // ---- grants, checked as the hypervisor checks them: type, domain, mode; and what it cannot see but the guest must
+    // ---- grants, checked like the hypervisor does: type, domain, mode; and what it cannot see but the guest must
     // ---- not do ----
     struct Mapping {
         u64 frame = 0;
         u16 domain = 0;
-        u32 readers = 0; // mapped for reading alone
+        u32 readers = 0; // read-only mappings
         u32 writers = 0;
     };
     u64 entry_address(u32 ref) { return reinterpret_cast<u64>(grant_frames[ref / 512]) + ref % 512 * 8; }
     bool in_table(u32 ref) { return ref / 512 < grant_frames.size() && grant_frames[ref / 512] != nullptr; }
     u16& grant_flags(u32 ref) { return field<u16>(entry_address(ref), 0); }
 
-    /// GNTTABOP_map_grant_ref; nullptr: Xen refuses.
+    /// GNTTABOP_map_grant_ref; nullptr: rejected by Xen.
     std::byte* map_grant(u32 ref, u16 domain, bool write) {
         check_mappings();
         if (ref < 8 || !in_table(ref)) {
@@ -354,7 +354,7 @@ class Xen {
             }
         }
     }
-    /// What is mapped stays granted, the same page to the same domain.
+    /// Mapped pages must stay granted, the same page to the same domain.
     void check_mappings() {
         for (const auto& [ref, mapping] : mappings) {
             EXPECT_EQ(grant_flags(ref) & 3, 1) << "grant " << ref << " was ended while it was mapped";
@@ -442,7 +442,7 @@ class Xen {
                 return error("ENOENT");
             }
             std::string list;
-            for (auto it = names.rbegin(); it != names.rend(); ++it) { // in no useful order
+            for (auto it = names.rbegin(); it != names.rend(); ++it) { // in no particular order
                 list += *it + '\0';
             }
             return message(type, id, transaction, list);
@@ -496,7 +496,7 @@ class Xen {
         if (!std::exchange(store_rung, false) && outgoing.empty()) {
             return false;
         }
-        // The server takes a little at a time, so that requests and answers arrive in pieces.
+        // The server consumes a little at a time, so that requests and replies arrive in pieces.
         u32& req_cons = store_word(2048);
         const u32 req_prod = store_word(2052);
         while (req_cons != req_prod && !deaf_store) {
@@ -555,12 +555,12 @@ class Xen {
     std::map<u32, u64> calls;
     std::map<u32, u64> sends;
     std::set<u32> open_ports;
-    std::map<u32, u16> port_domains; // that may bind to them
+    std::map<u32, u16> port_domains; // domains allowed to bind to them
     u32 next_port = 5;
     u64 upcalls = 0;
     std::byte* shared = nullptr;
-    u32 grant_frames_limit = 64; // as told
-    u32 grant_frames_given = 64; // as given
+    u32 grant_frames_limit = 64; // as reported
+    u32 grant_frames_given = 64; // as granted
     std::array<std::byte*, 64> grant_frames{};
     std::map<u32, Mapping> mappings;
     u64 bad_maps = 0;
@@ -582,7 +582,7 @@ class Xen {
     std::string outgoing;
 };
 
-/// A clock that jumps and an idle that lets the other domains work.
+/// A clock that jumps, and an idle function that runs the other domains.
 class World {
   public:
     explicit World(Xen& x) : xen(x) {}
@@ -616,7 +616,7 @@ class World {
     std::function<bool()> device;
 };
 
-/// A backend that is installed and started on the fake.
+/// A backend installed and started on the fake.
 struct Machine {
     explicit Machine(usize bytes = 48u << 20) : xen(bytes), world(xen), executor(world.platform()) {
         guest.set_gate(xen.gate());
