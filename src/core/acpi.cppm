@@ -95,7 +95,7 @@ struct Tables {
     std::optional<Fadt> fadt;
     u64 mcfg = 0;                              // physical address of the table; 0: none
     u32 tables = 0;                            // examined, of those listed in the XSDT or RSDT
-    u32 dropped = 0;                           // listed, but not examined for lack of room
+    u32 dropped = 0;                           // listed, but beyond the limit of tables examined
     u32 damaged = 0;                           // used tables that were ignored: unreadable, bad length or bad checksum
     std::array<Damage, max_damages> damages{}; // the first max_damages of them
     u32 ssdt_count = 0;
@@ -107,7 +107,7 @@ struct Tables {
 };
 
 /// `rsdp`: physical address; 0 searches the first KiB of the EBDA and 0xe0000–0xfffff [§5.2.5.1]. Error{not_found}: no
-/// RSDP; Error{protocol}: the RSDP was found, but no valid RSDT or XSDT.
+/// RSDP; Error{protocol}: the RSDP is invalid, or there is neither a valid XSDT nor a valid RSDT.
 Result<Tables> read_tables(PhysicalReader& memory, u64 rsdp);
 
 /// One MCFG entry: PCI configuration space in memory [PCI-FW 3.3 §4.1.2]. `base` is the physical address of bus 0's

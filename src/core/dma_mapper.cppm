@@ -13,7 +13,6 @@
 // frames and returns the range as segments; unmap() removes them and invalidates the IOTLB before the range is reused;
 // `admits` is false for everything. For a confidential guest, use BounceMapper with a DmaAllocator that returns memory
 // shared with the host, and limits that admit nothing.
-// with a DmaAllocator that gives shared pages, and limits that admit nothing.
 export module core.dma_mapper;
 import core.std;
 import core.dma;

@@ -75,7 +75,7 @@ class InterruptRouter final : public InterruptController {
 
     struct Machine {
         bool local_apic = false;
-        bool pic = false;      // the 8259s answer
+        bool pic = false;      // the 8259s are present
         bool extended = false; // 15-bit destinations [highest_destination]
     };
 
@@ -147,7 +147,7 @@ class InterruptRouter final : public InterruptController {
 };
 
 [[gnu::always_inline]] inline AttachedHandler* load_handler(AttachedHandler*& link) {
-    return __atomic_load_n(&link, __ATOMIC_ACQUIRE); // partner: the release in store_handler()
+    return __atomic_load_n(&link, __ATOMIC_ACQUIRE); // pairs with the release in store_handler()
 }
 [[gnu::always_inline]] inline void store_handler(AttachedHandler*& link, AttachedHandler* to) {
     __atomic_store_n(&link, to, __ATOMIC_RELEASE);

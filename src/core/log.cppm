@@ -134,8 +134,8 @@ class Record {
     Record& number(std::string_view key, u64 value);
     Record& flag(std::string_view key, bool value);
     /// Opens or closes a nested object or list; inside a list, keys are empty.
-    Record& open(std::string_view key, char bracket); // '{' or '['
-    Record& close(char bracket);                      // '}' or ']'
+    Record& open(std::string_view key, char bracket); // bracket: '{' or '['
+    Record& close(char bracket);                      // bracket: '}' or ']'
 
   private:
     void key(std::string_view name);

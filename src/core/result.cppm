@@ -15,7 +15,7 @@ enum class Code : u8 {
     io,            // the device reports an error
     device_gone,   // closed, unplugged, rescinded
     protocol,      // the peer violated its specification
-    corrupt,       // data read is not the data written
+    corrupt,       // data read differs from data written
     busy,          // held by another user
 };
 

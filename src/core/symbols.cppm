@@ -1,10 +1,10 @@
 // The image's symbol table, for backtraces. Written by boot/link.sh; little endian:
 //
 //   "FLSYMTAB", u32 count, u32 version 2, u32 scope_count
-//   count × u32    offset of a function from the image's begin, ascending
+//   count × u32    offset of a function from the start of the image, ascending
 //   count × u16    offset of its name from the first name
-//   scopes         scope_count strings, each ended by 0: what many names begin with ("fl::io::"); the first is empty
-//   names          u8 index of a scope, then the rest of the name, ended by 0; functions may share one
+//   scopes         scope_count NUL-terminated strings: common prefixes of names ("fl::io::"); the first is empty
+//   names          u8 index of a scope, then the rest of the name, NUL-terminated; functions may share one
 export module core.symbols;
 import core.std;
 

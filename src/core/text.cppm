@@ -1,5 +1,5 @@
 // Text without allocation: a sink takes string_views, print() fills a format string that is checked at compile time.
-// Fields: {} {:x} {:#x} {:08x} {:>8} {:<8} {:016x}; {{ and }} stand for braces. Integers, bool, char, pointers,
+// Fields: {} {:x} {:#x} {:08x} {:>8} {:<8} {:016x}; {{ and }} produce braces. Integers, bool, char, pointers,
 // string_view, enums that have a name() found by argument-dependent lookup, and Error.
 export module core.text;
 import core.std;

@@ -187,7 +187,7 @@ void correct_clock(ClockHint hint) {
     } else if (timer == Timer::local_apic) {
         timer_units = inverse(measure_local_apic());
     }
-    local().timer_at = never; // the armed expiry is wrong at the new frequency: the next sleep arms the timer anew
+    local().timer_at = never; // the armed expiry is wrong at the new frequency: the next sleep must re-arm the timer
 }
 
 std::string_view clock_name() { return source; }

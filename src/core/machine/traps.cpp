@@ -318,7 +318,7 @@ void load_tables(Local& own) {
                  "ltr %w3\n" ::"m"(gdt),
                  "i"(code_selector), "i"(data_selector), "r"(task_selector)
                  : "rax", "memory");
-    constexpr u32 gs_base = 0xc0000101; // [SDM-3 3.4.4]; after the selector, which clears it
+    constexpr u32 gs_base = 0xc0000101; // [SDM-3 3.4.4]; written after the selector, whose load clears it
     cpu::write_msr(gs_base, address_of(&own));
     const TablePointer idt{sizeof(gates) - 1, address_of(gates.data())};
     asm volatile("lidt %0" ::"m"(idt));

@@ -4,13 +4,13 @@
 //
 // Ordering of accesses that are shared with the hypervisor:
 //
-//   handler: load-acquire of a slot's type                  the message is seen whole
+//   handler: load-acquire of a slot's type                  the complete message is visible
 //   hypervisor: writes the slot, its type last
-//   handler: slot's type none, full barrier, pending flag   one of the two sees the other: no message waits for an end
-//   hypervisor: pending flag, full barrier, slot's type     of message (EOM) that is never written
-//   handler: exchange of a word of event flags with 0       a flag that is set later interrupts
+//   handler: slot's type none, full barrier, pending flag   one of the two sees the other: no message waits forever
+//   hypervisor: pending flag, full barrier, slot's type     for an end of message (EOM)
+//   handler: exchange of a word of event flags with 0       a flag set later raises another interrupt
 //   hypervisor: sets a flag (locked), then interrupts
-//   handler: store-release of a channel's event count       what the host wrote before the event is seen
+//   handler: store-release of a channel's event count       the host's writes before the event are visible
 //   ours: load-acquire in Channel::interrupts
 export module hv.hyperv.synic;
 import core.std;

@@ -111,8 +111,8 @@ class Vmbus final : public io::Service {
     /// Closes a channel; after a rescind, also releases its id. The channel's processor must no longer use it. Its
     /// memory is freed when the host has released it, otherwise given up (Error{timed_out}).
     io::Task<Result<void>> close(Channel& channel);
-    /// Moves the channel's events to another processor; requires version 4.1. Error{not_supported} otherwise. The
-    /// channel may be used there once this has ended.
+    /// Moves the channel's events to another processor; requires version 4.1 or later, otherwise Error{not_supported}.
+    /// The channel may be used there once this has ended.
     io::Task<Result<void>> modify(Channel& channel, u32 cpu);
     /// Waits until the host offers sub-channel `index` (>= 1) of the device. Error{timed_out}.
     io::Task<Result<Offer>> sub_channel(Guid instance, u16 index, io::Bound bound);

@@ -92,7 +92,7 @@ bool ConsoleRing::wait_for(u32 room) {
     }
     publish();
     u64 last = cycles_();
-    u64 still = 0; // cycles without a change
+    u64 still = 0; // cycles without progress
     u64 all = 0;
     while (seen < room) {
         static_cast<void>(calls_.call(Hypercall::sched_op, to_underlying(SchedOp::yield)));

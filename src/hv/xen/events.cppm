@@ -11,13 +11,13 @@ export namespace fl::hv::xen {
 /// Accesses shared between sender and receiver. All are read-modify-writes, since Xen sets bits while they are cleared:
 ///
 ///   upcall: exchange upcall_pending with 0     Xen sets the bits in the order pending, selector, upcall_pending, each
-///   upcall: exchange selector with 0           by a locked operation; they are cleared here in the opposite order: an
-///   upcall: and-not of pending                 event that comes meanwhile sets all three again
+///   upcall: exchange selector with 0           by a locked operation; they are cleared here in the reverse order: an
+///   upcall: and-not of pending                 event that arrives in between sets all three once more
 ///   unmask: and-not of mask, load of pending   Xen: or of pending, load of mask. One of the two sees the other: no
 ///                                              event is lost
 class Events {
   public:
-    using Event = Port; // hv.backend EventChannels
+    using Event = Port;
 
     /// Ports from here on have no handler slot. Xen allocates the lowest free port, so small machines stay far below.
     static constexpr u32 capacity = 512;

@@ -49,7 +49,7 @@ struct [[gnu::packed]] E820Entry {
 };
 static_assert(sizeof(E820Entry) == 20 && offsetof(E820Entry, size) == 8 && offsetof(E820Entry, type) == 16);
 struct MemoryMap {
-    u32 count; // in: capacity; out: ranges written
+    u32 count; // in: capacity of buffer; out: ranges written
     u32 padding;
     E820Entry* buffer;
 };
@@ -92,7 +92,7 @@ constexpr u64 callback_by_vector(u8 vector) { return u64{2} << 56 | vector; }
 
 enum class SchedOp : u32 { yield = 0, block = 1, shutdown = 2, poll = 3 };
 struct SchedPoll {
-    const u32* ports; // virtual address of nr_ports ports
+    const u32* ports; // virtual address of port_count ports
     u32 port_count;
     u32 padding;
     u64 timeout; // absolute system time in ns (KVM's emulation treats it as a duration); 0: none

@@ -91,7 +91,7 @@ enum class Version : u32 {
     v2_4 = 0x00020004,  // Windows Server 2012: event flags are raised on the channel's own processor
     v3_0 = 0x00030000,
     v4_0 = 0x00040000,
-    v4_1 = 0x00040001, // a channel's processor can be changed
+    v4_1 = 0x00040001, // a channel's target processor can be changed
     v5_0 = 0x00050000, // first contact through connection 4; the response names the connection to use afterwards
     v5_1 = 0x00050001,
     v5_2 = 0x00050002,
