@@ -156,9 +156,10 @@ class Channel {
         u32 monitor_bit = 0;
     };
 
-    // Called before OPENCHANNEL. `rings`: the outgoing ring first; `send_bytes`: its size, header page included;
-    // `events`: incremented by the interrupt handler; `listener`: raised by it. Without a listener, the code that
-    // delivers an event must wake the whole executor.
+    // For the bus (hv.hyperv.vmbus) and for tests in its place, on processor 0.
+    /// Called before OPENCHANNEL. `rings`: the outgoing ring first; `send_bytes`: its size, header page included;
+    /// `events`: incremented by the interrupt handler; `listener`: raised by it. Without a listener, the code that
+    /// delivers an event must wake the whole executor.
     Result<void> attach(const Offer& offer, u32 cpu, DmaBuffer rings, u32 send_bytes, const Signalling& signalling,
                         const std::atomic<u32>& events, io::Listener* listener = nullptr);
     /// Releases the rings; returns their memory to the caller.
