@@ -1,4 +1,4 @@
-// The control: good code of every kind that the other files get wrong. It compiles.
+// Positive control: correct code for everything that the other files get wrong. It compiles.
 import core.std;
 import core.result;
 import core.text;

@@ -1,4 +1,4 @@
-// A hypervisor's module that cannot be installed is no backend.
+// A hypervisor's module without install() is not a backend.
 // expect: does not satisfy 'Backend'
 // expect: 'b.install(environment)' would be invalid
 import core.std;

@@ -1,4 +1,4 @@
-// Whether a backend could be installed decides how the machine goes on.
+// The result of installing a backend must be checked.
 // expect: ignoring return value
 import core.std;
 import core.result;

@@ -1,5 +1,5 @@
 // needs: hyperv
-// A bus is reached through the instance that has brought it up, not through the backend's type.
+// A bus is accessed through the instance that started it, not through the backend's type.
 // expect: no member named 'next_device' in 'fl::hv::HyperV'
 // expect: no member named 'arm_timer' in 'fl::hv::HyperV'
 import core.std;

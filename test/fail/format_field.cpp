@@ -1,4 +1,4 @@
-// A field that does not end as a field must.
+// A format field with an invalid end.
 // expect: expected {} or {:[fill<>][#][0][width][x]}
 import core.std;
 import core.text;

@@ -1,4 +1,4 @@
-// Data that a lock protects is written without it.
+// Data protected by a lock is written without holding it.
 // expect: writing variable 'count' requires holding mutex 'lock'
 #include "core/thread_annotations.hpp"
 import core.std;

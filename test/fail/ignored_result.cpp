@@ -1,4 +1,4 @@
-// A Result that nobody looks at.
+// An ignored Result.
 // expect: ignoring return value
 import core.std;
 import core.result;

@@ -1,4 +1,4 @@
-// A task that nobody awaits: it would never start.
+// A task that is not awaited would never start.
 // expect: ignoring return value
 import core.std;
 import core.result;

@@ -1,4 +1,4 @@
-// Only backends can stand in the closed list.
+// The closed list accepts only backends.
 // expect: constraints not satisfied
 // expect: does not satisfy 'Backend'
 import core.std;

@@ -1,4 +1,4 @@
-// A field belongs to one register, and is in the list of its fields.
+// A field belongs to one register and must be in its list of fields.
 // expect: ReadableField
 // expect: no matching member function for call to 'get'
 import core.std;

@@ -1,4 +1,4 @@
-// A field that the manual calls read-only cannot be set.
+// A read-only field cannot be set.
 // expect: WritableField
 import core.std;
 import core.registers;

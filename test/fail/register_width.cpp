@@ -1,4 +1,4 @@
-// A field lies in its register.
+// A field must lie within its register.
 // expect: a field lies outside of its register
 import core.std;
 import core.registers;

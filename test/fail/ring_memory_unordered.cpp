@@ -1,4 +1,4 @@
-// A ring memory that has no acquire loads cannot carry a ring.
+// A memory without acquire loads cannot be used for a ring.
 // expect: does not satisfy 'RingMemory'
 // expect: load_acquire
 import core.std;

@@ -1,4 +1,4 @@
-// publish() says whether the other side wants to be told; nobody may drop that.
+// publish() returns whether the other side must be notified; the result must be used.
 // expect: ignoring return value
 import core.std;
 import core.result;

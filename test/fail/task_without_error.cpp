@@ -1,4 +1,4 @@
-// A task whose value cannot be an Error could not say that there was no frame for it.
+// A task's result must be able to hold an Error, to report that there was no frame for it.
 // expect: a Task yields a Result: running out of frames is an error value
 import core.std;
 import io.task;

@@ -1,4 +1,4 @@
-// A transport that takes no answers is none.
+// A transport must take completions.
 // expect: does not satisfy 'BlockTransport'
 // expect: 't.next(completion)' would be invalid
 import core.std;

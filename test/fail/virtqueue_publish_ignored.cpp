@@ -1,4 +1,4 @@
-// A virtqueue's publish() says whether the device must be notified; nobody may drop that.
+// A virtqueue's publish() returns whether the device must be notified; the result must be used.
 // expect: ignoring return value
 import core.std;
 import core.result;

@@ -1,7 +1,7 @@
-// Both ends of a channel's rings over memory whose other side is the fuzzer: it keeps the protocol, breaks it, or
-// changes a word between two looks at it. Nothing outside of the ring's bytes and the end's own words is touched; what
-// a sound host has sent arrives as it was, and what we send can be read by a reader that knows the format alone; nobody
-// who waits for room or for packets is forgotten; a broken ring stays broken.
+// Both ends of a channel's rings over memory whose other side is controlled by the fuzzer: it conforms, violates the
+// protocol, or changes a word between two reads. Checked: only the ring's bytes and the end's own words are accessed;
+// packets from a conforming host arrive unchanged, and packets sent can be parsed by a reader that knows only the
+// format; a side that waits for room or for packets is always woken; a broken ring stays broken.
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -25,20 +25,20 @@ using namespace fl;
 using namespace fl::hv::hyperv;
 using fuzz::require;
 
-// Offsets of the words, as [vmbus-ring] has them.
+// Offsets of the control words [vmbus-ring].
 constexpr usize write_word = 0;
 constexpr usize read_word = 4;
 constexpr usize mask_word = 8;
 constexpr usize pending_word = 12;
 
 struct Ring {
-    u32 size; // of its bytes
+    u32 size; // size of the data area in bytes
     std::unique_ptr<u64[]> words;
     io::HostileMemory::State state;
-    fuzz::Input* input = nullptr; // for what it changes under our eyes; nullptr: nothing
-    bool sound = true;            // the host has kept to the protocol
-    usize copied = 0;             // bytes of packets that our end has read
-    std::array<usize, 2> ours{};  // words that our end may write
+    fuzz::Input* input = nullptr; // supplies changes between reads; nullptr: no changes
+    bool sound = true;            // the host has conformed so far
+    usize copied = 0;             // packet bytes read by the guest's end
+    std::array<usize, 2> ours{};  // words that the guest's end may write
 
     Ring(u32 bytes, std::array<usize, 2> writable)
         : size(bytes), words(std::make_unique<u64[]>((4096 + bytes) / 8)), ours(writable) {
@@ -55,7 +55,7 @@ struct Ring {
     }
     void set(usize at, u32 value) { state.poke(at, value); }
     std::byte* data() const { return state.storage.data() + 4096; }
-    u32 used() const { return (word(write_word) + size - word(read_word)) % size; } // of a sound ring
+    u32 used() const { return (word(write_word) + size - word(read_word)) % size; } // of a valid ring
     void look(usize offset, usize count) {
         require(offset <= state.storage.size() && count <= state.storage.size() - offset);
         copied += offset >= 4096 ? count : 0;
@@ -71,7 +71,7 @@ struct Ring {
     }
 };
 
-// The hostile memory, and where it may be touched.
+// The hostile memory, with checks of every access.
 class Memory {
   public:
     explicit Memory(Ring& ring) : ring_(&ring), inner_(ring.state) {}
@@ -111,12 +111,12 @@ class Memory {
 };
 static_assert(io::RingMemory<Memory>);
 
-// A packet as its sender means it.
+// A packet as sent.
 struct Meant {
     u16 type = 0;
     u16 flags = 0;
     u64 transaction = 0;
-    std::vector<u8> header{}; // behind the descriptor
+    std::vector<u8> header{}; // after the descriptor
     std::vector<u8> payload{};
 };
 void append(std::vector<u8>& into, u64 value) {
@@ -136,8 +136,8 @@ u64 get(std::span<const u8> bytes, usize at, u32 count) {
 struct Outgoing {
     Ring ring;
     PacketSender<Memory> sender;
-    std::deque<Meant> meant; // queued, not read
-    usize unpublished = 0;   // the last ones of them
+    std::deque<Meant> meant; // queued, not yet read
+    usize unpublished = 0;   // how many of the last ones
     explicit Outgoing(u32 bytes) : ring(bytes, {write_word, pending_word}), sender(make(ring)) {}
     static PacketSender<Memory> make(Ring& ring) {
         Memory memory(ring);
@@ -152,7 +152,7 @@ struct Outgoing {
         return *PacketSender<Memory>::create(memory);
     }
 
-    // Reads one packet as the host does; false: there is none.
+    // Reads one packet as a host would; false: none available.
     bool take() {
         const u32 write = ring.word(write_word);
         const u32 read = ring.word(read_word);
@@ -206,7 +206,7 @@ struct Outgoing {
             break;
         case Sent::full:
             require(need < ring.size);
-            if (ring.sound) { // and the host knows how much is wanted
+            if (ring.sound) { // and the host knows how much room is needed
                 require(ring.used() + queued + need >= ring.size && ring.word(pending_word) == need);
             }
             break;
@@ -220,7 +220,7 @@ struct Outgoing {
         const bool signal = sender.publish();
         require(!ring.sound || signal == expected); // a sleeping host is woken, and only a sleeping one
         unpublished = 0;
-        // into a broken ring nothing more is published
+        // nothing is published into a broken ring
         require(!sender.unpublished() || (!ring.sound && sender.error()));
     }
 
@@ -297,7 +297,7 @@ struct Outgoing {
 
 struct Incoming {
     Ring ring;
-    std::unique_ptr<std::byte[]> buffer; // of its own: what is copied beside it is found
+    std::unique_ptr<std::byte[]> buffer; // separately allocated, so that an overrun is detected
     u32 most;
     PacketReceiver<Memory> receiver;
     std::deque<Meant> meant;
@@ -312,7 +312,7 @@ struct Incoming {
         return *PacketReceiver<Memory>::create(Memory(ring), {buffer.get(), most});
     }
 
-    // A packet by the rules, where there is room for it; else the host says what it waits for.
+    // Writes a valid packet if there is room; otherwise the host sets the room it waits for.
     void put(fuzz::Input& input) {
         const u32 write = ring.word(write_word);
         if (write >= ring.size || write % 8 != 0) {
@@ -343,7 +343,7 @@ struct Incoming {
             return;
         }
         if (m.header.size() + m.payload.size() > most) {
-            ring.sound = false; // longer than this channel takes
+            ring.sound = false; // longer than this channel accepts
         }
         ring.set(pending_word, 0);
         for (usize i = 0; i < bytes.size(); ++i) {
@@ -367,7 +367,7 @@ struct Incoming {
         require(packet.header.size() + packet.payload.size() <= most && packet.header.data() >= begin);
         require(packet.payload.data() == packet.header.data() + packet.header.size() &&
                 packet.payload.data() + packet.payload.size() <= begin + most);
-        // nothing is left of the packet before
+        // nothing remains of the previous packet
         require(ring.copied == 16 + packet.header.size() + packet.payload.size());
         unreleased += static_cast<u32>(24 + packet.header.size() + packet.payload.size());
         require(!ring.sound || !meant.empty());
@@ -387,7 +387,7 @@ struct Incoming {
         const u32 before = ring.size - (ring.sound ? ring.used() : 0);
         const u32 freed = std::exchange(unreleased, 0);
         const bool signal = receiver.release();
-        if (ring.sound) { // it is told when, and only when, it has what it waits for now
+        if (ring.sound) { // it is signalled if, and only if, the room it waits for is available now
             require(signal == (freed != 0 && pending != 0 && before <= pending && before + freed > pending));
         }
     }
@@ -434,7 +434,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
             in.receiver.disarm();
             require(in.ring.word(mask_word) != 0 || in.ring.input != nullptr);
             break;
-        case 13: { // a word of a header, whatever it is
+        case 13: { // an arbitrary word of a header
             const u8 which = input.byte();
             Ring& ring = (which & 1) != 0 ? in.ring : out.ring;
             ring.sound = false;
@@ -442,7 +442,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
             ring.set(which >> 1 & 0xc, (which & 0x80) != 0 ? near : input.word());
             break;
         }
-        case 14: { // anything anywhere
+        case 14: { // arbitrary memory
             const u8 which = input.byte();
             Ring& ring = (which & 1) != 0 ? in.ring : out.ring;
             ring.sound = false;
@@ -453,7 +453,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
             std::copy(bytes.begin(), bytes.end(), ring.state.storage.begin() + at);
             break;
         }
-        default: // the lap is closed: everything read, given back and taken
+        default: // end of the round: everything is read, released and taken
             while (in.ring.sound && !in.meant.empty()) {
                 in.receive();
             }

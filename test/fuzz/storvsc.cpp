@@ -1,6 +1,6 @@
-// A disk whose host answers with anything, late, twice or never, rescinds the channel or stops reading it, while
-// requests are asked for, cancelled and given up: every request ends once and in time; it ends well only if the host
-// has said so of each of its sectors; nothing outside of a packet is read.
+// A disk whose host replies arbitrarily, late, twice or never, rescinds the channel or stops reading it, while requests
+// are submitted, cancelled and abandoned. Checked: every request ends once and in time; it succeeds only if the host
+// has confirmed each of its sectors; nothing outside a packet is read.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -23,7 +23,7 @@ import hv.hyperv.channel;
 import drivers.storvsc.disk;
 
 #include "fuzz/input.hpp"
-// It needs what is above.
+// Depends on the imports above.
 #include "unit/io_support.hpp"
 
 namespace {
@@ -35,10 +35,10 @@ using drivers::storvsc::Version;
 using fuzz::require;
 namespace scsi = drivers::scsi;
 constexpr Nanoseconds timeout = 100'000'000;
-constexpr u32 sectors_each = 128; // of a request at most; they do not overlap
+constexpr u32 sectors_each = 128; // maximum per request; requests do not overlap
 constexpr usize most_requests = 48;
 
-// The SCSI parsers, on a copy that ends where the data end.
+// Runs the SCSI parsers on a copy that ends with the data.
 void parse(std::span<const std::byte> bytes) {
     const auto copy = std::make_unique<u8[]>(bytes.size());
     std::transform(bytes.begin(), bytes.end(), copy.get(), [](std::byte b) { return static_cast<u8>(b); });
@@ -67,32 +67,32 @@ struct Machine {
     hv::hyperv::Channel& channel;
     std::byte* out;
     std::byte* in;
-    u32 ring; // bytes of packets, each direction
+    u32 ring; // bytes of packet data in each direction
     std::atomic<u32>& events;
     const test::FakeMachine& clock;
-    Instant acted = 0;    // when the host, or the guest's owner, last did something
-    Instant answered = 0; // when the host last answered something that it was asked, or meddled with the rings
+    Instant acted = 0;    // last action of the host, or of the guest's owner
+    Instant answered = 0; // last reply by the host to a request, or write to the rings
     Queue* queue = nullptr;
     Disk* disk = nullptr;
     u32 packet_bytes = 64;
-    struct Asked { // what the guest has sent
+    struct Asked { // a packet from the guest
         u64 id;
         u8 opcode;
         u64 lba;
         u32 bytes;
     };
     std::vector<Asked> asked{};
-    // what the host has answered: as if it were to be answered again
+    // packets already completed, which can be completed again
     std::vector<Asked> done{};
-    // sectors of which the host has said that they are read or written
+    // sectors confirmed by the host as read or written
     std::array<bool, most_requests * sectors_each> served{};
-    std::array<bool, most_requests> served_whole{}; // requests of which it has said so: flush, discard
+    std::array<bool, most_requests> served_whole{}; // requests confirmed as a whole: flush, discard
     std::vector<std::unique_ptr<io::Request>> requests{};
     std::vector<Instant> submitted_at{}; // of each
     std::unique_ptr<Exchange> exchange{};
     DmaSpan buffer{};
     usize submitted = 0;
-    bool meddled = false; // the host has written into what the guest sends
+    bool meddled = false; // the host has written into the guest's outgoing ring
 
     static u32 get(const std::vector<u8>& bytes, usize at, u32 count = 4) {
         u32 value = 0;
@@ -101,7 +101,7 @@ struct Machine {
         }
         return value;
     }
-    // What the guest has published is taken.
+    // Takes what the guest has published.
     void take() {
         u32 write;
         u32 read;
@@ -110,7 +110,7 @@ struct Machine {
         if (write >= ring || read >= ring) {
             return;
         }
-        if (meddled) { // what stands there is nobody's word
+        if (meddled) { // the contents are not the guest's
             read = write;
         }
         while (read != write) {
@@ -130,14 +130,14 @@ struct Machine {
             for (u32 i = 0; i < 8; ++i) {
                 a.lba = a.lba << 8 | packet[30 + i];
             }
-            // READ(10), WRITE(10): as their longer siblings
+            // READ(10), WRITE(10): convert to the 16-byte forms
             if (get(packet, 0) == 3 && (a.opcode == 0x28 || a.opcode == 0x2a)) {
                 a.lba >>= 32;
                 a.opcode = static_cast<u8>(a.opcode + 0x60);
                 require((u32{packet[35]} << 8 | packet[36]) * 512 == a.bytes);
             }
             if (get(packet, 0) != 3) {
-                a.opcode = 0xff; // no command
+                a.opcode = 0xff; // not a command
             } else if (a.opcode == 0x88 || a.opcode == 0x8a) {
                 require(a.bytes != 0 && a.bytes % 512 == 0 && a.lba + a.bytes / 512 <= served.size());
             }
@@ -197,7 +197,7 @@ struct Machine {
         submitted_at.push_back(clock.time);
         disk->submit(*requests.back());
     }
-    // One that has ended, or is given up: its frame dies.
+    // Handles a request that has ended, or is abandoned: its frame is destroyed.
     void look(usize at) {
         const io::Request& r = *requests[at];
         if (r.pending()) {
@@ -216,12 +216,12 @@ struct Machine {
         requests.erase(requests.begin() + static_cast<std::ptrdiff_t>(at));
         submitted_at.erase(submitted_at.begin() + static_cast<std::ptrdiff_t>(at));
     }
-    // How long a request may be pending. After the host's last word, four time-outs at most: a bus reset that was asked
-    // for before is waited for; a request that was sent meanwhile is the oldest one from then on, and has its own
-    // time-out and that of the next reset; one that waited for its slot, which never comes free, has one more. What the
-    // host says without answering anything that it was asked may cost a fifth.
+    // The maximum time that a request may be pending. After the host's last action, at most four time-outs: a bus reset
+    // requested before is waited for; a request sent meanwhile then becomes the oldest, with its own time-out and that
+    // of the next reset; one that waited for its slot, which is never freed, has one more. Host messages that complete
+    // no request may cost a fifth.
     bool in_time(usize at) const {
-        constexpr Nanoseconds ticks = 100'000'000; // all of these are looked at in ticks
+        constexpr Nanoseconds ticks = 100'000'000; // all of these are checked in ticks
         return !requests[at]->pending() || (clock.time - acted < 4 * timeout + ticks &&
                                             clock.time - std::max(answered, submitted_at[at]) < 5 * timeout + ticks);
     }
@@ -240,7 +240,7 @@ struct Machine {
         payload[14] = std::byte{1};
         std::optional<Asked> which;
         const auto choose = [&] {
-            std::vector<Asked>& from = (what & 0x80) != 0 ? done : asked; // answered already, or not
+            std::vector<Asked>& from = (what & 0x80) != 0 ? done : asked; // completed already, or not
             if (from.empty()) {
                 which.reset();
                 return u64{input.word()} << ((what & 0x40) != 0 ? 16 : 0);
@@ -256,7 +256,7 @@ struct Machine {
         };
         switch (what % 16) {
         case 0:
-        case 1: { // honest, all of it
+        case 1: { // a conforming success
             for (u32 n = (what & 0x40) != 0 ? 32 : 1; n != 0; --n) {
                 const u64 id = choose();
                 if (which) {
@@ -267,7 +267,7 @@ struct Machine {
             }
             break;
         }
-        case 2: { // honest but for how much was moved
+        case 2: { // a conforming success except for the length transferred
             const u64 id = choose();
             u32 moved = (what & 0x20) != 0 ? input.word() : input.byte() * 512u;
             std::memcpy(payload.data() + 24, &moved, 4);
@@ -279,7 +279,7 @@ struct Machine {
             break;
         }
         case 3:
-        case 4: { // an error with sense data, of those that there are
+        case 4: { // an error with sense data from the list
             static constexpr u8 senses[][3] = {{6, 0x29, 0}, {6, 0x3f, 0x0e}, {6, 0x2a, 9}, {5, 0x20, 0},
                                                {5, 0x25, 0}, {3, 0x11, 0},    {1, 0x17, 1}, {2, 4, 1},
                                                {7, 0x27, 0}, {0, 0, 0},       {5, 0x24, 0}, {11, 0x47, 0}};
@@ -298,14 +298,14 @@ struct Machine {
                 payload[40] = std::byte{sense[1]};
                 payload[41] = std::byte{sense[2]};
             }
-            if (which && sense[0] <= 1) { // done, with a remark
+            if (which && sense[0] <= 1) { // completed, with information
                 std::memcpy(payload.data() + 24, &which->bytes, 4);
                 serve(*which);
             }
             send(11, id, payload);
             break;
         }
-        case 5: { // an error of any kind
+        case 5: { // an arbitrary error
             const u64 id = choose();
             payload[14] = static_cast<std::byte>(input.byte());
             payload[15] = static_cast<std::byte>(input.byte());
@@ -313,7 +313,7 @@ struct Machine {
             const auto sense = input.take(20);
             std::copy(sense.begin(), sense.end(), payload.begin() + 28);
             const u8 status = static_cast<u8>(payload[14]) & 0x3f;
-            // may mean that it is done
+            // may mean success
             if (which && (((status == 1 || status == 0x12) && payload[15] == std::byte{0}) || sense.size() > 2)) {
                 if ((what & 0x20) != 0) {
                     std::memcpy(payload.data() + 24, &which->bytes, 4);
@@ -325,7 +325,7 @@ struct Machine {
             send(11, id, payload);
             break;
         }
-        case 6: { // busy, and all that is asked for again
+        case 6: { // busy, and all that leads to a retry
             static constexpr u8 statuses[][2] = {{4, 8}, {4, 0x28}, {5, 0},    {0x0e, 0},
                                                  {2, 0}, {0x16, 0}, {0x20, 0}, {8, 0}};
             const u8 choice = input.byte();
@@ -337,7 +337,7 @@ struct Machine {
             }
             break;
         }
-        case 7: { // any packet
+        case 7: { // an arbitrary packet
             const u16 type = input.byte() % 16;
             const u64 id = choose();
             if (which) {
@@ -346,28 +346,28 @@ struct Machine {
             send(type, id, input.take(input.byte()));
             break;
         }
-        case 8: { // what a host says by itself
+        case 8: { // an unsolicited host message
             const u32 operation = input.byte();
             std::memcpy(payload.data(), &operation, 4);
             send(6, 0, std::span(payload).first((what & 0x10) != 0 ? input.byte() % 5 : payload.size()));
             break;
         }
-        case 9: { // anything anywhere
+        case 9: { // arbitrary memory
             const u32 at = input.word() % (4096 + ring);
             const auto bytes = input.take(std::min<u32>(input.byte(), 4096 + ring - at));
             answered = clock.time;
-            served.fill(true); // who knows what that says
+            served.fill(true); // the host may have confirmed anything
             served_whole.fill(true);
             meddled = meddled || (what & 0x10) != 0;
             std::copy(bytes.begin(), bytes.end(), ((what & 0x10) != 0 ? out : in) + at);
             break;
         }
-        case 10: // events for nothing
+        case 10: // spurious events
             for (u32 n = (what & 0x10) != 0 ? 300 : 1; n != 0; --n) {
                 events.fetch_add(1);
             }
             break;
-        case 11: // the guest: more, fewer
+        case 11: // the guest: more requests, or fewer
             for (u32 n = what >> 4 & 3; n != 0; --n) {
                 submit();
             }
@@ -421,7 +421,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
     const u8 shape = input.byte();
     const u32 ring = (shape & 8) != 0 ? 4096 : 16384;
     test::FakeMachine clock;
-    clock.step = 20'000; // a look at the clock: what is waited for without sleeping ends soon
+    clock.step = 20'000; // time per clock reading: waits that do not sleep end soon
     io::Executor executor(clock.platform());
     test::HeapDma dma;
     hv::hyperv::Hypercalls hypercalls;

@@ -1,7 +1,7 @@
-// Split and packed virtqueues over memory whose device is the fuzzer: it keeps the rules (the device of the unit
-// tests), breaks them, or changes what the driver reads just before it does. The driver touches nothing outside of its
-// queue and writes only what is the driver's; a buffer comes back once, and never with more than it holds; with a
-// device that keeps the rules everything arrives, comes back, and no event is lost; a broken queue stays broken.
+// Split and packed virtqueues over memory whose device is controlled by the fuzzer: it conforms (the device of the unit
+// tests), violates rules, or changes data just before the driver reads it. Checked: the driver accesses nothing outside
+// its queue and writes only its own areas; a buffer is returned once, with at most its size; with a conforming device
+// every buffer arrives and is returned, and no event is lost; a broken queue stays broken.
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -29,13 +29,13 @@ using virtqueue_fake::Chain;
 using virtqueue_fake::Guest;
 using virtqueue_fake::Piece;
 
-/// HostileMemory that watches where the driver's side reads and writes.
+/// HostileMemory that checks the driver's reads and writes.
 class Memory {
   public:
     struct State : HostileMemory::State {
-        fuzz::Input* input = nullptr; // for what changes before a read; nullptr: nothing
-        bool sound = true;            // the device has kept the rules
-        usize not_ours = 0;           // the area that only the device writes
+        fuzz::Input* input = nullptr; // supplies changes before reads; nullptr: no changes
+        bool sound = true;            // the device has conformed so far
+        usize not_ours = 0;           // the area written only by the device
         usize not_ours_bytes = 0;
     };
     Memory() = default;
@@ -127,11 +127,11 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
         std::optional<u32> table;
         bool published = false;
     };
-    std::map<u16, Buffer> under_way; // by slot
+    std::map<u16, Buffer> under_way; // in flight, by slot
     std::array<bool, table_count> table_taken{};
-    std::deque<std::pair<u16, u32>> given; // by a sound device: slot and length
+    std::deque<std::pair<u16, u32>> given; // returned by a conforming device: slot and length
     std::vector<Chain> held;
-    std::optional<u32> awaited; // armed: so many more must raise an event
+    std::optional<u32> awaited; // armed: number of buffers until an event must be raised
     u16 slot = 0;
 
     const auto slot_of = [](const Chain& chain) { return static_cast<u16>(chain.pieces.front().bus >> 16); };
@@ -215,7 +215,7 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
         case 3:
         case 4:
             static_cast<void>(queue.publish());
-            awaited = std::nullopt; // what is published now may come back instead
+            awaited = std::nullopt; // buffers published now may be returned instead
             if (!queue.broken()) {
                 for (auto& [number, buffer] : under_way) {
                     buffer.published = true;
@@ -224,7 +224,7 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
             break;
         case 5:
         case 6:
-        case 7: // the device takes what there is
+        case 7: // the device takes a buffer
             while (state.sound) {
                 auto chain = device.pop();
                 require(guest.fault.empty());
@@ -237,7 +237,7 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
             }
             break;
         case 8:
-        case 9: // the device gives back
+        case 9: // the device returns a buffer
             if (state.sound && !held.empty()) {
                 const u32 which = options.in_order ? 0 : (what >> 4) % static_cast<u32>(held.size());
                 const u32 count = options.in_order ? 1 + (what >> 4) % static_cast<u32>(held.size()) : 1;
@@ -282,7 +282,7 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
                 device.want_none();
             }
             break;
-        default: { // anything anywhere
+        default: { // arbitrary memory
             state.sound = false;
             const usize at = input.word() % layout.bytes;
             const auto bytes = input.take(std::min<usize>(1 + (what >> 4), layout.bytes - at));

@@ -1,7 +1,8 @@
-// A bus between a host and a guest that both do anything in any order: the host answers what it is asked, or answers
-// with other ids, statuses and lengths, offers, rescinds, raises events, writes into the rings, takes no messages; the
-// guest connects, asks for offers, opens, closes, moves and uses channels, shares memory, in two tasks at once. Every
-// wait ends in time, nothing outside of a message is read, memory that the host may still reach is not freed.
+// A VMBus between a host and a guest that both act in arbitrary order: the host replies properly, or with wrong ids,
+// statuses and lengths, offers, rescinds, raises events, writes into the rings, or accepts no messages; the guest
+// connects, requests offers, opens, closes, moves and uses channels and shares memory, in two concurrent tasks.
+// Checked: every wait is bounded, nothing outside a message is read, and memory that the host may still access is not
+// freed.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -25,7 +26,7 @@ import hv.backend;
 import hv.hyperv;
 
 #include "fuzz/input.hpp"
-// It needs what is above.
+// Depends on the imports above.
 #include "unit/io_support.hpp"
 
 namespace {
@@ -38,20 +39,20 @@ constexpr Nanoseconds timeout = 50'000'000;
 struct Host final : hv::Privileged {
     fuzz::Input* input = nullptr;
     hv::hyperv::Synic synic;
-    u64 messages = 0; // the pages that the guest has named
+    u64 messages = 0; // the pages registered by the guest
     u64 events = 0;
     u64 interrupt_page = 0;
-    std::vector<std::vector<u8>> asked; // what the guest posted and nobody has answered
-    u32 refusals = 0;                   // so many posts get `refusal`
+    std::vector<std::vector<u8>> asked; // messages posted by the guest and not replied to
+    u32 refusals = 0;                   // number of posts that get `refusal`
     u64 refusal = 0;
     struct Held {
         u32 relid;
         u32 gpadl;
         std::vector<u64> frames;
-        u32 more; // frames that bodies still bring
+        u32 more; // page numbers still to come in GPADL_BODY messages
     };
-    std::vector<Held> held;        // what the guest says the host may reach
-    std::array<bool, 2048> gone{}; // rescinded, and the id not given back: nothing is shared for it
+    std::vector<Held> held;        // memory that the guest has shared with the host
+    std::array<bool, 2048> gone{}; // rescinded and the id not released: nothing is shared for it
     u64 read_msr(u32) override { return 0; }
     void write_msr(u32 msr, u64 value) override {
         const u64 page = (value & 1) != 0 ? value & ~u64{0xfff} : 0;
@@ -120,7 +121,7 @@ struct Host final : hv::Privileged {
                 take_frames(*of, 16);
             }
         }
-        // while it is waited for
+        // the host is polled while the guest waits for UNLOAD_RESPONSE
         if (type == 16 && (input->byte() & 1) == 0 && get({reinterpret_cast<const u8*>(messages), 4096}, 512) == 0) {
             deliver(std::array<u8, 8>{17}, 8, 1, false);
         }
@@ -131,7 +132,7 @@ struct Host final : hv::Privileged {
     }
 
     void deliver(std::span<const u8> bytes, u8 length, u32 type, bool more, bool quiet = false) {
-        // What the host says that it has let go of, or never took, it does not touch again.
+        // The host does not touch memory that it has released or never accepted.
         const u32 kind = get(bytes, 0);
         if (kind == 2) {
             gone[get(bytes, 8) % gone.size()] = true;
@@ -141,16 +142,16 @@ struct Host final : hv::Privileged {
                    (kind == 10 && h.gpadl == get(bytes, 12) && get(bytes, 16) != 0);
         });
         auto* slot = reinterpret_cast<u8*>(messages) + 2 * 256;
-        slot[4] = length; // which may be more than the 240 that there can be
+        slot[4] = length; // may exceed the maximum of 240
         slot[5] = more;
         std::copy_n(bytes.begin(), std::min<usize>(bytes.size(), 240), slot + 16);
         std::memcpy(slot, &type, 4);
-        if (!quiet) { // else it is found at the next look
+        if (!quiet) { // otherwise it is found by the next poll
             hv::hyperv::Synic::on_interrupt(&synic);
         }
     }
 
-    // The answer to what was asked first (last), as a host gives it but for `status`.
+    // A valid reply to the first (last) request, except for `status`.
     std::vector<u8> answer(bool last, u32 status) {
         if (asked.empty()) {
             return {};
@@ -207,7 +208,7 @@ struct Host final : hv::Privileged {
         const bool more = (what & 0x80) != 0;
         std::vector<u8> message;
         switch (what % 13) {
-        case 0: { // anything
+        case 0: { // arbitrary bytes
             const u8 length = input->byte();
             if (there == 0) {
                 const auto bytes = input->take(length);
@@ -219,14 +220,14 @@ struct Host final : hv::Privileged {
         case 2:
         case 3: message = answer(more, 0); break;
         case 4: message = answer(more, input->byte()); break;
-        case 5: // an answer, but one byte
+        case 5: // a reply with one byte changed
             message = answer(more, 0);
             if (!message.empty()) {
                 const u8 at = input->byte();
                 message[at % message.size()] ^= input->byte();
             }
             break;
-        case 6: // or too short
+        case 6: // or truncated
             message = (what & 0x40) != 0 ? offer() : answer(more, 0);
             message.resize(std::min<usize>(message.size(), input->byte()));
             break;
@@ -237,7 +238,7 @@ struct Host final : hv::Privileged {
             put(message, 4, 0);
             put(message, 8, input->byte() % 8);
             break;
-        case 10: { // an event, by one of the two ways
+        case 10: { // an event, by one of the two mechanisms
             const u32 flag = input->byte() % 16 | (more ? input->word() % 2048 : 0);
             auto* page = reinterpret_cast<u8*>(events) + 2 * 256;
             page[flag / 8 % 256] = static_cast<u8>(page[flag / 8 % 256] | 1u << flag % 8);
@@ -248,13 +249,13 @@ struct Host final : hv::Privileged {
             hv::hyperv::Synic::on_interrupt(&synic);
             return;
         }
-        case 11: { // no messages are taken for a while, or never any more
+        case 11: { // messages are refused for a while, or for good
             static constexpr u64 refused[] = {0x13, 0x13, 0xb, 0x12, 0x6, 2};
             refusal = refused[input->byte() % 6];
             refusals = input->byte() % 32;
             return;
         }
-        default: { // into shared memory; or a message of another kind
+        default: { // writes to shared memory; or a message of another kind
             if ((what & 0x40) != 0) {
                 if (there == 0) {
                     const std::array<u8, 8> bytes{};
@@ -265,16 +266,16 @@ struct Host final : hv::Privileged {
             if (held.empty()) {
                 return;
             }
-            // Whoever has not been told that it is given back may write to it: a buffer that was freed too early is
-            // found by the sanitizer.
+            // The host may write to memory until it has been told of its release: the sanitizer detects memory freed
+            // too early.
             const Held& h = held[input->byte() % held.size()];
-            if (h.frames.empty() || h.more != 0) { // not all of it has been told: it is not shared
+            if (h.frames.empty() || h.more != 0) { // not completely described, so not shared yet
                 return;
             }
             const u64 frame = h.frames[input->byte() % h.frames.size()];
             const u32 at = input->word() % 4096;
             const auto bytes = input->take(std::min<u32>(input->byte() % 32, 4096 - at));
-            if (frame < 0x100000) { // those that the guest made up
+            if (frame < 0x100000) { // skip page numbers made up by the guest
                 return;
             }
             std::copy(bytes.begin(), bytes.end(), reinterpret_cast<std::byte*>(frame * 4096) + at);
@@ -288,7 +289,7 @@ struct Host final : hv::Privileged {
     }
 };
 
-// What the guest has.
+// The guest's state.
 struct Guest {
     fuzz::Input& input;
     io::Executor& executor;
@@ -298,7 +299,7 @@ struct Guest {
     bool stop = false;
 };
 
-// Nothing takes longer than its waits allow: `waits` of them, each with a message that a throttling host takes late.
+// Nothing takes longer than its waits allow: `waits` of them, each with a message that a throttling host accepts late.
 void in_time(const Guest& guest, Instant begin, u32 waits) {
     constexpr Nanoseconds each =
         timeout + std::max<Nanoseconds>(timeout, hv::hyperv::Vmbus::posting_timeout) + 20'000'000;
@@ -388,7 +389,7 @@ io::Task<Result<void>> life(Guest& guest, u32 own) {
             in_time(guest, begin, 1);
             break;
         }
-        case 6: { // of pages that nobody looks at
+        case 6: { // pages that nothing uses
             std::array<u64, 90> frames;
             for (u32 i = 0; i < frames.size(); ++i) {
                 frames[i] = 0x1000 + i;
@@ -423,7 +424,7 @@ io::Task<Result<void>> life(Guest& guest, u32 own) {
             }
             break;
         }
-        // Told once, if it was open when its offer went.
+        // Notified once, if it was open when its offer was rescinded.
         require(guest.rescinds[own] <= 1 && (!channel.is_open() || channel.rescinded() == (guest.rescinds[own] == 1)));
     }
     static_cast<void>(co_await bus.close(channel));
@@ -455,7 +456,7 @@ io::Task<Result<void>> both(Guest& guest) {
     guest.bus.remove(listener);
     u32 before = 0;
     bool first = true;
-    guest.bus.for_each_offer([&](const Offer& o) { // by ascending ids that can be
+    guest.bus.for_each_offer([&](const Offer& o) { // in ascending order of valid ids
         require(o.relid != 0 && o.relid < 2048 && (first || o.relid > before));
         before = o.relid;
         first = false;

@@ -1,4 +1,4 @@
-// The only unit that knows CLI11, and the only one compiled with exceptions.
+// The only unit that uses CLI11, and the only one compiled with exceptions.
 #include "command_line.hpp"
 
 #include <CLI/CLI.hpp>

@@ -1,4 +1,4 @@
-// The test host's course: command line, machine, kernel, disks; then this thread is the I/O thread.
+// The test host's main program: command line, machine, kernel, disks; then this thread becomes the I/O thread.
 #include "acpi/dsdt.hpp"
 #include "command_line.hpp"
 
@@ -23,7 +23,7 @@ import vmm.machine;
 namespace fl::vmm {
 namespace {
 
-/// The reason in one line on standard error, with what the error carries, and out.
+/// Prints the reason in one line to standard error, with the error's details, and exits.
 [[noreturn]] void give_up(ExitCode code, const std::string& what, const Error& error) {
     std::string text = "firstlight-testhost: " + what + std::string(error.message);
     if (error.has_values) {
@@ -62,7 +62,7 @@ void load(Machine& machine, const Options& options) {
     }
 }
 
-/// The images by file name: a file that is named twice is one image.
+/// The images by file name; a file named twice is one image.
 class Images {
   public:
     Image& open(const std::string& file, bool read_only) {
@@ -107,8 +107,8 @@ host::ServerConfig server_config(const Options& options) {
     return config;
 }
 
-/// Puts all disks on the bus. The last SCSI disk, or its controller, is what comes and goes: with a reason to come
-/// later it is left out here.
+/// Adds all disks to the bus. The last SCSI disk, or its controller, is the one that is hot-added or removed: if it is
+/// to be added later, it is omitted here.
 MovingDisk add_disks(Bus& bus, Images& images, const Options& options) {
     const bool comes_later = options.hot_add > 0 || !options.add_marker.empty();
     const bool controller_comes_later = options.hot_controller > 0 || !options.controller_marker.empty();
@@ -161,7 +161,7 @@ MovingDisk add_disks(Bus& bus, Images& images, const Options& options) {
     return moving;
 }
 
-/// Things that happen once: after a time, or when the guest prints something.
+/// One-time actions: after a time, or when the guest prints a text.
 class Course {
   public:
     Course(Machine& machine, Bus& bus, const Options& options, MovingDisk moving, host::ShutdownService& shutdown)
@@ -192,7 +192,7 @@ class Course {
         [[maybe_unused]] const auto consumed = read(wake_, &value, sizeof(value));
         for (Step& step : steps_) {
             const bool due = step.seconds > 0 && now >= begin_ + static_cast<u64>(step.seconds * 1e9);
-            // Pairs with see(): nothing but the flag itself is passed.
+            // Pairs with see(): only the flag itself is passed.
             if (!step.done && (due || step.seen.load(std::memory_order_relaxed))) {
                 step.done = true;
                 act(step);
@@ -231,7 +231,7 @@ class Course {
             } else if (moving_.controller == nullptr) {
                 done = false;
             } else if (step.name == "offer-again") {
-                bus_.server().remove(*moving_.controller); // lives until the guest has let go of it, beside the new one
+                bus_.server().remove(*moving_.controller); // lives until the guest has released it, beside the new one
                 offer_controller();
             } else if (step.name == "hot-add") {
                 done = moving_.controller->add_lun(moving_.lun);
@@ -253,10 +253,9 @@ class Course {
     std::array<Step, 5> steps_;
 };
 
-/// The I/O thread: what no processor's exit does. Never returns.
+/// The I/O thread: handles everything not done in a processor's exit. Never returns.
 [[noreturn]] void serve(Machine& machine, Bus& bus, Course& course, const Options& options) {
-    // A deadline that a processor's exit sets is seen in the next turn: with a disk of limited speed that has to be
-    // soon.
+    // A deadline set in a processor's exit is noticed in the next turn; with a rate-limited disk that must be soon.
     const bool limited = std::ranges::any_of(options.disks, [](const DiskOption& disk) { return disk.iops != 0; });
     const u64 console_interval = limited ? 1'000'000 : 100'000'000;
     const u64 begin = machine.now();

@@ -1,6 +1,7 @@
-// Executors on real threads: tasks sent from processor to processor and back, and abandoned at every moment; posts from
-// three producers; services that three processors raise while they come and go; frames and the lock under all of it.
-// The tsan preset watches. With the argument "weak" a mailbox whose list is pushed and taken relaxed must be caught.
+// Executors on real threads: tasks sent between processors and cancelled at arbitrary moments; posts from three
+// producers; services raised by three processors while they are added and removed; coroutine frames and their lock
+// underneath. Run under the tsan preset. With the argument "weak", a mailbox whose list is pushed and taken with
+// relaxed ordering must be reported.
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -33,7 +34,7 @@ void check(bool good, const char* what) {
     }
 }
 
-Task<Result<u64>> add(const std::vector<u64>& from) { // the waiting frame's memory is read here
+Task<Result<u64>> add(const std::vector<u64>& from) { // reads the waiting frame's memory
     u64 sum = 0;
     for (const u64 value : from) {
         sum += value;
@@ -61,7 +62,7 @@ Task<Result<void>> many(Executor& home, Executor& a, Executor& b) {
                 co_return spawned;
             }
         }
-        if (round % 3 != 0) { // the others die wherever they are
+        if (round % 3 != 0) { // the others are destroyed wherever they are
             if (auto done = co_await group.join(); !done) {
                 co_return done;
             }
@@ -73,7 +74,7 @@ Task<Result<void>> many(Executor& home, Executor& a, Executor& b) {
 }
 
 struct Number : Post {
-    std::vector<u32>* into = nullptr; // the owner's alone
+    std::vector<u32>* into = nullptr; // accessed by the owner only
     u32 value = 0;
     static void note(Post& post) {
         auto& self = static_cast<Number&>(post);
@@ -104,7 +105,7 @@ void posts_from_three() {
         for (std::thread& producer : producers) {
             producer.join();
         }
-        // Whatever is still in the mailbox is run before the loop ends: this one is the last.
+        // Everything still in the mailbox runs before the loop ends; this is the last post.
         std::atomic<bool> done = false;
         struct Last : Post {
             std::atomic<bool>* done;
@@ -125,7 +126,7 @@ void posts_from_three() {
     }
 }
 
-/// A service that counts: what was asked before a raise is done in the drain that follows.
+/// A counting service: whatever was requested before a raise is done in the following drain.
 struct Counted final : Service {
     std::atomic<u64> asked{0}; // relaxed: raise() orders
     std::atomic<u64> done{0};
@@ -135,7 +136,7 @@ struct Counted final : Service {
     }
     bool wants_tick() const override { return false; }
 };
-/// On the owner: adds, removes, or removes and adds again.
+/// Runs on the owner: adds, removes, or removes and re-adds.
 struct Change : Post {
     enum class What { add, remove, both } what = What::add;
     Executor* executor = nullptr;
@@ -188,7 +189,7 @@ void raises_from_three() {
             finished.fetch_add(1);
         });
     }
-    for (u32 i = 0; finished != 3; ++i) { // removed and added again at any moment
+    for (u32 i = 0; finished != 3; ++i) { // removed and re-added at arbitrary moments
         change(owner.executor, services[i % 3], Change::What::both);
     }
     for (std::thread& raiser : raisers) {

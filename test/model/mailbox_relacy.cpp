@@ -1,6 +1,7 @@
-// What executors share (io.mailbox) under relacy: posts arrive whole, once, in each producer's order; a processor that
-// halts is kicked; a service that was raised is drained, and one that was removed is in no list. As in ring_relacy.cpp
-// each property is tried as it is, which must pass, and with each ordering that it needs taken away, which must fail.
+// The state shared between executors (io.mailbox) under relacy: posts arrive intact, once, and in each producer's
+// order; a halting processor is kicked; a raised service is drained, and a removed one is in no list. As in
+// ring_relacy.cpp, each property is tested unmodified, which must pass, and with each ordering it needs weakened, which
+// must fail.
 #include <cstring>
 #include <iostream>
 #include <relacy/relacy.hpp>
@@ -24,7 +25,7 @@ namespace {
 using namespace fl;
 using namespace fl::io;
 
-/// Which ordering is taken away.
+/// The ordering to weaken.
 enum class Weak {
     nothing,
     push,
@@ -35,7 +36,7 @@ enum class Weak {
     asleep_store,
     wake_load,
     asleep_load,
-    wake_plain, // the flag is stored, not exchanged
+    wake_plain, // the flag is stored instead of exchanged
     add_release,
     add_acquire,
     lower_release,
@@ -110,7 +111,7 @@ struct ModelAtomics {
 };
 
 struct Node;
-/// A plain link: whoever reads it without being ordered behind the writer is a data race.
+/// A plain link: a read not ordered after the write is a data race.
 struct Link {
     rl::var<Node*> value;
     Link& operator=(Node* node) {
@@ -127,7 +128,7 @@ struct Node {
 template <Weak weak>
 using Mailbox = BasicMailbox<Node, ModelAtomics<weak>>;
 
-/// Two producers, one owner: every post once, whole, in its producer's order.
+/// Two producers, one owner: every post arrives once, intact, in its producer's order.
 template <Weak weak>
 struct Posts : rl::test_suite<Posts<weak>, 3> {
     std::optional<Mailbox<weak>> mailbox;
@@ -168,7 +169,7 @@ struct Posts : rl::test_suite<Posts<weak>, 3> {
     }
 };
 
-/// A handler's raise: what it wrote before is seen by the turn that cleared the flag.
+/// A raise from a handler: the turn that cleared the flag sees what was written before the raise.
 template <Weak weak>
 struct Raise : rl::test_suite<Raise<weak>, 2> {
     std::optional<Mailbox<weak>> mailbox;
@@ -185,7 +186,7 @@ struct Raise : rl::test_suite<Raise<weak>, 2> {
     }
 };
 
-/// The owner goes to sleep, another processor posts: the post has been seen, or the owner stays awake, or it is kicked.
+/// The owner goes to sleep while another processor posts: the owner sees the post, stays awake, or is kicked.
 template <Weak weak>
 struct Sleep : rl::test_suite<Sleep<weak>, 2> {
     std::optional<Mailbox<weak>> mailbox;
@@ -218,7 +219,7 @@ struct Sleep : rl::test_suite<Sleep<weak>, 2> {
     void after() { RL_ASSERT(seen || !asleep || kicked); }
 };
 
-/// The owner closes while two others post: what was not refused is there, whole, and nothing else.
+/// The owner closes while two others post: exactly the posts that were not refused are there, intact.
 template <Weak weak>
 struct Close : rl::test_suite<Close<weak>, 3> {
     std::optional<Mailbox<weak>> mailbox;
@@ -255,7 +256,7 @@ struct Close : rl::test_suite<Close<weak>, 3> {
     }
 };
 
-/// What a service is here: the members that RaisedList uses, and what raisers have to tell, which drains note.
+/// A minimal service: the members that RaisedList uses, plus data from the raisers that drains record.
 template <Weak weak>
 struct Raisable {
     struct NodeLink {
@@ -268,11 +269,11 @@ struct Raisable {
     };
     typename ModelAtomics<weak>::template Cell<bool, MailboxCell::raised> raised{true};
     NodeLink next_raised;
-    rl::atomic<unsigned> told[2]; // by each raiser
+    rl::atomic<unsigned> told[2]; // by raiser
     bool drained[2];
 };
 
-/// The owner's side of a turn, as Executor::step() does it.
+/// The owner's part of a turn, as in Executor::step().
 template <Weak weak>
 void take_raised(RaisedList<Raisable<weak>, ModelAtomics<weak>>& list) {
     for (Raisable<weak>* node = list.take_all(); node != nullptr;) {
@@ -285,8 +286,8 @@ void take_raised(RaisedList<Raisable<weak>, ModelAtomics<weak>>& list) {
     }
 }
 
-/// Two handlers or processors raise the same service while the owner has a turn, or one of them raises only the flag,
-/// for something else (`alone`): whatever was told has been drained, or is by the turn that the flag announces.
+/// Two handlers or processors raise the same service during the owner's turn, or one of them sets only the flag, for
+/// something else (`alone`): everything passed has been drained, or will be by the turn that the flag announces.
 template <Weak weak, bool alone>
 struct Services : rl::test_suite<Services<weak, alone>, 3> {
     std::optional<Mailbox<weak>> mailbox;
@@ -326,7 +327,7 @@ struct Services : rl::test_suite<Services<weak, alone>, 3> {
     }
 };
 
-/// Raised again while it is taken: the link belongs to one side at a time.
+/// Raised again while it is being taken: the link belongs to one side at a time.
 template <Weak weak>
 struct RaisedTwice : rl::test_suite<RaisedTwice<weak>, 2> {
     std::optional<Mailbox<weak>> mailbox;
@@ -407,8 +408,8 @@ struct RaisedAsleep : rl::test_suite<RaisedAsleep<weak>, 2> {
     void after() { RL_ASSERT(node->drained[0] || !asleep || kicked); }
 };
 
-/// The owner removes a service while another processor raises it: afterwards it is in no list, and is never added
-/// again.
+/// The owner removes a service while another processor raises it: afterwards it is in no list, and cannot be added to
+/// one.
 template <Weak weak, bool waits>
 struct Removed : rl::test_suite<Removed<weak, waits>, 2> {
     std::optional<RaisedList<Raisable<weak>, ModelAtomics<weak>>> list;
@@ -424,7 +425,7 @@ struct Removed : rl::test_suite<Removed<weak, waits>, 2> {
             static_cast<void>(list->add(*node));
             static_cast<void>(list->add(*node));
         } else if (list->detach(*node)) {
-            // as Executor::remove() does it; without the wait a node that is on its way is missed
+            // as in Executor::remove(); without the wait a node being pushed is missed
             for (bool found = false; !found; rl::yield(1, $)) {
                 found = list->take_all() != nullptr || !waits;
             }

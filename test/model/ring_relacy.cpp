@@ -1,10 +1,10 @@
-// The ring's memory orderings and its rules of notification under relacy, which runs two threads through their
-// interleavings with C++'s memory model underneath: an atomic load may return any value that the model allows, and a
-// payload that is not ordered by acquire and release is a data race. The very templates of io.ring are instantiated,
-// over a memory that is relacy's. Each property is tried once as it is, which must pass, and once for every ordering it
-// needs with that ordering weakened, which must fail: a check that cannot fail shows nothing.
+// The ring's memory orderings and notification rules under relacy, which runs two threads through their interleavings
+// on top of the C++ memory model: an atomic load may return any value that the model allows, and a payload not ordered
+// by acquire and release is a data race. The templates of io.ring are instantiated unchanged over a relacy memory. Each
+// property is tested unmodified, which must pass, and once with each ordering it needs weakened, which must fail: a
+// check that cannot fail proves nothing.
 //
-// Built with exceptions, since relacy uses them, and therefore with modules of its own (test/CMakeLists.txt).
+// Built with exceptions, which relacy needs, and therefore with separately compiled modules (test/CMakeLists.txt).
 #include <cstring>
 #include <relacy/relacy.hpp>
 //
@@ -22,7 +22,7 @@ namespace {
 using namespace fl;
 using namespace fl::io;
 
-/// Which ordering is taken away.
+/// The ordering to weaken.
 enum class Weak { nothing, index_store, index_load, consumed_store, consumed_load, barrier };
 
 constexpr usize index_at = 0;
@@ -35,7 +35,7 @@ struct Shared {
     rl::var<unsigned> slots[2];
 };
 
-/// Words are relacy's atomics and each slot is one plain variable, so that a torn or unordered copy is a data race.
+/// Words are relacy atomics and each slot is one plain variable, so that a torn or unordered copy is a data race.
 template <Weak weak>
 class ModelMemory {
   public:
@@ -104,7 +104,7 @@ struct Ends {
     }
 };
 
-/// Entries arrive whole, in order and once, and a slot is not overwritten before it was copied out.
+/// Entries arrive intact, in order and once, and a slot is not overwritten before it has been copied out.
 template <Weak weak>
 struct Transfer : rl::test_suite<Transfer<weak>, 2> {
     Ends<weak, Never> ends;
@@ -135,15 +135,15 @@ struct Transfer : rl::test_suite<Transfer<weak>, 2> {
     }
 };
 
-/// A consumer that has gone to sleep after asking for an event `Count` entries ahead is told, if those entries come.
+/// A consumer that sleeps after requesting an event `Count` entries ahead is notified once those entries are published.
 template <Weak weak, class Rule, unsigned Count>
 struct WakeUp : rl::test_suite<WakeUp<weak, Rule, Count>, 2> {
     Ends<weak, Rule> ends;
-    unsigned told = 0;    // the producer's position when it last notified
+    unsigned told = 0;    // the producer's position at its last notification
     unsigned slept = ~0u; // the consumer's position when it fell asleep
 
     void before() {
-        // Nobody has asked for anything yet: an event far away, or a mask.
+        // No event requested yet: an event index far away, or a mask.
         ends.begin(std::is_same_v<Rule, EmptyToNonEmpty> ? 1 : 0x80000000);
         told = 0;
         slept = ~0u;
@@ -157,7 +157,7 @@ struct WakeUp : rl::test_suite<WakeUp<weak, Rule, Count>, 2> {
                 }
             }
         } else {
-            // The mask makes for many more schedules: one look less.
+            // The mask adds many schedules: one attempt less.
             for (int attempt = std::is_same_v<Rule, EmptyToNonEmpty> ? 1 : 0; attempt < 3; ++attempt) {
                 const auto there = ends.consumer->available();
                 RL_ASSERT(there.has_value());
@@ -174,7 +174,7 @@ struct WakeUp : rl::test_suite<WakeUp<weak, Rule, Count>, 2> {
         }
     }
     void after() {
-        // Asleep at a position with enough behind it, and nobody raised since: the wake-up is lost.
+        // Asleep with enough entries after its position and no notification since: a lost wake-up.
         RL_ASSERT(slept == ~0u || 2 - slept < Count || told >= slept + Count);
     }
 };

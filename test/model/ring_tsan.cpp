@@ -1,5 +1,5 @@
-// Two real threads on one ring, in every build; under the tsan preset each unordered access to an entry is reported.
-// `weak`: with the index stored relaxed, which the sanitizer must find.
+// Runs two real threads on one ring, in every build; under the tsan preset each unordered access to an entry is
+// reported. `weak`: the index is stored relaxed, and the sanitizer must report it.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +18,7 @@ constexpr u32 size = 16;
 constexpr RingLayout layout{.index = 0, .event = 8, .consumed = 16, .entries = 64, .stride = sizeof(u64)};
 alignas(64) std::byte storage[64 + size * sizeof(u64)];
 
-/// FlatMemory with the release taken away.
+/// FlatMemory without the release ordering.
 class WeakMemory : public FlatMemory {
   public:
     using FlatMemory::FlatMemory;
@@ -28,12 +28,12 @@ class WeakMemory : public FlatMemory {
     }
 };
 
-/// An event that one thread waits for: what an interrupt is in a machine. Relaxed on purpose, so that the ring alone
-/// orders the entries.
+/// An event for one thread to wait for, like an interrupt. Deliberately relaxed, so that only the ring orders the
+/// entries.
 class Bell {
   public:
     void ring() { rung_.fetch_add(1, std::memory_order_relaxed); }
-    // Every wait is bounded: a wake-up that is lost ends the test.
+    // Every wait is bounded: a lost wake-up fails the test.
     bool wait(u64& seen) {
         const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
         while (rung_.load(std::memory_order_relaxed) == seen) {
@@ -98,7 +98,7 @@ int exchange(const char* what, u32 first_event) {
         }
         consumer.release();
         if (good && expected != entries) {
-            // The number of entries to come is not known here, so one.
+            // The number of entries to come is unknown here, so request an event after one.
             const auto found = consumer.arm(1);
             good = found.has_value();
             if (good && !*found) {
@@ -110,7 +110,7 @@ int exchange(const char* what, u32 first_event) {
     if (!good) {
         std::printf("%s: stopped at entry %llu\n", what, static_cast<unsigned long long>(expected));
         std::fflush(stdout);
-        std::_Exit(1); // the writer cannot be joined: nobody reads
+        std::_Exit(1); // the writer cannot be joined: it has no reader
     }
     writer.join();
     std::printf("%s: %llu entries, %llu sleeps, %llu notifications\n", what, static_cast<unsigned long long>(entries),

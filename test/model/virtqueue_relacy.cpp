@@ -1,7 +1,7 @@
-// The memory orderings of the split and the packed virtqueue under relacy, as in ring_relacy.cpp: the very templates of
-// io.ring.split and io.ring.packed on the driver's side, over a memory that is relacy's, and a device written here from
-// the specification. Each property is tried as it is, which must pass, and once for every ordering it needs with that
-// ordering weakened, on the driver's side and on the device's, which must fail.
+// The memory orderings of the split and the packed virtqueue under relacy, as in ring_relacy.cpp: the templates of
+// io.ring.split and io.ring.packed on the driver side, unchanged over a relacy memory, and a device written here from
+// the specification. Each property is tested unmodified, which must pass, and once with each ordering it needs
+// weakened, on the driver's or the device's side, which must fail.
 #include <cstring>
 #include <relacy/relacy.hpp>
 //
@@ -20,22 +20,22 @@ namespace {
 using namespace fl;
 using namespace fl::io;
 
-/// Which ordering is taken away.
+/// The ordering to weaken.
 enum class Weak {
     nothing,
-    available_store, // driver: what makes buffers available
+    available_store, // driver: makes buffers available
     available_load,  // device
-    used_store,      // device: what makes them used
+    used_store,      // device: makes them used
     used_load,       // driver
     driver_barrier,
     device_barrier,
-    head_first, // packed: the flags of a list's first descriptor are not kept back until the rest is written
+    head_first, // packed: the flags of a list's first descriptor are written before the rest
 };
 
 constexpr rl::memory_order either(bool weak, rl::memory_order order) { return weak ? rl::mo_relaxed : order; }
 
-/// What a buffer is in these models: its address says which one it is, and the device writes that number to the
-/// buffer's memory and as the used length.
+/// A buffer in these models: its address is its number, and the device writes that number to the buffer's memory and as
+/// the used length.
 BufferElement element(unsigned value) { return {value, 100, true}; }
 
 // ---- split ----
@@ -139,13 +139,13 @@ struct Split {
         ++taken;
         RL_ASSERT(current_head < size);
         const unsigned value = shared.descriptors[current_head]($);
-        if (lists) { // of two: the next descriptor is the other one
+        if (lists) { // a list of two: the next descriptor is the other one
             const unsigned other = shared.descriptors[1 - current_head]($);
             RL_ASSERT(other == value);
         }
         return value;
     }
-    /// Gives back the buffer of the last pop().
+    /// Returns the buffer of the last pop().
     void push(unsigned length) {
         shared.used_id[used % size]($) = current_head;
         shared.used_length[used % size]($) = length;
@@ -156,7 +156,7 @@ struct Split {
             rl::atomic_thread_fence(rl::mo_seq_cst, $);
         }
     }
-    /// After push(): whether the driver wants an event.
+    /// After push(): whether the driver requested an event.
     bool interrupt() {
         barrier();
         if (event_index) {
@@ -164,7 +164,7 @@ struct Split {
         }
         return shared.available_flags.load(rl::mo_relaxed, $) == 0;
     }
-    /// Asks to be notified of the next buffer; the caller looks once more.
+    /// Requests a notification for the next buffer; the caller must check the ring once more.
     void want() {
         if (event_index) {
             shared.available_event.store(taken, rl::mo_relaxed, $);
@@ -238,7 +238,7 @@ class PackedMemory {
     }
     void copy_in(usize at, const std::byte* from, usize count) {
         PackedDescriptor descriptor;
-        std::memcpy(&descriptor, from, sizeof descriptor); // the flags, too, where they are kept back
+        std::memcpy(&descriptor, from, sizeof descriptor); // including the flags, even if they are withheld
         const usize i = at / 16;
         shared_->address[i]($) = static_cast<unsigned>(descriptor.bus);
         shared_->length[i]($) = descriptor.length;
@@ -279,7 +279,7 @@ struct Packed {
     Place used;
     u32 current_id = 0;
     u32 current_count = 0;
-    bool lists = false; // the flags say it
+    bool lists = false; // as the flags say
 
     void begin() {
         queue.emplace(*Queue::create(Memory(shared), packed_at, size, rows, {.event_index = event_index}));
@@ -299,7 +299,7 @@ struct Packed {
         current_count = 1;
         current_id = shared.id[next.offset]($);
         next.advance(1);
-        while ((flags & 1) != 0) { // the rest of the list is there
+        while ((flags & 1) != 0) { // the rest of the list is available
             std::tie(there, flags) = is_available(rl::mo_relaxed);
             RL_ASSERT(there);
             const unsigned other = shared.address[next.offset]($);
@@ -349,12 +349,12 @@ struct Packed {
 
 // ---- properties ----
 
-/// Buffers arrive whole and in order, come back whole, and neither a descriptor nor a buffer's memory is used again
-/// before the other side has done with it.
+/// Buffers arrive intact and in order and are returned intact, and neither a descriptor nor a buffer's memory is reused
+/// before the other side has finished with it.
 template <template <Weak, bool> class Kind, Weak weak>
 struct Transfer : rl::test_suite<Transfer<Kind, weak>, 2> {
     Kind<weak, false> q;
-    rl::var<unsigned> memory; // of either buffer, in turn
+    rl::var<unsigned> memory; // shared by the buffers alternately
 
     void before() {
         q.begin();
@@ -365,7 +365,7 @@ struct Transfer : rl::test_suite<Transfer<Kind, weak>, 2> {
             unsigned added = 0;
             unsigned back = 0;
             for (int attempt = 0; attempt < 3; ++attempt) {
-                if (added == back && added != 2) { // lists of two elements: there is room for one of them at a time
+                if (added == back && added != 2) { // lists of two elements: only one fits at a time
                     memory($) = 0;
                     ++added;
                     const BufferElement elements[2] = {element(added), element(added)};
@@ -396,7 +396,7 @@ struct Transfer : rl::test_suite<Transfer<Kind, weak>, 2> {
     }
 };
 
-/// Buffers that are published together are seen together, whole and in order.
+/// Buffers published together are seen together, intact and in order.
 template <template <Weak, bool> class Kind, Weak weak>
 struct Batch : rl::test_suite<Batch<Kind, weak>, 2> {
     Kind<weak, false> q;
@@ -421,12 +421,12 @@ struct Batch : rl::test_suite<Batch<Kind, weak>, 2> {
     }
 };
 
-/// A driver that sleeps after arm(Count) gets an event once so many buffers have come back.
+/// A driver that sleeps after arm(Count) gets an event once that many buffers have been returned.
 template <template <Weak, bool> class Kind, Weak weak, bool event_index, unsigned Count>
 struct DriverSleeps : rl::test_suite<DriverSleeps<Kind, weak, event_index, Count>, 2> {
     Kind<weak, event_index> q;
-    unsigned event = 0;   // how many had come back at the last event
-    unsigned slept = ~0u; // how many had been taken when the driver fell asleep
+    unsigned event = 0;   // number of buffers returned at the last event
+    unsigned slept = ~0u; // number taken when the driver fell asleep
 
     void before() {
         q.begin();
@@ -472,12 +472,12 @@ struct DriverSleeps : rl::test_suite<DriverSleeps<Kind, weak, event_index, Count
     void after() { RL_ASSERT(slept == ~0u || 2 - slept < Count || event >= slept + Count); }
 };
 
-/// A device that sleeps after it has asked for a notification gets one for the next buffer.
+/// A device that sleeps after requesting a notification gets one for the next buffer.
 template <template <Weak, bool> class Kind, Weak weak, bool event_index>
 struct DeviceSleeps : rl::test_suite<DeviceSleeps<Kind, weak, event_index>, 2> {
     Kind<weak, event_index> q;
-    unsigned notified = 0; // how many had been published at the last notification
-    unsigned slept = ~0u;  // how many the device had taken when it fell asleep
+    unsigned notified = 0; // number published at the last notification
+    unsigned slept = ~0u;  // number taken when the device fell asleep
 
     void before() {
         q.begin();

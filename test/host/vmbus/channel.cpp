@@ -35,7 +35,7 @@ constexpr io::RingLayout layout{
 
 Result<Channel> Channel::create(Bus& bus, u32 relid, u32 vp, u16 index, std::vector<std::byte*> page_list,
                                 u32 downstream) {
-    // The list must not move any more once the rings refer to it.
+    // The list must not move once the rings refer to it.
     auto pages = std::make_unique<std::vector<std::byte*>>(std::move(page_list));
     if (downstream < 2 || downstream >= pages->size() || pages->size() - downstream < 2) {
         return Error{Code::protocol, "each ring needs a header page and at least one page of bytes", pages->size(),
@@ -163,8 +163,8 @@ bool Channel::room(usize payload) {
         publish();
         waiting_ = need;
         out_memory_.store_relaxed<u32>(ring_pending_send, need);
-        // Our wish before their read index, which is looked at once more. Partner: the barrier between the guest's read
-        // index and its look at pending_send_sz: one of the two sees the other.
+        // Orders our pending_send_sz before the second read of the guest's read index. Pairs with the barrier between
+        // the guest's read index and its read of pending_send_sz: at least one of the two sees the other's store.
         out_memory_.full_barrier();
     }
 }
@@ -210,7 +210,7 @@ void Channel::publish() {
     if (out_.unpublished() == 0) {
         return;
     }
-    // the rule below compares with it; a bad one is noticed here, not when the ring is full
+    // the rule below compares with it; an invalid one is detected here, not only when the ring is full
     if (auto seen = out_.observe(); !seen) {
         static_cast<void>(give_up("the guest's read index is not between its last one and what was written",
                                   seen.error().expected, seen.error().seen));
@@ -238,8 +238,8 @@ void Channel::break_after_publishing() {
     } else if (faults.strikes(Fault::signal_storm)) {
         storm += 5000;
     } else if (faults.strikes(Fault::rewrite_completion)) {
-        // Right and wrong by turns, wrong in the end: the length in the descriptor, and the length of the data in a
-        // completion's payload. A reader that looks twice sees both.
+        // Alternates right and wrong values and ends with wrong ones: the length in the descriptor, and the data length
+        // in a completion's payload. A reader that reads twice sees both.
         const u32 ring = out_.capacity() + 1;
         const u32 length_at = 4096 + (last_at_ + 4) % ring;
         const u32 data_at = 4096 + (last_at_ + 16 + 12 + 12) % ring;
@@ -261,14 +261,14 @@ bool Channel::finish() {
     if (taken != 0 && !read_index_lost_) [[likely]] {
         in_.release();
     }
-    auto more = in_.arm(1); // mask off, full barrier, one more look
+    auto more = in_.arm(1); // mask off, full barrier, recheck
     if (!more) {
         static_cast<void>(
             give_up("the guest's write index is outside of what can be", more.error().expected, more.error().seen));
         return false;
     }
     if (taken != 0) {
-        // Behind the barrier in arm(): our read index is seen by a guest that has set its wish later than this look.
+        // After the barrier in arm(): a guest that sets its pending_send_sz after this read sees our read index.
         const u32 wish = in_memory_.load_relaxed<u32>(ring_pending_send);
         const u32 free = static_cast<u32>(in_memory_.size()) - 4096 - 1 - in_.ready();
         if (wish != 0 && free >= wish && free - std::min(free, taken) < wish) {

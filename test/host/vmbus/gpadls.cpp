@@ -1,4 +1,4 @@
-// GPADLs: guest pages that the guest has named, each checked to be memory.
+// GPADLs: lists of guest pages, each checked to be memory.
 module host.state;
 import host.std;
 import core.result;
@@ -44,7 +44,7 @@ void ServerState::gpadl_header(InMessage& message) {
 }
 
 void ServerState::gpadl_body(InMessage& message) {
-    message.skip(4); // the message's number, which guests fill in as they like
+    message.skip(4); // the message number, which guests set arbitrarily
     const u32 id = message.take<u32>();
     const auto found = gpadls_.find(id);
     if (found == gpadls_.end() || found->second.complete()) {

@@ -33,7 +33,7 @@ void put_text(std::span<u8> bytes, std::string_view text) {
         bytes[i] = static_cast<u8>(i < text.size() ? text[i] : ' ');
     }
 }
-/// Data that a command returns: not more than the command asked for, nor than there is room for.
+/// Data returned by a command: limited to the requested length and the available room.
 ScsiResult answer(std::span<const u8> bytes, usize allocation, DataBuffer& data) {
     ScsiResult result;
     result.transferred = data.put(std::as_bytes(bytes.first(std::min(bytes.size(), allocation))));
@@ -148,7 +148,7 @@ ScsiResult ScsiDisk::execute(std::span<const u8, 16> cdb, DataBuffer& data) {
     }
     switch (opcode) {
     case 0x00:            // TEST UNIT READY
-    case 0x1b: return {}; // START STOP UNIT: nothing turns
+    case 0x1b: return {}; // START STOP UNIT: no effect
     case 0x03: {          // REQUEST SENSE
         const auto sense = std::exchange(attention_, std::nullopt).value_or(Sense{}).bytes();
         return answer(sense, cdb[4], data);
@@ -156,7 +156,7 @@ ScsiResult ScsiDisk::execute(std::span<const u8, 16> cdb, DataBuffer& data) {
     case 0x1a: return mode_sense(cdb, data, false);
     case 0x5a: return mode_sense(cdb, data, true);
     case 0x25: return read_capacity(false, data, 8);
-    case 0x2f: // VERIFY(10), (16) without data: every block here can be read
+    case 0x2f: // VERIFY(10), (16) without data: every block is readable
         return (cdb[1] & 0x06) != 0                                                   ? invalid_field()
                : inside(big_endian(cdb.subspan(2, 4)), big_endian(cdb.subspan(7, 2))) ? ScsiResult{}
                                                                                       : out_of_range();
@@ -179,7 +179,7 @@ ScsiResult ScsiDisk::inquiry(std::span<const u8, 16> cdb, DataBuffer& data) cons
     std::array<u8, 64> bytes{0, page};
     usize length = 64;
     switch (page) {
-    case 0x00: { // the pages that there are
+    case 0x00: { // supported pages
         constexpr std::array<u8, 6> pages{0x00, 0x80, 0x83, 0xb0, 0xb1, 0xb2};
         length = config_.thin ? 6 : 5;
         std::copy_n(pages.begin(), length, bytes.begin() + 4);
@@ -209,7 +209,7 @@ ScsiResult ScsiDisk::inquiry(std::span<const u8, 16> cdb, DataBuffer& data) cons
             put_big_endian(std::span(bytes).subspan(28, 4), 1);
         }
         break;
-    case 0xb1: put_big_endian(std::span(bytes).subspan(4, 2), 1); break; // block device characteristics: nothing turns
+    case 0xb1: put_big_endian(std::span(bytes).subspan(4, 2), 1); break; // block device characteristics: non-rotating
     case 0xb2:                                                           // logical block provisioning: UNMAP, thin
         if (!config_.thin) {
             return invalid_field();

@@ -19,7 +19,7 @@ constexpr u8 flag_response = 4;
 
 struct Header {
     u32 pipe_type;
-    u32 pipe_bytes; // what follows, without padding
+    u32 pipe_bytes; // length of the following data, without padding
     u16 framework_major;
     u16 framework_minor;
     u16 type;
@@ -41,7 +41,7 @@ constexpr usize message_limit = 4096;
 
 constexpr std::array<u32, 2> frameworks{0x00010000, 0x00030000};
 
-/// Values one behind the other, as the messages of the services are.
+/// Consecutive values, as in the messages of the services.
 class Body {
   public:
     template <std::unsigned_integral T>
@@ -109,7 +109,7 @@ bool Service::request(Channel& channel, u16 type, std::span<const std::byte> bod
 
 u64 Service::tick(Channel& channel, u64 now) {
     if (asked_ || channel.broken()) {
-        return ~u64{0}; // until the answer
+        return ~u64{0}; // until the reply arrives
     }
     u64 next = ~u64{0};
     if (versions_.framework == 0) {
@@ -149,7 +149,7 @@ void Service::negotiated(Channel& channel, std::span<const std::byte> body) {
             "channel %u (%s): the negotiation was answered with %u framework and %u message versions, %u.%u and %u.%u; "
             "expected one of each that was offered",
             channel.relid(), name().data(), words[0], words[1], words[4], words[5], words[6], words[7]);
-        asked_ = true; // nothing more is asked
+        asked_ = true; // nothing more to ask
         return;
     }
     versions_ = {framework, message};
@@ -273,10 +273,10 @@ u64 TimeSyncService::ready(Channel& channel, u64 now) {
         constexpr u8 sample = 2;
         Body body;
         const u8 flags = first_ ? sync : sample;
-        // host's time, partition's reference time of it, flags, leap indicator, stratum
+        // host time, partition reference time at that moment, flags, leap indicator, stratum
         if (versions().message >= 0x00040000) {
             body.add(wall_clock_()).add(reference_()).add(flags).zeros(7);
-        } else { // host's time, guest's time, round trip, flags
+        } else { // host time, guest time, round trip, flags
             body.add(wall_clock_()).add(u64{0}).add(u64{0}).add(flags).zeros(3);
         }
         if (request(channel, type_time_sync, body.bytes())) {

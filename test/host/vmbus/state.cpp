@@ -1,4 +1,4 @@
-// Messages: what the guest asks and what it is told.
+// Messages: requests from the guest, and the replies.
 module host.state;
 import host.std;
 import core.result;
@@ -71,8 +71,8 @@ void ServerState::interrupt(Channel& channel, bool always) {
         if (page.empty()) {
             return;
         }
-        // Release: the ring's index before the bit. Partner: the guest's atomic clear of the bit, then its look at the
-        // ring.
+        // Release: orders the ring's index before the bit. Pairs with the guest's atomic clear of the bit, after which
+        // it reads the ring.
         std::atomic_ref<u32>(*reinterpret_cast<u32*>(page.data() + channel.relid() / 32 * 4))
             .fetch_or(u32{1} << channel.relid() % 32, std::memory_order_release);
         flag = 0;
@@ -98,7 +98,7 @@ Offer* ServerState::new_offer(Attached& attached, u16 index) {
             offer.index = index;
             offer.timed = attached.device->timed();
             by_relid_[relid] = &offer;
-            // Release: everything about the offer before the bit. Partner: the acquire in Server::on_signal().
+            // Release: orders the offer's data before the bit. Pairs with the acquire in Server::on_signal().
             live_[relid / 64].fetch_or(u64{1} << relid % 64, std::memory_order_release);
             delivery_.connection(connection_of(relid), true);
             return &offer;
@@ -160,7 +160,7 @@ void ServerState::rescind(Device& device) {
 }
 
 void ServerState::rescind_now(Attached& attached) {
-    // Sub-channels first, as the relids of what belongs to a channel go before it.
+    // Sub-channels first: their relids must be released before the primary channel's.
     for (auto entry = offers_.rbegin(); entry != offers_.rend(); ++entry) {
         Offer& offer = entry->second;
         if (offer.owner == &attached && !offer.rescinded) {
@@ -175,7 +175,7 @@ void ServerState::kick(Device& device) {
     for (auto& [relid, offer] : offers_) {
         if (offer.owner->device.get() == &device) {
             offer.kicked = offer.kicked || offer.channel;
-            offer.timed = device.timed(); // a disk that has come may have something to do with time
+            offer.timed = device.timed(); // a disk that was added may need timed service
         }
     }
 }
@@ -302,7 +302,7 @@ void ServerState::contact(InMessage& message, u32 connection) {
         judge_.violation("INITIATE_CONTACT has %zu bytes; expected 40", message.size());
         return;
     }
-    disconnect(); // a second contact, of a crash kernel say, starts from nothing
+    disconnect(); // a second contact, from a crash kernel for example, starts afresh
     unloaded_ = false;
     target_vp_ = asked >= version(3, 0) ? vp : 0;
     if (target_vp_ >= config_.processors) {
@@ -380,13 +380,13 @@ void ServerState::open(InMessage& message) {
     const u32 downstream = message.take<u32>();
     message.skip(120);
     Offer* offer = known(relid, "OPEN_CHANNEL");
-    if (offer == nullptr || offer->rescinded) { // a rescind that the guest has not seen yet: it is its answer
+    if (offer == nullptr || offer->rescinded) { // a rescind that the guest has not seen yet serves as the reply
         return;
     }
     u32 status = status_unsuccessful;
     const auto gpadl = gpadls_.find(gpadl_id);
     if (message.too_short()) {
-        // said by the caller
+        // reported by the caller
     } else if (offer->channel) {
         judge_.violation("OPEN_CHANNEL for channel %u, which is open", relid);
     } else if (gpadl == gpadls_.end() || gpadl->second.relid != relid || !gpadl->second.complete()) {
@@ -396,7 +396,7 @@ void ServerState::open(InMessage& message) {
         judge_.violation("OPEN_CHANNEL for channel %u wants its events on processor %u; there are %u", relid, vp,
                          config_.processors);
     } else if (faults_.strikes(Fault::refuse_open)) {
-        // as asked
+        // injected fault
     } else if (faults_.strikes(Fault::rescind_at_open)) {
         offer->owner->leaving = true;
         return;
@@ -432,7 +432,7 @@ void ServerState::close(InMessage& message) {
         return;
     }
     close_channel(*offer);
-    if (offer->index == 0) { // its sub-channels go with it
+    if (offer->index == 0) { // includes its sub-channels
         std::vector<u32> subs;
         for (auto& [other, sub] : offers_) {
             if (sub.owner == offer->owner && sub.index != 0 && !sub.rescinded) {
@@ -482,7 +482,7 @@ void ServerState::modify(InMessage& message) {
     } else {
         offer->channel->retarget(vp);
         status = status_success;
-        interrupt(*offer->channel, true); // one that went to the old processor may never have been seen there
+        interrupt(*offer->channel, true); // one sent to the old processor may never have been seen there
     }
     if (version_ >= version(5, 3)) {
         send(OutMessage(MessageType::modify_channel_response).add(relid).add(status));

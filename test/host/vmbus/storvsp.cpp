@@ -21,12 +21,12 @@ constexpr u32 nt_io_error = 0xc0000185;
 constexpr u32 nt_buffer_overflow = 0x80000005;
 
 constexpr u32 srb_disable_autosense = 0x20;
-constexpr usize lun_limit = 255; // more than Hyper-V's 64: what a request can name, but for the last
+constexpr usize lun_limit = 255; // more than Hyper-V's 64: all that a request can address, except the last
 constexpr usize packet_limit = sizeof(wire::Packet);
 
 constexpr Guid scsi_type = guid("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f");
 constexpr Guid ide_type = guid("32412632-86cb-44a2-9b5c-50d1417354f5");
-constexpr Guid scsi_instance = guid("46697273-746c-6967-6874-766d62757300"); // the last byte counts controllers
+constexpr Guid scsi_instance = guid("46697273-746c-6967-6874-766d62757300"); // the last byte numbers the controllers
 
 enum class Phase : u8 { begin, version, properties, ending, ready };
 
@@ -52,22 +52,21 @@ struct StorageDevice::State {
     Channel* primary = nullptr;
     Phase phase = Phase::begin;
     u16 version = 0;
-    bool enumerate = false; // to be told
+    bool enumerate = false; // must be reported to the guest
     bool remove = false;
-    bool gone = false; // rescinded by a fault: nothing is answered any more
-    u64 early = 0;     // a fault: a completion for this transaction, which does not exist
+    bool gone = false; // rescinded by a fault: sends no more replies
+    u64 early = 0;     // a fault: completes this transaction, which does not exist
     DataBuffer data;
 
-    // A request to a disk of limited speed, taken out of the ring and not answered yet: in order of the time when it
-    // will be.
+    // A request to a rate-limited disk, taken out of the ring and not completed yet; ordered by completion time.
     struct Held {
         Channel* channel;
-        Packet packet; // its spans are of the two below
+        Packet packet; // its spans refer to the two members below
         std::vector<std::byte> ranges;
         std::vector<std::byte> payload;
     };
     std::multimap<u64, Held> held;
-    std::array<u64, lun_limit> free_at{}; // when the disk has done what it was given so far
+    std::array<u64, lun_limit> free_at{}; // when the disk has finished the requests so far
 
     void hold(Channel& channel, const Packet& packet, const LunConfig& disk);
     void perform(Channel& channel, const Packet& packet, const wire::Packet& request);
@@ -115,9 +114,9 @@ DeviceOffer StorageDevice::offer() const {
     if (state_->ide) {
         offer.type = ide_type;
         offer.instance = {state_->path, 0, 0, 0, state_->target, 0, 0x99, 0x88};
-        offer.user[2] = state_->path; // for guests that look here instead of at the instance
+        offer.user[2] = state_->path; // for guests that look here instead of in the instance
         offer.user[3] = state_->target;
-        offer.user[8] = 2; // it stands for an emulated IDE disk
+        offer.user[8] = 2; // the twin of an emulated IDE disk
     } else {
         offer.instance[15] = static_cast<u8>(state_->config.number);
     }
@@ -250,7 +249,7 @@ void StorageDevice::State::notify(Channel& channel) {
 
 void StorageDevice::State::complete(Channel& channel, const Packet& packet, wire::Packet& answer, u32 status) {
     answer.header = {wire::Operation::complete_io, 0, status};
-    // As long as the request was: before a version is known there is no other measure.
+    // As long as the request was: before a version is negotiated there is no other length to use.
     const auto bytes = std::as_bytes(std::span(&answer, 1)).first(std::min(packet.payload.size(), packet_limit));
     if (packet.wants_completion()) {
         static_cast<void>(channel.send(PacketType::completion, 0, packet.transaction, bytes));
@@ -266,7 +265,7 @@ void StorageDevice::State::handle(Channel& channel, const Packet& packet, Storag
                                static_cast<u32>(packet.type));
         return;
     }
-    if (packet.payload.size() < 48) { // header and the short SRB, which every version has
+    if (packet.payload.size() < 48) { // header and the short SRB, common to all versions
         bus->judge().violation("channel %u (%s): a packet of %zu bytes; expected 48 or 64", channel.relid(),
                                name.c_str(), packet.payload.size());
         wire::Packet answer{};
@@ -341,7 +340,7 @@ void StorageDevice::State::negotiate(Channel& channel, const Packet& packet, con
     case Operation::end_initialization:
         if (expect(first && phase == Phase::ending)) {
             phase = Phase::ready;
-            enumerate = false; // what changed before is seen by the scan that follows
+            enumerate = false; // the guest's next scan sees all earlier changes
         }
         break;
     case Operation::create_sub_channels:
@@ -385,7 +384,7 @@ ScsiDisk* StorageDevice::State::find(const wire::ScsiRequest& srb) const {
     return here && srb.lun < lun_limit ? luns[srb.lun].get() : nullptr;
 }
 
-/// Resolves the guest pages of a request's data; what is wrong with them, or nullptr.
+/// Resolves the guest pages of a request's data. Returns what is wrong with them, or nullptr.
 const char* StorageDevice::State::gather(const Packet& packet, u32 bytes) {
     data.clear();
     if (bytes == 0) {
@@ -451,7 +450,7 @@ void StorageDevice::State::execute(Channel& channel, const Packet& packet, const
     perform(channel, packet, request);
 }
 
-/// The disk does one request after the other, each in 1/iops seconds.
+/// The disk serves one request at a time, each in 1/iops seconds.
 void StorageDevice::State::hold(Channel& channel, const Packet& packet, const LunConfig& disk) {
     u64& done = free_at[disk.lun];
     done = std::max(done, bus->now()) + 1'000'000'000 / disk.iops;

@@ -1,4 +1,4 @@
-// The turns: what arrived is taken out of the inbox, channels are served until nothing is left, time passes.
+// Server turns: take arrivals out of the inbox, serve channels until nothing is left, run timed work.
 module host.state;
 import host.std;
 import host.channel;
@@ -7,10 +7,10 @@ import host.vmbus;
 
 namespace fl::host {
 namespace {
-constexpr u32 turns_at_once = 16; // of one channel, before others are looked at
-// interrupts of a storm in one poll: more would be merged into one before the guest runs
+constexpr u32 turns_at_once = 16; // of one channel before others are served
+// interrupts of an event storm per poll: more would be merged into one before the guest runs
 constexpr u32 storm_at_once = 4;
-constexpr u64 polling_interval = 50000; // nanoseconds: a guest that does not promise to signal, and monitor pages
+constexpr u64 polling_interval = 50000; // ns; for guests that do not promise to signal, and for monitor pages
 } // namespace
 
 bool ServerState::serve(Offer& offer) {
@@ -39,10 +39,10 @@ bool ServerState::signalled(u32 relid) {
 
 bool ServerState::take_messages() {
     std::vector<Posted> messages;
-    while (lock_.test_and_set(std::memory_order_acquire)) { // held for a copy by the other side
+    while (lock_.test_and_set(std::memory_order_acquire)) { // the other side holds it only for a copy
     }
     messages.swap(posted_);
-    lock_.clear(std::memory_order_release); // partner: the test_and_set() in Server::on_message()
+    lock_.clear(std::memory_order_release); // pairs with the test_and_set() in Server::on_message()
     for (const Posted& posted : messages) {
         handle(posted);
     }
@@ -53,13 +53,13 @@ bool ServerState::take_signals() {
     if (signalled_words_.load(std::memory_order_relaxed) == 0) {
         return false;
     }
-    // Acquire: the word's bit before the word. Partner: the release in Server::on_signal(), which sets the relid's bit
-    // first.
+    // Acquire: reads the word's bit before the word. Pairs with the release in Server::on_signal(), which sets the
+    // relid's bit first.
     u32 words = signalled_words_.exchange(0, std::memory_order_acquire);
     bool any = false;
     for (; words != 0; words &= words - 1) {
         const u32 word = static_cast<u32>(std::countr_zero(words));
-        // Acquire: the guest's ring index before its signal, as on_signal() was called after the hypercall.
+        // Acquire: orders the guest's ring index before its signal, since on_signal() ran after the hypercall.
         for (u64 bits = signalled_[word].exchange(0, std::memory_order_acquire); bits != 0; bits &= bits - 1) {
             any = signalled(word * 64 + static_cast<u32>(std::countr_zero(bits))) || any;
         }
@@ -75,7 +75,7 @@ bool ServerState::take_shared_bits(u64 page, usize offset, usize stride, usize w
         if (word.load(std::memory_order_relaxed) == 0) {
             continue;
         }
-        // Acquire: the guest's ring index before its bit. Partner: the guest's locked bit operation.
+        // Acquire: orders the guest's ring index before its bit. Pairs with the guest's locked bit operation.
         for (u32 bits = word.exchange(0, std::memory_order_acquire); bits != 0; bits &= bits - 1) {
             any = signalled(static_cast<u32>(i) * 32 + static_cast<u32>(std::countr_zero(bits))) || any;
         }
@@ -109,7 +109,7 @@ bool ServerState::poll(u64 now) {
             const u64 before = counters_.interrupts_out;
             interrupt(*offer.channel, false);
             if (counters_.interrupts_out == before) {
-                break; // the guest has not taken the last one yet: this one would not be seen
+                break; // the guest has not taken the last one yet and would not see this one
             }
             --offer.channel->storm;
         }

@@ -1,4 +1,4 @@
-// The entry points: three for any thread, which fill the inbox, and those of the thread that polls.
+// The entry points: three for any thread, which fill the inbox, and those for the polling thread.
 module host.vmbus;
 import host.std;
 import host.channel;
@@ -37,13 +37,13 @@ HvStatus Server::on_message(u32 connection, u32 type, std::span<const std::byte>
     if (payload.size() > message_bytes) {
         return HvStatus::invalid_parameter;
     }
-    while (state_->lock_.test_and_set(std::memory_order_acquire)) { // held for a swap or a copy by the other side
+    while (state_->lock_.test_and_set(std::memory_order_acquire)) { // the other side holds it only for a swap or a copy
     }
     const bool room = state_->posted_.size() < inbox_limit;
     if (room) {
         state_->posted_.push_back({connection, type, InMessage(payload)});
     }
-    state_->lock_.clear(std::memory_order_release); // partner: the test_and_set() in take_messages()
+    state_->lock_.clear(std::memory_order_release); // pairs with the test_and_set() in take_messages()
     return room ? HvStatus::success : HvStatus::insufficient_buffers;
 }
 
@@ -53,7 +53,7 @@ HvStatus Server::on_signal(u32 connection, u16 flag) {
         return HvStatus::invalid_parameter; // each connection has one flag
     }
     if (connection == event_connection) {
-        state_->shared_signal_.store(true, std::memory_order_release); // partner: the exchange in poll()
+        state_->shared_signal_.store(true, std::memory_order_release); // pairs with the exchange in poll()
         return HvStatus::success;
     }
     const u32 relid = connection ^ u32 { vmbus_sint } << 12;
@@ -61,12 +61,12 @@ HvStatus Server::on_signal(u32 connection, u16 flag) {
         return HvStatus::invalid_connection;
     }
     const u64 bit = u64{1} << relid % 64;
-    // Acquire: the offer before its use. Partner: the release in new_offer().
+    // Acquire: the offer is visible before its use. Pairs with the release in new_offer().
     if ((state_->live_[relid / 64].load(std::memory_order_acquire) & bit) == 0) {
         return HvStatus::invalid_connection;
     }
     state_->signalled_[relid / 64].fetch_or(bit, std::memory_order_release);
-    // partner: the exchange in take_signals()
+    // pairs with the exchange in take_signals()
     state_->signalled_words_.fetch_or(u32{1} << relid / 64, std::memory_order_release);
     return HvStatus::success;
 }
@@ -77,10 +77,10 @@ bool Server::poll(u64 now) { return state_->poll(now); }
 u64 Server::deadline() const { return state_->deadline(); }
 
 void Server::reset() {
-    while (state_->lock_.test_and_set(std::memory_order_acquire)) { // held for a copy by the other side
+    while (state_->lock_.test_and_set(std::memory_order_acquire)) { // the other side holds it only for a copy
     }
     state_->posted_.clear();
-    state_->lock_.clear(std::memory_order_release); // partner: the test_and_set() in on_message()
+    state_->lock_.clear(std::memory_order_release); // pairs with the test_and_set() in on_message()
     state_->disconnect();
     state_->unloaded_ = false;
     state_->sweep();

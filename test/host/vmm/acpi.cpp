@@ -8,11 +8,11 @@ namespace fl::vmm {
 namespace {
 
 constexpr usize header_size = 36;
-constexpr usize fadt_size = 244; // revision 4, which every system reads
+constexpr usize fadt_size = 244; // revision 4, which all systems can read
 constexpr usize facs_size = 64;
 constexpr usize xsdt_entries = 2;
 
-/// A table under construction: little-endian values at offsets of the specification.
+/// A table under construction: little-endian values at the specification's offsets.
 class Table {
   public:
     explicit Table(std::span<std::byte> bytes) : bytes_(bytes) {}
@@ -70,7 +70,7 @@ void write_fadt(Table table, u64 facs, u64 dsdt) {
     table.put<u16>(96, 0x0fff); // C2 and C3 latencies: neither exists
     table.put<u16>(98, 0x0fff);
     table.put<u8>(108, 0x32);   // century, in the clock's memory
-    table.put<u16>(109, 1 | 4); // legacy devices behind ISA, no VGA; no 8042 to be probed
+    table.put<u16>(109, 1 | 4); // legacy devices on ISA, no VGA; no 8042 to probe
     // WBINVD works; C1 on every processor; no power button, no sleep button, no fixed clock; 32-bit timer; reset
     // register.
     table.put<u32>(112, 1u << 0 | 1u << 2 | 1u << 4 | 1u << 5 | 1u << 6 | 1u << 8 | 1u << 10);
@@ -86,7 +86,7 @@ void write_fadt(Table table, u64 facs, u64 dsdt) {
 
 void write_madt(Table table, u32 processors) {
     table.put<u32>(36, local_apic_address);
-    table.put<u32>(40, 1); // the 8259 pair is there
+    table.put<u32>(40, 1); // an 8259 pair is present
     usize at = 44;
     for (u32 i = 0; i < processors; ++i) {
         table.put<u8>(at, 0); // processor local APIC [§5.2.12.2]

@@ -20,14 +20,14 @@ void Exits::out(u16 port, unsigned size, u32 value) {
 
 u32 PowerManagement::in(u16 port, unsigned size) {
     if (port == pm_timer && size == 4) {
-        // Split, so that the product stays in 64 bits for longer than a machine runs.
+        // Split, so that the product does not overflow 64 bits within a machine's lifetime.
         const u64 now = clock_.nanoseconds();
         const u64 ticks = now / 1'000'000'000 * pm_timer_hz + now % 1'000'000'000 * pm_timer_hz / 1'000'000'000;
         return static_cast<u32>(ticks);
     }
     switch (port) {
     case pm1_event + 2: return enable_;
-    case pm1_control: return 1; // SCI_EN: ACPI is on, there is no other mode
+    case pm1_control: return 1; // SCI_EN: ACPI is always enabled
     default: return 0;
     }
 }
@@ -49,8 +49,8 @@ struct Date {
     u64 year, month, day;
 };
 
-/// Days since 1970-01-01 as a date of the Gregorian calendar; years are counted from March, so that the leap day is a
-/// year's last.
+/// Converts days since 1970-01-01 to a Gregorian date; years are counted from March, so that the leap day is the last
+/// day of a year.
 constexpr Date date_of(u64 days) {
     const u64 z = days + 719'468;
     const u64 era = z / 146'097;
@@ -81,7 +81,7 @@ u8 RealTimeClock::read() const {
     case 0x0a: return 0x26; // 32768 Hz, 1024 Hz; no update in progress
     case 0x0b: return 0x02; // 24 hours, BCD
     case 0x0c: return 0x00;
-    case 0x0d: return 0x80; // the battery is good
+    case 0x0d: return 0x80; // battery good
     default: return memory_[index_];
     }
 }
@@ -90,7 +90,7 @@ u32 RealTimeClock::in(u16 port, unsigned) { return port == 0x71 ? read() : 0xff;
 
 void RealTimeClock::out(u16 port, unsigned size, u32 value) {
     if (port == 0x70) {
-        index_ = value & 0x7f; // bit 7 masks NMI, which nobody raises here
+        index_ = value & 0x7f; // bit 7 masks NMI, which is never raised here
         if (size == 2) {
             memory_[index_] = static_cast<u8>(value >> 8);
         }

@@ -83,7 +83,7 @@ u64 Bus::deadline() {
             const std::scoped_lock guard(serving_);
             next = server_.deadline();
         }
-        // else a processor found the mutex taken and went on: its work is ours
+        // otherwise a processor found the mutex taken and left its work to this thread
         if (!work_.load(std::memory_order_seq_cst)) {
             return next;
         }
@@ -97,8 +97,8 @@ u16 Bus::post_message(u32 connection, u32 type, std::span<const std::byte> paylo
     return to_underlying(status);
 }
 
-/// In the exit of the processor that signals: no other thread has to wake up, and what can be answered at once has been
-/// when the guest goes on.
+/// Runs in the exit of the signalling processor: no other thread has to be woken, and replies that are possible at once
+/// have been sent when the guest continues.
 u16 Bus::signal_event(u32 connection, u16 flag) {
     const auto status = server_.on_signal(connection, flag);
     serve(Machine::coarse_now());
@@ -123,7 +123,7 @@ host::Delivery::Event Bus::set_event(u32 vp, u8 sint, u16 flag, bool always) {
     return Event::refused;
 }
 
-/// In the thread that serves, under its mutex.
+/// Runs in the serving thread, under its mutex.
 void Bus::connection(u32 id, bool exists) {
     if (!eventfds_) {
         return;
@@ -148,7 +148,7 @@ void Bus::connection(u32 id, bool exists) {
 
 void Bus::on_signals() {
     {
-        const std::scoped_lock guard(serving_); // connections_ stays as it is
+        const std::scoped_lock guard(serving_); // keeps connections_ unchanged
         std::array<epoll_event, 16> events;
         const int count = epoll_wait(signals_.number(), events.data(), static_cast<int>(events.size()), 0);
         for (int i = 0; i < count; ++i) {

@@ -8,10 +8,10 @@ namespace {
 
 constexpr u32 kvm_base = 0x4000'0100;
 constexpr u32 hyperv_interface = 0x3123'7648; // "Hv#1"
-// Features [hv-tlfs §2.4.4]: what is taken away, since nobody here stands behind it.
+// Features [hv-tlfs §2.4.4] that are masked because they are not implemented.
 constexpr u32 reenlightenment = 1u << 13; // privileges for migration between hosts, EAX
 constexpr u32 debugging = 1u << 11;       // EBX
-// Recommendations [hv-tlfs §2.4.5]: the nested ones.
+// Recommendations [hv-tlfs §2.4.5] for nested hypervisors.
 constexpr u32 enlightened_vmcs = 1u << 14;
 
 constexpr u32 word(const char* text) {
@@ -49,19 +49,19 @@ std::vector<kvm_cpuid_entry2> processor_cpuid(std::span<const kvm_cpuid_entry2> 
     bool topology = false;
     for (kvm_cpuid_entry2 entry : basic) {
         if (entry.function >= hypervisor_base && entry.function < hypervisor_base + 0x1'0000) {
-            continue; // KVM's own: only where asked for
+            continue; // KVM's own leaves: only on request
         }
         switch (entry.function) {
         case 0x1:
             entry.ebx = (entry.ebx & 0xffff) | count << 16 | number << 24;
-            entry.ecx |= 1u << 31; // there is a hypervisor
+            entry.ecx |= 1u << 31; // hypervisor present
             entry.ecx |= identity.tsc_deadline ? 1u << 24 : 0;
             entry.edx = count > 1 ? entry.edx | 1u << 28 : entry.edx & ~(1u << 28);
             break;
-        case 0x4: // caches: shared by nobody, cores as many as there are processors
+        case 0x4: // caches: not shared, one core per processor
             entry.eax = (entry.eax & 0x3fff) | (count - 1) << 26;
             break;
-        case 0xb: // one thread a core, all cores in one package
+        case 0xb: // one thread per core, all cores in one package
             if (topology) {
                 continue;
             }
@@ -91,8 +91,8 @@ std::vector<kvm_cpuid_entry2> processor_cpuid(std::span<const kvm_cpuid_entry2> 
     if (identity.hyperv) {
         if (identity.hyperv_base != hypervisor_base) {
             table.push_back(signature(hypervisor_base, hypervisor_base, "FirstlightVM"));
-            // KVM serves Hyper-V's registers only to a processor whose leaf 0x40000001 says so; the signature above
-            // hides it from guests.
+            // KVM serves Hyper-V's registers only to a processor whose leaf 0x40000001 announces them; the signature
+            // above hides it from guests.
             table.push_back(leaf(hypervisor_base + 1, hyperv_interface, 0, 0, 0));
         }
         for (kvm_cpuid_entry2 entry : hyperv) {

@@ -24,10 +24,10 @@ constexpr u8 engine_error = 0x02;
 constexpr u8 engine_interrupt = 0x04;
 constexpr u8 engine_start = 0x01;
 constexpr u8 engine_to_memory = 0x08;
-constexpr usize most_regions = 8192; // of a table: it may not cross 64 KiB
+constexpr usize most_regions = 8192; // in one table, which may not cross 64 KiB
 
 void put_text(std::span<u16> words, std::string_view text) {
-    for (usize i = 0; i < words.size(); ++i) { // two characters a word, the first one high [ACS §3.3.10]
+    for (usize i = 0; i < words.size(); ++i) { // two characters per word, the first in the high byte [ACS §3.3.10]
         const auto at = [&](usize n) { return static_cast<u16>(static_cast<u8>(n < text.size() ? text[n] : ' ')); };
         words[i] = static_cast<u16>(at(2 * i) << 8 | at(2 * i + 1));
     }
@@ -128,7 +128,7 @@ void IdeChannel::start_transfer(bool to_disk, bool wide) {
     }
 }
 
-/// Walks the table of regions [BMIDE §1.2]. Every entry is copied before it is used.
+/// Walks the region table [BMIDE §1.2]. Every entry is copied before it is used.
 void IdeChannel::run_transfer() {
     const Transfer t = std::exchange(transfer_, {});
     const auto disk = drive().image->bytes().subspan(t.lba * 512, t.bytes);
@@ -156,13 +156,13 @@ void IdeChannel::run_transfer() {
         }
         done += length;
     }
-    if (done != t.bytes) { // the table is too short, or names what is no memory
+    if (done != t.bytes) { // the table is too short, or refers to an address outside memory
         bus_status_ = static_cast<u8>((bus_status_ & ~engine_active) | engine_error);
         end(ready | failed, aborted);
         return;
     }
     if (last) {
-        bus_status_ &= static_cast<u8>(~engine_active); // else the engine goes on waiting for data [BMIDE §2.2]
+        bus_status_ &= static_cast<u8>(~engine_active); // otherwise the engine keeps waiting for data [BMIDE §2.2]
     }
     end(ready);
 }
@@ -172,7 +172,7 @@ void IdeChannel::start(u8 command) {
     update_line();
     error_ = 0;
     if (drive().image == nullptr) {
-        return; // nobody there to take it
+        return; // no device is present
     }
     ++drive().commands;
     switch (command) {
@@ -183,7 +183,7 @@ void IdeChannel::start(u8 command) {
     case 0x35: start_transfer(true, true); break;
     case 0xe7: // FLUSH CACHE
     case 0xea: end(drive().image->flush() ? ready : ready | failed, 0); break;
-    // SET FEATURES: transfer mode, write cache on and off, read look-ahead; all of it is accepted and changes nothing
+    // SET FEATURES: transfer mode, write cache on and off, read look-ahead; all accepted without effect
     case 0xef:
     case 0x91: // INITIALIZE DEVICE PARAMETERS
     case 0xe0: // STANDBY IMMEDIATE, IDLE IMMEDIATE
@@ -202,7 +202,7 @@ void IdeChannel::start(u8 command) {
 
 u8 IdeChannel::read_command(unsigned at) {
     if (drive().image == nullptr && at != 6) {
-        return 0; // the other disk answers for the one that is not there
+        return 0; // the other disk answers for an absent one
     }
     const bool before = (control_ & previous) != 0;
     const auto value = [&](const Twice& r) { return before ? r.before : r.now; };
@@ -214,7 +214,7 @@ u8 IdeChannel::read_command(unsigned at) {
     case 5: return value(high_);
     case 6: return device_;
     case 7:
-        pending_ = false; // reading takes the interrupt back [ATA-7 §6.14]
+        pending_ = false; // reading clears the interrupt [ATA-7 §6.14]
         update_line();
         return status_;
     default: return 0xff;
@@ -259,7 +259,7 @@ void IdeChannel::write_bus_master(unsigned at, u8 value) {
         } else if ((value & engine_start) == 0) {
             bus_status_ &= static_cast<u8>(~engine_active);
         }
-    } else if (at == 2) { // error and interrupt are cleared by ones, the two "capable" bits are software's
+    } else if (at == 2) { // error and interrupt are write-one-to-clear; the two "capable" bits are for software
         bus_status_ = static_cast<u8>((bus_status_ & ~(value & 0x06) & ~0x60) | (value & 0x60));
     } else if (at >= 4) {
         const unsigned shift = 8 * (at - 4);
@@ -268,7 +268,7 @@ void IdeChannel::write_bus_master(unsigned at, u8 value) {
 }
 
 u32 IdeChannel::in(u16 port, unsigned size) {
-    if (port == ports_.command) { // the data register, by words
+    if (port == ports_.command) { // the data register, in words
         u32 value = 0;
         for (unsigned i = 0; i < size; i += 2) {
             const u16 word = words_left_ != 0 ? words_[words_.size() - words_left_--] : 0xffff;
@@ -294,7 +294,7 @@ u32 IdeChannel::in(u16 port, unsigned size) {
 
 void IdeChannel::out(u16 port, unsigned size, u32 value) {
     if (port == ports_.command) {
-        return; // no command that takes data by PIO
+        return; // no command receives data by PIO
     }
     if (port == ports_.control) {
         if ((control_ & software_reset) != 0 && (value & software_reset) == 0) {
@@ -305,7 +305,7 @@ void IdeChannel::out(u16 port, unsigned size, u32 value) {
         update_line();
         return;
     }
-    for (unsigned i = 0; i < size; ++i) { // a word reaches two registers, lower one first
+    for (unsigned i = 0; i < size; ++i) { // a word access reaches two registers, the lower one first
         const u8 byte = static_cast<u8>(value >> (8 * i));
         if (port < ports_.command + 8 && port >= ports_.command) {
             write_command(port - ports_.command + i, byte);

@@ -29,7 +29,7 @@ Result<std::unique_ptr<Image>> Image::open(const std::string& path, bool read_on
         return Error{Code::exhausted, "mmap of the image failed; the values are its size and errno", size,
                      static_cast<u64>(errno)};
     }
-    // Now rather than during what is measured; a system that cannot do it loses nothing else.
+    // Populate now rather than during a measurement; failure has no other effect.
     madvise(mapped, size, MADV_POPULATE_WRITE);
     image->bytes_ = {static_cast<std::byte*>(mapped), size};
     return image;

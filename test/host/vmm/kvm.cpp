@@ -17,7 +17,7 @@ struct Need {
     int capability;
     std::string_view message;
 };
-// In the order in which they are asked for. The texts are complete because an Error refers to static storage.
+// In the order of the checks. The texts are complete because an Error refers to static storage.
 constexpr Need needs[] = {
     {KVM_CAP_USER_MEMORY, "KVM lacks KVM_CAP_USER_MEMORY: this kernel cannot run machines"},
     {KVM_CAP_IRQCHIP, "KVM lacks KVM_CAP_IRQCHIP: interrupt controllers in the kernel are needed"},
@@ -36,8 +36,8 @@ constexpr Need needs[] = {
 
 Error failed(std::string_view what) { return {Code::io, what, 0, static_cast<u64>(errno)}; }
 
-// The headers' macro for flexible arrays adds an empty structure, which has a size in C++: what depends on that size is
-// spelt out. kvm_irq_routing: nr, flags
+// The headers' macro for flexible arrays adds an empty structure, which has a nonzero size in C++, so values that
+// depend on that size are spelt out. kvm_irq_routing: nr, flags
 constexpr usize routing_head_size = 8;
 constexpr unsigned long set_gsi_routing = _IOC(_IOC_WRITE, KVMIO, 0x6a, routing_head_size); // KVM_SET_GSI_ROUTING
 constexpr usize cpuid_head_size = 8;                                                        // kvm_cpuid2: nent, padding
@@ -86,7 +86,7 @@ Result<Kvm> Kvm::create(const char* device) {
         return failed("KVM_CREATE_VM");
     }
     kvm.run_size_ = static_cast<usize>(size);
-    // Only Intel's processors use these three pages; they lie where a PC has its firmware.
+    // Only Intel processors use these three pages; they are where a PC has its firmware.
     __u64 identity = 0xfeff'c000;
     if (control(kvm.machine_, KVM_SET_IDENTITY_MAP_ADDR, &identity) < 0 ||
         ioctl(kvm.machine_.number(), KVM_SET_TSS_ADDR, 0xfeff'd000UL) < 0) {
@@ -133,7 +133,7 @@ Result<void> Kvm::set_routes(std::span<const SintRoute> sints) {
     }
     for (u32 i = 0; i < io_apic_pins; ++i) {
         if (i != 2) {
-            chip(i, KVM_IRQCHIP_IOAPIC, i == 0 ? 2 : i); // the timer comes in at pin 2, as the MADT says
+            chip(i, KVM_IRQCHIP_IOAPIC, i == 0 ? 2 : i); // the timer is at pin 2, as the MADT says
         }
     }
     for (const SintRoute& sint : sints) {

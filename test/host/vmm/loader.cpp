@@ -9,7 +9,7 @@ import vmm.memory;
 namespace fl::vmm {
 namespace {
 
-// Low memory, none of it in the way of what follows.
+// Addresses in low memory that do not conflict with anything below.
 constexpr u64 descriptor_table = 0x500;
 constexpr u64 start_info = 0x6000;
 constexpr u64 module_list = 0x6100;
@@ -76,7 +76,7 @@ Result<u64> pvh_entry(std::span<const std::byte> file) {
     return Error{Code::bad_argument, "the ELF has no PVH entry: a note of owner Xen and type 18 was expected"};
 }
 
-/// At the end of memory, in whole pages, and above `lowest`: far from where a kernel unpacks itself.
+/// Places the module at the end of memory, in whole pages, and above `lowest`: away from where a kernel unpacks itself.
 Result<u64> place_module(const GuestMemory& memory, std::span<const std::byte> module, u64 lowest) {
     if (module.empty()) {
         return u64{0};
@@ -134,8 +134,8 @@ Result<Entry> load_pvh(const GuestMemory& memory, std::span<const std::byte> fil
     CHECK(image.load(target));
     CHECK(place_command_line(memory, payload.command_line, command_line_room));
     TRY(const u64 module, place_module(memory, payload.module, base + image.physical_size()));
-    // hvm_start_info, version 1, then one hvm_modlist_entry, then hvm_memmap_table_entries: by offset, as the header
-    // defines them [PVH].
+    // hvm_start_info, version 1, then one hvm_modlist_entry, then the hvm_memmap_table_entries, by offset as in the
+    // header [PVH].
     memory.put<u32>(start_info, start_magic);
     memory.put<u32>(start_info + 4, 1);
     memory.put<u32>(start_info + 12, payload.module.empty() ? 0 : 1);
@@ -159,7 +159,7 @@ Result<Entry> load_bzimage(const GuestMemory& memory, std::span<const std::byte>
     if (!is_bzimage(file)) {
         return Error{Code::bad_argument, "a bzImage has HdrS at 0x202"};
     }
-    // Offsets in the file are those of the zero page [Linux-boot, "The Real-Mode Kernel Header"].
+    // Offsets in the file are those in the zero page [Linux-boot, "The Real-Mode Kernel Header"].
     TRY(const u16 version, value_at<u16>(file, 0x206));
     TRY(const u16 load_flags, value_at<u16>(file, 0x236)); // xloadflags
     if (version < 0x020c || (load_flags & 1) == 0) {
@@ -186,7 +186,7 @@ Result<Entry> load_bzimage(const GuestMemory& memory, std::span<const std::byte>
         place_command_line(memory, payload.command_line, std::min<u64>(command_line_room, u64{command_line_size} + 1)));
     TRY(const u64 initrd, place_module(memory, payload.module, preferred + needed));
     memory.write(zero_page + 0x1f1, file.subspan(0x1f1, header_end - 0x1f1));
-    memory.put<u8>(zero_page + 0x210, 0xff); // type of loader: none of those that have a number
+    memory.put<u8>(zero_page + 0x210, 0xff); // loader type: none of the registered ones
     memory.put<u32>(zero_page + 0x218, static_cast<u32>(initrd));
     memory.put<u32>(zero_page + 0x21c, static_cast<u32>(payload.module.size()));
     memory.put<u32>(zero_page + 0x228, static_cast<u32>(command_line_at));
@@ -198,7 +198,8 @@ Result<Entry> load_bzimage(const GuestMemory& memory, std::span<const std::byte>
         memory.put<u64>(zero_page + 0x2d0 + 20 * i + 8, map[i].size);
         memory.put<u32>(zero_page + 0x2d0 + 20 * i + 16, map[i].type);
     }
-    // One table, one table of four, four tables of 512 pages of 2 MiB: the first 4 GiB as they are.
+    // A level 4 table, a table with four entries, and four tables with 512 pages of 2 MiB: an identity map of the first
+    // 4 GiB.
     memory.put<u64>(page_tables, (page_tables + page_size) | 3);
     for (u64 i = 0; i < 4; ++i) {
         memory.put<u64>(page_tables + page_size + 8 * i, (page_tables + (2 + i) * page_size) | 3);

@@ -33,7 +33,7 @@ void write_all(std::string_view text) {
     while (!text.empty()) {
         const ssize_t done = write(STDOUT_FILENO, text.data(), text.size());
         if (done < 0 && errno != EINTR) {
-            return; // nobody listens any more
+            return; // there is no reader left
         }
         text.remove_prefix(done < 0 ? 0 : static_cast<usize>(done));
     }
@@ -123,7 +123,7 @@ Result<void> Machine::add_processor(u32 number, std::span<const kvm_cpuid_entry2
     processor->run = static_cast<kvm_run*>(run);
     const auto table = processor_cpuid(basic, hyperv, config_.identity, number);
     CHECK(Kvm::set_cpuid(processor->descriptor, table));
-    // memory type ranges as firmware leaves them: on, everything write-back
+    // memory type ranges as firmware leaves them: enabled, everything write-back
     CHECK(Kvm::set_register(processor->descriptor, 0x2ff, 0xc06));
     processor->statistics = Kvm::statistics_of(processor->descriptor);
     processors_.push_back(std::move(processor));
@@ -181,7 +181,7 @@ void Machine::run(Processor& processor) {
         } else if (errno != EINTR && errno != EAGAIN) {
             finish(ExitCode::host, "KVM_RUN failed: errno " + std::to_string(errno));
         }
-        // Only this thread counts here; others read the value for printing, in no order with anything.
+        // Only this thread increments the counter; others read it for printing, without any ordering.
         auto& counter = processor.exits[to_underlying(reason)];
         counter.store(counter.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     }
@@ -193,7 +193,7 @@ Exit Machine::handle(Processor& processor) {
     case KVM_EXIT_IO: access_ports(run); return run.io.direction == KVM_EXIT_IO_IN ? Exit::io_in : Exit::io_out;
     case KVM_EXIT_MMIO:
         if (run.mmio.is_write == 0) {
-            std::memset(run.mmio.data, 0xff, sizeof(run.mmio.data)); // nobody answers
+            std::memset(run.mmio.data, 0xff, sizeof(run.mmio.data)); // no device at this address
         }
         return Exit::memory;
     case KVM_EXIT_HYPERV: return handle_hyperv(processor);
@@ -359,7 +359,7 @@ Snapshot Machine::snapshot() {
 void Machine::print_counters(const char* label, const Snapshot& from) {
     const Snapshot now = snapshot();
     std::string text = std::string("{") + label + ",\"ns\":" + std::to_string(nanoseconds() - phase_begin_);
-    if (const auto all = now.find("kvm_exits"); all != now.end()) { // those that KVM deals with itself, too
+    if (const auto all = now.find("kvm_exits"); all != now.end()) { // including exits handled inside KVM
         const auto before = from.find(all->first);
         text += ",\"exits\":" + std::to_string(all->second - (before == from.end() ? 0 : before->second));
     }
@@ -373,8 +373,8 @@ void Machine::phase(u32 number) {
     phase_ = number;
     if (number != 0) {
         phase_counters_ = snapshot();
-        // Neither mark belongs to the phase. KVM and the port have counted a mark before it comes here, run() counts it
-        // afterwards: either way one of the two lies between the snapshots.
+        // Neither mark belongs to the phase. KVM and the port count a mark before this code runs, run() counts it
+        // afterwards: either way one of the two marks lies between the snapshots.
         for (const char* name : {"exit_io_out", "kvm_exits", "kvm_io_exits", "port_phase"}) {
             if (const auto counter = phase_counters_.find(name); counter != phase_counters_.end()) {
                 ++counter->second;
@@ -386,7 +386,7 @@ void Machine::phase(u32 number) {
 
 void Machine::finish(ExitCode code, std::string_view why) {
     static std::atomic<bool> ending = false;
-    // Whoever comes second waits for the first to end the process.
+    // A second caller waits for the first to end the process.
     while (ending.exchange(true)) {
         pause();
     }

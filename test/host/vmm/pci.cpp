@@ -27,7 +27,7 @@ PciHost::PciHost(PortDevice& reset) : reset_(reset) {
 }
 
 void PciHost::add_ide() {
-    slots_[count_++] = {1, 0, function(0x7000, 0x06'0100, 0x0007, 0, 0x80)}; // PIIX3, several functions
+    slots_[count_++] = {1, 0, function(0x7000, 0x06'0100, 0x0007, 0, 0x80)}; // PIIX3, multifunction
     // bus master, both channels at the ISA ports
     PciFunction ide = function(0x7010, 0x01'0180, 0x0005, 0x0005, 0);
     ide.set<u32>(0x20, bus_master_base | 1, 0xfff0);

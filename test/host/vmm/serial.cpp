@@ -6,7 +6,7 @@ namespace fl::vmm {
 namespace {
 
 // Registers, as offsets from the first port [16550 §8.0].
-constexpr unsigned data = 0; // divisor, low byte, while LCR bit 7 is set
+constexpr unsigned data = 0; // divisor low byte while LCR bit 7 is set
 constexpr unsigned interrupt_enable = 1;
 constexpr unsigned interrupt_identification = 2; // write: FIFO control
 constexpr unsigned line_control = 3;
@@ -17,7 +17,7 @@ constexpr u8 divisor_access = 0x80;
 constexpr u8 loopback = 0x10;
 constexpr u8 enable_received = 0x01;
 constexpr u8 enable_empty = 0x02;
-constexpr u8 out2 = 0x08; // on a PC this gates the interrupt
+constexpr u8 out2 = 0x08; // on a PC this enables the interrupt
 
 } // namespace
 
@@ -36,7 +36,7 @@ u8 Serial::modem_status() const {
     if ((modem_control_ & loopback) == 0) {
         return 0xb0; // carrier, data set ready, clear to send
     }
-    // DTR, RTS, OUT1, OUT2 come back as DSR, CTS, RI, DCD [16550 §8.7].
+    // DTR, RTS, OUT1, OUT2 are looped back as DSR, CTS, RI, DCD [16550 §8.7].
     const unsigned m = modem_control_;
     return static_cast<u8>((m & 1) << 5 | (m & 2) << 3 | (m & 4) << 4 | (m & 8) << 4);
 }
@@ -75,7 +75,7 @@ u8 Serial::read(unsigned at) {
     case interrupt_enable: return (line_control_ & divisor_access) != 0 ? static_cast<u8>(divisor_ >> 8) : enable_;
     case interrupt_identification: {
         const u8 found = identification();
-        if ((found & 0x0f) == 0x02) { // seeing it takes it back [16550 §8.5]
+        if ((found & 0x0f) == 0x02) { // reading clears it [16550 §8.5]
             empty_pending_ = false;
             update();
         }
@@ -83,7 +83,7 @@ u8 Serial::read(unsigned at) {
     }
     case line_control: return line_control_;
     case modem_control: return modem_control_;
-    case line_status: return static_cast<u8>(0x60 | (received_count_ != 0 ? 1 : 0)); // transmitter empty, always
+    case line_status: return static_cast<u8>(0x60 | (received_count_ != 0 ? 1 : 0)); // the transmitter is always empty
     case modem_status_register: return modem_status();
     default: return scratch_;
     }
@@ -109,7 +109,7 @@ void Serial::write(unsigned at, u8 value) {
             break;
         }
         if ((value & enable_empty) != 0 && (enable_ & enable_empty) == 0) {
-            empty_pending_ = true; // enabling it while the transmitter is empty raises it
+            empty_pending_ = true; // enabling it while the transmitter is empty raises the interrupt
         }
         enable_ = value & 0x0f;
         break;

@@ -10,8 +10,8 @@ import vmm.memory;
 namespace fl::vmm {
 namespace {
 
-constexpr u32 first_gsi = 24; // behind the I/O APIC's pins
-// above all of those: the last route of a SINT is the one that acknowledgements go to
+constexpr u32 first_gsi = 24; // after the I/O APIC's pins
+// above all of those: acknowledgements go to the last route of a SINT
 constexpr u32 first_listener = 512;
 constexpr u64 page_mask = ~(page_size - 1);
 
@@ -32,8 +32,7 @@ void Synic::registers(u32 processor, u64 control, u64 event_page, u64 message_pa
     p.message_page = message_page;
 }
 
-/// The lines of a SINT come into being when something is first delivered to it: KVM's routes are set as a whole, at a
-/// cost.
+/// The lines of a SINT are created at its first delivery: KVM's routes are set as a whole, which is expensive.
 Synic::Line* Synic::line(u32 processor, u8 sint) {
     auto& slot = processors_[processor].lines[sint];
     if (!slot) {
@@ -56,7 +55,7 @@ Synic::Line* Synic::line(u32 processor, u8 sint) {
 void Synic::raise(Line& line) {
     ++interrupts_;
     const u64 one = 1;
-    // An eventfd that KVM listens to raises the interrupt within this call.
+    // KVM raises the interrupt within this write to the eventfd.
     [[maybe_unused]] const auto written = write(line.event.number(), &one, sizeof(one));
 }
 
@@ -80,12 +79,11 @@ Synic::Posted Synic::post(u32 processor, u8 sint, u32 type, std::span<const std:
     }
     auto* const header = reinterpret_cast<MessageHeader*>(slot.data());
     const std::atomic_ref<u32> occupied(header->type);
-    // Pairs with the guest's store of 0, made after it has copied the message out: what was there is not overwritten
-    // too early.
+    // Pairs with the guest's store of 0 after it has copied the message out: a message is not overwritten too early.
     if (occupied.load(std::memory_order_acquire) != 0) {
-        // Pending first, then a second look: the guest frees the slot first and then looks at the bit. One of the two
-        // sees the other's store, since both put a full barrier in between; so either the guest tells the end of the
-        // message, or this finds the slot free.
+        // Set pending first, then check once more: the guest frees the slot first and then checks the bit. With a full
+        // barrier in between on both sides, at least one sees the other's store: either the guest signals
+        // end-of-message, or this finds the slot free.
         listen(*target);
         target->waiting = true;
         const std::atomic_ref<u8> flags(header->flags);
@@ -100,7 +98,7 @@ Synic::Posted Synic::post(u32 processor, u8 sint, u32 type, std::span<const std:
     header->flags = 0;
     header->reserved = 0;
     header->origin = 0;
-    // Pairs with the guest's read of the type: whoever sees it sees the rest of the message.
+    // Pairs with the guest's read of the type: a reader that sees the type sees the rest of the message.
     occupied.store(type, std::memory_order_release);
     ++messages_;
     raise(*target);
@@ -120,8 +118,7 @@ Synic::Flagged Synic::set_event(u32 processor, u8 sint, u16 flag, bool always) {
     }
     const std::atomic_ref<u32> word(reinterpret_cast<u32*>(words.data())[flag / 32]);
     const u32 bit = u32{1} << (flag % 32);
-    // Pairs with the guest's exchange of the word: what was written to a ring before the flag is seen by whoever clears
-    // the flag.
+    // Pairs with the guest's exchange of the word: a guest that clears the flag sees the ring data written before it.
     const bool was_set = (word.fetch_or(bit, std::memory_order_seq_cst) & bit) != 0;
     if (was_set && !always) {
         return Flagged::pending;
@@ -143,11 +140,11 @@ void Synic::service(EndOfMessage& listener) {
                     continue;
                 }
                 if (found->waiting) {
-                    // whoever still has a message posts again, and waits again if the slot is not free
+                    // a sender with another message posts it again, and waits again if the slot is not free
                     found->waiting = false;
                     free.emplace_back(i, sint);
                 } else {
-                    // Nobody waits: every acknowledgement of an interrupt would signal for nothing from here on.
+                    // No sender waits: from here on acknowledgements need not be signalled.
                     kvm_.disconnect(found->unused.number(), found->listener.gsi);
                     found->listening = false;
                 }
