@@ -14,6 +14,7 @@ struct Register {
     u64 address = 0; // 0: none
 };
 
+/// An I/O APIC of the MADT [§5.2.12.3].
 struct IoApic {
     u32 id;
     u64 address; // physical
@@ -28,6 +29,7 @@ struct Override {
     bool active_low;
 };
 
+/// Multiple APIC Description Table [§5.2.12].
 struct Madt {
     static constexpr usize max_io_apics = 64;
     static constexpr usize max_overrides = 16; // one for each ISA interrupt
@@ -53,6 +55,7 @@ struct Madt {
     std::span<const u32> all_processors() const { return {processors.data(), processor_count}; }
 };
 
+/// Fixed ACPI Description Table [§5.2.9].
 struct Fadt {
     u64 dsdt = 0;         // physical
     u16 sci = 0;          // GSI
@@ -86,6 +89,7 @@ struct Damage {
     }
 };
 
+/// The tables that were found, and what was left out.
 struct Tables {
     static constexpr usize max_damages = 8;
     static constexpr usize max_ssdts = 32;
@@ -120,6 +124,7 @@ struct Ecam {
 };
 /// Entry number `index`; nothing past the last entry or for an invalid one. `mcfg`: as in Tables.
 std::optional<Ecam> ecam(PhysicalReader& memory, u64 mcfg, u32 index);
+/// Number of entries in the MCFG table at physical address `mcfg`; 0 if the table is missing or damaged.
 u32 ecam_count(PhysicalReader& memory, u64 mcfg);
 
 /// PCI root bridges, found by scanning the DSDT and the SSDTs for _HID names with PNP0A03 or PNP0A08 and for _BBN,
@@ -149,6 +154,7 @@ struct SleepType {
     u8 a;
     u8 b;
 };
+/// Error{not_found}: no usable \_S5.
 Result<SleepType> find_s5(PhysicalReader& memory, const Tables& tables);
 
 /// The port of QEMU's pvpanic device (_HID "QEMU0001"), found by scanning the DSDT for its _CRS.

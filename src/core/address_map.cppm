@@ -8,6 +8,7 @@ import core.result;
 
 export namespace fl {
 
+/// A range of virtual addresses, in bytes.
 struct AddressRegion {
     u64 begin;
     u64 size;

@@ -22,6 +22,7 @@ struct ReferenceTimer {
     TimerReading (*read)(void* context) = nullptr;
 };
 
+/// Result of calibrate().
 struct Calibration {
     u64 hz = 0;       // frequency of the time stamp counter; 0: could not be measured
     u32 agreeing = 0; // samples that the result is based on

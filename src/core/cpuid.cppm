@@ -33,6 +33,7 @@ struct HypervisorBase {
     FixedText<12> signature; // trailing NULs removed
 };
 
+/// The leaves that scan_cpuid() has stored.
 struct CpuidSnapshot {
     static constexpr usize max_leaves = 160;
     static constexpr usize max_bases = 8;

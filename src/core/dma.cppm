@@ -32,6 +32,7 @@ void release_quarantine(const void* holder);
 /// `holder` is destroyed while the device may still access its memory: what it has quarantined stays so for good, and
 /// another holder at the same address cannot release it.
 void keep_quarantine(const void* holder);
+/// True if part of `span` is quarantined.
 bool is_quarantined(DmaSpan span);
 
 struct QuarantineState {
@@ -48,6 +49,7 @@ class DmaAllocator {
   public:
     /// `size` bytes (rounded up to whole pages): zeroed, page-aligned, physically contiguous, wholly below `limit`.
     virtual Result<DmaSpan> allocate(u32 size, u64 limit) = 0;
+    /// `span`: as returned by allocate().
     virtual void free(DmaSpan span) = 0;
     Result<DmaBuffer> buffer(u32 size, u64 limit = ~u64{0});
 

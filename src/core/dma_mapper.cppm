@@ -39,6 +39,7 @@ struct DmaLimits {
     }
 };
 
+/// A range of bus addresses.
 struct DmaSegment {
     u64 bus = 0;
     u32 size = 0; // bytes, never 0
@@ -74,6 +75,7 @@ class DmaMapping {
     bool active_ = false;
 };
 
+/// Maps buffers for one queue of a device.
 class DmaMapper {
   public:
     /// Maps `spans`, in order, for the device. For to_device and both, bounced data is copied into the bounce pages.

@@ -32,6 +32,7 @@ struct InterruptMessage {
     u32 data = 0;
 };
 
+/// Connects handlers to interrupt lines, messages and vectors.
 class InterruptController {
   public:
     /// Routes the line to `processor` and unmasks it. Handlers may share a line: all are called, in unspecified order,

@@ -38,6 +38,7 @@ struct AttachedHandler {
 /// A processor's table: the first handler of each vector, or nullptr.
 using VectorTable = std::array<AttachedHandler*, 256>;
 
+/// Interrupts counted by dispatch_interrupt(), per processor.
 struct InterruptCounters {
     u64 taken = 0;      // delivered to at least one handler
     u64 spurious = 0;   // raised by the controller and withdrawn
@@ -49,7 +50,9 @@ class InterruptHardware {
   public:
     /// `io_apic`: index, in the order of add_io_apic(). `reg`: number in the register select register [82093AA 3.1].
     virtual void write_io_apic(u32 io_apic, u32 reg, u32 value) = 0;
+    /// Masks or unmasks a line of the 8259s.
     virtual void mask_pic(u8 irq, bool masked) = 0;
+    /// Sets level or edge triggering of a line of the 8259s.
     virtual void set_pic_level(u8 irq, bool level) = 0;
     /// Returns when every other processor has left the handlers that it was running at the time of the call.
     virtual void wait_for_handlers() = 0;
@@ -57,6 +60,7 @@ class InterruptHardware {
     // Used by dispatch_interrupt(), on the interrupted processor.
     /// Whether the line that the 8259 raised is in service; if not, completes the spurious interrupt.
     virtual bool is_real_pic(u8 irq) = 0;
+    /// Sends the end-of-interrupt for a line of the 8259s.
     virtual void end_pic(u8 irq) = 0;
     virtual bool in_service(u8 vector) = 0; // false without a local APIC
     virtual void end_local_apic() = 0;
@@ -73,6 +77,7 @@ class InterruptRouter final : public InterruptController {
     static constexpr u32 vectors_per_processor = last_vector - first_vector + 1;
     static constexpr u8 spurious_vector = 0xff; // of the local APICs
 
+    /// The interrupt controllers that were found.
     struct Machine {
         bool local_apic = false;
         bool pic = false;      // the 8259s are present
@@ -86,6 +91,7 @@ class InterruptRouter final : public InterruptController {
     /// Registers an IOAPIC with `lines` redirection entries and masks them all. Once there is an IOAPIC, lines are
     /// routed through IOAPICs and the 8259s are not used. Returns false if the table is full.
     bool add_io_apic(u32 first_gsi, u32 lines);
+    /// Adds an ISA override of the MADT. Call before lines are attached.
     void add_override(const acpi::Override& wire);
     /// Adds another processor. Called on that processor with interrupts off. Error{exhausted}: no memory for its table.
     Result<void> join(u32 processor, u32 apic_id);

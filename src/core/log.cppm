@@ -35,6 +35,7 @@ class Sink {
 
 /// Appends a sink; attaching one twice has no effect. The kept text is written to it first.
 void attach(Sink& sink);
+/// Removes the sink; no effect if it is not attached.
 void detach(Sink& sink);
 /// True: keep the last kept_bytes of the log, in whole lines, for sinks attached later. False: stop, and discard what
 /// was kept. Default: false.

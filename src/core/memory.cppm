@@ -10,6 +10,7 @@ inline constexpr u64 frame_size = 4096;
 /// Frames below this address are allocated only on request: the firmware uses some, and processors start there.
 inline constexpr u64 low_memory_end = 0x100000;
 
+/// A request for contiguous frames.
 struct FrameRequest {
     u64 frames = 1;
     u64 alignment = frame_size; // bytes, a power of two

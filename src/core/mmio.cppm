@@ -12,6 +12,7 @@ export namespace fl {
 /// can check their order. `at` is the offset in the mapped region; `width` is 1, 2, 4 or 8 bytes.
 class MmioModel {
   public:
+    /// Returns the value of a `width`-byte register at offset `at`.
     virtual u64 read(u64 at, u32 width) = 0;
     virtual void write(u64 at, u32 width, u64 value) = 0;
 

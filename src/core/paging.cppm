@@ -27,12 +27,14 @@ class TableMemory {
     ~TableMemory() = default;
 };
 
+/// Features of the processor that affect page tables.
 struct PagingFeatures {
     bool no_execute = false;         // EFER.NXE is set; otherwise all pages are executable
     bool gigabyte_pages = false;     // CPUID 0x80000001 EDX 26
     u64 physical_end = u64{1} << 36; // end of physical addresses: CPUID 0x80000008
 };
 
+/// Result of AddressSpace::find().
 struct Mapping {
     u64 physical; // of the address itself, not of its page
     u64 page;     // bytes: 4 KiB, 2 MiB, 1 GiB
@@ -55,6 +57,7 @@ class AddressSpace {
     Result<void> unmap(u64 address, u64 size);
     /// Changes the protection of mapped pages; rules and errors as for unmap().
     Result<void> protect(u64 address, u64 size, Protection protection);
+    /// The mapping of an address; nothing if it is not mapped.
     std::optional<Mapping> find(u64 address) const;
     /// The number of bytes from `address` to the first mapped page, at most `size`; both are multiples of 4 KiB. Skips
     /// whole absent tables and steps over large pages.

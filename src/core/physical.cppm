@@ -4,6 +4,7 @@ import core.std;
 
 export namespace fl {
 
+/// Reads physical memory.
 class PhysicalReader {
   public:
     /// Copies into.size() bytes from physical `address`. Returns false, with `into` unspecified, if any of them cannot

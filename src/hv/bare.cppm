@@ -15,6 +15,7 @@ class Bare {
 
     /// Always: it needs no hypervisor.
     static bool recognises(const Sightings&) { return true; }
+    /// Takes the time stamp counter's frequency from CPUID; does not fail.
     Result<void> install(Environment& environment);
     Result<void> start(Services&) { return {}; }
 

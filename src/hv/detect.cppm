@@ -21,6 +21,7 @@ struct Sighting {
     u32 features_high = 0; // Hyper-V: base+3 EBX (privileges, high half); logged only
 };
 
+/// All hypervisors that were detected.
 struct Sightings {
     static constexpr usize capacity = CpuidSnapshot::max_bases + 1;
 
@@ -66,6 +67,7 @@ std::optional<Preference> parse_preference(std::string_view text);
 enum class When : u8 { entry, late };
 constexpr std::string_view name(When when) { return when == When::entry ? "entry" : "late"; }
 
+/// The selected backend.
 struct Choice {
     VmGuest guest = VmGuest::bare;
     When when = When::entry;
@@ -81,6 +83,7 @@ struct PolicyRule {
     bool (*applies)(const Sighting& sighting); // nullptr: matches if sighted
     std::string_view reason;
 };
+/// The rules in order of priority.
 std::span<const PolicyRule> policy();
 
 /// `built`: whether this build supports a guest; by default hv.vm_guest's built_for().

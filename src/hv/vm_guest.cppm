@@ -33,6 +33,7 @@ static_assert(to_underlying(VmGuest::openbsd) + 1 == vm_guest_names.size());
 constexpr std::string_view name(VmGuest guest) {
     return to_underlying(guest) < vm_guest_names.size() ? vm_guest_names[to_underlying(guest)] : "unknown";
 }
+/// The guest with this name; nothing for an unknown name.
 constexpr std::optional<VmGuest> vm_guest_named(std::string_view text) {
     for (usize i = 0; i < vm_guest_names.size(); ++i) {
         if (vm_guest_names[i] == text) {

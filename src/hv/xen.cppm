@@ -43,10 +43,12 @@ class Xen {
     /// Error{not_supported}: no hypercalls here, or Xen lacks a feature that a guest with its own page tables needs. A
     /// missing XenStore is not an error: there are no devices then.
     Result<void> install(Environment& environment);
+    /// Sets up the upcall vector, and XenStore if it is present.
     Result<void> start(Services& services);
 
     std::optional<u64> tsc_hz() const { return tsc_hz_; }
     std::string_view clock_name() const { return clock_name_; }
+    /// EmulatedDevices: Xen's unplug protocol [xen-unplug]. Error{not_supported}: not installed, or the host refuses.
     Result<void> unplug(EmulatedClasses classes);
     /// nullptr before start(), and if XenStore is missing or unusable.
     Xen* bus() { return store_.started() ? this : nullptr; }

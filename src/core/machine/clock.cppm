@@ -29,6 +29,7 @@ std::string_view clock_name();
 bool clock_assumed();
 /// How far instants are ahead of the time since entry, in ns; 0 unless correct_clock() found that they ran too fast.
 Nanoseconds clock_ahead();
+/// Frequency of the time stamp counter in Hz.
 u64 tsc_hz();
 /// Monotonic on this processor. Before start_clock(): cycles, as if at 1 GHz.
 Instant now();

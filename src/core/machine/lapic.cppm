@@ -41,10 +41,14 @@ Mode start(u8 spurious_vector, bool external, bool x2apic);
 /// On a further processor: uses the mode of the first one. False: this processor's APIC does not support it.
 bool join(u8 spurious_vector);
 Mode mode();
+/// Accesses a register of the calling processor's APIC; the mode must not be `none`.
 u32 read(Reg reg);
 void write(Reg reg, u32 value);
+/// APIC id of the calling processor; 0 without an APIC.
 u32 id();
+/// Ends the interrupt in service with the highest priority [SDM-3 11.8.5].
 void end_of_interrupt();
+/// Whether the vector's in-service bit is set.
 bool in_service(u8 vector);
 
 /// Delivery mode of an inter-processor interrupt [SDM-3 11.6.1].

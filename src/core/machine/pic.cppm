@@ -13,6 +13,7 @@ void set_level(u8 irq, bool level);
 /// Whether the raised line is in service: lines 7 and 15 also signal spurious interrupts, which this function
 /// completes.
 bool is_real(u8 irq);
+/// Sends the end-of-interrupt for a line.
 void end_of_interrupt(u8 irq);
 
 } // namespace fl::pic

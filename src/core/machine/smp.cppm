@@ -15,6 +15,7 @@ struct ProcessorWork {
     void (*serve)(void* context, u32 number);
 };
 
+/// Result of start_processors(), the boot processor included.
 struct Processors {
     u32 listed = 1;   // enabled in the MADT; 1 without one
     u32 running = 1;  // numbers 0 to running - 1

@@ -34,6 +34,7 @@ struct SynicMessage {
     std::span<const std::byte> bytes() const { return {payload.data(), size}; }
 };
 
+/// The synthetic interrupt controllers of all processors.
 class Synic {
   public:
     /// Capacity of the message queue. Further messages wait in the slot, and after that in the host.

@@ -48,6 +48,7 @@ struct OfferListener {
     OfferListener* next = nullptr;
 };
 
+/// Maintained by the bus, never reset.
 struct VmbusCounters {
     u64 messages = 0;   // received
     u64 posted = 0;     // sent
@@ -126,6 +127,7 @@ class Vmbus final : public io::Service {
     /// the memory up.
     io::Task<Result<void>> teardown_gpadl(Gpadl gpadl);
 
+    /// Adds or removes a listener. On processor 0.
     void add(OfferListener& listener);
     void remove(OfferListener& listener);
 

@@ -31,6 +31,7 @@ class Frontend {
 
     /// The back end's state; BusState::unknown if its node is gone.
     io::Task<Result<BusState>> state();
+    /// Writes this front end's state.
     io::Task<Result<void>> set_state(BusState state);
     /// Waits until the back end's state is one of `wanted`, and returns it. Error{device_gone}: it is closing or gone;
     /// Error{timed_out}.

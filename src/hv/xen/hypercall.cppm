@@ -41,9 +41,12 @@ class Hypercalls {
     Result<u32> features();
     /// Maps one of Xen's pages at a guest frame, replacing what was there.
     Result<void> add_to_physmap(MapSpace space, u64 index, u64 frame);
+    /// An HVM parameter of this guest. On failure all functions here return Error{not_supported} with Xen's error number.
     Result<u64> hvm_parameter(HvmParam index);
     Result<void> set_hvm_parameter(HvmParam index, u64 value);
+    /// Sets the vector for event upcalls through the local APIC of virtual CPU `vcpu`.
     Result<void> set_upcall_vector(u32 vcpu, u8 vector);
+    /// Writes text to Xen's console; returns >= 0 or a negative error number.
     i64 console_write(std::string_view text);
     /// Maximum number of frames of this guest's grant table.
     Result<u32> grant_table_limit();

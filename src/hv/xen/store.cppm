@@ -30,6 +30,7 @@ struct Watch {
     Watch* next = nullptr;
 };
 
+/// A key and its value, for write_all().
 struct StoreEntry {
     FixedText<40> key;
     FixedText<24> value;
@@ -56,11 +57,13 @@ class Store final : public io::Service {
     io::Task<Result<std::string_view>> directory(std::string_view path, std::span<char> into, u32 transaction = 0);
     io::Task<Result<void>> write(std::string_view path, std::string_view value, u32 transaction = 0);
     io::Task<Result<void>> remove(std::string_view path, u32 transaction = 0);
+    /// Starts a transaction; returns its id.
     io::Task<Result<u32>> begin();
     /// True: committed. False: another client changed what was read or written; retry from begin().
     io::Task<Result<bool>> commit(u32 transaction);
     /// Adds the watch; its `changed` is called once immediately.
     io::Task<Result<void>> watch(Watch& watch);
+    /// Removes the watch; `changed` is not called any more, even on an Error.
     io::Task<Result<void>> unwatch(Watch& watch);
 
     /// Reads a decimal number; Error{protocol}: not a number.
