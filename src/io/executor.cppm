@@ -144,6 +144,9 @@ class Service {
 /// sleeps until an interrupt or about `until`, whichever is first; it returns at once if `wake` is set, and must test
 /// `wake` and halt atomically with respect to interrupts (sti; hlt). Host tests supply a simulated clock.
 struct Platform {
+    /// What a kernel gives as turn_budget: no turn has a reason to take so long.
+    static constexpr Nanoseconds longest_turn = 1'000'000'000;
+
     void* context = nullptr;
     Instant (*now)(void* context) = nullptr;
     void (*idle)(void* context, Instant until, const std::atomic<bool>& wake) = nullptr;

@@ -30,7 +30,8 @@ struct Executors {
     io::Executor& make(u32 processor) {
         std::optional<io::Executor>& own = places[processor].executor;
         if (!own) { // otherwise left by a processor that failed to start
-            own.emplace(io::Platform{platform_context(processor), platform_now, platform_idle, platform_kick},
+            own.emplace(io::Platform{platform_context(processor), platform_now, platform_idle, platform_kick,
+                                     io::Platform::longest_turn},
                         processor);
         }
         list[processor] = &*own;
