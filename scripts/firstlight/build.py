@@ -82,6 +82,11 @@ def test_host() -> None:
         raise Problem(f"The build succeeded but left no {paths.TEST_HOST.relative_to(paths.REPOSITORY)}.")
 
 
+def host_modules() -> None:
+    """The modules of the kernel that run on this machine, which clang-tidy reads."""
+    preset("host", target="firstlight_host")
+
+
 def kernel() -> None:
     print("build: kernel", file=sys.stderr, flush=True)
     preset("kernel")

@@ -29,6 +29,7 @@ BUILD_PACKAGES = {
 
 # What scripts/test needs beside them.
 TEST_PACKAGES = {
+    "clang-tidy-19": "the check of the sources for faults that a compiler does not report",
     "clang-format-19": "the check of the format of the sources",
     "gdb": "debugging the kernel",
     "fio": "its tool reads what scripts/bench --json writes",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import build, checks, debugger, fiotools, image, lab, launch, machine, paths, process, setup, unittests, vmtests, workloads
+from . import build, checks, debugger, fiotools, image, lab, launch, machine, paths, process, setup, tidy, unittests, vmtests, workloads
 from .options import Conflict, Parser, demand_agreement, name_pattern
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
@@ -40,7 +40,7 @@ BAR = "=" * 20
 def arguments() -> Parser:
     parser = Parser(
         prog="scripts/test",
-        description="Build everything and run every test: the scripts' own, checks of the sources (format, commit subjects, links and commands in the documents), the modules' on this machine (plain, with "
+        description="Build everything and run every test: the scripts' own, checks of the sources (format, commit subjects, links and commands in the documents), clang-tidy, the modules' on this machine (plain, with "
         "sanitizers, with a checker of memory orderings), a fixed number of fuzzed inputs, the image, gdb on a machine, fio's tools on what scripts/bench writes, a kernel without any hypervisor's module, and the "
         "boots of test/vm/*.toml.",
         epilog="A test that is required and skipped is a failure.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
@@ -82,7 +82,7 @@ def check(options, cases: list[vmtests.Case], suites: Sequence[str]) -> None:
 def chosen(options, cases: list[vmtests.Case]) -> list[vmtests.Case]:
     """The boots that are asked for."""
     # The name of a suite means that suite, not the boots in whose names the word happens to occur.
-    parts = [pattern for pattern in options.only if pattern not in ("scripts", checks.SUITE, *PRESETS, FUZZ, "image", GDB, MINIMAL, fiotools.SUITE)]
+    parts = [pattern for pattern in options.only if pattern not in ("scripts", checks.SUITE, *PRESETS, tidy.SUITE, FUZZ, "image", GDB, MINIMAL, fiotools.SUITE)]
     return [case for case in cases if not options.only or (parts and wanted(f"vm/{case.name}", parts))]
 
 
@@ -90,12 +90,12 @@ def main(words: list[str]) -> Exit:
     options = arguments().parse_args(words)
     cases = [case for case in vmtests.load() if not options.fast or "fast" in case.groups]
     presets = ("host",) if options.fast else PRESETS
-    check(options, cases, ("scripts", checks.SUITE, *presets, "image", GDB, *(() if options.fast else (FUZZ, MINIMAL, fiotools.SUITE))))
+    check(options, cases, ("scripts", checks.SUITE, *presets, "image", GDB, *(() if options.fast else (tidy.SUITE, FUZZ, MINIMAL, fiotools.SUITE))))
     cases = chosen(options, cases)
     if options.list:
         for case in cases:
             print(f"vm/{case.name:34} {case.platform:10} {case.machine:8} {','.join(case.groups):10} {case.about}")
-        slow = [] if options.fast else [*(f"{FUZZ}/{target}" for target in FUZZ_TARGETS), MINIMAL, fiotools.SUITE]
+        slow = [] if options.fast else [tidy.SUITE, *(f"{FUZZ}/{target}" for target in FUZZ_TARGETS), MINIMAL, fiotools.SUITE]
         print("\n".join(["scripts", *(f"{checks.SUITE}/{name}" for name in checks.CHECKS), *presets, "image", GDB, *slow]))
         return Exit.SUCCESS
     setup.ensure(tests=True)
@@ -126,6 +126,9 @@ def main(words: list[str]) -> Exit:
     for preset in presets:
         if wanted(preset, options.only, whole=True):
             add(surviving(preset, host_tests(preset, options.only)))
+    if not options.fast and wanted(tidy.SUITE, options.only, whole=True):
+        if attempt("build/tidy", build.host_modules, add):
+            add(surviving(tidy.SUITE, tidy.checks(lambda name: tidy.SUITE in options.only or wanted(name, options.only))))
     if not options.fast and wanted(FUZZ, options.only, whole=True):
         add(surviving(FUZZ, fuzz_tests(options.only)))
     if not options.fast and wanted(MINIMAL, options.only, whole=True):

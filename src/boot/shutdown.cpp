@@ -90,7 +90,7 @@ io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks
     CO_CHECK(work->group.spawn(keep(options, disks, services, shutdown, work->done)));
     static_cast<void>(co_await shutdown.asked());
     if (!shutdown.requested() && work->done) {
-        co_return std::move(*work->done);
+        co_return *work->done;
     }
     log::info("boot: {} asks for a shutdown: flushing {} {}", shutdown.by(), disks.all().size(),
               noun(disks.all().size(), "disks"));

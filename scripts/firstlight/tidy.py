@@ -1,0 +1,61 @@
+"""The suite `tidy` of scripts/test: clang-tidy over the implementation units of src/, every finding an error (.clang-tidy).
+
+It reads the modules that the host build has made, so it comes after that build. Interface units are seen through the units that import them
+only as declarations: what their inline functions do is checked by the compiler's own warnings alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from . import paths, process
+from .problems import Problem
+from .vmtests import Result, side_by_side, wreck
+
+SUITE = "tidy"
+TOOL = "clang-tidy-19"
+SECONDS = 120  # for one unit
+
+
+def units(build: Path) -> list[Path]:
+    """The implementation units of src/ that this build compiles."""
+    database = build / "compile_commands.json"
+    try:
+        entries = json.loads(database.read_text())
+    except (OSError, ValueError) as error:
+        raise Problem(f"{database}: {error}. It is written by cmake --preset host.") from None
+    sources = paths.REPOSITORY / "src"
+    found = sorted({Path(entry["file"]) for entry in entries if entry["file"].endswith(".cpp") and Path(entry["file"]).is_relative_to(sources)})
+    if not found:
+        raise Problem(f"{database} names no implementation unit below {sources}.")
+    return found
+
+
+def check(build: Path, unit: Path) -> Iterable[Result]:
+    begin = time.monotonic()
+    name = f"{SUITE}/{unit.relative_to(paths.REPOSITORY)}"
+    try:
+        done = process.run([TOOL, "-p", build, "--quiet", unit], timeout=SECONDS, check=False, cwd=paths.REPOSITORY, what=f"{TOOL} {unit}")
+    except Exception as error:  # the tool is missing, or has not ended: the other units go on
+        yield wreck(name, error, time.monotonic() - begin)
+        return
+    yield judged(name, done.returncode, done.stdout, time.monotonic() - begin)
+
+
+def judged(name: str, status: int, said: str, seconds: float) -> Result:
+    """A unit passes when the tool says so by its exit status and has printed no finding."""
+    findings = [line for line in said.splitlines() if ": error: " in line or ": warning: " in line]
+    if status == 0 and not findings:
+        return Result(name, "passed", seconds)
+    return Result(name, "failed", seconds, findings[0] if findings else f"{TOOL} ended with exit status {status}", said)
+
+
+def checks(wanted=lambda name: True) -> Iterable[Result]:
+    build = paths.BUILD / "host"
+    chosen: Sequence[Path] = [unit for unit in units(build) if wanted(f"{SUITE}/{unit.relative_to(paths.REPOSITORY)}")]
+    yield from side_by_side([functools.partial(check, build, unit) for unit in chosen], os.cpu_count() or 1)
