@@ -41,7 +41,7 @@ class Hypercalls {
     Result<u32> features();
     /// Maps one of Xen's pages at a guest frame, replacing what was there.
     Result<void> add_to_physmap(MapSpace space, u64 index, u64 frame);
-    /// An HVM parameter of this guest. On failure all functions here return Error{not_supported} with Xen's error number.
+    /// An HVM parameter of this guest. All Results here fail with Error{not_supported} and Xen's error number.
     Result<u64> hvm_parameter(HvmParam index);
     Result<void> set_hvm_parameter(HvmParam index, u64 value);
     /// Sets the vector for event upcalls through the local APIC of virtual CPU `vcpu`.
