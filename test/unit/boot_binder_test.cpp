@@ -1,4 +1,4 @@
-// Which driver is given which device, and what is said about the rest.
+// Which driver gets which device, and what is reported about the others.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -179,7 +179,7 @@ TEST(Binder, AHypervisorThatCannotUnplugIsAWarning) {
     boot::BackendOf<Plain> backend(plain, {});
     k.make().unplug(backend);
     EXPECT_TRUE(k.capture.has("stay: this hypervisor has no way to take emulated devices away")) << k.capture.text;
-    // What it does not model is nothing, and no error.
+    // A capability that is not modelled does nothing and is not an error.
     EXPECT_EQ(backend.name(), "plain");
     EXPECT_EQ(backend.tsc_hz(), 7u);
     EXPECT_EQ(backend.clock_name(), "plain clock");
@@ -370,8 +370,8 @@ TEST(BinderPci, FunctionsOfADriverKeepTheirIndexAndTheFirstComesFirst) {
     WithPci k;
     k.space.add(0, 1, 0, 0x8086, 1, 0x010185);
     k.space.add(0, 2, 0, 0x8086, 2, 0x010185);
-    k.space.add(0, 3, 0, 0x8086, 3, 0x010180); // at the fixed ports
-    k.space.add(0, 4, 0, 0x8086, 4, 0x0c0330); // not listed, and has a driver
+    k.space.add(0, 3, 0, 0x8086, 3, 0x010180); // at the legacy ports
+    k.space.add(0, 4, 0, 0x8086, 4, 0x0c0330); // not listed, but has a driver
     k.space.add(0, 5, 0, 0x8086, 5, 0x060000); // neither
     k.space.add(0, 6, 0, 0x8086, 6, 0x020000); // listed, without a driver
     ASSERT_TRUE(k.find());
@@ -421,7 +421,7 @@ TEST(BinderMmio, DevicesAreMatchedByTheirId) {
     boot::VirtioMmioSource mmio(mmio_drivers);
     constexpr u32 magic = 0x74726976;
     mmio.add({0x1000, magic, 2, 2});
-    mmio.add({0x2000, magic, 2, 0}); // a place without a device
+    mmio.add({0x2000, magic, 2, 0}); // a placeholder without a device
     mmio.add({0x3000, magic, 1, 1});
     mmio.add({0x4000, ~u32{0}, ~u32{0}, 2});
     mmio.add({0x5000, magic, 2, 2});
@@ -513,7 +513,7 @@ TEST(BinderLate, NothingIsProbedOnceAnEndWasAskedFor) {
     Kernel k;
     ASSERT_TRUE(k.bind());
     k.binder->watch();
-    on_disk.takes = 1'000'000; // the first one is under way when the end is asked for
+    on_disk.takes = 1'000'000; // the first one is in progress when the shutdown is requested
     k.bus.come(synthetic("vbd", "0", 0));
     k.bus.come(synthetic("vbd", "1", 1));
     static_cast<void>(k.executor.run(wait_for(k, 500'000)));

@@ -1,4 +1,4 @@
-// What is said about devices that could be a disk, a network card, an input device or a display.
+// Reports about devices that could be a disk, a network card, an input device or a display.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -62,7 +62,7 @@ TEST(Devices, WhichPciFunctionsAreListedAndAsWhat) {
                            Row{0x1b36, 0x000c, 0x060400, false, DeviceClass::other, ""}, // bridge
                            Row{0x8086, 0x7113, 0x068000, false, DeviceClass::other, ""}, // ACPI
                            Row{0x1b36, 0x000d, 0x0c0330, false, DeviceClass::other, ""}, // USB
-                           // shared memory, none of virtio's types
+                           // shared memory, not a virtio type
                            Row{0x1af4, 0x1110, 0x050000, false, DeviceClass::other, ""}}) {
         SCOPED_TRACE(row.device);
         const auto device = function(row.vendor, row.device, row.class_code);

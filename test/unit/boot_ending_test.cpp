@@ -1,5 +1,5 @@
-// Machines that can be ended in some ways and not in others, set up as the VMMs in docs/INTERFACES.md are: how each
-// verdict ends on them, what somebody outside sees, and that no way overtakes the one before it.
+// Machines with different shutdown methods, set up like the VMMs in docs/INTERFACES.md: how each verdict ends on them,
+// what is visible from outside, and that no method starts before the previous one has had its time.
 #include "core_physical_fake.hpp"
 #include "gtest_macros.hpp"
 import test.gtest;
@@ -56,23 +56,23 @@ const Bytes pvpanic_aml{0x5b, 0x82, 0x40, 0x05, 'P',  'E',  'V',  'T',  0x08, '_
                         0x11, 0x0d, 0x0a, 0x0a, 0x47, 0x01, 0x05, 0x05, 0x05, 0x05, 0x01, 0x01, 0x79, 0x00};
 
 struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
-    // What there is.
+    // The machine's facilities.
     bool exit_port = false;
-    bool exit_takes_time = false; // ends from another thread, as newer QEMUs do
-    bool others_at_once = false;  // every other way ends the machine with the access
-    bool i8042 = true;            // and a reset by it ends the VMM: Firecracker, QEMU -no-reboot
+    bool exit_takes_time = false; // ends from another thread, like newer QEMUs
+    bool others_at_once = false;  // every other method ends the machine within the access
+    bool i8042 = true;            // and its reset ends the VMM: Firecracker, QEMU -no-reboot
     Nanoseconds host_needs = 5'000'000;
     std::string_view hypervisor = "KVMKVMKVM";
     u32 hyperv_features = 0;   // EDX
     u32 hyperv_privileges = 0; // EAX
     bool rsdp_known = true;
 
-    // What has happened.
+    // Observations.
     std::string ended;   // how; empty: not yet
     std::string pending; // how the host will end it soon
     Nanoseconds now = 0;
     Nanoseconds pending_at = 0;
-    std::vector<std::string> said; // to the host, without an end
+    std::vector<std::string> said; // reports to the host that do not end the machine
     std::map<u16, u32> accesses;   // ports
     std::map<u32, u64> msrs;
     std::optional<Verdict> note;
@@ -200,7 +200,7 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
     u16 pm1a_value = 0;
     u8 sleep_type = 0;
 
-    // A FADT that says so, a DSDT with this content, and the way there from the RSDP.
+    // A FADT that says so, a DSDT with this content, and the path to them from the RSDP.
     void acpi_tables(bool reduced, const Bytes& aml, acpi::Space space, const Bytes& ssdt = {}) {
         Bytes f(268 - 36);
         put(f, 140 - 36, 0x20000, 8);
@@ -300,7 +300,7 @@ TEST(Ending, QemuIsSwitchedOffAndNeverReset) {
 TEST(Ending, PvpanicIsToldOfEveryFailure) {
     for (const Verdict v : verdicts) {
         Fake m = qemu_pc();
-        Bytes aml(3000, 0xa3); // behind the first window of the scan, and across its end
+        Bytes aml(3000, 0xa3); // beyond the first window of the scan, and across its end
         aml.insert(aml.end(), s5_of_0.begin(), s5_of_0.end());
         aml.insert(aml.end(), pvpanic_aml.begin(), pvpanic_aml.end());
         m.acpi_tables(false, aml, acpi::Space::io);
@@ -309,8 +309,8 @@ TEST(Ending, PvpanicIsToldOfEveryFailure) {
     }
 }
 
-// Exit status 0 after the pulse, 1 after a triple fault; a pulse and a triple fault at once are a race. Each unknown
-// port is a line in its log.
+// Exit status 0 after the pulse, 1 after a triple fault; a pulse and an immediate triple fault race. Each access to an
+// unknown port adds a line to its log.
 TEST(Ending, FirecrackerTellsSuccessFromFailure) {
     for (const bool with_acpi : {false, true}) {
         for (const Nanoseconds needs : {100'000u, 5'000'000u, 300'000'000u}) {
@@ -328,7 +328,7 @@ TEST(Ending, FirecrackerTellsSuccessFromFailure) {
     }
 }
 
-// Its reset is a reboot, and every end has the exit status 0.
+// Its reset is a reboot, and every end has exit status 0.
 TEST(Ending, CloudHypervisorIsSwitchedOffForEveryVerdict) {
     for (const Verdict v : verdicts) {
         Fake m = cloud_hypervisor();
@@ -337,7 +337,7 @@ TEST(Ending, CloudHypervisorIsSwitchedOffForEveryVerdict) {
     }
 }
 
-// The DSDT has none: a table behind it does.
+// The DSDT has none, but a later table does.
 TEST(Ending, S5OfAnSsdt) {
     for (const Verdict v : verdicts) {
         Fake m;
@@ -407,7 +407,7 @@ TEST(Ending, BhyveTellsATripleFault) { // exit status 1: powered off, 3: triple 
     }
 }
 
-// Each way fails: the next one is tried, and only then may the machine restart, with a note for the next boot.
+// Each method fails: the next one is tried, and only then may the machine restart, with a note for the next boot.
 TEST(Ending, EveryWayIsTriedOnce) {
     Fake m;
     m.hypervisor = "Microsoft Hv";
@@ -425,7 +425,8 @@ TEST(Ending, EveryWayIsTriedOnce) {
     EXPECT_LT(m.now, 6'000'000'000u);
 }
 
-// A fault in the middle of a step comes back by another call: the step behind it is next, and the first verdict stays.
+// A fault in the middle of a step leads to another call: it continues with the following step, and the first verdict is
+// kept.
 TEST(Ending, AFaultOnTheWayGoesOn) {
     Fake m = qemu_pc();
     Ending ending;

@@ -41,7 +41,7 @@ struct HeapDma final : DmaAllocator {
     void free(DmaSpan span) override { std::free(span.data); }
 };
 
-// A disk in memory that answers at once; `fail_reads` answers with an error, `corrupt` turns a byte of every read.
+// An in-memory disk that completes at once; `fail_reads` reports an error, `corrupt` changes a byte of every read.
 struct MemoryDisk final : io::BlockDevice {
     std::vector<std::byte> bytes;
     bool fail_reads = false;
@@ -114,7 +114,7 @@ struct Jobs : testing::Test {
 
 TEST_F(Jobs, OneDiskAttachesOnce) {
     MemoryDisk hda{executor, "hda", 2048};
-    EXPECT_TRUE(native.offered(0)); // nobody has it yet: a synthetic driver that fails leaves it here
+    EXPECT_TRUE(native.offered(0)); // not claimed yet: if a synthetic driver fails, the native one can have it
     ASSERT_TRUE(synthetic.announce(xvda, 0));
     EXPECT_FALSE(native.offered(0));
     EXPECT_TRUE(native.offered(1));
@@ -224,7 +224,7 @@ TEST_F(Jobs, PhasesAreNumberedInTheOrderOfTheResults) {
 
 TEST_F(Jobs, NothingIsWrittenOnADiskThatIsNoScratch) {
     attach();
-    // The first workload only reads, and would do no harm; the refusal comes before it.
+    // The first workload only reads and would be harmless; the refusal precedes it.
     EXPECT_EQ(run("job=bench workload=randread,count=5 workload=randwrite,count=5 scratch=xvda").verdict,
               Verdict::error);
     EXPECT_EQ(xvda.counters().submitted + hdb.counters().submitted, 0u);

@@ -15,7 +15,7 @@ using boot::Options;
 
 struct Parsed {
     Options options;
-    std::string errors; // one a line
+    std::string errors; // one per line
     u32 dropped = 0;
 };
 
@@ -166,14 +166,14 @@ TEST(Options, WhatAJobDoesNotReadIsAnError) {
     EXPECT_EQ(parse("qd=4 job=verify").errors, "") << "in any order";
 }
 
-// As the programs' sources and guides have them.
+// From the programs' sources and guides.
 TEST(Options, WordsThatLoadersAddAreListedAndIgnored) {
     struct Case {
         std::string_view text;
         std::vector<std::string_view> ignored;
     };
     const Case cases[] = {
-        // Firecracker without arguments of the user's, and with a root disk and PCI off
+        // Firecracker without user arguments, and with a root disk and PCI off
         {"reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce pci=off "
          "root=/dev/vda rw job=boot",
          {"reboot=k", "panic=1", "nomodule", "8250.nr_uarts=0", "i8042.noaux", "i8042.nomux", "i8042.dumbkbd",

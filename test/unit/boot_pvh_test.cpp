@@ -15,7 +15,7 @@ struct Memory final : PhysicalReader, Pieces {
     bool read(u64 address, std::span<std::byte> into) override { return copy(address, into.data(), into.size()); }
 };
 
-// Typed from xen/include/public/arch-x86/hvm/start_info.h, not from the structures under test.
+// Written from xen/include/public/arch-x86/hvm/start_info.h, not from the structures under test.
 std::vector<std::uint8_t> golden_start_info() {
     // magic "xEn3" with the top bit, version, flags, modules
     return {0x78, 0xc5, 0x6e, 0x33, 1,    0,    0, 0, 0, 0, 0, 0,
@@ -73,7 +73,7 @@ TEST_F(Pvh, Version0HasNoMapAndMayBeShort) {
     EXPECT_TRUE(notes->no_memory_map);
     EXPECT_EQ(info->range_count, 0u);
     EXPECT_EQ(info->cmdline_text(), "job=boot log=debug");
-    bytes[4] = 1; // claims the longer structure, which is not there
+    bytes[4] = 1; // claims the longer structure, which is absent
     memory.put(0x500, bytes);
     EXPECT_EQ(gather().error().code, Code::protocol);
 }
@@ -100,7 +100,7 @@ TEST_F(Pvh, WrongMagicAndPointersToNowhere) {
 }
 
 TEST_F(Pvh, PointersOutsideTheMapAreNotRead) {
-    // The fake could read there; the loader's own map says that it is no memory.
+    // The fake could read at this address; but the loader's own map says that it is not memory.
     memory.put_text(0x20003000, std::string("log=debug\0", 10) + std::string(100, 'x'));
     memory.put(0x20002000, memory[0x2000]);
     auto bytes = golden_start_info();
@@ -160,7 +160,7 @@ TEST_F(Pvh, HugeMapEndsAtTheTable) {
     memory.put(0x500, bytes);
     EXPECT_EQ(gather()->no_memory_map, false);
     EXPECT_EQ(info->range_count, 3u); // the fake ends there
-    bytes[41] = 0;                    // a map that really is that long, at 0x10000
+    bytes[41] = 0;                    // a map of really that length, at 0x10000
     bytes[42] = 1;
     memory.put(0x500, bytes);
     auto& map = memory.at(0x10000, 24 * 1000);
@@ -173,7 +173,7 @@ TEST_F(Pvh, HugeMapEndsAtTheTable) {
     EXPECT_EQ(info->ranges_truncated, 1u);
 }
 
-// All of memory reads as zeroes, but for the start_info: a map whose entries are all empty.
+// All memory reads as zeroes, except for the start_info: a map whose entries are all empty.
 struct EmptyMemory final : PhysicalReader {
     std::vector<std::uint8_t> start_info;
     std::uint64_t reads = 0;
@@ -201,7 +201,7 @@ TEST(PvhMap, CountIsBounded) {
     EXPECT_TRUE(notes->no_memory_map);
     EXPECT_TRUE(notes->memory_map_cut);
     EXPECT_LT(empty.reads, 10'000u);
-    EXPECT_LT(empty.highest, 0x100000u); // the map stands at 0x1000: no device's registers were touched
+    EXPECT_LT(empty.highest, 0x100000u); // the map is at 0x1000: no device register was accessed
 }
 
 TEST_F(Pvh, TheLongestMapIsReadToItsEnd) {
@@ -237,7 +237,7 @@ TEST_F(Pvh, WhatAFullTableHasNoRoomForIsStillProtected) {
     memory.put(0x500, bytes);
     auto& map = memory.at(0x10000, 24 * 400);
     for (usize i = 0; i < 400; ++i) {
-        // 396 pieces of 1 MiB, each with a gap behind it; then what is reserved in them.
+        // 396 pieces of 1 MiB, each followed by a gap; then reserved ranges in them.
         put_number(map, 24 * i, 0x100000 + 0x200000 * i);
         put_number(map, 24 * i + 8, 0x100000);
         map[24 * i + 16] = 1;
@@ -287,7 +287,7 @@ TEST_F(Pvh, RandomBytesNeverLeaveABrokenBootInfo) {
     }
 }
 
-// What a byte of memory may be used for, before and after: normalise() must agree with "the least usable kind wins"
+// The permitted use of each byte of memory, before and after: normalise() must follow "the least usable kind wins"
 // everywhere.
 int rank(MemoryKind kind) {
     switch (kind) {
@@ -300,8 +300,8 @@ int rank(MemoryKind kind) {
     default: return 4;
     }
 }
-/// The rank of each of the first `cells` pages, as the ranges say; -1: in none. The ranges must be in order, apart and
-/// not empty.
+/// The rank of each of the first `cells` pages according to the ranges; -1: in none. The ranges must be sorted,
+/// disjoint and not empty.
 std::vector<int> painted(const BootInfo& info, u32 cells) {
     std::vector<int> seen(cells, -1);
     u64 last_end = 0;
@@ -353,7 +353,7 @@ TEST(Normalise, AFullTableKeepsTheImage) {
     normalise(*info);
     EXPECT_TRUE(is_valid(*info));
     EXPECT_EQ(info->ranges_truncated, 1u);
-    EXPECT_EQ(info->ranges[0].kind, MemoryKind::kernel); // 1 MiB below the image had to go, 6 MiB above it stay
+    EXPECT_EQ(info->ranges[0].kind, MemoryKind::kernel); // 1 MiB below the image was dropped, 6 MiB above it remain
     EXPECT_EQ(info->ranges[0].base, 0x200000u);
     EXPECT_EQ(info->ranges[0].size, 0x5000u);
     EXPECT_EQ(info->ranges[1].base, 0x205000u);
@@ -373,7 +373,7 @@ TEST(ClipRanges, OnlyWhatWouldBeMapped) {
     auto info = std::make_unique<BootInfo>();
     begin(*info, Entry::pvh, 0);
     add_range(*info, 0, 0x80000000, MemoryKind::usable);
-    add_range(*info, 0xfd00000000, 0x300000000, MemoryKind::reserved); // as QEMU tells of every machine
+    add_range(*info, 0xfd00000000, 0x300000000, MemoryKind::reserved); // as QEMU reports for every machine
     add_range(*info, end - 0x1000, 0x1000, MemoryKind::acpi_nvs);
     EXPECT_FALSE(clip_ranges(*info, end));
     EXPECT_EQ(info->range_count, 3u);
@@ -445,7 +445,7 @@ TEST(Normalise, RandomFullTablesLoseNoProtection) {
         const std::vector<int> seen = painted(*info, cells);
         for (u32 c = 0; c < cells; ++c) {
             if (seen[c] != -1) {
-                // Among the kinds that nobody uses a range may count as another one.
+                // A range may be replaced by another unused kind.
                 ASSERT_EQ(seen[c] == 0 ? expected[c] : 0, 0) << "round " << round << ", cell " << c;
                 ASSERT_NE(expected[c], -1) << "round " << round << ", cell " << c;
             }

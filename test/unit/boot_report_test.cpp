@@ -1,4 +1,4 @@
-// What is printed of the loader's and the firmware's tables, and what of them is not used.
+// The printed report about the loader's and the firmware's tables, and about the parts not used.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;

@@ -1,4 +1,4 @@
-// An orderly end before the job is done.
+// A shutdown request before the job is done.
 #include "gtest_macros.hpp"
 #if __has_feature(address_sanitizer)
 #    include <sanitizer/lsan_interface.h>
@@ -43,7 +43,7 @@ struct Kernel {
     Kernel() { EXPECT_TRUE(storvsc.disks.announce(disk, drivers::no_twin)); }
 };
 
-// Plays the driver that hears of the host's wish after a while.
+// Acts as the driver that receives the host's shutdown request after a while.
 io::Task<Result<void>> host(Kernel& k, bool& answered) {
     co_await k.executor.sleep(50'000'000);
     EXPECT_TRUE(k.shutdown.ask("the host"));
@@ -113,7 +113,7 @@ TEST(Shutdown, AJobThatIsDoneEndsAsBefore) {
     EXPECT_EQ(k.disk.flushes, 0u);
 }
 
-// A job whose requests are under way when the end is asked for.
+// A job with requests in flight when the shutdown is requested.
 struct Busy : Kernel {
     Busy() {
         options.job = boot::Job::boot; // reads the first block
@@ -124,7 +124,7 @@ struct Busy : Kernel {
 
 TEST(Shutdown, WhatIsUnderWayEndsBeforeTheJobDies) {
     Busy k;
-    k.disk.behaviour.latency = 300'000'000; // asked for after 50 ms
+    k.disk.behaviour.latency = 300'000'000; // requested after 50 ms
     bool answered = false;
     const auto outcome = k.executor.run(both(k, answered));
     ASSERT_TRUE(outcome);
@@ -136,21 +136,21 @@ TEST(Shutdown, WhatIsUnderWayEndsBeforeTheJobDies) {
     EXPECT_TRUE(answered);
 }
 
-// LeakSanitizer does not look for what is allocated in its life.
+// LeakSanitizer ignores allocations made during its lifetime.
 struct NoLeakCheck {
 #if __has_feature(address_sanitizer)
     NoLeakCheck() { __lsan_disable(); }
     ~NoLeakCheck() { __lsan_enable(); }
 #else
-    NoLeakCheck() {} // not trivial: the variable is used
+    NoLeakCheck() {} // nontrivial, so that the variable counts as used
 #endif
     NoLeakCheck(const NoLeakCheck&) = delete;
     NoLeakCheck& operator=(const NoLeakCheck&) = delete;
 };
 
 TEST(Shutdown, MemoryThatTheHostMayStillReachIsGivenUp) {
-    const NoLeakCheck given_up; // the job's memory is never freed, and that is what is tested
-    static Busy k;              // what is given up stays
+    const NoLeakCheck given_up; // the job's memory is deliberately leaked, which this tests
+    static Busy k;              // leaked memory remains in use
     k.disk.behaviour.never_answers = true;
     bool answered = true;
     const auto outcome = k.executor.run(both(k, answered));
@@ -160,7 +160,8 @@ TEST(Shutdown, MemoryThatTheHostMayStillReachIsGivenUp) {
     EXPECT_EQ(k.dma.outstanding, 1u) << "not freed";
 }
 
-// A job with 32 requests on a disk that takes 250 ms for each: asked to end after 50 ms, the last one ends after 8 s.
+// A job with 32 requests on a disk that takes 250 ms each: the request arrives after 50 ms, the last one completes
+// after 8 s.
 struct SlowDisk : Kernel {
     SlowDisk() {
         options.job = boot::Job::bench;
@@ -187,10 +188,10 @@ TEST(Shutdown, ASlowDiskThatAnswersIsWaitedFor) {
     EXPECT_LE(k.clock.time, 9'000'000'000u);
 }
 
-// Slow at first, and then dead: found one time-out after its last answer.
+// Slow at first, then dead: detected one time-out after its last completion.
 TEST(Shutdown, ASlowDiskThatDiesIsGivenUp) {
     static SlowDisk k;
-    k.disk.set_timeout(20'000'000'000); // what ends the flush
+    k.disk.set_timeout(20'000'000'000); // ends the flush
     static Instant died = 0;
     k.clock.on_idle = [](void*) {
         if (k.disk.counters().completed == 5 && died == 0) {
@@ -219,7 +220,7 @@ TEST(Shutdown, ASlowDiskThatDiesIsGivenUp) {
     EXPECT_EQ(k.disk.forgotten, 0u);
 }
 
-// Disks of one host, and lanes of one disk, wait for each other: none is silent while another one is answered.
+// Disks of one host, and lanes of one disk, wait for each other: none is silent while another one makes progress.
 TEST(Shutdown, ADiskBehindASlowOneIsNotSilent) {
     SlowDisk k;
     static SlowDisk* all = nullptr;

@@ -1,5 +1,5 @@
-// The loader's calls against a firmware that does what the UEFI specification promises and refuses everything else:
-// what EDK II allows beyond it others do not (rust-hypervisor-firmware fails a read that is longer than the file, and
+// The loader's calls against a firmware that does exactly what the UEFI specification promises and rejects everything
+// else: some firmware is stricter than EDK II (rust-hypervisor-firmware fails a read that is longer than the file, and
 // prints at most 128 characters).
 #include "gtest_macros.hpp"
 #include <cstdint>
@@ -25,7 +25,7 @@ struct OpenedFile {
     u64 position = 0;
 };
 
-// Calls have no context: the firmware is one, and made anew for each test.
+// Firmware calls have no context, so there is one global instance, recreated for each test.
 struct Firmware {
     BootServices boot{};
     LoadedImage image{};
@@ -34,13 +34,13 @@ struct Firmware {
     std::vector<OpenedFile*> open;
     std::vector<std::string> broken_rules;
     bool has_volume = true;
-    u64 chunk = ~u64{0};       // bytes that one read gives at most
-    u64 lies_about_length = 0; // bytes that FileInfo tells too many
+    u64 chunk = ~u64{0};       // maximum bytes per read
+    u64 lies_about_length = 0; // bytes by which FileInfo overstates the length
     u64 descriptors = 20;
     u64 stride = 48; // longer than today's descriptor, as the specification allows
     u32 version = 1;
     u64 key = 1;
-    u64 grows_by = 0; // descriptors, at the next map that is asked for
+    u64 grows_by = 0; // descriptors added at the next map request
     int exits_to_fail = 0;
     bool exit_was_tried = false;
     bool left = false;
@@ -92,7 +92,7 @@ Status exit_boot_services(Handle, u64 key) {
     fw->exit_was_tried = true;
     if (fw->exits_to_fail > 0) {
         --fw->exits_to_fail;
-        ++fw->key; // a timer's handler has allocated
+        ++fw->key; // a timer handler has allocated memory
         return invalid_parameter;
     }
     fw->left = key == fw->key;
@@ -309,7 +309,7 @@ TEST_F(UefiFirmware, TablesThatAreThere) {
     EXPECT_EQ(find_framebuffer(firmware.boot).base, 0u);
 }
 
-// At most 127 characters at once, the line end among them, a terminator behind.
+// At most 127 characters per call, including the line end, followed by a terminator.
 TEST_F(UefiFirmware, LinesGoOutInPieces) {
     for (const usize size : {0u, 1u, 124u, 125u, 126u, 127u, 128u, 250u, 252u, 253u, 400u, 1000u}) {
         std::string text(size, 'x');

@@ -9,8 +9,8 @@ namespace {
 using namespace fl;
 using namespace fl::boot;
 
-// Descriptors as the firmware lays them out, byte by byte from the specification: type at 0, physical start at 8,
-// virtual start at 16, number of pages at 24, attributes at 32; the stride is longer, as real firmware's is.
+// Descriptors as laid out by the firmware, byte by byte from the specification: type at 0, physical start at 8, virtual
+// start at 16, number of pages at 24, attributes at 32; the stride is larger, as with real firmware.
 struct Map {
     static constexpr std::size_t stride = 48;
     std::vector<std::byte> bytes;
@@ -52,13 +52,13 @@ TEST(UefiMemoryMap, NamesEveryType) {
         MemoryKind::reserved,         // 13 EfiPalCode
         MemoryKind::persistent,       // 14 EfiPersistentMemory
         MemoryKind::reserved,         // 15 EfiUnacceptedMemoryType
-        MemoryKind::reserved,         // 16: not yet named
+        MemoryKind::reserved,         // 16: not defined yet
     };
     for (std::uint32_t type = 0; type < std::size(expected); ++type) {
         EXPECT_EQ(uefi::kind_of(type, 0xf), expected[type]) << type;
     }
-    EXPECT_EQ(uefi::kind_of(0x80000000, 0xf), MemoryKind::reserved);       // an operating system's own
-    EXPECT_EQ(uefi::kind_of(7, 0x8000000000000000), MemoryKind::reserved); // the firmware goes on using it
+    EXPECT_EQ(uefi::kind_of(0x80000000, 0xf), MemoryKind::reserved);       // defined by an operating system
+    EXPECT_EQ(uefi::kind_of(7, 0x8000000000000000), MemoryKind::reserved); // the firmware keeps using it
     EXPECT_EQ(uefi::kind_of(7, 0x40000), MemoryKind::reserved);            // special purpose
 }
 
@@ -101,7 +101,7 @@ TEST(UefiMemoryMap, AMapOfManyPiecesStillFits) {
     for (std::uint64_t i = 0; i < 4000; ++i) {
         map.add(i % 2 == 0 ? 4 : 7, 0x100000 + i * 0x1000, 1); // all usable: one range
     }
-    // In reverse, so that no piece joins the one before it.
+    // In reverse order, so that no piece merges with the previous one.
     for (std::uint64_t i = 600; i-- > 0;) {
         map.add(7, 0x10000000 + i * 0x1000, 1);
     }
@@ -195,7 +195,7 @@ TEST(UefiWindows, CoverTheFirstFourGibAndAllMemory) {
     const auto windows = uefi::windows_of(map.bytes, Map::stride);
     ASSERT_TRUE(windows);
     const auto w = windows->view();
-    ASSERT_EQ(w.size(), 3u); // not the device's
+    ASSERT_EQ(w.size(), 3u); // device ranges are excluded
     EXPECT_EQ(w[0].begin, 0u);
     EXPECT_EQ(w[0].end, 4 * gib);
     EXPECT_EQ(w[1].begin, 5 * gib);

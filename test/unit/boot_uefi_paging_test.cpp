@@ -13,7 +13,7 @@ using namespace fl::boot;
 constexpr std::uint64_t gib = 1ull << 30;
 constexpr std::uint64_t mib = 1ull << 20;
 
-// A processor's walk of four levels, written from the manual: bit 0 present, bit 1 writable, bit 7 a page instead of a
+// A processor's four-level page walk, written from the manual: bit 0 present, bit 1 writable, bit 7 a page instead of a
 // table.
 struct Machine {
     std::uint64_t at = 0x7654000;
@@ -94,7 +94,7 @@ TEST(UefiPaging, RefusesMistakes) {
     EXPECT_FALSE(tables->map(2 * mib, 2 * mib, 2 * mib, false)); // inside a huge page
     EXPECT_TRUE(tables->map(gib, gib, 2 * mib, true));
     EXPECT_FALSE(tables->map(gib, gib, 2 * mib, false));
-    EXPECT_FALSE(tables->map(gib, gib, gib, true)); // a table stands there
+    EXPECT_FALSE(tables->map(gib, gib, gib, true)); // there is a table already
 }
 
 } // namespace

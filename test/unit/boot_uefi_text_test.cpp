@@ -73,13 +73,13 @@ TEST(UefiCommandLineFile, BecomesOneLine) {
     EXPECT_EQ(file(std::string("a=1\0b=2\x7f", 8)), "a=1 b=2");
     EXPECT_EQ(file(" \n"), "");
     EXPECT_EQ(file(""), "");
-    EXPECT_EQ(file("d=\xc3\xa9"), "d=\xc3\xa9"); // for the command line's own parser to refuse
+    EXPECT_EQ(file("d=\xc3\xa9"), "d=\xc3\xa9"); // rejected later, by the command line parser
     EXPECT_EQ(file(std::string("\xff\xfej\0=\0", 6)), "error");
     EXPECT_EQ(file(std::string("\xfe\xff\0j", 4)), "error");
     EXPECT_EQ(file("\xff\xfe"), "error");
-    EXPECT_EQ(file(std::string("j\0o\0b\0=\0", 8)), "error"); // UTF-16 without a mark
+    EXPECT_EQ(file(std::string("j\0o\0b\0=\0", 8)), "error"); // UTF-16 without a byte order mark
     EXPECT_EQ(file(std::string("\0j\0o\0b\0=", 8)), "error");
-    EXPECT_EQ(file(std::string("j\0", 2)), "j"); // too short to tell
+    EXPECT_EQ(file(std::string("j\0", 2)), "j"); // too short to detect
 }
 
 // PciRoot(0)/Pci(1,0)/Serial(0)/Uart(115200,8,N,1)/VenVt100()/End, node by node from the specification.
@@ -97,7 +97,7 @@ std::vector<std::byte> serial_console(int uid) {
                      0x7f, 0xff, 0x04, 0x00});
 }
 
-// Video first, then the serial port, as one variable.
+// First the video device, then the serial port, as one variable.
 std::vector<std::byte> video_and(std::vector<std::byte> second) {
     auto path = bytes_of({0x02, 0x01, 0x0c, 0x00, 0xd0, 0x41, 0x03, 0x0a, 0,    0,    0,    0,
                           0x01, 0x01, 0x06, 0x00, 0x00, 0x02, //
@@ -116,8 +116,8 @@ TEST(UefiDevicePath, FindsCom1) {
 
 TEST(UefiDevicePath, MalformedPathsLeadNowhere) {
     const auto good = serial_console(0);
-    // The UART's node ends at byte 49: every shorter path has no whole one. Own allocations, so that the sanitizer sees
-    // a read behind the end.
+    // The UART's node ends at byte 49: no shorter path contains all of it. Separate allocations, so that the sanitizer
+    // detects reads past the end.
     for (std::size_t size = 0; size < 49; ++size) {
         const std::vector<std::byte> cut(good.begin(), good.begin() + static_cast<std::ptrdiff_t>(size));
         EXPECT_FALSE(uefi::leads_to_com1(cut)) << size;

@@ -45,7 +45,7 @@ Bytes table(const char* signature, const Bytes& body) {
 // local APIC at 0xfee00000, 8259s present
 const Bytes madt_body = {
     0x00, 0x00, 0xe0, 0xfe, 1, 0, 0, 0, 0, 8, 0, 0, 1, 0, 0, 0, 0, 8, 1, 1, 1, 0, 0, 0, // two processors
-    // one that is not there
+    // a disabled one
     0, 8, 2, 2, 0, 0, 0, 0,
     // IOAPIC at 0xfec00000, from GSI 0
     1, 12, 0, 0, 0x00, 0x00, 0xc0, 0xfe, 0, 0, 0, 0, 2, 10, 0, 0, 2, 0, 0, 0, 0, 0, // IRQ 0 is GSI 2
@@ -144,7 +144,7 @@ TEST_F(Acpi, Version1) {
 TEST_F(Acpi, Version2PrefersTheXsdt) {
     rsdp(0xf5250, 2);
     EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->tables, 2u);
-    memory[0x7fe5000][40] ^= 1; // a broken XSDT: the RSDT still counts
+    memory[0x7fe5000][40] ^= 1; // a broken XSDT: the RSDT is still used
     EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->tables, 3u);
     rsdp(0xf5250, 2);
     memory[0x7fe5000][40] ^= 1;
@@ -164,7 +164,7 @@ TEST_F(Acpi, ExtendedFieldsWinOverTheOldOnes) {
     EXPECT_EQ(t->fadt->dsdt, 0x123456789000u);
     EXPECT_EQ(t->fadt->pm1a_control, 0x1804);
     EXPECT_EQ(t->fadt->pm_timer, 0x1808);
-    put(b, 112 - 36, 1 << 20, 4); // hardware reduced: none of these counts …
+    put(b, 112 - 36, 1 << 20, 4); // hardware reduced: none of these is used …
     put(b, 91 - 36, 0, 1);
     put(b, 244 - 36, 0, 1);
     put(b, 248 - 36, 0xfea00000, 8);
@@ -189,7 +189,7 @@ TEST_F(Acpi, SearchesTheBiosAreaAndTheEbda) {
     memory.put(0x7fe4000, other[0x7fe4000]);
     std::copy(r.begin(), r.end(), bios.begin() + 0x15250);
     EXPECT_EQ(acpi::read_tables(memory, 0)->rsdp, 0xf5250u);
-    std::copy(r.begin(), r.end(), bios.begin() + 0x15008 - 8); // a first one with a bad checksum is passed over
+    std::copy(r.begin(), r.end(), bios.begin() + 0x15008 - 8); // a first one with a bad checksum is skipped
     bios[0x15000 + 9] ^= 1;
     EXPECT_EQ(acpi::read_tables(memory, 0)->rsdp, 0xf5250u);
     memory.put(0x400, Bytes(0x100));
@@ -255,7 +255,7 @@ TEST_F(Acpi, ProcessorsOfTheMadt) {
     local(0, 1);
     local(2, 1);
     local(3, 0);       // disabled
-    local(4, 2);       // online capable: not there yet
+    local(4, 2);       // online capable: not present yet
     extended(2, 0, 1); // listed before
     extended(0, 1, 1); // 256
     memory.put(0x7fe2000, table("APIC", b));
@@ -285,13 +285,13 @@ TEST_F(Acpi, MadtEntriesThatCannotBeEndTheWalk) {
     EXPECT_EQ(t->madt->io_apic_count, 0u);
     EXPECT_EQ(t->madt->bytes_dropped, madt_body.size() - 24u) << "all from the entry on is told";
     b = madt_body;
-    b[b.size() - 5] = 200; // the last one leaves the table
+    b[b.size() - 5] = 200; // the last one extends past the table
     memory.put(0x7fe2000, table("APIC", b));
     t = acpi::read_tables(memory, 0xf5250);
     EXPECT_EQ(t->madt->override_count, 3u);
     EXPECT_EQ(t->madt->bytes_dropped, 6u);
     b = madt_body;
-    for (int i = 0; i < 70; ++i) { // more than there is room for
+    for (int i = 0; i < 70; ++i) { // more than fit
         b.insert(b.end(), {1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 10, 0, 3, 3, 0, 0, 0, 0, 0});
     }
     for (int i = 0; i < 100; ++i) {
@@ -341,7 +341,7 @@ TEST_F(Acpi, ConfigurationSpaceInMemory) {
     EXPECT_EQ(acpi::read_tables(memory, 0xf5250)->all_damages()[0].name(), "MCFG");
 }
 
-// As iasl writes them: Name (_HID, EisaId ("PNP0A08")), Name (_CID, EisaId ("PNP0A03")), Name (_BBN, 0x80).
+// As compiled by iasl: Name (_HID, EisaId ("PNP0A08")), Name (_CID, EisaId ("PNP0A03")), Name (_BBN, 0x80).
 const Bytes hid_a08 = {0x08, '_', 'H', 'I', 'D', 0x0c, 0x41, 0xd0, 0x0a, 0x08};
 const Bytes cid_a03 = {0x08, '_', 'C', 'I', 'D', 0x0c, 0x41, 0xd0, 0x0a, 0x03};
 const Bytes hid_a03 = {0x08, '_', 'H', 'I', 'D', 0x0c, 0x41, 0xd0, 0x0a, 0x03};
@@ -375,7 +375,7 @@ TEST_F(Acpi, RootBridges) {
     // one that returns a constant
     found = with({hid_a03, hid_a03, {0x14, 0x09, '_', 'B', 'B', 'N', 0x00, 0xa4, 0x0a, 0x42}});
     EXPECT_TRUE(found.gives(0x42) && !found.others());
-    // one that begins otherwise
+    // one that begins differently
     found = with({hid_a03, hid_a03, {0x14, 0x0c, '_', 'B', 'B', 'N', 0x00, 0x70, 'B', 'U', 'S', '0', 0x60}});
     EXPECT_TRUE(found.numbered == 0 && found.others());
     EXPECT_EQ(with({{0x08, '_', 'H', 'I', 'D', 0x0d, 'P', 'N', 'P', '0', 'A', '0', '8', 0}}).bridges, 1u);
@@ -469,7 +469,7 @@ TEST_F(Acpi, FindsS5InAnySsdt) {
     broken.back() ^= 1;
     add(broken);
     add(table("OEM1", other));
-    tables.ssdts[tables.ssdt_count++] = 0x7ffffff0000; // nothing is there
+    tables.ssdts[tables.ssdt_count++] = 0x7ffffff0000; // unmapped
     EXPECT_EQ(acpi::find_s5(memory, tables).error().message,
               "ACPI: no \\_S5, and a DSDT or SSDT is missing or damaged");
     Bytes late(1500, 0xa3);
@@ -501,7 +501,7 @@ TEST_F(Acpi, FindsPvpanicWhereverItIs) {
         body.insert(body.end(), device.begin(), device.end());
         memory.put(0x7000000, table("DSDT", body));
         EXPECT_EQ(acpi::find_pvpanic(memory, 0x7000000), 0x505) << filler;
-        body.resize(body.size() - 5); // cut in the descriptor
+        body.resize(body.size() - 5); // truncated in the descriptor
         memory.put(0x7000000, table("DSDT", body));
         EXPECT_FALSE(acpi::find_pvpanic(memory, 0x7000000)) << filler;
     }
@@ -520,7 +520,8 @@ TEST_F(Acpi, S5ThatIsNone) {
     EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x0a, 0x06, 0x04, 0x01, 0x01, 0x00, 0x00})); // not a Package
     // length bytes beyond the end
     EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x12, 0xff, 0x04, 0x01, 0x01}));
-    EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x0a, 0x55, 0x00, 0x00, 0x00})); // no 3-bit number
+    // not a 3-bit number
+    EXPECT_FALSE(with({0x08, '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x0a, 0x55, 0x00, 0x00, 0x00}));
     EXPECT_TRUE(with({0x08, '\\', '_', 'S', '5', '_', 0x12, 0x06, 0x04, 0x00, 0x00, 0x00, 0x00}));
     EXPECT_FALSE(acpi::find_s5(memory, with_dsdt(0)));
     EXPECT_FALSE(acpi::find_s5(memory, {}));

@@ -38,7 +38,7 @@ struct Machine {
     explicit Machine(u32 bits = 52) {
         EXPECT_TRUE(space.create({.no_execute = true, .gigabyte_pages = true, .physical_end = u64{1} << bits}));
     }
-    // Every page of the range is mapped there, uncached.
+    // Every page of the range is mapped at that address, uncached.
     void check(u64 address, u64 physical, u64 size) const {
         for (u64 done = 0; done < size;) {
             const auto there = space.find(address + done);
@@ -52,7 +52,7 @@ struct Machine {
     }
 };
 
-// Typed here, not taken from the map: what a mapping of any physical address must not touch.
+// Literal values, not taken from the map: what a mapping of any physical address must not touch.
 TEST(AddressMap, TheRegionsAreApart) {
     EXPECT_TRUE(are_apart(address_regions));
     EXPECT_EQ(direct_map.begin + (u64{1} << 46), 0xffffc00000000000u);
@@ -108,7 +108,7 @@ TEST(MmioSpace, WindowsDoNotMeet) {
     const u64 base = 0xf00000000000;
     const u64 first = *m.mmio.map(base, 0x4000);
     const u64 second = *m.mmio.map(base + 0x10000000000, 3_GiB);
-    const u64 third = *m.mmio.map(base + 0x4000, 0x4000); // the neighbour of the first
+    const u64 third = *m.mmio.map(base + 0x4000, 0x4000); // adjacent to the first
     m.check(first, base, 0x4000);
     m.check(second, base + 0x10000000000, 3_GiB);
     m.check(third, base + 0x4000, 0x4000);
@@ -116,7 +116,7 @@ TEST(MmioSpace, WindowsDoNotMeet) {
     for (const u64 end : {first + 0x4000, second + 3_GiB, third + 0x4000}) {
         EXPECT_FALSE(m.space.find(end)) << "a gap after each";
     }
-    // Inside of one: the same. Beyond its end: another one, for all of it.
+    // Within an existing mapping: the same address. Past its end: a new mapping for all of it.
     EXPECT_EQ(*m.mmio.map(base + 0x1004, 8), first + 0x1004);
     EXPECT_EQ(*m.mmio.map(base + 0x10000000000 + 2_GiB + 0x5000, 0x1000), second + 2_GiB + 0x5000);
     const u64 both = *m.mmio.map(base, 0x8000);
@@ -162,7 +162,7 @@ TEST(MmioSpace, MemoryIsNoPlaceForRegisters) {
 TEST(MmioSpace, WhatIsMappedStaysAndGapsAreFilled) {
     Machine m;
     ASSERT_TRUE(m.mmio.map(0xfeb03000, K4));
-    ASSERT_TRUE(m.mmio.map(0xfea00000, 0x200000)); // 2 MiB page below it, and what was missing around it
+    ASSERT_TRUE(m.mmio.map(0xfea00000, 0x200000)); // 2 MiB page below it, and the missing part around it
     m.check(mmio_map.begin + 0xfea00000, 0xfea00000, 0x200000);
     const u64 at = *m.mmio.map(0xfeb02ffe, 4);
     EXPECT_EQ(at, mmio_map.begin + 0xfeb02ffe);
@@ -177,7 +177,7 @@ TEST(AddressMap, CountsWhatIsNotMapped) {
     EXPECT_EQ(m.space.unmapped(base + 2_GiB + 0x6000, K4), K4);
     EXPECT_EQ(m.space.unmapped(base + 2_GiB + 0x6000, 8 * TiB), 8 * TiB);
     EXPECT_EQ(m.space.unmapped(base, 0x1000), 0x1000u);
-    // From the middle of an absent table up to a page right after it.
+    // From the middle of an absent table to just after it.
     ASSERT_TRUE(m.space.map(base + 5_GiB, 0x5000, K4, {}));
     EXPECT_EQ(m.space.unmapped(base + 4_GiB + 512_MiB, 1_GiB), 512_MiB);
 }

@@ -1,5 +1,5 @@
-// The time stamp counter against model timers: what one disturbed sample, a timer that wraps, one that stands still,
-// and a pause of the machine do to the result.
+// The time stamp counter against model timers: the effect of a disturbed sample, a wrapping timer, a stopped timer and
+// a pause of the machine.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -12,20 +12,20 @@ using namespace fl;
 constexpr u64 pm_hz = 3'579'545;
 constexpr u64 pit_hz = 1'193'182;
 
-/// A machine with a counter and a timer. Time passes with each reading.
+/// A machine with a counter and a timer. Each reading takes time.
 struct Model {
     double tsc_hz = 2.4e9;
     double timer_hz = pm_hz;
     u64 mask = 0xffffff;
-    double reading = 1e-6; // seconds that a reading takes
+    double reading = 1e-6; // seconds per reading
     u64 first_value = 0;
     bool counts = true;
     std::function<void(Model&)> disturb; // before each reading
-    // seconds between the timer's value and the second look at the counter, for one reading
+    // seconds between the timer's value and the second reading of the counter, for one reading
     double late = 0;
 
     double time = 1.0;
-    double timer_time = 0; // that the timer has counted
+    double timer_time = 0; // time counted by the timer
     double extra_cycles = 0;
     u32 readings = 0;
 
@@ -64,7 +64,7 @@ void expect_within(const Calibration& found, double hz, double parts_per_million
 
 TEST(Calibration, FiveSamplesOfAQuietMachineInAThirdOfAMillisecond) {
     Model m;
-    m.reading = 20e-9; // edges are seen
+    m.reading = 20e-9; // edges are detected
     const double begin = m.time;
     const Calibration found = m.run();
     expect_within(found, 2.4e9, 200);
@@ -88,7 +88,7 @@ TEST(Calibration, ReadingsThatExitAreLessSharpAndStillGood) {
 TEST(Calibration, ColdCodeSpoilsOnlyWhatIsNotCounted) {
     Model m;
     m.reading = 20e-9;
-    // Translation: the first readings take microseconds, after the value was read.
+    // Binary translation: the first readings take microseconds after the value has been read.
     m.disturb = [](Model& self) {
         if (self.readings <= 40 || self.readings == 200) {
             self.late = 4e-6;
@@ -102,7 +102,7 @@ TEST(Calibration, TheTimersWrap) {
         Model m;
         m.timer_hz = mask == 0xffff ? pit_hz : pm_hz;
         m.mask = mask;
-        m.first_value = mask - 300; // behind the second sample or so
+        m.first_value = mask - 300; // wraps after about the second sample
         const Calibration found = m.run();
         expect_within(found, 2.4e9, 2500);
         EXPECT_EQ(found.agreeing, found.samples);
@@ -110,8 +110,8 @@ TEST(Calibration, TheTimersWrap) {
 }
 
 TEST(Calibration, SamplesAcrossWhichTheMachineStoodStillAreLeftOut) {
-    // The counter runs on and the timer does not (a paused virtual machine); then the other way round (the counter was
-    // put back).
+    // The counter advances and the timer does not (a paused virtual machine); then vice versa (the counter was set
+    // back).
     for (const double cycles : {2.4e9 * 7, 2.4e9 * 50e-6, -2.4e9 * 30e-6}) {
         Model m;
         m.reading = 20e-9;
@@ -127,7 +127,7 @@ TEST(Calibration, SamplesAcrossWhichTheMachineStoodStillAreLeftOut) {
     }
 }
 
-TEST(Calibration, APauseInWhichBothRunOn) { // SIGSTOP of the monitor: also longer than the timer can count
+TEST(Calibration, APauseInWhichBothRunOn) { // SIGSTOP of the monitor: also longer than the timer's range
     for (const double seconds : {1e-3, 0.060, 7.0}) {
         for (const bool pit : {false, true}) {
             Model m;
@@ -146,14 +146,14 @@ TEST(Calibration, APauseInWhichBothRunOn) { // SIGSTOP of the monitor: also long
 
 TEST(Calibration, ATimerThatStandsStillCostsItsReadingsAndNoMore) {
     Model absent;
-    absent.counts = false; // a port that nobody answers: all ones
+    absent.counts = false; // an unassigned port: all ones
     absent.reading = 50e-6;
     const Calibration found = absent.run(200);
     EXPECT_EQ(found.hz, 0u);
     EXPECT_LE(absent.readings, 201u);
     EXPECT_LE(absent.time, 1.0 + 11e-3);
 
-    Model stops; // and one that stops after it had begun
+    Model stops; // stops after it has started
     stops.disturb = [](Model& self) { self.counts = self.readings < 100; };
     EXPECT_EQ(stops.run(200).hz, 0u);
     EXPECT_LE(stops.readings, 302u);
@@ -183,7 +183,7 @@ TEST(Calibration, NoiseThatAgreesWithNothingIsNoResult) {
 }
 
 TEST(Timeline, ACorrectionNeverGoesBack) {
-    Timeline fast(1000, 1'000'000'000); // assumed; in truth 2.5 GHz: instants run 2.5 times too fast
+    Timeline fast(1000, 1'000'000'000); // assumed; actually 2.5 GHz, so time runs 2.5 times too fast
     EXPECT_EQ(fast.at(1000), 0u);
     EXPECT_EQ(fast.at(1000 + 2'500'000), 2'500'000u);
     fast.correct(1000 + 2'500'000, 2'500'000'000);
@@ -192,13 +192,13 @@ TEST(Timeline, ACorrectionNeverGoesBack) {
     EXPECT_NEAR(static_cast<double>(fast.at(1000 + 5'000'000)), 3'500'000, 1);
     EXPECT_EQ(fast.hz(), 2'500'000'000u);
 
-    Timeline slow(1000, 2'000'000'000); // in truth 1 GHz
+    Timeline slow(1000, 2'000'000'000); // actually 1 GHz
     slow.correct(1000 + 1'000'000, 1'000'000'000);
     EXPECT_EQ(slow.at(1000 + 1'000'000), 1'000'000u) << "set forward to the true time";
     EXPECT_EQ(slow.ahead(), 0u);
     EXPECT_EQ(slow.at(1000 + 3'000'000), 3'000'000u);
 
-    // A second one is judged by the entry again.
+    // A second correction is also relative to the entry.
     fast.correct(1000 + 10'000'000, 2'500'000'000);
     EXPECT_NEAR(static_cast<double>(fast.at(1000 + 10'000'000)), 5'500'000, 2);
     EXPECT_NEAR(static_cast<double>(fast.ahead()), 1'500'000, 2);

@@ -1,4 +1,4 @@
-// The checks that a release image does without: each of them ends the program where its rule is broken.
+// The debug checks that a release image omits: each ends the program when its rule is violated.
 #include "gtest_macros.hpp"
 #include <cstdio>
 import test.gtest;
@@ -40,7 +40,7 @@ struct Idle final : io::Service {
 TEST_F(Checks, AServiceIsTouchedOnItsProcessor) {
     Idle service;
     executor.add(service);
-    executor.touch(service); // on the right one nothing happens
+    executor.touch(service); // on the right executor nothing happens
     EXPECT_DEATH(
         {
             panics_aloud();

@@ -9,7 +9,7 @@ import core.cpu_registers;
 namespace {
 using namespace fl;
 
-// Bits typed here from [SDM-3 2.5, 11], [SDM-4 2.1] and [SDM-2A CPUID].
+// Bits written from [SDM-3 2.5, 11], [SDM-4 2.1] and [SDM-2A CPUID].
 TEST(CpuRegisters, BitsAreThoseOfTheManual) {
     EXPECT_EQ(Cr0::of(Cr0::write_protect).raw, 0x10000u);
     EXPECT_EQ(Cr0::of(Cr0::paging, Cr0::protection_enable).raw, 0x80000001u);
@@ -68,7 +68,7 @@ TEST(Apic, AnIoApicIsReachedByIndexAndWindow) {
     const IndexedAccess io(register_test::ScriptedAccess(script, "ioapic"));
     script.expect_write(0, 4, 1, "ioapic").expect_read(0x10, 4, 0x00170020, "ioapic");
     EXPECT_EQ(IoVersion::read(io).get(IoVersion::last_entry), 23u);
-    // Pin 11: the destination first, for the lower half unmasks.
+    // Pin 11: the destination first, because the lower half unmasks.
     script.expect_write(0, 4, 0x10 + 2 * 11 + 1, "ioapic").expect_write(0x10, 4, 0x02000000, "ioapic");
     script.expect_write(0, 4, 0x10 + 2 * 11, "ioapic").expect_write(0x10, 4, 0xa031, "ioapic");
     RedirectionHigh{}.set(RedirectionHigh::destination, 2).write(io, 2 * 11);

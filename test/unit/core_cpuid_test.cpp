@@ -43,7 +43,7 @@ TEST(Cpuid, MirroredLeavesAreNoHypervisor) {
     EXPECT_EQ(bases(scan(machines::bare_intel)), "");
     EXPECT_EQ(bases(scan(machines::bare_amd)), "");
     EXPECT_EQ(bases(scan(machines::kvm_hidden)), "");
-    // A mirrored leaf can hold anything: a highest leaf of another block, a name that is not one.
+    // A mirrored leaf can hold anything: a highest leaf of another block, a name that is not printable.
     const CpuidRegisters good{0x40000001, 0x4b4d564b, 0x564b4d56, 0x4d};
     EXPECT_TRUE(hypervisor_at(0x40000000, good));
     EXPECT_FALSE(hypervisor_at(0x40000100, good)) << "its highest leaf lies in another block";
@@ -71,7 +71,7 @@ TEST(Cpuid, KeepsTheLeavesAndCountsWhatItExecuted) {
     EXPECT_FALSE(s.find(0x40000006));
     EXPECT_TRUE(s.invariant_tsc());
     EXPECT_FALSE(s.truncated);
-    // Each address once: CPUID exits.
+    // Each leaf only once: CPUID causes an exit.
     for (const machines::Machine* machine : machines::all) {
         std::set<std::pair<u32, u32>> seen;
         u32 asked = 0;

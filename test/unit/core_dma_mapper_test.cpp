@@ -1,4 +1,4 @@
-// Mapping for devices: every limit at its edge, both models, the pool, and what a device has not let go of.
+// DMA mapping: every limit at its boundary, both models, the pool, and memory that a device may still access.
 #include "gtest_macros.hpp"
 #include <cstdio>
 #include <cstdlib>
@@ -13,7 +13,7 @@ using namespace fl;
 
 namespace {
 
-// Memory at bus addresses of the test's choice.
+// Memory at bus addresses chosen by the test.
 class Memory final : public DmaAllocator {
   public:
     u64 next = 0x10'0000;
@@ -56,7 +56,7 @@ void fill(DmaSpan span, u8 seed) {
 constexpr u64 four_gib = u64{1} << 32;
 constexpr DmaLimits below_4g{.highest = four_gib - 1};
 
-// DmaSegment without a name, for comparison.
+// DmaSegment as an unnamed type, for comparison.
 using Pairs = std::vector<std::pair<u64, u32>>;
 
 class Mapping : public testing::Test {
@@ -76,7 +76,7 @@ class Mapping : public testing::Test {
         }
         return pairs;
     }
-    // Maps without data, ends it, and returns the segments.
+    // Maps without data, unmaps, and returns the segments.
     Pairs split(std::vector<DmaSpan> spans, const DmaLimits& limits) {
         const auto bytes = identity.map(spans, DmaDirection::both, limits, mapping);
         if (!bytes) {
@@ -153,7 +153,7 @@ TEST_F(Mapping, TheSizeOfASegment) {
     EXPECT_EQ(split({at(4096, 8192)}, limits), (Pairs{{4096, 8192}}));
     EXPECT_EQ(split({at(4096, 8193)}, limits), (Pairs{{4096, 8192}, {12288, 1}}));
     EXPECT_EQ(split({at(4096, 4096), at(8192, 4096), at(12288, 1)}, limits), (Pairs{{4096, 8192}, {12288, 1}}));
-    // What follows a full segment has to be aligned as well.
+    // What follows a full segment must be aligned as well.
     EXPECT_EQ(split({at(4096, 2048)}, {.max_segment = 1023, .alignment = 512}),
               (Pairs{{4096, 512}, {4608, 512}, {5120, 512}, {5632, 512}}));
 }
@@ -173,7 +173,7 @@ TEST_F(Mapping, TheNumberOfSegments) {
     EXPECT_EQ(split(three, {.max_segments = 2, .granule = 1024}).size(), 2u);
     EXPECT_EQ(split({at(0x1000, 512), at(0x3000, 1024)}, {.max_segment = 512, .max_segments = 2, .granule = 1024}),
               (Pairs{{0x1000, 512}, {0x3000, 512}}));
-    // 1536 bytes fit, of which one granule is kept: the second segment is cut, the third goes.
+    // 1536 bytes fit, of which one granule is kept: the second segment is cut, the third is dropped.
     EXPECT_EQ(split({at(0x1000, 768), at(0x3000, 512), at(0x5000, 256), at(0x7000, 512)},
                     {.max_segments = 3, .granule = 1024}),
               (Pairs{{0x1000, 768}, {0x3000, 256}}));
@@ -222,14 +222,14 @@ TEST_F(Mapping, WhatTheDeviceReachesIsNotCopied) {
 }
 
 TEST_F(Mapping, ToTheDevice) {
-    const DmaSpan high = memory.place(four_gib - 4095, 10'000); // one byte too far
+    const DmaSpan high = memory.place(four_gib - 4095, 10'000); // one byte past the limit
     fill(high, 3);
     ASSERT_EQ(*bounce.map({&high, 1}, DmaDirection::to_device, below_4g, mapping), 10'000u);
     EXPECT_TRUE(mapping.bounced());
     EXPECT_EQ(memory.limit, four_gib) << "the pool is where the device reaches it";
     const auto bytes = seen(mapping);
     EXPECT_EQ(std::memcmp(bytes.data(), high.data, 10'000), 0);
-    device_writes(mapping, 99); // which it must not
+    device_writes(mapping, 99); // which it must not do
     bounce.unmap(mapping, {&high, 1});
     std::vector<std::byte> expected(10'000);
     fill({expected.data(), 0, 10'000}, 3);
@@ -248,7 +248,7 @@ TEST_F(Mapping, FromTheDevice) {
     std::vector<std::byte> expected(9000);
     fill({expected.data(), 0, 9000}, 4);
     EXPECT_EQ(std::memcmp(expected.data(), high.data, 9000), 0);
-    // An owner that has gone, or a command that failed.
+    // The owner is gone, or the command failed.
     ASSERT_TRUE(bounce.map({&high, 1}, DmaDirection::from_device, below_4g, mapping));
     device_writes(mapping, 77);
     bounce.unmap(mapping, {});
@@ -303,7 +303,7 @@ TEST_F(Mapping, MisalignedMemoryIsBounced) {
 }
 
 TEST_F(Mapping, LimitsHoldForThePoolToo) {
-    memory.next = 0xffff'0000 - 0x1000; // its pages lie across a multiple of 64 KiB
+    memory.next = 0xffff'0000 - 0x1000; // its pages cross a multiple of 64 KiB
     const DmaSpan high = memory.place(four_gib, 32 * 1024);
     fill(high, 1);
     const DmaLimits limits{.highest = four_gib - 1, .boundary = 65536, .max_segment = 6144, .granule = 512};
@@ -315,7 +315,7 @@ TEST_F(Mapping, LimitsHoldForThePoolToo) {
     }
     EXPECT_EQ(std::memcmp(seen(mapping).data(), high.data, high.size), 0);
     bounce.unmap(mapping, {});
-    // A part: three segments of 6144 bytes at most, in sectors.
+    // A partial mapping: at most three segments of 6144 bytes, in whole sectors.
     DmaMapping small(std::span(room).first(2));
     const auto part = bounce.map({&high, 1}, DmaDirection::from_device, limits, small);
     ASSERT_TRUE(part);

@@ -7,7 +7,7 @@ import core.elf;
 namespace {
 using namespace fl;
 
-// Little-endian writes at fixed offsets, typed from the specification and not from the structures under test.
+// Little-endian writes at fixed offsets, from the specification and not from the structures under test.
 struct File {
     std::vector<std::byte> bytes;
 
@@ -52,7 +52,7 @@ File good() {
     f.segment(0, 4, 4, 0x300, 0, 0, 0x20, 0x20, 4);
     f.segment(1, 1, 5, 0x1000, base, 0x200000, 0x800, 0x800, 0x1000);
     f.segment(2, 1, 6, 0x2000, base + 0x2000, 0x202000, 0x400, 0x3000, 0x1000);
-    f.segment(3, 1, 6, 0, 0, 0, 0, 0, 0); // empty: left out
+    f.segment(3, 1, 6, 0, 0, 0, 0, 0, 0); // empty: ignored
     for (std::size_t i = 0x1000; i < 0x2400; ++i) {
         f.bytes[i] = static_cast<std::byte>(i * 7 + 1);
     }
@@ -155,11 +155,11 @@ TEST(Elf, RefusesMoreSegmentsThanItCanHold) {
     }
 }
 
-// Every prefix of a good file is either refused or (never, here) accepted with all its parts inside.
+// Every prefix of a valid file is either rejected or (never, here) accepted with all its parts inside.
 TEST(Elf, EveryShorterFileIsRefused) {
     const File f = good();
     for (std::size_t size = 0; size < f.bytes.size(); size += size < 400 ? 1 : 61) {
-        // An own allocation of the exact size, so that the sanitizer sees a read behind its end.
+        // A separate allocation of the exact size, so that the sanitizer detects a read past its end.
         const std::vector<std::byte> cut(f.bytes.begin(), f.bytes.begin() + static_cast<std::ptrdiff_t>(size));
         EXPECT_FALSE(elf::Image::parse(cut)) << size;
     }

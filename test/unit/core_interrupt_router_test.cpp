@@ -1,4 +1,4 @@
-// The tables of vectors and the redirection entries, on controllers that only remember what was written.
+// The vector tables and redirection entries, on controllers that only record what is written.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -44,7 +44,7 @@ class Hardware final : public InterruptHardware {
     std::function<void()> waiting;
 };
 
-// A device's handler: which processor has called it, and how often.
+// A device's handler: which processors have called it, and how often.
 struct Device {
     int calls = 0;
     u32 on = ~u32{0};

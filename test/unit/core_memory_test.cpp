@@ -33,8 +33,8 @@ TEST(Frames, NeverPageZeroAndLowMemoryOnlyOnDemand) {
     EXPECT_FALSE(a.allocate({.floor = 0}));
 }
 
-// Where further processors start. The maps are those of a PC, of Xen 4.20's PVH (memory from 0 on, without a hole) and
-// two odd ones.
+// Where secondary processors start. The maps are those of a PC, of Xen 4.20's PVH (memory from 0 without a hole) and
+// two unusual ones.
 TEST(Frames, AProcessorStartsWhereAStartupIpiCanNameAFreePage) {
     const auto taken = [](std::initializer_list<FrameAllocator::Range> map) {
         FrameAllocator a;
@@ -65,7 +65,7 @@ TEST(Frames, ReservesAcrossRanges) {
     FrameAllocator a;
     a.add(1 * M, 1 * M);
     a.add(3 * M, 1 * M);
-    a.reserve(1 * M + 4096, 2 * M); // touches one frame more on each side than it fills
+    a.reserve(1 * M + 4096, 2 * M); // overlaps one frame more on each side than it fills
     EXPECT_EQ(a.free_bytes(), 4096 + 1 * M - 4096);
     a.reserve(1 * M + 10, 1);
     EXPECT_EQ(a.free_bytes(), 1 * M - 4096);
@@ -122,7 +122,7 @@ TEST(Frames, AFullListLosesWhatIsGivenBackAndSaysSo) {
     EXPECT_GT(a.lost_bytes(), 0u);
 }
 
-// Against a set of free frames.
+// Compares with a set of free frames.
 TEST(Frames, RandomAgainstAModel) {
     std::mt19937_64 random(1);
     FrameAllocator a;
@@ -146,7 +146,7 @@ TEST(Frames, RandomAgainstAModel) {
             const u64 alignment = 4096u << random() % 5;
             const u64 limit = random() % 3 == 0 ? 9 * M : ~u64{0};
             const auto got = a.allocate({.frames = frames, .alignment = alignment, .limit = limit});
-            // The model's answer: the highest aligned run.
+            // The model's result: the highest aligned run.
             std::optional<u64> best;
             for (const u64 base : model) {
                 bool whole = base % alignment == 0 && base + frames * 4096 <= limit;

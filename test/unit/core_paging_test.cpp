@@ -39,7 +39,7 @@ struct Paging : testing::Test {
     }
 };
 
-// The entries as the processor reads them [SDM-3 4.5], typed here by hand.
+// The entries as the processor reads them [SDM-3 4.5], written by hand.
 TEST_F(Paging, EntriesAreWhatTheProcessorReads) {
     ASSERT_TRUE(space.map(base + 0x5000, 0xabc000, K4, {.write = true}));
     const auto& root = tables.frames.at(space.root());
@@ -59,7 +59,7 @@ TEST_F(Paging, EntriesAreWhatTheProcessorReads) {
 }
 
 TEST_F(Paging, LargestPagesThatFit) {
-    // 4 KiB up to the next 2 MiB, 2 MiB up to the next 1 GiB, one of 1 GiB, and down again.
+    // 4 KiB pages up to the next 2 MiB boundary, 2 MiB up to the next 1 GiB, one of 1 GiB, and down again.
     const u64 begin = G1 - M2 - K4;
     ASSERT_TRUE(space.map(base + begin, begin, M2 + K4 + G1 + M2 + K4, {.write = true}));
     EXPECT_EQ(space.find(base + begin)->page, K4);
@@ -110,7 +110,7 @@ TEST_F(Paging, ATableLeftEmptyTakesPagesAgain) {
 TEST_F(Paging, NoTableLeftLeavesNothing) {
     tables.left = 2;
     EXPECT_EQ(space.map(base, 0, K4, {}).error().code, Code::exhausted);
-    tables.left = 1; // the first leaf table and none behind it: the upper ones are there already
+    tables.left = 1; // the first leaf table and no more: the upper ones exist already
     EXPECT_EQ(space.map(base + M2 - K4, 0, 2 * K4, {}).error().code, Code::exhausted);
     EXPECT_FALSE(space.find(base + M2 - K4));
 }
@@ -128,7 +128,7 @@ TEST_F(Paging, LargePagesAreChangedWhole) {
     EXPECT_EQ(tables.frames.size(), before) << "no table for that";
 }
 
-// A page in the middle of a large one, as the one that processors start in is where memory has no hole below 1 MiB.
+// A page in the middle of a large one, like the processors' startup page if memory has no hole below 1 MiB.
 TEST_F(Paging, LargePagesAreSplitWhereAPartIsChanged) {
     ASSERT_TRUE(space.map(base, 0, M2, {.write = true}));
     const u64 page = 0x9f000;
@@ -141,7 +141,7 @@ TEST_F(Paging, LargePagesAreSplitWhereAPartIsChanged) {
         EXPECT_EQ(space.find(base + at)->protection.write, at != page);
         EXPECT_FALSE(space.find(base + at)->protection.execute);
     }
-    // Forgotten once as a large page, once as the page itself.
+    // Invalidated once as a large page, once as the page itself.
     EXPECT_EQ(tables.invalidated.size(), 2u);
     const u64 pdpt = tables.frames.at(space.root())[256] & 0x000ffffffffff000;
     const u64 pd = tables.frames.at(pdpt)[0] & 0x000ffffffffff000;
@@ -157,7 +157,7 @@ TEST_F(Paging, LargePagesAreSplitWhereAPartIsChanged) {
 
 TEST_F(Paging, AGigabytePageIsSplitAsFarAsNeeded) {
     ASSERT_TRUE(space.map(base + G1, G1, 2 * G1, {.write = true, .uncached = true}));
-    ASSERT_TRUE(space.unmap(base + 2 * G1 - 3 * K4, 3 * K4 + M2 + K4)); // the end of one, the begin of the other
+    ASSERT_TRUE(space.unmap(base + 2 * G1 - 3 * K4, 3 * K4 + M2 + K4)); // the end of one, the start of the next
     EXPECT_EQ(space.find(base + G1)->page, M2);
     EXPECT_EQ(space.find(base + 2 * G1 - M2)->page, K4);
     EXPECT_FALSE(space.find(base + 2 * G1 - 3 * K4));
@@ -179,7 +179,7 @@ TEST_F(Paging, NoTableForASplitChangesNothing) {
             EXPECT_EQ(space.find(base + at)->protection, (Protection{.write = true}));
         }
     }
-    tables.left = 1; // the last one that is needed
+    tables.left = 1; // the last one needed
     EXPECT_TRUE(space.unmap(base + K4, G1 - 2 * K4));
 }
 

@@ -40,7 +40,7 @@ struct Byte : Register<Byte, u8> {
 };
 static_assert(sizeof(Control) == 2 && sizeof(Wide) == 8 && sizeof(Byte) == 1);
 
-// What must not compile; test/fail has the messages.
+// What must not compile; the messages are checked in test/fail.
 template <class F>
 concept CanSet = requires(Control c, F f, typename F::Type v) { c.set(f, v); };
 template <class F>
@@ -111,7 +111,7 @@ TEST(Register, ReservedBitsAreWrittenAsTheManualSays) {
     Control::from(0xffff).write(access);
 }
 
-// A bit that a one clears must not be cleared because another field changes.
+// A write-one-to-clear bit must not be cleared when another field changes.
 TEST(Register, ChangeKeepsWhatAOneWouldClear) {
     AccessScript script;
     ScriptedAccess access(script);
@@ -142,7 +142,7 @@ TEST(RegisterMock, SeesWhatIsUnexpectedMissingWrongAndReordered) {
                   a.template write<u32>(8, 2);
                   a.template write<u32>(4, 1);
               }).size(),
-              2u); // the second is the one that was expected; the first one's place stays empty
+              2u); // the second access is the expected one; the first one's entry remains
     EXPECT_EQ(failures([](auto& s, auto& a) {
                   s.expect_write(4, 4, 1);
                   a.template write<u32>(4, 3);

@@ -27,7 +27,7 @@ void text(std::vector<u8>& out, const std::string& s) {
     out.push_back(0);
 }
 
-// Types 0, 1 and 127, byte by byte as DSP0134 lays them out.
+// Types 0, 1 and 127, byte by byte as laid out in DSP0134.
 std::vector<u8> table(const std::string& vendor = "SeaBIOS", const std::string& maker = "QEMU",
                       const std::string& product = "Standard PC") {
     std::vector<u8> t{0, 24, 0, 0, 1, 2, 0, 0xe8, 3, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0xff, 0xff};
@@ -86,7 +86,7 @@ TEST(Smbios, BothEntryPoints) {
     Memory m;
     m.regions[0xf5000] = table();
     m.regions[0x1000] = entry2(0xf5000, static_cast<u16>(table().size()));
-    m.regions[0x2000] = entry3(0xf5000, 0x10000); // 3.0 gives a maximum: more than there is
+    m.regions[0x2000] = entry3(0xf5000, 0x10000); // version 3.0 gives a maximum, larger than the actual size
     for (u64 at : {u64{0x1000}, u64{0x2000}}) {
         const auto s = read_smbios(m, at);
         ASSERT_TRUE(s) << at;
@@ -146,7 +146,7 @@ TEST(Smbios, MalformedEntryPointsAreRefused) {
     EXPECT_TRUE(refused(std::vector<u8>(0x20, 0x41))) << "no anchor";
     EXPECT_TRUE(refused(entry2(0xdead0000, 100))) << "the table is not there";
     e = entry2(0xf5000, 100);
-    e[5] = 0x1e; // as version 2.1 was implemented: the sum still runs over 0x1f bytes
+    e[5] = 0x1e; // as version 2.1 was implemented: the checksum still covers 0x1f bytes
     fix(e, 0, 0x1f, 4);
     EXPECT_FALSE(refused(e));
 }
@@ -160,7 +160,7 @@ Smbios parsed(const std::vector<u8>& bytes) {
 TEST(Smbios, ATableThatEndsEarlyNeverLeadsOutOfIt) {
     const auto whole = table();
     for (usize size = 0; size <= whole.size(); ++size) {
-        // ASan watches its end
+        // ASan checks its end
         const std::vector<u8> cut(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(size));
         const Smbios s = parsed(cut);
         EXPECT_EQ(s.bios_vendor.empty(), size < 24 + 27) << size;
@@ -174,7 +174,7 @@ TEST(Smbios, ATableThatEndsEarlyNeverLeadsOutOfIt) {
 
 TEST(Smbios, StrangeStrings) {
     auto t = table();
-    t[4] = 9; // a string that is not there
+    t[4] = 9; // a nonexistent string
     EXPECT_TRUE(parsed(t).bios_vendor.empty());
     t[4] = 0;
     EXPECT_TRUE(parsed(t).bios_vendor.empty());
@@ -183,7 +183,7 @@ TEST(Smbios, StrangeStrings) {
     const Smbios s = parsed(table(std::string(300, 'x')));
     EXPECT_EQ(s.bios_vendor.size(), 64u);
     EXPECT_EQ(s.manufacturer, "QEMU");
-    // Nothing but an endless row of small structures ends as well.
+    // An endless sequence of small structures terminates as well.
     std::vector<u8> many;
     for (int i = 0; i < 20000; ++i) {
         many.insert(many.end(), {2, 4, 0, 0, 0, 0});

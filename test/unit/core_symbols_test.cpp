@@ -1,4 +1,4 @@
-// The table of symbols as boot/link.sh writes it, in bytes typed from the format's description.
+// The symbol table as boot/link.sh writes it, in bytes written from the format's description.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -11,8 +11,8 @@ using Bytes = std::vector<unsigned char>;
 
 void add(Bytes& to, std::string_view text) { to.insert(to.end(), text.begin(), text.end()); }
 
-// Functions at 0x10, 0x40, 0x100, 0x180; three names, the last of them for two functions; two scopes beside the empty
-// one.
+// Functions at 0x10, 0x40, 0x100, 0x180; three names, the last one shared by two functions; two scopes besides the
+// empty one.
 Bytes table() {
     Bytes t;
     add(t, "FLSYMTAB");
@@ -46,9 +46,9 @@ TEST(Symbols, FindsTheFunctionThatAnAddressLiesIn) {
 TEST(Symbols, ReadNothingBeyondATableThatIsCut) {
     const Bytes t = table();
     for (usize size = 0; size < t.size(); ++size) {
-        const Bytes cut(t.begin(), t.begin() + static_cast<std::ptrdiff_t>(size)); // exactly so large, for ASan
+        const Bytes cut(t.begin(), t.begin() + static_cast<std::ptrdiff_t>(size)); // of exactly this size, for ASan
         const Symbols symbols(bytes(cut));
-        EXPECT_EQ(whole(symbols.find(0x180)), "nothing") << size; // the name that comes last
+        EXPECT_EQ(whole(symbols.find(0x180)), "nothing") << size; // the last name
         for (const u32 at : {0u, 0x20u, 0x50u, 0x100u}) {
             static_cast<void>(symbols.find(at));
         }
@@ -65,8 +65,8 @@ TEST(Symbols, RefuseWhatCannotBe) {
     EXPECT_EQ(count(changed(0, 'f')), 0u);
     EXPECT_EQ(count(changed(11, 0xff)), 0u);      // 4 billion functions
     EXPECT_EQ(count(changed(12, 1)), 0u);         // another version
-    EXPECT_EQ(count(changed(16, 9)), 0u);         // more scopes than there are strings
-    EXPECT_EQ(count(changed(18, 1)), 0u);         // more than an index can name
+    EXPECT_EQ(count(changed(16, 9)), 0u);         // more scopes than strings
+    EXPECT_EQ(count(changed(18, 1)), 0u);         // more than an index can address
     const Bytes far = changed(20 + 16 + 7, 0xff); // the last name, far outside
     EXPECT_EQ(whole(Symbols(bytes(far)).find(0x180)), "nothing");
     EXPECT_EQ(whole(Symbols(bytes(far)).find(0x100)), "fl::io::three");

@@ -26,7 +26,7 @@ TEST(Text, FillsFields) {
     EXPECT_EQ(formatted("{}", Code::timed_out), "timed out");
     EXPECT_EQ(formatted("{}", Error(Code::protocol, "producer index", 4, 40)),
               "producer index (expected 0x4, seen 0x28)");
-    // Amounts are what a person typed and what there is room for: decimal, as they were typed.
+    // Amounts are printed as a person types them: decimal.
     EXPECT_EQ(formatted("{}", Error(Code::bad_argument, "count: at most", 512, 2000)),
               "count: at most (expected 512, seen 2000)");
     EXPECT_EQ(formatted("{}", Error(Code::exhausted, "disks", 256, 257)), "disks (expected 256, seen 257)");
@@ -176,7 +176,7 @@ TEST(Log, LinesThatAReaderWouldCutAreContinued) {
     EXPECT_EQ(folded({"12345", "67890abcdef", "ghij\n1\n"}, 8), "12345678\n@+90abcd\n@+efghij\n1\n")
         << "in whatever pieces it comes";
     EXPECT_EQ(folded({"1234567890\n"}, 0), "1234567890\n");
-    // What a reader does: breaks with a mark are left out.
+    // A reader removes line breaks followed by a mark.
     std::string whole(5000, 'r');
     std::string text = folded({whole, "\n", "next\n"}, 190);
     for (usize at = text.find("\n@+"); at != std::string::npos; at = text.find("\n@+")) {

@@ -15,7 +15,7 @@ TEST(MachineTimeTest, CountsTheClockAsLongAsItIsRead) {
     EXPECT_EQ(time.read(7 * s), 7 * s) << "the first reading follows nothing";
     Instant clock = 7 * s;
     for (int i = 0; i < 1000; ++i) {
-        clock += step; // as late as can be
+        clock += step; // as late as possible
         ASSERT_EQ(time.read(clock), clock);
     }
     EXPECT_EQ(time.stopped(), 0u);
@@ -33,7 +33,8 @@ TEST(MachineTimeTest, AStopCountsAsOneStep) {
     EXPECT_EQ(time.elapsed(never), never);
 }
 
-// The other side stood still as well, however short the stop was: it gets its whole time anew. Only long ones are told.
+// The other party was stopped as well, however short the stop: it gets its whole time again. Only long stops are
+// logged.
 TEST(MachineTimeTest, ShortStopsAreStopsAndNotTold) {
     for (const Nanoseconds length : {101 * ms, 200 * ms, 800 * ms, 1099 * ms, 1100 * ms}) {
         MachineTime time;
@@ -109,7 +110,7 @@ TEST(MachineTimeTest, SpinBound) {
     EXPECT_EQ(looks, 19u) << "stopped between all looks: each counts 100 ms, and twice the length is the most";
 }
 
-// As two processors ask each other when one starts: 100 ms, of which a stop takes nothing away.
+// As when one processor starts another: 100 ms, not reduced by a stop.
 TEST(MachineTimeTest, AShortSpinBoundOutlastsAStop) {
     for (const Nanoseconds length : {200 * ms, 1000 * ms}) {
         SpinBound bound(5 * s, 100 * ms);

@@ -1,9 +1,9 @@
-// The IDE channel in the conformance suite: one command at a time, neighbours gathered, recovery by a reset.
+// The IDE channel in the conformance suite: one command at a time, adjacent requests gathered, recovery by a reset.
 #include "gtest_macros.hpp"
 
 #include "unit/drivers_ata_fake.hpp"
 #include "unit/drivers_pci_fake.hpp"
-// after them
+// depends on the includes above
 #include "unit/drivers_ata_machine.hpp"
 import test.gtest;
 import host.std;
@@ -18,7 +18,7 @@ using io::Status;
 
 class AtaRig final : public Rig {
   public:
-    // `high`: buffers lie above 4 GiB, and every transfer is copied.
+    // `high`: buffers lie above 4 GiB, and every transfer is bounced.
     explicit AtaRig(bool native, bool high = false) {
         Drive& drive = m.add(m.primary, 0, sectors);
         drive.id.words[83] = 0x5000; // no 48-bit commands: 256 sectors each
@@ -30,7 +30,7 @@ class AtaRig final : public Rig {
         m.primary.codes.reserve(1 << 16); // nothing is allocated while the driver runs
         if (high) {
             m.memory.high_bus = u64{1} << 32;
-            EXPECT_TRUE(m.read(m.disk(0), 0, *m.memory.allocate(4096, ~u64{0}))); // allocates what is copied through
+            EXPECT_TRUE(m.read(m.disk(0), 0, *m.memory.allocate(4096, ~u64{0}))); // allocates the bounce buffer
         }
         m.primary.hold = true;
         facts = {.capacity = 1,

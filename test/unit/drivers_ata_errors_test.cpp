@@ -1,4 +1,4 @@
-// When things go wrong: errors, silence, lost and spurious interrupts, cancelled and forgotten requests.
+// Error handling: errors, silence, lost and spurious interrupts, cancelled and abandoned requests.
 #include "gtest_macros.hpp"
 
 #include "unit/drivers_ata_fake.hpp"
@@ -170,13 +170,13 @@ TEST_F(AtaErrors, SpuriousInterruptsEndNothing) {
     DmaSpan b = buffer();
     ASSERT_TRUE(m.read(hda(), 1, b));
     for (int i = 0; i < 5; ++i) {
-        m.primary.raise_line(); // nothing under way
+        m.primary.raise_line(); // nothing in flight
         m.executor.turn();
     }
     io::Request& r = submit(9, b);
     m.executor.turn();
     for (int i = 0; i < 5; ++i) {
-        m.primary.raise_line(); // while the command is under way
+        m.primary.raise_line(); // while the command is in progress
         m.executor.turn();
     }
     ASSERT_TRUE(all_ended());
@@ -206,11 +206,11 @@ TEST_F(AtaErrors, AForgottenBufferIsNotTouchedAgain) {
     DmaSpan b = buffer(4096);
     DmaSpan other = buffer(4096);
     submit(1, b);
-    submit(9, other); // its neighbour: same command
+    submit(9, other); // adjacent: same command
     submit(100, buffer());
     m.executor.turn();
     ASSERT_TRUE(m.primary.started());
-    requests.erase(requests.begin()); // dies under way
+    requests.erase(requests.begin()); // destroyed in flight
     EXPECT_FALSE(m.primary.started());
     std::memset(b.data, 0xee, 4096);
     ASSERT_TRUE(all_ended());
@@ -228,7 +228,7 @@ TEST_F(AtaErrors, AnOwnerThatGivesUpOftenIsNoSignOfABrokenDisk) {
         submit(1, buffer());
         m.executor.turn();
         requests.erase(requests.begin());
-        for (u32 turns = 0; turns < 300; ++turns) { // the reset comes to its end
+        for (u32 turns = 0; turns < 300; ++turns) { // until the reset ends
             m.executor.turn();
         }
     }

@@ -1,4 +1,4 @@
-// Reading, writing, flushing: what it costs and that the data is right.
+// Reading, writing, flushing: the cost, and the correctness of the data.
 #include "gtest_macros.hpp"
 
 #include "unit/drivers_ata_fake.hpp"
@@ -140,7 +140,7 @@ TEST_F(AtaIo, DisksWithout48BitsFlushWithTheShortCommand) {
     ASSERT_TRUE(m.attach());
     ASSERT_TRUE(m.flush(hda()));
     EXPECT_EQ(m.primary.codes.back(), 0xe7);
-    DmaSpan b = filled(1 << 20, 9); // only 256 sectors a command
+    DmaSpan b = filled(1 << 20, 9); // at most 256 sectors per command
     const u32 before = m.primary.commands;
     ASSERT_TRUE(m.write(hda(), 10000 - 2048, b));
     EXPECT_EQ(m.primary.commands - before, 8u);
@@ -157,7 +157,7 @@ TEST_F(AtaIo, ADiskWithoutACacheNeedsNoFlush) {
 }
 
 TEST_F(AtaIo, Crosses28Bits) {
-    const u64 edge = 0x0fffffff; // sectors that 28 bits count
+    const u64 edge = 0x0fffffff; // the limit of 28-bit addressing
     begin(u64{1} << 33);
     DmaSpan b = buffer(4096);
     ASSERT_TRUE(m.read(hda(), edge - 8, b));
@@ -178,7 +178,7 @@ TEST_F(AtaIo, Crosses28Bits) {
 
 TEST_F(AtaIo, LongTransfersAreOneCommand) {
     begin();
-    m.memory.next_bus = 0x20'1000; // so that 64 KiB boundaries fall inside
+    m.memory.next_bus = 0x20'1000; // so that it crosses 64 KiB boundaries
     DmaSpan b = buffer(128 * 1024);
     m.primary.codes.clear();
     ASSERT_TRUE(m.read(hda(), 100, b));
@@ -210,7 +210,7 @@ TEST_F(AtaIo, SectorsOf4096Bytes) {
 
 TEST_F(AtaIo, MemoryAbove4GiBIsBounced) {
     begin();
-    const DmaSpan high = m.memory.place(0x1'0000'0000 - 4096, 192 * 1024); // begins below, ends above
+    const DmaSpan high = m.memory.place(0x1'0000'0000 - 4096, 192 * 1024); // starts below 4 GiB, ends above
     ASSERT_TRUE(m.read(hda(), 64, high));
     EXPECT_TRUE(is_pattern(high, 64));
     for (u32 i = 0; i < high.size; ++i) {
@@ -246,7 +246,7 @@ TEST_F(AtaIo, NeighboursInTheQueueBecomeOneCommand) {
     for (const auto& r : requests) {
         EXPECT_EQ(r->status, io::Status::ok);
     }
-    // Not neighbours: another operation, a gap, another direction of travel, more than fits.
+    // Not gathered: another operation, a gap, another direction of the head, more than fits.
     const u32 commands = m.primary.commands;
     requests.clear();
     DmaSpan large = buffer(1 << 20);
@@ -324,7 +324,7 @@ TEST_F(AtaIo, NativeModeSharesALine) {
     const io::Counters other = m.disk(2).counters();
     const io::Counters before = m.disk(0).counters();
     for (int i = 0; i < 10; ++i) {
-        m.primary.raise_line(); // a third device on the line
+        m.primary.raise_line(); // another device on the line
     }
     ASSERT_TRUE(m.read(m.disk(0), 48, b));
     const io::Counters cost = m.disk(0).counters() - before;

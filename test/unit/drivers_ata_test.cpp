@@ -1,4 +1,4 @@
-// Attaching: what is touched, what is recognised, what is refused.
+// Attaching: which registers are accessed, which devices are recognised, which are rejected.
 #include "gtest_macros.hpp"
 
 #include "unit/drivers_ata_fake.hpp"
@@ -16,7 +16,7 @@ using namespace ata_test;
 using Left = std::map<std::string, drivers::Unused>;
 
 TEST(AtaProtocol, DecodesIdentifyBytes) {
-    // Bytes as they come over the bus, typed from the specification's table: word n is bytes 2n (low) and 2n+1.
+    // Bytes in bus order, written from the specification's table: word n is bytes 2n (low) and 2n+1.
     std::array<u8, 512> raw{};
     const auto set = [&](unsigned word, u8 low, u8 high) {
         raw[2 * word] = low;
@@ -96,7 +96,7 @@ TEST(AtaProtocol, RefusesWhatItCannotUse) {
     EXPECT_EQ(ata::decode(id).error().code, Code::not_supported);
 }
 
-// Bits typed here from [ATA-7 §6.7, §6.9, §6.14] and [BMIDE §2].
+// Bits written from [ATA-7 §6.7, §6.9, §6.14] and [BMIDE §2].
 TEST(AtaProtocol, RegistersAreThoseOfTheManual) {
     EXPECT_TRUE(ata::Status{0x80}.busy() && ata::Status{0x40}.ready() && ata::Status{0x20}.device_fault());
     EXPECT_TRUE(ata::Status{0x08}.data_request() && ata::Status{0x01}.error());
@@ -226,12 +226,12 @@ TEST(AtaAttach, ASlaveWithoutAMasterKeepsItsWords) {
     ASSERT_TRUE(m.read(m.disk(1), 0x54321, b));
     EXPECT_EQ(m.primary.accesses - before, 7u);
 
-    Machine empty; // both places like that
+    Machine empty; // both devices like that
     empty.primary.empty_master = true;
     ASSERT_TRUE(empty.attach());
     EXPECT_TRUE(empty.sink.disks.empty() && empty.sink.left.empty());
 
-    Machine faulty; // a device fault is no absence
+    Machine faulty; // a device fault does not mean absence
     faulty.add(faulty.primary, 0);
     faulty.primary.abort = 100;
     faulty.primary.abort_status = 0x71;
@@ -248,14 +248,14 @@ TEST(AtaAttach, OneDeviceAtBothPlacesIsOneDisk) {
     EXPECT_EQ(m.sink.disks.size(), 1u);
     EXPECT_EQ(m.sink.left, (Left{{"hdb", drivers::Unused::taken}}));
 
-    Machine old; // without READ MULTIPLE nothing tells
+    Machine old; // without READ MULTIPLE it cannot be determined
     old.add(old.primary, 0).no_multiple = true;
     old.primary.one_device = true;
     old.primary.drives[0]->id.words[10] = 0x4142;
     ASSERT_TRUE(old.attach());
     EXPECT_EQ(old.sink.left, (Left{{"hdb", drivers::Unused::taken}}));
 
-    Machine clones; // two disks with one serial number
+    Machine clones; // two disks with the same serial number
     clones.add(clones.primary, 0).id.words[10] = 0x4142;
     clones.add(clones.primary, 1).id.words[10] = 0x4142;
     ASSERT_TRUE(clones.attach());
@@ -294,7 +294,7 @@ TEST(AtaAttach, AChannelThatIsSwitchedOffLeavesTheOtherOne) {
     EXPECT_TRUE(m.sink.disks.contains(2));
 }
 
-// Two controllers, as a chipset in IDE mode shows them: the first in compatibility mode, the second in native mode.
+// Two controllers, as shown by a chipset in IDE mode: the first in compatibility mode, the second in native mode.
 TEST(AtaAttach, ASecondControllerHasNumbersAndClaimsOfItsOwn) {
     Machine a, b;
     b.go_native();
@@ -411,7 +411,7 @@ TEST(AtaAttach, HonoursWithheldFlush) {
     EXPECT_EQ(m.disk(0).identity().features.view(), "udma5 lba48 words");
 }
 
-/// A second controller on the machine of the first.
+/// A second controller at the same ports as the first.
 struct Second {
     explicit Second(Machine& machine) : m(machine) {
         m.space.add(0, 2, 0, 0x8086, 0x7111, 0x010180);
@@ -434,7 +434,8 @@ struct Second {
     ata::Controller<Ports> controller{m.environment, Ports{&m.all}, &claims};
 };
 
-// Whatever answers there is the first one's: nothing is sent there for the second one, and nothing is waited for.
+// Anything at those ports belongs to the first one: nothing is sent there for the second one, and nothing is waited
+// for.
 TEST(AtaPorts, ASecondControllerAtTheSamePortsIsRefusedAtOnce) {
     for (const bool offered : {true, false}) {
         Machine m;
@@ -458,19 +459,19 @@ TEST(AtaPorts, ASecondControllerAtTheSamePortsIsRefusedAtOnce) {
     }
 }
 
-// In native mode at addresses of others: each channel for itself.
+// In native mode with overlapping addresses: each channel is checked separately.
 TEST(AtaPorts, OfAControllerInNativeModeTheOverlappingChannelIsRefused) {
     struct Row {
         std::array<u32, 4> bases;
-        bool primary, secondary; // can be used
+        bool primary, secondary; // usable
     };
     for (const Row& row : {
              Row{{0xd000, 0xd010, 0xd020, 0xd030}, true, true},
-             Row{{0x1f0, 0x3f4, 0xd020, 0xd030}, false, true},   // the first one's primary ports, to the byte
-             Row{{0x1e8, 0xd010, 0xd020, 0xd030}, true, true},   // they end where the others begin
-             Row{{0xd000, 0x374, 0xd020, 0xd030}, false, true},  // the control register alone
+             Row{{0x1f0, 0x3f4, 0xd020, 0xd030}, false, true},   // overlaps the first one's primary ports in one byte
+             Row{{0x1e8, 0xd010, 0xd020, 0xd030}, true, true},   // adjacent, no overlap
+             Row{{0xd000, 0x374, 0xd020, 0xd030}, false, true},  // the control register only
              Row{{0xd000, 0xd010, 0xc040, 0xd030}, true, false}, // its bus-master registers
-             Row{{0xd000, 0xd010, 0xd000, 0xd030}, true, false}, // the channel beside it
+             Row{{0xd000, 0xd010, 0xd000, 0xd030}, true, false}, // the controller's other channel
              Row{{0x1f0, 0x3f4, 0x170, 0x374}, false, false},
          }) {
         SCOPED_TRACE(testing::Message() << std::hex << row.bases[0] << ' ' << row.bases[1] << ' ' << row.bases[2]);

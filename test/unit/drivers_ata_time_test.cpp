@@ -1,4 +1,4 @@
-// What counts as silence on an IDE channel: time that the machine ran, and the command under way alone.
+// What counts as silence on an IDE channel: machine time only, and only for the command in progress.
 #include "gtest_macros.hpp"
 
 #include "unit/drivers_ata_fake.hpp"
@@ -12,7 +12,7 @@ import core.log;
 namespace {
 using namespace ata_test;
 
-constexpr Nanoseconds timeout = 100'000'000; // Machine's
+constexpr Nanoseconds timeout = 100'000'000; // as in Machine
 
 struct AtaTime : testing::Test {
     Machine m;
@@ -23,7 +23,7 @@ struct AtaTime : testing::Test {
         drive = &m.add(m.primary, 0);
         ASSERT_TRUE(m.attach());
     }
-    /// `count` reads that are no neighbours (or are), all asked for at once.
+    /// `count` reads, adjacent or not, all submitted at once.
     void ask(u32 count, bool neighbours = false) {
         const DmaSpan b = *m.memory.allocate(count * 4096, ~u64{0});
         for (u32 i = 0; i < count; ++i) {
@@ -51,12 +51,13 @@ struct AtaTime : testing::Test {
 
 TEST_F(AtaTime, ASlowDiskIsNeverReset) {
     m.primary.latency = timeout * 6 / 10;
-    ask(32); // the last one is answered after 19 time-outs
+    ask(32); // the last one completes after 19 time-outs
     all_ok();
     EXPECT_GE(m.clock.time, 32 * m.primary.latency);
 }
 
-// A disk of limited bandwidth: one request takes a fifth of the time-out, 32 neighbours in one command would take six.
+// A disk of limited bandwidth: one request takes a fifth of the time-out, 32 adjacent ones in one command would take
+// six.
 TEST_F(AtaTime, GatheringDoesNotOutlastTheTimeOut) {
     m.primary.latency_per_sector = timeout / 5 / 8;
     ask(1);
@@ -64,7 +65,7 @@ TEST_F(AtaTime, GatheringDoesNotOutlastTheTimeOut) {
     requests.clear();
     ask(32, true);
     all_ok();
-    m.primary.latency_per_sector = 0; // fast again: the next commands gather again, each more than the last
+    m.primary.latency_per_sector = 0; // fast again: the next commands gather more and more requests
     requests.clear();
     ask(32, true);
     const u64 before = m.primary.commands;
@@ -72,8 +73,8 @@ TEST_F(AtaTime, GatheringDoesNotOutlastTheTimeOut) {
     EXPECT_LE(m.primary.commands - before, 8u);
 }
 
-// A command that has ended, and whose interrupt is lost, is no silence, however late in the time-out it ends, and
-// wherever between two ticks.
+// A completed command whose interrupt is lost is not silence, however late in the time-out it completes, and wherever
+// between two ticks.
 TEST_F(AtaTime, ALostInterruptAtTheEndOfTheTimeOutIsNoSilence) {
     constexpr Nanoseconds ms = 1'000'000;
     for (Nanoseconds phase = 0; phase < 10 * ms; phase += ms) {
@@ -105,9 +106,9 @@ TEST_F(AtaTime, AStoppedMachineIsNoSilentDisk) {
     }
 }
 
-// Stops of less than a second, and one in each command: the disk needs nearly the whole time-out for a command and
-// stands still together with the machine. Each stop counts as a step of machine time, so that it would be silent for
-// too long.
+// Stops of less than a second, one per command: the disk needs nearly the whole time-out for a command and is stopped
+// together with the machine. Each stop counts as a step of machine time, so without a restart of the bound the disk
+// would be considered silent.
 TEST(AtaStops, ShortStopsOfASlowDiskLoseNothing) {
     for (const Nanoseconds limit : {Nanoseconds{500'000'000}, Nanoseconds{5'000'000'000}}) {
         for (const u32 depth : {1u, 32u}) {
@@ -174,7 +175,7 @@ TEST_F(AtaTime, ADeadDiskIsFoundInMachineTimeAlsoWithStops) {
     }
 }
 
-// A disk that is busy behind a reset when the machine is stopped: it has its whole time anew, and is not closed.
+// A disk is busy after a reset when the machine is stopped: its time restarts, and it is not closed.
 TEST_F(AtaTime, AStopDuringAResetIsNoSilentDisk) {
     constexpr Nanoseconds stop = 7'000'000'000;
     m.primary.hang = 1; // reset after one time-out
@@ -192,7 +193,7 @@ TEST_F(AtaTime, AStopDuringAResetIsNoSilentDisk) {
     EXPECT_EQ(m.queue().resets(), 1u);
 }
 
-// A command of several requests is not answered: only the one that the disk is silent about ends as timed_out.
+// A command with several requests is not completed: only the request that causes the silence ends as timed_out.
 TEST_F(AtaTime, GatheredNeighboursAreTriedAlone) {
     m.primary.hang = 2; // the gathered one, and the first of its requests
     ask(8, true);

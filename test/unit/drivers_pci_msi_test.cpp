@@ -18,7 +18,7 @@ std::string hex(u64 value) {
     return text;
 }
 
-// Vectors of each processor, lowest first, from 0x30 on; APIC id = processor.
+// Vectors of each processor, lowest first, starting at 0x30; APIC id = processor.
 class Controller final : public InterruptController {
   public:
     struct Held {
@@ -28,7 +28,7 @@ class Controller final : public InterruptController {
         void* context;
     };
     std::vector<Held> held;
-    std::set<std::pair<u32, u8>> taken; // by others
+    std::set<std::pair<u32, u8>> taken; // by other devices
     u8 last = 0xef;
     u32 processors = 4;
     u64 address = 0xfee00000;
@@ -77,7 +77,7 @@ class Controller final : public InterruptController {
             detaching();
         }
     }
-    // As the processor does when a device writes this message.
+    // What a processor does when a device writes this message.
     void deliver(u64 to, u32 data) {
         const auto at = find(static_cast<u32>((to >> 12) & 0xff), static_cast<u8>(data));
         ASSERT_NE(at, held.end()) << "a message that nothing is attached for: " << hex(to) << " " << hex(data);
@@ -91,8 +91,8 @@ class Controller final : public InterruptController {
     }
 };
 
-// A device in PCI slot 1 with the interrupts that a test gives it. The journal has every write to configuration space
-// (c OFFSET = VALUE) and to the MSI-X table (t OFFSET = VALUE), in order.
+// A device in PCI slot 1 with the interrupts that the test configures. The journal has every write to configuration
+// space (c OFFSET = VALUE) and to the MSI-X table (t OFFSET = VALUE), in order.
 struct Machine {
     struct Table final : MmioModel {
         Machine& m;
@@ -136,7 +136,7 @@ struct Machine {
         f.bar_mask[5] = 0xffffffff;
         mapper.places[0xf800000000] = {&table, 0x4000};
         for (u32 i = 0; i < entries && table_at + 16 * i + 12 < 0x4000; ++i) {
-            table.memory[table_at + 16 * i + 12] = 1; // as a reset leaves them
+            table.memory[table_at + 16 * i + 12] = 1; // their state after reset
         }
     }
     void add_msi(u16 control) {
@@ -162,7 +162,7 @@ struct Machine {
         std::memcpy(&value, table.memory.data() + 0x2000 + 16 * n + at, 4);
         return value;
     }
-    // What the device does to raise vector n.
+    // The device's action to raise vector n.
     void raise_msix(u32 n) {
         ASSERT_EQ(f.get16(0x52) & 0xc000, 0x8000);
         ASSERT_EQ(entry(n, 12) & 1, 0u);
@@ -186,11 +186,11 @@ TEST(PciMsix, TheTableIsWrittenInOrder) {
     pci::Interrupts interrupts(m.device(), m.controller, m.mapper);
     EXPECT_EQ(*interrupts.attach(m.uses(2)), 2u);
     EXPECT_EQ(interrupts.kind(), InterruptKind::msix);
-    EXPECT_EQ(m.journal, (Journal{"c4=2",                                                // memory is decoded
-                                  "c52=c002",                                            // on, all masked
+    EXPECT_EQ(m.journal, (Journal{"c4=2",                                                // memory decoding is enabled
+                                  "c52=c002",                                            // enabled, all masked
                                   "t200c=ab01", "t201c=1", "t202c=1",                    // each masked
                                   "t2000=fee00000", "t2004=1", "t2008=30", "t200c=ab00", // 0: address, data, unmasked
-                                  "t2010=fee01000", "t2014=1", "t2018=30", "t201c=0",    // 1: another processor's
+                                  "t2010=fee01000", "t2014=1", "t2018=30", "t201c=0",    // 1: another processor
                                   "c4=402",                                              // no INTx
                                   "c52=8002"}));                                         // function unmasked
     m.raise_msix(1);
@@ -203,7 +203,7 @@ TEST(PciMsix, TheTableIsWrittenInOrder) {
 TEST(PciMsix, DetachPutsEverythingBack) {
     Machine m;
     m.add_msix(3);
-    m.add_msi(0x0081); // and MSI is on, as a loader may have left it
+    m.add_msi(0x0081); // MSI is enabled, as a loader may have left it
     m.f.set16(4, 0x0006);
     for (u32 i = 0; i < 32; ++i) {
         m.table.memory[0x2000 + i] = static_cast<u8>(i % 16 == 12 ? 0x41 : i + 1);
@@ -279,7 +279,7 @@ TEST(PciMsix, MaskAndUnmask) {
     EXPECT_EQ(m.journal, (Journal{"t201c=1", "t201c=0"}));
 }
 
-// The table and the pending bits lie in their BARs, to the byte.
+// The table and the pending bits must lie in their BARs, to the byte.
 TEST(PciMsix, BoundsOfTheTable) {
     const auto attach = [](u32 entries, u32 table_at, u32 pending_at) {
         Machine m;
@@ -301,7 +301,7 @@ TEST(PciMsix, BoundsOfTheTable) {
 }
 
 TEST(PciMsix, ABarThatCannotHoldTheTable) {
-    for (const u32 bar : {0u, 1u, 5u, 6u, 7u}) { // not there, I/O ports, upper half, reserved
+    for (const u32 bar : {0u, 1u, 5u, 6u, 7u}) { // not implemented, I/O ports, upper half, reserved
         Machine m;
         m.add_msix(2, 0x2000, 0x3000, bar);
         m.f.set32(0x14, 0xc041);
@@ -376,7 +376,7 @@ TEST(PciMsi, SeveralMessagesAreAnAlignedRun) {
     EXPECT_EQ(m.calls[31], 1u);
     interrupts.detach();
 
-    m.controller.taken.insert({2, 0x31}); // in the middle of the first run that would be aligned
+    m.controller.taken.insert({2, 0x31}); // in the middle of the first aligned run
     EXPECT_EQ(*interrupts.attach(m.uses(4, 2)), 4u);
     EXPECT_EQ(m.f.get16(0x7c), 0x34u);
     interrupts.detach();

@@ -9,7 +9,7 @@ import drivers.pci.access;
 namespace {
 using namespace pci_test;
 
-// What a walk finds.
+// What a bus walk finds.
 struct Found {
     std::vector<pci::Device> devices;
     u32 unreachable = 0;
@@ -46,23 +46,23 @@ TEST(Pci, FindsFunctionsBehindBridgesOnce) {
     Space space;
     space.add(0, 0, 0, 0x8086, 0x1237, 0x060000);
     Function& isa = space.add(0, 1, 0, 0x8086, 0x7000, 0x060100);
-    isa.bytes[0x0e] = 0x80; // several functions
+    isa.bytes[0x0e] = 0x80; // multifunction
     space.add(0, 1, 1, 0x8086, 0x7010, 0x010180);
     space.add(0, 1, 3, 0x8086, 0x7113, 0x068000); // a gap at function 2
-    space.add(0, 2, 1, 0x1af4, 0x1000, 0x020000); // no function 0: does not exist
+    space.add(0, 2, 1, 0x1af4, 0x1000, 0x020000); // no function 0: ignored
     Function& up = space.add(0, 3, 0, 0x1b36, 0x0001, 0x060400);
     up.bytes[0x0e] = 1;
     up.bytes[0x19] = 5; // secondary bus
     space.add(5, 0, 0, 0x1af4, 0x1001, 0x010000);
     Function& loop = space.add(5, 1, 0, 0x1b36, 0x0001, 0x060400);
     loop.bytes[0x0e] = 1;
-    loop.bytes[0x19] = 0; // claims to lead back
+    loop.bytes[0x19] = 0; // claims to lead back to bus 0
     Function& same = space.add(5, 2, 0, 0x1b36, 0x0001, 0x060400);
     same.bytes[0x0e] = 1;
-    same.bytes[0x19] = 5; // claims to lead to itself
+    same.bytes[0x19] = 5; // claims to lead to its own bus
     Function& lower = space.add(5, 3, 0, 0x1b36, 0x0001, 0x060400);
     lower.bytes[0x0e] = 1;
-    lower.bytes[0x19] = 2; // a number below its own
+    lower.bytes[0x19] = 2; // a number below its own bus
     space.add(2, 7, 0, 0x10ec, 0x8139, 0x020000);
 
     Found found(space);
@@ -74,7 +74,7 @@ TEST(Pci, FindsFunctionsBehindBridgesOnce) {
     EXPECT_LE(empty.reads, 32u);
 }
 
-// A host bridge at 00:00.0 and a disk below another root bus, number 0x80; on request, what QEMU's expander shows on
+// A host bridge at 00:00.0 and a disk below another root bus, number 0x80; optionally, what QEMU's expander shows on
 // bus 0.
 void two_roots(Space& space, bool expander) {
     space.add(0, 0, 0, 0x8086, 0x1237, 0x060000);
@@ -165,7 +165,8 @@ TEST(PciRoots, OfAnotherSegmentTheFirstBusIsTheRoot) {
     EXPECT_EQ(Found(space, 4, nullptr).ids(), (std::vector<u32>{0x0d5704, 0x104204}));
 }
 
-// A place whose registers cannot be mapped is not an empty one: it is counted, with all that may be behind it.
+// A function whose registers cannot be mapped is not treated as absent: it is counted, with everything possibly below
+// it.
 TEST(Pci, WhatCannotBeReachedIsCounted) {
     Space space;
     space.add(0, 0, 0, 0x8086, 0x1237, 0x060000);
@@ -184,7 +185,7 @@ TEST(Pci, WhatCannotBeReachedIsCounted) {
     EXPECT_EQ(some.ids(), (std::vector<u32>{0x123700, 0x700000, 0x711300, 0x000100}));
     EXPECT_EQ(some.unreachable, 4u);
 
-    for (int device = 0; device < 32; ++device) { // the whole bus behind a bridge
+    for (int device = 0; device < 32; ++device) { // the whole bus below a bridge
         space.unreachable.insert({5, device, 0});
     }
     EXPECT_EQ(Found(space).unreachable, 3 + 32u);
@@ -223,7 +224,7 @@ TEST(Pci, SizesBarsAndPutsThemBack) {
     f.set32(0x1c, 0x00000008);
     f.bar_mask[2] = 0xf0000000;
     f.bar_mask[3] = 0xffffffff;
-    f.set32(0x24, 0x00000004); // 64 bits in the last register
+    f.set32(0x24, 0x00000004); // 64-bit in the last register
     f.bar_mask[5] = 0xfffff000;
     const pci::Device d = *pci::look_up(space, {0, 1, 0});
 
@@ -254,7 +255,7 @@ TEST(Pci, SizesBarsAndPutsThemBack) {
 TEST(Pci, CapabilityListsWithLoopsEnd) {
     Space space;
     Function& f = space.add(0, 1, 0, 1, 2, 0x010180);
-    f.bytes[0x34] = 0x42; // low bits are to be ignored
+    f.bytes[0x34] = 0x42; // the low bits must be ignored
     f.bytes[0x40] = 0x01;
     f.bytes[0x41] = 0x50;
     f.bytes[0x50] = 0x05;
@@ -277,7 +278,7 @@ TEST(Pci, CommandBitsAreWrittenOnlyWhenTheyChange) {
     EXPECT_EQ(space.command_writes, 1u);
 }
 
-// Offsets and bits, typed here from [PCI-3.0 §6, appendix H] and [PCIe-5.0 §7.5].
+// Offsets and bits, written from [PCI-3.0 §6, appendix H] and [PCIe-5.0 §7.5].
 TEST(PciRegisters, AreWhereTheSpecificationPutsThem) {
     using namespace pci;
     EXPECT_EQ(Command::offset, 4u);
@@ -312,7 +313,7 @@ TEST(PciRegisters, AreWhereTheSpecificationPutsThem) {
     EXPECT_TRUE(ExpressDeviceCapabilities::from(1u << 28).get(ExpressDeviceCapabilities::function_level_reset));
 }
 
-// What a list yields: id and offset.
+// The entries of a list: id and offset.
 std::vector<std::pair<u32, u32>> all_of(pci::Capabilities list) {
     std::vector<std::pair<u32, u32>> all;
     while (const auto c = list.next()) {
@@ -327,7 +328,7 @@ TEST(PciCapabilities, AllOfOneIdAreFound) {
     Space space;
     Function& f = space.add(0, 1, 0, 0x1af4, 0x1042, 0x010000);
     f.add_capability(0x98, 0x11);
-    for (u8 at : {0x84, 0x70, 0x60, 0x50}) { // as QEMU's virtio-blk-pci has them
+    for (u8 at : {0x84, 0x70, 0x60, 0x50}) { // as in QEMU's virtio-blk-pci
         f.add_capability(at, 0x09);
         f.bytes[at + 2] = 0x10;
     }
@@ -355,12 +356,12 @@ TEST(PciCapabilities, EachPlaceIsVisitedOnce) {
     EXPECT_EQ(all_of(d.capabilities()), (Places{{1, 0x40}, {9, 0x48}}));
     f.bytes[0x49] = 0x3c; // the header
     EXPECT_EQ(all_of(d.capabilities()), (Places{{1, 0x40}, {9, 0x48}}));
-    f.bytes[0x49] = 0xff; // the last dword: what is there ends the list
+    f.bytes[0x49] = 0xff; // the last dword: its contents end the list
     f.set16(0xfc, 0xffff);
     EXPECT_EQ(all_of(d.capabilities()), (Places{{1, 0x40}, {9, 0x48}}));
     f.set16(0xfc, 0x0009);
     EXPECT_EQ(all_of(d.capabilities()), (Places{{1, 0x40}, {9, 0x48}, {9, 0xfc}}));
-    // Every dword that there is, and then back.
+    // Every dword in turn, and then back to the first.
     for (u32 at = 0x40; at < 0x100; at += 4) {
         f.bytes[at] = 9;
         f.bytes[at + 1] = static_cast<u8>(at + 4 < 0x100 ? at + 4 : 0x40);
@@ -392,7 +393,7 @@ TEST(PciCapabilities, ExtendedOnes) {
     EXPECT_EQ(all_of(d.extended_capabilities()).size(), 3u);
     f.set32(0x148, 0x0402000b); // into the first 256 bytes
     EXPECT_EQ(all_of(d.extended_capabilities()).size(), 3u);
-    f.set32(0x148, 0xfff2000b); // low bits are to be ignored; nothing is there
+    f.set32(0x148, 0xfff2000b); // the low bits must be ignored; the entry is empty
     EXPECT_EQ(all_of(d.extended_capabilities()).size(), 3u);
     f.set32(0xffc, 0x0001000b);
     EXPECT_EQ(all_of(d.extended_capabilities()).back(), (std::pair<u32, u32>{0xb, 0xffc}));
@@ -409,7 +410,7 @@ TEST(PciCapabilities, ExtendedOnesAreSoughtOnlyWhereTheyCanBe) {
     space.extended = false;
     EXPECT_EQ(all_of(d.extended_capabilities()), Places{});
     space.extended = true;
-    f.bytes[0xe0] = 0x12; // no PCI Express capability: what is at 0x100 may be the header again
+    f.bytes[0xe0] = 0x12; // no PCI Express capability: offset 0x100 may alias the header
     EXPECT_EQ(all_of(d.extended_capabilities()), Places{});
 }
 
@@ -419,7 +420,7 @@ TEST(Pci, PowerOnWritesTheStateAndNothingElse) {
     const pci::Device d = *pci::look_up(space, {0, 1, 0});
     EXPECT_EQ(d.power_on(), 0u) << "no power management";
     f.add_capability(0x50, 1);
-    f.set16(0x54, 0x8100); // PME status, which a one clears, and PME enable
+    f.set16(0x54, 0x8100); // PME status, which is write-one-to-clear, and PME enable
     f.cleared_by_ones[0x55] = 0x80;
     u32 writes = 0;
     space.written = [&](u32, u32, u32) { ++writes; };
@@ -442,7 +443,7 @@ struct BarMachine {
     Mapper mapper;
     Function& f = space.add(0, 1, 0, 1, 2, 0x010802);
     BarMachine() {
-        f.set32(0x10, 0x00000004); // 64 bits, above 4 GiB
+        f.set32(0x10, 0x00000004); // 64-bit, above 4 GiB
         f.set32(0x14, 0x000000f8);
         f.bar_mask[0] = 0xffffc000;
         f.bar_mask[1] = 0xffffffff;
@@ -451,7 +452,7 @@ struct BarMachine {
         f.set32(0x1c, 0);
         f.bar_mask[3] = 0xfffff000; // no address
         f.set32(0x20, 0x00001000);
-        f.bar_mask[4] = 0xfffff000; // over memory
+        f.bar_mask[4] = 0xfffff000; // overlaps memory
         mapper.places[0xf800000000] = {&registers, 0x4000};
     }
     pci::Device device() { return *pci::look_up(space, {0, 1, 0}); }
@@ -490,7 +491,7 @@ TEST(PciBars, WhatCannotBeMappedSaysWhy) {
     EXPECT_EQ(m.f.get16(4), 0u) << "nothing was mapped, nothing is decoded";
 }
 
-// An address above 4 GiB whose bits look like a 64-bit register's type is no register.
+// The upper half of a 64-bit address is not a BAR, even if its bits look like a BAR type.
 TEST(PciBars, TheUpperHalfIsNotTakenForARegister) {
     BarMachine m;
     m.f.set32(0x14, 0x4);

@@ -91,7 +91,7 @@ TEST(Table, MalformedLinesAreReportedByNumberAndTheRestCounts) {
                                 "add xen ata\n"                   // 5
                                 "add xen ata xen_blk 1 keeep\n"   // 6
                                 "rank xen ata xen_blk -5\n"       // 7: right
-                                "rank xen ata xen_blk 1 leave\n"  // 8
+                                "rank xen ata xen_blk 1 leave\n"  // 7: valid
                                 "remove kvm ata xen_blk\n"        // 9
                                 "add xen ata xen_blk -1 unplug\n" // 10
                                 "rank xen ata xen_blk 1000001\n"  // 11
@@ -157,7 +157,7 @@ TEST(Table, AFloodOfLinesIsBounded) {
     }
     EXPECT_EQ(table.apply(file), 10000u);
     EXPECT_EQ(table.diagnostics().size(), Table::max_diagnostics);
-    // A rule for every hypervisor there is still fits.
+    // There is still room for one rule per hypervisor.
     for (std::string_view guest : hv::vm_guest_names) {
         EXPECT_TRUE(table.apply_word("add," + std::string(guest) + ",ata,xen_blk,1"));
     }
@@ -175,7 +175,7 @@ TEST(Table, ThePlanIsPrinted) {
     EXPECT_EQ(capture.text, "drivers on xen: xen_blk, storvsc, ata\ndrivers: xen_blk and ata, rank 100, twin: leave\n");
 }
 
-// Drivers of two classes, and of two that a host unplugs separately.
+// Drivers of two classes, with two kinds of emulated devices that are unplugged separately.
 constexpr std::array<drivers::DriverInfo, 5> classes{{
     {"front_disk", true, drivers::DeviceKind::disk},
     {"front_net", true, drivers::DeviceKind::network},

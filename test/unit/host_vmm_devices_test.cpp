@@ -1,4 +1,4 @@
-// The test host's devices, driven through their ports as a guest does.
+// The test host's devices, driven through their ports like by a guest.
 #include "gtest_macros.hpp"
 #include "host_vmm_support.hpp"
 #include <linux/kvm.h>
@@ -94,7 +94,7 @@ TEST_F(SerialTest, ReceivesUpToSixteen) {
 
 TEST_F(SerialTest, LoopsBack) {
     out(4, 0x1b);
-    EXPECT_EQ(in(6) & 0xf0, 0xb0u); // DTR, RTS, OUT2 come back as DSR, CTS, DCD
+    EXPECT_EQ(in(6) & 0xf0, 0xb0u); // DTR, RTS, OUT2 are looped back as DSR, CTS, DCD
     out(0, 0x42);
     EXPECT_EQ(sink.text, "");
     EXPECT_EQ(in(0), 0x42u);
@@ -136,7 +136,7 @@ TEST(HostBoard, EndsTheMachine) {
     exits.out(0x5f0, 4, 7);
     exits.out(0x5f0, 1, 8);
     exits.out(0x5f0, 2, 9); // neither 32 bits nor 8
-    exits.out(0x5f1, 1, 9); // a part of the port
+    exits.out(0x5f1, 1, 9); // only part of the port
     exits.out(0x64, 1, 0xfe);
     exits.out(0x64, 1, 0xd1); // another command of the keyboard controller
     exits.out(0xcf9, 1, 0x02);
@@ -152,7 +152,7 @@ TEST(HostBoard, TheTimerCountsItsFrequency) {
     Control control;
     Clock clock;
     vmm::PowerManagement power(control, clock);
-    EXPECT_EQ(power.in(0x604, 2) & 1, 1u); // ACPI is on
+    EXPECT_EQ(power.in(0x604, 2) & 1, 1u); // ACPI is enabled
     EXPECT_EQ(power.in(0x608, 4), 0u);
     clock.now = 1'000'000'000;
     EXPECT_EQ(power.in(0x608, 4), 3'579'545u);
@@ -314,7 +314,7 @@ struct IdeTest : testing::Test {
     void SetUp() override { channel.attach(0, *image); }
     void out(u16 port, u32 v, unsigned size = 1) { channel.out(port, size, v); }
     u32 in(u16 port, unsigned size = 1) { return channel.in(port, size); }
-    /// Table at 0x1000: (address, bytes)…; the last one is marked.
+    /// Table at 0x1000: (address, bytes)…; the last entry is marked.
     void table(const std::vector<std::pair<u32, u32>>& regions, bool mark = true) {
         u64 at = 0x1000;
         for (const auto& [address, bytes] : regions) {
@@ -325,7 +325,7 @@ struct IdeTest : testing::Test {
         }
         out(0xc004, 0x1000, 4);
     }
-    /// 28-bit command with DMA, as drivers write it; the status that the interrupt handler reads.
+    /// A 28-bit DMA command, as issued by drivers; returns the status read by the interrupt handler.
     u32 transfer(u8 command, u32 lba, u32 count, bool to_memory) {
         out(0xc000, to_memory ? 8 : 0);
         out(0xc002, 6);
@@ -346,7 +346,7 @@ TEST_F(IdeTest, Identifies) {
     out(0x1f6, 0xa0);
     out(0x1f7, 0xec);
     EXPECT_TRUE(line.level);
-    EXPECT_EQ(in(0x3f6), 0x58u); // the alternate register takes no interrupt back
+    EXPECT_EQ(in(0x3f6), 0x58u); // the alternate status register does not clear the interrupt
     EXPECT_TRUE(line.level);
     EXPECT_EQ(in(0x1f7), 0x58u);
     EXPECT_FALSE(line.level);
@@ -401,12 +401,12 @@ TEST_F(IdeTest, SaysWhatIsWrong) {
     EXPECT_EQ(transfer(0xc8, 0, 2, true) & 1, 1u); // the table is too short
     EXPECT_EQ(in(0xc002) & 3, 2u);
     table({{0xffff'f000, 512}});
-    EXPECT_EQ(transfer(0xc8, 0, 1, true) & 1, 1u); // no memory there
+    EXPECT_EQ(transfer(0xc8, 0, 1, true) & 1, 1u); // no memory at that address
     out(0x1f7, 0x42);
     EXPECT_EQ(in(0x1f7), 0x51u);
     EXPECT_EQ(in(0x1f1), 0x04u); // aborted
     table({{0x8000, 1024}});
-    EXPECT_EQ(transfer(0xc8, 0, 1, true), 0x50u); // longer than the transfer is allowed
+    EXPECT_EQ(transfer(0xc8, 0, 1, true), 0x50u); // longer than the transfer: allowed
 }
 
 TEST_F(IdeTest, ASecondDiskThatIsNotThereStaysSilent) {

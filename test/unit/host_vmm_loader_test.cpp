@@ -1,5 +1,4 @@
-// The test host's loader and its tables, read back by offset, as the specifications have them, and by the kernel's own
-// readers.
+// The test host's loader and its tables, read back by offset, as specified, and by the kernel's own readers.
 #include "gtest_macros.hpp"
 #include "host_vmm_support.hpp"
 import test.gtest;
@@ -38,7 +37,7 @@ std::string text(const vmm::GuestMemory& memory, u64 address) {
     return found;
 }
 
-/// One loadable segment at `base` with `code` and `zeroes` behind it, and a segment of notes with the entry.
+/// One loadable segment at `base` with `code` followed by `zeroes`, and a note segment with the entry.
 Bytes elf(u64 base, u64 entry, const Bytes& code, u64 zeroes = 0, u32 note_type = 18) {
     Bytes file(0x1000 + code.size());
     const Bytes ident{0x7f, 'E', 'L', 'F', 2, 1, 1};
@@ -94,7 +93,7 @@ TEST(HostLoader, PvhPutsSegmentsCommandLineModuleAndMap) {
     EXPECT_EQ(value(memory, info + 32, 8), 0xe0000u);
     ASSERT_EQ(value(memory, info + 48, 4), 3u);
     const u64 map = value(memory, info + 40, 8);
-    EXPECT_EQ(value(memory, map + 24 + 16, 4), 2u); // the tables' part is not usable
+    EXPECT_EQ(value(memory, map + 24 + 16, 4), 2u); // the tables' memory is not usable
     EXPECT_EQ(value(memory, map + 48, 8), mebibyte);
     EXPECT_EQ(value(memory, map + 56, 8), 15 * mebibyte);
 }
@@ -108,7 +107,7 @@ TEST(HostLoader, PvhRefusesWhatHasNoEntryOrNoRoom) {
     EXPECT_TRUE(refused(elf(0x20'0000, 0x20'0000, {0x90}, 0, 17)));        // another note
     EXPECT_TRUE(refused(elf(0x20'0000, 0x10'0000, {0x90})));               // entry outside of the image
     EXPECT_TRUE(refused(elf(0x3f'f000, 0x3f'f000, {0x90}, 2 * mebibyte))); // beyond the end of memory
-    EXPECT_TRUE(refused(elf(0x1000, 0x1000, {0x90})));                     // where the tables are
+    EXPECT_TRUE(refused(elf(0x1000, 0x1000, {0x90})));                     // where the loader's tables are
     EXPECT_TRUE(refused({0x7f, 'E', 'L', 'F'}));
     const Bytes large(3 * mebibyte);
     EXPECT_TRUE(refused(elf(0x20'0000, 0x20'0000, {0x90}), {.module = std::as_bytes(std::span{large})}));
@@ -155,7 +154,7 @@ TEST(HostLoader, BzImageGetsAZeroPage) {
     ASSERT_EQ(value(memory, zero + 0x1e8, 1), 3u);
     EXPECT_EQ(value(memory, zero + 0x2d0 + 40, 8), mebibyte);
     EXPECT_EQ(value(memory, zero + 0x2d0 + 56, 4), 1u);
-    // The page tables map the last page of 4 GiB onto itself.
+    // The page tables identity-map the last page of 4 GiB.
     const u64 root = value(memory, entry->page_table, 8) & ~u64{0xfff};
     const u64 directory = value(memory, root + 24, 8) & ~u64{0xfff};
     EXPECT_EQ(value(memory, directory + 511 * 8, 8), 0xffe0'0083u);
@@ -169,13 +168,13 @@ TEST(HostLoader, BzImageRefusesOldOnesAndSmallMemory) {
     }
     const auto file = bzimage(0x020f, 1);
     EXPECT_FALSE(vmm::load_bzimage(memory_of(17 * mebibyte), std::as_bytes(std::span{file}), {}).has_value());
-    const std::string line(2048, 'x'); // the image says 2047
+    const std::string line(2048, 'x'); // the image's limit is 2047
     EXPECT_FALSE(vmm::load_bzimage(memory, std::as_bytes(std::span{file}), {.command_line = line}).has_value());
 }
 
 // ---- ACPI ----
 
-/// A DSDT that holds \_S5 and nothing else: Name (_S5_, Package (4) { 5, 5, 0, 0 }).
+/// A DSDT with \_S5 only: Name (_S5_, Package (4) { 5, 5, 0, 0 }).
 Bytes dsdt() {
     Bytes table(36);
     const Bytes body{0x08, '_', 'S', '5', '_', 0x12, 0x08, 0x04, 0x0a, 0x05, 0x0a, 0x05, 0x00, 0x00};
@@ -203,7 +202,7 @@ TEST(HostAcpi, TheKernelsReaderFindsEverything) {
     const auto rsdp = vmm::write_acpi(memory, std::as_bytes(std::span{table}), 4);
     ASSERT_TRUE(rsdp.has_value()) << rsdp.error().message;
     Reader reader(memory);
-    for (const u64 start : {*rsdp, u64{0}}) { // told, and found by a scan
+    for (const u64 start : {*rsdp, u64{0}}) { // given, and found by a scan
         const auto tables = acpi::read_tables(reader, start);
         ASSERT_TRUE(tables.has_value()) << tables.error().message;
         EXPECT_EQ(tables->damaged, 0u);

@@ -21,7 +21,7 @@ namespace {
 using namespace fl;
 using hv::VmGuest;
 
-// What happens, in order: the concepts' comments promise it.
+// The trace of calls, in order, as promised by the concepts' comments.
 std::string trace;
 bool refuse_install = false;
 bool refuse_start = false;
@@ -42,7 +42,7 @@ struct Alpha {
     }
     std::optional<u64> tsc_hz() const { return 1; }
     std::string_view clock_name() const { return "alpha"; }
-    std::array<std::byte, 1 << 20> large{}; // never on the stack
+    std::array<std::byte, 1 << 20> large{}; // must not be put on the stack
 };
 static_assert(hv::Backend<Alpha>);
 
@@ -122,7 +122,7 @@ struct Backend : ::testing::Test {
         sightings.list[sightings.count].guest = guest;
         sightings.list[sightings.count++].base = 0x40000000;
     }
-    // What boot does, with a trace for a kernel.
+    // What boot does, with a trace in place of a kernel.
     void boot(hv::Choice choice) {
         hv::with_backend(two, choice, environment, [&](auto& backend) {
             trace += "early:" + std::string(backend.name) + " ";
@@ -194,7 +194,7 @@ TEST_F(Backend, VisitorsReturnValues) {
     EXPECT_EQ(name, "bare");
 }
 
-// The kernel's own list: every build has Bare, last; what a build leaves out is not in it.
+// The kernel's list: every build has Bare, as the last one; what a build leaves out is not in it.
 template <class... Bs>
 constexpr bool names(hv::BackendList<Bs...>, std::string_view name) {
     return (false || ... || (Bs::name == name));
@@ -207,8 +207,8 @@ static_assert(!names(hv::list, "kvm") && !hv::built_for(VmGuest::kvm));
 #endif
 static_assert(!hv::BusRoot<hv::Bare> && !hv::EmulatedDevices<hv::Bare> && hv::Clock<hv::Bare>);
 
-// That a type can do something says nothing about an instance that was never installed: it has nothing to give, and
-// whatever may be called on it at any time does no harm.
+// A capability of the type does not mean that an uninstalled instance has it: it returns nothing, and all functions can
+// be called safely at any time.
 template <class B>
 void ask_what_was_never_installed(io::Executor& executor) {
     SCOPED_TRACE(B::name);
@@ -245,7 +245,7 @@ void ask_each(hv::BackendList<Bs...>, io::Executor& executor) {
 TEST_F(Backend, WhatWasNeverInstalledCanBeAsked) { ask_each(hv::list, executor); }
 
 #ifdef FIRSTLIGHT_HV_KVM
-// A host's clock page, typed from the documentation of MSR_KVM_SYSTEM_TIME_NEW: version 2, 2.5 GHz: mul = 2^32 * 0.8
+// A host's clock page, written from the documentation of MSR_KVM_SYSTEM_TIME_NEW: version 2, 2.5 GHz: mul = 2^32 * 0.8
 // with shift -1, flags 1.
 constexpr u8 golden_clock[32] = {2,    0,    0,   0, 0, 0, 0, 0, 0x15, 0xcd, 0x5b, 7,    0,    0, 0, 0,
                                  0x40, 0x42, 0xf, 0, 0, 0, 0, 0, 0xcc, 0xcc, 0xcc, 0xcc, 0xff, 1, 0, 0};
@@ -286,7 +286,7 @@ TEST_F(Kvm, FrequencyFromTheClockPage) {
     ASSERT_TRUE(kvm.tsc_hz());
     EXPECT_NEAR(static_cast<double>(*kvm.tsc_hz()), 2.5e9, 10);
     EXPECT_EQ(kvm.clock_name(), "kvmclock");
-    // Enabled once, withdrawn, and the page is free again: the host writes to nothing of ours any more.
+    // Enabled once, then withdrawn and the page freed: the host no longer writes to guest memory.
     ASSERT_EQ(cpu.msr_writes.size(), 2u);
     EXPECT_EQ(cpu.msr_writes[0].first, 0x4b564d01u);
     EXPECT_EQ(cpu.msr_writes[0].second & 0xfff, 1u);
@@ -304,7 +304,7 @@ TEST_F(Kvm, AClockThatCannotBeIsNotBelieved) {
         return kvm.tsc_hz();
     };
     EXPECT_TRUE(install());
-    clock_version = 3; // forever being written
+    clock_version = 3; // permanently in the middle of an update
     EXPECT_FALSE(install());
     clock_version = 0; // never written
     EXPECT_FALSE(install());

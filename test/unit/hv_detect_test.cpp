@@ -37,7 +37,7 @@ VmGuest chosen(const machines::Machine& machine, bool (*built)(VmGuest) = everyt
     return hv::choose(sight(machine), {}, built).guest;
 }
 
-// Names are in one place, for `if constexpr` and for people.
+// Names are defined in one place, for `if constexpr` and for output.
 static_assert(hv::name(VmGuest::hyperv) == "hyperv" && hv::name(VmGuest::openbsd) == "openbsd" &&
               hv::name(VmGuest::bare) == "bare");
 static_assert(hv::vm_guest_named("kvm") == VmGuest::kvm && !hv::vm_guest_named("KVM") && !hv::vm_guest_named(""));
@@ -83,8 +83,8 @@ TEST(Detect, RecordedMachines) {
 }
 
 TEST(Detect, WhatCanBeUsedBeatsAName) {
-    // Without Xen's module, Hyper-V's interface on the same machine is used; without any, the first of the policy is
-    // named.
+    // Without Xen's module, Hyper-V's interface on the same machine is used; without any module, the policy's first
+    // match is named.
     EXPECT_EQ(chosen(machines::three, without_xen), VmGuest::hyperv);
     EXPECT_EQ(chosen(machines::qemu_xen, without_xen), VmGuest::kvm);
     EXPECT_EQ(chosen(machines::three, bare_only), VmGuest::xen);
@@ -120,7 +120,7 @@ TEST(Detect, AVmbusIsRuledOutOnlyByWhatMakesItImpossible) {
     less.features_high = 0;
     EXPECT_TRUE(hv::offers_vmbus(less)) << "the rest is asked of the bus";
     EXPECT_TRUE(hv::offers_vmbus(*sight(machines::openvmm_kvm).find(VmGuest::hyperv)));
-    // A machine that shows KVM and Hyper-V's interface without SynIC is KVM's; with SynIC the bus is asked; hv=
+    // A machine that shows KVM and Hyper-V's interface without SynIC counts as KVM; with SynIC the VMBus is tried; hv=
     // overrides both.
     EXPECT_EQ(chosen(machines::kvm_hyperv_no_synic), VmGuest::kvm);
     EXPECT_EQ(hv::choose(sight(machines::kvm_hyperv), *hv::parse_preference("kvm"), everything).guest, VmGuest::kvm);

@@ -16,7 +16,7 @@ import io.bench;
 #include "unit/io_support.hpp"
 
 namespace {
-// Every allocation of the test program, for the assertion that an I/O makes none.
+// Counts every allocation of the test program, to assert that an I/O makes none.
 std::atomic<fl::u64> heap_allocations{0};
 fl::u64 count_heap_allocations() { return heap_allocations.load(); }
 void* counted(std::size_t size, std::size_t alignment) {
@@ -34,7 +34,8 @@ void* operator new(std::size_t size) { return counted(size, 16); }
 void* operator new[](std::size_t size) { return counted(size, 16); }
 void* operator new(std::size_t size, std::align_val_t a) { return counted(size, static_cast<std::size_t>(a)); }
 void* operator new[](std::size_t size, std::align_val_t a) { return counted(size, static_cast<std::size_t>(a)); }
-// The nothrow forms too: a sanitizer brings its own, which do not come here, and their blocks must not end in free().
+// The nothrow forms too: a sanitizer brings its own, which are not counted, and their blocks must not be passed to
+// free().
 void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return counted(size, 16); }
 void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return counted(size, 16); }
 void* operator new(std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept {
@@ -140,7 +141,7 @@ TEST_F(BenchTest, ReadsAtQueueDepth) {
     EXPECT_TRUE(std::is_sorted(r->read.percentiles.begin(), r->read.percentiles.end()));
 }
 
-// What the mark saw: the phase, and how many I/Os had been submitted and completed by then.
+// Recorded at a mark: the phase, and the I/Os submitted and completed so far.
 struct Marked {
     u32 phase;
     u64 submitted;
@@ -185,7 +186,7 @@ TEST_F(BenchTest, AllocatesNothingPerIo) {
         ASSERT_TRUE(r);
         EXPECT_EQ(r->allocations, 0u) << text;
     }
-    // The counter counts: the buffers come before the measured part, but they are seen by it.
+    // Checks that the counter counts: the buffers are allocated before the measured part, but the counter sees them.
     const u64 before = count_heap_allocations();
     EXPECT_TRUE(dma.buffer(4096));
     EXPECT_EQ(count_heap_allocations(), before + 1);
@@ -316,7 +317,8 @@ TEST_F(BenchTest, AStartDelayComesBeforeTheFirstIo) {
     ASSERT_TRUE(at_once && later);
     EXPECT_GE(machine.time - begun, 700'000u);
     EXPECT_LT(machine.time - begun, 900'000u);
-    EXPECT_NEAR(static_cast<double>(later->runtime_ns), static_cast<double>(at_once->runtime_ns), 500); // a few looks
+    // a few clock readings
+    EXPECT_NEAR(static_cast<double>(later->runtime_ns), static_cast<double>(at_once->runtime_ns), 500);
     EXPECT_EQ(later->thinktime_ns, 0u);
 }
 
@@ -386,7 +388,7 @@ TEST_F(BenchTest, LatenciesStandBeforeTheResult) {
     counts->record(5);
     counts->record(7);
     counts->record(7);
-    counts->record(300); // 256 to 511 in twos: the 23rd of them
+    counts->record(300); // 256 to 511 in steps of two: the 23rd bucket of them
     auto report = *r;
     report.read.histogram = counts.get();
     CapturedLog log;

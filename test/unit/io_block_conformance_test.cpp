@@ -1,5 +1,5 @@
-// The cases of the conformance suite, and the rigs that need no driver: a model of a transport that can do everything
-// that the queue allows, and the null disk.
+// The cases of the conformance suite, and the rigs that need no driver: a model transport that can do everything that
+// the queue allows, and the null disk.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -15,7 +15,7 @@ import io.oldest_wait;
 import drivers.null;
 
 #include "unit/io_support.hpp"
-// after it
+// depends on the includes above
 #include "unit/io_block_conformance.hpp"
 
 namespace {
@@ -26,7 +26,7 @@ using io::Status;
 
 // ---- one case ----
 
-/// The rig's memory. Fails the test when the device could still access what is freed.
+/// The rig's memory. Fails the test if the device could still access freed memory.
 class CheckedDma final : public DmaAllocator {
   public:
     explicit CheckedDma(Rig& rig) : rig_(rig) {}
@@ -63,7 +63,7 @@ struct Item {
     u32 lane = 0;
     DmaBuffer buffer;
     DmaSpan span;
-    io::Request* request = nullptr; // while it is pending or not resumed
+    io::Request* request = nullptr; // while it is pending or not yet resumed
     u32 ended = 0;
     Status status = Status::not_written;
     bool lost = false;
@@ -136,7 +136,7 @@ class Bench {
     bool idle() const {
         return std::ranges::all_of(items, [](const auto& item) { return item->done(); });
     }
-    /// The commands of `item`, by their places in held().
+    /// The commands of `item`, as indices into held().
     std::vector<usize> of(const Item& item) {
         std::vector<usize> places;
         const auto held = rig->held();
@@ -147,7 +147,8 @@ class Bench {
         }
         return places;
     }
-    /// Honest answers, the newest first, until nobody waits and the device has nothing. Then: nothing is missing.
+    /// Completes everything successfully, newest first, until no request waits and the device is idle. Then checks that
+    /// nothing is missing.
     void finish() {
         if (std::exchange(finished, true)) {
             return;
@@ -210,7 +211,7 @@ constexpr const char* point_names[] = {
     "waiting for room", "to be sent again"};
 constexpr u64 probe_lba = 4096;
 
-/// Brings a request to the point, with others around it. Nullptr: this transport has no such point.
+/// Brings a request to the given point, among other requests. Nullptr: this transport has no such point.
 Item* reach(Bench& b, Point point, Op op) {
     const Facts& f = b.facts();
     const bool split = point == Point::partly_answered;
@@ -223,7 +224,7 @@ Item* reach(Bench& b, Point point, Op op) {
     for (u32 i = 0; i < others; ++i) {
         b.start(i % 2 == 0 ? Op::read : Op::write, i * 16, 4096, point == Point::waiting ? last : i);
         if (f.gathers) {
-            b.turn(); // each by itself
+            b.turn(); // each in a separate command
         }
     }
     Item& probe =
@@ -341,7 +342,7 @@ TEST_P(BlockConformance, SilenceHasABound) {
     });
 }
 
-// The device is silent for a while, and then answers everything, in the middle of what is done about it.
+// The device is silent for a while, and then completes everything during the recovery.
 TEST_P(BlockConformance, LateAnswersEndNothingTwice) {
     for (const u32 percent : {60u, 103u, 115u, 150u, 190u, 205u}) {
         SCOPED_TRACE(percent);
@@ -396,7 +397,7 @@ TEST_P(BlockConformance, AStormOfEventsIsSurvived) {
         if (!b.facts().events) {
             return;
         }
-        for (u32 i = 0; i < 300; ++i) { // in less than a time-out
+        for (u32 i = 0; i < 300; ++i) { // within a time-out
             b.rig->event();
             if (i % 30 == 0) {
                 b.turn();
@@ -413,7 +414,7 @@ TEST_P(BlockConformance, AStormOfEventsIsSurvived) {
 // ---- answers ----
 
 TEST_P(BlockConformance, EveryStatusArrives) {
-    const auto answers = GetParam().make()->facts.answers; // a copy: the rig ends with this line
+    const auto answers = GetParam().make()->facts.answers; // a copy: the rig is destroyed at the end of this line
     for (const Status status : answers) {
         for (const Op op : {Op::read, Op::write}) {
             Bench b(GetParam());
@@ -435,7 +436,7 @@ TEST_P(BlockConformance, EveryStatusArrives) {
     }
 }
 
-// Every order of up to four, one of them an error.
+// All orders of up to four completions, one of them an error.
 TEST_P(BlockConformance, AnswersComeInEveryOrder) {
     for (u32 n = 1; n <= std::min(4u, GetParam().make()->facts.capacity); ++n) {
         std::vector<u32> order(n);
@@ -466,7 +467,7 @@ TEST_P(BlockConformance, AnswersComeInEveryOrder) {
     }
 }
 
-// Many requests of many sizes; each answer is a good one, an error, or makes the queue try again.
+// Many requests of many sizes; each completion is a success, an error, or leads to a retry.
 TEST_P(BlockConformance, RandomTraffic) {
     for (u32 seed = 0; seed < 12 && !HasFailure(); ++seed) {
         SCOPED_TRACE(seed);
@@ -487,7 +488,7 @@ TEST_P(BlockConformance, RandomTraffic) {
                 const usize at = random() % held.size();
                 switch (random() % 8) {
                 case 0: b.rig->answer(at, Status::io_error), ++expected_bad; break;
-                case 1: b.rig->answer_again(at), ++expected_bad; break; // the second time it counts
+                case 1: b.rig->answer_again(at), ++expected_bad; break; // the second completion counts
                 default: b.rig->answer(at, Status::ok);
                 }
             }
@@ -508,14 +509,14 @@ TEST_P(BlockConformance, RandomTraffic) {
     }
 }
 
-// A request of three commands; each of them in turn has to be sent again, the answers come in every order.
+// A request of three commands; any of them must be resent, and completions arrive in every order.
 TEST_P(BlockConformance, PartsAreSentAgain) {
     const Facts facts = GetParam().make()->facts;
     if (!facts.retries || facts.part_bytes == 0 || facts.capacity < 3) {
         return;
     }
     for (const Op op : {Op::read, Op::write}) {
-        for (u32 again = 1; again < 8; ++again) { // one bit for each
+        for (u32 again = 1; again < 8; ++again) { // one bit per command
             std::array<u32, 3> order{0, 1, 2};
             do {
                 Bench b(GetParam());
@@ -562,7 +563,7 @@ TEST_P(BlockConformance, MoreThanFitGoInOrder) {
     b.finish();
 }
 
-// A write that was given up may be carried out whenever its answer comes. What is written over it stays.
+// An abandoned write may take effect when its completion arrives. Later writes to the same sectors must win.
 TEST_P(BlockConformance, NothingOvertakesAWriteThatWasGivenUp) {
     for (const bool neighbours : {false, true}) {
         for (const Op before : {Op::read, Op::write}) { // a write would be gathered with the second one
@@ -571,12 +572,12 @@ TEST_P(BlockConformance, NothingOvertakesAWriteThatWasGivenUp) {
                 return;
             }
             Item& first = b.start(Op::write, 100, 4096);
-            if (neighbours) { // one command where they are gathered
+            if (neighbours) { // one command if they are gathered
                 b.start(Op::write, 108, 4096);
             }
             b.turn();
             b.forget(first);
-            b.start(before, 92, 4096); // its neighbour is the next one
+            b.start(before, 92, 4096); // adjacent to the next one
             Item& second = b.start(Op::write, 100, 4096);
             b.turn();
             b.turn();
@@ -609,7 +610,7 @@ TEST_P(BlockConformance, NeighboursAreEachTheirOwn) {
                 b.forget(*near[gone]);
                 b.pass(30'000'000);
             }
-            if (const auto held = b.rig->held(); !held.empty()) { // where the device was stopped: one of them, alone
+            if (const auto held = b.rig->held(); !held.empty()) { // if the device was stopped: only one of them
                 b.rig->answer(0, held[0].bytes > 4096 ? status : Status::ok);
             }
             b.finish();
@@ -687,12 +688,12 @@ struct ModelConfig {
     io::Fence fence = io::Fence::done;
     io::Recovery::Kind recovery = io::Recovery::Kind::give_up;
     io::Retry retry = io::Retry::alone;
-    bool heeds = true;        // when it is asked to answer everything
-    bool may_give_up = false; // requests that find no room, rather than close
-    u32 room = 6;             // commands
+    bool heeds = true;        // reacts to the request to complete everything
+    bool may_give_up = false; // the queue may abandon requests without room instead of closing
+    u32 room = 6;             // capacity in commands
 };
 
-/// Sectors that were never written hold their own number in every 8 bytes.
+/// Sectors never written hold their own number in every 8 bytes.
 class SparseMedium {
   public:
     void read(u64 lba, u32 bytes, std::byte* into) const {
@@ -716,7 +717,7 @@ class SparseMedium {
     std::map<u64, std::array<std::byte, 512>> written_;
 };
 
-/// The device: holds commands until it is told to answer them.
+/// The device: holds commands until told to complete them.
 struct ModelDevice {
     struct Entry {
         u64 id = 0;
@@ -945,7 +946,7 @@ class ModelDisk final : public io::QueueDisk<ModelTransport<gather>> {
     }
 };
 
-/// A rig with one lane and a FakeMachine for its clock.
+/// A rig with one lane, whose clock is a FakeMachine.
 template <class Queue>
 class OneQueueRig : public Rig {
   public:
@@ -1091,8 +1092,8 @@ class NullRig final : public Rig {
 
 constexpr ModelConfig effect_give_up{io::Fence::effect, io::Recovery::Kind::give_up, io::Retry::later};
 
-// A write that was given up may still reach the medium: the device has a whole time-out more to answer it, and then
-// the queue is closed.
+// An abandoned write may still reach the medium: the device gets one more time-out to complete it, then the queue is
+// closed.
 TEST(BlockQueueTime, AWriteThatWasGivenUpHasATimeOutMore) {
     for (const bool answered : {true, false}) {
         const Make make{"", [] { return std::make_unique<ModelRig<false>>(effect_give_up); }};
@@ -1101,7 +1102,7 @@ TEST(BlockQueueTime, AWriteThatWasGivenUpHasATimeOutMore) {
         Item& write = b.start(Op::write, 100, 4096);
         b.pass(timeout * 11 / 10);
         EXPECT_EQ(write.status, Status::timed_out);
-        Item& next = b.start(Op::write, 100, 4096); // waits for its sectors
+        Item& next = b.start(Op::write, 100, 4096); // waits because its sectors are blocked
         b.pass(timeout * 7 / 10);
         EXPECT_TRUE(b.rig->is_open()) << "closed without the second time-out";
         EXPECT_EQ(next.ended, 0u);
@@ -1121,7 +1122,7 @@ TEST(BlockQueueTime, AWriteThatWasGivenUpHasATimeOutMore) {
     }
 }
 
-// A device that answers reads that nobody waits for any more is not silent.
+// A device that completes abandoned reads is not silent.
 TEST(BlockQueueTime, AnswersToReadsThatWereGivenUpAreAnswers) {
     const Make make{"", [] { return std::make_unique<ModelRig<false>>(effect_give_up); }};
     Bench b(make);
@@ -1145,7 +1146,7 @@ TEST(BlockQueueTime, AnswersToReadsThatWereGivenUpAreAnswers) {
     EXPECT_EQ(item.status, Status::ok);
 }
 
-// What the device was asked to answer everything has a whole time-out for that, in machine time.
+// The device gets a whole time-out, in machine time, to complete everything on request.
 TEST(BlockQueueTime, AStopAfterAskingIsNoSilence) {
     const ModelConfig asked{io::Fence::reachable, io::Recovery::Kind::asked, io::Retry::later, false};
     for (const bool answered : {true, false}) {
@@ -1153,7 +1154,7 @@ TEST(BlockQueueTime, AStopAfterAskingIsNoSilence) {
         Bench b(make);
         const Nanoseconds timeout = b.facts().timeout;
         Item& item = b.start(Op::read, 100, 4096);
-        b.pass(timeout * 12 / 10); // asked
+        b.pass(timeout * 12 / 10); // requested
         b.rig->jump(7'000'000'000);
         b.pass(timeout * 9 / 10);
         EXPECT_TRUE(b.rig->is_open() && item.ended == 0);
@@ -1171,8 +1172,7 @@ TEST(BlockQueueTime, AStopAfterAskingIsNoSilence) {
     }
 }
 
-// A device that is never satisfied: so many answers, and then the status counts. The time-out is no bound here, since
-// the device answers.
+// A device that always asks for retries: the retry limit applies. The time-out does not, because the device responds.
 TEST(BlockQueueTime, TriesAreCounted) {
     struct Row {
         io::Retry retry;
@@ -1207,7 +1207,7 @@ TEST(BlockQueueTime, TriesAreCounted) {
     }
 }
 
-// Of two disks with one queue: a write that was given up on one of them holds up its sectors there, and there alone.
+// Two disks share a queue: a write abandoned on one of them blocks its sectors on that disk only.
 TEST(BlockQueueTime, AWriteThatWasGivenUpHoldsUpItsOwnDiskAlone) {
     const ModelConfig reachable{io::Fence::reachable, io::Recovery::Kind::give_up, io::Retry::later};
     ModelRig<false> rig(reachable);
@@ -1218,7 +1218,7 @@ TEST(BlockQueueTime, AWriteThatWasGivenUpHoldsUpItsOwnDiskAlone) {
     auto lost = std::make_unique<io::Request>(rig.disk(0), Op::write, 100, part(0));
     rig.disk(0).submit(*lost);
     rig.turn();
-    lost.reset(); // its owner gives it up
+    lost.reset(); // its owner abandons it
     ASSERT_EQ(rig.held().size(), 1u);
     io::Request same(rig.disk(0), Op::read, 104, part(1));
     io::Request beside(rig.disk(0), Op::read, 108, part(2));
@@ -1248,8 +1248,8 @@ TEST(BlockQueueTime, AWriteThatWasGivenUpHoldsUpItsOwnDiskAlone) {
     clear_quarantine();
 }
 
-// So many events without an answer are a storm: no more are asked for until idle_window has passed, and one more is
-// told in the log.
+// This many events without a completion are a storm: no more are requested until idle_window has passed, and one line
+// is logged.
 TEST(BlockQueueTime, TheLimitOfAStormIsExact) {
     struct Capture final : log::Sink {
         Capture() { log::attach(*this); }
@@ -1262,14 +1262,14 @@ TEST(BlockQueueTime, TheLimitOfAStormIsExact) {
     ModelRig<false> rig(effect_give_up);
     const auto raise = [&](u32 events) {
         rig.device.events += events;
-        rig.executor.wake(); // the turn that takes a wake() does not arm, the one after it does
+        rig.executor.wake(); // the turn that handles a wake() does not arm, the next one does
         rig.turn();
         rig.turn();
         const u32 before = rig.device.arms;
         rig.executor.wake();
         rig.turn();
         rig.turn();
-        return rig.device.arms != before; // more are asked for
+        return rig.device.arms != before; // more are requested
     };
     const auto tick = [&] {
         const Instant begun = rig.now();
@@ -1289,7 +1289,7 @@ TEST(BlockQueueTime, TheLimitOfAStormIsExact) {
         rig.turn();
     }
     EXPECT_TRUE(raise(1)) << "it is over";
-    for (u32 i = 0; i < 3 * Transport::max_idle_events; ++i) { // events that bring an answer are none
+    for (u32 i = 0; i < 3 * Transport::max_idle_events; ++i) { // events with a completion do not count
         io::Request request(rig.disk(0), Op::flush, 0, {});
         request.waiter = std::noop_coroutine();
         rig.disk(0).submit(request);
@@ -1301,7 +1301,7 @@ TEST(BlockQueueTime, TheLimitOfAStormIsExact) {
     EXPECT_TRUE(raise(1));
 }
 
-// What waited before a stop says nothing of what waits after the next open().
+// Waits from before a stop do not count after the next open().
 TEST(BlockQueueTime, AQueueThatIsOpenedAgainBeginsAnew) {
     ModelConfig config;
     config.room = 0;

@@ -32,7 +32,7 @@ struct Block : testing::Test {
 
     Status run(Op op, u64 lba, DmaSpan span) {
         BlockDevice::Transfer transfer(disk, op, lba, span);
-        disk.submit(transfer); // no waiter: looked at by its owner
+        disk.submit(transfer); // no waiter: the owner checks it
         for (int i = 0; i < 1000 && transfer.pending(); ++i) {
             machine.time += 1_ms;
             executor.turn();
@@ -74,7 +74,7 @@ TEST_F(Block, ALaneBelongsToItsProcessor) {
         "mem0: submitted on processor 1; this lane belongs to processor 0");
 }
 
-// A host that never answered may still write: whoever owns the buffer frees it, and it is not given back.
+// A host that never completed a request may still write: the owner frees the buffer, but it is not reused.
 TEST_F(Block, MemoryThatAHostMayStillReachIsNotGivenBack) {
     disk.behaviour.never_answers = true;
     disk.set_timeout(50_ms);
@@ -100,7 +100,7 @@ TEST_F(Block, MemoryThatAHostMayStillReachIsNotGivenBack) {
     EXPECT_EQ(dma.outstanding, outstanding + 2);
 }
 
-// However many buffers hosts hold on to: what is quarantined is kept, and everything else is given back.
+// However many buffers are in use by hosts: quarantined memory is kept, and everything else is freed.
 TEST(Dma, QuarantineKeepsWhatItHoldsAndNothingElse) {
     HeapDma dma;
     int holders[2] = {};
@@ -132,7 +132,7 @@ TEST(Dma, QuarantineKeepsWhatItHoldsAndNothingElse) {
     EXPECT_FALSE(quarantine_state().frozen);
 }
 
-// Two commands of one buffer: it comes back with the second one.
+// Two commands use one buffer: it is released with the second one.
 TEST(Dma, QuarantineOfTwoPartsOfOneBuffer) {
     HeapDma dma;
     int holder = 0;
@@ -232,7 +232,7 @@ TEST_F(Block, TaskDiesBetweenCompletionAndResumption) {
         executor.turn(); // submitted, and completed by drain(): the request is in the ready list
         EXPECT_EQ(disk.counters().completed, 1u);
     }
-    executor.turn(); // would resume a frame that is gone
+    executor.turn(); // would resume a destroyed frame
     EXPECT_EQ(disk.forgotten, 0u);
 }
 

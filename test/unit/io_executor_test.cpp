@@ -20,7 +20,7 @@ using namespace fl;
 using namespace fl::io;
 using fl::test::FakeMachine;
 
-/// Every frame that a test takes is given back.
+/// Checks that every frame of a test has been freed.
 struct Frames : testing::Test {
     FakeMachine machine;
     Executor executor{machine.platform()};
@@ -92,13 +92,13 @@ TEST_F(TaskTest, NoFrameIsAnErrorValueEverywhere) {
 }
 
 TEST_F(TaskTest, PoolServesEverySizeAfterABurstOfOne) {
-    void* kept = frame_pool().allocate(300); // somebody always has a frame
+    void* kept = frame_pool().allocate(300); // at least one frame is always in use
     ASSERT_NE(kept, nullptr);
     for (const usize size : {100u, 192u, 200u, 384u, 500u, 1024u, 2000u, 4096u}) {
         std::vector<std::byte*> blocks;
         while (auto* block = static_cast<std::byte*>(frame_pool().allocate(size))) {
             ASSERT_EQ(reinterpret_cast<std::uintptr_t>(block) % 16, 0u);
-            std::memset(block, static_cast<int>(blocks.size()), size); // overlaps would show
+            std::memset(block, static_cast<int>(blocks.size()), size); // detects overlaps
             blocks.push_back(block);
         }
         EXPECT_GE(blocks.size() * size, FramePool::arena_bytes / 2) << size;
@@ -122,7 +122,7 @@ TEST_F(TaskTest, BlocksAreUsedAgain) {
     use();
     const u64 allocations = frame_pool().allocations();
     for (int i = 0; i < 10'000; ++i) {
-        use(); // more than the arena could give without reuse
+        use(); // more than the arena holds without reuse
     }
     EXPECT_EQ(frame_pool().allocations(), allocations + 20'000);
 }
@@ -187,7 +187,7 @@ TEST_F(ExecutorTest, GroupDestroysWhatHasNotFinished) {
         ASSERT_TRUE(group.spawn(note(executor, order, 1, 5_ms)));
         ASSERT_TRUE(group.spawn(note(executor, order, 2, 7_ms)));
         executor.turn();                                          // both sleep
-        ASSERT_TRUE(group.spawn(note(executor, order, 3, 7_ms))); // this one has not begun
+        ASSERT_TRUE(group.spawn(note(executor, order, 3, 7_ms))); // not started yet
     }
     for (int i = 0; i < 10; ++i) {
         machine.time += 10_ms;
@@ -205,7 +205,7 @@ TEST_F(ExecutorTest, SignalRaisedOrNot) {
     signal.raise();
     EXPECT_TRUE(*executor.run(wait_for(signal))) << "kept until somebody waits";
     EXPECT_FALSE(*executor.run(wait_for(signal, {executor, 1_ms}))) << "once";
-    // From an "interrupt", while the processor sleeps.
+    // From an "interrupt" while the processor sleeps.
     machine.on_idle_context = &signal;
     machine.on_idle = [](void* s) { static_cast<Signal*>(s)->raise(); };
     const Instant begun = machine.time;
@@ -235,7 +235,7 @@ TEST_F(ExecutorTest, WaitingFramesMayDie) {
             ADD_FAILURE() << "resumed after its end";
             co_return Result<void>{};
         }(signal)));
-        executor.turn(); // takes the raise that was kept, waits again
+        executor.turn(); // takes the pending raise, waits again
         signal.raise();
         executor.turn(); // drained: now the frame is in the ready list
     }
@@ -243,7 +243,7 @@ TEST_F(ExecutorTest, WaitingFramesMayDie) {
     executor.turn();
 }
 
-// A panic with its message on stderr, where a death test finds it.
+// A panic whose message goes to stderr, where a death test finds it.
 void panics_aloud() {
     set_panic_hook([](std::string_view message) {
         std::fprintf(stderr, "panic: %.*s\n", static_cast<int>(message.size()), message.data());
@@ -279,7 +279,7 @@ TEST_F(ExecutorTest, ASecondWaiterIsAPanic) {
             executor.turn();
         },
         "io::Signal: .*one waiter at a time");
-    // Woken, and not resumed yet: what woke it is not another one's to take.
+    // Woken but not resumed yet: another waiter must not take its event.
     EXPECT_DEATH(
         {
             panics_aloud();
@@ -318,7 +318,7 @@ struct StopTest : Frames {
     fl::test::CapturedLog log;
     StopTest() { executor.add(ticks); }
     ~StopTest() override { executor.remove(ticks); }
-    /// In the next idle, once: the machine stands still for so long.
+    /// At the next idle, once: stops the machine for this time.
     void stop_in_idle(Nanoseconds length) {
         stop_length = length;
         machine.on_idle_context = this;
@@ -345,8 +345,7 @@ TEST_F(StopTest, AStopInIdleIsNoTime) {
     }
 }
 
-// A timer keeps its length after a stop: what the sleep of the processor is told is the clock's time, not the
-// machine's.
+// A timer keeps its length after a stop: the processor's sleep is given clock time, not machine time.
 TEST_F(StopTest, TimersAfterAStop) {
     stop_in_idle(60_s);
     EXPECT_TRUE(executor.run(sleeper(executor, 50_ms)));
@@ -367,13 +366,13 @@ TEST_F(StopTest, AStopInsideATurnIsNoTime) {
     EXPECT_NE(executor.resumed_at(), 0u);
 }
 
-// A long computation that reads the clock counts; one that does not is cut to a step, and makes no bound pass too
-// early.
+// A long computation that reads the clock counts; one that does not is limited to one step, and makes no bound expire
+// too early.
 TEST_F(StopTest, LongComputations) {
     const auto computes = [](FakeMachine& m, Executor& e) -> Task<Result<Nanoseconds>> {
         const Instant begun = e.now();
         for (u32 i = 0; i < 50; ++i) {
-            m.time += 100_ms - m.step; // with what the reading takes: as long as a step may be
+            m.time += 100_ms - m.step; // with the reading itself: the maximum length of a step
             static_cast<void>(e.now());
         }
         co_return e.now() - begun;
@@ -383,7 +382,7 @@ TEST_F(StopTest, LongComputations) {
 }
 
 TEST_F(StopTest, SleepingForEverIsNoStop) {
-    executor.remove(ticks); // a processor without work: nobody wants a tick
+    executor.remove(ticks); // a processor without work: no ticks
     machine.on_idle_context = &machine;
     machine.on_idle = [](void* m) { static_cast<FakeMachine*>(m)->time += 3600_s; };
     executor.turn();
@@ -411,7 +410,7 @@ Task<Result<Nanoseconds>> wait_long(Executor& executor, Latch& latch, Nanosecond
 TEST_F(StopTest, ABoundHasItsWholeLengthAfterAStop) {
     Latch latch(executor);
     EXPECT_LT(*executor.run(wait_long(executor, latch, 5_s)), 5_s + 20_ms) << "without one: its length";
-    // 4 s pass, the machine stops, and then it is 5 s again.
+    // 4 s pass, the machine is stopped, and then there are 5 s again.
     struct At {
         FakeMachine& machine;
         Instant time;
@@ -429,7 +428,7 @@ TEST_F(StopTest, ABoundHasItsWholeLengthAfterAStop) {
     EXPECT_LT(waited, 9_s + 200_ms);
 }
 
-// A stop that is too short for the log is one for the bounds.
+// A stop too short for the log still restarts bounds.
 TEST_F(StopTest, ABoundHasItsWholeLengthAfterAShortStop) {
     struct At {
         FakeMachine& machine;
@@ -496,7 +495,7 @@ TEST_F(StopTest, BoundOfALoop) {
     EXPECT_FALSE(Bound(executor, never).passed());
 }
 
-// An order that was kept by different bounds is kept when they begin anew.
+// Bounds of different lengths keep their order when they restart.
 TEST_F(StopTest, BoundsStayInOrder) {
     Latch first(executor);
     Latch second(executor);
@@ -519,7 +518,7 @@ TEST_F(StopTest, BoundsStayInOrder) {
     EXPECT_EQ(order, (std::vector{1, 2, 3}));
 }
 
-// A wake-up that comes from another thread at any moment is never slept through: the sleep is real here, and long.
+// A wake-up from another thread at an arbitrary time is never missed: the sleep is real here, and long.
 TEST_F(ExecutorTest, NoWakeUpIsLost) {
     struct Real {
         std::atomic<u64> sleeps{0};

@@ -29,11 +29,11 @@ struct Dma final : DmaAllocator {
     void free(DmaSpan span) override { std::free(span.data); }
 };
 
-/// What the lanes of one disk share: bytes that each sector's owner writes alone while they run.
+/// Shared by the lanes of one disk: bytes that only each sector's owner writes while they run.
 struct Platter {
     std::vector<std::byte> bytes;
     u64 bad_lba = ~u64{0};     // reads of it fail
-    u64 corrupt_lba = ~u64{0}; // a byte of it turns
+    u64 corrupt_lba = ~u64{0}; // one of its bytes is corrupted
 };
 
 class Lane final : public BlockDevice {
@@ -172,7 +172,7 @@ TEST_F(LanesBench, SharesTheWorkOut) {
 }
 
 TEST_F(LanesBench, OnePairOfMarksForAllLanes) {
-    static std::vector<u32> marks; // the first is another processor's: it is read when all have ended
+    static std::vector<u32> marks; // the first belongs to another processor; read after all have ended
     marks.clear();
     marks.reserve(2);
     static LanesBench* self;

@@ -20,7 +20,7 @@ using Finding = OldestWait::Finding;
 constexpr Nanoseconds ms = 1'000'000;
 constexpr Nanoseconds timeout = 5'000 * ms;
 
-/// A device that takes `each` for a request, `depth` of them under way all the time, looked at every 10 ms.
+/// A device that takes `each` per request, with `depth` of them always in flight, checked every 10 ms.
 struct Device : testing::Test {
     fl::test::FakeMachine machine{.step = 0};
     Executor executor{machine.platform()};
@@ -39,7 +39,7 @@ struct Device : testing::Test {
         executor.turn(); // sleeps until the next tick
         return wait.look(executor, {last < first ? 0 : first, last + 1 - first, answered}, timeout);
     }
-    /// How long until something is found; never: nothing within `bound`.
+    /// Time until a fault is found; never: none within `bound`.
     Nanoseconds found_after(Nanoseconds bound, Finding& finding) {
         const Instant begun = machine.time;
         while (machine.time - begun < bound) {
@@ -60,7 +60,7 @@ TEST_F(Device, SlowOnesAreNeverFound) {
             for (u32 i = 0; i < 25; ++i) {
                 ASSERT_EQ(tick(), Finding::none) << "depth " << depth << ", request " << n;
             }
-            ++first; // answered, and one more is asked for
+            ++first; // completed, and another one is submitted
             ++last;
             ++answered;
         }
@@ -69,7 +69,7 @@ TEST_F(Device, SlowOnesAreNeverFound) {
 
 TEST_F(Device, AsSlowAsTheTimeOutAllows) {
     last = 32;
-    for (u32 n = 0; n < 32; ++n) { // nothing is issued behind them: the last one is answered after 32 time-outs
+    for (u32 n = 0; n < 32; ++n) { // no further requests: the last one is completed after 32 time-outs
         for (Nanoseconds t = 0; t < timeout - 20 * ms; t += 10 * ms) {
             ASSERT_EQ(tick(), Finding::none) << n;
         }
@@ -90,13 +90,13 @@ TEST_F(Device, ASilentOneIsFoundAfterOneTimeOut) {
     }
 }
 
-// Answers to others do not make up for one that never comes; how many others there are says how long that may take.
+// Completions of others do not excuse one that never completes; the number of others limits how long that may take.
 TEST_F(Device, ALostOneIsFound) {
     for (const Nanoseconds each : {10 * ms, 250 * ms}) {
         first = last + 1;
         last += 32; // the first one is lost
         const u64 passes = OldestWait::patience * 32;
-        const Nanoseconds explained = passes * each; // so long a fair device may be busy with others
+        const Nanoseconds explained = passes * each; // the time that a fair device may be busy with others
         Finding finding = Finding::none;
         Nanoseconds waited = 0;
         while (finding == Finding::none && waited < 600'000 * ms) {
@@ -114,7 +114,7 @@ TEST_F(Device, ALostOneIsFound) {
 }
 
 TEST_F(Device, TheOthersEndAndTheLostOneStays) {
-    last = 2; // 1 is lost, 2 is answered after 4 s, and nothing more is asked for
+    last = 2; // 1 is lost, 2 completes after 4 s, and nothing more is submitted
     for (u32 i = 0; i < 400; ++i) {
         ASSERT_EQ(tick(), Finding::none);
     }
@@ -159,7 +159,7 @@ TEST_F(Device, AStopGivesTheWholeTimeAnewAndNoMoreThanTwice) {
     EXPECT_EQ(finding, Finding::silent);
     EXPECT_GE(after, timeout - 20 * ms);
     EXPECT_LE(after, timeout + 20 * ms);
-    // Stopped again and again: twice the time-out in machine time, and no longer.
+    // Stopped repeatedly: at most twice the time-out in machine time.
     ++first;
     ++last;
     finding = tick();

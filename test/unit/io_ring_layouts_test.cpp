@@ -1,5 +1,5 @@
-// The four rings that the ring layer has to fit, each as its transport would set it up, with both ends played here.
-// Offsets and sizes are typed from the specifications (docs/ring.md), not taken from a driver.
+// The four rings that the ring layer must support, each set up as by its transport, with both ends in this file.
+// Offsets and sizes are from the specifications (docs/ring.md), not from a driver.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -41,7 +41,7 @@ TEST(RingLayouts, XenSharedRing) {
     const MappedMemory memory(page.data(), page.size());
     const FreeRunning<u32> positions(entries);
 
-    // The front end; and a back end made of the same parts, the other way round.
+    // The front end; and a back end made of the same parts with reversed roles.
     auto requests = *Producer<MappedMemory, FreeRunning<u32>, ReachedEvent>::create(memory, requests_layout, positions);
     auto answers = *Consumer<MappedMemory, FreeRunning<u32>, ReachedEvent>::create(memory, answers_layout, positions);
     auto back_requests =
@@ -73,7 +73,7 @@ TEST(RingLayouts, XenSharedRing) {
             ASSERT_TRUE(back_requests.take(request));
             const XenAnswer answer{value_at<u64>(request, 8), 0, 0};
             ASSERT_TRUE(back_answers.produce(answer));
-            notified += back_answers.publish() ? 1 : 0; // a host that publishes every answer by itself
+            notified += back_answers.publish() ? 1 : 0; // a host that publishes every response separately
         }
         ASSERT_TRUE(back_answers.retire(entries));
         EXPECT_FALSE(*back_requests.arm(1));
@@ -86,7 +86,7 @@ TEST(RingLayouts, XenSharedRing) {
         }
         ASSERT_TRUE(requests.retire(entries));
     }
-    EXPECT_EQ(notified, 100u); // one for 32 answers
+    EXPECT_EQ(notified, 100u); // one per 32 responses
 }
 
 // ---- VMBus: a page of indices, then bytes; one such ring for each direction [vmbus] ----
@@ -109,7 +109,7 @@ TEST(RingLayouts, VmbusByteRing) {
         const u32 padded = static_cast<u32>(align_up<usize>(payload.size(), 8));
         const Descriptor d{6, 2, static_cast<u16>((16 + padded) / 8), 1, transaction};
         const std::array<std::byte, 8> padding{};
-        const u64 trailer = u64{out.position()} << 32; // where this packet began
+        const u64 trailer = u64{out.position()} << 32; // where this packet started
         if (out.free() < 16 + padded + 8) {
             return false;
         }
@@ -135,7 +135,7 @@ TEST(RingLayouts, VmbusByteRing) {
             const u32 at = in.position();
             Descriptor d;
             ASSERT_TRUE(in.remove(std::as_writable_bytes(std::span(&d, 1))));
-            ASSERT_LE(d.length8 * 8u + 8 - 16, in.ready()); // checked before it is used
+            ASSERT_LE(d.length8 * 8u + 8 - 16, in.ready()); // checked before use
             std::vector<std::byte> got(d.length8 * 8u - 16);
             u64 trailer = 0;
             ASSERT_TRUE(in.remove(got));
@@ -152,7 +152,7 @@ TEST(RingLayouts, VmbusByteRing) {
     EXPECT_EQ(sent, received);
     EXPECT_EQ(value_at<u32>(pages, 0), value_at<u32>(pages, 4));
 
-    // A second packet finds the ring not empty: silence. Masked: silence, too.
+    // A second packet finds the ring not empty: no signal. Masked: no signal either.
     ASSERT_TRUE(send(1, payload));
     EXPECT_TRUE(out.publish());
     ASSERT_TRUE(send(2, payload));
@@ -165,7 +165,7 @@ TEST(RingLayouts, VmbusByteRing) {
     EXPECT_FALSE(out.publish());
     EXPECT_TRUE(*in.arm(1)) << "it came while the events were masked: found by the second look";
 
-    set_at<u32>(pages, 0, ring_bytes); // a host that writes an index behind the end
+    set_at<u32>(pages, 0, ring_bytes); // a host that writes an index past the end
     EXPECT_FALSE(in.available());
 }
 
@@ -173,7 +173,7 @@ TEST(RingLayouts, VmbusByteRing) {
 
 TEST(RingLayouts, VirtioSplitQueueWithEventIndex) {
     constexpr u32 size = 8;
-    constexpr usize avail = 16 * size;                                   // behind the descriptor table
+    constexpr usize avail = 16 * size;                                   // after the descriptor table
     constexpr usize used = align_up<usize>(avail + 4 + 2 * size + 2, 4); // flags, idx, ring[], used_event
     constexpr usize total = used + 4 + 8 * size + 2;                     // flags, idx, ring[], avail_event
     alignas(16) std::array<std::byte, align_up<usize>(total, 8)> queue{};
@@ -191,11 +191,11 @@ TEST(RingLayouts, VirtioSplitQueueWithEventIndex) {
         u32 id, length;
     };
     u16 device_seen = 0;
-    for (u32 turn = 0; turn < 70000 / size; ++turn) { // round the 16-bit index
+    for (u32 turn = 0; turn < 70000 / size; ++turn) { // wraps the 16-bit index
         for (u16 head = 0; head < size; ++head) {
             ASSERT_TRUE(driver.produce(head));
         }
-        // The device asked for a notice when the entry at avail_event has been made available.
+        // The device requested a notification when the entry at avail_event has been made available.
         set_at<u16>(queue, avail_layout.event, static_cast<u16>(device_seen + (turn % 2 == 0 ? 0 : size)));
         EXPECT_EQ(driver.publish(), turn % 2 == 0);
         ASSERT_EQ(value_at<u16>(queue, avail + 2), static_cast<u16>(device_seen + size));
@@ -216,7 +216,7 @@ TEST(RingLayouts, VirtioSplitQueueWithEventIndex) {
         }
         ASSERT_TRUE(driver.retire(size));
     }
-    set_at<u16>(queue, used + 2, static_cast<u16>(device_seen + 1)); // an answer that nobody asked for
+    set_at<u16>(queue, used + 2, static_cast<u16>(device_seen + 1)); // an unsolicited completion
     EXPECT_FALSE(done.available(driver.owed()));
 }
 

@@ -1,4 +1,4 @@
-// The accesses of MappedMemory's copies, counted by width: which of a shared field's bytes are accessed together.
+// The accesses of MappedMemory's copies, counted by width: which bytes of a shared field are accessed together.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -15,7 +15,7 @@ struct Access {
 };
 std::vector<Access> accesses;
 
-/// VolatileAccess that keeps a record.
+/// VolatileAccess that records its accesses.
 struct RecordedAccess {
     template <class W>
     static W read(const std::byte* at) {
@@ -46,7 +46,8 @@ struct Page {
         }
         return all;
     }
-    /// Every byte of the range once, in order; naturally aligned; no aligned field within the range in two pieces.
+    /// Every byte of the range is accessed once, in order, naturally aligned; no aligned field within the range is
+    /// split.
     void check(usize offset, usize count, bool write) const {
         usize next = offset;
         for (const Access& access : accesses) {

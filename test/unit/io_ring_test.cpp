@@ -57,7 +57,7 @@ void go_round(W start) {
 
 TEST(Ring, WrapsAtTheEndOfItsWord) {
     go_round<u32>(0);
-    go_round<u32>(0xffff'fffa); // round 2^32
+    go_round<u32>(0xffff'fffa); // wraps at 2^32
     go_round<u16>(0xfffa);
 }
 
@@ -115,7 +115,7 @@ TEST(Ring, PeerBeyondWhatCanBeBreaksIt) {
         EXPECT_EQ(available.error().code, Code::protocol);
         EXPECT_EQ(available.error().seen, bad);
         EXPECT_TRUE(ring.consumer.broken());
-        // It stays broken when the other side takes it back.
+        // It stays broken when the other side restores the value.
         ring.memory.store_release<u32>(layout.index, 1);
         EXPECT_FALSE(ring.consumer.available());
         EXPECT_FALSE(ring.consumer.arm(1));
@@ -131,7 +131,7 @@ TEST(Ring, PeerGoingBackwardsBreaksIt) {
     ASSERT_EQ(*ring.consumer.available(), 3u);
     u64 value = 0;
     ASSERT_TRUE(ring.consumer.take(value));
-    ring.memory.store_release<u32>(layout.index, 2); // behind 3, in front of what was taken
+    ring.memory.store_release<u32>(layout.index, 2); // before 3, and before what was taken
     EXPECT_FALSE(ring.consumer.available());
 
     Pair<u32> taken(0);
@@ -183,7 +183,7 @@ TEST(Ring, ArmFindsWhatCameInBetween) {
     Pair<u32> ring(0);
     EXPECT_EQ(*ring.consumer.available(), 0u);
     ASSERT_TRUE(ring.producer.produce(u64{1}));
-    ring.memory.store_relaxed<u32>(layout.event, 77); // no event is asked for
+    ring.memory.store_relaxed<u32>(layout.event, 77); // no event is requested
     EXPECT_FALSE(ring.producer.publish());
     EXPECT_TRUE(*ring.consumer.arm(1)) << "or it would sleep for ever";
 }
@@ -243,8 +243,8 @@ TEST(Ring, BytesGoRoundTheEnd) {
     EXPECT_FALSE(out.observe(24)) << "no position at all";
 }
 
-// A host that rewrites the index and the entries between any two looks: every value is read once, and what was checked
-// is what is used.
+// A host that rewrites the index and the entries between any two reads: every value is read once, and the checked value
+// is the one used.
 TEST(Ring, HostileMemoryIsReadOnce) {
     alignas(64) std::array<std::byte, 64 + size * 8> storage{};
     HostileMemory::State state{.storage = storage};
@@ -254,7 +254,7 @@ TEST(Ring, HostileMemoryIsReadOnce) {
     state.poke<u32>(0, 2);
     state.poke<u64>(64, 7);
     state.before_read = [](void*, HostileMemory::State& s, usize offset, usize) {
-        if (s.reads > 1 && offset == 0) { // the second look at the index sees nonsense
+        if (s.reads > 1 && offset == 0) { // a second read of the index gets garbage
             s.poke<u32>(0, 0xdead);
         }
     };
@@ -268,7 +268,8 @@ TEST(Ring, HostileMemoryIsReadOnce) {
     EXPECT_EQ(consumer.ready(), 0u);
     EXPECT_FALSE(consumer.available()) << "now it looks, and sees the nonsense";
 
-    // Random garbage in every word before every read: never more than the ring holds, never a crash, broken at last.
+    // Random garbage in every word before every read: never more entries than the ring holds, never a crash, broken in
+    // the end.
     u64 random = 12345;
     state.context = &random;
     state.before_read = [](void* context, HostileMemory::State& s, usize offset, usize count) {

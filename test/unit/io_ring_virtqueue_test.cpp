@@ -1,5 +1,5 @@
 // The two virtqueues against a device written from the specification (io_ring_virtqueue_fake.hpp), and against devices
-// that break the rules. What both formats promise is tested for both; what is particular to one follows.
+// that violate the rules. Common behaviour is tested for both formats; format-specific tests follow.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -32,7 +32,7 @@ struct Packed {
 
 constexpr usize table_bytes = 16 * 64; // of each indirect table
 
-/// A queue in a guest's memory, then `tables` indirect tables, and the device.
+/// A queue in guest memory, followed by `tables` indirect tables, and the device.
 template <class Kind>
 struct Rig {
     using Queue = typename Kind::template Queue<HostileMemory>;
@@ -59,12 +59,12 @@ struct Rig {
         }
     }
     Queue make() {
-        std::memset(guest.data(), 0xa5, guest.size()); // create() writes what must be zero
+        std::memset(guest.data(), 0xa5, guest.size()); // create() must write the zeroes
         return *Queue::create(HostileMemory(state), layout, size, rows, options);
     }
     u64 table_bus(u32 i) const { return guest.bus + tables_at + i * table_bytes; }
 
-    /// Adds a buffer of `readable` and then `writable` elements, whose addresses and lengths follow from the slot.
+    /// Adds a buffer of `readable` and then `writable` elements, with addresses and lengths derived from the slot.
     std::vector<Piece> pieces(u16 slot, u32 readable, u32 writable) {
         std::vector<Piece> all;
         for (u32 i = 0; i < readable + writable; ++i) {
@@ -101,7 +101,7 @@ struct Rig {
         const auto used = queue.take();
         return used && !*used;
     }
-    /// take() reports the rule that was broken, and everything afterwards as well.
+    /// take() reports the violated rule, on every later call as well.
     void expect_broken(std::string_view message, u64 expected, u64 seen) {
         const auto used = queue.take();
         ASSERT_FALSE(used);
@@ -118,7 +118,7 @@ struct Rig {
         EXPECT_EQ(state.reads, reads) << "nothing of the device's is read any more";
     }
 
-    // What a hostile device writes.
+    // Writes of a hostile device.
     template <class T>
     void poke(usize at, T value) {
         state.poke(at, value);
@@ -193,7 +193,7 @@ TYPED_TEST(Virtqueues, ABufferArrivesAsItWasAddedAndComesBack) {
     EXPECT_EQ(rig.guest.fault, "");
 }
 
-// Buffers of every shape, given back in any order, through many laps of queues of many sizes.
+// Buffers of all shapes, returned in any order, over many laps of queues of many sizes.
 TYPED_TEST(Virtqueues, AnyOrderAnyShapeAnySize) {
     std::mt19937 random(7);
     for (const u32 size : sizes<TypeParam>()) {
@@ -271,7 +271,7 @@ TYPED_TEST(Virtqueues, AnyOrderAnyShapeAnySize) {
     }
 }
 
-// More buffers than a 16-bit index counts, all under way at once each time.
+// More buffers than a 16-bit index counts, each time with all of them in flight.
 TYPED_TEST(Virtqueues, IndicesWrap) {
     Rig<TypeParam> rig(8, {.event_index = true});
     for (u32 turn = 0; turn < 70000 / 8; ++turn) {
@@ -285,7 +285,7 @@ TYPED_TEST(Virtqueues, IndicesWrap) {
             chain = rig.pop();
         }
         ASSERT_FALSE(rig.device.pop());
-        for (u32 i = 8; i != 0; --i) { // backwards
+        for (u32 i = 8; i != 0; --i) { // in reverse
             rig.device.push(chains[i - 1], i);
         }
         for (u32 i = 8; i != 0; --i) {
@@ -377,13 +377,13 @@ TYPED_TEST(Virtqueues, AnIndirectTableTakesOneDescriptor) {
 
 // ---- notifications ----
 
-// The driver notifies exactly when the place that the device named is passed, wherever in the ring that is.
+// The driver notifies exactly when the position named by the device is passed, anywhere in the ring.
 TYPED_TEST(Virtqueues, PublishNotifiesWhenTheEventIsPassed) {
     for (const u32 size : sizes<TypeParam>()) {
         Rig<TypeParam> rig(size, {.event_index = true});
         for (u32 start = 0; start < 3 * size + 3; ++start) {
             for (u32 batch = 1; batch <= size; batch += 1 + size / 10) {
-                const u32 ahead = 1 + (start + batch) % (size + 1); // notify when this many are there
+                const u32 ahead = 1 + (start + batch) % (size + 1); // notify at this count
                 rig.device.want(std::min(ahead, size));
                 for (u32 i = 0; i < batch; ++i) {
                     ASSERT_TRUE(rig.add(static_cast<u16>(i), 1, 0));
@@ -395,7 +395,7 @@ TYPED_TEST(Virtqueues, PublishNotifiesWhenTheEventIsPassed) {
                     rig.taken();
                 }
             }
-            // one more, so that the next turn begins elsewhere
+            // one more, so that the next round starts at another position
             rig.device.want_none();
             ASSERT_TRUE(rig.add(0, 1, 0));
             ASSERT_FALSE(rig.queue.publish()) << "not wanted";
@@ -421,7 +421,7 @@ TYPED_TEST(Virtqueues, PublishHeedsTheFlags) {
     }
 }
 
-// With an event index, `count` buffers raise one event: all of one length, exactly after so many.
+// With an event index, `count` buffers of equal length raise one event, after exactly that many.
 TYPED_TEST(Virtqueues, ArmAsksForAnEventAfterSoMany) {
     for (const u32 length : {1u, 3u}) {
         for (const u32 size : sizes<TypeParam>()) {
@@ -454,7 +454,7 @@ TYPED_TEST(Virtqueues, ArmAsksForAnEventAfterSoMany) {
     }
 }
 
-// Buffers of different lengths, in any order: an event comes after so many at the latest.
+// Buffers of different lengths, in any order: an event after at most that many.
 TYPED_TEST(Virtqueues, AnEventIsNeverLaterThanAskedFor) {
     std::mt19937 random(3);
     for (const u32 size : sizes<TypeParam>()) {
@@ -543,7 +543,7 @@ TYPED_TEST(Virtqueues, ArmFindsWhatCameInBetween) {
     }
 }
 
-// Buffers that are added and not published cannot come back, and are not waited for.
+// Buffers that are added but not published cannot be returned, and are not waited for.
 TYPED_TEST(Virtqueues, ArmCountsWhatIsPublished) {
     Rig<TypeParam> rig(8, {.event_index = true});
     rig.ask(1);
@@ -660,7 +660,7 @@ TYPED_TEST(Virtqueues, ABufferThatComesBackTwiceIsRefused) {
     rig.expect_broken(unknown_id, 4, first.id);
 }
 
-// An id that has come back is used again as late as possible: a repeated answer does not hit the next buffer.
+// A returned id is reused as late as possible: a repeated completion does not hit the next buffer.
 TYPED_TEST(Virtqueues, ARepeatedAnswerDoesNotHitTheNextBuffer) {
     Rig<TypeParam> rig(4);
     rig.ask(1);
@@ -712,7 +712,7 @@ TYPED_TEST(Virtqueues, ABufferThatNobodyAskedForIsRefused) {
     Rig<TypeParam> armed(4);
     armed.first_used(0, 0);
     const auto found = armed.queue.arm(1);
-    if (found) { // found, and refused when it is taken
+    if (found) { // found, and rejected when it is taken
         EXPECT_TRUE(*found);
         armed.expect_broken(too_many, 0, 1);
     } else {
@@ -727,7 +727,7 @@ TYPED_TEST(Virtqueues, InOrderABufferThatIsNotTheOldestEndsTheOnesBefore) {
     rig.ask(2);
     rig.first_used(0, 0);
     EXPECT_EQ(rig.taken().slot, 1u);
-    // the same once more: not under way
+    // once more: not in flight
     if constexpr (TypeParam::packed) {
         rig.raw_used(1, 0, 0, 0x8080);
     } else {
@@ -736,7 +736,7 @@ TYPED_TEST(Virtqueues, InOrderABufferThatIsNotTheOldestEndsTheOnesBefore) {
     rig.expect_broken(unknown_id, 4, 0);
 }
 
-// Whatever the device does to the memory that it can write, the driver finds its buffers in memory of its own.
+// Whatever the device does to the memory that it can write, the driver keeps its bookkeeping in private memory.
 TYPED_TEST(Virtqueues, WhatTheDriverWroteIsNotReadAgain) {
     for (const bool in_order : {false, true}) {
         Rig<TypeParam> rig(8, {.in_order = in_order});
@@ -745,7 +745,7 @@ TYPED_TEST(Virtqueues, WhatTheDriverWroteIsNotReadAgain) {
             ASSERT_TRUE(rig.add(turn + 100, 0, 1));
             static_cast<void>(rig.queue.publish());
             const std::array<Chain, 2> chains{rig.pop(), rig.pop()};
-            if constexpr (TypeParam::packed) { // all but the flags that are looked at next
+            if constexpr (TypeParam::packed) { // all but the flags read next
                 for (u32 i = 0; i < 8; ++i) {
                     std::memset(rig.guest.data() + 16 * i, 0xff, 14);
                 }
@@ -762,7 +762,7 @@ TYPED_TEST(Virtqueues, WhatTheDriverWroteIsNotReadAgain) {
     }
 }
 
-// Garbage before every read: only what is under way comes back, and each once; nothing is longer than it can be.
+// Garbage before every read: only buffers in flight are returned, each once, with a valid length.
 TYPED_TEST(Virtqueues, GarbageBeforeEveryRead) {
     struct Noise {
         u64 value = 99;
@@ -775,7 +775,7 @@ TYPED_TEST(Virtqueues, GarbageBeforeEveryRead) {
         rig.state.context = &noise;
         rig.state.before_read = [](void* context, HostileMemory::State& s, usize offset, usize count) {
             const u64 r = static_cast<Noise*>(context)->next() >> 20;
-            if (r % 64 == 0) { // nonsense
+            if (r % 64 == 0) { // garbage
                 s.poke<u8>(offset + r / 64 % count, static_cast<u8>(r >> 16));
             } else if (count == 8) { // split: a used element
                 s.poke<u32>(offset, r / 64 % 4);
@@ -786,7 +786,7 @@ TYPED_TEST(Virtqueues, GarbageBeforeEveryRead) {
             } else if (TypeParam::packed) { // flags: of either lap, or not used
                 constexpr std::array<u16, 4> flags{0x8080, 0x8082, 0x0000, 0x0080};
                 s.poke<u16>(offset, flags[r / 64 % 4]);
-            } else { // split: an index moves on, or not
+            } else { // split: an index advances, or not
                 u16 value = 0;
                 std::memcpy(&value, s.storage.data() + offset, 2);
                 s.poke<u16>(offset, static_cast<u16>(value + r / 64 % 2));
@@ -887,7 +887,7 @@ TYPED_TEST(Virtqueues, AQueueLeavesOtherMemoryAlone) {
 
 // ---- the order of the accesses ----
 
-/// Ordinary memory that keeps a record of stores, barriers and loads.
+/// Ordinary memory that records stores, barriers and loads.
 struct Record {
     struct Step {
         char what; // 'c' copy in, 's' store, 'S' store-release, 'l' load, 'L' load-acquire, 'B' barrier, 'o' copy out
@@ -976,7 +976,7 @@ TEST(PackedVirtqueue, AccessesAreFewAndInOrder) {
     record.steps.clear();
     ASSERT_TRUE(queue.add(7, request));
     ASSERT_TRUE(queue.add(8, std::span(request).first(1)));
-    // The first flags are kept back; everything else is written.
+    // The first flags are withheld; everything else is written.
     EXPECT_EQ(record.steps, (Steps{{'c', 0, 14}, {'c', 16, 16}, {'c', 32, 16}}));
     record.steps.clear();
     EXPECT_TRUE(queue.publish());
@@ -1008,7 +1008,7 @@ TEST(SplitVirtqueue, SizesAndAlignments) {
     static_assert(at.descriptors == 0 && at.driver == 4096 && at.device == 4096 + 576 &&
                   at.bytes == 4096 + 576 + 6 + 8 * 256);
     static_assert(Queue::layout(256, 4).device == 4096 + 6 + 2 * 256 + 2);
-    // Legacy: the used ring begins at the next page [virtio-1.2 §2.7.2].
+    // Legacy: the used ring starts at the next page [virtio-1.2 §2.7.2].
     static_assert(Queue::layout(256, 4096).device == 8192 && Queue::layout(8, 4096).device == 4096);
     static_assert(Queue::layout(32768).bytes == 524288 + 65600 + 6 + 262144);
 }
@@ -1031,7 +1031,7 @@ TEST(SplitVirtqueue, BytesInMemory) {
 }
 
 TEST(SplitVirtqueue, AnIndexThatCannotBeIsRefused) {
-    for (const u16 index : {u16{3}, u16{4}, u16{0x8000}, u16{0xffff}}) { // two are under way
+    for (const u16 index : {u16{3}, u16{4}, u16{0x8000}, u16{0xffff}}) { // two are in flight
         Rig<Split> rig(4);
         rig.ask(1);
         rig.ask(2);
@@ -1064,11 +1064,11 @@ TEST(SplitVirtqueue, InOrderABatchThatTheIndexDoesNotCoverIsRefused) {
     rig.ask(1);
     rig.ask(2);
     rig.ask(3);
-    rig.raw_used(0, 2, 0, 2); // the third buffer, so three of them, and an index that counts two
+    rig.raw_used(0, 2, 0, 2); // the third buffer, so three of them, but an index that counts two
     rig.expect_broken(too_many, 2, 3);
 }
 
-// What the index announced is taken without another look at it, and the device may count on while that goes on.
+// The announced entries are taken without rereading the index, and the device may advance meanwhile.
 TEST(SplitVirtqueue, AnIndexThatMovesOnIsBoundedByWhatIsUnderWay) {
     Rig<Split> rig(4);
     for (u16 slot = 0; slot < 4; ++slot) {
@@ -1129,7 +1129,7 @@ TEST(PackedVirtqueue, BytesInMemory) {
     rig.device.push(rig.pop(), 0);
     rig.taken();
     rig.taken();
-    // Places 3 and 4, and then 0 in the second lap: AVAIL clear, USED set.
+    // Positions 3 and 4, and then 0 in the second lap: AVAIL clear, USED set.
     const std::array<BufferElement, 3> three{{{1, 1, false}, {2, 2, true}, {3, 3, true}}};
     ASSERT_TRUE(rig.queue.add(9, three));
     static_cast<void>(rig.queue.publish());
@@ -1149,7 +1149,7 @@ TEST(PackedVirtqueue, FlagsThatDoNotMeanUsed) {
     EXPECT_EQ(rig.taken().slot, 1u) << "bits that are reserved in a used descriptor are ignored";
 }
 
-// A device that marks places ahead of the next one, or marks for the next lap: nothing of it is believed early.
+// A device that marks positions ahead of the next one, or for the next lap: none is accepted early.
 TEST(PackedVirtqueue, OnlyTheNextPlaceIsLookedAt) {
     Rig<Packed> rig(4);
     rig.ask(1);
@@ -1160,13 +1160,13 @@ TEST(PackedVirtqueue, OnlyTheNextPlaceIsLookedAt) {
     EXPECT_EQ(rig.taken().slot, 1u);
     EXPECT_EQ(rig.taken().slot, 2u);
     EXPECT_TRUE(rig.nothing());
-    rig.raw_used(2, 0, 0, 0x8080); // nothing is under way
+    rig.raw_used(2, 0, 0, 0x8080); // nothing is in flight
     rig.expect_broken(too_many, 0, 1);
 }
 
 TEST(PackedVirtqueue, AMarkLeftForALaterLapIsOverwritten) {
     Rig<Packed> rig(2);
-    rig.raw_used(1, 0, 0, 0x8080); // in the place that the second buffer gets
+    rig.raw_used(1, 0, 0, 0x8080); // at the position of the second buffer
     rig.ask(1);
     EXPECT_TRUE(rig.nothing());
     rig.ask(2);

@@ -17,7 +17,7 @@ using namespace fl::io;
 using fl::test::ThreadPlatform;
 using fl::test::ThreadProcessor;
 
-/// Boot processor: the test's thread. Every frame is given back in the end, and nobody has slept through a wake-up.
+/// The test's thread is the boot processor. At the end every frame has been freed, and no wake-up was missed.
 struct RunOnTest : testing::Test {
     usize before = frame_pool().in_use();
     ThreadPlatform platform;
@@ -110,7 +110,7 @@ TEST_F(RunOnTest, NoWakeUpIsLostInTenThousandRounds) {
     EXPECT_GT(one.platform.kicks, 0u);
 }
 
-/// Says on which processor it died.
+/// Reports the processor on which it was destroyed.
 struct Grave {
     std::atomic<u32>& died_on;
     ~Grave() { died_on = this_processor(); }
@@ -120,7 +120,7 @@ Task<Result<void>> for_ever(std::atomic<bool>& begun, std::atomic<u32>& died_on,
     begun = true;
     for (;;) {
         co_await Executor::current()->sleep(50'000);
-        if (in_the_frame != 0x5a5a) { // the waiting frame must be alive as long as this one
+        if (in_the_frame != 0x5a5a) { // the waiting frame must live as long as this one
             std::abort();
         }
     }
@@ -138,7 +138,7 @@ Task<Result<void>> give_up(Executor& home, Executor& there, std::atomic<u32>& di
     while (!begun) {
         co_await home.sleep(20'000);
     }
-    co_return Result<void>{}; // the group dies, and with it the frame that waits
+    co_return Result<void>{}; // destroys the group, and with it the waiting frame
 }
 
 TEST_F(RunOnTest, AbandonedTaskDiesOnItsOwnProcessorFirst) {
@@ -183,7 +183,7 @@ Task<Result<void>> race(Executor& home, Executor& there, std::atomic<u32>& ran, 
     if (auto spawned = group.spawn(send_quick(there, ran)); !spawned) {
         co_return spawned;
     }
-    for (u32 i = 0; i < turns; ++i) { // it may be anywhere by now: not begun, running, ended, told, resumed
+    for (u32 i = 0; i < turns; ++i) { // it may be in any state by now: not started, running, ended, reported, resumed
         co_await home.sleep(i * 1000);
     }
     co_return Result<void>{};
@@ -199,7 +199,7 @@ TEST_F(RunOnTest, AbandonedAtEveryMomentOfItsLife) {
 
 const Platform sleepless{nullptr, [](void*) -> Instant { return 0; }, [](void*, Instant, const std::atomic<bool>&) {}};
 
-/// Two executors in one thread: what has been sent and not begun can be taken back without the other one's loop.
+/// Two executors in one thread: posts not started yet can be withdrawn without running the other executor.
 TEST(RunOnOneThread, AbandonedBeforeItBegins) {
     const usize before = frame_pool().in_use();
     ThreadPlatform platform;
@@ -233,7 +233,7 @@ TEST(ExecutorPost, InOrderOnceAndNeverWhenWithdrawn) {
         ASSERT_TRUE(executor.post(posts[i]));
     }
     EXPECT_TRUE(executor.withdraw(posts[2]));
-    EXPECT_TRUE(executor.withdraw(posts[5])); // the last one: what comes next goes behind its predecessor
+    EXPECT_TRUE(executor.withdraw(posts[5])); // the last one: the next post is appended to its predecessor
     EXPECT_FALSE(executor.withdraw(posts[5])) << "not there any more";
     executor.run_urgent();
     EXPECT_EQ(seen, (std::vector<u32>{4}));
@@ -281,7 +281,7 @@ Task<Result<void>> sleeps_for_ever() {
 }
 Task<Result<void>> send_on(Executor& there) { co_return co_await run_on(there, sleeps_for_ever()); }
 
-// Sent, abandoned and stopped at arbitrary moments of each other: everything ends, and nothing is left.
+// Sends, cancellations and stops at arbitrary relative times: everything ends, and nothing is left.
 Task<Result<void>> hop(Executor& first, Executor& second) { co_return co_await run_on(first, send_on(second)); }
 TEST_F(RunOnTest, StoppingAtAnyMomentEndsEverything) {
     for (u32 round = 0; round < 60; ++round) {
@@ -300,7 +300,7 @@ TEST_F(RunOnTest, StoppingAtAnyMomentEndsEverything) {
 
 TEST(SpinLockTest, OneAtATime) {
     SpinLock lock;
-    u64 count = 0; // not atomic: the lock is what keeps it
+    u64 count = 0; // not atomic: protected by the lock
     std::vector<std::thread> threads;
     for (u32 n = 1; n <= 3; ++n) {
         threads.emplace_back([&, n] {
@@ -319,7 +319,7 @@ TEST(SpinLockTest, OneAtATime) {
     EXPECT_FALSE(lock.held_here());
 }
 
-// What the compiler refuses where it can see it.
+// Misuse that the compiler rejects if it can see it.
 void take(SpinLock& lock) NO_THREAD_SAFETY_ANALYSIS { lock.lock(); }
 
 TEST(SpinLockDeathTest, TwiceOnOneProcessorPanicsRatherThanHang) {

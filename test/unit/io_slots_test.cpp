@@ -52,7 +52,7 @@ TEST(Slots, UnknownIdsFindNothing) {
 TEST(Slots, NoIdRepeats) {
     SlotTable<int, 1> table;
     u64 last = 0;
-    for (int i = 0; i < 200'000; ++i) { // far beyond what 16 bits of generation would tell apart
+    for (int i = 0; i < 200'000; ++i) { // far more than a 16-bit generation can distinguish
         const u64 id = *table.take();
         ASSERT_GT(id, last);
         ASSERT_EQ(table.find(last), nullptr) << "a late answer to the request before";

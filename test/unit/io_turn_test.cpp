@@ -1,4 +1,4 @@
-// Which services a turn of the executor visits, what wakes it, and what its timers cost: counted, not timed.
+// Which services a turn of the executor visits, what wakes it, and the cost of its timers: counted, not timed.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -31,14 +31,14 @@ struct Visits {
     bool operator==(const Visits&) const = default;
 };
 
-/// A queue with one request at a time, answered by its "device" when a test says so.
+/// A queue with one request at a time, completed by its "device" when a test says so.
 struct Queue final : Service {
     Executor& executor;
     Visits visits;
     bool under_way = false;
     std::atomic<bool> answered{false}; // by the device
-    bool found_by_arm = false;         // the next arm() finds an answer
-    bool ticks_wanted = false;         // for no reason
+    bool found_by_arm = false;         // the next arm() finds a completion
+    bool ticks_wanted = false;         // without any reason
     ReadyNode* waiter = nullptr;
     Instant last_tick = 0;
 
@@ -49,7 +49,7 @@ struct Queue final : Service {
         under_way = true;
         executor.touch(*this);
     }
-    void interrupt() { // as a handler does
+    void interrupt() { // like a handler
         answered = true;
         executor.raise(*this);
     }
@@ -79,7 +79,7 @@ struct Queue final : Service {
 struct Turns : testing::Test {
     FakeMachine machine;
     Executor executor{machine.platform()};
-    /// Nothing is active any more.
+    /// No service is active any more.
     void settle() {
         machine.on_idle = nullptr;
         for (u32 i = 0; i < 4; ++i) {
@@ -107,7 +107,7 @@ Task<Result<void>> use(Queue& queue, u32 times) {
     co_return Result<void>{};
 }
 
-// The cost of a turn does not grow with the number of services: one in use, and 0, 7, 63, 255 others that are idle.
+// The cost of a turn does not grow with the number of services: one in use, with 0, 7, 63 and 255 idle ones.
 TEST_F(Turns, CostTheSameHoweverManyServicesAreIdle) {
     std::vector<Visits> of_used;
     std::vector<u64> turns;
@@ -140,7 +140,7 @@ TEST_F(Turns, CostTheSameHoweverManyServicesAreIdle) {
         EXPECT_EQ(of_used.back().flushes, 1000u);
         EXPECT_EQ(of_used.back(), of_used.front()) << count;
         EXPECT_EQ(turns.back(), turns.front()) << count;
-        // A turn that submits and sleeps, and one that takes the answer: two drains and one arm for each.
+        // A turn that submits and sleeps, and one that takes the completion: two drains and one arm per pair.
         EXPECT_LE(of_used.back().drains, 2u * 1000 + 2);
         EXPECT_LE(of_used.back().arms, 1000u + 2);
         machine.on_idle = nullptr;
@@ -174,7 +174,7 @@ TEST_F(Turns, ServicesArePassiveBetweenArmAndRaise) {
     EXPECT_EQ(queue.visits.drains, quiet.drains + 3) << "without anything to publish";
     EXPECT_EQ(queue.visits.flushes, quiet.flushes);
 
-    // As long as arm() finds something the service stays active, and nobody sleeps.
+    // While arm() finds something, the service stays active and the processor does not sleep.
     const u64 idles = executor.idles();
     queue.found_by_arm = true;
     executor.touch(queue);
@@ -233,8 +233,8 @@ TEST_F(Turns, WakeVisitsEveryService) {
     }
 }
 
-// wake() also announces a condition that the loop tests between turns. Here it comes after the test and before the turn
-// clears the wake flag, and while an earlier wake() has not been taken: the processor must not sleep any more.
+// wake() also announces a condition that the loop tests between turns. Here it is called after the test and before the
+// turn clears the wake flag, while an earlier wake() has not been taken: the processor must not sleep.
 TEST(TurnsOfALoop, AConditionThatIsAnnouncedByWakeIsSeenBeforeTheProcessorSleeps) {
     for (const bool earlier : {false, true}) {
         struct Late {
@@ -248,7 +248,7 @@ TEST(TurnsOfALoop, AConditionThatIsAnnouncedByWakeIsSeenBeforeTheProcessorSleeps
         Executor executor({&late,
                            [](void* c) -> Instant {
                                auto& self = *static_cast<Late*>(c);
-                               if (++self.readings == 5) { // the first thing that a turn does
+                               if (++self.readings == 5) { // the first action of a turn
                                    if (self.earlier) {
                                        self.executor->wake();
                                    }
@@ -307,7 +307,7 @@ TEST_F(Turns, ServicesThatAreRaisedMayBeRemoved) {
         executor.raise(goes);
         executor.raise(stays);
         executor.touch(goes);
-    } // removed with all that is due
+    } // removed together with all that are due
     executor.turn();
     EXPECT_EQ(stays.visits.drains, drains + 1) << "what stood beside it is not lost";
     {
@@ -315,7 +315,7 @@ TEST_F(Turns, ServicesThatAreRaisedMayBeRemoved) {
         settle();
         const Visits before = again.visits;
         executor.remove(again);
-        again.interrupt(); // a handler that is detached later
+        again.interrupt(); // a handler detached later
         executor.turn();
         EXPECT_EQ(again.visits, before);
         executor.add(again);
@@ -325,7 +325,7 @@ TEST_F(Turns, ServicesThatAreRaisedMayBeRemoved) {
         executor.turn();
         EXPECT_EQ(again.visits.drains, before.drains + 2);
     }
-    // Removed inside the loop over the active ones, by each one's neighbour.
+    // Removed within the loop over the active services, each by its neighbour.
     struct Remover final : Service {
         Executor& executor;
         std::vector<Queue*> victims;
@@ -351,7 +351,7 @@ TEST_F(Turns, ServicesThatAreRaisedMayBeRemoved) {
     executor.wake();
     executor.turn();
     for (usize i = 0; i < queues.size(); ++i) {
-        EXPECT_EQ(queues[i]->visits.drains, i > 2 ? 1u : 0u) << i; // the last one added is the first one visited
+        EXPECT_EQ(queues[i]->visits.drains, i > 2 ? 1u : 0u) << i; // the last one added is visited first
     }
     executor.remove(remover);
 }
@@ -399,7 +399,7 @@ TEST_F(Turns, ATickForThoseThatWantOneAndOneMore) {
     EXPECT_EQ(idle.visits, idle_before);
 }
 
-// A queue on a processor that never sleeps is ticked all the same.
+// A queue on a processor that never sleeps is ticked nevertheless.
 TEST_F(Turns, TicksComeToAProcessorThatNeverSleeps) {
     Queue queue(executor);
     settle();
@@ -430,7 +430,7 @@ TEST_F(Turns, TicksComeToAProcessorThatNeverSleeps) {
     queue.under_way = false;
 }
 
-// A bounded wait gets its whole length after a stop of the machine also where no service wants a tick.
+// A bounded wait restarts after a stop of the machine, even if no service wants a tick.
 TEST_F(Turns, ABoundNeedsTicks) {
     fl::test::CapturedLog log;
     Latch latch(executor);
@@ -471,7 +471,7 @@ TEST_F(Turns, AnIntervalNeedsNone) {
     EXPECT_LE(executor.idles() - idles, 2u);
 }
 
-/// A transport whose device answers when it is told to.
+/// A transport whose device completes on command.
 class Held : public TransportDefaults {
   public:
     using Disk = QueueDisk<Held>;
@@ -513,7 +513,7 @@ class HeldDisk final : public QueueDisk<Held> {
     ~HeldDisk() { queue.remove(*this); }
 };
 
-// 8,192 requests that 32 queues have: no timer is started for them, and a tick is one call for each queue.
+// 8,192 requests in flight in 32 queues: no timer is started for them, and a tick is one call per queue.
 TEST_F(Turns, ATickWith8192RequestsUnderWay) {
     constexpr u32 queues = 32;
     constexpr u32 each = Held::max_commands;
@@ -558,7 +558,7 @@ TEST_F(Turns, ATickWith8192RequestsUnderWay) {
 
 // ---- raised elsewhere ----
 
-// Three threads raise three of many services at any moment, while the owner really sleeps: each raise is drained.
+// Three threads raise three of many services at arbitrary times while the owner really sleeps: each raise is drained.
 TEST_F(Turns, NoRaiseIsLost) {
     struct Real {
         std::atomic<bool> lost{false};
@@ -649,7 +649,7 @@ TEST(TimerHeap, AgreesWithASortedSet) {
     u64 number = 0;
     for (u32 i = 0; i < 200'000; ++i) {
         Entry& entry = entries[random() % entries.size()];
-        if (random() % 997 == 0) { // all of them are put in again, later
+        if (random() % 997 == 0) { // all of them are added again later
             heap.take_all([&](Entry& each) {
                 model.erase(&each);
                 each.due += random() % 50;
@@ -677,7 +677,7 @@ TEST(TimerHeap, AgreesWithASortedSet) {
     }
 }
 
-// What 8,192 requests with a bound each cost: comparisons, which do not depend on the machine.
+// The cost of 8,192 requests with a bound each, in comparisons, which are independent of the machine.
 TEST(TimerHeap, ComparisonsWith8192Timers) {
     constexpr u32 count = 8192; // 2^13
     std::mt19937 random(11);
@@ -692,11 +692,11 @@ TEST(TimerHeap, ComparisonsWith8192Timers) {
         return comparisons - before;
     };
     u64 most = 0;
-    for (u32 i = 0; i < count; ++i) { // bounds of the same length, one after the other: the usual case
+    for (u32 i = 0; i < count; ++i) { // equal bounds, started in sequence: the usual case
         most = std::max(most, start(entries[i], 5'000'000 + i));
     }
     EXPECT_LE(most, 1u) << "starting is one comparison";
-    // Answers in random order: each is cancelled and started anew, as under load.
+    // Completions in random order: each timer is cancelled and restarted, as under load.
     u64 starting = 0;
     u64 cancelling = 0;
     constexpr u32 rounds = 100'000;
@@ -711,7 +711,7 @@ TEST(TimerHeap, ComparisonsWith8192Timers) {
     RecordProperty("comparisons_per_1000_cancels", static_cast<int>(cancelling * 1000 / rounds));
     EXPECT_EQ(starting, rounds);
     EXPECT_LE(cancelling, 2u * 13 * rounds) << "O(log n): 13 is the logarithm of 8,192";
-    // And all of them expire.
+    // All of them expire.
     const u64 before = comparisons;
     u64 last = 0;
     for (u32 i = 0; i < count; ++i) {
@@ -736,7 +736,7 @@ TEST_F(Turns, TimersThatAreDueTogetherFireInOrderOfStart) {
     const auto all = [&](TaskGroup& group) -> Task<Result<void>> {
         const Instant due = after(executor.now(), 50_ms);
         for (int i = 0; i < 200; ++i) {
-            // every other one is due with the others, the rest before or after
+            // every other one is due at the same time, the rest before or after
             const Instant at = i % 2 == 0 ? due : i % 4 == 1 ? due - 10_ms : due + 10_ms;
             EXPECT_TRUE(group.spawn(wait_for(executor, at, order, i)));
         }
@@ -790,7 +790,7 @@ TEST_F(FramesTest, AProcessorServesItselfWithoutTheArena) {
 }
 
 TEST_F(FramesTest, AFrameGoesToTheProcessorThatFreesIt) {
-    constexpr usize size = 640; // a size that nothing else here has
+    constexpr usize size = 640; // a size not used by anything else
     set_this_processor(40);
     void* block = frame_pool().allocate(size);
     ASSERT_NE(block, nullptr);
@@ -810,7 +810,7 @@ TEST_F(FramesTest, AFrameGoesToTheProcessorThatFreesIt) {
     frame_pool().free(again, size);
 }
 
-/// So many blocks of half a page can be had now.
+/// Number of half-page blocks available now.
 usize obtainable() {
     std::vector<void*> blocks;
     while (void* block = frame_pool().allocate(2048)) {
@@ -821,7 +821,7 @@ usize obtainable() {
     }
     return blocks.size();
 }
-/// On every processor a block is taken and given back.
+/// Allocates and frees a block on every processor.
 void use_every_processor(usize size) {
     for (u32 processor = 0; processor < max_processors; ++processor) {
         set_this_processor(processor);
@@ -831,7 +831,7 @@ void use_every_processor(usize size) {
 }
 
 TEST_F(FramesTest, WhatProcessorsKeepIsBoundedAndComesBackWhenTheArenaIsEmpty) {
-    static_cast<void>(obtainable()); // empties the arena: what others keep from before comes back
+    static_cast<void>(obtainable()); // empties the arena: cached blocks are returned
     use_every_processor(128);
     const usize all = obtainable();
     use_every_processor(128); // as above
@@ -855,7 +855,7 @@ TEST_F(FramesTest, WhatProcessorsKeepIsBoundedAndComesBackWhenTheArenaIsEmpty) {
     EXPECT_GE(obtainable() + 2, all) << "all of it came back";
 }
 
-// The last block is never one that the processor keeps for itself.
+// The last block is never one that the processor caches.
 TEST_F(FramesTest, AnEmptyArenaTakesBackWhatTheProcessorKeeps) {
     set_this_processor(50);
     std::vector<void*> blocks;
@@ -863,7 +863,7 @@ TEST_F(FramesTest, AnEmptyArenaTakesBackWhatTheProcessorKeeps) {
         blocks.push_back(block);
     }
     ASSERT_GE(blocks.size(), 100u);
-    for (u32 i = 0; i < 4; ++i) { // the last page: as much as a processor keeps
+    for (u32 i = 0; i < 4; ++i) { // the last page: as much as a processor caches
         frame_pool().free(blocks.back(), 1024);
         blocks.pop_back();
     }

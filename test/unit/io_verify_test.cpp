@@ -52,7 +52,7 @@ TEST(VerifyStamp, EveryByteCounts) {
         ASSERT_NE(check.expected, check.seen);
         block[i] ^= std::byte{1};
     }
-    // Another payload with a good checksum is found, too.
+    // A different payload with a valid checksum is detected, too.
     block[100] ^= std::byte{1};
     std::memset(block.data() + 32, 0, 4);
     const u32 crc = crc32c(block);
@@ -84,7 +84,7 @@ TEST_F(Verify, WholeDisk) {
     EXPECT_EQ(r->written, 256u);
     EXPECT_EQ(r->read, 256u);
     EXPECT_EQ(disk.flushes, 1u);
-    for (u64 i = 0; i < 256; ++i) { // as the host would look at the image
+    for (u64 i = 0; i < 256; ++i) { // as the host would inspect the image
         ASSERT_EQ(
             check_stamp(std::span(storage).subspan(i * 4096, 4096), {.lba = i * 8, .generation = 7, .seed = 3}).what,
             Mismatch::none);
@@ -143,7 +143,7 @@ TEST_F(Verify, FindsWhatADiskCanDo) {
         disk.behaviour = {};
     };
     disk.behaviour.drop_write_lba = 80;
-    only(Mismatch::generation, 80); // what was there before
+    only(Mismatch::generation, 80); // the previous contents
     disk.behaviour.corrupt_read_lba = 80;
     only(Mismatch::crc, 80);
     disk.behaviour.no_data_read_lba = 80;
@@ -151,7 +151,7 @@ TEST_F(Verify, FindsWhatADiskCanDo) {
     disk.behaviour.misdirect_lba = 80;
     disk.behaviour.per_drain = 1;
     disk.behaviour.newest_first = false;
-    only(Mismatch::generation, 80); // its neighbour was written afterwards and is whole
+    only(Mismatch::generation, 80); // its neighbour was written afterwards and is intact
 }
 
 TEST_F(Verify, FailedTransfersAreNotOk) {

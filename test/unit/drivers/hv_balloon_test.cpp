@@ -1,5 +1,5 @@
-// The balloon's half of the dynamic memory protocol: golden bytes typed from [hv-dm], pages that go and come back, and
-// a host that lies.
+// The guest side of the dynamic memory protocol: bytes written from [hv-dm], pages ballooned and returned, and a
+// misbehaving host.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -14,11 +14,11 @@ using namespace fl::drivers::hv_balloon;
 
 u64 free_now = 100000;
 
-/// Pages that are numbers alone.
+/// Page numbers without memory.
 struct Pages final : DmaAllocator {
     u64 next = 0x1000;
     u64 largest = 1u << 15;
-    std::map<u64, u64> out; // first, pages: given back in any pieces
+    std::map<u64, u64> out; // first, pages: returned in arbitrary pieces
     u64 returned = 0;
     Result<DmaSpan> allocate(u32 size, u64) override {
         const u64 pages = size / 4096;
@@ -99,7 +99,7 @@ TEST(HvBalloon, AgreesAndReports) {
     EXPECT_EQ(g.link.sent[4].size(), 48u);
     EXPECT_EQ(get<u64>(g.link.sent[4], 8), 100000u);
     EXPECT_EQ(get<u64>(g.link.sent[4], 16), 20000u);
-    free_now = 150'000; // what was in use at the start has been given back
+    free_now = 150'000; // memory in use at the start has been freed
     ASSERT_TRUE(g.balloon.report());
     EXPECT_EQ(get<u64>(g.link.sent.back(), 16), 0u) << "never less than nothing";
     Guest quiet;
@@ -128,7 +128,7 @@ TEST(HvBalloon, PagesGoAndComeBack) {
     EXPECT_EQ(total, 1000u);
     EXPECT_EQ(g.balloon.away(), 1000u);
     const u64 first = get<u64>(response, 16) & 0xffffffffff;
-    // The middle of a run, in the first of two messages; then what is left of it.
+    // The middle of a run, in the first of two messages; then the rest of it.
     ASSERT_TRUE(g.balloon.take(message(8, 5, {u64{1} | u64{1} << 32, (first + 10) | u64{20} << 40})));
     EXPECT_EQ(g.pages.returned, 20u);
     EXPECT_EQ(get<u16>(g.link.sent.back(), 0), 7) << "not answered yet";

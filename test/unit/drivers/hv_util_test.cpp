@@ -1,4 +1,4 @@
-// One integration service's half of the conversation against bytes typed from the specification [hv-ic].
+// The guest side of each integration service against bytes written from the specification [hv-ic].
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -12,7 +12,7 @@ using namespace fl;
 using namespace fl::drivers::hv_util;
 using Action = Service::Action;
 
-// Bytes of hexadecimal text.
+// Converts hexadecimal text to bytes.
 std::vector<std::byte> hex(std::string_view text) {
     std::vector<std::byte> bytes;
     for (usize i = 0; i + 1 < text.size(); ++i) {
@@ -100,7 +100,7 @@ TEST(HvUtil, TakesTheTime) {
     EXPECT_EQ(service.host_time().unix_ns, 1'000'000'000u);
     message[28 + 24] = std::byte{0}; // a probe
     EXPECT_EQ(*service.answer(message), Action::none);
-    std::memset(message.data() + 28, 0xff, 8); // no time that fits
+    std::memset(message.data() + 28, 0xff, 8); // out of range
     message[28 + 24] = std::byte{1};
     EXPECT_EQ(*service.answer(message), Action::none);
     EXPECT_EQ(text(std::span(message).subspan(20, 4)), "05400080");
@@ -123,7 +123,7 @@ TEST(HvUtil, OtherTypesAreNotSupported) {
     EXPECT_EQ(text(std::span(message).subspan(20, 4)), "32000780");
 }
 
-// Every cut of every message: an answer or an error, and nothing outside of it is touched (the sanitizers watch).
+// Every truncation of every message: a reply or an error, without an access outside it (checked by the sanitizers).
 TEST(HvUtil, ShortAndLyingMessages) {
     for (const Kind kind : {Kind::shutdown, Kind::heartbeat, Kind::time_sync}) {
         for (u16 type = 0; type < 8; ++type) {
@@ -139,7 +139,7 @@ TEST(HvUtil, ShortAndLyingMessages) {
                 Service service(kind);
                 static_cast<void>(service.answer(whole));
                 if (n >= 32) {
-                    std::memset(whole.data() + 28, 0xff, 4); // more versions than there are
+                    std::memset(whole.data() + 28, 0xff, 4); // more versions than the message holds
                     static_cast<void>(service.answer(whole));
                 }
             }

@@ -1,4 +1,5 @@
-// The commands of a SCSI disk's I/O: their CDBs against bytes typed from [SBC-3], and what each end of a command means.
+// The I/O commands of a SCSI disk: their CDBs against bytes written from [SBC-3], and the handling of every way a
+// command can end.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -137,8 +138,8 @@ struct SenseCase {
     std::optional<std::array<u8, 3>> sense;
     const char* check_condition; // the five letters for CHECK CONDITION
     const char* busy;            // BUSY, TASK SET FULL, TASK ABORTED; and the transport's `busy`
-    const char* other;           // RESERVATION CONFLICT, a status without a meaning
-    const char* good;            // GOOD, where the transport says `failed`
+    const char* other;           // RESERVATION CONFLICT, an undefined status
+    const char* good;            // GOOD, with the transport's `failed`
     const char* aborted;         // the transport's `aborted`, with CHECK CONDITION
     const char* no_unit;         // the transport's `no_unit`, with GOOD
 };
@@ -192,7 +193,7 @@ class ScsiJudge : public testing::TestWithParam<SenseCase> {
             c.expired = expired;
             const char verdict = letter(unit.judge(c, {}, response, "sda"));
             result += verdict;
-            // what is tried again later says nothing; everything else says something
+            // a delayed retry logs nothing; everything else logs a line
             EXPECT_EQ(log.text.view().empty(),
                       verdict == 'L' || verdict == 'l' || verdict == 'O' || verdict == 'T' || verdict == 't')
                 << verdict << ": " << log.text.view();
@@ -219,7 +220,8 @@ TEST_P(ScsiJudge, StatusBySenseByRetries) {
     EXPECT_EQ(verdicts(response(0x00)), "EEEEE") << "GOOD, and nothing has been moved";
 }
 
-// The device was asked to answer everything: what would be tried again ends instead, but for unit attentions.
+// The device was asked to complete everything: commands that would be retried end instead, except after unit
+// attentions.
 TEST_P(ScsiJudge, WhatHasExpiredIsNotSentAgainLater) {
     for (const auto& r : {response(0x02), response(0x08), response(0x02, ServiceResponse::aborted)}) {
         std::string expected = verdicts(r);

@@ -1,4 +1,4 @@
-// CDBs, data, status and sense of SCSI disks against bytes typed from [SPC-4] and [SBC-3].
+// CDBs, data, status and sense of SCSI disks against bytes written from [SPC-4] and [SBC-3].
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -49,12 +49,12 @@ TEST(ScsiProtocol, Inquiry) {
     EXPECT_EQ(inquiry->vendor.view(), "Msft");
     EXPECT_EQ(inquiry->product.view(), "Virtual Disk");
     EXPECT_EQ(inquiry->revision.view(), "1.0");
-    text[0] = 0x7f; // no unit
+    text[0] = 0x7f; // no unit at this LUN
     EXPECT_FALSE(scsi::parse_inquiry(octets(text))->disk());
     text[0] = 0x05; // CD-ROM
     EXPECT_FALSE(scsi::parse_inquiry(octets(text))->disk());
     text[0] = 0;
-    text[9] = '\x1b'; // nothing that a terminal would obey
+    text[9] = '\x1b'; // control characters are filtered
     EXPECT_EQ(scsi::parse_inquiry(octets(text))->vendor.view(), "M");
     EXPECT_TRUE(scsi::parse_inquiry(octets(text.substr(0, 5)))->vendor.empty());
     EXPECT_FALSE(scsi::parse_inquiry(octets(text.substr(0, 4))));
@@ -98,7 +98,7 @@ TEST(ScsiProtocol, Luns) {
                            "\xc1\x01\0\0\0\0\0\0"))); // a well-known unit
     EXPECT_EQ(luns, "");
     EXPECT_FALSE(list(bytes("\0\0\0\x18\0\0\0\0"
-                            "\0\x01\0\0\0\0\0\0"))); // longer than what came: what came counts
+                            "\0\x01\0\0\0\0\0\0"))); // longer than the received data: the received length counts
     EXPECT_EQ(luns, "1 ");
     EXPECT_FALSE(list(bytes("\xff\xff\xff\xf8\0\0\0\0")));
     EXPECT_FALSE(list(bytes("\0\0\0")));
@@ -109,7 +109,7 @@ TEST(ScsiProtocol, CachingPage) {
     ASSERT_TRUE(mode);
     EXPECT_TRUE(mode->write_protected);
     EXPECT_EQ(mode->write_cache, true);
-    // a block descriptor before it, PS set, cut
+    // a preceding block descriptor, PS set, truncated
     mode = scsi::parse_mode_6(octets(bytes("\x17\0\0\x08\0\0\0\0\0\0\0\0\x88\x12\0\0")));
     EXPECT_EQ(mode->write_cache, false);
     EXPECT_FALSE(mode->write_protected);
@@ -153,7 +153,7 @@ TEST(ScsiProtocol, Sense) {
     EXPECT_FALSE(scsi::parse_sense(octets(bytes("\0\0\0\0\0\0"))));
 }
 
-// Every cut of an answer is read without a step outside it (the sanitizers watch).
+// Every truncation of a reply is parsed without an access outside it (checked by the sanitizers).
 TEST(ScsiProtocol, ShortAnswers) {
     for (const std::string& whole :
          {bytes("\xf0\0\x03\0\0\x12\x34\xff\0\0\0\0\x11\x00\0\0\0\0\0\0"),

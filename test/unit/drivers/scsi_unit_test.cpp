@@ -1,4 +1,5 @@
-// Finding and describing SCSI units, without a transport: units that refuse, lie, and change between two commands.
+// Finding and describing SCSI units, without a transport: units that reject commands, report wrong data, and change
+// between two commands.
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
@@ -14,7 +15,7 @@ import io.block_queue;
 import drivers.scsi.unit;
 
 #include "unit/io_support.hpp"
-// after it
+// depends on the includes above
 #include "unit/drivers/scsi_fake.hpp"
 
 namespace {
@@ -63,13 +64,13 @@ struct ScsiUnit : testing::Test {
         const auto now = run(scsi::read_state(target, 3));
         return now ? Result(scsi::compare(**found, *now, known.geometry, known.model, limits)) : now.error();
     }
-    /// One command, tried again as the module does.
+    /// One command, with the module's retries.
     Result<scsi::Response> execute(const Cdb& cdb) {
         scsi::Response response;
         const auto done = run(scsi::execute_retrying(target, 3, cdb, 0, response));
         return done ? Result(response) : done.error();
     }
-    /// The answer to INQUIRY of one vital product data page, or (without one) to the standard data.
+    /// The reply to INQUIRY for one vital product data page, or (without one) for the standard data.
     void on_inquiry(std::optional<u8> page, Answer answer) {
         target.say = [=](u16, const Cdb& cdb) -> std::optional<Answer> {
             const bool vital = (cdb.bytes[1] & 1) != 0;
@@ -118,7 +119,7 @@ TEST_F(ScsiUnit, BlocksOf4096BytesAndMoreThanTwoTebibytes) {
     EXPECT_EQ(found->geometry.sector_size, 4096u);
     EXPECT_EQ(found->geometry.physical_sector_size, 4096u);
     EXPECT_EQ(found->limits.max_transfer, 65536u);
-    unit.physical_exponent = 15; // 128 MiB: a hint that is cut
+    unit.physical_exponent = 15; // 128 MiB: a hint, which is limited
     EXPECT_EQ(describe()->geometry.physical_sector_size, 65536u);
 }
 
@@ -139,7 +140,7 @@ TEST_F(ScsiUnit, Caches) {
     EXPECT_TRUE(describe()->geometry.flush);
     EXPECT_FALSE(describe()->geometry.read_only);
     EXPECT_FALSE(describe({.max_transfer = 4096, .flush = false})->geometry.flush);
-    on(mode_sense, {.data = {0x17, 0, 0x80}}); // a header that is cut
+    on(mode_sense, {.data = {0x17, 0, 0x80}}); // a truncated header
     EXPECT_TRUE(describe()->geometry.flush);
     EXPECT_FALSE(describe()->geometry.read_only);
 }
@@ -170,7 +171,7 @@ TEST_F(ScsiUnit, Inquiry) {
     found = run(scsi::inquire(target, 3));
     ASSERT_TRUE(found && *found);
     EXPECT_FALSE((*found)->disk());
-    unit.peripheral = 0x20; // of the type of disks, and not connected
+    unit.peripheral = 0x20; // a disk type, but not connected
     EXPECT_FALSE((*run(scsi::inquire(target, 3)))->disk());
     found = run(scsi::inquire(target, 4));
     ASSERT_TRUE(found);
@@ -187,7 +188,7 @@ TEST_F(ScsiUnit, Inquiry) {
     EXPECT_EQ(failure(run(scsi::inquire(target, 3))), Code::timed_out);
 }
 
-// Of all 256 peripheral qualifiers and types, one is a disk.
+// Of all 256 peripheral qualifiers and types, exactly one is a disk.
 TEST_F(ScsiUnit, EveryPeripheral) {
     for (u32 peripheral = 0; peripheral < 256; ++peripheral) {
         unit.peripheral = static_cast<u8>(peripheral);
@@ -225,7 +226,7 @@ TEST_F(ScsiUnit, TheShortCapacity) {
     EXPECT_EQ(found->geometry.sectors, 2048u);
     EXPECT_TRUE(found->limits.short_commands);
     EXPECT_EQ(target.count(capacity_10), 1u);
-    unit.blocks = u64{1} << 32; // the last block that READ CAPACITY(10) cannot say
+    unit.blocks = u64{1} << 32; // the first size that READ CAPACITY(10) cannot report
     EXPECT_EQ(failure(describe()), Code::not_supported);
     unit.blocks = (u64{1} << 32) - 1;
     EXPECT_EQ(describe()->geometry.sectors, (u64{1} << 32) - 1);
@@ -269,7 +270,7 @@ TEST_F(ScsiUnit, TheLargestDisk) {
 TEST_F(ScsiUnit, CutCapacities) {
     on(capacity_16, {.data = std::vector<u8>(11)});
     EXPECT_EQ(failure(describe()), Code::protocol);
-    on(capacity_16, {.data = {0, 0, 0, 0, 0, 0, 0, 99, 0, 0, 2, 0}}); // the first 12 bytes alone
+    on(capacity_16, {.data = {0, 0, 0, 0, 0, 0, 0, 99, 0, 0, 2, 0}}); // only the first 12 bytes
     ASSERT_TRUE(describe());
     EXPECT_EQ(describe()->geometry.sectors, 100u);
     EXPECT_EQ(describe()->geometry.physical_sector_size, 512u);
@@ -297,7 +298,7 @@ TEST_F(ScsiUnit, PagesThatAreListedAndRefused) {
 }
 
 TEST_F(ScsiUnit, PagesThatLieAboutTheirLength) {
-    on_inquiry(0x00, {.data = {0, 0, 0xff, 0xff, 0xb0}}); // longer than what came
+    on_inquiry(0x00, {.data = {0, 0, 0xff, 0xff, 0xb0}}); // longer than the received data
     auto found = describe();
     ASSERT_TRUE(found);
     EXPECT_FALSE(found->geometry.discard) << "0xb2 did not come";
@@ -305,7 +306,7 @@ TEST_F(ScsiUnit, PagesThatLieAboutTheirLength) {
     target.asked.clear();
     ASSERT_TRUE(describe());
     EXPECT_EQ(target.count(inquiry), 2u) << "neither is in the list";
-    on_inquiry(0xb0, {.data = {0, 0xb0, 0, 60, 0, 0, 0, 0, 0, 0, 0, 4}}); // cut after the largest transfer
+    on_inquiry(0xb0, {.data = {0, 0xb0, 0, 60, 0, 0, 0, 0, 0, 0, 0, 4}}); // truncated after the maximum transfer length
     found = describe();
     ASSERT_TRUE(found);
     EXPECT_EQ(found->limits.max_transfer, 2048u);
@@ -316,7 +317,7 @@ TEST_F(ScsiUnit, PagesThatLieAboutTheirLength) {
     EXPECT_FALSE(describe()->geometry.discard);
 }
 
-// Limits that no disk has: they never raise the transport's, and overflow nothing.
+// Limits no real disk has: they never raise the transport's limit, and nothing overflows.
 TEST_F(ScsiUnit, HostileLimits) {
     for (const u32 block_bytes : {512u, 4096u}) {
         unit.block_bytes = block_bytes;
@@ -342,7 +343,8 @@ TEST_F(ScsiUnit, HostileLimits) {
     }
 }
 
-// Every answer cut at every length: an error or a description, and never a read past the end (the sanitizers watch).
+// Every reply truncated at every length: an error or a description, and never a read past the end (checked by the
+// sanitizers).
 TEST_F(ScsiUnit, EveryAnswerCutEverywhere) {
     for (const u8 opcode : {inquiry, mode_sense, capacity_16}) {
         for (usize n = 0; n <= 64; ++n) {
@@ -405,7 +407,7 @@ TEST_F(ScsiUnit, AnotherUnitInItsPlaceWhileItIsDescribed) {
     EXPECT_EQ(failure(describe()), Code::not_found);
 }
 
-// One that says nothing of the unit's data costs one repetition of one command.
+// A unit attention unrelated to the unit's data costs one repetition of one command.
 TEST_F(ScsiUnit, OtherUnitAttentionsAreOneRepetition) {
     for (const u8 opcode : {test_unit_ready, capacity_16, mode_sense}) {
         bool first = true;
@@ -419,7 +421,7 @@ TEST_F(ScsiUnit, OtherUnitAttentionsAreOneRepetition) {
     }
 }
 
-// The INQUIRY data is from before it: the whole description is.
+// The INQUIRY data predates it, so the whole description is repeated.
 TEST_F(ScsiUnit, AnotherUnitInItsPlaceBeforeItIsDescribed) {
     for (const u8 opcode : {test_unit_ready, capacity_16}) {
         bool changed = false;
@@ -445,7 +447,7 @@ TEST_F(ScsiUnit, AUnitThatAlwaysChangesIsTakenAsItIs) {
     EXPECT_EQ(target.count(mode_sense), 45u) << "five attempts each";
 }
 
-// The unit attention comes once: a disk in use whose capacity changes between the two commands is not overlooked.
+// The unit attention is reported once: a capacity change between the two commands is still noticed for a disk in use.
 TEST_F(ScsiUnit, ACapacityThatChangesWhileItIsCompared) {
     const auto known = *describe();
     bool changed = false;
@@ -465,7 +467,7 @@ TEST_F(ScsiUnit, Compare) {
     unit.blocks = 4096;
     EXPECT_EQ(*compare(known), scsi::Change::size);
     unit.blocks = 256;
-    unit.block_bytes = 4096; // as many bytes
+    unit.block_bytes = 4096; // the same number of bytes
     EXPECT_EQ(*compare(known), scsi::Change::size);
     unit.blocks = 2048;
     unit.block_bytes = 512;
@@ -556,7 +558,7 @@ TEST_F(ScsiUnit, Luns) {
     EXPECT_EQ(failure(run(scsi::report_luns(target, there))), Code::timed_out);
 }
 
-// More than a list of 4096 bytes holds: it is cut, which is said.
+// More than a list of 4096 bytes holds: it is truncated, which is reported.
 TEST_F(ScsiUnit, MoreUnitsThanTheListHolds) {
     for (u16 n = 0; n < 600; ++n) {
         target.units[n];

@@ -1,5 +1,5 @@
-// The storage channel of the VMBus in the conformance suite: a host that answers everything when the bus is reset, and
-// one that does not answer even then.
+// The VMBus storage channel in the conformance suite: a host that completes everything when the bus is reset, and one
+// that does not.
 #include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
@@ -18,7 +18,7 @@ import hv.hyperv.channel;
 import drivers.storvsc.disk;
 
 #include "unit/io_support.hpp"
-// It needs what is above.
+// Depends on the includes above.
 #include "unit/drivers/storvsc_fake.hpp"
 #include "unit/io_block_conformance.hpp"
 
@@ -103,7 +103,7 @@ class StorvscRig final : public Rig {
         executor_.wake();
     }
     bool reachable(DmaSpan span) override {
-        host_.take(); // it may at any time
+        host_.take(); // the host may take it at any time
         for (const fake::Command& c : host_.commands) {
             for (const auto& [data, bytes] : c.data) {
                 if (data < span.data + span.size && span.data < data + bytes) {
@@ -130,7 +130,7 @@ class StorvscRig final : public Rig {
     static constexpr Nanoseconds timeout = 200'000'000;
     static constexpr u32 max_transfer = 32768;
 
-    /// Where the reads and writes are among what the host has; the rest are resets of the bus.
+    /// Indices of the reads and writes among the host's commands; the others are bus resets.
     std::vector<usize> commands() {
         std::vector<usize> found;
         for (usize i = 0; i < host_.commands.size(); ++i) {
@@ -164,7 +164,7 @@ class StorvscRig final : public Rig {
     }
 
     const bool resets_;
-    bool awake_ = false; // it answers again, a reset as well
+    bool awake_ = false; // the host responds again, also to a reset
     test::FakeMachine clock_;
     io::Executor executor_{clock_.platform()};
     test::HeapDma dma_;

@@ -1,5 +1,5 @@
-// Guest and host in one process: the drivers over the real bus against the test host, honest and with every rule broken
-// that it can break.
+// Guest and host in one process: the drivers on the real bus against the test host, conforming and with every fault it
+// can inject.
 #include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
@@ -28,7 +28,7 @@ import host.storvsp;
 import host.services;
 
 #include "unit/io_support.hpp"
-// It needs what is above.
+// Depends on the includes above.
 #include "unit/drivers/storvsc_connected.hpp"
 
 namespace {
@@ -47,7 +47,7 @@ struct Store {
     host::MemoryStore store;
 };
 
-// Writes and reads random stretches and compares with the image.
+// Writes and reads random ranges and compares with the image.
 void verify(Machine& m, io::BlockDevice& disk, Store& store, u32 rounds) {
     const u32 sector = disk.geometry().sector_size;
     std::mt19937_64 random(5);
@@ -102,7 +102,7 @@ TEST(Connected, TwoUnitsOverTheRealBus) {
     EXPECT_EQ(first.counters().errors, 0u);
 }
 
-// A unit whose answers cannot be is told and left; those before and behind it are disks.
+// A unit with impossible replies is reported and skipped; the units before and after it are disks.
 TEST(Connected, MoreUnitsThanSixtyFour) {
     Machine m;
     test::CapturedLog log;
@@ -120,7 +120,7 @@ TEST(Connected, MoreUnitsThanSixtyFour) {
     verify(m, *m.sink.disks.back().first, store, 10);
 }
 
-// What the sink refuses is told, unit by unit.
+// Disks refused by the sink are reported, one by one.
 TEST(Connected, RefusedUnitsAreTold) {
     struct Full final : drivers::DiskSink {
         u32 announced = 0;
@@ -155,7 +155,7 @@ TEST(Connected, OneOddUnitKeepsNobodyFromTheOthers) {
     Machine m;
     test::CapturedLog log;
     Store a;
-    Store nothing(0); // its last block is block 2^64 - 1
+    Store nothing(0); // its last block would be 2^64 - 1
     Store b;
     m.server->add(host::StorageDevice::scsi(
         {}, {{.lun = 0, .store = &a.store}, {.lun = 1, .store = &nothing.store}, {.lun = 2, .store = &b.store}}));
@@ -247,7 +247,7 @@ TEST(Connected, ADiskInPlaceOfAnotherComesUnderANewName) {
     ASSERT_TRUE(m.connect());
     ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::scsi_class))));
     ASSERT_EQ(m.sink.disks.size(), 2u);
-    EXPECT_TRUE(controller.remove_lun(4)); // before the guest looks
+    EXPECT_TRUE(controller.remove_lun(4)); // before the guest scans
     EXPECT_TRUE(controller.add_lun({.lun = 4, .store = &c.store}));
     for (u32 i = 0; i < 200 && m.sink.disks.size() < 3; ++i) {
         m.executor.turn();
@@ -264,7 +264,7 @@ TEST(Connected, ADiskInPlaceOfAnotherComesUnderANewName) {
     EXPECT_EQ(m.sink.disks.size(), 3u) << "the others are what they were";
 }
 
-// The host takes a controller away and offers it again, before and after the guest has let go of it.
+// The host rescinds a controller and offers it again, before and after the guest has released it.
 TEST(Connected, AControllerOfferedAgainComesUnderANewName) {
     for (const bool at_once : {true, false}) {
         Machine m;
@@ -322,7 +322,7 @@ TEST(Connected, AnIdeChannelThatIsTakenAwayGivesItsNumberBack) {
     EXPECT_EQ(m.sink.gone_numbers, std::vector<u32>{2});
 }
 
-// One lane for each processor, each with a channel of its own.
+// One lane per processor, each with its own channel.
 TEST(Connected, SubChannels) {
     Machine m({}, 2);
     Store a;
@@ -341,7 +341,7 @@ TEST(Connected, SubChannels) {
     DmaSpan buffer = m.buffer(4096);
     std::memset(buffer.data, 0x77, buffer.size);
     io::Request there(lane, io::Op::write, 24, buffer);
-    set_this_processor(1); // the lane's
+    set_this_processor(1); // the lane's processor
     lane.submit(there);
     set_this_processor(0);
     for (u32 i = 0; i < 200 && there.pending(); ++i) {
@@ -352,7 +352,7 @@ TEST(Connected, SubChannels) {
     EXPECT_EQ(a.data[24 * 512 + 4095], std::byte{0x77});
     EXPECT_EQ(lane.counters().completed, 1u);
     EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
-    // Each channel's events go to the processor of its lane, and to no other.
+    // Each channel's events go to the processor of its lane only.
     std::set<u16> first;
     std::set<u16> second;
     for (const auto& [flag, count] : m.flagged[0]) {
@@ -366,7 +366,7 @@ TEST(Connected, SubChannels) {
     EXPECT_EQ(second.size(), 1u);
 }
 
-// Every rule that the host can break: bounded, told in one line or survived, and nothing that was acknowledged is lost.
+// Every fault of the host: bounded, reported in one line or survived, and no acknowledged data is lost.
 class ConnectedFault : public testing::TestWithParam<host::FaultName> {};
 TEST_P(ConnectedFault, BoundedAndNothingAcknowledgedIsLost) {
     host::ServerConfig config;
@@ -375,7 +375,7 @@ TEST_P(ConnectedFault, BoundedAndNothingAcknowledgedIsLost) {
     const bool in_use = name.find("version") == std::string::npos && name.find("gpadl") == std::string::npos &&
                         name.find("open") == std::string::npos && name.find("message") == std::string::npos &&
                         name != "duplicate-relid";
-    config.fault.after = in_use ? 20 : 0; // once the disk is there
+    config.fault.after = in_use ? 20 : 0; // once the disk is in use
     Machine m(config);
     test::CapturedLog log;
     Store a;

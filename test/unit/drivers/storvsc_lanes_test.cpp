@@ -1,5 +1,5 @@
-// Two lanes of one disk, each a channel on a processor of its own: how long a request may take is judged by what all
-// channels hear. The bus is reset on the first channel, and so is its answer; the host is one machine behind both.
+// Two lanes of one disk, each a channel on its own processor: progress on any channel counts for a request's time-out.
+// A bus reset is sent on the first channel, and its completion arrives there; both channels belong to one host.
 #include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
@@ -20,7 +20,7 @@ import hv.hyperv.channel;
 import drivers.storvsc.disk;
 
 #include "unit/io_support.hpp"
-// needs the one above
+// depends on the include above
 #include "unit/drivers/storvsc_fake.hpp"
 
 namespace {
@@ -47,10 +47,10 @@ struct StorvscLanes : testing::Test {
         Queue queue;
         DmaBuffer parameters;
         std::optional<Disk> disk;
-        Nanoseconds each = 0; // the host takes so long for each request of this lane
-        Instant next = 0;     // when it answers the next one
+        Nanoseconds each = 0; // the host's time per request of this lane
+        Instant next = 0;     // when it completes the next one
     };
-    test::FakeMachine clock; // one for both: what elapses is the same everywhere
+    test::FakeMachine clock; // one clock for both: elapsed time is the same everywhere
     test::HeapDma dma;
     test::CapturedLog log;
     hv::hyperv::Hypercalls hypercalls;
@@ -58,7 +58,7 @@ struct StorvscLanes : testing::Test {
     std::array<std::optional<Lane>, 2> lanes;
     std::vector<DmaBuffer> buffers;
     std::vector<std::unique_ptr<io::Request>> requests;
-    Instant stop_at = never; // the machine stands still for stop_length, once
+    Instant stop_at = never; // stops the machine once, for stop_length
     Nanoseconds stop_length = 0;
 
     void SetUp() override {
@@ -100,7 +100,7 @@ struct StorvscLanes : testing::Test {
         }
         set_this_processor(0);
     }
-    // The machine may stop; then each host takes what there is and answers what is due.
+    // Stops the machine if due; then each host takes new requests and completes those that are due.
     void idle() {
         if (clock.time >= stop_at) {
             stop_at = never;
@@ -147,7 +147,7 @@ struct StorvscLanes : testing::Test {
     bool all_ended() const {
         return std::ranges::none_of(requests, [](const auto& r) { return r->pending(); });
     }
-    /// How long it took until everything has ended; never: it has not within `bound`.
+    /// Time until all requests have ended; never: not within `bound`.
     Nanoseconds settle(Nanoseconds bound = 600'000 * ms) {
         const Instant begin = clock.time;
         while (!all_ended()) {
@@ -185,8 +185,8 @@ struct StorvscLanes : testing::Test {
     }
 };
 
-// The second channel hears nothing at all; that the host is there is heard on the first one, where it answers the
-// reset.
+// The second channel gets no messages at all; the first one shows that the host is alive, because it completes the
+// reset there.
 TEST_F(StorvscLanes, AReadLostOnTheSecondChannelEndsAloneWhenTheResetIsAnsweredOnTheFirst) {
     lose_reads(1, 1);
     const io::Request& lost = ask(1);
@@ -226,8 +226,8 @@ TEST_F(StorvscLanes, AHostThatDoesNotEvenResetClosesBothChannels) {
     EXPECT_TRUE(log.has("the host has not answered anything for a whole time-out")) << log.text.view();
 }
 
-// One disk behind both channels that does one request after the other: those of the first one come before the one of
-// the second.
+// Both channels share one disk that serves one request at a time: those of the first channel precede the one of the
+// second.
 TEST_F(StorvscLanes, AHostBusyWithTheOtherChannelIsNotSilent) {
     lanes[0]->each = timeout * 6 / 10;
     for (u32 i = 0; i < 8; ++i) {
@@ -247,8 +247,8 @@ TEST_F(StorvscLanes, AHostBusyWithTheOtherChannelIsNotSilent) {
     EXPECT_TRUE(open());
 }
 
-// The time-out is 1 s. Both processors, and the host, stand still for longer than that with requests under way on both
-// channels; afterwards the host needs most of a time-out for each answer.
+// The time-out is 1 s. Both processors and the host are stopped for longer than that, with requests in flight on both
+// channels; afterwards the host needs most of a time-out for each completion.
 TEST_F(StorvscLanes, AStoppedMachineIsNoSilentHost) {
     for (const io::Op op : {io::Op::read, io::Op::write}) {
         for (const u32 depth : {1u, 32u}) {
@@ -280,8 +280,7 @@ TEST_F(StorvscLanes, AStoppedMachineIsNoSilentHost) {
     EXPECT_FALSE(log.has("no answer within"));
 }
 
-// And a host that is dead is found all the same, in time that the machine ran: each of the two waits is at most
-// doubled.
+// A dead host is detected nevertheless, in machine time: each of the two waits is at most doubled.
 TEST_F(StorvscLanes, ADeadHostIsFoundInMachineTimeAlsoWithAStop) {
     lanes[0]->host.hold = lanes[1]->host.hold = true;
     for (u32 i = 0; i < 2; ++i) {

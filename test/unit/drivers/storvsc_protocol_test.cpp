@@ -1,4 +1,4 @@
-// The storage channel's packets against bytes typed from [storvsc].
+// The storage channel's packets against bytes written from [storvsc].
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;

@@ -1,4 +1,4 @@
-// The storage queue and its disks against a host that writes the rings' bytes itself, honest and not.
+// The storage queue and its disks against a host that writes the rings' bytes itself, conforming or not.
 #include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
@@ -18,7 +18,7 @@ import hv.hyperv.channel;
 import drivers.storvsc.disk;
 
 #include "unit/io_support.hpp"
-// It needs what is above.
+// Depends on the includes above.
 #include "unit/drivers/storvsc_fake.hpp"
 
 namespace {
@@ -118,7 +118,7 @@ struct Machine {
     Result<void> read(u64 lba, DmaSpan span) { return run(one(*disk, io::Op::read, lba, span)); }
     Result<void> write(u64 lba, DmaSpan span) { return run(one(*disk, io::Op::write, lba, span)); }
     Result<void> flush() { return run(one(*disk, io::Op::flush, 0, {})); }
-    /// Turns until the request has ended; false: not within the bound.
+    /// Runs turns until the request has ended; false: not within the bound.
     bool settle(io::Request& request, Nanoseconds bound = 5'000'000'000) {
         const Instant deadline = clock.time + bound;
         while (request.pending() && clock.time < deadline) {
@@ -250,7 +250,7 @@ TEST_P(StorvscBreak, ClosesTheDiskWithOneLine) {
     Machine m;
     DmaSpan buffer = m.buffer(4096);
     buffer.data[0] = std::byte{0x5a};
-    ASSERT_TRUE(m.write(40, buffer)); // acknowledged: not lost by what follows
+    ASSERT_TRUE(m.write(40, buffer)); // acknowledged: must survive what follows
     m.host.say = [&](const Command& c) { return GetParam().say(m, c); };
     io::Request first(*m.disk, io::Op::read, 0, m.buffer(4096));
     io::Request second(*m.disk, io::Op::read, 8, m.buffer(4096));
@@ -269,7 +269,7 @@ TEST_P(StorvscBreak, ClosesTheDiskWithOneLine) {
     io::Request late(*m.disk, io::Op::read, 0, buffer);
     m.disk->submit(late);
     EXPECT_EQ(late.status, io::Status::device_gone);
-    m.interrupt(); // nothing more is looked at
+    m.interrupt(); // nothing more is read
     m.executor.turn();
 }
 
@@ -293,7 +293,7 @@ const Break breaks[] = {
      },
      "transaction id that is not under way"},
     {"early",
-     [](Machine&, const Command& c) { // of a request that will come
+     [](Machine&, const Command& c) { // for a future request
          Reply r;
          r.id = c.id + 0x10000;
          return r;
@@ -315,7 +315,7 @@ const Break breaks[] = {
      "more data was moved"},
     {"packet_type", [](Machine&, const Command&) { return with([](Reply& r) { r.type = 9; }); }, "packet of a type"},
     {"unasked",
-     [](Machine&, const Command&) { // a COMPLETE_IO as a packet of the host's own
+     [](Machine&, const Command&) { // a COMPLETE_IO in an unsolicited packet
          return with([](Reply& r) { r.type = 6; });
      },
      "answers nothing"},
@@ -368,7 +368,7 @@ TEST(Storvsc, ATimeOutOfABrokenRingNamesTheRule) {
     m.host.hold = true;
     io::Request request(*m.disk, io::Op::read, 0, m.buffer(4096));
     m.disk->submit(request);
-    m.executor.turn(); // shown to the host, which answers nothing
+    m.executor.turn(); // published to the host, which does not respond
     fake::put32(m.host.out_ring() + 4, 12345 * 8);
     ASSERT_TRUE(m.settle(request));
     EXPECT_EQ(request.status, io::Status::protocol_error);
@@ -454,10 +454,10 @@ TEST(Storvsc, TransientConditionsAreTriedAgain) {
     EXPECT_TRUE(m.log.has("sda: UNIT ATTENTION")) << told;
     EXPECT_EQ(std::count(told.begin(), told.end(), '\n'), 3) << told;
     bad = 5;
-    reply = with([](Reply& r) { r.scsi_status = 8; }); // busy: in the next ticks
+    reply = with([](Reply& r) { r.scsi_status = 8; }); // busy: retried in the next ticks
     EXPECT_TRUE(m.read(0, buffer));
     bad = 1;
-    reply = with([](Reply& r) { r.srb_status = 0x0e; }); // somebody else's bus reset
+    reply = with([](Reply& r) { r.srb_status = 0x0e; }); // a bus reset by another initiator
     EXPECT_TRUE(m.read(0, buffer));
     bad = 2;
     reply = sense("\x70\0\x02\0\0\0\0\x0a\0\0\0\0\x04\x01\0\0\0\0"); // becoming ready
@@ -466,12 +466,12 @@ TEST(Storvsc, TransientConditionsAreTriedAgain) {
     reply = sense("\x70\0\x0b\0\0\0\0\x0a\0\0\0\0\0\0\0\0\0\0", 2); // aborted by the device
     EXPECT_TRUE(m.write(0, buffer));
     bad = 1;
-    reply = sense("\x70\0\x01\0\0\0\0\x0a\0\0\0\0\x11\0\0\0\0\0"); // recovered: done
+    reply = sense("\x70\0\x01\0\0\0\0\x0a\0\0\0\0\x11\0\0\0\0\0"); // recovered: success
     reply.moved = 4096;
     EXPECT_TRUE(m.read(0, buffer));
     EXPECT_EQ(m.log.text.view(), told) << "and of nothing else a word";
     bad = 1;
-    reply = sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x3f\x0e\0\0\0\0"); // the units have changed
+    reply = sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x3f\x0e\0\0\0\0"); // the set of units has changed
     EXPECT_TRUE(m.read(0, buffer));
     EXPECT_GE(m.wishes, 1u);
     EXPECT_TRUE(m.shared.rescan_wanted);
@@ -501,7 +501,7 @@ TEST(Storvsc, AHostWithoutTheLongCommandsGetsTheShortOnes) {
     m.host.say = [&](const Command& c) {
         return c.cdb(0) >= 0x80 ? (++refused, sense("\x70\0\x05\0\0\0\0\x0a\0\0\0\0\x20\0\0\0\0\0")) : Reply{};
     };
-    DmaSpan buffer = m.buffer(128 * 1024); // in parts
+    DmaSpan buffer = m.buffer(128 * 1024); // split
     std::memset(buffer.data, 0x3c, buffer.size);
     ASSERT_TRUE(m.write(3000, buffer));
     EXPECT_EQ(m.host.disk[3000 * 512], std::byte{0x3c});
@@ -514,7 +514,7 @@ TEST(Storvsc, AHostWithoutTheLongCommandsGetsTheShortOnes) {
     EXPECT_EQ(m.log.text.view(), "");
 }
 
-// Busy (its own, larger bound) and then unit attentions: the attempts that were made count, and there is an end.
+// Busy (with its own, larger limit) and then unit attentions: attempts are counted, and retries end.
 TEST(Storvsc, MixedRetriesEnd) {
     Machine m;
     u32 busy = 5;
@@ -538,7 +538,7 @@ TEST(Storvsc, TheHostTellsOfUnits) {
     EXPECT_GE(m.wishes, 1u);
     EXPECT_TRUE(m.shared.rescan_wanted.exchange(false));
     m.host.event(2);
-    m.host.event(14); // not for us
+    m.host.event(14); // for another consumer
     m.host.event(99);
     m.interrupt();
     m.executor.turn();
@@ -551,8 +551,9 @@ TEST(Storvsc, TheHostTellsOfUnits) {
 
 struct StorvscTime : testing::Test {
     Machine m;
-    Nanoseconds each = 0;       // for one request
-    Nanoseconds stop_after = 0; // with requests under way for so long the machine is stopped, `stops` times
+    Nanoseconds each = 0; // per request
+    // when requests have been in flight for this long, the machine is stopped, `stops` times
+    Nanoseconds stop_after = 0;
     Nanoseconds stop_length = 0;
     u32 stops = 0;
     Instant next = 0;
@@ -578,7 +579,7 @@ struct StorvscTime : testing::Test {
             m.interrupt();
         }
     }
-    /// `count` requests at once; how many ended well.
+    /// `count` requests at once; returns how many succeeded.
     u32 all_at_once(u32 count, io::Op op) {
         std::vector<std::unique_ptr<io::Request>> requests;
         const DmaSpan buffer = m.buffer(4096);
@@ -626,7 +627,7 @@ TEST_F(StorvscTime, AStoppedMachineIsNoSilentHost) {
     EXPECT_FALSE(m.log.has("no answer within"));
 }
 
-// Stops of less than a second, one in each request; the host needs nearly the whole time-out for one and stands still
+// Stops of less than a second, one per request; the host needs nearly the whole time-out for each and is stopped
 // together with the machine.
 TEST(StorvscStops, ShortStopsOfASlowHostLoseNothing) {
     struct Slow {
@@ -700,11 +701,11 @@ TEST_F(StorvscTime, ADeadHostIsFoundInMachineTimeAlsoWithStops) {
     const Instant begin = m.executor.now();
     EXPECT_EQ(all_at_once(32, io::Op::read), 0u);
     EXPECT_FALSE(m.queue->is_open());
-    // Twice the time-out, and twice the same for the reset, each at most doubled by stops.
+    // Twice the time-out, and the same for the reset, each at most doubled by stops.
     EXPECT_LE(m.executor.now() - begin, 4'000'000'000u + 2 * MachineTime::longest_step + 50'000'000);
 }
 
-// The host gets a whole time-out for what a reset of the bus makes it do.
+// The host gets a whole time-out for the work caused by a bus reset.
 TEST_F(StorvscTime, AnAnswerLongAfterTheReset) {
     std::optional<Command> kept;
     m.host.say = [&](const Command& c) {
@@ -782,7 +783,7 @@ TEST(Storvsc, OneLateAnswerAmongOthers) {
     EXPECT_TRUE(m.queue->is_open()) << "taken silently";
 }
 
-// The host may carry the write out at any time, over what was acknowledged since: nothing is acknowledged any more.
+// The host may execute the write at any time, over data acknowledged since: nothing is acknowledged any more.
 class StorvscUnfenced : public testing::TestWithParam<io::Op> {};
 TEST_P(StorvscUnfenced, AWriteThatIsNeverAnsweredClosesTheController) {
     Machine m;
@@ -812,8 +813,7 @@ TEST_P(StorvscUnfenced, AWriteThatIsNeverAnsweredClosesTheController) {
 INSTANTIATE_TEST_SUITE_P(All, StorvscUnfenced, testing::Values(io::Op::write, io::Op::discard),
                          [](const auto& info) { return std::string(io::name(info.param)); });
 
-// Reads that are given up keep their slots. When nothing but such slots is left the disk is closed, and not silently
-// stuck.
+// Abandoned reads keep their slots. When only such slots are left, the disk is closed instead of hanging silently.
 TEST(Storvsc, SlotsThatAreNeverGivenBackEndTheDisk) {
     Machine m;
     m.host.say = [](const Command& c) {
@@ -828,14 +828,15 @@ TEST(Storvsc, SlotsThatAreNeverGivenBackEndTheDisk) {
         m.disk->submit(*reads.back());
     }
     while (m.queue->is_open() && m.clock.time < 20'000'000'000) {
-        drivers::storvsc::Exchange own(m.executor); // is answered: the host is not taken for dead
+        drivers::storvsc::Exchange own(m.executor); // completes, so the host is not considered dead
         own.packet.header = {drivers::storvsc::Operation::reset_bus, drivers::storvsc::flag_completion, 0};
         static_cast<void>(m.queue->send(own));
         m.executor.turn();
         m.clock.time += 50'000'000;
         m.executor.turn();
         m.queue->abandon(own);
-        if (std::ranges::none_of(reads, [](const auto& read) { return read->pending(); })) { // more, which find no slot
+        // more requests, which get no slot
+        if (std::ranges::none_of(reads, [](const auto& read) { return read->pending(); })) {
             reads.push_back(std::make_unique<io::Request>(*m.disk, io::Op::read, 0, buffer));
             m.disk->submit(*reads.back());
         }
@@ -920,13 +921,13 @@ TEST(Storvsc, SignalStorm) {
     EXPECT_TRUE(m.read(0, buffer));
 }
 
-// What the host changes after it has published is not looked at twice: the completion that counts is the copy.
+// What the host changes after publishing has no effect: the copy of the completion is used.
 TEST(Storvsc, ContentsThatChangeAfterwards) {
     Machine m;
     DmaSpan buffer = m.buffer(4096);
     for (u32 i = 0; i < 100; ++i) {
         ASSERT_TRUE(m.write(i, buffer));
-        std::memset(m.host.in_ring() + 4096, 0xff, fake::StorageHost::ring_data); // everything old is garbage now
+        std::memset(m.host.in_ring() + 4096, 0xff, fake::StorageHost::ring_data); // all old data is garbage now
     }
     EXPECT_TRUE(m.queue->is_open());
 }
@@ -952,7 +953,7 @@ TEST(Storvsc, CancelledAndForgotten) {
     m.executor.turn();
     m.host.take();
     m.host.answer();
-    sent.erase(sent.begin()); // answered, and nobody has looked yet
+    sent.erase(sent.begin()); // completed, not yet processed
     EXPECT_TRUE(m.queue->is_open());
     m.host.hold = false;
     for (auto& request : sent) {
@@ -983,7 +984,8 @@ TEST(Storvsc, TheControllersOwnPacketsFindASlot) {
     EXPECT_EQ(m.host.resets, 1u);
 }
 
-// A transfer that its owner gives up is forgotten at once, and its buffer is out of use until the host has answered.
+// A transfer abandoned by its owner is forgotten at once, and its buffer is quarantined until the host has completed
+// it.
 class StorvscForgotten : public testing::TestWithParam<io::Op> {};
 TEST_P(StorvscForgotten, TheBufferIsQuarantinedUntilTheAnswer) {
     Machine m;
@@ -1010,7 +1012,7 @@ TEST_P(StorvscForgotten, TheBufferIsQuarantinedUntilTheAnswer) {
 INSTANTIATE_TEST_SUITE_P(All, StorvscForgotten, testing::Values(io::Op::read, io::Op::write),
                          [](const auto& info) { return std::string(io::name(info.param)); });
 
-// Until the host has answered a write that was given up, nothing else is asked for of its sectors.
+// Until the host has completed an abandoned write, no other request is sent for its sectors.
 TEST(Storvsc, RequestsForTheSectorsOfAForgottenWriteWait) {
     Machine m;
     DmaSpan buffer = m.buffer(4096);
@@ -1033,14 +1035,14 @@ TEST(Storvsc, RequestsForTheSectorsOfAForgottenWriteWait) {
     }
     ASSERT_TRUE(m.read(100, m.buffer(4096)));
     ASSERT_TRUE(kept);
-    io::Request write(*m.disk, io::Op::write, 12, fresh); // the same sectors, in part
+    io::Request write(*m.disk, io::Op::write, 12, fresh); // overlapping sectors
     m.disk->submit(write);
     for (int i = 0; i < 20; ++i) {
         m.executor.turn();
     }
     EXPECT_TRUE(write.pending());
     m.host.say = nullptr;
-    m.host.commands.push_back(*kept); // carried out late
+    m.host.commands.push_back(*kept); // executed late
     m.host.answer();
     m.interrupt();
     ASSERT_TRUE(m.settle(write));
@@ -1049,7 +1051,7 @@ TEST(Storvsc, RequestsForTheSectorsOfAForgottenWriteWait) {
     EXPECT_EQ(m.host.disk[12 * 512], std::byte{0x22}) << "the later write is the one that counts";
 }
 
-// A host that never answers it is asked to reset the bus, and closed if that does not help.
+// If the host never completes it, the bus is reset, and the controller is closed if that does not help.
 TEST(Storvsc, AForgottenWriteThatIsNeverAnsweredClosesTheController) {
     Machine m;
     bool first = true;

@@ -1,4 +1,4 @@
-// The Xen block front end in the conformance suite: grants ended or still mapped, persistent, indirect.
+// The Xen block front end in the conformance suite: grants revoked or still mapped, persistent, indirect.
 #include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
@@ -21,7 +21,7 @@ import drivers.xen_blk;
 import drivers.xen_blk.disk;
 
 #include "unit/hv/xen_fake.hpp"
-// It needs what is above.
+// Depends on the includes above.
 #include "unit/drivers/xen_blk_fake.hpp"
 #include "unit/io_block_conformance.hpp"
 
@@ -34,7 +34,7 @@ namespace xen_blk = drivers::xen_blk;
 struct Kind {
     bool persistent = false;
     bool indirect = false;
-    bool mapped = false; // the back end maps a request's pages when it takes it, and unmaps them when it answers
+    bool mapped = false; // the back end maps a request's pages when it takes it, and unmaps them when it responds
 };
 
 class XenBlkRig final : public Rig {
@@ -110,7 +110,7 @@ class XenBlkRig final : public Rig {
         const auto id = [](const fake::Blkback::Held& h) {
             return fake::Xen::field<u64>(reinterpret_cast<u64>(h.slot.data()), 8);
         };
-        back_.wild = true; // it notifies each time
+        back_.wild = true; // it always notifies
         switch (kind) {
         case 0: back_.push(0x1234567, 0, 0); break;
         case 1: back_.push(*back_.last_id, 0, 0); break;

@@ -19,7 +19,7 @@ import drivers.driver;
 import drivers.xen_blk;
 
 #include "unit/hv/xen_fake.hpp"
-// It needs what is above.
+// Depends on the includes above.
 #include "unit/drivers/xen_blk_fake.hpp"
 
 namespace {
@@ -38,7 +38,7 @@ struct Capture final : log::Sink {
     std::string text;
 };
 
-// Writes random stretches, reads all back in other stretches, compares with a model and with the image.
+// Writes random ranges, reads everything back in other ranges, compares with a model and with the image.
 void verify(DiskMachine& m, u32 rounds = 60) {
     io::BlockDevice& disk = m.disk();
     const u32 sector = disk.geometry().sector_size;
@@ -51,7 +51,7 @@ void verify(DiskMachine& m, u32 rounds = 60) {
         const u64 lba = random() % sectors;
         const u32 count = static_cast<u32>(
             std::min<u64>({1 + random() % (i % 3 == 0 ? 400 : 20), sectors - lba, 400u * 512 / sector}));
-        // not at a page's beginning where that is allowed
+        // not page-aligned if that is allowed
         const u32 shift = static_cast<u32>(random() % 8 * 512 / sector * sector);
         DmaSpan span = buffer.subspan(shift, count * sector);
         for (std::byte& b : span.bytes()) {
@@ -212,8 +212,7 @@ TEST(XenBlk, ImpossibleDisksAreRefused) {
                                                                                      {"sector-size", "256"}}) {
         SCOPED_TRACE(key + "=" + value);
         DiskMachine m({.extra = {{key, value}}});
-        // A size that is not understood is a disk that is not understood: "not supported" leaves it alone, all else is
-        // an error.
+        // A disk with an unsupported size is skipped with "not supported"; anything else is an error.
         static_cast<void>(m.probe());
         EXPECT_EQ(m.sink.disk, nullptr);
         EXPECT_EQ(m.back.front_state(), 6u);
@@ -234,7 +233,7 @@ TEST(XenBlk, CdromsAndStrangersAreLeftAlone) {
     EXPECT_TRUE(empty.probe()) << "a disk of 0 bytes is no failure";
     EXPECT_EQ(empty.sink.left, (Left{{"51712", drivers::Unused::empty}}));
     EXPECT_EQ(empty.back.front_state(), 6u);
-    DiskMachine fifth({}, 0, 51776); // xvde: no place of the first IDE controller
+    DiskMachine fifth({}, 0, 51776); // xvde: not a drive of the first IDE controller
     ASSERT_TRUE(fifth.probe());
     EXPECT_EQ(fifth.sink.slot, drivers::DiskSink::no_twin);
     DiskMachine strange({}, 0, 4711);
@@ -330,7 +329,7 @@ TEST(XenBlk, ABackEndWithPersistentGrantsMapsEverythingForWriting) {
     for (u32 i = 0; i < buffer.size; ++i) {
         buffer.data[i] = static_cast<std::byte>(i * 7 >> 3);
     }
-    // 44 KiB: the most that needs no page of segments
+    // 44 KiB: the largest request without a page of segments
     for (const u32 size : {44u * 1024, 48u * 1024, 128u * 1024, 512u * 1024}) {
         ASSERT_TRUE(m.run(fake::write(m.disk(), 8, buffer.subspan(0, size))));
         ASSERT_EQ(std::memcmp(m.back.disk.data() + 8 * 512, buffer.data, size), 0);
@@ -372,7 +371,7 @@ struct ManyDisks : fake::Machine {
             return did;
         };
     }
-    /// The number of disks that were announced.
+    /// The number of announced disks.
     u32 probe() {
         EXPECT_TRUE(install());
         EXPECT_TRUE(start());
@@ -412,8 +411,8 @@ struct ManyDisks : fake::Machine {
     std::vector<std::unique_ptr<Blkback>> backs;
     std::vector<fake::Sink> sinks;
     std::vector<std::unique_ptr<drivers::Environment>> environments;
-    std::vector<u32> obtainable; // grants that were left before each disk
-    std::vector<u32> taken;      // grants that each disk keeps: ring, pool, pages of segments
+    std::vector<u32> obtainable; // grants left before each disk
+    std::vector<u32> taken;      // grants kept by each disk: ring, pool, pages of segments
     u32 withheld = 0;
 };
 
@@ -445,7 +444,7 @@ TEST(XenBlkMany, WhereGrantsAreFewPoolsAreSmallerAndThenThereAreNone) {
     }
 }
 
-// So that the first few disks do not take everything. A pool grows by 32 pages; one that gets fewer is not begun.
+// The first few disks must not take everything. A pool grows by 32 pages; one with fewer is not created.
 TEST(XenBlkMany, NoDiskTakesMoreThanItsShareOfTheGrantsThatAreLeft) {
     constexpr u32 ring = 4;
     for (const u32 frames : {1u, 8u}) {
@@ -516,7 +515,7 @@ TEST(XenBlkMany, ADiskWithoutPersistentGrantsWorksWithTheFewThatAreLeft) {
     EXPECT_TRUE(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
     EXPECT_GT(grants.available(), 0u);
     EXPECT_EQ(grants.obtainable(), obtainable);
-    // None to be had: an error within the bound, and then it goes on.
+    // Exhausted: an error within the bound, then operation continues.
     while (grants.ensure(1)) {
         taken.push_back(grants.take_unchecked());
     }
@@ -622,7 +621,7 @@ TEST(XenBlk, OneSlowAnswerDoesNotKeepTheOthersWaiting) {
     ASSERT_TRUE(m.run(run_load(m, load, 8, f)));
     EXPECT_EQ(load.failed, 1u) << "the one that is never answered";
     EXPECT_EQ(f.counters.completed, 7 * 200u + 1);
-    // Every batch would wait for a tick otherwise: 200 times 10 ms.
+    // Otherwise every batch would wait for a tick: 200 times 10 ms.
     EXPECT_LT(m.world.now - before, 400'000'000u);
 }
 
@@ -674,7 +673,7 @@ TEST(XenBlkHostile, TheFirstBrokenRuleClosesTheDisk) {
         EXPECT_EQ(log.text.find("xvda: closed", closed + 1), std::string::npos) << "one line";
         EXPECT_NE(log.text.find(c.rule), std::string::npos) << log.text;
         EXPECT_EQ(m.run(fake::read(m.disk(), 0, m.buffer(4096))).error().code, Code::device_gone);
-        ASSERT_TRUE(m.run(fake::sleep(m.executor, 500'000'000))); // the keeper takes it from the bus
+        ASSERT_TRUE(m.run(fake::sleep(m.executor, 500'000'000))); // the keeper removes it from the bus
         EXPECT_EQ(m.back.front_state(), 6u);
         EXPECT_EQ(m.xen.live_grants(), 0u);
     }
@@ -684,7 +683,7 @@ TEST(XenBlkHostile, AnAnswerThatChangesAfterwardsChangesNothing) {
     DiskMachine m({});
     ASSERT_TRUE(m.probe());
     auto step = m.world.device;
-    m.world.device = [&] { // scribbles over every answer that has been taken
+    m.world.device = [&] { // overwrites every response that has been taken
         const bool did = m.back.step();
         if (m.back.ring != nullptr && !did) {
             for (u32 i = 0; i < m.back.slots; ++i) {
@@ -695,8 +694,8 @@ TEST(XenBlkHostile, AnAnswerThatChangesAfterwardsChangesNothing) {
         }
         return did;
     };
-    // The scribbling happens between turns, after the answers were published: the driver must have copied them or close
-    // the disk, never more.
+    // The overwriting happens between turns, after the responses were published: the driver must have copied them, or
+    // at most close the disk.
     static_cast<void>(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
     static_cast<void>(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
     EXPECT_EQ(m.disk().counters().completed, 2u);
@@ -744,7 +743,7 @@ TEST(XenBlkHostile, ALateAnswerIsKnownByItsId) {
     const DmaSpan buffer = m.buffer(4096);
     io::BlockDevice::Transfer lost(m.disk(), io::Op::read, 0, buffer);
     m.disk().submit(lost);
-    for (int i = 0; i < 30; ++i) { // others are answered meanwhile: the back end is not dead
+    for (int i = 0; i < 30; ++i) { // others are completed meanwhile: the back end is not dead
         ASSERT_TRUE(m.run(fake::read(m.disk(), 8, m.buffer(4096))));
         ASSERT_TRUE(m.run(fake::sleep(m.executor, 10'000'000)));
     }
@@ -803,7 +802,7 @@ TEST(XenBlkHostile, ABufferThatIsMappedWhenTheDiskClosesIsLost) {
     ASSERT_TRUE(m.run(fake::sleep(m.executor, 10'000'000)));
     ASSERT_EQ(m.back.withheld.size(), 2u);
     m.back.sulks = true;
-    m.back.offer.never_connects = true; // and does not say that it has let go
+    m.back.offer.never_connects = true; // and does not confirm that it has released the memory
     m.back.go(5);
     ASSERT_TRUE(m.run(fake::sleep(m.executor, 50'000'000)));
     EXPECT_FALSE(free.pending());
@@ -813,7 +812,7 @@ TEST(XenBlkHostile, ABufferThatIsMappedWhenTheDiskClosesIsLost) {
     EXPECT_EQ(m.xen.live_grants(), 2u) << "the ring, and what is mapped";
 }
 
-// The back end says nothing more: what it may still read in the ring, or have mapped, is not used again.
+// The back end is silent: memory that it may still read in the ring, or have mapped, is not reused.
 TEST(XenBlkHostile, WhatABackEndDoesNotLetGoOfStaysOutOfUse) {
     for (const bool persistent : {false, true}) {
         DiskMachine m({.persistent = persistent});
@@ -827,7 +826,7 @@ TEST(XenBlkHostile, WhatABackEndDoesNotLetGoOfStaysOutOfUse) {
         const DmaSpan buffer = m.buffer(4096);
         io::BlockDevice::Transfer t(m.disk(), io::Op::read, 0, buffer);
         m.disk().submit(t);
-        ASSERT_TRUE(m.run(fake::sleep(m.executor, 1'500'000'000))); // closes, asks for a close, gives up
+        ASSERT_TRUE(m.run(fake::sleep(m.executor, 1'500'000'000))); // closes, requests a close, gives up
         EXPECT_FALSE(t.pending());
         EXPECT_EQ(m.back.front_state(), 6u);
         EXPECT_LE(grants.available(), before - (persistent ? 0 : 1)) << "an entry that stands in the ring";
@@ -890,7 +889,7 @@ TEST(XenBlkHostile, ABackEndThatClosesEndsEverything) {
 
 // ---- time ----
 
-// The machine is stopped for longer than the time-out while requests are with the back end; both go on afterwards.
+// The machine is stopped for longer than the time-out while requests are with the back end; afterwards both continue.
 TEST(XenBlkTime, AStoppedMachineIsNoSilentBackEnd) {
     for (const bool persistent : {false, true}) {
         for (const bool writes : {false, true}) {
@@ -902,7 +901,7 @@ TEST(XenBlkTime, AStoppedMachineIsNoSilentBackEnd) {
                     ASSERT_TRUE(m.probe());
                     u32 stops = 0;
                     Instant next = 0;
-                    u32 stopped_before = ~0u; // the request that the last stop came before: one stop for each
+                    u32 stopped_before = ~0u; // the request after which the last stop occurred: one stop per request
                     m.world.device = [&] {
                         const bool asked = m.back.ring != nullptr && m.back.req_cons != m.back.word(0);
                         if (stops < 3 && asked && m.world.now >= next && stopped_before != m.back.req_cons) {
@@ -927,8 +926,8 @@ TEST(XenBlkTime, AStoppedMachineIsNoSilentBackEnd) {
     }
 }
 
-// Stops of less than a second, one in each request; the back end needs nearly the whole time-out for one and stands
-// still together with the machine.
+// Stops of less than a second, one per request; the back end needs nearly the whole time-out for each and is stopped
+// together with the machine.
 TEST(XenBlkTime, ShortStopsOfASlowBackEndLoseNothing) {
     for (const Nanoseconds limit : {Nanoseconds{500'000'000}, Nanoseconds{5'000'000'000}}) {
         for (const u32 depth : {1u, 32u}) {
@@ -977,7 +976,7 @@ TEST(XenBlkTime, ShortStopsOfASlowBackEndLoseNothing) {
     }
 }
 
-// 32 requests at once, one answer every 150 ms: the last one comes after 24 time-outs.
+// 32 requests at once, one completion every 150 ms: the last one after 24 time-outs.
 TEST(XenBlkTime, ASlowBackEndIsNeverClosed) {
     DiskMachine m({});
     ASSERT_TRUE(m.probe());
@@ -1018,7 +1017,7 @@ TEST(XenBlkTime, ADeadBackEndIsFoundInMachineTimeAlsoWithStops) {
         const Instant before = m.executor.now();
         Load load{m.disk(), 1, 4096, false};
         Figures f;
-        ASSERT_TRUE(m.run(run_load(m, load, 40, f))); // eight of them find no slot
+        ASSERT_TRUE(m.run(run_load(m, load, 40, f))); // eight of them get no slot
         EXPECT_EQ(load.failed, 40u);
         EXPECT_LE(m.executor.now() - before, 2 * 200'000'000u + MachineTime::longest_step + 30'000'000)
             << stops << " stops";
@@ -1026,14 +1025,14 @@ TEST(XenBlkTime, ADeadBackEndIsFoundInMachineTimeAlsoWithStops) {
     }
 }
 
-// Requests that were given up keep their slots. Those that wait for one are not forgotten.
+// Abandoned requests keep their slots. Requests waiting for a slot are still handled.
 TEST(XenBlkTime, SlotsThatAreNeverGivenBackEndTheDisk) {
     Capture capture;
     DiskMachine m({});
     ASSERT_TRUE(m.probe());
     m.back.silent_for = 1000;
     const DmaSpan buffer = m.buffer(4096);
-    for (u32 i = 0; i < 32; ++i) { // all slots of the ring, and nobody waits for their answers
+    for (u32 i = 0; i < 32; ++i) { // all slots of the ring, with abandoned requests
         io::BlockDevice::Transfer lost(m.disk(), io::Op::read, 0, buffer);
         m.disk().submit(lost);
         m.executor.turn();
@@ -1062,7 +1061,7 @@ TEST(XenBlk, CancelAndForget) {
         EXPECT_TRUE(m.disk().cancel(last));
         EXPECT_EQ(last.status, io::Status::cancelled);
         EXPECT_FALSE(m.disk().cancel(big)) << "the other side has it";
-    } // both are forgotten
+    } // both are abandoned
     EXPECT_TRUE(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
     EXPECT_EQ(m.xen.live_grants(), 1u) << "only the ring";
 }

@@ -1,4 +1,4 @@
-// Every rule that the host can break as it looks on the wire, and the integration services, by packets typed from the
+// Every fault of the host as visible in its packets, and the integration services, by packets written from the
 // protocols.
 #include "gtest_macros.hpp"
 
@@ -19,7 +19,7 @@ using namespace typed;
 using fl::host::Fault;
 using fl::host::ServerConfig;
 
-constexpr u64 buffer = 0x100200; // not at a page's beginning
+constexpr u64 buffer = 0x100200; // not page-aligned
 
 // ---- faults ----
 
@@ -32,7 +32,7 @@ TEST(HostFaults, AreParsed) {
         EXPECT_EQ(spec->count, 3u);
         EXPECT_FALSE(known.rule.empty());
     }
-    EXPECT_EQ(fl::host::fault_names.size(), static_cast<usize>(Fault::duplicate_relid)); // each but none
+    EXPECT_EQ(fl::host::fault_names.size(), static_cast<usize>(Fault::duplicate_relid)); // all except none
     for (const char* text : {"", "nothing", "no-answer,", "no-answer,after", "no-answer,after=x", "no-answer,before=1",
                              "no-answer,after=1x"}) {
         EXPECT_FALSE(fl::host::parse_fault(text)) << text;
@@ -55,7 +55,7 @@ TEST(HostFaults, NothingHappensBeforeItsTime) {
 
 class HostFault : public ::testing::Test {
   protected:
-    /// A guest on a host that breaks `fault` at the second SRB; the first has gone well.
+    /// A guest on a host that injects `fault` at the second SRB; the first one succeeds.
     Guest& start(Fault fault, u32 after = 1) {
         ServerConfig config;
         config.fault = {fault, after, 1};
@@ -167,7 +167,7 @@ TEST_F(HostFault, RescindInFlight) {
     request();
     EXPECT_FALSE(rings.receive());
     EXPECT_EQ(guest->take(), hex("02000000 00000000 01000000"));
-    EXPECT_EQ(guest->server->on_signal(0x2001, 0), fl::host::HvStatus::success); // we may not know yet
+    EXPECT_EQ(guest->server->on_signal(0x2001, 0), fl::host::HvStatus::success); // the guest may not know yet
     guest->poll();
     Bytes released = message(13);
     put(released, u32{1});
@@ -258,7 +258,7 @@ TEST(HostFaults, OfMessages) {
 
 class HostServices : public ::testing::Test {
   protected:
-    /// Opens the only channel and answers the negotiation with framework 3.0 and `version`.
+    /// Opens the only channel and replies to the negotiation with framework 3.0 and `version`.
     void start(u16 major, u16 minor) {
         ASSERT_TRUE(guest.connect());
         ASSERT_EQ(guest.request_offers().size(), 1u);
@@ -297,7 +297,7 @@ class HostServices : public ::testing::Test {
 
 TEST_F(HostServices, Shutdown) {
     auto& shutdown = guest.server->add(std::make_unique<fl::host::ShutdownService>());
-    shutdown.ask(); // before anything is negotiated
+    shutdown.ask(); // before the negotiation
     start(3, 2);
     EXPECT_EQ(shutdown.versions().message, 0x00030002u);
     const auto asked = rings.receive();

@@ -1,5 +1,5 @@
-// The kernel's own guest side and the test host in one process: the SynIC's pages and the hypercalls between them are
-// all that this file adds. Guest-physical addresses are not the program's, so that one taken for the other is found.
+// The kernel's guest side and the test host in one process: this file adds only the SynIC's pages and the hypercalls
+// between them. Guest-physical addresses differ from host addresses, so that a mix-up is detected.
 #include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
@@ -35,7 +35,7 @@ using host::Fault;
 constexpr u64 ram_base = 0x1000000;
 constexpr usize ram_bytes = 16 << 20;
 
-/// Guest memory: pages are given out once.
+/// Guest memory: pages are allocated only once.
 class Arena final : public DmaAllocator {
   public:
     std::span<std::byte> bytes() const { return storage_.bytes(); }
@@ -85,7 +85,7 @@ class Disks final : public drivers::DiskSink {
     std::vector<io::BlockDevice*> list;
 };
 
-/// Registers, hypercalls, SynIC pages: what a processor and KVM are between the two.
+/// Registers, hypercalls, SynIC pages: the processor's and KVM's part between the two.
 class Joined final : public host::Delivery, public host::Log, public hv::Privileged, public hv::PhysicalMemory {
   public:
     explicit Joined(const host::ServerConfig& config = {}, const host::StorageConfig& storage = {})
@@ -220,7 +220,7 @@ class Joined final : public host::Delivery, public host::Log, public hv::Privile
         if (!offer) {
             return Error{Code::not_found, "no offer"};
         }
-        // What stays after the probe refers to it.
+        // What outlives the probe refers to it.
         environment.emplace(drivers::Environment{executor, arena, interrupts, disks, timeout});
         return executor.run(drivers::storvsc::attach(*environment, guest.bus()->vmbus(), *offer));
     }
@@ -266,8 +266,8 @@ void fill(DmaSpan span, u32 seed) {
     }
 }
 
-/// Writes with 4 KiB each, reads them again; every write that was acknowledged has to be in the image. Bounded by the
-/// requests' time-outs.
+/// Writes blocks of 4 KiB and reads them back; every acknowledged write must be in the image. Bounded by the requests'
+/// time-outs.
 struct Outcome {
     u32 written = 0;
     u32 read = 0;
@@ -342,8 +342,8 @@ TEST(HostJoined, EveryVersionOfTheBusAndOfTheProtocol) {
 struct FaultCase {
     Fault fault;
     u32 after;
-    bool disk;    // a disk comes up
-    bool goes_on; // all requests but a few still work
+    bool disk;    // a disk attaches
+    bool goes_on; // all but a few requests still work
     const char* line;
 };
 class HostJoinedFault : public testing::TestWithParam<FaultCase> {};
@@ -355,11 +355,11 @@ TEST_P(HostJoinedFault, EndsInABoundAndLosesNothing) {
     Joined machine(config);
     const auto started = machine.start();
     if (started) {
-        static_cast<void>(machine.attach()); // what came of it is told by the disks
+        static_cast<void>(machine.attach()); // the disks show the result
     }
     EXPECT_EQ(!machine.disks.list.empty(), c.disk);
     if (!machine.disks.list.empty()) {
-        if (c.fault == Fault::signal_storm) { // it is one only while nothing else happens
+        if (c.fault == Fault::signal_storm) { // a storm counts as one only while nothing else happens
             const DmaSpan data = *machine.arena.allocate(4096, ~u64{0});
             for (u32 i = 0; i < 64 && machine.server->faults_struck() == 0; ++i) {
                 EXPECT_TRUE(machine.executor.run(read_one(*machine.disks.list[0], 0, data)));
@@ -383,7 +383,7 @@ TEST_P(HostJoinedFault, EndsInABoundAndLosesNothing) {
     }
 }
 
-constexpr u32 later = 24; // SRBs after which the scan is over
+constexpr u32 later = 24; // number of SRBs after which the scan is complete
 constexpr FaultCase cases[] = {
     {Fault::write_index_beyond, later, true, false,
      "the host's write index is behind its last one or outside of the ring"},

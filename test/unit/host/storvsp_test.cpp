@@ -1,4 +1,4 @@
-// The storage provider, driven by packets typed from the protocol's description.
+// The storage provider, driven by packets written from the protocol's description.
 #include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
@@ -18,7 +18,7 @@ using namespace typed;
 using fl::host::Fault;
 using fl::host::ServerConfig;
 
-constexpr u64 buffer = 0x100200; // not at a page's beginning
+constexpr u64 buffer = 0x100200; // not page-aligned
 
 TEST(HostStorvsp, NegotiatesAsTyped) {
     Guest guest;
@@ -37,7 +37,7 @@ TEST(HostStorvsp, NegotiatesAsTyped) {
     EXPECT_EQ(guest.last.length, 80);
     EXPECT_EQ(guest.last.trailer, guest.last.at);
     EXPECT_EQ(Bytes(guest.last.payload.begin(), guest.last.payload.begin() + 12), hex("01000000 00000000 00000000"));
-    EXPECT_EQ(guest.operation(1, rings, 9, {0x02, 0x06}), 0xc0000059u); // 6.2 is not known here
+    EXPECT_EQ(guest.operation(1, rings, 9, {0x02, 0x06}), 0xc0000059u); // 6.2 is not supported here
     EXPECT_EQ(guest.operation(1, rings, 9, {0x00, 0x06}), 0u);
     EXPECT_EQ(guest.operation(1, rings, 10), 0u);
     EXPECT_EQ(Bytes(guest.last.payload.begin() + 12, guest.last.payload.begin() + 36),
@@ -50,7 +50,7 @@ TEST(HostStorvsp, ReadsAsTyped) {
     Guest guest;
     Rings rings;
     const u32 channel = guest.start(rings);
-    // READ(16) of 3 blocks at LBA 5 to 0x100200, typed whole: descriptor, range, SRB.
+    // READ(16) of 3 blocks at LBA 5 to 0x100200, as literal bytes: descriptor, range, SRB.
     Bytes raw = hex("0900 0500 0d00 0100 3412000000000000"
                     "00000000 01000000 00060000 00020000 0001000000000000"
                     "03000000 01000000 00000000"
@@ -129,7 +129,7 @@ TEST(HostStorvsp, ADiskOfLimitedSpeedTakesAllAtOnceAndAnswersAtItsPace) {
     for (u64 i = 0; i < 3; ++i) {
         rings.send(9, 100 + i, Guest::srb(Guest::read_16(i, 1), 1, 512), Guest::range(buffer + i * 512, 512));
     }
-    // INQUIRY: not of the medium
+    // INQUIRY: does not access the medium
     rings.send(9, 103, Guest::srb({0x12, 0, 0, 0, 36, 0}, 1, 36), Guest::range(buffer + 4096, 36));
     guest.signal(channel);
     EXPECT_EQ(rings.read_index(false), rings.write_index(false)); // all were taken
@@ -151,7 +151,7 @@ TEST(HostStorvsp, ADiskOfLimitedSpeedTakesAllAtOnceAndAnswersAtItsPace) {
         EXPECT_EQ(next(), 0u);
     }
     EXPECT_EQ(guest.server->deadline(), ~u64{0});
-    // What waits when the channel is closed is gone with it.
+    // Pending requests are dropped when the channel is closed.
     rings.send(9, 104, Guest::srb(Guest::read_16(0, 1), 1, 512), Guest::range(buffer, 512));
     guest.signal(channel);
     guest.server->reset();
@@ -176,7 +176,7 @@ TEST(HostStorvsp, SaysWhatItIs) {
     EXPECT_EQ(Bytes(inquiry.begin(), inquiry.begin() + 8), hex("00 00 06 12 1f 00 00 02"));
     EXPECT_EQ(data({0x12, 1, 0x00, 0, 255, 0}, 255), hex("00 00 0006 00 80 83 b0 b1 b2"));
     EXPECT_EQ(data({0x12, 1, 0x80, 0, 255, 0}, 255), hex("00 80 0003 46 4c 30"));
-    EXPECT_EQ(data({0x12, 1, 0x83, 0, 6, 0}, 255), hex("00 83 000f 02 01")); // cut at the allocation length
+    EXPECT_EQ(data({0x12, 1, 0x83, 0, 6, 0}, 255), hex("00 83 000f 02 01")); // truncated to the allocation length
     const Bytes limits = data({0x12, 1, 0xb0, 0, 64, 0}, 64);
     EXPECT_EQ(Bytes(limits.begin() + 8, limits.begin() + 12), hex("00000200")); // 256 KiB in blocks
     EXPECT_EQ(data({0x12, 1, 0xb2, 0, 64, 0}, 64), hex("00 b2 0004 00 84 02 00"));
@@ -210,7 +210,7 @@ TEST(HostStorvsp, ErrorsHaveSense) {
     EXPECT_EQ(absent->status, 0xc00000c0u);
     const auto other = guest.command(channel, rings, {0x12, 0, 0, 0, 36, 0}, 1, buffer, 36, 0, 1);
     EXPECT_EQ(other->srb_status, 1);
-    EXPECT_EQ(guest.ram[buffer], 0x7f);                // nothing can be there
+    EXPECT_EQ(guest.ram[buffer], 0x7f);                // no unit can exist there
     EXPECT_EQ(guest.operation(channel, rings, 6), 0u); // RESET_BUS
     const auto attention = guest.command(channel, rings, {0, 0, 0, 0, 0, 0});
     EXPECT_EQ(attention->sense[2], 6);
@@ -245,10 +245,10 @@ TEST(HostStorvsp, BadRangesAreRefused) {
         }
         return header;
     };
-    EXPECT_EQ(status(9, read, typed_range(4096, 0, {0x400})), 6); // the first frame behind memory
+    EXPECT_EQ(status(9, read, typed_range(4096, 0, {0x400})), 6); // the first frame beyond memory
     EXPECT_EQ(status(9, read, typed_range(4096, 0, {~u64{0}})), 6);
     EXPECT_EQ(status(9, write, typed_range(4096, 512, {0x100})), 6);        // one page too few
-    EXPECT_EQ(status(9, read, typed_range(4096, 4096, {0x100, 0x101})), 6); // begins behind its first page
+    EXPECT_EQ(status(9, read, typed_range(4096, 4096, {0x100, 0x101})), 6); // starts beyond its first page
     EXPECT_EQ(status(9, read, typed_range(512, 0, {0x100})), 6);            // shorter than the transfer
     EXPECT_EQ(status(9, read, typed_range(4096, 0, {0x100}, 2)), 6);
     EXPECT_EQ(status(9, read, typed_range(0xfffff000, 0, {0x100})), 6);
@@ -294,7 +294,7 @@ TEST(HostStorvsp, InterruptsOnlyWhenTheRingWasEmptyAndUnmasked) {
         return guest.machine.events.size();
     };
     EXPECT_EQ(turn(), 1u);
-    EXPECT_EQ(turn(), 0u); // the first answer is still there
+    EXPECT_EQ(turn(), 0u); // the first reply is still pending
     rings.receive();
     rings.receive();
     rings.mask(true) = 1;
@@ -318,7 +318,7 @@ TEST(HostStorvsp, WaitsForRoomAndIsWoken) {
         rings.send(6, 100 + i, Guest::srb({0, 0, 0, 0, 0, 0}, 2, 0));
     }
     guest.signal(1);
-    rings.pending(false) = 1000; // what we wait for: more than is free before the next turn, less than after it
+    rings.pending(false) = 1000; // the guest's request: more than is free before the next turn, less than after it
     for (u32 i = 0; i < 40; ++i) {
         rings.send(6, 200 + i, Guest::srb({0, 0, 0, 0, 0, 0}, 2, 0));
     }
@@ -326,10 +326,10 @@ TEST(HostStorvsp, WaitsForRoomAndIsWoken) {
     guest.signal(1);
     EXPECT_EQ(rings.pending(true), 88u); // the host waits: the ring is full with 46
     EXPECT_EQ(guest.server->counters().ring_full, 1u);
-    EXPECT_EQ(guest.machine.events.size(), 1u);   // room for us
-    EXPECT_EQ(guest.server->deadline(), ~u64{0}); // we promised to signal
+    EXPECT_EQ(guest.machine.events.size(), 1u);   // room for the guest
+    EXPECT_EQ(guest.server->deadline(), ~u64{0}); // the guest promised to signal
     rings.features(false) = 0;
-    EXPECT_NE(guest.server->deadline(), ~u64{0}); // else it looks by itself
+    EXPECT_NE(guest.server->deadline(), ~u64{0}); // otherwise the host polls
     rings.features(false) = 1;
     u32 seen = 0;
     for (; rings.receive(); ++seen) {

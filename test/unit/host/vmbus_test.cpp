@@ -1,4 +1,4 @@
-// The VMBus server, driven by messages typed from the protocol's description.
+// The VMBus server, driven by messages written from the protocol's description.
 #include "gtest_macros.hpp"
 
 #include "zeroed.hpp"
@@ -39,7 +39,7 @@ TEST(HostVmbus, RefusesVersionsAndConnections) {
     Guest guest(config);
     EXPECT_FALSE(guest.connect(0x00050003));
     EXPECT_FALSE(guest.connect(0x00050000));
-    EXPECT_FALSE(guest.connect(0x00010002)); // there is no 1.2
+    EXPECT_FALSE(guest.connect(0x00010002)); // version 1.2 does not exist
     EXPECT_EQ(guest.violations(), 0u);
     EXPECT_TRUE(guest.connect(0x00050001));
     EXPECT_EQ(guest.violations(), 0u);
@@ -82,7 +82,7 @@ TEST(HostVmbus, OpensOverManyPages) {
     guest.take();
     Rings rings;
     ASSERT_TRUE(guest.open(channel, rings, 40)); // 82 pages: a header with 26, bodies of 28
-    EXPECT_EQ(rings.features(true), 1u);         // the host keeps pending_send_sz
+    EXPECT_EQ(rings.features(true), 1u);         // the host supports pending_send_sz
     EXPECT_EQ(guest.violations(), 0u);
     guest.post([&] { // close
         Bytes bytes = message(7);
@@ -94,7 +94,7 @@ TEST(HostVmbus, OpensOverManyPages) {
     put(teardown, u32{0xe1e10});
     guest.post(teardown);
     EXPECT_EQ(guest.take(), hex("0c000000 00000000 101e0e00"));
-    EXPECT_TRUE(guest.open(channel, rings, 2)); // and again
+    EXPECT_TRUE(guest.open(channel, rings, 2)); // and once more
     EXPECT_EQ(guest.violations(), 0u);
 }
 
@@ -124,7 +124,7 @@ TEST(HostVmbus, QueuesWhileTheSlotIsBusy) {
     guest.post(message(3));
     std::vector<u32> types;
     for (int i = 0; i < 20 && !guest.machine.messages.empty(); ++i) {
-        ASSERT_EQ(guest.machine.messages.size(), 1u); // never over one that is still there
+        ASSERT_EQ(guest.machine.messages.size(), 1u); // never overwrites a pending message
         types.push_back(get<u32>(guest.take(), 0));
         guest.machine.busy = false;
         guest.server->on_end_of_message(0, 2);
@@ -149,7 +149,7 @@ TEST(HostVmbus, ModifiesTheProcessor) {
     guest.machine.events.clear();
     ASSERT_TRUE(guest.command(channel, rings, {0, 0, 0, 0, 0, 0}));
     EXPECT_EQ(guest.machine.events, (std::vector<Machine::Event>{{1, 2, 1}}));
-    modify[12] = 2; // there is no processor 2
+    modify[12] = 2; // processor 2 does not exist
     guest.post(modify);
     EXPECT_NE(get<u32>(guest.take(), 12), 0u);
     EXPECT_TRUE(guest.machine.said("wants its events on processor 2; there are 2"));
@@ -245,7 +245,7 @@ TEST(HostVmbus, SubChannelsComeAndGoWithTheirPrimary) {
     EXPECT_EQ(Bytes(guest.last.payload.begin() + 12, guest.last.payload.begin() + 28),
               hex("00000000 0300 0000 01000000 00000400"));
     ASSERT_EQ(guest.operation(1, rings, 8), 0u);
-    EXPECT_EQ(guest.operation(1, rings, 13, {4, 0}), 0xc000000du); // more than there are
+    EXPECT_EQ(guest.operation(1, rings, 13, {4, 0}), 0xc000000du); // more than available
     EXPECT_EQ(guest.operation(1, rings, 13, {2, 0}), 0u);
     for (u16 index = 1; index <= 2; ++index) {
         const Bytes offer = guest.take();
@@ -349,11 +349,11 @@ TEST(HostVmbus, ShortAndUnknownMessagesAreHarmless) {
         }
     }
     EXPECT_GT(guest.violations(), 100u);
-    EXPECT_EQ(guest.machine.lines.size() < 100, true); // said up to a limit, counted always
+    EXPECT_EQ(guest.machine.lines.size() < 100, true); // logged up to a limit, always counted
     EXPECT_EQ(guest.post(Bytes(241)), 5);              // longer than a message can be
     Rings rings;
     guest.machine.messages.clear();
-    EXPECT_TRUE(guest.open(1, rings)); // and it still works
+    EXPECT_TRUE(guest.open(1, rings)); // it still works
 }
 
 TEST(HostVmbus, BrokenRingsStopTheChannelOnly) {
@@ -397,7 +397,7 @@ TEST(HostVmbus, BrokenRingsStopTheChannelOnly) {
         Bytes close = message(7);
         put(close, channel);
         guest.post(close);
-        EXPECT_TRUE(guest.open(channel, rings, 3, 0xe1e30)); // opened anew it works
+        EXPECT_TRUE(guest.open(channel, rings, 3, 0xe1e30)); // works after reopening
         EXPECT_TRUE(guest.initialize(channel, rings));
     }
 }

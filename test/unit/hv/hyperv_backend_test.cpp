@@ -78,7 +78,7 @@ TEST(HyperVBackend, WithoutSynicItIsAClock) {
     EXPECT_TRUE(m.host.posted.empty());
 }
 
-// Whatever became of it: every question has an answer, and in the end the host is left without a page of ours.
+// Whatever its state: every function can be called, and in the end the host has none of the guest's pages.
 void ask_everything(hyperv_fake::Machine& m) {
     hv::DeviceList list;
     EXPECT_TRUE(m.enumerate(list));
@@ -121,8 +121,8 @@ TEST(HyperVBackend, InstalledAndNotStartedItHasNoBusAndNoTimer) {
 }
 
 TEST(HyperVBackend, WhateverStepFailsWhatItTookIsGivenBack) {
-    // In order: the hypercalls' page, the reference time's; then the bus's interrupt page, its monitor pages, the
-    // SynIC's.
+    // In order: the hypercall page, the reference TSC page; then the bus's interrupt page, its monitor pages, and the
+    // SynIC's pages.
     constexpr u32 pages = 5;
     for (u32 left = 0; left <= pages; ++left) {
         SCOPED_TRACE(left);
@@ -159,7 +159,7 @@ TEST(HyperVBackend, WithoutAVectorOrTheHypercallPageToo) {
         EXPECT_EQ(m.memory.outstanding, 0u);
         ask_everything(m);
     }
-    { // a timer that tells by message needs the SynIC, which did not come up
+    { // a timer in message mode needs the SynIC, which did not start
         hyperv_fake::Machine m;
         m.cpuid.leaves[0].value.edx &= ~(1u << 19);
         m.host.interrupts.full = true;
@@ -183,7 +183,7 @@ TEST(HyperVBackend, TheFrequencyComesFromItsRegisterElseFromThePage) {
         EXPECT_EQ(m.guest.tsc_hz(), 2'600'000'000u);
         EXPECT_EQ(m.guest.clock_name(), "Hyper-V frequency register");
     }
-    { // a register with nonsense in it: the page is asked
+    { // a register with an invalid value: the page is used
         hyperv_fake::Machine m;
         m.host.msrs[0x40000022] = 12;
         ASSERT_TRUE(m.install());
@@ -376,9 +376,8 @@ TEST(HyperVBackend, UninstallDoesNotWaitForEver) {
     EXPECT_LT(m.clock.time - before, 2'000'000'000u);
 }
 
-// The machine is stopped between any two looks at the clock: each stop counts as a step of the clock and no more, and
-// the wait restarts after it until it is twice as long. So the host is looked at about twenty times in a second's
-// bound.
+// The machine is stopped between any two readings of the clock: each stop counts as one step of the clock, and the wait
+// restarts after it until it is twice as long. So the host is polled about twenty times within a bound of a second.
 TEST(HyperVBackend, UninstallDoesNotTakeAStopForSilence) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());

@@ -65,7 +65,7 @@ TEST(Packets, GpaDirectIsAsTheProtocolHasIt) {
                                       0};
     EXPECT_EQ(std::memcmp(ring.state.storage.data() + 4096, expected.data(), 64), 0);
     EXPECT_EQ(ring.word(0), 64u);
-    // The same packet for the same pages in a row.
+    // The same packet for the same consecutive pages.
     Ring second;
     auto direct = *PacketSender<HostileMemory>::create(second.memory());
     DmaSpan span{nullptr, 0x1234400, 0x1800};
@@ -77,7 +77,7 @@ TEST(Packets, GpaDirectIsAsTheProtocolHasIt) {
 }
 
 TEST(Packets, TheHostsReadIndexIsLookedAtBeforeAnythingIsShown) {
-    for (const u32 read : {96u, 4096u, 0xfffffff8u}) { // not shown yet, outside of the ring, far outside of it
+    for (const u32 read : {96u, 4096u, 0xfffffff8u}) { // not published yet, outside the ring, far outside it
         Ring ring;
         auto sender = *PacketSender<HostileMemory>::create(ring.memory());
         const std::array<std::byte, 8> payload{};
@@ -116,7 +116,7 @@ TEST_P(Rules, ABrokenPacketBreaksTheRingForGood) {
     ASSERT_FALSE(got) << GetParam().what;
     EXPECT_EQ(got.error().code, Code::protocol);
     EXPECT_NE(got.error().message.find(GetParam().what), std::string_view::npos) << got.error().message;
-    // Good ones afterwards do not help.
+    // Later valid ones do not repair it.
     ring.bytes(0, {6, 2, 2, 0});
     ring.set(0, 24);
     EXPECT_FALSE(receiver.receive(packet));
@@ -144,7 +144,7 @@ TEST(Packets, ATrailerIsNotLookedAt) {
     Ring ring;
     auto receiver = *PacketReceiver<HostileMemory>::create(ring.memory(), buffer);
     ring.bytes(0, {6, 2, 2, 0});
-    ring.state.poke<u32>(4096 + 20, 0x1000); // begins at 0, and says 0x1000
+    ring.state.poke<u32>(4096 + 20, 0x1000); // starts at 0, but the trailer says 0x1000
     ring.set(0, 24);
     Packet packet;
     const auto got = receiver.receive(packet);
@@ -162,7 +162,7 @@ TEST(Packets, AnIndexThatGoesBackBreaksTheRing) {
     ASSERT_TRUE(*receiver.receive(packet));
     ASSERT_TRUE(*receiver.receive(packet));
     ASSERT_FALSE(*receiver.receive(packet));
-    ring.set(0, 24); // 4072 bytes ahead: the ring can hold them, but no packet is there
+    ring.set(0, 24); // 4072 bytes ahead: fits the ring, but there is no packet
     const auto got = receiver.receive(packet);
     EXPECT_FALSE(got);
 }
@@ -194,7 +194,7 @@ TEST(Packets, AHostThatDoesNotWaitForRoomBreaksTheRing) {
 }
 
 TEST(Packets, WhatWasCheckedIsWhatIsUsed) {
-    // The host changes the descriptor at every look: one copy is taken, and the lengths in it are those that count.
+    // The host changes the descriptor at every read: one copy is taken, and its lengths are used.
     Ring ring;
     auto receiver = *PacketReceiver<HostileMemory>::create(ring.memory(), buffer);
     ring.bytes(0, {6, 2, 3, 0});
@@ -217,7 +217,7 @@ TEST(Packets, RandomMemoryNeverLeavesItsBounds) {
     std::mt19937 random(1);
     for (u32 round = 0; round < 3000; ++round) {
         Ring ring;
-        std::vector<std::byte> heap(64 + round % 200); // so that ASan sees a byte too many
+        std::vector<std::byte> heap(64 + round % 200); // so that ASan detects an overrun by one byte
         auto receiver = *PacketReceiver<HostileMemory>::create(ring.memory(), heap);
         auto sender = *PacketSender<HostileMemory>::create(ring.memory());
         static std::mt19937* source;

@@ -110,7 +110,7 @@ TEST(Vmbus, AHypervisorThatForbidsMessagesIsBelievedAtOnce) {
 }
 
 TEST(Vmbus, PrivilegesThatAreNotShownAreNotMissed) {
-    hyperv_fake::Machine m(0x40000000, 0x87f); // as OpenVMM on KVM
+    hyperv_fake::Machine m(0x40000000, 0x87f); // like OpenVMM on KVM
     m.cpuid.leaves[0].value = {0x87f, 0, 0, 0x100};
     m.sightings.list[1].features_high = 0;
     ASSERT_TRUE(m.up());
@@ -326,8 +326,7 @@ TEST(Vmbus, RefusalsAndSilenceAreErrorsWithABound) {
 // ---- rescind ----
 
 TEST(Vmbus, ARescindEndsWhateverWaits) {
-    // During GPADL creation, while opening, while closing, while moving: the message after which the host takes the
-    // device away.
+    // During GPADL creation, while opening, closing or moving: the message after which the host rescinds the device.
     for (const u32 moment : {8u, 9u, 5u}) {
         hyperv_fake::Machine m;
         ASSERT_TRUE(m.up());
@@ -370,7 +369,7 @@ TEST(Vmbus, ARescindedOpenChannelIsClosedByItsOwner) {
     EXPECT_TRUE(m.executor.run(m.bus().close(channel)));
     EXPECT_EQ(m.memory.outstanding, before - 1);
     EXPECT_EQ(m.host.released, std::vector<u32>{1});
-    // The id may be used again.
+    // The id may be reused.
     m.host.send(hyperv_fake::Host::offer_message({.relid = 1, .instance = 7}));
     m.settle();
     ASSERT_TRUE(m.bus().find(1));
@@ -421,7 +420,7 @@ TEST(Vmbus, SubChannelsAreWaitedForAndFound) {
     const auto none = m.executor.run(m.bus().sub_channel(instance, 1, {m.executor, 1'000'000}));
     ASSERT_FALSE(none);
     EXPECT_EQ(none.error().code, Code::timed_out);
-    // One that comes while it is waited for.
+    // An offer that arrives while it is waited for.
     static hyperv_fake::Machine* machine;
     machine = &m;
     m.clock.on_idle = [](void*) {
@@ -470,7 +469,7 @@ TEST(Vmbus, EachOfferIsGivenOnceAndAgainAfterARescind) {
     m.host.send(hyperv_fake::Host::offer_message({.relid = 6, .instance = 6}));
     m.host.send(hyperv_fake::Host::offer_message({.relid = 7, .instance = 6, .sub_channel = 1}));
     m.host.send(hyperv_fake::Host::offer_message({.relid = 8, .instance = 8}));
-    m.host.rescind(8); // before anybody looks
+    m.host.rescind(8); // before the guest handles the offer
     m.settle();
     EXPECT_TRUE(m.guest.bus()->news().is_open());
     auto device = m.guest.bus()->next_device();
@@ -493,7 +492,7 @@ TEST(Vmbus, EachOfferIsGivenOnceAndAgainAfterARescind) {
     EXPECT_FALSE(m.guest.bus()->next_device());
 }
 
-// Offers after the boot that find no room: whoever waits for news hears how many.
+// Hot-added offers without room: the waiter for news is told how many.
 TEST(Vmbus, LateOffersThatFindNoRoomAreNews) {
     hyperv_fake::Machine m;
     m.host.offers.clear();
@@ -534,14 +533,14 @@ TEST(Vmbus, ForeignAnswersAndBrokenMessagesAreIgnored) {
     hyperv_fake::Machine m;
     test::CapturedLog log;
     ASSERT_TRUE(m.up());
-    m.host.send(hyperv_fake::Host::message(6, {1, 777, 0}));  // an open that nobody asked for
+    m.host.send(hyperv_fake::Host::message(6, {1, 777, 0}));  // an unsolicited OPENCHANNEL_RESULT
     m.host.send(hyperv_fake::Host::message(10, {1, 777, 0})); // a GPADL
     m.host.send(hyperv_fake::Host::message(12, {777}));       // a teardown
-    m.host.send(hyperv_fake::Host::message(15, {1}));         // a second answer to the contact
+    m.host.send(hyperv_fake::Host::message(15, {1}));         // a second reply to the contact
     m.host.send(hyperv_fake::Host::message(4, {}));           // a second end of offers
-    m.host.send(hyperv_fake::Host::message(999, {1, 2, 3}));  // nobody knows
-    m.host.send(hyperv_fake::Host::message(1, {1, 2, 3}));    // too short an offer
-    m.host.send(hyperv_fake::Bytes{1, 2, 3});                 // too short for anything
+    m.host.send(hyperv_fake::Host::message(999, {1, 2, 3}));  // an unknown message type
+    m.host.send(hyperv_fake::Host::message(1, {1, 2, 3}));    // a truncated offer
+    m.host.send(hyperv_fake::Bytes{1, 2, 3});                 // too short for any message
     m.host.send(hyperv_fake::Host::offer_message({.relid = 0}));
     m.host.send(hyperv_fake::Host::offer_message({.relid = 2048}));
     m.host.send(hyperv_fake::Host::offer_message({.relid = 1}));
@@ -570,7 +569,7 @@ TEST(Vmbus, MoreOffersThanThereIsRoomForAreDropped) {
 // ---- a channel's life ----
 
 struct HostRings {
-    u8* out; // the guest writes
+    u8* out; // written by the guest
     u8* in;
     u32 bytes;
     explicit HostRings(hyperv_fake::Machine& m, u32 relid = 1) {
@@ -686,7 +685,7 @@ TEST(VmbusChannel, WeAskForASignalWhenThereIsNoRoom) {
     EXPECT_EQ(HostRings::word(rings.out, 12), 0u);
     EXPECT_EQ(channel.send_inband(std::as_bytes(std::span(whole_ring)), 4), Sent::too_long);
     EXPECT_EQ(channel.counters().full, 1u);
-    HostRings::word(rings.out, 4) = 4095; // neither before nor after what was written
+    HostRings::word(rings.out, 4) = 4095; // neither before nor after the written data
     EXPECT_EQ(channel.send_inband(bytes, 5), Sent::broken);
     ASSERT_TRUE(channel.broken());
     EXPECT_EQ(channel.broken()->code, Code::protocol);
@@ -712,7 +711,7 @@ TEST(VmbusChannel, SignalsByMonitorPageAndInterruptPage) {
         EXPECT_EQ(m.host.signals.size(), 1u);
         ASSERT_TRUE(m.executor.run(m.bus().close(channel)));
     }
-    // The oldest version: one connection for all, and a bit in the page.
+    // The oldest version: one connection for all channels, and a bit in the page.
     hyperv_fake::Machine old;
     old.host.newest = 0x0000000d;
     old.host.offers[0].relid = 70;

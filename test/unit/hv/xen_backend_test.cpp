@@ -205,7 +205,7 @@ TEST(XenEvents, AStormIsBoundedAndAStrayEventIsMasked) {
         [](void* c) {
             Storm& storm = *static_cast<Storm*>(c);
             ++storm.rings;
-            storm.m.xen.raise(9); // rings again while it is answered
+            storm.m.xen.raise(9); // raises it again while it is handled
         },
         &s));
     static_cast<void>(s.m.guest.events().unmask(Port{9}));
@@ -228,7 +228,7 @@ TEST(XenEvents, AStormIsBoundedAndAStrayEventIsMasked) {
 TEST(XenGrants, EntriesAndTheirEnd) {
     alignas(8) static std::array<unsigned char, 4096> table{};
     table.fill(0);
-    table[20 * 8] = 1; // entry 20 is a loader's
+    table[20 * 8] = 1; // entry 20 belongs to a loader
     static hv::xen::Grants grants;
     grants.install({reinterpret_cast<hv::xen::GrantEntry*>(table.data()), 512}, 1);
     EXPECT_EQ(grants.available(), 512u - 8 - 1);

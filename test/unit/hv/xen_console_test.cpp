@@ -41,7 +41,7 @@ CpuidRegisters cpuid(u32 leaf, u32 subleaf) {
     if (machine.leaves && leaf == machine.base) {
         return {machine.base + 5, 0x566e6558, 0x65584d4d, 0x4d4d566e};
     }
-    if (leaf == 0x40000000) { // Hyper-V's, in front of Xen's
+    if (leaf == 0x40000000) { // Hyper-V's leaves, before Xen's
         return {0x40000005, 0x7263694d, 0x666f736f, 0x76482074};
     }
     if (machine.leaves && leaf == machine.base + 2) {
@@ -61,14 +61,14 @@ struct XenConsole : testing::Test {
     void SetUp() override {
         machine = {};
         now = 0;
-        xen.console_answer = -1; // a Xen of a release: no guest may write by this call
+        xen.console_answer = -1; // a release build of Xen: guests may not write through this call
         xen.give_console();
     }
     Consoles find() { return hv::xen::find_consoles(cpuid, xen.cpu, xen.gate(), 0x234000); }
     void open() {
         const Consoles found = find();
         ASSERT_EQ(found.ring, xen.console_frame * 4096);
-        // A cycle for each look at the clock: a thousand of them are a millisecond.
+        // One cycle per clock reading: a thousand of them are a millisecond.
         ring.open(found.calls, xen.memory.at(found.ring), found.port, [] { return ++now; }, 1000);
     }
 };
@@ -168,7 +168,7 @@ TEST_F(XenConsole, AReaderThatNeverReadsCostsOneBound) {
     EXPECT_GT(now, patience - 10'000);
     EXPECT_EQ(ring.lost(), 92 + 979 * 101u)
         << "what did not fit: 20 lines of 102 bytes with their ends did, and 8 bytes of the next one";
-    ring.flush(); // once more, in case that the reader has come
+    ring.flush(); // once more, in case the reader has appeared
     EXPECT_LT(now, 2 * patience + 20'000);
     xen.read_console();
     EXPECT_EQ(xen.console_text.size(), 2048u);
@@ -179,7 +179,7 @@ TEST_F(XenConsole, AReaderThatNeverReadsCostsOneBound) {
     EXPECT_LT(now, 2 * patience + 20'000);
 }
 
-// The machine stands still for a minute while the ring is full, and with it the reader: nothing is lost for that.
+// The machine, and with it the reader, is stopped for a minute while the ring is full: nothing is lost because of that.
 TEST_F(XenConsole, AStopOfTheMachineIsNoAbsentReader) {
     open();
     u32 looks = 0;
@@ -198,7 +198,7 @@ TEST_F(XenConsole, AStopOfTheMachineIsNoAbsentReader) {
     EXPECT_TRUE(xen.console_text == line + "\r\n");
 }
 
-// One whose position changes all the time and leads nowhere.
+// A reader whose position changes constantly to invalid values.
 TEST_F(XenConsole, AReaderThatMovesForEverCostsOneBound) {
     open();
     const u64 patience = ConsoleRing::patience_ms * 1000;
@@ -229,14 +229,14 @@ TEST_F(XenConsole, AReaderThatComesLateGetsTheEnd) {
 
 TEST_F(XenConsole, AReadersPositionIsNotBelieved) {
     open();
-    // far off; ahead of us; more than a ring behind
+    // far off; ahead of the guest; more than a ring behind
     for (const u32 position : {0x12345678u, 0xfffffe01u, 0xfffff5ffu}) {
         xen.console_word(3080) = position;
         ring.write("x\n");
     }
     EXPECT_GT(ring.lost(), 0u);
     EXPECT_LT(now, 2 * ConsoleRing::patience_ms * 1000);
-    // One that runs and runs without making room.
+    // A reader that keeps moving without making room.
     xen.console_word(3080) = xen.console_word(3084) - 2048;
     xen.on_yield = [this] { xen.console_word(3080) = xen.console_word(3084) + 1 + now % 100; };
     ring.flush();
@@ -244,11 +244,11 @@ TEST_F(XenConsole, AReadersPositionIsNotBelieved) {
 }
 
 TEST_F(XenConsole, GoesOnAtAnotherAddressAndBehindALoadersText) {
-    xen.console_word(3084) += 5; // a loader's, not read yet
+    xen.console_word(3084) += 5; // a loader's data, not read yet
     std::memcpy(xen.console_page + 1024 + 0xfffffe00 % 2048, "boot:", 5);
     open();
     ring.write("one\n");
-    std::array<std::byte, 4096> elsewhere; // the same page, as it were
+    std::array<std::byte, 4096> elsewhere; // stands for the same page at another address
     std::memcpy(elsewhere.data(), xen.console_page, 4096);
     alignas(8) static std::array<std::byte, 4096> aligned;
     aligned = elsewhere;

@@ -60,7 +60,7 @@ struct XenMemoryMap : testing::Test {
     void SetUp() override {
         scan_cpuid(cpuid, [](u32 leaf, u32) -> CpuidRegisters {
             switch (leaf) {
-            // behind another hypervisor's leaves
+            // after another hypervisor's leaves
             case 0x40000100: return {0x40000104, 0x566e6558, 0x65584d4d, 0x4d4d566e};
             case 0x40000102: return {1, 0x40000000, 0, 0};
             default: return {0, 0, 0, 0};
@@ -91,7 +91,7 @@ TEST_F(XenMemoryMap, SaysWhyThereIsNone) {
     xen.answer = -38;
     EXPECT_EQ(read().error().code, Code::not_supported);
     xen.answer = 0;
-    xen.count = 5; // more than there was room for
+    xen.count = 5; // more than the buffer holds
     EXPECT_EQ(read().error().code, Code::protocol);
     cpuid.base_count = 0;
     cpu = {};

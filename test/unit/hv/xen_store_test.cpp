@@ -123,7 +123,7 @@ TEST_F(XenStore, WatchesCoalesce) {
     EXPECT_EQ(changes, 1) << "a new watch rings once";
     m.xen.set("control/shutdown", "poweroff");
     m.xen.set("elsewhere", "1");
-    m.xen.message(15, 0, 0, std::string("control\0firstlight-999\0", 23)); // of a watch that is gone
+    m.xen.message(15, 0, 0, std::string("control\0firstlight-999\0", 23)); // of a removed watch
     m.xen.message(15, 0, 0, std::string("control\0other\0", 14));
     static_cast<void>(read("x"));
     static_cast<void>(read("x"));
@@ -143,7 +143,7 @@ TEST_F(XenStore, SilenceIsBoundedAndALateAnswerIsDropped) {
     m.xen.mute_store = false;
     m.xen.message(2, 1, 0, "late"); // the answer to request 1
     EXPECT_EQ(*read("name"), "guest");
-    // A server that does not even take the request leaves half of it behind: that is the end.
+    // If the server does not take the whole request, half of it remains in the ring: the connection is closed.
     m.xen.deaf_store = true;
     EXPECT_EQ(m.run(store.write("a", std::string(2000, 'x'))).error().code, Code::timed_out);
     m.xen.deaf_store = false;
@@ -168,7 +168,8 @@ TEST_F(XenStore, ARefusedWatchIsForgotten) {
     }
 }
 
-// Each of these is a rule of the wire; the store closes and says why, every later request fails at once.
+// Each of these violates a rule of the protocol; the store closes and reports why, and every later request fails at
+// once.
 struct BadServer {
     const char* what;
     std::function<void(fake::Xen&)> act;
@@ -202,7 +203,7 @@ TEST(XenStoreHostile, BrokenRulesCloseTheStore) {
         ASSERT_TRUE(m.install() && m.start());
         m.xen.mute_store = true;
         bool done = false;
-        m.world.device = [&] { // once the request is out
+        m.world.device = [&] { // once the request has been sent
             if (done || m.xen.requests[2] == 0) {
                 return false;
             }
