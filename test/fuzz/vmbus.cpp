@@ -266,7 +266,7 @@ struct Host final : hv::Privileged {
             if (held.empty()) {
                 return;
             }
-            // The host may write to memory until it has been told of its release: the sanitizer detects memory freed
+            // The host may write to memory until the guest has reported its release: the sanitizer detects memory freed
             // too early.
             const Held& h = held[input->byte() % held.size()];
             if (h.frames.empty() || h.more != 0) { // not completely described, so not shared yet

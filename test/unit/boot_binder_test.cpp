@@ -225,7 +225,7 @@ TEST(Binder, WhatWasUnpluggedIsListedAsThat) {
     EXPECT_TRUE(broken.capture.has("\"state\":\"failed\"")) << "any other error is one";
 }
 
-// ---- what becomes of a device ----
+// ---- state of a device ----
 
 TEST(Binder, ADriverThatFindsNothing) {
     Kernel k;
@@ -468,7 +468,7 @@ TEST(BinderNull, NullDisksAttachAndAreNotListed) {
     EXPECT_FALSE(k.capture.has("probing"));
 }
 
-// ---- devices that come later ----
+// ---- hot-added devices ----
 
 io::Task<Result<void>> wait_for(Kernel& k, Nanoseconds length) {
     co_await k.executor.sleep(length);

@@ -210,7 +210,7 @@ TEST_F(Mapping, FourGigabytesAreCutToWhatANumberHolds) {
     identity.unmap(mapping, spans);
 }
 
-// ---- through other memory ----
+// ---- bouncing ----
 
 TEST_F(Mapping, WhatTheDeviceReachesIsNotCopied) {
     const DmaSpan low = memory.place(0x8000, 8192);
@@ -394,7 +394,7 @@ TEST_F(Mapping, WithoutMemoryThereIsNoPool) {
     EXPECT_EQ(tiny.map({&high, 1}, DmaDirection::both, below_4g, mapping).error().code, Code::exhausted);
 }
 
-// ---- what the device has not let go of ----
+// ---- memory that the device may still access ----
 
 TEST_F(Mapping, PagesInQuarantineAreNotUsedAgain) {
     BounceMapper small(memory, 64 * 1024);

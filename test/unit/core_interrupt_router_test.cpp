@@ -83,8 +83,8 @@ class Routing : public testing::Test {
 
 // ---- messages ----
 
-// [SDM-3 11.11.1, 11.11.2], by hand from the figures: 0xfee in bits 31 to 20, the destination in 19 to 12, no
-// redirection hint, physical mode; the data is fixed (000) and edge, so it is the vector.
+// [SDM-3 11.11.1, 11.11.2], written by hand from the figures: 0xfee in bits 31 to 20, the destination in 19 to 12, no
+// redirection hint, physical mode; the data is fixed (000) and edge-triggered, so it equals the vector.
 TEST(InterruptMessages, HaveTheManualsBits) {
     EXPECT_EQ(message_to(0, 0x30, false)->address, 0xfee00000u);
     EXPECT_EQ(message_to(0, 0x30, false)->data, 0x30u);
@@ -118,7 +118,7 @@ TEST(InterruptMessages, WhatCannotBeNamedIsAnError) {
 
 TEST_F(Routing, ManyDevicesOnManyProcessors) {
     start(max_processors);
-    // Three devices with a queue for each processor, twice over.
+    // Three devices with one queue per processor, twice.
     std::vector<std::unique_ptr<Device>> devices;
     std::vector<InterruptVector> vectors;
     for (u32 i = 0; i < 6; ++i) {
@@ -252,7 +252,7 @@ TEST_F(Routing, SharedVectorsAndThoseOfOneProcessorDoNotCollide) {
     start(2);
     Device shared, own;
     for (u32 i = 0; i < InterruptRouter::vectors_per_processor - 1; ++i) {
-        ASSERT_TRUE(router.attach_message(1, Device::handle, &own)); // all but the highest
+        ASSERT_TRUE(router.attach_message(1, Device::handle, &own)); // all but the highest vector
     }
     const auto vector = router.attach_vector(Device::handle, &shared, true);
     ASSERT_TRUE(vector);
@@ -419,7 +419,7 @@ TEST_F(Routing, AWithdrawnLineOfThe8259sCallsNobody) {
     ASSERT_TRUE(router.attach_line({.gsi = 7}, Device::handle, &printer));
     hardware.withdrawn = {7, 15};
     raise(0, 0x27);
-    raise(0, 0x2f); // without a handler
+    raise(0, 0x2f); // no handler
     EXPECT_EQ(printer.calls, 0);
     EXPECT_EQ(counters[0].spurious, 2u);
     EXPECT_EQ(counters[0].taken + counters[0].unexpected, 0u);
@@ -439,7 +439,7 @@ TEST_F(Routing, WithoutControllersThereAreNoLines) {
     EXPECT_EQ(router.attached(), 0u);
 }
 
-// ---- vectors that nobody has ----
+// ---- unassigned vectors ----
 
 TEST_F(Routing, SpuriousAndUnexpectedVectors) {
     start(1);
@@ -455,7 +455,7 @@ TEST_F(Routing, SpuriousAndUnexpectedVectors) {
     EXPECT_EQ(hardware.ends, 1) << "else nothing of this priority would come any more";
 }
 
-// ---- giving handlers back ----
+// ---- detaching handlers ----
 
 TEST_F(Routing, HandlersAreFreedAfterEveryProcessorHasLeftThem) {
     start_with_io_apic(2);
@@ -480,7 +480,7 @@ TEST_F(Routing, HandlersAreFreedAfterEveryProcessorHasLeftThem) {
     EXPECT_EQ(hardware.waits, 3);
 }
 
-// One processor is in the handler of a shared line while another one takes the line's handlers away.
+// One processor runs a handler of a shared line while another one detaches the line's handlers.
 TEST_F(Routing, AHandlerThatRunsKeepsItsPlaceInTheList) {
     start_with_io_apic(2);
     struct Slow {
@@ -496,7 +496,7 @@ TEST_F(Routing, AHandlerThatRunsKeepsItsPlaceInTheList) {
     } slow;
     Device first;
     const InterruptLine line{.gsi = 20, .isa = false, .level = true};
-    ASSERT_TRUE(router.attach_line(line, Device::handle, &first, 1)); // called second: new ones come first
+    ASSERT_TRUE(router.attach_line(line, Device::handle, &first, 1)); // called second: new handlers are put first
     ASSERT_TRUE(router.attach_line(line, Slow::handle, &slow, 1));
     std::atomic<bool> left{false};
     std::thread processor([&] {

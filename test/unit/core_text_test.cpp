@@ -90,7 +90,7 @@ TEST(Log, RecordIsOneJsonLine) {
                             "\"list\":[\"x\",\"y\"],\"empty\":{},\"last\":1}\n");
 }
 
-// ---- lines that are kept for consoles that come later ----
+// ---- lines buffered for consoles attached later ----
 
 struct Keeping {
     Keeping() { log::keep(true); }

@@ -434,7 +434,7 @@ TEST(Pci, PowerOnWritesTheStateAndNothingElse) {
     EXPECT_EQ(writes, 2u);
 }
 
-// ---- base address registers that are mapped ----
+// ---- mapped BARs ----
 
 struct BarMachine {
     register_test::AccessScript script;
@@ -501,7 +501,7 @@ TEST(PciBars, TheUpperHalfIsNotTakenForARegister) {
     EXPECT_TRUE(m.device().map_bar(m.mapper, 2, 0, 0x1000));
 }
 
-// ---- ways to configuration space ----
+// ---- access methods of configuration space ----
 
 using register_test::AccessScript;
 using register_test::ScriptedAccess;

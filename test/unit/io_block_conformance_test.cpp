@@ -411,7 +411,7 @@ TEST_P(BlockConformance, AStormOfEventsIsSurvived) {
     });
 }
 
-// ---- answers ----
+// ---- completions ----
 
 TEST_P(BlockConformance, EveryStatusArrives) {
     const auto answers = GetParam().make()->facts.answers; // a copy: the rig is destroyed at the end of this line
@@ -1088,7 +1088,7 @@ class NullRig final : public Rig {
     drivers::null::Disk disk_{executor, 0, Rig::sectors};
 };
 
-// ---- time: what the cases above do not tell apart ----
+// ---- time: what the cases above do not distinguish ----
 
 constexpr ModelConfig effect_give_up{io::Fence::effect, io::Recovery::Kind::give_up, io::Retry::later};
 

@@ -21,7 +21,7 @@ void set_at(std::span<std::byte> memory, usize offset, T value) {
     std::memcpy(memory.data() + offset, &value, sizeof(T));
 }
 
-// ---- Xen: one page, requests and answers share the slots [xen-ring] ----
+// ---- Xen: one page, requests and responses share the slots [xen-ring] ----
 
 struct XenAnswer {
     u64 id;

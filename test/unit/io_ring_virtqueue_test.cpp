@@ -167,7 +167,7 @@ std::vector<u32> sizes() {
     return Kind::packed ? std::vector<u32>{1, 2, 3, 5, 7, 8, 100} : std::vector<u32>{1, 2, 4, 8, 128};
 }
 
-// ---- what both promise ----
+// ---- common behaviour ----
 
 TYPED_TEST(Virtqueues, ABufferArrivesAsItWasAddedAndComesBack) {
     Rig<TypeParam> rig(8);
@@ -620,7 +620,7 @@ TYPED_TEST(Virtqueues, InOrderABatchIsNotForgottenWhenArming) {
     EXPECT_FALSE(*rig.queue.arm(1));
 }
 
-// ---- devices that break a rule ----
+// ---- devices that violate a rule ----
 
 TYPED_TEST(Virtqueues, AnIdThatIsNoneIsRefused) {
     const std::vector<u32> ids = TypeParam::packed ? std::vector<u32>{4, 5, 0x7fff, 0xfffd, 0xfffe, 0xffff}
@@ -736,7 +736,7 @@ TYPED_TEST(Virtqueues, InOrderABufferThatIsNotTheOldestEndsTheOnesBefore) {
     rig.expect_broken(unknown_id, 4, 0);
 }
 
-// Whatever the device does to the memory that it can write, the driver keeps its bookkeeping in private memory.
+// The driver keeps its bookkeeping in private memory, out of the device's reach.
 TYPED_TEST(Virtqueues, WhatTheDriverWroteIsNotReadAgain) {
     for (const bool in_order : {false, true}) {
         Rig<TypeParam> rig(8, {.in_order = in_order});
@@ -820,7 +820,7 @@ TYPED_TEST(Virtqueues, GarbageBeforeEveryRead) {
     EXPECT_GT(back, 100u);
 }
 
-// ---- what a queue is made of ----
+// ---- queue layout and options ----
 
 TYPED_TEST(Virtqueues, SizesAreChecked) {
     std::vector<VirtqueueRow> rows(65536);

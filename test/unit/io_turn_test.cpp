@@ -556,7 +556,7 @@ TEST_F(Turns, ATickWith8192RequestsUnderWay) {
     memory.free(buffer);
 }
 
-// ---- raised elsewhere ----
+// ---- raised on other processors ----
 
 // Three threads raise three of many services at arbitrary times while the owner really sleeps: each raise is drained.
 TEST_F(Turns, NoRaiseIsLost) {

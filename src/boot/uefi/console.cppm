@@ -7,7 +7,7 @@ import boot.uefi.protocol;
 
 export namespace fl::boot::uefi {
 
-/// The only instance; call open() first. Every write is bounded: a port that never becomes ready is given up.
+/// The only instance; call open() first. Every write is bounded: a port that never becomes ready is abandoned.
 class Console {
   public:
     /// Writes to COM1 directly unless the firmware's console already goes there, which would print each line twice.

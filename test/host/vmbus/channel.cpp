@@ -163,8 +163,9 @@ bool Channel::room(usize payload) {
         publish();
         waiting_ = need;
         out_memory_.store_relaxed<u32>(ring_pending_send, need);
-        // Orders our pending_send_sz before the second read of the guest's read index. Pairs with the barrier between
-        // the guest's read index and its read of pending_send_sz: at least one of the two sees the other's store.
+        // Orders the host's pending_send_sz before the second read of the guest's read index. Pairs with the barrier
+        // between the guest's read index and its read of pending_send_sz: at least one of the two sees the other's
+        // store.
         out_memory_.full_barrier();
     }
 }
@@ -268,7 +269,7 @@ bool Channel::finish() {
         return false;
     }
     if (taken != 0) {
-        // After the barrier in arm(): a guest that sets its pending_send_sz after this read sees our read index.
+        // After the barrier in arm(): a guest that sets its pending_send_sz after this read sees the host's read index.
         const u32 wish = in_memory_.load_relaxed<u32>(ring_pending_send);
         const u32 free = static_cast<u32>(in_memory_.size()) - 4096 - 1 - in_.ready();
         if (wish != 0 && free >= wish && free - std::min(free, taken) < wish) {

@@ -70,7 +70,7 @@ DeviceOffer pipe_offer(const Guid& type, const Guid& instance) {
 
 } // namespace
 
-// ---- what they have in common ----
+// ---- common parts ----
 
 void Service::opened(Channel& channel) {
     channel_ = &channel;

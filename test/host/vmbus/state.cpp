@@ -25,7 +25,7 @@ ServerState::ServerState(GuestMemory& memory, Delivery& delivery, Log& log, cons
     }
 }
 
-// ---- out ----
+// ---- outgoing messages ----
 
 void ServerState::send(OutMessage message) {
     if (faults_.strikes(Fault::unknown_message)) {
@@ -225,7 +225,7 @@ void ServerState::sweep() {
     });
 }
 
-// ---- in ----
+// ---- incoming messages ----
 
 Offer* ServerState::known(u32 relid, const char* what) {
     Offer* offer = relid < relids ? by_relid_[relid] : nullptr;

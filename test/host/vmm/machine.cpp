@@ -301,7 +301,7 @@ void Machine::Line::set(bool level) {
 
 void Machine::set_counters(void (*add)(void*, Snapshot&), void* context) { counters_.emplace_back(add, context); }
 
-// ---- the console: whole lines of guest and host, never mixed ----
+// ---- console: lines of guest and host are not interleaved ----
 
 void Machine::put(char byte) {
     const std::scoped_lock guard(console_mutex_);

@@ -127,9 +127,9 @@ TEST(ScsiCommands, DataPhases) {
 
 // ---- judging: status × sense × retries ----
 //
-// What comes of a read of 4096 bytes that moved nothing, on a unit that has no short form. One letter for each number
+// The verdict on a read of 4096 bytes that transferred nothing, on a unit without a short form. One letter per number
 // of retries so far (0, 2, 3, 199, 200):
-//   N again at once   L again later   E io_error   U not_supported   G device_gone; a small letter: and a rescan
+//   N retry at once   L retry later   E io_error   U not_supported   G device_gone; lower case: also rescan
 
 constexpr u8 retries[] = {0, 2, 3, 199, 200};
 
@@ -241,7 +241,7 @@ TEST_P(ScsiJudge, WhatHasExpiredIsNotSentAgainLater) {
 }
 INSTANTIATE_TEST_SUITE_P(All, ScsiJudge, testing::ValuesIn(senses), [](const auto& info) { return info.param.name; });
 
-// ---- judging: what else counts ----
+// ---- judging: other cases ----
 
 struct ScsiVerdict : testing::Test {
     test::CapturedLog log;

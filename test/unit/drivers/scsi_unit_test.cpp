@@ -87,7 +87,7 @@ struct ScsiUnit : testing::Test {
     }
 };
 
-// ---- what an honest unit says ----
+// ---- conforming units ----
 
 TEST_F(ScsiUnit, AnHonestDisk) {
     unit.physical_exponent = 3;
@@ -161,7 +161,7 @@ TEST_F(ScsiUnit, Unmapping) {
     EXPECT_EQ(describe()->limits.max_unmap_blocks, 8u);
 }
 
-// ---- units that are no disks ----
+// ---- units that are not disks ----
 
 TEST_F(ScsiUnit, Inquiry) {
     auto found = run(scsi::inquire(target, 3));
@@ -276,7 +276,7 @@ TEST_F(ScsiUnit, CutCapacities) {
     EXPECT_EQ(describe()->geometry.physical_sector_size, 512u);
 }
 
-// ---- pages that are refused, missing, cut, or others ----
+// ---- rejected, missing, truncated and wrong pages ----
 
 TEST_F(ScsiUnit, NoVitalProductData) {
     unit.pages.clear();
@@ -486,7 +486,7 @@ TEST_F(ScsiUnit, Compare) {
     EXPECT_EQ(failure(compare(known)), Code::io);
 }
 
-// ---- trying again ----
+// ---- retries ----
 
 TEST_F(ScsiUnit, TransientAnswersAreAskedAgain) {
     const struct {

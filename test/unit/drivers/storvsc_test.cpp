@@ -237,7 +237,7 @@ TEST(Storvsc, FlushByTheCommandThatTheUnitKnows) {
     EXPECT_EQ(m.host.done, 3u) << "asked once with (10), and then no more";
 }
 
-// ---- a host that breaks a rule ----
+// ---- a host that violates the protocol ----
 
 struct Break {
     const char* name;
@@ -377,7 +377,7 @@ TEST(Storvsc, ATimeOutOfABrokenRingNamesTheRule) {
     EXPECT_FALSE(m.log.has("reset the bus")) << m.log.text.view();
 }
 
-// ---- errors that are none of the protocol's ----
+// ---- errors other than protocol violations ----
 
 struct Failure {
     const char* name;
@@ -547,7 +547,7 @@ TEST(Storvsc, TheHostTellsOfUnits) {
     EXPECT_TRUE(m.read(0, m.buffer(4096)));
 }
 
-// ---- a host that says nothing ----
+// ---- a silent host ----
 
 struct StorvscTime : testing::Test {
     Machine m;

@@ -113,7 +113,7 @@ class Joined final : public host::Delivery, public host::Log, public hv::Privile
         clock.on_idle_context = this;
     }
 
-    // ---- the guest's way in ----
+    // ---- called by the guest ----
     alignas(4096) static constexpr u8 page[4096]{};
     u64 call(u64 control, u64 input) {
         if (control == 0x1005d) {
@@ -148,7 +148,7 @@ class Joined final : public host::Delivery, public host::Log, public hv::Privile
         return static_cast<u64>(static_cast<const std::byte*>(address) - arena.bytes().data()) + ram_base;
     }
 
-    // ---- the host's way in ----
+    // ---- called by the host ----
     std::byte* synic_page(u32 msr) {
         const u64 value = msrs[msr];
         return (value & 1) != 0 && (msrs[0x40000080] & 1) != 0 ? memory.page(value >> 12) : nullptr;

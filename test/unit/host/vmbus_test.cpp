@@ -268,7 +268,7 @@ TEST(HostVmbus, SubChannelsComeAndGoWithTheirPrimary) {
     EXPECT_EQ(guest.take(), hex("02000000 00000000 03000000"));
 }
 
-// ---- guests that break rules ----
+// ---- guests that violate the protocol ----
 
 TEST(HostVmbus, BadGpadlsAreRefused) {
     Guest guest;

@@ -78,7 +78,7 @@ TEST(HyperVBackend, WithoutSynicItIsAClock) {
     EXPECT_TRUE(m.host.posted.empty());
 }
 
-// Whatever its state: every function can be called, and in the end the host has none of the guest's pages.
+// In any state, every function can be called, and in the end the host has none of the guest's pages.
 void ask_everything(hyperv_fake::Machine& m) {
     hv::DeviceList list;
     EXPECT_TRUE(m.enumerate(list));

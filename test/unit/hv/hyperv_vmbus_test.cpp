@@ -406,7 +406,7 @@ TEST(Vmbus, ARescindWhileClosingFreesTheMemory) {
     EXPECT_EQ(m.host.released, std::vector<u32>{1});
 }
 
-// ---- later offers ----
+// ---- hot-added offers ----
 
 TEST(Vmbus, SubChannelsAreWaitedForAndFound) {
     hyperv_fake::Machine m;
@@ -492,7 +492,7 @@ TEST(Vmbus, EachOfferIsGivenOnceAndAgainAfterARescind) {
     EXPECT_FALSE(m.guest.bus()->next_device());
 }
 
-// Hot-added offers without room: the waiter for news is told how many.
+// Hot-added offers without room: the waiter for news gets their number.
 TEST(Vmbus, LateOffersThatFindNoRoomAreNews) {
     hyperv_fake::Machine m;
     m.host.offers.clear();

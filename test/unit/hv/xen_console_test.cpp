@@ -23,7 +23,7 @@ using namespace fl;
 using hv::xen::ConsoleRing;
 using hv::xen::Consoles;
 
-// ---- which consoles there are ----
+// ---- finding the consoles ----
 
 struct Machine {
     u32 base = 0x40000000;
