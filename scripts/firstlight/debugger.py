@@ -185,7 +185,7 @@ def every_name() -> tuple[list[str], str]:
     demand_gdb()
     gdb = ["gdb", "-nx", "-batch", str(paths.KERNEL_SYMBOLS.relative_to(paths.REPOSITORY)), "-ex", "set width 0"]
     said = process.run([*gdb, "-ex", "info functions -n ^fl::"], timeout=60, cwd=paths.REPOSITORY, what="gdb").stdout
-    names = sorted(set(re.findall(r"^\d+:\s.*?[ *&](fl(?:::\w+)+)\(", said, re.M)))
+    names = sorted(set(re.findall(r"^\d+:\s.*?[ *&](fl(?:::\w+)*::(?:operator\(\)|\w+))\(", said, re.M)))
     if len(names) < 300 or "fl::boot::kernel_start" not in names:
         return [f"gdb knows {len(names)} functions of the kernel by plain name, kernel_start {'' if 'fl::boot::kernel_start' in names else 'not '}among them"], said
     names = ["fl::boot::kernel_start", *names[::5]]
