@@ -1,7 +1,7 @@
 // GoogleTest as a module: a test imports it and includes "gtest_macros.hpp", which has the macros. Parsing GoogleTest's
 // headers took four of the five seconds that most tests took to compile.
 module;
-// All that gtest.h includes itself, so that nothing else of it becomes part of this module.
+// All headers that gtest.h includes, so that their contents do not become part of this module.
 #include <cassert>
 #include <cctype>
 #include <cerrno>

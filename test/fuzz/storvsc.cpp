@@ -463,7 +463,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
         }
         bool some = true;
         for (u32 turns = 0; some || !input.empty(); ++turns) {
-            require(turns < 100'000); // everything ends, whatever the host does
+            require(turns < 100'000); // everything must end for any behaviour of the host
             executor.turn();
             some = false;
             for (usize i = machine.requests.size(); i-- > 0;) {

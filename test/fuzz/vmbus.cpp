@@ -249,7 +249,7 @@ struct Host final : hv::Privileged {
             hv::hyperv::Synic::on_interrupt(&synic);
             return;
         }
-        case 11: { // messages are refused for a while, or for good
+        case 11: { // messages are refused temporarily, or permanently
             static constexpr u64 refused[] = {0x13, 0x13, 0xb, 0x12, 0x6, 2};
             refusal = refused[input->byte() % 6];
             refusals = input->byte() % 32;

@@ -231,7 +231,8 @@ class Course {
             } else if (moving_.controller == nullptr) {
                 done = false;
             } else if (step.name == "offer-again") {
-                bus_.server().remove(*moving_.controller); // lives until the guest has released it, beside the new one
+                // exists until the guest has released it, at the same time as the new one
+                bus_.server().remove(*moving_.controller);
                 offer_controller();
             } else if (step.name == "hot-add") {
                 done = moving_.controller->add_lun(moving_.lun);

@@ -126,7 +126,7 @@ void posts_from_three() {
     }
 }
 
-/// A counting service: whatever was requested before a raise is done in the following drain.
+/// A counting service: everything requested before a raise is done in the following drain.
 struct Counted final : Service {
     std::atomic<u64> asked{0}; // relaxed: raise() orders
     std::atomic<u64> done{0};

@@ -1,5 +1,5 @@
 // Machines with different shutdown methods, set up like the VMMs in docs/INTERFACES.md: how each verdict ends on them,
-// what is visible from outside, and that no method starts before the previous one has had its time.
+// what is visible from outside, and that no method starts before the previous one's bound has passed.
 #include "core_physical_fake.hpp"
 #include "gtest_macros.hpp"
 import test.gtest;
@@ -200,7 +200,7 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
     u16 pm1a_value = 0;
     u8 sleep_type = 0;
 
-    // A FADT that says so, a DSDT with this content, and the path to them from the RSDP.
+    // A FADT with these settings, a DSDT with this content, and the path to them from the RSDP.
     void acpi_tables(bool reduced, const Bytes& aml, acpi::Space space, const Bytes& ssdt = {}) {
         Bytes f(268 - 36);
         put(f, 140 - 36, 0x20000, 8);

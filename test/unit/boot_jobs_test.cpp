@@ -128,7 +128,7 @@ TEST_F(Jobs, ADiskThatTheHostTookAwayMayComeAgain) {
     MemoryDisk again{executor, "xvdb", 2048};
     ASSERT_TRUE(synthetic.announce(xvda, 0));
     EXPECT_FALSE(synthetic.offered(0));
-    native.gone(0); // it never had it
+    native.gone(0); // it never had the device
     EXPECT_FALSE(synthetic.offered(0));
     synthetic.gone(drivers::DiskSink::no_twin);
     EXPECT_FALSE(synthetic.offered(0));

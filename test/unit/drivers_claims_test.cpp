@@ -43,7 +43,7 @@ TEST(Claims, TheSameDiskNeverAttachesTwice) {
 TEST(Claims, WhatFailsToAttachIsLeftToTheOther) {
     const Plan p = plan();
     Claims claims(p);
-    EXPECT_TRUE(claims.offered("xen_blk", disk_id(0))); // asks, tries, fails: never claims it
+    EXPECT_TRUE(claims.offered("xen_blk", disk_id(0))); // the driver checks, tries and fails: it never claims the disk
     EXPECT_TRUE(claims.offered("ata", ide_id(0, 0)));
     EXPECT_TRUE(claims.attached("ata", ide_id(0, 0)));
     EXPECT_FALSE(claims.offered("xen_blk", disk_id(0)));

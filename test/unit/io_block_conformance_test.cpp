@@ -717,7 +717,7 @@ class SparseMedium {
     std::map<u64, std::array<std::byte, 512>> written_;
 };
 
-/// The device: holds commands until told to complete them.
+/// The device: holds commands until the test completes them.
 struct ModelDevice {
     struct Entry {
         u64 id = 0;
@@ -1172,7 +1172,7 @@ TEST(BlockQueueTime, AStopAfterAskingIsNoSilence) {
     }
 }
 
-// A device that always asks for retries: the retry limit applies. The time-out does not, because the device responds.
+// A device that always requests a retry: the retry limit applies. The time-out does not, because the device responds.
 TEST(BlockQueueTime, TriesAreCounted) {
     struct Row {
         io::Retry retry;

@@ -976,7 +976,7 @@ TEST(PackedVirtqueue, AccessesAreFewAndInOrder) {
     record.steps.clear();
     ASSERT_TRUE(queue.add(7, request));
     ASSERT_TRUE(queue.add(8, std::span(request).first(1)));
-    // The first flags are withheld; everything else is written.
+    // The first flags are withheld; all other fields are written.
     EXPECT_EQ(record.steps, (Steps{{'c', 0, 14}, {'c', 16, 16}, {'c', 32, 16}}));
     record.steps.clear();
     EXPECT_TRUE(queue.publish());

@@ -31,7 +31,7 @@ struct Visits {
     bool operator==(const Visits&) const = default;
 };
 
-/// A queue with one request at a time, completed by its "device" when a test says so.
+/// A queue with one request at a time, completed by its "device" on a test's request.
 struct Queue final : Service {
     Executor& executor;
     Visits visits;

@@ -1,5 +1,6 @@
-// The host's end of one open channel: two byte rings over the pages of a GPADL, packets in and out; and what a device
-// is to the bus. Guests' pages may change at any moment: everything is copied out once, checked, and then used.
+// The host's end of one open channel: two byte rings over the pages of a GPADL, packets in and out; and the interface
+// between a device and the bus. The guest may change its pages at any time: everything is copied out once, checked, and
+// then used.
 export module host.channel;
 import host.std;
 import core.result;
@@ -9,9 +10,9 @@ export import host.faults;
 
 export namespace fl::host {
 
-/// 16 bytes as they stand on the wire.
+/// 16 bytes in wire order.
 using Guid = std::array<u8, 16>;
-void malformed_guid(); // never called: naming it makes a constant expression ill-formed
+void malformed_guid(); // never called: a use in a constant expression makes it ill-formed
 /// From "ba6163d9-04a1-4d29-b605-72e2ffb1dc7f": the first three groups are little-endian numbers. Constants only: a
 /// malformed text does not compile.
 consteval Guid guid(std::string_view text) {
@@ -33,12 +34,12 @@ consteval Guid guid(std::string_view text) {
     return result;
 }
 
-/// Pages of guest memory as one ring's memory: a header page and the bytes behind it. Models io::RingMemory. Does not
+/// Pages of guest memory as one ring's memory: a header page followed by the data area. Models io::RingMemory. Does not
 /// own the list.
 class PagedMemory {
   public:
     PagedMemory() = default;
-    /// `pages`: host addresses, none null. When they happen to follow each other the copies are single ones.
+    /// `pages`: host addresses, none null. If they are contiguous, each copy is a single one.
     explicit PagedMemory(std::span<std::byte* const> pages)
         : pages_(pages.data()), size_(pages.size() * 4096), flat_(true) {
         for (usize i = 1; i < pages.size(); ++i) {
@@ -99,7 +100,7 @@ inline constexpr usize ring_pending_send = 12;
 inline constexpr usize ring_features = 64;
 inline constexpr u32 feature_pending_send = 1;
 
-/// Packet types [vmbus "enum vmbus_packet_type"]; others come from guests that err.
+/// Packet types [vmbus "enum vmbus_packet_type"]; a guest that violates the protocol may send others.
 enum class PacketType : u16 { data_inband = 6, data_gpa_direct = 9, completion = 0xb };
 inline constexpr u16 packet_completion_requested = 1;
 
@@ -109,7 +110,7 @@ struct Packet {
     u16 flags;
     u64 transaction;
     u32 range_count; // data_gpa_direct: ranges in `ranges`
-    // { u32 bytes, u32 offset, u64 frames[] } each; checked to be there, not what they say
+    // { u32 bytes, u32 offset, u64 frames[] } each; the lengths are checked, the contents are not
     std::span<const std::byte> ranges;
     std::span<const std::byte> payload; // padded to 8 bytes
     bool wants_completion() const { return (flags & packet_completion_requested) != 0; }
@@ -118,7 +119,7 @@ struct Packet {
 class Device;
 class Channel;
 
-/// What a device can ask of the bus. The server models it.
+/// Services of the bus for its devices. Implemented by the server.
 class Bus {
   public:
     virtual ~Bus() = default;
@@ -126,17 +127,16 @@ class Bus {
     virtual Judge& judge() = 0;
     virtual Counters& counters() = 0;
     virtual FaultPlan& faults() = 0;
-    /// The time of this turn, in the nanoseconds of Server::poll().
+    /// Time of this turn in nanoseconds: the argument of Server::poll().
     virtual u64 now() const = 0;
     virtual u64 heartbeat_interval() const = 0;
     virtual u64 time_sync_interval() const = 0;
-    /// Tells the guest of the channel that there is something for it, or room. `always`: even where the event flag is
-    /// set already.
+    /// Signals the channel's guest that there are packets or room. `always`: raises an interrupt even if the event flag
+    /// is already set.
     virtual void interrupt(Channel& channel, bool always = false) = 0;
     /// Offers sub-channels 1..count of the device.
     virtual void offer_sub_channels(Device& device, u16 count) = 0;
-    /// Takes the device's channels away; the device itself lives until the server says so. Takes effect after the
-    /// current serve().
+    /// Rescinds the device's channels after the current serve(); the server destroys the device later.
     virtual void rescind(Device& device) = 0;
     /// Calls serve() for the device's open channels in this turn or the next.
     virtual void kick(Device& device) = 0;
@@ -153,30 +153,30 @@ class Channel {
     void retarget(u32 vp) { vp_ = vp; }
     /// 0: the device's first channel.
     u16 index() const { return index_; }
-    /// The guest broke the ring: nothing is read any more until it is closed and opened again.
+    /// The guest has violated the ring protocol: nothing is read until the channel is closed and reopened.
     bool broken() const { return broken_; }
 
-    /// Begins a turn: the guest need not signal while it lasts, where the ring has more than one page.
+    /// Begins a turn: sets the interrupt mask, so that the guest need not signal while it lasts, if the ring has more
+    /// than one page.
     void begin();
-    /// The next packet; nothing: the ring is empty for now, or broken.
+    /// The next packet; nullopt: the ring is empty, or broken.
     std::optional<Packet> receive();
-    /// Whether a packet with `payload` bytes fits now. False: asks the guest to signal when it does; the device waits
-    /// for its next serve().
+    /// Whether a packet with `payload` bytes fits now. False: requests a signal from the guest when it does; the device
+    /// waits for its next serve().
     bool room(usize payload);
-    /// Writes a packet, not seen before finish(). False: no room. `target`: one of those that a planned fault can
-    /// strike.
+    /// Writes a packet, which finish() publishes. False: no room. `target`: an injected fault may modify this packet.
     bool send(PacketType type, u16 flags, u64 transaction, std::span<const std::byte> payload, bool target = false);
-    /// Ends a turn: publishes what was sent with one store and at most one interrupt, and what was read with another.
-    /// True: there is more to read already.
+    /// Ends a turn: publishes the packets sent with one store of the index and at most one interrupt, and the read
+    /// index with another store. True: more packets have arrived.
     bool finish();
 
-    /// The device waits for room, and this guest does not promise to signal when there is some: look again soon.
+    /// The device waits for room, and this guest does not signal when room becomes available: the ring must be polled.
     bool must_poll() const {
         return waiting_ != 0 && (in_memory_.load_relaxed<u32>(ring_features) & feature_pending_send) == 0;
     }
     bool waiting() const { return waiting_ != 0; }
 
-    /// Something else to do for a fault: interrupts without content that are still to come.
+    /// Injected fault: number of interrupts without a cause still to be raised.
     u32 storm = 0;
 
   private:
@@ -191,7 +191,7 @@ class Channel {
     void publish();
     void break_after_publishing();
 
-    static constexpr usize buffer_bytes = 16384; // the longest packet that is taken
+    static constexpr usize buffer_bytes = 16384; // the longest packet accepted
 
     Bus* bus_;
     u32 relid_;
@@ -199,7 +199,7 @@ class Channel {
     u16 index_;
     bool broken_ = false;
     bool target_sent_ = false;     // since the last publish()
-    bool read_index_lost_ = false; // by a fault: the word in the ring stays as it is
+    bool read_index_lost_ = false; // injected fault: the word in the ring is not updated
     u32 taken_ = 0;                // bytes read since the last release
     std::unique_ptr<std::vector<std::byte*>> pages_;
     Memory in_memory_;
@@ -207,35 +207,35 @@ class Channel {
     In in_;
     Out out_;
     std::unique_ptr<std::array<std::byte, buffer_bytes>> buffer_;
-    u32 last_at_ = 0;    // where the last target packet stands in the ring
-    u32 last_bytes_ = 0; // and how long it is, without trailer
-    u32 waiting_ = 0;    // bytes that the device waits for
+    u32 last_at_ = 0;    // offset of the last target packet in the ring
+    u32 last_bytes_ = 0; // its length in bytes, without the trailer
+    u32 waiting_ = 0;    // bytes of room that the device waits for; 0: none
 };
 
 struct DeviceOffer {
     Guid type;
     Guid instance;
     u16 flags = 1;              // CHANNEL_ENUMERATE_DEVICE_INTERFACE
-    std::array<u8, 120> user{}; // class-specific; a pipe begins with its mode
-    u16 sub_channels = 0;       // at most
+    std::array<u8, 120> user{}; // class-specific; for a pipe, the mode comes first
+    u16 sub_channels = 0;       // upper limit
 };
 
-/// What stands behind a channel.
+/// A device, which serves its channels.
 class Device {
   public:
     virtual ~Device() = default;
     virtual DeviceOffer offer() const = 0;
     virtual std::string_view name() const = 0;
-    /// Once, when the device comes to the server.
+    /// Called once, when the device is added to the server.
     virtual void attached(Bus& bus) { static_cast<void>(bus); }
     virtual void opened(Channel& channel) { static_cast<void>(channel); }
-    /// The guest closed it, or everything was reset. The channel must not be used any more.
+    /// The guest closed it, or the machine was reset. The channel must not be used any more.
     virtual void closed(Channel& channel) { static_cast<void>(channel); }
-    /// There may be packets to read, or room for those that wait. Called again while it returns true.
+    /// There may be packets to read, or room for packets that wait. Called repeatedly while it returns true.
     virtual bool serve(Channel& channel) = 0;
-    /// Whether it has something to do with time; tick() is called for those alone, also after each serve().
+    /// Whether the device needs tick(), which is then also called after each serve().
     virtual bool timed() const { return false; }
-    /// Time has come to `now`. Returns when it wants to be called again; ~0: never.
+    /// Does what is due at `now` (nanoseconds). Returns the time of the next call; ~0: none.
     virtual u64 tick(Channel& channel, u64 now) {
         static_cast<void>(channel);
         static_cast<void>(now);

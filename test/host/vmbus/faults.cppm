@@ -1,4 +1,4 @@
-// The rules that the host can break on purpose, so that a guest's answer to it is seen: one at a time, at a chosen
+// Fault injection: protocol rules that the host can violate, to test how a guest reacts; one fault per run, at a chosen
 // occurrence.
 export module host.faults;
 import host.std;
@@ -29,7 +29,7 @@ enum class Fault : u8 {
     medium_error,
     write_protected,
     unit_attention,
-    // answers to messages and to the storage protocol's first packets
+    // replies to messages and to the storage protocol's initialisation
     no_version_response,
     no_gpadl_created,
     no_open_result,
@@ -50,7 +50,7 @@ enum class Fault : u8 {
 struct FaultName {
     Fault fault;
     std::string_view name; // for the command line
-    std::string_view rule; // the rule that it breaks
+    std::string_view rule; // the rule that it violates; "none: …" if the host may do this
 };
 
 inline constexpr std::array fault_names{
@@ -93,7 +93,7 @@ inline constexpr std::array fault_names{
     FaultName{Fault::duplicate_relid, "duplicate-relid", "an offer's channel number is not in use"},
 };
 
-/// Breaks `fault` at occurrences after+1 … after+count of the chance to (the request, packet or message in question).
+/// Injects `fault` at occurrences after+1 to after+count of the request, packet or message that it applies to.
 struct FaultSpec {
     Fault fault = Fault::none;
     u32 after = 0;
@@ -103,14 +103,14 @@ struct FaultSpec {
 /// "name[,after=N][,count=N]". Error{bad_argument}: no such fault, or a malformed number.
 Result<FaultSpec> parse_fault(std::string_view text);
 
-/// Decides when. One chance costs one comparison while another fault, or none, is planned.
+/// Decides when to inject. An occurrence costs one comparison while another fault, or none, is selected.
 class FaultPlan {
   public:
     FaultPlan() = default;
     explicit FaultPlan(const FaultSpec& spec) : spec_(spec) {}
     Fault fault() const { return spec_.fault; }
     u32 struck() const { return struck_; }
-    /// A chance to break `fault`: true if this is the one.
+    /// An occurrence to which `fault` applies: true if it is to be injected now.
     bool strikes(Fault fault) {
         if (fault != spec_.fault) [[likely]] {
             return false;

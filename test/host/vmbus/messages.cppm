@@ -1,6 +1,5 @@
-// Channel messages as bytes: written and read field by field, in the order in which the protocol lists them [vmbus
-// "struct vmbus_channel_*"]. Typed independently of the guest's structures, so that a mistake in those does not agree
-// with itself here.
+// Channel messages as bytes: written and read field by field, in the protocol's order [vmbus "struct vmbus_channel_*"].
+// Defined independently of the guest's structures, so that a mistake in those is detected.
 export module host.messages;
 import host.std;
 
@@ -56,7 +55,7 @@ constexpr const char* name(MessageType type) {
 inline constexpr usize message_bytes = 240; // HV_MESSAGE_PAYLOAD_BYTE_COUNT
 inline constexpr u32 hv_message_vmbus = 1;  // the SynIC message's type
 
-/// A message on its way to the guest.
+/// A message to the guest.
 class OutMessage {
   public:
     explicit OutMessage(MessageType type) { add(static_cast<u32>(type)).add(u32{0}); }
@@ -83,7 +82,8 @@ class OutMessage {
     usize size_ = 0;
 };
 
-/// A message from the guest: a private copy, read from the front. Reading beyond its end gives zeros and is remembered.
+/// A message from the guest: a private copy, read from the front. Reading beyond its end returns zeros and sets
+/// too_short().
 class InMessage {
   public:
     InMessage() = default;

@@ -1,8 +1,8 @@
-// What the test host's VMBus side needs from the machine around it: guest memory, the two ways to reach a guest
-// (messages and event flags), a disk's contents, a place for lines of text, and counters. The VMM models these with
-// KVM, the unit tests with arrays. No system call is made on this side of them.
+// What the test host's VMBus server needs from the VMM: guest memory, messages and event flags to the guest, the
+// contents of disks, a log, and counters. The VMM implements these with KVM, the unit tests with arrays. Code that uses
+// them makes no system calls.
 //
-// Threads: everything in host.* runs on one thread, that which calls Server::poll(), except for the functions that say
+// Threads: everything in host.* runs on the thread that calls Server::poll(), except for functions documented
 // otherwise.
 module;
 #include <cstdarg>
@@ -12,13 +12,13 @@ import host.std;
 
 export namespace fl::host {
 
-/// The guest's memory as this process has it mapped: a few regions of whole pages. Addresses come from the guest and
-/// may be anything. The regions are added before the first guest instruction and stay.
+/// The guest's memory as mapped in this process: a few regions of whole pages. Addresses are given by the guest and not
+/// trusted. The regions are added before the first guest instruction and never removed.
 class GuestMemory {
   public:
-    /// `bytes` (page aligned, whole pages, not owned) is what the guest sees at `address`.
+    /// `bytes` (page aligned, whole pages, not owned) is guest physical memory at `address`.
     void add(u64 address, std::span<std::byte> bytes) { regions_.push_back({address, bytes}); }
-    /// The `length` bytes at `address`; empty where not all of them are memory, and for length 0.
+    /// The `length` bytes at `address`; empty if not all of them are memory, and for length 0.
     std::span<std::byte> at(u64 address, usize length) const {
         for (const Region& region : regions_) {
             const u64 offset = address - region.address; // wraps below the region, and is then too large
@@ -42,42 +42,42 @@ class GuestMemory {
     std::vector<Region> regions_;
 };
 
-/// The ways from here into the guest. The VMM models it.
+/// Messages and events to the guest. Implemented by the VMM.
 class Delivery {
   public:
     enum class Message : u8 {
-        delivered, // in the slot, and the interrupt raised
-        // the slot holds a message: pending bit set; Server::on_end_of_message() follows when the guest has taken it
+        delivered, // in the slot; interrupt raised
+        // the slot is full: pending bit set; Server::on_end_of_message() is called when the guest has freed it
         busy,
-        refused, // SynIC, message page or SINT are not enabled: it will never arrive
+        refused, // SynIC, message page or SINT is not enabled: not delivered
     };
     enum class Event : u8 {
         raised,  // flag set, interrupt raised
         pending, // the flag was set already: no interrupt
-        refused, // SynIC, event page or SINT are not enabled
+        refused, // SynIC, event page or SINT is not enabled
     };
     virtual ~Delivery() = default;
-    /// Puts a message (type, at most 240 bytes) into the slot of `sint` on virtual processor `vp` [hv-tlfs §11.8].
+    /// Writes a message (type, at most 240 bytes) to the slot of `sint` on virtual processor `vp` [hv-tlfs §11.8].
     virtual Message post(u32 vp, u8 sint, u32 type, std::span<const std::byte> payload) = 0;
-    /// Sets event flag `flag` (0..2047) of `sint` on `vp` [hv-tlfs §11.9]. Interrupts even if the flag was set when
-    /// `always`.
+    /// Sets event flag `flag` (0..2047) of `sint` on `vp` [hv-tlfs §11.9]. `always`: interrupts even if the flag was
+    /// already set.
     virtual Event set_event(u32 vp, u8 sint, u16 flag, bool always) = 0;
-    /// From now on, or no longer, Server::on_signal() knows connection `id`: for a VMM that lets the kernel turn
-    /// signals into eventfds.
+    /// Connection `id` of Server::on_signal() begins or ceases to exist: for a VMM whose kernel converts signals to
+    /// eventfds.
     virtual void connection(u32 id, bool exists) {
         static_cast<void>(id);
         static_cast<void>(exists);
     }
 };
 
-/// A disk's contents. One that can be mapped is read and written without a call; `write`, `flush` and `unmap` are
-/// called all the same when the store asks for them. All ranges are inside size(), checked by the caller.
+/// A disk's contents. A mapped one is accessed directly, without read() and write(); flush() and unmap() are still
+/// called. All ranges are within size(), checked by the caller.
 class BlockStore {
   public:
     virtual ~BlockStore() = default;
     virtual u64 size() const = 0; // bytes, a multiple of 512
     virtual bool read_only() const { return false; }
-    /// The whole contents in memory; empty: only the functions below.
+    /// The whole contents in memory; empty: not mapped, use the functions below.
     virtual std::span<std::byte> mapped() { return {}; }
     virtual bool read(u64 offset, std::span<std::byte> into) = 0;
     virtual bool write(u64 offset, std::span<const std::byte> from) = 0;
@@ -110,14 +110,14 @@ class MemoryStore final : public BlockStore {
     bool read_only_;
 };
 
-/// Where lines for a person go; without line end.
+/// Log output: one line per call, without a line end.
 class Log {
   public:
     virtual ~Log() = default;
     virtual void line(std::string_view text) = 0;
 };
 
-/// What happened, by kind. Only grows; the VMM prints differences between two phases.
+/// Event counts. They only increase; the VMM prints the differences between two phases.
 struct Counters {
     u64 messages_in = 0;      // HvPostMessage
     u64 messages_out = 0;     // messages put into a slot
@@ -125,8 +125,8 @@ struct Counters {
     u64 signals_in = 0;       // HvSignalEvent
     u64 events_out = 0;       // event flags set
     u64 interrupts_out = 0;   // of those: with an interrupt
-    u64 interrupts_saved = 0; // publications for which the guest wanted none (mask, or ring not empty before)
-    u64 turns = 0;            // times a channel's ring was looked at
+    u64 interrupts_saved = 0; // publications that needed none (interrupt masked, or ring not empty before)
+    u64 turns = 0;            // times a channel's ring was served
     u64 packets_in = 0;
     u64 packets_out = 0;
     u64 ring_full = 0; // times a channel waited for room in its ring
@@ -139,12 +139,12 @@ struct Counters {
     u64 errors = 0; // SRBs that did not end with success
     u64 bytes_read = 0;
     u64 bytes_written = 0;
-    u64 heartbeats = 0; // that the guest answered
-    u64 faults = 0;     // rules broken on purpose
-    u64 violations = 0; // rules that the guest broke
+    u64 heartbeats = 0; // answered by the guest
+    u64 faults = 0;     // injected
+    u64 violations = 0; // protocol violations by the guest
     std::array<u64, 256> opcodes{};
 
-    /// f(name, value) for each of the plain ones, in the order above.
+    /// f(name, value) for each of the above except `opcodes`, in that order.
     template <class F>
     void each(F f) const {
         f("messages_in", messages_in), f("messages_out", messages_out), f("messages_waited", messages_waited);
@@ -159,12 +159,12 @@ struct Counters {
     }
 };
 
-/// One place for what the guest did wrong: counted always, said up to `limit` times.
+/// Reports the guest's protocol violations: all are counted, the first `limit` are logged.
 class Judge {
   public:
     Judge(Log& log, Counters& counters, u32 limit = 64) : log_(log), counters_(counters), left_(limit) {}
 
-    /// A rule that the guest broke, in one line. printf-like.
+    /// Reports one violation in one line. printf-like.
     [[gnu::format(printf, 2, 3)]] void violation(const char* format, ...) {
         ++counters_.violations;
         if (left_ == 0) {
@@ -178,7 +178,7 @@ class Judge {
             log_.line("guest violation: further ones are only counted");
         }
     }
-    /// What a person wants to know of the course of things.
+    /// Logs an informational line. printf-like.
     [[gnu::format(printf, 2, 3)]] void note(const char* format, ...) {
         va_list arguments;
         va_start(arguments, format);

@@ -1,4 +1,5 @@
-// A SCSI disk as a host sees it: command blocks in, data and sense out. No VMBus here. [SPC-4], [SBC-3]
+// The device side of a SCSI disk: command descriptor blocks in, data and sense out. Independent of VMBus. [SPC-4],
+// [SBC-3]
 export module host.scsi;
 import host.std;
 export import host.platform;
@@ -13,11 +14,11 @@ struct LunConfig {
     std::string serial = "FL0";
     bool write_cache = true;
     bool thin = true; // UNMAP is offered
-    u32 iops = 0;     // reads, writes, flushes and UNMAPs that are answered per second, one after the other; 0: at once
+    u32 iops = 0;     // reads, writes, flushes and UNMAPs completed per second, one after the other; 0: unlimited
 };
 
-/// Where a command's data lie in the guest: pieces, in order. Resolved before the command runs, so that every byte is
-/// there.
+/// A command's data buffer in the guest: pieces, in order. Resolved before the command runs, so that every byte is
+/// accessible.
 class DataBuffer {
   public:
     void clear() { pieces_.clear(), bytes_ = 0; }
@@ -30,10 +31,10 @@ class DataBuffer {
         bytes_ += piece.size();
     }
     usize size() const { return bytes_; }
-    /// Not more than `bytes` of it from now on.
+    /// Limits the buffer to its first `bytes` bytes.
     void truncate(usize bytes);
     std::span<const std::span<std::byte>> pieces() const { return pieces_; }
-    /// Copies as much as fits; how much that was.
+    /// Copies as much as fits; returns the number of bytes.
     usize put(std::span<const std::byte> bytes);
     usize get(std::span<std::byte> into) const;
 
@@ -57,17 +58,17 @@ struct ScsiResult {
     ScsiStatus status = ScsiStatus::good;
     usize transferred = 0;
     std::optional<Sense> sense;
-    bool overrun = false; // more was asked for than the buffer has room for
+    bool overrun = false; // the command asks for more data than the buffer can hold
 };
 
-/// The answer to commands that no unit stands behind: INQUIRY says that none can be there.
+/// INQUIRY to a LUN without a logical unit: peripheral qualifier 3 [SPC-4 §6.4.2].
 ScsiResult absent_inquiry(std::span<const u8, 16> cdb, DataBuffer& data);
 /// REPORT LUNS [SPC-4 §6.33].
 ScsiResult report_luns(std::span<const u8> luns, DataBuffer& data);
-/// The opcodes that StorVSP itself has to know.
+/// Opcodes that StorVSP handles itself.
 inline constexpr u8 opcode_inquiry = 0x12;
 inline constexpr u8 opcode_report_luns = 0xa0;
-/// Whether a command reaches the medium: what LunConfig::iops limits.
+/// Whether a command accesses the medium; LunConfig::iops limits these.
 constexpr bool reaches_medium(u8 opcode) {
     // READ, WRITE, SYNCHRONIZE CACHE, UNMAP
     constexpr std::array<u8, 9> commands{0x08, 0x0a, 0x28, 0x2a, 0x88, 0x8a, 0x35, 0x91, 0x42};
@@ -82,8 +83,8 @@ class ScsiDisk {
     const LunConfig& config() const { return config_; }
     u64 blocks() const { return config_.store->size() / config_.block_size; }
     ScsiResult execute(std::span<const u8, 16> cdb, DataBuffer& data);
-    /// The next command but INQUIRY, REPORT LUNS and REQUEST SENSE is answered with it (power on, reset, changed
-    /// capacity).
+    /// The next command other than INQUIRY, REPORT LUNS and REQUEST SENSE ends with this unit attention (power on,
+    /// reset, changed capacity).
     void set_unit_attention(u8 asc, u8 ascq) { attention_ = Sense{6, asc, ascq, {}}; }
 
   private:

@@ -149,7 +149,7 @@ void Service::negotiated(Channel& channel, std::span<const std::byte> body) {
             "channel %u (%s): the negotiation was answered with %u framework and %u message versions, %u.%u and %u.%u; "
             "expected one of each that was offered",
             channel.relid(), name().data(), words[0], words[1], words[4], words[5], words[6], words[7]);
-        asked_ = true; // nothing more to ask
+        asked_ = true; // no further request
         return;
     }
     versions_ = {framework, message};

@@ -9,13 +9,13 @@ export namespace fl::host {
 
 enum class ShutdownState : u8 { idle, asked, accepted, refused };
 
-/// major << 16 | minor of a negotiated service; 0: not yet.
+/// Negotiated versions, major << 16 | minor; 0: not negotiated yet.
 struct ServiceVersions {
     u32 framework = 0;
     u32 message = 0;
 };
 
-/// What the three have in common: the pipe's header, the negotiation, one request under way at a time.
+/// Common part of the three: the pipe's header, the negotiation, one request at a time.
 class Service : public Device {
   public:
     ServiceVersions versions() const { return versions_; }
@@ -28,9 +28,9 @@ class Service : public Device {
 
   protected:
     explicit Service(std::vector<u32> message_versions) : offered_(std::move(message_versions)) {}
-    /// Writes a request of type `type`. False: no room now.
+    /// Writes a request of type `type`. False: no room in the ring.
     bool request(Channel& channel, u16 type, std::span<const std::byte> body);
-    virtual u64 ready(Channel& channel, u64 now) = 0; // negotiated, and nothing under way: may request()
+    virtual u64 ready(Channel& channel, u64 now) = 0; // negotiated and no request outstanding: may call request()
     virtual void answered(u16 type, u32 status, std::span<const std::byte> body) = 0;
     Bus* bus_ = nullptr;
     ServiceVersions versions_;
@@ -38,7 +38,7 @@ class Service : public Device {
   private:
     std::vector<u32> offered_;
     Channel* channel_ = nullptr;
-    bool asked_ = false; // a negotiation or request is under way
+    bool asked_ = false; // a negotiation or request is outstanding
     u16 asked_type_ = 0;
     void take(Channel& channel, const Packet& packet);
     void negotiated(Channel& channel, std::span<const std::byte> body);
@@ -50,8 +50,8 @@ class ShutdownService final : public Service {
     ShutdownService();
     DeviceOffer offer() const override;
     std::string_view name() const override { return "shutdown"; }
-    /// Asks the guest for an orderly shutdown, at once or when it has negotiated. Poll's thread; poll() soon
-    /// afterwards.
+    /// Requests an orderly shutdown of the guest, after the negotiation if that is not complete. Called on poll()'s
+    /// thread; poll() must follow soon.
     void ask(bool restart = false);
     ShutdownState state() const { return shutdown_; }
 

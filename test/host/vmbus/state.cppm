@@ -1,5 +1,5 @@
-// The server's insides, for its two implementation units: what the guest has been told and has asked for (messages),
-// and the turns (poll).
+// Internal state of the server, for its implementation units: messages, offers and GPADLs (state.cpp, gpadls.cpp), and
+// the turns (turns.cpp).
 export module host.state;
 import host.std;
 import host.channel;
@@ -8,27 +8,27 @@ import host.vmbus;
 
 export namespace fl::host {
 
-inline constexpr u32 relids = 2048; // as many as there are event flags; 0 is none
+inline constexpr u32 relids = 2048; // the number of event flags; 0 is not used
 inline constexpr u8 vmbus_sint = 2;
 inline constexpr u32 status_success = 0; // of GPADL_CREATED, OPEN_CHANNEL_RESULT, MODIFY_CHANNEL_RESPONSE
 inline constexpr u32 status_unsuccessful = 0x8000ffff;
-// signals of guests before 1.1, and of those whose channels are not dedicated
+// for signals of guests before version 1.1, and of channels without a connection of their own
 inline constexpr u32 event_connection = 2;
 
-/// A device and what it is to the guest at present.
+/// A device added to the server.
 struct Attached {
     std::unique_ptr<Device> device;
     DeviceOffer offer;
     bool leaving = false; // to be rescinded, then destroyed
 };
 
-/// A channel that the guest knows, or will when it asks.
+/// A channel offered to the guest, now or when it requests the offers.
 struct Offer {
     Attached* owner = nullptr;
     u32 relid = 0;
     u16 index = 0;
     bool rescinded = false;
-    std::optional<Channel> channel; // open
+    std::optional<Channel> channel; // while open
     u32 ring_gpadl = 0;
     u64 due = ~u64{0}; // the device's next tick
     bool kicked = false;
@@ -38,7 +38,7 @@ struct Offer {
 struct Gpadl {
     u32 relid = 0;
     std::vector<std::byte*> pages; // host addresses
-    usize expected = 0;            // how many there will be
+    usize expected = 0;            // number of pages announced
     bool complete() const { return pages.size() == expected; }
 };
 
@@ -72,7 +72,7 @@ class ServerState : public Bus {
     void disconnect();
     void offer_device(Attached& attached);
     void rescind_now(Attached& attached);
-    void sweep(); // destroys devices that left and are known no more
+    void sweep(); // destroys removed devices whose relids the guest has released
 
     // ---- turns ----
     bool serve(Offer& offer);
@@ -87,18 +87,18 @@ class ServerState : public Bus {
     FaultPlan faults_;
     u64 now_ = 0;
 
-    // The inbox: filled by any thread.
+    // The inbox, written by any thread.
     std::atomic_flag lock_;
     std::vector<Posted> posted_;
     std::array<std::atomic<u64>, relids / 64> signalled_{};
     std::array<std::atomic<u64>, relids / 64> live_{}; // relids whose connection exists
-    std::atomic<u32> signalled_words_ = 0;             // which of the above are not 0
+    std::atomic<u32> signalled_words_ = 0;             // bit n: signalled_[n] is not 0
     std::atomic<bool> shared_signal_ = false;
-    std::atomic<bool> freed_ = false; // a message slot
+    std::atomic<bool> freed_ = false; // a message slot was freed
     std::atomic<u64> messages_in_ = 0;
     std::atomic<u64> signals_in_ = 0;
 
-    // What the guest is told.
+    // State of the connection with the guest.
     std::vector<std::unique_ptr<Attached>> devices_;
     std::map<u32, Offer> offers_; // by relid
     std::array<Offer*, relids> by_relid_{};

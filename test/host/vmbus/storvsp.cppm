@@ -11,13 +11,13 @@ export namespace fl::host {
 inline constexpr u16 storage_version(u8 major, u8 minor) { return static_cast<u16>(major << 8 | minor); }
 
 struct StorageConfig {
-    u32 number = 0;                                                       // of the controller: part of its instance id
-    std::vector<u16> versions = {0x0602, 0x0600, 0x0501, 0x0402, 0x0200}; // accepted; OpenVMM's leave 6.2 out
-    u16 sub_channels = 0;                                                 // offered at most, besides the first
+    u32 number = 0;                                                       // of the controller; part of its instance id
+    std::vector<u16> versions = {0x0602, 0x0600, 0x0501, 0x0402, 0x0200}; // accepted; OpenVMM does not accept 6.2
+    u16 sub_channels = 0;                                                 // maximum, besides the primary channel
     u32 maximum_transfer = 256 * 1024;                                    // bytes, a multiple of 4096
 };
 
-/// One controller and its disks. Give it to Server::add(). Its functions are for poll's thread.
+/// One controller and its disks, to be passed to Server::add(). All functions are called on poll()'s thread.
 class StorageDevice final : public Device {
   public:
     /// Target 0 of bus 0, any LUN below 64.
@@ -27,10 +27,10 @@ class StorageDevice final : public Device {
     static std::unique_ptr<StorageDevice> ide(u8 path, u8 target, const StorageConfig& config, const LunConfig& disk);
     ~StorageDevice() override;
 
-    /// Hot add and remove of a LUN; the guest hears ENUMERATE_BUS. False: the LUN is taken, or not there.
+    /// Hot-adds or removes a LUN; the guest is sent ENUMERATE_BUS. False: the LUN is in use, or does not exist.
     bool add_lun(const LunConfig& lun);
     bool remove_lun(u8 lun);
-    /// REMOVE_DEVICE: the host wants this controller to be let go; Server::remove() may follow.
+    /// Sends REMOVE_DEVICE, which requests that the guest release the controller; Server::remove() may follow.
     void announce_removal();
     /// 0: not negotiated.
     u16 negotiated_version() const;

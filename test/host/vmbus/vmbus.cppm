@@ -1,11 +1,11 @@
-// The VMBus server: what Hyper-V's root partition is to a guest. Messages come in by HvPostMessage and go out through
-// SynIC message slots; devices are offered as channels, a channel is opened over a GPADL and then belongs to its device
+// The VMBus server, which Hyper-V runs in the root partition. Messages arrive by HvPostMessage and are sent through
+// SynIC message slots; devices are offered as channels; a channel is opened over a GPADL and then served by its device
 // (host.storvsp, host.services).
 //
 // Threads: on_message(), on_signal() and on_end_of_message() may be called by any thread at any time (a VCPU's exit, an
-// eventfd); they put something into the inbox. Everything else is for one thread: poll() empties the inbox, serves all
-// channels until nothing is left to do and returns. Who has to be woken for poll() after the three functions is the
-// VMM's decision.
+// eventfd); they write to the inbox only. Everything else runs on one thread: poll() empties the inbox, serves all
+// channels until nothing is left to do, and returns. The VMM must arrange a call of poll() after each of the three
+// functions.
 export module host.vmbus;
 import host.std;
 export import host.platform;
@@ -20,15 +20,15 @@ struct ServerConfig {
     u32 processors = 1;
     u32 maximum_version = version(5, 3);
     std::vector<u32> refused_versions;
-    u32 message_connection = 4;  // what VERSION_RESPONSE names from 5.0 on: 1 or 4
-    bool monitor_pages = false;  // offers with monitor ids; the pages are looked at in every poll()
+    u32 message_connection = 4;  // connection in VERSION_RESPONSE from 5.0 on: 1 or 4
+    bool monitor_pages = false;  // offers with monitor ids; each poll() checks the pages
     u64 heartbeat = 2000000000;  // nanoseconds between two heartbeats; 0: none
     u64 time_sync = 30000000000; // nanoseconds between two samples of the time; 0: only the first
     FaultSpec fault;
     bool verbose = false; // a line for every message
 };
 
-/// hv_status values that the three entries answer with [hv-tlfs §B].
+/// Status values returned by the three entry points [hv-tlfs §B].
 enum class HvStatus : u16 {
     success = 0,
     invalid_parameter = 5,
@@ -43,14 +43,15 @@ class Server {
     ~Server();
     Server(const Server&) = delete;
 
-    /// Offers a device, now or when the guest asks; the server owns it. Poll's thread, or before the first poll().
+    /// Offers a device, now or when the guest requests the offers; the server owns it. Called on poll()'s thread, or
+    /// before the first poll().
     template <std::derived_from<Device> D>
     D& add(std::unique_ptr<D> device) {
         D& result = *device;
         add_device(std::move(device));
         return result;
     }
-    /// Takes a device away: its channels are rescinded, and it is destroyed when the guest has let go of them. Poll's
+    /// Removes a device: rescinds its channels, and destroys it when the guest has released them. Called on poll()'s
     /// thread.
     void remove(Device& device);
 
@@ -59,21 +60,20 @@ class Server {
     HvStatus on_message(u32 connection, u32 type, std::span<const std::byte> payload);
     /// HvSignalEvent.
     HvStatus on_signal(u32 connection, u16 flag);
-    /// The guest has freed the message slot of `sint` on `vp`, after Delivery::post() said busy.
+    /// The guest has freed the message slot of `sint` on `vp`, after Delivery::post() returned `busy`.
     void on_end_of_message(u32 vp, u8 sint);
 
     // ---- from one thread ----
-    /// Does what there is to do. `now`: nanoseconds since any fixed point, for the services' intervals. True: something
-    /// was done.
+    /// Runs one turn. `now`: nanoseconds since any fixed point, for the services' intervals. True: something was done.
     bool poll(u64 now);
-    /// When poll() wants to be called again without an event, in the same nanoseconds; ~0: never.
+    /// When poll() must be called even without an event, in the same nanoseconds; ~0: not at all.
     u64 deadline() const;
-    /// The VM is reset: everything that the guest knew is forgotten, the devices stay.
+    /// The VM is reset: the connection and all channels are discarded, the devices are kept.
     void reset();
 
     const Counters& counters() const;
     u32 negotiated_version() const; // 0: not connected
-    bool unloaded() const;          // the guest has said UNLOAD, and nothing since
+    bool unloaded() const;          // the guest has sent UNLOAD, and no message since
     u32 faults_struck() const;
 
   private:

@@ -6,17 +6,16 @@ import vmm.memory;
 
 export namespace fl::vmm {
 
-/// Where they go: in the old BIOS area, which the memory map says is reserved, the RSDP on a 16-byte boundary as a scan
-/// expects it.
+/// Guest physical addresses of the tables: in the BIOS area, which the memory map lists as reserved; the RSDP is
+/// 16-byte aligned, as a scan requires.
 inline constexpr u64 acpi_base = 0xe0000;
 inline constexpr u64 acpi_end = 0xf0000;
 inline constexpr u64 io_apic_address = 0xfec0'0000;
 inline constexpr u64 local_apic_address = 0xfee0'0000;
-inline constexpr u32 io_apic_id = 0xff; // no processor has it
+inline constexpr u32 io_apic_id = 0xff; // not the id of a processor
 
-/// Writes all tables; the answer is the RSDP's address. `dsdt` is a complete table as iasl writes it.
-/// Error{bad_argument}: it is not one, or
-/// 1 to 64 processors were expected.
+/// Writes all tables and returns the RSDP's address. `dsdt` is a complete table as written by iasl. `processors`: 1 to
+/// 64. Error{bad_argument}: `dsdt` is not a table, or `processors` is out of range.
 Result<u64> write_acpi(const GuestMemory& memory, std::span<const std::byte> dsdt, u32 processors);
 
 } // namespace fl::vmm

@@ -1,12 +1,12 @@
-// The small devices of the board: power management, reset, clock, debug exit, phase marks. Each answers as little as a
-// guest needs.
+// The small devices of the board: power management, reset, clock, debug exit, phase marks. Each implements only what
+// guests need.
 export module vmm.board;
 import core.std;
 import vmm.ports;
 
 export namespace fl::vmm {
 
-/// Ports of the board, fixed: the FADT names those of power management.
+/// Fixed ports of the board; the FADT lists those of power management.
 inline constexpr u16 debug_exit_port = 0xf4;  // as QEMU's isa-debug-exit: the process ends with (value << 1) | 1
 inline constexpr u16 phase_port = 0x5f0;      // 32 or 8 bits: a number begins a phase of the counters, 0 ends it
 inline constexpr u16 keyboard_command = 0x64; // 0xfe: reset
@@ -18,7 +18,7 @@ inline constexpr u64 pm_timer_hz = 3'579'545;
 inline constexpr u8 sleep_type_off = 5; // \_S5 in dsdt.asl
 inline constexpr u8 acpi_interrupt = 9;
 
-/// What the guest asks of the machine as a whole. None of them returns to the guest, but phase().
+/// Actions on the whole machine. Only phase() returns to the guest.
 class MachineControl {
   public:
     virtual void debug_exit(u32 value) = 0;
@@ -30,16 +30,16 @@ class MachineControl {
     ~MachineControl() = default;
 };
 
-/// Time for the timer and the clock.
+/// Time source of the timer and the clock.
 class BoardClock {
   public:
     virtual u64 nanoseconds() = 0;  // monotonic
-    virtual u64 unix_seconds() = 0; // of the day
+    virtual u64 unix_seconds() = 0; // wall-clock time
   protected:
     ~BoardClock() = default;
 };
 
-/// Debug exit, phase marks, and the two classical resets. Claim each of its ports.
+/// Debug exit, phase marks, and the two legacy reset ports. The owner claims each of these ports.
 class Exits final : public PortDevice {
   public:
     explicit Exits(MachineControl& control) : control_(control) {}
@@ -50,7 +50,7 @@ class Exits final : public PortDevice {
     MachineControl& control_;
 };
 
-/// ACPI's fixed hardware: event block (nothing ever happens), control block (sleep type 5 is off), timer.
+/// ACPI's fixed hardware: event block (no events), control block (sleep type 5 is off), timer.
 class PowerManagement final : public PortDevice {
   public:
     static constexpr u16 port_count = 12;
@@ -65,8 +65,8 @@ class PowerManagement final : public PortDevice {
     u16 enable_ = 0;
 };
 
-/// The clock of the MC146818 kind at 0x70 and 0x71: the time in BCD, 24 hours, never updating; everything else is
-/// battery-backed memory.
+/// An MC146818-compatible clock at 0x70 and 0x71: time in BCD, 24-hour mode, no update in progress; the other registers
+/// are memory.
 class RealTimeClock final : public PortDevice {
   public:
     explicit RealTimeClock(BoardClock& clock) : clock_(clock) {}

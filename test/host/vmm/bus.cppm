@@ -1,4 +1,4 @@
-// Connects the machine with the VMBus server: hypercalls go in, messages and event flags come out; images become disks.
+// Connects the machine with the VMBus server: passes hypercalls in, messages and event flags out, and images as disks.
 export module vmm.bus;
 import host.std;
 import core.result;
@@ -14,10 +14,10 @@ import vmm.synic;
 
 export namespace fl::vmm {
 
-/// An image as the VMBus side wants disks.
+/// An image as a disk of the VMBus server.
 class ImageStore final : public host::BlockStore {
   public:
-    /// The image outlives this. `read_only`: the disk says so, whatever the image is.
+    /// The image outlives this. `read_only`: the disk is read-only even if the image is writable.
     ImageStore(Image& image, bool read_only) : image_(image), read_only_(read_only || image.read_only()) {}
     u64 size() const override { return image_.size(); }
     bool read_only() const override { return read_only_; }
@@ -32,37 +32,38 @@ class ImageStore final : public host::BlockStore {
     bool read_only_;
 };
 
-/// A SCSI disk that may come or go while the guest runs, alone or with its controller.
+/// A SCSI disk that is hot-added or removed while the guest runs, alone or with its controller.
 struct MovingDisk {
-    host::StorageDevice* controller = nullptr; // nullptr: it has not come yet
+    host::StorageDevice* controller = nullptr; // nullptr: not added yet
     host::LunConfig lun;
-    host::StorageConfig config; // of the controller, and what it comes with
+    host::StorageConfig config; // of the controller; `luns`: its disks
     std::vector<host::LunConfig> luns;
 };
 
 class Bus final : private Partition, private EndOfMessage, private host::Delivery, private host::Log {
   public:
-    /// `line`: where lines for a person go. With `eventfds` KVM turns signals into eventfds, which `watch` is told of.
+    /// `line` receives log lines. `eventfds`: KVM converts signals to eventfds, which the I/O thread polls by
+    /// signals().
     Bus(Machine& machine, const host::ServerConfig& config, std::function<void(std::string_view)> line, bool eventfds);
     ~Bus();
 
-    /// From now on the guest's hypercalls arrive. All devices have been added.
+    /// Starts receiving hypercalls. All initial devices must have been added.
     void connect();
     host::Server& server() { return server_; }
     template <std::derived_from<host::Device> D>
     D& add(std::unique_ptr<D> device) {
         return server_.add(std::move(device));
     }
-    /// Runs `work` where nobody else touches server or devices, then serves.
+    /// Runs `work` with exclusive access to server and devices, then serves.
     void with_server(const std::function<void()>& work);
-    /// Serves all channels until nothing is left to do. Any thread; when another one is at it, that one goes on a
-    /// little longer.
+    /// Serves all channels until nothing is left to do. Any thread; if another thread is serving, that one continues
+    /// with the new work, and this call returns.
     void serve(u64 now);
 
-    // The I/O thread's part.
+    // For the I/O thread.
     int acknowledged() const { return machine_.synic().acknowledged(); }
     void on_acknowledged();
-    /// With eventfds: the descriptor that is readable when some channel was signalled (an epoll instance).
+    /// With eventfds: an epoll descriptor, readable when a channel has been signalled.
     int signals() const { return signals_.number(); }
     void on_signals();
     u64 deadline();
@@ -87,8 +88,8 @@ class Bus final : private Partition, private EndOfMessage, private host::Deliver
     Descriptor signals_;
     std::vector<std::unique_ptr<Signal>> connections_;
     host::GuestMemory memory_;
-    // work_ says that somebody wants to be served. Whoever fails to get the mutex has set it before, and who holds the
-    // mutex looks at it after letting go: one of the two sees the other.
+    // work_: there is work to serve. A thread sets it before it tries to lock the mutex, and the holder checks it after
+    // unlocking, so at least one of the two sees the work.
     std::atomic<bool> work_ = false;
     std::mutex serving_;
     host::Server server_;

@@ -1,14 +1,14 @@
-// Counts by name, taken as a whole now and then; what is printed is the difference of two takings, as one line of JSON.
+// Counters by name. Snapshots are taken of all of them; the difference of two snapshots is printed as one line of JSON.
 export module vmm.counters;
 import host.std;
 
 export namespace fl::vmm {
 
-/// The reasons for which KVM gives a processor back to this program.
+/// Exit reasons of KVM_RUN.
 enum class Exit : u8 {
     io_in,
     io_out,
-    memory, // an access where there is no memory
+    memory, // an access to an address without memory
     synic,
     post_message,
     signal_event,
@@ -25,7 +25,7 @@ inline constexpr std::array<std::string_view, to_underlying(Exit::count)> exit_n
 
 using Snapshot = std::map<std::string, u64, std::less<>>;
 
-/// `{"name":difference,…}` of what differs; the names of `earlier` count as 0 where they are missing.
+/// `{"name":difference,…}` of the counters that differ; a name missing in `earlier` counts as 0 there.
 inline std::string difference(const Snapshot& earlier, const Snapshot& later) {
     std::string text = "{";
     for (const auto& [name, value] : later) {

@@ -1,6 +1,6 @@
-// One IDE channel with up to two disks and its half of the bus-master engine: what a driver needs that transfers by DMA
-// [ATA-7], [BMIDE]. A transfer happens within the access that starts it; its interrupt is there when the access
-// returns.
+// One IDE channel with up to two disks and its part of the bus-master function; implements what a driver that uses DMA
+// needs [ATA-7], [BMIDE]. A transfer is executed within the access that starts it; its interrupt is pending when the
+// access returns.
 export module vmm.ide;
 import core.std;
 import vmm.image;
@@ -27,7 +27,7 @@ class IdeChannel final : public PortDevice {
     /// `unit` 0 or 1. The image outlives the channel.
     void attach(unsigned unit, Image& image) { drives_[unit].image = &image; }
 
-    /// Commands that the disk took, and resets of the channel: 0 means that nobody touched the disk.
+    /// Commands accepted by the disk, and resets of the channel; 0: no driver has used it.
     u64 commands(unsigned unit) const { return drives_[unit].commands; }
     u64 resets() const { return resets_; }
 
@@ -40,7 +40,7 @@ class IdeChannel final : public PortDevice {
         u64 commands = 0;
         u64 sectors() const { return image->size() / 512; }
     };
-    /// A register that remembers the value before the last one: 48-bit commands write each twice [ACS §4.1.2].
+    /// A two-deep register: 48-bit commands write each register twice [ACS §4.1.2].
     struct Twice {
         u8 now = 0;
         u8 before = 0;

@@ -1,5 +1,5 @@
-// A raw disk image: a file, mapped, so that a transfer is a copy. IDE and VMBus may hold the same one: a machine with
-// both has one disk.
+// A raw disk image: a mapped file, so that a transfer is a copy. IDE and VMBus may share one: the emulated and the
+// synthetic disk are then the same.
 export module vmm.image;
 import host.std;
 import core.result;
@@ -8,16 +8,16 @@ export namespace fl::vmm {
 
 class Image {
   public:
-    /// A file of at least one sector of 512 bytes, in whole sectors. Error{not_found}, Error{bad_argument}.
+    /// The file's size must be a non-zero multiple of 512 bytes. Error{not_found}, Error{bad_argument}.
     static Result<std::unique_ptr<Image>> open(const std::string& path, bool read_only);
     ~Image();
     Image(const Image&) = delete;
 
     u64 size() const { return bytes_.size(); } // bytes, a multiple of 512
     bool read_only() const { return read_only_; }
-    /// All of it. Stores to a read-only image's bytes are lost.
+    /// The whole image. Stores to a read-only image do not reach the file.
     std::span<std::byte> bytes() const { return bytes_; }
-    /// What was stored is in the file. False: the system reports an error.
+    /// Writes all stores to the file. False: the system reported an error.
     bool flush();
 
   private:
@@ -27,7 +27,7 @@ class Image {
     std::span<std::byte> bytes_{};
 };
 
-/// A whole file, mapped privately: kernel, initrd. Kept to the end of the process.
+/// A whole file, mapped privately: kernel, initrd. Mapped until the process ends.
 Result<std::span<const std::byte>> whole_file(const std::string& path);
 
 } // namespace fl::vmm

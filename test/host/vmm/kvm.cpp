@@ -133,7 +133,7 @@ Result<void> Kvm::set_routes(std::span<const SintRoute> sints) {
     }
     for (u32 i = 0; i < io_apic_pins; ++i) {
         if (i != 2) {
-            chip(i, KVM_IRQCHIP_IOAPIC, i == 0 ? 2 : i); // the timer is at pin 2, as the MADT says
+            chip(i, KVM_IRQCHIP_IOAPIC, i == 0 ? 2 : i); // the timer is at pin 2, as in the MADT
         }
     }
     for (const SintRoute& sint : sints) {

@@ -1,5 +1,5 @@
-// KVM's ioctls as this program uses them: one machine with KVM's own interrupt controllers, its processors, interrupt
-// routes, statistics.
+// Wrappers of KVM's ioctls: one machine with in-kernel interrupt controllers, its processors, interrupt routes,
+// statistics.
 module;
 #include <linux/kvm.h>
 export module vmm.kvm;
@@ -26,11 +26,11 @@ class Descriptor {
     int number_ = -1;
 };
 
-/// The named counters that KVM keeps of a machine or a processor (KVM_GET_STATS_FD); empty where the kernel has none.
+/// KVM's named statistics of a machine or a processor (KVM_GET_STATS_FD); empty if the kernel lacks them.
 class KvmStatistics {
   public:
     KvmStatistics() = default;
-    /// Takes the descriptor over; keeps only the counters in `wanted`.
+    /// Takes ownership of the descriptor; keeps only the counters in `wanted`.
     KvmStatistics(Descriptor descriptor, std::span<const std::string_view> wanted);
 
     /// add(name, value) for each.
@@ -52,7 +52,7 @@ class KvmStatistics {
     std::vector<Entry> entries_;
 };
 
-/// Where interrupts of SynIC come in: one route per virtual processor and SINT.
+/// An interrupt route of SynIC: one per virtual processor and SINT.
 struct SintRoute {
     u32 gsi;
     u32 processor;
@@ -61,36 +61,36 @@ struct SintRoute {
 
 class Kvm {
   public:
-    /// Opens `device`, asks for every capability that a machine with Hyper-V's interfaces needs and creates the
-    /// machine. Error{not_supported} names the first capability that is missing.
+    /// Opens `device`, checks for every capability that a machine with Hyper-V's interfaces needs, and creates the
+    /// machine. Error{not_supported} names the first missing capability.
     static Result<Kvm> create(const char* device);
 
     /// Guest memory from address 0. `memory` outlives the machine.
     Result<void> set_memory(const GuestMemory& memory);
-    /// The legacy routes of PIC and I/O APIC and those of `sints`; replaces all others.
+    /// Sets the routes of PIC, I/O APIC and `sints`, replacing all earlier ones.
     Result<void> set_routes(std::span<const SintRoute> sints);
     void set_line(u32 gsi, bool level) const;
-    /// Connects an eventfd to an interrupt route: each signal raises it. With `resample` instead of -1, that one is
-    /// signalled when the guest has acknowledged the interrupt.
+    /// Connects an eventfd to an interrupt route: each signal raises it. `resample`: an eventfd that KVM signals when
+    /// the guest has acknowledged the interrupt; -1: none.
     Result<void> connect(int event, u32 gsi, int resample = -1) const;
     void disconnect(int event, u32 gsi) const;
-    /// The machine's clock in nanoseconds: what the reference counter shows, a hundred times finer.
+    /// The machine's clock in nanoseconds; the Hyper-V reference counter is the same clock in units of 100 ns.
     u64 clock() const;
-    /// A signal on a VMBus connection becomes a signal of the eventfd, without an exit to here.
+    /// HvSignalEvent on `connection` signals the eventfd, without an exit to this process.
     Result<void> connect_signal(u32 connection, int event, bool on) const;
 
-    /// What processors of this machine may show; Hyper-V's own come separately.
+    /// CPUID leaves supported for this machine's processors; Hyper-V's leaves are in the second table.
     Result<std::vector<kvm_cpuid_entry2>> supported_cpuid() const;
     Result<std::vector<kvm_cpuid_entry2>> supported_hyperv_cpuid() const;
     static Result<void> set_cpuid(const Descriptor& processor, std::span<const kvm_cpuid_entry2> table);
-    /// A model-specific register of one processor.
+    /// Sets a model-specific register of one processor.
     static Result<void> set_register(const Descriptor& processor, u32 index, u64 value);
     bool has(int capability) const;
-    /// MSRs, memory and interrupt controllers come with the machine; processors are added in order.
+    /// Creates processor `number`; processors are created in order.
     Result<Descriptor> create_processor(u32 number) const;
     usize run_size() const { return run_size_; }
     KvmStatistics statistics() const;
-    /// Of one processor.
+    /// Statistics of one processor.
     static KvmStatistics statistics_of(const Descriptor& processor);
 
   private:
@@ -99,7 +99,7 @@ class Kvm {
     usize run_size_ = 0;
 };
 
-/// ioctl that goes on after a signal. Answers are those of ioctl.
+/// ioctl(), restarted after a signal. Returns what ioctl() returns.
 int control(const Descriptor& descriptor, unsigned long request, void* argument = nullptr);
 
 } // namespace fl::vmm

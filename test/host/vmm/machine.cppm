@@ -1,5 +1,4 @@
-// The machine: memory, processors as threads, ports, SynIC. What a guest says to Hyper-V's partition goes to a
-// Partition; how it ends, to main.
+// The machine: memory, one thread per processor, ports, SynIC. Hypercalls for the VMBus are passed to a Partition.
 module;
 #include <linux/kvm.h>
 export module vmm.machine;
@@ -20,13 +19,13 @@ import vmm.synic;
 
 export namespace fl::vmm {
 
-/// Answers of hypercalls [hv-tlfs §4.12].
+/// Hypercall status values [hv-tlfs §4.12].
 inline constexpr u16 hv_success = 0;
 inline constexpr u16 hv_invalid_hypercall_code = 2;
 inline constexpr u16 hv_invalid_hypercall_input = 3;
 inline constexpr u16 hv_invalid_alignment = 4;
 
-/// Whom a guest talks to by hypercall. All functions may be called by any processor's thread.
+/// Handler of the guest's hypercalls. All functions may be called on any processor's thread.
 class Partition {
   public:
     virtual u16 post_message(u32 connection, u32 type, std::span<const std::byte> payload) = 0;
@@ -36,22 +35,22 @@ class Partition {
     ~Partition() = default;
 };
 
-/// How the process ends. Odd numbers are the guest's verdicts, (value << 1) | 1, as isa-debug-exit makes them.
+/// Exit status of the process. Odd numbers are the guest's verdicts, (value << 1) | 1, as with isa-debug-exit.
 enum class ExitCode : int {
     power_off = 0,
-    usage = 64, // the command line
-    input = 66, // a file: kernel, initrd, image
-    crash = 70, // triple fault, or an exit that no guest should cause
+    usage = 64, // invalid command line
+    input = 66, // unusable file: kernel, initrd, image
+    crash = 70, // triple fault, or an unexpected exit
     timeout = 72,
-    host = 74,    // the system refused something
-    reset = 76,   // the guest asked for a reset
-    missing = 78, // KVM lacks a capability, which is named
+    host = 74,    // a system call failed
+    reset = 76,   // the guest requested a reset
+    missing = 78, // KVM lacks a capability, which the message names
 };
 
 struct MachineConfig {
     u32 processors = 1;
     u64 memory = 256 << 20; // bytes
-    Identity identity{};    // its count of processors is set from the one above
+    Identity identity{};    // its `processors` is set from the one above
 };
 
 class Machine final : private MachineControl, private BoardClock, private SerialSink {
@@ -63,30 +62,29 @@ class Machine final : private MachineControl, private BoardClock, private Serial
     Kvm& kvm() { return kvm_; }
     Synic& synic() { return *synic_; }
     PortBus& ports() { return ports_; }
-    /// Held while a device's ports are accessed; for whoever touches a device from another thread.
+    /// Held while a device's ports are accessed; must be locked to access a device from another thread.
     std::mutex& device_mutex() { return device_mutex_; }
     /// An interrupt line of the legacy controllers; lives as long as the machine.
     IrqLine& line(u32 gsi);
-    /// Emulated IDE disks: hda, hdb, hdc, hdd, in order; at most four. Before start(), at most once. The images outlive
-    /// the machine.
+    /// Adds emulated IDE disks: hda, hdb, hdc, hdd, in order; at most four. Called before start(), at most once. The
+    /// images outlive the machine.
     Result<void> add_ide(std::span<Image* const> images);
     Serial& serial() { return *serial_; }
-    /// Is told of each whole line that the guest prints, in the thread of the processor that prints it, and must not
-    /// print.
+    /// Called with each complete line that the guest prints, on the printing processor's thread; must not print.
     void set_line_watcher(void (*see)(void* context, std::string_view line), void* context) { watch_ = {see, context}; }
     void set_partition(Partition& partition) { partition_ = &partition; }
-    /// Adds counters of others to what is printed.
+    /// Registers a function that adds counters to what is printed.
     void set_counters(void (*add)(void* context, Snapshot& into), void* context);
-    /// Loads nothing: the entry comes from the loader. Then start() lets all processors go.
+    /// Sets the first processor's registers to the loader's entry. start() then starts all processors.
     Result<void> prepare(const Entry& entry);
     void start();
 
-    /// A line of this program's own, between the guest's lines. Any thread.
+    /// Prints a line of this program between the guest's lines. Any thread.
     void say(std::string_view text);
-    /// A guest's line that has not been ended is shown all the same when it gets old: now and then, from the I/O
+    /// Prints a guest's incomplete line that has not changed since the previous call; called periodically by the I/O
     /// thread.
     void flush_console();
-    /// Prints the counters and the reason, ends the process. Any thread.
+    /// Prints the counters and the reason, and ends the process. Any thread.
     [[noreturn]] void finish(ExitCode code, std::string_view why);
 
     u64 now() { return nanoseconds(); }
@@ -152,7 +150,7 @@ class Machine final : private MachineControl, private BoardClock, private Serial
     std::vector<std::pair<void (*)(void*, Snapshot&), void*>> counters_;
     std::mutex console_mutex_;
     std::pair<void (*)(void*, std::string_view), void*> watch_{};
-    std::string console_; // the guest's line so far
+    std::string console_; // the guest's incomplete line
     bool console_aged_ = false;
     u64 line_changes_ = 0;
     u32 phase_ = 0;

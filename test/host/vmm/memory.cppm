@@ -1,5 +1,5 @@
-// The guest's memory: one run of bytes from guest physical address 0, held by this process, and the only way anything
-// here touches it.
+// The guest's memory: one contiguous range from guest physical address 0, mapped in this process. All accesses go
+// through this module.
 export module vmm.memory;
 import core.std;
 import core.result;
@@ -8,11 +8,11 @@ export namespace fl::vmm {
 
 inline constexpr u64 page_size = 4096;
 
-/// Bytes 0 to size() - 1 of guest physical memory. The guest changes them at any time: what is checked has to be copied
-/// out first.
+/// Bytes 0 to size() - 1 of guest physical memory. The guest may change them at any time: data must be copied out
+/// before it is checked.
 class GuestMemory {
   public:
-    /// Where memory ends at the latest: above are PCI's and the VMBus's windows and the interrupt controllers.
+    /// Upper limit of the size: the windows of PCI and VMBus and the interrupt controllers are above.
     static constexpr u64 max_size = u64{0xc000'0000};
 
     GuestMemory() = default;
@@ -23,13 +23,13 @@ class GuestMemory {
     }
     ~GuestMemory();
 
-    /// `size`: bytes, a multiple of 4096, 1 MiB to max_size. All zero.
+    /// `size`: bytes, a multiple of 4096, 1 MiB to max_size. The memory is zeroed.
     static Result<GuestMemory> create(u64 size);
 
     u64 size() const { return bytes_.size(); }
     std::byte* data() const { return bytes_.data(); }
 
-    /// The bytes at [address, address + length), or an empty span when they are not all there (or length is 0).
+    /// The bytes at [address, address + length), or an empty span if not all of them are memory, or length is 0.
     std::span<std::byte> at(u64 address, u64 length) const {
         return address <= size() && length <= size() - address ? bytes_.subspan(address, length)
                                                                : std::span<std::byte>{};
@@ -54,7 +54,7 @@ class GuestMemory {
         }
         return true;
     }
-    /// Copies a plain value in, or says that there is no memory.
+    /// Copies a value in. False: no memory there.
     template <class T>
         requires std::is_trivially_copyable_v<T>
     bool put(u64 address, const T& value) const {

@@ -1,5 +1,5 @@
-// PCI by configuration mechanism 1, one bus: a host bridge, and with IDE disks the southbridge's two functions [PCI-3.0
-// §3.2.2.3.2].
+// PCI by configuration mechanism 1, one bus: a host bridge, and, if there are IDE disks, the southbridge's two
+// functions [PCI-3.0 §3.2.2.3.2].
 export module vmm.pci;
 import core.std;
 import vmm.board;
@@ -7,7 +7,7 @@ import vmm.ports;
 
 export namespace fl::vmm {
 
-/// One function's configuration space; `writable` has a one for each bit that software may change.
+/// One function's configuration space; `writable`: mask of the bits that software may change.
 struct PciFunction {
     std::array<u8, 256> bytes{};
     std::array<u8, 256> writable{};
@@ -19,10 +19,10 @@ struct PciFunction {
     }
 };
 
-/// First of the 16 bus-master ports. There is no firmware here, so it is assigned from the beginning.
+/// First of the 16 bus-master ports. Assigned at reset, because there is no firmware.
 inline constexpr u16 bus_master_base = 0xc000;
 
-/// Ports 0xcf8 to 0xcff. A byte written to 0xcf9 is the reset control's.
+/// Ports 0xcf8 to 0xcff. A byte access to 0xcf9 is one to the reset control register.
 class PciHost final : public PortDevice {
   public:
     static constexpr u16 first_port = 0xcf8;

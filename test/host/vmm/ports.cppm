@@ -1,13 +1,13 @@
-// I/O ports: devices claim ranges, an access goes to the device that claims its first port. What nobody claims reads as
-// all ones.
+// I/O ports: devices claim ranges; an access is passed to the device that claims its first port. Unclaimed ports read
+// as all ones.
 export module vmm.ports;
 import core.std;
 import core.result;
 
 export namespace fl::vmm {
 
-/// A device with I/O ports. `size` is 1, 2 or 4 bytes; the access may reach beyond the claimed range, and the device
-/// decides what that means.
+/// A device with I/O ports. `size` is 1, 2 or 4 bytes; an access may extend beyond the claimed range; the device
+/// defines the result.
 class PortDevice {
   public:
     virtual u32 in(u16 port, unsigned size) = 0;
@@ -17,7 +17,7 @@ class PortDevice {
     ~PortDevice() = default;
 };
 
-/// An interrupt line into the controllers.
+/// An interrupt line to the interrupt controllers.
 class IrqLine {
   public:
     virtual void set(bool level) = 0;
@@ -30,7 +30,8 @@ class PortBus {
   public:
     static constexpr usize max_ranges = 32;
 
-    /// `device` lives as long as the bus. Error{exhausted} or Error{busy}: no room, or the ports are somebody else's.
+    /// `device` lives as long as the bus. Error{exhausted}: no free entry. Error{busy}: another device has claimed one
+    /// of the ports.
     Result<void> claim(u16 first, u16 count, PortDevice& device, std::string_view name) {
         if (count_ == max_ranges) {
             return Error{Code::exhausted, "no more ranges of I/O ports can be claimed"};

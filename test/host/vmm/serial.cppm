@@ -1,11 +1,11 @@
-// A 16550A UART that never makes anybody wait: whatever is written is out at once [16550: National PC16550D, §8].
+// A 16550A UART whose transmitter is always empty: each byte is output immediately [16550: National PC16550D, §8].
 export module vmm.serial;
 import core.std;
 import vmm.ports;
 
 export namespace fl::vmm {
 
-/// Where the bytes go.
+/// Receives the transmitted bytes.
 class SerialSink {
   public:
     virtual void put(char byte) = 0;
@@ -22,7 +22,7 @@ class Serial final : public PortDevice {
 
     u32 in(u16 port, unsigned size) override;
     void out(u16 port, unsigned size, u32 value) override;
-    /// A byte from outside; false: the receiver is full (16 bytes), and it has to be offered again.
+    /// Adds a received byte. False: the receiver is full (16 bytes); retry later.
     bool receive(char byte);
 
   private:
@@ -37,11 +37,11 @@ class Serial final : public PortDevice {
     IrqLine& line_;
     u16 divisor_ = 12;
     u8 enable_ = 0;       // IER: 1 received data, 2 transmitter empty
-    u8 line_control_ = 0; // LCR: bit 7 shows the divisor
+    u8 line_control_ = 0; // LCR: bit 7 selects the divisor
     u8 modem_control_ = 0;
     u8 scratch_ = 0;
     bool fifo_ = false;
-    bool empty_pending_ = false; // "transmitter empty" has not been seen in IIR yet
+    bool empty_pending_ = false; // "transmitter empty" has not been read from IIR yet
     bool raised_ = false;
     std::array<char, 16> received_{};
     unsigned received_from_ = 0;

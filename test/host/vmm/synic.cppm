@@ -1,4 +1,4 @@
-// The host's half of SynIC: message slots and event flags in the guest's pages, interrupts through KVM's routes
+// The host's side of SynIC: message slots and event flags in the guest's pages, interrupts through KVM's routes
 // [hv-tlfs §11].
 export module vmm.synic;
 import host.std;
@@ -12,7 +12,7 @@ export namespace fl::vmm {
 struct MessageHeader {
     u32 type;        // 0: the slot is free
     u8 payload_size; // bytes, at most 240
-    u8 flags;        // bit 0: another message waits
+    u8 flags;        // bit 0: another message is pending
     u16 reserved;
     u64 origin; // port or partition
 };
@@ -25,7 +25,7 @@ inline constexpr u64 event_flags_size = 256; // bytes per SINT: 2048 flags
 inline constexpr u32 sint_count = 16;
 inline constexpr u64 page_enabled = 1; // SIMP, SIEFP, SCONTROL: bit 0
 
-/// Who hears that a guest has freed a message slot.
+/// Notified when the guest has freed a message slot.
 class EndOfMessage {
   public:
     virtual void end_of_message(u32 processor, u8 sint) = 0;
@@ -43,18 +43,18 @@ class Synic {
     Synic(Kvm& kvm, const GuestMemory& memory, u32 processors);
     ~Synic();
 
-    /// What a SynIC exit of KVM says: the registers SCONTROL, SIEFP, SIMP as the guest has them now. Any thread.
+    /// Handles KVM's SynIC exit: the new values of SCONTROL, SIEFP, SIMP. Any thread.
     void registers(u32 processor, u64 control, u64 event_page, u64 message_page);
-    /// A message into the slot of `sint` (at most 240 bytes); `busy`: its pending bit is set, and service() reports the
-    /// end of the message.
+    /// Writes a message (at most 240 bytes) to the slot of `sint`. `busy`: its pending bit is set, and service()
+    /// reports the end of the message.
     Posted post(u32 processor, u8 sint, u32 type, std::span<const std::byte> payload);
-    /// Sets flag 0 to 2047 of `sint`; interrupts when it was clear, or `always`.
+    /// Sets flag 0 to 2047 of `sint`; interrupts if it was clear, or if `always`.
     Flagged set_event(u32 processor, u8 sint, u16 flag, bool always);
 
-    /// The descriptor that becomes readable when a guest has acknowledged a message somebody waits behind: for the I/O
-    /// thread's epoll.
+    /// A descriptor for the I/O thread's epoll: readable when the guest has acknowledged a message for whose slot a
+    /// sender waits.
     int acknowledged() const { return acknowledged_.number(); }
-    /// After that: tells who waits about the slots that are free.
+    /// To be called then: reports the freed slots to `listener`.
     void service(EndOfMessage& listener);
 
     u64 interrupts() const { return interrupts_; }
@@ -63,7 +63,7 @@ class Synic {
   private:
     struct Line {
         SintRoute route; // raises the interrupt
-        // the same SINT again, with a higher number, for acknowledgements: KVM reports those to the last route
+        // a second route of the same SINT, with a higher GSI, for acknowledgements: KVM reports those to the last route
         SintRoute listener;
         Descriptor event;
         Descriptor unused; // the listener's own trigger, never signalled
@@ -71,7 +71,7 @@ class Synic {
         bool waiting = false;
     };
     struct Processor {
-        // Written by the processor's own thread under mutex_, read under mutex_ by whoever delivers.
+        // Written by the processor's own thread under mutex_, read under mutex_ by the delivering thread.
         u64 control = 0, event_page = 0, message_page = 0;
         std::array<std::unique_ptr<Line>, sint_count> lines;
     };

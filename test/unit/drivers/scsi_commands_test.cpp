@@ -193,7 +193,7 @@ class ScsiJudge : public testing::TestWithParam<SenseCase> {
             c.expired = expired;
             const char verdict = letter(unit.judge(c, {}, response, "sda"));
             result += verdict;
-            // a delayed retry logs nothing; everything else logs a line
+            // a delayed retry logs nothing; all others log a line
             EXPECT_EQ(log.text.view().empty(),
                       verdict == 'L' || verdict == 'l' || verdict == 'O' || verdict == 'T' || verdict == 't')
                 << verdict << ": " << log.text.view();

@@ -144,7 +144,7 @@ TEST(Packets, ATrailerIsNotLookedAt) {
     Ring ring;
     auto receiver = *PacketReceiver<HostileMemory>::create(ring.memory(), buffer);
     ring.bytes(0, {6, 2, 2, 0});
-    ring.state.poke<u32>(4096 + 20, 0x1000); // starts at 0, but the trailer says 0x1000
+    ring.state.poke<u32>(4096 + 20, 0x1000); // the packet starts at 0, but its trailer contains 0x1000
     ring.set(0, 24);
     Packet packet;
     const auto got = receiver.receive(packet);

@@ -229,7 +229,7 @@ TEST_F(XenConsole, AReaderThatComesLateGetsTheEnd) {
 
 TEST_F(XenConsole, AReadersPositionIsNotBelieved) {
     open();
-    // far off; ahead of the guest; more than a ring behind
+    // far out of range; ahead of the guest; more than a ring's size before it
     for (const u32 position : {0x12345678u, 0xfffffe01u, 0xfffff5ffu}) {
         xen.console_word(3080) = position;
         ring.write("x\n");
@@ -248,7 +248,7 @@ TEST_F(XenConsole, GoesOnAtAnotherAddressAndBehindALoadersText) {
     std::memcpy(xen.console_page + 1024 + 0xfffffe00 % 2048, "boot:", 5);
     open();
     ring.write("one\n");
-    std::array<std::byte, 4096> elsewhere; // stands for the same page at another address
+    std::array<std::byte, 4096> elsewhere; // the same page at another address
     std::memcpy(elsewhere.data(), xen.console_page, 4096);
     alignas(8) static std::array<std::byte, 4096> aligned;
     aligned = elsewhere;
