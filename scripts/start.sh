@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it, with their own path in $self: finds Python, installs it if it may, and becomes the command of that name.
+# Sourced by the scripts in this folder, with their own path in $self: finds Python, installs it if allowed, and executes the command of that name.
 here=$(dirname -- "$self")
 if [ ! -x /usr/bin/python3 ] || ! /usr/bin/python3 -c 'import argparse, json' 2>/dev/null; then
     if [ "$(id -u)" = 0 ]; then

@@ -1,4 +1,4 @@
-"""python3 scripts/firstlight COMMAND …: what the scripts of the same names call."""
+"""python3 scripts/firstlight COMMAND …: entry point of the scripts of the same names."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def main() -> int:
         print(f"scripts/{name}: {paths.explain(error)}", file=sys.stderr)
         return Exit.ERROR
     except Exception:
-        # Python's own exit status would be 1, which says that a test was tried and failed.
+        # Python's own exit status would be 1, which means that a test failed.
         traceback.print_exc()
         print(f"scripts/{name}: a fault of the script itself, see above", file=sys.stderr)
         return Exit.ERROR

@@ -1,7 +1,7 @@
-"""apt with a state of its own: newer packages from the distribution's own mirror, nothing of the machine changed.
+"""apt with a private state: newer packages from the distribution's own mirror, without changes to the machine.
 
-A private folder holds the sources, the lists and the archives. The sources are written from the machine's own
-configuration: the entries of the distribution itself (never a third party's), and the backports beside them.
+A private folder holds the sources, the lists and the archives. The sources are derived from the machine's own
+configuration: the entries of the distribution itself (never a third party's), and the backports besides them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FRESH_SECONDS = 24 * 3600
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One entry of sources.list(5), as far as it matters here."""
+    """One entry of sources.list(5): the fields used here."""
 
     uris: tuple[str, ...]
     suites: tuple[str, ...]
@@ -87,7 +87,7 @@ def machine_sources(etc: Path = Path("/etc/apt")) -> list[Source]:
 
 
 def own_sources(sources: Iterable[Source], codename: str) -> list[Source]:
-    """The distribution's own entries. A third party may name its suite like the distribution, but signs with another key."""
+    """The distribution's own entries. A third party may use the distribution's suite names, but signs with another key."""
     family = re.compile(rf"{re.escape(codename)}(-updates|-security|-backports)?(/updates)?$")
     own = []
     for source in sources:
@@ -105,7 +105,7 @@ def own_sources(sources: Iterable[Source], codename: str) -> list[Source]:
 
 
 def of_suite(own: Iterable[Source], codename: str, suite: str) -> list[Source]:
-    """The same entries for another release of the distribution, without what is not for every release."""
+    """The same entries for another release of the distribution, without the suites that not every release has."""
     found = []
     for source in own:
         suites = tuple(name.replace(codename, suite, 1) for name in source.suites if not name.endswith("-backports"))
@@ -132,14 +132,14 @@ def render_sources(own: Iterable[Source], codename: str, backports: bool, compon
 
 
 class Apt:
-    """apt-get and apt-cache on the private state."""
+    """apt-get and apt-cache with the private state."""
 
     def __init__(
         self, codename: str, backports: Sequence[str] = (), components: Sequence[str] = ("main",), variant: str = "", suite: str = ""
     ) -> None:
-        """`variant` names a state beside the usual one; `suite`: another release of the distribution, from the same mirrors."""
+        """`variant`: a separate state besides the usual one; `suite`: another release of the distribution, from the same mirrors."""
         self.root = paths.cache() / "apt" / (f"{codename}-{variant}" if variant else codename)
-        self.archives = paths.cache() / "apt" / (suite or codename) / "archives"  # one for all states: what is fetched once stays
+        self.archives = paths.cache() / "apt" / (suite or codename) / "archives"  # shared by all states: each archive is fetched once
         self.codename = codename
         self.suite = suite
         self.backports = tuple(backports)
@@ -155,7 +155,7 @@ class Apt:
             "Dir::State::Lists": root / "lists",
             "Dir::Cache": root,
             "Dir::Cache::Archives": root / "archives",
-            # Container images switch these off, and then every question reads all lists anew.
+            # Container images disable these; then each query reads all lists again.
             "Dir::Cache::pkgcache": root / "pkgcache.bin",
             "Dir::Cache::srcpkgcache": "",
             "APT::Sandbox::User": "root",  # the folder may be under a home that apt's own user cannot enter
@@ -164,14 +164,14 @@ class Apt:
             "Acquire::http::Timeout": "30",
             "Acquire::Languages": "none",
             "DPkg::Lock::Timeout": "120",
-            "APT::Update::Error-Mode": "any",  # otherwise an update that fetched nothing ends with 0
+            "APT::Update::Error-Mode": "any",  # otherwise an update that fetched nothing exits with 0
         }
         return [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
 
     def refresh(self, force: bool = False) -> None:
         """Write the sources and fetch the lists, unless that was done within a day; with `force` in any case.
 
-        That it was done is remembered only after the lists have been seen.
+        The time is stored only after the lists have been checked to exist.
         """
         with process.alone(self.root / "refresh.lock", "package lists"):
             self.refresh_alone(force)
@@ -209,7 +209,7 @@ class Apt:
         paths.write_whole(stamp, sources + preferences)
 
     def lists_missing(self) -> list[str]:
-        """The suites without which nothing can be found, and of which no list of packages is there."""
+        """The required suites of which no list of packages exists."""
         done = self.get("indextargets", "--format", "$(RELEASE) $(FILENAME)", "Created-By: Packages", timeout=60, check=False)
         there = {suite for suite, _, file in (line.partition(" ") for line in done.stdout.splitlines()) if file and os.path.isfile(file)}
         wanted = [self.suite or self.codename, *([f"{self.codename}-backports"] if self.backports else [])]
@@ -228,7 +228,7 @@ class Apt:
         ).stdout
 
     def candidates(self, names: Iterable[str]) -> dict[str, str]:
-        """The version of each package that would be taken. Packages without one are left out."""
+        """The version of each package that apt would install. Packages without a candidate are left out."""
         found: dict[str, str] = {}
         name = ""
         for line in self.ask("policy", *names).splitlines():
@@ -239,7 +239,7 @@ class Apt:
         return found
 
     def newest(self, pattern: str) -> str:
-        """The name of the package with the highest version among those whose whole name matches."""
+        """The package with the highest version among those whose whole name matches."""
         names = [name for name in self.ask("pkgnames", pattern.split("[")[0].split("\\")[0]).split() if re.fullmatch(pattern, name)]
         versions = self.candidates(names) if names else {}
         if not versions:
@@ -262,7 +262,7 @@ class Apt:
         return sorted(known)
 
     def download(self, versions: dict[str, str], into: Path) -> list[Path]:
-        """Fetch exactly these, keep what is already there."""
+        """Fetch exactly these versions; archives already present are kept."""
         into.mkdir(parents=True, exist_ok=True)
         with process.alone(into / "download.lock", "download"):
             self.download_alone(versions, into)
@@ -273,7 +273,7 @@ class Apt:
         return [path for path in found.values() if path]
 
     def download_alone(self, versions: dict[str, str], into: Path) -> None:
-        """An archive comes under its name when it is whole. One that is there and is not what the lists say (cut short, damaged) is fetched again."""
+        """An archive gets its final name only when complete. A present one that does not match the lists (truncated, damaged) is fetched again."""
         for left in into.glob("fetching-*"):
             shutil.rmtree(left, ignore_errors=True)
         facts = self.facts(versions)
@@ -302,7 +302,7 @@ class Apt:
             raise Problem(f"Packages could not be fetched: {reason(done.stdout)}. What came is kept; run the same command again.", Exit.MISSING)
 
     def facts(self, versions: dict[str, str]) -> dict[str, tuple[int, str]]:
-        """Size and SHA-256 of the archives, as the signed lists have them."""
+        """Size and SHA-256 of the archives, from the signed lists."""
         found: dict[str, tuple[int, str]] = {}
         for paragraph in self.ask("show", *(f"{name}={version}" for name, version in versions.items())).split("\n\n"):
             fields = dict(re.findall(r"^(Package|Version|Size|SHA256): (\S+)$", paragraph, re.M))
@@ -319,7 +319,7 @@ def intact(path: Path, size: int, digest: str) -> bool:
 
 
 def reason(output: str) -> str:
-    """What apt says went wrong, in one line: the first of its errors with a cause in it."""
+    """apt's error in one line: the first of its errors that names a cause."""
     said = [line[3:].strip() for line in output.splitlines() if line.startswith(("E: ", "W: "))]
     causes = [line for line in said if not line.startswith("Some index files failed") and not line.startswith("Unable to fetch some")]
     return (causes or said or ["apt gave no reason"])[0].rstrip(".")
@@ -338,5 +338,5 @@ def archive(folder: Path, name: str, version: str) -> Path | None:
 
 
 def natural(version: str) -> list[tuple[int, str]]:
-    """A sorting key: numbers by value. Enough for versions of one package from one archive."""
+    """A sorting key: numbers by value. Sufficient for versions of one package from one archive."""
     return [(int(number), text) for number, text in re.findall(r"(\d+)|(\D+)", version) for number in [number or "-1"]]

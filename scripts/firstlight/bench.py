@@ -1,4 +1,4 @@
-"""scripts/bench: what the synthetic disk is worth against the emulated one, and our kernel against Linux, in one start of the lab."""
+"""scripts/bench: compares synthetic with emulated disks, and this kernel with Linux, in one start of the lab."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .records import Verdict
 from .workloads import Chosen, Side
 
 DISK_BYTES = 64 << 20
-# Written once before anything is measured: a page that tmpfs has never seen costs more than one it has.
+# Write each page once before measuring: the first write to a page of tmpfs costs more than later ones.
 DISK_CONTENT = "pattern"
 FIO_MORE = 5
 
@@ -49,11 +49,11 @@ CONFLICTS = (
     Conflict(("seed",), "is what the starts of several runs follow from: use it with --runs 2 or more", lambda options: options.runs == 1),
     Conflict(("wall", "lab"), "--lab never measures on this machine's own KVM, always in wall-clock time: leave out --wall", lambda options: options.lab == "never"),
 )
-OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks")  # of the kernel's command line, which the jobs set
+OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks")  # words of the kernel's command line that the jobs set
 
 
 def check(options) -> list[Chosen]:
-    """The jobs that are asked for. Whatever is wrong with the options is found here, before anything is fetched or built."""
+    """The selected jobs. Invalid options are reported here, before anything is fetched or built."""
     demand_agreement(options, CONFLICTS)
     for pattern in options.only:
         if not workloads.choose([pattern]):
@@ -117,24 +117,24 @@ def main(words: list[str]) -> Exit:
 
 
 def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
-    """All runs of one comparison, printed; of each job the run with the median IOPS."""
+    """All runs of one comparison, printed; for each job the run with the median IOPS."""
     sides = sides_of(chosen)
     machines = guests(sides, chosen, options)
-    # Only the lab counts instructions: a KVM of this machine's own is taken for wall-clock time, or where it is asked for.
+    # Only the lab counts instructions: this machine's own KVM is used for wall-clock time, or if requested.
     forced = "always" if options.lab == "auto" and not options.wall else options.lab
     where = launch.place(machines[0].kind, ready, forced)
     mode = "wall" if options.wall or not where.nested else "deterministic"
     reason = where.reason if forced == options.lab or machines[0].kind.domain else "nested lab, where instructions can be counted"
     launch.warn(f"{chosen.comparison}: {reason}; {mode} time")
-    stated = versions(ready, machines[0].kind, where.nested)  # now, while the checkout is what was built
+    stated = versions(ready, machines[0].kind, where.nested)  # now, while the checkout is still what was built
     runs: list[list[dict]] = []
     service: dict[str, list[float]] = {}
     for number in range(options.runs):
         launch.warn(f"run {number + 1} of {options.runs}")
-        # One run alone begins as it always did: it is for what is counted, not for what depends on the start.
+        # A single run is not perturbed: it is for exact counts, which do not depend on the start.
         this = workloads.perturbed(chosen, options.seed, number, options.runs, service) if options.runs > 1 else chosen
         machines = guests(sides, this, options)
-        # One place for all: a KVM that does for one side may lack what the other needs.
+        # One place for all machines: a KVM sufficient for one side may lack what the other needs.
         runs.append(measure(ready, this, machines, mode, "always" if where.nested else options.lab, options))
         service = service_times(runs[-1])
     jobs = report.median_run(runs) if options.runs > 1 else runs[0]
@@ -170,7 +170,7 @@ def guests(sides: Sequence[Side], chosen: Chosen, options) -> list[Machine]:
 
 
 def service_times(jobs: Sequence[dict]) -> dict[str, list[float]]:
-    """What an I/O of our own took on each disk, in nanoseconds, by the label of the workload."""
+    """Time of one of this kernel's I/Os on each disk, in nanoseconds, by the label of the workload."""
     found: dict[str, list[float]] = {}
     for job in jobs:
         if report.iops(job) and not job["firstlight"]["driver"].startswith("linux-"):
@@ -180,7 +180,7 @@ def service_times(jobs: Sequence[dict]) -> dict[str, list[float]]:
 
 
 def versions(ready: lab.Lab, kind: Platform, nested: bool) -> dict[str, str]:
-    """What the figures depend on beside this kernel's code: they stand over each table and in the JSON."""
+    """Versions that the figures depend on besides this kernel's code; printed above each table and stored in the JSON."""
     xen = xenlab.find() if kind.domain else None
     packages = {name.rpartition("/")[2]: version for name, version in (xen or ready).versions.items()}
     lab_kernel = next(name.removeprefix("linux-image-") for name in packages if name.startswith("linux-image-"))
@@ -193,7 +193,7 @@ def versions(ready: lab.Lab, kind: Platform, nested: bool) -> dict[str, str]:
 
 
 def revision() -> str:
-    """The checkout's commit; a source tree without git, or a machine without it, is measured all the same."""
+    """The checkout's commit; empty for a source tree without git, or a machine without it."""
     try:
         found = process.run(["git", "-C", paths.REPOSITORY, "describe", "--always", "--dirty"], timeout=20, check=False, what="git describe")
     except Problem:
@@ -202,7 +202,7 @@ def revision() -> str:
 
 
 def images(side: Side) -> list[DiskSpec]:
-    # Under the real Xen a RAM disk of dom0's: a file there would have the time of its kernel's threads in it.
+    # Under the real Xen, a RAM disk of dom0: I/O on a file would include the time of its kernel threads.
     backing = "ram" if PLATFORMS[side.platform].domain else ""
     return [DiskSpec(bus, DISK_BYTES, content=DISK_CONTENT, backing=backing) for bus in side.attached]
 
@@ -222,7 +222,7 @@ def main_machine(side: Side, chosen: Chosen, options) -> Machine:
 
 def linux_machine(side: Side, chosen: Chosen, bins: bool) -> Machine:
     disks = [disk for disk in side.disks if disk in chosen.disks]
-    # fio counts milliseconds: on a disk that is done with our count within some tens of them it does more.
+    # fio's time limit is in milliseconds: on a disk that completes our count within tens of them it does more I/Os.
     more = FIO_MORE if any(workloads.KINDS[disk] == "synthetic" for disk in disks) else 1
     wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count * more, "mix": 70, "seed": w.seed, "startdelay": w.startdelay} for w in chosen.workloads]
     script = yardstick.script(disks, wanted, PLATFORMS[side.platform].marks, bins)
@@ -230,10 +230,10 @@ def linux_machine(side: Side, chosen: Chosen, bins: bool) -> Machine:
 
 
 def progress(total: int, asked: Sequence[workloads.Workload]):
-    """Tells on stderr what has been measured, as the records and fio's results arrive."""
+    """Prints on stderr what has been measured, as the records and fio's results arrive."""
     begin = time.monotonic()
     done = 0
-    linux: list[str] = []  # the lines of the run of fio that is under way
+    linux: list[str] = []  # output lines of the current run of fio
 
     def live(name: str, line: str) -> None:
         nonlocal done
@@ -261,7 +261,7 @@ def progress(total: int, asked: Sequence[workloads.Workload]):
 
 
 def linux_line(lines: Sequence[str], asked: Sequence[workloads.Workload]) -> str:
-    """What one run of fio reached. Whether it is good is judged when all have ended."""
+    """The result of one run of fio. Whether it is valid is judged when all have ended."""
     try:
         ((disk, driver, number, found),) = yardstick.results("\n".join(lines))
         workload = asked[number]
@@ -314,7 +314,7 @@ def our_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
 
 
 def demand_phases(boot: launch.Boot, expected: int) -> None:
-    """A host that takes marks has counted every workload."""
+    """A host that takes marks must have counted every workload."""
     if not boot.machine.kind.marks:
         return
     wrong = [line for line in boot.log.malformed if line.startswith(records.PHASE)]

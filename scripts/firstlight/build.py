@@ -1,4 +1,4 @@
-"""Configures and builds by the presets of CMakePresets.json. A failure is a Problem: nothing old gets tested."""
+"""Configures and builds with the presets of CMakePresets.json. A failure is a Problem: no outdated build is tested."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def preset(name: str, target: str = "") -> None:
 
 
 def configure(name: str, source: Path) -> None:
-    """What a configuration that failed, or one of a checkout that has been moved, has left behind is not built upon."""
+    """Configures. The remains of a failed configuration, or of one of a moved checkout, are removed first."""
     command = ["cmake", "--preset", name]
     kept = paths.BUILD / name / "CMakeCache.txt"
-    unfinished = kept.with_name("unfinished")  # there from the beginning of a configuration to its good end
+    unfinished = kept.with_name("unfinished")  # exists from the beginning of a configuration to its successful end
     home = re.search(r"^CMAKE_HOME_DIRECTORY:INTERNAL=(.*)$", kept.read_text(errors="replace"), re.M) if kept.is_file() else None
     if kept.is_file() and (unfinished.exists() or not home or home[1] != str(source)):
         command.append("--fresh")
@@ -41,7 +41,7 @@ def configure(name: str, source: Path) -> None:
 
 
 def watched(command: list[str], what: str, folder: Path) -> None:
-    """Runs a build to its end and tells every few seconds how far it is; the output is shown if it fails."""
+    """Runs a build and prints its progress every few seconds; the output is shown if it fails."""
     lines: list[str] = []
     told = time.monotonic()
     late = False
@@ -75,7 +75,7 @@ def watched(command: list[str], what: str, folder: Path) -> None:
 
 
 def test_host() -> None:
-    """The machine monitor of the platform hyperv."""
+    """The virtual machine monitor of the platform hyperv."""
     print("build: test host", file=sys.stderr, flush=True)
     preset("host", target="firstlight_testhost")
     if not paths.TEST_HOST.is_file():
@@ -83,7 +83,7 @@ def test_host() -> None:
 
 
 def host_modules() -> None:
-    """The modules of the kernel that run on this machine, which clang-tidy reads."""
+    """The kernel's modules as built for this machine, which clang-tidy reads."""
     preset("host", target="firstlight_host")
 
 

@@ -1,6 +1,6 @@
-"""The suite `checks` of scripts/test: what can be said of the sources without building them.
+"""The suite `checks` of scripts/test: checks of the sources that need no build.
 
-Each check is a function of a Tree that returns a Finding: what is wrong, a line each; none passes. A note says what could not be looked at.
+Each check is a function of a Tree that returns a Finding: one line per fault; none passes. A note says what could not be checked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .vmtests import Result
 
 SUITE = "checks"
 SECONDS = 240
-SHOWN = 40  # complaints of one check
+SHOWN = 40  # faults found by one check
 
 SOURCES = (".cpp", ".cppm", ".hpp")
 FORMATTER = "clang-format-19"
@@ -34,12 +34,12 @@ COLUMNS = 120
 
 # Commits up to this one are older than the rule for subjects.
 COMMITS_AFTER = "0399b4894583fcf1552e69b6f611a4964e1acffe"
-# Later ones that were published before this check existed.
+# Later ones, published before this check existed.
 COMMITS_ALLOWED = ("7fca064c2cba60207e4c77434b4e1e2d8b50c792",)
 SUBJECT = 72
-NAME = r"(?:[a-z0-9_]+(?:[./-][a-z0-9_]+)*|[A-Z]{4,})"  # of a module, or of a document such as README
+NAME = r"(?:[a-z0-9_]+(?:[./-][a-z0-9_]+)*|[A-Z]{4,})"  # prefix of a module, or of a document such as README
 MODULE = re.compile(rf"{NAME}(, {NAME})*")
-# What a subject that is no imperative begins with, as a rule.
+# Usual first words of a subject that is not an imperative.
 NO_VERBS = frozenset(
     "a an the this that these those some any no not all each every what which who where when why how if as it its they we i you is are was were be been has have had "
     "of for from to in on at by with without and or but new more less now also then there".split()
@@ -47,10 +47,10 @@ NO_VERBS = frozenset(
 ENDINGS = re.compile(r"[a-z]{3,}(ed|ing|ies)|[a-z]+[a-z][bcdfgklmnprtvwxyz]s|[a-z]+(sh|ch|ss|x|t|v|d|g|k|c|n|l|r|z)es")
 VERBS = frozenset("need feed seed exceed proceed embed shed bring ring string sing wing spring focus bias alias canvas pass miss press".split())
 
-# Names in paths that mean any name, as in hv/NAME.cppm.
+# Placeholders in paths, as in hv/NAME.cppm.
 PLACEHOLDERS = re.compile(r"[A-Z][A-Z_]+|acme|<[a-z]+>|…")
 SUFFIXES = (*SOURCES, ".py", ".md", ".toml", ".cmake", ".S", ".ld", ".sh", ".asl", ".txt", ".json", ".svg")
-# Written by the build or by the scripts, or on other machines: not of the repository.
+# Written by the build or by the scripts, or on other machines: not part of the repository.
 ELSEWHERE = re.compile(r"/|~|build/|.*\.elf$|(result|map|cmdline|xen)\.(json|txt|log)$")
 
 
@@ -61,13 +61,13 @@ class Finding:
 
 
 class Tree:
-    """The files of the repository: what git tracks, or where there is no git (a release's archive) what lies there and is not hidden or built."""
+    """The files of the repository: those tracked by git, or, without git (a release's archive), all that are neither hidden nor built."""
 
     def __init__(self, root: Path = paths.REPOSITORY) -> None:
         self.root = root
 
     def git(self, *words: str) -> str:
-        """Ownership is not asked about: a checkout in a container belongs to somebody else."""
+        """git without its ownership check: a checkout in a container may belong to another user."""
         done = process.run(["git", "-c", "safe.directory=*", "-C", self.root, *words], timeout=60, check=False)
         if done.returncode:
             raise Problem(f"git {' '.join(words)}: {process.tail(done.stdout, 2)}.", Exit.ERROR)
@@ -75,7 +75,7 @@ class Tree:
 
     @functools.cached_property
     def without_git(self) -> str:
-        """Why git cannot be asked; empty: it can."""
+        """Why git cannot be used; empty: it can."""
         if not (self.root / ".git").exists():
             return "this is no git checkout"
         return "" if shutil.which("git") else "git is not installed"
@@ -101,7 +101,7 @@ class Tree:
 
 
 def formatted(tree: Tree) -> Finding:
-    """clang-format has nothing to change."""
+    """clang-format would change nothing."""
     if not shutil.which(FORMATTER):
         return Finding([f"{FORMATTER} is not installed. Run: sudo apt-get install --no-install-recommends {FORMATTER}, or sudo scripts/setup."])
     names = tree.of(*SOURCES)
@@ -117,7 +117,7 @@ def formatted(tree: Tree) -> Finding:
 
 
 def columns(tree: Tree) -> Finding:
-    """No line of a C++ file is too long: comments are not wrapped by clang-format."""
+    """No line of a C++ file is too long: clang-format does not wrap comments."""
     return Finding([
         f"{name}:{number}: {len(line)} columns, at most {COLUMNS} expected"
         for name in tree.of(*SOURCES) for number, line in enumerate(tree.read(name).splitlines(), 1) if len(line) > COLUMNS
@@ -125,7 +125,7 @@ def columns(tree: Tree) -> Finding:
 
 
 def subject_fault(subject: str) -> str:
-    """What is wrong with the subject of a commit; empty: nothing."""
+    """The fault in a commit's subject; empty: none."""
     if len(subject) > SUBJECT:
         return f"{len(subject)} characters, at most {SUBJECT} expected"
     module, colon, text = subject.partition(": ")
@@ -142,7 +142,7 @@ def subject_fault(subject: str) -> str:
 
 
 def commits(tree: Tree, after: str = COMMITS_AFTER, allowed: Iterable[str] = COMMITS_ALLOWED) -> Finding:
-    """The subjects of the commits since the rule exists."""
+    """The subjects of the commits since the rule was introduced."""
     if tree.without_git:
         return Finding(note=f"{tree.without_git}: no commits to look at")
     shallow = tree.git("rev-parse", "--is-shallow-repository").strip() == "true"
@@ -168,11 +168,11 @@ def commits(tree: Tree, after: str = COMMITS_AFTER, allowed: Iterable[str] = COM
 
 @dataclasses.dataclass
 class Page:
-    """A Markdown file, taken apart."""
+    """A parsed Markdown file."""
 
     prose: list[tuple[int, str]]  # lines outside of fences, code spans blanked out
     spans: list[tuple[int, str]]  # code spans outside of fences
-    fences: list[tuple[int, str, list[str]]]  # line of the first line within, language, lines
+    fences: list[tuple[int, str, list[str]]]  # number of the first line inside, language, lines
     anchors: set[str]
 
 
@@ -205,13 +205,13 @@ def page(text: str) -> Page:
 
 
 def anchor(heading: str) -> str:
-    """A heading's anchor, as GitHub makes it."""
+    """A heading's anchor, as GitHub generates it."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
     return re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
 
 
 def links(tree: Tree) -> Finding:
-    """Each relative link in *.md leads to a file of the repository, and its anchor to a heading there."""
+    """Each relative link in *.md refers to an existing file of the repository, and its anchor to a heading."""
     faults = []
     pages = {name: page(tree.read(name)) for name in tree.of(".md")}
     for name, own in pages.items():
@@ -247,7 +247,7 @@ def resolve(folder: PurePosixPath, file: str) -> str:
 
 
 def named(tree: Tree) -> Finding:
-    """Each path in backquotes in *.md that looks like one of this repository's is there. Paths may begin at its root, in src/, beside the page, or be a file's name."""
+    """Each path in backquotes in *.md that looks like one of this repository's exists, relative to its root, to src/ or to the page, or as a file name."""
     tops = {folder for folder in tree.folders if folder != "." and "/" not in folder} | {folder[4:] for folder in tree.folders if folder.startswith("src/") and folder.count("/") == 1}
     every = sorted({*tree.files, *tree.folders})
     last = {PurePosixPath(name).name for name in every}
@@ -265,7 +265,7 @@ def named(tree: Tree) -> Finding:
                     continue
                 pattern = PLACEHOLDERS.sub("*", plain)
                 if pattern.startswith("*-") or pattern.startswith("*/"):
-                    continue  # in a folder of the reader's
+                    continue  # in one of the reader's folders
                 there = [pattern, f"src/{pattern}", f"{beside}/{pattern}"] + ([] if "/" in plain else [f"*/{pattern}"])
                 if plain in every or f"src/{plain}" in every or ("/" not in plain and plain in last):
                     continue
@@ -283,7 +283,7 @@ def braces(text: str) -> list[str]:
 
 
 def commands(tree: Tree) -> Finding:
-    """Each call of a script in a block of sh and in backquotes in *.md is one that the script's own declarations of options accept."""
+    """Each call of a script in a block of sh and in backquotes in *.md is accepted by the script's own option declarations."""
     faults = []
     for name in tree.of(".md"):
         own = page(tree.read(name))
@@ -292,7 +292,7 @@ def commands(tree: Tree) -> Finding:
                 for offset, line in joined(lines):
                     faults += [f"{name}:{number + offset}: {line.strip()}: {fault}" for fault in command_faults(tree, line)]
         for number, code in own.spans:
-            # In a sentence a call may name an option and leave out its value and the rest: its options are looked up only.
+            # In a sentence a call may name an option without its value and the rest: only its options are checked.
             if re.match(r"(\./)?scripts/[\w-]+( |$)", code):
                 script, *rest = code.removeprefix("./").split()
                 if "." not in script and script not in tree.folders:
@@ -302,7 +302,7 @@ def commands(tree: Tree) -> Finding:
 
 
 def joined(lines: list[str]) -> Iterator[tuple[int, str]]:
-    """Lines with those that a backslash continues."""
+    """Joins lines continued by a backslash."""
     begin, text = 0, ""
     for number, line in enumerate(lines):
         text, begin = (text + line, begin) if text else (line, number)
@@ -338,7 +338,7 @@ def command_faults(tree: Tree, line: str) -> list[str]:
 
 
 def declared(tree: Tree, script: str):
-    """The module with the declarations of a script's options; None: there is no such script."""
+    """The module that declares a script's options; None: no such script."""
     from .__main__ import COMMANDS
 
     command = script.removeprefix("scripts/")
@@ -355,7 +355,7 @@ def unknown_option(tree: Tree, script: str, words: list[str]) -> str:
 
 
 def call_fault(tree: Tree, script: str, words: list[str]) -> str:
-    """What a script would say against its words; nothing is run."""
+    """The error a script would report about its arguments; nothing is run."""
     module = declared(tree, script)
     if not module:
         return f"there is no {script}"
@@ -372,7 +372,7 @@ def call_fault(tree: Tree, script: str, words: list[str]) -> str:
 
 
 def figures(tree: Tree) -> Finding:
-    """docs/OUTPUT.md shows what scripts/outputs knows, and each figure in README's table of results is shown there."""
+    """The outputs in docs/OUTPUT.md are those known to scripts/outputs, and each figure in README's table of results appears there."""
     page_name = "docs/OUTPUT.md"
     if page_name not in tree.files:
         return Finding([f"there is no {page_name}"])

@@ -1,4 +1,4 @@
-"""gdb on a machine that runs here: QEMU's side, the command that starts gdb, and the test that drives it."""
+"""gdb on a machine that runs here: QEMU's options, the command that starts gdb, and a test of it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .problems import Exit, Problem
 from .vmtests import Result, wreck
 
 PORT = 1234
-SECONDS = 90.0  # for a session: OVMF takes some of them before it starts the kernel
+SECONDS = 90.0  # for a session: OVMF uses some of them before it starts the kernel
 
 
 def demand_free(port: int) -> None:
-    """A port that QEMU can listen on, or a Problem: QEMU itself would say so only after the person was told to start gdb."""
+    """A port that QEMU can listen on, or a Problem: QEMU would report the conflict only after the user was asked to start gdb."""
     if not 1 <= port <= 65535:
         raise Problem(f"--gdb-port {port}: a port from 1 to 65535 was expected.", Exit.USAGE)
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as QEMU does: a connection that has just ended is no hindrance
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as QEMU does: a connection that has just ended is no conflict
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
@@ -41,13 +41,13 @@ def qemu_words(port: int) -> list[str]:
 
 
 def symbols(kernel: Path) -> Path:
-    """The file with the symbols of the kernel that is booted."""
+    """The file with the symbols of the booted kernel."""
     beside = kernel.with_name(kernel.stem + ".debug.elf")
     return beside if beside.is_file() else kernel
 
 
 def command(kernel: Path, port: int) -> list[str]:
-    # The debug information names sources from the checkout's root: with --directory they are found from anywhere.
+    # The debug information names sources relative to the checkout's root: --directory finds them from any folder.
     return ["gdb", f"--directory={paths.REPOSITORY}", str(symbols(kernel)), "-ex", f"target remote localhost:{port}"]
 
 
@@ -57,7 +57,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# What is typed, each with a mark in front of what it prints.
+# The commands typed, each preceded by a mark in the output.
 TYPED = (
     "break fl::boot::kernel_start",
     "continue",
@@ -100,14 +100,14 @@ def demand_gdb() -> None:
 
 
 def session(words: Sequence[str]) -> tuple[int, str]:
-    """Starts a machine by scripts/run --gdb, carries out the command that it prints, and types; the machine's exit status and what gdb said."""
+    """Starts a machine by scripts/run --gdb, runs the printed command, and types; returns the machine's exit status and gdb's output."""
     demand_gdb()
     run = [sys.executable, str(paths.PACKAGE), "run", "--gdb", "--gdb-port", str(free_port()), "--no-build", *words]
     end = time.monotonic() + SECONDS
     with process.started(run, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as machine:
         printed = ""
         told = []
-        while not printed:  # it waits for no more than a lock; whoever holds that is bounded too
+        while not printed:  # it waits for a lock at most, and the holder's time is bounded too
             line = machine.stderr.readline()
             if not line:
                 raise Problem("scripts/run --gdb ended without a command for gdb:\n" + "".join(told))
@@ -116,7 +116,7 @@ def session(words: Sequence[str]) -> tuple[int, str]:
         typed = []
         for text in TYPED:
             typed += ["-ex", f"echo {MARK}{text}\\n", "-ex", text]
-        # Not in the checkout: the printed command is good anywhere.
+        # Not in the checkout: the printed command works from any folder.
         said = process.run(
             [*shlex.split(printed), "-nx", "-batch", "-ex", "set width 0", "-ex", "set height 0", *typed],
             timeout=max(1.0, end - time.monotonic()), check=False, cwd="/", what="gdb",
@@ -128,7 +128,7 @@ def session(words: Sequence[str]) -> tuple[int, str]:
 
 
 def parts(said: str) -> list[str]:
-    """What gdb printed after each command that was typed."""
+    """gdb's output of each command typed."""
     found = re.split(rf"^{re.escape(MARK)}(.*)\n", said, flags=re.M)
     if found[1::2] != list(TYPED):
         raise Problem(f"gdb carried out {found[1::2]}, {list(TYPED)} expected:\n{process.tail(said)}")
@@ -136,12 +136,12 @@ def parts(said: str) -> list[str]:
 
 
 def frames(backtrace: str) -> list[str]:
-    """The functions of a backtrace, the innermost first; ?? for one without a name."""
+    """The functions of a backtrace, innermost first; ?? for one without a name."""
     return re.findall(r"^#\d+ +(?:0x[0-9a-f]+ in )?(.+?) \(", backtrace, re.M)
 
 
 def complaints(said: str, entry: str, cpus: int, root: Path) -> list[str]:
-    """What is wrong with a session; empty if everything was as it must be."""
+    """Faults of a session; empty if there are none."""
     set_, stopped, listed, next_, stepped, trace, _, _, interrupted, inner, every = parts(said)
     faults = []
     where = re.match(r"Breakpoint 1 at 0x[0-9a-f]+: file (?:\./)?(src/\S+), line (\d+)\.$", set_.strip())
@@ -159,7 +159,7 @@ def complaints(said: str, entry: str, cpus: int, root: Path) -> list[str]:
     faults += ending("the backtrace of kernel_start", trace, entry, "fl::boot::kernel_start")
     if "interrupt_raised (" not in interrupted:
         faults.append(f"the machine did not stop at an interrupt: {interrupted.strip()[:200]}")
-    # Through the interrupted code, to where the processor began.
+    # Through the interrupted code, to the processor's entry point.
     faults += ending("the backtrace of an interrupt", inner, entry, "fl::boot::kernel_start")
     if not re.search(r"^#1 +<signal handler called>$", inner, re.M):
         # Without the mark the interrupted function is looked up one byte too low: ?? if it was at its first instruction.
@@ -181,7 +181,7 @@ def ending(what: str, trace: str, entry: str, through: str = "") -> list[str]:
 
 
 def every_name() -> tuple[list[str], str]:
-    """The functions of the kernel can be named as the source names them: one of five of those that are no template's is tried."""
+    """gdb finds the kernel's functions by their source names: one of five of the non-template ones is tried."""
     demand_gdb()
     gdb = ["gdb", "-nx", "-batch", str(paths.KERNEL_SYMBOLS.relative_to(paths.REPOSITORY)), "-ex", "set width 0"]
     said = process.run([*gdb, "-ex", "info functions -n ^fl::"], timeout=60, cwd=paths.REPOSITORY, what="gdb").stdout

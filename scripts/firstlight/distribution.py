@@ -1,4 +1,4 @@
-"""What each supported distribution calls what we need. The only place with package names."""
+"""Package names in each supported distribution. No other file has package names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BUILD_PACKAGES = {
     "python3-crcmod": "checking disk images from outside",
 }
 
-# What scripts/test needs beside them.
+# Needed by scripts/test besides them.
 TEST_PACKAGES = {
     "clang-tidy-19": "the check of the sources for faults that a compiler does not report",
     "clang-format-19": "the check of the format of the sources",
@@ -39,21 +39,21 @@ TEST_PACKAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Xen:
-    """What the Xen lab is made of."""
+    """The packages of the Xen lab."""
 
-    version: str  # in the names of the packages
-    emulator_codename: str  # the release whose QEMU runs Xen: 7.2, as later ones lose PVH guests (docs/decisions/0004-the-xen-lab.md)
+    version: str  # as in the names of the packages
+    emulator_codename: str  # the release whose QEMU runs Xen: 7.2, because later ones lose PVH guests (docs/decisions/0004-the-xen-lab.md)
 
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
     name: str
     codename: str
-    backports: tuple[str, ...]  # packages preferred from backports, as apt pins name them
+    backports: tuple[str, ...]  # packages preferred from backports, as in apt's pin names
     lab_kernel: str  # pattern of the kernel's package
     lab_kernel_extra: tuple[str, ...] = ()  # further packages with modules; {release} is the kernel's
     components: tuple[str, ...] = ("main",)
-    xen: Xen | None = None  # None: the Xen lab has never been tried with its packages
+    xen: Xen | None = None  # None: the Xen lab has not been tested with its packages
     build: dict[str, str] = dataclasses.field(default_factory=lambda: dict(BUILD_PACKAGES))
     tests: dict[str, str] = dataclasses.field(default_factory=lambda: dict(TEST_PACKAGES))
 
@@ -62,7 +62,7 @@ SUPPORTED = {
     ("debian", "12"): Distribution(
         "Debian 12",
         "bookworm",
-        # Debian 12's cmake has no modules, its QEMU no Xen emulation, its kernel no 6.12.
+        # Debian 12's cmake lacks modules, its QEMU lacks Xen emulation, and it has no kernel 6.12.
         backports=("cmake cmake-data", "qemu-* seabios ipxe-qemu", "linux-image-*"),
         lab_kernel=r"linux-image-6\.12\.[0-9]+\+deb12-amd64",
         xen=Xen("4.17", "bookworm"),
@@ -83,11 +83,11 @@ SUPPORTED = {
 LAB_PROGRAMS = ("qemu-system-x86",)
 LAB_FILES = ("qemu-system-common", "busybox-static", "qemu-system-data", "seabios", "ovmf")
 YARDSTICK_PROGRAMS = ("fio",)
-# dom0's programs; `mount` has losetup, and the device model (qemu-system-xen) must be of the same Xen.
+# dom0's programs; `mount` has losetup, and the device model (qemu-system-xen) must be of the same Xen version.
 XEN_PROGRAMS = ("xen-utils-{version}", "libxenmisc{version}", "xenstore-utils", "mount", "qemu-system-xen")
 XEN_FILES = ("xen-hypervisor-{version}-amd64", "busybox-static", "qemu-system-data")
 XEN_EMULATOR_PROGRAMS = ("qemu-system-x86",)
-XEN_EMULATOR_FILES = ("qemu-system-common", "qemu-system-data", "seabios")  # the first holds TCG
+XEN_EMULATOR_FILES = ("qemu-system-common", "qemu-system-data", "seabios")  # the first contains TCG
 
 
 def read_os_release(text: str) -> dict[str, str]:

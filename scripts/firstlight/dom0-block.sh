@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# What libxl calls for a disk that blkback serves, in place of Xen's own script (which needs bash and much more): tells the back end the device's number.
+# Called by libxl for a disk served by blkback, in place of Xen's own script (which needs bash and much more): gives the back end the device's number.
 export PATH=/xen/bin:/bin LD_LIBRARY_PATH=/lib
 [ "$1" = add ] || exit 0
 device=$(xenstore-read "$XENBUS_PATH/params")

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # The first process of the Xen lab's dom0: starts Xen's services, runs the guests under /jobs one after the other and powers off.
-# A guest's console goes to the second serial line. What this script says there itself begins a line with "@@lab TAG"; everything
+# A guest's console goes to the second serial line. Lines of this script itself begin with "@@lab TAG"; everything
 # between "begin" and "end" is the guest's own output. The first serial line has Xen's log, dom0's and xl's.
 /bin/busybox --install -s /bin
 export PATH=/sbin:/xen/bin:/bin LD_LIBRARY_PATH=/lib HOME=/
@@ -23,7 +23,7 @@ die() { say "broken $*"; sync; poweroff -f; }
 milliseconds() { read -r up rest < /proc/uptime; echo "${up%.*}${up#*.}0"; }
 . /jobs/common.sh
 
-# load LIST [PARAMETER...]: the modules of the file modules-LIST; the parameters are the last one's.
+# load LIST [PARAMETER...]: the modules of the file modules-LIST; the parameters are for the last one.
 load() {
     list=$1
     shift
@@ -47,7 +47,7 @@ until xenstore-exists / 2>/dev/null; do
     usleep 100000
 done
 xen-init-dom0 > /dev/null || die "xen-init-dom0 failed"
-# xenconsoled writes all that the guest of this name prints, in order, into this file: a FIFO, read by console() below.
+# xenconsoled writes the output of the guest of this name, in order, to this file: a FIFO, read by console() below.
 mkfifo /console/guest-firstlight.log
 xenconsoled --pid-file=/run/xenconsoled.pid --log=guest --log-dir=/console
 
@@ -67,13 +67,13 @@ bring_out() {
     dd if="$1" of=/dev/vda bs=1M seek="$2" conv=notrunc,fsync 2>/dev/null || die "$1: could not be copied out"
 }
 
-# pause_at_times: reads lines of two numbers of microseconds, and pauses the guest after the first for as long as the second says.
-# A guest that has shut down cannot be paused: then nothing is said, and the test that wanted it fails.
+# pause_at_times: reads lines of two numbers of microseconds, and after the first, pauses the guest for the second.
+# A guest that has shut down cannot be paused: then nothing is printed, and the test that requested it fails.
 pause_at_times() {
     while read -r delay length; do
         usleep "$delay"
         xl pause firstlight 2>/dev/null
-        # The output from before is passed on first: what comes before this mark was printed before the pause.
+        # Earlier output is passed on first: everything before this mark was printed before the pause.
         usleep 50000
         [ "$(xl list firstlight 2>/dev/null | awk 'NR == 2 && $5 ~ /p/ && $5 !~ /s/ { print "paused" }')" = paused ] && say "paused"
         usleep $((length - 50000))
@@ -81,13 +81,13 @@ pause_at_times() {
     done
 }
 
-# guest SECONDS: from its start until it has shut down or the time is over; sets status and reason.
+# guest SECONDS: runs a guest until it has shut down or the time is over; sets status and reason.
 guest() {
     reason=none
     [ -e "$job/pauses" ] && { mkfifo /tmp/pauses; pause_at_times < /tmp/pauses & pauser=$!; }
     pass_on "$job/pauses" < /console/guest-firstlight.log >&3 &
     console=$!
-    # A domain that has shut down is kept (on_...="preserve"): what it wrote last may still be in its console's ring, where xenconsoled takes it from.
+    # A domain that has shut down is kept (on_...="preserve"): its last output may still be in its console's ring, from which xenconsoled reads it.
     timeout "$1" xl create -F "$job/domain.cfg" > /tmp/xl.log 2>&1 < /dev/null
     status=$?
     cat /tmp/xl.log
@@ -101,7 +101,7 @@ guest() {
             status=137
         fi
         xl destroy firstlight
-        # xenconsoled closes its file when the domain is gone, and that ends the copying.
+        # xenconsoled closes its file when the domain is destroyed, which ends the copying.
         wait $console
     else
         [ $status = 143 ] || status=1

@@ -13,7 +13,7 @@ MEBIBYTE = 1 << 20
 
 
 def make(image: Path, efi: Path, cmdline: str, map_file: Path | None, files: Mapping[str, str]) -> Path:
-    """`files`, to find out how bad ones are taken: path to contents, a character for each byte. A path that ends in / is a directory."""
+    """`files`: replacements, to test invalid ones: path to contents, one character per byte. A path that ends in / is a directory."""
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "cmdline.txt"
         text.write_text(cmdline + "\n")

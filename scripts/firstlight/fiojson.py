@@ -1,7 +1,7 @@
 """The JSON that fio writes with --output-format=json+, from the kernel's records; our own figures under one key, `firstlight`.
 
-What fio's tools read is there and means what it means in fio. What this kernel does not measure is there only where they need it, as fio
-writes it when it has taken no sample of it, and is named in `firstlight.not_measured`.
+Members that fio's tools read have the same meaning as in fio. Values that this kernel does not measure appear only where the tools need
+them, as fio writes them without a sample, and are listed in `firstlight.not_measured`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from . import paths
 from .problems import Exit, Problem
 
 PER_IO = ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations")
-# slat: a submission is not told apart from its completion, so clat is what lat is. fio samples bandwidth and rate twice a second.
+# slat: submission and completion are not measured separately, so clat equals lat. fio samples bandwidth and rate twice a second.
 NOT_MEASURED = ("slat_ns", "clat_ns apart from lat_ns", "bw_* and iops_* samples", "usr_cpu", "sys_cpu")
 
-# fio's classes of latencies: percent of the I/Os that were shorter than that, and not shorter than the class before.
+# fio's latency classes: per cent of the I/Os shorter than the limit, and not shorter than the previous one.
 CLASSES = (2, 4, 10, 20, 50, 100, 250, 500, 750, 1000)
 LAST_BIN = 17112760320  # the middle of fio's last bin: everything from 17 s on
 
@@ -33,7 +33,7 @@ def per_io(result: dict, what: str) -> float:
 
 
 def bucket(index: int) -> tuple[int, int]:
-    """The smallest and the largest nanoseconds that io.histogram counts in this bucket: 128 buckets for a power of two."""
+    """The smallest and the largest nanoseconds of a bucket of io.histogram: 128 buckets per power of two."""
     if index < 256:
         return index, index
     shift = (index >> 7) - 1
@@ -42,7 +42,7 @@ def bucket(index: int) -> tuple[int, int]:
 
 
 def fio_bin(ns: int) -> int:
-    """What json+ calls the bin of this latency: its middle. fio has 64 bins for a power of two, so each holds whole buckets of ours."""
+    """json+'s name of this latency's bin: its middle. fio has 64 bins per power of two, so each consists of whole buckets of ours."""
     if ns < 128:
         return ns
     shift = ns.bit_length() - 7
@@ -58,7 +58,7 @@ def bins(buckets: Mapping[int, int]) -> dict[str, int]:
 
 
 def classes(*directions: Mapping[int, int]) -> dict[str, dict[str, float]]:
-    """latency_ns, latency_us and latency_ms of all I/Os together. A bucket that lies across a limit counts where its middle lies."""
+    """latency_ns, latency_us and latency_ms of all I/Os. A bucket that crosses a limit is counted by its middle."""
     total = sum(sum(buckets.values()) for buckets in directions) or 1
     found = {
         "latency_ns": dict.fromkeys(map(str, CLASSES), 0.0),
@@ -75,7 +75,7 @@ def classes(*directions: Mapping[int, int]) -> dict[str, dict[str, float]]:
 
 
 def latencies(part: Mapping) -> dict:
-    """A direction's lat_ns; like fio without percentiles and bins where there was nothing."""
+    """A direction's lat_ns; like fio without percentiles and bins if there are no samples."""
     found = dict(part.get("lat_ns") or {})
     buckets = found.pop("buckets", {})
     if not part["ios"]:
@@ -122,7 +122,7 @@ def direction(result: dict, name: str) -> dict:
 
 
 def size_word(size: int) -> str:
-    """As one types it for fio."""
+    """A size as it is typed for fio."""
     return f"{size // 1024}k" if size % 1024 == 0 else str(size)
 
 
@@ -182,7 +182,7 @@ def write(path: Path, jobs: Sequence[dict]) -> None:
 
 
 def demand_folder(folder: Path) -> None:
-    """A new folder, or an empty one: fio-plot takes every file that is there for a result."""
+    """A new or an empty folder: fio-plot reads every file in it as a result."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Problem(f"--json-dir {folder}: a new or empty folder was expected, so that no older result is among the new ones.", Exit.USAGE)
     if not folder.parent.is_dir():
@@ -192,7 +192,7 @@ def demand_folder(folder: Path) -> None:
 
 
 def place(job: dict) -> Path:
-    """Where a job's own file lies, as fio-plot's bench-fio would have it: TARGET[/RWMIX]/BS/RW-IODEPTH-NUMJOBS.json."""
+    """Path of a job's own file, as fio-plot's bench-fio uses it: TARGET[/RWMIX]/BS/RW-IODEPTH-NUMJOBS.json."""
     extra, options = job["firstlight"], job["job options"]
     mixed = [f"{options['rw']}{options['rwmixread']}"] if "rwmixread" in options else []
     name = "-".join((options["rw"], options["iodepth"], options["numjobs"]))
@@ -200,7 +200,7 @@ def place(job: dict) -> Path:
 
 
 def write_folder(folder: Path, jobs: Sequence[dict]) -> None:
-    """One file for each job: fio-plot judges a file by its first job."""
+    """One file per job: fio-plot looks only at the first job of a file."""
     for job in jobs:
         path = folder / place(job)
         if path.exists():

@@ -1,4 +1,4 @@
-"""What reads fio's output has to read ours: fio's own tool and fio-plot, unchanged, on what scripts/bench has just written."""
+"""Tests the output of scripts/bench with programs that read fio's output: fio's own tool and fio-plot, unchanged."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .problems import Exit, Problem
 from .vmtests import Result, wreck
 
 SUITE = "fio"
-# The fastest of the disks, and Linux with fio beside it: both kinds of results, several queue depths.
+# The fastest disk, and Linux with fio on it: both kinds of results, several queue depths.
 BENCH = ("--no-build", "--only", "hyperv/sda-randread-4k-*", "--only", "hyperv/sda-read-128k-*", "--yardstick")
 BENCH_JOBS = 6
 BENCH_SECONDS = 900
 CONVERTER = "fio_jsonplus_clat2csv"
 FIO_PLOT = "fio-plot==1.1.21"
 FIO_PLOT_SECONDS = 300
-# What fio writes and we do not: nobody here measures it, or it belongs to a latency that was to be kept, which nobody here asks for.
-# Some of it only newer fios have.
+# Written by fio and not here: not measured here, or part of a latency log, which is not requested here.
+# Some of it exists only in newer versions of fio.
 LEFT_OUT = {
     "job_start", "eta", "sync", "ctx", "majf", "minf", "iodepth_level", "iodepth_submit", "iodepth_complete", "disk_util", "steadystate",
     "latency_depth", "latency_target", "latency_target_ns", "latency_percentile", "latency_window", "latency_window_us",
 }  # fmt: skip
-OPTIONS = {"rw", "iodepth", "numjobs", "bs"}  # what fio-plot reads of a job's options
+OPTIONS = {"rw", "iodepth", "numjobs", "bs"}  # options of a job that fio-plot reads
 
 
 def checks() -> Iterable[Result]:
@@ -53,7 +53,7 @@ def checks() -> Iterable[Result]:
 
 
 def attempt(name: str, check: Callable[[], str]) -> Result:
-    """A check says what is wrong; a Problem with SKIP says why there was nothing to check."""
+    """A check returns the faults; a Problem with SKIP says why there was nothing to check."""
     begin = time.monotonic()
     try:
         fault = check()
@@ -74,7 +74,7 @@ def demand(program: str) -> str:
 
 
 def shape(work: Path, jobs: Sequence[dict]) -> str:
-    """Member by member against what the fio that is installed writes."""
+    """Compares each member with the output of the installed fio."""
     process.run(
         [demand("fio"), "--output-format=json+", f"--output={work / 'fio.out'}", "--ioengine=null", "--lat_percentiles=1", "--clat_percentiles=1",
          "--name=x", "--rw=randrw", "--bs=4k", "--size=4m", "--numjobs=1", "--iodepth=1"],
@@ -90,14 +90,14 @@ def shape(work: Path, jobs: Sequence[dict]) -> str:
 
 
 def compare(where: str, theirs: dict, ours: dict) -> list[str]:
-    """Every member of fio's is there and of fio's type, and none that fio does not have."""
+    """Every member of fio's exists and has fio's type, and there is none that fio does not have."""
     faults = [f"{where}{name} is missing" for name in theirs if name not in ours and name not in LEFT_OUT]
     faults += [f"{where}{name} is not fio's" for name in ours if name not in theirs and name != "firstlight"]
     for name in theirs.keys() & ours.keys() - {"global options", "job options", "percentile", "bins"}:
         if type(theirs[name]) is not type(ours[name]):
             faults.append(f"{where}{name} is {ours[name]!r}, of fio's type {type(theirs[name]).__name__} expected")
         elif isinstance(theirs[name], dict):
-            # A direction without I/Os has neither percentiles nor bins, in fio as here.
+            # A direction without I/Os has neither percentiles nor bins, in fio and here.
             idle = "N" in ours[name] and not ours[name]["N"]
             expected = {key: value for key, value in theirs[name].items() if key not in ("percentile", "bins")} if idle else theirs[name]
             faults += compare(f"{where}{name}.", expected, ours[name])
@@ -105,7 +105,7 @@ def compare(where: str, theirs: dict, ours: dict) -> list[str]:
 
 
 def converter(work: Path, jobs: Sequence[dict]) -> str:
-    """fio_jsonplus_clat2csv: what it makes of the bins, read back; and its own check of that."""
+    """fio_jsonplus_clat2csv: its conversion of the bins, read back; and its own check."""
     tool = demand(CONVERTER)
     for words in ((), ("--validate",)):
         said = process.run([sys.executable, tool, work / "out.json", work / "out.csv", *words], timeout=60, what=CONVERTER).stdout
@@ -124,14 +124,14 @@ def converter(work: Path, jobs: Sequence[dict]) -> str:
 
 
 def distribution(found: Sequence[tuple[int, int]], part: dict) -> str:
-    """What is wrong with the bins of a direction, held against its other figures."""
+    """Faults in the bins of a direction, compared with its other figures."""
     latency = part["lat_ns"]
     total = sum(count for _, count in found)
     if total != part["total_ios"] or total != latency["N"]:
         return f"{total} I/Os in the bins, {part['total_ios']} in all, N is {latency['N']}"
     if not total:
         return ""
-    # A bin is 1/64 wide: half of that is how far its middle lies from what was counted.
+    # A bin is 1/64 wide: its middle differs from a counted value by at most half of that.
     mean = sum(middle * count for middle, count in found) / total
     if abs(mean - latency["mean"]) > latency["mean"] / 64 + 1:
         return f"the mean of the bins is {mean:.0f} ns, of the I/Os {latency['mean']:.0f} ns"
@@ -149,7 +149,7 @@ def distribution(found: Sequence[tuple[int, int]], part: dict) -> str:
 
 
 def files(work: Path, jobs: Sequence[dict]) -> str:
-    """What fio-plot takes for granted: one job a file, found by its options, with all the members that it reads."""
+    """fio-plot's assumptions: one job per file, found by its options, with all the members that it reads."""
     found = sorted((work / "jobs").rglob("*.json"))
     if [path for path in found] != sorted(work / "jobs" / fiojson.place(job) for job in jobs):
         return f"the files are {[str(path.relative_to(work)) for path in found]}"
@@ -172,7 +172,7 @@ def files(work: Path, jobs: Sequence[dict]) -> str:
 
 
 def plot(work: Path, jobs: Sequence[dict]) -> str:
-    """fio-plot from PyPI draws each kind of chart that it makes of JSON."""
+    """fio-plot from PyPI draws each kind of chart that it makes from JSON."""
     tool = fio_plot()
     folders = sorted({str((work / "jobs" / fiojson.place(job)).parent) for job in jobs if job["job options"]["bs"] == "4k"})
     if len(folders) != 2:
@@ -194,10 +194,10 @@ def plot(work: Path, jobs: Sequence[dict]) -> str:
 
 
 def fio_plot() -> Path:
-    """fio-plot in an environment of its own in the cache; where it cannot be had, a Problem that says why, and the test is skipped."""
+    """fio-plot in a virtual environment in the cache; if it cannot be installed, a Problem with the reason, and the test is skipped."""
     folder = paths.cache() / FIO_PLOT.replace("==", "-")
     tool = folder / "bin" / "fio-plot"
-    ready = folder / "ready"  # written last: an installation that broke off is made anew
+    ready = folder / "ready"  # written last: an interrupted installation is repeated
     with process.alone(paths.cache() / "fio-plot.lock", "fio-plot"):
         if not ready.is_file():
             shutil.rmtree(folder, ignore_errors=True)

@@ -72,7 +72,7 @@ def efi() -> str:
 
 
 def pe_faults(data: bytes) -> str:
-    """Whether any UEFI firmware can load this PE [UEFI-2.10 §2.1.1]: at whatever place it has room, so it must have base 0 and its relocations."""
+    """Why UEFI firmware could not load this PE [UEFI-2.10 §2.1.1]. It may be loaded at any address, so it must have base 0 and relocations."""
     try:
         at = struct.unpack_from("<I", data, 0x3C)[0]
         machine, sections, characteristics = *struct.unpack_from("<4xHH", data, at), struct.unpack_from("<H", data, at + 22)[0]

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # The first and only process of the lab's Linux: runs the jobs under /jobs one after the other and powers off.
-# What it says itself begins a line with "@@lab TAG"; everything between "begin" and "end" is a job's own output.
+# Its own lines begin with "@@lab TAG"; everything between "begin" and "end" is a job's own output.
 /bin/busybox --install -s /bin
 export PATH=/bin LD_LIBRARY_PATH=/lib HOME=/
 
@@ -29,14 +29,14 @@ bring_out() {
     dd if="/tmp/$1" of=/dev/vda bs=1M seek="$2" conv=notrunc,fsync 2>/dev/null || die "image $1: could not be copied out"
 }
 
-# stop_at_times: reads lines of two numbers of microseconds, and stops the machine after the first for as long as the second says.
-# A machine that has ended cannot be stopped: then nothing is said, and the test that wanted it fails.
+# stop_at_times: reads lines of two numbers of microseconds, and after the first, stops the machine for the second.
+# A machine that has ended cannot be stopped: then nothing is printed, and the test that requested it fails.
 stop_at_times() {
     while read -r delay length; do
         usleep "$delay"
         machine=$(cat /tmp/paused-process)
         kill -STOP "$machine" 2>/dev/null
-        # The output from before is passed on first: what comes before this mark was printed before the pause.
+        # Earlier output is passed on first: everything before this mark was printed before the pause.
         usleep 50000
         grep -q '^State:.T' "/proc/$machine/status" 2>/dev/null && say "paused"
         usleep $((length - 50000))
@@ -44,8 +44,8 @@ stop_at_times() {
     done
 }
 
-# pausing COMMAND WORDS: runs the command; each line of its output that matches the next expression of $job/pauses starts that pause.
-# The command's process id is that of the machine: busybox's timeout executes it in its own place.
+# pausing COMMAND WORDS: runs the command; a line of its output that matches the next expression of $job/pauses starts that pause.
+# The command's process id is that of the machine: busybox's timeout executes it in the same process.
 pausing() {
     mkfifo /tmp/pauses
     stop_at_times < /tmp/pauses &

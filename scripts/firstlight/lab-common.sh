@@ -1,4 +1,4 @@
-# What the inits of both labs' Linux systems share; each has a `die` of its own.
+# Common to the inits of both labs' Linux systems; each has its own `die`.
 
 # disk NAME BYTES zero|sparse|pattern: an image in memory.
 disk() {

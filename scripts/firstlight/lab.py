@@ -29,16 +29,16 @@ from pathlib import Path
 from . import apt, distribution, paths, process, vmrun_fault
 from .problems import Problem
 
-LAYOUT = "9"  # changes when the contents of the folder change for the same packages
+LAYOUT = "9"  # incremented when the contents of the folder change for the same packages
 
-ROOM = 700 << 20  # bytes that assembling takes at most: lists, archives, what is in them, the lab itself
+ROOM = 700 << 20  # bytes needed for assembling at most: lists, archives, their contents, the lab itself
 
 L1_MODULES = ("kvm-amd", "virtio_pci", "virtio_blk")
 L2_MODULES = (
     "xen-blkfront", "ata_piix", "sd_mod", "virtio_pci", "virtio_blk", "nvme", "ahci", "hv_vmbus", "hv_storvsc", "hv_utils",
 )  # fmt: skip
 
-# What QEMU in L1 reads at run time: option ROMs and firmware. On this machine it gets the whole folders.
+# Files that QEMU in L1 reads at run time: option ROMs and firmware. On this machine QEMU gets the whole folders.
 L1_FIRMWARE = ("pvh.bin", "linuxboot_dma.bin", "kvmvapic.bin", "bios-256k.bin", "bios-microvm.bin", "OVMF.fd")
 
 
@@ -75,7 +75,7 @@ exec "$here/lib/ld-linux-x86-64.so.2" --library-path "$here/lib" --argv0 qemu-sy
 
 
 def find(refresh: bool = False, progress=None) -> Lab:
-    """The lab as assembled before, or assembled now. Safe when several processes ask at once."""
+    """The assembled lab, assembling it if necessary. Safe for concurrent processes."""
     top = paths.cache() / "lab"
     top.mkdir(parents=True, exist_ok=True)
     current = top / f"current-{LAYOUT}"
@@ -107,7 +107,7 @@ def load(root: Path) -> Lab | None:
 
 
 def damaged(root: Path, files: object) -> str:
-    """The first file that is not as long as it was when the lab was assembled; empty if all are."""
+    """The first file whose size is not that in the manifest; empty if all are."""
     if not isinstance(files, dict) or not files:
         return "its manifest names no files"
     for name, size in files.items():
@@ -121,7 +121,7 @@ def damaged(root: Path, files: object) -> str:
 
 
 def assemble(top: Path, current: Path, progress, refresh: bool = False) -> Lab:
-    for left in top.glob("assembling-*"):  # of a run that was killed; the lock is ours
+    for left in top.glob("assembling-*"):  # left by a run that was killed; we hold the lock
         shutil.rmtree(left, ignore_errors=True)
     distro = distribution.detect()
     paths.demand_space(top, ROOM, "lab")
@@ -216,7 +216,7 @@ def needed(path: Path) -> list[str]:
 
 
 def copy_libraries(unpacked: Path, programs: Iterable[Path], into: Path) -> None:
-    """Every library the programs need, directly or not, found among the unpacked packages."""
+    """Every library the programs need, directly or indirectly, found among the unpacked packages."""
     folders = [
         unpacked / prefix / name
         for prefix in ("", "usr")
@@ -236,13 +236,13 @@ def copy_libraries(unpacked: Path, programs: Iterable[Path], into: Path) -> None
                 f"No unpacked package holds {name}, which QEMU needs: apt's dependencies and the programs disagree."
             )
         target = into / name
-        shutil.copyfile(found, target)  # through the symbolic link: one file under the name that is asked for
+        shutil.copyfile(found, target)  # through the symbolic link: one file under the requested name
         target.chmod(0o755)
         waiting += needed(target)
 
 
 def copy_accelerators(unpacked: Path, lib: Path) -> None:
-    """Where the distribution builds TCG as a module of QEMU (Ubuntu), QEMU looks for it in QEMU_MODULE_DIR."""
+    """Ubuntu builds TCG as a module of QEMU, which QEMU loads from QEMU_MODULE_DIR."""
     (lib / "qemu").mkdir()
     modules = sorted((unpacked / "usr/lib/x86_64-linux-gnu/qemu").glob("accel-*x86_64.so"))
     for module in modules:
@@ -263,7 +263,7 @@ def copy_firmware(unpacked: Path, into: Path) -> None:
 
 
 def copy_modules(unpacked: Path, release: str, names: Iterable[str], into: Path) -> list[str]:
-    """Copy the modules with what they depend on, uncompressed; their file names in loading order."""
+    """Copy the modules and their dependencies, uncompressed; returns their file names in loading order."""
     tops = [unpacked / "lib/modules" / release, unpacked / "usr/lib/modules" / release]
     files = {}
     for top in tops:
@@ -311,7 +311,7 @@ def uncompressed(path: Path) -> bytes:
 
 
 def write_cpio(tree: Path, archive: Path) -> None:
-    """A newc archive the kernel unpacks: owned by root, the same bytes for the same files."""
+    """A newc archive the kernel unpacks: owned by root, reproducible."""
     names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
     for name in names:
         os.utime(tree / name, (0, 0), follow_symlinks=False)

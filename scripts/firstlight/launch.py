@@ -1,4 +1,4 @@
-"""Boots machines: here under TCG, here under KVM, or in the lab; the caller sees no difference."""
+"""Boots machines: here under TCG, here under KVM, or in the lab, with one interface for all."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def place(platform: Platform, lab: Lab, forced: str = "auto") -> Place:
 
 
 def place_beforehand(platform: Platform, forced: str) -> Place | None:
-    """The part of place() that can be told before anything is fetched or built: without a QEMU."""
+    """The part of place() that can be decided before anything is fetched or built: without a QEMU."""
     if platform.domain:
         return Place(True, "the Xen lab, on an emulated processor")
     if not platform.kvm:
@@ -54,7 +54,7 @@ def place_beforehand(platform: Platform, forced: str) -> Place | None:
 
 
 def place_by(platform: Platform, forced: str, lacking: str) -> Place | None:
-    """What follows from what this machine's KVM lacks; None if it lacks nothing."""
+    """The place that follows from what this machine's KVM lacks; None if it lacks nothing."""
     if lacking and forced == "never":
         raise Problem(f"--lab never: {platform.name} cannot run on this machine's KVM: {lacking}. Leave out --lab never.")
     return Place(True, f"nested lab, because {lacking}") if lacking else None
@@ -96,14 +96,14 @@ def boot(
     for machine in machines:
         for disk in machine.specs:
             if disk.bring_out:
-                disk.bring_out.unlink(missing_ok=True)  # what an earlier boot left is not this one's image
+                disk.bring_out.unlink(missing_ok=True)  # an earlier boot's files must not be taken for this one's image
     inside = [machine for machine in machines if place(machine.kind, lab, forced).nested]
     for machine in machines:
         if machine not in inside:
             yield finished(machine, run_here(lab, machine, live))
     guests = [machine for machine in inside if machine.kind.domain]
     inside = [machine for machine in inside if not machine.kind.domain]
-    for words in dict.fromkeys(machine.xen for machine in guests):  # Xen's own command line is that of a whole start
+    for words in dict.fromkeys(machine.xen for machine in guests):  # Xen's own command line applies to a whole start
         together = [machine for machine in guests if machine.xen == words]
         with tempfile.TemporaryDirectory(prefix="firstlight-") as folder:
             domains = [xenguest.domain(machine, Path(folder)) for machine in together]
@@ -119,7 +119,7 @@ def boot(
 
 
 def make_disk(disk: nested.Disk, folder: Path) -> Path:
-    """Anew in any case; what lies there under its name may be the very file whose content it gets."""
+    """Always created: an existing file of this name may be the very one whose content is copied."""
     image = folder / disk.name
     made = image.with_name(f".{disk.name}")
     made.unlink(missing_ok=True)
@@ -156,16 +156,16 @@ def run_here(lab: Lab, machine: Machine, live: Live | None) -> Outcome:
 class Stops:
     """The pauses of a machine that runs here: each waits for its line, then for its delay, then stops the machine's process group."""
 
-    DRAIN = 0.05  # after the stop, for what the machine printed before it
+    DRAIN = 0.05  # after the stop, for output that the machine printed before it
 
     def __init__(self, pauses: Sequence[nested.Pause], group: int) -> None:
-        self.wanted = list(pauses)  # those whose line has not come yet
-        self.waiting: list[nested.Pause] = []  # those whose line has come: the first one is under way
+        self.wanted = list(pauses)  # those whose line has not been printed yet
+        self.waiting: list[nested.Pause] = []  # those whose line has been printed; the first is in progress
         self.group = group
         self.state = ""  # "", delay, stopped, counted
         self.until = 0.0
         self.stopped_at = 0.0
-        self.lost = 0.0  # seconds that the machine was stopped
+        self.lost = 0.0  # total seconds that the machine was stopped
         self.done = 0
 
     def line(self, text: str) -> None:
@@ -173,7 +173,7 @@ class Stops:
             self.waiting.append(self.wanted.pop(0))
 
     def step(self, verdict: bool) -> float | None:
-        """Does what is due. `verdict`: the machine has said it. How many seconds from now something is due again; None: nothing is."""
+        """Does what is due. `verdict`: the machine has printed one. Returns the seconds until the next call; None: none needed."""
         while self.waiting:
             now = time.monotonic()
             pause = self.waiting[0]
@@ -195,18 +195,18 @@ class Stops:
         return max(0.0, self.until - time.monotonic()) if self.waiting else None
 
     def signal(self, number: int) -> None:
-        # Whether there was a machine left to stop is seen from its verdict, or from the end of its output.
+        # Whether the machine still ran when stopped is seen from its verdict, or from the end of its output.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.group, number)
 
     @property
     def held(self) -> float:
-        """All seconds that the machine did not run, those of a pause under way included."""
+        """Total seconds that the machine was stopped, including the current pause."""
         return self.lost + (time.monotonic() - self.stopped_at if self.state in ("stopped", "counted") else 0.0)
 
 
 def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
-    """Run QEMU here, hand on each line as it comes, stop it at the time-out, which does not count pauses."""
+    """Run QEMU here, pass on each line, kill it at the time-out, which does not count pauses."""
     outcome = Outcome()
     begin = time.monotonic()
     lines: list[str] = []
@@ -245,7 +245,7 @@ def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
             try:
                 outcome.status = child.wait(timeout=10)
             except subprocess.TimeoutExpired:
-                outcome.timed_out = True  # it has closed its output and does not end
+                outcome.timed_out = True  # it has closed its output but not exited
         outcome.pauses = stops.done
     if pending:
         take(pending)
@@ -255,9 +255,9 @@ def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
 
 
 def die_on_signals() -> None:
-    """SIGTERM and SIGHUP end this program like Ctrl-C does: the `with` blocks kill what they started.
+    """SIGTERM and SIGHUP end this program like Ctrl-C: the `with` blocks kill its children.
 
-    Once: a second Ctrl-C would end that work, which is bounded, half-way through, and leave children behind.
+    Only once: a second Ctrl-C would interrupt that cleanup, which is bounded, and leave children running.
     """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -267,7 +267,7 @@ def die_on_signals() -> None:
         raise KeyboardInterrupt
 
     for number in numbers:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # ignored, as set by nohup
             signal.signal(number, leave)
 
 

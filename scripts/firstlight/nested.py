@@ -1,4 +1,4 @@
-"""Runs jobs inside the lab: this machine's QEMU emulates a processor with SVM, a Linux in it has a real KVM.
+"""Runs jobs inside the lab: this machine's QEMU emulates a processor with SVM, in which a Linux has a real KVM.
 
 L0 is QEMU here, L1 the Linux of the lab, L2 the machine a job describes. Several jobs share one boot of L1.
 """
@@ -23,17 +23,17 @@ from .lab import Lab, write_cpio
 from .problems import Exit, Problem
 
 MEBIBYTE = 1 << 20
-BOOT_SECONDS = 180.0  # L1's start, on a loaded machine
+BOOT_SECONDS = 180.0  # for L1's start, on a loaded machine
 
-# Every instruction lasts one nanosecond, for guest, hypervisor and VMM alike, and idle time is skipped. The clock
-# shown to L1 and the random seed are fixed too, so that two runs execute the same instructions.
+# Every instruction takes one nanosecond, for guest, hypervisor and VMM alike, and idle time is skipped. L1's clock
+# and the random seed are fixed too, so that two runs execute the same instructions.
 DETERMINISTIC = (
     "-accel", "tcg", "-icount", "shift=0,sleep=off", "-smp", "1", "-rtc", "base=2024-01-01,clock=vm", "-seed", "1",
 )  # fmt: skip
 # Without fast string moves: with them the kernels and C libraries inside copy by `rep movsb`, of which QEMU counts every
-# byte as one instruction. A page would last 4,096 ns, a copy at 1 GB/s; by words it lasts about a quarter.
+# byte as one instruction. A page would take 4,096 ns, a copy rate of 1 GB/s; by words it takes about a quarter.
 PROCESSOR = ("-cpu", "EPYC-Milan,+svm,+npt,-erms,-fsrm")
-# One processor here too. With two, QEMU's emulation of SVM spoils the state of a guest or of L1 in about one of twenty boots
+# One processor here too. With two, QEMU's emulation of SVM corrupts the state of a guest or of L1 in about one of twenty boots
 # with four virtual processors (docs/decisions/0003-the-lab.md); and two labs of one processor use two cores better than one of two.
 WALL = ("-accel", "tcg,thread=multi", "-smp", "1")
 
@@ -44,15 +44,15 @@ class Disk:
 
     name: str
     size: int
-    content: str = "pattern"  # zero, sparse, pattern, or the path of a file
-    bring_out: Path | None = None  # where a copy goes after the job
+    content: str = "pattern"  # zero, sparse, pattern, or a file's path
+    bring_out: Path | None = None  # destination of a copy after the job
 
 
 @dataclasses.dataclass(frozen=True)
 class Pause:
-    """The VMM's process is stopped (SIGSTOP) `delay` seconds after a line of output matched, and goes on `seconds` later (SIGCONT).
+    """Stops the VMM's process (SIGSTOP) `delay` seconds after a line of output matched, and continues it `seconds` later (SIGCONT).
 
-    `after` is searched in one line at a time, by Python here and by awk in the lab: only what is the same in both is allowed.
+    `after` is matched against one line at a time, by Python here and by awk in the lab: only syntax common to both is allowed.
     """
 
     after: str
@@ -79,9 +79,9 @@ class Pause:
 
 @dataclasses.dataclass
 class Job:
-    """One machine to start. In `arguments`, {file:NAME} and {disk:NAME} stand for paths.
+    """One machine to start. In `arguments`, {file:NAME} and {disk:NAME} are replaced by paths.
 
-    `program` is the file that runs the machine; empty for QEMU. `timeout` does not count the pauses.
+    `program`: the file that runs the machine; empty for QEMU. `timeout` does not count the pauses.
     """
 
     name: str
@@ -102,19 +102,19 @@ class Job:
 
 @dataclasses.dataclass
 class Outcome:
-    """What came of a job: QEMU's exit status and everything it printed."""
+    """The outcome of a job: QEMU's exit status and everything it printed."""
 
     status: int | None = None  # None: the job never ended
     output: str = ""
     seconds: float = 0.0  # in the time of the machine that ran it
     timed_out: bool = False
-    shutdown: int | None = None  # the reason that a domain of Xen's shut down with; None elsewhere, and where it did not
-    pauses: int = 0  # how many were carried out before the machine gave its verdict
-    refused: str = ""  # why the virtual machine monitor did not start, where the platform itself can tell
+    shutdown: int | None = None  # the shutdown reason of a Xen domain; None on other platforms, and if it did not shut down
+    pauses: int = 0  # pauses carried out before the machine gave its verdict
+    refused: str = ""  # why the virtual machine monitor did not start, if the platform itself can tell
 
 
 
-VERDICT = '@{"record":"verdict"'  # after this line a machine does nothing that a pause could disturb
+VERDICT = '@{"record":"verdict"'  # after this line a machine does nothing that a pause could affect
 
 
 def inner_command(job: Job, index: int) -> list[str]:
@@ -123,12 +123,12 @@ def inner_command(job: Job, index: int) -> list[str]:
     )
 
 
-# What L1 has for guests and their images, of its 2048 MiB: its own system and QEMU take the rest.
+# The part of L1's 2048 MiB available for guests and their images: its own system and QEMU use the rest.
 ROOM = 1600 << 20
 
 
 def demand_memory(names: Sequence[str], memory: Sequence[int], images: Sequence[int]) -> None:
-    """Each job has L1's memory for itself; one that asks for more would be killed there without a word."""
+    """A job has L1's memory to itself; one that needs more would be killed there without a message."""
     for name, guest, disks in zip(names, memory, images):
         if guest + disks > ROOM:
             raise Problem(
@@ -139,14 +139,14 @@ def demand_memory(names: Sequence[str], memory: Sequence[int], images: Sequence[
 
 
 def job_script(job: Job, index: int, offsets: dict[str, int]) -> str:
-    """What L1 sources: three functions, so that the script in L1 stays one text for all jobs."""
+    """Sourced by L1: three functions, so that L1's script is the same for all jobs."""
     lines = ["prepare() {", "    :"]
     for disk in job.disks:
         if Path(disk.content).is_absolute():
             lines.append(f"    cp /jobs/{index:03}/files/disk-{disk.name} /tmp/{disk.name} && truncate -s {disk.size} /tmp/{disk.name}")
         else:
             lines.append(f"    disk {disk.name} {disk.size} {disk.content}")
-    # A pause lasts as long in here as anywhere: the limit has room for all of them.
+    # A pause takes as much time inside: the limit includes all of them.
     seconds = max(1, round(job.timeout + sum(pause.seconds for pause in job.pauses)))
     words = " ".join(shlex.quote(word) for word in inner_command(job, index))
     command = f"timeout -s KILL {seconds} {words}"
@@ -157,12 +157,12 @@ def job_script(job: Job, index: int, offsets: dict[str, int]) -> str:
 
 
 def pause_lines(job: Job) -> str:
-    """One pause a line: delay and length in microseconds, and the expression, which may hold blanks."""
+    """One pause per line: delay and length in microseconds, and the expression, which may contain blanks."""
     return "".join(f"{round(pause.delay * 1e6)} {round(pause.seconds * 1e6)} {pause.after}\n" for pause in job.pauses)
 
 
 def scratch_layout(jobs: Sequence[Job]) -> tuple[list[dict[str, int]], int]:
-    """Where each image to bring out lies on the scratch disk: whole mebibytes, in order."""
+    """Offset of each image on the scratch disk, on which they are brought out: whole mebibytes, in order."""
     layout, end = [], 0
     for job in jobs:
         offsets = {}
@@ -190,7 +190,7 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
         raise Problem(f"Two jobs of one lab run have the same name: {' '.join(names)}")
     layout, size = scratch_layout(jobs)
     tree = folder / "tree"
-    shutil.rmtree(tree, ignore_errors=True)  # where the folder stays (--dry-run): of a run that did not come to its end
+    shutil.rmtree(tree, ignore_errors=True)  # if the folder is kept (--dry-run): left by an interrupted run
     (tree / "jobs").mkdir(parents=True)
     script = (Path(__file__).parent / "l1-init.sh").read_text()
     (tree / "init").write_text(script)
@@ -212,7 +212,7 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
         files = dict(job.files)
         files |= {f"disk-{disk.name}": Path(disk.content) for disk in job.disks if Path(disk.content).is_absolute()}
         for name, path in files.items():
-            # One file for all jobs that use it: in L1 every copy would take memory.
+            # One file for all jobs that use it: in L1 every copy takes memory.
             target = place / "files" / name
             if path in copied:
                 os.link(copied[path], target)
@@ -223,7 +223,7 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
     (tree / "jobs/tag").write_text(tag + "\n")
     write_cpio(tree, folder / "jobs.cpio")
     shutil.rmtree(tree)
-    # The kernel unpacks archives that follow each other as one; a later file replaces an earlier one.
+    # The kernel unpacks concatenated archives as one; a later file replaces an earlier one.
     with open(folder / "initrd", "wb") as whole:
         for part in (lab.base, folder / "jobs.cpio"):
             with open(part, "rb") as file:
@@ -237,7 +237,7 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
         "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot",
     ]  # fmt: skip
     if size:
-        # Only when an image comes out: this disk's I/O ends in real time, and a run with it is not repeated exactly.
+        # Only if an image is brought out: this disk's I/O completes in real time, so a run with it is not exactly repeatable.
         scratch = folder / "scratch.raw"
         with open(scratch, "wb") as file:
             file.truncate(size)
@@ -248,7 +248,7 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
 
 
 class Reader:
-    """Takes L1's serial output line by line and sorts it into the jobs' outcomes, strictly."""
+    """Reads L1's serial output line by line and assigns it to the jobs' outcomes, strictly."""
 
     def __init__(
         self, tag: str, names: Sequence[str], live: Callable[[str, str], None] | None = None, limits: Mapping[str, float] = {}
@@ -279,11 +279,11 @@ class Reader:
             self.current = self.waiting.pop(0)
         elif verb == "end" and self.current and rest[:1] == [self.current]:
             outcome = self.outcomes[self.current]
-            # The marker begins with a line feed of its own, which is not the job's.
+            # The marker begins with its own line feed, which is not part of the job's output.
             outcome.output = outcome.output.removesuffix("\n")
             outcome.status = int(fields["status"])
             outcome.seconds = int(fields["ms"]) / 1000
-            # SIGKILL comes from `timeout`, or before its time from a kernel that has run out of memory.
+            # SIGKILL is sent by `timeout`, or before its time by a kernel that has run out of memory.
             outcome.timed_out = outcome.status == 137 and outcome.seconds >= self.limits.get(self.current, 0) - 0.5
             outcome.shutdown = int(fields["reason"]) if fields.get("reason", "").isdigit() else None
             self.current = None
@@ -299,7 +299,7 @@ class Reader:
             self.fault = self.fault or f"unexpected marker: {text}"
 
     def complaint(self) -> str:
-        """Empty if everything that must have been said was said, in order."""
+        """Empty if all expected lines were printed, in order."""
         if self.fault:
             return self.fault
         if not self.ready:
@@ -321,7 +321,7 @@ def run(
     live: Callable[[str, str], None] | None = None,
     keep: Path | None = None,
 ) -> dict[str, Outcome]:
-    """Run all jobs in one boot of L1. A lab that fails as such is a Problem; a job's own failure is in its outcome."""
+    """Run all jobs in one boot of L1. A failure of the lab itself is a Problem; a job's failure is in its outcome."""
     with tempfile.TemporaryDirectory(prefix="firstlight-lab-") as temporary:
         nested = prepare(lab, jobs, Path(temporary), wall)
         reader = Reader(nested.tag, [job.name for job in jobs], live, {job.name: job.timeout for job in jobs})
@@ -346,7 +346,7 @@ def run(
 
 
 def follow(command: Sequence[str], reader: Reader, limit: float, folder: Path | None = None) -> str:
-    """Feed the reader until QEMU exits or the limit passes; the whole log is returned. `folder`: where QEMU runs."""
+    """Feed the reader until QEMU exits or the limit passes; returns the whole log. `folder`: QEMU's working directory."""
     import subprocess
 
     log: list[str] = []

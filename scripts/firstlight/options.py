@@ -1,7 +1,6 @@
-"""The scripts' own options: each with help and a default, each checked, and against the others, before anything is done.
+"""The scripts' own options: each with help and a default, checked by itself and against the others before anything is done.
 
-A script declares what does not go together as a table of Conflict. An option that would have no effect is one: nothing is
-ignored without a word.
+A script declares a table of Conflict. An option that would have no effect is one: nothing is ignored silently.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ WIDTH = 100
 
 
 class Formatter(argparse.HelpFormatter):
-    """Paragraphs stay apart, and every option that takes a value shows its default."""
+    """Keeps paragraphs apart, and shows the default of every option that takes a value."""
 
     def __init__(self, prog: str) -> None:
         columns = int(os.environ.get("COLUMNS") or 0) or WIDTH
@@ -44,7 +43,7 @@ def shown(default: Any) -> str:
 
 
 class Given(argparse.Action):
-    """Stores a value, once, and remembers that it was given."""
+    """Stores a value, once, and records that it was given."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         demand_first(namespace, self, option_string)
@@ -56,7 +55,7 @@ class GivenTrue(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, default=default, required=required, help=help)
 
     def __call__(self, parser, namespace, values, option_string=None):
-        namespace.given = [*getattr(namespace, "given", []), self.dest]  # twice says nothing else than once
+        namespace.given = [*getattr(namespace, "given", []), self.dest]  # repeating an identical value is allowed
         setattr(namespace, self.dest, True)
 
 
@@ -74,7 +73,7 @@ def demand_first(namespace, action: argparse.Action, word: str | None) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for a mistake, and `given`: the options that were named."""
+    """argparse with one-line errors, and `given`: the options on the command line."""
 
     def __init__(self, **words) -> None:
         super().__init__(formatter_class=Formatter, allow_abbrev=False, **words)
@@ -94,7 +93,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclasses.dataclass(frozen=True)
 class Conflict:
-    """Options that were all given and cannot all be meant. `when`: only if this holds of what was chosen; `why`: what to do."""
+    """Options that exclude each other. `when`: only if this is true of the result; `why`: what to do."""
 
     options: tuple[str, ...]
     why: str
@@ -143,14 +142,14 @@ def seconds(high: float) -> Callable[[str], float]:
 
 
 def one_line(text: str) -> str:
-    """A command line for the kernel: what a loader can pass on."""
+    """A command line for the kernel, such as a loader can pass on."""
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
         raise argparse.ArgumentTypeError(f"{text!r} was given, one line without control characters was expected")
     return text
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """Words with commas between them."""
+    """Words separated by commas."""
     words = tuple(word for word in text.split(",") if word)
     if not words:
         raise argparse.ArgumentTypeError(f"{text!r} was given, at least one word was expected")
@@ -158,14 +157,14 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def name_pattern(text: str) -> str:
-    """What picks by name. An empty one would pick everything."""
+    """A pattern that selects by name. An empty one would select everything."""
     if not text:
         raise argparse.ArgumentTypeError("'' was given, a name, a part of one or a glob was expected")
     return text
 
 
 def file(magic: bytes = b"", what: str = "a file") -> Callable[[str], Path]:
-    """The type of a file that is there, can be read, and begins as it should."""
+    """The type of an existing, readable file with the expected first bytes."""
 
     def parse(text: str) -> Path:
         path = Path(text)

@@ -1,4 +1,4 @@
-"""scripts/outputs: runs the commands that docs/OUTPUT.md shows, and puts what they print there."""
+"""scripts/outputs: runs the commands shown in docs/OUTPUT.md, and puts their output there."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LEFT_OUT = "…"
 class Output:
     command: str
     shorten: Callable[[list[str]], list[str]]
-    seconds: float  # at most
+    seconds: float  # maximum
 
 
 def without(lines: list[str], dropped: Callable[[str], bool]) -> list[str]:
-    """The lines with one mark in place of each run of dropped ones."""
+    """The lines, with one mark in place of each run of removed ones."""
     kept: list[str] = []
     for line in lines:
         if not dropped(line):
@@ -36,13 +36,13 @@ def without(lines: list[str], dropped: Callable[[str], bool]) -> list[str]:
 
 
 def first_and_last(lines: list[str]) -> list[str]:
-    """Of the lines of progress `[N/M]` the first four and the last."""
+    """The first four and the last of the progress lines `[N/M]`."""
     steps = [line for line in lines if re.match(r"\s*\[\d+/\d+\]", line)]
     return without(lines, lambda line: line in steps[4:-1])
 
 
 def whole_suites(lines: list[str]) -> list[str]:
-    """The table of scripts/test without the rows that are many: boots, single host tests and single tests of the scripts."""
+    """The table of scripts/test without the numerous rows: boots, single host tests and single tests of the scripts."""
     return without(lines, lambda line: re.match(r"\w+ +[\d.]+  (vm|host|asan|scripts)/|(vm|build)[: ]", line) is not None)
 
 
@@ -55,7 +55,7 @@ OUTPUTS = {
 
 
 def block(name: str) -> re.Pattern[str]:
-    """Where a command's output is: the mark, the fence, and what is between."""
+    """Where a command's output is: the mark, the fence, and the lines between."""
     return re.compile(rf"(^<!-- output of {re.escape(name)} -->\n+```\n)(.*?)(^```$)", re.M | re.S)
 
 
@@ -68,7 +68,7 @@ def replaced(text: str, name: str, said: str) -> str:
 
 
 def faults(text: str) -> list[str]:
-    """What is wrong with the page: each output is there once, with its command, and not empty; no other is."""
+    """Faults of the page: each output must be there once, with its command, and not empty; and no other."""
     found = []
     for name, output in OUTPUTS.items():
         blocks = block(name).findall(text)
@@ -81,7 +81,7 @@ def faults(text: str) -> list[str]:
 
 
 def shown(text: str) -> str:
-    """Without what differs between machines and says nothing: the home, colours, blanks at the ends."""
+    """Without what differs between machines and is of no interest: the home, colours, blanks at the ends."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text).replace(str(paths.REPOSITORY) + "/", "")
     return "\n".join(line.rstrip() for line in text.replace(str(Path.home()), "~").splitlines())
 
@@ -110,7 +110,7 @@ def main(words: list[str]) -> Exit:
     paths.writable(PAGE, "scripts/outputs")
     for name in options.only or OUTPUTS:
         output = OUTPUTS[name]
-        replaced(PAGE.read_text(), name, "")  # the place is there, before anything takes its time
+        replaced(PAGE.read_text(), name, "")  # checks that the place exists, before the command takes its time
         print(f"{name}: {output.command}", file=sys.stderr, flush=True)
         script, *rest = shlex.split(output.command)
         done = process.run([paths.REPOSITORY / script, *rest], timeout=output.seconds, cwd=paths.REPOSITORY, what=output.command)

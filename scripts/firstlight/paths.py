@@ -1,4 +1,4 @@
-"""Where things are: the repository, what the build leaves, and the cache outside the repository."""
+"""Paths: the repository, the build's output, and the cache outside the repository."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def cache() -> Path:
-    """The folder for everything downloaded: never inside the repository, shared by all clones."""
+    """The folder for all downloads: never inside the repository, shared by all clones."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         if not os.path.isabs(chosen):
@@ -43,7 +43,7 @@ def cache() -> Path:
             )
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):  # a relative one is to be ignored [xdg-basedir-0.8]
+    if os.path.isabs(base):  # a relative path must be ignored [xdg-basedir-0.8]
         return Path(base) / "firstlight"
     try:
         return Path.home() / ".cache" / "firstlight"
@@ -52,20 +52,20 @@ def cache() -> Path:
 
 
 def nearest(path: Path) -> Path:
-    """The path, or the first of its parents that exists."""
+    """The path, or its nearest existing parent."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
 
 
 def free(path: Path) -> int:
-    """Bytes that this user can still write where the path is, or would be."""
+    """Bytes that this user can still write at the path, which need not exist."""
     found = os.statvfs(nearest(path))
     return found.f_bavail * found.f_frsize
 
 
 def demand_space(folder: Path, wanted: int, what: str) -> None:
-    """Before anything is fetched or unpacked, not half-way through."""
+    """Checks the free space before anything is fetched or unpacked."""
     there = free(folder)
     if there < wanted:
         raise Problem(
@@ -74,7 +74,7 @@ def demand_space(folder: Path, wanted: int, what: str) -> None:
 
 
 def remedy(folder: Path) -> str:
-    """How to put a folder somewhere else."""
+    """How to choose another place for a folder."""
     with contextlib.suppress(Problem):
         if folder.is_relative_to(cache()):
             return f"Make room there, or set {CACHE_VARIABLE} to a folder with more."
@@ -93,7 +93,7 @@ def temporary() -> Path:
 
 
 def full(what: str = "", file: str | bytes | int | None = None) -> str:
-    """The message for a disk that is full: which of the folders that the scripts write to is the one, and what helps."""
+    """The message for a full disk: which of the scripts' folders is on it, and what helps."""
     text = (what + ": " if what else "") + "no space left on the disk. Free"
     seen: dict[int, str] = {}
     folders = [nearest(Path(os.path.abspath(os.fsdecode(file))).parent)] if isinstance(file, (str, bytes)) else []
@@ -113,7 +113,7 @@ def written() -> list[Path]:
 
 
 def explain(error: OSError) -> str:
-    """An error of the system in words: what could not be done, why, and what to do."""
+    """A system error in words: what could not be done, why, and what to do."""
     if error.errno in FULL:
         return full(str(error.filename or ""), error.filename)
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
@@ -145,10 +145,10 @@ def name_of(user: int) -> str:
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """All of it or nothing: a file that is there under its name is complete, whatever interrupts this."""
+    """Atomic: a file of this name is complete, even if this is interrupted."""
     content = data.encode() if isinstance(data, str) else data
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        path.write_bytes(content)  # a pipe or a device is no place for a rename
+        path.write_bytes(content)  # a pipe or a device cannot be the target of a rename
         return
     target = Path(os.path.realpath(path))
     handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
@@ -168,7 +168,7 @@ def write_whole(path: Path, data: str | bytes) -> None:
 
 
 def writable(path: Path, what: str) -> None:
-    """A file that is to be written at the end can be written, found out at the beginning."""
+    """Checks at the beginning that a file to be written at the end can be written."""
     folder = path.parent
     if path.is_dir():
         raise Problem(f"{what} {path}: a folder, the name of a file was expected.", Exit.USAGE)

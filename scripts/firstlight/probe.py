@@ -1,4 +1,4 @@
-"""Asks this machine's own KVM what it can do, by ioctl and by booting a guest of a few instructions."""
+"""Tests the capabilities of this machine's own KVM, by ioctl and by booting a guest of a few instructions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ KVM_CREATE_VM = 0xAE01
 KVM_CHECK_EXTENSION = 0xAE03
 KVM_CREATE_VCPU = 0xAE41
 KVM_CAP_XEN_HVM = 38
-# What the test host asks for: its own list is in test/host/vmm/kvm.cpp.
+# The capabilities that the test host needs; its own list is in test/host/vmm/kvm.cpp.
 HYPERV_NEEDED = {
     "KVM_CAP_HYPERV": 44, "KVM_CAP_HYPERV_TIME": 96, "KVM_CAP_HYPERV_SYNIC2": 148, "KVM_CAP_HYPERV_VP_INDEX": 149,
     "KVM_CAP_HYPERV_EVENTFD": 154, "KVM_CAP_HYPERV_SEND_IPI": 161, "KVM_CAP_HYPERV_CPUID": 167,
 }  # fmt: skip
-# What QEMU's Xen emulation asks of KVM: hypercall MSR, intercepted hypercalls, shared info.
+# KVM features used by QEMU's Xen emulation: hypercall MSR, intercepted hypercalls, shared info.
 XEN_NEEDED = 1 | 2 | 4
 
 
@@ -62,7 +62,7 @@ def tiny_guest() -> bytes:
 
 
 def boots(qemu: Path, accelerator: tuple[str, ...]) -> str:
-    """Empty if a guest of four instructions runs to its end; otherwise what was seen."""
+    """Boots a guest of four instructions. Empty on success; otherwise what was seen."""
     with tempfile.TemporaryDirectory() as folder:
         guest = Path(folder) / "guest.elf"
         guest.write_bytes(tiny_guest())
@@ -80,7 +80,7 @@ def boots(qemu: Path, accelerator: tuple[str, ...]) -> str:
 
 
 def lacks_interfaces(xen: bool, hyperv: bool) -> str:
-    """Why the machine's own KVM does not do, as far as it can be asked without a QEMU; empty if it does."""
+    """Why the machine's own KVM is not sufficient, as far as that can be determined without a QEMU; empty if it is."""
     if not os.path.exists(DEVICE):
         return f"there is no {DEVICE}"
     try:

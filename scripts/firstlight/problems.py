@@ -1,4 +1,4 @@
-"""Exit codes of every script, and the one exception that carries them."""
+"""Exit codes of all scripts, and the exception that carries them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import enum
 
 
 class Exit(enum.IntEnum):
-    """What a script's exit status means. The same for all of them."""
+    """Exit status of a script, the same for all of them."""
 
     SUCCESS = 0
-    FAILURE = 1  # tried, and wrong: a test failed, a disk gave wrong data
-    USAGE = 2  # the arguments of the script itself
-    ERROR = 3  # it could not be tried: bad input, the build failed, the lab did not start
+    FAILURE = 1  # a test failed, or a disk returned wrong data
+    USAGE = 2  # invalid arguments of the script itself
+    ERROR = 3  # could not be tried: bad input, the build failed, the lab did not start
     SKIP = 4
-    CRASH = 5  # the kernel panicked, and said so
-    TIMEOUT = 6  # it was still running when its time was over
+    CRASH = 5  # the kernel reported a panic
+    TIMEOUT = 6  # still running at the time-out
     MISSING = 7  # packages are missing and cannot be installed from here
-    NOT_STARTED = 8  # the virtual machine monitor refused to start: no guest ran
-    NO_VERDICT = 9  # the machine ended, or was ended, without a verdict that can be believed
+    NOT_STARTED = 8  # the virtual machine monitor did not start: no guest ran
+    NO_VERDICT = 9  # the machine ended, or was killed, without a valid verdict
     INTERRUPTED = 130
 
 
-# What --help says of them.
+# Their descriptions for --help.
 EXIT_TEXTS = {
     Exit.SUCCESS: "success",
     Exit.FAILURE: "failure: tried, and wrong",
@@ -39,7 +39,7 @@ EXIT_HELP = "Exit status: " + "; ".join(f"{int(code)} {text}" for code, text in 
 
 
 class Problem(Exception):
-    """Something the person at the terminal can act on: what was expected, what was seen, what to do."""
+    """An error that the user can act on: what was expected, what was seen, what to do."""
 
     def __init__(self, message: str, code: Exit = Exit.ERROR) -> None:
         super().__init__(message)

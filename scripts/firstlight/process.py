@@ -1,4 +1,4 @@
-"""Child processes that cannot hang and leave nothing behind.
+"""Child processes with bounded run time and no remains.
 
 Every child leads its own process group; on a timeout, an exception or Ctrl-C the whole group is killed.
 """
@@ -26,7 +26,7 @@ _stopped = False
 
 
 def stop_all() -> None:
-    """Ends every child, of whichever thread, and lets no new one start: whoever waits for one goes on and fails."""
+    """Ends all children of all threads, and prevents new ones: a thread that waits for a child continues and fails."""
     global _stopped
     with _lock:
         _stopped = True
@@ -38,7 +38,7 @@ def stop_all() -> None:
 
 def kill(child: subprocess.Popen) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
-        # The leader may be gone while its children are not: the group is signalled all the same.
+        # The leader may have exited before its children: signal the group all the same.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, number)
         try:
@@ -49,7 +49,7 @@ def kill(child: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def started(command: Sequence[str | Path], **options) -> Iterator[subprocess.Popen]:
-    """A child for the length of a `with` block: whatever ends the block, the child and its group are gone afterwards."""
+    """A child for the duration of a `with` block; the child and its group are ended in any case."""
     words = [str(word) for word in command]
     with _lock:
         if _stopped:
@@ -79,7 +79,7 @@ def started(command: Sequence[str | Path], **options) -> Iterator[subprocess.Pop
 
 @contextlib.contextmanager
 def alone(lock: Path, what: str, seconds: float = 1800) -> Iterator[None]:
-    """One of these scripts at a time in the block; another one is waited for, and said to be. The lock ends with its holder, however that ends."""
+    """Only one of these scripts at a time runs the block; another one is waited for, with a message. The lock is released when its holder ends."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
     with open(lock, "w") as file:
@@ -107,7 +107,7 @@ def run(
     what: str = "",
     **options,
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end. With `quiet` the output is kept and shown only if the command fails and `check` is set."""
+    """Run to the end. With `quiet` the output is kept, and shown only if the command fails and `check` is set."""
     words = [str(word) for word in command]
     if quiet:
         options.setdefault("stdout", subprocess.PIPE)
@@ -132,11 +132,11 @@ def run(
 
 
 def demand_room(output: str, what: str) -> None:
-    """A program that failed for want of space: one line in place of all of its own."""
+    """Replaces the output of a program that failed because the disk is full by one line."""
     if any(os.strerror(number) in output for number in paths.FULL):
         raise Problem(paths.full(what))
 
 
 def tail(text: str | None, lines: int = 40) -> str:
-    """The last lines, none longer than a screen is wide several times over."""
+    """The last lines, each limited to a few times a screen's width."""
     return "\n".join(line if len(line) <= 400 else line[:400] + " …" for line in (text or "").splitlines()[-lines:])

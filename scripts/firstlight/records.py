@@ -11,14 +11,14 @@ import signal
 from .problems import Exit
 
 MARK = "@{"
-CONTINUATION = "@+"  # goes on with the line before, which its console would have cut
-XEN_LOG = re.compile(r"\(d\d+\) ")  # what Xen's log puts before a guest's line
+CONTINUATION = "@+"  # continues the previous line, which the console would have cut
+XEN_LOG = re.compile(r"\(d\d+\) ")  # prefix of a guest's line in Xen's log
 HOST = "@@host "  # a line of the test host's own
 PHASE = HOST + '{"phase":'  # its counts between two marks
 
 
 class Verdict(enum.Enum):
-    """What a boot came to: the guest's own five, and what was seen instead where the guest gave none."""
+    """The result of a boot: one of the guest's five verdicts, or what happened instead."""
 
     SUCCESS = "SUCCESS"
     SKIP = "SKIP"
@@ -49,22 +49,22 @@ INSTEAD = {
 }
 
 
-# What QEMU's isa-debug-exit makes of the values the kernel writes: (value << 1) | 1.
+# isa-debug-exit's exit status of the values that the kernel writes: (value << 1) | 1.
 STATUS = {33: Verdict.SUCCESS, 35: Verdict.SKIP, 37: Verdict.ERROR, 39: Verdict.FAILURE, 41: Verdict.CRASH}
 # The test host's own (ExitCode in test/host/vmm/machine.cppm).
 HOST_CRASH, HOST_TIMEOUT = 70, 72
 HOST_REFUSED = (64, 66, 78)  # its command line, a file, a capability that KVM lacks
-# A virtual machine monitor begins its own messages with its name.
+# A virtual machine monitor prefixes its messages with its name.
 MONITORS = ("qemu-system-x86_64: ", "qemu: ", "firstlight-testhost: ", "Unexpected error in ")
-ABORTED = (-signal.SIGABRT, 128 + signal.SIGABRT)  # how QEMU ends when it trips over its own arguments
+ABORTED = (-signal.SIGABRT, 128 + signal.SIGABRT)  # how QEMU ends when it crashes on its own arguments
 
 
 @dataclasses.dataclass
 class Log:
-    """A boot's output, taken apart."""
+    """A boot's output, parsed."""
 
     records: list[dict]
-    text: list[str]  # the lines for people
+    text: list[str]  # the lines that are not records
     malformed: list[str]
     phases: list[dict] = dataclasses.field(default_factory=list)
 
@@ -73,7 +73,7 @@ class Log:
 
 
 def parse_line(line: str) -> dict | None:
-    """The record on this line; None for a line for people; ValueError for a line that only looks like a record."""
+    """The record on this line; None for other lines; ValueError for an invalid record."""
     if not line.startswith(MARK):
         return None
     record = json.loads(line[1:])
@@ -83,7 +83,7 @@ def parse_line(line: str) -> dict | None:
 
 
 def parse_phase(line: str) -> dict | None:
-    """The counts of a phase on this line; None for any other line; ValueError for one that only looks like it."""
+    """The counts of a phase on this line; None for other lines; ValueError for invalid counts."""
     if not line.startswith(PHASE):
         return None
     phase = json.loads(line[line.index("{") :])
@@ -95,7 +95,7 @@ def parse_phase(line: str) -> dict | None:
 
 
 class Latencies:
-    """Gathers the `latencies` records that stand before a `result`, and gives them to it."""
+    """Collects the `latencies` records that precede a `result`, and adds them to it."""
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, dict[int, int]]] = {}  # disk, read or write, bucket: count
@@ -123,9 +123,9 @@ class Latencies:
 
 
 def unfold(output: str) -> list[str]:
-    """The lines as the kernel wrote them: without Xen's prefix, and continued lines put together again."""
+    """The lines as written by the kernel: without Xen's prefix, and with continued lines joined."""
     lines: list[str] = []
-    last = -1  # the guest's last line; Xen may write between two of its lines
+    last = -1  # the guest's last line; Xen may print between two of its lines
     for line in output.splitlines():
         line = XEN_LOG.sub("", line, count=1) if XEN_LOG.match(line) else line
         if line.startswith(CONTINUATION) and last >= 0:
@@ -138,9 +138,9 @@ def unfold(output: str) -> list[str]:
 
 
 def parse(output: str) -> Log:
-    """A `result` gets what the host counted in its phase as `exits`, where the host can tell, and its latencies as `buckets`.
+    """A `result` gets the host's counts in its phase as `exits`, if the host has them, and its latencies as `buckets`.
 
-    Phases and results are in step: phase N ends before result N and after result N - 1. Anything else is malformed.
+    Phases and results alternate: phase N ends before result N and after result N - 1. Anything else is malformed.
     """
     log = Log([], [], [])
     latencies = Latencies()
@@ -177,12 +177,12 @@ class Judgement:
 
     @property
     def text(self) -> str:
-        """For people: a guest's verdict is called one, everything else has words of its own."""
+        """Text for the user: a guest's verdict is called one, everything else has its own words."""
         return self.verdict.words + (f": {self.reason}" if self.reason else "")
 
 
 def guest_ran(log: Log) -> bool:
-    """Whether something in the output is the guest's or its firmware's. A monitor's error may have unmarked lines of advice behind it."""
+    """Whether the output contains anything from the guest or its firmware. A monitor's error may be followed by unmarked lines of advice."""
     if log.records or log.malformed:
         return True
     advice = False
@@ -195,7 +195,7 @@ def guest_ran(log: Log) -> bool:
 
 
 def monitors_words(log: Log) -> str:
-    """What the virtual machine monitor itself said, in one line."""
+    """The virtual machine monitor's own message, in one line."""
     own = [line for line in log.text if line.startswith(MONITORS) and " warning: " not in line]
     return "; ".join(own or [line for line in log.text if line.strip()][-3:])[:400]
 
@@ -212,14 +212,14 @@ def ended(status: int | None) -> str:
 
 
 def agrees(verdict: str, status: int | None) -> bool:
-    """Without a debug exit port: 0 is a machine that was powered off, 1 one whose monitor was told of a failure (docs/INTERFACES.md)."""
+    """Without a debug exit port: 0 if the machine was powered off, 1 if the monitor was notified of a failure (docs/INTERFACES.md)."""
     return status == 0 or (status == 1 and verdict in (Verdict.ERROR.value, Verdict.FAILURE.value, Verdict.CRASH.value))
 
 
 def judge(log: Log, status: int | None, timed_out: bool, limit: float | None = None, refused: str = "") -> Judgement:
-    """The verdict, strictly: it must be said once, be the last record, and the exit status must agree.
+    """The verdict, strictly: it must be printed once, be the last record, and the exit status must agree.
 
-    `refused`: why the virtual machine monitor did not start, where a platform can tell; otherwise it is judged by its exit status
+    `refused`: why the virtual machine monitor did not start, if the platform knows; otherwise this is judged by its exit status
     and by whether the guest or its firmware has printed anything.
     """
     said = log.of("verdict")
@@ -251,12 +251,12 @@ def judge(log: Log, status: int | None, timed_out: bool, limit: float | None = N
         complaint = f"the record says {said[0]['verdict']}, and {ended(status)}, which does not agree"
     else:
         return Judgement(Verdict(said[0]["verdict"]), str(said[0].get("reason", "")))
-    # A guest that wrote CRASH to the debug exit port, and a test host that saw a triple fault, have said it all the same.
+    # A guest that wrote CRASH to the debug exit port, and a test host that saw a triple fault, have reported a crash all the same.
     return Judgement(Verdict.CRASH if by_status is Verdict.CRASH or status == HOST_CRASH else Verdict.NO_VERDICT, complaint)
 
 
 def by_status(status: int) -> Judgement:
-    """Where the console was not read: the exit status alone."""
+    """If the console was not read: the exit status alone."""
     verdict = STATUS.get(status)
     if verdict:
         return Judgement(verdict, "")

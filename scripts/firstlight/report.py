@@ -1,4 +1,4 @@
-"""The tables that scripts/bench ends with."""
+"""The tables printed by scripts/bench."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEADS = (
 
 
 def part(job: dict) -> dict:
-    """The direction that did something; for a mixed job, reads."""
+    """The direction with I/Os; for a mixed job, reads."""
     return job["read"] if job["read"]["total_ios"] else job["write"]
 
 
@@ -30,7 +30,7 @@ def percentile(latency: dict, wanted: float) -> float:
 
 
 def row(job: dict) -> list[str]:
-    # From the submission on: a guest whose submission does the whole work has completion latencies near zero.
+    # Measured from the submission: a guest whose submission does the whole work has completion latencies near zero.
     extra, latency = job["firstlight"], part(job)["lat_ns"]
     figures = [extra.get(f"{name}_per_io") for name in ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations", "exits")]
     return [
@@ -47,14 +47,14 @@ def label(job: dict) -> str:
 
 
 def terminal() -> int | None:
-    """How many columns standard output shows; None where it is no terminal, and a line may be as long as it is."""
+    """Width of the terminal in columns; None if standard output is not a terminal, so that lines may have any length."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int, keys: Sequence[int] = (0,), width: int | None = None) -> str:
-    """Columns as wide as they need to be, the first `left` of them flush left.
+    """Columns as wide as necessary, the first `left` of them flush left.
 
-    What is wider than `width` becomes several tables below each other, each of them with the columns `keys`, which name the row.
+    A table wider than `width` is split into several below each other, each with the columns `keys`, which identify the row.
     """
     widths = [max(len(line[column]) for line in [heads, *rows]) for column in range(len(heads))]
     parts: list[list[int]] = [[]]
@@ -88,7 +88,7 @@ def results(jobs: Sequence[dict]) -> str:
 
 
 def clock_note(jobs: Sequence[dict]) -> str:
-    """What must stand under a table whose times are no measurements; nothing for one whose times are."""
+    """The note under a table whose times are not measurements; empty for one whose times are."""
     guessed = [job for job in jobs if job["firstlight"].get("clock_assumed")]
     if not guessed:
         return ""
@@ -122,7 +122,7 @@ def ratios(ours: Sequence[dict], theirs: Sequence[dict] = ()) -> str:
 
 
 def median_run(runs: Sequence[Sequence[dict]]) -> list[dict]:
-    """Of each job the run whose IOPS are the median (the lower one of two), with those of all its runs beside it."""
+    """For each job the run with the median IOPS (the lower one of two), with the IOPS of all its runs."""
     seen: dict[str, list[dict]] = {}
     for jobs in runs:
         for job in jobs:
@@ -135,7 +135,7 @@ def median_run(runs: Sequence[Sequence[dict]]) -> list[dict]:
 
 
 def spread(jobs: Sequence[dict]) -> str:
-    """Of jobs from median_run(): the median and the range of their runs; the range is also given in per cent of the median."""
+    """For jobs from median_run(): the median and the range of their runs; the range also in per cent of the median."""
     rows = []
     for job in jobs:
         values = sorted(job["firstlight"]["runs_iops"])

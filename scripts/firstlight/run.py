@@ -13,7 +13,7 @@ from .options import Conflict
 from .problems import EXIT_HELP, Exit, Problem
 
 
-# What the options can be on some machine; what one machine can be is Machine's to say.
+# Limits of the options over all machines; a single machine's limits are checked by Machine.
 MOST_CPUS = 4096
 MOST_MEMORY = 1 << 20  # MiB
 MOST_SECONDS = 86400
@@ -68,7 +68,7 @@ def boot_of(chosen) -> str:
 
 
 def in_lab(chosen) -> bool:
-    """Whether the platform is one that can run in a lab."""
+    """Whether the platform can run in a lab."""
     return kind_of(chosen).kvm or bool(kind_of(chosen).domain)
 
 
@@ -155,7 +155,7 @@ def main(words: list[str]) -> Exit:
 
 
 def demand_place(machine: Machine, where: launch.Place, chosen) -> None:
-    """What only this machine decides: whether the platform runs in the lab."""
+    """Checks that depend on this machine: whether the platform runs in the lab."""
     if where.nested and (chosen.gdb or chosen.console):
         raise Problem(f"--gdb and --console {KEYBOARD}; {machine.platform} runs in the lab here ({where.reason}).", Exit.USAGE)
     if machine.kind.kvm and not where.nested and chosen.deterministic:
@@ -167,7 +167,7 @@ def demand_place(machine: Machine, where: launch.Place, chosen) -> None:
 
 
 def by_hand(ready: lab.Lab, machine: Machine, where: launch.Place, chosen) -> Exit:
-    """The ways to start that need the files to stay: everything goes into build/runs/run."""
+    """Starts that need their files to be kept: everything goes into build/runs/run."""
     folder = paths.RUNS / "run"
     folder.mkdir(parents=True, exist_ok=True)
     job = machine.job(folder)
@@ -192,18 +192,18 @@ def by_hand(ready: lab.Lab, machine: Machine, where: launch.Place, chosen) -> Ex
         print(shlex.join(command))
         return Exit.SUCCESS
     if chosen.gdb:
-        debugger.demand_free(chosen.gdb_port)  # again: building and unpacking may have taken minutes
+        debugger.demand_free(chosen.gdb_port)  # checked again: building and unpacking may have taken minutes
         launch.warn("QEMU waits. In another terminal:")
         launch.warn("  " + shlex.join(debugger.command(machine.kernel, chosen.gdb_port)))
         if machine.kind.kvm:
             launch.warn("With KVM only hardware breakpoints (hbreak) work before the kernel is in memory and has built its page tables.")
         launch.warn("Ctrl-C here ends QEMU.")
-    # The terminal belongs to QEMU now: the same process group, so that Ctrl-C reaches it.
+    # The terminal belongs to QEMU now: the same process group, so that it receives Ctrl-C.
     try:
         status = subprocess.run(command, stdin=None if chosen.console else subprocess.DEVNULL).returncode
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
-    # The console went past this script: what is left is the exit status.
+    # The console was not read by this script, so only the exit status is known.
     judgement = records.by_status(status)
     launch.warn(judgement.text)
     return judgement.verdict.exit

@@ -1,4 +1,4 @@
-"""Installs the packages the build needs, or says which ones and how."""
+"""Installs the packages the build needs, or names them and how to install them."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def missing(distro: distribution.Distribution, tests: bool = False) -> dict[str,
     absent = {name: why for name, why in needed.items() if name not in present}
     version = cmake_version()
     if version and version >= CMAKE_NEEDED:
-        absent.pop("cmake", None)  # from wherever it came
+        absent.pop("cmake", None)  # from any source
     elif version:
         absent["cmake"] = f"build; {'.'.join(map(str, version))} is installed, 3.28 or newer is needed for modules"
     return absent
 
 
 def ensure(tests: bool = False) -> None:
-    """Everything the build needs, and with `tests` what scripts/test needs, is there afterwards, or a Problem says what to do."""
+    """Ensures that everything the build needs, and with `tests` what scripts/test needs, is installed, or raises a Problem with what to do."""
     distro = distribution.detect()
     absent = missing(distro, tests)
     if not absent:
@@ -73,7 +73,7 @@ def install(distro: distribution.Distribution, absent: dict[str, str], listing: 
     print(f"installing:{listing}", file=sys.stderr, flush=True)
     user = invoker()
     if user:
-        # The lists are the user's, who needs them next; root keeps nothing of its own, there or in the user's folder.
+        # The lists belong to the user, who needs them next; root keeps none, neither of its own nor in the user's folder.
         as_invoker(user, "lists")
         with in_home_of(user):
             source = apt.Apt(distro.codename, distro.backports, distro.components)
@@ -83,7 +83,7 @@ def install(distro: distribution.Distribution, absent: dict[str, str], listing: 
         source.refresh()
         more = []
     if any(name.isdigit() for name in os.listdir("/var/lib/dpkg/updates")):
-        # An installation was interrupted, and apt refuses everything until dpkg has come to an end with it.
+        # An interrupted installation: apt refuses everything until dpkg has completed it.
         process.run(["dpkg", "--configure", "-a"], timeout=INSTALL_SECONDS, env=dict(os.environ, DEBIAN_FRONTEND="noninteractive"))
     done = source.get(
         *more, "-o", "APT::Keep-Downloaded-Packages=false", "-o", "Dpkg::Use-Pty=0", "install", "-y", "--no-install-recommends", *absent,
@@ -95,7 +95,7 @@ def install(distro: distribution.Distribution, absent: dict[str, str], listing: 
 
 
 def invoker() -> pwd.struct_passwd | None:
-    """Who has called sudo: what goes into a home goes into theirs, and belongs to them."""
+    """The user who called sudo: files in a home go into that user's, and belong to that user."""
     name = os.environ.get("SUDO_UID", "")
     if os.geteuid() != 0 or not name.isdigit() or int(name) == 0:
         return None
@@ -123,7 +123,7 @@ def in_home_of(user: pwd.struct_passwd) -> Iterator[None]:
 
 
 def as_invoker(user: pwd.struct_passwd, part: str, *words: str) -> None:
-    """One part of the setup as that user, in a process of its own, which says itself what went wrong."""
+    """Runs one part of the setup as that user, in a process of its own, which reports its own errors."""
     done = process.run(
         ["/usr/bin/python3", paths.PACKAGE, "setup", "--part", part, *words], timeout=LAB_SECONDS, check=False, quiet=False,
         user=user.pw_uid, group=user.pw_gid, extra_groups=os.getgrouplist(user.pw_name, user.pw_gid), env=environment(user), cwd="/",
@@ -142,7 +142,7 @@ def arguments() -> options.Parser:
     parser.add_argument("--refresh", action="store_true", help="fetch the package lists now and assemble the lab from the newest packages")
     parser.add_argument("--no-lab", action="store_true", help="the packages of the build and the tests only")
     parser.add_argument("--xen", action="store_true", help="assemble the Xen lab too (otherwise at its first use): 23 MB more to fetch, 170 MB more in the cache")
-    parser.add_argument("--part", choices=("lists", "lab"), help=argparse.SUPPRESS)  # for as_invoker
+    parser.add_argument("--part", choices=("lists", "lab"), help=argparse.SUPPRESS)  # called by as_invoker
     return parser
 
 

@@ -1,4 +1,4 @@
-"""scripts/test: builds and passes everything, and says so in one table."""
+"""scripts/test: builds and tests everything, and reports the results in one table."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
 
 PRESETS = ("host", "asan", "tsan")
-UNIT_PRESETS = ("host", "asan")  # those with the program of the unit tests
-UNIT_LABEL = "unit"  # its tests, for ctest
+UNIT_PRESETS = ("host", "asan")  # presets with the program of the unit tests
+UNIT_LABEL = "unit"  # its tests in ctest
 UNIT_SECONDS = 600
 CTEST_SECONDS = 600
 FUZZ = "fuzz"
 FUZZ_TARGETS = ("packets", "storvsc", "virtqueue", "vmbus")
-FUZZ_RUNS = 5000  # of each target, behind its corpus; the same ones wherever coverage does not depend on addresses
+FUZZ_RUNS = 5000  # per target, after its corpus; the same inputs each time, as far as coverage does not depend on addresses
 FUZZ_SECONDS = 240
 GDB = "gdb"
 MINIMAL = "minimal"  # a kernel without any hypervisor's module
-# Symbols that such a kernel must not have.
+# Symbols that such a kernel must not contain.
 FOREIGN = re.compile(r"fl::hv::(xen|kvm|hyperv)::|fl::hv::(Xen|Kvm|HyperV)\b|fl::drivers::(xen_|storvsc|hv_)")
 BAR = "=" * 20
 
@@ -63,7 +63,7 @@ CONFLICTS = (
 
 
 def check(options, cases: list[vmtests.Case], suites: Sequence[str]) -> None:
-    """Whatever is wrong with the options is found here, before anything is fetched, built or run."""
+    """Invalid options are reported here, before anything is fetched, built or run."""
     demand_agreement(options, CONFLICTS)
     left_out = ", without those that --fast leaves out" if options.fast else ""
     for pattern in options.only:
@@ -80,8 +80,8 @@ def check(options, cases: list[vmtests.Case], suites: Sequence[str]) -> None:
 
 
 def chosen(options, cases: list[vmtests.Case]) -> list[vmtests.Case]:
-    """The boots that are asked for."""
-    # The name of a suite means that suite, not the boots in whose names the word happens to occur.
+    """The selected boots."""
+    # The name of a suite selects that suite, not the boots whose names contain the word.
     parts = [pattern for pattern in options.only if pattern not in ("scripts", checks.SUITE, *PRESETS, tidy.SUITE, FUZZ, "image", GDB, MINIMAL, fiotools.SUITE)]
     return [case for case in cases if not options.only or (parts and wanted(f"vm/{case.name}", parts))]
 
@@ -133,7 +133,7 @@ def main(words: list[str]) -> Exit:
         add(surviving(FUZZ, fuzz_tests(options.only)))
     if not options.fast and wanted(MINIMAL, options.only, whole=True):
         add(surviving(MINIMAL, minimal()))
-    # One boot of the lab after the other takes one processor: the boots of the table take the others.
+    # Boots of the lab, one after the other, use one processor; the boots of the table use the others.
     beside = [lambda: surviving(fiotools.SUITE, fiotools.checks())] if measured and built else []
     if cases:
         add(vm_tests(cases, options.lab, built, beside))
@@ -148,7 +148,7 @@ def say(text: str) -> None:
 
 
 def wanted(name: str, patterns: list[str], whole: bool = False) -> bool:
-    """Whether a test, or with `whole` a suite that may hold matching tests, is asked for."""
+    """Whether a test, or with `whole` a suite that may contain matching tests, is selected."""
     if not patterns:
         return True
     if whole:
@@ -168,7 +168,7 @@ def attempt(name: str, work: Callable[[], None], add) -> bool:
 
 
 def surviving(suite: str, results: Iterable[Result]) -> Iterable[Result]:
-    """The results; when whatever makes them breaks down, that is one more result, and the other suites go on."""
+    """The results; an exception in a suite is one more result, and the other suites continue."""
     begin = time.monotonic()
     try:
         yield from results
@@ -177,7 +177,7 @@ def surviving(suite: str, results: Iterable[Result]) -> Iterable[Result]:
 
 
 def vm_tests(cases: list[vmtests.Case], forced: str, built: bool, beside: Sequence[Callable[[], Iterable[Result]]] = ()) -> Iterable[Result]:
-    """One result for each case, whatever breaks down; and those of what is run beside them, which have their own names."""
+    """One result for each case, in spite of any failure; and the results of what runs beside them, which have their own names."""
     left = {case.name: case for case in cases}
     reason: Exception = Problem("The kernel was not built.")
     try:
@@ -194,8 +194,9 @@ def vm_tests(cases: list[vmtests.Case], forced: str, built: bool, beside: Sequen
 
 
 def fuzz_tests(only: list[str]) -> Iterable[Result]:
-    """Each target over its corpus, and then the same mutations of it every time: without what libFuzzer learns from
-    comparisons, which holds addresses (who looks for faults leaves -use_cmp=0 out)."""
+    """Each target over its corpus, and then the same mutations of it every time: without the feedback from
+    comparisons, which contains addresses (omit -use_cmp=0 to search for faults).
+    """
     begin = time.monotonic()
     try:
         build.preset(FUZZ)
@@ -212,14 +213,14 @@ def fuzz(target: str) -> Iterable[Result]:
     corpus = paths.REPOSITORY / "test" / "fuzz" / "corpus" / target
     folder = paths.BUILD / FUZZ / "findings"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as fresh:  # takes what libFuzzer adds
+    with tempfile.TemporaryDirectory() as fresh:  # directory for inputs that libFuzzer adds
         try:
             done = process.run(
                 [paths.BUILD / FUZZ / "test" / "fuzz" / f"fuzz_{target}", f"-runs={FUZZ_RUNS}", "-seed=1", "-use_cmp=0", "-max_len=1024", "-timeout=20",
                  "-rss_limit_mb=2048", f"-artifact_prefix={folder}/{target}-", fresh, corpus],
                 timeout=FUZZ_SECONDS, check=False, what=f"fuzz_{target}",
             )  # fmt: skip
-        except Exception as error:  # the other targets go on
+        except Exception as error:  # the other targets continue
             yield vmtests.wreck(f"{FUZZ}/{target}", error, time.monotonic() - begin)
             return
     detail = fuzz_fault(done.returncode, done.stdout)
@@ -227,7 +228,7 @@ def fuzz(target: str) -> Iterable[Result]:
 
 
 def fuzz_fault(status: int, said: str) -> str:
-    """What is wrong with a run of libFuzzer; empty: all inputs were run, the corpus among them, and nothing was found."""
+    """The fault of a run of libFuzzer; empty: all inputs were run, including the corpus, and none failed."""
     found = re.search(r"^(?:==\d+==\s*ERROR: (.*)|.*(runtime error: .*))$", said, re.MULTILINE)
     written = re.search(r"Test unit written to (\S+)", said)
     if found or written or status:
@@ -243,7 +244,7 @@ def fuzz_fault(status: int, said: str) -> str:
 
 
 def minimal() -> Iterable[Result]:
-    """The kernel without any hypervisor's module and with the checks that a release image does without: it builds, holds no code of one, and boots as bare."""
+    """The kernel without any hypervisor's module and with the checks that a release image omits: it builds, contains no hypervisor code, and boots as bare."""
     begin = time.monotonic()
     folder = paths.BUILD / MINIMAL
     process.run(
@@ -291,7 +292,7 @@ def script_tests(only: list[str]) -> Iterable[Result]:
 
 
 def host_tests(preset: str, only: list[str]) -> Iterable[Result]:
-    """One preset: configure, build, ctest, and the unit tests many to a process, which ctest would start once for each; each test is one result."""
+    """One preset: configure, build, ctest, and the unit tests, many per process, which ctest would start one by one; each test is one result."""
     begin = time.monotonic()
     say(f"build: {preset}")
     try:
@@ -319,7 +320,7 @@ def unit_tests(preset: str, expression: str) -> Iterable[Result]:
 
 
 def by_ctest(preset: str, expression: str) -> Iterable[Result]:
-    """What is no unit test: models, and code that must not compile."""
+    """Tests that are not unit tests: models, and code that must not compile."""
     report_file = paths.BUILD / preset / "junit.xml"
     report_file.unlink(missing_ok=True)
     command = ["ctest", "--preset", preset, "--output-junit", str(report_file), "-LE", f"^{UNIT_LABEL}$", "--no-tests=ignore"]
@@ -344,10 +345,10 @@ def read_junit(path: Path, preset: str) -> Iterable[Result]:
         detail = failure.get("message", "") if failure is not None else ""
         if status == "failed":
             detail = f"{detail} {process.tail(output, 6)}".strip()
-        # A host test has no reason not to run: what ctest did not run counts as failed unless it says it skipped itself.
+        # No host test may be skipped silently: what ctest did not run counts as failed unless it reports itself as skipped.
         if status == "skipped" and case.find("skipped") is not None and "SKIP" not in (case.find("skipped").get("message") or "").upper():
             status, detail = "failed", "not run"
-        name = (case.get("name") or "").partition("  # GetParam()")[0]  # the parameter's bytes tell nobody anything
+        name = (case.get("name") or "").partition("  # GetParam()")[0]  # the parameter's bytes are not readable
         yield Result(f"{preset}/{name}", status, float(case.get("time") or 0), detail, output)
 
 
@@ -373,7 +374,7 @@ def finish(results: list[Result], options) -> Exit:
 
 
 def row(result: Result | None, number: int) -> None:
-    """The table, a row when its test is done; None begins it. The names come last: how long the longest is, nobody knows yet."""
+    """The table, a row when its test is done; None begins it. The names come last: the length of the longest is not known yet."""
     if result is None:
         print("result   seconds  test\n-------  -------  ----", flush=True)
     else:
@@ -382,7 +383,7 @@ def row(result: Result | None, number: int) -> None:
 
 
 def tap(result: Result | None, number: int) -> None:
-    """The same as TAP, whose plan may stand at the end."""
+    """The same as TAP, whose plan may be at the end."""
     if result is None:
         print("TAP version 13", flush=True)
         return
@@ -409,7 +410,7 @@ def junit(results: list[Result], path: Path) -> None:
         group, _, name = result.name.partition("/")
         case = ElementTree.SubElement(suite, "testcase", classname=group, name=name or group, time=f"{result.seconds:.3f}")
         if result.status == "failed":
-            # JUnit's `error` is a test that could not be tried: its machine did not start, its build or its lab broke down.
+            # JUnit's `error` is a test that could not be run: its machine did not start, its build or its lab failed.
             kind = {"type": result.kind} if result.kind else {}
             ElementTree.SubElement(case, "failure" if result.tried else "error", message=printable(result.detail), **kind)
         elif result.status == "skipped":
@@ -420,5 +421,5 @@ def junit(results: list[Result], path: Path) -> None:
 
 
 def printable(text: str) -> str:
-    """Without the control characters that XML cannot hold."""
+    """Without the control characters that XML cannot contain."""
     return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", text)

@@ -1,7 +1,7 @@
 """The suite `tidy` of scripts/test: clang-tidy over the implementation units of src/, every finding an error (.clang-tidy).
 
-It reads the modules that the host build has made, so it comes after that build. Interface units are seen through the units that import them
-only as declarations: what their inline functions do is checked by the compiler's own warnings alone.
+It reads the modules of the host build, so it runs after that build. Interface units are seen only as declarations, through the units that
+import them: their inline functions are checked by the compiler's warnings alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .vmtests import Result, side_by_side, wreck
 
 SUITE = "tidy"
 TOOL = "clang-tidy-19"
-SECONDS = 120  # for one unit
+SECONDS = 120  # per unit
 
 
 def units(build: Path) -> list[Path]:
@@ -41,14 +41,14 @@ def check(build: Path, unit: Path) -> Iterable[Result]:
     name = f"{SUITE}/{unit.relative_to(paths.REPOSITORY)}"
     try:
         done = process.run([TOOL, "-p", build, "--quiet", unit], timeout=SECONDS, check=False, cwd=paths.REPOSITORY, what=f"{TOOL} {unit}")
-    except Exception as error:  # the tool is missing, or has not ended: the other units go on
+    except Exception as error:  # the tool is missing, or did not end: the other units continue
         yield wreck(name, error, time.monotonic() - begin)
         return
     yield judged(name, done.returncode, done.stdout, time.monotonic() - begin)
 
 
 def judged(name: str, status: int, said: str, seconds: float) -> Result:
-    """A unit passes when the tool says so by its exit status and has printed no finding."""
+    """A unit passes if the tool's exit status is 0 and it has printed no finding."""
     findings = [line for line in said.splitlines() if ": error: " in line or ": warning: " in line]
     if status == 0 and not findings:
         return Result(name, "passed", seconds)

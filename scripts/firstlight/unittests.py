@@ -1,4 +1,4 @@
-"""Runs a GoogleTest program: many tests in one process, and still a result for each of them, whatever it does to its process."""
+"""Runs a GoogleTest program: many tests per process, and a result for each of them even if one ends its process."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from . import process
 from .problems import Problem
 from .vmtests import Result, side_by_side, wreck
 
-TEST_SECONDS = 60  # of one test
+TEST_SECONDS = 60  # per test
 LIST_SECONDS = 60
 END_SECONDS = 60  # from the last test to the end of the process: static destructors, the leak check
-PARTS_EACH = 4  # for each processor: the one that gets the longest tests keeps the others waiting for less
+PARTS_EACH = 4  # per processor: with more parts, the one with the longest tests delays the end less
 
 BEGIN = re.compile(r"\[ RUN      \] (\S+)$")
 END = re.compile(r"\[(       OK |  FAILED  |  SKIPPED )\] (\S+?)(?:, where .*)? \((\d+) ms\)$")
@@ -29,7 +29,7 @@ STATUS = {"OK": "passed", "FAILED": "failed", "SKIPPED": "skipped"}
 
 
 def names(program: Path) -> dict[str, str]:
-    """All tests of the program, in its order, and how ctest names them: by the parameter's value where the program has only its number."""
+    """All tests of the program, in its order, with their names in ctest, which contain the parameter's value instead of its number."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "list.json"
         process.run([program, "--gtest_list_tests", f"--gtest_output=json:{file}"], timeout=LIST_SECONDS, what=f"{program} --gtest_list_tests")
@@ -44,20 +44,20 @@ def names(program: Path) -> dict[str, str]:
 
 
 def run(program: Path, chosen: Sequence[str], seconds: float, workers: int = 0) -> Iterable[Result]:
-    """One result for each chosen test; one more for a process whose end went wrong after its last test, as where memory leaked.
+    """One result for each selected test; one more for a process that failed after its last test, for example because memory leaked.
 
-    `seconds` bounds the whole; a test that was not reached by then fails.
+    `seconds` bounds the whole; a test that has not run by then fails.
     """
     workers = workers or os.cpu_count() or 1
     deadline = time.monotonic() + seconds
     count = min(len(chosen), workers * PARTS_EACH)
-    # Tests that lie together take equally long: neighbours go to different parts.
+    # Adjacent tests take similar times: distribute them over the parts.
     parts = [functools.partial(surviving, program, list(chosen[first::count]), deadline) for first in range(count)]
     yield from side_by_side(parts, workers)
 
 
 def surviving(program: Path, left: list[str], deadline: float) -> Iterable[Result]:
-    """The tests one after the other, in a new process after each one that ended its process."""
+    """Runs the tests one after the other, in a new process after each one that ended its process."""
     while left:
         if time.monotonic() >= deadline:
             for name in left:
@@ -70,7 +70,7 @@ def surviving(program: Path, left: list[str], deadline: float) -> Iterable[Resul
                     left.remove(result.name)
                 yield result
             fault: Exception | None = Problem(f"{program} ended before it ran this test.") if len(left) == len(asked) else None
-        except Exception as error:  # the other parts go on
+        except Exception as error:  # the other parts continue
             fault = error
         if fault:
             for name in left or [f"end of the process of {asked[0]}"]:
@@ -79,9 +79,9 @@ def surviving(program: Path, left: list[str], deadline: float) -> Iterable[Resul
 
 
 def once(program: Path, asked: Sequence[str], deadline: float) -> Iterable[Result]:
-    """The results of one process: of the tests that ended, and of the one in which it ended or was ended."""
+    """The results of one process: of the tests that ended, and of the one in which it ended or was killed."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = Path(folder) / "flags"  # a command line has no room for all names
+        flags = Path(folder) / "flags"  # a command line is too short for all names
         flags.write_text("--gtest_filter=" + ":".join(asked) + "\n")
         command = [program, f"--gtest_flagfile={flags}", "--gtest_color=no", "--gtest_print_time=1", "--gtest_brief=0"]
         waiting = set(asked)
@@ -89,7 +89,7 @@ def once(program: Path, asked: Sequence[str], deadline: float) -> Iterable[Resul
         limit = TEST_SECONDS
         late = False
         since = time.monotonic()
-        # As each test had when it was alone in its process: what the environment says of filters and shards does not count.
+        # As if each test ran alone in its process: filters and shards in the environment are ignored.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("GTEST_", "TEST_"))}
         with process.started(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as child:
             rest = b""
@@ -141,12 +141,12 @@ def once(program: Path, asked: Sequence[str], deadline: float) -> Iterable[Resul
 
 
 def leaked(output: str) -> bool:
-    """Whether a sanitizer says something after the last test: the exit status alone may be that of a failed test."""
+    """Whether a sanitizer reports something after the last test: the exit status alone may be due to a failed test."""
     return bool(re.search(r"^==\d+==\s*ERROR: |runtime error: ", output, re.MULTILINE))
 
 
 def fault(said: Sequence[str]) -> str:
-    """Of what a test has said, the sanitizer's line or the first lines about the failure."""
+    """From a test's output, the sanitizer's line or the first lines about the failure."""
     for line in said:
         if re.search(r"^==\d+==\s*ERROR: |runtime error: ", line):
             return line.strip()

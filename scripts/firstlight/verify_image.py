@@ -1,4 +1,4 @@
-"""Checks a stamped image from outside: an independent reading of "Stamp of verify" in docs/INTERFACES.md."""
+"""Checks a stamped image from outside: an independent implementation of "Stamp of verify" in docs/INTERFACES.md."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def crc32c():
 
 
 def value(text: str) -> int:
-    """A number of the command line."""
+    """A number on the command line."""
     return int(text[:-1], 0) * SIZES[text[-1]] if text[-1:] in SIZES else int(text, 0)
 
 
 def compare(record: dict, words: dict[str, str], image_size: int) -> list[str]:
-    """A `verify` record against the words of the command line: whether what was asked for is what the kernel says it did."""
+    """Compares a `verify` record with the command line: whether the kernel reports having done what was requested."""
     asked = {key: value(words[key]) if key in words else default for key, default in DEFAULTS.items()}
     count = value(words.get("count", "0"))
     expected = {**asked, "first_lba": 0, "bad": 0, "ok": True}
@@ -37,7 +37,7 @@ def compare(record: dict, words: dict[str, str], image_size: int) -> list[str]:
 
 
 def check(image: Path, record: dict) -> list[str]:
-    """What the record says was written must be in the image; a line for each block that differs."""
+    """The data that the record reports as written must be in the image; one line for each block that differs."""
     block_size = record["bs"]
     lba = record["first_lba"]
     crc = crc32c()

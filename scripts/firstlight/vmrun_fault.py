@@ -1,4 +1,4 @@
-"""Takes one instruction out of the unpacked QEMU, because of a fault in its emulation of SVM.
+"""Removes one instruction from the unpacked QEMU, because of a fault in its emulation of SVM.
 
 When VMRUN injects an external interrupt, QEMU's helper_vmrun delivers it at once, but also leaves its number in
 `exception_index`. If the main loop looks there before the next #VMEXIT resets it (under -icount: whenever a virtual timer
@@ -6,8 +6,8 @@ expires within those few microseconds), the same interrupt is delivered a second
 interrupts disabled in the guest. A Linux guest then deadlocks on a lock of its timers; it happened in about every third
 boot of the lab in deterministic mode. Seen in QEMU 10.0 (target/i386/tcg/system/svm_helper.c, case SVM_EVTINJ_TYPE_INTR).
 
-The store is found by what surrounds it: the only 32-bit store of ESI, the second argument, shortly before the only call
-of do_interrupt_x86_hardirq in helper_vmrun. A QEMU built otherwise is left as it is.
+The store is found by its context: the only 32-bit store of ESI, the second argument, shortly before the only call
+of do_interrupt_x86_hardirq in helper_vmrun. A QEMU built differently is left unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def symbols(program: Path) -> dict[str, int]:
 
 
 def offset_of(program: Path, address: int) -> int | None:
-    """Where an address of the program lies in its file."""
+    """Offset in the file of an address of the program."""
     answer = process.run(["readelf", "-lW", program], timeout=60).stdout
     for match in re.finditer(r"LOAD\s+0x([0-9a-f]+) 0x([0-9a-f]+) 0x[0-9a-f]+ 0x([0-9a-f]+)", answer):
         offset, start, size = (int(text, 16) for text in match.groups())
@@ -54,7 +54,7 @@ def find(code: bytes, address: int, target: int) -> int | None:
 
 
 def correct(program: Path) -> bool:
-    """Whether the store was found and taken out."""
+    """Whether the store was found and removed."""
     names = symbols(program)
     entry, target = names.get("helper_vmrun"), names.get("do_interrupt_x86_hardirq")
     if entry is None or target is None:

@@ -21,17 +21,17 @@ from .problems import Problem
 from .records import Log, Verdict
 
 TABLES = paths.REPOSITORY / "test" / "vm"
-START_CASES = 24  # in one start of the lab: their files lie in its memory
-AT_ONCE = 4  # starts of the lab side by side at most: each takes 2 GiB
-LAB_STARTS = 3  # at most, for the tests that a lab which broke down did not get to
+START_CASES = 24  # per start of the lab: their files are in its memory
+AT_ONCE = 4  # starts of the lab side by side, maximum: each takes 2 GiB
+LAB_STARTS = 3  # maximum, for the tests that a failed lab did not reach
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """What must hold for a number in every record that `where` selects, and at least one such record must be there.
+    """A condition on a number in every record that `where` selects; at least one such record must exist.
 
     The number is a `field`, or with `per_io` a total of a result record divided by its `count`. `below` names another
-    field of the same record. Counts only: how long something took on this machine is no test.
+    field of the same record. Counts only: times on this machine are not tested.
     """
 
     record: str
@@ -84,7 +84,7 @@ class Case:
     cpus: int = 1
     memory: int = 256
     cmdline: str = "job=boot"
-    cmdline_more: int = 0  # one more word of so many letters
+    cmdline_more: int = 0  # adds one word of so many letters
     map: str = ""  # a file beside the table
     disks: list[str] | None = None
     expect: str = "SUCCESS"
@@ -92,21 +92,21 @@ class Case:
     never: list[str] = dataclasses.field(default_factory=list)
     bounds: list[Bound] = dataclasses.field(default_factory=list)
     check_images: bool = False  # bring the images out and check the stamps here
-    intact: list[str] = dataclasses.field(default_factory=list)  # with check_images: only these disks; the others may hold anything
-    acknowledged: list[str] = dataclasses.field(default_factory=list)  # with intact: disks that failed, and hold every write that they acknowledged
+    intact: list[str] = dataclasses.field(default_factory=list)  # with check_images: only these disks; the others may contain anything
+    acknowledged: list[str] = dataclasses.field(default_factory=list)  # with intact: disks that failed, and contain every write that they acknowledged
     timeout: float = 30.0
     groups: list[str] = dataclasses.field(default_factory=lambda: ["fast"])
     required: bool = True
-    deterministic: bool = False  # time by instructions instead of by the clock; three times as slow in the lab
-    linux: str = ""  # a script beside the table: the lab's Linux runs it in place of our kernel, and it says the verdict
-    # Files on the ESP beside or instead of its own: path to contents, a character for each byte; a path that ends in / is a directory.
+    deterministic: bool = False  # time by instructions instead of real time; three times as slow in the lab
+    linux: str = ""  # a script beside the table: the lab's Linux runs it in place of our kernel, and prints the verdict
+    # Files on the ESP in addition to or instead of its own: path to contents, one character per byte; a path that ends in / is a directory.
     esp: dict[str, str] = dataclasses.field(default_factory=dict)
-    exit_port: bool = True  # without it QEMU has no debug exit device: the machine must end in another way
-    restarts: bool = False  # a reset starts the machine anew
-    status: int | None = None  # what QEMU's exit status must be, if it ends
+    exit_port: bool = True  # false: QEMU has no debug exit device: the machine must end in another way
+    restarts: bool = False  # a reset restarts the machine
+    status: int | None = None  # required exit status of QEMU, if it ends
     host: list[str] = dataclasses.field(default_factory=list)  # further arguments of the test host, or of QEMU
     blkback: list[str] = dataclasses.field(default_factory=list)  # xen-pvh: parameters of the module xen-blkback
-    pause: list[Pause] = dataclasses.field(default_factory=list)  # in the table: one {after=, delay=, seconds=} or a list; each waits for the one before
+    pause: list[Pause] = dataclasses.field(default_factory=list)  # in the table: one {after=, delay=, seconds=} or a list; each waits for the previous one
     about: str = ""
 
     def to_machine(self, work: Path) -> Machine:
@@ -131,7 +131,7 @@ def load(folder: Path = TABLES) -> list[Case]:
     if doubles:
         raise Problem(f"{folder}: these names occur twice: {' '.join(doubles)}.")
     for case in cases:
-        machine = case.to_machine(Path("/"))  # a row that describes no machine is found before anything runs
+        machine = case.to_machine(Path("/"))  # a row with an invalid machine is reported before anything runs
         named = case.intact + case.acknowledged
         if not set(named) <= set(machine.disk_names()) or set(case.intact) & set(case.acknowledged) or (case.acknowledged and not case.intact):
             raise Problem(f"{folder}: test {case.name!r}: intact and acknowledged name {named}, the disks are {machine.disk_names()}.")
@@ -139,7 +139,7 @@ def load(folder: Path = TABLES) -> list[Case]:
 
 
 def load_table(path: Path) -> list[Case]:
-    """One row is one case; what the table's [defaults] say counts for all of its rows that do not say otherwise."""
+    """Each row is one case; the table's [defaults] apply to all rows that do not override them."""
     try:
         table = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
@@ -181,14 +181,14 @@ def load_table(path: Path) -> list[Case]:
 
 @dataclasses.dataclass
 class Result:
-    """What became of a test, of whatever kind."""
+    """The result of a test of any kind."""
 
     name: str
     status: str  # passed, failed, skipped
     seconds: float = 0.0
     detail: str = ""
     output: str = ""
-    kind: str = ""  # of a failed one: what it ended as (a Verdict's name), or the exception that kept it from being tried
+    kind: str = ""  # of a failed one: what it ended as (a Verdict's name), or the exception that prevented it
     tried: bool = True
 
 
@@ -233,9 +233,9 @@ def judge(case: Case, boot: launch.Boot) -> Result:
 
 
 def check_images(boot: launch.Boot, intact: Sequence[str] = ()) -> list[str]:
-    """The images against what the command line asked for: what the kernel says about itself is not believed.
+    """Checks the images against the command line, independently of the kernel's own report.
 
-    `intact`: the disks that are looked at; none named: all of them.
+    `intact`: the disks to check; empty: all of them.
     """
     words = dict(word.partition("=")[::2] for word in boot.machine.cmdline.split())
     names = boot.machine.disk_names()
@@ -263,7 +263,7 @@ def check_images(boot: launch.Boot, intact: Sequence[str] = ()) -> list[str]:
 
 
 def check_acknowledged(boot: launch.Boot, name: str) -> list[str]:
-    """A disk that failed on the way: as many blocks as the kernel says were written must be in the image, whole."""
+    """A disk that failed during the run: as many blocks as the kernel reports written must be in the image, whole."""
     image = dict(zip(boot.machine.disk_names(), boot.machine.specs))[name].bring_out
     found = [record for record in boot.log.of("verify") if record["disk"] == name]
     if len(found) != 1 or not image or not image.is_file():
@@ -276,9 +276,9 @@ def check_acknowledged(boot: launch.Boot, name: str) -> list[str]:
 
 
 def wreck(name: str, error: Exception, seconds: float = 0.0) -> Result:
-    """A test that could not be carried through: it failed, and the others go on."""
+    """The result of a test that could not be completed: it failed, and the others continue."""
     text = str(error) if isinstance(error, Problem) else "".join(traceback.format_exception(error))
-    # A Problem's message speaks for itself.
+    # A Problem's message needs no prefix.
     first = str(error) if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
     return Result(name, "failed", seconds, first.splitlines()[0] if first else "", text, kind=type(error).__name__, tried=False)
 
@@ -286,7 +286,7 @@ def wreck(name: str, error: Exception, seconds: float = 0.0) -> Result:
 def judged(case: Case, boot: launch.Boot) -> Result:
     try:
         return judge(case, boot)
-    except Exception as error:  # a record that lacks a field, an image that cannot be read
+    except Exception as error:  # a record without a required field, an image that cannot be read
         broken = wreck(case.name, error, boot.outcome.seconds)
         broken.output = f"{boot.outcome.output}\n{broken.output}"
         return broken
@@ -295,17 +295,18 @@ def judged(case: Case, boot: launch.Boot) -> Result:
 def run(
     ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None], beside: Sequence[Callable[[], Iterable[Result]]] = ()
 ) -> Iterable[Result]:
-    """All cases, each with a result whatever happens. Those for the lab share starts of it, which run side by side: each has one processor.
+    """All cases, each with a result in spite of any failure. Those for the lab share starts of it, which run side by side, one processor each.
 
-    `beside`: further parts that take one processor each, with results of their own; none of them raises.
+    `beside`: further parts that use one processor each, with results of their own; none of them raises.
 
-    What QEMU's emulated SVM makes of OVMF depends on the instruction, and at worst it ends L1: deterministic UEFI boots have
-    a start that nothing else shifts.
+    QEMU's emulated SVM may fail on OVMF at particular instructions, and at worst it ends L1: deterministic UEFI boots have
+    a start of their own, whose instructions nothing else shifts.
     """
     work = paths.RUNS / "tests"
     work.mkdir(parents=True, exist_ok=True)
     here: list[Case] = []
-    starts: dict[str, list[Case]] = {"xen-deterministic": [], "xen": [], "linux": [], "deterministic": [], "deterministic-uefi": [], "wall": []}  # the longest first
+    # the longest first
+    starts: dict[str, list[Case]] = {"xen-deterministic": [], "xen": [], "linux": [], "deterministic": [], "deterministic-uefi": [], "wall": []}
     reasons: set[str] = set()
     for case in cases:
         try:
@@ -338,7 +339,7 @@ def run(
 
 
 def side_by_side(parts: Sequence[Callable[[], Iterable[Result]]], workers: int) -> Iterable[Result]:
-    """The results of all parts as they come, so many parts at a time. Whatever ends this early ends their children too."""
+    """The results of all parts as they arrive, so many parts at a time. Ending this early also ends their children."""
     found: queue.SimpleQueue[Result | Exception | None] = queue.SimpleQueue()
 
     def work(part: Callable[[], Iterable[Result]]) -> None:
@@ -381,7 +382,7 @@ def run_here(ready: lab.Lab, cases: Sequence[Case], forced: str, work: Path) -> 
 
 
 def run_inside(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None], work: Path) -> Iterable[Result]:
-    """The cases of one start of the lab. What a lab that broke down did not get to is tried again; the one it broke down with last."""
+    """The cases of one start of the lab. Those that a failed lab did not reach are tried again; the one during which it failed, last."""
     left = list(cases)
     fault: Exception = Problem("The lab did not get to it.")
     idle = 0

@@ -1,4 +1,4 @@
-"""Workloads in the words of the kernel's command line, and the main job."""
+"""Workloads as words of the kernel's command line, and the main job."""
 
 from __future__ import annotations
 
@@ -44,34 +44,34 @@ KINDS = {"xvda": "synthetic", "sda": "synthetic", "hda": "emulated"}
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """A machine of a comparison and those of its disks that are measured. Its images are alike everywhere."""
+    """A machine of a comparison and those of its disks that are measured. Its images are the same on each machine."""
 
     platform: str
     about: str
-    disks: tuple[str, ...]  # as the kernel names them
+    disks: tuple[str, ...]  # as named by the kernel
     attached: tuple[str, ...]  # their buses
 
 
-# What is set against what. Where one machine cannot have both disks there are two, in the same start of the lab.
+# The comparisons. If one machine cannot have both disks there are two, in the same start of the lab.
 COMPARISONS: dict[str, tuple[Side, ...]] = {
     "xen-emu": (Side("xen-emu", "QEMU", ("xvda", "hda"), ("xen", "ide")),),
     "hyperv": (Side("hyperv", "test host", ("sda",), ("scsi",)), Side("kvm", "QEMU", ("hda",), ("ide",))),
     "xen-pvh": (Side("xen-pvh", "Xen with Linux's blkback", ("xvda",), ("xen",)),),
 }
-ON_REQUEST = ("xen-pvh",)  # measured only where --only names it: it has no emulated disk to be set against
+ON_REQUEST = ("xen-pvh",)  # measured only if selected by --only: it has no emulated disk to be compared with
 
 
-# Of a run whose predecessors have measured nothing yet: what an I/O takes.
+# The time of an I/O, in a run whose predecessors have measured nothing yet.
 FIRST_GUESS = 25_000  # ns
-LONGEST_DELAY, LONGEST_PAUSE = 1_000_000_000, 1_000_000  # what the kernel takes, ns
+LONGEST_DELAY, LONGEST_PAUSE = 1_000_000_000, 1_000_000  # accepted by the kernel, ns
 
 
 def perturbed(chosen: Chosen, seed: int, number: int, runs: int, service: Mapping[str, Sequence[float]]) -> Chosen:
-    """The jobs of run `number` of `runs`: where guest, VMM and host are in step, a figure depends on how they began, so each run begins elsewhere.
+    """The jobs of run `number` of `runs`: if guest, VMM and host run in lockstep, a figure depends on their initial phase, so each run starts at another one.
 
-    The first I/O waits for a part of a round, which is queue depth times `service`, the nanoseconds that an I/O took on each disk in the run before,
+    The first I/O waits for a part of a round, which is queue depth times `service`, the nanoseconds of an I/O on each disk in the previous run,
     by the label of the workload. The parts are stratified: run k of n takes its own from the k-th n-th. And after every 64 I/Os there is a pause of
-    up to the shortest of `service`. Everything follows from `seed`.
+    up to the shortest of `service`. Everything is determined by `seed`.
     """
     changed = []
     for workload in chosen.workloads:
@@ -98,8 +98,9 @@ class Chosen:
 
 
 def choose(patterns: list[str], everything: bool = False) -> list[Chosen]:
-    """For each comparison the disks and workloads with a name that matches one of the patterns; without a pattern all but those on request, or
-    `everything`. A boot runs every workload on every disk: disks with different workloads are different entries."""
+    """For each comparison the disks and workloads whose names match one of the patterns; without a pattern all except those on request, or
+    `everything`. A boot runs every workload on every disk: disks with different workloads are different entries.
+    """
     found = []
     for comparison, sides in COMPARISONS.items():
         if not patterns and comparison in ON_REQUEST and not everything:

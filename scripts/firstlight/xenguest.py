@@ -1,7 +1,7 @@
 """Runs guests under the real Xen: this machine's QEMU emulates a computer with Xen and a Linux dom0, which starts one guest after the other.
 
-Several guests share one start. Each is described by a configuration that `xl create` reads; its console comes out on the second serial
-line, line by line as nested.Reader takes it, and after its end the reason that Xen was given for it.
+Several guests share one start. Each is described by a configuration for `xl create`; its console is output on the second serial
+line, in the format of nested.Reader, followed by its shutdown reason.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from .machine import DiskSpec, Machine
 
 BOOT_SECONDS = 180.0  # until dom0 is ready, on a loaded machine
-# What QEMU's emulation of a processor has must work under Xen; docs/decisions/0004-the-xen-lab.md has the reason for each flag.
+# Features that QEMU emulates in a way that Xen cannot use are disabled; docs/decisions/0004-the-xen-lab.md has the reason for each flag.
 PROCESSOR = ("-cpu", "EPYC,-smap,-monitor,-rdtscp,-xsave,-avx,-avx2,-f16c,-fma")
 WALL = ("-accel", "tcg,thread=single", "-smp", "1")
 DOM0_MEBIBYTES = 384  # without images
-XEN_MEBIBYTES = 256  # the hypervisor, the modules it is started with, tables for its guests
+XEN_MEBIBYTES = 256  # the hypervisor, its boot modules, tables for its guests
 GUEST_NAME = "firstlight"
 BACKENDS = ("blkback", "qdisk")
-# readonly: a loop device that refuses writes, of which the guest knows nothing.
+# readonly: a loop device that refuses writes, which the guest is not informed of.
 BACKINGS = ("loop", "ram", "readonly")
-# The parameters of the module xen-blkback. Linux ignores one that it does not know, so they are checked here.
+# Parameters of the module xen-blkback. Linux ignores unknown ones, so they are checked here.
 BLKBACK = (
     "feature_persistent", "max_queues", "max_ring_page_order", "max_buffer_pages", "max_persistent_grants", "persistent_grant_unused_seconds",
 )  # fmt: skip
@@ -50,7 +50,7 @@ EXPECTED = {Verdict.SUCCESS: 0, Verdict.SKIP: 0, Verdict.ERROR: 3, Verdict.FAILU
 
 @dataclasses.dataclass
 class Attached:
-    """A disk of a guest: `device` is what dom0 has the image attached to."""
+    """A disk of a guest; `device`: the device of dom0 to which the image is attached."""
 
     image: str
     device: str
@@ -60,7 +60,7 @@ class Attached:
 
 @dataclasses.dataclass
 class Domain(Job):
-    """A guest to start. In `config`, {file:NAME} stands for the path of a file in dom0."""
+    """A guest to start. In `config`, {file:NAME} is replaced by the path of a file in dom0."""
 
     config: str = ""
     memory: int = 0
@@ -74,7 +74,7 @@ class Domain(Job):
 
 
 def quoted(text: str) -> str:
-    """A string as xl reads one: escapes as in C, no end of line."""
+    """A string in xl's syntax: escapes as in C, no line breaks."""
     if any(ord(letter) < 0x20 or letter == "\x7f" for letter in text):
         raise Problem(f"{text!r} has characters that xl's configuration cannot hold: no control characters were expected.", Exit.USAGE)
     return '"' + text.replace("\\", "\\x5c").replace('"', "\\x22") + '"'
@@ -88,7 +88,7 @@ def check_blkback(parameters: Sequence[str]) -> None:
 
 
 def check_disks(specs: Sequence[DiskSpec], blkback: Sequence[str]) -> None:
-    """What dom0 cannot do with its devices, each of which holds one image, whatever number of disks it serves."""
+    """Checks the limits of dom0's devices, each of which holds one image, regardless of how many disks use it."""
     if any(spec.backing == "ram" for spec in specs):
         if any(spec.backing != "ram" for spec in specs):
             raise Problem("The disks of one machine are all in RAM disks (backing=ram), or none is.", Exit.USAGE)
@@ -106,7 +106,7 @@ def check_disks(specs: Sequence[DiskSpec], blkback: Sequence[str]) -> None:
 
 
 def domain(machine: Machine, work: Path) -> Domain:
-    """The guest that the description of a machine stands for."""
+    """The guest for the description of a machine."""
     if machine.linux:
         files = {"kernel": xenlab.find().kernel, "ramdisk": yardstick.initrd(lab.find(), machine.linux, work / machine.name)}
         cmdline, memory = yardstick.KERNEL_ARGUMENTS.replace("ttyS0", "hvc0"), yardstick.MEMORY
@@ -119,7 +119,7 @@ def domain(machine: Machine, work: Path) -> Domain:
     backing = "ram" if any(spec.backing == "ram" for spec in machine.specs) else "loop"
     for spec, name in zip(machine.specs, machine.disk_names()):
         image = machine.add_image(disks, spec, name)
-        # One device for one image, as another disk may have it as well.
+        # One device per image, because another disk may share it.
         device = next((known.device for known in attached if known.image == image), f"/dev/{backing}{len(attached)}")
         if not any(known.image == image for known in attached):
             attached.append(Attached(image, device, spec.sector, spec.backing == "readonly" or (spec.read_only and not spec.image)))
@@ -144,7 +144,7 @@ def domain(machine: Machine, work: Path) -> Domain:
 
 
 def job_script(job: Domain, index: int, offsets: dict[str, int]) -> str:
-    """What dom0 sources: three functions, so that dom0's script stays one text for all guests."""
+    """Sourced by dom0: three functions, so that dom0's script is the same for all guests."""
     lines = ["prepare() {", "    load backend " + shlex.join(job.blkback)]
     for disk in job.disks:
         if os.path.isabs(disk.content):
@@ -177,7 +177,7 @@ def modules(*parts: tuple[str, str]) -> str:
 
 @dataclasses.dataclass
 class Prepared:
-    """Everything that one start of the lab needs, in one folder; the command runs there."""
+    """Everything that one start of the lab needs, in one folder, in which the command runs."""
 
     folder: Path
     command: list[str]
@@ -187,7 +187,7 @@ class Prepared:
 
 def mebibytes(jobs: Sequence[Domain]) -> tuple[int, int]:
     """Memory of dom0 and of the whole machine: images are in dom0's, and one guest runs at a time."""
-    # An image is made in a file, and then copied where it shall be in a RAM disk.
+    # An image is created in a file, and then copied if it belongs in a RAM disk.
     images = max(sum(-(-disk.size // MEBIBYTE) for disk in job.disks) * (8 if job.backing == "ram" else 5) // 4 for job in jobs)
     brought = sum(path.stat().st_size // MEBIBYTE + 1 for path in {path for job in jobs for path in job.all_files().values()})
     model = 128 if any(job.device_model for job in jobs) else 0
@@ -201,7 +201,7 @@ def prepare(ready: XenLab, jobs: Sequence[Domain], folder: Path, wall: bool, xen
         raise Problem(f"Two jobs of one lab run have the same name: {' '.join(names)}")
     layout, size = nested.scratch_layout(jobs)
     tree = folder / "tree"
-    shutil.rmtree(tree, ignore_errors=True)  # of a run by hand that did not come to its end
+    shutil.rmtree(tree, ignore_errors=True)  # left by an interrupted manual run
     (tree / "jobs").mkdir(parents=True)
     package = Path(__file__).parent
     shutil.copyfile(package / "dom0-init.sh", tree / "init")
@@ -232,13 +232,13 @@ def prepare(ready: XenLab, jobs: Sequence[Domain], folder: Path, wall: bool, xen
     lab.write_cpio(tree, folder / "jobs.cpio")
     shutil.rmtree(tree)
     parts = [ready.base, *([ready.device_model] if any(job.device_model for job in jobs) else []), folder / "jobs.cpio"]
-    # The kernel unpacks archives that follow each other as one; a later file replaces an earlier one.
+    # The kernel unpacks concatenated archives as one; a later file replaces an earlier one.
     with open(folder / "initrd", "wb") as whole:
         for part in parts:
             with open(part, "rb") as file:
                 shutil.copyfileobj(file, whole)
             whole.write(bytes(-whole.tell() % 512))
-    # QEMU ends a module's name at a blank: it is started in this folder, and the names have none.
+    # QEMU ends a module's name at a blank: it is started in this folder, and the names contain none.
     (folder / "vmlinux").unlink(missing_ok=True)
     (folder / "vmlinux").symlink_to(ready.kernel)
     dom0, whole_machine = mebibytes(jobs)
@@ -257,7 +257,7 @@ def prepare(ready: XenLab, jobs: Sequence[Domain], folder: Path, wall: bool, xen
 
 
 def by_hand(job: Domain, folder: Path, wall: bool, xen: str) -> list[str]:
-    """What starts this guest, for people; the files stay in the folder."""
+    """The command that starts this guest manually; the files stay in the folder."""
     prepared = prepare(xenlab.find(), [job], folder, wall, xen)
     return [
         "# The lab's machine: Xen, dom0 and, in dom0's initrd, the guest. Its console is the second serial line; Xen's log goes to xen.log.",
@@ -276,7 +276,7 @@ def run(
     live: Callable[[str, str], None] | None = None,
     keep: Path | None = None,
 ) -> dict[str, Outcome]:
-    """Run all guests in one start of Xen. A lab that fails as such is a Problem; a guest's own failure is in its outcome."""
+    """Run all guests in one start of Xen. A failure of the lab itself is a Problem; a guest's failure is in its outcome."""
     with tempfile.TemporaryDirectory(prefix="firstlight-xen-") as temporary:
         prepared = prepare(ready, jobs, Path(temporary), wall, xen)
         reader = Reader(prepared.tag, [job.name for job in jobs], live, {job.name: job.timeout for job in jobs})
@@ -313,7 +313,7 @@ def read(path: Path) -> str:
 
 
 def judge(log: records.Log, outcome: Outcome, limit: float | None = None) -> Judgement:
-    """The verdict, strictly: as on other machines, and the domain's shutdown reason must be the one that belongs to it."""
+    """The verdict, strictly: as on other machines, and the domain's shutdown reason must match it."""
     judgement = records.judge(log, 0, outcome.timed_out, limit, outcome.refused)
     if judgement.verdict in (Verdict.NOT_STARTED, Verdict.TIMEOUT):
         return judgement

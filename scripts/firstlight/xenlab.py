@@ -29,24 +29,24 @@ from pathlib import Path
 from . import apt, distribution, lab, paths, process
 from .problems import Exit, Problem
 
-ROOM = 500 << 20  # bytes that assembling takes at most, beside what the other lab has fetched
-LAYOUT = "2"  # changes when the contents of the folder change for the same packages
+ROOM = 500 << 20  # bytes that assembling takes at most, in addition to what the other lab has fetched
+LAYOUT = "2"  # incremented when the contents of the folder change for the same packages
 
 DOM0_MODULES = (
     "xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs", "loop", "virtio_pci", "virtio_blk",
 )  # fmt: skip
-BACKEND = "xen-blkback"  # loaded for each guest, with the parameters that the guest's machine names
+BACKEND = "xen-blkback"  # loaded for each guest, with the parameters given by the guest's machine
 XEN_PROGRAMS = ("xl", "xenstored", "xenconsoled", "xen-init-dom0")
 XENSTORE_NAMES = ("read", "write", "ls", "exists")
 DEVICE_MODEL = "usr/libexec/xen-qemu-system-i386"
-# What QEMU on this machine reads: SeaBIOS and the option ROMs that load a multiboot kernel.
+# Files read by QEMU on this machine: SeaBIOS and the option ROMs that load a multiboot kernel.
 FIRMWARE = ("bios-256k.bin", "multiboot.bin", "multiboot_dma.bin", "kvmvapic.bin")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class XenLab:
     root: Path
-    version: str  # Xen's, as the package names have it
+    version: str  # Xen's, as in the package names
     versions: dict[str, str]
     modules: dict[str, list[str]]  # "dom0", "backend": file names in loading order
 
@@ -72,7 +72,7 @@ class XenLab:
 
 
 def find(refresh: bool = False) -> XenLab:
-    """The lab as assembled before, or assembled now. Safe when several processes ask at once."""
+    """The assembled lab, assembling it if necessary. Safe for concurrent processes."""
     top = paths.cache() / "xen"
     top.mkdir(parents=True, exist_ok=True)
     current = top / f"current-{LAYOUT}"
@@ -104,7 +104,7 @@ def load(root: Path) -> XenLab | None:
 
 @dataclasses.dataclass(frozen=True)
 class Packages:
-    """What is fetched: the packages of dom0 and of the emulator, each from its own release of the distribution."""
+    """The packages to fetch: those of dom0 and those of the emulator, each from its own release of the distribution."""
 
     kernel: str
     dom0: dict[str, str]
@@ -175,7 +175,7 @@ def with_libraries(source: apt.Apt, programs: Sequence[str], files: Sequence[str
 
 
 def assemble(top: Path, current: Path, refresh: bool = False) -> XenLab:
-    for left in top.glob("assembling-*"):  # of a run that was killed; the lock is ours
+    for left in top.glob("assembling-*"):  # left by a run that was killed; we hold the lock
         shutil.rmtree(left, ignore_errors=True)
     distro = distribution.detect()
     version = supported(distro).version
@@ -272,7 +272,7 @@ def build_dom0(unpacked: Path, base: Path, version: str, release: str) -> dict[s
         (programs / f"xenstore-{name}").symlink_to("xenstore")
     copied.append(Path(shutil.copy2(one_of(unpacked, "sbin/losetup", "usr/sbin/losetup"), base / "sbin")))
     lab.copy_libraries(unpacked, copied, base / "lib")
-    copy_library(unpacked, "libgcc_s.so.1", base / "lib")  # loaded when a thread of libxl's is cancelled, without which xl aborts
+    copy_library(unpacked, "libgcc_s.so.1", base / "lib")  # loaded when a thread of libxl is cancelled, without which xl aborts
     (base / "etc/xen/xl.conf").write_text('autoballoon="off"\n')
     script = base / "etc/xen/scripts/block"
     shutil.copyfile(paths.PACKAGE / "dom0-block.sh", script)
@@ -285,13 +285,13 @@ def build_dom0(unpacked: Path, base: Path, version: str, release: str) -> dict[s
 
 
 def build_device_model(unpacked: Path, base: Path, present: Path) -> None:
-    """dom0's own QEMU, which serves disks that blkback shall not serve; only the libraries that dom0 lacks."""
+    """dom0's own QEMU, for disks that blkback does not serve; only the libraries that dom0 lacks."""
     program = base / DEVICE_MODEL
     program.parent.mkdir(parents=True)
     (base / "lib").mkdir()
     shutil.copy2(one_of(unpacked, DEVICE_MODEL), program)
     lab.copy_libraries(unpacked, [program], base / "lib")
-    # It reads a keyboard's map also where nobody has a keyboard, and ends without one.
+    # It reads a keyboard map even without a keyboard, and exits if there is none.
     keymap = base / "usr/share/qemu/keymaps/en-us"
     keymap.parent.mkdir(parents=True)
     shutil.copyfile(one_of(unpacked, "usr/share/qemu/keymaps/en-us"), keymap)
@@ -305,7 +305,7 @@ def copy_library(unpacked: Path, name: str, into: Path) -> None:
 
 
 def vmlinux(image: bytes) -> bytes:
-    """The ELF kernel inside a bzImage [boot protocol 2.08: payload_offset, payload_length]. Xen loads no dom0 that is compressed by zstd or xz without help."""
+    """The ELF kernel inside a bzImage [boot protocol 2.08: payload_offset, payload_length]. Xen cannot load a dom0 compressed by zstd or xz without help."""
     if image[0x202:0x206] != b"HdrS":
         raise Problem("The kernel's package holds no bzImage: there is no setup header.")
     offset, length = struct.unpack_from("<II", image, 0x248)
@@ -335,7 +335,7 @@ def zstd(data: bytes) -> bytes:
 
 
 def sizes(packages: Packages) -> tuple[int, int]:
-    """Bytes of all archives, and of those that are not there yet."""
+    """Bytes of all archives, and of those not present yet."""
     total = missing = 0
     for source, versions in packages.parts:
         for name, (size, _) in source.facts(versions).items():

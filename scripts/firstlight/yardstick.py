@@ -1,4 +1,4 @@
-"""The yardstick: Linux with fio as the guest, in the same machine, on the same disks, measured the same way."""
+"""The yardstick: Linux with fio as the guest, in the same machine, on the same disks, measured in the same way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .records import HOST
 
 KERNEL_ARGUMENTS = "console=ttyS0 quiet loglevel=0 panic=-1 xen_emul_unplug=unnecessary nokaslr norandmaps"
 MEMORY = 512  # MiB
-# The guest driver's name, and what Linux calls the disk.
+# The guest driver's name, and Linux's name of the disk.
 DISKS = {
     "xvda": ("linux-xen-blkfront", "xvda"),
     "hda": ("linux-ata_piix", "sda"),
@@ -78,7 +78,7 @@ def guest(ready: lab.Lab) -> Path:
 
 
 def whole(archive: Path) -> bool:
-    """A newc archive ends with an entry of this name: without it, it was cut short."""
+    """A newc archive ends with an entry of this name; without it, it is truncated."""
     try:
         with open(archive, "rb") as file:
             file.seek(-min(1024, archive.stat().st_size), os.SEEK_END)
@@ -88,14 +88,14 @@ def whole(archive: Path) -> bool:
 
 
 def mark(port: int, phase: int) -> str:
-    """What tells the host that a phase begins, or with 0 ends. /dev/port goes byte by byte, and the host takes a mark of 8 bits."""
+    """The mark that begins a phase on the host, or with 0 ends it. /dev/port writes bytes, and the host accepts a mark of 8 bits."""
     return f"printf '\\{phase:03o}' | dd of=/dev/port bs=1 seek={port}"
 
 
 def fio_words(workload: dict, device: str, port: int = 0, phase: int = 0) -> list[str]:
-    """One workload as the kernel's command line has it, in fio's words. `port`: where its begin and end are marked.
+    """One workload of the kernel's command line as fio's options. `port`: where its begin and end are marked.
 
-    fio runs the marks itself, between its preparations and the first I/O and behind the last one, outside of what it measures.
+    fio runs the marks itself, between its preparations and the first I/O and after the last one, outside of the measured time.
     """
     name = {"mixed": "randrw"}.get(workload["name"], workload["name"])
     words = [
@@ -113,7 +113,7 @@ def fio_words(workload: dict, device: str, port: int = 0, phase: int = 0) -> lis
 
 
 def script(disks: Sequence[str], workloads: Sequence[dict], port: int = 0, bins: bool = False) -> str:
-    """Every workload on every disk. `port`: the I/O port that takes marks, or 0. `bins`: fio prints its histograms, which takes a while."""
+    """Every workload on every disk. `port`: the I/O port for marks, or 0. `bins`: fio prints its histograms, which takes a while."""
     lines = []
     phase = 0
     for disk in disks:
@@ -124,7 +124,7 @@ def script(disks: Sequence[str], workloads: Sequence[dict], port: int = 0, bins:
             phase += 1
             words = " ".join(fio_words(workload, device, port, phase))
             if workload.get("startdelay"):
-                # Before fio, whose own startdelay comes in steps of 0.1 s; its thinktime would first let the queue run empty.
+                # Before fio, whose own startdelay has steps of 0.1 s; its thinktime would first let the queue run empty.
                 lines.append(f"usleep {max(1, round(workload['startdelay'] / 1000))}")
             lines.append(f"fio --output-format={'json+' if bins else 'json'} --output=/tmp/out {words} >/dev/null 2>&1 || echo failed")
             lines.append("tr -d '\\n\\t' < /tmp/out; echo")
@@ -133,9 +133,9 @@ def script(disks: Sequence[str], workloads: Sequence[dict], port: int = 0, bins:
 
 
 def initrd(ready: lab.Lab, text: str, work: Path) -> Path:
-    """The guest's root file system with `text` as what it runs."""
+    """The guest's root file system with `text` as its script."""
     tree = work / "yardstick-tree"
-    shutil.rmtree(tree, ignore_errors=True)  # of a run that did not come to its end
+    shutil.rmtree(tree, ignore_errors=True)  # left by an interrupted run
     tree.mkdir(parents=True)
     (tree / "jobs.sh").write_text(text)
     lab.write_cpio(tree, work / "jobs.cpio")
@@ -163,7 +163,7 @@ def job(ready: lab.Lab, machine_job: Job, text: str, work: Path) -> Job:
 
 
 def results(output: str) -> list[tuple[str, str, int, dict]]:
-    """(disk, driver, workload's number, fio's job) for each run whose JSON came out whole."""
+    """(disk, driver, workload's number, fio's job) for each run with complete JSON."""
     found = []
     disk = driver = ""
     number = -1
@@ -174,7 +174,7 @@ def results(output: str) -> list[tuple[str, str, int, dict]]:
             disk, driver, number, text = words[1], words[2], int(words[3]), ""
         elif words == ["yardstick", "end"] and disk:
             try:
-                # In front of the JSON fio says where the output of its marks went.
+                # Before the JSON fio prints where the output of its marks goes.
                 found.append((disk, driver, number, json.loads(text[max(0, text.find("{")) :])["jobs"][0]))
             except (ValueError, KeyError, IndexError) as error:
                 raise Problem(f"Linux with fio on {disk}: no readable JSON ({error}): {text[:200]}") from None

@@ -1,6 +1,6 @@
-"""A machine for the sessions of somebody who has just cloned: a copy of the scripts, a home, and programs in PATH that behave as apt, dpkg, CMake and QEMU do.
+"""The machine of a new user: a copy of the scripts, a home, and programs in PATH that behave like apt, dpkg, CMake and QEMU.
 
-The distribution is the machine's own (/etc/os-release, /etc/apt); what its mirror holds, and whether there is a network, is in files that the programs read.
+The distribution is the machine's own (/etc/os-release, /etc/apt); the contents of its mirror, and whether there is a network, are in files that the programs read.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ elif name == "cmake" and "--preset" in rest:
                 file.write(magic)
 '''
 
-# Python as the system has it: the fake loader has taken away what the wrapper puts in front.
+# The system's own Python: the fake loader has removed what the wrapper adds to the path.
 QEMU = r'''#!/usr/bin/python3 -S
 import sys, time
 words = sys.argv[1:]
@@ -176,7 +176,7 @@ def may_mount() -> bool:
 
 class Newcomer:
     def __init__(self, user: str = "nobody") -> None:
-        """`user`: who works here, if these tests are root's and can choose."""
+        """`user`: who runs the scripts, if the tests run as root and can choose."""
         from firstlight import distribution, lab
 
         self.root = Path(tempfile.mkdtemp(prefix="firstlight-newcomer-"))
@@ -207,7 +207,7 @@ class Newcomer:
             subprocess.run(["chown", "-R", f"{self.user.pw_uid}:{self.user.pw_gid}", *map(str, folders)], check=True)
 
     def tell(self, **facts: str) -> None:
-        """What the programs are to do from now on; an empty text takes it back."""
+        """Sets the programs' behaviour from now on; an empty text resets it."""
         for name, text in facts.items():
             if text or name == "log":
                 (self.state / name).write_text(text)
@@ -221,7 +221,7 @@ class Newcomer:
         return (self.state / "log").read_text()
 
     def command(self, *words: str, root: bool = False, before: str = "", **environment: str) -> list[str]:
-        """`before`: a line of shell that root runs first, in a mount namespace of its own."""
+        """`before`: a shell command that root runs first, in a mount namespace of its own."""
         variables = {
             "PATH": f"{self.bin}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(self.home), "FIRSTLIGHT_CACHE": str(self.cache), "LANG": "C.UTF-8",
             **environment,
@@ -238,7 +238,7 @@ class Newcomer:
         )
 
     def interrupted(self, stage: str, *words: str, times: int = 1) -> tuple[int, str]:
-        """Starts a script, presses Ctrl-C when it has come to that stage; its exit status and what it said."""
+        """Starts a script and presses Ctrl-C at that stage; returns its exit status and output."""
         (self.state / "reached").unlink(missing_ok=True)
         self.tell(stop_at=stage)
         child = subprocess.Popen(

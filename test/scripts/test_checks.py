@@ -1,4 +1,4 @@
-"""The checks of the sources: each passes on a small good tree, and fails on a fault planted there."""
+"""The checks of the sources: each passes on a small valid tree, and fails on an injected fault."""
 
 import shutil
 import subprocess
@@ -120,7 +120,7 @@ class Planted(unittest.TestCase):
         self.assertIn(wrong[:10], fault)
         self.assertEqual(self.faults(checks.commits, after=base, allowed=(wrong,)), [])
         self.assertIn("is not in the history", self.faults(checks.commits, after="1" * 40)[0])
-        # A shallow clone has no base: what it has is looked at, and it says so.
+        # A shallow clone has no base: the commits it has are checked, and a note says so.
         self.commit("ring: read each index once more")
         for depth, count in (("1", 0), ("2", 1)):
             folder = self.root / f"shallow{depth}"
@@ -199,7 +199,7 @@ class Planted(unittest.TestCase):
 
 
 class Outputs(unittest.TestCase):
-    """scripts/outputs replaces the block of its command and nothing else, and not at all if the command fails."""
+    """scripts/outputs replaces the block of its command and nothing else, and nothing if the command fails."""
 
     def setUp(self):
         self.page = Path(self.enterContext(tempfile.TemporaryDirectory())) / "OUTPUT.md"

@@ -1,4 +1,4 @@
-"""What scripts/run --gdb does before QEMU starts, and how a session of gdb is judged."""
+"""What scripts/run --gdb does before QEMU starts, and how a gdb session is judged."""
 
 import contextlib
 import io
@@ -54,7 +54,7 @@ class Port(unittest.TestCase):
 
 
 class Sessions(unittest.TestCase):
-    """Right answers, and one fault at a time."""
+    """A correct session, and one fault at a time."""
 
     SOURCE = "".join(f"line {number}\n" for number in range(1, 8)) + "[[noreturn]] void kernel_start(BootInfo& info) {\n    first();\n"
     FRAME = "#0  fl::boot::kernel_start (info=...) at ./src/a.cpp:9\n"

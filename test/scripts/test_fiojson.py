@@ -1,4 +1,4 @@
-"""The JSON of scripts/bench: fio's bins from our buckets, and what fio's tools take for granted."""
+"""The JSON of scripts/bench: fio's bins from our buckets, and the assumptions of fio's tools."""
 
 import contextlib
 import io
@@ -35,7 +35,7 @@ def fio_value(index):
 
 class Bins(unittest.TestCase):
     def test_the_kernels_buckets(self):
-        # Written down from the rule, not from the code: every value its own bucket up to 255, then 128 for a power of two.
+        # From the rule, not from the code: one bucket per value up to 255, then 128 per power of two.
         for index, wanted in ((0, (0, 0)), (255, (255, 255)), (256, (256, 257)), (278, (300, 301)), (383, (510, 511)), (384, (512, 515)), (1280, (65536, 66047))):
             self.assertEqual(fiojson.bucket(index), wanted)
         for index in range(4351):
@@ -49,12 +49,12 @@ class Bins(unittest.TestCase):
             self.assertEqual(fiojson.fio_bin(high), fio_value(fio_index(low)), index)
 
     def test_bins_of_fio_itself(self):
-        # From a run of fio 3.33: what it called these latencies.
+        # From a run of fio 3.33: its bins for these latencies.
         for latency, called in ((3176, 3184), (1443, 1448), (8147619, 8159232), (8139595, 8159232)):
             self.assertEqual(fiojson.fio_bin(latency), called)
 
     def test_no_bin_beyond_fios_last(self):
-        # fio_jsonplus_clat2csv would never come to its end.
+        # fio_jsonplus_clat2csv would not terminate.
         index = 4352 - 1
         self.assertEqual(fiojson.bins({index: 2, 4096: 1}), {"17112760320": 3})
 
@@ -174,7 +174,7 @@ class Jobs(unittest.TestCase):
 
 
 class Tools(unittest.TestCase):
-    """The checks of the suite fio: right results pass, one fault at a time does not."""
+    """The checks of the suite fio: correct results pass, each single fault fails."""
 
     def prepared(self, folder, **changed):
         jobs = [Jobs().job(**changed)]

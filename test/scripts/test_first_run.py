@@ -1,4 +1,4 @@
-"""The sessions of somebody who has just cloned: no network and then one, Ctrl-C everywhere, a full disk, a folder that cannot be written, sudo."""
+"""First use of a fresh clone: no network and then one, Ctrl-C everywhere, a full disk, a folder that cannot be written, sudo."""
 
 import os
 import pwd
@@ -33,7 +33,7 @@ class Session(unittest.TestCase):
         return done
 
     def refused(self, code, *words, **options):
-        """What a script said that refused: one line of its own at the end, with the cause."""
+        """The output of a script that refused: one line of its own at the end, with the cause."""
         done = self.expect(code, self.run_(*(words or ("run",)), **options))
         last = done.stderr.strip().splitlines()[-1]
         self.assertTrue(last.startswith("scripts/"), done.stderr)
@@ -45,7 +45,7 @@ class Session(unittest.TestCase):
 
 
 class Offline(Session):
-    """A failure is not remembered as a success."""
+    """A failure is not recorded as a success."""
 
     def test_offline_and_then_online(self):
         self.machine.tell(offline="yes")
@@ -64,7 +64,7 @@ class Offline(Session):
         self.good()
 
     def test_an_apt_that_says_nothing(self):
-        """One that does not know APT::Update::Error-Mode ends with 0: that the lists are there is looked at."""
+        """An apt without APT::Update::Error-Mode exits with 0: the existence of the lists is checked."""
         self.machine.tell(offline="yes", old_apt="yes")
         self.assertIn("package lists could not be fetched", self.refused(Exit.MISSING))
         self.assertFalse((self.state / "refreshed").exists())
@@ -75,7 +75,7 @@ class Offline(Session):
         self.machine.tell(version="2.0")
         self.assertIn("unpacking", self.good("setup", "--refresh").stderr)
         self.assertNotEqual((self.machine.cache / "lab/current-9").resolve(), before)
-        # A refresh that cannot be is said, and what was there is used on.
+        # A refresh that is not possible is reported, and the existing files are used.
         self.machine.tell(offline="yes")
         self.refused(Exit.MISSING, "setup", "--refresh")
         self.good()
@@ -84,7 +84,7 @@ class Offline(Session):
         self.good("setup")
         old = time.time() - 2 * 24 * 3600
         shutil.rmtree(self.machine.cache / "lab")
-        for age in (old, time.time() + 24 * 3600):  # a clock that went wrong is no day that lasts
+        for age in (old, time.time() + 24 * 3600):  # a time stamp in the future does not count as recent
             os.utime(self.state / "refreshed", (age, age)) if (self.state / "refreshed").exists() else None
             self.machine.tell(offline="yes")
             shutil.rmtree(self.machine.cache / "lab", ignore_errors=True)
@@ -99,7 +99,7 @@ class Offline(Session):
 
 
 class Leftovers(Session):
-    """What was interrupted, cut short, damaged, or is another version's, is made anew."""
+    """Files that are incomplete, truncated, damaged, or from another version are created again."""
 
     def test_archives(self):
         self.good("setup")
@@ -209,7 +209,7 @@ class Places(Session):
     def test_folder_of_the_cache(self):
         said = self.refused(Exit.USAGE, "run", FIRSTLIGHT_CACHE="some/where")
         self.assertIn("an absolute path was expected", said)
-        self.good("setup", FIRSTLIGHT_CACHE="", XDG_CACHE_HOME="some/where")  # is to be ignored, as its specification says
+        self.good("setup", FIRSTLIGHT_CACHE="", XDG_CACHE_HOME="some/where")  # is ignored, as its specification requires
         self.assertTrue((self.machine.home / ".cache/firstlight/lab/current-9").exists())
         self.assertFalse((self.machine.root / "some").exists())
 
@@ -247,7 +247,7 @@ class FullDisk(Session):
         module = self.machine.checkout / "scripts/firstlight/lab.py"
         module.write_text(module.read_text().replace("ROOM = 700 << 20", "ROOM = 0"))
         self.machine.tell(package_bytes=str(3 << 20))
-        # In one namespace: full, and then with room.
+        # In one namespace: first full, then with free space.
         before = self.mount("12m")
         done = self.expect(Exit.ERROR, self.run_("run", before=before))
         own = [line for line in done.stderr.splitlines() if not line.startswith("lab: ")]

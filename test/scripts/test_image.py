@@ -1,4 +1,4 @@
-"""The checks on the built images find what they are for."""
+"""The checks on the built images detect their faults."""
 
 import struct
 import unittest
@@ -7,7 +7,7 @@ from firstlight import image
 
 
 def pe(base: int = 0, characteristics: int = 0x22, traits: int = 0x160, subsystem: int = 10, kind: int = 10, target: int = 0x1000, flags: int = 0x40000000) -> bytes:
-    """A PE32+ with one section at 0x1000: a block of relocations with one entry, for the quadword behind it."""
+    """A PE32+ with one section at 0x1000: a block of relocations with one entry, for the quadword after it."""
     header = bytearray(0x400)
     header[:2] = b"MZ"
     struct.pack_into("<I", header, 0x3C, 0x40)

@@ -1,4 +1,4 @@
-"""Every option of every script: help, default, bounds; and every pair that does not go together is refused before anything is done."""
+"""Every option of every script: help, default, bounds; and every invalid combination is refused before anything is done."""
 
 import argparse
 import contextlib
@@ -37,11 +37,11 @@ class Options(unittest.TestCase):
                 if hasattr(module, name):
                     self.enterContext(mock.patch.object(getattr(module, name), "ensure" if name == "setup" else "find", side_effect=TooEarly))
         self.enterContext(mock.patch.object(setup, "ensure", side_effect=TooEarly))
-        # A machine without a KVM: whether one is there is no matter of the options.
+        # A machine without KVM: the options must not depend on it.
         self.enterContext(mock.patch.object(probe, "DEVICE", str(self.folder / "kvm")))
 
     def verdict(self, script, *words):
-        """None if the options were accepted, otherwise what was said."""
+        """None if the options were accepted, otherwise the message."""
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 SCRIPT[script].main(list(map(str, words)))
@@ -68,7 +68,7 @@ class Options(unittest.TestCase):
             self.assertIn("FIRSTLIGHT_CACHE", shown)
             self.assertIn("Exit status: 0 success;", shown)
 
-    # (script, words, what must be said): one value that cannot be.
+    # (script, words, expected message): one invalid value each.
     def bad_values(self):
         nothing = self.folder / "nothing"
         return [
@@ -121,7 +121,7 @@ class Options(unittest.TestCase):
         self.assertIsNone(self.verdict("run", "--platform", "xen-emu", "--disk", "xen:64m,sector=4096,readonly"))
 
     def pairs(self, script, samples, conflicts, base=()):
-        """Exactly the pairs named are refused."""
+        """Exactly these pairs are refused."""
         for (a, one), (b, other) in itertools.combinations(samples.items(), 2):
             said = self.verdict(script, *base, *one, *other)
             wrong = frozenset((a, b)) in conflicts
@@ -150,11 +150,11 @@ class Options(unittest.TestCase):
         pairs |= {("--platform=xen-pvh", other) for other in ("--platform=kvm", "--platform=hyperv", "--platform=uefi", "--boot=uefi", "--machine", "--machine=pc", "--disk", "--console", "--gdb", "--trace-interrupts")}
         pairs |= {(word, other) for word in ("--xen", "--blkback") for other in samples if other not in (word, "--platform=xen-pvh")}
         pairs |= {("--efi", other) for other in samples if other not in ("--efi", "--boot=uefi", "--platform=uefi")}
-        # What needs one of these beside it.
+        # Options that need one of these.
         for word, beside in (("--lab=always", ("kvm", "hyperv")), ("--lab=never", ("kvm", "hyperv")), ("--wall", ("kvm", "hyperv", "xen-pvh"))):
             pairs |= {(word, other) for other in samples if other != word and other not in [f"--platform={name}" for name in beside]}
         built = [mock.patch.object(paths, name, self.elf) for name in ("KERNEL", "EFI", "TEST_HOST")]
-        with mock.patch.object(probe, "lacks_interfaces", return_value=""), built[0], built[1], built[2]:  # what this machine has is no matter of the options
+        with mock.patch.object(probe, "lacks_interfaces", return_value=""), built[0], built[1], built[2]:  # the options must not depend on this machine
             self.pairs("run", samples, {frozenset(pair) for pair in pairs})
             on_kvm = {name: words for name, words in samples.items() if not name.startswith(("--platform", "--lab", "--xen", "--blkback", "--efi", "--boot"))}
             never = {("--deterministic", other) for other in on_kvm} | {("--wall", other) for other in on_kvm} | {("--trace-interrupts", other) for other in on_kvm}
@@ -193,7 +193,7 @@ class Options(unittest.TestCase):
         self.pairs("setup", samples, {frozenset(pair) for pair in (("--refresh", "--no-lab"), ("--xen", "--no-lab"))})
 
     def test_what_only_the_lab_or_only_this_machine_can_do(self):
-        # The other way round without a KVM, which shows before anything is fetched.
+        # The opposite case, without KVM, which is known before anything is fetched.
         for word in ("--gdb", "--console"):
             self.assertIn("runs in the lab here", self.verdict("run", "--platform", "kvm", word) or "(accepted)")
         for words in (("--platform", "kvm"), ("--platform", "hyperv"), ("--platform", "kvm", "--lab", "always")):

@@ -1,4 +1,4 @@
-"""What a boot is said to have ended as: a verdict is the guest's alone, and everything else has words and an exit status of its own."""
+"""The reported outcome of a boot: only the guest gives a verdict; everything else has its own words and exit status."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ from firstlight.records import Verdict  # noqa: E402
 SUCCESS = '@{"record":"verdict","verdict":"SUCCESS"}\n'
 CRASH = '@{"record":"verdict","verdict":"CRASH","reason":"page fault"}\n'
 BANNER = "Firstlight, entered by pvh; image at 0x200000, 1492 KiB\n"
-# As QEMU 10.0 says them.
+# As printed by QEMU 10.0.
 CPUS = "qemu-system-x86_64: Invalid SMP CPUs 9999. The max CPUs supported by machine 'pc-i440fx-10.0' is 255\n"
 MEMORY = "qemu-system-x86_64: cannot set up guest memory 'pc.ram': Cannot allocate memory\n"
 KERNEL = "qemu-system-x86_64: Error loading uncompressed kernel without PVH ELF Note\n"
@@ -29,7 +29,7 @@ ADVICE = "qemu-system-x86_64: -accel kvn: invalid accelerator kvn\nUse -accel he
 WARNING = "qemu-system-x86_64: warning: TCG doesn't support requested feature: CPUID.01H:ECX.pcid [bit 17]\n"
 CLI = "--memory: Value 9 not in range 16 to 3072\nRun with --help for more information.\n"
 
-# (what was printed, exit status, timed out) -> what it is, and a part of what is said about it.
+# (output, exit status, timed out) -> the outcome, and a part of its description.
 ENDS = [
     ((SUCCESS, 33, False), Verdict.SUCCESS, ""),
     ((CRASH, 41, False), Verdict.CRASH, "page fault"),

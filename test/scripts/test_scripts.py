@@ -1,4 +1,4 @@
-"""The pure parts of the host scripts."""
+"""Parts of the host scripts that need no machine."""
 
 import contextlib
 import functools
@@ -89,7 +89,7 @@ class Records(unittest.TestCase):
             folded += "\n@+" + text[at : at + 188]
         for lines in (
             folded.splitlines(),
-            ["(d1) " + line for line in folded.splitlines()],  # as Xen's log has it
+            ["(d1) " + line for line in folded.splitlines()],  # as in Xen's log
             ["(d12) " + line for line in "\n(XEN) something else\n".join(folded.splitlines()).splitlines()],
         ):
             lines = [line.replace("(d12) (XEN)", "(XEN)") for line in lines]
@@ -167,7 +167,7 @@ class LabOutput(unittest.TestCase):
 
 
 class Pauses(unittest.TestCase):
-    """A machine that runs here is stopped and goes on; the case's time-out does not count that."""
+    """A machine that runs here is stopped and continued; the case's time-out does not count the pause."""
 
     VERDICT = """echo '@{"record":"verdict","verdict":"SUCCESS"}'"""
 
@@ -175,7 +175,7 @@ class Pauses(unittest.TestCase):
         return launch.watch(["sh", "-c", script], nested.Job("m", [], timeout=timeout, pauses=pauses), None)
 
     def test_it_stands_still(self):
-        # Its own clock: the loop is over after at least 40 rounds of 10 ms that it ran, however long it stood still.
+        # Its own clock: the loop ends after at least 40 rounds of 10 ms that it ran, however long it was stopped.
         script = f"echo 'disk hda: ready'; for i in $(seq 40); do sleep 0.01; done; {self.VERDICT}"
         outcome = self.watch(script, nested.Pause("hda: re.dy$", 2.0, 0.05), timeout=1.9)
         self.assertEqual((outcome.pauses, outcome.timed_out, outcome.status), (1, False, 0))
@@ -196,7 +196,7 @@ class Pauses(unittest.TestCase):
     def test_too_late(self):
         pause = nested.Pause("a", 0.2, 0.3)
         self.assertEqual(self.watch("echo a", pause).pauses, 0)
-        self.assertEqual(self.watch("echo a; sleep 0.2", nested.Pause("a", 0.2, 1.0)).pauses, 0)  # it was there when the line came
+        self.assertEqual(self.watch("echo a; sleep 0.2", nested.Pause("a", 0.2, 1.0)).pauses, 0)  # it existed when the line was printed
         self.assertEqual(self.watch(f"echo a; {self.VERDICT}; sleep 1", pause).pauses, 0)
         self.assertEqual(self.watch(f"echo b; {self.VERDICT}", pause).pauses, 0)
 
@@ -465,12 +465,12 @@ class Table(unittest.TestCase):
 
 
 class Survival(unittest.TestCase):
-    """Whatever breaks down, every test has a result, and the table comes out."""
+    """Every test has a result, and the table is printed, in spite of any failure."""
 
     SAID = '@{"record":"verdict","verdict":"SUCCESS"}\n'
 
     def run_cases(self, *starts):
-        """Three tests for the lab, whose starts end as `starts` say: an exception, or what each test's outcome is."""
+        """Three tests for the lab, whose starts end as in `starts`: an exception, or each test's outcome."""
         cases = [vmtests.Case(name) for name in ("one", "two", "three")]
         waiting = list(starts)
         order = []
@@ -506,7 +506,7 @@ class Survival(unittest.TestCase):
             self.assertEqual((len(found), len(order)), (3, 2))
 
     def test_parts_run_side_by_side_and_none_is_lost(self):
-        meet = threading.Barrier(2, timeout=20)  # two parts at a time, or this breaks
+        meet = threading.Barrier(2, timeout=20)  # two parts at a time, or the barrier breaks
 
         def part(name):
             meet.wait()
@@ -716,7 +716,7 @@ class Fio(unittest.TestCase):
     def test_yardstick_output(self):
         text = 'yardstick hda linux-ata_piix 0\n{"jobs" : [{"jobname":\n"x"}]}\nyardstick end\n'
         self.assertEqual(yardstick.results(text), [("hda", "linux-ata_piix", 0, {"jobname": "x"})])
-        # fio's word about the output of its marks, and the host's counts, stand in front of the JSON.
+        # fio's message about the output of its marks, and the host's counts, precede the JSON.
         marked = text.replace("\n{", '\n@@host {"phase":1,"counters":{}}\nx : Saving output of prerun in x.prerun.txt{', 1)
         self.assertEqual(yardstick.results(marked), yardstick.results(text))
 
@@ -753,7 +753,7 @@ class Phases(unittest.TestCase):
     def test_where_nobody_counts(self):
         log = records.parse(f'{self.RECORD}\n@@host {{"end":"debug exit","status":33,"ns":1,"counters":{{}}}}')
         self.assertEqual((log.phases, "exits" in log.of("result")[0]), ([], False))
-        # A KVM that does not tell how many exits there were.
+        # A KVM without counts of exits.
         log = records.parse(f'@@host {{"phase":1,"ns":9,"counters":{{"exit_io_in":1}}}}\n{self.RECORD}')
         self.assertEqual((len(log.phases), "exits" in log.of("result")[0], log.malformed), (1, False, []))
 
@@ -806,7 +806,7 @@ class Stamps(unittest.TestCase):
 
 
 class Images(unittest.TestCase):
-    """The kernel's word about how much it verified against the command line and the image."""
+    """Compares the kernel's report of what it verified with the command line and the image."""
 
     RECORD = {
         "record": "verify", "disk": "hda", "bs": 4096, "blocks": 2, "first_lba": 0, "generation": 1, "seed": 1,

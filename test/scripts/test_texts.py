@@ -1,4 +1,4 @@
-"""What is printed: tables that fit, names that come once, messages with what was expected, what was seen and what to do."""
+"""Printed texts: tables that fit, unique names, messages with what was expected, what was seen and what to do."""
 
 import contextlib
 import errno
@@ -139,14 +139,14 @@ class Failures(unittest.TestCase):
         self.assertIn("1500 MiB of memory and 200 MiB of disks do not fit into the lab, which has 1600 MiB", str(raised.exception))
 
     def test_every_problem_is_a_sentence(self):
-        """What is raised at the person at the terminal begins with a capital, a name or a value, and ends with a full stop or quotes what was seen."""
+        """Messages for the user begin with a capital, a name or a value, and end with a full stop or a quotation of what was seen."""
         for path in sorted((SCRIPTS / "firstlight").glob("*.py")):
             for text in re.findall(r'raise Problem\(\s*f?"([^"]*)"\s*(?:,\s*Exit\.\w+\s*,?\s*)?\)', path.read_text()):
                 self.assertRegex(text, r"[.}]$|interrupted$", f"{path.name}: {text}")
 
 
 class Whole(unittest.TestCase):
-    """Files that are there under their names are complete."""
+    """A file that exists under its final name is complete."""
 
     def test_written_whole_or_not_at_all(self):
         with tempfile.TemporaryDirectory() as folder:

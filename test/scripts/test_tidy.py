@@ -1,4 +1,4 @@
-"""The suite `tidy`: a planted fault is found by the project's configuration, and a run that found nothing is not taken for one that looked."""
+"""The suite `tidy`: an injected fault is found with the project's configuration, and a run that checked nothing does not pass."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Many unit tests in one process: each has its result, whatever one of them does to the process."""
+"""Many unit tests in one process: each has its result, regardless of what another one does to the process."""
 
 import sys
 import tempfile
@@ -13,7 +13,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 from firstlight import unittests  # noqa: E402
 
-# A program that behaves as GoogleTest's do. The name of a test says what it does; `journal` takes the tests of each process.
+# A program that behaves like GoogleTest's. A test's name determines its behaviour; `journal` records the tests of each process.
 PROGRAM = """\
 #!{python}
 import json, os, signal, sys, time

@@ -1,4 +1,4 @@
-"""The Xen lab's pure parts: configurations, names and words for QEMU, how an end is judged."""
+"""Parts of the Xen lab that need no machine: configurations, names and words for QEMU, how an end is judged."""
 
 import sys
 import tempfile

@@ -1,4 +1,4 @@
-# Judge 1 of the VMBus's host side: Linux's own drivers. Runs in Linux's initramfs; every step has a bound, and the last line is the verdict.
+# A check of the test host's VMBus by Linux's own drivers. Runs in Linux's initramfs; every step has a bound, and the last line is the verdict.
 verdict() {
     echo "@{\"record\":\"verdict\",\"verdict\":\"$1\",\"reason\":\"$2\"}"
     poweroff -f
