@@ -13,11 +13,12 @@ inline constexpr bool checks_enabled = true;
 inline constexpr bool checks_enabled = false;
 #endif
 
-/// Panics with `rule`, a statement of what must hold, if `holds` is false. `holds` must have no side effects.
-[[gnu::always_inline]] inline void check(bool holds, std::string_view rule) {
+/// Panics with `rule`, a statement of what must hold, if `holds` is false. `holds` must have no side effects. `rule` is
+/// a pointer, not a view: without builtins the length of a literal is a call, which would remain when checks are off.
+[[gnu::always_inline]] inline void check(bool holds, const char* rule) {
     if constexpr (checks_enabled) {
         if (!holds) [[unlikely]] {
-            panic("check failed: {}", rule);
+            panic("check failed: {}", std::string_view(rule));
         }
     }
 }

@@ -97,16 +97,20 @@ constexpr FixedText<12> CpuidSnapshot::vendor() const {
 /// signature must be up to 12 printable characters, NUL-padded. Old KVM returns 0 as the highest leaf and means base +
 /// 1 [kvm-cpuid]; this is accepted only for "KVMKVMKVM".
 constexpr std::optional<HypervisorBase> hypervisor_at(u32 base, const CpuidRegisters& r) {
+    // Nearly all of the 256 bases are empty: these are rejected before a text is built.
+    if (r.ebx == 0 || (r.eax != 0 && (r.eax < base || r.eax > base + 0xff))) {
+        return std::nullopt;
+    }
     HypervisorBase found{base, r.eax, text_of(r.ebx, r.ecx, r.edx)};
     const std::string_view signature = found.signature.view();
-    if (signature.empty() || !std::ranges::all_of(signature, [](char c) { return c >= 0x20 && c <= 0x7e; })) {
+    if (!std::ranges::all_of(signature, [](char c) { return c >= 0x20 && c <= 0x7e; })) {
         return std::nullopt;
     }
-    if (r.eax == 0 && signature == "KVMKVMKVM") {
+    if (r.eax == 0) {
+        if (signature != "KVMKVMKVM") {
+            return std::nullopt;
+        }
         found.max_leaf = base + 1;
-    }
-    if (found.max_leaf < base || found.max_leaf > base + 0xff) {
-        return std::nullopt;
     }
     return found;
 }
