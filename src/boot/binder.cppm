@@ -34,6 +34,8 @@ class DriverMachine {
   public:
     /// The environment for one driver; `sinks` and `shutdown` live as long as the machine.
     virtual drivers::Environment environment(DriverSinks& sinks, io::Shutdown& shutdown) = 0;
+    /// One executor per running processor, as in Environment; empty: single processor.
+    virtual std::span<io::Executor* const> executors() { return {}; }
 
   protected:
     ~DriverMachine() = default;
@@ -48,7 +50,9 @@ class Binder {
 
     /// All of these must outlive this.
     Binder(io::Executor& executor, const drivers::Plan& plan, DriverMachine& machine)
-        : plan_(plan), machine_(machine), attached_(plan, &devices_), shutdown_(executor), keeper_(executor) {}
+        : plan_(plan), machine_(machine), attached_(plan, &devices_), shutdown_(executor), keeper_(executor) {
+        attached_.executors = machine.executors();
+    }
     Binder(const Binder&) = delete;
     Binder& operator=(const Binder&) = delete;
 

@@ -69,6 +69,7 @@ void report(const io::BlockDevice& disk) {
         rest.remove_prefix(std::min(end + 1, rest.size()));
     }
     record.close(']');
+    record.number("queues", disk.queues()).number("lanes", disk.lanes());
 }
 
 static FixedText<16> null_name(u64 number) {

@@ -102,11 +102,13 @@ class KernelDrivers final : public DriverMachine {
                 .disks = sinks.disks,
                 .timeout = options.timeout,
                 .withheld_features = options.withheld_features,
-                .executors = executors(),
+                .executors = boot::executors(),
                 .shutdown = &shutdown,
                 .mmio = device_registers(),
                 .devices = &sinks.devices};
     }
+
+    std::span<io::Executor* const> executors() override { return boot::executors(); }
 
   private:
     io::Executor& executor_;

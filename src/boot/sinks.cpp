@@ -4,13 +4,23 @@ module boot.sinks;
 import core.std;
 import core.result;
 import core.text;
+import core.log;
+import core.vector;
+import io.executor;
 import io.block;
+import io.shared_lane;
 import drivers.claims;
 import drivers.driver;
 import boot.devices;
 import boot.disks;
 
 namespace fl::boot {
+
+Attached::~Attached() {
+    for (io::SharedLanes* lanes : shared_lanes) {
+        delete lanes;
+    }
+}
 
 bool ClaimSink::offered(drivers::DeviceId id) {
     return id.number == drivers::no_twin || attached_.claims.offered(driver_, id);
@@ -44,10 +54,28 @@ void ClaimSink::gone(drivers::DeviceId id) {
 }
 
 Result<void> DiskPort::announce(io::BlockDevice& disk, u32 disk_number) {
-    CHECK(disks_.takes(disk.identity().name.view()));
+    CHECK(attached_.disks.takes(disk.identity().name.view()));
     CHECK(claims_.claim(drivers::disk_id(disk_number)));
-    disks_.add(disk);
+    if (attached_.executors.size() > disk.queues()) {
+        share_queues(disk);
+    }
+    attached_.disks.add(disk);
     return {};
+}
+
+// The disk works without these lanes.
+void DiskPort::share_queues(io::BlockDevice& disk) {
+    auto* const lanes = new (std::nothrow) io::SharedLanes;
+    Result<void> shared = Error{Code::exhausted, "no memory for lanes that share a queue"};
+    if (lanes != nullptr && attached_.shared_lanes.push(lanes)) {
+        shared = lanes->add_to(disk, attached_.executors);
+    } else {
+        delete lanes;
+    }
+    if (!shared) {
+        log::warning("{}: lanes for {} of {} processors: {}", disk.identity().name.view(), disk.lanes(),
+                     attached_.executors.size(), shared.error());
+    }
 }
 
 } // namespace fl::boot

@@ -5,7 +5,10 @@ export module boot.sinks;
 import core.std;
 import core.result;
 import core.text;
+import core.vector;
+import io.executor;
 import io.block;
+import io.shared_lane;
 import drivers.table;
 import drivers.claims;
 import drivers.driver;
@@ -18,9 +21,16 @@ export namespace fl::boot {
 struct Attached {
     /// The arguments must outlive this. `list`: receives units that are not driven; nullptr: they are not listed.
     explicit Attached(const drivers::Plan& plan, Devices* list = nullptr) : claims(plan), devices(list) {}
+    Attached(const Attached&) = delete;
+    Attached& operator=(const Attached&) = delete;
+    ~Attached();
     drivers::Claims claims;
     Devices* devices;
     Disks disks;
+    /// One per running processor: each disk gets a lane for each of them.
+    std::span<io::Executor* const> executors{};
+    /// Of the disks whose devices have fewer queues.
+    Vector<io::SharedLanes*> shared_lanes;
 };
 
 /// One driver's view of the claims of all classes: it sees only the devices that the table allows it.
@@ -54,21 +64,22 @@ class ClaimSink final : public drivers::DeviceSink {
 
 class DiskPort final : public drivers::DiskSink {
   public:
-    DiskPort(Disks& disks, drivers::DeviceSink& claims) : disks_(disks), claims_(claims) {}
+    DiskPort(Attached& attached, drivers::DeviceSink& claims) : attached_(attached), claims_(claims) {}
     bool offered(u32 disk_number) override { return claims_.offered(drivers::disk_id(disk_number)); }
     Result<void> announce(io::BlockDevice& disk, u32 disk_number) override;
     void unused(const drivers::UnusedUnit& unit) override { claims_.unused(unit); }
     void gone(u32 disk_number) override { claims_.gone(drivers::disk_id(disk_number)); }
 
   private:
-    Disks& disks_;
+    void share_queues(io::BlockDevice& disk);
+
+    Attached& attached_;
     drivers::DeviceSink& claims_;
 };
 
 /// All sinks of one driver.
 struct DriverSinks {
-    DriverSinks(Attached& attached, std::string_view driver)
-        : devices(attached, driver), disks(attached.disks, devices) {}
+    DriverSinks(Attached& attached, std::string_view driver) : devices(attached, driver), disks(attached, devices) {}
     DriverSinks(const DriverSinks&) = delete;
     DriverSinks& operator=(const DriverSinks&) = delete;
     ClaimSink devices;

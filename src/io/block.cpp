@@ -49,6 +49,12 @@ void BlockDevice::submit(Request& request) {
     if (held_ && request.op != Op::flush) [[unlikely]] {
         return;
     }
+    accept(request);
+}
+
+void BlockDevice::submit_forwarded(BlockDevice& to, Request& request) { to.accept(request); }
+
+inline void BlockDevice::accept(Request& request) {
     ++counters_.submitted;
     request.status = Status::not_written;
     request.issued = 0;

@@ -125,16 +125,26 @@ class BlockDevice {
     inline const Geometry& geometry() const { return geometry_; }
     inline const Counters& counters() const { return counters_; }
     inline Executor& executor() const { return executor_; }
-    /// Number of processors that may submit concurrently, each through its own queue. Lane 0 is the disk itself, on
-    /// the boot processor. Each further lane belongs to another processor (see executor()): same disk, identity and
-    /// geometry, but separate counters. A request is submitted, completed and destroyed on its lane's processor; data
-    /// written through one lane and acknowledged is visible through every other. Constant once the disk is announced.
-    virtual u32 lanes() const { return 1; }
+    /// Number of processors that may submit concurrently. Lane 0 is the disk itself, on the boot processor. Each
+    /// further lane belongs to another processor (see executor()): same disk, identity and geometry, but separate
+    /// counters. A request is submitted, completed and destroyed on its lane's processor; data written through one
+    /// lane and acknowledged is visible through every other. The first queues() lanes have a queue of the device; the
+    /// others, on processors for which the device has none, send their requests through one of these
+    /// [io.shared_lane], which counts accesses, hypercalls, notifications and interrupts for both. Constant once the
+    /// disk is announced.
+    u32 lanes() const { return queues() + static_cast<u32>(shared_.size()); }
     /// index < lanes(). Valid as long as the disk.
-    virtual BlockDevice& lane(u32 index) {
+    BlockDevice& lane(u32 index) { return index < queues() ? queue_lane(index) : *shared_[index - queues()]; }
+    /// Lanes with a queue of their own.
+    virtual u32 queues() const { return 1; }
+    /// index < queues().
+    virtual BlockDevice& queue_lane(u32 index) {
         static_cast<void>(index);
         return *this;
     }
+    /// Adds lanes that have no queue. Called once, before the disk is announced; the caller owns lanes and list, which
+    /// must live as long as the disk.
+    void share(std::span<BlockDevice* const> lanes) { shared_ = lanes; }
     /// The host has removed the disk: every request ends as device_gone, and a flush has no medium left to reach. A
     /// disk closed because of an error is not removed.
     virtual bool removed() const { return false; }
@@ -191,6 +201,8 @@ class BlockDevice {
 
     /// Ends a request: exactly once for every start(). Makes the waiter ready.
     void complete(Request& request, Status status);
+    /// As to.submit(), also after hold(): for a lane that has accepted the request before its own hold().
+    static void submit_forwarded(BlockDevice& to, Request& request);
 
     Identity identity_;
     Geometry geometry_;
@@ -198,7 +210,9 @@ class BlockDevice {
 
   private:
     friend class Request;
+    void accept(Request& request);
     Executor& executor_;
+    std::span<BlockDevice* const> shared_{};
     Nanoseconds timeout_ = 5'000'000'000;
     bool held_ = false;
 };

@@ -1,6 +1,6 @@
 // Executors on real threads: tasks sent between processors and cancelled at arbitrary moments; posts from three
 // producers; services raised by three processors while they are added and removed; coroutine frames and their lock
-// underneath. Run under the tsan preset. With the argument "weak", a mailbox whose list is pushed and taken with
+// underneath; requests of two processors on the queue of a third, half of them abandoned. Run under the tsan preset. With the argument "weak", a mailbox whose list is pushed and taken with
 // relaxed ordering must be reported.
 #include <atomic>
 #include <chrono>
@@ -14,10 +14,14 @@ import core.std;
 import core.result;
 import core.processor;
 import core.time;
+import core.dma;
+import core.text;
 import io.task;
 import io.mailbox;
 import io.executor;
 import io.run_on;
+import io.block;
+import io.shared_lane;
 #include "unit/io_processors.hpp"
 
 namespace {
@@ -140,7 +144,7 @@ struct Counted final : Service {
 struct Change : Post {
     enum class What { add, remove, both } what = What::add;
     Executor* executor = nullptr;
-    Counted* service = nullptr;
+    Service* service = nullptr;
     std::atomic<bool> done{false};
     static void apply(Post& post) {
         auto& self = static_cast<Change&>(post);
@@ -153,7 +157,7 @@ struct Change : Post {
         self.done.store(true, std::memory_order_release);
     }
 };
-void change(Executor& executor, Counted& service, Change::What what) {
+void change(Executor& executor, Service& service, Change::What what) {
     Change post;
     post.run = Change::apply;
     post.what = what;
@@ -203,6 +207,142 @@ void raises_from_three() {
     check(owner.platform.overslept == 0, "the owner slept through a wake-up");
 }
 
+/// Memory that the "device" accesses on its own processor, until the request ends or is forgotten.
+class MemoryDisk final : public BlockDevice, public Service {
+  public:
+    explicit MemoryDisk(Executor& executor) : BlockDevice(executor), bytes_(64 * 4096) {
+        geometry_.sectors = bytes_.size() / 512;
+    }
+    bool drain() override {
+        bool taken = false;
+        while (Request* request = held_.pop()) {
+            std::byte* at = bytes_.data() + request->lba * 512;
+            std::byte* const data = request->buffer.data;
+            if (request->op == Op::write) {
+                std::copy_n(data, request->buffer.size, at);
+            } else {
+                std::copy_n(at, request->buffer.size, data);
+            }
+            complete(*request, Status::ok);
+            taken = true;
+        }
+        return taken;
+    }
+    bool wants_tick() const override { return false; }
+
+  protected:
+    void start(Request& request) override {
+        held_.push(request);
+        executor().touch(*this);
+    }
+    bool cancel_now(Request& request) override {
+        if (!held_.remove(request)) {
+            return false;
+        }
+        complete(request, Status::cancelled);
+        return true;
+    }
+    void forget(Request& request) override { held_.remove(request); }
+
+  private:
+    std::vector<std::byte> bytes_;
+    RequestQueue held_;
+};
+
+struct Pages final : DmaAllocator {
+    Result<DmaSpan> allocate(u32 size, u64) override {
+        void* page = std::aligned_alloc(4096, size);
+        return DmaSpan{static_cast<std::byte*>(page), reinterpret_cast<u64>(page), size};
+    }
+    void free(DmaSpan span) override { std::free(span.data); }
+};
+
+/// Writes a block of its own and reads it back. Destroyed anywhere: the buffer must outlive what the device does.
+Task<Result<void>> write_and_read(BlockDevice& lane, Pages& pages, u64 lba, u8 value) {
+    DmaBuffer buffer = *pages.buffer(4096);
+    for (u32 round = 0; round < 4; ++round) {
+        std::fill_n(buffer.data(), 4096, std::byte(value + round));
+        if (auto done = co_await lane.write(lba, buffer); !done) {
+            co_return done;
+        }
+        std::fill_n(buffer.data(), 4096, std::byte{});
+        if (auto done = co_await lane.read(lba, buffer); !done) {
+            co_return done;
+        }
+        for (u32 i = 0; i < 4096; i += 512) {
+            if (buffer.data()[i] != std::byte(value + round)) {
+                co_return Error{Code::corrupt, "a shared lane returned other data than were written"};
+            }
+        }
+    }
+    co_return Result<void>{};
+}
+
+Task<Result<u64>> share(BlockDevice& lane, Pages& pages, u64 first) {
+    for (u32 round = 0; round < 60; ++round) {
+        TaskGroup group(lane.executor());
+        for (u64 i = 0; i < 16; ++i) {
+            auto spawned = group.spawn(write_and_read(lane, pages, first + i * 8, static_cast<u8>(round + i)));
+            if (!spawned) {
+                co_return spawned.error();
+            }
+        }
+        if (round % 2 == 0) {
+            if (auto done = co_await group.join(); !done) {
+                co_return done.error();
+            }
+        } else { // destroyed wherever they are
+            co_await lane.executor().sleep(round * 500);
+        }
+    }
+    while (lane.under_way() != 0) {
+        co_await lane.executor().sleep(10'000);
+    }
+    co_return 0;
+}
+Task<Result<u64>> share_with(ThreadProcessor& other, BlockDevice& mine, BlockDevice& theirs, Pages& pages) {
+    TaskGroup group(mine.executor());
+    struct There {
+        static Task<Result<void>> run(ThreadProcessor& on, BlockDevice& lane, Pages& pages) {
+            auto done = co_await run_on(on.executor, share(lane, pages, 256));
+            co_return done ? Result<void>{} : Result<void>{done.error()};
+        }
+    };
+    if (auto spawned = group.spawn(There::run(other, theirs, pages)); !spawned) {
+        co_return spawned.error();
+    }
+    auto here = co_await share(mine, pages, 0);
+    auto there = co_await group.join();
+    co_return here && !there ? Result<u64>{there.error()} : here;
+}
+
+void shared_lanes() {
+    ThreadPlatform platform;
+    Executor home(platform.platform(), 0);
+    ThreadProcessor owner(1);
+    ThreadProcessor other(2);
+    MemoryDisk disk(owner.executor);
+    change(owner.executor, disk, Change::What::add);
+    SharedLane mine(home, disk);
+    SharedLane theirs(other.executor, disk);
+    Pages pages;
+    const auto done = home.run(share_with(other, mine, theirs, pages));
+    if (!done) {
+        std::printf("%.*s\n", static_cast<int>(done.error().message.size()), done.error().message.data());
+    }
+    check(static_cast<bool>(done), "a shared lane failed");
+    for (u32 i = 0; i < 1000 && quarantine_state().spans != 0; ++i) { // the last answers to `forget`
+        home.turn();
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    check(quarantine_state().spans == 0, "a buffer stays quarantined");
+    change(owner.executor, disk, Change::What::remove);
+    other.stop();
+    owner.stop();
+    check(platform.overslept + owner.platform.overslept + other.platform.overslept == 0,
+          "a processor slept through a wake-up");
+}
+
 struct WeakAtomics {
     template <class T, MailboxCell>
     class Cell : public std::atomic<T> {
@@ -248,6 +388,7 @@ int main(int count, char**) {
     posts_from_three();
     raises_from_three();
     const usize before = frame_pool().in_use();
+    shared_lanes();
     {
         ThreadPlatform platform;
         Executor home(platform.platform(), 0);
@@ -260,6 +401,6 @@ int main(int count, char**) {
               "a processor slept through a wake-up");
     }
     check(frame_pool().in_use() == before, "coroutine frames leaked");
-    std::printf("posts, raises and tasks between three processors: as they should be\n");
+    std::printf("posts, raises, tasks and requests between three processors: as they should be\n");
     return 0;
 }

@@ -49,8 +49,8 @@ class Lane final : public BlockDevice {
     u64 first_written = ~u64{0};
     u64 last_written = 0;
 
-    u32 lanes() const override { return static_cast<u32>(others.size()) + 1; }
-    BlockDevice& lane(u32 index) override { return index == 0 ? *this : *others[index - 1]; }
+    u32 queues() const override { return static_cast<u32>(others.size()) + 1; }
+    BlockDevice& queue_lane(u32 index) override { return index == 0 ? *this : *others[index - 1]; }
 
   protected:
     void start(Request& r) override {

@@ -242,8 +242,8 @@ class Disk final : public io::QueueDisk<Transport> {
 
     /// Call before the disk is announced: adds a further lane, in processor order. Not owned.
     void add_lane(Disk& lane);
-    u32 lanes() const override { return lane_count_ + 1; }
-    io::BlockDevice& lane(u32 index) override { return index == 0 ? *this : *lanes_[index - 1]; }
+    u32 queues() const override { return lane_count_ + 1; }
+    io::BlockDevice& queue_lane(u32 index) override { return index == 0 ? *this : *lanes_[index - 1]; }
 
     inline const Unit& unit() const { return unit_; }
     /// Callable on any processor, affects only this lane: the unit is gone; further requests are refused.
