@@ -147,12 +147,13 @@ void SharedLane::forget(Request& request) {
     }
     proxy->origin = nullptr;
     if (!request.buffer.empty()) {
-        // Until the target has forgotten it, too; its queue then knows whether the device may still access the buffer.
+        // Until the target has forgotten it, too; its queue then knows whether the device may still access the
+        // buffer.
         request.buffer_lost = true;
         proxy->quarantined = true;
         quarantine(request.buffer, proxy);
     }
-    // If the target's executor has stopped, evict() has posted `done`, or the run of `submit` that is still queued will.
+    // If the target's executor has stopped, its evict() has posted `done`.
     static_cast<void>(send(*proxy, proxy->forget));
 }
 

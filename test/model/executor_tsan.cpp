@@ -1,7 +1,7 @@
 // Executors on real threads: tasks sent between processors and cancelled at arbitrary moments; posts from three
 // producers; services raised by three processors while they are added and removed; coroutine frames and their lock
-// underneath; requests of two processors on the queue of a third, half of them abandoned. Run under the tsan preset. With the argument "weak", a mailbox whose list is pushed and taken with
-// relaxed ordering must be reported.
+// underneath; requests of two processors on the queue of a third, half of them abandoned. Run under the tsan preset.
+// With the argument "weak", a mailbox whose list is pushed and taken with relaxed ordering must be reported.
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
