@@ -316,6 +316,14 @@ Task<Result<u64>> share_with(ThreadProcessor& other, BlockDevice& mine, BlockDev
     co_return here && !there ? Result<u64>{there.error()} : here;
 }
 
+/// Until the last answers to `forget` have arrived.
+Task<Result<u64>> wait_for_answers(Executor& home) {
+    for (u32 i = 0; i < 1000 && quarantine_state().spans != 0; ++i) {
+        co_await home.sleep(1'000'000);
+    }
+    co_return 0;
+}
+
 void shared_lanes() {
     ThreadPlatform platform;
     Executor home(platform.platform(), 0);
@@ -331,10 +339,7 @@ void shared_lanes() {
         std::printf("%.*s\n", static_cast<int>(done.error().message.size()), done.error().message.data());
     }
     check(static_cast<bool>(done), "a shared lane failed");
-    for (u32 i = 0; i < 1000 && quarantine_state().spans != 0; ++i) { // the last answers to `forget`
-        home.turn();
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
+    static_cast<void>(home.run(wait_for_answers(home)));
     check(quarantine_state().spans == 0, "a buffer stays quarantined");
     change(owner.executor, disk, Change::What::remove);
     other.stop();
