@@ -146,7 +146,7 @@ class BlockDevice {
     /// must live as long as the disk.
     void share(std::span<BlockDevice* const> lanes) { shared_ = lanes; }
     /// The host has removed the disk: every request ends as device_gone, and a flush has no medium left to reach. A
-    /// disk closed because of an error is not removed.
+    /// disk closed because of an error is not removed. Callable on any processor.
     virtual bool removed() const { return false; }
     /// Timeout for a request, counted once the device has it and all earlier ones are answered [io.oldest_wait].
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }

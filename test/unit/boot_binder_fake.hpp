@@ -261,6 +261,7 @@ struct Kernel : boot::DriverMachine {
                 .shutdown = &shutdown,
                 .devices = &sinks.devices};
     }
+    std::span<io::Executor* const> executors() override { return processors; }
     boot::Binder& make() { return binder ? *binder : binder.emplace(executor, plan, *this); }
     /// Unplugs, adds both buses and binds all devices.
     Result<void> bind() {
@@ -281,6 +282,7 @@ struct Kernel : boot::DriverMachine {
 
     test::FakeMachine clock;
     io::Executor executor{clock.platform()};
+    std::span<io::Executor* const> processors; // empty: one processor; set before make()
     test::HeapDma dma;
     NoInterrupts interrupts;
     Capture capture;

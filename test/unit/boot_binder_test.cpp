@@ -246,6 +246,41 @@ TEST(Binder, TheDisksOfAControllerAreCounted) {
         << k.capture.text;
 }
 
+TEST(Binder, EveryProcessorHasALaneOfEveryDisk) {
+    Kernel k;
+    io::Executor second(k.clock.platform(), 1);
+    io::Executor third(k.clock.platform(), 2);
+    const std::array<io::Executor*, 3> all{&k.executor, &second, &third};
+    k.processors = all;
+    k.native.drivers[0].behaviour.disks = 2;
+    k.native.devices = {{"i0", "ide", disk_id(0)}};
+    ASSERT_TRUE(k.bind());
+    ASSERT_EQ(k.binder->disks().all().size(), 2u);
+    for (io::BlockDevice* disk : k.binder->disks().all()) {
+        ASSERT_EQ(disk->lanes(), 3u);
+        EXPECT_EQ(&disk->lane(1).executor(), &second);
+        EXPECT_EQ(&disk->lane(2).executor(), &third);
+    }
+    EXPECT_TRUE(k.capture.has("\"queues\":1,\"lanes\":3}"));
+    EXPECT_EQ(k.verdict().verdict, Verdict::success);
+}
+
+TEST(Binder, ADiskWithoutMemoryForItsLanesWorksOnItsOwnProcessor) {
+    Kernel k;
+    io::Executor second(k.clock.platform(), 1);
+    const std::array<io::Executor*, 2> all{&k.executor, &second};
+    k.processors = all;
+    boot::Attached attached(k.plan);
+    attached.executors = all;
+    boot::DriverSinks sinks(attached, "ndisk");
+    Disk disk(k.executor, "lonely");
+    vector_detail::fail_after(0);
+    ASSERT_TRUE(sinks.disks.announce(disk, drivers::no_twin));
+    EXPECT_EQ(disk.lanes(), 1u);
+    EXPECT_TRUE(k.capture.has("warning: lonely: lanes for 1 of 2 processors: "));
+    EXPECT_EQ(attached.disks.all().size(), 1u);
+}
+
 TEST(Binder, ADriverThatAnswersNotSupported) {
     Kernel k;
     k.native.devices = {{"i0", "ide", disk_id(4)}};
