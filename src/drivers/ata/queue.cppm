@@ -4,10 +4,7 @@
 //   idle ──send()──> running ──next()──> idle or running (the next command is sent before requests complete)
 //                        │ no answer, DMA error, an abandoned buffer
 //                        v
-//                  reset_held ──tick──> reset_released ──tick, BSY = 0──> idle
-//                                            │ no answer within the bound, or too many consecutive resets
-//                                            v
-//                                         closed
+//                     resetting [drivers.ata.reset] ──tick──> idle, or closed
 //
 // Adjacent reads (or writes) are merged into one command: fewer commands, but each request still ends separately. If
 // such a command fails, or is not answered, its requests are resent one by one, so that a bad sector affects only the
@@ -27,6 +24,8 @@ import io.block_queue;
 import io.oldest_wait;
 import drivers.ata.protocol;
 import drivers.ata.channel;
+import drivers.ata.interrupts;
+import drivers.ata.reset;
 export import drivers.ata.disk;
 
 export namespace fl::drivers::ata {
@@ -50,27 +49,28 @@ class Transport : public io::TransportDefaults {
     static constexpr DmaLimits limits{.highest = 0xffff'ffff, .boundary = Prd::boundary, .max_segment = Prd::boundary};
     // without an interrupt for this long it is polled in each tick
     static constexpr Nanoseconds lost_after = 20'000'000;
-    static constexpr Nanoseconds reset_hold = 5'000;       // [ATA-7 §9.2]
-    static constexpr Nanoseconds reset_settle = 2'000'000; // [ATA-7 §9.2]
-    static constexpr u32 max_resets = 3;                   // consecutive, without a success in between
-    static constexpr u32 max_reports = 16;                 // log lines about failed commands
+    static constexpr u32 max_reports = 16; // log lines about failed commands
 
     Transport(io::Executor& executor, DmaAllocator& dma, P ports, ChannelPorts at, DmaSpan table, Nanoseconds timeout)
-        : executor_(executor), mapper_(dma, bounce_bytes), handler_registers_(ports, at),
-          channel_(std::move(ports), at, table), timeout_(timeout) {}
+        : executor_(executor), mapper_(dma, bounce_bytes), interrupts_(executor, ports, at),
+          channel_(std::move(ports), at, table), reset_(executor, channel_, timeout), timeout_(timeout) {}
 
     Channel<P>& channel() { return channel_; }
     void start_counting() { charged_accesses_ = channel_.registers().accesses(); }
     /// `shared`: the line is shared with other devices: the handler checks the device.
     void open(bool shared) {
-        shared_ = shared;
-        state_ = State::idle;
+        interrupts_.use(shared);
+        reset_.abort();
+        running_ = false;
     }
     /// From now on abandoning a command stops the device instead of resetting it.
     void leave() { leaving_ = true; }
-    static void on_interrupt(void* self) { static_cast<Transport*>(self)->interrupted(); }
+    static void on_interrupt(void* self) {
+        auto& transport = *static_cast<Transport*>(self);
+        transport.interrupts_.on_interrupt(*transport.queue);
+    }
     u64 lost_interrupts() const { return lost_; }
-    u64 resets() const { return resets_; }
+    u64 resets() const { return reset_.count(); }
 
     // io::BlockTransport
     void use(io::CommandTable<Transport>& commands) { commands_ = &commands; }
@@ -79,39 +79,34 @@ class Transport : public io::TransportDefaults {
     io::SendResult send(Command& command, u64 id);
     io::Next next(io::Completion& completion);
     void settle(io::Counters& counters);
-    // Acquire: pairs with the release in interrupted(), as in next().
-    Result<bool> arm() { return found_.has_value() || flag_.load(std::memory_order_acquire); }
-    u32 events() const { return interrupts_.load(std::memory_order_relaxed); }
+    Result<bool> arm() { return found_.has_value() || interrupts_.pending(); }
+    u32 events() const { return interrupts_.count(); }
     bool finish(Command& command, io::Status status);
     io::Fence fence(Command& command);
     io::Recovery recover(const Command& command, io::OldestWait::Finding finding, std::string_view names);
     Result<void> tick(Instant now, bool waiting);
-    bool wants_tick() const { return state_ != State::idle; }
+    bool wants_tick() const { return running_ || reset_.in_progress(); }
     bool closing(io::Status) {
         leave();
         return true;
     }
 
   private:
-    enum class State : u8 { idle, running, reset_held, reset_released };
-
-    void interrupted();
     u32 limit(const Command& command) const;
-    Outcome look();
     io::Completion ended(const Outcome& outcome);
     io::Completion failed(const Outcome& outcome);
     void limit_gathering();
-    void begin_reset();
+    void begin_reset(bool owned = false);
     void poll_running(Instant now);
 
     io::Executor& executor_;
     BounceMapper mapper_; // its pool is allocated on first use, which most machines never need
-    Registers<P> handler_registers_;
+    ChannelInterrupts<P> interrupts_;
     Channel<P> channel_;
+    SoftReset<P> reset_;
     Nanoseconds timeout_;
     io::CommandTable<Transport>* commands_ = nullptr;
-    State state_ = State::idle;
-    bool shared_ = false;
+    bool running_ = false; // a command is under way
     bool leaving_ = false;
 
     // The current command.
@@ -122,26 +117,15 @@ class Transport : public io::TransportDefaults {
     Instant issued_at_ = 0;
     std::optional<io::Completion> found_; // result of a command that ended without an interrupt
     u32 gather_limit_ = max_transfer;     // bytes of a command made of several requests
-    Instant reset_at_ = 0;                // time of asserting the reset
-    Instant settle_at_ = 0;               // time of releasing it
-    u32 resets_in_a_row_ = 0;
     u32 reports_ = 0;
     std::array<DmaSegment, max_transfer / Prd::boundary + 1> segments_{};
     DmaMapping mapping_{segments_}; // active: the command's data uses a bounce buffer
 
-    // From the handler to next(). flag_: release in the handler, acquire in next() and arm(): a reader that sees it
-    // set also sees seen_ of that interrupt. The others are relaxed: same processor, and a sum may lag by one
-    // interrupt.
-    std::atomic<bool> flag_{false};
-    std::atomic<u32> seen_{0}; // shared lines: 1<<16 | bus status<<8 | status of an ended command, 0: none
-    std::atomic<u32> interrupts_{0};
-    std::atomic<u64> handler_accesses_{0};
     u64 charged_accesses_ = 0;
     u64 charged_handler_accesses_ = 0;
     u64 commands_issued_ = 0;
     u64 charged_commands_ = 0;
     u64 lost_ = 0;
-    u64 resets_ = 0;
 };
 
 /// A channel's queue with its interrupt.
@@ -149,8 +133,8 @@ template <PortAccess P>
 class ChannelQueue final : public io::BlockQueue<Transport<P>> {
   public:
     using Base = io::BlockQueue<Transport<P>>;
-    static constexpr Nanoseconds reset_hold = Transport<P>::reset_hold;
-    static constexpr Nanoseconds reset_settle = Transport<P>::reset_settle;
+    static constexpr Nanoseconds reset_hold = SoftReset<P>::hold;
+    static constexpr Nanoseconds reset_settle = SoftReset<P>::settle;
 
     ChannelQueue(io::Executor& executor, DmaAllocator& dma, P ports, ChannelPorts at, DmaSpan table,
                  Nanoseconds timeout)
@@ -231,7 +215,7 @@ u32 Transport<P>::limit(const Command& command) const { // 28-bit commands only:
 
 template <PortAccess P>
 io::Fit Transport<P>::prepare(Command& command) {
-    if (state_ != State::idle) {
+    if (running_ || reset_.in_progress()) {
         return io::Fit::full;
     }
     if (command.op == io::Op::flush) {
@@ -278,7 +262,7 @@ io::SendResult Transport<P>::send(Command& command, u64 id) {
     id_ = id;
     suspect_ = false;
     busy_ = true;
-    seen_.store(0, std::memory_order_relaxed); // discards a stale answer to the last command
+    interrupts_.discard();
     const Disk& disk = command.disk();
     if (command.op == io::Op::flush) {
         channel_.issue(disk.unit(), disk.info().flush_ext ? ata::Command::flush_cache_ext : ata::Command::flush_cache);
@@ -292,7 +276,7 @@ io::SendResult Transport<P>::send(Command& command, u64 id) {
                         .count = count});
     }
     ++commands_issued_;
-    state_ = State::running;
+    running_ = true;
     issued_at_ = executor_.now();
     return io::SendResult::sent;
 }
@@ -300,11 +284,11 @@ io::SendResult Transport<P>::send(Command& command, u64 id) {
 // Stops an idle engine. Charges the accesses since the last call to the disk that had the channel.
 template <PortAccess P>
 void Transport<P>::settle(io::Counters& counters) {
-    if (state_ == State::idle) {
+    if (!running_ && !reset_.in_progress()) {
         channel_.stop();
     }
     const u64 accesses = channel_.registers().accesses();
-    const u64 in_handler = handler_accesses_.load(std::memory_order_relaxed);
+    const u64 in_handler = interrupts_.accesses();
     counters.device_accesses += (accesses - charged_accesses_) + (in_handler - charged_handler_accesses_);
     counters.notifications += commands_issued_ - charged_commands_;
     charged_accesses_ = accesses;
@@ -315,45 +299,15 @@ void Transport<P>::settle(io::Counters& counters) {
 // ---- answers ----
 
 template <PortAccess P>
-void Transport<P>::interrupted() {
-    if (shared_) {
-        const Outcome outcome = Channel<P>::look_shared(handler_registers_);
-        handler_accesses_.store(handler_registers_.accesses(), std::memory_order_relaxed);
-        if (!outcome.bus.interrupt()) {
-            return; // of another device
-        }
-        if (outcome.ended) {
-            seen_.store(1u << 16 | u32{outcome.bus.raw} << 8 | outcome.status.raw, std::memory_order_relaxed);
-        }
-    }
-    interrupts_.store(interrupts_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
-    flag_.store(true, std::memory_order_release); // pairs with the acquire in next() and arm()
-    executor_.raise(*this->queue);
-}
-
-template <PortAccess P>
-Outcome Transport<P>::look() {
-    if (!shared_) {
-        return channel_.look();
-    }
-    if (const u32 seen = seen_.exchange(0, std::memory_order_relaxed); seen != 0) {
-        return {.ended = true, .status = {static_cast<u8>(seen)}, .bus = {static_cast<u8>(seen >> 8)}};
-    }
-    return {};
-}
-
-template <PortAccess P>
 io::Next Transport<P>::next(io::Completion& completion) {
     if (found_) [[unlikely]] {
         completion = *std::exchange(found_, std::nullopt);
         return io::Next::one;
     }
-    // Acquire: pairs with the release in interrupted().
-    if (!flag_.load(std::memory_order_relaxed) || !flag_.exchange(false, std::memory_order_acquire) ||
-        state_ != State::running) {
+    if (!interrupts_.take() || !running_) {
         return io::Next::none;
     }
-    const Outcome outcome = look();
+    const Outcome outcome = interrupts_.look(channel_);
     if (!outcome.ended) {
         return io::Next::none;
     }
@@ -363,13 +317,13 @@ io::Next Transport<P>::next(io::Completion& completion) {
 
 template <PortAccess P>
 io::Completion Transport<P>::ended(const Outcome& outcome) {
-    state_ = State::idle;
+    running_ = false;
     const bool transfer = active_->op != io::Op::flush;
     if (!outcome.ok(transfer)) {
         channel_.stop();
         return failed(outcome);
     }
-    resets_in_a_row_ = 0;
+    reset_.succeeded();
     if (transfer) {
         limit_gathering();
     }
@@ -420,33 +374,11 @@ bool Transport<P>::finish(Command& command, io::Status status) {
 
 template <PortAccess P>
 Result<void> Transport<P>::tick(Instant now, bool) {
-    switch (state_) {
-    case State::idle: return {};
-    case State::running: poll_running(now); return {};
-    case State::reset_held:
-        if (now - reset_at_ >= reset_hold) {
-            channel_.release_reset(Control::none);
-            settle_at_ = now;
-            state_ = State::reset_released;
-        }
-        return {};
-    case State::reset_released:
-        if (now - settle_at_ < reset_settle) {
-            return {};
-        }
-        if (const Status status = channel_.registers().status(); status.busy() || status.floating()) {
-            if (now >= executor_.end_of_bound(reset_at_, timeout_)) {
-                return Error{Code::timed_out, "the disk did not come back from a software reset"};
-            }
-            return {};
-        }
-        channel_.initialise_engine();
-        state_ = State::idle;
-        if (resets_in_a_row_ > max_resets) {
-            return Error{Code::io, "the disk fails one command after the other, whatever is reset"};
-        }
+    if (running_) {
+        poll_running(now);
         return {};
     }
+    return reset_.tick(now);
 }
 
 /// Handles a command without an interrupt so far. If it has ended, and there is still no interrupt in the next tick,
@@ -475,14 +407,14 @@ void Transport<P>::poll_running(Instant now) {
 /// The command was not answered for a full timeout.
 template <PortAccess P>
 io::Recovery Transport<P>::recover(const Command& command, io::OldestWait::Finding, std::string_view) {
-    if (!busy_ || found_ || state_ != State::running) {
+    if (!busy_ || found_ || !running_) {
         return {.kind = io::Recovery::Kind::none};
     }
     log::warning("{}: no answer to a command for {} ms, the channel is reset", command.disk().name(),
                  (executor_.now() - issued_at_) / 1'000'000);
     begin_reset(); // the engine is off: buffers are safe
     return {.kind = io::Recovery::Kind::stopped,
-            .why = resets_in_a_row_ > max_resets
+            .why = reset_.exhausted()
                        ? std::optional(Error{Code::timed_out, "the disk gives no answer, whatever is reset"})
                        : std::nullopt};
 }
@@ -493,22 +425,19 @@ template <PortAccess P>
 io::Fence Transport<P>::fence(Command&) {
     if (leaving_) {
         channel_.stop();
-        state_ = State::idle;
+        reset_.abort();
+        running_ = false;
     } else {
-        begin_reset();
-        --resets_in_a_row_; // requested by the owner, not caused by a failing disk
+        begin_reset(true);
     }
     return io::Fence::stopped;
 }
 
 template <PortAccess P>
-void Transport<P>::begin_reset() {
-    ++resets_;
-    ++resets_in_a_row_;
+void Transport<P>::begin_reset(bool owned) {
     found_.reset();
-    channel_.assert_reset();
-    reset_at_ = executor_.now();
-    state_ = State::reset_held;
+    running_ = false;
+    reset_.begin(owned);
 }
 
 } // namespace fl::drivers::ata
