@@ -45,6 +45,10 @@ enum class Weak {
     raised_take,
 };
 
+/// What is weakened in the present run. A variable, not a template parameter: relacy is compiled anew for every type of
+/// test, which takes seconds.
+Weak weak = Weak::nothing;
+
 constexpr rl::memory_order order_of(std::memory_order order) {
     switch (order) {
     case std::memory_order_relaxed: return rl::mo_relaxed;
@@ -55,7 +59,6 @@ constexpr rl::memory_order order_of(std::memory_order order) {
     }
 }
 
-template <Weak weak>
 struct ModelAtomics {
     template <class T, MailboxCell cell>
     class Cell {
@@ -125,13 +128,11 @@ struct Node {
     rl::var<unsigned> number;
 };
 
-template <Weak weak>
-using Mailbox = BasicMailbox<Node, ModelAtomics<weak>>;
+using Mailbox = BasicMailbox<Node, ModelAtomics>;
 
 /// Two producers, one owner: every post arrives once, intact, in its producer's order.
-template <Weak weak>
-struct Posts : rl::test_suite<Posts<weak>, 3> {
-    std::optional<Mailbox<weak>> mailbox;
+struct Posts : rl::test_suite<Posts, 3> {
+    std::optional<Mailbox> mailbox;
     Node nodes[3];
     unsigned last[2];
 
@@ -170,9 +171,8 @@ struct Posts : rl::test_suite<Posts<weak>, 3> {
 };
 
 /// A raise from a handler: the turn that cleared the flag sees what was written before the raise.
-template <Weak weak>
-struct Raise : rl::test_suite<Raise<weak>, 2> {
-    std::optional<Mailbox<weak>> mailbox;
+struct Raise : rl::test_suite<Raise, 2> {
+    std::optional<Mailbox> mailbox;
     rl::var<unsigned> written;
 
     void before() { mailbox.emplace(); }
@@ -187,9 +187,8 @@ struct Raise : rl::test_suite<Raise<weak>, 2> {
 };
 
 /// The owner goes to sleep while another processor posts: the owner sees the post, stays awake, or is kicked.
-template <Weak weak>
-struct Sleep : rl::test_suite<Sleep<weak>, 2> {
-    std::optional<Mailbox<weak>> mailbox;
+struct Sleep : rl::test_suite<Sleep, 2> {
+    std::optional<Mailbox> mailbox;
     Node node;
     bool seen;
     bool asleep;
@@ -220,9 +219,8 @@ struct Sleep : rl::test_suite<Sleep<weak>, 2> {
 };
 
 /// The owner closes while two others post: exactly the posts that were not refused are there, intact.
-template <Weak weak>
-struct Close : rl::test_suite<Close<weak>, 3> {
-    std::optional<Mailbox<weak>> mailbox;
+struct Close : rl::test_suite<Close, 3> {
+    std::optional<Mailbox> mailbox;
     Node nodes[2];
     bool pushed[2];
     bool seen[2];
@@ -257,7 +255,6 @@ struct Close : rl::test_suite<Close<weak>, 3> {
 };
 
 /// A minimal service: the members that RaisedList uses, plus data from the raisers that drains record.
-template <Weak weak>
 struct Raisable {
     struct NodeLink {
         rl::var<Raisable*> value;
@@ -267,17 +264,16 @@ struct Raisable {
         }
         operator Raisable*() { return value($); }
     };
-    typename ModelAtomics<weak>::template Cell<bool, MailboxCell::raised> raised{true};
+    ModelAtomics::Cell<bool, MailboxCell::raised> raised{true};
     NodeLink next_raised;
     rl::atomic<unsigned> told[2]; // by raiser
     bool drained[2];
 };
 
 /// The owner's part of a turn, as in Executor::step().
-template <Weak weak>
-void take_raised(RaisedList<Raisable<weak>, ModelAtomics<weak>>& list) {
-    for (Raisable<weak>* node = list.take_all(); node != nullptr;) {
-        Raisable<weak>* following = node->next_raised;
+void take_raised(RaisedList<Raisable, ModelAtomics>& list) {
+    for (Raisable* node = list.take_all(); node != nullptr;) {
+        Raisable* following = node->next_raised;
         list.lower(*node);
         for (unsigned i = 0; i < 2; ++i) {
             node->drained[i] = node->drained[i] || node->told[i].load(rl::mo_relaxed, $) != 0;
@@ -288,11 +284,11 @@ void take_raised(RaisedList<Raisable<weak>, ModelAtomics<weak>>& list) {
 
 /// Two handlers or processors raise the same service during the owner's turn, or one of them sets only the flag, for
 /// something else (`alone`): everything passed has been drained, or will be by the turn that the flag announces.
-template <Weak weak, bool alone>
-struct Services : rl::test_suite<Services<weak, alone>, 3> {
-    std::optional<Mailbox<weak>> mailbox;
-    std::optional<RaisedList<Raisable<weak>, ModelAtomics<weak>>> list;
-    std::optional<Raisable<weak>> node;
+template <bool alone>
+struct Services : rl::test_suite<Services<alone>, 3> {
+    std::optional<Mailbox> mailbox;
+    std::optional<RaisedList<Raisable, ModelAtomics>> list;
+    std::optional<Raisable> node;
 
     void before() {
         mailbox.emplace();
@@ -328,11 +324,10 @@ struct Services : rl::test_suite<Services<weak, alone>, 3> {
 };
 
 /// Raised again while it is being taken: the link belongs to one side at a time.
-template <Weak weak>
-struct RaisedTwice : rl::test_suite<RaisedTwice<weak>, 2> {
-    std::optional<Mailbox<weak>> mailbox;
-    std::optional<RaisedList<Raisable<weak>, ModelAtomics<weak>>> list;
-    std::optional<Raisable<weak>> node;
+struct RaisedTwice : rl::test_suite<RaisedTwice, 2> {
+    std::optional<Mailbox> mailbox;
+    std::optional<RaisedList<Raisable, ModelAtomics>> list;
+    std::optional<Raisable> node;
     rl::var<unsigned> written;
 
     void before() {
@@ -370,11 +365,10 @@ struct RaisedTwice : rl::test_suite<RaisedTwice<weak>, 2> {
 };
 
 /// Raised on another processor while the owner goes to sleep: drained, or awake, or kicked.
-template <Weak weak>
-struct RaisedAsleep : rl::test_suite<RaisedAsleep<weak>, 2> {
-    std::optional<Mailbox<weak>> mailbox;
-    std::optional<RaisedList<Raisable<weak>, ModelAtomics<weak>>> list;
-    std::optional<Raisable<weak>> node;
+struct RaisedAsleep : rl::test_suite<RaisedAsleep, 2> {
+    std::optional<Mailbox> mailbox;
+    std::optional<RaisedList<Raisable, ModelAtomics>> list;
+    std::optional<Raisable> node;
     bool asleep;
     bool kicked;
 
@@ -410,10 +404,10 @@ struct RaisedAsleep : rl::test_suite<RaisedAsleep<weak>, 2> {
 
 /// The owner removes a service while another processor raises it: afterwards it is in no list, and cannot be added to
 /// one.
-template <Weak weak, bool waits>
-struct Removed : rl::test_suite<Removed<weak, waits>, 2> {
-    std::optional<RaisedList<Raisable<weak>, ModelAtomics<weak>>> list;
-    std::optional<Raisable<weak>> node;
+template <bool waits>
+struct Removed : rl::test_suite<Removed<waits>, 2> {
+    std::optional<RaisedList<Raisable, ModelAtomics>> list;
+    std::optional<Raisable> node;
 
     void before() {
         list.emplace();
@@ -437,7 +431,8 @@ struct Removed : rl::test_suite<Removed<weak, waits>, 2> {
 int failures = 0;
 
 template <class Test>
-void must(bool pass, std::string_view what) {
+void must(bool pass, std::string_view what, Weak weakened = Weak::nothing) {
+    weak = weakened;
     struct Way {
         rl::scheduler_type_e scheduler;
         rl::iteration_t iterations;
@@ -475,40 +470,40 @@ void must(bool pass, std::string_view what) {
 } // namespace
 
 int main() {
-    must<Posts<Weak::nothing>>(true, "posts arrive whole, once, in order");
-    must<Posts<Weak::push>>(false, "… pushed relaxed");
-    must<Posts<Weak::take>>(false, "… taken relaxed");
-    must<Close<Weak::nothing>>(true, "a closing mailbox loses no post that it took");
-    must<Close<Weak::push>>(false, "… pushed relaxed");
-    must<Close<Weak::take>>(false, "… closed relaxed");
-    must<Raise<Weak::nothing>>(true, "what a handler wrote is seen by the turn that it raised");
-    must<Raise<Weak::raise>>(false, "… raised relaxed");
-    must<Raise<Weak::clear>>(false, "… cleared relaxed");
-    must<Raise<Weak::wake_plain>>(true, "… set by a store, where one handler alone raises");
-    must<Sleep<Weak::nothing>>(true, "no post is slept through");
-    must<Sleep<Weak::wake_store>>(false, "… the flag stored with release");
-    must<Sleep<Weak::asleep_store>>(false, "… asleep stored with release");
-    must<Sleep<Weak::wake_load>>(false, "… the flag loaded with acquire");
-    must<Sleep<Weak::asleep_load>>(false, "… asleep loaded with acquire");
-    must<Services<Weak::nothing, false>>(true, "a service that two raise is drained after both");
-    must<Services<Weak::add_release, false>>(false, "… added without release");
-    must<Services<Weak::lower_acquire, false>>(false, "… lowered without acquire");
-    must<Services<Weak::nothing, true>>(true, "a service is drained also when the flag is raised for something else");
-    must<Services<Weak::wake_plain, true>>(false, "… the flag set by a store");
-    must<Services<Weak::raise, true>>(false, "… the flag raised relaxed");
-    must<Services<Weak::clear, true>>(false, "… the flag cleared relaxed");
-    must<Services<Weak::add_push, true>>(false, "… pushed relaxed: the flag is not what orders the link then");
-    must<Services<Weak::raised_take, true>>(false, "… taken relaxed");
-    must<RaisedTwice<Weak::nothing>>(true, "a service may be raised while it is taken");
-    must<RaisedTwice<Weak::add_acquire>>(false, "… added without acquire");
-    must<RaisedTwice<Weak::lower_release>>(false, "… lowered without release");
-    must<RaisedAsleep<Weak::nothing>>(true, "no raise is slept through");
-    must<RaisedAsleep<Weak::wake_store>>(false, "… the flag exchanged with release");
-    must<RaisedAsleep<Weak::asleep_store>>(false, "… asleep stored with release");
-    must<RaisedAsleep<Weak::wake_load>>(false, "… the flag loaded with acquire");
-    must<RaisedAsleep<Weak::asleep_load>>(false, "… asleep loaded with acquire");
-    must<Removed<Weak::nothing, true>>(true, "a service that is removed is in no list");
-    must<Removed<Weak::nothing, false>>(false, "… without waiting for a raise that is under way");
+    must<Posts>(true, "posts arrive whole, once, in order");
+    must<Posts>(false, "… pushed relaxed", Weak::push);
+    must<Posts>(false, "… taken relaxed", Weak::take);
+    must<Close>(true, "a closing mailbox loses no post that it took");
+    must<Close>(false, "… pushed relaxed", Weak::push);
+    must<Close>(false, "… closed relaxed", Weak::take);
+    must<Raise>(true, "what a handler wrote is seen by the turn that it raised");
+    must<Raise>(false, "… raised relaxed", Weak::raise);
+    must<Raise>(false, "… cleared relaxed", Weak::clear);
+    must<Raise>(true, "… set by a store, where one handler alone raises", Weak::wake_plain);
+    must<Sleep>(true, "no post is slept through");
+    must<Sleep>(false, "… the flag stored with release", Weak::wake_store);
+    must<Sleep>(false, "… asleep stored with release", Weak::asleep_store);
+    must<Sleep>(false, "… the flag loaded with acquire", Weak::wake_load);
+    must<Sleep>(false, "… asleep loaded with acquire", Weak::asleep_load);
+    must<Services<false>>(true, "a service that two raise is drained after both");
+    must<Services<false>>(false, "… added without release", Weak::add_release);
+    must<Services<false>>(false, "… lowered without acquire", Weak::lower_acquire);
+    must<Services<true>>(true, "a service is drained also when the flag is raised for something else");
+    must<Services<true>>(false, "… the flag set by a store", Weak::wake_plain);
+    must<Services<true>>(false, "… the flag raised relaxed", Weak::raise);
+    must<Services<true>>(false, "… the flag cleared relaxed", Weak::clear);
+    must<Services<true>>(false, "… pushed relaxed: the flag is not what orders the link then", Weak::add_push);
+    must<Services<true>>(false, "… taken relaxed", Weak::raised_take);
+    must<RaisedTwice>(true, "a service may be raised while it is taken");
+    must<RaisedTwice>(false, "… added without acquire", Weak::add_acquire);
+    must<RaisedTwice>(false, "… lowered without release", Weak::lower_release);
+    must<RaisedAsleep>(true, "no raise is slept through");
+    must<RaisedAsleep>(false, "… the flag exchanged with release", Weak::wake_store);
+    must<RaisedAsleep>(false, "… asleep stored with release", Weak::asleep_store);
+    must<RaisedAsleep>(false, "… the flag loaded with acquire", Weak::wake_load);
+    must<RaisedAsleep>(false, "… asleep loaded with acquire", Weak::asleep_load);
+    must<Removed<true>>(true, "a service that is removed is in no list");
+    must<Removed<false>>(false, "… without waiting for a raise that is under way");
     std::cout << (failures == 0 ? "all as expected\n" : "some were not as expected\n");
     return failures == 0 ? 0 : 1;
 }

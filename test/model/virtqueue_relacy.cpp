@@ -32,7 +32,11 @@ enum class Weak {
     head_first, // packed: the flags of a list's first descriptor are written before the rest
 };
 
-constexpr rl::memory_order either(bool weak, rl::memory_order order) { return weak ? rl::mo_relaxed : order; }
+/// What is weakened in the present run. A variable, not a template parameter: relacy is compiled anew for every type of
+/// test, which takes seconds.
+Weak weak = Weak::nothing;
+
+constexpr rl::memory_order either(bool relaxed, rl::memory_order order) { return relaxed ? rl::mo_relaxed : order; }
 
 /// A buffer in these models: its address is its number, and the device writes that number to the buffer's memory and as
 /// the used length.
@@ -62,7 +66,6 @@ struct SplitShared {
     }
 };
 
-template <Weak weak>
 class SplitMemory {
   public:
     SplitMemory() = default;
@@ -111,9 +114,9 @@ class SplitMemory {
     SplitShared* shared_ = nullptr;
 };
 
-template <Weak weak, bool event_index>
+template <bool event_index>
 struct Split {
-    using Memory = SplitMemory<weak>;
+    using Memory = SplitMemory;
     using Queue = SplitQueue<Memory>;
     static constexpr u32 size = split_size;
     SplitShared shared;
@@ -203,7 +206,6 @@ struct PackedShared {
     }
 };
 
-template <Weak weak>
 class PackedMemory {
   public:
     PackedMemory() = default;
@@ -254,9 +256,9 @@ class PackedMemory {
     PackedShared* shared_ = nullptr;
 };
 
-template <Weak weak, bool event_index>
+template <bool event_index>
 struct Packed {
-    using Memory = PackedMemory<weak>;
+    using Memory = PackedMemory;
     using Queue = PackedQueue<Memory>;
     static constexpr u32 size = packed_size;
     PackedShared shared;
@@ -351,9 +353,9 @@ struct Packed {
 
 /// Buffers arrive intact and in order and are returned intact, and neither a descriptor nor a buffer's memory is reused
 /// before the other side has finished with it.
-template <template <Weak, bool> class Kind, Weak weak>
-struct Transfer : rl::test_suite<Transfer<Kind, weak>, 2> {
-    Kind<weak, false> q;
+template <template <bool> class Kind>
+struct Transfer : rl::test_suite<Transfer<Kind>, 2> {
+    Kind<false> q;
     rl::var<unsigned> memory; // shared by the buffers alternately
 
     void before() {
@@ -397,9 +399,9 @@ struct Transfer : rl::test_suite<Transfer<Kind, weak>, 2> {
 };
 
 /// Buffers published together are seen together, intact and in order.
-template <template <Weak, bool> class Kind, Weak weak>
-struct Batch : rl::test_suite<Batch<Kind, weak>, 2> {
-    Kind<weak, false> q;
+template <template <bool> class Kind>
+struct Batch : rl::test_suite<Batch<Kind>, 2> {
+    Kind<false> q;
 
     void before() { q.begin(); }
     void thread(unsigned number) {
@@ -422,9 +424,9 @@ struct Batch : rl::test_suite<Batch<Kind, weak>, 2> {
 };
 
 /// A driver that sleeps after arm(Count) gets an event once that many buffers have been returned.
-template <template <Weak, bool> class Kind, Weak weak, bool event_index, unsigned Count>
-struct DriverSleeps : rl::test_suite<DriverSleeps<Kind, weak, event_index, Count>, 2> {
-    Kind<weak, event_index> q;
+template <template <bool> class Kind, bool event_index, unsigned Count>
+struct DriverSleeps : rl::test_suite<DriverSleeps<Kind, event_index, Count>, 2> {
+    Kind<event_index> q;
     unsigned event = 0;   // number of buffers returned at the last event
     unsigned slept = ~0u; // number taken when the driver fell asleep
 
@@ -473,9 +475,9 @@ struct DriverSleeps : rl::test_suite<DriverSleeps<Kind, weak, event_index, Count
 };
 
 /// A device that sleeps after requesting a notification gets one for the next buffer.
-template <template <Weak, bool> class Kind, Weak weak, bool event_index>
-struct DeviceSleeps : rl::test_suite<DeviceSleeps<Kind, weak, event_index>, 2> {
-    Kind<weak, event_index> q;
+template <template <bool> class Kind, bool event_index>
+struct DeviceSleeps : rl::test_suite<DeviceSleeps<Kind, event_index>, 2> {
+    Kind<event_index> q;
     unsigned notified = 0; // number published at the last notification
     unsigned slept = ~0u;  // number taken when the device fell asleep
 
@@ -513,32 +515,37 @@ struct DeviceSleeps : rl::test_suite<DeviceSleeps<Kind, weak, event_index>, 2> {
     void after() { RL_ASSERT(slept == ~0u || slept == 2 || notified > slept); }
 };
 
-template <template <Weak, bool> class Kind>
+template <class Test>
+void must(bool pass, std::string_view what, Weak weakened = Weak::nothing) {
+    weak = weakened;
+    model::must<Test>(pass, what);
+}
+
+template <template <bool> class Kind>
 void both() {
-    using model::must;
-    must<Transfer<Kind, Weak::nothing>>(true, "buffers arrive and come back whole, in order, once");
-    must<Transfer<Kind, Weak::available_store>>(false, "… made available by a relaxed store");
-    must<Transfer<Kind, Weak::available_load>>(false, "… found available by a relaxed load");
-    must<Transfer<Kind, Weak::used_store>>(false, "… made used by a relaxed store");
-    must<Transfer<Kind, Weak::used_load>>(false, "… found used by a relaxed load");
-    must<Batch<Kind, Weak::nothing>>(true, "buffers published together are seen together");
-    must<Batch<Kind, Weak::available_store>>(false, "… made available by a relaxed store");
-    must<Batch<Kind, Weak::available_load>>(false, "… found available by a relaxed load");
-    must<DriverSleeps<Kind, Weak::nothing, true, 1>>(true, "event index: no event to the driver is lost");
-    must<DriverSleeps<Kind, Weak::driver_barrier, true, 1>>(false, "… without arm()'s barrier");
-    must<DriverSleeps<Kind, Weak::device_barrier, true, 1>>(false, "… without the device's");
-    must<DriverSleeps<Kind, Weak::nothing, true, 2>>(true, "event index, after two: no event to the driver is lost");
-    must<DriverSleeps<Kind, Weak::driver_barrier, true, 2>>(false, "… without arm()'s barrier");
-    must<DriverSleeps<Kind, Weak::device_barrier, true, 2>>(false, "… without the device's");
-    must<DriverSleeps<Kind, Weak::nothing, false, 1>>(true, "flags: no event to the driver is lost");
-    must<DriverSleeps<Kind, Weak::driver_barrier, false, 1>>(false, "… without arm()'s barrier");
-    must<DriverSleeps<Kind, Weak::device_barrier, false, 1>>(false, "… without the device's");
-    must<DeviceSleeps<Kind, Weak::nothing, true>>(true, "event index: no notification to the device is lost");
-    must<DeviceSleeps<Kind, Weak::driver_barrier, true>>(false, "… without publish()'s barrier");
-    must<DeviceSleeps<Kind, Weak::device_barrier, true>>(false, "… without the device's");
-    must<DeviceSleeps<Kind, Weak::nothing, false>>(true, "flags: no notification to the device is lost");
-    must<DeviceSleeps<Kind, Weak::driver_barrier, false>>(false, "… without publish()'s barrier");
-    must<DeviceSleeps<Kind, Weak::device_barrier, false>>(false, "… without the device's");
+    must<Transfer<Kind>>(true, "buffers arrive and come back whole, in order, once");
+    must<Transfer<Kind>>(false, "… made available by a relaxed store", Weak::available_store);
+    must<Transfer<Kind>>(false, "… found available by a relaxed load", Weak::available_load);
+    must<Transfer<Kind>>(false, "… made used by a relaxed store", Weak::used_store);
+    must<Transfer<Kind>>(false, "… found used by a relaxed load", Weak::used_load);
+    must<Batch<Kind>>(true, "buffers published together are seen together");
+    must<Batch<Kind>>(false, "… made available by a relaxed store", Weak::available_store);
+    must<Batch<Kind>>(false, "… found available by a relaxed load", Weak::available_load);
+    must<DriverSleeps<Kind, true, 1>>(true, "event index: no event to the driver is lost");
+    must<DriverSleeps<Kind, true, 1>>(false, "… without arm()'s barrier", Weak::driver_barrier);
+    must<DriverSleeps<Kind, true, 1>>(false, "… without the device's", Weak::device_barrier);
+    must<DriverSleeps<Kind, true, 2>>(true, "event index, after two: no event to the driver is lost");
+    must<DriverSleeps<Kind, true, 2>>(false, "… without arm()'s barrier", Weak::driver_barrier);
+    must<DriverSleeps<Kind, true, 2>>(false, "… without the device's", Weak::device_barrier);
+    must<DriverSleeps<Kind, false, 1>>(true, "flags: no event to the driver is lost");
+    must<DriverSleeps<Kind, false, 1>>(false, "… without arm()'s barrier", Weak::driver_barrier);
+    must<DriverSleeps<Kind, false, 1>>(false, "… without the device's", Weak::device_barrier);
+    must<DeviceSleeps<Kind, true>>(true, "event index: no notification to the device is lost");
+    must<DeviceSleeps<Kind, true>>(false, "… without publish()'s barrier", Weak::driver_barrier);
+    must<DeviceSleeps<Kind, true>>(false, "… without the device's", Weak::device_barrier);
+    must<DeviceSleeps<Kind, false>>(true, "flags: no notification to the device is lost");
+    must<DeviceSleeps<Kind, false>>(false, "… without publish()'s barrier", Weak::driver_barrier);
+    must<DeviceSleeps<Kind, false>>(false, "… without the device's", Weak::device_barrier);
 }
 
 } // namespace
@@ -548,6 +555,6 @@ int main() {
     both<Split>();
     std::cout << "packed\n" << std::flush;
     both<Packed>();
-    model::must<Transfer<Packed, Weak::head_first>>(false, "… with a list's first flags not kept back");
+    must<Transfer<Packed>>(false, "… with a list's first flags not kept back", Weak::head_first);
     return model::verdict();
 }
