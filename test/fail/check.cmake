@@ -1,17 +1,13 @@
 # Compiles SNIPPET with the command that built CONTROL, against the module interfaces of the build tree BUILD, and
 # compares the outcome with the snippet's "// expect: TEXT" lines.
-file(READ ${BUILD}/compile_commands.json commands)
-string(JSON count LENGTH "${commands}")
-math(EXPR last "${count} - 1")
-foreach(i RANGE ${last})
-  string(JSON file GET "${commands}" ${i} file)
-  if(file STREQUAL CONTROL)
-    string(JSON command GET "${commands}" ${i} command)
-  endif()
-endforeach()
-if(NOT command)
-  message(FATAL_ERROR "no compile command for ${CONTROL} in ${BUILD}/compile_commands.json")
+# One line of the file holds one command. The file is not parsed as a whole: string(JSON) does that anew at each call.
+file(STRINGS ${BUILD}/compile_commands.json lines REGEX "\"command\": .*/fail_control\\.dir/")
+list(LENGTH lines count)
+if(NOT count EQUAL 1)
+  message(FATAL_ERROR "${count} compile commands for ${CONTROL} in ${BUILD}/compile_commands.json, 1 expected")
 endif()
+string(REGEX REPLACE ",$" "" line "${lines}")
+string(JSON command GET "{${line}}" command)
 # Use all interfaces, not only those that the control imports; write no object file.
 string(REGEX REPLACE " @[^ ]*modmap" " -fprebuilt-module-path=src/CMakeFiles/firstlight_host.dir" command "${command}")
 string(REGEX REPLACE " -o [^ ]+" " -fsyntax-only" command "${command}")
