@@ -24,6 +24,7 @@ from .problems import Exit, Problem
 
 MEBIBYTE = 1 << 20
 BOOT_SECONDS = 180.0  # for L1's start, on a loaded machine
+STARVED_SECONDS = 3600.0  # that a start in counted time may wait for processors, beside what it computes
 
 # Every instruction takes one nanosecond, for guest, hypervisor and VMM alike, and idle time is skipped. L1's clock
 # and the random seed are fixed too, so that two runs execute the same instructions.
@@ -325,9 +326,9 @@ def run(
     with tempfile.TemporaryDirectory(prefix="firstlight-lab-") as temporary:
         nested = prepare(lab, jobs, Path(temporary), wall)
         reader = Reader(nested.tag, [job.name for job in jobs], live, {job.name: job.timeout for job in jobs})
-        # In deterministic mode a job's own limit counts its instructions; this one counts real seconds.
+        # In deterministic mode a job's own limit counts its instructions; this one counts seconds that QEMU computed.
         limit = BOOT_SECONDS + sum(5 * job.timeout + 30 + sum(pause.seconds for pause in job.pauses) for job in jobs)
-        log = follow(nested.command, reader, limit)
+        log = follow(nested.command, reader, limit, counted=not wall)
         if keep:
             keep.mkdir(parents=True, exist_ok=True)
             (keep / "serial.log").write_text(log)
@@ -345,21 +346,26 @@ def run(
         return reader.outcomes
 
 
-def follow(command: Sequence[str], reader: Reader, limit: float, folder: Path | None = None) -> str:
-    """Feed the reader until QEMU exits or the limit passes; returns the whole log. `folder`: QEMU's working directory."""
+def follow(command: Sequence[str], reader: Reader, limit: float, folder: Path | None = None, counted: bool = False) -> str:
+    """Feed the reader until QEMU exits or the limit passes; returns the whole log. `folder`: QEMU's working directory.
+
+    `counted`: the limit counts QEMU's processor time: in counted time, waiting for a processor changes nothing.
+    """
     import subprocess
 
     log: list[str] = []
     pending = b""
     with process.started(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
         assert child.stdout
-        end = time.monotonic() + limit
+        end = time.monotonic() + limit + (STARVED_SECONDS if counted else 0)
         with selectors.DefaultSelector() as selector:
             selector.register(child.stdout, selectors.EVENT_READ)
             while True:
                 left = end - time.monotonic()
+                if counted:
+                    left = min(left, limit - process.processor_seconds(child.pid))
                 if left <= 0:
-                    reader.fault = reader.fault or f"nothing more within {limit:.0f} s of real time"
+                    reader.fault = reader.fault or f"nothing more within {limit:.0f} s of {'processor' if counted else 'real'} time"
                     reader.late = True
                     break
                 if not selector.select(min(left, 1.0)):

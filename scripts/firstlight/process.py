@@ -23,6 +23,8 @@ from .problems import Exit, Problem
 _living: set[subprocess.Popen] = set()
 _lock = threading.Lock()
 _stopped = False
+_thread = threading.local()
+LOW_PRIORITY = 19  # the lowest of nice and of Linux's autogroups
 
 
 def stop_all() -> None:
@@ -34,6 +36,21 @@ def stop_all() -> None:
     for child in children:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
+
+
+def give_way() -> None:
+    """Children that this thread starts from now on run at the lowest priority, and do not slow those of other threads."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)  # on Linux, of this thread only; its children inherit it
+    _thread.gives_way = True
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time of a process and all of its threads so far; 0 if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime [proc_pid_stat(5)]
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def kill(child: subprocess.Popen) -> None:
@@ -65,6 +82,10 @@ def started(command: Sequence[str | Path], **options) -> Iterator[subprocess.Pop
                 Exit.ERROR,
             ) from None
         _living.add(child)
+    if getattr(_thread, "gives_way", False):
+        # Each child leads a session. If Linux groups sessions, priorities are relative within a group only [sched(7)].
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{child.pid}/autogroup").write_text(str(LOW_PRIORITY))
     try:
         yield child
     finally:

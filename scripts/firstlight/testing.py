@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import itertools
@@ -11,12 +12,11 @@ import re
 import sys
 import tempfile
 import time
-import unittest
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import build, checks, debugger, fiotools, image, lab, launch, machine, paths, process, setup, tidy, unittests, vmtests, workloads
+from . import build, checks, debugger, fiotools, image, lab, launch, machine, paths, process, scripttests, setup, tidy, unittests, vmtests, workloads
 from .options import Conflict, Parser, demand_agreement, name_pattern
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
@@ -101,28 +101,37 @@ def main(words: list[str]) -> Exit:
     setup.ensure(tests=True)
     results: list[Result] = []
     show = tap if options.tap else row
+    boots = Boots(cases, options.lab)
 
     def add(found: Iterable[Result]) -> None:
-        for result in found:
+        for result in itertools.chain.from_iterable(itertools.chain([each], boots.ready()) for each in found):
             results.append(result)
             show(result, len(results))
 
     show(None, 0)
+    with boots:
+        run_suites(options, cases, presets, boots, add)
+    return finish(results, options)
 
-    if wanted("scripts", options.only, whole=True):
-        add(surviving("scripts", script_tests(options.only)))
-    if wanted(checks.SUITE, options.only, whole=True):
-        add(surviving(checks.SUITE, checks.checks(lambda name: checks.SUITE in options.only or wanted(name, options.only))))
+
+def run_suites(options, cases: list[vmtests.Case], presets: Sequence[str], boots: Boots, add: Callable[[Iterable[Result]], None]) -> None:
+    """Every suite that was selected. The kernel is built first: then boots in counted time use the processor time that the other steps leave."""
     built = True
     measured = not options.fast and wanted(fiotools.SUITE, options.only, whole=True)
     if cases or measured or any(wanted(suite, options.only, whole=True) for suite in ("image", GDB)):
         built = attempt("build/kernel", build.kernel, add)
         if measured or any(machine.PLATFORMS[case.platform].test_host for case in cases):
             built = attempt("build/test-host", build.test_host, add) and built
-        if built and wanted("image", options.only, whole=True):
-            add(surviving("image", image.checks()))
-        if built and wanted(GDB, options.only, whole=True):
-            add(surviving(GDB, debugger.checks()))
+    if built:
+        boots.begin()
+    if wanted("scripts", options.only, whole=True):
+        add(surviving("scripts", scripttests.run(options.only)))
+    if wanted(checks.SUITE, options.only, whole=True):
+        add(surviving(checks.SUITE, checks.checks(lambda name: checks.SUITE in options.only or wanted(name, options.only))))
+    if built and wanted("image", options.only, whole=True):
+        add(surviving("image", image.checks()))
+    if built and wanted(GDB, options.only, whole=True):
+        add(surviving(GDB, debugger.checks()))
     for preset in presets:
         if wanted(preset, options.only, whole=True):
             add(surviving(preset, host_tests(preset, options.only)))
@@ -134,13 +143,57 @@ def main(words: list[str]) -> Exit:
     if not options.fast and wanted(MINIMAL, options.only, whole=True):
         add(surviving(MINIMAL, minimal()))
     # Boots of the lab, one after the other, use one processor; the boots of the table use the others.
-    beside = [lambda: surviving(fiotools.SUITE, fiotools.checks())] if measured and built else []
-    if cases:
-        add(vm_tests(cases, options.lab, built, beside))
-    else:
-        for part in beside:
-            add(part())
-    return finish(results, options)
+    fio = vmtests.Part(fiotools.SUITE, lambda: surviving(fiotools.SUITE, fiotools.checks()), lab=True)
+    add(boots.rest([fio] if measured and built else []))
+
+
+class Boots:
+    """The VM tests beside everything else: one result for each case, in spite of any failure."""
+
+    def __init__(self, cases: Sequence[vmtests.Case], forced: str) -> None:
+        self.left = {case.name: case for case in cases}
+        self.forced = forced
+        self.reason: Exception = Problem("The kernel was not built.")
+        self.under_way: vmtests.Boots | None = None
+        self.end = contextlib.ExitStack()
+
+    def __enter__(self) -> Boots:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.end.__exit__(*error)
+
+    def begin(self) -> None:
+        """Starts the boots in counted time. The kernel must have been built."""
+        self.reason = Problem("It was never run.")
+        if not self.left:
+            return
+        try:
+            self.under_way = vmtests.plan(lab.find(), list(self.left.values()), self.forced, lambda text: say(f"vm: {text}"))
+        except Exception as error:
+            self.reason = error
+            return
+        self.end.enter_context(self.under_way)
+        self.under_way.begin()
+
+    def ready(self) -> Iterable[Result]:
+        """The results so far. Never waits."""
+        return map(self.named, self.under_way.ready()) if self.under_way else ()
+
+    def rest(self, beside: Sequence[vmtests.Part]) -> Iterable[Result]:
+        """All other results, and those of further parts that run beside them, which have their own names."""
+        if self.under_way:
+            yield from map(self.named, self.under_way.rest(beside))
+        else:
+            for part in beside:
+                yield from part.run()
+        for name in list(self.left):
+            yield self.named(vmtests.wreck(name, self.reason))
+
+    def named(self, result: Result) -> Result:
+        if self.left.pop(result.name, None):
+            result.name = f"vm/{result.name}"
+        return result
 
 
 def say(text: str) -> None:
@@ -174,23 +227,6 @@ def surviving(suite: str, results: Iterable[Result]) -> Iterable[Result]:
         yield from results
     except Exception as error:
         yield vmtests.wreck(f"{suite}/unfinished", error, time.monotonic() - begin)
-
-
-def vm_tests(cases: list[vmtests.Case], forced: str, built: bool, beside: Sequence[Callable[[], Iterable[Result]]] = ()) -> Iterable[Result]:
-    """One result for each case, in spite of any failure; and the results of what runs beside them, which have their own names."""
-    left = {case.name: case for case in cases}
-    reason: Exception = Problem("The kernel was not built.")
-    try:
-        if built:
-            for result in vmtests.run(lab.find(), cases, forced, lambda text: say(f"vm: {text}"), beside):
-                if left.pop(result.name, None):
-                    result.name = f"vm/{result.name}"
-                yield result
-            reason = Problem("It was never run.")
-    except Exception as error:
-        reason = error
-    for name in left:
-        yield vmtests.wreck(f"vm/{name}", reason)
 
 
 def fuzz_tests(only: list[str]) -> Iterable[Result]:
@@ -267,28 +303,6 @@ def minimal() -> Iterable[Result]:
     result = vmtests.judged(case, launch.finished(described, launch.run_here(lab.find(), described, None)))
     result.name = f"{MINIMAL}/boot"
     yield result
-
-
-def script_tests(only: list[str]) -> Iterable[Result]:
-    """The scripts' own unit tests, each as one result."""
-    folder = paths.REPOSITORY / "test" / "scripts"
-    if not folder.is_dir():
-        return
-    waiting = [unittest.defaultTestLoader.discover(str(folder), top_level_dir=str(folder))]
-    while waiting:
-        test = waiting.pop(0)
-        if isinstance(test, unittest.TestSuite):
-            waiting[:0] = list(test)
-            continue
-        name = f"scripts/{test.id()}"
-        if not any(workloads.matches("scripts", pattern) for pattern in only) and not wanted(name, only):
-            continue
-        begin = time.monotonic()
-        outcome = unittest.TestResult()
-        test.run(outcome)
-        faults = [text for _, text in outcome.errors + outcome.failures]
-        status = "failed" if faults else "skipped" if outcome.skipped else "passed"
-        yield Result(name, status, time.monotonic() - begin, faults[0].strip().splitlines()[-1] if faults else "", "\n".join(faults))
 
 
 def host_tests(preset: str, only: list[str]) -> Iterable[Result]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import queue
 import re
+import threading
 import time
 import tomllib
 import traceback
@@ -22,7 +24,10 @@ from .records import Log, Verdict
 
 TABLES = paths.REPOSITORY / "test" / "vm"
 START_CASES = 24  # per start of the lab: their files are in its memory
-AT_ONCE = 4  # starts of the lab side by side, maximum: each takes 2 GiB
+AT_ONCE = 4  # starts of the lab side by side, maximum
+START_MEBIBYTES = 2304  # per start: 2 GiB for the machine, and QEMU itself
+SPARE_MEBIBYTES = 3072  # for compilers and everything else
+HERE_PARTS = 4  # of the boots without the lab; several, so that all workers end at about the same time
 LAB_STARTS = 3  # maximum, for the tests that a failed lab did not reach
 
 
@@ -292,12 +297,135 @@ def judged(case: Case, boot: launch.Boot) -> Result:
         return broken
 
 
-def run(
-    ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None], beside: Sequence[Callable[[], Iterable[Result]]] = ()
-) -> Iterable[Result]:
-    """All cases, each with a result in spite of any failure. Those for the lab share starts of it, which run side by side, one processor each.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Work for one processor, with results of its own. It may run beside other parts."""
 
-    `beside`: further parts that use one processor each, with results of their own; none of them raises.
+    name: str
+    run: Callable[[], Iterable[Result]]
+    counted: bool = False  # in the lab's counted time: its results do not depend on the processor time it gets
+    lab: bool = False  # a start of the lab: AT_ONCE and the memory bound their number
+
+
+class Boots:
+    """The parts of the VM tests, run in two steps: those in counted time may begin early, beside builds and other tests.
+
+    These run one at a time, at the lowest priority (process.give_way()). The parts in wall-clock time have bounds in real
+    seconds: they run later, as many at once as there are processors, and after them the remaining counted ones. Leaving the
+    `with` block before all results have been taken ends every child.
+    """
+
+    def __init__(self, parts: Iterable[Part], workers: int, labs: int = AT_ONCE, results: Iterable[Result] = ()) -> None:
+        self.waiting = list(parts)
+        self.workers = workers
+        self.labs = threading.BoundedSemaphore(labs)
+        self.lock = threading.Lock()
+        self.found: queue.SimpleQueue[Result | None] = queue.SimpleQueue()  # None: a worker has ended
+        self.threads: list[threading.Thread] = []
+        self.ended = 0
+        for result in results:
+            self.found.put(result)
+
+    def __enter__(self) -> Boots:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        with self.lock:
+            self.waiting.clear()
+        if any(thread.is_alive() for thread in self.threads):
+            process.stop_all()
+        for thread in self.threads:
+            thread.join()
+
+    def begin(self) -> None:
+        """Starts the parts in counted time."""
+        if any(part.counted for part in self.waiting):
+            self.start(self.give_way)
+
+    def ready(self) -> Iterable[Result]:
+        """The results so far. Never waits."""
+        while True:
+            try:
+                result = self.found.get_nowait()
+            except queue.Empty:
+                return
+            if result:
+                yield result
+            else:
+                self.ended += 1
+
+    def rest(self, more: Iterable[Part] = ()) -> Iterable[Result]:
+        """All other results. `more`: further parts, which run before those without the lab."""
+        with self.lock:
+            last = [part for part in self.waiting if part.name.startswith("here-")]
+            self.waiting = [part for part in self.waiting if part not in last] + list(more) + last
+        for _ in range(self.workers):
+            self.start(self.work)
+        while self.ended < len(self.threads):
+            result = self.found.get()
+            if result:
+                yield result
+            else:
+                self.ended += 1
+        yield from self.ready()
+
+    def start(self, work: Callable[[], None]) -> None:
+        self.threads.append(threading.Thread(target=self.to_the_end, args=(work,), name=f"boots-{len(self.threads)}"))
+        self.threads[-1].start()
+
+    def to_the_end(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        finally:
+            self.found.put(None)
+
+    def take(self, counted_only: bool) -> Part | None:
+        """The next part; of the second step, parts in wall-clock time come first."""
+        with self.lock:
+            for part in [part for part in self.waiting if part.counted == counted_only] + ([] if counted_only else self.waiting[:1]):
+                self.waiting.remove(part)
+                return part
+        return None
+
+    def give_way(self) -> None:
+        process.give_way()
+        while part := self.take(True):
+            self.carry_out(part)
+
+    def work(self) -> None:
+        while part := self.take(False):
+            self.carry_out(part)
+
+    def carry_out(self, part: Part) -> None:
+        with self.labs if part.lab else contextlib.nullcontext():
+            try:
+                for result in part.run():
+                    self.found.put(result)
+            except Exception as error:  # the other parts go on; testing.Boots reports the cases that this part did not reach
+                self.found.put(wreck(part.name, error))
+
+
+def labs_at_once(available: int) -> int:
+    """Number of starts of the lab that fit side by side into this many bytes of memory."""
+    return max(1, min(AT_ONCE, ((available >> 20) - SPARE_MEBIBYTES) // START_MEBIBYTES))
+
+
+def available_memory() -> int:
+    """Bytes that programs can still allocate; enough for AT_ONCE if the system does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return int(found[1]) << 10 if found else (SPARE_MEBIBYTES + AT_ONCE * START_MEBIBYTES) << 20
+
+
+def sleeps(case: Case) -> float:
+    """Wall-clock seconds for which the machine of a case is idle: paused, or silent until its time-out."""
+    return sum(pause.seconds for pause in case.pause) + (case.timeout if case.expect == "TIMEOUT" else 0)
+
+
+def plan(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None]) -> Boots:
+    """The parts of all cases. Cases for the lab share starts of it, one processor each.
 
     QEMU's emulated SVM may fail on OVMF at particular instructions, and at worst it ends L1: deterministic UEFI boots have
     a start of their own, whose instructions nothing else shifts.
@@ -308,6 +436,7 @@ def run(
     # the longest first
     starts: dict[str, list[Case]] = {"xen-deterministic": [], "xen": [], "linux": [], "deterministic": [], "deterministic-uefi": [], "wall": []}
     reasons: set[str] = set()
+    refused: list[Result] = []
     for case in cases:
         try:
             kind = case.to_machine(work).kind
@@ -317,7 +446,7 @@ def run(
                 reasons.add(f"{case.platform}: {where.reason}")
                 told(f"{case.platform}: {where.reason}")
         except Exception as error:
-            yield wreck(case.name, error)
+            refused.append(wreck(case.name, error))
             continue
         if not nested:
             here.append(case)
@@ -328,14 +457,24 @@ def run(
         else:
             starts["linux" if case.linux else "wall"].append(case)
     parts = [
-        functools.partial(run_inside, ready, chosen[first : first + START_CASES], forced, told, work / f"lab-{start}-{first}")
+        Part(
+            f"lab-{start}-{first}",
+            functools.partial(run_inside, ready, chosen[first : first + START_CASES], forced, told, work / f"lab-{start}-{first}"),
+            counted="deterministic" in start, lab=True,
+        )
         for start, chosen in starts.items()
         for first in range(0, len(chosen), START_CASES)
-    ]
-    parts += beside
-    if here:
-        parts.append(functools.partial(run_here, ready, here, forced, work))
-    yield from side_by_side(parts, min(os.cpu_count() or 1, AT_ONCE))
+    ]  # fmt: skip
+    here.sort(key=sleeps, reverse=True)  # the longest idle ones first, spread over the parts
+    count = min(len(here), HERE_PARTS)
+    parts += [Part(f"here-{first}", functools.partial(run_here, ready, here[first::count], forced, work)) for first in range(count)]
+    return Boots(parts, min(os.cpu_count() or 1, AT_ONCE), labs_at_once(available_memory()), refused)
+
+
+def run(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None]) -> Iterable[Result]:
+    """The results of all cases, with nothing else beside them."""
+    with plan(ready, cases, forced, told) as boots:
+        yield from boots.rest()
 
 
 def side_by_side(parts: Sequence[Callable[[], Iterable[Result]]], workers: int) -> Iterable[Result]:

@@ -280,9 +280,9 @@ def run(
     with tempfile.TemporaryDirectory(prefix="firstlight-xen-") as temporary:
         prepared = prepare(ready, jobs, Path(temporary), wall, xen)
         reader = Reader(prepared.tag, [job.name for job in jobs], live, {job.name: job.timeout for job in jobs})
-        # In deterministic mode a guest's own limit counts its instructions; this one counts real seconds.
+        # In deterministic mode a guest's own limit counts its instructions; this one counts seconds that QEMU computed.
         limit = BOOT_SECONDS + sum(5 * job.timeout + 30 + sum(pause.seconds for pause in job.pauses) for job in jobs)
-        log = nested.follow(prepared.command, reader, limit, prepared.folder)
+        log = nested.follow(prepared.command, reader, limit, prepared.folder, counted=not wall)
         xen_log = read(prepared.folder / "xen.log")
         if keep:
             keep.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ class Names(unittest.TestCase):
             with (
                 contextlib.redirect_stdout(out),
                 contextlib.redirect_stderr(out),
-                mock.patch.object(testing, "script_tests", return_value=[vmtests.Result("scripts/one", "passed"), vmtests.Result("scripts/two", "skipped", 0, "why")]),
+                mock.patch.object(testing.scripttests, "run", return_value=[vmtests.Result("scripts/one", "passed"), vmtests.Result("scripts/two", "skipped", 0, "why")]),
                 mock.patch.object(testing.setup, "ensure"),
                 mock.patch.object(testing.vmtests, "load", return_value=[]),
             ):
