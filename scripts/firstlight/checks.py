@@ -31,6 +31,8 @@ SHOWN = 40  # faults found by one check
 SOURCES = (".cpp", ".cppm", ".hpp")
 FORMATTER = "clang-format-19"
 COLUMNS = 120
+EXAMPLE = "src/drivers/null.cppm"
+EXAMPLE_LINES = 100
 
 # Commits up to this one are older than the rule for subjects.
 COMMITS_AFTER = "0399b4894583fcf1552e69b6f611a4964e1acffe"
@@ -393,8 +395,16 @@ def figures(tree: Tree) -> Finding:
     return Finding(faults)
 
 
+def example(tree: Tree) -> Finding:
+    """The driver that docs/ARCHITECTURE.md gives as the smallest example stays one."""
+    if EXAMPLE not in tree.files:
+        return Finding([f"there is no {EXAMPLE}"])
+    lines = len(tree.read(EXAMPLE).splitlines())
+    return Finding([f"{EXAMPLE} has {lines} lines, fewer than {EXAMPLE_LINES} expected: move what every driver needs to io.block_queue"] if lines >= EXAMPLE_LINES else [])
+
+
 CHECKS: dict[str, Callable[[Tree], Finding]] = {
-    "format": formatted, "columns": columns, "commits": commits, "links": links, "paths": named, "commands": commands, "figures": figures,
+    "format": formatted, "columns": columns, "commits": commits, "links": links, "paths": named, "commands": commands, "figures": figures, "example": example,
 }  # fmt: skip
 
 

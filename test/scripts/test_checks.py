@@ -49,6 +49,7 @@ class Planted(unittest.TestCase):
         blocks = "".join(f"`{output.command}`\n\n<!-- output of {name} -->\n\n```\nxvda 12860 0.31\n```\n\n" for name, output in outputs.OUTPUTS.items())
         self.write("docs/OUTPUT.md", "# Output\n\n" + blocks)
         self.write("src/core/a.cppm", "export module core.a;\n\nexport int answer() { return 42; }\n")
+        self.write(checks.EXAMPLE, "export module drivers.null;\n" + "// line\n" * (checks.EXAMPLE_LINES - 2))
         self.write("src/hv/b.cppm", "export module hv.b; // " + "é" * 90 + "\n")
 
     def write(self, name, text):
@@ -179,6 +180,11 @@ class Planted(unittest.TestCase):
             ("docs/OUTPUT.md", "# Output\n", "# Output\n\n<!-- output of more -->\n", "scripts/outputs does not know more"),
         ):  # fmt: skip
             self.planted(checks.figures, name, old, new, words)
+
+    def test_the_smallest_driver_stays_small(self):
+        self.planted(checks.example, checks.EXAMPLE, "drivers.null;\n", "drivers.null;\n// one more\n", f"{checks.EXAMPLE} has 100 lines, fewer than 100 expected")
+        (self.root / checks.EXAMPLE).unlink()
+        self.assertEqual(self.faults(checks.example), [f"there is no {checks.EXAMPLE}"])
 
     def test_each_is_a_row_and_a_fault_fails_the_run(self):
         rows = list(checks.checks(tree=checks.Tree(self.root)))
