@@ -20,27 +20,34 @@ from .vmtests import Result, side_by_side, wreck
 SUITE = "tidy"
 TOOL = "clang-tidy-19"
 SECONDS = 120  # per unit
+LIBRARY = "firstlight_host"
 
 
-def units(build: Path) -> list[Path]:
-    """The implementation units of src/ that this build compiles."""
+def commands(build: Path) -> dict[Path, dict]:
+    """The implementation units of src/ that this build compiles, each with one of its compile commands: the tool checks a unit once per command.
+
+    Some units are compiled for several programs; the command of the library of all modules is preferred.
+    """
     database = build / "compile_commands.json"
     try:
         entries = json.loads(database.read_text())
     except (OSError, ValueError) as error:
         raise Problem(f"{database}: {error}. It is written by cmake --preset host.") from None
     sources = paths.REPOSITORY / "src"
-    found = sorted({Path(entry["file"]) for entry in entries if entry["file"].endswith(".cpp") and Path(entry["file"]).is_relative_to(sources)})
+    found: dict[Path, dict] = {}
+    for entry in sorted(entries, key=lambda entry: (entry["file"], f"{LIBRARY}.dir" not in entry.get("output", ""))):
+        if entry["file"].endswith(".cpp") and Path(entry["file"]).is_relative_to(sources):
+            found.setdefault(Path(entry["file"]), entry)
     if not found:
         raise Problem(f"{database} names no implementation unit below {sources}.")
     return found
 
 
-def check(build: Path, unit: Path) -> Iterable[Result]:
+def check(database: Path, unit: Path) -> Iterable[Result]:
     begin = time.monotonic()
     name = f"{SUITE}/{unit.relative_to(paths.REPOSITORY)}"
     try:
-        done = process.run([TOOL, "-p", build, "--quiet", unit], timeout=SECONDS, check=False, cwd=paths.REPOSITORY, what=f"{TOOL} {unit}")
+        done = process.run([TOOL, "-p", database, "--quiet", unit], timeout=SECONDS, check=False, cwd=paths.REPOSITORY, what=f"{TOOL} {unit}")
     except Exception as error:  # the tool is missing, or did not end: the other units continue
         yield wreck(name, error, time.monotonic() - begin)
         return
@@ -56,6 +63,9 @@ def judged(name: str, status: int, said: str, seconds: float) -> Result:
 
 
 def checks(wanted=lambda name: True) -> Iterable[Result]:
-    build = paths.BUILD / "host"
-    chosen: Sequence[Path] = [unit for unit in units(build) if wanted(f"{SUITE}/{unit.relative_to(paths.REPOSITORY)}")]
-    yield from side_by_side([functools.partial(check, build, unit) for unit in chosen], os.cpu_count() or 1)
+    found = commands(paths.BUILD / "host")
+    database = paths.BUILD / "host" / "tidy"
+    database.mkdir(exist_ok=True)
+    paths.write_whole(database / "compile_commands.json", json.dumps(list(found.values())).encode())
+    chosen: Sequence[Path] = [unit for unit in found if wanted(f"{SUITE}/{unit.relative_to(paths.REPOSITORY)}")]
+    yield from side_by_side([functools.partial(check, database, unit) for unit in chosen], os.cpu_count() or 1)

@@ -1,5 +1,6 @@
 """The suite `tidy`: an injected fault is found with the project's configuration, and a run that checked nothing does not pass."""
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -49,13 +50,22 @@ class Tidy(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             build = Path(folder)
             with self.assertRaisesRegex(Problem, "cmake --preset host"):
-                tidy.units(build)
+                tidy.commands(build)
             (build / "compile_commands.json").write_text('[{"file": "/elsewhere/a.cpp"}]')
             with self.assertRaisesRegex(Problem, "no implementation unit"):
-                tidy.units(build)
+                tidy.commands(build)
             unit = paths.REPOSITORY / "src" / "io" / "executor.cpp"
             (build / "compile_commands.json").write_text(f'[{{"file": "{unit}"}}, {{"file": "{unit}m"}}]')
-            self.assertEqual(tidy.units(build), [unit])
+            self.assertEqual(list(tidy.commands(build)), [unit])
+
+    def test_each_unit_is_checked_by_one_command(self):
+        with tempfile.TemporaryDirectory() as folder:
+            unit = str(paths.REPOSITORY / "src" / "io" / "executor.cpp")
+            entries = [{"file": unit, "output": f"test/model/CMakeFiles/{name}.dir/executor.cpp.o", "command": name} for name in ("executor_threads", "firstlight_host", "other")]
+            (Path(folder) / "compile_commands.json").write_text(json.dumps(entries))
+            self.assertEqual([entry["command"] for entry in tidy.commands(Path(folder)).values()], ["firstlight_host"])
+            (Path(folder) / "compile_commands.json").write_text(json.dumps(entries[2:] + entries[:1]))
+            self.assertEqual(len(tidy.commands(Path(folder))), 1)
 
 
 if __name__ == "__main__":
