@@ -91,7 +91,7 @@ class Request : public ReadyNode {
 
     // For the queue alone [io.block_queue], from submit() to complete().
     Request* link = nullptr;         // the next request in its list
-    u32 issued = 0;                  // bytes of the buffer already covered by commands
+    u32 issued = 0;                  // bytes of the buffer that need no command any more
     u32 parts = 0;                   // its unanswered commands
     Status part_status = Status::ok; // the first error of its commands
     u8 tries = 0;                    // number of resends after a transport error

@@ -1,5 +1,6 @@
 module io.shared_lane;
 import core.std;
+import core.check;
 import core.result;
 import core.dma;
 import core.vector;
@@ -13,6 +14,7 @@ SharedLane::SharedLane(Executor& executor, BlockDevice& target)
     : BlockDevice(executor), target_(target), collector_(collect_for(*this)) {
     identity_ = target.identity();
     geometry_ = target.geometry();
+    set_timeout(target.timeout());
     eviction_.lane = this;
     for (usize i = proxies_.size(); i-- > 0;) {
         Proxy& proxy = proxies_[i];
@@ -31,24 +33,11 @@ SharedLane::SharedLane(Executor& executor, BlockDevice& target)
 }
 
 SharedLane::~SharedLane() {
-    Executor& there = target_.executor();
-    for (Proxy& proxy : proxies_) {
-        if (proxy.unanswered == 0) {
-            continue;
-        }
-        for (Step* step : {&proxy.submit, &proxy.cancel, &proxy.forget}) {
-            static_cast<void>(there.withdraw(*step));
-        }
-        for (Step* step : {&proxy.done, &proxy.cancelled, &proxy.forgotten}) {
-            static_cast<void>(executor().withdraw(*step));
-        }
-        proxy.twin.reset();
-        if (proxy.quarantined) {
-            release_quarantine(&proxy); // if the device may still access the buffer, the target's queue says so
-        }
+    for (const Proxy& proxy : proxies_) {
+        check(proxy.unanswered == 0, "a shared lane is destroyed after the target has answered for every request");
     }
-    if (eviction_.evict != nullptr) {
-        there.remove_remote(eviction_);
+    if (eviction_.evict != nullptr) { // the target's executor still serves
+        target_.executor().remove_remote(eviction_);
     }
     if (collector_.handle) {
         collector_.handle.destroy();
@@ -216,6 +205,7 @@ void SharedLane::collect() {
 
 void SharedLane::evict() {
     eviction_.evict = nullptr; // the executor has removed it
+    collect();                 // those that have ended keep their status
     while (active_ != nullptr) {
         Proxy& proxy = *std::exchange(active_, active_->next_active);
         const DmaSpan buffer = proxy.buffer;
@@ -252,6 +242,11 @@ Result<void> SharedLanes::add_to(BlockDevice& disk, std::span<Executor* const> e
         }
         if (has_queue) {
             continue;
+        }
+        if (frame_pool().in_use() >= max_frames) {
+            result = Error{Code::exhausted, "the remaining coroutine frames are kept for requests", max_frames,
+                           frame_pool().in_use()};
+            break;
         }
         auto* const lane = new (std::nothrow) SharedLane(*executor, disk.queue_lane(next++ % disk.queues()));
         result = lane != nullptr ? lane->usable() : Error{Code::exhausted, "no memory for a lane that shares a queue"};

@@ -31,7 +31,7 @@ class SharedLane final : public BlockDevice {
     /// A lane for the processor of `executor`. `target`: a lane that has a queue [BlockDevice::queue_lane]; it must be
     /// complete (identity, geometry) and outlive this.
     SharedLane(Executor& executor, BlockDevice& target);
-    /// Only if both executors have stopped, or run on the calling processor.
+    /// Requires that no request is under way and that the target has answered for every abandoned one.
     ~SharedLane();
     /// Error{exhausted}: the constructor found no coroutine frame; the lane must not be used.
     Result<void> usable() const;
@@ -122,13 +122,17 @@ class SharedLane final : public BlockDevice {
 /// Owns the shared lanes of a disk.
 class SharedLanes {
   public:
+    /// Each lane keeps a coroutine frame for as long as the disk is used. No more than a quarter of the pool goes to
+    /// such frames, so that requests and jobs find the rest.
+    static constexpr usize max_frames = FramePool::arena_bytes / FramePool::classes[0] / 4;
+
     SharedLanes() = default;
     SharedLanes(const SharedLanes&) = delete;
     SharedLanes& operator=(const SharedLanes&) = delete;
     ~SharedLanes();
     /// Adds a lane to `disk` for each of `executors` that none of its queues runs on; the queues take turns as targets.
     /// Called once, before the disk is announced; this must live as long as the disk is used. Error{exhausted}: no
-    /// memory for all of them; those added work.
+    /// memory or frames for all of them; those added work.
     Result<void> add_to(BlockDevice& disk, std::span<Executor* const> executors);
 
   private:

@@ -7,9 +7,10 @@
 #include "unit/drivers_ata_machine.hpp"
 import test.gtest;
 import host.std;
+import io.shared_lane;
 import io.block_queue;
 import io.slots;
-#include "unit/io_block_conformance.hpp"
+#include "unit/io_block_conformance_shared.hpp"
 
 namespace {
 using namespace ata_test;
@@ -89,5 +90,8 @@ INSTANTIATE_TEST_SUITE_P(Ata, BlockConformance,
                          testing::Values(Make{"ata_isa", [] { return std::make_unique<AtaRig>(false); }},
                                          Make{"ata_native", [] { return std::make_unique<AtaRig>(true); }},
                                          Make{"ata_above_4_gib", [] { return std::make_unique<AtaRig>(true, true); }}),
+                         name_of);
+INSTANTIATE_TEST_SUITE_P(SharedAta, BlockConformance,
+                         testing::ValuesIn(shared({Make{"ata_native", [] { return std::make_unique<AtaRig>(true); }}})),
                          name_of);
 } // namespace fl::test::conformance

@@ -43,6 +43,7 @@ struct Facts {
     bool stoppable = true;          // stop() is supported
     bool ids = false;               // completions carry ids, which can be wrong
     bool events = true;             // event() is supported
+    bool forwarded = false;         // the lane sends requests to another one's queue
     bool medium = true;             // there is a medium to compare with
     Nanoseconds timeout = 0;        // with which the queue was opened
     u32 timeouts = 2;               // number of time-outs after which a silent device has ended all requests
@@ -69,6 +70,8 @@ class Rig {
     virtual void enter(u32 lane) { static_cast<void>(lane); }
     /// One turn of each executor; without work, time advances by up to one tick.
     virtual void turn() = 0;
+    /// A turn after which a completion has been taken and its waiter has not been resumed.
+    virtual void drain() { turn(); }
     virtual Instant now() = 0; // machine time
     /// Stops the whole machine for this time.
     virtual void jump(Nanoseconds length) = 0;

@@ -356,6 +356,29 @@ TEST(SharedLaneStop, WhatTheTargetHasEndsWhenItsProcessorStops) {
     EXPECT_EQ(lane.under_way(), 0u);
 }
 
+TEST(SharedLaneStop, WhatHasEndedThereKeepsItsStatus) {
+    FakeMachine machine;
+    Executor home(machine.platform(), 0);
+    Executor there(machine.platform(), 1);
+    HeldDisk disk(there);
+    SharedLane lane(home, disk);
+    HeapDma dma;
+    DmaBuffer buffer = *dma.buffer(4096);
+    Item ended;
+    Item open;
+    ended.frame = run(ended, lane, Op::read, 1, buffer.span().subspan(0, 512)).handle;
+    open.frame = run(open, lane, Op::read, 2, buffer.span().subspan(512, 512)).handle;
+    set_this_processor(1);
+    there.turn();
+    disk.end(0, Status::io_error);
+    const std::atomic<bool> stop{true};
+    there.serve(stop); // ends at once, before the collector is resumed
+    set_this_processor(0);
+    home.turn();
+    EXPECT_EQ(ended.status, Status::io_error);
+    EXPECT_EQ(open.status, Status::device_gone);
+}
+
 struct SharedLanesTest : testing::Test {
     FakeMachine machine;
     std::array<Executor, 4> executors{Executor{machine.platform(), 0}, Executor{machine.platform(), 1},
@@ -395,6 +418,25 @@ TEST_F(SharedLanesTest, ThoseThatCouldBeMadeWork) {
     EXPECT_EQ(added.error().code, Code::exhausted);
     EXPECT_EQ(disk.lanes(), 3u);
     EXPECT_EQ(&disk.lane(2).executor(), list[2]);
+}
+
+TEST_F(SharedLanesTest, MostFramesAreLeftToRequests) {
+    std::vector<void*> frames;
+    while (frame_pool().in_use() < SharedLanes::max_frames - 1) {
+        frames.push_back(frame_pool().allocate(128));
+        ASSERT_NE(frames.back(), nullptr);
+    }
+    {
+        SharedLanes lanes;
+        const auto added = lanes.add_to(disk, list);
+        ASSERT_FALSE(added);
+        EXPECT_EQ(added.error().code, Code::exhausted);
+        EXPECT_EQ(disk.lanes(), 2u);
+        disk.share({});
+    }
+    for (void* frame : frames) {
+        frame_pool().free(frame, 128);
+    }
 }
 
 TEST_F(SharedLanesTest, NoMemoryForTheList) {

@@ -12,6 +12,7 @@ import core.time;
 import core.dma;
 import core.log;
 import io.executor;
+import io.shared_lane;
 import io.block;
 import hv.hyperv.hypercall;
 import hv.hyperv.channel;
@@ -20,7 +21,7 @@ import drivers.storvsc.disk;
 #include "unit/io_support.hpp"
 // Depends on the includes above.
 #include "unit/drivers/storvsc_fake.hpp"
-#include "unit/io_block_conformance.hpp"
+#include "unit/io_block_conformance_shared.hpp"
 
 namespace {
 using namespace fl;
@@ -187,4 +188,9 @@ INSTANTIATE_TEST_SUITE_P(
         Make{"storvsc_silent", [] { return std::make_unique<StorvscRig>(drivers::storvsc::Version::win10, false); }},
         Make{"storvsc_win6", [] { return std::make_unique<StorvscRig>(drivers::storvsc::Version::win6, true); }}),
     name_of);
+INSTANTIATE_TEST_SUITE_P(SharedStorvsc, BlockConformance,
+                         testing::ValuesIn(shared({Make{
+                             "storvsc",
+                             [] { return std::make_unique<StorvscRig>(drivers::storvsc::Version::win10, true); }}})),
+                         name_of);
 } // namespace fl::test::conformance

@@ -14,6 +14,7 @@ import core.log;
 import core.cpuid;
 import io.executor;
 import io.task;
+import io.shared_lane;
 import io.block;
 import hv.xen;
 import drivers.driver;
@@ -23,7 +24,7 @@ import drivers.xen_blk.disk;
 #include "unit/hv/xen_fake.hpp"
 // Depends on the includes above.
 #include "unit/drivers/xen_blk_fake.hpp"
-#include "unit/io_block_conformance.hpp"
+#include "unit/io_block_conformance_shared.hpp"
 
 namespace {
 using namespace fl;
@@ -178,4 +179,5 @@ std::vector<Make> kinds() {
 
 namespace fl::test::conformance {
 INSTANTIATE_TEST_SUITE_P(XenBlk, BlockConformance, testing::ValuesIn(kinds()), name_of);
+INSTANTIATE_TEST_SUITE_P(SharedXenBlk, BlockConformance, testing::ValuesIn(shared({kinds().front()})), name_of);
 } // namespace fl::test::conformance
