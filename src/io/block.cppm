@@ -76,7 +76,8 @@ class BlockDevice;
 /// set: the owner must not reuse the buffer. It is also quarantined [core.dma], so that freeing it is harmless.
 class Request : public ReadyNode {
   public:
-    Request(BlockDevice& device, Op op, u64 lba, DmaSpan buffer) : buffer(buffer), lba(lba), op(op), device_(&device) {}
+    Request(BlockDevice& device, Op op, u64 lba, DmaSpan buffer, Nanoseconds bound = 0)
+        : buffer(buffer), lba(lba), bound(bound), op(op), device_(&device) {}
     Request(const Request&) = delete;
     Request& operator=(const Request&) = delete;
     ~Request();
@@ -84,6 +85,11 @@ class Request : public ReadyNode {
     // The operation: constant after submit().
     DmaSpan buffer; // whole sectors; empty for flush
     u64 lba;        // in sectors of the device
+    /// The caller's own limit, in nanoseconds of machine time from submission, the wait for room included; 0: none. The
+    /// request then ends with timed_out within a tick [Executor::tick_length], and the device's time-out still holds.
+    /// buffer_lost is set if the device may still access the buffer. On a lane without a queue it begins when the
+    /// queue's processor has received the request.
+    Nanoseconds bound;
     Op op;
     // Result.
     Status status = Status::not_written;
@@ -93,6 +99,7 @@ class Request : public ReadyNode {
     Request* link = nullptr;         // the next request in its list
     u32 issued = 0;                  // bytes of the buffer that need no command any more
     u32 parts = 0;                   // its unanswered commands
+    Instant begun = 0;               // time of submission, if it has a bound
     Status part_status = Status::ok; // the first error of its commands
     u8 tries = 0;                    // number of resends after a transport error
     bool again = false;              // to be resent alone after its last command is answered
@@ -171,11 +178,12 @@ class BlockDevice {
 
     /// To be co_awaited. The buffer is whole sectors, sector-aligned, and must outlive the operation; concurrent
     /// operations are not ordered.
-    Transfer read(u64 lba, DmaSpan into) { return {*this, Op::read, lba, into}; }
-    Transfer write(u64 lba, DmaSpan from) { return {*this, Op::write, lba, from}; }
+    /// `bound`: see Request::bound.
+    Transfer read(u64 lba, DmaSpan into, Nanoseconds bound = 0) { return {*this, Op::read, lba, into, bound}; }
+    Transfer write(u64 lba, DmaSpan from, Nanoseconds bound = 0) { return {*this, Op::write, lba, from, bound}; }
     /// Ends with ok once all data acknowledged before its submission is on stable storage. A disk without a volatile
     /// cache ends it with ok at once.
-    Transfer flush() { return {*this, Op::flush, 0, {}}; }
+    Transfer flush(Nanoseconds bound = 0) { return {*this, Op::flush, 0, {}, bound}; }
 
     /// Checks the request and hands it to the driver. Always ends through complete(), even when refused; never
     /// resumes the waiter synchronously.

@@ -99,7 +99,9 @@ void QueueCore::reclaim() {
         static_cast<void>(transport_finish(command, Status::device_gone));
         slots_->give(id);
     });
-    late_writes_ = 0;
+    while (late_writes_ != 0) {
+        count_late(-1);
+    }
     release_quarantine(this);
 }
 
@@ -222,7 +224,9 @@ bool QueueCore::unpark(Request& request) {
 /// The device has answered, or was stopped with, a command of which some request was abandoned. `safe`: it no longer
 /// accesses any of the command's buffers.
 void QueueCore::end_late(u64 id, QueuedCommand& command, bool safe) {
-    late_writes_ -= std::exchange(command.late_write, false) ? 1 : 0;
+    if (std::exchange(command.late_write, false)) {
+        count_late(-1);
+    }
     if (safe) {
         release_quarantine(this, id);
     }
@@ -388,7 +392,7 @@ bool QueueCore::detach(u64 id, QueuedCommand& command, Request& request, bool st
         request.buffer_lost = true;
         quarantine(request.buffer, this, id);
         if (command.op == Op::write && !std::exchange(command.late_write, true)) {
-            ++late_writes_;
+            count_late(1);
         }
     }
     return fence == Fence::stopped;
@@ -411,8 +415,13 @@ void QueueCore::orphan(u64 id, QueuedCommand& command, Fence fence) {
         slots_->give(id);
     } else if (fence != Fence::done && (command.op == Op::write || command.op == Op::discard) &&
                !std::exchange(command.late_write, true)) {
-        ++late_writes_;
+        count_late(1);
     }
+}
+
+void QueueCore::count_late(i32 change) {
+    late_writes_ += static_cast<u32>(change);
+    transport_count_late_writes(change);
 }
 
 /// The device was stopped. `expired`: the command that timed out; if it has several requests, each is resent alone.
@@ -460,6 +469,9 @@ void QueueCore::tick(Instant now) {
     if (parked_ != 0 && pump()) {
         executor_.touch(*this);
     }
+    while (Request* overdue = bounded_ ? find_overdue(now) : nullptr) {
+        give_up(*overdue, Status::timed_out);
+    }
     if (state_ == State::open) {
         look_at_time();
     }
@@ -467,6 +479,32 @@ void QueueCore::tick(Instant now) {
         transport_settle();
     }
     complete_done();
+}
+
+/// A request whose caller waits no longer. Clears bounded_ if none has a bound.
+Request* QueueCore::find_overdue(Instant now) {
+    Request* overdue = nullptr;
+    bounded_ = false;
+    const auto look = [&](Request* request) {
+        if (request->bound != 0) {
+            bounded_ = true;
+            overdue = now >= executor_.end_of_bound(request->begun, request->bound) ? request : overdue;
+        }
+    };
+    for_each_disk([&](const QueuedDevice& disk) {
+        for (const RequestQueue* list : {&disk.waiting_, &disk.retry_}) {
+            for (Request* request = list->front(); request != nullptr; request = request->link) {
+                look(request);
+            }
+        }
+    });
+    for_each_command([&](u64, const QueuedCommand& command) {
+        for (Request* request = command.first; request != nullptr;
+             request = command.gathered ? request->link : nullptr) {
+            look(request);
+        }
+    });
+    return overdue;
 }
 
 void QueueCore::look_at_time() {
@@ -490,7 +528,8 @@ void QueueCore::look_at_time() {
     } else if (found != Finding::none) {
         return recover(*oldest, found);
     }
-    const bool waits = oldest == nullptr && (parked_ != 0 || delayed_ != 0);
+    // While writes wait for one of another queue, that queue's time-out ends the wait.
+    const bool waits = oldest == nullptr && (parked_ != 0 || delayed_ != 0) && !transport_late_writes_elsewhere();
     const OldestWait::Seen waiting{
         .oldest = waits ? issued_ + 1 : 0, .under_way = seen.under_way, .answered = seen.answered};
     if (stuck_.look(executor_, waiting, timeout_) == Finding::none) {

@@ -12,7 +12,7 @@
 // forgotten at once: a buffer that cannot be fenced is quarantined [core.dma] until the device answers or is closed.
 //
 // An abandoned write may still reach the medium. Until the device has answered it, requests for the same sectors
-// wait, so that it cannot overwrite data acknowledged later.
+// wait, and on other queues of the same device all writes, so that it cannot overwrite data acknowledged later.
 export module io.block_queue;
 import core.std;
 import core.result;
@@ -137,71 +137,76 @@ using CommandTable = SlotTable<Command<T>, T::max_commands>;
 /// queue, on the executor's processor. An Error closes the queue: with protocol_error if its code is Code::protocol,
 /// else with device_gone.
 template <class T>
-concept BlockTransport =
-    requires(T& t, const T& constant, CommandTable<T>& commands, Command<T>& command, const Command<T>& sent,
-             const Request& neighbour, Completion& completion, u64 id, Status status, Counters& counters,
-             OldestWait::Finding finding, OldestWait::Seen seen, std::string_view names, Instant now, bool flag) {
-        typename T::Disk;                                       // a QueueDisk<T>
-        typename T::Wire;                                       // the transport's per-command state
-        { T::driver } -> std::convertible_to<std::string_view>; // for log lines while there is no disk
-        { T::max_commands } -> std::convertible_to<u32>;        // at most this many commands with the device
-        { T::kept_commands } -> std::convertible_to<u32>;       // of these, reserved for exchanges
-        { T::gathers } -> std::convertible_to<bool>;            // join() merges adjacent requests into one command
-        { T::max_idle_events } -> std::convertible_to<u32>;     // events without an answer within idle_window: a storm,
-        { T::idle_window } -> std::convertible_to<Nanoseconds>; // events stay disabled until it is over
-        /// Called once: the table of its commands.
-        { t.use(commands) } -> std::same_as<void>;
-        /// Reduces command.bytes to what fits into one command, and reserves what send() needs.
-        { t.prepare(command) } -> std::same_as<Fit>;
-        /// Encodes the command under `id`. The device sees it here or in publish(). A transport that gathers has
-        /// reserved room in prepare(), so it is never full here. Called again under a new id, without prepare() or
-        /// finish() in between, to resend the command [Retry::now, later]; it may be full then.
-        { t.send(command, id) } -> std::same_as<SendResult>;
-        /// Makes sent commands visible to the device, and notifies it at most once.
-        { t.publish(counters) } -> std::same_as<Result<void>>;
-        /// The next answer, validated: a known id, once only, of a command that is with the device. Next::none: no
-        /// more for now. The answer to an exchange has been copied to it.
-        { t.next(completion) } -> std::same_as<Next>;
-        /// After a batch of answers, before more commands are sent: frees the space of the answers.
-        { t.release(counters) } -> std::same_as<Result<void>>;
-        /// After the last send of a turn: quiesces an idle device and counts the accesses so far.
-        { t.settle(counters) } -> std::same_as<void>;
-        /// Enables an event for the next answer, then checks once more. True: an answer is already available.
-        { t.arm() } -> std::same_as<Result<bool>>;
-        /// Number of events so far, modulo 2^32.
-        { constant.events() } -> std::same_as<u32>;
-        /// The command has ended; called once for each: releases what prepare() and send() took, and copies bounced
-        /// data. Also called for a command that send() had no room for, and for an exchange that was sent.
-        /// command.first is nullptr if it has no waiter. False: the device may still access the buffer, although it
-        /// has answered.
-        { t.finish(command, status) } -> std::same_as<bool>;
-        /// The command's requests end now; called at most once for a command that is not gathered. For a gathered
-        /// command it returns reachable or stopped. After `stopped` it is not called for the other commands: they are
-        /// taken back.
-        { t.fence(command) } -> std::same_as<Fence>;
-        { t.recover(sent, finding, names) } -> std::same_as<Recovery>;
-        /// Recovery::asked had no effect for a full timeout. `flag`: an unanswered command is a write. An error
-        /// closes the queue.
-        { t.asked_in_vain(flag) } -> std::same_as<std::optional<Error>>;
-        { t.stuck(names) } -> std::same_as<Stuck>;
-        /// Adds the outstanding commands and answers of other queues of the same device.
-        { t.seen(seen) } -> std::same_as<OldestWait::Seen>;
-        /// `flag`: requests wait for room.
-        { t.tick(now, flag) } -> std::same_as<Result<void>>;
-        /// Whether tick() has work while there are neither commands nor waiting requests. A change to true must raise
-        /// the queue.
-        { constant.wants_tick() } -> std::same_as<bool>;
-        /// Set by the queue to itself: what an interrupt handler raises [io.executor raise].
-        { t.queue } -> std::same_as<Service*&>;
-        /// The status with which another queue of the same device closed it; checked in each turn.
-        { constant.closed_elsewhere() } -> std::same_as<std::optional<Status>>;
-        /// After SendResult::broken: the violated rule.
-        { t.fault() } -> std::same_as<Error>;
-        /// Before close() ends everything with `status`. False: another queue of the device has logged the reason.
-        { t.closing(status) } -> std::same_as<bool>;
-        /// Everything has ended. `flag`: by stop().
-        { t.closed(flag) } -> std::same_as<void>;
-    };
+concept BlockTransport = requires(T& t, const T& constant, CommandTable<T>& commands, Command<T>& command,
+                                  const Command<T>& sent, const Request& neighbour, Completion& completion, u64 id,
+                                  Status status, Counters& counters, OldestWait::Finding finding, OldestWait::Seen seen,
+                                  std::string_view names, Instant now, bool flag, i32 change, u32 count) {
+    typename T::Disk;                                       // a QueueDisk<T>
+    typename T::Wire;                                       // the transport's per-command state
+    { T::driver } -> std::convertible_to<std::string_view>; // for log lines while there is no disk
+    { T::max_commands } -> std::convertible_to<u32>;        // at most this many commands with the device
+    { T::kept_commands } -> std::convertible_to<u32>;       // of these, reserved for exchanges
+    { T::gathers } -> std::convertible_to<bool>;            // join() merges adjacent requests into one command
+    { T::max_idle_events } -> std::convertible_to<u32>;     // events without an answer within idle_window: a storm,
+    { T::idle_window } -> std::convertible_to<Nanoseconds>; // events stay disabled until it is over
+    /// Called once: the table of its commands.
+    { t.use(commands) } -> std::same_as<void>;
+    /// Reduces command.bytes to what fits into one command, and reserves what send() needs.
+    { t.prepare(command) } -> std::same_as<Fit>;
+    /// Encodes the command under `id`. The device sees it here or in publish(). A transport that gathers has
+    /// reserved room in prepare(), so it is never full here. Called again under a new id, without prepare() or
+    /// finish() in between, to resend the command [Retry::now, later]; it may be full then.
+    { t.send(command, id) } -> std::same_as<SendResult>;
+    /// Makes sent commands visible to the device, and notifies it at most once.
+    { t.publish(counters) } -> std::same_as<Result<void>>;
+    /// The next answer, validated: a known id, once only, of a command that is with the device. Next::none: no
+    /// more for now. The answer to an exchange has been copied to it.
+    { t.next(completion) } -> std::same_as<Next>;
+    /// After a batch of answers, before more commands are sent: frees the space of the answers.
+    { t.release(counters) } -> std::same_as<Result<void>>;
+    /// After the last send of a turn: quiesces an idle device and counts the accesses so far.
+    { t.settle(counters) } -> std::same_as<void>;
+    /// Enables an event for the next answer, then checks once more. True: an answer is already available.
+    { t.arm() } -> std::same_as<Result<bool>>;
+    /// Number of events so far, modulo 2^32.
+    { constant.events() } -> std::same_as<u32>;
+    /// The command has ended; called once for each: releases what prepare() and send() took, and copies bounced
+    /// data. Also called for a command that send() had no room for, and for an exchange that was sent.
+    /// command.first is nullptr if it has no waiter. False: the device may still access the buffer, although it
+    /// has answered.
+    { t.finish(command, status) } -> std::same_as<bool>;
+    /// The command's requests end now; called at most once for a command that is not gathered. For a gathered
+    /// command it returns reachable or stopped. After `stopped` it is not called for the other commands: they are
+    /// taken back.
+    { t.fence(command) } -> std::same_as<Fence>;
+    { t.recover(sent, finding, names) } -> std::same_as<Recovery>;
+    /// Recovery::asked had no effect for a full timeout. `flag`: an unanswered command is a write. An error
+    /// closes the queue.
+    { t.asked_in_vain(flag) } -> std::same_as<std::optional<Error>>;
+    { t.stuck(names) } -> std::same_as<Stuck>;
+    /// The number of this queue's abandoned writes that may still reach the medium has changed by 1 or -1.
+    { t.count_late_writes(change) } -> std::same_as<void>;
+    /// Whether other queues of the same device have such writes; `count`: those of this queue. Until they are
+    /// answered, this queue sends no writes.
+    { constant.late_writes_elsewhere(count) } -> std::same_as<bool>;
+    /// Adds the outstanding commands and answers of other queues of the same device.
+    { t.seen(seen) } -> std::same_as<OldestWait::Seen>;
+    /// `flag`: requests wait for room.
+    { t.tick(now, flag) } -> std::same_as<Result<void>>;
+    /// Whether tick() has work while there are neither commands nor waiting requests. A change to true must raise
+    /// the queue.
+    { constant.wants_tick() } -> std::same_as<bool>;
+    /// Set by the queue to itself: what an interrupt handler raises [io.executor raise].
+    { t.queue } -> std::same_as<Service*&>;
+    /// The status with which another queue of the same device closed it; checked in each turn.
+    { constant.closed_elsewhere() } -> std::same_as<std::optional<Status>>;
+    /// After SendResult::broken: the violated rule.
+    { t.fault() } -> std::same_as<Error>;
+    /// Before close() ends everything with `status`. False: another queue of the device has logged the reason.
+    { t.closing(status) } -> std::same_as<bool>;
+    /// Everything has ended. `flag`: by stop().
+    { t.closed(flag) } -> std::same_as<void>;
+};
 
 /// Defaults for protocols without a feature. Not virtual: a transport hides the members it implements.
 struct TransportDefaults {
@@ -220,6 +225,8 @@ struct TransportDefaults {
         return {Stuck::Kind::close,
                 Error{Code::timed_out, "requests wait, and for a whole time-out no room came free"}};
     }
+    void count_late_writes(i32) {}
+    bool late_writes_elsewhere(u32) const { return false; }
     OldestWait::Seen seen(OldestWait::Seen own) { return own; }
     Result<void> tick(Instant, bool) { return {}; }
     bool wants_tick() const { return false; }
@@ -322,6 +329,8 @@ class QueueCore : public Service {
                                        std::string_view names) = 0;
     virtual std::optional<Error> transport_asked_in_vain(bool writes) = 0;
     virtual Stuck transport_stuck(std::string_view names) = 0;
+    virtual void transport_count_late_writes(i32 change) = 0;
+    virtual bool transport_late_writes_elsewhere() const = 0;
     virtual OldestWait::Seen transport_seen(OldestWait::Seen own) = 0;
     virtual Result<void> transport_tick(Instant now, bool waiting) = 0;
     virtual bool transport_wants_tick() const = 0;
@@ -411,6 +420,7 @@ class QueueCore : public Service {
     u64 answered_ = 0;                // of those, answered ones, including late answers
     RequestQueue done_;               // ended in this batch; complete_done() makes their waiters ready
     u32 idle_events_ = 0;
+    bool bounded_ = false; // a request with a bound may be under way
 
   private:
     void send_delayed();
@@ -423,6 +433,8 @@ class QueueCore : public Service {
     void orphan(u64 id, QueuedCommand& command, Fence fence);
     void take_back_everything(const QueuedCommand* expired);
     void look_at_time();
+    void count_late(i32 change);
+    Request* find_overdue(Instant now);
     void recover(QueuedCommand& command, OldestWait::Finding finding);
     void ask(const QueuedCommand& oldest);
     void give_up_after_asking();
@@ -485,6 +497,12 @@ class BlockQueue : public QueueCore {
     void gather(Command& command, RequestQueue& from)
         requires(T::gathers);
     bool pump() override;
+    /// Whether the request must wait for an abandoned write.
+    inline bool held_up(const QueuedDevice& disk, const Request& request) {
+        return (late_writes_ != 0 && blocked(disk, request)) ||
+               (transport_.late_writes_elsewhere(late_writes_) &&
+                (request.op == Op::write || request.op == Op::discard));
+    }
     void take(const Completion& completion);
     void end_command(u64 id, Command& command, Status status);
 
@@ -503,6 +521,8 @@ class BlockQueue : public QueueCore {
     }
     std::optional<Error> transport_asked_in_vain(bool writes) override { return transport_.asked_in_vain(writes); }
     Stuck transport_stuck(std::string_view names) override { return transport_.stuck(names); }
+    void transport_count_late_writes(i32 change) override { transport_.count_late_writes(change); }
+    bool transport_late_writes_elsewhere() const override { return transport_.late_writes_elsewhere(late_writes_); }
     OldestWait::Seen transport_seen(OldestWait::Seen own) override { return transport_.seen(own); }
     Result<void> transport_tick(Instant now, bool waiting) override { return transport_.tick(now, waiting); }
     bool transport_wants_tick() const override { return transport_.wants_tick(); }
@@ -537,6 +557,10 @@ inline void BlockQueue<T>::submit(QueuedDevice& disk, Request& request) {
     if (state_ != State::open || static_cast<typename T::Disk&>(disk).removed()) [[unlikely]] {
         return complete(request, Status::device_gone);
     }
+    if (request.bound != 0) [[unlikely]] {
+        request.begun = executor_.now();
+        bounded_ = true;
+    }
     if (T::gathers) { // sent at the end of the turn, together with adjacent requests
         park(disk.waiting_, request);
     } else if (disk.parked()) [[unlikely]] {
@@ -560,8 +584,7 @@ inline BlockQueue<T>::Issued BlockQueue<T>::issue(QueuedDevice& disk, Request& r
                                                   bool alone) {
     Issued result = Issued::none;
     for (;;) {
-        if (table_.size() >= T::max_commands - T::kept_commands || (late_writes_ != 0 && blocked(disk, request)))
-            [[unlikely]] {
+        if (table_.size() >= T::max_commands - T::kept_commands || held_up(disk, request)) [[unlikely]] {
             return result;
         }
         const u64 id = *table_.take();
@@ -640,7 +663,7 @@ void BlockQueue<T>::gather(Command& command, RequestQueue& from)
     while (Request* next = from.front()) {
         if (next->op != command.op || next->issued != 0 ||
             next->lba != command.lba + (command.bytes >> command.device->sector_shift_) ||
-            (late_writes_ != 0 && blocked(*command.device, *next)) || !transport_.join(command, *next)) {
+            held_up(*command.device, *next) || !transport_.join(command, *next)) {
             return;
         }
         static_cast<void>(from.pop());

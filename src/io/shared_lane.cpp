@@ -67,6 +67,7 @@ void SharedLane::forward(Request& request) {
     proxy.op = request.op;
     proxy.lba = request.lba;
     proxy.buffer = request.buffer;
+    proxy.bound = request.bound;
     if (!send(proxy, proxy.submit)) {
         proxy.origin = nullptr;
         proxy.next_free = std::exchange(free_, &proxy);
@@ -162,7 +163,7 @@ void SharedLane::on_submit(Post& post) {
         lane.eviction_.evict = [](RemoteTask& task) { static_cast<Eviction&>(task).lane->evict(); };
         lane.target_.executor().add_remote(lane.eviction_);
     }
-    proxy.twin.emplace(lane.target_, proxy.op, proxy.lba, proxy.buffer);
+    proxy.twin.emplace(lane.target_, proxy.op, proxy.lba, proxy.buffer, proxy.bound);
     proxy.twin->waiter = lane.collector_.handle;
     proxy.next_active = std::exchange(lane.active_, &proxy);
     submit_forwarded(lane.target_, *proxy.twin);

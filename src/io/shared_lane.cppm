@@ -15,6 +15,7 @@
 export module io.shared_lane;
 import core.std;
 import core.result;
+import core.time;
 import core.dma;
 import core.vector;
 import io.task;
@@ -57,6 +58,7 @@ class SharedLane final : public BlockDevice {
         Op op = Op::read;
         u64 lba = 0;
         DmaSpan buffer{};
+        Nanoseconds bound = 0;
         // Accessed on the target's processor.
         std::optional<Request> twin;
         Proxy* next_active = nullptr;

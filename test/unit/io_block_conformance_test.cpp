@@ -64,6 +64,7 @@ struct Item {
     u32 lane = 0;
     DmaBuffer buffer;
     DmaSpan span;
+    Nanoseconds bound = 0;          // the caller's limit
     io::Request* request = nullptr; // while it is pending or not yet resumed
     u32 ended = 0;
     Status status = Status::not_written;
@@ -78,7 +79,7 @@ struct Item {
 };
 
 Job run(Item& item, io::BlockDevice& disk) {
-    io::BlockDevice::Transfer transfer(disk, item.op, item.lba, item.span);
+    io::BlockDevice::Transfer transfer(disk, item.op, item.lba, item.span, item.bound);
     item.request = &transfer;
     static_cast<void>(co_await transfer);
     item.status = transfer.status;
@@ -86,6 +87,8 @@ Job run(Item& item, io::BlockDevice& disk) {
     item.request = nullptr;
     ++item.ended;
 }
+
+constexpr u64 probe_lba = 4096;
 
 class Bench {
   public:
@@ -106,6 +109,7 @@ class Bench {
             const u64 stamp = op == Op::write ? (u64{items.size()} << 32 | i) : ~u64{0};
             std::memcpy(item.span.data + i, &stamp, 8);
         }
+        item.bound = lba == probe_lba ? probe_bound : 0;
         rig->enter(item.lane);
         item.frame = run(item, rig->disk(item.lane)).handle;
         return item;
@@ -201,6 +205,7 @@ class Bench {
     std::unique_ptr<Rig> rig;
     CheckedDma dma;
     std::vector<std::unique_ptr<Item>> items;
+    Nanoseconds probe_bound = 0;
     bool finished = false;
 };
 
@@ -210,7 +215,6 @@ enum class Point : u8 { submitted, with_device, partly_answered, answered, drain
 constexpr const char* point_names[] = {
     "submitted",        "with the device", "partly answered", "answered, not drained", "drained, not resumed",
     "waiting for room", "to be sent again"};
-constexpr u64 probe_lba = 4096;
 
 /// Brings a request to the given point, among other requests. Nullptr: this transport has no such point.
 Item* reach(Bench& b, Point point, Op op) {
@@ -264,11 +268,12 @@ Item* reach(Bench& b, Point point, Op op) {
 
 /// Calls f(bench, probe, point) for every point, for reads and for writes.
 template <class F>
-void at_every_point(const Make& make, F&& f) {
+void at_every_point(const Make& make, F&& f, Nanoseconds probe_bound = 0) {
     for (const Op op : {Op::read, Op::write}) {
         for (u8 p = 0; p <= to_underlying(Point::retrying); ++p) {
             SCOPED_TRACE(std::string(io::name(op)) + ", " + point_names[p]);
             Bench b(make);
+            b.probe_bound = probe_bound;
             if (Item* probe = reach(b, static_cast<Point>(p), op)) {
                 f(b, *probe, static_cast<Point>(p));
                 b.finish();
@@ -346,6 +351,32 @@ TEST_P(BlockConformance, SilenceHasABound) {
             EXPECT_EQ(probe.status == Status::ok, point == Point::answered || had_answer(point));
         }
     });
+}
+
+// The caller's own limit is shorter than the device's time-out.
+TEST_P(BlockConformance, TheCallersLimitEndsItsRequestAlone) {
+    constexpr Nanoseconds bound = 60'000'000;
+    at_every_point(
+        GetParam(),
+        [&](Bench& b, Item& probe, Point point) {
+            const DmaSpan span = probe.span;
+            b.pass(bound + 3 * io::Executor::tick_length);
+            if (point == Point::waiting && b.facts().forwarded &&
+                b.facts().capacity == io::SharedLane::max_forwarded) {
+                EXPECT_EQ(probe.ended, 0u); // it has not reached the queue: the limit begins there
+                return;
+            }
+            const bool answered = !b.facts().holds || point == Point::answered || had_answer(point);
+            EXPECT_EQ(probe.ended, 1u) << "it waits longer than its limit";
+            EXPECT_EQ(probe.status, answered ? Status::ok : Status::timed_out);
+            EXPECT_TRUE(probe.lost || !b.rig->reachable(span));
+            EXPECT_TRUE(b.rig->is_open());
+            b.finish();
+            for (const auto& item : b.items) {
+                EXPECT_TRUE(item.get() == &probe || item->status == Status::ok) << "another request suffers";
+            }
+        },
+        bound);
 }
 
 // The device is silent for a while, and then completes everything during the recovery.

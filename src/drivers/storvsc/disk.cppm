@@ -47,6 +47,9 @@ struct Shared {
     // Sums over all queues, each adds its own in its tick. Relaxed: they only show how busy the host is.
     std::atomic<u64> under_way{0};
     std::atomic<u64> answered{0};
+    /// Abandoned writes of all queues that may still reach the medium. Release, when the host has answered one; acquire,
+    /// before a queue sends a write.
+    std::atomic<u32> late_writes{0};
     std::atomic<u64> heard{0}; // packets of any kind: the answer to a bus reset arrives on the first queue
     // All queues; written by the controller.
     std::array<io::Listener, max_queues> queues;
@@ -119,6 +122,12 @@ class Transport : public io::TransportDefaults {
     io::Recovery recover(const Command& oldest, io::OldestWait::Finding finding, std::string_view names);
     std::optional<Error> asked_in_vain(bool writes);
     io::Stuck stuck(std::string_view names);
+    void count_late_writes(i32 change) {
+        shared_.late_writes.fetch_add(static_cast<u32>(change), std::memory_order_release);
+    }
+    inline bool late_writes_elsewhere(u32 own) const {
+        return shared_.late_writes.load(std::memory_order_acquire) != own;
+    }
     io::OldestWait::Seen seen(io::OldestWait::Seen own);
     Result<void> tick(Instant now, bool waiting);
     bool wants_tick() const {

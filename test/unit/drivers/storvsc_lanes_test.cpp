@@ -226,6 +226,45 @@ TEST_F(StorvscLanes, AHostThatDoesNotEvenResetClosesBothChannels) {
     EXPECT_TRUE(log.has("the host has not answered anything for a whole time-out")) << log.text.view();
 }
 
+// The host may carry an abandoned write out at any time until it has answered it, whatever the other channel writes.
+TEST_F(StorvscLanes, AWriteWaitsForAnAbandonedOneOnTheOtherChannel) {
+    lanes[0]->host.hold = true;
+    ask(0, io::Op::write, 64);
+    turn();
+    set_this_processor(0);
+    requests.clear(); // abandoned
+    EXPECT_EQ(shared.late_writes.load(), 1u);
+    io::Request& read = ask(1, io::Op::read, 64);
+    io::Request& write = ask(1, io::Op::write, 64);
+    for (u32 i = 0; i < 10; ++i) {
+        turn();
+    }
+    EXPECT_FALSE(read.pending()) << "reads need not wait";
+    EXPECT_TRUE(write.pending());
+    lanes[0]->host.hold = false;
+    EXPECT_LT(settle(), 100 * ms);
+    EXPECT_EQ(write.status, io::Status::ok);
+    EXPECT_EQ(shared.late_writes.load(), 0u);
+    EXPECT_EQ(resets(), 0u);
+    use_both();
+}
+
+// If it is never answered, its own channel's time-out decides, and the writes that wait for it have no time-out of their
+// own.
+TEST_F(StorvscLanes, AnAbandonedWriteThatIsNeverAnsweredClosesBothChannels) {
+    lanes[0]->host.hold = true;
+    ask(0, io::Op::write, 64);
+    turn();
+    set_this_processor(0);
+    requests.clear();
+    io::Request& write = ask(1, io::Op::write, 64);
+    EXPECT_LE(settle(), 2 * timeout + 100 * ms);
+    EXPECT_EQ(write.status, io::Status::device_gone);
+    turn();
+    EXPECT_FALSE(lanes[0]->queue.is_open() || lanes[1]->queue.is_open());
+    EXPECT_FALSE(log.has("every slot is held")) << log.text.view();
+}
+
 // Both channels share one disk that serves one request at a time: those of the first channel precede the one of the
 // second.
 TEST_F(StorvscLanes, AHostBusyWithTheOtherChannelIsNotSilent) {
