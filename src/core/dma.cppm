@@ -48,6 +48,7 @@ void clear_quarantine();
 class DmaAllocator {
   public:
     /// `size` bytes (rounded up to whole pages): zeroed, page-aligned, physically contiguous, wholly below `limit`.
+    /// Error{exhausted}: there is no such memory.
     virtual Result<DmaSpan> allocate(u32 size, u64 limit) = 0;
     /// `span`: as returned by allocate().
     virtual void free(DmaSpan span) = 0;

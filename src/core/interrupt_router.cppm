@@ -139,7 +139,9 @@ class InterruptRouter final : public InterruptController {
     void program(const Wire& wire, u32 apic_id, u8 vector) REQUIRES(lock_);
 
     InterruptHardware& hardware_;
-    mutable SpinLock lock_; // protects everything below; dispatch_interrupt() reads the tables without it
+    // Protects lines_ and the chains of handlers, which dispatch_interrupt() reads without it. Everything else is
+    // written by start(), add_io_apic(), add_override() and join(), before it is used.
+    mutable SpinLock lock_;
     Machine machine_;
     VectorTable first_table_{}; // of processor 0, used before the heap exists
     std::array<VectorTable*, max_processors> tables_{};

@@ -176,6 +176,7 @@ struct ModeAnswer {
     bool write_protected = false;
     std::optional<bool> write_cache;
 };
+/// Error{protocol}: too short.
 Result<ModeAnswer> parse_mode_6(std::span<const u8> data);
 
 /// Whether a supported-pages list (VPD page 0x00) contains the page.
@@ -186,8 +187,9 @@ struct BlockLimits {
     u32 max_unmap_blocks = 0;
     u32 max_unmap_descriptors = 0;
 };
+/// Error{protocol}: too short.
 Result<BlockLimits> parse_block_limits(std::span<const u8> data);
-/// VPD page 0xb2 [SBC-3 §6.5.6]: LBPU, i.e. whether UNMAP is supported.
+/// VPD page 0xb2 [SBC-3 §6.5.6]: LBPU, i.e. whether UNMAP is supported. Error{protocol}: too short.
 Result<bool> parse_provisioning_unmap(std::span<const u8> data);
 
 // ---- sense data ----
