@@ -323,6 +323,7 @@ class Boots:
         self.found: queue.SimpleQueue[Result | None] = queue.SimpleQueue()  # None: a worker has ended
         self.threads: list[threading.Thread] = []
         self.ended = 0
+        self.last_step = False
         for result in results:
             self.found.put(result)
 
@@ -359,6 +360,8 @@ class Boots:
         with self.lock:
             last = [part for part in self.waiting if part.name.startswith("here-")]
             self.waiting = [part for part in self.waiting if part not in last] + list(more) + last
+        self.last_step = True
+        process.hurry()  # the part under way is needed now
         for _ in range(self.workers):
             self.start(self.work)
         while self.ended < len(self.threads):
@@ -389,7 +392,7 @@ class Boots:
 
     def give_way(self) -> None:
         process.give_way()
-        while part := self.take(True):
+        while not self.last_step and (part := self.take(True)):
             self.carry_out(part)
 
     def work(self) -> None:

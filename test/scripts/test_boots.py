@@ -132,6 +132,24 @@ class Run(unittest.TestCase):
             self.assertEqual(names(boots.rest()), ["counted", "counted-2", "wall", "wall-2"])
         self.assertEqual(self.log, ["wall", "counted"])
 
+    def test_in_the_end_no_further_part_begins_at_low_priority(self):
+        first, wall = threading.Event(), threading.Event()
+        threads = []
+
+        def second():
+            threads.append(threading.current_thread().name)
+            yield Result("two", "passed")
+
+        parts = [self.part("one", wait=first, counted=True), Part("two", second, counted=True), self.part("wall", wait=wall)]
+        with Boots(parts, 1) as boots:
+            boots.begin()
+            self.until(lambda: self.log)
+            timers = [threading.Timer(seconds, event.set) for seconds, event in ((0.3, first), (1.5, wall))]
+            for timer in timers:
+                timer.start()
+            self.assertEqual(names(boots.rest()), ["one", "one-2", "two", "wall", "wall-2"])
+        self.assertEqual(threads, ["boots-1"])  # boots-0 is the one at low priority
+
     def test_what_is_ready_is_not_waited_for(self):
         gate = threading.Event()
         with Boots([self.part("counted", wait=gate, counted=True)], 1) as boots:
@@ -245,6 +263,29 @@ class Priority(unittest.TestCase):
         self.assertEqual(nice["other"], os.nice(0))
         if nice["other group"] is not None:  # where Linux groups sessions
             self.assertEqual((nice["one group"], nice["other group"]), (19, 0))
+
+    @unittest.skipIf(os.geteuid(), "only root may raise a priority")
+    def test_a_child_under_way_gives_way_no_longer(self):
+        seen = []
+
+        def gives_way():
+            process.give_way()
+            with process.started(["sleep", str(DEADLINE)]) as child:
+                seen.append(os.getpriority(os.PRIO_PROCESS, child.pid))
+                process.hurry()
+                seen.append(os.getpriority(os.PRIO_PROCESS, child.pid))
+
+        thread = threading.Thread(target=gives_way)
+        thread.start()
+        thread.join(DEADLINE)
+        self.assertEqual(seen, [19, os.nice(0)])
+
+    def test_the_rest_is_in_a_hurry(self):
+        with mock.patch.object(process, "hurry") as hurry, Boots([], 1) as boots:
+            boots.begin()
+            hurry.assert_not_called()
+            list(boots.rest())
+            hurry.assert_called_once()
 
 
 class Limits(unittest.TestCase):
