@@ -1,8 +1,6 @@
 // A connected virtual block device: requests to the ring, responses from it. Independent of XenStore and the
-// handshake. The life cycle of a request is in io.block_queue; this is its transport.
-//
-// Buffers are granted in place, page by page, while a command is under way; with persistent grants the data is copied
-// through permanently granted pages.
+// handshake. The life cycle of a request is in io.block_queue; this is its transport. The pages that the back end may
+// access are in drivers.xen_blk.pages.
 //
 // The ring is not trusted: command state is kept outside of it; a response is copied out once and must have a known
 // id, the requested operation and a known status, and there are never more responses than requests. The first
@@ -13,7 +11,6 @@ import core.result;
 import core.text;
 import core.time;
 import core.dma;
-import core.dma_mapper;
 import io.executor;
 import io.block;
 import io.block_queue;
@@ -22,44 +19,31 @@ import io.ring;
 import hv.xen.events;
 import hv.xen.grants;
 export import drivers.xen_blk.protocol;
+import drivers.xen_blk.pages;
 
 export namespace fl::drivers::xen_blk {
 
 /// Terms negotiated with the back end.
-struct Terms {
-    hv::xen::Domain domain = 0;
+struct Terms : PageTerms {
     hv::xen::Port port = hv::xen::Port::none;
     u16 handle = 0;
     std::optional<Operation> flush; // flush, or write_barrier if only that is offered
     bool discard = false;
-    bool persistent = false;
-    u32 indirect_segments = 0; // per request; 0: none
     u32 ring_pages = 1;
-    u32 wire_unit = wire_sector; // bytes per sector number in the ring: 512, or the disk's sector size
     io::Geometry geometry;
 };
 
 class Disk;
 
-/// The ring and the grants [xen-blkif].
+/// The ring [xen-blkif].
 class Transport : public io::TransportDefaults {
   public:
     using Disk = xen_blk::Disk;
-    using Grant = hv::xen::GrantRef;
     static constexpr std::string_view driver = "xen_blk";
     /// The slots of four ring pages. 32 requests of 128 KiB without indirect segments need 96.
     static constexpr u32 max_commands = 128;
     static constexpr u32 max_idle_events = 64;
     static constexpr Nanoseconds idle_window = io::Executor::tick_length;
-    /// 128 KiB in one slot. A larger request takes another slot for each 128 KiB, so more segments would save little
-    /// and cost grants for every slot.
-    static constexpr u32 max_segments = 32;
-    static constexpr u32 max_indirect_pages = 64;
-    static constexpr u32 max_pool_pages = 512;
-    static constexpr u32 pool_chunk = max_segments; // initial size and growth of the pool in pages: fits any command
-    /// Grants left to other disks, for their rings and for buffers without persistent grants.
-    static constexpr u32 spare_grants = 64;
-    static constexpr u32 spare_bytes = 256 * 1024; // likewise for memory: rings, a job's buffers
     /// After a batch of responses that took longer than this, the event for the next two batches is requested before
     /// the whole batch is due; after another slow one for the next four, and so on.
     static constexpr Nanoseconds patience = 2'000'000;
@@ -67,24 +51,18 @@ class Transport : public io::TransportDefaults {
 
     struct Wire {
         Operation operation = Operation::read;
-        bool indirect = false;
-        u16 segments = 0;
-        u16 indirect_page = 0;
-        std::array<Grant, max_segments> grants; // or, with persistent grants, indices of pool pages
+        CommandPages pages;
     };
     using Command = io::Command<Transport>;
 
     Transport(io::Executor& executor, hv::xen::Events& events, hv::xen::Grants& grants)
-        : executor_(executor), events_(events), grants_(grants) {}
-    ~Transport();
+        : executor_(executor), events_(events), pages_(grants) {}
 
-    /// See Disk::prepare(), start_pool() and open().
+    Pages& pages() { return pages_; }
+    /// See Disk::prepare() and open().
     Result<void> lay_out(DmaSpan ring);
-    bool start_pool(hv::xen::Domain domain, DmaAllocator& pool);
     Result<void> open(const Terms& terms, DmaAllocator& pool, void (*notify)(void* context), void* context);
     void on_event();
-    /// The back end can no longer access anything: frees grants and pages.
-    void reclaim();
 
     // io::BlockTransport
     void use(io::CommandTable<Transport>& commands) { commands_ = &commands; }
@@ -101,7 +79,7 @@ class Transport : public io::TransportDefaults {
     io::Recovery recover(const Command& oldest, io::OldestWait::Finding finding, std::string_view names);
     io::Stuck stuck(std::string_view names);
     Result<void> tick(Instant now, bool waiting);
-    bool wants_tick() const { return grants_.in_quarantine() != 0; }
+    bool wants_tick() const { return pages_.in_quarantine(); }
     bool closing(io::Status);
     void closed(bool stopped);
 
@@ -109,21 +87,14 @@ class Transport : public io::TransportDefaults {
     using Requests = io::Producer<io::MappedMemory, io::FreeRunning<u32>, io::ReachedEvent>;
     using Responses = io::Consumer<io::MappedMemory, io::FreeRunning<u32>, io::ReachedEvent>;
     u32 event_after(u32 owed) const;
-    void fill_segments(Command& command, std::span<Segment> segments);
     io::Next check(const Response& response, io::Completion& completion);
     io::Next broken(const Error& why) {
         fault_ = why;
         return io::Next::broken;
     }
-    bool keep_spare(DmaAllocator& pool);
-    bool add_pool_pages(DmaAllocator& pool);
-    void extend_pool(DmaAllocator& pool);
-    void close_pool();
-    void open_indirect(DmaAllocator& pool);
 
     io::Executor& executor_;
     hv::xen::Events& events_;
-    hv::xen::Grants& grants_;
     io::CommandTable<Transport>* commands_ = nullptr;
     Terms terms_;
     u32 sector_shift_ = 0; // from the disk's sectors to the wire's units
@@ -145,15 +116,7 @@ class Transport : public io::TransportDefaults {
     void (*notify_)(void*) = nullptr;
     void* notify_context_ = nullptr;
 
-    BouncePool<max_pool_pages, pool_chunk> pool_;
-    std::array<Grant, max_pool_pages> pool_grants_{}; // indexed by the pool's page numbers
-
-    DmaBuffer spare_memory_; // until the disk is open: reserves memory for other users
-    DmaBuffer indirect_memory_;
-    std::array<Grant, max_indirect_pages> indirect_grants_{};
-    std::array<u16, max_indirect_pages> indirect_free_{};
-    u32 indirect_size_ = 0;
-    u32 indirect_free_count_ = 0;
+    Pages pages_;
 };
 
 } // namespace fl::drivers::xen_blk
@@ -169,8 +132,8 @@ export namespace fl::drivers::xen_blk {
 class Disk final : public io::QueueDisk<Transport> {
   public:
     static constexpr u32 max_parts = Transport::max_commands;
-    static constexpr u32 max_segments = Transport::max_segments;
-    static constexpr u32 spare_grants = Transport::spare_grants;
+    static constexpr u32 max_segments = Pages::max_segments;
+    static constexpr u32 spare_grants = Pages::spare_grants;
     static constexpr u32 max_idle_events = Transport::max_idle_events;
 
     Disk(io::Executor& executor, hv::xen::Events& events, hv::xen::Grants& grants)
@@ -182,7 +145,9 @@ class Disk final : public io::QueueDisk<Transport> {
     static void on_event(void* self) { static_cast<Disk*>(self)->queue_.transport().on_event(); }
     /// Allocates the first persistently granted pages, for a disk that will offer persistent grants. False: not
     /// enough memory or grants: it must not offer them. Call before open().
-    bool start_pool(hv::xen::Domain domain, DmaAllocator& pool) { return queue_.transport().start_pool(domain, pool); }
+    bool start_pool(hv::xen::Domain domain, DmaAllocator& pool) {
+        return queue_.transport().pages().start_pool(domain, pool);
+    }
     /// Accepts requests from now on. `pool`: allocator for open()'s pages. `notify`: called once, when the disk
     /// closes by itself. Terms with persistent grants require a successful start_pool().
     Result<void> open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void* context),
