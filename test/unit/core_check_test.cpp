@@ -1,12 +1,11 @@
 // The debug checks that a release image omits: each ends the program when its rule is violated.
 #include "gtest_macros.hpp"
-#include <cstdio>
+#include "unit/panics_aloud.hpp"
 import test.gtest;
 import host.std;
 import core.check;
 import core.dma;
 import core.log;
-import core.panic;
 import core.processor;
 import core.result;
 import core.text;
@@ -18,15 +17,9 @@ import io.task;
 
 namespace {
 using namespace fl;
+using test::panics_aloud;
 
 static_assert(checks_enabled);
-
-void panics_aloud() {
-    set_panic_hook([](std::string_view message) {
-        std::fprintf(stderr, "panic: %.*s\n", static_cast<int>(message.size()), message.data());
-        std::abort();
-    });
-}
 
 struct Checks : testing::Test {
     test::FakeMachine machine;

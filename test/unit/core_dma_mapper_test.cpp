@@ -1,12 +1,10 @@
 // DMA mapping: every limit at its boundary, both models, the pool, and memory that a device may still access.
 #include "gtest_macros.hpp"
-#include <cstdio>
-#include <cstdlib>
+#include "unit/panics_aloud.hpp"
 import test.gtest;
 import host.std;
 import core.dma;
 import core.dma_mapper;
-import core.panic;
 import core.result;
 
 using namespace fl;
@@ -457,10 +455,7 @@ TEST_F(Mapping, AMapperThatDiesKeepsWhatTheDeviceHas) {
 
 TEST_F(Mapping, EndingItTwiceIsFound) {
     const auto aloud = [](auto&& act) {
-        set_panic_hook([](std::string_view message) {
-            std::fprintf(stderr, "panic: %.*s\n", static_cast<int>(message.size()), message.data());
-            std::abort();
-        });
+        test::panics_aloud();
         act();
     };
     const DmaSpan high = memory.place(four_gib, 4096);

@@ -1,4 +1,5 @@
 #include "gtest_macros.hpp"
+#include "unit/panics_aloud.hpp"
 import test.gtest;
 import host.std;
 import core.heap;
@@ -6,6 +7,7 @@ import core.verdict;
 
 namespace {
 using namespace fl;
+using test::panics_aloud;
 
 struct HeapTest : testing::Test {
     alignas(4096) static inline std::byte arena[1 << 20];
@@ -71,10 +73,26 @@ TEST_F(HeapTest, WhatBytesForSaysIsEnough) {
 }
 
 TEST_F(HeapTest, DeathOnDoubleFreeAndForeignBlocks) {
-    void* block = heap.allocate(100);
-    heap.free(block);
-    EXPECT_DEATH(heap.free(block), "");
-    EXPECT_DEATH(heap.free(arena + 4096 * 100), "");
+    const auto free = [&](void* block) {
+        panics_aloud();
+        heap.free(block);
+    };
+    // The header of an aligned block is not at the start of its memory, where the heap links free memory: it survives.
+    for (const usize size : {100u, 5000u}) {
+        SCOPED_TRACE(size);
+        void* aligned = heap.allocate(size, 256);
+        heap.free(aligned);
+        EXPECT_DEATH(free(aligned), "heap: 0x[0-9a-f]+ is freed twice");
+    }
+    // Otherwise the link has overwritten it.
+    for (const usize size : {100u, 5000u}) {
+        SCOPED_TRACE(size);
+        void* block = heap.allocate(size);
+        heap.free(block);
+        EXPECT_DEATH(free(block), "heap: 0x[0-9a-f]+ is not one of its blocks, or its header is overwritten");
+    }
+    EXPECT_DEATH(free(arena + 4096 * 100), "heap: 0x[0-9a-f]+ is not one of its blocks");
+    EXPECT_EQ(heap.blocks_in_use(), 0u);
 }
 
 TEST_F(HeapTest, RandomBlocksKeepTheirBytes) {

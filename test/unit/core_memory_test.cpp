@@ -1,4 +1,5 @@
 #include "gtest_macros.hpp"
+#include "unit/panics_aloud.hpp"
 import test.gtest;
 import host.std;
 import core.result;
@@ -97,8 +98,15 @@ TEST(FramesDeathTest, FreeingTwiceIsAPanic) {
     a.add(2 * M, 1 * M);
     const u64 frame = *a.allocate({});
     a.free(frame, 1);
-    EXPECT_DEATH(a.free(frame, 1), "");
-    EXPECT_DEATH(a.free(frame + 1, 1), "");
+    const auto free = [&](u64 base, u64 frames) {
+        test::panics_aloud();
+        a.free(base, frames);
+    };
+    EXPECT_DEATH(free(frame, 1), "frames: 0x2ff000 is given back twice");
+    EXPECT_DEATH(free(frame - 4096, 2), "frames: 0x2fe000 is given back twice");
+    EXPECT_DEATH(free(frame + 1, 1), "frames: 1 at 0x2ff001 cannot be given back");
+    EXPECT_DEATH(free(0, 1), "frames: 1 at 0x0 cannot be given back");
+    EXPECT_DEATH(free(frame, 0), "frames: 0 at 0x2ff000 cannot be given back");
 }
 
 TEST(Frames, AFullListLosesWhatIsGivenBackAndSaysSo) {

@@ -1,11 +1,9 @@
 #include "gtest_macros.hpp"
-#include <cstdio>
-#include <cstdlib>
-
+#include "unit/panics_aloud.hpp"
+// Depends on the include above.
 #include "unit/core_registers_mock.hpp"
 import test.gtest;
 import host.std;
-import core.panic;
 import core.result;
 
 namespace {
@@ -78,13 +76,7 @@ TEST(Register, FieldsAreTheBitsThatTheyName) {
     EXPECT_EQ(b.set(Byte::high, 0x5).raw, 0x55u);
 }
 
-#define EXPECT_PANIC(statement, text) EXPECT_DEATH((print_panics(), static_cast<void>(statement)), text)
-void print_panics() {
-    set_panic_hook([](std::string_view message) {
-        std::fprintf(stderr, "%.*s\n", static_cast<int>(message.size()), message.data());
-        std::abort();
-    });
-}
+#define EXPECT_PANIC(statement, text) EXPECT_DEATH((test::panics_aloud(), static_cast<void>(statement)), text)
 
 TEST(Register, AValueThatDoesNotFitPanics) {
     Control c{};

@@ -1,6 +1,5 @@
 #include "gtest_macros.hpp"
-#include <cstdio>
-#include <cstdlib>
+#include "unit/panics_aloud.hpp"
 import test.gtest;
 import host.std;
 import core.result;
@@ -12,13 +11,13 @@ import io.task;
 import io.executor;
 import io.block;
 import io.latch;
-import core.panic;
 #include "unit/io_support.hpp"
 
 namespace {
 using namespace fl;
 using namespace fl::io;
 using fl::test::FakeMachine;
+using fl::test::panics_aloud;
 
 /// Checks that every frame of a test has been freed.
 struct Frames : testing::Test {
@@ -243,13 +242,6 @@ TEST_F(ExecutorTest, WaitingFramesMayDie) {
     executor.turn();
 }
 
-// A panic whose message goes to stderr, where a death test finds it.
-void panics_aloud() {
-    set_panic_hook([](std::string_view message) {
-        std::fprintf(stderr, "panic: %.*s\n", static_cast<int>(message.size()), message.data());
-        std::abort();
-    });
-}
 template <class W>
 Task<Result<void>> wait_forever(W& what) {
     static_cast<void>(co_await what.wait());

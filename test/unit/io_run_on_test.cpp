@@ -1,5 +1,6 @@
 #include "core/thread_annotations.hpp"
 #include "gtest_macros.hpp"
+#include "unit/panics_aloud.hpp"
 import test.gtest;
 import host.std;
 import core.result;
@@ -320,12 +321,15 @@ TEST(SpinLockTest, OneAtATime) {
 }
 
 // Misuse that the compiler rejects if it can see it.
-void take(SpinLock& lock) NO_THREAD_SAFETY_ANALYSIS { lock.lock(); }
+void take(SpinLock& lock) NO_THREAD_SAFETY_ANALYSIS {
+    test::panics_aloud();
+    lock.lock();
+}
 
 TEST(SpinLockDeathTest, TwiceOnOneProcessorPanicsRatherThanHang) {
     SpinLock lock;
     lock.lock();
-    EXPECT_DEATH(take(lock), "");
+    EXPECT_DEATH(take(lock), "a lock is taken twice on processor 0");
     lock.unlock();
 }
 
