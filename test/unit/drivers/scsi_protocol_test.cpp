@@ -153,25 +153,71 @@ TEST(ScsiProtocol, Sense) {
     EXPECT_FALSE(scsi::parse_sense(octets(bytes("\0\0\0\0\0\0"))));
 }
 
-// Every truncation of a reply is parsed without an access outside it (checked by the sanitizers).
+// All that the parsers make of `data`; "-": refused.
+std::string parsed(std::span<const u8> data) {
+    std::ostringstream all;
+    const auto number = [&](const auto& value) { all << ' ' << u64{value}; };
+    const auto refused = [&](bool ok) {
+        all << (ok ? " " : " -");
+        return !ok;
+    };
+    if (const auto sense = scsi::parse_sense(data); !refused(sense.has_value())) {
+        number(sense->key), number(sense->asc), number(sense->ascq);
+        all << (sense->information ? " at " + std::to_string(*sense->information) : "");
+    }
+    refused(static_cast<bool>(scsi::parse_luns(data, number)));
+    if (const auto mode = scsi::parse_mode_6(data); !refused(static_cast<bool>(mode))) {
+        number(mode->write_protected), number(mode->write_cache.has_value()), number(mode->write_cache.value_or(false));
+    }
+    if (const auto limits = scsi::parse_block_limits(data); !refused(static_cast<bool>(limits))) {
+        number(limits->max_transfer_blocks), number(limits->max_unmap_blocks), number(limits->max_unmap_descriptors);
+    }
+    if (const auto unmap = scsi::parse_provisioning_unmap(data); !refused(static_cast<bool>(unmap))) {
+        number(*unmap);
+    }
+    if (const auto inquiry = scsi::parse_inquiry(data); !refused(static_cast<bool>(inquiry))) {
+        number(inquiry->qualifier), number(inquiry->device_type), number(inquiry->removable);
+        all << inquiry->vendor.view() << '|' << inquiry->product.view() << '|' << inquiry->revision.view();
+    }
+    for (const auto& capacity : {scsi::parse_capacity_10(data), scsi::parse_capacity_16(data)}) {
+        if (!refused(static_cast<bool>(capacity))) {
+            number(capacity->blocks), number(capacity->block_bytes), number(capacity->physical_shift);
+            number(capacity->thin), number(capacity->beyond_32_bits);
+        }
+    }
+    number(scsi::lists_page(data, 0xb0));
+    return all.str();
+}
+
+// Every truncation of a reply: what follows the received bytes in memory has no influence, and what is too short to be
+// a reply is refused.
 TEST(ScsiProtocol, ShortAnswers) {
     for (const std::string& whole :
          {bytes("\xf0\0\x03\0\0\x12\x34\xff\0\0\0\0\x11\x00\0\0\0\0\0\0"),
           bytes("\x72\x05\x21\0\0\0\0\xff\0\x0a\x80\0\0\0\0\x01\0\0\0\x02"),
           bytes("\0\0\0\x18\0\0\0\0\0\0\0\0\0\0\0\0\0\x05\0\0\0\0\0\0"), bytes("\xff\0\x80\0\x88\xff\x04\0\0\0\0\0"),
           bytes("\0\xb0\xff\xff\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0\0\0\0\0\x10\0\0\0\0\x01"),
-          bytes("\0\xb2\xff\xff\0\xe0\0\0")}) {
+          bytes("\0\xb2\xff\xff\0\xe0\0\0"), bytes("\0\0\xff\xff\0\xb0\xb2"),
+          bytes("\0\0\x05\x02\xff\0\0\0Msft    Virtual Disk    1.0 "),
+          bytes("\0\0\0\0\0\x01\xff\xff\0\0\x02\0\0\x03\x80\0\0\0\0\0")}) {
         for (usize n = 0; n <= whole.size(); ++n) {
-            const std::vector<u8> cut = octets(whole.substr(0, n));
-            static_cast<void>(scsi::parse_sense(cut));
-            static_cast<void>(scsi::parse_luns(cut, [](u32) {}));
-            static_cast<void>(scsi::parse_mode_6(cut));
-            static_cast<void>(scsi::parse_block_limits(cut));
-            static_cast<void>(scsi::parse_provisioning_unmap(cut));
-            static_cast<void>(scsi::parse_inquiry(cut));
-            static_cast<void>(scsi::parse_capacity_10(cut));
-            static_cast<void>(scsi::parse_capacity_16(cut));
-            static_cast<void>(scsi::lists_page(cut, 0xb0));
+            SCOPED_TRACE(testing::PrintToString(octets(whole)) + " cut to " + std::to_string(n));
+            const std::vector<u8> cut = octets(whole.substr(0, n)); // its end is watched by the sanitizers
+            const std::string expected = parsed(cut);
+            for (const u8 filling : {u8{0x00}, u8{0x80}, u8{0xb0}, u8{0xff}}) {
+                std::vector<u8> longer = cut;
+                longer.resize(n + 300, filling);
+                EXPECT_EQ(parsed(std::span<const u8>(longer).first(n)), expected) << "followed by " << u32{filling};
+            }
+            EXPECT_TRUE(n >= 3 || !scsi::parse_sense(cut));
+            EXPECT_TRUE(n >= 8 || !scsi::parse_luns(cut, [](u32) { ADD_FAILURE() << "a LUN"; }));
+            EXPECT_TRUE(n >= 4 || !scsi::parse_mode_6(cut));
+            EXPECT_TRUE(n >= 12 || !scsi::parse_block_limits(cut));
+            EXPECT_TRUE(n >= 6 || !scsi::parse_provisioning_unmap(cut));
+            EXPECT_TRUE(n >= 5 || !scsi::parse_inquiry(cut));
+            EXPECT_TRUE(n >= 8 || !scsi::parse_capacity_10(cut));
+            EXPECT_TRUE(n >= 12 || !scsi::parse_capacity_16(cut));
+            EXPECT_TRUE(n >= 5 || !scsi::lists_page(cut, 0xb0));
         }
     }
 }

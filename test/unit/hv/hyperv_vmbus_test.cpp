@@ -319,8 +319,12 @@ TEST(Vmbus, RefusalsAndSilenceAreErrorsWithABound) {
     ASSERT_FALSE(opened);
     EXPECT_EQ(opened.error().code, Code::busy);
     m.host.answers_teardown = false;
-    EXPECT_FALSE(m.executor.run(m.bus().close(channel)));
+    const u32 while_open = m.memory.outstanding;
+    const auto closed = m.executor.run(m.bus().close(channel));
+    ASSERT_FALSE(closed);
+    EXPECT_EQ(closed.error().code, Code::timed_out);
     EXPECT_FALSE(channel.is_open());
+    EXPECT_EQ(m.memory.outstanding, while_open) << "the host may still access the rings: their memory is given up";
 }
 
 // ---- rescind ----
