@@ -266,6 +266,28 @@ TEST_F(AtaIo, NeighboursInTheQueueBecomeOneCommand) {
     EXPECT_EQ(m.primary.commands - commands, 7u);
 }
 
+TEST_F(AtaIo, AFullTableOfRegionsEndsTheCommand) {
+    constexpr u32 count = 512 + 88; // the table is one page with 8 bytes for each region [BMIDE §1.2]
+    begin();
+    // No request's memory adjoins the next one's.
+    DmaSpan b = buffer(count * 1024);
+    std::vector<std::unique_ptr<io::Request>> requests;
+    const auto part = [&](u32 i) { return b.subspan(1024 * (count - 1 - i), 512); };
+    for (u32 i = 0; i < count; ++i) {
+        requests.push_back(std::make_unique<io::Request>(hda(), io::Op::read, 800 + i, part(i)));
+        requests.back()->waiter = std::noop_coroutine();
+        hda().submit(*requests.back());
+    }
+    const u32 before = m.primary.commands;
+    ASSERT_TRUE(m.turns_until([&] { return hda().counters().completed == count; }));
+    EXPECT_EQ(m.primary.commands - before, 2u);
+    EXPECT_EQ(hda().counters().errors, 0u);
+    for (u32 i = 0; i < count; ++i) {
+        EXPECT_EQ(requests[i]->status, io::Status::ok) << i;
+        EXPECT_TRUE(is_pattern(part(i), 800 + i)) << i;
+    }
+}
+
 TEST_F(AtaIo, TheTwoDisksOfAChannelTakeTurns) {
     drive = &m.add(m.primary, 0);
     Drive& slave = m.add(m.primary, 1, 5000);

@@ -1,6 +1,5 @@
 #include "gtest_macros.hpp"
-#include <cstdio>
-#include <cstdlib>
+#include "unit/panics_aloud.hpp"
 import test.gtest;
 import host.std;
 import core.result;
@@ -8,7 +7,6 @@ import core.text;
 import core.log;
 import core.time;
 import core.dma;
-import core.panic;
 import core.processor;
 import io.task;
 import io.executor;
@@ -63,10 +61,7 @@ TEST_F(Block, RefusesWhatCannotBe) {
 TEST_F(Block, ALaneBelongsToItsProcessor) {
     EXPECT_DEATH(
         {
-            set_panic_hook([](std::string_view message) {
-                std::fprintf(stderr, "panic: %.*s\n", static_cast<int>(message.size()), message.data());
-                std::abort();
-            });
+            panics_aloud();
             set_this_processor(1);
             BlockDevice::Transfer transfer(disk, Op::read, 0, buffer);
             disk.submit(transfer);
@@ -210,6 +205,13 @@ TEST_F(Block, CancelEndsIt) {
     EXPECT_FALSE(disk.cancel(transfer));
 }
 
+TEST_F(Block, AReadOnlyDiskDiscardsNothing) {
+    disk.change_geometry().discard = true;
+    EXPECT_EQ(run(Op::discard, 0, buffer), Status::ok);
+    disk.change_geometry().read_only = true;
+    EXPECT_EQ(run(Op::discard, 0, buffer), Status::read_only);
+}
+
 TEST_F(Block, TaskDiesWhileItsRequestIsUnderWay) {
     disk.behaviour.never_answers = true;
     {
@@ -222,6 +224,7 @@ TEST_F(Block, TaskDiesWhileItsRequestIsUnderWay) {
     disk.behaviour.never_answers = false;
     executor.turn();
     EXPECT_EQ(disk.counters().completed, 1u) << "ended, in whatever way";
+    EXPECT_EQ(disk.counters().errors, 1u) << "it was not done";
     EXPECT_EQ(disk.under_way(), 0u);
 }
 

@@ -93,4 +93,28 @@ TEST(Histogram, IntegerRoots) {
         EXPECT_TRUE(r == 0xffff'ffff || (r + 1) * (r + 1) > v) << v;
     }
 }
+
+TEST(Histogram, TheSumOfTwoIsAsIfOneHadRecordedAll) {
+    const auto one = std::make_unique<Histogram>();
+    const auto other = std::make_unique<Histogram>();
+    const auto whole = std::make_unique<Histogram>();
+    for (u64 i = 0; i < 1000; ++i) {
+        (i < 300 ? *one : *other).record(i * i);
+        whole->record(i * i);
+    }
+    one->add(*other);
+    EXPECT_EQ(one->count(), 1000u);
+    EXPECT_EQ(one->min(), 0u);
+    EXPECT_EQ(one->max(), 998'001u);
+    EXPECT_EQ(one->mean(), 332'833u);
+    EXPECT_EQ(one->stddev(), 298'011u); // of the 1000 values i * i, rounded down
+    EXPECT_EQ(one->stddev(), whole->stddev());
+    for (const auto p : Histogram::usual) {
+        EXPECT_EQ(one->percentile(p), whole->percentile(p)) << p;
+    }
+    for (usize i = 0; i < Histogram::buckets; ++i) {
+        ASSERT_EQ(one->at(i), whole->at(i)) << i;
+    }
+}
+
 } // namespace

@@ -1,5 +1,7 @@
 #include "gtest_macros.hpp"
+#include <cstdio>
 #include <cstdlib>
+#include <unistd.h>
 import test.gtest;
 import host.std;
 import core.result;
@@ -32,7 +34,8 @@ struct Dma final : DmaAllocator {
 /// Shared by the lanes of one disk: bytes that only each sector's owner writes while they run.
 struct Platter {
     std::vector<std::byte> bytes;
-    u64 bad_lba = ~u64{0};     // reads of it fail
+    u64 bad_lba = ~u64{0}; // reads of it fail
+    Status bad_status = Status::io_error;
     u64 corrupt_lba = ~u64{0}; // one of its bytes is corrupted
 };
 
@@ -48,6 +51,8 @@ class Lane final : public BlockDevice {
     u64 flushes = 0;
     u64 first_written = ~u64{0};
     u64 last_written = 0;
+    std::vector<u64> lbas_read;
+    std::chrono::milliseconds delay{0}; // of each read
 
     u32 queues() const override { return static_cast<u32>(others.size()) + 1; }
     BlockDevice& queue_lane(u32 index) override { return index == 0 ? *this : *others[index - 1]; }
@@ -62,9 +67,10 @@ class Lane final : public BlockDevice {
             first_written = std::min(first_written, r.lba);
             last_written = std::max(last_written, r.lba);
             std::memcpy(at, r.buffer.data, r.buffer.size);
-        } else if (r.lba == platter_.bad_lba) {
-            return complete(r, Status::io_error);
+        } else if (lbas_read.push_back(r.lba); r.lba == platter_.bad_lba) {
+            return complete(r, platter_.bad_status);
         } else {
+            std::this_thread::sleep_for(delay);
             std::memcpy(r.buffer.data, at, r.buffer.size);
             if (r.lba == platter_.corrupt_lba) {
                 r.buffer.data[77] ^= std::byte{4};
@@ -212,6 +218,110 @@ TEST_F(LanesBench, ErrorsOfAnyLaneCount) {
     EXPECT_EQ(report->read.ios, 89u);
     ASSERT_TRUE(report->first_error);
     EXPECT_EQ(report->first_error->code, Code::io);
+}
+
+TEST_F(LanesBench, WhatIsNotStartedAfterAnErrorIsAnErrorToo) {
+    platter.bad_lba = 0;
+    platter.bad_status = Status::device_gone;
+    const auto report = run("read,qd=1,count=90", 3); // the first of the first lane's 30 fails
+    ASSERT_TRUE(report);
+    EXPECT_EQ(disk.counters().submitted, 1u);
+    EXPECT_EQ(report->errors, 30u);
+    EXPECT_EQ(report->read.ios, 60u);
+    ASSERT_TRUE(report->first_error);
+    EXPECT_EQ(report->first_error->code, Code::device_gone);
+}
+
+TEST_F(LanesBench, EachLaneHasASeedOfItsOwn) {
+    ASSERT_TRUE(run("randread,qd=1,count=300,seed=7", 3));
+    const std::vector<u64> first = disk.lbas_read;
+    const std::vector<u64> second = lane1.lbas_read;
+    ASSERT_EQ(first.size(), 100u);
+    ASSERT_EQ(second.size(), 100u);
+    EXPECT_NE(first, second);
+    EXPECT_NE(first, lane2.lbas_read);
+    EXPECT_NE(second, lane2.lbas_read);
+    for (Lane* lane : {&disk, &lane1, &lane2}) {
+        lane->lbas_read.clear();
+    }
+    ASSERT_TRUE(run("randread,qd=1,count=300,seed=8", 3));
+    EXPECT_EQ(disk.lbas_read, second) << "seed + lane";
+}
+
+TEST_F(LanesBench, ItEndsWithTheSlowestLane) {
+    lane1.delay = std::chrono::milliseconds(20);
+    const auto report = run("read,qd=1,count=9", 3);
+    ASSERT_TRUE(report);
+    EXPECT_GE(report->runtime_ns, 3u * 20'000'000);
+    EXPECT_GE(report->read.max, 20'000'000u);
+}
+
+// Two processors in one thread: the second one runs while the first one sleeps, or never. Each reading of their clock
+// takes a millisecond.
+struct LateLane : testing::Test {
+    usize frames = frame_pool().in_use();
+    Instant time = 1'000'000'000;
+    Dma dma;
+    Platter platter{std::vector<std::byte>(1024 * 1024)};
+    Executor home{platform(), 0};
+    Executor other{platform(), 1};
+    Lane disk{home, platter};
+    Lane lane1{other, platter};
+    std::unique_ptr<Bench> first = std::make_unique<Bench>();
+    std::unique_ptr<Bench> second = std::make_unique<Bench>();
+    LateLane() {
+        disk.others = {&lane1};
+        alarm(60); // ends the program if a wait without a bound does not even read the clock
+    }
+    ~LateLane() override {
+        alarm(0);
+        EXPECT_EQ(frame_pool().in_use(), frames);
+    }
+
+    Platform platform() {
+        return {this,
+                [](void* c) {
+                    auto& self = *static_cast<LateLane*>(c);
+                    self.time += 1'000'000;
+                    if (self.time > 60'000'000'000) {
+                        std::fprintf(stderr, "a wait without a bound\n");
+                        std::abort(); // rather than wait for ever
+                    }
+                    return self.time;
+                },
+                [](void* c, Instant, const std::atomic<bool>&) {
+                    if (this_processor() == 0) {
+                        set_this_processor(1);
+                        static_cast<LateLane*>(c)->other.turn();
+                        set_this_processor(0);
+                    }
+                },
+                [](void*) {}};
+    }
+    void run(Code expected, std::string_view message) {
+        Bench* const runners[]{first.get(), second.get()};
+        const Instant begun = time;
+        const auto report =
+            home.run(Bench::run_lanes(runners, disk, *parse_workload("randread,qd=4,count=100"), {.dma = &dma}));
+        ASSERT_FALSE(report);
+        EXPECT_EQ(report.error().code, expected);
+        EXPECT_EQ(report.error().message, message);
+        EXPECT_GE(time - begun, 5'000'000'000u);
+        EXPECT_LT(time - begun, 6'000'000'000u);
+        EXPECT_EQ(disk.counters().submitted + lane1.counters().submitted, 0u) << "nothing was measured";
+    }
+};
+
+TEST_F(LateLane, IsReportedWithinTheBoundOfTheCommonStart) {
+    run(Code::timed_out, "the lanes of a disk did not all come to their common start");
+}
+
+TEST_F(LateLane, OfAStoppedProcessorKeepsNoLaneWaiting) {
+    const std::atomic<bool> stop{true};
+    set_this_processor(1);
+    other.serve(stop); // ends at once: it takes no work any more
+    set_this_processor(0);
+    run(Code::device_gone, "the processor that a task was sent to has stopped");
 }
 
 TEST_F(LanesBench, WhatCannotBe) {

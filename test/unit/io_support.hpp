@@ -93,6 +93,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
         fl::Nanoseconds each = 0;    // time per request, one at a time
         bool never_answers = false;  // requests end by time-out, with buffer_lost
         bool removed = false;
+        bool fail_flush = false;
         fl::u64 fail_lba = ~fl::u64{0};
         fl::io::Status fail_status = fl::io::Status::io_error;
         fl::u64 drop_write_lba = ~fl::u64{0};   // acknowledged but not written
@@ -187,7 +188,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
         using fl::io::Status;
         if (r.op == Op::flush) {
             ++flushes;
-            return Status::ok;
+            return behaviour.fail_flush ? Status::io_error : Status::ok;
         }
         if (r.lba == behaviour.fail_lba) {
             return behaviour.fail_status;

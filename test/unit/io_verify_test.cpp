@@ -170,6 +170,19 @@ TEST_F(Verify, FailedTransfersAreNotOk) {
     EXPECT_TRUE(log.has("error: mem0: verify: the disk reports an error"));
 }
 
+TEST_F(Verify, AFlushThatFailsIsNotOk) {
+    disk.behaviour.fail_flush = true;
+    const auto r = run(whole);
+    ASSERT_TRUE(r);
+    EXPECT_EQ(disk.flushes, 1u);
+    EXPECT_FALSE(r->ok()) << "what was written may not be on the disk";
+    ASSERT_TRUE(r->first_error);
+    EXPECT_EQ(r->first_error->code, Code::io);
+    EXPECT_EQ(r->bad, 0u);
+    EXPECT_EQ(r->written, 256u);
+    EXPECT_EQ(r->read, 256u) << "the blocks are checked all the same";
+}
+
 TEST_F(Verify, NeverAnswering) {
     disk.behaviour.never_answers = true;
     const Instant begun = machine.time;
