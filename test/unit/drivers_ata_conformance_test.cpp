@@ -7,8 +7,8 @@
 #include "unit/drivers_ata_machine.hpp"
 import test.gtest;
 import host.std;
-import io.shared_lane;
 import io.block_queue;
+import io.shared_lane;
 import io.slots;
 #include "unit/io_block_conformance_shared.hpp"
 
@@ -34,13 +34,16 @@ class AtaRig final : public Rig {
             EXPECT_TRUE(m.read(m.disk(0), 0, *m.memory.allocate(4096, ~u64{0}))); // allocates the bounce buffer
         }
         m.primary.hold = true;
-        facts = {.capacity = 1,
-                 .part_bytes = high ? 64 * 1024u : 256 * 512u,
-                 .gathers = true,
-                 .copies = high,
-                 .retries = true,
-                 .timeout = timeout,
-                 .timeouts = 16};
+    }
+    static Facts facts(bool high) {
+        return {.capacity = 1,
+                .part_bytes = high ? 64 * 1024u : 256 * 512u,
+                .gathers = true,
+                .copies = high,
+                .retries = true,
+                .retries_flush = false,
+                .timeout = timeout,
+                .timeouts = 16};
     }
     io::BlockDevice& disk(u32) override { return m.disk(0); }
     void turn() override { m.executor.turn(); }
@@ -49,12 +52,16 @@ class AtaRig final : public Rig {
     DmaAllocator& memory() override { return m.memory; }
     std::vector<Held> held() override {
         const auto t = m.primary.held();
-        return t ? std::vector<Held>{{t->is_write ? io::Op::write : io::Op::read, t->lba, t->count * 512}}
-                 : std::vector<Held>{};
+        if (!t) {
+            return {};
+        }
+        return {{t->count == 0 ? io::Op::flush : t->is_write ? io::Op::write : io::Op::read, t->lba, t->count * 512}};
     }
     void answer(usize, Status how) override {
         const auto t = m.primary.held();
-        if (how != Status::ok) {
+        if (how != Status::ok && t->count == 0) {
+            m.primary.abort = 1;
+        } else if (how != Status::ok) {
             m.primary.bad.insert(t->lba);
         }
         m.primary.release();
@@ -64,18 +71,18 @@ class AtaRig final : public Rig {
         m.primary.crc_error = 1;
         m.primary.release();
     }
-    void event() override { m.primary.raise_line(); }
+    void event(u32) override { m.primary.raise_line(); }
     bool reachable(DmaSpan span) override { return m.primary.reachable(span.bus, span.size); }
     void read_medium(u64 lba, u32 count, std::byte* into) override {
         for (u32 i = 0; i < count; ++i) {
             m.primary.drives[0]->read(lba + i, into + i * 512);
         }
     }
-    void close(Status status) override { core().close(status, {Code::device_gone, "the test closes it"}); }
-    void stop() override { m.queue().close(); }
-    void reclaim() override { core().reclaim(); } // a channel that was reset has no command
-    bool is_open() override { return m.queue().is_open(); }
-    u32 under_way() override { return m.queue().under_way(); }
+    void close(u32, Status status) override { core().close(status, {Code::device_gone, "the test closes it"}); }
+    void stop(u32) override { m.queue().close(); }
+    void reclaim(u32) override { core().reclaim(); } // a channel that was reset has no command
+    bool is_open(u32) override { return m.queue().is_open(); }
+    u32 under_way(u32) override { return m.queue().under_way(); }
 
   private:
     static constexpr Nanoseconds timeout = 200'000'000;
@@ -86,12 +93,8 @@ class AtaRig final : public Rig {
 } // namespace
 
 namespace fl::test::conformance {
-INSTANTIATE_TEST_SUITE_P(Ata, BlockConformance,
-                         testing::Values(Make{"ata_isa", [] { return std::make_unique<AtaRig>(false); }},
-                                         Make{"ata_native", [] { return std::make_unique<AtaRig>(true); }},
-                                         Make{"ata_above_4_gib", [] { return std::make_unique<AtaRig>(true, true); }}),
-                         name_of);
-INSTANTIATE_TEST_SUITE_P(SharedAta, BlockConformance,
-                         testing::ValuesIn(shared({Make{"ata_native", [] { return std::make_unique<AtaRig>(true); }}})),
-                         name_of);
+CONFORM(Ata, {Make{"ata_isa", AtaRig::facts(false), [] { return std::make_unique<AtaRig>(false); }},
+              Make{"ata_native", AtaRig::facts(false), [] { return std::make_unique<AtaRig>(true); }},
+              Make{"ata_above_4_gib", AtaRig::facts(true), [] { return std::make_unique<AtaRig>(true, true); }}});
+CONFORM(SharedAta, shared({Make{"ata_native", AtaRig::facts(false), [] { return std::make_unique<AtaRig>(true); }}}));
 } // namespace fl::test::conformance

@@ -219,7 +219,7 @@ class Channel {
     Nanoseconds latency_per_sector = 0; // additional time of a transfer
     Nanoseconds pio_latency = 0;
     Nanoseconds reset_latency = 0; // busy time after a reset
-    bool hold = false;             // transfers stay in progress until release()
+    bool hold = false;             // transfers and flushes stay in progress until release()
 
     // Observations.
     u64 accesses = 0;
@@ -298,21 +298,29 @@ class Channel {
     struct Transfer {
         bool is_write = false;
         u64 lba = 0;
-        u32 count = 0; // sectors
+        u32 count = 0; // sectors; 0: a flush
         u64 generation = 0;
     };
-    /// The transfer held for release(); none after the engine was stopped or the channel reset.
+    /// The transfer or flush held for release(); none after the engine was stopped or the channel reset.
     std::optional<Transfer> held() const { return held_ && held_->generation == generation_ ? held_ : std::nullopt; }
-    /// Completes it, with the faults set above.
+    /// Completes it, with the faults set above; a flush with ABRT if `abort` is set.
     void release() {
         if (const auto t = held()) {
             held_.reset();
+            Drive& d = *drives[unit()];
+            if (t->count == 0) {
+                if (abort > 0) {
+                    --abort;
+                    return end(abort_status, 0x04, 0);
+                }
+                return end_flush(d);
+            }
             transfer(*drives[unit()], t->lba, t->count, t->is_write);
         }
     }
     /// Whether the engine may access any part of it.
     bool reachable(u64 bus, u64 size) {
-        if (!held()) {
+        if (!held() || held()->count == 0) {
             return false;
         }
         for (const auto& [base, length] : regions()) {
@@ -498,11 +506,11 @@ class Channel {
         case 0xe7:
         case 0xea:
             status_ = 0x80;
-            return later(latency, [this, &d] {
-                d.is_flushed = true;
-                ++d.flushes;
-                end(0x50, 0, 0);
-            });
+            if (hold) {
+                held_ = {.generation = generation_};
+                return;
+            }
+            return later(latency, [this, &d] { end_flush(d); });
         case 0xc8:
         case 0xca:
         case 0x25:
@@ -606,6 +614,11 @@ class Channel {
             }
         }
         bm_status_ &= ~1;
+        end(0x50, 0, 0);
+    }
+    void end_flush(Drive& d) {
+        d.is_flushed = true;
+        ++d.flushes;
         end(0x50, 0, 0);
     }
     void end(u8 status, u8 error, Nanoseconds after) {

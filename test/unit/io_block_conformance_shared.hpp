@@ -10,11 +10,7 @@ class SharedRig final : public Rig {
   public:
     /// `way`: how far completions have come after drain(): 1: at the target's queue, 2: being sent home.
     SharedRig(std::unique_ptr<Rig> inner, u32 way)
-        : inner_(std::move(inner)), lane_(inner_->disk(0).executor(), inner_->disk(0)), way_(way) {
-        facts = inner_->facts;
-        facts.forwarded = true;
-        facts.capacity = std::min(facts.capacity, io::SharedLane::max_forwarded);
-    }
+        : inner_(std::move(inner)), lane_(inner_->disk(0).executor(), inner_->disk(0)), way_(way) {}
     ~SharedRig() {
         for (u32 i = 0; i < 3; ++i) { // answers to `forget`
             inner_->turn();
@@ -47,14 +43,14 @@ class SharedRig final : public Rig {
     void answer(usize index, io::Status how) override { inner_->answer(index, how); }
     void answer_again(usize index) override { inner_->answer_again(index); }
     void answer_wrongly(u32 kind) override { inner_->answer_wrongly(kind); }
-    void event() override { inner_->event(); }
+    void event(u32) override { inner_->event(0); }
     bool reachable(DmaSpan span) override { return inner_->reachable(span); }
     void read_medium(u64 lba, u32 count, std::byte* into) override { inner_->read_medium(lba, count, into); }
-    void close(io::Status status) override { inner_->close(status); }
-    void stop() override { inner_->stop(); }
-    void reclaim() override { inner_->reclaim(); }
-    bool is_open() override { return inner_->is_open(); }
-    u32 under_way() override { return inner_->under_way(); }
+    void close(u32, io::Status status) override { inner_->close(0, status); }
+    void stop(u32) override { inner_->stop(0); }
+    void reclaim(u32) override { inner_->reclaim(0); }
+    bool is_open(u32) override { return inner_->is_open(0); }
+    u32 under_way(u32) override { return inner_->under_way(0); }
 
   private:
     std::unique_ptr<Rig> inner_;
@@ -62,12 +58,19 @@ class SharedRig final : public Rig {
     u32 way_;
 };
 
-/// Each rig of `all` behind a shared lane.
+/// Each rig of `all`, which have one lane, behind a shared lane. Without the cases for what a queue has and a shared lane
+/// has not: exchanges, and the ways in which the queue itself can be closed.
 inline std::vector<Make> shared(const std::vector<Make>& all) {
     std::vector<Make> made;
     for (const Make& of : all) {
+        Facts facts = of.facts;
+        facts.forwarded = true;
+        facts.capacity = std::min(facts.capacity, io::SharedLane::max_forwarded);
+        facts.exchanges = 0;
+        facts.faults.clear();
+        facts.elsewhere = false;
         for (u32 way = 1; way <= 2; ++way) {
-            made.push_back({of.name + "_" + std::to_string(way),
+            made.push_back({of.name + "_" + std::to_string(way), facts,
                             [of, way] { return std::make_unique<SharedRig>(of.make(), way); }});
         }
     }

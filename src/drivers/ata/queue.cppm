@@ -425,6 +425,8 @@ template <PortAccess P>
 io::Fence Transport<P>::fence(Command&) {
     if (leaving_) {
         channel_.stop();
+        // A flush cannot be stopped: its interrupt would keep a shared line asserted.
+        channel_.registers().control(Control::interrupts_off);
         reset_.abort();
         running_ = false;
     } else {

@@ -72,6 +72,7 @@ class StorageHost {
     static constexpr u32 ring_size = 4096 + ring_data;
 
     Zeroed disk{8192 * 512};
+    StorageHost* medium = this;               // the channel of the same device that has the disk
     std::deque<Command> commands;             // received and not completed
     std::function<Reply(const Command&)> say; // overrides the regular reply
     u32 packet_length = 64;
@@ -221,7 +222,7 @@ class StorageHost {
         }
     }
     u32 perform(const Command& c) {
-        const auto fits = [&](u64 lba, u64 blocks) { return (lba + blocks) * 512 <= disk.size(); };
+        const auto fits = [&](u64 lba, u64 blocks) { return (lba + blocks) * 512 <= medium->disk.size(); };
         switch (c.cdb(0)) {
         case 0x28:
         case 0x2a:
@@ -241,7 +242,7 @@ class StorageHost {
                 EXPECT_EQ(get32(c.packet.data() + 12 + 40), is_read ? 0x14au : 0x18au);
             }
             EXPECT_EQ(static_cast<u8>(c.packet[22]), is_read ? 1 : 0) << "direction";
-            std::byte* at = disk.data() + lba * 512;
+            std::byte* at = medium->disk.data() + lba * 512;
             for (const auto& [data, n] : c.data) {
                 if (is_read) {
                     std::memcpy(data, at, n);
@@ -267,7 +268,7 @@ class StorageHost {
                 blocks = blocks << 8 | static_cast<u8>(list[i]);
             }
             EXPECT_TRUE(fits(lba, blocks));
-            std::memset(disk.data() + lba * 512, 0, blocks * 512);
+            std::memset(medium->disk.data() + lba * 512, 0, blocks * 512);
             return 24;
         }
         default: return 0;

@@ -319,6 +319,32 @@ TEST_F(StorvscLanes, AStoppedMachineIsNoSilentHost) {
     EXPECT_FALSE(log.has("no answer within"));
 }
 
+// What a closed channel had under way is not with the host any more: it does not make the others more patient.
+TEST_F(StorvscLanes, AClosedChannelTakesItsCountsWithIt) {
+    lanes[1]->host.hold = true;
+    for (u32 i = 0; i < 20; ++i) {
+        ask(1, io::Op::read, 8 * i);
+    }
+    lanes[0]->host.hold = true;
+    ask(0);
+    for (u32 i = 0; i < 5; ++i) {
+        turn();
+    }
+    EXPECT_EQ(shared.under_way, 21u);
+    lanes[0]->host.hold = false;
+    for (u32 i = 0; i < 5; ++i) {
+        turn();
+    }
+    EXPECT_EQ(shared.under_way, 20u);
+    EXPECT_EQ(shared.answered, 1u);
+    set_this_processor(1);
+    lanes[1]->queue.stop();
+    set_this_processor(0);
+    EXPECT_EQ(shared.under_way, 0u);
+    EXPECT_EQ(shared.answered, 1u) << "what was answered stays answered";
+    EXPECT_TRUE(lanes[1]->queue.quiet());
+}
+
 // A dead host is detected nevertheless, in machine time: each of the two waits is at most doubled.
 TEST_F(StorvscLanes, ADeadHostIsFoundInMachineTimeAlsoWithAStop) {
     lanes[0]->host.hold = lanes[1]->host.hold = true;

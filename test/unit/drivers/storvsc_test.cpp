@@ -876,6 +876,48 @@ TEST(Storvsc, AnAnswerWithinTheGraceAfterTheReset) {
     EXPECT_TRUE(m.read(0, m.buffer(4096)));
 }
 
+// A host that answers nothing but bus resets. A request that a reset has ended is sent again once; after a second reset
+// it ends, whether or not it is the oldest one then.
+TEST(Storvsc, TwoResetsEndEverything) {
+    Machine m;
+    m.host.hold = true;
+    m.clock.on_idle = [](void* self) {
+        auto& machine = *static_cast<Machine*>(self);
+        fake::StorageHost& host = machine.host;
+        host.take();
+        const auto reset = std::ranges::find_if(host.commands, [](const Command& c) { return c.operation() == 6; });
+        if (reset != host.commands.end()) {
+            host.say = nullptr;
+            host.answer(static_cast<usize>(reset - host.commands.begin()));
+            host.say = [](const Command&) { return with([](Reply& r) { r.srb_status = 0x0e; }); };
+            while (!host.commands.empty()) {
+                host.answer();
+            }
+            machine.interrupt();
+        }
+    };
+    std::vector<std::unique_ptr<io::Request>> requests;
+    for (u32 i = 0; i < 6; ++i) {
+        requests.push_back(
+            std::make_unique<io::Request>(*m.disk, i % 2 == 0 ? io::Op::read : io::Op::write, 8 * i, m.buffer(4096)));
+        m.disk->submit(*requests.back());
+    }
+    const Instant start = m.clock.time;
+    ASSERT_TRUE(m.settle(*requests[0], 1'200'000'000));
+    EXPECT_EQ(m.host.resets, 1u);
+    for (u32 i = 1; i < 6; ++i) {
+        EXPECT_TRUE(requests[i]->pending()) << "sent again";
+    }
+    for (auto& request : requests) {
+        ASSERT_TRUE(m.settle(*request, 10'000'000'000));
+        EXPECT_EQ(request->status, io::Status::timed_out);
+        EXPECT_FALSE(request->buffer_lost);
+    }
+    EXPECT_EQ(m.host.resets, 2u);
+    EXPECT_LE(m.clock.time - start, 2'200'000'000u);
+    EXPECT_TRUE(m.queue->is_open()) << m.log.text.view();
+}
+
 TEST(Storvsc, RescindInMidFlight) {
     Machine m;
     m.host.hold = true;

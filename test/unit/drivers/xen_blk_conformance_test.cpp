@@ -14,8 +14,9 @@ import core.log;
 import core.cpuid;
 import io.executor;
 import io.task;
-import io.shared_lane;
 import io.block;
+import io.block_queue;
+import io.shared_lane;
 import hv.xen;
 import drivers.driver;
 import drivers.xen_blk;
@@ -41,7 +42,10 @@ struct Kind {
 class XenBlkRig final : public Rig {
   public:
     explicit XenBlkRig(const Kind& kind)
-        : back_(m_.xen, {.sectors = sectors, .persistent = kind.persistent, .indirect = kind.indirect ? 256u : 0u}) {
+        : back_(m_.xen, {.sectors = sectors,
+                         .discard = true,
+                         .persistent = kind.persistent,
+                         .indirect = kind.indirect ? 256u : 0u}) {
         EXPECT_TRUE(m_.install());
         EXPECT_TRUE(m_.start());
         m_.world.device = [this] {
@@ -55,6 +59,7 @@ class XenBlkRig final : public Rig {
         terms.flush = xen_blk::Operation::flush;
         terms.persistent = kind.persistent;
         terms.indirect_segments = kind.indirect ? 32 : 0;
+        terms.discard = true;
         terms.geometry = {.sectors = sectors, .flush = true};
         terms.port = *m_.guest.events().allocate_unbound(terms.domain);
         ring_ = *m_.xen.memory.buffer(4096);
@@ -75,18 +80,22 @@ class XenBlkRig final : public Rig {
         EXPECT_TRUE(disk_.open(terms, identity, m_.xen.memory, nullptr, nullptr));
         EXPECT_TRUE(m_.guest.events().bind(terms.port, xen_blk::Disk::on_event, &disk_));
         port_ = terms.port;
-        facts = {.capacity = 32,
-                 .part_bytes = (kind.indirect ? 32u : 11u) * 4096,
-                 .stoppable = false,
-                 .ids = true,
-                 .timeout = timeout,
-                 .answers = {Status::ok, Status::io_error, Status::not_supported}};
+    }
+    static Facts facts(const Kind& kind) {
+        return {.capacity = 32,
+                .part_bytes = (kind.indirect ? 32u : 11u) * 4096,
+                .discards = true,
+                .stoppable = false,
+                .ids = true,
+                .faults = {Fault::next},
+                .timeout = timeout,
+                .answers = {Status::ok, Status::io_error, Status::not_supported}};
     }
     ~XenBlkRig() {
         if (disk_.is_open()) {
             disk_.shut(Status::device_gone, {Code::device_gone, "the test is over"});
         }
-        reclaim();
+        reclaim(0);
         m_.guest.events().unbind(port_);
         EXPECT_TRUE(m_.guest.grants().release(ring_grant_));
     }
@@ -98,13 +107,18 @@ class XenBlkRig final : public Rig {
     std::vector<Held> held() override {
         std::vector<Held> held;
         for (const auto& h : back_.held()) {
-            held.push_back({h.op == 0 ? io::Op::read : io::Op::write, h.sector, h.sectors * 512});
+            const io::Op op = h.op == 0   ? io::Op::read
+                              : h.op == 1 ? io::Op::write
+                              : h.op == 5 ? io::Op::discard
+                                          : io::Op::flush;
+            held.push_back({op, h.sector, h.sectors * 512});
         }
         return held;
     }
     void answer(usize index, Status how) override {
         const InFake scope;
         back_.answer(index, how == Status::ok ? 0 : how == Status::io_error ? -1 : -2);
+        back_.wild = damaged_;
         m_.xen.deliver();
     }
     void answer_wrongly(u32 kind) override {
@@ -124,9 +138,15 @@ class XenBlkRig final : public Rig {
         }
         m_.xen.deliver();
     }
-    void event() override {
+    void event(u32) override {
         m_.xen.raise(to_underlying(port_));
         m_.xen.deliver();
+    }
+    Injected inject(u32, Fault) override {
+        damaged_ = back_.wild = true; // it takes nothing any more
+        back_.rsp_prod += 1000;       // more responses than there are slots
+        back_.word(8) = back_.rsp_prod;
+        return {"further than it can be: the ring is broken", Status::protocol_error};
     }
     bool reachable(DmaSpan span) override {
         for (const std::byte* frame : m_.xen.grant_frames) {
@@ -144,18 +164,19 @@ class XenBlkRig final : public Rig {
     void read_medium(u64 lba, u32 count, std::byte* into) override {
         std::memcpy(into, back_.disk.data() + lba * 512, count * 512);
     }
-    void close(Status status) override { disk_.shut(status, {Code::device_gone, "the test closes it"}); }
-    void reclaim() override {
+    void close(u32, Status status) override { disk_.shut(status, {Code::device_gone, "the test closes it"}); }
+    void reclaim(u32) override {
         back_.forget();
         disk_.reclaim();
     }
-    bool is_open() override { return disk_.is_open(); }
-    u32 under_way() override { return disk_.abandoned(); }
+    bool is_open(u32) override { return disk_.is_open(); }
+    u32 under_way(u32) override { return disk_.abandoned(); }
 
   private:
     static constexpr Nanoseconds timeout = 200'000'000;
     fake::Machine m_{16u << 20};
     fake::Blkback back_;
+    bool damaged_ = false;
     DmaBuffer ring_;
     hv::xen::GrantRef ring_grant_ = 0;
     hv::xen::Port port_ = hv::xen::Port::none;
@@ -165,7 +186,7 @@ class XenBlkRig final : public Rig {
 std::vector<Make> kinds() {
     std::vector<Make> all;
     const auto add = [&](const char* name, const Kind& kind) {
-        all.push_back({name, [kind] { return std::make_unique<XenBlkRig>(kind); }});
+        all.push_back({name, XenBlkRig::facts(kind), [kind] { return std::make_unique<XenBlkRig>(kind); }});
     };
     add("xen_blk", {});
     add("xen_blk_mapped", {.mapped = true});
@@ -178,6 +199,6 @@ std::vector<Make> kinds() {
 } // namespace
 
 namespace fl::test::conformance {
-INSTANTIATE_TEST_SUITE_P(XenBlk, BlockConformance, testing::ValuesIn(kinds()), name_of);
-INSTANTIATE_TEST_SUITE_P(SharedXenBlk, BlockConformance, testing::ValuesIn(shared({kinds().front()})), name_of);
+CONFORM(XenBlk, kinds());
+CONFORM(SharedXenBlk, shared({kinds().front()}));
 } // namespace fl::test::conformance

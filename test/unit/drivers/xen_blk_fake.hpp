@@ -252,6 +252,7 @@ class Blkback {
         held.op = Xen::field<u8>(at, indirect ? 1 : 0);
         held.sector = Xen::field<u64>(at, 16);
         const u32 n = indirect ? Xen::field<u16>(at, 2) : Xen::field<u8>(at, 1);
+        held.sectors = held.op == 5 ? static_cast<u32>(Xen::field<u64>(at, 24)) : 0;
         u64 first = at + 24;
         if (indirect) {
             std::byte* page = xen.memory.at(u64{Xen::field<u32>(xen.entry_address(Xen::field<u32>(at, 28)), 4)} * 4096);

@@ -526,6 +526,74 @@ TEST(XenBlkMany, ADiskWithoutPersistentGrantsWorksWithTheFewThatAreLeft) {
     EXPECT_EQ(m.xen.bad_maps, 0u);
 }
 
+// The ring has as many pages as there are grants for besides the 64 that are left to others.
+TEST(XenBlkMany, WhereGrantsAreFewTheRingIsSmaller) {
+    struct Row {
+        u32 left;
+        u32 pages;
+    };
+    for (const auto& [left, pages] : {Row{68, 4}, Row{67, 2}, Row{66, 2}, Row{65, 1}, Row{20, 1}}) {
+        SCOPED_TRACE(left);
+        DiskMachine m({.ring_order = 4}, without(Feature::persistent) | without(Feature::indirect));
+        m.xen.grant_frames_limit = m.xen.grant_frames_given = 1;
+        ASSERT_TRUE(m.install());
+        ASSERT_TRUE(m.start());
+        auto& grants = m.guest.grants();
+        std::vector<u32> taken;
+        while (grants.available() > left) {
+            taken.push_back(grants.take_unchecked());
+        }
+        ASSERT_EQ(grants.available(), left);
+        ASSERT_TRUE(m.run(drivers::xen_blk::probe(m.environment, m.guest, m.device)));
+        EXPECT_EQ(m.back.pages, pages);
+        EXPECT_EQ(grants.available(), left - pages);
+        FixedText<32> text;
+        print(text, "ring-pages={}", pages);
+        EXPECT_NE(m.disk().identity().features.view().find(text.view()), std::string_view::npos)
+            << m.disk().identity().features.view();
+        EXPECT_TRUE(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
+        for (const u32 ref : taken) {
+            grants.give(ref);
+        }
+    }
+}
+
+// The requests that wait for grants end; the disk stays open, because its back end has done nothing wrong.
+TEST(XenBlkMany, WithoutGrantsRequestsTimeOutAndTheDiskStays) {
+    Capture capture;
+    DiskMachine m({}, without(Feature::persistent));
+    m.xen.grant_frames_limit = m.xen.grant_frames_given = 1;
+    ASSERT_TRUE(m.probe());
+    auto& grants = m.guest.grants();
+    std::vector<u32> taken;
+    while (grants.ensure(1)) {
+        taken.push_back(grants.take_unchecked());
+    }
+    const DmaSpan buffer = m.buffer(3 * 4096);
+    std::vector<std::unique_ptr<io::BlockDevice::Transfer>> waiting;
+    for (u32 i = 0; i < 3; ++i) {
+        waiting.push_back(std::make_unique<io::BlockDevice::Transfer>(m.disk(), i == 1 ? io::Op::write : io::Op::read,
+                                                                      8 * i, buffer.subspan(i * 4096, 4096)));
+        m.disk().submit(*waiting.back());
+    }
+    ASSERT_TRUE(m.run(fake::sleep(m.executor, 180'000'000))); // of 200 ms
+    EXPECT_TRUE(std::ranges::all_of(waiting, [](const auto& t) { return t->pending(); }));
+    ASSERT_TRUE(m.run(fake::sleep(m.executor, 50'000'000))); // a tick for each
+    for (const auto& transfer : waiting) {
+        EXPECT_EQ(transfer->status, io::Status::timed_out);
+        EXPECT_FALSE(transfer->buffer_lost) << "the back end has never seen it";
+    }
+    EXPECT_NE(capture.text.find("no grant entries came free for a request within the time-out"), std::string::npos)
+        << capture.text;
+    EXPECT_EQ(capture.text.find("closed"), std::string::npos) << capture.text;
+    for (const u32 ref : taken) {
+        grants.give(ref);
+    }
+    EXPECT_TRUE(m.run(fake::read(m.disk(), 0, buffer)));
+    EXPECT_TRUE(m.run(fake::write(m.disk(), 0, buffer)));
+    EXPECT_EQ(m.xen.bad_maps, 0u);
+}
+
 // ---- many at once ----
 
 struct Load {
