@@ -270,6 +270,30 @@ TEST(BlockQueueTime, ACommandThatWaitsToBeResentIsNotEndedByAReset) {
     b.finish();
 }
 
+// No new request is sent: it is the resend that finds the queue damaged.
+TEST(BlockQueueFault, AResendFindsTheQueueDamaged) {
+    for (const io::Retry retry : {io::Retry::now, io::Retry::later, io::Retry::alone}) {
+        for (const bool gather : {false, true}) {
+            SCOPED_TRACE(to_underlying(retry));
+            ModelConfig config;
+            config.retry = retry;
+            Bench b(model("", config, gather));
+            Item& item = b.start(Op::write, 4000, 4096);
+            Item& other = b.start(Op::read, 0, 4096);
+            b.turn();
+            ASSERT_EQ(b.of(item).size(), 1u);
+            const Injected injected = b.rig->inject(0, Fault::send);
+            b.rig->answer_again(b.of(item).front());
+            b.turns(4);
+            EXPECT_TRUE(b.closed());
+            EXPECT_EQ(item.status, Status::protocol_error);
+            EXPECT_EQ(other.status, Status::protocol_error);
+            EXPECT_EQ(b.lines(injected.text), 1u) << b.log.text.view();
+            b.finish();
+        }
+    }
+}
+
 // Without room the slot is free again, and the queue goes on.
 TEST(BlockQueueExchange, ThereIsNoRoomInTheQueue) {
     ModelRig<false> rig(effect_give_up);
