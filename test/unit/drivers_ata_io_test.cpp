@@ -288,6 +288,26 @@ TEST_F(AtaIo, AFullTableOfRegionsEndsTheCommand) {
     }
 }
 
+// The engine reaches the first 4 GiB: a neighbour above is a command of its own, and bounced.
+TEST_F(AtaIo, ANeighbourAbove4GiBIsNotGathered) {
+    begin();
+    DmaSpan low = buffer(4096);
+    m.memory.high_bus = u64{1} << 32;
+    DmaSpan high = buffer(4096);
+    ASSERT_GE(high.bus, u64{1} << 32);
+    std::vector<std::unique_ptr<io::Request>> requests;
+    for (u32 i = 0; i < 2; ++i) {
+        requests.push_back(std::make_unique<io::Request>(hda(), io::Op::read, 800 + 8 * i, i == 0 ? low : high));
+        requests.back()->waiter = std::noop_coroutine();
+        hda().submit(*requests.back());
+    }
+    const u32 before = m.primary.commands;
+    ASSERT_TRUE(m.turns_until([&] { return hda().counters().completed == 2; }));
+    EXPECT_EQ(m.primary.commands - before, 2u);
+    EXPECT_TRUE(is_pattern(low, 800));
+    EXPECT_TRUE(is_pattern(high, 808));
+}
+
 TEST_F(AtaIo, TheTwoDisksOfAChannelTakeTurns) {
     drive = &m.add(m.primary, 0);
     Drive& slave = m.add(m.primary, 1, 5000);
@@ -333,13 +353,13 @@ TEST_F(AtaIo, TheTwoChannelsAreIndependent) {
 }
 
 TEST_F(AtaIo, NativeModeSharesALine) {
-    m.go_native();
+    m.set_native();
     drive = &m.add(m.primary, 0);
     m.add(m.secondary, 0);
     ASSERT_TRUE(m.attach());
-    ASSERT_EQ(m.interrupts.entries.size(), 2u);
-    EXPECT_EQ(m.interrupts.entries[0].line.gsi, 11u);
-    EXPECT_TRUE(m.interrupts.entries[0].line.level && !m.interrupts.entries[0].line.isa);
+    ASSERT_EQ(m.interrupts.lines.size(), 2u);
+    EXPECT_EQ(m.interrupts.lines[0].line.gsi, 11u);
+    EXPECT_TRUE(m.interrupts.lines[0].line.level && !m.interrupts.lines[0].line.isa);
     DmaSpan b = buffer(4096);
     ASSERT_TRUE(m.read(m.disk(0), 40, b));
     EXPECT_TRUE(is_pattern(b, 40));
