@@ -200,11 +200,11 @@ class Apt:
         if missing or (done.returncode and force):
             raise Problem(
                 f"The distribution's package lists could not be fetched: {reason(done.stdout) or f'none for {missing[0]} came'}. "
-                "Nothing was remembered: with a network, run the same command again.",
+                "Nothing was stored: with a network, run the same command again.",
                 Exit.MISSING,
             )
         if done.returncode:
-            print(f"apt: the package lists could not be renewed ({reason(done.stdout)}); the ones from before are used", file=sys.stderr)
+            print(f"apt: the package lists could not be renewed ({reason(done.stdout)}); the previous ones are used", file=sys.stderr)
             return
         paths.write_whole(stamp, sources + preferences)
 
@@ -244,7 +244,7 @@ class Apt:
         versions = self.candidates(names) if names else {}
         if not versions:
             raise Problem(
-                f"No package matches {pattern} on the distribution's mirror. scripts/setup --refresh fetches its lists anew; if it has none such any more, "
+                f"No package matches {pattern} on the distribution's mirror. scripts/setup --refresh fetches its lists again; if it no longer has one, "
                 "scripts/firstlight/distribution.py must name another.",
                 Exit.MISSING,
             )
@@ -299,7 +299,7 @@ class Apt:
                         path.rename(into / path.name)
         if done.returncode:
             process.demand_room(done.stdout, "packages")
-            raise Problem(f"Packages could not be fetched: {reason(done.stdout)}. What came is kept; run the same command again.", Exit.MISSING)
+            raise Problem(f"Packages could not be fetched: {reason(done.stdout)}. Complete files are kept; run the same command again.", Exit.MISSING)
 
     def facts(self, versions: dict[str, str]) -> dict[str, tuple[int, str]]:
         """Size and SHA-256 of the archives, from the signed lists."""

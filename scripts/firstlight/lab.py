@@ -138,7 +138,7 @@ def assemble(top: Path, current: Path, progress, refresh: bool = False) -> Lab:
     absent = sorted(set(names) - set(versions))
     if absent:
         raise Problem(
-            f"Packages without a candidate on the distribution's mirror: {' '.join(absent)}. scripts/setup --refresh fetches its lists anew.", Exit.MISSING
+            f"Packages without a candidate on the distribution's mirror: {' '.join(absent)}. scripts/setup --refresh fetches its lists again.", Exit.MISSING
         )
     key = hashlib.sha256(json.dumps([LAYOUT, versions], sort_keys=True).encode()).hexdigest()[:16]
     root = top / key

@@ -98,7 +98,7 @@ def drive_letters(number: int) -> str:
 def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+)([kmg]?)", text.lower())
     if not match or int(match[1]) == 0:
-        raise Problem(f"{text!r} is not a size: a number with k, m or g behind it was expected.", Exit.USAGE)
+        raise Problem(f"{text!r} is not a size: a number with the suffix k, m or g was expected.", Exit.USAGE)
     return int(match[1]) * SIZES[match[2]]
 
 

@@ -304,13 +304,13 @@ class Reader:
         if self.fault:
             return self.fault
         if not self.ready:
-            return "L1 never said that it was ready"
+            return "L1 never reported that it was ready"
         if self.current:
             return f"job {self.current} began and never ended"
         if self.waiting:
             return f"job {self.waiting[0]} never began"
         if not self.off:
-            return "L1 did not say that it was done"
+            return "L1 did not report that it was done"
         return ""
 
 

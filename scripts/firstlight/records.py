@@ -118,7 +118,7 @@ class Latencies:
         for op, buckets in mine.items():
             latency = result.get(op, {}).get("lat_ns", {})
             if sum(buckets.values()) != latency.get("N"):
-                raise ValueError("latencies that are not as many as the result says")
+                raise ValueError("latencies whose number is not the result's")
             latency["buckets"] = buckets
 
 

@@ -94,7 +94,7 @@ def clock_note(jobs: Sequence[dict]) -> str:
         return ""
     which = "all rows" if len(guessed) == len(jobs) else ", ".join(job["jobname"] for job in guessed)
     return (
-        f"Clock assumed ({which}): nobody told this guest the rate of its time stamp counter, and no timer was there to measure it by.\n"
+        f"Clock assumed ({which}): no source gave the rate of the guest's time stamp counter, and there was no timer to measure it by.\n"
         "IOPS, MiB/s and latencies are wrong by one unknown factor; counts and ratios within one boot hold."
     )
 

@@ -130,7 +130,7 @@ def as_invoker(user: pwd.struct_passwd, part: str, *words: str) -> None:
     )  # fmt: skip
     if done.returncode:
         code = Exit(done.returncode) if done.returncode in Exit.__members__.values() else Exit.ERROR
-        raise Problem(f"As {user.pw_name}, whose cache it is, the {part} did not come about; see above.", code)
+        raise Problem(f"As {user.pw_name}, whose cache it is, the {part} could not be set up; see above.", code)
 
 
 def arguments() -> options.Parser:

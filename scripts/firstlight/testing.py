@@ -275,7 +275,7 @@ def fuzz_fault(status: int, said: str) -> str:
         return "libFuzzer has found no corpus"
     done = re.findall(r"^Done (\d+) runs in \d+ second\(s\)$", said, re.MULTILINE)
     if len(done) != 1 or int(done[0]) < FUZZ_RUNS:
-        return f"libFuzzer says that it has done {', '.join(done) or 'no'} runs, not {FUZZ_RUNS}"
+        return f"libFuzzer reports {', '.join(done) or 'no'} runs, not {FUZZ_RUNS}"
     return ""
 
 

@@ -207,7 +207,7 @@ def judge(case: Case, boot: launch.Boot) -> Result:
     if verdict.value != case.expect:
         complaints.append(f"{boot.judgement.text}; {case.expect} was expected")
     elif case.expect == "CRASH" and not boot.log.of("verdict"):
-        complaints.append("a crash without a report: the kernel must say so itself")
+        complaints.append("a crash without a report: the kernel must report it itself")
     if case.status is not None and case.expect != "TIMEOUT" and boot.outcome.status != case.status:
         complaints.append(f"exit status {boot.outcome.status}, expected {case.status}")
     for pattern in case.output:
@@ -526,7 +526,7 @@ def run_here(ready: lab.Lab, cases: Sequence[Case], forced: str, work: Path) -> 
 def run_inside(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None], work: Path) -> Iterable[Result]:
     """The cases of one start of the lab. Those that a failed lab did not reach are tried again; the one during which it failed, last."""
     left = list(cases)
-    fault: Exception = Problem("The lab did not get to it.")
+    fault: Exception = Problem("The lab did not reach it.")
     idle = 0
     for attempt in range(LAB_STARTS):
         if not left or idle == 2:

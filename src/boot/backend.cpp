@@ -14,7 +14,7 @@ io::Task<Result<void>> Backend::enumerate(hv::DeviceList& into) {
 
 Result<void> Backend::unplug(hv::EmulatedClasses classes) {
     static_cast<void>(classes);
-    return Error{Code::not_supported, "this hypervisor has no way to take emulated devices away"};
+    return Error{Code::not_supported, "this hypervisor cannot unplug emulated devices"};
 }
 
 Result<void> Backend::join(u32 processor, io::Executor& executor) {

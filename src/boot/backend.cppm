@@ -40,8 +40,8 @@ class Backend {
 
     /// hv::BusRoot: appends the bus's devices; appends nothing if there is no bus. Every wait is bounded.
     virtual io::Task<Result<void>> enumerate(hv::DeviceList& into);
-    /// hv::LateDevices; news() is nullptr if the bus has no hot-added devices.
-    virtual io::Latch* news() { return nullptr; }
+    /// hv::LateDevices; changes() is nullptr if the bus has no hot-added devices.
+    virtual io::Latch* changes() { return nullptr; }
     virtual std::optional<hv::SyntheticDevice> next_device() { return std::nullopt; }
     virtual u32 new_dropped() { return 0; }
     /// Drivers for the bus's devices, numbered 0 to driver_count() - 1.
@@ -132,10 +132,10 @@ class BackendOf final : public Backend {
         }
         return Backend::enumerate(into);
     }
-    io::Latch* news() override {
+    io::Latch* changes() override {
         if constexpr (hv::LateDevices<B>) {
             auto* const bus = backend_.bus();
-            return bus != nullptr ? &bus->news() : nullptr;
+            return bus != nullptr ? &bus->changes() : nullptr;
         } else {
             return nullptr;
         }

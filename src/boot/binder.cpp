@@ -199,12 +199,12 @@ void Binder::finish(Candidate& candidate, const Entry& entry, const Port& port, 
     listing.disks = found;
     if (is_gone) {
         listing.why = drivers::Unused::unplugged;
-        print(listing.reason, "the host has taken {} away, as it was asked to",
+        print(listing.reason, "the host has unplugged {} as requested",
               listing.kind == DeviceClass::disk ? "its disks" : "it");
     } else {
         listing.driver = driver;
         if (listing.kind == DeviceClass::disk) {
-            print(listing.reason, "{} {}", found, noun(found, "disks"));
+            print(listing.reason, "{} {}", found, plural(found, "disks"));
         }
     }
     devices_.add(listing);
@@ -235,25 +235,25 @@ void Binder::failed(Candidate& candidate, std::string_view driver, const Error& 
 
 void Binder::watch() {
     for (DeviceSource* source : sources()) {
-        if (source->news() == nullptr) {
+        if (source->changes() == nullptr) {
             continue;
         }
-        if (auto kept = keeper_.spawn(watch_over(*source)); !kept) {
-            log::warning("devices that come later will not be noticed: {}", kept.error());
+        if (auto kept = tasks_.spawn(watch_source(*source)); !kept) {
+            log::warning("hot-added devices will not be detected: {}", kept.error());
         }
     }
 }
 
 // Offers hot-added devices, including devices that reappear. The pending ones are in the source's list.
-io::Task<Result<void>> Binder::watch_over(DeviceSource& source) {
-    u32 told = 0;
+io::Task<Result<void>> Binder::watch_source(DeviceSource& source) {
+    u32 logged = 0;
     u32 lost = 0; // dropped and not yet reported: rate-limited, because a host may offer devices without end
     for (;;) {
-        static_cast<void>(co_await source.news()->wait());
+        static_cast<void>(co_await source.changes()->wait());
         lost += source.lost();
-        if (lost > told / 2) {
+        if (lost > logged / 2) {
             devices_.left_out("synthetic devices", lost, true, "no room for them");
-            told += std::exchange(lost, 0);
+            logged += std::exchange(lost, 0);
         }
         while (source.next()) {
             if (shutdown_.requested()) {
@@ -287,14 +287,14 @@ void judge(Outcome& outcome, const Devices& devices, u32 wrong_rules, bool map_f
         return;
     }
     if (devices.failures() != 0) {
-        print(reason, "{} {} could not be taken into use (see the errors above); the job itself succeeded",
-              devices.failures(), noun(devices.failures(), "devices"));
+        print(reason, "{} {} could not be used (see the errors above); the job itself succeeded", devices.failures(),
+              plural(devices.failures(), "devices"));
     } else if (devices.disk_left_out()) {
         reason.write(
             "something was left out, and a disk may be among it (see the left_out records); the job itself succeeded");
     } else if (wrong_rules != 0 || map_file_cut) {
-        print(reason, "{} malformed {} in the map file{}; the rest of it counted, and the job itself succeeded",
-              wrong_rules, noun(wrong_rules, "lines"), map_file_cut ? ", which is cut" : "");
+        print(reason, "{} malformed {} in the map file{}; the other lines apply, and the job itself succeeded",
+              wrong_rules, plural(wrong_rules, "lines"), map_file_cut ? ", which is truncated" : "");
     } else {
         return;
     }

@@ -50,7 +50,7 @@ class Binder {
 
     /// All of these must outlive this.
     Binder(io::Executor& executor, const drivers::Plan& plan, DriverMachine& machine)
-        : plan_(plan), machine_(machine), attached_(plan, &devices_), shutdown_(executor), keeper_(executor) {
+        : plan_(plan), machine_(machine), attached_(plan, &devices_), shutdown_(executor), tasks_(executor) {
         attached_.executors = machine.executors();
     }
     Binder(const Binder&) = delete;
@@ -97,7 +97,7 @@ class Binder {
     void add_entries(std::string_view name);
     void find_candidates(Vector<Candidate>& into);
     io::Task<Result<void>> offer(std::span<Candidate> candidates);
-    io::Task<Result<void>> watch_over(DeviceSource& source);
+    io::Task<Result<void>> watch_source(DeviceSource& source);
     Port* port(std::string_view driver);
     void without_port(Candidate& candidate, std::string_view driver);
     void begin(const Candidate& candidate, const Entry& entry, Port& port);
@@ -118,7 +118,7 @@ class Binder {
     Vector<Entry> order_;
     u32 drivers_dropped_ = 0; // no memory for their entries
     hv::EmulatedClasses unplugged_;
-    io::TaskGroup keeper_; // never destroyed: a device may still access what its tasks wait for
+    io::TaskGroup tasks_; // never destroyed: a device may still access what its tasks wait for
 };
 
 /// Reports unused rules as left_out records. The rules themselves were cut short; no device is lost.

@@ -242,7 +242,7 @@ FixedText<160> Devices::why_no_disk() const {
         text.write("no device that could be one was found");
         return text;
     }
-    fl::print(text, "of {} {} that could be or have one", all, noun(all, "devices"));
+    fl::print(text, "of {} {} that could be or have one", all, plural(all, "devices"));
     std::string_view before = ":";
     const auto count = [&](u32 n, std::string_view why) {
         if (n != 0) {

@@ -32,13 +32,13 @@ io::BlockDevice* Disks::find(std::string_view name) const {
 }
 
 FixedText<256> Disks::names() const {
-    static constexpr usize most = 24; // so that the names and the total fit into a verdict's reason
+    static constexpr usize max_listed = 24; // so that the names and the total fit into a verdict's reason
     FixedText<256> text;
-    for (const io::BlockDevice* disk : all().first(std::min(count_, most))) {
+    for (const io::BlockDevice* disk : all().first(std::min(count_, max_listed))) {
         print(text, "{}{}", text.empty() ? "" : ", ", disk->identity().name.view());
     }
-    if (count_ > most) {
-        print(text, " and {} more", count_ - most);
+    if (count_ > max_listed) {
+        print(text, " and {} more", count_ - max_listed);
     }
     if (text.empty()) {
         text.write("none");
@@ -80,14 +80,14 @@ static FixedText<16> null_name(u64 number) {
 
 u32 null_disks(std::span<const std::string_view> names) {
     constexpr std::string_view prefix = "null";
-    constexpr u64 most = 256;
+    constexpr u64 max_listed = 256;
     u64 count = 0;
     for (const std::string_view name : names) {
         if (!name.starts_with(prefix)) {
             continue;
         }
         const auto number = parse_number(name.substr(prefix.size()));
-        if (number && *number < most && null_name(*number).view() == name) { // not null01, not null0x1
+        if (number && *number < max_listed && null_name(*number).view() == name) { // not null01, not null0x1
             count = std::max(count, *number + 1);
         }
     }

@@ -44,29 +44,29 @@ constexpr bool is_good(Verdict verdict) { return verdict == Verdict::success || 
 
 } // namespace
 
-Ways ways_of(const Platform& platform, Verdict verdict) {
+Methods methods_of(const Platform& platform, Verdict verdict) {
     const bool good = is_good(verdict);
-    Ways ways;
-    const auto add = [&](bool there, Way way) {
+    Methods methods;
+    const auto add = [&](bool there, Method method) {
         if (there) {
-            ways.list[ways.count++] = way;
+            methods.list[methods.count++] = method;
         }
     };
-    add(platform.xen, good ? Way::xen_off : Way::xen_crash);
-    add(!good && platform.hyperv_crash, Way::hyperv_crash);
-    add(!good && platform.pvpanic, Way::pvpanic);
+    add(platform.xen, good ? Method::xen_off : Method::xen_crash);
+    add(!good && platform.hyperv_crash, Method::hyperv_crash);
+    add(!good && platform.pvpanic, Method::pvpanic);
     // Where a triple fault is reported to the outside as a failure: on bhyve, and on machines that can only be reset,
     // such as Firecracker's.
-    if (!good && (platform.triple_fault_tells || (!platform.acpi_off && !platform.acpi_reset))) {
-        add(true, Way::triple_fault);
-        return ways;
+    if (!good && (platform.triple_fault_reported || (!platform.acpi_off && !platform.acpi_reset))) {
+        add(true, Method::triple_fault);
+        return methods;
     }
-    add(platform.acpi_off, Way::acpi_off);
-    add(platform.acpi_reset, Way::acpi_reset);
-    add(platform.hyperv_reset, Way::hyperv_reset);
-    add(true, Way::keyboard);
-    add(true, Way::triple_fault);
-    return ways;
+    add(platform.acpi_off, Method::acpi_off);
+    add(platform.acpi_reset, Method::acpi_reset);
+    add(platform.hyperv_reset, Method::hyperv_reset);
+    add(true, Method::keyboard);
+    add(true, Method::triple_fault);
+    return methods;
 }
 
 bool Ending::step(EndMachine& machine, hv::Privileged& cpu, Verdict verdict) {
@@ -74,25 +74,25 @@ bool Ending::step(EndMachine& machine, hv::Privileged& cpu, Verdict verdict) {
         verdict_ = verdict;
     }
     switch (const u32 at = next_++) {
-    case 0: take(Way::exit_port, machine, cpu); return true;
-    case 1: ask_cpuid(machine, cpu); return true;
-    case 2: ask_acpi(machine); return true;
-    case 3: ways_ = ways_of(platform_, *verdict_); return true;
+    case 0: take(Method::exit_port, machine, cpu); return true;
+    case 1: probe_cpuid(machine, cpu); return true;
+    case 2: probe_acpi(machine); return true;
+    case 3: methods_ = methods_of(platform_, *verdict_); return true;
     default:
-        if (at - 4 >= ways_.count) {
+        if (at - 4 >= methods_.count) {
             next_ = at; // stays past the last entry
             return false;
         }
-        take(ways_.list[at - 4], machine, cpu);
+        take(methods_.list[at - 4], machine, cpu);
         return true;
     }
 }
 
-void Ending::ask_cpuid(EndMachine& machine, hv::Privileged&) {
+void Ending::probe_cpuid(EndMachine& machine, hv::Privileged&) {
     const CpuidSnapshot& cpuid = machine.cpuid();
     const hv::Sightings sightings = hv::detect(cpuid, nullptr);
     platform_.xen = sightings.has(hv::VmGuest::xen);
-    platform_.triple_fault_tells = sightings.has(hv::VmGuest::bhyve);
+    platform_.triple_fault_reported = sightings.has(hv::VmGuest::bhyve);
     if (const hv::Sighting* hyperv = sightings.find(hv::VmGuest::hyperv); hyperv != nullptr && hyperv->base != 0) {
         const CpuidRegisters features = cpuid.get(hyperv->base + 3);
         platform_.hyperv_crash = (features.edx & hyperv_crash_feature) != 0;
@@ -100,7 +100,7 @@ void Ending::ask_cpuid(EndMachine& machine, hv::Privileged&) {
     }
 }
 
-void Ending::ask_acpi(EndMachine& machine) {
+void Ending::probe_acpi(EndMachine& machine) {
     std::optional<acpi::Tables> read;
     const acpi::Tables* tables = machine.tables();
     if (tables == nullptr) {
@@ -184,31 +184,31 @@ void Ending::crash_hyperv(EndMachine& machine, hv::Privileged& cpu) {
     machine.wait(note_wait);
 }
 
-void Ending::take(Way way, EndMachine& machine, hv::Privileged& cpu) {
-    switch (way) {
-    case Way::exit_port:
+void Ending::take(Method method, EndMachine& machine, hv::Privileged& cpu) {
+    switch (method) {
+    case Method::exit_port:
         cpu.out32(debug_exit_port, to_underlying(*verdict_));
         machine.wait(exit_port_wait);
         break;
-    case Way::xen_off: machine.xen_shutdown(xen_poweroff); break;
-    case Way::xen_crash: machine.xen_shutdown(xen_crash); break;
-    case Way::hyperv_crash: crash_hyperv(machine, cpu); break;
-    case Way::pvpanic:
+    case Method::xen_off: machine.xen_shutdown(xen_poweroff); break;
+    case Method::xen_crash: machine.xen_shutdown(xen_crash); break;
+    case Method::hyperv_crash: crash_hyperv(machine, cpu); break;
+    case Method::pvpanic:
         cpu.out8(pvpanic_port_, pvpanic_panicked);
         machine.wait(note_wait);
         break;
-    case Way::acpi_off: sleep_s5(machine, cpu); break;
-    case Way::acpi_reset:
+    case Method::acpi_off: sleep_s5(machine, cpu); break;
+    case Method::acpi_reset:
         machine.note_restart(*verdict_);
         write_register(fadt_->reset, fadt_->reset_value, machine, cpu);
         machine.wait(end_wait);
         break;
-    case Way::hyperv_reset:
+    case Method::hyperv_reset:
         machine.note_restart(*verdict_);
         cpu.write_msr(hyperv_reset_msr, 1);
         machine.wait(end_wait);
         break;
-    case Way::keyboard:
+    case Method::keyboard:
         machine.note_restart(*verdict_);
         // A busy controller drops commands. All bits set: there is no controller, so stop polling.
         for (u32 tries = 0; tries < 8; ++tries) {
@@ -221,7 +221,7 @@ void Ending::take(Way way, EndMachine& machine, hv::Privileged& cpu) {
         cpu.out8(keyboard_command, pulse_reset);
         machine.wait(end_wait); // Firecracker reports a failure if a triple fault follows immediately
         break;
-    case Way::triple_fault:
+    case Method::triple_fault:
         machine.note_restart(*verdict_);
         machine.triple_fault();
         break;

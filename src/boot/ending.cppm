@@ -12,7 +12,7 @@ import hv.backend;
 export namespace fl::boot {
 
 /// A method of ending the machine. Most of them return if the platform does not support them.
-enum class Way : u8 {
+enum class Method : u8 {
     exit_port,    // debug exit port 0xf4: QEMU's isa-debug-exit, the test host
     xen_off,      // SCHEDOP_shutdown with SHUTDOWN_poweroff
     xen_crash,    // SCHEDOP_shutdown with SHUTDOWN_crash
@@ -34,19 +34,19 @@ struct Platform {
     bool acpi_off = false;
     bool acpi_reset = false;
     // a triple fault gives the VMM a distinct exit status, although it can power off: bhyve
-    bool triple_fault_tells = false;
+    bool triple_fault_reported = false;
 };
 
-struct Ways {
-    std::array<Way, 9> list{};
+struct Methods {
+    std::array<Method, 9> list{};
     u32 count = 0;
-    constexpr std::span<const Way> all() const { return {list.data(), count}; }
+    constexpr std::span<const Method> all() const { return {list.data(), count}; }
 };
 
 /// The methods to try after the debug exit port, in order. SUCCESS and SKIP end the way the platform reports success;
 /// the other three verdicts end as a failure where the platform distinguishes the two. A method that restarts the
 /// machine is used only if it cannot be powered off, or after that has failed.
-Ways ways_of(const Platform& platform, Verdict verdict);
+Methods methods_of(const Platform& platform, Verdict verdict);
 
 /// What the methods need besides ports and registers.
 class EndMachine {
@@ -86,16 +86,16 @@ class Ending {
     const Platform& platform() const { return platform_; }
 
   private:
-    void ask_cpuid(EndMachine& machine, hv::Privileged& cpu);
-    void ask_acpi(EndMachine& machine);
-    void take(Way way, EndMachine& machine, hv::Privileged& cpu);
+    void probe_cpuid(EndMachine& machine, hv::Privileged& cpu);
+    void probe_acpi(EndMachine& machine);
+    void take(Method method, EndMachine& machine, hv::Privileged& cpu);
     void sleep_s5(EndMachine& machine, hv::Privileged& cpu);
     void crash_hyperv(EndMachine& machine, hv::Privileged& cpu);
 
     u32 next_ = 0;
     std::optional<Verdict> verdict_;
     Platform platform_;
-    Ways ways_;
+    Methods methods_;
     std::optional<acpi::Fadt> fadt_;
     std::optional<acpi::SleepType> s5_;
     u16 pvpanic_port_ = 0;

@@ -72,8 +72,8 @@ static u64 hypercall_page(const hv::xen::Gate& gate) {
 // hv= does not affect it. Nothing else of Xen is used here.
 static void open_xen_consoles(bool loaders_tables) {
     static constinit hv::xen::Consoles found{};
-    static constinit bool asked = false;
-    if (!std::exchange(asked, true)) {
+    static constinit bool searched = false;
+    if (!std::exchange(searched, true)) {
         hv::MachinePrivileged cpu;
         const hv::xen::Gate gate = hv::xen::native_gate();
         const auto cpuid = [](u32 leaf, u32 subleaf) {
@@ -141,21 +141,21 @@ static void start(boot::Entry entry) {
     const u64 needed = align_up(boot_info.kernel_phys + boot_info.kernel_size, large) + large;
     u64 seen = 0;
     for (const boot::MemoryRange& range : boot_info.memory()) {
-        const bool ours = range.kind == boot::MemoryKind::usable || range.kind == boot::MemoryKind::kernel;
-        seen = ours ? std::max(seen, range.base + range.size) : seen;
+        const bool usable = range.kind == boot::MemoryKind::usable || range.kind == boot::MemoryKind::kernel;
+        seen = usable ? std::max(seen, range.base + range.size) : seen;
     }
     if (error.code != Code::exhausted || seen >= needed) {
         refuse("memory", error);
     }
     FixedText<240> reason;
     print(reason,
-          "too little memory: needed up to {} KiB (the image, and 2 MiB behind it), seen up to {} KiB: give the "
+          "too little memory: needed up to {} KiB (the image, and 2 MiB after it), seen up to {} KiB: give the "
           "machine more",
           needed >> 10, seen >> 10);
     refuse(reason.view(), error.code);
 }
 
-[[noreturn]] static void go_on() {
+[[noreturn]] static void continue_boot() {
     start_memory({boot_info.kernel_phys, stack_guard()});
     boot::ending_uses_kernel_tables();
 #ifdef FIRSTLIGHT_HV_XEN
@@ -173,7 +173,7 @@ static void start(boot::Entry entry) {
 #ifdef FIRSTLIGHT_HV_XEN
 // Only Xen uses version 0; the hypervisor supplies what its start_info lacks. Rare, so CPUID is simply read a second
 // time.
-static Result<void> ask_for_memory() {
+static Result<void> read_xen_memory_map() {
     static constinit CpuidSnapshot cpuid{};
     static constinit std::array<hv::xen::E820Entry, boot::BootInfo::max_ranges> ranges{};
     hv::read_cpuid(cpuid);
@@ -186,7 +186,7 @@ static Result<void> ask_for_memory() {
     for (const hv::xen::E820Entry& range : std::span(ranges).first(*count)) {
         boot::add_range(boot_info, range.address, range.size, static_cast<boot::MemoryKind>(range.type));
     }
-    log::info("PVH: Xen told {} memory {}", *count, noun(*count, "ranges"));
+    log::info("PVH: {} memory {} from Xen", *count, plural(*count, "ranges"));
     return {};
 }
 #endif
@@ -199,15 +199,15 @@ extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
         refuse("entry", notes.error());
     }
     if (notes->no_memory_map) {
-        log::warning("PVH: the loader gives no memory map");
+        log::warning("PVH: the loader passed no memory map");
 #ifdef FIRSTLIGHT_HV_XEN
-        if (auto told = ask_for_memory(); !told) {
-            log::warning("PVH: {}", told.error());
+        if (auto map = read_xen_memory_map(); !map) {
+            log::warning("PVH: {}", map.error());
         }
 #endif
     }
     if (notes->memory_map_cut) {
-        log::warning("PVH: entries of the memory map behind the first {} are not read", boot::max_map_entries);
+        log::warning("PVH: only the first {} entries of the memory map are read", boot::max_map_entries);
     }
     if (notes->cmdline_unreadable) {
         log::warning("PVH: the command line lies outside the memory that the loader describes");
@@ -217,11 +217,11 @@ extern "C" [[noreturn]] void pvh_main(u64 start_info, u64 tsc) {
         log::warning("PVH: the first module lies outside the memory that the loader describes; there is no map file");
     }
     if (notes->extra_modules != 0) {
-        log::warning("PVH: ignored: {} {} behind the first one, which is the map file", notes->extra_modules,
-                     noun(notes->extra_modules, "modules"));
+        log::warning("PVH: ignored: {} {} after the first one, which is the map file", notes->extra_modules,
+                     plural(notes->extra_modules, "modules"));
     }
     boot_info.kernel_size = static_cast<u64>(image_end - image_text_begin);
-    go_on();
+    continue_boot();
 }
 
 extern "C" [[noreturn]] void entry64_main(const boot::BootInfo* handed_over) {
@@ -232,5 +232,5 @@ extern "C" [[noreturn]] void entry64_main(const boot::BootInfo* handed_over) {
                                          "the kernel"});
     }
     boot_info = *handed_over;
-    go_on();
+    continue_boot();
 }

@@ -27,11 +27,11 @@ void cut(MemoryRange& r, const MemoryRange& out) {
         return;
     }
     const u64 before = out.base > r.base ? out.base - r.base : 0;
-    const u64 behind = end_of(r) > end_of(out) ? end_of(r) - end_of(out) : 0;
-    if (behind > before) {
+    const u64 after = end_of(r) > end_of(out) ? end_of(r) - end_of(out) : 0;
+    if (after > before) {
         r.base = end_of(out);
     }
-    r.size = std::max(before, behind);
+    r.size = std::max(before, after);
 }
 
 void put(BootInfo& info, const MemoryRange& range, usize places) {

@@ -51,7 +51,7 @@ std::optional<Outcome> unknown_disk(const DiskChoice& choice, std::string_view k
     return std::nullopt;
 }
 
-constexpr std::string_view by_a_guess(const JobServices& services) {
+constexpr std::string_view clock_note(const JobServices& services) {
     return services.clock_assumed ? " (the clock's rate is assumed, not measured)" : "";
 }
 
@@ -61,7 +61,7 @@ void list_devices(const JobServices& services) {
     }
 }
 
-io::Task<Result<void>> say_where() {
+io::Task<Result<void>> report_processor() {
     log::info("processor {}: at work", this_processor());
     co_return Result<void>{};
 }
@@ -90,7 +90,7 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
         log::info("{}: block 0 read", disk->identity().name.view());
         if (std::exchange(first, false)) {
             const Nanoseconds since_entry = now - std::min(now, services.clock_ahead);
-            log::info("first block {} us after the entry{}", since_entry / 1000, by_a_guess(services));
+            log::info("first block {} us after the entry{}", since_entry / 1000, clock_note(services));
             {
                 log::Record record("first_block");
                 record.text("disk", disk->identity().name.view()).number("ns", since_entry);
@@ -103,7 +103,7 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
     }
     if (services.executors.size() > 1) {
         for (io::Executor* executor : services.executors) {
-            CO_CHECK(co_await io::run_on(*executor, say_where()));
+            CO_CHECK(co_await io::run_on(*executor, report_processor()));
         }
     }
     list_devices(services);
@@ -115,7 +115,7 @@ io::Task<Result<Outcome>> read_first_blocks(const Disks& disks, JobServices serv
     } else if (outcome.reason.truncated()) {
         outcome.reason.clear();
         print(outcome.reason, "block 0 of {} of {} {} could not be read: see the errors above", bad, disks.all().size(),
-              noun(disks.all().size(), "disks"));
+              plural(disks.all().size(), "disks"));
     }
     co_return outcome;
 }
@@ -149,8 +149,8 @@ std::optional<Outcome> not_scratch(const Options& options, const Disks& disks) {
         if (options.disk.chosen(name) && !options.scratch.chosen(name)) {
             Outcome outcome{Verdict::error, {}};
             print(outcome.reason,
-                  "{} would be written, and is not marked as scratch: add scratch={} to the command line if its "
-                  "contents may go",
+                  "{} would be written, and is not marked as scratch: add scratch={} to the command line if it may be "
+                  "overwritten",
                   name, name);
             log::error("{}", outcome.reason.view());
             log::Record("error").text("code", fl::name(Code::bad_argument)).text("message", outcome.reason.view());
@@ -171,20 +171,20 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
         }
     }
     const auto there = disks.all(); // snapshot: disks added while we wait were not checked above
-    u32 most_lanes = 1;
+    u32 lane_limit = 1;
     for (io::BlockDevice* disk : there) {
         if (options.disk.chosen(disk->identity().name.view())) {
-            most_lanes = std::max(most_lanes, disk->lanes());
+            lane_limit = std::max(lane_limit, disk->lanes());
         }
     }
-    most_lanes = static_cast<u32>(std::min<u64>({most_lanes, options.lanes, max_processors}));
+    lane_limit = static_cast<u32>(std::min<u64>({lane_limit, options.lanes, max_processors}));
     std::array<std::unique_ptr<io::Bench>, max_processors> owned;
     std::array<io::Bench*, max_processors> runners{};
-    for (u32 i = 0; i < most_lanes; ++i) {
+    for (u32 i = 0; i < lane_limit; ++i) {
         owned[i].reset(new (std::nothrow) io::Bench);
         runners[i] = owned[i].get();
     }
-    if (std::ranges::find(runners.begin(), runners.begin() + most_lanes, nullptr) != runners.begin() + most_lanes) {
+    if (std::ranges::find(runners.begin(), runners.begin() + lane_limit, nullptr) != runners.begin() + lane_limit) {
         co_return Error{Code::exhausted, "no memory for the benchmark's histograms: give the machine more"};
     }
     // Check every workload before running any: writes cannot be undone.
@@ -192,9 +192,10 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
         const std::string_view disk_name = disk->identity().name.view();
         for (u32 i = 0; i < workloads->count && options.disk.chosen(disk_name); ++i) {
             const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations};
-            if (auto suits = io::Bench::suits(*disk, workloads->at(i), with, std::min(most_lanes, disk->lanes()));
-                !suits) {
-                co_return refused(suits.error(), disk_name);
+            if (auto check_workload =
+                    io::Bench::check_workload(*disk, workloads->at(i), with, std::min(lane_limit, disk->lanes()));
+                !check_workload) {
+                co_return refused(check_workload.error(), disk_name);
             }
         }
     }
@@ -212,7 +213,7 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
             const io::Workload workload = workloads->at(i);
             const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations,
                                         services.mark, runs + 1};
-            const u32 lanes = std::min(most_lanes, disk->lanes());
+            const u32 lanes = std::min(lane_limit, disk->lanes());
             auto task = lanes == 1 ? runners[0]->run(*disk, workload, with)
                                    : io::Bench::run_lanes(std::span(runners).first(lanes), *disk, workload, with);
             auto result = co_await std::move(task);
@@ -221,8 +222,9 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
             }
             io::print_record(*disk, *result, services.clock_assumed);
             log::info("{}: {} bs={} qd={} lanes={}: {} {} in {} us, {} {}{}", disk_name, workload.pattern, workload.bs,
-                      workload.qd, result->lanes, workload.count, noun(workload.count, "I/Os"),
-                      result->runtime_ns / 1000, result->errors, noun(result->errors, "errors"), by_a_guess(services));
+                      workload.qd, result->lanes, workload.count, plural(workload.count, "I/Os"),
+                      result->runtime_ns / 1000, result->errors, plural(result->errors, "errors"),
+                      clock_note(services));
             if (result->first_error) {
                 report(*result->first_error, disk_name);
             }
@@ -231,9 +233,9 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
         }
     }
     outcome.verdict = errors == 0 ? Verdict::success : Verdict::failure;
-    print(outcome.reason, "{} {}, {} failed {}", runs, noun(runs, "workloads"), errors, noun(errors, "I/Os"));
-    if (most_lanes > 1) {
-        print(outcome.reason, ", on {} lanes", most_lanes);
+    print(outcome.reason, "{} {}, {} failed {}", runs, plural(runs, "workloads"), errors, plural(errors, "I/Os"));
+    if (lane_limit > 1) {
+        print(outcome.reason, ", on {} lanes", lane_limit);
     }
     if (services.clock_assumed) {
         print(outcome.reason, "; times are by an assumed clock, not a measured one");
@@ -282,14 +284,14 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
         if (result->ok()) {
             ++good;
             log::info("{}: {} {} of {} bytes verified on {} {}", disk_name, result->blocks,
-                      noun(result->blocks, "blocks"), plan.bs, result->lanes, noun(result->lanes, "lanes"));
+                      plural(result->blocks, "blocks"), plan.bs, result->lanes, plural(result->lanes, "lanes"));
         } else {
             outcome.verdict = Verdict::failure;
             log::error("{}: verify failed: {} of {} {} bad, {} written, {} read", disk_name, result->bad,
-                       result->blocks, noun(result->blocks, "blocks"), result->written, result->read);
+                       result->blocks, plural(result->blocks, "blocks"), result->written, result->read);
         }
     }
-    print(outcome.reason, "{} {} verified{}", good, noun(good, "disks"),
+    print(outcome.reason, "{} {} verified{}", good, plural(good, "disks"),
           outcome.verdict == Verdict::success ? "" : ", and not all of them");
     if (lanes > 1) {
         print(outcome.reason, ", on {} lanes", lanes);

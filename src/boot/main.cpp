@@ -179,7 +179,7 @@ void find_devices(Machine& machine, const BootInfo& info) {
     Devices& devices = machine.binder.devices();
     find_pci_functions(machine.pci, devices);
     log::info("devices: {} synthetic, {} PCI {}", machine.synthetic.count(), machine.pci.functions(),
-              noun(machine.pci.functions(), "functions"));
+              plural(machine.pci.functions(), "functions"));
     find_virtio_mmio(machine.virtio_mmio, options.loader);
     report_left_out(table, plan, devices);
     report_left_out(info, acpi_tables(), has_config_ports(), devices);
@@ -289,10 +289,10 @@ void start_machine(const BootInfo& info, const hv::Sightings& sightings, ClockHi
         log::info("clock {} at {} kHz", clock_name(), tsc_hz() / 1000);
     }
     if (clock_assumed()) {
-        log::warning("the clock's rate is a guess: no hypervisor tells the time stamp counter's frequency, and neither "
-                     "an ACPI timer nor a "
-                     "PIT counts here; {} kHz is assumed, and every time that is printed is wrong by the same factor",
-                     tsc_hz() / 1000);
+        log::warning(
+            "the clock's rate is a guess: no hypervisor gives the time stamp counter's frequency, and neither an ACPI "
+            "timer nor a PIT counts; {} kHz is assumed, and all printed times are wrong by the same factor",
+            tsc_hz() / 1000);
     }
     // A backend is named after its code, which may serve several hypervisors: kvm also serves QEMU's TCG.
     if (name(hv::vm_guest()) == backend.name()) {

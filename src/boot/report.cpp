@@ -37,8 +37,7 @@ void print_boot_info(const BootInfo& info) {
         log::warning("the map file is longer than {} bytes: its end is missing", BootInfo::max_map_file);
     }
     if (info.ranges_truncated != 0) {
-        log::warning("the memory map comes to more than {} ranges: what does not fit is not used",
-                     BootInfo::max_given_ranges);
+        log::warning("the memory map has more than {} ranges: the others are not used", BootInfo::max_given_ranges);
     }
 }
 
@@ -73,7 +72,7 @@ void print_option_errors(const OptionErrors& errors) {
         log::Record("error").text("code", name(Code::bad_argument)).text("message", message.view());
     }
     if (errors.dropped != 0) {
-        log::error("the command line: {} more {} not shown", errors.dropped, noun(errors.dropped, "errors"));
+        log::error("the command line: {} more {} not shown", errors.dropped, plural(errors.dropped, "errors"));
     }
 }
 
@@ -113,7 +112,7 @@ void boot_record(const BootInfo& info, const hv::Sightings& sightings, const Boo
 void report_left_out(const BootInfo& info, const acpi::Tables* tables, bool config_ports, Devices& into) {
     if (info.ranges_truncated != 0) {
         into.left_out("memory ranges", info.ranges_truncated, false,
-                      "the memory map has more ranges than this kernel takes");
+                      "the memory map has more ranges than this kernel supports");
     }
     if (tables == nullptr) {
         return;
@@ -128,25 +127,24 @@ void report_left_out(const BootInfo& info, const acpi::Tables* tables, bool conf
         into.left_out("ACPI tables", tables->damaged - tables->all_damages().size(), false, "damaged, too");
     }
     if (tables->dropped != 0) {
-        into.left_out("ACPI tables", tables->dropped, false, "there are more than this kernel looks at");
+        into.left_out("ACPI tables", tables->dropped, false, "there are more than this kernel reads");
     }
     if (tables->ssdts_dropped != 0) { // on hardware-reduced machines they may describe virtio-mmio devices
         into.left_out("SSDTs", tables->ssdts_dropped, tables->fadt && tables->fadt->hardware_reduced,
-                      "there are more than this kernel looks at");
+                      "there are more than this kernel reads");
     }
     if (tables->madt) {
         const acpi::Madt& madt = *tables->madt;
         const auto beyond = [&](u32 count, std::string_view what) {
             if (count != 0) {
-                into.left_out(what, count, false, "the MADT has more than this kernel takes");
+                into.left_out(what, count, false, "the MADT has more than this kernel supports");
             }
         };
         beyond(madt.processors_dropped, "processors");
         beyond(madt.io_apics_dropped, "IOAPICs");
         beyond(madt.overrides_dropped, "interrupt overrides");
         if (madt.bytes_dropped != 0) {
-            into.left_out("bytes of the MADT", madt.bytes_dropped, false,
-                          "they come after an entry of impossible length");
+            into.left_out("bytes of the MADT", madt.bytes_dropped, false, "they follow an entry of invalid length");
         }
     }
 }

@@ -37,7 +37,7 @@ struct Work {
 // Runs on the lane's own processor: holds back new requests and returns the number of requests in flight.
 io::Task<Result<u64>> hold(io::BlockDevice& lane) {
     lane.hold();
-    co_return lane.under_way();
+    co_return lane.in_flight();
 }
 
 // Quiesces all disks: no new request is started and those in flight have completed, so no device accesses the job's
@@ -45,11 +45,11 @@ io::Task<Result<u64>> hold(io::BlockDevice& lane) {
 // for, however many requests it has. `timeout` (ns) bounds the time in which no request completes on any disk, because
 // lanes of one disk, and disks of one host, may queue up after each other. The total wait is at most one time-out for
 // each request in flight.
-io::Task<Result<void>> bring_to_rest(const Disks& disks, JobServices services, Nanoseconds timeout) {
+io::Task<Result<void>> quiesce(const Disks& disks, JobServices services, Nanoseconds timeout) {
     static constexpr Nanoseconds poll = 1'000'000;
     std::optional<io::Bound> silence;
     for (u64 before = 0;;) {
-        u64 under_way = 0;
+        u64 in_flight = 0;
         std::optional<Error> failed;
         for (io::BlockDevice* disk : disks.all()) {
             for (u32 i = 0; i < disk->lanes(); ++i) {
@@ -58,22 +58,22 @@ io::Task<Result<void>> bring_to_rest(const Disks& disks, JobServices services, N
                                       ? co_await hold(lane)
                                       : co_await io::run_on(lane.executor(), hold(lane));
                 if (held) {
-                    under_way += *held;
+                    in_flight += *held;
                 } else {
                     failed = held.error();
                 }
             }
         }
-        if (under_way == 0) {
+        if (in_flight == 0) {
             co_return failed ? Result<void>(*failed) : Result<void>{};
         }
-        if (!silence || under_way < before) {
+        if (!silence || in_flight < before) {
             silence.emplace(services.executor, timeout);
         } else if (silence->passed()) {
-            co_return Error{Code::timed_out, "requests are still under way, and for a whole time-out none has ended", 0,
-                            under_way};
+            co_return Error{Code::timed_out, "requests are still in flight, and none has completed within a time-out",
+                            0, in_flight};
         }
-        before = under_way;
+        before = in_flight;
         co_await services.executor.sleep(poll);
     }
 }
@@ -88,24 +88,24 @@ io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks
         co_return Error{Code::exhausted, "no memory for the job"};
     }
     CO_CHECK(work->group.spawn(keep(options, disks, services, shutdown, work->done)));
-    static_cast<void>(co_await shutdown.asked());
+    static_cast<void>(co_await shutdown.await_request());
     if (!shutdown.requested() && work->done) {
         co_return *work->done;
     }
-    log::info("boot: {} asks for a shutdown: flushing {} {}", shutdown.by(), disks.all().size(),
-              noun(disks.all().size(), "disks"));
+    log::info("boot: {} requests a shutdown: flushing {} {}", shutdown.by(), disks.all().size(),
+              plural(disks.all().size(), "disks"));
     // Cancel the unfinished job with everything it waits for. Free its memory only if no device can access it any more.
     Outcome outcome;
-    if (auto rested = co_await bring_to_rest(disks, services, options.timeout); rested) {
+    if (auto quiesced = co_await quiesce(disks, services, options.timeout); quiesced) {
         work.reset();
     } else {
-        log::error("boot: not every disk comes to rest; the job's memory is given up: {}", rested.error());
+        log::error("boot: not every disk becomes idle; the job's memory is given up: {}", quiesced.error());
         static_cast<void>(work.release());
         outcome.verdict = Verdict::failure;
     }
     for (io::BlockDevice* disk : disks.all()) {
         if (disk->removed()) {
-            log::info("{}: taken away, nothing to flush", disk->identity().name.view());
+            log::info("{}: removed, nothing to flush", disk->identity().name.view());
             continue;
         }
         if (auto flushed = co_await disk->flush(); !flushed && !disk->removed()) {
@@ -113,10 +113,10 @@ io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks
             outcome.verdict = Verdict::failure;
         }
     }
-    shutdown.rest(outcome.verdict == Verdict::success);
-    static_cast<void>(co_await shutdown.was_answered({services.executor, answer_bound}));
-    print(outcome.reason, "shut down as {} asked{}", shutdown.by(),
-          outcome.verdict == Verdict::success ? "" : ", and not every disk could be brought to rest and flushed");
+    shutdown.quiesced(outcome.verdict == Verdict::success);
+    static_cast<void>(co_await shutdown.await_answer({services.executor, answer_bound}));
+    print(outcome.reason, "shut down as requested by {}{}", shutdown.by(),
+          outcome.verdict == Verdict::success ? "" : ", and not every disk could be quiesced and flushed");
     co_return outcome;
 }
 

@@ -119,7 +119,7 @@ DeviceEntry VirtioMmioSource::describe(u32 device) const {
 
 void VirtioMmioSource::report_left_out(Devices& into) const {
     if (words_dropped_ != 0) {
-        into.left_out("virtio_mmio.device words", words_dropped_, true, "there are more than this kernel looks at");
+        into.left_out("virtio_mmio.device words", words_dropped_, true, "there are more than this kernel reads");
     }
     if (acpi_dropped_ != 0) {
         into.left_out("virtio-mmio devices of ACPI", acpi_dropped_, true,

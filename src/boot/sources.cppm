@@ -46,9 +46,9 @@ class DeviceSource {
     /// Reports devices that did not fit or cannot be reached: one left_out() for each kind.
     virtual void report_left_out(Devices& into) const { static_cast<void>(into); }
 
-    /// Hot-added devices. news(): a latch opened when one is pending or was dropped; nullptr: this source has none.
+    /// Hot-added devices. changes(): a latch opened when one is pending or was dropped; nullptr: this source has none.
     /// Only one task may wait for it.
-    virtual io::Latch* news() { return nullptr; }
+    virtual io::Latch* changes() { return nullptr; }
     /// Makes the next pending device the source's only device. False: none is pending.
     virtual bool next() { return false; }
     /// Number of hot-added devices dropped since the last call.
@@ -139,7 +139,7 @@ class SyntheticSource final : public DeviceSource {
     DeviceEntry describe(u32 device) const override;
     FixedText<120> place(u32 device) const override;
     void report_left_out(Devices& into) const override;
-    io::Latch* news() override { return backend_.news(); }
+    io::Latch* changes() override { return backend_.changes(); }
     bool next() override;
     u32 lost() override { return backend_.new_dropped(); }
 

@@ -8,9 +8,9 @@ namespace fl::acpi {
 namespace {
 
 constexpr u32 header_size = 36;
-constexpr u32 most_table_bytes = 64 * 1024;
-constexpr u32 most_dsdt_bytes = 4 * 1024 * 1024;
-constexpr u32 most_tables = 128;
+constexpr u32 max_table_bytes = 64 * 1024;
+constexpr u32 max_dsdt_bytes = 4 * 1024 * 1024;
+constexpr u32 max_tables = 128;
 
 // A table in physical memory whose header and checksum have been verified.
 struct Table {
@@ -37,7 +37,7 @@ bool sums_to_zero(PhysicalReader& memory, u64 address, u32 length) {
 }
 
 // `damage`: filled in if the result is nothing.
-std::optional<Table> open_table(PhysicalReader& memory, u64 address, u32 most_bytes = most_table_bytes,
+std::optional<Table> open_table(PhysicalReader& memory, u64 address, u32 max_bytes = max_table_bytes,
                                 Damage* damage = nullptr) {
     struct Begin {
         std::array<char, 4> signature;
@@ -53,7 +53,7 @@ std::optional<Table> open_table(PhysicalReader& memory, u64 address, u32 most_by
     if (!begin) {
         return refuse(Damage::Kind::unreadable, {});
     }
-    if (begin->length < header_size || begin->length > most_bytes) {
+    if (begin->length < header_size || begin->length > max_bytes) {
         return refuse(Damage::Kind::length, *begin);
     }
     if (!sums_to_zero(memory, address, begin->length)) {
@@ -241,7 +241,7 @@ Result<Tables> read_tables(PhysicalReader& memory, u64 rsdp) {
     std::memcpy(&root, bytes.data(), rsdp_v1_size);
     if (std::memcmp(root.signature.data(), rsdp_signature.data(), 8) != 0 ||
         !sums_to_zero(memory, rsdp, rsdp_v1_size)) {
-        return Error(Code::protocol, "ACPI: what the loader calls the RSDP is none");
+        return Error(Code::protocol, "ACPI: no RSDP at the address from the loader");
     }
     if (root.revision >= 2 && memory.read(rsdp, bytes)) {
         std::memcpy(&root, bytes.data(), sizeof(root));
@@ -256,11 +256,11 @@ Result<Tables> read_tables(PhysicalReader& memory, u64 rsdp) {
         entry_size = 4;
         list = open_table(memory, root.rsdt);
         if (!list || !list->is("RSDT")) {
-            return Error(Code::protocol, "ACPI: neither XSDT nor RSDT is in order");
+            return Error(Code::protocol, "ACPI: neither XSDT nor RSDT is valid");
         }
     }
     const u32 listed = (list->length - header_size) / entry_size;
-    result.tables = std::min(listed, most_tables);
+    result.tables = std::min(listed, max_tables);
     result.dropped = listed - result.tables;
     for (u32 i = 0; i < result.tables; ++i) {
         const u32 offset = header_size + i * entry_size;
@@ -280,7 +280,7 @@ Result<Tables> read_tables(PhysicalReader& memory, u64 rsdp) {
             continue;
         }
         Damage damage;
-        const auto table = open_table(memory, address, most_table_bytes, &damage);
+        const auto table = open_table(memory, address, max_table_bytes, &damage);
         if (!table) {
             if (result.damaged < Tables::max_damages) {
                 result.damages[result.damaged] = damage;
@@ -310,7 +310,7 @@ using NameNear = std::span<const u8, name_near>;
 
 bool scan_aml(PhysicalReader& memory, u64 address, void (*at)(void* context, u8 before, NameNear bytes),
               void* context) {
-    const auto table = open_table(memory, address, most_dsdt_bytes);
+    const auto table = open_table(memory, address, max_dsdt_bytes);
     if (!table) {
         return false;
     }
@@ -398,7 +398,7 @@ RootBridges find_root_bridges(PhysicalReader& memory, const Tables& tables) {
         const bool returns = at[4] == 0 && at[5] == return_op;
         return returns ? integer(at.subspan(6)) : before == name_op ? integer(at.subspan(4)) : std::nullopt;
     };
-    const auto look = [](void* context, u8 before, NameNear at) {
+    const auto visit = [](void* context, u8 before, NameNear at) {
         auto& into = *static_cast<RootBridges*>(context);
         // "_HID", then EisaId ("PNP0A03") or ("PNP0A08") as DWordConst, or the same id as a string [ACPI 6.5 §20.2.3,
         // §6.1.5].
@@ -416,7 +416,7 @@ RootBridges find_root_bridges(PhysicalReader& memory, const Tables& tables) {
             into.cba = value_of(before, at).value_or(0);
         }
     };
-    found.incomplete = !scan_aml(memory, tables, look, &found);
+    found.incomplete = !scan_aml(memory, tables, visit, &found);
     return found;
 }
 
@@ -427,7 +427,7 @@ u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)
         void* context;
         u32 without;
     } search{found, context, 0};
-    const auto look = [](void* self, u8, NameNear at) {
+    const auto visit = [](void* self, u8, NameNear at) {
         if (!begins(at, "_HID\x0dLNRO0005")) {
             return;
         }
@@ -445,7 +445,7 @@ u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)
         }
         ++to.without;
     };
-    scan_aml(memory, tables, look, &search);
+    scan_aml(memory, tables, visit, &search);
     return search.without;
 }
 
@@ -453,7 +453,7 @@ namespace {
 
 // Scans one definition block. `damaged` is set if it cannot be read completely.
 std::optional<SleepType> find_s5(PhysicalReader& memory, u64 address, std::string_view signature, bool& damaged) {
-    const auto table = open_table(memory, address, most_dsdt_bytes);
+    const auto table = open_table(memory, address, max_dsdt_bytes);
     if (!table || !table->is(signature)) {
         damaged = true;
         return std::nullopt;
@@ -526,7 +526,7 @@ Result<SleepType> find_s5(PhysicalReader& memory, const Tables& tables) {
 }
 
 std::optional<u16> find_pvpanic(PhysicalReader& memory, u64 dsdt) {
-    const auto table = open_table(memory, dsdt, most_dsdt_bytes);
+    const auto table = open_table(memory, dsdt, max_dsdt_bytes);
     if (!table || !table->is("DSDT")) {
         return std::nullopt;
     }

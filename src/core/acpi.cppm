@@ -84,7 +84,7 @@ struct Damage {
     }
     std::string_view what() const {
         return kind == Kind::unreadable ? "cannot be read"
-               : kind == Kind::length   ? "has an impossible length"
+               : kind == Kind::length   ? "has an invalid length"
                                         : "has a wrong checksum";
     }
 };

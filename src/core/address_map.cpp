@@ -104,7 +104,7 @@ Result<void> MmioSpace::check_no_memory(u64 physical, u64 size) const {
     const u64 free = space_.unmapped(direct_map.begin + begin, end - begin);
     if (free != end - begin) {
         return Error(Code::protocol,
-                     "the device's registers are said to be where memory is: the firmware has placed them wrongly, or "
+                     "the device's registers overlap memory: the firmware has placed them wrongly, or "
                      "the memory map is wrong",
                      0, begin + free);
     }

@@ -29,7 +29,7 @@ inline constexpr AddressRegion image_map{0xffffffff80000000, 2_GiB};
 
 inline constexpr std::array address_regions{direct_map, mmio_map, stack_map, mmio_windows, image_map};
 /// True if the regions are ascending, disjoint and in the upper half of the address space.
-constexpr bool are_apart(std::span<const AddressRegion> regions) {
+constexpr bool are_disjoint(std::span<const AddressRegion> regions) {
     for (usize i = 0; i < regions.size(); ++i) {
         const AddressRegion& r = regions[i];
         const u64 last = r.begin + (r.size - 1);
@@ -40,7 +40,7 @@ constexpr bool are_apart(std::span<const AddressRegion> regions) {
     }
     return true;
 }
-static_assert(are_apart(address_regions));
+static_assert(are_disjoint(address_regions));
 
 /// Maps those pages touched by [physical, physical + size) that are not yet mapped, at window + physical. Mapped pages
 /// are unchanged. Errors as AddressSpace::map().

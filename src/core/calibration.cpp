@@ -9,10 +9,10 @@ constexpr u64 warm_up_us = 12;
 constexpr u64 sample_us = 55;
 constexpr u64 fewest_ticks = 128; // per sample
 constexpr u32 enough = 5;         // agreeing samples, if they are a third of all
-constexpr u32 fewest = 3;         // agreeing samples, if they are more than half and no more can be taken
-constexpr u32 most_samples = 24;
+constexpr u32 min_agreeing = 3;   // agreeing samples, if they are more than half and no more can be taken
+constexpr u32 max_samples = 24;
 // Limit of all readings together, for a timer that counts, but too slowly for a result.
-constexpr u32 most_readings = 65'536;
+constexpr u32 max_readings = 65'536;
 // Two rates agree if they differ by less than one part in this many, plus the uncertainty of their readings.
 constexpr u64 agreement = 128;
 
@@ -34,7 +34,7 @@ class Measurement {
         if (!read(first)) {
             return false;
         }
-        for (u32 still = 0; still < timer_.most_still; ++still) {
+        for (u32 unchanged = 0; unchanged < timer_.max_unchanged; ++unchanged) {
             if (!read(last_)) {
                 return false;
             }
@@ -51,24 +51,24 @@ class Measurement {
         const TimerReading first = last_;
         TimerReading reading = first;
         Sample sample;
-        for (u32 still = 0; still < timer_.most_still;) {
+        for (u32 unchanged = 0; unchanged < timer_.max_unchanged;) {
             const u32 before = reading.value;
             if (!read(reading)) {
                 return std::nullopt;
             }
             const u32 step = (reading.value - before) & timer_.mask;
             if (step == 0) {
-                ++still;
+                ++unchanged;
                 continue;
             }
-            still = 0;
+            unchanged = 0;
             // it went back, or wrapped around more often than can be detected
             sample.disturbed = sample.disturbed || step > timer_.mask / 2;
             sample.ticks += step;
             const u64 took = reading.after - reading.before;
-            tightest_ = std::min(tightest_, took);
+            best_slack_ = std::min(best_slack_, took);
             // If a reading was interrupted, it is unknown when its value was read.
-            if (sample.ticks < wanted || (took > 4 * tightest_ + 64 && sample.ticks < 2 * wanted)) {
+            if (sample.ticks < wanted || (took > 4 * best_slack_ + 64 && sample.ticks < 2 * wanted)) {
                 continue;
             }
             last_ = reading;
@@ -76,13 +76,13 @@ class Measurement {
             const u64 to = reading.before + took / 2;
             sample.cycles = to - from;
             // The machine was stopped, or restored from a snapshot.
-            constexpr u64 most_cycles = u64{1} << 30;
+            constexpr u64 max_cycles = u64{1} << 30;
             sample.disturbed =
-                sample.disturbed || sample.ticks > 4 * wanted || sample.cycles == 0 || sample.cycles > most_cycles;
+                sample.disturbed || sample.ticks > 4 * wanted || sample.cycles == 0 || sample.cycles > max_cycles;
             if (!sample.disturbed) {
                 // The time of a timer change is known to within the length of a reading or, if readings take longer
                 // than its ticks, to within a tick; at both ends.
-                const u64 open = 2 * std::min(2 * tightest_, sample.cycles / sample.ticks);
+                const u64 open = 2 * std::min(2 * best_slack_, sample.cycles / sample.ticks);
                 sample.rate = sample.cycles * timer_.hz / sample.ticks;
                 sample.slack = sample.rate / agreement + open * timer_.hz / sample.ticks;
             }
@@ -91,12 +91,12 @@ class Measurement {
         return std::nullopt;
     }
 
-    u64 tightest() const { return tightest_; }
+    u64 best_slack() const { return best_slack_; }
     u32 readings() const { return readings_; }
 
   private:
     bool read(TimerReading& into) {
-        if (readings_ == most_readings) {
+        if (readings_ == max_readings) {
             return false;
         }
         ++readings_;
@@ -106,7 +106,7 @@ class Measurement {
 
     const ReferenceTimer& timer_;
     TimerReading last_;
-    u64 tightest_ = ~u64{0} / 8; // cycles per reading
+    u64 best_slack_ = ~u64{0} / 8; // cycles per reading
     u32 readings_ = 0;
 };
 
@@ -118,8 +118,8 @@ Calibration largest_group(std::span<const Sample> samples, u64 timer_hz) {
         u64 cycles = 0;
         u64 ticks = 0;
         for (const Sample& other : samples) {
-            const u64 apart = other.rate > middle.rate ? other.rate - middle.rate : middle.rate - other.rate;
-            if (apart <= middle.slack) {
+            const u64 distance = other.rate > middle.rate ? other.rate - middle.rate : middle.rate - other.rate;
+            if (distance <= middle.slack) {
                 ++count;
                 cycles += other.cycles;
                 ticks += other.ticks;
@@ -136,7 +136,7 @@ Calibration largest_group(std::span<const Sample> samples, u64 timer_hz) {
 
 Calibration calibrate(const ReferenceTimer& timer) {
     Measurement measurement(timer);
-    std::array<Sample, most_samples> samples;
+    std::array<Sample, max_samples> samples;
     usize kept = 0;
     u32 taken = 0;
     Calibration result;
@@ -145,8 +145,8 @@ Calibration calibrate(const ReferenceTimer& timer) {
         const u64 shortest = std::max(timer.hz * sample_us / 1'000'000, fewest_ticks);
         const u64 cycles = first->ticks == 0 ? 0 : shortest * first->cycles / first->ticks;
         const u64 wanted =
-            cycles == 0 ? shortest : shortest * std::clamp<u64>(16 * measurement.tightest() / cycles, 1, 16);
-        while (taken < most_samples && (result.agreeing < enough || result.agreeing * 3 < taken)) {
+            cycles == 0 ? shortest : shortest * std::clamp<u64>(16 * measurement.best_slack() / cycles, 1, 16);
+        while (taken < max_samples && (result.agreeing < enough || result.agreeing * 3 < taken)) {
             const auto sample = measurement.next(wanted);
             if (!sample) {
                 break;
@@ -159,7 +159,7 @@ Calibration calibrate(const ReferenceTimer& timer) {
         }
     }
     const bool good = (result.agreeing >= enough && result.agreeing * 3 >= taken) ||
-                      (result.agreeing >= fewest && result.agreeing * 2 > taken);
+                      (result.agreeing >= min_agreeing && result.agreeing * 2 > taken);
     if (!good) {
         result = {};
     }

@@ -16,8 +16,8 @@ struct TimerReading {
 /// A timer that counts up at a known rate and wraps around.
 struct ReferenceTimer {
     u64 hz = 0;
-    u32 mask = ~u32{0};   // implemented bits
-    u32 most_still = 400; // unchanged readings after which the timer is considered stopped or absent
+    u32 mask = ~u32{0};      // implemented bits
+    u32 max_unchanged = 400; // unchanged readings after which the timer is considered stopped or absent
     void* context = nullptr;
     TimerReading (*read)(void* context) = nullptr;
 };
@@ -33,7 +33,7 @@ struct Calibration {
 /// Takes samples of about 55 us until five of them agree and make up a third of all, and returns the rate over those.
 /// The first sample is discarded: it pays for cold caches and, on an emulator, for translation. A sample during which
 /// the machine was stopped agrees with no other. Bounded by the number of readings, since no clock exists yet: a timer
-/// that does not count costs `most_still` of them. Returns 0 if samples do not agree.
+/// that does not count costs `max_unchanged` of them. Returns 0 if samples do not agree.
 Calibration calibrate(const ReferenceTimer& timer);
 
 /// Converts the time stamp counter to nanoseconds since the kernel's entry.

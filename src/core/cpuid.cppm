@@ -130,26 +130,26 @@ constexpr void scan_cpuid(CpuidSnapshot& into, Read&& read) {
         }
         into.leaves[into.leaf_count++] = {leaf, subleaf, value};
     };
-    auto ask = [&](u32 leaf, u32 subleaf) {
+    auto query = [&](u32 leaf, u32 subleaf) {
         ++into.executed;
         const CpuidRegisters value = read(leaf, subleaf);
         keep(leaf, subleaf, value);
         return value;
     };
 
-    const u32 max_basic = ask(0, 0).eax;
+    const u32 max_basic = query(0, 0).eax;
     // 1 features, 6 power (ARAT), 7 features, 0xd state sizes, 0x15 and 0x16 frequencies.
     for (u32 leaf : {1u, 6u, 7u, 0xdu, 0x15u, 0x16u}) {
         if (leaf <= max_basic) {
-            ask(leaf, 0);
+            query(leaf, 0);
         }
     }
-    const u32 max_extended = ask(0x80000000, 0).eax;
+    const u32 max_extended = query(0x80000000, 0).eax;
     if ((max_extended & 0xffff0000) == 0x80000000) {
         // 1 features (NX, long mode, 1 GiB pages), 7 invariant TSC, 8 address widths, 0xa SVM.
         for (u32 leaf : {0x80000001u, 0x80000007u, 0x80000008u, 0x8000000au}) {
             if (leaf <= max_extended) {
-                ask(leaf, 0);
+                query(leaf, 0);
             }
         }
     }
@@ -168,12 +168,12 @@ constexpr void scan_cpuid(CpuidSnapshot& into, Read&& read) {
         keep(base, 0, value);
         const u32 end = std::min(found->max_leaf, base + CpuidSnapshot::leaves_per_base - 1);
         for (u32 leaf = base + 1; leaf <= end; ++leaf) {
-            ask(leaf, 0);
+            query(leaf, 0);
         }
         // Xen's time leaf has three subleaves (scale and offset in 1, host frequency in 2) [xen-cpuid].
         if (found->signature.view() == "XenVMMXenVMM" && found->max_leaf >= base + 3) {
-            ask(base + 3, 1);
-            ask(base + 3, 2);
+            query(base + 3, 1);
+            query(base + 3, 2);
         }
     }
 }

@@ -31,7 +31,7 @@ struct Quarantine {
     }
     void freeze() REQUIRES(lock) {
         if (!std::exchange(frozen, true)) {
-            log::error("no memory left to note what devices may still access: no DMA memory is given back any more");
+            log::error("no memory to record what devices may still access: DMA memory is no longer freed");
         }
     }
 };

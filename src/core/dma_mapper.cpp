@@ -11,7 +11,7 @@ class SegmentList {
   public:
     SegmentList(DmaMapping& mapping, const DmaLimits& limits)
         : mapping_(mapping), boundary_(limits.boundary),
-          most_(static_cast<u32>(std::min<usize>(limits.max_segments, mapping.room_.size()))),
+          max_segments_(static_cast<u32>(std::min<usize>(limits.max_segments, mapping.room_.size()))),
           // keeps the segment that follows a full one aligned
           max_segment_(limits.max_segment - limits.max_segment % limits.alignment) {}
 
@@ -26,7 +26,7 @@ class SegmentList {
                                     (boundary_ != 0 && at % boundary_ == 0))) {
                 last = nullptr;
             }
-            if (last == nullptr && mapping_.count_ == most_) {
+            if (last == nullptr && mapping_.count_ == max_segments_) {
                 break;
             }
             u64 space = last == nullptr ? max_segment_ : max_segment_ - last->size;
@@ -58,7 +58,7 @@ class SegmentList {
   private:
     DmaMapping& mapping_;
     u64 boundary_;
-    u32 most_;
+    u32 max_segments_;
     u32 max_segment_;
 };
 
@@ -69,7 +69,7 @@ bool are_sound(const DmaLimits& limits) {
            limits.alignment <= limits.max_segment && limits.granule != 0 &&
            (limits.boundary == 0 || (std::has_single_bit(limits.boundary) && limits.alignment <= limits.boundary));
 }
-Error contradiction() {
+Error invalid_limits() {
     return {Code::bad_argument, "DMA mapping: the device's limits contradict each other (its driver is wrong)"};
 }
 Error no_segments(const DmaLimits& limits, u32 wanted) {
@@ -97,7 +97,7 @@ Result<u32> IdentityMapper::map(std::span<const DmaSpan> spans, DmaDirection dir
                                 DmaMapping& mapping) {
     begin(mapping.active_);
     if (!are_sound(limits)) {
-        return contradiction();
+        return invalid_limits();
     }
     mapping.count_ = mapping.bytes_ = 0;
     mapping.direction_ = direction;
@@ -106,7 +106,7 @@ Result<u32> IdentityMapper::map(std::span<const DmaSpan> spans, DmaDirection dir
     for (const DmaSpan& span : spans) {
         if (!limits.admits(span)) {
             return Error(Code::not_supported,
-                         "DMA mapping: the device does not reach this memory, and nothing is copied for it",
+                         "DMA mapping: the device cannot address this memory, and bouncing is not enabled",
                          limits.highest, span.bus);
         }
         wanted += span.size;
@@ -148,14 +148,14 @@ Result<void> BounceMapper::make_room(const DmaLimits& limits) {
         u16 page = std::exchange(held_, DmaMapping::no_page);
         while (page != DmaMapping::no_page) {
             const u16 next = uses_[page].next;
-            take_back(page);
+            free_page(page);
             page = next;
         }
     }
     if (pool_.available() != 0) {
         return {};
     }
-    if (pool_.size() + chunk_pages <= most_pages_) {
+    if (pool_.size() + chunk_pages <= max_pages_) {
         // A chunk ends at or before the last address that the device can reach.
         auto memory = from_.buffer(pool_.chunk_bytes, limits.highest == ~u64{0} ? limits.highest : limits.highest + 1);
         if (memory) {
@@ -169,16 +169,16 @@ Result<void> BounceMapper::make_room(const DmaLimits& limits) {
     if (pool_.size() == 0) {
         return Error(Code::exhausted, "DMA mapping: the pool is smaller than 64 KiB");
     }
-    return Error(Code::busy, "DMA mapping: all pages that data is copied through are in use", pool_.size(), 0);
+    return Error(Code::busy, "DMA mapping: all bounce pages are in use", pool_.size(), 0);
 }
 
 // Takes a page from a mapping or from the quarantine list, and puts it into the pool or (back) into that list.
-void BounceMapper::take_back(u16 page) {
+void BounceMapper::free_page(u16 page) {
     if (is_quarantined(pool_.span(page))) {
         uses_[page].next = held_;
         held_ = page;
     } else {
-        pool_.give(page);
+        pool_.recycle(page);
     }
 }
 
@@ -186,7 +186,7 @@ Result<u32> BounceMapper::map(std::span<const DmaSpan> spans, DmaDirection direc
                               DmaMapping& mapping) {
     begin(mapping.active_);
     if (!are_sound(limits)) {
-        return contradiction();
+        return invalid_limits();
     }
     mapping.count_ = mapping.bytes_ = 0;
     mapping.first_page_ = mapping.last_page_ = DmaMapping::no_page;
@@ -209,7 +209,7 @@ Result<u32> BounceMapper::map(std::span<const DmaSpan> spans, DmaDirection direc
             const u32 offset = mapping.bytes_;
             const u32 added = list.add(pool_.span(page).bus, size);
             if (added == 0) {
-                pool_.give(page);
+                pool_.recycle(page);
                 return false;
             }
             uses_[page] = {offset, added, DmaMapping::no_page};
@@ -260,7 +260,7 @@ void BounceMapper::unmap(DmaMapping& mapping, std::span<const DmaSpan> spans) {
             std::memcpy(spans.front().data + (use.offset - begin), pool_.data(page), size);
         }
         --in_use_;
-        take_back(page);
+        free_page(page);
         page = use.next;
     }
 }

@@ -134,7 +134,7 @@ class BouncePool {
     }
     /// available() must not be 0.
     u16 take() { return free_[--available_]; }
-    void give(u16 page) { free_[available_++] = page; }
+    void recycle(u16 page) { free_[available_++] = page; }
     std::byte* data(u32 page) const { return data_[page]; }
     DmaSpan span(u32 page) const {
         return memory_[page / Chunk].span().subspan(page % Chunk * static_cast<u32>(page_size),
@@ -168,9 +168,9 @@ class BounceMapper final : public DmaMapper {
     static constexpr u32 max_pages = 64;
     static constexpr u32 chunk_pages = 16;
 
-    /// `most_bytes`: maximum size of the pool, in whole chunks (64 KiB) up to 256 KiB. `from` must outlive the mapper.
-    BounceMapper(DmaAllocator& from, u32 most_bytes)
-        : from_(from), most_pages_(std::min(most_bytes / static_cast<u32>(page_size), max_pages)) {}
+    /// `max_bytes`: maximum size of the pool, in whole chunks (64 KiB) up to 256 KiB. `from` must outlive the mapper.
+    BounceMapper(DmaAllocator& from, u32 max_bytes)
+        : from_(from), max_pages_(std::min(max_bytes / static_cast<u32>(page_size), max_pages)) {}
     BounceMapper(const BounceMapper&) = delete;
     BounceMapper& operator=(const BounceMapper&) = delete;
     /// Abandoned memory is not freed before it is released from quarantine.
@@ -193,10 +193,10 @@ class BounceMapper final : public DmaMapper {
         u16 next; // page of the same mapping, or of the quarantine list
     };
     Result<void> make_room(const DmaLimits& limits);
-    void take_back(u16 page);
+    void free_page(u16 page);
 
     DmaAllocator& from_;
-    u32 most_pages_;
+    u32 max_pages_;
     u32 in_use_ = 0; // pages in mappings
     u16 held_ = DmaMapping::no_page;
     BouncePool<max_pages, chunk_pages> pool_;

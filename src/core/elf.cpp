@@ -65,7 +65,7 @@ Result<Segment> segment_from(const ProgramHeader& p, std::span<const std::byte> 
                      p.file_size);
     }
     if (p.file_offset > file.size() || p.file_size > file.size() - p.file_offset) {
-        return Error(Code::corrupt, "ELF: a segment ends behind the file, which was cut short; rebuild it", file.size(),
+        return Error(Code::corrupt, "ELF: a segment ends beyond the file, which is truncated; rebuild it", file.size(),
                      p.file_offset);
     }
     if (p.memory_size > ~p.virtual_address || p.memory_size > ~p.physical_address) {
@@ -92,7 +92,7 @@ Result<Image> Image::parse(std::span<const std::byte> file) {
     const u64 table = u64{h.program_count} * sizeof(ProgramHeader);
     if (h.program_offset > file.size() || table > file.size() - h.program_offset) {
         return Error(Code::corrupt,
-                     "ELF: the program header table ends behind the file, which was cut short; rebuild it", file.size(),
+                     "ELF: the program header table ends beyond the file, which is truncated; rebuild it", file.size(),
                      h.program_offset);
     }
     Image image;

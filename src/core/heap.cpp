@@ -8,11 +8,11 @@ void Heap::add(std::span<std::byte> memory) {
     const usize begin = align_up(reinterpret_cast<usize>(memory.data()), granule);
     const usize end = align_down(reinterpret_cast<usize>(memory.data()) + memory.size(), granule);
     if (end > begin) {
-        give_run(reinterpret_cast<std::byte*>(begin), end - begin);
+        free_run(reinterpret_cast<std::byte*>(begin), end - begin);
     }
 }
 
-std::byte* Heap::take_run(usize size) {
+std::byte* Heap::allocate_run(usize size) {
     for (Run** at = &runs_; *at != nullptr; at = &(*at)->next) {
         Run* run = *at;
         if (run->size < size) {
@@ -28,14 +28,14 @@ std::byte* Heap::take_run(usize size) {
     return nullptr;
 }
 
-void Heap::give_run(std::byte* memory, usize size) {
+void Heap::free_run(std::byte* memory, usize size) {
     Run* before = nullptr;
-    Run* behind = runs_;
-    while (behind != nullptr && reinterpret_cast<std::byte*>(behind) < memory) {
-        before = behind;
-        behind = behind->next;
+    Run* after = runs_;
+    while (after != nullptr && reinterpret_cast<std::byte*>(after) < memory) {
+        before = after;
+        after = after->next;
     }
-    Run* run = new (memory) Run{size, behind};
+    Run* run = new (memory) Run{size, after};
     if (before == nullptr) {
         runs_ = run;
     } else if (reinterpret_cast<std::byte*>(before) + before->size == memory) {
@@ -44,17 +44,17 @@ void Heap::give_run(std::byte* memory, usize size) {
     } else {
         before->next = run;
     }
-    if (behind != nullptr && reinterpret_cast<std::byte*>(run) + run->size == reinterpret_cast<std::byte*>(behind)) {
-        run->size += behind->size;
-        run->next = behind->next;
+    if (after != nullptr && reinterpret_cast<std::byte*>(run) + run->size == reinterpret_cast<std::byte*>(after)) {
+        run->size += after->size;
+        run->next = after->next;
     } else {
-        run->next = behind;
+        run->next = after;
     }
 }
 
-std::byte* Heap::take_class(usize index) {
+std::byte* Heap::allocate_class(usize index) {
     if (free_[index] == nullptr) {
-        std::byte* fresh = take_run(slab);
+        std::byte* fresh = allocate_run(slab);
         if (fresh == nullptr) {
             return nullptr;
         }
@@ -63,7 +63,7 @@ std::byte* Heap::take_class(usize index) {
             free_[index] = new (fresh + at) Free{free_[index]};
         }
         if (at < slab) {
-            give_run(fresh + at, slab - at);
+            free_run(fresh + at, slab - at);
         }
     }
     Free* block = std::exchange(free_[index], free_[index]->next);
@@ -81,7 +81,7 @@ void* Heap::allocate(usize size, usize alignment) {
         ++index;
     }
     const bool small = index < classes.size();
-    std::byte* memory = small ? take_class(index) : take_run(need);
+    std::byte* memory = small ? allocate_class(index) : allocate_run(need);
     if (memory == nullptr) {
         return nullptr;
     }
@@ -108,7 +108,7 @@ void Heap::free(void* block) {
     header->magic = dead;
     std::byte* memory = at - usize{copy.back} * granule;
     if (copy.size_class == large) {
-        give_run(memory, copy.size);
+        free_run(memory, copy.size);
     } else {
         free_[copy.size_class] = new (memory) Free{free_[copy.size_class]};
     }

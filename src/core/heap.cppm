@@ -53,9 +53,9 @@ class Heap {
     static constexpr u32 dead = 0x44414544;
     static constexpr u16 large = 0xffff;
 
-    std::byte* take_run(usize size);
-    void give_run(std::byte* memory, usize size);
-    std::byte* take_class(usize index);
+    std::byte* allocate_run(usize size);
+    void free_run(std::byte* memory, usize size);
+    std::byte* allocate_class(usize index);
 
     std::array<Free*, classes.size()> free_{};
     Run* runs_ = nullptr; // sorted by address

@@ -72,7 +72,7 @@ void FrameAllocator::reserve(u64 base, u64 size) {
 
 Result<u64> FrameAllocator::allocate(const FrameRequest& request) {
     if (request.frames == 0 || request.frames > ~u64{0} / frame_size || !std::has_single_bit(request.alignment)) {
-        return Error(Code::bad_argument, "frames: ask for at least one, aligned to a power of two");
+        return Error(Code::bad_argument, "frames: request at least one, aligned to a power of two");
     }
     const u64 size = request.frames * frame_size;
     const u64 alignment = std::max(request.alignment, frame_size);
@@ -89,15 +89,15 @@ Result<u64> FrameAllocator::allocate(const FrameRequest& request) {
         }
         // Remove [base, base + size) from the middle.
         const u64 before = base - range.base;
-        const u64 behind = range.base + range.size - base - size;
-        if (before != 0 && behind != 0) {
-            if (!insert(i + 1, {base + size, behind})) {
+        const u64 after = range.base + range.size - base - size;
+        if (before != 0 && after != 0) {
+            if (!insert(i + 1, {base + size, after})) {
                 continue; // no room for another fragment: try a range that can be shortened at an end
             }
             ranges_[i].size = before;
-            free_bytes_ -= behind + size;
-        } else if (before != 0 || behind != 0) {
-            range = before != 0 ? Range{range.base, before} : Range{base + size, behind};
+            free_bytes_ -= after + size;
+        } else if (before != 0 || after != 0) {
+            range = before != 0 ? Range{range.base, before} : Range{base + size, after};
             free_bytes_ -= size;
         } else {
             remove(i);
@@ -105,31 +105,31 @@ Result<u64> FrameAllocator::allocate(const FrameRequest& request) {
         return base;
     }
     return Error(Code::exhausted,
-                 "physical memory: no free run of frames is as large as asked (bytes); give the machine more memory",
+                 "physical memory: no free run of frames has the requested size (bytes); give the machine more memory",
                  size, free_bytes_);
 }
 
 void FrameAllocator::free(u64 base, u64 frames) {
     const u64 size = frames * frame_size;
     if (base % frame_size != 0 || base == 0 || frames == 0 || frames > (~u64{0} - base) / frame_size) {
-        panic("frames: {} at {:#x} cannot be given back", frames, base);
+        panic("frames: {} at {:#x} cannot be freed", frames, base);
     }
     const usize at = first_ending_after(base);
     if (at < count_ && ranges_[at].base < base + size) {
-        panic("frames: {:#x} is given back twice", std::max(base, ranges_[at].base));
+        panic("frames: {:#x} is freed twice", std::max(base, ranges_[at].base));
     }
-    const bool joins_before = at > 0 && ranges_[at - 1].base + ranges_[at - 1].size == base;
-    const bool joins_behind = at < count_ && ranges_[at].base == base + size;
-    if (joins_before) {
+    const bool joins_previous = at > 0 && ranges_[at - 1].base + ranges_[at - 1].size == base;
+    const bool joins_next = at < count_ && ranges_[at].base == base + size;
+    if (joins_previous) {
         ranges_[at - 1].size += size;
         free_bytes_ += size;
-        if (joins_behind) {
-            const u64 behind = ranges_[at].size;
+        if (joins_next) {
+            const u64 after = ranges_[at].size;
             remove(at);
-            ranges_[at - 1].size += behind;
-            free_bytes_ += behind;
+            ranges_[at - 1].size += after;
+            free_bytes_ += after;
         }
-    } else if (joins_behind) {
+    } else if (joins_next) {
         ranges_[at] = {base, ranges_[at].size + size};
         free_bytes_ += size;
     } else if (!insert(at, {base, size})) {

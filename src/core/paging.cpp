@@ -22,8 +22,7 @@ constexpr bool canonical(u64 address) { return static_cast<u64>(static_cast<i64>
 
 Result<void> check_range(u64 address, u64 size) {
     if (size == 0 || address % small_page != 0 || size % small_page != 0) {
-        return Error(Code::bad_argument,
-                     "paging: address and size must be multiples of 4096, and the size more than none");
+        return Error(Code::bad_argument, "paging: address and size must be multiples of 4096, and the size not 0");
     }
     if (size - 1 > ~u64{0} - address || !canonical(address) || !canonical(address + size - 1) ||
         (address ^ (address + size - 1)) >> 63 != 0) {

@@ -78,7 +78,7 @@ std::optional<Result<EntryPoint>> parse_entry(std::span<const std::byte> bytes) 
     const usize checked = !v3 && length == 0x1e ? usize{0x1f} : usize{length};
     if (checked < minimum || checked > bytes.size()) {
         return Result<EntryPoint>(Error{
-            Code::protocol, "SMBIOS entry point of an impossible length; its strings are not used", minimum, length});
+            Code::protocol, "SMBIOS entry point of an invalid length; its strings are not used", minimum, length});
     }
     if (!sums_to_zero(bytes.first(checked))) {
         return Result<EntryPoint>(
@@ -148,12 +148,12 @@ Result<Smbios> read_smbios(PhysicalReader& memory, u64 entry) {
     std::optional<Result<EntryPoint>> found;
     if (entry != 0) {
         if (!memory.read(entry, bytes)) {
-            return Error{Code::not_found, "the SMBIOS entry point that was handed over cannot be read"};
+            return Error{Code::not_found, "the SMBIOS entry point from the loader cannot be read"};
         }
         found = parse_entry(bytes);
         if (!found) {
             return Error{Code::protocol,
-                         "what was handed over as SMBIOS entry point begins neither with _SM_ nor with _SM3_"};
+                         "the SMBIOS entry point from the loader begins neither with _SM_ nor with _SM3_"};
         }
     } else {
         // [smbios §5.2.1]: anywhere in the BIOS area, on a 16-byte boundary. A later valid one takes precedence over an

@@ -187,7 +187,7 @@ void print(S& sink, text_detail::Format<std::type_identity_t<std::remove_cvref_t
 }
 
 /// The noun for a number. `several` is the plural, which must end in s; the s is dropped for 1.
-constexpr std::string_view noun(u64 number, std::string_view several) {
+constexpr std::string_view plural(u64 number, std::string_view several) {
     return several.substr(0, several.size() - (number == 1 ? 1 : 0));
 }
 
@@ -200,7 +200,7 @@ constexpr ShownSize shown_size(u64 bytes) {
     if (bytes >= 1_MiB) {
         return {bytes >> 20, "MiB"};
     }
-    return bytes != 0 && bytes % 1_KiB == 0 ? ShownSize{bytes >> 10, "KiB"} : ShownSize{bytes, noun(bytes, "bytes")};
+    return bytes != 0 && bytes % 1_KiB == 0 ? ShownSize{bytes >> 10, "KiB"} : ShownSize{bytes, plural(bytes, "bytes")};
 }
 
 /// A sink that counts bytes, for column widths.

@@ -51,12 +51,11 @@ PortClaims::Answer PortClaims::take(const ChannelPorts& at) {
     return Answer::yes;
 }
 
-Error PortClaims::why_not(Answer answer) {
+Error PortClaims::claim_error(Answer answer) {
     if (answer == Answer::full) {
         return {Code::exhausted, "the list of IDE channels' I/O ports is full", capacity, capacity + 1};
     }
-    return {Code::protocol,
-            "its I/O ports are those of a controller before it: give it others, or remove one of the two"};
+    return {Code::protocol, "its I/O ports belong to an earlier controller: assign others, or remove one of the two"};
 }
 
 Result<ControllerPorts> set_up(const pci::Device& device) {

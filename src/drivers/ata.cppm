@@ -57,7 +57,7 @@ class PortClaims {
     /// `taken`: one of the ports is already claimed, and nothing is added.
     Answer take(const ChannelPorts& at);
     /// The error for a channel whose claim failed.
-    static Error why_not(Answer answer);
+    static Error claim_error(Answer answer);
 
   private:
     struct Range {
@@ -105,7 +105,7 @@ class Prober {
 
     io::Task<Result<Status>> settle(Nanoseconds bound);
     bool keeps(bool words, u8 a, u8 b, u8 c, u8 d);
-    io::Task<Result<Found>> ask(u8 unit, IdentifyData& data);
+    io::Task<Result<Found>> send_identify(u8 unit, IdentifyData& data);
 
     io::Executor& executor_;
     Channel<P>& channel_;
@@ -236,7 +236,7 @@ io::Task<Result<Found>> Prober<P>::identify(u8 unit, IdentifyData& data) {
         co_return Found::nothing;
     }
     if (selected.data_request()) {
-        co_return Error{Code::protocol, "the IDE device wants to transfer data though nobody asked (DRQ)", 0,
+        co_return Error{Code::protocol, "the IDE device requests a data transfer without a command (DRQ)", 0,
                         selected.raw};
     }
     // First bytes, then words over them, then the reverse with the complement: only a bus that writes both registers
@@ -248,17 +248,17 @@ io::Task<Result<Found>> Prober<P>::identify(u8 unit, IdentifyData& data) {
     const bool words = try_words_ && keeps(true, 0xa6, 0x59, 0xc3, 0x3c) && keeps(false, 0x59, 0xa6, 0x3c, 0xc3) &&
                        keeps(true, 0x12, 0xed, 0x84, 0x7b);
     channel_.set_words(words);
-    auto found = co_await ask(unit, data);
+    auto found = co_await send_identify(unit, data);
     const bool hangs = !found && found.error().code == Code::timed_out; // then nothing may be written before a reset
     if (words && !hangs && (!found || *found == Found::nothing)) {
         channel_.set_words(false); // the command register ignores words, or no device is present
-        found = co_await ask(unit, data);
+        found = co_await send_identify(unit, data);
     }
     co_return found;
 }
 
 template <PortAccess P>
-io::Task<Result<Found>> Prober<P>::ask(u8 unit, IdentifyData& data) {
+io::Task<Result<Found>> Prober<P>::send_identify(u8 unit, IdentifyData& data) {
     auto& r = channel_.registers();
     channel_.issue(unit, Command::identify_device);
     CO_TRY(const Status status, co_await settle(timeout_));
@@ -291,7 +291,7 @@ io::Task<Result<Found>> Prober<P>::ask(u8 unit, IdentifyData& data) {
     }
     r.read_data(data.words);
     const Status last = r.status();
-    if (last.under_way() || last.error()) {
+    if (last.in_progress() || last.error()) {
         co_return Error{Code::protocol, "the device does not end IDENTIFY DEVICE after 512 bytes", 0x50, last.raw};
     }
     co_return Found::disk;
@@ -311,7 +311,7 @@ io::Task<Result<bool>> Prober<P>::one_device(IdentifyData& first) {
     if (status.error() || status.device_fault()) {
         co_return true; // indistinguishable otherwise
     }
-    CO_TRY(const Found found, co_await ask(0, first));
+    CO_TRY(const Found found, co_await send_identify(0, first));
     co_return found == Found::disk && (first.words[59] & 0x1ff) == (0x100 | count);
 }
 
@@ -338,7 +338,7 @@ io::Task<Result<void>> Controller<P>::attach(pci::Device device, u32 first_disk)
     const auto fixed = fixed_ports(device);
     std::array<Claim, 2> claimed{claim(fixed[0]), claim(fixed[1])};
     if (claimed[0] != Claim::yes && claimed[1] != Claim::yes) {
-        co_return PortClaims::why_not(claimed[0]);
+        co_return PortClaims::claim_error(claimed[0]);
     }
     std::array<bool, 2> wanted{};
     for (u32 n = 0; n < 4; ++n) {
@@ -364,7 +364,7 @@ io::Task<Result<void>> Controller<P>::attach(pci::Device device, u32 first_disk)
         any = any || (wanted[c] && claimed[c] == Claim::yes);
     }
     if (!any) {
-        co_return PortClaims::why_not(claimed[claimed[0] != Claim::yes ? 0 : 1]);
+        co_return PortClaims::claim_error(claimed[claimed[0] != Claim::yes ? 0 : 1]);
     }
     for (u32 c = 0; c < 2; ++c) {
         if (!wanted[c]) {
@@ -372,7 +372,7 @@ io::Task<Result<void>> Controller<P>::attach(pci::Device device, u32 first_disk)
         }
         if (claimed[c] != Claim::yes) {
             failed(first_disk + 2 * c, c == 0 ? "primary IDE channel" : "secondary IDE channel",
-                   PortClaims::why_not(claimed[c]));
+                   PortClaims::claim_error(claimed[c]));
             continue;
         }
         if (ports.channels[c].command == 0) {
@@ -483,7 +483,7 @@ io::Task<Result<bool>> Controller<P>::examine(Slot& slot, Prober<P>& prober, u8 
         IdentifyData first = data;
         CO_TRY(const bool one, co_await prober.one_device(first));
         if (one) {
-            unused(number, "IDE disk", Unused::taken, "it is the master, which answers at both places");
+            unused(number, "IDE disk", Unused::taken, "the master answers at both addresses");
             co_return false;
         }
     }

@@ -47,9 +47,9 @@ io::Task<Result<void>> Device::connect(Offer offer) {
     const io::Bound bound(environment_.executor, environment_.timeout);
     while (result && balloon_.state() != Balloon::State::running) {
         if (channel_.rescinded()) {
-            result = Error{Code::device_gone, "the host has taken its dynamic memory away"};
+            result = Error{Code::device_gone, "the host has rescinded dynamic memory"};
         } else if (!co_await inbox_->wait(bound)) {
-            result = Error{Code::timed_out, "the host does not answer about dynamic memory"};
+            result = Error{Code::timed_out, "the host does not answer the dynamic memory handshake"};
         } else {
             result = take_all();
         }
@@ -60,7 +60,7 @@ io::Task<Result<void>> Device::connect(Offer offer) {
     }
     log::info("hv_balloon: version {}.{}, pressure is {}reported", to_underlying(balloon_.version()) >> 16,
               to_underlying(balloon_.version()) & 0xffff, balloon_.reports_wanted() ? "" : "not ");
-    auto kept = keeper_.spawn(serve());
+    auto kept = tasks_.spawn(serve());
     if (!kept) { // the channel must not outlive us
         static_cast<void>(co_await close());
     }
@@ -106,7 +106,7 @@ io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, con
                              const Memory& memory) {
     const auto offer = bus.vmbus().find(device.number);
     if (!offer) {
-        co_return Error{Code::device_gone, "the balloon's channel is gone already"};
+        co_return Error{Code::device_gone, "the balloon's channel was rescinded already"};
     }
     const auto attached = co_await attach(environment, bus.vmbus(), *offer, memory);
     if (!attached) {

@@ -22,7 +22,7 @@ class Device final : private Link {
     static constexpr Nanoseconds report_interval = 1'000'000'000;
 
     Device(Environment& environment, hv::hyperv::Vmbus& bus, const Memory& memory)
-        : environment_(environment), bus_(bus), balloon_(*this, memory), keeper_(environment.executor) {}
+        : environment_(environment), bus_(bus), balloon_(*this, memory), tasks_(environment.executor) {}
     Device(const Device&) = delete;
     Device& operator=(const Device&) = delete;
 
@@ -43,7 +43,7 @@ class Device final : private Link {
     Balloon balloon_;
     hv::hyperv::Channel channel_;
     std::optional<hv::hyperv::Inbox> inbox_;
-    io::TaskGroup keeper_; // destroyed before what it uses
+    io::TaskGroup tasks_; // destroyed before what it uses
 };
 
 /// Connects one device, which then lives until machine shutdown.

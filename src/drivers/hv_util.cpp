@@ -21,7 +21,7 @@ io::Task<Result<void>> Utility::connect(Offer offer) {
     CO_CHECK(co_await bus_.open(channel_, offer,
                                 {.send_bytes = ring_bytes, .receive_bytes = ring_bytes, .may_defer = false}));
     inbox_.emplace(channel_, environment_.executor);
-    auto kept = keeper_.spawn(serve());
+    auto kept = tasks_.spawn(serve());
     if (!kept) { // the channel must not outlive us
         inbox_.reset();
         static_cast<void>(co_await bus_.close(channel_));
@@ -63,7 +63,7 @@ io::Task<Result<void>> Utility::serve() {
     if (!result) {
         log::error("hv_util: {}: closed: {}", service_.kind(), result.error());
     } else {
-        log::info("hv_util: {}: the host has taken the service away", service_.kind());
+        log::info("hv_util: {}: the host has rescinded the service", service_.kind());
     }
     inbox_.reset();
     co_return co_await bus_.close(channel_);
@@ -92,14 +92,14 @@ Result<bool> Utility::take(std::span<std::byte> message, u64 transaction) {
 }
 
 io::Task<Result<void>> Utility::shut_down(std::span<std::byte> message, u64 transaction) {
-    log::info("hv_util: the host asks for a shutdown");
+    log::info("hv_util: the host requests a shutdown");
     io::Shutdown* const shutdown = environment_.shutdown;
-    if (shutdown == nullptr || !shutdown->ask("the host")) { // for example a second channel of this class
+    if (shutdown == nullptr || !shutdown->request("the host")) { // for example a second channel of this class
         Service::refuse(message);
         co_return reply(message, transaction);
     }
-    static_cast<void>(co_await shutdown->rested());
-    if (!shutdown->at_rest()) {
+    static_cast<void>(co_await shutdown->await_quiesced());
+    if (!shutdown->flushed()) {
         Service::refuse(message);
     }
     auto replied = reply(message, transaction);
@@ -114,7 +114,7 @@ Result<void> Utility::reply(std::span<const std::byte> message, u64 transaction)
         return channel_.broken().value_or(Error{Code::protocol, "the channel is broken"});
     }
     if (sent != hv::hyperv::Sent::queued) { // the host does not read the answers to its requests
-        log::warning("hv_util: {}: an answer found no room and was dropped", service_.kind());
+        log::warning("hv_util: {}: no room for an answer, dropped", service_.kind());
     }
     return {};
 }
@@ -122,16 +122,16 @@ Result<void> Utility::reply(std::span<const std::byte> message, u64 transaction)
 void Utility::set_clock() {
     const Instant now = environment_.executor.elapsed(); // the time of day advances while the machine is stopped
     const UnixNanoseconds host = service_.host_time().at(reference_ != nullptr ? reference_->counter() : std::nullopt);
-    const auto ours = wall_clock(now);
+    const auto guest = wall_clock(now);
     set_wall_clock(now, host);
-    if (!std::exchange(clock_told_, true)) {
+    if (!std::exchange(clock_logged_, true)) {
         const CivilTime t = civil_time(host);
         log::info("hv_util: the host's time is {}-{:02}-{:02} {:02}:{:02}:{:02} UTC", t.year, t.month, t.day, t.hour,
                   t.minute, t.second);
     }
-    if (ours && !std::exchange(difference_told_, true)) {
-        const bool behind = host > *ours;
-        log::info("hv_util: the clock was {} us {} the host's", (behind ? host - *ours : *ours - host) / 1000,
+    if (guest && !std::exchange(difference_logged_, true)) {
+        const bool behind = host > *guest;
+        log::info("hv_util: the clock was {} us {} the host's", (behind ? host - *guest : *guest - host) / 1000,
                   behind ? "behind" : "before");
     }
 }
@@ -163,7 +163,7 @@ io::Task<Result<Utility*>> attach(Environment& environment, Vmbus& bus, Offer of
 io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, const hv::SyntheticDevice& device) {
     const auto offer = bus.vmbus().find(device.number);
     if (!offer) {
-        co_return Error{Code::device_gone, "the service's channel is gone already"};
+        co_return Error{Code::device_gone, "the service's channel was rescinded already"};
     }
     const auto attached = co_await attach(environment, bus.vmbus(), *offer, &bus.clock());
     if (!attached) {

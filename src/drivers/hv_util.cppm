@@ -21,7 +21,7 @@ class Utility {
     static constexpr u32 ring_bytes = 16 * 1024; // of packets, in each direction
 
     Utility(Environment& environment, hv::hyperv::Vmbus& bus, Kind kind, const hv::hyperv::ReferenceClock* reference)
-        : environment_(environment), bus_(bus), reference_(reference), service_(kind), keeper_(environment.executor) {}
+        : environment_(environment), bus_(bus), reference_(reference), service_(kind), tasks_(environment.executor) {}
     Utility(const Utility&) = delete;
     Utility& operator=(const Utility&) = delete;
 
@@ -44,10 +44,10 @@ class Utility {
     Service service_;
     hv::hyperv::Channel channel_;
     std::optional<hv::hyperv::Inbox> inbox_;
-    bool clock_told_ = false;
-    bool difference_told_ = false;
+    bool clock_logged_ = false;
+    bool difference_logged_ = false;
     alignas(8) std::array<std::byte, hv::hyperv::Channel::receive_max> message_;
-    io::TaskGroup keeper_; // destroyed before what it uses
+    io::TaskGroup tasks_; // destroyed before what it uses
 };
 
 /// Opens the channel of one service, selected by the device's type.

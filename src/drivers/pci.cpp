@@ -268,7 +268,7 @@ void Walk::rest(u8 first, u8 last) {
     }
 }
 
-Enumerated enumerate(Config& config, Walk::Found found, void* context, u8 first, std::optional<Roots> (*ask)(),
+Enumerated enumerate(Config& config, Walk::Found found, void* context, u8 first, std::optional<Roots> (*find_roots)(),
                      bool always) {
     Walk walk(config, found, context);
     const auto counts = [&] { return Enumerated{walk.functions(), walk.unreachable()}; };
@@ -276,11 +276,11 @@ Enumerated enumerate(Config& config, Walk::Found found, void* context, u8 first,
     if (!walk.more_host_bridges() && !always) {
         return counts();
     }
-    const std::optional<Roots> said = ask != nullptr ? ask() : std::nullopt;
-    if (!said && !walk.more_host_bridges()) {
+    const std::optional<Roots> known = find_roots != nullptr ? find_roots() : std::nullopt;
+    if (!known && !walk.more_host_bridges()) {
         return counts();
     }
-    const Roots roots = said.value_or(Roots{.others = true});
+    const Roots roots = known.value_or(Roots{.others = true});
     for (u32 n = roots.first; n <= roots.last; ++n) {
         if (roots.buses.has(static_cast<u8>(n))) {
             walk.tree(static_cast<u8>(n));

@@ -230,9 +230,9 @@ struct Enumerated {
 };
 
 /// Enumerates all functions of a segment: the tree of bus `first`, those of the other root buses, and every bus if
-/// the root buses are unknown. `ask` is called when there may be further roots; it may be nullptr or return nullopt,
-/// meaning that nothing is known. `always`: call it even without a second host bridge.
+/// the root buses are unknown. `find_roots` is called when there may be further roots; it may be nullptr or return
+/// nullopt, meaning that nothing is known. `always`: call it even without a second host bridge.
 Enumerated enumerate(Config& config, Walk::Found found, void* context, u8 first = 0,
-                     std::optional<Roots> (*ask)() = nullptr, bool always = false);
+                     std::optional<Roots> (*find_roots)() = nullptr, bool always = false);
 
 } // namespace fl::drivers::pci

@@ -32,9 +32,9 @@ FixedText<16> disk_name(u32 number) {
 }
 
 Controller::Controller(Environment& environment, Vmbus& bus)
-    : Nexus(environment.executor, driver_name), environment_(environment), bus_(bus), news_(environment.executor),
-      keeper_(environment.executor) {
-    shared_.notify = [](void* self) { static_cast<Controller*>(self)->news_.open(); };
+    : Nexus(environment.executor, driver_name), environment_(environment), bus_(bus), changes_(environment.executor),
+      tasks_(environment.executor) {
+    shared_.notify = [](void* self) { static_cast<Controller*>(self)->changes_.open(); };
     shared_.context = this;
 }
 
@@ -65,14 +65,14 @@ io::Task<Result<void>> Controller::open_lane(u32 index, Offer offer) {
         co_return parameters.error();
     }
     lane->parameters = std::move(*parameters);
-    lane->channel.on_rescind([](void* self) { static_cast<Controller*>(self)->news_.open(); }, this);
+    lane->channel.on_rescind([](void* self) { static_cast<Controller*>(self)->changes_.open(); }, this);
     const auto opened = co_await bus_.open(lane->channel, offer,
                                            {.send_bytes = send_bytes, .receive_bytes = receive_bytes, .cpu = index});
     if (!opened) {
         delete lane;
         co_return opened.error();
     }
-    lane->queue.agree(terms_);
+    lane->queue.set_terms(terms_);
     lanes_[lane_count_++] = lane;
     if (index == 0) {
         lane->queue.start(lane->parameters, environment_.timeout);
@@ -88,7 +88,7 @@ io::Task<Result<void>> Controller::open_lane(u32 index, Offer offer) {
         co_return Error{Code::device_gone, "a processor has stopped before it took its storage channel"};
     }
     const io::Bound bound(environment_.executor, environment_.timeout);
-    while (lane->queue.quiet()) {
+    while (lane->queue.quiescent()) {
         if (bound.passed()) {
             co_return Error{Code::timed_out, "a processor does not take its storage channel"};
         }
@@ -98,7 +98,7 @@ io::Task<Result<void>> Controller::open_lane(u32 index, Offer offer) {
 }
 
 // Sends one packet and waits for its answer.
-io::Task<Result<void>> Controller::ask(Exchange& exchange, Operation operation) {
+io::Task<Result<void>> Controller::send_request(Exchange& exchange, Operation operation) {
     Queue& queue = lanes_[0]->queue;
     exchange.packet.header = {operation, flag_completion, 0};
     const io::Bound room(environment_.executor, environment_.timeout);
@@ -124,15 +124,15 @@ io::Task<Result<void>> Controller::ask(Exchange& exchange, Operation operation) 
     co_return Result<void>{};
 }
 
-io::Task<Result<void>> Controller::agree_on_version() {
+io::Task<Result<void>> Controller::negotiate_version() {
     for (const Version version : versions) {
         Exchange exchange(environment_.executor);
         const ProtocolVersion wanted{version, 0};
         std::memcpy(&exchange.packet.srb, &wanted, sizeof wanted);
-        CO_CHECK(co_await ask(exchange, Operation::query_protocol_version));
+        CO_CHECK(co_await send_request(exchange, Operation::query_protocol_version));
         if (exchange.packet.header.status == 0) {
             terms_.version = version;
-            lanes_[0]->queue.agree(terms_);
+            lanes_[0]->queue.set_terms(terms_);
             co_return Result<void>{};
         }
         log::info("storvsc: version {} is refused (status {:#x})", version, exchange.packet.header.status);
@@ -144,7 +144,7 @@ io::Task<Result<void>> Controller::agree_on_version() {
 
 io::Task<Result<ChannelProperties>> Controller::read_properties() {
     Exchange exchange(environment_.executor);
-    CO_CHECK(co_await ask(exchange, Operation::query_properties));
+    CO_CHECK(co_await send_request(exchange, Operation::query_properties));
     if (exchange.packet.header.status != 0) {
         co_return Error{Code::io, "the host refuses QUERY_PROPERTIES (status)", 0, exchange.packet.header.status};
     }
@@ -159,32 +159,32 @@ io::Task<Result<void>> Controller::connect(const Offer& offer) {
     CO_CHECK(co_await open_lane(0, offer));
     {
         Exchange exchange(environment_.executor);
-        CO_CHECK(co_await ask(exchange, Operation::begin_initialization));
+        CO_CHECK(co_await send_request(exchange, Operation::begin_initialization));
         if (exchange.packet.header.status != 0) {
             co_return Error{Code::io, "the host refuses BEGIN_INITIALIZATION (status)", 0,
                             exchange.packet.header.status};
         }
     }
-    CO_CHECK(co_await agree_on_version());
+    CO_CHECK(co_await negotiate_version());
     CO_TRY(const ChannelProperties properties, co_await read_properties());
     // Overhead of a packet: the descriptor, the range, one more page number for an unaligned buffer, the packet, the
     // trailer.
     const u32 around = 16 + 8 + 8 + 8 + static_cast<u32>(sizeof(Packet)) + 8;
     const u32 fits = (lanes_[0]->channel.send_capacity() / 2 - around) / 8 * static_cast<u32>(page_size);
-    const u32 said = properties.max_transfer_bytes == 0 ? terms_.max_transfer : properties.max_transfer_bytes;
-    terms_.max_transfer = align_down<u32>(std::min(said, fits), static_cast<u32>(page_size));
+    const u32 maximum = properties.max_transfer_bytes == 0 ? terms_.max_transfer : properties.max_transfer_bytes;
+    terms_.max_transfer = align_down<u32>(std::min(maximum, fits), static_cast<u32>(page_size));
     if (terms_.max_transfer == 0) {
         co_return Error{Code::protocol, "the host's largest transfer is smaller than a page (max_transfer_bytes)",
-                        page_size, said};
+                        page_size, maximum};
     }
     {
         Exchange exchange(environment_.executor);
-        CO_CHECK(co_await ask(exchange, Operation::end_initialization));
+        CO_CHECK(co_await send_request(exchange, Operation::end_initialization));
         if (exchange.packet.header.status != 0) {
             co_return Error{Code::io, "the host refuses END_INITIALIZATION (status)", 0, exchange.packet.header.status};
         }
     }
-    lanes_[0]->queue.agree(terms_);
+    lanes_[0]->queue.set_terms(terms_);
     if (auto further = co_await open_sub_channels(properties); !further) {
         log::warning("storvsc: channels for {} of {} processors: {}", lane_count_,
                      std::max<usize>(environment_.executors.size(), 1), further.error());
@@ -204,7 +204,7 @@ io::Task<Result<void>> Controller::open_sub_channels(ChannelProperties propertie
     Exchange exchange(environment_.executor);
     const u16 wanted = static_cast<u16>(count);
     std::memcpy(&exchange.packet.srb, &wanted, sizeof wanted);
-    CO_CHECK(co_await ask(exchange, Operation::create_sub_channels));
+    CO_CHECK(co_await send_request(exchange, Operation::create_sub_channels));
     if (exchange.packet.header.status != 0) {
         co_return Error{Code::io, "the host refuses CREATE_SUB_CHANNELS (status)", 0, exchange.packet.header.status};
     }
@@ -241,7 +241,7 @@ io::Task<Result<void>> Controller::execute(u16 lun, scsi::Cdb cdb, u32 bytes, sc
         std::memset(scratch_.data(), 0, bytes);
     }
     exchange.data = bytes == 0 ? DmaSpan{} : scratch_.span().subspan(0, bytes);
-    const auto done = co_await ask(exchange, Operation::execute_srb);
+    const auto done = co_await send_request(exchange, Operation::execute_srb);
     if (!done) {
         if (bytes != 0) { // the host may still write to it
             scratch_.abandon();
@@ -266,14 +266,14 @@ io::Task<Result<void>> Controller::scan() {
         }
     }
     if (!listed) { // every unit must be probed
-        std::fill_n(there.begin(), most_usual_units, true);
+        std::fill_n(there.begin(), max_hyperv_units, true);
     }
     for (u32 n = 0; n < max_units; ++n) {
         const auto lun = static_cast<u8>(n);
         if (Unit* unit = known(lun); unit != nullptr && !there[lun]) {
-            take_away(*unit, "the host has taken the disk away");
+            remove_unit(*unit, "the host has removed the disk");
         }
-        told_[lun] = told_[lun] && there[lun];
+        logged_[lun] = logged_[lun] && there[lun];
         if (!there[lun] || !lanes_[0]->queue.is_open()) {
             continue;
         }
@@ -295,10 +295,10 @@ io::Task<Result<void>> Controller::scan() {
     }
     co_return lanes_[0]->queue.is_open()
         ? Result<void>{}
-        : Error{Code::device_gone, "the storage channel was closed while its units were asked"};
+        : Error{Code::device_gone, "the storage channel was closed during the scan of its units"};
 }
 
-void Controller::take_away(Unit& unit, std::string_view why) {
+void Controller::remove_unit(Unit& unit, std::string_view why) {
     log::warning("{}: {}", unit.disks[0]->identity().name, why);
     unit.gone = true;
     for (u32 i = 0; i < lane_count_ && unit.disks[i] != nullptr; ++i) {
@@ -324,7 +324,7 @@ void Controller::unused(u8 lun, std::string_view what, Unused why, std::string_v
 void Controller::beyond(u32 units) {
     FixedText<96> reason;
     print(reason, "{} {} that a request to this host cannot name: this driver reaches LUN 0 to {}", units,
-          noun(units, "units"), max_units - 1);
+          plural(units, "units"), max_units - 1);
     unused(max_units - 1, "SCSI units above", Unused::no_room, reason);
 }
 
@@ -341,9 +341,9 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
     Unit* unit = known(lun);
     if (!inquiry || !inquiry->disk()) {
         if (unit != nullptr) {
-            take_away(*unit, "the host has taken the disk away");
+            remove_unit(*unit, "the host has removed the disk");
         }
-        if (inquiry && inquiry->qualifier == 0 && !std::exchange(told_[lun], true)) {
+        if (inquiry && inquiry->qualifier == 0 && !std::exchange(logged_[lun], true)) {
             FixedText<64> what;
             print(what, "SCSI device of type {:#x} ({} {})", inquiry->device_type, inquiry->vendor, inquiry->product);
             unused(lun, what, Unused::not_a_disk,
@@ -358,15 +358,14 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
         if (change == scsi::Change::none) {
             co_return Result<void>{};
         }
-        take_away(*unit, change == scsi::Change::size
-                             ? "the host has changed the disk's size: it comes under a new name"
-                         : change == scsi::Change::model
-                             ? "the host has put another disk in its place: it comes under a new name"
-                             : "the host has changed the disk's cache or write protection: it comes under a new name");
+        remove_unit(*unit, change == scsi::Change::size ? "the host has changed the disk's size: it gets a new name"
+                           : change == scsi::Change::model
+                               ? "the host has put another disk in its place: it gets a new name"
+                               : "the host has changed the disk's cache or write protection: it gets a new name");
     }
     CO_TRY(const scsi::UnitDescription found, co_await scsi::describe(*this, lun, *inquiry, limits()));
     if (!found.medium) {
-        if (!std::exchange(told_[lun], true)) {
+        if (!std::exchange(logged_[lun], true)) {
             unused(lun, "SCSI disk", Unused::empty, "there is no medium in it");
         }
         co_return no_disk;
@@ -440,16 +439,16 @@ Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geom
 
 // ---- hot add, hot remove and shutdown ----
 
-Result<void> Controller::keep() { return keeper_.spawn(watch_over()); }
+Result<void> Controller::keep() { return tasks_.spawn(watch_source()); }
 
-io::Task<Result<void>> Controller::watch_over() {
+io::Task<Result<void>> Controller::watch_source() {
     for (;;) {
-        static_cast<void>(co_await news_.wait());
+        static_cast<void>(co_await changes_.wait());
         Queue& queue = lanes_[0]->queue;
         for (u32 i = 0; i < lane_count_; ++i) {
             if (lanes_[i]->channel.rescinded()) {
                 queue.shut(io::Status::device_gone,
-                           {Code::device_gone, "the host has taken the storage controller away"});
+                           {Code::device_gone, "the host has rescinded the storage controller"});
                 if (ide_) {
                     environment_.disks.gone(ide_->disk_number());
                 }
@@ -459,7 +458,7 @@ io::Task<Result<void>> Controller::watch_over() {
             co_return co_await disconnect();
         }
         if (shared_.rescan_wanted.exchange(false, std::memory_order_relaxed)) {
-            log::info("storvsc: the host says that its units have changed");
+            log::info("storvsc: the host reports changed units");
             if (auto scanned = co_await scan(); !scanned && queue.is_open()) {
                 log::warning("storvsc: {}", scanned.error());
             }
@@ -481,11 +480,11 @@ io::Task<Result<void>> Controller::disconnect() {
     Result<void> result;
     for (u32 i = lane_count_; i-- > 0;) { // sub-channels first
         Lane& lane = *lanes_[i];
-        while (!lane.queue.quiet() && !bound.passed()) {
+        while (!lane.queue.quiescent() && !bound.passed()) {
             co_await environment_.executor.sleep(1'000'000);
         }
-        if (!lane.queue.quiet()) {
-            result = Error{Code::timed_out, "a processor does not let go of its storage channel: the channel stays"};
+        if (!lane.queue.quiescent()) {
+            result = Error{Code::timed_out, "a processor does not release its storage channel: the channel stays open"};
             continue;
         }
         if (auto closed = co_await bus_.close(lane.channel); !closed) {
@@ -503,7 +502,7 @@ io::Task<Result<void>> probe(Environment& environment, hv::HyperV::Bus& bus, con
     }
     const auto offer = bus.vmbus().find(device.number);
     if (!offer) {
-        co_return Error{Code::device_gone, "the storage channel is gone already"};
+        co_return Error{Code::device_gone, "the storage channel was rescinded already"};
     }
     co_return co_await attach(environment, bus.vmbus(), *offer);
 }
@@ -535,14 +534,14 @@ io::Task<Result<void>> attach(Environment& environment, Vmbus& bus, Offer offer)
     auto result = co_await controller->connect(offer);
     if (result) {
         log::info("storvsc: {}: version {}, {} {}, transfers up to {} bytes", offer.instance.text(),
-                  controller->terms_.version, controller->lane_count_, noun(controller->lane_count_, "channels"),
+                  controller->terms_.version, controller->lane_count_, plural(controller->lane_count_, "channels"),
                   controller->terms_.max_transfer);
         result = co_await controller->scan();
     }
     if (result) {
         controller->next_ = std::exchange(attached, controller);
         if (auto kept = controller->keep(); !kept) {
-            log::warning("storvsc: changes by the host will not be noticed: {}", kept.error());
+            log::warning("storvsc: changes by the host will not be detected: {}", kept.error());
         }
         co_return result;
     }

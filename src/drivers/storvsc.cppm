@@ -42,7 +42,7 @@ class Controller final : public scsi::Nexus {
   public:
     static constexpr u32 max_units = 256; // LUN 0 to 255 of target 0: the addressable range
     // the limit of Hyper-V's own hosts; LUNs probed if the host does not list them
-    static constexpr u32 most_usual_units = 64;
+    static constexpr u32 max_hyperv_units = 64;
     static constexpr u32 send_bytes = 64 * 1024; // of packets in each channel's rings
     static constexpr u32 receive_bytes = 32 * 1024;
 
@@ -83,20 +83,20 @@ class Controller final : public scsi::Nexus {
         bool gone = false;
     };
     io::Task<Result<void>> open_lane(u32 index, hv::hyperv::Offer offer);
-    io::Task<Result<void>> ask(Exchange& exchange, Operation operation);
-    io::Task<Result<void>> agree_on_version();
+    io::Task<Result<void>> send_request(Exchange& exchange, Operation operation);
+    io::Task<Result<void>> negotiate_version();
     io::Task<Result<ChannelProperties>> read_properties();
     io::Task<Result<void>> open_sub_channels(ChannelProperties properties);
     io::Task<Result<void>> execute(u16 lun, scsi::Cdb cdb, u32 bytes, scsi::Response& response) override;
     io::Task<Result<void>> scan_unit(u8 lun);
-    io::Task<Result<void>> watch_over();
+    io::Task<Result<void>> watch_source();
     Result<void> attach(const Disk::Unit& unit, const io::Geometry& geometry,
                         const io::BlockDevice::Identity& identity);
     Unit* known(u8 lun);
     void unused(u8 lun, std::string_view what, Unused why, std::string_view reason);
     void beyond(u32 units);
     void failed(u8 lun, const Error& error);
-    void take_away(Unit& unit, std::string_view why);
+    void remove_unit(Unit& unit, std::string_view why);
     scsi::TransportLimits limits() const {
         return {.max_transfer = terms_.max_transfer, .flush = environment_.allows(Feature::flush)};
     }
@@ -109,13 +109,13 @@ class Controller final : public scsi::Nexus {
     std::optional<IdePath> ide_;
     Shared shared_;
     Terms terms_;
-    io::Latch news_;
+    io::Latch changes_;
     DmaBuffer scratch_; // for the controller's own commands, one at a time
     std::array<Lane*, Disk::max_lanes> lanes_{};
     u32 lane_count_ = 0;
-    Vector<Unit*> units_;                // owned
-    std::array<bool, max_units> told_{}; // LUNs present but not driven and already logged
-    io::TaskGroup keeper_;
+    Vector<Unit*> units_;                  // owned
+    std::array<bool, max_units> logged_{}; // LUNs present but not driven and already logged
+    io::TaskGroup tasks_;
     Controller* next_ = nullptr; // list of attached controllers
     friend io::Task<Result<void>> probe(Environment&, hv::HyperV&, const hv::SyntheticDevice&);
     friend io::Task<Result<void>> attach(Environment&, hv::hyperv::Vmbus&, hv::hyperv::Offer);

@@ -37,8 +37,8 @@ struct Names {
 };
 
 // "expected WHAT (A, B), seen 'x': did you mean 'A'?"
-FixedText<160> complaint(std::string_view what, std::span<const std::string_view> valid,
-                         std::optional<std::string_view> seen) {
+FixedText<160> expected_one_of(std::string_view what, std::span<const std::string_view> valid,
+                               std::optional<std::string_view> seen) {
     FixedText<160> text;
     print(text, "expected {}", what);
     if (!valid.empty() && valid.size() <= 6) {
@@ -136,14 +136,14 @@ bool Table::apply_line(std::string_view text, bool commas, u32 line) {
     const std::optional<std::string_view> verb_word = words.next();
     const auto verb = static_cast<int>(std::ranges::find(verbs, verb_word.value_or("")) - verbs.begin());
     if (verb == static_cast<int>(verbs.size())) {
-        return refuse(complaint("what to do", verbs, verb_word));
+        return refuse(expected_one_of("what to do", verbs, verb_word));
     }
     Rule rule;
     const std::optional<std::string_view> guest = words.next();
     if (guest != std::optional<std::string_view>("*")) {
         rule.guest = hv::vm_guest_named(guest.value_or(""));
         if (!rule.guest) {
-            return refuse(complaint("a hypervisor's name or *", hv::vm_guest_names, guest));
+            return refuse(expected_one_of("a hypervisor's name or *", hv::vm_guest_names, guest));
         }
     }
     for (const bool synthetic : {false, true}) {
@@ -152,7 +152,7 @@ bool Table::apply_line(std::string_view text, bool commas, u32 line) {
         const std::string_view what = synthetic ? "a synthetic driver" : "a native driver";
         if (driver == nullptr || driver->synthetic != synthetic) {
             const Names names(drivers_, synthetic);
-            return refuse(complaint(what, names.all(), word));
+            return refuse(expected_one_of(what, names.all(), word));
         }
         (synthetic ? rule.synthetic : rule.native) = driver;
     }
@@ -166,7 +166,7 @@ bool Table::apply_line(std::string_view text, bool commas, u32 line) {
         const std::optional<std::string_view> word = words.next();
         const auto number = parse_rank(word.value_or(""));
         if (!number) {
-            return refuse(complaint("a rank from -1000000 to 1000000", {}, word));
+            return refuse(expected_one_of("a rank from -1000000 to 1000000", {}, word));
         }
         rule.rank = *number;
     }
@@ -174,7 +174,7 @@ bool Table::apply_line(std::string_view text, bool commas, u32 line) {
     if (verb == Verb::add && word) {
         const auto twin = static_cast<usize>(std::ranges::find(twin_names, *word) - twin_names.begin());
         if (twin == twin_names.size()) {
-            return refuse(complaint("what becomes of the emulated twin", twin_names, word));
+            return refuse(expected_one_of("what becomes of the emulated twin", twin_names, word));
         }
         rule.twin = static_cast<Twin>(twin);
         if (rule.twin == Twin::unplug && rule.rank <= 0) {
@@ -184,7 +184,7 @@ bool Table::apply_line(std::string_view text, bool commas, u32 line) {
         word = words.next();
     }
     if (word) {
-        return refuse(complaint("the end of the rule", {}, word));
+        return refuse(expected_one_of("the end of the rule", {}, word));
     }
     return change(rule, verb, line);
 }
@@ -275,7 +275,7 @@ Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
         }
         if (pick == count) {
             --usable; // pairs are sorted: the last one has the smallest |rank|
-            plan.contradicts = true;
+            plan.conflicting = true;
             continue;
         }
         placed[pick] = true;
@@ -317,7 +317,7 @@ void log_plan(const Plan& plan, hv::VmGuest guest) {
         log::info("drivers: {} and {}, rank {}, twin: {}", p.synthetic, p.native, p.rank,
                   p.rank == 0 ? "keep" : name(p.twin));
     }
-    if (plan.contradicts) {
+    if (plan.conflicting) {
         log::warning(
             "drivers: the rules contradict each other: those with the weakest ranks do not count for the order");
     }

@@ -80,7 +80,7 @@ struct Plan {
     u32 driver_count = 0;
     u32 pair_count = 0;
     u32 drivers_dropped = 0;  // beyond max_drivers: tried after all others
-    bool contradicts = false; // rules contradict each other: those of smaller |rank| were dropped
+    bool conflicting = false; // rules contradict each other: those of smaller |rank| were dropped
 
     constexpr std::span<const std::string_view> drivers() const { return {order.data(), driver_count}; }
     constexpr std::span<const Pair> all_pairs() const { return {pairs.data(), pair_count}; }

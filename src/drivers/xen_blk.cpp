@@ -23,7 +23,7 @@ constinit Vbd* attached = nullptr; // devices live until machine shutdown
 
 Vbd::Vbd(Environment& environment, hv::Xen& xen)
     : environment_(environment), xen_(xen), front_(xen.store(), environment.executor),
-      disk_(environment.executor, xen.events(), xen.grants()), keeper_(environment.executor) {
+      disk_(environment.executor, xen.events(), xen.grants()), tasks_(environment.executor) {
     disk_.set_timeout(environment.timeout);
 }
 
@@ -107,7 +107,7 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
           terms_.discard ? "discard " : "", terms_.persistent ? "persistent " : "",
           terms_.indirect_segments != 0 ? "indirect " : "", terms_.ring_pages);
     CO_CHECK(disk_.open(
-        terms_, identity, environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.poke(); }, this));
+        terms_, identity, environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.notify(); }, this));
     CO_CHECK(xen_.events().bind(port_, Disk::on_event, &disk_)); // masked until the disk first sleeps
     CO_CHECK(co_await front_.set_state(BusState::connected));
     co_return Result<void>{};
@@ -125,15 +125,15 @@ io::Task<Result<void>> Vbd::negotiate() {
     const bool large = sector_size > wire_sector;
     const Nanoseconds bound = large ? std::min(first_try, environment_.timeout) : environment_.timeout;
     CO_CHECK(co_await front_.set_state(BusState::initialised));
-    const auto met = co_await front_.await_state(connected, {environment_.executor, bound});
-    if (met) {
+    const auto reached = co_await front_.await_state(connected, {environment_.executor, bound});
+    if (reached) {
         co_return Result<void>{};
     }
-    if (!large || met.error().code != Code::timed_out) {
-        co_return met.error();
+    if (!large || reached.error().code != Code::timed_out) {
+        co_return reached.error();
     }
-    log::info("xen_blk: {}: no connection with {}-byte sectors; trying again with feature-large-sector-size",
-              front_.path(), sector_size);
+    log::info("xen_blk: {}: no connection with {}-byte sectors; retrying with feature-large-sector-size", front_.path(),
+              sector_size);
     entry_count_ = 0;
     add_entry("feature-large-sector-size", 1u);
     CO_CHECK(co_await xen_.store().write_all(front_.path(), std::span(entries_).first(entry_count_)));
@@ -149,9 +149,9 @@ io::Task<Result<void>> Vbd::negotiate() {
 // A predecessor (firmware, or a replaced kernel) may have left the device half connected: let it close first.
 io::Task<Result<void>> Vbd::reset() {
     static constexpr BusState closed[] = {BusState::closed, BusState::closing, BusState::init_wait, BusState::unknown};
-    CO_TRY(const u64 ours,
+    CO_TRY(const u64 own_state,
            co_await xen_.store().number_or(front_.path(), "state", to_underlying(BusState::initialising)));
-    if (ours != to_underlying(BusState::initialising)) {
+    if (own_state != to_underlying(BusState::initialising)) {
         CO_CHECK(co_await front_.set_state(BusState::closing));
         CO_CHECK(co_await front_.set_state(BusState::closed));
         static_cast<void>(co_await front_.await_state(closed, {environment_.executor, environment_.timeout}));
@@ -159,9 +159,9 @@ io::Task<Result<void>> Vbd::reset() {
         // A back end closed for good stays closed, and one about to reinitialise may still be closed now.
         const io::Bound bound(environment_.executor, environment_.timeout);
         for (;;) {
-            CO_TRY(const BusState theirs, co_await front_.state());
-            if ((theirs != BusState::closed && theirs != BusState::closing) || !co_await front_.changed(bound) ||
-                bound.passed()) {
+            CO_TRY(const BusState back_state, co_await front_.state());
+            if ((back_state != BusState::closed && back_state != BusState::closing) ||
+                !co_await front_.changed(bound) || bound.passed()) {
                 break;
             }
         }
@@ -289,18 +289,19 @@ io::Task<Result<void>> Vbd::read_features() {
     co_return Result<void>{};
 }
 
-Result<void> Vbd::keep() { return keeper_.spawn(watch_over()); }
+Result<void> Vbd::keep() { return tasks_.spawn(watch_source()); }
 
-io::Task<Result<void>> Vbd::watch_over() {
+io::Task<Result<void>> Vbd::watch_source() {
     for (;;) {
         static_cast<void>(co_await front_.changed());
         if (disk_.is_open()) {
-            const auto theirs = co_await front_.state();
-            if (!theirs) {
-                disk_.shut(io::Status::device_gone, theirs.error());
-            } else if (*theirs == BusState::closing || *theirs == BusState::closed || *theirs == BusState::unknown) {
+            const auto back_state = co_await front_.state();
+            if (!back_state) {
+                disk_.shut(io::Status::device_gone, back_state.error());
+            } else if (*back_state == BusState::closing || *back_state == BusState::closed ||
+                       *back_state == BusState::unknown) {
                 disk_.shut(io::Status::device_gone, {Code::device_gone, "the back end has closed the device (state)",
-                                                     to_underlying(BusState::connected), to_underlying(*theirs)});
+                                                     to_underlying(BusState::connected), to_underlying(*back_state)});
             }
         }
         if (!disk_.is_open()) {
@@ -316,32 +317,32 @@ io::Task<Result<void>> Vbd::disconnect() {
     }
     // Every step is attempted even if the one before failed: the back end must not be able to reach anything of ours
     // afterwards.
-    Result<void> said = co_await front_.set_state(BusState::closing);
-    if (said) {
-        said = co_await front_.set_state(BusState::closed);
+    Result<void> sent = co_await front_.set_state(BusState::closing);
+    if (sent) {
+        sent = co_await front_.set_state(BusState::closed);
     }
     const io::Bound bound(environment_.executor, environment_.timeout);
-    bool let_go = false;
-    while (said) {
-        const auto theirs = co_await front_.state();
-        let_go = theirs && std::find(std::begin(gone), std::end(gone), *theirs) != std::end(gone);
-        if (!theirs || let_go || !co_await front_.changed(bound) || bound.passed()) {
+    bool released = false;
+    while (sent) {
+        const auto back_state = co_await front_.state();
+        released = back_state && std::find(std::begin(gone), std::end(gone), *back_state) != std::end(gone);
+        if (!back_state || released || !co_await front_.changed(bound) || bound.passed()) {
             break;
         }
     }
     if (port_ != Port::none) {
         xen_.events().unbind(std::exchange(port_, Port::none));
     }
-    if (let_go) {
+    if (released) {
         disk_.reclaim();
         free_ring();
     } else {
-        log::warning("{}: the back end does not let go: its pages are not used again", front_.path());
+        log::warning("{}: the back end does not release its pages: they are not reused", front_.path());
         ring_pages_ = 0;
         ring_.abandon();
     }
     const Result<void> left = co_await front_.close(); // unlinks the watch before its first wait
-    co_return said ? left : said;
+    co_return sent ? left : sent;
 }
 
 io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device) {
@@ -351,7 +352,7 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     const auto which = virtual_disk(device.number);
     if (!which) {
         environment.disks.unused({"xen", device.address, "virtual block device", Unused::failed,
-                                  "a device number that [xen-vbd] gives no meaning"});
+                                  "a device number that [xen-vbd] does not define"});
         co_return Result<void>{};
     }
     // Only the four positions of the first IDE controller can be the same disk.
@@ -372,7 +373,7 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     if (result) {
         vbd->next_ = std::exchange(attached, vbd);
         if (auto kept = vbd->keep(); !kept) {
-            log::warning("{}: a back end that closes will not be noticed: {}", disk_name(*which), kept.error());
+            log::warning("{}: a closing back end will not be detected: {}", disk_name(*which), kept.error());
         }
         co_return result;
     }
@@ -380,12 +381,12 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     if (auto left = co_await vbd->disconnect(); !left) {
         log::warning("xen_blk: {}: leaving the bus: {}", disk_name(*which), left.error());
     }
-    const auto left_alone = vbd->left();
+    const auto ignored = vbd->left();
     delete vbd;
-    if (left_alone) {
+    if (ignored) {
         FixedText<160> reason;
         print(reason, "{}", result.error());
-        environment.disks.unused({"xen", device.address, disk_name(*which), *left_alone, reason, slot});
+        environment.disks.unused({"xen", device.address, disk_name(*which), *ignored, reason, slot});
         co_return Result<void>{};
     }
     co_return result;

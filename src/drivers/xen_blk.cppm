@@ -64,7 +64,7 @@ class Vbd {
     io::Task<Result<void>> read_geometry();
     io::Task<Result<void>> read_features();
     io::Task<Result<bool>> offers(std::string_view feature);
-    io::Task<Result<void>> watch_over();
+    io::Task<Result<void>> watch_source();
     void add_entry(std::string_view key, std::string_view value);
     void add_entry(std::string_view key, u64 value);
     void free_ring();
@@ -85,7 +85,7 @@ class Vbd {
     u32 ring_pages_ = 0;
     std::array<hv::xen::StoreEntry, max_ring_pages + 6> entries_{};
     u32 entry_count_ = 0;
-    io::TaskGroup keeper_;
+    io::TaskGroup tasks_;
     friend io::Task<Result<void>> probe(Environment&, hv::Xen&, const hv::SyntheticDevice&);
     Vbd* next_ = nullptr; // list of attached devices
 };

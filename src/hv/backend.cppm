@@ -18,7 +18,7 @@
 //   6. join(...)                     once on each further processor (Processors)
 //   7. unplug(...)                   after the driver table has been applied, before native buses are probed
 //   8. bus()->enumerate(...)         in the executor; drivers then use the bus and its services
-//      bus()->next_device()          afterwards, when news() is opened (LateDevices)
+//      bus()->next_device()          afterwards, when changes() is opened (LateDevices)
 //   9. leave(...)                    on each processor that has joined, when the job is done
 export module hv.backend;
 import core.std;
@@ -132,14 +132,14 @@ concept BusRoot = DeviceBus<typename B::Bus> && requires(B& b) {
 
 /// A bus with hotplug. next_device(): called after enumerate(), in the executor; returns a device that was added since
 /// and has not been returned yet, or nothing. new_dropped(): number of devices for which the bus had no room since
-/// enumerate() or the previous call; they are never returned. news(): opened when either may have something to report;
-/// one task waits for it. The bus queues added devices, up to a bound, until they are returned, and forgets those that
-/// are removed before.
+/// enumerate() or the previous call; they are never returned. changes(): opened when either may have something to
+/// report; one task waits for it. The bus queues added devices, up to a bound, until they are returned, and forgets
+/// those that are removed before.
 template <class B>
 concept LateDevices = BusRoot<B> && requires(typename B::Bus& bus) {
     { bus.next_device() } -> std::same_as<std::optional<SyntheticDevice>>;
     { bus.new_dropped() } -> std::same_as<u32>;
-    { bus.news() } -> std::same_as<io::Latch&>;
+    { bus.changes() } -> std::same_as<io::Latch&>;
 };
 
 /// Classes of emulated devices that a host can be asked to unplug.

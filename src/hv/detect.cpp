@@ -86,9 +86,9 @@ constexpr std::array<FirmwareName, 14> firmware_names{{
 }};
 
 constexpr std::array<PolicyRule, 15> rules{{
-    {VmGuest::xen, nullptr, "Xen's own leaves are there, whatever it shows beside them"},
-    {VmGuest::hyperv, offers_vmbus, "it has what a VMBus cannot do without, which is worth more than a name"},
-    {VmGuest::kvm, nullptr, "KVM's leaves are there, and no bus that has synthetic disks"},
+    {VmGuest::xen, nullptr, "Xen's own leaves are present, in spite of others"},
+    {VmGuest::hyperv, offers_vmbus, "it has what a VMBus needs, which outweighs a name"},
+    {VmGuest::kvm, nullptr, "KVM's leaves are present, and no bus with synthetic disks"},
     {VmGuest::tcg, nullptr, "QEMU without hardware virtualisation"},
     {VmGuest::hyperv, nullptr, "Hyper-V's interface, without a VMBus"},
     {VmGuest::vmware, nullptr, "sighted"},
@@ -100,7 +100,7 @@ constexpr std::array<PolicyRule, 15> rules{{
     {VmGuest::nvmm, nullptr, "sighted"},
     {VmGuest::jailhouse, nullptr, "sighted"},
     {VmGuest::openbsd, nullptr, "sighted"},
-    {VmGuest::other, nullptr, "a hypervisor that has no name here"},
+    {VmGuest::other, nullptr, "an unknown hypervisor"},
 }};
 
 bool starts_with(std::string_view text, std::string_view prefix) {
@@ -211,7 +211,7 @@ Choice choose(const Sightings& sightings, Preference preference, bool (*built)(V
         choice.guest = *preference.guest;
         choice.overridden = true;
         choice.unsighted = *preference.guest != VmGuest::bare && !sightings.has(*preference.guest);
-        choice.reason = "asked for on the command line";
+        choice.reason = "requested on the command line";
         return choice;
     }
     // First what this build supports, then anything that can be named.
@@ -225,12 +225,12 @@ Choice choose(const Sightings& sightings, Preference preference, bool (*built)(V
                     continue;
                 }
                 choice.guest = rule.guest;
-                choice.reason = s.base == 0 ? std::string_view("only the firmware's strings say so") : rule.reason;
+                choice.reason = s.base == 0 ? std::string_view("by the firmware's strings only") : rule.reason;
                 return choice;
             }
         }
     }
-    choice.reason = "nothing was sighted";
+    choice.reason = "nothing was detected";
     return choice;
 }
 
@@ -253,9 +253,9 @@ void log_detection(const CpuidSnapshot& cpuid, const Sightings& sightings, const
     }
     log::info("detection: vm_guest is {}: {}", choice.guest, choice.reason);
     if (choice.unsighted) {
-        log::warning("detection: {} was asked for (hv=), and nothing here looks like it: if its start fails, the "
-                     "machine goes on as bare",
-                     choice.guest);
+        log::warning(
+            "detection: {} was requested (hv=) but not detected: if its start fails, the machine continues as bare",
+            choice.guest);
     }
 }
 

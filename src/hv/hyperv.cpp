@@ -28,7 +28,7 @@ constexpr Nanoseconds unload_timeout = 1'000'000'000;
 Result<void> HyperV::install(Environment& environment) {
     const Sighting* sighting = environment.sightings.find(VmGuest::hyperv);
     if (sighting == nullptr || sighting->base == 0 || sighting->max_leaf < sighting->base + leaf_recommendations) {
-        return Error{Code::not_found, "Hyper-V's CPUID leaves are not there: hypercalls cannot be installed"};
+        return Error{Code::not_found, "Hyper-V's CPUID leaves are missing: hypercalls cannot be installed"};
     }
     cpu_ = &environment.cpu;
     memory_ = &environment.memory;
@@ -71,7 +71,7 @@ Result<void> HyperV::install_hypercalls(Environment& environment) {
         const u64 kept = cpu_->read_msr(msr::hypercall) & page_register_reserved;
         cpu_->write_msr(msr::hypercall, environment.physical.physical_of(gate_.page) | kept | page_enable);
         if ((cpu_->read_msr(msr::hypercall) & page_enable) == 0) {
-            return Error{Code::not_supported, "Hyper-V does not switch the hypercall page on"};
+            return Error{Code::not_supported, "Hyper-V does not enable the hypercall page"};
         }
     }
     return hypercalls_.install(gate_, environment.memory);
@@ -164,12 +164,11 @@ void HyperV::uninstall() {
 
 io::Task<Result<void>> HyperV::Bus::enumerate(DeviceList& into) {
     if (auto connected = co_await vmbus_.connect(); !connected) {
-        log::warning("hyperv: {}: native devices only (hv=kvm, where KVM is there, spares the attempt)",
-                     connected.error());
+        log::warning("hyperv: {}: native devices only (hv=kvm avoids the attempt on KVM)", connected.error());
         co_return Result<void>{};
     }
-    if (auto told = co_await vmbus_.request_offers(); !told) {
-        log::warning("hyperv: {}: what was told so far counts", told.error());
+    if (auto requested = co_await vmbus_.request_offers(); !requested) {
+        log::warning("hyperv: {}: the offers so far are used", requested.error());
     }
     while (const auto device = next_device()) {
         into.add(*device);
@@ -202,7 +201,8 @@ Result<void> HyperV::Timer::start(InterruptHandler handler, void* context) {
         config |= timer::direct | timer::vector(vector_->vector);
     } else {
         if (!synic_.enabled(this_processor())) {
-            return Error{Code::not_supported, "a synthetic timer tells by message, and this processor's SynIC is off"};
+            return Error{Code::not_supported,
+                         "a synthetic timer needs SynIC for its messages, and this processor's is off"};
         }
         synic_.set_timer_handler(handler, context);
         config |= timer::sint_number(vmbus_sint);

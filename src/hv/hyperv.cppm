@@ -30,7 +30,7 @@ class HyperV {
     /// The VMBus of an instance whose SynIC is enabled. enumerate() finds out whether a host answers on it.
     class Bus {
       public:
-        Bus(io::Executor& executor, const hyperv::ReferenceClock& clock) : clock_(clock), news_(executor) {}
+        Bus(io::Executor& executor, const hyperv::ReferenceClock& clock) : clock_(clock), changes_(executor) {}
         Bus(const Bus&) = delete;
         Bus& operator=(const Bus&) = delete;
 
@@ -43,7 +43,7 @@ class HyperV {
             const auto dropped = static_cast<u32>(vmbus_.counters().offers_dropped);
             return dropped - std::exchange(dropped_, dropped);
         }
-        io::Latch& news() { return news_; }
+        io::Latch& changes() { return changes_; }
 
         hyperv::Vmbus& vmbus() { return vmbus_; }
         const hyperv::ReferenceClock& clock() const { return clock_; }
@@ -52,10 +52,10 @@ class HyperV {
         friend class HyperV;
         const hyperv::ReferenceClock& clock_;
         hyperv::Vmbus vmbus_;
-        io::Latch news_;
+        io::Latch changes_;
         hyperv::OfferListener listener_{
-            .offered = [](void* self, const hyperv::Offer&) { static_cast<Bus*>(self)->news_.open(); },
-            .dropped = [](void* self) { static_cast<Bus*>(self)->news_.open(); },
+            .offered = [](void* self, const hyperv::Offer&) { static_cast<Bus*>(self)->changes_.open(); },
+            .dropped = [](void* self) { static_cast<Bus*>(self)->changes_.open(); },
             .context = this};
         u32 dropped_ = 0; // offers already reported by new_dropped()
     };

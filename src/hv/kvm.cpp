@@ -15,11 +15,11 @@ namespace {
 
 // Takes one consistent reading. The host updates the page before it enters this processor, so the page is valid once
 // wrmsr has returned. If it keeps changing for this many attempts, it is not a clock.
-constexpr int looks = 64;
+constexpr int attempts = 64;
 
 std::optional<kvm::ClockPage> read_clock(std::byte* page) {
     auto word = [&](usize index) -> u32& { return reinterpret_cast<u32*>(page)[index]; };
-    for (int look = 0; look < looks; ++look) {
+    for (int attempt = 0; attempt < attempts; ++attempt) {
         kvm::ClockPage copy{};
         // Acquire: pairs with the host's write of an even version after the fields; the fields are read after it.
         const u32 before = std::atomic_ref(word(0)).load(std::memory_order_acquire);
@@ -62,7 +62,7 @@ Result<void> Kvm::install(Environment& environment) {
     }
     const u64 hz = kvm::frequency_of(clock->tsc_to_system_mul, clock->tsc_shift);
     if (hz < 1'000'000 || hz > 100'000'000'000) {
-        log::warning("kvm: the clock page tells of a counter with {} Hz, which cannot be: it will be calibrated", hz);
+        log::warning("kvm: the clock page has an invalid frequency, {} Hz: it will be calibrated", hz);
         return {};
     }
     tsc_hz_ = hz;

@@ -52,7 +52,7 @@ struct Alive {
 };
 
 inline void log_failure(std::string_view name, std::string_view what, const Error& error) {
-    log::warning("backend {}: {} failed: {}: going on as bare", name, what, error);
+    log::warning("backend {}: {} failed: {}: continuing as bare", name, what, error);
 }
 
 template <class Last, class Visitor>

@@ -18,7 +18,7 @@ using namespace xen;
 Result<void> Xen::install(Environment& environment) {
     const Sighting* sighting = environment.sightings.find(VmGuest::xen);
     if (sighting == nullptr || sighting->base == 0 || sighting->max_leaf < sighting->base + 2) {
-        return Error{Code::not_found, "Xen's CPUID leaves are not there: hypercalls cannot be installed"};
+        return Error{Code::not_found, "Xen's CPUID leaves are missing: hypercalls cannot be installed"};
     }
     cpu_ = &environment.cpu;
     CHECK(install_hypercalls(environment, *sighting));
@@ -27,7 +27,7 @@ Result<void> Xen::install(Environment& environment) {
     install_store(environment);
     find_clock(environment, *sighting);
     log::info("xen {}.{}: hypercalls, shared info, up to {} grant entries, XenStore {}", version_ >> 16,
-              version_ & 0xffff, grants_.obtainable(), store_there_ ? "there" : "absent");
+              version_ & 0xffff, grants_.obtainable(), has_store_ ? "there" : "absent");
     return {};
 }
 
@@ -55,8 +55,8 @@ Result<void> Xen::install_hypercalls(Environment& environment, const Sighting& s
     version_ = static_cast<u32>(version);
     TRY(features_, hypercalls_.features());
     if ((features_ & feature_auto_translated) == 0) {
-        return Error{Code::not_supported, "this Xen wants the guest to know machine frames", feature_auto_translated,
-                     features_};
+        return Error{Code::not_supported, "this Xen does not translate the guest's frame numbers",
+                     feature_auto_translated, features_};
     }
     return {};
 }
@@ -124,7 +124,7 @@ void Xen::install_store(Environment& environment) {
         return;
     }
     store_.install(*page, static_cast<Port>(static_cast<u32>(*port)));
-    store_there_ = true;
+    has_store_ = true;
 }
 
 void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
@@ -182,7 +182,7 @@ Result<void> Xen::start(Services& services) {
         }
         upcall_ = Upcall::apic_vector;
     }
-    if (store_there_) {
+    if (has_store_) {
         if (auto started = store_.start(services.executor, events_); !started) {
             log::warning("xen: XenStore cannot be used: {}: no synthetic devices", started.error());
         }
@@ -205,7 +205,7 @@ Result<void> Xen::unplug(EmulatedClasses classes) {
     }
     const u16 magic = cpu_->in16(unplug_port);
     if (magic != unplug_magic) {
-        return Error{Code::not_supported, "this host takes no emulated devices away (magic at port 0x10)", unplug_magic,
+        return Error{Code::not_supported, "this host cannot unplug emulated devices (magic at port 0x10)", unplug_magic,
                      magic};
     }
     if (cpu_->in8(unplug_version_port) != 0) {

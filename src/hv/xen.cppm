@@ -84,7 +84,7 @@ class Xen {
     std::optional<u64> tsc_hz_;
     std::string_view clock_name_ = "none";
     Upcall upcall_ = Upcall::none;
-    bool store_there_ = false;
+    bool has_store_ = false;
     xen::Events events_;
     xen::Grants grants_;
     u64 grant_frame_ = 0; // guest frame number of the table's first frame

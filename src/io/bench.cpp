@@ -41,7 +41,7 @@ constexpr u32 edit_distance(std::string_view a, std::string_view b) {
 
 struct Word {
     std::string_view word;
-    std::string_view if_meant; // the message for a misspelling of it
+    std::string_view hint; // the message for a misspelling of it
 };
 
 constexpr std::array<Word, 5> pattern_words{{
@@ -73,7 +73,7 @@ Result<usize> find_word(std::span<const Word> words, std::string_view text) {
             best = i;
         }
     }
-    return Error{Code::bad_argument, words[best].if_meant};
+    return Error{Code::bad_argument, words[best].hint};
 }
 
 // A number with an optional suffix k, m or g.
@@ -182,7 +182,7 @@ Result<Workload> parse_workload(std::string_view text) {
         TRY(const usize key, find_word(key_words, pair.head));
         const auto value = pair.rest ? parse_size(*pair.rest) : std::nullopt;
         if (!value) {
-            return Error{Code::bad_argument, "a workload's keys want a number each, as in "
+            return Error{Code::bad_argument, "a workload's keys need a number each, as in "
                                              "bs=4k,qd=1,count=2000,seed=1,mix=70,startdelay=0,thinktime=0"};
         }
         const u32 clamped = static_cast<u32>(std::min<u64>(*value, ~u32{0}));
@@ -200,7 +200,7 @@ Result<Workload> parse_workload(std::string_view text) {
     return w;
 }
 
-Result<void> Bench::suits(const BlockDevice& disk, const Workload& w, const BenchOptions& options, u32 lanes) {
+Result<void> Bench::check_workload(const BlockDevice& disk, const Workload& w, const BenchOptions& options, u32 lanes) {
     CHECK(check(w));
     const Geometry& g = disk.geometry();
     if (w.writes() && !options.scratch) {
@@ -208,7 +208,7 @@ Result<void> Bench::suits(const BlockDevice& disk, const Workload& w, const Benc
                      "a workload that writes needs a disk that may be overwritten: name it in scratch="};
     }
     if (w.writes() && g.read_only) {
-        return Error{Code::bad_argument, "a workload that writes was asked for, and the disk is read-only"};
+        return Error{Code::bad_argument, "a workload that writes, and the disk is read-only"};
     }
     if (w.bs % g.sector_size != 0) {
         return Error{Code::bad_argument, "bs of a workload must be a multiple of the disk's sector size", g.sector_size,
@@ -235,7 +235,7 @@ Result<void> Bench::suits(const BlockDevice& disk, const Workload& w, const Benc
 }
 
 Result<void> Bench::prepare(BlockDevice& disk, const Workload& w, const BenchOptions& options) {
-    CHECK(suits(disk, w, options, 1));
+    CHECK(check_workload(disk, w, options, 1));
     workload_ = w;
     sectors_per_block_ = w.bs / disk.geometry().sector_size;
     blocks_ = disk.geometry().sectors / sectors_per_block_;
@@ -244,9 +244,9 @@ Result<void> Bench::prepare(BlockDevice& disk, const Workload& w, const BenchOpt
     random_ = SplitMix64(mix64(w.seed));
     errors_ = 0;
     stopped_ = false;
-    until_thinking_ = w.thinktime == 0 ? ~u64{0} : Workload::thinktime_blocks;
-    thinking_ = SplitMix64(w.seed);
-    thought_ = 0;
+    until_thinktime_ = w.thinktime == 0 ? ~u64{0} : Workload::thinktime_blocks;
+    thinktime_random_ = SplitMix64(w.seed);
+    thinktime_ = 0;
     first_error_.reset();
     read_.reset();
     write_.reset();
@@ -306,9 +306,9 @@ inline void Bench::ended(const Request& request, Instant begun, Instant now) {
 }
 
 Instant Bench::think(Executor& executor, Instant now) {
-    until_thinking_ = Workload::thinktime_blocks;
-    const Instant ended = spin(executor, thinking_.below(workload_.thinktime + 1));
-    thought_ += ended - now;
+    until_thinktime_ = Workload::thinktime_blocks;
+    const Instant ended = spin(executor, thinktime_random_.below(workload_.thinktime + 1));
+    thinktime_ += ended - now;
     return ended;
 }
 
@@ -324,7 +324,7 @@ Task<Result<void>> Bench::slot(Bench& bench, BlockDevice& disk, u32 index) {
         static_cast<void>(co_await transfer); // the result is in its status
         const Instant now = executor.elapsed();
         bench.ended(transfer, begun, now);
-        begun = --bench.until_thinking_ == 0 ? bench.think(executor, now) : now;
+        begun = --bench.until_thinktime_ == 0 ? bench.think(executor, now) : now;
         if (transfer.buffer_lost) [[unlikely]] {
             bench.buffers_[index].abandon();
             break;
@@ -357,8 +357,8 @@ Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, Bench
     const u64 allocations_before = allocations(options);
     const Instant begun = disk.executor().elapsed();
     static_cast<void>(co_await group.join());
-    report.runtime_ns = disk.executor().elapsed() - begun - thought_;
-    report.thinktime_ns = thought_;
+    report.runtime_ns = disk.executor().elapsed() - begun - thinktime_;
+    report.thinktime_ns = thinktime_;
     mark(options, 0);
     report.allocations = allocations(options) - allocations_before;
     report.counters = disk.counters() - counters_before;
@@ -402,7 +402,7 @@ struct Bench::Start {
             }
         }
         if (missed.load(std::memory_order_relaxed)) {
-            return Error{Code::timed_out, "the lanes of a disk did not all come to their common start", lanes,
+            return Error{Code::timed_out, "the lanes of a disk did not all reach their common start", lanes,
                          arrived.load(std::memory_order_relaxed)};
         }
         return {};
@@ -416,9 +416,9 @@ Task<Result<void>> Bench::lane_task(Bench& bench, BlockDevice& lane, Start& star
     for (u32 i = 0; i < bench.workload_.qd && spawned; ++i) {
         spawned = group.spawn(slot(bench, lane, i));
     }
-    const auto met = start.arrive_and_wait(executor); // the slots run when this coroutine waits
-    if (spawned && !met) {
-        spawned = met;
+    const auto reached = start.arrive_and_wait(executor); // the slots run when this coroutine waits
+    if (spawned && !reached) {
+        spawned = reached;
     }
     if (!spawned) {
         bench.left_ = 0;
@@ -428,7 +428,7 @@ Task<Result<void>> Bench::lane_task(Bench& bench, BlockDevice& lane, Start& star
     co_return spawned;
 }
 
-Task<Result<void>> Bench::lane_elsewhere(Bench& bench, BlockDevice& lane, Start& start) {
+Task<Result<void>> Bench::run_remote_lane(Bench& bench, BlockDevice& lane, Start& start) {
     co_return co_await run_on(lane.executor(), lane_task(bench, lane, start));
 }
 
@@ -441,7 +441,7 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
     Result<void> ready;
     if (lanes == 0 || lanes > disk.lanes() || workload.count < lanes) {
         ready = Error{Code::bad_argument,
-                      "a workload needs as many lanes of the disk as are asked for, and an I/O for each", disk.lanes(),
+                      "a workload needs as many lanes of the disk as are requested, and an I/O for each", disk.lanes(),
                       lanes};
     }
     for (u32 i = 0; i < lanes && ready; ++i) {
@@ -477,7 +477,7 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
     const Counters before = ready ? counters() : Counters{};
     TaskGroup group(disk.executor());
     for (u32 i = 0; i < lanes && ready; ++i) {
-        ready = group.spawn(lane_elsewhere(*runners[i], disk.lane(i), start));
+        ready = group.spawn(run_remote_lane(*runners[i], disk.lane(i), start));
     }
     if (!ready) {
         start.lanes = 0; // nothing has started: spawned tasks run only when this coroutine waits, and it does not
@@ -492,7 +492,7 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
         for (Bench* bench : runners) {
             if (bench->ended_ > ended) {
                 ended = bench->ended_;
-                report.thinktime_ns = bench->thought_;
+                report.thinktime_ns = bench->thinktime_;
             }
             report.errors += bench->errors_ + bench->left_;
             if (!report.first_error) {

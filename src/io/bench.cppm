@@ -109,13 +109,13 @@ class Bench {
                                                BenchOptions options);
 
     /// Checks what run() and run_lanes() (with `lanes` lanes) reject before the first I/O, except for buffer memory.
-    static Result<void> suits(const BlockDevice& disk, const Workload& workload, const BenchOptions& options,
-                              u32 lanes);
+    static Result<void> check_workload(const BlockDevice& disk, const Workload& workload, const BenchOptions& options,
+                                       u32 lanes);
 
   private:
     struct Start;
     static Task<Result<void>> lane_task(Bench& bench, BlockDevice& lane, Start& start);
-    static Task<Result<void>> lane_elsewhere(Bench& bench, BlockDevice& lane, Start& start);
+    static Task<Result<void>> run_remote_lane(Bench& bench, BlockDevice& lane, Start& start);
     static Task<Result<void>> slot(Bench& bench, BlockDevice& disk, u32 index);
     Result<void> prepare(BlockDevice& disk, const Workload& workload, const BenchOptions& options);
     bool next(Op& op, u64& lba);
@@ -133,9 +133,9 @@ class Bench {
     SplitMix64 random_;
     u64 errors_ = 0;
     bool stopped_ = false;
-    u64 until_thinking_ = 0; // I/Os
-    SplitMix64 thinking_;
-    Nanoseconds thought_ = 0;
+    u64 until_thinktime_ = 0; // I/Os
+    SplitMix64 thinktime_random_;
+    Nanoseconds thinktime_ = 0;
     std::optional<Error> first_error_;
     Histogram read_;
     Histogram write_;

@@ -18,16 +18,16 @@ Error to_error(Status status) {
     case Status::timed_out:
         return {Code::timed_out, "the disk did not answer within the time-out (timeout=MILLISECONDS changes it)"};
     case Status::cancelled: return {Code::cancelled, "the transfer was cancelled"};
-    case Status::device_gone: return {Code::device_gone, "the disk was closed while the transfer was under way"};
+    case Status::device_gone: return {Code::device_gone, "the disk was closed while the transfer was in flight"};
     case Status::protocol_error: return {Code::protocol, "the disk's host broke its protocol; the disk was closed"};
     case Status::misaligned:
         return {Code::bad_argument,
                 "buffer address and length must be multiples of the disk's sector size, and not empty"};
-    case Status::out_of_range: return {Code::bad_argument, "the transfer ends behind the last sector of the disk"};
+    case Status::out_of_range: return {Code::bad_argument, "the transfer ends beyond the last sector of the disk"};
     case Status::read_only: return {Code::bad_argument, "the disk is read-only"};
     case Status::not_written: break;
     }
-    return {Code::protocol, "the request ended and nobody wrote its status"};
+    return {Code::protocol, "the request ended without a status"};
 }
 
 Request::~Request() {

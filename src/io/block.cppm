@@ -195,7 +195,7 @@ class BlockDevice {
     /// request never ends: its waiter stays suspended until its frame is destroyed. Irreversible.
     void hold() { held_ = true; }
     /// On the device's processor: requests accepted and not ended.
-    inline u64 under_way() const { return counters_.submitted - counters_.completed; }
+    inline u64 in_flight() const { return counters_.submitted - counters_.completed; }
 
   protected:
     ~BlockDevice() = default;

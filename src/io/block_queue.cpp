@@ -84,9 +84,9 @@ void QueueCore::end_everything(Status status, Status with_device, bool stopped) 
     });
     delayed_ = 0;
     if (device_stopped) { // also takes back commands without a waiter
-        take_back_everything(nullptr);
+        reclaim_all(nullptr);
     }
-    asked_.reset();
+    reset_bound_.reset();
     complete_done();
     transport_closed(stopped);
 }
@@ -97,7 +97,7 @@ void QueueCore::reclaim() {
     }
     for_each_command([&](u64 id, QueuedCommand& command) {
         static_cast<void>(transport_finish(command, Status::device_gone));
-        slots_->give(id);
+        slots_->free(id);
     });
     while (late_writes_ != 0) {
         count_late(-1);
@@ -185,7 +185,7 @@ Result<void> QueueCore::send(Exchange& exchange) {
     command.op = Op::read;
     command.number = 0;
     command.bytes = 0;
-    command.gathered = command.thinned = command.delayed = false;
+    command.gathered = command.partial = command.delayed = false;
     command.reset = command.expired = command.late_write = false;
     exchange.id = *id;
     exchange.answered = false;
@@ -193,7 +193,7 @@ Result<void> QueueCore::send(Exchange& exchange) {
     const SendResult sent = transport_send(command, *id);
     if (sent != SendResult::sent) {
         command.exchange = nullptr;
-        slots_->give(*id);
+        slots_->free(*id);
         if (sent == SendResult::broken) {
             const Error why = transport_fault();
             fail(why);
@@ -206,7 +206,7 @@ Result<void> QueueCore::send(Exchange& exchange) {
 }
 
 void QueueCore::abandon(Exchange& exchange) {
-    if (is_under_way(exchange)) {
+    if (is_in_flight(exchange)) {
         at(exchange.id).exchange = nullptr;
     }
 }
@@ -244,7 +244,7 @@ void QueueCore::note_error(Request& request, Status status) {
 
 /// The host has answered but may still access the buffer.
 void QueueCore::note_held(u64 id, const QueuedDevice& device, Request& request) {
-    log::warning("{}: the host has answered and still holds the buffer: it is not used again",
+    log::warning("{}: the host has answered and still holds the buffer: it is not reused",
                  device.identity().name.view());
     request.buffer_lost = true;
     quarantine(request.buffer, this, id);
@@ -252,7 +252,7 @@ void QueueCore::note_held(u64 id, const QueuedDevice& device, Request& request) 
 
 /// False: the retries are exhausted.
 bool QueueCore::retry(u64 id, QueuedCommand& command, Retry how) {
-    if (how == Retry::alone || command.thinned) {
+    if (how == Retry::alone || command.partial) {
         if (!command.gathered && command.first->tries != 0 && !command.first->again) {
             return false;
         }
@@ -261,11 +261,11 @@ bool QueueCore::retry(u64 id, QueuedCommand& command, Retry how) {
             request->tries += request->again ? 0 : 1; // else another of its commands failed in the same attempt
         }
         const bool safe = transport_finish(command, Status::io_error);
-        if (command.thinned) {
+        if (command.partial) {
             end_late(id, command, safe);
         }
         requeue_all(command);
-        slots_->give(id);
+        slots_->free(id);
         return true;
     }
     if (command.retries >= (how == Retry::now ? retries_at_once : retries_later)) {
@@ -358,7 +358,7 @@ void QueueCore::detach(Request& request) {
             [&](u64 id, QueuedCommand& command) { stopped = detach(id, command, request, stopped) || stopped; });
     }
     if (stopped) {
-        take_back_everything(nullptr);
+        reclaim_all(nullptr);
     }
 }
 
@@ -384,11 +384,11 @@ bool QueueCore::detach(u64 id, QueuedCommand& command, Request& request, bool st
         --delayed_;
         static_cast<void>(transport_finish(command, Status::cancelled));
         requeue_all(command);
-        slots_->give(id);
+        slots_->free(id);
         return false;
     }
     if (fence == Fence::reachable) {
-        command.thinned = true;
+        command.partial = true;
         request.buffer_lost = true;
         quarantine(request.buffer, this, id);
         if (command.op == Op::write && !std::exchange(command.late_write, true)) {
@@ -412,7 +412,7 @@ void QueueCore::orphan(u64 id, QueuedCommand& command, Fence fence) {
     if (fence == Fence::stopped) {
         static_cast<void>(transport_finish(command, Status::cancelled));
         end_late(id, command, true);
-        slots_->give(id);
+        slots_->free(id);
     } else if (fence != Fence::done && (command.op == Op::write || command.op == Op::discard) &&
                !std::exchange(command.late_write, true)) {
         count_late(1);
@@ -425,13 +425,13 @@ void QueueCore::count_late(i32 change) {
 }
 
 /// The device was stopped. `expired`: the command that timed out; if it has several requests, each is resent alone.
-void QueueCore::take_back_everything(const QueuedCommand* expired) {
+void QueueCore::reclaim_all(const QueuedCommand* expired) {
     for_each_command([&](u64 id, QueuedCommand& command) {
         if (command.delayed) {
             return;
         }
         static_cast<void>(transport_finish(command, Status::cancelled));
-        if (command.first == nullptr || command.thinned) {
+        if (command.first == nullptr || command.partial) {
             end_late(id, command, true);
         }
         if (Exchange* exchange = std::exchange(command.exchange, nullptr); exchange != nullptr) {
@@ -441,9 +441,9 @@ void QueueCore::take_back_everything(const QueuedCommand* expired) {
         } else {
             requeue_all(command);
         }
-        slots_->give(id);
+        slots_->free(id);
     });
-    asked_.reset();
+    reset_bound_.reset();
 }
 
 // ---- timeouts ----
@@ -453,8 +453,8 @@ void QueueCore::tick(Instant now) {
         return;
     }
     count_events(transport_events(), false);
-    if (idle_events_ > limits_.max_idle_events && !std::exchange(storm_told_, true)) {
-        log::warning("{}: more than {} interrupts within {} ms and not an answer: the host signals without a reason",
+    if (idle_events_ > limits_.max_idle_events && !std::exchange(storm_logged_, true)) {
+        log::warning("{}: more than {} interrupts within {} ms without an answer: the host signals without a cause",
                      limits_.driver, limits_.max_idle_events, limits_.idle_window / 1'000'000);
     }
     if (now >= idle_until_) {
@@ -466,14 +466,14 @@ void QueueCore::tick(Instant now) {
     if (delayed_ != 0) {
         send_delayed();
     }
-    if (parked_ != 0 && pump()) {
+    if (parked_ != 0 && submit_waiting()) {
         executor_.touch(*this);
     }
     while (Request* overdue = bounded_ ? find_overdue(now) : nullptr) {
         give_up(*overdue, Status::timed_out);
     }
     if (state_ == State::open) {
-        look_at_time();
+        check_timeouts();
     }
     if (state_ == State::open) {
         transport_settle();
@@ -485,7 +485,7 @@ void QueueCore::tick(Instant now) {
 Request* QueueCore::find_overdue(Instant now) {
     Request* overdue = nullptr;
     bounded_ = false;
-    const auto look = [&](Request* request) {
+    const auto check = [&](Request* request) {
         if (request->bound != 0) {
             bounded_ = true;
             overdue = now >= executor_.end_of_bound(request->begun, request->bound) ? request : overdue;
@@ -494,20 +494,20 @@ Request* QueueCore::find_overdue(Instant now) {
     for_each_disk([&](const QueuedDevice& disk) {
         for (const RequestQueue* list : {&disk.waiting_, &disk.retry_}) {
             for (Request* request = list->front(); request != nullptr; request = request->link) {
-                look(request);
+                check(request);
             }
         }
     });
     for_each_command([&](u64, const QueuedCommand& command) {
         for (Request* request = command.first; request != nullptr;
              request = command.gathered ? request->link : nullptr) {
-            look(request);
+            check(request);
         }
     });
     return overdue;
 }
 
-void QueueCore::look_at_time() {
+void QueueCore::check_timeouts() {
     using Finding = OldestWait::Finding;
     QueuedCommand* oldest = nullptr; // held by the device, with a waiter, or with requests waiting for its sectors
     for_each_command([&](u64, QueuedCommand& command) {
@@ -517,13 +517,13 @@ void QueueCore::look_at_time() {
         }
     });
     const OldestWait::Seen seen = transport_seen(
-        {.oldest = oldest != nullptr ? oldest->number : 0, .under_way = slots_->size(), .answered = answered_});
-    const Finding found = oldest_.look(executor_, seen, timeout_);
-    if (asked_) {
-        if (oldest == nullptr || oldest->number > asked_issued_) {
-            asked_.reset(); // the reset succeeded
-        } else if (asked_->passed()) {
-            return give_up_after_asking();
+        {.oldest = oldest != nullptr ? oldest->number : 0, .in_flight = slots_->size(), .answered = answered_});
+    const Finding found = oldest_.check(executor_, seen, timeout_);
+    if (reset_bound_) {
+        if (oldest == nullptr || oldest->number > reset_issued_) {
+            reset_bound_.reset(); // the reset succeeded
+        } else if (reset_bound_->passed()) {
+            return give_up_after_reset();
         }
     } else if (found != Finding::none) {
         return recover(*oldest, found);
@@ -531,8 +531,8 @@ void QueueCore::look_at_time() {
     // While writes wait for one of another queue, that queue's time-out ends the wait.
     const bool waits = oldest == nullptr && (parked_ != 0 || delayed_ != 0) && !transport_late_writes_elsewhere();
     const OldestWait::Seen waiting{
-        .oldest = waits ? issued_ + 1 : 0, .under_way = seen.under_way, .answered = seen.answered};
-    if (stuck_.look(executor_, waiting, timeout_) == Finding::none) {
+        .oldest = waits ? issued_ + 1 : 0, .in_flight = seen.in_flight, .answered = seen.answered};
+    if (stuck_.check(executor_, waiting, timeout_) == Finding::none) {
         return;
     }
     const Stuck stuck = transport_stuck(names());
@@ -540,12 +540,12 @@ void QueueCore::look_at_time() {
         return close(Status::device_gone, *stuck.why);
     }
     if (stuck.kind == Stuck::Kind::give_up) {
-        give_up_waiting(*stuck.why);
+        fail_waiting(*stuck.why);
     }
 }
 
 /// Ends one of the requests that wait for room or for a resend.
-void QueueCore::give_up_waiting(const Error& why) {
+void QueueCore::fail_waiting(const Error& why) {
     Request* request = nullptr;
     for_each_disk([&](QueuedDevice& disk) {
         if (request == nullptr) {
@@ -569,16 +569,16 @@ void QueueCore::recover(QueuedCommand& command, OldestWait::Finding finding) {
     case Recovery::Kind::none: return;
     case Recovery::Kind::give_up:
         if (command.first == nullptr) {
-            return close(Status::device_gone, {Code::timed_out, "a write that was given up was never answered: nothing "
-                                                                "may be written after it"});
+            return close(Status::device_gone,
+                         {Code::timed_out, "a write that was given up was never answered: no later write is safe"});
         }
         log::warning("{}: no answer to a request within {} ms, while others were answered",
                      command.device->identity().name.view(), timeout_ / 1'000'000);
         give_up_all(command);
         return oldest_.restart(); // a late write gets another timeout
-    case Recovery::Kind::asked: return ask(command);
+    case Recovery::Kind::reset_requested: return request_reset(command);
     case Recovery::Kind::stopped:
-        take_back_everything(&command);
+        reclaim_all(&command);
         complete_done();
         if (recovery.why) {
             close(Status::device_gone, *recovery.why);
@@ -593,28 +593,28 @@ void QueueCore::recover(QueuedCommand& command, OldestWait::Finding finding) {
     }
 }
 
-void QueueCore::ask(const QueuedCommand& oldest) {
+void QueueCore::request_reset(const QueuedCommand& oldest) {
     for_each_command([&](u64, QueuedCommand& command) {
         if (command.first != nullptr && !command.delayed) {
             command.expired = &command == &oldest || command.reset;
             command.reset = true;
         }
     });
-    asked_.emplace(executor_, timeout_);
-    asked_issued_ = issued_;
+    reset_bound_.emplace(executor_, timeout_);
+    reset_issued_ = issued_;
 }
 
-void QueueCore::give_up_after_asking() {
+void QueueCore::give_up_after_reset() {
     bool writes = false;
     for_each_command([&](u64, QueuedCommand& command) {
-        if ((command.first == nullptr && !command.late_write) || command.delayed || command.number > asked_issued_) {
+        if ((command.first == nullptr && !command.late_write) || command.delayed || command.number > reset_issued_) {
             return;
         }
         writes = writes || command.op == Op::write || command.op == Op::discard;
         give_up_all(command);
     });
-    asked_.reset();
-    if (const auto why = transport_asked_in_vain(writes)) {
+    reset_bound_.reset();
+    if (const auto why = transport_reset_ineffective(writes)) {
         close(why->code == Code::protocol ? Status::protocol_error : Status::device_gone, *why);
     }
 }

@@ -73,11 +73,11 @@ enum class Fence : u8 {
 /// What a transport does about a device that does not answer, or has lost a command.
 struct Recovery {
     enum class Kind : u8 {
-        none,    // the device has answered after all: next() will return it
-        give_up, // end this command only: its requests end as timed_out
-        asked,   // the device was asked to end all commands (SCSI bus reset), and has a full timeout to do so
-        stopped, // as Fence::stopped; commands are resent after the reset
-        close,   // the device's commands end as timed_out, the rest as device_gone, and the queue is closed
+        none,            // the device has answered after all: next() will return it
+        give_up,         // end this command only: its requests end as timed_out
+        reset_requested, // the device was asked to end all commands (SCSI bus reset), and has a full timeout to do so
+        stopped,         // as Fence::stopped; commands are resent after the reset
+        close,           // the device's commands end as timed_out, the rest as device_gone, and the queue is closed
     };
     Kind kind = Kind::close;
     std::optional<Error> why; // for `close`; for `stopped`: the queue is closed as well, because no reset can help
@@ -110,7 +110,7 @@ struct QueuedCommand {
     Status refusal = Status::io_error;
     u8 retries = 0;
     bool gathered = false;   // contains several requests
-    bool thinned = false;    // some of them were abandoned: it is not resent as it was
+    bool partial = false;    // some of them were abandoned: it is not resent as it was
     bool delayed = false;    // not with the device: resent in the next tick
     bool reset = false;      // was with the device when that was asked to end all commands
     bool expired = false;    // caused the reset: not resent after it
@@ -180,9 +180,9 @@ concept BlockTransport = requires(T& t, const T& constant, CommandTable<T>& comm
     /// taken back.
     { t.fence(command) } -> std::same_as<Fence>;
     { t.recover(sent, finding, names) } -> std::same_as<Recovery>;
-    /// Recovery::asked had no effect for a full timeout. `flag`: an unanswered command is a write. An error
+    /// Recovery::reset_requested had no effect for a full timeout. `flag`: an unanswered command is a write. An error
     /// closes the queue.
-    { t.asked_in_vain(flag) } -> std::same_as<std::optional<Error>>;
+    { t.reset_ineffective(flag) } -> std::same_as<std::optional<Error>>;
     { t.stuck(names) } -> std::same_as<Stuck>;
     /// The number of this queue's abandoned writes that may still reach the medium has changed by 1 or -1.
     { t.count_late_writes(change) } -> std::same_as<void>;
@@ -199,7 +199,7 @@ concept BlockTransport = requires(T& t, const T& constant, CommandTable<T>& comm
     /// Set by the queue to itself: what an interrupt handler raises [io.executor raise].
     { t.queue } -> std::same_as<Service*&>;
     /// The status with which another queue of the same device closed it; checked in each turn.
-    { constant.closed_elsewhere() } -> std::same_as<std::optional<Status>>;
+    { constant.closed_by_peer() } -> std::same_as<std::optional<Status>>;
     /// After SendResult::broken: the violated rule.
     { t.fault() } -> std::same_as<Error>;
     /// Before close() ends everything with `status`. False: another queue of the device has logged the reason.
@@ -220,17 +220,16 @@ struct TransportDefaults {
     void settle(Counters&) {}
     Result<bool> arm() { return false; }
     u32 events() const { return 0; }
-    std::optional<Error> asked_in_vain(bool) { return std::nullopt; }
+    std::optional<Error> reset_ineffective(bool) { return std::nullopt; }
     Stuck stuck(std::string_view) {
-        return {Stuck::Kind::close,
-                Error{Code::timed_out, "requests wait, and for a whole time-out no room came free"}};
+        return {Stuck::Kind::close, Error{Code::timed_out, "requests wait, and no room became free within a time-out"}};
     }
     void count_late_writes(i32) {}
     bool late_writes_elsewhere(u32) const { return false; }
     OldestWait::Seen seen(OldestWait::Seen own) { return own; }
     Result<void> tick(Instant, bool) { return {}; }
     bool wants_tick() const { return false; }
-    std::optional<Status> closed_elsewhere() const { return std::nullopt; }
+    std::optional<Status> closed_by_peer() const { return std::nullopt; }
     Error fault() const { return {Code::protocol, "the device's side of the queue is damaged"}; }
     bool closing(Status) { return true; }
     void closed(bool) {}
@@ -288,11 +287,11 @@ class QueueCore : public Service {
     Result<void> send(Exchange& exchange);
     /// Drops the waiter; a late answer is consumed silently.
     void abandon(Exchange& exchange);
-    bool is_under_way(const Exchange& exchange) const {
+    bool is_in_flight(const Exchange& exchange) const {
         return slots_->has(exchange.id) && at(exchange.id).exchange == &exchange;
     }
     /// Commands held by the device, including those of abandoned requests.
-    inline u32 under_way() const { return static_cast<u32>(slots_->size()); }
+    inline u32 in_flight() const { return static_cast<u32>(slots_->size()); }
     inline Nanoseconds timeout() const { return timeout_; }
 
     bool cancel(Request& request);
@@ -327,7 +326,7 @@ class QueueCore : public Service {
     virtual Fence transport_fence(QueuedCommand& command) = 0;
     virtual Recovery transport_recover(const QueuedCommand& command, OldestWait::Finding finding,
                                        std::string_view names) = 0;
-    virtual std::optional<Error> transport_asked_in_vain(bool writes) = 0;
+    virtual std::optional<Error> transport_reset_ineffective(bool writes) = 0;
     virtual Stuck transport_stuck(std::string_view names) = 0;
     virtual void transport_count_late_writes(i32 change) = 0;
     virtual bool transport_late_writes_elsewhere() const = 0;
@@ -338,7 +337,7 @@ class QueueCore : public Service {
     virtual bool transport_closing(Status status) = 0;
     virtual void transport_closed(bool stopped) = 0;
     /// Sends waiting requests, round-robin over the disks. True: something was sent.
-    virtual bool pump() = 0;
+    virtual bool submit_waiting() = 0;
 
     inline QueuedCommand& at(SlotIndex::Id id) const {
         return *reinterpret_cast<QueuedCommand*>(commands_ + SlotIndex::slot_of(id) * limits_.stride);
@@ -399,7 +398,7 @@ class QueueCore : public Service {
         }
         charged().interrupts += fresh;
     }
-    inline Counters& charged() { return current_ != nullptr ? current_->counters_ : nobody_; }
+    inline Counters& charged() { return current_ != nullptr ? current_->counters_ : unattributed_; }
     void end_everything(Status status, Status with_device, bool stopped = false);
     void fail(const Error& why) {
         close(why.code == Code::protocol ? Status::protocol_error : Status::device_gone, why);
@@ -425,19 +424,19 @@ class QueueCore : public Service {
   private:
     void send_delayed();
     void close(Status status, Status with_device, const Error& why);
-    void give_up_waiting(const Error& why);
+    void fail_waiting(const Error& why);
     void give_up(Request& request, Status status);
     void give_up_all(QueuedCommand& command);
     void detach(Request& request);
     bool detach(u64 id, QueuedCommand& command, Request& request, bool stopped);
     void orphan(u64 id, QueuedCommand& command, Fence fence);
-    void take_back_everything(const QueuedCommand* expired);
-    void look_at_time();
+    void reclaim_all(const QueuedCommand* expired);
+    void check_timeouts();
     void count_late(i32 change);
     Request* find_overdue(Instant now);
     void recover(QueuedCommand& command, OldestWait::Finding finding);
-    void ask(const QueuedCommand& oldest);
-    void give_up_after_asking();
+    void request_reset(const QueuedCommand& oldest);
+    void give_up_after_reset();
     FixedText<96> names() const;
     template <class F>
     void for_each_disk(F&& f) const {
@@ -452,12 +451,12 @@ class QueueCore : public Service {
     u32 delayed_ = 0; // commands waiting for the next tick
     u32 events_seen_ = 0;
     Instant idle_until_ = 0;
-    bool storm_told_ = false;
-    Counters nobody_; // charged while there is no disk
+    bool storm_logged_ = false;
+    Counters unattributed_; // charged while there is no disk
     OldestWait oldest_;
-    OldestWait stuck_;           // for requests that wait while the device holds none
-    std::optional<Bound> asked_; // set when the device was asked to end all commands
-    u64 asked_issued_ = 0;       // issued_ at that time
+    OldestWait stuck_;                 // for requests that wait while the device holds none
+    std::optional<Bound> reset_bound_; // set when the device was asked to end all commands
+    u64 reset_issued_ = 0;             // issued_ at that time
 };
 
 /// A queue of a device, on one processor, with the disks that use it. Registered with its executor from open() to
@@ -496,7 +495,7 @@ class BlockQueue : public QueueCore {
     Issued issue(QueuedDevice& disk, Request& request, RequestQueue* from, bool alone);
     void gather(Command& command, RequestQueue& from)
         requires(T::gathers);
-    bool pump() override;
+    bool submit_waiting() override;
     /// Whether the request must wait for an abandoned write.
     inline bool held_up(const QueuedDevice& disk, const Request& request) {
         return (late_writes_ != 0 && blocked(disk, request)) ||
@@ -519,7 +518,9 @@ class BlockQueue : public QueueCore {
                                std::string_view names) override {
         return transport_.recover(static_cast<const Command&>(command), finding, names);
     }
-    std::optional<Error> transport_asked_in_vain(bool writes) override { return transport_.asked_in_vain(writes); }
+    std::optional<Error> transport_reset_ineffective(bool writes) override {
+        return transport_.reset_ineffective(writes);
+    }
     Stuck transport_stuck(std::string_view names) override { return transport_.stuck(names); }
     void transport_count_late_writes(i32 change) override { transport_.count_late_writes(change); }
     bool transport_late_writes_elsewhere() const override { return transport_.late_writes_elsewhere(late_writes_); }
@@ -597,11 +598,11 @@ inline BlockQueue<T>::Issued BlockQueue<T>::issue(QueuedDevice& disk, Request& r
         command.bytes = request.buffer.size - request.issued;
         command.lba = request.lba + (request.issued >> disk.sector_shift_);
         command.retries = 0;
-        command.gathered = command.thinned = command.delayed = false;
+        command.gathered = command.partial = command.delayed = false;
         command.reset = command.expired = command.late_write = false;
         if (const Fit fit = transport_.prepare(command); fit != Fit::ok) [[unlikely]] {
             command.first = nullptr;
-            table_.give(id);
+            table_.free(id);
             if (fit == Fit::full) {
                 return result;
             }
@@ -638,7 +639,7 @@ inline BlockQueue<T>::Issued BlockQueue<T>::issue(QueuedDevice& disk, Request& r
             --request.parts;
             static_cast<void>(transport_.finish(command, Status::cancelled));
             command.first = nullptr;
-            table_.give(id);
+            table_.free(id);
             if (whole && from != nullptr) {
                 from->push_front(request);
                 ++parked_;
@@ -680,7 +681,7 @@ void BlockQueue<T>::gather(Command& command, RequestQueue& from)
 
 /// Sends waiting requests, round-robin over the disks. True: something was sent.
 template <class T>
-bool BlockQueue<T>::pump() {
+bool BlockQueue<T>::submit_waiting() {
     bool sent = false;
     for (u32 idle = 0; parked_ != 0 && idle < disk_count_ && state_ == State::open;) {
         QueuedDevice& disk = *std::exchange(disks_, disks_->next_);
@@ -699,7 +700,7 @@ void BlockQueue<T>::flush() {
         return;
     }
     if (T::gathers) {
-        static_cast<void>(pump());
+        static_cast<void>(submit_waiting());
     }
     if (auto published = transport_.publish(charged()); !published) [[unlikely]] {
         return fail(published.error());
@@ -729,7 +730,7 @@ bool BlockQueue<T>::drain() {
             return true;
         }
     }
-    if (const auto status = transport_.closed_elsewhere()) [[unlikely]] {
+    if (const auto status = transport_.closed_by_peer()) [[unlikely]] {
         end_everything(*status, *status);
         return true;
     }
@@ -741,7 +742,7 @@ bool BlockQueue<T>::drain() {
         fail(released.error());
         return true;
     }
-    if (parked_ != 0 && pump()) { // the device first, so that it works while requests are completed
+    if (parked_ != 0 && submit_waiting()) { // the device first, so that it works while requests are completed
         executor_.touch(*this);
     }
     if (state_ == State::open) {
@@ -756,7 +757,7 @@ template <class T>
     Command& command = table_[completion.id];
     if (Exchange* exchange = std::exchange(command.exchange, nullptr); exchange != nullptr) [[unlikely]] {
         static_cast<void>(transport_.finish(command, completion.status));
-        table_.give(completion.id);
+        table_.free(completion.id);
         exchange->answered = true;
         exchange->done.open();
         return;
@@ -774,17 +775,17 @@ template <class T>
 [[gnu::always_inline]] inline void BlockQueue<T>::end_command(u64 id, Command& command, Status status) {
     const bool safe = transport_.finish(command, status);
     Request* request = std::exchange(command.first, nullptr);
-    if (request == nullptr || command.thinned) [[unlikely]] {
+    if (request == nullptr || command.partial) [[unlikely]] {
         end_late(id, command, safe);
         if (request == nullptr) {
-            return table_.give(id);
+            return table_.free(id);
         }
     }
     current_ = command.device;
     if (command.gathered && status != Status::ok) [[unlikely]] { // any one of them may have failed
         command.first = request;
         requeue_all(command);
-        table_.give(id);
+        table_.free(id);
         return;
     }
     for (Request* following = nullptr; request != nullptr; request = following) {
@@ -794,7 +795,7 @@ template <class T>
         }
         end_part(*request, status);
     }
-    table_.give(id);
+    table_.free(id);
 }
 
 template <class T>

@@ -210,12 +210,11 @@ void Executor::cancel(Timer& timer) {
         }
         timers_.add(timer);
     });
-    if (std::exchange(told_stops_, clock_.long_stops()) != clock_.long_stops() && processor_ == 0) {
+    if (std::exchange(logged_stops_, clock_.long_stops()) != clock_.long_stops() && processor_ == 0) {
         if (clock_.last_long_stop() != 0) {
-            log::info("the machine stood still for {} ms: every wait for another side begins anew",
-                      clock_.last_long_stop() / 1'000'000);
+            log::info("the machine was stopped for {} ms: all time-outs restart", clock_.last_long_stop() / 1'000'000);
         } else {
-            log::info("the machine stood still, and its clock was set back: every wait for another side begins anew");
+            log::info("the machine was stopped, and its clock was set back: all time-outs restart");
         }
     }
 }
@@ -293,10 +292,10 @@ void Executor::step() {
     if (platform_.kick == nullptr) {
         platform_.idle(platform_.context, until, mailbox_.wake_flag());
     } else {
-        if (mailbox_.falls_asleep()) {
+        if (mailbox_.begin_sleep()) {
             platform_.idle(platform_.context, until, mailbox_.wake_flag());
         }
-        mailbox_.woke();
+        mailbox_.end_sleep();
     }
 }
 

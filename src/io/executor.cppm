@@ -362,7 +362,7 @@ class Executor {
     inline void wake_up() {
         if (platform_.kick == nullptr || this_processor() == processor_) [[likely]] {
             mailbox_.raise();
-        } else if (mailbox_.raise_from_elsewhere()) {
+        } else if (mailbox_.raise_remote()) {
             platform_.kick(platform_.context);
         }
     }
@@ -392,7 +392,7 @@ class Executor {
     Instant turn_time_ = 0;
     Instant next_tick_ = 0;
     Instant renewed_at_ = 0; // resumed_at() when the timers were last updated for it
-    u32 told_stops_ = 0;     // long machine stops already logged
+    u32 logged_stops_ = 0;   // long machine stops already logged
     u64 turns_ = 0;
     u64 idles_ = 0;
     Post* posts_ = nullptr; // taken from the mailbox but not yet run, oldest first

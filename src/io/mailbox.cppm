@@ -5,7 +5,7 @@
 //   atomic   ordering         written by                        read by                        orders
 //   head_    release/acquire  push() on any processor           take_all(), close() on owner   the post and its link
 //   wake_    release/acquire  raise() on any, clear() on owner  clear() on owner               writes before raise()
-//   wake_, asleep_  seq_cst   raise_from_elsewhere(): wake_ then asleep_; falls_asleep(): asleep_ then wake_.
+//   wake_, asleep_  seq_cst   raise_remote(): wake_ then asleep_; begin_sleep(): asleep_ then wake_.
 //                             In the single total order of all four at least one side sees the other: the owner stays
 //                             awake, or the other processor kicks it.
 //   raised   acq_rel          RaisedList::add() on any,         add() on any, lower() on owner writes before add();
@@ -32,7 +32,7 @@ template <class Node, class Atomics = StdAtomics>
 class BasicMailbox {
   public:
     /// Callable on any processor. The node must live until the owner has received it from take_all() or close(). The
-    /// caller must then wake the owner: raise() or raise_from_elsewhere(). False: the mailbox is closed and the node
+    /// caller must then wake the owner: raise() or raise_remote(). False: the mailbox is closed and the node
     /// was not added.
     [[nodiscard]] bool push(Node& node) {
         Node* first = head_.load(std::memory_order_relaxed);
@@ -54,7 +54,7 @@ class BasicMailbox {
     void raise() { wake_.exchange(true, std::memory_order_release); }
     /// From another processor. True: the owner may be halting and must be kicked. For the seq_cst pair see the table
     /// above.
-    bool raise_from_elsewhere() {
+    bool raise_remote() {
         wake_.exchange(true, std::memory_order_seq_cst);
         return asleep_.load(std::memory_order_seq_cst);
     }
@@ -71,12 +71,12 @@ class BasicMailbox {
     /// Relaxed: orders no other data.
     bool raised() const { return wake_.load(std::memory_order_relaxed); }
     /// Owner only, before halting: false if something was raised. Once it returns true, other processors kick.
-    bool falls_asleep() {
+    bool begin_sleep() {
         asleep_.store(true, std::memory_order_seq_cst);
         return !wake_.load(std::memory_order_seq_cst);
     }
     /// Relaxed: a stale `asleep` only costs a needless kick.
-    void woke() { asleep_.store(false, std::memory_order_relaxed); }
+    void end_sleep() { asleep_.store(false, std::memory_order_relaxed); }
 
     const typename Atomics::template Cell<bool, MailboxCell::wake>& wake_flag() const { return wake_; }
 

@@ -24,16 +24,16 @@ class OldestWait {
     /// Input from a driver's tick.
     struct Seen {
         u64 oldest = 0;    // number of the oldest request held by the device, never reused; 0: none
-        u64 under_way = 0; // requests held by the device
+        u64 in_flight = 0; // requests held by the device
         u64 answered = 0;  // requests answered so far
     };
     /// A request whose timeout has expired counts as lost after this many answers to other requests for each request
     /// that was under way when it became the oldest.
-    static constexpr u64 patience = 4;
+    static constexpr u64 max_passes = 4;
 
     /// Call once per tick. A finding is repeated in every tick until the driver has ended the request or restarts the
     /// timeout.
-    Finding look(Executor& executor, const Seen& seen, Nanoseconds timeout) {
+    Finding check(Executor& executor, const Seen& seen, Nanoseconds timeout) {
         if (seen.oldest == 0) {
             oldest_ = 0;
             return Finding::none;
@@ -43,7 +43,7 @@ class OldestWait {
             wait_.emplace(executor, timeout);
             silence_ = wait_;
             answered_ = last_answered_ = seen.answered;
-            passes_ = patience * seen.under_way;
+            passes_ = max_passes * seen.in_flight;
             return Finding::none;
         }
         if (seen.answered != last_answered_) {
@@ -65,7 +65,7 @@ class OldestWait {
     u64 oldest_ = 0;
     u64 answered_ = 0;             // value of Seen::answered when it became the oldest
     u64 passes_ = 0;               // answers to others after which it counts as lost
-    u64 last_answered_ = 0;        // value at the last look()
+    u64 last_answered_ = 0;        // value at the last check()
     std::optional<Bound> wait_;    // since it became the oldest
     std::optional<Bound> silence_; // since the last answer
 };

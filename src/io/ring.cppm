@@ -100,17 +100,17 @@ constexpr u32 ring_entries(usize bytes, usize header, usize stride) {
 
 // ---- layout ----
 
-/// Where one direction of a ring keeps its words, in bytes from the start of the memory. `nowhere`: the transport has
+/// Where one direction of a ring keeps its words, in bytes from the start of the memory. `absent`: the transport has
 /// no such word.
 struct RingLayout {
-    static constexpr usize nowhere = ~usize{0};
+    static constexpr usize absent = ~usize{0};
 
-    // the producer's position. nowhere: conveyed by a doorbell (NVMe submission) or a phase bit (NVMe completion)
-    usize index = nowhere;
-    usize event = nowhere;    // written by the consumer: event index or interrupt mask
-    usize consumed = nowhere; // the consumer's position. nowhere: conveyed by answers (Xen, virtio) or by a doorbell
-    usize entries = 0;        // the first entry
-    u32 stride = 1;           // bytes between consecutive entries; 1: a byte ring
+    // the producer's position. absent: conveyed by a doorbell (NVMe submission) or a phase bit (NVMe completion)
+    usize index = absent;
+    usize event = absent;    // written by the consumer: event index or interrupt mask
+    usize consumed = absent; // the consumer's position. absent: conveyed by answers (Xen, virtio) or by a doorbell
+    usize entries = 0;       // the first entry
+    u32 stride = 1;          // bytes between consecutive entries; 1: a byte ring
 };
 
 // ---- notifications ----
@@ -132,7 +132,7 @@ concept NotifyRule = std::copyable<R> && requires(const R& rule, M& memory, cons
 /// (Xen's req_event and rsp_event [xen-ring RING_PUSH_REQUESTS_AND_CHECK_NOTIFY]); Behind 1: the last entry to be
 /// passed (virtio's used_event and avail_event [virtio-1.2 §2.7.7, §2.7.10]). The value read is only compared, so any
 /// value from the peer is harmless.
-template <u32 Behind>
+template <u32 Lag>
 struct EventIndex {
     static constexpr bool needs_event = true;
     static constexpr bool needs_consumed = false;
@@ -142,12 +142,12 @@ struct EventIndex {
         // Our index before the peer's event. Pairs with the barrier in arm(), between the peer's event and our index:
         // at least one side sees the other.
         memory.full_barrier();
-        const W event = p.advance(memory.template load_relaxed<W>(layout.event), Behind);
+        const W event = p.advance(memory.template load_relaxed<W>(layout.event), Lag);
         return p.distance(event, now) < p.distance(old, now);
     }
     template <class M, class P, class W>
     void arm(M& memory, const RingLayout& layout, const P& p, W consumed, u32 count) const {
-        memory.template store_relaxed<W>(layout.event, p.advance(consumed, count - Behind));
+        memory.template store_relaxed<W>(layout.event, p.advance(consumed, count - Lag));
         // Our event before the peer's index, which the caller reads next. Pairs with the barrier in wanted().
         memory.full_barrier();
     }
@@ -246,7 +246,7 @@ Result<void> check(const M& memory, const RingLayout& layout, const P& positions
         bool needed;
     };
     for (const Word& word : {Word{layout.index, index}, Word{layout.event, event}, Word{layout.consumed, consumed}}) {
-        const bool there = word.at != RingLayout::nowhere;
+        const bool there = word.at != RingLayout::absent;
         if (!there ? word.needed : word.at % bytes != 0 || word.at > memory.size() || memory.size() - word.at < bytes) {
             return Error{Code::bad_argument,
                          "a ring's layout lacks a word, or has it misaligned or outside of the memory", memory.size(),
@@ -327,7 +327,7 @@ class Producer {
         if (produced_ == published_) {
             return false;
         }
-        if (layout_.index != RingLayout::nowhere) {
+        if (layout_.index != RingLayout::absent) {
             // Release: the entries before the index. Pairs with the acquire in the peer's Consumer::available().
             memory_.template store_release<Word>(layout_.index, produced_);
         }
@@ -355,7 +355,7 @@ class Producer {
     }
     /// The same, with the position read from layout.consumed.
     Result<void> observe() {
-        if (layout_.consumed == RingLayout::nowhere) {
+        if (layout_.consumed == RingLayout::absent) {
             return Error{Code::not_supported, "this ring has no word for the consumer's position"};
         }
         // Acquire: entries are overwritten only after they were copied out. Pairs with the release in the peer's
@@ -483,7 +483,7 @@ class Consumer {
     }
     /// Publishes our position to the peer, if the layout has a word for it.
     void release() {
-        if (layout_.consumed != RingLayout::nowhere) {
+        if (layout_.consumed != RingLayout::absent) {
             // Release: the copies before the position. Pairs with the acquire in the peer's Producer::observe().
             memory_.template store_release<Word>(layout_.consumed, consumed_);
         }
@@ -509,8 +509,7 @@ class Consumer {
         : memory_(memory), layout_(layout), positions_(positions), rule_(rule), arrival_(arrival), consumed_(start),
           seen_(start) {}
     Error broken_error() const {
-        return {Code::protocol,
-                "the producer's position is behind its last one or further than it can be: the ring is broken", seen_,
+        return {Code::protocol, "the producer's position moves backwards or is out of range: the ring is broken", seen_,
                 bad_};
     }
 

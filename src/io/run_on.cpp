@@ -17,7 +17,7 @@ void RemoteCall::send(Runner runner, std::coroutine_handle<> waiting) {
     runner.promise->waiter = Handle::from_promise(*runner.promise);
     runner_ = runner.promise;
     waiter_.waiter = waiting;
-    under_way_ = true;
+    in_flight_ = true;
     for (Step* step : {&start_, &done_, &cancel_}) {
         step->call = this;
     }
@@ -25,7 +25,7 @@ void RemoteCall::send(Runner runner, std::coroutine_handle<> waiting) {
     done_.run = on_done;
     cancel_.run = on_cancel;
     cancel_.urgent = true;
-    if (!there_.post(start_)) {
+    if (!target_.post(start_)) {
         Handle::from_promise(*runner.promise).destroy(); // it never ran; posts `done`
     }
 }
@@ -35,15 +35,15 @@ void RemoteCall::on_start(Post& post) {
     call.runner_->evict = [](RemoteTask& task) {
         std::coroutine_handle<Runner::promise_type>::from_promise(static_cast<Runner::promise_type&>(task)).destroy();
     };
-    call.there_.add_remote(*call.runner_);
-    call.there_.make_ready(*call.runner_);
+    call.target_.add_remote(*call.runner_);
+    call.target_.make_ready(*call.runner_);
 }
 
 // On the remote processor, when the runner ends in any way. Once the post is sent the call may be destroyed.
 void RemoteCall::ended() {
     Runner::promise_type* runner = std::exchange(runner_, nullptr);
     if (runner->evict != nullptr) { // it was started
-        there_.remove_remote(*runner);
+        target_.remove_remote(*runner);
     }
     if (!home_->post(done_)) {
         // The home executor has stopped, so only abandon() can be waiting. Release, and the last access: pairs with
@@ -54,13 +54,13 @@ void RemoteCall::ended() {
 
 void RemoteCall::on_done(Post& post) {
     RemoteCall& call = *static_cast<Step&>(post).call;
-    call.under_way_ = false;
+    call.in_flight_ = false;
     call.home_->make_ready(call.waiter_);
 }
 
 void RemoteCall::on_cancel(Post& post) {
     RemoteCall& call = *static_cast<Step&>(post).call;
-    call.there_.withdraw(call.start_);
+    call.target_.withdraw(call.start_);
     if (call.runner_ != nullptr) {
         std::coroutine_handle<Runner::promise_type>::from_promise(*call.runner_).destroy(); // posts `done`
     }
@@ -73,24 +73,24 @@ void RemoteCall::on_cancel(Post& post) {
 // first, on its own processor. Meanwhile this processor serves such requests itself, or two processors abandoning
 // each other's tasks would deadlock.
 void RemoteCall::abandon() {
-    under_way_ = false;
-    if (there_.processor() == home_->processor()) {
+    in_flight_ = false;
+    if (target_.processor() == home_->processor()) {
         on_cancel(cancel_);
         static_cast<void>(home_->withdraw(done_));
         return;
     }
     // else it has stopped, and ends or has ended the task by itself: `done` is its last access
-    const bool asked = there_.post(cancel_);
+    const bool posted = target_.post(cancel_);
     const Bound bound(*home_, longest_answer);
-    while (asked ? !cancelled_.load(std::memory_order_acquire)
-                 : !home_->withdraw(done_) && !gone_.load(std::memory_order_acquire)) {
+    while (posted ? !cancelled_.load(std::memory_order_acquire)
+                  : !home_->withdraw(done_) && !gone_.load(std::memory_order_acquire)) {
         home_->run_urgent();
         spin_pause();
         if (bound.passed()) {
-            panic("run_on: a processor does not end a task that nobody waits for any more");
+            panic("run_on: a processor does not end an abandoned task");
         }
     }
-    if (asked) {
+    if (posted) {
         static_cast<void>(home_->withdraw(done_));
     }
 }

@@ -19,12 +19,12 @@ class RemoteCall {
     static constexpr Nanoseconds longest_answer = 30'000'000'000;
 
   protected:
-    explicit RemoteCall(Executor& there) : there_(there) {}
+    explicit RemoteCall(Executor& there) : target_(there) {}
     ~RemoteCall() = default;
     /// Destroys a task still under way, with everything it awaits, on its own processor before returning. Must come
     /// first in the destructor of the class that holds the task and its value.
     void settle() {
-        if (under_way_) {
+        if (in_flight_) {
             abandon();
         }
     }
@@ -65,10 +65,10 @@ class RemoteCall {
     void ended();
     void abandon();
 
-    Executor& there_;
+    Executor& target_;
     Executor* home_ = nullptr;
     Runner::promise_type* runner_ = nullptr; // accessed only on the remote processor once sent
-    bool under_way_ = false;                 // accessed only on the home processor
+    bool in_flight_ = false;                 // accessed only on the home processor
     ReadyNode waiter_;
     Step start_;
     Step done_;
@@ -85,7 +85,7 @@ class [[nodiscard]] RunOn final : RemoteCall {
 
     bool await_ready() const { return false; }
     bool await_suspend(std::coroutine_handle<> waiting) {
-        const Runner runner = run_there(*this);
+        const Runner runner = start_remote(*this);
         if (runner.promise == nullptr) {
             value_.emplace(Error{Code::exhausted,
                                  "no coroutine frame left to run a task on another processor: a larger io::FramePool"});
@@ -102,7 +102,7 @@ class [[nodiscard]] RunOn final : RemoteCall {
     }
 
   private:
-    static Runner run_there(RunOn& self) {
+    static Runner start_remote(RunOn& self) {
         Task<T> task = std::move(self.task_); // destroyed on the remote processor, like everything it creates
         self.value_.emplace(co_await std::move(task));
     }

@@ -2,9 +2,9 @@
 // stops the job and flushes the disks, and the driver may then answer its host. Single processor: everything runs on
 // one executor.
 //
-//   driver:     ask(...) is true  →  co_await rested()           →  (answers its host)  →  answered()
-//   main task:  co_await asked()  →  (ends the job, flushes)    →  rest(result)
-//               →  co_await was_answered(bound)  →  verdict
+//   driver:     request(...) is true  →  co_await await_quiesced()  →  (answers its host)  →  answered()
+//   main task:  co_await await_request()  →  (ends the job, flushes)  →  quiesced(result)
+//               →  co_await await_answer(bound)  →  verdict
 export module io.shutdown;
 import core.std;
 import core.result;
@@ -16,49 +16,49 @@ export namespace fl::io {
 
 class Shutdown {
   public:
-    explicit Shutdown(Executor& executor) : asked_(executor), rested_(executor), answered_(executor) {}
+    explicit Shutdown(Executor& executor) : request_latch_(executor), quiesced_(executor), answered_(executor) {}
 
     /// `by`: static storage, for the log and the verdict. False: a shutdown has already been requested, and this
-    /// caller must not wait in rested(), which has only one waiter.
-    [[nodiscard]] bool ask(std::string_view by) {
+    /// caller must not wait in await_quiesced(), which has only one waiter.
+    [[nodiscard]] bool request(std::string_view by) {
         if (requested_) {
             return false;
         }
         requested_ = true;
         by_ = by;
-        asked_.open();
+        request_latch_.open();
         return true;
     }
     bool requested() const { return requested_; }
     std::string_view by() const { return by_; }
 
-    /// For the driver: waits until the main task has finished with the disks; at_rest() then says whether all
+    /// For the driver: waits until the main task has finished with the disks; flushed() then says whether all
     /// acknowledged data is on stable storage. Has no bound of its own: the main task's waits are bounded, depending
     /// on the requests a slow disk still holds.
-    auto rested() { return rested_.wait(); }
-    bool at_rest() const { return at_rest_; }
+    auto await_quiesced() { return quiesced_.wait(); }
+    bool flushed() const { return flushed_; }
     /// For the driver: reports that it has answered its host.
     void answered() { answered_.open(); }
 
     /// For the main task.
-    auto asked() { return asked_.wait(); }
+    auto await_request() { return request_latch_.wait(); }
     /// For the main task: the disks are done; `good`: all acknowledged data is on stable storage.
-    void rest(bool good) {
-        at_rest_ = good;
-        rested_.open();
+    void quiesced(bool good) {
+        flushed_ = good;
+        quiesced_.open();
     }
     /// For the main task: co_await -> false: the driver did not answer within the bound.
-    auto was_answered(const Bound& bound) { return answered_.wait(bound); }
-    /// Ends the main task's wait in asked() without a request: the job is done.
-    void stop_waiting() { asked_.open(); }
+    auto await_answer(const Bound& bound) { return answered_.wait(bound); }
+    /// Ends the main task's wait in await_request() without a request: the job is done.
+    void stop_waiting() { request_latch_.open(); }
 
   private:
-    Latch asked_;
-    Latch rested_;
+    Latch request_latch_;
+    Latch quiesced_;
     Latch answered_;
     std::string_view by_;
     bool requested_ = false;
-    bool at_rest_ = false;
+    bool flushed_ = false;
 };
 
 } // namespace fl::io

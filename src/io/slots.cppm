@@ -24,7 +24,7 @@ class SlotIndex {
         return id_of(slot);
     }
     /// Frees the slot of `id`, which must be taken.
-    constexpr void give(Id id) {
+    constexpr void free(Id id) {
         const u16 slot = slot_of(id);
         generations_[slot] = (generations_[slot] & ~taken) + 1;
         free_[free_count_++] = slot;
@@ -88,7 +88,7 @@ class SlotTable final : public SlotIndex {
     constexpr T& operator[](Id id) { return entries_[slot_of(id)]; }
     constexpr T* entries() { return entries_.data(); }
 
-    /// Calls f(id, entry) for every taken entry; f may give() or renew() the id it is called with.
+    /// Calls f(id, entry) for every taken entry; f may free() or renew() the id it is called with.
     template <class F>
     constexpr void for_each(F&& f) {
         for (usize slot = 0; slot < N && !empty(); ++slot) {

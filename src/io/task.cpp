@@ -75,7 +75,7 @@ void* FramePool::take(usize size_class) {
     return take_locked(size_class);
 }
 
-void FramePool::give(void* block) {
+void FramePool::recycle(void* block) {
     const Locked locked(lock_);
     ++arena_calls_;
     const usize offset = static_cast<usize>(static_cast<std::byte*>(block) - arena_.data());
@@ -95,19 +95,19 @@ void FramePool::give(void* block) {
     }
 }
 
-void FramePool::give_one(Kept& kept, usize size_class) {
+void FramePool::release_one(Kept& kept, usize size_class) {
     Free* const block = kept.free[size_class];
     kept.free[size_class] = block->next;
     --kept.count[size_class];
     kept.bytes -= classes[size_class];
-    give(block);
+    recycle(block);
 }
 
-void FramePool::give_all(Kept& kept) {
+void FramePool::release_all(Kept& kept) {
     kept.returned = returns_.load(std::memory_order_relaxed);
     for (usize i = 0; i < classes.size(); ++i) {
         while (kept.count[i] != 0) {
-            give_one(kept, i);
+            release_one(kept, i);
         }
     }
 }
@@ -121,7 +121,7 @@ void* FramePool::allocate_from_arena(Kept& kept, usize size_class) {
     if (kept.bytes == 0) {
         return nullptr;
     }
-    give_all(kept);
+    release_all(kept);
     return take(size_class);
 }
 
@@ -151,7 +151,7 @@ void* FramePool::allocate(usize size) noexcept {
     }
     Kept& kept = kept_[this_processor()];
     if (kept.returned != returns_.load(std::memory_order_relaxed)) [[unlikely]] {
-        give_all(kept);
+        release_all(kept);
     }
     void* block = kept.free[i];
     if (block != nullptr) [[likely]] {
@@ -176,15 +176,15 @@ void FramePool::free(void* block, usize size) noexcept {
     Kept& kept = kept_[this_processor()];
     kept.freed.store(kept.freed.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     if (kept.returned != returns_.load(std::memory_order_relaxed)) [[unlikely]] {
-        give_all(kept);
+        release_all(kept);
     }
     if (classes[i] > largest_kept || kept.count[i] == kept_blocks) {
-        return give(block);
+        return recycle(block);
     }
     // The size in use now displaces cached blocks of other sizes.
     for (usize other = 0; kept.bytes + classes[i] > kept_bytes;) {
         if (other != i && kept.count[other] != 0) {
-            give_one(kept, other);
+            release_one(kept, other);
         } else {
             ++other;
         }

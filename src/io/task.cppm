@@ -87,11 +87,11 @@ class FramePool {
     bool take_allowance();
     void return_allowance();
     void* take(usize size_class);
-    void give(void* block);
+    void recycle(void* block);
     void* take_locked(usize size_class) REQUIRES(lock_);
     void* allocate_from_arena(Kept& kept, usize size_class);
-    void give_one(Kept& kept, usize size_class);
-    void give_all(Kept& kept);
+    void release_one(Kept& kept, usize size_class);
+    void release_all(Kept& kept);
 
     mutable SpinLock lock_;
     std::array<PageNumber, classes.size()> partial_ GUARDED_BY(lock_){}; // pages of each class with room

@@ -184,7 +184,7 @@ Result<u64> blocks_of(const Geometry& g, const VerifyPlan& plan) {
                      g.sectors * g.sector_size};
     }
     if (skipped >= on_disk) {
-        return Error{Code::bad_argument, "verify: the first LBA lies behind the disk's last block (units of 512 bytes)",
+        return Error{Code::bad_argument, "verify: the first LBA lies beyond the disk's last block (units of 512 bytes)",
                      (on_disk - 1) * units, plan.first_lba};
     }
     if (plan.count > on_disk - skipped) {
@@ -218,7 +218,7 @@ Task<Result<void>> region(BlockDevice& lane, VerifyReport& report, DmaAllocator&
     co_return co_await pass(run, Op::read, dma);
 }
 
-Task<Result<void>> region_elsewhere(BlockDevice& lane, VerifyReport& report, DmaAllocator& dma) {
+Task<Result<void>> verify_remote_region(BlockDevice& lane, VerifyReport& report, DmaAllocator& dma) {
     co_return co_await run_on(lane.executor(), region(lane, report, dma));
 }
 
@@ -265,7 +265,7 @@ Task<Result<VerifyReport>> verify(BlockDevice& disk, VerifyPlan plan, DmaAllocat
         part.plan.first_lba = plan.first_lba + begin * (plan.bs / 512);
         part.blocks = report.blocks / report.lanes + (i < report.blocks % report.lanes ? 1 : 0);
         begin += part.blocks;
-        spawned = group.spawn(region_elsewhere(disk.lane(i), part, dma));
+        spawned = group.spawn(verify_remote_region(disk.lane(i), part, dma));
     }
     const Result<void> done = co_await group.join();
     if (!spawned || !done) {

@@ -36,7 +36,7 @@ using fuzz::require;
 namespace scsi = drivers::scsi;
 constexpr Nanoseconds timeout = 100'000'000;
 constexpr u32 sectors_each = 128; // maximum per request; requests do not overlap
-constexpr usize most_requests = 48;
+constexpr usize max_requests = 48;
 
 // Runs the SCSI parsers on a copy that ends with the data.
 void parse(std::span<const std::byte> bytes) {
@@ -85,14 +85,14 @@ struct Machine {
     // packets already completed, which can be completed again
     std::vector<Asked> done{};
     // sectors confirmed by the host as read or written
-    std::array<bool, most_requests * sectors_each> served{};
-    std::array<bool, most_requests> served_whole{}; // requests confirmed as a whole: flush, discard
+    std::array<bool, max_requests * sectors_each> served{};
+    std::array<bool, max_requests> served_whole{}; // requests confirmed as a whole: flush, discard
     std::vector<std::unique_ptr<io::Request>> requests{};
     std::vector<Instant> submitted_at{}; // of each
     std::unique_ptr<Exchange> exchange{};
     DmaSpan buffer{};
     usize submitted = 0;
-    bool meddled = false; // the host has written into the guest's outgoing ring
+    bool tampered = false; // the host has written into the guest's outgoing ring
 
     static u32 get(const std::vector<u8>& bytes, usize at, u32 count = 4) {
         u32 value = 0;
@@ -110,7 +110,7 @@ struct Machine {
         if (write >= ring || read >= ring) {
             return;
         }
-        if (meddled) { // the contents are not the guest's
+        if (tampered) { // the contents are not the guest's
             read = write;
         }
         while (read != write) {
@@ -182,7 +182,7 @@ struct Machine {
         }
     }
     void submit() {
-        if (submitted == most_requests) {
+        if (submitted == max_requests) {
             return;
         }
         const usize i = submitted++;
@@ -358,7 +358,7 @@ struct Machine {
             answered = clock.time;
             served.fill(true); // the host may have confirmed anything
             served_whole.fill(true);
-            meddled = meddled || (what & 0x10) != 0;
+            tampered = tampered || (what & 0x10) != 0;
             std::copy(bytes.begin(), bytes.end(), ((what & 0x10) != 0 ? out : in) + at);
             break;
         }
@@ -438,18 +438,18 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
     clock.on_idle_context = &machine;
     clock.on_idle = [](void* self) { static_cast<Machine*>(self)->step(); };
     auto parameters = dma.buffer(4096);
-    u32 wishes = 0;
+    u32 notified = 0;
     drivers::storvsc::Shared shared;
-    shared.context = &wishes;
+    shared.context = &notified;
     shared.notify = [](void* count) { ++*static_cast<u32*>(count); };
     {
         Queue queue(executor, channel, shared, true);
         machine.queue = &queue;
         machine.packet_bytes = (shape & 1) != 0 ? 48 : 64;
-        queue.agree({(shape & 1) != 0 ? Version::win6 : Version::win10, 4096u << (shape >> 1 & 3)});
+        queue.set_terms({(shape & 1) != 0 ? Version::win6 : Version::win10, 4096u << (shape >> 1 & 3)});
         queue.start(*parameters, timeout);
         io::Geometry geometry;
-        geometry.sectors = most_requests * sectors_each;
+        geometry.sectors = max_requests * sectors_each;
         geometry.flush = geometry.discard = true;
         Disk::Unit unit;
         unit.max_transfer = queue.terms().max_transfer;
@@ -475,7 +475,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
                 }
             }
         }
-        require(queue.is_open() || queue.quiet());
+        require(queue.is_open() || queue.quiescent());
         if (machine.exchange) {
             queue.abandon(*machine.exchange);
         }

@@ -127,7 +127,7 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
         std::optional<u32> table;
         bool published = false;
     };
-    std::map<u16, Buffer> under_way; // in flight, by slot
+    std::map<u16, Buffer> in_flight; // in flight, by slot
     std::array<bool, table_count> table_taken{};
     std::deque<std::pair<u16, u32>> given; // returned by a conforming device: slot and length
     std::vector<Chain> held;
@@ -157,8 +157,8 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
             require(!state.sound || given.empty());
             return false;
         }
-        const auto found = under_way.find((*used)->slot);
-        require(found != under_way.end() && found->second.published && (*used)->length <= found->second.writable);
+        const auto found = in_flight.find((*used)->slot);
+        require(found != in_flight.end() && found->second.published && (*used)->length <= found->second.writable);
         if (state.sound) {
             require(!given.empty() && given.front() == std::pair((*used)->slot, (*used)->length));
             given.pop_front();
@@ -166,7 +166,7 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
         if (found->second.table) {
             table_taken[*found->second.table] = false;
         }
-        under_way.erase(found);
+        in_flight.erase(found);
         return true;
     };
 
@@ -191,7 +191,7 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
             while (indirect && table < table_count && table_taken[table]) {
                 ++table;
             }
-            if (table == table_count || under_way.contains(slot)) {
+            if (table == table_count || in_flight.contains(slot)) {
                 break;
             }
             const u32 need = indirect ? 1 : count;
@@ -207,7 +207,7 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
                     buffer.table = table;
                     table_taken[table] = true;
                 }
-                under_way.emplace(slot, std::move(buffer));
+                in_flight.emplace(slot, std::move(buffer));
             }
             ++slot;
             break;
@@ -217,7 +217,7 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
             static_cast<void>(queue.publish());
             awaited = std::nullopt; // buffers published now may be returned instead
             if (!queue.broken()) {
-                for (auto& [number, buffer] : under_way) {
+                for (auto& [number, buffer] : in_flight) {
                     buffer.published = true;
                 }
             }
@@ -231,8 +231,8 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
                 if (!chain) {
                     break;
                 }
-                const auto found = under_way.find(slot_of(*chain));
-                require(found != under_way.end() && found->second.published && found->second.pieces == chain->pieces);
+                const auto found = in_flight.find(slot_of(*chain));
+                require(found != in_flight.end() && found->second.published && found->second.pieces == chain->pieces);
                 held.push_back(std::move(*chain));
             }
             break;
@@ -254,7 +254,7 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
         case 12: {
             const u32 count = 1 + (what >> 4);
             u32 published = 0;
-            for (const auto& [number, buffer] : under_way) {
+            for (const auto& [number, buffer] : in_flight) {
                 published += buffer.published ? 1 : 0;
             }
             const bool was_broken = queue.broken();
@@ -290,7 +290,7 @@ void run(fuzz::Input& input, u32 size, u8 shape) {
             break;
         }
         }
-        require(queue.broken() || queue.outstanding() == under_way.size());
+        require(queue.broken() || queue.outstanding() == in_flight.size());
     }
 }
 } // namespace

@@ -99,7 +99,7 @@ std::optional<int> parse_command_line(int count, char** words, Options& options)
     app.add_option("--append", options.append, "the guest's command line");
     app.add_option("--cpus", options.processors, "processors")->check(CLI::Range(1, 64));
     app.add_option("--listed-cpus", options.listed_processors,
-                   "processors that the ACPI tables list, if more than --cpus: the rest never comes up")
+                   "processors that the ACPI tables list, if more than --cpus: the others never start")
         ->check(CLI::Range(1, 64));
     app.add_option("--memory", options.memory_mebibytes, "MiB")->check(CLI::Range(16, 3072));
     app.add_option("--disk", disks,
@@ -124,13 +124,13 @@ std::optional<int> parse_command_line(int count, char** words, Options& options)
     app.add_option("--fault", options.fault, "NAME[,after=N][,count=N]: break a rule of the protocol");
     app.add_flag("--list-faults", options.list_faults, "the names for --fault");
     app.add_option("--shutdown-after", options.shutdown_after, "SECONDS: ask the guest to shut down");
-    app.add_option("--hot-add", options.hot_add, "SECONDS: the last SCSI disk comes only then");
-    app.add_option("--hot-remove", options.hot_remove, "SECONDS: the last SCSI disk goes then");
+    app.add_option("--hot-add", options.hot_add, "SECONDS: hot-add the last SCSI disk");
+    app.add_option("--hot-remove", options.hot_remove, "SECONDS: hot-remove the last SCSI disk");
     app.add_option("--hot-add-on", options.add_marker, "TEXT: … when the guest prints a line that contains it");
     app.add_option("--hot-remove-on", options.remove_marker, "TEXT: likewise");
     app.add_option("--shutdown-on", options.shutdown_marker, "TEXT: likewise");
     app.add_option("--hot-controller", options.hot_controller,
-                   "SECONDS: the last SCSI disk's controller, with all its disks, comes only then");
+                   "SECONDS: hot-add the last SCSI disk's controller with all its disks");
     app.add_option("--hot-controller-on", options.controller_marker, "TEXT: likewise");
     app.add_option("--offer-again", options.offer_again,
                    "SECONDS: the last SCSI disk's controller is rescinded and at once offered again");
@@ -142,10 +142,10 @@ std::optional<int> parse_command_line(int count, char** words, Options& options)
     app.add_option("--hyperv-base", options.hyperv_base,
                    "where Hyper-V's CPUID leaves begin; elsewhere than 0x40000000 a foreign name is first");
     app.add_flag("--no-rsdp", options.no_rsdp,
-                 "the loader does not say where ACPI's tables are: the guest finds them in the BIOS area");
+                 "do not pass the address of ACPI's tables: the guest finds them in the BIOS area");
     app.add_flag("--no-hyperv", options.no_hyperv, "no leaves of Hyper-V");
     app.add_flag("--openvmm-leaves", options.openvmm_leaves,
-                 "Hyper-V's leaves as OpenVMM shows them: neither PostMessages nor SignalEvents, though both work");
+                 "Hyper-V's leaves as those of OpenVMM: neither PostMessages nor SignalEvents, though both work");
     app.add_flag("--kvm-leaves", options.kvm_leaves, "KVM's leaves at 0x40000100");
     app.add_flag("--console", options.console, "standard input goes to the serial port");
     try {

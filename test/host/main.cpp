@@ -109,9 +109,9 @@ host::ServerConfig server_config(const Options& options) {
 
 /// Adds all disks to the bus. The last SCSI disk, or its controller, is the one that is hot-added or removed: if it is
 /// to be added later, it is omitted here.
-MovingDisk add_disks(Bus& bus, Images& images, const Options& options) {
-    const bool comes_later = options.hot_add > 0 || !options.add_marker.empty();
-    const bool controller_comes_later = options.hot_controller > 0 || !options.controller_marker.empty();
+HotplugDisk add_disks(Bus& bus, Images& images, const Options& options) {
+    const bool added_later = options.hot_add > 0 || !options.add_marker.empty();
+    const bool controller_added_later = options.hot_controller > 0 || !options.controller_marker.empty();
     host::StorageConfig config;
     config.sub_channels = static_cast<u16>(options.sub_channels);
     config.maximum_transfer = options.transfer;
@@ -124,7 +124,7 @@ MovingDisk add_disks(Bus& bus, Images& images, const Options& options) {
     for (const DiskOption& disk : options.disks) {
         last = disk.ide ? last : &disk;
     }
-    MovingDisk moving;
+    HotplugDisk hotplug;
     for (const DiskOption& disk : options.disks) {
         host::LunConfig lun;
         lun.lun = static_cast<u8>(disk.ide ? 0 : disk.lun);
@@ -140,32 +140,32 @@ MovingDisk add_disks(Bus& bus, Images& images, const Options& options) {
         }
         auto& luns = controllers[disk.controller];
         if (&disk == last) {
-            moving.lun = lun;
+            hotplug.lun = lun;
         }
-        if (&disk != last || !comes_later) {
+        if (&disk != last || !added_later) {
             luns.push_back(lun);
         }
     }
     for (auto& [number, luns] : controllers) {
         config.number = number;
-        const bool moves = last->controller == number;
-        if (moves) {
-            moving.config = config;
-            moving.luns = luns;
+        const bool hotplugged = last->controller == number;
+        if (hotplugged) {
+            hotplug.config = config;
+            hotplug.luns = luns;
         }
-        if (!moves || !controller_comes_later) {
+        if (!hotplugged || !controller_added_later) {
             auto& controller = bus.add(host::StorageDevice::scsi(config, luns));
-            moving.controller = moves ? &controller : moving.controller;
+            hotplug.controller = hotplugged ? &controller : hotplug.controller;
         }
     }
-    return moving;
+    return hotplug;
 }
 
 /// One-time actions: after a time, or when the guest prints a text.
-class Course {
+class Schedule {
   public:
-    Course(Machine& machine, Bus& bus, const Options& options, MovingDisk moving, host::ShutdownService& shutdown)
-        : machine_(machine), bus_(bus), moving_(std::move(moving)), shutdown_(shutdown), begin_(machine.now()),
+    Schedule(Machine& machine, Bus& bus, const Options& options, HotplugDisk hotplug, host::ShutdownService& shutdown)
+        : machine_(machine), bus_(bus), hotplug_(std::move(hotplug)), shutdown_(shutdown), begin_(machine.now()),
           wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
           steps_{{
               {"hot-add", options.hot_add, options.add_marker},
@@ -187,7 +187,7 @@ class Course {
         }
         return next;
     }
-    void go_on(u64 now) {
+    void run_due(u64 now) {
         u64 value = 0;
         [[maybe_unused]] const auto consumed = read(wake_, &value, sizeof(value));
         for (Step& step : steps_) {
@@ -209,7 +209,7 @@ class Course {
         bool done = false;
     };
     static void see(void* context, std::string_view line) {
-        Course& self = *static_cast<Course*>(context);
+        Schedule& self = *static_cast<Schedule*>(context);
         for (Step& step : self.steps_) {
             if (!step.marker.empty() && line.find(step.marker) != std::string_view::npos) {
                 step.seen.store(true, std::memory_order_relaxed);
@@ -222,32 +222,34 @@ class Course {
         bool done = true;
         bus_.with_server([&] {
             if (step.name == "shutdown") {
-                shutdown_.ask();
+                shutdown_.request_shutdown();
             } else if (step.name == "hot-controller") {
-                done = moving_.controller == nullptr && !moving_.luns.empty();
+                done = hotplug_.controller == nullptr && !hotplug_.luns.empty();
                 if (done) {
                     offer_controller();
                 }
-            } else if (moving_.controller == nullptr) {
+            } else if (hotplug_.controller == nullptr) {
                 done = false;
             } else if (step.name == "offer-again") {
                 // exists until the guest has released it, at the same time as the new one
-                bus_.server().remove(*moving_.controller);
+                bus_.server().remove(*hotplug_.controller);
                 offer_controller();
             } else if (step.name == "hot-add") {
-                done = moving_.controller->add_lun(moving_.lun);
+                done = hotplug_.controller->add_lun(hotplug_.lun);
             } else {
-                done = moving_.controller->remove_lun(moving_.lun.lun);
+                done = hotplug_.controller->remove_lun(hotplug_.lun.lun);
             }
         });
-        machine_.say(std::string(step.name) + (done ? ": done" : ": there is no SCSI disk to which it could be done"));
+        machine_.say(std::string(step.name) + (done ? ": done" : ": there is no SCSI disk for it"));
     }
 
-    void offer_controller() { moving_.controller = &bus_.add(host::StorageDevice::scsi(moving_.config, moving_.luns)); }
+    void offer_controller() {
+        hotplug_.controller = &bus_.add(host::StorageDevice::scsi(hotplug_.config, hotplug_.luns));
+    }
 
     Machine& machine_;
     Bus& bus_;
-    MovingDisk moving_;
+    HotplugDisk hotplug_;
     host::ShutdownService& shutdown_;
     u64 begin_;
     int wake_;
@@ -255,7 +257,7 @@ class Course {
 };
 
 /// The I/O thread: handles everything not done in a processor's exit. Never returns.
-[[noreturn]] void serve(Machine& machine, Bus& bus, Course& course, const Options& options) {
+[[noreturn]] void serve(Machine& machine, Bus& bus, Schedule& schedule, const Options& options) {
     // A deadline set in a processor's exit is noticed in the next turn; with a rate-limited disk that must be soon.
     const bool limited = std::ranges::any_of(options.disks, [](const DiskOption& disk) { return disk.iops != 0; });
     const u64 console_interval = limited ? 1'000'000 : 100'000'000;
@@ -267,7 +269,7 @@ class Course {
         epoll_ctl(poller, EPOLL_CTL_ADD, descriptor, &event);
     };
     watch(bus.acknowledged());
-    watch(course.wake());
+    watch(schedule.wake());
     if (options.eventfd) {
         watch(bus.signals());
     }
@@ -276,7 +278,7 @@ class Course {
     }
     for (;;) {
         const u64 now = machine.now();
-        const u64 next = std::min({end, bus.deadline(), course.deadline(), now + console_interval});
+        const u64 next = std::min({end, bus.deadline(), schedule.deadline(), now + console_interval});
         epoll_event event{};
         const int count =
             epoll_wait(poller, &event, 1, next <= now ? 0 : static_cast<int>((next - now) / 1'000'000 + 1));
@@ -294,7 +296,7 @@ class Course {
             }
         } else {
             const u64 later = machine.now();
-            course.go_on(later);
+            schedule.run_due(later);
             if (later >= end) {
                 machine.finish(ExitCode::timeout, "time-out");
             }
@@ -346,7 +348,7 @@ int run(int count, char** words) {
     };
     Images images;
     Bus bus(machine, server_config(options), line, options.eventfd);
-    MovingDisk moving = add_disks(bus, images, options);
+    HotplugDisk hotplug = add_disks(bus, images, options);
     std::vector<Image*> emulated;
     for (const std::string& file : options.ide) {
         emulated.push_back(&images.open(file, false));
@@ -361,9 +363,9 @@ int run(int count, char** words) {
     bus.add(std::make_unique<host::TimeSyncService>(wall_clock, reference));
     load(machine, options);
     bus.connect();
-    Course course(machine, bus, options, std::move(moving), shutdown);
+    Schedule schedule(machine, bus, options, std::move(hotplug), shutdown);
     machine.start();
-    serve(machine, bus, course, options);
+    serve(machine, bus, schedule, options);
 }
 
 } // namespace fl::vmm

@@ -295,7 +295,7 @@ Task<Result<u64>> share(BlockDevice& lane, Pages& pages, u64 first) {
             co_await lane.executor().sleep(round * 500);
         }
     }
-    while (lane.under_way() != 0) {
+    while (lane.in_flight() != 0) {
         co_await lane.executor().sleep(10'000);
     }
     co_return 0;

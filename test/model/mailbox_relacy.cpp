@@ -202,15 +202,15 @@ struct Sleep : rl::test_suite<Sleep, 2> {
         if (which == 0) {
             node.number($) = 1;
             RL_ASSERT(mailbox->push(node));
-            kicked = mailbox->raise_from_elsewhere();
+            kicked = mailbox->raise_remote();
         } else {
             for (int turn = 0; turn < 2 && !asleep; ++turn) {
                 if (mailbox->clear() && mailbox->take_all() != nullptr) {
                     seen = true;
                 }
-                asleep = mailbox->falls_asleep();
+                asleep = mailbox->begin_sleep();
                 if (!asleep) {
-                    mailbox->woke();
+                    mailbox->end_sleep();
                 }
             }
         }
@@ -266,7 +266,7 @@ struct Raisable {
     };
     ModelAtomics::Cell<bool, MailboxCell::raised> raised{true};
     NodeLink next_raised;
-    rl::atomic<unsigned> told[2]; // by raiser
+    rl::atomic<unsigned> delivered[2]; // by raiser
     bool drained[2];
 };
 
@@ -276,7 +276,7 @@ void take_raised(RaisedList<Raisable, ModelAtomics>& list) {
         Raisable* following = node->next_raised;
         list.lower(*node);
         for (unsigned i = 0; i < 2; ++i) {
-            node->drained[i] = node->drained[i] || node->told[i].load(rl::mo_relaxed, $) != 0;
+            node->drained[i] = node->drained[i] || node->delivered[i].load(rl::mo_relaxed, $) != 0;
         }
         node = following;
     }
@@ -295,7 +295,7 @@ struct Services : rl::test_suite<Services<alone>, 3> {
         list.emplace();
         node.emplace();
         for (unsigned i = 0; i < 2; ++i) {
-            node->told[i].store(0, rl::mo_relaxed, $);
+            node->delivered[i].store(0, rl::mo_relaxed, $);
             node->drained[i] = false;
         }
         list->attach(*node);
@@ -309,7 +309,7 @@ struct Services : rl::test_suite<Services<alone>, 3> {
         if (which == 1 && alone) {
             mailbox->raise();
         } else if (which < 2) {
-            node->told[which].store(1, rl::mo_relaxed, $);
+            node->delivered[which].store(1, rl::mo_relaxed, $);
             if (list->add(*node)) {
                 mailbox->raise();
             }
@@ -335,7 +335,7 @@ struct RaisedTwice : rl::test_suite<RaisedTwice, 2> {
         list.emplace();
         node.emplace();
         for (unsigned i = 0; i < 2; ++i) {
-            node->told[i].store(0, rl::mo_relaxed, $);
+            node->delivered[i].store(0, rl::mo_relaxed, $);
             node->drained[i] = false;
         }
         list->attach(*node);
@@ -348,7 +348,7 @@ struct RaisedTwice : rl::test_suite<RaisedTwice, 2> {
     void thread(unsigned which) {
         if (which == 0) {
             for (unsigned i = 0; i < 2; ++i) {
-                node->told[i].store(1, rl::mo_relaxed, $);
+                node->delivered[i].store(1, rl::mo_relaxed, $);
                 if (list->add(*node)) {
                     mailbox->raise();
                 }
@@ -377,7 +377,7 @@ struct RaisedAsleep : rl::test_suite<RaisedAsleep, 2> {
         list.emplace();
         node.emplace();
         for (unsigned i = 0; i < 2; ++i) {
-            node->told[i].store(0, rl::mo_relaxed, $);
+            node->delivered[i].store(0, rl::mo_relaxed, $);
             node->drained[i] = false;
         }
         list->attach(*node);
@@ -385,16 +385,16 @@ struct RaisedAsleep : rl::test_suite<RaisedAsleep, 2> {
     }
     void thread(unsigned which) {
         if (which == 0) {
-            node->told[0].store(1, rl::mo_relaxed, $);
-            kicked = list->add(*node) && mailbox->raise_from_elsewhere();
+            node->delivered[0].store(1, rl::mo_relaxed, $);
+            kicked = list->add(*node) && mailbox->raise_remote();
         } else {
             for (int turn = 0; turn < 2 && !asleep; ++turn) {
                 if (mailbox->clear()) {
                     take_raised(*list);
                 }
-                asleep = mailbox->falls_asleep();
+                asleep = mailbox->begin_sleep();
                 if (!asleep) {
-                    mailbox->woke();
+                    mailbox->end_sleep();
                 }
             }
         }

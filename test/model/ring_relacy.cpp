@@ -141,13 +141,13 @@ struct Transfer : rl::test_suite<Transfer, 2> {
 template <class Rule, unsigned Count>
 struct WakeUp : rl::test_suite<WakeUp<Rule, Count>, 2> {
     Ends<Rule> ends;
-    unsigned told = 0;    // the producer's position at its last notification
-    unsigned slept = ~0u; // the consumer's position when it fell asleep
+    unsigned notified = 0; // the producer's position at its last notification
+    unsigned slept = ~0u;  // the consumer's position when it fell asleep
 
     void before() {
         // No event requested yet: an event index far away, or a mask.
         ends.begin(std::is_same_v<Rule, EmptyToNonEmpty> ? 1 : 0x80000000);
-        told = 0;
+        notified = 0;
         slept = ~0u;
     }
     void thread(unsigned number) {
@@ -155,7 +155,7 @@ struct WakeUp : rl::test_suite<WakeUp<Rule, Count>, 2> {
             for (unsigned value = 1; value <= 2; ++value) {
                 RL_ASSERT(ends.producer->produce(value));
                 if (ends.producer->publish()) {
-                    told = ends.producer->position();
+                    notified = ends.producer->position();
                 }
             }
         } else {
@@ -177,7 +177,7 @@ struct WakeUp : rl::test_suite<WakeUp<Rule, Count>, 2> {
     }
     void after() {
         // Asleep with enough entries after its position and no notification since: a lost wake-up.
-        RL_ASSERT(slept == ~0u || 2 - slept < Count || told >= slept + Count);
+        RL_ASSERT(slept == ~0u || 2 - slept < Count || notified >= slept + Count);
     }
 };
 

@@ -30,24 +30,24 @@ class WeakMemory : public FlatMemory {
 
 /// An event for one thread to wait for, like an interrupt. Deliberately relaxed, so that only the ring orders the
 /// entries.
-class Bell {
+class Doorbell {
   public:
-    void ring() { rung_.fetch_add(1, std::memory_order_relaxed); }
+    void ring() { rings_.fetch_add(1, std::memory_order_relaxed); }
     // Every wait is bounded: a lost wake-up fails the test.
     bool wait(u64& seen) {
         const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
-        while (rung_.load(std::memory_order_relaxed) == seen) {
+        while (rings_.load(std::memory_order_relaxed) == seen) {
             if (std::chrono::steady_clock::now() > deadline) {
                 return false;
             }
             std::this_thread::yield();
         }
-        seen = rung_.load(std::memory_order_relaxed);
+        seen = rings_.load(std::memory_order_relaxed);
         return true;
     }
 
   private:
-    std::atomic<u64> rung_{0};
+    std::atomic<u64> rings_{0};
 };
 
 template <class Memory, class Rule>
@@ -63,7 +63,7 @@ int exchange(const char* what, u32 first_event) {
     memory.template store_relaxed<u32>(layout.event, first_event);
     auto producer = *Producer<Memory, FreeRunning<u32>, Rule>::create(memory, layout, FreeRunning<u32>(size));
     auto consumer = *Consumer<Memory, FreeRunning<u32>, Rule>::create(memory, layout, FreeRunning<u32>(size));
-    Bell bell;
+    Doorbell doorbell;
     u64 rings = 0;
     bool produced = true;
 
@@ -78,7 +78,7 @@ int exchange(const char* what, u32 first_event) {
             }
             if (producer.publish()) {
                 ++rings;
-                bell.ring();
+                doorbell.ring();
             }
             if (producer.full()) {
                 std::this_thread::yield();
@@ -87,7 +87,7 @@ int exchange(const char* what, u32 first_event) {
     });
 
     u64 expected = 0;
-    u64 heard = 0;
+    u64 last = 0;
     u64 sleeps = 0;
     bool good = true;
     while (good && expected != entries) {
@@ -103,7 +103,7 @@ int exchange(const char* what, u32 first_event) {
             good = found.has_value();
             if (good && !*found) {
                 ++sleeps;
-                good = bell.wait(heard);
+                good = doorbell.wait(last);
             }
         }
     }

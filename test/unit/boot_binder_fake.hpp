@@ -4,6 +4,8 @@
 import test.gtest;
 import host.std;
 
+#include "unit/core_interrupt_fake.hpp"
+
 namespace binder_test {
 using namespace fl;
 
@@ -20,19 +22,6 @@ struct Capture final : log::Sink {
         return n;
     }
     bool has(const std::string& part) const { return count(part) != 0; }
-};
-
-struct NoInterrupts final : InterruptController {
-    Result<void> attach_line(InterruptLine, InterruptHandler, void*, u32) override { return {}; }
-    void detach_line(InterruptLine, InterruptHandler, void*) override {}
-    Result<InterruptVector> attach_vector(InterruptHandler, void*, bool) override { return InterruptVector{}; }
-    Result<InterruptVector> attach_message(u32, InterruptHandler, void*) override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    Result<InterruptMessage> message_for(InterruptVector) const override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    void detach_vector(InterruptVector) override {}
 };
 
 /// The drivers' actions, in order: "driver:address ".
@@ -166,7 +155,7 @@ struct Hypervisor {
             return device;
         }
         u32 new_dropped() { return std::exchange(lost, 0); }
-        io::Latch& news() { return latch; }
+        io::Latch& changes() { return latch; }
         void come(const hv::SyntheticDevice& device) {
             late.push_back(device);
             latch.open();
@@ -284,7 +273,7 @@ struct Kernel : boot::DriverMachine {
     io::Executor executor{clock.platform()};
     std::span<io::Executor* const> processors; // empty: one processor; set before make()
     test::HeapDma dma;
-    NoInterrupts interrupts;
+    test::Interrupts interrupts;
     Capture capture;
     drivers::Table table{known, rules};
     drivers::Plan plan;

@@ -43,7 +43,7 @@ Error failure(Code code) { return {code, "as the test wants"}; }
 
 // ---- order ----
 
-TEST(Binder, DriversComeInThePlansOrderAndServicesLast) {
+TEST(Binder, DriversProbeInThePlansOrderAndServicesLast) {
     Kernel k;
     k.native.devices = {{"i0", "ide", disk_id(0)}, {"n0", "nic", network_id(0)}, {"i1", "ide", disk_id(1)}};
     k.bus.there = {synthetic("clock", "c", 0), synthetic("vif", "1", 1), synthetic("vbd", "2", 2)};
@@ -126,7 +126,7 @@ TEST(Binder, ANetworkCardWhoseSyntheticDriverFailsIsLeftToTheNativeOne) {
 
 // ---- unplugging ----
 
-TEST(Binder, TheHostIsAskedToUnplugOnlyWhatThePlanSays) {
+TEST(Binder, TheHostUnplugsOnlyWhatThePlanSays) {
     {
         Kernel k;
         ASSERT_TRUE(k.bind());
@@ -178,14 +178,14 @@ TEST(Binder, AHypervisorThatCannotUnplugIsAWarning) {
     Kernel k({}, Twin::unplug);
     boot::BackendOf<Plain> backend(plain, {});
     k.make().unplug(backend);
-    EXPECT_TRUE(k.capture.has("stay: this hypervisor has no way to take emulated devices away")) << k.capture.text;
+    EXPECT_TRUE(k.capture.has("stay: this hypervisor cannot unplug emulated devices")) << k.capture.text;
     // A capability that is not modelled does nothing and is not an error.
     EXPECT_EQ(backend.name(), "plain");
     EXPECT_EQ(backend.tsc_hz(), 7u);
     EXPECT_EQ(backend.clock_name(), "plain clock");
     EXPECT_EQ(backend.console(), nullptr);
     EXPECT_EQ(backend.timer(), nullptr);
-    EXPECT_EQ(backend.news(), nullptr);
+    EXPECT_EQ(backend.changes(), nullptr);
     EXPECT_EQ(backend.driver_count(), 0u);
     EXPECT_FALSE(backend.next_device());
     EXPECT_TRUE(backend.join(1, k.executor));
@@ -202,14 +202,14 @@ TEST(Binder, WhatWasUnpluggedIsListedAsThat) {
     k.native.drivers[0].behaviour.disks = 0;
     k.native.drivers[1].behaviour.error = failure(Code::not_supported);
     ASSERT_TRUE(k.bind());
-    EXPECT_TRUE(k.capture.has("device fake i0, thing: the host has taken its disks away, as it was asked to\n"))
+    EXPECT_TRUE(k.capture.has("device fake i0, thing: the host has unplugged its disks as requested\n"))
         << k.capture.text;
     EXPECT_TRUE(k.capture.has("\"address\":\"i0\",\"id\":\"\",\"class\":\"disk\",\"what\":\"thing\",\"driver\":\"\","
                               "\"state\":\"unplugged\""));
     EXPECT_FALSE(
         k.capture.has("\"address\":\"n0\",\"id\":\"\",\"class\":\"network\",\"what\":\"thing\",\"driver\":\"\","
                       "\"state\":\"unplugged\""))
-        << "network cards were not asked for";
+        << "network cards were not requested";
 
     Kernel reset("add,xen,ndisk,xdisk,100,unplug");
     reset.native.devices = {{"i0", "ide", disk_id(4)}};
@@ -362,7 +362,7 @@ TEST(Binder, UnlistedDevicesAreListedOnlyWhenTheyFail) {
     EXPECT_EQ(bad.verdict().verdict, Verdict::error);
 }
 
-TEST(Binder, ABusThatCannotBeAskedShowsNothing) {
+TEST(Binder, ABusWithoutAccessHasNoFunctions) {
     Kernel k;
     k.bus.broken = failure(Code::timed_out);
     EXPECT_FALSE(k.executor.run(k.source.enumerate()));
@@ -514,7 +514,7 @@ io::Task<Result<void>> wait_for(Kernel& k, Nanoseconds length) {
     co_return Result<void>{};
 }
 
-TEST(BinderLate, ADeviceThatComesWhileTheJobRuns) {
+TEST(BinderLate, ADeviceHotAddedWhileTheJobRuns) {
     Kernel k;
     k.bus.there = {synthetic("vbd", "0", 0)};
     ASSERT_TRUE(k.bind());
@@ -548,7 +548,7 @@ TEST(BinderLate, TheSameRulesHold) {
     EXPECT_TRUE(k.capture.has("device xen 0, thing: left to ndisk, which has the same disk\n")) << k.capture.text;
 }
 
-TEST(BinderLate, NothingIsProbedOnceAnEndWasAskedFor) {
+TEST(BinderLate, NothingIsProbedAfterAShutdownRequest) {
     Kernel k;
     ASSERT_TRUE(k.bind());
     k.binder->watch();
@@ -556,7 +556,7 @@ TEST(BinderLate, NothingIsProbedOnceAnEndWasAskedFor) {
     k.bus.come(synthetic("vbd", "0", 0));
     k.bus.come(synthetic("vbd", "1", 1));
     static_cast<void>(k.executor.run(wait_for(k, 500'000)));
-    EXPECT_TRUE(k.binder->shutdown().ask("the test"));
+    EXPECT_TRUE(k.binder->shutdown().request("the test"));
     static_cast<void>(k.executor.run(wait_for(k, 10'000'000)));
     EXPECT_EQ(trace, "xdisk:0 ");
     k.bus.come(synthetic("vbd", "2", 2));
@@ -587,7 +587,7 @@ TEST(BinderLate, WithoutMemoryForTheWatchThereIsAWarning) {
     io::frame_pool().fail_after(0);
     k.binder->watch();
     io::frame_pool().fail_after(~u64{0});
-    EXPECT_TRUE(k.capture.has("warning: devices that come later will not be noticed: no coroutine frame left"))
+    EXPECT_TRUE(k.capture.has("warning: hot-added devices will not be detected: no coroutine frame left"))
         << k.capture.text;
 }
 
@@ -763,12 +763,13 @@ TEST(Judge, ASuccessIsOneOnlyWhenNothingIsMissing) {
     boot::judge(outcome, devices, 2, false);
     EXPECT_EQ(outcome.verdict, Verdict::error);
     EXPECT_EQ(outcome.reason.view(),
-              "2 malformed lines in the map file; the rest of it counted, and the job itself succeeded");
+              "2 malformed lines in the map file; the other lines apply, and the job itself succeeded");
     outcome = {Verdict::success, {}};
     boot::judge(outcome, devices, 0, true);
     EXPECT_EQ(outcome.verdict, Verdict::error);
-    EXPECT_EQ(outcome.reason.view(), "0 malformed lines in the map file, which is cut; the rest of it counted, and the "
-                                     "job itself succeeded");
+    EXPECT_EQ(
+        outcome.reason.view(),
+        "0 malformed lines in the map file, which is truncated; the other lines apply, and the job itself succeeded");
 
     outcome = {Verdict::success, {}};
     devices.left_out("memory ranges", 1, false, "many");
@@ -784,8 +785,7 @@ TEST(Judge, ASuccessIsOneOnlyWhenNothingIsMissing) {
     entry.why = Unused::failed;
     devices.add(entry);
     boot::judge(outcome, devices, 1, true);
-    EXPECT_EQ(outcome.reason.view(),
-              "1 device could not be taken into use (see the errors above); the job itself succeeded");
+    EXPECT_EQ(outcome.reason.view(), "1 device could not be used (see the errors above); the job itself succeeded");
 }
 
 TEST(Judge, AWorseVerdictStays) {

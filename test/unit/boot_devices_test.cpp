@@ -110,7 +110,7 @@ TEST(Devices, OneRecordEach) {
     boot::Devices devices;
     auto entry = boot::describe(function(0x1af4, 0x1001, 0x010000));
     devices.add(boot::without_driver(entry));
-    EXPECT_EQ(capture.text, "") << "not before the list is asked for";
+    EXPECT_EQ(capture.text, "") << "not before the list is requested";
     devices.list();
     devices.list();
     EXPECT_EQ(
@@ -124,7 +124,7 @@ TEST(Devices, OneRecordEach) {
                             "device in this build\n"),
               1u)
         << capture.text;
-    EXPECT_EQ(devices.failures(), 0u) << "a device that nobody drives is no failure";
+    EXPECT_EQ(devices.failures(), 0u) << "a device without a driver is no failure";
     entry.driver = "ata";
     entry.reason.write("2 disks");
     entry.disks = 2;

@@ -81,7 +81,7 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
 
     virtual ~Fake() = default;
 
-    void end_soon(const std::string& how) {
+    void schedule_end(const std::string& how) {
         if (others_at_once && !how.starts_with("exit")) {
             ended = ended.empty() ? how : ended;
         } else if (pending.empty()) {
@@ -124,10 +124,10 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
     const acpi::Tables* tables() override { return nullptr; }
     void write_memory(u64 physical, u8 value) override {
         if (physical == sleep_register && value == sleep_value) {
-            end_soon("off");
+            schedule_end("off");
         } else if (physical == reset_register && value == 0x42) {
             ++resets;
-            end_soon("reset");
+            schedule_end("reset");
         }
     }
     void xen_shutdown(u32 reason) override {
@@ -144,7 +144,7 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
             said.push_back("crash registers");
         } else if (msr == 0x40000003) {
             ++resets;
-            end_soon("reset");
+            schedule_end("reset");
         }
     }
     u8 in8(u16 port) override {
@@ -163,30 +163,30 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
         ++accesses[port];
         if (port == 0x64 && value == 0xfe && i8042) {
             ++resets;
-            end_soon("reset");
+            schedule_end("reset");
         } else if (port == 0x505 && value == 1) {
             said.push_back("pvpanic");
         } else if (port == 0xb2 && value == 0xf1) {
             pm1a_value |= 1;
         } else if (port == sleep_register && value == sleep_value) {
-            end_soon("off");
+            schedule_end("off");
         } else if (port == reset_register && value == 0x42) {
             ++resets;
-            end_soon("reset");
+            schedule_end("reset");
         }
     }
     void out16(u16 port, u16 value) override {
         ++accesses[port];
         if (port == pm1a && (value & 0x3c00) == (u32{sleep_type} << 10 | 0x2000)) {
             EXPECT_NE(pm1a_value & 1, 0) << "ACPI's mode was not enabled";
-            end_soon("off");
+            schedule_end("off");
         }
     }
     void out32(u16 port, u32 value) override {
         ++accesses[port];
         if (port == 0xf4 && exit_port) {
             if (exit_takes_time) {
-                end_soon("exit " + std::to_string(value));
+                schedule_end("exit " + std::to_string(value));
             } else {
                 ended = "exit " + std::to_string(value);
             }
@@ -275,7 +275,7 @@ Fake cloud_hypervisor() {
 
 bool good(Verdict v) { return v == Verdict::success || v == Verdict::skip; }
 
-TEST(Ending, TheDebugExitPortTellsEveryVerdict) {
+TEST(Ending, TheDebugExitPortReceivesEveryVerdict) {
     for (const bool later : {false, true}) {
         for (const Verdict v : verdicts) {
             Fake m = qemu_pc();
@@ -297,7 +297,7 @@ TEST(Ending, QemuIsSwitchedOffAndNeverReset) {
     }
 }
 
-TEST(Ending, PvpanicIsToldOfEveryFailure) {
+TEST(Ending, PvpanicIsWrittenForEveryFailure) {
     for (const Verdict v : verdicts) {
         Fake m = qemu_pc();
         Bytes aml(3000, 0xa3); // beyond the first window of the scan, and across its end
@@ -421,13 +421,13 @@ TEST(Ending, EveryWayIsTriedOnce) {
     EXPECT_EQ(m.pending, "off");
     EXPECT_EQ(m.resets, 2) << "ACPI's register, Hyper-V's";
     EXPECT_EQ(m.note, Verdict::success);
-    EXPECT_EQ(m.accesses[0x64], 2u) << "nobody there: asked once, written once";
+    EXPECT_EQ(m.accesses[0x64], 2u) << "no device there: read once, written once";
     EXPECT_LT(m.now, 6'000'000'000u);
 }
 
 // A fault in the middle of a step leads to another call: it continues with the following step, and the first verdict is
 // kept.
-TEST(Ending, AFaultOnTheWayGoesOn) {
+TEST(Ending, ATransportFaultIsRetried) {
     Fake m = qemu_pc();
     Ending ending;
     ASSERT_TRUE(ending.step(m, m, Verdict::success));
@@ -440,14 +440,14 @@ TEST(Ending, AFaultOnTheWayGoesOn) {
     Ending last;
     struct Stubborn final : Fake {
         void triple_fault() override {}
-    } stubborn;
-    stubborn.i8042 = false;
+    } never_ends;
+    never_ends.i8042 = false;
     int steps = 0;
-    while (last.step(stubborn, stubborn, Verdict::success)) {
+    while (last.step(never_ends, never_ends, Verdict::success)) {
         ++steps;
     }
     EXPECT_LT(steps, 20);
-    EXPECT_FALSE(last.step(stubborn, stubborn, Verdict::success)) << "and then there is none";
+    EXPECT_FALSE(last.step(never_ends, never_ends, Verdict::success)) << "and then there is none";
 }
 
 TEST(Ending, DamagedTablesAreNoWay) {

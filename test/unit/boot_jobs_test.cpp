@@ -124,7 +124,7 @@ TEST_F(Jobs, OneDiskAttachesOnce) {
     EXPECT_TRUE(capture.has("\"features\":[\"one\",\"two\"]"));
 }
 
-TEST_F(Jobs, ADiskThatTheHostTookAwayMayComeAgain) {
+TEST_F(Jobs, ADiskRemovedByTheHostMayBeReadded) {
     MemoryDisk again{executor, "xvdb", 2048};
     ASSERT_TRUE(synthetic.announce(xvda, 0));
     EXPECT_FALSE(synthetic.offered(0));
@@ -139,7 +139,7 @@ TEST_F(Jobs, ADiskThatTheHostTookAwayMayComeAgain) {
     EXPECT_FALSE(native.offered(0));
 }
 
-TEST_F(Jobs, NoTimeByAnAssumedClockWithoutSayingSo) {
+TEST_F(Jobs, TimesByAnAssumedClockAreMarked) {
     attach();
     EXPECT_EQ(run("job=boot").verdict, Verdict::success);
     const auto measured = run("job=bench disk=xvda workload=randread,count=4");
@@ -183,7 +183,7 @@ TEST_F(Jobs, BootReadsTheFirstBlockOfEveryDisk) {
     EXPECT_EQ(run("job=boot").verdict, Verdict::failure);
 }
 
-TEST_F(Jobs, BootReadsOnBehindABadDisk) {
+TEST_F(Jobs, BootContinuesAfterABadDisk) {
     attach();
     const auto first = xvda.counters().completed;
     xvda.fail_reads = true;
@@ -285,7 +285,7 @@ TEST(NullDisks, AreThoseThatAreNamed) {
     EXPECT_EQ(boot::null_disks(Names{"null0"}), 1u);
     EXPECT_EQ(boot::null_disks(Names{"null3", "hda", "null1"}), 4u);
     EXPECT_EQ(boot::null_disks(Names{"null255"}), 256u);
-    EXPECT_EQ(boot::null_disks(Names{"null256", "null99999999999999999999"}), 0u) << "told as no such disk";
+    EXPECT_EQ(boot::null_disks(Names{"null256", "null99999999999999999999"}), 0u) << "reported as no such disk";
     EXPECT_EQ(boot::null_disks(Names{"null01", "null0x1", "null1k"}), 0u) << "another spelling is another name";
 }
 
@@ -302,7 +302,7 @@ TEST_F(Jobs, SmallDisksAreShownInSmallUnits) {
         << capture.text;
 }
 
-TEST_F(Jobs, WrongNamesAreToldWithThoseThatAreThere) {
+TEST_F(Jobs, UnknownNamesAreReportedWithTheExistingOnes) {
     attach();
     const auto outcome = run("job=bench disk=xvdb");
     EXPECT_EQ(outcome.verdict, Verdict::error);
@@ -370,7 +370,7 @@ TEST_F(Listed, TheFirstBlockComesBeforeTheList) {
     EXPECT_LT(block, listed);
     EXPECT_EQ(capture.text.find("\"record\":\"device\""), capture.text.rfind("\"record\":\"device\"")) << "once";
     devices.add(entry("00:05.0", drivers::Unused::empty));
-    EXPECT_TRUE(capture.has("\"address\":\"00:05.0\"")) << "what comes later is told at once";
+    EXPECT_TRUE(capture.has("\"address\":\"00:05.0\"")) << "later devices are reported immediately";
 }
 
 TEST_F(Listed, TheDriverThatHasTheSameDiskIsNamed) {

@@ -104,7 +104,7 @@ TEST(Options, Processors) {
 }
 
 TEST(Options, Marks) {
-    EXPECT_EQ(parse("job=bench").options.marks, 0u) << "nobody's port is written unasked";
+    EXPECT_EQ(parse("job=bench").options.marks, 0u) << "no port is written without a request";
     EXPECT_EQ(parse("job=bench marks=0x5f0").options.marks, 0x5f0u);
     EXPECT_EQ(parse("job=bench marks=0").errors, "marks=0: expected an I/O port, 1 to 0xfffc, seen '0'\n");
     EXPECT_EQ(parse("job=bench marks=0xfffd").errors,

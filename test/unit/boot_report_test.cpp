@@ -44,7 +44,7 @@ TEST_F(Report, MemoryRanges) {
     boot::report_left_out(*info, nullptr, true, devices);
     EXPECT_TRUE(left_out("memory ranges", 1, false)) << text;
     boot::print_boot_info(*info);
-    EXPECT_TRUE(has("warning: the memory map comes to more than 255 ranges: what does not fit is not used\n")) << text;
+    EXPECT_TRUE(has("warning: the memory map has more than 255 ranges: the others are not used\n")) << text;
 }
 
 TEST_F(Report, AMapFileThatIsCut) {
@@ -66,7 +66,7 @@ TEST_F(Report, DamagedTables) {
     EXPECT_TRUE(devices.disk_left_out()) << "no PCI function is found without them";
 }
 
-TEST_F(Report, TablesBeyondThoseThatAreLookedAt) {
+TEST_F(Report, TablesBeyondTheLimit) {
     tables->dropped = 2;
     tables->ssdts_dropped = 5;
     tables->fadt.emplace();

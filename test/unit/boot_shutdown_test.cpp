@@ -46,10 +46,10 @@ struct Kernel {
 // Acts as the driver that receives the host's shutdown request after a while.
 io::Task<Result<void>> host(Kernel& k, bool& answered) {
     co_await k.executor.sleep(50'000'000);
-    EXPECT_TRUE(k.shutdown.ask("the host"));
-    EXPECT_FALSE(k.shutdown.ask("the host again")) << "the first one waits, and one alone may";
-    static_cast<void>(co_await k.shutdown.rested());
-    answered = k.shutdown.at_rest();
+    EXPECT_TRUE(k.shutdown.request("the host"));
+    EXPECT_FALSE(k.shutdown.request("the host again")) << "the first one waits, and only one may";
+    static_cast<void>(co_await k.shutdown.await_quiesced());
+    answered = k.shutdown.flushed();
     k.shutdown.answered();
     co_return Result<void>{};
 }
@@ -71,7 +71,7 @@ TEST(Shutdown, TheJobEndsAndTheDisksAreAtRest) {
     const auto outcome = k.executor.run(both(k, answered));
     ASSERT_TRUE(outcome);
     EXPECT_EQ(outcome->verdict, Verdict::success);
-    EXPECT_EQ(outcome->reason.view(), "shut down as the host asked");
+    EXPECT_EQ(outcome->reason.view(), "shut down as requested by the host");
     EXPECT_TRUE(answered);
     EXPECT_EQ(k.disk.flushes, 1u);
     EXPECT_LT(k.clock.time, 2'000'000'000u);
@@ -90,7 +90,7 @@ TEST(Shutdown, ADiskThatCannotBeFlushedIsAFailure) {
     EXPECT_FALSE(answered);
 }
 
-TEST(Shutdown, ADiskThatWasTakenAwayNeedsNoFlush) {
+TEST(Shutdown, ARemovedDiskNeedsNoFlush) {
     Kernel k;
     k.options.job = boot::Job::idle;
     k.options.timeout = 60'000'000'000;
@@ -122,7 +122,7 @@ struct Busy : Kernel {
     }
 };
 
-TEST(Shutdown, WhatIsUnderWayEndsBeforeTheJobDies) {
+TEST(Shutdown, RequestsInFlightEndBeforeTheJobIsDestroyed) {
     Busy k;
     k.disk.behaviour.latency = 300'000'000; // requested after 50 ms
     bool answered = false;
@@ -130,7 +130,7 @@ TEST(Shutdown, WhatIsUnderWayEndsBeforeTheJobDies) {
     ASSERT_TRUE(outcome);
     EXPECT_EQ(outcome->verdict, Verdict::success);
     EXPECT_EQ(k.disk.forgotten, 0u) << "the host had the buffer";
-    EXPECT_EQ(k.disk.under_way(), 0u);
+    EXPECT_EQ(k.disk.in_flight(), 0u);
     EXPECT_EQ(k.disk.flushes, 1u);
     EXPECT_EQ(k.dma.outstanding, 0u);
     EXPECT_TRUE(answered);
@@ -148,7 +148,7 @@ struct NoLeakCheck {
     NoLeakCheck& operator=(const NoLeakCheck&) = delete;
 };
 
-TEST(Shutdown, MemoryThatTheHostMayStillReachIsGivenUp) {
+TEST(Shutdown, MemoryThatTheHostMayStillAccessIsNotReused) {
     const NoLeakCheck given_up; // the job's memory is deliberately leaked, which this tests
     static Busy k;              // leaked memory remains in use
     k.disk.behaviour.never_answers = true;
@@ -178,18 +178,18 @@ TEST(Shutdown, ASlowDiskThatAnswersIsWaitedFor) {
     const auto outcome = k.executor.run(both(k, answered));
     ASSERT_TRUE(outcome);
     EXPECT_EQ(outcome->verdict, Verdict::success);
-    EXPECT_EQ(k.disk.most_under_way, 32u);
+    EXPECT_EQ(k.disk.max_in_flight, 32u);
     EXPECT_EQ(k.disk.counters().completed, 32u + 1u) << "nothing more was begun, but the flush";
     EXPECT_EQ(k.disk.counters().errors, 0u);
     EXPECT_EQ(k.disk.forgotten, 0u);
-    EXPECT_EQ(k.dma.outstanding, 0u) << "the job's buffers came back";
+    EXPECT_EQ(k.dma.outstanding, 0u) << "the job's buffers were freed";
     EXPECT_TRUE(answered);
     EXPECT_GE(k.clock.time, 8'000'000'000u);
     EXPECT_LE(k.clock.time, 9'000'000'000u);
 }
 
 // Slow at first, then dead: detected one time-out after its last completion.
-TEST(Shutdown, ASlowDiskThatDiesIsGivenUp) {
+TEST(Shutdown, ASlowDiskThatStopsRespondingIsGivenUp) {
     static SlowDisk k;
     k.disk.set_timeout(20'000'000'000); // ends the flush
     static Instant died = 0;
@@ -200,7 +200,7 @@ TEST(Shutdown, ASlowDiskThatDiesIsGivenUp) {
         }
     };
     static Instant given_up = 0;
-    struct Told final : log::Sink {
+    struct EventRecorder final : log::Sink {
         void write(std::string_view t) override {
             if (t.find("memory is given up") != t.npos) {
                 given_up = k.clock.time;
@@ -213,7 +213,7 @@ TEST(Shutdown, ASlowDiskThatDiesIsGivenUp) {
     log::detach(told);
     ASSERT_TRUE(outcome);
     EXPECT_EQ(outcome->verdict, Verdict::failure);
-    EXPECT_FALSE(answered) << "the host is not told that the disks are at rest";
+    EXPECT_FALSE(answered) << "the host is not informed that the disks are flushed";
     ASSERT_NE(died, 0u);
     EXPECT_GE(given_up - died, 950'000'000u);
     EXPECT_LE(given_up - died, 1'050'000'000u);
@@ -221,7 +221,7 @@ TEST(Shutdown, ASlowDiskThatDiesIsGivenUp) {
 }
 
 // Disks of one host, and lanes of one disk, wait for each other: none is silent while another one makes progress.
-TEST(Shutdown, ADiskBehindASlowOneIsNotSilent) {
+TEST(Shutdown, ADiskQueuedAfterASlowOneIsNotSilent) {
     SlowDisk k;
     static SlowDisk* all = nullptr;
     static test::MemoryDisk* last = nullptr;
@@ -233,7 +233,7 @@ TEST(Shutdown, ADiskBehindASlowOneIsNotSilent) {
     second.behaviour.never_answers = true;
     second.set_timeout(60'000'000'000);
     ASSERT_TRUE(k.storvsc.disks.announce(second, drivers::no_twin));
-    k.clock.on_idle = [](void*) { last->behaviour.never_answers = all->disk.under_way() != 0; };
+    k.clock.on_idle = [](void*) { last->behaviour.never_answers = all->disk.in_flight() != 0; };
     DmaBuffer buffer = *k.dma.buffer(4096);
     io::Request read(second, io::Op::read, 0, buffer.span().subspan(0, 512));
     second.submit(read);
@@ -253,7 +253,7 @@ TEST(Shutdown, AHeldDiskBeginsNothingButAFlush) {
     io::Request read(k.disk, io::Op::read, 0, buffer.span().subspan(0, 512));
     k.disk.submit(read);
     EXPECT_FALSE(read.pending());
-    EXPECT_EQ(k.disk.under_way(), 0u);
+    EXPECT_EQ(k.disk.in_flight(), 0u);
     io::Request flush(k.disk, io::Op::flush, 0, {});
     k.disk.submit(flush);
     k.executor.turn();

@@ -34,8 +34,8 @@ struct Firmware {
     std::vector<OpenedFile*> open;
     std::vector<std::string> broken_rules;
     bool has_volume = true;
-    u64 chunk = ~u64{0};       // maximum bytes per read
-    u64 lies_about_length = 0; // bytes by which FileInfo overstates the length
+    u64 chunk = ~u64{0};  // maximum bytes per read
+    u64 extra_length = 0; // bytes by which FileInfo overstates the length
     u64 descriptors = 20;
     u64 stride = 48; // longer than today's descriptor, as the specification allows
     u32 version = 1;
@@ -110,7 +110,7 @@ Status read_from(File* self, u64* size, void* into) {
     auto* file = reinterpret_cast<OpenedFile*>(self);
     fw->rule(!file->directory, "a directory is not read");
     const u64 left = file->content.size() - file->position;
-    if (*size > left + fw->lies_about_length) {
+    if (*size > left + fw->extra_length) {
         return device_error;
     }
     *size = std::min({*size, left, fw->chunk});
@@ -129,7 +129,7 @@ Status get_info(File* self, const Guid* kind, u64* size, void* into) {
     }
     FileInfo info{};
     info.size = needed;
-    info.file_size = file->content.size() + fw->lies_about_length;
+    info.file_size = file->content.size() + fw->extra_length;
     info.attributes = file->directory ? attribute_directory : 0;
     std::memcpy(into, &info, sizeof info);
     *size = needed;
@@ -231,7 +231,7 @@ TEST_F(UefiFirmware, FilesThatAreNot) {
     ASSERT_FALSE(file);
     EXPECT_EQ(file.error().code, Code::bad_argument) << "a directory";
     firmware.files[u"\\firstlight\\cmdline.txt"] = "job=boot";
-    firmware.lies_about_length = 3;
+    firmware.extra_length = 3;
     file = read(storage);
     ASSERT_FALSE(file) << "a file that ends early is not taken for a whole one";
     EXPECT_EQ(file.error().code, Code::io);

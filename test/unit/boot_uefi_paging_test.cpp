@@ -69,7 +69,7 @@ void check_kernel_tables(bool huge) {
 TEST(UefiPaging, MapsMemoryAndImageWithLargePages) { check_kernel_tables(false); }
 TEST(UefiPaging, MapsMemoryAndImageWithHugePages) { check_kernel_tables(true); }
 
-TEST(UefiPaging, TellsWhenTablesRunOut) {
+TEST(UefiPaging, ReportsWhenTablesRunOut) {
     Machine m(3);
     auto tables = uefi::PageTables::create(m.memory, m.at);
     ASSERT_TRUE(tables);

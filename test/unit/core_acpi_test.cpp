@@ -223,7 +223,7 @@ TEST_F(Acpi, DamagedTablesAreIgnoredAndCounted) {
     EXPECT_EQ(acpi::read_tables(memory, 0x1234567800).error().code, Code::protocol);
 }
 
-TEST_F(Acpi, TablesBeyondThoseThatAreLookedAtAreCounted) {
+TEST_F(Acpi, TablesBeyondTheLimitAreCounted) {
     Bytes list;
     put(list, 0, 0x7fe1000, 4); // the FADT is the first
     for (usize i = 1; i < 131; ++i) {
@@ -283,7 +283,7 @@ TEST_F(Acpi, MadtEntriesThatCannotBeEndTheWalk) {
     auto t = acpi::read_tables(memory, 0xf5250);
     EXPECT_EQ(t->madt->processor_count, 2u);
     EXPECT_EQ(t->madt->io_apic_count, 0u);
-    EXPECT_EQ(t->madt->bytes_dropped, madt_body.size() - 24u) << "all from the entry on is told";
+    EXPECT_EQ(t->madt->bytes_dropped, madt_body.size() - 24u) << "everything from the entry on is reported";
     b = madt_body;
     b[b.size() - 5] = 200; // the last one extends past the table
     memory.put(0x7fe2000, table("APIC", b));
@@ -383,7 +383,7 @@ TEST_F(Acpi, RootBridges) {
     EXPECT_EQ(with({{0x14, 0x0e, '_', 'C', 'B', 'A', 0x00, 0xa4, 0x0c, 0, 0, 0, 0xe0}}).cba, 0xe0000000u);
     memory[0x7fe0040][40] ^= 1;
     EXPECT_TRUE(acpi::find_root_bridges(memory, *acpi::read_tables(memory, 0xf5250)).others())
-        << "a damaged table says nothing";
+        << "a damaged table is ignored";
 }
 
 TEST_F(Acpi, RootBridgesOfSecondaryTables) {

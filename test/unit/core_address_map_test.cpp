@@ -54,7 +54,7 @@ struct Machine {
 
 // Literal values, not taken from the map: what a mapping of any physical address must not touch.
 TEST(AddressMap, TheRegionsAreApart) {
-    EXPECT_TRUE(are_apart(address_regions));
+    EXPECT_TRUE(are_disjoint(address_regions));
     EXPECT_EQ(direct_map.begin + (u64{1} << 46), 0xffffc00000000000u);
     EXPECT_LE(direct_map.begin + direct_map.size, mmio_map.begin);
     EXPECT_LE(mmio_map.begin + mmio_map.size, 0xffffe00000000000u) << "stacks";
@@ -63,11 +63,12 @@ TEST(AddressMap, TheRegionsAreApart) {
     EXPECT_EQ(image_map.end(), 0u);
 
     EXPECT_FALSE(
-        are_apart(std::array{AddressRegion{0xffff800000000000, 2 * TiB}, AddressRegion{0xffff810000000000, 1}}));
-    EXPECT_FALSE(are_apart(std::array{AddressRegion{0xffffc00000000000, u64{1} << 47}})) << "past the end";
-    EXPECT_FALSE(are_apart(std::array{AddressRegion{0x7fff00000000, TiB}})) << "the lower half";
-    EXPECT_FALSE(are_apart(std::array{AddressRegion{0xffffc00000000000, 0}}));
-    EXPECT_TRUE(are_apart(std::array{AddressRegion{0xffff800000000000, TiB}, AddressRegion{0xffff810000000000, TiB}}));
+        are_disjoint(std::array{AddressRegion{0xffff800000000000, 2 * TiB}, AddressRegion{0xffff810000000000, 1}}));
+    EXPECT_FALSE(are_disjoint(std::array{AddressRegion{0xffffc00000000000, u64{1} << 47}})) << "past the end";
+    EXPECT_FALSE(are_disjoint(std::array{AddressRegion{0x7fff00000000, TiB}})) << "the lower half";
+    EXPECT_FALSE(are_disjoint(std::array{AddressRegion{0xffffc00000000000, 0}}));
+    EXPECT_TRUE(
+        are_disjoint(std::array{AddressRegion{0xffff800000000000, TiB}, AddressRegion{0xffff810000000000, TiB}}));
 }
 
 TEST(MmioSpace, EveryPhysicalAddressCanBeMapped) {
@@ -103,7 +104,7 @@ TEST(MmioSpace, ARangeAcrossTheEndOfTheFixedPartIsOneWindow) {
     m.check(at, base, 4 * K4);
 }
 
-TEST(MmioSpace, WindowsDoNotMeet) {
+TEST(MmioSpace, WindowsDoNotOverlap) {
     Machine m;
     const u64 base = 0xf00000000000;
     const u64 first = *m.mmio.map(base, 0x4000);

@@ -48,10 +48,10 @@ struct Model {
         r.after = tsc();
         return r;
     }
-    Calibration run(u32 most_still = 400) {
+    Calibration run(u32 max_unchanged = 400) {
         return calibrate({.hz = static_cast<u64>(timer_hz),
                           .mask = static_cast<u32>(mask),
-                          .most_still = most_still,
+                          .max_unchanged = max_unchanged,
                           .context = this,
                           .read = [](void* m) { return static_cast<Model*>(m)->read(); }});
     }
@@ -109,7 +109,7 @@ TEST(Calibration, TheTimersWrap) {
     }
 }
 
-TEST(Calibration, SamplesAcrossWhichTheMachineStoodStillAreLeftOut) {
+TEST(Calibration, SamplesAcrossAMachineStopAreLeftOut) {
     // The counter advances and the timer does not (a paused virtual machine); then vice versa (the counter was set
     // back).
     for (const double cycles : {2.4e9 * 7, 2.4e9 * 50e-6, -2.4e9 * 30e-6}) {
@@ -144,7 +144,7 @@ TEST(Calibration, APauseInWhichBothRunOn) { // SIGSTOP of the monitor: also long
     }
 }
 
-TEST(Calibration, ATimerThatStandsStillCostsItsReadingsAndNoMore) {
+TEST(Calibration, AStoppedTimerCostsABoundedNumberOfReadings) {
     Model absent;
     absent.counts = false; // an unassigned port: all ones
     absent.reading = 50e-6;

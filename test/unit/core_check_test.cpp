@@ -1,6 +1,6 @@
 // The debug checks that a release image omits: each ends the program when its rule is violated.
 #include "gtest_macros.hpp"
-#include "unit/panics_aloud.hpp"
+#include "unit/panic_prints.hpp"
 import test.gtest;
 import host.std;
 import core.check;
@@ -17,7 +17,7 @@ import io.task;
 
 namespace {
 using namespace fl;
-using test::panics_aloud;
+using test::panic_prints;
 
 static_assert(checks_enabled);
 
@@ -36,21 +36,21 @@ TEST_F(Checks, AServiceIsTouchedOnItsProcessor) {
     executor.touch(service); // on the right executor nothing happens
     EXPECT_DEATH(
         {
-            panics_aloud();
+            panic_prints();
             set_this_processor(1);
             executor.touch(service);
         },
         "on its own processor");
     EXPECT_DEATH(
         {
-            panics_aloud();
+            panic_prints();
             set_this_processor(1);
             executor.poll(service);
         },
         "on its own processor");
     EXPECT_DEATH(
         {
-            panics_aloud();
+            panic_prints();
             set_this_processor(1);
             executor.remove(service);
         },
@@ -62,7 +62,7 @@ TEST_F(Checks, ACoroutineIsMadeReadyOnItsProcessor) {
     io::ReadyNode node;
     EXPECT_DEATH(
         {
-            panics_aloud();
+            panic_prints();
             set_this_processor(1);
             executor.make_ready(node);
         },
@@ -75,7 +75,7 @@ TEST_F(Checks, ARequestIsDestroyedOnItsLanesProcessor) {
     disk.behaviour.never_answers = true;
     EXPECT_DEATH(
         {
-            panics_aloud();
+            panic_prints();
             io::BlockDevice::Transfer transfer(disk, io::Op::flush, 0, {});
             disk.submit(transfer);
             set_this_processor(1);
@@ -95,7 +95,7 @@ TEST_F(Checks, ATurnEndsWithinItsBudget) {
     EXPECT_TRUE(bounded.run(take(machine, 49'000'000)));
     EXPECT_DEATH(
         {
-            panics_aloud();
+            panic_prints();
             static_cast<void>(bounded.run(take(machine, 51'000'000)));
         },
         "a turn ends within its budget");

@@ -37,7 +37,7 @@ TEST(Cpuid, FindsEveryBaseAndItsName) {
     EXPECT_EQ(bases(scan(machines::bhyve)), "40000000-40000000 bhyve bhyve ; ");
 }
 
-TEST(Cpuid, OldKvmSaysZeroAndMeansOne) { EXPECT_EQ(bases(scan(machines::kvm_old)), "40000000-40000001 KVMKVMKVM; "); }
+TEST(Cpuid, OldKvmReturnsZeroForOneLeaf) { EXPECT_EQ(bases(scan(machines::kvm_old)), "40000000-40000001 KVMKVMKVM; "); }
 
 TEST(Cpuid, MirroredLeavesAreNoHypervisor) {
     EXPECT_EQ(bases(scan(machines::bare_intel)), "");
@@ -52,7 +52,7 @@ TEST(Cpuid, MirroredLeavesAreNoHypervisor) {
     EXPECT_FALSE(hypervisor_at(0x40000000, {0x40000001, 0, 0, 0})) << "no name";
     EXPECT_FALSE(hypervisor_at(0x40000000, {0x40000001, 0x4b4d564b, 0x564b0056, 0x4d})) << "a NUL amid the name";
     EXPECT_FALSE(hypervisor_at(0x40000000, {0x40000001, 0x4b4d56cb, 0x564b4d56, 0x4d})) << "a byte above 0x7e";
-    EXPECT_FALSE(hypervisor_at(0x40000000, {0, 0x61774d56, 0x4d566572, 0x65726177})) << "0 is believed of KVM alone";
+    EXPECT_FALSE(hypervisor_at(0x40000000, {0, 0x61774d56, 0x4d566572, 0x65726177})) << "0 is accepted from KVM only";
 }
 
 TEST(Cpuid, TheHypervisorBitDecidesNothing) {

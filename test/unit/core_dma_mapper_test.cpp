@@ -1,6 +1,6 @@
 // DMA mapping: every limit at its boundary, both models, the pool, and memory that a device may still access.
 #include "gtest_macros.hpp"
-#include "unit/panics_aloud.hpp"
+#include "unit/panic_prints.hpp"
 import test.gtest;
 import host.std;
 import core.dma;
@@ -250,7 +250,7 @@ TEST_F(Mapping, FromTheDevice) {
     ASSERT_TRUE(bounce.map({&high, 1}, DmaDirection::from_device, below_4g, mapping));
     device_writes(mapping, 77);
     bounce.unmap(mapping, {});
-    EXPECT_EQ(std::memcmp(expected.data(), high.data, 9000), 0) << "nobody asked for it";
+    EXPECT_EQ(std::memcmp(expected.data(), high.data, 9000), 0) << "it was not requested";
 }
 
 TEST_F(Mapping, BothWays) {
@@ -325,7 +325,7 @@ TEST_F(Mapping, LimitsHoldForThePoolToo) {
     fill({before.data(), 0, high.size}, 1);
     EXPECT_EQ(std::memcmp(before.data() + *part, high.data + *part, high.size - *part), 0) << "the rest is untouched";
     EXPECT_EQ(high.data[*part - 1], static_cast<std::byte>(200 + (*part - 1) * 7 + (*part - 1) / 256));
-    EXPECT_EQ(bounce.available(), 16u) << "every page came back";
+    EXPECT_EQ(bounce.available(), 16u) << "every page was freed";
 }
 
 TEST_F(Mapping, APartThatIsCutInsideAPageCopiesNoMore) {
@@ -432,7 +432,7 @@ TEST_F(Mapping, AnAbandonedMappingKeepsItsPages) {
     bounce.unmap(other, {});
 }
 
-TEST_F(Mapping, AMapperThatDiesKeepsWhatTheDeviceHas) {
+TEST_F(Mapping, ADestroyedMapperKeepsWhatTheDeviceHolds) {
     const DmaSpan high = memory.place(four_gib, 4096);
     const auto die = [&](bool abandoned, bool ended) {
         auto mapper = std::make_unique<BounceMapper>(memory, 64 * 1024);
@@ -449,23 +449,23 @@ TEST_F(Mapping, AMapperThatDiesKeepsWhatTheDeviceHas) {
     };
     EXPECT_EQ(die(false, true), 1u) << "its memory goes back";
     EXPECT_EQ(die(true, false), 0u) << "the device may still write there";
-    EXPECT_EQ(die(false, false), 0u) << "nobody has ended the mapping";
+    EXPECT_EQ(die(false, false), 0u) << "the mapping was not ended";
     EXPECT_NE(quarantine_state().spans, 0u);
 }
 
 TEST_F(Mapping, EndingItTwiceIsFound) {
-    const auto aloud = [](auto&& act) {
-        test::panics_aloud();
+    const auto with_log = [](auto&& act) {
+        test::panic_prints();
         act();
     };
     const DmaSpan high = memory.place(four_gib, 4096);
     ASSERT_TRUE(bounce.map({&high, 1}, DmaDirection::both, below_4g, mapping));
-    EXPECT_DEATH(aloud([&] { (void)bounce.map({&high, 1}, DmaDirection::both, below_4g, mapping); }),
+    EXPECT_DEATH(with_log([&] { (void)bounce.map({&high, 1}, DmaDirection::both, below_4g, mapping); }),
                  "begun while it is active");
     bounce.unmap(mapping, {});
-    EXPECT_DEATH(aloud([&] { bounce.unmap(mapping, {}); }), "ended twice");
-    EXPECT_DEATH(aloud([&] { bounce.abandon(mapping); }), "ended twice");
-    EXPECT_DEATH(aloud([&] { identity.unmap(mapping, {}); }), "ended twice");
+    EXPECT_DEATH(with_log([&] { bounce.unmap(mapping, {}); }), "ended twice");
+    EXPECT_DEATH(with_log([&] { bounce.abandon(mapping); }), "ended twice");
+    EXPECT_DEATH(with_log([&] { identity.unmap(mapping, {}); }), "ended twice");
 }
 
 } // namespace

@@ -103,7 +103,7 @@ TEST(Elf, ReadsFromAnyAlignment) {
 
 struct Bad {
     const char* name;
-    std::function<void(File&)> spoil;
+    std::function<void(File&)> corrupt;
 };
 
 TEST(Elf, RefusesWhatDoesNotFit) {
@@ -138,7 +138,7 @@ TEST(Elf, RefusesWhatDoesNotFit) {
     };
     for (const Bad& b : bad) {
         File f = good();
-        b.spoil(f);
+        b.corrupt(f);
         EXPECT_FALSE(parse(f)) << b.name;
     }
 }

@@ -1,5 +1,5 @@
 #include "gtest_macros.hpp"
-#include "unit/panics_aloud.hpp"
+#include "unit/panic_prints.hpp"
 import test.gtest;
 import host.std;
 import core.heap;
@@ -7,7 +7,7 @@ import core.verdict;
 
 namespace {
 using namespace fl;
-using test::panics_aloud;
+using test::panic_prints;
 
 struct HeapTest : testing::Test {
     alignas(4096) static inline std::byte arena[1 << 20];
@@ -74,7 +74,7 @@ TEST_F(HeapTest, WhatBytesForSaysIsEnough) {
 
 TEST_F(HeapTest, DeathOnDoubleFreeAndForeignBlocks) {
     const auto free = [&](void* block) {
-        panics_aloud();
+        panic_prints();
         heap.free(block);
     };
     // The header of an aligned block is not at the start of its memory, where the heap links free memory: it survives.

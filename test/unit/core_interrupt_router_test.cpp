@@ -56,7 +56,7 @@ struct Device {
 };
 
 // A router lives as long as the machine, with its tables and handlers: never freed, and reachable, so no leak.
-InterruptRouter& remembered(InterruptRouter& router) {
+InterruptRouter& reachable(InterruptRouter& router) {
     static std::vector<InterruptRouter*>& all = *new std::vector<InterruptRouter*>;
     all.push_back(&router);
     return router;
@@ -65,7 +65,7 @@ InterruptRouter& remembered(InterruptRouter& router) {
 class Routing : public testing::Test {
   protected:
     Hardware hardware;
-    InterruptRouter& router = remembered(*new InterruptRouter(hardware));
+    InterruptRouter& router = reachable(*new InterruptRouter(hardware));
     std::array<InterruptCounters, max_processors> counters{};
 
     // Processor n has APIC id 2n.
@@ -183,7 +183,7 @@ TEST_F(Routing, AProcessorThatRunsOutLeavesTheOthersTheirs) {
     router.detach_vector({0x77, 2, 1});
     const auto again = router.attach_message(1, Device::handle, &device);
     ASSERT_TRUE(again);
-    EXPECT_EQ(again->vector, 0x77) << "the one that came back";
+    EXPECT_EQ(again->vector, 0x77) << "the one that was freed";
 }
 
 TEST_F(Routing, OnlyRunningProcessorsAndLocalApicsTakeMessages) {
@@ -420,7 +420,7 @@ TEST_F(Routing, LinesOfThe8259s) {
     EXPECT_TRUE(hardware.order.empty());
 }
 
-TEST_F(Routing, AWithdrawnLineOfThe8259sCallsNobody) {
+TEST_F(Routing, ADetachedLineOfThe8259sCallsNoHandler) {
     start(1);
     Device printer;
     ASSERT_TRUE(router.attach_line({.gsi = 7}, Device::handle, &printer));

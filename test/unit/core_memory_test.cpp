@@ -1,5 +1,5 @@
 #include "gtest_macros.hpp"
-#include "unit/panics_aloud.hpp"
+#include "unit/panic_prints.hpp"
 import test.gtest;
 import host.std;
 import core.result;
@@ -99,17 +99,17 @@ TEST(FramesDeathTest, FreeingTwiceIsAPanic) {
     const u64 frame = *a.allocate({});
     a.free(frame, 1);
     const auto free = [&](u64 base, u64 frames) {
-        test::panics_aloud();
+        test::panic_prints();
         a.free(base, frames);
     };
-    EXPECT_DEATH(free(frame, 1), "frames: 0x2ff000 is given back twice");
-    EXPECT_DEATH(free(frame - 4096, 2), "frames: 0x2fe000 is given back twice");
-    EXPECT_DEATH(free(frame + 1, 1), "frames: 1 at 0x2ff001 cannot be given back");
-    EXPECT_DEATH(free(0, 1), "frames: 1 at 0x0 cannot be given back");
-    EXPECT_DEATH(free(frame, 0), "frames: 0 at 0x2ff000 cannot be given back");
+    EXPECT_DEATH(free(frame, 1), "frames: 0x2ff000 is freed twice");
+    EXPECT_DEATH(free(frame - 4096, 2), "frames: 0x2fe000 is freed twice");
+    EXPECT_DEATH(free(frame + 1, 1), "frames: 1 at 0x2ff001 cannot be freed");
+    EXPECT_DEATH(free(0, 1), "frames: 1 at 0x0 cannot be freed");
+    EXPECT_DEATH(free(frame, 0), "frames: 0 at 0x2ff000 cannot be freed");
 }
 
-TEST(Frames, AFullListLosesWhatIsGivenBackAndSaysSo) {
+TEST(Frames, AFullListLosesFreedMemoryAndCountsIt) {
     FrameAllocator a;
     a.add(16 * M, 64 * M);
     std::vector<u64> all;
@@ -135,15 +135,15 @@ TEST(Frames, RandomAgainstAModel) {
     std::mt19937_64 random(1);
     FrameAllocator a;
     std::set<u64> model;
-    const auto give = [&](u64 base, u64 size) {
+    const auto free_range = [&](u64 base, u64 size) {
         a.add(base, size);
         for (u64 at = base; at < base + size; at += 4096) {
             model.insert(at);
         }
     };
-    give(2 * M, 1 * M);
-    give(8 * M, 2 * M);
-    give(32 * M, 1 * M);
+    free_range(2 * M, 1 * M);
+    free_range(8 * M, 2 * M);
+    free_range(32 * M, 1 * M);
     struct Run {
         u64 base, frames;
     };

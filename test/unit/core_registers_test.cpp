@@ -1,5 +1,5 @@
 #include "gtest_macros.hpp"
-#include "unit/panics_aloud.hpp"
+#include "unit/panic_prints.hpp"
 // Depends on the include above.
 #include "unit/core_registers_mock.hpp"
 import test.gtest;
@@ -76,7 +76,7 @@ TEST(Register, FieldsAreTheBitsThatTheyName) {
     EXPECT_EQ(b.set(Byte::high, 0x5).raw, 0x55u);
 }
 
-#define EXPECT_PANIC(statement, text) EXPECT_DEATH((test::panics_aloud(), static_cast<void>(statement)), text)
+#define EXPECT_PANIC(statement, text) EXPECT_DEATH((test::panic_prints(), static_cast<void>(statement)), text)
 
 TEST(Register, AValueThatDoesNotFitPanics) {
     Control c{};

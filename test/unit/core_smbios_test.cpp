@@ -114,7 +114,7 @@ TEST(Smbios, SearchesTheBiosArea) {
     std::copy(good.begin(), good.end(), area.begin() + 0x5210);
     m.regions[0xf0000] = area;
     const auto s = read_smbios(m, 0);
-    ASSERT_TRUE(s) << "a broken entry point hides the good one behind it";
+    ASSERT_TRUE(s) << "a broken entry point hides the good one after it";
     EXPECT_EQ(s->manufacturer, "QEMU");
     Memory empty;
     const auto none = read_smbios(empty, 0);

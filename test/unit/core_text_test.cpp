@@ -32,12 +32,12 @@ TEST(Text, FillsFields) {
     EXPECT_EQ(formatted("{}", Error(Code::exhausted, "disks", 256, 257)), "disks (expected 256, seen 257)");
 }
 
-TEST(Text, ANounGoesWithItsNumber) {
-    EXPECT_EQ(noun(0, "disks"), "disks");
-    EXPECT_EQ(noun(1, "disks"), "disk");
-    EXPECT_EQ(noun(2, "I/Os"), "I/Os");
-    EXPECT_EQ(noun(1, "I/Os"), "I/O");
-    EXPECT_EQ(noun((u64{1} << 32) + 1, "lanes"), "lanes");
+TEST(Text, ANounAgreesWithItsNumber) {
+    EXPECT_EQ(plural(0, "disks"), "disks");
+    EXPECT_EQ(plural(1, "disks"), "disk");
+    EXPECT_EQ(plural(2, "I/Os"), "I/Os");
+    EXPECT_EQ(plural(1, "I/Os"), "I/O");
+    EXPECT_EQ(plural((u64{1} << 32) + 1, "lanes"), "lanes");
 }
 
 TEST(Text, ASizeThatIsThereIsNeverShownAsZero) {
@@ -97,7 +97,7 @@ struct Keeping {
     ~Keeping() { log::keep(false); }
 };
 
-TEST(Log, AConsoleThatComesLaterGetsWhatCameBefore) {
+TEST(Log, ALateConsoleReceivesEarlierLines) {
     const Keeping keeping;
     log::info("first");
     {

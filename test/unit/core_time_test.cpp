@@ -35,7 +35,7 @@ TEST(MachineTimeTest, AStopCountsAsOneStep) {
 
 // The other party was stopped as well, however short the stop: it gets its whole time again. Only long stops are
 // logged.
-TEST(MachineTimeTest, ShortStopsAreStopsAndNotTold) {
+TEST(MachineTimeTest, ShortStopsAreCountedAndNotLogged) {
     for (const Nanoseconds length : {101 * ms, 200 * ms, 800 * ms, 1099 * ms, 1100 * ms}) {
         MachineTime time;
         static_cast<void>(time.read(1 * s));
@@ -56,7 +56,7 @@ TEST(MachineTimeTest, ShortStopsAreStopsAndNotTold) {
     EXPECT_EQ(exact.resumed_at(), 0u) << "a step that long is none, in neither direction";
 }
 
-TEST(MachineTimeTest, ARestThatWasAskedForIsNoStop) {
+TEST(MachineTimeTest, ARequestedSleepIsNoStop) {
     MachineTime time;
     static_cast<void>(time.read(1 * s));
     time.rest_until(30 * s);
@@ -83,10 +83,10 @@ TEST(MachineTimeTest, AStopDuringARest) {
 TEST(MachineTimeTest, AClockThatIsSetBack) {
     MachineTime time;
     static_cast<void>(time.read(100 * s));
-    EXPECT_EQ(time.read(2 * s), 100 * s) << "a counter that began anew with a restored machine";
+    EXPECT_EQ(time.read(2 * s), 100 * s) << "a counter reset by the restoration of the machine";
     EXPECT_EQ(time.resumed_at(), 100 * s);
     EXPECT_EQ(time.long_stops(), 1u);
-    EXPECT_EQ(time.last_long_stop(), 0u) << "nobody knows how long it was";
+    EXPECT_EQ(time.last_long_stop(), 0u) << "its length is unknown";
     EXPECT_EQ(time.read(2 * s + 3 * ms), 100 * s + 3 * ms);
     EXPECT_EQ(time.elapsed(100 * s + 10 * ms), 2 * s + 10 * ms);
     EXPECT_EQ(time.read(2 * s + 1 * ms), 100 * s + 3 * ms) << "never back, however little";

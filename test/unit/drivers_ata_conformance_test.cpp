@@ -25,7 +25,7 @@ class AtaRig final : public Rig {
         drive.id.words[83] = 0x5000; // no 48-bit commands: 256 sectors each
         drive.id.words[86] = 0x1000;
         if (native) {
-            m.go_native();
+            m.set_native();
         }
         EXPECT_TRUE(m.attach());
         m.primary.codes.reserve(1 << 16); // nothing is allocated while the driver runs
@@ -82,7 +82,7 @@ class AtaRig final : public Rig {
     void stop(u32) override { m.queue().close(); }
     void reclaim(u32) override { core().reclaim(); } // a channel that was reset has no command
     bool is_open(u32) override { return m.queue().is_open(); }
-    u32 under_way(u32) override { return m.queue().under_way(); }
+    u32 in_flight(u32) override { return m.queue().in_flight(); }
 
   private:
     static constexpr Nanoseconds timeout = 200'000'000;

@@ -124,7 +124,7 @@ TEST_F(AtaErrors, ADiskThatStaysSilentIsClosed) {
     EXPECT_EQ(m.read(hda(), 5, buffer()).error().code, Code::device_gone);
     EXPECT_LE(m.clock.time - begin, 2'000'000'000u);
     EXPECT_EQ(m.queue().resets(), 4u) << "the fourth without a success between them";
-    EXPECT_TRUE(log.has("hda: closed: the disk gives no answer, whatever is reset"));
+    EXPECT_TRUE(log.has("hda: closed: the disk gives no answer in spite of resets"));
 }
 
 TEST_F(AtaErrors, ADiskThatDoesNotComeBackFromResetIsClosed) {
@@ -222,7 +222,7 @@ TEST_F(AtaErrors, AForgottenBufferIsNotTouchedAgain) {
     EXPECT_EQ(m.primary.resets, 1u);
 }
 
-TEST_F(AtaErrors, AnOwnerThatGivesUpOftenIsNoSignOfABrokenDisk) {
+TEST_F(AtaErrors, RepeatedCancellationsDoNotCloseTheDisk) {
     m.primary.latency = 15'000'000;
     for (u32 i = 0; i < 12; ++i) {
         submit(1, buffer());
@@ -247,11 +247,11 @@ TEST_F(AtaErrors, ClosingEndsEverything) {
         EXPECT_EQ(r->status, io::Status::device_gone);
     }
     EXPECT_FALSE(m.primary.started());
-    EXPECT_TRUE(m.interrupts.entries.empty());
+    EXPECT_TRUE(m.interrupts.lines.empty());
     m.executor.turn();
 }
 
-TEST_F(AtaErrors, RandomTroubleLosesNothing) {
+TEST_F(AtaErrors, RandomFaultsLoseNothing) {
     u32 seed = 1;
     const auto random = [&](u32 below) {
         seed = seed * 1664525 + 1013904223;

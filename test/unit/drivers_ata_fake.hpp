@@ -16,6 +16,8 @@ import io.block;
 import drivers.driver;
 import drivers.ata;
 
+#include "unit/core_interrupt_fake.hpp"
+
 namespace ata_test {
 using namespace fl;
 namespace ata = fl::drivers::ata;
@@ -102,43 +104,6 @@ class Memory final : public DmaAllocator {
     std::map<u64, std::vector<std::byte>> blocks_;
 };
 
-class Interrupts final : public InterruptController {
-  public:
-    struct Entry {
-        InterruptLine line;
-        InterruptHandler handler;
-        void* context;
-    };
-    std::vector<Entry> entries;
-
-    Result<void> attach_line(InterruptLine line, InterruptHandler handler, void* context, u32) override {
-        entries.push_back({line, handler, context});
-        return {};
-    }
-    void detach_line(InterruptLine line, InterruptHandler handler, void* context) override {
-        std::erase_if(entries, [&](const Entry& e) {
-            return e.line.gsi == line.gsi && e.handler == handler && e.context == context;
-        });
-    }
-    Result<InterruptVector> attach_vector(InterruptHandler, void*, bool) override {
-        return Error{Code::not_supported, "none"};
-    }
-    Result<InterruptVector> attach_message(u32, InterruptHandler, void*) override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    Result<InterruptMessage> message_for(InterruptVector) const override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    void detach_vector(InterruptVector) override {}
-    void raise(u32 gsi) {
-        for (const Entry& e : std::vector<Entry>(entries)) {
-            if (e.line.gsi == gsi) {
-                e.handler(e.context);
-            }
-        }
-    }
-};
-
 struct Sink final : drivers::DiskSink {
     std::vector<bool> offer = std::vector<bool>(8, true);
     std::map<u32, io::BlockDevice*> disks;
@@ -152,7 +117,7 @@ struct Sink final : drivers::DiskSink {
     }
     Result<void> announce(io::BlockDevice& disk, u32 n) override {
         if (busy) {
-            return Error{Code::busy, "somebody else has it"};
+            return Error{Code::busy, "another driver has it"};
         }
         disks[n] = &disk;
         return {};
@@ -190,7 +155,7 @@ class Channel {
   public:
     Clock& clock;
     Memory& memory;
-    Interrupts& interrupts;
+    test::Interrupts& interrupts;
     u16 command = 0x1f0;
     u16 control = 0x3f6;
     u16 bus_master = 0xc040;
@@ -229,7 +194,7 @@ class Channel {
     std::vector<std::string> trace; // accesses, if tracing
     bool tracing = false;
 
-    Channel(Clock& c, Memory& m, Interrupts& i) : clock(c), memory(m), interrupts(i) {}
+    Channel(Clock& c, Memory& m, test::Interrupts& i) : clock(c), memory(m), interrupts(i) {}
 
     u8 in8(u16 port) {
         ++accesses;
@@ -572,9 +537,9 @@ class Channel {
     }
     void transfer(Drive& d, u64 lba, u32 count, bool is_write) {
         const u64 total = u64{count} * d.sector_size;
-        const auto memory_of_it = regions();
+        const auto memory_regions = regions();
         u64 room = 0;
-        for (const auto& [base, length] : memory_of_it) {
+        for (const auto& [base, length] : memory_regions) {
             room += length;
         }
         EXPECT_EQ(room, total) << "the table is not as long as the transfer";
@@ -590,7 +555,7 @@ class Channel {
         std::vector<std::byte> data(total);
         if (is_write) {
             u64 done = 0;
-            for (auto [base, length] : memory_of_it) {
+            for (auto [base, length] : memory_regions) {
                 std::memcpy(data.data() + done, memory.at(base, length), length);
                 done += length;
             }
@@ -608,7 +573,7 @@ class Channel {
         }
         if (!is_write) {
             u64 done = 0;
-            for (auto [base, length] : memory_of_it) {
+            for (auto [base, length] : memory_regions) {
                 std::memcpy(memory.at(base, length), data.data() + done, length);
                 done += length;
             }
@@ -682,7 +647,7 @@ struct Ports {
                 return *c;
             }
         }
-        ADD_FAILURE() << "nobody at port " << std::hex << port;
+        ADD_FAILURE() << "no device at port " << std::hex << port;
         return *channels->front();
     }
     u8 in8(u16 port) { return channel(port).in8(port); }

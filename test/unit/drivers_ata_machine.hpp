@@ -42,7 +42,7 @@ inline ata::IdentifyData identify_words(u64 sectors, u32 sector_size = 512) {
 struct Machine {
     Clock clock;
     Memory memory;
-    Interrupts interrupts;
+    test::Interrupts interrupts;
     Sink sink;
     io::Executor executor{clock.platform()};
     drivers::Environment environment;
@@ -63,7 +63,7 @@ struct Machine {
         function.bar_mask[4] = 0xfff0;
     }
     /// Native mode: ports and interrupt from PCI, with one level-triggered line for both channels.
-    void go_native() {
+    void set_native() {
         function.bytes[9] = 0x85;
         const std::array<u32, 4> bases{0xd000, 0xd010, 0xd020, 0xd030};
         for (u32 i = 0; i < 4; ++i) {

@@ -100,7 +100,7 @@ TEST(AtaProtocol, RefusesWhatItCannotUse) {
 TEST(AtaProtocol, RegistersAreThoseOfTheManual) {
     EXPECT_TRUE(ata::Status{0x80}.busy() && ata::Status{0x40}.ready() && ata::Status{0x20}.device_fault());
     EXPECT_TRUE(ata::Status{0x08}.data_request() && ata::Status{0x01}.error());
-    EXPECT_FALSE(ata::Status{0x76}.under_way() || ata::Status{0x7e}.error());
+    EXPECT_FALSE(ata::Status{0x76}.in_progress() || ata::Status{0x7e}.error());
     EXPECT_TRUE(ata::Status{0xff}.floating() && ata::Status{0x7f}.floating() && !ata::Status{0xfe}.floating());
     EXPECT_TRUE(ata::ErrorRegister{0x80}.interface_crc() && ata::ErrorRegister{0x40}.uncorrectable());
     EXPECT_TRUE(ata::ErrorRegister{0x10}.id_not_found() && ata::ErrorRegister{0x04}.aborted());
@@ -135,8 +135,8 @@ TEST(AtaAttach, AnnouncesADisk) {
     EXPECT_EQ(m.primary.resets, 0u) << "a device that answers is not reset";
     EXPECT_EQ(m.clock.time, 1'000'000u) << "and costs no waiting";
     EXPECT_EQ(m.function.get32(4) & 0x405, 0x005u);
-    EXPECT_EQ(m.interrupts.entries.size(), 1u);
-    EXPECT_TRUE(m.interrupts.entries[0].line.isa);
+    EXPECT_EQ(m.interrupts.lines.size(), 1u);
+    EXPECT_TRUE(m.interrupts.lines[0].line.isa);
 }
 
 TEST(AtaAttach, NumbersAllFour) {
@@ -178,7 +178,7 @@ TEST(AtaAttach, AFloatingBusCostsOneAccess) {
     EXPECT_EQ(m.primary.accesses, 1u);
     EXPECT_EQ(m.sink.disks.size(), 0u);
     EXPECT_EQ(m.clock.time, 1'000'000u);
-    EXPECT_EQ(m.interrupts.entries.size(), 0u);
+    EXPECT_EQ(m.interrupts.lines.size(), 0u);
     EXPECT_EQ(m.memory.allocations, 0u);
 }
 
@@ -271,7 +271,7 @@ TEST(AtaAttach, OneDeviceAtBothPlacesIsOneDisk) {
     EXPECT_EQ(two.sink.disks.size(), 4u);
 }
 
-TEST(AtaAttach, ADiskOfNoBytesIsToldAndNoFailure) {
+TEST(AtaAttach, ADiskOfZeroBytesIsReportedAndNoFailure) {
     Machine m;
     m.add(m.primary, 0).id = identify_words(0);
     m.add(m.primary, 1);
@@ -282,7 +282,7 @@ TEST(AtaAttach, ADiskOfNoBytesIsToldAndNoFailure) {
 
 TEST(AtaAttach, AChannelThatIsSwitchedOffLeavesTheOtherOne) {
     Machine m;
-    m.go_native();
+    m.set_native();
     m.add(m.primary, 0);
     m.add(m.secondary, 0);
     m.function.set32(0x10, 1); // no ports
@@ -297,7 +297,7 @@ TEST(AtaAttach, AChannelThatIsSwitchedOffLeavesTheOtherOne) {
 // Two controllers, as shown by a chipset in IDE mode: the first in compatibility mode, the second in native mode.
 TEST(AtaAttach, ASecondControllerHasNumbersAndClaimsOfItsOwn) {
     Machine a, b;
-    b.go_native();
+    b.set_native();
     a.add(a.primary, 0);
     b.add(b.primary, 0);
     b.add(b.secondary, 1);
@@ -320,7 +320,7 @@ TEST(AtaAttach, ASecondControllerHasNumbersAndClaimsOfItsOwn) {
     EXPECT_EQ(disks.names().view(), "hda, hde, hdh");
     EXPECT_FALSE(ring.offered(0)) << "ata has hda";
     for (u32 n = 1; n < 8; ++n) {
-        EXPECT_TRUE(ring.offered(n)) << "the twin of disk " << n << " is nobody's";
+        EXPECT_TRUE(ring.offered(n)) << "the twin of disk " << n << " belongs to no device";
     }
     DmaSpan buffer = *b.memory.allocate(4096, ~0ull);
     ASSERT_TRUE(b.read(*disks.find("hdh"), 77, buffer));
@@ -393,7 +393,7 @@ TEST(AtaAttach, SelectsAModeWhenTheFirmwareHasNot) {
     EXPECT_EQ(m.primary.codes.back(), 0xef);
 }
 
-TEST(AtaAttach, LetsGoOfADiskThatAnotherDriverHas) {
+TEST(AtaAttach, ReleasesADiskThatAnotherDriverHas) {
     Machine m;
     m.add(m.primary, 0);
     m.sink.busy = true;

@@ -34,7 +34,7 @@ TEST(Claims, TheSameDiskNeverAttachesTwice) {
     EXPECT_FALSE(claims.offered("ata", ide_id(0, 0)));
     EXPECT_EQ(claims.holder(disk_id(0)), "xen_blk");
     const auto again = claims.attached("ata", ide_id(0, 0));
-    ASSERT_FALSE(again) << "a driver that did not ask";
+    ASSERT_FALSE(again) << "a driver that did not call offered()";
     EXPECT_EQ(again.error().code, Code::busy);
     EXPECT_TRUE(claims.offered("ata", ide_id(0, 1))) << "another disk";
     EXPECT_FALSE(claims.attached("xen_blk", disk_id(0))) << "nor by the same driver";
@@ -49,7 +49,7 @@ TEST(Claims, WhatFailsToAttachIsLeftToTheOther) {
     EXPECT_FALSE(claims.offered("xen_blk", disk_id(0)));
 }
 
-TEST(Claims, WhoComesFirstHasIt) {
+TEST(Claims, TheFirstClaimWins) {
     const Plan p = plan("rank,xen,ata,xen_blk,-1");
     EXPECT_EQ(p.drivers()[1], "ata");
     Claims claims(p);

@@ -42,7 +42,7 @@ TEST(Pci, MechanismOneAddressesAsTheSpecificationDraws) {
     EXPECT_EQ(address.get(pci::PortAddress::dword), 0xfu);
 }
 
-TEST(Pci, FindsFunctionsBehindBridgesOnce) {
+TEST(Pci, FindsFunctionsBelowBridgesOnce) {
     Space space;
     space.add(0, 0, 0, 0x8086, 0x1237, 0x060000);
     Function& isa = space.add(0, 1, 0, 0x8086, 0x7000, 0x060100);
@@ -86,20 +86,20 @@ void two_roots(Space& space, bool expander) {
     bridge.bytes[0x19] = 0x81;
     space.add(0x81, 1, 0, 0x8086, 0x7010, 0x010180);
 }
-std::optional<pci::Roots> knows_0x80() {
+std::optional<pci::Roots> root_0x80() {
     pci::Roots roots;
     roots.buses.add(0x80);
     return roots;
 }
-std::optional<pci::Roots> knows_one_of_two() {
+std::optional<pci::Roots> one_root_of_two() {
     pci::Roots roots;
     roots.buses.add(0x80);
     roots.others = true;
     return roots;
 }
-std::optional<pci::Roots> knows_nothing() { return std::nullopt; }
+std::optional<pci::Roots> no_roots() { return std::nullopt; }
 
-TEST(PciRoots, WithOneHostBridgeNobodyIsAskedAndNoBusIsSearched) {
+TEST(PciRoots, WithOneHostBridgeNoRootsAreSearched) {
     Space space;
     two_roots(space, false);
     Found found(space, 0, [] {
@@ -113,25 +113,25 @@ TEST(PciRoots, WithOneHostBridgeNobodyIsAskedAndNoBusIsSearched) {
 TEST(PciRoots, TheNumberThatTheFirmwareGivesIsWalked) {
     Space space;
     two_roots(space, true);
-    Found found(space, 0, knows_0x80);
+    Found found(space, 0, root_0x80);
     EXPECT_EQ(found.ids(), (std::vector<u32>{0x123700, 0x000900, 0x000180, 0x701081}));
     EXPECT_LE(space.reads, 3 * 32u + 20u) << "three buses, no search";
 }
 
-TEST(PciRoots, TheFirmwareIsAskedOnRequest) {
+TEST(PciRoots, TheFirmwareIsQueriedOnRequest) {
     Space space;
     two_roots(space, false);
-    EXPECT_EQ(Found(space, 0, knows_0x80, true).ids(), (std::vector<u32>{0x123700, 0x000180, 0x701081}));
+    EXPECT_EQ(Found(space, 0, root_0x80, true).ids(), (std::vector<u32>{0x123700, 0x000180, 0x701081}));
     Space quiet;
     two_roots(quiet, false);
-    EXPECT_EQ(Found(quiet, 0, knows_nothing, true).ids(), (std::vector<u32>{0x123700}));
+    EXPECT_EQ(Found(quiet, 0, no_roots, true).ids(), (std::vector<u32>{0x123700}));
     EXPECT_LE(quiet.reads, 32u + 4u);
 }
 
 TEST(PciRoots, WithoutAnAnswerEveryBusIsSearched) {
     Space space;
     two_roots(space, true);
-    EXPECT_EQ(Found(space, 0, knows_nothing).ids(), (std::vector<u32>{0x123700, 0x000900, 0x000180, 0x701081}));
+    EXPECT_EQ(Found(space, 0, no_roots).ids(), (std::vector<u32>{0x123700, 0x000900, 0x000180, 0x701081}));
     Space none;
     two_roots(none, true);
     EXPECT_EQ(Found(none, 0, nullptr).ids().size(), 4u);
@@ -139,7 +139,7 @@ TEST(PciRoots, WithoutAnAnswerEveryBusIsSearched) {
     Space more; // a root whose number is computed
     two_roots(more, true);
     more.add(0xc0, 5, 0, 0x1af4, 0x1042, 0x010000);
-    EXPECT_EQ(Found(more, 0, knows_one_of_two).ids(),
+    EXPECT_EQ(Found(more, 0, one_root_of_two).ids(),
               (std::vector<u32>{0x123700, 0x000900, 0x000180, 0x701081, 0x1042c0}));
 }
 
@@ -155,7 +155,7 @@ TEST(PciRoots, AHostBridgeThatIgnoresTheBusNumberShowsNothingTwice) {
     config.space.add(0, 0, 0, 0x8086, 0x1237, 0x060000);
     config.space.add(0, 1, 0, 0x8086, 0x7010, 0x010180);
     config.space.add(0, 2, 0, 0x8086, 0x1238, 0x060000);
-    EXPECT_EQ(Found(config, 0, knows_nothing).devices.size(), 3u);
+    EXPECT_EQ(Found(config, 0, no_roots).devices.size(), 3u);
 }
 
 TEST(PciRoots, OfAnotherSegmentTheFirstBusIsTheRoot) {
@@ -190,7 +190,7 @@ TEST(Pci, WhatCannotBeReachedIsCounted) {
     }
     EXPECT_EQ(Found(space).unreachable, 3 + 32u);
     space.unreachable = {{0, 0, 0}, {0, 1, 0}, {0, 3, 0}};
-    Found none(space, 0, knows_0x80, true);
+    Found none(space, 0, root_0x80, true);
     EXPECT_EQ(none.ids().size(), 0u);
     EXPECT_EQ(none.unreachable, 3u);
 }

@@ -72,7 +72,7 @@ TEST(Table, AddRemoveRankAndLines) {
     EXPECT_EQ(table.wrong(), 0u);
 }
 
-TEST(Table, AWrongRuleOfTheCommandLineIsKnownBehindAnyNumberOfWrongLines) {
+TEST(Table, AMalformedRuleOfTheCommandLineIsDetectedAfterMalformedLines) {
     Table table;
     for (u32 i = 0; i < 2 * Table::max_diagnostics; ++i) {
         EXPECT_EQ(table.apply("adn"), 1u);

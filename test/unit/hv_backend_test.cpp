@@ -17,6 +17,8 @@ import hv.kvm;
 import hv.kvm.protocol;
 #endif
 
+#include "unit/core_interrupt_fake.hpp"
+
 namespace {
 using namespace fl;
 using hv::VmGuest;
@@ -73,19 +75,6 @@ struct FakeCpu final : hv::Privileged {
     void out16(u16, u16) override {}
     void out32(u16, u32) override {}
 };
-struct NoInterrupts final : InterruptController {
-    Result<void> attach_line(InterruptLine, InterruptHandler, void*, u32) override { return {}; }
-    void detach_line(InterruptLine, InterruptHandler, void*) override {}
-    Result<InterruptVector> attach_vector(InterruptHandler, void*, bool) override { return InterruptVector{}; }
-    Result<InterruptVector> attach_message(u32, InterruptHandler, void*) override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    Result<InterruptMessage> message_for(InterruptVector) const override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    void detach_vector(InterruptVector) override {}
-};
-
 struct Heap final : DmaAllocator {
     usize live = 0;
     Result<DmaSpan> allocate(u32 size, u64) override {
@@ -107,7 +96,7 @@ struct Backend : ::testing::Test {
     NoMap physical;
     FakeCpu cpu;
     hv::Environment environment{cpuid, sightings, memory, physical, cpu};
-    NoInterrupts interrupts;
+    test::Interrupts interrupts;
     io::Executor executor{
         io::Platform{nullptr, [](void*) -> Instant { return 0; }, [](void*, Instant, const std::atomic<bool>&) {}}};
     hv::Services services{interrupts, executor};
@@ -178,7 +167,7 @@ TEST_F(Backend, WithoutAModuleItIsBare) {
     }
 }
 
-TEST_F(Backend, UnsightedOnlyWhenAskedFor) {
+TEST_F(Backend, UndetectedOnlyOnRequest) {
     boot(choice(VmGuest::xen));
     EXPECT_EQ(trace, "early:bare buses:bare ") << "its own recognises() says no";
     trace.clear();
@@ -210,7 +199,7 @@ static_assert(!hv::BusRoot<hv::Bare> && !hv::EmulatedDevices<hv::Bare> && hv::Cl
 // A capability of the type does not mean that an uninstalled instance has it: it returns nothing, and all functions can
 // be called safely at any time.
 template <class B>
-void ask_what_was_never_installed(io::Executor& executor) {
+void call_uninstalled(io::Executor& executor) {
     SCOPED_TRACE(B::name);
     const auto backend = std::make_unique<B>(); // too large for a stack
     EXPECT_FALSE(backend->tsc_hz());
@@ -239,10 +228,10 @@ void ask_what_was_never_installed(io::Executor& executor) {
     }
 }
 template <class... Bs>
-void ask_each(hv::BackendList<Bs...>, io::Executor& executor) {
-    (ask_what_was_never_installed<Bs>(executor), ...);
+void call_each(hv::BackendList<Bs...>, io::Executor& executor) {
+    (call_uninstalled<Bs>(executor), ...);
 }
-TEST_F(Backend, WhatWasNeverInstalledCanBeAsked) { ask_each(hv::list, executor); }
+TEST_F(Backend, UninstalledBackendsCanBeCalled) { call_each(hv::list, executor); }
 
 #ifdef FIRSTLIGHT_HV_KVM
 // A host's clock page, written from the documentation of MSR_KVM_SYSTEM_TIME_NEW: version 2, 2.5 GHz: mul = 2^32 * 0.8
@@ -295,7 +284,7 @@ TEST_F(Kvm, FrequencyFromTheClockPage) {
     EXPECT_TRUE(kvm.start(services));
 }
 
-TEST_F(Kvm, AClockThatCannotBeIsNotBelieved) {
+TEST_F(Kvm, AnImplausibleClockIsRejected) {
     const auto install = [&] {
         hv::Kvm kvm;
         EXPECT_TRUE(kvm.install(environment)) << "no clock is no reason not to boot";

@@ -22,7 +22,7 @@ CpuidSnapshot scan(const machines::Machine& machine) {
     return s;
 }
 
-hv::Sightings sight(const machines::Machine& machine, const Smbios* smbios = nullptr) {
+hv::Sightings detected(const machines::Machine& machine, const Smbios* smbios = nullptr) {
     return hv::detect(scan(machine), smbios);
 }
 
@@ -34,7 +34,7 @@ bool without_xen(VmGuest g) { return g == VmGuest::hyperv || g == VmGuest::kvm |
 bool bare_only(VmGuest g) { return g == VmGuest::bare; }
 
 VmGuest chosen(const machines::Machine& machine, bool (*built)(VmGuest) = everything) {
-    return hv::choose(sight(machine), {}, built).guest;
+    return hv::choose(detected(machine), {}, built).guest;
 }
 
 // Names are defined in one place, for `if constexpr` and for output.
@@ -92,7 +92,7 @@ TEST(Detect, WhatCanBeUsedBeatsAName) {
 }
 
 TEST(Detect, KeepsEverySighting) {
-    const auto s = sight(machines::three);
+    const auto s = detected(machines::three);
     ASSERT_EQ(s.count, 3u);
     EXPECT_TRUE(s.hypervisor_bit);
     EXPECT_EQ(s.find(VmGuest::hyperv)->base, 0x40000000u);
@@ -107,7 +107,7 @@ TEST(Detect, KeepsEverySighting) {
 }
 
 TEST(Detect, AVmbusIsRuledOutOnlyByWhatMakesItImpossible) {
-    const auto s = sight(machines::azure);
+    const auto s = detected(machines::azure);
     const hv::Sighting whole = *s.find(VmGuest::hyperv);
     EXPECT_TRUE(hv::offers_vmbus(whole));
     for (u32 bit : {2u, 5u}) { // SynIC, hypercalls
@@ -118,16 +118,16 @@ TEST(Detect, AVmbusIsRuledOutOnlyByWhatMakesItImpossible) {
     hv::Sighting less = whole;
     less.features = 1u << 2 | 1u << 5;
     less.features_high = 0;
-    EXPECT_TRUE(hv::offers_vmbus(less)) << "the rest is asked of the bus";
-    EXPECT_TRUE(hv::offers_vmbus(*sight(machines::openvmm_kvm).find(VmGuest::hyperv)));
+    EXPECT_TRUE(hv::offers_vmbus(less)) << "the bus decides the rest";
+    EXPECT_TRUE(hv::offers_vmbus(*detected(machines::openvmm_kvm).find(VmGuest::hyperv)));
     // A machine that shows KVM and Hyper-V's interface without SynIC counts as KVM; with SynIC the VMBus is tried; hv=
     // overrides both.
     EXPECT_EQ(chosen(machines::kvm_hyperv_no_synic), VmGuest::kvm);
-    EXPECT_EQ(hv::choose(sight(machines::kvm_hyperv), *hv::parse_preference("kvm"), everything).guest, VmGuest::kvm);
-    EXPECT_EQ(hv::choose(sight(machines::kvm_hyperv_no_synic), *hv::parse_preference("hyperv"), everything).guest,
+    EXPECT_EQ(hv::choose(detected(machines::kvm_hyperv), *hv::parse_preference("kvm"), everything).guest, VmGuest::kvm);
+    EXPECT_EQ(hv::choose(detected(machines::kvm_hyperv_no_synic), *hv::parse_preference("hyperv"), everything).guest,
               VmGuest::hyperv);
-    EXPECT_FALSE(hv::offers_vmbus(*sight(machines::kvm_hyperv_no_synic).find(VmGuest::hyperv)));
-    EXPECT_FALSE(hv::offers_vmbus(*sight(machines::xen_viridian).find(VmGuest::hyperv)));
+    EXPECT_FALSE(hv::offers_vmbus(*detected(machines::kvm_hyperv_no_synic).find(VmGuest::hyperv)));
+    EXPECT_FALSE(hv::offers_vmbus(*detected(machines::xen_viridian).find(VmGuest::hyperv)));
 }
 
 TEST(Detect, FifteenBitDestinationsAreOfferedByKvmAndXen) {
@@ -156,7 +156,7 @@ TEST(Detect, ThePolicyNamesEveryGuestAndGivesReasons) {
 }
 
 TEST(Detect, OverrideWinsAndWarnsWhenUnsighted) {
-    const auto s = sight(machines::three);
+    const auto s = detected(machines::three);
     auto choice = hv::choose(s, *hv::parse_preference("kvm"), everything);
     EXPECT_EQ(choice.guest, VmGuest::kvm);
     EXPECT_TRUE(choice.overridden);
@@ -190,25 +190,25 @@ Smbios firmware(std::string_view vendor, std::string_view maker, std::string_vie
 
 TEST(Detect, FirmwareStringsOnlyWithoutLeaves) {
     const Smbios hyperv = firmware("American Megatrends Inc.", "Microsoft Corporation", "Virtual Machine");
-    EXPECT_EQ(sight(machines::kvm, &hyperv).count, 1u);
-    EXPECT_FALSE(sight(machines::kvm, &hyperv).has(VmGuest::hyperv));
-    auto s = sight(machines::bare_intel, &hyperv);
+    EXPECT_EQ(detected(machines::kvm, &hyperv).count, 1u);
+    EXPECT_FALSE(detected(machines::kvm, &hyperv).has(VmGuest::hyperv));
+    auto s = detected(machines::bare_intel, &hyperv);
     ASSERT_EQ(s.count, 1u);
     EXPECT_EQ(s.list[0].guest, VmGuest::hyperv);
     EXPECT_EQ(s.list[0].base, 0u);
     const auto choice = hv::choose(s, {}, everything);
     EXPECT_EQ(choice.guest, VmGuest::hyperv);
-    EXPECT_EQ(choice.reason, "only the firmware's strings say so");
+    EXPECT_EQ(choice.reason, "by the firmware's strings only");
     const Smbios laptop = firmware("Microsoft Corporation", "Microsoft Corporation", "Surface Pro");
-    EXPECT_EQ(sight(machines::bare_intel, &laptop).count, 0u) << "a real computer of the same maker";
+    EXPECT_EQ(detected(machines::bare_intel, &laptop).count, 0u) << "a real computer of the same maker";
     const Smbios xen = firmware("Xen", "Xen", "HVM domU");
-    EXPECT_TRUE(sight(machines::bare_intel, &xen).has(VmGuest::xen));
+    EXPECT_TRUE(detected(machines::bare_intel, &xen).has(VmGuest::xen));
     const Smbios qemu = firmware("SeaBIOS", "QEMU", "Standard PC (i440FX + PIIX, 1996)");
-    EXPECT_TRUE(sight(machines::kvm_hidden, &qemu).has(VmGuest::other));
+    EXPECT_TRUE(detected(machines::kvm_hidden, &qemu).has(VmGuest::other));
     const Smbios vbox = firmware("innotek GmbH", "innotek GmbH", "VirtualBox");
-    EXPECT_TRUE(sight(machines::bare_amd, &vbox).has(VmGuest::virtualbox));
+    EXPECT_TRUE(detected(machines::bare_amd, &vbox).has(VmGuest::virtualbox));
     const Smbios nobody = firmware("", "", "");
-    EXPECT_EQ(sight(machines::bare_amd, &nobody).count, 0u);
+    EXPECT_EQ(detected(machines::bare_amd, &nobody).count, 0u);
 }
 
 TEST(Detect, TheVariable) {
@@ -223,7 +223,7 @@ struct Capture final : log::Sink {
     void write(std::string_view t) override { text += t; }
 };
 
-TEST(Detect, TellsPeople) {
+TEST(Detect, PrintsForPeople) {
     Capture capture;
     log::attach(capture);
     const auto cpuid = scan(machines::xen_viridian);
@@ -236,7 +236,7 @@ TEST(Detect, TellsPeople) {
         << capture.text;
     EXPECT_NE(capture.text.find("detection: xen at 0x40000100-0x40000105 \"XenVMMXenVMM\", version 4.17\n"),
               std::string::npos);
-    EXPECT_NE(capture.text.find("detection: vm_guest is xen: Xen's own leaves are there"), std::string::npos);
-    EXPECT_NE(capture.text.find("warning: detection: vmware was asked for (hv=)"), std::string::npos);
+    EXPECT_NE(capture.text.find("detection: vm_guest is xen: Xen's own leaves are present"), std::string::npos);
+    EXPECT_NE(capture.text.find("warning: detection: vmware was requested (hv=)"), std::string::npos);
 }
 } // namespace

@@ -109,8 +109,8 @@ TEST(WorkloadText, SaysWhatWasMeant) {
     EXPECT_NE(message("read,cuont=1").find("is count= meant?"), std::string::npos);
     EXPECT_NE(message("read,sed=1").find("is seed= meant?"), std::string::npos);
     EXPECT_NE(message("read,a-key-of-more-than-sixteen-letters=1").find("unknown key"), std::string::npos);
-    EXPECT_NE(message("read,bs=4x").find("want a number"), std::string::npos);
-    EXPECT_NE(message("read,bs").find("want a number"), std::string::npos);
+    EXPECT_NE(message("read,bs=4x").find("need a number"), std::string::npos);
+    EXPECT_NE(message("read,bs").find("need a number"), std::string::npos);
     EXPECT_NE(message("read,").find("unknown key"), std::string::npos);
     EXPECT_NE(message("read,bs=1000").find("multiple of 512"), std::string::npos);
     EXPECT_NE(message("read,bs=2m").find("at most 1m"), std::string::npos);
@@ -121,7 +121,7 @@ TEST(WorkloadText, SaysWhatWasMeant) {
     EXPECT_NE(message("read,thinktime=1000001").find("at most a millisecond"), std::string::npos);
     EXPECT_NE(message("read,thinktine=1").find("is thinktime= meant?"), std::string::npos);
     EXPECT_NE(message("mixed,mix=101").find("percentage"), std::string::npos);
-    EXPECT_NE(message("read,count=18446744073709551615k").find("want a number"), std::string::npos);
+    EXPECT_NE(message("read,count=18446744073709551615k").find("need a number"), std::string::npos);
 }
 
 TEST_F(BenchTest, ReadsAtQueueDepth) {
@@ -132,7 +132,7 @@ TEST_F(BenchTest, ReadsAtQueueDepth) {
     EXPECT_EQ(r->read.bytes, 2000u * 4096);
     EXPECT_EQ(r->write.ios, 0u);
     EXPECT_EQ(r->counters.submitted, 2000u);
-    EXPECT_EQ(disk.most_under_way, 32u);
+    EXPECT_EQ(disk.max_in_flight, 32u);
     EXPECT_LE(r->counters.notifications, 2000u / 32 + 2) << "one for each turn, not for each request";
     EXPECT_GT(r->runtime_ns, 0u);
     EXPECT_GT(r->read.min, 0u);

@@ -142,7 +142,7 @@ class Rig {
     /// The lane's device forgets everything, and the queue is notified.
     virtual void reclaim(u32 lane) = 0;
     virtual bool is_open(u32 lane) = 0;
-    virtual u32 under_way(u32 lane) = 0;
+    virtual u32 in_flight(u32 lane) = 0;
 };
 
 struct Make {

@@ -214,8 +214,8 @@ class Bench {
                 if (!rig->is_open(lane)) {
                     rig->reclaim(lane);
                 }
-                EXPECT_EQ(rig->under_way(lane), 0u) << "a command is left that the device does not have";
-                EXPECT_EQ(rig->disk(lane).under_way(), 0u) << "submitted is not completed";
+                EXPECT_EQ(rig->in_flight(lane), 0u) << "a command is left that the device does not have";
+                EXPECT_EQ(rig->disk(lane).in_flight(), 0u) << "submitted is not completed";
             });
         }
         check_data();

@@ -28,8 +28,8 @@ std::unique_ptr<io::Exchange> send(Bench& b, u32 lane) {
     b.on(lane, [&] { EXPECT_TRUE(b.rig->queue(lane)->send(*exchange)); });
     return exchange;
 }
-bool is_under_way(Bench& b, u32 lane, const io::Exchange& exchange) {
-    return b.rig->queue(lane)->is_under_way(exchange);
+bool is_in_flight(Bench& b, u32 lane, const io::Exchange& exchange) {
+    return b.rig->queue(lane)->is_in_flight(exchange);
 }
 } // namespace
 
@@ -56,19 +56,19 @@ TEST_P(BlockConformanceExchanges, RequestsLeaveRoomForThem) {
         });
         ASSERT_FALSE(done) << "more commands than the table holds";
         EXPECT_EQ(done.error().code, Code::exhausted);
-        EXPECT_FALSE(is_under_way(b, lane, *sent.back()));
+        EXPECT_FALSE(is_in_flight(b, lane, *sent.back()));
         sent.pop_back();
         EXPECT_GE(sent.size(), facts().exchanges);
-        EXPECT_EQ(b.rig->under_way(lane), facts().capacity + sent.size());
+        EXPECT_EQ(b.rig->in_flight(lane), facts().capacity + sent.size());
         b.turn();
         EXPECT_EQ(b.rig->held_exchanges(lane), sent.size());
         for (const auto& exchange : sent) {
-            EXPECT_TRUE(is_under_way(b, lane, *exchange));
+            EXPECT_TRUE(is_in_flight(b, lane, *exchange));
             EXPECT_FALSE(exchange->done.is_open());
             b.rig->answer_exchange(lane);
             b.turn();
             EXPECT_TRUE(exchange->done.is_open() && exchange->answered);
-            EXPECT_FALSE(is_under_way(b, lane, *exchange));
+            EXPECT_FALSE(is_in_flight(b, lane, *exchange));
         }
         EXPECT_EQ(b.rig->held().size(), facts().capacity) << "a request was sent in a command reserved for exchanges";
         EXPECT_TRUE(std::ranges::none_of(b.items, [](const auto& item) { return item->done(); }));
@@ -93,7 +93,7 @@ TEST_P(BlockConformanceExchanges, AreAnsweredAmongRequests) {
         b.rig->answer_exchange(probe.lane);
         b.turn();
         EXPECT_TRUE(exchange->done.is_open() && exchange->answered);
-        EXPECT_FALSE(is_under_way(b, probe.lane, *exchange));
+        EXPECT_FALSE(is_in_flight(b, probe.lane, *exchange));
         b.finish();
         EXPECT_EQ(probe.status, Status::ok);
         EXPECT_TRUE(b.open());
@@ -120,7 +120,7 @@ TEST_P(BlockConformanceExchanges, CanBeAbandoned) {
                 EXPECT_TRUE(exchange->answered);
             }
             b.on(lane, [&] { b.rig->queue(lane)->abandon(*exchange); });
-            EXPECT_FALSE(is_under_way(b, lane, *exchange));
+            EXPECT_FALSE(is_in_flight(b, lane, *exchange));
             if (destroyed) {
                 exchange.reset();
             }
@@ -153,7 +153,7 @@ TEST_P(BlockConformanceExchanges, TheAnswerToAnAbandonedOneEndsNoOther) {
     b.turns(2);
     EXPECT_FALSE(first->answered || second->answered || second->done.is_open());
     b.on(0, [&] { b.rig->queue(0)->abandon(*first); }); // once more: nothing is left of it
-    EXPECT_TRUE(is_under_way(b, 0, *second));
+    EXPECT_TRUE(is_in_flight(b, 0, *second));
     b.rig->answer_exchange(0);
     b.turns(2);
     EXPECT_TRUE(second->answered);
@@ -214,9 +214,9 @@ TEST_P(BlockConformanceExchanges, EndUnansweredWithADeviceThatIsStopped) {
     if (b.rig->held_exchanges(0) == 0) {
         EXPECT_TRUE(exchange->done.is_open());
         EXPECT_FALSE(exchange->answered);
-        EXPECT_FALSE(is_under_way(b, 0, *exchange));
+        EXPECT_FALSE(is_in_flight(b, 0, *exchange));
     } else {
-        EXPECT_TRUE(is_under_way(b, 0, *exchange));
+        EXPECT_TRUE(is_in_flight(b, 0, *exchange));
         b.rig->answer_exchange(0);
         b.turns(2);
         EXPECT_TRUE(exchange->done.is_open() && exchange->answered);

@@ -83,8 +83,8 @@ TEST_P(BlockConformanceLanes, ACommandThatIsLostIsFoundByTheAnswersOfAnotherLane
         }
         EXPECT_EQ(item.status, Status::timed_out);
         EXPECT_GE(b.rig->now() - begun, facts().timeout);
-        EXPECT_GE(answers, 2 * io::OldestWait::patience);
-        EXPECT_LE(answers, 2 * io::OldestWait::patience + 8) << "two commands were under way";
+        EXPECT_GE(answers, 2 * io::OldestWait::max_passes);
+        EXPECT_LE(answers, 2 * io::OldestWait::max_passes + 8) << "two commands were under way";
         b.finish();
     }
 }
@@ -171,8 +171,8 @@ TEST_P(BlockConformanceLanes, AStoppedLaneLeavesNothingBehind) {
         b.turn();
     }
     EXPECT_EQ(item.status, Status::timed_out);
-    EXPECT_GE(answers, 2 * io::OldestWait::patience);
-    EXPECT_LE(answers, 2 * io::OldestWait::patience + 8)
+    EXPECT_GE(answers, 2 * io::OldestWait::max_passes);
+    EXPECT_LE(answers, 2 * io::OldestWait::max_passes + 8)
         << "found as late as if the other lane's " << many << " were still under way";
     b.finish();
 }

@@ -24,8 +24,8 @@ class SharedRig final : public Rig {
         const u64 slept = executor.idles();
         inner_->turn();
         const auto on_the_way = [&] {
-            const u64 sent = std::min<u64>(lane_.under_way(), io::SharedLane::max_forwarded);
-            return executor.idles() == slept || sent > inner_->disk(0).under_way();
+            const u64 sent = std::min<u64>(lane_.in_flight(), io::SharedLane::max_forwarded);
+            return executor.idles() == slept || sent > inner_->disk(0).in_flight();
         };
         for (u32 i = 0; i < 2 && on_the_way(); ++i) {
             inner_->turn();
@@ -50,7 +50,7 @@ class SharedRig final : public Rig {
     void stop(u32) override { inner_->stop(0); }
     void reclaim(u32) override { inner_->reclaim(0); }
     bool is_open(u32) override { return inner_->is_open(0); }
-    u32 under_way(u32) override { return inner_->under_way(0); }
+    u32 in_flight(u32) override { return inner_->in_flight(0); }
 
   private:
     std::unique_ptr<Rig> inner_;

@@ -227,7 +227,7 @@ TEST_P(BlockConformanceHeld, AnswersComeInEveryOrder) {
 
 // Many requests of many sizes; each completion is a success, an error, or leads to a retry.
 TEST_P(BlockConformance, RandomTraffic) {
-    for (u32 seed = 0; seed < 12 && !HasFailure(); ++seed) {
+    for (u32 seed = 0; seed < 6 && !HasFailure(); ++seed) {
         SCOPED_TRACE(seed);
         std::mt19937 random(seed);
         Bench b(GetParam());

@@ -296,7 +296,7 @@ class ModelTransport : public io::TransportDefaults {
             device_.stop();
             begin_reset();
             return {.kind = Kind::stopped, .why = std::nullopt};
-        case Kind::asked: device_.asked = device_.config.heeds; return {.kind = Kind::asked, .why = std::nullopt};
+        case Kind::reset_requested: device_.asked = device_.config.heeds; return {.kind = Kind::reset_requested, .why = std::nullopt};
         case Kind::none: // the interrupt was lost
             if (const auto next = device_.transfer()) {
                 device_.answer(*next, Status::ok, io::Retry::none);
@@ -305,7 +305,7 @@ class ModelTransport : public io::TransportDefaults {
         default: return {.kind = device_.config.recovery, .why = std::nullopt};
         }
     }
-    std::optional<Error> asked_in_vain(bool) { return Error{Code::timed_out, "asked in vain"}; }
+    std::optional<Error> reset_ineffective(bool) { return Error{Code::timed_out, "asked in vain"}; }
     io::Stuck stuck(std::string_view names) {
         if (device_.config.may_give_up) {
             return {io::Stuck::Kind::give_up, Error{Code::timed_out, "no room"}};
@@ -322,16 +322,16 @@ class ModelTransport : public io::TransportDefaults {
     }
     bool late_writes_elsewhere(u32 own) const { return device_.host.late_writes != own; }
     io::OldestWait::Seen seen(io::OldestWait::Seen own) {
-        device_.counted_under_way = own.under_way;
+        device_.counted_under_way = own.in_flight;
         device_.counted_answered = own.answered;
-        io::OldestWait::Seen all{.oldest = own.oldest, .under_way = 0, .answered = 0};
+        io::OldestWait::Seen all{.oldest = own.oldest, .in_flight = 0, .answered = 0};
         for (const ModelDevice* lane : device_.host.lanes) {
-            all.under_way += lane->counted_under_way;
+            all.in_flight += lane->counted_under_way;
             all.answered += lane->counted_answered;
         }
         return all;
     }
-    std::optional<Status> closed_elsewhere() const { return device_.host.closed; }
+    std::optional<Status> closed_by_peer() const { return device_.host.closed; }
     bool closing(Status status) {
         if (device_.host.closed) {
             return false;
@@ -499,7 +499,7 @@ class ModelRig final : public Rig {
         queue(lane)->reclaim();
     }
     bool is_open(u32 lane) override { return queue(lane)->is_open(); }
-    u32 under_way(u32 lane) override { return queue(lane)->under_way(); }
+    u32 in_flight(u32 lane) override { return queue(lane)->in_flight(); }
 
   private:
     struct Lane {

@@ -38,8 +38,8 @@ std::vector<Make> models() {
         {"done_give_up_alone", {done, Kind::give_up, io::Retry::alone}},
         {"effect_give_up_later", {effect, Kind::give_up, io::Retry::later}},
         {"effect_close_now", {effect, Kind::close, io::Retry::now}},
-        {"reachable_asked_later", {reachable, Kind::asked, io::Retry::later}},
-        {"reachable_asked_in_vain_now", {reachable, Kind::asked, io::Retry::now, false}},
+        {"reachable_asked_later", {reachable, Kind::reset_requested, io::Retry::later}},
+        {"reachable_asked_in_vain_now", {reachable, Kind::reset_requested, io::Retry::now, false}},
         {"reachable_close_alone", {reachable, Kind::close, io::Retry::alone}},
         {"reachable_give_up_now", {reachable, Kind::give_up, io::Retry::now, true, true}},
         {"reachable_table_later", {reachable, Kind::give_up, io::Retry::later, true, false, 100}},
@@ -78,7 +78,7 @@ class NullRig final : public Rig {
     void stop(u32) override { disk_.queue().stop(); }
     void reclaim(u32) override { disk_.queue().reclaim(); }
     bool is_open(u32) override { return disk_.queue().is_open(); }
-    u32 under_way(u32) override { return disk_.queue().under_way(); }
+    u32 in_flight(u32) override { return disk_.queue().in_flight(); }
 
   private:
     test::FakeMachine clock_;
@@ -150,7 +150,7 @@ TEST(BlockQueueTime, AnswersToReadsThatWereGivenUpAreAnswers) {
 
 // The device gets a whole time-out, in machine time, to complete everything on request.
 TEST(BlockQueueTime, AStopAfterAskingIsNoSilence) {
-    const ModelConfig asked{io::Fence::reachable, io::Recovery::Kind::asked, io::Retry::later, false};
+    const ModelConfig asked{io::Fence::reachable, io::Recovery::Kind::reset_requested, io::Retry::later, false};
     for (const bool answered : {true, false}) {
         const Make make = model("", asked);
         Bench b(make);
@@ -206,7 +206,7 @@ TEST(BlockQueueTime, TriesAreCounted) {
 
 // A command to be resent is not with the device: neither the device's silence nor its answers to others count for it.
 TEST(BlockQueueTime, ACommandThatWaitsToBeResentIsNotTimed) {
-    for (const io::Recovery::Kind recovery : {io::Recovery::Kind::give_up, io::Recovery::Kind::asked,
+    for (const io::Recovery::Kind recovery : {io::Recovery::Kind::give_up, io::Recovery::Kind::reset_requested,
                                               io::Recovery::Kind::stopped, io::Recovery::Kind::close}) {
         SCOPED_TRACE(to_underlying(recovery));
         Bench b(model("", {io::Fence::reachable, recovery, io::Retry::later}));
@@ -255,7 +255,7 @@ TEST(BlockQueueTime, ACommandThatCannotBeResentEndsWithinATimeOut) {
 
 // Nor does it belong to what the device was asked to end.
 TEST(BlockQueueTime, ACommandThatWaitsToBeResentIsNotEndedByAReset) {
-    Bench b(model("", {io::Fence::reachable, io::Recovery::Kind::asked, io::Retry::later, false}));
+    Bench b(model("", {io::Fence::reachable, io::Recovery::Kind::reset_requested, io::Retry::later, false}));
     const Nanoseconds timeout = b.facts().timeout;
     ModelDevice& device = static_cast<ModelRig<false>&>(*b.rig).device();
     device.takes_resent = false;
@@ -303,8 +303,8 @@ TEST(BlockQueueExchange, ThereIsNoRoomInTheQueue) {
         const auto sent = rig.queue(0)->send(exchange);
         ASSERT_FALSE(sent);
         EXPECT_EQ(sent.error().code, Code::exhausted);
-        EXPECT_EQ(rig.under_way(0), 0u);
-        EXPECT_FALSE(rig.queue(0)->is_under_way(exchange));
+        EXPECT_EQ(rig.in_flight(0), 0u);
+        EXPECT_FALSE(rig.queue(0)->is_in_flight(exchange));
     }
     rig.device().takes_exchanges = true;
     ASSERT_TRUE(rig.queue(0)->send(exchange));
@@ -312,7 +312,7 @@ TEST(BlockQueueExchange, ThereIsNoRoomInTheQueue) {
     rig.answer_exchange(0);
     rig.turn();
     EXPECT_TRUE(exchange.answered);
-    EXPECT_EQ(rig.under_way(0), 0u);
+    EXPECT_EQ(rig.in_flight(0), 0u);
 }
 
 // Two disks share a queue: a write abandoned on one of them blocks its sectors on that disk only.
@@ -363,7 +363,7 @@ TEST(BlockQueueTime, TheLimitOfAStormIsExact) {
         Capture() { log::attach(*this); }
         ~Capture() { log::detach(*this); }
         void write(std::string_view t) override { text += t; }
-        bool told() const { return text.find("signals without a reason") != std::string::npos; }
+        bool told() const { return text.find("signals without a cause") != std::string::npos; }
         std::string text;
     } log;
     using Transport = ModelTransport<false>;

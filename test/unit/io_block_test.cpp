@@ -1,5 +1,5 @@
 #include "gtest_macros.hpp"
-#include "unit/panics_aloud.hpp"
+#include "unit/panic_prints.hpp"
 import test.gtest;
 import host.std;
 import core.result;
@@ -61,7 +61,7 @@ TEST_F(Block, RefusesWhatCannotBe) {
 TEST_F(Block, ALaneBelongsToItsProcessor) {
     EXPECT_DEATH(
         {
-            panics_aloud();
+            panic_prints();
             set_this_processor(1);
             BlockDevice::Transfer transfer(disk, Op::read, 0, buffer);
             disk.submit(transfer);
@@ -70,7 +70,7 @@ TEST_F(Block, ALaneBelongsToItsProcessor) {
 }
 
 // A host that never completed a request may still write: the owner frees the buffer, but it is not reused.
-TEST_F(Block, MemoryThatAHostMayStillReachIsNotGivenBack) {
+TEST_F(Block, MemoryThatAHostMayStillAccessIsNotFreed) {
     disk.behaviour.never_answers = true;
     disk.set_timeout(50_ms);
     const u32 outstanding = dma.outstanding;
@@ -119,7 +119,7 @@ TEST(Dma, QuarantineKeepsWhatItHoldsAndNothingElse) {
     release_quarantine(&holders[0], 7);
     EXPECT_EQ(dma.outstanding, 999u) << "another queue's command of that number";
     release_quarantine(&holders[0]);
-    EXPECT_EQ(dma.outstanding, 499u) << "the queue's device has let go of everything";
+    EXPECT_EQ(dma.outstanding, 499u) << "the queue's device has released everything";
     release_quarantine(&holders[1]);
     EXPECT_EQ(dma.outstanding, 0u);
     EXPECT_EQ(quarantine_state().spans, 0u);
@@ -225,10 +225,10 @@ TEST_F(Block, TaskDiesWhileItsRequestIsUnderWay) {
     executor.turn();
     EXPECT_EQ(disk.counters().completed, 1u) << "ended, in whatever way";
     EXPECT_EQ(disk.counters().errors, 1u) << "it was not done";
-    EXPECT_EQ(disk.under_way(), 0u);
+    EXPECT_EQ(disk.in_flight(), 0u);
 }
 
-TEST_F(Block, TaskDiesBetweenCompletionAndResumption) {
+TEST_F(Block, TaskDestroyedBetweenCompletionAndResumption) {
     {
         TaskGroup group(executor);
         ASSERT_TRUE(group.spawn(copy_block(disk, buffer)));
@@ -263,7 +263,7 @@ TEST(BlockStatus, EveryEndHasItsError) {
           Status::protocol_error, Status::misaligned, Status::out_of_range, Status::read_only, Status::not_written}) {
         EXPECT_FALSE(to_error(s).message.empty());
     }
-    EXPECT_EQ(to_error(Status::not_written).code, Code::protocol) << "a status that nobody wrote is not a success";
+    EXPECT_EQ(to_error(Status::not_written).code, Code::protocol) << "a status that was not written is not a success";
 }
 
 } // namespace

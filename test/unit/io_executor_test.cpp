@@ -1,5 +1,5 @@
 #include "gtest_macros.hpp"
-#include "unit/panics_aloud.hpp"
+#include "unit/panic_prints.hpp"
 import test.gtest;
 import host.std;
 import core.result;
@@ -17,7 +17,7 @@ namespace {
 using namespace fl;
 using namespace fl::io;
 using fl::test::FakeMachine;
-using fl::test::panics_aloud;
+using fl::test::panic_prints;
 
 /// Checks that every frame of a test has been freed.
 struct Frames : testing::Test {
@@ -68,7 +68,7 @@ TEST_F(TaskTest, DeepChainUntilThePoolIsDry) {
     const auto result = executor.run(descend(1'000'000));
     ASSERT_FALSE(result) << "512 KiB of frames cannot hold a million";
     EXPECT_EQ(result.error().code, Code::exhausted);
-    EXPECT_EQ(*executor.run(descend(500)), 500u) << "and everything came back";
+    EXPECT_EQ(*executor.run(descend(500)), 500u) << "and everything was freed";
     void* other = frame_pool().allocate(4000);
     ASSERT_NE(other, nullptr) << "also for frames of another size";
     frame_pool().free(other, 4000);
@@ -200,9 +200,9 @@ Task<Result<bool>> wait_for(Signal& signal) { co_return co_await signal.wait(); 
 
 TEST_F(ExecutorTest, SignalRaisedOrNot) {
     Signal signal(executor);
-    EXPECT_FALSE(*executor.run(wait_for(signal, {executor, 20_ms}))) << "nobody raised it";
+    EXPECT_FALSE(*executor.run(wait_for(signal, {executor, 20_ms}))) << "it was not raised";
     signal.raise();
-    EXPECT_TRUE(*executor.run(wait_for(signal))) << "kept until somebody waits";
+    EXPECT_TRUE(*executor.run(wait_for(signal))) << "kept until a coroutine waits";
     EXPECT_FALSE(*executor.run(wait_for(signal, {executor, 1_ms}))) << "once";
     // From an "interrupt" while the processor sleeps.
     machine.on_idle_context = &signal;
@@ -212,7 +212,7 @@ TEST_F(ExecutorTest, SignalRaisedOrNot) {
     EXPECT_LT(machine.time - begun, 1_ms) << "at once, not at a tick";
 }
 
-TEST_F(ExecutorTest, WaitingFramesMayDie) {
+TEST_F(ExecutorTest, WaitingFramesMayBeDestroyed) {
     Signal signal(executor);
     {
         TaskGroup group(executor);
@@ -253,7 +253,7 @@ static_assert(!std::default_initializable<Latch> && !std::default_initializable<
 TEST_F(ExecutorTest, ASecondWaiterIsAPanic) {
     EXPECT_DEATH(
         {
-            panics_aloud();
+            panic_prints();
             Latch latch(executor);
             TaskGroup group(executor);
             static_cast<void>(group.spawn(wait_forever(latch)));
@@ -263,7 +263,7 @@ TEST_F(ExecutorTest, ASecondWaiterIsAPanic) {
         "io::Latch: .*one waiter at a time");
     EXPECT_DEATH(
         {
-            panics_aloud();
+            panic_prints();
             Signal signal(executor);
             TaskGroup group(executor);
             static_cast<void>(group.spawn(wait_forever(signal)));
@@ -274,7 +274,7 @@ TEST_F(ExecutorTest, ASecondWaiterIsAPanic) {
     // Woken but not resumed yet: another waiter must not take its event.
     EXPECT_DEATH(
         {
-            panics_aloud();
+            panic_prints();
             Latch latch(executor);
             TaskGroup group(executor);
             static_cast<void>(group.spawn(wait_forever(latch)));
@@ -290,10 +290,10 @@ TEST_F(ExecutorTest, ALatchOpensOnceForEachWait) {
     Latch latch(executor);
     const auto wait = [](Latch& l, Bound bound) -> Task<Result<bool>> { co_return co_await l.wait(bound); };
     const auto wait_forever = [](Latch& l) -> Task<Result<bool>> { co_return co_await l.wait(); };
-    EXPECT_FALSE(*executor.run(wait(latch, {executor, 20_ms}))) << "nobody opened it";
+    EXPECT_FALSE(*executor.run(wait(latch, {executor, 20_ms}))) << "it was not opened";
     latch.open();
     latch.open();
-    EXPECT_TRUE(*executor.run(wait_forever(latch))) << "kept until somebody waits";
+    EXPECT_TRUE(*executor.run(wait_forever(latch))) << "kept until a coroutine waits";
     EXPECT_FALSE(latch.is_open());
     EXPECT_FALSE(latch.awaited());
     EXPECT_FALSE(*executor.run(wait(latch, {executor, 1_ms}))) << "once";
@@ -331,7 +331,7 @@ TEST_F(StopTest, AStopInIdleIsNoTime) {
     EXPECT_GE(machine.time - begun, 7_s) << "elapsed time has it";
     EXPECT_GE(executor.elapsed(), executor.now() + 6_s);
     EXPECT_NE(executor.resumed_at(), 0u);
-    EXPECT_TRUE(log.has("the machine stood still"));
+    EXPECT_TRUE(log.has("the machine was stopped"));
     for (usize i = 1; i < ticks.at.size(); ++i) {
         EXPECT_LT(ticks.at[i] - ticks.at[i - 1], MachineTime::longest_step + 20_ms) << "no tick sees a jump";
     }

@@ -45,15 +45,15 @@ void compare(const std::vector<u64>& data) {
 TEST(Histogram, AgreesWithSortedData) {
     std::mt19937_64 random(1);
     std::vector<u64> flat;
-    std::vector<u64> steep;
+    std::vector<u64> skewed;
     std::vector<u64> latencies;
     for (int i = 0; i < 20'000; ++i) {
         flat.push_back(random() % 200);
-        steep.push_back(random() >> (24 + random() % 40));
+        skewed.push_back(random() >> (24 + random() % 40));
         latencies.push_back(90'000 + random() % 5000 + (i % 100 == 0 ? 1'000'000 : 0));
     }
     compare(flat);
-    compare(steep);
+    compare(skewed);
     compare(latencies);
     compare({7});
     compare({5, 5, 5, 5});
@@ -72,7 +72,7 @@ TEST(Histogram, NothingAndTooMuch) {
     EXPECT_EQ(h->count(), 0u);
 }
 
-TEST(Histogram, BucketsMeetWithoutGaps) {
+TEST(Histogram, BucketsAreContiguous) {
     usize last = 0;
     for (u64 v = 0; v < 1 << 16; ++v) {
         const usize i = Histogram::index_of(v);

@@ -133,7 +133,7 @@ TEST_F(Lanes, VerifyCoversTheDiskInRegions) {
     EXPECT_EQ(disk.flushes + lane1.flushes + lane2.flushes, 3u) << "each lane flushes what it has written";
 }
 
-TEST_F(Lanes, VerifyTellsWhatAnyLaneSaw) {
+TEST_F(Lanes, VerifyReportsTheErrorsOfEveryLane) {
     platter.corrupt_lba = 200 * 8;
     VerifyReport report = verify_all({.scratch = true});
     EXPECT_FALSE(report.ok());
@@ -313,7 +313,7 @@ struct LateLane : testing::Test {
 };
 
 TEST_F(LateLane, IsReportedWithinTheBoundOfTheCommonStart) {
-    run(Code::timed_out, "the lanes of a disk did not all come to their common start");
+    run(Code::timed_out, "the lanes of a disk did not all reach their common start");
 }
 
 TEST_F(LateLane, OfAStoppedProcessorKeepsNoLaneWaiting) {

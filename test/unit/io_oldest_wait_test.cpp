@@ -37,7 +37,7 @@ struct Device : testing::Test {
 
     Finding tick() {
         executor.turn(); // sleeps until the next tick
-        return wait.look(executor, {last < first ? 0 : first, last + 1 - first, answered}, timeout);
+        return wait.check(executor, {last < first ? 0 : first, last + 1 - first, answered}, timeout);
     }
     /// Time until a fault is found; never: none within `bound`.
     Nanoseconds found_after(Nanoseconds bound, Finding& finding) {
@@ -95,7 +95,7 @@ TEST_F(Device, ALostOneIsFound) {
     for (const Nanoseconds each : {10 * ms, 250 * ms}) {
         first = last + 1;
         last += 32; // the first one is lost
-        const u64 passes = OldestWait::patience * 32;
+        const u64 passes = OldestWait::max_passes * 32;
         const Nanoseconds explained = passes * each; // the time that a fair device may be busy with others
         Finding finding = Finding::none;
         Nanoseconds waited = 0;
@@ -148,7 +148,7 @@ TEST_F(Device, AnIdleTimeIsNoSilence) {
     EXPECT_GE(found_after(60'000 * ms, finding), timeout - 10 * ms);
 }
 
-TEST_F(Device, AStopGivesTheWholeTimeAnewAndNoMoreThanTwice) {
+TEST_F(Device, AStopRestartsTheBoundAtMostTwice) {
     last = 1;
     for (Nanoseconds t = 0; t < timeout - 500 * ms; t += 10 * ms) {
         ASSERT_EQ(tick(), Finding::none);

@@ -163,7 +163,7 @@ TEST(RingLayouts, VmbusByteRing) {
     ASSERT_TRUE(out.observe());
     ASSERT_TRUE(send(3, payload));
     EXPECT_FALSE(out.publish());
-    EXPECT_TRUE(*in.arm(1)) << "it came while the events were masked: found by the second look";
+    EXPECT_TRUE(*in.arm(1)) << "it arrived while the events were masked: found by the second check";
 
     set_at<u32>(pages, 0, ring_bytes); // a host that writes an index past the end
     EXPECT_FALSE(in.available());

@@ -31,7 +31,7 @@ struct Pair {
 };
 
 template <class W>
-void go_round(W start) {
+void check_wrap(W start) {
     Pair<W> ring(start);
     u64 sent = 0;
     u64 got = 0;
@@ -56,9 +56,9 @@ void go_round(W start) {
 }
 
 TEST(Ring, WrapsAtTheEndOfItsWord) {
-    go_round<u32>(0);
-    go_round<u32>(0xffff'fffa); // wraps at 2^32
-    go_round<u16>(0xfffa);
+    check_wrap<u32>(0);
+    check_wrap<u32>(0xffff'fffa); // wraps at 2^32
+    check_wrap<u16>(0xfffa);
 }
 
 TEST(Ring, FullRefusesAndKeepsWhatIsThere) {
@@ -73,7 +73,7 @@ TEST(Ring, FullRefusesAndKeepsWhatIsThere) {
     EXPECT_EQ(ring.producer.owed(), 0u);
     EXPECT_TRUE(ring.producer.publish());
     EXPECT_EQ(ring.producer.owed(), size);
-    EXPECT_FALSE(ring.producer.publish()) << "nothing new, nothing to tell";
+    EXPECT_FALSE(ring.producer.publish()) << "nothing new, nothing to notify";
     ASSERT_EQ(*ring.consumer.available(), size);
     u64 value = 0;
     for (u64 i = 0; i < size; ++i) {
@@ -155,7 +155,7 @@ TEST(Ring, ConsumerPositionsAreChecked) {
     EXPECT_TRUE(ring.producer.observe(3));
 }
 
-TEST(Ring, EventIndexTellsExactlyWhenItIsPassed) {
+TEST(Ring, EventIndexDetectsExactlyWhenItIsPassed) {
     Pair<u32> ring(0xffff'fffe);
     const auto publish = [&](u32 event, u32 count) {
         Pair<u32> fresh(0xffff'fffe);
@@ -170,7 +170,7 @@ TEST(Ring, EventIndexTellsExactlyWhenItIsPassed) {
     EXPECT_TRUE(publish(0, 2));
     EXPECT_FALSE(publish(1, 2)) << "not reached";
     EXPECT_TRUE(publish(1, 3));
-    EXPECT_FALSE(publish(0x7fff'ffff, 4)) << "nobody asks";
+    EXPECT_FALSE(publish(0x7fff'ffff, 4)) << "no request";
 }
 
 TEST(Ring, ArmAsksForAnEventAfterSoManyMore) {
@@ -179,7 +179,7 @@ TEST(Ring, ArmAsksForAnEventAfterSoManyMore) {
     EXPECT_EQ(ring.memory.load_relaxed<u32>(layout.event), 102u);
 }
 
-TEST(Ring, ArmFindsWhatCameInBetween) {
+TEST(Ring, ArmFindsConcurrentArrivals) {
     Pair<u32> ring(0);
     EXPECT_EQ(*ring.consumer.available(), 0u);
     ASSERT_TRUE(ring.producer.produce(u64{1}));

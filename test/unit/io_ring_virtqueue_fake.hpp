@@ -23,7 +23,7 @@ struct Guest {
     explicit Guest(std::size_t bytes) : words((bytes + 7) / 8) {}
     std::byte* data() { return reinterpret_cast<std::byte*>(words.data()); }
     std::size_t size() const { return words.size() * 8; }
-    void blame(const std::string& rule) {
+    void violation(const std::string& rule) {
         if (fault.empty()) {
             fault = rule;
         }
@@ -31,7 +31,7 @@ struct Guest {
     bool has(u64 at, u64 bytes) const { return at >= bus && at - bus <= size() && bytes <= size() - (at - bus); }
     u64 get(u64 at, u32 bytes) {
         if (!has(at, bytes)) {
-            blame("address outside of the guest's memory");
+            violation("address outside of the guest's memory");
             return 0;
         }
         u64 value = 0;
@@ -42,7 +42,7 @@ struct Guest {
     }
     void put(u64 at, u64 value, u32 bytes) {
         if (!has(at, bytes)) {
-            blame("address outside of the guest's memory");
+            violation("address outside of the guest's memory");
             return;
         }
         for (u32 i = 0; i < bytes; ++i) {
@@ -80,19 +80,19 @@ inline void judge(Guest& guest, const Chain& chain, u32 queue_size) {
     u64 total = 0;
     for (const Piece& piece : chain.pieces) {
         if (piece.length == 0) {
-            guest.blame("an element of no bytes");
+            guest.violation("an element of no bytes");
         }
         if (writable && !piece.writable) {
-            guest.blame("a device-readable element after a device-writable one");
+            guest.violation("a device-readable element after a device-writable one");
         }
         writable = piece.writable;
         total += piece.length;
     }
     if (chain.pieces.empty() || chain.pieces.size() > queue_size) {
-        guest.blame("a buffer of no elements, or of more than the queue has");
+        guest.violation("a buffer of no elements, or of more than the queue has");
     }
     if (total > u64{1} << 32) {
-        guest.blame("a buffer longer than 2^32 bytes");
+        guest.violation("a buffer longer than 2^32 bytes");
     }
 }
 
@@ -106,7 +106,7 @@ class SplitDevice {
     };
     SplitDevice(Guest& guest, const Setup& setup) : guest_(&guest), s_(setup) {
         if (s_.descriptors % 16 != 0 || s_.driver % 2 != 0 || s_.device % 4 != 0) {
-            guest.blame("a misaligned area");
+            guest.violation("a misaligned area");
         }
     }
 
@@ -115,7 +115,7 @@ class SplitDevice {
         const u16 index = static_cast<u16>(guest_->get(s_.driver + 2, 2));
         const u16 count = static_cast<u16>(index - taken_);
         if (count > s_.size) {
-            guest_->blame("the available index has jumped");
+            guest_->violation("the available index has jumped");
         }
         return count;
     }
@@ -128,11 +128,11 @@ class SplitDevice {
         ++taken_;
         chain.id = at;
         if (s_.in_order && at != expected_) {
-            guest_->blame("descriptors are not used in ring order");
+            guest_->violation("descriptors are not used in ring order");
         }
         while (true) {
             if (at >= s_.size) {
-                guest_->blame("a descriptor outside of the table");
+                guest_->violation("a descriptor outside of the table");
                 return std::nullopt;
             }
             const u64 d = s_.descriptors + 16 * at;
@@ -142,11 +142,11 @@ class SplitDevice {
             const u16 next = static_cast<u16>(guest_->get(d + 14, 2));
             ++chain.descriptors;
             if ((flags & ~7) != 0) {
-                guest_->blame("unknown descriptor flags");
+                guest_->violation("unknown descriptor flags");
             }
             if ((flags & 4) != 0) {
                 if ((flags & 1) != 0 || chain.descriptors != 1) {
-                    guest_->blame("an indirect descriptor in a chain");
+                    guest_->violation("an indirect descriptor in a chain");
                 }
                 read_table(chain, bus, length);
             } else {
@@ -157,11 +157,11 @@ class SplitDevice {
                 break;
             }
             if (chain.descriptors == s_.size) {
-                guest_->blame("a chain longer than the queue");
+                guest_->violation("a chain longer than the queue");
                 return std::nullopt;
             }
             if (s_.in_order && next != (at + 1) % s_.size) {
-                guest_->blame("a chain is not in ring order");
+                guest_->violation("a chain is not in ring order");
             }
             at = next;
         }
@@ -182,7 +182,7 @@ class SplitDevice {
         const u16 old = std::exchange(signalled_, used_);
         const u16 flags = static_cast<u16>(guest_->get(s_.driver, 2));
         if (flags > 1 || (s_.event_index && flags != 0)) {
-            guest_->blame("the driver's flags are not 0 or 1, or not 0 with an event index");
+            guest_->violation("the driver's flags are not 0 or 1, or not 0 with an event index");
         }
         if (!s_.event_index) {
             return old != used_ && flags == 0;
@@ -212,7 +212,7 @@ class SplitDevice {
     void read_table(Chain& chain, u64 bus, u32 length) {
         chain.indirect = true;
         if (length == 0 || length % 16 != 0) {
-            guest_->blame("an indirect table of no whole descriptors");
+            guest_->violation("an indirect table of no whole descriptors");
             return;
         }
         u32 at = 0;
@@ -221,20 +221,20 @@ class SplitDevice {
             const u16 flags = static_cast<u16>(guest_->get(d + 12, 2));
             chain.pieces.push_back({guest_->get(d, 8), static_cast<u32>(guest_->get(d + 8, 4)), (flags & 2) != 0});
             if ((flags & ~3) != 0) {
-                guest_->blame("flags in an indirect table");
+                guest_->violation("flags in an indirect table");
             }
             if ((flags & 1) == 0) {
                 break;
             }
             const u32 next = static_cast<u32>(guest_->get(d + 14, 2));
             if (next >= length / 16 || next != at + 1) {
-                guest_->blame("an indirect chain leaves its table, or is not in order");
+                guest_->violation("an indirect chain leaves its table, or is not in order");
                 return;
             }
             at = next;
         }
         if (chain.pieces.size() != length / 16) {
-            guest_->blame("an indirect table is longer than its chain");
+            guest_->violation("an indirect table is longer than its chain");
         }
     }
 
@@ -251,7 +251,7 @@ class PackedDevice {
     using Setup = SplitDevice::Setup;
     PackedDevice(Guest& guest, const Setup& setup) : guest_(&guest), s_(setup) {
         if (s_.descriptors % 16 != 0 || s_.driver % 4 != 0 || s_.device % 4 != 0) {
-            guest.blame("a misaligned area");
+            guest.violation("a misaligned area");
         }
     }
 
@@ -265,11 +265,11 @@ class PackedDevice {
         Chain chain;
         while (true) {
             if (chain.descriptors == s_.size) {
-                guest_->blame("a list longer than the queue");
+                guest_->violation("a list longer than the queue");
                 return std::nullopt;
             }
             if (!available(next_, wrap_)) {
-                guest_->blame("a list's first descriptor was available before the rest");
+                guest_->violation("a list's first descriptor was available before the rest");
                 return std::nullopt;
             }
             const u64 d = s_.descriptors + 16 * next_;
@@ -278,7 +278,7 @@ class PackedDevice {
             const u16 id = static_cast<u16>(guest_->get(d + 12, 2));
             const u16 flags = static_cast<u16>(guest_->get(d + 14, 2));
             if ((flags & ~0x8087) != 0) {
-                guest_->blame("unknown descriptor flags");
+                guest_->violation("unknown descriptor flags");
             }
             ++chain.descriptors;
             if (++next_ == s_.size) {
@@ -287,16 +287,16 @@ class PackedDevice {
             }
             if ((flags & 4) != 0) {
                 if ((flags & 1) != 0 || chain.descriptors != 1) {
-                    guest_->blame("an indirect descriptor in a list");
+                    guest_->violation("an indirect descriptor in a list");
                 }
                 chain.indirect = true;
                 if (length == 0 || length % 16 != 0) {
-                    guest_->blame("an indirect table of no whole descriptors");
+                    guest_->violation("an indirect table of no whole descriptors");
                 }
                 for (u32 at = 0; at + 16 <= length; at += 16) {
                     const u16 inner = static_cast<u16>(guest_->get(bus + at + 14, 2));
                     if ((inner & ~2) != 0) {
-                        guest_->blame("flags in an indirect table");
+                        guest_->violation("flags in an indirect table");
                     }
                     chain.pieces.push_back(
                         {guest_->get(bus + at, 8), static_cast<u32>(guest_->get(bus + at + 8, 4)), (inner & 2) != 0});
@@ -342,7 +342,7 @@ class PackedDevice {
         const u16 desc = static_cast<u16>(guest_->get(s_.driver, 2));
         const u16 flags = static_cast<u16>(guest_->get(s_.driver + 2, 2));
         if (flags > 2 || (flags == 2 && (!s_.event_index || (desc & 0x7fffu) >= s_.size))) {
-            guest_->blame("the driver's event suppression makes no sense");
+            guest_->violation("the driver's event suppression makes no sense");
         }
         if (flags != 2) {
             return pushed != 0 && flags == 0;

@@ -406,7 +406,7 @@ TYPED_TEST(Virtqueues, PublishNotifiesWhenTheEventIsPassed) {
     }
 }
 
-TYPED_TEST(Virtqueues, PublishHeedsTheFlags) {
+TYPED_TEST(Virtqueues, PublishObeysTheFlags) {
     Rig<TypeParam> rig(4);
     for (int turn = 0; turn < 10; ++turn) {
         if (turn % 2 == 0) {
@@ -455,7 +455,7 @@ TYPED_TEST(Virtqueues, ArmAsksForAnEventAfterSoMany) {
 }
 
 // Buffers of different lengths, in any order: an event after at most that many.
-TYPED_TEST(Virtqueues, AnEventIsNeverLaterThanAskedFor) {
+TYPED_TEST(Virtqueues, AnEventIsNeverLaterThanRequested) {
     std::mt19937 random(3);
     for (const u32 size : sizes<TypeParam>()) {
         Rig<TypeParam> rig(size, {.event_index = true});
@@ -508,7 +508,7 @@ TYPED_TEST(Virtqueues, ArmAndDisarmWithoutAnEventIndex) {
     EXPECT_FALSE(one());
     EXPECT_FALSE(*rig.queue.arm(1));
     EXPECT_TRUE(one());
-    EXPECT_FALSE(*rig.queue.arm(3)) << "a count cannot be said: the first raises it";
+    EXPECT_FALSE(*rig.queue.arm(3)) << "a count cannot be expressed: the first raises it";
     EXPECT_TRUE(one());
     EXPECT_EQ(rig.guest.fault, "");
 }
@@ -530,7 +530,7 @@ TYPED_TEST(Virtqueues, DisarmWithAnEventIndex) {
     EXPECT_EQ(rig.guest.fault, "");
 }
 
-TYPED_TEST(Virtqueues, ArmFindsWhatCameInBetween) {
+TYPED_TEST(Virtqueues, ArmFindsConcurrentArrivals) {
     for (const bool event_index : {false, true}) {
         Rig<TypeParam> rig(4, {.event_index = event_index});
         rig.ask(1);
@@ -633,7 +633,7 @@ TYPED_TEST(Virtqueues, AnIdThatIsNoneIsRefused) {
     }
 }
 
-TYPED_TEST(Virtqueues, AnIdThatIsNotUnderWayIsRefused) {
+TYPED_TEST(Virtqueues, AnIdThatIsNotInFlightIsRefused) {
     Rig<TypeParam> rig(4);
     rig.ask(1);
     rig.first_used(1, 0); // never added
@@ -699,7 +699,7 @@ TYPED_TEST(Virtqueues, AnIndirectBufferIsBoundedByItsTableEntries) {
     rig.expect_broken(too_long, 11, 12);
 }
 
-TYPED_TEST(Virtqueues, ABufferThatNobodyAskedForIsRefused) {
+TYPED_TEST(Virtqueues, AnUnrequestedBufferIsRefused) {
     Rig<TypeParam> rig(4);
     rig.first_used(0, 0);
     rig.expect_broken(too_many, 0, 1);
@@ -804,7 +804,7 @@ TYPED_TEST(Virtqueues, GarbageBeforeEveryRead) {
             }
             static_cast<void>(rig.queue.publish());
             if (const auto used = rig.queue.take(); used && *used) {
-                ASSERT_EQ(writable.count((*used)->slot), 1u) << "not under way";
+                ASSERT_EQ(writable.count((*used)->slot), 1u) << "not in flight";
                 ASSERT_LE((*used)->length, writable[(*used)->slot]);
                 writable.erase((*used)->slot);
                 ++back;
@@ -1069,7 +1069,7 @@ TEST(SplitVirtqueue, InOrderABatchThatTheIndexDoesNotCoverIsRefused) {
 }
 
 // The announced entries are taken without rereading the index, and the device may advance meanwhile.
-TEST(SplitVirtqueue, AnIndexThatMovesOnIsBoundedByWhatIsUnderWay) {
+TEST(SplitVirtqueue, AnAdvancingIndexIsBoundedByTheBuffersInFlight) {
     Rig<Split> rig(4);
     for (u16 slot = 0; slot < 4; ++slot) {
         rig.ask(slot);
@@ -1088,7 +1088,7 @@ TEST(SplitVirtqueue, AnIndexThatMovesOnIsBoundedByWhatIsUnderWay) {
     rig.expect_broken(too_many, 4, 5);
 }
 
-TEST(SplitVirtqueue, WithAnEventIndexTheFlagsAreNotHeeded) {
+TEST(SplitVirtqueue, WithAnEventIndexTheFlagsAreIgnored) {
     Rig<Split> rig(4, {.event_index = true});
     rig.poke<u16>(rig.layout.device, 1); // NO_NOTIFY: the driver must ignore it [virtio-1.2 §2.7.10]
     rig.device.want(1);
@@ -1150,7 +1150,7 @@ TEST(PackedVirtqueue, FlagsThatDoNotMeanUsed) {
 }
 
 // A device that marks positions ahead of the next one, or for the next lap: none is accepted early.
-TEST(PackedVirtqueue, OnlyTheNextPlaceIsLookedAt) {
+TEST(PackedVirtqueue, OnlyTheNextSlotIsRead) {
     Rig<Packed> rig(4);
     rig.ask(1);
     rig.ask(2);
@@ -1190,7 +1190,7 @@ TEST(PackedVirtqueue, WithoutTheWriteFlagALengthIsNoRule) {
     EXPECT_FALSE(rig.queue.broken());
 }
 
-TEST(PackedVirtqueue, WhateverTheDeviceWantsIsHarmless) {
+TEST(PackedVirtqueue, AnyEventSuppressionIsHarmless) {
     for (const bool event_index : {false, true}) {
         for (u32 flags = 0; flags < 8; ++flags) {
             for (const u32 place : {0u, 1u, 2u, 3u, 4u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
@@ -1228,7 +1228,7 @@ TEST(PackedVirtqueue, TheEventStructureInMemory) {
     EXPECT_FALSE(*rig.queue.arm(3));
     EXPECT_EQ(driver(), (Bytes{0, 0, 2, 0})) << "the second lap";
     EXPECT_FALSE(*rig.queue.arm(100));
-    EXPECT_EQ(driver(), (Bytes{1, 0, 2, 0})) << "no more than are under way";
+    EXPECT_EQ(driver(), (Bytes{1, 0, 2, 0})) << "no more than are in flight";
     Rig<Packed> flags(5);
     EXPECT_FALSE(*flags.queue.arm(1));
     EXPECT_EQ(bytes_at(flags.guest.data() + flags.layout.driver, 4), (Bytes{0, 0, 0, 0}));

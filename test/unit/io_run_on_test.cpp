@@ -1,6 +1,6 @@
 #include "core/thread_annotations.hpp"
 #include "gtest_macros.hpp"
-#include "unit/panics_aloud.hpp"
+#include "unit/panic_prints.hpp"
 import test.gtest;
 import host.std;
 import core.result;
@@ -36,7 +36,7 @@ struct RunOnTest : testing::Test {
 };
 
 Task<Result<u32>> where(u32 value) { co_return value * 10 + this_processor(); }
-Task<Result<u32>> where_twice(Executor& there) {
+Task<Result<u32>> processors_of(Executor& there) {
     const auto first = co_await run_on(there, where(4));
     if (!first) {
         co_return first.error();
@@ -45,26 +45,26 @@ Task<Result<u32>> where_twice(Executor& there) {
 }
 
 TEST_F(RunOnTest, RunsThereAndResumesHere) {
-    EXPECT_EQ(*home.run(where_twice(one.executor)), 4100u);
-    EXPECT_EQ(*home.run(where_twice(two.executor)), 4200u);
-    EXPECT_EQ(*home.run(where_twice(home)), 4000u) << "on its own processor it is a turn's delay and nothing more";
+    EXPECT_EQ(*home.run(processors_of(one.executor)), 4100u);
+    EXPECT_EQ(*home.run(processors_of(two.executor)), 4200u);
+    EXPECT_EQ(*home.run(processors_of(home)), 4000u) << "on its own processor it is a turn's delay and nothing more";
     EXPECT_EQ(Executor::current(), nullptr);
 }
 
 Task<Result<u64>> failing() { co_return Error{Code::io, "the disk is on fire"}; }
-Task<Result<u64>> ask_for_failure(Executor& there) { co_return co_await run_on(there, failing()); }
+Task<Result<u64>> await_failure(Executor& there) { co_return co_await run_on(there, failing()); }
 
 TEST_F(RunOnTest, ErrorsComeBack) {
-    const auto result = home.run(ask_for_failure(one.executor));
+    const auto result = home.run(await_failure(one.executor));
     ASSERT_FALSE(result);
     EXPECT_EQ(result.error().code, Code::io);
 }
 
 TEST_F(RunOnTest, NoFrameIsAnErrorWhereverItIsMissing) {
-    // Frames: the root, ask_for_failure, failing, the runner.
+    // Frames: the root, await_failure, failing, the runner.
     for (u64 n = 0; n < 4; ++n) {
         frame_pool().fail_after(n);
-        const auto result = home.run(ask_for_failure(one.executor));
+        const auto result = home.run(await_failure(one.executor));
         ASSERT_FALSE(result);
         EXPECT_EQ(result.error().code, Code::exhausted) << n;
         frame_pool().fail_after(~u64{0});
@@ -112,12 +112,12 @@ TEST_F(RunOnTest, NoWakeUpIsLostInTenThousandRounds) {
 }
 
 /// Reports the processor on which it was destroyed.
-struct Grave {
-    std::atomic<u32>& died_on;
-    ~Grave() { died_on = this_processor(); }
+struct DestructionRecorder {
+    std::atomic<u32>& destroyed_on;
+    ~DestructionRecorder() { destroyed_on = this_processor(); }
 };
-Task<Result<void>> for_ever(std::atomic<bool>& begun, std::atomic<u32>& died_on, const u64& in_the_frame) {
-    const Grave grave{died_on};
+Task<Result<void>> run_forever(std::atomic<bool>& begun, std::atomic<u32>& destroyed_on, const u64& in_the_frame) {
+    const DestructionRecorder recorder{destroyed_on};
     begun = true;
     for (;;) {
         co_await Executor::current()->sleep(50'000);
@@ -126,14 +126,14 @@ Task<Result<void>> for_ever(std::atomic<bool>& begun, std::atomic<u32>& died_on,
         }
     }
 }
-Task<Result<void>> wait_for_it(Executor& there, std::atomic<bool>& begun, std::atomic<u32>& died_on) {
+Task<Result<void>> await_remote(Executor& there, std::atomic<bool>& begun, std::atomic<u32>& destroyed_on) {
     const u64 local = 0x5a5a;
-    co_return co_await run_on(there, for_ever(begun, died_on, local));
+    co_return co_await run_on(there, run_forever(begun, destroyed_on, local));
 }
-Task<Result<void>> give_up(Executor& home, Executor& there, std::atomic<u32>& died_on) {
+Task<Result<void>> give_up(Executor& home, Executor& there, std::atomic<u32>& destroyed_on) {
     std::atomic<bool> begun = false;
     TaskGroup group(home);
-    if (auto spawned = group.spawn(wait_for_it(there, begun, died_on)); !spawned) {
+    if (auto spawned = group.spawn(await_remote(there, begun, destroyed_on)); !spawned) {
         co_return spawned;
     }
     while (!begun) {
@@ -142,22 +142,22 @@ Task<Result<void>> give_up(Executor& home, Executor& there, std::atomic<u32>& di
     co_return Result<void>{}; // destroys the group, and with it the waiting frame
 }
 
-TEST_F(RunOnTest, AbandonedTaskDiesOnItsOwnProcessorFirst) {
+TEST_F(RunOnTest, AbandonedTaskIsDestroyedOnItsOwnProcessorFirst) {
     for (u32 i = 0; i < 50; ++i) {
-        std::atomic<u32> died_on = 99;
-        ASSERT_TRUE(home.run(give_up(home, one.executor, died_on)));
-        EXPECT_EQ(died_on, 1u) << "and before run() returned";
+        std::atomic<u32> destroyed_on = 99;
+        ASSERT_TRUE(home.run(give_up(home, one.executor, destroyed_on)));
+        EXPECT_EQ(destroyed_on, 1u) << "and before run() returned";
     }
 }
 
 Task<Result<void>> there_and_back(Executor& home, Executor& there, std::atomic<bool>& begun,
-                                  std::atomic<u32>& died_on) {
-    co_return co_await run_on(there, wait_for_it(home, begun, died_on));
+                                  std::atomic<u32>& destroyed_on) {
+    co_return co_await run_on(there, await_remote(home, begun, destroyed_on));
 }
-Task<Result<void>> give_up_nested(Executor& home, Executor& there, std::atomic<u32>& died_on) {
+Task<Result<void>> give_up_nested(Executor& home, Executor& there, std::atomic<u32>& destroyed_on) {
     std::atomic<bool> begun = false;
     TaskGroup group(home);
-    if (auto spawned = group.spawn(there_and_back(home, there, begun, died_on)); !spawned) {
+    if (auto spawned = group.spawn(there_and_back(home, there, begun, destroyed_on)); !spawned) {
         co_return spawned;
     }
     while (!begun) {
@@ -168,9 +168,9 @@ Task<Result<void>> give_up_nested(Executor& home, Executor& there, std::atomic<u
 
 TEST_F(RunOnTest, TwoProcessorsThatWaitForEachOthersAbandonedTasks) {
     for (u32 i = 0; i < 50; ++i) {
-        std::atomic<u32> died_on = 99;
-        ASSERT_TRUE(home.run(give_up_nested(home, one.executor, died_on)));
-        EXPECT_EQ(died_on, 0u) << "the innermost task ran here, and this processor took it apart while it waited";
+        std::atomic<u32> destroyed_on = 99;
+        ASSERT_TRUE(home.run(give_up_nested(home, one.executor, destroyed_on)));
+        EXPECT_EQ(destroyed_on, 0u) << "the innermost task ran here, and this processor took it apart while it waited";
     }
 }
 
@@ -250,7 +250,7 @@ TEST(ExecutorPost, InOrderOnceAndNeverWhenWithdrawn) {
 TEST_F(RunOnTest, AProcessorThatHasStoppedIsAnErrorAtOnce) {
     one.stop();
     for (u32 i = 0; i < 3; ++i) {
-        const auto result = home.run(ask_for_failure(one.executor));
+        const auto result = home.run(await_failure(one.executor));
         ASSERT_FALSE(result);
         EXPECT_EQ(result.error().code, Code::device_gone);
     }
@@ -260,7 +260,7 @@ TEST_F(RunOnTest, AProcessorThatHasStoppedIsAnErrorAtOnce) {
 
 TEST_F(RunOnTest, AProcessorThatStopsEndsWhatWasSentToIt) {
     std::atomic<bool> begun = false;
-    std::atomic<u32> died_on = 99;
+    std::atomic<u32> destroyed_on = 99;
     std::thread stopper([&] {
         set_this_processor(3);
         while (!begun) {
@@ -268,11 +268,11 @@ TEST_F(RunOnTest, AProcessorThatStopsEndsWhatWasSentToIt) {
         }
         one.stop();
     });
-    const auto result = home.run(wait_for_it(one.executor, begun, died_on));
+    const auto result = home.run(await_remote(one.executor, begun, destroyed_on));
     stopper.join();
     ASSERT_FALSE(result);
     EXPECT_EQ(result.error().code, Code::device_gone);
-    EXPECT_EQ(died_on, 1u) << "on its own processor";
+    EXPECT_EQ(destroyed_on, 1u) << "on its own processor";
 }
 
 Task<Result<void>> sleeps_for_ever() {
@@ -322,7 +322,7 @@ TEST(SpinLockTest, OneAtATime) {
 
 // Misuse that the compiler rejects if it can see it.
 void take(SpinLock& lock) NO_THREAD_SAFETY_ANALYSIS {
-    test::panics_aloud();
+    test::panic_prints();
     lock.lock();
 }
 

@@ -259,8 +259,8 @@ TEST_F(SharedLaneTest, AnAbandonedRequestIsForgottenBeforeLaterOnesAreSubmitted)
     EXPECT_EQ(disk.trace, (Trace{"write 8", "forget 8", "write 8"}));
     turn_home();
     EXPECT_FALSE(is_quarantined(buffer.span().subspan(0, 512))) << "the target's queue does not hold it either";
-    EXPECT_EQ(lane.under_way(), 1u);
-    EXPECT_EQ(disk.under_way(), 1u);
+    EXPECT_EQ(lane.in_flight(), 1u);
+    EXPECT_EQ(disk.in_flight(), 1u);
 }
 
 TEST_F(SharedLaneTest, AbandonedWhileItTravelsWaitsOrReturns) {
@@ -310,7 +310,7 @@ TEST_F(SharedLaneTest, HeldLanesLetWhatTheyAcceptedEnd) {
     EXPECT_EQ(before.ended, 1u);
     EXPECT_EQ(flush.ended, 1u);
     EXPECT_EQ(after.ended, 0u);
-    EXPECT_EQ(lane.under_way(), 0u);
+    EXPECT_EQ(lane.in_flight(), 0u);
 }
 
 TEST_F(SharedLaneTest, ARequestRefusedAtTheTargetReturns) {
@@ -353,7 +353,7 @@ TEST(SharedLaneStop, WhatTheTargetHasEndsWhenItsProcessorStops) {
     b.frame = run(b, lane, Op::read, 2, buffer.span()).handle;
     home.turn();
     EXPECT_EQ(b.status, Status::device_gone) << "nobody is there to submit it";
-    EXPECT_EQ(lane.under_way(), 0u);
+    EXPECT_EQ(lane.in_flight(), 0u);
 }
 
 TEST(SharedLaneStop, WhatHasEndedThereKeepsItsStatus) {

@@ -8,7 +8,7 @@ using namespace fl;
 using namespace fl::io;
 using Four = SlotTable<int, 4>;
 
-TEST(Slots, GiveBackWhatWasTakenOnce) {
+TEST(Slots, AFrameIsFreedOnce) {
     Four table;
     u64 ids[4] = {};
     for (int i = 0; i < 4; ++i) {
@@ -21,14 +21,14 @@ TEST(Slots, GiveBackWhatWasTakenOnce) {
     EXPECT_FALSE(table.take());
     ASSERT_NE(table.find(ids[2]), nullptr);
     EXPECT_EQ(*table.find(ids[2]), 2);
-    table.give(ids[2]);
+    table.free(ids[2]);
     EXPECT_EQ(table.find(ids[2]), nullptr) << "repeated";
     const auto again = table.take();
     ASSERT_TRUE(again);
     EXPECT_EQ(Four::slot_of(*again), Four::slot_of(ids[2]));
     EXPECT_EQ(table.find(ids[2]), nullptr) << "late: the slot has a new owner";
     EXPECT_NE(table.find(*again), nullptr);
-    table.give(*again);
+    table.free(*again);
     EXPECT_EQ(table.size(), 3u);
 }
 
@@ -44,7 +44,7 @@ TEST(Slots, UnknownIdsFindNothing) {
     EXPECT_EQ(table.find_slot(Four::slot_of(id) ^ 1u), nullptr);
     EXPECT_NE(table.find_slot(Four::slot_of(id)), nullptr);
     EXPECT_NE(table.find(id), nullptr);
-    table.give(id);
+    table.free(id);
     EXPECT_TRUE(table.empty());
     EXPECT_EQ(table.find_slot(Four::slot_of(id)), nullptr);
 }
@@ -58,7 +58,7 @@ TEST(Slots, NoIdRepeats) {
         ASSERT_EQ(table.find(last), nullptr) << "a late answer to the request before";
         last = id;
         ASSERT_NE(table.find(id), nullptr);
-        table.give(id);
+        table.free(id);
         ASSERT_EQ(table.find(id), nullptr);
     }
     EXPECT_TRUE(table.take());
@@ -86,7 +86,7 @@ TEST(Slots, VisitorMayGive) {
     table.for_each([&](u64 id, int& item) {
         ++visited;
         sum += item;
-        table.give(id);
+        table.free(id);
     });
     EXPECT_EQ(visited, 3);
     EXPECT_EQ(sum, 3);

@@ -106,7 +106,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
     std::byte* data;
     fl::usize size;
     fl::u64 flushes = 0;
-    fl::u64 most_under_way = 0;
+    fl::u64 max_in_flight = 0;
     fl::u64 forgotten = 0;
 
     MemoryDisk(fl::io::Executor& e, std::byte* storage, fl::usize bytes, fl::u32 sector = 512)
@@ -165,7 +165,7 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
         queue_.push(request);
         auto* free = std::find_if(since_.begin(), since_.end(), [](const Since& s) { return s.request == nullptr; });
         *free = {&request, executor().turn_time()};
-        most_under_way = std::max<fl::u64>(most_under_way, queue_.size());
+        max_in_flight = std::max<fl::u64>(max_in_flight, queue_.size());
         executor().touch(*this);
     }
     bool cancel_now(fl::io::Request& request) override {

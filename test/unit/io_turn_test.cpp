@@ -35,7 +35,7 @@ struct Visits {
 struct Queue final : Service {
     Executor& executor;
     Visits visits;
-    bool under_way = false;
+    bool in_flight = false;
     std::atomic<bool> answered{false}; // by the device
     bool found_by_arm = false;         // the next arm() finds a completion
     bool ticks_wanted = false;         // without any reason
@@ -46,7 +46,7 @@ struct Queue final : Service {
     ~Queue() { executor.remove(*this); }
     void submit(ReadyNode& node) {
         waiter = &node;
-        under_way = true;
+        in_flight = true;
         executor.touch(*this);
     }
     void interrupt() { // like a handler
@@ -56,10 +56,10 @@ struct Queue final : Service {
     void flush() override { ++visits.flushes; }
     bool drain() override {
         ++visits.drains;
-        if (!under_way || !answered.exchange(false)) {
+        if (!in_flight || !answered.exchange(false)) {
             return false;
         }
-        under_way = false;
+        in_flight = false;
         if (waiter != nullptr) {
             executor.make_ready(*std::exchange(waiter, nullptr));
         }
@@ -73,7 +73,7 @@ struct Queue final : Service {
         ++visits.ticks;
         last_tick = now;
     }
-    bool wants_tick() const override { return under_way || ticks_wanted; }
+    bool wants_tick() const override { return in_flight || ticks_wanted; }
 };
 
 struct Turns : testing::Test {
@@ -211,7 +211,7 @@ TEST_F(Turns, ActiveServicesAreDrainedInEachTurnUntilTheProcessorMaySleep) {
     };
     ASSERT_TRUE(executor.run(busy(executor)));
     EXPECT_GE(queue.visits.drains, before.drains + 50);
-    EXPECT_EQ(queue.visits.arms, before.arms) << "nobody was about to sleep";
+    EXPECT_EQ(queue.visits.arms, before.arms) << "no processor was about to sleep";
 }
 
 TEST_F(Turns, WakeVisitsEveryService) {
@@ -309,7 +309,7 @@ TEST_F(Turns, ServicesThatAreRaisedMayBeRemoved) {
         executor.touch(goes);
     } // removed together with all that are due
     executor.turn();
-    EXPECT_EQ(stays.visits.drains, drains + 1) << "what stood beside it is not lost";
+    EXPECT_EQ(stays.visits.drains, drains + 1) << "the flags beside it are not lost";
     {
         Queue again(executor);
         settle();
@@ -378,7 +378,7 @@ TEST_F(Turns, ATickForThoseThatWantOneAndOneMore) {
     Queue used(executor);
     settle();
     const Visits idle_before = idle.visits;
-    used.under_way = true;
+    used.in_flight = true;
     executor.poll(used);
     executor.turn();
     const u64 ticks = used.visits.ticks;
@@ -389,7 +389,7 @@ TEST_F(Turns, ATickForThoseThatWantOneAndOneMore) {
         EXPECT_EQ(used.visits.ticks, ticks + i);
         EXPECT_EQ(used.visits.drains, drains + 1) << "drained first: an interrupt may have got lost";
     }
-    used.under_way = false;
+    used.in_flight = false;
     executor.turn();
     EXPECT_EQ(used.visits.ticks, ticks + 6) << "once more, in which it may forget what it timed";
     executor.turn();
@@ -403,7 +403,7 @@ TEST_F(Turns, ATickForThoseThatWantOneAndOneMore) {
 TEST_F(Turns, TicksComeToAProcessorThatNeverSleeps) {
     Queue queue(executor);
     settle();
-    queue.under_way = true;
+    queue.in_flight = true;
     executor.touch(queue);
     const u64 ticks = queue.visits.ticks;
     const auto busy = [](Executor& e, FakeMachine& m) -> Task<Result<void>> {
@@ -427,7 +427,7 @@ TEST_F(Turns, TicksComeToAProcessorThatNeverSleeps) {
     ASSERT_TRUE(executor.run(busy(executor, machine)));
     EXPECT_GE(queue.visits.ticks, ticks + 4);
     EXPECT_LE(queue.visits.ticks, ticks + 6);
-    queue.under_way = false;
+    queue.in_flight = false;
 }
 
 // A bounded wait restarts after a stop of the machine, even if no service wants a tick.
@@ -458,7 +458,7 @@ TEST_F(Turns, ABoundNeedsTicks) {
     EXPECT_GE(*waited, 9_s);
     EXPECT_LT(*waited, 9_s + 200_ms);
     executor.turn();
-    EXPECT_EQ(machine.until, never) << "and nobody else does";
+    EXPECT_EQ(machine.until, never) << "and no other one does";
 }
 
 TEST_F(Turns, AnIntervalNeedsNone) {
@@ -514,7 +514,7 @@ class HeldDisk final : public QueueDisk<Held> {
 };
 
 // 8,192 requests in flight in 32 queues: no timer is started for them, and a tick is one call per queue.
-TEST_F(Turns, ATickWith8192RequestsUnderWay) {
+TEST_F(Turns, ATickWith8192RequestsInFlight) {
     constexpr u32 queues = 32;
     constexpr u32 each = Held::max_commands;
     std::vector<std::unique_ptr<HeldDisk>> disks;
@@ -532,7 +532,7 @@ TEST_F(Turns, ATickWith8192RequestsUnderWay) {
     ASSERT_EQ(requests.size(), 8192u);
     executor.turn();
     for (const auto& disk : disks) {
-        ASSERT_EQ(disk->queue.under_way(), each);
+        ASSERT_EQ(disk->queue.in_flight(), each);
     }
     const u64 idles = executor.idles();
     for (u32 i = 0; i < 100; ++i) {
@@ -551,7 +551,7 @@ TEST_F(Turns, ATickWith8192RequestsUnderWay) {
         EXPECT_EQ(request->status, Status::ok);
     }
     settle();
-    EXPECT_EQ(machine.until, never) << "nothing is under way, nothing can expire";
+    EXPECT_EQ(machine.until, never) << "nothing is in flight, nothing can expire";
     disks.clear();
     memory.free(buffer);
 }
@@ -852,7 +852,7 @@ TEST_F(FramesTest, WhatProcessorsKeepIsBoundedAndComesBackWhenTheArenaIsEmpty) {
     EXPECT_GE(rest, all - 2 * (kept_pages + 4)) << "no processor keeps more than a few";
     EXPECT_LE(rest, all - 2 * (kept_pages - 4)) << "and each keeps some";
     use_every_processor(128); // the arena was found empty
-    EXPECT_GE(obtainable() + 2, all) << "all of it came back";
+    EXPECT_GE(obtainable() + 2, all) << "all of it was freed";
 }
 
 // The last block is never one that the processor caches.

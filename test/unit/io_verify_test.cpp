@@ -203,7 +203,7 @@ TEST_F(Verify, BadBlocksAreNamed) {
     EXPECT_TRUE(log.has("\"bad\":1,\"ok\":false,\"lanes\":1}"));
 }
 
-TEST_F(Verify, ADiskSmallerThanOneBlockIsToldInBytes) {
+TEST_F(Verify, ADiskSmallerThanOneBlockIsReportedInBytes) {
     Geometry tiny;
     tiny.sectors = 1;
     auto plan = whole;
@@ -234,7 +234,7 @@ TEST_F(Verify, RefusesBeforeAnythingIsSubmitted) {
     EXPECT_EQ(run(plan).error().seen, 257u);
     plan = whole;
     plan.first_lba = 2048;
-    refused(plan, "behind the disk's last block");
+    refused(plan, "beyond the disk's last block");
     EXPECT_EQ(run(plan).error().expected, 2040u);
     plan.first_lba = 1;
     refused(plan, "first LBA");

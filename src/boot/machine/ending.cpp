@@ -201,9 +201,9 @@ void stop_without_memory(std::byte* end) {
     }
     CpuidSnapshot snapshot{};
     ThisMachine poor{snapshot};
-    Ending way_out;
+    Ending last_resort;
     hv::MachinePrivileged cpu;
-    while (way_out.step(poor, cpu, Verdict::error)) {
+    while (last_resort.step(poor, cpu, Verdict::error)) {
     }
     for (;;) {
         cpu::interrupts_off();
@@ -222,10 +222,10 @@ void stop_if_restarted() {
         return;
     }
     std::memset(place, 0, sizeof note); // so that a restart from outside boots again
-    log::error("the machine was restarted by the end of the boot before, whose verdict was {}: it cannot be switched "
-               "off from inside. Halted; "
-               "start the VMM so that a reset ends it (QEMU: -no-reboot), or with a debug exit port",
-               *before);
+    log::error(
+        "the previous boot (verdict {}) ended with a restart: this machine cannot be powered off by its guest. Halted; "
+        "start the VMM so that a reset ends it (QEMU: -no-reboot), or with a debug exit port",
+        *before);
     log::flush();
     for (;;) {
         cpu::interrupts_off();

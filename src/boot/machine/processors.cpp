@@ -57,10 +57,10 @@ void serve(void* backend, u32 processor) {
 
 } // namespace
 
-void start_executors(Backend& backend, io::Executor& executor, u32 most, Nanoseconds bound) {
+void start_executors(Backend& backend, io::Executor& executor, u32 maximum, Nanoseconds bound) {
     all().list[0] = &executor;
     executor.set_kick(platform_kick);
-    const Processors found = start_processors(acpi_tables(), most, {&backend, join, serve}, bound);
+    const Processors found = start_processors(acpi_tables(), maximum, {&backend, join, serve}, bound);
     if (found.running == 1) {
         executor.set_kick(nullptr); // no other processor will kick it
     }

@@ -20,7 +20,7 @@ using drivers::pci::MechanismOne;
 constinit MechanismOne ports{}; // configuration mechanism #1; one pair of ports per machine
 
 // The root buses of segment 0, from ACPI.
-std::optional<drivers::pci::Roots> ask_for_roots() {
+std::optional<drivers::pci::Roots> acpi_roots() {
     const acpi::Tables* tables = acpi_tables();
     const acpi::RootBridges found =
         tables != nullptr ? acpi::find_root_bridges(physical_memory(), *tables) : acpi::RootBridges{};
@@ -45,7 +45,7 @@ void find_pci_functions(PciSource& into, Devices& devices) {
     const u64 mcfg = acpi_tables() != nullptr ? acpi_tables()->mcfg : 0;
     const bool have_ports = ports.present();
     if (have_ports) {
-        into.count_found(drivers::pci::enumerate(ports, PciSource::found, &into, 0, ask_for_roots, mcfg != 0));
+        into.count_found(drivers::pci::enumerate(ports, PciSource::found, &into, 0, acpi_roots, mcfg != 0));
     }
     const u32 count = mcfg != 0 ? acpi::ecam_count(physical_memory(), mcfg) : 0;
     for (u32 i = 0; i < count; ++i) {
@@ -61,18 +61,18 @@ void find_pci_functions(PciSource& into, Devices& devices) {
         }
         if (ecam == nullptr) {
             devices.left_out("ranges of PCI buses", 1, !have_ports || at,
-                             at ? "no memory for them" : "the MCFG table has an entry that makes no sense");
+                             at ? "no memory for them" : "the MCFG table has an invalid entry");
             continue;
         }
         const bool first_segment = at->segment == 0;
         into.count_found(drivers::pci::enumerate(*ecam, PciSource::found, &into, at->first_bus,
-                                                 first_segment ? ask_for_roots : nullptr, first_segment));
+                                                 first_segment ? acpi_roots : nullptr, first_segment));
     }
     if (!have_ports && count == 0 && acpi_tables() != nullptr) {
         const u64 base = acpi::find_root_bridges(physical_memory(), *acpi_tables()).cba;
         auto* ecam = base != 0 ? new (std::nothrow) Ecam(device_registers(), base, 0, 255) : nullptr;
         if (ecam != nullptr) {
-            into.count_found(drivers::pci::enumerate(*ecam, PciSource::found, &into, 0, ask_for_roots, true));
+            into.count_found(drivers::pci::enumerate(*ecam, PciSource::found, &into, 0, acpi_roots, true));
         } else if (base != 0) {
             devices.left_out("ranges of PCI buses", 1, true, "no memory for them");
         }
@@ -80,7 +80,7 @@ void find_pci_functions(PciSource& into, Devices& devices) {
 }
 
 void find_virtio_mmio(VirtioMmioSource& into, const LoaderWords& words) {
-    const auto look = [](void* context, u64 base, u32) {
+    const auto probe = [](void* context, u64 base, u32) {
         auto& source = *static_cast<VirtioMmioSource*>(context);
         if (source.seen(base)) {
             return;
@@ -95,12 +95,12 @@ void find_virtio_mmio(VirtioMmioSource& into, const LoaderWords& words) {
         source.add(device);
     };
     for (const MmioDevice& device : words.devices()) {
-        look(&into, device.address, 0);
+        probe(&into, device.address, 0);
     }
     into.leave_out_words(words.devices_dropped);
     const acpi::Tables* tables = acpi_tables();
     if (tables != nullptr && tables->fadt && tables->fadt->hardware_reduced) {
-        into.leave_out_acpi(acpi::find_virtio_mmio(physical_memory(), *tables, look, &into));
+        into.leave_out_acpi(acpi::find_virtio_mmio(physical_memory(), *tables, probe, &into));
     }
 }
 

@@ -53,7 +53,7 @@ Result<std::span<std::byte>> allocate(const BootServices& boot, u64 bytes, u64 a
     if (failed(status)) {
         return Error(
             Code::exhausted,
-            "the firmware has no run of memory below 4 GiB that is long enough (status); give the machine more memory",
+            "the firmware has no free memory of the required size below 4 GiB (status); give the machine more memory",
             success, status);
     }
     const u64 begin = (address + alignment - 1) & ~(alignment - 1);
@@ -69,8 +69,7 @@ Result<MemoryMap> MemoryMap::create(const BootServices& boot) {
     u32 version = 0;
     const Status status = boot.get_memory_map(&size, nullptr, &key, &stride, &version);
     if (status != buffer_too_small) {
-        return Error(Code::protocol, "the firmware does not say how large its memory map is (status)", buffer_too_small,
-                     status);
+        return Error(Code::protocol, "GetMemoryMap does not return the map's size (status)", buffer_too_small, status);
     }
     // A later version may make descriptors longer, never shorter [UEFI-2.10 §7.2.3].
     if (stride < sizeof(MemoryDescriptor) || stride > page) {
@@ -89,19 +88,19 @@ Result<void> MemoryMap::refresh(const BootServices& boot) {
     const Status status = boot.get_memory_map(&size, storage_.data(), &key_, &stride_, &version);
     if (failed(status) || size > storage_.size()) {
         size_ = 0;
-        outgrown_ = status == buffer_too_small;
-        return Error(Code::protocol, "the firmware does not give its memory map (status)", success, status);
+        too_small_ = status == buffer_too_small;
+        return Error(Code::protocol, "GetMemoryMap fails (status)", success, status);
     }
     size_ = size;
     return {};
 }
 
 Result<void> leave_boot_services(const BootServices& boot, Handle handle, MemoryMap& map) {
-    constexpr u32 most_tries = 8;
+    constexpr u32 max_tries = 8;
     Status status = success;
-    for (u32 i = 0; i < most_tries; ++i) {
+    for (u32 i = 0; i < max_tries; ++i) {
         auto read = map.refresh(boot);
-        if (!read && map.outgrown() && i == 0) { // memory can still be allocated
+        if (!read && map.too_small() && i == 0) { // memory can still be allocated
             TRY(map, MemoryMap::create(boot));
             read = Result<void>{};
         }
@@ -111,8 +110,7 @@ Result<void> leave_boot_services(const BootServices& boot, Handle handle, Memory
             return {};
         }
     }
-    return Error(Code::protocol, "the firmware does not let go (ExitBootServices, status); update the firmware",
-                 success, status);
+    return Error(Code::protocol, "ExitBootServices fails (status); update the firmware", success, status);
 }
 
 Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const LoadedImage& image,
@@ -126,8 +124,7 @@ Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const
     File* opened = nullptr;
     Status status = system->open_volume(system, &opened);
     if (failed(status) || opened == nullptr) {
-        return Error(Code::io, "the volume that the loader came from cannot be opened (status); check the file system",
-                     success, status);
+        return Error(Code::io, "the loader's volume cannot be opened (status); check the file system", success, status);
     }
     const OpenFile root(opened);
     opened = nullptr;
@@ -144,8 +141,7 @@ Result<std::optional<std::span<char>>> read_file(const BootServices& boot, const
     u64 info_size = info_bytes.size();
     status = file->get_info(file.get(), &file_info_guid, &info_size, info_bytes.data());
     if (failed(status) || info_size < sizeof(FileInfo)) {
-        return Error(Code::io, "the firmware does not say how long the file is (status); check the file system",
-                     success, status);
+        return Error(Code::io, "the file's length cannot be read (status); check the file system", success, status);
     }
     FileInfo info{};
     std::memcpy(&info, info_bytes.data(), sizeof info);

@@ -22,7 +22,7 @@ class MemoryMap {
     /// Rereads the map; allocates nothing.
     Result<void> refresh(const BootServices& boot);
     /// True: refresh() failed because the map no longer fits the buffer.
-    bool outgrown() const { return outgrown_; }
+    bool too_small() const { return too_small_; }
     std::span<const std::byte> bytes() const { return storage_.first(size_); }
     u64 stride() const { return stride_; }
     u64 key() const { return key_; }
@@ -32,7 +32,7 @@ class MemoryMap {
     u64 size_ = 0;
     u64 stride_ = 0;
     u64 key_ = 0;
-    bool outgrown_ = false;
+    bool too_small_ = false;
 };
 
 /// Exits boot services with `map` as the final map. A first attempt that fails may have shut drivers down; after it

@@ -143,8 +143,7 @@ Result<Prepared> prepare(Handle handle, const SystemTable& system, u64 tsc) {
     void* interface = nullptr;
     if (const Status status = boot.handle_protocol(handle, &loaded_image_guid, &interface);
         failed(status) || interface == nullptr) {
-        return Error(Code::protocol, "the firmware does not say how the loader was loaded (LoadedImage, status)",
-                     success, status);
+        return Error(Code::protocol, "LoadedImage of the loader cannot be opened (status)", success, status);
     }
     const LoadedImage& loaded = *static_cast<LoadedImage*>(interface);
     TRY(const elf::Image image, elf::Image::parse({kernel_elf_begin, kernel_elf_end}));

@@ -41,7 +41,7 @@ u64 PageTables::tables_needed(std::span<const Window> windows, bool huge_pages) 
 Result<usize> PageTables::below(usize entry) {
     if (memory_[entry] == 0) {
         if (used_ * entries == memory_.size()) {
-            return Error(Code::exhausted, "page tables: more tables are needed than were set aside",
+            return Error(Code::exhausted, "page tables: more tables are needed than were reserved",
                          memory_.size() / entries, used_ + 1);
         }
         memory_[entry] = (physical_ + used_ * small_page) | present_writable;

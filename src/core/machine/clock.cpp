@@ -25,8 +25,8 @@ constexpr u64 pm_timer_hz = 3'579'545; // [ACPI 6.5 §4.8.2.1]
 constexpr u64 pit_hz = 1'193'182;      // [8254]
 // More readings than one tick of either timer takes on any machine. A port without a device costs a few milliseconds:
 // each reading exits to the hypervisor once (PM timer) or three times (PIT).
-constexpr u32 pm_timer_most_still = 400;
-constexpr u32 pit_most_still = 200;
+constexpr u32 pm_timer_max_unchanged = 400;
+constexpr u32 pit_max_unchanged = 200;
 
 constexpr u16 pit_channel0 = 0x40;
 constexpr u16 pit_channel2 = 0x42;
@@ -37,7 +37,7 @@ Calibration measure_pm_timer(const acpi::Fadt& fadt) {
     u16 port = fadt.pm_timer;
     return calibrate({.hz = pm_timer_hz,
                       .mask = fadt.pm_timer_32 ? ~0u : 0xffffffu,
-                      .most_still = pm_timer_most_still,
+                      .max_unchanged = pm_timer_max_unchanged,
                       .context = &port,
                       .read = [](void* context) {
                           TimerReading reading;
@@ -54,17 +54,17 @@ Calibration measure_pit() {
     cpu::out8(pit_command, 0xb0); // channel 2, low then high byte, mode 0
     cpu::out8(pit_channel2, 0xff);
     cpu::out8(pit_channel2, 0xff);
-    const Calibration found =
-        calibrate({.hz = pit_hz, .mask = 0xffff, .most_still = pit_most_still, .context = nullptr, .read = [](void*) {
-                       TimerReading reading;
-                       reading.before = cpu::read_tsc();
-                       cpu::out8(pit_command, 0x80); // latch channel 2
-                       const u32 low = cpu::in8(pit_channel2);
-                       const u32 high = cpu::in8(pit_channel2);
-                       reading.after = cpu::read_tsc();
-                       reading.value = ~(low | high << 8) & 0xffffu; // counts down
-                       return reading;
-                   }});
+    const Calibration found = calibrate(
+        {.hz = pit_hz, .mask = 0xffff, .max_unchanged = pit_max_unchanged, .context = nullptr, .read = [](void*) {
+             TimerReading reading;
+             reading.before = cpu::read_tsc();
+             cpu::out8(pit_command, 0x80); // latch channel 2
+             const u32 low = cpu::in8(pit_channel2);
+             const u32 high = cpu::in8(pit_channel2);
+             reading.after = cpu::read_tsc();
+             reading.value = ~(low | high << 8) & 0xffffu; // counts down
+             return reading;
+         }});
     cpu::out8(speaker, before);
     return found;
 }

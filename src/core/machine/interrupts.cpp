@@ -22,14 +22,14 @@ namespace {
 
 using IoApicRegisters = apic::IndexedAccess<Mmio>;
 
-void pass_everywhere();
+void synchronize_processors();
 
 class Hardware final : public InterruptHardware {
   public:
     void write_io_apic(u32 io_apic, u32 reg, u32 value) override { io_apics[io_apic].write<u32>(reg, value); }
     void mask_pic(u8 irq, bool masked) override { masked ? pic::mask(irq) : pic::unmask(irq); }
     void set_pic_level(u8 irq, bool level) override { pic::set_level(irq, level); }
-    void wait_for_handlers() override { pass_everywhere(); }
+    void wait_for_handlers() override { synchronize_processors(); }
     bool is_real_pic(u8 irq) override { return pic::is_real(irq); }
     void end_pic(u8 irq) override { pic::end_of_interrupt(irq); }
     bool in_service(u8 vector) override { return lapic::mode() != lapic::Mode::none && lapic::in_service(vector); }
@@ -47,7 +47,7 @@ constinit u8 kick_vector = 0;
 
 // Returns when every other processor has taken an interrupt, and so has left the handlers that it was running. Bounded;
 // interrupts are never off for that long.
-void pass_everywhere() {
+void synchronize_processors() {
     const u32 count = running_processors.load(std::memory_order_acquire);
     const u32 me = this_processor();
     for (u32 i = 0; i < count; ++i) {
@@ -57,10 +57,10 @@ void pass_everywhere() {
         Local& other = local_of(i);
         const u64 before = other.kicked.load(std::memory_order_acquire);
         kick_processor(other.apic_id);
-        constexpr u32 most_looks = 100'000'000;
-        u32 looks = 0;
+        constexpr u32 max_polls = 100'000'000;
+        u32 polls = 0;
         while (other.kicked.load(std::memory_order_acquire) == before) { // pairs with the release in on_kick()
-            if (++looks == most_looks) {
+            if (++polls == max_polls) {
                 panic("processor {} does not take interrupts", i);
             }
             spin_pause();

@@ -105,7 +105,7 @@ bool join(u8 spurious_vector) {
 bool send(u32 apic_id, Delivery delivery, u8 vector) {
     using apic::CommandHigh;
     using apic::CommandLow;
-    constexpr u32 most_polls = 100'000;
+    constexpr u32 max_polls = 100'000;
     const u32 low =
         CommandLow::of(CommandLow::assert).set(CommandLow::delivery, delivery).set(CommandLow::vector, vector).raw;
     switch (current) {
@@ -121,20 +121,20 @@ bool send(u32 apic_id, Delivery delivery, u8 vector) {
         return false;
     }
     // Two writes, between which a handler might send an interrupt of its own.
-    const bool were_on = cpu::interrupts_are_on();
+    const bool were_enabled = cpu::interrupts_are_on();
     cpu::interrupts_off();
     u32 polls = 0;
-    while (CommandLow::from(read(Reg::command_low)).get(CommandLow::pending) && ++polls < most_polls) {
+    while (CommandLow::from(read(Reg::command_low)).get(CommandLow::pending) && ++polls < max_polls) {
         cpu::relax();
     }
-    if (polls < most_polls) {
+    if (polls < max_polls) {
         write(Reg::command_high, CommandHigh{}.set(CommandHigh::destination, apic_id).raw);
         write(Reg::command_low, low);
     }
-    if (were_on) {
+    if (were_enabled) {
         cpu::interrupts_on();
     }
-    return polls < most_polls;
+    return polls < max_polls;
 }
 
 Mode mode() { return current; }

@@ -347,9 +347,9 @@ Result<u64> open_start_page(void (*fill)(std::byte* page, u64 physical)) {
     return *frame;
 }
 
-void close_start_page(u64 page, bool give_back) {
+void close_start_page(u64 page, bool release) {
     const Locked locked(lock);
-    if (!space.unmap(page, frame_size) || !give_back) {
+    if (!space.unmap(page, frame_size) || !release) {
         return;
     }
     if (space.protect(direct_map.begin + page, frame_size, {.write = true})) {

@@ -56,8 +56,8 @@ Result<u64> map_stack(u64 size);
 /// executable at its physical address and nowhere writable. Returns that address. One at a time.
 Result<u64> open_start_page(void (*fill)(std::byte* page, u64 physical));
 /// Unmaps the page and invalidates it on the calling processor; the others must call forget_start_page(). If not
-/// `give_back`, the frame is not reused, since a processor may still be executing in it.
-void close_start_page(u64 page, bool give_back);
+/// `release`, the frame is not reused, since a processor may still be executing in it.
+void close_start_page(u64 page, bool release);
 /// Invalidates the TLB entry of a closed start page on the calling processor.
 void forget_start_page(u64 page);
 /// Physical address of the top-level page table; below 4 GiB wherever the image is.

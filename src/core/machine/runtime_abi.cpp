@@ -14,7 +14,7 @@ namespace {
 void* must_allocate(usize size, usize alignment) {
     void* block = heap_allocate(size, alignment);
     if (block == nullptr) {
-        panic("out of memory: {} bytes wanted from the heap", size);
+        panic("out of memory: {} bytes requested from the heap", size);
     }
     return block;
 }

@@ -20,7 +20,7 @@ enum : u16 {
 constexpr u8 line_status_empty = 0x20; // transmitter holding register (the whole FIFO) is empty
 constexpr u16 fifo_size = 16;
 // A byte at 115200 baud takes 87 us. 200 ms are far more than a FIFO ever needs; a status read takes at least 10 ns.
-constexpr u32 most_polls = 20'000;
+constexpr u32 max_polls = 20'000;
 
 constinit SerialPort port{0x3f8};
 constinit DebugConsole debug;
@@ -53,7 +53,7 @@ void SerialPort::write(std::string_view text) {
     for (usize at = 0; at < text.size();) {
         u32 polls = 0;
         while ((cpu::in8(base_ + line_status) & line_status_empty) == 0) {
-            if (++polls == most_polls) {
+            if (++polls == max_polls) {
                 return;
             }
             cpu::relax();

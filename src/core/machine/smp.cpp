@@ -59,7 +59,7 @@ struct [[gnu::packed]] Parameters {
 static_assert(sizeof(Parameters) == 42);
 
 constexpr u64 stack_size = 64 * 1024;
-constexpr Nanoseconds come_up_bound = 1'000'000'000;
+constexpr Nanoseconds startup_bound = 1'000'000'000;
 
 // Progress of a processor. Written by it (release) up to serving, failed and stopped; by the boot processor (exchange)
 // to given_up.
@@ -79,7 +79,7 @@ constinit u64 start_page = 0;
 // Shared state for the comparison of time stamp counters. In each round the boot processor asks, and the other one
 // answers with its counter.
 struct Comparison {
-    std::atomic<u32> asked{0};
+    std::atomic<u32> requested{0};
     std::atomic<u32> answered{0};
     std::atomic<u64> counter{0};
 };
@@ -106,7 +106,7 @@ bool wait(Nanoseconds bound, Done done) {
 
 void answer_comparison() {
     for (u32 round = 1; round <= rounds; ++round) {
-        if (!wait(100'000'000, [&] { return comparison.asked.load(std::memory_order_acquire) >= round; })) {
+        if (!wait(100'000'000, [&] { return comparison.requested.load(std::memory_order_acquire) >= round; })) {
             return; // the other side has a bound of its own, and reports
         }
         comparison.counter.store(ordered_tsc(), std::memory_order_relaxed);
@@ -120,7 +120,7 @@ std::optional<i64> compare_counters() {
     std::optional<i64> least;
     for (u32 round = 1; round <= rounds; ++round) {
         const u64 begin = ordered_tsc();
-        comparison.asked.store(round, std::memory_order_release);
+        comparison.requested.store(round, std::memory_order_release);
         if (!wait(100'000'000, [&] { return comparison.answered.load(std::memory_order_acquire) >= round; })) {
             return std::nullopt;
         }
@@ -202,7 +202,7 @@ bool start_one(u32 number, u32 apic_id, Nanoseconds join_bound, Processors& proc
     }
     state.stage.store(Stage::none, std::memory_order_relaxed);
     local_of(number).apic_id = apic_id;
-    comparison.asked.store(0, std::memory_order_relaxed);
+    comparison.requested.store(0, std::memory_order_relaxed);
     comparison.answered.store(0, std::memory_order_relaxed);
     start_offer.apic_id = apic_id;
     start_offer.stack = state.stack_guard + 4096 + stack_size;
@@ -215,14 +215,14 @@ bool start_one(u32 number, u32 apic_id, Nanoseconds join_bound, Processors& proc
     // INIT has been sent to all processors; a second startup IPI only if the first one was lost [SDM-3 9.4.4.1].
     for (u32 attempt = 0; attempt < 2 && !taken(); ++attempt) {
         static_cast<void>(lapic::send(apic_id, lapic::Delivery::startup, page));
-        static_cast<void>(wait(attempt == 0 ? 20'000'000 : come_up_bound, taken));
+        static_cast<void>(wait(attempt == 0 ? 20'000'000 : startup_bound, taken));
     }
     u32 offered = to_underlying(Offer::offered);
     if (offer_state().compare_exchange_strong(offered, to_underlying(Offer::withdrawn), std::memory_order_acq_rel)) {
         // INIT puts it back into the state that waits for a startup IPI, wherever it is now
         static_cast<void>(lapic::send(apic_id, lapic::Delivery::init, 0));
-        log::warning("processor with APIC id {} did not come up within {} ms: left out", apic_id,
-                     come_up_bound / 1'000'000);
+        log::warning("processor with APIC id {} did not start within {} ms: left out", apic_id,
+                     startup_bound / 1'000'000);
         ++processors.left_out;
         return true;
     }
@@ -247,7 +247,7 @@ bool start_one(u32 number, u32 apic_id, Nanoseconds join_bound, Processors& proc
     log::info("processor {}: APIC id {}, running", number, apic_id);
     const i64 worst = static_cast<i64>(tsc_hz() / 1'000'000); // one microsecond
     if (!off) {
-        log::warning("processor {} gave no answer when the time stamp counters were compared", number);
+        log::warning("processor {} did not respond when the time stamp counters were compared", number);
     } else if (*off > worst || *off < -worst) {
         log::warning("processor {}: its time stamp counter is {} cycles {} the first one's: times of different "
                      "processors do not compare",
@@ -290,7 +290,8 @@ extern "C" [[noreturn]] void processor_main(u64 number) {
     rest();
 }
 
-Processors start_processors(const acpi::Tables* tables, u32 most, const ProcessorWork& given, Nanoseconds join_bound) {
+Processors start_processors(const acpi::Tables* tables, u32 maximum, const ProcessorWork& given,
+                            Nanoseconds join_bound) {
     Processors processors;
     if (tables == nullptr || !tables->madt) {
         return processors;
@@ -299,7 +300,7 @@ Processors start_processors(const acpi::Tables* tables, u32 most, const Processo
     processors.listed = std::max(madt.processor_count + madt.processors_dropped, 1u);
     const u32 own = lapic::id();
     local_of(0).apic_id = own;
-    if (most <= 1 || madt.processor_count <= 1) {
+    if (maximum <= 1 || madt.processor_count <= 1) {
         return processors;
     }
     if (lapic::mode() == lapic::Mode::none) {
@@ -321,21 +322,21 @@ Processors start_processors(const acpi::Tables* tables, u32 most, const Processo
     work = given;
     set_stop_others(send_nmi_to_others);
 
-    const u32 wanted = std::min(most, max_processors);
-    u32 told = 1;
+    const u32 wanted = std::min(maximum, max_processors);
+    u32 count = 1;
     for (const u32 id : madt.all_processors()) {
-        if (id != own && told < wanted) {
+        if (id != own && count < wanted) {
             static_cast<void>(lapic::send(id, lapic::Delivery::init, 0));
-            ++told;
+            ++count;
         }
     }
     static_cast<void>(wait(10'000'000, [] { return false; })); // [SDM-3 9.4.4.1]
-    told = 1;
+    count = 1;
     for (const u32 id : madt.all_processors()) {
-        if (id == own || told == wanted) {
+        if (id == own || count == wanted) {
             continue;
         }
-        ++told;
+        ++count;
         if (!start_one(processors.running, id, join_bound, processors)) {
             break;
         }

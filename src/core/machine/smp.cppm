@@ -22,10 +22,10 @@ struct Processors {
     u32 left_out = 0; // failed to start or to join; each is logged
 };
 
-/// Starts up to `most` - 1 further processors, one at a time: each has joined before the next is started. Call once, on
-/// the boot processor, with clock, timer and interrupts running. Every wait is bounded: 1 s for a processor to start,
-/// `join_bound` (ns) for its join().
-Processors start_processors(const acpi::Tables* tables, u32 most, const ProcessorWork& work, Nanoseconds join_bound);
+/// Starts up to `maximum` - 1 further processors, one at a time: each has joined before the next is started. Call once,
+/// on the boot processor, with clock, timer and interrupts running. Every wait is bounded: 1 s for a processor to
+/// start, `join_bound` (ns) for its join().
+Processors start_processors(const acpi::Tables* tables, u32 maximum, const ProcessorWork& work, Nanoseconds join_bound);
 /// Waits, for a bounded time, until each serve() has returned; those processors take no interrupts afterwards. The
 /// caller must have asked them to stop.
 void await_stopped();

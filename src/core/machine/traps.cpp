@@ -141,7 +141,7 @@ void print_caller(log::Line& out, u32 number, u64 address) {
 // Walks frame pointers: each pair (caller's rbp, return address) must lie in a stack, above the previous one, and
 // return into the image's code. Recursive calls are printed once, with a count.
 void print_backtrace(log::Line& out, u64 rip, u64 rbp) {
-    constexpr u32 most_lines = 24;
+    constexpr u32 max_lines = 24;
     print(out, "backtrace:\n");
     u32 number = 0;
     u32 lines = 0;
@@ -149,14 +149,14 @@ void print_backtrace(log::Line& out, u64 rip, u64 rbp) {
     u64 last = 0;
     const auto end_repetition = [&] {
         if (repeated != 0) {
-            print(out, "      ... {} more {}\n", repeated, noun(repeated, "times"));
+            print(out, "      ... {} more {}\n", repeated, plural(repeated, "times"));
             repeated = 0;
         }
     };
     if (rip != 0) {
         print_frame(out, number++, rip);
     }
-    while (lines < most_lines && in_stack(rbp) && in_stack(rbp + 8)) {
+    while (lines < max_lines && in_stack(rbp) && in_stack(rbp + 8)) {
         u64 pair[2];
         std::memcpy(pair, reinterpret_cast<const void*>(rbp), sizeof(pair));
         if (!in_text(pair[1])) {
@@ -397,7 +397,7 @@ bool provoke(std::string_view fault) {
     } else if (fault == "div") {
         asm volatile("xorl %%edx, %%edx; movl $1, %%eax; divl %0" ::"r"(0) : "rax", "rdx");
     } else if (fault == "panic") {
-        panic("asked for by fault={}", fault);
+        panic("requested by fault={}", fault);
     } else {
         return false;
     }

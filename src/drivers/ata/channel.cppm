@@ -210,9 +210,9 @@ class Channel {
 
     /// Checks whether the command has ended; for an unshared line. One access if it has not, two if it has, three if
     /// the interrupt bit must be cleared.
-    Outcome look() {
+    Outcome poll() {
         Outcome outcome{.status = registers_.status()};
-        outcome.ended = !outcome.status.under_way();
+        outcome.ended = !outcome.status.in_progress();
         if (outcome.ended) {
             outcome.bus = registers_.bus_status();
             for (int i = 0; i < 3 && engine_on_ && outcome.bus.active() && !outcome.status.error(); ++i) {
@@ -226,11 +226,11 @@ class Channel {
     }
     /// The same for a shared line, using the caller's registers, because it runs in an interrupt handler. An
     /// interrupt of another device costs one access. Otherwise the device has deasserted the line on return.
-    static Outcome look_shared(Registers<P>& registers) {
+    static Outcome poll_shared(Registers<P>& registers) {
         Outcome outcome{.bus = registers.bus_status()};
         if (outcome.bus.interrupt()) {
             outcome.status = registers.status();
-            outcome.ended = !outcome.status.under_way();
+            outcome.ended = !outcome.status.in_progress();
             clear(registers, outcome.bus.raw);
         }
         return outcome;
@@ -285,7 +285,7 @@ class Channel {
         if (((device ^ device_) & 0x10) != 0) {
             registers_.write(Register::device, device);
             device_ = device;
-            for (int i = 0; i < 4 && registers_.alternate_status().under_way(); ++i) {
+            for (int i = 0; i < 4 && registers_.alternate_status().in_progress(); ++i) {
             }
         }
     }

@@ -26,7 +26,7 @@ class ChannelInterrupts {
     /// The handler. `queue`: raised if the interrupt is the channel's.
     void on_interrupt(io::Service& queue) {
         if (shared_) {
-            const Outcome outcome = Channel<P>::look_shared(registers_);
+            const Outcome outcome = Channel<P>::poll_shared(registers_);
             accesses_.store(registers_.accesses(), std::memory_order_relaxed);
             if (!outcome.bus.interrupt()) {
                 return; // of another device
@@ -49,9 +49,9 @@ class ChannelInterrupts {
         return flag_.load(std::memory_order_relaxed) && flag_.exchange(false, std::memory_order_acquire);
     }
     /// After take(): how the command stands, from the handler or from the registers.
-    inline Outcome look(Channel<P>& channel) {
+    inline Outcome poll(Channel<P>& channel) {
         if (!shared_) {
-            return channel.look();
+            return channel.poll();
         }
         if (const u32 seen = seen_.exchange(0, std::memory_order_relaxed); seen != 0) {
             return {.ended = true, .status = {static_cast<u8>(seen)}, .bus = {static_cast<u8>(seen >> 8)}};

@@ -26,12 +26,12 @@ Result<DriveInfo> decode(const IdentifyData& data) {
             sum += (word & 0xffu) + (word >> 8);
         }
         if ((sum & 0xff) != 0) {
-            return Error{Code::corrupt, "the checksum of the IDENTIFY DEVICE data is wrong; the disk is left alone", 0,
+            return Error{Code::corrupt, "the checksum of the IDENTIFY DEVICE data is wrong; the disk is not used", 0,
                          sum & 0xff};
         }
     }
     if (bit(w[0], 15)) {
-        return Error{Code::not_supported, "IDENTIFY DEVICE data of something that is no ATA disk (word 0)", 0, w[0]};
+        return Error{Code::not_supported, "IDENTIFY DEVICE data of a device that is no ATA disk (word 0)", 0, w[0]};
     }
     if (!bit(w[49], 9) || !bit(w[49], 8)) {
         return Error{Code::not_supported, "the disk offers no LBA or no DMA (IDENTIFY word 49 bits 9 and 8)", 0x300,

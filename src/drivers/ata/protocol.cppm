@@ -40,7 +40,7 @@ struct Status : fl::Register<Status, u8> {
     /// The bus is not driven: all pull-ups, or pull-ups with DD7's pull-down.
     constexpr bool floating() const { return raw == 0xff || raw == 0x7f; }
     /// A command is in progress: from its issue to its end BSY or DRQ is set [ATA-7 §9.3].
-    constexpr bool under_way() const { return busy() || data_request(); }
+    constexpr bool in_progress() const { return busy() || data_request(); }
 };
 
 /// Error register, valid when Status::error() [ATA-7 §6.9, ACS §6.3].
@@ -204,7 +204,7 @@ void describe(S& sink, Status status, ErrorRegister error, BusMasterStatus bus) 
     if (status.error()) {
         print(sink, ", error {:#02x}", error.raw);
         if (error.interface_crc()) {
-            sink.write(" ICRC (garbled on the cable)");
+            sink.write(" ICRC (interface CRC error)");
         }
         if (error.uncorrectable()) {
             sink.write(" UNC (unreadable medium)");

@@ -307,7 +307,7 @@ io::Next Transport<P>::next(io::Completion& completion) {
     if (!interrupts_.take() || !running_) {
         return io::Next::none;
     }
-    const Outcome outcome = interrupts_.look(channel_);
+    const Outcome outcome = interrupts_.poll(channel_);
     if (!outcome.ended) {
         return io::Next::none;
     }
@@ -388,11 +388,11 @@ void Transport<P>::poll_running(Instant now) {
     if (now <= issued_at_ || now - issued_at_ < lost_after || found_) {
         return;
     }
-    busy_ = channel_.registers().alternate_status().under_way();
+    busy_ = channel_.registers().alternate_status().in_progress();
     if (busy_ || !std::exchange(suspect_, true)) {
         return;
     }
-    const Outcome outcome = channel_.look();
+    const Outcome outcome = channel_.poll();
     busy_ = !outcome.ended;
     if (!outcome.ended) {
         return;
@@ -415,7 +415,7 @@ io::Recovery Transport<P>::recover(const Command& command, io::OldestWait::Findi
     begin_reset(); // the engine is off: buffers are safe
     return {.kind = io::Recovery::Kind::stopped,
             .why = reset_.exhausted()
-                       ? std::optional(Error{Code::timed_out, "the disk gives no answer, whatever is reset"})
+                       ? std::optional(Error{Code::timed_out, "the disk gives no answer in spite of resets"})
                        : std::nullopt};
 }
 

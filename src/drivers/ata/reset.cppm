@@ -63,14 +63,14 @@ class SoftReset {
     Result<void> finish(Instant now) {
         if (const Status status = channel_.registers().status(); status.busy() || status.floating()) {
             if (now >= executor_.end_of_bound(asserted_at_, timeout_)) {
-                return Error{Code::timed_out, "the disk did not come back from a software reset"};
+                return Error{Code::timed_out, "the disk is not ready after a software reset"};
             }
             return {};
         }
         channel_.initialise_engine();
         state_ = State::none;
         if (exhausted()) {
-            return Error{Code::io, "the disk fails one command after the other, whatever is reset"};
+            return Error{Code::io, "the disk fails every command in spite of resets"};
         }
         return {};
     }

@@ -37,22 +37,22 @@ Result<void> Balloon::send(T& message, u32 transaction) {
 
 Result<void> Balloon::begin() {
     attempt_ = 0;
-    return ask_version();
+    return request_version();
 }
 
-Result<void> Balloon::ask_version() {
+Result<void> Balloon::request_version() {
     VersionRequest request{};
     request.header.type = MessageType::version_request;
     request.version = versions[attempt_];
     request.last_attempt = attempt_ + 1 == versions.size() ? 1 : 0;
-    state_ = State::asking_version;
+    state_ = State::version_requested;
     return send(request, ++transaction_);
 }
 
 Result<void> Balloon::take(std::span<const std::byte> message) {
     TRY(const Header header, load<Header>(message, "a memory message is shorter than its header"));
     if (header.size < sizeof header || header.size > message.size()) {
-        return Error{Code::protocol, "a memory message is not as long as it says", header.size, message.size()};
+        return Error{Code::protocol, "a memory message has a wrong length", header.size, message.size()};
     }
     message = message.first(header.size);
     switch (header.type) {
@@ -75,7 +75,7 @@ Result<void> Balloon::take(std::span<const std::byte> message) {
     case MessageType::info: {
         TRY(const Info info, load<Info>(message, "an info message is shorter than its fields"));
         if (info.bytes > message.size() - sizeof info) {
-            return Error{Code::protocol, "an info message is not as long as it says", info.bytes,
+            return Error{Code::protocol, "an info message has a wrong length", info.bytes,
                          message.size() - sizeof info};
         }
         return {};
@@ -92,34 +92,33 @@ Result<void> Balloon::take(std::span<const std::byte> message) {
 Result<void> Balloon::version_answered(std::span<const std::byte> message, const Header& header) {
     TRY(const VersionResponse response,
         load<VersionResponse>(message, "a version response is shorter than its fields"));
-    if (state_ != State::asking_version || header.transaction != transaction_) {
-        return Error{Code::protocol, "a version response that nothing asked for", transaction_, header.transaction};
+    if (state_ != State::version_requested || header.transaction != transaction_) {
+        return Error{Code::protocol, "an unexpected version response", transaction_, header.transaction};
     }
     if ((response.accepted & 1) == 0) {
         if (attempt_ + 1 == versions.size()) {
             state_ = State::refused;
             return Error{
                 Code::not_supported,
-                "the host speaks no version of the dynamic memory protocol that this driver knows (2.0, 1.0, 0.3)"};
+                "the host supports no version of the dynamic memory protocol that this driver does (2.0, 1.0, 0.3)"};
         }
         ++attempt_;
-        return ask_version();
+        return request_version();
     }
-    Capabilities ours{};
-    ours.header.type = MessageType::capabilities_report;
-    ours.capabilities = capability_balloon;
-    ours.min_pages = reserve;
-    ours.max_page_number = ~u64{0};
-    state_ = State::asking_capabilities;
-    return send(ours, ++transaction_);
+    Capabilities own{};
+    own.header.type = MessageType::capabilities_report;
+    own.capabilities = capability_balloon;
+    own.min_pages = reserve;
+    own.max_page_number = ~u64{0};
+    state_ = State::capabilities_requested;
+    return send(own, ++transaction_);
 }
 
 Result<void> Balloon::capabilities_answered(std::span<const std::byte> message, const Header& header) {
     TRY(const CapabilitiesResponse response,
         load<CapabilitiesResponse>(message, "a capabilities response is shorter than its fields"));
-    if (state_ != State::asking_capabilities || header.transaction != transaction_) {
-        return Error{Code::protocol, "a capabilities response that nothing asked for", transaction_,
-                     header.transaction};
+    if (state_ != State::capabilities_requested || header.transaction != transaction_) {
+        return Error{Code::protocol, "an unexpected capabilities response", transaction_, header.transaction};
     }
     if ((response.flags & capabilities_accepted) == 0) {
         state_ = State::refused;
@@ -147,7 +146,7 @@ Result<void> Balloon::report() {
 Result<void> Balloon::inflate(std::span<const std::byte> message, const Header& header) {
     TRY(const BalloonRequest request, load<BalloonRequest>(message, "a balloon request is shorter than its fields"));
     if (state_ != State::running) {
-        return Error{Code::protocol, "a balloon request before the capabilities were agreed on"};
+        return Error{Code::protocol, "a balloon request before the capabilities were negotiated"};
     }
     const u64 free = memory_.free();
     u64 wanted = std::min<u64>(request.pages, free > reserve ? free - reserve : 0);
@@ -183,9 +182,9 @@ Result<void> Balloon::inflate(std::span<const std::byte> message, const Header& 
         }
         return sent;
     }
-    away_ += given;
-    log::info("hv_balloon: {} {} asked for, {} given, {} away", request.pages, noun(request.pages, "pages"), given,
-              away_);
+    ballooned_ += given;
+    log::info("hv_balloon: {} {} requested, {} given, {} ballooned", request.pages, plural(request.pages, "pages"),
+              given, ballooned_);
     return {};
 }
 
@@ -193,7 +192,7 @@ Result<void> Balloon::deflate(std::span<const std::byte> message, const Header& 
     TRY(const UnballoonRequest request,
         load<UnballoonRequest>(message, "an unballoon request is shorter than its fields"));
     if (state_ != State::running) {
-        return Error{Code::protocol, "an unballoon request before the capabilities were agreed on"};
+        return Error{Code::protocol, "an unballoon request before the capabilities were negotiated"};
     }
     const auto list = message.subspan(sizeof request);
     if (request.range_count > list.size() / sizeof(PageRange)) {
@@ -202,12 +201,12 @@ Result<void> Balloon::deflate(std::span<const std::byte> message, const Header& 
     }
     for (u32 i = 0; i < request.range_count; ++i) {
         TRY(const PageRange range, load<PageRange>(list.subspan(i * sizeof(PageRange)), ""));
-        CHECK(take_back(range));
+        CHECK(reclaim(range));
     }
     if ((request.more & 1) != 0) {
         return {};
     }
-    log::info("hv_balloon: pages came back, {} away", away_);
+    log::info("hv_balloon: pages returned, {} ballooned", ballooned_);
     struct {
         Header header;
     } response{};
@@ -216,7 +215,7 @@ Result<void> Balloon::deflate(std::span<const std::byte> message, const Header& 
 }
 
 // A range may be part of a run, or span several runs.
-Result<void> Balloon::take_back(PageRange range) {
+Result<void> Balloon::reclaim(PageRange range) {
     u64 first = range.first();
     u64 left = range.count();
     while (left != 0) {
@@ -225,28 +224,28 @@ Result<void> Balloon::take_back(PageRange range) {
             ++at;
         }
         if (at == run_count_) {
-            return Error{Code::protocol, "the host gives back a page that it was not given", 0, first};
+            return Error{Code::protocol, "the host returns a page that it does not have", 0, first};
         }
         Run& run = runs_[at];
         const u64 skip = first - run.first;
         const u64 pages = std::min(left, run.pages - skip);
-        const u64 behind = run.pages - skip - pages;
+        const u64 after = run.pages - skip - pages;
         const DmaSpan span{run.data + bytes_in(skip), bytes_in(first), static_cast<u32>(bytes_in(pages))};
-        const Run tail{span.data + span.size, first + pages, behind};
+        const Run tail{span.data + span.size, first + pages, after};
         if (skip != 0) {
             run.pages = skip;
-            if (behind != 0 && run_count_ < capacity) {
+            if (after != 0 && run_count_ < capacity) {
                 runs_[run_count_++] = tail;
-            } else if (behind != 0) {
-                log::warning("hv_balloon: {} {} lost: too many pieces are away", behind, noun(behind, "pages"));
+            } else if (after != 0) {
+                log::warning("hv_balloon: {} {} lost: too many ranges are ballooned", after, plural(after, "pages"));
             }
-        } else if (behind != 0) {
+        } else if (after != 0) {
             run = tail;
         } else {
             run = runs_[--run_count_];
         }
         memory_.pages.free(span);
-        away_ -= pages;
+        ballooned_ -= pages;
         first += pages;
         left -= pages;
     }

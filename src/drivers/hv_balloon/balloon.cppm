@@ -35,7 +35,7 @@ class Balloon {
     static constexpr u64 max_run = 1u << 15;           // pages: 128 MiB
     static constexpr u64 reserve = 8192;               // pages kept: 32 MiB
 
-    enum class State : u8 { closed, asking_version, asking_capabilities, running, refused };
+    enum class State : u8 { closed, version_requested, capabilities_requested, running, refused };
 
     Balloon(Link& link, const Memory& memory) : link_(link), memory_(memory) {}
     ~Balloon();
@@ -54,7 +54,7 @@ class Balloon {
     Version version() const { return versions[attempt_]; }
     bool reports_wanted() const { return state_ == State::running && reports_wanted_; }
     /// Pages held by the host.
-    u64 away() const { return away_; }
+    u64 ballooned() const { return ballooned_; }
 
   private:
     struct Run {
@@ -63,12 +63,12 @@ class Balloon {
         u64 pages;
     };
 
-    Result<void> ask_version();
+    Result<void> request_version();
     Result<void> version_answered(std::span<const std::byte> message, const Header& header);
     Result<void> capabilities_answered(std::span<const std::byte> message, const Header& header);
     Result<void> inflate(std::span<const std::byte> message, const Header& header);
     Result<void> deflate(std::span<const std::byte> message, const Header& header);
-    Result<void> take_back(PageRange range);
+    Result<void> reclaim(PageRange range);
     template <class T>
     Result<void> send(T& message, u32 transaction);
 
@@ -80,7 +80,7 @@ class Balloon {
     bool reports_wanted_ = true;
     std::array<Run, capacity> runs_{};
     u32 run_count_ = 0;
-    u64 away_ = 0;
+    u64 ballooned_ = 0;
     std::array<std::byte, max_message> response_{};
 };
 

@@ -15,7 +15,7 @@ constexpr std::array<Version, 2> framework_versions{{{3, 0}, {1, 0}}};
 constexpr std::array<Version, 2> plain_versions{{{3, 0}, {1, 0}}};
 constexpr std::array<Version, 3> time_versions{{{4, 0}, {3, 0}, {1, 0}}};
 
-constexpr std::span<const Version> ours(Kind kind) {
+constexpr std::span<const Version> supported_versions(Kind kind) {
     return kind == Kind::time_sync ? std::span<const Version>(time_versions) : std::span<const Version>(plain_versions);
 }
 
@@ -63,7 +63,7 @@ Result<Service::Action> Service::answer(std::span<std::byte> message) {
     } else if (header.type == MessageType::shutdown && kind_ == Kind::shutdown) {
         action = shut_down(header, body);
     } else if (header.type == MessageType::heartbeat && kind_ == Kind::heartbeat) {
-        action = beat(header, body);
+        action = on_heartbeat(header, body);
     } else if (header.type == MessageType::time_sync && kind_ == Kind::time_sync) {
         action = take_time(header, body);
     } else {
@@ -96,7 +96,8 @@ Result<Service::Action> Service::negotiate(Header& header, std::span<std::byte> 
                      list.size() / sizeof(Version), count};
     }
     const auto framework = pick(framework_versions, list, offer.framework_count);
-    const auto version = pick(ours(kind_), list.subspan(offer.framework_count * sizeof(Version)), offer.message_count);
+    const auto version =
+        pick(supported_versions(kind_), list.subspan(offer.framework_count * sizeof(Version)), offer.message_count);
     if (framework && version) {
         framework_version_ = *framework;
         message_version_ = *version;
@@ -121,7 +122,7 @@ Result<Service::Action> Service::shut_down(Header& header, std::span<std::byte> 
     return Action::shut_down;
 }
 
-Result<Service::Action> Service::beat(Header&, std::span<std::byte> body) {
+Result<Service::Action> Service::on_heartbeat(Header&, std::span<std::byte> body) {
     if (body.size() < sizeof(u64)) {
         return Error{Code::protocol, "a heartbeat is shorter than its sequence number", sizeof(u64), body.size()};
     }

@@ -58,7 +58,7 @@ class Service {
   private:
     Result<Action> negotiate(Header& header, std::span<std::byte> body);
     Result<Action> shut_down(Header& header, std::span<std::byte> body);
-    Result<Action> beat(Header& header, std::span<std::byte> body);
+    Result<Action> on_heartbeat(Header& header, std::span<std::byte> body);
     Result<Action> take_time(Header& header, std::span<std::byte> body);
 
     Kind kind_;

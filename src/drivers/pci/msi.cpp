@@ -12,7 +12,7 @@ namespace fl::drivers::pci {
 
 namespace {
 
-constexpr u32 most_messages_log2 = 5; // for MSI: 32 [PCI-3.0 §6.8.1.3]
+constexpr u32 max_messages_log2 = 5; // for MSI: 32 [PCI-3.0 §6.8.1.3]
 
 constexpr Error too_few(u32 at_least, u32 there) {
     return {Code::exhausted,
@@ -79,19 +79,19 @@ Result<void> Interrupts::attach_messages(std::span<const VectorUse> wanted, u32 
 // first aligned to it. The controller hands out single vectors, so these are taken until a suitable run is complete,
 // and the others are released. If there is no such run, shorter ones are tried.
 Result<void> Interrupts::attach_run(std::span<const VectorUse> wanted, u32 at_least) {
-    constexpr u32 most_looks = 2 << most_messages_log2; // any aligned run of 32 lies within 63 consecutive vectors
-    std::array<InterruptVector, most_looks> unfit;
+    constexpr u32 max_vectors = 2 << max_messages_log2; // any aligned run of 32 lies within 63 consecutive vectors
+    std::array<InterruptVector, max_vectors> unusable;
     std::optional<Error> why;
     for (u32 size = std::bit_floor(static_cast<u32>(wanted.size())); size >= at_least && size != 0; size /= 2) {
-        u32 unfit_count = 0;
+        u32 unusable_count = 0;
         InterruptMessage first{};
         const auto give_up_run = [&] {
             for (u32 i = 0; i < count_; ++i) {
-                unfit[unfit_count++] = entries_[i].vector;
+                unusable[unusable_count++] = entries_[i].vector;
             }
             count_ = 0;
         };
-        while (count_ < size && unfit_count + count_ < 2 * size) {
+        while (count_ < size && unusable_count + count_ < 2 * size) {
             const VectorUse& use = wanted[count_];
             const auto vector = controller_.attach_message(wanted[0].processor, use.handler, use.context);
             if (!vector) {
@@ -108,7 +108,7 @@ Result<void> Interrupts::attach_run(std::span<const VectorUse> wanted, u32 at_le
                                           : message->address == first.address && message->data == first.data + count_;
             if (!fits) {
                 give_up_run();
-                unfit[unfit_count++] = *vector;
+                unusable[unusable_count++] = *vector;
                 continue;
             }
             if (count_ == 0) {
@@ -120,8 +120,8 @@ Result<void> Interrupts::attach_run(std::span<const VectorUse> wanted, u32 at_le
         if (!found) {
             give_up_run();
         }
-        for (u32 i = 0; i < unfit_count; ++i) {
-            controller_.detach_vector(unfit[i]);
+        for (u32 i = 0; i < unusable_count; ++i) {
+            controller_.detach_vector(unusable[i]);
         }
         if (found) {
             return {};
@@ -248,8 +248,8 @@ Result<void> Interrupts::attach_msi(std::span<const VectorUse> wanted, u32 at_le
         return Error{Code::not_found, "no MSI"};
     }
     auto control = MsiControl::read(device_, *at);
-    if (control.get(MsiControl::multiple_message_capable) > most_messages_log2) {
-        return Error{Code::protocol, "the MSI capability has a reserved number of messages", most_messages_log2,
+    if (control.get(MsiControl::multiple_message_capable) > max_messages_log2) {
+        return Error{Code::protocol, "the MSI capability has a reserved number of messages", max_messages_log2,
                      control.get(MsiControl::multiple_message_capable)};
     }
     const u32 most = static_cast<u32>(std::min<u64>(wanted.size(), messages_of(control)));
@@ -307,7 +307,7 @@ Result<void> Interrupts::attach_line(std::span<const VectorUse> wanted, u32 at_l
     }
     const u8 line = device_.interrupt_line();
     if (line == 0xff) {
-        return Error{Code::not_found, "the pin is routed nowhere"};
+        return Error{Code::not_found, "the pin is not routed"};
     }
     if (at_least > 1) {
         return too_few(at_least, 1);

@@ -64,8 +64,7 @@ Verdict LogicalUnit::judge(const io::QueuedCommand& command, CommandForm form, c
         if (moved_all(command, response.moved)) {
             return {};
         }
-        print(text, "the host moved {} of {} bytes and calls that a success, at LBA {}", response.moved, command.bytes,
-              command.lba);
+        print(text, "success with {} of {} bytes transferred, at LBA {}", response.moved, command.bytes, command.lba);
         report(name, opcode, text);
         return {.status = Status::io_error};
     }
@@ -143,7 +142,7 @@ void LogicalUnit::report(std::string_view name, Opcode opcode, std::string_view 
 void LogicalUnit::report_attention(std::string_view name, const Sense& sense) {
     if (attentions_reported_ < max_reported_errors) {
         ++attentions_reported_;
-        log::info("{}: {}: asked again", name, describe(sense, std::nullopt));
+        log::info("{}: {}: retrying", name, describe(sense, std::nullopt));
     }
 }
 

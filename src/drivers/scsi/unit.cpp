@@ -22,7 +22,7 @@ constexpr u8 page_block_limits = 0xb0;
 constexpr u8 page_provisioning = 0xb2;
 
 /// Whether this unit attention may invalidate earlier information about the unit.
-bool outdates(const Sense& sense) {
+bool invalidates(const Sense& sense) {
     return sense.asc == asc_medium_changed || sense.asc == asc_parameters_changed ||
            (sense.asc == asc_conditions_changed && sense.ascq == ascq_inquiry_data_changed);
 }
@@ -65,7 +65,8 @@ Result<Capacity> short_capacity(const Response& response) {
     }
     TRY(Capacity capacity, parse_capacity_10(response.data));
     if (capacity.beyond_32_bits) {
-        return Error{Code::not_supported, "the disk has more blocks than READ CAPACITY(10) can say, and refuses (16)"};
+        return Error{Code::not_supported,
+                     "the disk has more blocks than READ CAPACITY(10) can report, and refuses (16)"};
     }
     capacity.short_form = true;
     return capacity;
@@ -78,15 +79,14 @@ io::Task<Result<void>> execute_retrying(Nexus& nexus, u16 lun, Cdb cdb, u32 byte
         CO_CHECK(co_await nexus.execute(lun, cdb, bytes, response));
         response.data = response.data.first(std::min<usize>(response.data.size(), bytes));
         const bool attention = response.unit_attention();
-        if (attention && outdates(*response.sense)) {
+        if (attention && invalidates(*response.sense)) {
             nexus.note_change();
         }
         if (i == max_attempts || (!attention && !response.transient())) {
             co_return Result<void>{};
         }
         if (attention) {
-            log::info("{}: LUN {}: {}: asked again", nexus.driver(), lun,
-                      scsi::describe(*response.sense, std::nullopt));
+            log::info("{}: LUN {}: {}: retrying", nexus.driver(), lun, scsi::describe(*response.sense, std::nullopt));
         } else {
             co_await nexus.executor().sleep(busy_delay);
         }

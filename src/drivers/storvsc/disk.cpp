@@ -103,7 +103,7 @@ void Queue::tick(Instant now) {
 
 // The answer only confirms the request; the host ends outstanding commands individually, or they are abandoned.
 void Queue::send_reset() {
-    if (is_under_way(reset_)) {
+    if (is_in_flight(reset_)) {
         return transport().reset_sent();
     }
     reset_.packet = {};
@@ -118,8 +118,8 @@ void Queue::send_reset() {
 void Transport::start(DmaSpan parameters, Nanoseconds timeout) {
     parameters_ = parameters;
     timeout_ = timeout;
-    // Release: orders the start before the flag. Pairs with the acquire in quiet().
-    quiet_.store(false, std::memory_order_release);
+    // Release: orders the start before the flag. Pairs with the acquire in quiescent().
+    quiescent_.store(false, std::memory_order_release);
 }
 
 io::Fit Transport::prepare(Command& command) {
@@ -203,7 +203,7 @@ io::Next Transport::next(io::Completion& completion) {
             return io::Next::none;
         }
         taken_ = true;
-        ++heard_;
+        ++received_;
         if (armed_) {
             channel_.disarm(); // polled while there is work
             armed_ = false;
@@ -223,7 +223,7 @@ io::Next Transport::next(io::Completion& completion) {
     Command* command = commands_->find(id);
     if (command == nullptr || command->delayed) [[unlikely]] {
         return broken({Code::protocol,
-                       "a completion carries a transaction id that is not under way (unknown, repeated or retired)", 0,
+                       "a completion carries a transaction id that is not in flight (unknown, repeated or retired)", 0,
                        id});
     }
     // Before version negotiation a host may answer with either length, even to a packet without an SRB [storvsc].
@@ -231,7 +231,7 @@ io::Next Transport::next(io::Completion& completion) {
     const u32 length = packet_bytes(terms_.version);
     const bool srb = exchange == nullptr || exchange->packet.header.operation == Operation::execute_srb;
     if (srb ? packet.payload.size() != length : packet.payload.size() < sizeof(PacketHeader)) [[unlikely]] {
-        return broken({Code::protocol, "a completion has not the length of the agreed version's packets", length,
+        return broken({Code::protocol, "a completion has not the length of the negotiated version's packets", length,
                        packet.payload.size()});
     }
     Packet answer;
@@ -248,7 +248,7 @@ io::Next Transport::next(io::Completion& completion) {
     const bool unmap = exchange == nullptr && command->op == io::Op::discard;
     if (srb && answer.srb.data_transfer_length > std::max(command->bytes, unmap ? scsi::unmap_list_bytes : 0u))
         [[unlikely]] {
-        return broken({Code::protocol, "a completion says that more data was moved than was asked for", command->bytes,
+        return broken({Code::protocol, "a completion reports more data than was requested", command->bytes,
                        answer.srb.data_transfer_length});
     }
     if (exchange != nullptr) [[unlikely]] {
@@ -283,8 +283,7 @@ Result<void> Transport::accept_event(const hv::hyperv::Packet& packet) {
     case Operation::enumerate_bus:
     case Operation::remove_device: want_rescan(); return {};
     case Operation::event_notification: return {};
-    case Operation::complete_io:
-        return Error{Code::protocol, "a COMPLETE_IO that answers nothing", 0, packet.transaction};
+    case Operation::complete_io: return Error{Code::protocol, "a COMPLETE_IO without a request", 0, packet.transaction};
     default: log::debug("storvsc: the host sends {}: not for a guest", name(operation)); return {};
     }
 }
@@ -292,7 +291,7 @@ Result<void> Transport::accept_event(const hv::hyperv::Packet& packet) {
 namespace {
 
 scsi::ServiceResponse service_of(SrbStatus status, u8 scsi_status) {
-    if (says_nobody(status)) {
+    if (is_no_device(status)) {
         return scsi::ServiceResponse::no_unit;
     }
     if (was_flushed(status)) {
@@ -352,7 +351,7 @@ Result<bool> Transport::arm() {
 Result<void> Transport::tick(Instant, bool) {
     if (channel_.rescinded()) {
         shared_.taken.store(true, std::memory_order_relaxed); // ordered by the stores in closing()
-        return Error{Code::device_gone, "the host has taken the storage controller away"};
+        return Error{Code::device_gone, "the host has rescinded the storage controller"};
     }
     if (shared_.rescan_wanted.load(std::memory_order_relaxed)) {
         notify();
@@ -360,54 +359,53 @@ Result<void> Transport::tick(Instant, bool) {
     return {};
 }
 
-void Transport::add_counts(u64 under_way, u64 answered) {
+void Transport::add_counts(u64 in_flight, u64 answered) {
     const auto add = [](std::atomic<u64>& sum, u64& added, u64 now) { // modulo 2^64
         sum.fetch_add(now - std::exchange(added, now), std::memory_order_relaxed);
     };
-    add(shared_.under_way, added_under_way_, under_way);
+    add(shared_.in_flight, added_in_flight_, in_flight);
     add(shared_.answered, added_answered_, answered);
-    add(shared_.heard, added_heard_, heard_);
+    add(shared_.received, added_received_, received_);
 }
 
 io::OldestWait::Seen Transport::seen(io::OldestWait::Seen own) {
-    add_counts(own.under_way, own.answered);
+    add_counts(own.in_flight, own.answered);
     return {.oldest = own.oldest,
-            .under_way = shared_.under_way.load(std::memory_order_relaxed),
+            .in_flight = shared_.in_flight.load(std::memory_order_relaxed),
             .answered = shared_.answered.load(std::memory_order_relaxed)};
 }
 
 io::Recovery Transport::recover(const Command&, io::OldestWait::Finding, std::string_view) {
-    if (!channel_.look()) { // report the protocol violation, not the resulting timeout
+    if (!channel_.check()) { // report the protocol violation, not the resulting timeout
         return {.kind = io::Recovery::Kind::close, .why = fault()};
     }
     log::warning("storvsc: no answer within {} ms: asking the host to reset the bus", timeout_ / 1'000'000);
-    reset_heard_ = shared_.heard.load(std::memory_order_relaxed);
+    reset_received_ = shared_.received.load(std::memory_order_relaxed);
     shared_.reset_wanted.store(true, std::memory_order_relaxed);
     shared_.raise_queues();
-    return {.kind = io::Recovery::Kind::asked};
+    return {.kind = io::Recovery::Kind::reset_requested};
 }
 
 // The host has not answered all commands even after the bus reset.
-std::optional<Error> Transport::asked_in_vain(bool writes) {
-    if (!channel_.look()) {
+std::optional<Error> Transport::reset_ineffective(bool writes) {
+    if (!channel_.check()) {
         return fault();
     }
-    if (shared_.heard.load(std::memory_order_relaxed) == reset_heard_) { // on any queue
+    if (shared_.received.load(std::memory_order_relaxed) == reset_received_) { // on any queue
         return Error{Code::timed_out, "the host has not answered anything for a whole time-out"};
     }
     if (writes) { // it may be executed at any time, and overwrite later writes
-        return Error{Code::timed_out,
-                     "a write was not answered, not even by a bus reset: nothing may be written behind it"};
+        return Error{Code::timed_out, "a write was not answered, not even by a bus reset: no later write is safe"};
     }
     return std::nullopt;
 }
 
 io::Stuck Transport::stuck(std::string_view) {
     return {.kind = io::Stuck::Kind::close,
-            .why = Error{Code::timed_out, "every slot is held by a request that the host never answered"}};
+            .why = Error{Code::timed_out, "every slot is held by a request that the host never completed"}};
 }
 
-std::optional<io::Status> Transport::closed_elsewhere() const {
+std::optional<io::Status> Transport::closed_by_peer() const {
     if (!shared_.closed.load(std::memory_order_acquire)) [[likely]] { // see Shared
         return std::nullopt;
     }
@@ -420,7 +418,7 @@ bool Transport::closing(io::Status status) {
         return false;
     }
     shared_.close_status.store(to_underlying(status), std::memory_order_relaxed); // ordered by the next line
-    shared_.closed.store(true, std::memory_order_release); // pairs with the acquire in closed_elsewhere()
+    shared_.closed.store(true, std::memory_order_release); // pairs with the acquire in closed_by_peer()
     shared_.raise_queues();
     return true;
 }
@@ -428,8 +426,8 @@ bool Transport::closing(io::Status status) {
 void Transport::closed(bool stopped) {
     channel_.stop_listening();
     add_counts(0, added_answered_);
-    // Release: orders all of the above before the flag. Pairs with the acquire in quiet().
-    quiet_.store(true, std::memory_order_release);
+    // Release: orders all of the above before the flag. Pairs with the acquire in quiescent().
+    quiescent_.store(true, std::memory_order_release);
     if (!stopped) {
         notify();
     }

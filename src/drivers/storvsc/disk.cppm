@@ -45,12 +45,12 @@ struct Shared {
     void (*notify)(void* context) = nullptr;
     void* context = nullptr;
     // Sums over all queues, each adds its own in its tick. Relaxed: they only show how busy the host is.
-    std::atomic<u64> under_way{0};
+    std::atomic<u64> in_flight{0};
     std::atomic<u64> answered{0};
-    /// Abandoned writes of all queues that may still reach the medium. Release, when the host has answered one; acquire,
-    /// before a queue sends a write.
+    /// Abandoned writes of all queues that may still reach the medium. Release, when the host has answered one;
+    /// acquire, before a queue sends a write.
     std::atomic<u32> late_writes{0};
-    std::atomic<u64> heard{0}; // packets of any kind: the answer to a bus reset arrives on the first queue
+    std::atomic<u64> received{0}; // packets of any kind: the answer to a bus reset arrives on the first queue
     // All queues; written by the controller.
     std::array<io::Listener, max_queues> queues;
     /// Call after a change of closed, reset_wanted or rescan_wanted: the queues then check them, on their own
@@ -99,14 +99,14 @@ class Transport : public io::TransportDefaults {
     void start(DmaSpan parameters, Nanoseconds timeout);
     /// The channel's events raise the queue until it is closed.
     void listen(io::Executor& executor) { channel_.listen(executor, *queue); }
-    void agree(const Terms& terms) { terms_ = terms; }
+    void set_terms(const Terms& terms) { terms_ = terms; }
     const Terms& terms() const { return terms_; }
     inline const Shared& shared() const { return shared_; }
     bool closed_before_start() const { return shared_.closed.load(std::memory_order_acquire); } // see Shared
     /// True: a bus reset is requested, and this is the queue that sends it.
     bool reset_wanted() const { return first_ && shared_.reset_wanted.load(std::memory_order_relaxed); }
     void reset_sent() { shared_.reset_wanted.store(false, std::memory_order_relaxed); }
-    bool quiet() const { return quiet_.load(std::memory_order_acquire); } // pairs with the release in closed()
+    bool quiescent() const { return quiescent_.load(std::memory_order_acquire); } // pairs with the release in closed()
 
     // io::BlockTransport
     void use(io::CommandTable<Transport>& commands) { commands_ = &commands; }
@@ -120,7 +120,7 @@ class Transport : public io::TransportDefaults {
     inline bool finish(Command&, io::Status) { return true; }
     inline io::Fence fence(Command&) { return io::Fence::reachable; }
     io::Recovery recover(const Command& oldest, io::OldestWait::Finding finding, std::string_view names);
-    std::optional<Error> asked_in_vain(bool writes);
+    std::optional<Error> reset_ineffective(bool writes);
     io::Stuck stuck(std::string_view names);
     void count_late_writes(i32 change) {
         shared_.late_writes.fetch_add(static_cast<u32>(change), std::memory_order_release);
@@ -134,7 +134,7 @@ class Transport : public io::TransportDefaults {
         return channel_.rescinded() || reset_wanted() ||
                (first_ && shared_.rescan_wanted.load(std::memory_order_relaxed));
     }
-    std::optional<io::Status> closed_elsewhere() const;
+    std::optional<io::Status> closed_by_peer() const;
     Error fault() const;
     bool closing(io::Status status);
     void closed(bool stopped);
@@ -147,7 +147,7 @@ class Transport : public io::TransportDefaults {
         return io::Next::broken;
     }
     [[gnu::noinline]] io::Completion judge(u64 id, Command& command, const Packet& packet); // off the fast path
-    void add_counts(u64 under_way, u64 answered);
+    void add_counts(u64 in_flight, u64 answered);
     inline void notify() const {
         if (shared_.notify != nullptr && first_) {
             shared_.notify(shared_.context);
@@ -170,12 +170,12 @@ class Transport : public io::TransportDefaults {
     DmaSpan parameters_;
     std::optional<Error> fault_;
     u64 charged_signals_ = 0;
-    u64 heard_ = 0; // packets received from the host so far, of any kind
-    u64 added_under_way_ = 0;
+    u64 received_ = 0; // packets received from the host so far, of any kind
+    u64 added_in_flight_ = 0;
     u64 added_answered_ = 0;
-    u64 added_heard_ = 0;
-    u64 reset_heard_ = 0; // packets received by all queues when the bus reset was requested
-    std::atomic<bool> quiet_{true};
+    u64 added_received_ = 0;
+    u64 reset_received_ = 0; // packets received by all queues when the bus reset was requested
+    std::atomic<bool> quiescent_{true};
 };
 
 } // namespace fl::drivers::storvsc
@@ -208,10 +208,10 @@ class Queue final : public io::BlockQueue<Transport> {
 
     /// Call when the channel is open. `parameters`, `timeout`: see Transport::start.
     void start(DmaSpan parameters, Nanoseconds timeout);
-    void agree(const Terms& terms) { transport().agree(terms); }
+    void set_terms(const Terms& terms) { transport().set_terms(terms); }
     const Terms& terms() const { return transport().terms(); }
     /// Callable on any processor: it has ended everything and no longer accesses the channel.
-    bool quiet() const { return transport().quiet(); }
+    bool quiescent() const { return transport().quiescent(); }
     /// Ends everything under way, here at once and in the other queues in their next turn, and accepts no more
     /// requests.
     void shut(io::Status status, const Error& why) { close(status, why); }

@@ -117,7 +117,7 @@ constexpr bool was_flushed(SrbStatus status) {
     return status == SrbStatus::bus_reset || status == SrbStatus::aborted || status == SrbStatus::request_flushed;
 }
 /// No unit at this address, or no longer.
-constexpr bool says_nobody(SrbStatus status) {
+constexpr bool is_no_device(SrbStatus status) {
     return status == SrbStatus::invalid_lun || status == SrbStatus::no_device || status == SrbStatus::invalid_target_id;
 }
 inline constexpr u8 srb_autosense_valid = 0x80;

@@ -159,7 +159,7 @@ io::Next Transport::next(io::Completion& completion) {
         if (armed_at_ != never) { // the processor slept until these arrived
             if (eager_ != 0) {
                 --eager_;
-            } else if (executor_.turn_time() <= after(armed_at_, patience)) {
+            } else if (executor_.turn_time() <= after(armed_at_, linger)) {
                 next_eager_ = 1;
             } else {
                 next_eager_ = std::min(next_eager_ * 2, max_eager);
@@ -180,13 +180,13 @@ io::Next Transport::next(io::Completion& completion) {
 [[gnu::always_inline]] inline io::Next Transport::check(const Response& response, io::Completion& completion) {
     const Command* command = commands_->find(response.id);
     if (command == nullptr) [[unlikely]] {
-        return broken({Code::protocol, "an answer carries an id that is not under way (unknown, repeated or retired)",
+        return broken({Code::protocol, "a response carries an id that is not in flight (unknown, repeated or retired)",
                        0, response.id});
     }
     const Wire& wire = command->wire;
     if (response.operation != wire.operation && !(wire.pages.indirect && response.operation == Operation::indirect))
         [[unlikely]] {
-        return broken({Code::protocol, "an answer names another operation than was asked for",
+        return broken({Code::protocol, "a response has another operation than its request",
                        to_underlying(wire.operation), to_underlying(response.operation)});
     }
     completion.id = response.id;
@@ -195,7 +195,7 @@ io::Next Transport::next(io::Completion& completion) {
     case status_error: completion.status = io::Status::io_error; break;
     case status_not_supported: completion.status = io::Status::not_supported; break;
     default:
-        return broken({Code::protocol, "an answer has a status that the block interface does not define", 0,
+        return broken({Code::protocol, "a response has a status that the block interface does not define", 0,
                        static_cast<u16>(response.status)});
     }
     return io::Next::one;
@@ -225,7 +225,7 @@ io::Fence Transport::fence(Command& command) {
 }
 
 // The number of outstanding responses after which an event pays off: all of them, as long as whole batches arrive
-// within `patience`; otherwise three quarters, so that a slow response does not delay the others; and at least as
+// within `linger`; otherwise three quarters, so that a slow response does not delay the others; and at least as
 // many as the last request has commands, because no waiter can continue earlier. Responses waiting for the rest are
 // found by the executor's tick at the latest.
 u32 Transport::event_after(u32 owed) const {
@@ -265,10 +265,10 @@ io::Recovery Transport::recover(const Command&, io::OldestWait::Finding finding,
 io::Stuck Transport::stuck(std::string_view) {
     if (commands_->full() || requests_->full()) {
         return {.kind = io::Stuck::Kind::close,
-                .why = Error{Code::timed_out, "every slot is held by a request that the back end never answered"}};
+                .why = Error{Code::timed_out, "every slot is held by a request that the back end never completed"}};
     }
     return {.kind = io::Stuck::Kind::give_up,
-            .why = Error{Code::timed_out, "no grant entries came free for a request within the time-out"}};
+            .why = Error{Code::timed_out, "no grant entries became free for a request within the time-out"}};
 }
 
 Result<void> Transport::tick(Instant, bool waiting) {

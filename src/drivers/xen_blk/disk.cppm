@@ -46,7 +46,7 @@ class Transport : public io::TransportDefaults {
     static constexpr Nanoseconds idle_window = io::Executor::tick_length;
     /// After a batch of responses that took longer than this, the event for the next two batches is requested before
     /// the whole batch is due; after another slow one for the next four, and so on.
-    static constexpr Nanoseconds patience = 2'000'000;
+    static constexpr Nanoseconds linger = 2'000'000;
     static constexpr u32 max_eager = 64;
 
     struct Wire {
@@ -158,7 +158,7 @@ class Disk final : public io::QueueDisk<Transport> {
     /// The back end can no longer access anything: frees the grants and pages of a disk that was shut.
     void reclaim();
     /// Commands whose slots are still held by the back end.
-    u32 abandoned() const { return queue_.under_way(); }
+    u32 abandoned() const { return queue_.in_flight(); }
 
   private:
     io::BlockQueue<Transport> queue_;

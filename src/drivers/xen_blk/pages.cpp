@@ -36,7 +36,7 @@ Result<void> Pages::open(const PageTerms& terms, u32 sector_size, u32 requests, 
         while (pool_.size() + pool_chunk <= wanted && add_pool_pages(pool)) {
         }
     } else {
-        return Error{Code::bad_argument, "persistent grants were agreed on and there are no pages for them",
+        return Error{Code::bad_argument, "persistent grants were negotiated and there are no pages for them",
                      max_segments, pool_.size()};
     }
     if (indirect_segments_ > segments_in_slot) {

@@ -186,7 +186,7 @@ class Pages {
     }
     for (u32 i = pages.segments; i-- > 0;) { // LIFO order keeps reusing the same few
         if (persistent_) {
-            pool_.give(static_cast<u16>(pages.refs[i]));
+            pool_.recycle(static_cast<u16>(pages.refs[i]));
         } else {
             safe = grants_.release(pages.refs[i]) && safe;
         }

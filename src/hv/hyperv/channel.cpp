@@ -100,12 +100,12 @@ Inbox::~Inbox() {
 
 bool Inbox::drain() {
     const u32 events = channel_.interrupts();
-    const bool ended = !told_ && (channel_.rescinded() || channel_.broken());
+    const bool ended = !reported_ && (channel_.rescinded() || channel_.broken());
     if (events == seen_ && !ended) {
         return false;
     }
     seen_ = events;
-    told_ = told_ || ended;
+    reported_ = reported_ || ended;
     latch_.open();
     return true;
 }
@@ -118,7 +118,7 @@ bool Inbox::arm() {
     if (found && !*found) {
         return false;
     }
-    if (!found && std::exchange(told_, true)) {
+    if (!found && std::exchange(reported_, true)) {
         return false; // broken, and already reported
     }
     latch_.open();

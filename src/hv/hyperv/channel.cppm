@@ -128,7 +128,7 @@ class Channel {
     /// Whether the host has obeyed the protocol on both rings so far. Cheap.
     inline bool sound() const { return sender_ && !sender_->error() && !receiver_->error(); }
     /// The same, after another check of the host's read index: for an owner who misses a completion.
-    bool look() { return sender_ && sender_->observe() && sound(); }
+    bool check() { return sender_ && sender_->observe() && sound(); }
     /// The first protocol violation on one of the rings; nothing while they are sound.
     std::optional<Error> broken() const {
         if (sender_ && sender_->error()) {
@@ -234,7 +234,7 @@ class Inbox final : public io::Service {
     /// Publishes what was sent at the end of this turn of the executor.
     void touch() { executor_.touch(*this); }
     /// Ends a wait, so that the owner can notify its own coroutine. Call on the channel's executor.
-    void poke() { latch_.open(); }
+    void notify() { latch_.open(); }
 
     void flush() override { static_cast<void>(channel_.publish()); }
     bool drain() override;
@@ -246,8 +246,8 @@ class Inbox final : public io::Service {
     Channel& channel_;
     io::Executor& executor_;
     io::Latch latch_;
-    u32 seen_ = 0;      // Channel::interrupts() when the channel was last checked
-    bool told_ = false; // has reported that the channel is broken or rescinded
+    u32 seen_ = 0;          // Channel::interrupts() when the channel was last checked
+    bool reported_ = false; // has reported that the channel is broken or rescinded
 };
 
 } // namespace fl::hv::hyperv

@@ -215,7 +215,7 @@ class PacketSender {
         return begun == Sent::queued ? end(payload) : begun;
     }
 
-    bool look_for_room(u32 need) { return observe() && ring_.free() >= need; }
+    bool refresh_room(u32 need) { return observe() && ring_.free() >= need; }
 
     Sent begin(PacketType type, u64 header, u64 payload, u64 transaction, u16 flags) {
         if (error_) [[unlikely]] {
@@ -226,7 +226,7 @@ class PacketSender {
         if (need > ring_.capacity() || total / 8 > 0xffff) [[unlikely]] {
             return Sent::too_long;
         }
-        if (ring_.free() < need && !look_for_room(static_cast<u32>(need))) [[unlikely]] {
+        if (ring_.free() < need && !refresh_room(static_cast<u32>(need))) [[unlikely]] {
             if (error_) {
                 return Sent::broken;
             }
@@ -235,7 +235,7 @@ class PacketSender {
             // Our pending_send_sz before their read index. Pairs with the host's barrier between its read index and its
             // read of pending_send_sz.
             memory_.full_barrier();
-            if (!look_for_room(static_cast<u32>(need))) {
+            if (!refresh_room(static_cast<u32>(need))) {
                 return error_ ? Sent::broken : Sent::full;
             }
         }
@@ -294,7 +294,7 @@ class PacketReceiver {
             return *error_;
         }
         if (ring_.ready() == 0) {
-            auto seen = look();
+            auto seen = refresh();
             if (!seen) [[unlikely]] {
                 return seen.error();
             }
@@ -305,11 +305,11 @@ class PacketReceiver {
         const u32 ready = ring_.ready();
         const u32 capacity = static_cast<u32>(memory_.size() - ring_header_bytes) - 1;
         if (unreleased_ + ready > capacity) [[unlikely]] {
-            return broken("VMBus ring: the host writes over what it has not been given back", capacity,
+            return broken("VMBus ring: the host overwrites bytes that were not released", capacity,
                           u64{unreleased_} + ready);
         }
         if (ready < sizeof(PacketDescriptor) + packet_trailer_bytes) [[unlikely]] {
-            return broken("VMBus ring: fewer bytes are there than any packet has",
+            return broken("VMBus ring: fewer bytes are available than any packet has",
                           sizeof(PacketDescriptor) + packet_trailer_bytes, ready);
         }
         PacketDescriptor descriptor;
@@ -323,11 +323,11 @@ class PacketReceiver {
             return broken("VMBus packet: it is shorter than its header", header, total);
         }
         if (total + packet_trailer_bytes > ready) [[unlikely]] {
-            return broken("VMBus packet: it is longer than what is in the ring", ready, total + packet_trailer_bytes);
+            return broken("VMBus packet: it is longer than the data in the ring", ready, total + packet_trailer_bytes);
         }
         const u32 rest = total - static_cast<u32>(sizeof(PacketDescriptor));
         if (rest > buffer_.size()) [[unlikely]] {
-            return broken("VMBus packet: it is longer than this channel takes", buffer_.size(), rest);
+            return broken("VMBus packet: it is longer than this channel accepts", buffer_.size(), rest);
         }
         static_cast<void>(ring_.remove(buffer_.first(rest)));
         // The trailer repeats the packet's start offset. Linux ignores it, so hosts that write another value have never
@@ -373,7 +373,7 @@ class PacketReceiver {
         }
         auto found = ring_.arm(1);
         if (!found) [[unlikely]] {
-            return broken("VMBus ring: the host's write index is behind its last one or outside of the ring",
+            return broken("VMBus ring: the host's write index moves backwards or is outside of the ring",
                           found.error().expected, found.error().seen);
         }
         return *found;
@@ -392,10 +392,10 @@ class PacketReceiver {
         error_ = Error{Code::protocol, rule, expected, seen};
         return *error_;
     }
-    Result<u32> look() {
+    Result<u32> refresh() {
         auto seen = ring_.available();
         if (!seen) [[unlikely]] {
-            return broken("VMBus ring: the host's write index is behind its last one or outside of the ring",
+            return broken("VMBus ring: the host's write index moves backwards or is outside of the ring",
                           seen.error().expected, seen.error().seen);
         }
         if (*seen % 8 != 0) [[unlikely]] {

@@ -75,7 +75,7 @@ void Synic::interrupt() {
     // single writer
     processor.interrupts.store(processor.interrupts.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     take_events(processor);
-    if (processor.looking.load(std::memory_order_relaxed)) { // on this same processor: the interrupt hit look()
+    if (processor.checking.load(std::memory_order_relaxed)) { // on this same processor: the interrupt hit check_slot()
         processor.again.store(true, std::memory_order_relaxed);
         announce_messages(processor);
     } else {
@@ -132,11 +132,11 @@ void Synic::take_messages(Processor& processor, bool queued_here) {
                 timer_handler_(timer_context_);
             }
         } else if (!queued_here || type != channel_message) {
-            stray_.fetch_add(1, std::memory_order_relaxed);
+            unexpected_messages_.fetch_add(1, std::memory_order_relaxed);
         } else {
             const u32 tail = tail_.load(std::memory_order_relaxed);
             if (tail - head_.load(std::memory_order_acquire) == queue_length) {
-                return; // leave it in the slot: the host waits until next() has made room and calls look()
+                return; // leave it in the slot: the host waits until next() has made room and calls check_slot()
             }
             SynicMessage& message = queue_[tail % queue_length];
             message.type = type;
@@ -154,16 +154,16 @@ void Synic::take_messages(Processor& processor, bool queued_here) {
     }
 }
 
-void Synic::look(Processor& processor) {
-    // The handler may interrupt this at any instruction; while `looking` is set, it does not access the slot but sets
+void Synic::check_slot(Processor& processor) {
+    // The handler may interrupt this at any instruction; while `checking` is set, it does not access the slot but sets
     // `again`. All on one processor: only the compiler must be kept from reordering.
     for (u32 tries = 0; tries < messages_per_interrupt; ++tries) {
         processor.again.store(false, std::memory_order_relaxed);
-        processor.looking.store(true, std::memory_order_relaxed);
+        processor.checking.store(true, std::memory_order_relaxed);
         std::atomic_signal_fence(std::memory_order_seq_cst);
         take_messages(processor, true);
         std::atomic_signal_fence(std::memory_order_seq_cst);
-        processor.looking.store(false, std::memory_order_relaxed);
+        processor.checking.store(false, std::memory_order_relaxed);
         std::atomic_signal_fence(std::memory_order_seq_cst);
         if (!processor.again.load(std::memory_order_relaxed)) {
             return;
@@ -180,7 +180,7 @@ bool Synic::next(SynicMessage& into) {
                     .load(std::memory_order_relaxed) == to_underlying(SynicMessageType::none)) {
             return false;
         }
-        look(processor); // interrupts are off, or the queue was full when the message arrived
+        check_slot(processor); // interrupts are off, or the queue was full when the message arrived
         if (tail_.load(std::memory_order_acquire) == head) {
             return false;
         }

@@ -86,7 +86,7 @@ class Synic {
     /// Interrupts taken, on all processors.
     u64 interrupts() const;
     /// Unexpected messages, which were dropped: not from the VMBus, or on a processor that expects none.
-    u64 stray() const { return stray_.load(std::memory_order_relaxed); }
+    u64 unexpected_messages() const { return unexpected_messages_.load(std::memory_order_relaxed); }
 
   private:
     struct alignas(64) Processor {
@@ -95,8 +95,8 @@ class Synic {
         io::Executor* executor = nullptr;
         u32 vp_index = 0;
         std::atomic<bool> on{false};
-        std::atomic<bool> looking{false}; // the processor is reading the slot outside the handler
-        std::atomic<bool> again{false};   // the handler ran meanwhile
+        std::atomic<bool> checking{false}; // the processor is reading the slot outside the handler
+        std::atomic<bool> again{false};    // the handler ran meanwhile
         std::atomic<u64> interrupts{0};
     };
 
@@ -104,7 +104,7 @@ class Synic {
     void take_events(Processor& processor);
     void take_messages(Processor& processor, bool queued_here);
     void announce_messages(Processor& processor);
-    void look(Processor& processor);
+    void check_slot(Processor& processor);
     inline void raised(Processor& processor, u32 flag) {
         if (flag < event_flags) {
             std::atomic<u32>& count = events_[flag];
@@ -123,7 +123,7 @@ class Synic {
     void* timer_context_ = nullptr;
     std::atomic<InterruptPage*> interrupt_page_{nullptr};
     std::atomic<u32> watched_words_{1};
-    std::atomic<u64> stray_{0};
+    std::atomic<u64> unexpected_messages_{0};
     // Processor 0's message queue: written by its handler, read by its executor, both on processor 0.
     std::atomic<u32> head_{0};
     std::atomic<u32> tail_{0};

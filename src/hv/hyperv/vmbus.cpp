@@ -24,7 +24,7 @@ constexpr u32 messages_per_turn = 128;
 constexpr Nanoseconds shortest_retry = 200'000;
 constexpr Nanoseconds longest_retry = 10'000'000;
 // Attempts, one per tick, to release an id; after that the host keeps it allocated.
-constexpr u32 most_release_attempts = 1000;
+constexpr u32 max_release_attempts = 1000;
 
 // Copies a message into its struct; fields that the sender omitted are zero. Nothing if shorter than `least` bytes.
 template <class M>
@@ -62,7 +62,7 @@ io::Task<Result<void>> Vmbus::answer(Pending& pending, io::Bound bound, std::str
         co_return Result<void>{};
     }
     if (pending.gone) {
-        co_return Error{Code::device_gone, "VMBus: the host has taken the device away"};
+        co_return Error{Code::device_gone, "VMBus: the host has rescinded the device"};
     }
     co_return Error{Code::timed_out, what};
 }
@@ -82,7 +82,7 @@ void Vmbus::settle(MessageType type, u32 relid, u32 handle, HostStatus status) {
 
 void Vmbus::unexpected(MessageType type, std::string_view what, u64 value) {
     ++counters_.unexpected;
-    if (!std::exchange(unexpected_told_, true)) {
+    if (!std::exchange(unexpected_logged_, true)) {
         log::warning("VMBus: a message of type {} {} {:#x}: ignored, as all further ones of the kind",
                      to_underlying(type), what, value);
     }
@@ -104,8 +104,8 @@ io::Task<Result<void>> Vmbus::post(std::span<const std::byte> message, io::Bound
         // after connect(): the host is being serviced or migrated, and the connection will return
         case Status::invalid_connection_id:
             if (!connected()) {
-                co_return Error{Code::not_found, "VMBus: nobody listens at the connection that messages are posted to",
-                                0, connection_};
+                co_return Error{Code::not_found, "VMBus: no host at the connection that messages are posted to", 0,
+                                connection_};
             }
             [[fallthrough]];
         case Status::insufficient_buffers:
@@ -117,7 +117,7 @@ io::Task<Result<void>> Vmbus::post(std::span<const std::byte> message, io::Bound
             ++counters_.retries;
             co_await environment_->executor.sleep(pause);
             if (gone != nullptr && *gone) {
-                co_return Error{Code::device_gone, "VMBus: the host has taken the device away"};
+                co_return Error{Code::device_gone, "VMBus: the host has rescinded the device"};
             }
             break;
         case Status::access_denied:
@@ -208,8 +208,7 @@ io::Task<Result<void>> Vmbus::connect() {
         co_return *failure;
     }
     if (failure) {
-        co_return Error{Code::not_found,
-                        "no VMBus answers: this host shows Hyper-V's interface and has no bus behind it"};
+        co_return Error{Code::not_found, "no VMBus answers: this host has Hyper-V's interface and no bus"};
     }
     co_return Error{Code::not_supported, "the host refuses every version of the VMBus from 5.3 down to 0.13"};
 }
@@ -219,8 +218,7 @@ io::Task<Result<void>> Vmbus::request_offers() {
     Pending pending(*this, MessageType::all_offers_delivered, 0, 0);
     const RequestOffers message;
     CO_CHECK(co_await send(message, until));
-    const auto ended =
-        co_await answer(pending, answering_bound(), "VMBus: the host does not come to an end with its offers");
+    const auto ended = co_await answer(pending, answering_bound(), "VMBus: the host does not complete its offers");
     offers_delivered_ = true; // or are late, and will be passed to the listeners
     co_return ended;
 }
@@ -281,7 +279,7 @@ void Vmbus::tick(Instant) {
     while (connected() && to_release_count_ != 0) { // those that could not be posted
         const RelidReleased message{{RelidReleased::type}, to_release_[to_release_count_ - 1]};
         if (post_now(std::as_bytes(std::span<const RelidReleased, 1>(&message, 1))) != Status::success &&
-            ++release_attempts_ < most_release_attempts) {
+            ++release_attempts_ < max_release_attempts) {
             return;
         }
         release_attempts_ = 0;
@@ -345,13 +343,13 @@ void Vmbus::take(const SynicMessage& message) {
         settle(header->type, 0, 0, HostStatus::success);
         return;
     }
-    default: unexpected(header->type, "is of no known kind (bytes)", bytes.size()); return;
+    default: unexpected(header->type, "is of an unknown type (bytes)", bytes.size()); return;
     }
 }
 
 void Vmbus::on_offer(const OfferChannel& message) {
     if (!connected() || message.relid == 0 || message.relid >= max_relids || known(message.relid) != nullptr) {
-        unexpected(message.header.type, "offers a channel whose id cannot be, or is in use:", message.relid);
+        unexpected(message.header.type, "offers a channel whose id is invalid or in use:", message.relid);
         return;
     }
     if (offers_.size() >= max_offers || !offers_.push({})) {
@@ -411,11 +409,11 @@ void Vmbus::on_offer(const OfferChannel& message) {
 void Vmbus::on_rescind(u32 relid) {
     KnownOffer* offer = known(relid);
     if (offer == nullptr || offer->rescinded) {
-        unexpected(MessageType::rescind_channel_offer, "rescinds what is not offered:", relid);
+        unexpected(MessageType::rescind_channel_offer, "rescinds a channel that is not offered:", relid);
         return;
     }
     ++counters_.rescinds;
-    log::info("VMBus: the host takes channel {} of {} {} away", relid, offer->offer.type.text().view(),
+    log::info("VMBus: the host rescinds channel {} of {} {}", relid, offer->offer.type.text().view(),
               offer->offer.instance.text().view());
     const bool open = offer->open;
     offer->rescinded = true;
@@ -426,7 +424,7 @@ void Vmbus::on_rescind(u32 relid) {
         }
     }
     if (!open) {
-        no_longer_open(relid);
+        channel_closed(relid);
         return;
     }
     for (Channel* channel = channels_; channel != nullptr; channel = channel->next) {
@@ -473,7 +471,7 @@ void Vmbus::forget(u32 relid) {
 }
 
 // The channel is not open any more: after a rescind its id is released, and the host may reuse it.
-void Vmbus::no_longer_open(u32 relid) {
+void Vmbus::channel_closed(u32 relid) {
     KnownOffer* offer = known(relid);
     if (offer == nullptr) {
         return;

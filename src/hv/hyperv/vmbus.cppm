@@ -200,10 +200,10 @@ class Vmbus final : public io::Service {
     void release_relid(u32 relid);
     KnownOffer* known(u32 relid);
     void forget(u32 relid);
-    void no_longer_open(u32 relid);
+    void channel_closed(u32 relid);
     bool is_rescinded(u32 relid);
     void unlink(Channel& channel);
-    u32 fresh_gpadl();
+    u32 new_gpadl();
     io::Bound answering_bound() const { return {environment_->executor, environment_->timeout}; }
     io::Bound posting_bound() const {
         return {environment_->executor, std::max(environment_->timeout, posting_timeout)};
@@ -216,7 +216,7 @@ class Vmbus final : public io::Service {
     u32 connection_ = message_connection;
     bool active_ = false; // in the executor's list; messages are processed
     bool offers_delivered_ = false;
-    bool unexpected_told_ = false;
+    bool unexpected_logged_ = false;
     u32 next_gpadl_ = 1;
     u32 next_open_ = 1;
     Vector<KnownOffer> offers_; // sorted by relid

@@ -123,10 +123,9 @@ io::Task<Result<BusState>> Frontend::await_state(std::span<const BusState> wante
                             to_underlying(BusState::connected), to_underlying(seen)};
         }
         if (!co_await changed_.wait(bound)) {
-            co_return Error{
-                Code::timed_out,
-                "the back end does not reach the state that is waited for (timeout=MILLISECONDS changes the bound)",
-                to_underlying(wanted.front()), to_underlying(seen)};
+            co_return Error{Code::timed_out,
+                            "the back end does not reach the expected state (timeout=MILLISECONDS changes the bound)",
+                            to_underlying(wanted.front()), to_underlying(seen)};
         }
         if (bound.passed()) { // a back end that keeps changing its state
             co_return Error{Code::timed_out, "the back end does not settle in a state", to_underlying(wanted.front()),

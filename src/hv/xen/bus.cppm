@@ -40,7 +40,7 @@ class Frontend {
     auto changed(const io::Bound& bound) { return changed_.wait(bound); }
     auto changed() { return changed_.wait(); }
     /// Ends a wait in changed(), so that the owner can notify its own coroutine.
-    void poke() { changed_.open(); }
+    void notify() { changed_.open(); }
     /// Stops watching.
     io::Task<Result<void>> close();
 

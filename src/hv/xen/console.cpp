@@ -64,7 +64,7 @@ void ConsoleRing::open(const Hypercalls& calls, std::byte* page, Port port, u64 
     page_ = page;
     port_ = port;
     cycles_ = cycles;
-    patience_ = patience_ms * (cycles_per_ms != 0 ? cycles_per_ms : fast);
+    timeout_ = timeout_ms * (cycles_per_ms != 0 ? cycles_per_ms : fast);
     // A loader may have written before; keep what has not been read yet.
     produced_ = io::MappedMemory(page_, 4096).load_acquire<u32>(offsetof(ConsolePage, out_producer));
 }
@@ -98,17 +98,17 @@ bool ConsoleRing::wait_for(u32 room) {
         static_cast<void>(calls_.call(Hypercall::sched_op, to_underlying(SchedOp::yield)));
         // A large step means that the machine was stopped, and the reader with it: count little of it.
         const u64 now = cycles_();
-        const u64 step = std::min(now - last, patience_ / 8);
+        const u64 step = std::min(now - last, timeout_ / 8);
         last = now;
         still += step;
         all += step;
         if (const u32 room_now = free(); room_now != seen) {
             seen = room_now;
             still = 0;
-        } else if (still > patience_) {
+        } else if (still > timeout_) {
             return false;
         }
-        if (all > 8 * patience_) { // a reader that keeps moving but makes no room
+        if (all > 8 * timeout_) { // a reader that keeps moving but makes no room
             return seen >= room;
         }
     }
@@ -122,7 +122,7 @@ bool ConsoleRing::put(std::string_view text) {
         if (!wait_for(1)) {
             stalled_ = true;
             lost_ += text.size();
-            lost_untold_ += text.size();
+            lost_unreported_ += text.size();
             return false;
         }
         const u32 at = produced_ % console_out_bytes;
@@ -136,14 +136,14 @@ bool ConsoleRing::put(std::string_view text) {
 }
 
 // Reports the lost bytes on a line of their own, once there is room for it.
-bool ConsoleRing::tell_lost() {
+bool ConsoleRing::report_lost() {
     FixedText<80> note;
-    print(note, "\r\n[{} bytes are lost here: nobody read this console]\r\n", lost_untold_);
+    print(note, "\r\n[{} bytes are lost here: this console was not read]\r\n", lost_unreported_);
     if (free() < note.size()) {
         return false;
     }
     stalled_ = false;
-    lost_untold_ = 0;
+    lost_unreported_ = 0;
     return put(note);
 }
 
@@ -152,9 +152,9 @@ void ConsoleRing::write(std::string_view text) {
         return;
     }
     while (!text.empty()) {
-        if (stalled_ && !tell_lost()) {
+        if (stalled_ && !report_lost()) {
             lost_ += text.size();
-            lost_untold_ += text.size();
+            lost_unreported_ += text.size();
             return;
         }
         const usize end = text.find('\n');
@@ -174,7 +174,7 @@ void ConsoleRing::flush() {
     }
     if (stalled_) {
         static_cast<void>(wait_for(console_out_bytes / 2)); // room for the note and the text that follows
-        if (!tell_lost()) {
+        if (!report_lost()) {
             return;
         }
     }

@@ -37,7 +37,7 @@ class ConsoleRing final : public log::Sink {
   public:
     /// How long to wait, in ms, for a reader that makes no progress. The first wait may be for one that is still
     /// starting.
-    static constexpr u64 patience_ms = 500;
+    static constexpr u64 timeout_ms = 500;
 
     /// `page`: the mapped ring. `cycles`: a counter with `cycles_per_ms`; 0: unknown, a fast counter is assumed.
     void open(const Hypercalls& calls, std::byte* page, Port port, u64 (*cycles)(), u64 cycles_per_ms);
@@ -54,17 +54,17 @@ class ConsoleRing final : public log::Sink {
     bool wait_for(u32 room);
     bool put(std::string_view text);
     void publish();
-    bool tell_lost();
+    bool report_lost();
 
     Hypercalls calls_;
     std::byte* page_ = nullptr;
     Port port_ = Port::none;
     u64 (*cycles_)() = nullptr;
-    u64 patience_ = 0; // in cycles
+    u64 timeout_ = 0;  // in cycles
     u32 produced_ = 0; // position up to which the ring is filled; made visible by publish()
     bool stalled_ = false;
-    u64 lost_ = 0;        // bytes, in total
-    u64 lost_untold_ = 0; // bytes, of these, not yet reported on the console
+    u64 lost_ = 0;            // bytes, in total
+    u64 lost_unreported_ = 0; // bytes, of these, not yet reported on the console
 };
 
 } // namespace fl::hv::xen

@@ -87,10 +87,10 @@ void Events::scan() {
             std::atomic_ref<u64> pending(shared_->pending[word]);
             // Acquire: makes the senders' writes before their notification visible to what the handlers wake. Pairs
             // with Xen's set, after the sender's hypercall.
-            u64 ringing = pending.load(std::memory_order_acquire) & ~masked;
-            pending.fetch_and(~ringing, std::memory_order_acquire);
-            for (; ringing != 0; ringing &= ringing - 1) {
-                const u32 n = word * 64 + static_cast<u32>(std::countr_zero(ringing));
+            u64 raised = pending.load(std::memory_order_acquire) & ~masked;
+            pending.fetch_and(~raised, std::memory_order_acquire);
+            for (; raised != 0; raised &= raised - 1) {
+                const u32 n = word * 64 + static_cast<u32>(std::countr_zero(raised));
                 if (n < capacity && slots_[n].handler != nullptr) [[likely]] {
                     slots_[n].handler(slots_[n].context);
                 } else {

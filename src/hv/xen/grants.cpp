@@ -25,7 +25,7 @@ void Grants::add_frame(u32 frame) {
     const u32 first = std::max(frame * grants_per_frame, grants_reserved);
     for (u32 ref = (frame + 1) * grants_per_frame; ref-- > first;) {
         if (std::atomic_ref<u16>(table_[ref].flags).load(std::memory_order_relaxed) == 0) {
-            give(ref);
+            recycle(ref);
         }
     }
 }
@@ -68,7 +68,7 @@ void Grants::sweep() {
             if (end(ref)) {
                 quarantine_[word] &= ~(u64{1} << ref % 64);
                 --quarantined_;
-                give(ref);
+                recycle(ref);
             }
         }
     }

@@ -58,11 +58,11 @@ class Grants {
         return flags.compare_exchange_strong(seen, 0, std::memory_order_seq_cst, std::memory_order_relaxed);
     }
     /// Frees an entry whose page no other domain can access (ended, or never granted).
-    inline void give(GrantRef ref) { free_[free_count_++] = static_cast<u16>(ref); }
-    /// end() and give(); if end() fails, quarantines the entry. True: the page is safe to reuse.
+    inline void recycle(GrantRef ref) { free_[free_count_++] = static_cast<u16>(ref); }
+    /// end() and recycle(); if end() fails, quarantines the entry. True: the page is safe to reuse.
     inline bool release(GrantRef ref) {
         if (end(ref)) [[likely]] {
-            give(ref);
+            recycle(ref);
             return true;
         }
         quarantine(ref);

@@ -21,7 +21,7 @@ Result<void> checked(i64 answer, std::string_view what) {
 Result<u32> Hypercalls::features() {
     FeatureInfo info{};
     if (auto ok = checked(call(Hypercall::xen_version, VersionOp::get_features, info),
-                          "Xen does not tell its features (errno)");
+                          "Xen does not report its features (errno)");
         !ok) {
         return ok.error();
     }
@@ -36,8 +36,8 @@ Result<void> Hypercalls::add_to_physmap(MapSpace space, u64 index, u64 frame) {
 
 Result<u64> Hypercalls::hvm_parameter(HvmParam index) {
     HvmParameter parameter{domain_self, 0, index, 0};
-    if (auto ok =
-            checked(call(Hypercall::hvm_op, HvmOp::get_param, parameter), "Xen does not tell an HVM parameter (errno)");
+    if (auto ok = checked(call(Hypercall::hvm_op, HvmOp::get_param, parameter),
+                          "Xen does not report an HVM parameter (errno)");
         !ok) {
         return ok.error();
     }
@@ -46,13 +46,13 @@ Result<u64> Hypercalls::hvm_parameter(HvmParam index) {
 
 Result<void> Hypercalls::set_hvm_parameter(HvmParam index, u64 value) {
     HvmParameter parameter{domain_self, 0, index, value};
-    return checked(call(Hypercall::hvm_op, HvmOp::set_param, parameter), "Xen does not take an HVM parameter (errno)");
+    return checked(call(Hypercall::hvm_op, HvmOp::set_param, parameter), "Xen refuses an HVM parameter (errno)");
 }
 
 Result<void> Hypercalls::set_upcall_vector(u32 vcpu, u8 vector) {
     UpcallVector upcall{vcpu, vector, {}};
     return checked(call(Hypercall::hvm_op, HvmOp::set_upcall_vector, upcall),
-                   "Xen does not take a vector for events (errno)");
+                   "Xen refuses a vector for events (errno)");
 }
 
 i64 Hypercalls::console_write(std::string_view text) {
@@ -67,7 +67,7 @@ Result<u32> Hypercalls::grant_table_limit() {
     const i64 answer =
         call(Hypercall::grant_table_op, to_underlying(GrantOp::query_size), reinterpret_cast<u64>(&size), 1);
     if (answer < 0 || size.status != 0) {
-        return Error{Code::not_supported, "Xen does not tell the size of the grant table (errno)", 0,
+        return Error{Code::not_supported, "Xen does not report the size of the grant table (errno)", 0,
                      static_cast<u64>(answer < 0 ? -answer : -size.status)};
     }
     return size.max_frames;

@@ -26,19 +26,19 @@ Error from_server(std::string_view name) {
         return {Code::not_found, "XenStore has no such node"};
     }
     if (name == "EAGAIN") {
-        return {Code::busy, "XenStore: somebody else changed the nodes of the transaction"};
+        return {Code::busy, "XenStore: another client changed the nodes of the transaction"};
     }
     if (name == "EACCES" || name == "EPERM") {
-        return {Code::not_supported, "XenStore does not let this guest do that"};
+        return {Code::not_supported, "XenStore denies access to this guest"};
     }
     if (name == "EEXIST") {
-        return {Code::busy, "XenStore has that already"};
+        return {Code::busy, "XenStore has such a node already"};
     }
     if (name == "ENOSPC" || name == "ENOMEM" || name == "EQUOTA") {
         return {Code::exhausted, "XenStore has no room left for this guest"};
     }
     if (name == "ENOSYS" || name == "EOPNOTSUPP") {
-        return {Code::not_supported, "XenStore does not know this request"};
+        return {Code::not_supported, "XenStore does not support this request"};
     }
     return {Code::io, "XenStore refuses the request"};
 }
@@ -72,7 +72,7 @@ Result<void> Store::start(io::Executor& executor, Events& events) {
     const u32 produced = memory.load_acquire<u32>(offsetof(StorePage, request_producer));
     const u32 consumed = memory.load_acquire<u32>(offsetof(StorePage, request_consumer));
     if (produced != consumed) {
-        return Error{Code::protocol, "XenStore's ring holds a request that is not ours", consumed, produced};
+        return Error{Code::protocol, "XenStore's ring holds a request from somewhere else", consumed, produced};
     }
     // Discard replies to previous users of the ring.
     const u32 answered = memory.load_acquire<u32>(offsetof(StorePage, response_producer));
@@ -159,7 +159,7 @@ struct Store::Sending {
     ~Sending() {
         if (incomplete) {
             static_cast<void>(
-                store.close({Code::timed_out, "a request could not be written whole: the server takes nothing"}));
+                store.close({Code::timed_out, "a request could not be written whole: the server reads nothing"}));
         }
         store.leave();
     }
@@ -316,7 +316,7 @@ void Store::dispatch() {
         // a protocol error.
         const u32 age = next_id_ - header_.request_id;
         if (age == 0 || age >= u32{1} << 31 || (expected_.active && header_.request_id == expected_.id)) {
-            static_cast<void>(close({Code::protocol, "XenStore answers a request that is not under way", expected_.id,
+            static_cast<void>(close({Code::protocol, "XenStore answers a request that is not in flight", expected_.id,
                                      header_.request_id}));
         }
         return;
@@ -477,7 +477,7 @@ io::Task<Result<void>> Store::write_all(std::string_view directory, std::span<co
             co_return Result<void>{};
         }
     }
-    co_return Error{Code::busy, "XenStore never lets a transaction through: somebody keeps changing the same nodes",
+    co_return Error{Code::busy, "XenStore refuses every transaction: another client keeps changing the same nodes",
                     transaction_tries, transaction_tries};
 }
 

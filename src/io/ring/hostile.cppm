@@ -27,12 +27,12 @@ class HostileMemory {
     usize size() const { return flat_.size(); }
     template <class W>
     W load_relaxed(usize offset) const {
-        meddle(offset, sizeof(W));
+        tamper(offset, sizeof(W));
         return flat_.template load_relaxed<W>(offset);
     }
     template <class W>
     W load_acquire(usize offset) const {
-        meddle(offset, sizeof(W));
+        tamper(offset, sizeof(W));
         return flat_.template load_acquire<W>(offset);
     }
     template <class W>
@@ -45,13 +45,13 @@ class HostileMemory {
     }
     void full_barrier() const { flat_.full_barrier(); }
     void copy_out(usize offset, std::byte* into, usize count) const {
-        meddle(offset, count);
+        tamper(offset, count);
         flat_.copy_out(offset, into, count);
     }
     void copy_in(usize offset, const std::byte* from, usize count) { flat_.copy_in(offset, from, count); }
 
   private:
-    void meddle(usize offset, usize count) const {
+    void tamper(usize offset, usize count) const {
         ++state_->reads;
         if (state_->before_read != nullptr) {
             state_->before_read(state_->context, *state_, offset, count);

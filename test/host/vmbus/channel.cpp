@@ -65,8 +65,8 @@ Result<Channel> Channel::create(Bus& bus, u32 relid, u32 vp, u16 index, std::vec
 
 std::optional<Packet> Channel::give_up(const char* what, u64 expected, u64 seen) {
     broken_ = true;
-    bus_->judge().violation("channel %u: %s; expected %llu, seen %llu: its rings are not looked at any more", relid_,
-                            what, static_cast<unsigned long long>(expected), static_cast<unsigned long long>(seen));
+    bus_->judge().violation("channel %u: %s; expected %llu, seen %llu: its rings are no longer served", relid_, what,
+                            static_cast<unsigned long long>(expected), static_cast<unsigned long long>(seen));
     return std::nullopt;
 }
 
@@ -82,7 +82,7 @@ std::optional<Packet> Channel::receive() {
     if (in_.ready() == 0) {
         auto available = in_.available();
         if (!available) {
-            return give_up("the guest's write index is outside of what can be", available.error().expected,
+            return give_up("the guest's write index is out of range", available.error().expected,
                            available.error().seen);
         }
         if (*available == 0) {
@@ -99,7 +99,7 @@ std::optional<Packet> Channel::receive() {
     const u32 length = descriptor.length8 * 8u;
     const u32 offset = descriptor.offset8 * 8u;
     if (length < descriptor_bytes || length + trailer_bytes > ready) {
-        return give_up("a packet's length is not within what was published", ready - trailer_bytes, length);
+        return give_up("a packet's length is beyond the published data", ready - trailer_bytes, length);
     }
     if (length > buffer_bytes) {
         return give_up("a packet is longer than any that this host takes", buffer_bytes, length);
@@ -107,7 +107,7 @@ std::optional<Packet> Channel::receive() {
     const bool gpa_direct = descriptor.type == static_cast<u16>(PacketType::data_gpa_direct);
     const u32 header = descriptor_bytes + (gpa_direct ? 8 : 0);
     if (offset < header || offset > length) {
-        return give_up("a packet's payload does not begin behind its header and inside of it", header, offset);
+        return give_up("a packet's payload does not begin after its header and within the packet", header, offset);
     }
     const std::span<std::byte> body = std::span(*buffer_).first(length - descriptor_bytes);
     std::array<u32, 2> trailer{};
@@ -181,17 +181,17 @@ bool Channel::send(PacketType type, u16 flags, u64 transaction, std::span<const 
     std::array<u32, 2> trailer{0, at};
     if (target) [[unlikely]] {
         FaultPlan& faults = bus_->faults();
-        if (faults.strikes(Fault::packet_too_long)) {
+        if (faults.injects(Fault::packet_too_long)) {
             descriptor.length8 = 0xffff;
-        } else if (faults.strikes(Fault::packet_too_short)) {
+        } else if (faults.injects(Fault::packet_too_short)) {
             descriptor.length8 = 1;
-        } else if (faults.strikes(Fault::packet_offset)) {
+        } else if (faults.injects(Fault::packet_offset)) {
             descriptor.offset8 = static_cast<u16>(length / 8 + 4);
-        } else if (faults.strikes(Fault::packet_trailer)) {
+        } else if (faults.injects(Fault::packet_trailer)) {
             trailer[1] = at + 4096;
-        } else if (faults.strikes(Fault::packet_type)) {
+        } else if (faults.injects(Fault::packet_type)) {
             descriptor.type = 0x42;
-        } else if (faults.strikes(Fault::unknown_transaction)) {
+        } else if (faults.injects(Fault::unknown_transaction)) {
             descriptor.transaction = ~transaction;
         }
         target_sent_ = true;
@@ -229,16 +229,16 @@ void Channel::publish() {
 
 void Channel::break_after_publishing() {
     FaultPlan& faults = bus_->faults();
-    if (faults.strikes(Fault::write_index_beyond)) {
+    if (faults.injects(Fault::write_index_beyond)) {
         out_memory_.store_release<u32>(ring_write_index, out_.capacity() + 1 + 64);
         bus_->interrupt(*this, true);
-    } else if (faults.strikes(Fault::read_index_beyond)) {
+    } else if (faults.injects(Fault::read_index_beyond)) {
         in_memory_.store_release<u32>(ring_read_index, static_cast<u32>(in_memory_.size()) + 64);
         read_index_lost_ = true;
         bus_->interrupt(*this, true);
-    } else if (faults.strikes(Fault::signal_storm)) {
+    } else if (faults.injects(Fault::signal_storm)) {
         storm += 5000;
-    } else if (faults.strikes(Fault::rewrite_completion)) {
+    } else if (faults.injects(Fault::rewrite_completion)) {
         // Alternates right and wrong values and ends with wrong ones: the length in the descriptor, and the data length
         // in a completion's payload. A reader that reads twice sees both.
         const u32 ring = out_.capacity() + 1;
@@ -264,15 +264,14 @@ bool Channel::finish() {
     }
     auto more = in_.arm(1); // mask off, full barrier, recheck
     if (!more) {
-        static_cast<void>(
-            give_up("the guest's write index is outside of what can be", more.error().expected, more.error().seen));
+        static_cast<void>(give_up("the guest's write index is out of range", more.error().expected, more.error().seen));
         return false;
     }
     if (taken != 0) {
         // After the barrier in arm(): a guest that sets its pending_send_sz after this read sees the host's read index.
-        const u32 wish = in_memory_.load_relaxed<u32>(ring_pending_send);
+        const u32 pending_send = in_memory_.load_relaxed<u32>(ring_pending_send);
         const u32 free = static_cast<u32>(in_memory_.size()) - 4096 - 1 - in_.ready();
-        if (wish != 0 && free >= wish && free - std::min(free, taken) < wish) {
+        if (pending_send != 0 && free >= pending_send && free - std::min(free, taken) < pending_send) {
             bus_->interrupt(*this);
         }
     }

@@ -29,7 +29,7 @@ Result<FaultSpec> parse_fault(std::string_view text) {
         const auto parsed = equals == std::string_view::npos ? std::from_chars(last, last, value)
                                                              : std::from_chars(word.data() + equals + 1, last, value);
         if (parsed.ec != std::errc{} || parsed.ptr != last || (key != "after" && key != "count")) {
-            return Error{Code::bad_argument, "behind a fault's name: expected after=N or count=N"};
+            return Error{Code::bad_argument, "after a fault's name: expected after=N or count=N"};
         }
         (key == "after" ? spec.after : spec.count) = value;
     }

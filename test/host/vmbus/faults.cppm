@@ -56,40 +56,39 @@ struct FaultName {
 inline constexpr std::array fault_names{
     FaultName{Fault::write_index_beyond, "write-index", "the write index of a ring is below the ring's size"},
     FaultName{Fault::read_index_beyond, "read-index", "the read index of a ring is below the ring's size"},
-    FaultName{Fault::packet_too_long, "packet-too-long", "a packet's length is at most what was published"},
+    FaultName{Fault::packet_too_long, "packet-too-long", "a packet's length is within the published data"},
     FaultName{Fault::packet_too_short, "packet-too-short", "a packet is at least as long as its descriptor"},
     FaultName{Fault::packet_offset, "packet-offset",
-              "a packet's payload begins behind its descriptor and inside of it"},
+              "a packet's payload begins after its descriptor and within the packet"},
     FaultName{Fault::packet_trailer, "packet-trailer", "a packet's trailer names the place where the packet began"},
-    FaultName{Fault::packet_type, "packet-type", "a packet's type is one that the protocol knows"},
+    FaultName{Fault::packet_type, "packet-type", "a packet's type is defined by the protocol"},
     FaultName{Fault::rewrite_completion, "rewrite", "a packet does not change once its index was published"},
-    FaultName{Fault::signal_storm, "signal-storm", "an interrupt says that there is something in a ring"},
-    FaultName{Fault::unknown_transaction, "unknown-transaction",
-              "a completion's transaction id is one that the guest gave"},
+    FaultName{Fault::signal_storm, "signal-storm", "an interrupt means that a ring is not empty"},
+    FaultName{Fault::unknown_transaction, "unknown-transaction", "a completion's transaction id is that of a request"},
     FaultName{Fault::repeated_completion, "repeated-completion", "a request is completed once"},
-    FaultName{Fault::early_completion, "early-completion", "a completion comes after its request"},
+    FaultName{Fault::early_completion, "early-completion", "a completion follows its request"},
     FaultName{Fault::no_answer, "no-answer", "a request is completed"},
-    FaultName{Fault::completion_too_long, "length-beyond", "no more data is transferred than was asked for"},
+    FaultName{Fault::completion_too_long, "length-beyond", "no more data is transferred than requested"},
     FaultName{Fault::short_transfer, "short-transfer", "a read or write that succeeds transfers everything"},
     FaultName{Fault::medium_error, "medium-error", "none: a sector that cannot be read or written (sense key 3)"},
     FaultName{Fault::write_protected, "write-protected", "none: a disk that has become read-only (sense key 7)"},
-    FaultName{Fault::unit_attention, "unit-attention", "none: the disk was reset meanwhile, ask again (sense key 6)"},
+    FaultName{Fault::unit_attention, "unit-attention", "none: the disk was reset meanwhile, retry (sense key 6)"},
     FaultName{Fault::no_version_response, "no-version-response", "INITIATE_CONTACT is answered"},
     FaultName{Fault::no_gpadl_created, "no-gpadl-created", "a complete GPADL is answered"},
     FaultName{Fault::no_open_result, "no-open-result", "OPEN_CHANNEL is answered"},
     FaultName{Fault::no_storage_version, "no-storage-version", "QUERY_PROTOCOL_VERSION is answered"},
     FaultName{Fault::refuse_versions, "refuse-versions",
-              "none: the host knows no version of the bus that the guest knows"},
+              "none: the host supports no version of the bus that the guest does"},
     FaultName{Fault::refuse_new_versions, "refuse-new-versions", "none: the host is an old one, 3.0"},
     FaultName{Fault::refuse_storage_versions, "refuse-storage-versions",
-              "none: the host knows no version of the storage protocol"},
+              "none: the host supports no version of the storage protocol"},
     FaultName{Fault::refuse_gpadl, "refuse-gpadl", "none: the host has no room for a GPADL"},
     FaultName{Fault::refuse_open, "refuse-open", "none: the host cannot open the channel"},
-    FaultName{Fault::rescind_at_open, "rescind-at-open", "none: the device is taken away while it is being opened"},
+    FaultName{Fault::rescind_at_open, "rescind-at-open", "none: the device is rescinded while it is being opened"},
     FaultName{Fault::rescind_in_flight, "rescind-in-flight",
-              "none: the device is taken away while requests are under way"},
-    FaultName{Fault::unknown_message, "unknown-message", "a message's type is one that the version knows"},
-    FaultName{Fault::short_message, "short-message", "a message is as long as its type says"},
+              "none: the device is rescinded while requests are in flight"},
+    FaultName{Fault::unknown_message, "unknown-message", "a message's type is defined by the version"},
+    FaultName{Fault::short_message, "short-message", "a message has the length of its type"},
     FaultName{Fault::duplicate_relid, "duplicate-relid", "an offer's channel number is not in use"},
 };
 
@@ -109,24 +108,24 @@ class FaultPlan {
     FaultPlan() = default;
     explicit FaultPlan(const FaultSpec& spec) : spec_(spec) {}
     Fault fault() const { return spec_.fault; }
-    u32 struck() const { return struck_; }
+    u32 injected() const { return injected_; }
     /// An occurrence to which `fault` applies: true if it is to be injected now.
-    bool strikes(Fault fault) {
+    bool injects(Fault fault) {
         if (fault != spec_.fault) [[likely]] {
             return false;
         }
-        const u32 chance = chances_++;
-        if (chance < spec_.after || chance - spec_.after >= spec_.count) {
+        const u32 occurrence = occurrences_++;
+        if (occurrence < spec_.after || occurrence - spec_.after >= spec_.count) {
             return false;
         }
-        ++struck_;
+        ++injected_;
         return true;
     }
 
   private:
     FaultSpec spec_;
-    u32 chances_ = 0;
-    u32 struck_ = 0;
+    u32 occurrences_ = 0;
+    u32 injected_ = 0;
 };
 
 } // namespace fl::host

@@ -68,18 +68,18 @@ void ServerState::gpadl_pages(u32 id, Gpadl& gpadl, InMessage& message) {
         gpadl.pages.push_back(page);
     }
     if (good && message.left() >= 8) {
-        judge_.violation("GPADL 0x%x of channel %u: a message has %zu bytes behind the last page", id, relid,
+        judge_.violation("GPADL 0x%x of channel %u: a message has %zu bytes after the last page", id, relid,
                          message.left());
     }
     if (good && !gpadl.complete()) {
         return;
     }
-    if (good && faults_.strikes(Fault::refuse_gpadl)) {
+    if (good && faults_.injects(Fault::refuse_gpadl)) {
         good = false;
     }
     if (!good) {
         gpadls_.erase(id);
-    } else if (faults_.strikes(Fault::no_gpadl_created)) {
+    } else if (faults_.injects(Fault::no_gpadl_created)) {
         return;
     }
     send(OutMessage(MessageType::gpadl_created).add(relid).add(id).add(good ? status_success : status_unsuccessful));
@@ -90,7 +90,7 @@ void ServerState::gpadl_teardown(InMessage& message) {
     const u32 id = message.take<u32>();
     const auto found = gpadls_.find(id);
     if (found == gpadls_.end() || found->second.relid != relid) {
-        judge_.violation("GPADL_TEARDOWN for handle 0x%x of channel %u, which there is not", id, relid);
+        judge_.violation("GPADL_TEARDOWN for handle 0x%x of channel %u, which does not exist", id, relid);
         return;
     }
     if (Offer* offer = by_relid_[relid]; offer != nullptr && offer->channel && offer->ring_gpadl == id) {

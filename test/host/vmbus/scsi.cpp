@@ -123,7 +123,7 @@ ScsiResult ScsiDisk::execute(std::span<const u8, 16> cdb, DataBuffer& data) {
             const Sense sense = *std::exchange(attention_, std::nullopt);
             return {ScsiStatus::check_condition, 0, sense, false};
         }
-        if (faults_.strikes(Fault::unit_attention)) {
+        if (faults_.injects(Fault::unit_attention)) {
             return check(key_unit_attention, 0x29, 0x00);
         }
     }
@@ -278,10 +278,10 @@ ScsiResult ScsiDisk::read_write(bool write, u64 lba, u64 count, bool force, Data
         return out_of_range();
     }
     const auto information = lba <= 0xffffffff ? std::optional(static_cast<u32>(lba)) : std::nullopt;
-    if (write && (store.read_only() || faults_.strikes(Fault::write_protected))) {
+    if (write && (store.read_only() || faults_.injects(Fault::write_protected))) {
         return check(key_data_protect, 0x27, 0x00);
     }
-    if (faults_.strikes(Fault::medium_error)) {
+    if (faults_.injects(Fault::medium_error)) {
         return write ? check(key_medium_error, 0x0c, 0x00, information)
                      : check(key_medium_error, 0x11, 0x00, information);
     }
@@ -291,7 +291,7 @@ ScsiResult ScsiDisk::read_write(bool write, u64 lba, u64 count, bool force, Data
         result.overrun = true;
         bytes = data.size();
     }
-    if (faults_.strikes(Fault::short_transfer)) {
+    if (faults_.injects(Fault::short_transfer)) {
         bytes /= 2;
     }
     u64 at = lba * config_.block_size;

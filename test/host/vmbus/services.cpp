@@ -75,13 +75,13 @@ DeviceOffer pipe_offer(const Guid& type, const Guid& instance) {
 void Service::opened(Channel& channel) {
     channel_ = &channel;
     versions_ = {};
-    asked_ = false;
+    outstanding_ = false;
 }
 
 void Service::closed(Channel&) {
     channel_ = nullptr;
     versions_ = {};
-    asked_ = false;
+    outstanding_ = false;
 }
 
 bool Service::write(Channel& channel, u16 type, std::span<const std::byte> body) {
@@ -98,9 +98,9 @@ bool Service::write(Channel& channel, u16 type, std::span<const std::byte> body)
     header.flags = flag_transaction | flag_request;
     std::memcpy(bytes.data(), &header, sizeof header);
     std::memcpy(bytes.data() + sizeof header, body.data(), body.size());
-    asked_ = channel.send(PacketType::data_inband, 0, 0, std::span(bytes).first(sizeof header + body.size()));
-    asked_type_ = type;
-    return asked_;
+    outstanding_ = channel.send(PacketType::data_inband, 0, 0, std::span(bytes).first(sizeof header + body.size()));
+    request_type_ = type;
+    return outstanding_;
 }
 
 bool Service::request(Channel& channel, u16 type, std::span<const std::byte> body) {
@@ -108,7 +108,7 @@ bool Service::request(Channel& channel, u16 type, std::span<const std::byte> bod
 }
 
 u64 Service::tick(Channel& channel, u64 now) {
-    if (asked_ || channel.broken()) {
+    if (outstanding_ || channel.broken()) {
         return ~u64{0}; // until the reply arrives
     }
     u64 next = ~u64{0};
@@ -149,7 +149,7 @@ void Service::negotiated(Channel& channel, std::span<const std::byte> body) {
             "channel %u (%s): the negotiation was answered with %u framework and %u message versions, %u.%u and %u.%u; "
             "expected one of each that was offered",
             channel.relid(), name().data(), words[0], words[1], words[4], words[5], words[6], words[7]);
-        asked_ = true; // no further request
+        outstanding_ = true; // no further request
         return;
     }
     versions_ = {framework, message};
@@ -172,13 +172,13 @@ void Service::take(Channel& channel, const Packet& packet) {
         header.pipe_bytes < sizeof header - pipe_header_bytes) {
         return bad("the pipe's header does not fit the packet", there, header.pipe_bytes);
     }
-    if (!asked_ || header.type != asked_type_) {
-        return bad("an answer of a type that was not asked for", asked_ ? asked_type_ : 0xffff, header.type);
+    if (!outstanding_ || header.type != request_type_) {
+        return bad("an answer of an unexpected type", outstanding_ ? request_type_ : 0xffff, header.type);
     }
     if ((header.flags & (flag_transaction | flag_request | flag_response)) != (flag_transaction | flag_response)) {
-        return bad("an answer is marked as one", flag_transaction | flag_response, header.flags);
+        return bad("an answer has the response flag", flag_transaction | flag_response, header.flags);
     }
-    asked_ = false;
+    outstanding_ = false;
     const usize room = header.pipe_bytes - (sizeof header - pipe_header_bytes);
     const auto body = packet.payload.subspan(sizeof header, room);
     if (header.type == type_negotiate) {
@@ -196,7 +196,7 @@ DeviceOffer ShutdownService::offer() const {
     return pipe_offer(guid("0e0b6031-5213-4934-818b-38d90ced39db"), guid("b6650ff7-33bc-4840-8048-e0676786f393"));
 }
 
-void ShutdownService::ask(bool restart) {
+void ShutdownService::request_shutdown(bool restart) {
     wanted_ = true;
     restart_ = restart;
     if (bus_ != nullptr) {
@@ -210,7 +210,7 @@ u64 ShutdownService::ready(Channel& channel, u64) {
         body.add(u32{0x80000000}).add(u32{0}).add(restart_ ? u32{2} : u32{0}).zeros(2048);
         if (request(channel, type_shutdown, body.bytes())) {
             wanted_ = false;
-            shutdown_ = ShutdownState::asked;
+            shutdown_ = ShutdownState::requested;
         }
     }
     return ~u64{0};
@@ -218,7 +218,7 @@ u64 ShutdownService::ready(Channel& channel, u64) {
 
 void ShutdownService::answered(u16, u32 status, std::span<const std::byte>) {
     shutdown_ = status == 0 ? ShutdownState::accepted : ShutdownState::refused;
-    bus_->judge().note("shutdown: the guest says 0x%x", status);
+    bus_->judge().note("shutdown: the guest answers 0x%x", status);
 }
 
 // ---- heartbeat ----

@@ -7,7 +7,7 @@ export import host.channel;
 
 export namespace fl::host {
 
-enum class ShutdownState : u8 { idle, asked, accepted, refused };
+enum class ShutdownState : u8 { idle, requested, accepted, refused };
 
 /// Negotiated versions, major << 16 | minor; 0: not negotiated yet.
 struct ServiceVersions {
@@ -38,8 +38,8 @@ class Service : public Device {
   private:
     std::vector<u32> offered_;
     Channel* channel_ = nullptr;
-    bool asked_ = false; // a negotiation or request is outstanding
-    u16 asked_type_ = 0;
+    bool outstanding_ = false; // a negotiation or request is outstanding
+    u16 request_type_ = 0;
     void take(Channel& channel, const Packet& packet);
     void negotiated(Channel& channel, std::span<const std::byte> body);
     bool write(Channel& channel, u16 type, std::span<const std::byte> body);
@@ -52,7 +52,7 @@ class ShutdownService final : public Service {
     std::string_view name() const override { return "shutdown"; }
     /// Requests an orderly shutdown of the guest, after the negotiation if that is not complete. Called on poll()'s
     /// thread; poll() must follow soon.
-    void ask(bool restart = false);
+    void request_shutdown(bool restart = false);
     ShutdownState state() const { return shutdown_; }
 
   private:

@@ -28,10 +28,10 @@ ServerState::ServerState(GuestMemory& memory, Delivery& delivery, Log& log, cons
 // ---- outgoing messages ----
 
 void ServerState::send(OutMessage message) {
-    if (faults_.strikes(Fault::unknown_message)) {
+    if (faults_.injects(Fault::unknown_message)) {
         queue_.push_back(OutMessage(static_cast<MessageType>(99)));
     }
-    if (faults_.strikes(Fault::short_message)) {
+    if (faults_.injects(Fault::short_message)) {
         message.truncate(message.bytes().size() / 2);
     }
     if (queue_.size() >= queue_limit) {
@@ -120,7 +120,7 @@ void ServerState::send_offer(const Offer& offer) {
         send(message);
     };
     write(offer.owner->offer.instance);
-    if (faults_.strikes(Fault::duplicate_relid)) {
+    if (faults_.injects(Fault::duplicate_relid)) {
         Guid other = offer.owner->offer.instance;
         other[15] ^= 0xff;
         write(other);
@@ -128,7 +128,7 @@ void ServerState::send_offer(const Offer& offer) {
 }
 
 void ServerState::offer_device(Attached& attached) {
-    if (offers_asked_) {
+    if (offers_requested_) {
         if (Offer* offer = new_offer(attached, 0)) {
             send_offer(*offer);
         }
@@ -207,7 +207,7 @@ void ServerState::disconnect() {
     queue_.clear();
     slot_busy_ = false;
     version_ = 0;
-    offers_asked_ = false;
+    offers_requested_ = false;
     interrupt_page_ = 0;
     monitor_page_ = 0;
 }
@@ -253,7 +253,7 @@ void ServerState::handle(const Posted& posted) {
         return;
     }
     if (version_ == 0) {
-        judge_.violation("%s (%u) before INITIATE_CONTACT was answered with yes", name(type), static_cast<u32>(type));
+        judge_.violation("%s (%u) before INITIATE_CONTACT succeeded", name(type), static_cast<u32>(type));
         return;
     }
     const u32 expected = version_ >= version(5, 0) ? config_.message_connection : 1;
@@ -310,7 +310,7 @@ void ServerState::contact(InMessage& message, u32 connection) {
                          config_.processors);
         target_vp_ = 0;
     }
-    if (faults_.strikes(Fault::no_version_response)) {
+    if (faults_.injects(Fault::no_version_response)) {
         return;
     }
     const u32 wanted_connection = asked >= version(5, 0) ? 4 : 1;
@@ -359,11 +359,11 @@ void ServerState::contact(InMessage& message, u32 connection) {
 }
 
 void ServerState::request_offers() {
-    if (offers_asked_) {
+    if (offers_requested_) {
         judge_.violation("REQUEST_OFFERS for the second time");
         return;
     }
-    offers_asked_ = true;
+    offers_requested_ = true;
     for (auto& attached : devices_) {
         if (!attached->leaving) {
             offer_device(*attached);
@@ -395,9 +395,9 @@ void ServerState::open(InMessage& message) {
     } else if (vp >= config_.processors && vp != no_processor) {
         judge_.violation("OPEN_CHANNEL for channel %u wants its events on processor %u; there are %u", relid, vp,
                          config_.processors);
-    } else if (faults_.strikes(Fault::refuse_open)) {
+    } else if (faults_.injects(Fault::refuse_open)) {
         // injected fault
-    } else if (faults_.strikes(Fault::rescind_at_open)) {
+    } else if (faults_.injects(Fault::rescind_at_open)) {
         offer->owner->leaving = true;
         return;
     } else if (auto channel = Channel::create(*this, relid, version_ < version(2, 4) ? 0 : vp, offer->index,
@@ -415,7 +415,7 @@ void ServerState::open(InMessage& message) {
         offer->owner->device->opened(*offer->channel);
         status = status_success;
     }
-    if (faults_.strikes(Fault::no_open_result)) {
+    if (faults_.injects(Fault::no_open_result)) {
         return;
     }
     send(OutMessage(MessageType::open_channel_result).add(relid).add(open_id).add(status));

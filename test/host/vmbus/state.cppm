@@ -107,7 +107,7 @@ class ServerState : public Bus {
     bool slot_busy_ = false;
     u32 version_ = 0;
     u32 target_vp_ = 0;
-    bool offers_asked_ = false;
+    bool offers_requested_ = false;
     bool unloaded_ = false;
     u64 interrupt_page_ = 0; // before 2.4
     u64 monitor_page_ = 0;   // guest to host

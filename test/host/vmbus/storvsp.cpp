@@ -232,7 +232,7 @@ u64 StorageDevice::tick(Channel& channel, u64 now) {
 // ---- packets ----
 
 void StorageDevice::State::notify(Channel& channel) {
-    const auto tell = [&](wire::Operation operation) {
+    const auto send_operation = [&](wire::Operation operation) {
         wire::Packet packet{};
         packet.header.operation = operation;
         const auto bytes =
@@ -240,10 +240,10 @@ void StorageDevice::State::notify(Channel& channel) {
         return channel.send(PacketType::data_inband, 0, 0, bytes);
     };
     if (enumerate && version >= 0x0402) {
-        enumerate = !tell(wire::Operation::enumerate_bus);
+        enumerate = !send_operation(wire::Operation::enumerate_bus);
     }
     if (remove) {
-        remove = !tell(wire::Operation::remove_device);
+        remove = !send_operation(wire::Operation::remove_device);
     }
 }
 
@@ -273,7 +273,7 @@ void StorageDevice::State::handle(Channel& channel, const Packet& packet, Storag
         return;
     }
     if (!packet.wants_completion()) {
-        bus->judge().violation("channel %u (%s): a request that wants no completion", channel.relid(), name.c_str());
+        bus->judge().violation("channel %u (%s): a request without the completion flag", channel.relid(), name.c_str());
     }
     wire::Packet request{};
     std::memcpy(&request, packet.payload.data(), std::min(packet.payload.size(), packet_limit));
@@ -310,7 +310,7 @@ void StorageDevice::State::negotiate(Channel& channel, const Packet& packet, con
     case Operation::query_protocol_version:
         if (expect(first && phase == Phase::version)) {
             const u16 asked = read_as<u16>(std::as_bytes(std::span(&answer.srb, 1)), 0);
-            if (bus->faults().strikes(Fault::no_storage_version)) {
+            if (bus->faults().injects(Fault::no_storage_version)) {
                 return;
             }
             if (bus->faults().fault() == Fault::refuse_storage_versions ||
@@ -402,7 +402,7 @@ const char* StorageDevice::State::gather(const Packet& packet, u32 bytes) {
     const u32 range_bytes = read_as<u32>(packet.ranges, 0);
     const u32 offset = read_as<u32>(packet.ranges, 4);
     if (offset >= 4096 || range_bytes < bytes) {
-        return "a range that begins behind its first page, or is shorter than the transfer";
+        return "a range that begins after its first page, or is shorter than the transfer";
     }
     const usize pages = (usize{offset} + range_bytes + 4095) / 4096;
     if (packet.ranges.size() - 8 < pages * 8) {
@@ -428,17 +428,17 @@ void StorageDevice::State::execute(Channel& channel, const Packet& packet, const
     FaultPlan& faults = bus->faults();
     Counters& counters = bus->counters();
     ++counters.requests;
-    if (faults.strikes(Fault::no_answer)) {
+    if (faults.injects(Fault::no_answer)) {
         return;
     }
-    if (faults.strikes(Fault::rescind_in_flight)) {
+    if (faults.injects(Fault::rescind_in_flight)) {
         gone = true;
         bus->rescind(device);
         return;
     }
     const auto known = static_cast<wire::Version>(version);
     if (packet.payload.size() < wire::packet_bytes(known) || srb.length != wire::srb_bytes(known)) {
-        bus->judge().violation("channel %u (%s): an SRB that says %u bytes in a packet of %zu; version %u.%u has %u",
+        bus->judge().violation("channel %u (%s): an SRB of %u bytes in a packet of %zu; version %u.%u has %u",
                                channel.relid(), name.c_str(), srb.length, packet.payload.size(), version >> 8,
                                version & 0xff, wire::srb_bytes(known));
     }
@@ -540,13 +540,13 @@ void StorageDevice::State::perform(Channel& channel, const Packet& packet, const
         static_cast<void>(channel.send(PacketType::completion, 0, packet.transaction, bytes));
         return;
     }
-    if (faults.strikes(Fault::completion_too_long)) {
+    if (faults.injects(Fault::completion_too_long)) {
         reply.data_transfer_length = srb.data_transfer_length + 4096;
     }
     static_cast<void>(channel.send(PacketType::completion, 0, packet.transaction, bytes, true));
-    if (faults.strikes(Fault::repeated_completion)) {
+    if (faults.injects(Fault::repeated_completion)) {
         static_cast<void>(channel.send(PacketType::completion, 0, packet.transaction, bytes));
-    } else if (faults.strikes(Fault::early_completion)) {
+    } else if (faults.injects(Fault::early_completion)) {
         early = packet.transaction + 1;
     }
 }

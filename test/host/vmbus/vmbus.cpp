@@ -89,11 +89,11 @@ void Server::reset() {
 const Counters& Server::counters() const {
     state_->counters_.messages_in = state_->messages_in_.load(std::memory_order_relaxed);
     state_->counters_.signals_in = state_->signals_in_.load(std::memory_order_relaxed);
-    state_->counters_.faults = state_->faults_.struck();
+    state_->counters_.faults = state_->faults_.injected();
     return state_->counters_;
 }
 u32 Server::negotiated_version() const { return state_->version_; }
 bool Server::unloaded() const { return state_->unloaded_; }
-u32 Server::faults_struck() const { return state_->faults_.struck(); }
+u32 Server::faults_injected() const { return state_->faults_.injected(); }
 
 } // namespace fl::host

@@ -74,7 +74,7 @@ class Server {
     const Counters& counters() const;
     u32 negotiated_version() const; // 0: not connected
     bool unloaded() const;          // the guest has sent UNLOAD, and no message since
-    u32 faults_struck() const;
+    u32 faults_injected() const;
 
   private:
     void add_device(std::unique_ptr<Device> device);

@@ -33,7 +33,7 @@ class ImageStore final : public host::BlockStore {
 };
 
 /// A SCSI disk that is hot-added or removed while the guest runs, alone or with its controller.
-struct MovingDisk {
+struct HotplugDisk {
     host::StorageDevice* controller = nullptr; // nullptr: not added yet
     host::LunConfig lun;
     host::StorageConfig config; // of the controller; `luns`: its disks

@@ -24,7 +24,7 @@ constexpr u8 engine_error = 0x02;
 constexpr u8 engine_interrupt = 0x04;
 constexpr u8 engine_start = 0x01;
 constexpr u8 engine_to_memory = 0x08;
-constexpr usize most_regions = 8192; // in one table, which may not cross 64 KiB
+constexpr usize max_regions = 8192; // in one table, which may not cross 64 KiB
 
 void put_text(std::span<u16> words, std::string_view text) {
     for (usize i = 0; i < words.size(); ++i) { // two characters per word, the first in the high byte [ACS §3.3.10]
@@ -134,7 +134,7 @@ void IdeChannel::run_transfer() {
     const auto disk = drive().image->bytes().subspan(t.lba * 512, t.bytes);
     u64 done = 0;
     bool last = false;
-    for (usize i = 0; !last && i < most_regions && done < t.bytes; ++i) {
+    for (usize i = 0; !last && i < max_regions && done < t.bytes; ++i) {
         std::array<u8, 8> entry{};
         if (!memory_.read(u64{table_} + 8 * i, std::as_writable_bytes(std::span{entry}))) {
             break;
@@ -205,7 +205,7 @@ u8 IdeChannel::read_command(unsigned at) {
         return 0; // the other disk answers for an absent one
     }
     const bool before = (control_ & previous) != 0;
-    const auto value = [&](const Twice& r) { return before ? r.before : r.now; };
+    const auto value = [&](const TwoDeep& r) { return before ? r.before : r.now; };
     switch (at) {
     case 1: return error_;
     case 2: return value(count_);

@@ -41,7 +41,7 @@ class IdeChannel final : public PortDevice {
         u64 sectors() const { return image->size() / 512; }
     };
     /// A two-deep register: 48-bit commands write each register twice [ACS §4.1.2].
-    struct Twice {
+    struct TwoDeep {
         u8 now = 0;
         u8 before = 0;
         void write(u8 value) { before = std::exchange(now, value); }
@@ -69,7 +69,7 @@ class IdeChannel final : public PortDevice {
     const GuestMemory& memory_;
     IrqLine& line_;
     std::array<Drive, 2> drives_{};
-    Twice features_, count_, low_, mid_, high_;
+    TwoDeep features_, count_, low_, mid_, high_;
     u8 device_ = 0;
     u8 status_ = 0;
     u8 error_ = 0;

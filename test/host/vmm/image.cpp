@@ -58,7 +58,7 @@ Result<std::span<const std::byte>> whole_file(const std::string& path) {
     }
     close(file);
     if (mapped == MAP_FAILED) {
-        return Error{Code::bad_argument, "a regular file with something in it was expected"};
+        return Error{Code::bad_argument, "a regular, non-empty file was expected"};
     }
     return std::span{static_cast<const std::byte*>(mapped), static_cast<usize>(found.st_size)};
 }

@@ -13,17 +13,17 @@ import vmm.memory;
 namespace fl::vmm {
 namespace {
 
-struct Need {
+struct Requirement {
     int capability;
     std::string_view message;
 };
 // In the order of the checks. The texts are complete because an Error refers to static storage.
-constexpr Need needs[] = {
+constexpr Requirement requirements[] = {
     {KVM_CAP_USER_MEMORY, "KVM lacks KVM_CAP_USER_MEMORY: this kernel cannot run machines"},
     {KVM_CAP_IRQCHIP, "KVM lacks KVM_CAP_IRQCHIP: interrupt controllers in the kernel are needed"},
     {KVM_CAP_IRQ_ROUTING, "KVM lacks KVM_CAP_IRQ_ROUTING: SynIC's interrupts need routes"},
     {KVM_CAP_IRQFD, "KVM lacks KVM_CAP_IRQFD"},
-    {KVM_CAP_IRQFD_RESAMPLE, "KVM lacks KVM_CAP_IRQFD_RESAMPLE: the end of a message is learnt by it"},
+    {KVM_CAP_IRQFD_RESAMPLE, "KVM lacks KVM_CAP_IRQFD_RESAMPLE: it reports the end of a message"},
     {KVM_CAP_IOEVENTFD, "KVM lacks KVM_CAP_IOEVENTFD"},
     {KVM_CAP_HYPERV, "KVM lacks KVM_CAP_HYPERV: a kernel with KVM_HYPERV=y is needed"},
     {KVM_CAP_HYPERV_TIME, "KVM lacks KVM_CAP_HYPERV_TIME: the reference counter"},
@@ -75,9 +75,9 @@ Result<Kvm> Kvm::create(const char* device) {
         return Error{Code::not_supported, "another version of KVM's interface was expected", KVM_API_VERSION,
                      static_cast<u64>(version)};
     }
-    for (const Need& need : needs) {
-        if (!kvm.has(need.capability)) {
-            return Error{Code::not_supported, need.message};
+    for (const Requirement& requirement : requirements) {
+        if (!kvm.has(requirement.capability)) {
+            return Error{Code::not_supported, requirement.message};
         }
     }
     kvm.machine_ = Descriptor{ioctl(kvm.system_.number(), KVM_CREATE_VM, 0)};

@@ -83,7 +83,7 @@ Result<u64> place_module(const GuestMemory& memory, std::span<const std::byte> m
     }
     const u64 whole = (module.size() + page_size - 1) & ~(page_size - 1);
     if (lowest > memory.size() || whole > memory.size() - lowest) {
-        return Error{Code::bad_argument, "the module or initrd does not fit behind the kernel: more --memory is needed",
+        return Error{Code::bad_argument, "the module or initrd does not fit after the kernel: more --memory is needed",
                      memory.size(), lowest + whole};
     }
     const u64 at = memory.size() - whole;

@@ -208,10 +208,10 @@ Exit Machine::handle(Processor& processor) {
     case KVM_EXIT_INTERNAL_ERROR: {
         kvm_regs registers{};
         control(processor.descriptor, KVM_GET_REGS, &registers);
-        finish(ExitCode::crash, "KVM could not go on: suberror " + std::to_string(run.internal.suberror) +
+        finish(ExitCode::crash, "KVM internal error: suberror " + std::to_string(run.internal.suberror) +
                                     " at instruction pointer " + std::to_string(registers.rip));
     }
-    default: finish(ExitCode::crash, "an exit that no guest should cause: " + std::to_string(run.exit_reason));
+    default: finish(ExitCode::crash, "unexpected exit: " + std::to_string(run.exit_reason));
     }
 }
 

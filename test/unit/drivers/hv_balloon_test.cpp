@@ -71,7 +71,7 @@ struct Guest {
     Balloon balloon{link, {pages, [] { return u64{120000}; }, [] { return free_now; }}};
     Guest() { free_now = 100000; }
     u32 last_transaction() { return get<u32>(link.sent.back(), 4); }
-    void agree(u64 flags = 1) {
+    void negotiate(u64 flags = 1) {
         ASSERT_TRUE(balloon.begin());
         ASSERT_TRUE(balloon.take(message(2, last_transaction(), {1})));
         ASSERT_TRUE(balloon.take(message(4, last_transaction(), {flags})));
@@ -103,14 +103,14 @@ TEST(HvBalloon, AgreesAndReports) {
     ASSERT_TRUE(g.balloon.report());
     EXPECT_EQ(get<u64>(g.link.sent.back(), 16), 0u) << "never less than nothing";
     Guest quiet;
-    quiet.agree(5); // no pressure reports
+    quiet.negotiate(5); // no pressure reports
     EXPECT_FALSE(quiet.balloon.reports_wanted());
     EXPECT_EQ(quiet.link.sent.size(), 2u);
 }
 
-TEST(HvBalloon, PagesGoAndComeBack) {
+TEST(HvBalloon, PagesAreBalloonedAndReturned) {
     Guest g;
-    g.agree(5);
+    g.negotiate(5);
     g.pages.largest = 256;
     ASSERT_TRUE(g.balloon.take(message(6, 77, {1000})));
     const auto response = g.link.sent.back();
@@ -126,7 +126,7 @@ TEST(HvBalloon, PagesGoAndComeBack) {
         total += range >> 40;
     }
     EXPECT_EQ(total, 1000u);
-    EXPECT_EQ(g.balloon.away(), 1000u);
+    EXPECT_EQ(g.balloon.ballooned(), 1000u);
     const u64 first = get<u64>(response, 16) & 0xffffffffff;
     // The middle of a run, in the first of two messages; then the rest of it.
     ASSERT_TRUE(g.balloon.take(message(8, 5, {u64{1} | u64{1} << 32, (first + 10) | u64{20} << 40})));
@@ -134,28 +134,28 @@ TEST(HvBalloon, PagesGoAndComeBack) {
     EXPECT_EQ(get<u16>(g.link.sent.back(), 0), 7) << "not answered yet";
     ASSERT_TRUE(g.balloon.take(message(8, 6, {u64{2} << 32, first | u64{10} << 40, (first + 30) | u64{226} << 40})));
     EXPECT_EQ(g.pages.returned, 256u);
-    EXPECT_EQ(g.balloon.away(), 744u);
+    EXPECT_EQ(g.balloon.ballooned(), 744u);
     EXPECT_EQ(get<u64>(g.link.sent.back(), 0), 0x0000000600080009u) << "UNBALLOON_RESPONSE";
 }
 
 TEST(HvBalloon, KeepsItsReserve) {
     Guest g;
-    g.agree(5);
+    g.negotiate(5);
     free_now = Balloon::reserve + 5;
     ASSERT_TRUE(g.balloon.take(message(6, 1, {1'000'000})));
-    EXPECT_EQ(g.balloon.away(), 5u);
+    EXPECT_EQ(g.balloon.ballooned(), 5u);
     ASSERT_TRUE(g.balloon.take(message(6, 2, {1})));
     EXPECT_EQ(get<u32>(g.link.sent.back(), 12), 0u) << "none, politely";
     g.link.full = true;
     free_now = 100000;
     EXPECT_FALSE(g.balloon.take(message(6, 3, {100})));
-    EXPECT_EQ(g.balloon.away(), 5u) << "what was not said has not left";
+    EXPECT_EQ(g.balloon.ballooned(), 5u) << "what was not reported is not ballooned";
     EXPECT_EQ(free_now, 100000u);
 }
 
 TEST(HvBalloon, MemoryIsNotAddedOrTaken) {
     Guest g;
-    g.agree(5);
+    g.negotiate(5);
     ASSERT_TRUE(g.balloon.take(message(10, 9, {0x1000 | u64{512} << 40})));
     EXPECT_EQ(get<u64>(g.link.sent.back(), 0), 0x000000090010000bu);
     EXPECT_EQ(get<u64>(g.link.sent.back(), 8), u64{1} << 32) << "no page, and never again";
@@ -168,13 +168,13 @@ TEST(HvBalloon, AHostThatLies) {
     const auto refuses = [](std::vector<std::byte> m, bool agreed = true) {
         Guest g;
         if (agreed) {
-            g.agree(5);
+            g.negotiate(5);
             static_cast<void>(g.balloon.take(message(6, 1, {100})));
         }
         const auto taken = g.balloon.take(m);
         return !taken && taken.error().code == Code::protocol;
     };
-    EXPECT_TRUE(refuses(message(2, 99, {1}))) << "nothing asked for it";
+    EXPECT_TRUE(refuses(message(2, 99, {1}))) << "unsolicited";
     EXPECT_TRUE(refuses(message(4, 99, {1})));
     EXPECT_TRUE(refuses(message(6, 1, {5}), false)) << "before the capabilities";
     EXPECT_TRUE(refuses(message(8, 1, {0}), false));
@@ -187,7 +187,7 @@ TEST(HvBalloon, AHostThatLies) {
     EXPECT_TRUE(refuses(message(0x7777, 1, {0})));
     auto cut = message(6, 1, {5});
     cut.resize(9);
-    EXPECT_TRUE(refuses(cut)) << "longer than what came";
+    EXPECT_TRUE(refuses(cut)) << "longer than the received data";
     cut.resize(3);
     EXPECT_TRUE(refuses(cut));
     for (u16 type = 0; type < 16; ++type) {
@@ -199,7 +199,7 @@ TEST(HvBalloon, AHostThatLies) {
                 std::memcpy(m.data() + 2, &size, 2);
             }
             Guest g;
-            g.agree(5);
+            g.negotiate(5);
             static_cast<void>(g.balloon.take(m));
         }
     }

@@ -109,7 +109,7 @@ TEST(HvUtil, TakesTheTime) {
 TEST(HvUtil, TheTimeIsBroughtUpToDate) {
     const Service::HostTime read{1'000'000'000, 5'000};
     EXPECT_EQ(read.at(5'000), 1'000'000'000u);
-    EXPECT_EQ(read.at(5'300), 1'000'030'000u) << "300 units of 100 ns under way";
+    EXPECT_EQ(read.at(5'300), 1'000'030'000u) << "300 units of 100 ns in transit";
     EXPECT_EQ(read.at(std::nullopt), 1'000'000'000u);
     EXPECT_EQ(read.at(4'999), 1'000'000'000u) << "read in the future";
     EXPECT_EQ(read.at(5'000 + 600'000'001), 1'000'000'000u) << "a minute ago";

@@ -222,7 +222,7 @@ TEST_P(ScsiJudge, StatusBySenseByRetries) {
 
 // The device was asked to complete everything: commands that would be retried end instead, except after unit
 // attentions.
-TEST_P(ScsiJudge, WhatHasExpiredIsNotSentAgainLater) {
+TEST_P(ScsiJudge, ExpiredCommandsAreNotResent) {
     for (const auto& r : {response(0x02), response(0x08), response(0x02, ServiceResponse::aborted)}) {
         std::string expected = verdicts(r);
         const bool attention = GetParam().sense && (*GetParam().sense)[0] == 6;
@@ -268,7 +268,7 @@ TEST_F(ScsiVerdict, WhatWasMoved) {
     log.text.clear();
     good.moved = 512;
     EXPECT_EQ(letter(judge(command(Op::write), good)), 'E');
-    EXPECT_TRUE(log.has("sda: WRITE(16): the host moved 512 of 4096 bytes and calls that a success, at LBA 1000"));
+    EXPECT_TRUE(log.has("sda: WRITE(16): success with 512 of 4096 bytes transferred, at LBA 1000"));
     recovered.moved = 512;
     EXPECT_EQ(letter(judge(command(Op::read), recovered)), 'E');
 }

@@ -205,7 +205,7 @@ TEST_F(ScsiUnit, EmptyAndNotReady) {
     EXPECT_TRUE(describe()->medium);
     unit.empty = true;
     EXPECT_FALSE(describe()->medium);
-    EXPECT_EQ(target.asked.back(), test_unit_ready) << "nothing else is asked of it";
+    EXPECT_EQ(target.asked.back(), test_unit_ready) << "no other command is sent to it";
     EXPECT_EQ(failure(run(scsi::read_state(target, 3))), Code::io);
     EXPECT_EQ(log.text.view(), "");
     unit.empty = false;
@@ -284,7 +284,7 @@ TEST_F(ScsiUnit, NoVitalProductData) {
     ASSERT_TRUE(found);
     EXPECT_FALSE(found->geometry.discard);
     EXPECT_EQ(found->limits.max_transfer, transport.max_transfer);
-    EXPECT_EQ(target.count(inquiry), 2u) << "what is not listed is not asked for";
+    EXPECT_EQ(target.count(inquiry), 2u) << "an unlisted page is not requested";
 }
 
 TEST_F(ScsiUnit, PagesThatAreListedAndRefused) {
@@ -383,7 +383,7 @@ TEST_F(ScsiUnit, ACapacityThatChangesWhileItIsDescribed) {
     const auto found = describe();
     ASSERT_TRUE(found);
     EXPECT_EQ(found->geometry.sectors, 4096u);
-    EXPECT_TRUE(log.has("fake: LUN 3: UNIT ATTENTION, capacity data has changed (6/2a/09): asked again"));
+    EXPECT_TRUE(log.has("fake: LUN 3: UNIT ATTENTION, capacity data has changed (6/2a/09): retrying"));
 }
 
 TEST_F(ScsiUnit, AnotherUnitInItsPlaceWhileItIsDescribed) {
@@ -488,7 +488,7 @@ TEST_F(ScsiUnit, Compare) {
 
 // ---- retries ----
 
-TEST_F(ScsiUnit, TransientAnswersAreAskedAgain) {
+TEST_F(ScsiUnit, TransientErrorsAreRetried) {
     const struct {
         Answer answer;
         bool waits;
@@ -517,7 +517,7 @@ TEST_F(ScsiUnit, TransientAnswersAreAskedAgain) {
     }
 }
 
-TEST_F(ScsiUnit, FinalAnswersAreNotAskedAgain) {
+TEST_F(ScsiUnit, FinalErrorsAreNotRetried) {
     for (const Answer& answer :
          {check(5, 0x20), check(3, 0x11), check(2, 0x3a), check(1, 0x00), Answer{.status = 0x18},
           Answer{.service = ServiceResponse::no_unit}, Answer{.service = ServiceResponse::failed}}) {

@@ -192,7 +192,7 @@ class StorvscRig final : public Rig {
         lanes_[lane]->queue.reclaim();
     }
     bool is_open(u32 lane) override { return lanes_[lane]->queue.is_open(); }
-    u32 under_way(u32 lane) override { return lanes_[lane]->queue.under_way(); }
+    u32 in_flight(u32 lane) override { return lanes_[lane]->queue.in_flight(); }
 
   private:
     static Nanoseconds timeout_of(u32 lanes) { return lanes * 200'000'000; } // a turn lasts a tick for each lane
@@ -224,7 +224,7 @@ class StorvscRig final : public Rig {
         signalling.hypercalls = &hypercalls_;
         EXPECT_TRUE(
             lane.channel.attach({}, number, std::move(*rings), fake::StorageHost::ring_size, signalling, lane.events));
-        lane.queue.agree({version_, max_transfer});
+        lane.queue.set_terms({version_, max_transfer});
         lane.parameters = *dma_.buffer(4096);
         lane.queue.start(lane.parameters, timeout_of(lane_count_));
         io::Geometry geometry;

@@ -6,6 +6,8 @@
 import test.gtest;
 import host.std;
 
+#include "unit/core_interrupt_fake.hpp"
+
 namespace connected {
 using namespace fl;
 
@@ -54,19 +56,6 @@ struct Sink final : drivers::DiskSink {
     }
 };
 
-struct NoInterrupts final : InterruptController {
-    Result<void> attach_line(InterruptLine, InterruptHandler, void*, u32) override { return {}; }
-    void detach_line(InterruptLine, InterruptHandler, void*) override {}
-    Result<InterruptVector> attach_vector(InterruptHandler, void*, bool) override { return InterruptVector{}; }
-    Result<InterruptVector> attach_message(u32, InterruptHandler, void*) override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    Result<InterruptMessage> message_for(InterruptVector) const override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    void detach_vector(InterruptVector) override {}
-};
-
 class Machine final : public hv::Privileged, public host::Delivery {
   public:
     test::FakeMachine clock;
@@ -75,7 +64,7 @@ class Machine final : public hv::Privileged, public host::Delivery {
     io::Executor second{second_clock.platform(), 1};
     std::array<io::Executor*, 2> executors{&executor, &second};
     Arena arena;
-    NoInterrupts interrupts;
+    test::Interrupts interrupts;
     Sink sink;
     Lines lines;
     host::GuestMemory memory;

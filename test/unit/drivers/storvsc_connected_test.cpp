@@ -121,7 +121,7 @@ TEST(Connected, MoreUnitsThanSixtyFour) {
 }
 
 // Disks refused by the sink are reported, one by one.
-TEST(Connected, RefusedUnitsAreTold) {
+TEST(Connected, RefusedUnitsAreReported) {
     struct Full final : drivers::DiskSink {
         u32 announced = 0;
         std::vector<drivers::Unused> left;
@@ -151,7 +151,7 @@ TEST(Connected, RefusedUnitsAreTold) {
     EXPECT_EQ(full.left, (std::vector<drivers::Unused>{drivers::Unused::no_room, drivers::Unused::no_room}));
 }
 
-TEST(Connected, OneOddUnitKeepsNobodyFromTheOthers) {
+TEST(Connected, OneInvalidUnitDoesNotHideTheOthers) {
     Machine m;
     test::CapturedLog log;
     Store a;
@@ -221,22 +221,22 @@ TEST(Connected, HotAddAndRemove) {
     ASSERT_EQ(m.sink.disks.size(), 2u) << log.text.view();
     verify(m, *m.sink.disks[1].first, b, 20);
     EXPECT_TRUE(controller.remove_lun(4));
-    for (u32 i = 0; i < 200 && !log.has("taken the disk away"); ++i) {
+    for (u32 i = 0; i < 200 && !log.has("removed the disk"); ++i) {
         m.executor.turn();
     }
-    EXPECT_TRUE(log.has("the host has taken the disk away")) << log.text.view();
+    EXPECT_TRUE(log.has("the host has removed the disk")) << log.text.view();
     EXPECT_EQ(m.run(one(*m.sink.disks[1].first, io::Op::read, 0, m.buffer(512))).error().code, Code::device_gone);
     verify(m, *m.sink.disks[0].first, a, 20);
     m.server->remove(controller);
     for (u32 i = 0; i < 200 && !log.has("controller away"); ++i) {
         m.executor.turn();
     }
-    EXPECT_TRUE(log.has("taken the storage controller away")) << log.text.view();
+    EXPECT_TRUE(log.has("rescinded the storage controller")) << log.text.view();
     EXPECT_EQ(m.run(one(*m.sink.disks[0].first, io::Op::read, 0, m.buffer(512))).error().code, Code::device_gone);
     EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
 }
 
-TEST(Connected, ADiskInPlaceOfAnotherComesUnderANewName) {
+TEST(Connected, AReplacedDiskGetsANewName) {
     Machine m;
     test::CapturedLog log;
     Store a;
@@ -253,7 +253,7 @@ TEST(Connected, ADiskInPlaceOfAnotherComesUnderANewName) {
         m.executor.turn();
     }
     ASSERT_EQ(m.sink.disks.size(), 3u) << log.text.view();
-    EXPECT_TRUE(log.has("the host has changed the disk's size: it comes under a new name")) << log.text.view();
+    EXPECT_TRUE(log.has("the host has changed the disk's size: it gets a new name")) << log.text.view();
     io::BlockDevice& before = *m.sink.disks[1].first;
     io::BlockDevice& now = *m.sink.disks[2].first;
     EXPECT_NE(before.identity().name.view(), now.identity().name.view());
@@ -265,7 +265,7 @@ TEST(Connected, ADiskInPlaceOfAnotherComesUnderANewName) {
 }
 
 // The host rescinds a controller and offers it again, before and after the guest has released it.
-TEST(Connected, AControllerOfferedAgainComesUnderANewName) {
+TEST(Connected, AReofferedControllersDiskGetsANewName) {
     for (const bool at_once : {true, false}) {
         Machine m;
         test::CapturedLog log;
@@ -306,7 +306,7 @@ TEST(Connected, AControllerOfferedAgainComesUnderANewName) {
     }
 }
 
-TEST(Connected, AnIdeChannelThatIsTakenAwayGivesItsNumberBack) {
+TEST(Connected, ARescindedIdeChannelReleasesItsNumber) {
     Machine m;
     test::CapturedLog log;
     Store a;
@@ -416,8 +416,9 @@ TEST_P(ConnectedFault, BoundedAndNothingAcknowledgedIsLost) {
     const bool harmless = name == "rewrite" || name == "packet-trailer" || name == "unit-attention" ||
                           name == "refuse-new-versions" || name == "unknown-message" || name == "short-message" ||
                           name == "signal-storm" || name == "no-version-response";
-    EXPECT_TRUE(told || harmless || m.server->faults_struck() == 0) << log.text.view();
-    EXPECT_TRUE(m.server->faults_struck() != 0 || !in_use || name == "early-completion") << "the fault did not happen";
+    EXPECT_TRUE(told || harmless || m.server->faults_injected() == 0) << log.text.view();
+    EXPECT_TRUE(m.server->faults_injected() != 0 || !in_use || name == "early-completion")
+        << "the fault did not happen";
     EXPECT_TRUE(failed == 0 || told) << "nothing fails without a word";
     EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
 }
@@ -446,14 +447,14 @@ TEST(Connected, IntegrationServices) {
     EXPECT_GE(heartbeat.answers(), 2u) << log.text.view() << m.lines.text;
     EXPECT_TRUE(log.has("the host's time is 2025-11-24 16:00:00 UTC")) << log.text.view();
     ASSERT_TRUE(wall_clock(m.clock.time));
-    shutdown.ask();
+    shutdown.request_shutdown();
     for (u32 i = 0; i < 200 && !m.shutdown.requested(); ++i) {
         m.executor.turn();
     }
     ASSERT_TRUE(m.shutdown.requested()) << log.text.view() << m.lines.text;
     EXPECT_NE(shutdown.state(), host::ShutdownState::accepted) << "not before the disks are at rest";
-    m.shutdown.rest(true);
-    for (u32 i = 0; i < 200 && shutdown.state() == host::ShutdownState::asked; ++i) {
+    m.shutdown.quiesced(true);
+    for (u32 i = 0; i < 200 && shutdown.state() == host::ShutdownState::requested; ++i) {
         m.executor.turn();
     }
     EXPECT_EQ(shutdown.state(), host::ShutdownState::accepted) << m.lines.text;

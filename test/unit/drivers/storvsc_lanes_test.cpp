@@ -80,7 +80,7 @@ struct StorvscLanes : testing::Test {
             lane.host.attach(rings->data());
             ASSERT_TRUE(
                 lane.channel.attach({}, i, std::move(*rings), fake::StorageHost::ring_size, signalling, lane.events));
-            lane.queue.agree({Version::win10, 32768});
+            lane.queue.set_terms({Version::win10, 32768});
             lane.parameters = *dma.buffer(4096);
             lane.queue.start(lane.parameters, timeout);
             geometry.sectors = lane.host.disk.size() / 512;
@@ -222,7 +222,7 @@ TEST_F(StorvscLanes, AHostThatDoesNotEvenResetClosesBothChannels) {
     turn();
     EXPECT_FALSE(lanes[0]->queue.is_open());
     EXPECT_FALSE(lanes[1]->queue.is_open());
-    EXPECT_TRUE(lanes[0]->queue.quiet() && lanes[1]->queue.quiet());
+    EXPECT_TRUE(lanes[0]->queue.quiescent() && lanes[1]->queue.quiescent());
     EXPECT_TRUE(log.has("the host has not answered anything for a whole time-out")) << log.text.view();
 }
 
@@ -249,8 +249,8 @@ TEST_F(StorvscLanes, AWriteWaitsForAnAbandonedOneOnTheOtherChannel) {
     use_both();
 }
 
-// If it is never answered, its own channel's time-out decides, and the writes that wait for it have no time-out of their
-// own.
+// If it is never answered, its own channel's time-out decides, and the writes that wait for it have no time-out of
+// their own.
 TEST_F(StorvscLanes, AnAbandonedWriteThatIsNeverAnsweredClosesBothChannels) {
     lanes[0]->host.hold = true;
     ask(0, io::Op::write, 64);
@@ -307,7 +307,7 @@ TEST_F(StorvscLanes, AStoppedMachineIsNoSilentHost) {
                     stop_at = clock.time + after;
                     stop_length = length;
                     ASSERT_NE(settle(), never);
-                    EXPECT_EQ(stop_at, never) << "the machine has stood still";
+                    EXPECT_EQ(stop_at, never) << "the machine was stopped";
                     EXPECT_GE(clock.time - begin, length);
                     ASSERT_EQ(good(), 2 * depth) << log.text.view();
                     ASSERT_EQ(resets(), 0u);
@@ -330,19 +330,19 @@ TEST_F(StorvscLanes, AClosedChannelTakesItsCountsWithIt) {
     for (u32 i = 0; i < 5; ++i) {
         turn();
     }
-    EXPECT_EQ(shared.under_way, 21u);
+    EXPECT_EQ(shared.in_flight, 21u);
     lanes[0]->host.hold = false;
     for (u32 i = 0; i < 5; ++i) {
         turn();
     }
-    EXPECT_EQ(shared.under_way, 20u);
+    EXPECT_EQ(shared.in_flight, 20u);
     EXPECT_EQ(shared.answered, 1u);
     set_this_processor(1);
     lanes[1]->queue.stop();
     set_this_processor(0);
-    EXPECT_EQ(shared.under_way, 0u);
+    EXPECT_EQ(shared.in_flight, 0u);
     EXPECT_EQ(shared.answered, 1u) << "what was answered stays answered";
-    EXPECT_TRUE(lanes[1]->queue.quiet());
+    EXPECT_TRUE(lanes[1]->queue.quiescent());
 }
 
 // A dead host is detected nevertheless, in machine time: each of the two waits is at most doubled.

@@ -50,7 +50,7 @@ struct Machine {
     std::unique_ptr<Queue> queue;
     std::unique_ptr<Disk> disk;
     DmaBuffer parameters;
-    u64 wishes = 0;
+    u64 notified = 0;
     u64 storms = 0;
     bool always_signal = false;
 
@@ -69,10 +69,10 @@ struct Machine {
         signalling.hypercalls = &hypercalls;
         signalling.connection = 77;
         EXPECT_TRUE(channel.attach({}, 0, std::move(*rings), fake::StorageHost::ring_size, signalling, events));
-        shared.notify = [](void* self) { ++static_cast<Machine*>(self)->wishes; };
+        shared.notify = [](void* self) { ++static_cast<Machine*>(self)->notified; };
         shared.context = this;
         queue = std::make_unique<Queue>(executor, channel, shared, true);
-        queue->agree({version, max_transfer});
+        queue->set_terms({version, max_transfer});
         host.packet_length = version >= Version::win8 ? 64 : 48;
         parameters = *dma.buffer(4096);
         queue->start(parameters, timeout);
@@ -159,7 +159,7 @@ TEST_P(StorvscVariant, VerifiesInPartsAndAnywhereInAPage) {
     EXPECT_TRUE(std::ranges::equal(model, m.host.disk));
     EXPECT_TRUE(m.flush());
     EXPECT_EQ(m.host.flushes, 1u);
-    EXPECT_EQ(m.queue->under_way(), 0u);
+    EXPECT_EQ(m.queue->in_flight(), 0u);
     EXPECT_EQ(m.disk->counters().errors, 0u);
 }
 INSTANTIATE_TEST_SUITE_P(All, StorvscVariant,
@@ -220,7 +220,7 @@ TEST(Storvsc, UnmapInParts) {
     EXPECT_EQ(m.host.disk[110 * 512], std::byte{7});
 }
 
-TEST(Storvsc, FlushByTheCommandThatTheUnitKnows) {
+TEST(Storvsc, FlushByTheCommandThatTheUnitSupports) {
     Machine m;
     m.host.say = [](const Command& c) {
         Reply r;
@@ -234,7 +234,7 @@ TEST(Storvsc, FlushByTheCommandThatTheUnitKnows) {
     EXPECT_TRUE(m.flush());
     EXPECT_TRUE(m.flush());
     EXPECT_EQ(m.host.flushes, 2u);
-    EXPECT_EQ(m.host.done, 3u) << "asked once with (10), and then no more";
+    EXPECT_EQ(m.host.done, 3u) << "tried once with (10), and then no more";
 }
 
 // ---- a host that violates the protocol ----
@@ -265,7 +265,7 @@ TEST_P(StorvscBreak, ClosesTheDiskWithOneLine) {
     EXPECT_TRUE(m.log.has(GetParam().line)) << m.log.text.view();
     EXPECT_EQ(std::count(m.log.text.view().begin(), m.log.text.view().end(), '\n'), 1) << m.log.text.view();
     EXPECT_EQ(m.host.disk[40 * 512], std::byte{0x5a});
-    EXPECT_EQ(m.wishes, 1u) << "the controller is told";
+    EXPECT_EQ(m.notified, 1u) << "the controller is notified";
     io::Request late(*m.disk, io::Op::read, 0, buffer);
     m.disk->submit(late);
     EXPECT_EQ(late.status, io::Status::device_gone);
@@ -280,45 +280,45 @@ Reply with(void (*change)(Reply&)) {
 }
 const Break breaks[] = {
     {"unknown_id", [](Machine&, const Command&) { return with([](Reply& r) { r.id = 0x7f0099; }); },
-     "transaction id that is not under way"},
+     "transaction id that is not in flight"},
     {"huge_id", [](Machine&, const Command&) { return with([](Reply& r) { r.id = ~u64{0}; }); },
-     "transaction id that is not under way"},
+     "transaction id that is not in flight"},
     {"repeated", [](Machine&, const Command&) { return with([](Reply& r) { r.twice = true; }); },
-     "transaction id that is not under way"},
+     "transaction id that is not in flight"},
     {"retired",
      [](Machine& m, const Command&) {
          Reply r;
          r.id = m.host.past_ids[0];
          return r;
      },
-     "transaction id that is not under way"},
+     "transaction id that is not in flight"},
     {"early",
      [](Machine&, const Command& c) { // for a future request
          Reply r;
          r.id = c.id + 0x10000;
          return r;
      },
-     "transaction id that is not under way"},
+     "transaction id that is not in flight"},
     {"too_short", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 48; }); },
-     "not the length of the agreed version"},
+     "not the length of the negotiated version"},
     {"too_long", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 72; }); },
-     "not the length of the agreed version"},
+     "not the length of the negotiated version"},
     {"empty", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 0; }); },
-     "not the length of the agreed version"},
+     "not the length of the negotiated version"},
     {"longer_than_the_channel", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 4096; }); },
      "length"},
     {"no_complete_io", [](Machine&, const Command&) { return with([](Reply& r) { r.operation = 3; }); },
      "no COMPLETE_IO"},
     {"moved_more", [](Machine&, const Command&) { return with([](Reply& r) { r.moved = 4097; }); },
-     "more data was moved"},
+     "reports more data"},
     {"moved_much_more", [](Machine&, const Command&) { return with([](Reply& r) { r.moved = ~0u; }); },
-     "more data was moved"},
+     "reports more data"},
     {"packet_type", [](Machine&, const Command&) { return with([](Reply& r) { r.type = 9; }); }, "packet of a type"},
     {"unasked",
      [](Machine&, const Command&) { // a COMPLETE_IO in an unsolicited packet
          return with([](Reply& r) { r.type = 6; });
      },
-     "answers nothing"},
+     "COMPLETE_IO without a request"},
     {"write_index_beyond",
      [](Machine& m, const Command&) {
          fake::put32(m.host.in_ring(), fake::StorageHost::ring_data + 8);
@@ -339,7 +339,7 @@ const Break breaks[] = {
          r.never = true;
          return r;
      },
-     "longer than what is in the ring"},
+     "longer than the data in the ring"},
 };
 INSTANTIATE_TEST_SUITE_P(All, StorvscBreak, testing::ValuesIn(breaks),
                          [](const auto& info) { return info.param.name; });
@@ -402,7 +402,7 @@ TEST_P(StorvscFailure, EndsOneRequestAndNotTheDisk) {
     EXPECT_TRUE(m.queue->is_open());
     m.host.say = nullptr;
     EXPECT_TRUE(m.read(0, buffer));
-    EXPECT_EQ(m.queue->under_way(), 0u);
+    EXPECT_EQ(m.queue->in_flight(), 0u);
 }
 
 Reply sense(const char (&text)[19], u8 srb = 4) {
@@ -424,14 +424,14 @@ const Failure failures[] = {
     {"flush_medium", io::Op::flush, sense("\x70\0\x03\0\0\0\0\x0a\0\0\0\0\x0c\0\0\0\0\0"), io::Status::io_error,
      "sda: SYNCHRONIZE CACHE(10): MEDIUM ERROR, write error (3/0c/00)"},
     {"short", io::Op::read, with([](Reply& r) { r.moved = 4095; }), io::Status::io_error,
-     "moved 4095 of 4096 bytes and calls that a success"},
+     "success with 4095 of 4096 bytes transferred"},
     {"nothing_written", io::Op::write, with([](Reply& r) { r.moved = 0; }), io::Status::io_error,
-     "moved 0 of 4096 bytes"},
+     "success with 0 of 4096 bytes"},
     {"overrun_short", io::Op::read, with([](Reply& r) {
          r.srb_status = 0x12;
          r.moved = 512;
      }),
-     io::Status::io_error, "moved 512 of 4096 bytes"},
+     io::Status::io_error, "success with 512 of 4096 bytes"},
     {"no_sense", io::Op::read, with([](Reply& r) { r.srb_status = 4; }), io::Status::io_error,
      "SRB status error (0x4), no sense data, at LBA 1000"},
     {"invalid_lun", io::Op::read, with([](Reply& r) { r.srb_status = 0x20; }), io::Status::device_gone, "invalid LUN"},
@@ -442,7 +442,7 @@ const Failure failures[] = {
 INSTANTIATE_TEST_SUITE_P(All, StorvscFailure, testing::ValuesIn(failures),
                          [](const auto& info) { return info.param.name; });
 
-TEST(Storvsc, TransientConditionsAreTriedAgain) {
+TEST(Storvsc, TransientConditionsAreRetried) {
     Machine m;
     u32 bad = 3;
     Reply reply;
@@ -473,11 +473,11 @@ TEST(Storvsc, TransientConditionsAreTriedAgain) {
     bad = 1;
     reply = sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x3f\x0e\0\0\0\0"); // the set of units has changed
     EXPECT_TRUE(m.read(0, buffer));
-    EXPECT_GE(m.wishes, 1u);
+    EXPECT_GE(m.notified, 1u);
     EXPECT_TRUE(m.shared.rescan_wanted);
 }
 
-TEST(Storvsc, FlushesAtOnceOnAHostThatKnowsTheLongCommandAlone) {
+TEST(Storvsc, FlushesOnAHostThatSupportsOnlyTheLongCommand) {
     Machine m;
     m.host.say = [](const Command& c) {
         return c.cdb(0) == 0x35 ? sense("\x70\0\x05\0\0\0\0\x0a\0\0\0\0\x20\0\0\0\0\0") : Reply{};
@@ -510,7 +510,7 @@ TEST(Storvsc, AHostWithoutTheLongCommandsGetsTheShortOnes) {
     const u32 before = refused;
     ASSERT_TRUE(m.read(3000, buffer));
     EXPECT_EQ(buffer.data[128 * 1024 - 1], std::byte{0x3c});
-    EXPECT_EQ(refused, before) << "asked once, not for ever";
+    EXPECT_EQ(refused, before) << "requested once, not for ever";
     EXPECT_EQ(m.log.text.view(), "");
 }
 
@@ -530,12 +530,12 @@ TEST(Storvsc, MixedRetriesEnd) {
     EXPECT_LT(m.host.done, 10u);
 }
 
-TEST(Storvsc, TheHostTellsOfUnits) {
+TEST(Storvsc, TheHostReportsChangedUnits) {
     Machine m;
     m.host.event(11);
     m.interrupt();
     m.executor.turn();
-    EXPECT_GE(m.wishes, 1u);
+    EXPECT_GE(m.notified, 1u);
     EXPECT_TRUE(m.shared.rescan_wanted.exchange(false));
     m.host.event(2);
     m.host.event(14); // for another consumer
@@ -596,7 +596,7 @@ struct StorvscTime : testing::Test {
     }
 };
 
-TEST_F(StorvscTime, ASlowHostIsNeverAskedToReset) {
+TEST_F(StorvscTime, NoResetIsRequestedOfASlowHost) {
     each = 250'000'000; // the time-out is 1 s
     EXPECT_EQ(all_at_once(32, io::Op::read), 32u);
     EXPECT_EQ(all_at_once(200, io::Op::write), 200u) << "more than there are slots";
@@ -773,13 +773,13 @@ TEST(Storvsc, OneLateAnswerAmongOthers) {
     EXPECT_TRUE(late.buffer_lost);
     EXPECT_EQ(m.host.resets, 1u);
     EXPECT_TRUE(m.queue->is_open()) << "others are answered";
-    EXPECT_EQ(m.queue->under_way(), 1u) << "the slot is kept for the answer";
+    EXPECT_EQ(m.queue->in_flight(), 1u) << "the slot is kept for the answer";
     m.host.say = nullptr;
     m.host.commands.push_back(*kept);
     m.host.answer();
     m.interrupt();
     m.executor.turn();
-    EXPECT_EQ(m.queue->under_way(), 0u);
+    EXPECT_EQ(m.queue->in_flight(), 0u);
     EXPECT_TRUE(m.queue->is_open()) << "taken silently";
 }
 
@@ -807,14 +807,14 @@ TEST_P(StorvscUnfenced, AWriteThatIsNeverAnsweredClosesTheController) {
     EXPECT_EQ(late.status, io::Status::timed_out);
     EXPECT_EQ(m.host.resets, 1u);
     EXPECT_FALSE(m.queue->is_open());
-    EXPECT_TRUE(m.log.has("nothing may be written behind it"));
+    EXPECT_TRUE(m.log.has("no later write is safe"));
     EXPECT_FALSE(m.write(8, buffer));
 }
 INSTANTIATE_TEST_SUITE_P(All, StorvscUnfenced, testing::Values(io::Op::write, io::Op::discard),
                          [](const auto& info) { return std::string(io::name(info.param)); });
 
 // Abandoned reads keep their slots. When only such slots are left, the disk is closed instead of hanging silently.
-TEST(Storvsc, SlotsThatAreNeverGivenBackEndTheDisk) {
+TEST(Storvsc, SlotsThatAreNeverFreedCloseTheDisk) {
     Machine m;
     m.host.say = [](const Command& c) {
         Reply r;
@@ -842,7 +842,7 @@ TEST(Storvsc, SlotsThatAreNeverGivenBackEndTheDisk) {
         }
     }
     EXPECT_FALSE(m.queue->is_open());
-    EXPECT_TRUE(m.log.has("every slot is held by a request that the host never answered")) << m.log.text.view();
+    EXPECT_TRUE(m.log.has("every slot is held by a request that the host never completed")) << m.log.text.view();
     for (auto& read : reads) {
         EXPECT_FALSE(read->pending());
     }
@@ -928,8 +928,8 @@ TEST(Storvsc, RescindInMidFlight) {
     ASSERT_TRUE(m.settle(read, 50'000'000));
     EXPECT_EQ(read.status, io::Status::device_gone);
     EXPECT_TRUE(read.buffer_lost) << "until the channel is closed";
-    EXPECT_TRUE(m.log.has("taken the storage controller away"));
-    EXPECT_TRUE(m.queue->quiet());
+    EXPECT_TRUE(m.log.has("rescinded the storage controller"));
+    EXPECT_TRUE(m.queue->quiescent());
 }
 
 TEST(Storvsc, ClosedByAnotherProcessorsQueue) {
@@ -942,7 +942,7 @@ TEST(Storvsc, ClosedByAnotherProcessorsQueue) {
     m.shared.closed = true;
     m.executor.turn();
     EXPECT_EQ(read.status, io::Status::protocol_error);
-    EXPECT_TRUE(m.queue->quiet());
+    EXPECT_TRUE(m.queue->quiescent());
 }
 
 TEST(Storvsc, SignalStorm) {
@@ -955,8 +955,8 @@ TEST(Storvsc, SignalStorm) {
         m.interrupt();
         m.executor.turn();
     }
-    EXPECT_TRUE(m.log.has("signals without a reason")) << m.log.text.view();
-    EXPECT_EQ(std::count(m.log.text.view().begin(), m.log.text.view().end(), '\n'), 1) << "told once";
+    EXPECT_TRUE(m.log.has("signals without a cause")) << m.log.text.view();
+    EXPECT_EQ(std::count(m.log.text.view().begin(), m.log.text.view().end(), '\n'), 1) << "reported once";
     m.host.hold = false;
     EXPECT_TRUE(m.queue->is_open());
     m.always_signal = false;
@@ -983,7 +983,7 @@ TEST(Storvsc, CancelledAndForgotten) {
     for (u32 i = 0; i < 200; ++i) {
         auto request = std::make_unique<io::Request>(*m.disk, io::Op::write, 0, buffer.subspan(0, 512));
         m.disk->submit(*request);
-        (m.queue->under_way() > i ? sent : waiting).push_back(std::move(request));
+        (m.queue->in_flight() > i ? sent : waiting).push_back(std::move(request));
     }
     ASSERT_GT(waiting.size(), 2u);
     EXPECT_FALSE(m.disk->cancel(*sent[0])) << "the host has it";
@@ -991,7 +991,7 @@ TEST(Storvsc, CancelledAndForgotten) {
     EXPECT_EQ(waiting.back()->status, io::Status::cancelled);
     waiting.clear(); // the host does not know them
     EXPECT_TRUE(m.queue->is_open());
-    EXPECT_EQ(m.disk->under_way(), sent.size());
+    EXPECT_EQ(m.disk->in_flight(), sent.size());
     m.executor.turn();
     m.host.take();
     m.host.answer();
@@ -1002,7 +1002,7 @@ TEST(Storvsc, CancelledAndForgotten) {
         ASSERT_TRUE(m.settle(*request));
         EXPECT_EQ(request->status, io::Status::ok);
     }
-    EXPECT_EQ(m.disk->under_way(), 0u);
+    EXPECT_EQ(m.disk->in_flight(), 0u);
 }
 
 TEST(Storvsc, TheControllersOwnPacketsFindASlot) {
@@ -1042,12 +1042,12 @@ TEST_P(StorvscForgotten, TheBufferIsQuarantinedUntilTheAnswer) {
     }
     EXPECT_LE(m.clock.time - start, 2 * io::Executor::tick_length) << "nothing is waited for";
     EXPECT_TRUE(m.queue->is_open());
-    EXPECT_EQ(m.disk->under_way(), 0u);
-    EXPECT_EQ(m.queue->under_way(), 1u) << "the slot is kept for the answer";
+    EXPECT_EQ(m.disk->in_flight(), 0u);
+    EXPECT_EQ(m.queue->in_flight(), 1u) << "the slot is kept for the answer";
     EXPECT_EQ(m.dma.outstanding, outstanding + 1) << "the host may still reach it";
     m.host.hold = false;
     EXPECT_TRUE(m.read(4000, m.buffer(4096)));
-    EXPECT_EQ(m.queue->under_way(), 0u);
+    EXPECT_EQ(m.queue->in_flight(), 0u);
     EXPECT_EQ(m.dma.outstanding, outstanding + 1) << "given back; the other one is the read's";
     EXPECT_TRUE(m.queue->is_open());
 }
@@ -1114,7 +1114,7 @@ TEST(Storvsc, AForgottenWriteThatIsNeverAnsweredClosesTheController) {
     }
     EXPECT_FALSE(m.queue->is_open());
     EXPECT_EQ(m.host.resets, 1u);
-    EXPECT_TRUE(m.log.has("nothing may be written behind it")) << m.log.text.view();
+    EXPECT_TRUE(m.log.has("no later write is safe")) << m.log.text.view();
 }
 
 TEST(Storvsc, ARemovedUnitTakesNothing) {

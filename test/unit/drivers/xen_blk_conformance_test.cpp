@@ -118,14 +118,14 @@ class XenBlkRig final : public Rig {
     void answer(usize index, Status how) override {
         const InFake scope;
         back_.answer(index, how == Status::ok ? 0 : how == Status::io_error ? -1 : -2);
-        back_.wild = damaged_;
+        back_.violating = damaged_;
         m_.xen.deliver();
     }
     void answer_wrongly(u32 kind) override {
         const auto id = [](const fake::Blkback::Held& h) {
             return fake::Xen::field<u64>(reinterpret_cast<u64>(h.slot.data()), 8);
         };
-        back_.wild = true; // it always notifies
+        back_.violating = true; // it always notifies
         switch (kind) {
         case 0: back_.push(0x1234567, 0, 0); break;
         case 1: back_.push(*back_.last_id, 0, 0); break;
@@ -143,10 +143,10 @@ class XenBlkRig final : public Rig {
         m_.xen.deliver();
     }
     Injected inject(u32, Fault) override {
-        damaged_ = back_.wild = true; // it takes nothing any more
-        back_.rsp_prod += 1000;       // more responses than there are slots
+        damaged_ = back_.violating = true; // it takes nothing any more
+        back_.rsp_prod += 1000;            // more responses than there are slots
         back_.word(8) = back_.rsp_prod;
-        return {"further than it can be: the ring is broken", Status::protocol_error};
+        return {"out of range: the ring is broken", Status::protocol_error};
     }
     bool reachable(DmaSpan span) override {
         for (const std::byte* frame : m_.xen.grant_frames) {
@@ -170,7 +170,7 @@ class XenBlkRig final : public Rig {
         disk_.reclaim();
     }
     bool is_open(u32) override { return disk_.is_open(); }
-    u32 under_way(u32) override { return disk_.abandoned(); }
+    u32 in_flight(u32) override { return disk_.abandoned(); }
 
   private:
     static constexpr Nanoseconds timeout = 200'000'000;

@@ -29,7 +29,7 @@ struct Offer {
 
 class Blkback {
   public:
-    enum class Trick {
+    enum class Violation {
         none,
         unknown_id,
         repeated_id,
@@ -79,7 +79,7 @@ class Blkback {
     bool step() {
         if (wanted_state_ != 0) {
             if (waited_++ < offer.slow_states) {
-                return xen.store_rung || !xen.outgoing.empty() ? false : tick_only();
+                return xen.store_event || !xen.outgoing.empty() ? false : tick_only();
             }
             waited_ = 0;
             go(std::exchange(wanted_state_, 0));
@@ -97,8 +97,8 @@ class Blkback {
             case 5: wanted_state_ = 5; return true;
             case 6:
                 ring = nullptr;
-                let_go_of_ring();
-                wanted_state_ = offer.never_connects && sulks ? 0 : 6;
+                unmap_ring();
+                wanted_state_ = offer.never_connects && never_closes ? 0 : 6;
                 return true;
             case 1: wanted_state_ = state() == 6 ? 2 : 0; return true;
             default: return false;
@@ -160,7 +160,7 @@ class Blkback {
         keeps_mapped = offer.persistent && has_front("feature-persistent") && front_number("feature-persistent") == 1;
         return true;
     }
-    void let_go_of_ring() {
+    void unmap_ring() {
         for (const auto& [ref, write] : kept) {
             xen.unmap_grant(ref, write);
         }
@@ -172,7 +172,7 @@ class Blkback {
     std::byte* map(u32 ref, bool write) {
         write = write || keeps_mapped;
         if (const auto had = std::ranges::find(premapped_, std::pair{ref, write}); had != premapped_.end()) {
-            lent.push_back(*had);
+            grants_used.push_back(*had);
             premapped_.erase(had);
             return xen.memory.at(xen.mappings[ref].frame * 4096);
         }
@@ -190,15 +190,15 @@ class Blkback {
             EXPECT_FALSE(kept.contains(ref)) << "grant " << ref << " is in use twice";
             kept[ref] = write;
         } else {
-            lent.emplace_back(ref, write);
+            grants_used.emplace_back(ref, write);
         }
         return page;
     }
-    void unmap_lent() {
-        for (const auto& [ref, write] : lent) {
+    void unmap_grants() {
+        for (const auto& [ref, write] : grants_used) {
             xen.unmap_grant(ref, write);
         }
-        lent.clear();
+        grants_used.clear();
     }
 
     u32& word(u32 offset) { return Xen::field<u32>(reinterpret_cast<u64>(ring), offset); }
@@ -216,13 +216,13 @@ class Blkback {
         more_work = false;
         bool did = false;
         u32 taken = 0;
-        while (req_cons != word(0) && taken < at_once && !wild) {
+        while (req_cons != word(0) && taken < at_once && !violating) {
             std::array<std::byte, 112> copy;
             std::memcpy(copy.data(), slot(req_cons), 112);
             ++req_cons;
             ++taken;
             did = true;
-            EXPECT_TRUE(wild || req_cons - rsp_prod <= slots);
+            EXPECT_TRUE(violating || req_cons - rsp_prod <= slots);
             if (hold) {
                 take(copy);
             } else {
@@ -294,7 +294,7 @@ class Blkback {
         }
         held_.clear();
         ring = nullptr;
-        let_go_of_ring();
+        unmap_ring();
     }
     const std::vector<Held>& held() const { return held_; }
 
@@ -366,7 +366,7 @@ class Blkback {
             }
             byte += bytes;
         }
-        unmap_lent();
+        unmap_grants();
         if (fail_sector && sector <= *fail_sector && *fail_sector < std::max(byte / 512, sector + 1)) {
             status = -1;
         }
@@ -379,16 +379,16 @@ class Blkback {
     }
 
     void respond(u64 id, u8 op, i16 status) {
-        wild = after_good <= 0 && trick != Trick::none;
-        switch (after_good-- > 0 ? Trick::none : trick) {
-        case Trick::none: break;
-        case Trick::unknown_id: id = 0x123456789; break;
-        case Trick::repeated_id: id = last_id ? *last_id : id; break;
-        case Trick::wrong_operation: op = op == 0 ? 1 : 0; break;
-        case Trick::bad_status: status = 17; break;
-        case Trick::far_ahead: rsp_prod += slots * 3; break;
-        case Trick::behind: rsp_prod -= 40; break;
-        case Trick::unasked: push(id, op, status); break;
+        violating = after_good <= 0 && violation != Violation::none;
+        switch (after_good-- > 0 ? Violation::none : violation) {
+        case Violation::none: break;
+        case Violation::unknown_id: id = 0x123456789; break;
+        case Violation::repeated_id: id = last_id ? *last_id : id; break;
+        case Violation::wrong_operation: op = op == 0 ? 1 : 0; break;
+        case Violation::bad_status: status = 17; break;
+        case Violation::far_ahead: rsp_prod += slots * 3; break;
+        case Violation::behind: rsp_prod -= 40; break;
+        case Violation::unasked: push(id, op, status); break;
         }
         last_id = id;
         push(id, op, status);
@@ -401,7 +401,7 @@ class Blkback {
         const u32 old = word(8);
         ++rsp_prod;
         word(8) = rsp_prod;
-        if (wild || rsp_prod - word(12) < rsp_prod - old) {
+        if (violating || rsp_prod - word(12) < rsp_prod - old) {
             ++notifications;
             xen.raise(port);
         }
@@ -416,19 +416,19 @@ class Blkback {
     u32 pages = 0, slots = 0, port = 0;
     u32 req_cons = 0, rsp_prod = 0;
     u32 at_once = ~0u;
-    bool keeps_mapped = false, hold_grants = false, dead = false, refuse_flush = false, sulks = false;
-    bool more_work = false, wild = false;
+    bool keeps_mapped = false, hold_grants = false, dead = false, refuse_flush = false, never_closes = false;
+    bool more_work = false, violating = false;
     bool hold = false;        // requests are taken and held for answer()
     bool hold_mapped = false; // with their pages mapped
     // requests an event only when nothing is in flight (QEMU), instead of after every look at the ring (Linux)
     bool lazy = false;
-    std::map<u32, bool> kept;               // mapped until the back end disconnects; true: writable
-    std::vector<std::pair<u32, bool>> lent; // mapped for the current request
+    std::map<u32, bool> kept;                      // mapped until the back end disconnects; true: writable
+    std::vector<std::pair<u32, bool>> grants_used; // mapped for the current request
     std::set<u32> all_refs;
     std::map<u8, u64> served;
     u64 indirect_served = 0, segment_count = 0, notified = 0, notifications = 0, bad_grants = 0;
     std::optional<u64> fail_sector, last_id;
-    Trick trick = Trick::none;
+    Violation violation = Violation::none;
     int after_good = 0;
     u32 silent_for = 0;
     std::vector<std::pair<u64, u8>> withheld;
@@ -449,7 +449,7 @@ struct Sink final : drivers::DiskSink {
     }
     Result<void> announce(io::BlockDevice& d, u32 number) override {
         if (refuse) {
-            return Error{Code::busy, "somebody else has it"};
+            return Error{Code::busy, "another driver has it"};
         }
         disk = &d;
         slot = number;

@@ -28,7 +28,7 @@ using drivers::Feature;
 using fake::Blkback;
 using fake::DiskMachine;
 using fake::Offer;
-using Trick = Blkback::Trick;
+using Violation = Blkback::Violation;
 constexpr u32 without(Feature f) { return to_underlying(f); }
 
 struct Capture final : log::Sink {
@@ -222,7 +222,7 @@ TEST(XenBlk, ImpossibleDisksAreRefused) {
     }
 }
 
-TEST(XenBlk, CdromsAndStrangersAreLeftAlone) {
+TEST(XenBlk, CdromsAndUnknownDevicesAreNotUsed) {
     DiskMachine cdrom({.device_type = "cdrom"});
     EXPECT_TRUE(cdrom.probe());
     EXPECT_EQ(cdrom.sink.disk, nullptr);
@@ -262,7 +262,7 @@ TEST(XenBlk, ABackEndThatDoesNotConnectIsBounded) {
     for (int variant = 0; variant < 3; ++variant) {
         Offer offer{.never_connects = variant < 2, .closes_instead = variant == 2};
         DiskMachine m(offer);
-        m.back.sulks = variant == 1;
+        m.back.never_closes = variant == 1;
         const Instant before = m.world.now;
         const auto probed = m.probe();
         ASSERT_FALSE(probed);
@@ -275,7 +275,7 @@ TEST(XenBlk, ABackEndThatDoesNotConnectIsBounded) {
     }
 }
 
-TEST(XenBlk, ConnectsAfterSomebodyElse) {
+TEST(XenBlk, ConnectsAfterAPreviousFrontEnd) {
     DiskMachine m({});
     m.xen.tree[m.back.front + "/state"] = "4"; // a loader left it connected
     ASSERT_TRUE(m.probe());
@@ -344,7 +344,7 @@ TEST(XenBlk, ABackEndWithPersistentGrantsMapsEverythingForWriting) {
     }
 }
 
-TEST(XenBlk, APoolThatTheBackEndDoesNotUseIsGivenBack) {
+TEST(XenBlk, APoolThatTheBackEndDoesNotUseIsFreed) {
     DiskMachine m({});
     ASSERT_TRUE(m.probe());
     EXPECT_EQ(m.xen.live_grants(), 1u) << "only the ring";
@@ -438,7 +438,7 @@ TEST(XenBlkMany, WhereGrantsAreFewPoolsAreSmallerAndThenThereAreNone) {
         EXPECT_TRUE(m.persistent(0));
         EXPECT_FALSE(m.persistent(23));
         EXPECT_EQ(m.xen.get(m.backs[0]->front + "/feature-persistent"), "1");
-        EXPECT_EQ(m.xen.get(m.backs[23]->front + "/feature-persistent"), "0") << "and the back end is told";
+        EXPECT_EQ(m.xen.get(m.backs[23]->front + "/feature-persistent"), "0") << "and the back end is notified";
         m.use_all();
         EXPECT_GE(m.guest.grants().available(), 32u) << "something is left for buffers";
     }
@@ -503,7 +503,7 @@ TEST(XenBlkMany, ADiskWithoutPersistentGrantsWorksWithTheFewThatAreLeft) {
         EXPECT_EQ(std::memcmp(in.data, out.data, in.size), 0);
         EXPECT_EQ(grants.available(), left);
         for (const u32 ref : taken) {
-            grants.give(ref);
+            grants.recycle(ref);
         }
     }
     // None left: the table grows.
@@ -521,7 +521,7 @@ TEST(XenBlkMany, ADiskWithoutPersistentGrantsWorksWithTheFewThatAreLeft) {
     }
     EXPECT_FALSE(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
     for (const u32 ref : taken) {
-        grants.give(ref);
+        grants.recycle(ref);
     }
     EXPECT_EQ(m.xen.bad_maps, 0u);
 }
@@ -553,7 +553,7 @@ TEST(XenBlkMany, WhereGrantsAreFewTheRingIsSmaller) {
             << m.disk().identity().features.view();
         EXPECT_TRUE(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
         for (const u32 ref : taken) {
-            grants.give(ref);
+            grants.recycle(ref);
         }
     }
 }
@@ -583,11 +583,11 @@ TEST(XenBlkMany, WithoutGrantsRequestsTimeOutAndTheDiskStays) {
         EXPECT_EQ(transfer->status, io::Status::timed_out);
         EXPECT_FALSE(transfer->buffer_lost) << "the back end has never seen it";
     }
-    EXPECT_NE(capture.text.find("no grant entries came free for a request within the time-out"), std::string::npos)
+    EXPECT_NE(capture.text.find("no grant entries became free for a request within the time-out"), std::string::npos)
         << capture.text;
     EXPECT_EQ(capture.text.find("closed"), std::string::npos) << capture.text;
     for (const u32 ref : taken) {
-        grants.give(ref);
+        grants.recycle(ref);
     }
     EXPECT_TRUE(m.run(fake::read(m.disk(), 0, buffer)));
     EXPECT_TRUE(m.run(fake::write(m.disk(), 0, buffer)));
@@ -715,20 +715,21 @@ TEST(XenBlk, MoreThanTheRingHolds) {
 
 TEST(XenBlkHostile, TheFirstBrokenRuleClosesTheDisk) {
     struct Case {
-        Trick trick;
+        Violation violation;
         const char* rule;
     };
     for (const Case& c :
-         {Case{Trick::unknown_id, "id that is not under way"}, Case{Trick::repeated_id, "id that is not under way"},
-          Case{Trick::far_ahead, "ring is broken"}, Case{Trick::behind, "ring is broken"},
-          Case{Trick::wrong_operation, "another operation"}, Case{Trick::bad_status, "status that the block interface"},
-          Case{Trick::unasked, "id that is not under way"}}) {
+         {Case{Violation::unknown_id, "id that is not in flight"},
+          Case{Violation::repeated_id, "id that is not in flight"}, Case{Violation::far_ahead, "ring is broken"},
+          Case{Violation::behind, "ring is broken"}, Case{Violation::wrong_operation, "another operation"},
+          Case{Violation::bad_status, "status that the block interface"},
+          Case{Violation::unasked, "id that is not in flight"}}) {
         SCOPED_TRACE(c.rule);
         DiskMachine m({});
         ASSERT_TRUE(m.probe());
         Capture log;
         m.back.after_good = 50;
-        m.back.trick = c.trick;
+        m.back.violation = c.violation;
         Load load{m.disk(), 100, 4096, false};
         Figures f;
         const Instant before = m.world.now;
@@ -820,7 +821,7 @@ TEST(XenBlkHostile, AStormOfEventsIsSurvived) {
     EXPECT_TRUE(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
 }
 
-TEST(XenBlkHostile, ALateAnswerIsKnownByItsId) {
+TEST(XenBlkHostile, ALateAnswerIsRecognisedByItsId) {
     DiskMachine m({});
     ASSERT_TRUE(m.probe());
     m.back.silent_for = 1;
@@ -833,7 +834,7 @@ TEST(XenBlkHostile, ALateAnswerIsKnownByItsId) {
     }
     EXPECT_FALSE(lost.pending());
     EXPECT_EQ(lost.status, io::Status::timed_out);
-    EXPECT_FALSE(lost.buffer_lost) << "the grant could be ended: nobody can write there any more";
+    EXPECT_FALSE(lost.buffer_lost) << "the grant could be ended: no domain can write there any more";
     ASSERT_EQ(m.back.withheld.size(), 1u);
     m.back.respond(m.back.withheld[0].first, m.back.withheld[0].second, 0);
     ASSERT_TRUE(m.run(fake::read(m.disk(), 8, m.buffer(4096))));
@@ -885,24 +886,24 @@ TEST(XenBlkHostile, ABufferThatIsMappedWhenTheDiskClosesIsLost) {
     m.disk().submit(held);
     ASSERT_TRUE(m.run(fake::sleep(m.executor, 10'000'000)));
     ASSERT_EQ(m.back.withheld.size(), 2u);
-    m.back.sulks = true;
+    m.back.never_closes = true;
     m.back.offer.never_connects = true; // and does not confirm that it has released the memory
     m.back.go(5);
     ASSERT_TRUE(m.run(fake::sleep(m.executor, 50'000'000)));
     EXPECT_FALSE(free.pending());
-    EXPECT_FALSE(free.buffer_lost) << "nobody can map it any more";
+    EXPECT_FALSE(free.buffer_lost) << "no domain can map it any more";
     EXPECT_FALSE(held.pending());
     EXPECT_TRUE(held.buffer_lost);
     EXPECT_EQ(m.xen.live_grants(), 2u) << "the ring, and what is mapped";
 }
 
 // The back end is silent: memory that it may still read in the ring, or have mapped, is not reused.
-TEST(XenBlkHostile, WhatABackEndDoesNotLetGoOfStaysOutOfUse) {
+TEST(XenBlkHostile, MemoryThatABackEndDoesNotReleaseIsNotReused) {
     for (const bool persistent : {false, true}) {
         DiskMachine m({.persistent = persistent});
         ASSERT_TRUE(m.probe());
         m.back.dead = true;
-        m.back.sulks = true;
+        m.back.never_closes = true;
         m.back.offer.never_connects = true;
         auto& grants = m.guest.grants();
         const u32 before = grants.available();
@@ -913,7 +914,7 @@ TEST(XenBlkHostile, WhatABackEndDoesNotLetGoOfStaysOutOfUse) {
         ASSERT_TRUE(m.run(fake::sleep(m.executor, 1'500'000'000))); // closes, requests a close, gives up
         EXPECT_FALSE(t.pending());
         EXPECT_EQ(m.back.front_state(), 6u);
-        EXPECT_LE(grants.available(), before - (persistent ? 0 : 1)) << "an entry that stands in the ring";
+        EXPECT_LE(grants.available(), before - (persistent ? 0 : 1)) << "an entry in the ring";
         EXPECT_GE(m.xen.memory.outstanding, memory) << "the ring's page and the pool's";
         EXPECT_EQ(m.xen.live_grants(), persistent ? 353u : 1u);
     }
@@ -1110,7 +1111,7 @@ TEST(XenBlkTime, ADeadBackEndIsFoundInMachineTimeAlsoWithStops) {
 }
 
 // Abandoned requests keep their slots. Requests waiting for a slot are still handled.
-TEST(XenBlkTime, SlotsThatAreNeverGivenBackEndTheDisk) {
+TEST(XenBlkTime, SlotsThatAreNeverFreedCloseTheDisk) {
     Capture capture;
     DiskMachine m({});
     ASSERT_TRUE(m.probe());
@@ -1126,7 +1127,7 @@ TEST(XenBlkTime, SlotsThatAreNeverGivenBackEndTheDisk) {
     ASSERT_FALSE(read);
     EXPECT_EQ(read.error().code, Code::device_gone);
     EXPECT_LE(m.executor.now() - before, 230'000'000u);
-    EXPECT_NE(capture.text.find("every slot is held by a request that the back end never answered"), std::string::npos)
+    EXPECT_NE(capture.text.find("every slot is held by a request that the back end never completed"), std::string::npos)
         << capture.text;
 }
 

@@ -50,7 +50,7 @@ TEST(HostFaults, NothingHappensBeforeItsTime) {
         good.push_back(guest.command(channel, rings, {0, 0, 0, 0, 0, 0}).has_value());
     }
     EXPECT_EQ(good, (std::vector<bool>{true, true, true, false, false, true, true}));
-    EXPECT_EQ(guest.server->faults_struck(), 2u);
+    EXPECT_EQ(guest.server->faults_injected(), 2u);
 }
 
 class HostFault : public ::testing::Test {
@@ -207,7 +207,7 @@ TEST(HostFaults, OfMessages) {
         Rings rings;
         EXPECT_FALSE(guest.open(1, rings));
         EXPECT_EQ(guest.violations(), 0u);
-        EXPECT_EQ(guest.server->faults_struck(), 1u);
+        EXPECT_EQ(guest.server->faults_injected(), 1u);
     }
     {
         Guest guest(with(Fault::rescind_at_open));
@@ -297,7 +297,7 @@ class HostServices : public ::testing::Test {
 
 TEST_F(HostServices, Shutdown) {
     auto& shutdown = guest.server->add(std::make_unique<fl::host::ShutdownService>());
-    shutdown.ask(); // before the negotiation
+    shutdown.request_shutdown(); // before the negotiation
     start(3, 2);
     EXPECT_EQ(shutdown.versions().message, 0x00030002u);
     const auto asked = rings.receive();
@@ -305,10 +305,10 @@ TEST_F(HostServices, Shutdown) {
     EXPECT_EQ(get<u32>(asked->payload, 4), 20u + 12 + 2048);
     EXPECT_EQ(get<u16>(asked->payload, 12), 3);
     EXPECT_EQ(Bytes(asked->payload.begin() + 28, asked->payload.begin() + 40), hex("00000080 00000000 00000000"));
-    EXPECT_EQ(shutdown.state(), fl::host::ShutdownState::asked);
+    EXPECT_EQ(shutdown.state(), fl::host::ShutdownState::requested);
     answer(3, Bytes(asked->payload.begin() + 28, asked->payload.begin() + 40));
     EXPECT_EQ(shutdown.state(), fl::host::ShutdownState::accepted);
-    shutdown.ask(true);
+    shutdown.request_shutdown(true);
     guest.poll();
     EXPECT_EQ(get<u32>(rings.receive()->payload, 36), 2u); // restart
     answer(3, {}, 0x80004005);
@@ -337,7 +337,7 @@ TEST_F(HostServices, Heartbeat) {
     answer(1, Bytes(8));
     EXPECT_TRUE(guest.machine.said("the sequence number is not one more"));
     answer(1, Bytes(8));
-    EXPECT_TRUE(guest.machine.said("an answer of a type that was not asked for"));
+    EXPECT_TRUE(guest.machine.said("an answer of an unexpected type"));
 }
 
 TEST_F(HostServices, TimeSync) {
@@ -360,7 +360,7 @@ TEST_F(HostServices, VersionsThatWereNotOffered) {
     start(9, 9);
     EXPECT_EQ(shutdown.versions().framework, 0u);
     EXPECT_TRUE(guest.machine.said("the negotiation was answered with"));
-    shutdown.ask();
+    shutdown.request_shutdown();
     guest.poll();
     EXPECT_FALSE(rings.receive());
 }

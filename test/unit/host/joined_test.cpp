@@ -25,6 +25,7 @@ import host.vmbus;
 import host.storvsp;
 import host.services;
 
+#include "unit/core_interrupt_fake.hpp"
 #include "unit/io_support.hpp"
 
 namespace {
@@ -53,26 +54,6 @@ class Arena final : public DmaAllocator {
   private:
     Zeroed storage_{ram_bytes};
     usize used_ = 0;
-};
-
-class Interrupts final : public InterruptController {
-  public:
-    Result<void> attach_line(InterruptLine, InterruptHandler, void*, u32) override { return {}; }
-    void detach_line(InterruptLine, InterruptHandler, void*) override {}
-    Result<InterruptVector> attach_vector(InterruptHandler call, void* with, bool) override {
-        handler = call;
-        context = with;
-        return InterruptVector{0x41, 0};
-    }
-    Result<InterruptVector> attach_message(u32, InterruptHandler, void*) override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    Result<InterruptMessage> message_for(InterruptVector) const override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    void detach_vector(InterruptVector) override { handler = nullptr; }
-    InterruptHandler handler = nullptr;
-    void* context = nullptr;
 };
 
 class Disks final : public drivers::DiskSink {
@@ -242,7 +223,7 @@ class Joined final : public host::Delivery, public host::Log, public hv::Privile
     std::vector<std::string> lines;
     std::map<u32, u64> msrs;
     bool interrupt_pending = false;
-    Interrupts interrupts;
+    test::Interrupts interrupts{0x41};
     Disks disks;
     test::FakeMachine clock;
     io::Executor executor{clock.platform()};
@@ -342,8 +323,8 @@ TEST(HostJoined, EveryVersionOfTheBusAndOfTheProtocol) {
 struct FaultCase {
     Fault fault;
     u32 after;
-    bool disk;    // a disk attaches
-    bool goes_on; // all but a few requests still work
+    bool disk;      // a disk attaches
+    bool continues; // all but a few requests still work
     const char* line;
 };
 class HostJoinedFault : public testing::TestWithParam<FaultCase> {};
@@ -361,7 +342,7 @@ TEST_P(HostJoinedFault, EndsInABoundAndLosesNothing) {
     if (!machine.disks.list.empty()) {
         if (c.fault == Fault::signal_storm) { // a storm counts as one only while nothing else happens
             const DmaSpan data = *machine.arena.allocate(4096, ~u64{0});
-            for (u32 i = 0; i < 64 && machine.server->faults_struck() == 0; ++i) {
+            for (u32 i = 0; i < 64 && machine.server->faults_injected() == 0; ++i) {
                 EXPECT_TRUE(machine.executor.run(read_one(*machine.disks.list[0], 0, data)));
             }
             for (u32 i = 0; i < 20; ++i) {
@@ -369,11 +350,11 @@ TEST_P(HostJoinedFault, EndsInABoundAndLosesNothing) {
             }
         }
         const Outcome outcome = work(machine, *machine.disks.list[0]);
-        EXPECT_EQ(outcome.written >= 14, c.goes_on) << outcome.written << " written, " << outcome.failed << " failed";
+        EXPECT_EQ(outcome.written >= 14, c.continues) << outcome.written << " written, " << outcome.failed << " failed";
     }
-    EXPECT_GE(machine.server->faults_struck() + (c.fault == Fault::refuse_versions ||
-                                                 c.fault == Fault::refuse_new_versions ||
-                                                 c.fault == Fault::refuse_storage_versions),
+    EXPECT_GE(machine.server->faults_injected() + (c.fault == Fault::refuse_versions ||
+                                                   c.fault == Fault::refuse_new_versions ||
+                                                   c.fault == Fault::refuse_storage_versions),
               1u);
     EXPECT_TRUE(machine.said(c.line)) << machine.log.text.view();
     EXPECT_LT(machine.clock.time, u64{60'000'000'000});
@@ -385,23 +366,22 @@ TEST_P(HostJoinedFault, EndsInABoundAndLosesNothing) {
 
 constexpr u32 later = 24; // number of SRBs after which the scan is complete
 constexpr FaultCase cases[] = {
-    {Fault::write_index_beyond, later, true, false,
-     "the host's write index is behind its last one or outside of the ring"},
+    {Fault::write_index_beyond, later, true, false, "the host's write index moves backwards or is outside of the ring"},
     {Fault::read_index_beyond, later, true, false,
      "the host's read index is not between its last one and what was written"},
-    {Fault::packet_too_long, later, true, false, "it is longer than what is in the ring"},
+    {Fault::packet_too_long, later, true, false, "it is longer than the data in the ring"},
     {Fault::packet_too_short, later, true, false, "it is shorter than its header"},
     {Fault::packet_offset, later, true, false, "it is shorter than its header"},
     {Fault::packet_trailer, later, true, true, ""},
     {Fault::packet_type, later, true, false, "a packet of a type that a storage host does not send"},
-    {Fault::rewrite_completion, later, true, false, "it is longer than what is in the ring"},
+    {Fault::rewrite_completion, later, true, false, "it is longer than the data in the ring"},
     {Fault::signal_storm, later, true, true, "more than 256 interrupts within"},
-    {Fault::unknown_transaction, later, true, false, "a transaction id that is not under way"},
-    {Fault::repeated_completion, later, true, false, "a transaction id that is not under way"},
-    {Fault::early_completion, later, true, false, "a transaction id that is not under way"},
+    {Fault::unknown_transaction, later, true, false, "a transaction id that is not in flight"},
+    {Fault::repeated_completion, later, true, false, "a transaction id that is not in flight"},
+    {Fault::early_completion, later, true, false, "a transaction id that is not in flight"},
     {Fault::no_answer, later, true, false, "no answer within 200 ms: asking the host to reset the bus"},
-    {Fault::completion_too_long, later, true, false, "more data was moved than was asked for"},
-    {Fault::short_transfer, 8, true, true, "the host moved 2048 of 4096 bytes and calls that a success"},
+    {Fault::completion_too_long, later, true, false, "reports more data than was requested"},
+    {Fault::short_transfer, 8, true, true, "success with 2048 of 4096 bytes transferred"},
     {Fault::medium_error, 8, true, true, "MEDIUM ERROR, write error (3/0c/00) at LBA 96"},
     {Fault::write_protected, 4, true, true, "DATA PROTECT, write protected (7/27/00)"},
     {Fault::unit_attention, later, true, true, "UNIT ATTENTION"},
@@ -414,11 +394,11 @@ constexpr FaultCase cases[] = {
     {Fault::refuse_storage_versions, 0, false, false, "version 2.0 is refused"},
     {Fault::refuse_gpadl, 0, false, false, ""},
     {Fault::refuse_open, 0, false, false, ""},
-    {Fault::rescind_at_open, 0, false, false, "the host takes channel 1"},
-    {Fault::rescind_in_flight, later, true, false, "the host has taken the storage controller away"},
-    {Fault::unknown_message, 1, true, true, "a message of type 99 is of no known kind"},
+    {Fault::rescind_at_open, 0, false, false, "the host rescinds channel 1"},
+    {Fault::rescind_in_flight, later, true, false, "the host has rescinded the storage controller"},
+    {Fault::unknown_message, 1, true, true, "a message of type 99 is of an unknown type"},
     {Fault::short_message, 4, false, false, "a message of type 6 is too short"},
-    {Fault::duplicate_relid, 0, true, true, "a channel whose id cannot be, or is in use"},
+    {Fault::duplicate_relid, 0, true, true, "a channel whose id is invalid or in use"},
 };
 INSTANTIATE_TEST_SUITE_P(All, HostJoinedFault, testing::ValuesIn(cases), [](const auto& info) {
     for (const auto& known : host::fault_names) {

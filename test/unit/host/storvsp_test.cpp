@@ -121,7 +121,7 @@ TEST(HostStorvsp, WritesFlushesUnmaps) {
     EXPECT_EQ(guest.violations(), 0u);
 }
 
-TEST(HostStorvsp, ADiskOfLimitedSpeedTakesAllAtOnceAndAnswersAtItsPace) {
+TEST(HostStorvsp, ARateLimitedDiskAcceptsAllAtOnceAndCompletesAtItsRate) {
     Guest guest;
     Rings rings;
     const u32 channel = guest.start(rings, 0x0600, {.iops = 4});
@@ -343,7 +343,7 @@ TEST(HostStorvsp, WaitsForRoomAndIsWoken) {
     EXPECT_EQ(guest.violations(), 0u);
 }
 
-TEST(HostStorvsp, LunsComeAndGo) {
+TEST(HostStorvsp, LunsAreHotAddedAndRemoved) {
     Guest guest;
     auto& device = guest.add_disk();
     ASSERT_TRUE(guest.connect());

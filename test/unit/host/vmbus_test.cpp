@@ -179,7 +179,7 @@ TEST(HostVmbus, OldVersionsUseTheInterruptPage) {
     EXPECT_EQ(guest.violations(), 0u);
 }
 
-TEST(HostVmbus, MonitorPageIsLookedAt) {
+TEST(HostVmbus, MonitorPageIsPolled) {
     ServerConfig config;
     config.monitor_pages = true;
     Guest guest(config);
@@ -228,7 +228,7 @@ TEST(HostVmbus, HotAddAndRemove) {
     EXPECT_TRUE(guest.machine.said("RELID_RELEASED names channel 1, which was not offered"));
 }
 
-TEST(HostVmbus, SubChannelsComeAndGoWithTheirPrimary) {
+TEST(HostVmbus, SubChannelsOpenAndCloseWithTheirPrimary) {
     ServerConfig config;
     config.processors = 4;
     Guest guest(config);
@@ -391,7 +391,7 @@ TEST(HostVmbus, BrokenRingsStopTheChannelOnly) {
         c.break_it(rings);
         guest.signal(channel);
         EXPECT_EQ(guest.violations(), before + 1);
-        EXPECT_TRUE(guest.machine.said("its rings are not looked at any more"));
+        EXPECT_TRUE(guest.machine.said("its rings are no longer served"));
         guest.signal(channel);
         EXPECT_EQ(guest.violations(), before + 1);
         Bytes close = message(7);
@@ -415,7 +415,7 @@ TEST(HostVmbus, ReadIndexOutOfRangeStopsTheChannel) {
     }
 }
 
-TEST(HostVmbus, SignalsForNobody) {
+TEST(HostVmbus, SignalsForUnknownChannels) {
     Guest guest;
     guest.add_disk();
     ASSERT_TRUE(guest.connect());

@@ -22,7 +22,7 @@ namespace {
 using namespace fl;
 using namespace fl::hv::hyperv;
 
-TEST(HyperVBackend, TellsItsIdentityBeforeTheHypercallPage) {
+TEST(HyperVBackend, WritesItsIdentityBeforeTheHypercallPage) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.install());
     ASSERT_GE(m.host.writes.size(), 2u);
@@ -79,7 +79,7 @@ TEST(HyperVBackend, WithoutSynicItIsAClock) {
 }
 
 // In any state, every function can be called, and in the end the host has none of the guest's pages.
-void ask_everything(hyperv_fake::Machine& m) {
+void call_everything(hyperv_fake::Machine& m) {
     hv::DeviceList list;
     EXPECT_TRUE(m.enumerate(list));
     EXPECT_EQ(list.count(), m.guest.bus() != nullptr ? 1u : 0u);
@@ -101,14 +101,14 @@ void ask_everything(hyperv_fake::Machine& m) {
     EXPECT_EQ(m.host.msrs[0x40000000], 0u);
 }
 
-TEST(HyperVBackend, BeforeItIsInstalledThereIsNothingAndItSaysSo) {
+TEST(HyperVBackend, BeforeInstallationCallsReportErrors) {
     hyperv_fake::Machine m;
     EXPECT_EQ(m.guest.bus(), nullptr);
     EXPECT_EQ(m.guest.timer(), nullptr);
     hv::Services services{m.host.interrupts, m.executor, 1'000'000};
     EXPECT_FALSE(m.guest.start(services));
     EXPECT_EQ(m.guest.bus(), nullptr);
-    ask_everything(m);
+    call_everything(m);
     EXPECT_TRUE(m.host.writes.empty());
 }
 
@@ -117,10 +117,10 @@ TEST(HyperVBackend, InstalledAndNotStartedItHasNoBusAndNoTimer) {
     ASSERT_TRUE(m.install());
     EXPECT_EQ(m.guest.bus(), nullptr);
     EXPECT_EQ(m.guest.timer(), nullptr);
-    ask_everything(m);
+    call_everything(m);
 }
 
-TEST(HyperVBackend, WhateverStepFailsWhatItTookIsGivenBack) {
+TEST(HyperVBackend, AnyFailedStepFreesWhatItAllocated) {
     // In order: the hypercall page, the reference TSC page; then the bus's interrupt page, its monitor pages, and the
     // SynIC's pages.
     constexpr u32 pages = 5;
@@ -136,7 +136,7 @@ TEST(HyperVBackend, WhateverStepFailsWhatItTookIsGivenBack) {
             EXPECT_EQ(m.host.interrupts.handler, nullptr);
             EXPECT_EQ(m.host.msrs[0x40000080] & 1, 0u);
         }
-        ask_everything(m);
+        call_everything(m);
     }
 }
 
@@ -148,7 +148,7 @@ TEST(HyperVBackend, WithoutAVectorOrTheHypercallPageToo) {
         EXPECT_EQ(m.guest.bus(), nullptr);
         EXPECT_EQ(m.memory.outstanding, 2u);
         EXPECT_EQ(m.host.msrs[0x40000080] & 1, 0u);
-        ask_everything(m);
+        call_everything(m);
     }
     {
         hyperv_fake::Machine m;
@@ -157,7 +157,7 @@ TEST(HyperVBackend, WithoutAVectorOrTheHypercallPageToo) {
         EXPECT_EQ(m.guest.bus(), nullptr);
         EXPECT_EQ(m.guest.timer(), nullptr);
         EXPECT_EQ(m.memory.outstanding, 0u);
-        ask_everything(m);
+        call_everything(m);
     }
     { // a timer in message mode needs the SynIC, which did not start
         hyperv_fake::Machine m;
@@ -165,7 +165,7 @@ TEST(HyperVBackend, WithoutAVectorOrTheHypercallPageToo) {
         m.host.interrupts.full = true;
         ASSERT_TRUE(m.start());
         EXPECT_EQ(m.guest.timer(), nullptr);
-        ask_everything(m);
+        call_everything(m);
     }
 }
 
@@ -175,7 +175,7 @@ TEST(HyperVBackend, WithoutTheRegisterOfItsIndexAProcessorIsItsNumber) {
     EXPECT_EQ(m.guest.synic().vp_index(0), 0u);
 }
 
-TEST(HyperVBackend, TheFrequencyComesFromItsRegisterElseFromThePage) {
+TEST(HyperVBackend, TheFrequencyIsReadFromItsRegisterOrFromThePage) {
     {
         hyperv_fake::Machine m;
         m.host.msrs[0x40000022] = 2'600'000'000;
@@ -204,7 +204,7 @@ TEST(HyperVBackend, TheFrequencyComesFromItsRegisterElseFromThePage) {
     }
 }
 
-TEST(HyperVClock, PageAndCounterTellTheSameKindOfTime) {
+TEST(HyperVClock, PageAndCounterHaveTheSameUnit) {
     hyperv_fake::Machine m;
     m.host.tsc_offset = 500;
     ASSERT_TRUE(m.install());
@@ -296,7 +296,7 @@ TEST(HyperVSynic, StrayMessagesAreDroppedAndCounted) {
     m.host.interrupt();
     SynicMessage message;
     EXPECT_FALSE(m.guest.synic().next(message));
-    EXPECT_EQ(m.guest.synic().stray(), 1u);
+    EXPECT_EQ(m.guest.synic().unexpected_messages(), 1u);
     u32 now;
     std::memcpy(&now, m.host.slot(), 4);
     EXPECT_EQ(now, 0u) << "the slot is free for the next one";
@@ -351,7 +351,7 @@ TEST(HyperVTimer, DirectAndByMessage) {
     }
 }
 
-TEST(HyperVBackend, UninstallLeavesNothingBehind) {
+TEST(HyperVBackend, UninstallLeavesNothing) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     m.guest.uninstall();

@@ -6,6 +6,8 @@
 import test.gtest;
 import host.std;
 
+#include "unit/core_interrupt_fake.hpp"
+
 namespace hyperv_fake {
 using namespace fl;
 using Bytes = std::vector<u8>;
@@ -40,32 +42,6 @@ inline Bytes hex(std::string_view text) {
     }
     return bytes;
 }
-
-class Interrupts final : public InterruptController {
-  public:
-    Result<void> attach_line(InterruptLine, InterruptHandler, void*, u32) override { return {}; }
-    void detach_line(InterruptLine, InterruptHandler, void*) override {}
-    Result<InterruptVector> attach_vector(InterruptHandler call, void* with, bool end) override {
-        if (full) {
-            return Error{Code::exhausted, "no vector is free"};
-        }
-        handler = call;
-        context = with;
-        eoi = end;
-        return InterruptVector{0x41, 0};
-    }
-    Result<InterruptVector> attach_message(u32, InterruptHandler, void*) override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    Result<InterruptMessage> message_for(InterruptVector) const override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    void detach_vector(InterruptVector) override { handler = nullptr; }
-    InterruptHandler handler = nullptr;
-    void* context = nullptr;
-    bool eoi = false;
-    bool full = false;
-};
 
 /// An offer from the host.
 struct HostOffer {
@@ -110,7 +86,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
     std::vector<u64> signals; // inputs of HvSignalEvent
     std::map<u32, u64> msrs;
     std::vector<std::pair<u32, u64>> writes;
-    Interrupts interrupts;
+    test::Interrupts interrupts{0x41};
     u64 eoms = 0;
     u32 version = 0;
     u64 interrupt_page = 0;

@@ -76,7 +76,7 @@ TEST(Packets, GpaDirectIsAsTheProtocolHasIt) {
     EXPECT_EQ(std::memcmp(second.state.storage.data() + 4096 + 32, in_a_row.data(), 16), 0);
 }
 
-TEST(Packets, TheHostsReadIndexIsLookedAtBeforeAnythingIsShown) {
+TEST(Packets, TheHostsReadIndexIsCheckedBeforePublishing) {
     for (const u32 read : {96u, 4096u, 0xfffffff8u}) { // not published yet, outside the ring, far outside it
         Ring ring;
         auto sender = *PacketSender<HostileMemory>::create(ring.memory());
@@ -131,16 +131,16 @@ INSTANTIATE_TEST_SUITE_P(Packets, Rules,
                                          Broken{"shorter than a descriptor", 32, {6, 1, 3, 0}},
                                          Broken{"shorter than a descriptor", 32, {6, 0, 0, 0}},
                                          Broken{"shorter than its header", 32, {6, 3, 2, 0}},
-                                         Broken{"longer than what is in the ring", 32, {6, 2, 4, 0}},
-                                         Broken{"longer than what is in the ring", 32, {6, 2, 0xffff, 0}},
-                                         Broken{"longer than this channel takes", 4088, {6, 2, 500, 0}}),
+                                         Broken{"longer than the data in the ring", 32, {6, 2, 4, 0}},
+                                         Broken{"longer than the data in the ring", 32, {6, 2, 0xffff, 0}},
+                                         Broken{"longer than this channel accepts", 4088, {6, 2, 500, 0}}),
                          [](const auto& info) {
                              std::string name = info.param.what;
                              std::replace(name.begin(), name.end(), ' ', '_');
                              return name + "_" + std::to_string(info.index);
                          });
 
-TEST(Packets, ATrailerIsNotLookedAt) {
+TEST(Packets, ATrailerIsIgnored) {
     Ring ring;
     auto receiver = *PacketReceiver<HostileMemory>::create(ring.memory(), buffer);
     ring.bytes(0, {6, 2, 2, 0});
@@ -179,7 +179,7 @@ TEST(Packets, AHostThatDoesNotWaitForRoomBreaksTheRing) {
             ring.set(0, (at + 280) % 4096);
             const auto got = receiver.receive(packet);
             if (!got) {
-                EXPECT_NE(got.error().message.find("has not been given back"), std::string_view::npos);
+                EXPECT_NE(got.error().message.find("were not released"), std::string_view::npos);
                 break;
             }
             ASSERT_TRUE(*got);
@@ -210,7 +210,7 @@ TEST(Packets, WhatWasCheckedIsWhatIsUsed) {
     auto got = receiver.receive(packet);
     ASSERT_TRUE(got && *got);
     EXPECT_EQ(packet.payload.size(), 8u);
-    EXPECT_EQ(ring.word(4096 + 4) & 0xffff, 0xffffu) << "it was changed, and nobody looked";
+    EXPECT_EQ(ring.word(4096 + 4) & 0xffff, 0xffffu) << "it was changed, and not read";
 }
 
 TEST(Packets, RandomMemoryNeverLeavesItsBounds) {

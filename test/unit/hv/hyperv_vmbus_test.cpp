@@ -30,7 +30,7 @@ hyperv_fake::Bytes le64(u64 value) {
 
 // ---- versions ----
 
-TEST(Vmbus, StepsDownToWhatTheHostKnows) {
+TEST(Vmbus, NegotiatesDownToTheHostsVersion) {
     const std::array<u32, 10> all{0x00050003, 0x00050002, 0x00050001, 0x00050000, 0x00040001,
                                   0x00040000, 0x00030000, 0x00020004, 0x00010001, 0x0000000d};
     for (usize i = 0; i < all.size(); ++i) {
@@ -66,7 +66,7 @@ TEST(Vmbus, AHostFromBefore50IsFoundAtConnectionOne) {
     for (const auto& posted : m.host.posted) {
         EXPECT_EQ(posted.connection, 1u);
     }
-    EXPECT_EQ(m.host.of(14).size(), 2u) << "4.1, 4.0: connection 4 was asked once and not again";
+    EXPECT_EQ(m.host.of(14).size(), 2u) << "4.1, 4.0: connection 4 was tried once and not again";
     EXPECT_NE(m.host.interrupt_page, 0u);
 }
 
@@ -90,7 +90,7 @@ TEST(Vmbus, AHostThatAnswersNothingLeavesTheMachineWorking) {
     }
 }
 
-TEST(Vmbus, AHypervisorThatForbidsMessagesIsBelievedAtOnce) {
+TEST(Vmbus, AHypervisorThatForbidsMessagesIsAnImmediateError) {
     for (const u32 status : {6u, 8u, 2u}) { // access denied, operation denied, no such call
         hyperv_fake::Machine m;
         test::CapturedLog log;
@@ -102,7 +102,7 @@ TEST(Vmbus, AHypervisorThatForbidsMessagesIsBelievedAtOnce) {
         EXPECT_TRUE(m.enumerate(list));
         EXPECT_EQ(list.count(), 0u);
         EXPECT_LT(m.clock.time - before, 1'000'000u);
-        EXPECT_GE(m.host.busy_posts, ~0u - 2) << "each of the two connections was asked once";
+        EXPECT_GE(m.host.busy_posts, ~0u - 2) << "each of the two connections was tried once";
         EXPECT_TRUE(log.has("warning: hyperv: VMBus: the hypervisor does not let this guest post messages")) << status;
         EXPECT_TRUE(log.has("native devices only"));
         m.guest.uninstall();
@@ -119,7 +119,7 @@ TEST(Vmbus, PrivilegesThatAreNotShownAreNotMissed) {
     EXPECT_EQ(m.guest.timer()->name(), "Hyper-V synthetic") << "by message, no direct mode is offered";
 }
 
-TEST(Vmbus, ARefusedConnectionIsToldWithItsState) {
+TEST(Vmbus, ARefusedConnectionIsReportedWithItsState) {
     hyperv_fake::Machine m;
     m.host.refuse_state = 1;
     ASSERT_TRUE(m.start());
@@ -242,7 +242,7 @@ TEST(Vmbus, HundredsOfPagesGoInParts) {
     EXPECT_FALSE(m.executor.run(m.bus().create_gpadl(1, 0, 8191)));
 }
 
-TEST(Vmbus, PostsThatFindNoBufferAreTriedAgain) {
+TEST(Vmbus, PostsWithoutABufferAreRetried) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     m.host.busy_posts = 5;
@@ -254,7 +254,7 @@ TEST(Vmbus, PostsThatFindNoBufferAreTriedAgain) {
     EXPECT_EQ(never.error().code, Code::timed_out);
 }
 
-TEST(Vmbus, AConnectionThatIsAwayForAWhileIsWaitedFor) {
+TEST(Vmbus, ATemporarilyMissingConnectionIsWaitedFor) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     m.host.busy_posts = 20;
@@ -268,7 +268,7 @@ TEST(Vmbus, AConnectionThatIsAwayForAWhileIsWaitedFor) {
     EXPECT_LT(m.clock.time - start, 2 * Vmbus::posting_timeout);
 }
 
-TEST(Vmbus, AnIdThatIsNotTakenBackIsGivenBackAgain) {
+TEST(Vmbus, AnUnreleasedIdIsReleasedAgain) {
     for (const u32 status : {0x12u, 0x13u, 0x5u}) {
         hyperv_fake::Machine m;
         ASSERT_TRUE(m.up());
@@ -329,7 +329,7 @@ TEST(Vmbus, RefusalsAndSilenceAreErrorsWithABound) {
 
 // ---- rescind ----
 
-TEST(Vmbus, ARescindEndsWhateverWaits) {
+TEST(Vmbus, ARescindEndsEveryWait) {
     // During GPADL creation, while opening, closing or moving: the message after which the host rescinds the device.
     for (const u32 moment : {8u, 9u, 5u}) {
         hyperv_fake::Machine m;
@@ -381,7 +381,7 @@ TEST(Vmbus, ARescindedOpenChannelIsClosedByItsOwner) {
     EXPECT_FALSE(channel.rescinded());
 }
 
-TEST(Vmbus, ARescindOfWhatNobodyHasOpenIsAnsweredAtOnce) {
+TEST(Vmbus, ARescindOfAClosedChannelIsAnsweredAtOnce) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     m.host.rescind(1);
@@ -436,7 +436,7 @@ TEST(Vmbus, SubChannelsAreWaitedForAndFound) {
     EXPECT_EQ(first->relid, 21u);
 }
 
-TEST(Vmbus, ListenersHearOfHotAdd) {
+TEST(Vmbus, ListenersAreNotifiedOfHotAdd) {
     hyperv_fake::Machine m;
     std::vector<u32> heard;
     OfferListener listener{
@@ -459,7 +459,7 @@ TEST(Vmbus, ListenersHearOfHotAdd) {
     EXPECT_EQ(heard.size(), 1u);
 }
 
-TEST(Vmbus, EachOfferIsGivenOnceAndAgainAfterARescind) {
+TEST(Vmbus, EachOfferIsReturnedOnceAndAgainAfterARescind) {
     hyperv_fake::Machine m;
     m.host.offers.clear();
     m.host.offers.push_back({.relid = 3, .instance = 3});
@@ -468,14 +468,14 @@ TEST(Vmbus, EachOfferIsGivenOnceAndAgainAfterARescind) {
     ASSERT_TRUE(m.enumerate(list));
     ASSERT_EQ(list.count(), 1u);
     EXPECT_FALSE(m.guest.bus()->next_device()) << "it is in the list";
-    EXPECT_FALSE(m.guest.bus()->news().is_open());
+    EXPECT_FALSE(m.guest.bus()->changes().is_open());
     m.host.send(hyperv_fake::Host::offer_message({.relid = 9, .type = std::string(classes::shutdown), .instance = 9}));
     m.host.send(hyperv_fake::Host::offer_message({.relid = 6, .instance = 6}));
     m.host.send(hyperv_fake::Host::offer_message({.relid = 7, .instance = 6, .sub_channel = 1}));
     m.host.send(hyperv_fake::Host::offer_message({.relid = 8, .instance = 8}));
     m.host.rescind(8); // before the guest handles the offer
     m.settle();
-    EXPECT_TRUE(m.guest.bus()->news().is_open());
+    EXPECT_TRUE(m.guest.bus()->changes().is_open());
     auto device = m.guest.bus()->next_device();
     ASSERT_TRUE(device);
     EXPECT_EQ(device->number, 6u);
@@ -485,11 +485,11 @@ TEST(Vmbus, EachOfferIsGivenOnceAndAgainAfterARescind) {
     EXPECT_EQ(device->number, 9u) << "of any class";
     EXPECT_EQ(device->type.view(), classes::shutdown);
     EXPECT_FALSE(m.guest.bus()->next_device());
-    m.guest.bus()->news().close();
+    m.guest.bus()->changes().close();
     m.host.rescind(6);
     m.host.send(hyperv_fake::Host::offer_message({.relid = 6, .instance = 6}));
     m.settle();
-    EXPECT_TRUE(m.guest.bus()->news().is_open());
+    EXPECT_TRUE(m.guest.bus()->changes().is_open());
     device = m.guest.bus()->next_device();
     ASSERT_TRUE(device);
     EXPECT_EQ(device->number, 6u);
@@ -505,10 +505,10 @@ TEST(Vmbus, LateOffersThatFindNoRoomAreNews) {
     EXPECT_EQ(list.dropped, 0u);
     hv::HyperV::Bus& bus = *m.guest.bus();
     const auto offer = [&](u32 id) {
-        bus.news().close();
+        bus.changes().close();
         m.host.send(hyperv_fake::Host::offer_message({.relid = id, .instance = static_cast<u8>(id)}));
         m.settle();
-        EXPECT_TRUE(bus.news().is_open()) << id;
+        EXPECT_TRUE(bus.changes().is_open()) << id;
     };
     u32 id = 1;
     for (; id <= Vmbus::max_offers; ++id) {
@@ -517,7 +517,7 @@ TEST(Vmbus, LateOffersThatFindNoRoomAreNews) {
     EXPECT_EQ(bus.new_dropped(), 0u);
     offer(id++);
     EXPECT_EQ(bus.new_dropped(), 1u);
-    EXPECT_EQ(bus.new_dropped(), 0u) << "each is told once";
+    EXPECT_EQ(bus.new_dropped(), 0u) << "each is reported once";
     offer(id++);
     offer(id++);
     EXPECT_EQ(bus.new_dropped(), 2u);
@@ -565,7 +565,7 @@ TEST(Vmbus, MoreOffersThanThereIsRoomForAreDropped) {
     ASSERT_TRUE(m.start() && m.enumerate(list));
     EXPECT_EQ(m.bus().counters().offers, Vmbus::max_offers);
     EXPECT_EQ(list.count(), Vmbus::max_offers);
-    EXPECT_EQ(list.dropped, 3u) << "told to whoever asks for the list";
+    EXPECT_EQ(list.dropped, 3u) << "reported to the caller that requests the list";
     EXPECT_EQ(m.guest.bus()->new_dropped(), 0u) << "and not once more";
     EXPECT_EQ(m.host.released.size(), 3u);
 }

@@ -174,7 +174,7 @@ TEST(XenEvents, UpcallFindsTheHandlers) {
     EXPECT_EQ(m.guest.events().bind(Port{512}, count, &b).error().code, Code::exhausted);
     m.xen.raise(70);
     EXPECT_FALSE(m.xen.deliver()) << "masked until unmask()";
-    EXPECT_TRUE(m.guest.events().unmask(Port{70})) << "came in the meantime";
+    EXPECT_TRUE(m.guest.events().unmask(Port{70})) << "arrived in the meantime";
     EXPECT_FALSE(m.guest.events().unmask(Port{70}));
     EXPECT_FALSE(m.guest.events().unmask(Port{3}));
     m.xen.raise(70);
@@ -306,7 +306,7 @@ TEST(XenGrants, TheTableGrowsAsFarAsXenLetsIt) {
     };
     EXPECT_EQ(frames(64, 64), 64u);
     EXPECT_EQ(frames(100'000, 64), 64u);
-    EXPECT_EQ(frames(64, 10), 10u) << "less than it said";
+    EXPECT_EQ(frames(64, 10), 10u) << "less than it reported";
     EXPECT_EQ(frames(64, 2), 2u);
     EXPECT_EQ(frames(3, 3), 3u);
     EXPECT_EQ(frames(64, 64, 40 * 4096), 32u) << "a machine with too little memory for all of it";

@@ -96,19 +96,19 @@ TEST_F(XenConsole, NothingIsTouchedWhereThereIsNoXen) {
     EXPECT_TRUE(xen.calls.empty());
 }
 
-TEST_F(XenConsole, ARingThatNobodyWillReadIsNotUsed) {
+TEST_F(XenConsole, ARingWithoutAReaderIsNotUsed) {
     xen.console_status = 1;
     EXPECT_NE(find().ring, 0u) << "xenconsoled may be about to come";
     xen.console_answer = -38;
     EXPECT_TRUE(find().emulated);
-    EXPECT_EQ(find().ring, 0u) << "under an emulation nobody is";
+    EXPECT_EQ(find().ring, 0u) << "under an emulation none is";
     xen.console_status = 2;
     EXPECT_NE(find().ring, 0u) << "but for a device model that has bound it";
     xen.console_answer = -1;
     xen.console_status = 0;
     EXPECT_EQ(find().ring, 0u) << "a port that is not open";
     xen.status_answer = -38;
-    EXPECT_NE(find().ring, 0u) << "a Xen that does not tell";
+    EXPECT_NE(find().ring, 0u) << "a Xen that does not report it";
     xen.console_port = 5000;
     EXPECT_EQ(find().ring, 0u);
     xen.console_port = 2;
@@ -127,7 +127,7 @@ TEST_F(XenConsole, LinesForATerminalOneNotificationEach) {
     open();
     ring.write("[   0.001] hello\n");
     ring.write("@{\"record\":\"x\"}\n\npanic: y\n");
-    EXPECT_EQ(xen.console_rung, 2u);
+    EXPECT_EQ(xen.console_events, 2u);
     EXPECT_TRUE(xen.read_console());
     EXPECT_EQ(xen.console_text, "[   0.001] hello\r\n@{\"record\":\"x\"}\r\n\r\npanic: y\r\n");
     EXPECT_EQ(xen.yields, 0u);
@@ -163,20 +163,20 @@ TEST_F(XenConsole, AReaderThatNeverReadsCostsOneBound) {
     for (u32 i = 0; i < 1000; ++i) {
         ring.write(std::string(100, 'z') + "\n");
     }
-    const u64 patience = ConsoleRing::patience_ms * 1000;
-    EXPECT_LT(now, patience + 10'000) << "one wait, not one for each line";
-    EXPECT_GT(now, patience - 10'000);
+    const u64 timeout = ConsoleRing::timeout_ms * 1000;
+    EXPECT_LT(now, timeout + 10'000) << "one wait, not one for each line";
+    EXPECT_GT(now, timeout - 10'000);
     EXPECT_EQ(ring.lost(), 92 + 979 * 101u)
         << "what did not fit: 20 lines of 102 bytes with their ends did, and 8 bytes of the next one";
     ring.flush(); // once more, in case the reader has appeared
-    EXPECT_LT(now, 2 * patience + 20'000);
+    EXPECT_LT(now, 2 * timeout + 20'000);
     xen.read_console();
     EXPECT_EQ(xen.console_text.size(), 2048u);
     ring.write("here again\n");
     xen.read_console();
-    EXPECT_NE(xen.console_text.find("bytes are lost here: nobody read this console]\r\nhere again\r\n"),
+    EXPECT_NE(xen.console_text.find("bytes are lost here: this console was not read]\r\nhere again\r\n"),
               std::string::npos);
-    EXPECT_LT(now, 2 * patience + 20'000);
+    EXPECT_LT(now, 2 * timeout + 20'000);
 }
 
 // The machine, and with it the reader, is stopped for a minute while the ring is full: nothing is lost because of that.
@@ -201,20 +201,20 @@ TEST_F(XenConsole, AStopOfTheMachineIsNoAbsentReader) {
 // A reader whose position changes constantly to invalid values.
 TEST_F(XenConsole, AReaderThatMovesForEverCostsOneBound) {
     open();
-    const u64 patience = ConsoleRing::patience_ms * 1000;
+    const u64 timeout = ConsoleRing::timeout_ms * 1000;
     const u64 begun = now;
     xen.on_yield = [this, begun] {
-        if (now - begun < 20 * patience) {
+        if (now - begun < 20 * timeout) {
             xen.console_word(3080) ^= 1;
         }
     };
     ring.write("a line\n");
     ring.flush();
-    EXPECT_GT(now - begun, 7 * patience) << "it moves";
-    EXPECT_LT(now - begun, 9 * patience);
+    EXPECT_GT(now - begun, 7 * timeout) << "it moves";
+    EXPECT_LT(now - begun, 9 * timeout);
 }
 
-TEST_F(XenConsole, AReaderThatComesLateGetsTheEnd) {
+TEST_F(XenConsole, ALateReaderGetsTheEnd) {
     open();
     for (u32 i = 0; i < 100; ++i) {
         ring.write(std::string(100, 'z') + "\n");
@@ -224,10 +224,10 @@ TEST_F(XenConsole, AReaderThatComesLateGetsTheEnd) {
     ring.flush(); // before the verdict
     ring.write("@{\"record\":\"verdict\"}\n");
     ring.flush();
-    EXPECT_TRUE(xen.console_text.ends_with("nobody read this console]\r\n@{\"record\":\"verdict\"}\r\n"));
+    EXPECT_TRUE(xen.console_text.ends_with("this console was not read]\r\n@{\"record\":\"verdict\"}\r\n"));
 }
 
-TEST_F(XenConsole, AReadersPositionIsNotBelieved) {
+TEST_F(XenConsole, AnInvalidReadersPositionIsRejected) {
     open();
     // far out of range; ahead of the guest; more than a ring's size before it
     for (const u32 position : {0x12345678u, 0xfffffe01u, 0xfffff5ffu}) {
@@ -235,15 +235,15 @@ TEST_F(XenConsole, AReadersPositionIsNotBelieved) {
         ring.write("x\n");
     }
     EXPECT_GT(ring.lost(), 0u);
-    EXPECT_LT(now, 2 * ConsoleRing::patience_ms * 1000);
+    EXPECT_LT(now, 2 * ConsoleRing::timeout_ms * 1000);
     // A reader that keeps moving without making room.
     xen.console_word(3080) = xen.console_word(3084) - 2048;
     xen.on_yield = [this] { xen.console_word(3080) = xen.console_word(3084) + 1 + now % 100; };
     ring.flush();
-    EXPECT_LT(now, 20 * ConsoleRing::patience_ms * 1000);
+    EXPECT_LT(now, 20 * ConsoleRing::timeout_ms * 1000);
 }
 
-TEST_F(XenConsole, GoesOnAtAnotherAddressAndBehindALoadersText) {
+TEST_F(XenConsole, ContinuesAtAnotherAddressAndAfterALoadersText) {
     xen.console_word(3084) += 5; // a loader's data, not read yet
     std::memcpy(xen.console_page + 1024 + 0xfffffe00 % 2048, "boot:", 5);
     open();

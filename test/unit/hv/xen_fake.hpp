@@ -5,6 +5,8 @@
 import test.gtest;
 import host.std;
 
+#include "unit/core_interrupt_fake.hpp"
+
 namespace fake {
 using namespace fl;
 
@@ -84,30 +86,6 @@ class Cpu final : public hv::Privileged {
     u8 unplug_version = 1;
     u16 unplug_magic = 0x49d2;
     bool refuse_drivers = false;
-};
-
-class Interrupts final : public InterruptController {
-  public:
-    Result<void> attach_line(InterruptLine, InterruptHandler, void*, u32) override { return {}; }
-    void detach_line(InterruptLine, InterruptHandler, void*) override {}
-    Result<InterruptVector> attach_vector(InterruptHandler h, void* c, bool e) override {
-        handler = h;
-        context = c;
-        eoi = e;
-        ++attached;
-        return InterruptVector{0x40, 0};
-    }
-    Result<InterruptVector> attach_message(u32, InterruptHandler, void*) override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    Result<InterruptMessage> message_for(InterruptVector) const override {
-        return Error{Code::not_supported, "no messages here"};
-    }
-    void detach_vector(InterruptVector) override { handler = nullptr; }
-    InterruptHandler handler = nullptr;
-    void* context = nullptr;
-    bool eoi = false;
-    int attached = 0;
 };
 
 /// The hypervisor and the store's domain. `step()` runs the other domains; true: something happened.
@@ -238,11 +216,11 @@ class Xen {
         case 4: { // send
             const u32 port = field<u32>(b, 0);
             if (port == store_port) {
-                store_rung = true;
+                store_event = true;
                 return 0;
             }
             if (port == console_port) {
-                ++console_rung;
+                ++console_events;
                 return 0;
             }
             if (!open_ports.contains(port)) {
@@ -414,7 +392,7 @@ class Xen {
 
     void answer(u32 type, u32 id, u32 transaction, const std::string& payload) {
         ++requests[type];
-        if (mute_store) {
+        if (ignore_reset) {
             return;
         }
         const usize nul = payload.find('\0');
@@ -493,13 +471,13 @@ class Xen {
 
     bool store_step() {
         bool did = false;
-        if (!std::exchange(store_rung, false) && outgoing.empty()) {
+        if (!std::exchange(store_event, false) && outgoing.empty()) {
             return false;
         }
         // The server consumes a little at a time, so that requests and replies arrive in pieces.
         u32& req_cons = store_word(2048);
         const u32 req_prod = store_word(2052);
-        while (req_cons != req_prod && !deaf_store) {
+        while (req_cons != req_prod && !ignore_requests) {
             incoming += static_cast<char>(store_page[req_cons % 1024]);
             ++req_cons;
             did = true;
@@ -531,7 +509,7 @@ class Xen {
 
     Memory memory;
     Cpu cpu;
-    Interrupts interrupts;
+    test::Interrupts interrupts;
     CpuidSnapshot cpuid;
     hv::Sightings sightings;
     i64 version = 4 << 16 | 17;
@@ -544,7 +522,7 @@ class Xen {
     u32 console_port = 2;
     u32 console_status = 2; // 0: closed, 1: unbound, 2: bound to the other end
     i64 status_answer = 0;
-    u64 console_rung = 0;
+    u64 console_events = 0;
     std::string console_text;
     u64 yields = 0;
     std::function<void()> on_yield;
@@ -566,9 +544,9 @@ class Xen {
     u64 bad_maps = 0;
     std::byte* store_page = nullptr;
     u64 store_frame = 0;
-    bool store_rung = false;
-    bool mute_store = false;
-    bool deaf_store = false;
+    bool store_event = false;
+    bool ignore_reset = false;
+    bool ignore_requests = false;
     bool refuse_watches = false;
     u32 piece = 700;
     u32 conflicts = 0;

@@ -70,7 +70,7 @@ struct XenMemoryMap : testing::Test {
     Result<u32> read() { return hv::xen::read_memory_map(cpuid, cpu, {&xen, Xen::call, &page}, 0x234000, into); }
 };
 
-TEST_F(XenMemoryMap, IsAskedForByHypercall) {
+TEST_F(XenMemoryMap, IsReadByHypercall) {
     xen.ranges = {0, 0, 0,    0, 0, 0, 0, 0, 0, 0xfc, 9,    0, 0, 0, 0, 0, 1, 0, 0, 0,  // 639 KiB usable
                   0, 0, 0x10, 0, 0, 0, 0, 0, 0, 0,    0xf0, 7, 0, 0, 0, 0, 2, 0, 0, 0}; // reserved
     xen.count = 2;

@@ -63,7 +63,7 @@ TEST_F(XenStore, LongMessagesGoThroughTheRingInPieces) {
     EXPECT_EQ(m.run(store.write("big/path1", longest)).error().code, Code::bad_argument);
     std::array<char, 10> little;
     EXPECT_EQ(m.run(store.read("big/path", little)).error().code, Code::exhausted);
-    EXPECT_EQ(*read("big/path"), longest) << "and the stream goes on";
+    EXPECT_EQ(*read("big/path"), longest) << "and the stream continues";
 }
 
 io::Task<Result<void>> writer(hv::xen::Store& store, u32 n, u32& done) {
@@ -136,17 +136,17 @@ TEST_F(XenStore, WatchesCoalesce) {
 
 TEST_F(XenStore, SilenceIsBoundedAndALateAnswerIsDropped) {
     m.xen.tree["/local/domain/1/name"] = "guest";
-    m.xen.mute_store = true;
+    m.xen.ignore_reset = true;
     const Instant before = m.world.now;
     EXPECT_EQ(read("name").error().code, Code::timed_out);
     EXPECT_LT(m.world.now - before, 2'000'000'000u);
-    m.xen.mute_store = false;
+    m.xen.ignore_reset = false;
     m.xen.message(2, 1, 0, "late"); // the answer to request 1
     EXPECT_EQ(*read("name"), "guest");
     // If the server does not take the whole request, half of it remains in the ring: the connection is closed.
-    m.xen.deaf_store = true;
+    m.xen.ignore_requests = true;
     EXPECT_EQ(m.run(store.write("a", std::string(2000, 'x'))).error().code, Code::timed_out);
-    m.xen.deaf_store = false;
+    m.xen.ignore_requests = false;
     const Instant then = m.world.now;
     EXPECT_EQ(read("name").error().code, Code::timed_out);
     EXPECT_LT(m.world.now - then, 100'000'000u) << "at once: the stream is of no use";
@@ -201,7 +201,7 @@ TEST(XenStoreHostile, BrokenRulesCloseTheStore) {
         SCOPED_TRACE(bad.what);
         fake::Machine m;
         ASSERT_TRUE(m.install() && m.start());
-        m.xen.mute_store = true;
+        m.xen.ignore_reset = true;
         bool done = false;
         m.world.device = [&] { // once the request has been sent
             if (done || m.xen.requests[2] == 0) {
@@ -209,7 +209,7 @@ TEST(XenStoreHostile, BrokenRulesCloseTheStore) {
             }
             done = true;
             bad.act(m.xen);
-            m.xen.store_rung = true;
+            m.xen.store_event = true;
             return true;
         };
         std::array<char, 16> room;
@@ -250,13 +250,13 @@ TEST_F(XenStore, NoDevicesIsNoError) {
     EXPECT_EQ(list.count(), 0u);
 }
 
-TEST(XenStoreStart, RefusesARingWithSomebodyElsesRequest) {
+TEST(XenStoreStart, RefusesARingWithAForeignRequest) {
     fake::Machine m;
     ASSERT_TRUE(m.install());
     m.xen.store_word(2052) += 4;
     test::CapturedLog log;
     ASSERT_TRUE(m.start()) << "Xen is there: its clock, its console";
-    EXPECT_TRUE(log.has("warning: xen: XenStore cannot be used: XenStore's ring holds a request that is not ours"));
+    EXPECT_TRUE(log.has("warning: xen: XenStore cannot be used: XenStore's ring holds a request from somewhere else"));
     EXPECT_EQ(m.guest.bus(), nullptr) << "and no device";
     EXPECT_NE(m.guest.upcall(), hv::Xen::Upcall::none);
 }

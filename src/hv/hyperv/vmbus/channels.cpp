@@ -19,7 +19,7 @@ namespace fl::hv::hyperv {
 
 // ---- GPADLs ----
 
-u32 Vmbus::fresh_gpadl() {
+u32 Vmbus::new_gpadl() {
     const u32 handle = next_gpadl_;
     next_gpadl_ = next_gpadl_ == ~u32{0} ? 1 : next_gpadl_ + 1;
     return handle;
@@ -34,13 +34,12 @@ io::Task<Result<Gpadl>> Vmbus::create_gpadl(u32 relid, u64 first_frame, u32 coun
 
 io::Task<Result<Gpadl>> Vmbus::share(u32 relid, Frames frames) {
     if (frames.count == 0 || frames.count > max_gpadl_pages) {
-        co_return Error{Code::bad_argument, "VMBus: so many pages cannot be shared at once", max_gpadl_pages,
-                        frames.count};
+        co_return Error{Code::bad_argument, "VMBus: too many pages for one GPADL", max_gpadl_pages, frames.count};
     }
     if (is_rescinded(relid)) {
-        co_return Error{Code::device_gone, "VMBus: the host has taken the device away"};
+        co_return Error{Code::device_gone, "VMBus: the host has rescinded the device"};
     }
-    const Gpadl gpadl{relid, fresh_gpadl()};
+    const Gpadl gpadl{relid, new_gpadl()};
     const io::Bound until = posting_bound();
     Pending pending(*this, MessageType::gpadl_created, relid, gpadl.handle);
 
@@ -54,17 +53,17 @@ io::Task<Result<Gpadl>> Vmbus::share(u32 relid, Frames frames) {
     const GpaRange range{frames.count * static_cast<u32>(page_size), 0};
     std::memcpy(message.data(), &header, sizeof(header));
     std::memcpy(message.data() + sizeof(header), &range, sizeof(range));
-    u32 told = 0;
+    u32 sent = 0;
     usize size = sizeof(header) + sizeof(range);
     for (u32 number = 0;; ++number) {
-        for (; told < frames.count && size + 8 <= max_message; ++told, size += 8) {
-            const u64 frame = frames.at(told);
+        for (; sent < frames.count && size + 8 <= max_message; ++sent, size += 8) {
+            const u64 frame = frames.at(sent);
             std::memcpy(message.data() + size, &frame, 8);
         }
         // Do not send once the channel is rescinded: its id may have been released and reused, and the host would keep
         // the pages for the new channel.
         CO_CHECK(co_await post(std::span<const std::byte>(message).first(size), until, &pending.gone));
-        if (told == frames.count || pending.gone) { // the host would ignore the rest
+        if (sent == frames.count || pending.gone) { // the host would ignore the rest
             break;
         }
         GpadlBody body;
@@ -74,10 +73,9 @@ io::Task<Result<Gpadl>> Vmbus::share(u32 relid, Frames frames) {
         size = sizeof(body);
     }
     CO_CHECK(co_await answer(pending, answering_bound(),
-                             "VMBus: the host does not confirm that it shares memory: the memory is given up"));
+                             "VMBus: the host does not confirm a GPADL: its memory is given up"));
     if (pending.status != HostStatus::success) {
-        co_return Error{Code::io, "VMBus: the host does not take memory that shall be shared (status)", 0,
-                        to_underlying(pending.status)};
+        co_return Error{Code::io, "VMBus: the host refuses a GPADL (status)", 0, to_underlying(pending.status)};
     }
     co_return gpadl;
 }
@@ -92,8 +90,8 @@ io::Task<Result<void>> Vmbus::teardown_gpadl(Gpadl gpadl) {
     message.relid = gpadl.relid;
     message.gpadl = gpadl.handle;
     CO_CHECK(co_await send(message, until));
-    auto done = co_await answer(pending, answering_bound(),
-                                "VMBus: the host does not let go of shared memory: the memory is given up");
+    auto done =
+        co_await answer(pending, answering_bound(), "VMBus: the host does not release a GPADL: its memory is given up");
     if (!done && done.error().code == Code::device_gone) {
         co_return Result<void>{};
     }
@@ -154,12 +152,12 @@ io::Task<Result<void>> Vmbus::open(Channel& channel, Offer offer, OpenParameters
         if (gpadl.error().code == Code::timed_out) {
             rings.abandon();
         }
-        no_longer_open(offer.relid);
+        channel_closed(offer.relid);
         co_return gpadl.error();
     }
     auto opened = co_await open_shared(channel, offer, parameters, std::move(rings), *gpadl);
     if (!opened) {
-        no_longer_open(offer.relid);
+        channel_closed(offer.relid);
     }
     co_return opened;
 }
@@ -188,8 +186,7 @@ io::Task<Result<void>> Vmbus::open_shared(Channel& channel, Offer offer, OpenPar
         }
         result = co_await send(message, until);
         if (result) {
-            result = co_await answer(pending, answering_bound(),
-                                     "VMBus: the host does not answer whether it opens a channel");
+            result = co_await answer(pending, answering_bound(), "VMBus: the host does not answer OPEN_CHANNEL");
             unanswered = !result && result.error().code == Code::timed_out;
         }
         if (result && pending.status != HostStatus::success) {
@@ -211,7 +208,7 @@ io::Task<Result<void>> Vmbus::open_shared(Channel& channel, Offer offer, OpenPar
         static_cast<void>(co_await send(message, posting_bound()));
     }
     DmaBuffer memory = channel.detach();
-    if (auto let_go = co_await teardown_gpadl(gpadl); !let_go) {
+    if (auto released = co_await teardown_gpadl(gpadl); !released) {
         memory.abandon();
     }
     co_return result;
@@ -237,7 +234,7 @@ io::Task<Result<void>> Vmbus::close(Channel& channel) {
     if (!result) {
         memory.abandon();
     }
-    no_longer_open(offer.relid);
+    channel_closed(offer.relid);
     co_return result;
 }
 
@@ -252,7 +249,7 @@ io::Task<Result<void>> Vmbus::modify(Channel& channel, u32 cpu) {
     }
     const u32 relid = channel.offer().relid;
     if (is_rescinded(relid)) {
-        co_return Error{Code::device_gone, "VMBus: the host has taken the device away"};
+        co_return Error{Code::device_gone, "VMBus: the host has rescinded the device"};
     }
     const io::Bound until = posting_bound();
     Pending pending(*this, MessageType::modify_channel_response, relid, relid);

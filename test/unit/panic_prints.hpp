@@ -9,7 +9,7 @@ namespace fl::test {
 
 /// Call it in the statement of an EXPECT_DEATH: from then on a panic prints its message to stderr and aborts. The
 /// default hook traps silently, so that a death test could not distinguish a panic from a crash.
-inline void panics_aloud() {
+inline void panic_prints() {
     set_panic_hook([](std::string_view message) {
         std::fprintf(stderr, "panic: %.*s\n", static_cast<int>(message.size()), message.data());
         std::abort();
