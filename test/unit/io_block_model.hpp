@@ -296,7 +296,9 @@ class ModelTransport : public io::TransportDefaults {
             device_.stop();
             begin_reset();
             return {.kind = Kind::stopped, .why = std::nullopt};
-        case Kind::reset_requested: device_.asked = device_.config.heeds; return {.kind = Kind::reset_requested, .why = std::nullopt};
+        case Kind::reset_requested:
+            device_.asked = device_.config.heeds;
+            return {.kind = Kind::reset_requested, .why = std::nullopt};
         case Kind::none: // the interrupt was lost
             if (const auto next = device_.transfer()) {
                 device_.answer(*next, Status::ok, io::Retry::none);
