@@ -58,8 +58,8 @@ class SharedRig final : public Rig {
     u32 way_;
 };
 
-/// Each rig of `all`, which have one lane, behind a shared lane. Without the cases for what only a queue has: exchanges,
-/// and the ways in which the queue itself can be closed.
+/// Each rig of `all`, which have one lane, behind a shared lane. Without the cases for what only a queue has:
+/// exchanges, and the ways in which the queue itself can be closed.
 inline std::vector<Make> shared(const std::vector<Make>& all) {
     std::vector<Make> made;
     for (const Make& of : all) {
