@@ -7,9 +7,10 @@
 //                       waiting list        │                        │
 //   target's processor                      └─> target.submit ──> collect
 //
-// Nothing is locked: the lanes that have a queue do the same work as without shared lanes, and requests that arrive
-// together are published together, with one notification. The price is one wake-up of the target's processor per batch
-// of requests and one of the home processor per batch of completions.
+// Sending takes no lock (only abandoning a request does, for the quarantine): the lanes that have a queue do the same
+// work as without shared lanes, and requests that arrive together are published together, with one notification. The
+// price is one wake-up of the target's processor per batch of requests and one of the home processor per batch of
+// completions.
 //
 // A request here and its twin at the target are separate objects, each of them accessed on its own processor only.
 export module io.shared_lane;
