@@ -441,7 +441,7 @@ TEST_F(StopTest, ABoundHasItsWholeLengthAfterAShortStop) {
         EXPECT_GE(waited, 900_ms) << length;
         EXPECT_LT(waited, 900_ms + 200_ms) << length;
     }
-    EXPECT_FALSE(log.has("stood still"));
+    EXPECT_FALSE(log.has("was stopped"));
 }
 
 TEST_F(StopTest, StopsMakeABoundAtMostTwiceAsLong) {
