@@ -80,14 +80,14 @@ static FixedText<16> null_name(u64 number) {
 
 u32 null_disks(std::span<const std::string_view> names) {
     constexpr std::string_view prefix = "null";
-    constexpr u64 max_listed = 256;
+    constexpr u64 max_disks = 256;
     u64 count = 0;
     for (const std::string_view name : names) {
         if (!name.starts_with(prefix)) {
             continue;
         }
         const auto number = parse_number(name.substr(prefix.size()));
-        if (number && *number < max_listed && null_name(*number).view() == name) { // not null01, not null0x1
+        if (number && *number < max_disks && null_name(*number).view() == name) { // not null01, not null0x1
             count = std::max(count, *number + 1);
         }
     }

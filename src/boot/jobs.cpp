@@ -192,10 +192,10 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
         const std::string_view disk_name = disk->identity().name.view();
         for (u32 i = 0; i < workloads->count && options.disk.chosen(disk_name); ++i) {
             const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations};
-            if (auto check_workload =
+            if (auto accepted =
                     io::Bench::check_workload(*disk, workloads->at(i), with, std::min(lane_limit, disk->lanes()));
-                !check_workload) {
-                co_return refused(check_workload.error(), disk_name);
+                !accepted) {
+                co_return refused(accepted.error(), disk_name);
             }
         }
     }

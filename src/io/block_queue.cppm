@@ -159,8 +159,8 @@ concept BlockTransport = requires(T& t, const T& constant, CommandTable<T>& comm
     { t.send(command, id) } -> std::same_as<SendResult>;
     /// Makes sent commands visible to the device, and notifies it at most once.
     { t.publish(counters) } -> std::same_as<Result<void>>;
-    /// The next answer, validated: a known id, once only, of a command that is with the device. Next::none: no
-    /// more for now. The answer to an exchange has been copied to it.
+    /// The next answer, validated: a known id, once only, of a command that is with the device. Next::none:
+    /// nothing has been answered yet. The answer to an exchange has been copied to it.
     { t.next(completion) } -> std::same_as<Next>;
     /// After a batch of answers, before more commands are sent: frees the space of the answers.
     { t.release(counters) } -> std::same_as<Result<void>>;

@@ -28,17 +28,7 @@ class CheckedDma final : public DmaAllocator {
     Rig& rig_;
 };
 
-/// A coroutine that does one I/O.
-struct Job {
-    struct promise_type {
-        Job get_return_object() { return {std::coroutine_handle<promise_type>::from_promise(*this)}; }
-        std::suspend_never initial_suspend() noexcept { return {}; }
-        std::suspend_always final_suspend() noexcept { return {}; }
-        void return_void() {}
-        void unhandled_exception() {}
-    };
-    std::coroutine_handle<promise_type> handle;
-};
+using Job = StartedTask;
 
 struct Item {
     Op op = Op::read;

@@ -69,16 +69,7 @@ class HeldDisk final : public BlockDevice {
     }
 };
 
-struct Job {
-    struct promise_type {
-        Job get_return_object() { return {std::coroutine_handle<promise_type>::from_promise(*this)}; }
-        std::suspend_never initial_suspend() noexcept { return {}; }
-        std::suspend_always final_suspend() noexcept { return {}; }
-        void return_void() {}
-        void unhandled_exception() {}
-    };
-    std::coroutine_handle<promise_type> handle;
-};
+using Job = fl::test::StartedTask;
 
 struct Item {
     Request* request = nullptr;

@@ -5,6 +5,18 @@ import host.std;
 
 namespace fl::test {
 
+/// A coroutine that runs at once, up to its first suspension; its owner destroys the frame.
+struct StartedTask {
+    struct promise_type {
+        StartedTask get_return_object() { return {std::coroutine_handle<promise_type>::from_promise(*this)}; }
+        std::suspend_never initial_suspend() noexcept { return {}; }
+        std::suspend_always final_suspend() noexcept { return {}; }
+        void return_void() {}
+        void unhandled_exception() {}
+    };
+    std::coroutine_handle<promise_type> handle;
+};
+
 /// A machine in which time passes only while the executor sleeps, or when a test advances it.
 struct FakeMachine {
     fl::Instant time = 1000;
