@@ -9,7 +9,7 @@ namespace {
 
 // From Linux's parameter list, and the words passed by GRUB, dracut, systemd, cloud-init, Firecracker, Cloud
 // Hypervisor, OpenVMM, crosvm, kvmtool, Kata Containers and libvirt's tools. Words with a dot need no entry. None may
-// equal a key of this kernel (checked by boot_options_test.cpp).
+// equal a key of this kernel (checked by boot/options_test.cpp).
 constexpr std::string_view words =
     "BOOT_IMAGE LANG S TERM acpi acpi_enforce_resources acpi_osi acpi_rsdp acpi_sleep amd_iommu apic apparmor audit "
     "autoinstall biosdevname boot boot_delay bootdev cgroup_disable cgroup_enable cgroup_no_v1 clocksource console "

@@ -24,7 +24,7 @@ import drivers.storvsc.disk;
 
 #include "fuzz/input.hpp"
 // Depends on the imports above.
-#include "unit/io_support.hpp"
+#include "unit/io/support.hpp"
 
 namespace {
 using namespace fl;

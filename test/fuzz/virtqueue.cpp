@@ -19,7 +19,7 @@ import io.ring.packed;
 import io.ring.hostile;
 
 #include "fuzz/input.hpp"
-#include "unit/io_ring_virtqueue_fake.hpp"
+#include "unit/io/ring_virtqueue_fake.hpp"
 
 namespace {
 using namespace fl;

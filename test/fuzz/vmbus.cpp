@@ -27,7 +27,7 @@ import hv.hyperv;
 
 #include "fuzz/input.hpp"
 // Depends on the imports above.
-#include "unit/io_support.hpp"
+#include "unit/io/support.hpp"
 
 namespace {
 using namespace fl;

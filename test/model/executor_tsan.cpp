@@ -22,7 +22,7 @@ import io.executor;
 import io.run_on;
 import io.block;
 import io.shared_lane;
-#include "unit/io_processors.hpp"
+#include "unit/io/processors.hpp"
 
 namespace {
 using namespace fl;

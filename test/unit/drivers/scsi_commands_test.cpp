@@ -14,7 +14,7 @@ import io.block;
 import io.block_queue;
 import drivers.scsi.commands;
 
-#include "unit/io_support.hpp"
+#include "unit/io/support.hpp"
 
 namespace {
 using namespace fl;

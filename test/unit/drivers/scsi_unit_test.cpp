@@ -14,7 +14,7 @@ import io.block;
 import io.block_queue;
 import drivers.scsi.unit;
 
-#include "unit/io_support.hpp"
+#include "unit/io/support.hpp"
 // depends on the includes above
 #include "unit/drivers/scsi_fake.hpp"
 

@@ -20,10 +20,10 @@ import hv.hyperv.hypercall;
 import hv.hyperv.channel;
 import drivers.storvsc.disk;
 
-#include "unit/io_support.hpp"
+#include "unit/io/support.hpp"
 // Depends on the includes above.
 #include "unit/drivers/storvsc_fake.hpp"
-#include "unit/io_block_conformance_shared.hpp"
+#include "unit/io/block_conformance_shared.hpp"
 
 namespace {
 using namespace fl;

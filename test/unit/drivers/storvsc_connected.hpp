@@ -6,7 +6,7 @@
 import test.gtest;
 import host.std;
 
-#include "unit/core_interrupt_fake.hpp"
+#include "unit/core/interrupt_fake.hpp"
 
 namespace connected {
 using namespace fl;

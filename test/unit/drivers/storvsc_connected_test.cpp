@@ -27,7 +27,7 @@ import host.vmbus;
 import host.storvsp;
 import host.services;
 
-#include "unit/io_support.hpp"
+#include "unit/io/support.hpp"
 // Depends on the includes above.
 #include "unit/drivers/storvsc_connected.hpp"
 

@@ -19,7 +19,7 @@ import hv.hyperv.hypercall;
 import hv.hyperv.channel;
 import drivers.storvsc.disk;
 
-#include "unit/io_support.hpp"
+#include "unit/io/support.hpp"
 // depends on the include above
 #include "unit/drivers/storvsc_fake.hpp"
 

@@ -17,7 +17,7 @@ import hv.hyperv.hypercall;
 import hv.hyperv.channel;
 import drivers.storvsc.disk;
 
-#include "unit/io_support.hpp"
+#include "unit/io/support.hpp"
 // Depends on the includes above.
 #include "unit/drivers/storvsc_fake.hpp"
 

@@ -25,7 +25,7 @@ import drivers.xen_blk.disk;
 #include "unit/hv/xen_fake.hpp"
 // Depends on the includes above.
 #include "unit/drivers/xen_blk_fake.hpp"
-#include "unit/io_block_conformance_shared.hpp"
+#include "unit/io/block_conformance_shared.hpp"
 
 namespace {
 using namespace fl;

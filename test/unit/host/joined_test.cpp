@@ -25,8 +25,8 @@ import host.vmbus;
 import host.storvsp;
 import host.services;
 
-#include "unit/core_interrupt_fake.hpp"
-#include "unit/io_support.hpp"
+#include "unit/core/interrupt_fake.hpp"
+#include "unit/io/support.hpp"
 
 namespace {
 

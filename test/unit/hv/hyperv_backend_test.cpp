@@ -14,7 +14,7 @@ import io.task;
 import io.block;
 import hv.hyperv;
 
-#include "unit/io_support.hpp"
+#include "unit/io/support.hpp"
 
 #include "unit/hv/hyperv_fake.hpp"
 

@@ -1,12 +1,12 @@
 // A fake Hyper-V: registers, hypercalls, a SynIC and the host's end of a VMBus. Written from the specifications, not
 // from the kernel's structures: numbers and field offsets are literals. Include after the imports; guest memory is the
-// program's own (HeapDma of io_support.hpp).
+// program's own (HeapDma of unit/io/support.hpp).
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
 
-#include "unit/core_interrupt_fake.hpp"
+#include "unit/core/interrupt_fake.hpp"
 
 namespace hyperv_fake {
 using namespace fl;

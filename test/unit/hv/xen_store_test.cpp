@@ -16,7 +16,7 @@ import io.task;
 import io.block;
 import hv.xen;
 
-#include "unit/io_support.hpp"
+#include "unit/io/support.hpp"
 
 #include "unit/hv/xen_fake.hpp"
 

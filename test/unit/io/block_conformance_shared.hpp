@@ -1,0 +1,80 @@
+// Any rig behind a lane that has no queue of its own [io.shared_lane]: the same behaviour is required of it. Home and
+// target are one processor here; unit/io/shared_lane_test.cpp and test/model/executor_tsan.cpp have two. Include after
+// the imports, among them io.shared_lane.
+#pragma once
+#include "unit/io/block_conformance.hpp"
+
+namespace fl::test::conformance {
+
+class SharedRig final : public Rig {
+  public:
+    /// `way`: how far completions have come after drain(): 1: at the target's queue, 2: being sent home.
+    SharedRig(std::unique_ptr<Rig> inner, u32 way)
+        : inner_(std::move(inner)), lane_(inner_->disk(0).executor(), inner_->disk(0)), way_(way) {}
+    ~SharedRig() {
+        for (u32 i = 0; i < 3; ++i) { // answers to `forget`
+            inner_->turn();
+        }
+    }
+    io::BlockDevice& disk(u32) override { return lane_; }
+    void enter(u32) override { inner_->enter(0); }
+    /// With the further turns that posts take on their way; no time passes in these.
+    void turn() override {
+        io::Executor& executor = lane_.executor();
+        const u64 slept = executor.idles();
+        inner_->turn();
+        const auto on_the_way = [&] {
+            const u64 sent = std::min<u64>(lane_.in_flight(), io::SharedLane::max_forwarded);
+            return executor.idles() == slept || sent > inner_->disk(0).in_flight();
+        };
+        for (u32 i = 0; i < 2 && on_the_way(); ++i) {
+            inner_->turn();
+        }
+    }
+    void drain() override {
+        for (u32 i = 0; i < way_; ++i) {
+            inner_->turn();
+        }
+    }
+    Instant now() override { return inner_->now(); }
+    void jump(Nanoseconds length) override { inner_->jump(length); }
+    DmaAllocator& memory() override { return inner_->memory(); }
+    std::vector<Held> held() override { return inner_->held(); }
+    void answer(usize index, io::Status how) override { inner_->answer(index, how); }
+    void answer_again(usize index) override { inner_->answer_again(index); }
+    void answer_wrongly(u32 kind) override { inner_->answer_wrongly(kind); }
+    void event(u32) override { inner_->event(0); }
+    bool reachable(DmaSpan span) override { return inner_->reachable(span); }
+    void read_medium(u64 lba, u32 count, std::byte* into) override { inner_->read_medium(lba, count, into); }
+    void close(u32, io::Status status) override { inner_->close(0, status); }
+    void stop(u32) override { inner_->stop(0); }
+    void reclaim(u32) override { inner_->reclaim(0); }
+    bool is_open(u32) override { return inner_->is_open(0); }
+    u32 in_flight(u32) override { return inner_->in_flight(0); }
+
+  private:
+    std::unique_ptr<Rig> inner_;
+    io::SharedLane lane_;
+    u32 way_;
+};
+
+/// Each rig of `all`, which have one lane, behind a shared lane. Without the cases for what only a queue has:
+/// exchanges, and the ways in which the queue itself can be closed.
+inline std::vector<Make> shared(const std::vector<Make>& all) {
+    std::vector<Make> made;
+    for (const Make& of : all) {
+        Facts facts = of.facts;
+        facts.forwarded = true;
+        facts.capacity = std::min(facts.capacity, io::SharedLane::max_forwarded);
+        facts.exchanges = 0;
+        facts.faults.clear();
+        facts.elsewhere = false;
+        for (u32 way = 1; way <= 2; ++way) {
+            made.push_back({of.name + "_" + std::to_string(way), facts,
+                            [of, way] { return std::make_unique<SharedRig>(of.make(), way); }});
+        }
+    }
+    return made;
+}
+
+} // namespace fl::test::conformance
