@@ -8,9 +8,8 @@
 import test.gtest;
 import host.std;
 import io.block_queue;
-import io.shared_lane;
 import io.slots;
-#include "unit/io/block_conformance_shared.hpp"
+#include "unit/io/block_conformance.hpp"
 
 namespace {
 using namespace ata_test;
@@ -93,8 +92,8 @@ class AtaRig final : public Rig {
 } // namespace
 
 namespace fl::test::conformance {
-CONFORM(Ata, {Make{"ata_isa", AtaRig::facts(false), [] { return std::make_unique<AtaRig>(false); }},
-              Make{"ata_native", AtaRig::facts(false), [] { return std::make_unique<AtaRig>(true); }},
-              Make{"ata_above_4_gib", AtaRig::facts(true), [] { return std::make_unique<AtaRig>(true, true); }}});
-CONFORM(SharedAta, shared({Make{"ata_native", AtaRig::facts(false), [] { return std::make_unique<AtaRig>(true); }}}));
+CONFORM(Ata, {Make{"isa", AtaRig::facts(false), [] { return std::make_unique<AtaRig>(false); }},
+              Make{"native", AtaRig::facts(false), [] { return std::make_unique<AtaRig>(true); }},
+              Make{"above_4_gib", AtaRig::facts(true), [] { return std::make_unique<AtaRig>(true, true); }}});
+CONFORM(SharedAta, shared({Make{"native", AtaRig::facts(false), [] { return std::make_unique<AtaRig>(true); }}}));
 } // namespace fl::test::conformance

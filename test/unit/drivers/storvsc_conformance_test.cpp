@@ -15,7 +15,6 @@ import core.processor;
 import io.executor;
 import io.block;
 import io.block_queue;
-import io.shared_lane;
 import hv.hyperv.hypercall;
 import hv.hyperv.channel;
 import drivers.storvsc.disk;
@@ -23,7 +22,7 @@ import drivers.storvsc.disk;
 #include "unit/io/support.hpp"
 // Depends on the includes above.
 #include "unit/drivers/storvsc_fake.hpp"
-#include "unit/io/block_conformance_shared.hpp"
+#include "unit/io/block_conformance.hpp"
 
 namespace {
 using namespace fl;
@@ -312,11 +311,11 @@ std::vector<Make> rigs() {
         all.push_back(
             {name, StorvscRig::facts(lanes), [=] { return std::make_unique<StorvscRig>(version, resets, lanes); }});
     };
-    add("storvsc", win10, true, 1);
-    add("storvsc_silent", win10, false, 1);
-    add("storvsc_win6", win6, true, 1);
-    add("storvsc_two_lanes", win10, true, 2);
-    add("storvsc_four_lanes", win10, true, 4);
+    add("win10", win10, true, 1);
+    add("silent", win10, false, 1);
+    add("win6", win6, true, 1);
+    add("two_lanes", win10, true, 2);
+    add("four_lanes", win10, true, 4);
     return all;
 }
 } // namespace

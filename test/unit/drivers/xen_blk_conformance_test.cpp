@@ -16,7 +16,6 @@ import io.executor;
 import io.task;
 import io.block;
 import io.block_queue;
-import io.shared_lane;
 import hv.xen;
 import drivers.driver;
 import drivers.xen_blk;
@@ -25,7 +24,7 @@ import drivers.xen_blk.disk;
 #include "unit/hv/xen_fake.hpp"
 // Depends on the includes above.
 #include "unit/drivers/xen_blk_fake.hpp"
-#include "unit/io/block_conformance_shared.hpp"
+#include "unit/io/block_conformance.hpp"
 
 namespace {
 using namespace fl;
@@ -188,12 +187,12 @@ std::vector<Make> kinds() {
     const auto add = [&](const char* name, const Kind& kind) {
         all.push_back({name, XenBlkRig::facts(kind), [kind] { return std::make_unique<XenBlkRig>(kind); }});
     };
-    add("xen_blk", {});
-    add("xen_blk_mapped", {.mapped = true});
-    add("xen_blk_indirect", {.indirect = true});
-    add("xen_blk_indirect_mapped", {.indirect = true, .mapped = true});
-    add("xen_blk_persistent", {.persistent = true});
-    add("xen_blk_persistent_indirect", {.persistent = true, .indirect = true});
+    add("plain", {});
+    add("mapped", {.mapped = true});
+    add("indirect", {.indirect = true});
+    add("indirect_mapped", {.indirect = true, .mapped = true});
+    add("persistent", {.persistent = true});
+    add("persistent_indirect", {.persistent = true, .indirect = true});
     return all;
 }
 } // namespace

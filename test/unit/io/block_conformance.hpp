@@ -1,11 +1,11 @@
 // The conformance suite for transports of io.block_queue: the required behaviour at every point of a request's life.
 // A driver joins with its rigs:
 //
-//   CONFORM(Nvme, {Make{"nvme", facts, [] { return …; }}});
+//   CONFORM(Nvme, {Make{"msix", facts, [] { return …; }}});
 //
 // A rig is a disk on its fake device. The device does nothing by itself: it holds its commands until a case completes
-// them. Time passes only in turn() and jump(). Each case is registered for the rigs that can express it: its fixture
-// decides by their Facts. Include after the imports, which must include io.block_queue.
+// them. Time passes only in turn() and jump(). Each case runs on the rigs that can express it: its fixture decides by
+// their Facts (block_conformance_cases.hpp). Include after the imports, which must include io.block_queue.
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;
@@ -151,81 +151,20 @@ struct Make {
     std::function<std::unique_ptr<Rig>()> make;
     friend void PrintTo(const Make& of, std::ostream* out) { *out << of.name; }
 };
-inline std::string name_of(const testing::TestParamInfo<Make>& info) { return info.param.name; }
 
-// ---- fixtures: what a case needs of a rig ----
-
-class BlockConformance : public testing::TestWithParam<Make> {
+/// Registers a driver's rigs: they take part in every case that they can express. Their names get the driver's as a
+/// prefix.
+class Registration {
   public:
-    static bool fits(const Facts&) { return true; }
-    static const Facts& facts() { return GetParam().facts; }
-};
-class BlockConformanceHeld : public BlockConformance {
-  public:
-    static bool fits(const Facts& f) { return f.holds; }
-};
-class BlockConformanceParts : public BlockConformance {
-  public:
-    static bool fits(const Facts& f) { return f.retries && f.part_bytes != 0 && f.capacity >= 3; }
-};
-class BlockConformanceGather : public BlockConformance {
-  public:
-    static bool fits(const Facts& f) { return f.gathers && !f.copies; }
-};
-class BlockConformanceIds : public BlockConformance {
-  public:
-    static bool fits(const Facts& f) { return f.ids; }
-};
-class BlockConformanceEvents : public BlockConformance {
-  public:
-    static bool fits(const Facts& f) { return f.events; }
-};
-class BlockConformanceStop : public BlockConformance {
-  public:
-    static bool fits(const Facts& f) { return f.stoppable; }
-};
-class BlockConformanceExchanges : public BlockConformance {
-  public:
-    static bool fits(const Facts& f) { return f.exchanges != 0; }
-};
-class BlockConformanceFaults : public BlockConformance {
-  public:
-    static bool fits(const Facts& f) { return !f.faults.empty(); }
-};
-class BlockConformanceElsewhere : public BlockConformance {
-  public:
-    static bool fits(const Facts& f) { return f.elsewhere; }
-};
-class BlockConformanceLanes : public BlockConformance {
-  public:
-    static bool fits(const Facts& f) { return f.lanes > 1; }
+    Registration(const char* driver, std::vector<Make> rigs);
 };
 
-template <class Fixture>
-std::vector<Make> fitting(const std::vector<Make>& all) {
-    std::vector<Make> some;
-    for (const Make& make : all) {
-        if (Fixture::fits(make.facts)) {
-            some.push_back(make);
-        }
-    }
-    return some;
-}
+/// The same rigs, each with one lane, behind a lane that has no queue of its own [io.shared_lane]: the same behaviour
+/// is required of it. Without the cases for what only a queue has: exchanges, and the ways in which the queue itself
+/// can be closed.
+std::vector<Make> shared(const std::vector<Make>& all);
 
 } // namespace fl::test::conformance
 
-#define CONFORM_TO(driver, fixture, ...)                                                                               \
-    INSTANTIATE_TEST_SUITE_P(driver, fixture, testing::ValuesIn(fitting<fixture>(__VA_ARGS__)), name_of)
 /// Registers a driver's rigs (a std::vector<Make>). In namespace fl::test::conformance.
-#define CONFORM(driver, ...)                                                                                           \
-    CONFORM_TO(driver, BlockConformance, __VA_ARGS__);                                                                 \
-    CONFORM_TO(driver, BlockConformanceHeld, __VA_ARGS__);                                                             \
-    CONFORM_TO(driver, BlockConformanceParts, __VA_ARGS__);                                                            \
-    CONFORM_TO(driver, BlockConformanceGather, __VA_ARGS__);                                                           \
-    CONFORM_TO(driver, BlockConformanceIds, __VA_ARGS__);                                                              \
-    CONFORM_TO(driver, BlockConformanceEvents, __VA_ARGS__);                                                           \
-    CONFORM_TO(driver, BlockConformanceStop, __VA_ARGS__);                                                             \
-    CONFORM_TO(driver, BlockConformanceExchanges, __VA_ARGS__);                                                        \
-    CONFORM_TO(driver, BlockConformanceFaults, __VA_ARGS__);                                                           \
-    CONFORM_TO(driver, BlockConformanceElsewhere, __VA_ARGS__);                                                        \
-    CONFORM_TO(driver, BlockConformanceLanes, __VA_ARGS__)
+#define CONFORM(driver, ...) static const Registration registered_##driver(#driver, __VA_ARGS__)

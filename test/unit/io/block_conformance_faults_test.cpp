@@ -16,6 +16,8 @@ import io.block_queue;
 #include "unit/io/support.hpp"
 // depends on the include above
 #include "unit/io/block_conformance.hpp"
+// depends on the include above
+#include "unit/io/block_conformance_cases.hpp"
 // depends on the includes above
 #include "unit/io/block_conformance_bench.hpp"
 

@@ -15,6 +15,8 @@ import io.oldest_wait;
 #include "unit/io/support.hpp"
 // depends on the include above
 #include "unit/io/block_conformance.hpp"
+// depends on the include above
+#include "unit/io/block_conformance_cases.hpp"
 // depends on the includes above
 #include "unit/io/block_conformance_bench.hpp"
 

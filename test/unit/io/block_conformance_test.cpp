@@ -15,6 +15,8 @@ import io.shared_lane;
 #include "unit/io/support.hpp"
 // depends on the include above
 #include "unit/io/block_conformance.hpp"
+// depends on the include above
+#include "unit/io/block_conformance_cases.hpp"
 // depends on the includes above
 #include "unit/io/block_conformance_bench.hpp"
 

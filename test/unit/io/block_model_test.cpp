@@ -18,7 +18,7 @@ import drivers.null;
 
 #include "unit/io/support.hpp"
 // depends on the include above
-#include "unit/io/block_conformance_shared.hpp"
+#include "unit/io/block_conformance.hpp"
 // depends on the includes above
 #include "unit/io/block_conformance_bench.hpp"
 #include "unit/io/block_model.hpp"
@@ -444,5 +444,5 @@ inline std::vector<Make> some_models() {
     return some;
 }
 CONFORM(SharedModel, shared(some_models()));
-CONFORM(Null, {Make{"null", null_facts, [] { return std::make_unique<NullRig>(); }}});
+CONFORM(Null, {Make{"disk", null_facts, [] { return std::make_unique<NullRig>(); }}});
 } // namespace fl::test::conformance

@@ -1,11 +1,29 @@
-// Any rig behind a lane that has no queue of its own [io.shared_lane]: the same behaviour is required of it. Home and
-// target are one processor here; unit/io/shared_lane_test.cpp and test/model/executor_tsan.cpp have two. Include after
-// the imports, among them io.shared_lane.
-#pragma once
+// Every registered rig meets every case of the conformance suite that it can express; and rigs behind a shared lane.
+// The suites are instantiated here, once: doing so in each driver's test took it three times as long to compile.
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
+import core.result;
+import core.time;
+import core.dma;
+import io.executor;
+import io.block;
+import io.block_queue;
+import io.shared_lane;
+
 #include "unit/io/block_conformance.hpp"
+// depends on the include above
+#include "unit/io/block_conformance_cases.hpp"
 
 namespace fl::test::conformance {
 
+namespace {
+std::vector<Make>& registered() {
+    static std::vector<Make> all; // registrations run before main()
+    return all;
+}
+
+// Home and target are one processor here; unit/io/shared_lane_test.cpp and test/model/executor_tsan.cpp have two.
 class SharedRig final : public Rig {
   public:
     /// `way`: how far completions have come after drain(): 1: at the target's queue, 2: being sent home.
@@ -57,10 +75,16 @@ class SharedRig final : public Rig {
     io::SharedLane lane_;
     u32 way_;
 };
+} // namespace
 
-/// Each rig of `all`, which have one lane, behind a shared lane. Without the cases for what only a queue has:
-/// exchanges, and the ways in which the queue itself can be closed.
-inline std::vector<Make> shared(const std::vector<Make>& all) {
+Registration::Registration(const char* driver, std::vector<Make> rigs) {
+    for (Make& rig : rigs) {
+        rig.name = std::string(driver) + "_" + rig.name;
+        registered().push_back(std::move(rig));
+    }
+}
+
+std::vector<Make> shared(const std::vector<Make>& all) {
     std::vector<Make> made;
     for (const Make& of : all) {
         Facts facts = of.facts;
@@ -76,5 +100,33 @@ inline std::vector<Make> shared(const std::vector<Make>& all) {
     }
     return made;
 }
+
+namespace {
+template <class Fixture>
+std::vector<Make> fitting() {
+    std::vector<Make> some;
+    for (const Make& rig : registered()) {
+        if (Fixture::fits(rig.facts)) {
+            some.push_back(rig);
+        }
+    }
+    return some;
+}
+std::string name_of(const testing::TestParamInfo<Make>& info) { return info.param.name; }
+} // namespace
+
+// GoogleTest calls the generators when it registers the tests, in main().
+#define RUN_ON_RIGS(fixture) INSTANTIATE_TEST_SUITE_P(, fixture, testing::ValuesIn(fitting<fixture>()), name_of)
+RUN_ON_RIGS(BlockConformance);
+RUN_ON_RIGS(BlockConformanceHeld);
+RUN_ON_RIGS(BlockConformanceParts);
+RUN_ON_RIGS(BlockConformanceGather);
+RUN_ON_RIGS(BlockConformanceIds);
+RUN_ON_RIGS(BlockConformanceEvents);
+RUN_ON_RIGS(BlockConformanceStop);
+RUN_ON_RIGS(BlockConformanceExchanges);
+RUN_ON_RIGS(BlockConformanceFaults);
+RUN_ON_RIGS(BlockConformanceElsewhere);
+RUN_ON_RIGS(BlockConformanceLanes);
 
 } // namespace fl::test::conformance
