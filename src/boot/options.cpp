@@ -23,15 +23,20 @@ struct FeatureName {
     std::string_view name;
     drivers::Feature feature;
 };
-constexpr std::array<FeatureName, 5> features{{
+constexpr auto features = std::to_array<FeatureName>({
     {"-persistent", drivers::Feature::persistent},
     {"-indirect", drivers::Feature::indirect},
     {"-ring-pages", drivers::Feature::ring_pages},
     {"-flush", drivers::Feature::flush},
     {"-barrier", drivers::Feature::barrier},
-}};
-constexpr std::array<std::string_view, 5> feature_names{features[0].name, features[1].name, features[2].name,
-                                                        features[3].name, features[4].name};
+});
+constexpr auto feature_names = [] {
+    std::array<std::string_view, features.size()> names{};
+    for (usize i = 0; i < features.size(); ++i) {
+        names[i] = features[i].name;
+    }
+    return names;
+}();
 
 // The values listed for the hv key; parse_preference() accepts every VmGuest name.
 constexpr std::array<std::string_view, 8> hv_names{"auto", "xen", "hyperv", "kvm", "tcg", "vmware", "bare", "late"};

@@ -53,6 +53,15 @@ void ClaimSink::gone(drivers::DeviceId id) {
     }
 }
 
+FixedText<16> DiskPort::free_name(std::string_view prefix) {
+    for (u32 number = 0;; ++number) { // ends: there are finitely many disks
+        const FixedText<16> name = drivers::disk_name(prefix, number);
+        if (attached_.disks.find(name.view()) == nullptr) {
+            return name;
+        }
+    }
+}
+
 Result<void> DiskPort::announce(io::BlockDevice& disk, u32 disk_number) {
     CHECK(attached_.disks.takes(disk.identity().name.view()));
     CHECK(claims_.claim(drivers::disk_id(disk_number)));

@@ -66,6 +66,7 @@ class DiskPort final : public drivers::DiskSink {
   public:
     DiskPort(Attached& attached, drivers::DeviceSink& claims) : attached_(attached), claims_(claims) {}
     bool offered(u32 disk_number) override { return claims_.offered(drivers::disk_id(disk_number)); }
+    FixedText<16> free_name(std::string_view prefix) override;
     Result<void> announce(io::BlockDevice& disk, u32 disk_number) override;
     void unused(const drivers::UnusedUnit& unit) override { claims_.unused(unit); }
     void gone(u32 disk_number) override { claims_.gone(drivers::disk_id(disk_number)); }

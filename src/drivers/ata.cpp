@@ -100,9 +100,7 @@ Result<ControllerPorts> set_up(const pci::Device& device) {
 }
 
 FixedText<16> disk_name(u32 number) {
-    FixedText<16> name("hd");
-    name.write(drive_letters(number));
-    return name;
+    return drivers::disk_name("hd", number);
 }
 
 void report_unused(DiskSink& disks, u32 number, std::string_view what, Unused why, std::string_view reason) {

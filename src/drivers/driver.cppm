@@ -17,7 +17,24 @@ export import drivers.device;
 export namespace fl::drivers {
 
 /// Features that a driver must not negotiate (features=-name on the command line).
-enum class Feature : u32 { persistent = 1, indirect = 2, ring_pages = 4, flush = 8, barrier = 16 };
+enum class Feature : u32 {
+    persistent = 1 << 0,
+    indirect = 1 << 1,
+    ring_pages = 1 << 2,
+    flush = 1 << 3,
+    barrier = 1 << 4,
+    event_idx = 1 << 5,
+    packed = 1 << 6,
+    in_order = 1 << 7,
+    ring_reset = 1 << 8,
+    multi_queue = 1 << 9,
+    messages = 1 << 10, // MSI and MSI-X
+    discard = 1 << 11,
+    write_zeroes = 1 << 12,
+    config_wce = 1 << 13,
+    ncq = 1 << 14,
+    shadow_doorbells = 1 << 15,
+};
 
 /// Why a device offered to a driver, or a unit found by it, is not in use.
 enum class Unused : u8 {
@@ -53,6 +70,13 @@ constexpr Unused unused_because(Code code) {
         letters[--at] = static_cast<char>('a' + (n - 1) % 26);
     }
     return FixedText<8>(std::string_view(letters.data() + at, letters.size() - at));
+}
+
+/// sda, sdb … sdz, sdaa …: for the prefix "sd".
+inline FixedText<16> disk_name(std::string_view prefix, u32 number) {
+    FixedText<16> name(prefix);
+    name.write(drive_letters(number));
+    return name;
 }
 
 /// A unit that a driver found and does not drive.
@@ -93,6 +117,9 @@ class DiskSink {
     static constexpr u32 no_twin = drivers::no_twin;
     /// As DeviceSink::offered().
     virtual bool offered(u32 disk_number) = 0;
+    /// The first name of the form disk_name(prefix, n) that no disk of the machine has. Taken by announcing a disk that
+    /// has it.
+    virtual FixedText<16> free_name(std::string_view prefix) = 0;
     /// The disk is ready; it must live until machine shutdown. Error{busy}: another driver attached the same disk
     /// first; the driver must release it.
     virtual Result<void> announce(io::BlockDevice& disk, u32 disk_number) = 0;

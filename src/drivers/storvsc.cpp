@@ -22,14 +22,7 @@ using hv::hyperv::Vmbus;
 
 namespace {
 constinit Controller* attached = nullptr; // controllers live until machine shutdown
-constinit u32 next_disk = 0;
 } // namespace
-
-FixedText<16> disk_name(u32 number) {
-    FixedText<16> name("sd");
-    name.write(drive_letters(number));
-    return name;
-}
 
 Controller::Controller(Environment& environment, Vmbus& bus)
     : Nexus(environment.executor, driver_name), environment_(environment), bus_(bus), changes_(environment.executor),
@@ -377,7 +370,7 @@ io::Task<Result<void>> Controller::scan_unit(u8 lun) {
     io::BlockDevice::Identity identity;
     identity.driver = driver_name;
     identity.kind = io::Kind::synthetic;
-    identity.name = disk_name(next_disk);
+    identity.name = environment_.disks.free_name("sd");
     identity.model = found.model;
     print(identity.features, "{}{}{}version={} channels={} max-transfer={}", ide_ ? "ide " : "",
           found.geometry.flush ? "flush " : "", found.geometry.discard ? "discard " : "", terms_.version, lane_count_,
@@ -433,7 +426,6 @@ Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geom
         entry.disks[i]->link(environment_.executor);
     }
     *place = entry;
-    ++next_disk;
     return {};
 }
 

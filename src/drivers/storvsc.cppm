@@ -33,9 +33,6 @@ constexpr bool matches(const hv::SyntheticDevice& device) {
     return std::ranges::any_of(ids, [&](const Match& m) { return m.type == device.type.view(); });
 }
 
-/// sda, sdb … sdz, sdaa …
-FixedText<16> disk_name(u32 number);
-
 /// One controller with its channels. Lives until machine shutdown once it has a disk. Runs on the boot processor,
 /// except for its further queues.
 class Controller final : public scsi::Nexus {

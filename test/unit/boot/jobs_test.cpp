@@ -124,6 +124,15 @@ TEST_F(Jobs, OneDiskAttachesOnce) {
     EXPECT_TRUE(capture.has("\"features\":[\"one\",\"two\"]"));
 }
 
+TEST_F(Jobs, ANameIsFreeUntilAnyDriverAnnouncesADiskWithIt) {
+    EXPECT_EQ(native.free_name("hd").view(), "hda");
+    attach();
+    EXPECT_EQ(synthetic.free_name("xvd").view(), "xvdb");
+    EXPECT_EQ(native.free_name("xvd").view(), "xvdb");
+    EXPECT_EQ(synthetic.free_name("hd").view(), "hda"); // only hdb is taken
+    EXPECT_EQ(native.free_name("sd").view(), "sda");
+}
+
 TEST_F(Jobs, ADiskRemovedByTheHostMayBeReadded) {
     MemoryDisk again{executor, "xvdb", 2048};
     ASSERT_TRUE(synthetic.announce(xvda, 0));

@@ -115,6 +115,9 @@ struct Sink final : drivers::DiskSink {
         EXPECT_TRUE(left.emplace(std::string(unit.address), unit.why).second) << unit.address << " twice";
         reasons += std::string(unit.reason) + "\n";
     }
+    FixedText<16> free_name(std::string_view prefix) override {
+        return drivers::disk_name(prefix, static_cast<u32>(disks.size()));
+    }
     Result<void> announce(io::BlockDevice& disk, u32 n) override {
         if (busy) {
             return Error{Code::busy, "another driver has it"};

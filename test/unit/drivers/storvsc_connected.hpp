@@ -50,6 +50,9 @@ struct Sink final : drivers::DiskSink {
         left.emplace_back(address.substr(std::min(address.find("LUN"), address.size())), unit.why);
     }
     void gone(u32 number) override { gone_numbers.push_back(number); }
+    FixedText<16> free_name(std::string_view prefix) override {
+        return drivers::disk_name(prefix, static_cast<u32>(disks.size()));
+    }
     Result<void> announce(io::BlockDevice& disk, u32 number) override {
         disks.push_back({&disk, number});
         return {};

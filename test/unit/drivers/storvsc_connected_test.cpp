@@ -126,6 +126,7 @@ TEST(Connected, RefusedUnitsAreReported) {
         u32 announced = 0;
         std::vector<drivers::Unused> left;
         bool offered(u32) override { return true; }
+        FixedText<16> free_name(std::string_view prefix) override { return drivers::disk_name(prefix, announced); }
         Result<void> announce(io::BlockDevice&, u32) override {
             if (announced == 2) {
                 return Error{Code::exhausted, "no room"};

@@ -447,6 +447,7 @@ struct Sink final : drivers::DiskSink {
         asked.push_back(number);
         return offer;
     }
+    FixedText<16> free_name(std::string_view prefix) override { return drivers::disk_name(prefix, 0); }
     Result<void> announce(io::BlockDevice& d, u32 number) override {
         if (refuse) {
             return Error{Code::busy, "another driver has it"};

@@ -59,6 +59,9 @@ class Arena final : public DmaAllocator {
 class Disks final : public drivers::DiskSink {
   public:
     bool offered(u32) override { return true; }
+    FixedText<16> free_name(std::string_view prefix) override {
+        return drivers::disk_name(prefix, static_cast<u32>(list.size()));
+    }
     Result<void> announce(io::BlockDevice& disk, u32) override {
         list.push_back(&disk);
         return {};
