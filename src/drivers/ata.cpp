@@ -99,9 +99,7 @@ Result<ControllerPorts> set_up(const pci::Device& device) {
     return result;
 }
 
-FixedText<16> disk_name(u32 number) {
-    return drivers::disk_name("hd", number);
-}
+FixedText<16> disk_name(u32 number) { return drivers::disk_name("hd", number); }
 
 void report_unused(DiskSink& disks, u32 number, std::string_view what, Unused why, std::string_view reason) {
     disks.unused({"ide", disk_name(number), what, why, reason, twin_of(number)});
