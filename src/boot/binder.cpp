@@ -48,7 +48,7 @@ void Binder::unplug(Backend& backend) {
         unplugged_ = wanted;
         log::info("emulated {} unplugged", names(wanted));
     } else {
-        log::warning("emulated {} stay: {}", names(wanted), done.error());
+        log::warning("emulated {} are not unplugged: {}", names(wanted), done.error());
     }
 }
 
@@ -119,16 +119,16 @@ io::Task<Result<void>> Binder::offer(std::span<Candidate> candidates) {
                     source.first(entry.driver, candidate.device) != first) {
                     continue;
                 }
-                Port* const to = port(source.driver(entry.driver));
+                DriverState* const to = driver_state(source.driver(entry.driver));
                 if (to == nullptr) {
-                    without_port(candidate, source.driver(entry.driver));
+                    no_driver_state(candidate, source.driver(entry.driver));
                     continue;
                 }
                 begin(candidate, entry, *to);
                 const u32 before = to->sinks.devices.attached();
                 drivers::Environment environment = machine_.environment(to->sinks, shutdown_);
                 const Result<void> done =
-                    co_await source.probe(entry.driver, environment, candidate.device, to->given++);
+                    co_await source.probe(entry.driver, environment, candidate.device, to->offered++);
                 finish(candidate, entry, *to, before, done);
             }
         }
@@ -140,8 +140,8 @@ io::Task<Result<void>> Binder::offer(std::span<Candidate> candidates) {
 }
 
 // The sinks of that driver, created on first use; nullptr: no room for another driver.
-Binder::Port* Binder::port(std::string_view driver) {
-    for (std::optional<Port>& place : ports_) {
+Binder::DriverState* Binder::driver_state(std::string_view driver) {
+    for (std::optional<DriverState>& place : driver_states_) {
         if (!place) {
             place.emplace(attached_, driver);
         }
@@ -152,7 +152,7 @@ Binder::Port* Binder::port(std::string_view driver) {
     return nullptr;
 }
 
-void Binder::without_port(Candidate& candidate, std::string_view driver) {
+void Binder::no_driver_state(Candidate& candidate, std::string_view driver) {
     static constexpr Error full{Code::exhausted, "more drivers with devices than boot::Binder has room for",
                                 max_drivers, max_drivers + 1};
     candidate.settled = true;
@@ -160,12 +160,12 @@ void Binder::without_port(Candidate& candidate, std::string_view driver) {
     devices_.left_out("devices", 1, true, "the binder has no room for another driver");
 }
 
-void Binder::begin(const Candidate& candidate, const Entry& entry, Port& port) {
+void Binder::begin(const Candidate& candidate, const Entry& entry, DriverState& state) {
     const DeviceSource& source = *candidate.source;
     if (source.listed()) {
         log::info("{}: probing {}", source.driver(entry.driver), source.place(candidate.device));
     }
-    port.sinks.devices.expect(source.describe(candidate.device).address);
+    state.sinks.devices.expect(source.describe(candidate.device).address);
 }
 
 bool Binder::is_unplugged(std::string_view driver) const {
@@ -173,10 +173,11 @@ bool Binder::is_unplugged(std::string_view driver) const {
     return info != nullptr && info->emulated.intersects(unplugged_);
 }
 
-void Binder::finish(Candidate& candidate, const Entry& entry, const Port& port, u32 before, const Result<void>& done) {
+void Binder::finish(Candidate& candidate, const Entry& entry, const DriverState& state, u32 before,
+                    const Result<void>& done) {
     const DeviceSource& source = *candidate.source;
     const std::string_view driver = source.driver(entry.driver);
-    const u32 found = port.sinks.devices.attached() - before;
+    const u32 found = state.sinks.devices.attached() - before;
     const bool declines = !done && done.error().code == Code::not_supported;
     // QEMU resets a controller whose disks it unplugs; the controller then has no ports and cannot be used.
     const bool is_gone = is_unplugged(driver) && (done ? found == 0 : declines);
@@ -190,7 +191,7 @@ void Binder::finish(Candidate& candidate, const Entry& entry, const Port& port, 
         failed(candidate, driver, done.error());
         return;
     }
-    if (port.sinks.devices.reported() || !source.listed()) {
+    if (state.sinks.devices.reported() || !source.listed()) {
         return;
     }
     DeviceEntry listing = source.describe(candidate.device);

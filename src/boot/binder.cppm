@@ -87,10 +87,10 @@ class Binder {
         DeviceSource* source;
         u32 driver;
     };
-    struct Port {
-        explicit Port(Attached& attached, std::string_view driver) : sinks(attached, driver) {}
+    struct DriverState {
+        explicit DriverState(Attached& attached, std::string_view driver) : sinks(attached, driver) {}
         DriverSinks sinks;
-        u32 given = 0; // devices given to it so far
+        u32 offered = 0; // devices offered to it so far
     };
 
     void order_drivers();
@@ -98,10 +98,11 @@ class Binder {
     void find_candidates(Vector<Candidate>& into);
     io::Task<Result<void>> offer(std::span<Candidate> candidates);
     io::Task<Result<void>> watch_source(DeviceSource& source);
-    Port* port(std::string_view driver);
-    void without_port(Candidate& candidate, std::string_view driver);
-    void begin(const Candidate& candidate, const Entry& entry, Port& port);
-    void finish(Candidate& candidate, const Entry& entry, const Port& port, u32 before, const Result<void>& done);
+    DriverState* driver_state(std::string_view driver);
+    void no_driver_state(Candidate& candidate, std::string_view driver);
+    void begin(const Candidate& candidate, const Entry& entry, DriverState& state);
+    void finish(Candidate& candidate, const Entry& entry, const DriverState& state, u32 before,
+                const Result<void>& done);
     void settle(Candidate& candidate);
     void failed(Candidate& candidate, std::string_view driver, const Error& error);
     bool is_unplugged(std::string_view driver) const;
@@ -114,7 +115,7 @@ class Binder {
     io::Shutdown shutdown_;
     std::array<DeviceSource*, max_sources> sources_{};
     u32 source_count_ = 0;
-    std::array<std::optional<Port>, max_drivers> ports_;
+    std::array<std::optional<DriverState>, max_drivers> driver_states_;
     Vector<Entry> order_;
     u32 drivers_dropped_ = 0; // no memory for their entries
     hv::EmulatedClasses unplugged_;

@@ -111,7 +111,7 @@ static void open_xen_consoles(bool loaders_tables) {
 static void start(boot::Entry entry) {
     boot::stop_without_memory(image_end_writable());
     boot::start_ending(boot_info, stack_guard() + 4096 + stack_size);
-    log::keep(true);
+    log::keep_history(true);
     open_consoles();
     start_traps(stack_guard(), stack_size);
     if (entry == boot::Entry::pvh) {

@@ -62,7 +62,7 @@ void list_devices(const JobServices& services) {
 }
 
 io::Task<Result<void>> report_processor() {
-    log::info("processor {}: at work", this_processor());
+    log::info("processor {}: executor started", this_processor());
     co_return Result<void>{};
 }
 

@@ -135,12 +135,12 @@ void choose_timer(Backend& backend) {
     }
     if (OneShotTimer* const given = backend.timer()) {
         if (auto taken = use_timer(*given); !taken) {
-            log::warning("the timer stays {}: {}", timer_name(), taken.error());
+            log::warning("timer {} remains in use: {}", timer_name(), taken.error());
         } else {
             log::info("timer {}", timer_name());
         }
     } else if (options.timer == TimerChoice::hypervisor) {
-        log::warning("timer=hypervisor: {} offers none, it stays {}", backend.name(), timer_name());
+        log::warning("timer=hypervisor: {} has no timer, {} remains in use", backend.name(), timer_name());
     }
 }
 
@@ -283,7 +283,7 @@ void start_machine(const BootInfo& info, const hv::Sightings& sightings, ClockHi
     if (log::Sink* console = backend.console()) {
         log::attach(*console);
     }
-    log::keep(false); // no further console will be attached
+    log::keep_history(false); // no further console will be attached
     if (when == hv::When::late) {
         correct_clock({backend.tsc_hz().value_or(0), backend.clock_name()});
         log::info("clock {} at {} kHz", clock_name(), tsc_hz() / 1000);

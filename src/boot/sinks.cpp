@@ -47,9 +47,9 @@ void ClaimSink::unused(const drivers::UnusedUnit& unit) {
     attached_.devices->add(entry);
 }
 
-void ClaimSink::gone(drivers::DeviceId id) {
+void ClaimSink::withdraw(drivers::DeviceId id) {
     if (id.number != drivers::no_twin) {
-        attached_.claims.released(driver_, id);
+        attached_.claims.release(driver_, id);
     }
 }
 

@@ -40,7 +40,7 @@ class ClaimSink final : public drivers::DeviceSink {
     bool offered(drivers::DeviceId id) override;
     Result<void> claim(drivers::DeviceId id) override;
     void unused(const drivers::UnusedUnit& unit) override;
-    void gone(drivers::DeviceId id) override;
+    void withdraw(drivers::DeviceId id) override;
 
     std::string_view driver() const { return driver_; }
     /// Number of devices the driver has attached so far, removed ones included.
@@ -69,7 +69,7 @@ class DiskPort final : public drivers::DiskSink {
     FixedText<16> free_name(std::string_view prefix) override;
     Result<void> announce(io::BlockDevice& disk, u32 disk_number) override;
     void unused(const drivers::UnusedUnit& unit) override { claims_.unused(unit); }
-    void gone(u32 disk_number) override { claims_.gone(drivers::disk_id(disk_number)); }
+    void withdraw(u32 disk_number) override { claims_.withdraw(drivers::disk_id(disk_number)); }
 
   private:
     void share_queues(io::BlockDevice& disk);

@@ -18,41 +18,42 @@ constinit u32 depth = 0; // nesting depth of Hold on the processor that has the 
 constinit std::array<char, 256> gathered{};
 constinit usize gathered_size = 0;
 
-// The last lines, in a circular buffer that begins at kept_begin.
-constinit std::array<char, kept_bytes> kept{};
-constinit bool keeping = false;
-constinit usize kept_begin = 0;
-constinit usize kept_size = 0;
-constinit u64 kept_lost = 0; // bytes of lines that were overwritten
+// The last lines, in a circular buffer that begins at history_begin.
+constinit std::array<char, history_bytes> history{};
+constinit bool history_kept = false;
+constinit usize history_begin = 0;
+constinit usize history_size = 0;
+constinit u64 history_lost = 0; // bytes of lines that were overwritten
 
-std::array<std::string_view, 2> kept_text() {
-    const usize first = std::min(kept_size, kept.size() - kept_begin);
-    return {std::string_view(kept.data() + kept_begin, first), std::string_view(kept.data(), kept_size - first)};
+std::array<std::string_view, 2> history_text() {
+    const usize first = std::min(history_size, history.size() - history_begin);
+    return {std::string_view(history.data() + history_begin, first),
+            std::string_view(history.data(), history_size - first)};
 }
 
 // Frees at least `bytes` bytes by removing whole lines, oldest first.
-void forget_lines(usize bytes) {
-    usize gone = 0;
-    for (usize seen = 0; gone < bytes && seen < kept_size; ++seen) {
-        if (kept[(kept_begin + seen) % kept.size()] == '\n') {
-            gone = seen + 1;
+void drop_oldest_lines(usize bytes) {
+    usize dropped = 0;
+    for (usize seen = 0; dropped < bytes && seen < history_size; ++seen) {
+        if (history[(history_begin + seen) % history.size()] == '\n') {
+            dropped = seen + 1;
         }
     }
-    gone = gone < bytes ? kept_size : gone;
-    kept_begin = (kept_begin + gone) % kept.size();
-    kept_size -= gone;
-    kept_lost += gone;
+    dropped = dropped < bytes ? history_size : dropped;
+    history_begin = (history_begin + dropped) % history.size();
+    history_size -= dropped;
+    history_lost += dropped;
 }
 
-void keep_text(std::string_view text) {
-    if (kept_size + text.size() > kept.size()) {
-        forget_lines(kept_size + text.size() - kept.size());
+void add_to_history(std::string_view text) {
+    if (history_size + text.size() > history.size()) {
+        drop_oldest_lines(history_size + text.size() - history.size());
     }
-    const usize at = (kept_begin + kept_size) % kept.size();
-    const usize first = std::min(text.size(), kept.size() - at); // at most one line: shorter than the buffer
-    std::copy_n(text.data(), first, kept.data() + at);
-    std::copy_n(text.data() + first, text.size() - first, kept.data());
-    kept_size += text.size();
+    const usize at = (history_begin + history_size) % history.size();
+    const usize first = std::min(text.size(), history.size() - at); // at most one line: shorter than the buffer
+    std::copy_n(text.data(), first, history.data() + at);
+    std::copy_n(text.data() + first, text.size() - first, history.data());
+    history_size += text.size();
 }
 } // namespace
 
@@ -75,8 +76,8 @@ void send_line() {
     if (text.empty()) {
         return;
     }
-    if (keeping) {
-        keep_text(text);
+    if (history_kept) {
+        add_to_history(text);
     }
     Sinks::write(text);
 }
@@ -103,12 +104,12 @@ void attach(Sink& sink) {
         }
     }
     send_line();
-    if (kept_lost != 0) {
+    if (history_lost != 0) {
         FixedText<80> note;
-        print(note, "[{} bytes of older lines are lost]\n", kept_lost);
+        print(note, "[{} bytes of older lines are lost]\n", history_lost);
         sink.write(note);
     }
-    for (const std::string_view part : kept_text()) {
+    for (const std::string_view part : history_text()) {
         if (!part.empty()) {
             sink.write(part);
         }
@@ -127,11 +128,11 @@ void detach(Sink& sink) {
     }
 }
 
-void keep(bool on) {
+void keep_history(bool on) {
     const Hold hold;
-    keeping = on;
-    kept_begin = kept_size = 0;
-    kept_lost = 0;
+    history_kept = on;
+    history_begin = history_size = 0;
+    history_lost = 0;
 }
 
 void flush() {

@@ -33,14 +33,14 @@ class Sink {
     Sink* next_ = nullptr;
 };
 
-/// Appends a sink; attaching one twice has no effect. The kept text is written to it first.
+/// Appends a sink; attaching one twice has no effect. The history, if kept, is written to it first.
 void attach(Sink& sink);
 /// Removes the sink; no effect if it is not attached.
 void detach(Sink& sink);
-/// True: keep the last kept_bytes of the log, in whole lines, for sinks attached later. False: stop, and discard what
-/// was kept. Default: false.
-void keep(bool on);
-inline constexpr usize kept_bytes = 16 * 1024;
+/// True: keep the last history_bytes of the log, in whole lines, for sinks attached later. False: stop, and discard
+/// them. Default: false.
+void keep_history(bool on);
+inline constexpr usize history_bytes = 16 * 1024;
 /// Sends buffered text, even an incomplete line, and flushes every sink.
 void flush();
 /// Lines above this level are dropped. Default: info.

@@ -26,7 +26,7 @@ Result<void> Claims::attached(std::string_view driver, DeviceId id) {
     return {};
 }
 
-bool Claims::released(std::string_view driver, DeviceId id) {
+bool Claims::release(std::string_view driver, DeviceId id) {
     for (usize i = 0; i < claims_.size(); ++i) {
         if (claims_[i].id == id && claims_[i].driver == driver) {
             claims_.remove(i);

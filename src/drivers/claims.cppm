@@ -22,7 +22,7 @@ class Claims {
     /// Error{exhausted}: no memory. Not for devices numbered no_twin.
     Result<void> attached(std::string_view driver, DeviceId id);
     /// Frees the device: it was removed, or its driver released it. Returns whether it was held.
-    bool released(std::string_view driver, DeviceId id);
+    bool release(std::string_view driver, DeviceId id);
     /// The driver that attached it first; empty: none.
     std::string_view holder(DeviceId id) const;
     usize size() const { return claims_.size(); }

@@ -91,7 +91,7 @@ struct UnusedUnit {
 };
 
 /// Claims of the machine's devices, of all classes, as seen by one driver. Order: offered() before the first access,
-/// claim() once the device works, gone() when it no longer exists. Disks use their own sink (DiskSink), whose
+/// claim() once the device works, withdraw() when it no longer exists. Disks use their own sink (DiskSink), whose
 /// announce() claims; drivers of other classes claim here.
 class DeviceSink {
   public:
@@ -104,7 +104,7 @@ class DeviceSink {
     /// Called once for each unit that is not driven. `failed` and `no_room` make the kernel's verdict an ERROR.
     virtual void unused(const UnusedUnit& unit) = 0;
     /// The host has removed the device: a later claim of the same id is a different device.
-    virtual void gone(DeviceId id) = 0;
+    virtual void withdraw(DeviceId id) = 0;
 
   protected:
     ~DeviceSink() = default;
@@ -125,8 +125,8 @@ class DiskSink {
     virtual Result<void> announce(io::BlockDevice& disk, u32 disk_number) = 0;
     /// As DeviceSink::unused().
     virtual void unused(const UnusedUnit& unit) { static_cast<void>(unit); }
-    /// As DeviceSink::gone().
-    virtual void gone(u32 disk_number) { static_cast<void>(disk_number); }
+    /// As DeviceSink::withdraw().
+    virtual void withdraw(u32 disk_number) { static_cast<void>(disk_number); }
 
   protected:
     ~DiskSink() = default;

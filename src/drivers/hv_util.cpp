@@ -132,7 +132,7 @@ void Utility::set_clock() {
     if (guest && !std::exchange(difference_logged_, true)) {
         const bool behind = host > *guest;
         log::info("hv_util: the clock was {} us {} the host's", (behind ? host - *guest : *guest - host) / 1000,
-                  behind ? "behind" : "before");
+                  behind ? "behind" : "ahead of");
     }
 }
 

@@ -247,27 +247,27 @@ io::Task<Result<void>> Controller::execute(u16 lun, scsi::Cdb cdb, u32 bytes, sc
 }
 
 io::Task<Result<void>> Controller::scan() {
-    std::array<bool, max_units> there{};
+    std::array<bool, max_units> present{};
     bool listed = true;
     if (ide_) {
-        there[0] = true;
+        present[0] = true;
     } else {
-        CO_TRY(const scsi::LunList list, co_await scsi::report_luns(*this, there));
-        listed = list.whole;
-        if (list.beyond != 0) {
-            beyond(list.beyond);
+        CO_TRY(const scsi::LunList list, co_await scsi::report_luns(*this, present));
+        listed = list.complete;
+        if (list.out_of_range != 0) {
+            report_out_of_range(list.out_of_range);
         }
     }
     if (!listed) { // every unit must be probed
-        std::fill_n(there.begin(), max_hyperv_units, true);
+        std::fill_n(present.begin(), max_hyperv_units, true);
     }
     for (u32 n = 0; n < max_units; ++n) {
         const auto lun = static_cast<u8>(n);
-        if (Unit* unit = known(lun); unit != nullptr && !there[lun]) {
+        if (Unit* unit = known(lun); unit != nullptr && !present[lun]) {
             remove_unit(*unit, "the host has removed the disk");
         }
-        logged_[lun] = logged_[lun] && there[lun];
-        if (!there[lun] || !lanes_[0]->queue.is_open()) {
+        logged_[lun] = logged_[lun] && present[lun];
+        if (!present[lun] || !lanes_[0]->queue.is_open()) {
             continue;
         }
         if (auto scanned = co_await scan_unit(lun); !scanned) {
@@ -314,7 +314,7 @@ void Controller::unused(u8 lun, std::string_view what, Unused why, std::string_v
     environment_.disks.unused({"scsi", address, what, why, reason});
 }
 
-void Controller::beyond(u32 units) {
+void Controller::report_out_of_range(u32 units) {
     FixedText<96> reason;
     print(reason, "{} {} that a request to this host cannot name: this driver reaches LUN 0 to {}", units,
           plural(units, "units"), max_units - 1);
@@ -439,17 +439,17 @@ io::Task<Result<void>> Controller::watch_source() {
         Queue& queue = lanes_[0]->queue;
         for (u32 i = 0; i < lane_count_; ++i) {
             if (lanes_[i]->channel.rescinded()) {
-                queue.shut(io::Status::device_gone,
-                           {Code::device_gone, "the host has rescinded the storage controller"});
+                queue.close(io::Status::device_gone,
+                            {Code::device_gone, "the host has rescinded the storage controller"});
                 if (ide_) {
-                    environment_.disks.gone(ide_->disk_number());
+                    environment_.disks.withdraw(ide_->disk_number());
                 }
             }
         }
         if (!queue.is_open()) {
             co_return co_await disconnect();
         }
-        if (shared_.rescan_wanted.exchange(false, std::memory_order_relaxed)) {
+        if (shared_.rescan_requested.exchange(false, std::memory_order_relaxed)) {
             log::info("storvsc: the host reports changed units");
             if (auto scanned = co_await scan(); !scanned && queue.is_open()) {
                 log::warning("storvsc: {}", scanned.error());

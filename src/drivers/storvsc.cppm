@@ -91,7 +91,7 @@ class Controller final : public scsi::Nexus {
                         const io::BlockDevice::Identity& identity);
     Unit* known(u8 lun);
     void unused(u8 lun, std::string_view what, Unused why, std::string_view reason);
-    void beyond(u32 units);
+    void report_out_of_range(u32 units);
     void failed(u8 lun, const Error& error);
     void remove_unit(Unit& unit, std::string_view why);
     scsi::TransportLimits limits() const {

@@ -297,11 +297,11 @@ io::Task<Result<void>> Vbd::watch_source() {
         if (disk_.is_open()) {
             const auto back_state = co_await front_.state();
             if (!back_state) {
-                disk_.shut(io::Status::device_gone, back_state.error());
+                disk_.close(io::Status::device_gone, back_state.error());
             } else if (*back_state == BusState::closing || *back_state == BusState::closed ||
                        *back_state == BusState::unknown) {
-                disk_.shut(io::Status::device_gone, {Code::device_gone, "the back end has closed the device (state)",
-                                                     to_underlying(BusState::connected), to_underlying(*back_state)});
+                disk_.close(io::Status::device_gone, {Code::device_gone, "the back end has closed the device (state)",
+                                                      to_underlying(BusState::connected), to_underlying(*back_state)});
             }
         }
         if (!disk_.is_open()) {
@@ -377,7 +377,7 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
         }
         co_return result;
     }
-    vbd->disk().shut(io::Status::device_gone, result.error());
+    vbd->disk().close(io::Status::device_gone, result.error());
     if (auto left = co_await vbd->disconnect(); !left) {
         log::warning("xen_blk: {}: leaving the bus: {}", disk_name(*which), left.error());
     }

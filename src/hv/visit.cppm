@@ -102,7 +102,7 @@ template <Backend... Bs, class Visitor>
 auto with_backend(BackendList<Bs...> list, const Choice& choice, Environment& environment, Visitor&& visitor) {
     auto bare = [&] { return visit_detail::visit_bare<Bare>(environment, visitor); };
     if (choice.when == When::late) {
-        log::info("backend: bare for now, {} later", choice.guest);
+        log::info("backend: bare at first, {} is started later", choice.guest);
         return bare();
     }
     return visit_detail::visit_first(list, choice, environment, nullptr, visitor, bare);

@@ -60,8 +60,8 @@ inline void BlockDevice::accept(Request& request) {
     request.issued = 0;
     request.parts = 0;
     request.part_status = Status::ok;
-    request.tries = 0;
-    request.again = false;
+    request.resends = 0;
+    request.resend = false;
     request.pending_ = true;
     if (request.op != Op::flush) {
         const u32 sector = geometry_.sector_size;

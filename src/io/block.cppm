@@ -101,8 +101,8 @@ class Request : public ReadyNode {
     u32 parts = 0;                   // its unanswered commands
     Instant begun = 0;               // time of submission, if it has a bound
     Status part_status = Status::ok; // the first error of its commands
-    u8 tries = 0;                    // number of resends after a transport error
-    bool again = false;              // to be resent alone after its last command is answered
+    u8 resends = 0;                  // number of resends after a transport error
+    bool resend = false;             // to be resent alone after its last command is answered
 
     inline bool pending() const { return pending_; }
     inline BlockDevice& device() const { return *device_; }

@@ -35,22 +35,22 @@ void QueueCore::close(Status status, Status with_device, const Error& why) {
 }
 
 void QueueCore::stop() {
-    if (state_ == State::closed) {
+    if (state_ == State::stopped) {
         return;
     }
     if (state_ == State::open) {
         end_everything(Status::device_gone, Status::device_gone, true);
     }
     executor_.remove(*this);
-    state_ = State::closed;
+    state_ = State::stopped;
 }
 
 /// `with_device`: the status of requests of which the device holds a part.
 void QueueCore::end_everything(Status status, Status with_device, bool stopped) {
-    state_ = State::shut;
+    state_ = State::closed;
     const auto end = [&](Request& request, Status how) {
         request.issued = request.buffer.size; // the rest is not sent
-        request.again = false;
+        request.resend = false;
         if (request.parts == 0) {
             request.part_status = how;
             done_.push(request);
@@ -243,7 +243,7 @@ void QueueCore::note_error(Request& request, Status status) {
 }
 
 /// The host has answered but may still access the buffer.
-void QueueCore::note_held(u64 id, const QueuedDevice& device, Request& request) {
+void QueueCore::quarantine_buffer(u64 id, const QueuedDevice& device, Request& request) {
     log::warning("{}: the host has answered and still holds the buffer: it is not reused",
                  device.identity().name.view());
     request.buffer_lost = true;
@@ -253,12 +253,12 @@ void QueueCore::note_held(u64 id, const QueuedDevice& device, Request& request) 
 /// False: the retries are exhausted.
 bool QueueCore::retry(u64 id, QueuedCommand& command, Retry how) {
     if (how == Retry::alone || command.partial) {
-        if (!command.gathered && command.first->tries != 0 && !command.first->again) {
+        if (!command.gathered && command.first->resends != 0 && !command.first->resend) {
             return false;
         }
         for (Request* request = command.first; request != nullptr;
              request = command.gathered ? request->link : nullptr) {
-            request->tries += request->again ? 0 : 1; // else another of its commands failed in the same attempt
+            request->resends += request->resend ? 0 : 1; // else another of its commands failed in the same attempt
         }
         const bool safe = transport_finish(command, Status::io_error);
         if (command.partial) {
@@ -299,15 +299,15 @@ void QueueCore::requeue_all(QueuedCommand& command) {
         if (--request->parts != 0 || request->part_status != Status::ok) {
             static_cast<void>(unpark(*request));
             request->issued = request->buffer.size;
-            request->again = true;
+            request->resend = true;
             if (request->parts == 0) {
                 done_.push(*request);
             }
         } else {
             static_cast<void>(unpark(*request));
-            // `again`: another of its commands must be resent as well.
-            request->issued = command.gathered || request->again ? 0 : command.offset;
-            request->again = false;
+            // `resend`: another of its commands must be resent as well.
+            request->issued = command.gathered || request->resend ? 0 : command.offset;
+            request->resend = false;
             park(command.device->retry_, *request);
         }
     }
@@ -315,7 +315,7 @@ void QueueCore::requeue_all(QueuedCommand& command) {
 
 /// Resends the request from its beginning: some of its parts succeeded, others did not.
 void QueueCore::requeue(Request& request) {
-    request.again = false;
+    request.resend = false;
     request.issued = 0;
     park(static_cast<QueuedDevice&>(request.device()).retry_, request);
 }

@@ -145,7 +145,7 @@ concept BlockTransport = requires(T& t, const T& constant, CommandTable<T>& comm
     typename T::Wire;                                       // the transport's per-command state
     { T::driver } -> std::convertible_to<std::string_view>; // for log lines while there is no disk
     { T::max_commands } -> std::convertible_to<u32>;        // at most this many commands with the device
-    { T::kept_commands } -> std::convertible_to<u32>;       // of these, reserved for exchanges
+    { T::reserved_commands } -> std::convertible_to<u32>;   // of these, reserved for exchanges
     { T::gathers } -> std::convertible_to<bool>;            // join() merges adjacent requests into one command
     { T::max_idle_events } -> std::convertible_to<u32>;     // events without an answer within idle_window: a storm,
     { T::idle_window } -> std::convertible_to<Nanoseconds>; // events stay disabled until it is over
@@ -211,7 +211,7 @@ concept BlockTransport = requires(T& t, const T& constant, CommandTable<T>& comm
 /// Defaults for protocols without a feature. Not virtual: a transport hides the members it implements.
 struct TransportDefaults {
     Service* queue = nullptr;
-    static constexpr u32 kept_commands = 0;
+    static constexpr u32 reserved_commands = 0;
     static constexpr bool gathers = false;
     static constexpr u32 max_idle_events = 256;
     static constexpr Nanoseconds idle_window = 1'000'000'000;
@@ -303,7 +303,7 @@ class QueueCore : public Service {
     }
 
   protected:
-    enum class State : u8 { closed, open, shut };
+    enum class State : u8 { stopped, open, closed }; // closed: by an error; still registered
     struct Limits {
         std::string_view driver;
         u32 max_idle_events;
@@ -368,14 +368,14 @@ class QueueCore : public Service {
         if (--request.parts != 0 || request.issued != request.buffer.size) {
             return;
         }
-        if (request.again && request.part_status == Status::ok) [[unlikely]] {
+        if (request.resend && request.part_status == Status::ok) [[unlikely]] {
             requeue(request);
         } else {
             done_.push(request);
         }
     }
     void note_error(Request& request, Status status);
-    void note_held(u64 id, const QueuedDevice& device, Request& request);
+    void quarantine_buffer(u64 id, const QueuedDevice& device, Request& request);
     void requeue_all(QueuedCommand& command);
     void requeue(Request& request);
     inline void complete_done() {
@@ -408,7 +408,7 @@ class QueueCore : public Service {
     SlotIndex* slots_ = nullptr;
     std::byte* commands_ = nullptr; // QueuedCommand is the first base of each entry
     const Limits limits_;
-    State state_ = State::closed;
+    State state_ = State::stopped;
     Nanoseconds timeout_ = 0;
     QueuedDevice* disks_ = nullptr; // a ring; its head sends next
     u32 disk_count_ = 0;
@@ -497,7 +497,7 @@ class BlockQueue : public QueueCore {
         requires(T::gathers);
     bool submit_waiting() override;
     /// Whether the request must wait for an abandoned write.
-    inline bool held_up(const QueuedDevice& disk, const Request& request) {
+    inline bool must_wait(const QueuedDevice& disk, const Request& request) {
         return (late_writes_ != 0 && blocked(disk, request)) ||
                (transport_.late_writes_elsewhere(late_writes_) &&
                 (request.op == Op::write || request.op == Op::discard));
@@ -585,7 +585,7 @@ inline BlockQueue<T>::Issued BlockQueue<T>::issue(QueuedDevice& disk, Request& r
                                                   bool alone) {
     Issued result = Issued::none;
     for (;;) {
-        if (table_.size() >= T::max_commands - T::kept_commands || held_up(disk, request)) [[unlikely]] {
+        if (table_.size() >= T::max_commands - T::reserved_commands || must_wait(disk, request)) [[unlikely]] {
             return result;
         }
         const u64 id = *table_.take();
@@ -664,7 +664,7 @@ void BlockQueue<T>::gather(Command& command, RequestQueue& from)
     while (Request* next = from.front()) {
         if (next->op != command.op || next->issued != 0 ||
             next->lba != command.lba + (command.bytes >> command.device->sector_shift_) ||
-            held_up(*command.device, *next) || !transport_.join(command, *next)) {
+            must_wait(*command.device, *next) || !transport_.join(command, *next)) {
             return;
         }
         static_cast<void>(from.pop());
@@ -791,7 +791,7 @@ template <class T>
     for (Request* following = nullptr; request != nullptr; request = following) {
         following = command.gathered ? request->link : nullptr;
         if (!safe) [[unlikely]] {
-            note_held(id, *command.device, *request);
+            quarantine_buffer(id, *command.device, *request);
         }
         end_part(*request, status);
     }

@@ -163,16 +163,16 @@ void SharedLane::on_submit(Post& post) {
         lane.eviction_.evict = [](RemoteTask& task) { static_cast<Eviction&>(task).lane->evict(); };
         lane.target_.executor().add_remote(lane.eviction_);
     }
-    proxy.twin.emplace(lane.target_, proxy.op, proxy.lba, proxy.buffer, proxy.bound);
-    proxy.twin->waiter = lane.collector_.handle;
+    proxy.forwarded.emplace(lane.target_, proxy.op, proxy.lba, proxy.buffer, proxy.bound);
+    proxy.forwarded->waiter = lane.collector_.handle;
     proxy.next_active = std::exchange(lane.active_, &proxy);
-    submit_forwarded(lane.target_, *proxy.twin);
+    submit_forwarded(lane.target_, *proxy.forwarded);
 }
 
 void SharedLane::on_cancel(Post& post) {
     Proxy& proxy = *static_cast<Step&>(post).proxy;
-    if (proxy.twin) {
-        static_cast<void>(proxy.lane->target_.cancel(*proxy.twin));
+    if (proxy.forwarded) {
+        static_cast<void>(proxy.lane->target_.cancel(*proxy.forwarded));
     }
     proxy.lane->answer(proxy.cancelled);
 }
@@ -190,17 +190,17 @@ void SharedLane::on_forget(Post& post) {
     lane.answer(proxy.forgotten);
 }
 
-// Takes every twin that has ended, in one pass: those that are still in the executor's ready list are removed from it
-// with their node, so that a batch of completions resumes the collector once.
+// Takes every forwarded request that has ended, in one pass: those still in the executor's ready list are removed from
+// it with their node, so that a batch of completions resumes the collector once.
 void SharedLane::collect() {
     for (Proxy** at = &active_; *at != nullptr;) {
         Proxy& proxy = **at;
-        if (proxy.twin->pending()) {
+        if (proxy.forwarded->pending()) {
             at = &proxy.next_active;
             continue;
         }
         *at = proxy.next_active;
-        end(proxy, proxy.twin->status, proxy.twin->buffer_lost);
+        end(proxy, proxy.forwarded->status, proxy.forwarded->buffer_lost);
     }
 }
 
@@ -210,7 +210,7 @@ void SharedLane::evict() {
     while (active_ != nullptr) {
         Proxy& proxy = *std::exchange(active_, active_->next_active);
         const DmaSpan buffer = proxy.buffer;
-        proxy.twin.reset();
+        proxy.forwarded.reset();
         end(proxy, Status::device_gone, is_quarantined(buffer));
     }
 }
@@ -218,7 +218,7 @@ void SharedLane::evict() {
 void SharedLane::end(Proxy& proxy, Status status, bool buffer_lost) {
     proxy.status = status;
     proxy.buffer_lost = buffer_lost;
-    proxy.twin.reset();
+    proxy.forwarded.reset();
     answer(proxy.done);
 }
 

@@ -12,7 +12,8 @@
 // price is one wake-up of the target's processor per batch of requests and one of the home processor per batch of
 // completions.
 //
-// A request here and its twin at the target are separate objects, each of them accessed on its own processor only.
+// The request of the caller and the one forwarded to the target are separate objects, each of them accessed on its own
+// processor only.
 export module io.shared_lane;
 import core.std;
 import core.result;
@@ -61,7 +62,7 @@ class SharedLane final : public BlockDevice {
         DmaSpan buffer{};
         Nanoseconds bound = 0;
         // Accessed on the target's processor.
-        std::optional<Request> twin;
+        std::optional<Request> forwarded;
         Proxy* next_active = nullptr;
         // Written there before `done` is posted.
         Status status = Status::not_written;
@@ -76,7 +77,7 @@ class SharedLane final : public BlockDevice {
         Step submit, cancel, forget;     // to the target
         Step done, cancelled, forgotten; // back
     };
-    /// The waiter of all twins: resumed when at least one has ended.
+    /// The waiter of all forwarded requests: resumed when at least one has ended.
     struct Collector {
         struct promise_type : PoolAllocated {
             Collector get_return_object() noexcept {
@@ -116,7 +117,7 @@ class SharedLane final : public BlockDevice {
     BlockDevice& target_;
     Collector collector_;
     Eviction eviction_;
-    Proxy* active_ = nullptr; // on the target's processor: have a twin
+    Proxy* active_ = nullptr; // on the target's processor: have a forwarded request
     RequestQueue waiting_;
     Proxy* free_ = nullptr;
     std::array<Proxy, max_forwarded> proxies_{};

@@ -95,33 +95,33 @@ void FramePool::recycle(void* block) {
     }
 }
 
-void FramePool::release_one(Kept& kept, usize size_class) {
-    Free* const block = kept.free[size_class];
-    kept.free[size_class] = block->next;
-    --kept.count[size_class];
-    kept.bytes -= classes[size_class];
+void FramePool::release_one(Cache& cache, usize size_class) {
+    Free* const block = cache.free[size_class];
+    cache.free[size_class] = block->next;
+    --cache.count[size_class];
+    cache.bytes -= classes[size_class];
     recycle(block);
 }
 
-void FramePool::release_all(Kept& kept) {
-    kept.returned = returns_.load(std::memory_order_relaxed);
+void FramePool::release_all(Cache& cache) {
+    cache.returned = returns_.load(std::memory_order_relaxed);
     for (usize i = 0; i < classes.size(); ++i) {
-        while (kept.count[i] != 0) {
-            release_one(kept, i);
+        while (cache.count[i] != 0) {
+            release_one(cache, i);
         }
     }
 }
 
 // Allocates on a cache miss. The arena may be empty because processors cache blocks of other sizes.
-void* FramePool::allocate_from_arena(Kept& kept, usize size_class) {
+void* FramePool::allocate_from_arena(Cache& cache, usize size_class) {
     if (void* const block = take(size_class); block != nullptr) [[likely]] {
         return block;
     }
     returns_.fetch_add(1, std::memory_order_relaxed);
-    if (kept.bytes == 0) {
+    if (cache.bytes == 0) {
         return nullptr;
     }
-    release_all(kept);
+    release_all(cache);
     return take(size_class);
 }
 
@@ -149,17 +149,17 @@ void* FramePool::allocate(usize size) noexcept {
     if (limited && !take_allowance()) [[unlikely]] {
         return nullptr;
     }
-    Kept& kept = kept_[this_processor()];
-    if (kept.returned != returns_.load(std::memory_order_relaxed)) [[unlikely]] {
-        release_all(kept);
+    Cache& cache = caches_[this_processor()];
+    if (cache.returned != returns_.load(std::memory_order_relaxed)) [[unlikely]] {
+        release_all(cache);
     }
-    void* block = kept.free[i];
+    void* block = cache.free[i];
     if (block != nullptr) [[likely]] {
-        kept.free[i] = kept.free[i]->next;
-        --kept.count[i];
-        kept.bytes -= classes[i];
+        cache.free[i] = cache.free[i]->next;
+        --cache.count[i];
+        cache.bytes -= classes[i];
     } else {
-        block = allocate_from_arena(kept, i);
+        block = allocate_from_arena(cache, i);
         if (block == nullptr) {
             if (limited) {
                 return_allowance();
@@ -167,45 +167,45 @@ void* FramePool::allocate(usize size) noexcept {
             return nullptr;
         }
     }
-    kept.allocated.store(kept.allocated.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+    cache.allocated.store(cache.allocated.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     return block;
 }
 
 void FramePool::free(void* block, usize size) noexcept {
     const usize i = class_of(size);
-    Kept& kept = kept_[this_processor()];
-    kept.freed.store(kept.freed.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
-    if (kept.returned != returns_.load(std::memory_order_relaxed)) [[unlikely]] {
-        release_all(kept);
+    Cache& cache = caches_[this_processor()];
+    cache.freed.store(cache.freed.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+    if (cache.returned != returns_.load(std::memory_order_relaxed)) [[unlikely]] {
+        release_all(cache);
     }
-    if (classes[i] > largest_kept || kept.count[i] == kept_blocks) {
+    if (classes[i] > largest_cached || cache.count[i] == max_cached_blocks) {
         return recycle(block);
     }
     // The size in use now displaces cached blocks of other sizes.
-    for (usize other = 0; kept.bytes + classes[i] > kept_bytes;) {
-        if (other != i && kept.count[other] != 0) {
-            release_one(kept, other);
+    for (usize other = 0; cache.bytes + classes[i] > max_cached_bytes;) {
+        if (other != i && cache.count[other] != 0) {
+            release_one(cache, other);
         } else {
             ++other;
         }
     }
-    kept.bytes += classes[i];
-    ++kept.count[i];
-    kept.free[i] = new (block) Free{kept.free[i]};
+    cache.bytes += classes[i];
+    ++cache.count[i];
+    cache.free[i] = new (block) Free{cache.free[i]};
 }
 
 u64 FramePool::allocations() const {
     u64 sum = 0;
-    for (const Kept& kept : kept_) {
-        sum += kept.allocated.load(std::memory_order_relaxed);
+    for (const Cache& cache : caches_) {
+        sum += cache.allocated.load(std::memory_order_relaxed);
     }
     return sum;
 }
 
 usize FramePool::in_use() const {
     u64 freed = 0;
-    for (const Kept& kept : kept_) {
-        freed += kept.freed.load(std::memory_order_relaxed);
+    for (const Cache& cache : caches_) {
+        freed += cache.freed.load(std::memory_order_relaxed);
     }
     return allocations() - freed;
 }

@@ -23,10 +23,10 @@ class FramePool {
   public:
     /// Per-processor cache limits: bytes of blocks, and blocks of one size. With 64 processors that is half of the
     /// arena.
-    static constexpr usize kept_bytes = 4096;
-    static constexpr u8 kept_blocks = 4;
+    static constexpr usize max_cached_bytes = 4096;
+    static constexpr u8 max_cached_blocks = 4;
     /// Larger blocks are never cached: they are for long-lived, rarely started coroutines.
-    static constexpr usize largest_kept = 1024;
+    static constexpr usize largest_cached = 1024;
     static constexpr usize arena_bytes = 512 * 1024;
     static constexpr usize page_bytes = 4096;
     static constexpr usize pages = arena_bytes / page_bytes;
@@ -59,7 +59,7 @@ class FramePool {
     };
     /// Cache of one processor, accessed only by that processor except for the counters, which others read. Aligned so
     /// that no two share a cache line.
-    struct alignas(128) Kept {
+    struct alignas(128) Cache {
         std::array<Free*, classes.size()> free;
         std::array<u8, classes.size()> count;
         u32 returned; // returns_ when it last returned all its blocks
@@ -89,9 +89,9 @@ class FramePool {
     void* take(usize size_class);
     void recycle(void* block);
     void* take_locked(usize size_class) REQUIRES(lock_);
-    void* allocate_from_arena(Kept& kept, usize size_class);
-    void release_one(Kept& kept, usize size_class);
-    void release_all(Kept& kept);
+    void* allocate_from_arena(Cache& cache, usize size_class);
+    void release_one(Cache& cache, usize size_class);
+    void release_all(Cache& cache);
 
     mutable SpinLock lock_;
     std::array<PageNumber, classes.size()> partial_ GUARDED_BY(lock_){}; // pages of each class with room
@@ -103,7 +103,7 @@ class FramePool {
     // Number of times the arena was found empty: every processor then returns its cached blocks. Relaxed: orders no
     // data.
     std::atomic<u32> returns_{0};
-    std::array<Kept, max_processors> kept_{};
+    std::array<Cache, max_processors> caches_{};
     std::array<Page, pages> pages_ GUARDED_BY(lock_){};
     // all initial values are zero, so that the pool occupies no space in the image
     alignas(16) std::array<std::byte, arena_bytes> arena_;

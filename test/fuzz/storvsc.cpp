@@ -406,7 +406,7 @@ struct Machine {
             switch (what >> 4) {
             case 1: channel.mark_rescinded(); break;
             case 2: disk->remove(); break;
-            case 3: queue->shut(io::Status::device_gone, {Code::device_gone, "shut by the fuzzer"}); break;
+            case 3: queue->close(io::Status::device_gone, {Code::device_gone, "closed by the fuzzer"}); break;
             default: return; // neither host nor interrupt: time passes
             }
             break;

@@ -240,7 +240,7 @@ class Schedule {
                 done = hotplug_.controller->remove_lun(hotplug_.lun.lun);
             }
         });
-        machine_.say(std::string(step.name) + (done ? ": done" : ": there is no SCSI disk for it"));
+        machine_.print_line(std::string(step.name) + (done ? ": done" : ": there is no SCSI disk for it"));
     }
 
     void offer_controller() {
@@ -340,7 +340,7 @@ int run(int count, char** words) {
     }
     const auto line = [&machine, log](std::string_view text) {
         if (log == nullptr) {
-            machine.say(text);
+            machine.print_line(text);
             return;
         }
         std::fprintf(log, "%.*s\n", static_cast<int>(text.size()), text.data());

@@ -22,7 +22,7 @@ class ChannelInterrupts {
         : executor_(executor), registers_(std::move(ports), at) {}
 
     /// Called before the handler is attached.
-    void use(bool shared) { shared_ = shared; }
+    void set_shared(bool shared) { shared_ = shared; }
     /// The handler. `queue`: raised if the interrupt is the channel's.
     void on_interrupt(io::Service& queue) {
         if (shared_) {

@@ -59,12 +59,12 @@ class Transport : public io::TransportDefaults {
     void start_counting() { charged_accesses_ = channel_.registers().accesses(); }
     /// `shared`: the line is shared with other devices: the handler checks the device.
     void open(bool shared) {
-        interrupts_.use(shared);
+        interrupts_.set_shared(shared);
         reset_.abort();
         running_ = false;
     }
-    /// From now on abandoning a command stops the device instead of resetting it.
-    void leave() { leaving_ = true; }
+    /// The queue is about to close: from now on abandoning a command stops the device instead of resetting it.
+    void begin_close() { closing_ = true; }
     static void on_interrupt(void* self) {
         auto& transport = *static_cast<Transport*>(self);
         transport.interrupts_.on_interrupt(*transport.queue);
@@ -79,7 +79,7 @@ class Transport : public io::TransportDefaults {
     io::SendResult send(Command& command, u64 id);
     io::Next next(io::Completion& completion);
     void settle(io::Counters& counters);
-    Result<bool> arm() { return found_.has_value() || interrupts_.pending(); }
+    Result<bool> arm() { return polled_.has_value() || interrupts_.pending(); }
     u32 events() const { return interrupts_.count(); }
     bool finish(Command& command, io::Status status);
     io::Fence fence(Command& command);
@@ -87,7 +87,7 @@ class Transport : public io::TransportDefaults {
     Result<void> tick(Instant now, bool waiting);
     bool wants_tick() const { return running_ || reset_.in_progress(); }
     bool closing(io::Status) {
-        leave();
+        begin_close();
         return true;
     }
 
@@ -107,16 +107,16 @@ class Transport : public io::TransportDefaults {
     Nanoseconds timeout_;
     io::CommandTable<Transport>* commands_ = nullptr;
     bool running_ = false; // a command is under way
-    bool leaving_ = false;
+    bool closing_ = false;
 
     // The current command.
     Command* active_ = nullptr;
     u64 id_ = 0;
-    bool suspect_ = false; // had ended at the last tick, but no interrupt was seen
-    bool busy_ = true;     // in progress at the last tick
+    bool ended_at_last_tick_ = false; // had ended at the last tick, but no interrupt was seen
+    bool busy_ = true;                // in progress at the last tick
     Instant issued_at_ = 0;
-    std::optional<io::Completion> found_; // result of a command that ended without an interrupt
-    u32 gather_limit_ = max_transfer;     // bytes of a command made of several requests
+    std::optional<io::Completion> polled_; // result of a command that ended without an interrupt
+    u32 gather_limit_ = max_transfer;      // bytes of a command made of several requests
     u32 reports_ = 0;
     std::array<DmaSegment, max_transfer / Prd::boundary + 1> segments_{};
     DmaMapping mapping_{segments_}; // active: the command's data uses a bounce buffer
@@ -199,7 +199,7 @@ void ChannelQueue<P>::close() {
     if (interrupts_ == nullptr) {
         return;
     }
-    this->transport().leave();
+    this->transport().begin_close();
     this->stop();
     this->transport().channel().stop();
     std::exchange(interrupts_, nullptr)->detach_line(line_, &Transport<P>::on_interrupt, &this->transport());
@@ -260,7 +260,7 @@ template <PortAccess P>
 io::SendResult Transport<P>::send(Command& command, u64 id) {
     active_ = &command;
     id_ = id;
-    suspect_ = false;
+    ended_at_last_tick_ = false;
     busy_ = true;
     interrupts_.discard();
     const Disk& disk = command.disk();
@@ -300,8 +300,8 @@ void Transport<P>::settle(io::Counters& counters) {
 
 template <PortAccess P>
 io::Next Transport<P>::next(io::Completion& completion) {
-    if (found_) [[unlikely]] {
-        completion = *std::exchange(found_, std::nullopt);
+    if (polled_) [[unlikely]] {
+        completion = *std::exchange(polled_, std::nullopt);
         return io::Next::one;
     }
     if (!interrupts_.take() || !running_) {
@@ -385,11 +385,11 @@ Result<void> Transport<P>::tick(Instant now, bool) {
 /// the interrupt is lost.
 template <PortAccess P>
 void Transport<P>::poll_running(Instant now) {
-    if (now <= issued_at_ || now - issued_at_ < lost_after || found_) {
+    if (now <= issued_at_ || now - issued_at_ < lost_after || polled_) {
         return;
     }
     busy_ = channel_.registers().alternate_status().in_progress();
-    if (busy_ || !std::exchange(suspect_, true)) {
+    if (busy_ || !std::exchange(ended_at_last_tick_, true)) {
         return;
     }
     const Outcome outcome = channel_.poll();
@@ -401,13 +401,13 @@ void Transport<P>::poll_running(Instant now) {
         log::warning("{}: a command ended without an interrupt", active_->disk().name());
     }
     channel_.set_clear_always(true);
-    found_ = ended(outcome);
+    polled_ = ended(outcome);
 }
 
 /// The command was not answered for a full timeout.
 template <PortAccess P>
 io::Recovery Transport<P>::recover(const Command& command, io::OldestWait::Finding, std::string_view) {
-    if (!busy_ || found_ || !running_) {
+    if (!busy_ || polled_ || !running_) {
         return {.kind = io::Recovery::Kind::none};
     }
     log::warning("{}: no answer to a command for {} ms, the channel is reset", command.disk().name(),
@@ -415,7 +415,7 @@ io::Recovery Transport<P>::recover(const Command& command, io::OldestWait::Findi
     begin_reset(); // the engine is off: buffers are safe
     return {.kind = io::Recovery::Kind::stopped,
             .why = reset_.exhausted()
-                       ? std::optional(Error{Code::timed_out, "the disk gives no answer in spite of resets"})
+                       ? std::optional(Error{Code::timed_out, "the disk does not answer, even after resets"})
                        : std::nullopt};
 }
 
@@ -423,7 +423,7 @@ io::Recovery Transport<P>::recover(const Command& command, io::OldestWait::Findi
 /// disk itself is reset.
 template <PortAccess P>
 io::Fence Transport<P>::fence(Command&) {
-    if (leaving_) {
+    if (closing_) {
         channel_.stop();
         // A flush cannot be stopped: its interrupt would keep a shared line asserted.
         channel_.registers().control(Control::interrupts_off);
@@ -437,7 +437,7 @@ io::Fence Transport<P>::fence(Command&) {
 
 template <PortAccess P>
 void Transport<P>::begin_reset(bool owned) {
-    found_.reset();
+    polled_.reset();
     running_ = false;
     reset_.begin(owned);
 }

@@ -70,7 +70,7 @@ class SoftReset {
         channel_.initialise_engine();
         state_ = State::none;
         if (exhausted()) {
-            return Error{Code::io, "the disk fails every command in spite of resets"};
+            return Error{Code::io, "the disk fails every command, even after resets"};
         }
         return {};
     }

@@ -153,8 +153,8 @@ Result<void> parse_luns(std::span<const u8> data, F&& f) {
         return Error{Code::protocol, "REPORT LUNS: expected a header of 8 bytes", 8, data.size()};
     }
     const u64 bytes = get_be(data.subspan(0, 4));
-    const usize there = std::min<u64>(bytes, data.size() - 8);
-    for (usize at = 0; at + lun_entry_bytes <= there; at += lun_entry_bytes) {
+    const usize received = std::min<u64>(bytes, data.size() - 8);
+    for (usize at = 0; at + lun_entry_bytes <= received; at += lun_entry_bytes) {
         const auto entry = data.subspan(8 + at, lun_entry_bytes);
         // Single level, peripheral or flat space [SAM-5 §4.7]; 0xc1: a well-known unit.
         if (entry[0] == 0xc1) {
@@ -163,8 +163,8 @@ Result<void> parse_luns(std::span<const u8> data, F&& f) {
         const bool flat = entry[0] == 0x00 || entry[0] >> 6 == 1;
         f(flat && get_be(entry.subspan(2, 6)) == 0 ? u32{entry[0] & 0x3fu} << 8 | entry[1] : ~u32{0});
     }
-    if (bytes % lun_entry_bytes != 0 || there != bytes) {
-        return Error{Code::protocol, "REPORT LUNS: the list is not whole", bytes, data.size() - 8};
+    if (bytes % lun_entry_bytes != 0 || received != bytes) {
+        return Error{Code::protocol, "REPORT LUNS: the list is truncated", bytes, data.size() - 8};
     }
     return {};
 }

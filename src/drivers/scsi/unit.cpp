@@ -35,10 +35,10 @@ io::Task<Result<void>> read_limits(Nexus& nexus, u16 lun, bool thin, UnitDescrip
     if (!response.good()) {
         co_return Result<void>{};
     }
-    const bool limits_there = lists_page(response.data, page_block_limits);
-    const bool provisioning_there = lists_page(response.data, page_provisioning);
+    const bool has_limits = lists_page(response.data, page_block_limits);
+    const bool has_provisioning = lists_page(response.data, page_provisioning);
     BlockLimits limits;
-    if (limits_there) {
+    if (has_limits) {
         CO_CHECK(co_await execute_retrying(nexus, lun, inquiry(page_block_limits, room), room, response));
         if (auto parsed = parse_block_limits(response.data); response.good() && parsed) {
             limits = *parsed;
@@ -48,7 +48,7 @@ io::Task<Result<void>> read_limits(Nexus& nexus, u16 lun, bool thin, UnitDescrip
         const u64 most = u64{limits.max_transfer_blocks} * unit.geometry.sector_size;
         unit.limits.max_transfer = static_cast<u32>(std::min<u64>(unit.limits.max_transfer, most));
     }
-    if (provisioning_there && (thin || limits.max_unmap_blocks != 0) && limits.max_unmap_descriptors != 0) {
+    if (has_provisioning && (thin || limits.max_unmap_blocks != 0) && limits.max_unmap_descriptors != 0) {
         CO_CHECK(co_await execute_retrying(nexus, lun, inquiry(page_provisioning, room), room, response));
         const auto offered = parse_provisioning_unmap(response.data);
         unit.geometry.discard =
@@ -93,7 +93,7 @@ io::Task<Result<void>> execute_retrying(Nexus& nexus, u16 lun, Cdb cdb, u32 byte
     }
 }
 
-io::Task<Result<LunList>> report_luns(Nexus& nexus, std::span<bool> there) {
+io::Task<Result<LunList>> report_luns(Nexus& nexus, std::span<bool> present) {
     Response response;
     CO_CHECK(co_await execute_retrying(nexus, 0, report_luns(Nexus::max_data), Nexus::max_data, response));
     LunList list;
@@ -101,16 +101,16 @@ io::Task<Result<LunList>> report_luns(Nexus& nexus, std::span<bool> there) {
         co_return list;
     }
     const auto parsed = parse_luns(response.data, [&](u32 lun) {
-        if (lun < there.size()) {
-            there[lun] = true;
+        if (lun < present.size()) {
+            present[lun] = true;
         } else {
-            ++list.beyond;
+            ++list.out_of_range;
         }
     });
     if (!parsed) {
         log::warning("{}: {}", nexus.driver(), parsed.error());
     }
-    list.whole = parsed.has_value();
+    list.complete = parsed.has_value();
     co_return list;
 }
 
@@ -187,7 +187,7 @@ io::Task<Result<UnitDescription>> describe(Nexus& nexus, u16 lun, Inquiry inquir
         }
         CO_TRY(const std::optional<Inquiry> now, co_await inquire(nexus, lun));
         if (!now || !now->disk()) {
-            co_return Error{Code::not_found, "the unit is no disk any more"};
+            co_return Error{Code::not_found, "the unit is no longer a disk"};
         }
         inquiry = *now;
     }

@@ -49,11 +49,11 @@ class Nexus {
 io::Task<Result<void>> execute_retrying(Nexus& nexus, u16 lun, Cdb cdb, u32 bytes, Response& response);
 
 struct LunList {
-    bool whole = false; // false: the target gave no complete list; the units it did report are marked
-    u32 beyond = 0;     // units whose number does not fit into `there`
+    bool complete = false; // false: the target gave no complete list; the units it did report are marked
+    u32 out_of_range = 0;  // units whose number does not fit into `present`
 };
-/// REPORT LUNS, sent to LUN 0. Sets there[n] for each LUN n. `there` must outlive the task.
-io::Task<Result<LunList>> report_luns(Nexus& nexus, std::span<bool> there);
+/// REPORT LUNS, sent to LUN 0. Sets present[n] for each LUN n. `present` must outlive the task.
+io::Task<Result<LunList>> report_luns(Nexus& nexus, std::span<bool> present);
 
 /// Standard INQUIRY data. nullopt: no unit at this number. Error{io}: refused, so it is unknown whether there is a
 /// unit.

@@ -20,7 +20,7 @@ using hv::hyperv::PacketType;
 // ---- the disk ----
 
 Disk::Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity, Linked linked)
-    : QueueDisk(queue.executor(), queue), owner_(queue), unit_(unit), commands_(unit, geometry) {
+    : QueueDisk(queue.executor(), queue), channel_queue_(queue), unit_(unit), commands_(unit, geometry) {
     identity_ = identity;
     set_geometry(geometry);
     set_timeout(queue.timeout());
@@ -44,21 +44,22 @@ Disk::Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const I
 
 void Disk::enlist() {
     linked_ = true;
-    owner_.add(*this);
+    channel_queue_.add(*this);
 }
 
 // Must run on the queue's processor, because the queue may iterate over its disks there at any time.
 void Disk::link(io::Executor& here) {
-    if (&here == &owner_.executor()) {
+    if (&here == &channel_queue_.executor()) {
         enlist();
     } else {
-        static_cast<void>(owner_.executor().post(link_)); // refused: that processor has stopped, and the lane with it
+        static_cast<void>(
+            channel_queue_.executor().post(link_)); // refused: that processor has stopped, and the lane with it
     }
 }
 
 Disk::~Disk() {
     if (linked_) {
-        owner_.remove(*this);
+        channel_queue_.remove(*this);
     }
 }
 
@@ -96,7 +97,7 @@ void Queue::start(DmaSpan parameters, Nanoseconds timeout) {
 
 void Queue::tick(Instant now) {
     BlockQueue::tick(now);
-    if (is_open() && transport().reset_wanted()) {
+    if (is_open() && transport().reset_requested()) {
         send_reset();
     }
 }
@@ -197,12 +198,12 @@ io::Next Transport::next(io::Completion& completion) {
             return broken(got.error());
         }
         if (!*got) {
-            if (std::exchange(taken_, false)) {
+            if (std::exchange(unreleased_, false)) {
                 channel_.release();
             }
             return io::Next::none;
         }
-        taken_ = true;
+        unreleased_ = true;
         ++received_;
         if (armed_) {
             channel_.disarm(); // polled while there is work
@@ -231,7 +232,7 @@ io::Next Transport::next(io::Completion& completion) {
     const u32 length = packet_bytes(terms_.version);
     const bool srb = exchange == nullptr || exchange->packet.header.operation == Operation::execute_srb;
     if (srb ? packet.payload.size() != length : packet.payload.size() < sizeof(PacketHeader)) [[unlikely]] {
-        return broken({Code::protocol, "a completion has not the length of the negotiated version's packets", length,
+        return broken({Code::protocol, "a completion's length is not that of the negotiated version's packets", length,
                        packet.payload.size()});
     }
     Packet answer;
@@ -242,7 +243,7 @@ io::Next Transport::next(io::Completion& completion) {
         std::memcpy(&answer, packet.payload.data(), std::min(packet.payload.size(), sizeof answer));
     }
     if (answer.header.operation != Operation::complete_io) [[unlikely]] {
-        return broken({Code::protocol, "a completion is no COMPLETE_IO", to_underlying(Operation::complete_io),
+        return broken({Code::protocol, "a completion is not a COMPLETE_IO", to_underlying(Operation::complete_io),
                        to_underlying(answer.header.operation)});
     }
     const bool unmap = exchange == nullptr && command->op == io::Op::discard;
@@ -281,7 +282,7 @@ Result<void> Transport::accept_event(const hv::hyperv::Packet& packet) {
     std::memcpy(&operation, packet.payload.data(), sizeof operation);
     switch (operation) {
     case Operation::enumerate_bus:
-    case Operation::remove_device: want_rescan(); return {};
+    case Operation::remove_device: request_rescan(); return {};
     case Operation::event_notification: return {};
     case Operation::complete_io: return Error{Code::protocol, "a COMPLETE_IO without a request", 0, packet.transaction};
     default: log::debug("storvsc: the host sends {}: not for a guest", name(operation)); return {};
@@ -332,7 +333,7 @@ io::Completion Transport::judge(u64 id, Command& command, const Packet& packet) 
     const scsi::Verdict verdict =
         disk.commands_.judge(command, command.wire, response_of(packet.srb, terms_.version), disk.identity().name);
     if (verdict.rescan) {
-        want_rescan();
+        request_rescan();
     }
     return {id, verdict.status, verdict.retry};
 }
@@ -350,10 +351,10 @@ Result<bool> Transport::arm() {
 
 Result<void> Transport::tick(Instant, bool) {
     if (channel_.rescinded()) {
-        shared_.taken.store(true, std::memory_order_relaxed); // ordered by the stores in closing()
+        shared_.rescinded.store(true, std::memory_order_relaxed); // ordered by the stores in closing()
         return Error{Code::device_gone, "the host has rescinded the storage controller"};
     }
-    if (shared_.rescan_wanted.load(std::memory_order_relaxed)) {
+    if (shared_.rescan_requested.load(std::memory_order_relaxed)) {
         notify();
     }
     return {};
@@ -381,7 +382,7 @@ io::Recovery Transport::recover(const Command&, io::OldestWait::Finding, std::st
     }
     log::warning("storvsc: no answer within {} ms: asking the host to reset the bus", timeout_ / 1'000'000);
     reset_received_ = shared_.received.load(std::memory_order_relaxed);
-    shared_.reset_wanted.store(true, std::memory_order_relaxed);
+    shared_.reset_requested.store(true, std::memory_order_relaxed);
     shared_.raise_queues();
     return {.kind = io::Recovery::Kind::reset_requested};
 }

@@ -35,12 +35,12 @@ struct Shared {
     static constexpr u32 max_queues = 64;
     // Stored with release, loaded with acquire: the cause is logged before.
     std::atomic<bool> closed{false};
-    std::atomic<u8> close_status{0};   // io::Status for requests still under way; written before `closed`
-    std::atomic<bool> reported{false}; // set by the queue that closes: only one log line, and one status
-    std::atomic<bool> taken{false};    // the host has rescinded the channel. Relaxed: orders no other data
+    std::atomic<u8> close_status{0};    // io::Status for requests still under way; written before `closed`
+    std::atomic<bool> reported{false};  // set by the queue that closes: only one log line, and one status
+    std::atomic<bool> rescinded{false}; // the host has rescinded the channel. Relaxed: orders no other data
     // Requests to the controller, polled by the first queue's tick(). Relaxed: order no other data.
-    std::atomic<bool> reset_wanted{false};
-    std::atomic<bool> rescan_wanted{false};
+    std::atomic<bool> reset_requested{false};
+    std::atomic<bool> rescan_requested{false};
     /// Called on the first queue's processor, in drain() or tick(), when the units or `closed` must be checked.
     void (*notify)(void* context) = nullptr;
     void* context = nullptr;
@@ -53,7 +53,7 @@ struct Shared {
     std::atomic<u64> received{0}; // packets of any kind: the answer to a bus reset arrives on the first queue
     // All queues; written by the controller.
     std::array<io::Listener, max_queues> queues;
-    /// Call after a change of closed, reset_wanted or rescan_wanted: the queues then check them, on their own
+    /// Call after a change of closed, reset_requested or rescan_requested: the queues then check them, on their own
     /// processors.
     void raise_queues() {
         for (io::Listener& queue : queues) {
@@ -88,7 +88,7 @@ class Transport : public io::TransportDefaults {
     using Disk = storvsc::Disk;
     static constexpr std::string_view driver = "storvsc";
     static constexpr u32 max_commands = 128;
-    static constexpr u32 kept_commands = 2; // a command of a rescan, and the bus reset
+    static constexpr u32 reserved_commands = 2; // a command of a rescan, and the bus reset
     using Wire = scsi::CommandForm;
     using Command = io::Command<Transport>;
 
@@ -104,8 +104,8 @@ class Transport : public io::TransportDefaults {
     inline const Shared& shared() const { return shared_; }
     bool closed_before_start() const { return shared_.closed.load(std::memory_order_acquire); } // see Shared
     /// True: a bus reset is requested, and this is the queue that sends it.
-    bool reset_wanted() const { return first_ && shared_.reset_wanted.load(std::memory_order_relaxed); }
-    void reset_sent() { shared_.reset_wanted.store(false, std::memory_order_relaxed); }
+    bool reset_requested() const { return first_ && shared_.reset_requested.load(std::memory_order_relaxed); }
+    void reset_sent() { shared_.reset_requested.store(false, std::memory_order_relaxed); }
     bool quiescent() const { return quiescent_.load(std::memory_order_acquire); } // pairs with the release in closed()
 
     // io::BlockTransport
@@ -131,8 +131,8 @@ class Transport : public io::TransportDefaults {
     io::OldestWait::Seen seen(io::OldestWait::Seen own);
     Result<void> tick(Instant now, bool waiting);
     bool wants_tick() const {
-        return channel_.rescinded() || reset_wanted() ||
-               (first_ && shared_.rescan_wanted.load(std::memory_order_relaxed));
+        return channel_.rescinded() || reset_requested() ||
+               (first_ && shared_.rescan_requested.load(std::memory_order_relaxed));
     }
     std::optional<io::Status> closed_by_peer() const;
     Error fault() const;
@@ -153,8 +153,8 @@ class Transport : public io::TransportDefaults {
             shared_.notify(shared_.context);
         }
     }
-    void want_rescan() {
-        shared_.rescan_wanted.store(true, std::memory_order_relaxed);
+    void request_rescan() {
+        shared_.rescan_requested.store(true, std::memory_order_relaxed);
         shared_.raise_queues();
         notify();
     }
@@ -164,7 +164,7 @@ class Transport : public io::TransportDefaults {
     const bool first_;
     io::CommandTable<Transport>* commands_ = nullptr;
     bool armed_ = false;
-    bool taken_ = false; // packets taken since the ring space was last released
+    bool unreleased_ = false; // packets taken since the ring space was last released
     Terms terms_;
     Nanoseconds timeout_ = 0;
     DmaSpan parameters_;
@@ -212,9 +212,6 @@ class Queue final : public io::BlockQueue<Transport> {
     const Terms& terms() const { return transport().terms(); }
     /// Callable on any processor: it has ended everything and no longer accesses the channel.
     bool quiescent() const { return transport().quiescent(); }
-    /// Ends everything under way, here at once and in the other queues in their next turn, and accepts no more
-    /// requests.
-    void shut(io::Status status, const Error& why) { close(status, why); }
 
   private:
     void tick(Instant now) override;
@@ -259,7 +256,7 @@ class Disk final : public io::QueueDisk<Transport> {
     void remove() { gone_.store(true, std::memory_order_relaxed); } // relaxed: orders no other data
     inline bool removed() const override {
         return gone_.load(std::memory_order_relaxed) ||
-               owner_.transport().shared().taken.load(std::memory_order_relaxed);
+               channel_queue_.transport().shared().rescinded.load(std::memory_order_relaxed);
     }
 
   private:
@@ -271,7 +268,7 @@ class Disk final : public io::QueueDisk<Transport> {
     };
     void enlist();
 
-    Queue& owner_;
+    Queue& channel_queue_;
     Unit unit_;
     Link link_;
     bool linked_ = false;

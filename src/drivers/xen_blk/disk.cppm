@@ -153,7 +153,7 @@ class Disk final : public io::QueueDisk<Transport> {
     Result<void> open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void* context),
                       void* context);
     /// Ends everything under way with `status` and accepts no more requests. `why`: for the log.
-    void shut(io::Status status, const Error& why) { queue_.close(status, why); }
+    void close(io::Status status, const Error& why) { queue_.close(status, why); }
     bool is_open() const { return queue_.is_open(); }
     /// The back end can no longer access anything: frees the grants and pages of a disk that was shut.
     void reclaim();

@@ -76,7 +76,7 @@ void Synic::interrupt() {
     processor.interrupts.store(processor.interrupts.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     take_events(processor);
     if (processor.checking.load(std::memory_order_relaxed)) { // on this same processor: the interrupt hit check_slot()
-        processor.again.store(true, std::memory_order_relaxed);
+        processor.interrupted.store(true, std::memory_order_relaxed);
         announce_messages(processor);
     } else {
         take_messages(processor, this_processor() == 0);
@@ -156,16 +156,16 @@ void Synic::take_messages(Processor& processor, bool queued_here) {
 
 void Synic::check_slot(Processor& processor) {
     // The handler may interrupt this at any instruction; while `checking` is set, it does not access the slot but sets
-    // `again`. All on one processor: only the compiler must be kept from reordering.
+    // `interrupted`. All on one processor: only the compiler must be kept from reordering.
     for (u32 tries = 0; tries < messages_per_interrupt; ++tries) {
-        processor.again.store(false, std::memory_order_relaxed);
+        processor.interrupted.store(false, std::memory_order_relaxed);
         processor.checking.store(true, std::memory_order_relaxed);
         std::atomic_signal_fence(std::memory_order_seq_cst);
         take_messages(processor, true);
         std::atomic_signal_fence(std::memory_order_seq_cst);
         processor.checking.store(false, std::memory_order_relaxed);
         std::atomic_signal_fence(std::memory_order_seq_cst);
-        if (!processor.again.load(std::memory_order_relaxed)) {
+        if (!processor.interrupted.load(std::memory_order_relaxed)) {
             return;
         }
     }

@@ -95,8 +95,8 @@ class Synic {
         io::Executor* executor = nullptr;
         u32 vp_index = 0;
         std::atomic<bool> on{false};
-        std::atomic<bool> checking{false}; // the processor is reading the slot outside the handler
-        std::atomic<bool> again{false};    // the handler ran meanwhile
+        std::atomic<bool> checking{false};    // the processor is reading the slot outside the handler
+        std::atomic<bool> interrupted{false}; // the handler ran meanwhile
         std::atomic<u64> interrupts{0};
     };
 

@@ -30,7 +30,7 @@ io::Task<Result<void>> enumerate_kind(Store& store, std::string_view kind, Devic
         names.remove_prefix(std::min(end + 1, names.size()));
         const auto number = parse_number(name);
         if (!number || *number > ~u32{0}) {
-            log::warning("XenStore: device/{}/{} is no device number", kind, name);
+            log::warning("XenStore: device/{}/{} is not a device number", kind, name);
             continue;
         }
         SyntheticDevice device;

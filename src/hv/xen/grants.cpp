@@ -33,7 +33,8 @@ void Grants::add_frame(u32 frame) {
 bool Grants::ensure(u32 count) {
     while (free_count_ < count && frames_ < frame_limit_) {
         if (auto grown = growth_.map(growth_.context, frames_); !grown) {
-            log::warning("xen: the grant table stays at {} of {} frames: {}", frames_, frame_limit_, grown.error());
+            log::warning("xen: the grant table cannot grow beyond {} of {} frames: {}", frames_, frame_limit_,
+                         grown.error());
             frame_limit_ = frames_;
             break;
         }

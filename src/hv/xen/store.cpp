@@ -442,8 +442,8 @@ io::Task<Result<u64>> Store::number(std::string_view directory, std::string_view
     CO_TRY(const std::string_view value, co_await read(path, text));
     const auto parsed = parse_number(value);
     if (!parsed) {
-        log::warning("XenStore: {} is no number: \"{}\"", path.view(), value);
-        co_return Error{Code::protocol, "a node of XenStore that must be a number is none"};
+        log::warning("XenStore: {} is not a number: \"{}\"", path.view(), value);
+        co_return Error{Code::protocol, "a node of XenStore that must be a number is not one"};
     }
     co_return *parsed;
 }

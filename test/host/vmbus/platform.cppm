@@ -172,7 +172,7 @@ class Judge {
         }
         va_list arguments;
         va_start(arguments, format);
-        say("guest violation: ", format, arguments);
+        print_line("guest violation: ", format, arguments);
         va_end(arguments);
         if (--left_ == 0) {
             log_.line("guest violation: further ones are only counted");
@@ -182,12 +182,12 @@ class Judge {
     [[gnu::format(printf, 2, 3)]] void note(const char* format, ...) {
         va_list arguments;
         va_start(arguments, format);
-        say("vmbus: ", format, arguments);
+        print_line("vmbus: ", format, arguments);
         va_end(arguments);
     }
 
   private:
-    void say(const char* prefix, const char* format, va_list arguments) {
+    void print_line(const char* prefix, const char* format, va_list arguments) {
         std::array<char, 512> text;
         std::vsnprintf(text.data(), text.size(), format, arguments);
         log_.line(std::string(prefix) + text.data());

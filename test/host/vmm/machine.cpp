@@ -325,7 +325,7 @@ void Machine::flush_console() {
     console_aged_ = !console_.empty();
 }
 
-void Machine::say(std::string_view text) {
+void Machine::print_line(std::string_view text) {
     const std::scoped_lock guard(console_mutex_);
     write_all("@@host " + std::string(text) + "\n");
 }
@@ -363,7 +363,7 @@ void Machine::print_counters(const char* label, const Snapshot& from) {
         const auto before = from.find(all->first);
         text += ",\"exits\":" + std::to_string(all->second - (before == from.end() ? 0 : before->second));
     }
-    say(text + ",\"counters\":" + difference(from, now) + "}");
+    print_line(text + ",\"counters\":" + difference(from, now) + "}");
 }
 
 void Machine::phase(u32 number) {

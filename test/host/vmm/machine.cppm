@@ -80,7 +80,7 @@ class Machine final : private MachineControl, private BoardClock, private Serial
     void start();
 
     /// Prints a line of this program between the guest's lines. Any thread.
-    void say(std::string_view text);
+    void print_line(std::string_view text);
     /// Prints a guest's incomplete line that has not changed since the previous call; called periodically by the I/O
     /// thread.
     void flush_console();

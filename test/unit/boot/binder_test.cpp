@@ -157,7 +157,7 @@ TEST(Binder, AHostThatDoesNotUnplugIsAWarning) {
     k.native.devices = {{"i0", "ide", disk_id(0)}};
     k.native.drivers[0].behaviour.disks = 0;
     ASSERT_TRUE(k.bind());
-    EXPECT_TRUE(k.capture.has("warning: emulated IDE disks stay: this host does not\n")) << k.capture.text;
+    EXPECT_TRUE(k.capture.has("warning: emulated IDE disks are not unplugged: this host does not\n")) << k.capture.text;
     EXPECT_FALSE(k.binder->unplugged().any());
     EXPECT_TRUE(k.capture.has("device fake i0, thing: driven by ndisk, 0 disks\n")) << "it is there, and is empty";
     EXPECT_EQ(k.verdict().verdict, Verdict::success);
@@ -178,7 +178,7 @@ TEST(Binder, AHypervisorThatCannotUnplugIsAWarning) {
     Kernel k({}, Twin::unplug);
     boot::BackendOf<Plain> backend(plain, {});
     k.make().unplug(backend);
-    EXPECT_TRUE(k.capture.has("stay: this hypervisor cannot unplug emulated devices")) << k.capture.text;
+    EXPECT_TRUE(k.capture.has("are not unplugged: this hypervisor cannot unplug emulated devices")) << k.capture.text;
     // A capability that is not modelled does nothing and is not an error.
     EXPECT_EQ(backend.name(), "plain");
     EXPECT_EQ(backend.tsc_hz(), 7u);

@@ -72,8 +72,8 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
     std::string pending; // how the host will end it soon
     Nanoseconds now = 0;
     Nanoseconds pending_at = 0;
-    std::vector<std::string> said; // reports to the host that do not end the machine
-    std::map<u16, u32> accesses;   // ports
+    std::vector<std::string> reports; // reports to the host that do not end the machine
+    std::map<u16, u32> accesses;      // ports
     std::map<u32, u64> msrs;
     std::optional<Verdict> note;
     CpuidSnapshot snapshot;
@@ -141,7 +141,7 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
     void write_msr(u32 msr, u64 value) override {
         msrs[msr] = value;
         if (msr == 0x40000105) {
-            said.push_back("crash registers");
+            reports.push_back("crash registers");
         } else if (msr == 0x40000003) {
             ++resets;
             schedule_end("reset");
@@ -165,7 +165,7 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
             ++resets;
             schedule_end("reset");
         } else if (port == 0x505 && value == 1) {
-            said.push_back("pvpanic");
+            reports.push_back("pvpanic");
         } else if (port == 0xb2 && value == 0xf1) {
             pm1a_value |= 1;
         } else if (port == sleep_register && value == sleep_value) {
@@ -283,7 +283,7 @@ TEST(Ending, TheDebugExitPortReceivesEveryVerdict) {
             m.exit_takes_time = later;
             m.others_at_once = true; // and would overtake it
             EXPECT_EQ(m.end(v), "exit " + std::to_string(to_underlying(v)));
-            EXPECT_TRUE(m.said.empty());
+            EXPECT_TRUE(m.reports.empty());
         }
     }
 }
@@ -305,7 +305,7 @@ TEST(Ending, PvpanicIsWrittenForEveryFailure) {
         aml.insert(aml.end(), pvpanic_aml.begin(), pvpanic_aml.end());
         m.acpi_tables(false, aml, acpi::Space::io);
         EXPECT_EQ(m.end(v), "off") << "the host may go on after it";
-        EXPECT_EQ(m.said, good(v) ? std::vector<std::string>{} : std::vector<std::string>{"pvpanic"}) << name(v);
+        EXPECT_EQ(m.reports, good(v) ? std::vector<std::string>{} : std::vector<std::string>{"pvpanic"}) << name(v);
     }
 }
 
@@ -378,7 +378,7 @@ TEST(Ending, HyperVsCrashRegisters) {
         m.hyperv_features = 1u << 10;
         m.msrs[0x40000105] = u64{3} << 62;
         EXPECT_EQ(m.end(v), "off");
-        EXPECT_EQ(m.said, good(v) ? std::vector<std::string>{} : std::vector<std::string>{"crash registers"})
+        EXPECT_EQ(m.reports, good(v) ? std::vector<std::string>{} : std::vector<std::string>{"crash registers"})
             << name(v);
         if (!good(v)) {
             EXPECT_EQ(m.msrs[0x40000105], u64{3} << 62);
@@ -390,12 +390,12 @@ TEST(Ending, HyperVsCrashRegisters) {
         without.hypervisor = "Microsoft Hv";
         without.msrs[0x40000105] = u64{3} << 62;
         EXPECT_EQ(without.end(v), "off");
-        EXPECT_TRUE(without.said.empty()) << "no feature, no access";
+        EXPECT_TRUE(without.reports.empty()) << "no feature, no access";
         Fake silent = qemu_pc();
         silent.hypervisor = "Microsoft Hv";
         silent.hyperv_features = 1u << 10;
         EXPECT_EQ(silent.end(v), "off");
-        EXPECT_TRUE(silent.said.empty()) << "the register offers nothing";
+        EXPECT_TRUE(silent.reports.empty()) << "the register offers nothing";
     }
 }
 

@@ -137,11 +137,11 @@ TEST_F(Jobs, ADiskRemovedByTheHostMayBeReadded) {
     MemoryDisk again{executor, "xvdb", 2048};
     ASSERT_TRUE(synthetic.announce(xvda, 0));
     EXPECT_FALSE(synthetic.offered(0));
-    native.gone(0); // it never had the device
+    native.withdraw(0); // it never had the device
     EXPECT_FALSE(synthetic.offered(0));
-    synthetic.gone(drivers::DiskSink::no_twin);
+    synthetic.withdraw(drivers::DiskSink::no_twin);
     EXPECT_FALSE(synthetic.offered(0));
-    synthetic.gone(0);
+    synthetic.withdraw(0);
     EXPECT_TRUE(synthetic.offered(0));
     ASSERT_TRUE(synthetic.announce(again, 0));
     EXPECT_FALSE(synthetic.offered(0));

@@ -206,11 +206,11 @@ TEST(Shutdown, ASlowDiskThatStopsRespondingIsGivenUp) {
                 given_up = k.clock.time;
             }
         }
-    } told;
-    log::attach(told);
+    } capture;
+    log::attach(capture);
     bool answered = true;
     const auto outcome = k.executor.run(both(k, answered));
-    log::detach(told);
+    log::detach(capture);
     ASSERT_TRUE(outcome);
     EXPECT_EQ(outcome->verdict, Verdict::failure);
     EXPECT_FALSE(answered) << "the host is not informed that the disks are flushed";

@@ -93,8 +93,8 @@ TEST(Log, RecordIsOneJsonLine) {
 // ---- lines buffered for consoles attached later ----
 
 struct Keeping {
-    Keeping() { log::keep(true); }
-    ~Keeping() { log::keep(false); }
+    Keeping() { log::keep_history(true); }
+    ~Keeping() { log::keep_history(false); }
 };
 
 TEST(Log, ALateConsoleReceivesEarlierLines) {
@@ -112,7 +112,7 @@ TEST(Log, ALateConsoleReceivesEarlierLines) {
     Capture two;
     log::attach(two);
     EXPECT_EQ(two.text, one.text);
-    log::keep(false);
+    log::keep_history(false);
     Capture three;
     log::attach(three);
     EXPECT_EQ(three.text, "");
@@ -140,8 +140,8 @@ TEST(Log, WhatIsKeptIsBoundedAndLosesTheOldestLinesWhole) {
     const std::string kept = late.text.substr(note_end);
     EXPECT_EQ(late.text.substr(0, note_end),
               "[" + std::to_string(all.size() - kept.size()) + " bytes of older lines are lost]\n");
-    EXPECT_LE(kept.size(), log::kept_bytes);
-    EXPECT_GT(kept.size(), log::kept_bytes - 800);
+    EXPECT_LE(kept.size(), log::history_bytes);
+    EXPECT_GT(kept.size(), log::history_bytes - 800);
     EXPECT_TRUE(all.ends_with("\n" + kept)) << "whole lines, the last ones";
 }
 

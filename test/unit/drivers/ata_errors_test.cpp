@@ -124,7 +124,7 @@ TEST_F(AtaErrors, ADiskThatStaysSilentIsClosed) {
     EXPECT_EQ(m.read(hda(), 5, buffer()).error().code, Code::device_gone);
     EXPECT_LE(m.clock.time - begin, 2'000'000'000u);
     EXPECT_EQ(m.queue().resets(), 4u) << "the fourth without a success between them";
-    EXPECT_TRUE(log.has("hda: closed: the disk gives no answer in spite of resets"));
+    EXPECT_TRUE(log.has("hda: closed: the disk does not answer, even after resets"));
 }
 
 TEST_F(AtaErrors, ADiskThatDoesNotComeBackFromResetIsClosed) {

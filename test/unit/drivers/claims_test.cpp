@@ -77,11 +77,11 @@ TEST(Claims, WithoutARuleItStillNeverAttachesTwice) {
 TEST(Claims, GoneMeansFreeAgain) {
     const Plan p = plan();
     Claims claims(p);
-    EXPECT_FALSE(claims.released("ata", disk_id(0)));
+    EXPECT_FALSE(claims.release("ata", disk_id(0)));
     EXPECT_TRUE(claims.attached("xen_blk", disk_id(0)));
     EXPECT_TRUE(claims.attached("xen_blk", disk_id(1)));
-    EXPECT_FALSE(claims.released("ata", disk_id(0))) << "not its own";
-    EXPECT_TRUE(claims.released("xen_blk", disk_id(0)));
+    EXPECT_FALSE(claims.release("ata", disk_id(0))) << "not its own";
+    EXPECT_TRUE(claims.release("xen_blk", disk_id(0)));
     EXPECT_TRUE(claims.offered("ata", disk_id(0)));
     EXPECT_FALSE(claims.offered("ata", disk_id(1)));
     EXPECT_TRUE(claims.offered("ata", {drivers::DeviceKind::network, 1})) << "a device of another class";
@@ -95,7 +95,7 @@ TEST(Claims, ManyDisks) {
     }
     EXPECT_EQ(claims.size(), 1000u);
     EXPECT_FALSE(claims.offered("ata", disk_id(999)));
-    EXPECT_TRUE(claims.released("xen_blk", disk_id(500)));
+    EXPECT_TRUE(claims.release("xen_blk", disk_id(500)));
     EXPECT_TRUE(claims.offered("ata", disk_id(500)));
     EXPECT_FALSE(claims.offered("ata", disk_id(501)));
     EXPECT_EQ(claims.size(), 999u);

@@ -121,7 +121,7 @@ class Target final : public scsi::Nexus {
 
     std::map<u16, Unit> units;
     /// Called before the regular handling: a value it returns is used instead. It may change units.
-    std::function<std::optional<Answer>(u16 lun, const scsi::Cdb& cdb)> say;
+    std::function<std::optional<Answer>(u16 lun, const scsi::Cdb& cdb)> answer_override;
     std::vector<u8> asked; // operation codes received
     bool dead = false;     // no command is completed
 
@@ -152,9 +152,9 @@ class Target final : public scsi::Nexus {
 
   private:
     Answer answer(u16 lun, const scsi::Cdb& cdb) {
-        if (say) {
-            if (auto said = say(lun, cdb)) {
-                return *said;
+        if (answer_override) {
+            if (auto answer = answer_override(lun, cdb)) {
+                return *answer;
             }
         }
         if (cdb.bytes[0] == 0xa0) {

@@ -72,7 +72,7 @@ struct ScsiUnit : testing::Test {
     }
     /// The reply to INQUIRY for one vital product data page, or (without one) for the standard data.
     void on_inquiry(std::optional<u8> page, Answer answer) {
-        target.say = [=](u16, const Cdb& cdb) -> std::optional<Answer> {
+        target.answer_override = [=](u16, const Cdb& cdb) -> std::optional<Answer> {
             const bool vital = (cdb.bytes[1] & 1) != 0;
             if (cdb.bytes[0] == inquiry && vital == page.has_value() && (!vital || cdb.bytes[2] == *page)) {
                 return answer;
@@ -81,7 +81,7 @@ struct ScsiUnit : testing::Test {
         };
     }
     void on(u8 opcode, Answer answer) {
-        target.say = [=](u16, const Cdb& cdb) -> std::optional<Answer> {
+        target.answer_override = [=](u16, const Cdb& cdb) -> std::optional<Answer> {
             return cdb.bytes[0] == opcode ? std::optional(answer) : std::nullopt;
         };
     }
@@ -348,7 +348,7 @@ TEST_F(ScsiUnit, HostileLimits) {
 TEST_F(ScsiUnit, EveryAnswerCutEverywhere) {
     for (const u8 opcode : {inquiry, mode_sense, capacity_16}) {
         for (usize n = 0; n <= 64; ++n) {
-            target.say = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
+            target.answer_override = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
                 if (cdb.bytes[0] != opcode) {
                     return std::nullopt;
                 }
@@ -373,7 +373,7 @@ TEST_F(ScsiUnit, EveryAnswerCutEverywhere) {
 
 TEST_F(ScsiUnit, ACapacityThatChangesWhileItIsDescribed) {
     bool changed = false;
-    target.say = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
+    target.answer_override = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
         if (cdb.bytes[0] == mode_sense && !std::exchange(changed, true)) {
             unit.blocks = 4096;
             return check(unit_attention, 0x2a, 0x09);
@@ -388,7 +388,7 @@ TEST_F(ScsiUnit, ACapacityThatChangesWhileItIsDescribed) {
 
 TEST_F(ScsiUnit, AnotherUnitInItsPlaceWhileItIsDescribed) {
     bool changed = false;
-    target.say = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
+    target.answer_override = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
         if (cdb.bytes[0] == mode_sense && !std::exchange(changed, true)) {
             unit.product = "Another         ";
             return check(unit_attention, 0x3f, 0x03);
@@ -397,7 +397,7 @@ TEST_F(ScsiUnit, AnotherUnitInItsPlaceWhileItIsDescribed) {
     };
     EXPECT_EQ(describe()->model.view(), "Msft Another 1.0");
     changed = false;
-    target.say = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
+    target.answer_override = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
         if (cdb.bytes[0] == mode_sense && !std::exchange(changed, true)) {
             unit.peripheral = 5;
             return check(unit_attention, 0x28);
@@ -411,7 +411,7 @@ TEST_F(ScsiUnit, AnotherUnitInItsPlaceWhileItIsDescribed) {
 TEST_F(ScsiUnit, OtherUnitAttentionsAreOneRepetition) {
     for (const u8 opcode : {test_unit_ready, capacity_16, mode_sense}) {
         bool first = true;
-        target.say = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
+        target.answer_override = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
             return cdb.bytes[0] == opcode && std::exchange(first, false) ? std::optional(check(unit_attention, 0x29))
                                                                          : std::nullopt;
         };
@@ -426,7 +426,7 @@ TEST_F(ScsiUnit, AnotherUnitInItsPlaceBeforeItIsDescribed) {
     for (const u8 opcode : {test_unit_ready, capacity_16}) {
         bool changed = false;
         unit.revision = "1.0 ";
-        target.say = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
+        target.answer_override = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
             if (cdb.bytes[0] == opcode && !std::exchange(changed, true)) {
                 unit.revision = "1.1 ";
                 return check(unit_attention, 0x3f, 0x03);
@@ -451,7 +451,7 @@ TEST_F(ScsiUnit, AUnitThatAlwaysChangesIsTakenAsItIs) {
 TEST_F(ScsiUnit, ACapacityThatChangesWhileItIsCompared) {
     const auto known = *describe();
     bool changed = false;
-    target.say = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
+    target.answer_override = [&](u16, const Cdb& cdb) -> std::optional<Answer> {
         if (cdb.bytes[0] == mode_sense && !std::exchange(changed, true)) {
             unit.blocks = 4096;
             return check(unit_attention, 0x2a, 0x09);
@@ -505,7 +505,9 @@ TEST_F(ScsiUnit, TransientErrorsAreRetried) {
     for (const auto& c : cases) {
         for (u32 bad = 0; bad <= 5; ++bad) {
             u32 left = bad;
-            target.say = [&](u16, const Cdb&) { return left != 0 ? (--left, std::optional(c.answer)) : std::nullopt; };
+            target.answer_override = [&](u16, const Cdb&) {
+                return left != 0 ? (--left, std::optional(c.answer)) : std::nullopt;
+            };
             target.asked.clear();
             const Instant before = clock.time;
             const auto response = execute(scsi::test_unit_ready());
@@ -535,27 +537,27 @@ TEST_F(ScsiUnit, Luns) {
     target.units[7];
     target.units[8];
     target.units[300];
-    std::array<bool, 8> there{};
-    auto list = run(scsi::report_luns(target, there));
+    std::array<bool, 8> present{};
+    auto list = run(scsi::report_luns(target, present));
     ASSERT_TRUE(list);
-    EXPECT_TRUE(list->whole);
-    EXPECT_EQ(list->beyond, 2u) << "8 and 300";
-    EXPECT_EQ(there, (std::array<bool, 8>{true, false, false, true, false, false, false, true}));
-    there = {};
+    EXPECT_TRUE(list->complete);
+    EXPECT_EQ(list->out_of_range, 2u) << "8 and 300";
+    EXPECT_EQ(present, (std::array<bool, 8>{true, false, false, true, false, false, false, true}));
+    present = {};
     on(report_luns, check(5, 0x20));
-    list = run(scsi::report_luns(target, there));
+    list = run(scsi::report_luns(target, present));
     ASSERT_TRUE(list);
-    EXPECT_FALSE(list->whole);
-    EXPECT_EQ(there, (std::array<bool, 8>{}));
+    EXPECT_FALSE(list->complete);
+    EXPECT_EQ(present, (std::array<bool, 8>{}));
     EXPECT_EQ(log.text.view(), "") << "an old target";
     on(report_luns, {.data = {0, 0, 0, 16, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0}}); // one of two
-    list = run(scsi::report_luns(target, there));
+    list = run(scsi::report_luns(target, present));
     ASSERT_TRUE(list);
-    EXPECT_FALSE(list->whole);
-    EXPECT_TRUE(there[5]) << "what did come counts";
+    EXPECT_FALSE(list->complete);
+    EXPECT_TRUE(present[5]) << "what did come counts";
     EXPECT_TRUE(log.has("fake: ")) << log.text.view();
     target.dead = true;
-    EXPECT_EQ(failure(run(scsi::report_luns(target, there))), Code::timed_out);
+    EXPECT_EQ(failure(run(scsi::report_luns(target, present))), Code::timed_out);
 }
 
 // More than a list of 4096 bytes holds: it is truncated, which is reported.
@@ -563,12 +565,12 @@ TEST_F(ScsiUnit, MoreUnitsThanTheListHolds) {
     for (u16 n = 0; n < 600; ++n) {
         target.units[n];
     }
-    std::array<bool, 256> there{};
-    const auto list = run(scsi::report_luns(target, there));
+    std::array<bool, 256> present{};
+    const auto list = run(scsi::report_luns(target, present));
     ASSERT_TRUE(list);
-    EXPECT_FALSE(list->whole);
-    EXPECT_EQ(std::count(there.begin(), there.end(), true), 256);
-    EXPECT_EQ(list->beyond, 511u - 256u);
+    EXPECT_FALSE(list->complete);
+    EXPECT_EQ(std::count(present.begin(), present.end(), true), 256);
+    EXPECT_EQ(list->out_of_range, 511u - 256u);
 }
 
 TEST_F(ScsiUnit, NoAnswerAtAll) {

@@ -36,14 +36,14 @@ class StorvscRig final : public Rig {
 
     static Facts facts(u32 lanes) {
         return {.lanes = lanes,
-                .capacity = Transport::max_commands - Transport::kept_commands,
+                .capacity = Transport::max_commands - Transport::reserved_commands,
                 .part_bytes = max_transfer,
                 .discard_bytes = max_transfer,
                 .discards = true,
                 .retries = true,
                 .ids = true,
                 .elsewhere = true,
-                .exchanges = Transport::kept_commands,
+                .exchanges = Transport::reserved_commands,
                 .faults = {Fault::send, Fault::next},
                 .timeout = timeout_of(lanes),
                 .timeouts = 4};
@@ -120,18 +120,18 @@ class StorvscRig final : public Rig {
             reply.sense = std::string("\x70\0\x03\0\0\0\0\x0a\0\0\0\0\x11\0\0\0\0\0", 18);
         }
         const auto [lane, at] = place(index);
-        say(lane, at, reply);
+        send_reply(lane, at, reply);
     }
     void answer_again(usize index) override { // BUSY
         const auto [lane, at] = place(index);
-        say(lane, at, {.srb_status = 4, .scsi_status = 8});
+        send_reply(lane, at, {.srb_status = 4, .scsi_status = 8});
     }
     void answer_wrongly(u32 kind) override {
         const usize first = commands(0)[0];
         switch (kind) {
-        case 0: say(0, first, {.id = 0x1234567}); break;
-        case 1: say(0, first, {.id = lanes_[0]->host.past_ids.front()}); break;
-        default: say(0, first, {.twice = true}); break;
+        case 0: send_reply(0, first, {.id = 0x1234567}); break;
+        case 1: send_reply(0, first, {.id = lanes_[0]->host.past_ids.front()}); break;
+        default: send_reply(0, first, {.twice = true}); break;
         }
     }
     void event(u32 lane) override {
@@ -173,10 +173,10 @@ class StorvscRig final : public Rig {
         return exchange;
     }
     u32 held_exchanges(u32 lane) override { return static_cast<u32>(commands(lane, true).size()); }
-    void answer_exchange(u32 lane) override { say(lane, commands(lane, true)[0], {}); }
+    void answer_exchange(u32 lane) override { send_reply(lane, commands(lane, true)[0], {}); }
 
     void close(u32 lane, Status status) override {
-        lanes_[lane]->queue.shut(status, {Code::device_gone, "the test closes it"});
+        lanes_[lane]->queue.close(status, {Code::device_gone, "the test closes it"});
     }
     void close_elsewhere(Status status) override {
         shared_.reported = true;
@@ -263,13 +263,13 @@ class StorvscRig final : public Rig {
             index -= found.size();
         }
     }
-    void say(u32 lane, usize index, const fake::Reply& reply) {
+    void send_reply(u32 lane, usize index, const fake::Reply& reply) {
         const InFake scope;
         fake::StorageHost& host = lanes_[lane]->host;
         const u64 wanted = host.signals_wanted;
-        host.say = [&](const fake::Command&) { return reply; };
+        host.reply_override = [&](const fake::Command&) { return reply; };
         host.answer(index);
-        host.say = nullptr;
+        host.reply_override = nullptr;
         if (host.signals_wanted != wanted) {
             event(lane);
         }
@@ -285,10 +285,10 @@ class StorvscRig final : public Rig {
         if (reset == first.end() || !(resets_ || awake_)) {
             return;
         }
-        say(0, static_cast<usize>(reset - first.begin()), {});
+        send_reply(0, static_cast<usize>(reset - first.begin()), {});
         for (u32 lane = 0; lane < lanes_.size() && resets_; ++lane) {
             while (!lanes_[lane]->host.commands.empty()) {
-                say(lane, 0, {.srb_status = 0x0e});
+                send_reply(lane, 0, {.srb_status = 0x0e});
             }
         }
     }

@@ -40,7 +40,7 @@ struct Lines final : host::Log {
 /// Accepts every announced disk.
 struct Sink final : drivers::DiskSink {
     std::vector<std::pair<io::BlockDevice*, u32>> disks;
-    std::vector<u32> gone_numbers;
+    std::vector<u32> withdrawn;
     // units not driven: the end of the address, and the reason
     std::vector<std::pair<std::string, drivers::Unused>> left;
     bool offers = true;
@@ -49,7 +49,7 @@ struct Sink final : drivers::DiskSink {
         const std::string address(unit.address);
         left.emplace_back(address.substr(std::min(address.find("LUN"), address.size())), unit.why);
     }
-    void gone(u32 number) override { gone_numbers.push_back(number); }
+    void withdraw(u32 number) override { withdrawn.push_back(number); }
     FixedText<16> free_name(std::string_view prefix) override {
         return drivers::disk_name(prefix, static_cast<u32>(disks.size()));
     }

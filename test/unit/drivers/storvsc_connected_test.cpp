@@ -302,7 +302,7 @@ TEST(Connected, AReofferedControllersDiskGetsANewName) {
         EXPECT_NE(before.identity().name.view(), now.identity().name.view());
         EXPECT_EQ(m.run(one(before, io::Op::read, 0, m.buffer(512))).error().code, Code::device_gone);
         verify(m, now, a, 20);
-        EXPECT_TRUE(m.sink.gone_numbers.empty()) << "it has no number";
+        EXPECT_TRUE(m.sink.withdrawn.empty()) << "it has no number";
         EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
     }
 }
@@ -315,12 +315,12 @@ TEST(Connected, ARescindedIdeChannelReleasesItsNumber) {
     ASSERT_TRUE(m.connect());
     ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::ide_class))));
     ASSERT_EQ(m.sink.disks.size(), 1u);
-    EXPECT_TRUE(m.sink.gone_numbers.empty());
+    EXPECT_TRUE(m.sink.withdrawn.empty());
     m.server->remove(channel);
-    for (u32 i = 0; i < 300 && m.sink.gone_numbers.empty(); ++i) {
+    for (u32 i = 0; i < 300 && m.sink.withdrawn.empty(); ++i) {
         m.executor.turn();
     }
-    EXPECT_EQ(m.sink.gone_numbers, std::vector<u32>{2});
+    EXPECT_EQ(m.sink.withdrawn, std::vector<u32>{2});
 }
 
 // One lane per processor, each with its own channel.
@@ -413,14 +413,14 @@ TEST_P(ConnectedFault, BoundedAndNothingAcknowledgedIsLost) {
         EXPECT_EQ(a.data[lba * 512], value) << lba;
         EXPECT_EQ(a.data[lba * 512 + 4095], value) << lba;
     }
-    const bool told = log.has("error: ") || log.has("warning: ") || !done || !attached;
+    const bool reported = log.has("error: ") || log.has("warning: ") || !done || !attached;
     const bool harmless = name == "rewrite" || name == "packet-trailer" || name == "unit-attention" ||
                           name == "refuse-new-versions" || name == "unknown-message" || name == "short-message" ||
                           name == "signal-storm" || name == "no-version-response";
-    EXPECT_TRUE(told || harmless || m.server->faults_injected() == 0) << log.text.view();
+    EXPECT_TRUE(reported || harmless || m.server->faults_injected() == 0) << log.text.view();
     EXPECT_TRUE(m.server->faults_injected() != 0 || !in_use || name == "early-completion")
         << "the fault did not happen";
-    EXPECT_TRUE(failed == 0 || told) << "nothing fails without a word";
+    EXPECT_TRUE(failed == 0 || reported) << "nothing fails without a word";
     EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
 }
 INSTANTIATE_TEST_SUITE_P(All, ConnectedFault, testing::ValuesIn(host::fault_names), [](const auto& info) {

@@ -72,9 +72,9 @@ class StorageHost {
     static constexpr u32 ring_size = 4096 + ring_data;
 
     Zeroed disk{8192 * 512};
-    StorageHost* medium = this;               // the channel of the same device that has the disk
-    std::deque<Command> commands;             // received and not completed
-    std::function<Reply(const Command&)> say; // overrides the regular reply
+    StorageHost* medium = this;                          // the channel of the same device that has the disk
+    std::deque<Command> commands;                        // received and not completed
+    std::function<Reply(const Command&)> reply_override; // overrides the regular reply
     u32 packet_length = 64;
     u64 done = 0;
     u64 flushes = 0;
@@ -143,7 +143,7 @@ class StorageHost {
     void answer(usize index = 0) {
         Command command = commands[index];
         commands.erase(commands.begin() + static_cast<std::ptrdiff_t>(index));
-        Reply reply = say ? say(command) : Reply{};
+        Reply reply = reply_override ? reply_override(command) : Reply{};
         if (reply.never) {
             return;
         }

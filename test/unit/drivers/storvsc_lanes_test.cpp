@@ -174,7 +174,7 @@ struct StorvscLanes : testing::Test {
     }
     void lose_reads(u32 lane, u32 count) {
         auto left = std::make_shared<u32>(count);
-        lanes[lane]->host.say = [left](const Command& c) {
+        lanes[lane]->host.reply_override = [left](const Command& c) {
             Reply reply;
             if (c.operation() == 3 && c.cdb(0) == read_16 && *left != 0) {
                 --*left;

@@ -222,7 +222,7 @@ TEST(Storvsc, UnmapInParts) {
 
 TEST(Storvsc, FlushByTheCommandThatTheUnitSupports) {
     Machine m;
-    m.host.say = [](const Command& c) {
+    m.host.reply_override = [](const Command& c) {
         Reply r;
         if (c.cdb(0) == 0x35) {
             r.srb_status = 4;
@@ -241,7 +241,7 @@ TEST(Storvsc, FlushByTheCommandThatTheUnitSupports) {
 
 struct Break {
     const char* name;
-    std::function<Reply(Machine&, const Command&)> say;
+    std::function<Reply(Machine&, const Command&)> reply_override;
     const char* line; // in the log
 };
 class StorvscBreak : public testing::TestWithParam<Break> {};
@@ -251,7 +251,7 @@ TEST_P(StorvscBreak, ClosesTheDiskWithOneLine) {
     DmaSpan buffer = m.buffer(4096);
     buffer.data[0] = std::byte{0x5a};
     ASSERT_TRUE(m.write(40, buffer)); // acknowledged: must survive what follows
-    m.host.say = [&](const Command& c) { return GetParam().say(m, c); };
+    m.host.reply_override = [&](const Command& c) { return GetParam().reply_override(m, c); };
     io::Request first(*m.disk, io::Op::read, 0, m.buffer(4096));
     io::Request second(*m.disk, io::Op::read, 8, m.buffer(4096));
     m.disk->submit(first);
@@ -300,15 +300,15 @@ const Break breaks[] = {
      },
      "transaction id that is not in flight"},
     {"too_short", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 48; }); },
-     "not the length of the negotiated version"},
+     "length is not that of the negotiated version"},
     {"too_long", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 72; }); },
-     "not the length of the negotiated version"},
+     "length is not that of the negotiated version"},
     {"empty", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 0; }); },
-     "not the length of the negotiated version"},
+     "length is not that of the negotiated version"},
     {"longer_than_the_channel", [](Machine&, const Command&) { return with([](Reply& r) { r.length = 4096; }); },
      "length"},
     {"no_complete_io", [](Machine&, const Command&) { return with([](Reply& r) { r.operation = 3; }); },
-     "no COMPLETE_IO"},
+     "not a COMPLETE_IO"},
     {"moved_more", [](Machine&, const Command&) { return with([](Reply& r) { r.moved = 4097; }); },
      "reports more data"},
     {"moved_much_more", [](Machine&, const Command&) { return with([](Reply& r) { r.moved = ~0u; }); },
@@ -391,7 +391,7 @@ class StorvscFailure : public testing::TestWithParam<Failure> {};
 TEST_P(StorvscFailure, EndsOneRequestAndNotTheDisk) {
     const Failure& f = GetParam();
     Machine m;
-    m.host.say = [&](const Command&) { return f.reply; };
+    m.host.reply_override = [&](const Command&) { return f.reply; };
     DmaSpan buffer = m.buffer(4096);
     io::Request request(*m.disk, f.op, f.op == io::Op::flush ? 0 : 1000, f.op == io::Op::flush ? DmaSpan{} : buffer);
     m.disk->submit(request);
@@ -400,7 +400,7 @@ TEST_P(StorvscFailure, EndsOneRequestAndNotTheDisk) {
     EXPECT_FALSE(request.buffer_lost);
     EXPECT_TRUE(m.log.has(f.line)) << m.log.text.view();
     EXPECT_TRUE(m.queue->is_open());
-    m.host.say = nullptr;
+    m.host.reply_override = nullptr;
     EXPECT_TRUE(m.read(0, buffer));
     EXPECT_EQ(m.queue->in_flight(), 0u);
 }
@@ -446,13 +446,13 @@ TEST(Storvsc, TransientConditionsAreRetried) {
     Machine m;
     u32 bad = 3;
     Reply reply;
-    m.host.say = [&](const Command&) { return bad != 0 ? (--bad, reply) : Reply{}; };
+    m.host.reply_override = [&](const Command&) { return bad != 0 ? (--bad, reply) : Reply{}; };
     DmaSpan buffer = m.buffer(4096);
     reply = sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x29\0\0\0\0\0"); // reset
     EXPECT_TRUE(m.write(0, buffer));
-    const std::string told(m.log.text.view());
-    EXPECT_TRUE(m.log.has("sda: UNIT ATTENTION")) << told;
-    EXPECT_EQ(std::count(told.begin(), told.end(), '\n'), 3) << told;
+    const std::string log_text(m.log.text.view());
+    EXPECT_TRUE(m.log.has("sda: UNIT ATTENTION")) << log_text;
+    EXPECT_EQ(std::count(log_text.begin(), log_text.end(), '\n'), 3) << log_text;
     bad = 5;
     reply = with([](Reply& r) { r.scsi_status = 8; }); // busy: retried in the next ticks
     EXPECT_TRUE(m.read(0, buffer));
@@ -469,17 +469,17 @@ TEST(Storvsc, TransientConditionsAreRetried) {
     reply = sense("\x70\0\x01\0\0\0\0\x0a\0\0\0\0\x11\0\0\0\0\0"); // recovered: success
     reply.moved = 4096;
     EXPECT_TRUE(m.read(0, buffer));
-    EXPECT_EQ(m.log.text.view(), told) << "and of nothing else a word";
+    EXPECT_EQ(m.log.text.view(), log_text) << "and of nothing else a word";
     bad = 1;
     reply = sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x3f\x0e\0\0\0\0"); // the set of units has changed
     EXPECT_TRUE(m.read(0, buffer));
     EXPECT_GE(m.notified, 1u);
-    EXPECT_TRUE(m.shared.rescan_wanted);
+    EXPECT_TRUE(m.shared.rescan_requested);
 }
 
 TEST(Storvsc, FlushesOnAHostThatSupportsOnlyTheLongCommand) {
     Machine m;
-    m.host.say = [](const Command& c) {
+    m.host.reply_override = [](const Command& c) {
         return c.cdb(0) == 0x35 ? sense("\x70\0\x05\0\0\0\0\x0a\0\0\0\0\x20\0\0\0\0\0") : Reply{};
     };
     std::vector<std::unique_ptr<io::Request>> flushes;
@@ -498,7 +498,7 @@ TEST(Storvsc, FlushesOnAHostThatSupportsOnlyTheLongCommand) {
 TEST(Storvsc, AHostWithoutTheLongCommandsGetsTheShortOnes) {
     Machine m;
     u32 refused = 0;
-    m.host.say = [&](const Command& c) {
+    m.host.reply_override = [&](const Command& c) {
         return c.cdb(0) >= 0x80 ? (++refused, sense("\x70\0\x05\0\0\0\0\x0a\0\0\0\0\x20\0\0\0\0\0")) : Reply{};
     };
     DmaSpan buffer = m.buffer(128 * 1024); // split
@@ -518,7 +518,7 @@ TEST(Storvsc, AHostWithoutTheLongCommandsGetsTheShortOnes) {
 TEST(Storvsc, MixedRetriesEnd) {
     Machine m;
     u32 busy = 5;
-    m.host.say = [&](const Command&) {
+    m.host.reply_override = [&](const Command&) {
         return busy != 0 ? (--busy, with([](Reply& r) { r.scsi_status = 8; }))
                          : sense("\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x29\0\0\0\0\0");
     };
@@ -536,13 +536,13 @@ TEST(Storvsc, TheHostReportsChangedUnits) {
     m.interrupt();
     m.executor.turn();
     EXPECT_GE(m.notified, 1u);
-    EXPECT_TRUE(m.shared.rescan_wanted.exchange(false));
+    EXPECT_TRUE(m.shared.rescan_requested.exchange(false));
     m.host.event(2);
     m.host.event(14); // for another consumer
     m.host.event(99);
     m.interrupt();
     m.executor.turn();
-    EXPECT_TRUE(m.shared.rescan_wanted);
+    EXPECT_TRUE(m.shared.rescan_requested);
     EXPECT_TRUE(m.queue->is_open());
     EXPECT_TRUE(m.read(0, m.buffer(4096)));
 }
@@ -708,7 +708,7 @@ TEST_F(StorvscTime, ADeadHostIsFoundInMachineTimeAlsoWithStops) {
 // The host gets a whole time-out for the work caused by a bus reset.
 TEST_F(StorvscTime, AnAnswerLongAfterTheReset) {
     std::optional<Command> kept;
-    m.host.say = [&](const Command& c) {
+    m.host.reply_override = [&](const Command& c) {
         Reply r;
         if (c.operation() == 3 && !kept) {
             kept = c;
@@ -724,7 +724,7 @@ TEST_F(StorvscTime, AnAnswerLongAfterTheReset) {
     }
     ASSERT_TRUE(write.pending()) << "given up before the host had its time";
     EXPECT_EQ(m.host.resets, 1u);
-    m.host.say = nullptr;
+    m.host.reply_override = nullptr;
     m.host.commands.push_back(*kept);
     ASSERT_TRUE(m.settle(write));
     EXPECT_EQ(write.status, io::Status::ok);
@@ -733,7 +733,7 @@ TEST_F(StorvscTime, AnAnswerLongAfterTheReset) {
 
 TEST(Storvsc, NoAnswerAtAll) {
     Machine m;
-    m.host.say = [](const Command&) { return with([](Reply& r) { r.never = true; }); };
+    m.host.reply_override = [](const Command&) { return with([](Reply& r) { r.never = true; }); };
     io::Request read(*m.disk, io::Op::read, 0, m.buffer(4096));
     io::Request flush(*m.disk, io::Op::flush, 0, {});
     m.disk->submit(read);
@@ -753,7 +753,7 @@ TEST(Storvsc, NoAnswerAtAll) {
 TEST(Storvsc, OneLateAnswerAmongOthers) {
     Machine m;
     std::optional<Command> kept;
-    m.host.say = [&](const Command& c) {
+    m.host.reply_override = [&](const Command& c) {
         Reply r;
         if (c.operation() == 3 && c.be(2, 8) == 8 && !kept) {
             kept = c;
@@ -774,7 +774,7 @@ TEST(Storvsc, OneLateAnswerAmongOthers) {
     EXPECT_EQ(m.host.resets, 1u);
     EXPECT_TRUE(m.queue->is_open()) << "others are answered";
     EXPECT_EQ(m.queue->in_flight(), 1u) << "the slot is kept for the answer";
-    m.host.say = nullptr;
+    m.host.reply_override = nullptr;
     m.host.commands.push_back(*kept);
     m.host.answer();
     m.interrupt();
@@ -788,7 +788,7 @@ class StorvscUnfenced : public testing::TestWithParam<io::Op> {};
 TEST_P(StorvscUnfenced, AWriteThatIsNeverAnsweredClosesTheController) {
     Machine m;
     std::optional<Command> kept;
-    m.host.say = [&](const Command& c) {
+    m.host.reply_override = [&](const Command& c) {
         Reply r;
         if (!kept && c.operation() == 3 && (c.cdb(0) == 0x8a || c.cdb(0) == 0x42)) {
             kept = c;
@@ -816,7 +816,7 @@ INSTANTIATE_TEST_SUITE_P(All, StorvscUnfenced, testing::Values(io::Op::write, io
 // Abandoned reads keep their slots. When only such slots are left, the disk is closed instead of hanging silently.
 TEST(Storvsc, SlotsThatAreNeverFreedCloseTheDisk) {
     Machine m;
-    m.host.say = [](const Command& c) {
+    m.host.reply_override = [](const Command& c) {
         Reply r;
         r.never = c.operation() == 3;
         return r;
@@ -851,7 +851,7 @@ TEST(Storvsc, SlotsThatAreNeverFreedCloseTheDisk) {
 TEST(Storvsc, AnAnswerWithinTheGraceAfterTheReset) {
     Machine m;
     std::optional<Command> kept;
-    m.host.say = [&](const Command& c) {
+    m.host.reply_override = [&](const Command& c) {
         Reply r;
         if (c.operation() == 3 && !kept) {
             kept = c;
@@ -865,14 +865,16 @@ TEST(Storvsc, AnAnswerWithinTheGraceAfterTheReset) {
         m.executor.turn();
         ASSERT_TRUE(read.pending());
     }
-    m.host.say = [](const Command&) { return with([](Reply& r) { r.srb_status = 0x0e; }); }; // ended by the reset
+    m.host.reply_override = [](const Command&) {
+        return with([](Reply& r) { r.srb_status = 0x0e; });
+    }; // ended by the reset
     m.host.commands.push_back(*kept);
     m.host.answer();
     m.interrupt();
     ASSERT_TRUE(m.settle(read, 50'000'000));
     EXPECT_EQ(read.status, io::Status::timed_out);
     EXPECT_FALSE(read.buffer_lost);
-    m.host.say = nullptr;
+    m.host.reply_override = nullptr;
     EXPECT_TRUE(m.read(0, m.buffer(4096)));
 }
 
@@ -887,9 +889,9 @@ TEST(Storvsc, TwoResetsEndEverything) {
         host.take();
         const auto reset = std::ranges::find_if(host.commands, [](const Command& c) { return c.operation() == 6; });
         if (reset != host.commands.end()) {
-            host.say = nullptr;
+            host.reply_override = nullptr;
             host.answer(static_cast<usize>(reset - host.commands.begin()));
-            host.say = [](const Command&) { return with([](Reply& r) { r.srb_status = 0x0e; }); };
+            host.reply_override = [](const Command&) { return with([](Reply& r) { r.srb_status = 0x0e; }); };
             while (!host.commands.empty()) {
                 host.answer();
             }
@@ -1062,7 +1064,7 @@ TEST(Storvsc, RequestsForTheSectorsOfAForgottenWriteWait) {
     DmaSpan fresh = m.buffer(4096);
     std::memset(fresh.data, 0x22, fresh.size);
     std::optional<Command> kept;
-    m.host.say = [&](const Command& c) {
+    m.host.reply_override = [&](const Command& c) {
         Reply r;
         if (!kept && c.operation() == 3) {
             kept = c;
@@ -1083,7 +1085,7 @@ TEST(Storvsc, RequestsForTheSectorsOfAForgottenWriteWait) {
         m.executor.turn();
     }
     EXPECT_TRUE(write.pending());
-    m.host.say = nullptr;
+    m.host.reply_override = nullptr;
     m.host.commands.push_back(*kept); // executed late
     m.host.answer();
     m.interrupt();
@@ -1097,7 +1099,7 @@ TEST(Storvsc, RequestsForTheSectorsOfAForgottenWriteWait) {
 TEST(Storvsc, AForgottenWriteThatIsNeverAnsweredClosesTheController) {
     Machine m;
     bool first = true;
-    m.host.say = [&](const Command& c) {
+    m.host.reply_override = [&](const Command& c) {
         Reply r;
         r.never = c.operation() == 3 && std::exchange(first, false);
         return r;

@@ -92,7 +92,7 @@ class XenBlkRig final : public Rig {
     }
     ~XenBlkRig() {
         if (disk_.is_open()) {
-            disk_.shut(Status::device_gone, {Code::device_gone, "the test is over"});
+            disk_.close(Status::device_gone, {Code::device_gone, "the test is over"});
         }
         reclaim(0);
         m_.guest.events().unbind(port_);
@@ -163,7 +163,7 @@ class XenBlkRig final : public Rig {
     void read_medium(u64 lba, u32 count, std::byte* into) override {
         std::memcpy(into, back_.disk.data() + lba * 512, count * 512);
     }
-    void close(u32, Status status) override { disk_.shut(status, {Code::device_gone, "the test closes it"}); }
+    void close(u32, Status status) override { disk_.close(status, {Code::device_gone, "the test closes it"}); }
     void reclaim(u32) override {
         back_.forget();
         disk_.reclaim();

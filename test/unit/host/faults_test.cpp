@@ -335,9 +335,9 @@ TEST_F(HostServices, Heartbeat) {
     EXPECT_EQ(guest.violations(), 0u);
     rings.receive();
     answer(1, Bytes(8));
-    EXPECT_TRUE(guest.machine.said("the sequence number is not one more"));
+    EXPECT_TRUE(guest.machine.logged("the sequence number is not one more"));
     answer(1, Bytes(8));
-    EXPECT_TRUE(guest.machine.said("an answer of an unexpected type"));
+    EXPECT_TRUE(guest.machine.logged("an answer of an unexpected type"));
 }
 
 TEST_F(HostServices, TimeSync) {
@@ -359,7 +359,7 @@ TEST_F(HostServices, VersionsThatWereNotOffered) {
     auto& shutdown = guest.server->add(std::make_unique<fl::host::ShutdownService>());
     start(9, 9);
     EXPECT_EQ(shutdown.versions().framework, 0u);
-    EXPECT_TRUE(guest.machine.said("the negotiation was answered with"));
+    EXPECT_TRUE(guest.machine.logged("the negotiation was answered with"));
     shutdown.request_shutdown();
     guest.poll();
     EXPECT_FALSE(rings.receive());

@@ -90,7 +90,7 @@ class Machine final : public host::Delivery, public host::Log {
     }
     void line(std::string_view text) override { lines.emplace_back(text); }
 
-    bool said(std::string_view text) const {
+    bool logged(std::string_view text) const {
         for (const std::string& line : lines) {
             if (line.find(text) != std::string::npos) {
                 return true;

@@ -213,7 +213,7 @@ class Joined final : public host::Delivery, public host::Log, public hv::Privile
         EXPECT_TRUE(attach());
         return disks.list.empty() ? nullptr : disks.list[0];
     }
-    bool said(std::string_view text) const { return log.has(text); }
+    bool logged(std::string_view text) const { return log.has(text); }
 
     static constexpr Nanoseconds timeout = 200'000'000;
     test::CapturedLog log;
@@ -359,7 +359,7 @@ TEST_P(HostJoinedFault, EndsInABoundAndLosesNothing) {
                                                    c.fault == Fault::refuse_new_versions ||
                                                    c.fault == Fault::refuse_storage_versions),
               1u);
-    EXPECT_TRUE(machine.said(c.line)) << machine.log.text.view();
+    EXPECT_TRUE(machine.logged(c.line)) << machine.log.text.view();
     EXPECT_LT(machine.clock.time, u64{60'000'000'000});
     EXPECT_EQ(machine.server->counters().violations, 0u) << "the guest broke a rule while it coped";
     for (const std::string& line : machine.lines) {

@@ -44,7 +44,7 @@ TEST(HostVmbus, RefusesVersionsAndConnections) {
     EXPECT_TRUE(guest.connect(0x00050001));
     EXPECT_EQ(guest.violations(), 0u);
     guest.post(Guest::contact_message(0x00050001), 1); // the old connection
-    EXPECT_TRUE(guest.machine.said("came on connection 1; expected 4"));
+    EXPECT_TRUE(guest.machine.logged("came on connection 1; expected 4"));
     EXPECT_EQ(guest.post(message(3), 7), 0x12); // no such connection
     guest.server->poll(guest.now);
 }
@@ -71,7 +71,7 @@ TEST(HostVmbus, OffersAsTheProtocolSays) {
     EXPECT_EQ(guest.machine.connections, (std::set<u32>{0x2001, 0x2002}));
     EXPECT_EQ(guest.violations(), 0u);
     guest.request_offers();
-    EXPECT_TRUE(guest.machine.said("REQUEST_OFFERS for the second time"));
+    EXPECT_TRUE(guest.machine.logged("REQUEST_OFFERS for the second time"));
 }
 
 TEST(HostVmbus, OpensOverManyPages) {
@@ -109,7 +109,7 @@ TEST(HostVmbus, UnloadEndsEverything) {
     EXPECT_TRUE(guest.machine.connections.empty());
     EXPECT_EQ(guest.server->on_signal(0x2001, 0), fl::host::HvStatus::invalid_connection);
     guest.post(message(3));
-    EXPECT_TRUE(guest.machine.said("REQUEST_OFFERS (3) before INITIATE_CONTACT"));
+    EXPECT_TRUE(guest.machine.logged("REQUEST_OFFERS (3) before INITIATE_CONTACT"));
     EXPECT_TRUE(guest.connect(0x00040000)); // a second kernel
     EXPECT_EQ(guest.request_offers().size(), 1u);
 }
@@ -152,7 +152,7 @@ TEST(HostVmbus, ModifiesTheProcessor) {
     modify[12] = 2; // processor 2 does not exist
     guest.post(modify);
     EXPECT_NE(get<u32>(guest.take(), 12), 0u);
-    EXPECT_TRUE(guest.machine.said("wants its events on processor 2; there are 2"));
+    EXPECT_TRUE(guest.machine.logged("wants its events on processor 2; there are 2"));
 }
 
 TEST(HostVmbus, OldVersionsUseTheInterruptPage) {
@@ -225,7 +225,7 @@ TEST(HostVmbus, HotAddAndRemove) {
     EXPECT_EQ(guest.machine.connections, (std::set<u32>{0x2002}));
     EXPECT_EQ(guest.violations(), 0u);
     guest.post(released);
-    EXPECT_TRUE(guest.machine.said("RELID_RELEASED names channel 1, which was not offered"));
+    EXPECT_TRUE(guest.machine.logged("RELID_RELEASED names channel 1, which was not offered"));
 }
 
 TEST(HostVmbus, SubChannelsOpenAndCloseWithTheirPrimary) {
@@ -277,7 +277,7 @@ TEST(HostVmbus, BadGpadlsAreRefused) {
     guest.request_offers();
     guest.take();
     EXPECT_NE(guest.share(1, 0x10, {16, 17, 5000, 18}), 0u); // frame 5000 is beyond 4 MiB
-    EXPECT_TRUE(guest.machine.said("frame 0x1388 is not memory"));
+    EXPECT_TRUE(guest.machine.logged("frame 0x1388 is not memory"));
     EXPECT_NE(guest.share(1, 0x10, {16, u64{1} << 60, 18}), 0u);
     EXPECT_EQ(guest.share(1, 0x10, {16, 17, 18, 19}), 0u);
     EXPECT_NE(guest.share(1, 0x10, {16, 17, 18, 19}), 0u); // the handle is in use
@@ -302,7 +302,7 @@ TEST(HostVmbus, BadGpadlsAreRefused) {
     put(body, u32{0x10});
     put(body, u64{16});
     guest.post(body);
-    EXPECT_TRUE(guest.machine.said("GPADL_BODY for handle 0x10, which waits for no pages"));
+    EXPECT_TRUE(guest.machine.logged("GPADL_BODY for handle 0x10, which waits for no pages"));
 }
 
 TEST(HostVmbus, BadOpensAreRefused) {
@@ -391,7 +391,7 @@ TEST(HostVmbus, BrokenRingsStopTheChannelOnly) {
         c.break_it(rings);
         guest.signal(channel);
         EXPECT_EQ(guest.violations(), before + 1);
-        EXPECT_TRUE(guest.machine.said("its rings are no longer served"));
+        EXPECT_TRUE(guest.machine.logged("its rings are no longer served"));
         guest.signal(channel);
         EXPECT_EQ(guest.violations(), before + 1);
         Bytes close = message(7);
@@ -411,7 +411,7 @@ TEST(HostVmbus, ReadIndexOutOfRangeStopsTheChannel) {
         const u64 before = guest.violations();
         static_cast<void>(guest.command(channel, rings, {0, 0, 0, 0, 0, 0}));
         EXPECT_EQ(guest.violations(), before + 1);
-        EXPECT_TRUE(guest.machine.said("the guest's read index"));
+        EXPECT_TRUE(guest.machine.logged("the guest's read index"));
     }
 }
 
@@ -425,7 +425,7 @@ TEST(HostVmbus, SignalsForUnknownChannels) {
     EXPECT_EQ(guest.server->on_signal(0xffffffff, 0), fl::host::HvStatus::invalid_connection);
     EXPECT_EQ(guest.server->on_signal(0x2001, 0), fl::host::HvStatus::success);
     guest.poll();
-    EXPECT_TRUE(guest.machine.said("a signal for channel 1, which is not open"));
+    EXPECT_TRUE(guest.machine.logged("a signal for channel 1, which is not open"));
 }
 
 } // namespace

@@ -359,13 +359,13 @@ TEST(Vmbus, ARescindedOpenChannelIsClosedByItsOwner) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());
     Channel channel;
-    int told = 0;
-    channel.on_rescind([](void* c) { ++*static_cast<int*>(c); }, &told);
+    int calls = 0;
+    channel.on_rescind([](void* c) { ++*static_cast<int*>(c); }, &calls);
     const Offer offer = *m.bus().find(1);
     ASSERT_TRUE(m.executor.run(m.bus().open(channel, offer, {})));
     m.host.rescind(1);
     m.settle();
-    EXPECT_EQ(told, 1);
+    EXPECT_EQ(calls, 1);
     EXPECT_TRUE(channel.rescinded());
     EXPECT_TRUE(m.host.released.empty()) << "not before it is closed";
     EXPECT_FALSE(m.bus().find(1));
@@ -438,25 +438,25 @@ TEST(Vmbus, SubChannelsAreWaitedForAndFound) {
 
 TEST(Vmbus, ListenersAreNotifiedOfHotAdd) {
     hyperv_fake::Machine m;
-    std::vector<u32> heard;
+    std::vector<u32> seen_ids;
     OfferListener listener{
         .type = *Guid::parse(classes::scsi),
         .offered = [](void* c, const Offer& offer) { static_cast<std::vector<u32>*>(c)->push_back(offer.relid); },
-        .context = &heard};
+        .context = &seen_ids};
     ASSERT_TRUE(m.start());
     m.bus().add(listener);
     hv::DeviceList list;
     ASSERT_TRUE(m.enumerate(list));
-    EXPECT_TRUE(heard.empty()) << "what was there at first is in the list";
+    EXPECT_TRUE(seen_ids.empty()) << "what was there at first is in the list";
     m.host.send(hyperv_fake::Host::offer_message({.relid = 5, .instance = 9}));
     m.host.send(hyperv_fake::Host::offer_message({.relid = 6, .instance = 9, .sub_channel = 1}));
     m.host.send(hyperv_fake::Host::offer_message({.relid = 7, .type = std::string(classes::shutdown), .instance = 10}));
     m.settle();
-    EXPECT_EQ(heard, std::vector<u32>{5});
+    EXPECT_EQ(seen_ids, std::vector<u32>{5});
     m.bus().remove(listener);
     m.host.send(hyperv_fake::Host::offer_message({.relid = 8, .instance = 11}));
     m.settle();
-    EXPECT_EQ(heard.size(), 1u);
+    EXPECT_EQ(seen_ids.size(), 1u);
 }
 
 TEST(Vmbus, EachOfferIsReturnedOnceAndAgainAfterARescind) {

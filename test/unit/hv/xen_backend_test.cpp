@@ -270,9 +270,9 @@ TEST(XenGrants, EntriesAndTheirEnd) {
 }
 
 TEST(XenGrants, TheTableGrowsAsFarAsXenLetsIt) {
-    const auto frames = [](u32 told, u32 given, usize memory = 48u << 20) {
+    const auto frames = [](u32 limit, u32 given, usize memory = 48u << 20) {
         fake::Machine m(memory);
-        m.xen.grant_frames_limit = told;
+        m.xen.grant_frames_limit = limit;
         m.xen.grant_frames_given = given;
         EXPECT_TRUE(m.install());
         auto& grants = m.guest.grants();

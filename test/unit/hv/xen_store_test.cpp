@@ -236,7 +236,7 @@ TEST_F(XenStore, EnumeratesSorted) {
     const auto done = m.run(m.guest.enumerate(list));
     log::detach(log);
     ASSERT_TRUE(done);
-    EXPECT_EQ(log.text, "warning: XenStore: device/vbd/nonsense is no device number\n")
+    EXPECT_EQ(log.text, "warning: XenStore: device/vbd/nonsense is not a device number\n")
         << "device/suspend is there for every guest, and no device";
     ASSERT_EQ(list.count(), 4u);
     EXPECT_EQ(list.list[0].number, 832u);

@@ -177,7 +177,7 @@ class ModelTransport : public io::TransportDefaults {
     };
     static constexpr std::string_view driver = "model";
     static constexpr u32 max_commands = 10;
-    static constexpr u32 kept_commands = 2;
+    static constexpr u32 reserved_commands = 2;
     static constexpr bool gathers = gather;
     static constexpr u32 max_idle_events = 16;
     static constexpr u32 part_bytes = 16 * 1024;
@@ -382,7 +382,7 @@ class ModelRig final : public Rig {
 
     static Facts facts(const ModelConfig& config) {
         return {.lanes = config.lanes,
-                .capacity = std::min(config.room, Transport::max_commands - Transport::kept_commands),
+                .capacity = std::min(config.room, Transport::max_commands - Transport::reserved_commands),
                 .part_bytes = Transport::part_bytes,
                 .discard_bytes = Transport::part_bytes,
                 .discards = true,
@@ -391,7 +391,7 @@ class ModelRig final : public Rig {
                 .retries = true,
                 .ids = true,
                 .elsewhere = true,
-                .exchanges = Transport::kept_commands,
+                .exchanges = Transport::reserved_commands,
                 .faults = {Fault::send, Fault::publish, Fault::next, Fault::release, Fault::arm, Fault::tick},
                 .timeout = timeout(config),
                 .timeouts = 16,

@@ -110,12 +110,12 @@ struct SharedLaneTest : testing::Test {
         set_this_processor(1);
         items.clear();
         turn_home();
-        turn_there();
+        turn_target();
         turn_home();
         set_this_processor(0);
         place.reset();
     }
-    void turn_there() {
+    void turn_target() {
         set_this_processor(0);
         there.turn();
     }
@@ -147,7 +147,7 @@ TEST_F(SharedLaneTest, RequestsTravelTogetherAndEndAtHome) {
     Item& b = start(Op::read, 16);
     Item& c = start(Op::flush, 0);
     EXPECT_TRUE(disk.trace.empty()) << "submitted on another processor than the queue's";
-    turn_there();
+    turn_target();
     EXPECT_EQ(disk.trace, (Trace{"write 8", "read 16", "flush 0"})) << "one turn, in order";
     EXPECT_EQ(disk.held[0]->buffer.bus, buffer.bus());
     EXPECT_EQ(disk.held[0]->buffer.size, 4096u);
@@ -156,7 +156,7 @@ TEST_F(SharedLaneTest, RequestsTravelTogetherAndEndAtHome) {
     end(0, Status::timed_out, true);
     turn_home();
     EXPECT_EQ(a.ended + b.ended + c.ended, 0u) << "not yet sent back";
-    turn_there();
+    turn_target();
     turn_home();
     EXPECT_EQ(a.ended + b.ended + c.ended, 3u);
     EXPECT_EQ(a.status, Status::io_error);
@@ -189,13 +189,13 @@ TEST_F(SharedLaneTest, WhatExceedsTheLimitWaitsInOrder) {
     }
     u32 seen = 0;
     for (u32 round = 0; round < 8 && seen < count; ++round) {
-        turn_there();
+        turn_target();
         EXPECT_LE(disk.held.size(), SharedLane::max_forwarded);
         while (!disk.held.empty()) {
             EXPECT_EQ(disk.held[0]->lba, seen++);
             end(0, Status::ok);
         }
-        turn_there();
+        turn_target();
         turn_home();
     }
     EXPECT_EQ(seen, count);
@@ -215,26 +215,26 @@ TEST_F(SharedLaneTest, Cancel) {
     EXPECT_FALSE(lane.cancel(*travelling.request));
     turn_home();
     EXPECT_EQ(waiting.status, Status::cancelled);
-    turn_there();
+    turn_target();
     EXPECT_EQ(std::ranges::count(disk.trace, "cancel 1"), 1);
-    turn_there();
+    turn_target();
     turn_home();
     EXPECT_EQ(travelling.status, Status::cancelled);
     // a cancel that meets its request's end on the way
     Item& late = start(Op::read, 3);
-    turn_there();
+    turn_target();
     end(disk.held.size() - 1, Status::ok);
     set_this_processor(1);
     EXPECT_FALSE(lane.cancel(*late.request));
-    turn_there();
-    turn_there();
+    turn_target();
+    turn_target();
     turn_home();
     EXPECT_EQ(late.status, Status::ok);
     EXPECT_EQ(std::ranges::count(disk.trace, "cancel 3"), 0);
     // its entry is used for the next request, which nothing cancels
     Item& next = start(Op::read, 4);
-    turn_there();
-    turn_there();
+    turn_target();
+    turn_target();
     turn_home();
     EXPECT_EQ(next.ended, 0u);
     EXPECT_EQ(std::ranges::count(disk.trace, "cancel 4"), 0);
@@ -242,11 +242,11 @@ TEST_F(SharedLaneTest, Cancel) {
 
 TEST_F(SharedLaneTest, AnAbandonedRequestIsForgottenBeforeLaterOnesAreSubmitted) {
     Item& old = start(Op::write, 8);
-    turn_there();
+    turn_target();
     forget(old);
     EXPECT_TRUE(is_quarantined(buffer.span().subspan(0, 512))) << "the target has not been stopped yet";
     start(Op::write, 8);
-    turn_there();
+    turn_target();
     EXPECT_EQ(disk.trace, (Trace{"write 8", "forget 8", "write 8"}));
     turn_home();
     EXPECT_FALSE(is_quarantined(buffer.span().subspan(0, 512))) << "the target's queue does not hold it either";
@@ -257,18 +257,18 @@ TEST_F(SharedLaneTest, AnAbandonedRequestIsForgottenBeforeLaterOnesAreSubmitted)
 TEST_F(SharedLaneTest, AbandonedWhileItTravelsWaitsOrReturns) {
     Item& travelling = start(Op::write, 1);
     forget(travelling);
-    turn_there();
+    turn_target();
     EXPECT_EQ(disk.trace, (Trace{"write 1", "forget 1"}));
     turn_home();
     Item& returning = start(Op::read, 2);
-    turn_there();
+    turn_target();
     end(0, Status::ok);
-    turn_there(); // `done` is on its way
+    turn_target(); // `done` is on its way
     forget(returning);
     EXPECT_TRUE(is_quarantined(buffer.span().subspan(0, 512)));
     turn_home();
     EXPECT_TRUE(is_quarantined(buffer.span().subspan(0, 512))) << "the answer to `forget` is still missing";
-    turn_there();
+    turn_target();
     turn_home();
     EXPECT_FALSE(is_quarantined(buffer.span().subspan(0, 512)));
     EXPECT_EQ(returning.ended, 0u);
@@ -277,7 +277,7 @@ TEST_F(SharedLaneTest, AbandonedWhileItTravelsWaitsOrReturns) {
     }
     Item& waiting = start(Op::read, 3);
     forget(waiting);
-    turn_there();
+    turn_target();
     EXPECT_EQ(std::ranges::count(disk.trace, "read 3"), 0);
     EXPECT_EQ(disk.held.size(), SharedLane::max_forwarded) << "every entry was free again";
 }
@@ -286,17 +286,17 @@ TEST_F(SharedLaneTest, HeldLanesLetWhatTheyAcceptedEnd) {
     Item& before = start(Op::write, 1);
     set_this_processor(0);
     disk.hold(); // as at shutdown: the lanes of other processors follow
-    turn_there();
+    turn_target();
     ASSERT_EQ(disk.held.size(), 1u) << "the lane accepted it before its own hold()";
     set_this_processor(1);
     lane.hold();
     Item& after = start(Op::write, 2);
     Item& flush = start(Op::flush, 0);
-    turn_there();
+    turn_target();
     EXPECT_EQ(disk.trace, (Trace{"write 1", "flush 0"}));
     end(0, Status::ok);
     end(0, Status::ok);
-    turn_there();
+    turn_target();
     turn_home();
     EXPECT_EQ(before.ended, 1u);
     EXPECT_EQ(flush.ended, 1u);
@@ -306,9 +306,9 @@ TEST_F(SharedLaneTest, HeldLanesLetWhatTheyAcceptedEnd) {
 
 TEST_F(SharedLaneTest, ARequestRefusedAtTheTargetReturns) {
     Item& item = start(Op::read, 5);
-    turn_there();
+    turn_target();
     end(0, Status::device_gone);
-    turn_there();
+    turn_target();
     turn_home();
     EXPECT_EQ(item.status, Status::device_gone);
 }

@@ -848,7 +848,7 @@ TEST_F(FramesTest, WhatProcessorsKeepIsBoundedAndComesBackWhenTheArenaIsEmpty) {
     }
     set_this_processor(0);
     const usize rest = obtainable();
-    const usize kept_pages = max_processors * FramePool::kept_blocks * size / FramePool::page_bytes;
+    const usize kept_pages = max_processors * FramePool::max_cached_blocks * size / FramePool::page_bytes;
     EXPECT_GE(rest, all - 2 * (kept_pages + 4)) << "no processor keeps more than a few";
     EXPECT_LE(rest, all - 2 * (kept_pages - 4)) << "and each keeps some";
     use_every_processor(128); // the arena was found empty
