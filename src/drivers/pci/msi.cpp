@@ -35,7 +35,7 @@ InterruptOffer interrupts_of(const Device& device) {
     return device.interrupt_pin() != 0 ? InterruptOffer{InterruptKind::line, 1} : InterruptOffer{};
 }
 
-Result<u32> Interrupts::attach(std::span<const VectorUse> wanted, u32 at_least) {
+Result<u32> Interrupts::attach(std::span<const VectorUse> wanted, u32 at_least, InterruptKind best) {
     if (at_least == 0 || wanted.size() < at_least) {
         return Error{Code::bad_argument, "a driver asks for fewer interrupt vectors than it needs at least", at_least,
                      wanted.size()};
@@ -43,11 +43,19 @@ Result<u32> Interrupts::attach(std::span<const VectorUse> wanted, u32 at_least) 
     if (kind_ != InterruptKind::none) {
         return Error{Code::busy, "the device's interrupts are attached already"};
     }
-    using Way = Result<void> (Interrupts::*)(std::span<const VectorUse>, u32);
-    constexpr std::array<Way, 3> ways{&Interrupts::attach_msix, &Interrupts::attach_msi, &Interrupts::attach_line};
+    struct Way {
+        InterruptKind kind;
+        Result<void> (Interrupts::*attach)(std::span<const VectorUse>, u32);
+    };
+    constexpr std::array<Way, 3> ways{{{InterruptKind::msix, &Interrupts::attach_msix},
+                                       {InterruptKind::msi, &Interrupts::attach_msi},
+                                       {InterruptKind::line, &Interrupts::attach_line}}};
     std::optional<Error> why;
     for (const Way way : ways) {
-        const auto done = (this->*way)(wanted, at_least);
+        if (way.kind > best) {
+            continue;
+        }
+        const auto done = (this->*way.attach)(wanted, at_least);
         if (done) {
             return count_;
         }

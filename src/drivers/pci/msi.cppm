@@ -50,13 +50,13 @@ class Interrupts {
     /// device; returns their number. Vectors are numbered as in `wanted`. MSI: the number is a power of two, and all
     /// are delivered to the processor of the first, because the device has one address for them. INTx: one vector;
     /// the line may be shared, so the handler must check the device's own registers. Call before the device is set
-    /// up: sizing BARs briefly disables its decoding.
+    /// up: sizing BARs briefly disables its decoding. Mechanisms better than `best` are not used.
     ///
     /// Errors, with nothing attached and all registers restored: Error{bad_argument}: `wanted` has fewer than
     /// `at_least` (1 or more). Error{busy}: attached already. Error{exhausted}: fewer than `at_least` are available.
     /// Error{protocol}: the device describes its table or its messages incorrectly. Error{not_supported}: the
     /// function cannot interrupt. The error is that of the best mechanism that the function has.
-    Result<u32> attach(std::span<const VectorUse> wanted, u32 at_least = 1);
+    Result<u32> attach(std::span<const VectorUse> wanted, u32 at_least = 1, InterruptKind best = InterruptKind::msix);
     /// Disables the device's interrupts and restores its registers to their values before attach(); on return no
     /// handler is running or will run. The device must be quiescent. Not from handlers.
     void detach();

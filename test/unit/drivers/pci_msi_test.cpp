@@ -424,6 +424,11 @@ TEST(PciMsi, IsSecondToMsixAndFirstToTheLine) {
     EXPECT_EQ(pci::interrupts_of(m.device()).count, 5u);
     EXPECT_TRUE(interrupts.attach(m.uses(1)));
     EXPECT_EQ(interrupts.kind(), InterruptKind::msix);
+    for (const InterruptKind best : {InterruptKind::msi, InterruptKind::line}) {
+        interrupts.detach();
+        EXPECT_TRUE(interrupts.attach(m.uses(1), 1, best));
+        EXPECT_EQ(interrupts.kind(), best);
+    }
 }
 
 TEST(PciLine, IsTheLastResort) {
