@@ -14,7 +14,7 @@ from .problems import Exit, Problem
 
 CONFIGURE_SECONDS = 180
 BUILD_SECONDS = 900
-TELL_SECONDS = 10
+REPORT_SECONDS = 10
 
 
 def preset(name: str, target: str = "") -> None:
@@ -43,7 +43,7 @@ def configure(name: str, source: Path) -> None:
 def watched(command: list[str], what: str, folder: Path) -> None:
     """Runs a build and prints its progress every few seconds; the output is shown if it fails."""
     lines: list[str] = []
-    told = time.monotonic()
+    reported = time.monotonic()
     late = False
     with process.started(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
         assert child.stdout
@@ -59,8 +59,8 @@ def watched(command: list[str], what: str, folder: Path) -> None:
             for raw in child.stdout:
                 lines.append(raw.decode(errors="replace").rstrip())
                 step = re.match(r"\[(\d+)/(\d+)\]", lines[-1])
-                if step and time.monotonic() - told >= TELL_SECONDS:
-                    told = time.monotonic()
+                if step and time.monotonic() - reported >= REPORT_SECONDS:
+                    reported = time.monotonic()
                     print(f"{what}: {step[1]} of {step[2]} steps", file=sys.stderr, flush=True)
             status = child.wait()
         finally:

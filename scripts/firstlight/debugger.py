@@ -106,12 +106,12 @@ def session(words: Sequence[str]) -> tuple[int, str]:
     end = time.monotonic() + SECONDS
     with process.started(run, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as machine:
         printed = ""
-        told = []
+        lines = []
         while not printed:  # it waits for a lock at most, and the holder's time is bounded too
             line = machine.stderr.readline()
             if not line:
-                raise Problem("scripts/run --gdb ended without a command for gdb:\n" + "".join(told))
-            told.append(line)
+                raise Problem("scripts/run --gdb ended without a command for gdb:\n" + "".join(lines))
+            lines.append(line)
             printed = line.strip() if line.startswith("  gdb ") else ""
         typed = []
         for text in TYPED:

@@ -24,7 +24,7 @@ from .problems import Exit, Problem
 
 MEBIBYTE = 1 << 20
 BOOT_SECONDS = 180.0  # for L1's start, on a loaded machine
-STARVED_SECONDS = 3600.0  # that a start in counted time may wait for processors, beside what it computes
+QUEUE_SECONDS = 3600.0  # that a start in counted time may wait for a processor, in addition to its own processor time
 
 # Every instruction takes one nanosecond, for guest, hypervisor and VMM alike, and idle time is skipped. L1's clock
 # and the random seed are fixed too, so that two runs execute the same instructions.
@@ -357,7 +357,7 @@ def follow(command: Sequence[str], reader: Reader, limit: float, folder: Path | 
     pending = b""
     with process.started(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
         assert child.stdout
-        end = time.monotonic() + limit + (STARVED_SECONDS if counted else 0)
+        end = time.monotonic() + limit + (QUEUE_SECONDS if counted else 0)
         with selectors.DefaultSelector() as selector:
             selector.register(child.stdout, selectors.EVENT_READ)
             while True:

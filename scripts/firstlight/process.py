@@ -38,14 +38,14 @@ def stop_all() -> None:
             os.killpg(child.pid, signal.SIGKILL)
 
 
-def give_way() -> None:
+def lower_priority() -> None:
     """Children that this thread starts from now on run at the lowest priority, and do not slow those of other threads."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)  # on Linux, of this thread only; its children inherit it
-    _thread.gives_way = True
+    _thread.low_priority = True
 
 
-def hurry() -> None:
-    """Ends what give_way() did, for all children, as far as the system permits: only a privileged process may raise a priority."""
+def restore_priority() -> None:
+    """Ends what lower_priority() did, for all children, as far as the system permits: only a privileged process may raise a priority."""
     with _lock:
         children = [child.pid for child in _living]
     normal = os.getpriority(os.PRIO_PROCESS, os.getpid())
@@ -94,7 +94,7 @@ def started(command: Sequence[str | Path], **options) -> Iterator[subprocess.Pop
                 Exit.ERROR,
             ) from None
         _living.add(child)
-    if getattr(_thread, "gives_way", False):
+    if getattr(_thread, "low_priority", False):
         # Each child leads a session. If Linux groups sessions, priorities are relative within a group only [sched(7)].
         with contextlib.suppress(OSError):
             Path(f"/proc/{child.pid}/autogroup").write_text(str(LOW_PRIORITY))
@@ -116,15 +116,15 @@ def alone(lock: Path, what: str, seconds: float = 1800) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
     with open(lock, "w") as file:
-        told = False
+        announced = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not told:
+                if not announced:
                     print(f"{what}: waiting for another run that does the same", file=sys.stderr, flush=True)
-                    told = True
+                    announced = True
                 if time.monotonic() > end:
                     raise Problem(f"{what}: another run has held {lock} for {seconds:.0f} s. Wait for it, or end it, and run the same command again.", Exit.TIMEOUT) from None
                 time.sleep(0.2)

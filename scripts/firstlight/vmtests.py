@@ -310,7 +310,7 @@ class Part:
 class Boots:
     """The parts of the VM tests, run in two steps: those in counted time may begin early, beside builds and other tests.
 
-    These run one at a time, at the lowest priority (process.give_way()). The parts in wall-clock time have bounds in real
+    These run one at a time, at the lowest priority (process.lower_priority()). The parts in wall-clock time have bounds in real
     seconds: they run later, as many at once as there are processors, and after them the remaining counted ones. Leaving the
     `with` block before all results have been taken ends every child.
     """
@@ -341,7 +341,7 @@ class Boots:
     def begin(self) -> None:
         """Starts the parts in counted time."""
         if any(part.counted for part in self.waiting):
-            self.start(self.give_way)
+            self.start(self.lower_priority)
 
     def ready(self) -> Iterable[Result]:
         """The results so far. Never waits."""
@@ -361,7 +361,7 @@ class Boots:
             last = [part for part in self.waiting if part.name.startswith("here-")]
             self.waiting = [part for part in self.waiting if part not in last] + list(more) + last
         self.last_step = True
-        process.hurry()  # the part under way is needed now
+        process.restore_priority()  # the part under way is needed now
         for _ in range(self.workers):
             self.start(self.work)
         while self.ended < len(self.threads):
@@ -390,8 +390,8 @@ class Boots:
                 return part
         return None
 
-    def give_way(self) -> None:
-        process.give_way()
+    def lower_priority(self) -> None:
+        process.lower_priority()
         while not self.last_step and (part := self.take(True)):
             self.carry_out(part)
 
@@ -427,7 +427,7 @@ def sleeps(case: Case) -> float:
     return sum(pause.seconds for pause in case.pause) + (case.timeout if case.expect == "TIMEOUT" else 0)
 
 
-def plan(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None]) -> Boots:
+def plan(ready: lab.Lab, cases: Sequence[Case], forced: str, report: Callable[[str], None]) -> Boots:
     """The parts of all cases. Cases for the lab share starts of it, one processor each.
 
     QEMU's emulated SVM may fail on OVMF at particular instructions, and at worst it ends L1: deterministic UEFI boots have
@@ -447,7 +447,7 @@ def plan(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str
             nested = where.nested
             if f"{case.platform}: {where.reason}" not in reasons:
                 reasons.add(f"{case.platform}: {where.reason}")
-                told(f"{case.platform}: {where.reason}")
+                report(f"{case.platform}: {where.reason}")
         except Exception as error:
             refused.append(wreck(case.name, error))
             continue
@@ -462,7 +462,7 @@ def plan(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str
     parts = [
         Part(
             f"lab-{start}-{first}",
-            functools.partial(run_inside, ready, chosen[first : first + START_CASES], forced, told, work / f"lab-{start}-{first}"),
+            functools.partial(run_inside, ready, chosen[first : first + START_CASES], forced, report, work / f"lab-{start}-{first}"),
             counted="deterministic" in start, lab=True,
         )
         for start, chosen in starts.items()
@@ -474,9 +474,9 @@ def plan(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str
     return Boots(parts, min(os.cpu_count() or 1, AT_ONCE), labs_at_once(available_memory()), refused)
 
 
-def run(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None]) -> Iterable[Result]:
+def run(ready: lab.Lab, cases: Sequence[Case], forced: str, report: Callable[[str], None]) -> Iterable[Result]:
     """The results of all cases, with nothing else beside them."""
-    with plan(ready, cases, forced, told) as boots:
+    with plan(ready, cases, forced, report) as boots:
         yield from boots.rest()
 
 
@@ -523,7 +523,7 @@ def run_here(ready: lab.Lab, cases: Sequence[Case], forced: str, work: Path) -> 
             yield judged(case, boot)
 
 
-def run_inside(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callable[[str], None], work: Path) -> Iterable[Result]:
+def run_inside(ready: lab.Lab, cases: Sequence[Case], forced: str, report: Callable[[str], None], work: Path) -> Iterable[Result]:
     """The cases of one start of the lab. Those that a failed lab did not reach are tried again; the one during which it failed, last."""
     left = list(cases)
     fault: Exception = Problem("The lab did not reach it.")
@@ -532,7 +532,7 @@ def run_inside(ready: lab.Lab, cases: Sequence[Case], forced: str, told: Callabl
         if not left or idle == 2:
             break
         mode = "deterministic" if left[0].deterministic else "wall-clock"
-        told(f"{len(left)} in the lab, {mode} time")
+        report(f"{len(left)} in the lab, {mode} time")
         before = len(left)
         suspects = []
         try:

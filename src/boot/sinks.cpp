@@ -22,11 +22,11 @@ Attached::~Attached() {
     }
 }
 
-bool ClaimSink::offered(drivers::DeviceId id) {
+bool DriverDeviceSink::offered(drivers::DeviceId id) {
     return id.number == drivers::no_twin || attached_.claims.offered(driver_, id);
 }
 
-Result<void> ClaimSink::claim(drivers::DeviceId id) {
+Result<void> DriverDeviceSink::claim(drivers::DeviceId id) {
     if (id.number != drivers::no_twin) {
         CHECK(attached_.claims.attached(driver_, id));
     }
@@ -34,7 +34,7 @@ Result<void> ClaimSink::claim(drivers::DeviceId id) {
     return {};
 }
 
-void ClaimSink::unused(const drivers::UnusedUnit& unit) {
+void DriverDeviceSink::unused(const drivers::UnusedUnit& unit) {
     reported_ = reported_ || unit.address == expected_.view();
     if (attached_.devices == nullptr) {
         return;
@@ -47,13 +47,13 @@ void ClaimSink::unused(const drivers::UnusedUnit& unit) {
     attached_.devices->add(entry);
 }
 
-void ClaimSink::withdraw(drivers::DeviceId id) {
+void DriverDeviceSink::withdraw(drivers::DeviceId id) {
     if (id.number != drivers::no_twin) {
         attached_.claims.release(driver_, id);
     }
 }
 
-FixedText<16> DiskPort::free_name(std::string_view prefix) {
+FixedText<16> DriverDiskSink::free_name(std::string_view prefix) {
     for (u32 number = 0;; ++number) { // ends: there are finitely many disks
         const FixedText<16> name = drivers::disk_name(prefix, number);
         if (attached_.disks.find(name.view()) == nullptr) {
@@ -62,7 +62,7 @@ FixedText<16> DiskPort::free_name(std::string_view prefix) {
     }
 }
 
-Result<void> DiskPort::announce(io::BlockDevice& disk, u32 disk_number) {
+Result<void> DriverDiskSink::announce(io::BlockDevice& disk, u32 disk_number) {
     CHECK(attached_.disks.takes(disk.identity().name.view()));
     CHECK(claims_.claim(drivers::disk_id(disk_number)));
     if (attached_.executors.size() > disk.queues()) {
@@ -73,7 +73,7 @@ Result<void> DiskPort::announce(io::BlockDevice& disk, u32 disk_number) {
 }
 
 // The disk works without these lanes.
-void DiskPort::share_queues(io::BlockDevice& disk) {
+void DriverDiskSink::share_queues(io::BlockDevice& disk) {
     auto* const lanes = new (std::nothrow) io::SharedLanes;
     Result<void> shared = Error{Code::exhausted, "no memory for lanes that share a queue"};
     if (lanes != nullptr && attached_.shared_lanes.push(lanes)) {

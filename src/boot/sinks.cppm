@@ -1,6 +1,6 @@
 // The sinks through which drivers announce devices: one for each driver and device class, on top of the machine-wide
-// claims. To add a device class, add a typed sink like DiskPort: announce() asks its list, claims through DeviceSink,
-// and adds.
+// claims. To add a device class, add a typed sink like DriverDiskSink: announce() checks its list, claims through
+// DeviceSink, and adds.
 export module boot.sinks;
 import core.std;
 import core.result;
@@ -34,9 +34,9 @@ struct Attached {
 };
 
 /// One driver's view of the claims of all classes: it sees only the devices that the table allows it.
-class ClaimSink final : public drivers::DeviceSink {
+class DriverDeviceSink final : public drivers::DeviceSink {
   public:
-    ClaimSink(Attached& attached, std::string_view driver) : attached_(attached), driver_(driver) {}
+    DriverDeviceSink(Attached& attached, std::string_view driver) : attached_(attached), driver_(driver) {}
     bool offered(drivers::DeviceId id) override;
     Result<void> claim(drivers::DeviceId id) override;
     void unused(const drivers::UnusedUnit& unit) override;
@@ -62,9 +62,9 @@ class ClaimSink final : public drivers::DeviceSink {
     bool reported_ = false;
 };
 
-class DiskPort final : public drivers::DiskSink {
+class DriverDiskSink final : public drivers::DiskSink {
   public:
-    DiskPort(Attached& attached, drivers::DeviceSink& claims) : attached_(attached), claims_(claims) {}
+    DriverDiskSink(Attached& attached, drivers::DeviceSink& claims) : attached_(attached), claims_(claims) {}
     bool offered(u32 disk_number) override { return claims_.offered(drivers::disk_id(disk_number)); }
     FixedText<16> free_name(std::string_view prefix) override;
     Result<void> announce(io::BlockDevice& disk, u32 disk_number) override;
@@ -83,8 +83,8 @@ struct DriverSinks {
     DriverSinks(Attached& attached, std::string_view driver) : devices(attached, driver), disks(attached, devices) {}
     DriverSinks(const DriverSinks&) = delete;
     DriverSinks& operator=(const DriverSinks&) = delete;
-    ClaimSink devices;
-    DiskPort disks;
+    DriverDeviceSink devices;
+    DriverDiskSink disks;
 };
 
 } // namespace fl::boot

@@ -29,8 +29,8 @@ void quarantine(DmaSpan span, const void* holder, u64 id = 0);
 /// The device can no longer access the memory quarantined under `holder` and `id`, or under `holder` alone.
 void release_quarantine(const void* holder, u64 id);
 void release_quarantine(const void* holder);
-/// `holder` is destroyed while the device may still access its memory: what it has quarantined stays so for good, and
-/// another holder at the same address cannot release it.
+/// `holder` is destroyed while the device may still access its memory: what it has quarantined stays so permanently,
+/// and another holder at the same address cannot release it.
 void keep_quarantine(const void* holder);
 /// True if part of `span` is quarantined.
 bool is_quarantined(DmaSpan span);

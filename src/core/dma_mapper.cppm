@@ -91,7 +91,7 @@ class DmaMapper {
     /// back what the device wrote to bounce pages; empty if the data is not needed (an error, or the buffer's owner is
     /// gone). Quarantined memory [core.dma] is not reused before its release. Panics if the mapping is not active.
     virtual void unmap(DmaMapping& mapping, std::span<const DmaSpan> spans) = 0;
-    /// Ends a mapping whose memory the device may still access. That memory stays unused until reclaim(), or for good.
+    /// Ends a mapping whose memory the device may still access. That memory is not reused before reclaim().
     virtual void abandon(DmaMapping& mapping) = 0;
     /// Call when the device can no longer access any abandoned memory.
     virtual void reclaim() = 0;

@@ -1,5 +1,5 @@
-// The index of the current processor: in the kernel, one load from per-processor data at GS; on the host, a thread
-// stands for a processor.
+// The index of the current processor: in the kernel, one load from per-processor data at GS; on the host, one
+// per thread.
 export module core.processor;
 import core.std;
 

@@ -156,7 +156,7 @@ io::Task<Result<void>> Vbd::reset() {
         CO_CHECK(co_await front_.set_state(BusState::closed));
         static_cast<void>(co_await front_.await_state(closed, {environment_.executor, environment_.timeout}));
         CO_CHECK(co_await front_.set_state(BusState::initialising));
-        // A back end closed for good stays closed, and one about to reinitialise may still be closed now.
+        // A back end closed permanently stays closed, and one about to reinitialise may still be closed now.
         const io::Bound bound(environment_.executor, environment_.timeout);
         for (;;) {
             CO_TRY(const BusState back_state, co_await front_.state());

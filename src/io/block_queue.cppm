@@ -475,7 +475,7 @@ class BlockQueue : public QueueCore {
         use(table_, table_.entries());
         transport_.use(table_);
     }
-    /// Buffers still quarantined stay so for good: call reclaim() first if the device can no longer access them.
+    /// Buffers still quarantined stay so permanently: call reclaim() first if the device can no longer access them.
     virtual ~BlockQueue() {
         stop();
         keep_quarantine(this);

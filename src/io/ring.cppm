@@ -128,8 +128,8 @@ concept NotifyRule = std::copyable<R> && requires(const R& rule, M& memory, cons
     { R::needs_consumed } -> std::convertible_to<bool>;
 };
 
-/// The consumer writes the position at which it wants an event. Behind 0: the event names the position to be reached
-/// (Xen's req_event and rsp_event [xen-ring RING_PUSH_REQUESTS_AND_CHECK_NOTIFY]); Behind 1: the last entry to be
+/// The consumer writes the position at which it wants an event. Lag 0: the event names the position to be reached
+/// (Xen's req_event and rsp_event [xen-ring RING_PUSH_REQUESTS_AND_CHECK_NOTIFY]); Lag 1: the last entry to be
 /// passed (virtio's used_event and avail_event [virtio-1.2 §2.7.7, §2.7.10]). The value read is only compared, so any
 /// value from the peer is harmless.
 template <u32 Lag>

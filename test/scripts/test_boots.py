@@ -251,11 +251,11 @@ class Priority(unittest.TestCase):
             said = process.run([sys.executable, "-c", look.format(seconds=seconds)], timeout=DEADLINE).stdout.split()
             nice[name], nice[f"{name} group"] = int(said[0]), None if said[1] == "x" else int(said[1])
 
-        def gives_way():
-            process.give_way()
+        def low_priority():
+            process.lower_priority()
             child("one", 10)
 
-        for work in (gives_way, lambda: child("other", 1)):
+        for work in (low_priority, lambda: child("other", 1)):
             thread = threading.Thread(target=work)
             thread.start()
             thread.join(DEADLINE)
@@ -268,24 +268,24 @@ class Priority(unittest.TestCase):
     def test_a_child_under_way_gives_way_no_longer(self):
         seen = []
 
-        def gives_way():
-            process.give_way()
+        def low_priority():
+            process.lower_priority()
             with process.started(["sleep", str(DEADLINE)]) as child:
                 seen.append(os.getpriority(os.PRIO_PROCESS, child.pid))
-                process.hurry()
+                process.restore_priority()
                 seen.append(os.getpriority(os.PRIO_PROCESS, child.pid))
 
-        thread = threading.Thread(target=gives_way)
+        thread = threading.Thread(target=low_priority)
         thread.start()
         thread.join(DEADLINE)
         self.assertEqual(seen, [19, os.nice(0)])
 
     def test_the_rest_is_in_a_hurry(self):
-        with mock.patch.object(process, "hurry") as hurry, Boots([], 1) as boots:
+        with mock.patch.object(process, "restore_priority") as restore_priority, Boots([], 1) as boots:
             boots.begin()
-            hurry.assert_not_called()
+            restore_priority.assert_not_called()
             list(boots.rest())
-            hurry.assert_called_once()
+            restore_priority.assert_called_once()
 
 
 class Limits(unittest.TestCase):
@@ -304,7 +304,7 @@ class Limits(unittest.TestCase):
         self.assertEqual(self.follow(computes, 1, counted=True)[0], True)
 
     def test_and_in_the_end_by_the_clock(self):
-        with mock.patch.object(nested, "STARVED_SECONDS", 0.5):
+        with mock.patch.object(nested, "QUEUE_SECONDS", 0.5):
             late, seconds = self.follow("import time; time.sleep(60)", 0.5, counted=True)
         self.assertTrue(late)
         self.assertLess(seconds, 30)

@@ -13,7 +13,7 @@ void ending_uses_kernel_tables();
 /// Ends the machine with ERROR if the memory of the image itself, up to `end`, does not exist; loaders do not check.
 /// Runs under the loader's page tables and before start_ending(), because none of the image's data is reliable yet.
 void stop_without_memory(std::byte* end);
-/// Halts for good if this boot is a restart caused by the end of the previous boot: a machine that cannot be powered
+/// Halts permanently if this boot is a restart caused by the end of the previous boot: a machine that cannot be powered
 /// off must not boot in a loop. Runs under the loader's page tables; the consoles must work.
 void stop_if_restarted();
 

@@ -1,6 +1,6 @@
 // What the interrupt handler of a channel passes to the executor's turn. An ISA line belongs to its channel alone, and
-// the turn reads the registers. On a shared (PCI) line the handler has to read them, to find out whose interrupt it is;
-// reading clears the interrupt, so the handler keeps what it read.
+// the turn reads the registers. On a shared (PCI) line the handler has to read them, to find out which device
+// interrupts; reading clears the interrupt, so the handler keeps what it read.
 //
 //   atomic      ordering         written by  read by   orders
 //   flag_       release/acquire  handler     the turn  seen_ of the same interrupt
@@ -48,7 +48,7 @@ class ChannelInterrupts {
     inline bool take() {
         return flag_.load(std::memory_order_relaxed) && flag_.exchange(false, std::memory_order_acquire);
     }
-    /// After take(): how the command stands, from the handler or from the registers.
+    /// After take(): the state of the command, as read by the handler or from the registers.
     inline Outcome poll(Channel<P>& channel) {
         if (!shared_) {
             return channel.poll();

@@ -96,7 +96,7 @@ class Transport : public io::TransportDefaults {
     io::Completion ended(const Outcome& outcome);
     io::Completion failed(const Outcome& outcome);
     void limit_gathering();
-    void begin_reset(bool owned = false);
+    void begin_reset(bool by_owner = false);
     void poll_running(Instant now);
 
     io::Executor& executor_;
@@ -436,10 +436,10 @@ io::Fence Transport<P>::fence(Command&) {
 }
 
 template <PortAccess P>
-void Transport<P>::begin_reset(bool owned) {
+void Transport<P>::begin_reset(bool by_owner) {
     polled_.reset();
     running_ = false;
-    reset_.begin(owned);
+    reset_.begin(by_owner);
 }
 
 } // namespace fl::drivers::ata

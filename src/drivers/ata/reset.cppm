@@ -27,11 +27,11 @@ class SoftReset {
         : executor_(executor), channel_(channel), timeout_(timeout) {}
 
     bool in_progress() const { return state_ != State::none; }
-    /// Asserts the reset. The bus-master engine is off when this returns. `owned`: requested by the owner of a command,
-    /// not caused by a failing device, so that it does not count as one in a row.
-    void begin(bool owned = false) {
+    /// Asserts the reset. The bus-master engine is off when this returns. `by_owner`: because the owner abandoned a
+    /// command, not because the device failed: not counted as one in a row.
+    void begin(bool by_owner = false) {
         ++count_;
-        in_a_row_ += owned ? 0 : 1;
+        in_a_row_ += by_owner ? 0 : 1;
         channel_.assert_reset();
         asserted_at_ = executor_.now();
         state_ = State::asserted;

@@ -49,7 +49,7 @@ class Pages {
     explicit Pages(hv::xen::Grants& grants) : grants_(grants) {}
     Pages(const Pages&) = delete;
     Pages& operator=(const Pages&) = delete;
-    /// Gives up the memory that the back end may still write: pages that were not reclaimed.
+    /// Does not free the memory that the back end may still write: pages that were not reclaimed.
     ~Pages();
 
     /// Allocates the first bounce pages, for a disk that will offer persistent grants, and grants them to `domain`.
@@ -90,8 +90,8 @@ class Pages {
     /// Retries the quarantined grants. `waiting`: requests wait for room, so the grant table may have to grow.
     void tick(bool waiting);
     inline bool in_quarantine() const { return grants_.in_quarantine() != 0; }
-    /// The back end can no longer access anything: frees all grants and pages. Memory that it has mapped in spite of
-    /// that is given up.
+    /// The back end can no longer access anything: frees all grants and pages. Memory that it has mapped nevertheless
+    /// is never reused.
     void reclaim();
 
   private:

@@ -84,8 +84,8 @@ struct Jobs : testing::Test {
     boot::Disks& disks = attached.disks;
     boot::DriverSinks xen_blk{attached, "xen_blk"};
     boot::DriverSinks ata{attached, "ata"};
-    boot::DiskPort& synthetic = xen_blk.disks;
-    boot::DiskPort& native = ata.disks;
+    boot::DriverDiskSink& synthetic = xen_blk.disks;
+    boot::DriverDiskSink& native = ata.disks;
     MemoryDisk xvda{executor, "xvda", 2048};
     MemoryDisk hdb{executor, "hdb", 2048};
     Capture capture;
@@ -386,8 +386,8 @@ TEST_F(Listed, TheDriverThatHasTheSameDiskIsNamed) {
     boot::Attached shared{plan, &devices};
     boot::DriverSinks xen_blk_sinks{shared, "xen_blk"};
     boot::DriverSinks ata_sinks{shared, "ata"};
-    boot::DiskPort& ring = xen_blk_sinks.disks;
-    boot::DiskPort& ide = ata_sinks.disks;
+    boot::DriverDiskSink& ring = xen_blk_sinks.disks;
+    boot::DriverDiskSink& ide = ata_sinks.disks;
     ASSERT_TRUE(ring.announce(xvda, 0));
     ASSERT_FALSE(ide.offered(0));
     ide.unused({"ide", "hda", "IDE disk", drivers::Unused::taken, {}, 0});

@@ -309,8 +309,8 @@ TEST(AtaAttach, ASecondControllerHasNumbersAndClaimsOfItsOwn) {
     const boot::Disks& disks = attached.disks;
     boot::DriverSinks ata_sinks{attached, "ata"};
     boot::DriverSinks xen_blk_sinks{attached, "xen_blk"};
-    boot::DiskPort& port = ata_sinks.disks;
-    boot::DiskPort& ring = xen_blk_sinks.disks;
+    boot::DriverDiskSink& port = ata_sinks.disks;
+    boot::DriverDiskSink& ring = xen_blk_sinks.disks;
     drivers::Environment first{a.executor, a.memory, a.interrupts, port, 100'000'000, 0};
     drivers::Environment second{b.executor, b.memory, b.interrupts, port, 100'000'000, 0};
     ata::Controller<Ports> one{first, Ports{&a.all}};
