@@ -298,6 +298,11 @@ class Channel {
         }
         return false;
     }
+    /// An interrupt of this channel that no command causes: the engine reports it [BMIDE §2.2].
+    void raise_own() {
+        bm_status_ |= 4;
+        interrupts.raise(gsi);
+    }
     /// An interrupt from another device on the same line, or a spurious one.
     void raise_line() { interrupts.raise(gsi); }
 

@@ -377,4 +377,31 @@ TEST_F(AtaIo, NativeModeSharesALine) {
     EXPECT_TRUE(is_pattern(b, 56));
 }
 
+// On a shared line the handler reads the status; what it read before a command was issued says nothing about it.
+TEST_F(AtaIo, AStatusReadBeforeACommandDoesNotEndIt) {
+    m.set_native();
+    drive = &m.add(m.primary, 0);
+    ASSERT_TRUE(m.attach());
+    DmaSpan b = buffer(4096);
+    ASSERT_TRUE(m.read(hda(), 40, b));
+    m.primary.raise_own(); // the status says that a command has ended
+    m.executor.turn();
+    std::memset(b.data, 0xee, b.size);
+    m.primary.hold = true;
+    io::Request r(hda(), io::Op::read, 48, b);
+    r.waiter = std::noop_coroutine();
+    hda().submit(r);
+    ASSERT_TRUE(m.turns_until([&] { return m.primary.held().has_value(); }));
+    m.primary.raise_own(); // the status says that the command is in progress
+    for (int i = 0; i < 5; ++i) {
+        m.executor.turn();
+    }
+    EXPECT_TRUE(r.pending());
+    EXPECT_TRUE(m.primary.held());
+    m.primary.release();
+    ASSERT_TRUE(m.turns_until([&] { return !r.pending(); }));
+    EXPECT_EQ(r.status, io::Status::ok);
+    EXPECT_TRUE(is_pattern(b, 48));
+}
+
 } // namespace

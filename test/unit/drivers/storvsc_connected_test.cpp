@@ -367,6 +367,27 @@ TEST(Connected, SubChannels) {
     EXPECT_EQ(second.size(), 1u);
 }
 
+TEST(Connected, NoMoreSubChannelsThanTheHostAllows) {
+    test::FakeMachine third_clock;
+    io::Executor third(third_clock.platform(), 2);
+    Machine m({}, 2);
+    test::CapturedLog log;
+    const std::array<io::Executor*, 3> three{&m.executor, &m.second, &third};
+    m.environment.executors = three;
+    Store a;
+    host::StorageConfig config;
+    config.sub_channels = 1;
+    m.server->add(host::StorageDevice::scsi(config, {{.lun = 0, .store = &a.store}}));
+    ASSERT_TRUE(m.connect());
+    ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::scsi_class)))) << log.text.view();
+    ASSERT_EQ(m.sink.disks.size(), 1u) << m.lines.text;
+    io::BlockDevice& disk = *m.sink.disks[0].first;
+    EXPECT_EQ(disk.queues(), 2u) << "the channel and one more, for three processors";
+    EXPECT_FALSE(log.has("warning: ")) << log.text.view();
+    EXPECT_EQ(m.server->counters().violations, 0u) << m.lines.text;
+    verify(m, disk, a, 10);
+}
+
 // Every fault of the host: bounded, reported in one line or survived, and no acknowledged data is lost.
 class ConnectedFault : public testing::TestWithParam<host::FaultName> {};
 TEST_P(ConnectedFault, BoundedAndNothingAcknowledgedIsLost) {

@@ -292,6 +292,17 @@ const Break breaks[] = {
          return r;
      },
      "transaction id that is not in flight"},
+    {"waits_for_its_retry",
+     [](Machine& m, const Command&) { // the first command: busy; then its next id, before it is resent with that
+         Reply r;
+         if (m.host.done == 1) {
+             r.scsi_status = 8;
+         } else {
+             r.id = m.host.past_ids.back() + 0x10000;
+         }
+         return r;
+     },
+     "transaction id that is not in flight"},
     {"early",
      [](Machine&, const Command& c) { // for a future request
          Reply r;

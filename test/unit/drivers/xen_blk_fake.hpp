@@ -162,7 +162,9 @@ class Blkback {
     }
     void unmap_ring() {
         for (const auto& [ref, write] : kept) {
-            xen.unmap_grant(ref, write);
+            if (!never_unmapped.contains(ref)) {
+                xen.unmap_grant(ref, write);
+            }
         }
         kept.clear();
         refs.clear();
@@ -423,6 +425,7 @@ class Blkback {
     // requests an event only when nothing is in flight (QEMU), instead of after every look at the ring (Linux)
     bool lazy = false;
     std::map<u32, bool> kept;                      // mapped until the back end disconnects; true: writable
+    std::set<u32> never_unmapped;                  // of these, mapped even after that
     std::vector<std::pair<u32, bool>> grants_used; // mapped for the current request
     std::set<u32> all_refs;
     std::map<u8, u64> served;

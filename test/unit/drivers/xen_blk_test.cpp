@@ -770,6 +770,7 @@ TEST(XenBlkHostile, AnAnswerThatChangesAfterwardsChangesNothing) {
         m.back.answer(0, 0);
         ASSERT_TRUE(m.run(fake::sleep(m.executor, 20'000'000)));
         ASSERT_FALSE(reads[i]->pending());
+        ASSERT_EQ(reads[i]->status, io::Status::ok) << log.text;
         std::memset(m.back.slot(slot), 0xee, 16);
         ASSERT_TRUE(m.run(fake::sleep(m.executor, 20'000'000)));
     }
@@ -917,6 +918,47 @@ TEST(XenBlkHostile, MemoryThatABackEndDoesNotReleaseIsNotReused) {
         EXPECT_LE(grants.available(), before - (persistent ? 0 : 1)) << "an entry in the ring";
         EXPECT_GE(m.xen.memory.outstanding, memory) << "the ring's page and the pool's";
         EXPECT_EQ(m.xen.live_grants(), persistent ? 353u : 1u);
+    }
+}
+
+// The back end reports that it has closed, with one page of the ring, of the pool, or with segments still mapped.
+TEST(XenBlkHostile, PagesThatAreMappedAfterTheBackEndClosedAreNotReused) {
+    enum class Page { none, ring, pool, indirect };
+    const auto lost = [](Page page, bool persistent) {
+        DiskMachine m({.persistent = persistent, .indirect = 64});
+        EXPECT_TRUE(m.probe());
+        const DmaSpan buffer = m.buffer(64 * 1024);
+        m.back.hold_grants = true;
+        EXPECT_TRUE(m.run(fake::read(m.disk(), 0, buffer)));
+        EXPECT_EQ(m.back.indirect_served, 1u);
+        for (const auto& [ref, write] : m.back.kept) {
+            const bool ring = std::ranges::find(m.back.refs, ref) != m.back.refs.end();
+            const bool data = m.back.all_refs.contains(ref);
+            if (page == (ring ? Page::ring : data ? Page::pool : Page::indirect)) {
+                m.back.never_unmapped.insert(ref);
+                break;
+            }
+        }
+        EXPECT_EQ(m.back.never_unmapped.size(), page == Page::none ? 0u : 1u);
+        m.back.go(5);
+        EXPECT_TRUE(m.run(fake::sleep(m.executor, 500'000'000)));
+        EXPECT_EQ(m.back.front_state(), 6u);
+        EXPECT_EQ(m.back.state(), 6u);
+        for (const u32 ref : m.back.never_unmapped) {
+            EXPECT_NE(m.xen.grant_flags(ref) & 3, 0) << "the grant of a mapped page stays";
+        }
+        return m.xen.memory.outstanding / 4096;
+    };
+    for (const bool persistent : {false, true}) {
+        const u64 none = lost(Page::none, persistent);
+        const u64 indirect = lost(Page::indirect, persistent) - none;
+        EXPECT_EQ(lost(Page::ring, persistent) - none, 1u) << "the ring has one page";
+        if (persistent) {
+            EXPECT_EQ(indirect, lost(Page::pool, persistent) - none) << "all pages of the disk";
+            EXPECT_GE(indirect, 352u);
+        } else {
+            EXPECT_EQ(indirect, 32u) << "one page for each slot of the ring";
+        }
     }
 }
 

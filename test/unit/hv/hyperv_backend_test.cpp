@@ -287,6 +287,17 @@ TEST(HyperVSynic, EventsAreCountedForTheirChannel) {
     EXPECT_EQ(m.guest.synic().events(1001).load(), 0u);
 }
 
+TEST(HyperVSynic, AMessageIsNotLongerThanItsSlot) {
+    hyperv_fake::Machine m;
+    ASSERT_TRUE(m.start());
+    m.host.send(hyperv_fake::Host::message(5, {}));
+    m.host.slot()[4] = 255; // of at most 240 [TLFS HV_MESSAGE_HEADER]
+    m.host.interrupt();
+    SynicMessage message;
+    ASSERT_TRUE(m.guest.synic().next(message));
+    EXPECT_EQ(message.size, 240u);
+}
+
 TEST(HyperVSynic, StrayMessagesAreDroppedAndCounted) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.start());
