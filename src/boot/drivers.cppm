@@ -11,6 +11,8 @@ import drivers.driver;
 import drivers.table;
 import drivers.pci;
 import drivers.ata;
+import drivers.virtio.protocol;
+import drivers.virtio_blk;
 import drivers.machine.ports;
 import boot.backend;
 import boot.sources;
@@ -34,12 +36,22 @@ inline io::Task<Result<void>> probe_ata(drivers::Environment& environment, drive
     static constinit drivers::ata::PortClaims claims;
     return drivers::ata::probe(environment, device, drivers::Ports{}, 4 * index, &claims);
 }
-inline constexpr std::array<PciDriver, 1> pci_drivers{{
+inline io::Task<Result<void>> probe_virtio_blk(drivers::Environment& environment, drivers::pci::Device device, u32) {
+    return drivers::virtio_blk::probe(environment, device);
+}
+inline constexpr auto pci_drivers = std::to_array<PciDriver>({
     {"ata", drivers::ata::ids, probe_ata, drivers::ata::is_legacy},
-}};
+    {"virtio_blk", drivers::virtio_blk::pci_ids, probe_virtio_blk, nullptr},
+});
 static_assert(std::ranges::all_of(pci_drivers, [](const PciDriver& d) { return drivers::driver_named(d.name); }));
 
-inline constexpr std::array<VirtioMmioDriver, 0> virtio_mmio_drivers{};
+inline io::Task<Result<void>> probe_virtio_mmio_blk(drivers::Environment& environment, const VirtioMmioDevice& device,
+                                                    u32) {
+    return drivers::virtio_blk::probe(environment, device.base, device.gsi);
+}
+inline constexpr auto virtio_mmio_drivers = std::to_array<VirtioMmioDriver>({
+    {"virtio_blk", drivers::virtio::type_block, probe_virtio_mmio_blk},
+});
 
 /// The drivers for the devices on one backend's bus; empty for most. Drivers without a twin (services) are not named by
 /// any rule of the table, and are tried after those that are.

@@ -29,6 +29,11 @@ constexpr auto features = std::to_array<FeatureName>({
     {"-ring-pages", drivers::Feature::ring_pages},
     {"-flush", drivers::Feature::flush},
     {"-barrier", drivers::Feature::barrier},
+    {"-event-idx", drivers::Feature::event_idx},
+    {"-packed", drivers::Feature::packed},
+    {"-in-order", drivers::Feature::in_order},
+    {"-discard", drivers::Feature::discard},
+    {"-msi", drivers::Feature::messages},
 });
 constexpr auto feature_names = [] {
     std::array<std::string_view, features.size()> names{};

@@ -158,6 +158,7 @@ struct VirtioMmioDevice {
     u32 magic = 0;
     u32 version = 0;
     u32 device_id = 0; // 0: placeholder, no device
+    std::optional<u32> gsi{};
 };
 struct VirtioMmioDriver {
     std::string_view name; // as in drivers::known_drivers

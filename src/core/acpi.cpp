@@ -420,10 +420,10 @@ RootBridges find_root_bridges(PhysicalReader& memory, const Tables& tables) {
     return found;
 }
 
-u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)(void* context, u64 base, u32 size),
-                     void* context) {
+u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables,
+                     void (*found)(void* context, const VirtioMmioNode& node), void* context) {
     struct Search {
-        void (*found)(void* context, u64 base, u32 size);
+        void (*found)(void* context, const VirtioMmioNode& node);
         void* context;
         u32 without;
     } search{found, context, 0};
@@ -433,17 +433,27 @@ u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)
         }
         auto& to = *static_cast<Search*>(self);
         // _UID, _STA, _CCA and _CRS are close: hosts with such nodes generate about 60 bytes.
-        for (usize i = 13; i + 12 <= at.size() && !begins(at.subspan(i), "_HID"); ++i) {
+        const auto word = [&](usize from) {
+            return u32{at[from]} | u32{at[from + 1]} << 8 | u32{at[from + 2]} << 16 | u32{at[from + 3]} << 24;
+        };
+        VirtioMmioNode node;
+        for (usize i = 13; i + 9 <= at.size() && !begins(at.subspan(i), "_HID"); ++i) {
             // Memory32Fixed: tag, length 9, read-write, base, length [ACPI 6.5 §6.4.3.4].
-            if (at[i] == 0x86 && at[i + 1] == 9 && at[i + 2] == 0) {
-                const auto word = [&](usize from) {
-                    return u32{at[from]} | u32{at[from + 1]} << 8 | u32{at[from + 2]} << 16 | u32{at[from + 3]} << 24;
-                };
-                to.found(to.context, word(i + 4), word(i + 8));
-                return;
+            if (node.size == 0 && i + 12 <= at.size() && at[i] == 0x86 && at[i + 1] == 9 && at[i + 2] == 0) {
+                node.base = word(i + 4);
+                node.size = word(i + 8);
+                i += 11;
+            } else if (node.size != 0 && at[i] == 0x89 && at[i + 1] == 6 && at[i + 2] == 0 && at[i + 4] == 1) {
+                // Extended Interrupt: tag, length 6, flags, one interrupt [ACPI 6.5 §6.4.3.6].
+                node.gsi = word(i + 5);
+                break;
             }
         }
-        ++to.without;
+        if (node.size != 0) {
+            to.found(to.context, node);
+        } else {
+            ++to.without;
+        }
     };
     scan_aml(memory, tables, visit, &search);
     return search.without;

@@ -142,11 +142,17 @@ struct RootBridges {
 };
 RootBridges find_root_bridges(PhysicalReader& memory, const Tables& tables);
 
+/// A virtio-mmio device of ACPI. `gsi`: its interrupt, if it is a constant.
+struct VirtioMmioNode {
+    u64 base = 0; // physical
+    u32 size = 0; // bytes
+    std::optional<u32> gsi;
+};
 /// Calls `found` for each virtio-mmio device that the DSDT and the SSDTs name (_HID LNRO0005), with the first memory
-/// range that follows the name. AML is only scanned, as above: computed ranges are not found. Returns the number of
-/// names without a range.
-u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables, void (*found)(void* context, u64 base, u32 size),
-                     void* context);
+/// range that follows the name, and the first interrupt after that. AML is only scanned, as above: computed ranges and
+/// interrupts are not found. Returns the number of names without a range.
+u32 find_virtio_mmio(PhysicalReader& memory, const Tables& tables,
+                     void (*found)(void* context, const VirtioMmioNode& node), void* context);
 
 /// SLP_TYP values of \_S5 [§7.4.2.6], found by scanning the DSDT, then the SSDTs in order, without interpreting AML.
 /// Tables with a bad length or checksum are skipped.

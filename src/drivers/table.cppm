@@ -32,11 +32,12 @@ struct DriverInfo {
     /// For a native driver: the device classes that a host removes when asked to unplug this driver's devices.
     hv::EmulatedClasses emulated{};
 };
-inline constexpr std::array<DriverInfo, 3> known_drivers{{
+inline constexpr auto known_drivers = std::to_array<DriverInfo>({
     {"xen_blk", true, DeviceKind::disk},
     {"storvsc", true, DeviceKind::disk},
+    {"virtio_blk", true, DeviceKind::disk},
     {"ata", false, DeviceKind::disk, {.disks = true}},
-}};
+});
 constexpr const DriverInfo* driver_named(std::string_view name, std::span<const DriverInfo> drivers = known_drivers) {
     for (const DriverInfo& d : drivers) {
         if (d.name == name) {
@@ -139,10 +140,11 @@ class Table {
 };
 
 /// The built-in rules.
-inline constexpr std::array<Rule, 2> builtin_rules{{
+inline constexpr auto builtin_rules = std::to_array<Rule>({
     {hv::VmGuest::xen, driver_named("ata"), driver_named("xen_blk"), 100, Twin::leave},
     {hv::VmGuest::hyperv, driver_named("ata"), driver_named("storvsc"), 100, Twin::leave},
-}};
+    {std::nullopt, driver_named("ata"), driver_named("virtio_blk"), 50, Twin::leave},
+});
 
 constexpr Table::Table() : Table(known_drivers, builtin_rules) {}
 

@@ -80,13 +80,13 @@ void find_pci_functions(PciSource& into, Devices& devices) {
 }
 
 void find_virtio_mmio(VirtioMmioSource& into, const LoaderWords& words) {
-    const auto probe = [](void* context, u64 base, u32) {
+    const auto probe = [](void* context, const acpi::VirtioMmioNode& node) {
         auto& source = *static_cast<VirtioMmioSource*>(context);
-        if (source.seen(base)) {
+        if (source.seen(node.base)) {
             return;
         }
-        VirtioMmioDevice device{.base = base};
-        if (const auto mapped = map_mmio(base, 16)) {
+        VirtioMmioDevice device{.base = node.base, .gsi = node.gsi};
+        if (const auto mapped = map_mmio(node.base, 16)) {
             const auto* registers = reinterpret_cast<const volatile u32*>(*mapped);
             device.magic = registers[0];
             device.version = registers[1];
@@ -95,7 +95,7 @@ void find_virtio_mmio(VirtioMmioSource& into, const LoaderWords& words) {
         source.add(device);
     };
     for (const MmioDevice& device : words.devices()) {
-        probe(&into, device.address, 0);
+        probe(&into, {device.address, 0, device.interrupt});
     }
     into.leave_out_words(words.devices_dropped);
     const acpi::Tables* tables = acpi_tables();

@@ -9,6 +9,7 @@ import core.dma;
 import io.executor;
 import io.block;
 import io.block_queue;
+import io.event_pacing;
 import io.oldest_wait;
 import io.ring;
 import hv.xen.events;
@@ -97,7 +98,7 @@ io::Fit Transport::prepare(Command& command) {
 io::SendResult Transport::send(Command& command, u64 id) {
     Wire& wire = command.wire;
     const u64 sector = (command.first->lba << sector_shift_) + (command.offset >> unit_shift_);
-    burst_ = command.offset == 0 ? 1 : burst_ + 1;
+    pacing_.sent(command.offset == 0);
     if (command.op > io::Op::write) [[unlikely]] {
         if (command.op == io::Op::discard) {
             const DiscardRequest slot{{wire.operation, 0, terms_.handle, 0, id, sector}, command.bytes >> unit_shift_};
@@ -156,17 +157,7 @@ io::Next Transport::next(io::Completion& completion) {
         }
         in_batch_ = true;
         batch_ = batch_left_ = *found;
-        if (armed_at_ != never) { // the processor slept until these arrived
-            if (eager_ != 0) {
-                --eager_;
-            } else if (executor_.turn_time() <= after(armed_at_, linger)) {
-                next_eager_ = 1;
-            } else {
-                next_eager_ = std::min(next_eager_ * 2, max_eager);
-                eager_ = next_eager_;
-            }
-            armed_at_ = never;
-        }
+        pacing_.arrived(executor_.turn_time());
     }
     if (batch_left_ == 0) {
         return io::Next::none;
@@ -224,15 +215,6 @@ io::Fence Transport::fence(Command& command) {
     return !safe ? io::Fence::reachable : command.op == io::Op::discard ? io::Fence::effect : io::Fence::done;
 }
 
-// The number of outstanding responses after which an event pays off: all of them, as long as whole batches arrive
-// within `linger`; otherwise three quarters, so that a slow response does not delay the others; and at least as
-// many as the last request has commands, because no waiter can continue earlier. Responses waiting for the rest are
-// found by the executor's tick at the latest.
-u32 Transport::event_after(u32 owed) const {
-    const u32 enough = owed < 2 || eager_ == 0 ? owed : owed - std::max(owed / 4, 1u);
-    return std::max(enough, std::min(burst_, owed));
-}
-
 Result<bool> Transport::arm() {
     if (masked_.load(std::memory_order_relaxed)) {
         masked_.store(false, std::memory_order_relaxed); // before unmasking: the handler may run in between
@@ -246,8 +228,8 @@ Result<bool> Transport::arm() {
     if (owed == 0) {
         return false; // a response now would be a protocol violation, which next() detects
     }
-    TRY(const bool found, responses_->arm(event_after(owed), owed));
-    armed_at_ = found ? never : executor_.turn_time();
+    TRY(const bool found, responses_->arm(pacing_.count(owed), owed));
+    pacing_.armed(found, executor_.turn_time());
     return found;
 }
 

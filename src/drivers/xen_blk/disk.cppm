@@ -14,6 +14,7 @@ import core.dma;
 import io.executor;
 import io.block;
 import io.block_queue;
+import io.event_pacing;
 import io.oldest_wait;
 import io.ring;
 import hv.xen.events;
@@ -44,10 +45,6 @@ class Transport : public io::TransportDefaults {
     static constexpr u32 max_commands = 128;
     static constexpr u32 max_idle_events = 64;
     static constexpr Nanoseconds idle_window = io::Executor::tick_length;
-    /// After a batch of responses that took longer than this, the event for the next two batches is requested before
-    /// the whole batch is due; after another slow one for the next four, and so on.
-    static constexpr Nanoseconds linger = 2'000'000;
-    static constexpr u32 max_eager = 64;
 
     struct Wire {
         Operation operation = Operation::read;
@@ -86,7 +83,6 @@ class Transport : public io::TransportDefaults {
   private:
     using Requests = io::Producer<io::MappedMemory, io::FreeRunning<u32>, io::ReachedEvent>;
     using Responses = io::Consumer<io::MappedMemory, io::FreeRunning<u32>, io::ReachedEvent>;
-    u32 event_after(u32 owed) const;
     io::Next check(const Response& response, io::Completion& completion);
     io::Next broken(const Error& why) {
         fault_ = why;
@@ -109,10 +105,7 @@ class Transport : public io::TransportDefaults {
     // next turn.
     std::atomic<bool> masked_{true};
     std::atomic<u32> interrupts_{0};
-    u32 next_eager_ = 1;
-    u32 eager_ = 0; // remaining batches with an early event
-    Instant armed_at_ = never;
-    u32 burst_ = 1; // number of commands of the last request
+    io::EventPacing pacing_;
     void (*notify_)(void*) = nullptr;
     void* notify_context_ = nullptr;
 

@@ -412,12 +412,13 @@ TEST_F(Acpi, VirtioMmioDevices) {
                            '0',  '0', '0', '5', 0,   0x08, '_', 'H', 'I', 'D'};
     body.insert(body.end(), without.begin(), without.end());
     memory.put(0x7fe0040, table("DSDT", body));
-    std::vector<std::pair<u64, u32>> seen;
-    const auto keep = [](void* context, u64 base, u32 size) {
-        static_cast<std::vector<std::pair<u64, u32>>*>(context)->emplace_back(base, size);
+    using Nodes = std::vector<std::tuple<u64, u32, std::optional<u32>>>;
+    Nodes seen;
+    const auto keep = [](void* context, const acpi::VirtioMmioNode& node) {
+        static_cast<Nodes*>(context)->emplace_back(node.base, node.size, node.gsi);
     };
     EXPECT_EQ(acpi::find_virtio_mmio(memory, *acpi::read_tables(memory, 0xf5250), keep, &seen), 1u);
-    EXPECT_EQ(seen, (std::vector<std::pair<u64, u32>>{{0xfeb01000, 0x200}, {0xfeb02000, 0x200}}));
+    EXPECT_EQ(seen, (Nodes{{0xfeb01000, 0x200, 5}, {0xfeb02000, 0x200, 5}}));
 }
 
 TEST_F(Acpi, RandomDamageNeverHurts) {

@@ -1,0 +1,25 @@
+// virtio block devices [virtio-1.2 §5.2], on PCI and on a platform's memory bus: negotiation, one queue, the disk.
+//
+// After a device error, an unanswered request or a removal the disk closes. The device is then reset, so that it can no
+// longer reach any buffer; a VMM that cannot reset a device in use keeps them, and they are not reused.
+export module drivers.virtio_blk;
+import core.std;
+import core.result;
+import io.task;
+import drivers.driver;
+import drivers.pci;
+import drivers.virtio.protocol;
+
+export namespace fl::drivers::virtio_blk {
+
+inline constexpr std::array<pci::Match, 2> pci_ids{{
+    {.vendor = virtio::pci_vendor, .device = virtio::modern_pci_id(virtio::type_block)},
+    {.vendor = virtio::pci_vendor, .device = virtio::transitional_block},
+}};
+
+/// Attaches a PCI function.
+io::Task<Result<void>> probe(Environment& environment, pci::Device function);
+/// Attaches the device whose registers are at `base`, a physical address. `gsi`: its interrupt, if known.
+io::Task<Result<void>> probe(Environment& environment, u64 base, std::optional<u32> gsi);
+
+} // namespace fl::drivers::virtio_blk
