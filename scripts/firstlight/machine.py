@@ -321,10 +321,10 @@ class Machine:
         else:
             work.mkdir(parents=True, exist_ok=True)
             files["esp.img"] = esp.make(work / f"{self.name}-esp.img", self.efi, self.cmdline, self.map, self.esp)
-            # Not on IDE: the kernel would count it among the disks to measure.
+            # On a controller that OVMF drives and the kernel does not: it would count it among the disks to measure.
             arguments += [
                 "-bios", "OVMF.fd",
-                "-drive", "if=none,id=esp,format=raw,readonly=on,file={file:esp.img}", "-device", "virtio-blk-pci,drive=esp",
+                "-drive", "if=none,id=esp,format=raw,readonly=on,file={file:esp.img}", "-device", "qemu-xhci", "-device", "usb-storage,drive=esp",
             ]  # fmt: skip
         disks, words = self.drives()
         return Job(self.name, [*arguments, *words, *self.extra], files, disks, self.timeout)

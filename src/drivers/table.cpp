@@ -241,7 +241,7 @@ Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
         });
         if (!beaten) {
             plan.pairs[plan.pair_count++] = {rule.native->name, rule.synthetic->name, rule.rank,
-                                             emulated.value_or(rule.twin)};
+                                             rule.synthetic->twins ? emulated.value_or(rule.twin) : Twin::keep};
         }
     }
     auto strength = [](const Plan::Pair& p) { return p.rank < 0 ? -p.rank : p.rank; };
@@ -314,6 +314,9 @@ void log_plan(const Plan& plan, hv::VmGuest guest) {
     write_list(order, plan.drivers());
     log::info("drivers on {}: {}", guest, order);
     for (const Plan::Pair& p : plan.all_pairs()) {
+        if (const DriverInfo* synthetic = plan.driver(p.synthetic); synthetic != nullptr && !synthetic->twins) {
+            continue;
+        }
         log::info("drivers: {} and {}, rank {}, twin: {}", p.synthetic, p.native, p.rank,
                   p.rank == 0 ? "keep" : name(p.twin));
     }

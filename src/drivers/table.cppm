@@ -31,11 +31,14 @@ struct DriverInfo {
     DeviceKind kind;
     /// For a native driver: the device classes that a host removes when asked to unplug this driver's devices.
     hv::EmulatedClasses emulated{};
+    /// For a synthetic driver: its devices can be twins of emulated ones. Otherwise rules give only the order, and both
+    /// drivers attach what they find.
+    bool twins = true;
 };
 inline constexpr auto known_drivers = std::to_array<DriverInfo>({
     {"xen_blk", true, DeviceKind::disk},
     {"storvsc", true, DeviceKind::disk},
-    {"virtio_blk", true, DeviceKind::disk},
+    {"virtio_blk", true, DeviceKind::disk, {}, false},
     {"ata", false, DeviceKind::disk, {.disks = true}},
 });
 constexpr const DriverInfo* driver_named(std::string_view name, std::span<const DriverInfo> drivers = known_drivers) {
@@ -143,7 +146,7 @@ class Table {
 inline constexpr auto builtin_rules = std::to_array<Rule>({
     {hv::VmGuest::xen, driver_named("ata"), driver_named("xen_blk"), 100, Twin::leave},
     {hv::VmGuest::hyperv, driver_named("ata"), driver_named("storvsc"), 100, Twin::leave},
-    {std::nullopt, driver_named("ata"), driver_named("virtio_blk"), 50, Twin::leave},
+    {std::nullopt, driver_named("ata"), driver_named("virtio_blk"), 50, Twin::keep},
 });
 
 constexpr Table::Table() : Table(known_drivers, builtin_rules) {}
