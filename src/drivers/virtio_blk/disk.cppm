@@ -46,7 +46,7 @@ class Transport : public io::TransportDefaults {
     using Disk = virtio_blk::Disk<Ring>;
     static constexpr std::string_view driver = "virtio_blk";
     static constexpr u32 max_commands = 128;
-    static constexpr u32 kept_commands = 1; // for the serial number
+    static constexpr u32 reserved_commands = 1; // for the serial number
     /// Data elements of one request.
     static constexpr u32 max_segments = 16;
     struct Wire {

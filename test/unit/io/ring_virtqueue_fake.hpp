@@ -7,6 +7,8 @@
 #pragma once
 import host.std;
 
+#include "zeroed.hpp"
+
 namespace virtqueue_fake {
 using fl::i64;
 using fl::u16;
@@ -16,13 +18,13 @@ using fl::u8;
 
 /// Guest memory as the device sees it: one range starting at `bus`. An access outside it is a driver error.
 struct Guest {
-    std::vector<u64> words;
+    Zeroed memory;
     u64 bus = 0x1'0000'0000;
     std::string fault; // the first rule that the driver violated
 
-    explicit Guest(std::size_t bytes) : words((bytes + 7) / 8) {}
-    std::byte* data() { return reinterpret_cast<std::byte*>(words.data()); }
-    std::size_t size() const { return words.size() * 8; }
+    explicit Guest(std::size_t bytes) : memory((bytes + 7) / 8 * 8) {}
+    std::byte* data() { return memory.data(); }
+    std::size_t size() const { return memory.size(); }
     void violation(const std::string& rule) {
         if (fault.empty()) {
             fault = rule;
