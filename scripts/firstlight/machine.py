@@ -79,7 +79,7 @@ MACHINES = {
 }  # fmt: skip
 CPUS = {"pc": 255, "q35": 4096, "microvm": 288, "microvm-acpi": 288}  # maximum; q35's depends on the version of QEMU, which then refuses with its own message
 # A disk on the VMBus is a SCSI disk, or the accelerator of the IDE disk in the same place; both are called sd….
-BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "sd"}
+BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "sd", "virtio": "vd"}
 TEST_HOST = "firstlight-testhost"
 IDE_PLACES = 4
 SCSI_UNITS = 64  # per controller, as in Hyper-V
@@ -151,7 +151,7 @@ class DiskSpec:
                 raise Problem(f"Disk {text!r}: {option} is for a disk of a size; this one has the content of its file.", Exit.USAGE)
             if [each.partition("=")[0] for each in options].count(name) > 1:
                 raise Problem(f"Disk {text!r}: {name} was given twice.", Exit.USAGE)
-            if name == "content" and (value in ("zero", "sparse", "pattern") or (value == "null" and bus == "ide" and disk.size)):
+            if name == "content" and (value in ("zero", "sparse", "pattern") or (value == "null" and bus in ("ide", "virtio") and disk.size)):
                 disk.content = value
             elif name == "image" and re.fullmatch(r"[a-z0-9]+", value):
                 disk.image = value
@@ -170,7 +170,7 @@ class DiskSpec:
             else:
                 raise Problem(
                     f"Disk {text!r}: {option!r} is not one of content=zero|sparse|pattern, image=NAME, "
-                    "sector=512|4096, iops=N, readonly, for an IDE disk of a size content=null, for a SCSI disk controller=0..3, "
+                    "sector=512|4096, iops=N, readonly, for an IDE or virtio disk of a size content=null, for a SCSI disk controller=0..3, "
                     f"and for a disk on the Xen ring backend={'|'.join(xenguest.BACKENDS)}, backing={'|'.join(xenguest.BACKINGS)}.",
                     Exit.USAGE,
                 )
@@ -239,6 +239,8 @@ class Machine:
                 raise Problem(f"backend= and backing= belong to the platform xen-pvh, not to {self.platform}.", Exit.USAGE)
             if disk.bus in ("scsi", "accel") and not kind.test_host:
                 raise Problem(f"A disk on the VMBus needs the platform hyperv, not {self.platform}.", Exit.USAGE)
+            if disk.bus == "virtio" and (kind.test_host or kind.domain):
+                raise Problem(f"A virtio disk needs a platform of QEMU's, not {self.platform}.", Exit.USAGE)
             if disk.content == "null" and kind.test_host:
                 raise Problem("content=null is QEMU's: the test host's disks are images.", Exit.USAGE)
             if disk.iops and disk.bus == "ide" and kind.test_host:
@@ -382,6 +384,9 @@ class Machine:
             geometry = f",logical_block_size={disk.sector},physical_block_size={disk.sector}" if disk.sector != 512 else ""
             if disk.bus == "xen":
                 words += ["-drive", ",".join(["if=none", *options]), "-device", f"xen-disk,drive={name},vdev={name}{geometry}"]
+            elif disk.bus == "virtio":
+                device = "virtio-blk-device" if self.machine.startswith("microvm") else "virtio-blk-pci"
+                words += ["-drive", ",".join(["if=none", *options]), "-device", f"{device},drive={name},serial={name}{geometry}"]
             elif self.machine == "q35":
                 words += ["-drive", ",".join(["if=none", *options])]
                 words += ["-device", f"ide-hd,drive={name},bus=ide.{unit // 2},unit={unit % 2}{geometry}"]
