@@ -7,7 +7,7 @@ set(freestanding
   "SHELL:-isystem \"${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/libc\""
   -mno-red-zone -fno-stack-protector -fno-threadsafe-statics -fno-asynchronous-unwind-tables
   -ffunction-sections -fdata-sections -fno-pic -mno-sse -mno-mmx -fno-omit-frame-pointer)
-# Optimised for size, except for the I/O path (`hot` below): the image should stay below 560 KiB.
+# Optimised for size, except for the I/O path (`hot` below): the image should stay below the limit of scripts/firstlight/image.py.
 # Source paths and the compilation directory are relative to the root of the checkout, so that a debugger started there
 # finds the sources.
 set(kernel_flags -Oz --target=x86_64-unknown-none-elf ${freestanding} -mcmodel=kernel -fno-strict-aliasing -fdebug-compilation-dir=.)

@@ -1,5 +1,5 @@
-// A virtio device, independent of its bus [virtio-1.2 §2, §3.1]: reset, negotiation of features, queues, configuration
-// space. drivers.virtio.pci and drivers.virtio.mmio are the two buses.
+// A virtio device, independent of its bus [virtio-1.2 §2, §3.1]: reset, negotiation of features, queues,
+// configuration space. drivers.virtio.pci and drivers.virtio.mmio are the two buses.
 //
 //     CO_CHECK(co_await device.start(executor, timeout));      // reset, ACKNOWLEDGE, DRIVER
 //     CO_CHECK(device.negotiate(wanted, withheld));            // FEATURES_OK

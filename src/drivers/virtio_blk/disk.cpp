@@ -43,8 +43,8 @@ u32 Transport<Ring>::elements_of(const Command& command) const {
     return 2 + (command.bytes + limits_.segment_bytes - 1) / limits_.segment_bytes;
 }
 
-// A request is a chain of descriptors, or one descriptor of an indirect table. A chain costs the device less, as long as
-// there are enough descriptors for all commands that may still come.
+// A request is a chain of descriptors, or one descriptor of an indirect table. A chain costs the device less, as long
+// as there are enough descriptors for all commands that may still come.
 template <class Ring>
 io::Fit Transport<Ring>::prepare(Command& command) {
     if (command.op == io::Op::discard) [[unlikely]] {

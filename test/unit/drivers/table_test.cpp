@@ -46,7 +46,8 @@ TEST(Table, BuiltIn) {
     EXPECT_EQ(hyperv.pair("ata", "xen_blk"), nullptr);
     const auto kvm = table.plan(VmGuest::kvm, std::nullopt);
     EXPECT_EQ(kvm.pair("ata", "xen_blk"), nullptr);
-    EXPECT_EQ(kvm.driver_count, drivers::known_drivers.size()) << "every driver is tried everywhere: it finds its device or does not";
+    EXPECT_EQ(kvm.driver_count, drivers::known_drivers.size())
+        << "every driver is tried everywhere: it finds its device or does not";
 }
 
 TEST(Table, TheMapFileTurnsThePreferenceRound) {
