@@ -34,6 +34,8 @@ constexpr auto features = std::to_array<FeatureName>({
     {"-in-order", drivers::Feature::in_order},
     {"-discard", drivers::Feature::discard},
     {"-msi", drivers::Feature::messages},
+    {"-multi-queue", drivers::Feature::multi_queue},
+    {"-shadow-doorbells", drivers::Feature::shadow_doorbells},
 });
 constexpr auto feature_names = [] {
     std::array<std::string_view, features.size()> names{};

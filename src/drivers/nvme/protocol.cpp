@@ -1,0 +1,90 @@
+module drivers.nvme.protocol;
+import core.std;
+import core.result;
+import core.text;
+
+namespace fl::drivers::nvme {
+
+namespace {
+
+template <class T>
+T load(std::span<const u8, identify_bytes> data, usize at) {
+    T value;
+    std::memcpy(&value, data.data() + at, sizeof value);
+    return value;
+}
+
+// Space-padded ASCII; what is not printable becomes '?'.
+template <usize N>
+void text_of(FixedText<N>& into, std::span<const u8> bytes) {
+    usize end = bytes.size();
+    while (end != 0 && (bytes[end - 1] == ' ' || bytes[end - 1] == 0)) {
+        --end;
+    }
+    for (usize i = 0; i < end; ++i) {
+        const char c = bytes[i] >= ' ' && bytes[i] < 0x7f ? static_cast<char>(bytes[i]) : '?';
+        into.write(std::string_view(&c, 1));
+    }
+}
+
+constexpr bool holds(u8 sizes, u8 wanted) { return (sizes & 0xf) <= wanted && wanted <= (sizes >> 4); }
+
+} // namespace
+
+ControllerInfo parse_controller(std::span<const u8, identify_bytes> data) {
+    ControllerInfo info;
+    text_of(info.serial, data.subspan(4, 20));
+    text_of(info.model, data.subspan(24, 40));
+    text_of(info.firmware, data.subspan(64, 8));
+    info.mdts = data[77];
+    info.doorbell_buffers = (load<u16>(data, 256) & 1 << 8) != 0;
+    info.queue_entries = holds(data[512], 6) && holds(data[513], 4);
+    info.namespaces = load<u32>(data, 516);
+    info.dataset_management = (load<u16>(data, 520) & 1 << 2) != 0;
+    info.write_cache = (data[525] & 1) != 0;
+    return info;
+}
+
+Result<NamespaceInfo> parse_namespace(std::span<const u8, identify_bytes> data) {
+    NamespaceInfo info;
+    info.blocks = load<u64>(data, 0);
+    if (info.blocks == 0) {
+        return info;
+    }
+    const u8 format = data[26] & 0xf;
+    if (format > data[25]) {
+        return Error{Code::protocol, "the namespace has an LBA format (FLBAS) that it does not list (NLBAF)", data[25],
+                     format};
+    }
+    const u32 lbaf = load<u32>(data, 128 + 4u * format);
+    if ((lbaf & 0xffff) != 0) {
+        return Error{Code::not_supported, "the namespace has metadata (bytes per block): format it without", 0,
+                     lbaf & 0xffff};
+    }
+    if ((data[29] & 7) != 0) {
+        return Error{Code::not_supported, "the namespace has protection information (type): format it without", 0,
+                     data[29] & 7u};
+    }
+    const u32 shift = lbaf >> 16 & 0xff;
+    if (shift != 9 && shift != 12) {
+        return Error{Code::not_supported, "the namespace has blocks of neither 512 nor 4096 bytes (log2 of the size)",
+                     9, shift};
+    }
+    info.block_size = 1u << shift;
+    if (info.blocks > (~u64{0} >> shift)) {
+        return Error{Code::protocol, "the namespace has more blocks than 2^64 bytes hold", ~u64{0} >> shift,
+                     info.blocks};
+    }
+    info.write_protected = (data[99] & 1) != 0;
+    return info;
+}
+
+Result<u32> next_namespace(std::span<const u8, identify_bytes> list, u32 index, u32 after) {
+    const u32 id = load<u32>(list, 4u * index);
+    if (id != 0 && id <= after) {
+        return Error{Code::protocol, "the list of active namespaces does not ascend", u64{after} + 1, id};
+    }
+    return id;
+}
+
+} // namespace fl::drivers::nvme

@@ -1,0 +1,345 @@
+// An NVMe controller in memory, written from [nvme-1.4]: registers, admin commands, I/O queues, PRPs, shadow doorbells.
+// It reads queues only up to the tail that it was given, and reports every rule that the driver breaks. Bus addresses are
+// pointers. Include after the imports.
+#pragma once
+#include "gtest_macros.hpp"
+import test.gtest;
+import host.std;
+
+namespace nvme_fake {
+using namespace fl;
+using Entry = std::array<u32, 16>; // a command, as dwords
+
+inline u64 wide(const Entry& e, usize at) { return e[at] | u64{e[at + 1]} << 32; }
+template <class T>
+T load(u64 at) {
+    T value;
+    std::memcpy(&value, reinterpret_cast<const void*>(at), sizeof value);
+    return value;
+}
+template <class T>
+void store(u64 at, T value) {
+    std::memcpy(reinterpret_cast<void*>(at), &value, sizeof value);
+}
+
+struct Options {
+    u64 cap = 0x0000'0020'0f01'03ff; // MPSMAX 0, CSS NVM, stride 4, TO 7.5 s, CQR, 1024 entries
+    u32 namespaces = 1;
+    u32 lba_shift = 9;
+    u64 blocks = 8192;
+    u8 mdts = 0;
+    bool write_cache = true;
+    bool dataset = true;
+    bool doorbell_buffers = false;
+    u32 queues = 8; // granted
+    bool never_ready = false;
+    bool fatal = false;
+    bool absent = false; // registers read as all ones
+    u16 metadata = 0;
+    u8 protection = 0;
+    std::vector<u32> list; // active namespaces; empty: 1 to `namespaces`
+};
+
+class Controller final : public MmioModel {
+  public:
+    struct Held {
+        u16 queue = 0;
+        Entry entry{};
+        u32 dw(usize n) const { return entry[n]; }
+        u8 opcode() const { return static_cast<u8>(entry[0]); }
+        u16 cid() const { return static_cast<u16>(entry[0] >> 16); }
+    };
+    struct Pair {
+        u64 sq = 0, cq = 0;
+        u32 size = 0;
+        u32 head = 0, tail = 0; // of the submission queue
+        u32 cq_tail = 0, cq_head = 0;
+        u16 phase = 1;
+        u16 vector = 0;
+        bool there = false;
+    };
+
+    explicit Controller(Options o = {}) : options(o), medium(o.blocks << o.lba_shift) {}
+    Options options;
+    std::vector<std::byte> medium;
+    std::array<Pair, 16> pairs{};
+    std::vector<Held> held; // commands of the I/O queues, in order of arrival
+    std::vector<Entry> admin;
+    std::vector<u16> events; // ids of asynchronous event requests
+    bool hold = false;       // I/O commands are kept until answer()
+    bool hostile = false;    // a test makes it break the rules
+    bool mute = false;       // admin commands are not answered
+    std::function<void(u16 vector)> interrupt;
+    u64 shadow = 0, event_index = 0;
+    u32 cc = 0, mask = 0, aqa = 0;
+    u64 asq = 0, acq = 0;
+    u64 doorbell_writes = 0;
+    u64 reads = 0;
+    std::optional<u16> last_cid; // of a command that was completed
+
+    u32 stride() const { return 4u << (options.cap >> 32 & 0xf); }
+    bool ready() const { return (cc & 1) != 0 && !options.never_ready; }
+
+    u64 read(u64 at, u32 width) override {
+        ++reads;
+        if (options.absent) {
+            return ~u64{0};
+        }
+        switch (at) {
+        case 0x00: EXPECT_EQ(width, 8u); return options.cap;
+        case 0x08: return 0x10400;
+        case 0x14: return cc;
+        case 0x1c: return (ready() ? 1u : 0u) | (options.fatal ? 2u : 0u);
+        default: ADD_FAILURE() << "a read of register " << at; return 0;
+        }
+    }
+    void write(u64 at, u32 width, u64 value) override {
+        EXPECT_EQ(width, at == 0x28 || at == 0x30 ? 8u : 4u);
+        switch (at) {
+        case 0x0c: mask |= static_cast<u32>(value); return;
+        case 0x10: mask &= ~static_cast<u32>(value); return;
+        case 0x14: configure(static_cast<u32>(value)); return;
+        case 0x24:
+            EXPECT_EQ(cc & 1, 0u);
+            aqa = static_cast<u32>(value);
+            return;
+        case 0x28:
+            EXPECT_EQ(cc & 1, 0u);
+            EXPECT_EQ(value % 4096, 0u);
+            asq = value;
+            return;
+        case 0x30:
+            EXPECT_EQ(cc & 1, 0u);
+            EXPECT_EQ(value % 4096, 0u);
+            acq = value;
+            return;
+        default: break;
+        }
+        if (at < 0x1000 || (at - 0x1000) % stride() != 0) {
+            ADD_FAILURE() << "a write to register " << at;
+            return;
+        }
+        ++doorbell_writes;
+        doorbell(static_cast<u32>((at - 0x1000) / stride()), static_cast<u32>(value));
+    }
+    /// With shadow doorbells: looks at them, as a controller that polls.
+    void look() {
+        for (u32 q = 1; q < pairs.size() && shadow != 0; ++q) {
+            if (pairs[q].there) {
+                doorbell(2 * q, load<u32>(shadow + 2 * q * stride()));
+                doorbell(2 * q + 1, load<u32>(shadow + (2 * q + 1) * stride()));
+            }
+        }
+    }
+    /// Completes held[index]: transfers its data if the status is 0.
+    void answer(usize index, u16 status = 0) {
+        const Held h = held[index];
+        held.erase(held.begin() + static_cast<std::ptrdiff_t>(index));
+        if (status == 0) {
+            execute(h);
+        }
+        last_cid = h.cid();
+        complete(h.queue, h.cid(), status);
+    }
+    /// Posts a completion as given.
+    void complete(u16 queue, u16 cid, u16 status, u32 dw0 = 0) {
+        post(queue, {dw0, 0, pairs[queue].head | u32{queue} << 16, cid | u32{status} << 17});
+    }
+    void post(u16 queue, std::array<u32, 4> dwords) {
+        Pair& p = pairs[queue];
+        EXPECT_TRUE(hostile || (p.cq_tail + 1) % p.size != p.cq_head) << "the completion queue is full";
+        const u64 at = p.cq + u64{p.cq_tail} * 16;
+        store(at, dwords[0]);
+        store(at + 4, dwords[1]);
+        store(at + 8, dwords[2]);
+        store(at + 12, (dwords[3] & ~0x10000u) | u32{p.phase} << 16);
+        p.cq_tail = (p.cq_tail + 1) % p.size;
+        p.phase ^= p.cq_tail == 0 ? 1 : 0;
+        if (interrupt) {
+            interrupt(p.vector);
+        }
+    }
+    void report_event(u32 dw0) {
+        ASSERT_FALSE(events.empty());
+        const u16 cid = events.front();
+        events.erase(events.begin());
+        complete(0, cid, 0, dw0);
+    }
+    /// The ranges of a command's data, from its PRPs [nvme-1.4 §4.3].
+    static std::vector<std::pair<u64, u32>> ranges(const Entry& e, u32 bytes) {
+        std::vector<std::pair<u64, u32>> all;
+        const u64 first = wide(e, 6);
+        EXPECT_EQ(first % 4, 0u);
+        const u32 in_first = std::min<u32>(bytes, static_cast<u32>(4096 - first % 4096));
+        all.emplace_back(first, in_first);
+        bytes -= in_first;
+        u64 list = wide(e, 8);
+        if (bytes == 0) {
+            EXPECT_EQ(list, 0u) << "PRP2 of a command that does not need it";
+        } else if (bytes <= 4096) {
+            EXPECT_EQ(list % 4096, 0u);
+            all.emplace_back(list, bytes);
+        } else {
+            EXPECT_EQ(list % 8, 0u);
+            EXPECT_EQ(list / 4096, (list + (bytes - 1) / 4096 * 8) / 4096) << "the list crosses a page";
+            for (; bytes != 0; list += 8) {
+                const u32 n = std::min(bytes, 4096u);
+                EXPECT_EQ(load<u64>(list) % 4096, 0u);
+                all.emplace_back(load<u64>(list), n);
+                bytes -= n;
+            }
+        }
+        return all;
+    }
+    u32 bytes_of(const Entry& e) const { return ((e[12] & 0xffff) + 1) << options.lba_shift; }
+
+  private:
+    void configure(u32 value) {
+        const bool on = (value & 1) != 0;
+        if (on && (cc & 1) == 0) {
+            EXPECT_EQ(value, 0x0046'0001u) << "16-byte completions, 64-byte commands, pages of 4096, NVM";
+            pairs = {};
+            pairs[0] = {.sq = asq, .cq = acq, .size = (aqa & 0xfff) + 1, .there = true};
+            EXPECT_EQ(aqa & 0xfff, aqa >> 16);
+            for (u32 i = 0; i < pairs[0].size * 16; i += 8) {
+                EXPECT_EQ(load<u64>(acq + i), 0u) << "a completion queue that is not zeroed";
+            }
+        }
+        if (!on) {
+            held.clear();
+            events.clear();
+            pairs = {};
+            shadow = 0;
+        }
+        cc = value;
+    }
+    void doorbell(u32 index, u32 value) {
+        Pair& p = pairs[index / 2];
+        if (!p.there || value >= p.size) {
+            ADD_FAILURE() << "doorbell " << index << " with " << value;
+            return;
+        }
+        if (index % 2 == 1) {
+            EXPECT_LE((value + p.size - p.cq_head) % p.size, (p.cq_tail + p.size - p.cq_head) % p.size)
+                << "a head beyond the tail";
+            p.cq_head = value;
+            return;
+        }
+        p.tail = value;
+        while (p.there && p.head != p.tail) {
+            const Held h{static_cast<u16>(index / 2), load<Entry>(p.sq + u64{p.head} * 64)};
+            p.head = (p.head + 1) % p.size;
+            EXPECT_EQ(h.entry[0] & 0xff00, 0u) << "fused or SGL";
+            for (const Held& other : held) {
+                EXPECT_FALSE(other.queue == h.queue && other.cid() == h.cid()) << "an id that is in use";
+            }
+            if (h.queue == 0) {
+                on_admin(h);
+            } else {
+                held.push_back(h);
+                if (!hold) {
+                    answer(held.size() - 1);
+                }
+            }
+        }
+        if (shadow != 0 && index >= 2) {
+            store(event_index + index * stride(), p.tail);
+        }
+    }
+    void execute(const Held& h) {
+        const u64 lba = wide(h.entry, 10);
+        if (h.opcode() == 0) {
+            EXPECT_TRUE(options.write_cache);
+            return;
+        }
+        if (h.opcode() == 9) {
+            EXPECT_EQ(h.dw(10), 0u);
+            EXPECT_EQ(h.dw(11), 4u);
+            const u64 range = wide(h.entry, 6);
+            EXPECT_LE(load<u64>(range + 8) + load<u32>(range + 4), options.blocks);
+            return;
+        }
+        ASSERT_TRUE(h.opcode() == 1 || h.opcode() == 2);
+        const u32 bytes = bytes_of(h.entry);
+        EXPECT_LE(lba + (bytes >> options.lba_shift), options.blocks);
+        EXPECT_TRUE(options.mdts == 0 || bytes <= 4096u << options.mdts) << "MDTS";
+        std::byte* at = medium.data() + (lba << options.lba_shift);
+        for (const auto& [bus, n] : ranges(h.entry, bytes)) {
+            auto* data = reinterpret_cast<std::byte*>(bus);
+            h.opcode() == 1 ? std::memcpy(at, data, n) : std::memcpy(data, at, n);
+            at += n;
+        }
+    }
+    void on_admin(const Held& h) {
+        admin.push_back(h.entry);
+        const u64 data = wide(h.entry, 6);
+        const u16 cid = h.cid();
+        if (h.opcode() == 0x0c) {
+            events.push_back(cid);
+            return;
+        }
+        if (mute) {
+            return;
+        }
+        u16 status = 0;
+        u32 result = 0;
+        const u16 id = static_cast<u16>(h.dw(10));
+        switch (h.opcode()) {
+        case 0x05:
+        case 0x01: {
+            EXPECT_TRUE(id != 0 && id < pairs.size());
+            EXPECT_EQ(h.dw(11) & 1, 1u) << "contiguous";
+            EXPECT_LE(h.dw(10) >> 16, options.cap & 0xffff) << "MQES";
+            EXPECT_EQ(data % 4096, 0u);
+            Pair& p = pairs[id];
+            if (h.opcode() == 0x05) {
+                p = {.cq = data, .size = (h.dw(10) >> 16) + 1, .vector = static_cast<u16>(h.dw(11) >> 16)};
+            } else {
+                EXPECT_EQ(h.dw(11) >> 16, id);
+                EXPECT_NE(p.cq, 0u) << "the completion queue comes first";
+                p.sq = data;
+                p.there = true;
+            }
+            break;
+        }
+        case 0x02: break;
+        case 0x06: identify(h.dw(10) & 0xff, h.dw(1), data); break;
+        case 0x09: result = id == 7 ? (options.queues - 1) << 16 | (options.queues - 1) : 0; break;
+        case 0x7c:
+            EXPECT_TRUE(options.doorbell_buffers);
+            shadow = data;
+            event_index = wide(h.entry, 8);
+            break;
+        default: status = 1;
+        }
+        complete(0, cid, status, result);
+    }
+    void identify(u32 cns, u32 nsid, u64 data) {
+        std::vector<u32> list = options.list;
+        for (u32 i = 1; i <= options.namespaces && options.list.empty(); ++i) {
+            list.push_back(i);
+        }
+        if (cns == 2) {
+            for (usize i = 0; i < list.size(); ++i) {
+                store<u32>(data + 4 * i, list[i]);
+            }
+        } else if (cns == 1) {
+            std::memcpy(reinterpret_cast<void*>(data + 4), "SERIAL              ", 20);
+            std::memcpy(reinterpret_cast<void*>(data + 24), "FAKE NVME                               ", 40);
+            std::memcpy(reinterpret_cast<void*>(data + 64), "1.0     ", 8);
+            store<u8>(data + 77, options.mdts);
+            store<u16>(data + 256, options.doorbell_buffers ? 0x100 : 0);
+            store<u8>(data + 512, 0x66);
+            store<u8>(data + 513, 0x44);
+            store<u32>(data + 516, options.namespaces);
+            store<u16>(data + 520, options.dataset ? 4 : 0);
+            store<u8>(data + 525, options.write_cache ? 1 : 0);
+        } else if (std::ranges::find(list, nsid) != list.end()) {
+            store<u64>(data, options.blocks);
+            store<u8>(data + 29, options.protection);
+            store<u32>(data + 128, options.lba_shift << 16 | options.metadata);
+        }
+    }
+};
+
+} // namespace nvme_fake
