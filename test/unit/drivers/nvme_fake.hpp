@@ -1,6 +1,6 @@
-// An NVMe controller in memory, written from [nvme-1.4]: registers, admin commands, I/O queues, PRPs, shadow doorbells.
-// It reads queues only up to the tail that it was given, and reports every rule that the driver breaks. Bus addresses are
-// pointers. Include after the imports.
+// An NVMe controller in memory, written from [nvme-1.4]: registers, admin commands, I/O queues, PRPs, shadow
+// doorbells. It reads queues only up to the tail that it was given, and reports every rule that the driver breaks. Bus
+// addresses are pointers. Include after the imports.
 #pragma once
 #include "gtest_macros.hpp"
 import test.gtest;

@@ -1,5 +1,5 @@
-// The NVMe driver against a controller in memory: set-up, namespaces, limits, withheld features, hostile values, events,
-// and the layouts of commands, as bytes typed from [nvme-1.4].
+// The NVMe driver against a controller in memory: set-up, namespaces, limits, withheld features, hostile values,
+// events, and the layouts of commands, as bytes typed from [nvme-1.4].
 #include "gtest_macros.hpp"
 
 import test.gtest;
