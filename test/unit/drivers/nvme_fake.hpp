@@ -1,8 +1,10 @@
-// An NVMe controller in memory, written from [nvme-1.4]: registers, admin commands, I/O queues, PRPs, shadow
-// doorbells. It reads queues only up to the tail that it was given, and reports every rule that the driver breaks. Bus
-// addresses are pointers. Include after the imports.
+// An NVMe controller in memory, written from [nvme-1.4]: registers, admin commands, I/O queues, PRPs, shadow doorbells.
+// It reads queues only up to the tail that it was given, and reports every rule that the driver breaks. Bus addresses
+// are pointers. Include after the imports.
 #pragma once
 #include "gtest_macros.hpp"
+
+#include "zeroed.hpp"
 import test.gtest;
 import host.std;
 
@@ -61,12 +63,13 @@ class Controller final : public MmioModel {
 
     explicit Controller(Options o = {}) : options(o), medium(o.blocks << o.lba_shift) {}
     Options options;
-    std::vector<std::byte> medium;
+    Zeroed medium;
     std::array<Pair, 16> pairs{};
     std::vector<Held> held; // commands of the I/O queues, in order of arrival
     std::vector<Entry> admin;
     std::vector<u16> events; // ids of asynchronous event requests
     bool hold = false;       // I/O commands are kept until answer()
+    bool polls = true;       // looks at shadow doorbells without a write to a register
     bool hostile = false;    // a test makes it break the rules
     bool mute = false;       // admin commands are not answered
     std::function<void(u16 vector)> interrupt;
@@ -124,7 +127,7 @@ class Controller final : public MmioModel {
     }
     /// With shadow doorbells: looks at them, as a controller that polls.
     void look() {
-        for (u32 q = 1; q < pairs.size() && shadow != 0; ++q) {
+        for (u32 q = 1; q < pairs.size() && shadow != 0 && polls; ++q) {
             if (pairs[q].there) {
                 doorbell(2 * q, load<u32>(shadow + 2 * q * stride()));
                 doorbell(2 * q + 1, load<u32>(shadow + (2 * q + 1) * stride()));

@@ -185,6 +185,8 @@ TEST(Nvme, FeaturesWithheld) {
     EXPECT_EQ(plain.device.shadow, 0u);
     Machine& shadow = attached(all);
     exchange_data(shadow, 65536);
+    shadow.device.polls = false; // its event index asks for the register
+    exchange_data(shadow, 65536);
 }
 
 TEST(Nvme, Limits) {
@@ -321,7 +323,20 @@ TEST(Nvme, StatusesAndFailures) {
     EXPECT_EQ(status(0x080), io::Status::out_of_range);
     EXPECT_EQ(status(0x281), io::Status::io_error);
     EXPECT_EQ(status(0x4006), io::Status::io_error); // DNR
-    EXPECT_EQ(status(0x006), io::Status::not_written) << "without DNR it is sent again";
+    // Data Transfer Error without DNR: sent again, and completed.
+    Machine& m = attached();
+    m.device.hold = true;
+    auto data = *m.dma.buffer(4096);
+    io::Request read(*m.sink.disks[0], io::Op::read, 0, data.span());
+    m.sink.disks[0]->submit(read);
+    m.executor.turn();
+    m.device.answer(0, 0x006);
+    m.device.hold = false;
+    for (int i = 0; i < 20 && read.pending(); ++i) {
+        m.deliver();
+        m.executor.turn();
+    }
+    EXPECT_EQ(read.status, io::Status::ok);
 }
 
 TEST(Nvme, FatalStatusRemovalAndSilence) {
@@ -340,6 +355,12 @@ TEST(Nvme, FatalStatusRemovalAndSilence) {
         }
         EXPECT_EQ(read.status, kind == 2 ? io::Status::timed_out : io::Status::device_gone) << kind;
         EXPECT_EQ(m.sink.disks[0]->removed(), kind == 1);
+        for (int i = 0; i < 100; ++i) {
+            m.deliver();
+            m.executor.turn();
+        }
+        EXPECT_EQ(m.device.cc & 1, kind == 1 ? 1u : 0u) << "disabled, unless it is gone";
+        EXPECT_EQ(quarantine_state().spans, 0u) << "a controller that is disabled or gone accesses no memory";
     }
 }
 
