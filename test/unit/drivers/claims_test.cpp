@@ -51,7 +51,7 @@ TEST(Claims, WhatFailsToAttachIsLeftToTheOther) {
 
 TEST(Claims, TheFirstClaimWins) {
     const Plan p = plan("rank,xen,ata,xen_blk,-1");
-    EXPECT_EQ(p.drivers()[1], "ata");
+    EXPECT_LT(std::ranges::find(p.drivers(), "ata"), std::ranges::find(p.drivers(), "xen_blk"));
     Claims claims(p);
     EXPECT_TRUE(claims.attached("ata", disk_id(0)));
     EXPECT_FALSE(claims.offered("xen_blk", disk_id(0)));

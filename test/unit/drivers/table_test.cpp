@@ -104,7 +104,7 @@ TEST(Table, MalformedLinesAreReportedByNumberAndTheRestCounts) {
         complaints(table),
         "1: expected what to do (add, remove, rank), seen 'adn': did you mean 'add'?\n"
         "2: expected a hypervisor's name or *, seen 'xne': did you mean 'xen'?\n"
-        "3: expected a native driver (ata, nvme, ahci), seen 'xen_blk'\n"
+        "3: expected a native driver (ata, nvme), seen 'xen_blk'\n"
         "4: expected a rank from -1000000 to 1000000, seen 'ten'\n"
         "5: expected a synthetic driver (xen_blk, storvsc, virtio_blk), seen the end of the line\n"
         "6: expected what becomes of the emulated twin (leave, unplug, keep), seen 'keeep': did you mean 'keep'?\n"
