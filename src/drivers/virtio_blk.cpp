@@ -67,6 +67,9 @@ class Controller {
     io::Task<Result<void>> watch();
     void check_capacity();
 
+    template <class R>
+    friend io::Task<Result<void>> attach_controller(Environment& environment, virtio::Device& device, u64 features);
+
     static void on_queue(void* self);  // vector 0, or the line
     static void on_config(void* self); // vector 1
 
@@ -87,7 +90,11 @@ class Controller {
     io::Signal changes_; // the configuration has changed, or the queue has closed
     std::atomic<bool> config_changed_{false};
     io::TaskGroup tasks_;
+    Controller* next_ = nullptr; // list of controllers in use
 };
+
+template <class Ring>
+constinit Controller<Ring>* controllers = nullptr; // live until the machine ends
 
 // ---- setting up ----
 
@@ -327,8 +334,10 @@ io::Task<Result<void>> attach_controller(Environment& environment, virtio::Devic
     }
     auto attached = co_await controller->attach();
     if (!attached && co_await controller->detach()) {
-        delete controller; // else the device may still access its memory
+        delete controller;
+        co_return attached;
     }
+    controller->next_ = std::exchange(controllers<Ring>, controller); // also if the device may still access its memory
     co_return attached;
 }
 
