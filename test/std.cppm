@@ -11,6 +11,7 @@ module;
 #include <fstream>
 #include <functional>
 #include <iterator>
+#include <malloc.h>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -122,3 +123,6 @@ using std::__1::operator-;
 using std::__1::operator==;
 using std::__1::operator<=>;
 } // namespace std::inline __1
+
+export using ::mallopt;
+export inline constexpr int mmap_threshold = M_MMAP_THRESHOLD; // a parameter of mallopt()

@@ -18,6 +18,8 @@ class Zeroed {
     std::byte& operator[](std::size_t at) const { return data()[at]; }
 
   private:
+    // calloc() must map large blocks anew: it clears what it takes from its heap, and free() would raise the limit.
+    static inline const int large_blocks_are_mapped = mallopt(mmap_threshold, 6 * 1024 * 1024);
     static constexpr std::uintptr_t page = 4096;
     std::unique_ptr<void, decltype(&std::free)> whole_;
     std::size_t bytes_;

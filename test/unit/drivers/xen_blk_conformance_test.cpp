@@ -150,10 +150,10 @@ class XenBlkRig final : public Rig {
     bool reachable(DmaSpan span) override {
         for (const std::byte* frame : m_.xen.grant_frames) {
             for (u32 i = 0; frame != nullptr && i < 512; ++i) {
-                std::array<u32, 2> entry; // flags and domain, frame
-                std::memcpy(entry.data(), frame + i * 8, sizeof entry);
-                const u64 page = u64{entry[1]} * 4096;
-                if ((entry[0] & 3) == 1 && page < span.bus + span.size && span.bus < page + 4096) {
+                u64 entry; // flags, domain, frame
+                std::memcpy(&entry, frame + i * 8, sizeof entry);
+                const u64 page = (entry >> 32) * 4096;
+                if ((entry & 3) == 1 && page < span.bus + span.size && span.bus < page + 4096) {
                     return true;
                 }
             }

@@ -149,7 +149,7 @@ struct Make {
     std::string name;
     Facts facts;
     std::function<std::unique_ptr<Rig>()> make;
-    friend void PrintTo(const Make& of, std::ostream* out) { *out << of.name; }
+    friend void PrintTo(const Make* of, std::ostream* out) { *out << of->name; }
 };
 
 /// Registers a driver's rigs: they take part in every case that they can express. Their names get the driver's as a

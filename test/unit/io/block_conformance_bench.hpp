@@ -2,6 +2,7 @@
 // after unit/io/support.hpp and unit/io/block_conformance.hpp.
 #pragma once
 #include "gtest_macros.hpp"
+#include "zeroed.hpp"
 import test.gtest;
 import host.std;
 
@@ -216,7 +217,7 @@ class Bench {
             if (item->ended == 0 || item->status != Status::ok || !facts().medium || item->op == Op::flush) {
                 continue;
             }
-            std::vector<std::byte> medium(item->span.size);
+            const Zeroed medium(item->span.size); // a vector of bytes takes most of a test's time without optimization
             rig->read_medium(item->lba, static_cast<u32>(item->sectors()), medium.data());
             if (item->op == Op::discard) { // the fakes write zeros
                 EXPECT_TRUE(std::ranges::all_of(medium, [](std::byte b) { return b == std::byte{}; }))

@@ -6,10 +6,10 @@ import host.std;
 
 namespace fl::test::conformance {
 
-class BlockConformance : public testing::TestWithParam<Make> {
+class BlockConformance : public testing::TestWithParam<const Make*> {
   public:
     static bool fits(const Facts&) { return true; }
-    static const Facts& facts() { return GetParam().facts; }
+    static const Facts& facts() { return GetParam()->facts; }
 };
 class BlockConformanceHeld : public BlockConformance {
   public:

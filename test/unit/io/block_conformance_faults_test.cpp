@@ -39,7 +39,7 @@ bool is_in_flight(Bench& b, u32 lane, const io::Exchange& exchange) {
 
 TEST_P(BlockConformanceExchanges, RequestsLeaveRoomForThem) {
     for (u32 lane = 0; lane < facts().lanes; ++lane) {
-        Bench b(GetParam());
+        Bench b(*GetParam());
         for (u32 i = 0; i < facts().capacity + 5; ++i) {
             b.start(Op::read, i * 16, 4096, lane);
             if (facts().gathers) {
@@ -87,7 +87,7 @@ TEST_P(BlockConformanceExchanges, RequestsLeaveRoomForThem) {
 }
 
 TEST_P(BlockConformanceExchanges, AreAnsweredAmongRequests) {
-    at_every_point(GetParam(), [](Bench& b, Item& probe, Point) {
+    at_every_point(*GetParam(), [](Bench& b, Item& probe, Point) {
         const auto exchange = send(b, probe.lane);
         b.turn();
         ASSERT_EQ(b.rig->held_exchanges(probe.lane), 1u);
@@ -107,7 +107,7 @@ TEST_P(BlockConformanceExchanges, CanBeAbandoned) {
     for (const Point point : {Point::submitted, Point::with_device, Point::answered, Point::drained}) {
         for (const bool destroyed : {false, true}) {
             SCOPED_TRACE(point_names[to_underlying(point)]);
-            Bench b(GetParam());
+            Bench b(*GetParam());
             const u32 lane = facts().lanes - 1;
             Item& item = b.start(Op::read, 0, 4096, lane);
             auto exchange = send(b, lane);
@@ -144,7 +144,7 @@ TEST_P(BlockConformanceExchanges, CanBeAbandoned) {
 
 // A new exchange in the slot of an abandoned one is another one.
 TEST_P(BlockConformanceExchanges, TheAnswerToAnAbandonedOneEndsNoOther) {
-    Bench b(GetParam());
+    Bench b(*GetParam());
     const auto first = send(b, 0);
     b.turn();
     b.on(0, [&] { b.rig->queue(0)->abandon(*first); });
@@ -180,7 +180,7 @@ TEST_P(BlockConformanceExchanges, EndUnansweredWithTheQueue) {
     for (usize n = 0; n < ends.size(); ++n) {
         for (const Point point : {Point::submitted, Point::with_device, Point::answered}) {
             SCOPED_TRACE(std::to_string(n) + ", " + point_names[to_underlying(point)]);
-            Bench b(GetParam());
+            Bench b(*GetParam());
             const u32 lane = facts().lanes - 1;
             const auto exchange = send(b, lane);
             if (point != Point::submitted) {
@@ -207,7 +207,7 @@ TEST_P(BlockConformanceExchanges, EndUnansweredWithTheQueue) {
 
 // Abandoning a request may stop the device, and its exchanges with it.
 TEST_P(BlockConformanceExchanges, EndUnansweredWithADeviceThatIsStopped) {
-    Bench b(GetParam());
+    Bench b(*GetParam());
     Item& item = b.start(Op::write, 0, 4096);
     const auto exchange = send(b, 0);
     b.turn();
@@ -229,7 +229,7 @@ TEST_P(BlockConformanceExchanges, EndUnansweredWithADeviceThatIsStopped) {
 
 // Its sender has a bound. The queue does not recover a device because of it.
 TEST_P(BlockConformanceExchanges, SilenceIsTheirSendersToNotice) {
-    Bench b(GetParam());
+    Bench b(*GetParam());
     const auto exchange = send(b, 0);
     b.pass(3 * facts().timeout);
     EXPECT_TRUE(b.open()) << b.log.text.view();
@@ -251,7 +251,7 @@ TEST_P(BlockConformanceExchanges, SilenceIsTheirSendersToNotice) {
 TEST_P(BlockConformanceFaults, EveryRequestEndsOnceAndTheFaultIsNamed) {
     for (const Fault fault : facts().faults) {
         SCOPED_TRACE(fault_names[to_underlying(fault)]);
-        at_every_point(GetParam(), [&](Bench& b, Item& probe, Point point) {
+        at_every_point(*GetParam(), [&](Bench& b, Item& probe, Point point) {
             const Injected injected = b.rig->inject(probe.lane, fault);
             b.rig->event(probe.lane);
             Item& next = b.start(Op::write, 6000, 4096, probe.lane);
@@ -289,7 +289,7 @@ TEST_P(BlockConformanceFaults, EveryRequestEndsOnceAndTheFaultIsNamed) {
 
 TEST_P(BlockConformanceElsewhere, EverythingEndsWithThatStatus) {
     for (const Status status : {Status::device_gone, Status::protocol_error}) {
-        at_every_point(GetParam(), [&](Bench& b, Item& probe, Point point) {
+        at_every_point(*GetParam(), [&](Bench& b, Item& probe, Point point) {
             b.rig->close_elsewhere(status);
             b.turns(2);
             EXPECT_TRUE(b.closed());

@@ -39,7 +39,7 @@ void answer_one(Bench& b, u32 lane, const Item* except = nullptr) {
 // [io.oldest_wait].
 TEST_P(BlockConformanceLanes, ADeviceThatIsBusyWithAnotherLaneIsNotSilent) {
     for (u32 lane = 0; lane < facts().lanes; ++lane) {
-        Bench b(GetParam());
+        Bench b(*GetParam());
         const u32 busy = (lane + 1) % facts().lanes;
         u32 started = 0;
         for (; started < 3; ++started) {
@@ -66,7 +66,7 @@ TEST_P(BlockConformanceLanes, ADeviceThatIsBusyWithAnotherLaneIsNotSilent) {
 
 TEST_P(BlockConformanceLanes, ACommandThatIsLostIsFoundByTheAnswersOfAnotherLane) {
     for (u32 lane = 0; lane < facts().lanes; ++lane) {
-        Bench b(GetParam());
+        Bench b(*GetParam());
         const u32 busy = (lane + 1) % facts().lanes;
         b.start(Op::read, 0, 4096, busy);
         b.pass(50'000'000);
@@ -94,7 +94,7 @@ TEST_P(BlockConformanceLanes, ACommandThatIsLostIsFoundByTheAnswersOfAnotherLane
 TEST_P(BlockConformanceLanes, CloseOnOneEndsAllOnce) {
     for (const Status status : {Status::device_gone, Status::protocol_error}) {
         for (const u32 lane : {0u, facts().lanes - 1}) {
-            at_every_point(GetParam(), [&](Bench& b, Item& probe, Point point) {
+            at_every_point(*GetParam(), [&](Bench& b, Item& probe, Point point) {
                 for (u32 i = 0; i < b.facts().lanes; ++i) {
                     b.start(Op::write, 5000 + 100 * i, 4096, i);
                 }
@@ -123,7 +123,7 @@ TEST_P(BlockConformanceLanes, CloseOnOneEndsAllOnce) {
 // Its processor leaves: the others go on.
 TEST_P(BlockConformanceLanes, StopOnOneEndsItsOwnRequestsAlone) {
     for (u32 lane = 0; lane < facts().lanes; ++lane) {
-        Bench b(GetParam());
+        Bench b(*GetParam());
         for (u32 i = 0; i < facts().lanes; ++i) {
             b.start(Op::write, 5000 + 100 * i, 4096, i);
             b.start(Op::read, 1000 + 100 * i, 4096, i);
@@ -147,7 +147,7 @@ TEST_P(BlockConformanceLanes, StopOnOneEndsItsOwnRequestsAlone) {
 // What was under way on a lane that was stopped does not count any more: a lost command of another lane is found as
 // early as without it.
 TEST_P(BlockConformanceLanes, AStoppedLaneLeavesNothingBehind) {
-    Bench b(GetParam());
+    Bench b(*GetParam());
     const u32 gone = facts().lanes - 1;
     const u32 many = std::min(facts().capacity, 16u);
     for (u32 i = 0; i < many; ++i) {
@@ -189,7 +189,7 @@ TEST_P(BlockConformanceLanes, NothingOvertakesAWriteThatWasGivenUpOnAnotherLane)
             }
             const u32 other = (lane + 1) % facts().lanes;
             for (const u32 writer : {lane, other}) {
-                Bench b(GetParam());
+                Bench b(*GetParam());
                 Item& lost = b.start(op, 100, 4096, lane);
                 b.turn();
                 b.forget(lost);
@@ -211,7 +211,7 @@ TEST_P(BlockConformanceLanes, NothingOvertakesAWriteThatWasGivenUpOnAnotherLane)
 
 TEST_P(BlockConformanceLanes, AStormOnOneDoesNotReachTheOthers) {
     for (u32 lane = 0; lane < facts().lanes; ++lane) {
-        Bench b(GetParam());
+        Bench b(*GetParam());
         const u32 other = (lane + 1) % facts().lanes;
         for (u32 i = 0; i < 300; ++i) { // within a time-out
             b.rig->event(lane);

@@ -18,8 +18,8 @@ import io.shared_lane;
 namespace fl::test::conformance {
 
 namespace {
-std::vector<Make>& registered() {
-    static std::vector<Make> all; // registrations run before main()
+std::deque<Make>& registered() { // entries stay where they are: the tests' parameters point at them
+    static std::deque<Make> all; // registrations run before main()
     return all;
 }
 
@@ -103,16 +103,16 @@ std::vector<Make> shared(const std::vector<Make>& all) {
 
 namespace {
 template <class Fixture>
-std::vector<Make> fitting() {
-    std::vector<Make> some;
+std::vector<const Make*> fitting() {
+    std::vector<const Make*> some;
     for (const Make& rig : registered()) {
         if (Fixture::fits(rig.facts)) {
-            some.push_back(rig);
+            some.push_back(&rig);
         }
     }
     return some;
 }
-std::string name_of(const testing::TestParamInfo<Make>& info) { return info.param.name; }
+std::string name_of(const testing::TestParamInfo<const Make*>& info) { return info.param->name; }
 } // namespace
 
 // GoogleTest calls the generators when it registers the tests, in main().

@@ -23,7 +23,7 @@ import io.shared_lane;
 namespace fl::test::conformance {
 
 TEST_P(BlockConformance, EndsWithItsAnswer) {
-    at_every_point(GetParam(), [](Bench& b, Item&, Point) {
+    at_every_point(*GetParam(), [](Bench& b, Item&, Point) {
         b.finish();
         for (const auto& item : b.items) {
             EXPECT_EQ(item->status, Status::ok);
@@ -33,7 +33,7 @@ TEST_P(BlockConformance, EndsWithItsAnswer) {
 }
 
 TEST_P(BlockConformance, IsCancelledOnlyWhereTheDeviceDoesNotHaveIt) {
-    at_every_point(GetParam(), [](Bench& b, Item& probe, Point point) {
+    at_every_point(*GetParam(), [](Bench& b, Item& probe, Point point) {
         const bool early = point == Point::waiting || (point == Point::submitted && b.facts().gathers);
         const bool cancelled = b.cancel(probe);
         if (b.facts().forwarded) { // decided where the queue is, unless the request has not been sent there
@@ -51,7 +51,7 @@ TEST_P(BlockConformance, IsCancelledOnlyWhereTheDeviceDoesNotHaveIt) {
 }
 
 TEST_P(BlockConformance, CanBeDestroyed) {
-    at_every_point(GetParam(), [](Bench& b, Item& probe, Point) {
+    at_every_point(*GetParam(), [](Bench& b, Item& probe, Point) {
         const DmaSpan span = probe.span;
         b.forget(probe);
         EXPECT_TRUE(is_quarantined(span) || !b.rig->reachable(span));
@@ -64,7 +64,7 @@ TEST_P(BlockConformance, CanBeDestroyed) {
 }
 
 TEST_P(BlockConformance, AllCanBeDestroyedAtOnce) {
-    at_every_point(GetParam(), [](Bench& b, Item&, Point) {
+    at_every_point(*GetParam(), [](Bench& b, Item&, Point) {
         for (auto& item : b.items) {
             b.forget(*item);
         }
@@ -73,7 +73,7 @@ TEST_P(BlockConformance, AllCanBeDestroyedAtOnce) {
 }
 
 TEST_P(BlockConformance, SilenceHasABound) {
-    at_every_point(GetParam(), [](Bench& b, Item& probe, Point point) {
+    at_every_point(*GetParam(), [](Bench& b, Item& probe, Point point) {
         const Instant begun = b.rig->now();
         const Nanoseconds bound = b.facts().timeouts * b.facts().timeout + 300'000'000;
         while (!b.idle() && b.rig->now() - begun < bound) {
@@ -90,7 +90,7 @@ TEST_P(BlockConformance, SilenceHasABound) {
 TEST_P(BlockConformance, TheCallersLimitEndsItsRequestAlone) {
     constexpr Nanoseconds bound = 60'000'000;
     at_every_point(
-        GetParam(),
+        *GetParam(),
         [&](Bench& b, Item& probe, Point point) {
             const DmaSpan span = probe.span;
             b.pass(bound + 3 * b.facts().lanes * io::Executor::tick_length);
@@ -115,13 +115,13 @@ TEST_P(BlockConformance, TheCallersLimitEndsItsRequestAlone) {
 TEST_P(BlockConformance, LateAnswersEndNothingTwice) {
     for (const u32 percent : {60u, 103u, 115u, 150u, 190u, 205u}) {
         SCOPED_TRACE(percent);
-        at_every_point(GetParam(), [&](Bench& b, Item&, Point) { b.pass(b.facts().timeout * percent / 100); });
+        at_every_point(*GetParam(), [&](Bench& b, Item&, Point) { b.pass(b.facts().timeout * percent / 100); });
     }
 }
 
 TEST_P(BlockConformance, AStopOfTheMachineIsNoSilence) {
     for (const Nanoseconds length : {Nanoseconds{7'000'000'000}, Nanoseconds{60'000'000'000}}) {
-        at_every_point(GetParam(), [&](Bench& b, Item&, Point) {
+        at_every_point(*GetParam(), [&](Bench& b, Item&, Point) {
             b.rig->jump(length);
             b.pass(20'000'000);
             EXPECT_TRUE(b.open());
@@ -135,7 +135,7 @@ TEST_P(BlockConformance, AStopOfTheMachineIsNoSilence) {
 
 TEST_P(BlockConformance, CloseEndsEverythingWithItsStatus) {
     for (const Status status : {Status::device_gone, Status::protocol_error}) {
-        at_every_point(GetParam(), [&](Bench& b, Item& probe, Point point) {
+        at_every_point(*GetParam(), [&](Bench& b, Item& probe, Point point) {
             b.close(probe.lane, status);
             b.turns(2);
             EXPECT_TRUE(b.idle());
@@ -154,7 +154,7 @@ TEST_P(BlockConformance, CloseEndsEverythingWithItsStatus) {
 }
 
 TEST_P(BlockConformanceStop, StopEndsEverything) {
-    at_every_point(GetParam(), [](Bench& b, Item& probe, Point point) {
+    at_every_point(*GetParam(), [](Bench& b, Item& probe, Point point) {
         b.stop_all();
         b.turn();
         EXPECT_TRUE(b.idle());
@@ -163,7 +163,7 @@ TEST_P(BlockConformanceStop, StopEndsEverything) {
 }
 
 TEST_P(BlockConformanceEvents, AStormOfEventsIsSurvived) {
-    at_every_point(GetParam(), [](Bench& b, Item&, Point) {
+    at_every_point(*GetParam(), [](Bench& b, Item&, Point) {
         for (u32 i = 0; i < 300; ++i) { // within a time-out
             b.rig->event(i % b.facts().lanes);
             if (i % 30 == 0) {
@@ -183,7 +183,7 @@ TEST_P(BlockConformanceEvents, AStormOfEventsIsSurvived) {
 TEST_P(BlockConformanceHeld, EveryStatusArrives) {
     for (const Status status : facts().answers) {
         for (const Op op : operations(facts())) {
-            Bench b(GetParam());
+            Bench b(*GetParam());
             Item& item = b.start(op, probe_lba, 4096);
             Item& other = b.start(Op::read, 16, 4096);
             for (u32 i = 0; i < 100 && item.ended == 0; ++i) {
@@ -206,7 +206,7 @@ TEST_P(BlockConformanceHeld, AnswersComeInEveryOrder) {
         std::iota(order.begin(), order.end(), 0u);
         do {
             for (u32 bad = 0; bad <= n; ++bad) { // n: none
-                Bench b(GetParam());
+                Bench b(*GetParam());
                 for (u32 i = 0; i < n; ++i) {
                     b.start(i % 2 == 0 ? Op::write : Op::read, 100 * i, 4096, i);
                 }
@@ -232,7 +232,7 @@ TEST_P(BlockConformance, RandomTraffic) {
     for (u32 seed = 0; seed < 6 && !HasFailure(); ++seed) {
         SCOPED_TRACE(seed);
         std::mt19937 random(seed);
-        Bench b(GetParam());
+        Bench b(*GetParam());
         const u32 part = b.facts().part_bytes != 0 ? b.facts().part_bytes : 4096;
         const u32 step = std::max(64u, 3 * part / 512 + 16);
         const u32 most = std::min(50u, static_cast<u32>(Rig::sectors / step));
@@ -271,12 +271,12 @@ TEST_P(BlockConformance, RandomTraffic) {
 
 // A request of three commands; any of them must be resent, and completions arrive in every order.
 TEST_P(BlockConformanceParts, PartsAreSentAgain) {
-    const Facts& facts = GetParam().facts;
+    const Facts& facts = GetParam()->facts;
     for (const Op op : {Op::read, Op::write}) {
         for (u32 again = 1; again < 8; ++again) { // one bit per command
             std::array<u32, 3> order{0, 1, 2};
             do {
-                Bench b(GetParam());
+                Bench b(*GetParam());
                 Item& item = b.start(op, probe_lba, 3 * facts.part_bytes);
                 b.turn();
                 ASSERT_EQ(b.of(item).size(), 3u);
@@ -302,7 +302,7 @@ TEST_P(BlockConformanceParts, PartsAreSentAgain) {
 }
 
 TEST_P(BlockConformance, MoreThanFitGoInOrder) {
-    Bench b(GetParam());
+    Bench b(*GetParam());
     const u32 n = 3 * b.facts().capacity + 5;
     for (u32 i = 0; i < n; ++i) {
         b.start(Op::read, i * 16 % 4096, 4096, 0);
@@ -328,7 +328,7 @@ TEST_P(BlockConformanceHeld, NothingOvertakesAWriteThatWasGivenUp) {
         }
         for (const bool neighbours : {false, true}) {
             for (const Op before : {Op::read, Op::write}) { // a write would be gathered with the second one
-                Bench b(GetParam());
+                Bench b(*GetParam());
                 Item& first = b.start(given_up, 100, 4096);
                 if (neighbours) { // one command if they are gathered
                     b.start(given_up, 108, 4096);
@@ -353,7 +353,7 @@ TEST_P(BlockConformanceHeld, AFlushEndsWhenTheDeviceHasAnsweredItAndNotBefore) {
             continue;
         }
         for (const u32 lane : {0u, facts().lanes - 1}) { // another lane than the write's
-            Bench b(GetParam());
+            Bench b(*GetParam());
             Item& write = b.start(op, 100, 4096, facts().lanes - 1);
             b.turn();
             ASSERT_FALSE(b.of(write).empty());
@@ -383,7 +383,7 @@ TEST_P(BlockConformanceHeld, AFlushEndsWhenTheDeviceHasAnsweredItAndNotBefore) {
 
 // An abandoned write is not acknowledged: a flush need not wait for it.
 TEST_P(BlockConformanceHeld, AFlushDoesNotWaitForAWriteThatWasGivenUp) {
-    Bench b(GetParam());
+    Bench b(*GetParam());
     Item& write = b.start(Op::write, 0, 4096);
     b.turn();
     b.forget(write);
@@ -401,7 +401,7 @@ TEST_P(BlockConformanceHeld, AFlushDoesNotWaitForAWriteThatWasGivenUp) {
 TEST_P(BlockConformanceGather, NeighboursAreEachTheirOwn) {
     for (u32 gone = 0; gone < 4; ++gone) { // 3: none
         for (const Status status : {Status::ok, Status::io_error}) {
-            Bench b(GetParam());
+            Bench b(*GetParam());
             Item& blocker = b.start(Op::read, 0, 4096);
             b.turn();
             std::array<Item*, 3> near{};
@@ -433,7 +433,7 @@ TEST_P(BlockConformanceGather, NeighboursAreEachTheirOwn) {
 
 TEST_P(BlockConformanceIds, AWrongAnswerClosesTheQueue) {
     for (u32 kind = 0; kind < 3; ++kind) {
-        Bench b(GetParam());
+        Bench b(*GetParam());
         b.start(Op::read, 0, 4096);
         b.turn();
         b.rig->answer(0, Status::ok);
@@ -452,7 +452,7 @@ TEST_P(BlockConformanceIds, AWrongAnswerClosesTheQueue) {
 }
 
 TEST_P(BlockConformance, NothingIsAllocated) {
-    Bench b(GetParam());
+    Bench b(*GetParam());
     const DmaBuffer buffer = *b.dma.buffer(3 * std::max(4096u, b.facts().part_bytes));
     struct Waiter : io::Request {
         using io::Request::Request;
