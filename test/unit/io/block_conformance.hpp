@@ -47,6 +47,8 @@ struct Facts {
     bool gathers = false;           // adjacent requests are merged into one command at the end of the turn
     bool copies = false;            // such buffers are bounced: each command has one request
     bool answers_after_all = false; // a silent device has completed the command, and only the event was lost
+    bool drains = false;            // a flush or discard is sent when the device has no other command, and then alone
+    bool withdraws = false;         // after an error the device holds no commands: the others are resent
     bool retries = false;           // answer_again() makes the queue resend the command
     bool retries_flush = true;      // a flush as well
     bool stoppable = true;          // stop() is supported

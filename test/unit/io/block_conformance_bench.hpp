@@ -291,7 +291,8 @@ inline std::vector<Point> points(const Facts& f, Op op) {
 inline Item* reach(Bench& b, Point point, Op op) {
     const Facts& f = b.facts();
     const u32 last = f.lanes - 1;
-    const u32 others = point == Point::waiting ? f.capacity : f.capacity > 4 ? 2 : 0;
+    const bool alone = f.drains && op > Op::write;
+    const u32 others = point == Point::waiting ? f.capacity : f.capacity > 4 && !alone ? 2 : 0;
     for (u32 i = 0; i < others; ++i) {
         b.start(i % 2 == 0 ? Op::read : Op::write, i * 16, 4096, point == Point::waiting ? last : i);
         if (f.gathers) {
