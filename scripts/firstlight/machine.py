@@ -79,9 +79,10 @@ MACHINES = {
 }  # fmt: skip
 CPUS = {"pc": 255, "q35": 4096, "microvm": 288, "microvm-acpi": 288}  # maximum; q35's depends on the version of QEMU, which then refuses with its own message
 # A disk on the VMBus is a SCSI disk, or the accelerator of the IDE disk in the same place; both are called sd….
-BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "sd", "virtio": "vd", "nvme": "nvme"}
+BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "sd", "virtio": "vd", "nvme": "nvme", "sata": "sd"}
 TEST_HOST = "firstlight-testhost"
 IDE_PLACES = 4
+SATA_PORTS = 6  # of QEMU's ich9-ahci
 SCSI_UNITS = 64  # per controller, as in Hyper-V
 
 
@@ -151,7 +152,7 @@ class DiskSpec:
                 raise Problem(f"Disk {text!r}: {option} is for a disk of a size; this one has the content of its file.", Exit.USAGE)
             if [each.partition("=")[0] for each in options].count(name) > 1:
                 raise Problem(f"Disk {text!r}: {name} was given twice.", Exit.USAGE)
-            if name == "content" and (value in ("zero", "sparse", "pattern") or (value == "null" and bus in ("ide", "virtio", "nvme") and disk.size)):
+            if name == "content" and (value in ("zero", "sparse", "pattern") or (value == "null" and bus in ("ide", "virtio", "nvme", "sata") and disk.size)):
                 disk.content = value
             elif name == "image" and re.fullmatch(r"[a-z0-9]+", value):
                 disk.image = value
@@ -222,6 +223,8 @@ class Machine:
             if places <= IDE_PLACES:
                 continue
             raise Problem(f"{places} IDE disks: a machine has {IDE_PLACES} places for them. Further disks can be on the Xen ring or the VMBus.", Exit.USAGE)
+        if (ports := sum(disk.bus == "sata" for disk in self.specs)) > SATA_PORTS:
+            raise Problem(f"{ports} SATA disks: the AHCI controller has {SATA_PORTS} ports.", Exit.USAGE)
         for number in range(4):
             units = sum(disk.bus == "scsi" and disk.controller == number for disk in self.specs)
             if units > SCSI_UNITS:
@@ -243,6 +246,8 @@ class Machine:
                 raise Problem(f"A virtio disk needs a platform of QEMU's, not {self.platform}.", Exit.USAGE)
             if disk.bus == "nvme" and (kind.test_host or self.machine.startswith("microvm")):
                 raise Problem(f"An NVMe disk needs QEMU's machine pc or q35, not {self.platform} with {self.machine}.", Exit.USAGE)
+            if disk.bus == "sata" and (kind.test_host or kind.domain or self.machine.startswith("microvm")):
+                raise Problem(f"A SATA disk needs QEMU's machine pc or q35, not {self.platform} with {self.machine}.", Exit.USAGE)
             if disk.content == "null" and kind.test_host:
                 raise Problem("content=null is QEMU's: the test host's disks are images.", Exit.USAGE)
             if disk.iops and disk.bus == "ide" and kind.test_host:
@@ -251,8 +256,8 @@ class Machine:
                 raise Problem("iops=N counts the clock's time and deterministic time runs by instructions: choose one of them.", Exit.USAGE)
             if disk.bus == "ide" and self.machine.startswith("microvm"):
                 raise Problem("The machine microvm has no IDE disks.", Exit.USAGE)
-            if disk.bus == "ide" and disk.sector != 512:
-                raise Problem("sector=4096 is for disks on the Xen ring and the VMBus: an IDE disk of QEMU and of the test host has 512-byte sectors.", Exit.USAGE)
+            if disk.bus in ("ide", "sata") and disk.sector != 512:
+                raise Problem("sector=4096 is for disks on the Xen ring and the VMBus: an IDE or SATA disk of QEMU and of the test host has 512-byte sectors.", Exit.USAGE)
             if disk.bus == "ide" and disk.read_only:
                 raise Problem("readonly is for disks on the Xen ring and the VMBus: QEMU and the test host have no IDE disk that is read-only.", Exit.USAGE)
             known = images.setdefault(disk.image, (disk.size, disk.file or disk.content)) if disk.image else None
@@ -370,6 +375,10 @@ class Machine:
         shared = [disk.image for disk in self.specs if disk.image]
         if self.machine == "q35" and any(disk.bus == "ide" for disk in self.specs):
             words += ["-device", "piix3-ide,id=ide"]  # q35's own controller is AHCI
+        # On q35 its own one, unless that has lost its buses' names to an IDE controller.
+        own = self.machine == "q35" and not any(disk.bus == "ide" for disk in self.specs)
+        if any(disk.bus == "sata" for disk in self.specs) and not own:
+            words += ["-device", "ich9-ahci,id=sata"]
         for disk, name in zip(self.specs, self.disk_names()):
             unit = index[disk.bus]
             index[disk.bus] += 1
@@ -392,6 +401,8 @@ class Machine:
                 words += ["-drive", ",".join(["if=none", *options]), "-device", f"{device},drive={name},serial={name}{geometry}"]
             elif disk.bus == "nvme":
                 words += ["-drive", ",".join(["if=none", *options]), "-device", f"nvme,drive={name},serial={name}{geometry}"]
+            elif disk.bus == "sata":
+                words += ["-drive", ",".join(["if=none", *options]), "-device", f"ide-hd,drive={name},bus={'ide' if own else 'sata'}.{unit}{geometry}"]
             elif self.machine == "q35":
                 words += ["-drive", ",".join(["if=none", *options])]
                 words += ["-device", f"ide-hd,drive={name},bus=ide.{unit // 2},unit={unit % 2}{geometry}"]

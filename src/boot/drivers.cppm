@@ -11,6 +11,7 @@ import drivers.driver;
 import drivers.table;
 import drivers.pci;
 import drivers.ata;
+import drivers.ahci;
 import drivers.nvme;
 import drivers.virtio.protocol;
 import drivers.virtio_blk;
@@ -42,6 +43,7 @@ inline io::Task<Result<void>> probe_virtio_blk(drivers::Environment& environment
 }
 inline constexpr auto pci_drivers = std::to_array<PciDriver>({
     {"ata", drivers::ata::ids, probe_ata, drivers::ata::is_legacy},
+    {"ahci", drivers::ahci::ids, drivers::ahci::probe, nullptr},
     {"nvme", drivers::nvme::ids, drivers::nvme::probe, nullptr},
     {"virtio_blk", drivers::virtio_blk::pci_ids, probe_virtio_blk, nullptr},
 });

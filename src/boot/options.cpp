@@ -36,6 +36,7 @@ constexpr auto features = std::to_array<FeatureName>({
     {"-msi", drivers::Feature::messages},
     {"-multi-queue", drivers::Feature::multi_queue},
     {"-shadow-doorbells", drivers::Feature::shadow_doorbells},
+    {"-ncq", drivers::Feature::ncq},
 });
 constexpr auto feature_names = [] {
     std::array<std::string_view, features.size()> names{};

@@ -41,6 +41,7 @@ inline constexpr auto known_drivers = std::to_array<DriverInfo>({
     {"virtio_blk", true, DeviceKind::disk, {}, false},
     {"ata", false, DeviceKind::disk, {.disks = true}},
     {"nvme", false, DeviceKind::disk},
+    {"ahci", false, DeviceKind::disk, {.disks = true}},
 });
 constexpr const DriverInfo* driver_named(std::string_view name, std::span<const DriverInfo> drivers = known_drivers) {
     for (const DriverInfo& d : drivers) {

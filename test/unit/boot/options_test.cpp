@@ -138,11 +138,11 @@ TEST(Options, WrongValues) {
     EXPECT_EQ(
         parse("emulated=unplugged").errors,
         "emulated=unplugged: expected one of table, leave, unplug, keep, seen 'unplugged': did you mean 'unplug'?\n");
-    EXPECT_EQ(
-        parse("features=-indirect,-persistant").errors,
-        "features=-indirect,-persistant: expected one of -persistent, -indirect, -ring-pages, -flush, -barrier, "
-        "-event-idx, -packed, -in-order, -discard, -msi, -multi-queue, -shadow-doorbells, seen '-persistant': did you "
-        "mean '-persistent'?\n");
+    EXPECT_EQ(parse("features=-indirect,-persistant").errors,
+              "features=-indirect,-persistant: expected one of -persistent, -indirect, -ring-pages, -flush, -barrier, "
+              "-event-idx, -packed, -in-order, -discard, -msi, -multi-queue, -shadow-doorbells, -ncq, seen "
+              "'-persistant': did you "
+              "mean '-persistent'?\n");
     EXPECT_EQ(parse("disk=").errors, "disk=: expected all or names of disks with commas between them, seen ''\n");
     EXPECT_EQ(parse("disk=hda,,hdb").errors, "disk=hda,,hdb: expected names of disks with commas between them, or one "
                                              "word for all or none of them, seen 'hda,,hdb'\n");
