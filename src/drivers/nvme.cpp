@@ -48,7 +48,7 @@ Controller::~Controller() {
 // ---- set-up ----
 
 Result<void> Controller::make_lane(u32 index, io::Executor& executor) {
-    lanes_[index] = new (std::nothrow) Lane(executor, shared_, index);
+    lanes_[index] = new (std::nothrow) Lane(executor, group_);
     if (lanes_[index] == nullptr) {
         return Error{Code::exhausted, "no memory for a queue pair"};
     }
@@ -152,7 +152,7 @@ io::Task<Result<void>> Controller::connect() {
     }
     CO_CHECK(co_await disable());
     {
-        std::array<pci::VectorUse, Shared::max_queues> uses{};
+        std::array<pci::VectorUse, io::QueueGroup::max_queues> uses{};
         for (u32 i = 0; i <= wanted; ++i) {
             uses[i] = {lanes_[i]->queue.executor().processor(), Transport::on_interrupt, &lanes_[i]->queue.transport()};
         }
@@ -522,9 +522,7 @@ io::Task<Result<void>> Controller::disconnect() {
         co_return Result<void>{};
     }
     lanes_[0]->queue.stop();
-    // ordered by the next line
-    shared_.close_status.store(to_underlying(io::Status::device_gone), std::memory_order_relaxed);
-    shared_.closed.store(true, std::memory_order_release); // pairs with the acquire in Transport::closed_by_peer()
+    group_.close(io::Status::device_gone);
     const io::Bound bound(environment_.executor, environment_.timeout); // for all of them together
     for (u32 i = 1; i < made_; ++i) {
         Queue& queue = lanes_[i]->queue;
@@ -541,7 +539,7 @@ io::Task<Result<void>> Controller::disconnect() {
         }
     }
     // The registers of a removed controller do not answer, and it accesses no memory.
-    if (set_up_ && !gone_ && !shared_.removed.load(std::memory_order_relaxed)) {
+    if (set_up_ && !gone_ && !group_.removed()) {
         if (auto stopped = co_await disable(); !stopped && !gone_) {
             // takes its access to memory away, even from a controller that does not answer
             device_.change_command({}, pci::Command::of(pci::Command::bus_master));

@@ -55,7 +55,7 @@ class Controller {
 
   private:
     struct Lane {
-        Lane(io::Executor& executor, Shared& shared, u32 index) : queue(executor, shared, index) {}
+        Lane(io::Executor& executor, io::QueueGroup& group) : queue(executor, group) {}
         Queue queue;
         DmaBuffer submissions;
         DmaBuffer completions;
@@ -96,15 +96,15 @@ class Controller {
     u8 stride_ = 0;
     bool set_up_ = false; // the controller may access memory
     bool gone_ = false;
-    Shared shared_;
+    io::QueueGroup group_;
     ControllerInfo info_;
     u32 max_bytes_ = 0;
     DmaBuffer shadow_;
     DmaBuffer events_;
-    DmaBuffer scratch_;                             // for the data of admin commands, one at a time
-    std::array<Lane*, Shared::max_queues> lanes_{}; // the first is the admin queue
-    u32 made_ = 0;                                  // lanes that exist
-    u32 lane_count_ = 0;                            // I/O queues in use
+    DmaBuffer scratch_;                                     // for the data of admin commands, one at a time
+    std::array<Lane*, io::QueueGroup::max_queues> lanes_{}; // the first is the admin queue
+    u32 made_ = 0;                                          // lanes that exist
+    u32 lane_count_ = 0;                                    // I/O queues in use
     pci::Interrupts interrupts_;
     u32 vectors_ = 0;
     io::Latch failed_;

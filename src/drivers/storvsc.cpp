@@ -463,11 +463,7 @@ io::Task<Result<void>> Controller::disconnect() {
         co_return Result<void>{};
     }
     lanes_[0]->queue.stop();
-    // ordered by the next line
-    shared_.close_status.store(to_underlying(io::Status::device_gone), std::memory_order_relaxed);
-    // pairs with the acquire in Queue::drain(), on the other processors
-    shared_.closed.store(true, std::memory_order_release);
-    shared_.raise_queues();
+    shared_.close(io::Status::device_gone);
     const io::Bound bound(environment_.executor, environment_.timeout); // for all of them together
     Result<void> result;
     for (u32 i = lane_count_; i-- > 0;) { // sub-channels first

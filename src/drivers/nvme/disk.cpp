@@ -19,33 +19,7 @@ namespace fl::drivers::nvme {
 // ---- the disk ----
 
 Disk::Disk(Queue& queue, u32 nsid, u32 max_bytes, const io::Geometry& geometry, const Identity& identity)
-    : QueueDisk(queue.executor(), queue), owner_(queue), nsid_(nsid), max_bytes_(max_bytes) {
-    identity_ = identity;
-    set_geometry(geometry);
-    set_timeout(queue.timeout());
-    link_.disk = this;
-    link_.run = [](io::Post& post) { static_cast<Link&>(post).disk->enlist(); };
-}
-
-void Disk::enlist() {
-    linked_ = true;
-    owner_.add(*this);
-}
-
-// Must run on the queue's processor, because the queue may iterate over its disks there at any time.
-void Disk::link(io::Executor& here) {
-    if (&here == &owner_.executor()) {
-        enlist();
-    } else {
-        static_cast<void>(owner_.executor().post(link_)); // refused: that processor has stopped, and the lane with it
-    }
-}
-
-Disk::~Disk() {
-    if (linked_) {
-        owner_.remove(*this);
-    }
-}
+    : GroupedDisk(queue, geometry, identity), nsid_(nsid), max_bytes_(max_bytes) {}
 
 // ---- the queue pair: sending ----
 
@@ -71,7 +45,7 @@ void Transport::use_shadow(DmaSpan shadow, DmaSpan events) {
 void Transport::start(void (*notify)(void*), void* context) {
     notify_ = notify;
     context_ = context;
-    live_.store(true, std::memory_order_release); // orders the start before the flag; see quiescent()
+    join();
 }
 
 io::Fit Transport::prepare(Command& command) {
@@ -164,7 +138,7 @@ Result<void> Transport::publish(io::Counters& counters) {
 // ---- the queue pair: completions ----
 
 void Transport::raise_from_handler() {
-    if (!live_.load(std::memory_order_acquire)) {
+    if (quiescent()) {
         return;
     }
     interrupts_.store(interrupts_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
@@ -173,7 +147,7 @@ void Transport::raise_from_handler() {
 
 void Transport::on_interrupt(void* self) {
     auto& first = *static_cast<Transport*>(self);
-    if (first.terms_.line && first.live_.load(std::memory_order_acquire)) {
+    if (first.terms_.line && !first.quiescent()) {
         // Lowers the line. Whether it was this device is seen in the queues.
         first.terms_.registers.write<u32>(interrupt_mask_set, 1);
         for (Transport* each = &first; each != nullptr; each = each->sharing_) {
@@ -296,7 +270,7 @@ Result<void> Transport::tick(Instant, bool) {
     ++accesses_;
     const auto status = ControllerStatus::read(terms_.registers);
     if (status.absent()) {
-        shared_.removed.store(true, std::memory_order_relaxed); // ordered by the stores in closing()
+        group().set_removed();
         return Error{Code::device_gone, "the controller was removed: its registers read as all ones"};
     }
     if (status.get(ControllerStatus::cfs)) {
@@ -305,42 +279,8 @@ Result<void> Transport::tick(Instant, bool) {
     return {};
 }
 
-void Transport::add_counts(u64 in_flight, u64 answered) {
-    const auto add = [](std::atomic<u64>& sum, u64& added, u64 now) { // modulo 2^64
-        sum.fetch_add(now - std::exchange(added, now), std::memory_order_relaxed);
-    };
-    add(shared_.in_flight, added_in_flight_, in_flight);
-    add(shared_.answered, added_answered_, answered);
-}
-
-io::OldestWait::Seen Transport::seen(io::OldestWait::Seen own) {
-    add_counts(own.in_flight, own.answered);
-    return {.oldest = own.oldest,
-            .in_flight = shared_.in_flight.load(std::memory_order_relaxed),
-            .answered = shared_.answered.load(std::memory_order_relaxed)};
-}
-
-std::optional<io::Status> Transport::closed_by_peer() const {
-    if (!shared_.closed.load(std::memory_order_acquire)) [[likely]] { // see Shared
-        return std::nullopt;
-    }
-    return static_cast<io::Status>(shared_.close_status.load(std::memory_order_relaxed));
-}
-
-bool Transport::closing(io::Status status) {
-    // Relaxed: it only selects the queue that reports.
-    if (shared_.reported.exchange(true, std::memory_order_relaxed)) {
-        return false;
-    }
-    shared_.close_status.store(to_underlying(status), std::memory_order_relaxed); // ordered by the next line
-    shared_.closed.store(true, std::memory_order_release); // pairs with the acquire in closed_by_peer()
-    shared_.raise_queues();
-    return true;
-}
-
 void Transport::closed(bool stopped) {
-    add_counts(0, added_answered_);
-    live_.store(false, std::memory_order_release); // orders all of the above; see quiescent()
+    leave();
     if (!stopped && notify_ != nullptr) {
         notify_(context_);
     }

@@ -3,8 +3,8 @@
 // is its transport. The admin queue is a queue pair too, whose commands are exchanges.
 //
 // A completion is copied out once and must carry the id of a command that is with the device, this submission queue's
-// id and a head within what was submitted. The first violation closes the whole controller: all its queues check
-// `Shared`.
+// id and a head within what was submitted. The first violation closes the whole controller: its queues are
+// a group [io.queue_group].
 //
 // Doorbells are written once per turn. With shadow doorbells [nvme-1.4 §B.5] the new value goes to memory, and the
 // register is written only if the controller asks for it by its event index.
@@ -19,30 +19,11 @@ import io.executor;
 import io.block;
 import io.block_queue;
 import io.oldest_wait;
+export import io.queue_group;
 import io.ring;
 export import drivers.nvme.protocol;
 
 export namespace fl::drivers::nvme {
-
-/// State shared between processors by the queues of one controller.
-struct Shared {
-    static constexpr u32 max_queues = 65; // the admin queue and one for each processor
-    std::atomic<bool> closed{false};      // release/acquire: the status is written before
-    std::atomic<u8> close_status{0};      // io::Status for requests still under way
-    std::atomic<bool> reported{false};    // set by the queue that closes: one log line, one status
-    std::atomic<bool> removed{false};     // registers read as all ones. Relaxed: orders no other data
-    // Sums over all queues. Relaxed: they only show how busy the device is.
-    std::atomic<u64> in_flight{0};
-    std::atomic<u64> answered{0};
-    /// Abandoned writes of all queues that may still reach the medium: release when answered, acquire before a write.
-    std::atomic<u32> late_writes{0};
-    std::array<io::Listener, max_queues> queues;
-    void raise_queues() {
-        for (io::Listener& queue : queues) {
-            queue.raise();
-        }
-    }
-};
 
 /// An admin command, and its completion.
 struct Exchange : io::Exchange {
@@ -69,7 +50,7 @@ struct QueueTerms {
 
 class Disk;
 
-class Transport : public io::TransportDefaults {
+class Transport : public io::GroupedTransport {
   public:
     using Disk = nvme::Disk;
     static constexpr std::string_view driver = "nvme";
@@ -85,7 +66,7 @@ class Transport : public io::TransportDefaults {
     struct Wire {};
     using Command = io::Command<Transport>;
 
-    Transport(io::Executor& executor, Shared& shared) : executor_(executor), shared_(shared) {}
+    Transport(io::Executor& executor, io::QueueGroup& group) : GroupedTransport(group), executor_(executor) {}
 
     /// Lays out the empty queues; before the device has them.
     Result<void> lay_out(const QueueTerms& terms);
@@ -97,8 +78,6 @@ class Transport : public io::TransportDefaults {
     static void on_interrupt(void* self);
     /// `other` is served by this queue's vector as well. Before the controller is enabled.
     void share_vector(Transport* other) { sharing_ = other; }
-    inline const Shared& shared() const { return shared_; }
-    bool quiescent() const { return !live_.load(std::memory_order_acquire); } // pairs with the release in closed()
 
     // io::BlockTransport
     void use(io::CommandTable<Transport>& commands) { commands_ = &commands; }
@@ -114,17 +93,8 @@ class Transport : public io::TransportDefaults {
     inline io::Fence fence(Command&) { return io::Fence::reachable; }
     io::Recovery recover(const Command& oldest, io::OldestWait::Finding finding, std::string_view names);
     io::Stuck stuck(std::string_view names);
-    void count_late_writes(i32 change) {
-        shared_.late_writes.fetch_add(static_cast<u32>(change), std::memory_order_release);
-    }
-    inline bool late_writes_elsewhere(u32 own) const {
-        return shared_.late_writes.load(std::memory_order_acquire) != own;
-    }
-    io::OldestWait::Seen seen(io::OldestWait::Seen own);
     Result<void> tick(Instant now, bool waiting);
-    std::optional<io::Status> closed_by_peer() const;
     Error fault() const { return fault_.value_or(Error{Code::protocol, "an NVMe queue is broken"}); }
-    bool closing(io::Status status);
     void closed(bool stopped);
 
   private:
@@ -138,10 +108,8 @@ class Transport : public io::TransportDefaults {
         return io::Next::broken;
     }
     void raise_from_handler();
-    void add_counts(u64 in_flight, u64 answered);
 
     io::Executor& executor_;
-    Shared& shared_;
     io::CommandTable<Transport>* commands_ = nullptr;
     QueueTerms terms_;
     std::optional<Submissions> submissions_;
@@ -155,13 +123,10 @@ class Transport : public io::TransportDefaults {
     std::optional<Error> fault_;
     u32 accesses_ = 0; // not charged yet
     u32 reports_ = 0;
-    u64 added_in_flight_ = 0;
-    u64 added_answered_ = 0;
     Transport* sharing_ = nullptr;
     // Written by the handler, on this queue's processor. Relaxed: ordered by raise() and the next turn.
     std::atomic<u32> interrupts_{0};
     std::atomic<bool> masked_{false};
-    std::atomic<bool> live_{false};
     void (*notify_)(void*) = nullptr;
     void* context_ = nullptr;
 };
@@ -176,76 +141,40 @@ extern template class io::QueueDisk<drivers::nvme::Transport>;
 
 export namespace fl::drivers::nvme {
 
-/// A queue pair. Registered with its executor from start() to stop(), both on its own processor.
-class Queue final : public io::BlockQueue<Transport> {
+/// A queue pair.
+class Queue final : public io::GroupedQueue<Transport> {
   public:
-    /// `index`: 0 the admin queue.
-    Queue(io::Executor& executor, Shared& shared, u32 index)
-        : BlockQueue(executor, executor, shared), listener_(shared.queues[index]) {
-        listener_.set(executor, *this);
-    }
-    ~Queue() {
-        listener_.clear();
-        stop();
-    }
+    Queue(io::Executor& executor, io::QueueGroup& group) : GroupedQueue(executor, group, executor, group) {}
     void start(Nanoseconds timeout, void (*notify)(void*), void* context) {
         open(timeout);
         transport().start(notify, context);
     }
-    /// Callable on any processor: it has ended everything.
-    bool quiescent() const { return transport().quiescent(); }
     void shut(io::Status status, const Error& why) { close(status, why); }
     /// The number of commands with the controller that may stay there for ever: event requests. Alone they need no
     /// ticks.
     void set_waiting_events(u32 count) { waiting_events_ = count; }
     bool wants_tick() const override {
-        return (waiting_events_ == 0 || in_flight() > waiting_events_) && BlockQueue::wants_tick();
+        return (waiting_events_ == 0 || in_flight() > waiting_events_) && GroupedQueue::wants_tick();
     }
 
   private:
-    io::Listener& listener_;
     u32 waiting_events_ = 0;
 };
 
 /// A namespace on one queue pair. The first one is the disk; the others are its lanes.
-class Disk final : public io::QueueDisk<Transport> {
+class Disk final : public io::GroupedDisk<Transport> {
   public:
-    static constexpr u32 max_lanes = Shared::max_queues - 1;
+    static constexpr u32 max_lanes = 1 + max_further_lanes;
     static constexpr u32 max_reported_errors = 8;
 
     /// `max_bytes`: of a command's data.
     Disk(Queue& queue, u32 nsid, u32 max_bytes, const io::Geometry& geometry, const Identity& identity);
-    /// On the queue's processor, or after it was stopped; or if it was never linked.
-    ~Disk();
-    /// Called once: its queue serves it from now on; runs on the queue's own processor. `here`: the caller's.
-    void link(io::Executor& here);
-    /// Call before the disk is announced: adds a further lane, in processor order. Not owned.
-    void add_lane(Disk& lane) { lanes_[lane_count_++] = &lane; }
-    u32 queues() const override { return lane_count_ + 1; }
-    io::BlockDevice& queue_lane(u32 index) override { return index == 0 ? *this : *lanes_[index - 1]; }
     inline u32 nsid() const { return nsid_; }
     inline u32 max_bytes() const { return max_bytes_; }
-    /// Callable on any processor, affects only this lane: further requests are refused.
-    void remove() { gone_.store(true, std::memory_order_relaxed); } // orders no other data
-    inline bool removed() const override {
-        return gone_.load(std::memory_order_relaxed) ||
-               owner_.transport().shared().removed.load(std::memory_order_relaxed);
-    }
 
   private:
-    struct Link : io::Post {
-        Disk* disk = nullptr;
-    };
-    void enlist();
-
-    Queue& owner_;
     u32 nsid_;
     u32 max_bytes_;
-    Link link_;
-    bool linked_ = false;
-    std::atomic<bool> gone_{false};
-    std::array<Disk*, max_lanes - 1> lanes_{};
-    u32 lane_count_ = 0;
 };
 
 } // namespace fl::drivers::nvme

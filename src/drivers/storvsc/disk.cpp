@@ -20,10 +20,7 @@ using hv::hyperv::PacketType;
 // ---- the disk ----
 
 Disk::Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity, Linked linked)
-    : QueueDisk(queue.executor(), queue), channel_queue_(queue), unit_(unit), commands_(unit, geometry) {
-    identity_ = identity;
-    set_geometry(geometry);
-    set_timeout(queue.timeout());
+    : GroupedDisk(queue, geometry, identity), unit_(unit), commands_(unit, geometry) {
     const Version version = queue.terms().version;
     template_.header = {Operation::execute_srb, flag_completion, 0};
     ScsiRequest& srb = template_.srb;
@@ -35,35 +32,10 @@ Disk::Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const I
     srb.queue_tag = queue_untagged;
     srb.queue_action = queue_simple_request;
     srb.time_out_value = static_cast<u32>(std::clamp<u64>(queue.timeout() / 1'000'000'000, 1, 3600));
-    link_.disk = this;
-    link_.run = [](io::Post& post) { static_cast<Link&>(post).disk->enlist(); };
     if (linked == Linked::now) {
-        enlist();
+        link_now();
     }
 }
-
-void Disk::enlist() {
-    linked_ = true;
-    channel_queue_.add(*this);
-}
-
-// Must run on the queue's processor, because the queue may iterate over its disks there at any time.
-void Disk::link(io::Executor& here) {
-    if (&here == &channel_queue_.executor()) {
-        enlist();
-    } else {
-        static_cast<void>(
-            channel_queue_.executor().post(link_)); // refused: that processor has stopped, and the lane with it
-    }
-}
-
-Disk::~Disk() {
-    if (linked_) {
-        channel_queue_.remove(*this);
-    }
-}
-
-void Disk::add_lane(Disk& lane) { lanes_[lane_count_++] = &lane; }
 
 [[gnu::always_inline]] inline void Disk::build(Packet& packet, Transport::Command& command) const {
     packet = template_;
@@ -87,7 +59,7 @@ void Disk::add_lane(Disk& lane) { lanes_[lane_count_++] = &lane; }
 // ---- the queue ----
 
 void Queue::start(DmaSpan parameters, Nanoseconds timeout) {
-    if (transport().closed_before_start()) {
+    if (transport().group().closed()) {
         return;
     }
     open(timeout);
@@ -96,7 +68,7 @@ void Queue::start(DmaSpan parameters, Nanoseconds timeout) {
 }
 
 void Queue::tick(Instant now) {
-    BlockQueue::tick(now);
+    GroupedQueue::tick(now);
     if (is_open() && transport().reset_requested()) {
         send_reset();
     }
@@ -120,7 +92,7 @@ void Transport::start(DmaSpan parameters, Nanoseconds timeout) {
     parameters_ = parameters;
     timeout_ = timeout;
     // Release: orders the start before the flag. Pairs with the acquire in quiescent().
-    quiescent_.store(false, std::memory_order_release);
+    join();
 }
 
 io::Fit Transport::prepare(Command& command) {
@@ -351,7 +323,7 @@ Result<bool> Transport::arm() {
 
 Result<void> Transport::tick(Instant, bool) {
     if (channel_.rescinded()) {
-        shared_.rescinded.store(true, std::memory_order_relaxed); // ordered by the stores in closing()
+        shared_.set_removed();
         return Error{Code::device_gone, "the host has rescinded the storage controller"};
     }
     if (shared_.rescan_requested.load(std::memory_order_relaxed)) {
@@ -360,20 +332,13 @@ Result<void> Transport::tick(Instant, bool) {
     return {};
 }
 
-void Transport::add_counts(u64 in_flight, u64 answered) {
-    const auto add = [](std::atomic<u64>& sum, u64& added, u64 now) { // modulo 2^64
-        sum.fetch_add(now - std::exchange(added, now), std::memory_order_relaxed);
-    };
-    add(shared_.in_flight, added_in_flight_, in_flight);
-    add(shared_.answered, added_answered_, answered);
-    add(shared_.received, added_received_, received_);
+void Transport::count_received() {
+    shared_.received.fetch_add(received_ - std::exchange(added_received_, received_), std::memory_order_relaxed);
 }
 
 io::OldestWait::Seen Transport::seen(io::OldestWait::Seen own) {
-    add_counts(own.in_flight, own.answered);
-    return {.oldest = own.oldest,
-            .in_flight = shared_.in_flight.load(std::memory_order_relaxed),
-            .answered = shared_.answered.load(std::memory_order_relaxed)};
+    count_received();
+    return GroupedTransport::seen(own);
 }
 
 io::Recovery Transport::recover(const Command&, io::OldestWait::Finding, std::string_view) {
@@ -406,29 +371,10 @@ io::Stuck Transport::stuck(std::string_view) {
             .why = Error{Code::timed_out, "every slot is held by a request that the host never completed"}};
 }
 
-std::optional<io::Status> Transport::closed_by_peer() const {
-    if (!shared_.closed.load(std::memory_order_acquire)) [[likely]] { // see Shared
-        return std::nullopt;
-    }
-    return static_cast<io::Status>(shared_.close_status.load(std::memory_order_relaxed));
-}
-
-bool Transport::closing(io::Status status) {
-    // Relaxed: it only selects the queue that reports; another one may find the same or a different error concurrently.
-    if (shared_.reported.exchange(true, std::memory_order_relaxed)) {
-        return false;
-    }
-    shared_.close_status.store(to_underlying(status), std::memory_order_relaxed); // ordered by the next line
-    shared_.closed.store(true, std::memory_order_release); // pairs with the acquire in closed_by_peer()
-    shared_.raise_queues();
-    return true;
-}
-
 void Transport::closed(bool stopped) {
     channel_.stop_listening();
-    add_counts(0, added_answered_);
-    // Release: orders all of the above before the flag. Pairs with the acquire in quiescent().
-    quiescent_.store(true, std::memory_order_release);
+    count_received();
+    leave();
     if (!stopped) {
         notify();
     }

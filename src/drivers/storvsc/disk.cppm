@@ -3,8 +3,8 @@
 // packets.
 //
 // A completion is copied out once by the channel and must have a known id, the length defined by the version,
-// COMPLETE_IO, and no more data than requested. The first violation closes the whole controller: all its queues check
-// `Shared`.
+// COMPLETE_IO, and no more data than requested. The first violation closes the whole controller: its queues are a group
+// [io.queue_group].
 //
 // When the oldest command has timed out [io.oldest_wait], the host is asked to reset the bus, which makes it answer
 // all commands, within another full timeout; commands still unanswered then are abandoned.
@@ -18,6 +18,7 @@ import io.executor;
 import io.block;
 import io.block_queue;
 import io.oldest_wait;
+export import io.queue_group;
 import hv.hyperv.channel;
 export import drivers.storvsc.protocol;
 export import drivers.scsi.commands;
@@ -31,44 +32,15 @@ struct Terms {
 };
 
 /// State shared between processors by the queues of one controller.
-struct Shared {
-    static constexpr u32 max_queues = 64;
-    // Stored with release, loaded with acquire: the cause is logged before.
-    std::atomic<bool> closed{false};
-    std::atomic<u8> close_status{0};    // io::Status for requests still under way; written before `closed`
-    std::atomic<bool> reported{false};  // set by the queue that closes: only one log line, and one status
-    std::atomic<bool> rescinded{false}; // the host has rescinded the channel. Relaxed: orders no other data
-    // Requests to the controller, polled by the first queue's tick(). Relaxed: order no other data.
+struct Shared : io::QueueGroup {
+    // Requests to the controller, polled by the first queue's tick(). Relaxed: order no other data. Call
+    // raise_queues() after a change.
     std::atomic<bool> reset_requested{false};
     std::atomic<bool> rescan_requested{false};
-    /// Called on the first queue's processor, in drain() or tick(), when the units or `closed` must be checked.
+    /// Called on the first queue's processor, in drain() or tick(), when the units or closed() must be checked.
     void (*notify)(void* context) = nullptr;
     void* context = nullptr;
-    // Sums over all queues, each adds its own in its tick. Relaxed: they only show how busy the host is.
-    std::atomic<u64> in_flight{0};
-    std::atomic<u64> answered{0};
-    /// Abandoned writes of all queues that may still reach the medium. Release, when the host has answered one;
-    /// acquire, before a queue sends a write.
-    std::atomic<u32> late_writes{0};
-    std::atomic<u64> received{0}; // packets of any kind: the answer to a bus reset arrives on the first queue
-    // All queues; written by the controller.
-    std::array<io::Listener, max_queues> queues;
-    /// Call after a change of closed, reset_requested or rescan_requested: the queues then check them, on their own
-    /// processors.
-    void raise_queues() {
-        for (io::Listener& queue : queues) {
-            queue.raise();
-        }
-    }
-    /// nullptr: more queues than a controller can have.
-    io::Listener* free_listener() {
-        for (io::Listener& queue : queues) {
-            if (!queue.is_set()) {
-                return &queue;
-            }
-        }
-        return nullptr;
-    }
+    std::atomic<u64> received{0}; // packets of any kind, on all queues: the answer to a bus reset arrives on the first
 };
 
 /// A packet of the controller itself, and its answer.
@@ -83,7 +55,7 @@ scsi::Response response_of(const ScsiRequest& srb, Version version);
 
 class Disk;
 
-class Transport : public io::TransportDefaults {
+class Transport : public io::GroupedTransport {
   public:
     using Disk = storvsc::Disk;
     static constexpr std::string_view driver = "storvsc";
@@ -93,7 +65,7 @@ class Transport : public io::TransportDefaults {
     using Command = io::Command<Transport>;
 
     Transport(hv::hyperv::Channel& channel, Shared& shared, bool first)
-        : channel_(channel), shared_(shared), first_(first) {}
+        : GroupedTransport(shared), channel_(channel), shared_(shared), first_(first) {}
 
     /// `parameters`: one page for UNMAP parameter lists; owned by the caller.
     void start(DmaSpan parameters, Nanoseconds timeout);
@@ -101,12 +73,9 @@ class Transport : public io::TransportDefaults {
     void listen(io::Executor& executor) { channel_.listen(executor, *queue); }
     void set_terms(const Terms& terms) { terms_ = terms; }
     const Terms& terms() const { return terms_; }
-    inline const Shared& shared() const { return shared_; }
-    bool closed_before_start() const { return shared_.closed.load(std::memory_order_acquire); } // see Shared
     /// True: a bus reset is requested, and this is the queue that sends it.
     bool reset_requested() const { return first_ && shared_.reset_requested.load(std::memory_order_relaxed); }
     void reset_sent() { shared_.reset_requested.store(false, std::memory_order_relaxed); }
-    bool quiescent() const { return quiescent_.load(std::memory_order_acquire); } // pairs with the release in closed()
 
     // io::BlockTransport
     void use(io::CommandTable<Transport>& commands) { commands_ = &commands; }
@@ -122,21 +91,13 @@ class Transport : public io::TransportDefaults {
     io::Recovery recover(const Command& oldest, io::OldestWait::Finding finding, std::string_view names);
     std::optional<Error> reset_ineffective(bool writes);
     io::Stuck stuck(std::string_view names);
-    void count_late_writes(i32 change) {
-        shared_.late_writes.fetch_add(static_cast<u32>(change), std::memory_order_release);
-    }
-    inline bool late_writes_elsewhere(u32 own) const {
-        return shared_.late_writes.load(std::memory_order_acquire) != own;
-    }
     io::OldestWait::Seen seen(io::OldestWait::Seen own);
     Result<void> tick(Instant now, bool waiting);
     bool wants_tick() const {
         return channel_.rescinded() || reset_requested() ||
                (first_ && shared_.rescan_requested.load(std::memory_order_relaxed));
     }
-    std::optional<io::Status> closed_by_peer() const;
     Error fault() const;
-    bool closing(io::Status status);
     void closed(bool stopped);
 
   private:
@@ -147,7 +108,7 @@ class Transport : public io::TransportDefaults {
         return io::Next::broken;
     }
     [[gnu::noinline]] io::Completion judge(u64 id, Command& command, const Packet& packet); // off the fast path
-    void add_counts(u64 in_flight, u64 answered);
+    void count_received();
     inline void notify() const {
         if (shared_.notify != nullptr && first_) {
             shared_.notify(shared_.context);
@@ -170,12 +131,9 @@ class Transport : public io::TransportDefaults {
     DmaSpan parameters_;
     std::optional<Error> fault_;
     u64 charged_signals_ = 0;
-    u64 received_ = 0; // packets received from the host so far, of any kind
-    u64 added_in_flight_ = 0;
-    u64 added_answered_ = 0;
-    u64 added_received_ = 0;
+    u64 received_ = 0;       // packets received from the host so far, of any kind
+    u64 added_received_ = 0; // in Shared::received
     u64 reset_received_ = 0; // packets received by all queues when the bus reset was requested
-    std::atomic<bool> quiescent_{true};
 };
 
 } // namespace fl::drivers::storvsc
@@ -188,43 +146,31 @@ extern template class io::QueueDisk<drivers::storvsc::Transport>;
 
 export namespace fl::drivers::storvsc {
 
-/// One channel. Registered with its executor from start() to stop(), both on its own processor.
-class Queue final : public io::BlockQueue<Transport> {
+/// One channel.
+class Queue final : public io::GroupedQueue<Transport> {
   public:
     static constexpr u32 max_parts = Transport::max_commands;
 
     Queue(io::Executor& executor, hv::hyperv::Channel& channel, Shared& shared, bool first)
-        : BlockQueue(executor, channel, shared, first), reset_(executor), listener_(shared.free_listener()) {
-        if (listener_ != nullptr) {
-            listener_->set(executor, *this);
-        }
-    }
-    ~Queue() {
-        if (listener_ != nullptr) {
-            listener_->clear();
-        }
-        stop();
-    }
+        : GroupedQueue(executor, shared, channel, shared, first), reset_(executor) {}
+    ~Queue() { stop(); } // ends reset_
 
     /// Call when the channel is open. `parameters`, `timeout`: see Transport::start.
     void start(DmaSpan parameters, Nanoseconds timeout);
     void set_terms(const Terms& terms) { transport().set_terms(terms); }
     const Terms& terms() const { return transport().terms(); }
-    /// Callable on any processor: it has ended everything and no longer accesses the channel.
-    bool quiescent() const { return transport().quiescent(); }
 
   private:
     void tick(Instant now) override;
     void send_reset();
 
     Exchange reset_;
-    io::Listener* listener_; // of Shared
 };
 
 /// One logical unit on one channel. The first one is the disk; the others are its lanes.
-class Disk final : public io::QueueDisk<Transport> {
+class Disk final : public io::GroupedDisk<Transport> {
   public:
-    static constexpr u32 max_lanes = 64;
+    static constexpr u32 max_lanes = 1 + max_further_lanes;
     static constexpr u32 max_reported_errors = scsi::LogicalUnit::max_reported_errors;
 
     /// Address and limits of the unit.
@@ -239,44 +185,16 @@ class Disk final : public io::QueueDisk<Transport> {
 
     Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity,
          Linked linked = Linked::now);
-    /// On the queue's processor, or after it was stopped; or if it was never linked.
-    ~Disk();
-
-    /// Called once: its queue serves it from now on. Runs on the queue's own processor, by a post if necessary;
-    /// `here` is the caller's executor.
-    void link(io::Executor& here);
-
-    /// Call before the disk is announced: adds a further lane, in processor order. Not owned.
-    void add_lane(Disk& lane);
-    u32 queues() const override { return lane_count_ + 1; }
-    io::BlockDevice& queue_lane(u32 index) override { return index == 0 ? *this : *lanes_[index - 1]; }
 
     inline const Unit& unit() const { return unit_; }
-    /// Callable on any processor, affects only this lane: the unit is gone; further requests are refused.
-    void remove() { gone_.store(true, std::memory_order_relaxed); } // relaxed: orders no other data
-    inline bool removed() const override {
-        return gone_.load(std::memory_order_relaxed) ||
-               channel_queue_.transport().shared().rescinded.load(std::memory_order_relaxed);
-    }
 
   private:
     friend class Transport;
     void build(Packet& packet, Transport::Command& command) const;
 
-    struct Link : io::Post {
-        Disk* disk = nullptr;
-    };
-    void enlist();
-
-    Queue& channel_queue_;
     Unit unit_;
-    Link link_;
-    bool linked_ = false;
     Packet template_{};
     scsi::LogicalUnit commands_;
-    std::atomic<bool> gone_{false};
-    std::array<Disk*, max_lanes - 1> lanes_{};
-    u32 lane_count_ = 0;
 };
 
 } // namespace fl::drivers::storvsc

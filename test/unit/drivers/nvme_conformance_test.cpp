@@ -54,7 +54,7 @@ class NvmeRig final : public Rig {
         device_.interrupt = [this](u16 vector) { nvme::Transport::on_interrupt(&lanes_[vector]->queue.transport()); };
         for (u32 i = 0; i < lanes; ++i) {
             enter(i);
-            lanes_.push_back(std::make_unique<Lane>(clock_, i, shared_));
+            lanes_.push_back(std::make_unique<Lane>(clock_, i, group_));
             start(*lanes_[i], i);
         }
         enter(0);
@@ -158,12 +158,7 @@ class NvmeRig final : public Rig {
     void close(u32 lane, Status status) override {
         lanes_[lane]->queue.close(status, {Code::device_gone, "the test closes it"});
     }
-    void close_elsewhere(Status status) override {
-        shared_.reported = true;
-        shared_.close_status = to_underlying(status);
-        shared_.closed = true;
-        shared_.raise_queues();
-    }
+    void close_elsewhere(Status status) override { group_.close_first(status); }
     void stop(u32 lane) override { lanes_[lane]->queue.stop(); }
     void reclaim(u32 lane) override {
         std::erase_if(device_.held, [&](const auto& c) { return c.queue == lane + 1; });
@@ -178,8 +173,8 @@ class NvmeRig final : public Rig {
     static constexpr u32 max_bytes = 32768;
 
     struct Lane {
-        Lane(test::FakeMachine& clock, u32 number, nvme::Shared& shared)
-            : executor(clock.platform(), number), queue(executor, shared, number + 1) {}
+        Lane(test::FakeMachine& clock, u32 number, io::QueueGroup& group)
+            : executor(clock.platform(), number), queue(executor, group) {}
         io::Executor executor;
         DmaBuffer submissions, completions, lists;
         nvme::Queue queue;
@@ -233,7 +228,7 @@ class NvmeRig final : public Rig {
     test::FakeMachine clock_; // of all lanes
     test::HeapDma dma_;
     nvme_fake::Controller device_;
-    nvme::Shared shared_;
+    io::QueueGroup group_;
     DmaBuffer shadow_, events_;
     std::vector<std::unique_ptr<Lane>> lanes_;
 };

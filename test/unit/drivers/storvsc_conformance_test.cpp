@@ -178,12 +178,7 @@ class StorvscRig final : public Rig {
     void close(u32 lane, Status status) override {
         lanes_[lane]->queue.close(status, {Code::device_gone, "the test closes it"});
     }
-    void close_elsewhere(Status status) override {
-        shared_.reported = true;
-        shared_.close_status = to_underlying(status);
-        shared_.closed = true;
-        shared_.raise_queues();
-    }
+    void close_elsewhere(Status status) override { shared_.close_first(status); }
     void stop(u32 lane) override { lanes_[lane]->queue.stop(); }
     void reclaim(u32 lane) override {
         take(*lanes_[lane]);

@@ -233,7 +233,7 @@ TEST_F(StorvscLanes, AWriteWaitsForAnAbandonedOneOnTheOtherChannel) {
     turn();
     set_this_processor(0);
     requests.clear(); // abandoned
-    EXPECT_EQ(shared.late_writes.load(), 1u);
+    EXPECT_EQ(shared.late_writes(), 1u);
     io::Request& read = ask(1, io::Op::read, 64);
     io::Request& write = ask(1, io::Op::write, 64);
     for (u32 i = 0; i < 10; ++i) {
@@ -244,7 +244,7 @@ TEST_F(StorvscLanes, AWriteWaitsForAnAbandonedOneOnTheOtherChannel) {
     lanes[0]->host.hold = false;
     EXPECT_LT(settle(), 100 * ms);
     EXPECT_EQ(write.status, io::Status::ok);
-    EXPECT_EQ(shared.late_writes.load(), 0u);
+    EXPECT_EQ(shared.late_writes(), 0u);
     EXPECT_EQ(resets(), 0u);
     use_both();
 }
@@ -330,18 +330,18 @@ TEST_F(StorvscLanes, AClosedChannelTakesItsCountsWithIt) {
     for (u32 i = 0; i < 5; ++i) {
         turn();
     }
-    EXPECT_EQ(shared.in_flight, 21u);
+    EXPECT_EQ(shared.in_flight(), 21u);
     lanes[0]->host.hold = false;
     for (u32 i = 0; i < 5; ++i) {
         turn();
     }
-    EXPECT_EQ(shared.in_flight, 20u);
-    EXPECT_EQ(shared.answered, 1u);
+    EXPECT_EQ(shared.in_flight(), 20u);
+    EXPECT_EQ(shared.answered(), 1u);
     set_this_processor(1);
     lanes[1]->queue.stop();
     set_this_processor(0);
-    EXPECT_EQ(shared.in_flight, 0u);
-    EXPECT_EQ(shared.answered, 1u) << "what was answered stays answered";
+    EXPECT_EQ(shared.in_flight(), 0u);
+    EXPECT_EQ(shared.answered(), 1u) << "what was answered stays answered";
     EXPECT_TRUE(lanes[1]->queue.quiescent());
 }
 

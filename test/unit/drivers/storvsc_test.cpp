@@ -951,8 +951,7 @@ TEST(Storvsc, ClosedByAnotherProcessorsQueue) {
     io::Request read(*m.disk, io::Op::read, 8, m.buffer(4096));
     m.disk->submit(read);
     m.executor.turn();
-    m.shared.close_status = to_underlying(io::Status::protocol_error);
-    m.shared.closed = true;
+    m.shared.close(io::Status::protocol_error);
     m.executor.turn();
     EXPECT_EQ(read.status, io::Status::protocol_error);
     EXPECT_TRUE(m.queue->quiescent());
