@@ -5,26 +5,27 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import build, fiojson, lab, launch, paths, process, records, report, setup, workloads, xenlab, yardstick
-from .machine import PLATFORMS, DiskSpec, Machine, Platform
-from .options import Conflict, Parser, demand_agreement, name_pattern, one_line, whole
+from .machine import AIO, CACHES, DIRECT_CACHES, IOTHREAD_BUSES, PLATFORMS, DiskSpec, Machine, Platform
+from .options import Conflict, Parser, demand_agreement, listed, name_pattern, one_line, whole
 from .problems import EXIT_HELP, Exit, Problem
 from .records import Verdict
-from .workloads import Chosen, Side
+from .workloads import DISK_BYTES, Chosen, Side, Workload
 
-DISK_BYTES = 64 << 20
 # Write each page once before measuring: the first write to a page of tmpfs costs more than later ones.
 DISK_CONTENT = "pattern"
-FIO_MORE = 5
+FIO_MORE = 5  # but not on IDE disks, which take long enough for the count itself
+MOST_BUFFERS = 64 << 20  # bytes: what the machine's memory has room for
 
 
 def arguments() -> Parser:
     parser = Parser(
         prog="scripts/bench",
-        description="Measure the Xen ring against IDE in one virtual machine, and the VMBus's SCSI disk on the test host against IDE in QEMU; with --only xen-pvh a disk of the real Xen's. By default every instruction of guest, "
+        description="Measure the Xen ring against IDE in one virtual machine, and the VMBus's SCSI disk on the test host against IDE in QEMU. On request: --only qemu, all disks of QEMU's in one machine; "
+        "--only all, the same with the Xen ring; --only microvm, virtio-mmio against virtio-pci; --only xen-pvh, a disk of the real Xen's. By default every instruction of guest, "
         "hypervisor and VMM counts as one nanosecond, so that the figures do not depend on this machine.",
         epilog=paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
@@ -32,7 +33,14 @@ def arguments() -> Parser:
     parser.add_argument("--runs", type=whole(1, 100), default=1, metavar="N", help="repeat, each time with another start and other pauses, and show the median and the range")
     parser.add_argument("--seed", type=whole(0, 1 << 32), default=1, metavar="S", help="what the starts and pauses of --runs follow from (default: 1)")
     parser.add_argument("--list", action="store_true", help="list the jobs")
-    parser.add_argument("--only", type=name_pattern, action="append", default=[], metavar="PATTERN", help="only jobs whose name matches (a glob, or a part of it), several times (default: all but xen-pvh)")
+    parser.add_argument("--only", type=name_pattern, action="append", default=[], metavar="PATTERN", help="only jobs whose name matches (a glob, or a part of it), several times (default: xen-emu and hyperv)")
+    parser.add_argument("--workload", type=workloads.parse_workload, action="append", default=[], metavar="WORKLOAD", help="instead of the jobs' own workloads, several times: randread, randwrite, read, write or randrw, then "
+        "bs=, qd=, count=, seed= and for randrw mix= (per cent of reads), as in randrw,bs=16k,qd=4,count=2000")
+    parser.add_argument("--disk", type=listed, action="append", default=[], metavar="NAME,…", help="only these disks, by the name in the table, the kernel's, or the bus: xen, scsi, virtio, ide, nvme, sata (default: all)")
+    parser.add_argument("--sweep", type=workloads.parse_sweep, default=(), metavar="qd=LOW..HIGH", help="each pattern and block size at each power of two of queue depths, as in qd=1..128, with a table by depth")
+    parser.add_argument("--aio", choices=AIO, help="how QEMU reads and writes the images (default: threads, as QEMU's)")
+    parser.add_argument("--cache", choices=CACHES, help="QEMU's cache mode (default: writeback, as QEMU's)")
+    parser.add_argument("--iothread", action="store_true", help=f"an I/O thread for each of QEMU's disks that can have one ({', '.join(IOTHREAD_BUSES)})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as fio would (json+); with --runs of the run with the median IOPS of each job")
     parser.add_argument("--json-dir", type=Path, metavar="FOLDER", help="the same as one file for each job in a new folder, for fio-plot")
     parser.add_argument("--yardstick", action="store_true", help="measure Linux with fio in the same machines, in the same start of the lab")
@@ -45,7 +53,9 @@ def arguments() -> Parser:
 
 LISTED = "nothing is measured"
 CONFLICTS = (
-    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build")),
+    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build", "aio", "cache", "iothread")),
+    Conflict(("sweep", "workload"), "qd= is what --sweep sets: leave it out of --workload", lambda options: any(one.qd != 1 for one in options.workload)),
+    Conflict(("aio",), f"native is for O_DIRECT: add --cache {' or --cache '.join(DIRECT_CACHES)}", lambda options: options.aio == "native" and options.cache not in DIRECT_CACHES),
     Conflict(("seed",), "is what the starts of several runs follow from: use it with --runs 2 or more", lambda options: options.runs == 1),
     Conflict(("wall", "lab"), "--lab never measures on this machine's own KVM, always in wall-clock time: leave out --wall", lambda options: options.lab == "never"),
 )
@@ -55,10 +65,14 @@ OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks")  # words 
 def check(options) -> list[Chosen]:
     """The selected jobs. Invalid options are reported here, before anything is fetched or built."""
     demand_agreement(options, CONFLICTS)
+    jobs = asked(options)
     for pattern in options.only:
-        if not workloads.choose([pattern]):
+        if not workloads.choose([pattern], jobs=jobs):
             raise Problem(f"--only {pattern}: no job has such a name. scripts/bench --list shows them.", Exit.USAGE)
-    chosen = workloads.choose(options.only, options.list)
+    disks = [word for words in options.disk for word in words]
+    chosen = workloads.choose(options.only, options.list, jobs, disks)
+    demand_disks(disks, workloads.choose(options.only, options.list, jobs))
+    demand_host_side(options, chosen)
     for word in options.cmdline.split():
         key = word.partition("=")[0]
         if key in OWN_KEYS:
@@ -83,6 +97,54 @@ def check(options) -> list[Chosen]:
         launch.demand_built([paths.KERNEL, paths.EFI, *([paths.TEST_HOST] if any(one.comparison == "hyperv" for one in chosen) else [])])
     paths.cache()
     return chosen
+
+
+def asked(options) -> list[Workload]:
+    """The workloads: the jobs' own or those of --workload, swept if asked for."""
+    jobs = list(options.workload or workloads.MAIN_JOB)
+    labels = [f"{one.name} {one.bs}" if options.sweep else one.label for one in jobs]
+    twice = next((label for label in labels if options.workload and labels.count(label) > 1), "")
+    if twice:
+        raise Problem(f"--workload: {twice} was given twice, and results are named by pattern, block size and queue depth. Leave one out, or measure it by a call of its own.", Exit.USAGE)
+    if options.sweep:
+        jobs = workloads.swept(jobs, options.sweep)
+    if len(jobs) > workloads.MOST_WORKLOADS:
+        raise Problem(f"{len(jobs)} workloads were asked for, at most {workloads.MOST_WORKLOADS} were expected. Leave out a --workload, or shorten --sweep.", Exit.USAGE)
+    for one in jobs:
+        if one.qd * one.bytes > MOST_BUFFERS:
+            raise Problem(f"{one.label}: {one.qd} buffers of {one.bs} are {one.qd * one.bytes >> 20} MiB, at most {MOST_BUFFERS >> 20} MiB were expected. Lower qd or bs.", Exit.USAGE)
+    return jobs
+
+
+def demand_disks(disks: Sequence[str], chosen: Sequence[Chosen]) -> None:
+    """Each word of --disk names a disk in one of the comparisons."""
+    present = dict.fromkeys(one.comparison for one in chosen)
+    known = {word: None for comparison in present for word in workloads.disk_words(comparison)}
+    for disk in disks:
+        if disk in known:
+            continue
+        others = [comparison for comparison in workloads.COMPARISONS if disk in workloads.disk_words(comparison)]
+        hint = f"; {' and '.join(others)} have it: add --only {others[0]}" if others else ""
+        raise Problem(f"--disk {disk}: {', '.join(present)} have the disks {', '.join(known)}{hint}.", Exit.USAGE)
+
+
+def demand_host_side(options, chosen: Sequence[Chosen]) -> None:
+    """--aio, --cache and --iothread must have an effect on a measured disk of each comparison."""
+    for one in chosen:
+        found = [side.bus(disk) for side in sides_of(one) if of_qemu(side) for disk in side.disks if disk in one.disks]
+        for name in ("aio", "cache"):
+            if getattr(options, name) and not found:
+                raise Problem(f"--{name} is for QEMU's disks, and {one.comparison} measures none: leave it out, or add --only for another comparison.", Exit.USAGE)
+        if options.iothread and not set(found) & set(IOTHREAD_BUSES):
+            raise Problem(
+                f"--iothread is for QEMU's disks on {', '.join(IOTHREAD_BUSES)}, and {one.comparison} measures none of them: leave it out, or add --only for another comparison.",
+                Exit.USAGE,
+            )
+
+
+def of_qemu(side: Side) -> bool:
+    kind = PLATFORMS[side.platform]
+    return not kind.test_host and not kind.domain
 
 
 def sides_of(chosen: Chosen) -> list[Side]:
@@ -135,11 +197,14 @@ def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
         this = workloads.perturbed(chosen, options.seed, number, options.runs, service) if options.runs > 1 else chosen
         machines = guests(sides, this, options)
         # One place for all machines: a KVM sufficient for one side may lack what the other needs.
-        runs.append(measure(ready, this, machines, mode, "always" if where.nested else options.lab, options))
+        runs.append(measure(ready, this, sides, machines, mode, "always" if where.nested else options.lab, options))
         service = service_times(runs[-1])
     jobs = report.median_run(runs) if options.runs > 1 else runs[0]
     for job in jobs:
         job["firstlight"]["versions"] = stated
+        side = next(side for side in sides if job["firstlight"]["disk"] in side.disks)
+        if of_qemu(side):
+            job["firstlight"]["host_side"] = host_side(options, side.bus(job["firstlight"]["disk"]))
         if options.runs > 1:
             job["firstlight"]["runs_seed"] = options.seed
     ours = [job for job in jobs if not job["firstlight"]["driver"].startswith("linux-")]
@@ -147,14 +212,19 @@ def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
     boots = " and ".join(f"{side.platform} ({side.about}): {', '.join(side.disks)}" for side in sides)
     print(f"\nplatform {chosen.comparison}, boot {machines[0].boot}, {mode} time; {boots}")
     print(", ".join(f"{what} {version}" for what, version in stated.items()))
+    if served := report.host_side(jobs):
+        print(served)
     if options.runs > 1:
         print(f"{options.runs} runs, each with another start and other pauses, from seed {options.seed}; of each job the run with the median IOPS")
     print("\n" + report.results(ours))
     if note := report.clock_note(ours):
         print("\n" + note)
-    compared = report.ratios(ours, theirs)
+    baseline = workloads.BASELINES.get(chosen.comparison, "")
+    compared = report.compared(ours, theirs, baseline) if baseline else report.ratios(ours, theirs)
     if theirs:
         print("\nLinux with fio, same machines, same images, same start of the lab\n\n" + report.results(theirs))
+    if options.sweep:
+        print("\n" + report.by_depth(ours, theirs))
     if compared:
         print("\n" + compared)
     if options.runs > 1:
@@ -165,7 +235,7 @@ def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
 def guests(sides: Sequence[Side], chosen: Chosen, options) -> list[Machine]:
     machines = [main_machine(side, chosen, options) for side in sides]
     if options.yardstick:
-        machines += [linux_machine(side, chosen, bool(options.json or options.json_dir)) for side in sides]
+        machines += [linux_machine(side, chosen, options) for side in sides]
     return machines
 
 
@@ -201,36 +271,54 @@ def revision() -> str:
     return found.stdout.strip() if found.returncode == 0 else "of an unknown commit"
 
 
-def images(side: Side) -> list[DiskSpec]:
+def host_side(options, bus: str) -> dict:
+    """How QEMU serves a disk on this bus, its defaults included."""
+    return {"aio": options.aio or AIO[0], "cache": options.cache or CACHES[0], "iothread": options.iothread and bus in IOTHREAD_BUSES}
+
+
+def images(side: Side, options) -> list[DiskSpec]:
     # Under the real Xen, a RAM disk of dom0: I/O on a file would include the time of its kernel threads.
     backing = "ram" if PLATFORMS[side.platform].domain else ""
-    return [DiskSpec(bus, DISK_BYTES, content=DISK_CONTENT, backing=backing) for bus in side.attached]
+    given = {"aio": options.aio or "", "cache": options.cache or ""} if of_qemu(side) else {}
+    return [
+        DiskSpec(bus, DISK_BYTES, content=DISK_CONTENT, backing=backing, iothread=bool(given and host_side(options, bus)["iothread"]), **given) for bus in side.buses
+    ]
+
+
+def seconds(begin: float, disks: Sequence[str], asked: Sequence[Workload], wall: bool) -> float:
+    """A bound on a machine's time: the slowest I/O seen took 0.3 ms, at most thirty times as long in the lab's wall-clock time, and its data 5 ns a byte."""
+    return begin + len(disks) * sum(one.count * (1e-3 + 2e-8 * one.bytes) for one in asked) * (10 if wall else 1)
 
 
 def main_machine(side: Side, chosen: Chosen, options) -> Machine:
     disks = [disk for disk in side.disks if disk in chosen.disks]
-    words = ["job=bench", "emulated=keep", f"disk={','.join(disks)}"]
+    names = ",".join(side.kernel_name(disk) for disk in disks)
+    words = ["job=bench", "emulated=keep", f"disk={names}"]
     if any(workload.writes for workload in chosen.workloads):
-        words.append(f"scratch={','.join(disks)}")
+        words.append(f"scratch={names}")
     words += [workload.word for workload in chosen.workloads]
     if PLATFORMS[side.platform].marks:
         words.append(f"marks={PLATFORMS[side.platform].marks:#x}")
     if options.cmdline:
         words.append(options.cmdline)
-    return Machine(f"bench-{side.platform}", side.platform, boot=options.boot, cmdline=" ".join(words), disks=images(side), timeout=60)
+    return Machine(
+        f"bench-{side.key}", side.platform, side.machine, boot=options.boot, cmdline=" ".join(words), disks=images(side, options),
+        timeout=seconds(60, disks, chosen.workloads, options.wall), extra=side.arguments,
+    )  # fmt: skip
 
 
-def linux_machine(side: Side, chosen: Chosen, bins: bool) -> Machine:
+def linux_machine(side: Side, chosen: Chosen, options) -> Machine:
     disks = [disk for disk in side.disks if disk in chosen.disks]
     # fio's time limit is in milliseconds: on a disk that completes our count within tens of them it does more I/Os.
-    more = FIO_MORE if any(workloads.KINDS[disk] == "synthetic" for disk in disks) else 1
-    wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count * more, "mix": 70, "seed": w.seed, "startdelay": w.startdelay} for w in chosen.workloads]
-    script = yardstick.script(disks, wanted, PLATFORMS[side.platform].marks, bins)
-    return Machine(f"linux-{side.platform}", side.platform, disks=images(side), timeout=120, linux=script)
+    targets = [yardstick.Target(disk, side.bus(disk), 1 if side.bus(disk) == "ide" else FIO_MORE) for disk in disks]
+    wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count, "mix": w.mix, "seed": w.seed, "startdelay": w.startdelay} for w in chosen.workloads]
+    script = yardstick.script(targets, wanted, PLATFORMS[side.platform].marks, bool(options.json or options.json_dir))
+    limit = FIO_MORE * seconds(24, disks, chosen.workloads, options.wall)
+    return Machine(f"linux-{side.key}", side.platform, side.machine, disks=images(side, options), timeout=limit, linux=script, extra=side.arguments)
 
 
-def progress(total: int, asked: Sequence[workloads.Workload]):
-    """Prints on stderr what has been measured, as the records and fio's results arrive."""
+def progress(total: int, asked: Sequence[Workload], sides: Mapping[str, Side] = {}):
+    """Prints on stderr what has been measured, as the records and fio's results arrive. `sides`: by the name of the machine."""
     begin = time.monotonic()
     done = 0
     linux: list[str] = []  # output lines of the current run of fio
@@ -244,8 +332,9 @@ def progress(total: int, asked: Sequence[workloads.Workload]):
         if record and record["record"] == "result":
             done += 1
             rate = fiojson.total_ios(record) / (record["runtime_ns"] / 1e9) if record["runtime_ns"] else 0
+            disk = sides[name].disk(record["disk"]) if name in sides else record["disk"]
             launch.warn(
-                f"  [{done}/{total}] {time.monotonic() - begin:5.1f} s  {record['disk']} {record['workload']} "
+                f"  [{done}/{total}] {time.monotonic() - begin:5.1f} s  {disk} {record['workload']} "
                 f"{record['bs'] // 1024}k qd{record['qd']}: {rate:.0f} IOPS"
             )
         elif record and record["record"] in ("boot", "disk", "error"):
@@ -260,7 +349,7 @@ def progress(total: int, asked: Sequence[workloads.Workload]):
     return live
 
 
-def linux_line(lines: Sequence[str], asked: Sequence[workloads.Workload]) -> str:
+def linux_line(lines: Sequence[str], asked: Sequence[Workload]) -> str:
     """The result of one run of fio. Whether it is valid is judged when all have ended."""
     try:
         ((disk, driver, number, found),) = yardstick.results("\n".join(lines))
@@ -279,18 +368,20 @@ def describe(record: dict) -> str:
     return f"error: {record.get('message')}"
 
 
-def measure(ready: lab.Lab, chosen: Chosen, machines: list[Machine], mode: str, forced: str, options) -> list[dict]:
+def measure(ready: lab.Lab, chosen: Chosen, sides: Sequence[Side], machines: list[Machine], mode: str, forced: str, options) -> list[dict]:
     total = len(chosen.disks) * len(chosen.workloads) * (2 if options.yardstick else 1)
+    by_machine = {f"{who}-{side.key}": side for side in sides for who in ("bench", "linux")}
     boots = launch.boot(
-        ready, machines, wall=options.wall, forced=forced, live=progress(total, chosen.workloads), keep=paths.RUNS / "bench" / chosen.comparison
+        ready, machines, wall=options.wall, forced=forced, live=progress(total, chosen.workloads, by_machine), keep=paths.RUNS / "bench" / chosen.comparison
     )
     jobs: list[dict] = []
     for boot in boots:
-        jobs += linux_jobs(boot, chosen, mode) if boot.machine.linux else our_jobs(boot, chosen, mode)
+        side = by_machine[boot.machine.name]
+        jobs += linux_jobs(boot, chosen, side, mode) if boot.machine.linux else our_jobs(boot, chosen, side, mode)
     return jobs
 
 
-def our_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
+def our_jobs(boot: launch.Boot, chosen: Chosen, side: Side, mode: str) -> list[dict]:
     demand(boot)
     found = boot.log.of("result")
     expected = len(disk_names(boot.machine)) * len(chosen.workloads)
@@ -301,12 +392,21 @@ def our_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
         for latency in (record[op].get("lat_ns", {}) for op in ("read", "write")):
             if latency.get("N") and "buckets" not in latency:
                 raise Problem(f"{record['disk']} {record['workload']}: the kernel sent no latencies record before this result.", Exit.FAILURE)
+    found = [{**record, "disk": side.disk(record["disk"])} for record in found]
+    for record in found:
+        driver = workloads.DRIVERS[side.bus(record["disk"])].name
+        if record["driver"] != driver:
+            raise Problem(
+                f"{record['disk']} was driven by {record['driver']}, {driver} was expected: the kernel attached the disks of {side.key} in another order than "
+                f"{', '.join(side.buses)}, so the name is that of another disk. The log is in build/runs/bench/{chosen.comparison}/serial.log.",
+                Exit.FAILURE,
+            )
     failed = [record for record in found if record["errors"]]
     if failed:
         raise Problem(f"{failed[0]['disk']} {failed[0]['workload']}: {failed[0]['errors']} failed I/Os, none is allowed. The log is in build/runs/bench/{chosen.comparison}/serial.log.", Exit.FAILURE)
     start = (boot.log.of("boot") or [{}])[0]
     context = {
-        "platform": chosen.comparison, "machine": boot.machine.platform, "boot": boot.machine.boot,
+        "platform": chosen.comparison, "machine": side.key, "boot": boot.machine.boot,
         "vm_guest": start.get("vm_guest", ""), "mode": mode,
     }  # fmt: skip
     assumed = bool(start.get("clock_assumed"))
@@ -353,15 +453,16 @@ def first_block(ready: lab.Lab) -> float:
     return float(found[0]["ns"])
 
 
-def linux_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
+def linux_jobs(boot: launch.Boot, chosen: Chosen, side: Side, mode: str) -> list[dict]:
     found = yardstick.results(boot.outcome.output)
-    side = next(side for side in workloads.COMPARISONS[chosen.comparison] if side.platform == boot.machine.platform)
+    for error in boot.log.of("error"):
+        raise Problem(f"Linux with fio on {side.key}: {error.get('message')}.", Exit.FAILURE)
     expected = sum(disk in chosen.disks for disk in side.disks) * len(chosen.workloads)
     if len(found) != expected and boot.judgement.verdict in (Verdict.TIMEOUT, Verdict.NOT_STARTED):
-        raise Problem(f"Linux with fio on {side.platform}: {boot.judgement.text}; {len(found)} of {expected} results.", boot.judgement.verdict.exit)
+        raise Problem(f"Linux with fio on {side.key}: {boot.judgement.text}; {len(found)} of {expected} results.", boot.judgement.verdict.exit)
     if len(found) != expected:
         tail = "\n".join(boot.log.text[-15:])
-        raise Problem(f"Linux with fio on {side.platform} gave {len(found)} results, {expected} expected.\n{tail}", Exit.FAILURE)
+        raise Problem(f"Linux with fio on {side.key} gave {len(found)} results, {expected} expected.\n{tail}", Exit.FAILURE)
     demand_phases(boot, expected)
     jobs = []
     for at, (disk, driver, number, result) in enumerate(found):
@@ -369,15 +470,12 @@ def linux_jobs(boot: launch.Boot, chosen: Chosen, mode: str) -> list[dict]:
         exits = boot.log.phases[at].get("exits") if boot.log.phases else None
         workload = chosen.workloads[number]
         result["jobname"] = f"{driver}-{workload.label}"
-        result["job options"] = {**result["job options"], "name": workload.name, "bs": fiojson.size_word(size(workload.bs)), "numjobs": "1"}
+        result["job options"] = {**result["job options"], "name": workload.name, "bs": fiojson.size_word(workload.bytes), "numjobs": "1"}
         result["firstlight"] = {
-            "platform": chosen.comparison, "machine": side.platform, "boot": "linux", "vm_guest": side.platform.partition("-")[0],
-            "mode": mode, "disk": disk, "driver": driver, "kind": workloads.KINDS[disk],
+            "platform": chosen.comparison, "machine": side.key, "boot": "linux", "vm_guest": side.platform.partition("-")[0],
+            "mode": mode, "disk": disk, "driver": driver, "kind": workloads.DRIVERS[side.bus(disk)].kind,
             "exits_per_io": exits / ios if exits is not None and ios else None,
         }  # fmt: skip
         jobs.append(result)
     return jobs
 
-
-def size(text: str) -> int:
-    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)

@@ -29,17 +29,17 @@ from pathlib import Path
 from . import apt, distribution, paths, process, vmrun_fault
 from .problems import Problem
 
-LAYOUT = "9"  # incremented when the contents of the folder change for the same packages
+LAYOUT = "10"  # incremented when the contents of the folder change for the same packages
 
 ROOM = 700 << 20  # bytes needed for assembling at most: lists, archives, their contents, the lab itself
 
 L1_MODULES = ("kvm-amd", "virtio_pci", "virtio_blk")
 L2_MODULES = (
-    "xen-blkfront", "ata_piix", "sd_mod", "virtio_pci", "virtio_blk", "nvme", "ahci", "hv_vmbus", "hv_storvsc", "hv_utils",
+    "xen-blkfront", "ata_piix", "sd_mod", "virtio_pci", "virtio_mmio", "virtio_blk", "virtio_scsi", "vmw_pvscsi", "nvme", "ahci", "hv_vmbus", "hv_storvsc", "hv_utils",
 )  # fmt: skip
 
 # Files that QEMU in L1 reads at run time: option ROMs and firmware. On this machine QEMU gets the whole folders.
-L1_FIRMWARE = ("pvh.bin", "linuxboot_dma.bin", "kvmvapic.bin", "bios-256k.bin", "bios-microvm.bin", "OVMF.fd")
+L1_FIRMWARE = ("pvh.bin", "linuxboot_dma.bin", "kvmvapic.bin", "bios-256k.bin", "bios-microvm.bin", "qboot.rom", "OVMF.fd")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

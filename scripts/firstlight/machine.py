@@ -38,14 +38,23 @@ COUNTED = ("-accel", "tcg", "-icount", "shift=0,sleep=off", "-cpu", "max", "-rtc
 # QEMU's own Hyper-V interfaces. Its bus has no disks; it is the second host to test the VMBus guest code with.
 HYPERV_CPU = "host,kvm=off,hv-relaxed,hv-vpindex,hv-time,hv-synic,hv-stimer,hv-vapic,hv-runtime,hv-reset,hv-crash"
 
+MACHINES = {
+    "pc": "pc", "q35": "q35",
+    "microvm": "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on",
+    "microvm-acpi": "microvm,acpi=on,pit=off,pic=off,rtc=off,isa-serial=on",  # ACPI's hardware-reduced profile
+}  # fmt: skip
+MACHINE_NAMES = tuple(MACHINES)
+# Maximum; q35's depends on the version of QEMU, which then refuses with its own message.
+CPUS = {"pc": 255, "q35": 4096, "microvm": 288, "microvm-acpi": 288}
+
 PLATFORMS = {
     platform.name: platform
     for platform in (
-        Platform("qemu-pvh", "QEMU's emulated processor, PVH", TCG, ("pvh",), ("pc", "q35", "microvm", "microvm-acpi"), ("ide:64m",)),
+        Platform("qemu-pvh", "QEMU's emulated processor, PVH", TCG, ("pvh",), MACHINE_NAMES, ("ide:64m",)),
         Platform("qemu-uefi", "QEMU's emulated processor, OVMF", TCG, ("uefi",), ("pc", "q35"), ("ide:64m",)),
         Platform(
-            "kvm", "KVM, emulated devices", ("-accel", "kvm", "-cpu", "host"), ("pvh", "uefi"), ("pc", "q35"),
-            ("ide:64m",), kvm=True,
+            "kvm", "KVM, emulated devices", ("-accel", "kvm", "-cpu", "host"), ("pvh", "uefi"),
+            MACHINE_NAMES, ("ide:64m",), kvm=True,
         ),
         Platform(
             "xen-emu", "KVM with QEMU's Xen interfaces: Xen ring and IDE in one machine",
@@ -72,14 +81,14 @@ PLATFORMS = {
     )
 }  # fmt: skip
 
-MACHINES = {
-    "pc": "pc", "q35": "q35",
-    "microvm": "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on",
-    "microvm-acpi": "microvm,acpi=on,pit=off,pic=off,rtc=off,isa-serial=on",  # ACPI's hardware-reduced profile
-}  # fmt: skip
-CPUS = {"pc": 255, "q35": 4096, "microvm": 288, "microvm-acpi": 288}  # maximum; q35's depends on the version of QEMU, which then refuses with its own message
 # A disk on the VMBus is a SCSI disk, or the accelerator of the IDE disk in the same place; both are called sd….
 BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "sd", "virtio": "vd", "nvme": "nvme", "sata": "sd"}
+# Buses whose device QEMU can give an I/O thread of its own.
+IOTHREAD_BUSES = ("xen", "virtio")
+# QEMU's own defaults are named in results.
+AIO = ("threads", "native", "io_uring")
+CACHES = ("writeback", "none", "writethrough", "directsync", "unsafe")
+DIRECT_CACHES = ("none", "directsync")  # O_DIRECT, without which aio=native is refused
 TEST_HOST = "firstlight-testhost"
 IDE_PLACES = 4
 SATA_PORTS = 6  # of QEMU's ich9-ahci
@@ -96,6 +105,18 @@ def drive_letters(number: int) -> str:
     return letters
 
 
+def kernel_names(buses: Sequence[str]) -> list[str]:
+    """The kernel's names of disks on these buses: hda, hdb …, xvda, xvdb …, sda … sdz, sdaa …, nvme0n1, nvme1n1 …"""
+    count = dict.fromkeys(BUSES.values(), 0)
+    names = []
+    for bus in buses:
+        prefix = BUSES[bus]
+        # One controller for each NVMe disk, with one namespace.
+        names.append(f"nvme{count[prefix]}n1" if bus == "nvme" else prefix + drive_letters(count[prefix]))
+        count[prefix] += 1
+    return names
+
+
 def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+)([kmg]?)", text.lower())
     if not match or int(match[1]) == 0:
@@ -105,7 +126,7 @@ def parse_size(text: str) -> int:
 
 @dataclasses.dataclass
 class DiskSpec:
-    """`[BUS:]SIZE|FILE[,content=zero|sparse|pattern|null][,image=NAME][,sector=4096][,iops=N][,controller=N][,readonly]`.
+    """`[BUS:]SIZE|FILE[,content=zero|sparse|pattern|null][,image=NAME][,sector=4096][,iops=N][,controller=N][,readonly][,aio=A][,cache=C][,iothread]`.
 
     Two disks with the same image= are one image, attached twice. SCSI disks are on controller 0 unless another one is given.
     iops=N: the host completes at most N I/Os a second, like a slow disk or a cloud's quota; in real time, not in instructions.
@@ -123,6 +144,9 @@ class DiskSpec:
     backing: str = ""  # real Xen: the block device in dom0 that holds the image in memory; empty: loop
     controller: int = 0
     read_only: bool = False
+    aio: str = ""  # QEMU: how it reads and writes the image; empty: its default, threads
+    cache: str = ""  # QEMU: the cache mode; empty: its default, writeback
+    iothread: bool = False  # QEMU: an I/O thread of the disk's own instead of the main loop
     bring_out: Path | None = None
 
     @staticmethod
@@ -168,10 +192,16 @@ class DiskSpec:
                 disk.backing = value
             elif option == "readonly":
                 disk.read_only = True
+            elif name == "aio" and value in AIO:
+                disk.aio = value
+            elif name == "cache" and value in CACHES:
+                disk.cache = value
+            elif option == "iothread":
+                disk.iothread = True
             else:
                 raise Problem(
                     f"Disk {text!r}: {option!r} is not one of content=zero|sparse|pattern, image=NAME, "
-                    "sector=512|4096, iops=N, readonly, for an IDE, virtio or NVMe disk of a size content=null, for a SCSI disk controller=0..3, "
+                    f"sector=512|4096, iops=N, readonly, for QEMU's disks aio={'|'.join(AIO)}, cache={'|'.join(CACHES)}, iothread, for an IDE, virtio or NVMe disk of a size content=null, for a SCSI disk controller=0..3, "
                     f"and for a disk on the Xen ring backend={'|'.join(xenguest.BACKENDS)}, backing={'|'.join(xenguest.BACKINGS)}.",
                     Exit.USAGE,
                 )
@@ -248,6 +278,7 @@ class Machine:
                 raise Problem(f"An NVMe disk needs QEMU's machine pc or q35, not {self.platform} with {self.machine}.", Exit.USAGE)
             if disk.bus == "sata" and (kind.test_host or kind.domain or self.machine.startswith("microvm")):
                 raise Problem(f"A SATA disk needs QEMU's machine pc or q35, not {self.platform} with {self.machine}.", Exit.USAGE)
+            self.check_host_side(disk)
             if disk.content == "null" and kind.test_host:
                 raise Problem("content=null is QEMU's: the test host's disks are images.", Exit.USAGE)
             if disk.iops and disk.bus == "ide" and kind.test_host:
@@ -276,6 +307,18 @@ class Machine:
         if self.pauses and self.counted and not kind.kvm and not kind.domain:
             raise Problem("QEMU's instruction counter stands still while QEMU is stopped: a pause needs wall-clock time, or the lab.", Exit.USAGE)
 
+    def check_host_side(self, disk: DiskSpec) -> None:
+        """aio=, cache= and iothread: what QEMU would refuse, or what has no effect."""
+        given = [name for name, value in (("aio=", disk.aio), ("cache=", disk.cache), ("iothread", disk.iothread)) if value]
+        if given and (self.kind.test_host or self.kind.domain):
+            raise Problem(f"{given[0]} is for QEMU's disks, not for those of {self.platform}.", Exit.USAGE)
+        if disk.content == "null" and (disk.aio or disk.cache):
+            raise Problem(f"{given[0]} is how QEMU treats an image, and content=null has none.", Exit.USAGE)
+        if disk.aio == "native" and disk.cache not in DIRECT_CACHES:
+            raise Problem(f"aio=native needs cache={' or cache='.join(DIRECT_CACHES)}, not {disk.cache or 'the default, writeback'}: Linux's AIO is for O_DIRECT.", Exit.USAGE)
+        if disk.iothread and disk.bus not in IOTHREAD_BUSES:
+            raise Problem(f"iothread is for disks on {', '.join(IOTHREAD_BUSES)}: QEMU's {disk.bus} device has no I/O thread of its own.", Exit.USAGE)
+
     def check_size(self) -> None:
         """Processors and memory: the VMM's maximum, and the minimum to load the kernel."""
         most = 64 if self.kind.test_host else CPUS[self.machine]
@@ -293,15 +336,8 @@ class Machine:
         return PLATFORMS[self.platform]
 
     def disk_names(self) -> list[str]:
-        """The kernel's names of the disks: hda, hdb …, xvda, xvdb …, sda … sdz, sdaa …, nvme0n1, nvme1n1 …"""
-        count = dict.fromkeys(BUSES.values(), 0)
-        names = []
-        for disk in self.specs:
-            prefix = BUSES[disk.bus]
-            # One controller for each NVMe disk, with one namespace.
-            names.append(f"nvme{count[prefix]}n1" if disk.bus == "nvme" else prefix + drive_letters(count[prefix]))
-            count[prefix] += 1
-        return names
+        """The kernel's names of the disks."""
+        return kernel_names([disk.bus for disk in self.specs])
 
     def job(self, work: Path) -> Job:
         """Files that must be created (the ESP) are put into `work`."""
@@ -388,6 +424,10 @@ class Machine:
                 options = [f"id={name}", "format=raw", f"file={{disk:{self.add_image(disks, disk, name)}}}"]
             if disk.read_only:
                 options.append("readonly=on")
+            options += [f"aio={disk.aio}"] if disk.aio else []
+            options += [f"cache={disk.cache}"] if disk.cache else []
+            thread = f",iothread=io-{name}" if disk.iothread else ""
+            words += ["-object", f"iothread,id=io-{name}"] if disk.iothread else []
             if disk.iops:
                 # Without iops-total-max QEMU lets a tenth of a second's worth through at once, less than with any value of it.
                 options.append(f"throttling.iops-total={disk.iops}")
@@ -395,10 +435,10 @@ class Machine:
                 options.append("file.locking=off")
             geometry = f",logical_block_size={disk.sector},physical_block_size={disk.sector}" if disk.sector != 512 else ""
             if disk.bus == "xen":
-                words += ["-drive", ",".join(["if=none", *options]), "-device", f"xen-disk,drive={name},vdev={name}{geometry}"]
+                words += ["-drive", ",".join(["if=none", *options]), "-device", f"xen-disk,drive={name},vdev={name}{geometry}{thread}"]
             elif disk.bus == "virtio":
                 device = "virtio-blk-device" if self.machine.startswith("microvm") else "virtio-blk-pci"
-                words += ["-drive", ",".join(["if=none", *options]), "-device", f"{device},drive={name},serial={name}{geometry}"]
+                words += ["-drive", ",".join(["if=none", *options]), "-device", f"{device},drive={name},serial={name}{geometry}{thread}"]
             elif disk.bus == "nvme":
                 words += ["-drive", ",".join(["if=none", *options]), "-device", f"nvme,drive={name},serial={name}{geometry}"]
             elif disk.bus == "sata":

@@ -99,6 +99,57 @@ def clock_note(jobs: Sequence[dict]) -> str:
     )
 
 
+def key(job: dict) -> tuple[str, str]:
+    return job["firstlight"]["disk"], label(job)
+
+
+def compared(ours: Sequence[dict], theirs: Sequence[dict], baseline: str) -> str:
+    """Every disk and workload: IOPS, as a multiple of the baseline disk's and of Linux's on the same disk, and what an I/O of this kernel costs."""
+    linux = {key(job): iops(job) for job in theirs}
+    base = {label(job): iops(job) for job in ours if job["firstlight"]["disk"] == baseline}
+    costs = ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations")
+
+    def quotient(above: float, below: float | None) -> str:
+        return f"{above / below:.2f}" if below else "-"
+
+    rows = []
+    for job in ours:
+        theirs_too = [f"{linux[key(job)]:.0f}" if key(job) in linux else "-", quotient(iops(job), linux.get(key(job)))] if theirs else []
+        rows.append(
+            [job["firstlight"]["disk"], job["firstlight"]["driver"], label(job), f"{iops(job):.0f}", *([quotient(iops(job), base.get(label(job)))] if base else []), *theirs_too,
+             *(f"{job['firstlight'][f'{cost}_per_io']:.3f}" for cost in costs)]
+        )  # fmt: skip
+    heads = ["disk", "driver", "workload", "IOPS", *([f": {baseline}"] if base else []), *(["Linux", "ours : Linux"] if theirs else []), *HEADS[9:14]]
+    return table(heads, rows, 3, (0, 2), terminal())
+
+
+def by_depth(ours: Sequence[dict], theirs: Sequence[dict]) -> str:
+    """For each pattern and block size the IOPS of every disk by queue depth, Linux's beside them."""
+    rates: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for who, jobs in (("", ours), ("Linux ", theirs)):
+        for job in jobs:
+            options = job["job options"]
+            depths = rates.setdefault((options["name"], options["bs"]), {})
+            depths.setdefault(int(options["iodepth"]), {})[who + job["firstlight"]["disk"]] = iops(job)
+    parts = []
+    for (name, bs), depths in rates.items():
+        disks = dict.fromkeys(disk for found in depths.values() for disk in found if not disk.startswith("Linux "))
+        columns = [column for disk in disks for column in ((disk, f"Linux {disk}") if theirs else (disk,))]
+        rows = [[str(depth), *(f"{found[column]:.0f}" if column in found else "-" for column in columns)] for depth, found in sorted(depths.items())]
+        parts.append(f"{name} {bs}: IOPS by queue depth\n\n" + table(["qd", *columns], rows, 0, width=terminal()))
+    return "\n\n".join(parts)
+
+
+def host_side(jobs: Sequence[dict]) -> str:
+    """The line about how QEMU serves its disks; the same for all of a comparison's except for the I/O threads. Empty if none is QEMU's."""
+    found = {job["firstlight"]["disk"]: job["firstlight"]["host_side"] for job in jobs if "host_side" in job["firstlight"]}
+    if not found:
+        return ""
+    first = next(iter(found.values()))
+    threads = [disk for disk, how in found.items() if how["iothread"]]
+    return f"QEMU's disks ({', '.join(found)}): aio={first['aio']}, cache={first['cache']}, I/O threads: {', '.join(threads) or 'none'}"
+
+
 def ratios(ours: Sequence[dict], theirs: Sequence[dict] = ()) -> str:
     """Synthetic against emulated, and ours against Linux on the same disk, workload by workload."""
     rates: dict[str, dict[str, float]] = {}

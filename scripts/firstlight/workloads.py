@@ -1,11 +1,23 @@
-"""Workloads as words of the kernel's command line, and the main job."""
+"""What scripts/bench measures: workloads, as words of the kernel's command line, and the comparisons of disks."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from random import Random
+
+from .fiojson import size_word
+from .machine import SIZES, kernel_names
+
+DISK_BYTES = 64 << 20
+# The kernel's limits (io.bench, boot.options).
+MOST_BS, MOST_QD, MOST_COUNT, MOST_SEED = 1 << 20, 256, (1 << 32) - 1, (1 << 63) - 1
+MOST_WORKLOADS = 32  # of one boot
+# fio's names of the patterns, and the kernel's where they differ.
+PATTERNS = {"randread": "randread", "randwrite": "randwrite", "read": "read", "write": "write", "randrw": "mixed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +29,13 @@ class Workload:
     seed: int = 1
     startdelay: int = 0  # nanoseconds before the first I/O
     thinktime: int = 0  # the longest pause after every 64 I/Os, nanoseconds
+    mix: int = 70  # percentage of reads in `mixed`
 
     @property
     def word(self) -> str:
+        mixed = f",mix={self.mix}" if self.name == "mixed" else ""
         perturbed = f",startdelay={self.startdelay},thinktime={self.thinktime}" if self.startdelay or self.thinktime else ""
-        return f"workload={self.name},bs={self.bs},qd={self.qd},count={self.count},seed={self.seed}{perturbed}"
+        return f"workload={self.name},bs={self.bs},qd={self.qd},count={self.count},seed={self.seed}{mixed}{perturbed}"
 
     @property
     def label(self) -> str:
@@ -31,6 +45,17 @@ class Workload:
     def writes(self) -> bool:
         return self.name in ("randwrite", "write", "mixed")
 
+    @property
+    def bytes(self) -> int:
+        """Size of an I/O."""
+        return parse_bytes(self.bs)
+
+
+def parse_bytes(text: str) -> int:
+    """A size with the suffix k or m; 0 if it is none."""
+    match = re.fullmatch(r"(\d{1,9})([km]?)", text)
+    return int(match[1]) * SIZES[match[2]] if match else 0
+
 
 MAIN_JOB = (
     Workload("randread", "4k", 1, 2000),
@@ -39,26 +64,129 @@ MAIN_JOB = (
     Workload("randwrite", "4k", 32, 2000),
     Workload("read", "128k", 8, 400),
 )
-KINDS = {"xvda": "synthetic", "sda": "synthetic", "hda": "emulated"}
+
+
+def parse_workload(text: str) -> Workload:
+    """The type of --workload: `NAME[,bs=4k][,qd=1][,count=2000][,seed=1][,mix=70]`, by fio's names of the patterns."""
+
+    def wrong(what: str) -> argparse.ArgumentTypeError:
+        return argparse.ArgumentTypeError(f"{text!r}: {what}, as in randread,bs=4k,qd=32,count=2000")
+
+    name, *options = text.split(",")
+    pattern = PATTERNS.get("randrw" if name == "mixed" else name)
+    if not pattern:
+        raise wrong(f"the pattern {name!r} was given, one of {', '.join(PATTERNS)} was expected")
+    limits = {"qd": (1, MOST_QD), "count": (1, MOST_COUNT), "seed": (0, MOST_SEED)} | ({"mix": (0, 100)} if pattern == "mixed" else {})
+    found: dict[str, int] = {}
+    bs = 4096
+    for option in options:
+        key, _, value = option.partition("=")
+        if key in found or (key != "bs" and key not in limits):
+            keys = ", ".join(f"{each}=" for each in ("bs", *limits))
+            raise wrong(f"{option!r} was given, each of {keys} at most once was expected" + (" (mix= is for randrw)" if key == "mix" else ""))
+        if key == "bs":
+            found[key] = bs = parse_bytes(value)
+            if not bs or bs % 512 or bs > MOST_BS:
+                raise wrong(f"{option!r} was given, a multiple of 512 bytes up to 1m was expected, with the suffix k or m")
+            continue
+        low, high = limits[key]
+        if not re.fullmatch(r"\d{1,19}", value) or not low <= int(value) <= high:
+            raise wrong(f"{option!r} was given, a number from {low} to {high} was expected")
+        found[key] = int(value)
+    found.pop("bs", None)
+    workload = Workload(pattern, size_word(bs), found.pop("qd", 1), found.pop("count", 2000), **found)
+    if pattern in ("read", "write") and workload.count > DISK_BYTES // bs:
+        raise wrong(f"count={workload.count} was given; a disk has {DISK_BYTES >> 20} MiB, so at most {DISK_BYTES // bs} sequential I/Os of {workload.bs} were expected")
+    return workload
+
+
+def parse_sweep(text: str) -> tuple[int, ...]:
+    """The type of --sweep: `qd=1..128`, the powers of two in it."""
+    match = re.fullmatch(r"qd=(\d{1,4})\.\.(\d{1,4})", text)
+    low, high = (int(match[1]), int(match[2])) if match else (0, 0)
+    powers = [1 << shift for shift in range(MOST_QD.bit_length())]
+    if low not in powers or high not in powers or low >= high:
+        raise argparse.ArgumentTypeError(f"{text!r} was given, two powers of two from 1 to {MOST_QD} were expected, the lower one first, as in qd=1..128")
+    return tuple(power for power in powers if low <= power <= high)
+
+
+def swept(workloads: Sequence[Workload], depths: Sequence[int]) -> list[Workload]:
+    """Each pattern and block size at each depth, instead of its own depths."""
+    kinds = {(workload.name, workload.bs): workload for workload in reversed(workloads)}
+    ordered = dict.fromkeys((workload.name, workload.bs) for workload in workloads)
+    return [dataclasses.replace(kinds[kind], qd=depth) for kind in ordered for depth in depths]
+
+
+@dataclasses.dataclass(frozen=True)
+class Driver:
+    """What drives a disk on a bus. A result of another driver is an error: it would be another disk's."""
+
+    name: str
+    kind: str
+
+
+DRIVERS = {
+    "xen": Driver("xen_blk", "synthetic"),
+    "scsi": Driver("storvsc", "synthetic"),
+    "virtio": Driver("virtio_blk", "synthetic"),
+    "ide": Driver("ata", "emulated"),
+    "nvme": Driver("nvme", "emulated"),
+    "sata": Driver("ahci", "emulated"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """A machine of a comparison and those of its disks that are measured. Its images are the same on each machine."""
+    """A machine of a comparison. Its images are the same on each machine.
+
+    `buses` are its disks, in the order in which the kernel attaches them: disks of one kind are numbered in that order.
+    `names`: the disks' names in the comparison, if another machine of it has disks of the same names.
+    """
 
     platform: str
     about: str
-    disks: tuple[str, ...]  # as named by the kernel
-    attached: tuple[str, ...]  # their buses
+    buses: tuple[str, ...]
+    machine: str = "pc"
+    arguments: tuple[str, ...] = ()  # further arguments of QEMU
+    names: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return self.platform if self.machine == "pc" else f"{self.platform}-{self.machine}"
+
+    @property
+    def disks(self) -> tuple[str, ...]:
+        return self.names or tuple(kernel_names(self.buses))
+
+    def bus(self, disk: str) -> str:
+        return self.buses[self.disks.index(disk)]
+
+    def kernel_name(self, disk: str) -> str:
+        return kernel_names(self.buses)[self.disks.index(disk)]
+
+    def disk(self, kernel_name: str) -> str:
+        return self.disks[kernel_names(self.buses).index(kernel_name)]
 
 
-# The comparisons. If one machine cannot have both disks there are two, in the same start of the lab.
+# QEMU's disks that one machine can have all at once, in the order in which the kernel attaches them: the synthetic ones before the emulated ones.
+QEMU_BUSES = ("virtio", "ide", "nvme", "sata")
+# The comparisons. If one machine cannot have all disks there are several, in the same start of the lab.
 COMPARISONS: dict[str, tuple[Side, ...]] = {
-    "xen-emu": (Side("xen-emu", "QEMU", ("xvda", "hda"), ("xen", "ide")),),
-    "hyperv": (Side("hyperv", "test host", ("sda",), ("scsi",)), Side("kvm", "QEMU", ("hda",), ("ide",))),
-    "xen-pvh": (Side("xen-pvh", "Xen with Linux's blkback", ("xvda",), ("xen",)),),
+    "xen-emu": (Side("xen-emu", "QEMU", ("xen", "ide")),),
+    "hyperv": (Side("hyperv", "test host", ("scsi",)), Side("kvm", "QEMU", ("ide",))),
+    "xen-pvh": (Side("xen-pvh", "Xen with Linux's blkback", ("xen",)),),
+    "qemu": (Side("kvm", "QEMU", QEMU_BUSES),),
+    "all": (Side("xen-emu", "QEMU", ("xen", *QEMU_BUSES)),),
+    # QEMU's microvm can have PCI too, but its firmware assigns no addresses there.
+    "microvm": (
+        Side("kvm", "QEMU's microvm, virtio-mmio", ("virtio",), "microvm-acpi", ("-global", "virtio-mmio.force-legacy=false"), ("mmio",)),
+        Side("kvm", "QEMU's pc, virtio-pci", ("virtio",), names=("pci",)),
+    ),
 }
-ON_REQUEST = ("xen-pvh",)  # measured only if selected by --only: it has no emulated disk to be compared with
+# Measured only if --only names them: xen-pvh has no disk to be compared with, the others repeat and take longer than the default ones together.
+ON_REQUEST = ("xen-pvh", "qemu", "all", "microvm")
+# What the other disks' rates are divided by in the table of a comparison of more than one synthetic or one emulated disk.
+BASELINES = {"qemu": "hda", "all": "hda", "microvm": "pci"}
 
 
 # The time of an I/O, in a run whose predecessors have measured nothing yet.
@@ -97,22 +225,36 @@ class Chosen:
     workloads: list[Workload]
 
 
-def choose(patterns: list[str], everything: bool = False) -> list[Chosen]:
+def disk_words(comparison: str) -> dict[str, list[str]]:
+    """The words by which --disk names the disks of a comparison: their names, the kernel's and their buses'; with the disks' names."""
+    found: dict[str, list[str]] = {}
+    for side in COMPARISONS[comparison]:
+        for disk in side.disks:
+            for word in dict.fromkeys((disk, side.kernel_name(disk), side.bus(disk))):
+                found.setdefault(word, []).append(disk)
+    return found
+
+
+def choose(patterns: list[str], everything: bool = False, jobs: Sequence[Workload] = MAIN_JOB, disks: Sequence[str] = ()) -> list[Chosen]:
     """For each comparison the disks and workloads whose names match one of the patterns; without a pattern all except those on request, or
-    `everything`. A boot runs every workload on every disk: disks with different workloads are different entries.
+    `everything`. `disks`: only these (disk_words()). A boot runs every workload on every disk: disks with different workloads are different entries.
     """
     found = []
     for comparison, sides in COMPARISONS.items():
-        if not patterns and comparison in ON_REQUEST and not everything:
+        wanted = [pattern for pattern in patterns if comparison not in ON_REQUEST or matches(comparison, pattern.partition("/")[0])]
+        if not wanted and (patterns or (comparison in ON_REQUEST and not everything)):
             continue
-        pairs = [(disk, workload) for side in sides for disk in side.disks for workload in MAIN_JOB]
-        kept = [pair for pair in pairs if not patterns or any(matches(name(comparison, *pair), pattern) for pattern in patterns)]
+        words = disk_words(comparison)
+        named = {disk for word in disks for disk in words.get(word, ())}
+        present = [disk for side in sides for disk in side.disks if not disks or disk in named]
+        pairs = [(disk, workload) for disk in present for workload in jobs]
+        kept = [pair for pair in pairs if not patterns or any(matches(name(comparison, *pair), pattern) for pattern in wanted)]
         groups: dict[tuple[Workload, ...], list[str]] = {}
-        for disk in [disk for side in sides for disk in side.disks]:
+        for disk in present:
             workloads = tuple(workload for kept_disk, workload in kept if kept_disk == disk)
             if workloads:
                 groups.setdefault(workloads, []).append(disk)
-        found += [Chosen(comparison, disks, list(workloads)) for workloads, disks in groups.items()]
+        found += [Chosen(comparison, disks_of, list(workloads)) for workloads, disks_of in groups.items()]
     return found
 
 

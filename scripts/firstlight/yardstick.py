@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,12 +19,43 @@ from .records import HOST
 
 KERNEL_ARGUMENTS = "console=ttyS0 quiet loglevel=0 panic=-1 xen_emul_unplug=unnecessary nokaslr norandmaps"
 MEMORY = 512  # MiB
-# The guest driver's name, and Linux's name of the disk.
-DISKS = {
-    "xvda": ("linux-xen-blkfront", "xvda"),
-    "hda": ("linux-ata_piix", "sda"),
-    "sda": ("linux-storvsc", "sda"),
+DISK_SECONDS = 20  # bound on the wait for a disk, in the guest's time: Linux attaches disks asynchronously
+
+
+@dataclasses.dataclass(frozen=True)
+class Driver:
+    """Linux's driver of a disk: its module's name, and its name in sysfs, where it is bound to the disk's device or to one above it."""
+
+    name: str
+    bound: str
+
+    @property
+    def label(self) -> str:
+        return f"linux-{self.name}"
+
+
+# By the bus of the disk. On virtio-mmio and virtio-pci the driver is the same one.
+DRIVERS = {
+    "xen": Driver("xen-blkfront", "vbd"),
+    "scsi": Driver("storvsc", "hv_storvsc"),
+    "virtio": Driver("virtio_blk", "virtio_blk"),
+    "ide": Driver("ata_piix", "ata_piix"),
+    "nvme": Driver("nvme", "nvme"),
+    "sata": Driver("ahci", "ahci"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A disk to measure: its name in the results, its bus, and how many times as many I/Os as the kernel does."""
+
+    disk: str
+    bus: str
+    more: int = 1
+
+
+# The shell functions find_disk and missing.
+FIND = Path(__file__).parent / "yardstick-disks.sh"
 
 INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -92,14 +124,14 @@ def mark(port: int, phase: int) -> str:
     return f"printf '\\{phase:03o}' | dd of=/dev/port bs=1 seek={port}"
 
 
-def fio_words(workload: dict, device: str, port: int = 0, phase: int = 0) -> list[str]:
-    """One workload of the kernel's command line as fio's options. `port`: where its begin and end are marked.
+def fio_words(workload: dict, port: int = 0, phase: int = 0) -> list[str]:
+    """One workload of the kernel's command line as fio's options, on the disk that find_disk found. `port`: where its begin and end are marked.
 
     fio runs the marks itself, between its preparations and the first I/O and after the last one, outside of the measured time.
     """
     name = {"mixed": "randrw"}.get(workload["name"], workload["name"])
     words = [
-        f"--name={workload['name']}", f"--filename=/dev/{device}", f"--rw={name}", f"--bs={workload['bs']}",
+        f"--name={workload['name']}", '--filename=/dev/"$device"', f"--rw={name}", f"--bs={workload['bs']}",
         f"--iodepth={workload['qd']}", f"--number_ios={workload['count']}", "--ioengine=libaio", "--direct=1",
         "--randrepeat=1", "--thread", "--lat_percentiles=1",
     ]  # fmt: skip
@@ -109,20 +141,20 @@ def fio_words(workload: dict, device: str, port: int = 0, phase: int = 0) -> lis
         words.append(f"--rwmixread={workload['mix']}")
     if port:
         words += [f"--exec_prerun={mark(port, phase)}", f"--exec_postrun={mark(port, 0)}"]
-    return [shlex.quote(word) for word in words]
+    return [word if "$device" in word else shlex.quote(word) for word in words]
 
 
-def script(disks: Sequence[str], workloads: Sequence[dict], port: int = 0, bins: bool = False) -> str:
+def script(targets: Sequence[Target], workloads: Sequence[dict], port: int = 0, bins: bool = False) -> str:
     """Every workload on every disk. `port`: the I/O port for marks, or 0. `bins`: fio prints its histograms, which takes a while."""
-    lines = []
+    lines = [FIND.read_text()]
     phase = 0
-    for disk in disks:
-        driver, device = DISKS[disk]
-        lines.append(f"[ -b /dev/{device} ] || {{ echo '@{{\"record\":\"error\",\"message\":\"no /dev/{device}\"}}'; end; }}")
+    for target in targets:
+        driver = DRIVERS[target.bus]
+        lines.append(f"find_disk {driver.bound} {DISK_SECONDS * 10} || missing {driver.name} {target.disk}")
         for number, workload in enumerate(workloads):
-            lines.append(f"echo 'yardstick {disk} {driver} {number}'")
+            lines.append(f"echo 'yardstick {target.disk} {driver.label} {number}'")
             phase += 1
-            words = " ".join(fio_words(workload, device, port, phase))
+            words = " ".join(fio_words({**workload, "count": workload["count"] * target.more}, port, phase))
             if workload.get("startdelay"):
                 # Before fio, whose own startdelay has steps of 0.1 s; its thinktime would first let the queue run empty.
                 lines.append(f"usleep {max(1, round(workload['startdelay'] / 1000))}")

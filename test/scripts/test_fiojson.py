@@ -11,7 +11,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from firstlight import bench, fiojson, fiotools, launch, machine, nested, records, report, yardstick  # noqa: E402
+from firstlight import bench, fiojson, fiotools, launch, machine, nested, records, report, workloads, yardstick  # noqa: E402
 from firstlight.problems import Exit, Problem  # noqa: E402
 from firstlight.workloads import Workload  # noqa: E402
 
@@ -111,11 +111,12 @@ class Latencies(unittest.TestCase):
     def test_a_bench_without_them_is_a_problem(self):
         chosen = bench.Chosen("xen-emu", ["xvda"], [Workload("randread", "4k", 32, 3)])
         described = machine.Machine("m", "xen-emu", cmdline="disk=xvda")
+        (side,) = workloads.COMPARISONS["xen-emu"]
         success = {"record": "verdict", "verdict": "SUCCESS"}
-        (job,) = bench.our_jobs(launch.finished(described, nested.Outcome(33, said(LATENCIES, RECORD, success))), chosen, "wall")
+        (job,) = bench.our_jobs(launch.finished(described, nested.Outcome(33, said(LATENCIES, RECORD, success))), chosen, side, "wall")
         self.assertEqual(job["read"]["lat_ns"]["bins"], {"258": 2, "302": 1})
         with self.assertRaises(Problem) as refused:
-            bench.our_jobs(launch.finished(described, nested.Outcome(33, said(RECORD, success))), chosen, "wall")
+            bench.our_jobs(launch.finished(described, nested.Outcome(33, said(RECORD, success))), chosen, side, "wall")
         self.assertIn("no latencies record", str(refused.exception))
 
 
@@ -169,8 +170,8 @@ class Jobs(unittest.TestCase):
 
     def test_linux_prints_its_bins_only_when_they_are_written_down(self):
         wanted = [{"name": "randread", "bs": "4k", "qd": 1, "count": 5, "mix": 70}]
-        self.assertIn("--output-format=json ", yardstick.script(["hda"], wanted))
-        self.assertIn("--output-format=json+ ", yardstick.script(["hda"], wanted, bins=True))
+        self.assertIn("--output-format=json ", yardstick.script([yardstick.Target("hda", "ide")], wanted))
+        self.assertIn("--output-format=json+ ", yardstick.script([yardstick.Target("hda", "ide")], wanted, bins=True))
 
 
 class Tools(unittest.TestCase):

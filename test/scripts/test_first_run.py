@@ -71,10 +71,10 @@ class Offline(Session):
 
     def test_refresh_fetches_although_it_was_done_within_a_day(self):
         self.good("setup")
-        before = (self.machine.cache / "lab/current-9").resolve()
+        before = (self.machine.cache / "lab/current-10").resolve()
         self.machine.tell(version="2.0")
         self.assertIn("unpacking", self.good("setup", "--refresh").stderr)
-        self.assertNotEqual((self.machine.cache / "lab/current-9").resolve(), before)
+        self.assertNotEqual((self.machine.cache / "lab/current-10").resolve(), before)
         # A refresh that is not possible is reported, and the existing files are used.
         self.machine.tell(offline="yes")
         self.refused(Exit.MISSING, "setup", "--refresh")
@@ -125,9 +125,9 @@ class Leftovers(Session):
             lambda root: (root / "manifest.json").write_text("[]"),
             lambda root: (root / "manifest.json").unlink(),
             lambda root: shutil.rmtree(root),
-            lambda root: (top / "current-9").unlink(),
+            lambda root: (top / "current-10").unlink(),
         ):
-            root = (top / "current-9").resolve()
+            root = (top / "current-10").resolve()
             (top / "assembling-left").mkdir()
             harm(root)
             self.good("setup")
@@ -210,7 +210,7 @@ class Places(Session):
         said = self.refused(Exit.USAGE, "run", FIRSTLIGHT_CACHE="some/where")
         self.assertIn("an absolute path was expected", said)
         self.good("setup", FIRSTLIGHT_CACHE="", XDG_CACHE_HOME="some/where")  # is ignored, as its specification requires
-        self.assertTrue((self.machine.home / ".cache/firstlight/lab/current-9").exists())
+        self.assertTrue((self.machine.home / ".cache/firstlight/lab/current-10").exists())
         self.assertFalse((self.machine.root / "some").exists())
 
     @unittest.skipUnless(os.geteuid() == 0, "only root can make a folder that belongs to another one")

@@ -89,6 +89,10 @@ class Options(unittest.TestCase):
             ("bench", "--only xen-emu --only nonsense", "--only nonsense"), ("bench", f"--json {nothing}/x", "does not exist"), ("bench", f"--json {self.folder}", "a folder"),
             ("bench", "--cmdline workload=randread", "workload= is what the jobs set"), ("bench", "--cmdline disk=hda", "disk="), ("bench", "--cmdline job=boot", "job="),
             ("bench", "--cmdline marks=5", "marks="), ("bench", "--boot bios", "invalid choice"), ("bench", "--boot uefi", "Add --only xen-emu"),
+            ("bench", "--workload nonsense", "the pattern 'nonsense'"), ("bench", "--workload read,qd=999", "from 1 to 256"), ("bench", "--sweep qd=1..5", "powers of two"),
+            ("bench", "--disk nonsense", "have the disks"), ("bench", "--disk ,", "at least one word"), ("bench", "--aio posix", "invalid choice"), ("bench", "--cache maybe", "invalid choice"),
+            ("bench", "--aio native", "add --cache none"), ("bench", "--only hyperv --iothread", "measures none of them"), ("bench", "--only xen-pvh --aio threads", "xen-pvh measures none"),
+            ("bench", "--sweep qd=1..2 --workload read,qd=2", "what --sweep sets"), ("run", "--disk 1m,aio=native", "aio=native needs cache=none"), ("run", "--disk 1m,iothread", "iothread is for disks on"),
             ("test", "--only nonsense", "scripts/test --list"), ("test", "--only host --only nonsense", "--only nonsense"), ("test", "--fast --only tsan", "--fast leaves out"),
             ("test", f"--junit {nothing}/x", "does not exist"), ("test", f"--junit {self.folder}", "a folder"), ("test", "--lab perhaps", "invalid choice"),
             ("setup", "--frob", "unrecognized"), ("outputs", "--only nonsense", "invalid choice"), ("outputs", "--list --only run", "nothing is run"),
@@ -173,8 +177,10 @@ class Options(unittest.TestCase):
             "--wall": ("--wall",), "--runs": ("--runs", "2"), "--list": ("--list",), "--only": ("--only", "xen-emu"), "--json": ("--json", self.folder / "r.json"),
             "--json-dir": ("--json-dir", self.folder / "results"),
             "--yardstick": ("--yardstick",), "--lab": ("--lab", "always"), "--boot": ("--boot", "pvh"), "--cmdline": ("--cmdline", "log=debug"),
+            "--workload": ("--workload", "randread,count=5"), "--disk": ("--disk", "xen"), "--sweep": ("--sweep", "qd=1..4"), "--aio": ("--aio", "io_uring"), "--cache": ("--cache", "none"),
+            "--iothread": ("--only", "xen-emu", "--iothread"),
         }  # fmt: skip
-        pairs = {frozenset(("--list", other)) for other in samples if other not in ("--list", "--only")}
+        pairs = {frozenset(("--list", other)) for other in samples if other not in ("--list", "--only", "--workload", "--disk", "--sweep")}
         self.pairs("bench", samples, pairs)
         with mock.patch.object(probe, "lacks_interfaces", return_value=""):
             self.assertIn("leave out --wall", self.verdict("bench", "--lab", "never", "--wall") or "(accepted)")

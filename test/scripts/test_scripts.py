@@ -723,8 +723,9 @@ class Fio(unittest.TestCase):
 
     def test_only_a_host_that_takes_marks_gets_them(self):
         wanted = [{"name": "randread", "bs": "4k", "qd": 1, "count": 5, "mix": 70}] * 2
-        self.assertNotIn("/dev/port", yardstick.script(["sda", "hda"], wanted))
-        text = yardstick.script(["sda", "hda"], wanted, 0x5F0)
+        targets = [yardstick.Target("sda", "scsi"), yardstick.Target("hda", "ide")]
+        self.assertNotIn("/dev/port", yardstick.script(targets, wanted))
+        text = yardstick.script(targets, wanted, 0x5F0)
         marks = re.findall(r"exec_(pre|post)run=printf '\"'\"'\\(\d{3})'\"'\"' \| dd of=/dev/port bs=1 seek=1520'", text)
         self.assertEqual(marks, [(when, number) for i in range(1, 5) for when, number in (("pre", f"{i:03}"), ("post", "000"))])
         header = (paths.REPOSITORY / "test/host/vmm/board.cppm").read_text()
