@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,10 @@ SUITE = "fio"
 BENCH = ("--no-build", "--only", "hyperv/sda-randread-4k-*", "--only", "hyperv/sda-read-128k-*", "--yardstick")
 BENCH_JOBS = 6
 BENCH_SECONDS = 900
+# Two disks of one machine with Linux beside them, by depth.
+SWEEP = (
+    "--no-build", "--only", "all", "--disk", "virtio,nvme", "--workload", "randread,count=64", "--sweep", "qd=1..2", "--iothread", "--yardstick",
+)  # fmt: skip
 CONVERTER = "fio_jsonplus_clat2csv"
 FIO_PLOT = "fio-plot==1.1.21"
 FIO_PLOT_SECONDS = 300
@@ -50,6 +55,32 @@ def checks() -> Iterable[Result]:
         yield Result(f"{SUITE}/bench", "failed" if fault else "passed", time.monotonic() - begin, fault)
         for name, check in (("shape", shape), ("converter", converter), ("one-job-a-file", files), ("plot", plot)):
             yield attempt(f"{SUITE}/{name}", lambda: check(work, jobs))
+        yield attempt(f"{SUITE}/sweep", lambda: sweep(work))
+
+
+def sweep(work: Path) -> str:
+    """A comparison of several disks: its tables and its JSON."""
+    said = process.run([sys.executable, paths.PACKAGE, "bench", *SWEEP, "--json", work / "sweep.json"], timeout=BENCH_SECONDS, what="scripts/bench --sweep").stdout
+    return sweep_fault(said, json.loads((work / "sweep.json").read_text())["jobs"])
+
+
+def sweep_fault(said: str, jobs: Sequence[dict]) -> str:
+    expected = {
+        (disk, driver, depth, disk == "vda")
+        for disk, drivers in (("vda", ("virtio_blk", "linux-virtio_blk")), ("nvme0n1", ("nvme", "linux-nvme"))) for driver in drivers for depth in ("1", "2")
+    }  # fmt: skip
+    own = [job["firstlight"] for job in jobs]
+    found = {(extra["disk"], extra["driver"], job["job options"]["iodepth"], extra["host_side"]["iothread"]) for job, extra in zip(jobs, own)}
+    if found != expected or len(jobs) != len(expected):
+        return f"{len(jobs)} jobs of {sorted(found)}, expected were {sorted(expected)}"
+    if slow := [job["jobname"] for job in jobs if not job["read"]["iops"]]:
+        return f"no I/O in {', '.join(slow)}"
+    if any(extra["allocations_per_io"] for extra in own if not extra["driver"].startswith("linux-")):
+        return "the kernel allocated memory for I/Os"
+    for line in (r"QEMU's disks \(vda, nvme0n1\): aio=threads, cache=writeback, I/O threads: vda", r"qd +vda +Linux vda +nvme0n1 +Linux nvme0n1", r" 2( +\d+){4}", r"nvme0n1 +nvme +randread 4k qd2 +\d.*"):
+        if not re.search(rf"^{line}$", said, re.M):
+            return f"the output has no line {line}"
+    return ""
 
 
 def attempt(name: str, check: Callable[[], str]) -> Result:

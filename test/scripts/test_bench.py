@@ -282,6 +282,30 @@ class Recorded(unittest.TestCase):
             self.compare(change=lambda text: text.replace("yardstick xvda linux-xen-blkfront 1\n", ""))
         self.assertIn("3 results, 4 expected", str(raised.exception))
 
+    def test_results_have_the_comparisons_names(self):
+        # The recorded disk of the Xen ring, as two machines of microvm would have reported it.
+        text = part("bench-xen-emu").replace('"disk":"xvda","driver":"xen_blk"', '"disk":"vda","driver":"virtio_blk"').replace('"disk":"xvda"', '"disk":"vda"')
+        text = "\n".join(line for line in text.splitlines() if '"disk":"nvme0n1"' not in line)
+        found = []
+        for side in workloads.COMPARISONS["microvm"]:
+            chosen = workloads.Chosen("microvm", list(side.disks), self.chosen.workloads)
+            described = bench.main_machine(side, chosen, self.options)
+            found += bench.our_jobs(launch.finished(described, nested.Outcome(33, text)), chosen, side, "wall")
+        self.assertEqual([job["jobname"] for job in found], [f"{disk}-randread-4k-qd{qd}" for disk in ("mmio", "pci") for qd in (1, 2)])
+        self.assertEqual([job["firstlight"]["machine"] for job in found], ["kvm-microvm-acpi"] * 2 + ["kvm"] * 2)
+
+    def test_only_qemus_disks_have_a_host_side(self):
+        host, qemu = workloads.COMPARISONS["hyperv"]
+        job = {"jobname": "x", "job options": {"name": "read", "bs": "4k", "iodepth": "1"}, "read": {"iops": 1.0, "total_ios": 0, "bw_bytes": 0}, "write": {"iops": 0.0, "bw_bytes": 0, "lat_ns": {"mean": 1}}}
+        jobs = [{**job, "firstlight": {"disk": disk, "driver": "d", "kind": "k"}} for disk in (*host.disks, *qemu.disks)]
+        ready = types.SimpleNamespace(versions={"linux-image-6.1-amd64": "6.1-1", "qemu-system-x86": "10.0"})
+        with (
+            contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), mock.patch.object(bench, "measure", return_value=jobs),
+            mock.patch.object(bench.launch, "place", return_value=launch.Place(True, "as asked")), mock.patch.object(bench, "revision", return_value="abc"),
+        ):  # fmt: skip
+            found = bench.compare(ready, workloads.choose(["hyperv"])[0], options())
+        self.assertEqual([job["firstlight"].get("host_side", {}).get("aio") for job in found], [None, "threads"])
+
     def test_progress_has_the_comparisons_names(self):
         said = io.StringIO()
         mmio, pci = workloads.COMPARISONS["microvm"]
