@@ -13,8 +13,6 @@ import hv.hyperv.vmbus.protocol;
 namespace fl::hv::hyperv {
 
 namespace {
-// Maximum number of messages taken per interrupt: each one delivered after an end of message raises another interrupt.
-constexpr u32 messages_per_interrupt = 4;
 constexpr u32 vmbus_sint_register = msr::sint0 + vmbus_sint;
 } // namespace
 

@@ -39,6 +39,8 @@ class Synic {
   public:
     /// Capacity of the message queue. Further messages wait in the slot, and after that in the host.
     static constexpr u32 queue_length = 64;
+    /// At most so many are taken per interrupt: each one delivered after an end of message raises another interrupt.
+    static constexpr u32 messages_per_interrupt = 4;
 
     Synic() = default;
     Synic(const Synic&) = delete;

@@ -258,6 +258,30 @@ TEST(XenBlk, CdromsAndUnknownDevicesAreNotUsed) {
     EXPECT_EQ(hdc.sink.slot, 2u);
 }
 
+// Each change of the state wakes the wait for it, so that the wait itself never times out.
+TEST(XenBlk, ABackEndThatChangesItsStateForEverIsBounded) {
+    DiskMachine m({.never_connects = true});
+    u32 state = 1;
+    u32 changes = 0; // limited, so that the test ends without the bound, too
+    bool ended = false;
+    m.world.device = [&] {
+        const bool worked = m.back.step();
+        if (!ended && m.back.state() < 4 && ++changes < 50'000) {
+            m.back.go(state = 3 - state); // Initialising, InitWait
+            m.world.now += 100'000;
+            return true;
+        }
+        return worked;
+    };
+    const Instant before = m.world.now;
+    const auto probed = m.probe();
+    ended = true;
+    ASSERT_FALSE(probed);
+    EXPECT_EQ(probed.error().code, Code::timed_out);
+    EXPECT_NE(probed.error().message.find("does not settle"), std::string_view::npos) << probed.error().message;
+    EXPECT_LT(m.world.now - before, 3'000'000'000u);
+}
+
 TEST(XenBlk, ABackEndThatDoesNotConnectIsBounded) {
     for (int variant = 0; variant < 3; ++variant) {
         Offer offer{.never_connects = variant < 2, .closes_instead = variant == 2};

@@ -275,6 +275,31 @@ TEST(HyperVSynic, WorksWithInterruptsOff) {
     EXPECT_TRUE(m.guest.synic().next(message));
 }
 
+// next() takes messages from the slot, and each that follows interrupts it there. The last one must not stay in the slot:
+// the host would wait for it, and no other interrupt comes.
+TEST(HyperVSynic, AMessageThatInterruptsTheLookAtTheSlotIsTaken) {
+    hyperv_fake::Machine m;
+    ASSERT_TRUE(m.start());
+    constexpr u32 many = Synic::messages_per_interrupt + 2;
+    static_assert(many < Synic::queue_length);
+    m.host.interrupts_on = false;
+    for (u32 i = 0; i < many; ++i) {
+        m.host.send(hyperv_fake::Host::message(100 + i, {}));
+    }
+    m.host.interrupts_on = true;
+    m.host.interrupts_at_once = true;
+    m.host.pending_interrupt = false; // the first one's was lost: interrupts were off
+    SynicMessage message;
+    for (u32 i = 0; i < many; ++i) {
+        ASSERT_TRUE(m.guest.synic().next(message)) << i;
+        u32 type;
+        std::memcpy(&type, message.payload.data(), 4);
+        ASSERT_EQ(type, 100 + i);
+        std::memcpy(&type, m.host.slot(), 4);
+        ASSERT_EQ(type, 0u) << "left in the slot";
+    }
+}
+
 TEST(HyperVSynic, EventsAreCountedForTheirChannel) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.up());

@@ -108,6 +108,9 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
         if (number == 0x40000084) {
             ++eoms;
             fill_slot();
+            if (interrupts_at_once) {
+                interrupt();
+            }
             return;
         }
         if (number == 0x40000001 && (msrs[0x40000000] == 0 || !hypercalls)) {
@@ -203,6 +206,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
         pending_interrupt = true;
     }
     bool pending_interrupt = false;
+    bool interrupts_at_once = false; // a message that follows an end-of-message interrupts right there
     /// Delivers interrupts, as the processor would between two instructions.
     void interrupt() {
         for (u32 i = 0; i < 64 && interrupts_on && std::exchange(pending_interrupt, false); ++i) {

@@ -149,6 +149,21 @@ TEST_F(Lanes, VerifyReportsTheErrorsOfEveryLane) {
     EXPECT_EQ(report.first_error->code, Code::io);
 }
 
+// A lane lists its first eight bad blocks and counts all; so does the whole.
+TEST_F(Lanes, VerifyCountsMoreBadBlocksThanItLists) {
+    ASSERT_TRUE(verify_all({.scratch = true}).ok());
+    for (u64 block = 90; block < 110; ++block) { // of the second lane
+        platter.bytes[block * 4096 + 100] ^= std::byte{1};
+    }
+    platter.bytes[250 * 4096 + 100] ^= std::byte{1}; // of the third
+    const VerifyReport report = verify_all({.write = false});
+    EXPECT_EQ(report.bad, 21u);
+    ASSERT_EQ(report.bad_blocks().size(), 8u);
+    for (u64 i = 0; i < 8; ++i) {
+        EXPECT_EQ(report.bad_blocks()[i].lba, (90 + i) * 8);
+    }
+}
+
 TEST_F(Lanes, VerifyOfFewBlocksUsesFewLanes) {
     EXPECT_EQ(verify_all({.count = 2, .scratch = true}).lanes, 2u);
     EXPECT_EQ(verify_all({.count = 1, .scratch = true}).lanes, 1u);
