@@ -275,8 +275,8 @@ TEST(HyperVSynic, WorksWithInterruptsOff) {
     EXPECT_TRUE(m.guest.synic().next(message));
 }
 
-// next() takes messages from the slot, and each that follows interrupts it there. The last one must not stay in the slot:
-// the host would wait for it, and no other interrupt comes.
+// next() takes messages from the slot, and each that follows interrupts it there. The last one must not stay in the
+// slot: the host would wait for it, and no other interrupt comes.
 TEST(HyperVSynic, AMessageThatInterruptsTheLookAtTheSlotIsTaken) {
     hyperv_fake::Machine m;
     ASSERT_TRUE(m.start());
