@@ -36,7 +36,7 @@ def arguments() -> Parser:
     parser.add_argument("--only", type=name_pattern, action="append", default=[], metavar="PATTERN", help="only jobs whose name matches (a glob, or a part of it), several times (default: xen-emu and hyperv)")
     parser.add_argument("--workload", type=workloads.parse_workload, action="append", default=[], metavar="WORKLOAD", help="instead of the jobs' own workloads, several times: randread, randwrite, read, write or randrw, then "
         "bs=, qd=, count=, seed= and for randrw mix= (per cent of reads), as in randrw,bs=16k,qd=4,count=2000")
-    parser.add_argument("--disk", type=listed, action="append", default=[], metavar="NAME,…", help="only these disks, by the name in the table, the kernel's, or the bus: xen, scsi, virtio, ide, nvme, sata (default: all)")
+    parser.add_argument("--disk", type=listed, action="append", default=[], metavar="NAME,…", help=f"only these disks, by the name in the table, the kernel's, or the bus: {', '.join(workloads.DRIVERS)} (default: all)")
     parser.add_argument("--sweep", type=workloads.parse_sweep, default=(), metavar="qd=LOW..HIGH", help="each pattern and block size at each power of two of queue depths, as in qd=1..128, with a table by depth")
     parser.add_argument("--aio", choices=AIO, help="how QEMU reads and writes the images (default: threads, as QEMU's)")
     parser.add_argument("--cache", choices=CACHES, help="QEMU's cache mode (default: writeback, as QEMU's)")
@@ -86,6 +86,7 @@ def check(options) -> list[Chosen]:
             platform = PLATFORMS[side.platform]
             if options.boot not in platform.boots:
                 raise Problem(f"--boot {options.boot}: {side.platform} boots by {' or '.join(platform.boots)}. Add --only xen-emu.", Exit.USAGE)
+            main_machine(side, one, options)  # checks what the platform and QEMU's machine can have
             launch.place_beforehand(platform, options.lab)
             if platform.domain and "lab" in options.given:
                 raise Problem(f"--lab {options.lab}: {side.platform} has a lab of its own, always. Leave out --lab, or add --only for other jobs.", Exit.USAGE)

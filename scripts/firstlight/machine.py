@@ -243,6 +243,8 @@ class Machine:
             raise Problem(
                 f"Platform {self.platform} has the machines {', '.join(kind.machines)}, not {self.machine}.", Exit.USAGE
             )
+        if self.boot == "uefi" and self.machine.startswith("microvm"):
+            raise Problem("The machine microvm has no UEFI firmware: boot it by pvh, or take pc or q35.", Exit.USAGE)
         self.check_size()
         if self.esp and self.boot != "uefi":
             raise Problem(f"Files on the ESP need a boot by uefi, not by {self.boot}.", Exit.USAGE)

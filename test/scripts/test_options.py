@@ -90,6 +90,7 @@ class Options(unittest.TestCase):
             ("bench", "--cmdline workload=randread", "workload= is what the jobs set"), ("bench", "--cmdline disk=hda", "disk="), ("bench", "--cmdline job=boot", "job="),
             ("bench", "--cmdline marks=5", "marks="), ("bench", "--boot bios", "invalid choice"), ("bench", "--boot uefi", "Add --only xen-emu"),
             ("bench", "--workload nonsense", "the pattern 'nonsense'"), ("bench", "--workload read,qd=999", "from 1 to 256"), ("bench", "--sweep qd=1..5", "powers of two"),
+            ("bench", "--only microvm --boot uefi", "no UEFI firmware"), ("run", "--platform kvm --machine microvm --boot uefi --disk none", "no UEFI firmware"),
             ("bench", "--disk nonsense", "have the disks"), ("bench", "--disk ,", "at least one word"), ("bench", "--aio posix", "invalid choice"), ("bench", "--cache maybe", "invalid choice"),
             ("bench", "--aio native", "add --cache none"), ("bench", "--only hyperv --iothread", "measures none of them"), ("bench", "--only xen-pvh --aio threads", "xen-pvh measures none"),
             ("bench", "--sweep qd=1..2 --workload read,qd=2", "what --sweep sets"), ("run", "--disk 1m,aio=native", "aio=native needs cache=none"), ("run", "--disk 1m,iothread", "iothread is for disks on"),
