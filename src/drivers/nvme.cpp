@@ -307,27 +307,10 @@ io::Task<Result<void>> Controller::open_lane(u32 index) {
                                .cdw10 = size,
                                .cdw11 = index << 16 | 1},
                               "CREATE I/O SUBMISSION QUEUE"));
-    if (index == 1) {
-        lane.queue.start(environment_.timeout, nullptr, nullptr);
-        co_return Result<void>{};
-    }
-    lane.start.lane = &lane;
-    lane.start.timeout = environment_.timeout;
-    lane.start.run = [](io::Post& post) {
-        auto& start = static_cast<Lane::Start&>(post);
-        start.lane->queue.start(start.timeout, nullptr, nullptr);
-    };
-    if (!lane.queue.executor().post(lane.start)) {
-        co_return Error{Code::device_gone, "a processor has stopped before it took its queue pair"};
-    }
-    const io::Bound bound(environment_.executor, environment_.timeout);
-    while (lane.queue.quiescent()) {
-        if (bound.passed()) {
-            co_return Error{Code::timed_out, "a processor does not take its queue pair"};
-        }
-        co_await environment_.executor.sleep(100'000);
-    }
-    co_return Result<void>{};
+    co_return co_await lane.queue.start_there(environment_.executor, environment_.timeout,
+                                              [](io::GroupedQueue<Transport>& queue, Nanoseconds timeout) {
+                                                  static_cast<Queue&>(queue).start(timeout, nullptr, nullptr);
+                                              });
 }
 
 // ---- namespaces ----
@@ -528,15 +511,8 @@ io::Task<Result<void>> Controller::disconnect() {
         Queue& queue = lanes_[i]->queue;
         if (i == 1) {
             queue.stop();
-        } else if (!queue.quiescent()) {
-            queue.executor().raise(queue);
         }
-        while (!queue.quiescent() && !bound.passed()) {
-            co_await environment_.executor.sleep(1'000'000);
-        }
-        if (!queue.quiescent()) {
-            co_return Error{Code::timed_out, "a processor does not release its queue pair"};
-        }
+        CO_CHECK(co_await queue.ended(environment_.executor, bound));
     }
     // The registers of a removed controller do not answer, and it accesses no memory.
     if (set_up_ && !gone_ && !group_.removed()) {

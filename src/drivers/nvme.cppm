@@ -60,10 +60,6 @@ class Controller {
         DmaBuffer submissions;
         DmaBuffer completions;
         DmaBuffer lists;
-        struct Start : io::Post {
-            Lane* lane = nullptr;
-            Nanoseconds timeout = 0;
-        } start; // starts the queue on its own processor
     };
     struct Unit {
         std::array<Disk*, max_lanes> disks{}; // one per lane; the first is the disk

@@ -41,6 +41,7 @@ u64 supported(const Environment& environment, bool legacy) {
         features |= virtio::feature_version_1 | virtio::feature_access_platform | virtio::feature_order_platform;
         features |=
             unless(Feature::packed, virtio::feature_packed) | unless(Feature::in_order, virtio::feature_in_order);
+        features |= unless(Feature::multi_queue, feature_mq);
     }
     return features;
 }
@@ -51,17 +52,35 @@ class Controller {
   public:
     /// `device`: owned by the caller, started and negotiated.
     Controller(Environment& environment, virtio::Device& device, u64 features)
-        : environment_(environment), device_(device), features_(features), disk_(environment.executor),
-          changes_(environment.executor), tasks_(environment.executor) {}
+        : environment_(environment), device_(device), features_(features), changes_(environment.executor),
+          tasks_(environment.executor) {}
+    ~Controller();
+    Controller(const Controller&) = delete;
+    Controller& operator=(const Controller&) = delete;
 
     io::Task<Result<void>> attach();
-    /// Ends everything and resets the device. On an Error it may still access the controller's memory.
+    /// Ends everything and resets the device. On an Error it, or another processor, may still access the controller's
+    /// memory.
     io::Task<Result<void>> detach();
 
   private:
-    Result<Ring> make_ring();
-    Result<void> attach_interrupts();
+    static constexpr u32 max_lanes = 1 + Disk<Ring>::max_further_lanes;
+
+    struct Lane {
+        Lane(io::Executor& executor, io::QueueGroup& group) : queue(executor, group) {}
+        Queue<Ring> queue;
+        DmaBuffer ring;
+        DmaBuffer commands;
+        Vector<io::VirtqueueRow> rows;
+        io::VirtqueueLayout layout;
+        u32 size = 0; // in descriptors
+    };
     Result<io::Geometry> read_geometry();
+    Result<void> make_lanes();
+    Result<void> attach_interrupts();
+    Result<Ring> make_ring(u32 index);
+    Result<void> enable(u32 index);
+    Result<void> make_disks(const io::Geometry& geometry, const io::BlockDevice::Identity& identity);
     io::Task<Result<FixedText<24>>> serial_number();
     io::BlockDevice::Identity identify(const io::Geometry& geometry, std::string_view serial) const;
     io::Task<Result<void>> watch();
@@ -72,22 +91,26 @@ class Controller {
 
     static void on_queue(void* self);  // vector 0, or the line
     static void on_config(void* self); // vector 1
+    static void on_lane(void* queue);  // vectors 2…: the queues after the first, each on its own processor
 
     bool has(u64 feature) const { return (features_ & feature) != 0; }
+    Queue<Ring>& queue() { return lanes_[0]->queue; }
+    std::string_view name() const { return disks_[0] != nullptr ? disks_[0]->identity().name.view() : "virtio_blk"; }
 
     Environment environment_; // a copy: the objects it refers to outlive this, the Environment itself may not
     virtio::Device& device_;
     u64 features_;
-    DmaBuffer ring_;
-    DmaBuffer commands_;
-    Vector<io::VirtqueueRow> rows_;
-    io::VirtqueueLayout layout_;
-    u32 size_ = 0;     // of the queue, in descriptors
-    u64 capacity_ = 0; // in units of 512 bytes
+    u64 capacity_ = 0;    // in units of 512 bytes
+    u32 queue_count_ = 1; // that the device has
     Limits limits_;
+    io::QueueGroup group_;
+    std::array<Lane*, max_lanes> lanes_{};
+    u32 made_ = 0;       // lanes that exist
+    u32 lane_count_ = 0; // of these, in use
+    u32 started_ = 0;    // of these, known to their processor
+    std::array<Disk<Ring>*, max_lanes> disks_{};
     bool config_vector_ = false; // configuration changes have a vector of their own
-    Disk<Ring> disk_;
-    io::Signal changes_; // the configuration has changed, or the queue has closed
+    io::Signal changes_;         // the configuration has changed, or the queues have closed
     std::atomic<bool> config_changed_{false};
     io::TaskGroup tasks_;
     Controller* next_ = nullptr; // list of controllers in use
@@ -97,6 +120,17 @@ template <class Ring>
 constinit Controller<Ring>* controllers = nullptr; // live until the machine ends
 
 // ---- setting up ----
+
+// Only after detach() without an error: no queue may be registered.
+template <class Ring>
+Controller<Ring>::~Controller() {
+    for (Disk<Ring>* disk : disks_) {
+        delete disk;
+    }
+    for (Lane* lane : lanes_) {
+        delete lane;
+    }
+}
 
 template <class Ring>
 Result<io::Geometry> Controller<Ring>::read_geometry() {
@@ -112,7 +146,11 @@ Result<io::Geometry> Controller<Ring>::read_geometry() {
         block = device_.config(config::blk_size, 4);
         exponent = device_.config(config::physical_block_exp, 1);
         discard = device_.config(config::max_discard_sectors, 4);
+        queue_count_ = has(feature_mq) ? device_.config(config::queue_count, 2) : 1;
     }));
+    if (queue_count_ == 0) {
+        return Error{Code::protocol, "the virtio disk has no queues (num_queues)", 1, 0};
+    }
     io::Geometry geometry;
     geometry.sector_size = has(feature_blk_size) ? block : 512;
     if (geometry.sector_size < 512 || geometry.sector_size > 4096 || !std::has_single_bit(geometry.sector_size)) {
@@ -144,40 +182,82 @@ Result<io::Geometry> Controller<Ring>::read_geometry() {
 }
 
 template <class Ring>
-Result<Ring> Controller<Ring>::make_ring() {
-    const u32 maximum = device_.max_size(0);
+Result<void> Controller<Ring>::make_lanes() {
+    const bool several = !environment_.executors.empty();
+    const u32 wanted =
+        std::min({queue_count_, max_lanes, several ? static_cast<u32>(environment_.executors.size()) : u32{1}});
+    for (; made_ < wanted; ++made_) {
+        lanes_[made_] =
+            new (std::nothrow) Lane(made_ == 0 ? environment_.executor : *environment_.executors[made_], group_);
+        if (lanes_[made_] == nullptr) {
+            return Error{Code::exhausted, "no memory for a virtqueue"};
+        }
+    }
+    return {};
+}
+
+/// Vectors: the first queue, changes of the configuration, the other queues. Without a vector of its own a queue is not
+/// used, because its interrupt would arrive on another processor.
+template <class Ring>
+Result<void> Controller<Ring>::attach_interrupts() {
+    std::array<virtio::InterruptUse, 1 + max_lanes> uses;
+    const u32 here = environment_.executor.processor();
+    uses[0] = {here, on_queue, this};
+    uses[1] = {here, on_config, this};
+    for (u32 i = 1; i < made_; ++i) {
+        uses[i + 1] = {lanes_[i]->queue.executor().processor(), on_lane, &lanes_[i]->queue};
+    }
+    TRY(const u32 count, device_.attach(std::span(uses).first(made_ + 1), environment_.allows(Feature::messages)));
+    config_vector_ = count >= 2;
+    lane_count_ = config_vector_ ? count - 1 : 1;
+    return device_.set_config_vector(config_vector_ ? u16{1} : virtio::no_vector);
+}
+
+template <class Ring>
+Result<Ring> Controller<Ring>::make_ring(u32 index) {
+    Lane& lane = *lanes_[index];
+    const u32 maximum = device_.max_size(static_cast<u16>(index));
     if (maximum == 0 || maximum > io::virtqueue_max_size) {
         return Error{Code::protocol, "the virtio disk's queue has an impossible size", io::virtqueue_max_size, maximum};
     }
-    size_ = std::min(maximum, max_queue_size);
+    lane.size = std::min(maximum, max_queue_size);
     if constexpr (std::same_as<Ring, SplitRing>) {
-        size_ = std::bit_floor(size_);
-        layout_ = device_.legacy() ? Ring::layout(size_, virtio::legacy_align) : Ring::layout(size_);
+        lane.size = std::bit_floor(lane.size);
+        lane.layout = device_.legacy() ? Ring::layout(lane.size, virtio::legacy_align) : Ring::layout(lane.size);
     } else {
-        layout_ = Ring::layout(size_);
+        lane.layout = Ring::layout(lane.size);
     }
-    if (size_ < 3) { // header, data, status
-        return Error{Code::not_supported, "the virtio disk's queue is too small for a request", 3, size_};
+    if (lane.size < 3) { // header, data, status
+        return Error{Code::not_supported, "the virtio disk's queue is too small for a request", 3, lane.size};
     }
-    TRY(ring_, environment_.dma.buffer(static_cast<u32>(layout_.bytes)));
-    TRY(commands_, environment_.dma.buffer(Transport<Ring>::command_bytes));
-    for (u32 i = 0; i < size_; ++i) {
-        if (!rows_.push({})) {
+    TRY(lane.ring, environment_.dma.buffer(static_cast<u32>(lane.layout.bytes)));
+    TRY(lane.commands, environment_.dma.buffer(Transport<Ring>::command_bytes));
+    for (u32 i = 0; i < lane.size; ++i) {
+        if (!lane.rows.push({})) {
             return Error{Code::exhausted, "no memory for the table of a virtqueue"};
         }
     }
-    return Ring::create(io::MappedMemory(ring_.data(), ring_.size()), layout_, size_, {rows_.begin(), rows_.size()},
+    return Ring::create(io::MappedMemory(lane.ring.data(), lane.ring.size()), lane.layout, lane.size,
+                        {lane.rows.begin(), lane.rows.size()},
                         {.event_index = has(virtio::feature_event_idx),
                          .in_order = has(virtio::feature_in_order),
                          .indirect = has(virtio::feature_indirect)});
 }
 
 template <class Ring>
-Result<void> Controller<Ring>::attach_interrupts() {
-    const std::array<virtio::InterruptUse, 2> uses{{{0, on_queue, this}, {0, on_config, this}}};
-    TRY(const u32 count, device_.attach(uses, environment_.allows(Feature::messages)));
-    config_vector_ = count == 2;
-    return device_.set_config_vector(config_vector_ ? u16{1} : virtio::no_vector);
+Result<void> Controller<Ring>::enable(u32 index) {
+    TRY(const Ring ring, make_ring(index));
+    Lane& lane = *lanes_[index];
+    // The first queue closes together with every other one.
+    const auto changed = [](void* self) { static_cast<Controller*>(self)->changes_.raise(); };
+    lane.queue.transport().set_up(ring, lane.commands, has(virtio::feature_indirect), limits_,
+                                  index == 0 ? static_cast<void (*)(void*)>(changed) : nullptr, this);
+    const virtio::QueueAddresses at{lane.ring.bus() + lane.layout.descriptors, lane.ring.bus() + lane.layout.driver,
+                                    lane.ring.bus() + lane.layout.device};
+    const u16 vector = device_.by_line() ? virtio::no_vector : static_cast<u16>(index == 0 ? 0 : index + 1);
+    TRY(const virtio::Notifier notifier, device_.enable(static_cast<u16>(index), lane.size, at, vector));
+    lane.queue.transport().set_notifier(notifier);
+    return {};
 }
 
 template <class Ring>
@@ -192,8 +272,13 @@ void Controller<Ring>::on_queue(void* self) {
         on_config(self);
     }
     if ((reasons & virtio::isr_queue) != 0) {
-        controller.disk_.transport().on_interrupt(accesses);
+        controller.queue().transport().on_interrupt(accesses);
     }
+}
+
+template <class Ring>
+void Controller<Ring>::on_lane(void* queue) {
+    static_cast<Queue<Ring>*>(queue)->transport().on_interrupt(0);
 }
 
 template <class Ring>
@@ -212,12 +297,11 @@ io::Task<Result<FixedText<24>>> Controller<Ring>::serial_number() {
     }
     IdExchange exchange(environment_.executor);
     exchange.data = memory->span().subspan(0, id_bytes);
-    auto& queue = disk_.queue();
-    if (!queue.send(exchange)) {
+    if (!queue().send(exchange)) {
         co_return serial;
     }
     if (!co_await exchange.done.wait({environment_.executor, environment_.timeout})) {
-        queue.abandon(exchange);
+        queue().abandon(exchange);
         memory->abandon(); // the device may still write to it
         co_return serial;
     }
@@ -240,11 +324,26 @@ io::BlockDevice::Identity Controller<Ring>::identify(const io::Geometry& geometr
     identity.driver = Transport<Ring>::driver;
     identity.kind = io::Kind::synthetic;
     print(identity.model, "virtio block device{}{}", serial.empty() ? "" : " ", serial);
-    print(identity.features, "{}{}{}{}{}{}{} queue-size={}", geometry.flush ? "flush " : "",
+    print(identity.features, "{}{}{}{}{}{}{} queues={} queue-size={}", geometry.flush ? "flush " : "",
           geometry.discard ? "discard " : "", std::same_as<Ring, PackedRing> ? "packed " : "",
           has(virtio::feature_event_idx) ? "event-idx " : "", has(virtio::feature_indirect) ? "indirect " : "",
-          has(virtio::feature_in_order) ? "in-order " : "", device_.by_line() ? "line" : "msix", size_);
+          has(virtio::feature_in_order) ? "in-order " : "", device_.by_line() ? "line" : "msix", lane_count_,
+          lanes_[0]->size);
     return identity;
+}
+
+template <class Ring>
+Result<void> Controller<Ring>::make_disks(const io::Geometry& geometry, const io::BlockDevice::Identity& identity) {
+    for (u32 i = 0; i < lane_count_; ++i) {
+        disks_[i] = new (std::nothrow) Disk<Ring>(lanes_[i]->queue, geometry, identity);
+        if (disks_[i] == nullptr) {
+            return Error{Code::exhausted, "no memory for a disk"};
+        }
+        if (i != 0) {
+            disks_[0]->add_lane(*disks_[i]);
+        }
+    }
+    return {};
 }
 
 template <class Ring>
@@ -253,24 +352,28 @@ io::Task<Result<void>> Controller<Ring>::attach() {
     if (geometry.sectors == 0) {
         co_return Error{Code::not_supported, "the virtio disk has 0 bytes (capacity)"};
     }
-    CO_TRY(const Ring ring, make_ring());
+    CO_CHECK(make_lanes());
     CO_CHECK(attach_interrupts());
-    const auto changed = [](void* self) { static_cast<Controller*>(self)->changes_.raise(); };
-    disk_.transport().set_up(ring, commands_, has(virtio::feature_indirect), limits_, changed, this);
-    const virtio::QueueAddresses at{ring_.bus() + layout_.descriptors, ring_.bus() + layout_.driver,
-                                    ring_.bus() + layout_.device};
-    CO_TRY(const virtio::Notifier notifier,
-           device_.enable(0, size_, at, device_.by_line() ? virtio::no_vector : u16{0}));
-    disk_.transport().set_notifier(notifier);
+    for (u32 i = 0; i < lane_count_; ++i) {
+        CO_CHECK(enable(i));
+    }
     device_.run();
-    disk_.set_timeout(environment_.timeout);
-    disk_.open(geometry);
+    while (started_ < lane_count_) {
+        Queue<Ring>& queue = lanes_[started_++]->queue;
+        CO_CHECK(co_await queue.start_there(environment_.executor, environment_.timeout,
+                                            [](io::GroupedQueue<Transport<Ring>>& there, Nanoseconds timeout) {
+                                                static_cast<Queue<Ring>&>(there).start(timeout);
+                                            }));
+    }
     CO_TRY(const FixedText<24> serial, co_await serial_number());
-    disk_.set_identity(identify(geometry, serial.view()));
-    CO_CHECK(environment_.disks.announce(disk_, DiskSink::no_twin));
+    CO_CHECK(make_disks(geometry, identify(geometry, serial.view())));
+    CO_CHECK(environment_.disks.announce(*disks_[0], DiskSink::no_twin));
+    for (u32 i = 0; i < lane_count_; ++i) {
+        // no other coroutine has run since, so this precedes any request to the lane
+        disks_[i]->link(environment_.executor);
+    }
     if (auto watched = tasks_.spawn(watch()); !watched) {
-        log::warning("{}: changes of the device will not be detected: {}", disk_.identity().name.view(),
-                     watched.error());
+        log::warning("{}: changes of the device will not be detected: {}", name(), watched.error());
     }
     co_return Result<void>{};
 }
@@ -281,11 +384,11 @@ template <class Ring>
 void Controller<Ring>::check_capacity() {
     u64 capacity = 0;
     if (auto read = device_.read_config([&] { capacity = device_.config64(config::capacity); }); !read) {
-        log::warning("{}: {}", disk_.identity().name.view(), read.error());
+        log::warning("{}: {}", name(), read.error());
     } else if (capacity != capacity_) {
         log::warning("{}: the device has been resized from {} to {} units of 512 bytes: the disk keeps its size until "
                      "the machine restarts",
-                     disk_.identity().name.view(), capacity_, capacity);
+                     name(), capacity_, capacity);
         capacity_ = capacity;
     }
 }
@@ -294,15 +397,14 @@ template <class Ring>
 io::Task<Result<void>> Controller<Ring>::watch() {
     for (;;) {
         co_await changes_.wait();
-        if (config_changed_.exchange(false, std::memory_order_relaxed) && disk_.queue().is_open()) {
+        if (config_changed_.exchange(false, std::memory_order_relaxed) && queue().is_open()) {
             if (device_.needs_reset()) {
-                disk_.queue().close(io::Status::device_gone,
-                                    {Code::io, "the virtio device has failed (DEVICE_NEEDS_RESET)"});
+                queue().close(io::Status::device_gone, {Code::io, "the virtio device has failed (DEVICE_NEEDS_RESET)"});
             } else {
                 check_capacity();
             }
         }
-        if (!disk_.queue().is_open()) {
+        if (!queue().is_open()) {
             static_cast<void>(co_await detach());
             co_return Result<void>{};
         }
@@ -311,16 +413,33 @@ io::Task<Result<void>> Controller<Ring>::watch() {
 
 template <class Ring>
 io::Task<Result<void>> Controller<Ring>::detach() {
-    disk_.queue().stop();
-    const auto done = co_await device_.reset(environment_.executor, environment_.timeout);
+    if (made_ == 0) {
+        co_return Result<void>{};
+    }
+    queue().stop();
+    group_.close(io::Status::device_gone);
+    const io::Bound bound(environment_.executor, environment_.timeout); // for all of them together
+    Result<void> done;
+    for (u32 i = 1; i < started_; ++i) {
+        if (auto ended = co_await lanes_[i]->queue.ended(environment_.executor, bound); !ended) {
+            done = ended;
+        }
+    }
+    if (auto reset = co_await device_.reset(environment_.executor, environment_.timeout); !reset) {
+        done = reset;
+    }
     device_.detach();
     if (done) {
-        disk_.queue().reclaim();
+        for (u32 i = 0; i < made_; ++i) {
+            lanes_[i]->queue.reclaim(); // quiet: its processor no longer accesses it
+        }
         co_return done;
     }
     log::warning("{}: {}: its memory is not reused", device_.name(), done.error());
-    ring_.abandon();
-    commands_.abandon();
+    for (u32 i = 0; i < made_; ++i) {
+        lanes_[i]->ring.abandon();
+        lanes_[i]->commands.abandon();
+    }
     co_return done;
 }
 
@@ -333,7 +452,7 @@ io::Task<Result<void>> attach_controller(Environment& environment, virtio::Devic
         co_return Error{Code::exhausted, "no memory for a virtio disk"};
     }
     auto attached = co_await controller->attach();
-    if (!attached && co_await controller->detach()) {
+    if (!attached && co_await controller->detach() && controller->started_ <= 1) {
         delete controller;
         co_return attached;
     }

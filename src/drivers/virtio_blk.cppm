@@ -1,4 +1,4 @@
-// virtio block devices [virtio-1.2 §5.2], on PCI and on a platform's memory bus: negotiation, one queue, the disk.
+// virtio block devices [virtio-1.2 §5.2], on PCI and on a platform's memory bus: negotiation, the queues, the disk.
 //
 // After a device error, an unanswered request or a removal the disk closes. The device is then reset, so that it can no
 // longer reach any buffer; a VMM that cannot reset a device in use keeps them, and they are not reused.

@@ -3,11 +3,13 @@
 // any queue shows that the device is alive.
 export module io.queue_group;
 import core.std;
+import core.result;
 import core.time;
 import io.block;
 import io.block_queue;
 import io.executor;
 import io.oldest_wait;
+import io.task;
 
 export namespace fl::io {
 
@@ -152,8 +154,55 @@ class GroupedQueue : public BlockQueue<T> {
     /// Callable on any processor: see GroupedTransport.
     bool quiescent() const { return this->transport().quiescent(); }
 
+    /// Calls `start(queue, timeout)`, which opens the queue, on the queue's own processor, and waits until it has run.
+    /// `here`: the caller's executor. Once only. Error{device_gone}: that processor has stopped; Error{timed_out}: it
+    /// has not run it within `timeout`, and may yet: the queue must not be destroyed.
+    Task<Result<void>> start_there(Executor& here, Nanoseconds timeout,
+                                   void (*start)(GroupedQueue& queue, Nanoseconds timeout)) {
+        if (&this->executor() == &here) {
+            start(*this, timeout);
+            co_return Result<void>{};
+        }
+        start_.queue = this;
+        start_.timeout = timeout;
+        start_.call = start;
+        start_.run = [](Post& post) {
+            auto& there = static_cast<Start&>(post);
+            there.call(*there.queue, there.timeout);
+        };
+        if (!this->executor().post(start_)) {
+            co_return Error{Code::device_gone, "a processor has stopped before it took its queue"};
+        }
+        const Bound bound(here, timeout);
+        while (quiescent()) {
+            if (bound.passed()) {
+                co_return Error{Code::timed_out, "a processor does not take its queue"};
+            }
+            co_await here.sleep(100'000);
+        }
+        co_return Result<void>{};
+    }
+    /// After QueueGroup::close(): waits until the queue has ended everything. Error{timed_out}: its processor does not
+    /// release it.
+    Task<Result<void>> ended(Executor& here, Bound bound) {
+        while (!quiescent()) {
+            if (bound.passed()) {
+                co_return Error{Code::timed_out, "a processor does not release its queue"};
+            }
+            co_await here.sleep(1'000'000);
+        }
+        co_return Result<void>{};
+    }
+
   private:
+    struct Start : Post {
+        GroupedQueue* queue = nullptr;
+        Nanoseconds timeout = 0;
+        void (*call)(GroupedQueue&, Nanoseconds) = nullptr;
+    };
+
     Listener* listener_; // of the group
+    Start start_;
 };
 
 /// A disk on a queue of a group. The first one is the disk; the others are its lanes, on other processors.

@@ -185,6 +185,7 @@ io::Recovery Transport<Ring>::recover(const Command&, io::OldestWait::Finding fi
 
 template <class Ring>
 void Transport<Ring>::closed(bool stopped) {
+    leave();
     if (!stopped && changed_ != nullptr) {
         changed_(context_);
     }

@@ -1,4 +1,5 @@
-// A virtqueue of a virtio block device, and the disk on it. Independent of the bus and the negotiation. The life cycle
+// A virtqueue of a virtio block device, and the disk on it. A device may have several, each for one processor
+// [io.queue_group]. Independent of the bus and the negotiation. The life cycle
 // of a request is in io.block_queue; this is its transport.
 //
 // The queue is not trusted: io.ring.split and io.ring.packed check what the device returns, and every request needs a
@@ -14,6 +15,7 @@ import io.block_queue;
 import io.event_pacing;
 import io.executor;
 import io.oldest_wait;
+export import io.queue_group;
 import io.ring.memory;
 export import io.ring.packed;
 export import io.ring.split;
@@ -41,7 +43,7 @@ class Disk;
 
 /// `Ring`: an io::Virtqueue.
 template <class Ring>
-class Transport : public io::TransportDefaults {
+class Transport : public io::GroupedTransport {
   public:
     using Disk = virtio_blk::Disk<Ring>;
     static constexpr std::string_view driver = "virtio_blk";
@@ -66,12 +68,14 @@ class Transport : public io::TransportDefaults {
     static_assert(sizeof(Area) == 128);
     static constexpr u32 command_bytes = max_commands * sizeof(Area);
 
-    explicit Transport(io::Executor& executor) : executor_(executor) {}
+    Transport(io::Executor& executor, io::QueueGroup& group) : GroupedTransport(group), executor_(executor) {}
 
     /// Before open(). `commands`: command_bytes of DMA memory, owned by the caller like the ring's memory. `indirect`:
-    /// VIRTIO_F_INDIRECT_DESC was negotiated. `changed`: called once when the queue closes by itself.
+    /// VIRTIO_F_INDIRECT_DESC was negotiated. `changed`: called once, on the queue's processor, when the queue closes by
+    /// itself; may be nullptr.
     void set_up(const Ring& ring, DmaSpan commands, bool indirect, const Limits& limits, void (*changed)(void*),
                 void* context);
+    using GroupedTransport::join; // when the queue opens
     /// After the device has accepted the queue.
     void set_notifier(const virtio::Notifier& notifier) { notifier_ = notifier; }
     /// From the interrupt handler. `accesses`: of the device, by the handler.
@@ -139,26 +143,25 @@ extern template class io::QueueDisk<drivers::virtio_blk::Transport<drivers::virt
 
 export namespace fl::drivers::virtio_blk {
 
+/// A queue of the device.
 template <class Ring>
-class Disk final : public io::QueueDisk<Transport<Ring>> {
+class Queue final : public io::GroupedQueue<Transport<Ring>> {
   public:
-    using Queue = io::BlockQueue<Transport<Ring>>;
-
-    explicit Disk(io::Executor& executor)
-        : io::QueueDisk<Transport<Ring>>(executor, queue_), queue_(executor, executor) {}
-
-    /// Accepts requests from now on, after Transport::set_up().
-    void open(const io::Geometry& geometry) {
-        this->set_geometry(geometry);
-        queue_.add(*this);
-        queue_.open(this->timeout());
+    Queue(io::Executor& executor, io::QueueGroup& group)
+        : io::GroupedQueue<Transport<Ring>>(executor, group, executor, group) {}
+    /// On the queue's processor, after Transport::set_up().
+    void start(Nanoseconds timeout) {
+        this->open(timeout);
+        this->transport().join();
     }
-    void set_identity(const io::BlockDevice::Identity& identity) { this->identity_ = identity; }
-    Queue& queue() { return queue_; }
-    Transport<Ring>& transport() { return queue_.transport(); }
+};
 
-  private:
-    Queue queue_;
+/// The medium on one queue. The first one is the disk; the others are its lanes.
+template <class Ring>
+class Disk final : public io::GroupedDisk<Transport<Ring>> {
+  public:
+    Disk(Queue<Ring>& queue, const io::Geometry& geometry, const io::BlockDevice::Identity& identity)
+        : io::GroupedDisk<Transport<Ring>>(queue, geometry, identity) {}
 };
 
 } // namespace fl::drivers::virtio_blk

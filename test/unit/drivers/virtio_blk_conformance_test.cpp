@@ -8,6 +8,7 @@ import core.time;
 import core.dma;
 import core.log;
 import core.mmio;
+import core.processor;
 import core.interrupt;
 import io.executor;
 import io.block;
@@ -30,135 +31,186 @@ namespace virtio = drivers::virtio;
 namespace virtio_blk = drivers::virtio_blk;
 
 struct Form {
-    u32 size = 256; // of the queue
+    u32 size = 256; // of a queue
     bool event_index = true;
     bool indirect = false;
     u32 segments = 1;
     u32 segment_bytes = 64 * 1024;
+    u32 lanes = 1;
 };
 
 template <class Ring>
-class VirtioBlkRig final : public Rig, public MmioModel {
+class VirtioBlkRig final : public Rig {
   public:
-    explicit VirtioBlkRig(const Form& form) {
-        const auto layout = Ring::layout(form.size);
-        ring_ = *memory_.buffer(static_cast<u32>(layout.bytes));
-        commands_ = *memory_.buffer(virtio_blk::Transport<Ring>::command_bytes);
-        rows_.resize(form.size);
-        const io::VirtqueueOptions options{.event_index = form.event_index, .indirect = form.indirect};
-        const auto ring = Ring::create(io::MappedMemory(ring_.data(), ring_.size()), layout, form.size, rows_, options);
-        EXPECT_TRUE(ring);
-        disk_.transport().set_up(
-            *ring, commands_, form.indirect,
-            {.segments = form.segments, .segment_bytes = form.segment_bytes, .discard_bytes = discard_bytes}, nullptr,
-            nullptr);
-        disk_.transport().set_notifier(virtio::Notifier(Mmio(static_cast<MmioModel&>(*this), 16), 0, 0, false));
-        backend_.set_queue({form.size, ring_.bus() + layout.descriptors, ring_.bus() + layout.driver,
-                            ring_.bus() + layout.device, form.event_index},
-                           std::same_as<Ring, virtio_blk::PackedRing>);
-        backend_.hold = true;
-        backend_.interrupt = [this] { disk_.transport().on_interrupt(0); };
-        backend_.taken.reserve(256);
-        io::BlockDevice::Identity identity;
-        identity.name = FixedText<16>("vda");
-        disk_.set_identity(identity);
-        disk_.set_timeout(timeout);
-        disk_.open({.sectors = sectors, .flush = true, .discard = true});
+    explicit VirtioBlkRig(const Form& form) : form_(form) {
+        for (u32 i = 0; i < form.lanes; ++i) {
+            enter(i);
+            lanes_.push_back(std::make_unique<Lane>(*this, i));
+        }
+        enter(0);
     }
     static Facts facts(const Form& form) {
-        return {.capacity = form.indirect ? virtio_blk::Transport<Ring>::max_commands - 1 : form.size / 3,
+        return {.lanes = form.lanes,
+                .capacity = form.indirect ? virtio_blk::Transport<Ring>::max_commands - 1 : form.size / 3,
                 .part_bytes = form.segments * form.segment_bytes,
                 .discard_bytes = discard_bytes,
                 .discards = true,
                 .ids = true,
+                .elsewhere = true,
                 .faults = std::same_as<Ring, virtio_blk::SplitRing> ? std::vector{Fault::next} : std::vector<Fault>{},
-                .timeout = timeout,
+                .timeout = timeout_of(form),
                 .answers = {Status::ok, Status::io_error, Status::not_supported}};
     }
     ~VirtioBlkRig() {
-        disk_.queue().stop();
-        reclaim(0);
+        for (u32 i = 0; i < form_.lanes; ++i) {
+            enter(i);
+            stop(i);
+            reclaim(i);
+            lanes_[i]->disk.reset();
+        }
+        enter(0);
     }
-    u64 read(u64, u32) override { return 0; }
-    void write(u64, u32, u64) override { // the notification
-        const InFake scope;
-        backend_.notify();
+    io::BlockDevice& disk(u32 lane) override { return *lanes_[lane]->disk; }
+    void enter(u32 lane) override { set_this_processor(lane); }
+    void turn() override {
+        for (u32 i = 0; i < form_.lanes; ++i) {
+            enter(i);
+            lanes_[i]->executor.turn();
+        }
+        enter(0);
     }
-    io::BlockDevice& disk(u32) override { return disk_; }
-    void turn() override { executor_.turn(); }
-    Instant now() override { return executor_.now(); }
+    Instant now() override { return lanes_[0]->executor.now(); }
     void jump(Nanoseconds length) override { machine_.time += length; }
     DmaAllocator& memory() override { return memory_; }
     std::vector<Held> held() override {
         std::vector<Held> held;
-        for (const auto& t : backend_.taken) {
-            const io::Op op = t.kind == virtio_test::Kind::in      ? io::Op::read
-                              : t.kind == virtio_test::Kind::out   ? io::Op::write
-                              : t.kind == virtio_test::Kind::flush ? io::Op::flush
-                                                                   : io::Op::discard;
-            held.push_back({op, t.sector, static_cast<u32>(t.bytes)});
+        for (u32 i = 0; i < form_.lanes; ++i) {
+            for (const auto& t : lanes_[i]->backend.taken) {
+                const io::Op op = t.kind == virtio_test::Kind::in      ? io::Op::read
+                                  : t.kind == virtio_test::Kind::out   ? io::Op::write
+                                  : t.kind == virtio_test::Kind::flush ? io::Op::flush
+                                                                       : io::Op::discard;
+                held.push_back({op, t.sector, static_cast<u32>(t.bytes), i});
+            }
         }
         return held;
     }
     void answer(usize index, Status how) override {
         const InFake scope;
-        backend_.complete(index, how == Status::ok ? 0 : how == Status::io_error ? 1 : 2);
-        if (damaged_) {
-            backend_.damage();
-            event(0);
+        for (auto& lane : lanes_) {
+            if (index < lane->backend.taken.size()) {
+                lane->backend.complete(index, how == Status::ok ? 0 : how == Status::io_error ? 1 : 2);
+                if (lane->damaged) {
+                    lane->backend.damage();
+                    lane->transport().on_interrupt(0);
+                }
+                return;
+            }
+            index -= lane->backend.taken.size();
         }
     }
     void answer_wrongly(u32 kind) override {
         const InFake scope;
-        virtqueue_fake::Chain chain = backend_.taken.front().chain;
+        auto& backend = lanes_[0]->backend;
+        virtqueue_fake::Chain chain = backend.taken.front().chain;
         switch (kind) {
         case 0: chain.id = 0x1234; break;
-        case 1: chain.id = backend_.last_id; break;
-        default: backend_.complete(0, 0);
+        case 1: chain.id = backend.last_id; break;
+        default: backend.complete(0, 0);
         }
-        backend_.push(chain, 1);
+        backend.push(chain, 1);
         event(0); // of whatever kind it is, the driver looks
     }
-    void event(u32) override { disk_.transport().on_interrupt(0); }
-    Injected inject(u32, Fault) override {
-        backend_.dead = damaged_ = true;
-        backend_.damage();
+    void event(u32 lane) override { lanes_[lane]->transport().on_interrupt(0); }
+    Injected inject(u32 lane, Fault) override {
+        lanes_[lane]->backend.dead = lanes_[lane]->damaged = true;
+        lanes_[lane]->backend.damage();
         return {"the device has returned more buffers than it holds", Status::protocol_error};
     }
     bool reachable(DmaSpan span) override {
-        for (const auto& t : backend_.taken) {
-            for (const auto& piece : t.chain.pieces) {
-                if (piece.bus < span.bus + span.size && span.bus < piece.bus + piece.length) {
-                    return true;
+        for (const auto& lane : lanes_) {
+            for (const auto& t : lane->backend.taken) {
+                for (const auto& piece : t.chain.pieces) {
+                    if (piece.bus < span.bus + span.size && span.bus < piece.bus + piece.length) {
+                        return true;
+                    }
                 }
             }
         }
         return false;
     }
     void read_medium(u64 lba, u32 count, std::byte* into) override {
-        std::memcpy(into, backend_.disk.data() + lba * 512, count * 512);
+        std::memcpy(into, lanes_[0]->backend.disk.data() + lba * 512, count * 512);
     }
-    void close(u32, Status status) override { disk_.queue().close(status, {Code::device_gone, "the test closes it"}); }
-    void stop(u32) override { disk_.queue().stop(); }
-    void reclaim(u32) override { // the device has been reset
-        backend_.reset();
-        disk_.queue().reclaim();
+    void close(u32 lane, Status status) override {
+        lanes_[lane]->queue.close(status, {Code::device_gone, "the test closes it"});
     }
-    bool is_open(u32) override { return disk_.queue().is_open(); }
-    u32 in_flight(u32) override { return disk_.queue().in_flight(); }
+    void close_elsewhere(Status status) override { group_.close_first(status); }
+    void stop(u32 lane) override { lanes_[lane]->queue.stop(); }
+    void reclaim(u32 lane) override { // the device has been reset
+        lanes_[lane]->backend.reset();
+        lanes_[lane]->queue.reclaim();
+    }
+    bool is_open(u32 lane) override { return lanes_[lane]->queue.is_open(); }
+    u32 in_flight(u32 lane) override { return lanes_[lane]->queue.in_flight(); }
 
   private:
-    static constexpr Nanoseconds timeout = 200'000'000;
     static constexpr u32 discard_bytes = 128 * 1024;
-    fl::test::FakeMachine machine_;
-    io::Executor executor_{machine_.platform()};
+    static Nanoseconds timeout_of(const Form& form) { return form.lanes * 200'000'000; } // a turn: a tick for each lane
+
+    struct Lane final : MmioModel {
+        Lane(VirtioBlkRig& rig, u32 number)
+            : executor(rig.machine_.platform(), number), queue(executor, rig.group_),
+              backend(number == 0 ? virtio_test::Backend(rig.memory_, sectors)
+                                  : virtio_test::Backend(rig.memory_, rig.lanes_[0]->backend)) {
+            const Form& form = rig.form_;
+            const auto layout = Ring::layout(form.size);
+            ring = *rig.memory_.buffer(static_cast<u32>(layout.bytes));
+            commands = *rig.memory_.buffer(virtio_blk::Transport<Ring>::command_bytes);
+            rows.resize(form.size);
+            const io::VirtqueueOptions options{.event_index = form.event_index, .indirect = form.indirect};
+            const auto made =
+                Ring::create(io::MappedMemory(ring.data(), ring.size()), layout, form.size, rows, options);
+            EXPECT_TRUE(made);
+            transport().set_up(
+                *made, commands, form.indirect,
+                {.segments = form.segments, .segment_bytes = form.segment_bytes, .discard_bytes = discard_bytes},
+                nullptr, nullptr);
+            transport().set_notifier(virtio::Notifier(Mmio(static_cast<MmioModel&>(*this), 16), 0, 0, false));
+            backend.set_queue({form.size, ring.bus() + layout.descriptors, ring.bus() + layout.driver,
+                               ring.bus() + layout.device, form.event_index},
+                              std::same_as<Ring, virtio_blk::PackedRing>);
+            backend.hold = true;
+            backend.interrupt = [this] { transport().on_interrupt(0); };
+            backend.taken.reserve(256);
+            queue.start(timeout_of(form));
+            io::BlockDevice::Identity identity;
+            identity.name = FixedText<16>("vda");
+            disk.emplace(queue, io::Geometry{.sectors = sectors, .flush = true, .discard = true}, identity);
+            disk->link(executor);
+        }
+        u64 read(u64, u32) override { return 0; }
+        void write(u64, u32, u64) override { // the notification
+            const InFake scope;
+            backend.notify();
+        }
+        virtio_blk::Transport<Ring>& transport() { return queue.transport(); }
+
+        io::Executor executor;
+        DmaBuffer ring;
+        DmaBuffer commands;
+        std::vector<io::VirtqueueRow> rows;
+        virtio_blk::Queue<Ring> queue;
+        virtio_test::Backend backend;
+        std::optional<virtio_blk::Disk<Ring>> disk;
+        bool damaged = false;
+    };
+
+    const Form form_;
+    fl::test::FakeMachine machine_; // of all lanes
     virtio_test::Memory memory_;
-    virtio_test::Backend backend_{memory_, sectors};
-    bool damaged_ = false;
-    DmaBuffer ring_;
-    DmaBuffer commands_;
-    std::vector<io::VirtqueueRow> rows_;
-    virtio_blk::Disk<Ring> disk_{executor_};
+    io::QueueGroup group_;
+    std::vector<std::unique_ptr<Lane>> lanes_;
 };
 
 template <class Ring>
@@ -173,9 +225,11 @@ std::vector<Make> rigs() {
     add<virtio_blk::SplitRing>(all, "split_small_without_events", {.size = 16, .event_index = false});
     add<virtio_blk::SplitRing>(all, "split_indirect", {.size = 128, .indirect = true});
     add<virtio_blk::SplitRing>(all, "split_segments", {.segments = 4, .segment_bytes = 16 * 1024});
+    add<virtio_blk::SplitRing>(all, "split_two_lanes", {.lanes = 2});
     add<virtio_blk::PackedRing>(all, "packed", {.size = 99});
     add<virtio_blk::PackedRing>(all, "packed_indirect_without_events",
                                 {.size = 128, .event_index = false, .indirect = true});
+    add<virtio_blk::PackedRing>(all, "packed_four_lanes", {.lanes = 4});
     return all;
 }
 } // namespace

@@ -59,8 +59,13 @@ struct Taken {
 
 /// The medium and one queue.
 class Backend {
+    std::unique_ptr<Zeroed> own_;
+
   public:
-    explicit Backend(Memory& memory, u64 sectors) : disk(sectors * 512), guest_(memory.guest) {}
+    explicit Backend(Memory& memory, u64 sectors)
+        : own_(std::make_unique<Zeroed>(sectors * 512)), disk(*own_), guest_(memory.guest) {}
+    /// A further queue of the same device.
+    explicit Backend(Memory& memory, Backend& first) : disk(first.disk), guest_(memory.guest) {}
     void set_queue(const SplitDevice::Setup& setup, bool packed) {
         queue_.reset();
         taken.clear();
@@ -125,7 +130,7 @@ class Backend {
     /// A split queue's used index claims more buffers than the device holds.
     void damage() { guest_.put(setup_.device + 2, guest_.get(setup_.device + 2, 2) + 1000, 2); }
 
-    Zeroed disk;
+    Zeroed& disk;
     std::vector<Taken> taken; // held
     std::string serial = "SERIAL-7";
     std::function<void()> interrupt;

@@ -125,7 +125,7 @@ TEST(VirtioBlk, SetsStatusBitsInOrderAndAcceptsWhatItKnows) {
     EXPECT_EQ(identity.driver, "virtio_blk");
     EXPECT_EQ(identity.kind, io::Kind::synthetic);
     EXPECT_EQ(identity.model.view(), "virtio block device SERIAL-7");
-    EXPECT_EQ(identity.features.view(), "flush discard event-idx indirect line queue-size=256");
+    EXPECT_EQ(identity.features.view(), "flush discard event-idx indirect line queues=1 queue-size=256");
     EXPECT_EQ(m.sink.disks[0]->geometry().sectors, Machine::sectors);
     writes_and_reads(m);
     EXPECT_TRUE(m.run(io::Op::flush));
