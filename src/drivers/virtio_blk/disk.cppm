@@ -71,8 +71,8 @@ class Transport : public io::GroupedTransport {
     Transport(io::Executor& executor, io::QueueGroup& group) : GroupedTransport(group), executor_(executor) {}
 
     /// Before open(). `commands`: command_bytes of DMA memory, owned by the caller like the ring's memory. `indirect`:
-    /// VIRTIO_F_INDIRECT_DESC was negotiated. `changed`: called once, on the queue's processor, when the queue closes by
-    /// itself; may be nullptr.
+    /// VIRTIO_F_INDIRECT_DESC was negotiated. `changed`: called once, on the queue's processor, when the queue closes
+    /// by itself; may be nullptr.
     void set_up(const Ring& ring, DmaSpan commands, bool indirect, const Limits& limits, void (*changed)(void*),
                 void* context);
     using GroupedTransport::join; // when the queue opens
