@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import build, fiojson, lab, launch, paths, process, records, report, setup, workloads, xenlab, yardstick
+from . import build, fiojson, lab, launch, paths, process, records, report, setup, vmm, workloads, xenlab, yardstick
 from .machine import AIO, CACHES, DIRECT_CACHES, IOTHREAD_BUSES, PLATFORMS, DiskSpec, Machine, Platform
 from .options import Conflict, Parser, demand_agreement, listed, name_pattern, one_line, whole
 from .problems import EXIT_HELP, Exit, Problem
@@ -48,11 +49,15 @@ def arguments() -> Parser:
     parser.add_argument("--boot", choices=("pvh", "uefi"), default="pvh", help="how the kernel is started; uefi for --only xen-emu")
     parser.add_argument("--cmdline", type=one_line, default="", help="more words for the kernel's command line, beside those that the jobs themselves are")
     parser.add_argument("--no-build", action="store_true", help="measure what was built before")
+    vmm.add_options(parser, several=True)
+    parser.set_defaults(named_qemu=None)  # set by check(): the QEMU of --qemu
     return parser
 
 
 LISTED = "nothing is measured"
 CONFLICTS = (
+    *vmm.conflicts(("boot", "wall", "lab", "yardstick", "only", "aio", "cache", "iothread", "list")),
+    *(Conflict(("list", name), LISTED) for name in ("qemu", "qemu_arg")),
     *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build", "aio", "cache", "iothread")),
     Conflict(("sweep", "workload"), "qd= is what --sweep sets: leave it out of --workload", lambda options: any(one.qd != 1 for one in options.workload)),
     Conflict(("aio",), f"native is for O_DIRECT: add --cache {' or --cache '.join(DIRECT_CACHES)}", lambda options: options.aio == "native" and options.cache not in DIRECT_CACHES),
@@ -65,6 +70,12 @@ OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks")  # words 
 def check(options) -> list[Chosen]:
     """The selected jobs. Invalid options are reported here, before anything is fetched or built."""
     demand_agreement(options, CONFLICTS)
+    workloads.COMPARISONS.pop(vmm.COMPARISON, None)  # of an earlier call in this process
+    if named := vmm.find(options.vmm, options.vmm_command):
+        workloads.COMPARISONS[vmm.COMPARISON] = vmm.sides(named, [word for words in options.disk for word in words])
+        options.only = [vmm.COMPARISON]
+    elif options.qemu:
+        options.only = options.only or ["qemu"]
     jobs = asked(options)
     for pattern in options.only:
         if not workloads.choose([pattern], jobs=jobs):
@@ -73,6 +84,7 @@ def check(options) -> list[Chosen]:
     chosen = workloads.choose(options.only, options.list, jobs, disks)
     demand_disks(disks, workloads.choose(options.only, options.list, jobs))
     demand_host_side(options, chosen)
+    demand_qemu(options, chosen)
     for word in options.cmdline.split():
         key = word.partition("=")[0]
         if key in OWN_KEYS:
@@ -83,11 +95,15 @@ def check(options) -> list[Chosen]:
             )
     for one in chosen:
         for side in sides_of(one):
-            platform = PLATFORMS[side.platform]
+            platform = kind_of(side)
+            if side.vmm:
+                main_machine(side, one, options)
+                continue
             if options.boot not in platform.boots:
                 raise Problem(f"--boot {options.boot}: {side.platform} boots by {' or '.join(platform.boots)}. Add --only xen-emu.", Exit.USAGE)
             main_machine(side, one, options)  # checks what the platform and QEMU's machine can have
-            launch.place_beforehand(platform, options.lab)
+            if not options.named_qemu:
+                launch.place_beforehand(platform, options.lab)
             if platform.domain and "lab" in options.given:
                 raise Problem(f"--lab {options.lab}: {side.platform} has a lab of its own, always. Leave out --lab, or add --only for other jobs.", Exit.USAGE)
     if options.json:
@@ -143,9 +159,33 @@ def demand_host_side(options, chosen: Sequence[Chosen]) -> None:
             )
 
 
+def demand_qemu(options, chosen: Sequence[Chosen]) -> None:
+    """--qemu and --qemu-arg are for machines of QEMU's, and the QEMU must have them."""
+    sides = [side for one in chosen for side in sides_of(one)]
+    for name in ("qemu", "qemu_arg"):
+        others = [one.comparison for one in chosen if not all(of_qemu(side) for side in sides_of(one))]
+        if getattr(options, name) and others:
+            flag = "--" + name.replace("_", "-")
+            raise Problem(f"{flag} is for machines of QEMU's, and {others[0]} has another one: add --only for other comparisons, as in --only qemu.", Exit.USAGE)
+    if options.qemu:
+        options.named_qemu = vmm.qemu(options.qemu, [side.machine for side in sides])
+
+
+def kind_of(side: Side) -> Platform:
+    return side.vmm.platform if side.vmm else PLATFORMS[side.platform]
+
+
+def placed(side: Side, options) -> Side:
+    """The side where --qemu runs it: on this machine's KVM, or without one on the emulated processor."""
+    if options.named_qemu and side.platform == "kvm" and (lacking := launch.lacks(options.named_qemu, PLATFORMS["kvm"])):
+        launch.warn(f"{side.key}: QEMU emulates the processor, because {lacking}: the figures say little about this machine with KVM")
+        return dataclasses.replace(side, platform="qemu-pvh")
+    return side
+
+
 def of_qemu(side: Side) -> bool:
-    kind = PLATFORMS[side.platform]
-    return not kind.test_host and not kind.domain
+    kind = kind_of(side)
+    return not side.vmm and not kind.test_host and not kind.domain
 
 
 def sides_of(chosen: Chosen) -> list[Side]:
@@ -160,16 +200,18 @@ def main(words: list[str]) -> Exit:
         return Exit.SUCCESS
     begin = time.monotonic()
     setup.ensure()
-    ready = lab.find()
+    foreign = any(side.vmm for one in chosen for side in sides_of(one))
+    ready = None if foreign or (options.qemu and not options.yardstick) else lab.find()
     if not options.no_build:
         build.kernel()
         if any(one.comparison == "hyperv" for one in chosen):
             build.test_host()
-    first = first_block(ready)
+    first = None if foreign else first_block(ready, options)
     jobs: list[dict] = []
     for one in chosen:
         jobs += compare(ready, one, options)
-    print(f"\nentry to first completed block read (QEMU, IDE, PVH, 1 ns per instruction): {first / 1e6:.3f} ms")
+    if first is not None:
+        print(f"\nentry to first completed block read (QEMU, IDE, PVH, 1 ns per instruction): {first / 1e6:.3f} ms")
     print(f"image: {paths.KERNEL.name} {paths.KERNEL.stat().st_size} bytes, {paths.EFI.name} {paths.EFI.stat().st_size} bytes")
     print(f"finished in {time.monotonic() - begin:.0f} s")
     if options.json:
@@ -179,17 +221,17 @@ def main(words: list[str]) -> Exit:
     return Exit.SUCCESS
 
 
-def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
+def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
     """All runs of one comparison, printed; for each job the run with the median IOPS."""
-    sides = sides_of(chosen)
+    sides = [placed(side, options) for side in sides_of(chosen)]
     machines = guests(sides, chosen, options)
     # Only the lab counts instructions: this machine's own KVM is used for wall-clock time, or if requested.
     forced = "always" if options.lab == "auto" and not options.wall else options.lab
-    where = launch.place(machines[0].kind, ready, forced)
+    where = launch.place_of(machines[0], ready, forced)
     mode = "wall" if options.wall or not where.nested else "deterministic"
-    reason = where.reason if forced == options.lab or machines[0].kind.domain else "nested lab, where instructions can be counted"
+    reason = where.reason if not where.nested or forced == options.lab or machines[0].kind.domain else "nested lab, where instructions can be counted"
     launch.warn(f"{chosen.comparison}: {reason}; {mode} time")
-    stated = versions(ready, machines[0].kind, where.nested)  # now, while the checkout is still what was built
+    stated = named_versions(sides, options) or versions(ready, machines[0].kind, where.nested)  # now, while the checkout is still what was built
     runs: list[list[dict]] = []
     service: dict[str, list[float]] = {}
     for number in range(options.runs):
@@ -220,7 +262,7 @@ def compare(ready: lab.Lab, chosen: Chosen, options) -> list[dict]:
     print("\n" + report.results(ours))
     if note := report.clock_note(ours):
         print("\n" + note)
-    baseline = workloads.BASELINES.get(chosen.comparison, "")
+    baseline = workloads.BASELINES.get(chosen.comparison, "") or (sides[0].disks[0] if sides[0].vmm and len(chosen.disks) > 1 else "")
     compared = report.compared(ours, theirs, baseline) if baseline else report.ratios(ours, theirs)
     if theirs:
         print("\nLinux with fio, same machines, same images, same start of the lab\n\n" + report.results(theirs))
@@ -248,6 +290,12 @@ def service_times(jobs: Sequence[dict]) -> dict[str, list[float]]:
             words = job["job options"]
             found.setdefault(f"{words['name']}-{words['bs']}-qd{words['iodepth']}", []).append(1e9 / report.iops(job))
     return found
+
+
+def named_versions(sides: Sequence[Side], options) -> dict[str, str]:
+    """versions() for the QEMU or the VMMs that the user names; empty without them."""
+    named = {side.platform: side.vmm.text for side in sides if side.vmm} or ({"QEMU": options.named_qemu.text} if options.named_qemu else {})
+    return {"Firstlight": revision(), **named, "Linux": platform.release()} if named else {}
 
 
 def versions(ready: lab.Lab, kind: Platform, nested: bool) -> dict[str, str]:
@@ -279,7 +327,7 @@ def host_side(options, bus: str) -> dict:
 
 def images(side: Side, options) -> list[DiskSpec]:
     # Under the real Xen, a RAM disk of dom0: I/O on a file would include the time of its kernel threads.
-    backing = "ram" if PLATFORMS[side.platform].domain else ""
+    backing = "ram" if kind_of(side).domain else ""
     given = {"aio": options.aio or "", "cache": options.cache or ""} if of_qemu(side) else {}
     return [
         DiskSpec(bus, DISK_BYTES, content=DISK_CONTENT, backing=backing, iothread=bool(given and host_side(options, bus)["iothread"]), **given) for bus in side.buses
@@ -291,6 +339,15 @@ def seconds(begin: float, disks: Sequence[str], asked: Sequence[Workload], wall:
     return begin + len(disks) * sum(one.count * (1e-3 + 2e-8 * one.bytes) for one in asked) * (10 if wall else 1)
 
 
+def in_wall_time(side: Side, options) -> bool:
+    return options.wall or bool(options.named_qemu or side.vmm)
+
+
+def more(side: Side, options) -> list[str]:
+    """Further arguments of QEMU."""
+    return [*side.arguments, *(word for words in options.qemu_arg for word in words)]
+
+
 def main_machine(side: Side, chosen: Chosen, options) -> Machine:
     disks = [disk for disk in side.disks if disk in chosen.disks]
     names = ",".join(side.kernel_name(disk) for disk in disks)
@@ -298,13 +355,13 @@ def main_machine(side: Side, chosen: Chosen, options) -> Machine:
     if any(workload.writes for workload in chosen.workloads):
         words.append(f"scratch={names}")
     words += [workload.word for workload in chosen.workloads]
-    if PLATFORMS[side.platform].marks:
-        words.append(f"marks={PLATFORMS[side.platform].marks:#x}")
+    if kind_of(side).marks:
+        words.append(f"marks={kind_of(side).marks:#x}")
     if options.cmdline:
         words.append(options.cmdline)
     return Machine(
-        f"bench-{side.key}", side.platform, side.machine, boot=options.boot, cmdline=" ".join(words), disks=images(side, options),
-        timeout=seconds(60, disks, chosen.workloads, options.wall), extra=side.arguments,
+        f"bench-{side.key}", side.platform, side.machine, boot="" if side.vmm else options.boot, cmdline=" ".join(words), disks=images(side, options),
+        timeout=seconds(60, disks, chosen.workloads, in_wall_time(side, options)), extra=more(side, options), qemu=options.named_qemu, vmm=side.vmm,
     )  # fmt: skip
 
 
@@ -314,8 +371,10 @@ def linux_machine(side: Side, chosen: Chosen, options) -> Machine:
     targets = [yardstick.Target(disk, side.bus(disk), 1 if side.bus(disk) == "ide" else FIO_MORE) for disk in disks]
     wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count, "mix": w.mix, "seed": w.seed, "startdelay": w.startdelay} for w in chosen.workloads]
     script = yardstick.script(targets, wanted, PLATFORMS[side.platform].marks, bool(options.json or options.json_dir))
-    limit = FIO_MORE * seconds(24, disks, chosen.workloads, options.wall)
-    return Machine(f"linux-{side.key}", side.platform, side.machine, disks=images(side, options), timeout=limit, linux=script, extra=side.arguments)
+    limit = FIO_MORE * seconds(24, disks, chosen.workloads, in_wall_time(side, options))
+    return Machine(
+        f"linux-{side.key}", side.platform, side.machine, disks=images(side, options), timeout=limit, linux=script, extra=more(side, options), qemu=options.named_qemu
+    )
 
 
 def progress(total: int, asked: Sequence[Workload], sides: Mapping[str, Side] = {}):
@@ -369,7 +428,7 @@ def describe(record: dict) -> str:
     return f"error: {record.get('message')}"
 
 
-def measure(ready: lab.Lab, chosen: Chosen, sides: Sequence[Side], machines: list[Machine], mode: str, forced: str, options) -> list[dict]:
+def measure(ready: lab.Lab | None, chosen: Chosen, sides: Sequence[Side], machines: list[Machine], mode: str, forced: str, options) -> list[dict]:
     total = len(chosen.disks) * len(chosen.workloads) * (2 if options.yardstick else 1)
     by_machine = {f"{who}-{side.key}": side for side in sides for who in ("bench", "linux")}
     boots = launch.boot(
@@ -441,9 +500,9 @@ def demand(boot: launch.Boot) -> None:
         )
 
 
-def first_block(ready: lab.Lab) -> float:
+def first_block(ready: lab.Lab | None, options) -> float:
     """Nanoseconds from the entry to the first completed block read, on plain QEMU with one IDE disk."""
-    machine = Machine("first-block", cmdline="job=boot", counted=True, disks=["ide:64m,content=null"])
+    machine = Machine("first-block", cmdline="job=boot", counted=True, disks=["ide:64m,content=null"], qemu=options.named_qemu)
     (boot,) = launch.boot(ready, [machine])
     demand(boot)
     found = boot.log.of("first_block")

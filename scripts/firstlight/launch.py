@@ -16,12 +16,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import nested, probe, process, records, xenguest, xenlab
 from .lab import Lab
 from .machine import Machine, Platform
 from .nested import Job, Outcome
 from .problems import Problem
+
+if TYPE_CHECKING:
+    from .vmm import Qemu
 
 Live = Callable[[str, str], None]
 
@@ -35,9 +39,10 @@ class Place:
 
 
 @functools.cache
-def place(platform: Platform, lab: Lab, forced: str = "auto") -> Place:
+def place(platform: Platform, lab: Lab | None, forced: str = "auto") -> Place:
     if known := place_beforehand(platform, forced):
         return known
+    assert lab
     lacking = probe.boots(lab.qemu, platform.accelerator or ("-accel", "kvm", "-cpu", "host"))
     return place_by(platform, forced, lacking) or Place(False, "the machine's own KVM has what it needs")
 
@@ -60,6 +65,24 @@ def place_by(platform: Platform, forced: str, lacking: str) -> Place | None:
     return Place(True, f"nested lab, because {lacking}") if lacking else None
 
 
+@functools.cache
+def lacks(qemu: Qemu, platform: Platform) -> str:
+    """Why a QEMU cannot run a platform on this machine's KVM; empty if it can."""
+    return probe.lacks_interfaces(platform.xen, platform.test_host) or probe.boots(qemu.program, platform.accelerator)
+
+
+def place_of(machine: Machine, lab: Lab | None, forced: str = "auto") -> Place:
+    """Where a machine runs. What the user names, a QEMU or another VMM, runs here. `lab` may be None only for these."""
+    if machine.vmm:
+        return Place(False, machine.vmm.platform.about)
+    if machine.qemu:
+        lacking = lacks(machine.qemu, machine.kind) if machine.kind.kvm else ""
+        if lacking:
+            raise Problem(f"--qemu: {machine.platform} cannot run on this machine's KVM: {lacking}. Leave out --qemu for the lab, or choose a platform without KVM.")
+        return Place(False, f"QEMU {machine.qemu.text}")
+    return place(machine.kind, lab, forced)
+
+
 def demand_built(files: Iterable[Path]) -> None:
     for file in files:
         if not file.is_file():
@@ -78,13 +101,15 @@ class Boot:
 
 def finished(machine: Machine, outcome: Outcome) -> Boot:
     log = records.parse(outcome.output)
+    if machine.vmm:
+        return Boot(machine, outcome, log, machine.vmm.judge(log, outcome, machine.timeout))
     if machine.kind.domain:
         return Boot(machine, outcome, log, xenguest.judge(log, outcome, machine.timeout))
     return Boot(machine, outcome, log, records.judge(log, outcome.status, outcome.timed_out, machine.timeout, outcome.refused))
 
 
 def boot(
-    lab: Lab,
+    lab: Lab | None,
     machines: Sequence[Machine],
     *,
     wall: bool = False,
@@ -97,7 +122,7 @@ def boot(
         for disk in machine.specs:
             if disk.bring_out:
                 disk.bring_out.unlink(missing_ok=True)  # an earlier boot's files must not be taken for this one's image
-    inside = [machine for machine in machines if place(machine.kind, lab, forced).nested]
+    inside = [machine for machine in machines if place_of(machine, lab, forced).nested]
     for machine in machines:
         if machine not in inside:
             yield finished(machine, run_here(lab, machine, live))
@@ -113,6 +138,7 @@ def boot(
     if inside:
         with tempfile.TemporaryDirectory(prefix="firstlight-") as folder:
             jobs = [machine.job(Path(folder)) for machine in inside]
+            assert lab
             outcomes = nested.run(lab, jobs, wall=wall, live=live, keep=keep)
         for machine in inside:
             yield finished(machine, outcomes[machine.name])
@@ -135,11 +161,12 @@ def make_disk(disk: nested.Disk, folder: Path) -> Path:
     return made.rename(image)
 
 
-def command_here(lab: Lab, job: Job, folder: Path) -> list[str]:
-    return job.command([str(lab.qemu)], lambda name: str(job.files[name]), lambda name: str(folder / name))
+def command_here(lab: Lab | None, job: Job, folder: Path) -> list[str]:
+    qemu = [str(job.qemu or lab.qemu)] if job.qemu or lab else []  # none: the job has a program
+    return job.command(qemu, lambda name: str(job.files[name]), lambda name: str(folder / name))
 
 
-def run_here(lab: Lab, machine: Machine, live: Live | None) -> Outcome:
+def run_here(lab: Lab | None, machine: Machine, live: Live | None) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="firstlight-") as temporary:
         folder = Path(temporary)
         job = machine.job(folder)
@@ -222,7 +249,10 @@ def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
         if live:
             live(job.name, text)
 
-    with process.started(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+    with (
+        open(job.logs[0], "ab") if job.logs else contextlib.nullcontext(subprocess.STDOUT) as errors,
+        process.started(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors) as child,
+    ):
         assert child.stdout
         stops = Stops(job.pauses, child.pid)
         with selectors.DefaultSelector() as selector:
@@ -250,6 +280,7 @@ def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
     if pending:
         take(pending)
     outcome.output = "\n".join(lines)
+    outcome.messages = "\n".join(log.read_text(errors="replace") for log in job.logs)
     outcome.seconds = time.monotonic() - begin
     return outcome
 

@@ -8,10 +8,14 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import esp, lab, paths, xenguest, yardstick
 from .nested import Disk, Job, Pause
 from .problems import Exit, Problem
+
+if TYPE_CHECKING:
+    from .vmm import Qemu, Vmm
 
 SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
@@ -233,6 +237,8 @@ class Machine:
     blkback: Sequence[str] = ()  # real Xen: parameters of the module that serves the disks
     xen: str = ""  # real Xen: further words of Xen's command line
     pauses: Sequence[Pause] = ()  # when to stop the VMM's process temporarily; `timeout` does not count it
+    qemu: Qemu | None = None  # another QEMU than the lab's; the machine then runs here
+    vmm: Vmm | None = None  # another virtual machine monitor than QEMU; `platform` has no effect then
 
     def __post_init__(self) -> None:
         kind = self.kind
@@ -245,11 +251,15 @@ class Machine:
             )
         if self.boot == "uefi" and self.machine.startswith("microvm"):
             raise Problem("The machine microvm has no UEFI firmware: boot it by pvh, or take pc or q35.", Exit.USAGE)
-        self.check_size()
+        if not self.vmm:
+            self.check_size()
         if self.esp and self.boot != "uefi":
             raise Problem(f"Files on the ESP need a boot by uefi, not by {self.boot}.", Exit.USAGE)
         chosen = self.disks if self.disks is not None else (kind.disks if not self.machine.startswith("microvm") else ())
         self.specs = [DiskSpec.parse(disk) if isinstance(disk, str) else disk for disk in chosen]
+        if self.vmm:
+            self.vmm.check(self)
+            return
         images: dict[str, tuple] = {}  # content of each shared image
         for places in (sum(disk.bus == bus for disk in self.specs) for bus in ("ide", "accel")):
             if places <= IDE_PLACES:
@@ -333,6 +343,8 @@ class Machine:
 
     @property
     def kind(self) -> Platform:
+        if self.vmm:
+            return self.vmm.platform
         if self.platform not in PLATFORMS:
             raise Problem(f"No platform {self.platform!r}: there are {', '.join(PLATFORMS)}.", Exit.USAGE)
         return PLATFORMS[self.platform]
@@ -343,11 +355,15 @@ class Machine:
 
     def job(self, work: Path) -> Job:
         """Files that must be created (the ESP) are put into `work`."""
+        if self.vmm:
+            return self.vmm.job(self, work)
         if self.kind.domain:
             return xenguest.domain(self, work)
         made = self.test_host_job() if self.kind.test_host else self.qemu_job(work)
         made.pauses = self.pauses
-        return yardstick.job(lab.find(), made, self.linux, work / self.name) if self.linux else made
+        made = yardstick.job(lab.find(), made, self.linux, work / self.name) if self.linux else made
+        made.qemu = self.qemu.program if self.qemu else None
+        return made
 
     def qemu_job(self, work: Path) -> Job:
         accelerator = COUNTED if self.counted and not self.kind.kvm else self.kind.accelerator
@@ -371,7 +387,7 @@ class Machine:
             files["esp.img"] = esp.make(work / f"{self.name}-esp.img", self.efi, self.cmdline, self.map, self.esp)
             # On a controller that OVMF drives and the kernel does not: it would count it among the disks to measure.
             arguments += [
-                "-bios", "OVMF.fd",
+                "-bios", str(lab.find().firmware / "OVMF.fd") if self.qemu else "OVMF.fd",
                 "-drive", "if=none,id=esp,format=raw,readonly=on,file={file:esp.img}", "-device", "qemu-xhci", "-device", "usb-storage,drive=esp",
             ]  # fmt: skip
         disks, words = self.drives()

@@ -92,9 +92,15 @@ class Job:
     timeout: float = 60.0
     program: str = ""
     pauses: Sequence[Pause] = ()
+    qemu: Path | None = None  # on this machine: another QEMU than the lab's
+    logs: Sequence[Path] = ()  # on this machine: the VMM's own messages; the first file gets its standard error output, which is part of the output otherwise
 
     def command(self, qemu: Sequence[str], files: Callable[[str], str], disks: Callable[[str], str]) -> list[str]:
+        images = {disk.name for disk in self.disks}
+
         def place(match: re.Match[str]) -> str:
+            if match[2] not in (self.files if match[1] == "file" else images):
+                return match[0]  # the user's own text, as in a command line
             return (files if match[1] == "file" else disks)(match[2])
 
         first = [files(self.program)] if self.program else qemu
@@ -112,6 +118,7 @@ class Outcome:
     shutdown: int | None = None  # the shutdown reason of a Xen domain; None on other platforms, and if it did not shut down
     pauses: int = 0  # pauses carried out before the machine gave its verdict
     refused: str = ""  # why the virtual machine monitor did not start, if the platform itself can tell
+    messages: str = ""  # contents of the job's `logs`
 
 
 

@@ -7,6 +7,7 @@ import enum
 import json
 import re
 import signal
+from collections.abc import Callable
 
 from .problems import Exit
 
@@ -197,7 +198,12 @@ def guest_ran(log: Log) -> bool:
 def monitors_words(log: Log) -> str:
     """The virtual machine monitor's own message, in one line."""
     own = [line for line in log.text if line.startswith(MONITORS) and " warning: " not in line]
-    return "; ".join(own or [line for line in log.text if line.strip()][-3:])[:400]
+    return "; ".join(own)[:400] or last_words("\n".join(log.text))
+
+
+def last_words(text: str) -> str:
+    """The last lines of a program's messages, in one line."""
+    return "; ".join([line.strip() for line in text.splitlines() if line.strip()][-3:])[:400]
 
 
 def ended(status: int | None) -> str:
@@ -216,16 +222,19 @@ def agrees(verdict: str, status: int | None) -> bool:
     return status == 0 or (status == 1 and verdict in (Verdict.ERROR.value, Verdict.FAILURE.value, Verdict.CRASH.value))
 
 
-def judge(log: Log, status: int | None, timed_out: bool, limit: float | None = None, refused: str = "") -> Judgement:
+def judge(
+    log: Log, status: int | None, timed_out: bool, limit: float | None = None, refused: str = "", foreign: Callable[[str, int | None], bool] | None = None
+) -> Judgement:
     """The verdict, strictly: it must be printed once, be the last record, and the exit status must agree.
 
     `refused`: why the virtual machine monitor did not start, if the platform knows; otherwise this is judged by its exit status
     and by whether the guest or its firmware has printed anything.
+    `foreign`: for a VMM that is neither QEMU nor the test host, whether an exit status agrees with a verdict. Debug exit ports are known on every VMM.
     """
     said = log.of("verdict")
     if refused:
         return Judgement(Verdict.NOT_STARTED, refused)
-    if timed_out or status == HOST_TIMEOUT:
+    if timed_out or (status == HOST_TIMEOUT and not foreign):
         within = f" within {limit:g} s" if limit else ""
         return Judgement(Verdict.TIMEOUT, f"verdict {said[0].get('verdict')} was given, but the machine did not end{within}" if said else
                          f"the guest gave no verdict{within}")  # fmt: skip
@@ -235,7 +244,7 @@ def judge(log: Log, status: int | None, timed_out: bool, limit: float | None = N
         complaint = f"malformed record: {log.malformed[0][:160]}"
     elif not said:
         failed = by_status is None and status is not None and (0 < status < 128 or status in ABORTED) and status != HOST_CRASH
-        if failed and (status in HOST_REFUSED or not guest_ran(log)):
+        if failed and not foreign and (status in HOST_REFUSED or not guest_ran(log)):
             return Judgement(Verdict.NOT_STARTED, monitors_words(log) or ended(status))
         words = monitors_words(log) if any(line.startswith(MONITORS) for line in log.text) else ""
         complaint = f"no verdict record; {ended(status)}" + (f" ({words})" if words else "")
@@ -247,12 +256,12 @@ def judge(log: Log, status: int | None, timed_out: bool, limit: float | None = N
         complaint = f"record {log.records[-1]['record']} after the verdict"
     elif said[0].get("verdict") not in (verdict.value for verdict in STATUS.values()):
         complaint = f"unknown verdict {said[0].get('verdict')!r}"
-    elif by_status is not Verdict(said[0]["verdict"]) and not agrees(said[0]["verdict"], status):
+    elif by_status is not Verdict(said[0]["verdict"]) and not (foreign or agrees)(said[0]["verdict"], status):
         complaint = f"the record says {said[0]['verdict']}, and {ended(status)}, which does not agree"
     else:
         return Judgement(Verdict(said[0]["verdict"]), str(said[0].get("reason", "")))
     # A guest that wrote CRASH to the debug exit port, and a test host that saw a triple fault, have reported a crash all the same.
-    return Judgement(Verdict.CRASH if by_status is Verdict.CRASH or status == HOST_CRASH else Verdict.NO_VERDICT, complaint)
+    return Judgement(Verdict.CRASH if by_status is Verdict.CRASH or (status == HOST_CRASH and not foreign) else Verdict.NO_VERDICT, complaint)
 
 
 def by_status(status: int) -> Judgement:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import build, debugger, lab, launch, nested, options, paths, records, setup, xenguest
+from . import build, debugger, lab, launch, nested, options, paths, records, setup, vmm, xenguest
 from .machine import MACHINES, PLATFORMS, Machine, Platform
 from .options import Conflict
 from .problems import EXIT_HELP, Exit, Problem
@@ -53,6 +53,7 @@ def arguments() -> options.Parser:
     parser.add_argument("--efi", type=options.file(b"MZ", "an EFI application"), metavar="FILE", help="boot this EFI application instead of building one")
     parser.add_argument("--no-build", action="store_true", help="boot what was built before")
     parser.add_argument("--trace-interrupts", action="store_true", help="QEMU's log of interrupts and resets into build/runs/run/qemu.log (TCG)")
+    vmm.add_options(parser, several=False)
     return parser
 
 
@@ -75,8 +76,13 @@ def in_lab(chosen) -> bool:
 
 KEYBOARD = "reach QEMU on this machine, with --platform qemu-pvh and qemu-uefi, or where KVM has what the platform needs"
 CONFLICTS = (
+    *vmm.conflicts(("platform", "boot", "machine", "deterministic", "wall", "lab", "trace_interrupts", "gdb", "console")),
+    *vmm.RUN_CONFLICTS,
+    Conflict(("qemu",), "is for QEMU's platforms, and this one is not QEMU's: leave it out", lambda o: kind_of(o).test_host or bool(kind_of(o).domain)),
+    Conflict(("qemu_arg",), "is for QEMU's platforms, and this one is not QEMU's: leave it out", lambda o: kind_of(o).test_host or bool(kind_of(o).domain)),
+    Conflict(("qemu", "deterministic"), "a KVM of this machine's own cannot count instructions: leave out --qemu for the lab", lambda o: kind_of(o).kvm),
     Conflict(("kernel",), "is for boots by pvh, and this one is by uefi: name the application by --efi", lambda o: boot_of(o) == "uefi"),
-    Conflict(("efi",), "is for boots by uefi, and this one is by pvh: name the kernel by --kernel, or add --boot uefi", lambda o: boot_of(o) == "pvh"),
+    Conflict(("efi",), "is for boots by uefi, and this one is by pvh: name the kernel by --kernel, or add --boot uefi", lambda o: boot_of(o) == "pvh" and not o.vmm_command),
     Conflict(("deterministic", "wall"), "time is counted in instructions or by the clock, not both"),
     Conflict(("deterministic", "lab"), "a KVM of this machine's own cannot count instructions", lambda o: o.lab == "never" and kind_of(o).kvm),
     Conflict(("wall",), "is for the lab, and this platform runs without it, in wall-clock time: leave it out, or name a platform on KVM or xen-pvh", lambda o: not in_lab(o)),
@@ -110,30 +116,38 @@ CONFLICTS = (
 
 def main(words: list[str]) -> Exit:
     chosen = arguments().parse_args(words)
-    platform = platform_of(chosen)
     options.demand_agreement(chosen, CONFLICTS)
+    found = vmm.find([chosen.vmm] if chosen.vmm else [], chosen.vmm_command)
+    other = found[0] if found else None
+    qemu = vmm.qemu(chosen.qemu, [chosen.machine]) if chosen.qemu else None
+    platform = other.key if other else platform_of(chosen)
     disks = None if chosen.disk is None else [disk for disk in chosen.disk if disk != "none"]
+    if other and disks:
+        disks = other.disk_words(disks)
     log_file = paths.RUNS / "run" / "qemu.log"
     machine = Machine(
         "run", platform, chosen.machine, chosen.boot or "", chosen.cpus, chosen.memory, chosen.cmdline, chosen.map,
         disks, chosen.deterministic, chosen.timeout,
         blkback=chosen.blkback, xen=chosen.xen,
         kernel=chosen.kernel or paths.KERNEL, efi=chosen.efi or paths.EFI,
-        extra=["-d", "int,cpu_reset,guest_errors", "-D", str(log_file)] if chosen.trace_interrupts else [],
+        extra=[*(word for words in chosen.qemu_arg for word in words), *(["-d", "int,cpu_reset,guest_errors", "-D", str(log_file)] if chosen.trace_interrupts else [])],
+        qemu=qemu, vmm=other,
     )  # fmt: skip
     image = machine.kernel if machine.boot == "pvh" else machine.efi
     needed = [image] if chosen.no_build or chosen.kernel or chosen.efi else []
     if machine.kind.test_host and chosen.no_build:
         needed.append(paths.TEST_HOST)
     launch.demand_built(needed)
-    if known := launch.place_beforehand(machine.kind, chosen.lab):
+    if other or qemu:
+        launch.place_of(machine, None)
+    elif known := launch.place_beforehand(machine.kind, chosen.lab):
         demand_place(machine, known, chosen)
     if chosen.gdb and not chosen.dry_run:
         debugger.demand_free(chosen.gdb_port)
     paths.cache()
     setup.ensure()
-    ready = lab.find()
-    where = launch.place(machine.kind, ready, chosen.lab)
+    ready = None if other or qemu else lab.find()
+    where = launch.place_of(machine, ready, chosen.lab)
     demand_place(machine, where, chosen)
     if image not in needed:
         build.kernel()
@@ -167,7 +181,7 @@ def demand_place(machine: Machine, where: launch.Place, chosen) -> None:
         nested.demand_memory([machine.name], [machine.memory << 20], [sum(disk.size for disk in machine.specs if disk.content not in ("sparse", "null"))])
 
 
-def by_hand(ready: lab.Lab, machine: Machine, where: launch.Place, chosen) -> Exit:
+def by_hand(ready: lab.Lab | None, machine: Machine, where: launch.Place, chosen) -> Exit:
     """Starts that need their files to be kept: everything goes into build/runs/run."""
     folder = paths.RUNS / "run"
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,6 +190,7 @@ def by_hand(ready: lab.Lab, machine: Machine, where: launch.Place, chosen) -> Ex
         print("\n".join(xenguest.by_hand(job, folder, chosen.wall, chosen.xen)))
         return Exit.SUCCESS
     if where.nested:
+        assert ready
         prepared = nested.prepare(ready, [job], folder, chosen.wall)
         print("# The lab's machine (L1); the job is in its initrd:")
         print(shlex.join(prepared.command))

@@ -8,9 +8,13 @@ import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from random import Random
+from typing import TYPE_CHECKING
 
 from .fiojson import size_word
 from .machine import SIZES, kernel_names
+
+if TYPE_CHECKING:
+    from .vmm import Vmm
 
 DISK_BYTES = 64 << 20
 # The kernel's limits (io.bench, boot.options).
@@ -149,6 +153,7 @@ class Side:
     machine: str = "pc"
     arguments: tuple[str, ...] = ()  # further arguments of QEMU
     names: tuple[str, ...] = ()
+    vmm: Vmm | None = None  # named by the user; `platform` is then its key
 
     @property
     def key(self) -> str:

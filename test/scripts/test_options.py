@@ -14,7 +14,9 @@ from unittest import mock
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from firstlight import bench, launch, machine, outputs, paths, probe, run, setup, testing  # noqa: E402
+import fake_vmms  # noqa: E402
+
+from firstlight import bench, launch, machine, outputs, paths, probe, run, setup, testing, workloads  # noqa: E402
 from firstlight.problems import Exit, Problem  # noqa: E402
 
 SCRIPT = {"run": run, "bench": bench, "test": testing, "setup": setup, "outputs": outputs}
@@ -31,6 +33,8 @@ class Options(unittest.TestCase):
         self.elf.write_bytes(b"\x7fELF")
         self.efi.write_bytes(b"MZ")
         self.map.write_text("add * ata xen_blk 1\n")
+        self.fakes = fake_vmms.install(self.folder)
+        self.enterContext(mock.patch.dict(workloads.COMPARISONS))
         self.enterContext(mock.patch.dict(os.environ, FIRSTLIGHT_CACHE=str(self.folder)))
         for module in SCRIPT.values():
             for name in ("setup", "lab"):
@@ -94,7 +98,10 @@ class Options(unittest.TestCase):
             ("bench", "--disk nonsense", "have the disks"), ("bench", "--disk ,", "at least one word"), ("bench", "--aio posix", "invalid choice"), ("bench", "--cache maybe", "invalid choice"),
             ("bench", "--aio native", "add --cache none"), ("bench", "--only hyperv --iothread", "measures none of them"), ("bench", "--only xen-pvh --aio threads", "xen-pvh measures none"),
             ("bench", "--sweep qd=1..2 --workload read,qd=2", "what --sweep sets"), ("run", "--disk 1m,aio=native", "aio=native needs cache=none"), ("run", "--disk 1m,iothread", "iothread is for disks on"),
-            ("test", "--only nonsense", "scripts/test --list"), ("test", "--only host --only nonsense", "--only nonsense"), ("test", "--fast --only tsan", "--fast leaves out"),
+            ("run", "--vmm bochs=/x", "one of the names firecracker, cloud-hypervisor"), ("run", "--vmm firecracker", "NAME=PATH was expected"), ("run", "--vmm firecracker=", "NAME=PATH was expected"),
+            ("run", f"--vmm firecracker={nothing}", "no such program exists"), ("bench", f"--vmm firecracker={nothing}", "no such program exists"), ("run", f"--qemu {nothing}", "no such program exists"),
+            ("bench", f"--qemu {self.folder}", "a folder is there"), ("run", "--vmm-command true", "exactly one of {kernel}, {efi} and {esp}"), ("run", "--qemu-arg='", "is not closed"),
+            ("bench", "--vmm-command ''", "exactly one"), ("test", "--only nonsense", "scripts/test --list"), ("test", "--only host --only nonsense", "--only nonsense"), ("test", "--fast --only tsan", "--fast leaves out"),
             ("test", f"--junit {nothing}/x", "does not exist"), ("test", f"--junit {self.folder}", "a folder"), ("test", "--lab perhaps", "invalid choice"),
             ("setup", "--frob", "unrecognized"), ("outputs", "--only nonsense", "invalid choice"), ("outputs", "--list --only run", "nothing is run"),
         ]  # fmt: skip
@@ -145,6 +152,8 @@ class Options(unittest.TestCase):
             "--efi": ("--efi", self.efi), "--trace-interrupts": ("--trace-interrupts",), "--lab=always": ("--lab", "always"),
             "--gdb": ("--gdb", "--gdb-port", "47331"), "--platform=xen-pvh": ("--platform", "xen-pvh"), "--xen": ("--xen", "guest_loglvl=all"),
             "--blkback": ("--blkback", "feature_persistent=0"), "--no-build": ("--no-build",), "--lab=never": ("--lab", "never"), "--machine=pc": ("--machine", "pc"),
+            "--qemu": ("--qemu", self.fakes["a-qemu"]), "--qemu-arg": ("--qemu-arg=-S",), "--vmm": ("--vmm", f"firecracker={self.fakes['firecracker']}"),
+            "--vmm-command": ("--vmm-command", "true {kernel} {cmdline} {memory} {cpus} {map} {disk:0}"),
         }  # fmt: skip
         pairs = {
             ("--deterministic", "--wall"), ("--boot=uefi", "--kernel"), ("--platform=uefi", "--kernel"), ("--platform=hyperv", "--boot=uefi"),
@@ -155,13 +164,17 @@ class Options(unittest.TestCase):
         pairs |= {("--platform=xen-pvh", other) for other in ("--platform=kvm", "--platform=hyperv", "--platform=uefi", "--boot=uefi", "--machine", "--machine=pc", "--disk", "--console", "--gdb", "--trace-interrupts")}
         pairs |= {(word, other) for word in ("--xen", "--blkback") for other in samples if other not in (word, "--platform=xen-pvh")}
         pairs |= {("--efi", other) for other in samples if other not in ("--efi", "--boot=uefi", "--platform=uefi")}
+        # A VMM that is not QEMU.
+        qemus = [name for name in samples if name.startswith(("--platform", "--boot", "--machine", "--lab", "--qemu"))] + ["--deterministic", "--wall", "--trace-interrupts", "--gdb", "--console", "--xen", "--blkback", "--efi"]
+        pairs |= {(one, other) for one in ("--vmm", "--vmm-command") for other in qemus} | {("--vmm", "--vmm-command"), ("--vmm-command", "--disk=none")}
+        pairs |= {(one, other) for one in ("--qemu", "--qemu-arg") for other in ("--platform=hyperv", "--platform=xen-pvh")} | {("--qemu", "--lab=always"), ("--qemu", "--lab=never"), ("--qemu", "--wall")}
         # Options that need one of these.
         for word, beside in (("--lab=always", ("kvm", "hyperv")), ("--lab=never", ("kvm", "hyperv")), ("--wall", ("kvm", "hyperv", "xen-pvh"))):
             pairs |= {(word, other) for other in samples if other != word and other not in [f"--platform={name}" for name in beside]}
         built = [mock.patch.object(paths, name, self.elf) for name in ("KERNEL", "EFI", "TEST_HOST")]
-        with mock.patch.object(probe, "lacks_interfaces", return_value=""), built[0], built[1], built[2]:  # the options must not depend on this machine
+        with mock.patch.object(probe, "lacks_interfaces", return_value=""), built[0], built[1], built[2], mock.patch.object(launch, "lacks", return_value=""):  # the options must not depend on this machine
             self.pairs("run", samples, {frozenset(pair) for pair in pairs})
-            on_kvm = {name: words for name, words in samples.items() if not name.startswith(("--platform", "--lab", "--xen", "--blkback", "--efi", "--boot"))}
+            on_kvm = {name: words for name, words in samples.items() if not name.startswith(("--platform", "--lab", "--xen", "--blkback", "--efi", "--boot", "--qemu", "--vmm"))}
             never = {("--deterministic", other) for other in on_kvm} | {("--wall", other) for other in on_kvm} | {("--trace-interrupts", other) for other in on_kvm}
             never |= {tuple(pair) for pair in pairs if set(pair) <= set(on_kvm) and "--wall" not in pair}
             self.pairs("run", on_kvm, {frozenset(pair) for pair in never if len(set(pair)) == 2}, base=("--platform", "kvm", "--lab", "never"))
@@ -179,10 +192,19 @@ class Options(unittest.TestCase):
             "--json-dir": ("--json-dir", self.folder / "results"),
             "--yardstick": ("--yardstick",), "--lab": ("--lab", "always"), "--boot": ("--boot", "pvh"), "--cmdline": ("--cmdline", "log=debug"),
             "--workload": ("--workload", "randread,count=5"), "--disk": ("--disk", "xen"), "--sweep": ("--sweep", "qd=1..4"), "--aio": ("--aio", "io_uring"), "--cache": ("--cache", "none"),
-            "--iothread": ("--only", "xen-emu", "--iothread"),
+            "--iothread": ("--only", "xen-emu", "--iothread"), "--vmm": ("--vmm", f"firecracker={self.fakes['firecracker']}"),
         }  # fmt: skip
         pairs = {frozenset(("--list", other)) for other in samples if other not in ("--list", "--only", "--workload", "--disk", "--sweep")}
+        pairs |= {frozenset(("--vmm", other)) for other in ("--wall", "--list", "--only", "--yardstick", "--lab", "--boot", "--aio", "--cache", "--iothread")}
+        pairs.add(frozenset(("--vmm", "--disk")))  # it has no disk on Xen's ring
         self.pairs("bench", samples, pairs)
+        with mock.patch.object(launch, "lacks", return_value=""):
+            for words, said in ((("--list",), "nothing is measured"), (("--lab", "always"), "never in the lab"), (("--wall",), "wall-clock time")):
+                self.assertIn(said, self.verdict("bench", "--qemu", self.fakes["a-qemu"], *words) or "(accepted)")
+            self.assertIsNone(self.verdict("bench", "--qemu", self.fakes["a-qemu"], "--cache", "none", "--yardstick", "--boot", "pvh"))
+        self.assertIn("one virtual machine monitor was expected", self.verdict("bench", "--qemu", self.fakes["a-qemu"], "--vmm", f"firecracker={self.fakes['firecracker']}") or "(accepted)")
+        self.assertIn("is for QEMU", self.verdict("bench", "--qemu-arg=-S", "--vmm", f"firecracker={self.fakes['firecracker']}") or "(accepted)")
+        self.assertIn("one virtual machine monitor", self.verdict("bench", "--vmm-command", "true {kernel} {cmdline}", "--vmm", f"firecracker={self.fakes['firecracker']}") or "(accepted)")
         with mock.patch.object(probe, "lacks_interfaces", return_value=""):
             self.assertIn("leave out --wall", self.verdict("bench", "--lab", "never", "--wall") or "(accepted)")
             self.assertIsNone(self.verdict("bench", "--lab", "never"))
