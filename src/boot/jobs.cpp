@@ -221,10 +221,12 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
                 co_return refused(result.error(), disk_name);
             }
             io::print_record(*disk, *result, services.clock_assumed);
-            log::info("{}: {} bs={} qd={} lanes={}: {} {} in {} us, {} {}{}", disk_name, workload.pattern, workload.bs,
-                      workload.qd, result->lanes, workload.count, plural(workload.count, "I/Os"),
-                      result->runtime_ns / 1000, result->errors, plural(result->errors, "errors"),
-                      clock_note(services));
+            const io::Wait wait = disk->executor().wait();
+            log::info("{}: {} bs={} qd={} lanes={}{}{}: {} {} in {} us, {} {}{}", disk_name, workload.pattern,
+                      workload.bs, workload.qd, result->lanes,
+                      wait == io::Wait::interrupt ? "" : " wait=", wait == io::Wait::interrupt ? "" : name(wait),
+                      workload.count, plural(workload.count, "I/Os"), result->runtime_ns / 1000, result->errors,
+                      plural(result->errors, "errors"), clock_note(services));
             if (result->first_error) {
                 report(*result->first_error, disk_name);
             }

@@ -6,6 +6,7 @@ import core.log;
 import core.processor;
 import core.cmdline;
 import core.suggest;
+import io.executor;
 import hv.detect;
 import drivers.table;
 import drivers.driver;
@@ -119,7 +120,7 @@ struct Key {
     u8 jobs; // the jobs that use this key; with any other job it is an error, so that it is not silently ignored
     Answer (*parse)(Options&, std::string_view value);
 };
-constexpr std::array<Key, 21> keys{{
+constexpr std::array<Key, 22> keys{{
     {"job", false, any_job, [](Options& o, std::string_view v) { return pick(o.job, job_names, v); }},
     {"workload", true, only(Job::bench),
      [](Options& o, std::string_view v) -> Answer {
@@ -212,6 +213,7 @@ constexpr std::array<Key, 21> keys{{
     {"cpus", false, any_job,
      [](Options& o, std::string_view v) { return number(o.cpus, v, 1, max_processors, "a number from 1 to 64"); }},
     {"timer", false, any_job, [](Options& o, std::string_view v) { return pick(o.timer, timer_names, v); }},
+    {"wait", false, any_job, [](Options& o, std::string_view v) { return pick(o.wait, io::wait_names, v); }},
     {"lanes", false, only(Job::bench),
      [](Options& o, std::string_view v) { return number(o.lanes, v, 1, max_processors, "a number from 1 to 64"); }},
     {"marks", false, only(Job::bench),

@@ -6,6 +6,7 @@ import core.text;
 import core.time;
 import core.log;
 import core.processor;
+import io.executor;
 import hv.detect;
 import drivers.table;
 import drivers.driver;
@@ -87,6 +88,7 @@ struct Options {
     u64 lanes = 1;             // bench: lanes to use on each disk
     u64 marks = 0;             // bench: I/O port written before and after each workload; 0: none
     TimerChoice timer = TimerChoice::automatic;
+    io::Wait wait = io::Wait::interrupt;
     log::Level log = log::Level::info;
     Fault fault = Fault::panic;
     LoaderWords loader;

@@ -580,6 +580,9 @@ void print_record(const BlockDevice& disk, const BenchReport& report, bool clock
     record.number("device_accesses", report.counters.device_accesses).number("hypercalls", report.counters.hypercalls);
     record.number("notifications", report.counters.notifications).number("interrupts", report.counters.interrupts);
     record.number("allocations", report.allocations).number("lanes", report.lanes);
+    if (const Wait wait = disk.executor().wait(); wait != Wait::interrupt) {
+        record.text("wait", name(wait));
+    }
     if (clock_assumed) {
         record.flag("clock_assumed", true);
     }

@@ -302,6 +302,8 @@ class QueueCore : public Service {
                (!slots_->empty() || parked_ != 0 || idle_events_ != 0 || transport_wants_tick());
     }
 
+    bool awaits_answer() const override { return state_ == State::open && !slots_->empty(); }
+
   protected:
     enum class State : u8 { stopped, open, closed }; // closed: by an error; still registered
     struct Limits {

@@ -236,6 +236,7 @@ void Executor::step() {
         node->waiter.resume(); // the node may be destroyed with the frame
     }
 
+    bool worked = touched_ != nullptr;
     while (touched_ != nullptr) {
         Service* service = std::exchange(touched_, touched_->next_touched_);
         service->touched_ = false;
@@ -250,7 +251,10 @@ void Executor::step() {
     }
     for (Service* service = active_; service != nullptr; service = following_) {
         following_ = service->next_active_;
-        static_cast<void>(service->drain());
+        worked |= service->drain();
+    }
+    if (worked) {
+        poll_until_ = turn_time_ + poll_window;
     }
 
     if (tick_due || !timers_.empty()) {
@@ -277,6 +281,11 @@ void Executor::step() {
     // About to sleep.
     if (mailbox_.raised()) {
         return; // an event arrived during this turn
+    }
+    if (wait() != Wait::interrupt && keeps_polling()) [[unlikely]] {
+        ++polls_;
+        spin_pause();
+        return;
     }
     if (active_ != nullptr && arm_all()) {
         return;
@@ -307,6 +316,18 @@ void Executor::run_ticks(Instant time) {
             service->tick(time);
         }
     }
+}
+
+bool Executor::keeps_polling() const {
+    if (wait() == Wait::adaptive && turn_time_ >= poll_until_) {
+        return false;
+    }
+    for (const Service* service = active_; service != nullptr; service = service->next_active_) {
+        if (service->awaits_answer()) {
+            return true;
+        }
+    }
+    return false;
 }
 
 // Arms all active services, most of which become passive. True: some remain active, or there is other work.

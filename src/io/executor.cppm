@@ -97,6 +97,15 @@ class ReadyList {
 
 class Executor;
 
+/// What a processor does when it has nothing left to do while its devices hold commands.
+enum class Wait : u8 {
+    interrupt, // sleeps until an event
+    poll,      // looks for answers until there is one, without asking for an event
+    adaptive,  // polls for Executor::poll_window after the last answer or submission, then sleeps
+};
+inline constexpr std::array<std::string_view, 3> wait_names{"interrupt", "poll", "adaptive"};
+constexpr std::string_view name(Wait wait) { return wait_names[to_underlying(wait)]; }
+
 /// An event source served by the executor: a hardware queue, an event channel. Owned by its driver, registered with
 /// Executor::add. All members are called on the executor's own processor, never from an interrupt handler. Order
 /// within a turn, for an active service: flush (only if touched), drain, tick (when due), arm (only before sleeping).
@@ -122,6 +131,9 @@ class Service {
     /// each tick; a change to true at any other time must call Executor::poll(). While no service wants a tick and no
     /// bounded wait is pending the processor sleeps until an interrupt or a timer.
     virtual bool wants_tick() const { return true; }
+    /// Whether drain() may find something without an event: a device holds a command that it will soon answer. A
+    /// processor that polls stays awake for it [Wait].
+    virtual bool awaits_answer() const { return false; }
 
   protected:
     ~Service() = default;
@@ -175,6 +187,9 @@ class Executor {
   public:
     /// The interval of ticks, in machine time.
     static constexpr Nanoseconds tick_length = 10'000'000;
+    /// Wait::adaptive: about twice what a fast device takes for a request, so that polling at most doubles the time
+    /// that a wake-up would have cost.
+    static constexpr Nanoseconds poll_window = 50'000;
 
     /// Serves one processor: once that runs, only raise(), wake() and post() may be called from another one.
     explicit Executor(Platform platform, u32 processor = 0) : platform_(platform), processor_(processor) {
@@ -241,6 +256,9 @@ class Executor {
     /// Call once, before another processor has access to this executor.
     void set_kick(void (*kick)(void* context)) { platform_.kick = kick; }
     u32 processor() const { return processor_; }
+    /// Callable on any processor, at any time.
+    void set_wait(Wait wait) { wait_.store(wait, std::memory_order_relaxed); } // orders no other data
+    Wait wait() const { return wait_.load(std::memory_order_relaxed); }
     /// The executor running on the calling processor; nullptr: none.
     static Executor* current();
     /// Machine time [core.time] of this executor's processor. Not comparable between processors: pass durations, not
@@ -320,6 +338,8 @@ class Executor {
     u64 turns() const { return turns_; }
     /// Number of times the processor went to sleep.
     u64 idles() const { return idles_; }
+    /// Number of turns that ended in polling instead of sleep.
+    u64 polls() const { return polls_; }
 
   private:
     struct Root {
@@ -359,6 +379,7 @@ class Executor {
         check(this_processor() == processor_, "an executor's services and coroutines are touched on its own processor");
     }
     bool arm_all();
+    bool keeps_polling() const;
     inline void wake_up() {
         if (platform_.kick == nullptr || this_processor() == processor_) [[likely]] {
             mailbox_.raise();
@@ -395,7 +416,10 @@ class Executor {
     u32 logged_stops_ = 0;   // long machine stops already logged
     u64 turns_ = 0;
     u64 idles_ = 0;
-    Post* posts_ = nullptr; // taken from the mailbox but not yet run, oldest first
+    u64 polls_ = 0;
+    std::atomic<Wait> wait_{Wait::interrupt};
+    Instant poll_until_ = 0; // Wait::adaptive
+    Post* posts_ = nullptr;  // taken from the mailbox but not yet run, oldest first
     Post** posts_end_ = &posts_;
     RemoteTask* remote_tasks_ = nullptr;
     bool closed_ = false;

@@ -156,6 +156,7 @@ class Queue final : public io::GroupedQueue<Transport> {
     bool wants_tick() const override {
         return (waiting_events_ == 0 || in_flight() > waiting_events_) && GroupedQueue::wants_tick();
     }
+    bool awaits_answer() const override { return is_open() && in_flight() > waiting_events_; }
 
   private:
     u32 waiting_events_ = 0;

@@ -5,6 +5,7 @@ import core.text;
 import core.cmdline;
 import core.log;
 import hv.detect;
+import io.executor;
 import drivers.table;
 import drivers.driver;
 import boot.options;
@@ -100,6 +101,10 @@ TEST(Options, Processors) {
     EXPECT_EQ(parse("").options.timer, boot::TimerChoice::automatic);
     EXPECT_EQ(parse("timer=hypervisor").options.timer, boot::TimerChoice::hypervisor);
     EXPECT_FALSE(parse("timer=pit").errors.empty());
+    EXPECT_EQ(parse("").options.wait, io::Wait::interrupt);
+    EXPECT_EQ(parse("wait=poll").options.wait, io::Wait::poll);
+    EXPECT_EQ(parse("wait=adaptive").options.wait, io::Wait::adaptive);
+    EXPECT_FALSE(parse("wait=spin").errors.empty());
     EXPECT_EQ(parse("job=verify lanes=4").errors, "'lanes' is for job=bench, seen job=verify\n");
 }
 

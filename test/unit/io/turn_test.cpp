@@ -74,6 +74,7 @@ struct Queue final : Service {
         last_tick = now;
     }
     bool wants_tick() const override { return in_flight || ticks_wanted; }
+    bool awaits_answer() const override { return in_flight; }
 };
 
 struct Turns : testing::Test {
@@ -357,6 +358,55 @@ TEST_F(Turns, ServicesThatAreRaisedMayBeRemoved) {
 }
 
 // ---- ticks ----
+
+TEST_F(Turns, APollingProcessorNeitherArmsNorSleepsWhileADeviceWorks) {
+    Queue queue(executor);
+    Queue idle(executor);
+    executor.turn();
+    executor.set_wait(Wait::poll);
+    ReadyNode waiter;
+    queue.submit(waiter);
+    const u64 arms = queue.visits.arms;
+    const u64 idles = executor.idles();
+    for (u32 i = 0; i < 1000; ++i) {
+        executor.turn();
+    }
+    EXPECT_EQ(queue.visits.arms, arms);
+    EXPECT_EQ(executor.idles(), idles);
+    EXPECT_GE(executor.polls(), 999u);
+    queue.answered = true; // without an interrupt
+    waiter.waiter = std::noop_coroutine();
+    executor.turn();
+    EXPECT_FALSE(queue.in_flight);
+    executor.turn(); // resumes the waiter, and then there is nothing to poll for
+    executor.turn();
+    EXPECT_GT(executor.idles(), idles);
+    EXPECT_EQ(queue.visits.arms, arms + 1);
+}
+
+TEST_F(Turns, AnAdaptiveProcessorPollsForAWindowAndThenSleeps) {
+    Queue queue(executor);
+    executor.turn();
+    executor.set_wait(Wait::adaptive);
+    ReadyNode waiter;
+    queue.submit(waiter);
+    const u64 idles = executor.idles();
+    const Instant begun = executor.now();
+    u64 turns = 0;
+    while (executor.idles() == idles && ++turns < 1000) {
+        machine.time += 1000;
+        executor.turn();
+    }
+    EXPECT_GE(executor.now() - begun, Executor::poll_window);
+    EXPECT_GE(turns, Executor::poll_window / 1000 - 1);
+    EXPECT_LE(turns, Executor::poll_window / 1000 + 3);
+    const u64 polls = executor.polls();
+    queue.interrupt();
+    waiter.waiter = std::noop_coroutine();
+    executor.turn();
+    EXPECT_FALSE(queue.in_flight) << "woken by its interrupt";
+    EXPECT_EQ(executor.polls(), polls);
+}
 
 TEST_F(Turns, AnIdleMachineSleepsWithoutAnEnd) {
     Queue queue(executor);
