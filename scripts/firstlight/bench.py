@@ -368,7 +368,7 @@ def main_machine(side: Side, chosen: Chosen, options) -> Machine:
 def linux_machine(side: Side, chosen: Chosen, options) -> Machine:
     disks = [disk for disk in side.disks if disk in chosen.disks]
     # fio's time limit is in milliseconds: on a disk that completes our count within tens of them it does more I/Os.
-    targets = [yardstick.Target(disk, side.bus(disk), 1 if side.bus(disk) == "ide" else FIO_MORE) for disk in disks]
+    targets = [yardstick.Target(disk, workloads.DRIVERS[side.bus(disk)].linux, 1 if side.bus(disk) == "ide" else FIO_MORE) for disk in disks]
     wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count, "mix": w.mix, "seed": w.seed, "startdelay": w.startdelay} for w in chosen.workloads]
     script = yardstick.script(targets, wanted, PLATFORMS[side.platform].marks, bool(options.json or options.json_dir))
     limit = FIO_MORE * seconds(24, disks, chosen.workloads, in_wall_time(side, options))

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
+from . import yardstick
 from .fiojson import size_word
 from .machine import SIZES, kernel_names
 
@@ -123,19 +124,22 @@ def swept(workloads: Sequence[Workload], depths: Sequence[int]) -> list[Workload
 
 @dataclasses.dataclass(frozen=True)
 class Driver:
-    """What drives a disk on a bus. A result of another driver is an error: it would be another disk's."""
+    """What drives a disk on a bus, here and in Linux. A result of another driver is an error: it would be another disk's."""
 
     name: str
     kind: str
+    linux: yardstick.Driver  # its module is in lab.L2_MODULES
+    qemu: bool = False  # one of the disks of the comparisons `qemu` and `all`
 
 
+# By bus, in the order in which the kernel attaches the disks of one machine: the synthetic ones before the emulated ones.
 DRIVERS = {
-    "xen": Driver("xen_blk", "synthetic"),
-    "scsi": Driver("storvsc", "synthetic"),
-    "virtio": Driver("virtio_blk", "synthetic"),
-    "ide": Driver("ata", "emulated"),
-    "nvme": Driver("nvme", "emulated"),
-    "sata": Driver("ahci", "emulated"),
+    "xen": Driver("xen_blk", "synthetic", yardstick.Driver("xen-blkfront", "vbd")),
+    "scsi": Driver("storvsc", "synthetic", yardstick.Driver("storvsc", "hv_storvsc")),
+    "virtio": Driver("virtio_blk", "synthetic", yardstick.Driver("virtio_blk", "virtio_blk"), qemu=True),
+    "ide": Driver("ata", "emulated", yardstick.Driver("ata_piix", "ata_piix"), qemu=True),
+    "nvme": Driver("nvme", "emulated", yardstick.Driver("nvme", "nvme"), qemu=True),
+    "sata": Driver("ahci", "emulated", yardstick.Driver("ahci", "ahci"), qemu=True),
 }
 
 
@@ -173,8 +177,7 @@ class Side:
         return self.disks[kernel_names(self.buses).index(kernel_name)]
 
 
-# QEMU's disks that one machine can have all at once, in the order in which the kernel attaches them: the synthetic ones before the emulated ones.
-QEMU_BUSES = ("virtio", "ide", "nvme", "sata")
+QEMU_BUSES = tuple(bus for bus, driver in DRIVERS.items() if driver.qemu)
 # The comparisons. If one machine cannot have all disks there are several, in the same start of the lab.
 COMPARISONS: dict[str, tuple[Side, ...]] = {
     "xen-emu": (Side("xen-emu", "QEMU", ("xen", "ide")),),

@@ -34,23 +34,12 @@ class Driver:
         return f"linux-{self.name}"
 
 
-# By the bus of the disk. On virtio-mmio and virtio-pci the driver is the same one.
-DRIVERS = {
-    "xen": Driver("xen-blkfront", "vbd"),
-    "scsi": Driver("storvsc", "hv_storvsc"),
-    "virtio": Driver("virtio_blk", "virtio_blk"),
-    "ide": Driver("ata_piix", "ata_piix"),
-    "nvme": Driver("nvme", "nvme"),
-    "sata": Driver("ahci", "ahci"),
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A disk to measure: its name in the results, its bus, and how many times as many I/Os as the kernel does."""
+    """A disk to measure: its name in the results, its driver, and how many times as many I/Os as the kernel does."""
 
     disk: str
-    bus: str
+    driver: Driver
     more: int = 1
 
 
@@ -149,7 +138,7 @@ def script(targets: Sequence[Target], workloads: Sequence[dict], port: int = 0, 
     lines = [FIND.read_text()]
     phase = 0
     for target in targets:
-        driver = DRIVERS[target.bus]
+        driver = target.driver
         lines.append(f"find_disk {driver.bound} {DISK_SECONDS * 10} || missing {driver.name} {target.disk}")
         for number, workload in enumerate(workloads):
             lines.append(f"echo 'yardstick {target.disk} {driver.label} {number}'")

@@ -170,8 +170,8 @@ class Jobs(unittest.TestCase):
 
     def test_linux_prints_its_bins_only_when_they_are_written_down(self):
         wanted = [{"name": "randread", "bs": "4k", "qd": 1, "count": 5, "mix": 70}]
-        self.assertIn("--output-format=json ", yardstick.script([yardstick.Target("hda", "ide")], wanted))
-        self.assertIn("--output-format=json+ ", yardstick.script([yardstick.Target("hda", "ide")], wanted, bins=True))
+        self.assertIn("--output-format=json ", yardstick.script([yardstick.Target("hda", workloads.DRIVERS["ide"].linux)], wanted))
+        self.assertIn("--output-format=json+ ", yardstick.script([yardstick.Target("hda", workloads.DRIVERS["ide"].linux)], wanted, bins=True))
 
 
 class Tools(unittest.TestCase):

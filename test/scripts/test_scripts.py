@@ -723,7 +723,7 @@ class Fio(unittest.TestCase):
 
     def test_only_a_host_that_takes_marks_gets_them(self):
         wanted = [{"name": "randread", "bs": "4k", "qd": 1, "count": 5, "mix": 70}] * 2
-        targets = [yardstick.Target("sda", "scsi"), yardstick.Target("hda", "ide")]
+        targets = [yardstick.Target(disk, workloads.DRIVERS[bus].linux) for disk, bus in (("sda", "scsi"), ("hda", "ide"))]
         self.assertNotIn("/dev/port", yardstick.script(targets, wanted))
         text = yardstick.script(targets, wanted, 0x5F0)
         marks = re.findall(r"exec_(pre|post)run=printf '\"'\"'\\(\d{3})'\"'\"' \| dd of=/dev/port bs=1 seek=1520'", text)
