@@ -86,7 +86,7 @@ PLATFORMS = {
 }  # fmt: skip
 
 # A disk on the VMBus is a SCSI disk, or the accelerator of the IDE disk in the same place; both are called sd….
-BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "sd", "virtio": "vd", "nvme": "nvme", "sata": "sd"}
+BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "sd", "virtio": "vd", "nvme": "nvme", "sata": "sd", "pvscsi": "sd"}
 # Buses whose device QEMU can give an I/O thread of its own.
 IOTHREAD_BUSES = ("xen", "virtio")
 # QEMU's own defaults are named in results.
@@ -96,6 +96,7 @@ DIRECT_CACHES = ("none", "directsync")  # O_DIRECT, without which aio=native is 
 TEST_HOST = "firstlight-testhost"
 IDE_PLACES = 4
 SATA_PORTS = 6  # of QEMU's ich9-ahci
+PVSCSI_TARGETS = 16
 SCSI_UNITS = 64  # per controller, as in Hyper-V
 
 
@@ -180,7 +181,7 @@ class DiskSpec:
                 raise Problem(f"Disk {text!r}: {option} is for a disk of a size; this one has the content of its file.", Exit.USAGE)
             if [each.partition("=")[0] for each in options].count(name) > 1:
                 raise Problem(f"Disk {text!r}: {name} was given twice.", Exit.USAGE)
-            if name == "content" and (value in ("zero", "sparse", "pattern") or (value == "null" and bus in ("ide", "virtio", "nvme", "sata") and disk.size)):
+            if name == "content" and (value in ("zero", "sparse", "pattern") or (value == "null" and bus in ("ide", "virtio", "nvme", "sata", "pvscsi") and disk.size)):
                 disk.content = value
             elif name == "image" and re.fullmatch(r"[a-z0-9]+", value):
                 disk.image = value
@@ -267,6 +268,8 @@ class Machine:
             raise Problem(f"{places} IDE disks: a machine has {IDE_PLACES} places for them. Further disks can be on the Xen ring or the VMBus.", Exit.USAGE)
         if (ports := sum(disk.bus == "sata" for disk in self.specs)) > SATA_PORTS:
             raise Problem(f"{ports} SATA disks: the AHCI controller has {SATA_PORTS} ports.", Exit.USAGE)
+        if (targets := sum(disk.bus == "pvscsi" for disk in self.specs)) > PVSCSI_TARGETS:
+            raise Problem(f"{targets} PVSCSI disks: the adapter has {PVSCSI_TARGETS} targets.", Exit.USAGE)
         for number in range(4):
             units = sum(disk.bus == "scsi" and disk.controller == number for disk in self.specs)
             if units > SCSI_UNITS:
@@ -291,6 +294,8 @@ class Machine:
             if disk.bus == "sata" and (kind.test_host or kind.domain or self.machine.startswith("microvm")):
                 raise Problem(f"A SATA disk needs QEMU's machine pc or q35, not {self.platform} with {self.machine}.", Exit.USAGE)
             self.check_host_side(disk)
+            if disk.bus == "pvscsi" and (kind.test_host or kind.domain or self.machine.startswith("microvm")):
+                raise Problem(f"A PVSCSI disk needs QEMU's machine pc or q35, not {self.platform} with {self.machine}.", Exit.USAGE)
             if disk.content == "null" and kind.test_host:
                 raise Problem("content=null is QEMU's: the test host's disks are images.", Exit.USAGE)
             if disk.iops and disk.bus == "ide" and kind.test_host:
@@ -433,6 +438,8 @@ class Machine:
         own = self.machine == "q35" and not any(disk.bus == "ide" for disk in self.specs)
         if any(disk.bus == "sata" for disk in self.specs) and not own:
             words += ["-device", "ich9-ahci,id=sata"]
+        if any(disk.bus == "pvscsi" for disk in self.specs):
+            words += ["-device", "pvscsi,id=pvscsi"]
         for disk, name in zip(self.specs, self.disk_names()):
             unit = index[disk.bus]
             index[disk.bus] += 1
@@ -459,6 +466,8 @@ class Machine:
                 words += ["-drive", ",".join(["if=none", *options]), "-device", f"{device},drive={name},serial={name}{geometry}{thread}"]
             elif disk.bus == "nvme":
                 words += ["-drive", ",".join(["if=none", *options]), "-device", f"nvme,drive={name},serial={name}{geometry}"]
+            elif disk.bus == "pvscsi":
+                words += ["-drive", ",".join(["if=none", *options]), "-device", f"scsi-hd,drive={name},bus=pvscsi.0,scsi-id={unit}{geometry}"]
             elif disk.bus == "sata":
                 words += ["-drive", ",".join(["if=none", *options]), "-device", f"ide-hd,drive={name},bus={'ide' if own else 'sata'}.{unit}{geometry}"]
             elif self.machine == "q35":

@@ -13,6 +13,7 @@ import drivers.pci;
 import drivers.ata;
 import drivers.ahci;
 import drivers.nvme;
+import drivers.pvscsi;
 import drivers.virtio.protocol;
 import drivers.virtio_blk;
 import drivers.machine.ports;
@@ -46,6 +47,7 @@ inline constexpr auto pci_drivers = std::to_array<PciDriver>({
     {"ahci", drivers::ahci::ids, drivers::ahci::probe, nullptr},
     {"nvme", drivers::nvme::ids, drivers::nvme::probe, nullptr},
     {"virtio_blk", drivers::virtio_blk::pci_ids, probe_virtio_blk, nullptr},
+    {"pvscsi", drivers::pvscsi::ids, drivers::pvscsi::probe, nullptr},
 });
 static_assert(std::ranges::all_of(pci_drivers, [](const PciDriver& d) { return drivers::driver_named(d.name); }));
 
