@@ -137,11 +137,9 @@ io::Task<Result<void>> Controller::scan() {
 io::Task<Result<void>> Controller::scan_target(u8 number) {
     Target target(*this, number);
     std::array<bool, max_luns> present{};
-    const auto inquiry = co_await scsi::inquire(target, 0);
-    if (!queue_.is_open()) {
-        co_return inquiry ? Error{Code::device_gone, "the PVSCSI adapter's queue was closed"} : inquiry.error();
-    }
-    if (!inquiry || *inquiry) { // not absent
+    scsi::Response response;
+    CO_CHECK(co_await scsi::execute_retrying(target, 0, scsi::test_unit_ready(), 0, response));
+    if (response.service != scsi::ServiceResponse::no_unit) { // the target exists
         const auto list = co_await scsi::report_luns(target, present);
         if (!list && !queue_.is_open()) {
             co_return list.error();

@@ -1,0 +1,459 @@
+// The PVSCSI driver against an adapter in memory: set-up, targets, limits, refused commands, hostile values, hot plug,
+// recovery, and the layouts of descriptors, as bytes typed from [pvscsi].
+#include "gtest_macros.hpp"
+
+#include "zeroed.hpp"
+
+import test.gtest;
+import host.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import core.interrupt;
+import core.mmio;
+import core.log;
+import core.processor;
+import io.executor;
+import io.task;
+import io.block;
+import io.block_queue;
+import drivers.driver;
+import drivers.pci;
+import drivers.pvscsi;
+import drivers.scsi.unit;
+
+#include "unit/core/interrupt_fake.hpp"
+#include "unit/drivers/pci_fake.hpp"
+#include "unit/io/support.hpp"
+// Depends on the includes above.
+#include "unit/drivers/pvscsi_fake.hpp"
+
+namespace {
+using namespace fl;
+namespace pvscsi = drivers::pvscsi;
+using drivers::Feature;
+using pvscsi_fake::Reply;
+
+struct Sink final : drivers::DiskSink {
+    std::vector<io::BlockDevice*> disks;
+    std::vector<std::pair<std::string, std::string>> left; // address, reason
+    bool offered(u32) override { return true; }
+    void unused(const drivers::UnusedUnit& unit) override {
+        left.emplace_back(std::string(unit.address), std::string(unit.reason));
+    }
+    FixedText<16> free_name(std::string_view prefix) override {
+        return drivers::disk_name(prefix, static_cast<u32>(disks.size()));
+    }
+    Result<void> announce(io::BlockDevice& disk, u32) override {
+        disks.push_back(&disk);
+        return {};
+    }
+};
+
+struct Machine {
+    test::FakeMachine clock;
+    io::Executor executor{clock.platform()};
+    test::HeapDma dma;
+    test::Interrupts interrupts;
+    Sink sink;
+    pci_test::Space space;
+    pci_test::Mapper mapper;
+    pvscsi_fake::Adapter device;
+    drivers::Environment environment{executor, dma, interrupts, sink, 500'000'000, 0, {}, nullptr, mapper};
+
+    Machine() {
+        device.units[{0, 0}] = {.blocks = 8192};
+        auto& f = space.add(0, 3, 0, 0x15ad, 0x07c0, 0x010000);
+        f.set32(0x10, 0x0000'0001); // BAR 0: I/O ports
+        f.bar_mask[0] = 0xffff'fff8;
+        f.set32(0x14, 0xfe00'0004); // BAR 1: memory, 64 bits
+        f.bar_mask[1] = 0xffff'8000;
+        f.bar_mask[2] = 0xffff'ffff;
+        f.bytes[0x3c] = 11;
+        f.bytes[0x3d] = 1;
+        mapper.places[0xfe00'0000] = {&device, 0x8000};
+        clock.on_idle_context = this;
+        clock.on_idle = [](void* self) { static_cast<Machine*>(self)->deliver(); };
+    }
+    void deliver() { // a level
+        if (device.pending()) {
+            interrupts.raise(11);
+        }
+    }
+    void turns(u32 count) {
+        for (u32 i = 0; i < count; ++i) {
+            deliver();
+            executor.turn();
+        }
+    }
+    pci_test::Function& function() { return space.functions.begin()->second; }
+    Result<void> probe() {
+        return executor.run(pvscsi::probe(environment, *pci_test::pci::look_up(space, {0, 3, 0}), 0));
+    }
+};
+
+// Never destroyed: an attached controller lives as long as its machine.
+Machine& machine() {
+    static std::vector<std::unique_ptr<Machine>> all;
+    all.push_back(std::make_unique<Machine>());
+    return *all.back();
+}
+Machine& attached(const std::function<void(Machine&)>& change = {}) {
+    Machine& m = machine();
+    if (change) {
+        change(m);
+    }
+    const auto done = m.probe();
+    EXPECT_TRUE(done) << (done ? "" : done.error().message);
+    return m;
+}
+std::string failure(const std::function<void(Machine&)>& change) {
+    Machine& m = machine();
+    change(m);
+    const auto done = m.probe();
+    EXPECT_TRUE(m.sink.disks.empty());
+    EXPECT_FALSE(m.device.rings_valid) << "the adapter is left with rings that are freed";
+    return done ? std::string() : std::string(done.error().message);
+}
+std::string features(Machine& m) { return std::string(m.sink.disks.at(0)->identity().features.view()); }
+
+io::Task<Result<void>> copy(io::BlockDevice& disk, DmaSpan from, DmaSpan into) {
+    if (auto done = co_await disk.write(8, from); !done) {
+        co_return done.error();
+    }
+    if (auto done = co_await disk.write(8, from); !done) {
+        co_return done.error();
+    }
+    if (auto done = co_await disk.flush(); !done) {
+        co_return done.error();
+    }
+    co_return co_await disk.read(8, into);
+}
+
+// A write, a flush and a read of `bytes` at an odd place in a page.
+void exchange_data(Machine& m, u32 bytes) {
+    auto from = *m.dma.buffer(bytes + 4096);
+    auto into = *m.dma.buffer(bytes + 4096);
+    for (u32 i = 0; i < bytes; ++i) {
+        from.data()[512 + i] = static_cast<std::byte>(i * 7 + i / 251);
+    }
+    EXPECT_TRUE(
+        m.executor.run(copy(*m.sink.disks.at(0), from.span().subspan(512, bytes), into.span().subspan(512, bytes))));
+    EXPECT_EQ(std::memcmp(from.data() + 512, into.data() + 512, bytes), 0);
+}
+
+TEST(Pvscsi, SetUpAndTransfers) {
+    Machine& m = attached();
+    ASSERT_EQ(m.sink.disks.size(), 1u);
+    const io::BlockDevice& disk = *m.sink.disks[0];
+    EXPECT_EQ(disk.identity().name.view(), "sda");
+    EXPECT_EQ(disk.identity().kind, io::Kind::synthetic);
+    EXPECT_EQ(disk.geometry().sectors, 8192u);
+    EXPECT_EQ(features(m), "flush discard hot-plug line max-transfer=524288");
+    EXPECT_EQ(m.device.mask, 0xfu);
+    for (const u32 bytes : {512u, 4096u, 65536u, 131072u, 1u << 20}) {
+        exchange_data(m, bytes);
+    }
+    m.turns(2);
+    EXPECT_GT(m.device.lists, 0u);
+    EXPECT_GT(m.device.rw_kicks, 0u);
+    EXPECT_GT(m.device.flushes, 0u);
+    EXPECT_GT(m.device.acknowledgements, 0u);
+}
+
+TEST(Pvscsi, GoldenBytes) {
+    Machine& m = attached();
+    m.device.hold = true;
+    auto data = *m.dma.buffer(4096);
+    io::Request write(*m.sink.disks[0], io::Op::write, 0x123, data.span());
+    m.sink.disks[0]->submit(write);
+    m.executor.turn();
+    ASSERT_EQ(m.device.held.size(), 1u);
+    const auto& r = m.device.held[0];
+    EXPECT_EQ(r.get<u64>(8), data.bus());
+    EXPECT_EQ(r.get<u64>(16), 4096u);
+    EXPECT_EQ(r.get<u32>(32), 96u);   // sense data
+    EXPECT_EQ(r.get<u32>(36), 0x10u); // to the device, no list
+    const std::array<u8, 16> cdb{0x8a, 0, 0, 0, 0, 0, 0, 0, 0x01, 0x23, 0, 0, 0, 8, 0, 0};
+    EXPECT_TRUE(std::equal(cdb.begin(), cdb.end(), r.bytes.begin() + 40));
+    EXPECT_EQ(r.bytes[56], 16);
+    const std::array<u8, 12> rest{0, 0, 0, 0, 0, 0, 0, 0, 0x20, 0, 0, 0}; // LUN, tag, bus, target, vcpuHint
+    EXPECT_TRUE(std::equal(rest.begin(), rest.end(), r.bytes.begin() + 57));
+    m.device.answer(0);
+    m.turns(2);
+    EXPECT_EQ(write.status, io::Status::ok);
+}
+
+TEST(Pvscsi, TargetsAndUnits) {
+    Machine& m = attached([](Machine& with) {
+        with.device.units.clear();
+        with.device.units[{2, 0}] = {.blocks = 8192};
+        with.device.units[{2, 5}] = {.blocks = 4096};
+        with.device.units[{4, 0}] = {.peripheral = 5, .vendor = "NECVMWar", .product = "CD-ROM          "};
+        with.device.units[{9, 1}] = {.blocks = 1024, .block_bytes = 4096}; // no LUN 0
+        with.device.units[{15, 0}] = {.empty = true};
+        with.device.units[{16, 0}] = {.blocks = 8192}; // beyond the default
+    });
+    ASSERT_EQ(m.sink.disks.size(), 3u);
+    EXPECT_EQ(m.sink.disks[2]->geometry().sector_size, 4096u);
+    ASSERT_EQ(m.sink.left.size(), 2u);
+    EXPECT_EQ(m.sink.left[0].first, "pvscsi0 target 4 LUN 0");
+    EXPECT_NE(m.sink.left[0].second.find("CD drives"), std::string::npos);
+    EXPECT_NE(m.sink.left[1].second.find("no medium"), std::string::npos);
+    Machine& all = attached([](Machine& with) {
+        with.device.targets = 65;
+        with.device.units[{64, 0}] = {.blocks = 8192};
+    });
+    EXPECT_EQ(all.sink.disks.size(), 2u);
+    Machine& many = attached([](Machine& with) { with.device.targets = 1'000'000; });
+    EXPECT_EQ(many.sink.disks.size(), 1u);
+    Machine& none = attached([](Machine& with) { with.device.targets = 0; });
+    EXPECT_EQ(none.sink.disks.size(), 1u);
+}
+
+TEST(Pvscsi, WhatAnAdapterLacksIsNotUsed) {
+    EXPECT_EQ(features(attached([](Machine& m) { m.device.has_messages = false; })),
+              "flush discard line max-transfer=524288");
+    Machine& threshold = attached([](Machine& m) { m.device.has_threshold = true; });
+    EXPECT_EQ(features(threshold), "flush discard hot-plug call-threshold line max-transfer=524288");
+    exchange_data(threshold, 65536);
+    EXPECT_EQ(features(attached([](Machine& m) {
+                  m.environment.withheld_features = to_underlying(Feature::flush) | to_underlying(Feature::discard);
+              })),
+              "hot-plug line max-transfer=524288");
+    Machine& counts = attached([](Machine& m) { m.device.counts = true; });
+    exchange_data(counts, 65536);
+}
+
+// The kick that the threshold holds back is made up in the next tick.
+TEST(Pvscsi, RequestCallThreshold) {
+    Machine& m = attached([](Machine& with) { with.device.has_threshold = true; });
+    m.device.hold = true;
+    pvscsi_fake::store<u32>(m.device.state + 24, 3);
+    const u32 kicks = m.device.rw_kicks;
+    auto data = *m.dma.buffer(4 * 4096);
+    io::BlockDevice& disk = *m.sink.disks[0];
+    io::Request first(disk, io::Op::read, 0, data.span().subspan(0, 4096));
+    io::Request second(disk, io::Op::read, 8, data.span().subspan(4096, 4096));
+    io::Request third(disk, io::Op::read, 16, data.span().subspan(8192, 4096));
+    disk.submit(first);
+    disk.submit(second);
+    m.executor.turn();
+    EXPECT_EQ(m.device.rw_kicks, kicks) << "two requests, and the adapter asks for three";
+    disk.submit(third);
+    m.executor.turn();
+    EXPECT_EQ(m.device.rw_kicks, kicks + 1);
+    EXPECT_EQ(m.device.held.size(), 3u);
+    pvscsi_fake::store<u32>(m.device.state + 24, 0xffffffff); // never
+    io::Request fourth(disk, io::Op::read, 24, data.span().subspan(12288, 4096));
+    disk.submit(fourth);
+    m.turns(5);
+    EXPECT_EQ(m.device.held.size(), 4u);
+    while (!m.device.held.empty()) {
+        m.device.answer(0);
+    }
+    m.turns(3);
+    EXPECT_TRUE(first.status == io::Status::ok && third.status == io::Status::ok && fourth.status == io::Status::ok);
+}
+
+TEST(Pvscsi, AdaptersThatCannotBeUsed) {
+    EXPECT_NE(failure([](Machine& m) { m.device.absent = true; }).find("all ones"), std::string::npos);
+    for (const u32 command : {1u, 3u}) {
+        EXPECT_NE(failure([&](Machine& m) { m.device.refused = command; }).find("refuses a command"),
+                  std::string::npos);
+    }
+    EXPECT_NE(failure([](Machine& m) { m.function().bar_mask = {}; }).find("no memory BAR"), std::string::npos);
+    EXPECT_NE(failure([](Machine& m) { m.function().bar_mask[1] = 0xffff'c000; }).find("no memory BAR"),
+              std::string::npos);
+    for (const u32 at : {8u, 20u}) {
+        EXPECT_NE(failure([&](Machine& m) {
+                      m.device.on_setup = [=](u64 state) { pvscsi_fake::store<u32>(state + at, 31); };
+                  }).find("not of the size"),
+                  std::string::npos);
+    }
+    for (const u32 at : {0u, 4u, 12u, 16u}) {
+        EXPECT_NE(failure([&](Machine& m) {
+                      m.device.on_setup = [=](u64 state) { pvscsi_fake::store<u32>(state + at, 0x55); };
+                  }).find("not empty"),
+                  std::string::npos);
+    }
+    EXPECT_NE(failure([](Machine& m) { m.device.mute = true; }).find("did not answer"), std::string::npos);
+    EXPECT_EQ(quarantine_state().spans, 0u) << "an adapter that was reset accesses no memory";
+}
+
+// Completions that break the protocol close the disk and reset the adapter.
+TEST(Pvscsi, ViolationsCloseTheQueue) {
+    const auto closes = [](const std::function<void(pvscsi_fake::Adapter&, u64)>& what) {
+        Machine& m = attached();
+        m.device.hold = m.device.hostile = true;
+        const u32 resets = m.device.resets;
+        auto data = *m.dma.buffer(4096);
+        io::Request read(*m.sink.disks[0], io::Op::read, 0, data.span());
+        m.sink.disks[0]->submit(read);
+        m.executor.turn();
+        ASSERT_EQ(m.device.held.size(), 1u);
+        what(m.device, m.device.held[0].context());
+        m.turns(5);
+        EXPECT_EQ(read.status, io::Status::protocol_error);
+        EXPECT_EQ(m.device.resets, resets + 1);
+        EXPECT_EQ(m.device.mask, 0u);
+        EXPECT_EQ(quarantine_state().spans, 0u);
+        EXPECT_TRUE(m.interrupts.lines.empty()) << "the interrupt is detached";
+    };
+    using pvscsi_fake::Adapter;
+    closes([](Adapter& d, u64) { d.complete(0, 0, 0, 0, 0); });
+    closes([](Adapter& d, u64) { d.complete(0x8001, 0, 0, 0, 0); });
+    closes([](Adapter& d, u64 context) { d.complete(context | u64{1} << 32, 0, 0, 0, 0); });
+    closes([](Adapter& d, u64 context) { d.complete(context ^ 0x10000, 0, 0, 0, 0); }); // another generation
+    closes([](Adapter& d, u64 context) { d.complete(context, 4097, 0, 0, 0); });
+    closes([](Adapter& d, u64 context) { d.complete(context, 0, 97, 0, 2); });
+    closes([](Adapter& d, u64) {
+        pvscsi_fake::store<u32>(d.state + 12, pvscsi_fake::load<u32>(d.state + 12) + 2); // more than are under way
+        d.causes |= 1;
+    });
+    closes([](Adapter& d, u64) {
+        pvscsi_fake::store<u32>(d.state + 128, 33); // more messages than the ring has
+        d.causes |= 4;
+    });
+}
+
+TEST(Pvscsi, Statuses) {
+    const auto status = [](const Reply& reply, bool then_ok) {
+        Machine& m = attached();
+        m.device.hold = true;
+        auto data = *m.dma.buffer(4096);
+        io::Request read(*m.sink.disks[0], io::Op::read, 0, data.span());
+        m.sink.disks[0]->submit(read);
+        m.executor.turn();
+        m.device.answer(0, reply);
+        m.device.hold = !then_ok;
+        m.turns(10);
+        return read.status;
+    };
+    const auto sense = [](u8 key, u8 asc) {
+        return Reply{.status = 2, .sense = {0x70, 0, key, 0, 0, 0, 0, 10, 0, 0, 0, 0, asc, 0, 0, 0, 0, 0}};
+    };
+    EXPECT_EQ(status({}, false), io::Status::ok);
+    EXPECT_EQ(status({.moved = 4096}, false), io::Status::ok);
+    EXPECT_EQ(status({.moved = 512}, false), io::Status::io_error) << "part of the data";
+    EXPECT_EQ(status({.host = 0x0c, .moved = 512}, false), io::Status::io_error);
+    EXPECT_EQ(status({.host = 0x12}, false), io::Status::io_error);
+    EXPECT_EQ(status({.host = 0x0a}, false), io::Status::ok) << "LINKED COMMAND COMPLETED";
+    EXPECT_EQ(status({.host = 0x11}, false), io::Status::device_gone);
+    EXPECT_EQ(status({.host = 0x20}, false), io::Status::io_error);
+    EXPECT_EQ(status({.host = 0x77}, false), io::Status::io_error);
+    EXPECT_EQ(status({.host = 0x25}, true), io::Status::ok) << "ended by a reset: sent again";
+    EXPECT_EQ(status({.status = 8}, true), io::Status::ok) << "BUSY";
+    EXPECT_EQ(status(sense(6, 0x29), true), io::Status::ok) << "UNIT ATTENTION";
+    EXPECT_EQ(status(sense(3, 0x11), false), io::Status::io_error);
+    EXPECT_EQ(status({.status = 2}, false), io::Status::io_error) << "no sense data";
+}
+
+TEST(Pvscsi, HotPlug) {
+    Machine& m = attached();
+    m.device.units[{7, 0}] = {.blocks = 4096};
+    m.device.message(0, 0, 7);
+    m.turns(200);
+    ASSERT_EQ(m.sink.disks.size(), 2u);
+    EXPECT_EQ(m.sink.disks[1]->geometry().sectors, 4096u);
+    m.device.units.erase({7, 0});
+    m.device.message(1, 0, 7);
+    m.turns(200);
+    EXPECT_TRUE(m.sink.disks[1]->removed());
+    EXPECT_FALSE(m.sink.disks[0]->removed());
+    m.device.units[{7, 0}] = {.blocks = 2048}; // another one in its place
+    m.device.message(0, 0, 7);
+    m.turns(200);
+    ASSERT_EQ(m.sink.disks.size(), 3u);
+    test::CapturedLog log;
+    m.device.message(7, 0, 1); // nonsense is ignored
+    m.device.message(0, 1, 1);
+    m.device.message(0, 0, 65);
+    m.device.message(0, 0, 0xffffffff);
+    m.turns(50);
+    EXPECT_NE(log.text.view().find("a message of type 7"), std::string_view::npos);
+    EXPECT_NE(log.text.view().find("target 4294967295"), std::string_view::npos);
+    EXPECT_EQ(m.sink.disks.size(), 3u);
+    exchange_data(m, 4096);
+}
+
+TEST(Pvscsi, SilenceIsEndedByResets) {
+    for (const bool answers : {true, false}) {
+        Machine& m = attached();
+        m.device.hold = true;
+        m.device.completes_resets = answers;
+        const u32 resets = m.device.resets;
+        auto data = *m.dma.buffer(4096);
+        io::Request read(*m.sink.disks[0], io::Op::read, 0, data.span());
+        m.sink.disks[0]->submit(read);
+        for (u32 i = 0; i < 1000 && read.pending(); ++i) {
+            m.turns(1);
+        }
+        EXPECT_EQ(read.status, io::Status::timed_out);
+        EXPECT_NE(std::ranges::count(m.device.commands, 4u), 0) << "RESET_BUS";
+        m.turns(5);
+        EXPECT_EQ(m.device.resets, answers ? resets : resets + 1) << "ADAPTER_RESET";
+        EXPECT_EQ(quarantine_state().spans, 0u);
+        m.device.hold = false;
+        if (answers) {
+            exchange_data(m, 4096);
+        } else {
+            io::Request late(*m.sink.disks[0], io::Op::read, 0, data.span());
+            m.sink.disks[0]->submit(late);
+            EXPECT_EQ(late.status, io::Status::device_gone);
+        }
+    }
+}
+
+// One command is lost among others that are answered: aborted, or else the device is reset.
+TEST(Pvscsi, ALostCommandIsAborted) {
+    for (const bool aborts : {true, false}) {
+        Machine& m = attached();
+        m.device.hold = true;
+        m.device.completes_aborts = aborts;
+        io::BlockDevice& disk = *m.sink.disks[0];
+        auto data = *m.dma.buffer(8192);
+        io::Request lost(disk, io::Op::read, 0, data.span().subspan(0, 4096));
+        disk.submit(lost);
+        m.executor.turn();
+        const u64 context = m.device.held.at(0).context();
+        for (u32 i = 0; i < 3000 && lost.pending(); ++i) {
+            io::Request other(disk, io::Op::read, 8, data.span().subspan(4096, 4096));
+            disk.submit(other);
+            m.executor.turn();
+            while (m.device.held.size() > 1) {
+                m.device.answer(1);
+            }
+            for (u32 n = 0; n < 10 && other.pending(); ++n) {
+                m.turns(1);
+                if (other.pending() && m.device.held.size() == 1 && m.device.held[0].context() != context) {
+                    m.device.answer(0); // sent again after a reset
+                }
+            }
+            EXPECT_FALSE(other.pending());
+        }
+        EXPECT_EQ(lost.status, io::Status::timed_out);
+        EXPECT_EQ(m.device.aborted, context);
+        EXPECT_EQ(std::ranges::count(m.device.commands, 5u) != 0, !aborts) << "RESET_DEVICE";
+        EXPECT_FALSE(disk.removed());
+        m.device.hold = false;
+        exchange_data(m, 4096);
+    }
+}
+
+TEST(Pvscsi, Removal) {
+    Machine& m = attached();
+    m.device.hold = true;
+    auto data = *m.dma.buffer(4096);
+    io::Request read(*m.sink.disks[0], io::Op::read, 0, data.span());
+    m.sink.disks[0]->submit(read);
+    m.executor.turn();
+    m.device.absent = true;
+    m.turns(10);
+    EXPECT_EQ(read.status, io::Status::device_gone);
+    EXPECT_TRUE(m.sink.disks[0]->removed());
+    EXPECT_EQ(quarantine_state().spans, 0u);
+}
+
+} // namespace
