@@ -1,6 +1,6 @@
 // A PVSCSI adapter in memory, written from [pvscsi]: registers, commands, rings, SG lists, messages; its disks answer
-// READ, WRITE, SYNCHRONIZE CACHE and UNMAP, and the other commands as fake::Unit does. Every rule that the driver breaks
-// fails the test. Bus addresses are pointers. Include after the imports.
+// READ, WRITE, SYNCHRONIZE CACHE and UNMAP, and the other commands as fake::Unit does. Every rule that the driver
+// breaks fails the test. Bus addresses are pointers. Include after the imports.
 #pragma once
 #include "gtest_macros.hpp"
 
