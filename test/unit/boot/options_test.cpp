@@ -35,7 +35,7 @@ Parsed parse(std::string_view text) {
 
 constexpr std::string_view valid_keys =
     "job, workload, disk, scratch, count, bs, qd, seed, generation, hv, map, emulated, timeout, features, log, fault, "
-    "processor, cpus, timer, lanes, marks\n";
+    "processor, cpus, timer, wait, lanes, marks\n";
 
 TEST(Options, Defaults) {
     for (std::string_view text : {"", "   ", "firstlight.elf"}) {
