@@ -123,9 +123,9 @@ class Chosen(unittest.TestCase):
         self.assertIn(workloads.BASELINES["all"], workloads.COMPARISONS["all"][0].disks)
 
     def test_disks_by_each_of_their_names(self):
-        for word, disks in (("xen", ["xvda"]), ("xvda", ["xvda"]), ("nvme", ["nvme0n1"]), ("sata", ["sda"])):
+        for word, disks in (("xen", ["xvda"]), ("xvda", ["xvda"]), ("nvme", ["nvme0n1"]), ("pvscsi", ["sda"]), ("sata", ["sdb"])):
             self.assertEqual(self.names("all", disks=[word]), [("all", disks)])
-        self.assertEqual(self.names("all", disks=["sata", "xen"])[0][1], ["xvda", "sda"])
+        self.assertEqual(self.names("all", disks=["sata", "xen"])[0][1], ["xvda", "sdb"])
         self.assertEqual(self.names("microvm", disks=["pci"]), [("microvm", ["pci"])])
         self.assertEqual(self.names("microvm", disks=["vda"]), [("microvm", ["mmio", "pci"])])
         self.assertEqual(self.names(disks=["xen"]), [("xen-emu", ["xvda"])])
@@ -248,7 +248,7 @@ class Recorded(unittest.TestCase):
     def test_tables(self):
         jobs, said = self.compare("--iothread")
         self.assertIn("QEMU's disks (xvda, nvme0n1): aio=threads, cache=writeback, I/O threads: xvda\n", said)
-        self.assertIn("platform all, boot pvh, deterministic time; xen-emu (QEMU): xvda, vda, hda, nvme0n1, sda", said)
+        self.assertIn("platform all, boot pvh, deterministic time; xen-emu (QEMU): xvda, vda, sda, hda, nvme0n1, sdb", said)
         rows = [line.split() for line in said.splitlines()]
         self.assertIn("xvda xen_blk randread 4k qd2 18565 11429 1.62 0.000 0.500 0.500 0.500 0.000".split(), rows)
         self.assertIn("nvme0n1 nvme randread 4k qd1 10396 7273 1.43 1.000 0.000 1.000 1.000 0.000".split(), rows)
