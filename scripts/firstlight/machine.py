@@ -86,7 +86,7 @@ PLATFORMS = {
 }  # fmt: skip
 
 # A disk on the VMBus is a SCSI disk, or the accelerator of the IDE disk in the same place; both are called sd….
-BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "sd", "virtio": "vd", "nvme": "nvme", "sata": "sd", "pvscsi": "sd"}
+BUSES = {"ide": "hd", "xen": "xvd", "scsi": "sd", "accel": "sd", "virtio": "vd", "nvme": "nvme", "sata": "sd", "pvscsi": "sd", "vscsi": "sd"}
 # Buses whose device QEMU can give an I/O thread of its own.
 IOTHREAD_BUSES = ("xen", "virtio")
 # QEMU's own defaults are named in results.
@@ -287,7 +287,7 @@ class Machine:
                 raise Problem(f"backend= and backing= belong to the platform xen-pvh, not to {self.platform}.", Exit.USAGE)
             if disk.bus in ("scsi", "accel") and not kind.test_host:
                 raise Problem(f"A disk on the VMBus needs the platform hyperv, not {self.platform}.", Exit.USAGE)
-            if disk.bus == "virtio" and (kind.test_host or kind.domain):
+            if disk.bus in ("virtio", "vscsi") and (kind.test_host or kind.domain):
                 raise Problem(f"A virtio disk needs a platform of QEMU's, not {self.platform}.", Exit.USAGE)
             if disk.bus == "nvme" and (kind.test_host or self.machine.startswith("microvm")):
                 raise Problem(f"An NVMe disk needs QEMU's machine pc or q35, not {self.platform} with {self.machine}.", Exit.USAGE)
@@ -440,6 +440,8 @@ class Machine:
             words += ["-device", "ich9-ahci,id=sata"]
         if any(disk.bus == "pvscsi" for disk in self.specs):
             words += ["-device", "pvscsi,id=pvscsi"]
+        if any(disk.bus == "vscsi" for disk in self.specs):
+            words += ["-device", f"virtio-scsi-{'device' if self.machine.startswith('microvm') else 'pci'},id=vscsi"]
         for disk, name in zip(self.specs, self.disk_names()):
             unit = index[disk.bus]
             index[disk.bus] += 1
@@ -464,6 +466,9 @@ class Machine:
             elif disk.bus == "virtio":
                 device = "virtio-blk-device" if self.machine.startswith("microvm") else "virtio-blk-pci"
                 words += ["-drive", ",".join(["if=none", *options]), "-device", f"{device},drive={name},serial={name}{geometry}{thread}"]
+            elif disk.bus == "vscsi":  # two LUNs on each target
+                place = f"bus=vscsi.0,scsi-id={unit // 2},lun={unit % 2}"
+                words += ["-drive", ",".join(["if=none", *options]), "-device", f"scsi-hd,drive={name},serial={name},{place}{geometry}"]
             elif disk.bus == "nvme":
                 words += ["-drive", ",".join(["if=none", *options]), "-device", f"nvme,drive={name},serial={name}{geometry}"]
             elif disk.bus == "pvscsi":

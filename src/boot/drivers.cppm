@@ -16,6 +16,7 @@ import drivers.nvme;
 import drivers.pvscsi;
 import drivers.virtio.protocol;
 import drivers.virtio_blk;
+import drivers.virtio_scsi;
 import drivers.machine.ports;
 import boot.backend;
 import boot.sources;
@@ -42,11 +43,15 @@ inline io::Task<Result<void>> probe_ata(drivers::Environment& environment, drive
 inline io::Task<Result<void>> probe_virtio_blk(drivers::Environment& environment, drivers::pci::Device device, u32) {
     return drivers::virtio_blk::probe(environment, device);
 }
+inline io::Task<Result<void>> probe_virtio_scsi(drivers::Environment& environment, drivers::pci::Device device, u32) {
+    return drivers::virtio_scsi::probe(environment, device);
+}
 inline constexpr auto pci_drivers = std::to_array<PciDriver>({
     {"ata", drivers::ata::ids, probe_ata, drivers::ata::is_legacy},
     {"ahci", drivers::ahci::ids, drivers::ahci::probe, nullptr},
     {"nvme", drivers::nvme::ids, drivers::nvme::probe, nullptr},
     {"virtio_blk", drivers::virtio_blk::pci_ids, probe_virtio_blk, nullptr},
+    {"virtio_scsi", drivers::virtio_scsi::pci_ids, probe_virtio_scsi, nullptr},
     {"pvscsi", drivers::pvscsi::ids, drivers::pvscsi::probe, nullptr},
 });
 static_assert(std::ranges::all_of(pci_drivers, [](const PciDriver& d) { return drivers::driver_named(d.name); }));
@@ -55,8 +60,13 @@ inline io::Task<Result<void>> probe_virtio_mmio_blk(drivers::Environment& enviro
                                                     u32) {
     return drivers::virtio_blk::probe(environment, device.base, device.gsi);
 }
+inline io::Task<Result<void>> probe_virtio_mmio_scsi(drivers::Environment& environment, const VirtioMmioDevice& device,
+                                                     u32) {
+    return drivers::virtio_scsi::probe(environment, device.base, device.gsi);
+}
 inline constexpr auto virtio_mmio_drivers = std::to_array<VirtioMmioDriver>({
     {"virtio_blk", drivers::virtio::type_block, probe_virtio_mmio_blk},
+    {"virtio_scsi", drivers::virtio::type_scsi, probe_virtio_mmio_scsi},
 });
 
 /// The drivers for the devices on one backend's bus; empty for most. Drivers without a twin (services) are not named by

@@ -39,6 +39,7 @@ inline constexpr auto known_drivers = std::to_array<DriverInfo>({
     {"xen_blk", true, DeviceKind::disk},
     {"storvsc", true, DeviceKind::disk},
     {"virtio_blk", true, DeviceKind::disk, {}, false},
+    {"virtio_scsi", true, DeviceKind::disk, {}, false},
     {"pvscsi", true, DeviceKind::disk, {}, false},
     {"ata", false, DeviceKind::disk, {.disks = true}},
     {"nvme", false, DeviceKind::disk},
@@ -150,6 +151,7 @@ inline constexpr auto builtin_rules = std::to_array<Rule>({
     {hv::VmGuest::xen, driver_named("ata"), driver_named("xen_blk"), 100, Twin::leave},
     {hv::VmGuest::hyperv, driver_named("ata"), driver_named("storvsc"), 100, Twin::leave},
     {std::nullopt, driver_named("ata"), driver_named("virtio_blk"), 50, Twin::keep},
+    {std::nullopt, driver_named("ata"), driver_named("virtio_scsi"), 50, Twin::keep},
     {std::nullopt, driver_named("ata"), driver_named("pvscsi"), 40, Twin::keep},
 });
 

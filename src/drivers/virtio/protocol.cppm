@@ -8,10 +8,12 @@ export namespace fl::drivers::virtio {
 inline constexpr u32 pci_vendor = 0x1af4;
 /// Device types [virtio-1.2 §5].
 inline constexpr u32 type_block = 2;
+inline constexpr u32 type_scsi = 8;
 
 /// PCI device ids [virtio-1.2 §4.1.2.1]: modern devices have 0x1040 + type; transitional ones have ids of their own.
 constexpr u32 modern_pci_id(u32 type) { return 0x1040 + type; }
 inline constexpr u32 transitional_block = 0x1001;
+inline constexpr u32 transitional_scsi = 0x1004;
 
 /// Device status bits [virtio-1.2 §2.1].
 inline constexpr u8 status_acknowledge = 1;

@@ -91,7 +91,7 @@ class PackedQueue {
     u16 next_available() const { return next_.word(); }
 
     Result<void> add(u16 slot, std::span<const BufferElement> elements) {
-        const auto writable = virtqueue_detail::check(elements, size());
+        const auto writable = virtqueue_detail::check(elements, size(), options_);
         if (!writable) [[unlikely]] {
             return writable.error();
         }
@@ -109,7 +109,7 @@ class PackedQueue {
         if (!options_.indirect) [[unlikely]] {
             return Error{Code::not_supported, virtqueue_detail::no_indirect};
         }
-        const auto writable = virtqueue_detail::check(elements, size());
+        const auto writable = virtqueue_detail::check(elements, size(), options_);
         if (!writable) [[unlikely]] {
             return writable.error();
         }

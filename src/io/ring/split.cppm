@@ -131,7 +131,7 @@ class SplitQueue {
     u16 next_available() const { return available_.position(); }
 
     Result<void> add(u16 slot, std::span<const BufferElement> elements) {
-        const auto writable = virtqueue_detail::check(elements, size());
+        const auto writable = virtqueue_detail::check(elements, size(), options_);
         if (!writable) [[unlikely]] {
             return writable.error();
         }
@@ -152,7 +152,7 @@ class SplitQueue {
         if (!options_.indirect) [[unlikely]] {
             return Error{Code::not_supported, virtqueue_detail::no_indirect};
         }
-        const auto writable = virtqueue_detail::check(elements, size());
+        const auto writable = virtqueue_detail::check(elements, size(), options_);
         if (!writable) [[unlikely]] {
             return writable.error();
         }

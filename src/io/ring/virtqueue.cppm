@@ -30,7 +30,8 @@ struct BufferElement {
 };
 
 /// A buffer returned by the device. `slot`: the number passed to add(). `length`: bytes written according to the
-/// device, from the first device-writable byte on; never more than the buffer's device-writable bytes.
+/// device, from the first device-writable byte on; never more than the buffer's device-writable bytes, or with
+/// VirtqueueOptions::readable_in_length than all its bytes.
 struct UsedBuffer {
     u16 slot = 0;
     u32 length = 0;
@@ -41,6 +42,9 @@ struct VirtqueueOptions {
     bool event_index = false; // VIRTIO_F_EVENT_IDX: events are requested by position instead of on or off
     bool in_order = false;    // VIRTIO_F_IN_ORDER: the device returns buffers in the order in which they were added
     bool indirect = false;    // VIRTIO_F_INDIRECT_DESC: add_indirect() may be used
+    /// The used length may also count the buffer's device-readable bytes. Against [virtio-1.2 §2.7.8], but QEMU's SCSI
+    /// host does so.
+    bool readable_in_length = false;
 };
 
 /// Offsets of a queue's three areas in its memory, and the memory needed, in bytes. The device is given the bus
@@ -204,8 +208,8 @@ class VirtqueueTable {
 };
 
 namespace virtqueue_detail {
-/// Validates a buffer to be added. Returns the number of device-writable bytes, or Error{bad_argument}.
-inline Result<u32> check(std::span<const BufferElement> elements, u32 size) {
+/// Validates a buffer to be added. Returns the largest used length, or Error{bad_argument}.
+inline Result<u32> check(std::span<const BufferElement> elements, u32 size, VirtqueueOptions options) {
     // An indirect table is also limited to the queue size [virtio-1.2 §2.7.5.3.1, §2.8.5].
     if (elements.empty() || elements.size() > size) [[unlikely]] {
         return Error{Code::bad_argument, "a buffer has at least one element and at most as many as the queue has", size,
@@ -224,7 +228,7 @@ inline Result<u32> check(std::span<const BufferElement> elements, u32 size) {
     if (total > ~u32{0}) [[unlikely]] {
         return Error{Code::bad_argument, "a buffer is longer than 2^32 - 1 bytes", ~u32{0}, total};
     }
-    return static_cast<u32>(writable);
+    return static_cast<u32>(options.readable_in_length ? total : writable);
 }
 
 struct Area {

@@ -31,7 +31,7 @@ std::string complaints(const Table& table) {
 TEST(Table, BuiltIn) {
     const Table table;
     const auto xen = table.plan(VmGuest::xen, std::nullopt);
-    EXPECT_EQ(order(xen), "xen_blk storvsc virtio_blk pvscsi ata nvme ahci ");
+    EXPECT_EQ(order(xen), "xen_blk storvsc virtio_blk virtio_scsi pvscsi ata nvme ahci ");
     ASSERT_NE(xen.pair("ata", "xen_blk"), nullptr);
     EXPECT_EQ(xen.pair("xen_blk", "ata"), xen.pair("ata", "xen_blk"));
     EXPECT_EQ(xen.pair("ata", "xen_blk")->rank, 100);
@@ -39,7 +39,7 @@ TEST(Table, BuiltIn) {
     EXPECT_FALSE(xen.both("ata", "xen_blk"));
     EXPECT_FALSE(xen.unplugs().any());
     const auto hyperv = table.plan(VmGuest::hyperv, std::nullopt);
-    EXPECT_EQ(order(hyperv), "xen_blk storvsc virtio_blk pvscsi ata nvme ahci ");
+    EXPECT_EQ(order(hyperv), "xen_blk storvsc virtio_blk virtio_scsi pvscsi ata nvme ahci ");
     ASSERT_NE(hyperv.pair("ata", "storvsc"), nullptr);
     EXPECT_EQ(hyperv.pair("ata", "storvsc")->rank, 100);
     EXPECT_EQ(hyperv.pair("ata", "storvsc")->twin, Twin::leave);
@@ -54,7 +54,7 @@ TEST(Table, TheMapFileTurnsThePreferenceRound) {
     Table table;
     EXPECT_EQ(table.apply("# IDE first\nrank xen ata xen_blk -100\n"), 0u);
     const auto plan = table.plan(VmGuest::xen, std::nullopt);
-    EXPECT_EQ(order(plan), "storvsc virtio_blk pvscsi ata xen_blk nvme ahci ");
+    EXPECT_EQ(order(plan), "storvsc virtio_blk virtio_scsi pvscsi ata xen_blk nvme ahci ");
     EXPECT_FALSE(plan.both("ata", "xen_blk"));
     EXPECT_EQ(plan.pair("ata", "xen_blk")->twin, Twin::leave);
 }
@@ -106,7 +106,7 @@ TEST(Table, MalformedLinesAreReportedByNumberAndTheRestCounts) {
         "2: expected a hypervisor's name or *, seen 'xne': did you mean 'xen'?\n"
         "3: expected a native driver (ata, nvme, ahci), seen 'xen_blk'\n"
         "4: expected a rank from -1000000 to 1000000, seen 'ten'\n"
-        "5: expected a synthetic driver (xen_blk, storvsc, virtio_blk, pvscsi), seen the end of the line\n"
+        "5: expected a synthetic driver (xen_blk, storvsc, virtio_blk, virtio_scsi, pvscsi), seen the end of the line\n"
         "6: expected what becomes of the emulated twin (leave, unplug, keep), seen 'keeep': did you mean 'keep'?\n"
         "8: expected the end of the rule, seen 'leave'\n"
         "9: expected a rule that is in the table, seen a pair for which it has none: add it, or name the hypervisor as "
@@ -133,7 +133,8 @@ TEST(Table, AnyHypervisor) {
     EXPECT_EQ(table.apply("add * ata xen_blk 5 keep\n"), 0u);
     EXPECT_EQ(table.plan(VmGuest::kvm, std::nullopt).pair("ata", "xen_blk")->rank, 5);
     EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, 100) << "the named one beats it";
-    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair_count, 3u) << "the others are those of virtio_blk and pvscsi";
+    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair_count, 4u)
+        << "the others are those of virtio_blk, virtio_scsi and pvscsi";
     EXPECT_EQ(table.apply("rank * ata xen_blk -3\n"), 0u) << "every rule of the pair";
     EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, -3);
     EXPECT_EQ(table.plan(VmGuest::kvm, std::nullopt).pair("ata", "xen_blk")->rank, -3);
@@ -188,9 +189,10 @@ TEST(Table, ThePlanIsPrinted) {
     log::attach(capture);
     drivers::log_plan(Table{}.plan(VmGuest::xen, std::nullopt), VmGuest::xen);
     log::detach(capture);
-    EXPECT_EQ(capture.text,
-              "drivers on xen: xen_blk, storvsc, virtio_blk, pvscsi, ata, nvme, ahci\ndrivers: xen_blk and "
-              "ata, rank 100, twin: leave\n")
+    EXPECT_EQ(
+        capture.text,
+        "drivers on xen: xen_blk, storvsc, virtio_blk, virtio_scsi, pvscsi, ata, nvme, ahci\ndrivers: xen_blk and "
+        "ata, rank 100, twin: leave\n")
         << "without pairs that are never twins";
 }
 

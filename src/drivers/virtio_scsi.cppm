@@ -1,0 +1,28 @@
+// virtio SCSI hosts [virtio-1.2 §5.6], on PCI and on a platform's memory bus: negotiation, the queues, discovery of
+// the logical units, hot add and remove. The request queues and the disks are in drivers.virtio_scsi.disk;
+// drivers.scsi.unit identifies units.
+//
+// After a violation of the protocol, or when a device answers nothing even after a reset of its logical units, all its
+// disks close. The device is then reset, so that it can no longer reach any buffer; a VMM that cannot reset a device in
+// use keeps them, and they are not reused.
+export module drivers.virtio_scsi;
+import core.std;
+import core.result;
+import io.task;
+import drivers.driver;
+import drivers.pci;
+import drivers.virtio.protocol;
+
+export namespace fl::drivers::virtio_scsi {
+
+inline constexpr std::array<pci::Match, 2> pci_ids{{
+    {.vendor = virtio::pci_vendor, .device = virtio::modern_pci_id(virtio::type_scsi)},
+    {.vendor = virtio::pci_vendor, .device = virtio::transitional_scsi},
+}};
+
+/// Attaches a PCI function.
+io::Task<Result<void>> probe(Environment& environment, pci::Device function);
+/// Attaches the device whose registers are at `base`, a physical address. `gsi`: its interrupt, if known.
+io::Task<Result<void>> probe(Environment& environment, u64 base, std::optional<u32> gsi);
+
+} // namespace fl::drivers::virtio_scsi

@@ -1,0 +1,298 @@
+// The virtio SCSI driver on virtio-mmio: units, events, withheld features, hostile values, silence.
+#include "gtest_macros.hpp"
+
+#include <cstddef>
+import test.gtest;
+import host.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import core.log;
+import core.mmio;
+import core.interrupt;
+import io.executor;
+import io.block;
+import io.task;
+import drivers.driver;
+import drivers.pci;
+import drivers.virtio.device;
+import drivers.virtio_scsi;
+import drivers.virtio_scsi.disk;
+
+#include "unit/io/support.hpp"
+// depends on the include above
+#include "unit/core/interrupt_fake.hpp"
+#include "unit/drivers/pci_fake.hpp"
+#include "unit/drivers/virtio_scsi_fake.hpp"
+
+namespace {
+using namespace fl;
+using drivers::Feature;
+namespace virtio_scsi = drivers::virtio_scsi;
+
+constexpr u64 base = 0xfeb00000;
+constexpr u32 gsi = 12;
+
+struct Sink final : drivers::DiskSink {
+    std::vector<io::BlockDevice*> disks;
+    std::vector<std::string> left; // "address: what"
+    bool offered(u32) override { return true; }
+    FixedText<16> free_name(std::string_view prefix) override {
+        return drivers::disk_name(prefix, static_cast<u32>(disks.size()));
+    }
+    Result<void> announce(io::BlockDevice& disk, u32) override {
+        disks.push_back(&disk);
+        return {};
+    }
+    void unused(const drivers::UnusedUnit& device) override {
+        left.push_back(std::string(device.address) + ": " + std::string(device.what));
+    }
+};
+
+struct Machine {
+    Machine() {
+        mapper.places[base] = {&host, 0x200};
+        host.interrupt = [this] {
+            host.isr |= 1;
+            interrupts.raise(gsi);
+        };
+    }
+    Result<void> probe(u32 withheld = 0) {
+        drivers::Environment e{executor, memory, interrupts, sink, timeout, withheld, {}, nullptr, mapper};
+        return executor.run(virtio_scsi::probe(e, base, gsi));
+    }
+    static io::Task<Result<void>> transfer(io::BlockDevice& disk, io::Op op, u64 lba, DmaSpan span) {
+        io::BlockDevice::Transfer t(disk, op, lba, span);
+        co_return co_await t;
+    }
+    Result<void> run(io::Op op, u64 lba = 0, DmaSpan span = {}, usize disk = 0) {
+        return executor.run(transfer(*sink.disks.at(disk), op, lba, span));
+    }
+    io::Task<Result<void>> pause() {
+        co_await executor.sleep(20'000'000);
+        co_return Result<void>{};
+    }
+    void settle() {
+        for (u32 i = 0; i < 20; ++i) {
+            static_cast<void>(executor.run(pause()));
+        }
+    }
+
+    static constexpr Nanoseconds timeout = 200'000'000;
+    fl::test::FakeMachine clock;
+    io::Executor executor{clock.platform()};
+    virtio_test::Memory memory;
+    virtio_scsi_test::Host host{memory};
+    pci_test::Mapper mapper;
+    fl::test::Interrupts interrupts;
+    Sink sink;
+    fl::test::CapturedLog log;
+};
+
+void writes_and_reads(Machine& m, virtio_scsi_test::Unit& unit, usize disk = 0) {
+    auto buffer = *m.memory.buffer(8192);
+    for (u32 i = 0; i < 8192; ++i) {
+        buffer.data()[i] = static_cast<std::byte>(i * 7);
+    }
+    const std::vector<std::byte> pattern(buffer.data(), buffer.data() + 8192);
+    EXPECT_TRUE(m.run(io::Op::write, 16, buffer.span(), disk));
+    EXPECT_EQ(std::memcmp(unit.medium.data() + 16 * 512, pattern.data(), 8192), 0);
+    std::memset(buffer.data(), 0, 8192);
+    EXPECT_TRUE(m.run(io::Op::read, 16, buffer.span(), disk));
+    EXPECT_EQ(std::memcmp(buffer.data(), pattern.data(), 8192), 0);
+}
+
+// Typed from [virtio-1.2 §5.6.6.1] and [SBC-3 §5.15].
+TEST(VirtioScsi, ARequestOnTheWire) {
+    Machine m;
+    m.host.add(2, 0);
+    m.host.add(2, 0xa5);
+    ASSERT_TRUE(m.probe());
+    ASSERT_EQ(m.sink.disks.size(), 2u);
+    auto buffer = *m.memory.buffer(4096);
+    ASSERT_TRUE(m.run(io::Op::read, 0x123, buffer.span(), 1));
+    std::vector<u8> seen = m.host.headers.back();
+    std::fill_n(seen.begin() + 8, 8, u8{0}); // the id is the driver's choice
+    std::vector<u8> expected{1,    2, 0x40, 0xa5, 0, 0, 0, 0, 0, 0,    0, 0, 0, 0, 0, 0,  // lun, id
+                             0,    0, 0,                                                  // task_attr, prio, crn
+                             0x88, 0, 0,    0,    0, 0, 0, 0, 1, 0x23, 0, 0, 0, 8, 0, 0}; // READ(16)
+    expected.resize(51);
+    EXPECT_EQ(seen, expected);
+    EXPECT_EQ(virtio_scsi::address_of(7, 0x1234), (virtio_scsi::Address{1, 7, 0x52, 0x34, 0, 0, 0, 0}));
+}
+
+TEST(VirtioScsi, UnitsOfSeveralTargets) {
+    Machine m;
+    auto& a = m.host.add(0, 0);
+    m.host.add(0, 1, 5); // a CD drive
+    auto& b = m.host.add(3, 7);
+    m.host.add(4, 0); // above max_target
+    ASSERT_TRUE(m.probe());
+    ASSERT_EQ(m.sink.disks.size(), 2u);
+    EXPECT_EQ(m.sink.disks[0]->identity().name.view(), "sda");
+    EXPECT_EQ(m.sink.disks[0]->identity().driver, "virtio_scsi");
+    EXPECT_EQ(m.sink.disks[0]->identity().kind, io::Kind::synthetic);
+    ASSERT_EQ(m.sink.left.size(), 1u);
+    EXPECT_NE(m.sink.left[0].find("target 0 LUN 1: SCSI device of type 0x5"), std::string::npos) << m.sink.left[0];
+    writes_and_reads(m, a, 0);
+    writes_and_reads(m, b, 1);
+    EXPECT_TRUE(m.run(io::Op::flush));
+}
+
+TEST(VirtioScsi, WithheldFeaturesAreNotAccepted) {
+    struct Row {
+        Feature feature;
+        u64 bits;
+    };
+    for (const Row& row : {Row{Feature::indirect, u64{1} << 28}, Row{Feature::event_idx, u64{1} << 29}}) {
+        Machine m;
+        auto& unit = m.host.add(0, 0);
+        ASSERT_TRUE(m.probe(to_underlying(row.feature)));
+        EXPECT_EQ(m.host.accepted, m.host.offered & ~row.bits);
+        writes_and_reads(m, unit);
+    }
+}
+
+TEST(VirtioScsi, ImpossibleConfigurationsAreRefused) {
+    struct Row {
+        usize at;
+        u32 value;
+        Code code;
+    };
+    for (const Row& row : {Row{0, 0, Code::protocol}, Row{0, 0x10000, Code::protocol}, Row{4, 0, Code::protocol},
+                           Row{8, 7, Code::not_supported}, Row{12, 0, Code::protocol}, Row{16, 17, Code::not_supported},
+                           Row{20, 0, Code::protocol}, Row{20, 97, Code::protocol}, Row{24, 15, Code::protocol},
+                           Row{24, 33, Code::protocol}}) {
+        Machine m;
+        m.host.add(0, 0);
+        m.host.set<u32>(row.at, row.value);
+        const auto probed = m.probe();
+        ASSERT_FALSE(probed) << row.at << " " << row.value;
+        EXPECT_EQ(probed.error().code, row.code) << row.at << " " << row.value;
+        EXPECT_TRUE(m.sink.disks.empty());
+    }
+    for (const u32 size : {0u, 32769u}) {
+        Machine m;
+        m.host.queue_max = size;
+        EXPECT_EQ(m.probe().error().code, Code::protocol) << size;
+    }
+    Machine large;
+    auto& unit = large.host.add(0, 0);
+    large.host.queue_max = 32768;
+    ASSERT_TRUE(large.probe());
+    writes_and_reads(large, unit);
+}
+
+TEST(VirtioScsi, InvalidAnswersCloseTheDisk) {
+    struct Row {
+        const char* what;
+        std::function<void(std::array<u8, 108>&, u32&)> spoil;
+    };
+    for (const Row& row :
+         {Row{"unwritten", [](auto& r, u32&) { r[11] = 0xff; }}, Row{"undefined", [](auto& r, u32&) { r[11] = 13; }},
+          Row{"residual", [](auto& r, u32&) { r[6] = 1; }}, Row{"sense", [](auto& r, u32&) { r[0] = 97, r[10] = 2; }},
+          Row{"length", [](auto&, u32& length) { length = 51 + 108 + 4096 + 1; }}}) {
+        Machine m;
+        m.host.add(0, 0);
+        ASSERT_TRUE(m.probe());
+        m.host.spoil = row.spoil;
+        auto buffer = *m.memory.buffer(4096);
+        EXPECT_FALSE(m.run(io::Op::read, 0, buffer.span())) << row.what;
+        m.settle();
+        EXPECT_GE(m.host.resets, 1u) << row.what;
+        m.host.spoil = nullptr;
+        EXPECT_FALSE(m.run(io::Op::read, 0, buffer.span())) << row.what << ": it stays closed";
+    }
+}
+
+TEST(VirtioScsi, ABufferReturnedTwiceClosesTheDisk) {
+    Machine m;
+    m.host.add(0, 0);
+    ASSERT_TRUE(m.probe());
+    auto buffer = *m.memory.buffer(4096);
+    ASSERT_TRUE(m.run(io::Op::read, 0, buffer.span()));
+    m.host.push_again(m.host.last);
+    EXPECT_FALSE(m.run(io::Op::read, 0, buffer.span()));
+    m.settle();
+    EXPECT_EQ(m.host.resets, 1u);
+}
+
+TEST(VirtioScsi, ResponsesOfTheTransport) {
+    for (const u8 response : {1, 3, 6, 7, 8, 9}) {
+        Machine m;
+        m.host.add(0, 0);
+        ASSERT_TRUE(m.probe());
+        m.host.spoil = [&](auto& r, u32&) { r[11] = response; };
+        auto buffer = *m.memory.buffer(4096);
+        EXPECT_FALSE(m.run(io::Op::read, 0, buffer.span())) << u32{response};
+        EXPECT_EQ(m.host.resets, 0u) << "an error of the command only";
+    }
+    for (const u8 response : {2, 4, 5}) { // once, then it succeeds
+        Machine m;
+        m.host.add(0, 0);
+        ASSERT_TRUE(m.probe());
+        u32 times = 0;
+        m.host.spoil = [&](auto& r, u32&) { r[11] = times++ == 0 ? response : u8{0}; };
+        auto buffer = *m.memory.buffer(4096);
+        EXPECT_TRUE(m.run(io::Op::read, 0, buffer.span())) << u32{response};
+        EXPECT_EQ(times, 2u);
+    }
+}
+
+TEST(VirtioScsi, EventsAddAndRemoveUnits) {
+    Machine m;
+    m.host.add(0, 0);
+    ASSERT_TRUE(m.probe());
+    for (u32 i = 0; i < 20; ++i) { // more than there are buffers: they are given back
+        ASSERT_TRUE(m.host.event(0x55, 9, 9, 9)) << "unknown events have no effect";
+        m.settle();
+    }
+    auto& fresh = m.host.add(1, 0);
+    ASSERT_TRUE(m.host.event(1, 1, 0, 1)); // RESCAN
+    m.settle();
+    ASSERT_EQ(m.sink.disks.size(), 2u);
+    writes_and_reads(m, fresh, 1);
+    fresh.present = false;
+    ASSERT_TRUE(m.host.event(1, 1, 0, 2)); // REMOVED
+    m.settle();
+    EXPECT_TRUE(m.sink.disks[1]->removed());
+    EXPECT_FALSE(m.sink.disks[0]->removed());
+    m.host.add(2, 1);
+    ASSERT_TRUE(m.host.event(0x8000'0000, 0, 0, 0)); // NO_EVENT, EVENTS_MISSED
+    m.settle();
+    EXPECT_EQ(m.sink.disks.size(), 3u);
+    ASSERT_TRUE(m.host.event(1, 2, 1, 2, 8)); // too short
+    m.settle();
+    EXPECT_EQ(m.host.resets, 1u);
+    auto buffer = *m.memory.buffer(4096);
+    EXPECT_FALSE(m.run(io::Op::read, 0, buffer.span()));
+}
+
+TEST(VirtioScsi, ASilentDeviceIsAskedToResetItsUnits) {
+    Machine m;
+    auto& unit = m.host.add(0, 0);
+    ASSERT_TRUE(m.probe());
+    m.host.hold_io = true;
+    auto buffer = *m.memory.buffer(4096);
+    static_cast<void>(m.run(io::Op::read, 0, buffer.span()));
+    EXPECT_EQ(m.host.unit_resets, 1u);
+    EXPECT_EQ(m.host.resets, 0u);
+    writes_and_reads(m, unit);
+}
+
+TEST(VirtioScsi, ADeadDeviceIsResetAndItsDisksClose) {
+    Machine m;
+    m.host.add(0, 0);
+    ASSERT_TRUE(m.probe());
+    m.host.dead = true;
+    auto buffer = *m.memory.buffer(4096);
+    EXPECT_FALSE(m.run(io::Op::read, 0, buffer.span()));
+    m.settle();
+    m.settle();
+    EXPECT_EQ(m.host.resets, 1u);
+    m.host.dead = false;
+    EXPECT_FALSE(m.run(io::Op::read, 0, buffer.span())) << "it stays closed";
+}
+
+} // namespace
