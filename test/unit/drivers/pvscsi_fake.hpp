@@ -161,7 +161,7 @@ class Adapter final : public MmioModel {
         if (reply.host == 0 && reply.status == 0) {
             moved = perform(r);
         }
-        std::memcpy(reinterpret_cast<void*>(r.get<u64>(24)), reply.sense.data(), reply.sense.size());
+        std::ranges::copy(reply.sense, reinterpret_cast<u8*>(r.get<u64>(24)));
         past.push_back(r.context());
         complete(r.context(), reply.moved.value_or(counts ? moved : 0),
                  reply.sense_length.value_or(static_cast<u32>(reply.sense.size())), reply.host, reply.status);
@@ -374,7 +374,7 @@ class Adapter final : public MmioModel {
         usize done = 0;
         for (const auto& [bus, bytes] : r.ranges()) {
             const usize some = std::min<usize>(bytes, n - done);
-            std::memcpy(reinterpret_cast<void*>(bus), answer.data.data() + done, some);
+            std::copy_n(answer.data.begin() + static_cast<std::ptrdiff_t>(done), some, reinterpret_cast<u8*>(bus));
             done += some;
         }
         return {.host = static_cast<u16>(n < r.length() ? 0x12 : 0)};
