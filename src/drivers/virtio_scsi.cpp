@@ -585,10 +585,10 @@ io::Task<Result<void>> Controller<Ring>::attach() {
                                                 static_cast<Queue<Ring>&>(there).start(timeout);
                                             }));
     }
-    for (u16 i = 0; i < event_memory_.size; ++i) {
+    for (u32 i = 0; i < event_memory_.size; ++i) {
         const io::BufferElement element{messages_.bus() + offsetof(Messages, events) + i * sizeof(Event), sizeof(Event),
                                         true};
-        CO_CHECK(events_->add(i, std::span(&element, 1)));
+        CO_CHECK(events_->add(static_cast<u16>(i), std::span(&element, 1)));
     }
     if (events_->publish()) {
         event_notifier_.notify();
