@@ -220,6 +220,18 @@ class Tools(unittest.TestCase):
         del ours["a"]
         self.assertEqual(fiotools.compare("", theirs, ours), ["a is missing"])
 
+    def test_a_rank_between_two_ios(self) -> None:
+        """99.95 % of 10000 I/Os: fio names the 9996th, because 99.95 is a little more in binary."""
+
+        def part(value: int) -> dict:
+            return {"total_ios": 10000, "lat_ns": {"N": 10000, "mean": 72193, "min": 72000, "max": 74300, "percentile": {"99.950000": value}}}
+
+        border = [(72192, 9995), (74240, 5)]
+        self.assertEqual(fiotools.distribution(border, part(72192)), "")
+        self.assertEqual(fiotools.distribution(border, part(74240)), "")
+        self.assertIn("percentile 99.95", fiotools.distribution(border, part(76288)))
+        self.assertIn("percentile 99.95", fiotools.distribution([(72192, 9994), (74240, 6)], part(72192)))
+
     def test_distribution(self):
         part = Jobs().job()["read"]
         found = [(258, 2), (302, 1)]
