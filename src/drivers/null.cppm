@@ -54,7 +54,7 @@ class Disk final : public io::QueueDisk<Transport> {
         identity_.driver = "null";
         identity_.kind = io::Kind::synthetic;
         identity_.model = FixedText<48>("no device");
-        set_geometry({.sectors = sectors, .flush = true, .discard = true});
+        set_geometry({.sectors = sectors, .flush = true, .discard = true, .write_zeroes = true});
         queue_.add(*this);
         queue_.open(timeout());
     }

@@ -66,8 +66,8 @@ inline void BlockDevice::accept(Request& request) {
     if (request.op != Op::flush) {
         const u32 sector = geometry_.sector_size;
         const u64 sectors = request.buffer.size / sector;
-        if (request.buffer.data == nullptr || request.buffer.size == 0 || request.buffer.size % sector != 0 ||
-            request.buffer.bus % sector != 0) {
+        if ((request.buffer.data == nullptr && has_data(request.op)) || request.buffer.size == 0 ||
+            request.buffer.size % sector != 0 || request.buffer.bus % sector != 0) {
             return complete(request, Status::misaligned);
         }
         if (request.lba >= geometry_.sectors || sectors > geometry_.sectors - request.lba) {
@@ -76,7 +76,8 @@ inline void BlockDevice::accept(Request& request) {
         if (request.op != Op::read && geometry_.read_only) {
             return complete(request, Status::read_only);
         }
-        if (request.op == Op::discard && !geometry_.discard) {
+        if ((request.op == Op::discard && !geometry_.discard) ||
+            (request.op == Op::write_zeroes && !geometry_.write_zeroes)) {
             return complete(request, Status::not_supported);
         }
     } else if (!geometry_.flush) {

@@ -10,11 +10,17 @@ import io.executor;
 
 export namespace fl::io {
 
-enum class Op : u8 { read, write, flush, discard };
+/// discard: the contents are no longer needed, and undefined afterwards. write_zeroes: they read as zeros afterwards.
+/// Neither transfers data.
+enum class Op : u8 { read, write, flush, discard, write_zeroes };
 constexpr std::string_view name(Op op) {
-    constexpr std::array<std::string_view, 4> names{"read", "write", "flush", "discard"};
+    constexpr std::array<std::string_view, 5> names{"read", "write", "flush", "discard", "write zeroes"};
     return names[to_underlying(op)];
 }
+/// Whether data is transferred between the request's buffer and the disk.
+constexpr bool has_data(Op op) { return op <= Op::write; }
+/// Whether the contents of the disk may be changed.
+constexpr bool changes_medium(Op op) { return op == Op::write || op >= Op::discard; }
 
 /// How a request ended. `not_written` is the initial value: a request with it was never answered.
 enum class Status : u8 {
@@ -27,7 +33,7 @@ enum class Status : u8 {
     protocol_error, // the answer violated the protocol
     misaligned,     // buffer or length is not a multiple of the sector size
     out_of_range,   // beyond the last sector
-    read_only,      // write or discard on a write-protected disk
+    read_only,      // write, discard or write zeroes on a write-protected disk
     not_written = 0xff,
 };
 Error to_error(Status status);
@@ -40,6 +46,7 @@ struct Geometry {
     bool read_only = false;
     bool flush = false; // has a volatile write cache, which flush() empties
     bool discard = false;
+    bool write_zeroes = false;
 };
 
 /// synthetic: paravirtual, designed for virtual machines; emulated: a hardware device modelled by the host.
@@ -83,8 +90,9 @@ class Request : public ReadyNode {
     ~Request();
 
     // The operation: constant after submit().
-    DmaSpan buffer; // whole sectors; empty for flush
-    u64 lba;        // in sectors of the device
+    DmaSpan
+        buffer; // whole sectors; empty for flush; for discard and write zeroes without address, its size is the range's
+    u64 lba;    // in sectors of the device
     /// The caller's own limit, in nanoseconds of machine time from submission, the wait for room included; 0: none. The
     /// request then ends with timed_out within a tick [Executor::tick_length], and the device's time-out still holds.
     /// buffer_lost is set if the device may still access the buffer. On a lane without a queue it begins when the
@@ -159,7 +167,7 @@ class BlockDevice {
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
     Nanoseconds timeout() const { return timeout_; }
 
-    /// The awaiter returned by read(), write() and flush().
+    /// The awaiter returned by read(), write(), flush(), discard() and write_zeroes().
     class [[nodiscard]] Transfer : public Request {
       public:
         using Request::Request;
@@ -184,6 +192,14 @@ class BlockDevice {
     /// Ends with ok once all data acknowledged before its submission is on stable storage. A disk without a volatile
     /// cache ends it with ok at once.
     Transfer flush(Nanoseconds bound = 0) { return {*this, Op::flush, 0, {}, bound}; }
+    /// `bytes`: whole sectors. Geometry::discard and Geometry::write_zeroes tell which disks can; the others end the
+    /// request as not_supported.
+    Transfer discard(u64 lba, u32 bytes, Nanoseconds bound = 0) {
+        return {*this, Op::discard, lba, range(bytes), bound};
+    }
+    Transfer write_zeroes(u64 lba, u32 bytes, Nanoseconds bound = 0) {
+        return {*this, Op::write_zeroes, lba, range(bytes), bound};
+    }
 
     /// Checks the request and hands it to the driver. Always ends through complete(), even when refused; never
     /// resumes the waiter synchronously.
@@ -218,6 +234,7 @@ class BlockDevice {
 
   private:
     friend class Request;
+    static DmaSpan range(u32 bytes) { return {nullptr, 0, bytes}; }
     void accept(Request& request);
     Executor& executor_;
     std::span<BlockDevice* const> shared_{};

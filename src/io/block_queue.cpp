@@ -413,8 +413,7 @@ void QueueCore::orphan(u64 id, QueuedCommand& command, Fence fence) {
         static_cast<void>(transport_finish(command, Status::cancelled));
         end_late(id, command, true);
         slots_->free(id);
-    } else if (fence != Fence::done && (command.op == Op::write || command.op == Op::discard) &&
-               !std::exchange(command.late_write, true)) {
+    } else if (fence != Fence::done && changes_medium(command.op) && !std::exchange(command.late_write, true)) {
         count_late(1);
     }
 }
@@ -610,7 +609,7 @@ void QueueCore::give_up_after_reset() {
         if ((command.first == nullptr && !command.late_write) || command.delayed || command.number > reset_issued_) {
             return;
         }
-        writes = writes || command.op == Op::write || command.op == Op::discard;
+        writes = writes || changes_medium(command.op);
         give_up_all(command);
     });
     reset_bound_.reset();

@@ -501,8 +501,7 @@ class BlockQueue : public QueueCore {
     /// Whether the request must wait for an abandoned write.
     inline bool must_wait(const QueuedDevice& disk, const Request& request) {
         return (late_writes_ != 0 && blocked(disk, request)) ||
-               (transport_.late_writes_elsewhere(late_writes_) &&
-                (request.op == Op::write || request.op == Op::discard));
+               (transport_.late_writes_elsewhere(late_writes_) && changes_medium(request.op));
     }
     void take(const Completion& completion);
     void end_command(u64 id, Command& command, Status status);

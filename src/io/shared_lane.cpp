@@ -136,7 +136,7 @@ void SharedLane::forget(Request& request) {
         return;
     }
     proxy->origin = nullptr;
-    if (!request.buffer.empty()) {
+    if (has_data(request.op)) {
         // Until the target has forgotten it, too; its queue then knows whether the device may still access the
         // buffer.
         request.buffer_lost = true;

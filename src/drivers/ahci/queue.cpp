@@ -67,6 +67,9 @@ io::Fit Transport::prepare(Command& command) {
         command.bytes = static_cast<u32>(
             std::min<u64>(command.bytes, u64{trim_ranges} * trim_max_sectors * command.disk().geometry().sector_size));
         return io::Fit::ok;
+    case io::Op::write_zeroes: // ATA has no such command, and the geometry says so
+        command.refusal = io::Status::not_supported;
+        return io::Fit::refused;
     case io::Op::read:
     case io::Op::write: break;
     }

@@ -578,6 +578,7 @@ inline void Port::end(Hba& hba, Command c, How how, bool notify) {
     std::vector<std::byte> data(u64{c.count} * (drive ? drive->sector_size : 512));
     u32 cause = is_dhrs;
     switch (c.op()) {
+    case io::Op::write_zeroes: ADD_FAILURE() << "ATA has no such command"; break;
     case io::Op::flush:
         drive->is_flushed = true;
         ++drive->flushes;

@@ -42,7 +42,9 @@ struct Facts {
     u32 capacity = 1;               // 4 KiB commands that the device can hold at once, for each lane
     u32 part_bytes = 0;             // larger reads and writes are split; 0: never
     u32 discard_bytes = 0;          // larger discards are split; 0: never
+    u32 zeroes_bytes = 0;           // larger zeroed ranges are split; 0: never
     bool discards = false;          // discards are supported
+    bool zeroes = false;            // write zeroes is supported
     bool holds = true;              // false: the device completes commands at once
     bool gathers = false;           // adjacent requests are merged into one command at the end of the turn
     bool copies = false;            // such buffers are bounced: each command has one request

@@ -77,11 +77,13 @@ class Bench {
         item.op = op;
         item.lba = op == Op::flush ? 0 : lba;
         item.lane = lane % facts().lanes;
-        if (op != Op::flush) {
+        if (io::has_data(op)) {
             item.buffer = *dma.buffer(bytes);
             item.span = item.buffer.span().subspan(0, bytes);
+        } else if (op != Op::flush) {
+            item.span.size = bytes;
         }
-        for (u32 i = 0; i < item.span.size; i += 8) {
+        for (u32 i = 0; i < item.buffer.span().size; i += 8) {
             const u64 stamp = op == Op::write ? (u64{items.size()} << 32 | i) : ~u64{0};
             std::memcpy(item.span.data + i, &stamp, 8);
         }
@@ -219,9 +221,9 @@ class Bench {
             }
             const Zeroed medium(item->span.size); // a vector of bytes takes most of a test's time without optimization
             rig->read_medium(item->lba, static_cast<u32>(item->sectors()), medium.data());
-            if (item->op == Op::discard) { // the fakes write zeros
+            if (!io::has_data(item->op)) { // the fakes write zeros also when they discard
                 EXPECT_TRUE(std::ranges::all_of(medium, [](std::byte b) { return b == std::byte{}; }))
-                    << medium.size() << " bytes at " << item->lba << " are not discarded";
+                    << medium.size() << " bytes at " << item->lba << " are not zeros";
                 continue;
             }
             EXPECT_EQ(std::memcmp(medium.data(), item->span.data, medium.size()), 0)
@@ -267,8 +269,14 @@ constexpr const char* point_names[] = {
 
 /// The operations of the transport.
 inline std::vector<Op> operations(const Facts& f) {
-    return f.discards ? std::vector{Op::read, Op::write, Op::flush, Op::discard}
-                      : std::vector{Op::read, Op::write, Op::flush};
+    std::vector<Op> all{Op::read, Op::write, Op::flush};
+    if (f.discards) {
+        all.push_back(Op::discard);
+    }
+    if (f.zeroes) {
+        all.push_back(Op::write_zeroes);
+    }
+    return all;
 }
 
 /// The points that a request of this kind has.
@@ -277,7 +285,10 @@ inline std::vector<Point> points(const Facts& f, Op op) {
         return {Point::submitted, Point::drained};
     }
     std::vector<Point> all{Point::submitted, Point::with_device, Point::answered, Point::drained, Point::waiting};
-    const u32 part = op <= Op::write ? f.part_bytes : op == Op::discard ? f.discard_bytes : 0;
+    const u32 part = op <= Op::write          ? f.part_bytes
+                     : op == Op::discard      ? f.discard_bytes
+                     : op == Op::write_zeroes ? f.zeroes_bytes
+                                              : 0;
     if (part != 0) {
         all.push_back(Point::partly_answered);
     }

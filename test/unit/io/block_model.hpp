@@ -88,7 +88,7 @@ struct ModelDevice {
 
     void move(Entry& e) {
         u64 lba = e.lba;
-        if (e.op == Op::discard && e.acts) {
+        if (e.op >= Op::discard && e.acts) {
             medium.write(lba, e.bytes, std::vector<std::byte>(e.bytes).data());
         }
         if (e.op == Op::write && e.acts && !e.reaches) {
@@ -369,7 +369,7 @@ class ModelDisk final : public io::QueueDisk<ModelTransport<gather>> {
     ModelDisk(io::Executor& executor, io::BlockQueue<ModelTransport<gather>>& queue)
         : io::QueueDisk<ModelTransport<gather>>(executor, queue) {
         this->identity_.name = FixedText<16>("model0");
-        this->set_geometry({.sectors = Rig::sectors, .flush = true, .discard = true});
+        this->set_geometry({.sectors = Rig::sectors, .flush = true, .discard = true, .write_zeroes = true});
         queue.add(*this);
     }
 };
@@ -385,7 +385,9 @@ class ModelRig final : public Rig {
                 .capacity = std::min(config.room, Transport::max_commands - Transport::reserved_commands),
                 .part_bytes = Transport::part_bytes,
                 .discard_bytes = Transport::part_bytes,
+                .zeroes_bytes = Transport::part_bytes,
                 .discards = true,
+                .zeroes = true,
                 .gathers = gather,
                 .answers_after_all = config.recovery == io::Recovery::Kind::none,
                 .retries = true,

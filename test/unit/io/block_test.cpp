@@ -205,11 +205,27 @@ TEST_F(Block, CancelEndsIt) {
     EXPECT_FALSE(disk.cancel(transfer));
 }
 
-TEST_F(Block, AReadOnlyDiskDiscardsNothing) {
+TEST_F(Block, AReadOnlyDiskDiscardsAndZeroesNothing) {
     disk.change_geometry().discard = true;
-    EXPECT_EQ(run(Op::discard, 0, buffer), Status::ok);
+    disk.change_geometry().write_zeroes = true;
+    const DmaSpan range{nullptr, 0, 4096};
+    EXPECT_EQ(run(Op::discard, 0, range), Status::ok);
+    EXPECT_EQ(run(Op::write_zeroes, 0, range), Status::ok);
     disk.change_geometry().read_only = true;
-    EXPECT_EQ(run(Op::discard, 0, buffer), Status::read_only);
+    EXPECT_EQ(run(Op::discard, 0, range), Status::read_only);
+    EXPECT_EQ(run(Op::write_zeroes, 0, range), Status::read_only);
+}
+
+TEST_F(Block, ARangeWithoutDataIsWholeSectorsOfTheDisk) {
+    disk.change_geometry().discard = true;
+    disk.change_geometry().write_zeroes = true;
+    for (const Op op : {Op::discard, Op::write_zeroes}) {
+        EXPECT_EQ(run(op, 0, {nullptr, 0, 0}), Status::misaligned);
+        EXPECT_EQ(run(op, 0, {nullptr, 0, 100}), Status::misaligned);
+        EXPECT_EQ(run(op, disk.geometry().sectors, {nullptr, 0, 512}), Status::out_of_range);
+    }
+    disk.change_geometry().write_zeroes = false;
+    EXPECT_EQ(run(Op::write_zeroes, 0, {nullptr, 0, 512}), Status::not_supported);
 }
 
 TEST_F(Block, TaskDiesWhileItsRequestIsUnderWay) {

@@ -120,6 +120,8 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
     fl::u64 flushes = 0;
     fl::u64 max_in_flight = 0;
     fl::u64 forgotten = 0;
+    fl::u64 discarded = 0; // bytes
+    fl::u64 zeroed = 0;    // bytes
 
     MemoryDisk(fl::io::Executor& e, std::byte* storage, fl::usize bytes, fl::u32 sector = 512)
         : BlockDevice(e), data(storage), size(bytes) {
@@ -206,6 +208,15 @@ class MemoryDisk final : public fl::io::BlockDevice, public fl::io::Service {
             return behaviour.fail_status;
         }
         const fl::usize at = r.lba * geometry().sector_size;
+        if (!fl::io::has_data(r.op)) {
+            (r.op == Op::discard ? discarded : zeroed) += r.buffer.size;
+            if (r.op == Op::write_zeroes && r.lba != behaviour.drop_write_lba) {
+                std::memset(data + at, 0, r.buffer.size);
+            } else if (r.op == Op::discard) {
+                std::memset(data + at, 0xdd, r.buffer.size); // undefined
+            }
+            return Status::ok;
+        }
         if (r.op == Op::write) {
             if (r.lba == behaviour.drop_write_lba) {
                 return Status::ok;
