@@ -258,6 +258,7 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
     plan.count = options.count.value_or(plan.count);
     plan.seed = options.seed.value_or(plan.seed);
     plan.generation = options.generation;
+    plan.erase = options.erase;
     // Check every disk before running any: writes cannot be undone.
     for (const io::BlockDevice* disk : disks.all()) {
         const std::string_view disk_name = disk->identity().name.view();
@@ -287,6 +288,10 @@ io::Task<Result<Outcome>> verify(const Options& options, const Disks& disks, Job
             ++good;
             log::info("{}: {} {} of {} bytes verified on {} {}", disk_name, result->blocks,
                       plural(result->blocks, "blocks"), plan.bs, result->lanes, plural(result->lanes, "lanes"));
+            if (plan.erase.any()) {
+                log::info("{}: {} {} discarded, {} zeroed", disk_name, result->discarded,
+                          plural(result->discarded, "blocks"), result->zeroed);
+            }
         } else {
             outcome.verdict = Verdict::failure;
             log::error("{}: verify failed: {} of {} {} bad, {} written, {} read", disk_name, result->bad,

@@ -20,6 +20,9 @@ using Message = FixedText<320>;
 constexpr std::array<std::string_view, 4> level_names{"error", "warning", "info", "debug"};
 static_assert(level_names[to_underlying(log::Level::debug)] == log::name(log::Level::debug));
 
+// The operations listed for the erase key.
+constexpr std::array<std::string_view, 2> erase_names{"discard", "zeroes"};
+
 struct FeatureName {
     std::string_view name;
     drivers::Feature feature;
@@ -38,6 +41,8 @@ constexpr auto features = std::to_array<FeatureName>({
     {"-multi-queue", drivers::Feature::multi_queue},
     {"-shadow-doorbells", drivers::Feature::shadow_doorbells},
     {"-ncq", drivers::Feature::ncq},
+    {"-write-zeroes", drivers::Feature::write_zeroes},
+    {"-ring-reset", drivers::Feature::ring_reset},
 });
 constexpr auto feature_names = [] {
     std::array<std::string_view, features.size()> names{};
@@ -120,7 +125,7 @@ struct Key {
     u8 jobs; // the jobs that use this key; with any other job it is an error, so that it is not silently ignored
     Answer (*parse)(Options&, std::string_view value);
 };
-constexpr std::array<Key, 22> keys{{
+constexpr std::array<Key, 23> keys{{
     {"job", false, any_job, [](Options& o, std::string_view v) { return pick(o.job, job_names, v); }},
     {"workload", true, only(Job::bench),
      [](Options& o, std::string_view v) -> Answer {
@@ -150,6 +155,19 @@ constexpr std::array<Key, 22> keys{{
      [](Options& o, std::string_view v) { return number(o.seed, v, 0, ~u64{0}, "a number"); }},
     {"generation", false, only(Job::verify),
      [](Options& o, std::string_view v) { return number(o.generation, v, 0, ~u64{0}, "a number"); }},
+    {"erase", false, only(Job::verify),
+     [](Options& o, std::string_view v) -> Answer {
+         o.erase = {};
+         TextParts parts(v);
+         while (const auto part = parts.next()) {
+             const auto index = index_of(erase_names, *part);
+             if (!index) {
+                 return Wrong{{}, erase_names, *part};
+             }
+             (*index == 0 ? o.erase.discard : o.erase.zeroes) = true;
+         }
+         return {};
+     }},
     {"hv", false, any_job,
      [](Options& o, std::string_view v) -> Answer {
          const auto preference = hv::parse_preference(v);

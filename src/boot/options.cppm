@@ -7,6 +7,7 @@ import core.time;
 import core.log;
 import core.processor;
 import io.executor;
+import io.verify;
 import hv.detect;
 import drivers.table;
 import drivers.driver;
@@ -78,6 +79,7 @@ struct Options {
     std::optional<u64> qd;    // verify
     std::optional<u64> seed;  // verify
     u64 generation = 1;       // verify
+    io::Erase erase;          // verify
     hv::Preference hv;
     TextList map; // rules with commas, for drivers::Table::apply_word, after the map file
     std::optional<drivers::Twin> emulated;

@@ -1,6 +1,7 @@
 module io.block;
 import core.std;
 import core.check;
+import core.log;
 import core.result;
 import core.time;
 import core.dma;
@@ -50,6 +51,35 @@ void BlockDevice::submit(Request& request) {
         return;
     }
     accept(request);
+}
+
+void BlockDevice::resize(u64 sectors) {
+    check(this_processor() == executor_.processor(), "a disk is resized on its own processor");
+    if (sectors == geometry_.sectors) {
+        return;
+    }
+    log::warning("{}: resized from {} to {} sectors of {} bytes", identity_.name.view(), geometry_.sectors, sectors,
+                 geometry_.sector_size);
+    geometry_.sectors = sectors;
+    for (u32 i = 1; i < lanes(); ++i) {
+        lane(i).learn_size(sectors);
+    }
+}
+
+// A post in progress is not posted again. Its handler clears `posted` before it reads the size, and both exchanges are
+// acquire and release: either the handler sees the new size, or this sees that a new post is needed.
+void BlockDevice::learn_size(u64 sectors) {
+    resize_.sectors.store(sectors, std::memory_order_relaxed);
+    if (resize_.posted.exchange(true, std::memory_order_acq_rel)) {
+        return;
+    }
+    resize_.lane = this;
+    resize_.run = [](Post& post) {
+        auto& self = static_cast<Resize&>(post);
+        self.posted.exchange(false, std::memory_order_acq_rel);
+        self.lane->geometry_.sectors = self.sectors.load(std::memory_order_relaxed);
+    };
+    static_cast<void>(executor_.post(resize_)); // refused: that processor has stopped, and its lane too
 }
 
 void BlockDevice::submit_forwarded(BlockDevice& to, Request& request) { to.accept(request); }

@@ -38,9 +38,9 @@ enum class Status : u8 {
 };
 Error to_error(Status status);
 
-/// Properties of a disk. Set before it is announced, constant afterwards.
+/// Properties of a disk. Set before it is announced, constant afterwards, except for its size.
 struct Geometry {
-    u64 sectors = 0;                // of sector_size bytes each
+    u64 sectors = 0;                // of sector_size bytes each; see BlockDevice::resize()
     u32 sector_size = 512;          // bytes; 512 or 4096: the unit of LBAs and lengths
     u32 physical_sector_size = 512; // bytes; a hint
     bool read_only = false;
@@ -163,6 +163,11 @@ class BlockDevice {
     /// The host has removed the disk: every request ends as device_gone, and a flush has no medium left to reach. A
     /// disk closed because of an error is not removed. Callable on any processor.
     virtual bool removed() const { return false; }
+    /// The host has changed the size of the disk. By the driver, on the disk's own processor; every other lane learns
+    /// it on its processor, soon afterwards. A request is checked against the size that its lane knows when it is
+    /// submitted; one that was submitted before, and ends beyond the new end, ends with the device's error.
+    /// 0 sectors: every further transfer is out_of_range. Logs the change. Callable again at any time.
+    void resize(u64 sectors);
     /// Timeout for a request, counted once the device has it and all earlier ones are answered [io.oldest_wait].
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
     Nanoseconds timeout() const { return timeout_; }
@@ -235,10 +240,18 @@ class BlockDevice {
   private:
     friend class Request;
     static DmaSpan range(u32 bytes) { return {nullptr, 0, bytes}; }
+    /// The new size, on its way to the lane's processor.
+    struct Resize : Post {
+        BlockDevice* lane = nullptr;
+        std::atomic<u64> sectors{0};
+        std::atomic<bool> posted{false};
+    };
+    void learn_size(u64 sectors);
     void accept(Request& request);
     Executor& executor_;
     std::span<BlockDevice* const> shared_{};
     Nanoseconds timeout_ = 5'000'000'000;
+    Resize resize_;
     bool held_ = false;
 };
 

@@ -77,6 +77,15 @@ BlockCheck check_stamp(std::span<const std::byte> block, const Stamp& stamp) {
     return {};
 }
 
+BlockCheck check_zeros(std::span<const std::byte> block) {
+    for (usize at = 0; at + 8 <= block.size(); at += 8) {
+        if (const u64 seen = get<u64>(block, at); seen != 0) {
+            return {Mismatch::zeroes, 0, seen};
+        }
+    }
+    return {};
+}
+
 namespace {
 
 struct Run {
@@ -94,6 +103,7 @@ struct Run {
     }
     u64 lba(u64 block) const { return report.plan.first_lba + block * (report.plan.bs / 512); }
     Stamp stamp(u64 block) const { return {lba(block), report.plan.generation, report.plan.seed}; }
+    Op operation(u64 block) const { return operation_on(lba(block) / (report.plan.bs / 512), report.plan.erase); }
     u64 sector(u64 block) const { return lba(block) / (disk.geometry().sector_size / 512); }
     void failed(Status status) {
         if (!report.first_error) {
@@ -104,7 +114,10 @@ struct Run {
     }
     void check(std::span<const std::byte> data, u64 block) {
         ++report.read;
-        const BlockCheck result = check_stamp(data, stamp(block));
+        const Op op = operation(block);
+        const BlockCheck result = op == Op::write          ? check_stamp(data, stamp(block))
+                                  : op == Op::write_zeroes ? check_zeros(data)
+                                                           : BlockCheck{};
         if (result.what != Mismatch::none) {
             if (report.bad < report.first_bad.size()) {
                 report.first_bad[report.bad] = {lba(block), result};
@@ -145,6 +158,39 @@ Task<Result<void>> slot(Run& run, Op op, DmaBuffer owned) {
         }
     }
     co_return Result<void>{};
+}
+
+Task<Result<void>> erase_slot(Run& run) {
+    const u32 bytes = run.report.plan.bs;
+    u64 block = 0;
+    while (run.take(block)) {
+        const Op op = run.operation(block);
+        if (op == Op::write) {
+            continue;
+        }
+        ++run.report.to_erase;
+        BlockDevice::Transfer transfer(run.disk, op, run.sector(block), {nullptr, 0, bytes});
+        static_cast<void>(co_await transfer); // the result is in its status
+        if (transfer.status != Status::ok) {
+            run.failed(transfer.status);
+        } else {
+            ++(op == Op::discard ? run.report.discarded : run.report.zeroed);
+        }
+    }
+    co_return Result<void>{};
+}
+
+// Discards and zeroes the blocks that the plan says.
+Task<Result<void>> erase(Run& run) {
+    run.next = 0;
+    TaskGroup group(run.disk.executor());
+    Result<void> spawned;
+    for (u32 i = 0; i < run.report.plan.qd && spawned; ++i) {
+        spawned = group.spawn(erase_slot(run));
+    }
+    run.stopped = run.stopped || !spawned;
+    static_cast<void>(co_await group.join());
+    co_return spawned;
 }
 
 // Processes all blocks once, in one direction.
@@ -197,6 +243,12 @@ Result<u64> blocks_of(const Geometry& g, const VerifyPlan& plan) {
     if (plan.write && g.read_only) {
         return Error{Code::bad_argument, "verify would have to write, and the disk is read-only"};
     }
+    if (plan.write && plan.erase.discard && !g.discard) {
+        return Error{Code::not_supported, "verify: erase=discard, and the disk does not offer discard"};
+    }
+    if (plan.write && plan.erase.zeroes && !g.write_zeroes) {
+        return Error{Code::not_supported, "verify: erase=zeroes, and the disk does not offer write zeroes"};
+    }
     return plan.count != 0 ? plan.count : on_disk - skipped;
 }
 
@@ -207,6 +259,9 @@ Task<Result<void>> region(BlockDevice& lane, VerifyReport& report, DmaAllocator&
     Run run{lane, report};
     if (report.plan.write) {
         CO_CHECK(co_await pass(run, Op::write, dma));
+        if (report.plan.erase.any()) {
+            CO_CHECK(co_await erase(run));
+        }
         if (!run.stopped) {
             BlockDevice::Transfer flush(lane, Op::flush, 0, {});
             static_cast<void>(co_await flush);
@@ -231,6 +286,9 @@ void add(VerifyReport& whole, const VerifyReport& part) {
     }
     whole.bad += part.bad - part.bad_blocks().size();
     whole.written += part.written;
+    whole.discarded += part.discarded;
+    whole.zeroed += part.zeroed;
+    whole.to_erase += part.to_erase;
     whole.read += part.read;
     if (!whole.first_error) {
         whole.first_error = part.first_error;
@@ -293,6 +351,8 @@ void print_record(const BlockDevice& disk, const VerifyReport& report) {
     record.number("generation", report.plan.generation)
         .number("seed", report.plan.seed)
         .number("written", report.written)
+        .number("discarded", report.discarded)
+        .number("zeroed", report.zeroed)
         .number("read", report.read);
     record.number("bad", report.bad).flag("ok", report.ok()).number("lanes", report.lanes);
 }

@@ -21,10 +21,10 @@ struct Stamp {
 };
 
 /// The first mismatching part of a block, in the order of the checks.
-enum class Mismatch : u8 { none, magic, lba, generation, seed, size, crc, payload };
+enum class Mismatch : u8 { none, magic, lba, generation, seed, size, crc, payload, zeroes };
 constexpr std::string_view name(Mismatch mismatch) {
-    constexpr std::array<std::string_view, 8> names{"none", "magic",      "LBA",     "generation",
-                                                    "seed", "block size", "CRC-32C", "payload"};
+    constexpr std::array<std::string_view, 9> names{"none",       "magic",   "LBA",     "generation", "seed",
+                                                    "block size", "CRC-32C", "payload", "zeros"};
     return names[to_underlying(mismatch)];
 }
 struct BlockCheck {
@@ -37,6 +37,23 @@ struct BlockCheck {
 void write_stamp(std::span<std::byte> block, const Stamp& stamp);
 /// Compares a block with the output of write_stamp.
 BlockCheck check_stamp(std::span<const std::byte> block, const Stamp& stamp);
+/// Compares a block with zeros.
+BlockCheck check_zeros(std::span<const std::byte> block);
+
+/// Operations that verify also tries.
+struct Erase {
+    bool discard = false;
+    bool zeroes = false;
+    constexpr bool any() const { return discard || zeroes; }
+};
+
+/// What becomes of a block after it was written. `number`: of the block on the disk, its first byte divided by the
+/// block's size. One of four blocks is discarded and one zeroed, so that each has neighbours that must not change.
+constexpr Op operation_on(u64 number, Erase erase) {
+    return erase.discard && number % 4 == 1  ? Op::discard
+           : erase.zeroes && number % 4 == 2 ? Op::write_zeroes
+                                             : Op::write;
+}
 
 struct VerifyPlan {
     u32 bs = 4096;     // bytes: a multiple of the sector size, at most 1 MiB
@@ -45,6 +62,7 @@ struct VerifyPlan {
     u64 first_lba = 0; // in units of 512 bytes, aligned to the block size
     u64 seed = 1;
     u64 generation = 1;
+    Erase erase;
     bool write = true;    // false: only check what an earlier run wrote
     bool scratch = false; // the disk may be overwritten; required for `write`
 };
@@ -58,14 +76,18 @@ struct VerifyReport {
     VerifyPlan plan;
     u32 lanes = 1; // lanes of the disk used
     u64 blocks = 0;
-    u64 written = 0; // blocks written successfully
-    u64 read = 0;    // blocks read successfully
-    u64 bad = 0;     // blocks read with wrong contents
+    u64 written = 0;   // blocks written successfully
+    u64 discarded = 0; // blocks discarded successfully
+    u64 zeroed = 0;    // blocks zeroed successfully
+    u64 to_erase = 0;  // blocks that should have been discarded or zeroed
+    u64 read = 0;      // blocks read successfully
+    u64 bad = 0;       // blocks read with wrong contents
     std::array<BadBlock, 8> first_bad{};
     std::optional<Error> first_error; // of a transfer
 
     constexpr bool ok() const {
-        return bad == 0 && !first_error && read == blocks && (!plan.write || written == blocks);
+        return bad == 0 && !first_error && read == blocks && (!plan.write || written == blocks) &&
+               discarded + zeroed == to_erase;
     }
     std::span<const BadBlock> bad_blocks() const { return {first_bad.data(), std::min<usize>(bad, first_bad.size())}; }
 };
@@ -74,7 +96,8 @@ struct VerifyReport {
 /// transfer.
 Result<u64> blocks_of(const Geometry& geometry, const VerifyPlan& plan);
 
-/// Writes every block, flushes, reads every block back and checks it; or only reads and checks. A disk with several
+/// Writes every block, discards and zeroes some of them (plan.erase), flushes, reads every block back and checks it; or
+/// only reads and checks. A discarded block has any contents, and is only read. A disk with several
 /// lanes is split into as many regions, processed concurrently, each with plan.qd transfers on its own processor.
 /// Error{bad_argument}, before anything is submitted: the plan does not suit the disk, or writes without
 /// plan.scratch. Error{exhausted}: no buffers or frames. Bad blocks and failed transfers are reported in the result;

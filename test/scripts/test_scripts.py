@@ -396,6 +396,7 @@ class Table(unittest.TestCase):
             described = case.to_machine(Path(folder))
             self.assertEqual([disk.bring_out for disk in described.specs], [None, Path(folder) / "a-sdb.img"])
             whole = {"record": "verify", "bs": 4096, "seed": 1, "generation": 1, "first_lba": 0, "bad": 0, "ok": True}
+            whole |= {"discarded": 0, "zeroed": 0}
             whole |= dict.fromkeys(("blocks", "written", "read"), 1)
             bad = {**whole, "disk": "sda", "written": 0, "ok": False}
             for record, wanted in (({**whole, "disk": "sdb"}, "blocks are wrong"), (bad, "one each of ['sdb'] expected")):
@@ -812,7 +813,7 @@ class Images(unittest.TestCase):
 
     RECORD = {
         "record": "verify", "disk": "hda", "bs": 4096, "blocks": 2, "first_lba": 0, "generation": 1, "seed": 1,
-        "written": 2, "read": 2, "bad": 0, "ok": True,
+        "written": 2, "discarded": 0, "zeroed": 0, "read": 2, "bad": 0, "ok": True,
     }  # fmt: skip
 
     def complaints(self, *found, cmdline="job=verify disk=hda", image=None):
@@ -829,6 +830,20 @@ class Images(unittest.TestCase):
     def test_true(self):
         self.assertEqual(self.complaints(self.RECORD), "")
         self.assertEqual(self.complaints({**self.RECORD, "blocks": 1, "written": 1, "read": 1}, cmdline="disk=hda count=1"), "")
+
+    def test_erased_blocks(self):
+        stamps = [Stamps().block(lba=8 * number) for number in range(6)]
+        record = {**self.RECORD, "blocks": 6, "written": 6, "read": 6, "discarded": 2, "zeroed": 1}
+        words = "job=verify disk=hda erase=discard,zeroes"
+        zero, other = bytes(4096), b"\xdd" * 4096
+        for changed, said in (({1: other, 2: zero, 5: zero}, ""), ({1: zero}, "not zeros"), ({2: zero, 3: zero}, "magic"), ({2: other}, "not zeros")):
+            image = b"".join(changed.get(number, stamp) for number, stamp in enumerate(stamps))
+            complaint = self.complaints(record, cmdline=words, image=image)
+            (self.assertIn if said else self.assertEqual)(said, complaint)
+        image = b"".join([*stamps[:2], zero, *stamps[3:]])
+        for change in ({"discarded": 1}, {"zeroed": 0}, {"zeroed": 2}):
+            self.assertNotEqual(self.complaints({**record, **change}, cmdline=words, image=image), "", change)
+        self.assertIn("magic", self.complaints({**record, "discarded": 0, "zeroed": 0}, cmdline="disk=hda", image=image))
 
     def test_not_true(self):
         for change in (

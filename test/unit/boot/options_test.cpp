@@ -34,8 +34,8 @@ Parsed parse(std::string_view text) {
 }
 
 constexpr std::string_view valid_keys =
-    "job, workload, disk, scratch, count, bs, qd, seed, generation, hv, map, emulated, timeout, features, log, fault, "
-    "processor, cpus, timer, wait, lanes, marks\n";
+    "job, workload, disk, scratch, count, bs, qd, seed, generation, erase, hv, map, emulated, timeout, features, log, "
+    "fault, processor, cpus, timer, wait, lanes, marks\n";
 
 TEST(Options, Defaults) {
     for (std::string_view text : {"", "   ", "firstlight.elf"}) {
@@ -85,6 +85,12 @@ TEST(Options, Verify) {
     EXPECT_EQ(p.options.qd, 8u);
     EXPECT_EQ(p.options.seed, 42u);
     EXPECT_EQ(p.options.generation, 3u);
+    EXPECT_FALSE(p.options.erase.any());
+    EXPECT_TRUE(parse("job=verify erase=discard").options.erase.discard);
+    EXPECT_FALSE(parse("job=verify erase=discard").options.erase.zeroes);
+    EXPECT_TRUE(parse("job=verify erase=discard,zeroes").options.erase.zeroes);
+    EXPECT_EQ(parse("job=verify erase=zeros").errors,
+              "erase=zeros: expected one of discard, zeroes, seen 'zeros': did you mean 'zeroes'?\n");
     EXPECT_TRUE(p.options.scratch.all);
     EXPECT_EQ(parse("job=panic fault=pf").options.fault, boot::Fault::pf);
 }
@@ -145,8 +151,8 @@ TEST(Options, WrongValues) {
         "emulated=unplugged: expected one of table, leave, unplug, keep, seen 'unplugged': did you mean 'unplug'?\n");
     EXPECT_EQ(parse("features=-indirect,-persistant").errors,
               "features=-indirect,-persistant: expected one of -persistent, -indirect, -ring-pages, -flush, -barrier, "
-              "-event-idx, -packed, -in-order, -discard, -msi, -multi-queue, -shadow-doorbells, -ncq, seen "
-              "'-persistant': did you "
+              "-event-idx, -packed, -in-order, -discard, -msi, -multi-queue, -shadow-doorbells, -ncq, "
+              "-write-zeroes, -ring-reset, seen '-persistant': did you "
               "mean '-persistent'?\n");
     EXPECT_EQ(parse("disk=").errors, "disk=: expected all or names of disks with commas between them, seen ''\n");
     EXPECT_EQ(parse("disk=hda,,hdb").errors, "disk=hda,,hdb: expected names of disks with commas between them, or one "

@@ -182,6 +182,37 @@ TEST_F(SharedLaneTest, TheLaneChecksAndIsTheSameDisk) {
     EXPECT_TRUE(lane.removed());
 }
 
+TEST_F(SharedLaneTest, EveryLaneLearnsANewSizeOnItsProcessor) {
+    std::array<BlockDevice*, 1> lanes{&lane};
+    disk.share(lanes);
+    set_this_processor(0);
+    disk.resize(8192);
+    EXPECT_EQ(disk.geometry().sectors, 8192u);
+    EXPECT_EQ(lane.geometry().sectors, 4096u) << "only its own processor writes to it";
+    disk.resize(16384); // before the first has arrived
+    turn_home();
+    EXPECT_EQ(lane.geometry().sectors, 16384u);
+    Item& grown = start(Op::write, 16383);
+    EXPECT_EQ(grown.ended, 0u);
+    turn_target();
+    ASSERT_EQ(disk.held.size(), 1u);
+    end(0, Status::ok);
+    turn_target();
+    turn_home();
+    EXPECT_EQ(grown.status, Status::ok);
+    set_this_processor(0);
+    disk.resize(100);
+    turn_home();
+    Item& beyond = start(Op::read, 100);
+    turn_home();
+    EXPECT_EQ(beyond.status, Status::out_of_range);
+    set_this_processor(0);
+    disk.resize(0);
+    disk.resize(0);
+    turn_home();
+    EXPECT_EQ(lane.geometry().sectors, 0u);
+}
+
 TEST_F(SharedLaneTest, WhatExceedsTheLimitWaitsInOrder) {
     constexpr u32 count = 3 * SharedLane::max_forwarded + 5;
     for (u32 i = 0; i < count; ++i) {

@@ -116,6 +116,66 @@ TEST_F(Verify, PartOfADiskWithLargeSectors) {
     EXPECT_EQ(storage[(32 + 160) * 512], std::byte{0});
 }
 
+TEST_F(Verify, DiscardsAndZeroesOneOfFourBlocks) {
+    disk.change_geometry().discard = true;
+    disk.change_geometry().write_zeroes = true;
+    auto plan = whole;
+    plan.first_lba = 8; // the first block is number 1
+    plan.count = 101;
+    plan.erase = {.discard = true, .zeroes = true};
+    const auto r = run(plan);
+    ASSERT_TRUE(r);
+    EXPECT_TRUE(r->ok());
+    EXPECT_EQ(r->written, 101u);
+    EXPECT_EQ(r->discarded, 26u); // 1, 5, ... 101
+    EXPECT_EQ(r->zeroed, 25u);    // 2, 6, ... 98
+    EXPECT_EQ(disk.discarded, 26u * 4096);
+    EXPECT_EQ(disk.zeroed, 25u * 4096);
+    for (u64 i = 1; i <= 101; ++i) {
+        const auto block = std::span(storage).subspan(i * 4096, 4096);
+        if (i % 4 == 2) {
+            EXPECT_EQ(check_zeros(block).what, Mismatch::none) << i;
+        } else if (i % 4 != 1) {
+            EXPECT_EQ(check_stamp(block, {.lba = i * 8, .generation = 7, .seed = 3}).what, Mismatch::none) << i;
+        }
+    }
+    plan.write = false; // the same can be checked again
+    EXPECT_TRUE(run(plan)->ok());
+    plan.erase = {};
+    EXPECT_EQ(run(plan)->bad, 51u);
+    storage[6 * 4096 + 9] = std::byte{1};
+    plan.erase = {.discard = true, .zeroes = true};
+    const auto not_zero = run(plan);
+    EXPECT_EQ(not_zero->bad, 1u);
+    EXPECT_EQ(not_zero->first_bad[0].lba, 48u);
+    EXPECT_EQ(not_zero->first_bad[0].check.what, Mismatch::zeroes);
+}
+
+TEST_F(Verify, FindsADiskThatDoesNotZero) {
+    disk.change_geometry().write_zeroes = true;
+    disk.behaviour.drop_write_lba = 6 * 8;
+    std::memset(storage.data(), 0xff, storage.size());
+    auto plan = whole;
+    plan.erase.zeroes = true;
+    const auto r = run(plan);
+    ASSERT_TRUE(r);
+    EXPECT_FALSE(r->ok());
+    EXPECT_EQ(r->bad, 1u);
+    disk.behaviour = {.fail_lba = 10 * 8, .fail_status = Status::not_supported};
+    const auto refused = run(plan);
+    ASSERT_TRUE(refused);
+    EXPECT_FALSE(refused->ok());
+}
+
+TEST_F(Verify, RefusesToEraseWhatTheDiskCannot) {
+    auto plan = whole;
+    plan.erase.discard = true;
+    EXPECT_EQ(run(plan).error().code, Code::not_supported);
+    plan.erase = {.zeroes = true};
+    EXPECT_EQ(run(plan).error().code, Code::not_supported);
+    EXPECT_EQ(disk.counters().submitted, 0u);
+}
+
 TEST_F(Verify, OutOfOrderAndLateIsFine) {
     disk.behaviour.newest_first = true;
     disk.behaviour.per_drain = 2;
@@ -164,9 +224,10 @@ TEST_F(Verify, FailedTransfersAreNotOk) {
     EXPECT_EQ(r->read, 255u);
     CapturedLog log;
     print_record(disk, *r);
-    EXPECT_TRUE(log.has("@{\"record\":\"verify\",\"disk\":\"mem0\",\"bs\":4096,\"blocks\":256,\"first_lba\":0,"
-                        "\"generation\":7,\"seed\":3,"
-                        "\"written\":255,\"read\":255,\"bad\":0,\"ok\":false,\"lanes\":1}\n"));
+    EXPECT_TRUE(
+        log.has("@{\"record\":\"verify\",\"disk\":\"mem0\",\"bs\":4096,\"blocks\":256,\"first_lba\":0,"
+                "\"generation\":7,\"seed\":3,"
+                "\"written\":255,\"discarded\":0,\"zeroed\":0,\"read\":255,\"bad\":0,\"ok\":false,\"lanes\":1}\n"));
     EXPECT_TRUE(log.has("error: mem0: verify: the disk reports an error"));
 }
 
