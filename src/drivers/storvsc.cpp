@@ -13,7 +13,7 @@ import io.latch;
 import io.block;
 import hv.hyperv;
 import drivers.driver;
-import drivers.scsi.unit;
+import drivers.scsi.units;
 
 namespace fl::drivers::storvsc {
 
@@ -25,20 +25,15 @@ constinit Controller* attached = nullptr; // controllers live until machine shut
 } // namespace
 
 Controller::Controller(Environment& environment, Vmbus& bus)
-    : Nexus(environment.executor, driver_name), environment_(environment), bus_(bus), changes_(environment.executor),
-      tasks_(environment.executor) {
+    : Host(environment.executor, driver_name), environment_(environment), bus_(bus), changes_(environment.executor),
+      units_(*this, environment.disks), tasks_(environment.executor) {
     shared_.notify = [](void* self) { static_cast<Controller*>(self)->changes_.open(); };
     shared_.context = this;
 }
 
 // Only after disconnect() or before connect(): no queue may be registered.
 Controller::~Controller() {
-    for (Unit* unit : units_) {
-        for (Disk* disk : unit->disks) {
-            delete disk;
-        }
-        delete unit;
-    }
+    units_.clear(); // before the queues
     for (u32 i = 0; i < lane_count_; ++i) {
         delete lanes_[i];
     }
@@ -92,29 +87,12 @@ io::Task<Result<void>> Controller::open_lane(u32 index, Offer offer) {
 
 // Sends one packet and waits for its answer.
 io::Task<Result<void>> Controller::send_request(Exchange& exchange, Operation operation) {
-    Queue& queue = lanes_[0]->queue;
     exchange.packet.header = {operation, flag_completion, 0};
-    const io::Bound room(environment_.executor, environment_.timeout);
-    for (;;) {
-        const auto sent = queue.send(exchange);
-        if (sent) {
-            break;
-        }
-        if (sent.error().code != Code::exhausted || room.passed()) {
-            co_return sent.error();
-        }
-        co_await environment_.executor.sleep(1'000'000);
-    }
-    const bool answered = co_await exchange.done.wait({environment_.executor, environment_.timeout});
-    if (!answered) {
-        queue.abandon(exchange);
+    auto done = co_await scsi::send_and_wait(lanes_[0]->queue, exchange, environment_.executor, environment_.timeout);
+    if (!done && done.error().code == Code::timed_out) {
         log::error("storvsc: no answer to {}", name(operation));
-        co_return Error{Code::timed_out, "the storage host did not answer a packet of the handshake"};
     }
-    if (!exchange.answered) {
-        co_return Error{Code::device_gone, "the storage channel was closed during the handshake"};
-    }
-    co_return Result<void>{};
+    co_return done;
 }
 
 io::Task<Result<void>> Controller::negotiate_version() {
@@ -211,7 +189,7 @@ io::Task<Result<void>> Controller::open_sub_channels(ChannelProperties propertie
 
 // ---- units ----
 
-// A command that reads up to `bytes` into scratch_. `lun` is below max_units.
+// A command that reads up to `bytes` into scratch_. `lun` is below Units::max_luns.
 io::Task<Result<void>> Controller::execute(u16 lun, scsi::Cdb cdb, u32 bytes, scsi::Response& response) {
     if (bytes != 0 && !scratch_) { // abandoned by a command that was not answered
         CO_TRY(scratch_, environment_.dma.buffer(scratch_bytes));
@@ -219,7 +197,7 @@ io::Task<Result<void>> Controller::execute(u16 lun, scsi::Cdb cdb, u32 bytes, sc
     Exchange exchange(environment_.executor);
     ScsiRequest& srb = exchange.packet.srb;
     srb.length = static_cast<u16>(srb_bytes(terms_.version));
-    srb.target_id = ide_ ? ide_->target : u8{0};
+    srb.target_id = target();
     srb.lun = static_cast<u8>(lun);
     srb.cdb_length = cdb.length;
     srb.sense_info_length = sense_bytes(terms_.version);
@@ -246,187 +224,16 @@ io::Task<Result<void>> Controller::execute(u16 lun, scsi::Cdb cdb, u32 bytes, sc
     co_return Result<void>{};
 }
 
-io::Task<Result<void>> Controller::scan() {
-    std::array<bool, max_units> present{};
-    bool listed = true;
-    if (ide_) {
-        present[0] = true;
-    } else {
-        CO_TRY(const scsi::LunList list, co_await scsi::report_luns(*this, present));
-        listed = list.complete;
-        if (list.out_of_range != 0) {
-            report_out_of_range(list.out_of_range);
-        }
-    }
-    if (!listed) { // every unit must be probed
-        std::fill_n(present.begin(), max_hyperv_units, true);
-    }
-    for (u32 n = 0; n < max_units; ++n) {
-        const auto lun = static_cast<u8>(n);
-        if (Unit* unit = known(lun); unit != nullptr && !present[lun]) {
-            remove_unit(*unit, "the host has removed the disk");
-        }
-        logged_[lun] = logged_[lun] && present[lun];
-        if (!present[lun] || !lanes_[0]->queue.is_open()) {
-            continue;
-        }
-        if (auto scanned = co_await scan_unit(lun); !scanned) {
-            if (!scratch_) {
-                auto fresh = environment_.dma.buffer(scratch_bytes);
-                if (!fresh) { // no command is possible without it
-                    co_return fresh.error();
-                }
-                scratch_ = std::move(*fresh);
-            }
-            if (!lanes_[0]->queue.is_open()) {
-                co_return scanned.error();
-            }
-            if (listed && scanned.error().code != Code::not_found) {
-                failed(lun, scanned.error());
-            }
-        }
-    }
-    co_return lanes_[0]->queue.is_open()
-        ? Result<void>{}
-        : Error{Code::device_gone, "the storage channel was closed during the scan of its units"};
-}
-
-void Controller::remove_unit(Unit& unit, std::string_view why) {
-    log::warning("{}: {}", unit.disks[0]->identity().name, why);
-    unit.gone = true;
-    for (u32 i = 0; i < lane_count_ && unit.disks[i] != nullptr; ++i) {
-        unit.disks[i]->remove();
-    }
-}
-
-Controller::Unit* Controller::known(u8 lun) {
-    for (Unit* unit : units_) {
-        if (!unit->gone && unit->disks[0]->unit().lun == lun) {
-            return unit;
-        }
-    }
-    return nullptr;
-}
-
-void Controller::unused(u8 lun, std::string_view what, Unused why, std::string_view reason) {
-    FixedText<64> address;
-    print(address, "{} LUN {}", offer_.instance.text(), lun);
-    environment_.disks.unused({"scsi", address, what, why, reason});
-}
-
-void Controller::report_out_of_range(u32 units) {
-    FixedText<96> reason;
-    print(reason, "{} {} that a request to this host cannot name: this driver reaches LUN 0 to {}", units,
-          plural(units, "units"), max_units - 1);
-    unused(max_units - 1, "SCSI units above", Unused::no_room, reason);
-}
-
-void Controller::failed(u8 lun, const Error& error) {
-    FixedText<160> reason;
-    print(reason, "{}", error);
-    unused(lun, "SCSI disk", unused_because(error.code), reason);
-}
-
-// Identifies the unit. Error{not_found}: not a disk.
-io::Task<Result<void>> Controller::scan_unit(u8 lun) {
-    static constexpr Error no_disk{Code::not_found, "no disk"};
-    CO_TRY(const std::optional<scsi::Inquiry> inquiry, co_await scsi::inquire(*this, lun));
-    Unit* unit = known(lun);
-    if (!inquiry || !inquiry->disk()) {
-        if (unit != nullptr) {
-            remove_unit(*unit, "the host has removed the disk");
-        }
-        if (inquiry && inquiry->qualifier == 0 && !std::exchange(logged_[lun], true)) {
-            FixedText<64> what;
-            print(what, "SCSI device of type {:#x} ({} {})", inquiry->device_type, inquiry->vendor, inquiry->product);
-            unused(lun, what, Unused::not_a_disk,
-                   "no driver for CD drives and other SCSI devices but disks in this build");
-        }
-        co_return no_disk;
-    }
-    if (unit != nullptr) { // has it changed?
-        const io::BlockDevice& disk = *unit->disks[0];
-        CO_TRY(const scsi::UnitState now, co_await scsi::read_state(*this, lun));
-        const scsi::Change change = scsi::compare(*inquiry, now, disk.geometry(), disk.identity().model, limits());
-        if (change == scsi::Change::none) {
-            co_return Result<void>{};
-        }
-        remove_unit(*unit, change == scsi::Change::size ? "the host has changed the disk's size: it gets a new name"
-                           : change == scsi::Change::model
-                               ? "the host has put another disk in its place: it gets a new name"
-                               : "the host has changed the disk's cache or write protection: it gets a new name");
-    }
-    CO_TRY(const scsi::UnitDescription found, co_await scsi::describe(*this, lun, *inquiry, limits()));
-    if (!found.medium) {
-        if (!std::exchange(logged_[lun], true)) {
-            unused(lun, "SCSI disk", Unused::empty, "there is no medium in it");
-        }
-        co_return no_disk;
-    }
-    Disk::Unit which{found.limits};
-    which.target = ide_ ? ide_->target : u8{0};
-    which.lun = lun;
-
-    io::BlockDevice::Identity identity;
-    identity.driver = driver_name;
-    identity.kind = io::Kind::synthetic;
-    identity.name = environment_.disks.free_name("sd");
-    identity.model = found.model;
-    print(identity.features, "{}{}{}version={} channels={} max-transfer={}", ide_ ? "ide " : "",
-          found.geometry.flush ? "flush " : "", found.geometry.discard ? "discard " : "", terms_.version, lane_count_,
-          which.max_transfer);
-    co_return attach(which, found.geometry, identity);
-}
-
-Result<void> Controller::attach(const Disk::Unit& unit, const io::Geometry& geometry,
-                                const io::BlockDevice::Identity& identity) {
-    Unit* place = nullptr;
-    const bool fresh = units_.size() < max_units;
-    if (!fresh) { // reuse the entry of a removed unit; its disks remain valid for their users
-        const auto at = std::ranges::find_if(units_, [](const Unit* u) { return u->gone; });
-        if (at == units_.end()) {
-            return Error{Code::exhausted, "more units than a storage controller has room for", max_units,
-                         max_units + 1};
-        }
-        place = *at;
-    } else {
-        place = new (std::nothrow) Unit;
-        if (place == nullptr || !units_.push(place)) {
-            delete place;
-            return Error{Code::exhausted, "no memory for a disk"};
-        }
-    }
-    Unit entry;
-    const auto undo = [&] {
-        for (Disk*& disk : entry.disks) {
-            delete std::exchange(disk, nullptr);
-        }
-        if (fresh) {
-            units_.remove(units_.size() - 1);
-            delete place;
-        }
-    };
-    for (u32 i = 0; i < lane_count_; ++i) {
-        entry.disks[i] = new (std::nothrow) Disk(lanes_[i]->queue, unit, geometry, identity, Disk::Linked::later);
-        if (entry.disks[i] == nullptr) {
-            undo();
-            return Error{Code::exhausted, "no memory for a disk"};
-        }
-        if (i != 0) {
-            entry.disks[0]->add_lane(*entry.disks[i]);
-        }
-    }
-    if (auto announced = environment_.disks.announce(*entry.disks[0], ide_ ? ide_->disk_number() : DiskSink::no_twin);
-        !announced) {
-        undo();
-        return announced;
-    }
-    for (u32 i = 0; i < lane_count_; ++i) {
-        // no other coroutine has run since, so this precedes any request to the lane
-        entry.disks[i]->link(environment_.executor);
-    }
-    *place = entry;
-    return {};
+scsi::Unit* Controller::make(scsi::UnitNumber at, const scsi::UnitDescription& found,
+                             io::BlockDevice::Identity& identity) {
+    Disk::Unit unit{found.limits};
+    unit.target = at.target;
+    unit.lun = static_cast<u8>(at.lun);
+    print(identity.features, "{}version={} channels={} max-transfer={}", ide_ ? "ide " : "", terms_.version,
+          lane_count_, unit.max_transfer);
+    return scsi::make_lanes<Disk>(lane_count_, [&](u32 i) {
+        return new (std::nothrow) Disk(lanes_[i]->queue, unit, found.geometry, identity, Disk::Linked::later);
+    });
 }
 
 // ---- hot add, hot remove and shutdown ----
@@ -524,6 +331,13 @@ io::Task<Result<void>> attach(Environment& environment, Vmbus& bus, Offer offer)
         log::info("storvsc: {}: version {}, {} {}, transfers up to {} bytes", offer.instance.text(),
                   controller->terms_.version, controller->lane_count_, plural(controller->lane_count_, "channels"),
                   controller->terms_.max_transfer);
+        controller->select(ide ? ide->target : u8{0});
+        controller->units_.set_rules({.name = FixedText<48>(offer.instance.text()),
+                                      .transport = scsi::transport_limits(environment, controller->terms_.max_transfer),
+                                      .several_targets = false,
+                                      .lists_units = !ide,
+                                      .probed_luns = Controller::max_hyperv_units,
+                                      .disk_number = ide ? ide->disk_number() : DiskSink::no_twin});
         result = co_await controller->scan();
     }
     if (result) {

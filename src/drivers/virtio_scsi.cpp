@@ -19,7 +19,7 @@ import io.ring.virtqueue;
 import io.task;
 import drivers.driver;
 import drivers.pci;
-import drivers.scsi.unit;
+import drivers.scsi.units;
 import drivers.virtio.device;
 import drivers.virtio.mmio;
 import drivers.virtio.pci;
@@ -48,47 +48,26 @@ u64 supported(const Environment& environment, bool legacy) {
     return features;
 }
 
-/// The parts that do not depend on the queues' format: configuration, discovery of units, events. Runs on the boot
+/// The parts that do not depend on the queues' format: configuration, commands of a scan, events. Runs on the boot
 /// processor.
-class Host : public scsi::Nexus {
+class Host : public scsi::Host {
   protected:
-    static constexpr u32 max_units = 256;   // in use
-    static constexpr u32 max_luns = 256;    // of each target
-    static constexpr u32 probed_luns = 8;   // of a target that does not list its units
-    static constexpr u32 max_logged = 1024; // units present but not driven
-
-    struct Unit {
-        virtual ~Unit() = default;
-        virtual void remove() = 0; // further requests are refused
-        UnitNumber at;
-        io::BlockDevice* disk = nullptr;
-        bool gone = false;
-    };
+    static constexpr u32 probed_luns = 8; // of a target that does not list its units
 
     Host(Environment& environment, virtio::Device& device, u64 features)
-        : Nexus(environment.executor, driver_name), environment_(environment), device_(device), features_(features),
-          changes_(environment.executor) {
+        : scsi::Host(environment.executor, driver_name), environment_(environment), device_(device),
+          features_(features), units_(*this, environment.disks), changes_(environment.executor) {
         shared_.notify = [](void* self) { static_cast<Host*>(self)->changes_.raise(); };
         shared_.context = this;
     }
-    ~Host() {
-        for (Unit* unit : units_) {
-            delete unit;
-        }
-    }
+    ~Host() = default;
 
     /// Sends one command and waits for its end.
     virtual io::Task<Result<void>> send_request(Exchange& exchange) = 0;
-    virtual bool is_open() const = 0;
-    /// Makes the disk of a unit and announces it.
-    virtual Result<void> announce(UnitNumber at, const scsi::UnitDescription& found) = 0;
 
     Result<void> read_config();
-    io::Task<Result<void>> scan();
+    io::Task<Result<void>> scan() { return units_.scan(max_target_ + 1); }
     void handle(const Event& event);
-    scsi::TransportLimits limits() const {
-        return {.max_transfer = terms_.max_transfer, .flush = environment_.allows(Feature::flush)};
-    }
     bool has(u64 feature) const { return (features_ & feature) != 0; }
 
     Environment environment_; // a copy: the objects it refers to outlive this, the Environment itself may not
@@ -97,24 +76,14 @@ class Host : public scsi::Nexus {
     u32 queue_count_ = 1; // request queues that the device has
     Terms terms_;
     Shared shared_;
-    Vector<Unit*> units_; // owned
-    io::Signal changes_;  // see Controller::watch()
+    scsi::Units units_;
+    io::Signal changes_; // see Controller::watch()
 
   private:
     io::Task<Result<void>> execute(u16 lun, scsi::Cdb cdb, u32 bytes, scsi::Response& response) override;
-    io::Task<Result<void>> scan_target();
-    io::Task<Result<void>> scan_unit(u16 lun);
-    void remove_unit(Unit& unit, std::string_view why);
-    Unit* known(u8 target, u16 lun);
-    bool first_report(u16 lun);
-    void unused(u16 lun, std::string_view what, Unused why, std::string_view reason);
 
     u32 max_target_ = 0;
-    u32 max_lun_ = 0;
-    DmaBuffer scratch_;          // for the host's own commands, one at a time
-    u8 target_ = 0;              // of execute()
-    bool target_absent_ = false; // as of its last answer
-    Vector<u32> logged_;         // units present but not driven and already logged: target << 16 | LUN
+    DmaBuffer scratch_; // for the host's own commands, one at a time
 };
 
 Result<void> Host::read_config() {
@@ -122,6 +91,7 @@ Result<void> Host::read_config() {
     u32 max_sectors = 0;
     u32 cmd_per_lun = 0;
     u32 event_bytes = 0;
+    u32 max_lun = 0;
     CHECK(device_.read_config([&] {
         queue_count_ = device_.config(config::queue_count, 4);
         seg_max = device_.config(config::seg_max, 4);
@@ -131,7 +101,7 @@ Result<void> Host::read_config() {
         terms_.sense_bytes = device_.config(config::sense_size, 4);
         terms_.cdb_bytes = device_.config(config::cdb_size, 4);
         max_target_ = device_.config(config::max_target, 2);
-        max_lun_ = device_.config(config::max_lun, 4);
+        max_lun = device_.config(config::max_lun, 4);
     }));
     if (queue_count_ == 0 || queue_count_ > 0xffff - first_request_queue) {
         return Error{Code::protocol, "the virtio SCSI host has an impossible number of queues (num_queues)", 1,
@@ -161,10 +131,13 @@ Result<void> Host::read_config() {
                      default_cdb_bytes, terms_.cdb_bytes};
     }
     max_target_ = std::min(max_target_, last_target);
-    max_lun_ = std::min(max_lun_, last_lun);
     terms_.max_transfer = align_down<u32>(static_cast<u32>(std::min<u64>(u64{max_sectors} * 512, 0x7fff'f000)), 4096u);
     terms_.max_commands = std::min(cmd_per_lun, most_commands);
     terms_.indirect = has(virtio::feature_indirect);
+    units_.set_rules({.name = FixedText<48>(device_.name()),
+                      .transport = scsi::transport_limits(environment_, terms_.max_transfer),
+                      .last_lun = std::min(max_lun, u32{last_lun}),
+                      .probed_luns = probed_luns});
     return {};
 }
 
@@ -175,7 +148,7 @@ io::Task<Result<void>> Host::execute(u16 lun, scsi::Cdb cdb, u32 bytes, scsi::Re
         CO_TRY(scratch_, environment_.dma.buffer(max_data));
     }
     Exchange exchange(environment_.executor);
-    exchange.lun = address_of(target_, lun);
+    exchange.lun = address_of(target(), lun);
     exchange.cdb = cdb;
     if (bytes != 0) {
         std::memset(scratch_.data(), 0, bytes);
@@ -188,123 +161,10 @@ io::Task<Result<void>> Host::execute(u16 lun, scsi::Cdb cdb, u32 bytes, scsi::Re
         co_return done.error();
     }
     response = exchange.response;
-    target_absent_ = response.service == scsi::ServiceResponse::no_unit;
     if (bytes != 0) {
         response.data = {reinterpret_cast<const u8*>(scratch_.data()), std::min(response.moved, bytes)};
     }
     co_return Result<void>{};
-}
-
-io::Task<Result<void>> Host::scan() {
-    for (u32 target = 0; target <= max_target_; ++target) {
-        target_ = static_cast<u8>(target);
-        if (auto scanned = co_await scan_target(); !scanned) {
-            log::warning("{}: target {}: {}", device_.name(), target, scanned.error());
-            if (!is_open() || scanned.error().code == Code::timed_out) {
-                co_return scanned;
-            }
-        }
-    }
-    co_return Result<void>{};
-}
-
-io::Task<Result<void>> Host::scan_target() {
-    std::array<bool, max_luns> present{};
-    CO_TRY(const scsi::LunList list, co_await scsi::report_luns(*this, present));
-    const bool absent = target_absent_;
-    if (!list.complete && !absent) { // every unit must be probed
-        std::fill_n(present.begin(), probed_luns, true);
-    }
-    if (list.out_of_range != 0) {
-        FixedText<96> reason;
-        print(reason, "{} {} above the last LUN that this driver reaches, {}", list.out_of_range,
-              plural(list.out_of_range, "units"), max_luns - 1);
-        unused(max_luns - 1, "SCSI units", Unused::no_room, reason);
-    }
-    for (u16 lun = 0; lun < max_luns; ++lun) {
-        if (!present[lun] || lun > max_lun_) {
-            if (Unit* unit = known(target_, lun); unit != nullptr) {
-                remove_unit(*unit, "the host has removed the disk");
-            }
-            continue;
-        }
-        if (auto scanned = co_await scan_unit(lun); !scanned) {
-            if (!is_open() || scanned.error().code == Code::timed_out) {
-                co_return scanned;
-            }
-            if (list.complete && first_report(lun)) {
-                FixedText<160> reason;
-                print(reason, "{}", scanned.error());
-                unused(lun, "SCSI disk", unused_because(scanned.error().code), reason);
-            }
-        }
-    }
-    co_return Result<void>{};
-}
-
-// Identifies the unit, and announces it if it is a new disk.
-io::Task<Result<void>> Host::scan_unit(u16 lun) {
-    CO_TRY(const std::optional<scsi::Inquiry> inquiry, co_await scsi::inquire(*this, lun));
-    Unit* unit = known(target_, lun);
-    if (!inquiry || !inquiry->disk()) {
-        if (unit != nullptr) {
-            remove_unit(*unit, "the host has removed the disk");
-        }
-        if (inquiry && inquiry->qualifier == 0 && first_report(lun)) {
-            FixedText<64> what;
-            print(what, "SCSI device of type {:#x} ({} {})", inquiry->device_type, inquiry->vendor, inquiry->product);
-            unused(lun, what, Unused::not_a_disk,
-                   "no driver for CD drives and other SCSI devices but disks in this build");
-        }
-        co_return Result<void>{};
-    }
-    if (unit != nullptr) { // has it changed?
-        const io::BlockDevice& disk = *unit->disk;
-        CO_TRY(const scsi::UnitState now, co_await scsi::read_state(*this, lun));
-        const scsi::Change change = scsi::compare(*inquiry, now, disk.geometry(), disk.identity().model, limits());
-        if (change == scsi::Change::none) {
-            co_return Result<void>{};
-        }
-        remove_unit(*unit, change == scsi::Change::size ? "the host has changed the disk's size: it gets a new name"
-                           : change == scsi::Change::model
-                               ? "the host has put another disk in its place: it gets a new name"
-                               : "the host has changed the disk's cache or write protection: it gets a new name");
-    }
-    CO_TRY(const scsi::UnitDescription found, co_await scsi::describe(*this, lun, *inquiry, limits()));
-    if (!found.medium) {
-        if (first_report(lun)) {
-            unused(lun, "SCSI disk", Unused::empty, "there is no medium in it");
-        }
-        co_return Result<void>{};
-    }
-    co_return announce({target_, lun}, found);
-}
-
-void Host::remove_unit(Unit& unit, std::string_view why) {
-    log::warning("{}: {}", unit.disk->identity().name, why);
-    unit.gone = true;
-    unit.remove();
-}
-
-auto Host::known(u8 target, u16 lun) -> Unit* {
-    for (Unit* unit : units_) {
-        if (!unit->gone && unit->at.target == target && unit->at.lun == lun) {
-            return unit;
-        }
-    }
-    return nullptr;
-}
-
-/// False: the unit has been logged already, or there is no room to remember it.
-bool Host::first_report(u16 lun) {
-    const u32 key = u32{target_} << 16 | lun;
-    return std::ranges::find(logged_, key) == logged_.end() && logged_.size() < max_logged && logged_.push(key);
-}
-
-void Host::unused(u16 lun, std::string_view what, Unused why, std::string_view reason) {
-    FixedText<64> address;
-    print(address, "{} target {} LUN {}", device_.name(), target_, lun);
-    environment_.disks.unused({"scsi", address, what, why, reason});
 }
 
 void Host::handle(const Event& event) {
@@ -313,9 +173,7 @@ void Host::handle(const Event& event) {
     switch (static_cast<EventType>(event.event & ~events_missed)) {
     case EventType::transport_reset:
         if (event.reason == reset_removed && unit) {
-            if (Unit* gone = known(unit->target, unit->lun); gone != nullptr) {
-                remove_unit(*gone, "the host has removed the disk");
-            }
+            units_.remove({unit->target, unit->lun});
         }
         rescan = rescan || event.reason == reset_rescan;
         break;
@@ -362,19 +220,6 @@ class Controller final : public Host {
         Memory memory;
         DmaBuffer commands;
     };
-    struct LaneDisks final : Unit {
-        std::array<Disk<Ring>*, max_lanes> disks{}; // one per lane; the first is the disk
-        ~LaneDisks() override {
-            for (Disk<Ring>* lane : disks) {
-                delete lane;
-            }
-        }
-        void remove() override {
-            for (u32 i = 0; i < max_lanes && disks[i] != nullptr; ++i) {
-                disks[i]->remove();
-            }
-        }
-    };
     /// The control queue's requests and the event queue's buffers.
     struct Messages {
         TaskManagement request;
@@ -392,7 +237,8 @@ class Controller final : public Host {
 
     io::Task<Result<void>> send_request(Exchange& exchange) override;
     bool is_open() const override { return lanes_[0]->queue.is_open(); }
-    Result<void> announce(UnitNumber at, const scsi::UnitDescription& found) override;
+    scsi::Unit* make(scsi::UnitNumber at, const scsi::UnitDescription& found,
+                     io::BlockDevice::Identity& identity) override;
 
     io::Task<Result<void>> watch();
     Result<void> take_events();
@@ -433,10 +279,7 @@ constinit Controller<Ring>* controllers = nullptr; // live until the machine end
 // Only after detach() without an error: no queue may be registered.
 template <class Ring>
 Controller<Ring>::~Controller() {
-    for (Unit* unit : units_) { // before the queues
-        delete unit;
-    }
-    units_.clear();
+    units_.clear(); // before the queues
     for (Lane* lane : lanes_) {
         delete lane;
     }
@@ -605,71 +448,20 @@ io::Task<Result<void>> Controller<Ring>::attach() {
 
 template <class Ring>
 io::Task<Result<void>> Controller<Ring>::send_request(Exchange& exchange) {
-    const io::Bound room(environment_.executor, environment_.timeout);
-    for (;;) {
-        const auto sent = queue().send(exchange);
-        if (sent) {
-            break;
-        }
-        if (sent.error().code != Code::exhausted || room.passed()) {
-            co_return sent.error();
-        }
-        co_await environment_.executor.sleep(1'000'000);
-    }
-    if (!co_await exchange.done.wait({environment_.executor, environment_.timeout})) {
-        queue().abandon(exchange);
-        co_return Error{Code::timed_out, "the SCSI host did not answer a command of the scan"};
-    }
-    if (!exchange.answered) {
-        co_return Error{Code::device_gone, "the SCSI host was closed during the scan of its units"};
-    }
-    co_return Result<void>{};
+    return scsi::send_and_wait(queue(), exchange, environment_.executor, environment_.timeout);
 }
 
 template <class Ring>
-Result<void> Controller<Ring>::announce(UnitNumber at, const scsi::UnitDescription& found) {
-    io::BlockDevice::Identity identity;
-    identity.name = environment_.disks.free_name("sd");
-    identity.driver = driver_name;
-    identity.kind = io::Kind::synthetic;
-    identity.model = found.model;
-    print(identity.features, "{}{}{}{}{}{}{} queues={} queue-size={}", found.geometry.flush ? "flush " : "",
-          found.geometry.discard ? "discard " : "", std::same_as<Ring, PackedRing> ? "packed " : "",
+scsi::Unit* Controller<Ring>::make(scsi::UnitNumber at, const scsi::UnitDescription& found,
+                                   io::BlockDevice::Identity& identity) {
+    print(identity.features, "{}{}{}{}{} queues={} queue-size={}", std::same_as<Ring, PackedRing> ? "packed " : "",
           has(virtio::feature_event_idx) ? "event-idx " : "", has(virtio::feature_indirect) ? "indirect " : "",
           has(virtio::feature_in_order) ? "in-order " : "", device_.by_line() ? "line" : "msix", lane_count_,
           lanes_[0]->memory.size);
-    if (units_.size() == max_units) { // disks of removed units remain valid for their users
-        return Error{Code::exhausted, "more units than a SCSI host has room for", max_units, max_units + 1};
-    }
-    auto* unit = new (std::nothrow) LaneDisks;
-    if (unit == nullptr || !units_.push(unit)) {
-        delete unit;
-        return Error{Code::exhausted, "no memory for a disk"};
-    }
-    Result<void> done;
-    for (u32 i = 0; i < lane_count_ && done; ++i) {
-        unit->disks[i] = new (std::nothrow) Disk<Ring>(lanes_[i]->queue, at, found.limits, found.geometry, identity);
-        if (unit->disks[i] == nullptr) {
-            done = Error{Code::exhausted, "no memory for a disk"};
-        } else if (i != 0) {
-            unit->disks[0]->add_lane(*unit->disks[i]);
-        }
-    }
-    if (done) {
-        done = environment_.disks.announce(*unit->disks[0], DiskSink::no_twin);
-    }
-    if (!done) {
-        units_.remove(units_.size() - 1);
-        delete unit;
-        return done;
-    }
-    unit->at = at;
-    unit->disk = unit->disks[0];
-    for (u32 i = 0; i < lane_count_; ++i) {
-        // no other coroutine has run since, so this precedes any request to the lane
-        unit->disks[i]->link(environment_.executor);
-    }
-    return {};
+    return scsi::make_lanes<Disk<Ring>>(lane_count_, [&](u32 i) {
+        return new (std::nothrow)
+            Disk<Ring>(lanes_[i]->queue, {at.target, at.lun}, found.limits, found.geometry, identity);
+    });
 }
 
 // ---- in use ----
@@ -735,11 +527,12 @@ Result<void> Controller<Ring>::take_events() {
 
 template <class Ring>
 io::Task<Result<void>> Controller<Ring>::reset_units() {
-    for (usize i = 0; i < units_.size() && queue().is_open(); ++i) {
-        if (!units_[i]->gone) {
-            const UnitNumber unit = units_[i]->at;
-            CO_CHECK(co_await reset_unit(address_of(unit.target, unit.lun)));
+    for (u32 i = 0; queue().is_open();) {
+        const auto unit = units_.next(i);
+        if (!unit) {
+            break;
         }
+        CO_CHECK(co_await reset_unit(address_of(unit->target, unit->lun)));
     }
     co_return Result<void>{};
 }
@@ -823,7 +616,7 @@ io::Task<Result<void>> attach_controller(Environment& environment, virtio::Devic
         co_return Error{Code::exhausted, "no memory for a virtio SCSI host"};
     }
     auto attached = co_await controller->attach();
-    if (!attached && co_await controller->detach() && controller->started_ <= 1 && controller->units_.empty()) {
+    if (!attached && co_await controller->detach() && controller->started_ <= 1 && controller->units_.attached() == 0) {
         delete controller;
         co_return attached;
     }

@@ -1,6 +1,6 @@
-// virtio SCSI hosts [virtio-1.2 §5.6], on PCI and on a platform's memory bus: negotiation, the queues, discovery of
-// the logical units, hot add and remove. The request queues and the disks are in drivers.virtio_scsi.disk;
-// drivers.scsi.unit identifies units.
+// virtio SCSI hosts [virtio-1.2 §5.6], on PCI and on a platform's memory bus: negotiation, the queues, hot add and
+// remove. The request queues and the disks are in drivers.virtio_scsi.disk; drivers.scsi.units finds, tracks and
+// announces the units.
 //
 // After a violation of the protocol, or when a device answers nothing even after a reset of its logical units, all its
 // disks close. The device is then reset, so that it can no longer reach any buffer; a VMM that cannot reset a device in

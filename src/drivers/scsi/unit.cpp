@@ -97,6 +97,7 @@ io::Task<Result<LunList>> report_luns(Nexus& nexus, std::span<bool> present) {
     Response response;
     CO_CHECK(co_await execute_retrying(nexus, 0, report_luns(Nexus::max_data), Nexus::max_data, response));
     LunList list;
+    list.no_target = response.service == ServiceResponse::no_unit;
     if (!response.good()) {
         co_return list;
     }
@@ -182,6 +183,7 @@ io::Task<Result<UnitDescription>> describe(Nexus& nexus, u16 lun, Inquiry inquir
         unit.limits.max_transfer = transport.max_transfer;
         unit.limits.short_commands = state.capacity.short_form;
         CO_CHECK(co_await read_limits(nexus, lun, state.capacity.thin, unit));
+        unit.geometry.discard = unit.geometry.discard && transport.discard;
         if (nexus.changes() == changes || i == max_readings) {
             co_return unit;
         }

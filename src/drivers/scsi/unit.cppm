@@ -49,8 +49,9 @@ class Nexus {
 io::Task<Result<void>> execute_retrying(Nexus& nexus, u16 lun, Cdb cdb, u32 bytes, Response& response);
 
 struct LunList {
-    bool complete = false; // false: the target gave no complete list; the units it did report are marked
-    u32 out_of_range = 0;  // units whose number does not fit into `present`
+    bool complete = false;  // false: the target gave no complete list; the units it did report are marked
+    bool no_target = false; // the transport says that there is no such target
+    u32 out_of_range = 0;   // units whose number does not fit into `present`
 };
 /// REPORT LUNS, sent to LUN 0. Sets present[n] for each LUN n. `present` must outlive the task.
 io::Task<Result<LunList>> report_luns(Nexus& nexus, std::span<bool> present);
@@ -76,6 +77,7 @@ io::Task<Result<UnitState>> read_state(Nexus& nexus, u16 lun);
 struct TransportLimits {
     u32 max_transfer = 0; // bytes per command, a multiple of 4096
     bool flush = true;    // false: volatile caches are ignored
+    bool discard = true;  // false: UNMAP is not used
 };
 
 /// A disk as described by its unit.
