@@ -13,8 +13,7 @@ import io.block;
 import io.block_queue;
 import io.executor;
 import io.latch;
-import io.ring.memory;
-import io.ring.virtqueue;
+import io.ring.any;
 import io.task;
 import drivers.driver;
 import drivers.pci;
@@ -47,7 +46,6 @@ u64 supported(const Environment& environment, bool legacy) {
 }
 
 /// A device in use. Lives until the machine ends once its disk is announced.
-template <class Ring>
 class Controller {
   public:
     /// `device`: owned by the caller, started and negotiated.
@@ -64,11 +62,11 @@ class Controller {
     io::Task<Result<void>> detach();
 
   private:
-    static constexpr u32 max_lanes = 1 + Disk<Ring>::max_further_lanes;
+    static constexpr u32 max_lanes = 1 + Disk::max_further_lanes;
 
     struct Lane {
         Lane(io::Executor& executor, io::QueueGroup& group) : queue(executor, group) {}
-        Queue<Ring> queue;
+        Queue queue;
         DmaBuffer ring;
         DmaBuffer commands;
         Vector<io::VirtqueueRow> rows;
@@ -86,7 +84,6 @@ class Controller {
     io::Task<Result<void>> watch();
     void check_capacity();
 
-    template <class R>
     friend io::Task<Result<void>> attach_controller(Environment& environment, virtio::Device& device, u64 features);
 
     static void on_queue(void* self);  // vector 0, or the line
@@ -94,7 +91,7 @@ class Controller {
     static void on_lane(void* queue);  // vectors 2…: the queues after the first, each on its own processor
 
     bool has(u64 feature) const { return (features_ & feature) != 0; }
-    Queue<Ring>& queue() { return lanes_[0]->queue; }
+    Queue& queue() { return lanes_[0]->queue; }
     std::string_view name() const { return disks_[0] != nullptr ? disks_[0]->identity().name.view() : "virtio_blk"; }
 
     Environment environment_; // a copy: the objects it refers to outlive this, the Environment itself may not
@@ -108,7 +105,7 @@ class Controller {
     u32 made_ = 0;       // lanes that exist
     u32 lane_count_ = 0; // of these, in use
     u32 started_ = 0;    // of these, known to their processor
-    std::array<Disk<Ring>*, max_lanes> disks_{};
+    std::array<Disk*, max_lanes> disks_{};
     bool config_vector_ = false; // configuration changes have a vector of their own
     io::Signal changes_;         // the configuration has changed, or the queues have closed
     std::atomic<bool> config_changed_{false};
@@ -116,15 +113,13 @@ class Controller {
     Controller* next_ = nullptr; // list of controllers in use
 };
 
-template <class Ring>
-constinit Controller<Ring>* controllers = nullptr; // live until the machine ends
+constinit Controller* controllers = nullptr; // live until the machine ends
 
 // ---- setting up ----
 
 // Only after detach() without an error: no queue may be registered.
-template <class Ring>
-Controller<Ring>::~Controller() {
-    for (Disk<Ring>* disk : disks_) {
+Controller::~Controller() {
+    for (Disk* disk : disks_) {
         delete disk;
     }
     for (Lane* lane : lanes_) {
@@ -132,8 +127,7 @@ Controller<Ring>::~Controller() {
     }
 }
 
-template <class Ring>
-Result<io::Geometry> Controller<Ring>::read_geometry() {
+Result<io::Geometry> Controller::read_geometry() {
     u32 size_max = 0;
     u32 seg_max = 0;
     u32 block = 0;
@@ -181,8 +175,7 @@ Result<io::Geometry> Controller<Ring>::read_geometry() {
     return geometry;
 }
 
-template <class Ring>
-Result<void> Controller<Ring>::make_lanes() {
+Result<void> Controller::make_lanes() {
     const bool several = !environment_.executors.empty();
     const u32 wanted =
         std::min({queue_count_, max_lanes, several ? static_cast<u32>(environment_.executors.size()) : u32{1}});
@@ -198,8 +191,7 @@ Result<void> Controller<Ring>::make_lanes() {
 
 /// Vectors: the first queue, changes of the configuration, the other queues. Without a vector of its own a queue is not
 /// used, because its interrupt would arrive on another processor.
-template <class Ring>
-Result<void> Controller<Ring>::attach_interrupts() {
+Result<void> Controller::attach_interrupts() {
     std::array<virtio::InterruptUse, 1 + max_lanes> uses;
     const u32 here = environment_.executor.processor();
     uses[0] = {here, on_queue, this};
@@ -213,25 +205,20 @@ Result<void> Controller<Ring>::attach_interrupts() {
     return device_.set_config_vector(config_vector_ ? u16{1} : virtio::no_vector);
 }
 
-template <class Ring>
-Result<Ring> Controller<Ring>::make_ring(u32 index) {
+Result<Ring> Controller::make_ring(u32 index) {
     Lane& lane = *lanes_[index];
     const u32 maximum = device_.max_size(static_cast<u16>(index));
     if (maximum == 0 || maximum > io::virtqueue_max_size) {
         return Error{Code::protocol, "the virtio disk's queue has an impossible size", io::virtqueue_max_size, maximum};
     }
-    lane.size = std::min(maximum, max_queue_size);
-    if constexpr (std::same_as<Ring, SplitRing>) {
-        lane.size = std::bit_floor(lane.size);
-        lane.layout = device_.legacy() ? Ring::layout(lane.size, virtio::legacy_align) : Ring::layout(lane.size);
-    } else {
-        lane.layout = Ring::layout(lane.size);
-    }
+    const bool packed = has(virtio::feature_packed);
+    lane.size = Ring::usable_size(std::min(maximum, max_queue_size), packed);
+    lane.layout = Ring::layout(lane.size, packed, device_.legacy() ? virtio::legacy_align : 64);
     if (lane.size < 3) { // header, data, status
         return Error{Code::not_supported, "the virtio disk's queue is too small for a request", 3, lane.size};
     }
     TRY(lane.ring, environment_.dma.buffer(static_cast<u32>(lane.layout.bytes)));
-    TRY(lane.commands, environment_.dma.buffer(Transport<Ring>::command_bytes));
+    TRY(lane.commands, environment_.dma.buffer(Transport::command_bytes));
     for (u32 i = 0; i < lane.size; ++i) {
         if (!lane.rows.push({})) {
             return Error{Code::exhausted, "no memory for the table of a virtqueue"};
@@ -241,11 +228,11 @@ Result<Ring> Controller<Ring>::make_ring(u32 index) {
                         {lane.rows.begin(), lane.rows.size()},
                         {.event_index = has(virtio::feature_event_idx),
                          .in_order = has(virtio::feature_in_order),
-                         .indirect = has(virtio::feature_indirect)});
+                         .indirect = has(virtio::feature_indirect),
+                         .packed = packed});
 }
 
-template <class Ring>
-Result<void> Controller<Ring>::enable(u32 index) {
+Result<void> Controller::enable(u32 index) {
     TRY(const Ring ring, make_ring(index));
     Lane& lane = *lanes_[index];
     // The first queue closes together with every other one.
@@ -260,8 +247,7 @@ Result<void> Controller<Ring>::enable(u32 index) {
     return {};
 }
 
-template <class Ring>
-void Controller<Ring>::on_queue(void* self) {
+void Controller::on_queue(void* self) {
     auto& controller = *static_cast<Controller*>(self);
     u32 accesses = 0;
     u8 reasons = virtio::isr_queue;
@@ -276,20 +262,15 @@ void Controller<Ring>::on_queue(void* self) {
     }
 }
 
-template <class Ring>
-void Controller<Ring>::on_lane(void* queue) {
-    static_cast<Queue<Ring>*>(queue)->transport().on_interrupt(0);
-}
+void Controller::on_lane(void* queue) { static_cast<Queue*>(queue)->transport().on_interrupt(0); }
 
-template <class Ring>
-void Controller<Ring>::on_config(void* self) {
+void Controller::on_config(void* self) {
     auto& controller = *static_cast<Controller*>(self);
     controller.config_changed_.store(true, std::memory_order_relaxed); // ordered by raise()
     controller.changes_.raise();
 }
 
-template <class Ring>
-io::Task<Result<FixedText<24>>> Controller<Ring>::serial_number() {
+io::Task<Result<FixedText<24>>> Controller::serial_number() {
     FixedText<24> serial;
     auto memory = environment_.dma.buffer(id_bytes);
     if (!memory) {
@@ -317,25 +298,23 @@ io::Task<Result<FixedText<24>>> Controller<Ring>::serial_number() {
     co_return serial;
 }
 
-template <class Ring>
-io::BlockDevice::Identity Controller<Ring>::identify(const io::Geometry& geometry, std::string_view serial) const {
+io::BlockDevice::Identity Controller::identify(const io::Geometry& geometry, std::string_view serial) const {
     io::BlockDevice::Identity identity;
     identity.name = environment_.disks.free_name("vd");
-    identity.driver = Transport<Ring>::driver;
+    identity.driver = Transport::driver;
     identity.kind = io::Kind::synthetic;
     print(identity.model, "virtio block device{}{}", serial.empty() ? "" : " ", serial);
     print(identity.features, "{}{}{}{}{}{}{} queues={} queue-size={}", geometry.flush ? "flush " : "",
-          geometry.discard ? "discard " : "", std::same_as<Ring, PackedRing> ? "packed " : "",
+          geometry.discard ? "discard " : "", has(virtio::feature_packed) ? "packed " : "",
           has(virtio::feature_event_idx) ? "event-idx " : "", has(virtio::feature_indirect) ? "indirect " : "",
           has(virtio::feature_in_order) ? "in-order " : "", device_.by_line() ? "line" : "msix", lane_count_,
           lanes_[0]->size);
     return identity;
 }
 
-template <class Ring>
-Result<void> Controller<Ring>::make_disks(const io::Geometry& geometry, const io::BlockDevice::Identity& identity) {
+Result<void> Controller::make_disks(const io::Geometry& geometry, const io::BlockDevice::Identity& identity) {
     for (u32 i = 0; i < lane_count_; ++i) {
-        disks_[i] = new (std::nothrow) Disk<Ring>(lanes_[i]->queue, geometry, identity);
+        disks_[i] = new (std::nothrow) Disk(lanes_[i]->queue, geometry, identity);
         if (disks_[i] == nullptr) {
             return Error{Code::exhausted, "no memory for a disk"};
         }
@@ -346,8 +325,7 @@ Result<void> Controller<Ring>::make_disks(const io::Geometry& geometry, const io
     return {};
 }
 
-template <class Ring>
-io::Task<Result<void>> Controller<Ring>::attach() {
+io::Task<Result<void>> Controller::attach() {
     CO_TRY(const io::Geometry geometry, read_geometry());
     if (geometry.sectors == 0) {
         co_return Error{Code::not_supported, "the virtio disk has 0 bytes (capacity)"};
@@ -359,10 +337,10 @@ io::Task<Result<void>> Controller<Ring>::attach() {
     }
     device_.run();
     while (started_ < lane_count_) {
-        Queue<Ring>& queue = lanes_[started_++]->queue;
+        Queue& queue = lanes_[started_++]->queue;
         CO_CHECK(co_await queue.start_there(environment_.executor, environment_.timeout,
-                                            [](io::GroupedQueue<Transport<Ring>>& there, Nanoseconds timeout) {
-                                                static_cast<Queue<Ring>&>(there).start(timeout);
+                                            [](io::GroupedQueue<Transport>& there, Nanoseconds timeout) {
+                                                static_cast<Queue&>(there).start(timeout);
                                             }));
     }
     CO_TRY(const FixedText<24> serial, co_await serial_number());
@@ -380,8 +358,7 @@ io::Task<Result<void>> Controller<Ring>::attach() {
 
 // ---- in use ----
 
-template <class Ring>
-void Controller<Ring>::check_capacity() {
+void Controller::check_capacity() {
     u64 capacity = 0;
     if (auto read = device_.read_config([&] { capacity = device_.config64(config::capacity); }); !read) {
         log::warning("{}: {}", name(), read.error());
@@ -393,8 +370,7 @@ void Controller<Ring>::check_capacity() {
     }
 }
 
-template <class Ring>
-io::Task<Result<void>> Controller<Ring>::watch() {
+io::Task<Result<void>> Controller::watch() {
     for (;;) {
         co_await changes_.wait();
         if (config_changed_.exchange(false, std::memory_order_relaxed) && queue().is_open()) {
@@ -411,8 +387,7 @@ io::Task<Result<void>> Controller<Ring>::watch() {
     }
 }
 
-template <class Ring>
-io::Task<Result<void>> Controller<Ring>::detach() {
+io::Task<Result<void>> Controller::detach() {
     if (made_ == 0) {
         co_return Result<void>{};
     }
@@ -445,9 +420,8 @@ io::Task<Result<void>> Controller<Ring>::detach() {
 
 // ---- probing ----
 
-template <class Ring>
 io::Task<Result<void>> attach_controller(Environment& environment, virtio::Device& device, u64 features) {
-    auto* controller = new (std::nothrow) Controller<Ring>(environment, device, features);
+    auto* controller = new (std::nothrow) Controller(environment, device, features);
     if (controller == nullptr) {
         co_return Error{Code::exhausted, "no memory for a virtio disk"};
     }
@@ -456,7 +430,7 @@ io::Task<Result<void>> attach_controller(Environment& environment, virtio::Devic
         delete controller;
         co_return attached;
     }
-    controller->next_ = std::exchange(controllers<Ring>, controller); // also if the device may still access its memory
+    controller->next_ = std::exchange(controllers, controller); // also if the device may still access its memory
     co_return attached;
 }
 
@@ -468,10 +442,8 @@ io::Task<Result<void>> attach(Environment& environment, virtio::Device& device) 
     auto attached = Result<void>{};
     if (!features) {
         attached = features.error();
-    } else if ((*features & virtio::feature_packed) != 0) {
-        attached = co_await attach_controller<PackedRing>(environment, device, *features);
     } else {
-        attached = co_await attach_controller<SplitRing>(environment, device, *features);
+        attached = co_await attach_controller(environment, device, *features);
     }
     if (!attached) {
         device.fail();

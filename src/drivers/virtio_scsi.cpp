@@ -14,8 +14,7 @@ import io.block;
 import io.block_queue;
 import io.executor;
 import io.latch;
-import io.ring.memory;
-import io.ring.virtqueue;
+import io.ring.any;
 import io.task;
 import drivers.driver;
 import drivers.pci;
@@ -48,7 +47,7 @@ u64 supported(const Environment& environment, bool legacy) {
     return features;
 }
 
-/// The parts that do not depend on the queues' format: configuration, commands of a scan, events. Runs on the boot
+/// The parts that do not depend on the queues: configuration, commands of a scan, events. Runs on the boot
 /// processor.
 class Host : public scsi::Host {
   protected:
@@ -189,7 +188,6 @@ void Host::handle(const Event& event) {
 
 /// A device in use. Lives until the machine ends once it has a disk. Runs on the boot processor, except for its further
 /// request queues.
-template <class Ring>
 class Controller final : public Host {
   public:
     /// `device`: owned by the caller, started and negotiated.
@@ -205,7 +203,7 @@ class Controller final : public Host {
     io::Task<Result<void>> detach();
 
   private:
-    static constexpr u32 max_lanes = 1 + Disk<Ring>::max_further_lanes;
+    static constexpr u32 max_lanes = 1 + Disk::max_further_lanes;
 
     /// A virtqueue's memory.
     struct Memory {
@@ -216,7 +214,7 @@ class Controller final : public Host {
     };
     struct Lane {
         Lane(io::Executor& executor, Shared& shared) : queue(executor, shared) {}
-        Queue<Ring> queue;
+        Queue queue;
         Memory memory;
         DmaBuffer commands;
     };
@@ -245,14 +243,13 @@ class Controller final : public Host {
     io::Task<Result<void>> reset_units();
     io::Task<Result<void>> reset_unit(Address address);
 
-    template <class R>
     friend io::Task<Result<void>> attach_controller(Environment& environment, virtio::Device& device, u64 features);
 
     static void on_queue(void* self);  // vector 0, or the line
     static void on_change(void* self); // vector 1: configuration and events
     static void on_lane(void* queue);  // vectors 2…: the request queues after the first, each on its own processor
 
-    Queue<Ring>& queue() { return lanes_[0]->queue; }
+    Queue& queue() { return lanes_[0]->queue; }
 
     std::array<Lane*, max_lanes> lanes_{};
     u32 made_ = 0;       // lanes that exist
@@ -271,22 +268,19 @@ class Controller final : public Host {
     Controller* next_ = nullptr; // list of controllers in use
 };
 
-template <class Ring>
-constinit Controller<Ring>* controllers = nullptr; // live until the machine ends
+constinit Controller* controllers = nullptr; // live until the machine ends
 
 // ---- setting up ----
 
 // Only after detach() without an error: no queue may be registered.
-template <class Ring>
-Controller<Ring>::~Controller() {
+Controller::~Controller() {
     units_.clear(); // before the queues
     for (Lane* lane : lanes_) {
         delete lane;
     }
 }
 
-template <class Ring>
-Result<void> Controller<Ring>::make_lanes() {
+Result<void> Controller::make_lanes() {
     const bool several = !environment_.executors.empty() && environment_.allows(Feature::multi_queue);
     const u32 wanted =
         std::min({queue_count_, max_lanes, several ? static_cast<u32>(environment_.executors.size()) : u32{1}});
@@ -302,8 +296,7 @@ Result<void> Controller<Ring>::make_lanes() {
 
 /// Vectors: the first request queue, configuration and events, the other request queues. Without a vector of its own a
 /// queue is not used, because its interrupt would arrive on another processor.
-template <class Ring>
-Result<void> Controller<Ring>::attach_interrupts() {
+Result<void> Controller::attach_interrupts() {
     std::array<virtio::InterruptUse, 1 + max_lanes> uses;
     const u32 here = environment_.executor.processor();
     uses[0] = {here, on_queue, this};
@@ -318,20 +311,15 @@ Result<void> Controller<Ring>::attach_interrupts() {
     return device_.set_config_vector(change_vector_ ? u16{1} : virtio::no_vector);
 }
 
-template <class Ring>
-Result<Ring> Controller<Ring>::make_ring(u16 queue, Memory& memory, u32 least, u32 most) {
+Result<Ring> Controller::make_ring(u16 queue, Memory& memory, u32 least, u32 most) {
     const u32 maximum = device_.max_size(queue);
     if (maximum == 0 || maximum > io::virtqueue_max_size) {
         return Error{Code::protocol, "a queue of the virtio SCSI host has an impossible size", io::virtqueue_max_size,
                      maximum};
     }
-    memory.size = std::min(maximum, most);
-    if constexpr (std::same_as<Ring, SplitRing>) {
-        memory.size = std::bit_floor(memory.size);
-        memory.layout = device_.legacy() ? Ring::layout(memory.size, virtio::legacy_align) : Ring::layout(memory.size);
-    } else {
-        memory.layout = Ring::layout(memory.size);
-    }
+    const bool packed = has(virtio::feature_packed);
+    memory.size = Ring::usable_size(std::min(maximum, most), packed);
+    memory.layout = Ring::layout(memory.size, packed, device_.legacy() ? virtio::legacy_align : 64);
     if (memory.size < least) {
         return Error{Code::not_supported, "a queue of the virtio SCSI host is too small", least, memory.size};
     }
@@ -346,22 +334,21 @@ Result<Ring> Controller<Ring>::make_ring(u16 queue, Memory& memory, u32 least, u
                         {.event_index = has(virtio::feature_event_idx),
                          .in_order = has(virtio::feature_in_order),
                          .indirect = has(virtio::feature_indirect),
+                         .packed = packed,
                          .readable_in_length = true});
 }
 
-template <class Ring>
-Result<virtio::Notifier> Controller<Ring>::enable(u16 queue, const Memory& memory, u16 vector) {
+Result<virtio::Notifier> Controller::enable(u16 queue, const Memory& memory, u16 vector) {
     const virtio::QueueAddresses at{memory.ring.bus() + memory.layout.descriptors,
                                     memory.ring.bus() + memory.layout.driver, memory.ring.bus() + memory.layout.device};
     return device_.enable(queue, memory.size, at, vector);
 }
 
-template <class Ring>
-Result<void> Controller<Ring>::enable_lane(u32 index) {
+Result<void> Controller::enable_lane(u32 index) {
     Lane& lane = *lanes_[index];
     const auto queue = static_cast<u16>(first_request_queue + index);
-    TRY(const Ring ring, make_ring(queue, lane.memory, Transport<Ring>::max_elements, max_queue_size));
-    TRY(lane.commands, environment_.dma.buffer(Transport<Ring>::command_bytes));
+    TRY(const Ring ring, make_ring(queue, lane.memory, Transport::max_elements, max_queue_size));
+    TRY(lane.commands, environment_.dma.buffer(Transport::command_bytes));
     lane.queue.transport().set_up(ring, lane.commands, terms_);
     TRY(const virtio::Notifier notifier, enable(queue, lane.memory, vector_of(index == 0 ? 0 : index + 1)));
     lane.queue.transport().set_notifier(notifier);
@@ -369,8 +356,7 @@ Result<void> Controller<Ring>::enable_lane(u32 index) {
 }
 
 // The control queue is polled: it is used only to recover from a silent device.
-template <class Ring>
-Result<void> Controller<Ring>::enable_messages() {
+Result<void> Controller::enable_messages() {
     TRY(messages_, environment_.dma.buffer(sizeof(Messages)));
     TRY(control_, make_ring(control_queue, control_memory_, 2, 2));
     TRY(control_notifier_, enable(control_queue, control_memory_, virtio::no_vector));
@@ -380,8 +366,7 @@ Result<void> Controller<Ring>::enable_messages() {
     return {};
 }
 
-template <class Ring>
-void Controller<Ring>::on_queue(void* self) {
+void Controller::on_queue(void* self) {
     auto& controller = *static_cast<Controller*>(self);
     u32 accesses = 0;
     u8 reasons = virtio::isr_queue;
@@ -399,20 +384,15 @@ void Controller<Ring>::on_queue(void* self) {
     }
 }
 
-template <class Ring>
-void Controller<Ring>::on_lane(void* queue) {
-    static_cast<Queue<Ring>*>(queue)->transport().on_interrupt(0);
-}
+void Controller::on_lane(void* queue) { static_cast<Queue*>(queue)->transport().on_interrupt(0); }
 
-template <class Ring>
-void Controller<Ring>::on_change(void* self) {
+void Controller::on_change(void* self) {
     auto& controller = *static_cast<Controller*>(self);
     controller.config_changed_.store(true, std::memory_order_relaxed); // ordered by raise()
     controller.changes_.raise();
 }
 
-template <class Ring>
-io::Task<Result<void>> Controller<Ring>::attach() {
+io::Task<Result<void>> Controller::attach() {
     CO_CHECK(read_config());
     CO_CHECK(make_lanes());
     CO_CHECK(attach_interrupts());
@@ -422,10 +402,10 @@ io::Task<Result<void>> Controller<Ring>::attach() {
     }
     device_.run();
     while (started_ < lane_count_) {
-        Queue<Ring>& queue = lanes_[started_++]->queue;
+        Queue& queue = lanes_[started_++]->queue;
         CO_CHECK(co_await queue.start_there(environment_.executor, environment_.timeout,
-                                            [](io::GroupedQueue<Transport<Ring>>& there, Nanoseconds timeout) {
-                                                static_cast<Queue<Ring>&>(there).start(timeout);
+                                            [](io::GroupedQueue<Transport>& there, Nanoseconds timeout) {
+                                                static_cast<Queue&>(there).start(timeout);
                                             }));
     }
     for (u32 i = 0; i < event_memory_.size; ++i) {
@@ -446,28 +426,24 @@ io::Task<Result<void>> Controller<Ring>::attach() {
 
 // ---- units ----
 
-template <class Ring>
-io::Task<Result<void>> Controller<Ring>::send_request(Exchange& exchange) {
+io::Task<Result<void>> Controller::send_request(Exchange& exchange) {
     return scsi::send_and_wait(queue(), exchange, environment_.executor, environment_.timeout);
 }
 
-template <class Ring>
-scsi::Unit* Controller<Ring>::make(scsi::UnitNumber at, const scsi::UnitDescription& found,
-                                   io::BlockDevice::Identity& identity) {
-    print(identity.features, "{}{}{}{}{} queues={} queue-size={}", std::same_as<Ring, PackedRing> ? "packed " : "",
+scsi::Unit* Controller::make(scsi::UnitNumber at, const scsi::UnitDescription& found,
+                             io::BlockDevice::Identity& identity) {
+    print(identity.features, "{}{}{}{}{} queues={} queue-size={}", has(virtio::feature_packed) ? "packed " : "",
           has(virtio::feature_event_idx) ? "event-idx " : "", has(virtio::feature_indirect) ? "indirect " : "",
           has(virtio::feature_in_order) ? "in-order " : "", device_.by_line() ? "line" : "msix", lane_count_,
           lanes_[0]->memory.size);
-    return scsi::make_lanes<Disk<Ring>>(lane_count_, [&](u32 i) {
-        return new (std::nothrow)
-            Disk<Ring>(lanes_[i]->queue, {at.target, at.lun}, found.limits, found.geometry, identity);
+    return scsi::make_lanes<Disk>(lane_count_, [&](u32 i) {
+        return new (std::nothrow) Disk(lanes_[i]->queue, {at.target, at.lun}, found.limits, found.geometry, identity);
     });
 }
 
 // ---- in use ----
 
-template <class Ring>
-io::Task<Result<void>> Controller<Ring>::watch() {
+io::Task<Result<void>> Controller::watch() {
     for (;;) {
         co_await changes_.wait();
         if (config_changed_.exchange(false, std::memory_order_relaxed) && queue().is_open() && device_.needs_reset()) {
@@ -495,8 +471,7 @@ io::Task<Result<void>> Controller<Ring>::watch() {
 }
 
 /// Handles the events and gives their buffers back. Error{protocol}: an impossible buffer.
-template <class Ring>
-Result<void> Controller<Ring>::take_events() {
+Result<void> Controller::take_events() {
     do {
         for (;;) {
             TRY(const std::optional<io::UsedBuffer> used, events_->take());
@@ -525,8 +500,7 @@ Result<void> Controller<Ring>::take_events() {
     } while (true);
 }
 
-template <class Ring>
-io::Task<Result<void>> Controller<Ring>::reset_units() {
+io::Task<Result<void>> Controller::reset_units() {
     for (u32 i = 0; queue().is_open();) {
         const auto unit = units_.next(i);
         if (!unit) {
@@ -537,8 +511,7 @@ io::Task<Result<void>> Controller<Ring>::reset_units() {
     co_return Result<void>{};
 }
 
-template <class Ring>
-io::Task<Result<void>> Controller<Ring>::reset_unit(Address address) {
+io::Task<Result<void>> Controller::reset_unit(Address address) {
     auto& messages = *reinterpret_cast<Messages*>(messages_.data());
     if (control_->outstanding() != 0) {
         co_return Error{Code::timed_out, "the SCSI host has not answered an earlier task management function"};
@@ -563,8 +536,7 @@ io::Task<Result<void>> Controller<Ring>::reset_unit(Address address) {
         }
         co_await environment_.executor.sleep(1'000'000);
     }
-    const u8 answer =
-        io::MappedMemory(messages_.data(), messages_.size()).template load_relaxed<u8>(offsetof(Messages, answer));
+    const u8 answer = io::MappedMemory(messages_.data(), messages_.size()).load_relaxed<u8>(offsetof(Messages, answer));
     if (answer != to_underlying(ResponseCode::ok) && answer != to_underlying(ResponseCode::function_succeeded)) {
         log::warning("{}: LOGICAL UNIT RESET: {} ({})", device_.name(), virtio_scsi::name(ResponseCode{answer}),
                      answer);
@@ -572,8 +544,7 @@ io::Task<Result<void>> Controller<Ring>::reset_unit(Address address) {
     co_return Result<void>{};
 }
 
-template <class Ring>
-io::Task<Result<void>> Controller<Ring>::detach() {
+io::Task<Result<void>> Controller::detach() {
     if (made_ == 0) {
         co_return Result<void>{};
     }
@@ -609,9 +580,8 @@ io::Task<Result<void>> Controller<Ring>::detach() {
 
 // ---- probing ----
 
-template <class Ring>
 io::Task<Result<void>> attach_controller(Environment& environment, virtio::Device& device, u64 features) {
-    auto* controller = new (std::nothrow) Controller<Ring>(environment, device, features);
+    auto* controller = new (std::nothrow) Controller(environment, device, features);
     if (controller == nullptr) {
         co_return Error{Code::exhausted, "no memory for a virtio SCSI host"};
     }
@@ -620,7 +590,7 @@ io::Task<Result<void>> attach_controller(Environment& environment, virtio::Devic
         delete controller;
         co_return attached;
     }
-    controller->next_ = std::exchange(controllers<Ring>, controller); // also if the device may still access its memory
+    controller->next_ = std::exchange(controllers, controller); // also if the device may still access its memory
     co_return attached;
 }
 
@@ -632,10 +602,8 @@ io::Task<Result<void>> attach(Environment& environment, virtio::Device& device) 
     auto attached = Result<void>{};
     if (!features) {
         attached = features.error();
-    } else if ((*features & virtio::feature_packed) != 0) {
-        attached = co_await attach_controller<PackedRing>(environment, device, *features);
     } else {
-        attached = co_await attach_controller<SplitRing>(environment, device, *features);
+        attached = co_await attach_controller(environment, device, *features);
     }
     if (!attached) {
         device.fail();

@@ -217,7 +217,7 @@ struct TransportDefaults {
     static constexpr Nanoseconds idle_window = 1'000'000'000;
     inline Result<void> publish(Counters&) { return {}; }
     Result<void> release(Counters&) { return {}; }
-    void settle(Counters&) {}
+    inline void settle(Counters&) {}
     Result<bool> arm() { return false; }
     u32 events() const { return 0; }
     std::optional<Error> reset_ineffective(bool) { return std::nullopt; }

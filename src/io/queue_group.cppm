@@ -68,7 +68,7 @@ class QueueGroup {
     }
 
     /// Abandoned writes that may still reach the medium.
-    u32 late_writes() const { return late_writes_.load(std::memory_order_acquire); }
+    inline u32 late_writes() const { return late_writes_.load(std::memory_order_acquire); }
     /// Commands that the device holds, and those that it has answered so far, as of each queue's last tick.
     u64 in_flight() const { return in_flight_.load(std::memory_order_relaxed); }
     u64 answered() const { return answered_.load(std::memory_order_relaxed); }

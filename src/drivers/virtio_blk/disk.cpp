@@ -12,14 +12,13 @@ import io.block_queue;
 import io.event_pacing;
 import io.executor;
 import io.oldest_wait;
-import io.ring.memory;
+import io.ring.any;
 import drivers.virtio.device;
 
 namespace fl::drivers::virtio_blk {
 
-template <class Ring>
-void Transport<Ring>::set_up(const Ring& ring, DmaSpan commands, bool indirect, const Limits& limits,
-                             void (*changed)(void*), void* context) {
+void Transport::set_up(const Ring& ring, DmaSpan commands, bool indirect, const Limits& limits, void (*changed)(void*),
+                       void* context) {
     ring_.emplace(ring);
     areas_ = commands;
     indirect_ = indirect;
@@ -32,8 +31,7 @@ void Transport<Ring>::set_up(const Ring& ring, DmaSpan commands, bool indirect, 
 
 // ---- sending ----
 
-template <class Ring>
-u32 Transport<Ring>::elements_of(const Command& command) const {
+u32 Transport::elements_of(const Command& command) const {
     if (command.op > io::Op::write) {
         return command.op == io::Op::discard ? 3 : 2;
     }
@@ -45,8 +43,7 @@ u32 Transport<Ring>::elements_of(const Command& command) const {
 
 // A request is a chain of descriptors, or one descriptor of an indirect table. A chain costs the device less, as long
 // as there are enough descriptors for all commands that may still come.
-template <class Ring>
-io::Fit Transport<Ring>::prepare(Command& command) {
+io::Fit Transport::prepare(Command& command) {
     if (command.op == io::Op::discard) [[unlikely]] {
         command.bytes = std::min(command.bytes, limits_.discard_bytes);
     } else if (command.op <= io::Op::write) {
@@ -60,8 +57,7 @@ io::Fit Transport<Ring>::prepare(Command& command) {
     return room < (command.wire.indirect ? 1 : elements) ? io::Fit::full : io::Fit::ok;
 }
 
-template <class Ring>
-io::SendResult Transport<Ring>::send(Command& command, u64 id) {
+io::SendResult Transport::send(Command& command, u64 id) {
     const u16 slot = io::SlotIndex::slot_of(id);
     const u32 at = slot * static_cast<u32>(sizeof(Area));
     auto& area = *reinterpret_cast<Area*>(areas_.data + at);
@@ -106,8 +102,7 @@ io::SendResult Transport<Ring>::send(Command& command, u64 id) {
     return io::SendResult::sent;
 }
 
-template <class Ring>
-Result<void> Transport<Ring>::publish(io::Counters& counters) {
+Result<void> Transport::publish(io::Counters& counters) {
     if (ring_->publish()) {
         ++counters.notifications;
         ++counters.device_accesses;
@@ -118,8 +113,7 @@ Result<void> Transport<Ring>::publish(io::Counters& counters) {
 
 // ---- answers ----
 
-template <class Ring>
-io::Next Transport<Ring>::next(io::Completion& completion) {
+io::Next Transport::next(io::Completion& completion) {
     const auto used = ring_->take();
     if (!used) [[unlikely]] {
         fault_ = used.error();
@@ -153,16 +147,14 @@ io::Next Transport<Ring>::next(io::Completion& completion) {
     return io::Next::one;
 }
 
-template <class Ring>
-Result<void> Transport<Ring>::release(io::Counters& counters) {
+Result<void> Transport::release(io::Counters& counters) {
     batch_ = false;
     const u32 accesses = accesses_.load(std::memory_order_relaxed);
     counters.device_accesses += accesses - std::exchange(charged_accesses_, accesses);
     return {};
 }
 
-template <class Ring>
-Result<bool> Transport<Ring>::arm() {
+Result<bool> Transport::arm() {
     const u32 outstanding = ring_->outstanding();
     if (outstanding == 0) {
         return false; // a buffer returned now would be a violation, which next() finds
@@ -174,8 +166,7 @@ Result<bool> Transport<Ring>::arm() {
 
 // ---- recovery ----
 
-template <class Ring>
-io::Recovery Transport<Ring>::recover(const Command&, io::OldestWait::Finding finding, std::string_view) {
+io::Recovery Transport::recover(const Command&, io::OldestWait::Finding finding, std::string_view) {
     if (finding == io::OldestWait::Finding::lost) {
         return {.kind = io::Recovery::Kind::give_up};
     }
@@ -183,8 +174,7 @@ io::Recovery Transport<Ring>::recover(const Command&, io::OldestWait::Finding fi
             .why = Error{Code::timed_out, "the device has not answered anything for a whole time-out"}};
 }
 
-template <class Ring>
-void Transport<Ring>::closed(bool stopped) {
+void Transport::closed(bool stopped) {
     leave();
     if (!stopped && changed_ != nullptr) {
         changed_(context_);
@@ -194,10 +184,6 @@ void Transport<Ring>::closed(bool stopped) {
 } // namespace fl::drivers::virtio_blk
 
 namespace fl {
-template class drivers::virtio_blk::Transport<drivers::virtio_blk::SplitRing>;
-template class drivers::virtio_blk::Transport<drivers::virtio_blk::PackedRing>;
-template class io::BlockQueue<drivers::virtio_blk::Transport<drivers::virtio_blk::SplitRing>>;
-template class io::QueueDisk<drivers::virtio_blk::Transport<drivers::virtio_blk::SplitRing>>;
-template class io::BlockQueue<drivers::virtio_blk::Transport<drivers::virtio_blk::PackedRing>>;
-template class io::QueueDisk<drivers::virtio_blk::Transport<drivers::virtio_blk::PackedRing>>;
+template class io::BlockQueue<drivers::virtio_blk::Transport>;
+template class io::QueueDisk<drivers::virtio_blk::Transport>;
 } // namespace fl

@@ -16,9 +16,7 @@ import io.event_pacing;
 import io.executor;
 import io.oldest_wait;
 export import io.queue_group;
-import io.ring.memory;
-export import io.ring.packed;
-export import io.ring.split;
+import io.ring.any;
 import drivers.virtio.device;
 export import drivers.virtio_blk.protocol;
 
@@ -38,14 +36,12 @@ struct IdExchange : io::Exchange {
     io::Status status = io::Status::ok;
 };
 
-template <class Ring>
 class Disk;
+using Ring = io::AnyQueue<io::MappedMemory>;
 
-/// `Ring`: an io::Virtqueue.
-template <class Ring>
 class Transport : public io::GroupedTransport {
   public:
-    using Disk = virtio_blk::Disk<Ring>;
+    using Disk = virtio_blk::Disk;
     static constexpr std::string_view driver = "virtio_blk";
     static constexpr u32 max_commands = 128;
     static constexpr u32 reserved_commands = 1; // for the serial number
@@ -126,29 +122,21 @@ class Transport : public io::GroupedTransport {
     void* context_ = nullptr;
 };
 
-using SplitRing = io::SplitQueue<io::MappedMemory>;
-using PackedRing = io::PackedQueue<io::MappedMemory>;
-
 } // namespace fl::drivers::virtio_blk
 
 // Instantiated once, in disk.cpp, which is optimized for speed.
 namespace fl {
-extern template class drivers::virtio_blk::Transport<drivers::virtio_blk::SplitRing>;
-extern template class drivers::virtio_blk::Transport<drivers::virtio_blk::PackedRing>;
-extern template class io::BlockQueue<drivers::virtio_blk::Transport<drivers::virtio_blk::SplitRing>>;
-extern template class io::QueueDisk<drivers::virtio_blk::Transport<drivers::virtio_blk::SplitRing>>;
-extern template class io::BlockQueue<drivers::virtio_blk::Transport<drivers::virtio_blk::PackedRing>>;
-extern template class io::QueueDisk<drivers::virtio_blk::Transport<drivers::virtio_blk::PackedRing>>;
+extern template class io::BlockQueue<drivers::virtio_blk::Transport>;
+extern template class io::QueueDisk<drivers::virtio_blk::Transport>;
 } // namespace fl
 
 export namespace fl::drivers::virtio_blk {
 
 /// A queue of the device.
-template <class Ring>
-class Queue final : public io::GroupedQueue<Transport<Ring>> {
+class Queue final : public io::GroupedQueue<Transport> {
   public:
     Queue(io::Executor& executor, io::QueueGroup& group)
-        : io::GroupedQueue<Transport<Ring>>(executor, group, executor, group) {}
+        : io::GroupedQueue<Transport>(executor, group, executor, group) {}
     /// On the queue's processor, after Transport::set_up().
     void start(Nanoseconds timeout) {
         this->open(timeout);
@@ -157,11 +145,10 @@ class Queue final : public io::GroupedQueue<Transport<Ring>> {
 };
 
 /// The medium on one queue. The first one is the disk; the others are its lanes.
-template <class Ring>
-class Disk final : public io::GroupedDisk<Transport<Ring>> {
+class Disk final : public io::GroupedDisk<Transport> {
   public:
-    Disk(Queue<Ring>& queue, const io::Geometry& geometry, const io::BlockDevice::Identity& identity)
-        : io::GroupedDisk<Transport<Ring>>(queue, geometry, identity) {}
+    Disk(Queue& queue, const io::Geometry& geometry, const io::BlockDevice::Identity& identity)
+        : io::GroupedDisk<Transport>(queue, geometry, identity) {}
 };
 
 } // namespace fl::drivers::virtio_blk

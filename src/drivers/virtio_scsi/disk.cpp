@@ -13,7 +13,7 @@ import io.block_queue;
 import io.event_pacing;
 import io.executor;
 import io.oldest_wait;
-import io.ring.memory;
+import io.ring.any;
 import drivers.virtio.device;
 
 namespace fl::drivers::virtio_scsi {
@@ -22,8 +22,7 @@ namespace fl::drivers::virtio_scsi {
 
 // A request is a chain of descriptors, or one descriptor of an indirect table. A chain costs the device less, as long
 // as there are enough descriptors for all commands that may still come.
-template <class Ring>
-io::Fit Transport<Ring>::prepare(Command& command) {
+io::Fit Transport::prepare(Command& command) {
     const u32 held = static_cast<u32>(commands_->size()); // this command is already counted
     if (held > terms_.max_commands) {
         return io::Fit::full;
@@ -35,8 +34,7 @@ io::Fit Transport<Ring>::prepare(Command& command) {
     return room < (command.wire.indirect ? 1 : elements) ? io::Fit::full : io::Fit::ok;
 }
 
-template <class Ring>
-io::SendResult Transport<Ring>::send(Command& command, u64 id) {
+io::SendResult Transport::send(Command& command, u64 id) {
     const u16 slot = io::SlotIndex::slot_of(id);
     const u32 at = slot * static_cast<u32>(sizeof(Area));
     auto& area = *reinterpret_cast<Area*>(areas_.data + at);
@@ -49,7 +47,7 @@ io::SendResult Transport<Ring>::send(Command& command, u64 id) {
     area.response.sense_length = 0;
     area.response.residual = 0;
     area.response.response = response_unwritten;
-    const auto cdb = std::span(area.header.cdb).template first<scsi::cdb_bytes>();
+    const auto cdb = std::span(area.header.cdb).first<scsi::cdb_bytes>();
     if (command.exchange != nullptr) [[unlikely]] {
         const auto& exchange = static_cast<const Exchange&>(*command.exchange);
         command.wire.indirect = false;
@@ -92,8 +90,7 @@ io::SendResult Transport<Ring>::send(Command& command, u64 id) {
     return io::SendResult::sent;
 }
 
-template <class Ring>
-Result<void> Transport<Ring>::publish(io::Counters& counters) {
+Result<void> Transport::publish(io::Counters& counters) {
     if (ring_->publish()) {
         ++counters.notifications;
         ++counters.device_accesses;
@@ -104,8 +101,7 @@ Result<void> Transport<Ring>::publish(io::Counters& counters) {
 
 // ---- answers ----
 
-template <class Ring>
-io::Next Transport<Ring>::next(io::Completion& completion) {
+io::Next Transport::next(io::Completion& completion) {
     const auto used = ring_->take();
     if (!used) [[unlikely]] {
         return broken(used.error());
@@ -133,8 +129,7 @@ io::Next Transport<Ring>::next(io::Completion& completion) {
     return judge(command, at, completion);
 }
 
-template <class Ring>
-io::Next Transport<Ring>::judge(Command& command, u32 at, io::Completion& completion) {
+io::Next Transport::judge(Command& command, u32 at, io::Completion& completion) {
     RequestResponse answer; // a copy: the device may still write
     io::MappedMemory(areas_.data, areas_.size)
         .copy_out(at, reinterpret_cast<std::byte*>(&answer), response_bytes(terms_.sense_bytes));
@@ -183,16 +178,14 @@ io::Next Transport<Ring>::judge(Command& command, u32 at, io::Completion& comple
     return io::Next::one;
 }
 
-template <class Ring>
-Result<void> Transport<Ring>::release(io::Counters& counters) {
+Result<void> Transport::release(io::Counters& counters) {
     batch_ = false;
     const u32 accesses = accesses_.load(std::memory_order_relaxed);
     counters.device_accesses += accesses - std::exchange(charged_accesses_, accesses);
     return {};
 }
 
-template <class Ring>
-Result<bool> Transport<Ring>::arm() {
+Result<bool> Transport::arm() {
     const u32 outstanding = ring_->outstanding();
     if (outstanding == 0) {
         return false; // a buffer returned now would be a violation, which next() finds
@@ -204,16 +197,14 @@ Result<bool> Transport<Ring>::arm() {
 
 // ---- recovery ----
 
-template <class Ring>
-io::Recovery Transport<Ring>::recover(const Command&, io::OldestWait::Finding, std::string_view names) {
+io::Recovery Transport::recover(const Command&, io::OldestWait::Finding, std::string_view names) {
     log::warning("{}: no answer within the time-out: resetting the logical units", names);
     reset_answered_ = group().answered();
     shared_.request(shared_.reset_requested);
     return {.kind = io::Recovery::Kind::reset_requested};
 }
 
-template <class Ring>
-std::optional<Error> Transport<Ring>::reset_ineffective(bool writes) {
+std::optional<Error> Transport::reset_ineffective(bool writes) {
     if (group().answered() == reset_answered_) { // on any queue
         return Error{Code::timed_out, "the device has not answered anything for a whole time-out"};
     }
@@ -224,8 +215,7 @@ std::optional<Error> Transport<Ring>::reset_ineffective(bool writes) {
     return std::nullopt;
 }
 
-template <class Ring>
-void Transport<Ring>::closed(bool stopped) {
+void Transport::closed(bool stopped) {
     leave();
     if (!stopped) {
         shared_.changed();
@@ -235,10 +225,6 @@ void Transport<Ring>::closed(bool stopped) {
 } // namespace fl::drivers::virtio_scsi
 
 namespace fl {
-template class drivers::virtio_scsi::Transport<drivers::virtio_scsi::SplitRing>;
-template class drivers::virtio_scsi::Transport<drivers::virtio_scsi::PackedRing>;
-template class io::BlockQueue<drivers::virtio_scsi::Transport<drivers::virtio_scsi::SplitRing>>;
-template class io::QueueDisk<drivers::virtio_scsi::Transport<drivers::virtio_scsi::SplitRing>>;
-template class io::BlockQueue<drivers::virtio_scsi::Transport<drivers::virtio_scsi::PackedRing>>;
-template class io::QueueDisk<drivers::virtio_scsi::Transport<drivers::virtio_scsi::PackedRing>>;
+template class io::BlockQueue<drivers::virtio_scsi::Transport>;
+template class io::QueueDisk<drivers::virtio_scsi::Transport>;
 } // namespace fl

@@ -21,9 +21,7 @@ import io.event_pacing;
 import io.executor;
 import io.oldest_wait;
 export import io.queue_group;
-import io.ring.memory;
-export import io.ring.packed;
-export import io.ring.split;
+import io.ring.any;
 import drivers.virtio.device;
 export import drivers.scsi.commands;
 export import drivers.virtio_scsi.protocol;
@@ -68,14 +66,12 @@ struct Exchange : io::Exchange {
     scsi::Response response;
 };
 
-template <class Ring>
 class Disk;
+using Ring = io::AnyQueue<io::MappedMemory>;
 
-/// `Ring`: an io::Virtqueue.
-template <class Ring>
 class Transport : public io::GroupedTransport {
   public:
-    using Disk = virtio_scsi::Disk<Ring>;
+    using Disk = virtio_scsi::Disk;
     static constexpr std::string_view driver = "virtio_scsi";
     static constexpr u32 max_commands = 128;
     static constexpr u32 reserved_commands = 1; // a command of a scan
@@ -155,29 +151,20 @@ class Transport : public io::GroupedTransport {
     u32 charged_accesses_ = 0;
 };
 
-using SplitRing = io::SplitQueue<io::MappedMemory>;
-using PackedRing = io::PackedQueue<io::MappedMemory>;
-
 } // namespace fl::drivers::virtio_scsi
 
 // Instantiated once, in disk.cpp, which is optimized for speed.
 namespace fl {
-extern template class drivers::virtio_scsi::Transport<drivers::virtio_scsi::SplitRing>;
-extern template class drivers::virtio_scsi::Transport<drivers::virtio_scsi::PackedRing>;
-extern template class io::BlockQueue<drivers::virtio_scsi::Transport<drivers::virtio_scsi::SplitRing>>;
-extern template class io::QueueDisk<drivers::virtio_scsi::Transport<drivers::virtio_scsi::SplitRing>>;
-extern template class io::BlockQueue<drivers::virtio_scsi::Transport<drivers::virtio_scsi::PackedRing>>;
-extern template class io::QueueDisk<drivers::virtio_scsi::Transport<drivers::virtio_scsi::PackedRing>>;
+extern template class io::BlockQueue<drivers::virtio_scsi::Transport>;
+extern template class io::QueueDisk<drivers::virtio_scsi::Transport>;
 } // namespace fl
 
 export namespace fl::drivers::virtio_scsi {
 
 /// A request queue of the device.
-template <class Ring>
-class Queue final : public io::GroupedQueue<Transport<Ring>> {
+class Queue final : public io::GroupedQueue<Transport> {
   public:
-    Queue(io::Executor& executor, Shared& shared)
-        : io::GroupedQueue<Transport<Ring>>(executor, shared, executor, shared) {}
+    Queue(io::Executor& executor, Shared& shared) : io::GroupedQueue<Transport>(executor, shared, executor, shared) {}
     /// On the queue's processor, after Transport::set_up().
     void start(Nanoseconds timeout) {
         this->open(timeout);
@@ -186,16 +173,15 @@ class Queue final : public io::GroupedQueue<Transport<Ring>> {
 };
 
 /// One logical unit on one queue. The first one is the disk; the others are its lanes.
-template <class Ring>
-class Disk final : public io::GroupedDisk<Transport<Ring>> {
+class Disk final : public io::GroupedDisk<Transport> {
   public:
-    Disk(Queue<Ring>& queue, UnitNumber unit, const scsi::UnitLimits& limits, const io::Geometry& geometry,
+    Disk(Queue& queue, UnitNumber unit, const scsi::UnitLimits& limits, const io::Geometry& geometry,
          const io::BlockDevice::Identity& identity)
-        : io::GroupedDisk<Transport<Ring>>(queue, geometry, identity), address_(address_of(unit.target, unit.lun)),
+        : io::GroupedDisk<Transport>(queue, geometry, identity), address_(address_of(unit.target, unit.lun)),
           commands_(limits, geometry) {}
 
   private:
-    friend class Transport<Ring>;
+    friend class Transport;
 
     Address address_;
     scsi::LogicalUnit commands_;

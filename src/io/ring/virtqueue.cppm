@@ -42,6 +42,7 @@ struct VirtqueueOptions {
     bool event_index = false; // VIRTIO_F_EVENT_IDX: events are requested by position instead of on or off
     bool in_order = false;    // VIRTIO_F_IN_ORDER: the device returns buffers in the order in which they were added
     bool indirect = false;    // VIRTIO_F_INDIRECT_DESC: add_indirect() may be used
+    bool packed = false;      // VIRTIO_F_RING_PACKED; only for io.ring.any: the other queues have one format
     /// The used length may also count the buffer's device-readable bytes. Against [virtio-1.2 §2.7.8], but QEMU's SCSI
     /// host does so.
     bool readable_in_length = false;
@@ -125,25 +126,25 @@ class VirtqueueTable {
         }
     }
 
-    u32 size() const { return static_cast<u32>(rows_.size()); }
-    u32 free_descriptors() const { return free_descriptors_; }
-    u32 added() const { return added_; }
-    u32 published() const { return published_; }
+    inline u32 size() const { return static_cast<u32>(rows_.size()); }
+    inline u32 free_descriptors() const { return free_descriptors_; }
+    inline u32 added() const { return added_; }
+    inline u32 published() const { return published_; }
     /// Lower bound of the descriptors occupied by any buffer under way.
-    u32 shortest() const { return shortest_; }
+    inline u32 shortest() const { return shortest_; }
     /// The id of the next buffer to be added.
-    u16 first_free() const { return free_head_; }
+    inline u16 first_free() const { return free_head_; }
     /// The free id after `id`.
-    u16 after(u16 id) const { return rows_[id].next; }
+    inline u16 after(u16 id) const { return rows_[id].next; }
     /// Whether the buffer is published and not yet returned. `id` is an unchecked value from the device.
-    bool is_published(u32 id) const { return id < rows_.size() && rows_[id].state == state_published; }
-    const VirtqueueRow& operator[](u16 id) const { return rows_[id]; }
+    inline bool is_published(u32 id) const { return id < rows_.size() && rows_[id].state == state_published; }
+    inline const VirtqueueRow& operator[](u16 id) const { return rows_[id]; }
     /// With VIRTIO_F_IN_ORDER: the id of the buffer added after buffer `id`.
-    u16 following(u16 id) const { return rows_[rows_[id].last].next; }
+    inline u16 following(u16 id) const { return rows_[rows_[id].last].next; }
 
     /// Allocates the free ids first_free() to `last` to one buffer, whose id is the first of them. The caller has
     /// checked that `descriptors` are free.
-    void add(u16 last, u32 descriptors, u16 slot, u32 writable) {
+    inline void add(u16 last, u32 descriptors, u16 slot, u32 writable) {
         const u16 id = free_head_;
         free_head_ = rows_[last].next;
         VirtqueueRow& row = rows_[id];
@@ -164,7 +165,7 @@ class VirtqueueTable {
         free_ids_ -= ids_of(id);
     }
     /// From now on the device may return the added buffers.
-    void publish() {
+    inline void publish() {
         u16 id = added_head_;
         for (u32 left = added_; left != 0; --left) {
             id = std::exchange(rows_[id].state, state_published);
@@ -172,7 +173,7 @@ class VirtqueueTable {
         published_ += std::exchange(added_, 0);
     }
     /// A published buffer was returned.
-    void remove(u16 id) {
+    inline void remove(u16 id) {
         VirtqueueRow& row = rows_[id];
         // The tail's link is maintained even while the list is empty: following() reads it.
         rows_[free_tail_].next = id;
@@ -193,7 +194,7 @@ class VirtqueueTable {
     static constexpr u16 state_last_added = 0xfffd;
 
     /// A split queue's buffer occupies one id per descriptor, a packed queue's one id.
-    u32 ids_of(u16 id) const { return rows_[id].last == id ? 1 : rows_[id].descriptors; }
+    inline u32 ids_of(u16 id) const { return rows_[id].last == id ? 1 : rows_[id].descriptors; }
 
     std::span<VirtqueueRow> rows_;
     u16 free_head_ = 0;

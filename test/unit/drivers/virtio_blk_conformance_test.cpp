@@ -13,8 +13,7 @@ import core.interrupt;
 import io.executor;
 import io.block;
 import io.block_queue;
-import io.ring.memory;
-import io.ring.virtqueue;
+import io.ring.any;
 import drivers.virtio.device;
 import drivers.virtio_blk.disk;
 
@@ -31,6 +30,7 @@ namespace virtio = drivers::virtio;
 namespace virtio_blk = drivers::virtio_blk;
 
 struct Form {
+    bool packed = false;
     u32 size = 256; // of a queue
     bool event_index = true;
     bool indirect = false;
@@ -39,7 +39,6 @@ struct Form {
     u32 lanes = 1;
 };
 
-template <class Ring>
 class VirtioBlkRig final : public Rig {
   public:
     explicit VirtioBlkRig(const Form& form) : form_(form) {
@@ -51,13 +50,13 @@ class VirtioBlkRig final : public Rig {
     }
     static Facts facts(const Form& form) {
         return {.lanes = form.lanes,
-                .capacity = form.indirect ? virtio_blk::Transport<Ring>::max_commands - 1 : form.size / 3,
+                .capacity = form.indirect ? virtio_blk::Transport::max_commands - 1 : form.size / 3,
                 .part_bytes = form.segments * form.segment_bytes,
                 .discard_bytes = discard_bytes,
                 .discards = true,
                 .ids = true,
                 .elsewhere = true,
-                .faults = std::same_as<Ring, virtio_blk::SplitRing> ? std::vector{Fault::next} : std::vector<Fault>{},
+                .faults = !form.packed ? std::vector{Fault::next} : std::vector<Fault>{},
                 .timeout = timeout_of(form),
                 .answers = {Status::ok, Status::io_error, Status::not_supported}};
     }
@@ -164,13 +163,14 @@ class VirtioBlkRig final : public Rig {
               backend(number == 0 ? virtio_test::Backend(rig.memory_, sectors)
                                   : virtio_test::Backend(rig.memory_, rig.lanes_[0]->backend)) {
             const Form& form = rig.form_;
-            const auto layout = Ring::layout(form.size);
+            const auto layout = virtio_blk::Ring::layout(form.size, form.packed);
             ring = *rig.memory_.buffer(static_cast<u32>(layout.bytes));
-            commands = *rig.memory_.buffer(virtio_blk::Transport<Ring>::command_bytes);
+            commands = *rig.memory_.buffer(virtio_blk::Transport::command_bytes);
             rows.resize(form.size);
-            const io::VirtqueueOptions options{.event_index = form.event_index, .indirect = form.indirect};
+            const io::VirtqueueOptions options{
+                .event_index = form.event_index, .indirect = form.indirect, .packed = form.packed};
             const auto made =
-                Ring::create(io::MappedMemory(ring.data(), ring.size()), layout, form.size, rows, options);
+                virtio_blk::Ring::create(io::MappedMemory(ring.data(), ring.size()), layout, form.size, rows, options);
             EXPECT_TRUE(made);
             transport().set_up(
                 *made, commands, form.indirect,
@@ -179,7 +179,7 @@ class VirtioBlkRig final : public Rig {
             transport().set_notifier(virtio::Notifier(Mmio(static_cast<MmioModel&>(*this), 16), 0, 0, false));
             backend.set_queue({form.size, ring.bus() + layout.descriptors, ring.bus() + layout.driver,
                                ring.bus() + layout.device, form.event_index},
-                              std::same_as<Ring, virtio_blk::PackedRing>);
+                              form.packed);
             backend.hold = true;
             backend.interrupt = [this] { transport().on_interrupt(0); };
             backend.taken.reserve(256);
@@ -194,15 +194,15 @@ class VirtioBlkRig final : public Rig {
             const InFake scope;
             backend.notify();
         }
-        virtio_blk::Transport<Ring>& transport() { return queue.transport(); }
+        virtio_blk::Transport& transport() { return queue.transport(); }
 
         io::Executor executor;
         DmaBuffer ring;
         DmaBuffer commands;
         std::vector<io::VirtqueueRow> rows;
-        virtio_blk::Queue<Ring> queue;
+        virtio_blk::Queue queue;
         virtio_test::Backend backend;
-        std::optional<virtio_blk::Disk<Ring>> disk;
+        std::optional<virtio_blk::Disk> disk;
         bool damaged = false;
     };
 
@@ -213,23 +213,20 @@ class VirtioBlkRig final : public Rig {
     std::vector<std::unique_ptr<Lane>> lanes_;
 };
 
-template <class Ring>
 void add(std::vector<Make>& all, const char* name, const Form& form) {
-    all.push_back(
-        {name, VirtioBlkRig<Ring>::facts(form), [form] { return std::make_unique<VirtioBlkRig<Ring>>(form); }});
+    all.push_back({name, VirtioBlkRig::facts(form), [form] { return std::make_unique<VirtioBlkRig>(form); }});
 }
 
 std::vector<Make> rigs() {
     std::vector<Make> all;
-    add<virtio_blk::SplitRing>(all, "split", {});
-    add<virtio_blk::SplitRing>(all, "split_small_without_events", {.size = 16, .event_index = false});
-    add<virtio_blk::SplitRing>(all, "split_indirect", {.size = 128, .indirect = true});
-    add<virtio_blk::SplitRing>(all, "split_segments", {.segments = 4, .segment_bytes = 16 * 1024});
-    add<virtio_blk::SplitRing>(all, "split_two_lanes", {.lanes = 2});
-    add<virtio_blk::PackedRing>(all, "packed", {.size = 99});
-    add<virtio_blk::PackedRing>(all, "packed_indirect_without_events",
-                                {.size = 128, .event_index = false, .indirect = true});
-    add<virtio_blk::PackedRing>(all, "packed_four_lanes", {.lanes = 4});
+    add(all, "split", {});
+    add(all, "split_small_without_events", {.size = 16, .event_index = false});
+    add(all, "split_indirect", {.size = 128, .indirect = true});
+    add(all, "split_segments", {.segments = 4, .segment_bytes = 16 * 1024});
+    add(all, "split_two_lanes", {.lanes = 2});
+    add(all, "packed", {.packed = true, .size = 99});
+    add(all, "packed_indirect_without_events", {.packed = true, .size = 128, .event_index = false, .indirect = true});
+    add(all, "packed_four_lanes", {.packed = true, .lanes = 4});
     return all;
 }
 } // namespace

@@ -4,8 +4,7 @@
 import test.gtest;
 import host.std;
 import core.result;
-import io.ring.split;
-import io.ring.packed;
+import io.ring.any;
 import io.ring.hostile;
 
 #include "unit/io/ring_virtqueue_fake.hpp"
@@ -28,6 +27,30 @@ struct Packed {
     using Queue = PackedQueue<M>;
     using Device = virtqueue_fake::PackedDevice;
     static constexpr bool packed = true;
+};
+
+/// io.ring.any in one of its formats.
+template <class M, bool is_packed>
+struct OneFormat : AnyQueue<M> {
+    static VirtqueueLayout layout(u32 size) { return AnyQueue<M>::layout(size, is_packed); }
+    static Result<OneFormat> create(M memory, const VirtqueueLayout& at, u32 size, std::span<VirtqueueRow> rows,
+                                    VirtqueueOptions options) {
+        options.packed = is_packed;
+        auto queue = AnyQueue<M>::create(memory, at, size, rows, options);
+        if (!queue) {
+            return queue.error();
+        }
+        EXPECT_EQ(queue->packed(), is_packed);
+        return OneFormat{*queue};
+    }
+};
+struct AnySplit : Split {
+    template <class M>
+    using Queue = OneFormat<M, false>;
+};
+struct AnyPacked : Packed {
+    template <class M>
+    using Queue = OneFormat<M, true>;
 };
 
 constexpr usize table_bytes = 16 * 64; // of each indirect table
@@ -153,11 +176,12 @@ constexpr std::string_view too_many = "the device has returned more buffers than
 
 template <class Kind>
 class Virtqueues : public testing::Test {};
-using Kinds = testing::Types<Split, Packed>;
+using Kinds = testing::Types<Split, Packed, AnySplit, AnyPacked>;
 struct Names {
     template <class Kind>
     static std::string GetName(int) {
-        return Kind::packed ? "Packed" : "Split";
+        return std::string(std::is_same_v<Kind, Split> || std::is_same_v<Kind, Packed> ? "" : "Any") +
+               (Kind::packed ? "Packed" : "Split");
     }
 };
 TYPED_TEST_SUITE(Virtqueues, Kinds, Names);
@@ -821,6 +845,22 @@ TYPED_TEST(Virtqueues, GarbageBeforeEveryRead) {
 }
 
 // ---- queue layout and options ----
+
+TEST(AnyVirtqueue, TheLargestUsableSize) {
+    using Queue = AnyQueue<FlatMemory>;
+    for (const auto& [maximum, split, packed] : {std::array{0u, 0u, 0u},
+                                                 {1u, 1u, 1u},
+                                                 {3u, 2u, 3u},
+                                                 {256u, 256u, 256u},
+                                                 {1000u, 512u, 1000u},
+                                                 {32767u, 16384u, 32767u},
+                                                 {32768u, 32768u, 32768u},
+                                                 {65535u, 32768u, 32768u},
+                                                 {~0u, 32768u, 32768u}}) {
+        EXPECT_EQ(Queue::usable_size(maximum, false), split) << maximum;
+        EXPECT_EQ(Queue::usable_size(maximum, true), packed) << maximum;
+    }
+}
 
 TYPED_TEST(Virtqueues, SizesAreChecked) {
     std::vector<VirtqueueRow> rows(65536);
