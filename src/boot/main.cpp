@@ -48,6 +48,7 @@ import boot.shutdown;
 import boot.sinks;
 import boot.sources;
 import boot.machine.processors;
+import boot.machine.hotplug;
 import boot.machine.sources;
 
 namespace fl::boot {
@@ -118,13 +119,14 @@ class KernelDrivers final : public DriverMachine {
 struct Machine {
     Machine(Backend& backend, io::Executor& executor)
         : drivers(executor), binder(executor, plan, drivers), synthetic(backend),
-          null(null_disks(options.disk.names.all())) {}
+          null(null_disks(options.disk.names.all())), tasks(executor) {}
     KernelDrivers drivers;
     Binder binder;
     PciSource pci{pci_drivers};
     SyntheticSource synthetic;
     VirtioMmioSource virtio_mmio{virtio_mmio_drivers};
     NullSource null;
+    io::TaskGroup tasks;
 };
 constinit Later<Machine> machine_place;
 
@@ -215,6 +217,9 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     find_devices(machine, info);
     CO_CHECK(co_await binder.bind());
     binder.watch();
+    if (options.job != Job::boot) { // which ends at once
+        watch_pci_hotplug(machine.pci, executor, interrupts(), device_registers(), machine.tasks);
+    }
     Result<Outcome> outcome = co_await run_until_shutdown(options, binder.disks(),
                                                           {executor, dma_memory(), heap_allocations, executors(),
                                                            options.marks != 0 ? mark_phase : nullptr, clock_assumed(),

@@ -38,6 +38,9 @@ void PciSource::found(void* context, const drivers::pci::Device& device) {
     if (is_listed(device) || self.has_driver(device)) {
         self.keep(device);
     }
+    if (device.header_type == 1) {
+        static_cast<void>(self.bridges_.push(device)); // without memory, hot plug is not reported
+    }
 }
 
 void PciSource::count_found(const drivers::pci::Enumerated& found) {

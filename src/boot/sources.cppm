@@ -104,6 +104,8 @@ class PciSource final : public SourceOf<drivers::pci::Device, PciDriver> {
     static void found(void* context, const drivers::pci::Device& device);
     /// Adds the totals of one bus walk.
     void count_found(const drivers::pci::Enumerated& found);
+    /// PCI-to-PCI bridges, ports of PCI Express among them.
+    std::span<const drivers::pci::Device> bridges() const { return {bridges_.begin(), bridges_.size()}; }
     /// All functions found, listed or not.
     u32 functions() const { return functions_; }
 
@@ -114,6 +116,7 @@ class PciSource final : public SourceOf<drivers::pci::Device, PciDriver> {
     void report_left_out(Devices& into) const override;
 
   private:
+    Vector<drivers::pci::Device> bridges_;
     u32 functions_ = 0;
     u32 unreachable_ = 0;
 };

@@ -103,6 +103,10 @@ Fadt read_fadt(PhysicalReader& memory, const Table& t) {
     const u32 flags = field<u32>(memory, t, 112);
     f.hardware_reduced = (flags >> 20 & 1) != 0;
     if (!f.hardware_reduced) {
+        f.pm1a_event = port_at(memory, t, 56, 148);
+        f.pm1_event_bytes = field<u8>(memory, t, 88);
+        f.gpe0 = port_at(memory, t, 80, 220);
+        f.gpe0_bytes = field<u8>(memory, t, 92);
         f.pm1a_control = port_at(memory, t, 64, 172);
         f.pm1b_control = port_at(memory, t, 68, 184);
     }
@@ -535,30 +539,31 @@ Result<SleepType> find_s5(PhysicalReader& memory, const Tables& tables) {
                                           : "ACPI: neither the DSDT nor an SSDT has an \\_S5");
 }
 
-std::optional<u16> find_pvpanic(PhysicalReader& memory, u64 dsdt) {
+namespace {
+
+/// Calls `decode` with the bytes of the DSDT that follow each occurrence of `id`, at most `reach`, until it returns a
+/// port.
+std::optional<u16> find_port(PhysicalReader& memory, u64 dsdt, std::string_view id,
+                             std::optional<u16> (*decode)(std::span<const u8> after)) {
     const auto table = open_table(memory, dsdt, max_dsdt_bytes);
     if (!table || !table->is("DSDT")) {
         return std::nullopt;
     }
-    constexpr std::string_view id = "QEMU0001";
-    constexpr u32 reach = 256; // bytes after the name in which the device's resources are searched
+    constexpr u32 reach = 256;
     std::array<u8, 2048> window;
     for (u32 base = header_size; base < table->length; base += static_cast<u32>(window.size() - reach)) {
         const auto part = std::span(window).first(std::min<usize>(window.size(), table->length - base));
         if (!memory.read(table->address + base, std::as_writable_bytes(part))) {
             break;
         }
+        const auto first = static_cast<u8>(id[0]);
         for (usize i = 0; i + id.size() < part.size(); ++i) {
-            if (part[i] != 'Q' || std::memcmp(part.data() + i, id.data(), id.size()) != 0) {
+            if (part[i] != first || std::memcmp(part.data() + i, id.data(), id.size()) != 0) {
                 continue;
             }
-            // I/O port descriptor, 16-bit decoding, one port [ACPI 6.5 §6.4.2.5].
-            for (usize at = i + id.size(); at + 8 <= part.size() && at < i + reach; ++at) {
-                const u32 lowest = part[at + 2] | part[at + 3] << 8;
-                if (part[at] == 0x47 && part[at + 1] == 1 && lowest == u32(part[at + 4] | part[at + 5] << 8) &&
-                    lowest != 0 && part[at + 7] == 1) {
-                    return static_cast<u16>(lowest);
-                }
+            const std::span<const u8> after = part.subspan(i + id.size());
+            if (const auto port = decode(after.first(std::min<usize>(after.size(), reach - id.size())))) {
+                return port;
             }
         }
         if (part.size() < window.size()) {
@@ -566,6 +571,33 @@ std::optional<u16> find_pvpanic(PhysicalReader& memory, u64 dsdt) {
         }
     }
     return std::nullopt;
+}
+
+} // namespace
+
+std::optional<u16> find_pvpanic(PhysicalReader& memory, u64 dsdt) {
+    return find_port(memory, dsdt, "QEMU0001", [](std::span<const u8> after) -> std::optional<u16> {
+        // I/O port descriptor, 16-bit decoding, one port [ACPI 6.5 §6.4.2.5].
+        for (usize at = 0; at + 8 <= after.size(); ++at) {
+            const u32 lowest = after[at + 2] | after[at + 3] << 8;
+            if (after[at] == 0x47 && after[at + 1] == 1 && lowest == u32(after[at + 4] | after[at + 5] << 8) &&
+                lowest != 0 && after[at + 7] == 1) {
+                return static_cast<u16>(lowest);
+            }
+        }
+        return std::nullopt;
+    });
+}
+
+std::optional<u16> find_pci_hotplug(PhysicalReader& memory, u64 dsdt) {
+    // DefOpRegion: name, space (1: I/O ports), offset, length [ACPI 6.5 §20.2.5.2].
+    return find_port(memory, dsdt, "\x5b\x80PCST\x01", [](std::span<const u8> after) -> std::optional<u16> {
+        if (after.size() < 9) {
+            return std::nullopt;
+        }
+        const std::optional<u64> port = integer(after);
+        return port && *port != 0 && *port <= 0xffe0 ? std::optional(static_cast<u16>(*port)) : std::nullopt;
+    });
 }
 
 } // namespace fl::acpi

@@ -57,13 +57,17 @@ struct Madt {
 
 /// Fixed ACPI Description Table [§5.2.9].
 struct Fadt {
-    u64 dsdt = 0;         // physical
-    u16 sci = 0;          // GSI
-    u16 smi_command = 0;  // port; 0: ACPI mode is always on
-    u8 acpi_enable = 0;   // value to write to smi_command
-    u16 pm1a_control = 0; // port; 0: none
-    u16 pm1b_control = 0; // port; 0: none
-    u16 pm_timer = 0;     // port; 0: none
+    u64 dsdt = 0;           // physical
+    u16 sci = 0;            // GSI
+    u16 smi_command = 0;    // port; 0: ACPI mode is always on
+    u8 acpi_enable = 0;     // value to write to smi_command
+    u16 pm1a_event = 0;     // port of the status register, the enable register follows; 0: none
+    u8 pm1_event_bytes = 0; // of both registers
+    u16 pm1a_control = 0;   // port; 0: none
+    u16 pm1b_control = 0;   // port; 0: none
+    u16 gpe0 = 0;           // port of the status registers, the enable registers follow; 0: none
+    u8 gpe0_bytes = 0;      // of both
+    u16 pm_timer = 0;       // port; 0: none
     bool pm_timer_32 = false;
     bool hardware_reduced = false;
     Register reset; // address 0: not supported
@@ -165,5 +169,9 @@ Result<SleepType> find_s5(PhysicalReader& memory, const Tables& tables);
 
 /// The port of QEMU's pvpanic device (_HID "QEMU0001"), found by scanning the DSDT for its _CRS.
 std::optional<u16> find_pvpanic(PhysicalReader& memory, u64 dsdt);
+
+/// The port of QEMU's PCI hot plug registers, found by scanning the DSDT for the operation region PCST
+/// [qemu docs/specs/acpi_pci_hotplug.rst].
+std::optional<u16> find_pci_hotplug(PhysicalReader& memory, u64 dsdt);
 
 } // namespace fl::acpi

@@ -147,6 +147,33 @@ struct ExpressDeviceControl : Register<ExpressDeviceControl, u16> {
     static constexpr Bit<15, Attribute::write_only> initiate_function_level_reset{};
     static constexpr auto layout = fields(initiate_function_level_reset);
 };
+struct ExpressCapabilities : Register<ExpressCapabilities, u16> {
+    static constexpr u64 offset = 2;
+    static constexpr Bit<8, Attribute::read_only> slot_implemented{};
+    static constexpr auto layout = fields(slot_implemented);
+};
+/// A port's slot [PCIe-5.0 §7.5.3.9 to §7.5.3.11].
+struct SlotCapabilities : Register<SlotCapabilities, u32> {
+    static constexpr u64 offset = 0x14;
+    static constexpr Field<31, 19, Attribute::read_only> slot_number{};
+    static constexpr Bit<6, Attribute::read_only> hot_plug_capable{};
+    static constexpr auto layout = fields(slot_number, hot_plug_capable);
+};
+struct SlotControl : Register<SlotControl, u16> {
+    static constexpr u64 offset = 0x18;
+    static constexpr Bit<5> hot_plug_interrupt_enable{};
+    static constexpr Bit<3> presence_detect_changed_enable{};
+    static constexpr Bit<0> attention_button_pressed_enable{};
+    static constexpr auto layout =
+        fields(hot_plug_interrupt_enable, presence_detect_changed_enable, attention_button_pressed_enable);
+};
+struct SlotStatus : Register<SlotStatus, u16> {
+    static constexpr u64 offset = 0x1a;
+    static constexpr Bit<6, Attribute::read_only> presence_detect{}; // 1: the slot is occupied
+    static constexpr Bit<3, Attribute::write_1_to_clear> presence_detect_changed{};
+    static constexpr Bit<0, Attribute::write_1_to_clear> attention_button_pressed{};
+    static constexpr auto layout = fields(presence_detect, presence_detect_changed, attention_button_pressed);
+};
 struct ExpressDeviceStatus : Register<ExpressDeviceStatus, u16> {
     static constexpr u64 offset = 10;
     static constexpr Bit<5, Attribute::read_only> transactions_pending{};

@@ -63,7 +63,11 @@ Bytes fadt_body() {
     put(b, 46 - 36, 9, 2);         // SCI
     put(b, 48 - 36, 0xb2, 4);      // SMI command
     put(b, 52 - 36, 0xf1, 1);      // ACPI enable
+    put(b, 56 - 36, 0x600, 4);     // PM1a events
     put(b, 64 - 36, 0x604, 4);     // PM1a control
+    put(b, 80 - 36, 0xafe0, 4);    // general-purpose events 0
+    put(b, 88 - 36, 4, 1);         // length of the PM1 events
+    put(b, 92 - 36, 4, 1);         // and of the general-purpose ones
     put(b, 76 - 36, 0x608, 4);     // timer
     put(b, 91 - 36, 4, 1);         // its length
     put(b, 112 - 36, 0x80a5 | 1 << 10 | 1 << 8, 4);
@@ -134,6 +138,10 @@ TEST_F(Acpi, Version1) {
     EXPECT_EQ(t->fadt->pm_timer, 0x608);
     EXPECT_TRUE(t->fadt->pm_timer_32);
     EXPECT_EQ(t->fadt->pm1a_control, 0x604);
+    EXPECT_EQ(t->fadt->pm1a_event, 0x600);
+    EXPECT_EQ(t->fadt->pm1_event_bytes, 4);
+    EXPECT_EQ(t->fadt->gpe0, 0xafe0);
+    EXPECT_EQ(t->fadt->gpe0_bytes, 4);
     EXPECT_EQ(t->fadt->pm1b_control, 0);
     EXPECT_EQ(t->fadt->dsdt, 0x7fe0040u);
     EXPECT_EQ(t->fadt->reset.address, 0xcf9u);
@@ -173,6 +181,7 @@ TEST_F(Acpi, ExtendedFieldsWinOverTheOldOnes) {
     EXPECT_EQ(t->fadt->pm_timer, 0x1808)
         << "but the timer, which a host may have all the same (length 0: Cloud Hypervisor); it is tried";
     EXPECT_EQ(t->fadt->pm1a_control, 0);
+    EXPECT_EQ(t->fadt->gpe0, 0);
     EXPECT_EQ(t->fadt->sleep_control.address, 0xfea00000u);
     EXPECT_EQ(t->fadt->sleep_control.space, acpi::Space::memory);
     EXPECT_EQ(t->fadt->reset.address, 0u);
@@ -509,6 +518,29 @@ TEST_F(Acpi, FindsPvpanicWhereverItIs) {
     EXPECT_FALSE(acpi::find_pvpanic(memory, 0));
     memory.put(0x7000000, table("DSDT", s5));
     EXPECT_FALSE(acpi::find_pvpanic(memory, 0x7000000));
+}
+
+TEST_F(Acpi, FindsQemusHotplugRegistersWhereverTheyAre) {
+    // OperationRegion (PCST, SystemIO, 0x0cc0, 0x08), as QEMU writes it.
+    const Bytes region{0x5b, 0x80, 'P', 'C', 'S', 'T', 0x01, 0x0b, 0xc0, 0x0c, 0x0a, 0x08};
+    const Bytes rest(16);
+    for (const usize filler : {0u, 1u, 1780u, 1790u, 1793u, 2000u, 2030u, 2047u, 2048u, 5000u}) {
+        Bytes body(filler, 0x5b);
+        body.insert(body.end(), region.begin(), region.end());
+        body.insert(body.end(), rest.begin(), rest.end());
+        memory.put(0x7000000, table("DSDT", body));
+        EXPECT_EQ(acpi::find_pci_hotplug(memory, 0x7000000), 0xcc0) << filler;
+    }
+    for (const auto& [at, byte] : {std::pair{6, 0x00}, std::pair{7, 0x10}, std::pair{5, 0x58}}) { // memory; computed
+        Bytes body = region;
+        body[static_cast<usize>(at)] = static_cast<u8>(byte);
+        body.insert(body.end(), rest.begin(), rest.end());
+        memory.put(0x7000000, table("DSDT", body));
+        EXPECT_FALSE(acpi::find_pci_hotplug(memory, 0x7000000)) << at;
+    }
+    memory.put(0x7000000, table("DSDT", Bytes(region.begin(), region.begin() + 9)));
+    EXPECT_FALSE(acpi::find_pci_hotplug(memory, 0x7000000)) << "cut off";
+    EXPECT_FALSE(acpi::find_pci_hotplug(memory, 0));
 }
 
 TEST_F(Acpi, S5ThatIsNone) {
