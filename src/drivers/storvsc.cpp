@@ -224,6 +224,14 @@ io::Task<Result<void>> Controller::execute(u16 lun, scsi::Cdb cdb, u32 bytes, sc
     co_return Result<void>{};
 }
 
+// Hyper-V is not sent WRITE SAME, whatever its units report: which of its versions execute it is not documented, and
+// Linux, on which they are tested, does not send it either.
+scsi::TransportLimits Controller::transport_limits() const {
+    scsi::TransportLimits limits = scsi::transport_limits(environment_, terms_.max_transfer);
+    limits.write_zeroes = false;
+    return limits;
+}
+
 scsi::Unit* Controller::make(scsi::UnitNumber at, const scsi::UnitDescription& found,
                              io::BlockDevice::Identity& identity) {
     Disk::Unit unit{found.limits};
@@ -333,7 +341,7 @@ io::Task<Result<void>> attach(Environment& environment, Vmbus& bus, Offer offer)
                   controller->terms_.max_transfer);
         controller->select(ide ? ide->target : u8{0});
         controller->units_.set_rules({.name = FixedText<48>(offer.instance.text()),
-                                      .transport = scsi::transport_limits(environment, controller->terms_.max_transfer),
+                                      .transport = controller->transport_limits(),
                                       .several_targets = false,
                                       .lists_units = !ide,
                                       .probed_luns = Controller::max_hyperv_units,

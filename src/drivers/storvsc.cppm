@@ -82,6 +82,7 @@ class Controller final : public scsi::Host {
     bool is_open() const override { return lanes_[0]->queue.is_open(); }
     scsi::Unit* make(scsi::UnitNumber at, const scsi::UnitDescription& found,
                      io::BlockDevice::Identity& identity) override;
+    scsi::TransportLimits transport_limits() const;
     io::Task<Result<void>> watch_source();
 
     static constexpr u32 scratch_bytes = max_data;

@@ -54,7 +54,7 @@ void parse(std::span<const std::byte> bytes) {
     static_cast<void>(scsi::parse_mode_6(data));
     static_cast<void>(scsi::lists_page(data, 0xb0));
     static_cast<void>(scsi::parse_block_limits(data));
-    static_cast<void>(scsi::parse_provisioning_unmap(data));
+    static_cast<void>(scsi::parse_provisioning(data));
     if (const auto sense = scsi::parse_sense(data)) {
         static_cast<void>(scsi::describe(*sense, 5));
         static_cast<void>(scsi::describe(*sense, std::nullopt));

@@ -14,6 +14,7 @@ import core.result;
 import io.executor;
 import io.ring;
 import drivers.pvscsi.protocol;
+import drivers.scsi.commands;
 
 export namespace fl::drivers::pvscsi {
 
@@ -32,7 +33,9 @@ struct Memory {
     static constexpr u32 requests_at = page; // after the rings state
     static constexpr u32 completions_at = requests_at + request_pages * page;
     static constexpr u32 messages_at = completions_at + completion_pages * page;
-    static constexpr u32 ring_bytes = messages_at + message_pages * page;
+    static constexpr u32 zeros_at = messages_at + message_pages * page; // read by WRITE SAME
+    static constexpr u32 ring_bytes = zeros_at + scsi::zeros_bytes;
+    static_assert(zeros_at % page == 0 && page % scsi::zeros_bytes == 0);
     // A command's area. It does not cross a page, as is required of a list of SG elements.
     static constexpr u32 sense_bytes = 96;
     static constexpr u32 unmap_at = 128;
@@ -42,7 +45,7 @@ struct Memory {
     static_assert(page % area_bytes == 0);
     static constexpr u32 areas_bytes = entries * area_bytes;
 
-    DmaSpan rings; // ring_bytes
+    DmaSpan rings; // ring_bytes, zeroed
     DmaSpan areas; // areas_bytes
     DmaSpan area(u32 slot) const { return areas.subspan(slot * area_bytes, area_bytes); }
 };

@@ -53,10 +53,7 @@ Result<void> Transport::start(const Memory& memory, const Options& options) {
 }
 
 // An adapter completes a command after it has taken its descriptor: so there is room for every command of the table.
-io::Fit Transport::prepare(Command& command) {
-    command.disk().commands_.limit(command);
-    return io::Fit::ok;
-}
+io::Fit Transport::prepare(Command& command) { return command.disk().commands_.limit(command); }
 
 // Buffers are contiguous. One that crosses a multiple of the longest element's size is described by a list.
 [[gnu::always_inline]] inline void Transport::describe_data(RequestDescriptor& request, DmaSpan data,
@@ -106,11 +103,12 @@ io::SendResult Transport::send(Command& command, u64 id) {
             describe_data(request, command.data(), area);
         } else {
             request.cdb_length = disk.commands_.build_other(request.cdb, command, command.wire.form);
-            request.flags = flag_dir_none;
-            if (command.op == io::Op::discard) {
-                request.flags = flag_dir_to_device;
+            request.data_length = disk.commands_.parameter_bytes(command.op);
+            request.flags = request.data_length == 0 ? flag_dir_none : flag_dir_to_device;
+            if (command.op == io::Op::write_zeroes) {
+                request.data_address = memory_.rings.bus + Memory::zeros_at;
+            } else if (command.op == io::Op::discard) {
                 request.data_address = area.bus + Memory::unmap_at;
-                request.data_length = scsi::unmap_list_bytes;
                 disk.commands_.build_unmap_list(
                     std::span<u8, scsi::unmap_list_bytes>(reinterpret_cast<u8*>(area.data + Memory::unmap_at),
                                                           scsi::unmap_list_bytes),
@@ -171,7 +169,8 @@ io::Next Transport::next(io::Completion& completion) {
                        answer.context});
     }
     completion.id = commands_->id_of(static_cast<u16>(slot));
-    const u32 requested = command->op != io::Op::discard ? command->bytes : scsi::unmap_list_bytes;
+    const u32 requested =
+        command->op <= io::Op::write ? command->bytes : command->disk().commands_.parameter_bytes(command->op);
     if (answer.data_length > requested || answer.sense_length > Memory::sense_bytes) [[unlikely]] {
         return broken({Code::protocol, "a completion reports more data, or more sense data, than was requested",
                        requested, answer.data_length});

@@ -15,8 +15,7 @@ using io::Status;
 
 LogicalUnit::LogicalUnit(const UnitLimits& limits, const io::Geometry& geometry)
     : limits_(limits), block_shift_(static_cast<u32>(std::countr_zero(geometry.sector_size))),
-      // all LBAs fit into 32 bits, and the largest count into 16
-      fits_10_(geometry.sectors <= u64{1} << 32 && limits.max_transfer >> block_shift_ <= 0xffff),
+      fits_10_(limits.max_transfer >> block_shift_ <= 0xffff), // the count has 16 bits
       io_10_(limits.short_commands && fits_10_) {}
 
 // READ(10) and WRITE(10) [SBC-3]: the LBA in bytes 2 to 5, the count in 7 and 8.
@@ -26,10 +25,26 @@ void LogicalUnit::build_io_10(std::span<u8, cdb_bytes> cdb, const io::QueuedComm
     put_be(cdb.subspan<7, 2>(), command.bytes >> block_shift_);
 }
 
-u8 LogicalUnit::build_other(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command, CommandForm& form) const {
+io::Fit LogicalUnit::limit_other(io::QueuedCommand& command) const {
+    if (command.op == Op::flush) {
+        return io::Fit::ok;
+    }
     const bool discard = command.op == Op::discard;
-    form.short_cdb = !discard && !flush_16_;
-    const Cdb built = discard ? unmap(unmap_list_bytes) : flush_16_ ? synchronize_cache_16() : synchronize_cache_10();
+    if (discard ? discard_refused_ : zeroes_refused_) {
+        command.refusal = Status::not_supported;
+        return io::Fit::refused;
+    }
+    const u64 most = u64{discard ? limits_.max_unmap_blocks : limits_.max_zero_blocks} << block_shift_;
+    command.bytes = static_cast<u32>(std::min<u64>(command.bytes, most));
+    return io::Fit::ok;
+}
+
+u8 LogicalUnit::build_other(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command, CommandForm& form) const {
+    form.short_cdb = command.op == Op::flush && !flush_16_;
+    const Cdb built = command.op == Op::discard        ? unmap(unmap_list_bytes)
+                      : command.op == Op::write_zeroes ? write_same_16(command.lba, command.bytes >> block_shift_)
+                      : flush_16_                      ? synchronize_cache_16()
+                                                       : synchronize_cache_10();
     std::copy(built.bytes.begin(), built.bytes.end(), cdb.begin());
     return built.length;
 }
@@ -41,6 +56,7 @@ Opcode opcode_of(Op op, CommandForm form) {
     case Op::read: return form.short_cdb ? Opcode::read_10 : Opcode::read_16;
     case Op::write: return form.short_cdb ? Opcode::write_10 : Opcode::write_16;
     case Op::discard: return Opcode::unmap;
+    case Op::write_zeroes: return Opcode::write_same_16;
     default: return form.short_cdb ? Opcode::synchronize_cache_10 : Opcode::synchronize_cache_16;
     }
 }
@@ -50,7 +66,7 @@ bool recovered(const io::QueuedCommand& command, const Response& response) {
     return response.sense &&
            (response.sense->key == key_recovered ||
             (response.sense->key == key_no_sense && response.status == status_good)) &&
-           response.moved == command.bytes;
+           moved_all(command, response.moved);
 }
 
 } // namespace
@@ -88,6 +104,13 @@ Verdict LogicalUnit::judge(const io::QueuedCommand& command, CommandForm form, c
         verdict.retry = Retry::later;
         return verdict;
     }
+    if (sense && refuses(command.op, *sense)) {
+        verdict.status = Status::not_supported;
+        if (!std::exchange(command.op == Op::discard ? discard_refused_ : zeroes_refused_, true)) {
+            report(name, opcode, describe(*sense, std::nullopt));
+        }
+        return verdict;
+    }
     if (sense && sense->key == key_illegal_request && sense->asc == asc_invalid_opcode) {
         verdict.status = Status::not_supported;
         if (command.retries < QueueCore::retries_at_once && try_other_form(command, form)) {
@@ -117,13 +140,20 @@ Verdict LogicalUnit::judge(const io::QueuedCommand& command, CommandForm form, c
     return verdict;
 }
 
+// A unit that cannot discard or write zeroes says that the operation code or a field, of the CDB or of the parameter
+// list, is invalid; with the right fields, that is the operation itself.
+bool LogicalUnit::refuses(Op op, const Sense& sense) {
+    return (op == Op::discard || op == Op::write_zeroes) && sense.key == key_illegal_request &&
+           sense.asc != asc_lba_out_of_range && sense.asc != asc_no_unit;
+}
+
 // The unit does not support this form. Called for every command already sent in it; later ones use the other form.
 bool LogicalUnit::try_other_form(const io::QueuedCommand& command, CommandForm form) {
     if (command.op == Op::flush && form.short_cdb) {
         flush_16_ = true;
         return true;
     }
-    if (command.op <= Op::write && !form.short_cdb && fits_10_) {
+    if (command.op <= Op::write && !form.short_cdb && fits_10_ && reaches_10(command)) {
         io_10_ = true;
         return true;
     }

@@ -18,6 +18,7 @@ export namespace fl::drivers::scsi {
 struct UnitLimits {
     u32 max_transfer = 0;        // bytes per READ or WRITE; a multiple of the block size
     u32 max_unmap_blocks = 0;    // per UNMAP
+    u32 max_zero_blocks = 0;     // per WRITE SAME
     bool short_commands = false; // READ(10) and WRITE(10) from the start; else after (16) was refused
 };
 
@@ -50,21 +51,21 @@ class LogicalUnit {
     /// `geometry`: block size of 512 to 4096 bytes.
     LogicalUnit(const UnitLimits& limits, const io::Geometry& geometry);
 
-    /// Reduces command.bytes to what one command to the unit can do. Inline: for BlockTransport::prepare().
-    inline void limit(io::QueuedCommand& command) const {
+    /// Reduces command.bytes to what one command to the unit can do. Refused: the unit has refused such a command
+    /// before, and is not asked again. Inline: for BlockTransport::prepare().
+    inline io::Fit limit(io::QueuedCommand& command) const {
         if (command.op <= io::Op::write) [[likely]] {
             command.bytes = std::min(command.bytes, limits_.max_transfer);
-        } else if (command.op == io::Op::discard) {
-            const u64 most = u64{limits_.max_unmap_blocks} << block_shift_;
-            command.bytes = static_cast<u32>(std::min<u64>(command.bytes, most));
+            return io::Fit::ok;
         }
+        return limit_other(command);
     }
 
     /// Builds the CDB of a read or write in place; `cdb` must be zeroed. Returns its length in bytes.
     inline u8 build_io(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command, CommandForm& form) const {
         const bool write = command.op == io::Op::write;
-        form.short_cdb = io_10_;
-        if (io_10_) [[unlikely]] {
+        form.short_cdb = io_10_ && reaches_10(command);
+        if (form.short_cdb) [[unlikely]] {
             build_io_10(cdb, command);
             return 10;
         }
@@ -77,9 +78,12 @@ class LogicalUnit {
         return 16;
     }
 
-    /// Builds the CDB of a flush or discard. Returns its length in bytes. A discard's parameter list is
-    /// unmap_list_bytes long: build_unmap_list().
+    /// Builds the CDB of a flush, discard or write zeroes. Returns its length in bytes.
     u8 build_other(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command, CommandForm& form) const;
+    /// The data-out of such a command: for a discard build_unmap_list(), for write zeroes as many zeros.
+    u32 parameter_bytes(io::Op op) const {
+        return op == io::Op::discard ? unmap_list_bytes : op == io::Op::write_zeroes ? 1u << block_shift_ : 0;
+    }
     void build_unmap_list(std::span<u8, unmap_list_bytes> list, const io::QueuedCommand& command) const {
         unmap_list(list, command.lba, command.bytes >> block_shift_);
     }
@@ -90,20 +94,29 @@ class LogicalUnit {
     Verdict judge(const io::QueuedCommand& command, CommandForm form, const Response& response, std::string_view name);
 
   private:
+    io::Fit limit_other(io::QueuedCommand& command) const;
+    /// READ(10) and WRITE(10) have 32 bits for the LBA.
+    static constexpr bool reaches_10(const io::QueuedCommand& command) { return command.lba >> 32 == 0; }
     void build_io_10(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command) const;
+    bool refuses(io::Op op, const Sense& sense);
     bool try_other_form(const io::QueuedCommand& command, CommandForm form);
     void report(std::string_view name, Opcode opcode, std::string_view what);
     void report_attention(std::string_view name, const Sense& sense);
 
     UnitLimits limits_;
     u32 block_shift_;
-    bool fits_10_;          // READ(10) and WRITE(10) can address the whole unit
-    bool io_10_;            // and are used
-    bool flush_16_ = false; // SYNCHRONIZE CACHE(16) is used
+    bool fits_10_;                 // READ(10) and WRITE(10) can transfer as much as the limits allow
+    bool io_10_;                   // and are used, for the LBAs that they reach
+    bool flush_16_ = false;        // SYNCHRONIZE CACHE(16) is used
+    bool discard_refused_ = false; // the unit has refused UNMAP
+    bool zeroes_refused_ = false;  // or WRITE SAME
     bool absence_reported_ = false;
     u32 errors_reported_ = 0;
     u32 attentions_reported_ = 0;
 };
+
+/// Bytes of zeros that a transport keeps for WRITE SAME: one block of the largest size.
+inline constexpr u32 zeros_bytes = 4096;
 
 /// Data direction of an operation.
 constexpr DataPhase data_phase(io::Op op) {

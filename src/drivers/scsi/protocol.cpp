@@ -19,6 +19,7 @@ std::string_view name(Opcode opcode) {
     case Opcode::read_16: return "READ(16)";
     case Opcode::write_16: return "WRITE(16)";
     case Opcode::synchronize_cache_16: return "SYNCHRONIZE CACHE(16)";
+    case Opcode::write_same_16: return "WRITE SAME(16)";
     case Opcode::service_action_in_16: return "READ CAPACITY(16)";
     case Opcode::report_luns: return "REPORT LUNS";
     }
@@ -120,15 +121,12 @@ Result<ModeAnswer> parse_mode_6(std::span<const u8> data) {
     return answer;
 }
 
-namespace {
-// The page's contents after its header; empty if it is a different page.
 std::span<const u8> page_body(std::span<const u8> data, u8 page) {
     if (data.size() < 4 || data[1] != page) {
         return {};
     }
     return data.subspan(4, std::min<usize>(data.size() - 4, get_be(data.subspan(2, 2))));
 }
-} // namespace
 
 bool lists_page(std::span<const u8> data, u8 page) {
     const auto body = page_body(data, 0x00);
@@ -146,15 +144,18 @@ Result<BlockLimits> parse_block_limits(std::span<const u8> data) {
         limits.max_unmap_blocks = static_cast<u32>(get_be(body.subspan(16, 4)));
         limits.max_unmap_descriptors = static_cast<u32>(get_be(body.subspan(20, 4)));
     }
+    if (body.size() >= 40) {
+        limits.max_write_same_blocks = get_be(body.subspan(32, 8));
+    }
     return limits;
 }
 
-Result<bool> parse_provisioning_unmap(std::span<const u8> data) {
+Result<Provisioning> parse_provisioning(std::span<const u8> data) {
     const auto body = page_body(data, 0xb2);
     if (body.size() < 2) {
         return Error{Code::protocol, "VPD page 0xb2: expected at least 6 bytes", 6, data.size()};
     }
-    return (body[1] & 0x80) != 0;
+    return Provisioning{.unmap = (body[1] & 0x80) != 0, .write_same = (body[1] & 0x40) != 0};
 }
 
 std::optional<Sense> parse_sense(std::span<const u8> data) {

@@ -41,6 +41,7 @@ enum class Opcode : u8 {
     read_16 = 0x88,
     write_16 = 0x8a,
     synchronize_cache_16 = 0x91,
+    write_same_16 = 0x93,
     service_action_in_16 = 0x9e, // READ CAPACITY(16) is service action 0x10
     report_luns = 0xa0,
 };
@@ -98,6 +99,15 @@ constexpr Cdb unmap(u16 parameters) {
 }
 constexpr Cdb read_write_16(bool write, u64 lba, u32 blocks) {
     Cdb cdb{{static_cast<u8>(write ? 0x8a : 0x88)}, 16};
+    put_be(std::span(cdb.bytes).subspan(2, 8), lba);
+    put_be(std::span(cdb.bytes).subspan(10, 4), blocks);
+    return cdb;
+}
+
+/// With one block of data, which is written to all of them; neither unmapped nor anchored [SBC-3 §5.44]. `blocks` is
+/// not 0, which would mean all up to the last.
+constexpr Cdb write_same_16(u64 lba, u32 blocks) {
+    Cdb cdb{{0x93}, 16};
     put_be(std::span(cdb.bytes).subspan(2, 8), lba);
     put_be(std::span(cdb.bytes).subspan(10, 4), blocks);
     return cdb;
@@ -179,6 +189,8 @@ struct ModeAnswer {
 /// Error{protocol}: too short.
 Result<ModeAnswer> parse_mode_6(std::span<const u8> data);
 
+/// The contents of a vital product data page after its header; empty if it is a different page, or too short.
+std::span<const u8> page_body(std::span<const u8> data, u8 page);
 /// Whether a supported-pages list (VPD page 0x00) contains the page.
 bool lists_page(std::span<const u8> data, u8 page);
 /// VPD page 0xb0 [SBC-3 §6.5.3]; zero: not reported.
@@ -186,11 +198,17 @@ struct BlockLimits {
     u32 max_transfer_blocks = 0;
     u32 max_unmap_blocks = 0;
     u32 max_unmap_descriptors = 0;
+    u64 max_write_same_blocks = 0;
 };
 /// Error{protocol}: too short.
 Result<BlockLimits> parse_block_limits(std::span<const u8> data);
-/// VPD page 0xb2 [SBC-3 §6.5.6]: LBPU, i.e. whether UNMAP is supported. Error{protocol}: too short.
-Result<bool> parse_provisioning_unmap(std::span<const u8> data);
+/// VPD page 0xb2 [SBC-3 §6.5.6].
+struct Provisioning {
+    bool unmap = false;      // LBPU: UNMAP is supported
+    bool write_same = false; // LBPWS: WRITE SAME(16) is, with UNMAP set
+};
+/// Error{protocol}: too short.
+Result<Provisioning> parse_provisioning(std::span<const u8> data);
 
 // ---- sense data ----
 
@@ -213,6 +231,7 @@ inline constexpr u8 key_unit_attention = 0x6;
 inline constexpr u8 key_data_protect = 0x7;
 inline constexpr u8 key_aborted_command = 0xb;
 inline constexpr u8 asc_invalid_opcode = 0x20;        // INVALID COMMAND OPERATION CODE
+inline constexpr u8 asc_lba_out_of_range = 0x21;      // LOGICAL BLOCK ADDRESS OUT OF RANGE
 inline constexpr u8 asc_no_unit = 0x25;               // LOGICAL UNIT NOT SUPPORTED
 inline constexpr u8 asc_medium_changed = 0x28;        // NOT READY TO READY CHANGE, MEDIUM MAY HAVE CHANGED
 inline constexpr u8 asc_parameters_changed = 0x2a;    // PARAMETERS CHANGED, CAPACITY DATA HAS CHANGED

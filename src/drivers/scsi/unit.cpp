@@ -6,6 +6,7 @@ import core.result;
 import core.text;
 import core.time;
 import core.log;
+import core.crc32c;
 import io.executor;
 import io.task;
 import io.block;
@@ -18,6 +19,7 @@ constexpr u32 max_attempts = 5;
 constexpr Nanoseconds busy_delay = 50'000'000;
 constexpr u32 max_readings = 3; // for a unit that reports a change each time
 constexpr u8 page_supported = 0x00;
+constexpr u8 page_identification = 0x83;
 constexpr u8 page_block_limits = 0xb0;
 constexpr u8 page_provisioning = 0xb2;
 
@@ -27,16 +29,36 @@ bool invalidates(const Sense& sense) {
            (sense.asc == asc_conditions_changed && sense.ascq == ascq_inquiry_data_changed);
 }
 
-// Reads block limits and logical block provisioning. A page that is refused or malformed counts as missing.
-io::Task<Result<void>> read_limits(Nexus& nexus, u16 lun, bool thin, UnitDescription& unit) {
+// INQUIRY's allocation length for the lists among the pages: every unit can return as much [SPC-4 §6.6].
+constexpr u16 list_room = 252;
+
+// `listed`: VPD page 0x00 lists it.
+io::Task<Result<std::optional<u32>>> read_identification(Nexus& nexus, u16 lun, bool listed) {
+    if (!listed) {
+        co_return std::optional<u32>();
+    }
+    Response response;
+    CO_CHECK(co_await execute_retrying(nexus, lun, inquiry(page_identification, list_room), list_room, response));
+    const auto body = page_body(response.data, page_identification);
+    co_return response.good() && !body.empty() ? std::optional(crc32c(std::as_bytes(body))) : std::nullopt;
+}
+
+// Longer WRITE SAMEs are split: a unit that really writes the zeros must do so within a time-out.
+constexpr u64 max_zero_bytes = 64 * 1024 * 1024;
+
+// Reads identification, block limits and logical block provisioning. A page that is refused or malformed counts as
+// missing.
+io::Task<Result<void>> read_pages(Nexus& nexus, u16 lun, bool thin, TransportLimits transport, UnitDescription& unit) {
     static constexpr u16 room = 64;
     Response response;
-    CO_CHECK(co_await execute_retrying(nexus, lun, inquiry(page_supported, room), room, response));
+    CO_CHECK(co_await execute_retrying(nexus, lun, inquiry(page_supported, list_room), list_room, response));
     if (!response.good()) {
         co_return Result<void>{};
     }
+    const bool has_identification = lists_page(response.data, page_identification);
     const bool has_limits = lists_page(response.data, page_block_limits);
     const bool has_provisioning = lists_page(response.data, page_provisioning);
+    CO_TRY(unit.identification, co_await read_identification(nexus, lun, has_identification));
     BlockLimits limits;
     if (has_limits) {
         CO_CHECK(co_await execute_retrying(nexus, lun, inquiry(page_block_limits, room), room, response));
@@ -48,13 +70,24 @@ io::Task<Result<void>> read_limits(Nexus& nexus, u16 lun, bool thin, UnitDescrip
         const u64 most = u64{limits.max_transfer_blocks} * unit.geometry.sector_size;
         unit.limits.max_transfer = static_cast<u32>(std::min<u64>(unit.limits.max_transfer, most));
     }
-    if (has_provisioning && (thin || limits.max_unmap_blocks != 0) && limits.max_unmap_descriptors != 0) {
+    const bool may_unmap = transport.discard && (thin || limits.max_unmap_blocks != 0) &&
+                           limits.max_unmap_blocks != 0 && limits.max_unmap_descriptors != 0;
+    const bool may_write_same = transport.write_zeroes && limits.max_write_same_blocks == 0;
+    Provisioning provisioning;
+    if (has_provisioning && (may_unmap || may_write_same)) {
         CO_CHECK(co_await execute_retrying(nexus, lun, inquiry(page_provisioning, room), room, response));
-        const auto offered = parse_provisioning_unmap(response.data);
-        unit.geometry.discard =
-            response.good() && offered && *offered && limits.max_unmap_blocks != 0 && !unit.geometry.read_only;
-        unit.limits.max_unmap_blocks = limits.max_unmap_blocks;
+        if (auto parsed = parse_provisioning(response.data); response.good() && parsed) {
+            provisioning = *parsed;
+        }
     }
+    const bool writable = !unit.geometry.read_only;
+    unit.geometry.discard = writable && may_unmap && provisioning.unmap;
+    unit.limits.max_unmap_blocks = limits.max_unmap_blocks;
+    // A unit without a limit has WRITE SAME if it has it with UNMAP set; one with a limit has it in any case.
+    unit.geometry.write_zeroes =
+        writable && transport.write_zeroes && (limits.max_write_same_blocks != 0 || provisioning.write_same);
+    const u64 most = limits.max_write_same_blocks != 0 ? limits.max_write_same_blocks : ~u64{0};
+    unit.limits.max_zero_blocks = static_cast<u32>(std::min(most, max_zero_bytes / unit.geometry.sector_size));
     co_return Result<void>{};
 }
 
@@ -128,6 +161,13 @@ io::Task<Result<std::optional<Inquiry>>> inquire(Nexus& nexus, u16 lun) {
     co_return Error{Code::io, "INQUIRY fails (SCSI status)", status_good, response.status};
 }
 
+io::Task<Result<std::optional<u32>>> read_identification(Nexus& nexus, u16 lun) {
+    Response response;
+    CO_CHECK(co_await execute_retrying(nexus, lun, inquiry(page_supported, list_room), list_room, response));
+    co_return co_await read_identification(nexus, lun,
+                                           response.good() && lists_page(response.data, page_identification));
+}
+
 FixedText<48> model_of(const Inquiry& inquiry) {
     FixedText<48> model;
     print(model, "{} {} {}", inquiry.vendor, inquiry.product, inquiry.revision);
@@ -182,8 +222,7 @@ io::Task<Result<UnitDescription>> describe(Nexus& nexus, u16 lun, Inquiry inquir
         unit.geometry.flush = state.write_cache && transport.flush;
         unit.limits.max_transfer = transport.max_transfer;
         unit.limits.short_commands = state.capacity.short_form;
-        CO_CHECK(co_await read_limits(nexus, lun, state.capacity.thin, unit));
-        unit.geometry.discard = unit.geometry.discard && transport.discard;
+        CO_CHECK(co_await read_pages(nexus, lun, state.capacity.thin, transport, unit));
         if (nexus.changes() == changes || i == max_readings) {
             co_return unit;
         }
@@ -197,15 +236,16 @@ io::Task<Result<UnitDescription>> describe(Nexus& nexus, u16 lun, Inquiry inquir
 
 Change compare(const Inquiry& inquiry, const UnitState& now, const io::Geometry& geometry, std::string_view model,
                TransportLimits transport) {
-    if (now.capacity.blocks != geometry.sectors || now.capacity.block_bytes != geometry.sector_size) {
-        return Change::size;
+    if (now.capacity.block_bytes != geometry.sector_size) {
+        return Change::block_size;
     }
     if (model_of(inquiry).view() != model) {
         return Change::model;
     }
-    const bool same =
-        (now.write_cache && transport.flush) == geometry.flush && now.write_protected == geometry.read_only;
-    return same ? Change::none : Change::attributes;
+    if ((now.write_cache && transport.flush) != geometry.flush || now.write_protected != geometry.read_only) {
+        return Change::attributes;
+    }
+    return now.capacity.blocks == geometry.sectors ? Change::none : Change::size;
 }
 
 } // namespace fl::drivers::scsi

@@ -75,9 +75,10 @@ io::Task<Result<UnitState>> read_state(Nexus& nexus, u16 lun);
 
 /// Limits of the transport.
 struct TransportLimits {
-    u32 max_transfer = 0; // bytes per command, a multiple of 4096
-    bool flush = true;    // false: volatile caches are ignored
-    bool discard = true;  // false: UNMAP is not used
+    u32 max_transfer = 0;      // bytes per command, a multiple of 4096
+    bool flush = true;         // false: volatile caches are ignored
+    bool discard = true;       // false: UNMAP is not used
+    bool write_zeroes = false; // true: WRITE SAME is used; the transport has a block of zeros
 };
 
 /// A disk as described by its unit.
@@ -86,15 +87,22 @@ struct UnitDescription {
     FixedText<48> model;
     io::Geometry geometry;
     UnitLimits limits;
+    std::optional<u32> identification; // see read_identification()
 };
-/// TEST UNIT READY, read_state(), block limits and logical block provisioning. A unit that is not ready is described
-/// anyway, unless its drive is empty. Pages that a unit does not list are not read. Repeated if a unit attention
-/// reports a change meanwhile; the third description is final. Error{not_found}: it is no longer a disk.
+/// TEST UNIT READY, read_state(), identification, block limits and logical block provisioning. A unit that is not ready
+/// is described anyway, unless its drive is empty. Pages that a unit does not list are not read. Repeated if a unit
+/// attention reports a change meanwhile; the third description is final. Error{not_found}: it is no longer a disk.
 io::Task<Result<UnitDescription>> describe(Nexus& nexus, u16 lun, Inquiry inquiry, TransportLimits transport);
 
-/// How a disk in use differs from the unit that now has its number.
-enum class Change : u8 { none, size, model, attributes };
-/// `inquiry` and `now` are the unit's; `geometry` and `model`: from describe() of the disk.
+/// A fingerprint of the unit's device identification, VPD page 0x83 [SPC-4 §7.8.6]; nullopt: it has none. Error: the
+/// command was not answered.
+io::Task<Result<std::optional<u32>>> read_identification(Nexus& nexus, u16 lun);
+
+/// How a disk in use differs from the unit that now has its number: not at all; in its number of blocks, which the disk
+/// can take over; or so that it is another disk.
+enum class Change : u8 { none, size, block_size, model, attributes };
+/// `inquiry` and `now` are the unit's; `geometry` and `model`: from describe() of the disk. The first difference in the
+/// order block_size, model, attributes, size.
 Change compare(const Inquiry& inquiry, const UnitState& now, const io::Geometry& geometry, std::string_view model,
                TransportLimits transport);
 

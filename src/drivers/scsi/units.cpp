@@ -103,17 +103,11 @@ io::Task<Result<void>> Units::identify(UnitNumber at) {
         }
         co_return Result<void>{};
     }
-    if (Unit* unit = find(at); unit != nullptr) { // has it changed?
-        const io::BlockDevice& disk = unit->disk();
-        CO_TRY(const UnitState now, co_await read_state(host_, at.lun));
-        const Change change = compare(*inquiry, now, disk.geometry(), disk.identity().model, rules_.transport);
-        if (change == Change::none) {
+    if (Unit* unit = find(at); unit != nullptr) {
+        CO_TRY(const bool same, co_await unchanged(*unit, *inquiry));
+        if (same) {
             co_return Result<void>{};
         }
-        remove(*unit, change == Change::size ? "the host has changed the disk's size: it gets a new name"
-                      : change == Change::model
-                          ? "the host has put another disk in its place: it gets a new name"
-                          : "the host has changed the disk's cache or write protection: it gets a new name");
     }
     CO_TRY(const UnitDescription found, co_await describe(host_, at.lun, *inquiry, rules_.transport));
     if (!found.medium) {
@@ -125,6 +119,27 @@ io::Task<Result<void>> Units::identify(UnitNumber at) {
     co_return attach(at, found);
 }
 
+// True: it is the same disk; it has the unit's size now. False: it is not, and is removed.
+io::Task<Result<bool>> Units::unchanged(Unit& unit, const Inquiry& inquiry) {
+    io::BlockDevice& disk = unit.disk();
+    CO_TRY(const UnitState now, co_await read_state(host_, unit.at_.lun));
+    CO_TRY(const std::optional<u32> identification, co_await read_identification(host_, unit.at_.lun));
+    Change change = compare(inquiry, now, disk.geometry(), disk.identity().model, rules_.transport);
+    if (identification != unit.identification_) {
+        change = Change::model;
+    }
+    switch (change) {
+    case Change::none: co_return true;
+    case Change::size: disk.resize(now.capacity.blocks); co_return true;
+    case Change::block_size: remove(unit, "the host has changed the disk's block size: it gets a new name"); break;
+    case Change::model: remove(unit, "the host has put another disk in its place: it gets a new name"); break;
+    case Change::attributes:
+        remove(unit, "the host has changed the disk's cache or write protection: it gets a new name");
+        break;
+    }
+    co_return false;
+}
+
 Result<void> Units::attach(UnitNumber at, const UnitDescription& found) {
     if (std::ranges::count_if(units_, [](const Unit* unit) { return !unit->gone_; }) == max_units) {
         return Error{Code::exhausted, "more units than a SCSI host has room for", max_units, max_units + 1};
@@ -134,13 +149,15 @@ Result<void> Units::attach(UnitNumber at, const UnitDescription& found) {
     identity.kind = io::Kind::synthetic;
     identity.name = sink_.free_name("sd");
     identity.model = found.model;
-    print(identity.features, "{}{}", found.geometry.flush ? "flush " : "", found.geometry.discard ? "discard " : "");
+    print(identity.features, "{}{}{}", found.geometry.flush ? "flush " : "", found.geometry.discard ? "discard " : "",
+          found.geometry.write_zeroes ? "write-zeroes " : "");
     Unit* const unit = host_.make(at, found, identity);
     if (unit == nullptr || !units_.push(unit)) {
         delete unit;
         return Error{Code::exhausted, "no memory for a disk"};
     }
     unit->at_ = at;
+    unit->identification_ = found.identification;
     if (auto announced = sink_.announce(unit->disk(), rules_.disk_number); !announced) {
         units_.remove(units_.size() - 1);
         delete unit;

@@ -3,7 +3,8 @@
 // the commands and its disks as a scsi::Host.
 //
 // A scan of a target: REPORT LUNS, or probing if the target does not list its units → INQUIRY of each unit → in use:
-// READ CAPACITY and MODE SENSE, compared with the disk; new: describe(), Host::make(), DiskSink::announce().
+// READ CAPACITY and MODE SENSE, compared with the disk, which takes over a new size and is removed after any other
+// change; new: describe(), Host::make(), DiskSink::announce().
 export module drivers.scsi.units;
 import core.std;
 import core.result;
@@ -23,7 +24,8 @@ export namespace fl::drivers::scsi {
 inline TransportLimits transport_limits(const Environment& environment, u32 max_transfer) {
     return {.max_transfer = max_transfer,
             .flush = environment.allows(Feature::flush),
-            .discard = environment.allows(Feature::discard)};
+            .discard = environment.allows(Feature::discard),
+            .write_zeroes = environment.allows(Feature::write_zeroes)};
 }
 
 /// A unit's address on its host adapter.
@@ -47,6 +49,7 @@ class Unit {
   private:
     friend class Units;
     UnitNumber at_;
+    std::optional<u32> identification_; // see read_identification()
     bool gone_ = false;
 };
 
@@ -113,6 +116,7 @@ class Units {
   private:
     io::Task<Result<void>> scan_unit(UnitNumber at, bool listed);
     io::Task<Result<void>> identify(UnitNumber at);
+    io::Task<Result<bool>> unchanged(Unit& unit, const Inquiry& inquiry);
     Result<void> attach(UnitNumber at, const UnitDescription& found);
     Unit* find(UnitNumber at) const;
     void remove(Unit& unit, std::string_view why);

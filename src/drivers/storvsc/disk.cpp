@@ -95,10 +95,7 @@ void Transport::start(DmaSpan parameters, Nanoseconds timeout) {
     join();
 }
 
-io::Fit Transport::prepare(Command& command) {
-    command.disk().commands_.limit(command);
-    return io::Fit::ok;
-}
+io::Fit Transport::prepare(Command& command) { return command.disk().commands_.limit(command); }
 
 io::SendResult Transport::send(Command& command, u64 id) {
     using hv::hyperv::Sent;

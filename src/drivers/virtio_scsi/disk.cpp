@@ -27,7 +27,9 @@ io::Fit Transport::prepare(Command& command) {
     if (held > terms_.max_commands) {
         return io::Fit::full;
     }
-    command.disk().commands_.limit(command);
+    if (const io::Fit fit = command.disk().commands_.limit(command); fit != io::Fit::ok) [[unlikely]] {
+        return fit;
+    }
     const u32 elements = command.op == io::Op::flush ? 2 : 3;
     const u32 room = ring_->free();
     command.wire.indirect = terms_.indirect && room < elements + (max_commands - held);
@@ -71,6 +73,8 @@ io::SendResult Transport::send(Command& command, u64 id) {
             if (command.op == io::Op::discard) {
                 disk.commands_.build_unmap_list(area.unmap, command);
                 elements[count++] = {bus + offsetof(Area, unmap), scsi::unmap_list_bytes, false};
+            } else if (command.op == io::Op::write_zeroes) {
+                elements[count++] = {areas_.bus + zeros_at, disk.commands_.parameter_bytes(command.op), false};
             }
             elements[count++] = answer;
         }
@@ -140,9 +144,9 @@ io::Next Transport::judge(Command& command, u32 at, io::Completion& completion) 
                        to_underlying(ResponseCode::incorrect_lun), answer.response});
     }
     auto* exchange = static_cast<Exchange*>(command.exchange);
-    const u32 bytes = exchange != nullptr             ? exchange->data.size
-                      : command.op == io::Op::discard ? scsi::unmap_list_bytes
-                                                      : command.bytes;
+    const u32 bytes = exchange != nullptr           ? exchange->data.size
+                      : command.op <= io::Op::write ? command.bytes
+                                                    : command.disk().commands_.parameter_bytes(command.op);
     scsi::Response response{
         .service = *service,
         .status = answer.status,

@@ -90,12 +90,13 @@ class Transport : public io::GroupedTransport {
         std::array<u8, 20> unused{};
     };
     static_assert(sizeof(Area) == 256);
-    static constexpr u32 command_bytes = max_commands * sizeof(Area);
+    static constexpr u32 zeros_at = max_commands * sizeof(Area); // read by WRITE SAME
+    static constexpr u32 command_bytes = zeros_at + scsi::zeros_bytes;
 
     Transport(io::Executor& executor, Shared& shared)
         : GroupedTransport(shared), executor_(executor), shared_(shared) {}
 
-    /// Before open(). `commands`: command_bytes of DMA memory, owned by the caller like the ring's memory.
+    /// Before open(). `commands`: command_bytes of DMA memory, zeroed, owned by the caller like the ring's memory.
     void set_up(const Ring& ring, DmaSpan commands, const Terms& terms) {
         ring_.emplace(ring);
         areas_ = commands;

@@ -44,7 +44,9 @@ class PvscsiRig final : public Rig {
         return {.capacity = Transport::max_commands - Transport::reserved_commands,
                 .part_bytes = max_transfer,
                 .discard_bytes = max_transfer,
+                .zeroes_bytes = max_transfer,
                 .discards = true,
+                .zeroes = true,
                 .retries = true,
                 .ids = true,
                 .exchanges = Transport::reserved_commands,
@@ -78,8 +80,10 @@ class PvscsiRig final : public Rig {
         pvscsi::Disk::Unit unit;
         unit.max_transfer = max_transfer;
         unit.max_unmap_blocks = max_transfer / 512;
+        unit.max_zero_blocks = max_transfer / 512;
         unit.target = 3;
-        disk_.emplace(queue_, unit, io::Geometry{.sectors = sectors, .flush = true, .discard = true}, identity);
+        disk_.emplace(queue_, unit,
+                      io::Geometry{.sectors = sectors, .flush = true, .discard = true, .write_zeroes = true}, identity);
     }
     ~PvscsiRig() {
         stop(0);
@@ -103,6 +107,8 @@ class PvscsiRig final : public Rig {
             const auto& r = device_.held[at];
             if (r.cdb(0) == 0x35 || r.cdb(0) == 0x91) {
                 held.push_back({.op = io::Op::flush});
+            } else if (r.cdb(0) == 0x93) {
+                held.push_back({io::Op::write_zeroes, r.be(2, 8), static_cast<u32>(r.be(10, 4) * 512)});
             } else if (r.cdb(0) == 0x42) {
                 held.push_back({io::Op::discard, __builtin_bswap64(pvscsi_fake::load<u64>(r.address() + 8)),
                                 __builtin_bswap32(pvscsi_fake::load<u32>(r.address() + 16)) * 512});

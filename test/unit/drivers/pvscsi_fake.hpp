@@ -1,6 +1,6 @@
 // A PVSCSI adapter in memory, written from [pvscsi]: registers, commands, rings, SG lists, messages; its disks answer
-// READ, WRITE, SYNCHRONIZE CACHE and UNMAP, and the other commands as fake::Unit does. Every rule that the driver
-// breaks fails the test. Bus addresses are pointers. Include after the imports.
+// READ, WRITE, SYNCHRONIZE CACHE, UNMAP and WRITE SAME, and the other commands as fake::Unit does. Every rule that the
+// driver breaks fails the test. Bus addresses are pointers. Include after the imports.
 #pragma once
 #include "gtest_macros.hpp"
 
@@ -106,7 +106,8 @@ class Adapter final : public MmioModel {
     std::vector<u32> commands; // of the adapter
     std::vector<u64> past;     // contexts that were completed
     u32 status = 0, causes = 0, mask = 0;
-    u32 rw_kicks = 0, other_kicks = 0, resets = 0, flushes = 0, unmaps = 0, lists = 0, acknowledgements = 0;
+    u32 rw_kicks = 0, other_kicks = 0, resets = 0, flushes = 0, unmaps = 0, zeroings = 0, lists = 0,
+        acknowledgements = 0;
     u64 aborted = 0;
     bool rings_valid = false, messages_valid = false;
     u64 state = 0;
@@ -345,7 +346,7 @@ class Adapter final : public MmioModel {
         if (!anyone) {
             return {.host = 0x11}; // selection timeout
         }
-        if (r.transfers() || code == 0x35 || code == 0x91 || code == 0x42) {
+        if (r.transfers() || code == 0x35 || code == 0x91 || code == 0x42 || code == 0x93) {
             return {};
         }
         fake::Answer answer;
@@ -379,6 +380,10 @@ class Adapter final : public MmioModel {
         }
         return {.host = static_cast<u16>(n < r.length() ? 0x12 : 0)};
     }
+    u64 block_bytes(const Request& r) const {
+        const auto unit = units.find({r.target(), r.lun()});
+        return unit == units.end() ? 512 : unit->second.block_bytes;
+    }
     u64 perform(const Request& r) {
         if (r.cdb(0) == 0x35 || r.cdb(0) == 0x91) {
             ++flushes;
@@ -389,12 +394,23 @@ class Adapter final : public MmioModel {
             const u64 bytes = __builtin_bswap32(load<u32>(list + 16)) * u64{512};
             EXPECT_LE(lba * 512 + bytes, medium.size());
             std::memset(medium.data() + lba * 512, 0, bytes);
+        } else if (r.cdb(0) == 0x93) {
+            ++zeroings;
+            const u64 block = block_bytes(r);
+            EXPECT_EQ(r.cdb(1), 0) << "not unmapped";
+            EXPECT_EQ(r.flags() & 0x1d, 0x10u) << "one range, to the device";
+            EXPECT_EQ(r.length(), block);
+            for (u64 i = 0; i < r.length(); ++i) {
+                EXPECT_EQ(load<u8>(r.address() + i), 0u);
+            }
+            EXPECT_NE(r.be(10, 4), 0u) << "it would mean all blocks up to the last";
+            EXPECT_LE((r.be(2, 8) + r.be(10, 4)) * block, medium.size());
+            std::memset(medium.data() + r.be(2, 8) * block, 0, r.be(10, 4) * block);
         } else if (r.transfers()) {
             const bool out = (r.cdb(0) & 0xf) == 0xa;
             EXPECT_EQ((r.flags() & 0x10) != 0, out) << "the direction";
             const bool is_long = r.cdb(0) >= 0x80;
-            const auto unit = units.find({r.target(), r.lun()});
-            const u64 block = unit == units.end() ? 512 : unit->second.block_bytes;
+            const u64 block = block_bytes(r);
             u64 at = (is_long ? r.be(2, 8) : r.be(2, 4)) * block;
             EXPECT_EQ((is_long ? r.be(10, 4) : r.be(7, 2)) * block, r.length());
             EXPECT_LE(at + r.length(), medium.size());

@@ -131,6 +131,13 @@ io::Task<Result<void>> copy(io::BlockDevice& disk, DmaSpan from, DmaSpan into) {
     co_return co_await disk.read(8, into);
 }
 
+io::Task<Result<void>> zeroes(io::BlockDevice& disk, u64 lba, u32 bytes) {
+    co_return co_await disk.write_zeroes(lba, bytes);
+}
+Reply refusal() { // ILLEGAL REQUEST, invalid field in CDB
+    return {.status = 2, .sense = {0x70, 0, 5, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x24, 0, 0, 0, 0, 0}};
+}
+
 // A write, a flush and a read of `bytes` at an odd place in a page.
 void exchange_data(Machine& m, u32 bytes) {
     auto from = *m.dma.buffer(bytes + 4096);
@@ -376,6 +383,58 @@ TEST(Pvscsi, HotPlug) {
     EXPECT_NE(log.text.view().find("target 4294967295"), std::string_view::npos);
     EXPECT_EQ(m.sink.disks.size(), 3u);
     exchange_data(m, 4096);
+}
+
+TEST(Pvscsi, WriteZeroes) {
+    for (const u32 block : {512u, 4096u}) {
+        Machine& m = attached([&](Machine& with) {
+            with.device.units[{0, 0}] = {
+                .blocks = 8192 * 512 / block, .block_bytes = block, .max_write_same_blocks = 16};
+        });
+        io::BlockDevice& disk = *m.sink.disks.at(0);
+        EXPECT_TRUE(disk.geometry().write_zeroes);
+        EXPECT_NE(features(m).find("write-zeroes"), std::string::npos);
+        std::memset(m.device.medium.data(), 0x5a, m.device.medium.size());
+        const auto zero = [&](u64 lba, u32 blocks) { return m.executor.run(zeroes(disk, lba, blocks * block)); };
+        EXPECT_TRUE(zero(3, 20));
+        EXPECT_EQ(m.device.zeroings, 2u) << "16 and 4 blocks";
+        const auto* medium = reinterpret_cast<const u8*>(m.device.medium.data());
+        EXPECT_EQ(medium[3 * block - 1], 0x5a);
+        EXPECT_EQ(std::count(medium + 3 * block, medium + 23 * block, u8{0}), 20 * block);
+        EXPECT_EQ(medium[23 * block], 0x5a);
+        u32 asked = 0;
+        m.device.reply_override = [&](const pvscsi_fake::Request& r) -> std::optional<Reply> {
+            return r.cdb(0) == 0x93 ? (++asked, std::optional(refusal())) : std::nullopt;
+        };
+        EXPECT_EQ(zero(0, 1).error().code, Code::not_supported);
+        EXPECT_EQ(zero(0, 1).error().code, Code::not_supported);
+        EXPECT_EQ(asked, 1u) << "it is not asked again";
+    }
+    Machine& withheld = attached([](Machine& with) {
+        with.device.units[{0, 0}].max_write_same_blocks = 16;
+        with.environment.withheld_features = to_underlying(Feature::write_zeroes);
+    });
+    EXPECT_FALSE(withheld.sink.disks.at(0)->geometry().write_zeroes);
+}
+
+TEST(Pvscsi, ANewSizeIsTakenOver) {
+    Machine& m = attached();
+    io::BlockDevice& disk = *m.sink.disks.at(0);
+    for (const u64 blocks : {u64{4096}, u64{8000}}) {
+        m.device.units[{0, 0}].blocks = blocks;
+        bool told = false;
+        m.device.reply_override = [&](const pvscsi_fake::Request& r) -> std::optional<Reply> {
+            return r.transfers() && !std::exchange(told, true) // CAPACITY DATA HAS CHANGED
+                       ? std::optional(
+                             Reply{.status = 2, .sense = {0x70, 0, 6, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x2a, 9, 0, 0, 0, 0}})
+                       : std::nullopt;
+        };
+        exchange_data(m, 4096);
+        m.turns(200);
+        EXPECT_EQ(disk.geometry().sectors, blocks);
+    }
+    EXPECT_EQ(m.sink.disks.size(), 1u);
+    EXPECT_FALSE(disk.removed());
 }
 
 TEST(Pvscsi, SilenceIsEndedByResets) {

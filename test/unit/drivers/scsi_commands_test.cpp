@@ -56,7 +56,7 @@ Response sense(u8 key, u8 asc, u8 ascq = 0, u8 status = status_check_condition) 
     return r;
 }
 
-constexpr UnitLimits limits{.max_transfer = 32768, .max_unmap_blocks = 64};
+constexpr UnitLimits limits{.max_transfer = 32768, .max_unmap_blocks = 64, .max_zero_blocks = 48};
 
 // ---- building ----
 
@@ -70,6 +70,9 @@ TEST(ScsiCommands, GoldenBytes) {
     EXPECT_EQ(build(unit, command(Op::flush), form), bytes("\x35\0\0\0\0\0\0\0\0\0"));
     EXPECT_TRUE(form.short_cdb);
     EXPECT_EQ(build(unit, command(Op::discard), form), bytes("\x42\0\0\0\0\0\0\0\x18\0"));
+    EXPECT_FALSE(form.short_cdb);
+    EXPECT_EQ(build(unit, command(Op::write_zeroes, 0x0102030405060708, 0x123400), form),
+              bytes("\x93\0\x01\x02\x03\x04\x05\x06\x07\x08\0\0\x09\x1a\0\0"));
     EXPECT_FALSE(form.short_cdb);
     std::array<u8, unmap_list_bytes> list;
     list.fill(0xff);
@@ -86,8 +89,10 @@ TEST(ScsiCommands, TheShortForms) {
     EXPECT_EQ(build(unit, command(Op::read, 0xfedcba98, 32768), form), bytes("\x28\0\xfe\xdc\xba\x98\0\0\x08\0"));
     EXPECT_TRUE(form.short_cdb);
     EXPECT_EQ(build(unit, command(Op::write, 0xfedcba98, 32768)), bytes("\x2a\0\xfe\xdc\xba\x98\0\0\x08\0"));
-    const LogicalUnit large(old, blocks((u64{1} << 32) + 1));
-    EXPECT_EQ(build(large, command(Op::read))[0], '\x88') << "its last LBA has 33 bits";
+    // A unit that has grown: each command has the form that reaches it.
+    EXPECT_EQ(build(unit, command(Op::read, 0xffffffff, 512), form)[0], '\x28');
+    EXPECT_EQ(build(unit, command(Op::read, u64{1} << 32, 512), form)[0], '\x88');
+    EXPECT_FALSE(form.short_cdb);
     old.max_transfer = 0x10000 * 512;
     EXPECT_EQ(build(LogicalUnit(old, blocks(1000)), command(Op::read))[0], '\x88') << "a count of 17 bits";
     old.max_transfer -= 512;
@@ -98,7 +103,7 @@ TEST(ScsiCommands, Limits) {
     const LogicalUnit unit(limits, blocks(1000, 4096));
     const auto limited = [&](Op op, u32 size) {
         io::QueuedCommand c = command(op, 0, size);
-        unit.limit(c);
+        EXPECT_EQ(unit.limit(c), io::Fit::ok);
         return c.bytes;
     };
     EXPECT_EQ(limited(Op::read, 4096), 4096u);
@@ -106,10 +111,12 @@ TEST(ScsiCommands, Limits) {
     EXPECT_EQ(limited(Op::write, 65536), 32768u);
     EXPECT_EQ(limited(Op::discard, 65536), 65536u);
     EXPECT_EQ(limited(Op::discard, 1 << 20), 64u * 4096);
+    EXPECT_EQ(limited(Op::write_zeroes, 48 * 4096), 48u * 4096);
+    EXPECT_EQ(limited(Op::write_zeroes, 1 << 20), 48u * 4096);
     EXPECT_EQ(limited(Op::flush, 0), 0u);
     const LogicalUnit boundless({.max_transfer = 4096, .max_unmap_blocks = 0xffffffff}, blocks(1000, 4096));
     io::QueuedCommand c = command(Op::discard, 0, 0xfffff000);
-    boundless.limit(c);
+    EXPECT_EQ(boundless.limit(c), io::Fit::ok);
     EXPECT_EQ(c.bytes, 0xfffff000u);
 }
 
@@ -118,6 +125,14 @@ TEST(ScsiCommands, DataPhases) {
     EXPECT_EQ(data_phase(Op::write), DataPhase::out);
     EXPECT_EQ(data_phase(Op::flush), DataPhase::none);
     EXPECT_EQ(data_phase(Op::discard), DataPhase::out);
+    EXPECT_EQ(data_phase(Op::write_zeroes), DataPhase::out);
+    for (const u32 size : {512u, 4096u}) {
+        const LogicalUnit unit(limits, blocks(1000, size));
+        EXPECT_EQ(unit.parameter_bytes(Op::flush), 0u);
+        EXPECT_EQ(unit.parameter_bytes(Op::discard), 24u);
+        EXPECT_EQ(unit.parameter_bytes(Op::write_zeroes), size);
+        EXPECT_LE(size, zeros_bytes);
+    }
     EXPECT_TRUE(moved_all(command(Op::read), 4096));
     EXPECT_FALSE(moved_all(command(Op::read), 4095));
     EXPECT_FALSE(moved_all(command(Op::write), 0));
@@ -127,7 +142,7 @@ TEST(ScsiCommands, DataPhases) {
 
 // ---- judging: status × sense × retries ----
 //
-// The verdict on a read of 4096 bytes that transferred nothing, on a unit without a short form. One letter per number
+// The verdict on a read of 4096 bytes that transferred nothing, beyond what a short form reaches. One letter per number
 // of retries so far (0, 2, 3, 199, 200):
 //   N retry at once   L retry later   E io_error   U not_supported   G device_gone; lower case: also rescan
 
@@ -188,7 +203,7 @@ class ScsiJudge : public testing::TestWithParam<SenseCase> {
         for (const u8 n : retries) {
             test::CapturedLog log;
             LogicalUnit unit(limits, blocks(u64{1} << 33));
-            io::QueuedCommand c = command(Op::read);
+            io::QueuedCommand c = command(Op::read, u64{1} << 32);
             c.retries = n;
             c.expired = expired;
             const char verdict = letter(unit.judge(c, {}, response, "sda"));
@@ -308,8 +323,10 @@ TEST_F(ScsiVerdict, TheOtherFormOfAReadIsTried) {
     EXPECT_EQ(letter(judge(command(Op::write), refused, true)), 'U') << "neither form";
     EXPECT_TRUE(log.has("sda: WRITE(10): ILLEGAL REQUEST, invalid command operation code"));
     LogicalUnit large(limits, blocks((u64{1} << 32) + 1));
-    EXPECT_EQ(letter(large.judge(command(Op::read), {}, refused, "sdb")), 'U') << "READ(10) does not reach all of it";
+    EXPECT_EQ(letter(large.judge(command(Op::read, u64{1} << 32), {}, refused, "sdb")), 'U') << "READ(10) cannot";
     EXPECT_EQ(build(large, command(Op::read))[0], '\x88');
+    EXPECT_EQ(letter(large.judge(command(Op::read), {}, refused, "sdb")), 'N');
+    EXPECT_EQ(build(large, command(Op::read))[0], '\x28');
 }
 
 TEST_F(ScsiVerdict, TheOtherFormOfAFlushIsTried) {
@@ -323,6 +340,40 @@ TEST_F(ScsiVerdict, TheOtherFormOfAFlushIsTried) {
     EXPECT_EQ(letter(judge(command(Op::flush), refused, false)), 'U');
     EXPECT_EQ(build(unit, command(Op::read))[0], '\x88') << "reads are not concerned";
     EXPECT_EQ(letter(judge(command(Op::discard), refused)), 'U') << "UNMAP has one form";
+}
+
+// A unit that refuses an operation is not asked again, and the others are not concerned.
+TEST_F(ScsiVerdict, RefusedOperations) {
+    for (const u8 asc : {u8{0x20}, u8{0x24}, u8{0x26}}) { // operation code, field in CDB, in parameter list
+        for (const auto& [op, other] :
+             {std::pair(Op::write_zeroes, Op::discard), std::pair(Op::discard, Op::write_zeroes)}) {
+            LogicalUnit one(limits, blocks(1 << 20));
+            log.text.clear();
+            EXPECT_EQ(letter(one.judge(command(op), {}, sense(5, asc), "sda")), 'U');
+            EXPECT_TRUE(
+                log.has(op == Op::discard ? "sda: UNMAP: ILLEGAL REQUEST" : "sda: WRITE SAME(16): ILLEGAL REQUEST"));
+            const std::string once(log.text.view());
+            EXPECT_EQ(letter(one.judge(command(op), {}, sense(5, asc), "sda")), 'U') << "one that was sent before";
+            EXPECT_EQ(log.text.view(), once);
+            io::QueuedCommand c = command(op);
+            EXPECT_EQ(one.limit(c), io::Fit::refused);
+            EXPECT_EQ(c.refusal, Status::not_supported);
+            for (const Op allowed : {other, Op::read, Op::write, Op::flush}) {
+                c = command(allowed);
+                EXPECT_EQ(one.limit(c), io::Fit::ok);
+            }
+        }
+    }
+    for (const Op op : {Op::write_zeroes, Op::discard}) {
+        EXPECT_EQ(letter(judge(command(op), sense(5, 0x21))), 'E') << "beyond the end, after the unit has shrunk";
+        EXPECT_EQ(letter(judge(command(op), sense(5, 0x25))), 'g');
+        EXPECT_EQ(letter(judge(command(op), sense(3, 0x0c))), 'E');
+        EXPECT_EQ(letter(judge(command(op), sense(6, 0x29))), 'N');
+        io::QueuedCommand c = command(op);
+        EXPECT_EQ(unit.limit(c), io::Fit::ok);
+        EXPECT_EQ(letter(judge(command(op), sense(1, 0x17))), 'O') << "its data is not the range's";
+    }
+    EXPECT_EQ(letter(judge(command(Op::read), sense(5, 0x24))), 'E');
 }
 
 TEST_F(ScsiVerdict, ReportsAreBounded) {

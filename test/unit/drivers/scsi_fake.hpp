@@ -41,6 +41,9 @@ struct Unit {
     u32 max_unmap_blocks = 0x1000;
     u32 max_unmap_descriptors = 1;
     bool unmaps = true;
+    u64 max_write_same_blocks = 0;
+    bool write_same = false; // LBPWS
+    std::string designator;  // of page 0x83, if that is listed
 
     Answer answer(const scsi::Cdb& cdb) const {
         const auto& c = cdb.bytes;
@@ -105,9 +108,13 @@ struct Unit {
             put_be(data, 8, 4, max_transfer_blocks);
             put_be(data, 20, 4, max_unmap_blocks);
             put_be(data, 24, 4, max_unmap_descriptors);
+            put_be(data, 36, 8, max_write_same_blocks);
         } else if (number == 0xb2) {
             data.resize(8);
-            data[5] = unmaps ? 0x80 : 0;
+            data[5] = static_cast<u8>((unmaps ? 0x80 : 0) | (write_same ? 0x40 : 0));
+        } else if (number == 0x83) {
+            data.insert(data.end(), {2, 1, 0, static_cast<u8>(designator.size())}); // ASCII, T10 vendor id
+            data.insert(data.end(), designator.begin(), designator.end());
         }
         put_be(data, 2, 2, data.size() - 4);
         return {.data = data};

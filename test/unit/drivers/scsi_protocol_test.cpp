@@ -128,10 +128,18 @@ TEST(ScsiProtocol, VitalProductData) {
     EXPECT_EQ(limits->max_transfer_blocks, 0x102u);
     EXPECT_EQ(limits->max_unmap_blocks, 0x1000u);
     EXPECT_EQ(limits->max_unmap_descriptors, 1u);
+    EXPECT_EQ(limits->max_write_same_blocks, 0u) << "too short for it";
+    std::string whole = bytes("\0\xb0\0\x3c") + std::string(32, '\0') + bytes("\x01\x02\x03\x04\x05\x06\x07\x08");
+    EXPECT_EQ(scsi::parse_block_limits(octets(whole))->max_write_same_blocks, 0x0102030405060708u);
+    whole.pop_back();
+    EXPECT_EQ(scsi::parse_block_limits(octets(whole))->max_write_same_blocks, 0u);
     EXPECT_FALSE(scsi::parse_block_limits(octets(bytes("\0\xb2\0\x3c\0\0\0\0\0\0\x01\x02"))));
-    EXPECT_TRUE(*scsi::parse_provisioning_unmap(octets(bytes("\0\xb2\0\x04\0\xe0\0\0"))));
-    EXPECT_FALSE(*scsi::parse_provisioning_unmap(octets(bytes("\0\xb2\0\x04\0\x60\0\0"))));
-    EXPECT_FALSE(scsi::parse_provisioning_unmap(octets(bytes("\0\xb2\0\x01\0"))));
+    EXPECT_TRUE(scsi::parse_provisioning(octets(bytes("\0\xb2\0\x04\0\x80\0\0")))->unmap);
+    EXPECT_FALSE(scsi::parse_provisioning(octets(bytes("\0\xb2\0\x04\0\x80\0\0")))->write_same);
+    EXPECT_FALSE(scsi::parse_provisioning(octets(bytes("\0\xb2\0\x04\0\x60\0\0")))->unmap);
+    EXPECT_TRUE(scsi::parse_provisioning(octets(bytes("\0\xb2\0\x04\0\x40\0\0")))->write_same);
+    EXPECT_FALSE(scsi::parse_provisioning(octets(bytes("\0\xb2\0\x04\0\xbf\0\0")))->write_same);
+    EXPECT_FALSE(scsi::parse_provisioning(octets(bytes("\0\xb2\0\x01\0"))));
 }
 
 TEST(ScsiProtocol, Sense) {
@@ -171,9 +179,10 @@ std::string parsed(std::span<const u8> data) {
     }
     if (const auto limits = scsi::parse_block_limits(data); !refused(static_cast<bool>(limits))) {
         number(limits->max_transfer_blocks), number(limits->max_unmap_blocks), number(limits->max_unmap_descriptors);
+        number(limits->max_write_same_blocks);
     }
-    if (const auto unmap = scsi::parse_provisioning_unmap(data); !refused(static_cast<bool>(unmap))) {
-        number(*unmap);
+    if (const auto thin = scsi::parse_provisioning(data); !refused(static_cast<bool>(thin))) {
+        number(thin->unmap), number(thin->write_same);
     }
     if (const auto inquiry = scsi::parse_inquiry(data); !refused(static_cast<bool>(inquiry))) {
         number(inquiry->qualifier), number(inquiry->device_type), number(inquiry->removable);
@@ -197,8 +206,8 @@ TEST(ScsiProtocol, ShortAnswers) {
           bytes("\x72\x05\x21\0\0\0\0\xff\0\x0a\x80\0\0\0\0\x01\0\0\0\x02"),
           bytes("\0\0\0\x18\0\0\0\0\0\0\0\0\0\0\0\0\0\x05\0\0\0\0\0\0"), bytes("\xff\0\x80\0\x88\xff\x04\0\0\0\0\0"),
           bytes("\0\xb0\xff\xff\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0\0\0\0\0\x10\0\0\0\0\x01"),
-          bytes("\0\xb2\xff\xff\0\xe0\0\0"), bytes("\0\0\xff\xff\0\xb0\xb2"),
-          bytes("\0\0\x05\x02\xff\0\0\0Msft    Virtual Disk    1.0 "),
+          bytes("\0\xb0\xff\xff") + std::string(40, '\x11'), bytes("\0\xb2\xff\xff\0\xe0\0\0"),
+          bytes("\0\0\xff\xff\0\xb0\xb2"), bytes("\0\0\x05\x02\xff\0\0\0Msft    Virtual Disk    1.0 "),
           bytes("\0\0\0\0\0\x01\xff\xff\0\0\x02\0\0\x03\x80\0\0\0\0\0")}) {
         for (usize n = 0; n <= whole.size(); ++n) {
             SCOPED_TRACE(testing::PrintToString(octets(whole)) + " cut to " + std::to_string(n));
@@ -213,7 +222,7 @@ TEST(ScsiProtocol, ShortAnswers) {
             EXPECT_TRUE(n >= 8 || !scsi::parse_luns(cut, [](u32) { ADD_FAILURE() << "a LUN"; }));
             EXPECT_TRUE(n >= 4 || !scsi::parse_mode_6(cut));
             EXPECT_TRUE(n >= 12 || !scsi::parse_block_limits(cut));
-            EXPECT_TRUE(n >= 6 || !scsi::parse_provisioning_unmap(cut));
+            EXPECT_TRUE(n >= 6 || !scsi::parse_provisioning(cut));
             EXPECT_TRUE(n >= 5 || !scsi::parse_inquiry(cut));
             EXPECT_TRUE(n >= 8 || !scsi::parse_capacity_10(cut));
             EXPECT_TRUE(n >= 12 || !scsi::parse_capacity_16(cut));

@@ -161,6 +161,60 @@ TEST_F(ScsiUnit, Unmapping) {
     EXPECT_EQ(describe()->limits.max_unmap_blocks, 8u);
 }
 
+TEST_F(ScsiUnit, WriteSame) {
+    constexpr scsi::TransportLimits can{.max_transfer = 128 * 1024, .write_zeroes = true};
+    EXPECT_FALSE(describe(can)->geometry.write_zeroes) << "neither page says so";
+    unit.max_write_same_blocks = 100;
+    EXPECT_TRUE(describe(can)->geometry.write_zeroes);
+    EXPECT_EQ(describe(can)->limits.max_zero_blocks, 100u);
+    EXPECT_FALSE(describe()->geometry.write_zeroes) << "the transport has no zeros";
+    unit.max_write_same_blocks = 0;
+    unit.write_same = true;
+    unit.thin = false;
+    unit.max_unmap_blocks = 0; // the page is read for WRITE SAME alone
+    auto found = describe(can);
+    EXPECT_TRUE(found->geometry.write_zeroes);
+    EXPECT_FALSE(found->geometry.discard);
+    EXPECT_EQ(found->limits.max_zero_blocks, 131072u) << "64 MiB: it must end within a time-out";
+    unit.block_bytes = 4096;
+    EXPECT_EQ(describe(can)->limits.max_zero_blocks, 16384u);
+    for (const u64 most : {u64{16385}, u64{1} << 32, (u64{1} << 32) + 1, ~u64{0}}) {
+        unit.max_write_same_blocks = most;
+        EXPECT_EQ(describe(can)->limits.max_zero_blocks, 16384u) << most;
+    }
+    unit.max_write_same_blocks = 16383;
+    EXPECT_EQ(describe(can)->limits.max_zero_blocks, 16383u);
+    unit.write_protected = true;
+    EXPECT_FALSE(describe(can)->geometry.write_zeroes);
+    unit.write_protected = false;
+    unit.pages = {0x00, 0xb2};
+    EXPECT_TRUE(describe(can)->geometry.write_zeroes) << "no limits, and LBPWS";
+    unit.pages.clear();
+    EXPECT_FALSE(describe(can)->geometry.write_zeroes);
+}
+
+TEST_F(ScsiUnit, Identification) {
+    const auto identification = [&] { return *run(scsi::read_identification(target, 3)); };
+    EXPECT_EQ(identification(), std::nullopt);
+    unit.pages = {0x00, 0x83, 0xb0, 0xb2};
+    unit.designator = "Msft    0001";
+    const auto first = identification();
+    ASSERT_TRUE(first);
+    EXPECT_EQ(describe()->identification, first);
+    EXPECT_EQ(identification(), first);
+    unit.blocks = 4096;
+    EXPECT_EQ(identification(), first);
+    unit.designator = "Msft    0002";
+    EXPECT_NE(identification(), first);
+    EXPECT_EQ(describe()->identification, identification());
+    on_inquiry(0x83, check(5, 0x24));
+    EXPECT_EQ(identification(), std::nullopt);
+    on_inquiry(0x83, {.data = {0, 0x83, 0, 0}});
+    EXPECT_EQ(identification(), std::nullopt);
+    target.dead = true;
+    EXPECT_EQ(failure(run(scsi::read_identification(target, 3))), Code::timed_out);
+}
+
 // ---- units that are not disks ----
 
 TEST_F(ScsiUnit, Inquiry) {
@@ -334,7 +388,7 @@ TEST_F(ScsiUnit, HostileLimits) {
                 io::QueuedCommand command;
                 command.op = op;
                 command.bytes = 0xfffff000;
-                lun.limit(command);
+                EXPECT_EQ(lun.limit(command), io::Fit::ok);
                 EXPECT_EQ(command.bytes, op == io::Op::read ? found->limits.max_transfer
                                                             : std::min<u64>(0xfffff000, u64{most} * block_bytes));
                 EXPECT_EQ(command.bytes % block_bytes, 0u);
@@ -468,13 +522,17 @@ TEST_F(ScsiUnit, Compare) {
     EXPECT_EQ(*compare(known), scsi::Change::size);
     unit.blocks = 256;
     unit.block_bytes = 4096; // the same number of bytes
-    EXPECT_EQ(*compare(known), scsi::Change::size);
+    EXPECT_EQ(*compare(known), scsi::Change::block_size);
     unit.blocks = 2048;
     unit.block_bytes = 512;
     unit.revision = "1.1 ";
     EXPECT_EQ(*compare(known), scsi::Change::model);
+    unit.blocks = 4096; // only a disk that is otherwise the same has been resized
+    EXPECT_EQ(*compare(known), scsi::Change::model);
     unit.revision = "1.0 ";
     unit.write_cache = false;
+    EXPECT_EQ(*compare(known), scsi::Change::attributes);
+    unit.blocks = 2048;
     EXPECT_EQ(*compare(known), scsi::Change::attributes);
     unit.write_cache = true;
     unit.write_protected = true;

@@ -305,12 +305,15 @@ struct ChangeRow {
     const char* name;
     void (*change)(fake::Unit&);
     std::string_view text; // empty: no change
+    u64 sectors = 0;       // it is resized to this; 0: it gets a new name
 };
 class ScsiUnitsChange : public ScsiUnits, public testing::WithParamInterface<ChangeRow> {};
 TEST_P(ScsiUnitsChange, IsNoticed) {
     adapter.lanes = 2;
     adapter.add(0, 0);
     fake::Unit& unit = adapter.add(0, 3);
+    unit.pages = {0x00, 0x83, 0xb0, 0xb2};
+    unit.designator = "one";
     ASSERT_TRUE(scan());
     ASSERT_EQ(sink.disks.size(), 2u);
     GetParam().change(unit);
@@ -321,18 +324,43 @@ TEST_P(ScsiUnitsChange, IsNoticed) {
         EXPECT_EQ(log.text.view(), "");
         return;
     }
+    EXPECT_TRUE(log.has(GetParam().text)) << log.text.view();
+    if (GetParam().sectors != 0) {
+        EXPECT_EQ(sink.disks.size(), 2u);
+        EXPECT_FALSE(sink.disks[1]->gone);
+        executor.turn(); // the other lane learns it by a post
+        for (u32 lane = 0; lane < 2; ++lane) {
+            EXPECT_EQ(sink.disks[1]->lane(lane).geometry().sectors, GetParam().sectors) << lane;
+        }
+        EXPECT_EQ(sink.disks[0]->geometry().sectors, 2048u);
+        log.text.clear();
+        ASSERT_TRUE(scan());
+        EXPECT_EQ(log.text.view(), "") << "this is its size now";
+        return;
+    }
     ASSERT_EQ(sink.disks.size(), 3u);
     EXPECT_TRUE(sink.disks[1]->gone && sink.disks[1]->further[0]->gone);
     EXPECT_FALSE(sink.disks[2]->gone);
     EXPECT_EQ(name(2), "sdc");
-    EXPECT_TRUE(log.has(GetParam().text)) << log.text.view();
     EXPECT_EQ(units.attached(), 3u) << "its users still have it";
 }
 const ChangeRow change_rows[] = {
     {"nothing", [](fake::Unit&) {}, ""},
-    {"size", [](fake::Unit& u) { u.blocks = 4096; }, "sdb: the host has changed the disk's size: it gets a new name"},
+    {"growth", [](fake::Unit& u) { u.blocks = (u64{1} << 33) + 5; }, "sdb: resized from 2048 to 8589934597 sectors",
+     (u64{1} << 33) + 5},
+    {"shrinkage", [](fake::Unit& u) { u.blocks = 1; }, "sdb: resized from 2048 to 1 sectors", 1},
     {"block_size", [](fake::Unit& u) { u.block_bytes = 4096; },
-     "sdb: the host has changed the disk's size: it gets a new name"},
+     "sdb: the host has changed the disk's block size: it gets a new name"},
+    {"identification", [](fake::Unit& u) { u.designator = "two"; },
+     "sdb: the host has put another disk in its place: it gets a new name"},
+    {"another_of_other_size",
+     [](fake::Unit& u) {
+         u.designator = "two";
+         u.blocks = 4096;
+     },
+     "sdb: the host has put another disk in its place: it gets a new name"},
+    {"no_identification", [](fake::Unit& u) { u.pages = {0x00}; },
+     "sdb: the host has put another disk in its place: it gets a new name"},
     {"model", [](fake::Unit& u) { u.revision = "2.0 "; },
      "sdb: the host has put another disk in its place: it gets a new name"},
     {"cache", [](fake::Unit& u) { u.write_cache = false; },

@@ -249,12 +249,12 @@ TEST(Connected, AReplacedDiskGetsANewName) {
     ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::scsi_class))));
     ASSERT_EQ(m.sink.disks.size(), 2u);
     EXPECT_TRUE(controller.remove_lun(4)); // before the guest scans
-    EXPECT_TRUE(controller.add_lun({.lun = 4, .store = &c.store}));
+    EXPECT_TRUE(controller.add_lun({.lun = 4, .store = &c.store, .serial = "another"}));
     for (u32 i = 0; i < 200 && m.sink.disks.size() < 3; ++i) {
         m.executor.turn();
     }
     ASSERT_EQ(m.sink.disks.size(), 3u) << log.text.view();
-    EXPECT_TRUE(log.has("the host has changed the disk's size: it gets a new name")) << log.text.view();
+    EXPECT_TRUE(log.has("the host has put another disk in its place: it gets a new name")) << log.text.view();
     io::BlockDevice& before = *m.sink.disks[1].first;
     io::BlockDevice& now = *m.sink.disks[2].first;
     EXPECT_NE(before.identity().name.view(), now.identity().name.view());
@@ -263,6 +263,33 @@ TEST(Connected, AReplacedDiskGetsANewName) {
     verify(m, now, c, 20);
     verify(m, *m.sink.disks[0].first, a, 20);
     EXPECT_EQ(m.sink.disks.size(), 3u) << "the others are what they were";
+}
+
+TEST(Connected, AResizedDiskKeepsItsName) {
+    for (const u64 sectors : {u64{2048}, u64{16384}}) {
+        Machine m;
+        test::CapturedLog log;
+        Store a;
+        Store b(sectors * 512);
+        host::StorageDevice& controller = m.server->add(host::StorageDevice::scsi({}, {{.lun = 4, .store = &a.store}}));
+        ASSERT_TRUE(m.connect());
+        ASSERT_TRUE(m.run(storvsc::attach(m.environment, m.bus, *m.offer(storvsc::scsi_class))));
+        ASSERT_EQ(m.sink.disks.size(), 1u);
+        io::BlockDevice& disk = *m.sink.disks[0].first;
+        EXPECT_EQ(disk.geometry().sectors, 4096u);
+        EXPECT_TRUE(controller.remove_lun(4)); // before the guest scans: the same serial number
+        EXPECT_TRUE(controller.add_lun({.lun = 4, .store = &b.store}));
+        for (u32 i = 0; i < 200 && disk.geometry().sectors != sectors; ++i) {
+            m.executor.turn();
+        }
+        EXPECT_EQ(disk.geometry().sectors, sectors) << log.text.view();
+        EXPECT_TRUE(log.has("resized from 4096 to")) << log.text.view();
+        EXPECT_EQ(m.sink.disks.size(), 1u);
+        verify(m, disk, b, 20);
+        EXPECT_TRUE(m.run(one(disk, io::Op::read, sectors - 1, m.buffer(512))));
+        EXPECT_EQ(m.run(one(disk, io::Op::read, sectors, m.buffer(512))).error().code, Code::bad_argument);
+        EXPECT_FALSE(disk.geometry().write_zeroes) << "Hyper-V gets no WRITE SAME";
+    }
 }
 
 // The host rescinds a controller and offers it again, before and after the guest has released it.
