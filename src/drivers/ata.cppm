@@ -21,7 +21,7 @@ import drivers.driver;
 import drivers.pci;
 export import drivers.ata.protocol;
 export import drivers.ata.channel;
-export import drivers.ata.queue;
+export import drivers.ata.channel_queue;
 
 export namespace fl::drivers::ata {
 

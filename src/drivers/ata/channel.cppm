@@ -122,6 +122,14 @@ struct Outcome {
     constexpr bool ok(bool transfer) const {
         return ended && !status.error() && !status.device_fault() && (!transfer || (!bus.error() && !bus.active()));
     }
+    /// Whether a failed command failed on the way, and not on the medium: a retry may succeed.
+    constexpr bool in_transfer(ErrorRegister error) const {
+        const bool media = status.error() && (error.uncorrectable() || error.id_not_found());
+        // ICRC is set together with ABRT [ACS §6.3]; ABRT alone is a refusal, which a retry would not change.
+        const bool garbled = status.error() && error.interface_crc();
+        const bool cut_short = bus.active() && !media && !error.aborted();
+        return bus.error() || garbled || cut_short;
+    }
 };
 
 template <PortAccess P>

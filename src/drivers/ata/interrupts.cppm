@@ -9,6 +9,9 @@
 //   accesses_   relaxed          handler     the turn  likewise
 export module drivers.ata.interrupts;
 import core.std;
+import core.log;
+import core.text;
+import core.time;
 import io.executor;
 import drivers.ata.protocol;
 import drivers.ata.channel;
@@ -71,6 +74,52 @@ class ChannelInterrupts {
     std::atomic<u32> seen_{0}; // shared lines: 1<<16 | bus status<<8 | status of an ended command; 0: none
     std::atomic<u32> count_{0};
     std::atomic<u64> accesses_{0};
+};
+
+/// Finds commands that end without an interrupt. For the command under way, on the queue's processor.
+template <PortAccess P>
+class LostInterrupt {
+  public:
+    // without an interrupt for this long the command is polled in each tick
+    static constexpr Nanoseconds after = 20'000'000;
+
+    void sent(Instant now) {
+        sent_at_ = now;
+        ended_at_last_tick_ = false;
+        busy_ = true;
+    }
+    Instant sent_at() const { return sent_at_; }
+    /// Whether the command was in progress at the last look.
+    bool busy() const { return busy_; }
+    /// Commands that ended without an interrupt so far.
+    u64 count() const { return count_; }
+    /// The outcome of a command that has ended, if there is still no interrupt a tick after that was seen first. From
+    /// then on each command's interrupt is cleared as if it were asserted. Logged with `disk` the first time.
+    std::optional<Outcome> tick(Instant now, Channel<P>& channel, std::string_view disk) {
+        if (now <= sent_at_ || now - sent_at_ < after) {
+            return std::nullopt;
+        }
+        busy_ = channel.registers().alternate_status().in_progress();
+        if (busy_ || !std::exchange(ended_at_last_tick_, true)) {
+            return std::nullopt;
+        }
+        const Outcome outcome = channel.poll();
+        busy_ = !outcome.ended;
+        if (!outcome.ended) {
+            return std::nullopt;
+        }
+        if (++count_ == 1) {
+            log::warning("{}: a command ended without an interrupt", disk);
+        }
+        channel.set_clear_always(true);
+        return outcome;
+    }
+
+  private:
+    Instant sent_at_ = 0;
+    bool ended_at_last_tick_ = false; // had ended then, but no interrupt was seen
+    bool busy_ = true;
+    u64 count_ = 0;
 };
 
 } // namespace fl::drivers::ata
