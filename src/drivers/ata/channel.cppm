@@ -142,9 +142,9 @@ class Channel {
     const Registers<P>& registers() const { return registers_; }
 
     // ---- the table of physical regions ----
-    void begin_table() { prds_ = 0; }
+    inline void begin_table() { prds_ = 0; }
     /// Appends memory below 4 GiB, split at 64 KiB boundaries. False: it does not fit; nothing was added.
-    bool add_region(u64 bus, u32 bytes) {
+    [[gnu::always_inline]] inline bool add_region(u64 bus, u32 bytes) {
         const u64 first = bus / Prd::boundary;
         const u64 last = (bus + bytes - 1) / Prd::boundary;
         if (last - first + 1 > prd_capacity - prds_) {

@@ -28,16 +28,19 @@ class CommandData {
         : channel_(channel), mapper_(dma, bounce_bytes), timeout_(timeout) {}
 
     /// Describes the data of a read or write to the engine, and reduces command.bytes to what one command moves.
-    /// refused: no memory for a bounce buffer, which is logged with `name`.
-    io::Fit prepare(io::QueuedCommand& command, const DriveInfo& drive, std::string_view name) {
+    /// False: the engine does not reach it all; bounce() does.
+    [[gnu::always_inline]] inline bool describe(io::QueuedCommand& command, const DriveInfo& drive) {
         channel_.begin_table();
-        const DmaSpan data = command.data();
-        if (limits.admits(command.first->buffer)) [[likely]] {
-            command.bytes = std::min(command.bytes, limit(drive));
-            // an empty table holds 1 MiB at any alignment
-            static_cast<void>(channel_.add_region(data.bus, command.bytes));
-            return io::Fit::ok;
+        if (!limits.admits(command.first->buffer)) [[unlikely]] {
+            return false;
         }
+        command.bytes = std::min(command.bytes, limit(drive));
+        static_cast<void>(channel_.add_region(command.data().bus, command.bytes)); // an empty table holds 1 MiB
+        return true;
+    }
+    /// After describe(): the same through a bounce buffer. refused: no memory for one, which is logged with `name`.
+    [[gnu::noinline]] io::Fit bounce(io::QueuedCommand& command, const DriveInfo& drive, std::string_view name) {
+        const DmaSpan data = command.data();
         DmaLimits limited = limits;
         limited.granule = drive.sector_size;
         const auto mapped =
@@ -55,20 +58,20 @@ class CommandData {
         return io::Fit::ok;
     }
     /// Adds the data of an adjacent request. False: not in this command.
-    bool join(const io::QueuedCommand& command, const DriveInfo& drive, const io::Request& next) {
+    inline bool join(const io::QueuedCommand& command, const DriveInfo& drive, const io::Request& next) {
         return io::has_data(command.op) && !mapping_.active() && next.buffer.size <= limit(drive) - command.bytes &&
                command.bytes + next.buffer.size <= gather_limit_ && limits.admits(next.buffer) &&
                channel_.add_region(next.buffer.bus, next.buffer.size);
     }
     /// A command has moved `bytes` in `took` nanoseconds. Keeps gathered commands from making a slow disk look silent:
     /// at this speed, the next one takes at most a quarter of a timeout, and at most one second.
-    void moved(u32 bytes, Nanoseconds took) {
+    [[gnu::always_inline]] inline void moved(u32 bytes, Nanoseconds took) {
         const Nanoseconds enough = std::min<Nanoseconds>(timeout_ / 4, 1'000'000'000);
         took = std::min<Nanoseconds>(took, 1'000'000'000'000); // so that the product fits into 64 bits
         gather_limit_ = took * max_transfer > enough * bytes ? static_cast<u32>(enough * bytes / took) : max_transfer;
     }
     /// The engine is off. `ok`: what was read is copied to the request's buffer, if it still has one.
-    void finish(const io::QueuedCommand& command, bool ok) {
+    [[gnu::always_inline]] inline void finish(const io::QueuedCommand& command, bool ok) {
         if (mapping_.active()) [[unlikely]] {
             const DmaSpan data = ok && command.first != nullptr ? command.data() : DmaSpan{};
             mapper_.unmap(mapping_, data.empty() ? std::span<const DmaSpan>() : std::span(&data, 1));
@@ -76,7 +79,7 @@ class CommandData {
     }
 
   private:
-    static u32 limit(const DriveInfo& drive) { // 28-bit commands only: at most 256 sectors
+    static inline u32 limit(const DriveInfo& drive) { // 28-bit commands only: at most 256 sectors
         return drive.lba48 ? max_transfer : std::min(max_transfer, lba28_max_count * drive.sector_size);
     }
 

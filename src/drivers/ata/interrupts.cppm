@@ -83,12 +83,12 @@ class LostInterrupt {
     // without an interrupt for this long the command is polled in each tick
     static constexpr Nanoseconds after = 20'000'000;
 
-    void sent(Instant now) {
+    inline void sent(Instant now) {
         sent_at_ = now;
         ended_at_last_tick_ = false;
         busy_ = true;
     }
-    Instant sent_at() const { return sent_at_; }
+    inline Instant sent_at() const { return sent_at_; }
     /// Whether the command was in progress at the last look.
     bool busy() const { return busy_; }
     /// Commands that ended without an interrupt so far.

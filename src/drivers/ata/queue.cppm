@@ -151,7 +151,8 @@ io::Fit Transport<P>::prepare(Command& command) {
         command.refusal = io::Status::not_supported;
         return io::Fit::refused;
     }
-    return data_.prepare(command, command.disk().info(), command.disk().name());
+    const Disk& disk = command.disk();
+    return data_.describe(command, disk.info()) ? io::Fit::ok : data_.bounce(command, disk.info(), disk.name());
 }
 
 template <PortAccess P>
