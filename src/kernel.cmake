@@ -17,7 +17,7 @@ set(interfaces ${units})
 list(FILTER interfaces INCLUDE REGEX "\\.cppm$")
 list(FILTER units EXCLUDE REGEX "\\.cppm$")
 
-set(hot "^io/(block|block_queue|executor|slots|ring|task|bench|histogram)|^drivers/(ata/(queue|data|interrupts)|ahci/queue|[a-z_]+/disk)|^hv/hyperv/(channel|packets|hypercall)|^hv/xen/(events|grants|hypercall)|memory_functions|^boot/drivers|^drivers/ata")
+set(hot "^io/(block|block_queue|executor|slots|ring|task|bench|histogram)|^drivers/(ata/(queue|data|interrupts)|ahci/queue|nvme/(queue|interrupts)|[a-z_]+/disk)|^hv/hyperv/(channel|packets|hypercall)|^hv/xen/(events|grants|hypercall)|memory_functions|^boot/drivers|^drivers/ata")
 # First, because the linker keeps the first copy of a template instantiation that it sees.
 set(hot_units ${units})
 list(FILTER hot_units INCLUDE REGEX "${hot}")

@@ -1,8 +1,10 @@
-// The driver for NVMe controllers [nvme-1.4]: matching, set-up, namespaces, events, and the end of a controller that
-// has failed. The queues and the disks are in drivers.nvme.disk.
+// The driver for NVMe controllers [nvme-1.4]: matching, set-up, reset, and the end of a controller that has failed.
+// Its parts, in order: drivers.nvme.protocol, .commands (and .status), .queue, .recovery, .disk (the transport),
+// .registers, .admin, .namespaces.
 //
 // Set-up [nvme-1.4 §7.6.1]: disable, admin queue, enable, Identify Controller, shadow doorbells, Number of Queues, an
-// I/O queue pair for each processor, the active namespaces. Each wait has a bound.
+// I/O queue pair for each processor, the active namespaces. Each wait has a bound. A reset repeats all of it but the
+// last.
 export module drivers.nvme;
 import core.std;
 import core.result;
@@ -10,15 +12,14 @@ import core.text;
 import core.time;
 import core.dma;
 import core.mmio;
-import core.vector;
 import io.executor;
 import io.task;
-import io.latch;
 import io.block;
 import drivers.driver;
 import drivers.pci;
 import drivers.pci.msi;
-export import drivers.nvme.disk;
+export import drivers.nvme.namespaces;
+export import drivers.nvme.registers;
 
 export namespace fl::drivers::nvme {
 
@@ -31,7 +32,6 @@ inline constexpr pci::Match ids[] = {{.class_code = 0x01, .subclass = 0x08, .pro
 /// processor, except for the I/O queues.
 class Controller {
   public:
-    static constexpr u32 max_namespaces = 64;
     static constexpr u32 max_lanes = Disk::max_lanes;
 
     Controller(Environment& environment, const pci::Device& device, u32 index);
@@ -42,69 +42,67 @@ class Controller {
     /// The set-up up to the I/O queues.
     io::Task<Result<void>> connect();
     /// Finds and announces the namespaces. Failing ones are skipped and reported.
-    io::Task<Result<void>> scan();
-    /// Starts the tasks that handle events and a failure of the controller.
+    io::Task<Result<void>> scan() { return namespaces_.scan(); }
+    /// Starts the tasks that handle events, commands without an answer, and a failure of the controller.
     Result<void> keep();
     /// Ends everything, disables the controller, and frees what it can no longer access. Bounded. An Error: the
     /// controller may still access memory, and nothing is freed.
     io::Task<Result<void>> disconnect();
 
-    u32 disks() const { return static_cast<u32>(units_.size()); }
+    u32 disks() const { return namespaces_.disks(); }
     /// I/O queue pairs.
     u32 queues() const { return lane_count_; }
+    u64 resets() const { return recovery_.resets(); }
 
   private:
     struct Lane {
-        Lane(io::Executor& executor, io::QueueGroup& group) : queue(executor, group) {}
+        Lane(io::Executor& executor, io::QueueGroup& group, Recovery& recovery) : queue(executor, group, recovery) {}
         Queue queue;
         DmaBuffer submissions;
         DmaBuffer completions;
         DmaBuffer lists;
     };
-    struct Unit {
-        std::array<Disk*, max_lanes> disks{}; // one per lane; the first is the disk
-    };
+    // Set-up.
     Result<void> make_lane(u32 index, io::Executor& executor);
+    Result<u32> attach_interrupts(u32 wanted);
     Result<void> lay_out(u32 index);
-    io::Task<Result<void>> wait_ready(bool ready);
-    io::Task<Result<void>> disable();
-    io::Task<Result<u32>> command(Submission command, std::string_view what);
-    io::Task<Result<void>> identify(u32 cns, u32 nsid);
+    io::Task<Result<void>> bring_up();
     io::Task<Result<void>> use_doorbell_buffers();
-    io::Task<Result<void>> create_queues();
-    io::Task<Result<void>> open_lane(u32 index);
-    io::Task<Result<void>> scan_namespace(u32 nsid);
+    io::Task<Result<u32>> ask_for_queues(u32 wanted);
+    io::Task<Result<void>> create_queues(u32 index);
+    io::Task<Result<void>> read_limits();
+    io::Task<Result<void>> settle_write_cache();
+    void describe();
+    // While in use.
     io::Task<Result<void>> watch_events();
-    io::Task<Result<void>> handle_event(u32 event);
-    io::Task<Result<void>> watch_failure();
-    Result<void> attach(u32 nsid, const NamespaceInfo& info);
-    void unused(u32 nsid, Unused why, std::string_view reason);
-    std::span<const u8, identify_bytes> data() const {
-        return std::span<const u8, identify_bytes>(reinterpret_cast<const u8*>(scratch_.data()), identify_bytes);
-    }
+    io::Task<Result<void>> handle_event(Event event);
+    io::Task<Result<void>> watch();
+    io::Task<Result<void>> abort(Recovery::Request request);
+    io::Task<Result<void>> reset(Recovery::Cause cause);
+    io::Task<Result<void>> wait_until_quiet();
+    Queue& admin_queue() { return lanes_[0]->queue; }
 
     Environment environment_; // a copy: the objects it refers to outlive this, the Environment itself may not
     pci::Device device_;
     u32 index_;
-    Mmio registers_{};
-    Nanoseconds ready_bound_ = 0;
+    Registers registers_;
     u32 entries_ = 2; // of each I/O queue
-    u8 stride_ = 0;
-    bool set_up_ = false; // the controller may access memory
-    bool gone_ = false;
     io::QueueGroup group_;
+    Recovery recovery_;
+    Admin admin_;
     ControllerInfo info_;
-    u32 max_bytes_ = 0;
+    CommandSetLimits limits_;
     DmaBuffer shadow_;
     DmaBuffer events_;
-    DmaBuffer scratch_;                                     // for the data of admin commands, one at a time
     std::array<Lane*, io::QueueGroup::max_queues> lanes_{}; // the first is the admin queue
+    std::array<Queue*, max_lanes> queues_{};                // the others'
     u32 made_ = 0;                                          // lanes that exist
     u32 lane_count_ = 0;                                    // I/O queues in use
     pci::Interrupts interrupts_;
     u32 vectors_ = 0;
-    io::Latch failed_;
-    Vector<Unit*> units_; // owned
+    Namespaces namespaces_;
+    bool watching_events_ = false;
+    u8 reported_events_ = 0; // types of events that were logged, one bit each
     io::TaskGroup tasks_;
     friend io::Task<Result<void>> probe(Environment&, pci::Device, u32);
     Controller* next_ = nullptr; // list of attached controllers

@@ -94,7 +94,9 @@ class GroupedTransport : public TransportDefaults {
   public:
     inline QueueGroup& group() const { return group_; }
     /// Callable on any processor: the queue has ended everything, or was never started, and does not touch the device.
-    bool quiescent() const { return !live_.load(std::memory_order_acquire); } // pairs with the release in leave()
+    inline bool quiescent() const {
+        return !live_.load(std::memory_order_acquire);
+    } // pairs with the release in leave()
 
     // io::BlockTransport
     void count_late_writes(i32 change) {

@@ -41,17 +41,30 @@ ControllerInfo parse_controller(std::span<const u8, identify_bytes> data) {
     info.queue_entries = holds(data[512], 6) && holds(data[513], 4);
     info.namespaces = load<u32>(data, 516);
     info.dataset_management = (load<u16>(data, 520) & 1 << 2) != 0;
+    info.write_zeroes = (load<u16>(data, 520) & 1 << 3) != 0;
     info.write_cache = (data[525] & 1) != 0;
     return info;
+}
+
+CommandSetLimits parse_command_set(std::span<const u8, identify_bytes> data) {
+    return {data[1], load<u32>(data, 4), load<u64>(data, 8)};
 }
 
 Result<NamespaceInfo> parse_namespace(std::span<const u8, identify_bytes> data) {
     NamespaceInfo info;
     info.blocks = load<u64>(data, 0);
-    if (info.blocks == 0) {
-        return info;
+    const u64 capacity = load<u64>(data, 8); // NCAP; 0: inactive
+    if (info.blocks == 0 || capacity == 0) {
+        return NamespaceInfo{};
     }
-    const u8 format = data[26] & 0xf;
+    if (capacity > info.blocks) {
+        return Error{Code::protocol, "the namespace's capacity (NCAP) exceeds its size (NSZE)", info.blocks, capacity};
+    }
+    // FLBAS: bits 6:5 count only with more than 16 formats.
+    const u8 format = static_cast<u8>((data[26] & 0xf) | (data[25] > 15 ? data[26] >> 1 & 0x30 : 0));
+    if (data[25] > 63) {
+        return Error{Code::protocol, "the namespace lists more than 64 LBA formats (NLBAF)", 63, data[25]};
+    }
     if (format > data[25]) {
         return Error{Code::protocol, "the namespace has an LBA format (FLBAS) that it does not list (NLBAF)", data[25],
                      format};

@@ -63,11 +63,12 @@ enum class AdminOpcode : u8 {
     get_log_page = 0x02,
     create_completion_queue = 0x05,
     identify = 0x06,
+    abort = 0x08,
     set_features = 0x09,
     asynchronous_event_request = 0x0c,
     doorbell_buffer_config = 0x7c,
 };
-enum class Opcode : u8 { flush = 0x00, write = 0x01, read = 0x02, dataset_management = 0x09 };
+enum class Opcode : u8 { flush = 0x00, write = 0x01, read = 0x02, write_zeroes = 0x08, dataset_management = 0x09 };
 
 struct Submission {
     u8 opcode = 0;
@@ -104,6 +105,8 @@ constexpr u16 status_code(u16 status) { return status >> 1 & 0x7ff; }
 constexpr bool do_not_retry(u16 status) { return (status & 0x8000) != 0; }
 inline constexpr u16 invalid_opcode = 0x001;
 inline constexpr u16 invalid_field = 0x002;
+inline constexpr u16 abort_requested = 0x007;
+inline constexpr u16 abort_queue_deleted = 0x008;
 inline constexpr u16 invalid_namespace = 0x00b;
 inline constexpr u16 write_protected = 0x020;
 inline constexpr u16 lba_out_of_range = 0x080;
@@ -123,8 +126,66 @@ inline constexpr u32 identify_bytes = 4096;
 inline constexpr u32 cns_namespace = 0;
 inline constexpr u32 cns_controller = 1;
 inline constexpr u32 cns_active_namespaces = 2;
+inline constexpr u32 cns_command_set = 6; // limits of the NVM command set; CSI 0 [nvme-nvm-1.0 §4.1.5.2]
+inline constexpr u32 feature_write_cache = 0x06;
 inline constexpr u32 feature_number_of_queues = 0x07;
 inline constexpr u32 feature_asynchronous_events = 0x0b;
+
+// Asynchronous events [nvme-1.4 §5.2].
+struct Event {
+    u8 type = 0;
+    u8 information = 0;
+    u8 log_page = 0;
+};
+constexpr Event event_of(u32 dw0) {
+    return {static_cast<u8>(dw0 & 7), static_cast<u8>(dw0 >> 8), static_cast<u8>(dw0 >> 16)};
+}
+inline constexpr u8 event_error = 0;
+inline constexpr u8 event_health = 1;
+inline constexpr u8 event_notice = 2;
+inline constexpr u8 log_errors = 1;
+inline constexpr u8 log_health = 2;
+inline constexpr u8 log_changed_namespaces = 4;
+
+// ---- admin commands, without their ids [nvme-1.4 §5] ----
+
+constexpr Submission identify_command(u32 cns, u32 nsid, u64 into) {
+    return {.opcode = to_underlying(AdminOpcode::identify), .nsid = nsid, .prp1 = into, .cdw10 = cns};
+}
+/// Clears the page's event: RAE 0. `bytes`: a multiple of 4, at most a page.
+constexpr Submission log_page_command(u8 page, u32 bytes, u64 into) {
+    return {.opcode = to_underlying(AdminOpcode::get_log_page),
+            .nsid = ~u32{0},
+            .prp1 = into,
+            .cdw10 = (bytes / 4 - 1) << 16 | page};
+}
+constexpr Submission set_feature_command(u32 feature, u32 value) {
+    return {.opcode = to_underlying(AdminOpcode::set_features), .cdw10 = feature, .cdw11 = value};
+}
+/// `entries`, at least 2, at `base`; contiguous, with interrupts.
+constexpr Submission create_completion_queue_command(u16 id, u32 entries, u64 base, u32 vector) {
+    return {.opcode = to_underlying(AdminOpcode::create_completion_queue),
+            .prp1 = base,
+            .cdw10 = (entries - 1) << 16 | id,
+            .cdw11 = vector << 16 | 2 | 1};
+}
+/// Its completions go to the completion queue of the same id; contiguous.
+constexpr Submission create_submission_queue_command(u16 id, u32 entries, u64 base) {
+    return {.opcode = to_underlying(AdminOpcode::create_submission_queue),
+            .prp1 = base,
+            .cdw10 = (entries - 1) << 16 | id,
+            .cdw11 = u32{id} << 16 | 1};
+}
+constexpr Submission doorbell_buffer_command(u64 shadow, u64 events) {
+    return {.opcode = to_underlying(AdminOpcode::doorbell_buffer_config), .prp1 = shadow, .prp2 = events};
+}
+constexpr Submission abort_command(u16 queue, u16 cid) {
+    return {.opcode = to_underlying(AdminOpcode::abort), .cdw10 = u32{cid} << 16 | queue};
+}
+inline constexpr u32 not_aborted = 1; // in an Abort's dw0
+constexpr Submission event_request_command() {
+    return {.opcode = to_underlying(AdminOpcode::asynchronous_event_request)};
+}
 
 // ---- identify data ----
 
@@ -139,10 +200,19 @@ struct ControllerInfo {
     u32 namespaces = 0;
     bool doorbell_buffers = false;
     bool dataset_management = false;
+    bool write_zeroes = false;
     bool write_cache = false;
     bool queue_entries = false; // commands of 64 and completions of 16 bytes are possible
 };
 ControllerInfo parse_controller(std::span<const u8, identify_bytes> data);
+
+/// From Identify Controller of the NVM command set. 0: no limit.
+struct CommandSetLimits {
+    u8 zeroes = 0;          // WZSL: 2^n pages of the smallest size
+    u32 discard_blocks = 0; // DMRSL: of a range
+    u64 discard_total = 0;  // DMSL: of a command
+};
+CommandSetLimits parse_command_set(std::span<const u8, identify_bytes> data);
 
 /// From Identify Namespace [nvme-1.4 figure 245]. Error{not_supported}: a format that this driver does not use.
 /// `blocks` 0: the namespace is inactive or empty.

@@ -34,12 +34,16 @@ class NvmeRig final : public Rig {
         return {.lanes = lanes,
                 .capacity = nvme::Transport::max_commands,
                 .part_bytes = max_bytes,
+                .zeroes_bytes = max_bytes,
                 .discards = true,
+                .zeroes = true,
                 .retries = true,
+                .resets = true,
                 .ids = true,
                 .elsewhere = true,
                 .faults = {Fault::next, Fault::tick},
                 .timeout = timeout_of(lanes),
+                .timeouts = 6,
                 .answers = {Status::ok, Status::io_error, Status::not_supported, Status::read_only}};
     }
     NvmeRig(bool shadow, u32 lanes) : lane_count_(lanes) {
@@ -51,10 +55,14 @@ class NvmeRig final : public Rig {
             device_.shadow = shadow_.bus();
             device_.event_index = events_.bus();
         }
-        device_.interrupt = [this](u16 vector) { nvme::Transport::on_interrupt(&lanes_[vector]->queue.transport()); };
+        device_.interrupt = [this](u16 vector) { event(vector); };
         for (u32 i = 0; i < lanes; ++i) {
             enter(i);
-            lanes_.push_back(std::make_unique<Lane>(clock_, i, group_));
+            executors_.push_back(std::make_unique<io::Executor>(clock_.platform(), i));
+            if (i == 0) {
+                recovery_.emplace(*executors_[0]);
+            }
+            lanes_.push_back(std::make_unique<Lane>(*executors_[i], group_, *recovery_));
             start(*lanes_[i], i);
         }
         enter(0);
@@ -79,6 +87,7 @@ class NvmeRig final : public Rig {
         }
         enter(0);
         look();
+        recover();
     }
     Instant now() override { return lanes_[0]->executor.now(); }
     void jump(Nanoseconds length) override { clock_.time += length; }
@@ -90,6 +99,9 @@ class NvmeRig final : public Rig {
             const u32 lane = c.queue - 1u;
             switch (c.opcode()) {
             case 0: all.push_back({.op = io::Op::flush, .lane = lane}); break;
+            case 8:
+                all.push_back({io::Op::write_zeroes, nvme_fake::wide(c.entry, 10), device_.bytes_of(c.entry), lane});
+                break;
             case 9: {
                 const u64 range = nvme_fake::wide(c.entry, 6);
                 all.push_back(
@@ -127,7 +139,10 @@ class NvmeRig final : public Rig {
         }
         }
     }
-    void event(u32 lane) override { nvme::Transport::on_interrupt(&lanes_[lane]->queue.transport()); }
+    void event(u32 lane) override {
+        nvme::QueueInterrupts::on_interrupt(&lanes_[lane]->queue.transport().interrupts());
+    }
+    u32 resets() override { return static_cast<u32>(recovery_->resets()); }
     Injected inject(u32 lane, Fault fault) override {
         device_.hostile = true; // it may complete commands of a closed queue, which reports no head any more
         if (fault == Fault::tick) {
@@ -173,9 +188,9 @@ class NvmeRig final : public Rig {
     static constexpr u32 max_bytes = 32768;
 
     struct Lane {
-        Lane(test::FakeMachine& clock, u32 number, io::QueueGroup& group)
-            : executor(clock.platform(), number), queue(executor, group) {}
-        io::Executor executor;
+        Lane(io::Executor& executor, io::QueueGroup& group, nvme::Recovery& recovery)
+            : executor(executor), queue(executor, group, recovery) {}
+        io::Executor& executor;
         DmaBuffer submissions, completions, lists;
         nvme::Queue queue;
         std::optional<nvme::Disk> disk;
@@ -184,12 +199,23 @@ class NvmeRig final : public Rig {
         const u16 id = static_cast<u16>(number + 1);
         lane.submissions = *dma_.buffer(nvme::Transport::max_entries * 64);
         lane.completions = *dma_.buffer(nvme::Transport::max_entries * 16);
-        lane.lists = *dma_.buffer(nvme::Transport::max_entries * nvme::Transport::list_bytes);
+        lane.lists = *dma_.buffer(nvme::Transport::max_entries * nvme::list_bytes);
         device_.pairs[id] = {.sq = lane.submissions.bus(),
                              .cq = lane.completions.bus(),
                              .size = nvme::Transport::max_entries,
                              .vector = static_cast<u16>(number),
                              .there = true};
+        lane.queue.transport().interrupts().use(Mmio(device_, 0x2000), false);
+        lay_out(lane, id);
+        lane.queue.start(timeout_of(lane_count_));
+        io::BlockDevice::Identity identity;
+        identity.name = FixedText<16>("nvme0n1");
+        lane.disk.emplace(lane.queue, 1, nvme::Limits{.transfer = max_bytes, .zeroes = max_bytes},
+                          io::Geometry{.sectors = sectors, .flush = true, .discard = true, .write_zeroes = true},
+                          identity);
+        lane.disk->link(lane.executor);
+    }
+    void lay_out(Lane& lane, u16 id) {
         EXPECT_TRUE(lane.queue.transport().lay_out({.registers = Mmio(device_, 0x2000),
                                                     .submissions = lane.submissions,
                                                     .completions = lane.completions,
@@ -199,12 +225,52 @@ class NvmeRig final : public Rig {
                                                     .entries = nvme::Transport::max_entries,
                                                     .id = id,
                                                     .lazy = true}));
-        lane.queue.start(timeout_of(lane_count_), nullptr, nullptr);
-        io::BlockDevice::Identity identity;
-        identity.name = FixedText<16>("nvme0n1");
-        lane.disk.emplace(lane.queue, 1, max_bytes, io::Geometry{.sectors = sectors, .flush = true, .discard = true},
-                          identity);
-        lane.disk->link(lane.executor);
+    }
+    /// The part of the controller's task: a reset begins in one turn and ends in another, once every queue is quiet. No
+    /// command is aborted.
+    void recover() {
+        nvme::Recovery::Request asked = recovery_->request();
+        if (asked.kind == nvme::Recovery::Kind::abort) {
+            recovery_->request_reset(nvme::Recovery::Cause::silent);
+            asked = recovery_->request();
+        }
+        if (asked.kind == nvme::Recovery::Kind::none || group_.closed()) {
+            return;
+        }
+        if (!std::exchange(resetting_, true)) {
+            if (device_.options.fatal || !recovery_->count_reset()) {
+                const Status status = device_.options.fatal ? Status::device_gone : Status::timed_out;
+                if (group_.close_first(status)) {
+                    log::error("nvme0: closed: CSTS.CFS, or too many resets");
+                }
+                return;
+            }
+            recovery_->hold();
+        }
+        group_.raise_queues();
+        for (const auto& lane : lanes_) {
+            const nvme::Transport& transport = lane->queue.transport();
+            if (!transport.recovery().quiet() && !transport.quiescent()) {
+                return;
+            }
+        }
+        const InFake scope;
+        device_.held.clear();
+        for (u32 i = 0; i < lane_count_; ++i) {
+            Lane& lane = *lanes_[i];
+            std::memset(lane.submissions.data(), 0, lane.submissions.size());
+            std::memset(lane.completions.data(), 0, lane.completions.size());
+            if (shadow_) {
+                std::memset(shadow_.data(), 0, shadow_.size());
+                std::memset(events_.data(), 0, events_.size());
+            }
+            device_.pairs[i + 1].restart();
+            lay_out(lane, static_cast<u16>(i + 1));
+        }
+        resetting_ = false;
+        recovery_->done(asked);
+        recovery_->release();
+        group_.raise_queues();
     }
     /// Indices of the device's commands, lane by lane.
     std::vector<usize> order() {
@@ -230,7 +296,10 @@ class NvmeRig final : public Rig {
     nvme_fake::Controller device_;
     io::QueueGroup group_;
     DmaBuffer shadow_, events_;
+    std::vector<std::unique_ptr<io::Executor>> executors_;
+    std::optional<nvme::Recovery> recovery_;
     std::vector<std::unique_ptr<Lane>> lanes_;
+    bool resetting_ = false;
 };
 
 std::vector<Make> rigs() {

@@ -32,6 +32,9 @@ struct Options {
     u8 mdts = 0;
     bool write_cache = true;
     bool dataset = true;
+    bool zeroes = true;
+    u8 wzsl = 0;   // 2^n pages; 0: no limit
+    u32 dmrsl = 0; // blocks; 0: no limit
     bool doorbell_buffers = false;
     u32 queues = 8; // granted
     bool never_ready = false;
@@ -59,6 +62,8 @@ class Controller final : public MmioModel {
         u16 phase = 1;
         u16 vector = 0;
         bool there = false;
+        /// As if created anew, at the same place.
+        void restart() { *this = {.sq = sq, .cq = cq, .size = size, .vector = vector, .there = true}; }
     };
 
     explicit Controller(Options o = {}) : options(o), medium(o.blocks << o.lba_shift) {}
@@ -72,6 +77,16 @@ class Controller final : public MmioModel {
     bool polls = true;       // looks at shadow doorbells without a write to a register
     bool hostile = false;    // a test makes it break the rules
     bool mute = false;       // admin commands are not answered
+    std::set<u8> refused;    // admin opcodes that end with Invalid Command Opcode
+    enum class Aborts : u8 { never, yes, unanswered } aborts = Aborts::never;
+    u32 abort_status = 0x007;    // of a command that was aborted
+    std::vector<u32> changed;    // namespaces of the log page; read once
+    u32 resets = 0;              // CC.EN from 1 to 0
+    bool stays_ready = false;    // in spite of CC.EN = 0
+    std::map<u32, u32> features; // Set Features, by id
+    u32 granted = 0;             // I/O queue pairs, as told to the driver
+    /// Changes identify data before the driver sees it.
+    std::function<void(u32 cns, u32 nsid, u64 data)> patch;
     std::function<void(u16 vector)> interrupt;
     u64 shadow = 0, event_index = 0;
     u32 cc = 0, mask = 0, aqa = 0;
@@ -81,7 +96,7 @@ class Controller final : public MmioModel {
     std::optional<u16> last_cid; // of a command that was completed
 
     u32 stride() const { return 4u << (options.cap >> 32 & 0xf); }
-    bool ready() const { return (cc & 1) != 0 && !options.never_ready; }
+    bool ready() const { return stays_ready || ((cc & 1) != 0 && !options.never_ready); }
 
     u64 read(u64 at, u32 width) override {
         ++reads;
@@ -209,6 +224,8 @@ class Controller final : public MmioModel {
             }
         }
         if (!on) {
+            resets += cc & 1;
+            granted = 0;
             held.clear();
             events.clear();
             pairs = {};
@@ -255,11 +272,22 @@ class Controller final : public MmioModel {
             EXPECT_TRUE(options.write_cache);
             return;
         }
+        if (h.opcode() == 8) {
+            EXPECT_TRUE(options.zeroes);
+            EXPECT_EQ(wide(h.entry, 6) | wide(h.entry, 8), 0u) << "PRPs of a command without data";
+            const u32 blocks = (h.dw(12) & 0xffff) + 1;
+            EXPECT_EQ(h.dw(12) >> 16, 0u);
+            EXPECT_LE(lba + blocks, options.blocks);
+            EXPECT_TRUE(options.wzsl == 0 || blocks << options.lba_shift <= 4096u << options.wzsl) << "WZSL";
+            std::memset(medium.data() + (lba << options.lba_shift), 0, u64{blocks} << options.lba_shift);
+            return;
+        }
         if (h.opcode() == 9) {
             EXPECT_EQ(h.dw(10), 0u);
             EXPECT_EQ(h.dw(11), 4u);
             const u64 range = wide(h.entry, 6);
             EXPECT_LE(load<u64>(range + 8) + load<u32>(range + 4), options.blocks);
+            EXPECT_TRUE(options.dmrsl == 0 || load<u32>(range + 4) <= options.dmrsl) << "DMRSL";
             return;
         }
         ASSERT_TRUE(h.opcode() == 1 || h.opcode() == 2);
@@ -287,10 +315,17 @@ class Controller final : public MmioModel {
         u16 status = 0;
         u32 result = 0;
         const u16 id = static_cast<u16>(h.dw(10));
+        if (h.opcode() == 0x08 && aborts == Aborts::unanswered) {
+            return;
+        }
+        if (refused.contains(h.opcode())) {
+            return complete(0, cid, 0x001);
+        }
         switch (h.opcode()) {
         case 0x05:
         case 0x01: {
             EXPECT_TRUE(id != 0 && id < pairs.size());
+            EXPECT_LE(id, granted) << "more queues than were granted";
             EXPECT_EQ(h.dw(11) & 1, 1u) << "contiguous";
             EXPECT_LE(h.dw(10) >> 16, options.cap & 0xffff) << "MQES";
             EXPECT_EQ(data % 4096, 0u);
@@ -305,9 +340,26 @@ class Controller final : public MmioModel {
             }
             break;
         }
-        case 0x02: break;
-        case 0x06: identify(h.dw(10) & 0xff, h.dw(1), data); break;
-        case 0x09: result = id == 7 ? (options.queues - 1) << 16 | (options.queues - 1) : 0; break;
+        case 0x02: log_page(h, data); break;
+        case 0x06:
+            EXPECT_EQ(h.dw(10) >> 8, 0u);
+            EXPECT_EQ(h.dw(11), 0u) << "CSI: NVM";
+            identify(h.dw(10) & 0xff, h.dw(1), data);
+            if (patch) {
+                patch(h.dw(10) & 0xff, h.dw(1), data);
+            }
+            break;
+        case 0x08: abort(h, result); break;
+        case 0x09:
+            features[h.dw(10)] = h.dw(11);
+            if (id == 7) {
+                for (u32 q = 1; q < pairs.size(); ++q) {
+                    EXPECT_EQ(pairs[q].cq, 0u) << "the number of queues is set once there are some";
+                }
+                granted = options.queues;
+                result = (options.queues - 1) << 16 | (options.queues - 1);
+            }
+            break;
         case 0x7c:
             EXPECT_TRUE(options.doorbell_buffers);
             shadow = data;
@@ -316,6 +368,28 @@ class Controller final : public MmioModel {
         default: status = 1;
         }
         complete(0, cid, status, result);
+    }
+    void log_page(const Held& h, u64 data) {
+        const u32 bytes = ((h.dw(10) >> 16) + 1) * 4;
+        EXPECT_LE(data % 4096 + bytes, 4096u) << "PRP1 alone";
+        EXPECT_EQ(h.dw(10) & 0x8000, 0u) << "RAE: the event stays";
+        if ((h.dw(10) & 0xff) == 4) {
+            EXPECT_EQ(bytes, 4096u);
+            for (usize i = 0; i < changed.size(); ++i) {
+                store<u32>(data + 4 * i, changed[i]);
+            }
+            changed.clear();
+        }
+    }
+    void abort(const Held& h, u32& result) {
+        result = 1;
+        for (usize i = 0; i < held.size() && aborts == Aborts::yes; ++i) {
+            if (held[i].queue == (h.dw(10) & 0xffff) && held[i].cid() == h.dw(10) >> 16) {
+                result = 0;
+                answer(i, static_cast<u16>(abort_status));
+                return;
+            }
+        }
     }
     void identify(u32 cns, u32 nsid, u64 data) {
         std::vector<u32> list = options.list;
@@ -326,6 +400,9 @@ class Controller final : public MmioModel {
             for (usize i = 0; i < list.size(); ++i) {
                 store<u32>(data + 4 * i, list[i]);
             }
+        } else if (cns == 6) {
+            store<u8>(data + 1, options.wzsl);
+            store<u32>(data + 4, options.dmrsl);
         } else if (cns == 1) {
             std::memcpy(reinterpret_cast<void*>(data + 4), "SERIAL              ", 20);
             std::memcpy(reinterpret_cast<void*>(data + 24), "FAKE NVME                               ", 40);
@@ -335,10 +412,11 @@ class Controller final : public MmioModel {
             store<u8>(data + 512, 0x66);
             store<u8>(data + 513, 0x44);
             store<u32>(data + 516, options.namespaces);
-            store<u16>(data + 520, options.dataset ? 4 : 0);
+            store<u16>(data + 520, static_cast<u16>((options.dataset ? 4 : 0) | (options.zeroes ? 8 : 0)));
             store<u8>(data + 525, options.write_cache ? 1 : 0);
         } else if (std::ranges::find(list, nsid) != list.end()) {
             store<u64>(data, options.blocks);
+            store<u64>(data + 8, options.blocks); // NCAP
             store<u8>(data + 29, options.protection);
             store<u32>(data + 128, options.lba_shift << 16 | options.metadata);
         }

@@ -53,6 +53,7 @@ struct Facts {
     bool withdraws = false;         // after an error the device holds no commands: the others are resent
     bool retries = false;           // answer_again() makes the queue resend the command
     bool retries_flush = true;      // a flush as well
+    bool resets = false;            // a silent device is reset, after which all commands are sent again
     bool stoppable = true;          // stop() is supported
     bool ids = false;               // completions carry ids, which can be wrong
     bool events = true;             // event() is supported
@@ -106,6 +107,8 @@ class Rig {
     virtual void answer(usize index, io::Status how) = 0;
     /// Completes it with a status that makes the queue resend it.
     virtual void answer_again(usize index) { answer(index, io::Status::ok); }
+    /// Number of resets of the device so far.
+    virtual u32 resets() { return 0; }
     /// An invalid completion: an id that was never used (0), one already completed (1), or the oldest command's id
     /// twice (2).
     virtual void answer_wrongly(u32 kind) { static_cast<void>(kind); }

@@ -31,6 +31,10 @@ class BlockConformanceEvents : public BlockConformance {
   public:
     static bool fits(const Facts& f) { return f.events; }
 };
+class BlockConformanceResets : public BlockConformance {
+  public:
+    static bool fits(const Facts& f) { return f.resets; }
+};
 class BlockConformanceStop : public BlockConformance {
   public:
     static bool fits(const Facts& f) { return f.stoppable; }

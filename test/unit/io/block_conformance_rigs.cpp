@@ -62,6 +62,7 @@ class SharedRig final : public Rig {
     void answer_again(usize index) override { inner_->answer_again(index); }
     void answer_wrongly(u32 kind) override { inner_->answer_wrongly(kind); }
     void event(u32) override { inner_->event(0); }
+    u32 resets() override { return inner_->resets(); }
     bool reachable(DmaSpan span) override { return inner_->reachable(span); }
     void read_medium(u64 lba, u32 count, std::byte* into) override { inner_->read_medium(lba, count, into); }
     void close(u32, io::Status status) override { inner_->close(0, status); }
@@ -123,6 +124,7 @@ RUN_ON_RIGS(BlockConformanceParts);
 RUN_ON_RIGS(BlockConformanceGather);
 RUN_ON_RIGS(BlockConformanceIds);
 RUN_ON_RIGS(BlockConformanceEvents);
+RUN_ON_RIGS(BlockConformanceResets);
 RUN_ON_RIGS(BlockConformanceStop);
 RUN_ON_RIGS(BlockConformanceExchanges);
 RUN_ON_RIGS(BlockConformanceFaults);

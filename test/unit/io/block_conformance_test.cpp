@@ -86,6 +86,50 @@ TEST_P(BlockConformance, SilenceHasABound) {
     });
 }
 
+// At every point of a request's life the device falls silent, is reset, and works again: nothing is lost, and nothing
+// ends with an error.
+TEST_P(BlockConformanceResets, EverythingIsSentAgain) {
+    at_every_point(*GetParam(), [](Bench& b, Item& probe, Point point) {
+        for (u32 i = 0; i < b.facts().lanes; ++i) {
+            b.start(Op::write, 5000 + 100 * i, 4096, i);
+            b.start(Op::read, 1000 + 100 * i, 4096, i);
+        }
+        b.turn();
+        const usize held = b.rig->held().size();
+        ASSERT_NE(held, 0u);
+        for (u32 i = 0; i < 1000 && b.rig->resets() == 0; ++i) {
+            b.turn();
+        }
+        EXPECT_EQ(b.rig->resets(), 1u);
+        b.pass(3 * b.facts().lanes * io::Executor::tick_length);
+        EXPECT_TRUE(b.open());
+        EXPECT_GE(b.rig->held().size(), held - (point == Point::answered ? 1 : 0)) << "not all were sent again";
+        b.finish();
+        EXPECT_EQ(b.rig->resets(), 1u);
+        for (const auto& item : b.items) {
+            EXPECT_TRUE(item.get() == &probe ? item->status != Status::not_written : item->status == Status::ok);
+        }
+        EXPECT_EQ(probe.status, Status::ok);
+    });
+}
+
+// A device that never answers, in spite of resets, ends every request, and is closed after a bounded number of them.
+TEST_P(BlockConformanceResets, AreBounded) {
+    Bench b(*GetParam());
+    for (u32 i = 0; i < 3; ++i) {
+        b.start(i == 0 ? Op::write : Op::read, 100 * i, 4096, i % b.facts().lanes);
+    }
+    for (u32 i = 0; i < 4000 && !b.idle(); ++i) {
+        b.turn();
+    }
+    EXPECT_TRUE(b.idle());
+    EXPECT_GE(b.rig->resets(), 2u);
+    EXPECT_LE(b.rig->resets(), 8u);
+    for (const auto& item : b.items) {
+        EXPECT_EQ(item->status, Status::timed_out);
+    }
+}
+
 // The caller's own limit is shorter than the device's time-out.
 TEST_P(BlockConformance, TheCallersLimitEndsItsRequestAlone) {
     constexpr Nanoseconds bound = 60'000'000;
