@@ -20,6 +20,8 @@ import drivers.virtio_blk.disk;
 #include "unit/io/support.hpp"
 // depends on the include above
 #include "unit/drivers/virtio_blk_fake.hpp"
+// depends on the include above
+#include "unit/drivers/virtio_queue_device.hpp"
 #include "unit/io/block_conformance.hpp"
 
 namespace {
@@ -144,7 +146,7 @@ class VirtioBlkRig final : public Rig {
     void close(u32 lane, Status status) override {
         lanes_[lane]->queue.close(status, {Code::device_gone, "the test closes it"});
     }
-    void close_elsewhere(Status status) override { group_.close_first(status); }
+    void close_elsewhere(Status status) override { shared_.close_first(status); }
     void stop(u32 lane) override { lanes_[lane]->queue.stop(); }
     void reclaim(u32 lane) override { // the device has been reset
         lanes_[lane]->backend.reset();
@@ -157,29 +159,27 @@ class VirtioBlkRig final : public Rig {
     static constexpr u32 discard_bytes = 128 * 1024;
     static Nanoseconds timeout_of(const Form& form) { return form.lanes * 200'000'000; } // a turn: a tick for each lane
 
-    struct Lane final : MmioModel {
+    struct Lane {
         Lane(VirtioBlkRig& rig, u32 number)
-            : executor(rig.machine_.platform(), number), queue(executor, rig.group_),
+            : executor(rig.machine_.platform(), number), queue(executor, rig.shared_),
               backend(number == 0 ? virtio_test::Backend(rig.memory_, sectors)
-                                  : virtio_test::Backend(rig.memory_, rig.lanes_[0]->backend)) {
+                                  : virtio_test::Backend(rig.memory_, rig.lanes_[0]->backend)),
+              device(
+                  rig.form_.size, rig.form_.event_index,
+                  [this, &rig](u16, const auto& setup) { backend.set_queue(setup, rig.form_.packed); },
+                  [this](u16) {
+                      const InFake scope;
+                      backend.notify();
+                  }) {
             const Form& form = rig.form_;
-            const auto layout = virtio_blk::Ring::layout(form.size, form.packed);
-            ring = *rig.memory_.buffer(static_cast<u32>(layout.bytes));
-            commands = *rig.memory_.buffer(virtio_blk::Transport::command_bytes);
-            rows.resize(form.size);
-            const io::VirtqueueOptions options{
-                .event_index = form.event_index, .indirect = form.indirect, .packed = form.packed};
-            const auto made =
-                virtio_blk::Ring::create(io::MappedMemory(ring.data(), ring.size()), layout, form.size, rows, options);
-            EXPECT_TRUE(made);
-            transport().set_up(
-                *made, commands, form.indirect,
-                {.segments = form.segments, .segment_bytes = form.segment_bytes, .discard_bytes = discard_bytes},
-                nullptr, nullptr);
-            transport().set_notifier(virtio::Notifier(Mmio(static_cast<MmioModel&>(*this), 16), 0, 0, false));
-            backend.set_queue({form.size, ring.bus() + layout.descriptors, ring.bus() + layout.driver,
-                               ring.bus() + layout.device, form.event_index},
-                              form.packed);
+            const u64 features = (form.event_index ? virtio::feature_event_idx : 0) |
+                                 (form.indirect ? virtio::feature_indirect : 0) |
+                                 (form.packed ? virtio::feature_packed : 0);
+            EXPECT_TRUE(transport().make(device, static_cast<u16>(number), features, virtio_blk::Transport::needs,
+                                         virtio_blk::Transport::command_bytes, rig.memory_));
+            transport().set_limits(
+                {.segments = form.segments, .segment_bytes = form.segment_bytes, .discard_bytes = discard_bytes});
+            EXPECT_TRUE(transport().enable(device, 0));
             backend.hold = true;
             backend.interrupt = [this] { transport().on_interrupt(0); };
             backend.taken.reserve(256);
@@ -189,19 +189,12 @@ class VirtioBlkRig final : public Rig {
             disk.emplace(queue, io::Geometry{.sectors = sectors, .flush = true, .discard = true}, identity);
             disk->link(executor);
         }
-        u64 read(u64, u32) override { return 0; }
-        void write(u64, u32, u64) override { // the notification
-            const InFake scope;
-            backend.notify();
-        }
         virtio_blk::Transport& transport() { return queue.transport(); }
 
         io::Executor executor;
-        DmaBuffer ring;
-        DmaBuffer commands;
-        std::vector<io::VirtqueueRow> rows;
         virtio_blk::Queue queue;
         virtio_test::Backend backend;
+        virtio_test::QueueDevice device;
         std::optional<virtio_blk::Disk> disk;
         bool damaged = false;
     };
@@ -209,7 +202,7 @@ class VirtioBlkRig final : public Rig {
     const Form form_;
     fl::test::FakeMachine machine_; // of all lanes
     virtio_test::Memory memory_;
-    io::QueueGroup group_;
+    virtio::Shared shared_;
     std::vector<std::unique_ptr<Lane>> lanes_;
 };
 
