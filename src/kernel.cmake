@@ -17,7 +17,19 @@ set(interfaces ${units})
 list(FILTER interfaces INCLUDE REGEX "\\.cppm$")
 list(FILTER units EXCLUDE REGEX "\\.cppm$")
 
-set(hot "^io/(block|block_queue|executor|slots|ring|task|bench|histogram)|^drivers/(ata/(queue|data|interrupts)|ahci/queue|nvme/(queue|interrupts)|[a-z_]+/disk)|^hv/hyperv/(channel|packets|hypercall)|^hv/xen/(events|grants|hypercall)|memory_functions|^boot/drivers|^drivers/ata")
+# Units and interfaces of the I/O path.
+set(hot_paths
+  "^io/(block|block_queue|executor|slots|ring|task|bench|histogram)"
+  "^drivers/[a-z_]+/disk"
+  "^drivers/ata"
+  "^drivers/ahci/queue"
+  "^drivers/nvme/(queue|interrupts)"
+  "^drivers/storvsc/(unit|answer\\.cppm)"
+  "^hv/hyperv/(channel|packets|hypercall)"
+  "^hv/xen/(events|grants|hypercall)"
+  "^boot/drivers"
+  "memory_functions")
+list(JOIN hot_paths "|" hot)
 # First, because the linker keeps the first copy of a template instantiation that it sees.
 set(hot_units ${units})
 list(FILTER hot_units INCLUDE REGEX "${hot}")

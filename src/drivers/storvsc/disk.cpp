@@ -20,40 +20,11 @@ using hv::hyperv::PacketType;
 // ---- the disk ----
 
 Disk::Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity, Linked linked)
-    : GroupedDisk(queue, geometry, identity), unit_(unit), commands_(unit, geometry) {
-    const Version version = queue.terms().version;
-    template_.header = {Operation::execute_srb, flag_completion, 0};
-    ScsiRequest& srb = template_.srb;
-    srb.length = static_cast<u16>(srb_bytes(version));
-    srb.path_id = unit.path;
-    srb.target_id = unit.target;
-    srb.lun = unit.lun;
-    srb.sense_info_length = sense_bytes(version);
-    srb.queue_tag = queue_untagged;
-    srb.queue_action = queue_simple_request;
-    srb.time_out_value = static_cast<u32>(std::clamp<u64>(queue.timeout() / 1'000'000'000, 1, 3600));
+    : GroupedDisk(queue, geometry, identity), unit_(unit),
+      commands_(unit, geometry, queue.terms().version, queue.timeout()) {
     if (linked == Linked::now) {
         link_now();
     }
-}
-
-[[gnu::always_inline]] inline void Disk::build(Packet& packet, Transport::Command& command) const {
-    packet = template_;
-    ScsiRequest& srb = packet.srb;
-    const auto cdb = std::span(srb.payload).first<scsi::cdb_bytes>();
-    if (command.op <= io::Op::write) [[likely]] {
-        const bool write = command.op == io::Op::write;
-        srb.cdb_length = commands_.build_io(cdb, command, command.wire);
-        srb.data_in = write ? Direction::out : Direction::in;
-        srb.data_transfer_length = command.bytes;
-        srb.srb_flags = srb_common_flags | (write ? srb_data_out : srb_data_in);
-        return;
-    }
-    const bool out = scsi::data_phase(command.op) == scsi::DataPhase::out;
-    srb.cdb_length = commands_.build_other(cdb, command, command.wire);
-    srb.data_in = out ? Direction::out : Direction::none;
-    srb.data_transfer_length = out ? scsi::unmap_list_bytes : 0;
-    srb.srb_flags = srb_common_flags | (out ? srb_data_out : 0);
 }
 
 // ---- the queue ----
@@ -69,7 +40,7 @@ void Queue::start(DmaSpan parameters, Nanoseconds timeout) {
 
 void Queue::tick(Instant now) {
     GroupedQueue::tick(now);
-    if (is_open() && transport().reset_requested()) {
+    if (is_open() && transport().bus_reset().requested()) {
         send_reset();
     }
 }
@@ -77,12 +48,12 @@ void Queue::tick(Instant now) {
 // The answer only confirms the request; the host ends outstanding commands individually, or they are abandoned.
 void Queue::send_reset() {
     if (is_in_flight(reset_)) {
-        return transport().reset_sent();
+        return transport().bus_reset().sent();
     }
     reset_.packet = {};
     reset_.packet.header = {Operation::reset_bus, flag_completion, 0};
     if (send(reset_)) {
-        transport().reset_sent();
+        transport().bus_reset().sent();
     }
 }
 
@@ -111,7 +82,7 @@ io::SendResult Transport::send(Command& command, u64 id) {
                                      : channel_.send_gpa_direct(bytes_of(exchange.packet), exchange.data, id);
     } else {
         Packet packet;
-        command.disk().build(packet, command);
+        command.disk().commands_.build(packet, command, command.wire);
         if (command.op <= io::Op::write) [[likely]] {
             sent = channel_.send_gpa_direct(bytes_of(packet), command.data(), id);
         } else if (command.op == io::Op::discard) {
@@ -173,7 +144,7 @@ io::Next Transport::next(io::Completion& completion) {
             return io::Next::none;
         }
         unreleased_ = true;
-        ++received_;
+        reset_.received();
         if (armed_) {
             channel_.disarm(); // polled while there is work
             armed_ = false;
@@ -181,8 +152,12 @@ io::Next Transport::next(io::Completion& completion) {
         if (packet.type == PacketType::completion) [[likely]] {
             return complete(packet, completion);
         }
-        if (auto accepted = accept_event(packet); !accepted) [[unlikely]] {
-            return broken(accepted.error());
+        const auto changed = units_changed(packet);
+        if (!changed) [[unlikely]] {
+            return broken(changed.error());
+        }
+        if (*changed) {
+            reset_.request_rescan();
         }
     }
 }
@@ -196,30 +171,13 @@ io::Next Transport::next(io::Completion& completion) {
                        "a completion carries a transaction id that is not in flight (unknown, repeated or retired)", 0,
                        id});
     }
-    // Before version negotiation a host may answer with either length, even to a packet without an SRB [storvsc].
     auto* exchange = static_cast<Exchange*>(command->exchange);
-    const u32 length = packet_bytes(terms_.version);
     const bool srb = exchange == nullptr || exchange->packet.header.operation == Operation::execute_srb;
-    if (srb ? packet.payload.size() != length : packet.payload.size() < sizeof(PacketHeader)) [[unlikely]] {
-        return broken({Code::protocol, "a completion's length is not that of the negotiated version's packets", length,
-                       packet.payload.size()});
-    }
-    Packet answer;
-    if (srb && length == sizeof answer) [[likely]] {
-        std::memcpy(&answer, packet.payload.data(), sizeof answer);
-    } else {
-        answer = {};
-        std::memcpy(&answer, packet.payload.data(), std::min(packet.payload.size(), sizeof answer));
-    }
-    if (answer.header.operation != Operation::complete_io) [[unlikely]] {
-        return broken({Code::protocol, "a completion is not a COMPLETE_IO", to_underlying(Operation::complete_io),
-                       to_underlying(answer.header.operation)});
-    }
     const bool unmap = exchange == nullptr && command->op == io::Op::discard;
-    if (srb && answer.srb.data_transfer_length > std::max(command->bytes, unmap ? scsi::unmap_list_bytes : 0u))
-        [[unlikely]] {
-        return broken({Code::protocol, "a completion reports more data than was requested", command->bytes,
-                       answer.srb.data_transfer_length});
+    Packet answer;
+    if (!decode(packet.payload, terms_.version, srb, std::max(command->bytes, unmap ? scsi::unmap_list_bytes : 0u),
+                answer, fault_)) [[unlikely]] {
+        return io::Next::broken;
     }
     if (exchange != nullptr) [[unlikely]] {
         exchange->packet = answer;
@@ -237,63 +195,6 @@ io::Next Transport::next(io::Completion& completion) {
     return io::Next::one;
 }
 
-// Handles unsolicited packets from the host.
-Result<void> Transport::accept_event(const hv::hyperv::Packet& packet) {
-    if (packet.type != PacketType::inband) {
-        return Error{Code::protocol, "a packet of a type that a storage host does not send",
-                     to_underlying(PacketType::completion), to_underlying(packet.type)};
-    }
-    if (packet.payload.size() < sizeof(Operation)) {
-        return Error{Code::protocol, "a storage packet is shorter than its operation", sizeof(Operation),
-                     packet.payload.size()};
-    }
-    Operation operation;
-    std::memcpy(&operation, packet.payload.data(), sizeof operation);
-    switch (operation) {
-    case Operation::enumerate_bus:
-    case Operation::remove_device: request_rescan(); return {};
-    case Operation::event_notification: return {};
-    case Operation::complete_io: return Error{Code::protocol, "a COMPLETE_IO without a request", 0, packet.transaction};
-    default: log::debug("storvsc: the host sends {}: not for a guest", name(operation)); return {};
-    }
-}
-
-namespace {
-
-scsi::ServiceResponse service_of(SrbStatus status, u8 scsi_status) {
-    if (is_no_device(status)) {
-        return scsi::ServiceResponse::no_unit;
-    }
-    if (was_flushed(status)) {
-        return scsi::ServiceResponse::aborted;
-    }
-    switch (status) {
-    case SrbStatus::success:
-    case SrbStatus::data_overrun: return scsi::ServiceResponse::command_complete;
-    case SrbStatus::busy: return scsi::ServiceResponse::busy;
-    case SrbStatus::error: // reported by the unit, if its SCSI status is not GOOD
-        return scsi_status != scsi::status_good ? scsi::ServiceResponse::command_complete
-                                                : scsi::ServiceResponse::failed;
-    default: return scsi::ServiceResponse::failed;
-    }
-}
-
-} // namespace
-
-scsi::Response response_of(const ScsiRequest& srb, Version version) {
-    const SrbStatus status = srb_status_of(srb.srb_status);
-    scsi::Response response{.service = service_of(status, srb.scsi_status),
-                            .status = srb.scsi_status,
-                            .moved = srb.data_transfer_length,
-                            .sense = {},
-                            .transport = {"SRB status", name(status), srb.srb_status}};
-    if ((srb.srb_status & srb_autosense_valid) != 0) {
-        response.sense = scsi::parse_sense(
-            std::span(srb.payload).first(std::min<usize>(srb.sense_info_length, sense_bytes(version))));
-    }
-    return response;
-}
-
 io::Completion Transport::judge(u64 id, Command& command, const Packet& packet) {
     if (command.first == nullptr) [[unlikely]] { // a late answer: the request has already ended
         return {id};
@@ -302,7 +203,7 @@ io::Completion Transport::judge(u64 id, Command& command, const Packet& packet) 
     const scsi::Verdict verdict =
         disk.commands_.judge(command, command.wire, response_of(packet.srb, terms_.version), disk.identity().name);
     if (verdict.rescan) {
-        request_rescan();
+        reset_.request_rescan();
     }
     return {id, verdict.status, verdict.retry};
 }
@@ -320,21 +221,15 @@ Result<bool> Transport::arm() {
 
 Result<void> Transport::tick(Instant, bool) {
     if (channel_.rescinded()) {
-        shared_.set_removed();
+        group().set_removed();
         return Error{Code::device_gone, "the host has rescinded the storage controller"};
     }
-    if (shared_.rescan_requested.load(std::memory_order_relaxed)) {
-        notify();
-    }
+    reset_.tick();
     return {};
 }
 
-void Transport::count_received() {
-    shared_.received.fetch_add(received_ - std::exchange(added_received_, received_), std::memory_order_relaxed);
-}
-
 io::OldestWait::Seen Transport::seen(io::OldestWait::Seen own) {
-    count_received();
+    reset_.count();
     return GroupedTransport::seen(own);
 }
 
@@ -342,25 +237,12 @@ io::Recovery Transport::recover(const Command&, io::OldestWait::Finding, std::st
     if (!channel_.check()) { // report the protocol violation, not the resulting timeout
         return {.kind = io::Recovery::Kind::close, .why = fault()};
     }
-    log::warning("storvsc: no answer within {} ms: asking the host to reset the bus", timeout_ / 1'000'000);
-    reset_received_ = shared_.received.load(std::memory_order_relaxed);
-    shared_.reset_requested.store(true, std::memory_order_relaxed);
-    shared_.raise_queues();
+    reset_.request(timeout_);
     return {.kind = io::Recovery::Kind::reset_requested};
 }
 
-// The host has not answered all commands even after the bus reset.
 std::optional<Error> Transport::reset_ineffective(bool writes) {
-    if (!channel_.check()) {
-        return fault();
-    }
-    if (shared_.received.load(std::memory_order_relaxed) == reset_received_) { // on any queue
-        return Error{Code::timed_out, "the host has not answered anything for a whole time-out"};
-    }
-    if (writes) { // it may be executed at any time, and overwrite later writes
-        return Error{Code::timed_out, "a write was not answered, not even by a bus reset: no later write is safe"};
-    }
-    return std::nullopt;
+    return channel_.check() ? reset_.ineffective(writes) : std::optional(fault());
 }
 
 io::Stuck Transport::stuck(std::string_view) {
@@ -370,10 +252,10 @@ io::Stuck Transport::stuck(std::string_view) {
 
 void Transport::closed(bool stopped) {
     channel_.stop_listening();
-    count_received();
+    reset_.count();
     leave();
     if (!stopped) {
-        notify();
+        reset_.notify();
     }
 }
 

@@ -2,12 +2,9 @@
 // and the handshake. The life cycle of a request is in io.block_queue; this is its transport: SCSI commands in VMBus
 // packets.
 //
-// A completion is copied out once by the channel and must have a known id, the length defined by the version,
-// COMPLETE_IO, and no more data than requested. The first violation closes the whole controller: its queues are a group
-// [io.queue_group].
-//
-// When the oldest command has timed out [io.oldest_wait], the host is asked to reset the bus, which makes it answer
-// all commands, within another full timeout; commands still unanswered then are abandoned.
+// A completion is copied out once by the channel and must have a known id, and be what its request asked for
+// [drivers.storvsc.answer]. The first violation closes the whole controller: its queues are a group [io.queue_group].
+// A host that does not answer is asked to reset the bus [drivers.storvsc.reset].
 export module drivers.storvsc.disk;
 import core.std;
 import core.result;
@@ -21,27 +18,12 @@ import io.oldest_wait;
 export import io.queue_group;
 import hv.hyperv.channel;
 export import drivers.storvsc.protocol;
+export import drivers.storvsc.answer;
+export import drivers.storvsc.reset;
+export import drivers.storvsc.unit;
 export import drivers.scsi.commands;
 
 export namespace fl::drivers::storvsc {
-
-/// Terms negotiated with the host; common to all channels of a controller.
-struct Terms {
-    Version version = Version::win6; // before negotiation: the shorter packets, accepted by every host
-    u32 max_transfer = 128 * 1024;   // bytes per command, a multiple of 4096
-};
-
-/// State shared between processors by the queues of one controller.
-struct Shared : io::QueueGroup {
-    // Requests to the controller, polled by the first queue's tick(). Relaxed: order no other data. Call
-    // raise_queues() after a change.
-    std::atomic<bool> reset_requested{false};
-    std::atomic<bool> rescan_requested{false};
-    /// Called on the first queue's processor, in drain() or tick(), when the units or closed() must be checked.
-    void (*notify)(void* context) = nullptr;
-    void* context = nullptr;
-    std::atomic<u64> received{0}; // packets of any kind, on all queues: the answer to a bus reset arrives on the first
-};
 
 /// A packet of the controller itself, and its answer.
 struct Exchange : io::Exchange {
@@ -49,9 +31,6 @@ struct Exchange : io::Exchange {
     Packet packet{}; // in: the request; out: the answer
     DmaSpan data{};  // read or written by the host; empty: none
 };
-
-/// Decodes an answer to EXECUTE_SRB. The version determines the length of its sense data.
-scsi::Response response_of(const ScsiRequest& srb, Version version);
 
 class Disk;
 
@@ -65,7 +44,7 @@ class Transport : public io::GroupedTransport {
     using Command = io::Command<Transport>;
 
     Transport(hv::hyperv::Channel& channel, Shared& shared, bool first)
-        : GroupedTransport(shared), channel_(channel), shared_(shared), first_(first) {}
+        : GroupedTransport(shared), channel_(channel), reset_(shared, first) {}
 
     /// `parameters`: one page for UNMAP parameter lists; owned by the caller.
     void start(DmaSpan parameters, Nanoseconds timeout);
@@ -73,9 +52,7 @@ class Transport : public io::GroupedTransport {
     void listen(io::Executor& executor) { channel_.listen(executor, *queue); }
     void set_terms(const Terms& terms) { terms_ = terms; }
     const Terms& terms() const { return terms_; }
-    /// True: a bus reset is requested, and this is the queue that sends it.
-    bool reset_requested() const { return first_ && shared_.reset_requested.load(std::memory_order_relaxed); }
-    void reset_sent() { shared_.reset_requested.store(false, std::memory_order_relaxed); }
+    BusReset& bus_reset() { return reset_; }
 
     // io::BlockTransport
     void use(io::CommandTable<Transport>& commands) { commands_ = &commands; }
@@ -93,36 +70,20 @@ class Transport : public io::GroupedTransport {
     io::Stuck stuck(std::string_view names);
     io::OldestWait::Seen seen(io::OldestWait::Seen own);
     Result<void> tick(Instant now, bool waiting);
-    bool wants_tick() const {
-        return channel_.rescinded() || reset_requested() ||
-               (first_ && shared_.rescan_requested.load(std::memory_order_relaxed));
-    }
+    bool wants_tick() const { return channel_.rescinded() || reset_.wants_tick(); }
     Error fault() const;
     void closed(bool stopped);
 
   private:
     io::Next complete(const hv::hyperv::Packet& packet, io::Completion& completion);
-    Result<void> accept_event(const hv::hyperv::Packet& packet);
     io::Next broken(const Error& why) {
         fault_ = why;
         return io::Next::broken;
     }
     [[gnu::noinline]] io::Completion judge(u64 id, Command& command, const Packet& packet); // off the fast path
-    void count_received();
-    inline void notify() const {
-        if (shared_.notify != nullptr && first_) {
-            shared_.notify(shared_.context);
-        }
-    }
-    void request_rescan() {
-        shared_.rescan_requested.store(true, std::memory_order_relaxed);
-        shared_.raise_queues();
-        notify();
-    }
 
     hv::hyperv::Channel& channel_;
-    Shared& shared_;
-    const bool first_;
+    BusReset reset_;
     io::CommandTable<Transport>* commands_ = nullptr;
     bool armed_ = false;
     bool unreleased_ = false; // packets taken since the ring space was last released
@@ -131,9 +92,6 @@ class Transport : public io::GroupedTransport {
     DmaSpan parameters_;
     std::optional<Error> fault_;
     u64 charged_signals_ = 0;
-    u64 received_ = 0;       // packets received from the host so far, of any kind
-    u64 added_received_ = 0; // in Shared::received
-    u64 reset_received_ = 0; // packets received by all queues when the bus reset was requested
 };
 
 } // namespace fl::drivers::storvsc
@@ -173,12 +131,7 @@ class Disk final : public io::GroupedDisk<Transport> {
     static constexpr u32 max_lanes = 1 + max_further_lanes;
     static constexpr u32 max_reported_errors = scsi::LogicalUnit::max_reported_errors;
 
-    /// Address and limits of the unit.
-    struct Unit : scsi::UnitLimits {
-        u8 path = 0;
-        u8 target = 0;
-        u8 lun = 0;
-    };
+    using Unit = storvsc::Unit;
 
     /// now: the caller is on the queue's processor, or that has not been started. later: by link().
     enum class Linked : u8 { now, later };
@@ -190,11 +143,9 @@ class Disk final : public io::GroupedDisk<Transport> {
 
   private:
     friend class Transport;
-    void build(Packet& packet, Transport::Command& command) const;
 
     Unit unit_;
-    Packet template_{};
-    scsi::LogicalUnit commands_;
+    UnitCommands commands_;
 };
 
 } // namespace fl::drivers::storvsc

@@ -244,4 +244,10 @@ constexpr std::optional<IdePath> ide_path(std::string_view instance) {
     return IdePath{static_cast<u8>(*path), static_cast<u8>(*target)};
 }
 
+/// Terms negotiated with the host; common to all channels of a controller.
+struct Terms {
+    Version version = Version::win6; // before negotiation: the shorter packets, accepted by every host
+    u32 max_transfer = 128 * 1024;   // bytes per command, a multiple of 4096
+};
+
 } // namespace fl::drivers::storvsc
