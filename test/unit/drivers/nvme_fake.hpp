@@ -72,16 +72,19 @@ class Controller final : public MmioModel {
     std::array<Pair, 16> pairs{};
     std::vector<Held> held; // commands of the I/O queues, in order of arrival
     std::vector<Entry> admin;
-    std::vector<u16> events; // ids of asynchronous event requests
-    bool hold = false;       // I/O commands are kept until answer()
-    bool polls = true;       // looks at shadow doorbells without a write to a register
-    bool hostile = false;    // a test makes it break the rules
-    bool mute = false;       // admin commands are not answered
-    std::set<u8> refused;    // admin opcodes that end with Invalid Command Opcode
+    std::vector<Entry> commands; // of the I/O queues, completed ones included; if `records`
+    bool records = false;
+    std::vector<u16> events;     // ids of asynchronous event requests
+    bool hold = false;           // I/O commands are kept until answer()
+    bool polls = true;           // looks at shadow doorbells without a write to a register
+    bool hostile = false;        // a test makes it break the rules
+    bool mute = false;           // admin commands are not answered
+    std::set<u8> refused;        // admin opcodes that end with Invalid Command Opcode
     enum class Aborts : u8 { never, yes, unanswered } aborts = Aborts::never;
     u32 abort_status = 0x007;    // of a command that was aborted
     std::vector<u32> changed;    // namespaces of the log page; read once
     u32 resets = 0;              // CC.EN from 1 to 0
+    std::function<void()> on_reset;
     bool stays_ready = false;    // in spite of CC.EN = 0
     std::map<u32, u32> features; // Set Features, by id
     u32 granted = 0;             // I/O queue pairs, as told to the driver
@@ -225,6 +228,9 @@ class Controller final : public MmioModel {
         }
         if (!on) {
             resets += cc & 1;
+            if (on_reset && (cc & 1) != 0) {
+                on_reset();
+            }
             granted = 0;
             held.clear();
             events.clear();
@@ -257,6 +263,9 @@ class Controller final : public MmioModel {
                 on_admin(h);
             } else {
                 held.push_back(h);
+                if (records) {
+                    commands.push_back(h.entry);
+                }
                 if (!hold) {
                     answer(held.size() - 1);
                 }

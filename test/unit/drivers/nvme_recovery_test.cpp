@@ -1,0 +1,278 @@
+// Commands that are not answered, and controllers that fail: abort, reset, what is sent again, and what is closed; on one
+// lane by a line, and on several by MSI-X.
+#include "gtest_macros.hpp"
+
+import test.gtest;
+import host.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import core.interrupt;
+import core.mmio;
+import core.log;
+import core.processor;
+import io.executor;
+import io.task;
+import io.block;
+import io.block_queue;
+import drivers.driver;
+import drivers.pci;
+import drivers.nvme;
+
+#include "unit/drivers/nvme_machine.hpp"
+
+namespace {
+using namespace nvme_machine;
+using Aborts = nvme_fake::Controller::Aborts;
+using io::Status;
+
+usize count(const Machine& m, u8 opcode) {
+    return static_cast<usize>(
+        std::ranges::count_if(m.device.admin, [&](const auto& e) { return (e[0] & 0xff) == opcode; }));
+}
+
+TEST(NvmeRecovery, AnAbortedCommandIsSentAgain) {
+    Machine& m = attached();
+    m.device.aborts = Aborts::yes;
+    Pending p(m);
+    const u16 cid = m.device.held[0].cid();
+    ASSERT_TRUE(turn_until(m, [&] { return count(m, 0x08) == 1; }));
+    const auto& abort = m.device.admin.back();
+    EXPECT_EQ(abort[0] & 0xffff, 0x0008u);
+    EXPECT_EQ(abort[10], u32{cid} << 16 | 1u) << "CID, SQID";
+    for (const usize dword : {1u, 2u, 3u, 4u, 5u, 6u, 7u, 8u, 9u, 11u, 12u, 13u, 14u, 15u}) {
+        EXPECT_EQ(abort[dword], 0u) << dword;
+    }
+    ASSERT_TRUE(turn_until(m, [&] { return !m.device.held.empty(); })) << "sent again";
+    EXPECT_NE(m.device.held[0].cid(), cid) << "a late answer would be taken for it";
+    EXPECT_FALSE(p.ended());
+    p.answer();
+    EXPECT_TRUE(turn_until(m, [&] { return p.ended(); }));
+    EXPECT_EQ(p.request.status, Status::ok);
+    EXPECT_EQ(m.device.resets, 0u);
+}
+
+TEST(NvmeRecovery, AnAbortedCommandThatMustNotBeRepeatedHasTimedOut) {
+    Machine& m = attached();
+    m.device.aborts = Aborts::yes;
+    m.device.abort_status = 0x4007; // DNR
+    Pending p(m);
+    EXPECT_TRUE(turn_until(m, [&] { return p.ended(); }));
+    EXPECT_EQ(p.request.status, Status::timed_out);
+    EXPECT_EQ(m.device.resets, 0u);
+    m.device.hold = false;
+    exchange_data(m, 4096);
+}
+
+TEST(NvmeRecovery, AnAbortWithoutEffectLeadsToAReset) {
+    struct Way {
+        Aborts aborts;
+        bool refused;
+        u32 timeouts; // 500 ms each: the command's, and the Abort's
+    };
+    for (const Way way :
+         {Way{Aborts::never, false, 1}, Way{Aborts::never, true, 1}, Way{Aborts::unanswered, false, 2}}) {
+        Options o;
+        o.doorbell_buffers = true;
+        Machine& m = attached(o);
+        m.device.aborts = way.aborts;
+        if (way.refused) {
+            m.device.refused.insert(0x08);
+        }
+        Pending p(m, io::Op::write);
+        std::memset(p.data.data(), 0x77, 4096);
+        const Instant begun = m.executor.now();
+        ASSERT_TRUE(turn_until(m, [&] { return m.device.resets == 1; }));
+        const Nanoseconds waited = m.executor.now() - begun;
+        EXPECT_GE(waited, way.timeouts * 500'000'000u);
+        EXPECT_LE(waited, way.timeouts * 500'000'000u + 150'000'000u);
+        ASSERT_TRUE(turn_until(m, [&] { return !m.device.held.empty(); })) << "sent again";
+        p.answer();
+        EXPECT_TRUE(turn_until(m, [&] { return p.ended(); }));
+        EXPECT_EQ(p.request.status, Status::ok);
+        EXPECT_EQ(std::memcmp(m.device.medium.data() + 8 * 512, p.data.data(), 4096), 0);
+        EXPECT_EQ(m.device.resets, 1u);
+        EXPECT_EQ(count(m, 0x7c), 2u) << "the doorbell buffers are in use again";
+        EXPECT_NE(m.device.shadow, 0u);
+        EXPECT_TRUE(turn_until(m, [&] { return m.device.events.size() == 1; })) << "and events are";
+        exchange_data(m, 65536);
+    }
+}
+
+TEST(NvmeRecovery, AFatalStatusIsResetAtOnce) {
+    Machine& m = attached();
+    Pending p(m);
+    m.device.options.fatal = true;
+    m.device.on_reset = [&] { m.device.options.fatal = false; };
+    const Instant begun = m.executor.now();
+    ASSERT_TRUE(turn_until(m, [&] { return m.device.resets == 1 && !m.device.held.empty(); }));
+    EXPECT_LE(m.executor.now() - begun, 100'000'000u) << "not before the time-out";
+    EXPECT_EQ(count(m, 0x08), 0u) << "no Abort";
+    p.answer();
+    EXPECT_TRUE(turn_until(m, [&] { return p.ended(); }));
+    EXPECT_EQ(p.request.status, Status::ok);
+}
+
+TEST(NvmeRecovery, AnAdminCommandWithoutAnAnswerLeadsToAReset) {
+    Machine& m = attached();
+    ASSERT_TRUE(turn_until(m, [&] { return m.device.events.size() == 1; }));
+    m.device.mute = true; // the log page is not answered
+    m.device.on_reset = [&] { m.device.mute = false; };
+    m.device.changed = {1};
+    m.device.report_event(0x0004'0002);
+    ASSERT_TRUE(turn_until(m, [&] { return m.device.resets == 1 && m.device.events.size() == 1; }));
+    exchange_data(m, 4096);
+}
+
+// Each step of the reset that fails closes the controller, within its bound, and ends the request.
+TEST(NvmeRecovery, AResetThatFailsClosesTheController) {
+    for (int kind = 0; kind < 6; ++kind) {
+        SCOPED_TRACE(kind);
+        Machine& m = attached();
+        Pending p(m);
+        test::CapturedLog log;
+        m.device.stays_ready = kind == 0;
+        m.device.on_reset = [&m, kind] {
+            m.device.options.never_ready = kind == 1;
+            m.device.options.fatal = kind == 2;
+            m.device.options.absent = kind == 3;
+            m.device.mute = kind == 4;
+            if (kind == 5) {
+                m.device.refused.insert(0x05); // Create I/O Completion Queue
+            }
+        };
+        ASSERT_TRUE(turn_until(m, [&] { return p.ended(); }));
+        EXPECT_EQ(p.request.status, kind == 0 || kind == 1 || kind == 4 ? Status::timed_out : Status::device_gone);
+        EXPECT_EQ(m.sink.disks[0]->removed(), kind == 3);
+        EXPECT_TRUE(log.has("nvme0: closed: ")) << log.text.view();
+        EXPECT_TRUE(turn_until(m, [] { return quarantine_state().spans == 0; })) << "memory is lost";
+        const bool master = (m.space.functions.begin()->second.get16(4) & 4) != 0;
+        EXPECT_EQ(master, kind != 0) << "a controller that does not stop may not access memory";
+        io::Request refused(*m.sink.disks[0], io::Op::read, 0, p.data.span());
+        m.sink.disks[0]->submit(refused);
+        m.executor.turn();
+        EXPECT_EQ(refused.status, Status::device_gone);
+        m.device.on_reset = nullptr;
+    }
+}
+
+TEST(NvmeRecovery, NamespacesAreLookedAtAgain) {
+    Options o;
+    o.namespaces = 2;
+    Machine& m = attached(o);
+    Pending p(m);
+    m.device.on_reset = [&] {
+        m.device.patch = [](u32 cns, u32 nsid, u64 data) {
+            if (cns == 0 && nsid == 1) {
+                nvme_fake::store<u64>(data, 4096);
+                nvme_fake::store<u64>(data + 8, 4096);
+            } else if (cns == 0 && nsid == 2) {
+                nvme_fake::store<u32>(data + 128, 12 << 16); // formatted anew
+            }
+        };
+    };
+    ASSERT_TRUE(turn_until(m, [&] { return m.device.resets == 1 && !m.device.held.empty(); }));
+    EXPECT_EQ(m.sink.disks[0]->geometry().sectors, 4096u);
+    EXPECT_FALSE(m.sink.disks[0]->removed());
+    EXPECT_TRUE(m.sink.disks[1]->removed());
+    p.answer();
+    EXPECT_TRUE(turn_until(m, [&] { return p.ended(); }));
+    EXPECT_EQ(p.request.status, Status::ok);
+}
+
+// Abandoned writes end with the reset: nothing waits for them any more, and their memory comes back.
+TEST(NvmeRecovery, AnAbandonedWriteEndsWithTheReset) {
+    Machine& m = attached();
+    {
+        Pending p(m, io::Op::write);
+    } // destroyed
+    EXPECT_NE(quarantine_state().spans, 0u);
+    m.device.hold = false;
+    ASSERT_TRUE(turn_until(m, [&] { return m.device.resets == 1; }));
+    ASSERT_TRUE(turn_until(m, [&] { return quarantine_state().spans == 0; }));
+    exchange_data(m, 8192);
+    EXPECT_EQ(m.device.resets, 1u);
+}
+
+// ---- several lanes ----
+
+struct LaneRequest {
+    DmaBuffer data;
+    io::Request request;
+    LaneRequest(MessageMachine& m, u32 lane, u64 lba)
+        : data(*m.dma.buffer(4096)), request(m.sink.disks.at(0)->lane(lane), io::Op::write, lba, data.span()) {
+        set_this_processor(lane);
+        m.sink.disks[0]->lane(lane).submit(request);
+        set_this_processor(0);
+    }
+    ~LaneRequest() { EXPECT_FALSE(request.pending()); }
+};
+
+TEST(NvmeRecovery, AResetHoldsEveryLane) {
+    for (const bool shadow : {false, true}) {
+        Options o;
+        o.doorbell_buffers = shadow;
+        MessageMachine& m = attached_by_messages(o, 3);
+        ASSERT_EQ(m.sink.disks.at(0)->queues(), 3u);
+        m.device.hold = true;
+        std::vector<std::unique_ptr<LaneRequest>> requests;
+        for (u32 i = 0; i < 12; ++i) {
+            requests.push_back(std::make_unique<LaneRequest>(m, i % 3, 16 * i));
+        }
+        m.turn();
+        m.device.look();
+        ASSERT_EQ(m.device.held.size(), 12u);
+        // Lanes 0 and 2 go on, the command of lane 1 that is the oldest there is lost.
+        ASSERT_TRUE(m.turn_until([&] { return m.device.resets == 1; }));
+        ASSERT_TRUE(m.turn_until([&] { return m.device.held.size() == 12; })) << "each is sent again, once";
+        m.device.hold = false;
+        while (!m.device.held.empty()) {
+            m.device.answer(0);
+        }
+        ASSERT_TRUE(m.turn_until(
+            [&] { return std::ranges::none_of(requests, [](const auto& r) { return r->request.pending(); }); }));
+        for (const auto& r : requests) {
+            EXPECT_EQ(r->request.status, Status::ok);
+        }
+        EXPECT_EQ(m.device.resets, 1u);
+    }
+}
+
+TEST(NvmeRecovery, FewerQueuesAfterAResetCloseTheController) {
+    MessageMachine& m = attached_by_messages({}, 3);
+    m.device.hold = true;
+    LaneRequest first(m, 0, 0), second(m, 2, 64);
+    m.turn();
+    m.device.on_reset = [&] { m.device.options.queues = 2; };
+    ASSERT_TRUE(m.turn_until([&] { return !first.request.pending() && !second.request.pending(); }));
+    EXPECT_EQ(first.request.status, Status::device_gone);
+    EXPECT_EQ(second.request.status, Status::device_gone);
+    EXPECT_TRUE(m.turn_until([&] { return (m.device.cc & 1) == 0; })) << "disabled";
+    m.device.on_reset = nullptr;
+}
+
+TEST(NvmeRecovery, FewerQueuesThanProcessors) {
+    Options o;
+    o.queues = 2;
+    EXPECT_EQ(attached_by_messages(o, 4).sink.disks.at(0)->queues(), 2u);
+    EXPECT_EQ(attached_by_messages({}, 4, 3).sink.disks.at(0)->queues(), 2u) << "three vectors";
+    EXPECT_EQ(attached_by_messages({}, 4, 1).sink.disks.at(0)->queues(), 1u) << "one vector, shared";
+}
+
+TEST(NvmeRecovery, AllLanesWork) {
+    for (const u32 vectors : {1u, 2u, 9u}) {
+        MessageMachine& m = attached_by_messages({}, 2, vectors);
+        std::vector<std::unique_ptr<LaneRequest>> requests;
+        for (u32 i = 0; i < 40; ++i) {
+            requests.push_back(std::make_unique<LaneRequest>(m, i % m.sink.disks.at(0)->queues(), 16 * i));
+        }
+        ASSERT_TRUE(m.turn_until(
+            [&] { return std::ranges::none_of(requests, [](const auto& r) { return r->request.pending(); }); }));
+        for (u32 v = 0; v < m.device.pairs.size() && v < vectors; ++v) {
+            EXPECT_EQ(m.table.word(v, 12) & 1, m.table.word(v, 8) == 0 ? 1u : 0u) << "vector " << v;
+        }
+    }
+}
+
+} // namespace
