@@ -1,5 +1,5 @@
-// Every command that the NVMe driver builds, as 64 bytes typed from [nvme-1.4 §4.2, §5, §6], and identify data that makes
-// no sense.
+// Every command that the NVMe driver builds, as 64 bytes typed from [nvme-1.4 §4.2, §5, §6]; and identify data that
+// makes no sense.
 #include "gtest_macros.hpp"
 
 import test.gtest;

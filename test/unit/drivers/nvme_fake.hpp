@@ -74,16 +74,16 @@ class Controller final : public MmioModel {
     std::vector<Entry> admin;
     std::vector<Entry> commands; // of the I/O queues, completed ones included; if `records`
     bool records = false;
-    std::vector<u16> events;     // ids of asynchronous event requests
-    bool hold = false;           // I/O commands are kept until answer()
-    bool polls = true;           // looks at shadow doorbells without a write to a register
-    bool hostile = false;        // a test makes it break the rules
-    bool mute = false;           // admin commands are not answered
-    std::set<u8> refused;        // admin opcodes that end with Invalid Command Opcode
+    std::vector<u16> events; // ids of asynchronous event requests
+    bool hold = false;       // I/O commands are kept until answer()
+    bool polls = true;       // looks at shadow doorbells without a write to a register
+    bool hostile = false;    // a test makes it break the rules
+    bool mute = false;       // admin commands are not answered
+    std::set<u8> refused;    // admin opcodes that end with Invalid Command Opcode
     enum class Aborts : u8 { never, yes, unanswered } aborts = Aborts::never;
-    u32 abort_status = 0x007;    // of a command that was aborted
-    std::vector<u32> changed;    // namespaces of the log page; read once
-    u32 resets = 0;              // CC.EN from 1 to 0
+    u32 abort_status = 0x007; // of a command that was aborted
+    std::vector<u32> changed; // namespaces of the log page; read once
+    u32 resets = 0;           // CC.EN from 1 to 0
     std::function<void()> on_reset;
     bool stays_ready = false;    // in spite of CC.EN = 0
     std::map<u32, u32> features; // Set Features, by id

@@ -1,5 +1,5 @@
-// Commands that are not answered, and controllers that fail: abort, reset, what is sent again, and what is closed; on one
-// lane by a line, and on several by MSI-X.
+// Commands that are not answered, and controllers that fail: abort, reset, what is sent again, and what is closed; on
+// one lane by a line, and on several by MSI-X.
 #include "gtest_macros.hpp"
 
 import test.gtest;
