@@ -25,10 +25,20 @@ u64 features_of(const Environment& environment, bool legacy) {
     const auto unless = [&](Feature name, u64 features) { return environment.allows(name) ? features : 0; };
     u64 features = feature_size_max | feature_seg_max | feature_ro | feature_blk_size | feature_topology;
     features |= unless(Feature::flush, feature_flush) | unless(Feature::discard, feature_discard);
+    features |= unless(Feature::write_zeroes, feature_write_zeroes);
     if (!legacy) {
         features |= unless(Feature::config_wce, feature_config_wce) | unless(Feature::multi_queue, feature_mq);
     }
     return features;
+}
+
+/// `capacity`: in units of 512 bytes.
+Result<u64> sectors_of(u64 capacity, u32 sector_size) {
+    constexpr u64 most = u64{1} << 54;
+    if (capacity > most) {
+        return Error{Code::protocol, "the virtio disk has an impossible size (capacity)", most, capacity};
+    }
+    return capacity / (sector_size / 512);
 }
 
 /// A device in use. Lives until the machine ends once its disk is announced.
@@ -50,13 +60,14 @@ class Controller final : public virtio::Controller {
     io::Task<Result<void>> find() override;
     void config_changed() override;
 
+    void set_cache_mode();
     io::Task<Result<FixedText<24>>> serial_number();
     io::BlockDevice::Identity identify(std::string_view serial) const;
     Result<void> make_disks(const io::BlockDevice::Identity& identity);
     Queue& queue(u32 index) const { return static_cast<Lane&>(lane(index)).queue(); }
 
     io::Geometry geometry_;
-    u64 capacity_ = 0; // in units of 512 bytes
+    bool write_through_ = false; // what is acknowledged is on stable storage
     Limits limits_;
     std::array<Disk*, max_lanes> disks_{}; // owned
 };
@@ -65,18 +76,22 @@ class Controller final : public virtio::Controller {
 
 Result<u32> Controller::configure() {
     u32 queues = 1;
+    u64 capacity = 0; // in units of 512 bytes
     u32 size_max = 0;
     u32 seg_max = 0;
     u32 block = 0;
     u32 exponent = 0;
     u32 discard = 0;
+    u32 zeroes = 0;
     CHECK(device_.read_config([&] {
-        capacity_ = device_.config64(config::capacity);
+        capacity = device_.config64(config::capacity);
         size_max = device_.config(config::size_max, 4);
         seg_max = device_.config(config::seg_max, 4);
         block = device_.config(config::blk_size, 4);
         exponent = device_.config(config::physical_block_exp, 1);
         discard = device_.config(config::max_discard_sectors, 4);
+        zeroes = device_.config(config::max_write_zeroes_sectors, 4);
+        limits_.zeroes_unmap = device_.config(config::write_zeroes_may_unmap, 1) == 1;
         queues = has(feature_mq) ? device_.config(config::queue_count, 2) : 1;
     }));
     if (queues == 0) {
@@ -90,10 +105,7 @@ Result<u32> Controller::configure() {
                      "two)",
                      4096, block};
     }
-    if (capacity_ > u64{1} << 54) {
-        return Error{Code::protocol, "the virtio disk has an impossible size (capacity)", u64{1} << 54, capacity_};
-    }
-    geometry.sectors = capacity_ / (geometry.sector_size / 512);
+    TRY(geometry.sectors, sectors_of(capacity, geometry.sector_size));
     if (geometry.sectors == 0) {
         return Error{Code::not_supported, "the virtio disk has 0 bytes (capacity)"};
     }
@@ -101,9 +113,14 @@ Result<u32> Controller::configure() {
         has(feature_topology) && exponent < 8 ? geometry.sector_size << exponent : geometry.sector_size;
     geometry.read_only = has(feature_ro);
     geometry.flush = has(feature_flush);
-    geometry.discard = has(feature_discard) && !geometry.read_only && discard >= geometry.sector_size / 512;
-    limits_.discard_bytes =
-        static_cast<u32>(align_down<u64>(std::min<u64>(u64{discard} * 512, 0x7fff'f000), u64{geometry.sector_size}));
+    const auto whole = [&](u32 units) { // of 512 bytes, as bytes of whole sectors
+        return static_cast<u32>(align_down<u64>(std::min<u64>(u64{units} * 512, 0x7fff'f000), geometry.sector_size));
+    };
+    limits_.discard_bytes = whole(discard);
+    limits_.zeroes_bytes = whole(zeroes);
+    geometry.discard = has(feature_discard) && !geometry.read_only && limits_.discard_bytes != 0;
+    geometry.write_zeroes = has(feature_write_zeroes) && !geometry.read_only && limits_.zeroes_bytes != 0;
+    set_cache_mode();
     if (has(feature_size_max)) {
         limits_.segment_bytes = align_down(size_max, geometry.sector_size);
         if (limits_.segment_bytes == 0) {
@@ -113,6 +130,24 @@ Result<u32> Controller::configure() {
     }
     limits_.segments = has(feature_seg_max) && seg_max > 1 ? seg_max : 1;
     return queues;
+}
+
+/// A driver that does not flush must switch the cache to write-through, if the device has the choice; without
+/// VIRTIO_BLK_F_CONFIG_WCE a device that is not to be flushed does so by itself [virtio-1.2 §5.2.5, §5.2.6.2].
+void Controller::set_cache_mode() {
+    if (!has(feature_config_wce)) {
+        write_through_ = !geometry_.flush;
+        return;
+    }
+    if (!geometry_.flush) {
+        device_.write_config(config::writeback, 0);
+    }
+    write_through_ = device_.config(config::writeback, 1) == 0;
+    if (!geometry_.flush && !write_through_) {
+        log::warning("{}: its write cache cannot be flushed and does not become write-through (writeback): data that "
+                     "was written may be lost if its host fails",
+                     device_.name());
+    }
 }
 
 Result<void> Controller::enable() {
@@ -160,7 +195,8 @@ io::BlockDevice::Identity Controller::identify(std::string_view serial) const {
     identity.driver = Transport::driver;
     identity.kind = io::Kind::synthetic;
     print(identity.model, "virtio block device{}{}", serial.empty() ? "" : " ", serial);
-    print(identity.features, "{}{}", geometry_.flush ? "flush " : "", geometry_.discard ? "discard " : "");
+    print(identity.features, "{}{}{}{}", geometry_.flush ? "flush " : "", geometry_.discard ? "discard " : "",
+          geometry_.write_zeroes ? "write-zeroes " : "", write_through_ ? "write-through " : "");
     print_features(identity.features, queue(0).transport().queue_size());
     return identity;
 }
@@ -193,14 +229,16 @@ io::Task<Result<void>> Controller::find() {
 
 void Controller::config_changed() {
     u64 capacity = 0;
-    const std::string_view name = disks_[0]->identity().name.view();
+    Result<u64> sectors = 0;
     if (auto read = device_.read_config([&] { capacity = device_.config64(config::capacity); }); !read) {
-        log::warning("{}: {}", name, read.error());
-    } else if (capacity != capacity_) {
-        log::warning("{}: the device has been resized from {} to {} units of 512 bytes: the disk keeps its size until "
-                     "the machine restarts",
-                     name, capacity_, capacity);
-        capacity_ = capacity;
+        sectors = read.error();
+    } else {
+        sectors = sectors_of(capacity, geometry_.sector_size);
+    }
+    if (sectors) {
+        disks_[0]->resize(*sectors);
+    } else {
+        log::warning("{}: the disk keeps its size: {}", disks_[0]->identity().name, sectors.error());
     }
 }
 

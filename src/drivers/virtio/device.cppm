@@ -117,6 +117,8 @@ class Device {
         }
         return Error{Code::protocol, "the device's configuration changes each time that it is read", 0, generation()};
     }
+    /// Writes a field of one byte.
+    virtual void write_config(u64 at, u8 value) = 0;
     u64 config64(u64 at) { return config(at, 4) | u64{config(at + 4, 4)} << 32; }
 
   protected:

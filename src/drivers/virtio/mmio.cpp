@@ -93,6 +93,12 @@ u32 MmioDevice::config(u64 at, u32 width) {
     return width == 1 ? registers_.read<u8>(at) : width == 2 ? registers_.read<u16>(at) : registers_.read<u32>(at);
 }
 
+void MmioDevice::write_config(u64 at, u8 value) {
+    if (at < mmio::bytes - mmio::config) {
+        registers_.write<u8>(mmio::config + at, value);
+    }
+}
+
 void MmioDevice::write_status(u8 status) { registers_.write<u32>(mmio::status, status); }
 
 u32 MmioDevice::read_features(u32 half) {

@@ -34,6 +34,7 @@ class MmioDevice final : public Device {
     Result<void> set_config_vector(u16) override { return {}; }
     u32 generation() override { return legacy() ? 0 : registers_.read<u32>(mmio::config_generation); }
     u32 config(u64 at, u32 width) override;
+    void write_config(u64 at, u8 value) override;
 
   protected:
     u8 read_status() override { return static_cast<u8>(registers_.read<u32>(mmio::status)); }

@@ -126,6 +126,12 @@ u32 PciDevice::config(u64 at, u32 width) {
     return width == 1 ? config_.read<u8>(at) : width == 2 ? config_.read<u16>(at) : config_.read<u32>(at);
 }
 
+void PciDevice::write_config(u64 at, u8 value) {
+    if (at < config_.size()) {
+        config_.write<u8>(at, value);
+    }
+}
+
 u8 PciDevice::read_status() { return common_.read<u8>(pci_common::device_status); }
 void PciDevice::write_status(u8 status) { common_.write<u8>(pci_common::device_status, status); }
 

@@ -30,6 +30,7 @@ class PciDevice final : public Device {
     Result<void> set_config_vector(u16 vector) override;
     u32 generation() override;
     u32 config(u64 at, u32 width) override;
+    void write_config(u64 at, u8 value) override;
 
   protected:
     u8 read_status() override;

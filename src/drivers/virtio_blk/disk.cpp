@@ -22,7 +22,7 @@ void Transport::set_limits(const Limits& limits) {
 
 u32 Transport::elements_of(const Command& command) const {
     if (command.op > io::Op::write) {
-        return command.op == io::Op::discard ? 3 : 2;
+        return command.op == io::Op::flush ? 2 : 3;
     }
     if (command.bytes <= limits_.segment_bytes) [[likely]] {
         return 3;
@@ -31,10 +31,11 @@ u32 Transport::elements_of(const Command& command) const {
 }
 
 io::Fit Transport::prepare(Command& command) {
-    if (command.op == io::Op::discard) [[unlikely]] {
-        command.bytes = std::min(command.bytes, limits_.discard_bytes);
-    } else if (command.op <= io::Op::write) {
+    if (command.op <= io::Op::write) [[likely]] {
         command.bytes = std::min(command.bytes, max_bytes_);
+    } else if (command.op != io::Op::flush) {
+        command.bytes =
+            std::min(command.bytes, command.op == io::Op::discard ? limits_.discard_bytes : limits_.zeroes_bytes);
     }
     constexpr u32 most = sizeof(Area::indirect) / io::virtqueue_descriptor_bytes;
     return fit(elements_of(command), most, commands_->size(), command.wire.indirect);
@@ -64,13 +65,15 @@ io::SendResult Transport::send(Command& command, u64 id) {
             elements[count++] = {data.bus + done, length, is_read};
             done += length;
         } while (done != data.size);
-    } else if (command.op == io::Op::discard) {
-        own.header = {.type = RequestType::discard};
-        own.discard = {.sector = (command.first->lba << (command.device->sector_shift() - 9)) + (command.offset >> 9),
-                       .sectors = command.bytes >> 9};
-        elements[count++] = {bus + offsetof(Area, discard), sizeof(DiscardSegment), false};
-    } else {
+    } else if (command.op == io::Op::flush) {
         own.header = {.type = RequestType::flush};
+    } else {
+        const bool zeroes = command.op == io::Op::write_zeroes;
+        own.header = {.type = zeroes ? RequestType::write_zeroes : RequestType::discard};
+        own.range = {.sector = (command.first->lba << (command.device->sector_shift() - 9)) + (command.offset >> 9),
+                     .sectors = command.bytes >> 9,
+                     .flags = zeroes && limits_.zeroes_unmap ? segment_unmap : 0};
+        elements[count++] = {bus + offsetof(Area, range), sizeof(RangeSegment), false};
     }
     elements[count++] = {bus + offsetof(Area, status), 1, true};
     const std::span<std::byte> table = command.wire.indirect ? std::span(own.indirect) : std::span<std::byte>();

@@ -23,6 +23,8 @@ struct Limits {
     u32 segments = 1;                // data elements
     u32 segment_bytes = ~u32{0};     // of each
     u32 discard_bytes = 0x7fff'fe00; // of one discard request
+    u32 zeroes_bytes = 0x7fff'fe00;  // of one write zeroes request
+    bool zeroes_unmap = false;       // write zeroes may deallocate
 };
 
 /// The driver's own request for the serial number.
@@ -51,7 +53,7 @@ class Transport : public virtio::DiskTransport {
     /// device's write of one status does not disturb another command.
     struct Area {
         RequestHeader header;
-        DiscardSegment discard;
+        RangeSegment range;
         u8 status = 0;
         std::array<u8, 31> unused{};
         std::array<std::byte, 4 * io::virtqueue_descriptor_bytes> indirect{};

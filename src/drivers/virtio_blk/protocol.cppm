@@ -37,14 +37,16 @@ inline constexpr std::array<virtio::FeatureName, 14> feature_names{{
 
 /// Offsets in the configuration space, in bytes [virtio-1.2 §5.2.4].
 namespace config {
-inline constexpr u64 capacity = 0;             // 64 bits, in units of 512 bytes
-inline constexpr u64 size_max = 8;             // 32
-inline constexpr u64 seg_max = 12;             // 32
-inline constexpr u64 blk_size = 20;            // 32
-inline constexpr u64 physical_block_exp = 24;  // 8: log2 of logical blocks per physical block
-inline constexpr u64 writeback = 32;           // 8
-inline constexpr u64 queue_count = 34;         // 16
-inline constexpr u64 max_discard_sectors = 36; // 32, in units of 512 bytes
+inline constexpr u64 capacity = 0;                  // 64 bits, in units of 512 bytes
+inline constexpr u64 size_max = 8;                  // 32
+inline constexpr u64 seg_max = 12;                  // 32
+inline constexpr u64 blk_size = 20;                 // 32
+inline constexpr u64 physical_block_exp = 24;       // 8: log2 of logical blocks per physical block
+inline constexpr u64 writeback = 32;                // 8
+inline constexpr u64 queue_count = 34;              // 16
+inline constexpr u64 max_discard_sectors = 36;      // 32, in units of 512 bytes
+inline constexpr u64 max_write_zeroes_sectors = 48; // 32, in units of 512 bytes
+inline constexpr u64 write_zeroes_may_unmap = 56;   // 8: whether segment_unmap has an effect
 } // namespace config
 
 enum class RequestType : u32 { in = 0, out = 1, flush = 4, get_id = 8, discard = 11, write_zeroes = 13 };
@@ -58,13 +60,16 @@ struct RequestHeader {
 };
 static_assert(sizeof(RequestHeader) == 16 && offsetof(RequestHeader, sector) == 8);
 
-/// The data of a discard request.
-struct DiscardSegment {
+/// The data of a discard or write zeroes request.
+struct RangeSegment {
     u64 sector = 0; // in units of 512 bytes, like the next
     u32 sectors = 0;
     u32 flags = 0;
 };
-static_assert(sizeof(DiscardSegment) == 16 && offsetof(DiscardSegment, sectors) == 8);
+static_assert(sizeof(RangeSegment) == 16 && offsetof(RangeSegment, sectors) == 8 &&
+              offsetof(RangeSegment, flags) == 12);
+/// RangeSegment::flags of write zeroes: the device may deallocate the sectors, which read as zeros nevertheless.
+inline constexpr u32 segment_unmap = 1;
 
 /// The last element of every request: one byte, written by the device.
 inline constexpr u8 status_ok = 0;

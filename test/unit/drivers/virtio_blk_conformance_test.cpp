@@ -55,7 +55,9 @@ class VirtioBlkRig final : public Rig {
                 .capacity = form.indirect ? virtio_blk::Transport::max_commands - 1 : form.size / 3,
                 .part_bytes = form.segments * form.segment_bytes,
                 .discard_bytes = discard_bytes,
+                .zeroes_bytes = zeroes_bytes,
                 .discards = true,
+                .zeroes = true,
                 .ids = true,
                 .elsewhere = true,
                 .faults = !form.packed ? std::vector{Fault::next} : std::vector<Fault>{},
@@ -87,10 +89,11 @@ class VirtioBlkRig final : public Rig {
         std::vector<Held> held;
         for (u32 i = 0; i < form_.lanes; ++i) {
             for (const auto& t : lanes_[i]->backend.taken) {
-                const io::Op op = t.kind == virtio_test::Kind::in      ? io::Op::read
-                                  : t.kind == virtio_test::Kind::out   ? io::Op::write
-                                  : t.kind == virtio_test::Kind::flush ? io::Op::flush
-                                                                       : io::Op::discard;
+                const io::Op op = t.kind == virtio_test::Kind::in        ? io::Op::read
+                                  : t.kind == virtio_test::Kind::out     ? io::Op::write
+                                  : t.kind == virtio_test::Kind::flush   ? io::Op::flush
+                                  : t.kind == virtio_test::Kind::discard ? io::Op::discard
+                                                                         : io::Op::write_zeroes;
                 held.push_back({op, t.sector, static_cast<u32>(t.bytes), i});
             }
         }
@@ -157,6 +160,7 @@ class VirtioBlkRig final : public Rig {
 
   private:
     static constexpr u32 discard_bytes = 128 * 1024;
+    static constexpr u32 zeroes_bytes = 64 * 1024;
     static Nanoseconds timeout_of(const Form& form) { return form.lanes * 200'000'000; } // a turn: a tick for each lane
 
     struct Lane {
@@ -177,8 +181,10 @@ class VirtioBlkRig final : public Rig {
                                  (form.packed ? virtio::feature_packed : 0);
             EXPECT_TRUE(transport().make(device, static_cast<u16>(number), features, virtio_blk::Transport::needs,
                                          virtio_blk::Transport::command_bytes, rig.memory_));
-            transport().set_limits(
-                {.segments = form.segments, .segment_bytes = form.segment_bytes, .discard_bytes = discard_bytes});
+            transport().set_limits({.segments = form.segments,
+                                    .segment_bytes = form.segment_bytes,
+                                    .discard_bytes = discard_bytes,
+                                    .zeroes_bytes = zeroes_bytes});
             EXPECT_TRUE(transport().enable(device, 0));
             backend.hold = true;
             backend.interrupt = [this] { transport().on_interrupt(0); };
@@ -186,7 +192,8 @@ class VirtioBlkRig final : public Rig {
             queue.start(timeout_of(form));
             io::BlockDevice::Identity identity;
             identity.name = FixedText<16>("vda");
-            disk.emplace(queue, io::Geometry{.sectors = sectors, .flush = true, .discard = true}, identity);
+            disk.emplace(queue, io::Geometry{.sectors = sectors, .flush = true, .discard = true, .write_zeroes = true},
+                         identity);
             disk->link(executor);
         }
         virtio_blk::Transport& transport() { return queue.transport(); }

@@ -47,7 +47,7 @@ class Memory final : public DmaAllocator {
     std::vector<bool> used_;
 };
 
-enum class Kind : u32 { in = 0, out = 1, flush = 4, id = 8, discard = 11 };
+enum class Kind : u32 { in = 0, out = 1, flush = 4, id = 8, discard = 11, write_zeroes = 13 };
 
 /// A request that the device has taken from the queue.
 struct Taken {
@@ -55,6 +55,7 @@ struct Taken {
     Kind kind = Kind::in;
     u64 sector = 0; // in units of 512 bytes; likewise `bytes` of data
     u64 bytes = 0;
+    u32 flags = 0; // of a discard or write zeroes
 };
 
 /// The medium and one queue.
@@ -162,10 +163,12 @@ class Backend {
         case Kind::flush: EXPECT_TRUE(t.bytes == 0 && t.sector == 0); break;
         case Kind::id: EXPECT_EQ(t.bytes, 20u); break;
         case Kind::discard:
+        case Kind::write_zeroes:
             EXPECT_TRUE(t.bytes == 16 && t.sector == 0);
             t.sector = guest_.get(p[1].bus, 8);
             t.bytes = guest_.get(p[1].bus + 8, 4) * 512;
-            EXPECT_EQ(guest_.get(p[1].bus + 12, 4), 0u) << "flags";
+            t.flags = static_cast<u32>(guest_.get(p[1].bus + 12, 4));
+            EXPECT_LE(t.flags, t.kind == Kind::write_zeroes ? 1u : 0u);
             EXPECT_LE(t.sector * 512 + t.bytes, disk.size());
             break;
         default: ADD_FAILURE() << "a request of type " << static_cast<u32>(t.kind);
@@ -190,7 +193,7 @@ class Backend {
             }
             at += piece.length;
         }
-        if (t.kind == Kind::discard) {
+        if (t.kind == Kind::discard || t.kind == Kind::write_zeroes) {
             std::memset(disk.data() + t.sector * 512, 0, t.bytes);
         }
         flushes += t.kind == Kind::flush ? 1 : 0;
@@ -214,6 +217,8 @@ class MmioRegisters final : public MmioModel {
     bool restless = false; // the generation changes with each read
     bool refuses = false;  // does not set FEATURES_OK
     bool unresettable = false;
+    bool wce_stuck = false; // the cache mode cannot be changed
+    u32 config_writes = 0;
     u32 resets = 0;
     u32 notifications = 0;
     std::vector<u32> statuses; // as written
@@ -248,6 +253,12 @@ class MmioRegisters final : public MmioModel {
         }
     }
     void write(u64 at, u32 width, u64 value) override {
+        if (at >= 0x100) { // writeback is the only field that a driver may write [virtio-1.2 §5.2.5.1]
+            EXPECT_TRUE(at == 0x120 && width == 1 && value <= 1 && (accepted >> 11 & 1) != 0 && (status & 8) != 0);
+            ++config_writes;
+            config[32] = wce_stuck ? config[32] : static_cast<u8>(value);
+            return;
+        }
         EXPECT_EQ(width, 4u) << "a register at " << at;
         const u32 v = static_cast<u32>(value);
         switch (at) {

@@ -35,8 +35,9 @@ namespace virtio_blk = drivers::virtio_blk;
 constexpr u64 base = 0xfeb00000;
 constexpr u32 gsi = 12;
 constexpr u64 f_size_max = 1 << 1, f_seg_max = 1 << 2, f_ro = 1 << 5, f_blk_size = 1 << 6, f_flush = 1 << 9,
-              f_topology = 1 << 10, f_discard = 1 << 13, f_indirect = 1 << 28, f_event_idx = 1 << 29,
-              f_version_1 = u64{1} << 32, f_packed = u64{1} << 34, f_in_order = u64{1} << 35;
+              f_topology = 1 << 10, f_config_wce = 1 << 11, f_discard = 1 << 13, f_write_zeroes = 1 << 14,
+              f_indirect = 1 << 28, f_event_idx = 1 << 29, f_version_1 = u64{1} << 32, f_packed = u64{1} << 34,
+              f_in_order = u64{1} << 35;
 
 struct Sink final : drivers::DiskSink {
     std::vector<io::BlockDevice*> disks;
@@ -73,6 +74,20 @@ struct Machine {
         drivers::Environment e{executor, memory, interrupts, sink, timeout, withheld, {}, nullptr, mapper};
         return executor.run(virtio_blk::probe(e, base, gsi));
     }
+    static io::Task<Result<void>> erase(io::BlockDevice& disk, io::Op op, u64 lba, u32 bytes) {
+        if (op == io::Op::discard) {
+            co_return co_await disk.discard(lba, bytes);
+        }
+        co_return co_await disk.write_zeroes(lba, bytes);
+    }
+    Result<void> erase(io::Op op, u64 lba, u32 bytes) { return executor.run(erase(*sink.disks.at(0), op, lba, bytes)); }
+    void change_config() {
+        ++registers.generation;
+        registers.isr |= 2;
+        interrupts.raise(gsi);
+        turns(3);
+    }
+    std::string_view features() const { return sink.disks.at(0)->identity().features.view(); }
     static io::Task<Result<void>> transfer(io::BlockDevice& disk, io::Op op, u64 lba, DmaSpan span) {
         io::BlockDevice::Transfer t(disk, op, lba, span);
         co_return co_await t;
@@ -114,7 +129,8 @@ void writes_and_reads(Machine& m) {
 
 TEST(VirtioBlk, SetsStatusBitsInOrderAndAcceptsWhatItKnows) {
     Machine m;
-    m.registers.offered |= u64{1} << 4 | u64{1} << 14 | u64{1} << 37; // GEOMETRY, WRITE_ZEROES, SR_IOV
+    m.registers.offered |=
+        u64{1} << 4 | u64{1} << 16 | u64{1} << 37 | u64{1} << 40; // GEOMETRY, SECURE_ERASE, SR_IOV, RING_RESET
     ASSERT_TRUE(m.probe());
     EXPECT_EQ(m.registers.statuses, (std::vector<u32>{1, 3, 11, 15}));
     EXPECT_EQ(m.registers.accepted,
@@ -169,9 +185,10 @@ TEST(VirtioBlk, WithheldFeaturesAreNotAccepted) {
     };
     for (const Row& row :
          {Row{Feature::flush, f_flush}, Row{Feature::discard, f_discard}, Row{Feature::indirect, f_indirect},
-          Row{Feature::event_idx, f_event_idx}, Row{Feature::packed, f_packed}, Row{Feature::in_order, f_in_order}}) {
+          Row{Feature::event_idx, f_event_idx}, Row{Feature::packed, f_packed}, Row{Feature::in_order, f_in_order},
+          Row{Feature::write_zeroes, f_write_zeroes}, Row{Feature::config_wce, f_config_wce}}) {
         Machine m;
-        m.registers.offered |= f_packed | f_in_order;
+        m.registers.offered |= f_packed | f_in_order | f_write_zeroes | f_config_wce;
         ASSERT_TRUE(m.probe(to_underlying(row.feature)));
         EXPECT_EQ(m.registers.accepted, m.registers.offered & ~row.bits) << row.bits;
         if ((m.registers.accepted & f_in_order) == 0) { // the fake does not return buffers in order by itself
@@ -310,17 +327,153 @@ TEST(VirtioBlk, ASilentDeviceIsResetAndItsBuffersAreFree) {
     }
 }
 
-TEST(VirtioBlk, AResizeIsReportedAndAFailureClosesTheDisk) {
+TEST(VirtioBlk, WriteZeroes) {
+    for (const bool unmap : {false, true}) {
+        Machine m;
+        m.registers.offered |= f_write_zeroes;
+        m.registers.set<u32>(48, 64); // max_write_zeroes_sectors
+        m.registers.set<u8>(56, unmap ? 1 : 0);
+        ASSERT_TRUE(m.probe());
+        EXPECT_TRUE(m.sink.disks[0]->geometry().write_zeroes);
+        EXPECT_NE(m.features().find("write-zeroes"), std::string_view::npos);
+        std::memset(m.backend.disk.data(), 0x77, 200 * 512);
+        m.backend.hold = true;
+        io::TaskGroup group(m.executor);
+        ASSERT_TRUE(group.spawn(m.erase(*m.sink.disks[0], io::Op::write_zeroes, 10, 100 * 512)));
+        m.turns(2);
+        ASSERT_EQ(m.backend.taken.size(), 2u) << "in requests of at most 64 sectors";
+        EXPECT_TRUE(m.backend.taken[0].kind == virtio_test::Kind::write_zeroes && m.backend.taken[0].sector == 10 &&
+                    m.backend.taken[0].bytes == 64 * 512);
+        EXPECT_TRUE(m.backend.taken[1].sector == 74 && m.backend.taken[1].bytes == 36 * 512);
+        EXPECT_EQ(m.backend.taken[0].flags, unmap ? 1u : 0u) << "deallocates where the device permits it";
+        m.backend.complete(0, 0);
+        m.backend.complete(0, 0);
+        m.turns(3);
+        for (u32 i = 0; i < 200; ++i) {
+            EXPECT_EQ(m.backend.disk.data()[i * 512], std::byte{i < 10 || i >= 110 ? u8{0x77} : u8{0}}) << i;
+        }
+    }
+}
+
+TEST(VirtioBlk, WriteZeroesOnlyWhereItIsPossible) {
+    const std::function<void(Machine&)> changes[] = {
+        [](Machine& m) { m.registers.offered &= ~f_write_zeroes; },
+        [](Machine& m) { m.registers.set<u32>(48, 0); },
+        [](Machine& m) { m.registers.offered |= f_ro; },
+        [](Machine& m) { // less than a sector
+            m.registers.set<u32>(20, 4096);
+            m.registers.set<u32>(48, 7);
+        },
+    };
+    for (const auto& change : changes) {
+        Machine m;
+        m.registers.offered |= f_write_zeroes;
+        m.registers.set<u32>(48, 64);
+        change(m);
+        ASSERT_TRUE(m.probe());
+        EXPECT_FALSE(m.sink.disks[0]->geometry().write_zeroes);
+        EXPECT_EQ(m.features().find("write-zeroes"), std::string_view::npos);
+        EXPECT_FALSE(m.erase(io::Op::write_zeroes, 0, 4096));
+    }
+    Machine withheld;
+    withheld.registers.offered |= f_write_zeroes;
+    withheld.registers.set<u32>(48, 64);
+    ASSERT_TRUE(withheld.probe(to_underlying(Feature::write_zeroes)));
+    EXPECT_FALSE(withheld.sink.disks[0]->geometry().write_zeroes);
+    EXPECT_EQ(withheld.erase(io::Op::write_zeroes, 0, 4096).error().code, Code::not_supported);
+}
+
+TEST(VirtioBlk, WithoutFlushTheCacheIsWriteThrough) {
+    struct Row {
+        const char* what;
+        u64 offered;
+        u8 writeback; // before
+        u32 withheld;
+        u32 writes; // of the field
+        bool write_through;
+    };
+    const u32 flush = to_underlying(Feature::flush);
+    const u32 wce = to_underlying(Feature::config_wce);
+    for (const Row& row :
+         {Row{"flushed", f_flush | f_config_wce, 1, 0, 0, false},
+          Row{"flushed, and write-through", f_flush | f_config_wce, 0, 0, 0, true},
+          Row{"not flushed", f_flush | f_config_wce, 1, flush, 1, true}, Row{"no flush", f_config_wce, 1, 0, 1, true},
+          Row{"no choice", f_flush, 1, flush, 0, true}, // the device's duty
+          Row{"neither", f_flush | f_config_wce, 1, flush | wce, 0, true},
+          Row{"flush without a choice", f_flush, 1, 0, 0, false}}) {
+        Machine m;
+        m.registers.offered = (m.registers.offered & ~f_flush) | row.offered;
+        m.registers.set<u8>(32, row.writeback);
+        ASSERT_TRUE(m.probe(row.withheld)) << row.what;
+        EXPECT_EQ(m.registers.config_writes, row.writes) << row.what;
+        EXPECT_EQ(m.features().find("write-through") != std::string_view::npos, row.write_through) << row.what;
+        EXPECT_EQ(m.registers.config[32], row.writes != 0 ? 0 : row.writeback) << row.what;
+        EXPECT_FALSE(m.log.has("write cache")) << row.what;
+        writes_and_reads(m);
+    }
+    Machine stuck;
+    stuck.registers.offered |= f_config_wce;
+    stuck.registers.set<u8>(32, 1);
+    stuck.registers.wce_stuck = true;
+    ASSERT_TRUE(stuck.probe(flush));
+    EXPECT_TRUE(stuck.log.has("its write cache cannot be flushed"));
+    EXPECT_EQ(stuck.features().find("write-through"), std::string_view::npos);
+}
+
+TEST(VirtioBlk, AResizeTakesEffectAtOnce) {
     Machine m;
     ASSERT_TRUE(m.probe());
-    m.registers.set<u64>(0, Machine::sectors * 2);
-    ++m.registers.generation;
-    m.registers.isr |= 2;
-    m.interrupts.raise(gsi);
-    m.turns(3);
-    EXPECT_TRUE(m.log.has("has been resized from 2048 to 4096"));
+    const io::BlockDevice& disk = *m.sink.disks[0];
+    auto buffer = *m.memory.buffer(4096);
+    const auto read = [&](u64 lba) { return m.run(io::Op::read, lba, buffer.span()); };
+    EXPECT_FALSE(read(Machine::sectors - 4));
+    m.registers.set<u64>(0, Machine::sectors / 2); // shrunk: the fake's medium is not larger than at first
+    m.change_config();
+    EXPECT_TRUE(m.log.has("resized from 2048 to 1024 sectors"));
+    EXPECT_EQ(disk.geometry().sectors, Machine::sectors / 2);
+    EXPECT_TRUE(read(Machine::sectors / 2 - 8));
+    EXPECT_EQ(read(Machine::sectors / 2 - 4).error().code, Code::bad_argument);
+    m.registers.set<u64>(0, Machine::sectors); // grown
+    m.change_config();
+    EXPECT_TRUE(m.log.has("resized from 1024 to 2048 sectors"));
+    EXPECT_TRUE(read(Machine::sectors - 8));
+    m.registers.set<u64>(0, 0);
+    m.change_config();
+    EXPECT_FALSE(read(0));
+    m.registers.set<u64>(0, Machine::sectors);
+    m.change_config();
+    writes_and_reads(m);
+    const usize lines = m.log.text.size();
+    m.change_config(); // nothing has changed
+    EXPECT_EQ(m.log.text.size(), lines);
+}
+
+TEST(VirtioBlk, AnImpossibleSizeIsNotTaken) {
+    Machine m;
+    ASSERT_TRUE(m.probe());
+    m.registers.set<u64>(0, ~u64{0});
+    m.change_config();
+    EXPECT_TRUE(m.log.has("vda: the disk keeps its size: the virtio disk has an impossible size"));
+    m.registers.set<u64>(0, 8);
+    m.registers.restless = true; // the generation changes with each read
+    m.change_config();
+    EXPECT_TRUE(m.log.has("the device's configuration changes each time that it is read"));
     EXPECT_EQ(m.sink.disks[0]->geometry().sectors, Machine::sectors);
     writes_and_reads(m);
+}
+
+TEST(VirtioBlk, ASizeIsInWholeSectors) {
+    Machine m;
+    m.registers.set<u32>(20, 4096);
+    ASSERT_TRUE(m.probe());
+    m.registers.set<u64>(0, 8 * 100 + 7);
+    m.change_config();
+    EXPECT_EQ(m.sink.disks[0]->geometry().sectors, 100u);
+}
+
+TEST(VirtioBlk, AFailureClosesTheDisk) {
+    Machine m;
+    ASSERT_TRUE(m.probe());
     m.registers.status |= 64; // DEVICE_NEEDS_RESET
     m.registers.isr |= 2;
     m.interrupts.raise(gsi);
@@ -363,9 +516,10 @@ TEST(VirtioBlk, RequestsOnTheWire) {
     const u8 bytes[] = {1, 0, 0, 0, 0, 0, 0, 0, 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11};
     static_assert(sizeof(header) == sizeof(bytes));
     EXPECT_EQ(std::memcmp(&header, bytes, sizeof bytes), 0);
-    const virtio_blk::DiscardSegment segment{0x0102030405060708, 0x0a0b0c0d, 0};
-    const u8 discard[] = {8, 7, 6, 5, 4, 3, 2, 1, 0x0d, 0x0c, 0x0b, 0x0a, 0, 0, 0, 0};
-    EXPECT_EQ(std::memcmp(&segment, discard, sizeof discard), 0);
+    const virtio_blk::RangeSegment segment{0x0102030405060708, 0x0a0b0c0d, virtio_blk::segment_unmap};
+    const u8 range[] = {8, 7, 6, 5, 4, 3, 2, 1, 0x0d, 0x0c, 0x0b, 0x0a, 1, 0, 0, 0};
+    EXPECT_EQ(std::memcmp(&segment, range, sizeof range), 0);
+    EXPECT_EQ(to_underlying(virtio_blk::RequestType::write_zeroes), 13u);
     EXPECT_EQ(to_underlying(virtio_blk::RequestType::discard), 11u);
     EXPECT_EQ(to_underlying(virtio_blk::RequestType::get_id), 8u);
 }

@@ -29,6 +29,7 @@ class QueueDevice final : public drivers::virtio::Device, private MmioModel {
     Result<void> set_config_vector(u16) override { return {}; }
     u32 generation() override { return 0; }
     u32 config(u64, u32) override { return 0; }
+    void write_config(u64, u8) override {}
 
   protected:
     u8 read_status() override { return 0; }
