@@ -98,8 +98,8 @@ Result<void> Controller::lay_out(u32 index) {
                                            .submissions = lane.submissions,
                                            .completions = lane.completions,
                                            .lists = lane.lists,
-                                           .shadow = index != 0 ? shadow_.span() : DmaSpan{},
-                                           .events = index != 0 ? events_.span() : DmaSpan{},
+                                           .shadow = index != 0 && shadows_ ? shadow_.span() : DmaSpan{},
+                                           .events = index != 0 && shadows_ ? events_.span() : DmaSpan{},
                                            .entries = entries,
                                            .id = static_cast<u16>(index),
                                            .stride = registers_.stride(),
@@ -175,13 +175,10 @@ io::Task<Result<void>> Controller::use_doorbell_buffers() {
     std::memset(events_.data(), 0, events_.size());
     auto done =
         co_await admin_.command(doorbell_buffer_command(shadow_.bus(), events_.bus()), "DOORBELL BUFFER CONFIG");
-    if (!done) {
-        if (done.error().code != Code::io) {
-            co_return done.error();
-        }
-        shadow_.reset();
-        events_.reset();
+    if (!done && done.error().code != Code::io) {
+        co_return done.error();
     }
+    shadows_ = done.has_value(); // the buffers stay: a controller that reports an error may use them all the same
     co_return Result<void>{};
 }
 
@@ -232,7 +229,7 @@ io::Task<Result<void>> Controller::settle_write_cache() {
 
 void Controller::describe() {
     FixedText<96> features;
-    print(features, "{}{} queues={}", shadow_ ? "shadow-doorbells " : "", pci::name(interrupts_.kind()), lane_count_);
+    print(features, "{}{} queues={}", shadows_ ? "shadow-doorbells " : "", pci::name(interrupts_.kind()), lane_count_);
     namespaces_.use(info_, limits_, std::span(queues_).first(lane_count_), features);
     log::info("nvme{}: {} {} firmware {}, {} I/O {} by {}", index_, info_.model, info_.serial, info_.firmware,
               lane_count_, plural(lane_count_, "queues"), pci::name(interrupts_.kind()));
@@ -311,6 +308,7 @@ io::Task<Result<void>> Controller::watch() {
     if (auto left = co_await disconnect(); !left) {
         log::error("nvme{}: {}", index_, left.error());
     }
+    recovery_.done(recovery_.request()); // nobody waits for it any more
     co_return Result<void>{};
 }
 
@@ -367,7 +365,7 @@ io::Task<Result<void>> Controller::reset(Recovery::Cause cause) {
     }
     admin_queue().reclaim();
     CO_CHECK(co_await bring_up());
-    if (shadow_) {
+    if (shadows_) {
         CO_CHECK(co_await use_doorbell_buffers());
     }
     CO_TRY(const u32 granted, co_await ask_for_queues(lane_count_));

@@ -53,6 +53,8 @@ class Controller {
     /// I/O queue pairs.
     u32 queues() const { return lane_count_; }
     u64 resets() const { return recovery_.resets(); }
+    /// An abort or a reset is under way.
+    bool recovering() const { return recovery_.pending(); }
 
   private:
     struct Lane {
@@ -92,6 +94,7 @@ class Controller {
     Admin admin_;
     ControllerInfo info_;
     CommandSetLimits limits_;
+    bool shadows_ = false; // the doorbell buffers are in use
     DmaBuffer shadow_;
     DmaBuffer events_;
     std::array<Lane*, io::QueueGroup::max_queues> lanes_{}; // the first is the admin queue

@@ -260,6 +260,37 @@ TEST(NvmeRecovery, FewerQueuesThanProcessors) {
     EXPECT_EQ(attached_by_messages({}, 4, 1).sink.disks.at(0)->queues(), 1u) << "one vector, shared";
 }
 
+// A table that lies outside of its BAR, a BAR that is not there, and no lines either: an error, nothing enabled.
+TEST(NvmeRecovery, MessagesThatCannotBeUsed) {
+    for (const bool bar : {true, false}) {
+        auto m = std::make_unique<MessageMachine>(Options{}, 2, MessageMachine::entries, bar ? 0x8000 : 0x2000);
+        if (!bar) {
+            auto& f = m->space.functions.begin()->second;
+            f.bar_mask[4] = f.bar_mask[5] = 0;
+            f.set32(0x20, 0);
+            f.set32(0x24, 0);
+        }
+        EXPECT_FALSE(m->probe());
+        EXPECT_TRUE(m->interrupts.held.empty());
+        EXPECT_EQ(m->device.cc & 1, 0u);
+        EXPECT_TRUE(m->sink.disks.empty());
+    }
+}
+
+// A vector that is masked in the table loses nothing: the completions are there when it is unmasked, and found by the
+// ticks before.
+TEST(NvmeRecovery, AMaskedVector) {
+    MessageMachine& m = attached_by_messages({}, 2);
+    m.table.memory[0x2000 + 16 + 12] |= 1; // of the first I/O queue
+    LaneRequest r(m, 0, 0);
+    EXPECT_TRUE(m.turn_until([&] { return !r.request.pending(); }, 100));
+    EXPECT_EQ(r.request.status, Status::ok);
+    m.table.memory[0x2000 + 16 + 12] &= 0xfe;
+    LaneRequest again(m, 0, 64);
+    EXPECT_TRUE(m.turn_until([&] { return !again.request.pending(); }, 100));
+    EXPECT_EQ(m.device.resets, 0u);
+}
+
 TEST(NvmeRecovery, AllLanesWork) {
     for (const u32 vectors : {1u, 2u, 9u}) {
         MessageMachine& m = attached_by_messages({}, 2, vectors);
