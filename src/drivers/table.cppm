@@ -150,9 +150,16 @@ class Table {
 inline constexpr auto builtin_rules = std::to_array<Rule>({
     {hv::VmGuest::xen, driver_named("ata"), driver_named("xen_blk"), 100, Twin::leave},
     {hv::VmGuest::hyperv, driver_named("ata"), driver_named("storvsc"), 100, Twin::leave},
+    // Whatever the hypervisor: a host that shows these wants them used.
     {std::nullopt, driver_named("ata"), driver_named("virtio_blk"), 50, Twin::keep},
     {std::nullopt, driver_named("ata"), driver_named("virtio_scsi"), 50, Twin::keep},
     {std::nullopt, driver_named("ata"), driver_named("pvscsi"), 40, Twin::keep},
+    {std::nullopt, driver_named("nvme"), driver_named("virtio_blk"), 50, Twin::keep},
+    {std::nullopt, driver_named("nvme"), driver_named("virtio_scsi"), 50, Twin::keep},
+    {std::nullopt, driver_named("nvme"), driver_named("pvscsi"), 40, Twin::keep},
+    {std::nullopt, driver_named("ahci"), driver_named("virtio_blk"), 50, Twin::keep},
+    {std::nullopt, driver_named("ahci"), driver_named("virtio_scsi"), 50, Twin::keep},
+    {std::nullopt, driver_named("ahci"), driver_named("pvscsi"), 40, Twin::keep},
 });
 
 constexpr Table::Table() : Table(known_drivers, builtin_rules) {}

@@ -50,6 +50,33 @@ TEST(Table, BuiltIn) {
         << "every driver is tried everywhere: it finds its device or does not";
 }
 
+// The drivers of virtio's and VMware's disks come before those of each kind of emulated disk, on every hypervisor, and
+// a rule can turn each pair round.
+TEST(Table, ParavirtualDisksBeforeEmulatedOnes) {
+    for (const VmGuest guest :
+         {VmGuest::none, VmGuest::kvm, VmGuest::tcg, VmGuest::vmware, VmGuest::xen, VmGuest::hyperv}) {
+        for (const std::string native : {"ata", "nvme", "ahci"}) {
+            EXPECT_FALSE(drivers::driver_named(native)->synthetic);
+            for (const std::string synthetic : {"virtio_blk", "virtio_scsi", "pvscsi"}) {
+                EXPECT_TRUE(drivers::driver_named(synthetic)->synthetic);
+                Table table;
+                const auto before = [&](const std::string& a, const std::string& b) {
+                    const auto plan = table.plan(guest, std::nullopt);
+                    EXPECT_FALSE(plan.conflicting);
+                    return std::ranges::find(plan.drivers(), a) < std::ranges::find(plan.drivers(), b);
+                };
+                const auto plan = table.plan(guest, std::nullopt);
+                ASSERT_NE(plan.pair(native, synthetic), nullptr) << native << ' ' << synthetic;
+                EXPECT_TRUE(plan.both(native, synthetic)) << "they are different disks";
+                EXPECT_FALSE(plan.unplugs().any());
+                EXPECT_TRUE(before(synthetic, native));
+                EXPECT_TRUE(table.apply_word("rank,*," + native + "," + synthetic + ",-60"));
+                EXPECT_TRUE(before(native, synthetic));
+            }
+        }
+    }
+}
+
 TEST(Table, TheMapFileTurnsThePreferenceRound) {
     Table table;
     EXPECT_EQ(table.apply("# IDE first\nrank xen ata xen_blk -100\n"), 0u);
@@ -133,7 +160,7 @@ TEST(Table, AnyHypervisor) {
     EXPECT_EQ(table.apply("add * ata xen_blk 5 keep\n"), 0u);
     EXPECT_EQ(table.plan(VmGuest::kvm, std::nullopt).pair("ata", "xen_blk")->rank, 5);
     EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, 100) << "the named one beats it";
-    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair_count, 4u)
+    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair_count, 10u)
         << "the others are those of virtio_blk, virtio_scsi and pvscsi";
     EXPECT_EQ(table.apply("rank * ata xen_blk -3\n"), 0u) << "every rule of the pair";
     EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, -3);
