@@ -126,7 +126,7 @@ scsi::Unit* Controller::make(scsi::UnitNumber at, const scsi::UnitDescription& f
 
 io::Task<Result<void>> Controller::watch() {
     while (queue_.is_open()) {
-        const auto target = queue_.transport().take_changed();
+        const auto target = queue_.transport().targets().take();
         if (!target) {
             changes_.close();
             static_cast<void>(co_await changes_.wait());
@@ -145,14 +145,16 @@ void Controller::disconnect() {
     if (!std::exchange(opened_, false)) {
         return interrupts_.detach();
     }
-    queue_.transport().leave();
+    queue_.transport().recovery().leave();
     if (queue_.is_open()) {
         queue_.stop();
-    } else if (!queue_.transport().stopped()) {
+    } else if (!queue_.transport().recovery().stopped()) {
         static_cast<void>(adapter().command(AdapterCommand::adapter_reset)); // never opened, or it was refused
     }
     interrupts_.detach();
-    if (!queue_.transport().stopped()) { // takes its access to memory away, even from an adapter that does not answer
+    if (!queue_.transport()
+             .recovery()
+             .stopped()) { // takes its access to memory away, even from an adapter that does not answer
         device_.change_command({}, pci::Command::of(pci::Command::bus_master));
     }
     queue_.reclaim();

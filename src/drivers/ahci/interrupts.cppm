@@ -67,7 +67,7 @@ class HbaEvents {
         alone_ = message && std::popcount(used_) == 1;
     }
     /// Whether the port's turn must clear the interrupt.
-    bool alone() const { return alone_; }
+    inline bool alone() const { return alone_; }
     /// Register accesses of the handler since the last call.
     inline u64 take_accesses() { return accesses_.exchange(0, std::memory_order_relaxed); }
 

@@ -26,13 +26,14 @@ class PortMemory {
     u64 list_bus() const { return span_.bus + list_at; }
     u64 fis_bus() const { return span_.bus + fis_at; }
     /// A block of 512 bytes: 0 for data read by the driver's own commands, 1 for the ranges of a TRIM.
-    DmaSpan block(u32 index) const { return span_.subspan(block_at + 512 * index, 512); }
-    volatile CommandHeader& header(u32 slot) const {
+    inline DmaSpan block(u32 index) const { return span_.subspan(block_at + 512 * index, 512); }
+    inline volatile CommandHeader& header(u32 slot) const {
         return reinterpret_cast<volatile CommandHeader*>(span_.data + list_at)[slot];
     }
 
     /// Writes the header of `slot` and a table: `segments` in order, each up to 4 MiB, at most max_descriptors.
-    void encode(u32 slot, u32 table, const CommandFis& fis, bool to_device, std::span<const DmaSpan> segments) const {
+    inline void encode(u32 slot, u32 table, const CommandFis& fis, bool to_device,
+                       std::span<const DmaSpan> segments) const {
         auto* const to = reinterpret_cast<CommandTable*>(span_.data + tables_at) + table;
         to->fis = fis;
         for (usize i = 0; i < segments.size(); ++i) {
@@ -47,11 +48,11 @@ class PortMemory {
     }
 
     /// A dword of the received FIS area, which the HBA writes at any time.
-    u32 received(u32 at) const { return *word(at); }
-    void forget(u32 at) const { *word(at) = 0; }
+    inline u32 received(u32 at) const { return *word(at); }
+    inline void forget(u32 at) const { *word(at) = 0; }
 
   private:
-    volatile u32* word(u32 at) const { return reinterpret_cast<volatile u32*>(span_.data + fis_at + at); }
+    inline volatile u32* word(u32 at) const { return reinterpret_cast<volatile u32*>(span_.data + fis_at + at); }
     DmaSpan span_;
 };
 

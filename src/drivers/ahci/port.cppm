@@ -37,14 +37,14 @@ class Port {
         ++accesses_;
         value.write(abar_, block_);
     }
-    u32 read(u64 at) { return ++accesses_, abar_.read<u32>(block_ + at); }
-    void write(u64 at, u32 value) {
+    inline u32 read(u64 at) { return ++accesses_, abar_.read<u32>(block_ + at); }
+    inline void write(u64 at, u32 value) {
         ++accesses_;
         abar_.write<u32>(block_ + at, value);
     }
     u32 read_pending() { return ++accesses_, InterruptStatus::read(abar_).raw; }
     /// Clears bits of the HBA's interrupt status.
-    void clear_pending(u32 ports) {
+    inline void clear_pending(u32 ports) {
         ++accesses_;
         InterruptStatus::from(ports).write(abar_);
     }
@@ -78,8 +78,8 @@ class Port {
     /// Offset of a register of this port from ABAR.
     u64 at(u64 offset) const { return block_ + offset; }
     u32 number() const { return number_; }
-    u32 bit() const { return u32{1} << number_; }
-    u64 accesses() const { return accesses_; }
+    inline u32 bit() const { return u32{1} << number_; }
+    inline u64 accesses() const { return accesses_; }
 
   private:
     Mmio abar_;

@@ -47,7 +47,7 @@ struct Memory {
 
     DmaSpan rings; // ring_bytes, zeroed
     DmaSpan areas; // areas_bytes
-    DmaSpan area(u32 slot) const { return areas.subspan(slot * area_bytes, area_bytes); }
+    inline DmaSpan area(u32 slot) const { return areas.subspan(slot * area_bytes, area_bytes); }
 };
 
 class Adapter {
@@ -78,7 +78,7 @@ class Adapter {
     /// The number of targets. `page`: memory for the answer, zeroed by the call.
     u32 read_targets(DmaSpan page);
 
-    void kick(bool rw_only) { write(rw_only ? kick_rw_io_register : kick_non_rw_io_register, 0); }
+    inline void kick(bool rw_only) { write(rw_only ? kick_rw_io_register : kick_non_rw_io_register, 0); }
     void enable_interrupts(bool messages) {
         write(InterruptMask::offset,
               InterruptMask{}.set(InterruptMask::cmpl, 3).set(InterruptMask::msg, messages ? 3 : 0).raw);
@@ -96,13 +96,15 @@ class Adapter {
         return own;
     }
     /// Register accesses since the last call.
-    u32 take_accesses() { return std::exchange(accesses_, 0) + in_handler_.exchange(0, std::memory_order_relaxed); }
+    inline u32 take_accesses() {
+        return std::exchange(accesses_, 0) + in_handler_.exchange(0, std::memory_order_relaxed);
+    }
 
   private:
     Result<void> send(AdapterCommand which, std::span<const u32> words);
     u32 status() { return read(command_status_register); }
     u32 read(u64 at) { return ++accesses_, registers_.read<u32>(at); }
-    void write(u64 at, u32 value) {
+    inline void write(u64 at, u32 value) {
         ++accesses_;
         registers_.write<u32>(at, value);
     }

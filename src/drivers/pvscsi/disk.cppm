@@ -13,41 +13,14 @@ import io.executor;
 import io.block;
 import io.block_queue;
 import io.oldest_wait;
-import io.ring;
 export import drivers.pvscsi.protocol;
 export import drivers.pvscsi.adapter;
-export import drivers.scsi.commands;
+export import drivers.pvscsi.recovery;
+export import drivers.pvscsi.requests;
+export import drivers.pvscsi.rings;
+export import drivers.pvscsi.targets;
 
 export namespace fl::drivers::pvscsi {
-
-struct Address {
-    u8 target = 0;
-    u8 lun = 0;
-};
-
-/// A command of the driver itself, and its response.
-struct Exchange : io::Exchange {
-    using io::Exchange::Exchange;
-    Address unit;
-    scsi::Cdb cdb;
-    DmaSpan data{};          // read by the command; empty: none
-    scsi::Response response; // valid when answered; without data
-};
-
-/// Reads and writes are kicked when the adapter has at least as many unprocessed ones as it asks for [pvscsi].
-struct CallThreshold : io::Never {
-    static constexpr bool needs_consumed = true;
-    bool enabled = false; // else each turn with commands is kicked
-    template <class M, class P, class W>
-    bool wanted(M& memory, const io::RingLayout& layout, const P& p, W, W now) const {
-        if (!enabled) {
-            return true;
-        }
-        memory.full_barrier(); // our position before the adapter's
-        return p.distance(memory.template load_relaxed<W>(layout.consumed), now) >=
-               memory.template load_relaxed<W>(RingsState::request_call_threshold);
-    }
-};
 
 class Disk;
 
@@ -72,19 +45,14 @@ class Transport : public io::TransportDefaults {
         void* context = nullptr;
     };
 
-    explicit Transport(io::Executor& executor) : executor_(executor) {}
+    explicit Transport(io::Executor& executor) : executor_(executor), recovery_(executor, adapter_) {}
     Adapter& adapter() { return adapter_; }
     /// The adapter has the rings, empty.
     Result<void> start(const Memory& memory, const Options& options);
     static void on_interrupt(void* self);
-    /// From now on the adapter is reset when a command is abandoned.
-    void leave() { leaving_ = true; }
-    bool removed() const { return removed_.load(std::memory_order_relaxed); } // relaxed: orders no other data
-    /// It was reset, or is gone: it accesses no memory.
-    bool stopped() const { return stopped_; }
-    void request_scan(u32 target);
-    /// The next target that has changed since the last call; nullopt: none.
-    std::optional<u8> take_changed();
+    Recovery& recovery() { return recovery_; }
+    const Recovery& recovery() const { return recovery_; }
+    ChangedTargets& targets() { return targets_; }
 
     // io::BlockTransport
     void use(io::CommandTable<Transport>& commands) { commands_ = &commands; }
@@ -92,24 +60,21 @@ class Transport : public io::TransportDefaults {
     io::SendResult send(Command& command, u64 id);
     Result<void> publish(io::Counters& counters);
     io::Next next(io::Completion& completion);
-    Result<void> release(io::Counters&) { return completions_->release(), Result<void>{}; }
+    Result<void> release(io::Counters&) { return rings_.release(), Result<void>{}; }
     void settle(io::Counters& counters) { counters.device_accesses += adapter_.take_accesses(); }
-    Result<bool> arm() { return completions_->arm(1, requests_->owed()); }
+    Result<bool> arm() { return rings_.arm(); }
     inline u32 events() const { return interrupts_.load(std::memory_order_relaxed); }
     inline bool finish(Command&, io::Status) { return true; }
-    io::Fence fence(Command& command);
+    io::Fence fence(Command&) { return recovery_.fence(); }
     io::Recovery recover(const Command& oldest, io::OldestWait::Finding finding, std::string_view names);
     std::optional<Error> reset_ineffective(bool writes);
     Result<void> tick(Instant now, bool waiting);
     Error fault() const { return fault_.value_or(Error{Code::protocol, "a PVSCSI ring is broken"}); }
-    bool closing(io::Status) { return leave(), true; }
+    bool closing(io::Status) { return recovery_.leave(), true; }
     void closed(bool stopped);
 
   private:
-    void describe_data(RequestDescriptor& request, DmaSpan data, DmaSpan area) const;
     io::Completion judge(u64 id, Command& command, const CompletionDescriptor& answer, scsi::Response response);
-    Result<void> take_messages();
-    void reset();
     io::Next broken(const Error& why) { return fault_ = why, io::Next::broken; }
 
     io::Executor& executor_;
@@ -117,22 +82,13 @@ class Transport : public io::TransportDefaults {
     Memory memory_;
     Options options_;
     io::CommandTable<Transport>* commands_ = nullptr;
-    std::optional<io::Producer<io::MappedMemory, io::FreeRunning<u32>, CallThreshold>> requests_;
-    std::optional<io::Consumer<io::MappedMemory, io::FreeRunning<u32>, io::Always>> completions_;
-    std::optional<io::Consumer<io::MappedMemory, io::FreeRunning<u32>, io::Never>> messages_;
+    Rings rings_;
+    Recovery recovery_;
+    ChangedTargets targets_;
     bool other_ = false;    // a command that is not a read or write is unpublished
     bool withheld_ = false; // the last kick was not wanted
-    bool alive_ = false;    // a completion was taken since the last tick
-    bool leaving_ = false;
-    bool reset_ = false;
-    bool stopped_ = false;
-    u32 looked_ = 0; // interrupts when the message ring was last read
-    std::array<bool, max_targets> changed_{};
-    u64 aborted_ = 0; // number of the command that was aborted last
-    u32 aborted_context_ = 0;
-    std::optional<io::Bound> abort_bound_;
+    u32 looked_ = 0;        // interrupts when the message ring was last read
     std::optional<Error> fault_;
-    std::atomic<bool> removed_{false};
     std::atomic<bool> live_{false};  // release/acquire: the start, or the end, before it
     std::atomic<u32> interrupts_{0}; // relaxed: written by the handler, on this processor; ordered by raise()
 };
@@ -158,7 +114,9 @@ class Disk final : public io::QueueDisk<Transport> {
     const Unit& unit() const { return unit_; }
     /// Further requests are refused.
     void remove() { gone_.store(true, std::memory_order_relaxed); } // relaxed: orders no other data
-    bool removed() const override { return gone_.load(std::memory_order_relaxed) || owner_.transport().removed(); }
+    bool removed() const override {
+        return gone_.load(std::memory_order_relaxed) || owner_.transport().recovery().removed();
+    }
 
   private:
     friend class Transport;

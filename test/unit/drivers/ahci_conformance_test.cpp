@@ -91,7 +91,9 @@ class AhciRig final : public Rig {
         port().answer(m.hba, index, Port::How::garbled);
     }
     void event(u32) override { m.hba.spurious(); }
-    bool reachable(DmaSpan span) override { return port().reachable(span.bus, span.size); }
+    bool reachable(DmaSpan span) override { // a discarded range has no address
+        return span.data != nullptr && port().reachable(span.bus, span.size);
+    }
     void read_medium(u64 lba, u32 count, std::byte* into) override {
         for (u32 i = 0; i < count; ++i) {
             port().drive->read(lba + i, into + i * 512);

@@ -181,7 +181,7 @@ class PvscsiRig final : public Rig {
     }
     void close(u32, Status status) override { queue_.close(status, {Code::device_gone, "the test closes it"}); }
     void stop(u32) override {
-        queue_.transport().leave();
+        queue_.transport().recovery().leave();
         queue_.stop();
     }
     void reclaim(u32) override {

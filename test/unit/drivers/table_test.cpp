@@ -54,7 +54,7 @@ TEST(Table, BuiltIn) {
 // a rule can turn each pair round.
 TEST(Table, ParavirtualDisksBeforeEmulatedOnes) {
     for (const VmGuest guest :
-         {VmGuest::none, VmGuest::kvm, VmGuest::tcg, VmGuest::vmware, VmGuest::xen, VmGuest::hyperv}) {
+         {VmGuest::bare, VmGuest::kvm, VmGuest::tcg, VmGuest::vmware, VmGuest::xen, VmGuest::hyperv}) {
         for (const std::string native : {"ata", "nvme", "ahci"}) {
             EXPECT_FALSE(drivers::driver_named(native)->synthetic);
             for (const std::string synthetic : {"virtio_blk", "virtio_scsi", "pvscsi"}) {
