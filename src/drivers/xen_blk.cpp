@@ -245,8 +245,8 @@ io::Task<Result<void>> Vbd::read_geometry() {
         left_ = Unused::empty;
         co_return Error{Code::not_supported, "it has 0 bytes"};
     }
-    if (sectors > u64{1} << 54) {
-        co_return Error{Code::protocol, "the back end's disk has an impossible size (sectors)", u64{1} << 54, sectors};
+    if (sectors > largest_disk) {
+        co_return Error{Code::protocol, "the back end's disk has an impossible size (sectors)", largest_disk, sectors};
     }
     std::array<char, 8> text;
     const StorePath mode_key = join(front_.backend(), "mode");
@@ -302,12 +302,30 @@ io::Task<Result<void>> Vbd::watch_source() {
                        *back_state == BusState::unknown) {
                 disk_.close(io::Status::device_gone, {Code::device_gone, "the back end has closed the device (state)",
                                                       to_underlying(BusState::connected), to_underlying(*back_state)});
+            } else if (*back_state == BusState::connected) {
+                static_cast<void>(co_await follow_size());
             }
         }
         if (!disk_.is_open()) {
             co_return co_await disconnect();
         }
     }
+}
+
+// A back end that has changed the size rewrites its state [xen-blkif: dynamic resizing].
+io::Task<Result<void>> Vbd::follow_size() {
+    const u64 units_per_sector = disk_.geometry().sector_size / terms_.wire_unit;
+    const u64 old = disk_.geometry().sectors * units_per_sector;
+    const auto sectors = co_await xen_.store().number_or(front_.backend(), "sectors", old);
+    if (!sectors) {
+        log::warning("{}: its size is not known: {}", disk_.identity().name.view(), sectors.error());
+    } else if (*sectors > largest_disk) {
+        log::warning("{}: the back end reports an impossible size, {} sectors: it keeps its own",
+                     disk_.identity().name.view(), *sectors);
+    } else if (disk_.is_open()) {
+        disk_.resize(*sectors / units_per_sector);
+    }
+    co_return Result<void>{};
 }
 
 io::Task<Result<void>> Vbd::disconnect() {

@@ -55,6 +55,7 @@ class Vbd {
 
   private:
     static constexpr u32 max_ring_pages = 1u << max_ring_order;
+    static constexpr u64 largest_disk = u64{1} << 54; // in the units of "sectors"; more is nonsense
 
     io::Task<Result<void>> reset();
     io::Task<Result<void>> negotiate();
@@ -64,6 +65,7 @@ class Vbd {
     io::Task<Result<void>> read_geometry();
     io::Task<Result<void>> read_features();
     io::Task<Result<bool>> offers(std::string_view feature);
+    io::Task<Result<void>> follow_size();
     io::Task<Result<void>> watch_source();
     void add_entry(std::string_view key, std::string_view value);
     void add_entry(std::string_view key, u64 value);

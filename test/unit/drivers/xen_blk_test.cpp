@@ -259,6 +259,31 @@ TEST(XenBlk, CdromsAndUnknownDevicesAreNotUsed) {
 }
 
 // Each change of the state wakes the wait for it, so that the wait itself never times out.
+TEST(XenBlk, FollowsANewSize) {
+    for (const u32 sector : {512u, 4096u}) {
+        DiskMachine m({.sectors = 8 * 1000, .sector_size = sector});
+        ASSERT_TRUE(m.probe());
+        const u64 unit = m.disk().geometry().sectors == 1000 ? 8 : 1; // "sectors" counts units of 512 bytes, or sectors
+        const auto change = [&](u64 sectors) {
+            m.back.disk.resize(std::min<u64>(sectors, 8 * 2100) * 512);
+            m.back.put("sectors", sectors);
+            m.back.go(4);
+            EXPECT_TRUE(m.run(fake::sleep(m.executor, 50'000'000)));
+            return m.disk().geometry().sectors;
+        };
+        EXPECT_EQ(change(8 * 2000 + 7), (8 * 2000 + 7) / unit) << "grown";
+        const DmaSpan buffer = m.buffer(4096);
+        EXPECT_TRUE(m.run(fake::read(m.disk(), (8 * 1500) / unit, buffer))) << "beyond the old end";
+        EXPECT_EQ(change(8 * 500), (8 * 500) / unit) << "shrunk";
+        EXPECT_EQ(m.run(fake::read(m.disk(), (8 * 500) / unit, buffer)).error().code, Code::bad_argument);
+        EXPECT_EQ(change(~u64{0}), (8 * 500) / unit) << "nonsense";
+        m.xen.tree[m.back.back + "/sectors"] = "x";
+        m.back.go(4);
+        EXPECT_TRUE(m.run(fake::sleep(m.executor, 50'000'000)));
+        EXPECT_EQ(m.disk().geometry().sectors, (8 * 500) / unit) << "not a number";
+    }
+}
+
 TEST(XenBlk, ABackEndThatChangesItsStateForEverIsBounded) {
     DiskMachine m({.never_connects = true});
     u32 state = 1;
@@ -648,6 +673,7 @@ struct Figures {
     u64 frames = 0;
 };
 io::Task<Result<void>> run_load(DiskMachine& m, Load& load, u32 depth, Figures& figures) {
+    co_await m.executor.sleep(1'000'000); // the driver has looked at the back end's last state
     io::TaskGroup group(m.executor);
     for (u32 i = 0; i < depth; ++i) {
         if (auto s = group.spawn(worker(load, m.buffer(load.bytes), i)); !s) {
