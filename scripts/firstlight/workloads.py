@@ -137,6 +137,7 @@ DRIVERS = {
     "xen": Driver("xen_blk", "synthetic", yardstick.Driver("xen-blkfront", "vbd")),
     "scsi": Driver("storvsc", "synthetic", yardstick.Driver("storvsc", "hv_storvsc")),
     "virtio": Driver("virtio_blk", "synthetic", yardstick.Driver("virtio_blk", "virtio_blk"), qemu=True),
+    "vscsi": Driver("virtio_scsi", "synthetic", yardstick.Driver("virtio_scsi", "virtio_scsi"), qemu=True),
     "pvscsi": Driver("pvscsi", "synthetic", yardstick.Driver("vmw_pvscsi", "vmw_pvscsi"), qemu=True),
     "ide": Driver("ata", "emulated", yardstick.Driver("ata_piix", "ata_piix"), qemu=True),
     "nvme": Driver("nvme", "emulated", yardstick.Driver("nvme", "nvme"), qemu=True),

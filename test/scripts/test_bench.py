@@ -123,9 +123,9 @@ class Chosen(unittest.TestCase):
         self.assertIn(workloads.BASELINES["all"], workloads.COMPARISONS["all"][0].disks)
 
     def test_disks_by_each_of_their_names(self):
-        for word, disks in (("xen", ["xvda"]), ("xvda", ["xvda"]), ("nvme", ["nvme0n1"]), ("pvscsi", ["sda"]), ("sata", ["sdb"])):
+        for word, disks in (("xen", ["xvda"]), ("xvda", ["xvda"]), ("nvme", ["nvme0n1"]), ("vscsi", ["sda"]), ("pvscsi", ["sdb"]), ("sata", ["sdc"])):
             self.assertEqual(self.names("all", disks=[word]), [("all", disks)])
-        self.assertEqual(self.names("all", disks=["sata", "xen"])[0][1], ["xvda", "sdb"])
+        self.assertEqual(self.names("all", disks=["sata", "xen"])[0][1], ["xvda", "sdc"])
         self.assertEqual(self.names("microvm", disks=["pci"]), [("microvm", ["pci"])])
         self.assertEqual(self.names("microvm", disks=["vda"]), [("microvm", ["mmio", "pci"])])
         self.assertEqual(self.names(disks=["xen"]), [("xen-emu", ["xvda"])])
@@ -177,9 +177,18 @@ class HostSide(unittest.TestCase):
         self.assertIn("if=ide,index=0,id=hda,format=raw,file={disk:hda.img},cache=unsafe", text)
         self.assertNotIn("aio", self.drives("kvm", "ide:1m", "virtio:1m"))
 
+    def test_disks_of_one_scsi_host_share_its_thread(self):
+        text = self.drives("kvm", "vscsi:1m", "vscsi:1m,iothread", "vscsi:1m,iothread,content=null")
+        self.assertEqual(text.count("-object"), 1)
+        self.assertIn("-object iothread,id=io-vscsi -device virtio-scsi-pci,id=vscsi,iothread=io-vscsi", text)
+        self.assertIn("scsi-hd,drive=sdb,serial=sdb,bus=vscsi.0,scsi-id=0,lun=1", text)
+        self.assertIn("id=sdc,driver=null-co", text)
+        self.assertNotIn("scsi-hd,drive=sdb,serial=sdb,bus=vscsi.0,scsi-id=0,lun=1,iothread", text)
+        self.assertNotIn("iothread", self.drives("kvm", "vscsi:1m"))
+
     def test_what_qemu_refuses(self):
         for platform, disk, said in (
-            ("kvm", "ide:1m,iothread", "iothread is for disks on xen, virtio"), ("kvm", "nvme:1m,iothread", "nvme device has no I/O thread"), ("kvm", "1m,aio=native", "needs cache=none or cache=directsync"),
+            ("kvm", "ide:1m,iothread", "iothread is for disks on xen, virtio, vscsi"), ("kvm", "nvme:1m,iothread", "nvme device has no I/O thread"), ("kvm", "1m,aio=native", "needs cache=none or cache=directsync"),
             ("kvm", "1m,aio=native,cache=unsafe", "not unsafe"), ("hyperv", "scsi:1m,cache=none", "cache= is for QEMU's disks"), ("xen-pvh", "xen:1m,iothread", "iothread is for QEMU's"),
             ("qemu-pvh", "1m,content=null,aio=threads", "content=null has none"), ("kvm", "1m,aio=posix", "aio=threads|native|io_uring"), ("kvm", "1m,cache=back", "cache=writeback|none"),
             ("kvm", "virtio:1m,iothread=yes", "is not one of"),
@@ -248,7 +257,7 @@ class Recorded(unittest.TestCase):
     def test_tables(self):
         jobs, said = self.compare("--iothread")
         self.assertIn("QEMU's disks (xvda, nvme0n1): aio=threads, cache=writeback, I/O threads: xvda\n", said)
-        self.assertIn("platform all, boot pvh, deterministic time; xen-emu (QEMU): xvda, vda, sda, hda, nvme0n1, sdb", said)
+        self.assertIn("platform all, boot pvh, deterministic time; xen-emu (QEMU): xvda, vda, sda, sdb, hda, nvme0n1, sdc", said)
         rows = [line.split() for line in said.splitlines()]
         self.assertIn("xvda xen_blk randread 4k qd2 18565 11429 1.62 0.000 0.500 0.500 0.500 0.000".split(), rows)
         self.assertIn("nvme0n1 nvme randread 4k qd1 10396 7273 1.43 1.000 0.000 1.000 1.000 0.000".split(), rows)
@@ -361,7 +370,10 @@ class FoundByDriver(unittest.TestCase):
         self.tree()
         self.device("pci0/3", "ahci")
         self.block("sdb", self.device("pci0/3/ata2/host1/0:0:0:0", "sd"))
-        for driver, device in (("ata_piix", "sda"), ("ahci", "sdb"), ("virtio_blk", "vda")):
+        self.device("pci0/6", "virtio-pci")
+        self.device("pci0/6/virtio1", "virtio_scsi")
+        self.block("sdc", self.device("pci0/6/virtio1/host2/target2:0:0/2:0:0:0", "sd"))
+        for driver, device in (("ata_piix", "sda"), ("ahci", "sdb"), ("virtio_blk", "vda"), ("virtio_scsi", "sdc")):
             self.assertEqual(self.run_shell(f"find_disk {driver} 3 && echo $device"), ([device], 0))
 
     def test_an_nvme_disk_of_a_subsystem(self):

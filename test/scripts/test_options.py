@@ -85,7 +85,7 @@ class Options(unittest.TestCase):
             ("run", f"--efi {self.elf} --boot uefi", "an EFI application"), ("run", f"--kernel {nothing}", "No such file"),
             ("run", "--platform nonsense", "invalid choice"), ("run", "--lab maybe", "invalid choice"), ("run", "--gdb --gdb-port 0", "1 to 65535"),
             ("run", "--cpus 1 --cpus 2", "given twice"), ("run", "--frob", "--help lists the options"), ("run", "--cpu 2", "unrecognized"), ("run", "word", "unrecognized"),
-            ("run", "--disk floppy:64M", "the buses are ide, xen, scsi, accel, virtio, nvme, sata, pvscsi"), ("run", f"--disk ide:{nothing}", "no such file exists"), ("run", f"--disk {self.folder}", "it is a folder"),
+            ("run", "--disk floppy:64M", "the buses are ide, xen, scsi, accel, virtio, nvme, sata, pvscsi, vscsi"), ("run", f"--disk ide:{nothing}", "no such file exists"), ("run", f"--disk {self.folder}", "it is a folder"),
             ("run", "--disk 64x", "a size like 64m or a file was expected"), ("run", "--disk ide:", "none is there"), ("run", "--disk ,content=zero", "none is there"),
             ("run", "--platform xen-pvh --disk xen:1m,backing=tape", "backing=loop|ram|readonly"), ("run", "--disk 0", "is not a size"), ("run", "--disk 1m,colour=red", "is not one of"),
             ("run", f"--disk {self.elf},content=zero", "content of its file"), ("run", "--disk 1m,content=zero,content=sparse", "given twice"),
