@@ -14,7 +14,7 @@ from .machine import AIO, CACHES, DIRECT_CACHES, IOTHREAD_BUSES, PLATFORMS, Disk
 from .options import Conflict, Parser, demand_agreement, listed, name_pattern, one_line, whole
 from .problems import EXIT_HELP, Exit, Problem
 from .records import Verdict
-from .workloads import DISK_BYTES, Chosen, Side, Workload
+from .workloads import DISK_BYTES, WAITS, Chosen, Side, Workload
 
 # Write each page once before measuring: the first write to a page of tmpfs costs more than later ones.
 DISK_CONTENT = "pattern"
@@ -39,6 +39,8 @@ def arguments() -> Parser:
         "bs=, qd=, count=, seed= and for randrw mix= (per cent of reads), as in randrw,bs=16k,qd=4,count=2000")
     parser.add_argument("--disk", type=listed, action="append", default=[], metavar="NAME,…", help=f"only these disks, by the name in the table, the kernel's, or the bus: {', '.join(workloads.DRIVERS)} (default: all)")
     parser.add_argument("--sweep", type=workloads.parse_sweep, default=(), metavar="qd=LOW..HIGH", help="each pattern and block size at each power of two of queue depths, as in qd=1..128, with a table by depth")
+    parser.add_argument("--wait", type=workloads.parse_waits, default=WAITS[:1], metavar="POLICY,…", help="what the kernel's processors do while their disks work: sleep until an interrupt, poll, or adaptive, which polls "
+        f"for a while and then sleeps; one machine for each of {', '.join(WAITS)}, and a table of what each costs (default: {WAITS[0]})")
     parser.add_argument("--aio", choices=AIO, help="how QEMU reads and writes the images (default: threads, as QEMU's)")
     parser.add_argument("--cache", choices=CACHES, help="QEMU's cache mode (default: writeback, as QEMU's)")
     parser.add_argument("--iothread", action="store_true", help=f"an I/O thread for each of QEMU's disks that can have one ({', '.join(IOTHREAD_BUSES)})")
@@ -58,13 +60,13 @@ LISTED = "nothing is measured"
 CONFLICTS = (
     *vmm.conflicts(("boot", "wall", "lab", "yardstick", "only", "aio", "cache", "iothread", "list")),
     *(Conflict(("list", name), LISTED) for name in ("qemu", "qemu_arg")),
-    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build", "aio", "cache", "iothread")),
+    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build", "wait", "aio", "cache", "iothread")),
     Conflict(("sweep", "workload"), "qd= is what --sweep sets: leave it out of --workload", lambda options: any(one.qd != 1 for one in options.workload)),
     Conflict(("aio",), f"native is for O_DIRECT: add --cache {' or --cache '.join(DIRECT_CACHES)}", lambda options: options.aio == "native" and options.cache not in DIRECT_CACHES),
     Conflict(("seed",), "is what the starts of several runs follow from: use it with --runs 2 or more", lambda options: options.runs == 1),
     Conflict(("wall", "lab"), "--lab never measures on this machine's own KVM, always in wall-clock time: leave out --wall", lambda options: options.lab == "never"),
 )
-OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks")  # words of the kernel's command line that the jobs set
+OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks", "wait")  # words of the kernel's command line that the jobs set
 
 
 def check(options) -> list[Chosen]:
@@ -89,7 +91,7 @@ def check(options) -> list[Chosen]:
         key = word.partition("=")[0]
         if key in OWN_KEYS:
             raise Problem(
-                f"--cmdline {word}: {key}= is what the jobs set themselves; --only picks among them, and scripts/run --cmdline 'job=bench …' measures "
+                f"--cmdline {word}: {key}= is what the jobs set themselves; {'--wait' if key == 'wait' else '--only'} picks among them, and scripts/run --cmdline 'job=bench …' measures "
                 "anything else.",
                 Exit.USAGE,
             )
@@ -268,6 +270,8 @@ def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
         print("\nLinux with fio, same machines, same images, same start of the lab\n\n" + report.results(theirs))
     if options.sweep:
         print("\n" + report.by_depth(ours, theirs))
+    if options.wait != WAITS[:1]:
+        print("\nwhat the processors did while the disks worked, and what it cost\n\n" + report.by_wait(ours))
     if compared:
         print("\n" + compared)
     if options.runs > 1:
@@ -276,7 +280,7 @@ def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
 
 
 def guests(sides: Sequence[Side], chosen: Chosen, options) -> list[Machine]:
-    machines = [main_machine(side, chosen, options) for side in sides]
+    machines = [main_machine(side, chosen, options, wait) for side in sides for wait in options.wait]
     if options.yardstick:
         machines += [linux_machine(side, chosen, options) for side in sides]
     return machines
@@ -348,7 +352,11 @@ def more(side: Side, options) -> list[str]:
     return [*side.arguments, *(word for words in options.qemu_arg for word in words)]
 
 
-def main_machine(side: Side, chosen: Chosen, options) -> Machine:
+def machine_name(side: Side, wait: str) -> str:
+    return f"bench-{side.key}" + (f"-{wait}" if wait != WAITS[0] else "")
+
+
+def main_machine(side: Side, chosen: Chosen, options, wait: str = WAITS[0]) -> Machine:
     disks = [disk for disk in side.disks if disk in chosen.disks]
     names = ",".join(side.kernel_name(disk) for disk in disks)
     words = ["job=bench", "emulated=keep", f"disk={names}"]
@@ -357,10 +365,12 @@ def main_machine(side: Side, chosen: Chosen, options) -> Machine:
     words += [workload.word for workload in chosen.workloads]
     if kind_of(side).marks:
         words.append(f"marks={kind_of(side).marks:#x}")
+    if wait != WAITS[0]:
+        words.append(f"wait={wait}")
     if options.cmdline:
         words.append(options.cmdline)
     return Machine(
-        f"bench-{side.key}", side.platform, side.machine, boot="" if side.vmm else options.boot, cmdline=" ".join(words), disks=images(side, options),
+        machine_name(side, wait), side.platform, side.machine, boot="" if side.vmm else options.boot, cmdline=" ".join(words), disks=images(side, options),
         timeout=seconds(60, disks, chosen.workloads, in_wall_time(side, options)), extra=more(side, options), qemu=options.named_qemu, vmm=side.vmm,
     )  # fmt: skip
 
@@ -395,7 +405,7 @@ def progress(total: int, asked: Sequence[Workload], sides: Mapping[str, Side] = 
             disk = sides[name].disk(record["disk"]) if name in sides else record["disk"]
             launch.warn(
                 f"  [{done}/{total}] {time.monotonic() - begin:5.1f} s  {disk} {record['workload']} "
-                f"{record['bs'] // 1024}k qd{record['qd']}: {rate:.0f} IOPS"
+                f"{record['bs'] // 1024}k qd{record['qd']}{' ' + record['wait'] if 'wait' in record else ''}: {rate:.0f} IOPS"
             )
         elif record and record["record"] in ("boot", "disk", "error"):
             launch.warn(f"  {time.monotonic() - begin:11.1f} s  " + describe(record))
@@ -429,8 +439,8 @@ def describe(record: dict) -> str:
 
 
 def measure(ready: lab.Lab | None, chosen: Chosen, sides: Sequence[Side], machines: list[Machine], mode: str, forced: str, options) -> list[dict]:
-    total = len(chosen.disks) * len(chosen.workloads) * (2 if options.yardstick else 1)
-    by_machine = {f"{who}-{side.key}": side for side in sides for who in ("bench", "linux")}
+    total = len(chosen.disks) * len(chosen.workloads) * (len(options.wait) + (1 if options.yardstick else 0))
+    by_machine = {name: side for side in sides for name in (f"linux-{side.key}", *(machine_name(side, wait) for wait in options.wait))}
     boots = launch.boot(
         ready, machines, wall=options.wall, forced=forced, live=progress(total, chosen.workloads, by_machine), keep=paths.RUNS / "bench" / chosen.comparison
     )
@@ -461,6 +471,10 @@ def our_jobs(boot: launch.Boot, chosen: Chosen, side: Side, mode: str) -> list[d
                 f"{', '.join(side.buses)}, so the name is that of another disk. The log is in build/runs/bench/{chosen.comparison}/serial.log.",
                 Exit.FAILURE,
             )
+    wait = next((word.partition("=")[2] for word in boot.machine.cmdline.split() if word.startswith("wait=")), WAITS[0])
+    for record in found:
+        if record.get("wait", WAITS[0]) != wait:
+            raise Problem(f"{record['disk']} {record['workload']}: the kernel measured wait={record.get('wait', WAITS[0])}, wait={wait} was asked for.", Exit.FAILURE)
     failed = [record for record in found if record["errors"]]
     if failed:
         raise Problem(f"{failed[0]['disk']} {failed[0]['workload']}: {failed[0]['errors']} failed I/Os, none is allowed. The log is in build/runs/bench/{chosen.comparison}/serial.log.", Exit.FAILURE)

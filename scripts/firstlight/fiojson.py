@@ -15,7 +15,7 @@ from pathlib import Path
 from . import paths
 from .problems import Exit, Problem
 
-PER_IO = ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations")
+PER_IO = ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations", "sleeps", "busy_ns")
 # slat: submission and completion are not measured separately, so clat equals lat. fio samples bandwidth and rate twice a second.
 NOT_MEASURED = ("slat_ns", "clat_ns apart from lat_ns", "bw_* and iops_* samples", "usr_cpu", "sys_cpu")
 
@@ -129,8 +129,9 @@ def size_word(size: int) -> str:
 def job(result: dict, context: dict) -> dict:
     """`context`: platform, boot, vm_guest, mode."""
     mixed = {"rwmixread": str(result["mix"])} if result["workload"] == "mixed" else {}
+    wait = result.get("wait", "interrupt")
     return {
-        "jobname": f"{result['disk']}-{result['workload']}-{size_word(result['bs'])}-qd{result['qd']}",
+        "jobname": f"{result['disk']}-{result['workload']}-{size_word(result['bs'])}-qd{result['qd']}" + (f"-{wait}" if wait != "interrupt" else ""),
         "groupid": 0,
         "error": result["errors"],
         "elapsed": max(1, round(result["runtime_ns"] / 1e9)),
@@ -159,6 +160,8 @@ def job(result: dict, context: dict) -> dict:
             "kind": result["kind"],
             "runtime_ns": result["runtime_ns"],
             **{f"{what}_per_io": per_io(result, what) for what in PER_IO},
+            "wait": wait,
+            "busy_share": result["busy_ns"] / max(1, result["runtime_ns"] * result.get("lanes", 1)),
             "exits_per_io": per_io(result, "exits") if "exits" in result else None,
             "not_measured": list(NOT_MEASURED),
         },
@@ -196,7 +199,8 @@ def place(job: dict) -> Path:
     extra, options = job["firstlight"], job["job options"]
     mixed = [f"{options['rw']}{options['rwmixread']}"] if "rwmixread" in options else []
     name = "-".join((options["rw"], options["iodepth"], options["numjobs"]))
-    return Path(f"{extra['platform']}-{extra['disk']}-{extra['driver']}", *mixed, options["bs"], f"{name}.json")
+    waits = f"-{extra['wait']}" if extra.get("wait", "interrupt") != "interrupt" else ""
+    return Path(f"{extra['platform']}-{extra['disk']}-{extra['driver']}{waits}", *mixed, options["bs"], f"{name}.json")
 
 
 def write_folder(folder: Path, jobs: Sequence[dict]) -> None:

@@ -52,6 +52,9 @@ OUTPUTS = {
     "hyperv": Output("scripts/bench --only hyperv --yardstick", first_and_last, 3600),
     "all": Output("scripts/bench --only all --yardstick", first_and_last, 3600),
     "microvm": Output("scripts/bench --only microvm --yardstick", first_and_last, 3600),
+    "wait": Output(
+        "scripts/bench --only all --disk xen,virtio,nvme --workload randread,count=1000 --workload randread,qd=32,count=1000 --wait interrupt,poll,adaptive", first_and_last, 3600
+    ),
     "test": Output("scripts/test", whole_suites, 7200),
 }
 
@@ -92,7 +95,7 @@ def arguments() -> Parser:
     parser = Parser(
         prog="scripts/outputs",
         description="Run the commands that docs/OUTPUT.md shows and put there what they print. A command that fails changes nothing.",
-        epilog="It takes as long as the commands do: scripts/bench four times, scripts/test once.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
+        epilog="It takes as long as the commands do: scripts/bench five times, scripts/test once.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
     parser.add_argument("--only", choices=tuple(OUTPUTS), action="append", default=[], help="only this output, several times (default: all)")
     parser.add_argument("--list", action="store_true", help="list the outputs and their commands")

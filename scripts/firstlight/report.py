@@ -34,7 +34,7 @@ def row(job: dict) -> list[str]:
     extra, latency = job["firstlight"], part(job)["lat_ns"]
     figures = [extra.get(f"{name}_per_io") for name in ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations", "exits")]
     return [
-        extra["disk"], extra["driver"], extra["kind"], label(job), f"{iops(job):.0f}",
+        extra["disk"], extra["driver"], extra["kind"], title(job), f"{iops(job):.0f}",
         f"{(job['read']['bw_bytes'] + job['write']['bw_bytes']) / (1 << 20):.1f}",
         *(f"{value / 1000:.1f}" for value in (latency["mean"], percentile(latency, 50), percentile(latency, 99))),
         *("-" if value is None else f"{value:.3f}" for value in figures),
@@ -44,6 +44,12 @@ def row(job: dict) -> list[str]:
 def label(job: dict) -> str:
     options = job["job options"]
     return f"{options['name']} {options['bs']} qd{options['iodepth']}"
+
+
+def title(job: dict) -> str:
+    """label(), with the kernel's way to wait if it is not the default."""
+    wait = job["firstlight"].get("wait", "interrupt")
+    return label(job) + (f" {wait}" if wait != "interrupt" else "")
 
 
 def terminal() -> int | None:
@@ -106,7 +112,7 @@ def key(job: dict) -> tuple[str, str]:
 def compared(ours: Sequence[dict], theirs: Sequence[dict], baseline: str) -> str:
     """Every disk and workload: IOPS, as a multiple of the baseline disk's and of Linux's on the same disk, and what an I/O of this kernel costs."""
     linux = {key(job): iops(job) for job in theirs}
-    base = {label(job): iops(job) for job in ours if job["firstlight"]["disk"] == baseline}
+    base = {title(job): iops(job) for job in ours if job["firstlight"]["disk"] == baseline}
     costs = ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations")
 
     def quotient(above: float, below: float | None) -> str:
@@ -116,7 +122,7 @@ def compared(ours: Sequence[dict], theirs: Sequence[dict], baseline: str) -> str
     for job in ours:
         theirs_too = [f"{linux[key(job)]:.0f}" if key(job) in linux else "-", quotient(iops(job), linux.get(key(job)))] if theirs else []
         rows.append(
-            [job["firstlight"]["disk"], job["firstlight"]["driver"], label(job), f"{iops(job):.0f}", *([quotient(iops(job), base.get(label(job)))] if base else []), *theirs_too,
+            [job["firstlight"]["disk"], job["firstlight"]["driver"], title(job), f"{iops(job):.0f}", *([quotient(iops(job), base.get(title(job)))] if base else []), *theirs_too,
              *(f"{job['firstlight'][f'{cost}_per_io']:.3f}" for cost in costs)]
         )  # fmt: skip
     heads = ["disk", "driver", "workload", "IOPS", *([f": {baseline}"] if base else []), *(["Linux", "ours : Linux"] if theirs else []), *HEADS[9:14]]
@@ -130,14 +136,34 @@ def by_depth(ours: Sequence[dict], theirs: Sequence[dict]) -> str:
         for job in jobs:
             options = job["job options"]
             depths = rates.setdefault((options["name"], options["bs"]), {})
-            depths.setdefault(int(options["iodepth"]), {})[who + job["firstlight"]["disk"]] = iops(job)
+            wait = job["firstlight"].get("wait", "interrupt")
+            column = who + job["firstlight"]["disk"] + (f" {wait}" if wait != "interrupt" else "")
+            depths.setdefault(int(options["iodepth"]), {})[column] = iops(job)
     parts = []
     for (name, bs), depths in rates.items():
         disks = dict.fromkeys(disk for found in depths.values() for disk in found if not disk.startswith("Linux "))
-        columns = [column for disk in disks for column in ((disk, f"Linux {disk}") if theirs else (disk,))]
+        linux = {column for found in depths.values() for column in found if column.startswith("Linux ")}
+        columns = [column for disk in disks for column in (disk, f"Linux {disk}") if column == disk or column in linux]
         rows = [[str(depth), *(f"{found[column]:.0f}" if column in found else "-" for column in columns)] for depth, found in sorted(depths.items())]
         parts.append(f"{name} {bs}: IOPS by queue depth\n\n" + table(["qd", *columns], rows, 0, width=terminal()))
     return "\n\n".join(parts)
+
+
+def by_wait(jobs: Sequence[dict]) -> str:
+    """For each disk and workload the kernel's ways to wait, below each other: what each is worth, and what it costs."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for job in jobs:
+        groups.setdefault(key(job), []).append(job)
+    rows = []
+    for job in (job for group in groups.values() for job in group):
+        extra, latency = job["firstlight"], part(job)["lat_ns"]
+        counts = [extra.get(f"{name}_per_io") for name in ("device_accesses", "notifications", "interrupts", "exits", "sleeps")]
+        rows.append(
+            [extra["disk"], extra["driver"], label(job), extra["wait"], f"{iops(job):.0f}", *(f"{value / 1000:.1f}" for value in (latency["mean"], percentile(latency, 99))),
+             *("-" if value is None else f"{value:.3f}" for value in counts), f"{extra['busy_ns_per_io'] / 1000:.1f}", f"{extra['busy_share'] * 100:.0f} %"]
+        )  # fmt: skip
+    heads = ("disk", "driver", "workload", "wait", "IOPS", "mean us", "p99 us", "acc/IO", "notif/IO", "irq/IO", "exit/IO", "halt/IO", "busy us/IO", "busy")
+    return table(heads, rows, 4, (0, 2, 3), terminal())
 
 
 def host_side(jobs: Sequence[dict]) -> str:
@@ -153,9 +179,12 @@ def host_side(jobs: Sequence[dict]) -> str:
 def ratios(ours: Sequence[dict], theirs: Sequence[dict] = ()) -> str:
     """Synthetic against emulated, and ours against Linux on the same disk, workload by workload."""
     rates: dict[str, dict[str, float]] = {}
-    for who, jobs in (("", ours), ("linux ", theirs)):
-        for job in jobs:
-            rates.setdefault(label(job), {})[who + job["firstlight"]["kind"]] = iops(job)
+    for job in ours:
+        rates.setdefault(title(job), {})[job["firstlight"]["kind"]] = iops(job)
+    for job in theirs:
+        same = dict.fromkeys(title(own) for own in ours if label(own) == label(job))
+        for name in same or (label(job),):
+            rates.setdefault(name, {})["linux " + job["firstlight"]["kind"]] = iops(job)
 
     def quotient(found: dict[str, float], above: str, below: str) -> str:
         return f"{found[above] / found[below]:.2f}" if found.get(above) and found.get(below) else "-"

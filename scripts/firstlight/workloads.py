@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .vmm import Vmm
 
 DISK_BYTES = 64 << 20
+# What the kernel's processors do while their disks work (io.executor's wait_names): its key wait=, the default first.
+WAITS = ("interrupt", "poll", "adaptive")
 # The kernel's limits (io.bench, boot.options).
 MOST_BS, MOST_QD, MOST_COUNT, MOST_SEED = 1 << 20, 256, (1 << 32) - 1, (1 << 63) - 1
 MOST_WORKLOADS = 32  # of one boot
@@ -103,6 +105,14 @@ def parse_workload(text: str) -> Workload:
     if pattern in ("read", "write") and workload.count > DISK_BYTES // bs:
         raise wrong(f"count={workload.count} was given; a disk has {DISK_BYTES >> 20} MiB, so at most {DISK_BYTES // bs} sequential I/Os of {workload.bs} were expected")
     return workload
+
+
+def parse_waits(text: str) -> tuple[str, ...]:
+    """The type of --wait: some of WAITS, separated by commas."""
+    words = tuple(text.split(","))
+    if not set(words) <= set(WAITS) or len(set(words)) != len(words):
+        raise argparse.ArgumentTypeError(f"{text!r} was given, some of {', '.join(WAITS)} were expected, each at most once, as in {','.join(WAITS)}")
+    return words
 
 
 def parse_sweep(text: str) -> tuple[int, ...]:

@@ -333,6 +333,12 @@ Task<Result<void>> Bench::slot(Bench& bench, BlockDevice& disk, u32 index) {
     co_return Result<void>{};
 }
 
+void Bench::count_sleep(const Executor& executor, const Slept& before) {
+    ended_ = executor.elapsed();
+    sleeps_ = executor.idles() - before.sleeps;
+    busy_ = ended_ - before.begun - (executor.slept() - before.slept) - thinktime_;
+}
+
 Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, BenchOptions options) {
     if (auto ready = prepare(disk, workload, options); !ready) {
         release();
@@ -355,9 +361,13 @@ Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, Bench
     mark(options, options.phase);
     const Counters counters_before = disk.counters();
     const u64 allocations_before = allocations(options);
-    const Instant begun = disk.executor().elapsed();
+    const Executor& executor = disk.executor();
+    const Slept before{executor.elapsed(), executor.idles(), executor.slept()};
     static_cast<void>(co_await group.join());
-    report.runtime_ns = disk.executor().elapsed() - begun - thinktime_;
+    count_sleep(executor, before);
+    report.runtime_ns = ended_ - before.begun - thinktime_;
+    report.sleeps = sleeps_;
+    report.busy_ns = busy_;
     report.thinktime_ns = thinktime_;
     mark(options, 0);
     report.allocations = allocations(options) - allocations_before;
@@ -423,8 +433,9 @@ Task<Result<void>> Bench::lane_task(Bench& bench, BlockDevice& lane, Start& star
     if (!spawned) {
         bench.left_ = 0;
     }
+    const Slept before{start.begun, executor.idles(), executor.slept()};
     static_cast<void>(co_await group.join());
-    bench.ended_ = executor.elapsed();
+    bench.count_sleep(executor, before);
     co_return spawned;
 }
 
@@ -495,6 +506,8 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
                 report.thinktime_ns = bench->thinktime_;
             }
             report.errors += bench->errors_ + bench->left_;
+            report.sleeps += bench->sleeps_;
+            report.busy_ns += bench->busy_;
             if (!report.first_error) {
                 report.first_error = bench->first_error_;
             }
@@ -583,6 +596,7 @@ void print_record(const BlockDevice& disk, const BenchReport& report, bool clock
     if (const Wait wait = disk.executor().wait(); wait != Wait::interrupt) {
         record.text("wait", name(wait));
     }
+    record.number("sleeps", report.sleeps).number("busy_ns", report.busy_ns);
     if (clock_assumed) {
         record.flag("clock_assumed", true);
     }

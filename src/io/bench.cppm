@@ -71,6 +71,10 @@ struct BenchReport {
     u64 errors = 0;               // I/Os that failed or were abandoned
     Counters counters;            // of the disk, over the run
     u64 allocations = 0;          // coroutine frames and heap blocks, over the run
+    // Of the processors of these lanes, each from the common start to its lane's last completion: how often they went
+    // to sleep, and the time that they did not sleep, without the pauses.
+    u64 sleeps = 0;
+    Nanoseconds busy_ns = 0;
     Latencies read;
     Latencies write;
     std::optional<Error> first_error;
@@ -123,12 +127,21 @@ class Bench {
     /// Pauses as the workload specifies; returns the time at the end of the pause.
     Instant think(Executor& executor, Instant now);
     void release();
+    /// What the processor had slept when the run began; count_sleep() takes the rest of the run.
+    struct Slept {
+        Instant begun;
+        u64 sleeps;
+        Nanoseconds slept;
+    };
+    void count_sleep(const Executor& executor, const Slept& before);
 
     Workload workload_;
     u64 left_ = 0;      // I/Os not yet started
     u64 blocks_ = 0;    // of workload_.bs bytes on the disk
     u64 block_ = 0;     // next block of a sequential workload
-    Instant ended_ = 0; // elapsed time of the last completion; used with several lanes
+    Instant ended_ = 0; // elapsed time of the last completion
+    u64 sleeps_ = 0;    // of its processor, from the start to ended_
+    Nanoseconds busy_ = 0;
     u64 sectors_per_block_ = 0;
     SplitMix64 random_;
     u64 errors_ = 0;

@@ -221,7 +221,11 @@ void Executor::cancel(Timer& timer) {
 
 void Executor::step() {
     ++turns_;
-    turn_time_ = now();
+    const Instant begun = elapsed();
+    turn_time_ = clock_.read(begun);
+    if (asleep_since_ != 0) { // one reading of the clock ends the sleep and begins the turn
+        slept_ += begun - std::exchange(asleep_since_, 0);
+    }
     // Clear the flag, then check everything: a later raise or post is either seen below or prevents the sleep.
     if (mailbox_.clear()) {
         run_posts();
@@ -298,6 +302,7 @@ void Executor::step() {
     }
     until = clock_.elapsed(until);
     clock_.rest_until(until);
+    asleep_since_ = elapsed();
     if (platform_.kick == nullptr) {
         platform_.idle(platform_.context, until, mailbox_.wake_flag());
     } else {

@@ -340,6 +340,8 @@ class Executor {
     u64 idles() const { return idles_; }
     /// Number of turns that ended in polling instead of sleep.
     u64 polls() const { return polls_; }
+    /// Elapsed time that the processor has slept, in the turns before this one.
+    Nanoseconds slept() const { return slept_; }
 
   private:
     struct Root {
@@ -417,6 +419,8 @@ class Executor {
     u64 turns_ = 0;
     u64 idles_ = 0;
     u64 polls_ = 0;
+    Nanoseconds slept_ = 0;
+    Instant asleep_since_ = 0; // elapsed time; 0: the previous turn did not sleep
     std::atomic<Wait> wait_{Wait::interrupt};
     Instant poll_until_ = 0; // Wait::adaptive
     Post* posts_ = nullptr;  // taken from the mailbox but not yet run, oldest first

@@ -75,6 +75,17 @@ class Parsing(unittest.TestCase):
                 workloads.parse_sweep(text)
             self.assertIn("two powers of two from 1 to 256", str(raised.exception), text)
 
+    def test_ways_to_wait(self):
+        self.assertEqual(options().wait, ("interrupt",))
+        self.assertEqual(options("--wait", "poll").wait, ("poll",))
+        self.assertEqual(options("--wait", "adaptive,interrupt").wait, ("adaptive", "interrupt"))
+        for text in ("", "sleep", "poll,poll", "poll,", "interrupt adaptive"):
+            with self.assertRaises(argparse.ArgumentTypeError) as raised:
+                workloads.parse_waits(text)
+            self.assertIn("some of interrupt, poll, adaptive were expected", str(raised.exception), text)
+        source = (bench.paths.REPOSITORY / "src/io/executor.cppm").read_text()
+        self.assertIn(f"wait_names{{{', '.join(f'{chr(34)}{wait}{chr(34)}' for wait in workloads.WAITS)}}};", source)
+
     def test_what_is_swept(self):
         found = bench.asked(options("--sweep", "qd=1..4"))
         self.assertEqual([one.label for one in found], [f"{kind}-qd{qd}" for kind in ("randread-4k", "randwrite-4k", "read-128k") for qd in (1, 2, 4)])
@@ -156,6 +167,12 @@ class Chosen(unittest.TestCase):
         self.assertIn("virtio-blk-pci,drive=vda", words[1])
         self.assertEqual((mmio.disk("vda"), pci.disk("vda")), ("mmio", "pci"))
 
+    def test_a_machine_for_each_way_to_wait(self):
+        chosen = workloads.choose(["all"])[0]
+        found = bench.guests(bench.sides_of(chosen), chosen, options("--wait", "interrupt,poll", "--yardstick"))
+        self.assertEqual([one.name for one in found], ["bench-xen-emu", "bench-xen-emu-poll", "linux-xen-emu"])
+        self.assertEqual([word for one in found[:2] for word in one.cmdline.split() if word.startswith("wait=")], ["wait=poll"])
+
     def test_a_bound_for_each_amount_of_work(self):
         little, much = ([Workload("randread", "4k", 1, count)] for count in (10, 1_000_000))
         self.assertLess(bench.seconds(60, ["hda"], little, False), 61)
@@ -234,7 +251,7 @@ class Recorded(unittest.TestCase):
 
     def boots(self, change=lambda text: text):
         statuses = (33, 0)
-        return [launch.finished(one, nested.Outcome(status, change(part(one.name)))) for one, status in zip(self.machines, statuses)]
+        return [launch.finished(one, nested.Outcome(status, change(part(one.name.removesuffix("-poll"))))) for one, status in zip(self.machines, statuses)]
 
     def compare(self, *words, change=lambda text: text):
         chosen = options(*CALL, *words)
@@ -259,10 +276,10 @@ class Recorded(unittest.TestCase):
         self.assertIn("QEMU's disks (xvda, nvme0n1): aio=threads, cache=writeback, I/O threads: xvda\n", said)
         self.assertIn("platform all, boot pvh, deterministic time; xen-emu (QEMU): xvda, vda, sda, sdb, hda, nvme0n1, sdc", said)
         rows = [line.split() for line in said.splitlines()]
-        self.assertIn("xvda xen_blk randread 4k qd2 18565 11429 1.62 0.000 0.500 0.500 0.500 0.000".split(), rows)
-        self.assertIn("nvme0n1 nvme randread 4k qd1 10396 7273 1.43 1.000 0.000 1.000 1.000 0.000".split(), rows)
+        self.assertIn("xvda xen_blk randread 4k qd2 20384 11429 1.78 0.000 0.500 0.500 0.188 0.000".split(), rows)
+        self.assertIn("nvme0n1 nvme randread 4k qd1 8648 6667 1.30 1.062 0.000 1.000 1.000 0.000".split(), rows)
         self.assertIn("qd xvda Linux xvda nvme0n1 Linux nvme0n1".split(), rows)
-        self.assertIn("2 18565 11429 17442 10000".split(), rows)
+        self.assertIn("2 20384 11429 16621 8889".split(), rows)
         self.assertEqual(len(jobs), 8)
         found = {(job["jobname"], job["firstlight"]["machine"]): job["firstlight"] for job in jobs}
         self.assertEqual(found["xvda-randread-4k-qd2", "xen-emu"]["host_side"], {"aio": "threads", "cache": "writeback", "iothread": True})
@@ -274,7 +291,7 @@ class Recorded(unittest.TestCase):
     def test_relative_to_the_baseline(self):
         jobs, _ = self.compare()
         text = report.compared([job for job in jobs if job["firstlight"]["boot"] == "pvh"], [], "xvda")
-        self.assertIn("nvme0n1 nvme randread 4k qd1 10396 0.84 1.000".split(), [line.split()[:8] for line in text.splitlines()])
+        self.assertIn("nvme0n1 nvme randread 4k qd1 8648 0.64 1.062".split(), [line.split()[:8] for line in text.splitlines()])
         self.assertNotIn("Linux", text)
 
     def test_another_drivers_result_is_an_error(self):
@@ -282,6 +299,24 @@ class Recorded(unittest.TestCase):
             self.compare(change=lambda text: text.replace('"result","disk":"nvme0n1","driver":"nvme"', '"result","disk":"nvme0n1","driver":"ahci"'))
         self.assertIn("nvme0n1 was driven by ahci, nvme was expected", str(raised.exception))
         self.assertIs(raised.exception.code, Exit.FAILURE)
+
+    def test_ways_to_wait_are_compared(self):
+        def polled(text):
+            return text.replace('"sleeps":', '"wait":"poll","sleeps":')
+
+        chosen = options(*CALL, "--wait", "poll")
+        with self.assertRaises(Problem) as raised:
+            self.compare("--wait", "poll")
+        self.assertIn("xvda randread: the kernel measured wait=interrupt, wait=poll was asked for", str(raised.exception))
+        self.assertIn(" wait=poll", bench.guests(self.sides, self.chosen, chosen)[0].cmdline)
+        with self.assertRaises(Problem):
+            self.compare(change=polled)
+        jobs, said = self.compare("--wait", "poll", change=polled)
+        self.assertEqual({job["firstlight"].get("wait") for job in jobs}, {"poll", None})
+        self.assertIn("xvda-randread-4k-qd2-poll", [job["jobname"] for job in jobs])
+        table = said[said.index("what the processors did while the disks worked") :].split("\n\n")[1]
+        self.assertEqual(len(re.findall(r"^(?:xvda|nvme0n1) .* poll ", table, re.M)), 4)
+        self.assertNotIn("what the processors did", self.compare()[1])
 
     def test_a_disk_that_linux_does_not_find_is_named(self):
         missing = '@{"record":"error","message":"Linux: one disk of its driver nvme was expected for nvme0n1, its disks are: xvda by vbd"}'

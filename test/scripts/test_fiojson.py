@@ -75,7 +75,7 @@ class Bins(unittest.TestCase):
 RECORD = {
     "record": "result", "disk": "xvda", "driver": "xen_blk", "kind": "synthetic", "workload": "randread", "bs": 4096,
     "qd": 32, "count": 3, "seed": 1, "mix": 70, "runtime_ns": 50_000_000, "errors": 0, "device_accesses": 0,
-    "hypercalls": 1, "notifications": 1, "interrupts": 2, "allocations": 0, "lanes": 2,
+    "hypercalls": 1, "notifications": 1, "interrupts": 2, "allocations": 0, "lanes": 2, "sleeps": 6, "busy_ns": 25_000_000,
     "read": {"ios": 3, "bytes": 12288, "lat_ns": {"min": 256, "max": 300, "mean": 271, "stddev": 25, "N": 3, "percentile": {"50.000000": 257}}},
     "write": {"ios": 0, "bytes": 0, "lat_ns": {"min": 0, "max": 0, "mean": 0, "stddev": 0, "N": 0, "percentile": {"50.000000": 0}}},
 }  # fmt: skip
@@ -131,6 +131,11 @@ class Jobs(unittest.TestCase):
         self.assertEqual(job["read"]["clat_ns"], job["read"]["lat_ns"])
         self.assertEqual(job["read"]["slat_ns"]["N"], 0)
         self.assertEqual(job["latency_ns"]["500"], 100.0)
+        self.assertEqual((job["firstlight"]["wait"], job["firstlight"]["sleeps_per_io"], job["firstlight"]["busy_share"]), ("interrupt", 2.0, 0.25))
+        self.assertEqual(job["jobname"], "xvda-randread-4k-qd32")
+        polled = self.job(wait="poll")
+        self.assertEqual((polled["firstlight"]["wait"], polled["jobname"]), ("poll", "xvda-randread-4k-qd32-poll"))
+        self.assertNotEqual(fiojson.place({**polled, "firstlight": {"platform": "p", **polled["firstlight"]}}), fiojson.place(job))
         for idle in (job["write"], job["trim"]):
             self.assertEqual(idle["lat_ns"], {"min": 0, "max": 0, "mean": 0.0, "stddev": 0.0, "N": 0})
             self.assertEqual((idle["iops"], idle["runtime"], idle["total_ios"]), (0.0, 0, 0))

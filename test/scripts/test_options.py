@@ -92,7 +92,7 @@ class Options(unittest.TestCase):
             ("bench", "--runs 0", "1 to 100"), ("bench", "--runs x", "1 to 100"), ("bench", "--only nonsense", "scripts/bench --list"),
             ("bench", "--only xen-emu --only nonsense", "--only nonsense"), ("bench", f"--json {nothing}/x", "does not exist"), ("bench", f"--json {self.folder}", "a folder"),
             ("bench", "--cmdline workload=randread", "workload= is what the jobs set"), ("bench", "--cmdline disk=hda", "disk="), ("bench", "--cmdline job=boot", "job="),
-            ("bench", "--cmdline marks=5", "marks="), ("bench", "--boot bios", "invalid choice"), ("bench", "--boot uefi", "Add --only xen-emu"),
+            ("bench", "--cmdline marks=5", "marks="), ("bench", "--cmdline wait=poll", "--wait picks among them"), ("bench", "--wait sleep", "some of interrupt, poll, adaptive"), ("bench", "--list --wait poll", "nothing is measured"), ("bench", "--boot bios", "invalid choice"), ("bench", "--boot uefi", "Add --only xen-emu"),
             ("bench", "--workload nonsense", "the pattern 'nonsense'"), ("bench", "--workload read,qd=999", "from 1 to 256"), ("bench", "--sweep qd=1..5", "powers of two"),
             ("bench", "--only microvm --boot uefi", "no UEFI firmware"), ("run", "--platform kvm --machine microvm --boot uefi --disk none", "no UEFI firmware"),
             ("bench", "--disk nonsense", "have the disks"), ("bench", "--disk ,", "at least one word"), ("bench", "--aio posix", "invalid choice"), ("bench", "--cache maybe", "invalid choice"),
@@ -192,7 +192,7 @@ class Options(unittest.TestCase):
             "--json-dir": ("--json-dir", self.folder / "results"),
             "--yardstick": ("--yardstick",), "--lab": ("--lab", "always"), "--boot": ("--boot", "pvh"), "--cmdline": ("--cmdline", "log=debug"),
             "--workload": ("--workload", "randread,count=5"), "--disk": ("--disk", "xen"), "--sweep": ("--sweep", "qd=1..4"), "--aio": ("--aio", "io_uring"), "--cache": ("--cache", "none"),
-            "--iothread": ("--only", "xen-emu", "--iothread"), "--vmm": ("--vmm", f"firecracker={self.fakes['firecracker']}"),
+            "--iothread": ("--only", "xen-emu", "--iothread"), "--wait": ("--wait", "interrupt,adaptive"), "--vmm": ("--vmm", f"firecracker={self.fakes['firecracker']}"),
         }  # fmt: skip
         pairs = {frozenset(("--list", other)) for other in samples if other not in ("--list", "--only", "--workload", "--disk", "--sweep")}
         pairs |= {frozenset(("--vmm", other)) for other in ("--wall", "--list", "--only", "--yardstick", "--lab", "--boot", "--aio", "--cache", "--iothread")}

@@ -347,6 +347,23 @@ TEST_F(BenchTest, ThinkTimeIsDrawnFromTheSeedAndNotCounted) {
     EXPECT_TRUE(log.has("\"mix\":70,\"startdelay\":0,\"thinktime\":50000,\"thinktime_ns\":"));
 }
 
+TEST_F(BenchTest, TimeAsleepIsNotBusy) {
+    const auto awake = run("randread,qd=4,count=100,thinktime=50000"); // the disk answers at once
+    ASSERT_TRUE(awake);
+    EXPECT_EQ(awake->sleeps, 0u);
+    EXPECT_EQ(awake->busy_ns, awake->runtime_ns) << "neither has the pauses";
+    disk.behaviour.each = 1'000'000; // found by the next tick
+    const u64 idles = executor.idles();
+    const auto asleep = run("randread,qd=1,count=20,startdelay=100000");
+    ASSERT_TRUE(asleep);
+    EXPECT_EQ(asleep->sleeps, executor.idles() - idles);
+    EXPECT_GE(asleep->sleeps, 20u);
+    EXPECT_LE(asleep->sleeps, 21u);
+    EXPECT_GT(asleep->runtime_ns, 19 * Executor::tick_length);
+    EXPECT_GT(asleep->busy_ns, 0u);
+    EXPECT_LT(asleep->busy_ns, asleep->runtime_ns / 1000);
+}
+
 TEST_F(BenchTest, RecordHasEveryField) {
     const auto r = run("randread,qd=2,count=10");
     ASSERT_TRUE(r);
@@ -369,6 +386,7 @@ TEST_F(BenchTest, RecordHasEveryField) {
                               "\"notifications\":",
                               "\"interrupts\":0",
                               "\"allocations\":0",
+                              "\"lanes\":1,\"sleeps\":0,\"busy_ns\":",
                               "\"read\":{\"ios\":10,\"bytes\":40960,\"lat_ns\":{\"min\":",
                               "\"N\":10",
                               "\"percentile\":{\"1.000000\":",

@@ -190,6 +190,8 @@ TEST_F(LanesBench, SharesTheWorkOut) {
     EXPECT_EQ(lane2.counters().completed, 333u);
     EXPECT_EQ(report->allocations, 0u) << "frames are taken before the lanes begin";
     EXPECT_GE(report->runtime_ns, report->read.max);
+    EXPECT_GT(report->busy_ns, 0u);
+    EXPECT_LE(report->busy_ns, 3 * report->runtime_ns) << "of three processors";
 }
 
 TEST_F(LanesBench, OnePairOfMarksForAllLanes) {

@@ -249,7 +249,8 @@ TEST(TurnsOfALoop, AConditionThatIsAnnouncedByWakeIsSeenBeforeTheProcessorSleeps
         Executor executor({&late,
                            [](void* c) -> Instant {
                                auto& self = *static_cast<Late*>(c);
-                               if (++self.readings == 5) { // the first action of a turn
+                               if (++self.readings ==
+                                   6) { // the first action of a turn; the last one of the turn before is a reading too
                                    if (self.earlier) {
                                        self.executor->wake();
                                    }
@@ -264,7 +265,7 @@ TEST(TurnsOfALoop, AConditionThatIsAnnouncedByWakeIsSeenBeforeTheProcessorSleeps
                            }});
         late.executor = &executor;
         executor.serve(late.stop);
-        EXPECT_GE(late.readings, 5u);
+        EXPECT_GE(late.readings, 6u);
         EXPECT_FALSE(late.slept) << earlier;
     }
 }
