@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import nested, probe, process, records, xenguest, xenlab
+from . import nested, probe, process, qcow2, records, xenguest, xenlab
 from .lab import Lab
+from .actions import Actions
 from .machine import Machine, Platform
 from .nested import Job, Outcome
 from .problems import Problem
@@ -151,6 +152,9 @@ def make_disk(disk: nested.Disk, folder: Path) -> Path:
     made.unlink(missing_ok=True)
     if os.path.isabs(disk.content):
         shutil.copyfile(disk.content, made)
+    if disk.content == "qcow2":
+        qcow2.make(made, disk.size)
+        return made.rename(image)
     with open(made, "ab") as file:
         if disk.content == "pattern":
             line = b"firstlight pattern block: what a disk nobody wrote holds here\n"
@@ -163,7 +167,8 @@ def make_disk(disk: nested.Disk, folder: Path) -> Path:
 
 def command_here(lab: Lab | None, job: Job, folder: Path) -> list[str]:
     qemu = [str(job.qemu or lab.qemu)] if job.qemu or lab else []  # none: the job has a program
-    return job.command(qemu, lambda name: str(job.files[name]), lambda name: str(folder / name))
+    words = job.command(qemu, lambda name: str(job.files[name]), lambda name: str(folder / name))
+    return [word.replace("{folder}", str(folder)) for word in words] if job.actions else words
 
 
 def run_here(lab: Lab | None, machine: Machine, live: Live | None) -> Outcome:
@@ -172,7 +177,7 @@ def run_here(lab: Lab | None, machine: Machine, live: Live | None) -> Outcome:
         job = machine.job(folder)
         for disk in job.disks:
             make_disk(disk, folder)
-        outcome = watch(command_here(lab, job, folder), job, live)
+        outcome = watch(command_here(lab, job, folder), job, live, folder)
         for disk in job.disks:
             if disk.bring_out:
                 disk.bring_out.parent.mkdir(parents=True, exist_ok=True)
@@ -232,8 +237,8 @@ class Stops:
         return self.lost + (time.monotonic() - self.stopped_at if self.state in ("stopped", "counted") else 0.0)
 
 
-def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
-    """Run QEMU here, pass on each line, kill it at the time-out, which does not count pauses."""
+def watch(command: Sequence[str], job: Job, live: Live | None, folder: Path = Path("/")) -> Outcome:
+    """Run QEMU here, pass on each line, kill it at the time-out, which does not count pauses. `folder`: of the machine's files."""
     outcome = Outcome()
     begin = time.monotonic()
     lines: list[str] = []
@@ -246,6 +251,7 @@ def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
         lines.append(text)
         verdict = verdict or text.startswith(nested.VERDICT)
         stops.line(text)
+        actions.line(text)
         if live:
             live(job.name, text)
 
@@ -255,10 +261,11 @@ def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
     ):
         assert child.stdout
         stops = Stops(job.pauses, child.pid)
+        actions = Actions(job.actions, child.pid, folder)
         with selectors.DefaultSelector() as selector:
             selector.register(child.stdout, selectors.EVENT_READ)
             while True:
-                due = stops.step(verdict)
+                due = min((seconds for seconds in (stops.step(verdict), actions.step(verdict)) if seconds is not None), default=None)
                 left = begin + job.timeout + stops.held - time.monotonic()
                 if left <= 0:
                     outcome.timed_out = True
@@ -276,7 +283,8 @@ def watch(command: Sequence[str], job: Job, live: Live | None) -> Outcome:
                 outcome.status = child.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 outcome.timed_out = True  # it has closed its output but not exited
-        outcome.pauses = stops.done
+        actions.close()
+        outcome.pauses, outcome.actions, outcome.fault = stops.done, actions.done, actions.fault
     if pending:
         take(pending)
     outcome.output = "\n".join(lines)

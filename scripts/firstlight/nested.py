@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from . import process
+from .actions import Action
 from .lab import Lab, write_cpio
 from .problems import Exit, Problem
 
@@ -92,6 +93,7 @@ class Job:
     timeout: float = 60.0
     program: str = ""
     pauses: Sequence[Pause] = ()
+    actions: Sequence[Action] = ()  # on this machine only
     qemu: Path | None = None  # on this machine: another QEMU than the lab's
     logs: Sequence[Path] = ()  # on this machine: the VMM's own messages; the first file gets its standard error output, which is part of the output otherwise
 
@@ -117,6 +119,8 @@ class Outcome:
     timed_out: bool = False
     shutdown: int | None = None  # the shutdown reason of a Xen domain; None on other platforms, and if it did not shut down
     pauses: int = 0  # pauses carried out before the machine gave its verdict
+    actions: int = 0  # actions carried out before the machine gave its verdict
+    fault: str = ""  # of an action that failed
     refused: str = ""  # why the virtual machine monitor did not start, if the platform itself can tell
     messages: str = ""  # contents of the job's `logs`
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import queue
 import re
+import struct
 import threading
 import time
 import tomllib
@@ -16,7 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import lab, launch, paths, process, verify_image
+from . import lab, launch, paths, process, qcow2, verify_image
+from .actions import Action
 from .machine import DiskSpec, Machine
 from .nested import Pause
 from .problems import Problem
@@ -100,6 +103,7 @@ class Case:
     check_images: bool = False  # bring the images out and check the stamps here
     intact: list[str] = dataclasses.field(default_factory=list)  # with check_images: only these disks; the others may contain anything
     acknowledged: list[str] = dataclasses.field(default_factory=list)  # with intact: disks that failed, and contain every write that they acknowledged
+    durable: list[str] = dataclasses.field(default_factory=list)  # disks whose image holds, when QEMU was killed, all blocks that `verify` had written and flushed
     timeout: float = 30.0
     groups: list[str] = dataclasses.field(default_factory=lambda: ["fast"])
     required: bool = True
@@ -109,10 +113,12 @@ class Case:
     esp: dict[str, str] = dataclasses.field(default_factory=dict)
     exit_port: bool = True  # false: QEMU has no debug exit device: the machine must end in another way
     restarts: bool = False  # a reset restarts the machine
+    plain: bool = False  # QEMU's own defaults, as a newcomer calls it: no machine, processor, memory or debug exit device is given
     status: int | None = None  # required exit status of QEMU, if it ends
     host: list[str] = dataclasses.field(default_factory=list)  # further arguments of the test host, or of QEMU
     blkback: list[str] = dataclasses.field(default_factory=list)  # xen-pvh: parameters of the module xen-blkback
     pause: list[Pause] = dataclasses.field(default_factory=list)  # in the table: one {after=, delay=, seconds=} or a list; each waits for the previous one
+    actions: list[Action] = dataclasses.field(default_factory=list)  # in the table: [{after=, delay=, qmp=[{execute=, arguments=}]}] or {after=, kill=true}; in order
     about: str = ""
 
     def to_machine(self, work: Path) -> Machine:
@@ -121,11 +127,11 @@ class Case:
             TABLES / self.map if self.map else None, self.disks, counted=self.deterministic, timeout=self.timeout,
             linux=(TABLES / self.linux).read_text() if self.linux else "", extra=self.host,
             esp=self.esp, pauses=self.pause, blkback=self.blkback,
-            exit_port=self.exit_port, restarts=self.restarts,
+            exit_port=self.exit_port, restarts=self.restarts, plain=self.plain, actions=self.actions,
         )  # fmt: skip
-        if self.check_images:
+        if self.check_images or self.durable:
             for disk, name in zip(machine.specs, machine.disk_names()):
-                wanted = not self.intact or name in self.intact or name in self.acknowledged
+                wanted = name in self.durable or (self.check_images and (not self.intact or name in self.intact or name in self.acknowledged))
                 disk.bring_out = work / f"{self.name}-{name}.img" if wanted else None
         return machine
 
@@ -138,6 +144,8 @@ def load(folder: Path = TABLES) -> list[Case]:
         raise Problem(f"{folder}: these names occur twice: {' '.join(doubles)}.")
     for case in cases:
         machine = case.to_machine(Path("/"))  # a row with an invalid machine is reported before anything runs
+        if case.durable and (not set(case.durable) <= set(machine.disk_names()) or not any(action.kill for action in case.actions) or case.expect != "NO_VERDICT"):
+            raise Problem(f"{folder}: test {case.name!r}: durable names disks of a machine that is killed, and whose verdict is NO_VERDICT.")
         named = case.intact + case.acknowledged
         if not set(named) <= set(machine.disk_names()) or set(case.intact) & set(case.acknowledged) or (case.acknowledged and not case.intact):
             raise Problem(f"{folder}: test {case.name!r}: intact and acknowledged name {named}, the disks are {machine.disk_names()}.")
@@ -155,8 +163,7 @@ def load_table(path: Path) -> list[Case]:
     if others:
         raise Problem(f"{path}: {others} is neither [defaults] nor [[test]].")
     cases: list[Case] = []
-    for row in table.get("test", []):
-        row = {**table.get("defaults", {}), **row}
+    for row in itertools.chain.from_iterable(variants(path, {**table.get("defaults", {}), **row}) for row in table.get("test", [])):
         name = row.get("name", "(no name)")
         unknown = sorted(set(row) - set(known))
         if unknown or not re.fullmatch(r"[a-z0-9-]+", name):
@@ -181,8 +188,80 @@ def load_table(path: Path) -> list[Case]:
             row["pause"] = [Pause(**pause) for pause in (pauses if isinstance(pauses, list) else [pauses])]
         except (TypeError, Problem) as error:
             raise Problem(f"{path}: test {name!r}: pause: {error}") from None
+        try:
+            row["actions"] = [Action(**action) for action in row.get("actions", [])]
+        except (TypeError, Problem) as error:
+            raise Problem(f"{path}: test {name!r}: actions: {error}") from None
         cases.append(Case(**row))
     return cases
+
+
+APPENDED = ("host", "output", "never", "bounds", "blkback")  # lists of a row that an axis of its matrix extends
+
+
+def variants(path: Path, row: dict) -> Iterable[dict]:
+    """A row with a `matrix` is a row for each chosen combination, with the values' names behind its own; another row is itself.
+
+    `matrix` has axes, an axis has values, and a value has keys of a row: words of `cmdline` and the lists APPENDED are added to the row's own, any other key
+    is set. Every pair of values of two axes is in one of the combinations (every value, if there is one axis).
+    """
+    axes = row.pop("matrix", {})
+    name = row.get("name", "(no name)")
+    if not isinstance(axes, dict) or not all(isinstance(axis, dict) and axis and all(isinstance(value, dict) for value in axis.values()) for axis in axes.values()):
+        raise Problem(f"{path}: test {name!r}: matrix is a table of axes, each a table of values, each a table of a row's keys.")
+    if not axes:
+        yield row
+        return
+    for chosen in pairwise([list(axis) for axis in axes.values()]):
+        made = {**row, "name": "-".join((name, *chosen))}
+        given: dict[str, str] = {}  # the axis that set a key
+        for axis, value in zip(axes, chosen):
+            for key, content in axes[axis][value].items():
+                if key == "cmdline":
+                    made[key] = joined(made.get(key, ""), content)
+                elif key in APPENDED:
+                    made[key] = [*made.get(key, []), *content]
+                elif key in given or key in ("name", "matrix"):
+                    raise Problem(f"{path}: test {name!r}: the axis {axis} sets {key}" + (f", as {given[key]} does." if key in given else ", which no axis can."))
+                else:
+                    made[key], given[key] = content, axis
+        yield made
+
+
+def joined(words: str, more: str) -> str:
+    """A command line with further words. One of a key that is there is joined to it by a comma: features=-flush and features=-msi."""
+    found = words.split()
+    for word in more.split():
+        key, equals, value = word.partition("=")
+        at = next((at for at, own in enumerate(found) if equals and own.startswith(f"{key}=")), None)
+        if at is None:
+            found.append(word)
+        else:
+            found[at] += f",{value}"
+    return " ".join(found)
+
+
+def pairwise(axes: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Few combinations of one value of each axis, in which every pair of values of two axes occurs; always the same ones."""
+    if len(axes) < 2:
+        return list(itertools.product(*axes))
+    places = list(itertools.combinations(range(len(axes)), 2))
+    left = {(one, a, other, b): None for one, other in places for a in axes[one] for b in axes[other]}
+    found = []
+    while left:
+        first = next(iter(left))
+        row: list[str | None] = [None] * len(axes)
+        row[first[0]], row[first[2]] = first[1], first[3]
+        for at, axis in enumerate(axes):
+            if row[at] is None:  # the value with the most pairs that are left, among those with the values chosen so far
+                row[at] = max(axis, key=lambda value: sum(
+                    1 for one, other in places if at in (one, other)
+                    and (one, value if one == at else row[one], other, value if other == at else row[other]) in left
+                ))  # fmt: skip
+        for one, other in places:
+            left.pop((one, row[one], other, row[other]), None)
+        found.append(tuple(value for value in row if value is not None))
+    return found
 
 
 @dataclasses.dataclass
@@ -221,6 +300,10 @@ def judge(case: Case, boot: launch.Boot) -> Result:
     if boot.outcome.pauses != len(case.pause):
         missed = case.pause[boot.outcome.pauses :]
         complaints.append(f"{boot.outcome.pauses} of {len(case.pause)} pauses were carried out before the verdict; too late or never: {'; '.join(map(str, missed))}")
+    if boot.outcome.fault:
+        complaints.append(boot.outcome.fault)
+    elif boot.outcome.actions != len(case.actions):
+        complaints.append(f"{boot.outcome.actions} of {len(case.actions)} actions were carried out before the verdict; too late or never: {'; '.join(map(str, case.actions[boot.outcome.actions :]))}")
     for bound in case.bounds:
         complaints += bound.complaints(boot.log)
     if case.expect == "SUCCESS":
@@ -232,6 +315,8 @@ def judge(case: Case, boot: launch.Boot) -> Result:
         complaints += check_images(boot, case.intact)
         for name in case.acknowledged:
             complaints += check_acknowledged(boot, name)
+    for name in case.durable:
+        complaints += check_durable(boot, name) if not complaints else []
     return Result(
         case.name, "failed" if complaints else "passed", boot.outcome.seconds, "; ".join(complaints), boot.outcome.output,
         kind=verdict.value if complaints else "", tried=verdict is not Verdict.NOT_STARTED or not complaints,
@@ -278,6 +363,30 @@ def check_acknowledged(boot: launch.Boot, name: str) -> list[str]:
     if not 0 < found[0]["written"] <= good:
         return [f"{name}: {found[0]['written']} blocks were acknowledged, {good} are in the image"]
     image.unlink(missing_ok=True)
+    return []
+
+
+def check_durable(boot: launch.Boot, name: str) -> list[str]:
+    """A disk whose QEMU was killed: all blocks that the kernel reports as written and flushed must be in the image, whole."""
+    spec = dict(zip(boot.machine.disk_names(), boot.machine.specs))[name]
+    found = re.findall(rf"\b{name}: (\d+) blocks written and flushed", boot.outcome.output)
+    if len(found) != 1 or not spec.bring_out or not spec.bring_out.is_file():
+        return [f"{name}: {len(found)} reports of a flush and {'an' if spec.bring_out and spec.bring_out.is_file() else 'no'} image, one of each expected"]
+    words = dict(word.partition("=")[::2] for word in boot.machine.cmdline.split())
+    record = {"first_lba": 0, "blocks": int(found[0]), **{key: verify_image.value(words[key]) if key in words else default for key, default in verify_image.DEFAULTS.items()}}
+    if record["blocks"] * record["bs"] != spec.size:
+        return [f"{name}: {found[0]} blocks of {record['bs']} bytes do not cover the {spec.size} bytes of the image"]
+    raw = spec.bring_out
+    if spec.content == "qcow2":
+        raw = raw.with_suffix(".raw")
+        try:
+            raw.write_bytes(qcow2.read(spec.bring_out))
+        except (ValueError, struct.error) as error:
+            return [f"{name}: the image is damaged: {error}"]
+    if bad := verify_image.check(raw, record):
+        return [f"{name}: {len(bad)} of {record['blocks']} flushed blocks were lost, first: {bad[0]}"]
+    for image in {raw, spec.bring_out}:
+        image.unlink(missing_ok=True)
     return []
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import json
 import re
 import struct
@@ -351,6 +352,39 @@ class Table(unittest.TestCase):
     def test_the_table_itself(self):
         self.assertTrue(vmtests.load())
 
+    def test_a_matrix_is_a_row_for_each_combination(self):
+        row = '''[[test]]
+name = "m"
+cmdline = "job=verify features=-flush"
+output = ["a"]
+[test.matrix.feature]
+none = {}
+msi = {cmdline = "features=-msi wait=poll", never = ["msix"]}
+[test.matrix.processors]
+one = {}
+four = {cpus = 4, output = ["lanes"]}
+'''
+        found = {case.name: case for case in self.load(row)}
+        self.assertEqual(sorted(found), ["m-msi-four", "m-msi-one", "m-none-four", "m-none-one"])
+        self.assertEqual([found["m-none-one"].cmdline, found["m-msi-four"].cmdline], ["job=verify features=-flush", "job=verify features=-flush,-msi wait=poll"])
+        self.assertEqual([found[name].cpus for name in ("m-msi-one", "m-msi-four")], [1, 4])
+        self.assertEqual([(found[name].output, found[name].never) for name in ("m-none-one", "m-msi-four")], [(["a"], []), (["a", "lanes"], ["msix"])])
+        for axis in ("[test.matrix]\nfeature = 5", "[test.matrix.feature]\nnone = 5", "[test.matrix.feature]", "[test.matrix.a]\none = {nonsense = 1}", '[test.matrix.a]\none = {name = "b"}', '[test.matrix.a]\n"A b" = {}',
+                     "[test.matrix.a]\none = {cpus = 1}\n[test.matrix.b]\ntwo = {cpus = 2}"):  # fmt: skip
+            with self.assertRaises(Problem, msg=axis):
+                self.load(f'[[test]]\nname = "m"\n{axis}\n')
+
+    def test_a_matrix_has_every_pair(self):
+        axes = [["a", "b", "c", "d", "e"], ["f", "g"], ["h", "i", "j"], ["k", "l"]]
+        found = vmtests.pairwise(axes)
+        self.assertEqual(found, vmtests.pairwise(axes))
+        self.assertTrue(all(value in axis for one in found for value, axis in zip(one, axes)))
+        self.assertEqual(len(set(found)), len(found))
+        self.assertTrue(15 <= len(found) <= 20, len(found))
+        for one, other in itertools.combinations(range(len(axes)), 2):
+            self.assertEqual({(row[one], row[other]) for row in found}, set(itertools.product(axes[one], axes[other])))
+        self.assertEqual(vmtests.pairwise([["a", "b"]]), [("a",), ("b",)])
+
     def test_mistakes_are_found(self):
         for row in (
             'name = "Bad Name"', 'name = "a"\nexpct = "ERROR"', 'name = "a"\noutput = ["("]', 'name = "a"\nmap = "no"',
@@ -643,7 +677,7 @@ class ExitStatus(unittest.TestCase):
 RESULT = {
     "record": "result", "disk": "xvda", "driver": "xen_blk", "kind": "synthetic", "workload": "randread", "bs": 4096,
     "qd": 32, "count": 2000, "seed": 1, "mix": 70, "runtime_ns": 50_000_000, "errors": 0, "device_accesses": 0,
-    "hypercalls": 100, "notifications": 100, "interrupts": 200, "allocations": 0,
+    "hypercalls": 100, "notifications": 100, "interrupts": 200, "allocations": 0, "lanes": 1, "sleeps": 150, "busy_ns": 10_000_000,
     "read": {"ios": 2000, "bytes": 8192000, "lat_ns": {"min": 1, "max": 9, "mean": 5.0, "stddev": 1.0, "N": 2000,
                                                         "percentile": {"50.000000": 5, "99.000000": 8}}},
     "write": {"ios": 0, "bytes": 0},
@@ -668,6 +702,18 @@ class Fio(unittest.TestCase):
         self.assertEqual((heads[-1], rows[0][-1], rows[1][-1]), ("exit/IO", "0.064", "-"))
         self.assertIn("40000", report.results([job]))
         self.assertIn("2.00", report.ratios([job, other]))
+
+    def test_ways_to_wait_have_rows_and_names_of_their_own(self):
+        asleep, polled = (fiojson.job({**RESULT, **more}, {}) for more in ({}, {"wait": "poll", "runtime_ns": 40_000_000, "interrupts": 0, "sleeps": 0, "busy_ns": 40_000_000}))
+        linux = {"firstlight": {"disk": "xvda", "kind": "synthetic"}, "job options": asleep["job options"], "read": {"iops": 10000.0}, "write": {"iops": 0}}
+        rows = [line.split() for line in report.by_wait([polled, asleep]).splitlines()[2:]]
+        self.assertEqual(rows[0][4:6] + rows[0][-4:], ["qd32", "poll", "0.000", "20.0", "100", "%"])
+        self.assertEqual(rows[1][4:7] + rows[1][-4:], ["qd32", "interrupt", "40000", "0.075", "5.0", "20", "%"])
+        heads, _, *rows = [line.split() for line in report.compared([asleep, polled], [linux], "xvda").splitlines()]
+        self.assertEqual([row[2:10] for row in rows], [["randread", "4k", "qd32", "40000", "1.00", "10000", "4.00", "0.000"], ["randread", "4k", "qd32", "poll", "50000", "1.00", "10000", "5.00"]])
+        self.assertIn("randread 4k qd32 poll 50000 - - 5.00 -", [" ".join(line.split()) for line in report.ratios([asleep, polled], [linux]).splitlines()])
+        self.assertEqual(report.by_depth([asleep, polled], [linux]).splitlines()[-1].split(), ["32", "40000", "10000", "50000"])
+        self.assertEqual(len(report.median_run([[asleep, polled], [asleep, polled]])), 2)
 
     def test_of_several_runs_the_median_and_the_range(self):
         runs = [[fiojson.job({**RESULT, "runtime_ns": ns}, {})] for ns in (50_000_000, 40_000_000, 100_000_000, 80_000_000)]
