@@ -80,7 +80,7 @@ class Monitor:
                 raise Problem(f"{command['execute']}: {answer['error'].get('desc')}")
             if "return" in answer:
                 return
-        raise Problem(f"{command['execute']}: no answer within {ANSWER_SECONDS:g} s")
+        raise Problem(f"{command['execute']}: no answer within {ANSWER_SECONDS:g} s.")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

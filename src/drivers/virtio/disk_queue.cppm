@@ -119,13 +119,18 @@ class DiskTransport : public io::GroupedTransport {
 
     /// Whether a command of `elements` elements fits. A command is a chain of descriptors, or one descriptor of an
     /// indirect table with room for `most_indirect`. A chain costs the device less, as long as there are enough
-    /// descriptors for all commands that may still come. `held`: commands in the table, this one included.
-    inline io::Fit fit(u32 elements, u32 most_indirect, usize held, bool& indirect) const {
-        const u32 room = virtqueue_.ring().free();
+    /// descriptors for all commands that may still come. `held`: commands in the table, this one included. `own`:
+    /// elements of the driver's own command, for which a queue without tables keeps descriptors.
+    inline io::Fit fit(u32 elements, u32 most_indirect, usize held, bool& indirect, u32 own = 0) const {
+        const u32 free = virtqueue_.ring().free();
+        const u32 kept = indirect_ || queue_size() < own + elements ? 0 : own;
+        const u32 room = free > kept ? free - kept : 0;
         const u32 to_come = max_commands - static_cast<u32>(held);
         indirect = indirect_ && room < elements + to_come && elements <= most_indirect;
         return room < (indirect ? 1 : elements) ? io::Fit::full : io::Fit::ok;
     }
+    /// Whether the driver's own command needs a table.
+    inline bool needs_table(u32 elements) const { return indirect_ && virtqueue_.ring().free() < elements; }
     /// Adds the command in `slot`. `table`: memory for an indirect table, at bus address `bus`; empty: a chain.
     /// `first`: it is the first command of its request, or not of a request.
     inline io::SendResult add(u16 slot, std::span<const io::BufferElement> elements, std::span<std::byte> table,

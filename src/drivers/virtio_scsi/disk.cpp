@@ -24,7 +24,7 @@ io::Fit Transport::prepare(Command& command) {
     if (const io::Fit limited = command.disk().commands_.limit(command); limited != io::Fit::ok) [[unlikely]] {
         return limited;
     }
-    return fit(command.op == io::Op::flush ? 2 : 3, max_elements, held, command.wire.indirect);
+    return fit(command.op == io::Op::flush ? 2 : 3, max_elements, held, command.wire.indirect, max_elements);
 }
 
 io::SendResult Transport::send(Command& command, u64 id) {
@@ -42,7 +42,7 @@ io::SendResult Transport::send(Command& command, u64 id) {
     const auto cdb = std::span(own.header.cdb).first<scsi::cdb_bytes>();
     if (command.exchange != nullptr) [[unlikely]] {
         const auto& exchange = static_cast<const Exchange&>(*command.exchange);
-        command.wire.indirect = false;
+        command.wire.indirect = needs_table(max_elements);
         own.header.lun = exchange.lun;
         std::ranges::copy(exchange.cdb.bytes, cdb.begin());
         elements[count++] = answer;

@@ -51,6 +51,11 @@ class Host final : public MmioModel {
     bool hold_io = false;                 // holds READ and WRITE until a LOGICAL UNIT RESET
     bool dead = false;                    // takes nothing any more
     u32 isr = 0;
+    u64 withdrawn = 0;          // of the features offered, from the next reset on
+    u8 report_luns = 0;         // sense key with which REPORT LUNS is refused; 0: it is answered
+    bool lists_nothing = false; // REPORT LUNS is never answered
+    u8 reset_answer = 0;        // to LOGICAL UNIT RESET
+    bool silent_resets = false; // which is then carried out and never answered
     /// Called for each READ and WRITE after it was carried out; may spoil the response (108 bytes) and the used length.
     std::function<void(std::array<u8, 108>&, u32&)> spoil;
 
@@ -120,6 +125,7 @@ class Host final : public MmioModel {
             if (v == 0) {
                 ++resets;
                 accepted = 0;
+                offered &= ~std::exchange(withdrawn, 0);
                 held.clear();
                 for (auto& queue : queues_) {
                     queue.reset();
@@ -155,7 +161,7 @@ class Host final : public MmioModel {
             const u8 op = static_cast<u8>(guest_.get(chain->pieces[0].bus + 19, 1));
             if (hold_io && (op == 0x88 || op == 0x8a)) {
                 held.push_back(*chain);
-            } else {
+            } else if (op != 0xa0 || !lists_nothing) {
                 answer(*chain, 0);
             }
         }
@@ -168,12 +174,16 @@ class Host final : public MmioModel {
             EXPECT_TRUE(p.size() == 2 && p[0].length == 24 && !p[0].writable && p[1].length == 1 && p[1].writable);
             EXPECT_EQ(guest_.get(p[0].bus, 8), u64{5} << 32) << "TMF, LOGICAL UNIT RESET";
             ++unit_resets;
-            hold_io = false;
-            for (const Chain& c : std::exchange(held, {})) {
-                answer(c, 4);
+            if (reset_answer == 0) {
+                hold_io = false;
+                for (const Chain& c : std::exchange(held, {})) {
+                    answer(c, 4);
+                }
             }
-            guest_.put(p[1].bus, 0, 1);
-            push(0, *chain, 1);
+            if (!silent_resets) {
+                guest_.put(p[1].bus, reset_answer, 1);
+                push(0, *chain, 1);
+            }
         }
         queues_[queue]->want(1);
     }
@@ -214,6 +224,8 @@ class Host final : public MmioModel {
             r[11] = response;
         } else if (!any) {
             r[11] = 3; // BAD_TARGET
+        } else if (op == 0xa0 && report_luns != 0) {
+            refuse(r, report_luns == 5 ? 0x20 : 0x44, report_luns);
         } else if (op == 0xa0) {
             for (auto& u : units) {
                 if (u->present && u->target == target) {
@@ -297,11 +309,11 @@ class Host final : public MmioModel {
         }
         push(2, chain, length);
     }
-    static void refuse(std::array<u8, 108>& r, u8 asc) {
-        r[0] = 18; // sense_len
-        r[10] = 2; // CHECK CONDITION
+    static void refuse(std::array<u8, 108>& r, u8 asc, u8 key = 5) { // ILLEGAL REQUEST
+        r[0] = 18;                                                   // sense_len
+        r[10] = 2;                                                   // CHECK CONDITION
         r[12] = 0x70;
-        r[14] = 5; // ILLEGAL REQUEST
+        r[14] = key;
         r[19] = 10;
         r[24] = asc;
     }

@@ -281,6 +281,108 @@ TEST(VirtioScsi, ASilentDeviceIsAskedToResetItsUnits) {
     writes_and_reads(m, unit);
 }
 
+// [SPC-4 §6.33] Units are then probed by INQUIRY.
+TEST(VirtioScsi, UnitsOfATargetThatDoesNotListThem) {
+    for (const u8 key : {5, 4}) { // ILLEGAL REQUEST: not supported; HARDWARE ERROR
+        Machine m;
+        auto& first = m.host.add(0, 0);
+        auto& second = m.host.add(0, 5);
+        m.host.add(0, 200); // beyond those that are probed
+        m.host.add(2, 0);
+        m.host.report_luns = key;
+        ASSERT_TRUE(m.probe()) << u32{key};
+        ASSERT_EQ(m.sink.disks.size(), 3u) << u32{key};
+        writes_and_reads(m, first, 0);
+        writes_and_reads(m, second, 1);
+    }
+}
+
+TEST(VirtioScsi, ATargetThatNeverListsItsUnits) {
+    Machine m;
+    m.host.add(0, 0);
+    m.host.lists_nothing = true;
+    static_cast<void>(m.probe());
+    EXPECT_TRUE(m.sink.disks.empty());
+    EXPECT_GE(m.host.resets, 1u);
+    EXPECT_TRUE(m.log.has("timed out") || m.log.has("time-out") || m.log.has("not answer")) << m.log.text.view();
+}
+
+// Offered before the reset with which the driver begins, and not after it [virtio-1.2 §3.1.1].
+TEST(VirtioScsi, FeaturesWithdrawnByTheResetAreNotUsed) {
+    for (const u32 bit : {1u, 2u, 28u, 29u}) {
+        Machine m;
+        auto& unit = m.host.add(0, 0);
+        m.host.status = 0x0f; // in use by firmware
+        m.host.withdrawn = u64{1} << bit;
+        ASSERT_TRUE(m.probe()) << bit;
+        EXPECT_EQ(m.host.accepted, m.host.offered) << bit;
+        EXPECT_EQ(m.host.offered >> bit & 1, 0u);
+        writes_and_reads(m, unit);
+    }
+    Machine old;
+    old.host.add(0, 0);
+    old.host.status = 0x0f;
+    old.host.withdrawn = u64{1} << 32; // VERSION_1
+    EXPECT_FALSE(old.probe());
+    EXPECT_TRUE(old.sink.disks.empty());
+}
+
+TEST(VirtioScsi, AResetOfTheUnitsThatIsRefused) {
+    for (const u8 answer : {11, 12, 9, 0x77}) { // FUNCTION REJECTED, INCORRECT LUN, FAILURE, undefined
+        Machine m;
+        m.host.add(0, 0);
+        ASSERT_TRUE(m.probe());
+        m.host.hold_io = true;
+        m.host.reset_answer = answer;
+        auto buffer = *m.memory.buffer(4096);
+        EXPECT_FALSE(m.run(io::Op::write, 0, buffer.span())) << u32{answer};
+        m.settle();
+        m.settle();
+        EXPECT_EQ(m.host.unit_resets, 1u);
+        EXPECT_EQ(m.host.resets, 1u) << "the write may still be carried out: the disk is closed";
+        EXPECT_TRUE(m.log.has("LOGICAL UNIT RESET: ")) << u32{answer};
+        EXPECT_FALSE(m.run(io::Op::read, 0, buffer.span()));
+    }
+}
+
+TEST(VirtioScsi, AResetOfTheUnitsThatIsNotAnswered) {
+    Machine m;
+    auto& unit = m.host.add(0, 0);
+    ASSERT_TRUE(m.probe());
+    m.host.hold_io = m.host.silent_resets = true;
+    auto buffer = *m.memory.buffer(4096);
+    static_cast<void>(m.run(io::Op::read, 0, buffer.span()));
+    EXPECT_EQ(m.host.unit_resets, 1u);
+    EXPECT_EQ(m.host.resets, 0u) << "it was carried out: every command has been answered";
+    m.settle();
+    m.settle();
+    EXPECT_TRUE(m.log.has("does not answer LOGICAL UNIT RESET"));
+    writes_and_reads(m, unit);
+    m.host.hold_io = true;
+    m.host.reset_answer = 11;
+    EXPECT_FALSE(m.run(io::Op::read, 0, buffer.span()));
+    EXPECT_EQ(m.host.unit_resets, 1u) << "the control queue still belongs to the device";
+    m.settle();
+    EXPECT_TRUE(m.log.has("has not answered an earlier task management function"));
+}
+
+TEST(VirtioScsi, AChangedSizeIsRead) { // PARAM_CHANGE [virtio-1.2 §5.6.6.3]
+    Machine m;
+    auto& unit = m.host.add(0, 0);
+    m.host.add(1, 0);
+    ASSERT_TRUE(m.probe());
+    ASSERT_EQ(m.sink.disks.size(), 2u);
+    const u64 before = m.sink.disks[0]->geometry().sectors;
+    unit.medium.resize(unit.medium.size() * 2);
+    ASSERT_TRUE(m.host.event(3, 0, 0, 0x092a)); // CAPACITY DATA HAS CHANGED
+    m.settle();
+    const io::BlockDevice& disk = *m.sink.disks[m.sink.disks[0]->removed() ? m.sink.disks.size() - 1 : 0];
+    EXPECT_EQ(disk.geometry().sectors, 2 * before);
+    EXPECT_FALSE(disk.removed());
+    EXPECT_FALSE(m.sink.disks[1]->removed()) << "the other one has not changed";
+    EXPECT_EQ(m.sink.disks[1]->geometry().sectors, before);
+}
+
 TEST(VirtioScsi, ADeadDeviceIsResetAndItsDisksClose) {
     Machine m;
     m.host.add(0, 0);
