@@ -8,7 +8,7 @@ import io.block;
 namespace fl::boot {
 
 Result<void> Disks::takes(std::string_view name) const {
-    if (find(name) != nullptr) {
+    if (const io::BlockDevice* disk = find(name); disk != nullptr && !disk->removed()) {
         return Error{Code::busy, "a disk of this name is attached already"};
     }
     if (count_ == capacity) {
@@ -23,12 +23,16 @@ void Disks::add(io::BlockDevice& disk) {
 }
 
 io::BlockDevice* Disks::find(std::string_view name) const {
+    io::BlockDevice* removed = nullptr;
     for (io::BlockDevice* disk : all()) {
         if (disk->identity().name == name) {
-            return disk;
+            if (!disk->removed()) {
+                return disk;
+            }
+            removed = disk;
         }
     }
-    return nullptr;
+    return removed;
 }
 
 FixedText<256> Disks::names() const {

@@ -154,9 +154,7 @@ io::Task<Result<void>> Controller::attach(pci::Device device) {
             failed(number, examined.error());
         }
         if (!slots_[number].terms) {
-            static_cast<void>(co_await stop(port));
-            slots_[number].disk.reset();
-            slots_[number].memory.reset();
+            static_cast<void>(co_await give_up(number));
         } else {
             events_.add(number, slots_[number].disk->events(), slots_[number].disk->queue());
         }
@@ -167,7 +165,14 @@ io::Task<Result<void>> Controller::attach(pci::Device device) {
     for (u32 left = empty; left != 0; left &= left - 1) {
         events_.watch(static_cast<u32>(std::countr_zero(left)));
     }
-    CO_CHECK(open(device));
+    if (const auto opened = open(device); !opened) {
+        for (u32 number = 0; number < max_ports; ++number) {
+            if (slots_[number].terms) {
+                static_cast<void>(co_await give_up(number));
+            }
+        }
+        co_return opened;
+    }
     for (u32 left = empty; left != 0; left &= left - 1) {
         Port port(abar_, static_cast<u32>(std::countr_zero(left)));
         port.clear_errors();
@@ -175,11 +180,23 @@ io::Task<Result<void>> Controller::attach(pci::Device device) {
     }
     GlobalControl::of(GlobalControl::ae, GlobalControl::ie).write(abar_);
     for (u32 number = 0; number < max_ports; ++number) {
-        if (slots_[number].terms) {
-            announce(number);
+        if (slots_[number].terms && !announce(number)) { // its disk stays: the handler may look at it
+            Port port(abar_, number);
+            static_cast<void>(co_await stop(port));
         }
     }
     co_return Result<void>{};
+}
+
+/// Before interrupts are attached: the port is not used, and the HBA must not store anything in its memory any more.
+io::Task<Result<void>> Controller::give_up(u32 number) {
+    Slot& slot = slots_[number];
+    Port port(abar_, number);
+    auto stopped = co_await stop(port);
+    slot.terms.reset();
+    slot.disk.reset();
+    slot.memory.reset();
+    co_return stopped;
 }
 
 Result<void> Controller::open(pci::Device& device) {
@@ -195,16 +212,22 @@ Result<void> Controller::open(pci::Device& device) {
     return {};
 }
 
-void Controller::announce(u32 number) {
+bool Controller::announce(u32 number) {
     Slot& slot = slots_[number];
     auto identity = describe_disk(*slot.terms, name(interrupts_->kind()), capabilities_.get(Capabilities::s64a));
     identity.name = environment_.disks.free_name("sd");
     slot.disk->open(*slot.terms, identity, environment_.timeout);
     if (auto announced = environment_.disks.announce(*slot.disk, DiskSink::no_twin); !announced) {
         slot.disk->close();
-        return failed(number, announced.error());
+        failed(number, announced.error());
+        return false;
+    }
+    if (slot.terms->info.write_cache && !slot.terms->flush) {
+        log::warning("{}: it has a volatile write cache, which is not flushed (features=-flush, or no such command)",
+                     slot.disk->identity().name.view());
     }
     ++count_;
+    return true;
 }
 
 /// Finds out what is at a port whose link has a device. A disk's slot has terms afterwards.
@@ -271,6 +294,7 @@ io::Task<Result<void>> Controller::start(Port& port, Slot& slot) {
 io::Task<Result<void>> Controller::identify(Port& port, const PortMemory& memory, ata::IdentifyData& data) {
     const DmaSpan page = memory.block(0);
     memory.encode(0, 0, plain_fis(Opcode::identify_device), false, {&page, 1});
+    port.clear_errors(); // and what the device's first FIS has set
     port.write(command_issue, 1);
     const auto ended = co_await wait(environment_.timeout, port.at(PortInterrupts::offset),
                                      PortInterrupts::fatal | PortInterrupts::ends, true);

@@ -61,7 +61,8 @@ class Controller {
     bool any(u64 at, u32 bits) const { return (abar_.read<u32>(at) & bits) != 0; }
     io::Task<Result<void>> wait(Nanoseconds bound, u64 at, u32 bits, bool set);
     Result<void> open(pci::Device& device);
-    void announce(u32 number);
+    bool announce(u32 number);
+    io::Task<Result<void>> give_up(u32 number);
     void unused(u32 number, std::string_view what, Unused why, std::string_view reason = {});
     void failed(u32 number, const Error& error);
 

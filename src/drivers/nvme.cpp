@@ -111,7 +111,7 @@ io::Task<Result<void>> Controller::connect() {
         co_await environment_.executor.sleep(delay);
     }
     CO_TRY(const Mmio bar, device_.map_bar(environment_.mmio, 0));
-    CO_CHECK(registers_.open(bar, environment_.timeout));
+    CO_CHECK(registers_.open(bar));
     entries_ = std::bit_floor(std::min(registers_.largest_queue(), Transport::max_entries));
 
     const bool several = environment_.allows(Feature::multi_queue) && !environment_.executors.empty();

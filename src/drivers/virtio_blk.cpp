@@ -216,6 +216,9 @@ Result<void> Controller::make_disks(const io::BlockDevice::Identity& identity) {
 
 io::Task<Result<void>> Controller::find() {
     CO_TRY(const FixedText<24> serial, co_await serial_number());
+    if (!queue(0).is_open()) {
+        co_return Error{Code::io, "the virtio disk was closed before its first request, as said above"};
+    }
     CO_CHECK(make_disks(identify(serial.view())));
     CO_CHECK(environment_.disks.announce(*disks_[0], DiskSink::no_twin));
     for (u32 i = 0; i < lane_count(); ++i) {

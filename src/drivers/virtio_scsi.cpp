@@ -243,15 +243,14 @@ Result<void> Controller::take_events() {
             if (!used) {
                 break;
             }
-            if (used->length < sizeof(Event)) {
-                return Error{Code::protocol, "the SCSI host returned an event that is too short", sizeof(Event),
-                             used->length};
-            }
+            // The used length is not looked at: Linux's vhost-scsi leaves it 0. A buffer that was not written is
+            // `none`.
             const usize at = offsetof(Messages, events) + used->slot * sizeof(Event);
             Event event; // a copy: the device may still write
             io::MappedMemory(messages_.data(), messages_.size())
                 .copy_out(at, reinterpret_cast<std::byte*>(&event), sizeof event);
             handle(event);
+            reinterpret_cast<Messages*>(messages_.data())->events[used->slot] = {};
             const io::BufferElement element = event_buffer(used->slot);
             CHECK(events_.ring().add(used->slot, std::span(&element, 1)));
         }

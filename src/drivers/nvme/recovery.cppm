@@ -163,7 +163,9 @@ class QueueRecovery {
     /// access [nvme-1.4 §3.1.6]; meanwhile a reset does that itself. Error{device_gone}: they read as all ones.
     Result<void> tick(bool alive, QueuePair& pair) {
         if (alive) {
-            controller_.note_progress();
+            if (pair.terms().id != 0) { // a reset itself completes commands of the admin queue
+                controller_.note_progress();
+            }
         } else if (!held() && !controller_.pending()) {
             pair.count_accesses(1);
             const auto status = ControllerStatus::read(pair.terms().registers);

@@ -14,7 +14,7 @@ namespace {
 constexpr Nanoseconds ready_unit = 500'000'000; // of CAP.TO
 }
 
-Result<void> Registers::open(Mmio bar, Nanoseconds longest) {
+Result<void> Registers::open(Mmio bar) {
     bar_ = bar;
     if (bar_.size() < doorbells + 16) {
         return Error{Code::protocol, "the NVMe controller's BAR 0 has no room for its registers and doorbells",
@@ -39,7 +39,7 @@ Result<void> Registers::open(Mmio bar, Nanoseconds longest) {
     }
     stride_ = static_cast<u8>(capabilities.get(Capabilities::dstrd));
     version_ = Version::read(bar_).raw;
-    ready_bound_ = std::min<Nanoseconds>(std::max<u64>(capabilities.get(Capabilities::to), 1) * ready_unit, longest);
+    ready_bound_ = std::max<u64>(capabilities.get(Capabilities::to), 1) * ready_unit; // at most 127.5 s
     return {};
 }
 

@@ -15,8 +15,8 @@ class Registers {
   public:
     explicit Registers(io::Executor& executor) : executor_(executor) {}
 
-    /// Reads and checks what the controller says about itself. `longest`: bound for CAP.TO, in nanoseconds.
-    Result<void> open(Mmio bar, Nanoseconds longest);
+    /// Reads and checks what the controller says about itself.
+    Result<void> open(Mmio bar);
     Mmio bar() const { return bar_; }
     u32 largest_queue() const { return largest_queue_; } // entries, at least 2
     u8 stride() const { return stride_; }                // CAP.DSTRD

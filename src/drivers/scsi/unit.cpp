@@ -220,6 +220,7 @@ io::Task<Result<UnitDescription>> describe(Nexus& nexus, u16 lun, Inquiry inquir
             std::min<u32>(state.capacity.block_bytes << state.capacity.physical_shift, 65536);
         unit.geometry.read_only = state.write_protected;
         unit.geometry.flush = state.write_cache && transport.flush;
+        unit.unflushed_cache = state.write_cache && !transport.flush;
         unit.limits.max_transfer = transport.max_transfer;
         unit.limits.short_commands = state.capacity.short_form;
         CO_CHECK(co_await read_pages(nexus, lun, state.capacity.thin, transport, unit));

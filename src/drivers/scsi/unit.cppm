@@ -88,6 +88,7 @@ struct UnitDescription {
     io::Geometry geometry;
     UnitLimits limits;
     std::optional<u32> identification; // see read_identification()
+    bool unflushed_cache = false;      // it has a volatile write cache, and TransportLimits::flush is not set
 };
 /// TEST UNIT READY, read_state(), identification, block limits and logical block provisioning. A unit that is not ready
 /// is described anyway, unless its drive is empty. Pages that a unit does not list are not read. Repeated if a unit

@@ -18,12 +18,20 @@ constexpr std::string_view removed_text = "the host has removed the disk";
 } // namespace
 
 io::Task<Result<void>> Units::scan(u32 count) {
+    u32 silent = 0;
     for (u32 target = 0; target < count; ++target) {
-        if (auto scanned = co_await scan_target(static_cast<u8>(target)); !scanned) {
-            log::warning("{}: target {}: {}", rules_.name, target, scanned.error());
-            if (!host_.is_open() || scanned.error().code == Code::timed_out) {
-                co_return scanned;
-            }
+        const auto scanned = co_await scan_target(static_cast<u8>(target));
+        if (scanned) {
+            continue;
+        }
+        log::warning("{}: target {}: {}", rules_.name, target, scanned.error());
+        if (!host_.is_open()) {
+            co_return scanned;
+        }
+        if (scanned.error().code == Code::timed_out && ++silent == max_silent) {
+            log::warning("{}: {} targets do not answer: the targets after {} are not scanned", rules_.name, silent,
+                         target);
+            co_return units_.empty() ? scanned : Result<void>{}; // the others are in use
         }
     }
     co_return Result<void>{};
@@ -162,6 +170,10 @@ Result<void> Units::attach(UnitNumber at, const UnitDescription& found) {
         units_.remove(units_.size() - 1);
         delete unit;
         return announced;
+    }
+    if (found.unflushed_cache) {
+        log::warning("{}: it has a volatile write cache, which is not flushed (features=-flush)",
+                     unit->disk().identity().name.view());
     }
     unit->link(host_.executor()); // no other coroutine has run since: this precedes any request to it
     forget_report(at);

@@ -78,7 +78,7 @@ class Units {
     static constexpr u32 max_units = 256;   // in use
     static constexpr u32 max_luns = 256;    // of a target
     static constexpr u32 max_logged = 1024; // units present but not driven
-    static constexpr u32 max_silent = 2;    // units that do not answer, before the scan of their target ends
+    static constexpr u32 max_silent = 2;    // units, or targets, that do not answer, before a scan ends
 
     struct Rules {
         FixedText<48> name;          // of the host adapter, in reports and log lines

@@ -1,5 +1,5 @@
 // A virtio device on a platform's memory bus [virtio-1.2 §4.2]: version 2, and version 1, the legacy interface, which
-// QEMU's microvm shows by default. All registers are accessed as 32 bits.
+// QEMU's microvm shows by default. All registers before the device's configuration are accessed as 32 bits.
 export module drivers.virtio.mmio;
 import core.std;
 import core.interrupt;

@@ -98,9 +98,16 @@ Result<u32> PciDevice::attach(std::span<const InterruptUse> uses, bool messages)
             return Error{Code::exhausted, "no memory for a device's interrupts"};
         }
     }
-    const bool msix = messages && pci::interrupts_of(function_).kind == pci::InterruptKind::msix;
-    return interrupts_.attach({wanted.begin(), wanted.size()}, 1,
-                              msix ? pci::InterruptKind::msix : pci::InterruptKind::line);
+    const std::span<const pci::VectorUse> all{wanted.begin(), wanted.size()};
+    if (messages && pci::interrupts_of(function_).kind == pci::InterruptKind::msix) {
+        // With a single vector nothing would tell what it is for; the line's status register does.
+        const u32 least = std::min<u32>(2, static_cast<u32>(all.size()));
+        const auto attached = interrupts_.attach(all, least, pci::InterruptKind::msix);
+        if (attached || attached.error().code != Code::exhausted) {
+            return attached;
+        }
+    }
+    return interrupts_.attach(all, 1, pci::InterruptKind::line);
 }
 
 u8 PciDevice::take_interrupt(u32& accesses) {

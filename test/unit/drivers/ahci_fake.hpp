@@ -30,7 +30,12 @@ class Interrupts final : public InterruptController {
     std::vector<Attached> lines;
     std::vector<Attached> messages;
 
+    bool full = false; // nothing can be attached
+
     Result<void> attach_line(InterruptLine line, InterruptHandler handler, void* context, u32) override {
+        if (full) {
+            return Error{Code::exhausted, "no vector is free"};
+        }
         lines.push_back({line.gsi, handler, context});
         return {};
     }
@@ -40,6 +45,9 @@ class Interrupts final : public InterruptController {
         });
     }
     Result<InterruptVector> attach_message(u32 processor, InterruptHandler handler, void* context) override {
+        if (full) {
+            return Error{Code::exhausted, "no vector is free"};
+        }
         messages.push_back({0x40, handler, context});
         return InterruptVector{0x40, 0, processor};
     }

@@ -202,6 +202,19 @@ TEST(Ahci, HbasThatCannotBeUsed) {
     }
 }
 
+TEST(Ahci, WithoutAnInterruptThePortsAreStopped) {
+    Machine m;
+    m.add(0);
+    m.add(3);
+    m.interrupts.full = true;
+    EXPECT_EQ(m.attach().error().code, Code::exhausted);
+    EXPECT_EQ(m.controller->disks(), 0u);
+    for (const u32 port : {0u, 3u}) {
+        EXPECT_EQ(m.hba.ports[port].read(m.hba, 0x18) & (cmd_st | cmd_fre | cmd_fr | cmd_cr), 0u)
+            << "it would store FISes in memory that is not the driver's any more";
+    }
+}
+
 TEST(Ahci, ADiskThatIsNeverReadyDoesNotStopTheOthers) {
     Machine m;
     m.add(0).busy = true;

@@ -100,6 +100,21 @@ TEST(NvmeRecovery, AnAbortWithoutEffectLeadsToAReset) {
     }
 }
 
+// The admin queue answers, and each reset succeeds, but the I/O queue is dead.
+TEST(NvmeRecovery, ResetsWithoutAnyIoCompletedCloseTheController) {
+    Machine& m = attached();
+    m.device.aborts = Aborts::never;
+    Pending p(m);
+    ASSERT_TRUE(turn_until(m, [&] { return p.ended(); }, 40000));
+    EXPECT_EQ(p.request.status, Status::timed_out);
+    EXPECT_LE(m.device.resets, nvme::Recovery::most_in_a_row + 1) << "the last one disables it";
+    DmaBuffer data = *m.dma.buffer(4096);
+    io::Request next(*m.sink.disks[0], io::Op::read, 0, data.span());
+    m.sink.disks[0]->submit(next);
+    EXPECT_FALSE(next.pending());
+    EXPECT_EQ(next.status, Status::device_gone);
+}
+
 TEST(NvmeRecovery, AFatalStatusIsResetAtOnce) {
     Machine& m = attached();
     Pending p(m);
@@ -142,7 +157,7 @@ TEST(NvmeRecovery, AResetThatFailsClosesTheController) {
                 m.device.refused.insert(0x05); // Create I/O Completion Queue
             }
         };
-        ASSERT_TRUE(turn_until(m, [&] { return p.ended(); }));
+        ASSERT_TRUE(turn_until(m, [&] { return p.ended(); }, 40000));
         EXPECT_EQ(p.request.status, kind == 0 || kind == 1 || kind == 4 ? Status::timed_out : Status::device_gone);
         EXPECT_EQ(m.sink.disks[0]->removed(), kind == 3);
         EXPECT_TRUE(log.has("nvme0: closed: ")) << log.text.view();

@@ -460,10 +460,25 @@ TEST_F(ScsiUnits, Silence) {
     EXPECT_TRUE(std::ranges::none_of(sink.disks, [](Lane* disk) { return disk->gone; }));
     silent = {0, 1, 2, 3, 4, 5};
     adapter.at(1).units.erase(5);
-    const auto done = scan(2);
+    ASSERT_TRUE(scan(2));
+    EXPECT_TRUE(sink.disks.at(10)->gone) << "a silent target does not hide the other one";
+    bool every = false;
+    adapter.override_execute = [&](u8 target, u16, const Cdb&) -> std::optional<Result<void>> {
+        EXPECT_LT(target, 2) << "the scan ends after two silent targets";
+        return every ? std::optional(Result<void>(silence)) : std::nullopt;
+    };
+    every = true;
+    EXPECT_TRUE(scan(4)) << "the disks in use stay";
+    EXPECT_TRUE(log.has("fake0: 2 targets do not answer: the targets after 1 are not scanned"));
+}
+
+TEST_F(ScsiUnits, NothingButSilence) {
+    adapter.override_execute = [&](u8, u16, const Cdb&) -> std::optional<Result<void>> {
+        return Result<void>(Error{Code::timed_out, "no answer"});
+    };
+    const auto done = scan(4);
     ASSERT_FALSE(done);
     EXPECT_EQ(done.error().code, Code::timed_out);
-    EXPECT_FALSE(sink.disks.at(10)->gone) << "the other target was not scanned";
 }
 
 TEST_F(ScsiUnits, AHostThatCloses) {

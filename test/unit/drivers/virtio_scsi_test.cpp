@@ -262,11 +262,12 @@ TEST(VirtioScsi, EventsAddAndRemoveUnits) {
     ASSERT_TRUE(m.host.event(0x8000'0000, 0, 0, 0)); // NO_EVENT, EVENTS_MISSED
     m.settle();
     EXPECT_EQ(m.sink.disks.size(), 3u);
-    ASSERT_TRUE(m.host.event(1, 2, 1, 2, 8)); // too short
+    ASSERT_TRUE(m.host.event(1, 2, 1, 2, 0)); // vhost-scsi does not say how much it has written
     m.settle();
-    EXPECT_EQ(m.host.resets, 1u);
+    EXPECT_TRUE(m.sink.disks[2]->removed());
+    EXPECT_EQ(m.host.resets, 0u);
     auto buffer = *m.memory.buffer(4096);
-    EXPECT_FALSE(m.run(io::Op::read, 0, buffer.span()));
+    EXPECT_TRUE(m.run(io::Op::read, 0, buffer.span()));
 }
 
 TEST(VirtioScsi, ASilentDeviceIsAskedToResetItsUnits) {

@@ -66,7 +66,9 @@ constexpr u64 probe_lba = 4096;
 
 class Bench {
   public:
-    explicit Bench(const Make& make) : facts_(make.facts), rig(make.make()), dma(*rig) {}
+    explicit Bench(const Make& make) : facts_(make.facts), rig(make.make()), dma(*rig) {
+        clear_quarantine(); // of an earlier test in this process
+    }
     ~Bench() {
         items.clear();
         clear_quarantine();
