@@ -1,7 +1,7 @@
 // A PVSCSI adapter that answers arbitrarily, late, twice or never, sends messages, breaks its rings, refuses commands
-// or disappears, while requests are submitted, cancelled and abandoned. Checked: every request ends once and in time; it
-// succeeds only if the adapter has confirmed each of its sectors; requests refer only to the request's memory and to
-// the driver's own; after the end the adapter has been reset, or is gone.
+// or disappears, while requests are submitted, cancelled and abandoned. Checked: every request ends once and in time;
+// it succeeds only if the adapter has confirmed each of its sectors; requests refer only to the request's memory and
+// to the driver's own; after the end the adapter has been reset, or is gone.
 #include <algorithm>
 #include <array>
 #include <atomic>
