@@ -34,7 +34,12 @@ void Namespaces::use(const ControllerInfo& info, const CommandSetLimits& limits,
     max_transfer_ = info.mdts == 0 || info.mdts >= 7 ? max_transfer : page << info.mdts;
 }
 
+// Once for each namespace: a controller may report changes without end.
 void Namespaces::unused(u32 nsid, Unused why, std::string_view reason) {
+    const auto end = reported_.begin() + reported_.size();
+    if (std::find(reported_.begin(), end, nsid) != end || reported_.size() == max_reported || !reported_.push(nsid)) {
+        return;
+    }
     FixedText<64> address;
     print(address, "nvme{}n{}", index_, nsid);
     environment_.disks.unused({"nvme", address, "NVMe namespace", why, reason});

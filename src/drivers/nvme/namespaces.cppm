@@ -50,6 +50,7 @@ class Namespaces {
     Limits limits_of(u32 block_size) const;
     void remove(Unit& unit, std::string_view why);
     Unit* find(u32 nsid) const;
+    static constexpr u32 max_reported = 1024;
     void unused(u32 nsid, Unused why, std::string_view reason);
 
     Environment environment_; // a copy: the objects it refers to outlive this, the Environment itself may not
@@ -60,7 +61,8 @@ class Namespaces {
     u32 max_transfer_ = max_transfer;
     std::span<Queue* const> queues_;
     FixedText<96> features_;
-    Vector<Unit*> units_; // owned
+    Vector<Unit*> units_;  // owned
+    Vector<u32> reported_; // namespaces that cannot be used, and were reported; at most max_reported
 };
 
 } // namespace fl::drivers::nvme

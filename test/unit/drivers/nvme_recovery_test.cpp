@@ -196,6 +196,25 @@ TEST(NvmeRecovery, NamespacesAreLookedAtAgain) {
     EXPECT_EQ(p.request.status, Status::ok);
 }
 
+TEST(NvmeRecovery, ANamespaceThatCannotBeUsedIsReportedOnce) {
+    Options o;
+    o.namespaces = 2;
+    Machine& m = attached(o);
+    m.device.patch = [](u32 cns, u32 nsid, u64 data) {
+        if (cns == 0 && nsid == 2) {
+            nvme_fake::store<u32>(data + 128, 13 << 16); // blocks of 8192 bytes
+        }
+    };
+    for (int i = 0; i < 3; ++i) {
+        ASSERT_TRUE(turn_until(m, [&] { return m.device.events.size() == 1; }));
+        m.device.changed = {2};
+        m.device.report_event(0x0004'0002);
+        turn_until(m, [] { return false; }, 200);
+    }
+    EXPECT_TRUE(m.sink.disks[1]->removed());
+    EXPECT_EQ(m.sink.left.size(), 1u);
+}
+
 // Abandoned writes end with the reset: nothing waits for them any more, and their memory comes back.
 TEST(NvmeRecovery, AnAbandonedWriteEndsWithTheReset) {
     Machine& m = attached();
