@@ -34,7 +34,7 @@ inline constexpr u64 feature_access_platform = feature(33);
 inline constexpr u64 feature_packed = feature(34);
 inline constexpr u64 feature_in_order = feature(35);
 inline constexpr u64 feature_order_platform = feature(36);
-inline constexpr u64 feature_ring_reset = feature(40);
+inline constexpr u64 feature_ring_reset = feature(40); // not negotiated: docs/decisions/0010-no-queue-reset.md
 
 struct FeatureName {
     u32 bit;

@@ -219,6 +219,7 @@ class MmioRegisters final : public MmioModel {
     bool unresettable = false;
     bool wce_stuck = false; // the cache mode cannot be changed
     u32 config_writes = 0;
+    std::function<void()> on_reset;
     u32 resets = 0;
     u32 notifications = 0;
     std::vector<u32> statuses; // as written
@@ -314,6 +315,9 @@ class MmioRegisters final : public MmioModel {
                 accepted = 0;
                 isr = 0;
                 backend_.reset();
+                if (on_reset) {
+                    on_reset();
+                }
             }
             return;
         }

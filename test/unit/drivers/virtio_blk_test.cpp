@@ -168,6 +168,19 @@ TEST(VirtioBlk, ADeviceInUseIsResetFirst) {
     EXPECT_TRUE(stuck.sink.disks.empty());
 }
 
+TEST(VirtioBlk, FeaturesThatAResetWithdrawsAreNotUsed) {
+    Machine m;
+    m.registers.status = 15; // in use by a loader
+    m.registers.offered |= f_packed;
+    m.registers.on_reset = [&] { m.registers.offered = f_version_1 | f_blk_size; };
+    ASSERT_TRUE(m.probe());
+    EXPECT_EQ(m.registers.accepted, f_version_1 | f_blk_size);
+    const io::Geometry& geometry = m.sink.disks[0]->geometry();
+    EXPECT_FALSE(geometry.flush || geometry.discard);
+    EXPECT_EQ(m.features(), "write-through line queues=1 queue-size=256");
+    writes_and_reads(m);
+}
+
 TEST(VirtioBlk, PackedQueues) {
     Machine m;
     m.registers.offered |= f_packed;
@@ -256,6 +269,30 @@ TEST(VirtioBlk, QueuesAreAtMost256Descriptors) {
     ASSERT_TRUE(odd.probe());
     EXPECT_EQ(odd.backend.setup().size, 64u) << "a power of two for a split queue";
     writes_and_reads(odd);
+}
+
+TEST(VirtioBlk, TheSmallestAndOddQueues) {
+    for (const bool packed : {false, true}) {
+        for (const auto& [maximum, size] : {std::pair{3u, packed ? 3u : 0u},
+                                            {4u, 4u},
+                                            {5u, packed ? 5u : 4u},
+                                            {255u, packed ? 255u : 128u},
+                                            {257u, 256u},
+                                            {32767u, 256u}}) {
+            Machine m;
+            m.registers.offered |= packed ? f_packed : 0;
+            m.registers.queue_max = maximum;
+            const auto probed = m.probe();
+            if (size == 0) { // too small for header, data and status once it is a power of two
+                EXPECT_EQ(probed.error().code, Code::not_supported);
+                EXPECT_EQ(m.memory.outstanding, 0u);
+                continue;
+            }
+            ASSERT_TRUE(probed) << maximum;
+            EXPECT_EQ(m.backend.setup().size, size) << maximum;
+            writes_and_reads(m);
+        }
+    }
 }
 
 TEST(VirtioBlk, BlockSizeTopologyAndReadOnly) {
