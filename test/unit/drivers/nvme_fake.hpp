@@ -80,7 +80,8 @@ class Controller final : public MmioModel {
     bool hostile = false;    // a test makes it break the rules
     bool mute = false;       // admin commands are not answered
     std::set<u8> refused;    // admin opcodes that end with Invalid Command Opcode
-    enum class Aborts : u8 { never, yes, unanswered } aborts = Aborts::never;
+    /// `claimed`: an Abort is said to have succeeded, and the command is not completed.
+    enum class Aborts : u8 { never, yes, unanswered, claimed } aborts = Aborts::never;
     u32 abort_status = 0x007; // of a command that was aborted
     std::vector<u32> changed; // namespaces of the log page; read once
     u32 resets = 0;           // CC.EN from 1 to 0
@@ -391,7 +392,7 @@ class Controller final : public MmioModel {
         }
     }
     void abort(const Held& h, u32& result) {
-        result = 1;
+        result = aborts == Aborts::claimed ? 0 : 1;
         for (usize i = 0; i < held.size() && aborts == Aborts::yes; ++i) {
             if (held[i].queue == (h.dw(10) & 0xffff) && held[i].cid() == h.dw(10) >> 16) {
                 result = 0;

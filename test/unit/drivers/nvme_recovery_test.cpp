@@ -71,8 +71,8 @@ TEST(NvmeRecovery, AnAbortWithoutEffectLeadsToAReset) {
         bool refused;
         u32 timeouts; // 500 ms each: the command's, and the Abort's
     };
-    for (const Way way :
-         {Way{Aborts::never, false, 1}, Way{Aborts::never, true, 1}, Way{Aborts::unanswered, false, 2}}) {
+    for (const Way way : {Way{Aborts::never, false, 1}, Way{Aborts::never, true, 1}, Way{Aborts::unanswered, false, 2},
+                          Way{Aborts::claimed, false, 2}}) {
         Options o;
         o.doorbell_buffers = true;
         Machine& m = attached(o);
@@ -113,6 +113,19 @@ TEST(NvmeRecovery, ResetsWithoutAnyIoCompletedCloseTheController) {
     m.sink.disks[0]->submit(next);
     EXPECT_FALSE(next.pending());
     EXPECT_EQ(next.status, Status::device_gone);
+}
+
+// A command that waits to be sent again is not with the controller, which can guess its next id.
+TEST(NvmeRecovery, AnAnswerToACommandThatWaitsClosesTheController) {
+    Machine& m = attached();
+    Pending p(m);
+    const u16 cid = m.device.held[0].cid();
+    m.device.hostile = true;
+    m.device.answer(0, 0x006);                             // sent again in the next tick
+    m.device.complete(1, static_cast<u16>(cid + 0x80), 0); // the id that it will have
+    EXPECT_TRUE(turn_until(m, [&] { return p.ended(); }));
+    EXPECT_EQ(p.request.status, Status::protocol_error);
+    EXPECT_TRUE(turn_until(m, [&] { return (m.device.cc & 1) == 0; }));
 }
 
 TEST(NvmeRecovery, AFatalStatusIsResetAtOnce) {
@@ -271,6 +284,29 @@ TEST(NvmeRecovery, AResetHoldsEveryLane) {
         }
         EXPECT_EQ(m.device.resets, 1u);
     }
+}
+
+// A processor that is busy keeps the controller from being disabled until its queue is quiet.
+TEST(NvmeRecovery, AResetWaitsForEveryLane) {
+    MessageMachine& m = attached_by_messages({}, 2);
+    m.device.hold = true;
+    LaneRequest first(m, 0, 0), second(m, 1, 64);
+    const auto aborted = [&] {
+        return std::ranges::any_of(m.device.admin, [](const auto& e) { return (e[0] & 0xff) == 0x08; });
+    };
+    ASSERT_TRUE(m.turn_until(aborted));
+    for (int i = 0; i < 30; ++i) { // the first processor's turns alone
+        m.deliver();
+        m.executors[0]->turn();
+    }
+    EXPECT_EQ(m.device.resets, 0u);
+    ASSERT_TRUE(m.turn_until([&] { return m.device.resets == 1 && m.device.held.size() == 2; }));
+    m.device.hold = false;
+    m.device.answer(0);
+    m.device.answer(0);
+    ASSERT_TRUE(m.turn_until([&] { return !first.request.pending() && !second.request.pending(); }));
+    EXPECT_EQ(first.request.status, Status::ok);
+    EXPECT_EQ(second.request.status, Status::ok);
 }
 
 TEST(NvmeRecovery, FewerQueuesAfterAResetCloseTheController) {
