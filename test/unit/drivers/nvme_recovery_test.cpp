@@ -174,7 +174,7 @@ TEST(NvmeRecovery, AResetThatFailsClosesTheController) {
         EXPECT_EQ(p.request.status, kind == 0 || kind == 1 || kind == 4 ? Status::timed_out : Status::device_gone);
         EXPECT_EQ(m.sink.disks[0]->removed(), kind == 3);
         EXPECT_TRUE(log.has("nvme0: closed: ")) << log.text.view();
-        EXPECT_TRUE(turn_until(m, [] { return quarantine_state().spans == 0; })) << "memory is lost";
+        EXPECT_TRUE(turn_until(m, [] { return quarantine_state().spans == 0; }, 40000)) << "memory is lost";
         const bool master = (m.space.functions.begin()->second.get16(4) & 4) != 0;
         EXPECT_EQ(master, kind != 0) << "a controller that does not stop may not access memory";
         io::Request refused(*m.sink.disks[0], io::Op::read, 0, p.data.span());
