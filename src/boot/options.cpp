@@ -42,7 +42,7 @@ constexpr auto features = std::to_array<FeatureName>({
     {"-shadow-doorbells", drivers::Feature::shadow_doorbells},
     {"-ncq", drivers::Feature::ncq},
     {"-write-zeroes", drivers::Feature::write_zeroes},
-    {"-ring-reset", drivers::Feature::ring_reset},
+    {"-config-wce", drivers::Feature::config_wce},
 });
 constexpr auto feature_names = [] {
     std::array<std::string_view, features.size()> names{};

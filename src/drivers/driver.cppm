@@ -26,7 +26,6 @@ enum class Feature : u32 {
     event_idx = 1 << 5,
     packed = 1 << 6,
     in_order = 1 << 7,
-    ring_reset = 1 << 8,
     multi_queue = 1 << 9,
     messages = 1 << 10, // MSI and MSI-X
     discard = 1 << 11,
