@@ -153,7 +153,7 @@ class StorvscRig final : public Rig {
             take(*lane); // the host may take it at any time
             for (const fake::Command& c : lane->host.commands) {
                 for (const auto& [data, bytes] : c.data) {
-                    if (data < span.data + span.size && span.data < data + bytes) {
+                    if (span.data != nullptr && data < span.data + span.size && span.data < data + bytes) {
                         return true;
                     }
                 }

@@ -128,6 +128,7 @@ TEST_P(BlockConformanceResets, AreBounded) {
     for (const auto& item : b.items) {
         EXPECT_EQ(item->status, Status::timed_out);
     }
+    b.finish();
 }
 
 // The caller's own limit is shorter than the device's time-out.
