@@ -60,13 +60,18 @@ io::Task<Result<void>> Units::scan_target(u8 target) {
               plural(list.out_of_range, "units"), max_luns - 1);
         unused({target, max_luns - 1}, "SCSI units above", Unused::no_room, reason);
     }
+    for (u32 lun = 0; lun < max_luns; ++lun) { // first what is gone: nobody should wait for it
+        present[lun] = present[lun] && lun <= rules_.last_lun;
+        if (const UnitNumber at{target, static_cast<u16>(lun)}; !present[lun]) {
+            remove(at);
+            forget_report(at);
+        }
+    }
     u32 silent = 0;
     bool answered = false;
     for (u32 lun = 0; lun < max_luns; ++lun) {
         const UnitNumber at{target, static_cast<u16>(lun)};
-        if (!present[lun] || lun > rules_.last_lun) {
-            remove(at);
-            forget_report(at);
+        if (!present[lun]) {
             continue;
         }
         const auto scanned = co_await scan_unit(at, list.complete);

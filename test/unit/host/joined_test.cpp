@@ -367,7 +367,7 @@ TEST_P(HostJoinedFault, EndsInABoundAndLosesNothing) {
     }
 }
 
-constexpr u32 later = 24; // number of SRBs after which the scan is complete
+constexpr u32 later = 25; // number of SRBs after which the scan is complete, and a write comes next
 constexpr FaultCase cases[] = {
     {Fault::write_index_beyond, later, true, false, "the host's write index moves backwards or is outside of the ring"},
     {Fault::read_index_beyond, later, true, false,
