@@ -92,7 +92,13 @@ guest() {
     status=$?
     cat /tmp/xl.log
     if grep -q '^Waiting for domain' /tmp/xl.log; then
-        usleep 200000
+        # xenconsoled reads nothing for up to 200 ms from a guest that notified it 30 times in as long, and on a busy host it may not run
+        # for longer. What it has not read when the domain is destroyed is lost: wait for the verdict, or as long as one may take.
+        tries=0
+        until [ -e /tmp/verdict ] || [ $tries -ge 30 ]; do
+            usleep 100000
+            tries=$((tries + 1))
+        done
         found=$(sed -n 's/.*Domain [0-9]* has shut down, reason code \([0-9]*\).*/\1/p' /tmp/xl.log | tail -n 1)
         if [ -n "$found" ]; then
             reason=$found

@@ -22,7 +22,7 @@ disk() {
 }
 
 # pass_on PAUSES: copies standard input line by line. A line that matches the next expression of the file PAUSES writes that pause's two numbers
-# into the FIFO /tmp/pauses; without such a file lines are only copied.
+# into the FIFO /tmp/pauses; without such a file lines are only copied. The record of the verdict, which is a run's last, makes the file /tmp/verdict.
 pass_on() {
     awk -v pauses="$1" '
         function next_pause() {
@@ -38,6 +38,10 @@ pass_on() {
             fflush()
             line = $0
             sub(/\r$/, "", line)
+            if (line ~ /^@\{"record":"verdict"/) {
+                printf "" > "/tmp/verdict"
+                close("/tmp/verdict")
+            }
             if (have && line ~ pattern) {
                 print words[1], words[2] > "/tmp/pauses"
                 fflush("/tmp/pauses")
