@@ -82,10 +82,11 @@ Result<u32> Controller::attach_interrupts(u32 wanted) {
 Result<void> Controller::lay_out(u32 index) {
     Lane& lane = *lanes_[index];
     const u32 entries = index == 0 ? std::min(entries_, admin_entries) : entries_;
+    const u32 completions = index == 0 ? entries : completion_entries_;
     if (!lane.submissions) {
         lane.queue.transport().interrupts().use(registers_.bar(), interrupts_.kind() == pci::InterruptKind::line);
         TRY(lane.submissions, environment_.dma.buffer(entries * static_cast<u32>(sizeof(Submission))));
-        TRY(lane.completions, environment_.dma.buffer(entries * static_cast<u32>(sizeof(CompletionEntry))));
+        TRY(lane.completions, environment_.dma.buffer(completions * static_cast<u32>(sizeof(CompletionEntry))));
         if (index != 0) {
             TRY(lane.lists, environment_.dma.buffer(Transport::max_entries * list_bytes));
         }
@@ -101,6 +102,7 @@ Result<void> Controller::lay_out(u32 index) {
                                            .shadow = index != 0 && shadows_ ? shadow_.span() : DmaSpan{},
                                            .events = index != 0 && shadows_ ? events_.span() : DmaSpan{},
                                            .entries = entries,
+                                           .completion_entries = completions,
                                            .id = static_cast<u16>(index),
                                            .stride = registers_.stride(),
                                            .lazy = msix && index != 0});
@@ -113,6 +115,7 @@ io::Task<Result<void>> Controller::connect() {
     CO_TRY(const Mmio bar, device_.map_bar(environment_.mmio, 0));
     CO_CHECK(registers_.open(bar));
     entries_ = std::bit_floor(std::min(registers_.largest_queue(), Transport::max_entries));
+    completion_entries_ = std::bit_floor(std::min(registers_.largest_queue(), Transport::max_completions));
 
     const bool several = environment_.allows(Feature::multi_queue) && !environment_.executors.empty();
     const u32 wanted = several ? static_cast<u32>(std::min<usize>(environment_.executors.size(), max_lanes)) : u32{1};
@@ -195,7 +198,7 @@ io::Task<Result<void>> Controller::create_queues(u32 index) {
     const Lane& lane = *lanes_[index];
     const u16 id = static_cast<u16>(index);
     CO_CHECK(co_await admin_.command(
-        create_completion_queue_command(id, entries_, lane.completions.bus(), vectors_ < 2 ? 0 : index),
+        create_completion_queue_command(id, completion_entries_, lane.completions.bus(), vectors_ < 2 ? 0 : index),
         "CREATE I/O COMPLETION QUEUE"));
     CO_CHECK(co_await admin_.command(create_submission_queue_command(id, entries_, lane.submissions.bus()),
                                      "CREATE I/O SUBMISSION QUEUE"));

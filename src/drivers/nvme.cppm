@@ -88,7 +88,8 @@ class Controller {
     pci::Device device_;
     u32 index_;
     Registers registers_;
-    u32 entries_ = 2; // of each I/O queue
+    u32 entries_ = 2;            // of each I/O submission queue
+    u32 completion_entries_ = 2; // of each I/O completion queue
     io::QueueGroup group_;
     Recovery recovery_;
     Admin admin_;

@@ -20,13 +20,14 @@ export namespace fl::drivers::nvme {
 
 /// Where a queue pair is, and its limits.
 struct QueueTerms {
-    Mmio registers;      // the whole BAR
-    DmaSpan submissions; // `entries` commands, zeroed
-    DmaSpan completions; // `entries` completions, zeroed
-    DmaSpan lists;       // list_bytes for each command; empty for the admin queue
-    DmaSpan shadow;      // shadow doorbells; empty: not in use
-    DmaSpan events;      // event indices
-    u32 entries = 2;     // of each queue: a power of two
+    Mmio registers;             // the whole BAR
+    DmaSpan submissions;        // `entries` commands, zeroed
+    DmaSpan completions;        // `completion_entries` completions, zeroed
+    DmaSpan lists;              // list_bytes for each command; empty for the admin queue
+    DmaSpan shadow;             // shadow doorbells; empty: not in use
+    DmaSpan events;             // event indices
+    u32 entries = 2;            // of the submission queue: a power of two
+    u32 completion_entries = 2; // of the completion queue: a power of two
     u16 id = 0;
     u8 stride = 0;     // CAP.DSTRD
     bool lazy = false; // MSI-X: interrupts do not depend on the head that was last reported
@@ -40,9 +41,10 @@ class QueuePair {
         TRY(submissions_,
             Submissions::create(io::MappedMemory(terms.submissions.data, terms.submissions.size),
                                 {.entries = 0, .stride = sizeof(Submission)}, io::Wrapped<u16>(terms.entries)));
-        TRY(completions_, Completions::create(io::MappedMemory(terms.completions.data, terms.completions.size),
-                                              {.entries = 0, .stride = sizeof(CompletionEntry)},
-                                              io::FreeRunning<u16>(terms.entries), {}, io::ByPhase{phase_offset}));
+        TRY(completions_,
+            Completions::create(io::MappedMemory(terms.completions.data, terms.completions.size),
+                                {.entries = 0, .stride = sizeof(CompletionEntry)},
+                                io::FreeRunning<u16>(terms.completion_entries), {}, io::ByPhase{phase_offset}));
         shadow_ = io::MappedMemory(terms.shadow.data, terms.shadow.size);
         events_ = io::MappedMemory(terms.events.data, terms.events.size);
         rung_tail_ = rung_head_ = 0;
@@ -99,7 +101,7 @@ class QueuePair {
     /// head is needed only for room: it is reported when half of the queue is used. MSI and lines signal again only for
     /// what the head has passed [nvme-1.4 §7.5.1].
     inline void release() {
-        if (unreleased_ != 0 && (!terms_.lazy || unreleased_ >= terms_.entries / 2)) {
+        if (unreleased_ != 0 && (!terms_.lazy || unreleased_ >= terms_.completion_entries / 2)) {
             unreleased_ = 0;
             const u16 head = static_cast<u16>(completions_->slot());
             static_cast<void>(ring(true, std::exchange(rung_head_, head), head));

@@ -198,11 +198,12 @@ class NvmeRig final : public Rig {
     void start(Lane& lane, u32 number) {
         const u16 id = static_cast<u16>(number + 1);
         lane.submissions = *dma_.buffer(nvme::Transport::max_entries * 64);
-        lane.completions = *dma_.buffer(nvme::Transport::max_entries * 16);
+        lane.completions = *dma_.buffer(nvme::Transport::max_completions * 16);
         lane.lists = *dma_.buffer(nvme::Transport::max_entries * nvme::list_bytes);
         device_.pairs[id] = {.sq = lane.submissions.bus(),
                              .cq = lane.completions.bus(),
                              .size = nvme::Transport::max_entries,
+                             .cq_size = nvme::Transport::max_completions,
                              .vector = static_cast<u16>(number),
                              .there = true};
         lane.queue.transport().interrupts().use(Mmio(device_, 0x2000), false);
@@ -223,6 +224,7 @@ class NvmeRig final : public Rig {
                                                     .shadow = shadow_,
                                                     .events = events_,
                                                     .entries = nvme::Transport::max_entries,
+                                                    .completion_entries = nvme::Transport::max_completions,
                                                     .id = id,
                                                     .lazy = true}));
     }

@@ -56,14 +56,18 @@ class Controller final : public MmioModel {
     };
     struct Pair {
         u64 sq = 0, cq = 0;
-        u32 size = 0;
+        u32 size = 0;           // entries of the submission queue
+        u32 cq_size = 0;        // of the completion queue
         u32 head = 0, tail = 0; // of the submission queue
         u32 cq_tail = 0, cq_head = 0;
+        u32 reports = 0; // of the completion queue's head
         u16 phase = 1;
         u16 vector = 0;
         bool there = false;
         /// As if created anew, at the same place.
-        void restart() { *this = {.sq = sq, .cq = cq, .size = size, .vector = vector, .there = true}; }
+        void restart() {
+            *this = {.sq = sq, .cq = cq, .size = size, .cq_size = cq_size, .vector = vector, .there = true};
+        }
     };
 
     explicit Controller(Options o = {}) : options(o), medium(o.blocks << o.lba_shift) {}
@@ -169,13 +173,13 @@ class Controller final : public MmioModel {
     }
     void post(u16 queue, std::array<u32, 4> dwords) {
         Pair& p = pairs[queue];
-        EXPECT_TRUE(hostile || (p.cq_tail + 1) % p.size != p.cq_head) << "the completion queue is full";
+        EXPECT_TRUE(hostile || (p.cq_tail + 1) % p.cq_size != p.cq_head) << "the completion queue is full";
         const u64 at = p.cq + u64{p.cq_tail} * 16;
         store(at, dwords[0]);
         store(at + 4, dwords[1]);
         store(at + 8, dwords[2]);
         store(at + 12, (dwords[3] & ~0x10000u) | u32{p.phase} << 16);
-        p.cq_tail = (p.cq_tail + 1) % p.size;
+        p.cq_tail = (p.cq_tail + 1) % p.cq_size;
         p.phase ^= p.cq_tail == 0 ? 1 : 0;
         if (interrupt) {
             interrupt(p.vector);
@@ -221,7 +225,8 @@ class Controller final : public MmioModel {
         if (on && (cc & 1) == 0) {
             EXPECT_EQ(value, 0x0046'0001u) << "16-byte completions, 64-byte commands, pages of 4096, NVM";
             pairs = {};
-            pairs[0] = {.sq = asq, .cq = acq, .size = (aqa & 0xfff) + 1, .there = true};
+            pairs[0] = {
+                .sq = asq, .cq = acq, .size = (aqa & 0xfff) + 1, .cq_size = (aqa >> 16 & 0xfff) + 1, .there = true};
             EXPECT_EQ(aqa & 0xfff, aqa >> 16);
             for (u32 i = 0; i < pairs[0].size * 16; i += 8) {
                 EXPECT_EQ(load<u64>(acq + i), 0u) << "a completion queue that is not zeroed";
@@ -242,14 +247,15 @@ class Controller final : public MmioModel {
     }
     void doorbell(u32 index, u32 value) {
         Pair& p = pairs[index / 2];
-        if (!p.there || value >= p.size) {
+        if (!p.there || value >= (index % 2 == 1 ? p.cq_size : p.size)) {
             ADD_FAILURE() << "doorbell " << index << " with " << value;
             return;
         }
         if (index % 2 == 1) {
-            EXPECT_LE((value + p.size - p.cq_head) % p.size, (p.cq_tail + p.size - p.cq_head) % p.size)
+            EXPECT_LE((value + p.cq_size - p.cq_head) % p.cq_size, (p.cq_tail + p.cq_size - p.cq_head) % p.cq_size)
                 << "a head beyond the tail";
             p.cq_head = value;
+            ++p.reports;
             return;
         }
         p.tail = value;
@@ -341,11 +347,12 @@ class Controller final : public MmioModel {
             EXPECT_EQ(data % 4096, 0u);
             Pair& p = pairs[id];
             if (h.opcode() == 0x05) {
-                p = {.cq = data, .size = (h.dw(10) >> 16) + 1, .vector = static_cast<u16>(h.dw(11) >> 16)};
+                p = {.cq = data, .cq_size = (h.dw(10) >> 16) + 1, .vector = static_cast<u16>(h.dw(11) >> 16)};
             } else {
                 EXPECT_EQ(h.dw(11) >> 16, id);
                 EXPECT_NE(p.cq, 0u) << "the completion queue comes first";
                 p.sq = data;
+                p.size = (h.dw(10) >> 16) + 1;
                 p.there = true;
             }
             break;

@@ -362,6 +362,23 @@ TEST(NvmeRecovery, AMaskedVector) {
     EXPECT_EQ(m.device.resets, 0u);
 }
 
+// With MSI-X the head of a completion queue is reported when half of its entries are taken. It has 256 of them, or as
+// many as the controller permits.
+TEST(NvmeRecovery, TheHeadIsReportedForHalfAQueue) {
+    for (const auto& [permitted, reads_per_report] : {std::pair{1024u, 128u}, {64u, 32u}}) {
+        Options o;
+        o.cap = (o.cap & ~u64{0xffff}) | (permitted - 1);
+        MessageMachine& m = attached_by_messages(o, 1);
+        const u32 before = m.device.pairs.at(1).reports;
+        for (u32 i = 1; i <= 3 * reads_per_report; ++i) {
+            LaneRequest r(m, 0, 8 * (i % 64));
+            ASSERT_TRUE(m.turn_until([&] { return !r.request.pending(); }, 100)) << i;
+            ASSERT_EQ(r.request.status, Status::ok);
+            EXPECT_EQ(m.device.pairs.at(1).reports - before, i / reads_per_report) << i << " reads";
+        }
+    }
+}
+
 TEST(NvmeRecovery, AllLanesWork) {
     for (const u32 vectors : {1u, 2u, 9u}) {
         MessageMachine& m = attached_by_messages({}, 2, vectors);
