@@ -24,6 +24,7 @@ import boot.backend;
 import boot.devices;
 import boot.disks;
 import boot.jobs;
+import boot.nets;
 import boot.sinks;
 import boot.sources;
 
@@ -70,6 +71,7 @@ class Binder {
 
     Devices& devices() { return devices_; }
     const Disks& disks() const { return attached_.disks; }
+    const Nets& nets() const { return attached_.nets; }
     io::Shutdown& shutdown() { return shutdown_; }
     /// The emulated devices that the host has unplugged.
     hv::EmulatedClasses unplugged() const { return unplugged_; }

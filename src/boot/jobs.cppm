@@ -11,6 +11,7 @@ import io.executor;
 import boot.options;
 import boot.devices;
 import boot.disks;
+import boot.nets;
 
 export namespace fl::boot {
 
@@ -37,6 +38,8 @@ struct JobServices {
     /// The unused devices: listed once, after the first block of `job=boot` and before the other jobs; nullptr: not
     /// collected.
     Devices* devices = nullptr;
+    /// The network cards; nullptr: there are none.
+    const Nets* nets = nullptr;
 };
 
 /// Runs options.job (any but `panic`) on the disks. Validates everything the options name before the first transfer; an

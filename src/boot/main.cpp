@@ -106,7 +106,8 @@ class KernelDrivers final : public DriverMachine {
                 .executors = boot::executors(),
                 .shutdown = &shutdown,
                 .mmio = device_registers(),
-                .devices = &sinks.devices};
+                .devices = &sinks.devices,
+                .nets = &sinks.nets};
     }
 
     std::span<io::Executor* const> executors() override { return boot::executors(); }
@@ -223,7 +224,7 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     Result<Outcome> outcome = co_await run_until_shutdown(options, binder.disks(),
                                                           {executor, dma_memory(), heap_allocations, executors(),
                                                            options.marks != 0 ? mark_phase : nullptr, clock_assumed(),
-                                                           clock_ahead(), &binder.devices()},
+                                                           clock_ahead(), &binder.devices(), &binder.nets()},
                                                           binder.shutdown());
     binder.devices().list(); // for a job that was cancelled
     if (const u64 lost = frames().lost_bytes(); lost != 0) {

@@ -8,11 +8,13 @@ import core.log;
 import core.vector;
 import io.executor;
 import io.block;
+import io.net;
 import io.shared_lane;
 import drivers.claims;
 import drivers.driver;
 import boot.devices;
 import boot.disks;
+import boot.nets;
 
 namespace fl::boot {
 
@@ -85,6 +87,13 @@ void DriverDiskSink::share_queues(io::BlockDevice& disk) {
         log::warning("{}: lanes for {} of {} processors: {}", disk.identity().name.view(), disk.lanes(),
                      attached_.executors.size(), shared.error());
     }
+}
+
+Result<void> DriverNetSink::announce(io::NetDevice& card, u32 number) {
+    CHECK(attached_.nets.takes(card.identity().name.view()));
+    CHECK(claims_.claim(id(number)));
+    attached_.nets.add(card);
+    return {};
 }
 
 } // namespace fl::boot

@@ -8,12 +8,14 @@ import core.text;
 import core.vector;
 import io.executor;
 import io.block;
+import io.net;
 import io.shared_lane;
 import drivers.table;
 import drivers.claims;
 import drivers.driver;
 import boot.devices;
 import boot.disks;
+import boot.nets;
 
 export namespace fl::boot {
 
@@ -27,6 +29,7 @@ struct Attached {
     drivers::Claims claims;
     Devices* devices;
     Disks disks;
+    Nets nets;
     /// One per running processor: each disk gets a lane for each of them.
     std::span<io::Executor* const> executors{};
     /// Of the disks whose devices have fewer queues.
@@ -78,13 +81,31 @@ class DriverDiskSink final : public drivers::DiskSink {
     drivers::DeviceSink& claims_;
 };
 
+class DriverNetSink final : public drivers::NetSink {
+  public:
+    DriverNetSink(Attached& attached, drivers::DeviceSink& claims) : attached_(attached), claims_(claims) {}
+    bool offered(u32 number) override { return claims_.offered(id(number)); }
+    FixedText<16> free_name() override { return attached_.nets.free_name(); }
+    Result<void> announce(io::NetDevice& card, u32 number) override;
+    void unused(const drivers::UnusedUnit& unit) override { claims_.unused(unit); }
+    void withdraw(u32 number) override { claims_.withdraw(id(number)); }
+
+  private:
+    static drivers::DeviceId id(u32 number) { return {drivers::DeviceKind::network, number}; }
+
+    Attached& attached_;
+    drivers::DeviceSink& claims_;
+};
+
 /// All sinks of one driver.
 struct DriverSinks {
-    DriverSinks(Attached& attached, std::string_view driver) : devices(attached, driver), disks(attached, devices) {}
+    DriverSinks(Attached& attached, std::string_view driver)
+        : devices(attached, driver), disks(attached, devices), nets(attached, devices) {}
     DriverSinks(const DriverSinks&) = delete;
     DriverSinks& operator=(const DriverSinks&) = delete;
     DriverDeviceSink devices;
     DriverDiskSink disks;
+    DriverNetSink nets;
 };
 
 } // namespace fl::boot

@@ -11,6 +11,7 @@ import core.interrupt;
 import core.mmio;
 import io.executor;
 import io.block;
+import io.net;
 import io.shutdown;
 export import drivers.device;
 
@@ -90,8 +91,8 @@ struct UnusedUnit {
 };
 
 /// Claims of the machine's devices, of all classes, as seen by one driver. Order: offered() before the first access,
-/// claim() once the device works, withdraw() when it no longer exists. Disks use their own sink (DiskSink), whose
-/// announce() claims; drivers of other classes claim here.
+/// claim() once the device works, withdraw() when it no longer exists. Disks and network cards use their own sinks
+/// (DiskSink, NetSink), whose announce() claims; drivers of other classes claim here.
 class DeviceSink {
   public:
     /// Whether the driver may access the device: false if another driver has it already, or the table withholds it.
@@ -131,6 +132,27 @@ class DiskSink {
     ~DiskSink() = default;
 };
 
+/// Where drivers announce network cards: DiskSink for them. A card's number identifies a card of the machine,
+/// independent of its driver: see DeviceId.
+class NetSink {
+  public:
+    static constexpr u32 no_twin = drivers::no_twin;
+    /// As DeviceSink::offered().
+    virtual bool offered(u32 number) = 0;
+    /// The first name of the form ethN that no open card of the machine has. Taken by announcing a card that has it.
+    virtual FixedText<16> free_name() = 0;
+    /// The card is ready; it and its lanes must live until machine shutdown. Error{busy}: another driver attached the
+    /// same card first; the driver must release it.
+    virtual Result<void> announce(io::NetDevice& card, u32 number) = 0;
+    /// As DeviceSink::unused().
+    virtual void unused(const UnusedUnit& unit) { static_cast<void>(unit); }
+    /// As DeviceSink::withdraw().
+    virtual void withdraw(u32 number) { static_cast<void>(number); }
+
+  protected:
+    ~NetSink() = default;
+};
+
 /// Services available to a driver. References are valid for the lifetime of the machine.
 struct Environment {
     io::Executor& executor;
@@ -149,6 +171,8 @@ struct Environment {
     MmioMapper& mmio = no_mmio();
     /// Claims of devices of all classes, including those of `disks`; nullptr if only disks are announced (tests).
     DeviceSink* devices = nullptr;
+    /// For drivers of network cards; nullptr: cards cannot be announced (tests of other drivers).
+    NetSink* nets = nullptr;
 
     bool allows(Feature feature) const { return (withheld_features & to_underlying(feature)) == 0; }
 };
