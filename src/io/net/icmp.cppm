@@ -62,9 +62,9 @@ struct LostPacket {
     u16 source_port = 0;
     u16 destination_port = 0;
 };
-/// `data`: of an error: the beginning of the packet that it is about, its header and at least 8 bytes [rfc792]. The rest
-/// may be cut off, so neither its length nor its checksums can be verified. Nothing: that is not all there, or no packet
-/// is sent from here that begins so.
+/// `data`: of an error: the beginning of the packet that it is about, its header and at least 8 bytes [rfc792]. The
+/// rest may be cut off, so neither its length nor its checksums can be verified. Nothing: that is not all there, or no
+/// packet that is sent from here begins so.
 constexpr std::optional<LostPacket> parse_lost(std::span<const std::byte> data) {
     if (data.size() < sizeof(Ipv4Header)) {
         return std::nullopt;
