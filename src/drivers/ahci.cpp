@@ -18,13 +18,11 @@ import drivers.pci.msi;
 namespace fl::drivers::ahci {
 
 namespace {
-constexpr Nanoseconds poll = 100'000;
 constexpr Nanoseconds reset_bound = 1'000'000'000; // of HR [ahci-1.3.1 §10.4.3]
 constexpr Nanoseconds handoff_bound = 25'000'000;  // for BOS [ahci-1.3.1 §10.6.3]
 constexpr Nanoseconds busy_bound = 2'000'000'000;  // with BB
 constexpr Nanoseconds spin_up_bound = 50'000'000;  // for a device to answer COMRESET after spin-up
-constexpr Nanoseconds link_bound = 1'000'000'000;  // for the link of a device that was there before the reset
-constexpr u64 four_gib = u64{1} << 32;
+constexpr Nanoseconds link_bound = 1'000'000'000;  // for the link of a device that was there before the reset, or came
 } // namespace
 
 Result<Ports> usable_ports(u32 implemented, Capabilities capabilities, u64 abar_size) {
@@ -51,7 +49,10 @@ Controller::~Controller() {
         GlobalControl::of(GlobalControl::ae).write(abar_); // no interrupts
     }
     for (Slot& slot : slots_) {
-        slot.disk.reset();
+        delete slot.disk; // stops the port
+    }
+    for (Disk* disk : retired_) {
+        delete disk;
     }
 }
 
@@ -67,18 +68,6 @@ void Controller::failed(u32 number, const Error& error) {
     unused(number, "SATA disk", unused_because(error.code), reason);
 }
 
-/// Polls a register until one of the bits is set, or none of them. Error{timed_out}: the bound has passed.
-io::Task<Result<void>> Controller::wait(Nanoseconds length, u64 at, u32 bits, bool set) {
-    const io::Bound bound(environment_.executor, length);
-    while (any(at, bits) != set) {
-        if (bound.passed()) {
-            co_return Error{Code::timed_out, "an AHCI HBA does not answer"};
-        }
-        co_await environment_.executor.sleep(poll);
-    }
-    co_return Result<void>{};
-}
-
 /// Takes the HBA over from the firmware [ahci-1.3.1 §10.6.3].
 io::Task<Result<void>> Controller::take_over() {
     if (!Capabilities2::read(abar_).get(Capabilities2::boh)) {
@@ -86,9 +75,9 @@ io::Task<Result<void>> Controller::take_over() {
     }
     Handoff::change(abar_, 0, [](Handoff& h) { h.set(Handoff::oos, true); });
     constexpr u32 owned = Handoff::of(Handoff::bos).raw;
-    auto released = co_await wait(handoff_bound, Handoff::offset, owned, false);
+    auto released = co_await setup_.wait(handoff_bound, Handoff::offset, owned, false);
     if (!released && Handoff::read(abar_).get(Handoff::bb)) {
-        released = co_await wait(busy_bound, Handoff::offset, owned, false);
+        released = co_await setup_.wait(busy_bound, Handoff::offset, owned, false);
     }
     if (!released) {
         log::warning("ahci: the firmware does not release the HBA (BOHC.BOS): taken from it");
@@ -99,7 +88,7 @@ io::Task<Result<void>> Controller::take_over() {
 io::Task<Result<void>> Controller::reset() {
     GlobalControl::of(GlobalControl::ae).write(abar_);
     GlobalControl::of(GlobalControl::ae, GlobalControl::hr).write(abar_);
-    if (!co_await wait(reset_bound, GlobalControl::offset, GlobalControl::of(GlobalControl::hr).raw, false)) {
+    if (!co_await setup_.wait(reset_bound, GlobalControl::offset, GlobalControl::of(GlobalControl::hr).raw, false)) {
         co_return Error{Code::timed_out, "the HBA does not end its reset (GHC.HR) within a second", 0,
                         GlobalControl::read(abar_).raw};
     }
@@ -125,6 +114,7 @@ io::Task<Result<void>> Controller::attach(pci::Device device) {
     if (implemented == ~u32{0} && capabilities_.raw == ~u32{0}) {
         co_return Error{Code::device_gone, "all registers read as ones: there is no HBA"};
     }
+    setup_.open(abar_, capabilities_.get(Capabilities::s64a));
     CO_TRY(const Ports ports, usable_ports(implemented, capabilities_, abar_.size()));
     if (ports.dropped != 0) {
         log::warning("ahci: ports {:#x} of PI lie beyond CAP.NP or BAR 5: not used", ports.dropped);
@@ -146,55 +136,51 @@ io::Task<Result<void>> Controller::attach(pci::Device device) {
         Port port(abar_, number);
         const bool spins_up = capabilities_.get(Capabilities::sss);
         const Nanoseconds bound = (present_ & port.bit()) != 0 ? link_bound : spins_up ? spin_up_bound : 0;
-        if (!co_await wait(bound, port.at(SataStatus::offset), SataStatus::there, true)) {
+        if (!co_await setup_.wait(bound, port.at(SataStatus::offset), SataStatus::there, true)) {
             empty |= port.bit();
             continue;
         }
         if (auto examined = co_await examine(number); !examined) {
             failed(number, examined.error());
         }
-        if (!slots_[number].terms) {
+        if (slots_[number].disk == nullptr) {
             static_cast<void>(co_await give_up(number));
         } else {
             events_.add(number, slots_[number].disk->events(), slots_[number].disk->queue());
         }
     }
-    if (std::ranges::none_of(slots_, [](const Slot& slot) { return slot.terms.has_value(); })) {
-        co_return Result<void>{};
-    }
-    for (u32 left = empty; left != 0; left &= left - 1) {
-        events_.watch(static_cast<u32>(std::countr_zero(left)));
-    }
     if (const auto opened = open(device); !opened) {
         for (u32 number = 0; number < max_ports; ++number) {
-            if (slots_[number].terms) {
+            if (slots_[number].disk != nullptr) {
                 static_cast<void>(co_await give_up(number));
             }
         }
         co_return opened;
     }
-    for (u32 left = empty; left != 0; left &= left - 1) {
-        Port port(abar_, static_cast<u32>(std::countr_zero(left)));
-        port.clear_errors();
-        port.write(interrupt_enable, PortInterrupts::link);
-    }
     GlobalControl::of(GlobalControl::ae, GlobalControl::ie).write(abar_);
-    for (u32 number = 0; number < max_ports; ++number) {
-        if (slots_[number].terms && !announce(number)) { // its disk stays: the handler may look at it
-            Port port(abar_, number);
-            static_cast<void>(co_await stop(port));
+    for (u32 left = ports.usable; left != 0; left &= left - 1) {
+        const u32 number = static_cast<u32>(std::countr_zero(left));
+        Port port(abar_, number);
+        if (slots_[number].disk == nullptr) {
+            watch_port(number, (empty & port.bit()) != 0);
+        } else if (!announce(number)) { // its disk stays: the handler may look at it
+            static_cast<void>(co_await setup_.stop(port, slots_[number].memory));
         }
+    }
+    if (auto spawned = tasks_.spawn(watch()); !spawned) {
+        log::warning("ahci: disks that are plugged in later are not used: {}", spawned.error());
     }
     co_return Result<void>{};
 }
 
-/// Before interrupts are attached: the port is not used, and the HBA must not store anything in its memory any more.
+/// The handler does not know of a disk here: the port is not used, and the HBA must not store anything in its memory
+/// any more.
 io::Task<Result<void>> Controller::give_up(u32 number) {
     Slot& slot = slots_[number];
     Port port(abar_, number);
-    auto stopped = co_await stop(port);
+    auto stopped = co_await setup_.stop(port, slot.memory);
     slot.terms.reset();
-    slot.disk.reset();
+    delete std::exchange(slot.disk, nullptr);
     slot.memory.reset();
     co_return stopped;
 }
@@ -223,8 +209,10 @@ bool Controller::announce(u32 number) {
         return false;
     }
     if (slot.terms->info.write_cache && !slot.terms->flush) {
-        log::warning("{}: it has a volatile write cache, which is not flushed (features=-flush, or no such command)",
-                     slot.disk->identity().name.view());
+        log::warning(
+            "{}: it has a volatile write cache, which is neither flushed (features=-flush, or no such command) "
+            "nor can be switched off",
+            slot.disk->identity().name.view());
     }
     ++count_;
     return true;
@@ -234,7 +222,7 @@ bool Controller::announce(u32 number) {
 io::Task<Result<void>> Controller::examine(u32 number) {
     Slot& slot = slots_[number];
     Port port(abar_, number);
-    CO_CHECK(co_await start(port, slot));
+    CO_CHECK(co_await setup_.start(port, slot.memory));
     switch (static_cast<Signature>(port.read(signature))) {
     case Signature::packet:
         unused(number, "CD drive", Unused::not_a_disk, "no driver for CD drives and other ATAPI devices in this build");
@@ -248,7 +236,7 @@ io::Task<Result<void>> Controller::examine(u32 number) {
     }
     const PortMemory memory(slot.memory.span());
     ata::IdentifyData data;
-    CO_CHECK(co_await identify(port, memory, data));
+    CO_CHECK(co_await setup_.identify(port, memory, data));
     if (ata::is_empty(data)) {
         unused(number, "SATA disk", Unused::empty, "it has 0 bytes");
         co_return Result<void>{};
@@ -259,73 +247,120 @@ io::Task<Result<void>> Controller::examine(u32 number) {
                      environment_.allows(Feature::ncq);
     slot.terms =
         Terms{.info = info,
+              .identity = ata::DeviceIdentity(data),
               .depth = ncq ? std::min(sata.queue_depth, capabilities_.get(Capabilities::ncs) + 1) : 0,
               .flush = info.write_cache && (info.flush || info.flush_ext) && environment_.allows(Feature::flush),
               .discard = sata.trim && info.lba48 && environment_.allows(Feature::discard)};
-    slot.disk.emplace(environment_.executor, environment_.dma, events_, port, memory,
-                      capabilities_.get(Capabilities::s64a), environment_.timeout);
+    if (info.write_cache && !environment_.allows(Feature::flush)) {
+        CO_CHECK(co_await disable_write_cache(port, slot));
+    }
+    slot.disk =
+        new (std::nothrow) Disk(environment_.executor, environment_.dma, events_, port, PortMemory(slot.memory.span()),
+                                capabilities_.get(Capabilities::s64a), environment_.timeout);
+    if (slot.disk == nullptr) {
+        co_return Error{Code::exhausted, "no memory for a disk"};
+    }
     co_return Result<void>{};
 }
 
-/// Gives the port its memory and starts it [ahci-1.3.1 §10.1.2].
-io::Task<Result<void>> Controller::start(Port& port, Slot& slot) {
-    CO_CHECK(co_await stop(port));
-    CO_TRY(slot.memory,
-           environment_.dma.buffer(PortMemory::bytes, capabilities_.get(Capabilities::s64a) ? ~u64{0} : four_gib));
-    const PortMemory memory(slot.memory.span());
-    port.write(command_list_base, static_cast<u32>(memory.list_bus()));
-    port.write(command_list_base + 4, static_cast<u32>(memory.list_bus() >> 32));
-    port.write(fis_base, static_cast<u32>(memory.fis_bus()));
-    port.write(fis_base + 4, static_cast<u32>(memory.fis_bus() >> 32));
+/// Without flushes an acknowledged write must be on the medium. If the disk refuses, announce() says so.
+io::Task<Result<void>> Controller::disable_write_cache(Port& port, Slot& slot) {
+    const auto off = co_await setup_.execute(port, PortMemory(slot.memory.span()), no_write_cache_fis(), false);
+    if (off) {
+        slot.terms->info.write_cache = false;
+        slot.terms->write_through = true;
+    }
+    if (off || off.error().code != Code::io) {
+        co_return off;
+    }
+    CO_CHECK(co_await setup_.start(port, slot.memory)); // the refusal has stopped it
+    ata::IdentifyData data;
+    CO_CHECK(co_await setup_.identify(port, PortMemory(slot.memory.span()), data));
+    if (ata::DeviceIdentity(data).words != slot.terms->identity.words) {
+        co_return Error{Code::device_gone, "the disk was replaced while it was set up"};
+    }
+    co_return Result<void>{};
+}
+
+// ---- disks that come and go ----
+
+/// Nothing is in use at the port: from now on a change of its link is an interrupt. `empty`: it had no link before.
+void Controller::watch_port(u32 number, bool empty) {
+    Port port(abar_, number);
     port.clear_errors();
-    port.command(false); // lets the HBA store the first FIS of the device
-    if (!co_await wait(environment_.timeout, port.at(SataStatus::offset), SataStatus::up, true)) {
-        co_return Error{Code::timed_out, "the link to the device does not come up (PxSSTS.DET)",
-                        SataStatus::established, port.read<SataStatus>().raw};
+    port.clear_pending(port.bit());
+    events_.watch(number);
+    port.write(interrupt_enable, PortInterrupts::link);
+    if (empty && port.read<SataStatus>().get(SataStatus::det) != 0) {
+        events_.changed(port.bit()); // plugged in a moment ago
     }
-    port.write(sata_error, ~u32{0});
-    if (!co_await wait(environment_.timeout, port.at(TaskFile::offset), TaskFile::in_progress, false)) {
-        co_return Error{Code::timed_out, "the device stays busy after the reset (PxTFD)", 0, port.read<TaskFile>().raw};
+}
+
+io::Task<Result<void>> Controller::watch() {
+    for (;;) {
+        static_cast<void>(co_await events_.changes().wait());
+        for (u32 left = events_.take_changed(); left != 0; left &= left - 1) {
+            if (GlobalControl::read(abar_).raw == ~u32{0}) {
+                co_return Result<void>{}; // the HBA is gone: each of its disks finds that out itself
+            }
+            const u32 number = static_cast<u32>(std::countr_zero(left));
+            if (auto looked = co_await look_again(number); !looked) {
+                failed(number, looked.error());
+            }
+        }
     }
-    port.command(true);
+}
+
+/// The link of a watched port has changed, or the disk at the port has closed. Error: the port is not used any more.
+io::Task<Result<void>> Controller::look_again(u32 number) {
+    Slot& slot = slots_[number];
+    Port port(abar_, number);
+    if (slot.disk != nullptr && slot.disk->queue().is_open()) {
+        co_return Result<void>{}; // it was attached after the change
+    }
+    const bool plugged = events_.unwatch(number);
+    port.write(interrupt_enable, 0);
+    if (slot.disk != nullptr) {
+        events_.remove(number);
+        if (plugged) {
+            slot.disk->remove(); // it had failed, and was unplugged now
+        }
+        if (!slot.disk->removed()) {
+            watch_port(number, false);
+            co_return Result<void>{};
+        }
+        CO_CHECK(co_await retire(number));
+    }
+    CO_CHECK(co_await setup_.reset_link(port));
+    const auto there = co_await setup_.wait(link_bound, port.at(SataStatus::offset), SataStatus::there, true);
+    if (there) {
+        if (auto examined = co_await examine(number); !examined) {
+            failed(number, examined.error());
+        }
+    }
+    if (slot.disk == nullptr) {
+        CO_CHECK(co_await give_up(number));
+        watch_port(number, !there);
+        co_return Result<void>{};
+    }
+    events_.add(number, slot.disk->events(), slot.disk->queue());
+    if (!announce(number)) {
+        co_return co_await setup_.stop(port, slot.memory);
+    }
     co_return Result<void>{};
 }
 
-io::Task<Result<void>> Controller::identify(Port& port, const PortMemory& memory, ata::IdentifyData& data) {
-    const DmaSpan page = memory.block(0);
-    memory.encode(0, 0, plain_fis(Opcode::identify_device), false, {&page, 1});
-    port.clear_errors(); // and what the device's first FIS has set
-    port.write(command_issue, 1);
-    const auto ended = co_await wait(environment_.timeout, port.at(PortInterrupts::offset),
-                                     PortInterrupts::fatal | PortInterrupts::ends, true);
-    const bool failed = (port.read<PortInterrupts>().raw & PortInterrupts::fatal) != 0;
-    if (!ended || (!failed && !co_await wait(environment_.timeout, port.at(command_issue), 1, false))) {
-        co_return Error{Code::timed_out, "no answer to IDENTIFY DEVICE", 0, port.read<TaskFile>().raw};
+/// The disk has no port any more, and its users keep it.
+io::Task<Result<void>> Controller::retire(u32 number) {
+    Slot& slot = slots_[number];
+    Port port(abar_, number);
+    CO_CHECK(co_await setup_.stop(port, slot.memory));
+    slot.disk->queue().reclaim();
+    if (!retired_.push(slot.disk)) {
+        co_return Error{Code::exhausted, "no memory to keep a removed disk"};
     }
-    if (failed) {
-        co_return Error{Code::io, "the device refuses IDENTIFY DEVICE", 0, port.read<TaskFile>().raw};
-    }
-    if (memory.header(0).transferred != page.size) {
-        co_return Error{Code::protocol, "IDENTIFY DEVICE ended before all of its data (PRDBC)", page.size,
-                        memory.header(0).transferred};
-    }
-    std::memcpy(data.words.data(), page.data, page.size);
-    co_return Result<void>{};
-}
-
-/// Stops the command list, then the storing of FISes [ahci-1.3.1 §10.3.2].
-io::Task<Result<void>> Controller::stop(Port& port) {
-    auto command = port.read<PortCommand>();
-    port.write(command.set(PortCommand::st, false));
-    constexpr u32 runs = PortCommand::command_list | PortCommand::fis_receive;
-    static_cast<void>(
-        co_await wait(Recovery::stop_bound, port.at(PortCommand::offset), PortCommand::command_list, false));
-    port.write(command.set(PortCommand::fre, false));
-    if (!co_await wait(Recovery::stop_bound, port.at(PortCommand::offset), runs, false)) {
-        slots_[port.number()].memory.abandon(); // the HBA may still write to it
-        co_return Error{Code::timed_out, "the HBA does not stop the port (PxCMD.CR, FR)", 0,
-                        port.read<PortCommand>().raw};
-    }
+    slot.disk = nullptr;
+    slot.terms.reset();
     co_return Result<void>{};
 }
 
@@ -335,7 +370,7 @@ io::Task<Result<void>> probe(Environment& environment, pci::Device device, u32) 
         co_return Error{Code::exhausted, "no memory for an AHCI controller"};
     }
     Result<void> result = co_await controller->attach(device);
-    if (controller->disks() == 0) {
+    if (!result && controller->disks() == 0) {
         delete controller;
     }
     co_return result;

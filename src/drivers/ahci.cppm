@@ -7,12 +7,16 @@ import core.text;
 import core.dma;
 import core.mmio;
 import core.time;
+import core.vector;
+import io.executor;
 import io.task;
 import drivers.driver;
 import drivers.pci;
 import drivers.pci.msi;
 export import drivers.ahci.protocol;
 export import drivers.ahci.queue;
+export import drivers.ahci.sata_disk;
+export import drivers.ahci.setup;
 
 export namespace fl::drivers::ahci {
 
@@ -28,20 +32,25 @@ struct Ports {
 Result<Ports> usable_ports(u32 implemented, Capabilities capabilities, u64 abar_size);
 
 /// One HBA with its ports. Must outlive all use of its disks; normally lives until machine shutdown.
+///
+/// A port without a disk in use, and one whose disk is closed, is watched: when its link changes, what is plugged in
+/// there is examined in the same way as at the start. A disk that is unplugged or replaced is closed as removed.
 class Controller {
   public:
-    explicit Controller(Environment& environment) : environment_(environment) {}
+    explicit Controller(Environment& environment)
+        : environment_(environment), setup_(environment.executor, environment.dma, environment.timeout),
+          events_(environment.executor), tasks_(environment.executor) {}
     ~Controller();
     Controller(const Controller&) = delete;
     Controller& operator=(const Controller&) = delete;
 
-    /// Finds and announces the disks. A failing port is reported, and the others are tried; finding no disk is not an
-    /// error.
+    /// Finds and announces the disks, and watches the ports from then on. A failing port is reported, and the others
+    /// are tried; finding no disk is not an error.
     io::Task<Result<void>> attach(pci::Device device);
-    /// Number of announced disks.
+    /// Number of disks announced so far, removed ones included.
     u32 disks() const { return count_; }
     /// The disk at a port; nullptr: none is in use.
-    Disk* disk(u32 port) { return slots_[port].disk ? &*slots_[port].disk : nullptr; }
+    Disk* disk(u32 port) { return slots_[port].disk; }
     std::string_view interrupt() const {
         return interrupts_ ? name(interrupts_->kind()) : name(pci::InterruptKind::none);
     }
@@ -49,34 +58,38 @@ class Controller {
   private:
     struct Slot {
         DmaBuffer memory;
-        std::optional<Disk> disk; // destroyed first: it stops the port
+        Disk* disk = nullptr; // owned
         std::optional<Terms> terms;
     };
     io::Task<Result<void>> take_over();
     io::Task<Result<void>> reset();
     io::Task<Result<void>> examine(u32 number);
-    io::Task<Result<void>> start(Port& port, Slot& slot);
-    io::Task<Result<void>> identify(Port& port, const PortMemory& memory, ata::IdentifyData& data);
-    io::Task<Result<void>> stop(Port& port);
-    bool any(u64 at, u32 bits) const { return (abar_.read<u32>(at) & bits) != 0; }
-    io::Task<Result<void>> wait(Nanoseconds bound, u64 at, u32 bits, bool set);
+    io::Task<Result<void>> disable_write_cache(Port& port, Slot& slot);
     Result<void> open(pci::Device& device);
     bool announce(u32 number);
     io::Task<Result<void>> give_up(u32 number);
+    // While in use.
+    void watch_port(u32 number, bool empty);
+    io::Task<Result<void>> watch();
+    io::Task<Result<void>> look_again(u32 number);
+    io::Task<Result<void>> retire(u32 number);
     void unused(u32 number, std::string_view what, Unused why, std::string_view reason = {});
     void failed(u32 number, const Error& error);
 
-    Environment environment_; // its disk sink is used only while attaching
+    Environment environment_; // a copy: the objects it refers to outlive this, the Environment itself may not
+    Setup setup_;
     Mmio abar_;
     Capabilities capabilities_;
     u32 present_ = 0; // ports that had a device before the reset, or may still show one
     HbaEvents events_;
     std::array<Slot, max_ports> slots_;
-    std::optional<pci::Interrupts> interrupts_; // destroyed first
+    Vector<Disk*> retired_; // owned: their users may still refer to them
+    std::optional<pci::Interrupts> interrupts_;
     u32 count_ = 0;
+    io::TaskGroup tasks_; // destroyed first
 };
 
-/// Creates a controller on the heap, for the lifetime of the machine, and attaches it. Freed if it has no disks.
+/// Creates a controller on the heap, for the lifetime of the machine, and attaches it. Freed if that fails.
 io::Task<Result<void>> probe(Environment& environment, pci::Device device, u32 index);
 
 } // namespace fl::drivers::ahci

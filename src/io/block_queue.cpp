@@ -79,7 +79,7 @@ void QueueCore::end_everything(Status status, Status with_device, bool stopped) 
         for (Request* following = nullptr; request != nullptr; request = following) {
             following = command.gathered ? request->link : nullptr;
             --request->parts;
-            end(*request, with_device);
+            end(*request, command.expired ? Status::timed_out : with_device);
         }
     });
     delayed_ = 0;
@@ -565,7 +565,7 @@ void QueueCore::fail_waiting(const Error& why) {
 void QueueCore::recover(QueuedCommand& command, OldestWait::Finding finding) {
     const Recovery recovery = transport_recover(command, finding, names());
     switch (recovery.kind) {
-    case Recovery::Kind::none: return;
+    case Recovery::Kind::none: command.expired = command.expired || recovery.expired; return;
     case Recovery::Kind::give_up:
         if (command.first == nullptr) {
             return close(Status::device_gone,

@@ -81,6 +81,8 @@ struct Recovery {
     };
     Kind kind = Kind::close;
     std::optional<Error> why; // for `close`; for `stopped`: the queue is closed as well, because no reset can help
+    // for `none`: the device is being stopped; then this command ends as timed_out, and the others are resent
+    bool expired = false;
 };
 
 /// A transport's decision when requests wait while the device holds none: no room can become free.
@@ -113,7 +115,7 @@ struct QueuedCommand {
     bool partial = false;    // some of them were abandoned: it is not resent as it was
     bool delayed = false;    // not with the device: resent in the next tick
     bool reset = false;      // was with the device when that was asked to end all commands
-    bool expired = false;    // caused the reset: not resent after it
+    bool expired = false;    // caused the reset: not resent after it, and ends as timed_out
     bool late_write = false; // part of it has no waiter any more and may still reach the medium
     u64 lba = 0;             // of its first sector
     u32 offset = 0;          // of its data in the first request's buffer, in bytes

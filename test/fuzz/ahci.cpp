@@ -22,7 +22,7 @@ import core.time;
 import io.executor;
 import io.block;
 import io.block_queue;
-import drivers.ahci.queue;
+import drivers.ahci.sata_disk;
 
 #include "fuzz/input.hpp"
 // Depends on the imports above.
@@ -60,6 +60,9 @@ struct Machine final : MmioModel {
     bool wide = true;
     bool gone = false, sticky = false, ended = false; // sticky: CR stays set
     bool damaged = false;                             // the device's registers and memory are nonsense
+    bool unidentified = false;                        // reset, and has not said since who it is
+    bool replaced = false;                            // by another disk
+    drivers::ata::IdentifyData identity{};
     u32 is = 0, ie = 0, cmd = 0, tfd = 0x50, ssts = 0x123, sact = 0, ci = 0, pending = 0;
     struct Asked {
         u32 slot;
@@ -116,6 +119,7 @@ struct Machine final : MmioModel {
             if ((value & 0xf) == 1) { // COMRESET
                 require((cmd & 1) == 0);
                 tfd = 0x50;
+                unidentified = true;
             }
             break;
         case 0x130: break;
@@ -167,12 +171,14 @@ struct Machine final : MmioModel {
         } else {
             require(asked.empty() || damaged); // alone at the port
         }
+        const bool own = a.code == 0x2f || a.code == 0xec || a.code == 0xef;
+        require(own || !unidentified || damaged); // no command for a disk that may be another one
         asked.push_back(a);
     }
     void serve(const Asked& a) {
         if (a.sectors != 0) {
             std::fill_n(served.begin() + static_cast<std::ptrdiff_t>(a.lba), a.sectors, true);
-        } else if (a.code != 0x2f) {
+        } else if (a.code == 0xea || a.code == 0x06) {
             std::fill(served_whole.begin(), served_whole.begin() + static_cast<std::ptrdiff_t>(submitted), true);
         }
     }
@@ -202,6 +208,9 @@ struct Machine final : MmioModel {
         if (a.code == 0x2f) {
             error_log();
         }
+        if (a.code == 0xec) {
+            identify(whole);
+        }
         if (fis && a.queued) {
             const u32 before =
                 load<u8>(memory.data + fis_at + 0x58) == 0xa1 ? load<u32>(memory.data + fis_at + 0x5c) : 0;
@@ -224,6 +233,18 @@ struct Machine final : MmioModel {
             sum = static_cast<u8>(sum + load<u8>(page + i));
         }
         page[511] = static_cast<std::byte>((how & 0x40) != 0 ? sum : static_cast<u8>(-sum));
+    }
+    // The answer to IDENTIFY DEVICE after a reset: in most cases that of the same disk.
+    void identify(bool whole) {
+        std::byte* page = memory.data + block_at;
+        std::memcpy(page, &identity, 512);
+        const u8 how = input.byte();
+        replaced = replaced || (how & 7) == 7;
+        if (replaced) {
+            page[20 + how % 20] ^= std::byte{1}; // its serial number
+        }
+        store<u32>(memory.data + list_at + 4, whole ? 512 : how);
+        unidentified = replaced || !whole;
     }
     void cause(u32 bits) {
         is |= bits;
@@ -376,7 +397,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
     machine.wide = (shape & 1) == 0;
     {
         const Mmio abar(machine, 0x180);
-        ahci::HbaEvents hba;
+        ahci::HbaEvents hba(executor);
         ahci::Port port(abar, 0);
         port.command(true);
         ahci::Disk disk(executor, dma, hba, port, ahci::PortMemory(*memory), machine.wide, timeout);
@@ -391,6 +412,9 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
         terms.info.flush_ext = true;
         terms.depth = (shape & 4) != 0 ? 0 : (shape & 8) != 0 ? 4 : 32;
         terms.flush = terms.discard = true;
+        std::fill_n(machine.identity.words.begin() + 10, 10, u16{0x3031}); // serial number
+        terms.identity = drivers::ata::DeviceIdentity(machine.identity);
+        terms.write_through = (shape & 16) != 0;
         disk.open(terms, {}, timeout);
         for (u32 i = 0; i < 10; ++i) {
             machine.submit();

@@ -8,7 +8,7 @@ import io.block;
 import io.block_queue;
 import drivers.ahci.protocol;
 import drivers.ahci.memory;
-import drivers.ahci.disk;
+import drivers.ahci.terms;
 
 export namespace fl::drivers::ahci {
 

@@ -16,27 +16,25 @@ Result<bool> Errors::examine(u32 causes) {
         return Error{Code::device_gone, "all registers read as ones: the HBA was removed"};
     }
     causes |= seen;
-    if ((causes & PortInterrupts::link) != 0 && !port_.established()) {
-        return Error{Code::device_gone, "the link to the disk is down (PhyRdy): it was unplugged or has failed"};
-    }
     failed_ = port_.read<TaskFile>();
     if ((causes & (PortInterrupts::fatal | PortInterrupts::link)) == 0) {
-        hba_.report_plugged(port_);
+        hba_.look_at_others(port_);
         return false;
     }
-    // A new link has reset the disk, and after a fatal error of the HBA the port must be reset.
-    transport_ = (causes & ((PortInterrupts::fatal & ~PortInterrupts::tfes.mask) | PortInterrupts::link)) != 0;
+    // After a change of the link it may be another disk, and after a fatal error of the HBA the port must be reset.
+    const bool link = (causes & PortInterrupts::link) != 0;
+    transport_ = link || (causes & PortInterrupts::fatal & ~PortInterrupts::tfes.mask) != 0;
     const bool any = slots_.lose();
     if (transport_) {
-        static_cast<void>(recovery_.begin_reset());
+        static_cast<void>(recovery_.begin_reset(link));
     } else {
         recovery_.begin_error(slots_.queued() && any);
     }
-    return step();
+    return step(0);
 }
 
-Result<bool> Errors::step() {
-    TRY(const bool over, recovery_.step());
+Result<bool> Errors::step(u32 causes) {
+    TRY(const bool over, recovery_.step(causes));
     if (over) {
         if (recovery_.exhausted()) {
             return Error{Code::io, "the disk fails every command in spite of resets"};
@@ -50,7 +48,7 @@ io::Recovery Errors::reset() {
     transport_ = true;
     if (!recovery_.begin_reset()) { // the commands are resent once the HBA has stopped
         slots_.lose();
-        return {.kind = io::Recovery::Kind::none};
+        return {.kind = io::Recovery::Kind::none, .expired = true};
     }
     slots_.forget();
     return {.kind = io::Recovery::Kind::stopped,
@@ -60,6 +58,9 @@ io::Recovery Errors::reset() {
 }
 
 io::Completion Errors::judge(u64 id, u32 slot, const io::QueuedCommand& command, Wire& wire) {
+    if (command.expired) {
+        return {id, io::Status::timed_out, io::Retry::none};
+    }
     if (!slots_.queued()) {
         return judge(id, command);
     }

@@ -23,13 +23,13 @@ class Errors {
     Errors(Port& port, HbaEvents& hba, Slots& slots, Recovery& recovery)
         : port_(port), hba_(hba), slots_(slots), recovery_(recovery) {}
 
-    /// An interrupt that ended no command, or a cause that is an error. `causes`: those that the handler has cleared.
+    /// An interrupt that ended no command, or a cause that is an error. `causes`: those that the handler has seen.
     /// True: the port runs again, and the slots have what is to be judged. Error{device_gone}: the disk or the HBA was
     /// removed; others: the port does not run again.
     Result<bool> examine(u32 causes);
     /// Advances the recovery; as examine().
-    Result<bool> step();
-    /// The disk is silent: resets the port.
+    Result<bool> step(u32 causes);
+    /// A command has timed out: resets the port. The command ends as timed_out, the others are resent.
     io::Recovery reset();
 
     /// The verdict on a command of a slot that the restart has returned.

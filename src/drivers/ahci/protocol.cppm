@@ -221,6 +221,7 @@ enum class Opcode : u8 {
     flush_cache = 0xe7,
     flush_cache_ext = 0xea,
     identify_device = 0xec,
+    set_features = 0xef,
 };
 
 namespace detail {
@@ -253,6 +254,12 @@ constexpr CommandFis dma_fis(bool write, bool wide, u64 lba, u32 sectors) {
                        static_cast<u8>(0x40 | (lba >> 24 & 0x0f)));
 }
 constexpr CommandFis plain_fis(Opcode opcode) { return detail::fis(opcode, 0, 0, 0x40); }
+/// SET FEATURES, disable the volatile write cache [ACS §7.45.7].
+constexpr CommandFis no_write_cache_fis() {
+    CommandFis f = plain_fis(Opcode::set_features);
+    f.features = 0x82;
+    return f;
+}
 /// DATA SET MANAGEMENT with TRIM, and one block of ranges.
 constexpr CommandFis trim_fis() {
     CommandFis f = detail::fis(Opcode::data_set_management, 0, 1, 0x40);

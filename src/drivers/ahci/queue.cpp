@@ -11,29 +11,12 @@ import io.oldest_wait;
 
 namespace fl::drivers::ahci {
 
-// ---- opening and closing ----
-
-void Disk::open(const Terms& terms, const Identity& identity, Nanoseconds timeout) {
-    identity_ = identity;
-    set_geometry(geometry_of(terms));
-    set_timeout(timeout);
-    queue_.add(*this);
-    queue_.open(timeout);
-    queue_.transport().open(*this, terms);
-}
-
-void Disk::close() {
-    if (queue_.is_open()) {
-        queue_.transport().leave();
-        queue_.stop();
-        static_cast<void>(queue_.transport().port().stop(100));
-    }
-}
-
-void Transport::open(Disk& disk, const Terms& terms) {
+void Transport::open(PortDisk& disk, const Terms& terms) {
     disk_ = &disk;
     encoder_.open(terms);
-    port_.clear_errors();
+    recovery_.open(terms);
+    // Not PxSERR: if the link has changed since the disk was identified, that interrupts now.
+    port_.write(PortInterrupts::offset, ~u32{0});
     port_.clear_pending(port_.bit());
     port_.write(interrupt_enable, PortInterrupts::enabled);
     charged_accesses_ = port_.accesses();
@@ -114,7 +97,7 @@ bool Transport::collect() {
     const u32 causes = events_.take_causes();
     if (recovery_.in_progress()) [[unlikely]] {
         // clears the interrupt when the cause is gone: doing so now would raise it again at once
-        return attend(errors_.step());
+        return attend(errors_.step(causes));
     }
     if (hba_.alone() || lost_.take()) [[likely]] {
         port_.write(PortInterrupts::offset, PortInterrupts::ends);
@@ -150,7 +133,7 @@ bool Transport::collect() {
 
 Result<void> Transport::tick(Instant now, bool) {
     if (recovery_.in_progress()) {
-        if (!attend(errors_.step())) {
+        if (!attend(errors_.step(0))) {
             return fault();
         }
     } else if (slots_.issued() != 0 && !events_.pending() && lost_.check(port_, now)) {

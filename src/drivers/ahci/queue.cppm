@@ -4,7 +4,7 @@
 // read of a disk without NCQ) is issued only when the port has no other, and then is the only one [ahci-1.3.1 §5.6.1]:
 // the queue's lists keep their order, so that later requests wait for it.
 //
-// What happens after an error is in drivers.ahci.errors.
+// What happens after an error is in drivers.ahci.errors; the disk with its queue is in drivers.ahci.sata_disk.
 export module drivers.ahci.queue;
 import core.std;
 import core.result;
@@ -23,15 +23,15 @@ export import drivers.ahci.recovery;
 export import drivers.ahci.commands;
 export import drivers.ahci.errors;
 export import drivers.ahci.slots;
-export import drivers.ahci.disk;
+export import drivers.ahci.terms;
 
 export namespace fl::drivers::ahci {
 
-class Disk;
+class PortDisk;
 
 class Transport : public io::TransportDefaults {
   public:
-    using Disk = ahci::Disk;
+    using Disk = PortDisk;
     static constexpr std::string_view driver = "ahci";
     static constexpr u32 max_commands = PortMemory::slots;
     static constexpr u32 max_idle_events = 100'000; // a shared line is masked by its interrupt controller, not here
@@ -48,7 +48,7 @@ class Transport : public io::TransportDefaults {
     Port& port() { return port_; }
     PortEvents& port_events() { return events_; }
     /// The port runs and its interrupts are enabled from now on.
-    void open(Disk& disk, const Terms& terms);
+    void open(PortDisk& disk, const Terms& terms);
     /// From now on abandoning a command stops the port.
     void leave() { leaving_ = true; }
     u64 resets() const { return recovery_.resets(); }
@@ -75,6 +75,7 @@ class Transport : public io::TransportDefaults {
         leave();
         return true;
     }
+    void closed(bool stopped) { hba_.changed(stopped ? 0 : port_.bit()); }
 
   private:
     inline bool has_room(const Command& command) const {
@@ -96,12 +97,27 @@ class Transport : public io::TransportDefaults {
     Slots slots_;
     Recovery recovery_;
     io::CommandTable<Transport>* commands_ = nullptr;
-    Disk* disk_ = nullptr;
+    PortDisk* disk_ = nullptr;
     Errors errors_;
     LostInterrupt lost_;
     bool leaving_ = false;
     std::optional<Error> fault_;
     u64 charged_accesses_ = 0;
+};
+
+/// The disk of a port, as its queue sees it.
+class PortDisk : public io::QueueDisk<Transport> {
+  public:
+    using QueueDisk::QueueDisk;
+    /// The disk was unplugged or replaced, or the HBA removed. Callable on any processor.
+    bool removed() const final { return removed_.load(std::memory_order_relaxed); }
+    void remove() { removed_.store(true, std::memory_order_relaxed); } // relaxed: orders no other data
+
+  protected:
+    ~PortDisk() = default;
+
+  private:
+    std::atomic<bool> removed_{false};
 };
 
 } // namespace fl::drivers::ahci
@@ -111,30 +127,3 @@ namespace fl {
 extern template class io::BlockQueue<drivers::ahci::Transport>;
 extern template class io::QueueDisk<drivers::ahci::Transport>;
 } // namespace fl
-
-export namespace fl::drivers::ahci {
-
-/// A disk with its port's queue.
-class Disk final : public io::QueueDisk<Transport> {
-  public:
-    Disk(io::Executor& executor, DmaAllocator& dma, HbaEvents& hba, Port port, PortMemory memory, bool wide,
-         Nanoseconds timeout)
-        : QueueDisk(executor, queue_), queue_(executor, executor, dma, hba, port, memory, wide, timeout) {}
-    ~Disk() { close(); }
-
-    /// Accepts requests from now on. Call before the disk is announced, when the HBA's interrupt is attached.
-    void open(const Terms& terms, const Identity& identity, Nanoseconds timeout);
-    /// Stops the port, and ends all requests with device_gone.
-    void close();
-    io::BlockQueue<Transport>& queue() { return queue_; }
-    PortEvents& events() { return queue_.transport().port_events(); }
-    /// The disk was unplugged, or the HBA removed. Callable on any processor.
-    bool removed() const override { return removed_.load(std::memory_order_relaxed); }
-    void remove() { removed_.store(true, std::memory_order_relaxed); } // relaxed: orders no other data
-
-  private:
-    io::BlockQueue<Transport> queue_;
-    std::atomic<bool> removed_{false};
-};
-
-} // namespace fl::drivers::ahci

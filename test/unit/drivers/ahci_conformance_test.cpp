@@ -64,7 +64,7 @@ class AhciRig final : public Rig {
     std::vector<Held> held() override {
         std::vector<Held> all;
         for (const Port::Command& c : port().held()) {
-            if (c.code != 0x2f) {
+            if (c.code != 0x2f && c.code != 0xec) {
                 all.push_back({c.op(), c.lba, c.count * 512});
             }
             if (c.op() == io::Op::discard) {

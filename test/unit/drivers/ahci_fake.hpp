@@ -84,10 +84,10 @@ class Port {
         std::array<std::pair<u64, u32>, 8> memory{};
         u32 pieces = 0;
         io::Op op() const {
-            return code == 0xe7 || code == 0xea ? io::Op::flush
-                   : code == 0x06               ? io::Op::discard
-                   : to_device                  ? io::Op::write
-                                                : io::Op::read;
+            return code == 0xe7 || code == 0xea || code == 0xef ? io::Op::flush
+                   : code == 0x06                               ? io::Op::discard
+                   : to_device                                  ? io::Op::write
+                                                                : io::Op::read;
         }
     };
     enum class How : u8 { ok, unreadable, garbled, refused };
@@ -99,10 +99,14 @@ class Port {
     bool busy = false;           // BSY after a reset
     bool dead = false;           // no command is ever completed
     bool no_log = false;         // READ LOG EXT is refused
+    bool keeps_cache = false;    // SET FEATURES is refused
+    bool cache_off = false;      // the write cache, until the next reset
     bool bad_log = false;        // its checksum is wrong
     bool nonsense = false;       // what is stored instead of Set Device Bits FISes
     bool lose_interrupt = false; // events set no bit in PxIS
     bool runs_on = false;        // CR stays set
+    Nanoseconds stops_after = 0; // CR stays set for so long
+    u32 extra_tags = 0;          // that answer_all() reports as ended besides those that have
     u32 short_reads = 0;         // non-queued reads that end after half of their data
     u32 stray = 0;               // bits that read as set in PxSACT and PxCI
     u32 fail_codes_left = 0;     // commands that end as refused
@@ -110,7 +114,8 @@ class Port {
     std::vector<u8> codes;       // of the commands received
     std::vector<std::pair<u64, u64>> trimmed;
     u32 resets = 0;
-    u32 issues = 0; // writes of PxCI
+    u32 issues = 0;        // writes of PxCI
+    Instant link_from = 0; // no link before
 
     u32 read(Hba& hba, u32 at);
     void write(Hba& hba, u32 at, u32 value);
@@ -135,6 +140,9 @@ class Port {
   private:
     void command(Hba& hba, u32 value);
     void issue(Hba& hba, u32 bits);
+    void take_issued(Hba& hba);
+    /// A device was connected: the HBA sends no command before PxSERR.DIAG.X is cleared.
+    bool waits_for_software() const { return (serr_ & serr_x) != 0; }
     void fetch(Hba& hba, u32 slot);
     void end(Hba& hba, Command command, How how, bool notify = true);
     void first_fis(Hba& hba);
@@ -144,6 +152,7 @@ class Port {
 
     u64 clb_ = 0, fb_ = 0;
     u32 is_ = 0, ie_ = 0, cmd_ = 0, sctl_ = 0, serr_ = 0, sact_ = 0, ci_ = 0;
+    u32 fetched_ = 0; // of ci_
     u32 sig_ = ~0u;
     u32 tfd_ = 0x7f;
     bool first_pending_ = true;
@@ -285,14 +294,14 @@ class Hba final : public MmioModel {
     bool in_handler_ = false;
 };
 
-inline u32 Port::read(Hba&, u32 at) {
+inline u32 Port::read(Hba& hba, u32 at) {
     switch (at) {
     case 0x10: return is_;
     case 0x14: return ie_;
     case 0x18: return cmd_;
-    case 0x20: return tfd_ | (busy ? 0x80 : 0);
+    case 0x20: return tfd_ | (busy || waits_for_software() ? 0x80 : 0);
     case 0x24: return sig_;
-    case 0x28: return drive && link && (sctl_ & 0xf) == 0 ? 0x113 : 0;
+    case 0x28: return drive && link && (sctl_ & 0xf) == 0 && hba.clock.time >= link_from ? 0x113 : 0;
     case 0x2c: return sctl_;
     case 0x30: return serr_;
     case 0x34: return sact_ | stray;
@@ -326,12 +335,20 @@ inline void Port::write(Hba& hba, u32 at, u32 value) {
             reset();
             cmd_ = keep[0], ie_ = keep[1], is_ = keep[2], serr_ = keep[3];
             ++resets;
+            if (drive && link) { // the device answers by COMINIT
+                serr_ |= serr_n | serr_x;
+                is_ |= is_prcs | is_pcs;
+            }
             queue_error_.reset();
+            cache_off = false;
         }
         sctl_ = value;
         return;
     case 0x30:
         serr_ &= ~value;
+        if ((value & serr_x) != 0 && (ci_ & ~fetched_) != 0) {
+            take_issued(hba); // what the HBA has held back
+        }
         is_ &= (serr_ & serr_n) != 0 ? ~0u : ~is_prcs;
         is_ &= (serr_ & serr_x) != 0 ? ~0u : ~is_pcs;
         return;
@@ -346,7 +363,7 @@ inline void Port::write(Hba& hba, u32 at, u32 value) {
 }
 
 inline void Port::reset() {
-    is_ = ie_ = serr_ = sact_ = ci_ = sctl_ = cmd_ = 0;
+    is_ = ie_ = serr_ = sact_ = ci_ = fetched_ = sctl_ = cmd_ = 0;
     sig_ = ~0u;
     tfd_ = 0x7f;
     first_pending_ = true;
@@ -370,9 +387,15 @@ inline void Port::command(Hba& hba, u32 value) {
         EXPECT_EQ(is_ & is_tfes, 0u) << "ST before the error is cleared";
         cmd_ |= cmd_cr;
     }
-    if ((value & cmd_st) == 0 && (cmd_ & cmd_st) != 0 && !runs_on) {
+    if ((value & cmd_st) == 0 && (cmd_ & cmd_st) != 0 && stops_after != 0) {
+        hba.clock.at(hba.clock.time + stops_after, [this] {
+            cmd_ &= ~cmd_cr;
+            ci_ = sact_ = fetched_ = 0;
+            under_way_.clear();
+        });
+    } else if ((value & cmd_st) == 0 && (cmd_ & cmd_st) != 0 && !runs_on) {
         cmd_ &= ~cmd_cr;
-        ci_ = sact_ = 0;
+        ci_ = sact_ = fetched_ = 0;
         under_way_.clear();
     }
     cmd_ = (cmd_ & (cmd_fr | cmd_cr)) | (value & ~(cmd_fr | cmd_cr));
@@ -407,6 +430,13 @@ inline void Port::issue(Hba& hba, u32 bits) {
     EXPECT_EQ(bits & ci_, 0u) << "a slot is issued twice";
     EXPECT_EQ(hba.slots() == 32 ? 0 : bits >> hba.slots(), 0u) << "a slot beyond CAP.NCS";
     ci_ |= bits;
+    if (!waits_for_software()) {
+        take_issued(hba);
+    }
+}
+
+inline void Port::take_issued(Hba& hba) {
+    const u32 bits = ci_ & ~fetched_;
     under_way_.reserve(32);
     const usize before = under_way_.size();
     for (u32 slot = 0; slot < 32; ++slot) {
@@ -414,6 +444,7 @@ inline void Port::issue(Hba& hba, u32 bits) {
             fetch(hba, slot);
         }
     }
+    fetched_ = ci_;
     // The HBA chooses the order of the commands of one write.
     std::ranges::sort(std::span(under_way_).subspan(before), {}, &Command::lba);
 }
@@ -486,6 +517,7 @@ inline void Port::fetch(Hba& hba, u32 slot) {
     case 0xe7:
     case 0xea: break;
     case 0xec: EXPECT_EQ(total, 512u); break;
+    case 0xef: EXPECT_EQ(f[3], 0x82) << "disable the write cache"; break;
     case 0x2f:
         EXPECT_EQ(total, 512u);
         EXPECT_EQ(lba48, 0x10u) << "log address 10h, page 0";
@@ -513,7 +545,7 @@ inline void Port::fetch(Hba& hba, u32 slot) {
         EXPECT_TRUE(other.queued) << "a command beside one that is not queued";
     }
     under_way_.push_back(c);
-    const bool own = c.code == 0xec || c.code == 0x2f;
+    const bool own = c.code == 0xec || c.code == 0x2f || c.code == 0xef;
     if (!dead && (!hold || own)) {
         hba.clock.at(hba.clock.time + hba.latency, [this, &hba, slot] {
             for (usize i = 0; i < under_way_.size(); ++i) {
@@ -557,6 +589,7 @@ inline void Port::answer_all(Hba& hba) {
         end(hba, c, How::ok, false);
         tags |= u32{1} << c.slot;
     }
+    tags |= extra_tags;
     store(hba, 0x58,
           {0xa1, 0x40, 0x50, 0, static_cast<u8>(tags), static_cast<u8>(tags >> 8), static_cast<u8>(tags >> 16),
            static_cast<u8>(tags >> 24)});
@@ -567,7 +600,8 @@ inline void Port::end(Hba& hba, Command c, How how, bool notify) {
     for (u64 i = 0; i < c.count; ++i) {
         how = bad.contains(c.lba + i) ? How::unreadable : how;
     }
-    if (fail_codes_left != 0 || (c.code == 0x2f && no_log) || (queue_error_ && c.code != 0x2f)) {
+    if (fail_codes_left != 0 || (c.code == 0x2f && no_log) || (c.code == 0xef && keeps_cache) ||
+        (queue_error_ && c.code != 0x2f)) {
         fail_codes_left -= fail_codes_left != 0 ? 1 : 0;
         how = How::refused;
     }
@@ -588,6 +622,10 @@ inline void Port::end(Hba& hba, Command c, How how, bool notify) {
     switch (c.op()) {
     case io::Op::write_zeroes: ADD_FAILURE() << "ATA has no such command"; break;
     case io::Op::flush:
+        cache_off = cache_off || c.code == 0xef;
+        if (c.code == 0xef) {
+            break;
+        }
         drive->is_flushed = true;
         ++drive->flushes;
         break;
@@ -656,6 +694,7 @@ inline void Port::end(Hba& hba, Command c, How how, bool notify) {
         return event(hba, is_sdbs);
     }
     ci_ &= ~(u32{1} << c.slot);
+    fetched_ &= ci_;
     if (cause == is_dhrs) {
         register_fis(hba, 0x50, 0, 0x34, 0x40);
     } else {
@@ -673,6 +712,10 @@ inline void Port::event(Hba& hba, u32 cause) {
 }
 inline void Port::unplug(Hba& hba) {
     link = false;
+    first_pending_ = true;
+    cache_off = false;
+    queue_error_.reset();
+    under_way_.clear();
     serr_ |= serr_n;
     event(hba, is_prcs);
 }
@@ -724,7 +767,21 @@ struct Machine {
         d.id.words[75] = depth != 0 ? static_cast<u16>(depth - 1) : 0;
         d.id.words[76] = depth != 0 ? 0x0106 : 0x0006;
         d.id.words[169] = 1;
+        set_serial_number(d, number);
         return port;
+    }
+    static void set_serial_number(Drive& d, u32 number) { // ten words of ASCII
+        std::fill_n(d.id.words.begin() + 10, 10, u16{0x3030});
+        d.id.words[19] = static_cast<u16>(0x3030 + number);
+    }
+    /// Another disk in the place of the port's, of the same model and size.
+    void replace(u32 number, u32 serial_number) {
+        Port& port = hba.ports[number];
+        port.unplug(hba);
+        port.drive->written.clear();
+        port.codes.clear();
+        set_serial_number(*port.drive, serial_number);
+        port.plug(hba);
     }
     Result<void> attach() {
         controller.emplace(environment);

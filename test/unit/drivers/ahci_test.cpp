@@ -125,15 +125,21 @@ TEST(Ahci, FindsDisksAndReportsTheRest) {
     EXPECT_FALSE(m.hba.ports[0].running() || m.hba.ports[2].running());
 }
 
-TEST(Ahci, WithoutDisksNothingStaysBehind) {
+TEST(Ahci, WithoutDisksThePortsAreWatched) {
     Machine m;
     m.add(1).signature = 0xeb140101;
     ASSERT_TRUE(m.attach());
     EXPECT_EQ(m.controller->disks(), 0u);
     EXPECT_EQ(m.sink.left, (Left{{"port 1", drivers::Unused::not_a_disk}}));
-    EXPECT_TRUE(m.interrupts.messages.empty() && m.interrupts.lines.empty());
-    m.controller.reset();
     EXPECT_FALSE(m.hba.ports[1].running());
+    EXPECT_EQ(m.hba.ports[1].read(m.hba, 0x14), is_prcs | is_pcs) << "PxIE: changes of the link, nothing else";
+    const u64 accesses = m.hba.accesses;
+    for (u32 i = 0; i < 100; ++i) {
+        m.executor.turn();
+    }
+    EXPECT_EQ(m.hba.accesses, accesses) << "nothing is polled";
+    m.controller.reset();
+    EXPECT_TRUE(m.interrupts.messages.empty() && m.interrupts.lines.empty());
 }
 
 TEST(Ahci, TakesTheHbaFromTheFirmware) {
@@ -236,12 +242,25 @@ TEST(Ahci, WithheldFeatures) {
         m.withhold(f);
     }
     ASSERT_TRUE(m.attach());
-    EXPECT_EQ(m.disk().identity().features.view(), "line lba48");
+    EXPECT_EQ(m.disk().identity().features.view(), "line lba48 write-through");
+    EXPECT_TRUE(m.hba.ports[0].cache_off);
     EXPECT_FALSE(m.disk().geometry().flush || m.disk().geometry().discard);
     const DmaBuffer buffer = *m.memory.buffer(4096);
     EXPECT_TRUE(m.read(m.disk(), 40, buffer.span()));
     EXPECT_TRUE(ata_test::is_pattern(buffer.span(), 40));
-    EXPECT_EQ(m.hba.ports[0].codes, (Bytes{0xec, 0x25}));
+    EXPECT_EQ(m.hba.ports[0].codes, (Bytes{0xec, 0xef, 0x25}));
+}
+
+TEST(Ahci, AWriteCacheThatCannotBeSwitchedOffIsReported) {
+    Machine m;
+    m.add(0).keeps_cache = true;
+    m.withhold(drivers::Feature::flush);
+    test::CapturedLog log;
+    ASSERT_TRUE(m.attach());
+    EXPECT_TRUE(log.has("a volatile write cache, which is neither flushed"));
+    EXPECT_EQ(m.disk().identity().features.view(), "ncq32 msi lba48 discard");
+    const DmaBuffer buffer = *m.memory.buffer(4096);
+    EXPECT_TRUE(m.read(m.disk(), 40, buffer.span()));
 }
 
 // ---- I/O ----
@@ -314,6 +333,22 @@ TEST(Ahci, CommandsOfATurnAreIssuedByOnePairOfWrites) {
         EXPECT_EQ(batch.items[i]->status, io::Status::ok);
         EXPECT_TRUE(ata_test::is_pattern(batch.items[i]->buffer, i * 8));
     }
+}
+
+// Tags of commands that are not issued mean nothing, and cost nothing [sata].
+TEST(Ahci, FurtherTagsInTheReceivedFisMeanNothing) {
+    Machine m;
+    Port& port = m.add(0);
+    ASSERT_TRUE(m.attach());
+    port.hold = true;
+    port.extra_tags = 0xffff'0000;
+    const io::Counters before = m.disk().counters();
+    Batch batch(m, 3);
+    m.executor.turn();
+    port.answer_all(m.hba);
+    ASSERT_TRUE(m.turns_until([&] { return batch.done(); }));
+    const io::Counters used = m.disk().counters() - before;
+    EXPECT_EQ(used.device_accesses, 4u) << "PxSACT is not read";
 }
 
 TEST(Ahci, TheQueueDepthIsTheLesserOfDiskAndHba) {
@@ -611,44 +646,323 @@ TEST(Ahci, ARemovedHbaIsFoundWithinATick) {
     }
 }
 
+// ---- disks that come, go, or are replaced ----
+
+/// By a message with one port in use and with two, and by a line.
+struct Wiring {
+    bool line;
+    bool second;
+};
+constexpr std::array<Wiring, 4> wirings{{{false, false}, {false, true}, {true, false}, {true, true}}};
+void wire(Machine& m, Wiring w) {
+    if (w.second) {
+        m.add(4);
+    }
+    if (w.line) {
+        m.withhold(drivers::Feature::messages);
+    }
+}
+bool all_have(const Batch& batch, io::Status status) {
+    return std::ranges::all_of(batch.items, [&](const auto& r) { return r->status == status; });
+}
+
 TEST(Ahci, AnUnpluggedDiskIsClosed) {
-    for (const bool line : {false, true}) {
+    for (const Wiring w : wirings) {
         Machine m;
         Port& port = m.add(0);
-        if (line) {
-            m.withhold(drivers::Feature::messages);
-        }
+        wire(m, w);
         ASSERT_TRUE(m.attach());
         test::CapturedLog log;
+        ahci::Disk& disk = m.disk();
         port.hold = true;
         Batch batch(m, 4);
         m.executor.turn();
         port.unplug(m.hba);
+        const Instant begun = m.clock.time;
         ASSERT_TRUE(m.turns_until([&] { return batch.done(); }));
-        EXPECT_EQ(batch.items[0]->status, io::Status::device_gone);
+        EXPECT_LT(m.clock.time - begun, 1'200'000'000u);
+        EXPECT_TRUE(all_have(batch, io::Status::device_gone));
         EXPECT_TRUE(log.has("unplugged"));
-        EXPECT_TRUE(m.disk().removed());
+        EXPECT_TRUE(disk.removed());
         const DmaBuffer buffer = *m.memory.buffer(4096);
-        EXPECT_EQ(m.read(m.disk(), 0, buffer.span()).error().code, Code::device_gone);
+        EXPECT_EQ(m.read(disk, 0, buffer.span()).error().code, Code::device_gone);
+        ASSERT_TRUE(m.turns_until([&] { return m.controller->disk(0) == nullptr; }));
+        if (w.second) {
+            EXPECT_TRUE(m.read(m.disk(4), 0, buffer.span())) << "the other disk goes on";
+        }
     }
 }
 
-TEST(Ahci, APluggedDiskIsRefusedWithALine) {
-    for (const bool line : {false, true}) {
+TEST(Ahci, ALinkThatComesBackGoesOnWithTheSameDisk) {
+    for (const Wiring w : wirings) {
         Machine m;
-        m.add(0);
-        Port& late = m.add(3);
-        late.link = false;
-        if (line) {
-            m.withhold(drivers::Feature::messages);
-        }
+        Port& port = m.add(0);
+        wire(m, w);
         ASSERT_TRUE(m.attach());
-        test::CapturedLog log;
-        late.plug(m.hba);
-        ASSERT_TRUE(m.turns_until([&] { return log.has("plugged in there"); }, 100'000'000));
-        EXPECT_TRUE(log.has("port 3"));
-        const DmaBuffer buffer = *m.memory.buffer(4096);
-        EXPECT_TRUE(m.read(m.disk(), 0, buffer.span())) << "the other disk goes on";
+        port.hold = true;
+        Batch batch(m, 6);
+        m.executor.turn();
+        port.unplug(m.hba);
+        port.plug(m.hba);
+        port.link_from = m.clock.time + 700'000'000;
+        port.codes.clear();
+        ASSERT_TRUE(m.turns_until([&] { return port.held().size() == 6; }));
+        EXPECT_EQ(port.codes, (Bytes{0xec, 0x60, 0x60, 0x60, 0x60, 0x60, 0x60})) << "first IDENTIFY DEVICE";
+        port.answer_all(m.hba);
+        ASSERT_TRUE(m.turns_until([&] { return batch.done(); }));
+        EXPECT_TRUE(all_have(batch, io::Status::ok));
+        EXPECT_FALSE(m.disk().removed());
+    }
+}
+
+TEST(Ahci, AReplacedDiskGetsNoCommandOfTheOldOne) {
+    for (const Wiring w : wirings) {
+        for (const bool size : {false, true}) {
+            Machine m;
+            Port& port = m.add(0);
+            wire(m, w);
+            ASSERT_TRUE(m.attach());
+            test::CapturedLog log;
+            ahci::Disk& old = m.disk();
+            port.hold = true;
+            const DmaBuffer buffer = *m.memory.buffer(4096);
+            Batch batch(m, 3);
+            io::Request before(old, io::Op::write, 800, buffer.span());
+            old.submit(before);
+            m.executor.turn();
+            port.hold = false;
+            m.replace(0, size ? 0 : 77);
+            if (size) {
+                port.drive->id.words[101] = 1;
+            }
+            io::Request after(old, io::Op::write, 808, buffer.span()); // the interrupt has not been looked at
+            old.submit(after);
+            ASSERT_TRUE(m.turns_until([&] { return batch.done() && !before.pending() && !after.pending(); }));
+            EXPECT_TRUE(all_have(batch, io::Status::device_gone));
+            EXPECT_EQ(before.status, io::Status::device_gone);
+            EXPECT_EQ(after.status, io::Status::device_gone);
+            EXPECT_TRUE(old.removed());
+            EXPECT_TRUE(port.drive->written.empty()) << "a write for another disk";
+            EXPECT_EQ(port.codes, (Bytes{0xec}));
+            EXPECT_TRUE(log.has("port 0: expected FAKE DISK 9000 with serial number 00000000000000000000 and 1048576 "
+                                "sectors"));
+            EXPECT_TRUE(log.has(size ? "and 65536 sectors" : "seen FAKE DISK 9000 with serial number 0000"));
+            // It is attached as another disk.
+            ASSERT_TRUE(
+                m.turns_until([&] { return m.controller->disk(0) != nullptr && m.controller->disk(0) != &old; }));
+            ASSERT_TRUE(m.turns_until([&] { return m.disk().queue().is_open(); }));
+            EXPECT_NE(m.disk().identity().name.view(), old.identity().name.view());
+            EXPECT_TRUE(m.write(m.disk(), 16, buffer.span()));
+            EXPECT_EQ(port.drive->written.size(), 8u);
+            EXPECT_EQ(m.read(old, 0, buffer.span()).error().code, Code::device_gone);
+        }
+    }
+}
+
+TEST(Ahci, AnotherDiskThatComesBetweenIdentifyAndTheFirstRequestIsSeen) {
+    Machine m;
+    Port& port = m.add(0);
+    m.sink.on_announce = [&] { m.replace(0, 5); };
+    ASSERT_TRUE(m.attach());
+    m.sink.on_announce = {};
+    const DmaBuffer buffer = *m.memory.buffer(4096);
+    EXPECT_FALSE(m.write(m.disk(), 0, buffer.span()));
+    EXPECT_TRUE(port.drive->written.empty());
+}
+
+TEST(Ahci, WithoutASerialNumberADiskIsNotTheSameAfterAChangeOfTheLink) {
+    Machine m;
+    Port& port = m.add(0);
+    std::fill_n(port.drive->id.words.begin() + 10, 10, u16{0x2020});
+    ASSERT_TRUE(m.attach());
+    port.hold = true;
+    Batch batch(m, 2);
+    m.executor.turn();
+    port.event(m.hba, is_ifs); // the driver's own reset: it goes on
+    ASSERT_TRUE(m.turns_until([&] { return port.resets == 1 && port.held().size() == 2; }));
+    port.unplug(m.hba);
+    port.plug(m.hba);
+    ASSERT_TRUE(m.turns_until([&] { return batch.done(); }));
+    EXPECT_TRUE(all_have(batch, io::Status::device_gone));
+}
+
+TEST(Ahci, TheLinkMayChangeAgainDuringTheRecovery) {
+    for (const Wiring w : wirings) {
+        Machine m;
+        Port& port = m.add(0);
+        wire(m, w);
+        ASSERT_TRUE(m.attach());
+        m.hba.latency = 25'000'000;
+        port.hold = true;
+        Batch batch(m, 2);
+        m.executor.turn();
+        port.event(m.hba, is_ifs);
+        ASSERT_TRUE(m.turns_until([&] { return !port.held().empty() && port.held()[0].code == 0xec; }));
+        m.replace(0, 9); // while IDENTIFY DEVICE is under way
+        ASSERT_TRUE(m.turns_until([&] { return batch.done(); }));
+        EXPECT_TRUE(all_have(batch, io::Status::device_gone));
+        EXPECT_EQ(std::ranges::count(port.codes, 0x60), 0);
+    }
+}
+
+TEST(Ahci, ADiskThatDoesNotIdentifyItselfAfterAResetIsClosed) {
+    for (const bool refuses : {false, true}) {
+        Machine m;
+        Port& port = m.add(0);
+        ASSERT_TRUE(m.attach());
+        port.hold = true;
+        Batch batch(m, 2);
+        m.executor.turn();
+        port.codes.clear();
+        port.fail_codes_left = refuses ? 100 : 0;
+        port.dead = !refuses;
+        const Instant begun = m.clock.time;
+        port.event(m.hba, is_ifs);
+        ASSERT_TRUE(m.turns_until([&] { return batch.done(); }));
+        EXPECT_LT(m.clock.time - begun, 1'000'000'000u);
+        EXPECT_TRUE(all_have(batch, io::Status::device_gone));
+        EXPECT_EQ(port.codes, Bytes(4, 0xec));
+    }
+}
+
+TEST(Ahci, TheWriteCacheIsSwitchedOffAgainAfterAReset) {
+    Machine m;
+    Port& port = m.add(0);
+    m.withhold(drivers::Feature::flush);
+    ASSERT_TRUE(m.attach());
+    port.hold = true;
+    Batch batch(m, 2);
+    m.executor.turn();
+    port.codes.clear();
+    port.event(m.hba, is_ifs);
+    ASSERT_TRUE(m.turns_until([&] { return port.resets == 1 && port.held().size() == 2; }));
+    EXPECT_EQ(port.codes, (Bytes{0xec, 0xef, 0x60, 0x60}));
+    EXPECT_TRUE(port.cache_off);
+    port.answer_all(m.hba);
+    ASSERT_TRUE(m.turns_until([&] { return batch.done(); }));
+    EXPECT_TRUE(all_have(batch, io::Status::ok));
+}
+
+TEST(Ahci, APluggedDiskIsAttached) {
+    for (const bool line : {false, true}) {
+        for (const bool others : {false, true}) {
+            Machine m;
+            if (others) {
+                m.add(0);
+            }
+            Port& late = m.add(3);
+            late.link = false;
+            if (line) {
+                m.withhold(drivers::Feature::messages);
+            }
+            ASSERT_TRUE(m.attach());
+            EXPECT_EQ(m.controller->disks(), others ? 1u : 0u);
+            late.plug(m.hba);
+            ASSERT_TRUE(m.turns_until([&] { return m.controller->disks() == (others ? 2u : 1u); }, 2'000'000'000));
+            const DmaBuffer buffer = *m.memory.buffer(4096);
+            const u32 reads = line || others ? 6 : 4;
+            for (const u32 port : {3u, 0u}) {
+                if (port == 0 && !others) {
+                    continue;
+                }
+                ASSERT_TRUE(m.read(m.disk(port), 8, buffer.span()));
+                EXPECT_TRUE(ata_test::is_pattern(buffer.span(), 8));
+                const u64 before = m.hba.accesses;
+                ASSERT_TRUE(m.read(m.disk(port), 16, buffer.span()));
+                EXPECT_EQ(m.hba.accesses - before, reads) << "the interrupt has the mode for its ports";
+            }
+            // It goes, and another one comes: also beside requests of the first disk.
+            ahci::Disk& old = m.disk(3);
+            late.unplug(m.hba);
+            ASSERT_TRUE(m.turns_until([&] { return m.controller->disk(3) == nullptr; }));
+            EXPECT_TRUE(old.removed());
+            Machine::set_serial_number(*late.drive, 8);
+            late.plug(m.hba);
+            ASSERT_TRUE(m.turns_until([&] { return m.controller->disks() == (others ? 3u : 2u); }, 2'000'000'000));
+            EXPECT_TRUE(m.read(m.disk(3), 24, buffer.span()));
+            EXPECT_TRUE(ata_test::is_pattern(buffer.span(), 24));
+        }
+    }
+}
+
+TEST(Ahci, ADiskInThePlaceOfACdDriveIsAttached) {
+    Machine m;
+    m.add(0);
+    Port& port = m.add(1);
+    port.signature = 0xeb140101;
+    ASSERT_TRUE(m.attach());
+    port.unplug(m.hba);
+    for (u32 i = 0; i < 10; ++i) {
+        m.executor.turn();
+    }
+    port.signature = 0x101;
+    port.plug(m.hba);
+    ASSERT_TRUE(m.turns_until([&] { return m.controller->disks() == 2; }, 3'000'000'000));
+    const DmaBuffer buffer = *m.memory.buffer(4096);
+    EXPECT_TRUE(m.read(m.disk(1), 8, buffer.span()));
+}
+
+TEST(Ahci, APlugWhileRequestsAreUnderWayLosesNoInterrupt) {
+    Machine m;
+    Port& port = m.add(0);
+    Port& late = m.add(3);
+    late.link = false;
+    ASSERT_TRUE(m.attach());
+    test::CapturedLog log;
+    late.plug(m.hba);
+    for (u32 i = 0; m.controller->disks() != 2; ++i) {
+        ASSERT_LT(i, 10'000u);
+        Batch batch(m, 3, i * 8 % 4096);
+        ASSERT_TRUE(m.turns_until([&] { return batch.done(); }));
+        EXPECT_TRUE(all_have(batch, io::Status::ok));
+    }
+    EXPECT_FALSE(log.has("ended without an interrupt"));
+    EXPECT_EQ(port.resets, 0u);
+}
+
+TEST(Ahci, ADiskThatHasFailedIsTriedAgainOnlyAfterItWasUnplugged) {
+    Machine m;
+    Port& port = m.add(0);
+    ASSERT_TRUE(m.attach());
+    ahci::Disk& old = m.disk();
+    port.dead = true;
+    Batch batch(m, 2);
+    ASSERT_TRUE(m.turns_until([&] { return batch.done() && !old.queue().is_open(); }));
+    for (u32 i = 0; i < 1000; ++i) {
+        m.executor.turn();
+    }
+    EXPECT_EQ(m.controller->disk(0), &old);
+    EXPECT_FALSE(old.removed());
+    port.dead = false;
+    port.unplug(m.hba);
+    port.plug(m.hba);
+    ASSERT_TRUE(m.turns_until([&] { return m.controller->disks() == 2; }, 3'000'000'000));
+    EXPECT_TRUE(old.removed());
+    const DmaBuffer buffer = *m.memory.buffer(4096);
+    EXPECT_TRUE(m.read(m.disk(), 8, buffer.span()));
+}
+
+// ---- silence ----
+
+// Whether the HBA stops at once or later: the command that timed out ends so, and the others are resent.
+TEST(Ahci, TheCommandThatTimedOutEndsAsTimedOut) {
+    for (const u32 depth : {32u, 0u}) {
+        for (const Nanoseconds stops_after : {0u, 30'000'000u}) {
+            Machine m;
+            Port& port = m.add(0, 1 << 20, 512, depth);
+            ASSERT_TRUE(m.attach());
+            port.hold = true;
+            port.stops_after = stops_after;
+            Batch batch(m, 3);
+            m.executor.turn();
+            ASSERT_TRUE(m.turns_until([&] { return port.resets == 1; }));
+            port.hold = false;
+            ASSERT_TRUE(m.turns_until([&] { return batch.done(); }));
+            EXPECT_EQ(batch.items[0]->status, io::Status::timed_out) << depth << ' ' << stops_after;
+            EXPECT_EQ(batch.items[1]->status, io::Status::ok);
+            EXPECT_EQ(batch.items[2]->status, io::Status::ok);
+            EXPECT_TRUE(ata_test::is_pattern(batch.items[2]->buffer, 16));
+        }
     }
 }
 
@@ -661,6 +975,8 @@ TEST(Ahci, AnHbaThatDoesNotStopClosesTheDisk) {
     Batch batch(m, 2);
     ASSERT_TRUE(m.turns_until([&] { return batch.done(); }, 2'000'000'000));
     EXPECT_TRUE(log.has("PxCMD.CR"));
+    EXPECT_EQ(batch.items[0]->status, io::Status::timed_out);
+    EXPECT_EQ(batch.items[1]->status, io::Status::device_gone);
     EXPECT_TRUE(batch.items[0]->buffer_lost) << "the HBA may still write to it";
     EXPECT_TRUE(is_quarantined(batch.items[0]->buffer));
     batch.buffers.clear();

@@ -115,6 +115,7 @@ struct Sink final : drivers::DiskSink {
         EXPECT_TRUE(left.emplace(std::string(unit.address), unit.why).second) << unit.address << " twice";
         reasons += std::string(unit.reason) + "\n";
     }
+    std::function<void()> on_announce;
     FixedText<16> free_name(std::string_view prefix) override {
         return drivers::disk_name(prefix, static_cast<u32>(disks.size()));
     }
@@ -123,6 +124,9 @@ struct Sink final : drivers::DiskSink {
             return Error{Code::busy, "another driver has it"};
         }
         disks[n] = &disk;
+        if (on_announce) {
+            on_announce();
+        }
         return {};
     }
 };
