@@ -67,8 +67,10 @@ class DriverDeviceSink final : public drivers::DeviceSink {
 
 class DriverDiskSink final : public drivers::DiskSink {
   public:
-    DriverDiskSink(Attached& attached, drivers::DeviceSink& claims) : attached_(attached), claims_(claims) {}
+    DriverDiskSink(Attached& attached, drivers::DeviceSink& claims, std::string_view driver)
+        : attached_(attached), claims_(claims), driver_(driver) {}
     bool offered(u32 disk_number) override { return claims_.offered(drivers::disk_id(disk_number)); }
+    u32 twin_at(u32 position) override { return attached_.claims.has_twins(driver_) ? position : drivers::no_twin; }
     FixedText<16> free_name(std::string_view prefix) override;
     Result<void> announce(io::BlockDevice& disk, u32 disk_number) override;
     void unused(const drivers::UnusedUnit& unit) override { claims_.unused(unit); }
@@ -79,6 +81,7 @@ class DriverDiskSink final : public drivers::DiskSink {
 
     Attached& attached_;
     drivers::DeviceSink& claims_;
+    std::string_view driver_;
 };
 
 class DriverNetSink final : public drivers::NetSink {
@@ -100,7 +103,7 @@ class DriverNetSink final : public drivers::NetSink {
 /// All sinks of one driver.
 struct DriverSinks {
     DriverSinks(Attached& attached, std::string_view driver)
-        : devices(attached, driver), disks(attached, devices), nets(attached, devices) {}
+        : devices(attached, driver), disks(attached, devices, driver), nets(attached, devices) {}
     DriverSinks(const DriverSinks&) = delete;
     DriverSinks& operator=(const DriverSinks&) = delete;
     DriverDeviceSink devices;

@@ -59,7 +59,8 @@ Controller::~Controller() {
 void Controller::unused(u32 number, std::string_view what, Unused why, std::string_view reason) {
     FixedText<24> address;
     print(address, "port {}", number);
-    environment_.disks.unused({.bus = "ahci", .address = address, .what = what, .why = why, .reason = reason});
+    environment_.disks.unused(
+        {.bus = "ahci", .address = address, .what = what, .why = why, .reason = reason, .number = twin_of(number)});
 }
 
 void Controller::failed(u32 number, const Error& error) {
@@ -203,7 +204,7 @@ bool Controller::announce(u32 number) {
     auto identity = describe_disk(*slot.terms, name(interrupts_->kind()), capabilities_.get(Capabilities::s64a));
     identity.name = environment_.disks.free_name("sd");
     slot.disk->open(*slot.terms, identity, environment_.timeout);
-    if (auto announced = environment_.disks.announce(*slot.disk, DiskSink::no_twin); !announced) {
+    if (auto announced = environment_.disks.announce(*slot.disk, twin_of(number)); !announced) {
         slot.disk->close();
         failed(number, announced.error());
         return false;
@@ -218,8 +219,12 @@ bool Controller::announce(u32 number) {
     return true;
 }
 
-/// Finds out what is at a port whose link has a device. A disk's slot has terms afterwards.
+/// Finds out what is at a port whose link has a device. A disk that is used is in the port's slot afterwards.
 io::Task<Result<void>> Controller::examine(u32 number) {
+    if (!environment_.disks.offered(twin_of(number))) { // another driver has the same disk
+        unused(number, "SATA disk", Unused::taken);
+        co_return Result<void>{};
+    }
     Slot& slot = slots_[number];
     Port port(abar_, number);
     CO_CHECK(co_await setup_.start(port, slot.memory));
@@ -361,11 +366,12 @@ io::Task<Result<void>> Controller::retire(u32 number) {
     }
     slot.disk = nullptr;
     slot.terms.reset();
+    environment_.disks.withdraw(twin_of(number));
     co_return Result<void>{};
 }
 
-io::Task<Result<void>> probe(Environment& environment, pci::Device device, u32) {
-    auto* controller = new (std::nothrow) Controller(environment);
+io::Task<Result<void>> probe(Environment& environment, pci::Device device, u32 index) {
+    auto* controller = new (std::nothrow) Controller(environment, index == 0);
     if (controller == nullptr) {
         co_return Error{Code::exhausted, "no memory for an AHCI controller"};
     }

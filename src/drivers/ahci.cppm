@@ -23,6 +23,8 @@ export namespace fl::drivers::ahci {
 /// Mass storage, Serial ATA, AHCI 1.0 [ahci-1.3.1 §2.1.5].
 inline constexpr pci::Match ids[] = {{.class_code = 0x01, .subclass = 0x06, .prog_if = 0x01}};
 inline constexpr u8 abar = 5; // its base address register
+/// Xen's toolstack puts the disks 0 to 5 of a guest with hdtype="ahci" at the ports 0 to 5 of its only HBA [xl-cfg].
+inline constexpr u32 ports_with_twins = 6;
 
 /// The ports whose registers exist, from PI, CAP.NP and the size of ABAR. Error{protocol}: none.
 struct Ports {
@@ -37,8 +39,9 @@ Result<Ports> usable_ports(u32 implemented, Capabilities capabilities, u64 abar_
 /// there is examined in the same way as at the start. A disk that is unplugged or replaced is closed as removed.
 class Controller {
   public:
-    explicit Controller(Environment& environment)
-        : environment_(environment), setup_(environment.executor, environment.dma, environment.timeout),
+    /// `first`: the machine's first HBA, whose ports can have the twins of synthetic disks.
+    explicit Controller(Environment& environment, bool first = true)
+        : environment_(environment), first_(first), setup_(environment.executor, environment.dma, environment.timeout),
           events_(environment.executor), tasks_(environment.executor) {}
     ~Controller();
     Controller(const Controller&) = delete;
@@ -73,10 +76,14 @@ class Controller {
     io::Task<Result<void>> watch();
     io::Task<Result<void>> look_again(u32 number);
     io::Task<Result<void>> retire(u32 number);
+    u32 twin_of(u32 number) const {
+        return first_ && number < ports_with_twins ? environment_.disks.twin_at(number) : DiskSink::no_twin;
+    }
     void unused(u32 number, std::string_view what, Unused why, std::string_view reason = {});
     void failed(u32 number, const Error& error);
 
     Environment environment_; // a copy: the objects it refers to outlive this, the Environment itself may not
+    bool first_;
     Setup setup_;
     Mmio abar_;
     Capabilities capabilities_;

@@ -7,13 +7,16 @@ import drivers.table;
 namespace fl::drivers {
 
 bool Claims::offered(std::string_view driver, DeviceId id) const {
-    // A driver is not paired with itself, so it is not offered a device that it already holds.
-    for (const Claim& claim : claims_) {
-        if (claim.id == id && !plan_->both(driver, claim.driver)) {
-            return false;
-        }
-    }
-    return true;
+    // A driver is not paired with itself, so it is not offered a device that it already holds. Two native drivers have
+    // different controllers: a number means their common twin, not the same disk.
+    const auto native = [&](std::string_view name) {
+        const DriverInfo* const info = plan_->driver(name);
+        return info != nullptr && !info->synthetic;
+    };
+    return std::ranges::none_of(claims_, [&](const Claim& claim) {
+        return claim.id == id && !plan_->both(driver, claim.driver) &&
+               (driver == claim.driver || !native(driver) || !native(claim.driver));
+    });
 }
 
 Result<void> Claims::attached(std::string_view driver, DeviceId id) {

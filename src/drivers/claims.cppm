@@ -16,8 +16,11 @@ class Claims {
     /// The plan must outlive this.
     constexpr explicit Claims(const Plan& plan) : plan_(&plan) {}
 
-    /// Whether `driver` may access the device: it is unclaimed, or the plan allows both drivers to attach.
+    /// Whether `driver` may access the device: it is unclaimed, or the plan allows both drivers to attach, or both are
+    /// native.
     bool offered(std::string_view driver, DeviceId id) const;
+    /// Whether a native driver's devices can be those of a synthetic one in this machine.
+    bool has_twins(std::string_view driver) const { return plan_->has_twins(driver); }
     /// Records that `driver` has attached the device. Error{busy}: it was not offered, or the driver has it already;
     /// Error{exhausted}: no memory. Not for devices numbered no_twin.
     Result<void> attached(std::string_view driver, DeviceId id);

@@ -117,6 +117,12 @@ class DiskSink {
     static constexpr u32 no_twin = drivers::no_twin;
     /// As DeviceSink::offered().
     virtual bool offered(u32 disk_number) = 0;
+    /// For a native driver: the number of the disk at `position` of its first controller, if a synthetic driver of this
+    /// machine can have the same disks; else no_twin.
+    virtual u32 twin_at(u32 position) {
+        static_cast<void>(position);
+        return no_twin;
+    }
     /// The first name of the form disk_name(prefix, n) that no disk of the machine has. Taken by announcing a disk that
     /// has it.
     virtual FixedText<16> free_name(std::string_view prefix) = 0;

@@ -293,6 +293,13 @@ const Plan::Pair* Plan::pair(std::string_view a, std::string_view b) const {
     return nullptr;
 }
 
+bool Plan::has_twins(std::string_view native) const {
+    return std::ranges::any_of(all_pairs(), [&](const Pair& p) {
+        const DriverInfo* synthetic = driver(p.synthetic);
+        return p.native == native && synthetic != nullptr && synthetic->twins;
+    });
+}
+
 bool Plan::both(std::string_view a, std::string_view b) const {
     const Pair* p = pair(a, b);
     return p != nullptr && (p->rank == 0 || p->twin == Twin::keep);
@@ -300,13 +307,21 @@ bool Plan::both(std::string_view a, std::string_view b) const {
 
 hv::EmulatedClasses Plan::unplugs() const {
     hv::EmulatedClasses classes;
+    hv::EmulatedClasses kept; // a class that a native driver is to use first must stay
     for (const Pair& p : all_pairs()) {
         const DriverInfo* native = driver(p.native);
-        if (native != nullptr && p.rank > 0 && p.twin == Twin::unplug) {
+        const DriverInfo* synthetic = driver(p.synthetic);
+        if (native == nullptr || synthetic == nullptr || !synthetic->twins) {
+            continue;
+        }
+        if (p.rank < 0) {
+            kept |= native->emulated;
+        } else if (p.rank > 0 && p.twin == Twin::unplug) {
             classes |= native->emulated;
         }
     }
-    return classes;
+    return {
+        .disks = classes.disks && !kept.disks, .nics = classes.nics && !kept.nics, .nvme = classes.nvme && !kept.nvme};
 }
 
 void log_plan(const Plan& plan, hv::VmGuest guest) {

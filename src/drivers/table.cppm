@@ -42,7 +42,7 @@ inline constexpr auto known_drivers = std::to_array<DriverInfo>({
     {"virtio_scsi", true, DeviceKind::disk, {}, false},
     {"pvscsi", true, DeviceKind::disk, {}, false},
     {"ata", false, DeviceKind::disk, {.disks = true}},
-    {"nvme", false, DeviceKind::disk},
+    {"nvme", false, DeviceKind::disk, {.nvme = true}},
     {"ahci", false, DeviceKind::disk, {.disks = true}},
 });
 constexpr const DriverInfo* driver_named(std::string_view name, std::span<const DriverInfo> drivers = known_drivers) {
@@ -94,12 +94,14 @@ struct Plan {
     constexpr std::span<const Pair> all_pairs() const { return {pairs.data(), pair_count}; }
     /// The pair of these two, in either order, or nullptr.
     const Pair* pair(std::string_view a, std::string_view b) const;
+    /// Whether some synthetic driver's devices can be the same as those of this native one.
+    bool has_twins(std::string_view native) const;
     /// Whether both drivers may attach the same device.
     bool both(std::string_view a, std::string_view b) const;
     /// The table's entry for a driver; nullptr: no rule can name it.
     const DriverInfo* driver(std::string_view name) const { return driver_named(name, known); }
     /// What the host should unplug: the emulated devices of each native driver with a preceding synthetic one and
-    /// twin policy `unplug`.
+    /// twin policy `unplug`, but nothing that another rule has a native driver use first.
     hv::EmulatedClasses unplugs() const;
 };
 
@@ -149,6 +151,9 @@ class Table {
 /// The built-in rules.
 inline constexpr auto builtin_rules = std::to_array<Rule>({
     {hv::VmGuest::xen, driver_named("ata"), driver_named("xen_blk"), 100, Twin::leave},
+    // Xen shows the disks of a guest also as emulated ones, whatever the controller, and unplugs them all [xen-unplug].
+    {hv::VmGuest::xen, driver_named("ahci"), driver_named("xen_blk"), 100, Twin::leave},
+    {hv::VmGuest::xen, driver_named("nvme"), driver_named("xen_blk"), 100, Twin::leave},
     {hv::VmGuest::hyperv, driver_named("ata"), driver_named("storvsc"), 100, Twin::leave},
     // Whatever the hypervisor: a host that shows these wants them used.
     {std::nullopt, driver_named("ata"), driver_named("virtio_blk"), 50, Twin::keep},

@@ -373,8 +373,8 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
                                   "a device number that [xen-vbd] does not define"});
         co_return Result<void>{};
     }
-    // Only the four positions of the first IDE controller can be the same disk.
-    const bool has_twin = which->kind != VirtualDisk::Kind::scsi && which->partition == 0 && which->disk < 4;
+    // The first four are also shown by the first IDE controller, or with hdtype="ahci" the first six by an AHCI HBA.
+    const bool has_twin = which->kind != VirtualDisk::Kind::scsi && which->partition == 0 && which->disk < 6;
     const u32 slot = has_twin ? which->disk : DiskSink::no_twin;
     if (!environment.disks.offered(slot)) {
         environment.disks.unused({"xen", device.address, disk_name(*which), Unused::taken, {}, slot});

@@ -221,6 +221,29 @@ TEST(Ahci, WithoutAnInterruptThePortsAreStopped) {
     }
 }
 
+TEST(Ahci, ATwinThatAnotherDriverHasIsLeftAlone) {
+    Machine m;
+    m.add(0);
+    Port& second = m.add(1);
+    m.add(5);
+    m.sink.twins = true;
+    m.sink.offer[1] = false;
+    ASSERT_TRUE(m.attach());
+    EXPECT_EQ(m.controller->disks(), 2u);
+    EXPECT_EQ(m.sink.left, (Left{{"port 1", drivers::Unused::taken}}));
+    EXPECT_TRUE(second.codes.empty());
+    EXPECT_TRUE(m.sink.disks.contains(0) && m.sink.disks.contains(5));
+
+    Machine another; // the second HBA, or no twins in this machine
+    another.add(1);
+    another.sink.twins = true;
+    another.sink.offer[1] = false;
+    another.controller.emplace(another.environment, false);
+    ASSERT_TRUE(another.executor.run(another.controller->attach(*pci::look_up(another.space, {0, 31, 2}))));
+    EXPECT_EQ(another.controller->disks(), 1u);
+    EXPECT_TRUE(another.sink.disks.contains(drivers::no_twin));
+}
+
 TEST(Ahci, ADiskThatIsNeverReadyDoesNotStopTheOthers) {
     Machine m;
     m.add(0).busy = true;

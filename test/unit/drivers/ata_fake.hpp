@@ -111,6 +111,8 @@ struct Sink final : drivers::DiskSink {
     std::string reasons;
     bool busy = false;
     bool offered(u32 n) override { return n >= offer.size() || offer[n]; }
+    bool twins = false; // the disks of native drivers can be those of synthetic ones
+    u32 twin_at(u32 position) override { return twins ? position : no_twin; }
     void unused(const drivers::UnusedUnit& unit) override {
         EXPECT_TRUE(left.emplace(std::string(unit.address), unit.why).second) << unit.address << " twice";
         reasons += std::string(unit.reason) + "\n";

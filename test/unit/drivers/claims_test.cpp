@@ -40,6 +40,19 @@ TEST(Claims, TheSameDiskNeverAttachesTwice) {
     EXPECT_FALSE(claims.attached("xen_blk", disk_id(0))) << "nor by the same driver";
 }
 
+TEST(Claims, TwoNativeDriversHaveDifferentDisks) {
+    const Plan p = plan();
+    Claims claims(p);
+    EXPECT_TRUE(claims.has_twins("ahci"));
+    EXPECT_TRUE(claims.attached("ata", disk_id(0)));
+    EXPECT_FALSE(claims.offered("ata", disk_id(0)));
+    EXPECT_TRUE(claims.attached("ahci", disk_id(0)));
+    EXPECT_FALSE(claims.offered("ahci", disk_id(0)));
+    EXPECT_FALSE(claims.offered("xen_blk", disk_id(0)));
+    EXPECT_TRUE(claims.attached("xen_blk", disk_id(1)));
+    EXPECT_FALSE(claims.offered("ahci", disk_id(1)));
+}
+
 TEST(Claims, WhatFailsToAttachIsLeftToTheOther) {
     const Plan p = plan();
     Claims claims(p);

@@ -38,6 +38,16 @@ TEST(Table, BuiltIn) {
     EXPECT_EQ(xen.pair("ata", "xen_blk")->twin, Twin::leave);
     EXPECT_FALSE(xen.both("ata", "xen_blk"));
     EXPECT_FALSE(xen.unplugs().any());
+    for (const std::string native : {"ahci", "nvme"}) { // [xen-unplug]: twins as well
+        ASSERT_NE(xen.pair(native, "xen_blk"), nullptr);
+        EXPECT_EQ(xen.pair(native, "xen_blk")->twin, Twin::leave);
+        EXPECT_FALSE(xen.both(native, "xen_blk"));
+        EXPECT_TRUE(xen.has_twins(native));
+        EXPECT_FALSE(table.plan(VmGuest::kvm, std::nullopt).has_twins(native));
+        EXPECT_FALSE(table.plan(VmGuest::hyperv, std::nullopt).has_twins(native));
+    }
+    EXPECT_TRUE(table.plan(VmGuest::hyperv, std::nullopt).has_twins("ata"));
+    EXPECT_EQ(table.plan(VmGuest::xen, Twin::unplug).unplugs(), (hv::EmulatedClasses{.disks = true, .nvme = true}));
     const auto hyperv = table.plan(VmGuest::hyperv, std::nullopt);
     EXPECT_EQ(order(hyperv), "xen_blk storvsc virtio_blk virtio_scsi pvscsi ata nvme ahci ");
     ASSERT_NE(hyperv.pair("ata", "storvsc"), nullptr);
@@ -160,8 +170,8 @@ TEST(Table, AnyHypervisor) {
     EXPECT_EQ(table.apply("add * ata xen_blk 5 keep\n"), 0u);
     EXPECT_EQ(table.plan(VmGuest::kvm, std::nullopt).pair("ata", "xen_blk")->rank, 5);
     EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, 100) << "the named one beats it";
-    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair_count, 10u)
-        << "the others are those of virtio_blk, virtio_scsi and pvscsi";
+    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair_count, 12u)
+        << "the others are those of ahci and nvme, and of virtio_blk, virtio_scsi and pvscsi";
     EXPECT_EQ(table.apply("rank * ata xen_blk -3\n"), 0u) << "every rule of the pair";
     EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, -3);
     EXPECT_EQ(table.plan(VmGuest::kvm, std::nullopt).pair("ata", "xen_blk")->rank, -3);
@@ -175,7 +185,8 @@ TEST(Table, TheCommandLineOverridesTheTwin) {
     EXPECT_TRUE(table.plan(VmGuest::xen, Twin::keep).both("ata", "xen_blk"));
     EXPECT_TRUE(table.plan(VmGuest::xen, Twin::unplug).unplugs().disks);
     EXPECT_TRUE(table.apply_word("rank,xen,ata,xen_blk,-1"));
-    EXPECT_FALSE(table.plan(VmGuest::xen, Twin::unplug).unplugs().any()) << "what comes first is not taken away";
+    EXPECT_EQ(table.plan(VmGuest::xen, Twin::unplug).unplugs(), hv::EmulatedClasses{.nvme = true})
+        << "what comes first is not taken away";
 }
 
 TEST(Table, WithoutTwinsARuleGivesOnlyTheOrder) {
@@ -216,10 +227,10 @@ TEST(Table, ThePlanIsPrinted) {
     log::attach(capture);
     drivers::log_plan(Table{}.plan(VmGuest::xen, std::nullopt), VmGuest::xen);
     log::detach(capture);
-    EXPECT_EQ(
-        capture.text,
-        "drivers on xen: xen_blk, storvsc, virtio_blk, virtio_scsi, pvscsi, ata, nvme, ahci\ndrivers: xen_blk and "
-        "ata, rank 100, twin: leave\n")
+    EXPECT_EQ(capture.text,
+              "drivers on xen: xen_blk, storvsc, virtio_blk, virtio_scsi, pvscsi, ata, nvme, ahci\n"
+              "drivers: xen_blk and ata, rank 100, twin: leave\ndrivers: xen_blk and ahci, rank 100, twin: leave\n"
+              "drivers: xen_blk and nvme, rank 100, twin: leave\n")
         << "without pairs that are never twins";
 }
 

@@ -233,9 +233,12 @@ TEST(XenBlk, CdromsAndUnknownDevicesAreNotUsed) {
     EXPECT_TRUE(empty.probe()) << "a disk of 0 bytes is no failure";
     EXPECT_EQ(empty.sink.left, (Left{{"51712", drivers::Unused::empty}}));
     EXPECT_EQ(empty.back.front_state(), 6u);
-    DiskMachine fifth({}, 0, 51776); // xvde: not a drive of the first IDE controller
-    ASSERT_TRUE(fifth.probe());
-    EXPECT_EQ(fifth.sink.slot, drivers::DiskSink::no_twin);
+    DiskMachine sixth({}, 0, 51792); // xvdf: the last one that an AHCI HBA can show
+    ASSERT_TRUE(sixth.probe());
+    EXPECT_EQ(sixth.sink.slot, 5u);
+    DiskMachine seventh({}, 0, 51808); // xvdg: neither at an IDE controller nor at an AHCI HBA
+    ASSERT_TRUE(seventh.probe());
+    EXPECT_EQ(seventh.sink.slot, drivers::DiskSink::no_twin);
     DiskMachine strange({}, 0, 4711);
     EXPECT_TRUE(strange.probe());
     EXPECT_TRUE(strange.sink.asked.empty());
