@@ -1,5 +1,5 @@
-# The kernel image: firstlight.debug.elf (with symbols, for gdb), firstlight.elf (the bootable image) and BOOTX64.EFI (the
-# UEFI loader with the image embedded).
+# The kernel image: firstlight.debug.elf (with symbols, for gdb), firstlight.elf (the bootable image), firstlight-elf32.elf
+# (the same as a 32-bit ELF) and BOOTX64.EFI (the UEFI loader with the image embedded).
 set(freestanding
   -ffreestanding -fno-exceptions -fno-rtti -nostdinc++ -nostdlibinc
   "SHELL:-isystem \"${CMAKE_CURRENT_SOURCE_DIR}/core/freestanding/site\""
@@ -55,7 +55,7 @@ endforeach()
 # moves.
 set(link_script ${CMAKE_CURRENT_SOURCE_DIR}/boot/kernel.ld)
 set(out ${CMAKE_BINARY_DIR})
-add_custom_command(OUTPUT ${out}/firstlight.debug.elf ${out}/firstlight.elf
+add_custom_command(OUTPUT ${out}/firstlight.debug.elf ${out}/firstlight.elf ${out}/firstlight-elf32.elf
   COMMAND sh ${CMAKE_CURRENT_SOURCE_DIR}/boot/link.sh ${out} ${link_script} "$<TARGET_OBJECTS:firstlight_objects>"
   DEPENDS firstlight_objects $<TARGET_OBJECTS:firstlight_objects> ${link_script} ${CMAKE_CURRENT_SOURCE_DIR}/boot/link.sh
   COMMAND_EXPAND_LISTS VERBATIM COMMENT "Linking firstlight.elf")

@@ -1,4 +1,4 @@
-"""What is done to a QEMU while its guest runs: commands of its monitor protocol (QMP), or its sudden end."""
+"""What is done to a machine while its guest runs: commands of QEMU's monitor protocol (QMP), its sudden end, or under the real Xen a command in dom0."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ ANSWER_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Action:
-    """Done `delay` seconds after a line of output matched `after`: `qmp`, commands as QEMU's manual has them, in order, or `kill`, a SIGKILL."""
+    """Done `delay` seconds after a line of output matched `after`: `qmp`, commands as QEMU's manual has them, in order, or `kill`, a SIGKILL, or `dom0`, a command of dom0's shell."""
 
     after: str
     delay: float = 0.0
     qmp: Sequence[dict] = ()
     kill: bool = False
+    dom0: str = ""
 
     def __post_init__(self) -> None:
         try:
@@ -35,11 +36,11 @@ class Action:
             raise Problem(f"an action's after={self.after!r}: {error}.") from None
         if not isinstance(self.delay, (int, float)) or isinstance(self.delay, bool) or not 0 <= self.delay <= 600:
             raise Problem(f"an action's delay={self.delay!r} is not a number of seconds from 0 to 600.")
-        if bool(self.qmp) == bool(self.kill) or not all(isinstance(one, dict) and isinstance(one.get("execute"), str) for one in self.qmp):
-            raise Problem("an action has either qmp, a list of {execute = …, arguments = {…}}, or kill = true.")
+        if [bool(self.qmp), bool(self.kill), bool(self.dom0)].count(True) != 1 or not isinstance(self.dom0, str) or "\n" in self.dom0 or "\t" in self.dom0 + self.after or not all(isinstance(one, dict) and isinstance(one.get("execute"), str) for one in self.qmp):
+            raise Problem("an action has one of qmp, a list of {execute = …, arguments = {…}}, kill = true, or dom0, one line for dom0's shell; no tabs.")
 
     def __str__(self) -> str:
-        return f"{'kill' if self.kill else ' and '.join(one['execute'] for one in self.qmp)} after {self.after!r}"
+        return f"{self.dom0 or ('kill' if self.kill else ' and '.join(one['execute'] for one in self.qmp))} after {self.after!r}"
 
 
 def arguments(wanted: Sequence[Action]) -> list[str]:

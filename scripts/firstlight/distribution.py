@@ -85,7 +85,7 @@ LAB_FILES = ("qemu-system-common", "busybox-static", "qemu-system-data", "seabio
 YARDSTICK_PROGRAMS = ("fio",)
 # dom0's programs; `mount` has losetup, and the device model (qemu-system-xen) must be of the same Xen version.
 XEN_PROGRAMS = ("xen-utils-{version}", "libxenmisc{version}", "xenstore-utils", "mount", "qemu-system-xen")
-XEN_FILES = ("xen-hypervisor-{version}-amd64", "busybox-static", "qemu-system-data")
+XEN_FILES = ("xen-hypervisor-{version}-amd64", "busybox-static", "qemu-system-data", "seabios", "ovmf")
 XEN_EMULATOR_PROGRAMS = ("qemu-system-x86",)
 XEN_EMULATOR_FILES = ("qemu-system-common", "qemu-system-data", "seabios")  # the first contains TCG
 

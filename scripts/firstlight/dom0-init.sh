@@ -67,11 +67,18 @@ bring_out() {
     dd if="$1" of=/dev/vda bs=1M seek="$2" conv=notrunc,fsync 2>/dev/null || die "$1: could not be copied out"
 }
 
-# pause_at_times: reads lines of two numbers of microseconds, and after the first, pauses the guest for the second.
+# act_at_times: reads lines of microseconds and what is done after as many: a number of microseconds for which the guest is paused, or a command.
 # A guest that has shut down cannot be paused: then nothing is printed, and the test that requested it fails.
-pause_at_times() {
+act_at_times() {
     while read -r delay length; do
         usleep "$delay"
+        case $length in
+        *[!0-9]*)
+            say "acting"
+            output=$(sh -c "$length" 2>&1) || say "failed $length: $(echo "$output" | tail -n 3 | tr '\n' ' ')"
+            continue
+            ;;
+        esac
         xl pause firstlight 2>/dev/null
         # Earlier output is passed on first: everything before this mark was printed before the pause.
         usleep 50000
@@ -84,8 +91,8 @@ pause_at_times() {
 # guest SECONDS: runs a guest until it has shut down or the time is over; sets status and reason.
 guest() {
     reason=none
-    [ -e "$job/pauses" ] && { mkfifo /tmp/pauses; pause_at_times < /tmp/pauses & pauser=$!; }
-    pass_on "$job/pauses" < /console/guest-firstlight.log >&3 &
+    [ -e "$job/events" ] && { mkfifo /tmp/events; act_at_times < /tmp/events & actor=$!; }
+    pass_on "$job/events" < /console/guest-firstlight.log >&3 &
     console=$!
     # A domain that has shut down is kept (on_...="preserve"): its last output may still be in its console's ring, from which xenconsoled reads it.
     timeout "$1" xl create -F "$job/domain.cfg" > /tmp/xl.log 2>&1 < /dev/null
@@ -114,8 +121,8 @@ guest() {
         xl destroy firstlight 2>/dev/null
         kill $console
     fi
-    [ -z "$pauser" ] || kill "$pauser" 2>/dev/null
-    pauser=
+    [ -z "$actor" ] || kill "$actor" 2>/dev/null
+    actor=
 }
 
 say "ready ms=$(milliseconds) kernel=$(uname -r)"

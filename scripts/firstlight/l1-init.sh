@@ -44,16 +44,16 @@ stop_at_times() {
     done
 }
 
-# pausing COMMAND WORDS: runs the command; a line of its output that matches the next expression of $job/pauses starts that pause.
+# pausing COMMAND WORDS: runs the command; a line of its output that matches the next expression of $job/events starts that pause.
 # The command's process id is that of the machine: busybox's timeout executes it in the same process.
 pausing() {
-    mkfifo /tmp/pauses
-    stop_at_times < /tmp/pauses &
+    mkfifo /tmp/events
+    stop_at_times < /tmp/events &
     stopper=$!
     {
         sh -c 'echo $$ > /tmp/paused-process; exec "$@"' sh "$@" 2>&1
         echo $? > /tmp/paused-status
-    } | pass_on "$job/pauses"
+    } | pass_on "$job/events"
     kill "$stopper" 2>/dev/null
     return "$(cat /tmp/paused-status)"
 }

@@ -21,18 +21,19 @@ disk() {
     [ -s "$image" ] || die "disk $image: could not be made"
 }
 
-# pass_on PAUSES: copies standard input line by line. A line that matches the next expression of the file PAUSES writes that pause's two numbers
-# into the FIFO /tmp/pauses; without such a file lines are only copied. The record of the verdict, which is a run's last, makes the file /tmp/verdict.
+# pass_on EVENTS: copies standard input line by line. Each line of the file EVENTS is a text, a tab and an expression; a line that matches the next
+# expression writes the text into the FIFO /tmp/events. Without such a file lines are only copied. The record of the verdict, which is a run's last, makes the file /tmp/verdict.
 pass_on() {
-    awk -v pauses="$1" '
-        function next_pause() {
-            have = (getline entry < pauses) > 0
+    awk -v events="$1" '
+        function next_event() {
+            have = (getline entry < events) > 0
             if (have) {
-                split(entry, words, " ")
-                pattern = substr(entry, length(words[1]) + length(words[2]) + 3)
+                tab = index(entry, "\t")
+                words = substr(entry, 1, tab - 1)
+                pattern = substr(entry, tab + 1)
             }
         }
-        BEGIN { next_pause() }
+        BEGIN { next_event() }
         {
             print
             fflush()
@@ -43,9 +44,9 @@ pass_on() {
                 close("/tmp/verdict")
             }
             if (have && line ~ pattern) {
-                print words[1], words[2] > "/tmp/pauses"
-                fflush("/tmp/pauses")
-                next_pause()
+                print words > "/tmp/events"
+                fflush("/tmp/events")
+                next_event()
             }
         }
     '

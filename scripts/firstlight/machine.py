@@ -82,6 +82,11 @@ PLATFORMS = {
             "xen-pvh", "the distribution's Xen with a Linux dom0, emulated: a PVH guest, disks served by blkback or qdisk", (), ("pvh",), ("pc",),
             ("xen:64m",), domain="pvh",
         ),
+        Platform(
+            "xen-hvm", "the same Xen: an HVM guest, each disk on the ring and, the first four, behind dom0's QEMU as IDE", (), ("pvh",), ("pc",),
+            ("xen:64m",), domain="hvm",
+        ),
+        Platform("xen-hvm-uefi", "the same, started by OVMF", (), ("uefi",), ("pc",), ("xen:64m",), domain="hvm"),
     )
 }  # fmt: skip
 
@@ -241,6 +246,7 @@ class Machine:
     linux: str = ""  # script run by the lab's Linux as the guest, instead of our kernel
     blkback: Sequence[str] = ()  # real Xen: parameters of the module that serves the disks
     xen: str = ""  # real Xen: further words of Xen's command line
+    xl: Sequence[str] = ()  # real Xen: further lines of the guest's configuration, which xl reads
     pauses: Sequence[Pause] = ()  # when to stop the VMM's process temporarily; `timeout` does not count it
     actions: Sequence[actions.Action] = ()  # what is done to QEMU while the guest runs
     qemu: Qemu | None = None  # another QEMU than the lab's; the machine then runs here
@@ -286,13 +292,13 @@ class Machine:
                 )
         for disk in self.specs:
             if disk.bus == "xen" and not kind.xen and not kind.domain:
-                raise Problem(f"A disk on the Xen ring needs the platform xen-emu or xen-pvh, not {self.platform}.", Exit.USAGE)
+                raise Problem(f"A disk on the Xen ring needs the platform xen-emu, xen-pvh, xen-hvm or xen-hvm-uefi, not {self.platform}.", Exit.USAGE)
             if disk.bus != "xen" and kind.domain:
                 raise Problem(f"The platform {self.platform} has disks on the Xen ring only, not {disk.bus}:… .", Exit.USAGE)
             if kind.domain and disk.iops:
                 raise Problem(f"iops=N limits QEMU's and the test host's disks, not those of {self.platform}.", Exit.USAGE)
             if not kind.domain and (disk.backend or disk.backing):
-                raise Problem(f"backend= and backing= belong to the platform xen-pvh, not to {self.platform}.", Exit.USAGE)
+                raise Problem(f"backend= and backing= belong to the platforms of the real Xen, not to {self.platform}.", Exit.USAGE)
             if disk.bus in ("scsi", "accel") and not kind.test_host:
                 raise Problem(f"A disk on the VMBus needs the platform hyperv, not {self.platform}.", Exit.USAGE)
             if disk.bus in ("virtio", "vscsi") and (kind.test_host or kind.domain):
@@ -326,13 +332,15 @@ class Machine:
             if disk.image and sum(other.image == disk.image for other in self.specs) == 1:
                 raise Problem(f"image={disk.image}: several disks that name it are one image, and only one disk names it. Leave it out, or give it to another disk.", Exit.USAGE)
 
-        if (self.blkback or self.xen) and not kind.domain:
-            raise Problem(f"Parameters of blkback and words for Xen belong to the platform xen-pvh, not to {self.platform}.", Exit.USAGE)
+        if (self.blkback or self.xen or self.xl) and not kind.domain:
+            raise Problem(f"Parameters of blkback, words for Xen and lines for xl belong to the platforms of the real Xen, not to {self.platform}.", Exit.USAGE)
         xenguest.check_blkback(self.blkback)
         if kind.domain:
             xenguest.check_disks(self.specs, self.blkback)
-        if self.actions and (kind.kvm or kind.test_host or kind.domain):
+        if any(not one.dom0 for one in self.actions) and (kind.kvm or kind.test_host or kind.domain):
             raise Problem("QMP commands and a sudden end are for the platforms on QEMU's emulated processor, which run on this machine.", Exit.USAGE)
+        if any(one.dom0 for one in self.actions) and (not kind.domain or self.pauses):
+            raise Problem("Commands in dom0 are for the platforms of the real Xen, and not beside pauses.", Exit.USAGE)
         if self.pauses and self.counted and not kind.kvm and not kind.domain:
             raise Problem("QEMU's instruction counter stands still while QEMU is stopped: a pause needs wall-clock time, or the lab.", Exit.USAGE)
 

@@ -93,7 +93,7 @@ class Job:
     timeout: float = 60.0
     program: str = ""
     pauses: Sequence[Pause] = ()
-    actions: Sequence[Action] = ()  # on this machine only
+    actions: Sequence[Action] = ()  # on this machine, or in dom0
     qemu: Path | None = None  # on this machine: another QEMU than the lab's
     logs: Sequence[Path] = ()  # on this machine: the VMM's own messages; the first file gets its standard error output, which is part of the output otherwise
 
@@ -169,8 +169,8 @@ def job_script(job: Job, index: int, offsets: dict[str, int]) -> str:
 
 
 def pause_lines(job: Job) -> str:
-    """One pause per line: delay and length in microseconds, and the expression, which may contain blanks."""
-    return "".join(f"{round(pause.delay * 1e6)} {round(pause.seconds * 1e6)} {pause.after}\n" for pause in job.pauses)
+    """One pause per line: delay and length in microseconds, a tab, and the expression."""
+    return "".join(f"{round(pause.delay * 1e6)} {round(pause.seconds * 1e6)}\t{pause.after}\n" for pause in job.pauses)
 
 
 def scratch_layout(jobs: Sequence[Job]) -> tuple[list[dict[str, int]], int]:
@@ -219,7 +219,7 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
         (place / "job.sh").write_text(text)
         digest.update(text.encode())
         if job.pauses:
-            (place / "pauses").write_text(pause_lines(job))
+            (place / "events").write_text(pause_lines(job))
             digest.update(pause_lines(job).encode())
         files = dict(job.files)
         files |= {f"disk-{disk.name}": Path(disk.content) for disk in job.disks if Path(disk.content).is_absolute()}
@@ -303,6 +303,14 @@ class Reader:
             outcome = self.outcomes[self.current]
             outcome.output = outcome.output.removesuffix("\n")
             outcome.pauses += VERDICT not in outcome.output
+        elif verb == "acting" and self.current:
+            outcome = self.outcomes[self.current]
+            outcome.output = outcome.output.removesuffix("\n")
+            outcome.actions += VERDICT not in outcome.output
+        elif verb == "failed" and self.current:
+            outcome = self.outcomes[self.current]
+            outcome.output = outcome.output.removesuffix("\n")
+            outcome.fault = outcome.fault or " ".join(rest)
         elif verb == "off" and self.current is None and not self.waiting:
             self.off = True
         elif verb in ("note:", "note"):

@@ -17,6 +17,7 @@ REPOSITORY = PACKAGE.parent.parent
 
 BUILD = REPOSITORY / "build"
 KERNEL = BUILD / "kernel" / "firstlight.elf"
+KERNEL32 = BUILD / "kernel" / "firstlight-elf32.elf"  # the same as a 32-bit ELF
 KERNEL_SYMBOLS = BUILD / "kernel" / "firstlight.debug.elf"
 EFI = BUILD / "kernel" / "BOOTX64.EFI"
 TEST_HOST = BUILD / "host" / "test" / "host" / "firstlight-testhost"

@@ -38,11 +38,12 @@ def arguments() -> options.Parser:
     parser.add_argument("--disk", action="append", metavar="DISK", help="a disk, several times; 'none' for none (default: the platform's)")
     parser.add_argument("--cpus", type=options.whole(1, MOST_CPUS), default=1, metavar="N", help="virtual processors")
     parser.add_argument("--memory", type=options.whole(4, MOST_MEMORY), default=256, metavar="MIB", help="memory of the guest in MiB")
-    parser.add_argument("--blkback", type=options.listed, default=(), metavar="NAME=NUMBER,…", help="xen-pvh: parameters of the module that serves the disks, as feature_persistent=0")
-    parser.add_argument("--xen", type=options.one_line, default="", metavar="WORDS", help="xen-pvh: more words of Xen's command line, as guest_loglvl=all")
+    parser.add_argument("--blkback", type=options.listed, default=(), metavar="NAME=NUMBER,…", help="xen-pvh, xen-hvm: parameters of the module that serves the disks, as feature_persistent=0")
+    parser.add_argument("--xen", type=options.one_line, default="", metavar="WORDS", help="xen-pvh, xen-hvm: more words of Xen's command line, as guest_loglvl=all")
+    parser.add_argument("--xl", type=options.one_line, action="append", default=[], metavar="LINE", help="xen-pvh, xen-hvm: one more line of the guest's configuration for xl, several times, as 'viridian = 1'")
     parser.add_argument("--timeout", type=options.seconds(MOST_SECONDS), default=60.0, metavar="SECONDS", help="when the boot is given up")
     parser.add_argument("--deterministic", action="store_true", help="one instruction is one nanosecond (TCG platforms; the lab always unless --wall)")
-    parser.add_argument("--wall", action="store_true", help="the lab in wall-clock time: faster to start, noisy to measure (platforms on KVM and xen-pvh)")
+    parser.add_argument("--wall", action="store_true", help="the lab in wall-clock time: faster to start, noisy to measure (platforms on KVM and of the real Xen)")
     parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether the platforms on KVM run nested")
     parser.add_argument("--records", action="store_true", help="show the records (@{…}) and the test host's lines (@@host …) too")
     parser.add_argument("--dry-run", action="store_true", help="print the exact QEMU command and do not start it")
@@ -85,7 +86,7 @@ CONFLICTS = (
     Conflict(("efi",), "is for boots by uefi, and this one is by pvh: name the kernel by --kernel, or add --boot uefi", lambda o: boot_of(o) == "pvh" and not o.vmm_command),
     Conflict(("deterministic", "wall"), "time is counted in instructions or by the clock, not both"),
     Conflict(("deterministic", "lab"), "a KVM of this machine's own cannot count instructions", lambda o: o.lab == "never" and kind_of(o).kvm),
-    Conflict(("wall",), "is for the lab, and this platform runs without it, in wall-clock time: leave it out, or name a platform on KVM or xen-pvh", lambda o: not in_lab(o)),
+    Conflict(("wall",), "is for the lab, and this platform runs without it, in wall-clock time: leave it out, or name a platform on KVM or one of the real Xen", lambda o: not in_lab(o)),
     Conflict(("wall", "lab"), "--wall is for the lab, which --lab never leaves out; this machine's own KVM runs in wall-clock time: leave out one of them", lambda o: o.lab == "never" and kind_of(o).kvm),
     Conflict(("lab",), "always is for the platforms on KVM; this one's processor is emulated here anyway", lambda o: o.lab == "always" and not kind_of(o).kvm),
     Conflict(("trace_interrupts",), "is QEMU's log of a processor that it emulates itself: qemu-pvh or qemu-uefi", lambda o: kind_of(o).kvm),
@@ -94,13 +95,12 @@ CONFLICTS = (
     Conflict(("gdb",), f"and --console {KEYBOARD}", lambda o: bool(kind_of(o).domain)),
     Conflict(("console",), f"and --gdb {KEYBOARD}", lambda o: bool(kind_of(o).domain)),
     Conflict(("trace_interrupts",), "is QEMU's log of a processor that it emulates for the kernel: qemu-pvh or qemu-uefi", lambda o: bool(kind_of(o).domain)),
-    Conflict(("lab",), "never is for the platforms on KVM; xen-pvh has a lab of its own, always", lambda o: o.lab == "never" and bool(kind_of(o).domain)),
+    Conflict(("lab",), "never is for the platforms on KVM; the real Xen has a lab of its own, always", lambda o: o.lab == "never" and bool(kind_of(o).domain)),
     Conflict(("lab",), "never is for the platforms on KVM; this one never runs in the lab: leave it out", lambda o: o.lab == "never" and not in_lab(o)),
     Conflict(("machine",), "is QEMU's, and this platform is not a machine of QEMU's: leave it out", lambda o: kind_of(o).test_host or bool(kind_of(o).domain)),
     Conflict(("kernel", "no_build"), "nothing is built where the kernel is named: leave out --no-build", lambda o: not kind_of(o).test_host),
     Conflict(("efi", "no_build"), "nothing is built where the application is named: leave out --no-build"),
-    Conflict(("blkback",), "is for the platform xen-pvh", lambda o: not kind_of(o).domain),
-    Conflict(("xen",), "is for the platform xen-pvh", lambda o: not kind_of(o).domain),
+    *(Conflict((name,), "is for the platforms xen-pvh, xen-hvm and xen-hvm-uefi", lambda o: not kind_of(o).domain) for name in ("blkback", "xen", "xl")),
     Conflict(("gdb_port",), "says where --gdb waits: use it with --gdb", lambda o: not o.gdb),
     Conflict(("gdb", "lab"), f"--gdb and --console {KEYBOARD}", lambda o: o.lab == "always"),
     Conflict(("console", "lab"), f"--gdb and --console {KEYBOARD}", lambda o: o.lab == "always"),
@@ -128,7 +128,7 @@ def main(words: list[str]) -> Exit:
     machine = Machine(
         "run", platform, chosen.machine, chosen.boot or "", chosen.cpus, chosen.memory, chosen.cmdline, chosen.map,
         disks, chosen.deterministic, chosen.timeout,
-        blkback=chosen.blkback, xen=chosen.xen,
+        blkback=chosen.blkback, xen=chosen.xen, xl=chosen.xl,
         kernel=chosen.kernel or paths.KERNEL, efi=chosen.efi or paths.EFI,
         extra=[*(word for words in chosen.qemu_arg for word in words), *(["-d", "int,cpu_reset,guest_errors", "-D", str(log_file)] if chosen.trace_interrupts else [])],
         qemu=qemu, vmm=other,

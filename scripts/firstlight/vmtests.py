@@ -116,9 +116,10 @@ class Case:
     plain: bool = False  # QEMU's own defaults, as a newcomer calls it: no machine, processor, memory or debug exit device is given
     status: int | None = None  # required exit status of QEMU, if it ends
     host: list[str] = dataclasses.field(default_factory=list)  # further arguments of the test host, or of QEMU
-    blkback: list[str] = dataclasses.field(default_factory=list)  # xen-pvh: parameters of the module xen-blkback
+    blkback: list[str] = dataclasses.field(default_factory=list)  # xen-pvh, xen-hvm: parameters of the module xen-blkback
+    xl: list[str] = dataclasses.field(default_factory=list)  # xen-pvh, xen-hvm: further lines of the guest's configuration
     pause: list[Pause] = dataclasses.field(default_factory=list)  # in the table: one {after=, delay=, seconds=} or a list; each waits for the previous one
-    actions: list[Action] = dataclasses.field(default_factory=list)  # in the table: [{after=, delay=, qmp=[{execute=, arguments=}]}] or {after=, kill=true}; in order
+    actions: list[Action] = dataclasses.field(default_factory=list)  # in the table: [{after=, delay=, qmp=[{execute=, arguments=}]}], {after=, kill=true}, or for a guest of the real Xen {after=, dom0="xl …"}; in order
     about: str = ""
 
     def to_machine(self, work: Path) -> Machine:
@@ -126,7 +127,7 @@ class Case:
             self.name, self.platform, self.machine, self.boot, self.cpus, self.memory, self.cmdline + (" " + "x" * self.cmdline_more if self.cmdline_more else ""),
             TABLES / self.map if self.map else None, self.disks, counted=self.deterministic, timeout=self.timeout,
             linux=(TABLES / self.linux).read_text() if self.linux else "", extra=self.host,
-            esp=self.esp, pauses=self.pause, blkback=self.blkback,
+            esp=self.esp, pauses=self.pause, blkback=self.blkback, xl=self.xl,
             exit_port=self.exit_port, restarts=self.restarts, plain=self.plain, actions=self.actions,
         )  # fmt: skip
         if self.check_images or self.durable:
@@ -196,7 +197,7 @@ def load_table(path: Path) -> list[Case]:
     return cases
 
 
-APPENDED = ("host", "output", "never", "bounds", "blkback")  # lists of a row that an axis of its matrix extends
+APPENDED = ("host", "output", "never", "bounds", "blkback", "xl")  # lists of a row that an axis of its matrix extends
 
 
 def variants(path: Path, row: dict) -> Iterable[dict]:

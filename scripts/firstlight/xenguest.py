@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import lab, nested, process, records, xenlab, yardstick
+from . import esp, lab, nested, paths, process, records, xenlab, yardstick
 from .nested import MEBIBYTE, Disk, Job, Outcome, Reader
 from .problems import Exit, Problem
 from .records import Judgement, Verdict
@@ -45,6 +45,7 @@ BLKBACK = (
 # The reasons of SCHEDOP_shutdown [xen-sched].
 REASONS = {0: "power off", 1: "reboot", 2: "suspend", 3: "crash", 4: "watchdog", 5: "soft reset"}
 # How the kernel ends a domain for each verdict: docs/INTERFACES.md, "How the machine ends".
+RESTART, RESTARTED = 1, "restarted as requested by "  # after `xl reboot`: the reason, and how that of the verdict begins
 EXPECTED = {Verdict.SUCCESS: 0, Verdict.SKIP: 0, Verdict.ERROR: 3, Verdict.FAILURE: 3, Verdict.CRASH: 3}
 
 
@@ -107,12 +108,17 @@ def check_disks(specs: Sequence[DiskSpec], blkback: Sequence[str]) -> None:
 
 def domain(machine: Machine, work: Path) -> Domain:
     """The guest for the description of a machine."""
+    hvm = machine.kind.domain == "hvm"
     if machine.linux:
         files = {"kernel": xenlab.find().kernel, "ramdisk": yardstick.initrd(lab.find(), machine.linux, work / machine.name)}
         cmdline, memory = yardstick.KERNEL_ARGUMENTS.replace("ttyS0", "hvc0"), yardstick.MEMORY
     else:
-        files = {"kernel": machine.kernel} | ({"ramdisk": machine.map} if machine.map else {})
+        files = {"kernel": paths.KERNEL32 if hvm and machine.kernel == paths.KERNEL else machine.kernel}
+        files |= {"ramdisk": machine.map} if machine.map else {}
         cmdline, memory = machine.cmdline, machine.memory
+    if machine.boot == "uefi":
+        work.mkdir(parents=True, exist_ok=True)
+        files = {"esp": esp.make(work / f"{machine.name}-esp.img", machine.efi, cmdline, machine.map, machine.esp)}
     disks: dict[str, Disk] = {}
     attached: list[Attached] = []
     lines: list[str] = []
@@ -129,18 +135,33 @@ def domain(machine: Machine, work: Path) -> Domain:
     config = [
         f"name = {quoted(GUEST_NAME)}",
         f"type = {quoted(machine.kind.domain)}",
-        *(f"{part} = {quoted(f'{{file:{part}}}')}" for part in files),
-        f"cmdline = {quoted(cmdline)}",
+        *(f"{part} = {quoted(f'{{file:{part}}}')}" for part in files if part != "esp"),
+        *([f"cmdline = {quoted(cmdline)}"] if "kernel" in files else []),
         f"memory = {memory}",
         f"vcpus = {machine.cpus}",
         "disk = [\n" + "".join(lines) + "]",
         *(f'on_{event} = "preserve"' for event in ("poweroff", "reboot", "crash", "watchdog")),
+        *(hvm_lines("esp" in files) if hvm else []),
+        *machine.xl,
     ]
     return Domain(
-        machine.name, [], files, list(disks.values()), machine.timeout, pauses=machine.pauses,
+        machine.name, [], files, list(disks.values()), machine.timeout, pauses=machine.pauses, actions=machine.actions,
         config="\n".join(config) + "\n", memory=memory, backing=backing, attached=attached,
-        blkback=machine.blkback, device_model=any(spec.backend == "qdisk" for spec in machine.specs),
+        blkback=machine.blkback, device_model=hvm or any(spec.backend == "qdisk" for spec in machine.specs),
     )  # fmt: skip
+
+
+def hvm_lines(uefi: bool) -> list[str]:
+    """What is special about HVM guests. No display, and no serial port: their output is read from the PV console, as that of PVH guests."""
+    arguments = ["-machine", "xenfv-4.2,suppress-vmdesc=on"]  # later versions of this machine do not enter a kernel by PVH
+    if uefi:
+        # On a controller that OVMF drives and the kernel does not: it would count it among its disks.
+        arguments += ["-drive", "if=none,id=esp,format=raw,readonly=on,file={file:esp}", "-device", "qemu-xhci", "-device", "usb-storage,drive=esp"]
+    return [
+        'vga = "none"', "nographic = 1", "vnc = 0", "sdl = 0", "usb = 0",
+        *(['firmware = "ovmf"'] if uefi else []),
+        f"device_model_args_hvm = [{', '.join(quoted(argument) for argument in arguments)}]",
+    ]  # fmt: skip
 
 
 def job_script(job: Domain, index: int, offsets: dict[str, int]) -> str:
@@ -190,7 +211,7 @@ def mebibytes(jobs: Sequence[Domain]) -> tuple[int, int]:
     # An image is created in a file, and then copied if it belongs in a RAM disk.
     images = max(sum(-(-disk.size // MEBIBYTE) for disk in job.disks) * (8 if job.backing == "ram" else 5) // 4 for job in jobs)
     brought = sum(path.stat().st_size // MEBIBYTE + 1 for path in {path for job in jobs for path in job.all_files().values()})
-    model = 128 if any(job.device_model for job in jobs) else 0
+    model = 256 if any(job.device_model for job in jobs) else 0
     dom0 = DOM0_MEBIBYTES + model + images + brought
     return dom0, dom0 + XEN_MEBIBYTES + max(job.memory for job in jobs) * 17 // 16 + 32
 
@@ -215,8 +236,8 @@ def prepare(ready: XenLab, jobs: Sequence[Domain], folder: Path, wall: bool, xen
         place = tree / f"jobs/{index:03}"
         (place / "files").mkdir(parents=True)
         texts = {"name": job.name + "\n", "job.sh": job_script(job, index, offsets), "domain.cfg": with_paths(job.config, index)}
-        if job.pauses:
-            texts["pauses"] = nested.pause_lines(job)
+        if events := nested.pause_lines(job) + "".join(f"{round(one.delay * 1e6)} {one.dom0}\t{one.after}\n" for one in job.actions):
+            texts["events"] = events
         for name, text in texts.items():
             (place / name).write_text(text)
             digest.update(text.encode())
@@ -321,7 +342,7 @@ def judge(log: records.Log, outcome: Outcome, limit: float | None = None) -> Jud
         if log.of("verdict") or log.malformed:
             return judgement
         return Judgement(Verdict.NO_VERDICT, f"no verdict record; the domain ended with shutdown reason {named(outcome.shutdown)}")
-    expected = EXPECTED[judgement.verdict]
+    expected = RESTART if judgement.reason.startswith(RESTARTED) else EXPECTED[judgement.verdict]
     if outcome.shutdown != expected:
         return Judgement(
             Verdict.NO_VERDICT,

@@ -7,7 +7,7 @@ One folder per set of package versions, `xen/<key>/`:
     xen                  the hypervisor, as QEMU loads it
     vmlinux              dom0's kernel, and the yardstick's guest kernel
     dom0.cpio            dom0's root file system without jobs: xl, xenstored, xenconsoled, modules
-    qemu.cpio            the QEMU of dom0, for disks with backend=qdisk
+    qemu.cpio            the QEMU of dom0, for disks with backend=qdisk and as the device model of HVM guests, with their firmware
     manifest.json        package versions, module order, and the size of each of these files
 """
 
@@ -30,15 +30,18 @@ from . import apt, distribution, lab, paths, process
 from .problems import Exit, Problem
 
 ROOM = 500 << 20  # bytes that assembling takes at most, in addition to what the other lab has fetched
-LAYOUT = "2"  # incremented when the contents of the folder change for the same packages
+LAYOUT = "3"  # incremented when the contents of the folder change for the same packages
 
 DOM0_MODULES = (
     "xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs", "loop", "virtio_pci", "virtio_blk",
 )  # fmt: skip
 BACKEND = "xen-blkback"  # loaded for each guest, with the parameters given by the guest's machine
-XEN_PROGRAMS = ("xl", "xenstored", "xenconsoled", "xen-init-dom0")
+XEN_PROGRAMS = ("xl", "xenstored", "xenconsoled", "xen-init-dom0", "libxl-save-helper")
 XENSTORE_NAMES = ("read", "write", "ls", "exists")
 DEVICE_MODEL = "usr/libexec/xen-qemu-system-i386"
+# Read by dom0's QEMU and by xl: the firmware of HVM guests, and the option ROMs that load a kernel there.
+GUEST_FIRMWARE = ("usr/share/seabios/bios-256k.bin", "usr/share/ovmf/OVMF.fd")
+GUEST_ROMS = ("linuxboot_dma.bin", "multiboot_dma.bin", "pvh.bin", "kvmvapic.bin")
 # Files read by QEMU on this machine: SeaBIOS and the option ROMs that load a multiboot kernel.
 FIRMWARE = ("bios-256k.bin", "multiboot.bin", "multiboot_dma.bin", "kvmvapic.bin")
 
@@ -220,7 +223,7 @@ def build(unpacked: Path, made: Path, version: str, packages: Packages) -> None:
     (made / "vmlinux").write_bytes(vmlinux(one_of(system, f"boot/vmlinuz-{release}").read_bytes()))
     with tempfile.TemporaryDirectory(dir=made) as folder:
         modules = build_dom0(system, Path(folder) / "dom0", version, release)
-        build_device_model(system, Path(folder) / "qemu", Path(folder) / "dom0" / "lib")
+        build_device_model(system, Path(folder) / "qemu", Path(folder) / "dom0" / "lib", version)
         lab.write_cpio(Path(folder) / "dom0", made / "dom0.cpio")
         lab.write_cpio(Path(folder) / "qemu", made / "qemu.cpio")
     manifest = {"layout": LAYOUT, "xen": version, "versions": flat(packages.versions), "modules": modules, "files": lab.sizes(made)}
@@ -284,8 +287,8 @@ def build_dom0(unpacked: Path, base: Path, version: str, release: str) -> dict[s
     }
 
 
-def build_device_model(unpacked: Path, base: Path, present: Path) -> None:
-    """dom0's own QEMU, for disks that blkback does not serve; only the libraries that dom0 lacks."""
+def build_device_model(unpacked: Path, base: Path, present: Path, version: str) -> None:
+    """dom0's own QEMU and the firmware of HVM guests; only the libraries that dom0 lacks."""
     program = base / DEVICE_MODEL
     program.parent.mkdir(parents=True)
     (base / "lib").mkdir()
@@ -295,6 +298,9 @@ def build_device_model(unpacked: Path, base: Path, present: Path) -> None:
     keymap = base / "usr/share/qemu/keymaps/en-us"
     keymap.parent.mkdir(parents=True)
     shutil.copyfile(one_of(unpacked, "usr/share/qemu/keymaps/en-us"), keymap)
+    for name in (*GUEST_FIRMWARE, f"usr/lib/xen-{version}/boot/hvmloader", *(f"usr/share/qemu/{rom}" for rom in GUEST_ROMS)):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(one_of(unpacked, name), base / name)
     for path in present.iterdir():
         (base / "lib" / path.name).unlink(missing_ok=True)
 

@@ -22,6 +22,7 @@ import boot.backend;
 import boot.sources;
 #ifdef FIRSTLIGHT_HV_XEN
 import drivers.xen_blk;
+import drivers.xen_control;
 #endif
 #ifdef FIRSTLIGHT_HV_HYPERV
 import core.dma;
@@ -76,8 +77,9 @@ inline constexpr std::array<BusDriver<BusOf<B>>, 0> bus_drivers{};
 
 #ifdef FIRSTLIGHT_HV_XEN
 template <>
-inline constexpr std::array<BusDriver<hv::Xen::Bus>, 1> bus_drivers<hv::Xen>{{
+inline constexpr std::array<BusDriver<hv::Xen::Bus>, 2> bus_drivers<hv::Xen>{{
     {{"xen_blk", "vbd"}, drivers::xen_blk::probe},
+    {{drivers::xen_control::driver_name, drivers::xen_control::device_type}, drivers::xen_control::probe},
 }};
 #endif
 

@@ -20,9 +20,10 @@ constexpr Nanoseconds note_wait = 50'000'000;
 constexpr Nanoseconds end_wait = 1'000'000'000;
 constexpr Nanoseconds acpi_mode_wait = 300'000'000;
 
-// SHUTDOWN_poweroff, SHUTDOWN_crash [xen-public sched.h]. Defined here, not in the Xen module, because builds without
+// SHUTDOWN_poweroff, SHUTDOWN_reboot, SHUTDOWN_crash [xen-public sched.h]. Defined here, not in the Xen module, because builds without
 // Xen support end this way, too.
 constexpr u32 xen_poweroff = 0;
+constexpr u32 xen_reboot = 1;
 constexpr u32 xen_crash = 3;
 
 // [hv-tlfs §2.4, §2.9]: privileges in EAX, features in EDX of CPUID leaf base + 3.
@@ -44,7 +45,7 @@ constexpr bool is_good(Verdict verdict) { return verdict == Verdict::success || 
 
 } // namespace
 
-Methods methods_of(const Platform& platform, Verdict verdict) {
+Methods methods_of(const Platform& platform, Verdict verdict, bool restart) {
     const bool good = is_good(verdict);
     Methods methods;
     const auto add = [&](bool there, Method method) {
@@ -52,6 +53,14 @@ Methods methods_of(const Platform& platform, Verdict verdict) {
             methods.list[methods.count++] = method;
         }
     };
+    if (restart && good) {
+        add(platform.xen, Method::xen_reboot);
+        add(platform.acpi_reset, Method::acpi_reset);
+        add(platform.hyperv_reset, Method::hyperv_reset);
+        add(true, Method::keyboard);
+        add(true, Method::triple_fault);
+        return methods;
+    }
     add(platform.xen, good ? Method::xen_off : Method::xen_crash);
     add(!good && platform.hyperv_crash, Method::hyperv_crash);
     add(!good && platform.pvpanic, Method::pvpanic);
@@ -77,7 +86,7 @@ bool Ending::step(EndMachine& machine, hv::Privileged& cpu, Verdict verdict) {
     case 0: take(Method::exit_port, machine, cpu); return true;
     case 1: probe_cpuid(machine, cpu); return true;
     case 2: probe_acpi(machine); return true;
-    case 3: methods_ = methods_of(platform_, *verdict_); return true;
+    case 3: methods_ = methods_of(platform_, *verdict_, restart_); return true;
     default:
         if (at - 4 >= methods_.count) {
             next_ = at; // stays past the last entry
@@ -184,6 +193,13 @@ void Ending::crash_hyperv(EndMachine& machine, hv::Privileged& cpu) {
     machine.wait(note_wait);
 }
 
+// A restart that the host has asked for is to boot again.
+void Ending::note_restart(EndMachine& machine) {
+    if (!restart_) {
+        machine.note_restart(*verdict_);
+    }
+}
+
 void Ending::take(Method method, EndMachine& machine, hv::Privileged& cpu) {
     switch (method) {
     case Method::exit_port:
@@ -192,6 +208,7 @@ void Ending::take(Method method, EndMachine& machine, hv::Privileged& cpu) {
         break;
     case Method::xen_off: machine.xen_shutdown(xen_poweroff); break;
     case Method::xen_crash: machine.xen_shutdown(xen_crash); break;
+    case Method::xen_reboot: machine.xen_shutdown(xen_reboot); break;
     case Method::hyperv_crash: crash_hyperv(machine, cpu); break;
     case Method::pvpanic:
         cpu.out8(pvpanic_port_, pvpanic_panicked);
@@ -199,17 +216,17 @@ void Ending::take(Method method, EndMachine& machine, hv::Privileged& cpu) {
         break;
     case Method::acpi_off: sleep_s5(machine, cpu); break;
     case Method::acpi_reset:
-        machine.note_restart(*verdict_);
+        note_restart(machine);
         write_register(fadt_->reset, fadt_->reset_value, machine, cpu);
         machine.wait(end_wait);
         break;
     case Method::hyperv_reset:
-        machine.note_restart(*verdict_);
+        note_restart(machine);
         cpu.write_msr(hyperv_reset_msr, 1);
         machine.wait(end_wait);
         break;
     case Method::keyboard:
-        machine.note_restart(*verdict_);
+        note_restart(machine);
         // A busy controller drops commands. All bits set: there is no controller, so stop polling.
         for (u32 tries = 0; tries < 8; ++tries) {
             const u8 status = cpu.in8(keyboard_command);
@@ -222,7 +239,7 @@ void Ending::take(Method method, EndMachine& machine, hv::Privileged& cpu) {
         machine.wait(end_wait); // Firecracker reports a failure if a triple fault follows immediately
         break;
     case Method::triple_fault:
-        machine.note_restart(*verdict_);
+        note_restart(machine);
         machine.triple_fault();
         break;
     }

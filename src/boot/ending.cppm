@@ -16,6 +16,7 @@ enum class Method : u8 {
     exit_port,    // debug exit port 0xf4: QEMU's isa-debug-exit, the test host
     xen_off,      // SCHEDOP_shutdown with SHUTDOWN_poweroff
     xen_crash,    // SCHEDOP_shutdown with SHUTDOWN_crash
+    xen_reboot,   // SCHEDOP_shutdown with SHUTDOWN_reboot
     hyperv_crash, // Hyper-V's crash registers: notifies the host only; the machine keeps running
     pvpanic,      // QEMU's pvpanic: likewise
     acpi_off,     // \_S5 (ACPI soft-off)
@@ -45,8 +46,9 @@ struct Methods {
 
 /// The methods to try after the debug exit port, in order. SUCCESS and SKIP end the way the platform reports success;
 /// the other three verdicts end as a failure where the platform distinguishes the two. A method that restarts the
-/// machine is used only if it cannot be powered off, or after that has failed.
-Methods methods_of(const Platform& platform, Verdict verdict);
+/// machine is used only if it cannot be powered off, or after that has failed. `restart`: the host has asked for a
+/// restart, and the verdict is a good one: only such methods are tried.
+Methods methods_of(const Platform& platform, Verdict verdict, bool restart = false);
 
 /// What the methods need besides ports and registers.
 class EndMachine {
@@ -81,6 +83,8 @@ class EndMachine {
 class Ending {
   public:
     constexpr Ending() = default;
+    /// The machine is to be restarted, if the verdict is a good one. Before the first step.
+    void request_restart() { restart_ = true; }
     /// Runs the next step; false: none is left. The verdict of the first call is used throughout.
     bool step(EndMachine& machine, hv::Privileged& cpu, Verdict verdict);
     const Platform& platform() const { return platform_; }
@@ -89,11 +93,13 @@ class Ending {
     void probe_cpuid(EndMachine& machine, hv::Privileged& cpu);
     void probe_acpi(EndMachine& machine);
     void take(Method method, EndMachine& machine, hv::Privileged& cpu);
+    void note_restart(EndMachine& machine);
     void sleep_s5(EndMachine& machine, hv::Privileged& cpu);
     void crash_hyperv(EndMachine& machine, hv::Privileged& cpu);
 
     u32 next_ = 0;
     std::optional<Verdict> verdict_;
+    bool restart_ = false;
     Platform platform_;
     Methods methods_;
     std::optional<acpi::Fadt> fadt_;

@@ -19,6 +19,7 @@ export namespace fl::boot {
 struct Outcome {
     Verdict verdict = Verdict::success;
     FixedText<240> reason;
+    bool restart = false; // the host has asked for a restart: the machine ends with one
 };
 
 /// What jobs need from the kernel. References outlive the job.

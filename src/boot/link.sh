@@ -152,6 +152,9 @@ llvm-objcopy-19 --update-section .debug_abbrev="$work/abbreviations1" "$work/fir
 
 llvm-strip-19 --strip-all "$work/firstlight.elf" -o "$work/stripped.elf"
 mv "$work/firstlight.elf" "$out/firstlight.debug.elf"
+# For loaders that take 32-bit ELF files only: QEMU as the device model of a Xen HVM guest. It is entered by PVH, at a
+# physical address, and its segments are placed by their physical addresses, so the halved virtual ones do not matter.
+llvm-objcopy-19 -O elf32-i386 "$work/stripped.elf" "$out/firstlight-elf32.elf"
 mv "$work/stripped.elf" "$out/firstlight.elf"
 size=$(wc -c <"$out/firstlight.elf")
 echo "firstlight.elf: $size bytes, $(wc -l <"$work/functions0") functions"

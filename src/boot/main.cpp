@@ -47,6 +47,7 @@ import boot.report;
 import boot.shutdown;
 import boot.sinks;
 import boot.sources;
+import boot.machine.ending;
 import boot.machine.processors;
 import boot.machine.hotplug;
 import boot.machine.sources;
@@ -241,6 +242,9 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     if (!outcome) {
         report(outcome.error(), "boot");
         end_vm(Verdict::error, outcome.error().message);
+    }
+    if (outcome->restart) {
+        end_by_restart();
     }
     end_vm(outcome->verdict, outcome->reason.view());
 }

@@ -92,7 +92,8 @@ io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks
     if (!shutdown.requested() && work->done) {
         co_return *work->done;
     }
-    log::info("boot: {} requests a shutdown: flushing {} {}", shutdown.by(), disks.all().size(),
+    log::info("boot: {} requests a {}: flushing {} {}", shutdown.by(),
+              shutdown.end() == io::Shutdown::End::restart ? "restart" : "shutdown", disks.all().size(),
               plural(disks.all().size(), "disks"));
     // Cancel the unfinished job with everything it waits for. Free its memory only if no device can access it any more.
     Outcome outcome;
@@ -115,7 +116,8 @@ io::Task<Result<Outcome>> run_until_shutdown(const Options& options, const Disks
     }
     shutdown.quiesced(outcome.verdict == Verdict::success);
     static_cast<void>(co_await shutdown.await_answer({services.executor, answer_bound}));
-    print(outcome.reason, "shut down as requested by {}{}", shutdown.by(),
+    outcome.restart = shutdown.end() == io::Shutdown::End::restart;
+    print(outcome.reason, "{} as requested by {}{}", outcome.restart ? "restarted" : "shut down", shutdown.by(),
           outcome.verdict == Verdict::success ? "" : ", and not every disk could be quiesced and flushed");
     co_return outcome;
 }

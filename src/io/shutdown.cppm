@@ -16,21 +16,26 @@ export namespace fl::io {
 
 class Shutdown {
   public:
+    /// How the machine ends afterwards.
+    enum class End : u8 { off, restart };
+
     explicit Shutdown(Executor& executor) : request_latch_(executor), quiesced_(executor), answered_(executor) {}
 
     /// `by`: static storage, for the log and the verdict. False: a shutdown has already been requested, and this
     /// caller must not wait in await_quiesced(), which has only one waiter.
-    [[nodiscard]] bool request(std::string_view by) {
+    [[nodiscard]] bool request(std::string_view by, End end = End::off) {
         if (requested_) {
             return false;
         }
         requested_ = true;
         by_ = by;
+        end_ = end;
         request_latch_.open();
         return true;
     }
     bool requested() const { return requested_; }
     std::string_view by() const { return by_; }
+    End end() const { return end_; }
 
     /// For the driver: waits until the main task has finished with the disks; flushed() then says whether all
     /// acknowledged data is on stable storage. Has no bound of its own: the main task's waits are bounded, depending
@@ -57,6 +62,7 @@ class Shutdown {
     Latch quiesced_;
     Latch answered_;
     std::string_view by_;
+    End end_ = End::off;
     bool requested_ = false;
     bool flushed_ = false;
 };

@@ -151,7 +151,7 @@ class Options(unittest.TestCase):
             "--wall": ("--wall",), "--records": ("--records",), "--dry-run": ("--dry-run",), "--console": ("--console",), "--kernel": ("--kernel", self.elf),
             "--efi": ("--efi", self.efi), "--trace-interrupts": ("--trace-interrupts",), "--lab=always": ("--lab", "always"),
             "--gdb": ("--gdb", "--gdb-port", "47331"), "--platform=xen-pvh": ("--platform", "xen-pvh"), "--xen": ("--xen", "guest_loglvl=all"),
-            "--blkback": ("--blkback", "feature_persistent=0"), "--no-build": ("--no-build",), "--lab=never": ("--lab", "never"), "--machine=pc": ("--machine", "pc"),
+            "--blkback": ("--blkback", "feature_persistent=0"), "--xl": ("--xl", "viridian = 1"), "--no-build": ("--no-build",), "--lab=never": ("--lab", "never"), "--machine=pc": ("--machine", "pc"),
             "--qemu": ("--qemu", self.fakes["a-qemu"]), "--qemu-arg": ("--qemu-arg=-S",), "--vmm": ("--vmm", f"firecracker={self.fakes['firecracker']}"),
             "--vmm-command": ("--vmm-command", "true {kernel} {cmdline} {memory} {cpus} {map} {disk:0}"),
         }  # fmt: skip
@@ -162,10 +162,10 @@ class Options(unittest.TestCase):
             ("--dry-run", "--records"), ("--gdb", "--records"), ("--console", "--records"), ("--kernel", "--no-build"), ("--machine", "--machine=pc"), ("--disk", "--disk=none"), ("--platform=kvm", "--platform=hyperv"), ("--platform=kvm", "--platform=uefi"), ("--platform=hyperv", "--platform=uefi"),
         }  # fmt: skip
         pairs |= {("--platform=xen-pvh", other) for other in ("--platform=kvm", "--platform=hyperv", "--platform=uefi", "--boot=uefi", "--machine", "--machine=pc", "--disk", "--console", "--gdb", "--trace-interrupts")}
-        pairs |= {(word, other) for word in ("--xen", "--blkback") for other in samples if other not in (word, "--platform=xen-pvh")}
+        pairs |= {(word, other) for word in ("--xen", "--blkback", "--xl") for other in samples if other not in (word, "--platform=xen-pvh")}
         pairs |= {("--efi", other) for other in samples if other not in ("--efi", "--boot=uefi", "--platform=uefi")}
         # A VMM that is not QEMU.
-        qemus = [name for name in samples if name.startswith(("--platform", "--boot", "--machine", "--lab", "--qemu"))] + ["--deterministic", "--wall", "--trace-interrupts", "--gdb", "--console", "--xen", "--blkback", "--efi"]
+        qemus = [name for name in samples if name.startswith(("--platform", "--boot", "--machine", "--lab", "--qemu"))] + ["--deterministic", "--wall", "--trace-interrupts", "--gdb", "--console", "--xen", "--blkback", "--xl", "--efi"]
         pairs |= {(one, other) for one in ("--vmm", "--vmm-command") for other in qemus} | {("--vmm", "--vmm-command"), ("--vmm-command", "--disk=none")}
         pairs |= {(one, other) for one in ("--qemu", "--qemu-arg") for other in ("--platform=hyperv", "--platform=xen-pvh")} | {("--qemu", "--lab=always"), ("--qemu", "--lab=never"), ("--qemu", "--wall")}
         # Options that need one of these.
@@ -174,7 +174,7 @@ class Options(unittest.TestCase):
         built = [mock.patch.object(paths, name, self.elf) for name in ("KERNEL", "EFI", "TEST_HOST")]
         with mock.patch.object(probe, "lacks_interfaces", return_value=""), built[0], built[1], built[2], mock.patch.object(launch, "lacks", return_value=""):  # the options must not depend on this machine
             self.pairs("run", samples, {frozenset(pair) for pair in pairs})
-            on_kvm = {name: words for name, words in samples.items() if not name.startswith(("--platform", "--lab", "--xen", "--blkback", "--efi", "--boot", "--qemu", "--vmm"))}
+            on_kvm = {name: words for name, words in samples.items() if not name.startswith(("--platform", "--lab", "--xen", "--xl", "--blkback", "--efi", "--boot", "--qemu", "--vmm"))}
             never = {("--deterministic", other) for other in on_kvm} | {("--wall", other) for other in on_kvm} | {("--trace-interrupts", other) for other in on_kvm}
             never |= {tuple(pair) for pair in pairs if set(pair) <= set(on_kvm) and "--wall" not in pair}
             self.pairs("run", on_kvm, {frozenset(pair) for pair in never if len(set(pair)) == 2}, base=("--platform", "kvm", "--lab", "never"))

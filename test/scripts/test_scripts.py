@@ -219,7 +219,7 @@ class Pauses(unittest.TestCase):
     def test_what_goes_into_the_lab(self):
         job = nested.Job("m", ["-x"], timeout=10, pauses=[nested.Pause("a b", 60, 0.5), nested.Pause("c", 0.2)])
         self.assertIn("    pausing timeout -s KILL 70 qemu-system-x86_64 -L /share -x\n", nested.job_script(job, 0, {}))
-        self.assertEqual(nested.pause_lines(job), "500000 60000000 a b\n0 200000 c\n")
+        self.assertEqual(nested.pause_lines(job), "500000 60000000\ta b\n0 200000\tc\n")
 
 
 class Machines(unittest.TestCase):

@@ -213,6 +213,8 @@ void stop_without_memory(std::byte* end) {
 
 void ending_uses_kernel_tables() { machine.kernel_tables = true; }
 
+void end_by_restart() { ending.request_restart(); }
+
 void stop_if_restarted() {
     auto* const place = reinterpret_cast<RestartNote*>(RestartNote::physical);
     RestartNote note;

@@ -10,6 +10,8 @@ export namespace fl::boot {
 void start_ending(const BootInfo& info, u64 stack_top);
 /// Call once the kernel's own page tables are active (start_memory()) instead of the loader's.
 void ending_uses_kernel_tables();
+/// The next end_vm() with a good verdict restarts the machine, as its host has asked.
+void end_by_restart();
 /// Ends the machine with ERROR if the memory of the image itself, up to `end`, does not exist; loaders do not check.
 /// Runs under the loader's page tables and before start_ending(), because none of the image's data is reliable yet.
 void stop_without_memory(std::byte* end);

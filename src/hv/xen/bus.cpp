@@ -45,11 +45,27 @@ io::Task<Result<void>> enumerate_kind(Store& store, std::string_view kind, Devic
 }
 } // namespace
 
+namespace {
+// Not below "device", but used like one: requests of the toolstack [xenstore-paths, ~/control].
+io::Task<Result<void>> add_control(Store& store, DeviceList& into, std::span<char> scratch) {
+    const auto there = co_await store.directory("control", scratch);
+    if (there || there.error().code == Code::exhausted) {
+        into.add({.type = FixedText<40>("control"), .address = FixedText<64>("control")});
+    } else if (there.error().code != Code::not_found) {
+        co_return there.error();
+    }
+    co_return Result<void>{};
+}
+} // namespace
+
 io::Task<Result<void>> enumerate(Store& store, DeviceList& into, std::span<char> scratch) {
     static constexpr usize max_kinds = 16;
     auto listing = co_await store.directory("device", scratch);
     if (!listing) {
-        co_return listing.error().code == Code::not_found ? Result<void>{} : listing.error(); // no devices at all
+        if (listing.error().code != Code::not_found) {
+            co_return listing.error();
+        }
+        listing = std::string_view{}; // no devices at all
     }
     std::array<FixedText<24>, max_kinds> kinds;
     usize count = 0;
@@ -72,7 +88,7 @@ io::Task<Result<void>> enumerate(Store& store, DeviceList& into, std::span<char>
     for (usize i = 0; i < count; ++i) {
         CO_CHECK(co_await enumerate_kind(store, kinds[i], into, scratch));
     }
-    co_return Result<void>{};
+    co_return co_await add_control(store, into, scratch);
 }
 
 Frontend::Frontend(Store& store, io::Executor& executor) : store_(store), executor_(executor), changed_(executor) {}

@@ -1,0 +1,56 @@
+// Requests of Xen's toolstack to this guest, as `xl shutdown`, `xl reboot` and `xl sysrq` make them: texts in XenStore
+// [xenstore-paths, ~/control/*]. The guest clears a text to confirm that it has seen the request.
+export module drivers.xen_control;
+import core.std;
+import core.result;
+import io.executor;
+import io.latch;
+import io.shutdown;
+import io.task;
+import hv.xen;
+import drivers.driver;
+
+export namespace fl::drivers::xen_control {
+
+inline constexpr std::string_view driver_name = "xen_control";
+/// Of the device in hv.xen.bus: every guest with a directory "control" has one.
+inline constexpr std::string_view device_type = "control";
+
+/// Lives until machine shutdown.
+class Control {
+  public:
+    Control(Environment& environment, hv::xen::Store& store);
+    Control(const Control&) = delete;
+    Control& operator=(const Control&) = delete;
+
+    /// Announces what this guest can do, and reacts to requests from then on. Without Environment::shutdown it
+    /// announces nothing.
+    io::Task<Result<void>> connect();
+    /// Stops reacting. For tests: must be awaited before destruction once connect() has succeeded.
+    io::Task<Result<void>> disconnect();
+
+  private:
+    /// How a request is answered.
+    enum class Confirmed : u8 {
+        no,       // there is none (any more)
+        yes,      // its text has been cleared
+        not_ours, // unknown to this guest: the text stays, and the toolstack's own bound ends its wait
+    };
+    io::Task<Result<void>> serve();
+    io::Task<Result<void>> shut_down();
+    io::Task<Result<void>> take_key();
+    io::Task<Result<Confirmed>> confirm(std::string_view path, std::span<char> into, std::string_view& request,
+                                        bool (*known)(std::string_view request));
+
+    Environment environment_;
+    hv::xen::Store& store_;
+    io::Latch changed_;
+    hv::xen::Watch shutdown_;
+    hv::xen::Watch sysrq_;
+    bool stopped_ = false;
+    io::TaskGroup tasks_; // destroyed before what it uses
+};
+
+io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device);
+
+} // namespace fl::drivers::xen_control
