@@ -25,7 +25,7 @@ set(hot_paths
   "^drivers/ahci/(queue|commands\\.cppm|slots\\.cppm|memory|port|interrupts)"
   "^drivers/pvscsi/(adapter\\.cppm|requests\\.cppm|rings\\.cppm)"
   "^drivers/nvme/(queue|interrupts)"
-  "^drivers/storvsc/(unit|answer\\.cppm)"
+  "^drivers/storvsc/(queue|unit|answer\\.cppm)"
   "^hv/hyperv/(channel|packets|hypercall)"
   "^hv/xen/(events|grants|hypercall)"
   "^boot/drivers"

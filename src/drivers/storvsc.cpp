@@ -239,9 +239,8 @@ scsi::Unit* Controller::make(scsi::UnitNumber at, const scsi::UnitDescription& f
     unit.lun = static_cast<u8>(at.lun);
     print(identity.features, "{}version={} channels={} max-transfer={}", ide_ ? "ide " : "", terms_.version,
           lane_count_, unit.max_transfer);
-    return scsi::make_lanes<Disk>(lane_count_, [&](u32 i) {
-        return new (std::nothrow) Disk(lanes_[i]->queue, unit, found.geometry, identity, Disk::Linked::later);
-    });
+    return scsi::make_lanes<Disk>(
+        lane_count_, [&](u32 i) { return new (std::nothrow) Disk(lanes_[i]->queue, unit, found.geometry, identity); });
 }
 
 // ---- hot add, hot remove and shutdown ----

@@ -1,5 +1,5 @@
 // The driver for Hyper-V's synthetic disks: SCSI controllers, and the accelerators of IDE disks, as VMBus channels
-// [storvsc]. Matching, handshake, hot add and remove. The queue and the disks are in drivers.storvsc.disk;
+// [storvsc]. Matching, handshake, hot add and remove. The queues and the disks are in drivers.storvsc.disk;
 // drivers.scsi.units finds, tracks and announces the units.
 //
 // The handshake: BEGIN_INITIALIZATION → QUERY_PROTOCOL_VERSION, newest first → QUERY_PROPERTIES → END_INITIALIZATION

@@ -455,6 +455,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
         unit.max_transfer = queue.terms().max_transfer;
         unit.max_unmap_blocks = 64;
         Disk disk(queue, unit, geometry, {});
+        disk.link(executor);
         machine.disk = &disk;
         auto buffer = dma.buffer(65536);
         machine.buffer = buffer->span();

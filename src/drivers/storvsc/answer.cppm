@@ -2,6 +2,8 @@
 export module drivers.storvsc.answer;
 import core.std;
 import core.result;
+import io.block;
+import io.block_queue;
 import hv.hyperv.channel;
 import drivers.scsi.commands;
 export import drivers.storvsc.protocol;
@@ -36,6 +38,20 @@ export namespace fl::drivers::storvsc {
         return false;
     }
     return true;
+}
+
+/// The most bytes of data that the answer to a command may report.
+inline u32 most_data(const io::QueuedCommand& command) {
+    const bool unmap = command.exchange == nullptr && command.op == io::Op::discard;
+    return std::max(command.bytes, unmap ? scsi::unmap_list_bytes : 0u);
+}
+
+/// The unit has done the whole command. Otherwise response_of() must be judged.
+[[gnu::always_inline]] inline bool succeeded(const ScsiRequest& srb, const io::QueuedCommand& command) {
+    const SrbStatus status = srb_status_of(srb.srb_status);
+    return srb.scsi_status == scsi::status_good &&
+           (status == SrbStatus::success || status == SrbStatus::data_overrun) &&
+           scsi::moved_all(command, srb.data_transfer_length);
 }
 
 /// A packet that is not a completion. True: the units have changed, and must be scanned again. Error{protocol}: not a

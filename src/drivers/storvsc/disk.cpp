@@ -1,12 +1,8 @@
-module;
-#include "core/try.hpp"
 module drivers.storvsc.disk;
 import core.std;
 import core.result;
-import core.text;
 import core.time;
 import core.dma;
-import core.log;
 import io.executor;
 import io.block;
 import io.block_queue;
@@ -15,141 +11,51 @@ import hv.hyperv.channel;
 
 namespace fl::drivers::storvsc {
 
-using hv::hyperv::PacketType;
+// ---- sending ----
 
-// ---- the disk ----
-
-Disk::Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity, Linked linked)
-    : GroupedDisk(queue, geometry, identity), unit_(unit),
-      commands_(unit, geometry, queue.terms().version, queue.timeout()) {
-    if (linked == Linked::now) {
-        link_now();
-    }
-}
-
-// ---- the queue ----
-
-void Queue::start(DmaSpan parameters, Nanoseconds timeout) {
-    if (transport().group().closed()) {
-        return;
-    }
-    open(timeout);
-    transport().listen(executor());
-    transport().start(parameters, timeout);
-}
-
-void Queue::tick(Instant now) {
-    GroupedQueue::tick(now);
-    if (is_open() && transport().bus_reset().requested()) {
-        send_reset();
-    }
-}
-
-// The answer only confirms the request; the host ends outstanding commands individually, or they are abandoned.
-void Queue::send_reset() {
-    if (is_in_flight(reset_)) {
-        return transport().bus_reset().sent();
-    }
-    reset_.packet = {};
-    reset_.packet.header = {Operation::reset_bus, flag_completion, 0};
-    if (send(reset_)) {
-        transport().bus_reset().sent();
-    }
-}
-
-// ---- the transport: sending ----
-
-void Transport::start(DmaSpan parameters, Nanoseconds timeout) {
-    parameters_ = parameters;
+void Transport::start(io::Executor& executor, DmaSpan lists, Nanoseconds timeout) {
+    packets_.start(lists, executor, *queue);
     timeout_ = timeout;
-    // Release: orders the start before the flag. Pairs with the acquire in quiescent().
     join();
 }
 
 io::Fit Transport::prepare(Command& command) { return command.disk().commands_.limit(command); }
 
 io::SendResult Transport::send(Command& command, u64 id) {
-    using hv::hyperv::Sent;
-    Sent sent;
-    const u32 length = packet_bytes(terms_.version);
-    const auto bytes_of = [&](const Packet& packet) {
-        return std::as_bytes(std::span<const Packet, 1>(&packet, 1)).first(length);
-    };
     if (command.exchange != nullptr) [[unlikely]] {
         const auto& exchange = static_cast<const Exchange&>(*command.exchange);
         command.bytes = exchange.data.size;
-        sent = exchange.data.empty() ? channel_.send_inband(bytes_of(exchange.packet), id, true)
-                                     : channel_.send_gpa_direct(bytes_of(exchange.packet), exchange.data, id);
-    } else {
-        Packet packet;
-        command.disk().commands_.build(packet, command, command.wire);
-        if (command.op <= io::Op::write) [[likely]] {
-            sent = channel_.send_gpa_direct(bytes_of(packet), command.data(), id);
-        } else if (command.op == io::Op::discard) {
-            const u32 at = io::SlotIndex::slot_of(id) * 32u;
-            const DmaSpan list = parameters_.subspan(at, scsi::unmap_list_bytes);
-            command.disk().commands_.build_unmap_list(
-                std::span<u8, scsi::unmap_list_bytes>(reinterpret_cast<u8*>(list.data), scsi::unmap_list_bytes),
-                command);
-            sent = channel_.send_gpa_direct(bytes_of(packet), list, id);
-        } else {
-            sent = channel_.send_inband(bytes_of(packet), id, true);
-        }
+        return exchange.data.empty() ? packets_.send(exchange.packet, id)
+                                     : packets_.send(exchange.packet, exchange.data, id);
     }
-    if (sent == Sent::queued) [[likely]] {
-        return io::SendResult::sent;
+    const UnitCommands& unit = command.disk().commands_;
+    Packet packet;
+    unit.build(packet, command, command.wire);
+    if (command.op <= io::Op::write) [[likely]] {
+        return packets_.send(packet, command.data(), id);
     }
-    if (sent == Sent::full) {
-        return io::SendResult::full;
+    if (command.op != io::Op::discard) {
+        return packets_.send(packet, id);
     }
-    fault_ = channel_.broken().value_or(
-        Error{Code::exhausted, "a storage packet is longer than the ring", channel_.send_capacity(), length});
-    return io::SendResult::broken;
+    const DmaSpan list = packets_.unmap_list(io::SlotIndex::slot_of(id));
+    unit.write_unmap_list(list, command);
+    return packets_.send(packet, list, id);
 }
 
 Result<void> Transport::publish(io::Counters& counters) {
-    if (channel_.publish()) {
-        ++counters.notifications;
-    }
-    if (!channel_.sound()) [[unlikely]] {
-        return fault();
-    }
-    return {};
+    return packets_.publish(counters) ? Result<void>{} : fault();
 }
 
-void Transport::settle(io::Counters& counters) {
-    const u64 signals = channel_.counters().signals;
-    counters.hypercalls += signals - std::exchange(charged_signals_, signals);
-}
-
-// The protocol violation by the host that broke a ring; the rings are unusable afterwards.
-Error Transport::fault() const {
-    return fault_.value_or(
-        channel_.broken().value_or(Error{Code::protocol, "a ring of the storage channel is broken"}));
-}
-
-// ---- the transport: answers ----
+// ---- answers ----
 
 io::Next Transport::next(io::Completion& completion) {
     hv::hyperv::Packet packet;
     for (;;) {
-        const auto got = channel_.receive(packet);
-        if (!got) [[unlikely]] {
-            return broken(got.error());
+        if (const io::Next taken = packets_.take(packet); taken != io::Next::one) {
+            return taken;
         }
-        if (!*got) {
-            if (std::exchange(unreleased_, false)) {
-                channel_.release();
-            }
-            return io::Next::none;
-        }
-        unreleased_ = true;
         reset_.received();
-        if (armed_) {
-            channel_.disarm(); // polled while there is work
-            armed_ = false;
-        }
-        if (packet.type == PacketType::completion) [[likely]] {
+        if (packet.type == hv::hyperv::PacketType::completion) [[likely]] {
             return complete(packet, completion);
         }
         const auto changed = units_changed(packet);
@@ -173,25 +79,18 @@ io::Next Transport::next(io::Completion& completion) {
     }
     auto* exchange = static_cast<Exchange*>(command->exchange);
     const bool srb = exchange == nullptr || exchange->packet.header.operation == Operation::execute_srb;
-    const bool unmap = exchange == nullptr && command->op == io::Op::discard;
     Packet answer;
-    if (!decode(packet.payload, terms_.version, srb, std::max(command->bytes, unmap ? scsi::unmap_list_bytes : 0u),
-                answer, fault_)) [[unlikely]] {
+    if (!decode(packet.payload, packets_.terms().version, srb, most_data(*command), answer, fault_)) [[unlikely]] {
         return io::Next::broken;
     }
     if (exchange != nullptr) [[unlikely]] {
         exchange->packet = answer;
         completion = {id};
-        return io::Next::one;
-    }
-    const ScsiRequest& s = answer.srb;
-    const SrbStatus status = srb_status_of(s.srb_status);
-    if (s.scsi_status == scsi::status_good && (status == SrbStatus::success || status == SrbStatus::data_overrun) &&
-        scsi::moved_all(*command, s.data_transfer_length)) [[likely]] {
+    } else if (succeeded(answer.srb, *command)) [[likely]] {
         completion.id = id;
-        return io::Next::one;
+    } else {
+        completion = judge(id, *command, answer);
     }
-    completion = judge(id, *command, answer);
     return io::Next::one;
 }
 
@@ -200,27 +99,18 @@ io::Completion Transport::judge(u64 id, Command& command, const Packet& packet) 
         return {id};
     }
     Disk& disk = command.disk();
-    const scsi::Verdict verdict =
-        disk.commands_.judge(command, command.wire, response_of(packet.srb, terms_.version), disk.identity().name);
+    const scsi::Verdict verdict = disk.commands_.judge(
+        command, command.wire, response_of(packet.srb, packets_.terms().version), disk.identity().name);
     if (verdict.rescan) {
         reset_.request_rescan();
     }
     return {id, verdict.status, verdict.retry};
 }
 
-Result<bool> Transport::arm() {
-    if (armed_) {
-        return false; // anything received since has raised an event, which prevents sleep
-    }
-    TRY(const bool found, channel_.arm());
-    armed_ = !found;
-    return found;
-}
-
-// ---- the transport: recovery ----
+// ---- recovery ----
 
 Result<void> Transport::tick(Instant, bool) {
-    if (channel_.rescinded()) {
+    if (packets_.rescinded()) {
         group().set_removed();
         return Error{Code::device_gone, "the host has rescinded the storage controller"};
     }
@@ -234,7 +124,7 @@ io::OldestWait::Seen Transport::seen(io::OldestWait::Seen own) {
 }
 
 io::Recovery Transport::recover(const Command&, io::OldestWait::Finding, std::string_view) {
-    if (!channel_.check()) { // report the protocol violation, not the resulting timeout
+    if (!packets_.check()) { // report the protocol violation, not the resulting timeout
         return {.kind = io::Recovery::Kind::close, .why = fault()};
     }
     reset_.request(timeout_);
@@ -242,7 +132,7 @@ io::Recovery Transport::recover(const Command&, io::OldestWait::Finding, std::st
 }
 
 std::optional<Error> Transport::reset_ineffective(bool writes) {
-    return channel_.check() ? reset_.ineffective(writes) : std::optional(fault());
+    return packets_.check() ? reset_.ineffective(writes) : std::optional(fault());
 }
 
 io::Stuck Transport::stuck(std::string_view) {
@@ -251,11 +141,27 @@ io::Stuck Transport::stuck(std::string_view) {
 }
 
 void Transport::closed(bool stopped) {
-    channel_.stop_listening();
+    packets_.stop();
     reset_.count();
     leave();
     if (!stopped) {
         reset_.notify();
+    }
+}
+
+// ---- the queue ----
+
+void Queue::start(DmaSpan lists, Nanoseconds timeout) {
+    if (!transport().group().closed()) {
+        open(timeout);
+        transport().start(executor(), lists, timeout);
+    }
+}
+
+void Queue::tick(Instant now) {
+    GroupedQueue::tick(now);
+    if (is_open()) {
+        transport().bus_reset().send(*this);
     }
 }
 

@@ -1,10 +1,9 @@
-// An open storage channel: a Queue for each channel, and a Disk on it for each logical unit. Independent of the bus
-// and the handshake. The life cycle of a request is in io.block_queue; this is its transport: SCSI commands in VMBus
-// packets.
+// A storage channel as an io.block_queue transport, and a Disk on it for each logical unit: SCSI commands in packets.
+// Independent of the bus and the handshake.
 //
-// A completion is copied out once by the channel and must have a known id, and be what its request asked for
-// [drivers.storvsc.answer]. The first violation closes the whole controller: its queues are a group [io.queue_group].
-// A host that does not answer is asked to reset the bus [drivers.storvsc.reset].
+// A completion must have a known id, and be what its request asked for [drivers.storvsc.answer]. The first violation
+// closes the whole controller: its queues are a group [io.queue_group]. A host that does not answer is asked to reset
+// the bus [drivers.storvsc.reset].
 export module drivers.storvsc.disk;
 import core.std;
 import core.result;
@@ -17,7 +16,7 @@ import io.block_queue;
 import io.oldest_wait;
 export import io.queue_group;
 import hv.hyperv.channel;
-export import drivers.storvsc.protocol;
+export import drivers.storvsc.queue;
 export import drivers.storvsc.answer;
 export import drivers.storvsc.reset;
 export import drivers.storvsc.unit;
@@ -25,33 +24,24 @@ export import drivers.scsi.commands;
 
 export namespace fl::drivers::storvsc {
 
-/// A packet of the controller itself, and its answer.
-struct Exchange : io::Exchange {
-    using io::Exchange::Exchange;
-    Packet packet{}; // in: the request; out: the answer
-    DmaSpan data{};  // read or written by the host; empty: none
-};
-
 class Disk;
 
 class Transport : public io::GroupedTransport {
   public:
     using Disk = storvsc::Disk;
     static constexpr std::string_view driver = "storvsc";
-    static constexpr u32 max_commands = 128;
+    static constexpr u32 max_commands = PacketQueue::max_packets;
     static constexpr u32 reserved_commands = 2; // a command of a rescan, and the bus reset
     using Wire = scsi::CommandForm;
     using Command = io::Command<Transport>;
 
-    Transport(hv::hyperv::Channel& channel, Shared& shared, bool first)
-        : GroupedTransport(shared), channel_(channel), reset_(shared, first) {}
+    Transport(io::Executor& executor, hv::hyperv::Channel& channel, Shared& shared, bool first)
+        : GroupedTransport(shared), packets_(channel), reset_(executor, shared, first) {}
 
-    /// `parameters`: one page for UNMAP parameter lists; owned by the caller.
-    void start(DmaSpan parameters, Nanoseconds timeout);
-    /// The channel's events raise the queue until it is closed.
-    void listen(io::Executor& executor) { channel_.listen(executor, *queue); }
-    void set_terms(const Terms& terms) { terms_ = terms; }
-    const Terms& terms() const { return terms_; }
+    /// See Queue::start().
+    void start(io::Executor& executor, DmaSpan lists, Nanoseconds timeout);
+    PacketQueue& packets() { return packets_; }
+    const PacketQueue& packets() const { return packets_; }
     BusReset& bus_reset() { return reset_; }
 
     // io::BlockTransport
@@ -60,9 +50,9 @@ class Transport : public io::GroupedTransport {
     io::SendResult send(Command& command, u64 id);
     Result<void> publish(io::Counters& counters);
     io::Next next(io::Completion& completion);
-    void settle(io::Counters& counters);
-    Result<bool> arm();
-    inline u32 events() const { return channel_.interrupts(); }
+    inline void settle(io::Counters& counters) { counters.hypercalls += packets_.take_signals(); }
+    inline Result<bool> arm() { return packets_.arm(); }
+    inline u32 events() const { return packets_.events(); }
     inline bool finish(Command&, io::Status) { return true; }
     inline io::Fence fence(Command&) { return io::Fence::reachable; }
     io::Recovery recover(const Command& oldest, io::OldestWait::Finding finding, std::string_view names);
@@ -70,28 +60,23 @@ class Transport : public io::GroupedTransport {
     io::Stuck stuck(std::string_view names);
     io::OldestWait::Seen seen(io::OldestWait::Seen own);
     Result<void> tick(Instant now, bool waiting);
-    bool wants_tick() const { return channel_.rescinded() || reset_.wants_tick(); }
-    Error fault() const;
+    bool wants_tick() const { return packets_.rescinded() || reset_.wants_tick(); }
+    Error fault() const { return fault_.value_or(packets_.fault()); }
     void closed(bool stopped);
 
   private:
     io::Next complete(const hv::hyperv::Packet& packet, io::Completion& completion);
+    [[gnu::noinline]] io::Completion judge(u64 id, Command& command, const Packet& packet); // off the fast path
     io::Next broken(const Error& why) {
         fault_ = why;
         return io::Next::broken;
     }
-    [[gnu::noinline]] io::Completion judge(u64 id, Command& command, const Packet& packet); // off the fast path
 
-    hv::hyperv::Channel& channel_;
+    PacketQueue packets_;
     BusReset reset_;
     io::CommandTable<Transport>* commands_ = nullptr;
-    bool armed_ = false;
-    bool unreleased_ = false; // packets taken since the ring space was last released
-    Terms terms_;
     Nanoseconds timeout_ = 0;
-    DmaSpan parameters_;
     std::optional<Error> fault_;
-    u64 charged_signals_ = 0;
 };
 
 } // namespace fl::drivers::storvsc
@@ -110,41 +95,29 @@ class Queue final : public io::GroupedQueue<Transport> {
     static constexpr u32 max_parts = Transport::max_commands;
 
     Queue(io::Executor& executor, hv::hyperv::Channel& channel, Shared& shared, bool first)
-        : GroupedQueue(executor, shared, channel, shared, first), reset_(executor) {}
-    ~Queue() { stop(); } // ends reset_
+        : GroupedQueue(executor, shared, executor, channel, shared, first) {}
 
-    /// Call when the channel is open. `parameters`, `timeout`: see Transport::start.
-    void start(DmaSpan parameters, Nanoseconds timeout);
-    void set_terms(const Terms& terms) { transport().set_terms(terms); }
-    const Terms& terms() const { return transport().terms(); }
+    /// Call when the channel is open. `lists`: PacketQueue::lists_bytes for UNMAP parameter lists; owned by the caller.
+    void start(DmaSpan lists, Nanoseconds timeout);
+    void set_terms(const Terms& terms) { transport().packets().set_terms(terms); }
+    const Terms& terms() const { return transport().packets().terms(); }
 
   private:
     void tick(Instant now) override;
-    void send_reset();
-
-    Exchange reset_;
 };
 
-/// One logical unit on one channel. The first one is the disk; the others are its lanes.
+/// One logical unit on one channel, once it is linked. The first one is the disk; the others are its lanes.
 class Disk final : public io::GroupedDisk<Transport> {
   public:
     static constexpr u32 max_lanes = 1 + max_further_lanes;
-    static constexpr u32 max_reported_errors = scsi::LogicalUnit::max_reported_errors;
-
     using Unit = storvsc::Unit;
 
-    /// now: the caller is on the queue's processor, or that has not been started. later: by link().
-    enum class Linked : u8 { now, later };
-
-    Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity,
-         Linked linked = Linked::now);
-
-    inline const Unit& unit() const { return unit_; }
+    Disk(Queue& queue, const Unit& unit, const io::Geometry& geometry, const Identity& identity)
+        : GroupedDisk(queue, geometry, identity), commands_(unit, geometry, queue.terms().version, queue.timeout()) {}
 
   private:
     friend class Transport;
 
-    Unit unit_;
     UnitCommands commands_;
 };
 

@@ -9,7 +9,10 @@ import core.log;
 import core.result;
 import core.text;
 import core.time;
+import io.block_queue;
+import io.executor;
 import io.queue_group;
+import drivers.storvsc.queue;
 
 export namespace fl::drivers::storvsc {
 
@@ -29,11 +32,24 @@ struct Shared : io::QueueGroup {
 class BusReset {
   public:
     /// `first`: of the controller's queues.
-    BusReset(Shared& shared, bool first) : shared_(shared), first_(first) {}
+    BusReset(io::Executor& executor, Shared& shared, bool first)
+        : shared_(shared), first_(first), exchange_(executor) {}
 
-    /// True: a bus reset is requested, and this is the queue that sends it.
-    bool requested() const { return first_ && shared_.reset_requested.load(std::memory_order_relaxed); }
-    void sent() { shared_.reset_requested.store(false, std::memory_order_relaxed); }
+    /// In each tick of the queue, after its own: sends the request for a reset, if this queue has to. The answer only
+    /// confirms it; the host ends outstanding commands individually, or they are abandoned.
+    void send(io::QueueCore& queue) {
+        if (!requested()) {
+            return;
+        }
+        if (!queue.is_in_flight(exchange_)) {
+            exchange_.packet = {};
+            exchange_.packet.header = {Operation::reset_bus, flag_completion, 0};
+            if (!queue.send(exchange_)) {
+                return; // no room: with the next tick
+            }
+        }
+        shared_.reset_requested.store(false, std::memory_order_relaxed);
+    }
     void request(Nanoseconds timeout) {
         log::warning("storvsc: no answer within {} ms: asking the host to reset the bus", timeout / 1'000'000);
         at_request_ = shared_.received.load(std::memory_order_relaxed);
@@ -79,8 +95,12 @@ class BusReset {
     }
 
   private:
+    /// True: a bus reset is requested, and this is the queue that sends it.
+    bool requested() const { return first_ && shared_.reset_requested.load(std::memory_order_relaxed); }
+
     Shared& shared_;
     const bool first_;
+    Exchange exchange_;
     u64 received_ = 0;
     u64 counted_ = 0;    // of these, in Shared::received
     u64 at_request_ = 0; // packets received by all queues when the bus reset was requested

@@ -1,6 +1,7 @@
 // A logical unit behind a storage channel: its commands as packets [storvsc].
 export module drivers.storvsc.unit;
 import core.std;
+import core.dma;
 import core.time;
 import io.block;
 import io.block_queue;
@@ -51,6 +52,12 @@ class UnitCommands : public scsi::LogicalUnit {
         srb.data_in = out ? Direction::out : Direction::none;
         srb.data_transfer_length = out ? scsi::unmap_list_bytes : 0;
         srb.srb_flags = srb_common_flags | (out ? srb_data_out : 0);
+    }
+
+    /// The data of a discard: scsi::unmap_list_bytes at `list`.
+    void write_unmap_list(DmaSpan list, const io::QueuedCommand& command) const {
+        build_unmap_list(
+            std::span<u8, scsi::unmap_list_bytes>(reinterpret_cast<u8*>(list.data), scsi::unmap_list_bytes), command);
     }
 
   private:

@@ -231,6 +231,7 @@ class StorvscRig final : public Rig {
         unit.max_transfer = max_transfer;
         unit.max_unmap_blocks = max_transfer / 512;
         lane.disk.emplace(lane.queue, unit, geometry, identity);
+        lane.disk->link(lane.executor);
     }
     static void take(Lane& lane) {
         if (!lane.damaged) {

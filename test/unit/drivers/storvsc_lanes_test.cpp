@@ -85,6 +85,7 @@ struct StorvscLanes : testing::Test {
             lane.queue.start(lane.parameters, timeout);
             geometry.sectors = lane.host.disk.size() / 512;
             lane.disk.emplace(lane.queue, unit, geometry, identity);
+            lane.disk->link(lane.executor);
         }
         set_this_processor(0);
         clock.on_idle_context = this;

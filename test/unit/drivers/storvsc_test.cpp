@@ -87,6 +87,7 @@ struct Machine {
         unit.max_transfer = max_transfer;
         unit.max_unmap_blocks = 64;
         disk = std::make_unique<Disk>(*queue, unit, geometry, identity);
+        disk->link(executor);
         clock.on_idle_context = this;
         clock.on_idle = [](void* self) { static_cast<Machine*>(self)->idle(); };
     }
