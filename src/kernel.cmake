@@ -25,6 +25,7 @@ set(hot_paths
   "^drivers/ahci/(queue|commands\\.cppm|slots\\.cppm|memory|port|interrupts)"
   "^drivers/pvscsi/(adapter\\.cppm|requests\\.cppm|rings\\.cppm)"
   "^drivers/nvme/(queue|interrupts)"
+  "^drivers/xen_blk/(queue|requests|answer|event_channel)"
   "^drivers/storvsc/(queue|unit|answer\\.cppm)"
   "^hv/hyperv/(channel|packets|hypercall)"
   "^hv/xen/(events|grants|hypercall)"

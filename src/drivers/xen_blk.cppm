@@ -1,5 +1,5 @@
 // The driver for Xen's virtual block devices [xen-blkif]: matching, the handshake with the back end, announcing, and
-// back end disconnection. The ring is in drivers.xen_blk.disk.
+// back end disconnection. The disk is in drivers.xen_blk.disk.
 //
 // The handshake: back end init-wait → we publish ring, event channel, protocol → initialised → back end connected →
 // we read the disk's properties → connected. Features offered by the back end are used if Environment::allows() them;
@@ -30,7 +30,7 @@ constexpr bool matches(const hv::SyntheticDevice& device) {
     return std::ranges::any_of(ids, [&](const Match& m) { return m.type == device.type.view(); });
 }
 
-/// The largest ring requested: four pages, 128 slots. More slots than Disk::max_parts would be unusable.
+/// The largest ring requested: four pages, 128 slots. More slots than Ring::max_slots would be unusable.
 inline constexpr u32 max_ring_order = 2;
 
 /// One device with its connection. Lives until machine shutdown once its disk has been announced.

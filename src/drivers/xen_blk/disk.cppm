@@ -1,14 +1,11 @@
-// A connected virtual block device: requests to the ring, responses from it. Independent of XenStore and the
-// handshake. The life cycle of a request is in io.block_queue; this is its transport. The pages that the back end may
-// access are in drivers.xen_blk.pages.
+// A connected virtual block device: its ring as an io.block_queue transport, and the disk. Independent of XenStore and
+// the handshake.
 //
-// The ring is not trusted: command state is kept outside of it; a response is copied out once and must have a known
-// id, the requested operation and a known status, and there are never more responses than requests. The first
-// violation closes the disk.
+// A response must have a known id, and answer what was requested [drivers.xen_blk.answer]. The first violation closes
+// the disk.
 export module drivers.xen_blk.disk;
 import core.std;
 import core.result;
-import core.text;
 import core.time;
 import core.dma;
 import io.executor;
@@ -16,50 +13,36 @@ import io.block;
 import io.block_queue;
 import io.event_pacing;
 import io.oldest_wait;
-import io.ring;
 import hv.xen.events;
 import hv.xen.grants;
 export import drivers.xen_blk.protocol;
+export import drivers.xen_blk.queue;
+export import drivers.xen_blk.requests;
+import drivers.xen_blk.event_channel;
 import drivers.xen_blk.pages;
 
 export namespace fl::drivers::xen_blk {
 
-/// Terms negotiated with the back end.
-struct Terms : PageTerms {
-    hv::xen::Port port = hv::xen::Port::none;
-    u16 handle = 0;
-    std::optional<Operation> flush; // flush, or write_barrier if only that is offered
-    bool discard = false;
-    u32 ring_pages = 1;
-    io::Geometry geometry;
-};
-
 class Disk;
 
-/// The ring [xen-blkif].
 class Transport : public io::TransportDefaults {
   public:
     using Disk = xen_blk::Disk;
     static constexpr std::string_view driver = "xen_blk";
-    /// The slots of four ring pages. 32 requests of 128 KiB without indirect segments need 96.
-    static constexpr u32 max_commands = 128;
+    static constexpr u32 max_commands = Ring::max_slots;
     static constexpr u32 max_idle_events = 64;
     static constexpr Nanoseconds idle_window = io::Executor::tick_length;
-
-    struct Wire {
-        Operation operation = Operation::read;
-        CommandPages pages;
-    };
+    using Wire = xen_blk::Wire;
     using Command = io::Command<Transport>;
 
     Transport(io::Executor& executor, hv::xen::Events& events, hv::xen::Grants& grants)
-        : executor_(executor), events_(events), pages_(grants) {}
+        : executor_(executor), channel_(executor, events), pages_(grants), requests_(pages_) {}
 
+    Ring& ring() { return ring_; }
     Pages& pages() { return pages_; }
-    /// See Disk::prepare() and open().
-    Result<void> lay_out(DmaSpan ring);
+    /// See Disk::open().
     Result<void> open(const Terms& terms, DmaAllocator& pool, void (*notify)(void* context), void* context);
-    void on_event();
+    inline void on_event() { channel_.on_event(*queue); }
 
     // io::BlockTransport
     void use(io::CommandTable<Transport>& commands) { commands_ = &commands; }
@@ -68,9 +51,9 @@ class Transport : public io::TransportDefaults {
     Result<void> publish(io::Counters& counters);
     io::Next next(io::Completion& completion);
     Error fault() const { return fault_.value_or(Error{Code::protocol, "the ring is broken"}); }
-    Result<void> release(io::Counters& counters);
+    inline Result<void> release(io::Counters&) { return ring_.end_batch(); }
     Result<bool> arm();
-    inline u32 events() const { return interrupts_.load(std::memory_order_relaxed); }
+    inline u32 events() const { return channel_.count(); }
     bool finish(Command& command, io::Status status);
     io::Fence fence(Command& command);
     io::Recovery recover(const Command& oldest, io::OldestWait::Finding finding, std::string_view names);
@@ -81,35 +64,21 @@ class Transport : public io::TransportDefaults {
     void closed(bool stopped);
 
   private:
-    using Requests = io::Producer<io::MappedMemory, io::FreeRunning<u32>, io::ReachedEvent>;
-    using Responses = io::Consumer<io::MappedMemory, io::FreeRunning<u32>, io::ReachedEvent>;
-    io::Next check(const Response& response, io::Completion& completion);
     io::Next broken(const Error& why) {
         fault_ = why;
         return io::Next::broken;
     }
 
     io::Executor& executor_;
-    hv::xen::Events& events_;
     io::CommandTable<Transport>* commands_ = nullptr;
-    Terms terms_;
-    u32 sector_shift_ = 0; // from the disk's sectors to the wire's units
-    u32 unit_shift_ = 9;   // from bytes to the wire's units
-    std::optional<Requests> requests_;
-    std::optional<Responses> responses_;
-    bool in_batch_ = false; // responses are being taken
-    u32 batch_left_ = 0;    // responses of the batch not taken yet
-    u32 batch_ = 0;         // size of the batch
-    std::optional<Error> fault_;
-    // Written by the handler, read by the executor's turn on the same processor; relaxed: ordered by raise() and the
-    // next turn.
-    std::atomic<bool> masked_{true};
-    std::atomic<u32> interrupts_{0};
+    Ring ring_;
+    EventChannel channel_;
     io::EventPacing pacing_;
+    std::optional<Error> fault_;
     void (*notify_)(void*) = nullptr;
     void* notify_context_ = nullptr;
-
     Pages pages_;
+    Requests requests_;
 };
 
 } // namespace fl::drivers::xen_blk
@@ -124,7 +93,6 @@ export namespace fl::drivers::xen_blk {
 
 class Disk final : public io::QueueDisk<Transport> {
   public:
-    static constexpr u32 max_parts = Transport::max_commands;
     static constexpr u32 max_segments = Pages::max_segments;
     static constexpr u32 spare_grants = Pages::spare_grants;
     static constexpr u32 max_idle_events = Transport::max_idle_events;
@@ -133,7 +101,7 @@ class Disk final : public io::QueueDisk<Transport> {
         : QueueDisk(executor, queue_), queue_(executor, executor, events, grants) {}
 
     /// Lays out an empty ring in `ring` (whole pages, zeroed), to be shared afterwards. Call once.
-    Result<void> prepare(DmaSpan ring) { return queue_.transport().lay_out(ring); }
+    Result<void> prepare(DmaSpan ring) { return queue_.transport().ring().lay_out(ring); }
     /// The handler of the event channel; runs in the upcall.
     static void on_event(void* self) { static_cast<Disk*>(self)->queue_.transport().on_event(); }
     /// Allocates the first persistently granted pages, for a disk that will offer persistent grants. False: not
