@@ -70,7 +70,7 @@ class Ring {
         in_batch_ = false;
         return requests_->retire(batch_);
     }
-    /// Asks for an event after `count` more responses. True: as many are there already. Error{protocol}: see
+    /// Asks for an event once `count` more responses are there. True: there are some already. Error{protocol}: see
     /// begin_batch().
     [[gnu::always_inline]] inline Result<bool> arm(u32 count) { return responses_->arm(count, requests_->owed()); }
 

@@ -73,7 +73,7 @@ class Requests {
     /// Grants the pages, and writes the request to `slot`. Returns the part of it that is in use.
     [[gnu::always_inline]] inline std::span<const std::byte> encode(Slot& slot, const io::QueuedCommand& command,
                                                                     Wire& wire, u64 id) {
-        const u64 sector = (command.first->lba << sector_shift_) + (command.offset >> unit_shift_);
+        const u64 sector = command.lba << sector_shift_;
         if (command.op > io::Op::write) [[unlikely]] {
             return encode_other(slot, command, wire.operation, id, sector);
         }
