@@ -52,7 +52,7 @@ bool DhcpClient::answers(const DhcpRequest& request, const DhcpAnswer& answer) c
 Task<Result<DhcpAnswer>> DhcpClient::exchange(DhcpRequest request, Endpoint to, Nanoseconds delay, u32 attempts,
                                               Instant until) {
     for (u32 i = 0; i < attempts && executor().now() < until; ++i, delay = std::min(delay * 2, longest_delay)) {
-        const Instant end = std::min(after(executor().now(), varied(delay)), until);
+        const Instant end = std::min(after(executor().now(), attempts == 1 ? delay : varied(delay)), until);
         if (const auto sent = co_await send(request, to, end - executor().now());
             !sent && sent.error().code == Code::device_gone) {
             co_return sent.error();
