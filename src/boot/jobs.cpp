@@ -18,6 +18,7 @@ import io.verify;
 import boot.options;
 import boot.devices;
 import boot.disks;
+import boot.net_job;
 
 namespace fl::boot {
 
@@ -336,6 +337,7 @@ io::Task<Result<Outcome>> run_job(const Options& options, const Disks& disks, Jo
         log::Record("idle").number("sleeps", services.executor.idles() - before);
         co_return Outcome{Verdict::success, FixedText<240>("idled")};
     }
+    case Job::net: co_return co_await run_net(options, services);
     case Job::panic: break;
     }
     co_return Outcome{Verdict::error, FixedText<240>("job=panic is not a job for run_job")};

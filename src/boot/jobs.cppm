@@ -1,4 +1,4 @@
-// The jobs of the kernel: job=boot, bench, verify, idle. Portable: the tests run them on in-memory disks.
+// The jobs of the kernel: job=boot, bench, verify, idle, net. Portable: the tests run them on in-memory disks.
 export module boot.jobs;
 import core.std;
 import core.result;
@@ -41,6 +41,8 @@ struct JobServices {
     Devices* devices = nullptr;
     /// The network cards; nullptr: there are none.
     const Nets* nets = nullptr;
+    /// Hard to guess for others: the time stamp counter. For the numbers of packets.
+    u64 seed = 1;
 };
 
 /// Runs options.job (any but `panic`) on the disks. Validates everything the options name before the first transfer; an

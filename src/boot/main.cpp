@@ -222,11 +222,11 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     if (options.job != Job::boot) { // which ends at once
         watch_pci_hotplug(machine.pci, executor, interrupts(), device_registers(), machine.tasks);
     }
-    Result<Outcome> outcome = co_await run_until_shutdown(options, binder.disks(),
-                                                          {executor, dma_memory(), heap_allocations, executors(),
-                                                           options.marks != 0 ? mark_phase : nullptr, clock_assumed(),
-                                                           clock_ahead(), &binder.devices(), &binder.nets()},
-                                                          binder.shutdown());
+    Result<Outcome> outcome = co_await run_until_shutdown(
+        options, binder.disks(),
+        {executor, dma_memory(), heap_allocations, executors(), options.marks != 0 ? mark_phase : nullptr,
+         clock_assumed(), clock_ahead(), &binder.devices(), &binder.nets(), cpu::read_tsc()},
+        binder.shutdown());
     binder.devices().list(); // for a job that was cancelled
     if (const u64 lost = frames().lost_bytes(); lost != 0) {
         binder.devices().left_out("bytes of memory", lost, false,

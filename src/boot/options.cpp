@@ -7,6 +7,9 @@ import core.processor;
 import core.cmdline;
 import core.suggest;
 import io.executor;
+import io.net.ipv4;
+import io.net.numbered;
+import io.net.udp;
 import hv.detect;
 import drivers.table;
 import drivers.driver;
@@ -115,6 +118,113 @@ Answer disks(DiskChoice& into, std::string_view value, bool may_be_none) {
     return {};
 }
 
+// The parts of a value after the first one, each NAME=NUMBER.
+struct NumberPart {
+    std::string_view name;
+    u64 lowest;
+    u64 highest;
+    u64* into;
+};
+std::optional<std::string_view> wrong_number(TextParts& parts, std::span<const NumberPart> names) {
+    while (const auto part = parts.next()) {
+        const usize equals = part->find('=');
+        const auto known = std::ranges::find(names, part->substr(0, equals), &NumberPart::name);
+        const auto value = equals == std::string_view::npos ? std::nullopt : parse_size(part->substr(equals + 1));
+        if (known == names.end() || !value || *value < known->lowest || *value > known->highest) {
+            return *part;
+        }
+        *known->into = *value;
+    }
+    return std::nullopt;
+}
+
+Answer address(NetOptions& into, std::string_view value) {
+    constexpr Wrong wrong{"dhcp or ADDRESS/PREFIX[,gateway=ADDRESS], as in 10.0.2.15/24,gateway=10.0.2.2"};
+    into.dhcp = value == "dhcp";
+    if (into.dhcp) {
+        return {};
+    }
+    TextParts parts(value);
+    const std::string_view own = parts.next().value_or("");
+    const usize slash = own.find('/');
+    const auto parsed = io::net::parse_address(own.substr(0, slash));
+    const auto prefix = slash == std::string_view::npos ? std::nullopt : parse_number(own.substr(slash + 1));
+    if (!parsed || !prefix || *prefix > 32) {
+        return wrong;
+    }
+    into.subnet = {*parsed, static_cast<u8>(*prefix)};
+    if (const auto part = parts.next()) {
+        constexpr std::string_view key = "gateway=";
+        const auto gateway = part->starts_with(key) ? io::net::parse_address(part->substr(key.size())) : std::nullopt;
+        if (!gateway || !gateway->is_host() || *gateway == *parsed) {
+            return wrong;
+        }
+        into.gateway = *gateway;
+    }
+    if (!into.subnet.is_valid() || parts.next()) {
+        return wrong;
+    }
+    return {};
+}
+
+Answer ping(std::optional<PingOptions>& into, std::string_view value) {
+    TextParts parts(value);
+    const auto to = io::net::parse_address(parts.next().value_or(""));
+    u64 count = PingOptions{}.count;
+    const std::array<NumberPart, 1> names{{{"count", 1, 65536, &count}}};
+    if (!to || !to->is_host() || wrong_number(parts, names)) {
+        return Wrong{"ADDRESS[,count=1 to 65536], as in 10.0.2.2,count=4"};
+    }
+    into = {*to, static_cast<u32>(count)};
+    return {};
+}
+
+Answer udp(std::optional<UdpOptions>& into, std::string_view value) {
+    TextParts parts(value);
+    const std::string_view mode_name = parts.next().value_or("");
+    const auto mode = index_of(udp_mode_names, mode_name);
+    if (!mode) {
+        return Wrong{{}, udp_mode_names, mode_name};
+    }
+    UdpOptions udp{.mode = static_cast<UdpOptions::Mode>(*mode)};
+    u64 port = 0;
+    u64 bytes = udp.bytes;
+    u64 rate = udp.rate;
+    u64 seconds = udp.seconds;
+    constexpr u64 most = io::net::NumberedCount::most;
+    if (udp.mode == UdpOptions::Mode::send) {
+        constexpr Wrong wrong{"send,to=ADDRESS:PORT,count=N[,bytes=32 to 65507][,rate=N]; count is 1 to 1m"};
+        constexpr std::string_view key = "to=";
+        const std::string_view to = parts.next().value_or("");
+        const usize colon = to.find(':');
+        const auto host = to.starts_with(key) && colon != std::string_view::npos
+                              ? io::net::parse_address(to.substr(key.size(), colon - key.size()))
+                              : std::nullopt;
+        const auto number = host ? parse_number(to.substr(colon + 1)) : std::nullopt;
+        const std::array<NumberPart, 3> names{
+            {{"count", 1, most, &udp.count}, {"bytes", 32, 65507, &bytes}, {"rate", 1, 1'000'000'000, &rate}}};
+        if (!host || !host->is_host() || !number || *number == 0 || *number > 0xffff || wrong_number(parts, names) ||
+            udp.count == 0) {
+            return wrong;
+        }
+        udp.to = {*host, static_cast<u16>(*number)};
+    } else {
+        const std::array<NumberPart, 3> names{
+            {{"port", 1, 0xffff, &port}, {"seconds", 1, 86400, &seconds}, {"count", 1, most, &udp.count}}};
+        const bool receive = udp.mode == UdpOptions::Mode::receive;
+        if (wrong_number(parts, std::span(names).first(receive ? 3 : 2)) || port == 0) {
+            return receive ? Wrong{"receive,port=1 to 65535[,count=N][,seconds=1 to 86400]"}
+                           : Wrong{"echo,port=1 to 65535[,seconds=1 to 86400]"};
+        }
+    }
+    udp.port = static_cast<u16>(port);
+    udp.bytes = static_cast<u32>(bytes);
+    udp.rate = static_cast<u32>(rate);
+    udp.seconds = static_cast<u32>(seconds);
+    into = udp;
+    return {};
+}
+
 constexpr u8 any_job = 0xff;
 constexpr u8 only(Job job) { return static_cast<u8>(1u << to_underlying(job)); }
 
@@ -125,7 +235,7 @@ struct Key {
     u8 jobs; // the jobs that use this key; with any other job it is an error, so that it is not silently ignored
     Answer (*parse)(Options&, std::string_view value);
 };
-constexpr std::array<Key, 23> keys{{
+constexpr std::array<Key, 27> keys{{
     {"job", false, any_job, [](Options& o, std::string_view v) { return pick(o.job, job_names, v); }},
     {"workload", true, only(Job::bench),
      [](Options& o, std::string_view v) -> Answer {
@@ -236,6 +346,17 @@ constexpr std::array<Key, 23> keys{{
      [](Options& o, std::string_view v) { return number(o.lanes, v, 1, max_processors, "a number from 1 to 64"); }},
     {"marks", false, only(Job::bench),
      [](Options& o, std::string_view v) { return number(o.marks, v, 1, 0xfffc, "an I/O port, 1 to 0xfffc"); }},
+    {"net", false, only(Job::net),
+     [](Options& o, std::string_view v) -> Answer {
+         if (v.empty()) {
+             return Wrong{"the name of a network card, as in eth0"};
+         }
+         o.net.card = v;
+         return {};
+     }},
+    {"address", false, only(Job::net), [](Options& o, std::string_view v) { return address(o.net, v); }},
+    {"ping", false, only(Job::net), [](Options& o, std::string_view v) { return ping(o.net.ping, v); }},
+    {"udp", false, only(Job::net), [](Options& o, std::string_view v) { return udp(o.net.udp, v); }},
 }};
 
 constexpr auto key_names = [] {

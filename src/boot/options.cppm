@@ -7,6 +7,8 @@ import core.time;
 import core.log;
 import core.processor;
 import io.executor;
+import io.net.ipv4;
+import io.net.udp;
 import io.verify;
 import hv.detect;
 import drivers.table;
@@ -15,8 +17,8 @@ export import boot.loader_words;
 
 export namespace fl::boot {
 
-enum class Job : u8 { boot, bench, verify, panic, idle };
-inline constexpr std::array<std::string_view, 5> job_names{"boot", "bench", "verify", "panic", "idle"};
+enum class Job : u8 { boot, bench, verify, panic, idle, net };
+inline constexpr std::array<std::string_view, 6> job_names{"boot", "bench", "verify", "panic", "idle", "net"};
 constexpr std::string_view name(Job job) { return job_names[to_underlying(job)]; }
 
 /// The fault that job=panic triggers.
@@ -68,6 +70,32 @@ struct LoaderWords {
     constexpr void ignore(std::string_view word) { ignored_dropped += ignored.add(word) ? 0 : 1; }
 };
 
+struct PingOptions {
+    io::net::Ipv4Address address;
+    u32 count = 4;
+};
+
+struct UdpOptions {
+    enum class Mode : u8 { echo, send, receive } mode = Mode::echo;
+    io::net::Endpoint to; // send
+    u16 port = 0;         // echo, receive
+    u64 count = 0;        // send: datagrams; receive: expected, 0: as many as the sender says
+    u32 bytes = 64;       // send: of each datagram
+    u32 rate = 0;         // send: datagrams per second, 0: as fast as the card takes them
+    u32 seconds = 10;     // echo: how long; receive: the longest silence
+};
+inline constexpr std::array<std::string_view, 3> udp_mode_names{"echo", "send", "receive"};
+
+/// For job=net.
+struct NetOptions {
+    std::string_view card; // empty: the first
+    bool dhcp = true;
+    io::net::Subnet subnet; // without DHCP
+    io::net::Ipv4Address gateway;
+    std::optional<PingOptions> ping;
+    std::optional<UdpOptions> udp;
+};
+
 /// All text is a view into the command line, which must outlive this.
 struct Options {
     Job job = Job::boot;
@@ -93,6 +121,7 @@ struct Options {
     io::Wait wait = io::Wait::interrupt;
     log::Level log = log::Level::info;
     Fault fault = Fault::panic;
+    NetOptions net;
     LoaderWords loader;
 };
 

@@ -6,6 +6,8 @@ import core.cmdline;
 import core.log;
 import hv.detect;
 import io.executor;
+import io.net.ipv4;
+import io.net.udp;
 import drivers.table;
 import drivers.driver;
 import boot.options;
@@ -35,7 +37,7 @@ Parsed parse(std::string_view text) {
 
 constexpr std::string_view valid_keys =
     "job, workload, disk, scratch, count, bs, qd, seed, generation, erase, hv, map, emulated, timeout, features, log, "
-    "fault, processor, cpus, timer, wait, lanes, marks\n";
+    "fault, processor, cpus, timer, wait, lanes, marks, net, address, ping, udp\n";
 
 TEST(Options, Defaults) {
     for (std::string_view text : {"", "   ", "firstlight.elf"}) {
@@ -123,6 +125,78 @@ TEST(Options, Marks) {
     EXPECT_EQ(parse("marks=0x5f0").errors, "'marks' is for job=bench, seen job=boot\n");
 }
 
+TEST(Options, Net) {
+    const auto defaults = parse("job=net").options;
+    EXPECT_EQ(defaults.job, boot::Job::net);
+    EXPECT_TRUE(defaults.net.card.empty());
+    EXPECT_TRUE(defaults.net.dhcp);
+    EXPECT_FALSE(defaults.net.ping);
+    EXPECT_FALSE(defaults.net.udp);
+    const auto p = parse("job=net net=eth1 address=10.0.2.15/24,gateway=10.0.2.2 ping=10.0.2.3,count=7 "
+                         "udp=send,to=10.0.2.2:5000,count=1k,bytes=1472,rate=10");
+    EXPECT_EQ(p.errors, "");
+    EXPECT_EQ(p.options.net.card, "eth1");
+    EXPECT_FALSE(p.options.net.dhcp);
+    EXPECT_EQ(p.options.net.subnet, (io::net::Subnet{{{10, 0, 2, 15}}, 24}));
+    EXPECT_EQ(p.options.net.gateway, (io::net::Ipv4Address{{10, 0, 2, 2}}));
+    EXPECT_EQ(p.options.net.ping->address, (io::net::Ipv4Address{{10, 0, 2, 3}}));
+    EXPECT_EQ(p.options.net.ping->count, 7u);
+    EXPECT_EQ(p.options.net.udp->mode, boot::UdpOptions::Mode::send);
+    EXPECT_EQ(p.options.net.udp->to, (io::net::Endpoint{{{10, 0, 2, 2}}, 5000}));
+    EXPECT_EQ(p.options.net.udp->count, 1024u);
+    EXPECT_EQ(p.options.net.udp->bytes, 1472u);
+    EXPECT_EQ(p.options.net.udp->rate, 10u);
+    const auto echo = parse("job=net address=dhcp ping=10.0.2.3 udp=echo,port=7,seconds=3").options.net;
+    EXPECT_EQ(echo.ping->count, 4u);
+    EXPECT_EQ(echo.udp->mode, boot::UdpOptions::Mode::echo);
+    EXPECT_EQ(echo.udp->port, 7);
+    EXPECT_EQ(echo.udp->seconds, 3u);
+    const auto receive = parse("job=net udp=receive,port=65535,count=5,seconds=60").options.net;
+    EXPECT_EQ(receive.udp->mode, boot::UdpOptions::Mode::receive);
+    EXPECT_EQ(receive.udp->port, 65535);
+    EXPECT_EQ(receive.udp->count, 5u);
+    EXPECT_EQ(receive.udp->seconds, 60u);
+}
+
+TEST(Options, NetWrong) {
+    EXPECT_EQ(parse("ping=10.0.2.2").errors, "'ping' is for job=net, seen job=boot\n");
+    EXPECT_EQ(parse("job=bench udp=echo,port=7").errors, "'udp' is for job=net, seen job=bench\n");
+    EXPECT_EQ(parse("job=net net=").errors, "net=: expected the name of a network card, as in eth0, seen ''\n");
+    EXPECT_EQ(parse("job=net address=10.0.2.15").errors,
+              "address=10.0.2.15: expected dhcp or ADDRESS/PREFIX[,gateway=ADDRESS], as in "
+              "10.0.2.15/24,gateway=10.0.2.2, seen '10.0.2.15'\n");
+    for (const char* wrong :
+         {"", "dhcp,gateway=10.0.2.2", "10.0.2.15/33", "10.0.2.15/0", "10.0.2.0/24", "10.0.2.255/24", "127.0.0.1/8",
+          "224.0.0.1/24", "10.0.2.15/24,10.0.2.2", "10.0.2.15/24,gateway=10.0.2.15", "10.0.2.15/24,gateway=0.0.0.0",
+          "10.0.2.15/24,gateway=10.0.2.2,x", "10.0.2.15/24,"}) {
+        EXPECT_NE(parse(std::string("job=net address=") + wrong).errors, "") << wrong;
+    }
+    EXPECT_EQ(parse("job=net ping=host").errors,
+              "ping=host: expected ADDRESS[,count=1 to 65536], as in 10.0.2.2,count=4, seen 'host'\n");
+    for (const char* wrong : {"10.0.2.2,count=0", "10.0.2.2,count=65537", "10.0.2.2,4", "10.0.2.2,bytes=4",
+                              "255.255.255.255", "10.0.2.2,"}) {
+        EXPECT_NE(parse(std::string("job=net ping=") + wrong).errors, "") << wrong;
+    }
+    EXPECT_EQ(parse("job=net udp=ehco,port=7").errors,
+              "udp=ehco,port=7: expected one of echo, send, receive, seen 'ehco': did you mean 'echo'?\n");
+    EXPECT_EQ(parse("job=net udp=echo").errors,
+              "udp=echo: expected echo,port=1 to 65535[,seconds=1 to 86400], seen 'echo'\n");
+    for (const char* wrong :
+         {"", "echo,port=0", "echo,port=65536", "echo,port=7,count=1", "receive,seconds=1", "receive,port=7,count=0",
+          "receive,port=7,count=1048577", "send", "send,count=1", "send,to=10.0.2.2,count=1",
+          "send,to=10.0.2.2:0,count=1", "send,to=10.0.2.2:65536,count=1", "send,to=10.0.2.2:7",
+          "send,to=10.0.2.2:7,count=1,bytes=31", "send,to=10.0.2.2:7,count=1,bytes=65508",
+          "send,to=10.0.2.2:7,count=1,port=9", "send,to=x:7,count=1"}) {
+        EXPECT_NE(parse(std::string("job=net udp=") + wrong).errors, "") << wrong;
+    }
+}
+
+TEST(Options, LinuxIpWordIsStillIgnored) {
+    const auto p = parse("job=boot ip=dhcp");
+    EXPECT_EQ(p.errors, "");
+    EXPECT_TRUE(p.options.loader.ignored.has("ip=dhcp"));
+}
+
 TEST(Options, UnknownKeys) {
     EXPECT_EQ(parse("wrokload=randread").errors,
               "unknown key 'wrokload': did you mean 'workload'? Valid keys: " + std::string(valid_keys));
@@ -135,8 +209,9 @@ TEST(Options, UnknownKeys) {
 }
 
 TEST(Options, WrongValues) {
-    EXPECT_EQ(parse("job=bnech workload=read").errors,
-              "job=bnech: expected one of boot, bench, verify, panic, idle, seen 'bnech': did you mean 'bench'?\n");
+    EXPECT_EQ(
+        parse("job=bnech workload=read").errors,
+        "job=bnech: expected one of boot, bench, verify, panic, idle, net, seen 'bnech': did you mean 'bench'?\n");
     EXPECT_EQ(parse("timeout=0").errors, "timeout=0: expected milliseconds from 1 to 3600000, seen '0'\n");
     EXPECT_EQ(parse("timeout=5s").errors, "timeout=5s: expected milliseconds from 1 to 3600000, seen '5s'\n");
     EXPECT_EQ(parse("timeout=").errors, "timeout=: expected milliseconds from 1 to 3600000, seen ''\n");
