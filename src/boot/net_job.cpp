@@ -37,19 +37,6 @@ constexpr Nanoseconds report_bound = second / 2;
 /// How long a receiver still answers a sender that did not get its counts.
 constexpr Nanoseconds linger = second;
 
-// Everything that is too large for a coroutine frame.
-struct Station {
-    Station(io::NetDevice& device, u64 seed) : interface(device, seed), tasks(device.executor()) {}
-    net::Interface interface;
-    net::DhcpClient dhcp{interface};
-    std::array<std::byte, 256 * 1024> queue{};
-    net::UdpSocket socket{interface, queue};
-    std::array<std::byte, 65536> out{};
-    std::array<std::byte, 65536> in{};
-    net::NumberedCount count;
-    io::TaskGroup tasks; // destroyed first
-};
-
 struct UdpResult {
     u64 sent = 0;
     u64 received = 0;
@@ -58,6 +45,29 @@ struct UdpResult {
     u64 refused = 0; // datagrams that are none of this protocol
     Nanoseconds runtime = 0;
     FixedText<160> failure; // empty: none
+};
+
+// What one udp= key needs. Too large for a coroutine frame.
+struct UdpEnd {
+    explicit UdpEnd(net::Interface& of) : interface(of) {}
+    io::Executor& executor() const { return interface.device().executor(); }
+    std::string_view card() const { return interface.device().identity().name.view(); }
+
+    net::Interface& interface;
+    std::array<std::byte, 256 * 1024> queue{};
+    net::UdpSocket socket{interface, queue};
+    std::array<std::byte, 65536> out{};
+    std::array<std::byte, 65536> in{};
+    net::NumberedCount count;
+    std::optional<Result<UdpResult>> result;
+};
+
+struct Station {
+    Station(io::NetDevice& device, u64 seed) : interface(device, seed), tasks(device.executor()) {}
+    net::Interface interface;
+    net::DhcpClient dhcp{interface};
+    std::array<std::unique_ptr<UdpEnd>, NetOptions::most_udps> ends;
+    io::TaskGroup tasks; // destroyed first
 };
 
 io::Task<Result<io::NetCounters>> counters_here(const io::NetDevice& lane) { co_return lane.counters(); }
@@ -164,23 +174,23 @@ io::Task<Result<u32>> ping(Station& station, const PingOptions& options, Nanosec
     co_return received;
 }
 
-std::span<std::byte> numbered(Station& station, net::NumberedKind kind, u64 run, u64 number, u64 total, usize size) {
+std::span<std::byte> numbered(UdpEnd& self, net::NumberedKind kind, u64 run, u64 number, u64 total, usize size) {
     net::NumberedHeader header;
     header.kind = to_underlying(kind);
     header.run = run;
     header.number = number;
     header.total = total;
-    net::put(std::span(station.out), header);
-    return std::span(station.out).first(size);
+    net::put(std::span(self.out), header);
+    return std::span(self.out).first(size);
 }
 
-io::Task<Result<UdpResult>> udp_echo(Station& station, const UdpOptions& options, Nanoseconds timeout) {
-    io::Executor& executor = station.interface.device().executor();
+io::Task<Result<UdpResult>> udp_echo(UdpEnd& self, const UdpOptions& options, Nanoseconds timeout) {
+    io::Executor& executor = self.executor();
     UdpResult result;
     const Instant begun = executor.elapsed();
     const Instant end = after(executor.now(), options.seconds * second);
     for (Instant now = executor.now(); now < end; now = executor.now()) {
-        const auto datagram = co_await station.socket.receive(station.in, end - now);
+        const auto datagram = co_await self.socket.receive(self.in, end - now);
         if (!datagram) {
             if (datagram.error().code == Code::device_gone) {
                 co_return datagram.error();
@@ -188,8 +198,8 @@ io::Task<Result<UdpResult>> udp_echo(Station& station, const UdpOptions& options
             continue; // the time is up, or the peer of an answer is gone
         }
         ++result.received;
-        const auto sent = co_await station.socket.send_to(
-            datagram->from, std::span(station.in).first(std::min<usize>(datagram->size, station.in.size())), timeout);
+        const auto sent = co_await self.socket.send_to(
+            datagram->from, std::span(self.in).first(std::min<usize>(datagram->size, self.in.size())), timeout);
         if (sent) {
             ++result.sent;
         } else if (sent.error().code == Code::device_gone) {
@@ -205,17 +215,17 @@ io::Task<Result<UdpResult>> udp_echo(Station& station, const UdpOptions& options
 }
 
 // Asks for the receiver's counts until they come.
-io::Task<Result<bool>> get_report(Station& station, const UdpOptions& options, u64 run, UdpResult& result) {
-    io::Executor& executor = station.interface.device().executor();
+io::Task<Result<bool>> get_report(UdpEnd& self, const UdpOptions& options, u64 run, UdpResult& result) {
+    io::Executor& executor = self.executor();
     for (u32 i = 0; i < report_attempts; ++i) {
-        const auto end = numbered(station, net::NumberedKind::end, run, result.sent, options.count, options.bytes);
-        const auto sent = co_await station.socket.send_to(options.to, end, report_bound);
+        const auto end = numbered(self, net::NumberedKind::end, run, result.sent, options.count, options.bytes);
+        const auto sent = co_await self.socket.send_to(options.to, end, report_bound);
         if (!sent && sent.error().code == Code::device_gone) {
             co_return sent.error();
         }
         const Instant until = after(executor.now(), report_bound);
         for (Instant now = executor.now(); now < until; now = executor.now()) {
-            const auto datagram = co_await station.socket.receive(station.in, until - now);
+            const auto datagram = co_await self.socket.receive(self.in, until - now);
             if (!datagram) {
                 if (datagram.error().code == Code::device_gone) {
                     co_return datagram.error();
@@ -223,7 +233,7 @@ io::Task<Result<bool>> get_report(Station& station, const UdpOptions& options, u
                 continue;
             }
             const auto header =
-                net::parse_numbered(std::span(station.in).first(std::min<usize>(datagram->size, station.in.size())));
+                net::parse_numbered(std::span(self.in).first(std::min<usize>(datagram->size, self.in.size())));
             if (header && header->kind == to_underlying(net::NumberedKind::report) && header->run == run &&
                 datagram->from == options.to && header->number <= result.sent) {
                 result.received = header->number;
@@ -236,10 +246,10 @@ io::Task<Result<bool>> get_report(Station& station, const UdpOptions& options, u
     co_return false;
 }
 
-io::Task<Result<UdpResult>> udp_send(Station& station, const UdpOptions& options, Nanoseconds timeout) {
-    io::Executor& executor = station.interface.device().executor();
+io::Task<Result<UdpResult>> udp_send(UdpEnd& self, const UdpOptions& options, Nanoseconds timeout) {
+    io::Executor& executor = self.executor();
     UdpResult result;
-    const u64 run = station.interface.random();
+    const u64 run = self.interface.random();
     std::optional<Error> last;
     const Instant begun = executor.elapsed();
     const Instant first = executor.now();
@@ -250,8 +260,8 @@ io::Task<Result<UdpResult>> udp_send(Station& station, const UdpOptions& options
                 co_await executor.sleep(due - now);
             }
         }
-        const auto data = numbered(station, net::NumberedKind::data, run, i, options.count, options.bytes);
-        const auto sent = co_await station.socket.send_to(options.to, data, timeout);
+        const auto data = numbered(self, net::NumberedKind::data, run, i, options.count, options.bytes);
+        const auto sent = co_await self.socket.send_to(options.to, data, timeout);
         if (sent) {
             ++result.sent;
             continue;
@@ -266,7 +276,7 @@ io::Task<Result<UdpResult>> udp_send(Station& station, const UdpOptions& options
         }
     }
     result.runtime = executor.elapsed() - begun;
-    CO_TRY(const bool reported, co_await get_report(station, options, run, result));
+    CO_TRY(const bool reported, co_await get_report(self, options, run, result));
     result.lost = result.sent - result.received;
     if (!reported) {
         result.failure.write("the receiver did not answer with what it has counted");
@@ -275,20 +285,20 @@ io::Task<Result<UdpResult>> udp_send(Station& station, const UdpOptions& options
               plural(options.count, "datagrams"));
     }
     if (last) {
-        report(*last, station.interface.device().identity().name.view());
+        report(*last, self.card());
     }
     co_return result;
 }
 
-io::Task<Result<UdpResult>> udp_receive(Station& station, const UdpOptions& options, Nanoseconds timeout) {
-    io::Executor& executor = station.interface.device().executor();
+io::Task<Result<UdpResult>> udp_receive(UdpEnd& self, const UdpOptions& options, Nanoseconds timeout) {
+    io::Executor& executor = self.executor();
     UdpResult result;
     std::optional<u64> run; // of the first datagram: others are refused
     std::optional<u64> total;
     Instant begun = 0;
     Instant last = 0;
     for (Nanoseconds bound = options.seconds * second;;) {
-        const auto datagram = co_await station.socket.receive(station.in, bound);
+        const auto datagram = co_await self.socket.receive(self.in, bound);
         if (!datagram) {
             if (datagram.error().code == Code::device_gone) {
                 co_return datagram.error();
@@ -299,7 +309,7 @@ io::Task<Result<UdpResult>> udp_receive(Station& station, const UdpOptions& opti
             continue; // the sender did not wait for the counts
         }
         const auto header =
-            net::parse_numbered(std::span(station.in).first(std::min<usize>(datagram->size, station.in.size())));
+            net::parse_numbered(std::span(self.in).first(std::min<usize>(datagram->size, self.in.size())));
         if (!header || (run && *run != header->run) || header->kind == to_underlying(net::NumberedKind::report)) {
             ++result.refused;
             continue;
@@ -308,19 +318,19 @@ io::Task<Result<UdpResult>> udp_receive(Station& station, const UdpOptions& opti
         if (header->kind == to_underlying(net::NumberedKind::data)) {
             last = executor.elapsed();
             begun = begun == 0 ? last : begun;
-            result.refused += station.count.count(header->number) ? 0 : 1;
+            result.refused += self.count.count(header->number) ? 0 : 1;
             continue;
         }
         total = u64{header->number};
         bound = linger; // the answer may be lost: the sender asks again
-        static_cast<void>(co_await station.socket.send_to(
-            datagram->from,
-            numbered(station, net::NumberedKind::report, *run, station.count.different(), station.count.duplicates(),
-                     sizeof(net::NumberedHeader)),
-            timeout));
+        static_cast<void>(
+            co_await self.socket.send_to(datagram->from,
+                                         numbered(self, net::NumberedKind::report, *run, self.count.different(),
+                                                  self.count.duplicates(), sizeof(net::NumberedHeader)),
+                                         timeout));
     }
-    result.received = station.count.different();
-    result.duplicated = station.count.duplicates();
+    result.received = self.count.different();
+    result.duplicated = self.count.duplicates();
     result.runtime = last - begun;
     result.sent = total.value_or(0);
     result.lost = result.sent - std::min(result.sent, result.received);
@@ -334,9 +344,9 @@ io::Task<Result<UdpResult>> udp_receive(Station& station, const UdpOptions& opti
     co_return result;
 }
 
-void print_udp(const Station& station, const UdpOptions& options, const UdpResult& result,
-               const io::NetCounters& counters, u64 allocations) {
-    const std::string_view name = station.interface.device().identity().name.view();
+void print_udp(const UdpEnd& self, const UdpOptions& options, const UdpResult& result, const io::NetCounters& counters,
+               u64 allocations) {
+    const std::string_view name = self.card();
     const u64 packets = std::max(result.sent, result.received);
     const u64 countable = std::min(packets, ~u64{0} / second); // the product fits into 64 bits
     const u64 pps = result.runtime == 0 ? 0 : countable * second / result.runtime;
@@ -349,7 +359,7 @@ void print_udp(const Station& station, const UdpOptions& options, const UdpResul
         .number("lost", result.lost)
         .number("duplicated", result.duplicated)
         .number("refused", result.refused)
-        .number("overflowed", station.socket.counters().overflowed)
+        .number("overflowed", self.socket.counters().overflowed)
         .number("runtime_ns", result.runtime)
         .number("pps", pps)
         .number("device_accesses", counters.device_accesses)
@@ -362,24 +372,43 @@ void print_udp(const Station& station, const UdpOptions& options, const UdpResul
               result.runtime / 1000, pps);
 }
 
-io::Task<Result<UdpResult>> run_udp(Station& station, const UdpOptions& options, JobServices services,
+io::Task<Result<UdpResult>> run_udp(UdpEnd& self, const UdpOptions& options, JobServices services,
                                     Nanoseconds timeout) {
-    CO_CHECK(station.socket.bind(options.mode == UdpOptions::Mode::send ? u16{0} : options.port));
-    io::NetDevice& device = station.interface.device();
+    CO_CHECK(self.socket.bind(options.mode == UdpOptions::Mode::send ? u16{0} : options.port));
+    io::NetDevice& device = self.interface.device();
     const auto allocations = [&] { return io::frame_pool().allocations() + services.heap_allocations(); };
     CO_TRY(const io::NetCounters before, co_await counters_of(device));
     const u64 allocated = allocations();
-    auto task = options.mode == UdpOptions::Mode::send   ? udp_send(station, options, timeout)
-                : options.mode == UdpOptions::Mode::echo ? udp_echo(station, options, timeout)
-                                                         : udp_receive(station, options, timeout);
+    auto task = options.mode == UdpOptions::Mode::send   ? udp_send(self, options, timeout)
+                : options.mode == UdpOptions::Mode::echo ? udp_echo(self, options, timeout)
+                                                         : udp_receive(self, options, timeout);
     auto result = co_await std::move(task);
     if (!result) {
         co_return result;
     }
     const u64 allocated_after = allocations();
     CO_TRY(const io::NetCounters after_run, co_await counters_of(device));
-    print_udp(station, options, *result, after_run - before, allocated_after - allocated);
+    print_udp(self, options, *result, after_run - before, allocated_after - allocated);
     co_return result;
+}
+
+io::Task<Result<void>> keep_udp(UdpEnd& self, const UdpOptions& options, JobServices services, Nanoseconds timeout) {
+    self.result.emplace(co_await run_udp(self, options, services, timeout));
+    co_return Result<void>{};
+}
+
+// All of them at once: a card can be tested against itself, if its host sends back what it sends.
+io::Task<Result<void>> run_all(Station& station, const Options& options, JobServices services) {
+    const auto all = options.net.all_udp();
+    io::TaskGroup group(station.interface.device().executor());
+    for (usize i = 0; i < all.size(); ++i) {
+        station.ends[i].reset(new (std::nothrow) UdpEnd(station.interface));
+        if (!station.ends[i]) {
+            co_return Error{Code::exhausted, "no memory for the datagrams of a socket: give the machine more"};
+        }
+        CO_CHECK(group.spawn(keep_udp(*station.ends[i], all[i], services, options.timeout)));
+    }
+    co_return co_await group.join();
 }
 
 Outcome refused(const Options& options, const Nets* nets) {
@@ -430,13 +459,14 @@ io::Task<Result<Outcome>> use(Station& station, const Options& options, JobServi
         print(outcome.reason, ", {} of {} {} answered", received, pings->count, plural(pings->count, "pings"));
         outcome.verdict = received == pings->count ? outcome.verdict : Verdict::failure;
     }
-    if (const auto& udp = options.net.udp) {
-        const auto result = co_await run_udp(station, *udp, services, options.timeout);
+    CO_CHECK(co_await run_all(station, options, services));
+    for (usize i = 0; i < options.net.all_udp().size(); ++i) {
+        const Result<UdpResult>& result = *station.ends[i]->result;
         if (!result) {
             co_return failed(result.error());
         }
-        print(outcome.reason, ", udp {}: {} sent, {} received", udp_mode_names[to_underlying(udp->mode)], result->sent,
-              result->received);
+        print(outcome.reason, ", udp {}: {} sent, {} received",
+              udp_mode_names[to_underlying(options.net.all_udp()[i].mode)], result->sent, result->received);
         if (!result->failure.empty()) {
             print(outcome.reason, ": {}", result->failure.view());
             outcome.verdict = Verdict::failure;

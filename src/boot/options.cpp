@@ -179,7 +179,7 @@ Answer ping(std::optional<PingOptions>& into, std::string_view value) {
     return {};
 }
 
-Answer udp(std::optional<UdpOptions>& into, std::string_view value) {
+Answer udp(NetOptions& into, std::string_view value) {
     TextParts parts(value);
     const std::string_view mode_name = parts.next().value_or("");
     const auto mode = index_of(udp_mode_names, mode_name);
@@ -221,7 +221,10 @@ Answer udp(std::optional<UdpOptions>& into, std::string_view value) {
     udp.bytes = static_cast<u32>(bytes);
     udp.rate = static_cast<u32>(rate);
     udp.seconds = static_cast<u32>(seconds);
-    into = udp;
+    if (into.udps == NetOptions::most_udps) {
+        return Wrong{"at most four of them"};
+    }
+    into.udp_list[into.udps++] = udp;
     return {};
 }
 
@@ -356,7 +359,7 @@ constexpr std::array<Key, 27> keys{{
      }},
     {"address", false, only(Job::net), [](Options& o, std::string_view v) { return address(o.net, v); }},
     {"ping", false, only(Job::net), [](Options& o, std::string_view v) { return ping(o.net.ping, v); }},
-    {"udp", false, only(Job::net), [](Options& o, std::string_view v) { return udp(o.net.udp, v); }},
+    {"udp", true, only(Job::net), [](Options& o, std::string_view v) { return udp(o.net, v); }},
 }};
 
 constexpr auto key_names = [] {

@@ -93,7 +93,11 @@ struct NetOptions {
     io::net::Subnet subnet; // without DHCP
     io::net::Ipv4Address gateway;
     std::optional<PingOptions> ping;
-    std::optional<UdpOptions> udp;
+    static constexpr usize most_udps = 4;
+    std::array<UdpOptions, most_udps> udp_list{};
+    u32 udps = 0;
+
+    constexpr std::span<const UdpOptions> all_udp() const { return {udp_list.data(), udps}; }
 };
 
 /// All text is a view into the command line, which must outlive this.

@@ -478,6 +478,10 @@ bool PacketSend::await_ready() {
         error_ = std::exchange(socket_->error_, std::nullopt);
         return true;
     }
+    if (socket_ != nullptr && socket_->port_ == 0) {
+        error_ = {Code::bad_argument, "the UDP socket has no port: bind() comes first"};
+        return true;
+    }
     NetDevice& device = interface_.device_;
     const usize size = sizeof(Ipv4Header) + sizeof(UdpHeader) + body_.size();
     if (size > device.identity().mtu) {

@@ -52,11 +52,14 @@ class InternetSum {
   public:
     /// All but the last piece have an even number of bytes.
     constexpr void add(std::span<const std::byte> piece) {
-        while (piece.size() >= 8) {
-            add_number(word(piece.first(8)));
-            piece = piece.subspan(8);
+        std::array<std::byte, 8> word{};
+        for (; piece.size() >= word.size(); piece = piece.subspan(word.size())) {
+            std::copy_n(piece.begin(), word.size(), word.begin());
+            add_number(std::bit_cast<u64>(word));
         }
-        add_number(word(piece));
+        word = {};
+        std::copy_n(piece.begin(), piece.size(), word.begin());
+        add_number(std::bit_cast<u64>(word));
     }
     /// Adds a number of a packet.
     constexpr void add(u16 number) { add_number(static_cast<u64>(number >> 8 | (number & 0xff) << 8)); }
@@ -72,13 +75,6 @@ class InternetSum {
     constexpr u16 checksum() const { return static_cast<u16>(~sum()); }
 
   private:
-    static constexpr u64 word(std::span<const std::byte> bytes) {
-        u64 value = 0;
-        for (usize i = bytes.size(); i-- > 0;) {
-            value = value << 8 | std::to_integer<u64>(bytes[i]);
-        }
-        return value;
-    }
     constexpr void add_number(u64 number) {
         sum_ += number;
         sum_ += sum_ < number ? 1 : 0;

@@ -184,6 +184,23 @@ TEST_F(NetJob, EveryDatagramArrives) {
     EXPECT_TRUE(log.has("\"mode\":\"send\",\"bytes\":200,\"sent\":1000,\"received\":1000"));
 }
 
+TEST_F(NetJob, BothDirectionsAtOnce) {
+    run("job=net address=10.0.0.1/24 udp=receive,port=5000 udp=send,to=10.0.0.2:5001,count=300,bytes=1472",
+        "job=net address=10.0.0.2/24 udp=receive,port=5001 udp=send,to=10.0.0.1:5000,count=200");
+    EXPECT_EQ(end.outcome->verdict, Verdict::success) << end.outcome->reason.view();
+    EXPECT_EQ(end.outcome->reason,
+              "eth0 has 10.0.0.1, udp receive: 200 sent, 200 received, udp send: 300 sent, 300 received");
+    EXPECT_EQ(other.outcome->verdict, Verdict::success) << other.outcome->reason.view();
+    EXPECT_EQ(other.outcome->reason,
+              "eth0 has 10.0.0.2, udp receive: 300 sent, 300 received, udp send: 200 sent, 200 received");
+}
+
+TEST_F(NetJob, APortThatIsTaken) {
+    const auto outcome = run("job=net address=10.0.0.1/24 udp=echo,port=7,seconds=1 udp=echo,port=7,seconds=1");
+    EXPECT_EQ(outcome.verdict, Verdict::failure);
+    EXPECT_NE(outcome.reason.view().find("another socket has this UDP port"), std::string_view::npos);
+}
+
 // What a run allocates does not depend on the number of datagrams.
 TEST_F(NetJob, NothingIsAllocatedPerDatagram) {
     const auto allocations = [&](const char* count) {

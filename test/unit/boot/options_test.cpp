@@ -131,7 +131,7 @@ TEST(Options, Net) {
     EXPECT_TRUE(defaults.net.card.empty());
     EXPECT_TRUE(defaults.net.dhcp);
     EXPECT_FALSE(defaults.net.ping);
-    EXPECT_FALSE(defaults.net.udp);
+    EXPECT_EQ(defaults.net.udps, 0u);
     const auto p = parse("job=net net=eth1 address=10.0.2.15/24,gateway=10.0.2.2 ping=10.0.2.3,count=7 "
                          "udp=send,to=10.0.2.2:5000,count=1k,bytes=1472,rate=10");
     EXPECT_EQ(p.errors, "");
@@ -141,21 +141,34 @@ TEST(Options, Net) {
     EXPECT_EQ(p.options.net.gateway, (io::net::Ipv4Address{{10, 0, 2, 2}}));
     EXPECT_EQ(p.options.net.ping->address, (io::net::Ipv4Address{{10, 0, 2, 3}}));
     EXPECT_EQ(p.options.net.ping->count, 7u);
-    EXPECT_EQ(p.options.net.udp->mode, boot::UdpOptions::Mode::send);
-    EXPECT_EQ(p.options.net.udp->to, (io::net::Endpoint{{{10, 0, 2, 2}}, 5000}));
-    EXPECT_EQ(p.options.net.udp->count, 1024u);
-    EXPECT_EQ(p.options.net.udp->bytes, 1472u);
-    EXPECT_EQ(p.options.net.udp->rate, 10u);
+    EXPECT_EQ(p.options.net.udp_list[0].mode, boot::UdpOptions::Mode::send);
+    EXPECT_EQ(p.options.net.udp_list[0].to, (io::net::Endpoint{{{10, 0, 2, 2}}, 5000}));
+    EXPECT_EQ(p.options.net.udp_list[0].count, 1024u);
+    EXPECT_EQ(p.options.net.udp_list[0].bytes, 1472u);
+    EXPECT_EQ(p.options.net.udp_list[0].rate, 10u);
     const auto echo = parse("job=net address=dhcp ping=10.0.2.3 udp=echo,port=7,seconds=3").options.net;
     EXPECT_EQ(echo.ping->count, 4u);
-    EXPECT_EQ(echo.udp->mode, boot::UdpOptions::Mode::echo);
-    EXPECT_EQ(echo.udp->port, 7);
-    EXPECT_EQ(echo.udp->seconds, 3u);
+    EXPECT_EQ(echo.udp_list[0].mode, boot::UdpOptions::Mode::echo);
+    EXPECT_EQ(echo.udp_list[0].port, 7);
+    EXPECT_EQ(echo.udp_list[0].seconds, 3u);
     const auto receive = parse("job=net udp=receive,port=65535,count=5,seconds=60").options.net;
-    EXPECT_EQ(receive.udp->mode, boot::UdpOptions::Mode::receive);
-    EXPECT_EQ(receive.udp->port, 65535);
-    EXPECT_EQ(receive.udp->count, 5u);
-    EXPECT_EQ(receive.udp->seconds, 60u);
+    EXPECT_EQ(receive.udp_list[0].mode, boot::UdpOptions::Mode::receive);
+    EXPECT_EQ(receive.udp_list[0].port, 65535);
+    EXPECT_EQ(receive.udp_list[0].count, 5u);
+    EXPECT_EQ(receive.udp_list[0].seconds, 60u);
+}
+
+TEST(Options, NetSeveral) {
+    std::string words = "job=net";
+    for (int i = 1; i <= 4; ++i) {
+        words += " udp=echo,port=" + std::to_string(i);
+    }
+    const auto p = parse(words);
+    EXPECT_EQ(p.errors, "");
+    ASSERT_EQ(p.options.net.all_udp().size(), 4u);
+    EXPECT_EQ(p.options.net.all_udp()[3].port, 4);
+    EXPECT_EQ(parse(words + " udp=echo,port=5").errors,
+              "udp=echo,port=5: expected at most four of them, seen 'echo,port=5'\n");
 }
 
 TEST(Options, NetWrong) {

@@ -476,6 +476,9 @@ TEST_F(NetInterface, AReceiverThatWaits) {
 
 TEST_F(NetInterface, Ports) {
     UdpSocket other(left.interface, {});
+    const auto unbound = executor.run(sending(other, to_right, {}, 1_s));
+    ASSERT_FALSE(unbound);
+    EXPECT_EQ(unbound.error().code, Code::bad_argument);
     EXPECT_EQ(other.bind(1000).error().code, Code::busy);
     ASSERT_TRUE(other.bind());
     EXPECT_GE(other.port(), 49152);
