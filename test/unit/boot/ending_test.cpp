@@ -239,8 +239,11 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
     }
     static void put(Bytes& to, usize at, u64 value, usize size) { ::put(to, at, value, size); }
 
-    std::string end(Verdict verdict) {
+    std::string end(Verdict verdict, bool restart = false) {
         Ending ending;
+        if (restart) {
+            ending.request_restart();
+        }
         for (int i = 0; i < 100 && ended.empty() && ending.step(*this, *this, verdict); ++i) {
         }
         return ended;
@@ -368,6 +371,22 @@ TEST(Ending, XenIsGivenTheReasonOfEach) {
             m.hypervisor = "XenVMMXenVMM";
             EXPECT_EQ(m.end(v), good(v) ? "xen 0" : "xen 3") << name(v);
         }
+    }
+}
+
+// A restart that the host has asked for: the machine is reset, and the next boot is not told that it was its own doing. A
+// failure ends as without it.
+TEST(Ending, ARestartOnRequest) {
+    for (const Verdict v : verdicts) {
+        Fake xen;
+        xen.hypervisor = "XenVMMXenVMM";
+        EXPECT_EQ(xen.end(v, true), good(v) ? "xen 1" : "xen 3") << name(v);
+        Fake pc = qemu_pc();
+        EXPECT_EQ(pc.end(v, true), good(v) ? "reset" : "off") << name(v);
+        EXPECT_FALSE(pc.note) << name(v);
+        Fake bare = firecracker(false);
+        EXPECT_FALSE(bare.end(v, true).empty());
+        EXPECT_FALSE(good(v) && bare.note) << name(v);
     }
 }
 
