@@ -20,8 +20,8 @@ constexpr Nanoseconds note_wait = 50'000'000;
 constexpr Nanoseconds end_wait = 1'000'000'000;
 constexpr Nanoseconds acpi_mode_wait = 300'000'000;
 
-// SHUTDOWN_poweroff, SHUTDOWN_reboot, SHUTDOWN_crash [xen-public sched.h]. Defined here, not in the Xen module, because builds without
-// Xen support end this way, too.
+// SHUTDOWN_poweroff, SHUTDOWN_reboot, SHUTDOWN_crash [xen-public sched.h]. Defined here, not in the Xen module, because
+// builds without Xen support end this way, too.
 constexpr u32 xen_poweroff = 0;
 constexpr u32 xen_reboot = 1;
 constexpr u32 xen_crash = 3;

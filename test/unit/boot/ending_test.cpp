@@ -374,8 +374,8 @@ TEST(Ending, XenIsGivenTheReasonOfEach) {
     }
 }
 
-// A restart that the host has asked for: the machine is reset, and the next boot is not told that it was its own doing. A
-// failure ends as without it.
+// A restart that the host has asked for: the machine is reset, and the next boot is not told that it was its own doing.
+// A failure ends as without it.
 TEST(Ending, ARestartOnRequest) {
     for (const Verdict v : verdicts) {
         Fake xen;
