@@ -21,6 +21,7 @@ list(FILTER units EXCLUDE REGEX "\\.cppm$")
 set(hot_paths
   "^io/(block|block_queue|executor|slots|ring|task|bench|histogram)"
   "^drivers/[a-z_]+/disk"
+  "^drivers/xen_net/(queue|device)"
   "^drivers/ata"
   "^drivers/ahci/(queue|commands\\.cppm|slots\\.cppm|memory|port|interrupts)"
   "^drivers/pvscsi/(adapter\\.cppm|requests\\.cppm|rings\\.cppm)"

@@ -23,6 +23,7 @@ import boot.sources;
 #ifdef FIRSTLIGHT_HV_XEN
 import drivers.xen_blk;
 import drivers.xen_control;
+import drivers.xen_net;
 #endif
 #ifdef FIRSTLIGHT_HV_HYPERV
 import core.dma;
@@ -77,8 +78,9 @@ inline constexpr std::array<BusDriver<BusOf<B>>, 0> bus_drivers{};
 
 #ifdef FIRSTLIGHT_HV_XEN
 template <>
-inline constexpr std::array<BusDriver<hv::Xen::Bus>, 2> bus_drivers<hv::Xen>{{
+inline constexpr std::array<BusDriver<hv::Xen::Bus>, 3> bus_drivers<hv::Xen>{{
     {{"xen_blk", "vbd"}, drivers::xen_blk::probe},
+    {{"xen_net", "vif"}, drivers::xen_net::probe},
     {{drivers::xen_control::driver_name, drivers::xen_control::device_type}, drivers::xen_control::probe},
 }};
 #endif

@@ -46,6 +46,8 @@ constexpr auto features = std::to_array<FeatureName>({
     {"-ncq", drivers::Feature::ncq},
     {"-write-zeroes", drivers::Feature::write_zeroes},
     {"-config-wce", drivers::Feature::config_wce},
+    {"-scatter-gather", drivers::Feature::scatter},
+    {"-checksum", drivers::Feature::checksum},
 });
 constexpr auto feature_names = [] {
     std::array<std::string_view, features.size()> names{};

@@ -44,6 +44,8 @@ inline constexpr auto known_drivers = std::to_array<DriverInfo>({
     {"ata", false, DeviceKind::disk, {.disks = true}},
     {"nvme", false, DeviceKind::disk, {.nvme = true}},
     {"ahci", false, DeviceKind::disk, {.disks = true}},
+    {"xen_net", true, DeviceKind::network},
+    {"e1000", false, DeviceKind::network, {.nics = true}},
 });
 constexpr const DriverInfo* driver_named(std::string_view name, std::span<const DriverInfo> drivers = known_drivers) {
     for (const DriverInfo& d : drivers) {
@@ -155,6 +157,7 @@ inline constexpr auto builtin_rules = std::to_array<Rule>({
     {hv::VmGuest::xen, driver_named("ahci"), driver_named("xen_blk"), 100, Twin::leave},
     {hv::VmGuest::xen, driver_named("nvme"), driver_named("xen_blk"), 100, Twin::leave},
     {hv::VmGuest::hyperv, driver_named("ata"), driver_named("storvsc"), 100, Twin::leave},
+    {hv::VmGuest::xen, driver_named("e1000"), driver_named("xen_net"), 100, Twin::leave},
     // Whatever the hypervisor: a host that shows these wants them used.
     {std::nullopt, driver_named("ata"), driver_named("virtio_blk"), 50, Twin::keep},
     {std::nullopt, driver_named("ata"), driver_named("virtio_scsi"), 50, Twin::keep},

@@ -77,7 +77,7 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
         co_return Error{Code::not_supported, "no driver for CD drives in this build"};
     }
     begun_ = true;
-    CO_CHECK(co_await reset());
+    CO_CHECK(co_await front_.restart(environment_.timeout));
     CO_CHECK(co_await front_.await_state(ready, {environment_.executor, environment_.timeout}));
     CO_TRY(const u32 wanted_order, co_await ring_order());
     CO_TRY(const u32 order, make_ring(wanted_order));
@@ -142,29 +142,6 @@ io::Task<Result<void>> Vbd::negotiate() {
     const auto again = co_await front_.await_state(connected, {environment_.executor, environment_.timeout});
     if (!again) {
         co_return again.error();
-    }
-    co_return Result<void>{};
-}
-
-// A predecessor (firmware, or a replaced kernel) may have left the device half connected: let it close first.
-io::Task<Result<void>> Vbd::reset() {
-    static constexpr BusState closed[] = {BusState::closed, BusState::closing, BusState::init_wait, BusState::unknown};
-    CO_TRY(const u64 own_state,
-           co_await xen_.store().number_or(front_.path(), "state", to_underlying(BusState::initialising)));
-    if (own_state != to_underlying(BusState::initialising)) {
-        CO_CHECK(co_await front_.set_state(BusState::closing));
-        CO_CHECK(co_await front_.set_state(BusState::closed));
-        static_cast<void>(co_await front_.await_state(closed, {environment_.executor, environment_.timeout}));
-        CO_CHECK(co_await front_.set_state(BusState::initialising));
-        // A back end closed permanently stays closed, and one about to reinitialise may still be closed now.
-        const io::Bound bound(environment_.executor, environment_.timeout);
-        for (;;) {
-            CO_TRY(const BusState back_state, co_await front_.state());
-            if ((back_state != BusState::closed && back_state != BusState::closing) ||
-                !co_await front_.changed(bound) || bound.passed()) {
-                break;
-            }
-        }
     }
     co_return Result<void>{};
 }
@@ -329,29 +306,15 @@ io::Task<Result<void>> Vbd::follow_size() {
 }
 
 io::Task<Result<void>> Vbd::disconnect() {
-    static constexpr BusState gone[] = {BusState::closed, BusState::unknown, BusState::init_wait};
     if (!begun_) { // not accessed yet: leave it as it is
         co_return co_await front_.close();
     }
-    // Every step is attempted even if the one before failed: the back end must not be able to reach anything of ours
-    // afterwards.
-    Result<void> sent = co_await front_.set_state(BusState::closing);
-    if (sent) {
-        sent = co_await front_.set_state(BusState::closed);
-    }
-    const io::Bound bound(environment_.executor, environment_.timeout);
-    bool released = false;
-    while (sent) {
-        const auto back_state = co_await front_.state();
-        released = back_state && std::find(std::begin(gone), std::end(gone), *back_state) != std::end(gone);
-        if (!back_state || released || !co_await front_.changed(bound) || bound.passed()) {
-            break;
-        }
-    }
+    // The back end must not be able to reach anything of ours afterwards.
+    const Result<bool> released = co_await front_.disconnect(environment_.timeout);
     if (port_ != Port::none) {
         xen_.events().unbind(std::exchange(port_, Port::none));
     }
-    if (released) {
+    if (released && *released) {
         disk_.reclaim();
         free_ring();
     } else {
@@ -360,7 +323,7 @@ io::Task<Result<void>> Vbd::disconnect() {
         ring_.abandon();
     }
     const Result<void> left = co_await front_.close(); // unlinks the watch before its first wait
-    co_return sent ? left : sent;
+    co_return released ? left : Result<void>(released.error());
 }
 
 io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device) {

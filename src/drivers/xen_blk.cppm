@@ -57,7 +57,6 @@ class Vbd {
     static constexpr u32 max_ring_pages = 1u << max_ring_order;
     static constexpr u64 largest_disk = u64{1} << 54; // in the units of "sectors"; more is nonsense
 
-    io::Task<Result<void>> reset();
     io::Task<Result<void>> negotiate();
     io::Task<Result<u32>> ring_order();
     Result<u32> make_ring(u32 order);

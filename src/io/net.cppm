@@ -187,6 +187,9 @@ class NetDevice {
     /// Gives a frame to the receiver, and counts it.
     void deliver(std::span<const std::byte> frame, Checksum checksum);
     void set_link(bool up);
+    /// Whether a frame waits for room: the driver then has to call room() when there is some.
+    inline bool waits_for_room() const { return first_ != nullptr; }
+    inline bool has_receiver() const { return receiver_ != nullptr; }
     /// Opened at the end of set-up; closed once: everything that waits ends with device_gone.
     void set_open(bool open);
 

@@ -150,6 +150,43 @@ io::Task<Result<BusState>> Frontend::await_state(std::span<const BusState> wante
     }
 }
 
+io::Task<Result<void>> Frontend::restart(Nanoseconds timeout) {
+    static constexpr BusState closed[] = {BusState::closed, BusState::closing, BusState::init_wait, BusState::unknown};
+    CO_TRY(const u64 own_state, co_await store_.number_or(path_, "state", to_underlying(BusState::initialising)));
+    if (own_state == to_underlying(BusState::initialising)) {
+        co_return Result<void>{};
+    }
+    CO_CHECK(co_await set_state(BusState::closing));
+    CO_CHECK(co_await set_state(BusState::closed));
+    static_cast<void>(co_await await_state(closed, {executor_, timeout}));
+    CO_CHECK(co_await set_state(BusState::initialising));
+    // A back end closed permanently stays closed, and one about to reinitialise may still be closed now.
+    const io::Bound bound(executor_, timeout);
+    for (;;) {
+        CO_TRY(const BusState back_state, co_await state());
+        if ((back_state != BusState::closed && back_state != BusState::closing) || !co_await changed(bound) ||
+            bound.passed()) {
+            co_return Result<void>{};
+        }
+    }
+}
+
+io::Task<Result<bool>> Frontend::disconnect(Nanoseconds timeout) {
+    static constexpr BusState gone[] = {BusState::closed, BusState::unknown, BusState::init_wait};
+    CO_CHECK(co_await set_state(BusState::closing));
+    CO_CHECK(co_await set_state(BusState::closed));
+    const io::Bound bound(executor_, timeout);
+    for (;;) {
+        CO_TRY(const BusState back_state, co_await state());
+        if (std::find(std::begin(gone), std::end(gone), back_state) != std::end(gone)) {
+            co_return true;
+        }
+        if (!co_await changed(bound) || bound.passed()) {
+            co_return false;
+        }
+    }
+}
+
 io::Task<Result<void>> Frontend::close() {
     if (!std::exchange(watching_, false)) {
         co_return Result<void>{};

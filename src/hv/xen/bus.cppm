@@ -33,6 +33,12 @@ class Frontend {
     io::Task<Result<BusState>> state();
     /// Writes this front end's state.
     io::Task<Result<void>> set_state(BusState state);
+    /// Before a connection: a predecessor (firmware, or a replaced kernel) may have left the device half connected, and
+    /// is disconnected first. `timeout`: of each wait, in nanoseconds.
+    io::Task<Result<void>> restart(Nanoseconds timeout);
+    /// Ends the connection. True: the back end has released everything; false: it did not say so within `timeout`
+    /// nanoseconds. Error: its or our state cannot be accessed.
+    io::Task<Result<bool>> disconnect(Nanoseconds timeout);
     /// Waits until the back end's state is one of `wanted`, and returns it. Error{device_gone}: it is closing or gone;
     /// Error{timed_out}.
     io::Task<Result<BusState>> await_state(std::span<const BusState> wanted, io::Bound bound);

@@ -122,8 +122,8 @@ TEST_F(Report, MalformedRules) {
     EXPECT_TRUE(
         has("error: map file, line 2: expected what to do (add, remove, rank), seen 'adn': did you mean 'add'?\n"))
         << text;
-    EXPECT_TRUE(
-        has("error: map= on the command line: expected a native driver (ata, nvme, ahci), seen the end of the line\n"));
+    EXPECT_TRUE(has("error: map= on the command line: expected a native driver (ata, nvme, ahci, e1000), seen the end "
+                    "of the line\n"));
     EXPECT_TRUE(has("\"message\":\"map file, line 2: "));
 }
 

@@ -31,7 +31,7 @@ std::string complaints(const Table& table) {
 TEST(Table, BuiltIn) {
     const Table table;
     const auto xen = table.plan(VmGuest::xen, std::nullopt);
-    EXPECT_EQ(order(xen), "xen_blk storvsc virtio_blk virtio_scsi pvscsi ata nvme ahci ");
+    EXPECT_EQ(order(xen), "xen_blk storvsc virtio_blk virtio_scsi pvscsi ata nvme ahci xen_net e1000 ");
     ASSERT_NE(xen.pair("ata", "xen_blk"), nullptr);
     EXPECT_EQ(xen.pair("xen_blk", "ata"), xen.pair("ata", "xen_blk"));
     EXPECT_EQ(xen.pair("ata", "xen_blk")->rank, 100);
@@ -47,13 +47,18 @@ TEST(Table, BuiltIn) {
         EXPECT_FALSE(table.plan(VmGuest::hyperv, std::nullopt).has_twins(native));
     }
     EXPECT_TRUE(table.plan(VmGuest::hyperv, std::nullopt).has_twins("ata"));
-    EXPECT_EQ(table.plan(VmGuest::xen, Twin::unplug).unplugs(), (hv::EmulatedClasses{.disks = true, .nvme = true}));
+    EXPECT_EQ(table.plan(VmGuest::xen, Twin::unplug).unplugs(),
+              (hv::EmulatedClasses{.disks = true, .nics = true, .nvme = true}));
     const auto hyperv = table.plan(VmGuest::hyperv, std::nullopt);
-    EXPECT_EQ(order(hyperv), "xen_blk storvsc virtio_blk virtio_scsi pvscsi ata nvme ahci ");
+    EXPECT_EQ(order(hyperv), "xen_blk storvsc virtio_blk virtio_scsi pvscsi ata nvme ahci xen_net e1000 ");
     ASSERT_NE(hyperv.pair("ata", "storvsc"), nullptr);
     EXPECT_EQ(hyperv.pair("ata", "storvsc")->rank, 100);
     EXPECT_EQ(hyperv.pair("ata", "storvsc")->twin, Twin::leave);
     EXPECT_EQ(hyperv.pair("ata", "xen_blk"), nullptr);
+    ASSERT_NE(xen.pair("e1000", "xen_net"), nullptr);
+    EXPECT_EQ(xen.pair("e1000", "xen_net")->rank, 100) << "the emulated card is the same one";
+    EXPECT_FALSE(xen.both("e1000", "xen_net"));
+    EXPECT_EQ(hyperv.pair("e1000", "xen_net"), nullptr);
     const auto kvm = table.plan(VmGuest::kvm, std::nullopt);
     EXPECT_EQ(kvm.pair("ata", "xen_blk"), nullptr);
     EXPECT_EQ(kvm.driver_count, drivers::known_drivers.size())
@@ -91,7 +96,7 @@ TEST(Table, TheMapFileTurnsThePreferenceRound) {
     Table table;
     EXPECT_EQ(table.apply("# IDE first\nrank xen ata xen_blk -100\n"), 0u);
     const auto plan = table.plan(VmGuest::xen, std::nullopt);
-    EXPECT_EQ(order(plan), "storvsc virtio_blk virtio_scsi pvscsi ata xen_blk nvme ahci ");
+    EXPECT_EQ(order(plan), "storvsc virtio_blk virtio_scsi pvscsi ata xen_blk nvme ahci xen_net e1000 ");
     EXPECT_FALSE(plan.both("ata", "xen_blk"));
     EXPECT_EQ(plan.pair("ata", "xen_blk")->twin, Twin::leave);
 }
@@ -141,9 +146,10 @@ TEST(Table, MalformedLinesAreReportedByNumberAndTheRestCounts) {
         complaints(table),
         "1: expected what to do (add, remove, rank), seen 'adn': did you mean 'add'?\n"
         "2: expected a hypervisor's name or *, seen 'xne': did you mean 'xen'?\n"
-        "3: expected a native driver (ata, nvme, ahci), seen 'xen_blk'\n"
+        "3: expected a native driver (ata, nvme, ahci, e1000), seen 'xen_blk'\n"
         "4: expected a rank from -1000000 to 1000000, seen 'ten'\n"
-        "5: expected a synthetic driver (xen_blk, storvsc, virtio_blk, virtio_scsi, pvscsi), seen the end of the line\n"
+        "5: expected a synthetic driver (xen_blk, storvsc, virtio_blk, virtio_scsi, pvscsi, xen_net), seen the end of "
+        "the line\n"
         "6: expected what becomes of the emulated twin (leave, unplug, keep), seen 'keeep': did you mean 'keep'?\n"
         "8: expected the end of the rule, seen 'leave'\n"
         "9: expected a rule that is in the table, seen a pair for which it has none: add it, or name the hypervisor as "
@@ -170,8 +176,8 @@ TEST(Table, AnyHypervisor) {
     EXPECT_EQ(table.apply("add * ata xen_blk 5 keep\n"), 0u);
     EXPECT_EQ(table.plan(VmGuest::kvm, std::nullopt).pair("ata", "xen_blk")->rank, 5);
     EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, 100) << "the named one beats it";
-    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair_count, 12u)
-        << "the others are those of ahci and nvme, and of virtio_blk, virtio_scsi and pvscsi";
+    EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair_count, 13u)
+        << "the others are those of ahci and nvme, and of virtio_blk, virtio_scsi, pvscsi and xen_net";
     EXPECT_EQ(table.apply("rank * ata xen_blk -3\n"), 0u) << "every rule of the pair";
     EXPECT_EQ(table.plan(VmGuest::xen, std::nullopt).pair("ata", "xen_blk")->rank, -3);
     EXPECT_EQ(table.plan(VmGuest::kvm, std::nullopt).pair("ata", "xen_blk")->rank, -3);
@@ -185,7 +191,7 @@ TEST(Table, TheCommandLineOverridesTheTwin) {
     EXPECT_TRUE(table.plan(VmGuest::xen, Twin::keep).both("ata", "xen_blk"));
     EXPECT_TRUE(table.plan(VmGuest::xen, Twin::unplug).unplugs().disks);
     EXPECT_TRUE(table.apply_word("rank,xen,ata,xen_blk,-1"));
-    EXPECT_EQ(table.plan(VmGuest::xen, Twin::unplug).unplugs(), hv::EmulatedClasses{.nvme = true})
+    EXPECT_EQ(table.plan(VmGuest::xen, Twin::unplug).unplugs(), (hv::EmulatedClasses{.nics = true, .nvme = true}))
         << "what comes first is not taken away";
 }
 
@@ -228,9 +234,9 @@ TEST(Table, ThePlanIsPrinted) {
     drivers::log_plan(Table{}.plan(VmGuest::xen, std::nullopt), VmGuest::xen);
     log::detach(capture);
     EXPECT_EQ(capture.text,
-              "drivers on xen: xen_blk, storvsc, virtio_blk, virtio_scsi, pvscsi, ata, nvme, ahci\n"
+              "drivers on xen: xen_blk, storvsc, virtio_blk, virtio_scsi, pvscsi, ata, nvme, ahci, xen_net, e1000\n"
               "drivers: xen_blk and ata, rank 100, twin: leave\ndrivers: xen_blk and ahci, rank 100, twin: leave\n"
-              "drivers: xen_blk and nvme, rank 100, twin: leave\n")
+              "drivers: xen_blk and nvme, rank 100, twin: leave\ndrivers: xen_net and e1000, rank 100, twin: leave\n")
         << "without pairs that are never twins";
 }
 

@@ -1,0 +1,341 @@
+module;
+#include "core/try.hpp"
+module drivers.xen_net;
+import core.std;
+import core.result;
+import core.text;
+import core.time;
+import core.dma;
+import core.log;
+import io.block;
+import io.executor;
+import io.net;
+import io.run_on;
+import io.task;
+import hv.xen;
+import drivers.driver;
+
+namespace fl::drivers::xen_net {
+
+using namespace hv::xen;
+
+namespace {
+constinit Vif* attached = nullptr; // devices live until machine shutdown
+
+std::optional<u8> hex_digit(char c) {
+    if (c >= '0' && c <= '9') {
+        return static_cast<u8>(c - '0');
+    }
+    const char lower = static_cast<char>(c | 0x20);
+    return lower >= 'a' && lower <= 'f' ? std::optional(static_cast<u8>(lower - 'a' + 10)) : std::nullopt;
+}
+} // namespace
+
+std::optional<io::MacAddress> parse_mac(std::string_view text) {
+    io::MacAddress mac;
+    if (text.size() != 3 * mac.bytes.size() - 1) {
+        return std::nullopt;
+    }
+    for (usize i = 0; i < mac.bytes.size(); ++i) {
+        const auto high = hex_digit(text[3 * i]);
+        const auto low = hex_digit(text[3 * i + 1]);
+        if (!high || !low || (i != 0 && text[3 * i - 1] != ':')) {
+            return std::nullopt;
+        }
+        mac.bytes[i] = static_cast<u8>(*high << 4 | *low);
+    }
+    return mac.is_group() || mac == io::MacAddress{} ? std::nullopt : std::optional(mac);
+}
+
+Vif::Vif(Environment& environment, hv::Xen& xen)
+    : environment_(environment), xen_(xen), front_(xen.store(), environment.executor), alarm_(front_),
+      tasks_(environment.executor) {
+    lanes_.context = this;
+    lanes_.on_failure = [](void* self) {
+        Vif& vif = *static_cast<Vif*>(self);
+        vif.alarm_.raised.store(true, std::memory_order_release); // pairs with the acquire in Alarm::drain()
+        vif.environment_.executor.raise(vif.alarm_);
+    };
+    environment_.executor.add(alarm_);
+}
+
+Vif::~Vif() {
+    environment_.executor.remove(alarm_);
+    for (Connection& connection : connections_) {
+        free_connection(connection, true);
+    }
+    for (Lane* lane : lanes_.all) {
+        delete lane;
+    }
+}
+
+// The pages are freed only if the back end has unmapped all of them.
+void Vif::free_connection(Connection& connection, bool released) {
+    if (connection.port != Port::none) {
+        xen_.events().unbind(std::exchange(connection.port, Port::none));
+    }
+    bool safe = released;
+    if (std::exchange(connection.granted, false) && released) {
+        for (const GrantRef grant : connection.grants) {
+            safe = xen_.grants().release(grant) && safe;
+        }
+    }
+    if (safe) {
+        connection.rings.reset();
+    } else {
+        connection.rings.abandon();
+    }
+}
+
+void Vif::add_entry(std::string_view prefix, std::string_view key, u64 value) {
+    StoreEntry& entry = entries_[entry_count_++];
+    entry.key = FixedText<40>(prefix);
+    entry.key.write(key);
+    entry.value.clear();
+    print(entry.value, "{}", value);
+}
+
+io::Task<Result<void>> Vif::connect(const hv::SyntheticDevice& device) {
+    static constexpr BusState ready[] = {BusState::init_wait, BusState::initialised, BusState::connected};
+    static constexpr BusState connected[] = {BusState::connected};
+    StorePath path("device/");
+    path.write(device.type);
+    path.write("/");
+    path.write(device.address);
+    CO_CHECK(co_await front_.open(path));
+    CO_CHECK(co_await read_identity(device.number));
+    begun_ = true;
+    CO_CHECK(co_await front_.restart(environment_.timeout));
+    CO_CHECK(co_await front_.await_state(ready, {environment_.executor, environment_.timeout}));
+    CO_CHECK(co_await read_features());
+    CO_CHECK(co_await read_mtu());
+    identity_.name = environment_.nets->free_name();
+    const auto add_feature = [&](bool used, std::string_view name) {
+        if (used) {
+            print(identity_.features, "{}{}", identity_.features.empty() ? "" : " ", name);
+        }
+    };
+    add_feature(scatter_, "scatter-gather");
+    add_feature(offloads_checksums_, "checksum");
+    add_feature(wanted_lanes_ > 1, "multi-queue");
+    for (u32 lane = 0; lane < wanted_lanes_; ++lane) {
+        if (auto made = make_lane(lane); !made) {
+            if (lane == 0) {
+                co_return made.error();
+            }
+            log::info("xen_net: {}: {} of {} queues: {}", front_.path(), lane, wanted_lanes_, made.error());
+            break; // one queue is enough
+        }
+        ++lanes_.count;
+    }
+    CO_CHECK(co_await publish());
+    CO_CHECK(co_await front_.set_state(BusState::connected));
+    CO_CHECK(co_await front_.await_state(connected, {environment_.executor, environment_.timeout}));
+    for (u32 lane = 0; lane < lanes_.count; ++lane) {
+        CO_CHECK(co_await io::run_on(executor(lane), lanes_.all[lane]->start()));
+    }
+    co_return Result<void>{};
+}
+
+io::Task<Result<void>> Vif::read_identity(u32 number) {
+    std::array<char, 24> text;
+    const StorePath key = join(front_.path(), "mac");
+    CO_TRY(const std::string_view mac, co_await xen_.store().read(key, text));
+    const auto parsed = parse_mac(mac);
+    if (!parsed) {
+        co_return Error{Code::protocol, "XenStore gives no usable hardware address (mac: six hexadecimal bytes with "
+                                        "colons, no group address)"};
+    }
+    number_ = number;
+    identity_.mac = *parsed;
+    identity_.driver = driver_name;
+    identity_.kind = io::Kind::synthetic;
+    print(identity_.model, "Xen virtual network interface {}", number);
+    co_return Result<void>{};
+}
+
+io::Task<Result<void>> Vif::read_features() {
+    Store& store = xen_.store();
+    CO_TRY(const u64 copies, co_await store.number_or(front_.backend(), "feature-rx-copy", 0));
+    if (copies != 1) {
+        co_return Error{Code::not_supported,
+                        "the back end cannot copy received frames (feature-rx-copy), only exchange pages", 1, copies};
+    }
+    CO_TRY(const u64 scatter, co_await store.number_or(front_.backend(), "feature-sg", 0));
+    scatter_ = scatter == 1 && environment_.allows(Feature::scatter);
+    CO_TRY(const u64 no_checksums, co_await store.number_or(front_.backend(), "feature-no-csum-offload", 0));
+    offloads_checksums_ = no_checksums == 0 && environment_.allows(Feature::checksum);
+    CO_TRY(const u64 queues, co_await store.number_or(front_.backend(), "multi-queue-max-queues", 0));
+    offers_queues_ = queues > 1;
+    if (environment_.allows(Feature::multi_queue)) {
+        wanted_lanes_ = static_cast<u32>(
+            std::clamp<u64>(std::min<u64>(queues, environment_.executors.size()), 1, Lanes::max_lanes));
+    }
+    co_return Result<void>{};
+}
+
+// The toolstack writes it for the front end; without the node, Ethernet's.
+io::Task<Result<void>> Vif::read_mtu() {
+    static constexpr u32 ethernet = 1500;
+    static constexpr u32 least = 68; // what IPv4 requires of every link
+    const u32 most = scatter_ ? longest_frame - io::ethernet_header : ethernet;
+    CO_TRY(const u64 mtu, co_await xen_.store().number_or(front_.path(), "mtu", ethernet));
+    identity_.mtu = mtu < least ? ethernet : static_cast<u32>(std::min<u64>(mtu, most));
+    if (identity_.mtu != mtu) {
+        log::warning("xen_net: {}: an MTU of {} is not possible, {} is used", front_.path(), mtu, identity_.mtu);
+    }
+    co_return Result<void>{};
+}
+
+Result<void> Vif::make_lane(u32 number) {
+    Connection& connection = connections_[number];
+    Grants& grants = xen_.grants();
+    Result<void> made = [&]() -> Result<void> {
+        auto* const lane = new (std::nothrow) Lane(executor(number), xen_.events(), grants, lanes_);
+        if (lane == nullptr) {
+            return Error{Code::exhausted, "no memory for a lane of a network card"};
+        }
+        lanes_.all[number] = lane;
+        TRY(connection.rings, environment_.dma.buffer(ring_bytes));
+        TRY(connection.port, xen_.events().allocate_unbound(front_.domain()));
+        if (!grants.ensure(2)) {
+            return Error{Code::exhausted, "no grant entries for the rings of a network card", 2, grants.available()};
+        }
+        for (u32 i = 0; i < connection.grants.size(); ++i) {
+            connection.grants[i] = grants.take_unchecked();
+            grants.grant(connection.grants[i], front_.domain(), connection.rings.bus() / page_size + i, false);
+        }
+        connection.granted = true;
+        CHECK(lane->prepare(identity_, offloads_checksums_, connection.rings, front_.domain(), connection.port,
+                            environment_.dma));
+        return xen_.events().bind(connection.port, Lane::on_event, lane); // masked until the lane first sleeps
+    }();
+    if (!made && lanes_.all[number] != nullptr) { // the back end has not seen any of it
+        lanes_.all[number]->reclaim();
+        free_connection(connection, true);
+        delete std::exchange(lanes_.all[number], nullptr);
+    }
+    return made;
+}
+
+io::Task<Result<void>> Vif::publish() {
+    entry_count_ = 0;
+    add_entry("", "request-rx-copy", 1);
+    add_entry("", "feature-rx-notify", 1); // the back end may wait until it is told of new buffers
+    add_entry("", "feature-sg", environment_.allows(Feature::scatter) ? 1 : 0);
+    add_entry("", "feature-no-csum-offload", environment_.allows(Feature::checksum) ? 0 : 1);
+    add_entry("", "feature-ipv6-csum-offload", environment_.allows(Feature::checksum) ? 1 : 0);
+    if (offers_queues_) { // also a 1: a predecessor may have written another number
+        add_entry("", "multi-queue-num-queues", lanes_.count);
+    }
+    if (lanes_.count == 1) {
+        publish_lane("", connections_[0]);
+    } else {
+        for (u32 lane = 0; lane < lanes_.count; ++lane) {
+            FixedText<16> prefix;
+            print(prefix, "queue-{}/", lane);
+            publish_lane(prefix.view(), connections_[lane]);
+        }
+    }
+    co_return co_await xen_.store().write_all(front_.path(), std::span(entries_).first(entry_count_));
+}
+
+void Vif::publish_lane(std::string_view prefix, const Connection& connection) {
+    add_entry(prefix, "tx-ring-ref", connection.grants[0]);
+    add_entry(prefix, "rx-ring-ref", connection.grants[1]);
+    add_entry(prefix, "event-channel", to_underlying(connection.port));
+}
+
+Result<void> Vif::keep() { return tasks_.spawn(watch_back_end()); }
+
+io::Task<Result<void>> Vif::watch_back_end() {
+    for (;;) {
+        const auto back_state = co_await front_.state();
+        std::optional<Error> why;
+        if (!back_state) {
+            why = back_state.error();
+        } else if (*back_state == BusState::closing || *back_state == BusState::closed ||
+                   *back_state == BusState::unknown) {
+            why = Error{Code::device_gone, "the back end has closed the device (state)",
+                        to_underlying(BusState::connected), to_underlying(*back_state)};
+        }
+        const bool failed = lanes_.failed.load(std::memory_order_acquire); // pairs with the exchange in Lane::fail()
+        if (why && !failed) {
+            log::info("{}: closed: {}", identity_.name.view(), *why);
+        }
+        if (why || failed) {
+            const Result<void> left = co_await disconnect();
+            environment_.nets->withdraw(number_);
+            co_return left;
+        }
+        static_cast<void>(co_await front_.changed());
+    }
+}
+
+io::Task<Result<void>> Vif::disconnect() {
+    for (u32 lane = 0; lane < lanes_.count; ++lane) {
+        // A processor that has stopped does not run the lane either.
+        static_cast<void>(co_await io::run_on(executor(lane), lanes_.all[lane]->stop()));
+    }
+    if (!begun_) { // not accessed yet: leave it as it is
+        co_return co_await front_.close();
+    }
+    const Result<bool> released = co_await front_.disconnect(environment_.timeout);
+    const bool safe = released && *released;
+    if (!safe) {
+        log::warning("{}: the back end does not release its pages: they are not reused", front_.path());
+    }
+    for (u32 lane = 0; lane < lanes_.count; ++lane) {
+        free_connection(connections_[lane], safe);
+        if (safe) {
+            lanes_.all[lane]->reclaim();
+        } else {
+            lanes_.all[lane]->abandon();
+        }
+    }
+    const Result<void> left = co_await front_.close(); // unlinks the watch before its first wait
+    co_return released ? left : Result<void>(released.error());
+}
+
+io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device) {
+    if (!matches(device)) {
+        co_return Error{Code::not_supported, "not a virtual network interface"};
+    }
+    if (environment.nets == nullptr) {
+        co_return Error{Code::not_supported, "network cards cannot be announced here"};
+    }
+    // Interface N is the emulated card N of the same domain, with the same address.
+    const u32 number = device.number;
+    if (!environment.nets->offered(number)) {
+        environment.nets->unused({.bus = "xen",
+                                  .address = device.address,
+                                  .what = "virtual network interface",
+                                  .why = Unused::taken,
+                                  .number = number,
+                                  .kind = DeviceKind::network});
+        co_return Result<void>{};
+    }
+    auto* vif = new (std::nothrow) Vif(environment, xen);
+    if (vif == nullptr) {
+        co_return Error{Code::exhausted, "no memory for a virtual network interface"};
+    }
+    auto result = co_await vif->connect(device);
+    if (result) {
+        result = environment.nets->announce(vif->card(), number);
+    }
+    if (result) {
+        vif->next_ = std::exchange(attached, vif);
+        if (auto kept = vif->keep(); !kept) {
+            log::warning("xen_net: {}: a closing back end will not be detected: {}", device.address.view(),
+                         kept.error());
+        }
+        co_return result;
+    }
+    if (auto left = co_await vif->disconnect(); !left) {
+        log::warning("xen_net: {}: leaving the bus: {}", device.address.view(), left.error());
+    }
+    delete vif;
+    co_return result;
+}
+
+} // namespace fl::drivers::xen_net
