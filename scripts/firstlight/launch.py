@@ -106,7 +106,7 @@ def finished(machine: Machine, outcome: Outcome) -> Boot:
         return Boot(machine, outcome, log, machine.vmm.judge(log, outcome, machine.timeout))
     if machine.kind.domain:
         return Boot(machine, outcome, log, xenguest.judge(log, outcome, machine.timeout))
-    return Boot(machine, outcome, log, records.judge(log, outcome.status, outcome.timed_out, machine.timeout, outcome.refused))
+    return Boot(machine, outcome, log, records.judge(log, outcome.status, outcome.timed_out, machine.timeout, outcome.refused, dies=machine.dies_at_exit))
 
 
 def boot(

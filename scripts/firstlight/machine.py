@@ -221,6 +221,30 @@ class DiskSpec:
         return disk
 
 
+# Buses of network cards, each with QEMU's device.
+CARDS = {"xen": "xen-net-device"}
+
+
+@dataclasses.dataclass(frozen=True)
+class NetSpec:
+    """`BUS[,OPTION…]`: a network card on QEMU's user-mode network, 10.0.2.0/24 with a DHCP server. The options are those of
+    QEMU's `-netdev user`, for example hostfwd=udp::5000-:7.
+    """
+
+    bus: str
+    options: tuple[str, ...] = ()
+
+    @staticmethod
+    def parse(text: str) -> NetSpec:
+        bus, *options = text.split(",")
+        if bus not in CARDS or not all(re.fullmatch(r"[a-z0-9-]+=[^,{}]+", option) for option in options):
+            raise Problem(f"Network card {text!r}: BUS[,OPTION=VALUE…] was expected; the buses are {', '.join(CARDS)}, the options those of QEMU's -netdev user.", Exit.USAGE)
+        return NetSpec(bus, tuple(options))
+
+    def words(self, number: int) -> list[str]:
+        return ["-netdev", ",".join(["user", f"id=net{number}", *self.options]), "-device", f"{CARDS[self.bus]},id=card{number},netdev=net{number},mac=00:16:3e:01:02:{number + 3:02x}"]
+
+
 @dataclasses.dataclass
 class Machine:
     """The description of one boot."""
@@ -249,6 +273,7 @@ class Machine:
     xl: Sequence[str] = ()  # real Xen: further lines of the guest's configuration, which xl reads
     pauses: Sequence[Pause] = ()  # when to stop the VMM's process temporarily; `timeout` does not count it
     actions: Sequence[actions.Action] = ()  # what is done to QEMU while the guest runs
+    nets: Sequence[str] = ()  # network cards, of QEMU's platforms
     qemu: Qemu | None = None  # another QEMU than the lab's; the machine then runs here
     vmm: Vmm | None = None  # another virtual machine monitor than QEMU; `platform` has no effect then
 
@@ -269,6 +294,11 @@ class Machine:
             raise Problem(f"Files on the ESP need a boot by uefi, not by {self.boot}.", Exit.USAGE)
         chosen = self.disks if self.disks is not None else (kind.disks if not self.machine.startswith("microvm") else ())
         self.specs = [DiskSpec.parse(disk) if isinstance(disk, str) else disk for disk in chosen]
+        self.cards = [NetSpec.parse(net) for net in self.nets]
+        if self.cards and (self.vmm or self.plain or kind.test_host or kind.domain):
+            raise Problem(f"Network cards are of QEMU's platforms, not of {'a VMM of your own' if self.vmm else self.platform}.", Exit.USAGE)
+        if not kind.xen and any(card.bus == "xen" for card in self.cards):
+            raise Problem(f"A network card on Xen's bus needs the platform xen-emu, not {self.platform}.", Exit.USAGE)
         self.check_loader()
         if self.plain and (self.boot != "pvh" or self.platform != "qemu-pvh" or self.machine == "q35" or self.counted or any(disk.bus != "virtio" for disk in self.specs)):
             raise Problem("QEMU's defaults are for the platform qemu-pvh with the machine pc or microvm and virtio disks, in wall-clock time.", Exit.USAGE)
@@ -381,6 +411,11 @@ class Machine:
             raise Problem(f"No platform {self.platform!r}: there are {', '.join(PLATFORMS)}.", Exit.USAGE)
         return PLATFORMS[self.platform]
 
+    @property
+    def dies_at_exit(self) -> bool:
+        """QEMU 8.2 to at least 10.0 frees the network of an xen-net-device twice when it exits, used or not, and ends by SIGSEGV."""
+        return any(card.bus == "xen" for card in self.cards)
+
     def disk_names(self) -> list[str]:
         """The kernel's names of the disks."""
         return kernel_names([disk.bus for disk in self.specs])
@@ -440,6 +475,7 @@ class Machine:
                 # On a controller that OVMF drives and the kernel does not: it would count it among the disks to measure.
                 arguments += ["-drive", "if=none,id=esp,format=raw,readonly=on,file={file:esp.img}", "-device", "qemu-xhci", "-device", "usb-storage,drive=esp"]
         disks, words = self.drives()
+        words += [word for number, card in enumerate(self.cards) for word in card.words(number)]
         return Job(self.name, [*arguments, *words, *self.extra], files, disks, self.timeout)
 
     def test_host_job(self) -> Job:

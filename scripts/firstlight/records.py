@@ -57,6 +57,7 @@ HOST_CRASH, HOST_TIMEOUT = 70, 72
 HOST_REFUSED = (64, 66, 78)  # its command line, a file, a capability that KVM lacks
 # A virtual machine monitor prefixes its messages with its name.
 MONITORS = ("qemu-system-x86_64: ", "qemu: ", "firstlight-testhost: ", "Unexpected error in ")
+SEGMENTATION_FAULT = (-signal.SIGSEGV, 128 + signal.SIGSEGV)
 ABORTED = (-signal.SIGABRT, 128 + signal.SIGABRT)  # how QEMU ends when it crashes on its own arguments
 
 
@@ -223,12 +224,14 @@ def agrees(verdict: str, status: int | None) -> bool:
 
 
 def judge(
-    log: Log, status: int | None, timed_out: bool, limit: float | None = None, refused: str = "", foreign: Callable[[str, int | None], bool] | None = None
+    log: Log, status: int | None, timed_out: bool, limit: float | None = None, refused: str = "", foreign: Callable[[str, int | None], bool] | None = None,
+    dies: bool = False,
 ) -> Judgement:
     """The verdict, strictly: it must be printed once, be the last record, and the exit status must agree.
 
     `refused`: why the virtual machine monitor did not start, if the platform knows; otherwise this is judged by its exit status
     and by whether the guest or its firmware has printed anything.
+    `dies`: this machine's monitor is known to crash when it exits (Machine.dies_at_exit): a segmentation fault then agrees with every verdict.
     `foreign`: for a VMM that is neither QEMU nor the test host, whether an exit status agrees with a verdict. Debug exit ports are known on every VMM.
     """
     said = log.of("verdict")
@@ -256,7 +259,7 @@ def judge(
         complaint = f"record {log.records[-1]['record']} after the verdict"
     elif said[0].get("verdict") not in (verdict.value for verdict in STATUS.values()):
         complaint = f"unknown verdict {said[0].get('verdict')!r}"
-    elif by_status is not Verdict(said[0]["verdict"]) and not (foreign or agrees)(said[0]["verdict"], status):
+    elif by_status is not Verdict(said[0]["verdict"]) and not (foreign or agrees)(said[0]["verdict"], status) and not (dies and status in SEGMENTATION_FAULT):
         complaint = f"the record says {said[0]['verdict']}, and {ended(status)}, which does not agree"
     else:
         return Judgement(Verdict(said[0]["verdict"]), str(said[0].get("reason", "")))

@@ -95,6 +95,7 @@ class Case:
     cmdline_more: int = 0  # adds one word of so many letters
     map: str = ""  # a file beside the table
     disks: list[str] | None = None
+    nets: list[str] = dataclasses.field(default_factory=list)  # network cards: machine.NetSpec
     expect: str = "SUCCESS"
     output: list[str] = dataclasses.field(default_factory=list)
     never: list[str] = dataclasses.field(default_factory=list)
@@ -128,7 +129,7 @@ class Case:
             TABLES / self.map if self.map else None, self.disks, counted=self.deterministic, timeout=self.timeout,
             linux=(TABLES / self.linux).read_text() if self.linux else "", extra=self.host,
             esp=self.esp, pauses=self.pause, blkback=self.blkback, xl=self.xl,
-            exit_port=self.exit_port, restarts=self.restarts, plain=self.plain, actions=self.actions,
+            exit_port=self.exit_port, restarts=self.restarts, plain=self.plain, actions=self.actions, nets=self.nets,
         )  # fmt: skip
         if self.check_images or self.durable:
             for disk, name in zip(machine.specs, machine.disk_names()):

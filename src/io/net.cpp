@@ -16,7 +16,10 @@ Error to_error(SendStatus status) {
     }
 }
 
-NetDevice::~NetDevice() { set_open(false); }
+NetDevice::~NetDevice() {
+    receiver_ = nullptr; // it may be gone, and this is no whole device any more
+    set_open(false);
+}
 
 SendStatus NetDevice::try_send(const OutgoingFrame& frame, Checksum checksum) {
     if (!open_) {

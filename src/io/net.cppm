@@ -62,6 +62,7 @@ struct NetCounters {
     u64 notifications = 0;
     u64 interrupts = 0;
 
+    friend constexpr bool operator==(const NetCounters&, const NetCounters&) = default;
     friend constexpr NetCounters operator+(const NetCounters& a, const NetCounters& b) {
         return {a.sent + b.sent,
                 a.sent_octets + b.sent_octets,

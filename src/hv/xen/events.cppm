@@ -1,5 +1,6 @@
 // Two-level event channels: ports, their pending and mask bits in the shared info page, and the upcall that finds the
-// pending ones. Used on one processor only, except for what handlers raise.
+// pending ones. Used on one processor only, except for what handlers raise, and mask(), unmask() and send() of a port
+// whose owner is on another one.
 export module hv.xen.events;
 import core.std;
 import core.result;
