@@ -1,5 +1,6 @@
 module boot.backend;
 import core.std;
+import core.processor;
 import core.result;
 import io.executor;
 import io.task;
@@ -15,6 +16,12 @@ io::Task<Result<void>> Backend::enumerate(hv::DeviceList& into) {
 Result<void> Backend::unplug(hv::EmulatedClasses classes) {
     static_cast<void>(classes);
     return Error{Code::not_supported, "this hypervisor cannot unplug emulated devices"};
+}
+
+Result<void> Backend::start_processor(u32 index, const ProcessorStart& state) {
+    static_cast<void>(index);
+    static_cast<void>(state);
+    return Error{Code::not_supported, "this hypervisor starts no processors by hypercall"};
 }
 
 Result<void> Backend::join(u32 processor, io::Executor& executor) {

@@ -5,6 +5,7 @@ export module boot.backend;
 import core.std;
 import core.interrupt;
 import core.log;
+import core.processor;
 import core.result;
 import core.time;
 import core.timer;
@@ -57,6 +58,11 @@ class Backend {
     virtual Result<void> join(u32 processor, io::Executor& executor);
     virtual void leave(u32 processor) { static_cast<void>(processor); }
     virtual void uninstall() {}
+    /// hv::StartsProcessors; processor_count() is 0 without it.
+    virtual u32 processor_count() { return 0; }
+    virtual Result<void> start_processor(u32 index, const ProcessorStart& state);
+    virtual void stop_processor(u32 index) { static_cast<void>(index); }
+    virtual void yield() {}
     /// hv::OneShotTimer; nullptr: none.
     virtual OneShotTimer* timer() { return nullptr; }
 
@@ -181,6 +187,30 @@ class BackendOf final : public Backend {
     void leave(u32 processor) override {
         if constexpr (hv::LeavesProcessors<B>) {
             backend_.leave(processor);
+        }
+    }
+    u32 processor_count() override {
+        if constexpr (hv::StartsProcessors<B>) {
+            return backend_.processor_count();
+        } else {
+            return 0;
+        }
+    }
+    Result<void> start_processor(u32 index, const ProcessorStart& state) override {
+        if constexpr (hv::StartsProcessors<B>) {
+            return backend_.start_processor(index, state);
+        } else {
+            return Backend::start_processor(index, state);
+        }
+    }
+    void stop_processor(u32 index) override {
+        if constexpr (hv::StartsProcessors<B>) {
+            backend_.stop_processor(index);
+        }
+    }
+    void yield() override {
+        if constexpr (hv::StartsProcessors<B>) {
+            backend_.yield();
         }
     }
     void uninstall() override {

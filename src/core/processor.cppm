@@ -8,6 +8,18 @@ export namespace fl {
 /// Maximum number of processors used; others are left as the firmware set them up.
 inline constexpr u32 max_processors = 64;
 
+/// Registers with which a hypervisor starts a processor: in 64-bit mode with flat segments, interrupts off. The others
+/// are 0.
+struct ProcessorStart {
+    u64 rip = 0;
+    u64 rsp = 0;
+    u64 rdi = 0;
+    u64 cr0 = 0;
+    u64 cr3 = 0;
+    u64 cr4 = 0;
+    u64 efer = 0;
+};
+
 #if __STDC_HOSTED__
 
 /// The calling thread's processor number: 0 by default.

@@ -28,6 +28,7 @@ import core.dma;
 import core.time;
 import core.interrupt;
 import core.log;
+import core.processor;
 import core.cpuid;
 import core.vector;
 import io.executor;
@@ -177,6 +178,19 @@ concept EmulatedDevices = requires(B& b, EmulatedClasses classes) {
 template <class B>
 concept Processors = requires(B& b, u32 cpu, io::Executor& executor) {
     { b.join(cpu, executor) } -> std::same_as<Result<void>>;
+};
+
+/// Starts processors by hypercall, in place of INIT and startup IPIs. On the boot processor, after start().
+/// processor_count(): processors of this machine, the boot processor included, numbered 0 to count - 1; 0: this instance
+/// cannot start any. start_processor(): `index` > 0, once, or again after stop_processor(); an Error if the hypervisor
+/// refuses. stop_processor(): it executes nothing any more. yield(): lets another processor of this guest run, if there
+/// are more of them than the host has; on any processor.
+template <class B>
+concept StartsProcessors = requires(B& b, u32 index, const ProcessorStart& state) {
+    { b.processor_count() } -> std::same_as<u32>;
+    { b.start_processor(index, state) } -> std::same_as<Result<void>>;
+    { b.stop_processor(index) } -> std::same_as<void>;
+    { b.yield() } -> std::same_as<void>;
 };
 
 /// Undoes join(). leave(): called on each processor that has joined, when the job is done and before the machine ends;

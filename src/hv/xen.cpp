@@ -7,6 +7,7 @@ import core.cpuid;
 import core.dma;
 import core.interrupt;
 import core.log;
+import core.processor;
 import io.executor;
 import io.task;
 import hv.backend;
@@ -195,6 +196,28 @@ io::Task<Result<void>> Xen::enumerate(DeviceList& into) {
         co_return Result<void>{};
     }
     co_return co_await xen::enumerate(store_, into, listing_);
+}
+
+// ---- processors ----
+
+u32 Xen::processor_count() {
+    u32 count = 0;
+    while (version_ != 0 && count < max_processors && hypercalls_.vcpu_is_up(count)) {
+        ++count;
+    }
+    return count;
+}
+
+Result<void> Xen::start_processor(u32 index, const ProcessorStart& state) {
+    VcpuContext context;
+    context.rip = state.rip;
+    context.rsp = state.rsp;
+    context.rdi = state.rdi;
+    context.cr0 = state.cr0;
+    context.cr3 = state.cr3;
+    context.cr4 = state.cr4;
+    context.efer = state.efer;
+    return hypercalls_.start_vcpu(index, context);
 }
 
 // ---- emulated devices ----

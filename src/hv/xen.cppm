@@ -5,6 +5,7 @@ export module hv.xen;
 import core.std;
 import core.result;
 import core.interrupt;
+import core.processor;
 import io.executor;
 import io.task;
 export import hv.backend;
@@ -50,6 +51,12 @@ class Xen {
     std::string_view clock_name() const { return clock_name_; }
     /// EmulatedDevices: Xen's unplug protocol [xen-unplug]. Error{not_supported}: not installed, or the host refuses.
     Result<void> unplug(EmulatedClasses classes);
+    /// StartsProcessors, by VCPUOP_initialise. 0 on KVM's emulation of Xen, which has no such call.
+    u32 processor_count();
+    Result<void> start_processor(u32 index, const ProcessorStart& state);
+    void stop_processor(u32 index) { static_cast<void>(hypercalls_.stop_vcpu(index)); }
+    /// Does not count as a hypercall of the guest: any processor may call it.
+    void yield() { xen::Hypercalls(gate_).call(xen::Hypercall::sched_op, to_underlying(xen::SchedOp::yield)); }
     /// nullptr before start(), and if XenStore is missing or unusable.
     Xen* bus() { return store_.started() ? this : nullptr; }
     io::Task<Result<void>> enumerate(DeviceList& into);
@@ -91,6 +98,6 @@ class Xen {
     xen::Store store_;
     std::array<char, xen::store_payload_max> listing_{};
 };
-static_assert(Backend<Xen> && EmulatedDevices<Xen> && BusRoot<Xen>);
+static_assert(Backend<Xen> && EmulatedDevices<Xen> && BusRoot<Xen> && StartsProcessors<Xen>);
 
 } // namespace fl::hv

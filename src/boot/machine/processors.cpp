@@ -60,7 +60,13 @@ void serve(void* backend, u32 processor) {
 void start_executors(Backend& backend, io::Executor& executor, u32 maximum, Nanoseconds bound) {
     all().list[0] = &executor;
     executor.set_kick(platform_kick);
-    const Processors found = start_processors(acpi_tables(), maximum, {&backend, join, serve}, bound);
+    const ProcessorStarter starter{&backend, backend.processor_count(),
+                                   [](void* self, u32 index, const ProcessorStart& state) {
+                                       return static_cast<Backend*>(self)->start_processor(index, state);
+                                   },
+                                   [](void* self, u32 index) { static_cast<Backend*>(self)->stop_processor(index); },
+                                   [](void* self) { static_cast<Backend*>(self)->yield(); }};
+    const Processors found = start_processors(acpi_tables(), maximum, {&backend, join, serve}, bound, starter);
     if (found.running == 1) {
         executor.set_kick(nullptr); // no other processor will kick it
     }

@@ -59,9 +59,30 @@ start_parameters:
     .skip 42
 start_code_end:
 
+// A processor that the hypervisor has started, on its own stack, with its number in RDI: takes the offer unless the boot
+// processor has withdrawn it.
+.cfi_sections .debug_frame
+.section .text.started_processor_entry, "ax", @progbits
+.global started_processor_entry
+.type started_processor_entry, @function
+started_processor_entry:
+    .cfi_startproc
+    .cfi_undefined rip                  // unwinding ends here
+    movl $1, %eax                       // Offer::offered
+    movl $2, %ecx                       // Offer::taken
+    lock cmpxchgl %ecx, start_offer(%rip)
+    jne 1f
+    xorl %ebp, %ebp                     // the last frame of every backtrace
+    call processor_main
+    ud2
+1:  cli
+    hlt
+    jmp 1b
+    .cfi_endproc
+.size started_processor_entry, . - started_processor_entry
+
 // In the image. A processor that arrives here compares its APIC id with the offer's and takes the offer unless the boot
 // processor has withdrawn it; any other processor halts.
-.cfi_sections .debug_frame
 .section .text.processor_entry, "ax", @progbits
 .global processor_entry
 .type processor_entry, @function

@@ -1,3 +1,5 @@
+module;
+#include "core/try.hpp"
 module core.machine.smp;
 import core.std;
 import core.acpi;
@@ -23,6 +25,7 @@ extern const std::byte start_gdt[];
 extern const std::byte start_protected[];
 extern const std::byte start_long[];
 extern const std::byte processor_entry[];
+extern const std::byte started_processor_entry[]; // for one that the hypervisor starts
 
 // Handed to the next processor by smp.S, which ignores it on a processor with another APIC id. `state` decides: it
 // changes from offered to either taken (by the processor) or withdrawn (by the boot processor), never both.
@@ -73,6 +76,7 @@ struct State {
 
 constinit std::array<State, max_processors> states{};
 constinit ProcessorWork work{};
+constinit ProcessorStarter starter{}; // count is 0 if IPIs start the processors
 constinit u32 running = 1;
 constinit u64 start_page = 0;
 
@@ -91,15 +95,21 @@ u64 ordered_tsc() {
     return cpu::read_tsc();
 }
 
-// Waits until `done()`, at most `bound` ns.
+// Waits until `done()`, at most `bound` ns. A processor of a virtual machine may share its host processor with the one
+// that it waits for: after a few microseconds it offers that up.
 template <class Done>
 bool wait(Nanoseconds bound, Done done) {
+    static constexpr u32 spins = 64;
     SpinBound limit(now(), bound);
-    while (!done()) {
+    for (u32 spun = 0; !done(); ++spun) {
         if (limit.passed(now())) {
             return false;
         }
-        spin_pause();
+        if (starter.yield != nullptr && spun >= spins) {
+            starter.yield(starter.context);
+        } else {
+            spin_pause();
+        }
     }
     return true;
 }
@@ -188,41 +198,72 @@ Result<u64> prepare_start_page() {
 
 std::atomic_ref<u32> offer_state() { return std::atomic_ref<u32>(start_offer.state); }
 
+// The ways to start and to stop a processor. `which`: its APIC id, or its index if the hypervisor starts it.
+Result<void> start(u32 which, u64 number) {
+    const auto taken = [] { return offer_state().load(std::memory_order_acquire) == to_underlying(Offer::taken); };
+    if (starter.count != 0) {
+        constexpr u32 efer = 0xc0000080;
+        CHECK(starter.start(starter.context, which,
+                            {.rip = reinterpret_cast<u64>(started_processor_entry),
+                             .rsp = start_offer.stack,
+                             .rdi = number,
+                             .cr0 = cpu::read_cr0(),
+                             .cr3 = page_table_root(),
+                             .cr4 = cpu::read_cr4(),
+                             .efer = cpu::read_msr(efer)}));
+        static_cast<void>(wait(startup_bound, taken));
+        return {};
+    }
+    const u8 page = static_cast<u8>(start_page >> 12);
+    // INIT has been sent to all processors; a second startup IPI only if the first one was lost [SDM-3 9.4.4.1].
+    for (u32 attempt = 0; attempt < 2 && !taken(); ++attempt) {
+        static_cast<void>(lapic::send(which, lapic::Delivery::startup, page));
+        static_cast<void>(wait(attempt == 0 ? 20'000'000 : startup_bound, taken));
+    }
+    return {};
+}
+void stop(u32 which) {
+    if (starter.count != 0) {
+        starter.stop(starter.context, which);
+    } else {
+        // INIT puts it back into the state that waits for a startup IPI, wherever it is now
+        static_cast<void>(lapic::send(which, lapic::Delivery::init, 0));
+    }
+}
+
 // Brings one processor up to serving. False: the number must not be reused, since the processor may still use it.
-bool start_one(u32 number, u32 apic_id, Nanoseconds join_bound, Processors& processors) {
+bool start_one(u32 number, u32 which, Nanoseconds join_bound, Processors& processors) {
+    const std::string_view kind = starter.count != 0 ? "index" : "APIC id";
     State& state = states[number];
     if (state.stack_guard == 0) { // otherwise left over from a processor that did not start
         const auto stack = map_stack(stack_size + emergency_stacks_size);
         if (!stack) {
-            log::warning("processor with APIC id {}: {}: left out", apic_id, stack.error());
+            log::warning("processor with {} {}: {}: left out", kind, which, stack.error());
             ++processors.left_out;
             return true;
         }
         state.stack_guard = *stack;
     }
     state.stage.store(Stage::none, std::memory_order_relaxed);
-    local_of(number).apic_id = apic_id;
+    local_of(number).apic_id = which; // or set by itself
     comparison.requested.store(0, std::memory_order_relaxed);
     comparison.answered.store(0, std::memory_order_relaxed);
-    start_offer.apic_id = apic_id;
+    start_offer.apic_id = which;
     start_offer.stack = state.stack_guard + 4096 + stack_size;
     start_offer.number = number;
     // Release: pairs with the locked exchange in smp.S, which reads the other fields after it.
     offer_state().store(to_underlying(Offer::offered), std::memory_order_release);
 
-    const auto taken = [] { return offer_state().load(std::memory_order_acquire) == to_underlying(Offer::taken); };
-    const u8 page = static_cast<u8>(start_page >> 12);
-    // INIT has been sent to all processors; a second startup IPI only if the first one was lost [SDM-3 9.4.4.1].
-    for (u32 attempt = 0; attempt < 2 && !taken(); ++attempt) {
-        static_cast<void>(lapic::send(apic_id, lapic::Delivery::startup, page));
-        static_cast<void>(wait(attempt == 0 ? 20'000'000 : startup_bound, taken));
-    }
+    const Result<void> started = start(which, number);
     u32 offered = to_underlying(Offer::offered);
     if (offer_state().compare_exchange_strong(offered, to_underlying(Offer::withdrawn), std::memory_order_acq_rel)) {
-        // INIT puts it back into the state that waits for a startup IPI, wherever it is now
-        static_cast<void>(lapic::send(apic_id, lapic::Delivery::init, 0));
-        log::warning("processor with APIC id {} did not start within {} ms: left out", apic_id,
-                     startup_bound / 1'000'000);
+        if (started) {
+            stop(which);
+            log::warning("processor with {} {} did not start within {} ms: left out", kind, which,
+                         startup_bound / 1'000'000);
+        } else {
+            log::warning("processor with {} {}: {}: left out", kind, which, started.error());
+        }
         ++processors.left_out;
         return true;
     }
@@ -233,18 +274,17 @@ bool start_one(u32 number, u32 apic_id, Nanoseconds join_bound, Processors& proc
     };
     if (!wait(join_bound, settled) &&
         state.stage.exchange(Stage::given_up, std::memory_order_acq_rel) != Stage::serving) {
-        log::warning(
-            "processor {} (APIC id {}) did not get ready within {} ms: left out, and no further one is started", number,
-            apic_id, join_bound / 1'000'000);
+        log::warning("processor {} ({} {}) did not get ready within {} ms: left out, and no further one is started",
+                     number, kind, which, join_bound / 1'000'000);
         ++processors.left_out;
         return false;
     }
     if (state.stage.load(std::memory_order_acquire) == Stage::failed) {
-        log::warning("processor {} (APIC id {}): {}: left out", number, apic_id, *state.error);
+        log::warning("processor {} ({} {}): {}: left out", number, kind, which, *state.error);
         ++processors.left_out;
         return true;
     }
-    log::info("processor {}: APIC id {}, running", number, apic_id);
+    log::info("processor {}: APIC id {}, running", number, local_of(number).apic_id);
     const i64 worst = static_cast<i64>(tsc_hz() / 1'000'000); // one microsecond
     if (!off) {
         log::warning("processor {} did not respond when the time stamp counters were compared", number);
@@ -266,10 +306,13 @@ extern "C" [[noreturn]] void processor_main(u64 number) {
     const u32 n = static_cast<u32>(number);
     State& state = states[n];
     join_traps(n, state.stack_guard, stack_size);
-    forget_start_page(start_page);
+    if (starter.count == 0) {
+        forget_start_page(start_page);
+    }
     answer_comparison();
     Result<void> done = join_interrupts();
     if (done) {
+        local_of(n).apic_id = lapic::id();
         done = join_timer();
     }
     if (done) {
@@ -290,17 +333,21 @@ extern "C" [[noreturn]] void processor_main(u64 number) {
     rest();
 }
 
-Processors start_processors(const acpi::Tables* tables, u32 maximum, const ProcessorWork& given,
-                            Nanoseconds join_bound) {
+Processors start_processors(const acpi::Tables* tables, u32 maximum, const ProcessorWork& given, Nanoseconds join_bound,
+                            const ProcessorStarter& by) {
     Processors processors;
-    if (tables == nullptr || !tables->madt) {
-        return processors;
+    const acpi::Madt* madt = tables != nullptr && tables->madt ? &*tables->madt : nullptr;
+    if (madt != nullptr) {
+        processors.listed = std::max(madt->processor_count + madt->processors_dropped, 1u);
+    } else if (by.count != 0) {
+        processors.listed = by.count;
     }
-    const acpi::Madt& madt = *tables->madt;
-    processors.listed = std::max(madt.processor_count + madt.processors_dropped, 1u);
     const u32 own = lapic::id();
     local_of(0).apic_id = own;
-    if (maximum <= 1 || madt.processor_count <= 1) {
+    const u32 known = by.count > 1      ? std::min(by.count, processors.listed)
+                      : madt != nullptr ? madt->processor_count
+                                        : 1;
+    if (maximum <= 1 || known <= 1) {
         return processors;
     }
     if (lapic::mode() == lapic::Mode::none) {
@@ -308,23 +355,34 @@ Processors start_processors(const acpi::Tables* tables, u32 maximum, const Proce
                      processors.listed);
         return processors;
     }
-    auto page = prepare_start_page();
-    if (!page) {
-        log::warning("further processors cannot be started: {}", page.error());
-        return processors;
+    if (by.count > 1) {
+        starter = by;
+    } else {
+        auto page = prepare_start_page();
+        if (!page) {
+            log::warning("further processors cannot be started: {}", page.error());
+            return processors;
+        }
+        start_page = *page;
     }
     if (auto kicks = start_kicks(); !kicks) {
         log::warning("further processors cannot be started: {}", kicks.error());
-        close_start_page(*page, true);
+        if (start_page != 0) {
+            close_start_page(start_page, true);
+        }
         return processors;
     }
-    start_page = *page;
     work = given;
     set_stop_others(send_nmi_to_others);
 
-    const u32 wanted = std::min(maximum, max_processors);
+    const u32 wanted = std::min({maximum, max_processors, known});
+    if (starter.count != 0) {
+        for (u32 index = 1; index < wanted && start_one(processors.running, index, join_bound, processors); ++index) {
+        }
+        return processors;
+    }
     u32 count = 1;
-    for (const u32 id : madt.all_processors()) {
+    for (const u32 id : madt->all_processors()) {
         if (id != own && count < wanted) {
             static_cast<void>(lapic::send(id, lapic::Delivery::init, 0));
             ++count;
@@ -332,7 +390,7 @@ Processors start_processors(const acpi::Tables* tables, u32 maximum, const Proce
     }
     static_cast<void>(wait(10'000'000, [] { return false; })); // [SDM-3 9.4.4.1]
     count = 1;
-    for (const u32 id : madt.all_processors()) {
+    for (const u32 id : madt->all_processors()) {
         if (id == own || count == wanted) {
             continue;
         }

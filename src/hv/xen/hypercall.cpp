@@ -55,6 +55,27 @@ Result<void> Hypercalls::set_upcall_vector(u32 vcpu, u8 vector) {
                    "Xen refuses a vector for events (errno)");
 }
 
+std::optional<bool> Hypercalls::vcpu_is_up(u32 vcpu) {
+    const i64 answer = call(Hypercall::vcpu_op, to_underlying(VcpuOp::is_up), u64{vcpu});
+    return answer < 0 ? std::nullopt : std::optional(answer != 0);
+}
+
+Result<void> Hypercalls::start_vcpu(u32 vcpu, const VcpuContext& context) {
+    if (auto set =
+            checked(call(Hypercall::vcpu_op, to_underlying(VcpuOp::initialise), vcpu, reinterpret_cast<u64>(&context)),
+                    "Xen refuses the registers of a virtual CPU (errno)");
+        !set) {
+        return set;
+    }
+    return checked(call(Hypercall::vcpu_op, to_underlying(VcpuOp::up), u64{vcpu}),
+                   "Xen does not start a virtual CPU (errno)");
+}
+
+Result<void> Hypercalls::stop_vcpu(u32 vcpu) {
+    return checked(call(Hypercall::vcpu_op, to_underlying(VcpuOp::down), u64{vcpu}),
+                   "Xen does not stop a virtual CPU (errno)");
+}
+
 i64 Hypercalls::console_write(std::string_view text) {
     return call(Hypercall::console_io, to_underlying(ConsoleOp::write), text.size(),
                 reinterpret_cast<u64>(text.data()));

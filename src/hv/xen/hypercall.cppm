@@ -47,6 +47,11 @@ class Hypercalls {
     Result<void> set_hvm_parameter(HvmParam index, u64 value);
     /// Sets the vector for event upcalls through the local APIC of virtual CPU `vcpu`.
     Result<void> set_upcall_vector(u32 vcpu, u8 vector);
+    /// Whether virtual CPU `vcpu` runs; nothing: this guest has none of that number, or Xen does not tell.
+    std::optional<bool> vcpu_is_up(u32 vcpu);
+    /// Sets the registers of a virtual CPU that has never run, or was taken down, and starts it.
+    Result<void> start_vcpu(u32 vcpu, const VcpuContext& context);
+    Result<void> stop_vcpu(u32 vcpu);
     /// Writes text to Xen's console; returns >= 0 or a negative error number.
     i64 console_write(std::string_view text);
     /// Maximum number of frames of this guest's grant table.

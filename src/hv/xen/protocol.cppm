@@ -90,6 +90,22 @@ static_assert(sizeof(UpcallVector) == 8 && offsetof(UpcallVector, vector) == 4);
 /// [xen-public hvm/params.h].
 constexpr u64 callback_by_vector(u8 vector) { return u64{2} << 56 | vector; }
 
+enum class VcpuOp : u32 { initialise = 0, up = 1, down = 2, is_up = 3 };
+/// struct vcpu_hvm_context with the registers of a 64-bit processor [xen-public hvm/hvm_vcpu.h].
+struct VcpuContext {
+    static constexpr u32 mode_64 = 1;
+
+    u32 mode = mode_64;
+    u32 padding = 0;
+    u64 rax = 0, rcx = 0, rdx = 0, rbx = 0, rsp = 0, rbp = 0, rsi = 0, rdi = 0;
+    u64 rip = 0, rflags = 0;
+    u64 cr0 = 0, cr3 = 0, cr4 = 0, efer = 0;
+    u64 rest[2] = {}; // the registers of a 32-bit processor take more room, and Xen reads as much
+};
+static_assert(sizeof(VcpuContext) == 136 && offsetof(VcpuContext, rsp) == 40 && offsetof(VcpuContext, rdi) == 64 &&
+              offsetof(VcpuContext, rip) == 72 && offsetof(VcpuContext, cr0) == 88 &&
+              offsetof(VcpuContext, efer) == 112);
+
 enum class SchedOp : u32 { yield = 0, block = 1, shutdown = 2, poll = 3 };
 struct SchedPoll {
     const u32* ports; // virtual address of port_count ports
