@@ -15,12 +15,14 @@ using io::Status;
 
 LogicalUnit::LogicalUnit(const UnitLimits& limits, const io::Geometry& geometry)
     : limits_(limits), block_shift_(static_cast<u32>(std::countr_zero(geometry.sector_size))),
+      write_flags_(limits.write_through ? cdb_fua : 0),
       fits_10_(limits.max_transfer >> block_shift_ <= 0xffff), // the count has 16 bits
       io_10_(limits.short_commands && fits_10_) {}
 
 // READ(10) and WRITE(10) [SBC-3]: the LBA in bytes 2 to 5, the count in 7 and 8.
 void LogicalUnit::build_io_10(std::span<u8, cdb_bytes> cdb, const io::QueuedCommand& command) const {
     cdb[0] = to_underlying(command.op == Op::write ? Opcode::write_10 : Opcode::read_10);
+    cdb[1] = command.op == Op::write ? write_flags_ : 0;
     put_be(cdb.subspan<2, 4>(), command.lba);
     put_be(cdb.subspan<7, 2>(), command.bytes >> block_shift_);
 }

@@ -20,6 +20,7 @@ struct UnitLimits {
     u32 max_unmap_blocks = 0;    // per UNMAP
     u32 max_zero_blocks = 0;     // per WRITE SAME
     bool short_commands = false; // READ(10) and WRITE(10) from the start; else after (16) was refused
+    bool write_through = false;  // WRITE with FUA
 };
 
 /// A transport's per-command state (part of its BlockTransport::Wire).
@@ -71,6 +72,7 @@ class LogicalUnit {
         }
         // READ(16) and WRITE(16) [SBC-3 §5.15, §5.38]: the LBA in bytes 2 to 9, the count in 10 to 13.
         cdb[0] = write ? 0x8a : 0x88;
+        cdb[1] = write ? write_flags_ : 0;
         const u64 lba_be = __builtin_bswap64(command.lba);
         const u32 blocks_be = __builtin_bswap32(command.bytes >> block_shift_);
         std::memcpy(cdb.data() + 2, &lba_be, 8);
@@ -105,6 +107,7 @@ class LogicalUnit {
 
     UnitLimits limits_;
     u32 block_shift_;
+    u8 write_flags_;               // byte 1 of WRITE
     bool fits_10_;                 // READ(10) and WRITE(10) can transfer as much as the limits allow
     bool io_10_;                   // and are used, for the LBAs that they reach
     bool flush_16_ = false;        // SYNCHRONIZE CACHE(16) is used

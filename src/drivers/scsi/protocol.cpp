@@ -109,6 +109,7 @@ Result<ModeAnswer> parse_mode_6(std::span<const u8> data) {
     }
     ModeAnswer answer;
     answer.write_protected = (data[2] & 0x80) != 0;
+    answer.force_unit_access = (data[2] & 0x10) != 0;
     const usize end = std::min<usize>(data.size(), usize{data[0]} + 1);
     for (usize at = usize{4} + data[3]; at + 2 <= end;) {
         const usize length = usize{data[at + 1]} + 2;

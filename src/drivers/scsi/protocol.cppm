@@ -49,6 +49,7 @@ std::string_view name(Opcode opcode);
 
 /// A command descriptor block; unused bytes are zero.
 inline constexpr u32 cdb_bytes = 16; // the longest one used here
+inline constexpr u8 cdb_fua = 0x08;  // byte 1 of WRITE: ends when the data is on the medium [SBC-3 §5.38]
 struct Cdb {
     std::array<u8, cdb_bytes> bytes{};
     u8 length = 0;
@@ -179,11 +180,12 @@ Result<void> parse_luns(std::span<const u8> data, F&& f) {
     return {};
 }
 
-/// WCE of the caching mode page in the answer to mode_sense_6(0x08), and WP of its header. write_cache is nullopt if
-/// the page is missing.
+/// WCE of the caching mode page in the answer to mode_sense_6(0x08), and WP and DPOFUA of its header [SBC-3 §6.4.1].
+/// write_cache is nullopt if the page is missing.
 inline constexpr u8 caching_page = 0x08;
 struct ModeAnswer {
     bool write_protected = false;
+    bool force_unit_access = false; // FUA of writes is supported
     std::optional<bool> write_cache;
 };
 /// Error{protocol}: too short.

@@ -191,6 +191,7 @@ io::Task<Result<UnitState>> read_state(Nexus& nexus, u16 lun) {
         CO_CHECK(co_await execute_retrying(nexus, lun, mode_sense_6(caching_page, mode_room), mode_room, response));
         if (auto mode = parse_mode_6(response.data); response.good() && mode) {
             state.write_protected = mode->write_protected;
+            state.force_unit_access = mode->force_unit_access;
             state.write_cache = mode->write_cache.value_or(true);
         }
         if (nexus.changes() == changes || i == max_readings) {
@@ -220,7 +221,9 @@ io::Task<Result<UnitDescription>> describe(Nexus& nexus, u16 lun, Inquiry inquir
             std::min<u32>(state.capacity.block_bytes << state.capacity.physical_shift, 65536);
         unit.geometry.read_only = state.write_protected;
         unit.geometry.flush = state.write_cache && transport.flush;
-        unit.unflushed_cache = state.write_cache && !transport.flush;
+        unit.limits.write_through = !transport.flush && state.force_unit_access;
+        unit.unflushed_cache = state.write_cache && !transport.flush && !state.force_unit_access;
+        transport.write_zeroes = transport.write_zeroes && !unit.limits.write_through; // WRITE SAME has no FUA
         unit.limits.max_transfer = transport.max_transfer;
         unit.limits.short_commands = state.capacity.short_form;
         CO_CHECK(co_await read_pages(nexus, lun, state.capacity.thin, transport, unit));

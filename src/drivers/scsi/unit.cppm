@@ -67,6 +67,7 @@ struct UnitState {
     // Defaults if the unit does not report them: a volatile cache, and writable.
     bool write_cache = true;
     bool write_protected = false;
+    bool force_unit_access = false;
 };
 /// READ CAPACITY(16), or (10) if that is refused, and the caching mode page. Repeated, at most three readings, if a
 /// unit attention reports a possible change of capacity meanwhile. Error{not_supported}: an unsupported block size or
@@ -76,7 +77,7 @@ io::Task<Result<UnitState>> read_state(Nexus& nexus, u16 lun);
 /// Limits of the transport.
 struct TransportLimits {
     u32 max_transfer = 0;      // bytes per command, a multiple of 4096
-    bool flush = true;         // false: volatile caches are ignored
+    bool flush = true;         // false: no flushes; writes have FUA, if the unit supports that
     bool discard = true;       // false: UNMAP is not used
     bool write_zeroes = false; // true: WRITE SAME is used; the transport has a block of zeros
 };
@@ -88,7 +89,8 @@ struct UnitDescription {
     io::Geometry geometry;
     UnitLimits limits;
     std::optional<u32> identification; // see read_identification()
-    bool unflushed_cache = false;      // it has a volatile write cache, and TransportLimits::flush is not set
+    // it has a volatile write cache, which is not flushed, and no write reaches the medium before it ends
+    bool unflushed_cache = false;
 };
 /// TEST UNIT READY, read_state(), identification, block limits and logical block provisioning. A unit that is not ready
 /// is described anyway, unless its drive is empty. Pages that a unit does not list are not read. Repeated if a unit

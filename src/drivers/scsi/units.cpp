@@ -162,8 +162,8 @@ Result<void> Units::attach(UnitNumber at, const UnitDescription& found) {
     identity.kind = io::Kind::synthetic;
     identity.name = sink_.free_name("sd");
     identity.model = found.model;
-    print(identity.features, "{}{}{}", found.geometry.flush ? "flush " : "", found.geometry.discard ? "discard " : "",
-          found.geometry.write_zeroes ? "write-zeroes " : "");
+    print(identity.features, "{}{}{}{}", found.geometry.flush ? "flush " : "", found.geometry.discard ? "discard " : "",
+          found.geometry.write_zeroes ? "write-zeroes " : "", found.limits.write_through ? "write-through " : "");
     Unit* const unit = host_.make(at, found, identity);
     if (unit == nullptr || !units_.push(unit)) {
         delete unit;
@@ -177,7 +177,8 @@ Result<void> Units::attach(UnitNumber at, const UnitDescription& found) {
         return announced;
     }
     if (found.unflushed_cache) {
-        log::warning("{}: it has a volatile write cache, which is not flushed (features=-flush)",
+        log::warning("{}: it has a volatile write cache, which is not flushed (features=-flush), and no FUA for writes "
+                     "(DPOFUA): acknowledged data is lost with the host's power",
                      unit->disk().identity().name.view());
     }
     unit->link(host_.executor()); // no other coroutine has run since: this precedes any request to it

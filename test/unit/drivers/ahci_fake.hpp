@@ -31,6 +31,7 @@ class Interrupts final : public InterruptController {
     std::vector<Attached> messages;
 
     bool full = false; // nothing can be attached
+    std::function<void()> on_attach;
 
     Result<void> attach_line(InterruptLine line, InterruptHandler handler, void* context, u32) override {
         if (full) {
@@ -49,6 +50,9 @@ class Interrupts final : public InterruptController {
             return Error{Code::exhausted, "no vector is free"};
         }
         messages.push_back({0x40, handler, context});
+        if (on_attach) {
+            on_attach();
+        }
         return InterruptVector{0x40, 0, processor};
     }
     Result<InterruptMessage> message_for(InterruptVector v) const override {

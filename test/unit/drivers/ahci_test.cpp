@@ -785,9 +785,8 @@ TEST(Ahci, AReplacedDiskGetsNoCommandOfTheOldOne) {
 TEST(Ahci, AnotherDiskThatComesBetweenIdentifyAndTheFirstRequestIsSeen) {
     Machine m;
     Port& port = m.add(0);
-    m.sink.on_announce = [&] { m.replace(0, 5); };
+    m.interrupts.on_attach = [&] { m.replace(0, 5); }; // after IDENTIFY DEVICE, before the disk is announced
     ASSERT_TRUE(m.attach());
-    m.sink.on_announce = {};
     const DmaBuffer buffer = *m.memory.buffer(4096);
     EXPECT_FALSE(m.write(m.disk(), 0, buffer.span()));
     EXPECT_TRUE(port.drive->written.empty());

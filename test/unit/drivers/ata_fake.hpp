@@ -117,7 +117,6 @@ struct Sink final : drivers::DiskSink {
         EXPECT_TRUE(left.emplace(std::string(unit.address), unit.why).second) << unit.address << " twice";
         reasons += std::string(unit.reason) + "\n";
     }
-    std::function<void()> on_announce;
     FixedText<16> free_name(std::string_view prefix) override {
         return drivers::disk_name(prefix, static_cast<u32>(disks.size()));
     }
@@ -126,9 +125,6 @@ struct Sink final : drivers::DiskSink {
             return Error{Code::busy, "another driver has it"};
         }
         disks[n] = &disk;
-        if (on_announce) {
-            on_announce();
-        }
         return {};
     }
 };

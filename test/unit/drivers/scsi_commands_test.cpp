@@ -67,6 +67,17 @@ TEST(ScsiCommands, GoldenBytes) {
               bytes("\x88\0\x01\x02\x03\x04\x05\x06\x07\x08\0\0\x09\x1a\0\0"));
     EXPECT_FALSE(form.short_cdb);
     EXPECT_EQ(build(unit, command(Op::write, 5, 512)), bytes("\x8a\0\0\0\0\0\0\0\0\x05\0\0\0\x01\0\0"));
+    UnitLimits through = limits; // FUA: bit 3 of byte 1, of writes only
+    through.write_through = true;
+    EXPECT_EQ(build(LogicalUnit(through, blocks(4096)), command(Op::write, 5, 512)),
+              bytes("\x8a\x08\0\0\0\0\0\0\0\x05\0\0\0\x01\0\0"));
+    EXPECT_EQ(build(LogicalUnit(through, blocks(4096)), command(Op::read, 5, 512)),
+              bytes("\x88\0\0\0\0\0\0\0\0\x05\0\0\0\x01\0\0"));
+    through.short_commands = true;
+    EXPECT_EQ(build(LogicalUnit(through, blocks(4096)), command(Op::write, 5, 512)),
+              bytes("\x2a\x08\0\0\0\x05\0\0\x01\0"));
+    EXPECT_EQ(build(LogicalUnit(through, blocks(4096)), command(Op::read, 5, 512)),
+              bytes("\x28\0\0\0\0\x05\0\0\x01\0"));
     EXPECT_EQ(build(unit, command(Op::flush), form), bytes("\x35\0\0\0\0\0\0\0\0\0"));
     EXPECT_TRUE(form.short_cdb);
     EXPECT_EQ(build(unit, command(Op::discard), form), bytes("\x42\0\0\0\0\0\0\0\x18\0"));

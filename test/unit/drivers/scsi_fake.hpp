@@ -34,6 +34,7 @@ struct Unit {
     bool empty = false;
     bool capacity_16 = true;
     bool write_protected = false;
+    bool dpofua = false;
     std::optional<bool> write_cache = true; // nothing: no caching page
     bool mode_sense = true;
     std::vector<u8> pages{0x00, 0xb0, 0xb2}; // empty: INQUIRY rejects vital product data
@@ -84,7 +85,7 @@ struct Unit {
     }
     std::vector<u8> mode(u8 which) const {
         std::vector<u8> data(4);
-        data[2] = write_protected ? 0x80 : 0;
+        data[2] = static_cast<u8>((write_protected ? 0x80 : 0) | (dpofua ? 0x10 : 0));
         if (which == 8 && write_cache) {
             data.resize(24);
             data[4] = 8;

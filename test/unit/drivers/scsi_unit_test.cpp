@@ -131,6 +131,19 @@ TEST_F(ScsiUnit, ReadOnlyIsNeverDiscarded) {
     EXPECT_FALSE(found->geometry.discard);
 }
 
+TEST_F(ScsiUnit, WithoutFlushesWritesHaveForceUnitAccess) {
+    const scsi::TransportLimits no_flush{.max_transfer = 4096, .flush = false, .write_zeroes = true};
+    unit.write_same = true;
+    EXPECT_TRUE(describe(no_flush)->unflushed_cache);
+    EXPECT_FALSE(describe(no_flush)->limits.write_through) << "the unit does not support it";
+    EXPECT_TRUE(describe(no_flush)->geometry.write_zeroes);
+    unit.dpofua = true;
+    EXPECT_FALSE(describe(no_flush)->unflushed_cache);
+    EXPECT_TRUE(describe(no_flush)->limits.write_through);
+    EXPECT_FALSE(describe(no_flush)->geometry.write_zeroes) << "WRITE SAME has no FUA";
+    EXPECT_FALSE(describe()->limits.write_through) << "flushes are used";
+}
+
 TEST_F(ScsiUnit, Caches) {
     unit.write_cache = false;
     EXPECT_FALSE(describe()->geometry.flush);
