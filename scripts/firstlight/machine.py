@@ -228,7 +228,7 @@ CARDS = {"xen": "xen-net-device"}
 @dataclasses.dataclass(frozen=True)
 class NetSpec:
     """`BUS[,OPTION…]`: a network card on QEMU's user-mode network, 10.0.2.0/24 with a DHCP server. The options are those of
-    QEMU's `-netdev user`, for example hostfwd=udp::5000-:7.
+    QEMU's `-netdev user`, for example hostfwd=udp::5000-:7. Under the real Xen card N leads to dom0, which has the address 10.0.N.1.
     """
 
     bus: str
@@ -241,8 +241,12 @@ class NetSpec:
             raise Problem(f"Network card {text!r}: BUS[,OPTION=VALUE…] was expected; the buses are {', '.join(CARDS)}, the options those of QEMU's -netdev user.", Exit.USAGE)
         return NetSpec(bus, tuple(options))
 
+    @staticmethod
+    def mac(number: int) -> str:
+        return f"00:16:3e:01:02:{number + 3:02x}"
+
     def words(self, number: int) -> list[str]:
-        return ["-netdev", ",".join(["user", f"id=net{number}", *self.options]), "-device", f"{CARDS[self.bus]},id=card{number},netdev=net{number},mac=00:16:3e:01:02:{number + 3:02x}"]
+        return ["-netdev", ",".join(["user", f"id=net{number}", *self.options]), "-device", f"{CARDS[self.bus]},id=card{number},netdev=net{number},mac={self.mac(number)}"]
 
 
 @dataclasses.dataclass
@@ -295,10 +299,12 @@ class Machine:
         chosen = self.disks if self.disks is not None else (kind.disks if not self.machine.startswith("microvm") else ())
         self.specs = [DiskSpec.parse(disk) if isinstance(disk, str) else disk for disk in chosen]
         self.cards = [NetSpec.parse(net) for net in self.nets]
-        if self.cards and (self.vmm or self.plain or kind.test_host or kind.domain):
-            raise Problem(f"Network cards are of QEMU's platforms, not of {'a VMM of your own' if self.vmm else self.platform}.", Exit.USAGE)
-        if not kind.xen and any(card.bus == "xen" for card in self.cards):
-            raise Problem(f"A network card on Xen's bus needs the platform xen-emu, not {self.platform}.", Exit.USAGE)
+        if self.cards and (self.vmm or self.plain or kind.test_host):
+            raise Problem(f"Network cards are of QEMU's and Xen's platforms, not of {'a VMM of your own' if self.vmm else 'a plain QEMU' if self.plain else self.platform}.", Exit.USAGE)
+        if not kind.xen and not kind.domain and any(card.bus == "xen" for card in self.cards):
+            raise Problem(f"A network card on Xen's bus needs the platform xen-emu, xen-pvh or xen-hvm, not {self.platform}.", Exit.USAGE)
+        if kind.domain and any(card.options for card in self.cards):
+            raise Problem(f"Options of a network card are those of QEMU's user-mode network, which {self.platform} has not.", Exit.USAGE)
         self.check_loader()
         if self.plain and (self.boot != "pvh" or self.platform != "qemu-pvh" or self.machine == "q35" or self.counted or any(disk.bus != "virtio" for disk in self.specs)):
             raise Problem("QEMU's defaults are for the platform qemu-pvh with the machine pc or microvm and virtio disks, in wall-clock time.", Exit.USAGE)

@@ -42,6 +42,8 @@ BLKBACK = (
     "feature_persistent", "max_queues", "max_ring_page_order", "max_buffer_pages", "max_persistent_grants", "persistent_grant_unused_seconds",
 )  # fmt: skip
 
+NETWORK_QUEUES = 2  # that netback offers, on dom0's one processor too
+
 # The reasons of SCHEDOP_shutdown [xen-sched].
 REASONS = {0: "power off", 1: "reboot", 2: "suspend", 3: "crash", 4: "watchdog", 5: "soft reset"}
 # How the kernel ends a domain for each verdict: docs/INTERFACES.md, "How the machine ends".
@@ -69,6 +71,7 @@ class Domain(Job):
     attached: list[Attached] = dataclasses.field(default_factory=list)
     blkback: Sequence[str] = ()
     device_model: bool = False  # some disk is served by dom0's QEMU
+    network: bool = False  # has network cards, served by netback
 
     def all_files(self) -> dict[str, Path]:
         return self.files | {f"disk-{disk.name}": Path(disk.content) for disk in self.disks if os.path.isabs(disk.content)}
@@ -140,6 +143,7 @@ def domain(machine: Machine, work: Path) -> Domain:
         f"memory = {memory}",
         f"vcpus = {machine.cpus}",
         "disk = [\n" + "".join(lines) + "]",
+        *([f"vif = [{', '.join(quoted(f'type=vif,mac={card.mac(number)},script=/etc/xen/scripts/vif') for number, card in enumerate(machine.cards))}]"] if machine.cards else []),
         *(f'on_{event} = "preserve"' for event in ("poweroff", "reboot", "crash", "watchdog")),
         *(hvm_lines("esp" in files) if hvm else []),
         *machine.xl,
@@ -147,7 +151,7 @@ def domain(machine: Machine, work: Path) -> Domain:
     return Domain(
         machine.name, [], files, list(disks.values()), machine.timeout, pauses=machine.pauses, actions=machine.actions,
         config="\n".join(config) + "\n", memory=memory, backing=backing, attached=attached,
-        blkback=machine.blkback, device_model=hvm or any(spec.backend == "qdisk" for spec in machine.specs),
+        blkback=machine.blkback, device_model=hvm or any(spec.backend == "qdisk" for spec in machine.specs), network=bool(machine.cards),
     )  # fmt: skip
 
 
@@ -167,6 +171,8 @@ def hvm_lines(uefi: bool) -> list[str]:
 def job_script(job: Domain, index: int, offsets: dict[str, int]) -> str:
     """Sourced by dom0: three functions, so that dom0's script is the same for all guests."""
     lines = ["prepare() {", "    load backend " + shlex.join(job.blkback)]
+    if job.network:
+        lines.append(f"    load network max_queues={NETWORK_QUEUES}")
     for disk in job.disks:
         if os.path.isabs(disk.content):
             lines.append(f"    cp /jobs/{index:03}/files/disk-{disk.name} /tmp/{disk.name} && truncate -s {disk.size} /tmp/{disk.name}")
@@ -182,7 +188,7 @@ def job_script(job: Domain, index: int, offsets: dict[str, int]) -> str:
     for name, offset in offsets.items():
         source = next((one.device for one in job.attached if one.image == name), "")
         lines.append(f"    bring_out {source} {offset // MEBIBYTE}")
-    lines += ["    /sbin/losetup --detach-all", "    rmmod xen_blkback", *(["    rmmod brd"] if job.backing == "ram" and job.attached else [])]
+    lines += ["    /sbin/losetup --detach-all", "    rmmod xen_blkback", *(["    rmmod xen_netback"] if job.network else []), *(["    rmmod brd"] if job.backing == "ram" and job.attached else [])]
     return "\n".join([*lines, "}", ""])
 
 

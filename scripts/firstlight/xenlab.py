@@ -30,12 +30,13 @@ from . import apt, distribution, lab, paths, process
 from .problems import Exit, Problem
 
 ROOM = 500 << 20  # bytes that assembling takes at most, in addition to what the other lab has fetched
-LAYOUT = "3"  # incremented when the contents of the folder change for the same packages
+LAYOUT = "4"  # incremented when the contents of the folder change for the same packages
 
 DOM0_MODULES = (
     "xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs", "loop", "virtio_pci", "virtio_blk",
 )  # fmt: skip
 BACKEND = "xen-blkback"  # loaded for each guest, with the parameters given by the guest's machine
+NETWORK_BACKEND = "xen-netback"  # loaded for guests with network cards
 XEN_PROGRAMS = ("xl", "xenstored", "xenconsoled", "xen-init-dom0", "libxl-save-helper")
 XENSTORE_NAMES = ("read", "write", "ls", "exists")
 DEVICE_MODEL = "usr/libexec/xen-qemu-system-i386"
@@ -51,7 +52,7 @@ class XenLab:
     root: Path
     version: str  # Xen's, as in the package names
     versions: dict[str, str]
-    modules: dict[str, list[str]]  # "dom0", "backend": file names in loading order
+    modules: dict[str, list[str]]  # "dom0", "backend", "network", "ram": file names in loading order
 
     @property
     def qemu(self) -> Path:
@@ -277,12 +278,14 @@ def build_dom0(unpacked: Path, base: Path, version: str, release: str) -> dict[s
     lab.copy_libraries(unpacked, copied, base / "lib")
     copy_library(unpacked, "libgcc_s.so.1", base / "lib")  # loaded when a thread of libxl is cancelled, without which xl aborts
     (base / "etc/xen/xl.conf").write_text('autoballoon="off"\n')
-    script = base / "etc/xen/scripts/block"
-    shutil.copyfile(paths.PACKAGE / "dom0-block.sh", script)
-    script.chmod(0o755)
+    for kind in ("block", "vif"):
+        script = base / "etc/xen/scripts" / kind
+        shutil.copyfile(paths.PACKAGE / f"dom0-{kind}.sh", script)
+        script.chmod(0o755)
     return {
         "dom0": lab.copy_modules(unpacked, release, DOM0_MODULES, base / "modules"),
         "backend": lab.copy_modules(unpacked, release, (BACKEND,), base / "modules"),
+        "network": lab.copy_modules(unpacked, release, (NETWORK_BACKEND,), base / "modules"),
         "ram": lab.copy_modules(unpacked, release, ("brd",), base / "modules"),
     }
 
