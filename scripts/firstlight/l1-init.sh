@@ -11,6 +11,7 @@ mount -t debugfs debugfs /sys/kernel/debug
 mount -t tmpfs -o size=75% tmpfs /tmp
 stty -F /dev/console -opost -echo 2>/dev/null
 echo 0 > /proc/sys/kernel/printk
+ip link set lo up # QEMU's user-mode network sends to it what a guest sends to its host
 
 tag=$(cat /jobs/tag)
 say() { printf '\n@@lab %s %s\n' "$tag" "$*"; }

@@ -67,8 +67,7 @@ Interface::~Interface() {
     device_.set_receiver(nullptr);
     for (u32 i = 1; i < max_processors; ++i) {
         if (forwarders_[i]) {
-            forwarders_[i]->detach();
-            static_cast<void>(forwarders_[i].release());
+            LaneForwarder::give_up(std::move(forwarders_[i]));
         } else if (opened_ && i < device_.lanes() && &device_.lane(i).executor() == &executor()) {
             device_.lane(i).set_receiver(nullptr);
         }
@@ -240,12 +239,10 @@ Drop Interface::take_arp(std::span<const std::byte> bytes) {
     const bool learned =
         !packet->sender.none() && arp_.learn(packet->sender, packet->sender_mac, executor().turn_time());
     if (learned) {
-        for (PacketSend* send = waiting_; send != nullptr;) {
-            PacketSend* const next = send->next_;
-            if (send->next_hop_ == packet->sender) {
+        for (PacketSend* send = waiting_; send != nullptr; send = send->next_) {
+            if (send->waits_ && send->next_hop_ == packet->sender) {
                 send->resolved(packet->sender_mac);
             }
-            send = next;
         }
     }
     if (request && config_ && packet->target == address()) {
@@ -448,29 +445,27 @@ Result<Ipv4Address> Interface::next_hop(Ipv4Address to) const {
 }
 
 void Interface::unlink(PacketSend& send) {
-    for (PacketSend** at = &waiting_; *at != nullptr; at = &(*at)->next_) {
-        if (*at == &send) {
-            *at = send.next_;
-            return;
-        }
+    if (!std::exchange(send.listed_, false)) {
+        return;
     }
+    PacketSend** at = &waiting_;
+    while (*at != &send) {
+        at = &(*at)->next_;
+    }
+    *at = send.next_;
 }
 
 void Interface::end_waiting(const Ipv4Address* next_hop, const Error& error) {
-    for (PacketSend* send = waiting_; send != nullptr;) {
-        PacketSend* const next = send->next_;
-        if (next_hop == nullptr || send->next_hop_ == *next_hop) {
+    for (PacketSend* send = waiting_; send != nullptr; send = send->next_) {
+        if (next_hop == nullptr || (send->waits_ && send->next_hop_ == *next_hop)) {
             send->failed(error);
         }
-        send = next;
     }
 }
 
 PacketSend::~PacketSend() {
     interface_.executor().cancel(*this);
-    if (waits_) {
-        interface_.unlink(*this);
-    }
+    interface_.unlink(*this);
 }
 
 bool PacketSend::await_ready() {
@@ -533,6 +528,8 @@ bool PacketSend::transmit(const MacAddress& mac, Nanoseconds bound) {
 
 void PacketSend::await_suspend(std::coroutine_handle<> h) {
     waiter = h;
+    listed_ = true;
+    next_ = std::exchange(interface_.waiting_, this);
     if (device_send_) {
         device_send_->await_suspend(h);
         return;
@@ -540,7 +537,6 @@ void PacketSend::await_suspend(std::coroutine_handle<> h) {
     Bound(interface_.executor(), length_).apply_to(*this);
     interface_.executor().start(*this);
     waits_ = true;
-    next_ = std::exchange(interface_.waiting_, this);
 }
 
 // The neighbour has answered: what is left of the bound is for the device.
@@ -549,7 +545,6 @@ void PacketSend::resolved(const MacAddress& mac) {
     const Instant now = executor.now();
     const Instant end = executor.end_of_bound(begun, length_);
     executor.cancel(*this);
-    interface_.unlink(*this);
     waits_ = false;
     if (transmit(mac, end - std::min(now, end))) {
         executor.make_ready(*this);
@@ -560,13 +555,14 @@ void PacketSend::resolved(const MacAddress& mac) {
 
 void PacketSend::failed(const Error& error) {
     interface_.executor().cancel(*this);
-    interface_.unlink(*this);
+    device_send_.reset(); // withdraws it
     waits_ = false;
     error_ = error;
     interface_.executor().make_ready(*this);
 }
 
 Result<void> PacketSend::await_resume() {
+    interface_.unlink(*this);
     if (waits_) { // resumed by the timer
         error_ = {Code::timed_out, "no station has answered for the address (ARP) within the bound"};
     }

@@ -61,7 +61,8 @@ class [[nodiscard]] PacketSend : Executor::Timer {
     std::array<std::byte, ethernet_header + sizeof(Ipv4Header) + sizeof(UdpHeader)> head_{};
     std::optional<Error> error_;
     Ipv4Address next_hop_;
-    bool waits_ = false; // for next_hop_, in the interface's list
+    bool waits_ = false;  // for next_hop_ to answer
+    bool listed_ = false; // in the interface's list, from suspension to resumption
     PacketSend* next_ = nullptr;
     std::optional<NetDevice::Send> device_send_;
 };
@@ -109,7 +110,7 @@ class Interface final : public FrameReceiver, public Service {
     Task<Result<void>> probe(Ipv4Address address);
     /// Uses this address from now on, and announces it.
     void configure(const Config& config);
-    /// Uses no address any more. What waits for a neighbour ends with an error.
+    /// Uses no address any more. Packets that were not sent yet end with an error.
     void deconfigure();
     const std::optional<Config>& config() const { return config_; }
     Ipv4Address address() const { return config_ ? config_->subnet.address : Ipv4Address{}; }
@@ -163,6 +164,7 @@ class Interface final : public FrameReceiver, public Service {
     Result<Ipv4Address> next_hop(Ipv4Address to) const;
     bool is_broadcast(Ipv4Address address) const;
     void unlink(PacketSend& send);
+    /// nullptr: all packets, otherwise those that wait for this neighbour.
     void end_waiting(const Ipv4Address* next_hop, const Error& error);
     UdpSocket* find_socket(u16 port) const;
 
@@ -172,7 +174,7 @@ class Interface final : public FrameReceiver, public Service {
     ArpTable arp_;
     Counters counters_;
     DropCounters drops_;
-    PacketSend* waiting_ = nullptr; // for neighbours, newest first
+    PacketSend* waiting_ = nullptr; // for neighbours or for room, newest first
     UdpSocket* sockets_ = nullptr;
     Ping* pings_ = nullptr;
     u16 ping_identifier_;

@@ -35,9 +35,15 @@ class LaneForwarder final : public FrameReceiver {
             static_cast<void>(executor_.post(step_)); // false: nobody receives any more
         }
     }
-    /// On the interface's processor: frames that are still to come are dropped. The forwarder must live on as long as
-    /// the lane may give it frames.
-    void detach() { home_ = nullptr; }
+    /// On the interface's processor: frames that are still to come are dropped. The forwarder lives on for ever,
+    /// because the lane's processor may be writing to it.
+    static void give_up(std::unique_ptr<LaneForwarder> forwarder) {
+        forwarder->home_ = nullptr;
+        LaneForwarder* const given_up = forwarder.release();
+        given_up->next_given_up_ = given_up_.load(std::memory_order_relaxed); // read only by leak checkers
+        while (!given_up_.compare_exchange_weak(given_up->next_given_up_, given_up, std::memory_order_relaxed)) {
+        }
+    }
     /// On the interface's processor, when the lane has another receiver: nothing of this is under way any more.
     void withdraw() { static_cast<void>(executor_.withdraw(step_)); }
     u64 dropped() const { return dropped_.load(std::memory_order_relaxed); }
@@ -70,6 +76,8 @@ class LaneForwarder final : public FrameReceiver {
         }
     }
 
+    static constinit inline std::atomic<LaneForwarder*> given_up_{nullptr};
+    LaneForwarder* next_given_up_ = nullptr;
     FrameReceiver* home_; // read and written on the interface's processor
     Executor& executor_;
     NetDevice& lane_;

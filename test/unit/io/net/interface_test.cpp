@@ -277,6 +277,36 @@ TEST_F(NetInterface, RoomInTheRingIsWaitedForWithinTheBound) {
     ASSERT_TRUE(send(left, to_right, Bytes(1), 200_ms));
 }
 
+TEST_F(NetInterface, NothingIsSentFromAnAddressThatIsGone) {
+    struct Waits {
+        static Task<Result<void>> note(Task<Result<void>> task, std::vector<Code>& codes) {
+            const auto result = co_await std::move(task);
+            codes.push_back(result ? Code::busy : result.error().code);
+            co_return Result<void>{};
+        }
+    };
+    ASSERT_TRUE(send(left, to_right, Bytes(1)));
+    pass(20_ms);
+    wire.sent.clear();
+    wire.behaviour.holds = true;
+    left.card.slots = 2;
+    std::vector<Code> codes;
+    const Bytes data(1);
+    TaskGroup group(executor);
+    ASSERT_TRUE(group.spawn(Waits::note(sending(left.socket, {ip(10, 0, 0, 77), 1}, data, 100_s), codes)));
+    ASSERT_TRUE(group.spawn(Waits::note(sending(left.socket, to_right, data, 100_s), codes)));
+    ASSERT_TRUE(group.spawn(Waits::note(sending(left.socket, to_right, data, 100_s), codes)));
+    executor.turn();
+    executor.turn();
+    EXPECT_EQ(codes, (std::vector<Code>{Code::busy})) << "one waits for a neighbour, one for room";
+    left.interface.deconfigure();
+    wire.behaviour.holds = false;
+    executor.poll(wire);
+    pass(100_ms);
+    EXPECT_EQ(codes, (std::vector<Code>{Code::busy, Code::not_found, Code::not_found}));
+    EXPECT_EQ(wire.sent.size(), 2u) << "the request for the neighbour, and the first datagram";
+}
+
 // The neighbour answers when the ring is full.
 TEST_F(NetInterface, RoomInTheRingAfterAnAnswer) {
     left.card.slots = 1; // the request for the neighbour takes it; freed before the answer arrives
@@ -786,6 +816,18 @@ TEST_F(NetLanes, FramesOfOtherLanesAreBroughtHome) {
     ASSERT_TRUE(home.run(burst_there(there.executor, card.second, frame, 10)));
     EXPECT_TRUE(home.run(NetInterface::receiving(socket, buffer, 5_s)));
     ASSERT_TRUE(home.run(interface.close()));
+}
+
+TEST_F(NetLanes, AnInterfaceThatIsDestroyedWhileFramesArrive) {
+    for (int i = 0; i < 20; ++i) {
+        auto interface = std::make_unique<Interface>(card);
+        ASSERT_TRUE(home.run(interface->open()));
+        interface->configure({{left_ip, 24}, {}});
+        ASSERT_TRUE(home.run(burst_there(there.executor, card.second, frame, 5)));
+        interface.reset();
+        ASSERT_TRUE(home.run(burst_there(there.executor, card.second, frame, 5)));
+        ASSERT_TRUE(home.run(NetInterface::sleeping(home, 1_ms)));
+    }
 }
 
 } // namespace
