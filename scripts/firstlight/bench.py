@@ -26,7 +26,7 @@ def arguments() -> Parser:
     parser = Parser(
         prog="scripts/bench",
         description="Measure the Xen ring against IDE in one virtual machine, and the VMBus's SCSI disk on the test host against IDE in QEMU. On request: --only qemu, all disks of QEMU's in one machine; "
-        "--only all, the same with the Xen ring; --only microvm, virtio-mmio against virtio-pci; --only xen-pvh, a disk of the real Xen's. By default every instruction of guest, "
+        "--only all, the same with the Xen ring; --only microvm, virtio-mmio against virtio-pci; --only xen-pvh, a disk of the real Xen's; --only xen-hvm, there the disk on the ring against IDE on the same image. By default every instruction of guest, "
         "hypervisor and VMM counts as one nanosecond, so that the figures do not depend on this machine.",
         epilog=paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
@@ -334,7 +334,9 @@ def images(side: Side, options) -> list[DiskSpec]:
     backing = "ram" if kind_of(side).domain else ""
     given = {"aio": options.aio or "", "cache": options.cache or ""} if of_qemu(side) else {}
     return [
-        DiskSpec(bus, DISK_BYTES, content=DISK_CONTENT, backing=backing, iothread=bool(given and host_side(options, bus)["iothread"]), **given) for bus in side.buses
+        DiskSpec(bus, DISK_BYTES, content=DISK_CONTENT, backing=backing, iothread=bool(given and host_side(options, bus)["iothread"]), **given)
+        for bus in side.buses
+        if bus == "xen" or not side.twins
     ]
 
 

@@ -169,6 +169,7 @@ class Side:
     machine: str = "pc"
     arguments: tuple[str, ...] = ()  # further arguments of QEMU
     names: tuple[str, ...] = ()
+    twins: bool = False  # its IDE disks are those on the ring once more, on the same images
     vmm: Vmm | None = None  # named by the user; `platform` is then its key
 
     @property
@@ -195,6 +196,7 @@ COMPARISONS: dict[str, tuple[Side, ...]] = {
     "xen-emu": (Side("xen-emu", "QEMU", ("xen", "ide")),),
     "hyperv": (Side("hyperv", "test host", ("scsi",)), Side("kvm", "QEMU", ("ide",))),
     "xen-pvh": (Side("xen-pvh", "Xen with Linux's blkback", ("xen",)),),
+    "xen-hvm": (Side("xen-hvm", "Xen with Linux's blkback, and QEMU in dom0, one image", ("xen", "ide"), twins=True),),
     "qemu": (Side("kvm", "QEMU", QEMU_BUSES),),
     "all": (Side("xen-emu", "QEMU", ("xen", *QEMU_BUSES)),),
     # QEMU's microvm can have PCI too, but its firmware assigns no addresses there.
@@ -203,8 +205,8 @@ COMPARISONS: dict[str, tuple[Side, ...]] = {
         Side("kvm", "QEMU's pc, virtio-pci", ("virtio",), names=("pci",)),
     ),
 }
-# Measured only if --only names them: xen-pvh has no disk to be compared with, the others repeat and take longer than the default ones together.
-ON_REQUEST = ("xen-pvh", "qemu", "all", "microvm")
+# Measured only if --only names them: xen-pvh has no disk to be compared with, xen-hvm takes a quarter of an hour, the others repeat and take longer than the default ones together.
+ON_REQUEST = ("xen-pvh", "xen-hvm", "qemu", "all", "microvm")
 # What the other disks' rates are divided by in the table of a comparison of more than one synthetic or one emulated disk.
 BASELINES = {"qemu": "hda", "all": "hda", "microvm": "pci"}
 

@@ -113,7 +113,8 @@ def domain(machine: Machine, work: Path) -> Domain:
     """The guest for the description of a machine."""
     hvm = machine.kind.domain == "hvm"
     if machine.linux:
-        files = {"kernel": xenlab.find().kernel, "ramdisk": yardstick.initrd(lab.find(), machine.linux, work / machine.name)}
+        # QEMU as the device model loads a bzImage, and Xen itself an ELF.
+        files = {"kernel": lab.find().kernel if hvm else xenlab.find().kernel, "ramdisk": yardstick.initrd(lab.find(), machine.linux, work / machine.name)}
         cmdline, memory = yardstick.KERNEL_ARGUMENTS.replace("ttyS0", "hvc0"), yardstick.MEMORY
     else:
         files = {"kernel": paths.KERNEL32 if hvm and machine.kernel == paths.KERNEL else machine.kernel}
