@@ -23,6 +23,7 @@ namespace fl::drivers::virtio_scsi {
 namespace {
 
 constexpr u32 event_count = 8; // buffers for events
+constexpr u32 most_resets = 8; // LOGICAL UNIT RESETs with the device at once
 
 u64 features_of(const Environment&, bool) { return feature_hotplug | feature_change; }
 
@@ -32,18 +33,24 @@ class Controller final : public virtio::Controller, public scsi::Host {
   public:
     Controller(Environment& environment, virtio::Device& device, u64 features)
         : virtio::Controller(environment, device, features), scsi::Host(environment.executor, Transport::driver),
-          units_(*this, environment.disks) {}
+          units_(*this, environment.disks), rescans_(environment.executor) {}
     ~Controller() override = default; // units_ before the queues
 
   private:
     using Lane = virtio::DiskLane<Transport>;
     static constexpr u32 probed_luns = 8; // of a target that does not list its units
 
-    /// The control queue's requests and the event queue's buffers.
+    /// The control queue's requests, each with its answer, and the event queue's buffers.
     struct Messages {
-        TaskManagement request;
-        u8 answer = response_unwritten;
+        std::array<TaskManagement, most_resets> requests{};
+        std::array<u8, most_resets> answers{};
         std::array<Event, event_count> events{};
+    };
+    /// The LOGICAL UNIT RESETs of one reset_units(), a bit for each.
+    struct Resets {
+        u32 with_device = 0;
+        u32 sent = 0;     // so far
+        u32 answered = 0; // of them
     };
 
     // virtio::Controller
@@ -63,17 +70,22 @@ class Controller final : public virtio::Controller, public scsi::Host {
     Result<void> take_events();
     void handle(const Event& event);
     io::BufferElement event_buffer(u32 number) const;
+    io::Task<Result<void>> rescan();
     io::Task<Result<void>> reset_units();
-    io::Task<Result<void>> reset_unit(Address address);
+    Result<bool> send_reset(Address address, Resets& resets);
+    Result<void> take_reset_answers(Resets& resets);
     Queue& queue(u32 index) const { return static_cast<Lane&>(lane(index)).queue(); }
 
     Terms terms_;
     u32 max_target_ = 0;
     scsi::Units units_;
+    bool rescanning_ = false;
     virtio::Queue control_;
+    u32 resets_with_device_ = 0; // a bit for each slot of the control queue
     virtio::Queue events_;
     DmaBuffer messages_;
     DmaBuffer scratch_; // for the host's own commands, one at a time
+    io::TaskGroup rescans_;
 };
 
 // ---- setting up ----
@@ -135,7 +147,7 @@ Result<u32> Controller::configure() {
 // The control queue is polled: it is used only to recover from a silent device.
 Result<void> Controller::enable() {
     TRY(messages_, environment_.dma.buffer(sizeof(Messages)));
-    CHECK(control_.make(device_, control_queue, features(), {.least = 2, .most = 2}, environment_.dma));
+    CHECK(control_.make(device_, control_queue, features(), {.least = 2, .most = 2 * most_resets}, environment_.dma));
     CHECK(control_.enable(device_, virtio::no_vector));
     control_.ring().disarm();
     CHECK(events_.make(device_, event_queue, features(), {.least = 1, .most = event_count}, environment_.dma));
@@ -201,6 +213,7 @@ scsi::Unit* Controller::make(scsi::UnitNumber at, const scsi::UnitDescription& f
 
 // ---- in use ----
 
+// A rescan waits for each target that does not answer, so it has a task of its own: a reset does not wait for it.
 io::Task<Result<void>> Controller::serve() {
     CO_CHECK(take_events());
     if (shared_.take(reset_request)) {
@@ -208,10 +221,23 @@ io::Task<Result<void>> Controller::serve() {
             log::warning("{}: {}", device_.name(), reset.error());
         }
     }
-    if (is_open() && shared_.take(rescan_request)) {
+    if (is_open() && !rescanning_ && shared_.take(rescan_request)) {
+        rescanning_ = true;
+        if (auto spawned = rescans_.spawn(rescan()); !spawned) {
+            rescanning_ = false;
+            log::warning("{}: the changed units are not looked at: {}", device_.name(), spawned.error());
+        }
+    }
+    co_return Result<void>{};
+}
+
+/// Until nothing has changed during it.
+io::Task<Result<void>> Controller::rescan() {
+    do {
         log::info("{}: the host reports changed units", device_.name());
         static_cast<void>(co_await units_.scan(max_target_ + 1)); // logged
-    }
+    } while (is_open() && shared_.take(rescan_request));
+    rescanning_ = false;
     co_return Result<void>{};
 }
 
@@ -223,7 +249,8 @@ void Controller::handle(const Event& event) {
         if (event.reason == reset_removed && unit) {
             units_.remove({unit->target, unit->lun});
         }
-        rescan = rescan || event.reason == reset_rescan;
+        // A removal ends what a rescan is doing with that unit, which may have been replaced.
+        rescan = rescan || event.reason == reset_rescan || (event.reason == reset_removed && rescanning_);
         break;
     case EventType::param_change: rescan = true; break;
     case EventType::none:
@@ -262,46 +289,75 @@ Result<void> Controller::take_events() {
     } while (true);
 }
 
+/// Of all units in use, several at once, within one timeout: a unit that does not answer holds up no other.
 io::Task<Result<void>> Controller::reset_units() {
-    for (u32 i = 0; is_open();) {
-        const auto unit = units_.next(i);
-        if (!unit) {
-            break;
-        }
-        CO_CHECK(co_await reset_unit(address_of(unit->target, unit->lun)));
-    }
-    co_return Result<void>{};
-}
-
-io::Task<Result<void>> Controller::reset_unit(Address address) {
-    auto& messages = *reinterpret_cast<Messages*>(messages_.data());
-    if (control_.ring().outstanding() != 0) {
-        co_return Error{Code::timed_out, "the SCSI host has not answered an earlier task management function"};
-    }
-    messages.request = {.lun = address};
-    messages.answer = response_unwritten;
-    const std::array elements{
-        io::BufferElement{messages_.bus() + offsetof(Messages, request), sizeof(TaskManagement), false},
-        io::BufferElement{messages_.bus() + offsetof(Messages, answer), 1, true}};
-    CO_CHECK(control_.ring().add(0, elements));
-    static_cast<void>(control_.publish());
     const io::Bound bound(environment_.executor, environment_.timeout);
-    for (;;) {
-        CO_TRY(const std::optional<io::UsedBuffer> used, control_.ring().take());
-        if (used) {
-            break;
+    Resets resets;
+    u32 index = 0;
+    for (auto unit = units_.next(index);;) {
+        CO_CHECK(take_reset_answers(resets));
+        for (; unit; unit = units_.next(index)) {
+            CO_TRY(const bool sent, send_reset(address_of(unit->target, unit->lun), resets));
+            if (!sent) {
+                break;
+            }
         }
-        if (bound.passed() || !is_open()) {
-            co_return Error{Code::timed_out, "the SCSI host does not answer LOGICAL UNIT RESET"};
+        static_cast<void>(control_.publish());
+        if (!is_open() || (!unit && resets.with_device == 0)) {
+            co_return Result<void>{};
+        }
+        if (bound.passed()) {
+            break;
         }
         co_await environment_.executor.sleep(1'000'000);
     }
-    const u8 answer = io::MappedMemory(messages_.data(), messages_.size()).load_relaxed<u8>(offsetof(Messages, answer));
-    if (answer != to_underlying(ResponseCode::ok) && answer != to_underlying(ResponseCode::function_succeeded)) {
-        log::warning("{}: LOGICAL UNIT RESET: {} ({})", device_.name(), virtio_scsi::name(ResponseCode{answer}),
-                     answer);
+    co_return Error{Code::timed_out,
+                    "the SCSI host does not answer LOGICAL UNIT RESET (number sent, of these answered)", resets.sent,
+                    resets.answered};
+}
+
+/// False: the device has as many as there is room for.
+Result<bool> Controller::send_reset(Address address, Resets& resets) {
+    const u32 room = std::min(control_.ring().size() / 2, most_resets);
+    const u32 slot = static_cast<u32>(std::countr_one(resets_with_device_));
+    if (slot >= room) {
+        return false;
     }
-    co_return Result<void>{};
+    auto& messages = *reinterpret_cast<Messages*>(messages_.data());
+    messages.requests[slot] = {.lun = address};
+    messages.answers[slot] = response_unwritten;
+    const std::array elements{
+        io::BufferElement{messages_.bus() + offsetof(Messages, requests) + slot * sizeof(TaskManagement),
+                          sizeof(TaskManagement), false},
+        io::BufferElement{messages_.bus() + offsetof(Messages, answers) + slot, 1, true}};
+    CHECK(control_.ring().add(static_cast<u16>(slot), elements));
+    resets_with_device_ |= 1u << slot;
+    resets.with_device |= 1u << slot;
+    ++resets.sent;
+    return true;
+}
+
+/// Also late ones, of an earlier reset_units(). Error{protocol}: an impossible buffer.
+Result<void> Controller::take_reset_answers(Resets& resets) {
+    for (;;) {
+        TRY(const std::optional<io::UsedBuffer> used, control_.ring().take());
+        if (!used) {
+            return {};
+        }
+        const u32 bit = 1u << used->slot;
+        resets_with_device_ &= ~bit;
+        if ((resets.with_device & bit) == 0) {
+            continue;
+        }
+        resets.with_device &= ~bit;
+        ++resets.answered;
+        const u8 answer = io::MappedMemory(messages_.data(), messages_.size())
+                              .load_relaxed<u8>(offsetof(Messages, answers) + used->slot);
+        if (answer != to_underlying(ResponseCode::ok) && answer != to_underlying(ResponseCode::function_succeeded)) {
+            log::warning("{}: LOGICAL UNIT RESET: {} ({})", device_.name(), virtio_scsi::name(ResponseCode{answer}),
+                         answer);
+        }
+    }
 }
 
 void Controller::abandon() {

@@ -63,7 +63,7 @@ io::Task<Result<void>> Units::scan_target(u8 target) {
     for (u32 lun = 0; lun < max_luns; ++lun) { // first what is gone: nobody should wait for it
         present[lun] = present[lun] && lun <= rules_.last_lun;
         if (const UnitNumber at{target, static_cast<u16>(lun)}; !present[lun]) {
-            remove(at);
+            remove_found(at);
             forget_report(at);
         }
     }
@@ -105,9 +105,15 @@ io::Task<Result<void>> Units::scan_unit(UnitNumber at, bool listed) {
 }
 
 io::Task<Result<void>> Units::identify(UnitNumber at) {
+    const u32 removals = removals_; // by an event, while this waits for an answer
+    const auto removed = [&] { return removals_ != removals; };
+    const Error gone{Code::not_found, "a unit was removed during the scan"};
     CO_TRY(const std::optional<Inquiry> inquiry, co_await inquire(host_, at.lun));
+    if (removed()) {
+        co_return gone;
+    }
     if (!inquiry || !inquiry->disk()) {
-        remove(at);
+        remove_found(at);
         if (inquiry && inquiry->qualifier == 0 && first_report(at)) {
             FixedText<64> what;
             print(what, "SCSI device of type {:#x} ({} {})", inquiry->device_type, inquiry->vendor, inquiry->product);
@@ -118,11 +124,17 @@ io::Task<Result<void>> Units::identify(UnitNumber at) {
     }
     if (Unit* unit = find(at); unit != nullptr) {
         CO_TRY(const bool same, co_await unchanged(*unit, *inquiry));
+        if (removed()) {
+            co_return gone;
+        }
         if (same) {
             co_return Result<void>{};
         }
     }
     CO_TRY(const UnitDescription found, co_await describe(host_, at.lun, *inquiry, rules_.transport));
+    if (removed()) {
+        co_return gone;
+    }
     if (!found.medium) {
         if (first_report(at)) {
             unused(at, "SCSI disk", Unused::empty, "there is no medium in it");
@@ -138,6 +150,9 @@ io::Task<Result<bool>> Units::unchanged(Unit& unit, const Inquiry& inquiry) {
     CO_TRY(const UnitState now, co_await read_state(host_, unit.at_.lun));
     CO_TRY(const std::optional<u32> identification, co_await read_identification(host_, unit.at_.lun));
     Change change = compare(inquiry, now, disk.geometry(), disk.identity().model, rules_.transport);
+    if (unit.gone_) { // meanwhile
+        co_return false;
+    }
     if (identification != unit.identification_) {
         change = Change::model;
     }
@@ -192,6 +207,11 @@ Unit* Units::find(UnitNumber at) const {
 }
 
 void Units::remove(UnitNumber at) {
+    ++removals_;
+    remove_found(at);
+}
+
+void Units::remove_found(UnitNumber at) {
     if (Unit* unit = find(at); unit != nullptr) {
         remove(*unit, removed_text);
     }

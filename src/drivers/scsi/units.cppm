@@ -103,7 +103,8 @@ class Units {
     /// Scans one target. Units that cannot be used are reported and skipped. Error{timed_out}: it answered nothing;
     /// others: the host has closed, or the target's units cannot be listed.
     io::Task<Result<void>> scan_target(u8 target);
-    /// The host says that the unit is gone. No effect if it is not in use.
+    /// The host says that the unit is gone. A scan under way does not attach it, even if it has answered already: scan
+    /// again to find what is there instead. No further effect if it is not in use.
     void remove(UnitNumber at);
 
     /// Units attached so far, including removed ones.
@@ -119,6 +120,7 @@ class Units {
     io::Task<Result<bool>> unchanged(Unit& unit, const Inquiry& inquiry);
     Result<void> attach(UnitNumber at, const UnitDescription& found);
     Unit* find(UnitNumber at) const;
+    void remove_found(UnitNumber at);
     void remove(Unit& unit, std::string_view why);
     bool first_report(UnitNumber at);
     void forget_report(UnitNumber at);
@@ -127,6 +129,7 @@ class Units {
     Host& host_;
     DiskSink& sink_;
     Rules rules_;
+    u32 removals_ = 0;          // calls of remove()
     Vector<Unit*> units_;       // owned
     Vector<UnitNumber> logged_; // units present but not driven and already reported
 };

@@ -371,6 +371,35 @@ const ChangeRow change_rows[] = {
 INSTANTIATE_TEST_SUITE_P(All, ScsiUnitsChange, testing::ValuesIn(change_rows),
                          [](const auto& info) { return info.param.name; });
 
+// An event that a driver handles while a scan waits for a command: the unit has answered before it was removed.
+TEST_F(ScsiUnits, ARemovalDuringAScanIsNotUndone) {
+    adapter.add(0, 0);
+    for (u32 at = 2; at < 12; ++at) { // during each command to the unit; REPORT LUNS is the first one
+        u32 commands = 0;
+        adapter.override_execute = [&](u8, u16, const Cdb&) -> std::optional<Result<void>> {
+            if (++commands == at) {
+                units.remove({0, 0});
+            }
+            return std::nullopt;
+        };
+        const usize before = sink.disks.size();
+        static_cast<void>(scan());
+        if (commands < at) {
+            EXPECT_GT(at, 5u);
+            break;
+        }
+        EXPECT_LE(sink.disks.size(), before) << at;
+        for (const Lane* disk : sink.disks) {
+            EXPECT_TRUE(disk->gone) << at;
+        }
+        if (at % 2 == 0) { // then for a disk in use
+            adapter.override_execute = nullptr;
+            ASSERT_TRUE(scan());
+            ASSERT_EQ(sink.disks.size(), before + 1);
+        }
+    }
+}
+
 TEST_F(ScsiUnits, Removal) {
     adapter.lanes = 2;
     for (u16 lun = 0; lun < 4; ++lun) {

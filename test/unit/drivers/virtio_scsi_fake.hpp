@@ -54,6 +54,7 @@ class Host final : public MmioModel {
     u64 withdrawn = 0;          // of the features offered, from the next reset on
     u8 report_luns = 0;         // sense key with which REPORT LUNS is refused; 0: it is answered
     bool lists_nothing = false; // REPORT LUNS is never answered
+    std::vector<u8> silent;     // targets that answer nothing, not even LOGICAL UNIT RESET
     u8 reset_answer = 0;        // to LOGICAL UNIT RESET
     bool silent_resets = false; // which is then carried out and never answered
     /// Called for each READ and WRITE after it was carried out; may spoil the response (108 bytes) and the used length.
@@ -159,6 +160,9 @@ class Host final : public MmioModel {
                 break;
             }
             const u8 op = static_cast<u8>(guest_.get(chain->pieces[0].bus + 19, 1));
+            if (is_silent(*chain, 1)) {
+                continue;
+            }
             if (hold_io && (op == 0x88 || op == 0x8a)) {
                 held.push_back(*chain);
             } else if (op != 0xa0 || !lists_nothing) {
@@ -174,6 +178,9 @@ class Host final : public MmioModel {
             EXPECT_TRUE(p.size() == 2 && p[0].length == 24 && !p[0].writable && p[1].length == 1 && p[1].writable);
             EXPECT_EQ(guest_.get(p[0].bus, 8), u64{5} << 32) << "TMF, LOGICAL UNIT RESET";
             ++unit_resets;
+            if (is_silent(*chain, 9)) {
+                continue;
+            }
             if (reset_answer == 0) {
                 hold_io = false;
                 for (const Chain& c : std::exchange(held, {})) {
@@ -186,6 +193,11 @@ class Host final : public MmioModel {
             }
         }
         queues_[queue]->want(1);
+    }
+    /// `at`: of the target's number in the request.
+    bool is_silent(const Chain& chain, u32 at) {
+        const u8 target = static_cast<u8>(guest_.get(chain.pieces[0].bus + at, 1));
+        return std::find(silent.begin(), silent.end(), target) != silent.end();
     }
     void answer(const Chain& chain, u8 response) {
         last = chain;
