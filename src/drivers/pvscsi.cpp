@@ -4,6 +4,7 @@ module drivers.pvscsi;
 import core.std;
 import core.result;
 import core.text;
+import core.time;
 import core.dma;
 import core.log;
 import core.mmio;
@@ -90,6 +91,29 @@ io::Task<Result<void>> Controller::connect() {
 
 // ---- units ----
 
+/// Ends a command of the driver that was not answered in time: its target has a time-out to abort it, another one to
+/// reset itself. Then the adapter is reset, because the command's data could still be written. Always an Error.
+io::Task<Result<void>> Controller::end(Exchange& exchange) {
+    const Nanoseconds timeout = environment_.timeout;
+    const u32 target = exchange.unit.target;
+    const u64 ms = timeout / 1'000'000;
+    log::warning("pvscsi{}: target {} does not answer a command within {} ms: ABORT_CMD", index_, target, ms);
+    auto sent = adapter().command(AdapterCommand::abort_cmd,
+                                  AbortCommand{.context = context_of(exchange.id), .target = target});
+    bool ended = sent && co_await exchange.done.wait({environment_.executor, timeout});
+    if (!ended && queue_.is_open()) {
+        log::warning("pvscsi{}: the command to target {} was not aborted: RESET_DEVICE", index_, target);
+        sent = adapter().command(AdapterCommand::reset_device, ResetDevice{.target = target});
+        ended = sent && co_await exchange.done.wait({environment_.executor, timeout});
+    }
+    if (!ended) {
+        queue_.close(io::Status::device_gone,
+                     {Code::timed_out, "the PVSCSI adapter did not answer a command, nor an abort and a reset of its "
+                                       "target: it is reset and not used"});
+    }
+    co_return Error{Code::timed_out, "the target did not answer a command of the driver within a time-out"};
+}
+
 io::Task<Result<void>> Controller::execute(u16 lun, scsi::Cdb cdb, u32 bytes, scsi::Response& response) {
     Exchange exchange(environment_.executor);
     exchange.unit = {target(), static_cast<u8>(lun)};
@@ -98,13 +122,12 @@ io::Task<Result<void>> Controller::execute(u16 lun, scsi::Cdb cdb, u32 bytes, sc
         std::memset(scratch_.data(), 0, bytes);
         exchange.data = scratch_.span().subspan(0, bytes);
     }
-    if (auto done = co_await scsi::send_and_wait(queue_, exchange, environment_.executor, environment_.timeout);
-        !done) {
-        if (done.error().code == Code::timed_out) { // its data may still arrive otherwise
-            queue_.close(io::Status::device_gone,
-                         {Code::timed_out, "the PVSCSI adapter did not answer a command: it is reset and not used"});
-        }
-        co_return done;
+    CO_CHECK(co_await scsi::send_with_room(queue_, exchange, environment_.executor, environment_.timeout));
+    if (!co_await exchange.done.wait({environment_.executor, environment_.timeout})) {
+        co_return co_await end(exchange);
+    }
+    if (!exchange.answered) {
+        co_return Error{Code::device_gone, "the PVSCSI adapter was closed before it answered a command of the driver"};
     }
     response = exchange.response;
     // Adapters may not say how much of a shorter answer has arrived: the rest is zero.
@@ -134,7 +157,7 @@ io::Task<Result<void>> Controller::watch() {
         }
         log::info("pvscsi{}: target {} has changed", index_, *target);
         if (auto scanned = co_await units_.scan_target(*target); !scanned) {
-            log::warning("pvscsi{}: {}", index_, scanned.error());
+            log::warning("pvscsi{}: target {}: {}", index_, *target, scanned.error());
         }
     }
     disconnect();

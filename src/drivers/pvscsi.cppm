@@ -45,6 +45,7 @@ class Controller final : public scsi::Host {
 
   private:
     Result<void> map_registers();
+    io::Task<Result<void>> end(Exchange& exchange);
     io::Task<Result<void>> execute(u16 lun, scsi::Cdb cdb, u32 bytes, scsi::Response& response) override;
     bool is_open() const override { return queue_.is_open(); }
     scsi::Unit* make(scsi::UnitNumber at, const scsi::UnitDescription& found,

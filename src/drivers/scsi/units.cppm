@@ -188,21 +188,27 @@ Unit* make_lanes(u32 count, F&& make_lane) {
     return unit;
 }
 
+/// Sends a command of the driver itself, as soon as there is room for it, within `timeout`. An Error: it was not sent.
+/// `exchange` must outlive the task.
+template <class Queue, class Exchange>
+io::Task<Result<void>> send_with_room(Queue& queue, Exchange& exchange, io::Executor& here, Nanoseconds timeout) {
+    const io::Bound room(here, timeout);
+    for (;;) {
+        const auto sent = queue.send(exchange);
+        if (sent || sent.error().code != Code::exhausted || room.passed()) {
+            co_return sent;
+        }
+        co_await here.sleep(1'000'000);
+    }
+}
+
 /// Sends a command of the driver itself and waits for its end, each within `timeout`. Error{timed_out}: it was not
 /// answered, and the device may still access its data; Error{device_gone}: the queue was closed; others: it could not
 /// be sent. `exchange` must outlive the task.
 template <class Queue, class Exchange>
 io::Task<Result<void>> send_and_wait(Queue& queue, Exchange& exchange, io::Executor& here, Nanoseconds timeout) {
-    const io::Bound room(here, timeout);
-    for (;;) {
-        const auto sent = queue.send(exchange);
-        if (sent) {
-            break;
-        }
-        if (sent.error().code != Code::exhausted || room.passed()) {
-            co_return sent.error();
-        }
-        co_await here.sleep(1'000'000);
+    if (auto sent = co_await send_with_room(queue, exchange, here, timeout); !sent) {
+        co_return sent;
     }
     if (!co_await exchange.done.wait({here, timeout})) {
         queue.abandon(exchange);

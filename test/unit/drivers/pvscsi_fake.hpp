@@ -95,6 +95,7 @@ class Adapter final : public MmioModel {
     bool hold = false;                       // requests are kept until answer()
     bool completes_resets = true;            // RESET_BUS and RESET_DEVICE end what is held
     bool completes_aborts = true;
+    std::set<u8> silent;  // targets that answer no command by themselves
     bool counts = false;  // reports the bytes moved
     bool hostile = false; // a test makes it break the rules
     std::map<std::pair<u8, u8>, fake::Unit> units;
@@ -315,9 +316,14 @@ class Adapter final : public MmioModel {
             held.push_back(r);
         }
         store<u32>(state + 4, consumed_);
+        usize at = 0;
         for (usize n = held.size(); !hold && n != 0; --n) {
-            const auto reply = reply_override ? reply_override(held[0]) : std::nullopt;
-            answer(0, reply ? *reply : inquire(held[0]));
+            if (silent.contains(held[at].target())) {
+                ++at;
+                continue;
+            }
+            const auto reply = reply_override ? reply_override(held[at]) : std::nullopt;
+            answer(at, reply ? *reply : inquire(held[at]));
         }
     }
     void check(const Request& r) {

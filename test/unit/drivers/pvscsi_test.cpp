@@ -501,6 +501,58 @@ TEST(Pvscsi, ALostCommandIsAborted) {
     }
 }
 
+// A command of a scan is not answered: aborted, or else its target is reset. The other targets notice nothing.
+TEST(Pvscsi, ASilentTargetCostsOnlyItself) {
+    enum class Ends : u8 { by_abort, by_device_reset, never };
+    for (const Ends ends : {Ends::by_abort, Ends::by_device_reset, Ends::never}) {
+        test::CapturedLog log;
+        Machine& m = attached();
+        m.device.completes_aborts = ends == Ends::by_abort;
+        m.device.completes_resets = ends == Ends::by_device_reset;
+        m.device.units[{7, 0}] = {.blocks = 4096};
+        m.device.silent = {7};
+        const u32 resets = m.device.resets;
+        m.device.message(0, 0, 7);
+        const Instant begin = m.executor.now();
+        const auto waited = [&] { return m.executor.now() - begin; };
+        const bool recovers = ends != Ends::never;
+        const auto finished = [&] { return log.has("pvscsi0: target 7: ") || log.has("is reset and not used"); };
+        u64 context = 0;
+        for (u32 i = 0; i < 1000 && !finished(); ++i) {
+            if (context == 0 && !m.device.held.empty()) {
+                context = m.device.held.at(0).context();
+            }
+            if (waited() < 1'400'000'000) { // the third time-out ends after 1.5 s
+                exchange_data(m, 4096);
+            }
+            m.turns(10);
+        }
+        EXPECT_LT(waited(), 1'700'000'000u);
+        EXPECT_NE(context, 0u);
+        EXPECT_EQ(m.device.aborted, context);
+        EXPECT_EQ(std::ranges::count(m.device.commands, 5u), ends == Ends::by_abort ? 0 : 1) << "RESET_DEVICE";
+        EXPECT_EQ(std::ranges::count(m.device.commands, 4u), 0) << "RESET_BUS";
+        m.turns(5);
+        EXPECT_EQ(m.device.resets, recovers ? resets : resets + 1) << log.text.view();
+        EXPECT_EQ(m.sink.disks[0]->removed(), false);
+        EXPECT_EQ(quarantine_state().spans, 0u);
+        if (!recovers) {
+            auto data = *m.dma.buffer(4096);
+            io::Request late(*m.sink.disks[0], io::Op::read, 0, data.span());
+            m.sink.disks[0]->submit(late);
+            EXPECT_EQ(late.status, io::Status::device_gone) << "its memory may be written to until then";
+            continue;
+        }
+        EXPECT_TRUE(m.device.held.empty());
+        exchange_data(m, 65536);
+        m.device.silent.clear(); // it can be scanned again
+        m.device.message(0, 0, 7);
+        m.turns(200);
+        ASSERT_EQ(m.sink.disks.size(), 2u);
+        EXPECT_EQ(m.sink.disks[1]->geometry().sectors, 4096u);
+    }
+}
+
 TEST(Pvscsi, Removal) {
     Machine& m = attached();
     m.device.hold = true;
