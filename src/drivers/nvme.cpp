@@ -21,6 +21,7 @@ namespace {
 constinit Controller* attached = nullptr; // controllers live until machine shutdown
 
 constexpr u32 admin_entries = 32;
+constexpr u32 version_1_3 = 0x10300;
 constexpr u32 version_1_4 = 0x10400;
 } // namespace
 
@@ -233,7 +234,8 @@ io::Task<Result<void>> Controller::settle_write_cache() {
 void Controller::describe() {
     FixedText<96> features;
     print(features, "{}{} queues={}", shadows_ ? "shadow-doorbells " : "", pci::name(interrupts_.kind()), lane_count_);
-    namespaces_.use(info_, limits_, std::span(queues_).first(lane_count_), features);
+    namespaces_.use(info_, limits_, std::span(queues_).first(lane_count_), features,
+                    registers_.version() >= version_1_3);
     log::info("nvme{}: {} {} firmware {}, {} I/O {} by {}", index_, info_.model, info_.serial, info_.firmware,
               lane_count_, plural(lane_count_, "queues"), pci::name(interrupts_.kind()));
 }

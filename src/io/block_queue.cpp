@@ -158,6 +158,9 @@ void QueueCore::send_delayed() {
         if (!command.delayed || state_ != State::open) {
             return;
         }
+        if (command.device->removed()) { // another disk may be in its place
+            return end_delayed(id, command, Status::device_gone);
+        }
         const SendResult sent = transport_send(command, id);
         if (sent == SendResult::sent) {
             command.delayed = false;
@@ -167,6 +170,21 @@ void QueueCore::send_delayed() {
             fail(transport_fault());
         }
     });
+}
+
+/// The device does not have the command, and does not get it any more. complete_done() must follow.
+void QueueCore::end_delayed(u64 id, QueuedCommand& command, Status status) {
+    --delayed_;
+    static_cast<void>(transport_finish(command, status));
+    Request* request = std::exchange(command.first, nullptr);
+    if (command.partial) {
+        end_late(id, command, true);
+    }
+    for (Request* following = nullptr; request != nullptr; request = following) {
+        following = command.gathered ? request->link : nullptr;
+        end_part(*request, status);
+    }
+    slots_->free(id);
 }
 
 Result<void> QueueCore::send(Exchange& exchange) {
@@ -219,6 +237,16 @@ bool QueueCore::unpark(Request& request) {
     const bool found = disk.waiting_.remove(request) || disk.retry_.remove(request);
     parked_ -= found ? 1 : 0;
     return found;
+}
+
+/// The rest of the request is not sent. It ends now, or when the device has answered what was sent.
+void QueueCore::refuse(Request& request, Status status) {
+    static_cast<void>(unpark(request));
+    request.issued = request.buffer.size;
+    request.part_status = status;
+    if (request.parts == 0) {
+        complete(request, status);
+    }
 }
 
 /// The device has answered, or was stopped with, a command of which some request was abandoned. `safe`: it no longer

@@ -362,6 +362,7 @@ class QueueCore : public Service {
         ++parked_;
     }
     bool unpark(Request& request);
+    void refuse(Request& request, Status status);
     bool blocked(const QueuedDevice& disk, const Request& request);
     bool retry(u64 id, QueuedCommand& command, Retry how);
     void end_late(u64 id, QueuedCommand& command, bool safe);
@@ -427,6 +428,7 @@ class QueueCore : public Service {
 
   private:
     void send_delayed();
+    void end_delayed(u64 id, QueuedCommand& command, Status status);
     void close(Status status, Status with_device, const Error& why);
     void fail_waiting(const Error& why);
     void give_up(Request& request, Status status);
@@ -609,14 +611,7 @@ inline BlockQueue<T>::Issued BlockQueue<T>::issue(QueuedDevice& disk, Request& r
             if (fit == Fit::full) {
                 return result;
             }
-            if (from != nullptr) {
-                static_cast<void>(unpark(request));
-            }
-            request.issued = request.buffer.size; // the rest cannot be sent either
-            request.part_status = command.refusal;
-            if (request.parts == 0) {
-                complete(request, command.refusal);
-            }
+            refuse(request, command.refusal);
             return Issued::all;
         }
         command.number = ++issued_;
@@ -690,6 +685,11 @@ bool BlockQueue<T>::submit_waiting() {
         QueuedDevice& disk = *std::exchange(disks_, disks_->next_);
         const bool alone = !disk.retry_.empty();
         RequestQueue& list = alone ? disk.retry_ : disk.waiting_;
+        if (!list.empty() && static_cast<typename T::Disk&>(disk).removed()) [[unlikely]] {
+            refuse(*list.front(), Status::device_gone); // another disk may be in its place
+            idle = 0;
+            continue;
+        }
         const Issued issued = list.empty() ? Issued::none : issue(disk, *list.front(), &list, alone);
         sent = sent || issued != Issued::none;
         idle = issued == Issued::all ? 0 : idle + 1;

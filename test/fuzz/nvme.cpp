@@ -357,6 +357,9 @@ struct Machine final : MmioModel {
             store<u8>(data + 513, 0x44);
             store<u16>(data + 520, 0x0c);
             store<u8>(data + 525, 1);
+        } else if (cns == 3) {
+            store<u32>(data, 0x1003); // a UUID
+            store<u64>(data + 4, 1);
         } else if (cns == 6) {
             store<u8>(data + 1, (shape & 8) != 0 ? 3 : 0);
         } else {

@@ -95,7 +95,12 @@ io::Next Transport::next(io::Completion& completion) {
 
 io::Next Transport::after_reset(io::Completion& completion) {
     if (const auto id = recovery_.next(*commands_)) {
-        completion = {*id, io::Status::timed_out, Recovery::again((*commands_)[*id].wire.attempts)};
+        Command& command = (*commands_)[*id];
+        if (command.disk().removed()) { // another namespace may have its number now
+            completion = {*id, io::Status::device_gone};
+        } else {
+            completion = {*id, io::Status::timed_out, Recovery::again(command.wire.attempts)};
+        }
         return io::Next::one;
     }
     if (recovery_.running()) {

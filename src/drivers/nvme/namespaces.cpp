@@ -25,8 +25,9 @@ void Namespaces::clear() {
 }
 
 void Namespaces::use(const ControllerInfo& info, const CommandSetLimits& limits, std::span<Queue* const> queues,
-                     std::string_view features) {
+                     std::string_view features, bool descriptors) {
     info_ = info;
+    descriptors_ = descriptors;
     set_ = limits;
     queues_ = queues;
     print(features_, "{}", features);
@@ -91,12 +92,25 @@ io::Task<Result<void>> Namespaces::scan() {
 
 io::Task<Result<void>> Namespaces::scan_one(u32 nsid) {
     CO_CHECK(co_await admin_.identify(cns_namespace, nsid));
-    CO_TRY(const NamespaceInfo info, parse_namespace(admin_.data()));
+    CO_TRY(NamespaceInfo info, parse_namespace(admin_.data()));
     if (info.blocks == 0) {
         unused(nsid, Unused::empty, "the namespace has no blocks");
         co_return Result<void>{};
     }
+    CO_CHECK(co_await read_descriptors(nsid, info.identity));
     co_return attach(nsid, info);
+}
+
+/// A controller that refuses them has none.
+io::Task<Result<void>> Namespaces::read_descriptors(u32 nsid, NamespaceIdentity& identity) {
+    if (descriptors_) {
+        if (auto read = co_await admin_.identify(cns_namespace_descriptors, nsid, true); read) {
+            parse_descriptors(admin_.data(), identity);
+        } else if (read.error().code != Code::io) {
+            co_return read;
+        }
+    }
+    co_return Result<void>{};
 }
 
 Limits Namespaces::limits_of(u32 block_size) const {
@@ -134,7 +148,7 @@ Result<void> Namespaces::attach(u32 nsid, const NamespaceInfo& info) {
     print(identity.features, "{}{}{}{} mdts={}", geometry.flush ? "flush " : "", geometry.discard ? "discard " : "",
           geometry.write_zeroes ? "write-zeroes " : "", features_, max_transfer_);
     const Limits limits = limits_of(info.block_size);
-    Unit entry;
+    Unit entry{.identity = info.identity};
     const auto undo = [&] {
         for (Disk*& disk : entry.disks) {
             delete std::exchange(disk, nullptr);
@@ -191,10 +205,26 @@ io::Task<Result<void>> Namespaces::check(Unit& unit) {
         remove(unit, "the controller does not describe the namespace any more");
         co_return Result<void>{};
     }
-    const auto info = parse_namespace(admin_.data());
-    const io::Geometry& geometry = disk.geometry();
-    if (!info || info->blocks == 0 || info->block_size != geometry.sector_size) {
-        remove(unit, "the namespace is gone, empty or formatted anew");
+    FixedText<320> why;
+    auto info = parse_namespace(admin_.data());
+    if (!info) {
+        print(why, "the namespace can no longer be used: {}", info.error());
+        remove(unit, why);
+        co_return Result<void>{};
+    }
+    if (info->blocks == 0) {
+        remove(unit, "the namespace is gone or empty");
+        co_return Result<void>{};
+    }
+    CO_CHECK(co_await read_descriptors(disk.nsid(), info->identity));
+    if (info->identity != unit.identity) { // what was written to the one must not be continued on the other
+        print(why, "another namespace has its number: {} was expected, {} was seen", text_of(unit.identity),
+              text_of(info->identity));
+        remove(unit, why);
+    } else if (info->block_size != disk.geometry().sector_size) {
+        print(why, "the namespace was formatted anew: blocks of {} bytes were expected, of {} were seen",
+              disk.geometry().sector_size, info->block_size);
+        remove(unit, why);
     } else {
         disk.resize(info->blocks);
     }

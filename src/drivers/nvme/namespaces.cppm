@@ -26,9 +26,10 @@ class Namespaces {
     void clear();
 
     /// What all of them have in common. `queues`: of the lanes; the array outlives this. `limits`: of the command set.
-    /// `features`: words for the disks' description, each followed by a space or the last.
+    /// `features`: words for the disks' description, each followed by a space or the last. `descriptors`: the controller
+    /// has lists of identification descriptors.
     void use(const ControllerInfo& info, const CommandSetLimits& limits, std::span<Queue* const> queues,
-             std::string_view features);
+             std::string_view features, bool descriptors);
     /// Finds and announces the namespaces that are not known. Failing ones are skipped and reported.
     io::Task<Result<void>> scan();
     /// Reads the log of changes, which lets the controller report the next one, and looks at what it names: disks are
@@ -43,8 +44,10 @@ class Namespaces {
   private:
     struct Unit {
         std::array<Disk*, Disk::max_lanes> disks{}; // one per lane; the first is the disk
+        NamespaceIdentity identity;
     };
     io::Task<Result<void>> scan_one(u32 nsid);
+    io::Task<Result<void>> read_descriptors(u32 nsid, NamespaceIdentity& identity);
     io::Task<Result<void>> check(Unit& unit);
     Result<void> attach(u32 nsid, const NamespaceInfo& info);
     Limits limits_of(u32 block_size) const;
@@ -59,6 +62,7 @@ class Namespaces {
     ControllerInfo info_;
     CommandSetLimits set_;
     u32 max_transfer_ = max_transfer;
+    bool descriptors_ = false;
     std::span<Queue* const> queues_;
     FixedText<96> features_;
     Vector<Unit*> units_;  // owned

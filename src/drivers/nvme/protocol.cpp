@@ -89,7 +89,49 @@ Result<NamespaceInfo> parse_namespace(std::span<const u8, identify_bytes> data) 
                      info.blocks};
     }
     info.write_protected = (data[99] & 1) != 0;
+    std::ranges::copy(data.subspan<104, 16>(), info.identity.nguid.begin());
+    std::ranges::copy(data.subspan<120, 8>(), info.identity.eui64.begin());
     return info;
+}
+
+void parse_descriptors(std::span<const u8, identify_bytes> data, NamespaceIdentity& identity) {
+    constexpr usize header = 4; // NIDT, NIDL, reserved
+    for (usize at = 0; at + header < data.size();) {
+        const u8 type = data[at];
+        const usize bytes = data[at + 1];
+        at += header;
+        if (bytes == 0 || bytes > data.size() - at) {
+            return;
+        }
+        const std::span<u8> into = type == 1   ? std::span<u8>(identity.eui64)
+                                   : type == 2 ? std::span<u8>(identity.nguid)
+                                   : type == 3 ? std::span<u8>(identity.uuid)
+                                               : std::span<u8>();
+        if (!into.empty()) {
+            if (into.size() != bytes) {
+                return;
+            }
+            std::ranges::copy(data.subspan(at, bytes), into.begin());
+        }
+        at += bytes;
+    }
+}
+
+FixedText<128> text_of(const NamespaceIdentity& identity) {
+    FixedText<128> text;
+    const auto add = [&](std::string_view name, std::span<const u8> bytes) {
+        if (std::ranges::all_of(bytes, [](u8 byte) { return byte == 0; })) {
+            return;
+        }
+        print(text, "{}{} ", text.empty() ? "" : ", ", name);
+        for (const u8 byte : bytes) {
+            print(text, "{:02x}", byte);
+        }
+    };
+    add("EUI64", identity.eui64);
+    add("NGUID", identity.nguid);
+    add("UUID", identity.uuid);
+    return text.empty() ? FixedText<128>("no identifier") : text;
 }
 
 Result<u32> next_namespace(std::span<const u8, identify_bytes> list, u32 index, u32 after) {

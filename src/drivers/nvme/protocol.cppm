@@ -126,7 +126,8 @@ inline constexpr u32 identify_bytes = 4096;
 inline constexpr u32 cns_namespace = 0;
 inline constexpr u32 cns_controller = 1;
 inline constexpr u32 cns_active_namespaces = 2;
-inline constexpr u32 cns_command_set = 6; // limits of the NVM command set; CSI 0 [nvme-nvm-1.0 §4.1.5.2]
+inline constexpr u32 cns_namespace_descriptors = 3; // since version 1.3
+inline constexpr u32 cns_command_set = 6;           // limits of the NVM command set; CSI 0 [nvme-nvm-1.0 §4.1.5.2]
 inline constexpr u32 feature_write_cache = 0x06;
 inline constexpr u32 feature_number_of_queues = 0x07;
 inline constexpr u32 feature_asynchronous_events = 0x0b;
@@ -214,12 +215,26 @@ struct CommandSetLimits {
 };
 CommandSetLimits parse_command_set(std::span<const u8, identify_bytes> data);
 
+/// What tells a namespace from others, wherever it is attached [nvme-1.4 §7.10, §7.11]; all 0: it has none of these.
+struct NamespaceIdentity {
+    std::array<u8, 8> eui64{};
+    std::array<u8, 16> nguid{};
+    std::array<u8, 16> uuid{}; // only a descriptor has it
+    friend constexpr bool operator==(const NamespaceIdentity&, const NamespaceIdentity&) = default;
+};
+/// "NGUID 0123…, UUID 4567…", or "no identifier".
+FixedText<128> text_of(const NamespaceIdentity& identity);
+/// Adds what a Namespace Identification Descriptor list has [nvme-1.4 figure 246]. Unknown descriptors are skipped. One
+/// that does not fit, or has another length than its type, ends the list: what follows cannot be located.
+void parse_descriptors(std::span<const u8, identify_bytes> data, NamespaceIdentity& identity);
+
 /// From Identify Namespace [nvme-1.4 figure 245]. Error{not_supported}: a format that this driver does not use.
 /// `blocks` 0: the namespace is inactive or empty.
 struct NamespaceInfo {
     u64 blocks = 0;
     u32 block_size = 0;
     bool write_protected = false;
+    NamespaceIdentity identity; // without what only a descriptor has
 };
 Result<NamespaceInfo> parse_namespace(std::span<const u8, identify_bytes> data);
 

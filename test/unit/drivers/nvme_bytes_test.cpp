@@ -85,7 +85,7 @@ TEST(NvmeBytes, TheSetUp) {
     for (const auto& e : m.device.admin) {
         opcodes.push_back(e[0] & 0xff);
     }
-    EXPECT_EQ(opcodes, (std::vector<u32>{0x06, 0x06, 0x7c, 0x09, 0x05, 0x01, 0x06, 0x06, 0x09, 0x0c}));
+    EXPECT_EQ(opcodes, (std::vector<u32>{0x06, 0x06, 0x7c, 0x09, 0x05, 0x01, 0x06, 0x06, 0x06, 0x09, 0x0c}));
     EXPECT_EQ(m.device.features[0x07], 0u) << "one queue of each kind, 0's based";
     EXPECT_EQ(m.device.features[0x0b], 0x11fu) << "critical warnings, namespace attribute notices";
     EXPECT_FALSE(m.device.features.contains(0x06)) << "the volatile write cache stays as it is";

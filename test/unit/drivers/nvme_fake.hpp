@@ -43,6 +43,10 @@ struct Options {
     u16 metadata = 0;
     u8 protection = 0;
     std::vector<u32> list; // active namespaces; empty: 1 to `namespaces`
+    u32 version = 0x10400;
+    bool descriptors = true; // has lists of identification descriptors
+    u8 eui64 = 0, nguid = 0; // their last bytes, to which the namespace's number is added; 0: none
+    u8 uuid = 0x10;
 };
 
 class Controller final : public MmioModel {
@@ -113,7 +117,7 @@ class Controller final : public MmioModel {
         }
         switch (at) {
         case 0x00: EXPECT_EQ(width, 8u); return options.cap;
-        case 0x08: return 0x10400;
+        case 0x08: return options.version;
         case 0x14: return cc;
         case 0x1c: return (ready() ? 1u : 0u) | (options.fatal ? 2u : 0u);
         default: ADD_FAILURE() << "a read of register " << at; return 0;
@@ -361,6 +365,11 @@ class Controller final : public MmioModel {
         case 0x06:
             EXPECT_EQ(h.dw(10) >> 8, 0u);
             EXPECT_EQ(h.dw(11), 0u) << "CSI: NVM";
+            if ((h.dw(10) & 0xff) == 3 && !options.descriptors) {
+                EXPECT_GE(options.version, 0x10300u);
+                status = 2;
+                break;
+            }
             identify(h.dw(10) & 0xff, h.dw(1), data);
             if (patch) {
                 patch(h.dw(10) & 0xff, h.dw(1), data);
@@ -431,7 +440,29 @@ class Controller final : public MmioModel {
             store<u32>(data + 516, options.namespaces);
             store<u16>(data + 520, static_cast<u16>((options.dataset ? 4 : 0) | (options.zeroes ? 8 : 0)));
             store<u8>(data + 525, options.write_cache ? 1 : 0);
-        } else if (std::ranges::find(list, nsid) != list.end()) {
+        } else if (cns == 3 && std::ranges::find(list, nsid) != list.end()) {
+            const auto add = [&](u8 type, u8 bytes, u8 last) {
+                if (last == 0) {
+                    return;
+                }
+                store<u32>(data, type | u32{bytes} << 8);
+                store<u8>(data + 4, 0x40);
+                store<u8>(data + 3 + bytes, static_cast<u8>(last + nsid));
+                data += 4 + bytes;
+            };
+            add(0x7f, 5, 1); // of a later specification
+            add(1, 8, options.eui64);
+            add(2, 16, options.nguid);
+            add(3, 16, options.uuid);
+        } else if (cns != 3 && std::ranges::find(list, nsid) != list.end()) {
+            if (options.nguid != 0) {
+                store<u8>(data + 104, 0x40);
+                store<u8>(data + 119, static_cast<u8>(options.nguid + nsid));
+            }
+            if (options.eui64 != 0) {
+                store<u8>(data + 120, 0x40);
+                store<u8>(data + 127, static_cast<u8>(options.eui64 + nsid));
+            }
             store<u64>(data, options.blocks);
             store<u64>(data + 8, options.blocks); // NCAP
             store<u8>(data + 29, options.protection);

@@ -113,6 +113,7 @@ TEST(NvmeRecovery, ResetsWithoutAnyIoCompletedCloseTheController) {
     m.sink.disks[0]->submit(next);
     EXPECT_FALSE(next.pending());
     EXPECT_EQ(next.status, Status::device_gone);
+    EXPECT_TRUE(turn_until(m, [&] { return quarantine_state().spans == 0; })) << "it was disabled";
 }
 
 // A command that waits to be sent again is not with the controller, which can guess its next id.
@@ -208,6 +209,107 @@ TEST(NvmeRecovery, NamespacesAreLookedAtAgain) {
     p.answer();
     EXPECT_TRUE(turn_until(m, [&] { return p.ended(); }));
     EXPECT_EQ(p.request.status, Status::ok);
+}
+
+// Found after a reset, or when the controller reports a change: the disk is closed, and I/O that waits for the reset
+// does not reach the other namespace.
+TEST(NvmeRecovery, AnotherNamespaceWithTheSameNumber) {
+    struct Row {
+        const char* what;
+        Options before;
+        void (*change)(nvme_fake::Controller&);
+        std::string_view text; // empty: it is the same one
+    };
+    constexpr u32 old = 0x10200;
+    const Row rows[] = {
+        {"nothing", {.eui64 = 1, .nguid = 2}, [](auto&) {}, ""},
+        {"size", {.eui64 = 1}, [](auto& d) { d.options.blocks = 4096; }, ""},
+        {"uuid",
+         {},
+         [](auto& d) { d.options.uuid = 0x20; },
+         "nvme0n1: another namespace has its number: UUID 40000000000000000000000000000011 was expected, UUID "
+         "40000000000000000000000000000021 was seen: it is closed"},
+        {"nguid", {.nguid = 2, .uuid = 0}, [](auto& d) { d.options.nguid = 7; }, "another namespace"},
+        {"eui64",
+         {.eui64 = 3, .uuid = 0},
+         [](auto& d) { d.options.eui64 = 7; },
+         "EUI64 4000000000000004 was expected, EUI64 4000000000000008 was seen"},
+        {"nguid of an old controller", {.version = old, .nguid = 2}, [](auto& d) { d.options.nguid = 7; }, "another"},
+        {"uuid of an old controller", {.version = old}, [](auto& d) { d.options.uuid = 7; }, ""},
+        {"no descriptors", {.descriptors = false}, [](auto& d) { d.options.uuid = 7; }, ""},
+        {"descriptors that are gone", {}, [](auto& d) { d.options.descriptors = false; }, "no identifier was seen"},
+        {"another one of the same size, and of another one",
+         {.nguid = 2},
+         [](auto& d) {
+             d.options.nguid = 7;
+             d.options.blocks = 4096;
+         },
+         "another namespace"},
+        {"format", {}, [](auto& d) { d.options.lba_shift = 12; }, "blocks of 512 bytes were expected, of 4096 were"},
+        {"a broken list",
+         {.nguid = 2},
+         [](auto& d) {
+             d.patch = [](u32 cns, u32, u64 data) {
+                 if (cns == 3) {
+                     nvme_fake::store<u32>(data, 0x0702); // an NGUID of 7 bytes
+                 }
+             };
+         },
+         "another namespace"},
+    };
+    for (const Row& row : rows) {
+        for (const bool by_event : {false, true}) {
+            fl::test::CapturedLog log;
+            Machine& m = attached(row.before);
+            io::BlockDevice& disk = *m.sink.disks[0];
+            if (by_event) {
+                ASSERT_TRUE(turn_until(m, [&] { return m.device.events.size() == 1; }));
+                row.change(m.device);
+                m.device.changed = {1};
+                m.device.report_event(0x0004'0002);
+                turn_until(m, [] { return false; }, 200);
+                EXPECT_EQ(disk.removed(), !row.text.empty()) << row.what;
+                EXPECT_EQ(m.sink.disks.size(), row.text.empty() ? 1u : 2u) << row.what << ": the other one";
+            } else {
+                Pending p(m);
+                m.device.hold = false;
+                m.device.options.fatal = true;
+                m.device.on_reset = [&] {
+                    m.device.options.fatal = false;
+                    row.change(m.device);
+                };
+                ASSERT_TRUE(turn_until(m, [&] { return m.device.resets == 1; })) << row.what;
+                DmaBuffer data = *m.dma.buffer(4096);
+                io::Request waiting(disk, io::Op::write, 8, data.span()); // until the reset is over
+                disk.submit(waiting);
+                m.device.records = true;
+                ASSERT_TRUE(turn_until(m, [&] { return p.ended() && !waiting.pending(); })) << row.what;
+                EXPECT_EQ(waiting.status, p.request.status) << row.what;
+                EXPECT_EQ(m.device.commands.empty(), !row.text.empty()) << row.what << ": nothing reaches it";
+                EXPECT_EQ(p.request.status, row.text.empty() ? Status::ok : Status::device_gone) << row.what;
+                EXPECT_EQ(disk.removed(), !row.text.empty()) << row.what;
+            }
+            if (row.text.empty()) {
+                EXPECT_FALSE(log.has("it is closed")) << log.text.view();
+            } else {
+                EXPECT_TRUE(log.has(row.text)) << row.what << log.text.view();
+            }
+        }
+    }
+}
+
+// A command that is to be sent again is not sent to what may be another disk now.
+TEST(NvmeRecovery, ARemovedDiskSendsNothingAgain) {
+    Machine& m = attached();
+    Pending p(m, io::Op::write);
+    m.device.answer(0, 0x006); // Internal Error: later
+    m.deliver();
+    m.executor.turn();
+    EXPECT_FALSE(p.ended());
+    static_cast<nvme::Disk&>(*m.sink.disks[0]).remove();
+    ASSERT_TRUE(turn_until(m, [&] { return p.ended(); }));
+    EXPECT_EQ(p.request.status, Status::device_gone);
+    EXPECT_TRUE(m.device.held.empty());
 }
 
 TEST(NvmeRecovery, ANamespaceThatCannotBeUsedIsReportedOnce) {
