@@ -13,9 +13,8 @@
 //
 //   atomic      ordering         written by             read by     orders
 //   request_    acq_rel          queues, the task       both        nothing but itself; the signal wakes the task
-//   epoch_      release/acquire  the task               queues      even: the new rings before their first use
-//   quiet_      release/acquire  queues                 the task    a queue's last access before the set-up
 //   progress_   relaxed          queues                 the task    nothing
+// and those of drivers.nvme.hold.
 export module drivers.nvme.recovery;
 import core.std;
 import core.result;
@@ -24,6 +23,7 @@ import io.executor;
 import io.block_queue;
 import io.task;
 import drivers.nvme.queue;
+import drivers.nvme.hold;
 
 export namespace fl::drivers::nvme {
 
@@ -71,8 +71,7 @@ class Recovery {
             }
         }
     }
-    /// Odd: the queues are to be quiet. Each hold() has its own number.
-    inline u32 epoch() const { return epoch_.load(std::memory_order_acquire); }
+    inline const Hold& hold_state() const { return hold_; }
     /// Completions were taken.
     inline void note_progress() { progress_.store(true, std::memory_order_relaxed); }
     /// Wakes the controller's task, to look at what has changed.
@@ -95,9 +94,9 @@ class Recovery {
     }
     u64 resets() const { return resets_; }
     /// From now on each queue becomes quiet in its next turns: QueueRecovery::quiet().
-    void hold() { epoch_.store(epoch() | 1, std::memory_order_release); }
+    void hold() { hold_.hold(); }
     /// After hold(): the queues may use their new rings.
-    void release() { epoch_.store(epoch() + 1, std::memory_order_release); }
+    void release() { hold_.release(); }
 
   private:
     static constexpr u64 pack(const Request& r) {
@@ -110,7 +109,7 @@ class Recovery {
 
     io::Signal signal_;
     std::atomic<u64> request_{0};
-    std::atomic<u32> epoch_{0};
+    Hold hold_;
     std::atomic<bool> progress_{false};
     u32 in_a_row_ = 0; // of the task, as the next one
     u64 resets_ = 0;
@@ -122,31 +121,23 @@ class QueueRecovery {
     QueueRecovery(io::Executor& executor, Recovery& controller) : executor_(executor), controller_(controller) {}
 
     /// The queue works as usual.
-    inline bool running() const { return state_ == State::running; }
+    inline bool running() const { return queue_.running(); }
     /// The controller holds no commands, and the queue may not access its rings.
-    inline bool held() const { return state_ == State::held; }
+    inline bool held() const { return queue_.held(); }
     /// Callable by the controller's task, after Recovery::hold().
-    bool quiet() const { return quiet_.load(std::memory_order_acquire) == controller_.epoch(); }
+    bool quiet() const { return queue_.quiet(controller_.hold_state()); }
     Recovery& controller() { return controller_; }
 
     /// No completion is there. True: the queue is held from now on.
-    inline bool look() {
-        if ((controller_.epoch() & 1) == 0) [[likely]] {
-            return false;
-        }
-        state_ = State::held; // quiet from the next call of next() on: this turn may still publish
-        return true;
-    }
+    inline bool look() { return queue_.look(controller_.hold_state()); }
     /// Instead of looking for completions, while not running: a command that is to be sent again, after a reset.
     /// Commands that wait for a resend are not with the controller, and are left alone.
     template <class Table>
     std::optional<u64> next(Table& commands) {
         if (held()) {
-            if (const u32 epoch = controller_.epoch(); (epoch & 1) != 0) {
-                quiet_.store(epoch, std::memory_order_release);
+            if (!queue_.resume(controller_.hold_state())) {
                 return std::nullopt;
             }
-            state_ = State::returning;
             next_slot_ = 0;
         }
         while (next_slot_ < commands.capacity()) {
@@ -155,7 +146,7 @@ class QueueRecovery {
                 return commands.id_of(slot);
             }
         }
-        state_ = State::running;
+        queue_.run();
         return std::nullopt;
     }
 
@@ -194,14 +185,11 @@ class QueueRecovery {
     }
 
   private:
-    enum class State : u8 { running, held, returning };
-
     io::Executor& executor_;
     Recovery& controller_;
-    State state_ = State::running;
-    u16 next_slot_ = 0;         // `returning`: slots before it are done
-    std::atomic<u32> quiet_{0}; // the epoch in which it is quiet
-    u64 aborted_ = 0;           // the number of the command whose abort was requested
+    HeldQueue queue_;
+    u16 next_slot_ = 0; // while returning: slots before it are done
+    u64 aborted_ = 0;   // the number of the command whose abort was requested
     std::optional<io::Bound> bound_;
 };
 
