@@ -108,13 +108,19 @@ class KernelDrivers final : public DriverMachine {
                 .shutdown = &shutdown,
                 .mmio = device_registers(),
                 .devices = &sinks.devices,
-                .nets = &sinks.nets};
+                .nets = &sinks.nets,
+                .asked_features = &asked_features_};
     }
 
     std::span<io::Executor* const> executors() override { return boot::executors(); }
+    /// Of the features that the command line withholds, those that no driver has asked about.
+    u32 unasked_features() const {
+        return options.withheld_features & ~asked_features_.load(std::memory_order_relaxed);
+    }
 
   private:
     io::Executor& executor_;
+    std::atomic<u32> asked_features_{0};
 };
 
 // The device sources and the binder.
@@ -218,6 +224,10 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     boot_record(info, sightings, boot_facts(backend, first_probe));
     find_devices(machine, info);
     CO_CHECK(co_await binder.bind());
+    if (const u32 unasked = machine.drivers.unasked_features(); unasked != 0) {
+        log::warning("features={} has no effect: no driver of a device in this machine uses it",
+                     feature_words(unasked));
+    }
     binder.watch();
     if (options.job != Job::boot) { // which ends at once
         watch_pci_hotplug(machine.pci, executor, interrupts(), device_registers(), machine.tasks);

@@ -412,6 +412,16 @@ struct Collector {
 
 } // namespace
 
+FixedText<240> feature_words(u32 bits) {
+    FixedText<240> text;
+    for (const FeatureName& each : features) {
+        if ((bits & to_underlying(each.feature)) != 0) {
+            print(text, "{}{}", text.empty() ? "" : ",", each.name);
+        }
+    }
+    return text;
+}
+
 bool parse_options(std::string_view cmdline, Options& into, OptionErrors& errors) {
     into = {};
     errors = {};

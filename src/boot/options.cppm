@@ -145,4 +145,7 @@ struct OptionErrors {
 /// after "--" (for Linux's init), go to into.loader; a word in double quotes may contain blanks. True: no errors.
 bool parse_options(std::string_view cmdline, Options& into, OptionErrors& errors);
 
+/// "-packed,-ncq": the words of the features key for these bits of drivers::Feature.
+FixedText<240> feature_words(u32 bits);
+
 } // namespace fl::boot

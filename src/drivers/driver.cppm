@@ -181,8 +181,16 @@ struct Environment {
     DeviceSink* devices = nullptr;
     /// For drivers of network cards; nullptr: cards cannot be announced (tests of other drivers).
     NetSink* nets = nullptr;
+    /// Feature bits that drivers have asked about, so that a withheld one that none knows can be reported; nullptr: not
+    /// counted. Relaxed: it orders no other data.
+    std::atomic<u32>* asked_features = nullptr;
 
-    bool allows(Feature feature) const { return (withheld_features & to_underlying(feature)) == 0; }
+    bool allows(Feature feature) const {
+        if (asked_features != nullptr) {
+            asked_features->fetch_or(to_underlying(feature), std::memory_order_relaxed);
+        }
+        return (withheld_features & to_underlying(feature)) == 0;
+    }
 };
 
 } // namespace fl::drivers

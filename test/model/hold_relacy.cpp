@@ -61,8 +61,8 @@ struct ModelAtomics {
 };
 
 /// A task that resets the controller, and a queue on another processor. `again`: it is the second reset; the queue was
-/// quiet in the first one, and has not come back yet. The task gives up if the queue is not quiet after two looks, as it
-/// does after a time-out: loops would make the schedules too many.
+/// quiet in the first one, and has not come back yet. The task gives up if the queue is not quiet after two looks, as
+/// it does after a time-out: loops would make the schedules too many.
 template <bool again>
 struct Resets : rl::test_suite<Resets<again>, 2> {
     std::optional<BasicHold<ModelAtomics>> hold;

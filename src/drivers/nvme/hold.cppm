@@ -28,7 +28,7 @@ class BasicHold {
   public:
     /// By the task: from now on each queue becomes quiet in its next turns.
     void hold() { epoch_.store(epoch() | 1, std::memory_order_release); }
-    /// By the task, once all queues are quiet: they may use their new rings. Release: pairs with the acquire in epoch().
+    /// By the task, once all queues are quiet: they may use their new rings. Release: pairs with epoch()'s acquire.
     void release() { epoch_.store(epoch() + 1, std::memory_order_release); }
     inline u32 epoch() const { return epoch_.load(std::memory_order_acquire); }
     inline bool holds() const { return (epoch() & 1) != 0; }

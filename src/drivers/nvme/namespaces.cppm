@@ -26,8 +26,8 @@ class Namespaces {
     void clear();
 
     /// What all of them have in common. `queues`: of the lanes; the array outlives this. `limits`: of the command set.
-    /// `features`: words for the disks' description, each followed by a space or the last. `descriptors`: the controller
-    /// has lists of identification descriptors.
+    /// `features`: words for the disks' description, each followed by a space or the last. `descriptors`: the
+    /// controller has lists of identification descriptors.
     void use(const ControllerInfo& info, const CommandSetLimits& limits, std::span<Queue* const> queues,
              std::string_view features, bool descriptors);
     /// Finds and announces the namespaces that are not known. Failing ones are skipped and reported.

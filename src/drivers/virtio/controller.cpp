@@ -182,8 +182,12 @@ u64 common_features_of(const Environment& environment, bool legacy) {
 io::Task<Result<void>> attach(const Type& type, Environment& environment, Device& device) {
     CO_CHECK(co_await device.start(environment.executor, environment.timeout));
     const bool legacy = device.legacy();
-    const auto features = device.negotiate(common_features_of(environment, legacy) | type.features(environment, legacy),
-                                           legacy ? 0 : feature_version_1, type.names);
+    const auto of = [&](const Environment& e) { return common_features_of(e, legacy) | type.features(e, legacy); };
+    Environment everything = environment;
+    everything.withheld_features = 0;
+    const u64 supported = of(environment);
+    const auto features =
+        device.negotiate(supported, legacy ? 0 : feature_version_1, of(everything) & ~supported, type.names);
     Controller* controller = features ? type.make(environment, device, *features) : nullptr;
     Result<void> attached;
     if (!features) {

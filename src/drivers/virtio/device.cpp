@@ -57,7 +57,7 @@ io::Task<Result<void>> Device::start(io::Executor& executor, Nanoseconds timeout
     co_return Result<void>{};
 }
 
-Result<u64> Device::negotiate(u64 supported, u64 required, std::span<const FeatureName> names) {
+Result<u64> Device::negotiate(u64 supported, u64 required, u64 withheld, std::span<const FeatureName> names) {
     const u64 offered = read_features(0) | (legacy() ? 0 : u64{read_features(1)} << 32);
     if ((offered & required) != required) {
         log::warning("{}: features that the driver needs are not offered: {}", name(),
@@ -66,6 +66,13 @@ Result<u64> Device::negotiate(u64 supported, u64 required, std::span<const Featu
                      required, offered};
     }
     const u64 accepted = offered & supported;
+    if (withheld != 0) {
+        const auto list = [&](u64 features) {
+            return features == 0 ? FixedText<240>("none") : names_of(features, names);
+        };
+        log::info("{}: features= withholds {}; without effect, because the device does not offer them: {}", name(),
+                  list(withheld & offered), list(withheld & ~offered));
+    }
     log::debug("{}: features {}; not used: {}", name(), names_of(accepted, names),
                names_of(offered & ~supported, names));
     write_features(0, static_cast<u32>(accepted));

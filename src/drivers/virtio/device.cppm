@@ -2,7 +2,7 @@
 // configuration space. drivers.virtio.pci and drivers.virtio.mmio are the two buses.
 //
 //     CO_CHECK(co_await device.start(executor, timeout));      // reset, ACKNOWLEDGE, DRIVER
-//     CO_CHECK(device.negotiate(wanted, withheld));            // FEATURES_OK
+//     CO_CHECK(device.negotiate(wanted, required, …));          // FEATURES_OK
 //     CO_TRY(const Notifier notifier, device.enable(0, …));    // each queue
 //     device.run();                                            // DRIVER_OK
 //
@@ -67,8 +67,9 @@ class Device {
     io::Task<Result<void>> start(io::Executor& executor, Nanoseconds timeout);
     /// Accepts those of the offered features that are in `supported`, and returns them. Error{not_supported}: the
     /// device does not offer `required` (all of these), or refuses the choice. The rest is logged by name; `names`:
-    /// those of the device type's own features.
-    Result<u64> negotiate(u64 supported, u64 required, std::span<const FeatureName> names);
+    /// those of the device type's own features. `withheld`: those of which the user does not want any; one line says
+    /// which of them the device offers, and which it does not.
+    Result<u64> negotiate(u64 supported, u64 required, u64 withheld, std::span<const FeatureName> names);
     /// Call once all queues are enabled.
     void run() { set_status(static_cast<u8>(status_ | status_driver_ok)); }
     /// For a device that cannot be used: tells it so [virtio-1.2 §2.1.2].
@@ -99,30 +100,43 @@ class Device {
     /// The vector of configuration changes. Error{not_supported}: the device does not accept it.
     virtual Result<void> set_config_vector(u16 vector) = 0;
 
-    /// Changes whenever the configuration may have been changed by the device.
-    virtual u32 generation() = 0;
     /// A field of the device's configuration; all ones beyond its end. Fields of 64 bits are read as two halves: see
     /// read_config().
-    virtual u32 config(u64 at, u32 width) = 0;
-    /// Calls `read` until the configuration has not changed meanwhile, at most 16 times [virtio-1.2 §2.5.1].
-    /// Error{protocol}: it changes all the time.
+    u32 config(u64 at, u32 width) {
+        const u32 value = config_field(at, width);
+        if (fields_.count < fields_.values.size()) {
+            fields_.values[fields_.count] = value;
+        }
+        ++fields_.count;
+        return value;
+    }
+    /// Calls `read` until the configuration has not changed meanwhile, at most 16 times [virtio-1.2 §2.5.1]. The legacy
+    /// interface has no generation: there the same values must have been read twice in a row [virtio-1.2 §2.5.4].
+    /// `read`: at most max_fields calls of config(). Error{protocol}: it changes all the time.
     template <class F>
     Result<void> read_config(F&& read) {
         for (u32 attempt = 0; attempt < 16; ++attempt) {
             const u32 before = generation();
+            const Fields last = std::exchange(fields_, {});
             read();
-            if (generation() == before) {
+            if (legacy() ? attempt != 0 && fields_.count <= max_fields && fields_ == last : generation() == before) {
                 return {};
             }
         }
-        return Error{Code::protocol, "the device's configuration changes each time that it is read", 0, generation()};
+        return Error{Code::protocol, "the device's configuration changes each time that it is read"};
     }
     /// Writes a field of one byte.
     virtual void write_config(u64 at, u8 value) = 0;
     u64 config64(u64 at) { return config(at, 4) | u64{config(at + 4, 4)} << 32; }
 
+    static constexpr u32 max_fields = 16;
+
   protected:
     ~Device() = default;
+    /// Changes whenever the configuration may have been changed by the device; constant in the legacy interface.
+    virtual u32 generation() = 0;
+    /// As config().
+    virtual u32 config_field(u64 at, u32 width) = 0;
     virtual u8 read_status() = 0;
     virtual void write_status(u8 status) = 0;
     /// 32 features, `half` 0 or 1.
@@ -130,11 +144,18 @@ class Device {
     virtual void write_features(u32 half, u32 features) = 0;
 
   private:
+    /// What config() returned since read_config() began; further values are only counted.
+    struct Fields {
+        std::array<u32, max_fields> values{};
+        u32 count = 0;
+        friend bool operator==(const Fields&, const Fields&) = default;
+    };
     void set_status(u8 status) {
         status_ = status;
         write_status(status);
     }
     u8 status_ = 0;
+    Fields fields_;
 };
 
 /// "EVENT_IDX, RING_PACKED": the names of these features; those without one by number.

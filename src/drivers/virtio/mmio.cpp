@@ -85,7 +85,7 @@ u8 MmioDevice::take_interrupt(u32& accesses) {
     return static_cast<u8>(reasons);
 }
 
-u32 MmioDevice::config(u64 at, u32 width) {
+u32 MmioDevice::config_field(u64 at, u32 width) {
     if (at + width > mmio::bytes - mmio::config) {
         return width == 4 ? ~u32{0} : (u32{1} << 8 * width) - 1;
     }

@@ -32,11 +32,11 @@ class MmioDevice final : public Device {
     bool by_line() const override { return true; }
     u8 take_interrupt(u32& accesses) override;
     Result<void> set_config_vector(u16) override { return {}; }
-    u32 generation() override { return legacy() ? 0 : registers_.read<u32>(mmio::config_generation); }
-    u32 config(u64 at, u32 width) override;
     void write_config(u64 at, u8 value) override;
 
   protected:
+    u32 generation() override { return legacy() ? 0 : registers_.read<u32>(mmio::config_generation); }
+    u32 config_field(u64 at, u32 width) override;
     u8 read_status() override { return static_cast<u8>(registers_.read<u32>(mmio::status)); }
     void write_status(u8 status) override;
     u32 read_features(u32 half) override;

@@ -126,7 +126,7 @@ Result<void> PciDevice::set_config_vector(u16 vector) {
 
 u32 PciDevice::generation() { return common_.read<u8>(pci_common::config_generation); }
 
-u32 PciDevice::config(u64 at, u32 width) {
+u32 PciDevice::config_field(u64 at, u32 width) {
     if (at + width > config_.size()) {
         return width == 4 ? ~u32{0} : (u32{1} << 8 * width) - 1;
     }

@@ -28,11 +28,11 @@ class PciDevice final : public Device {
     bool by_line() const override { return interrupts_.kind() == pci::InterruptKind::line; }
     u8 take_interrupt(u32& accesses) override;
     Result<void> set_config_vector(u16 vector) override;
-    u32 generation() override;
-    u32 config(u64 at, u32 width) override;
     void write_config(u64 at, u8 value) override;
 
   protected:
+    u32 generation() override;
+    u32 config_field(u64 at, u32 width) override;
     u8 read_status() override;
     void write_status(u8 status) override;
     u32 read_features(u32 half) override;

@@ -75,6 +75,7 @@ TEST(Options, Bench) {
     EXPECT_EQ(o.log, log::Level::debug);
     EXPECT_EQ(o.map.count, 2u);
     EXPECT_EQ(o.withheld_features, 2u | 4u);
+    EXPECT_EQ(boot::feature_words(o.withheld_features).view(), "-indirect,-ring-pages");
     EXPECT_EQ(o.hv.guest, hv::VmGuest::xen);
     EXPECT_TRUE(o.hv.late);
 }

@@ -214,8 +214,9 @@ class MmioRegisters final : public MmioModel {
     u32 queue_max = 256;
     std::array<u8, 64> config{};
     u32 generation = 0;
-    bool restless = false; // the generation changes with each read
-    bool refuses = false;  // does not set FEATURES_OK
+    bool restless = false;                      // the generation changes with each read
+    std::function<void(u64 at)> on_config_read; // before it; `at`: in the configuration
+    bool refuses = false;                       // does not set FEATURES_OK
     bool unresettable = false;
     bool wce_stuck = false; // the cache mode cannot be changed
     u32 config_writes = 0;
@@ -233,6 +234,9 @@ class MmioRegisters final : public MmioModel {
     }
     u64 read(u64 at, u32 width) override {
         if (at >= 0x100) {
+            if (on_config_read) {
+                on_config_read(at - 0x100);
+            }
             u64 value = ~u64{0};
             if (at - 0x100 + width <= config.size()) {
                 value = 0;

@@ -499,6 +499,53 @@ TEST(VirtioBlk, AnImpossibleSizeIsNotTaken) {
     writes_and_reads(m);
 }
 
+// There is no generation: a size that changes between the reads of its halves is seen by reading it again
+// [virtio-1.2 §2.5.4].
+TEST(VirtioBlk, ALegacyDevicesSizeIsReadUntilItIsConsistent) {
+    constexpr u64 before = (u64{1} << 32) - 8, after = (u64{3} << 32) + 16;
+    const auto change_between_halves = [](Machine& m, u64 from, u64 to) {
+        m.registers.set<u64>(0, from);
+        m.registers.on_config_read = [&m, to](u64 at) {
+            if (at == 4) {
+                m.registers.set<u64>(0, to);
+                m.registers.on_config_read = nullptr;
+            }
+        };
+    };
+    Machine m(1);
+    change_between_halves(m, before, after);
+    ASSERT_TRUE(m.probe());
+    ASSERT_EQ(m.sink.disks.size(), 1u);
+    EXPECT_EQ(m.sink.disks[0]->geometry().sectors, after) << "when it is attached";
+    change_between_halves(m, after, before);
+    m.change_config();
+    EXPECT_EQ(m.sink.disks[0]->geometry().sectors, before) << "when it changes";
+    m.registers.on_config_read = [&](u64) { m.registers.config[0] += 8; };
+    m.change_config();
+    EXPECT_TRUE(m.log.has("the device's configuration changes each time that it is read"));
+    EXPECT_EQ(m.sink.disks[0]->geometry().sectors, before);
+    Machine restless(1);
+    restless.registers.on_config_read = [&](u64) { restless.registers.config[0] += 8; };
+    EXPECT_EQ(restless.probe().error().code, Code::protocol);
+}
+
+// One line for each device says what features= does to it.
+TEST(VirtioBlk, WithheldFeaturesAreNamed) {
+    Machine m;
+    ASSERT_TRUE(m.probe(to_underlying(Feature::event_idx) | to_underlying(Feature::packed) |
+                        to_underlying(Feature::config_wce) | to_underlying(Feature::ncq)));
+    EXPECT_TRUE(m.log.has("features= withholds EVENT_IDX; without effect, because the device does not offer them: "
+                          "CONFIG_WCE, RING_PACKED"))
+        << m.log.text.view();
+    Machine all;
+    ASSERT_TRUE(all.probe(to_underlying(Feature::flush)));
+    EXPECT_TRUE(all.log.has("features= withholds FLUSH; without effect, because the device does not offer them: none"))
+        << all.log.text.view();
+    Machine none;
+    ASSERT_TRUE(none.probe(to_underlying(Feature::ncq)));
+    EXPECT_FALSE(none.log.has("withholds")) << "the kernel reports what no driver knows";
+}
+
 TEST(VirtioBlk, ASizeIsInWholeSectors) {
     Machine m;
     m.registers.set<u32>(20, 4096);

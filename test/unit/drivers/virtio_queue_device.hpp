@@ -27,11 +27,11 @@ class QueueDevice final : public drivers::virtio::Device, private MmioModel {
     bool by_line() const override { return false; }
     u8 take_interrupt(u32&) override { return 1; }
     Result<void> set_config_vector(u16) override { return {}; }
-    u32 generation() override { return 0; }
-    u32 config(u64, u32) override { return 0; }
     void write_config(u64, u8) override {}
 
   protected:
+    u32 generation() override { return 0; }
+    u32 config_field(u64, u32) override { return 0; }
     u8 read_status() override { return 0; }
     void write_status(u8) override {}
     u32 read_features(u32) override { return 0; }
