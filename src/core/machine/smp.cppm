@@ -1,5 +1,5 @@
-// Further processors: listed in the MADT and started by INIT and startup IPIs [SDM-3 9.4], or started by the hypervisor;
-// stopped at the end.
+// Further processors: listed in the MADT and started by INIT and startup IPIs [SDM-3 9.4], or started by the
+// hypervisor; stopped at the end.
 export module core.machine.smp;
 import core.std;
 import core.acpi;
@@ -36,8 +36,8 @@ struct Processors {
 
 /// Starts up to `maximum` - 1 further processors, one at a time: each has joined before the next is started. Call once,
 /// on the boot processor, with clock, timer and interrupts running. Every wait is bounded: 1 s for a processor to
-/// start, `join_bound` (ns) for its join(). `starter`: used in place of IPIs if it knows more than one processor; of the
-/// processors that it knows, no more than the MADT lists, if there is one.
+/// start, `join_bound` (ns) for its join(). `starter`: used in place of IPIs if it knows more than one processor; of
+/// the processors that it knows, no more than the MADT lists, if there is one.
 Processors start_processors(const acpi::Tables* tables, u32 maximum, const ProcessorWork& work, Nanoseconds join_bound,
                             const ProcessorStarter& starter = {});
 /// Waits, for a bounded time, until each serve() has returned; those processors take no interrupts afterwards. The
