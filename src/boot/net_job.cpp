@@ -215,13 +215,17 @@ io::Task<Result<UdpResult>> udp_echo(UdpEnd& self, const UdpOptions& options, Na
 }
 
 // Asks for the receiver's counts until they come.
-io::Task<Result<bool>> get_report(UdpEnd& self, const UdpOptions& options, u64 run, UdpResult& result) {
+io::Task<Result<bool>> get_report(UdpEnd& self, const UdpOptions& options, u64 run, UdpResult& result,
+                                  std::optional<Error>& last) {
     io::Executor& executor = self.executor();
     for (u32 i = 0; i < report_attempts; ++i) {
         const auto end = numbered(self, net::NumberedKind::end, run, result.sent, options.count, options.bytes);
         const auto sent = co_await self.socket.send_to(options.to, end, report_bound);
-        if (!sent && sent.error().code == Code::device_gone) {
-            co_return sent.error();
+        if (!sent) {
+            last = sent.error();
+            if (last->code == Code::device_gone) {
+                co_return *last;
+            }
         }
         const Instant until = after(executor.now(), report_bound);
         for (Instant now = executor.now(); now < until; now = executor.now()) {
@@ -229,6 +233,9 @@ io::Task<Result<bool>> get_report(UdpEnd& self, const UdpOptions& options, u64 r
             if (!datagram) {
                 if (datagram.error().code == Code::device_gone) {
                     co_return datagram.error();
+                }
+                if (datagram.error().code != Code::timed_out) { // a host says that it could not be delivered
+                    last = datagram.error();
                 }
                 continue;
             }
@@ -276,7 +283,7 @@ io::Task<Result<UdpResult>> udp_send(UdpEnd& self, const UdpOptions& options, Na
         }
     }
     result.runtime = executor.elapsed() - begun;
-    CO_TRY(const bool reported, co_await get_report(self, options, run, result));
+    CO_TRY(const bool reported, co_await get_report(self, options, run, result, last));
     result.lost = result.sent - result.received;
     if (!reported) {
         result.failure.write("the receiver did not answer with what it has counted");

@@ -246,7 +246,7 @@ TEST_F(NetJob, NobodyReceives) {
     EXPECT_EQ(other.outcome->reason,
               "eth0 has 10.0.0.2, udp receive: 0 sent, 0 received: the sender did not announce its "
               "end within 30 s after 0 datagrams");
-    EXPECT_TRUE(log.has("the host says that nobody receives on the port"));
+    EXPECT_TRUE(log.has("error: eth0: not found: the host says that nobody receives on the port"));
     const auto alone = run("job=net address=10.0.0.1/24 udp=send,to=10.0.0.9:5000,count=10");
     EXPECT_EQ(alone.verdict, Verdict::failure);
     EXPECT_NE(alone.reason.view().find("no station answers for the address (ARP)"), std::string_view::npos)
