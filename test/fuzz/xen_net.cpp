@@ -251,8 +251,7 @@ struct Machine final : io::FrameReceiver {
     }
     void raise() {
         if ((std::atomic_ref<u64>(shared->mask[0]).load() >> port & 1) == 0) {
-            xen::InterruptHandler handler = drivers::xen_net::Lane::on_event;
-            handler(&lane);
+            drivers::xen_net::Lane::on_event(&lane);
         } else {
             std::atomic_ref<u64>(shared->pending[0]).fetch_or(u64{1} << port);
         }
