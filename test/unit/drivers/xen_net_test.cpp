@@ -379,6 +379,9 @@ TEST(XenNet, OneNotificationForATurn) {
 TEST(XenNet, SendersWaitForRoomInOrderAndTheCardStaysOpen) {
     NetMachine m({});
     m.open();
+    EXPECT_EQ(send(m, frame(60)), SendStatus::sent); // a new ring raises an event for its first response
+    m.pass(ms);
+    m.back.sent.clear();
     m.back.hold = true;
     const std::string text = frame(60);
     for (u32 i = 0; i < 64; ++i) {
@@ -496,6 +499,24 @@ TEST(XenNet, AnEventStormWithoutFramesCostsOneInterruptBeforeEachSleep) {
     m.back.deliver(frame(60));
     m.pass(ms);
     EXPECT_EQ(m.receiver.got.size(), 1u);
+}
+
+// A back end that sends on while frames are being taken causes no interrupts: the port is masked until the next sleep.
+TEST(XenNet, NoInterruptsWhileTheLaneIsBusy) {
+    NetMachine m({});
+    m.open();
+    m.pass(ms);
+    const u64 before = m.card().counters().interrupts;
+    m.receiver.during = [&](io::NetDevice&, std::span<const std::byte>) {
+        m.xen.raise(m.back.queues[0].port);
+        m.xen.deliver();
+    };
+    for (u32 i = 0; i < 60; ++i) {
+        m.back.deliver(frame(60, i));
+    }
+    m.pass(ms);
+    EXPECT_EQ(m.receiver.got.size(), 60u);
+    EXPECT_EQ(m.card().counters().interrupts, before + 1);
 }
 
 TEST(XenNet, AReceivedFrameIsPrivate) {
