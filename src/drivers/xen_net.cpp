@@ -110,14 +110,6 @@ io::Task<Result<void>> Vif::connect(const hv::SyntheticDevice& device) {
     CO_CHECK(co_await read_features());
     CO_CHECK(co_await read_mtu());
     identity_.name = environment_.nets->free_name();
-    const auto add_feature = [&](bool used, std::string_view name) {
-        if (used) {
-            print(identity_.features, "{}{}", identity_.features.empty() ? "" : " ", name);
-        }
-    };
-    add_feature(scatter_, "scatter-gather");
-    add_feature(offloads_checksums_, "checksum");
-    add_feature(wanted_lanes_ > 1, "multi-queue");
     for (u32 lane = 0; lane < wanted_lanes_; ++lane) {
         if (auto made = make_lane(lane); !made) {
             if (lane == 0) {
@@ -128,6 +120,7 @@ io::Task<Result<void>> Vif::connect(const hv::SyntheticDevice& device) {
         }
         ++lanes_.count;
     }
+    name_features();
     CO_CHECK(co_await publish());
     CO_CHECK(co_await front_.set_state(BusState::connected));
     CO_CHECK(co_await front_.await_state(connected, {environment_.executor, environment_.timeout}));
@@ -185,6 +178,20 @@ io::Task<Result<void>> Vif::read_mtu() {
         log::warning("xen_net: {}: an MTU of {} is not possible, {} is used", front_.path(), mtu, identity_.mtu);
     }
     co_return Result<void>{};
+}
+
+void Vif::name_features() {
+    const auto add = [&](bool used, std::string_view name) {
+        if (used) {
+            print(identity_.features, "{}{}", identity_.features.empty() ? "" : " ", name);
+        }
+    };
+    add(scatter_, "scatter-gather");
+    add(offloads_checksums_, "checksum");
+    add(lanes_.count > 1, "multi-queue");
+    for (u32 lane = 0; lane < lanes_.count; ++lane) {
+        lanes_.all[lane]->set_features(identity_.features);
+    }
 }
 
 Result<void> Vif::make_lane(u32 number) {

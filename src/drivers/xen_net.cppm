@@ -80,6 +80,7 @@ class Vif {
     io::Task<Result<void>> read_features();
     io::Task<Result<void>> read_mtu();
     Result<void> make_lane(u32 number);
+    void name_features();
     io::Task<Result<void>> publish();
     void publish_lane(std::string_view prefix, const Connection& connection);
     io::Task<Result<void>> watch_back_end();

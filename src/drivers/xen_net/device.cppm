@@ -6,6 +6,7 @@
 export module drivers.xen_net.device;
 import core.std;
 import core.result;
+import core.text;
 import core.dma;
 import core.time;
 import io.executor;
@@ -41,6 +42,8 @@ class Lane final : public io::NetDevice, public io::Service {
     /// end connects, on any processor.
     Result<void> prepare(const Identity& identity, bool offloads_checksums, DmaSpan rings, hv::xen::Domain domain,
                          hv::xen::Port port, DmaAllocator& dma);
+    /// Before start(): what was negotiated, for the identity.
+    void set_features(const FixedText<96>& features) { identity_.features = features; }
     /// The back end is connected: starts serving, on the lane's processor.
     io::Task<Result<void>> start();
     /// Ends it, on the lane's processor: the rings are not accessed any more. May be called at any time.

@@ -326,6 +326,26 @@ TEST(XenNet, ShortMemoryAndFewGrantsGiveFewerBuffers) {
     EXPECT_EQ(none.guest.grants().obtainable(), 60u);
 }
 
+TEST(XenNet, WithoutGrantsForAnotherQueueThereIsOne) {
+    NetMachine m({.queues = 2}, 0, 2);
+    m.xen.grant_frames_limit = 1;
+    ASSERT_TRUE(m.install());
+    while (m.guest.grants().obtainable() > 250) { // 194 for the first queue, at least 66 for the second
+        static_cast<void>(m.guest.grants().take());
+    }
+    ASSERT_TRUE(m.start());
+    ASSERT_TRUE(m.run(drivers::xen_net::probe(m.environment, m.guest, m.device)));
+    EXPECT_EQ(m.card().lanes(), 1u);
+    EXPECT_EQ(m.card().identity().features.view(), "scatter-gather checksum");
+    EXPECT_EQ(m.back.key("multi-queue-num-queues"), "1");
+    EXPECT_EQ(m.guest.grants().obtainable(), 250u - 194) << "what the second one took is given back";
+    m.card().set_receiver(&m.receiver);
+    m.back.echo = true;
+    EXPECT_EQ(send(m, frame(60)), SendStatus::sent);
+    m.pass(ms);
+    EXPECT_EQ(m.receiver.got.size(), 1u);
+}
+
 // ---- sending ----
 
 TEST(XenNet, ChecksumsAreLeftToTheBackEndIfItWants) {
