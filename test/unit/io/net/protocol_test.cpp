@@ -242,7 +242,8 @@ TEST(NetIpv4, OptionsAreSkipped) {
     Bytes packet = ipv4_golden;
     packet[0] = std::byte{0x46};
     packet[3] = std::byte{20 + 4 + 3};
-    const auto parsed = parse_ipv4(summed(packet + bytes({1, 1, 1, 0, 7, 8, 9})));
+    const Bytes whole = summed(packet + bytes({1, 1, 1, 0, 7, 8, 9}));
+    const auto parsed = parse_ipv4(whole);
     ASSERT_TRUE(parsed);
     EXPECT_EQ(Bytes(parsed->payload.begin(), parsed->payload.end()), bytes({7, 8, 9}));
     EXPECT_EQ(parsed->head.size(), 24u);
