@@ -183,8 +183,8 @@ concept Processors = requires(B& b, u32 cpu, io::Executor& executor) {
 /// Starts processors by hypercall, in place of INIT and startup IPIs. On the boot processor, after start().
 /// processor_count(): processors of this machine, the boot processor included, numbered 0 to count - 1; 0: this
 /// instance cannot start any. start_processor(): `index` > 0, once, or again after stop_processor(); an Error if the
-/// hypervisor refuses. stop_processor(): it executes nothing any more. yield(): lets another processor of this guest run, if there
-/// are more of them than the host has; on any processor.
+/// hypervisor refuses. stop_processor(): it executes nothing any more. yield(): lets another processor of this guest
+/// run, if there are more of them than the host has; on any processor.
 template <class B>
 concept StartsProcessors = requires(B& b, u32 index, const ProcessorStart& state) {
     { b.processor_count() } -> std::same_as<u32>;
