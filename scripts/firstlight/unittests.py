@@ -21,7 +21,7 @@ from .vmtests import Result, side_by_side, wreck
 TEST_SECONDS = 60  # per test
 LIST_SECONDS = 60
 END_SECONDS = 60  # from the last test to the end of the process: static destructors, the leak check
-PARTS_EACH = 4  # per processor: with more parts, the one with the longest tests delays the end less
+PARTS_EACH = 10  # per processor: with more parts, the one with the longest tests delays the end less, and a process keeps fewer machines that live until its end
 
 BEGIN = re.compile(r"\[ RUN      \] (\S+)$")
 END = re.compile(r"\[(       OK |  FAILED  |  SKIPPED )\] (\S+?)(?:, where .*)? \((\d+) ms\)$")

@@ -26,7 +26,8 @@ class Control {
     /// Announces what this guest can do, and reacts to requests from then on. Without Environment::shutdown it
     /// announces nothing.
     io::Task<Result<void>> connect();
-    /// Stops reacting. For tests: must be awaited before destruction once connect() has succeeded.
+    /// Removes the watches. For tests: must be awaited before destruction once connect() has succeeded; nothing else may
+    /// use the store meanwhile.
     io::Task<Result<void>> disconnect();
 
   private:
@@ -47,7 +48,6 @@ class Control {
     io::Latch changed_;
     hv::xen::Watch shutdown_;
     hv::xen::Watch sysrq_;
-    bool stopped_ = false;
     io::TaskGroup tasks_; // destroyed before what it uses
 };
 

@@ -66,10 +66,8 @@ struct XenControl : testing::Test {
         settle();
     }
     void TearDown() override {
-        if (!shutdown->requested()) {
-            EXPECT_TRUE(m.run(control->disconnect()));
-            EXPECT_TRUE(m.xen.watches.empty());
-        }
+        EXPECT_TRUE(m.run(control->disconnect()));
+        EXPECT_TRUE(m.xen.watches.empty());
     }
     static io::Task<Result<void>> wait(io::Executor& executor) {
         co_await executor.sleep(100'000'000);
@@ -92,7 +90,6 @@ TEST_F(XenControl, EachRequestEndsTheMachineAsItSays) {
         if (shutdown->requested()) { // one request for each machine
             TearDown();
             control.reset();
-            m.xen.watches.clear();
             shutdown.emplace(m.executor);
             control.emplace(*environment, m.guest.store());
             ASSERT_TRUE(m.run(control->connect()));
@@ -150,6 +147,45 @@ TEST_F(XenControl, UnknownRequestsAreLeftAsTheyAre) {
     m.xen.set("control/shutdown", "poweroff");
     settle();
     EXPECT_TRUE(shutdown->requested()) << "and a known one is still seen";
+}
+
+TEST_F(XenControl, ARequestBeforeTheWatchIsSeen) {
+    fake::Machine other;
+    ASSERT_TRUE(other.install());
+    ASSERT_TRUE(other.start());
+    other.xen.set("control/shutdown", "reboot");
+    io::Shutdown wanted(other.executor);
+    drivers::Environment with{.executor = other.executor,
+                              .dma = other.xen.memory,
+                              .interrupts = other.xen.interrupts,
+                              .disks = disks,
+                              .shutdown = &wanted};
+    Control early(with, other.guest.store());
+    ASSERT_TRUE(other.run(early.connect()));
+    ASSERT_TRUE(other.run(wait(other.executor)));
+    EXPECT_TRUE(wanted.requested());
+    EXPECT_EQ(other.xen.get("control/shutdown"), "");
+    EXPECT_TRUE(other.run(early.disconnect()));
+}
+
+// Nothing is read, and so nothing allocated, while a job is measured.
+TEST_F(XenControl, ConnectingLeavesNothingToDo) {
+    fake::Machine other;
+    ASSERT_TRUE(other.install());
+    ASSERT_TRUE(other.start());
+    other.xen.set("control/shutdown", "");
+    io::Shutdown unused(other.executor);
+    drivers::Environment with{.executor = other.executor,
+                              .dma = other.xen.memory,
+                              .interrupts = other.xen.interrupts,
+                              .disks = disks,
+                              .shutdown = &unused};
+    Control idle(with, other.guest.store());
+    ASSERT_TRUE(other.run(idle.connect()));
+    const auto before = other.xen.requests;
+    ASSERT_TRUE(other.run(wait(other.executor)));
+    EXPECT_EQ(other.xen.requests, before);
+    EXPECT_TRUE(other.run(idle.disconnect()));
 }
 
 TEST_F(XenControl, AWithdrawnRequestIsNoRequest) {
