@@ -26,8 +26,7 @@ class Control {
     /// Announces what this guest can do, and reacts to requests from then on. Without Environment::shutdown it
     /// announces nothing.
     io::Task<Result<void>> connect();
-    /// Removes the watches. For tests: must be awaited before destruction once connect() has succeeded; nothing else may
-    /// use the store meanwhile.
+    /// Removes the watches. For tests: must be awaited before destruction once connect() has succeeded.
     io::Task<Result<void>> disconnect();
 
   private:
