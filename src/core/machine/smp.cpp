@@ -245,7 +245,7 @@ bool start_one(u32 number, u32 which, Nanoseconds join_bound, Processors& proces
         state.stack_guard = *stack;
     }
     state.stage.store(Stage::none, std::memory_order_relaxed);
-    local_of(number).apic_id = which; // or set by itself
+    local_of(number).apic_id = which; // with a starter, the processor writes its own
     comparison.requested.store(0, std::memory_order_relaxed);
     comparison.answered.store(0, std::memory_order_relaxed);
     start_offer.apic_id = which;

@@ -253,7 +253,7 @@ TEST_F(NetJob, NobodyReceives) {
         << alone.reason.view();
 }
 
-// The echo end answers to whoever asks: here a socket of the test.
+// The echo server replies to the sender, here a socket of the test.
 TEST_F(NetJob, Echo) {
     struct Asker {
         static Task<Result<void>> run(NetJob& t, u32& answers) {

@@ -31,7 +31,7 @@ class Netback {
         u32 slots = 0;
         u32 queue = 0;
     };
-    /// One receive response, or what stands in its place.
+    /// One slot of the receive ring: a response or an extra info.
     struct Slot {
         std::string data;
         u16 flags = 0;
