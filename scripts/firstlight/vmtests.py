@@ -28,6 +28,7 @@ from .records import Log, Verdict
 TABLES = paths.REPOSITORY / "test" / "vm"
 START_CASES = 24  # per start of the lab: their files are in its memory
 AT_ONCE = 4  # starts of the lab side by side, maximum
+IDLE_SECONDS = 20  # a machine that is paused for as long does not need a processor most of the time
 START_MEBIBYTES = 2304  # per start: 2 GiB for the machine, and QEMU itself
 SPARE_MEBIBYTES = 3072  # for compilers and everything else
 HERE_PARTS = 4  # of the boots without the lab; several, so that all workers end at about the same time
@@ -416,15 +417,17 @@ class Part:
     name: str
     run: Callable[[], Iterable[Result]]
     counted: bool = False  # in the lab's counted time: its results do not depend on the processor time it gets
+    idle: bool = False  # counted, and mostly asleep: it runs beside the other counted ones
     lab: bool = False  # a start of the lab: AT_ONCE and the memory bound their number
 
 
 class Boots:
     """The parts of the VM tests, run in two steps: those in counted time may begin early, beside builds and other tests.
 
-    These run one at a time, at the lowest priority (process.lower_priority()). The parts in wall-clock time have bounds in real
-    seconds: they run later, as many at once as there are processors, and after them the remaining counted ones. Leaving the
-    `with` block before all results have been taken ends every child.
+    These run one at a time, at the lowest priority (process.lower_priority()), and beside them, also one at a time, those whose
+    machines are paused most of the time. The parts in wall-clock time have bounds in real seconds: they run later, as many at once
+    as there are processors, and after them the remaining counted ones. Leaving the `with` block before all results have been
+    taken ends every child.
     """
 
     def __init__(self, parts: Iterable[Part], workers: int, labs: int = AT_ONCE, results: Iterable[Result] = ()) -> None:
@@ -452,8 +455,9 @@ class Boots:
 
     def begin(self) -> None:
         """Starts the parts in counted time."""
-        if any(part.counted for part in self.waiting):
-            self.start(self.lower_priority)
+        for idle in (False, True):
+            if any(part.counted and part.idle == idle for part in self.waiting):
+                self.start(functools.partial(self.lower_priority, idle))
 
     def ready(self) -> Iterable[Result]:
         """The results so far. Never waits."""
@@ -494,21 +498,22 @@ class Boots:
         finally:
             self.found.put(None)
 
-    def take(self, counted_only: bool) -> Part | None:
-        """The next part; of the second step, parts in wall-clock time come first."""
+    def take(self, choice: Callable[[Part], bool]) -> Part | None:
         with self.lock:
-            for part in [part for part in self.waiting if part.counted == counted_only] + ([] if counted_only else self.waiting[:1]):
-                self.waiting.remove(part)
-                return part
+            for part in self.waiting:
+                if choice(part):
+                    self.waiting.remove(part)
+                    return part
         return None
 
-    def lower_priority(self) -> None:
+    def lower_priority(self, idle: bool) -> None:
         process.lower_priority()
-        while not self.last_step and (part := self.take(True)):
+        while not self.last_step and (part := self.take(lambda part: part.counted and part.idle == idle)):
             self.carry_out(part)
 
     def work(self) -> None:
-        while part := self.take(False):
+        """The second step: parts in wall-clock time come first."""
+        while part := self.take(lambda part: not part.counted) or self.take(lambda part: True):
             self.carry_out(part)
 
     def carry_out(self, part: Part) -> None:
@@ -549,7 +554,7 @@ def plan(ready: lab.Lab, cases: Sequence[Case], forced: str, report: Callable[[s
     work.mkdir(parents=True, exist_ok=True)
     here: list[Case] = []
     # the longest first
-    starts: dict[str, list[Case]] = {"xen-deterministic": [], "xen": [], "linux": [], "deterministic": [], "deterministic-uefi": [], "wall": []}
+    starts: dict[str, list[Case]] = {"deterministic-idle": [], "xen-deterministic": [], "xen": [], "linux": [], "deterministic": [], "deterministic-uefi": [], "wall": []}
     reasons: set[str] = set()
     refused: list[Result] = []
     for case in cases:
@@ -568,14 +573,14 @@ def plan(ready: lab.Lab, cases: Sequence[Case], forced: str, report: Callable[[s
         elif kind.domain:
             starts["xen-deterministic" if case.deterministic else "xen"].append(case)
         elif case.deterministic:
-            starts["deterministic-uefi" if case.boot == "uefi" else "deterministic"].append(case)
+            starts["deterministic-uefi" if case.boot == "uefi" else "deterministic-idle" if sleeps(case) >= IDLE_SECONDS else "deterministic"].append(case)
         else:
             starts["linux" if case.linux else "wall"].append(case)
     parts = [
         Part(
             f"lab-{start}-{first}",
             functools.partial(run_inside, ready, chosen[first : first + START_CASES], forced, report, work / f"lab-{start}-{first}"),
-            counted="deterministic" in start, lab=True,
+            counted="deterministic" in start, idle=start == "deterministic-idle", lab=True,
         )
         for start, chosen in starts.items()
         for first in range(0, len(chosen), START_CASES)

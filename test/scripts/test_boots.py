@@ -52,6 +52,15 @@ class Planned(unittest.TestCase):
         self.assertEqual([part.name for part in self.plan(cases).waiting if part.counted], ["lab-deterministic-0", "lab-deterministic-uefi-0"])
         self.assertTrue(all(part.lab for part in self.plan(cases).waiting))
 
+    def test_what_is_paused_for_long_in_counted_time_has_a_start_of_its_own(self):
+        cases = [
+            Case("busy", "kvm", deterministic=True, pause=[nested.Pause("x", 3)]), Case("wall", "kvm", pause=[nested.Pause("x", 60)]),
+            Case("paused", "kvm", deterministic=True, pause=[nested.Pause("x", 7), nested.Pause("y", 60)]),
+        ]  # fmt: skip
+        self.assertEqual(self.parts(cases), {"lab-deterministic-idle-0": ["paused"], "lab-deterministic-0": ["busy"], "lab-wall-0": ["wall"]})
+        self.assertEqual([part.name for part in self.plan(cases).waiting if part.idle], ["lab-deterministic-idle-0"])
+        self.assertTrue(all(part.counted for part in self.plan(cases).waiting if part.idle))
+
     def test_a_start_takes_no_more_cases_than_its_memory_holds(self):
         parts = self.parts([Case(f"c{number}", "kvm") for number in range(vmtests.START_CASES + 1)])
         self.assertEqual([len(part) for part in parts.values()], [vmtests.START_CASES, 1])
@@ -126,6 +135,18 @@ class Run(unittest.TestCase):
             self.assertEqual(self.most, 1)
             found += boots.rest()
         self.assertEqual(names(found), ["one", "one-2", "two", "two-2", "wall", "wall-2"])
+
+    def test_those_that_sleep_begin_early_beside_the_others(self):
+        gate = threading.Event()
+        parts = [self.part("one", wait=gate, counted=True), self.part("two", counted=True), self.part("asleep", wait=gate, counted=True, idle=True)]
+        with Boots(parts, 1) as boots:
+            boots.begin()
+            self.until(lambda: self.alive == 2)
+            self.assertEqual(set(self.log), {"one", "asleep"})
+            gate.set()
+            found = list(boots.rest())
+        self.assertEqual(names(found), ["asleep", "asleep-2", "one", "one-2", "two", "two-2"])
+        self.assertEqual(self.most, 2)
 
     def test_without_a_beginning_all_come_in_the_end_and_wall_clock_time_first(self):
         with Boots([self.part("counted", counted=True), self.part("wall")], 1) as boots:
