@@ -19,6 +19,7 @@ from .workloads import DISK_BYTES, WAITS, Chosen, Side, Workload
 # Write each page once before measuring: the first write to a page of tmpfs costs more than later ones.
 DISK_CONTENT = "pattern"
 FIO_MORE = 5  # but not on IDE disks, which take long enough for the count itself
+MOST_LANES = 64  # the kernel's
 MOST_BUFFERS = 64 << 20  # bytes: what the machine's memory has room for
 
 
@@ -48,6 +49,9 @@ def arguments() -> Parser:
     parser.add_argument("--json-dir", type=Path, metavar="FOLDER", help="the same as one file for each job in a new folder, for fio-plot")
     parser.add_argument("--yardstick", action="store_true", help="measure Linux with fio in the same machines, in the same start of the lab")
     parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether the machine runs nested")
+    parser.add_argument("--lanes", type=whole(1, MOST_LANES), default=1, metavar="N", help="virtual processors that share the work on a disk, each at the whole depth, and with a queue of its own where the disk has several; "
+        "Linux gets as many, and as many jobs of fio (default: 1)")
+    parser.add_argument("--xen-version", type=one_line, default="", metavar="VERSION", help="of xen-pvh and xen-hvm: 4.17 (Debian 12) or 4.20 (Debian 13) (default: the distribution's own)")
     parser.add_argument("--boot", choices=("pvh", "uefi"), default="pvh", help="how the kernel is started; uefi for --only xen-emu")
     parser.add_argument("--cmdline", type=one_line, default="", help="more words for the kernel's command line, beside those that the jobs themselves are")
     parser.add_argument("--no-build", action="store_true", help="measure what was built before")
@@ -58,15 +62,15 @@ def arguments() -> Parser:
 
 LISTED = "nothing is measured"
 CONFLICTS = (
-    *vmm.conflicts(("boot", "wall", "lab", "yardstick", "only", "aio", "cache", "iothread", "list")),
+    *vmm.conflicts(("boot", "wall", "lab", "yardstick", "only", "aio", "cache", "iothread", "list", "lanes", "xen_version")),
     *(Conflict(("list", name), LISTED) for name in ("qemu", "qemu_arg")),
-    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build", "wait", "aio", "cache", "iothread")),
+    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build", "wait", "aio", "cache", "iothread", "lanes", "xen_version")),
     Conflict(("sweep", "workload"), "qd= is what --sweep sets: leave it out of --workload", lambda options: any(one.qd != 1 for one in options.workload)),
     Conflict(("aio",), f"native is for O_DIRECT: add --cache {' or --cache '.join(DIRECT_CACHES)}", lambda options: options.aio == "native" and options.cache not in DIRECT_CACHES),
     Conflict(("seed",), "is what the starts of several runs follow from: use it with --runs 2 or more", lambda options: options.runs == 1),
     Conflict(("wall", "lab"), "--lab never measures on this machine's own KVM, always in wall-clock time: leave out --wall", lambda options: options.lab == "never"),
 )
-OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks", "wait")  # words of the kernel's command line that the jobs set
+OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks", "wait", "lanes")  # words of the kernel's command line that the jobs set
 
 
 def check(options) -> list[Chosen]:
@@ -91,7 +95,7 @@ def check(options) -> list[Chosen]:
         key = word.partition("=")[0]
         if key in OWN_KEYS:
             raise Problem(
-                f"--cmdline {word}: {key}= is what the jobs set themselves; {'--wait' if key == 'wait' else '--only'} picks among them, and scripts/run --cmdline 'job=bench …' measures "
+                f"--cmdline {word}: {key}= is what the jobs set themselves; {f'--{key}' if key in ('wait', 'lanes') else '--only'} picks among them, and scripts/run --cmdline 'job=bench …' measures "
                 "anything else.",
                 Exit.USAGE,
             )
@@ -233,7 +237,7 @@ def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
     mode = "wall" if options.wall or not where.nested else "deterministic"
     reason = where.reason if not where.nested or forced == options.lab or machines[0].kind.domain else "nested lab, where instructions can be counted"
     launch.warn(f"{chosen.comparison}: {reason}; {mode} time")
-    stated = named_versions(sides, options) or versions(ready, machines[0].kind, where.nested)  # now, while the checkout is still what was built
+    stated = named_versions(sides, options) or versions(ready, machines[0].kind, where.nested, machines[0].xen_version)  # now, while the checkout is still what was built
     runs: list[list[dict]] = []
     service: dict[str, list[float]] = {}
     for number in range(options.runs):
@@ -302,9 +306,9 @@ def named_versions(sides: Sequence[Side], options) -> dict[str, str]:
     return {"Firstlight": revision(), **named, "Linux": platform.release()} if named else {}
 
 
-def versions(ready: lab.Lab, kind: Platform, nested: bool) -> dict[str, str]:
+def versions(ready: lab.Lab, kind: Platform, nested: bool, xen_version: str = "") -> dict[str, str]:
     """Versions that the figures depend on besides this kernel's code; printed above each table and stored in the JSON."""
-    xen = xenlab.find() if kind.domain else None
+    xen = xenlab.find(xen_version) if kind.domain else None
     packages = {name.rpartition("/")[2]: version for name, version in (xen or ready).versions.items()}
     lab_kernel = next(name.removeprefix("linux-image-") for name in packages if name.startswith("linux-image-"))
     return {
@@ -354,6 +358,10 @@ def more(side: Side, options) -> list[str]:
     return [*side.arguments, *(word for words in options.qemu_arg for word in words)]
 
 
+def version_of(side: Side, options) -> str:
+    return options.xen_version if kind_of(side).domain else ""
+
+
 def machine_name(side: Side, wait: str) -> str:
     return f"bench-{side.key}" + (f"-{wait}" if wait != WAITS[0] else "")
 
@@ -369,11 +377,14 @@ def main_machine(side: Side, chosen: Chosen, options, wait: str = WAITS[0]) -> M
         words.append(f"marks={kind_of(side).marks:#x}")
     if wait != WAITS[0]:
         words.append(f"wait={wait}")
+    if options.lanes != 1:
+        words.append(f"lanes={options.lanes}")
     if options.cmdline:
         words.append(options.cmdline)
     return Machine(
         machine_name(side, wait), side.platform, side.machine, boot="" if side.vmm else options.boot, cmdline=" ".join(words), disks=images(side, options),
         timeout=seconds(60, disks, chosen.workloads, in_wall_time(side, options)), extra=more(side, options), qemu=options.named_qemu, vmm=side.vmm,
+        cpus=options.lanes, xen_version=version_of(side, options),
     )  # fmt: skip
 
 
@@ -381,12 +392,14 @@ def linux_machine(side: Side, chosen: Chosen, options) -> Machine:
     disks = [disk for disk in side.disks if disk in chosen.disks]
     # fio's time limit is in milliseconds: on a disk that completes our count within tens of them it does more I/Os.
     targets = [yardstick.Target(disk, workloads.DRIVERS[side.bus(disk)].linux, 1 if side.bus(disk) == "ide" else FIO_MORE) for disk in disks]
-    wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count, "mix": w.mix, "seed": w.seed, "startdelay": w.startdelay} for w in chosen.workloads]
-    script = yardstick.script(targets, wanted, PLATFORMS[side.platform].marks, bool(options.json or options.json_dir))
+    wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count, "mix": w.mix, "seed": w.seed, "startdelay": w.startdelay, "lanes": options.lanes} for w in chosen.workloads]
+    # Each of several jobs would mark its own begin and end.
+    script = yardstick.script(targets, wanted, PLATFORMS[side.platform].marks if options.lanes == 1 else 0, bool(options.json or options.json_dir))
     limit = FIO_MORE * seconds(24, disks, chosen.workloads, in_wall_time(side, options))
     return Machine(
-        f"linux-{side.key}", side.platform, side.machine, disks=images(side, options), timeout=limit, linux=script, extra=more(side, options), qemu=options.named_qemu
-    )
+        f"linux-{side.key}", side.platform, side.machine, disks=images(side, options), timeout=limit, linux=script, extra=more(side, options), qemu=options.named_qemu,
+        cpus=options.lanes, xen_version=version_of(side, options),
+    )  # fmt: skip
 
 
 def progress(total: int, asked: Sequence[Workload], sides: Mapping[str, Side] = {}):
@@ -491,7 +504,7 @@ def our_jobs(boot: launch.Boot, chosen: Chosen, side: Side, mode: str) -> list[d
 
 def demand_phases(boot: launch.Boot, expected: int) -> None:
     """A host that takes marks must have counted every workload."""
-    if not boot.machine.kind.marks:
+    if not boot.machine.kind.marks or (boot.machine.linux and boot.machine.cpus > 1):  # see linux_machine()
         return
     wrong = [line for line in boot.log.malformed if line.startswith(records.PHASE)]
     if wrong or len(boot.log.phases) != expected:
@@ -546,7 +559,7 @@ def linux_jobs(boot: launch.Boot, chosen: Chosen, side: Side, mode: str) -> list
         exits = boot.log.phases[at].get("exits") if boot.log.phases else None
         workload = chosen.workloads[number]
         result["jobname"] = f"{driver}-{workload.label}"
-        result["job options"] = {**result["job options"], "name": workload.name, "bs": fiojson.size_word(workload.bytes), "numjobs": "1"}
+        result["job options"] = {**result["job options"], "name": workload.name, "bs": fiojson.size_word(workload.bytes), "numjobs": str(boot.machine.cpus)}
         result["firstlight"] = {
             "platform": chosen.comparison, "machine": side.key, "boot": "linux", "vm_guest": side.platform.partition("-")[0],
             "mode": mode, "disk": disk, "driver": driver, "kind": workloads.DRIVERS[side.bus(disk)].kind,

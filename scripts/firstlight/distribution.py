@@ -42,7 +42,12 @@ class Xen:
     """The packages of the Xen lab."""
 
     version: str  # as in the names of the packages
+    codename: str  # the release that has these packages
     emulator_codename: str  # the release whose QEMU runs Xen: 7.2, because later ones lose PVH guests (docs/decisions/0004-the-xen-lab.md)
+
+
+XEN_4_17 = Xen("4.17", "bookworm", "bookworm")
+XEN_4_20 = Xen("4.20", "trixie", "bookworm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Distribution:
     lab_kernel: str  # pattern of the kernel's package
     lab_kernel_extra: tuple[str, ...] = ()  # further packages with modules; {release} is the kernel's
     components: tuple[str, ...] = ("main",)
-    xen: Xen | None = None  # None: the Xen lab has not been tested with its packages
+    xens: tuple[Xen, ...] = ()  # the first is its own; empty: the Xen lab has not been tested with its packages
     build: dict[str, str] = dataclasses.field(default_factory=lambda: dict(BUILD_PACKAGES))
     tests: dict[str, str] = dataclasses.field(default_factory=lambda: dict(TEST_PACKAGES))
 
@@ -65,10 +70,10 @@ SUPPORTED = {
         # Debian 12's cmake lacks modules, its QEMU lacks Xen emulation, and it has no kernel 6.12.
         backports=("cmake cmake-data", "qemu-* seabios ipxe-qemu", "linux-image-*"),
         lab_kernel=r"linux-image-6\.12\.[0-9]+\+deb12-amd64",
-        xen=Xen("4.17", "bookworm"),
+        xens=(XEN_4_17, XEN_4_20),
     ),
     ("debian", "13"): Distribution(
-        "Debian 13", "trixie", backports=(), lab_kernel=r"linux-image-6\.12\.[0-9]+\+deb13-amd64", xen=Xen("4.20", "bookworm"),
+        "Debian 13", "trixie", backports=(), lab_kernel=r"linux-image-6\.12\.[0-9]+\+deb13-amd64", xens=(XEN_4_20, XEN_4_17),
     ),
     ("ubuntu", "24.04"): Distribution(
         "Ubuntu 24.04",

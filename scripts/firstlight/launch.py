@@ -129,11 +129,12 @@ def boot(
             yield finished(machine, run_here(lab, machine, live))
     guests = [machine for machine in inside if machine.kind.domain]
     inside = [machine for machine in inside if not machine.kind.domain]
-    for words in dict.fromkeys(machine.xen for machine in guests):  # Xen's own command line applies to a whole start
-        together = [machine for machine in guests if machine.xen == words]
+    # Xen and its command line are those of a whole start.
+    for version, words in dict.fromkeys((machine.xen_version, machine.xen) for machine in guests):
+        together = [machine for machine in guests if (machine.xen_version, machine.xen) == (version, words)]
         with tempfile.TemporaryDirectory(prefix="firstlight-") as folder:
             domains = [xenguest.domain(machine, Path(folder)) for machine in together]
-            outcomes = xenguest.run(xenlab.find(), domains, wall=wall, xen=words, live=live, keep=keep)
+            outcomes = xenguest.run(xenlab.find(version), domains, wall=wall, xen=words, live=live, keep=keep)
         for machine in together:
             yield finished(machine, outcomes[machine.name])
     if inside:

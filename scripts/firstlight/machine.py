@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import actions, esp, lab, paths, xenguest, yardstick
+from . import actions, distribution, esp, lab, paths, xenguest, xenlab, yardstick
 from .nested import Disk, Job, Pause
 from .problems import Exit, Problem
 
@@ -274,6 +274,7 @@ class Machine:
     linux: str = ""  # script run by the lab's Linux as the guest, instead of our kernel
     blkback: Sequence[str] = ()  # real Xen: parameters of the module that serves the disks
     xen: str = ""  # real Xen: further words of Xen's command line
+    xen_version: str = ""  # real Xen: as in the packages' names; empty: the distribution's own
     xl: Sequence[str] = ()  # real Xen: further lines of the guest's configuration, which xl reads
     pauses: Sequence[Pause] = ()  # when to stop the VMM's process temporarily; `timeout` does not count it
     actions: Sequence[actions.Action] = ()  # what is done to QEMU while the guest runs
@@ -368,8 +369,10 @@ class Machine:
             if disk.image and sum(other.image == disk.image for other in self.specs) == 1:
                 raise Problem(f"image={disk.image}: several disks that name it are one image, and only one disk names it. Leave it out, or give it to another disk.", Exit.USAGE)
 
-        if (self.blkback or self.xen or self.xl) and not kind.domain:
-            raise Problem(f"Parameters of blkback, words for Xen and lines for xl belong to the platforms of the real Xen, not to {self.platform}.", Exit.USAGE)
+        if (self.blkback or self.xen or self.xen_version or self.xl) and not kind.domain:
+            raise Problem(f"Parameters of blkback, words for Xen, its version and lines for xl belong to the platforms of the real Xen, not to {self.platform}.", Exit.USAGE)
+        if self.xen_version:
+            xenlab.supported(distribution.detect(), self.xen_version)
         xenguest.check_blkback(self.blkback)
         if kind.domain:
             xenguest.check_disks(self.specs, self.blkback)

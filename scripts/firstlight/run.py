@@ -41,6 +41,7 @@ def arguments() -> options.Parser:
     parser.add_argument("--memory", type=options.whole(4, MOST_MEMORY), default=256, metavar="MIB", help="memory of the guest in MiB")
     parser.add_argument("--blkback", type=options.listed, default=(), metavar="NAME=NUMBER,…", help="xen-pvh, xen-hvm: parameters of the module that serves the disks, as feature_persistent=0")
     parser.add_argument("--xen", type=options.one_line, default="", metavar="WORDS", help="xen-pvh, xen-hvm: more words of Xen's command line, as guest_loglvl=all")
+    parser.add_argument("--xen-version", type=options.one_line, default="", metavar="VERSION", help="xen-pvh, xen-hvm: 4.17 (Debian 12) or 4.20 (Debian 13) (default: the distribution's own)")
     parser.add_argument("--xl", type=options.one_line, action="append", default=[], metavar="LINE", help="xen-pvh, xen-hvm: one more line of the guest's configuration for xl, several times, as 'viridian = 1'")
     parser.add_argument("--timeout", type=options.seconds(MOST_SECONDS), default=60.0, metavar="SECONDS", help="when the boot is given up")
     parser.add_argument("--deterministic", action="store_true", help="one instruction is one nanosecond (TCG platforms; the lab always unless --wall)")
@@ -101,7 +102,7 @@ CONFLICTS = (
     Conflict(("machine",), "is QEMU's, and this platform is not a machine of QEMU's: leave it out", lambda o: kind_of(o).test_host or bool(kind_of(o).domain)),
     Conflict(("kernel", "no_build"), "nothing is built where the kernel is named: leave out --no-build", lambda o: not kind_of(o).test_host),
     Conflict(("efi", "no_build"), "nothing is built where the application is named: leave out --no-build"),
-    *(Conflict((name,), "is for the platforms xen-pvh, xen-hvm and xen-hvm-uefi", lambda o: not kind_of(o).domain) for name in ("blkback", "xen", "xl")),
+    *(Conflict((name,), "is for the platforms xen-pvh, xen-hvm and xen-hvm-uefi", lambda o: not kind_of(o).domain) for name in ("blkback", "xen", "xen_version", "xl")),
     Conflict(("gdb_port",), "says where --gdb waits: use it with --gdb", lambda o: not o.gdb),
     Conflict(("gdb", "lab"), f"--gdb and --console {KEYBOARD}", lambda o: o.lab == "always"),
     Conflict(("console", "lab"), f"--gdb and --console {KEYBOARD}", lambda o: o.lab == "always"),
@@ -129,7 +130,7 @@ def main(words: list[str]) -> Exit:
     machine = Machine(
         "run", platform, chosen.machine, chosen.boot or "", chosen.cpus, chosen.memory, chosen.cmdline, chosen.map,
         disks, chosen.deterministic, chosen.timeout,
-        blkback=chosen.blkback, xen=chosen.xen, xl=chosen.xl, nets=chosen.net,
+        blkback=chosen.blkback, xen=chosen.xen, xen_version=chosen.xen_version, xl=chosen.xl, nets=chosen.net,
         kernel=chosen.kernel or paths.KERNEL, efi=chosen.efi or paths.EFI,
         extra=[*(word for words in chosen.qemu_arg for word in words), *(["-d", "int,cpu_reset,guest_errors", "-D", str(log_file)] if chosen.trace_interrupts else [])],
         qemu=qemu, vmm=other,
@@ -188,7 +189,7 @@ def by_hand(ready: lab.Lab | None, machine: Machine, where: launch.Place, chosen
     folder.mkdir(parents=True, exist_ok=True)
     job = machine.job(folder)
     if isinstance(job, xenguest.Domain):
-        print("\n".join(xenguest.by_hand(job, folder, chosen.wall, chosen.xen)))
+        print("\n".join(xenguest.by_hand(job, folder, chosen.wall, chosen.xen, chosen.xen_version)))
         return Exit.SUCCESS
     if where.nested:
         assert ready

@@ -171,5 +171,5 @@ def main(words: list[str]) -> Exit:
     ready = lab.find(chosen.refresh)
     print(f"lab: {ready.root}")
     if chosen.xen:
-        print(f"Xen lab: {xenlab.find(chosen.refresh).root}")
+        print(f"Xen lab: {xenlab.find(refresh=chosen.refresh).root}")
     return Exit.SUCCESS

@@ -99,6 +99,8 @@ NOT_WITH_VMM = {
     "aio": f"is QEMU's: {LEAVE}",
     "cache": f"is QEMU's: {LEAVE}",
     "iothread": f"is QEMU's: {LEAVE}",
+    "lanes": f"is for the machines of QEMU, the test host and Xen, which get as many processors: {LEAVE}",
+    "xen_version": f"is the Xen lab's: {LEAVE}",
     "list": f"lists the jobs of QEMU, the test host and Xen: {LEAVE}",
 }
 

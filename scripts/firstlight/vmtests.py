@@ -119,6 +119,7 @@ class Case:
     status: int | None = None  # required exit status of QEMU, if it ends
     host: list[str] = dataclasses.field(default_factory=list)  # further arguments of the test host, or of QEMU
     blkback: list[str] = dataclasses.field(default_factory=list)  # xen-pvh, xen-hvm: parameters of the module xen-blkback
+    xen_version: str = ""  # xen-pvh, xen-hvm: of the Xen lab; empty: the distribution's own
     xl: list[str] = dataclasses.field(default_factory=list)  # xen-pvh, xen-hvm: further lines of the guest's configuration
     pause: list[Pause] = dataclasses.field(default_factory=list)  # in the table: one {after=, delay=, seconds=} or a list; each waits for the previous one
     actions: list[Action] = dataclasses.field(default_factory=list)  # in the table: [{after=, delay=, qmp=[{execute=, arguments=}]}], {after=, kill=true}, or for a guest of the real Xen {after=, dom0="xl …"}; in order
@@ -129,7 +130,7 @@ class Case:
             self.name, self.platform, self.machine, self.boot, self.cpus, self.memory, self.cmdline + (" " + "x" * self.cmdline_more if self.cmdline_more else ""),
             TABLES / self.map if self.map else None, self.disks, counted=self.deterministic, timeout=self.timeout,
             linux=(TABLES / self.linux).read_text() if self.linux else "", extra=self.host,
-            esp=self.esp, pauses=self.pause, blkback=self.blkback, xl=self.xl,
+            esp=self.esp, pauses=self.pause, blkback=self.blkback, xen_version=self.xen_version, xl=self.xl,
             exit_port=self.exit_port, restarts=self.restarts, plain=self.plain, actions=self.actions, nets=self.nets,
         )  # fmt: skip
         if self.check_images or self.durable:

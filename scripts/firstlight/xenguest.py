@@ -114,7 +114,7 @@ def domain(machine: Machine, work: Path) -> Domain:
     hvm = machine.kind.domain == "hvm"
     if machine.linux:
         # QEMU as the device model loads a bzImage, and Xen itself an ELF.
-        files = {"kernel": lab.find().kernel if hvm else xenlab.find().kernel, "ramdisk": yardstick.initrd(lab.find(), machine.linux, work / machine.name)}
+        files = {"kernel": lab.find().kernel if hvm else xenlab.find(machine.xen_version).kernel, "ramdisk": yardstick.initrd(lab.find(), machine.linux, work / machine.name)}
         cmdline, memory = yardstick.KERNEL_ARGUMENTS.replace("ttyS0", "hvc0"), yardstick.MEMORY
     else:
         files = {"kernel": paths.KERNEL32 if hvm and machine.kernel == paths.KERNEL else machine.kernel}
@@ -284,9 +284,9 @@ def prepare(ready: XenLab, jobs: Sequence[Domain], folder: Path, wall: bool, xen
     return Prepared(folder, command, tag, layout)
 
 
-def by_hand(job: Domain, folder: Path, wall: bool, xen: str) -> list[str]:
+def by_hand(job: Domain, folder: Path, wall: bool, xen: str, version: str) -> list[str]:
     """The command that starts this guest manually; the files stay in the folder."""
-    prepared = prepare(xenlab.find(), [job], folder, wall, xen)
+    prepared = prepare(xenlab.find(version), [job], folder, wall, xen)
     return [
         "# The lab's machine: Xen, dom0 and, in dom0's initrd, the guest. Its console is the second serial line; Xen's log goes to xen.log.",
         f"cd {shlex.quote(str(prepared.folder))} && {shlex.join(prepared.command)}",

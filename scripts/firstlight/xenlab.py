@@ -75,17 +75,18 @@ class XenLab:
         return self.root / "qemu.cpio"
 
 
-def find(refresh: bool = False) -> XenLab:
-    """The assembled lab, assembling it if necessary. Safe for concurrent processes."""
+def find(version: str = "", refresh: bool = False) -> XenLab:
+    """The assembled lab with this version of Xen, or the distribution's own; assembles it if necessary. Safe for concurrent processes."""
+    chosen = supported(distribution.detect(), version)
     top = paths.cache() / "xen"
     top.mkdir(parents=True, exist_ok=True)
-    current = top / f"current-{LAYOUT}"
+    current = top / f"current-{LAYOUT}-{chosen.version}"
     ready = None if refresh else load(current)
     if ready:
         return ready
     with process.alone(top / "lock", "Xen lab"):
         ready = None if refresh else load(current)
-        return ready or assemble(top, current, refresh)
+        return ready or assemble(top, current, chosen, refresh)
 
 
 def announce(text: str) -> None:
@@ -132,25 +133,31 @@ class Packages:
         return kernel + dom0, self.emulator_source.download(self.emulator, self.emulator_source.archives)
 
 
-def supported(distro: distribution.Distribution) -> distribution.Xen:
-    if not distro.xen:
-        known = ", ".join(entry.name for entry in distribution.SUPPORTED.values() if entry.xen)
+def supported(distro: distribution.Distribution, version: str = "") -> distribution.Xen:
+    """`version`: as in the packages' names; empty: the distribution's own."""
+    if not distro.xens:
+        known = ", ".join(entry.name for entry in distribution.SUPPORTED.values() if entry.xens)
         raise Problem(
             f"The Xen lab is assembled from the packages of {known}; which of {distro.name}'s would do is not known. "
             "Use another platform, or add its Xen to scripts/firstlight/distribution.py.",
             Exit.MISSING,
         )
-    return distro.xen
+    for xen in distro.xens:
+        if version in ("", xen.version):
+            return xen
+    known = " or ".join(xen.version for xen in distro.xens)
+    raise Problem(f"Xen {version}: on {distro.name} the Xen lab has Xen {known}. Choose one of these.", Exit.USAGE)
 
 
-def choose(distro: distribution.Distribution, refresh: bool = False) -> Packages:
-    xen = supported(distro)
+def choose(distro: distribution.Distribution, xen: distribution.Xen, refresh: bool = False) -> Packages:
     # dom0's kernel is the other lab's, from the same archive. The rest comes without backports: the emulator must be the older one.
     kernel_source = apt.Apt(distro.codename, distro.backports, distro.components)
-    dom0_source = apt.Apt(distro.codename, (), distro.components, variant="plain")
-    emulator_source = dom0_source
-    if xen.emulator_codename != distro.codename:
-        emulator_source = apt.Apt(distro.codename, (), distro.components, variant=xen.emulator_codename, suite=xen.emulator_codename)
+    dom0_source, emulator_source = (
+        apt.Apt(distro.codename, (), distro.components, variant="plain")
+        if codename == distro.codename
+        else apt.Apt(distro.codename, (), distro.components, variant=codename, suite=codename)
+        for codename in (xen.codename, xen.emulator_codename)
+    )
     for source in {id(one): one for one in (kernel_source, dom0_source, emulator_source)}.values():
         source.refresh(force=refresh)
     kernel = kernel_source.newest(distro.lab_kernel)
@@ -178,14 +185,14 @@ def with_libraries(source: apt.Apt, programs: Sequence[str], files: Sequence[str
     return versions
 
 
-def assemble(top: Path, current: Path, refresh: bool = False) -> XenLab:
+def assemble(top: Path, current: Path, xen: distribution.Xen, refresh: bool = False) -> XenLab:
     for left in top.glob("assembling-*"):  # left by a run that was killed; we hold the lock
         shutil.rmtree(left, ignore_errors=True)
     distro = distribution.detect()
-    version = supported(distro).version
+    version = xen.version
     paths.demand_space(top, ROOM, "Xen lab")
     announce("reading the package lists of the distribution's mirror")
-    packages = choose(distro, refresh)
+    packages = choose(distro, xen, refresh)
     key = hashlib.sha256(json.dumps([LAYOUT, packages.versions], sort_keys=True).encode()).hexdigest()[:16]
     root = top / key
     if load(root) is None:

@@ -121,9 +121,11 @@ def fio_words(workload: dict, port: int = 0, phase: int = 0) -> list[str]:
     name = {"mixed": "randrw"}.get(workload["name"], workload["name"])
     words = [
         f"--name={workload['name']}", '--filename=/dev/"$device"', f"--rw={name}", f"--bs={workload['bs']}",
-        f"--iodepth={workload['qd']}", f"--number_ios={workload['count']}", "--ioengine=libaio", "--direct=1",
+        f"--iodepth={workload['qd']}", f"--number_ios={-(-workload['count'] // workload.get('lanes', 1))}", "--ioengine=libaio", "--direct=1",
         "--randrepeat=1", "--thread", "--lat_percentiles=1",
     ]  # fmt: skip
+    if workload.get("lanes", 1) != 1:
+        words += [f"--numjobs={workload['lanes']}", "--group_reporting"]
     if workload.get("seed", 1) != 1:
         words.append(f"--randseed={workload['seed']}")
     if name == "randrw":

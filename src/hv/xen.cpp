@@ -205,7 +205,9 @@ u32 Xen::processor_count() {
     while (version_ != 0 && count < max_processors && hypercalls_.vcpu_is_up(count)) {
         ++count;
     }
-    return count;
+    // In an HVM guest the firmware has started all of them. Xen 4.17's puts them back into the state after INIT, 4.20's
+    // leaves them halted: there only INIT and startup IPIs start them again.
+    return count > 1 && hypercalls_.vcpu_is_initialised(1) ? 0 : count;
 }
 
 Result<void> Xen::start_processor(u32 index, const ProcessorStart& state) {

@@ -51,7 +51,8 @@ class Xen {
     std::string_view clock_name() const { return clock_name_; }
     /// EmulatedDevices: Xen's unplug protocol [xen-unplug]. Error{not_supported}: not installed, or the host refuses.
     Result<void> unplug(EmulatedClasses classes);
-    /// StartsProcessors, by VCPUOP_initialise. 0 on KVM's emulation of Xen, which has no such call.
+    /// StartsProcessors, by VCPUOP_initialise. 0 on KVM's emulation of Xen, which has no such call, and where firmware
+    /// has used the processors before.
     u32 processor_count();
     Result<void> start_processor(u32 index, const ProcessorStart& state);
     void stop_processor(u32 index) { static_cast<void>(hypercalls_.stop_vcpu(index)); }

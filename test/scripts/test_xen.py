@@ -217,6 +217,13 @@ class Parts(unittest.TestCase):
         self.assertEqual(refused.exception.code, Exit.MISSING)
         self.assertIn("Debian 12", str(refused.exception))
 
+    def test_the_distributions_own_xen_or_the_named_one(self):
+        debian = distribution.SUPPORTED["debian", "12"]
+        self.assertEqual([xenlab.supported(debian, version).version for version in ("", "4.17", "4.20")], ["4.17", "4.17", "4.20"])
+        self.assertEqual(xenlab.supported(distribution.SUPPORTED["debian", "13"]).version, "4.20")
+        with self.assertRaisesRegex(Problem, "Xen 4.17 or 4.20"):
+            xenlab.supported(debian, "4.2")
+
     def test_a_kernel_is_taken_out_of_its_image(self):
         import gzip
         import struct

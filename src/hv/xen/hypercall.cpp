@@ -60,6 +60,15 @@ std::optional<bool> Hypercalls::vcpu_is_up(u32 vcpu) {
     return answer < 0 ? std::nullopt : std::optional(answer != 0);
 }
 
+// Xen looks for earlier registers before it refuses the new ones for their mode.
+bool Hypercalls::vcpu_is_initialised(u32 vcpu) {
+    static constexpr i64 eexist = 17;
+    VcpuContext nothing;
+    nothing.mode = ~0u;
+    return call(Hypercall::vcpu_op, to_underlying(VcpuOp::initialise), vcpu, reinterpret_cast<u64>(&nothing)) ==
+           -eexist;
+}
+
 Result<void> Hypercalls::start_vcpu(u32 vcpu, const VcpuContext& context) {
     if (auto set =
             checked(call(Hypercall::vcpu_op, to_underlying(VcpuOp::initialise), vcpu, reinterpret_cast<u64>(&context)),

@@ -49,7 +49,9 @@ class Hypercalls {
     Result<void> set_upcall_vector(u32 vcpu, u8 vector);
     /// Whether virtual CPU `vcpu` runs; nothing: this guest has none of that number, or Xen does not tell.
     std::optional<bool> vcpu_is_up(u32 vcpu);
-    /// Sets the registers of a virtual CPU that has never run, or was taken down, and starts it.
+    /// Whether virtual CPU `vcpu` has registers already, and no INIT has taken them away: then start_vcpu() is refused.
+    bool vcpu_is_initialised(u32 vcpu);
+    /// Sets the registers of a virtual CPU that has none yet, and starts it.
     Result<void> start_vcpu(u32 vcpu, const VcpuContext& context);
     Result<void> stop_vcpu(u32 vcpu);
     /// Writes text to Xen's console; returns >= 0 or a negative error number.

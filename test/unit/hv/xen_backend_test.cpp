@@ -92,6 +92,35 @@ TEST(XenBackend, RefusesWhatItCannotUse) {
     }
 }
 
+TEST(XenBackend, ProcessorsAreStartedByHypercall) {
+    fake::Machine m;
+    EXPECT_EQ(m.guest.processor_count(), 0u) << "before install()";
+    m.xen.vcpus.resize(7);
+    m.xen.vcpus[0] = {.initialised = true, .up = true};
+    ASSERT_TRUE(m.install());
+    ASSERT_EQ(m.guest.processor_count(), 7u);
+    for (const auto& vcpu : std::span(m.xen.vcpus).subspan(1)) {
+        EXPECT_FALSE(vcpu.initialised || vcpu.up) << "counting changes nothing";
+    }
+    ASSERT_TRUE(m.guest.start_processor(3, {.rip = 0x1234, .rsp = 0x8000, .cr3 = 0x5000}));
+    EXPECT_TRUE(m.xen.vcpus[3].up);
+    EXPECT_EQ(m.xen.vcpus[3].rip, 0x1234u);
+    EXPECT_EQ(m.xen.vcpus[3].cr3, 0x5000u);
+    EXPECT_FALSE(m.guest.start_processor(3, {.rip = 0x1234})) << "it has registers already";
+    EXPECT_FALSE(m.guest.start_processor(7, {.rip = 0x1234})) << "there is none of that number";
+    m.guest.stop_processor(3);
+    EXPECT_FALSE(m.xen.vcpus[3].up);
+}
+
+TEST(XenBackend, ProcessorsThatFirmwareHasUsedNeedTheLocalApic) {
+    fake::Machine m;
+    m.xen.vcpus.resize(2);
+    m.xen.vcpus[0] = {.initialised = true, .up = true};
+    m.xen.vcpus[1] = {.initialised = true};
+    ASSERT_TRUE(m.install());
+    EXPECT_EQ(m.guest.processor_count(), 0u);
+}
+
 TEST(XenBackend, ClockFromTheSharedPage) {
     // 2^31 / 2^32 of a nanosecond per cycle, shifted by one: 1 GHz.
     const auto install = [](u32 mul, i8 shift, u32 version) {

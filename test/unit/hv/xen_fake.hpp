@@ -199,9 +199,48 @@ class Xen {
             }
             return console_answer;
         case 32: return event_op(a, b);
+        case 24: return vcpu_op(a, static_cast<u32>(b), c);
         default: return -38;
         }
     }
+
+    i64 vcpu_op(u64 op, u32 vcpu, u64 c) {
+        if (vcpus.empty()) { // KVM's emulation
+            return -38;
+        }
+        if (vcpu >= vcpus.size()) {
+            return -2;
+        }
+        switch (op) {
+        case 0: { // initialise, in the order of Xen's checks
+            if (vcpus[vcpu].initialised) {
+                return -17;
+            }
+            if (field<u32>(c, 0) != 1) {
+                return -22;
+            }
+            vcpus[vcpu].initialised = true;
+            vcpus[vcpu].rip = field<u64>(c, 72);
+            vcpus[vcpu].cr3 = field<u64>(c, 96);
+            return 0;
+        }
+        case 1: // up
+            if (!vcpus[vcpu].initialised) {
+                return -22;
+            }
+            vcpus[vcpu].up = true;
+            return 0;
+        case 2: vcpus[vcpu].up = false; return 0;
+        case 3: return vcpus[vcpu].up ? 1 : 0;
+        default: return -38;
+        }
+    }
+    struct Vcpu {
+        bool initialised = false;
+        bool up = false;
+        u64 rip = 0, cr3 = 0;
+    };
+    std::vector<Vcpu> vcpus;
 
     i64 event_op(u64 op, u64 b) {
         switch (op) {
