@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import build, fiojson, lab, launch, paths, process, records, report, setup, vmm, workloads, xenlab, yardstick
+from . import build, comparison, ensemble, fiojson, lab, launch, paths, process, records, report, setup, vmm, workloads, xenlab, yardstick
 from .machine import AIO, CACHES, DIRECT_CACHES, IOTHREAD_BUSES, PLATFORMS, DiskSpec, Machine, Platform
 from .options import Conflict, Parser, demand_agreement, listed, name_pattern, one_line, whole
 from .problems import EXIT_HELP, Exit, Problem
@@ -45,6 +45,7 @@ def arguments() -> Parser:
     parser.add_argument("--aio", choices=AIO, help="how QEMU reads and writes the images (default: threads, as QEMU's)")
     parser.add_argument("--cache", choices=CACHES, help="QEMU's cache mode (default: writeback, as QEMU's)")
     parser.add_argument("--iothread", action="store_true", help=f"an I/O thread for each of QEMU's disks that can have one ({', '.join(IOTHREAD_BUSES)})")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("FILE", "FILE"), help=f"measure nothing: compare two files of --json --runs N, N at least {ensemble.FEWEST}, that differ in one thing, as the kernel's commit or QEMU's version")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as fio would (json+); with --runs of the run with the median IOPS of each job")
     parser.add_argument("--json-dir", type=Path, metavar="FOLDER", help="the same as one file for each job in a new folder, for fio-plot")
     parser.add_argument("--yardstick", action="store_true", help="measure Linux with fio in the same machines, in the same start of the lab")
@@ -65,9 +66,10 @@ CONFLICTS = (
     *vmm.conflicts(("boot", "wall", "lab", "yardstick", "only", "aio", "cache", "iothread", "list", "lanes", "xen_version")),
     *(Conflict(("list", name), LISTED) for name in ("qemu", "qemu_arg")),
     *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build", "wait", "aio", "cache", "iothread", "lanes", "xen_version")),
+    *(Conflict(("compare", name), LISTED) for name in ("wall", "runs", "only", "workload", "disk", "sweep", "wait", "aio", "cache", "iothread", "json", "json_dir", "yardstick", "lab", "lanes", "xen_version", "boot", "cmdline", "no_build", "list", "qemu", "qemu_arg", "vmm", "vmm_command")),
     Conflict(("sweep", "workload"), "qd= is what --sweep sets: leave it out of --workload", lambda options: any(one.qd != 1 for one in options.workload)),
     Conflict(("aio",), f"native is for O_DIRECT: add --cache {' or --cache '.join(DIRECT_CACHES)}", lambda options: options.aio == "native" and options.cache not in DIRECT_CACHES),
-    Conflict(("seed",), "is what the starts of several runs follow from: use it with --runs 2 or more", lambda options: options.runs == 1),
+    Conflict(("seed",), "is what the starts of several runs follow from: use it with --runs 2 or more", lambda options: options.runs == 1 and not options.compare),
     Conflict(("wall", "lab"), "--lab never measures on this machine's own KVM, always in wall-clock time: leave out --wall", lambda options: options.lab == "never"),
 )
 OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks", "wait", "lanes")  # words of the kernel's command line that the jobs set
@@ -201,6 +203,10 @@ def sides_of(chosen: Chosen) -> list[Side]:
 def main(words: list[str]) -> Exit:
     options = arguments().parse_args(words)
     chosen = check(options)
+    if options.compare:
+        setup.ensure()
+        print(comparison.compare(*options.compare, options.seed))
+        return Exit.SUCCESS
     if options.list:
         print("\n".join(workloads.name(one.comparison, disk, workload) for one in chosen for disk in one.disks for workload in one.workloads))
         return Exit.SUCCESS
@@ -279,7 +285,7 @@ def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
     if compared:
         print("\n" + compared)
     if options.runs > 1:
-        print("\n" + report.spread(jobs))
+        print("\n" + report.spread(jobs, options.seed))
     return jobs
 
 

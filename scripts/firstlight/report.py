@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
+
+from . import ensemble
 
 HEADS = (
     "disk", "driver", "kind", "workload", "IOPS", "MiB/s", "mean us", "p50 us", "p99 us",
@@ -214,14 +217,30 @@ def median_run(runs: Sequence[Sequence[dict]]) -> list[dict]:
     return chosen
 
 
-def spread(jobs: Sequence[dict]) -> str:
-    """For jobs from median_run(): the median and the range of their runs; the range also in per cent of the median."""
-    rows = []
+def spread(jobs: Sequence[dict], seed: int) -> str:
+    """For jobs from median_run(): the median of their runs, a 95 % interval for it, their range, and how much the figure depends on the start."""
+    rows, notes = [], []
     for job in jobs:
         values = sorted(job["firstlight"]["runs_iops"])
         median = statistics.median(values)
-        if median > 0:
-            rows.append(
-                [job["jobname"], str(len(values)), *(f"{value:.0f}" for value in (median, values[0], values[-1])), f"{(values[-1] - values[0]) / median * 100:.1f} %"]
-            )
-    return table(("job", "runs", "median IOPS", "lowest", "highest", "range"), rows, 1, width=terminal()) if rows else ""
+        if median <= 0:
+            continue
+        sensitivity = ensemble.sensitivity(values)
+        sensitive = sensitivity > ensemble.SENSITIVE
+        rows.append([
+            job["jobname"], str(len(values)), f"{median:.0f}", ensemble.interval(values, seed).text(), f"{values[0]:.0f}", f"{values[-1]:.0f}", f"{100 * sensitivity:.1f} %{' *' if sensitive else ''}",
+        ])  # fmt: skip
+        parts = ensemble.modes(values)
+        if sensitive and len(parts) > 1:
+            notes.append(f"{job['jobname']}: " + ", ".join(f"{statistics.median(part):.0f} in {len(part)} of {len(values)} runs" for part in parts))
+    if not rows:
+        return ""
+    text = table(("job", "runs", "median IOPS", "95 % interval", "lowest", "highest", "sensitivity"), rows, 1, width=terminal())
+    about = "sensitivity: from the 10th to the 90th percentile of the runs, in per cent of the median"
+    if any(row[-1].endswith("*") for row in rows):
+        about += f"; * more than {100 * ensemble.SENSITIVE:.0f} %: a single run is a draw, compare intervals"
+    return "\n".join([text, "", *(line for note in (about, *notes) for line in fitted(note))])
+
+
+def fitted(note: str) -> list[str]:
+    return textwrap.wrap(note, terminal() or 10_000)

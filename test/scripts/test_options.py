@@ -193,9 +193,10 @@ class Options(unittest.TestCase):
             "--json-dir": ("--json-dir", self.folder / "results"),
             "--yardstick": ("--yardstick",), "--lab": ("--lab", "always"), "--boot": ("--boot", "pvh"), "--cmdline": ("--cmdline", "log=debug"),
             "--workload": ("--workload", "randread,count=5"), "--disk": ("--disk", "xen"), "--sweep": ("--sweep", "qd=1..4"), "--aio": ("--aio", "io_uring"), "--cache": ("--cache", "none"),
-            "--iothread": ("--only", "xen-emu", "--iothread"), "--wait": ("--wait", "interrupt,adaptive"), "--lanes": ("--lanes", "4"), "--xen-version": ("--xen-version", "4.17"), "--vmm": ("--vmm", f"firecracker={self.fakes['firecracker']}"),
+            "--iothread": ("--only", "xen-emu", "--iothread"), "--wait": ("--wait", "interrupt,adaptive"), "--lanes": ("--lanes", "4"), "--compare": ("--compare", self.folder / "a.json", self.folder / "b.json"), "--xen-version": ("--xen-version", "4.17"), "--vmm": ("--vmm", f"firecracker={self.fakes['firecracker']}"),
         }  # fmt: skip
         pairs = {frozenset(("--list", other)) for other in samples if other not in ("--list", "--only", "--workload", "--disk", "--sweep")}
+        pairs |= {frozenset(("--compare", other)) for other in samples if other != "--compare"}
         pairs |= {frozenset(("--vmm", other)) for other in ("--wall", "--list", "--only", "--yardstick", "--lab", "--boot", "--aio", "--cache", "--iothread", "--lanes", "--xen-version")}
         pairs.add(frozenset(("--vmm", "--disk")))  # it has no disk on Xen's ring
         self.pairs("bench", samples, pairs)

@@ -720,7 +720,16 @@ class Fio(unittest.TestCase):
         (chosen,) = report.median_run(runs)
         self.assertEqual(chosen["read"]["iops"], 25000.0)  # the lower one of the two in the middle
         self.assertEqual(chosen["firstlight"]["runs_iops"], [40000.0, 50000.0, 20000.0, 25000.0])
-        self.assertEqual(report.spread([chosen]).splitlines()[-1].split(), ["xvda-randread-4k-qd32", "4", "32500", "20000", "50000", "92.3", "%"])
+        row, _, about = report.spread([chosen], 1).splitlines()[2:]
+        self.assertEqual([*row.split()[:3], *row.split()[-5:]], ["xvda-randread-4k-qd32", "4", "32500", "20000", "50000", "78.5", "%", "*"])
+        self.assertIn("* more than 5 %", about)
+
+    def test_modes_of_a_figure_that_depends_on_its_start(self):
+        runs = [[fiojson.job({**RESULT, "runtime_ns": round(2000 / rate * 1e9)}, {})] for rate in (50000, 50100, 40000, 50200, 40100)]
+        self.assertIn("\nxvda-randread-4k-qd32: 50100 in 3 of 5 runs, 40050 in 2 of 5 runs", report.spread(report.median_run(runs), 1))
+        exact = report.spread(report.median_run([runs[0]] * 5), 1)
+        self.assertRegex(exact, r"xvda-randread-4k-qd32 +5 +50000 +50000 to 50000 +50000 +50000 +0.0 %")
+        self.assertNotIn("*", exact)
 
     def test_versions_are_those_of_the_lab_that_runs(self):
         ready = types.SimpleNamespace(versions={"linux-image-6.1-amd64": "6.1-1", "qemu-system-x86": "10.0"})
