@@ -82,6 +82,12 @@ def test_host() -> None:
         raise Problem(f"The build succeeded but left no {paths.TEST_HOST.relative_to(paths.REPOSITORY)}.")
 
 
+def udp_peer() -> None:
+    """The other end of a guest's datagrams, in dom0 of the Xen lab."""
+    print("build: UDP peer", file=sys.stderr, flush=True)
+    preset("host", target="firstlight_udp_peer")
+
+
 def host_modules() -> None:
     """The kernel's modules as built for this machine, which clang-tidy reads."""
     preset("host", target="firstlight_host")

@@ -125,6 +125,43 @@ guest() {
     actor=
 }
 
+# beside COMMAND: starts a command of the shell beside the guest; settle() has its output and its exit status.
+besides=0
+beside() {
+    besides=$((besides + 1))
+    (
+        eval "$1" > /tmp/beside-$besides 2>&1 3>&-
+        echo $? > /tmp/beside-$besides.status
+    ) &
+    echo "$1" > /tmp/beside-$besides.command
+}
+udp_peer() { chmod +x "$job/files/udp-peer" && "$job/files/udp-peer" "$@"; }
+# reachable ADDRESS: waits until it answers a ping, at most a minute.
+reachable() {
+    tries=0
+    until ping -c 1 -W 1 "$1" > /dev/null 2>&1; do
+        tries=$((tries + 1))
+        [ $tries -lt 60 ] || { echo "$1 does not answer"; return 1; }
+        usleep 200000
+    done
+}
+# settle: what the commands beside the guest have printed, once they have ended.
+settle() {
+    number=0
+    tries=0
+    while [ $number -lt $besides ]; do
+        number=$((number + 1))
+        until [ -e /tmp/beside-$number.status ] || [ $tries -ge 100 ]; do
+            tries=$((tries + 1))
+            usleep 100000
+        done
+        while read -r text; do say "told $text"; done < /tmp/beside-$number
+        result=$(cat /tmp/beside-$number.status 2>/dev/null || echo none)
+        [ "$result" = 0 ] || say "failed $(cat /tmp/beside-$number.command): exit status $result, 0 was expected: $(tail -n 3 /tmp/beside-$number | tr '\n' ' ')"
+    done
+    besides=0
+}
+
 say "ready ms=$(milliseconds) kernel=$(uname -r)"
 for job in /jobs/[0-9]*; do
     name=$(cat "$job/name")

@@ -228,7 +228,7 @@ CARDS = {"xen": "xen-net-device"}
 @dataclasses.dataclass(frozen=True)
 class NetSpec:
     """`BUS[,OPTION…]`: a network card on QEMU's user-mode network, 10.0.2.0/24 with a DHCP server. The options are those of
-    QEMU's `-netdev user`, for example hostfwd=udp::5000-:7. Under the real Xen card N leads to dom0, which has the address 10.0.N.1.
+    QEMU's `-netdev user`, for example hostfwd=udp::5000-:7. Under the real Xen card N leads to dom0, which has the address 10.0.N.1 and gives 10.0.N.2 by DHCP.
     """
 
     bus: str
@@ -279,6 +279,8 @@ class Machine:
     pauses: Sequence[Pause] = ()  # when to stop the VMM's process temporarily; `timeout` does not count it
     actions: Sequence[actions.Action] = ()  # what is done to QEMU while the guest runs
     nets: Sequence[str] = ()  # network cards, of QEMU's platforms
+    # Real Xen: commands of dom0's shell, started with the guest; each must have ended with exit status 0 within ten seconds after it. `udp-peer` is the program of test/peer.
+    dom0: Sequence[str] = ()
     qemu: Qemu | None = None  # another QEMU than the lab's; the machine then runs here
     vmm: Vmm | None = None  # another virtual machine monitor than QEMU; `platform` has no effect then
 
@@ -304,6 +306,8 @@ class Machine:
             raise Problem(f"Network cards are of QEMU's and Xen's platforms, not of {'a VMM of your own' if self.vmm else 'a plain QEMU' if self.plain else self.platform}.", Exit.USAGE)
         if not kind.xen and not kind.domain and any(card.bus == "xen" for card in self.cards):
             raise Problem(f"A network card on Xen's bus needs the platform xen-emu, xen-pvh or xen-hvm, not {self.platform}.", Exit.USAGE)
+        if self.dom0 and (not kind.domain or self.vmm or any("\n" in command for command in self.dom0)):
+            raise Problem(f"Commands of dom0's shell, each one line, are for the platforms xen-pvh and xen-hvm, not for {self.platform}.", Exit.USAGE)
         if kind.domain and any(card.options for card in self.cards):
             raise Problem(f"Options of a network card are those of QEMU's user-mode network, which {self.platform} has not.", Exit.USAGE)
         self.check_loader()

@@ -311,6 +311,10 @@ class Reader:
             outcome = self.outcomes[self.current]
             outcome.output = outcome.output.removesuffix("\n")
             outcome.fault = outcome.fault or " ".join(rest)
+        elif verb == "told" and self.current:
+            # What a command beside the guest has printed.
+            outcome = self.outcomes[self.current]
+            outcome.output = outcome.output.removesuffix("\n") + f"dom0: {' '.join(rest)}\n"
         elif verb == "off" and self.current is None and not self.waiting:
             self.off = True
         elif verb in ("note:", "note"):

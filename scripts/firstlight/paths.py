@@ -21,6 +21,7 @@ KERNEL32 = BUILD / "kernel" / "firstlight-elf32.elf"  # the same as a 32-bit ELF
 KERNEL_SYMBOLS = BUILD / "kernel" / "firstlight.debug.elf"
 EFI = BUILD / "kernel" / "BOOTX64.EFI"
 TEST_HOST = BUILD / "host" / "test" / "host" / "firstlight-testhost"
+UDP_PEER = BUILD / "host" / "test" / "peer" / "firstlight-udp-peer"
 RUNS = BUILD / "runs"  # images and command lines of the boots started from here
 
 CACHE_VARIABLE = "FIRSTLIGHT_CACHE"

@@ -122,6 +122,8 @@ def run_suites(options, cases: list[vmtests.Case], presets: Sequence[str], boots
         built = attempt("build/kernel", build.kernel, add)
         if measured or any(machine.PLATFORMS[case.platform].test_host for case in cases):
             built = attempt("build/test-host", build.test_host, add) and built
+        if any(case.dom0 for case in cases):
+            built = attempt("build/udp-peer", build.udp_peer, add) and built
     if built:
         boots.begin()
     if wanted("scripts", options.only, whole=True):

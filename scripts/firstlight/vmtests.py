@@ -123,6 +123,7 @@ class Case:
     xl: list[str] = dataclasses.field(default_factory=list)  # xen-pvh, xen-hvm: further lines of the guest's configuration
     pause: list[Pause] = dataclasses.field(default_factory=list)  # in the table: one {after=, delay=, seconds=} or a list; each waits for the previous one
     actions: list[Action] = dataclasses.field(default_factory=list)  # in the table: [{after=, delay=, qmp=[{execute=, arguments=}]}], {after=, kill=true}, or for a guest of the real Xen {after=, dom0="xl …"}; in order
+    dom0: list[str] = dataclasses.field(default_factory=list)  # xen-pvh, xen-hvm: commands of dom0's shell beside the guest (Machine.dom0); `output` and `never` see what they print, as lines "dom0: …"
     about: str = ""
 
     def to_machine(self, work: Path) -> Machine:
@@ -131,7 +132,7 @@ class Case:
             TABLES / self.map if self.map else None, self.disks, counted=self.deterministic, timeout=self.timeout,
             linux=(TABLES / self.linux).read_text() if self.linux else "", extra=self.host,
             esp=self.esp, pauses=self.pause, blkback=self.blkback, xen_version=self.xen_version, xl=self.xl,
-            exit_port=self.exit_port, restarts=self.restarts, plain=self.plain, actions=self.actions, nets=self.nets,
+            exit_port=self.exit_port, restarts=self.restarts, plain=self.plain, actions=self.actions, nets=self.nets, dom0=self.dom0,
         )  # fmt: skip
         if self.check_images or self.durable:
             for disk, name in zip(machine.specs, machine.disk_names()):

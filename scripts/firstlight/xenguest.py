@@ -42,7 +42,7 @@ BLKBACK = (
     "feature_persistent", "max_queues", "max_ring_page_order", "max_buffer_pages", "max_persistent_grants", "persistent_grant_unused_seconds",
 )  # fmt: skip
 
-NETWORK_QUEUES = 2  # that netback offers, on dom0's one processor too
+NETWORK_QUEUES = 4  # that netback offers, on dom0's one processor too
 
 # The reasons of SCHEDOP_shutdown [xen-sched].
 REASONS = {0: "power off", 1: "reboot", 2: "suspend", 3: "crash", 4: "watchdog", 5: "soft reset"}
@@ -72,6 +72,7 @@ class Domain(Job):
     blkback: Sequence[str] = ()
     device_model: bool = False  # some disk is served by dom0's QEMU
     network: bool = False  # has network cards, served by netback
+    beside: Sequence[str] = ()  # commands of dom0's shell that run beside the guest
 
     def all_files(self) -> dict[str, Path]:
         return self.files | {f"disk-{disk.name}": Path(disk.content) for disk in self.disks if os.path.isabs(disk.content)}
@@ -136,10 +137,12 @@ def domain(machine: Machine, work: Path) -> Domain:
         backend = "qdisk" if spec.backend == "qdisk" else "phy"
         access = "ro" if spec.read_only else "rw"
         lines.append(f"    {quoted(f'format=raw,vdev={name},access={access},backendtype={backend},target={device}')},\n")
+    if machine.dom0:
+        files["udp-peer"] = paths.UDP_PEER
     config = [
         f"name = {quoted(GUEST_NAME)}",
         f"type = {quoted(machine.kind.domain)}",
-        *(f"{part} = {quoted(f'{{file:{part}}}')}" for part in files if part != "esp"),
+        *(f"{part} = {quoted(f'{{file:{part}}}')}" for part in files if part in ("kernel", "ramdisk")),
         *([f"cmdline = {quoted(cmdline)}"] if "kernel" in files else []),
         f"memory = {memory}",
         f"vcpus = {machine.cpus}",
@@ -152,7 +155,7 @@ def domain(machine: Machine, work: Path) -> Domain:
     return Domain(
         machine.name, [], files, list(disks.values()), machine.timeout, pauses=machine.pauses, actions=machine.actions,
         config="\n".join(config) + "\n", memory=memory, backing=backing, attached=attached,
-        blkback=machine.blkback, device_model=hvm or any(spec.backend == "qdisk" for spec in machine.specs), network=bool(machine.cards),
+        blkback=machine.blkback, device_model=hvm or any(spec.backend == "qdisk" for spec in machine.specs), network=bool(machine.cards), beside=machine.dom0,
     )  # fmt: skip
 
 
@@ -185,7 +188,7 @@ def job_script(job: Domain, index: int, offsets: dict[str, int]) -> str:
     for number, one in enumerate(job.attached):
         lines.append(f"    attach {number} {one.image} {one.sector} {job.backing}{' readonly' if one.read_only else ''}")
     seconds = max(1, round(job.timeout + sum(pause.seconds for pause in job.pauses)))
-    lines += ["}", "run() {", f"    guest {seconds}", "}", "after() {", "    :"]
+    lines += ["}", "run() {", *(f"    beside {shlex.quote(command)}" for command in job.beside), f"    guest {seconds}", "    settle", "}", "after() {", "    :"]
     for name, offset in offsets.items():
         source = next((one.device for one in job.attached if one.image == name), "")
         lines.append(f"    bring_out {source} {offset // MEBIBYTE}")
@@ -235,6 +238,11 @@ def prepare(ready: XenLab, jobs: Sequence[Domain], folder: Path, wall: bool, xen
     shutil.copyfile(package / "dom0-init.sh", tree / "init")
     (tree / "init").chmod(0o755)
     shutil.copyfile(package / "lab-common.sh", tree / "jobs/common.sh")
+    (tree / "etc/xen/scripts").mkdir(parents=True)
+    for kind in ("block", "vif"):
+        script = tree / "etc/xen/scripts" / kind
+        shutil.copyfile(package / f"dom0-{kind}.sh", script)
+        script.chmod(0o755)
     for part, files in ready.modules.items():
         (tree / f"jobs/modules-{part}").write_text("".join(f"{name}\n" for name in files))
     digest = hashlib.sha256()

@@ -287,10 +287,6 @@ def build_dom0(unpacked: Path, base: Path, version: str, release: str) -> dict[s
     lab.copy_libraries(unpacked, copied, base / "lib")
     copy_library(unpacked, "libgcc_s.so.1", base / "lib")  # loaded when a thread of libxl is cancelled, without which xl aborts
     (base / "etc/xen/xl.conf").write_text('autoballoon="off"\n')
-    for kind in ("block", "vif"):
-        script = base / "etc/xen/scripts" / kind
-        shutil.copyfile(paths.PACKAGE / f"dom0-{kind}.sh", script)
-        script.chmod(0o755)
     return {
         "dom0": lab.copy_modules(unpacked, release, DOM0_MODULES, base / "modules"),
         "backend": lab.copy_modules(unpacked, release, (BACKEND,), base / "modules"),

@@ -51,6 +51,26 @@ class Configuration(unittest.TestCase):
         self.assertIn("attach 0 xvda.img 512 loop readonly\n", xenguest.job_script(made, 0, {}))
         self.assertIn("vdev=xvda,access=rw,backendtype=phy,target=/dev/loop0", made.config)
 
+    def test_commands_run_beside_the_guest_and_are_waited_for(self):
+        made = domain(nets=["xen"], dom0=["udp_peer receive 5000 9", "echo 'a b'"])
+        script = xenguest.job_script(made, 0, {})
+        self.assertIn("run() {\n    beside 'udp_peer receive 5000 9'\n    beside 'echo '\"'\"'a b'\"'\"''\n    guest 30\n    settle\n}", script)
+        self.assertIn("udp-peer", made.files)
+        self.assertNotIn("udp-peer", made.config)
+        for words in ({"platform": "qemu-pvh"}, {"platform": "xen-emu"}):
+            with self.assertRaises(Problem) as refused:
+                machine.Machine("m", dom0=["true"], **words)
+            self.assertIn("dom0's shell", str(refused.exception))
+        with self.assertRaises(Problem):
+            domain(dom0=["true\nfalse"])
+
+    def test_what_they_print_is_part_of_the_output(self):
+        reader = nested.Reader("t", ["m"])
+        for line in ("@@lab t ready", "@@lab t begin m", "from the guest", "", "@@lab t told 5 received", "", "@@lab t failed false: exit status 1", "", "@@lab t end m status=0 reason=0 ms=5"):
+            reader.line(line)
+        self.assertEqual(reader.outcomes["m"].output, "from the guest\ndom0: 5 received\n")
+        self.assertEqual(reader.outcomes["m"].fault, "false: exit status 1")
+
     def test_ram_disks_are_as_large_as_the_largest(self):
         made = domain(disks=["xen:8m,backing=ram", "xen:8m,backing=ram"])
         self.assertIn("load ram rd_nr=2 rd_size=8192\n", xenguest.job_script(made, 0, {}))
