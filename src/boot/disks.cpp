@@ -7,18 +7,21 @@ import io.block;
 
 namespace fl::boot {
 
-Result<void> Disks::takes(std::string_view name) const {
-    if (const io::BlockDevice* disk = find(name); disk != nullptr && !disk->removed()) {
+Result<void> Disks::takes(const io::BlockDevice& disk) const {
+    if (const io::BlockDevice* other = find(disk.identity().name.view());
+        other != nullptr && other != &disk && !other->removed()) {
         return Error{Code::busy, "a disk of this name is attached already"};
     }
-    if (count_ == capacity) {
+    if (count_ == capacity && !has(disk)) {
         return Error{Code::exhausted, "more disks than boot::Disks has room for", capacity, capacity + 1};
     }
     return {};
 }
 
 void Disks::add(io::BlockDevice& disk) {
-    disks_[count_++] = &disk;
+    if (!has(disk)) {
+        disks_[count_++] = &disk;
+    }
     report(disk);
 }
 

@@ -13,14 +13,15 @@ class Disks {
   public:
     static constexpr usize capacity = 1024; // fixed: jobs hold a span of the list while disks are added
 
-    /// Whether add() would accept a disk of this name. Error{busy}: the name is in use; Error{exhausted}: the list is
-    /// full.
-    Result<void> takes(std::string_view name) const;
-    /// Requires success of takes(). The disk must live until the machine ends.
+    /// Whether add() would accept this disk. Error{busy}: another one has its name; Error{exhausted}: the list is full.
+    Result<void> takes(const io::BlockDevice& disk) const;
+    /// Requires success of takes(). The disk must live until the machine ends. A disk that was removed and works again
+    /// keeps its place.
     void add(io::BlockDevice& disk);
     /// In order of attachment.
     std::span<io::BlockDevice* const> all() const { return {disks_.data(), count_}; }
     io::BlockDevice* find(std::string_view name) const;
+    bool has(const io::BlockDevice& disk) const { return std::ranges::find(all(), &disk) != all().end(); }
     /// "xvda, hda" for messages; only the first names and the total if there are many; "none" if there are none.
     FixedText<256> names() const;
 

@@ -8,18 +8,21 @@ import io.net;
 
 namespace fl::boot {
 
-Result<void> Nets::takes(std::string_view name) const {
-    if (const io::NetDevice* card = find(name); card != nullptr && card->is_open()) {
+Result<void> Nets::takes(const io::NetDevice& card) const {
+    if (const io::NetDevice* other = find(card.identity().name.view());
+        other != nullptr && other != &card && other->is_open()) {
         return Error{Code::busy, "a network card of this name is attached already"};
     }
-    if (count_ == capacity) {
+    if (count_ == capacity && !has(card)) {
         return Error{Code::exhausted, "more network cards than boot::Nets has room for", capacity, capacity + 1};
     }
     return {};
 }
 
 void Nets::add(io::NetDevice& card) {
-    cards_[count_++] = &card;
+    if (!has(card)) {
+        cards_[count_++] = &card;
+    }
     report(card);
 }
 

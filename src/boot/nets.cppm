@@ -12,15 +12,17 @@ class Nets {
   public:
     static constexpr usize capacity = 64; // fixed: jobs hold a span of the list while cards are added
 
-    /// Whether add() would accept a card of this name. Error{busy}: an open card has it; Error{exhausted}: the list is
+    /// Whether add() would accept this card. Error{busy}: another open card has its name; Error{exhausted}: the list is
     /// full.
-    Result<void> takes(std::string_view name) const;
-    /// Requires success of takes(). The card must live until the machine ends.
+    Result<void> takes(const io::NetDevice& card) const;
+    /// Requires success of takes(). The card must live until the machine ends. A card that was closed and works again
+    /// keeps its place.
     void add(io::NetDevice& card);
     /// In order of attachment; cards that were closed meanwhile included.
     std::span<io::NetDevice* const> all() const { return {cards_.data(), count_}; }
     /// An open card of this name, else a closed one; nullptr: there is none.
     io::NetDevice* find(std::string_view name) const;
+    bool has(const io::NetDevice& card) const { return std::ranges::find(all(), &card) != all().end(); }
     /// The first of eth0, eth1 … that no open card has.
     FixedText<16> free_name() const;
     /// "eth0, eth1" for messages; "none" if there are none.

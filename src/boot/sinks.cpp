@@ -65,9 +65,9 @@ FixedText<16> DriverDiskSink::free_name(std::string_view prefix) {
 }
 
 Result<void> DriverDiskSink::announce(io::BlockDevice& disk, u32 disk_number) {
-    CHECK(attached_.disks.takes(disk.identity().name.view()));
+    CHECK(attached_.disks.takes(disk));
     CHECK(claims_.claim(drivers::disk_id(disk_number)));
-    if (attached_.executors.size() > disk.queues()) {
+    if (attached_.executors.size() > disk.lanes()) { // unless it has been announced before
         share_queues(disk);
     }
     attached_.disks.add(disk);
@@ -90,7 +90,7 @@ void DriverDiskSink::share_queues(io::BlockDevice& disk) {
 }
 
 Result<void> DriverNetSink::announce(io::NetDevice& card, u32 number) {
-    CHECK(attached_.nets.takes(card.identity().name.view()));
+    CHECK(attached_.nets.takes(card));
     CHECK(claims_.claim(id(number)));
     attached_.nets.add(card);
     return {};

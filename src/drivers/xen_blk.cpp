@@ -21,9 +21,10 @@ namespace {
 constinit Vbd* attached = nullptr; // devices live until machine shutdown
 }
 
-Vbd::Vbd(Environment& environment, hv::Xen& xen)
-    : environment_(environment), xen_(xen), front_(xen.store(), environment.executor),
-      disk_(environment.executor, xen.events(), xen.grants()), tasks_(environment.executor) {
+Vbd::Vbd(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device, const VirtualDisk& which, u32 slot)
+    : BusDevice("vbd", device.number), environment_(environment), xen_(xen), front_(xen.store(), environment.executor),
+      disk_(environment.executor, xen.events(), xen.grants()), which_(which), address_(device.address), slot_(slot),
+      end_(environment.executor), tasks_(environment.executor) {
     disk_.set_timeout(environment.timeout);
 }
 
@@ -59,15 +60,33 @@ void Vbd::add_entry(std::string_view key, u64 value) {
     add_entry(key, text.view());
 }
 
-io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const VirtualDisk& which) {
+io::Task<Result<void>> Vbd::connect() {
+    CO_CHECK(co_await shake_hands());
+    io::BlockDevice::Identity identity;
+    identity.name = disk_name(which_);
+    identity.driver = driver_name;
+    identity.kind = io::Kind::synthetic;
+    print(identity.model, "Xen virtual block device {}", number());
+    identity.features = features();
+    CO_CHECK(disk_.open(
+        terms_, identity, environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.notify(); }, this));
+    CO_CHECK(xen_.events().bind(port_, Disk::on_event, &disk_)); // masked until the disk first sleeps
+    CO_CHECK(co_await front_.set_state(BusState::connected));
+    ended_ = false;
+    co_return Result<void>{};
+}
+
+// Up to the terms, which the disk has to be told.
+io::Task<Result<void>> Vbd::shake_hands() {
     static constexpr BusState ready[] = {BusState::init_wait, BusState::initialised, BusState::connected};
-    StorePath path("device/");
-    path.write(device.type);
-    path.write("/");
-    path.write(device.address);
+    terms_ = {};
+    left_.reset();
+    offers_persistent_ = counts_sectors_ = begun_ = false;
+    StorePath path("device/vbd/");
+    path.write(address_);
     CO_CHECK(co_await front_.open(path));
     terms_.domain = front_.domain();
-    terms_.handle = static_cast<u16>(device.number);
+    terms_.handle = static_cast<u16>(number());
 
     std::array<char, 16> type;
     const StorePath type_key = join(path, "device-type");
@@ -85,7 +104,7 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
         offers_persistent_ = disk_.start_pool(front_.domain(), environment_.dma);
         if (!offers_persistent_) {
             log::info("xen_blk: {}: no persistent grants: not enough memory, or grants of the {} that are left",
-                      disk_name(which), xen_.grants().obtainable());
+                      disk_name(which_), xen_.grants().obtainable());
         }
     }
     CO_TRY(port_, xen_.events().allocate_unbound(front_.domain()));
@@ -93,24 +112,18 @@ io::Task<Result<void>> Vbd::connect(const hv::SyntheticDevice& device, const Vir
     CO_CHECK(co_await publish(order, old_ring_keys_));
     CO_CHECK(co_await negotiate());
     CO_CHECK(co_await read_geometry());
-    CO_CHECK(co_await read_features());
+    co_return co_await read_features();
+}
 
-    io::BlockDevice::Identity identity;
-    identity.name = disk_name(which);
-    identity.driver = driver_name;
-    identity.kind = io::Kind::synthetic;
-    print(identity.model, "Xen virtual block device {}", device.number);
-    print(identity.features, "{}{}{}{}ring-pages={}",
+FixedText<96> Vbd::features() const {
+    FixedText<96> text;
+    print(text, "{}{}{}{}ring-pages={}",
           !terms_.flush                       ? ""
           : *terms_.flush == Operation::flush ? "flush "
                                               : "barrier ",
           terms_.discard ? "discard " : "", terms_.persistent ? "persistent " : "",
           terms_.indirect_segments != 0 ? "indirect " : "", terms_.ring_pages);
-    CO_CHECK(disk_.open(
-        terms_, identity, environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.notify(); }, this));
-    CO_CHECK(xen_.events().bind(port_, Disk::on_event, &disk_)); // masked until the disk first sleeps
-    CO_CHECK(co_await front_.set_state(BusState::connected));
-    co_return Result<void>{};
+    return text;
 }
 
 // Waits for the back end to connect. With sectors larger than 512 bytes there are two kinds of back ends,
@@ -137,7 +150,7 @@ io::Task<Result<void>> Vbd::negotiate() {
     entry_count_ = 0;
     add_entry("feature-large-sector-size", 1u);
     CO_CHECK(co_await xen_.store().write_all(front_.path(), std::span(entries_).first(entry_count_)));
-    counts_sectors_ = true;
+    counts_sectors_ = published_large_sectors_ = true;
     CO_CHECK(co_await front_.set_state(BusState::initialised)); // rewritten to trigger the back end's watch
     const auto again = co_await front_.await_state(connected, {environment_.executor, environment_.timeout});
     if (!again) {
@@ -178,11 +191,23 @@ Result<u32> Vbd::make_ring(u32 order) {
     return order;
 }
 
+// Of an earlier connection. Not an error: a device that the toolstack has made anew does not have it.
+io::Task<Result<void>> Vbd::withdraw_key(std::string_view key, bool& published) {
+    if (std::exchange(published, false)) {
+        const StorePath path = join(front_.path(), key);
+        static_cast<void>(co_await xen_.store().remove(path));
+    }
+    co_return Result<void>{};
+}
+
 io::Task<Result<void>> Vbd::publish(u32 order, bool old_style) {
     entry_count_ = 0;
+    CO_CHECK(co_await withdraw_key("ring-page-order", published_order_));
+    CO_CHECK(co_await withdraw_key("feature-large-sector-size", published_large_sectors_));
     if (order == 0) {
         add_entry("ring-ref", ring_grants_[0]);
     } else {
+        published_order_ = true;
         add_entry("ring-page-order", order);
         if (old_style) {
             add_entry("num-ring-pages", u64{1} << order);
@@ -266,27 +291,177 @@ io::Task<Result<void>> Vbd::read_features() {
     co_return Result<void>{};
 }
 
-Result<void> Vbd::keep() { return tasks_.spawn(watch_source()); }
+Result<void> Vbd::keep() { return tasks_.spawn(follow()); }
 
-io::Task<Result<void>> Vbd::watch_source() {
+// ---- the back end's states ----
+
+io::Task<Result<void>> Vbd::follow() {
     for (;;) {
         static_cast<void>(co_await front_.changed());
         if (disk_.is_open()) {
             const auto back_state = co_await front_.state();
             if (!back_state) {
                 disk_.close(io::Status::device_gone, back_state.error());
-            } else if (*back_state == BusState::closing || *back_state == BusState::closed ||
-                       *back_state == BusState::unknown) {
-                disk_.close(io::Status::device_gone, {Code::device_gone, "the back end has closed the device (state)",
-                                                      to_underlying(BusState::connected), to_underlying(*back_state)});
-            } else if (*back_state == BusState::connected) {
-                static_cast<void>(co_await follow_size());
+            } else {
+                static_cast<void>(co_await follow_state(*back_state));
             }
         }
         if (!disk_.is_open()) {
-            co_return co_await disconnect();
+            const Result<void> left = co_await disconnect();
+            environment_.disks.withdraw(slot_);
+            ended_ = true;
+            end_.open();
+            xen_.ended(*this);
+            report_in_use();
+            co_return left;
         }
     }
+}
+
+io::Task<Result<void>> Vbd::follow_state(BusState back_state) {
+    if (back_state == BusState::connected) {
+        co_return co_await follow_size();
+    }
+    if (back_state > BusState::closed) { // reconfiguring, or a state without a meaning
+        co_return Result<void>{};
+    }
+    const auto returns = co_await may_return(back_state);
+    if (!disk_.is_open()) {
+        co_return Result<void>{};
+    }
+    if (!returns || !*returns) {
+        disk_.remove({Code::device_gone, "the back end has closed the device (state)",
+                      to_underlying(BusState::connected), to_underlying(back_state)});
+        co_return Result<void>{};
+    }
+    co_return co_await reconnect(back_state);
+}
+
+// Whether the back end has left the connection, and not the toolstack removed the device or put another one in its
+// place. A toolstack that removes it first clears "online", and one that makes it anew resets the front end's state.
+io::Task<Result<bool>> Vbd::may_return(BusState back_state) {
+    if (back_state == BusState::unknown) {
+        co_return false;
+    }
+    CO_TRY(const BusState own, co_await front_.own_state());
+    if (own != BusState::connected) {
+        co_return false;
+    }
+    if (back_state == BusState::closing || back_state == BusState::closed) {
+        co_return co_await front_.online();
+    }
+    co_return true;
+}
+
+// The back end was restarted, or another one took its place: it gets new rings and grants, and everything that its
+// predecessor had under way once more.
+io::Task<Result<void>> Vbd::reconnect(BusState back_state) {
+    log::warning("{}: the back end has left the connection (state {}): waiting for it to return",
+                 disk_.identity().name.view(), name(back_state));
+    disk_.hold();
+    const Result<bool> released = co_await release();
+    if (!released || !*released) {
+        lost_ = true;
+        disk_.close(io::Status::device_gone,
+                    released ? Error{Code::timed_out, "the back end does not release the disk's pages"}
+                             : released.error());
+        co_return Result<void>{};
+    }
+    co_return co_await connect_again();
+}
+
+// With the disk held, and the former back end's access ended or about to be. Attempts are made during one time-out, and
+// each of them is bounded: a back end that is about to close is connected only once it has done so.
+io::Task<Result<void>> Vbd::connect_again() {
+    const Terms old = terms_;
+    const io::Bound bound(environment_.executor, environment_.timeout);
+    for (;;) {
+        forget_connection();
+        static_cast<void>(co_await front_.close());
+        Result<void> done = co_await shake_hands();
+        if (done) {
+            done = take_over(old);
+        }
+        if (done) {
+            done = co_await front_.set_state(BusState::connected);
+        }
+        if (!disk_.is_open()) { // by a broken rule of the new back end, or the end of the machine
+            co_return Result<void>{};
+        }
+        if (done) {
+            log::info("{}: connected again [{}]", disk_.identity().name.view(), disk_.identity().features.view());
+            co_return done;
+        }
+        disk_.hold();
+        const auto again = co_await may_try_again(done.error(), bound);
+        if (!again || !*again) {
+            disk_.close(io::Status::device_gone, done.error());
+            co_return Result<void>{};
+        }
+    }
+}
+
+// False: another attempt is useless, or too late.
+io::Task<Result<bool>> Vbd::may_try_again(Error why, io::Bound bound) {
+    if ((why.code != Code::device_gone && why.code != Code::timed_out) || bound.passed()) {
+        co_return false;
+    }
+    co_await environment_.executor.sleep(retry_pause);
+    CO_TRY(const BusState state, co_await front_.state());
+    if (state == BusState::closing || state == BusState::closed) {
+        CO_TRY(const bool online, co_await front_.online());
+        if (!online) {
+            co_return false;
+        }
+    }
+    if (state == BusState::unknown) {
+        co_return false;
+    }
+    co_return co_await release();
+}
+
+// Ends the connection. True: the back end has no access to the ring any more, so it executes nothing. False: it does
+// not say so, or keeps the ring mapped, for a whole time-out.
+io::Task<Result<bool>> Vbd::release() {
+    const Result<bool> left = co_await front_.disconnect(environment_.timeout);
+    if (!left || !*left) {
+        co_return left;
+    }
+    // A back end without a node in XenStore has been removed by force: only its mappings tell whether it has ended.
+    const io::Bound bound(environment_.executor, environment_.timeout);
+    while (std::any_of(ring_grants_.begin(), ring_grants_.begin() + ring_pages_,
+                       [&](GrantRef grant) { return xen_.grants().is_mapped(grant); })) {
+        if (bound.passed()) {
+            co_return true; // each page is quarantined
+        }
+        co_await environment_.executor.sleep(retry_pause);
+    }
+    co_return true;
+}
+
+// The back end has no access any more: frees what it had access to, and takes back what it had under way.
+void Vbd::forget_connection() {
+    if (port_ != Port::none) {
+        xen_.events().unbind(std::exchange(port_, Port::none));
+    }
+    disk_.take_back();
+    free_ring();
+}
+
+// The new back end's terms replace the old ones'.
+Result<void> Vbd::take_over(const Terms& old) {
+    if (terms_.geometry.sector_size != old.geometry.sector_size) {
+        return Error{Code::not_supported, "the back end has returned with another sector size (bytes)",
+                     old.geometry.sector_size, terms_.geometry.sector_size};
+    }
+    if (terms_.geometry.sectors != old.geometry.sectors || terms_.geometry.read_only != old.geometry.read_only) {
+        log::warning("{}: the back end has returned with {} sectors instead of {}{}", disk_.identity().name.view(),
+                     terms_.geometry.sectors, old.geometry.sectors,
+                     terms_.geometry.read_only ? ", write-protected" : "");
+    }
+    CHECK(xen_.events().bind(port_, Disk::on_event, &disk_)); // masked until the disk next sleeps
+    return disk_.resume(
+        terms_, features(), environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.notify(); }, this);
 }
 
 // A back end that has changed the size rewrites its state [xen-blkif: dynamic resizing].
@@ -305,26 +480,73 @@ io::Task<Result<void>> Vbd::follow_size() {
     co_return Result<void>{};
 }
 
+// ---- the end ----
+
 io::Task<Result<void>> Vbd::disconnect() {
     if (!begun_) { // not accessed yet: leave it as it is
         co_return co_await front_.close();
     }
     // The back end must not be able to reach anything of ours afterwards.
-    const Result<bool> released = co_await front_.disconnect(environment_.timeout);
+    const Result<bool> released = co_await release();
     if (port_ != Port::none) {
         xen_.events().unbind(std::exchange(port_, Port::none));
     }
-    if (released && *released) {
+    if (released && *released && !lost_) {
         disk_.reclaim();
         free_ring();
     } else {
         log::warning("{}: the back end does not release its pages: they are not reused", front_.path());
+        lost_ = true;
         ring_pages_ = 0;
         ring_.abandon();
     }
     const Result<void> left = co_await front_.close(); // unlinks the watch before its first wait
     co_return released ? left : Result<void>(released.error());
 }
+
+io::Task<Result<bool>> Vbd::await_end() {
+    if (!ended_) { // the waits of a disconnection are bounded
+        static_cast<void>(co_await end_.wait({environment_.executor, 8 * environment_.timeout}));
+    }
+    if (!ended_) {
+        co_return Error{Code::busy, "the disk's former connection has not ended"};
+    }
+    end_.close();
+    if (lost_) {
+        disk_.remove({Code::device_gone, "another device has its place"});
+    }
+    co_return !lost_;
+}
+
+void Vbd::report_in_use() const {
+    const hv::Xen::InUse now = xen_.in_use();
+    log::debug("xen_blk: {} has left; in use: {} grants, {} event channels, {} watches", disk_name(which_), now.grants,
+               now.event_channels, now.watches);
+}
+
+// ---- probing ----
+
+namespace {
+
+// The Vbd of a device that was here before, or a new one.
+io::Task<Result<Vbd*>> make_vbd(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device,
+                                const VirtualDisk& which, u32 slot) {
+    if (auto* const known = static_cast<Vbd*>(xen.devices().find("vbd", device.number)); known != nullptr) {
+        CO_TRY(const bool usable, co_await known->await_end());
+        environment.disks.withdraw(slot);
+        if (usable) {
+            co_return known;
+        }
+        xen.devices().remove(*known);
+    }
+    auto* const made = new (std::nothrow) Vbd(environment, xen, device, which, slot);
+    if (made == nullptr) {
+        co_return Error{Code::exhausted, "no memory for a virtual block device"};
+    }
+    co_return made;
+}
+
+} // namespace
 
 io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device) {
     if (!matches(device)) {
@@ -339,20 +561,24 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     // The first four are also shown by the first IDE controller, or with hdtype="ahci" the first six by an AHCI HBA.
     const bool has_twin = which->kind != VirtualDisk::Kind::scsi && which->partition == 0 && which->disk < 6;
     const u32 slot = has_twin ? which->disk : DiskSink::no_twin;
+    CO_TRY(Vbd* const vbd, co_await make_vbd(environment, xen, device, *which, slot));
+    const bool known = xen.devices().find("vbd", device.number) == vbd;
     if (!environment.disks.offered(slot)) {
+        if (!known) {
+            delete vbd;
+        }
         environment.disks.unused({"xen", device.address, disk_name(*which), Unused::taken, {}, slot});
         co_return Result<void>{};
     }
-    auto* vbd = new (std::nothrow) Vbd(environment, xen);
-    if (vbd == nullptr) {
-        co_return Error{Code::exhausted, "no memory for a virtual block device"};
-    }
-    auto result = co_await vbd->connect(device, *which);
+    auto result = co_await vbd->connect();
     if (result) {
         result = environment.disks.announce(vbd->disk(), slot);
     }
     if (result) {
-        vbd->next_ = std::exchange(attached, vbd);
+        if (!known) {
+            vbd->next_ = std::exchange(attached, vbd);
+            xen.devices().add(*vbd);
+        }
         if (auto kept = vbd->keep(); !kept) {
             log::warning("{}: a closing back end will not be detected: {}", disk_name(*which), kept.error());
         }
@@ -363,7 +589,9 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
         log::warning("xen_blk: {}: leaving the bus: {}", disk_name(*which), left.error());
     }
     const auto ignored = vbd->left();
-    delete vbd;
+    if (!known) {
+        delete vbd;
+    }
     if (ignored) {
         FixedText<160> reason;
         print(reason, "{}", result.error());

@@ -1,6 +1,10 @@
 // The driver for Xen's virtual block devices [xen-blkif]: matching, the handshake with the back end, announcing, and
 // back end disconnection. The disk is in drivers.xen_blk.disk.
 //
+// A disk whose back end leaves the connection, without being removed, is connected again: its requests wait meanwhile,
+// and those that were under way are sent again. A disk that the toolstack removes ends; added again, it is the same
+// Vbd and Disk, under the same name.
+//
 // The handshake: back end init-wait → we publish ring, event channel, protocol → initialised → back end connected →
 // we read the disk's properties → connected. Features offered by the back end are used if Environment::allows() them;
 // all are optional.
@@ -11,6 +15,7 @@ import core.text;
 import core.time;
 import core.dma;
 import io.executor;
+import io.latch;
 import io.task;
 import io.block;
 import hv.xen;
@@ -34,21 +39,23 @@ constexpr bool matches(const hv::SyntheticDevice& device) {
 inline constexpr u32 max_ring_order = 2;
 
 /// One device with its connection. Lives until machine shutdown once its disk has been announced.
-class Vbd {
+class Vbd final : public hv::xen::BusDevice {
   public:
-    Vbd(Environment& environment, hv::Xen& xen);
+    /// `slot`: the disk's number in Environment::disks.
+    Vbd(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device, const hv::xen::VirtualDisk& which,
+        u32 slot);
     ~Vbd();
-    Vbd(const Vbd&) = delete;
-    Vbd& operator=(const Vbd&) = delete;
 
-    /// The handshake up to state connected. `path`: "device/vbd/51712". An Error with left() set: not a device for
-    /// this driver.
-    io::Task<Result<void>> connect(const hv::SyntheticDevice& device, const hv::xen::VirtualDisk& which);
-    /// Starts watching the back end: a disk whose back end closes or violates the protocol is closed and removed from
-    /// the bus.
+    /// The handshake up to state connected; opens the disk. An Error with left() set: not a device for this driver.
+    io::Task<Result<void>> connect();
+    /// Starts watching the back end: a disk whose back end is removed or violates the protocol is closed and removed
+    /// from the bus.
     Result<void> keep();
     /// Disconnects from the bus in an orderly way; every wait is bounded.
     io::Task<Result<void>> disconnect();
+    /// The device has been added again: waits for the end of the former connection. True: connect() may be called
+    /// again; false: the former back end has kept something, so this disk can never be used again.
+    io::Task<Result<bool>> await_end();
     Disk& disk() { return disk_; }
     /// Why a working device is not attached: a CD drive, a disk of 0 bytes, or an unsupported one.
     std::optional<Unused> left() const { return left_; }
@@ -56,10 +63,24 @@ class Vbd {
   private:
     static constexpr u32 max_ring_pages = 1u << max_ring_order;
     static constexpr u64 largest_disk = u64{1} << 54; // in the units of "sectors"; more is nonsense
+    static constexpr Nanoseconds retry_pause = 20'000'000;
 
+    io::Task<Result<void>> shake_hands();
+    io::Task<Result<void>> follow();
+    io::Task<Result<void>> follow_state(hv::xen::BusState back_state);
+    io::Task<Result<bool>> may_return(hv::xen::BusState back_state);
+    io::Task<Result<void>> reconnect(hv::xen::BusState back_state);
+    io::Task<Result<void>> connect_again();
+    io::Task<Result<bool>> may_try_again(Error why, io::Bound bound);
+    io::Task<Result<bool>> release();
+    Result<void> take_over(const Terms& old);
+    void forget_connection();
+    FixedText<96> features() const;
+    void report_in_use() const;
     io::Task<Result<void>> negotiate();
     io::Task<Result<u32>> ring_order();
     Result<u32> make_ring(u32 order);
+    io::Task<Result<void>> withdraw_key(std::string_view key, bool& published);
     io::Task<Result<void>> publish(u32 order, bool old_style);
     io::Task<Result<void>> read_geometry();
     io::Task<Result<void>> read_features();
@@ -74,12 +95,21 @@ class Vbd {
     hv::Xen& xen_;
     hv::xen::Frontend front_;
     Disk disk_;
+    hv::xen::VirtualDisk which_;
+    FixedText<12> address_; // on the bus
+    u32 slot_;
     Terms terms_;
     std::optional<Unused> left_;
     bool begun_ = false; // the back end may have seen us
     bool old_ring_keys_ = false;
     bool offers_persistent_ = false;
     bool counts_sectors_ = false; // feature-large-sector-size has been published
+    // Keys that a later connection has to remove, if it does without them.
+    bool published_order_ = false;
+    bool published_large_sectors_ = false;
+    bool ended_ = false; // disconnected; may be connected again unless `lost_`
+    bool lost_ = false;  // a back end has kept pages of the disk
+    io::Latch end_;
     hv::xen::Port port_ = hv::xen::Port::none;
     DmaBuffer ring_;
     std::array<hv::xen::GrantRef, max_ring_pages> ring_grants_{};
@@ -88,7 +118,7 @@ class Vbd {
     u32 entry_count_ = 0;
     io::TaskGroup tasks_;
     friend io::Task<Result<void>> probe(Environment&, hv::Xen&, const hv::SyntheticDevice&);
-    Vbd* next_ = nullptr; // list of attached devices
+    Vbd* next_ = nullptr; // list of attached devices, for as long as the machine
 };
 
 /// Connects and announces one device. Success: attached, or left alone (another driver has the disk, a CD-ROM, an

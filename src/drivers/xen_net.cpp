@@ -47,9 +47,9 @@ std::optional<io::MacAddress> parse_mac(std::string_view text) {
     return mac.is_group() || mac == io::MacAddress{} ? std::nullopt : std::optional(mac);
 }
 
-Vif::Vif(Environment& environment, hv::Xen& xen)
-    : environment_(environment), xen_(xen), front_(xen.store(), environment.executor), alarm_(front_),
-      tasks_(environment.executor) {
+Vif::Vif(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device)
+    : BusDevice("vif", device.number), environment_(environment), xen_(xen), front_(xen.store(), environment.executor),
+      address_(device.address), alarm_(front_), end_(environment.executor), tasks_(environment.executor) {
     lanes_.context = this;
     lanes_.on_failure = [](void* self) {
         Vif& vif = *static_cast<Vif*>(self);
@@ -95,24 +95,40 @@ void Vif::add_entry(std::string_view prefix, std::string_view key, u64 value) {
     print(entry.value, "{}", value);
 }
 
-io::Task<Result<void>> Vif::connect(const hv::SyntheticDevice& device) {
+io::Task<Result<void>> Vif::connect() {
+    lanes_.count = 0;
+    identity_ = {};
+    identity_.name = environment_.nets->free_name();
+    CO_CHECK(co_await shake_hands());
+    CO_CHECK(co_await start_lanes());
+    ended_ = false;
+    co_return Result<void>{};
+}
+
+// With lanes_.count == 0 as many lanes are made as can be; otherwise each of them is given a queue again.
+io::Task<Result<void>> Vif::shake_hands() {
     static constexpr BusState ready[] = {BusState::init_wait, BusState::initialised, BusState::connected};
     static constexpr BusState connected[] = {BusState::connected};
-    StorePath path("device/");
-    path.write(device.type);
-    path.write("/");
-    path.write(device.address);
+    begun_ = false;
+    StorePath path("device/vif/");
+    path.write(address_);
     CO_CHECK(co_await front_.open(path));
-    CO_CHECK(co_await read_identity(device.number));
+    CO_CHECK(co_await read_identity());
     begun_ = true;
     CO_CHECK(co_await front_.restart(environment_.timeout));
     CO_CHECK(co_await front_.await_state(ready, {environment_.executor, environment_.timeout}));
     CO_CHECK(co_await read_features());
     CO_CHECK(co_await read_mtu());
-    identity_.name = environment_.nets->free_name();
-    for (u32 lane = 0; lane < wanted_lanes_; ++lane) {
+    const u32 in_use = lanes_.count;
+    if (wanted_lanes_ < in_use) {
+        co_return Error{Code::not_supported, "the back end has returned with fewer queues", in_use, wanted_lanes_};
+    }
+    lanes_.count = 0;
+    lanes_.failed.store(false, std::memory_order_relaxed); // the lanes do not run
+    for (u32 lane = 0; lane < (in_use != 0 ? in_use : wanted_lanes_); ++lane) {
         if (auto made = make_lane(lane); !made) {
-            if (lane == 0) {
+            if (lane == 0 || in_use != 0) {
+                lanes_.count = std::max(lanes_.count, in_use);
                 co_return made.error();
             }
             log::info("xen_net: {}: {} of {} queues: {}", front_.path(), lane, wanted_lanes_, made.error());
@@ -124,13 +140,25 @@ io::Task<Result<void>> Vif::connect(const hv::SyntheticDevice& device) {
     CO_CHECK(co_await publish());
     CO_CHECK(co_await front_.set_state(BusState::connected));
     CO_CHECK(co_await front_.await_state(connected, {environment_.executor, environment_.timeout}));
+    co_return Result<void>{};
+}
+
+io::Task<Result<void>> Vif::start_lanes() {
     for (u32 lane = 0; lane < lanes_.count; ++lane) {
         CO_CHECK(co_await io::run_on(executor(lane), lanes_.all[lane]->start()));
     }
     co_return Result<void>{};
 }
 
-io::Task<Result<void>> Vif::read_identity(u32 number) {
+// A processor that has stopped does not run the lane either.
+io::Task<Result<void>> Vif::hold_lanes() {
+    for (u32 lane = 0; lane < lanes_.count; ++lane) {
+        static_cast<void>(co_await io::run_on(executor(lane), lanes_.all[lane]->hold()));
+    }
+    co_return Result<void>{};
+}
+
+io::Task<Result<void>> Vif::read_identity() {
     std::array<char, 24> text;
     const StorePath key = join(front_.path(), "mac");
     CO_TRY(const std::string_view mac, co_await xen_.store().read(key, text));
@@ -139,11 +167,14 @@ io::Task<Result<void>> Vif::read_identity(u32 number) {
         co_return Error{Code::protocol, "XenStore gives no usable hardware address (mac: six hexadecimal bytes with "
                                         "colons, no group address)"};
     }
-    number_ = number;
+    if (lanes_.count != 0 && *parsed != identity_.mac) {
+        co_return Error{Code::not_supported, "the back end has returned with another hardware address"};
+    }
     identity_.mac = *parsed;
     identity_.driver = driver_name;
     identity_.kind = io::Kind::synthetic;
-    print(identity_.model, "Xen virtual network interface {}", number);
+    identity_.model.clear();
+    print(identity_.model, "Xen virtual network interface {}", number());
     co_return Result<void>{};
 }
 
@@ -181,6 +212,7 @@ io::Task<Result<void>> Vif::read_mtu() {
 }
 
 void Vif::name_features() {
+    identity_.features.clear();
     const auto add = [&](bool used, std::string_view name) {
         if (used) {
             print(identity_.features, "{}{}", identity_.features.empty() ? "" : " ", name);
@@ -198,11 +230,13 @@ Result<void> Vif::make_lane(u32 number) {
     Connection& connection = connections_[number];
     Grants& grants = xen_.grants();
     Result<void> made = [&]() -> Result<void> {
-        auto* const lane = new (std::nothrow) Lane(executor(number), xen_.events(), grants, lanes_);
+        Lane*& lane = lanes_.all[number]; // of an earlier connection, or none
+        if (lane == nullptr) {
+            lane = new (std::nothrow) Lane(executor(number), xen_.events(), grants, lanes_);
+        }
         if (lane == nullptr) {
             return Error{Code::exhausted, "no memory for a lane of a network card"};
         }
-        lanes_.all[number] = lane;
         TRY(connection.rings, environment_.dma.buffer(ring_bytes));
         TRY(connection.port, xen_.events().allocate_unbound(front_.domain()));
         if (!grants.ensure(2)) {
@@ -253,31 +287,143 @@ void Vif::publish_lane(std::string_view prefix, const Connection& connection) {
     add_entry(prefix, "event-channel", to_underlying(connection.port));
 }
 
-Result<void> Vif::keep() { return tasks_.spawn(watch_back_end()); }
+Result<void> Vif::keep() { return tasks_.spawn(follow()); }
 
-io::Task<Result<void>> Vif::watch_back_end() {
+// ---- the back end's states ----
+
+io::Task<Result<void>> Vif::follow() {
     for (;;) {
         const auto back_state = co_await front_.state();
         std::optional<Error> why;
+        bool returns = false;
         if (!back_state) {
             why = back_state.error();
-        } else if (*back_state == BusState::closing || *back_state == BusState::closed ||
-                   *back_state == BusState::unknown) {
+        } else if (*back_state <= BusState::closed && *back_state != BusState::connected) {
             why = Error{Code::device_gone, "the back end has closed the device (state)",
                         to_underlying(BusState::connected), to_underlying(*back_state)};
+            const auto may = co_await may_return(*back_state);
+            returns = may && *may;
         }
-        const bool failed = lanes_.failed.load(std::memory_order_acquire); // pairs with the exchange in Lane::fail()
+        bool failed = lanes_.failed.load(std::memory_order_acquire); // pairs with the exchange in Lane::fail()
+        if (why && returns && !failed) {
+            log::warning("{}: the back end has left the connection (state {}): waiting for it to return",
+                         identity_.name.view(), name(*back_state));
+            static_cast<void>(co_await hold_lanes());
+            const auto released = co_await release();
+            lost_ = !released || !*released;
+            Result<void> again = released ? Result<void>{} : Result<void>(released.error());
+            if (!lost_) {
+                again = co_await connect_again();
+            }
+            failed = lanes_.failed.load(std::memory_order_acquire);
+            if (again && !lost_) {
+                why.reset();
+            } else if (!again) {
+                why = again.error();
+            }
+        }
         if (why && !failed) {
             log::info("{}: closed: {}", identity_.name.view(), *why);
         }
         if (why || failed) {
             const Result<void> left = co_await disconnect();
-            environment_.nets->withdraw(number_);
+            environment_.nets->withdraw(number());
+            ended_ = true;
+            end_.open();
+            xen_.ended(*this);
+            report_in_use();
             co_return left;
         }
         static_cast<void>(co_await front_.changed());
     }
 }
+
+// As drivers.xen_blk Vbd::may_return().
+io::Task<Result<bool>> Vif::may_return(BusState back_state) {
+    if (back_state == BusState::unknown) {
+        co_return false;
+    }
+    CO_TRY(const BusState own, co_await front_.own_state());
+    if (own != BusState::connected) {
+        co_return false;
+    }
+    if (back_state == BusState::closing || back_state == BusState::closed) {
+        co_return co_await front_.online();
+    }
+    co_return true;
+}
+
+// As drivers.xen_blk Vbd::connect_again(), with the lanes held.
+io::Task<Result<void>> Vif::connect_again() {
+    const io::Bound bound(environment_.executor, environment_.timeout);
+    for (;;) {
+        forget_connection(true);
+        static_cast<void>(co_await front_.close());
+        Result<void> done = co_await shake_hands();
+        if (done) {
+            done = co_await start_lanes();
+        }
+        if (done) {
+            log::info("{}: connected again [{}]", identity_.name.view(), identity_.features.view());
+            co_return done;
+        }
+        static_cast<void>(co_await hold_lanes());
+        const auto again = co_await may_try_again(done.error(), bound);
+        if (!again || !*again) {
+            co_return done;
+        }
+    }
+}
+
+// False: another attempt is useless, or too late.
+io::Task<Result<bool>> Vif::may_try_again(Error why, io::Bound bound) {
+    if ((why.code != Code::device_gone && why.code != Code::timed_out) || bound.passed()) {
+        co_return false;
+    }
+    co_await environment_.executor.sleep(retry_pause);
+    CO_TRY(const BusState state, co_await front_.state());
+    if (state == BusState::closing || state == BusState::closed) {
+        CO_TRY(const bool online, co_await front_.online());
+        if (!online) {
+            co_return false;
+        }
+    }
+    if (state == BusState::unknown) {
+        co_return false;
+    }
+    co_return co_await release();
+}
+
+// As drivers.xen_blk Vbd::release().
+io::Task<Result<bool>> Vif::release() {
+    const Result<bool> left = co_await front_.disconnect(environment_.timeout);
+    if (!left || !*left) {
+        co_return left;
+    }
+    const io::Bound bound(environment_.executor, environment_.timeout);
+    const auto mapped = [&](const Connection& connection) {
+        return connection.granted &&
+               std::ranges::any_of(connection.grants, [&](GrantRef grant) { return xen_.grants().is_mapped(grant); });
+    };
+    while (std::ranges::any_of(connections_, mapped) && !bound.passed()) {
+        co_await environment_.executor.sleep(retry_pause);
+    }
+    co_return true; // a page that is still mapped is quarantined
+}
+
+// The lanes do not run. `released`: the back end has no access any more.
+void Vif::forget_connection(bool released) {
+    for (u32 lane = 0; lane < lanes_.all.size() && lanes_.all[lane] != nullptr; ++lane) {
+        free_connection(connections_[lane], released);
+        if (released) {
+            lanes_.all[lane]->reclaim();
+        } else {
+            lanes_.all[lane]->abandon();
+        }
+    }
+}
+
+// ---- the end ----
 
 io::Task<Result<void>> Vif::disconnect() {
     for (u32 lane = 0; lane < lanes_.count; ++lane) {
@@ -287,22 +433,55 @@ io::Task<Result<void>> Vif::disconnect() {
     if (!begun_) { // not accessed yet: leave it as it is
         co_return co_await front_.close();
     }
-    const Result<bool> released = co_await front_.disconnect(environment_.timeout);
-    const bool safe = released && *released;
+    const Result<bool> released = co_await release();
+    const bool safe = released && *released && !lost_;
     if (!safe) {
         log::warning("{}: the back end does not release its pages: they are not reused", front_.path());
+        lost_ = true;
     }
-    for (u32 lane = 0; lane < lanes_.count; ++lane) {
-        free_connection(connections_[lane], safe);
-        if (safe) {
-            lanes_.all[lane]->reclaim();
-        } else {
-            lanes_.all[lane]->abandon();
-        }
-    }
+    forget_connection(safe);
     const Result<void> left = co_await front_.close(); // unlinks the watch before its first wait
     co_return released ? left : Result<void>(released.error());
 }
+
+io::Task<Result<bool>> Vif::await_end() {
+    if (!ended_) { // the waits of a disconnection are bounded
+        static_cast<void>(co_await end_.wait({environment_.executor, 8 * environment_.timeout}));
+    }
+    if (!ended_) {
+        co_return Error{Code::busy, "the card's former connection has not ended"};
+    }
+    end_.close();
+    co_return !lost_;
+}
+
+void Vif::report_in_use() const {
+    const hv::Xen::InUse now = xen_.in_use();
+    log::debug("xen_net: interface {} has left; in use: {} grants, {} event channels, {} watches", number(), now.grants,
+               now.event_channels, now.watches);
+}
+
+// ---- probing ----
+
+namespace {
+
+// The Vif of an interface that was here before, or a new one.
+io::Task<Result<Vif*>> make_vif(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device) {
+    if (auto* const known = static_cast<Vif*>(xen.devices().find("vif", device.number)); known != nullptr) {
+        CO_TRY(const bool usable, co_await known->await_end());
+        if (usable) {
+            co_return known;
+        }
+        xen.devices().remove(*known);
+    }
+    auto* const made = new (std::nothrow) Vif(environment, xen, device);
+    if (made == nullptr) {
+        co_return Error{Code::exhausted, "no memory for a virtual network interface"};
+    }
+    co_return made;
+}
+
+} // namespace
 
 io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device) {
     if (!matches(device)) {
@@ -311,9 +490,14 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     if (environment.nets == nullptr) {
         co_return Error{Code::not_supported, "network cards cannot be announced here"};
     }
+    CO_TRY(Vif* const vif, co_await make_vif(environment, xen, device));
+    const bool known = xen.devices().find("vif", device.number) == vif;
     // Interface N is the emulated card N of the same domain, with the same address.
     const u32 number = device.number;
     if (!environment.nets->offered(number)) {
+        if (!known) {
+            delete vif;
+        }
         environment.nets->unused({.bus = "xen",
                                   .address = device.address,
                                   .what = "virtual network interface",
@@ -322,16 +506,15 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
                                   .kind = DeviceKind::network});
         co_return Result<void>{};
     }
-    auto* vif = new (std::nothrow) Vif(environment, xen);
-    if (vif == nullptr) {
-        co_return Error{Code::exhausted, "no memory for a virtual network interface"};
-    }
-    auto result = co_await vif->connect(device);
+    auto result = co_await vif->connect();
     if (result) {
         result = environment.nets->announce(vif->card(), number);
     }
     if (result) {
-        vif->next_ = std::exchange(attached, vif);
+        if (!known) {
+            vif->next_ = std::exchange(attached, vif);
+            xen.devices().add(*vif);
+        }
         if (auto kept = vif->keep(); !kept) {
             log::warning("xen_net: {}: a closing back end will not be detected: {}", device.address.view(),
                          kept.error());
@@ -341,7 +524,9 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     if (auto left = co_await vif->disconnect(); !left) {
         log::warning("xen_net: {}: leaving the bus: {}", device.address.view(), left.error());
     }
-    delete vif;
+    if (!known) {
+        delete vif;
+    }
     co_return result;
 }
 

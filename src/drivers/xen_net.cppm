@@ -1,6 +1,9 @@
 // The driver for Xen's virtual network interfaces [xen-netif]: matching, the handshake with the back end, announcing,
 // and back end disconnection. The rings are in drivers.xen_net.queue, the card is drivers.xen_net.device.
 //
+// A card whose back end leaves the connection, without being removed, is connected again: frames in its rings are lost,
+// and others wait for room meanwhile. A card that the toolstack removes ends; added again, it is the same Vif.
+//
 // The handshake: back end init-wait → we publish rings, event channels and features → connected → back end connected.
 // Each lane has a queue: one pair of rings and one event channel, which serves both directions, so that a turn needs
 // one notification and an upcall serves both.
@@ -11,6 +14,7 @@ import core.text;
 import core.time;
 import core.dma;
 import io.executor;
+import io.latch;
 import io.net;
 import io.task;
 import hv.xen;
@@ -34,25 +38,26 @@ constexpr bool matches(const hv::SyntheticDevice& device) {
 std::optional<io::MacAddress> parse_mac(std::string_view text);
 
 /// One device with its connection. Lives until machine shutdown once its card has been announced.
-class Vif {
+class Vif final : public hv::xen::BusDevice {
   public:
-    Vif(Environment& environment, hv::Xen& xen);
+    Vif(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device);
     ~Vif();
-    Vif(const Vif&) = delete;
-    Vif& operator=(const Vif&) = delete;
 
     /// The handshake up to state connected; starts the lanes.
-    io::Task<Result<void>> connect(const hv::SyntheticDevice& device);
-    /// Starts watching the back end: a card whose back end closes or violates the interface is closed and removed from
-    /// the bus.
+    io::Task<Result<void>> connect();
+    /// Starts watching the back end: a card whose back end is removed or violates the interface is closed and removed
+    /// from the bus.
     Result<void> keep();
     /// Stops the lanes and disconnects from the bus; every wait is bounded.
     io::Task<Result<void>> disconnect();
+    /// As drivers.xen_blk Vbd::await_end().
+    io::Task<Result<bool>> await_end();
     io::NetDevice& card() { return *lanes_.all[0]; }
 
   private:
     static constexpr u32 ring_bytes = 2 * static_cast<u32>(page_size); // of one lane
     static constexpr u32 entries_of_lane = 3;
+    static constexpr Nanoseconds retry_pause = 20'000'000;
 
     /// One pair of rings and what belongs to it.
     struct Connection {
@@ -76,14 +81,23 @@ class Vif {
         std::atomic<bool> raised{false};
     };
 
-    io::Task<Result<void>> read_identity(u32 number);
+    io::Task<Result<void>> shake_hands();
+    io::Task<Result<void>> start_lanes();
+    io::Task<Result<void>> hold_lanes();
+    io::Task<Result<void>> follow();
+    io::Task<Result<bool>> may_return(hv::xen::BusState back_state);
+    io::Task<Result<void>> connect_again();
+    io::Task<Result<bool>> may_try_again(Error why, io::Bound bound);
+    io::Task<Result<bool>> release();
+    void forget_connection(bool released);
+    void report_in_use() const;
+    io::Task<Result<void>> read_identity();
     io::Task<Result<void>> read_features();
     io::Task<Result<void>> read_mtu();
     Result<void> make_lane(u32 number);
     void name_features();
     io::Task<Result<void>> publish();
     void publish_lane(std::string_view prefix, const Connection& connection);
-    io::Task<Result<void>> watch_back_end();
     void free_connection(Connection& connection, bool released);
     void add_entry(std::string_view prefix, std::string_view key, u64 value);
     io::Executor& executor(u32 lane) const { return lane == 0 ? environment_.executor : *environment_.executors[lane]; }
@@ -94,18 +108,21 @@ class Vif {
     Lanes lanes_;
     std::array<Connection, Lanes::max_lanes> connections_;
     io::NetDevice::Identity identity_;
-    u32 number_ = 0; // of the interface
+    FixedText<12> address_; // on the bus
     u32 wanted_lanes_ = 1;
     bool offers_queues_ = false; // the back end knows several queues
     bool scatter_ = false;
     bool offloads_checksums_ = false;
     bool begun_ = false; // the back end may have seen us
+    bool ended_ = false; // disconnected; may be connected again unless `lost_`
+    bool lost_ = false;  // a back end has kept pages of the card
     std::array<hv::xen::StoreEntry, Lanes::max_lanes * entries_of_lane + 6> entries_{};
     u32 entry_count_ = 0;
     Alarm alarm_;
+    io::Latch end_;
     io::TaskGroup tasks_;
     friend io::Task<Result<void>> probe(Environment&, hv::Xen&, const hv::SyntheticDevice&);
-    Vif* next_ = nullptr; // list of attached devices
+    Vif* next_ = nullptr; // list of attached devices, for as long as the machine
 };
 
 /// Connects and announces one device. Success: attached, or left alone (another driver has the card).

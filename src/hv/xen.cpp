@@ -186,6 +186,8 @@ Result<void> Xen::start(Services& services) {
     if (has_store_) {
         if (auto started = store_.start(services.executor, events_); !started) {
             log::warning("xen: XenStore cannot be used: {}: no synthetic devices", started.error());
+        } else {
+            device_watch_.emplace(store_, services.executor, listing_);
         }
     }
     return {};
@@ -195,7 +197,10 @@ io::Task<Result<void>> Xen::enumerate(DeviceList& into) {
     if (!store_.started()) {
         co_return Result<void>{};
     }
-    co_return co_await xen::enumerate(store_, into, listing_);
+    const usize before = into.list.size();
+    CO_CHECK(co_await xen::enumerate(store_, into, listing_));
+    device_watch_->know(into.all().subspan(before));
+    co_return Result<void>{};
 }
 
 // ---- processors ----

@@ -7,6 +7,7 @@ import core.result;
 import core.interrupt;
 import core.processor;
 import io.executor;
+import io.latch;
 import io.task;
 export import hv.backend;
 export import hv.xen.hypercall;
@@ -61,6 +62,13 @@ class Xen {
     /// nullptr before start(), and if XenStore is missing or unusable.
     Xen* bus() { return store_.started() ? this : nullptr; }
     io::Task<Result<void>> enumerate(DeviceList& into);
+    /// LateDevices: only while bus() is not nullptr. The first call of changes() begins to watch.
+    std::optional<SyntheticDevice> next_device() { return device_watch_->next(); }
+    u32 new_dropped() { return device_watch_->new_dropped(); }
+    io::Latch& changes() {
+        device_watch_->start();
+        return device_watch_->changes();
+    }
 
     /// Sleeps in the hypervisor until one of the (masked) events is pending or about `timeout_ns` have passed, without
     /// taking an interrupt. Interrupts of other devices do not end it, so use it only if all devices are Xen's.
@@ -71,6 +79,22 @@ class Xen {
     xen::Events& events() { return events_; }
     xen::Grants& grants() { return grants_; }
     xen::Store& store() { return store_; }
+    /// The devices that drivers have attached.
+    xen::BusDevices& devices() { return devices_; }
+    /// By the driver of a device that it has left, with the front end's state closed: the toolstack may make it anew.
+    void ended(const xen::BusDevice& device) {
+        if (device_watch_) {
+            device_watch_->ended(device.type(), device.number());
+        }
+    }
+    /// What this guest shares with other domains now.
+    struct InUse {
+        u32 grants = 0; // entries, those in quarantine included
+        u32 event_channels = 0;
+        u32 watches = 0;
+        friend constexpr bool operator==(const InUse&, const InUse&) = default;
+    };
+    InUse in_use() const { return {grants_.in_use(), events_.open_ports(), store_.watches()}; }
     Upcall upcall() const { return upcall_; }
     /// major << 16 | minor
     u32 version() const { return version_; }
@@ -98,7 +122,9 @@ class Xen {
     u64 grant_frame_ = 0; // guest frame number of the table's first frame
     xen::Store store_;
     std::array<char, xen::store_payload_max> listing_{};
+    xen::BusDevices devices_;
+    std::optional<xen::DeviceWatch> device_watch_; // once the store has been started
 };
-static_assert(Backend<Xen> && EmulatedDevices<Xen> && BusRoot<Xen> && StartsProcessors<Xen>);
+static_assert(Backend<Xen> && EmulatedDevices<Xen> && LateDevices<Xen> && StartsProcessors<Xen>);
 
 } // namespace fl::hv

@@ -60,26 +60,75 @@ void BlockDevice::resize(u64 sectors) {
     }
     log::warning("{}: resized from {} to {} sectors of {} bytes", identity_.name.view(), geometry_.sectors, sectors,
                  geometry_.sector_size);
-    geometry_.sectors = sectors;
+    Geometry geometry = geometry_;
+    geometry.sectors = sectors;
+    renew(geometry);
+}
+
+void BlockDevice::renew(const Geometry& geometry) {
+    geometry_ = geometry;
     for (u32 i = 1; i < lanes(); ++i) {
-        lane(i).learn_size(sectors);
+        lane(i).learn(geometry);
     }
 }
 
-// A post in progress is not posted again. Its handler clears `posted` before it reads the size, and both exchanges are
-// acquire and release: either the handler sees the new size, or this sees that a new post is needed.
-void BlockDevice::learn_size(u64 sectors) {
-    resize_.sectors.store(sectors, std::memory_order_relaxed);
-    if (resize_.posted.exchange(true, std::memory_order_acq_rel)) {
+namespace {
+// A geometry without its size, in one word: sector sizes are at most 65536.
+u64 packed(const Geometry& g) {
+    return u64{g.sector_size} << 32 | u64{g.physical_sector_size} << 8 | u64{g.read_only} | u64{g.flush} << 1 |
+           u64{g.discard} << 2 | u64{g.write_zeroes} << 3;
+}
+Geometry unpacked(u64 word) {
+    return {.sectors = 0,
+            .sector_size = static_cast<u32>(word >> 32),
+            .physical_sector_size = static_cast<u32>(word >> 8 & 0xffffff),
+            .read_only = (word & 1) != 0,
+            .flush = (word & 2) != 0,
+            .discard = (word & 4) != 0,
+            .write_zeroes = (word & 8) != 0};
+}
+} // namespace
+
+// A post in progress is not posted again. Its handler clears `posted` before it reads the values, and both exchanges
+// are acquire and release: either the handler sees the new values, or this sees that a new post is needed.
+void BlockDevice::learn(const Geometry& geometry) {
+    renewal_.sectors.store(geometry.sectors, std::memory_order_relaxed);
+    renewal_.rest.store(packed(geometry), std::memory_order_relaxed);
+    if (renewal_.posted.exchange(true, std::memory_order_acq_rel)) {
         return;
     }
-    resize_.lane = this;
-    resize_.run = [](Post& post) {
-        auto& self = static_cast<Resize&>(post);
+    renewal_.lane = this;
+    renewal_.run = [](Post& post) {
+        auto& self = static_cast<Renewal&>(post);
         self.posted.exchange(false, std::memory_order_acq_rel);
-        self.lane->geometry_.sectors = self.sectors.load(std::memory_order_relaxed);
+        Geometry fresh = unpacked(self.rest.load(std::memory_order_relaxed));
+        fresh.sectors = self.sectors.load(std::memory_order_relaxed);
+        self.lane->geometry_ = fresh;
     };
-    static_cast<void>(executor_.post(resize_)); // refused: that processor has stopped, and its lane too
+    static_cast<void>(executor_.post(renewal_)); // refused: that processor has stopped, and its lane too
+}
+
+std::optional<Status> BlockDevice::refusal(const Request& request) const {
+    if (request.op == Op::flush) {
+        return geometry_.flush ? std::nullopt : std::optional(Status::ok);
+    }
+    const u32 sector = geometry_.sector_size;
+    const u64 sectors = request.buffer.size / sector;
+    if ((request.buffer.data == nullptr && has_data(request.op)) || request.buffer.size == 0 ||
+        request.buffer.size % sector != 0 || request.buffer.bus % sector != 0) {
+        return Status::misaligned;
+    }
+    if (request.lba >= geometry_.sectors || sectors > geometry_.sectors - request.lba) {
+        return Status::out_of_range;
+    }
+    if (request.op != Op::read && geometry_.read_only) {
+        return Status::read_only;
+    }
+    if ((request.op == Op::discard && !geometry_.discard) ||
+        (request.op == Op::write_zeroes && !geometry_.write_zeroes)) {
+        return Status::not_supported;
+    }
+    return std::nullopt;
 }
 
 void BlockDevice::submit_forwarded(BlockDevice& to, Request& request) { to.accept(request); }
@@ -93,25 +142,8 @@ inline void BlockDevice::accept(Request& request) {
     request.resends = 0;
     request.resend = false;
     request.pending_ = true;
-    if (request.op != Op::flush) {
-        const u32 sector = geometry_.sector_size;
-        const u64 sectors = request.buffer.size / sector;
-        if ((request.buffer.data == nullptr && has_data(request.op)) || request.buffer.size == 0 ||
-            request.buffer.size % sector != 0 || request.buffer.bus % sector != 0) {
-            return complete(request, Status::misaligned);
-        }
-        if (request.lba >= geometry_.sectors || sectors > geometry_.sectors - request.lba) {
-            return complete(request, Status::out_of_range);
-        }
-        if (request.op != Op::read && geometry_.read_only) {
-            return complete(request, Status::read_only);
-        }
-        if ((request.op == Op::discard && !geometry_.discard) ||
-            (request.op == Op::write_zeroes && !geometry_.write_zeroes)) {
-            return complete(request, Status::not_supported);
-        }
-    } else if (!geometry_.flush) {
-        return complete(request, Status::ok);
+    if (const auto refused = refusal(request)) [[unlikely]] {
+        return complete(request, *refused);
     }
     start(request);
 }

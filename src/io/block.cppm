@@ -38,7 +38,8 @@ enum class Status : u8 {
 };
 Error to_error(Status status);
 
-/// Properties of a disk. Set before it is announced, constant afterwards, except for its size.
+/// Properties of a disk. Set before it is announced, constant afterwards, except as BlockDevice::resize() and renew()
+/// change them.
 struct Geometry {
     u64 sectors = 0;                // of sector_size bytes each; see BlockDevice::resize()
     u32 sector_size = 512;          // bytes; 512 or 4096: the unit of LBAs and lengths
@@ -168,6 +169,12 @@ class BlockDevice {
     /// submitted; one that was submitted before, and ends beyond the new end, ends with the device's error.
     /// 0 sectors: every further transfer is out_of_range. Logs the change. Callable again at any time.
     void resize(u64 sectors);
+    /// The same device has been connected again, perhaps with other properties: another size, write protection, no
+    /// flushes any more. As resize(), for all of them; does not log. What waits in the driver's queue is for the driver
+    /// to check again, by refusal().
+    void renew(const Geometry& geometry);
+    /// Why the disk does not take this request, by its geometry; nothing: it takes it. `ok`: nothing has to be done.
+    std::optional<Status> refusal(const Request& request) const;
     /// Timeout for a request, counted once the device has it and all earlier ones are answered [io.oldest_wait].
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
     Nanoseconds timeout() const { return timeout_; }
@@ -240,18 +247,19 @@ class BlockDevice {
   private:
     friend class Request;
     static DmaSpan range(u32 bytes) { return {nullptr, 0, bytes}; }
-    /// The new size, on its way to the lane's processor.
-    struct Resize : Post {
+    /// The new geometry, on its way to the lane's processor.
+    struct Renewal : Post {
         BlockDevice* lane = nullptr;
         std::atomic<u64> sectors{0};
+        std::atomic<u64> rest{0}; // everything else, packed
         std::atomic<bool> posted{false};
     };
-    void learn_size(u64 sectors);
+    void learn(const Geometry& geometry);
     void accept(Request& request);
     Executor& executor_;
     std::span<BlockDevice* const> shared_{};
     Nanoseconds timeout_ = 5'000'000'000;
-    Resize resize_;
+    Renewal renewal_;
     bool held_ = false;
 };
 

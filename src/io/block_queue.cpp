@@ -473,6 +473,70 @@ void QueueCore::reclaim_all(const QueuedCommand* expired) {
     reset_bound_.reset();
 }
 
+void QueueCore::take_back() {
+    for_each_command([&](u64 id, QueuedCommand& command) {
+        if (command.delayed) { // the device does not have it
+            return;
+        }
+        const bool safe = transport_finish(command, Status::cancelled);
+        if (command.first == nullptr || command.partial) {
+            end_late(id, command, safe);
+        }
+        if (Exchange* exchange = std::exchange(command.exchange, nullptr); exchange != nullptr) {
+            exchange->done.open();
+        } else if (command.first != nullptr && safe) {
+            requeue_all(command);
+        } else if (command.first != nullptr) {
+            end_unreachable(id, command);
+        }
+        slots_->free(id);
+    });
+    reset_bound_.reset();
+    oldest_.restart();
+    stuck_.restart();
+    complete_done();
+}
+
+/// The device may access the buffers of the command's requests for ever.
+void QueueCore::end_unreachable(u64 id, QueuedCommand& command) {
+    Request* request = std::exchange(command.first, nullptr);
+    for (Request* following = nullptr; request != nullptr; request = following) {
+        following = command.gathered ? request->link : nullptr;
+        quarantine_buffer(id, *command.device, *request);
+        end_part(*request, Status::device_gone);
+    }
+}
+
+void QueueCore::send_again() {
+    for_each_disk([&](QueuedDevice& disk) {
+        for (RequestQueue* list : {&disk.retry_, &disk.waiting_}) {
+            for (usize left = list->size(); left != 0; --left) { // each once, in order
+                Request& request = *list->pop();
+                // A flush waits for an answer that there will be none to: what it was for may be lost.
+                auto refused = request.op == Op::flush ? std::nullopt : disk.refusal(request);
+                if (!refused) {
+                    list->push(request);
+                    continue;
+                }
+                --parked_;
+                request.issued = request.buffer.size;
+                request.resend = false;
+                request.part_status = *refused;
+                if (request.parts == 0) {
+                    done_.push(request);
+                }
+            }
+        }
+    });
+    oldest_.restart();
+    stuck_.restart();
+    if (parked_ != 0 && submit_waiting()) {
+        executor_.touch(*this);
+    }
+    complete_done();
+    executor_.poll(*this);
+}
+
 // ---- timeouts ----
 
 void QueueCore::tick(Instant now) {

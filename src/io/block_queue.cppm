@@ -287,6 +287,13 @@ class QueueCore : public Service {
 
     /// Sends an exchange, whose contents are of the transport's own type. Error{exhausted}: no room now.
     Result<void> send(Exchange& exchange);
+    /// The driver has stopped the device, which holds no commands any more, while the queue is open: their requests
+    /// wait to be sent again from now on. A request whose buffer the device can reach nevertheless ends as device_gone.
+    /// Until the device has been set up again, the transport has no room [Fit::full].
+    void take_back();
+    /// The device has been set up again. Ends the waiting requests that its disks do not take any more, by
+    /// BlockDevice::refusal(), and sends the others.
+    void send_again();
     /// Drops the waiter; a late answer is consumed silently.
     void abandon(Exchange& exchange);
     bool is_in_flight(const Exchange& exchange) const {
@@ -431,6 +438,7 @@ class QueueCore : public Service {
     void end_delayed(u64 id, QueuedCommand& command, Status status);
     void close(Status status, Status with_device, const Error& why);
     void fail_waiting(const Error& why);
+    void end_unreachable(u64 id, QueuedCommand& command);
     void give_up(Request& request, Status status);
     void give_up_all(QueuedCommand& command);
     void detach(Request& request);

@@ -3,6 +3,7 @@ module;
 module drivers.xen_blk.disk;
 import core.std;
 import core.result;
+import core.text;
 import core.time;
 import core.dma;
 import io.executor;
@@ -18,13 +19,43 @@ namespace fl::drivers::xen_blk {
 Result<void> Disk::open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void*),
                         void* context) {
     identity_ = identity;
+    set_terms(terms);
+    CHECK(queue_.transport().open(terms, pool, notify, context));
+    if (!std::exchange(opened_, true)) {
+        queue_.add(*this);
+    }
+    queue_.stop(); // of a disk that was closed before
+    removed_.store(false, std::memory_order_relaxed);
+    queue_.open(timeout());
+    return {};
+}
+
+void Disk::set_terms(const Terms& terms) {
     io::Geometry geometry = terms.geometry;
     geometry.flush = terms.flush.has_value();
     geometry.discard = terms.discard && !geometry.read_only;
     set_geometry(geometry);
+    if (opened_) {
+        renew(geometry);
+    }
+}
+
+void Disk::unpause() {
+    queue_.transport().unpause();
+    queue_.send_again();
+}
+
+void Disk::take_back() {
+    queue_.take_back();
+    queue_.transport().pages().reclaim();
+}
+
+Result<void> Disk::resume(const Terms& terms, const FixedText<96>& features, DmaAllocator& pool, void (*notify)(void*),
+                          void* context) {
     CHECK(queue_.transport().open(terms, pool, notify, context));
-    queue_.add(*this);
-    queue_.open(timeout());
+    identity_.features = features;
+    set_terms(terms);
+    queue_.send_again();
     return {};
 }
 
@@ -40,13 +71,21 @@ Result<void> Transport::open(const Terms& terms, DmaAllocator& pool, void (*noti
     requests_.open(terms);
     notify_ = notify;
     notify_context_ = context;
+    pacing_ = {};
+    fault_.reset();
+    link_ = Link::up;
     return pages_.open(terms, terms.geometry.sector_size, ring_.capacity(), pool);
+}
+
+void Transport::lose() {
+    link_ = Link::lost;
+    channel_.close();
 }
 
 // ---- sending ----
 
 io::Fit Transport::prepare(Command& command) {
-    if (ring_.full()) {
+    if (link_ != Link::up || ring_.full()) [[unlikely]] {
         return io::Fit::full;
     }
     return requests_.fit(command, command.wire, commands_->size() > 1); // this command is already counted
@@ -60,7 +99,7 @@ io::SendResult Transport::send(Command& command, u64 id) {
 }
 
 Result<void> Transport::publish(io::Counters& counters) {
-    if (!ring_.publish()) {
+    if (link_ == Link::lost || !ring_.publish()) {
         return {};
     }
     ++counters.notifications;
@@ -71,6 +110,9 @@ Result<void> Transport::publish(io::Counters& counters) {
 // ---- answers ----
 
 io::Next Transport::next(io::Completion& completion) {
+    if (link_ == Link::lost) [[unlikely]] {
+        return io::Next::none;
+    }
     if (!ring_.in_batch()) {
         const auto found = ring_.begin_batch();
         if (!found) [[unlikely]] {
@@ -95,6 +137,9 @@ io::Next Transport::next(io::Completion& completion) {
 }
 
 Result<bool> Transport::arm() {
+    if (link_ == Link::lost) [[unlikely]] {
+        return false;
+    }
     if (channel_.unmask()) {
         return true;
     }
@@ -130,6 +175,9 @@ io::Fence Transport::fence(Command& command) {
 // ---- recovery ----
 
 io::Recovery Transport::recover(const Command&, io::OldestWait::Finding finding, std::string_view) {
+    if (link_ == Link::lost) { // the wait for the connection has its own bound
+        return {.kind = io::Recovery::Kind::none};
+    }
     if (finding == io::OldestWait::Finding::lost) {
         return {.kind = io::Recovery::Kind::give_up};
     }
@@ -139,6 +187,9 @@ io::Recovery Transport::recover(const Command&, io::OldestWait::Finding finding,
 
 // Abandoned requests hold all slots, or other disks hold all grants.
 io::Stuck Transport::stuck(std::string_view) {
+    if (link_ != Link::up) {
+        return {};
+    }
     if (commands_->full() || ring_.full()) {
         return {.kind = io::Stuck::Kind::close,
                 .why = Error{Code::timed_out, "every slot is held by a request that the back end never completed"}};

@@ -6,6 +6,7 @@
 export module drivers.xen_blk.disk;
 import core.std;
 import core.result;
+import core.text;
 import core.time;
 import core.dma;
 import io.executor;
@@ -42,6 +43,10 @@ class Transport : public io::TransportDefaults {
     Pages& pages() { return pages_; }
     /// See Disk::open().
     Result<void> open(const Terms& terms, DmaAllocator& pool, void (*notify)(void* context), void* context);
+    /// See Disk::hold() and Disk::pause().
+    void lose();
+    void pause() { link_ = Link::paused; }
+    void unpause() { link_ = Link::up; }
     inline void on_event() { channel_.on_event(*queue); }
 
     // io::BlockTransport
@@ -59,11 +64,16 @@ class Transport : public io::TransportDefaults {
     io::Recovery recover(const Command& oldest, io::OldestWait::Finding finding, std::string_view names);
     io::Stuck stuck(std::string_view names);
     Result<void> tick(Instant now, bool waiting);
-    bool wants_tick() const { return pages_.in_quarantine(); }
+    inline bool wants_tick() const { return pages_.in_quarantine(); }
     bool closing(io::Status);
     void closed(bool stopped);
 
   private:
+    enum class Link : u8 {
+        up,
+        paused, // no room for commands
+        lost,   // nor is anything sent or taken, until open()
+    };
     io::Next broken(const Error& why) {
         fault_ = why;
         return io::Next::broken;
@@ -75,6 +85,7 @@ class Transport : public io::TransportDefaults {
     EventChannel channel_;
     io::EventPacing pacing_;
     std::optional<Error> fault_;
+    Link link_ = Link::up;
     void (*notify_)(void*) = nullptr;
     void* notify_context_ = nullptr;
     Pages pages_;
@@ -100,7 +111,8 @@ class Disk final : public io::QueueDisk<Transport> {
     Disk(io::Executor& executor, hv::xen::Events& events, hv::xen::Grants& grants)
         : QueueDisk(executor, queue_), queue_(executor, executor, events, grants) {}
 
-    /// Lays out an empty ring in `ring` (whole pages, zeroed), to be shared afterwards. Call once.
+    /// Lays out an empty ring in `ring` (whole pages, zeroed), to be shared afterwards. Before open(), and again before
+    /// resume().
     Result<void> prepare(DmaSpan ring) { return queue_.transport().ring().lay_out(ring); }
     /// The handler of the event channel; runs in the upcall.
     static void on_event(void* self) { static_cast<Disk*>(self)->queue_.transport().on_event(); }
@@ -110,18 +122,41 @@ class Disk final : public io::QueueDisk<Transport> {
         return queue_.transport().pages().start_pool(domain, pool);
     }
     /// Accepts requests from now on. `pool`: allocator for open()'s pages. `notify`: called once, when the disk
-    /// closes by itself. Terms with persistent grants require a successful start_pool().
+    /// closes by itself. Terms with persistent grants require a successful start_pool(). Again after it was closed and
+    /// reclaimed: the same device has been added again, perhaps with another geometry.
     Result<void> open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void* context),
                       void* context);
     /// Ends everything under way with `status` and accepts no more requests. `why`: for the log.
     void close(io::Status status, const Error& why) { queue_.close(status, why); }
     bool is_open() const { return queue_.is_open(); }
+    /// As close(), because the host has removed the disk.
+    void remove(const Error& why) {
+        removed_.store(true, std::memory_order_relaxed);
+        close(io::Status::device_gone, why);
+    }
+    bool removed() const override { return removed_.load(std::memory_order_relaxed); }
+
+    /// Requests wait from now on, and the back end answers what it has, until unpause() or hold().
+    void pause() { queue_.transport().pause(); }
+    void unpause();
+    /// The connection is lost or about to be: requests wait from now on, without a time-out, until resume() or close().
+    void hold() { queue_.transport().lose(); }
+    /// The back end can no longer access anything: what it had under way waits to be sent again, and the connection's
+    /// pages and grants are freed. Only while held.
+    void take_back();
+    /// Connected again: sends what waits. As open(). Requests that the new terms exclude end.
+    Result<void> resume(const Terms& terms, const FixedText<96>& features, DmaAllocator& pool,
+                        void (*notify)(void* context), void* context);
     /// The back end can no longer access anything: frees the grants and pages of a disk that was shut.
     void reclaim();
     /// Commands whose slots are still held by the back end.
     u32 abandoned() const { return queue_.in_flight(); }
 
   private:
+    void set_terms(const Terms& terms);
+
+    std::atomic<bool> removed_{false}; // relaxed: orders no other data
+    bool opened_ = false;              // once: other lanes know the geometry
     io::BlockQueue<Transport> queue_;
 };
 

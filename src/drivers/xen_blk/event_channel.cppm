@@ -19,7 +19,10 @@ class EventChannel {
     EventChannel(io::Executor& executor, hv::xen::Events& events) : executor_(executor), events_(events) {}
 
     /// `port`: bound to on_event() by the caller, and masked.
-    void open(hv::xen::Port port) { port_ = port; }
+    void open(hv::xen::Port port) {
+        port_ = port;
+        masked_.store(true, std::memory_order_relaxed);
+    }
     /// The handler; runs in the upcall. Raises `queue`.
     inline void on_event(io::Service& queue) {
         count_.store(count_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
@@ -43,8 +46,12 @@ class EventChannel {
         }
         return false;
     }
-    /// No more events.
-    void close() { events_.mask(port_); }
+    /// No more events, until open() with another port.
+    void close() {
+        if (port_ != hv::xen::Port::none) {
+            events_.mask(std::exchange(port_, hv::xen::Port::none));
+        }
+    }
 
   private:
     io::Executor& executor_;

@@ -27,8 +27,8 @@ Result<void> Pages::open(const PageTerms& terms, u32 sector_size, u32 requests, 
     persistent_ = terms.persistent;
     indirect_segments_ = std::min(terms.indirect_segments, max_segments);
     unit_shift_ = static_cast<u32>(std::countr_zero(terms.wire_unit));
+    misalignment_ = persistent_ ? 0 : sector_size - 1; // bounce pages are aligned
     if (!persistent_) {
-        misalignment_ = sector_size - 1; // bounce pages are aligned
         close_pool();
     } else if (pool_.size() >= max_segments) {
         // As many pages as the ring can use, or fewer if grants or memory are short.
@@ -133,6 +133,7 @@ void Pages::reclaim() {
         abandon();
     }
     indirect_size_ = indirect_free_count_ = 0;
+    spare_memory_.reset();
 }
 
 } // namespace fl::drivers::xen_blk

@@ -57,7 +57,7 @@ class Pages {
     bool start_pool(hv::xen::Domain domain, DmaAllocator& pool);
     /// `sector_size`: of the disk, in bytes; a power of two. `requests`: the slots of the ring. Without enough grants
     /// or memory for them there are fewer bounce pages, and no indirect pages. Error{bad_argument}: persistent grants
-    /// without a successful start_pool(). Call once, before the functions below.
+    /// without a successful start_pool(). Before the functions below, and again after reclaim().
     Result<void> open(const PageTerms& terms, u32 sector_size, u32 requests, DmaAllocator& pool);
 
     inline bool persistent() const { return persistent_; }

@@ -18,8 +18,8 @@ class Ring {
     /// The slots of four ring pages. 32 requests of 128 KiB without indirect segments need 96.
     static constexpr u32 max_slots = 128;
 
-    /// Lays out an empty ring in `memory`: whole pages, zeroed, to be shared afterwards. Call once, before anything
-    /// else.
+    /// Lays out an empty ring in `memory`: whole pages, zeroed, to be shared afterwards. Before anything else, and
+    /// again for another ring in its place.
     Result<void> lay_out(DmaSpan memory) {
         io::MappedMemory shared(memory.data, memory.size);
         const u32 slots = std::min(io::ring_entries(memory.size, ring_slots, slot_bytes), max_slots);
@@ -32,6 +32,8 @@ class Ring {
         // Both sides want an event for the first entry [xen-ring SHARED_RING_INIT].
         shared.store_relaxed<u32>(ring_request_event, 1);
         shared.store_relaxed<u32>(ring_response_event, 1);
+        in_batch_ = false;
+        left_ = batch_ = 0;
         return {};
     }
     inline u32 capacity() const { return requests_->capacity(); }

@@ -21,6 +21,7 @@ Result<void> Lane::prepare(const Identity& identity, bool offloads_checksums, Dm
     identity_ = identity;
     offloads_checksums_ = offloads_checksums;
     port_ = port;
+    masked_.store(true, std::memory_order_relaxed);
     CHECK(transmitter_.open(rings.subspan(0, ring), domain, dma));
     CHECK(receiver_.open(rings.subspan(ring, ring), domain, dma, max_frame() + vlan_tag));
     // Visible once the back end connects, which start() follows with a notification.
@@ -29,13 +30,23 @@ Result<void> Lane::prepare(const Identity& identity, bool offloads_checksums, Dm
 }
 
 io::Task<Result<void>> Lane::start() {
-    executor().add(*this);
-    added_ = true;
+    if (!std::exchange(added_, true)) {
+        executor().add(*this);
+    }
+    connected_ = true;
     set_open(true);
+    room(); // for what has waited for the connection
+    executor().poll(*this);
     co_return events_.send(port_); // the back end may have looked before the buffers were offered
 }
 
+io::Task<Result<void>> Lane::hold() {
+    connected_ = false;
+    co_return Result<void>{};
+}
+
 io::Task<Result<void>> Lane::stop() {
+    connected_ = false;
     set_open(false);
     if (std::exchange(added_, false)) {
         executor().remove(*this);
@@ -67,6 +78,9 @@ void Lane::fail(const Error& why) {
 // ---- sending ----
 
 bool Lane::start(const io::OutgoingFrame& frame, io::Checksum checksum) {
+    if (!connected_) {
+        return false; // until start()
+    }
     if (!transmitter_.fits(frame.size())) {
         executor().poll(*this); // drain() frees slots, arm() requests an event
         return false;
@@ -77,7 +91,7 @@ bool Lane::start(const io::OutgoingFrame& frame, io::Checksum checksum) {
 }
 
 void Lane::flush() {
-    if (!is_open()) {
+    if (!is_open() || !connected_) {
         return;
     }
     const bool buffers = receiver_.publish();
@@ -102,7 +116,7 @@ void Lane::on_event() {
 }
 
 bool Lane::drain() {
-    if (!is_open()) {
+    if (!is_open() || !connected_) {
         return false;
     }
     counters_.interrupts = interrupts_.load(std::memory_order_relaxed);
@@ -150,7 +164,7 @@ Result<bool> Lane::reap() {
 }
 
 bool Lane::arm() {
-    if (!is_open()) {
+    if (!is_open() || !connected_) {
         return false;
     }
     if (masked_.load(std::memory_order_relaxed)) {

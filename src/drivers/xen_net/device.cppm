@@ -39,13 +39,16 @@ class Lane final : public io::NetDevice, public io::Service {
         : NetDevice(executor), events_(events), lanes_(lanes), transmitter_(grants), receiver_(grants) {}
 
     /// Allocates and grants the pages. `rings`: two zeroed pages, the transmit and the receive ring. Before the back
-    /// end connects, on any processor.
+    /// end connects, on any processor. Again after stop() or hold(), and reclaim().
     Result<void> prepare(const Identity& identity, bool offloads_checksums, DmaSpan rings, hv::xen::Domain domain,
                          hv::xen::Port port, DmaAllocator& dma);
     /// Before start(): what was negotiated, for the identity.
     void set_features(const FixedText<96>& features) { identity_.features = features; }
-    /// The back end is connected: starts serving, on the lane's processor.
+    /// The back end is connected: starts serving, or goes on after hold(), on the lane's processor.
     io::Task<Result<void>> start();
+    /// The connection is lost, on the lane's processor: the rings are not accessed any more, frames in them are lost,
+    /// and others wait for room until start() or stop().
+    io::Task<Result<void>> hold();
     /// Ends it, on the lane's processor: the rings are not accessed any more. May be called at any time.
     io::Task<Result<void>> stop();
     /// The back end can no longer access anything: frees the pages. After stop().
@@ -65,7 +68,7 @@ class Lane final : public io::NetDevice, public io::Service {
     bool drain() override;
     bool arm() override;
     bool wants_tick() const override { return waits_for_room(); }
-    bool awaits_answer() const override { return is_open() && (has_receiver() || waits_for_room()); }
+    bool awaits_answer() const override { return connected_ && is_open() && (has_receiver() || waits_for_room()); }
 
   private:
     bool start(const io::OutgoingFrame& frame, io::Checksum checksum) override;
@@ -81,6 +84,7 @@ class Lane final : public io::NetDevice, public io::Service {
     Transmitter transmitter_;
     Receiver receiver_;
     bool added_ = false; // to the executor
+    bool connected_ = false;
     // Written by the handler, perhaps on another processor, and by arm(). The handler cannot run between the event that
     // masked the port and the unmasking; relaxed: ordered by raise() and the next turn, and by the locked operations on
     // the port's bits.

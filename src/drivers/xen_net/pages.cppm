@@ -21,7 +21,7 @@ class Pages {
     ~Pages();
 
     /// Allocates zeroed pages and grants them: `wanted` (a power of two, at most max_pages), or half as many, and so
-    /// on, if memory or grants are short. Error{exhausted}: not even `least`. Call once.
+    /// on, if memory or grants are short. Error{exhausted}: not even `least`. Again after reclaim().
     Result<void> open(u32 wanted, u32 least, hv::xen::Domain domain, bool read_only, DmaAllocator& dma);
     inline u32 size() const { return size_; }
     inline std::byte* data(u32 page) const {

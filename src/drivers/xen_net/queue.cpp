@@ -36,6 +36,11 @@ Result<void> detail::Ring::lay_out(DmaSpan page, u32 slot_bytes) {
 Result<void> Transmitter::open(DmaSpan ring, hv::xen::Domain domain, DmaAllocator& dma) {
     CHECK(ring_.lay_out(ring, tx_slot_bytes));
     CHECK(pages_.open(max_slots, least_slots, domain, true, dma));
+    for (usize slot = 0; slot < max_slots; ++slot) { // of an earlier ring
+        if (slots_.has_slot(slot)) {
+            slots_.free(slots_.id_of(static_cast<u16>(slot)));
+        }
+    }
     // Slots without a page stay taken for ever.
     std::array<Slots::Id, max_slots> ids;
     for (Slots::Id& id : ids) {
@@ -117,6 +122,8 @@ Result<void> Receiver::open(DmaSpan ring, hv::xen::Domain domain, DmaAllocator& 
     CHECK(ring_.lay_out(ring, rx_slot_bytes));
     TRY(frame_, dma.buffer(longest));
     capacity_ = longest;
+    length_ = slots_ = extras_ = 0;
+    more_ = extra_ = damaged_ = false;
     CHECK(pages_.open(max_buffers, least_buffers, domain, false, dma));
     return give_back(0);
 }

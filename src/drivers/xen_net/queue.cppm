@@ -39,7 +39,8 @@ class Transmitter {
     static_assert(least_slots >= max_frame_slots);
 
     explicit Transmitter(hv::xen::Grants& grants) : pages_(grants) {}
-    /// `ring`: a zeroed page. Call once, before the functions below.
+    /// `ring`: a zeroed page. Before the functions below; again, for another ring, once the pages have been reclaimed:
+    /// frames without an answer are forgotten.
     Result<void> open(DmaSpan ring, hv::xen::Domain domain, DmaAllocator& dma);
     Pages& pages() { return pages_; }
 
@@ -90,8 +91,8 @@ class Receiver {
     };
 
     explicit Receiver(hv::xen::Grants& grants) : pages_(grants) {}
-    /// `ring`: a zeroed page. `longest`: bytes of the longest frame to be taken. Offers all buffers. Call once, before
-    /// the functions below.
+    /// `ring`: a zeroed page. `longest`: bytes of the longest frame to be taken. Offers all buffers. Before the
+    /// functions below; again, for another ring, once the pages have been reclaimed.
     Result<void> open(DmaSpan ring, hv::xen::Domain domain, DmaAllocator& dma, u32 longest);
     Pages& pages() { return pages_; }
 

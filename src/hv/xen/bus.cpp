@@ -6,6 +6,7 @@ import core.result;
 import core.text;
 import core.time;
 import core.log;
+import core.vector;
 import io.executor;
 import io.task;
 import hv.backend;
@@ -14,6 +15,18 @@ import hv.xen.store;
 namespace fl::hv::xen {
 
 namespace {
+// Takes the first name of a directory listing, in which a NUL ends each name.
+template <usize Capacity>
+FixedText<Capacity> next_name(std::string_view& names) {
+    const usize end = std::min(names.find('\0'), names.size());
+    const FixedText<Capacity> name(names.substr(0, end));
+    names.remove_prefix(std::min(end + 1, names.size()));
+    return name;
+}
+
+// "suspend" is not a device: the toolstack creates device/suspend/event-channel for every guest [xen-paths].
+bool is_kind(const FixedText<24>& name) { return !name.empty() && !name.truncated() && name != "suspend"; }
+
 // Lists the devices of one type. The listing is consumed before any other request uses `scratch`.
 io::Task<Result<void>> enumerate_kind(Store& store, std::string_view kind, DeviceList& into, std::span<char> scratch) {
     const StorePath path = join("device", kind);
@@ -71,16 +84,11 @@ io::Task<Result<void>> enumerate(Store& store, DeviceList& into, std::span<char>
     usize count = 0;
     std::string_view names = *listing;
     while (!names.empty()) {
-        const usize end = std::min(names.find('\0'), names.size());
-        FixedText<24> kind(names.substr(0, end));
-        names.remove_prefix(std::min(end + 1, names.size()));
-        if (kind == "suspend") {
-            continue; // not a device: the toolstack creates device/suspend/event-channel for every guest [xen-paths]
-        }
-        if (kind.empty() || kind.truncated() || count == max_kinds) {
-            ++into.dropped;
-        } else {
+        const FixedText<24> kind = next_name<24>(names);
+        if (is_kind(kind) && count < max_kinds) {
             kinds[count++] = kind;
+        } else if (kind != "suspend") {
+            ++into.dropped;
         }
     }
     std::sort(kinds.begin(), kinds.begin() + static_cast<std::ptrdiff_t>(count),
@@ -91,10 +99,191 @@ io::Task<Result<void>> enumerate(Store& store, DeviceList& into, std::span<char>
     co_return co_await add_control(store, into, scratch);
 }
 
+// ---- devices that come later ----
+
+DeviceWatch::DeviceWatch(Store& store, io::Executor& executor, std::span<char> scratch)
+    : store_(store), scratch_(scratch), wake_(executor), changes_(executor), tasks_(executor) {
+    watch_.path = StorePath("device");
+    watch_.changed = [](void* self) { static_cast<DeviceWatch*>(self)->wake_.open(); };
+    watch_.context = this;
+}
+
+// A device for which there is no memory is found again, and then dropped.
+void DeviceWatch::know(std::span<const SyntheticDevice> devices) {
+    for (const SyntheticDevice& device : devices) {
+        static_cast<void>(known_.push({.device = device}));
+    }
+}
+
+void DeviceWatch::start() {
+    if (std::exchange(started_, true)) {
+        return;
+    }
+    if (auto spawned = tasks_.spawn(watch()); !spawned) {
+        log::warning("xen: devices that are added from now on are not detected: {}", spawned.error());
+    }
+}
+
+io::Task<Result<void>> DeviceWatch::watch() {
+    if (auto begun = co_await store_.watch(watch_); !begun) {
+        log::warning("xen: devices that are added from now on are not detected: {}", begun.error());
+        co_return begun;
+    }
+    for (;;) {
+        static_cast<void>(co_await wake_.wait()); // a new watch fires at once
+        if (auto listed = co_await list(); !listed) {
+            log::warning("xen: the devices of this guest cannot be listed: {}", listed.error());
+        }
+    }
+}
+
+io::Task<Result<void>> DeviceWatch::list() {
+    static constexpr usize max_kinds = 16;
+    ++listing_;
+    auto listing = co_await store_.directory("device", scratch_);
+    if (!listing) {
+        if (listing.error().code != Code::not_found) {
+            co_return listing.error();
+        }
+        listing = std::string_view{}; // no devices at all
+    }
+    std::array<FixedText<24>, max_kinds> kinds;
+    usize count = 0;
+    std::string_view names = *listing;
+    while (!names.empty() && count < max_kinds) { // enumerate() has reported those beyond
+        const FixedText<24> kind = next_name<24>(names);
+        if (is_kind(kind)) {
+            kinds[count++] = kind;
+        }
+    }
+    for (usize i = 0; i < count; ++i) {
+        CO_CHECK(co_await list_kind(kinds[i]));
+    }
+    forget_missing();
+    co_return Result<void>{};
+}
+
+io::Task<Result<void>> DeviceWatch::list_kind(std::string_view kind) {
+    const StorePath path = join("device", kind);
+    const auto listing = co_await store_.directory(path, scratch_);
+    if (!listing) {
+        co_return listing.error().code == Code::not_found ? Result<void>{} : listing.error();
+    }
+    std::string_view names = *listing;
+    while (!names.empty()) {
+        const FixedText<24> name = next_name<24>(names);
+        Known* const known = find(kind, name);
+        if (known != nullptr) {
+            known->seen = listing_;
+        }
+        if (known == nullptr || known->ended) {
+            CO_CHECK(co_await look_at(kind, name));
+        }
+    }
+    co_return Result<void>{};
+}
+
+// A device that is not known, or that its driver has ended. Its state is the last node that is made of it.
+io::Task<Result<void>> DeviceWatch::look_at(std::string_view kind, std::string_view name) {
+    const auto number = parse_number(name);
+    if (!number || *number > ~u32{0}) {
+        co_return Result<void>{}; // enumerate() has named it, or nobody can drive it
+    }
+    const StorePath path = join(join("device", kind), name);
+    CO_TRY(const u64 state, co_await store_.number_or(path, "state", to_underlying(BusState::unknown)));
+    Known* known = find(kind, name);
+    if (state == to_underlying(BusState::unknown) ||
+        (known != nullptr && (!known->ended || state != to_underlying(BusState::initialising)))) {
+        co_return Result<void>{};
+    }
+    if (known == nullptr) {
+        Known fresh;
+        fresh.device.type.write(kind);
+        fresh.device.address.write(name);
+        fresh.device.number = static_cast<u32>(*number);
+        fresh.seen = listing_;
+        if (!known_.push(fresh)) {
+            ++dropped_;
+            changes_.open();
+            co_return Result<void>{};
+        }
+        known = &known_[known_.size() - 1];
+    }
+    known->ended = false;
+    known->pending = pending_count_ < max_pending;
+    offer(known->device);
+    co_return Result<void>{};
+}
+
+void DeviceWatch::offer(const SyntheticDevice& device) {
+    if (pending_count_ < max_pending) {
+        pending_[pending_count_++] = device;
+    } else {
+        ++dropped_;
+    }
+    changes_.open();
+}
+
+DeviceWatch::Known* DeviceWatch::find(std::string_view kind, std::string_view name) {
+    for (Known& known : known_) {
+        if (known.device.type == kind && known.device.address == name) {
+            return &known;
+        }
+    }
+    return nullptr;
+}
+
+// Removed by the toolstack: one that comes again is another device. One that nobody has taken yet is gone.
+void DeviceWatch::forget_missing() {
+    for (usize i = known_.size(); i-- != 0;) {
+        const Known& known = known_[i];
+        if (known.seen == listing_ || known.device.type == "control") { // not below "device"
+            continue;
+        }
+        for (u32 at = 0; known.pending && at < pending_count_; ++at) {
+            const SyntheticDevice& device = pending_[at];
+            if (device.type.view() == known.device.type.view() && device.number == known.device.number) {
+                take_pending(at);
+                break;
+            }
+        }
+        known_.remove(i);
+    }
+}
+
+void DeviceWatch::take_pending(u32 at) {
+    std::copy(pending_.begin() + at + 1, pending_.begin() + pending_count_, pending_.begin() + at);
+    --pending_count_;
+}
+
+std::optional<SyntheticDevice> DeviceWatch::next() {
+    if (pending_count_ == 0) {
+        return std::nullopt;
+    }
+    const SyntheticDevice device = pending_[0];
+    take_pending(0);
+    if (Known* const known = find(device.type, device.address); known != nullptr) {
+        known->pending = false;
+    }
+    return device;
+}
+
+void DeviceWatch::ended(std::string_view type, u32 number) {
+    for (Known& known : known_) {
+        if (known.device.type == type && known.device.number == number) {
+            known.ended = true;
+            wake_.open(); // it may have been made anew already
+        }
+    }
+}
+
+// ---- front ends ----
+
 Frontend::Frontend(Store& store, io::Executor& executor) : store_(store), executor_(executor), changed_(executor) {}
 
 io::Task<Result<void>> Frontend::open(std::string_view device) {
     path_ = StorePath(device);
+    written_ = BusState::unknown;
     const StorePath key = join(path_, "backend");
     std::array<char, StorePath::capacity()> text;
     CO_TRY(const std::string_view backend, co_await store_.read(key, text));
@@ -120,10 +309,21 @@ io::Task<Result<BusState>> Frontend::state() {
     co_return static_cast<BusState>(static_cast<u32>(std::min<u64>(number, ~u32{0})));
 }
 
+io::Task<Result<BusState>> Frontend::own_state() {
+    CO_TRY(const u64 number, co_await store_.number_or(path_, "state", to_underlying(BusState::unknown)));
+    co_return static_cast<BusState>(static_cast<u32>(std::min<u64>(number, ~u32{0})));
+}
+
+io::Task<Result<bool>> Frontend::online() {
+    CO_TRY(const u64 number, co_await store_.number_or(backend_, "online", 0));
+    co_return number == 1;
+}
+
 io::Task<Result<void>> Frontend::set_state(BusState state) {
     FixedText<12> text;
     print(text, "{}", to_underlying(state));
     const StorePath key = join(path_, "state");
+    written_ = state;
     co_return co_await store_.write(key, text);
 }
 
@@ -173,6 +373,10 @@ io::Task<Result<void>> Frontend::restart(Nanoseconds timeout) {
 
 io::Task<Result<bool>> Frontend::disconnect(Nanoseconds timeout) {
     static constexpr BusState gone[] = {BusState::closed, BusState::unknown, BusState::init_wait};
+    CO_TRY(const BusState own, co_await own_state());
+    if (own == BusState::unknown || (written_ != BusState::unknown && own != written_)) {
+        co_return true; // removed by force, and perhaps made anew: not to be touched
+    }
     CO_CHECK(co_await set_state(BusState::closing));
     CO_CHECK(co_await set_state(BusState::closed));
     const io::Bound bound(executor_, timeout);

@@ -5,6 +5,7 @@ import core.std;
 import core.result;
 import core.text;
 import core.time;
+import core.vector;
 import io.executor;
 import io.task;
 import hv.backend;
@@ -16,6 +17,107 @@ export namespace fl::hv::xen {
 /// for directory listings.
 io::Task<Result<void>> enumerate(Store& store, DeviceList& into, std::span<char> scratch);
 
+/// Finds the devices that the toolstack adds while the guest runs, by a watch on "device". A listing is compared with
+/// what is known; nothing is allocated unless there is a new device.
+///
+/// A device is found again when its directory has been gone, or when its driver has ended() it and the toolstack has
+/// made it anew: the front end's state, which a driver leaves as closed, is initialising then.
+class DeviceWatch {
+  public:
+    /// Found and not yet taken; further ones are dropped.
+    static constexpr u32 max_pending = 32;
+
+    /// `scratch`: buffer for directory listings, for this object only while it is watching.
+    DeviceWatch(Store& store, io::Executor& executor, std::span<char> scratch);
+    DeviceWatch(const DeviceWatch&) = delete;
+    DeviceWatch& operator=(const DeviceWatch&) = delete;
+
+    /// The devices that enumerate() has listed. Before start().
+    void know(std::span<const SyntheticDevice> devices);
+    /// Begins to watch, once: a device that has been added since enumerate() is found, too.
+    void start();
+    /// LateDevices [hv.backend].
+    std::optional<SyntheticDevice> next();
+    u32 new_dropped() { return std::exchange(dropped_, 0); }
+    Latch& changes() { return changes_; }
+    /// The driver does not use the device any more, and has left its front end's state as closed.
+    void ended(std::string_view type, u32 number);
+
+  private:
+    struct Known {
+        SyntheticDevice device;
+        u32 seen = 0; // the last listing that had it
+        bool ended = false;
+        bool pending = false;
+    };
+    io::Task<Result<void>> watch();
+    io::Task<Result<void>> list();
+    io::Task<Result<void>> list_kind(std::string_view kind);
+    io::Task<Result<void>> look_at(std::string_view kind, std::string_view name);
+    Known* find(std::string_view kind, std::string_view name);
+    void offer(const SyntheticDevice& device);
+    void take_pending(u32 at);
+    void forget_missing();
+
+    Store& store_;
+    std::span<char> scratch_;
+    Latch wake_;
+    Latch changes_;
+    Watch watch_;
+    Vector<Known> known_;
+    std::array<SyntheticDevice, max_pending> pending_{}; // oldest first
+    u32 pending_count_ = 0;
+    u32 dropped_ = 0;
+    u32 listing_ = 0;
+    bool started_ = false;
+    io::TaskGroup tasks_; // destroyed before what it uses
+};
+
+/// A device with its driver, in the backend's list of them for as long as the machine: its driver finds it again when
+/// the toolstack adds the same device again.
+class BusDevice {
+  public:
+    BusDevice(std::string_view type, u32 number) : type_(type), number_(number) {}
+    BusDevice(const BusDevice&) = delete;
+    BusDevice& operator=(const BusDevice&) = delete;
+    /// As SyntheticDevice has them; `type`: static storage.
+    std::string_view type() const { return type_; }
+    u32 number() const { return number_; }
+
+  protected:
+    ~BusDevice() = default;
+
+  private:
+    friend class BusDevices;
+    std::string_view type_;
+    u32 number_;
+    BusDevice* next_ = nullptr;
+};
+
+class BusDevices {
+  public:
+    /// The device must live as long as the machine, or until remove().
+    void add(BusDevice& device) { device.next_ = std::exchange(first_, &device); }
+    void remove(BusDevice& device) {
+        for (BusDevice** at = &first_; *at != nullptr; at = &(*at)->next_) {
+            if (*at == &device) {
+                *at = device.next_;
+                return;
+            }
+        }
+    }
+    BusDevice* find(std::string_view type, u32 number) const {
+        BusDevice* at = first_;
+        while (at != nullptr && (at->type_ != type || at->number_ != number)) {
+            at = at->next_;
+        }
+        return at;
+    }
+
+  private:
+    BusDevice* first_ = nullptr;
+};
+
 /// The front end of a device, with a watch on its back end. Owned by its driver; must not move while open.
 class Frontend {
   public:
@@ -23,7 +125,7 @@ class Frontend {
     Frontend(const Frontend&) = delete;
     Frontend& operator=(const Frontend&) = delete;
 
-    /// Finds the back end and watches its state. `device`: "device/vbd/51712".
+    /// Finds the back end and watches its state. `device`: "device/vbd/51712". Again after close().
     io::Task<Result<void>> open(std::string_view device);
     std::string_view path() const { return path_; }
     std::string_view backend() const { return backend_; }
@@ -33,11 +135,15 @@ class Frontend {
     io::Task<Result<BusState>> state();
     /// Writes this front end's state.
     io::Task<Result<void>> set_state(BusState state);
+    /// This front end's state; BusState::unknown if its node is gone.
+    io::Task<Result<BusState>> own_state();
+    /// Whether the toolstack wants the back end to be there ("online"); false without that node.
+    io::Task<Result<bool>> online();
     /// Before a connection: a predecessor (firmware, or a replaced kernel) may have left the device half connected, and
     /// is disconnected first. `timeout`: of each wait, in nanoseconds.
     io::Task<Result<void>> restart(Nanoseconds timeout);
-    /// Ends the connection. True: the back end has released everything; false: it did not say so within `timeout`
-    /// nanoseconds. Error: its or our state cannot be accessed.
+    /// Ends the connection. True: the back end has released everything, or the toolstack has removed the device by
+    /// force; false: it did not say so within `timeout` nanoseconds. Error: its or our state cannot be accessed.
     io::Task<Result<bool>> disconnect(Nanoseconds timeout);
     /// Waits until the back end's state is one of `wanted`, and returns it. Error{device_gone}: it is closing or gone;
     /// Error{timed_out}.
@@ -58,6 +164,7 @@ class Frontend {
     Domain domain_ = 0;
     Latch changed_;
     Watch watch_;
+    BusState written_ = BusState::unknown; // the last state written since open()
     bool watching_ = false;
 };
 

@@ -21,6 +21,7 @@ Result<Port> Events::allocate_unbound(Domain remote) {
     if (answer < 0) {
         return Error{Code::exhausted, "Xen gives no event channel (errno)", 0, static_cast<u64>(-answer)};
     }
+    note_open(argument.port);
     return argument.port;
 }
 
@@ -30,7 +31,16 @@ Result<Port> Events::bind_interdomain(Domain remote, Port remote_port) {
     if (answer < 0) {
         return Error{Code::not_found, "Xen does not connect the event channel (errno)", 0, static_cast<u64>(-answer)};
     }
+    note_open(argument.local_port);
     return argument.local_port;
+}
+
+// Ports beyond the capacity are open and cannot be bound; they are not counted.
+void Events::note_open(Port port) {
+    if (const u32 n = number(port); n < capacity && (open_[n / 64] >> n % 64 & 1) == 0) {
+        open_[n / 64] |= u64{1} << n % 64;
+        ++open_count_;
+    }
 }
 
 Result<void> Events::bind(Port port, InterruptHandler handler, void* context) {
@@ -44,16 +54,24 @@ Result<void> Events::bind(Port port, InterruptHandler handler, void* context) {
     }
     mask(port);
     slots_[n] = {handler, context};
+    note_open(port);
     return {};
 }
 
 void Events::unbind(Port port) {
     const u32 n = number(port);
-    if (n == 0 || n >= capacity) {
+    if (n == 0 || n >= event_channels) {
         return;
     }
+    if (n < capacity) {
+        if ((open_[n / 64] >> n % 64 & 1) == 0) {
+            return; // not ours: perhaps another one's by now
+        }
+        open_[n / 64] &= ~(u64{1} << n % 64);
+        --open_count_;
+        slots_[n] = {};
+    }
     mask(port);
-    slots_[n] = {};
     EventPort argument{port};
     // fails harmlessly if the port is not open
     static_cast<void>(hypercalls_->call(Hypercall::event_channel_op, EventOp::close, argument));

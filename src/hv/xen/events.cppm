@@ -37,8 +37,10 @@ class Events {
     /// The handler runs in the upcall, with interrupts off, after the pending bit was cleared. The port stays masked
     /// until unmask(). Error{exhausted}: the port is beyond `capacity`; Error{busy}: it has a handler already.
     Result<void> bind(Port port, InterruptHandler handler, void* context);
-    /// Masks the port, removes the handler and closes the port.
+    /// Masks the port, removes the handler and closes the port. No effect on a port that is not open.
     void unbind(Port port);
+    /// Ports that were allocated or bound here and not closed since.
+    u32 open_ports() const { return open_count_; }
 
     /// Disables upcalls for this port; events stay pending. One locked instruction, no hypercall.
     void mask(Port port);
@@ -66,6 +68,7 @@ class Events {
         void* context = nullptr;
     };
     static u32 number(Port port) { return to_underlying(port); }
+    void note_open(Port port);
 
     Hypercalls* hypercalls_ = nullptr;
     SharedInfo* shared_ = nullptr;
@@ -73,6 +76,8 @@ class Events {
     u64 upcalls_ = 0;
     u64 unexpected_ = 0;
     std::array<Slot, capacity> slots_{};
+    std::array<u64, capacity / 64> open_{}; // one bit per port
+    u32 open_count_ = 0;
 };
 
 inline void Events::mask(Port port) {

@@ -10,7 +10,7 @@ void Grants::install(std::span<GrantEntry> table, u32 frames, const GrantGrowth&
     frame_limit_ = std::min(static_cast<u32>(table.size() / grants_per_frame), max_frames);
     table_ = table.first(frame_limit_ * grants_per_frame);
     growth_ = growth;
-    free_count_ = 0;
+    usable_ = free_count_ = 0;
     // Entries of the first frame are allocated first.
     frames_ = std::min(frames, frame_limit_);
     for (u32 frame = frames_; frame-- > 0;) {
@@ -26,6 +26,7 @@ void Grants::add_frame(u32 frame) {
     for (u32 ref = (frame + 1) * grants_per_frame; ref-- > first;) {
         if (std::atomic_ref<u16>(table_[ref].flags).load(std::memory_order_relaxed) == 0) {
             recycle(ref);
+            ++usable_;
         }
     }
 }

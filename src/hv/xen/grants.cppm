@@ -57,6 +57,11 @@ class Grants {
         // the exchange fails, the page has just been mapped.
         return flags.compare_exchange_strong(seen, 0, std::memory_order_seq_cst, std::memory_order_relaxed);
     }
+    /// Whether another domain has the page mapped now.
+    bool is_mapped(GrantRef ref) const {
+        return (std::atomic_ref<u16>(table_[ref].flags).load(std::memory_order_relaxed) &
+                (grant_reading | grant_writing)) != 0;
+    }
     /// Frees an entry whose page no other domain can access (ended, or never granted).
     inline void recycle(GrantRef ref) { free_[free_count_++] = static_cast<u16>(ref); }
     /// end() and recycle(); if end() fails, quarantines the entry. True: the page is safe to reuse.
@@ -73,6 +78,8 @@ class Grants {
     /// Tries to end quarantined entries, a bounded number per call. For a tick.
     void sweep();
     u32 in_quarantine() const { return quarantined_; }
+    /// Entries that are allocated: granted, in quarantine, or given up with the memory of a back end that kept it.
+    u32 in_use() const { return usable_ - free_count_; }
 
   private:
     u64& word(GrantRef ref) { return *reinterpret_cast<u64*>(&table_[ref]); }
@@ -82,6 +89,7 @@ class Grants {
     GrantGrowth growth_;
     u32 frames_ = 0; // mapped
     u32 frame_limit_ = 0;
+    u32 usable_ = 0; // entries of the mapped frames that were free when their frame was mapped
     u32 free_count_ = 0;
     u32 quarantined_ = 0;
     u32 next_sweep_ = 0;

@@ -78,6 +78,14 @@ class Store final : public io::Service {
     bool wants_tick() const override { return expected_.active; }
 
     u64 events() const { return events_.load(std::memory_order_relaxed); }
+    /// Watches that were added and not removed since.
+    u32 watches() const {
+        u32 count = 0;
+        for (const Watch* watch = watches_; watch != nullptr; watch = watch->next) {
+            ++count;
+        }
+        return count;
+    }
 
   private:
     using Requests = io::Producer<io::MappedMemory, io::FreeRunning<u32>, io::Always>;

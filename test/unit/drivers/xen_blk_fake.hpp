@@ -44,18 +44,8 @@ class Blkback {
         : xen(x), offer(o), disk(o.sectors * 512), domain_(domain) {
         front = "/local/domain/1/device/vbd/" + std::to_string(number);
         back = "/local/domain/" + std::to_string(domain) + "/backend/vbd/1/" + std::to_string(number);
-        xen.tree[front + "/backend"] = back;
-        xen.tree[front + "/backend-id"] = std::to_string(domain);
-        xen.tree[front + "/state"] = "1";
-        xen.tree[front + "/device-type"] = offer.device_type;
-        xen.tree[front + "/virtual-device"] = std::to_string(number);
-        xen.tree[back + "/state"] = "1";
-        if (offer.ring_order) {
-            put("max-ring-page-order", *offer.ring_order);
-        }
-        if (offer.ring_pages) {
-            put("max-ring-pages", *offer.ring_pages);
-        }
+        number_ = number;
+        appear();
         auto before = xen.on_change;
         xen.on_change = [this, before](const std::string& path) {
             if (before) {
@@ -65,7 +55,61 @@ class Blkback {
                 frontend_changed_ = true;
             }
         };
+    }
+
+    /// The toolstack makes the device.
+    void appear() {
+        present = true;
+        xen.tree[back + "/online"] = "1";
+        xen.tree[back + "/state"] = "1";
+        if (offer.ring_order) {
+            put("max-ring-page-order", *offer.ring_order);
+        }
+        if (offer.ring_pages) {
+            put("max-ring-pages", *offer.ring_pages);
+        }
+        xen.tree[front + "/backend"] = back;
+        xen.tree[front + "/backend-id"] = std::to_string(domain_);
+        xen.tree[front + "/device-type"] = offer.device_type;
+        xen.tree[front + "/virtual-device"] = std::to_string(number_);
+        xen.set(front + "/state", "1");
+        xen.changed(back + "/state");
         wanted_state_ = 2;
+    }
+    /// The toolstack asks both ends to close, and removes the device once they have.
+    void detach() {
+        put("online", 0);
+        removing = true;
+        go(5);
+    }
+    /// The toolstack removes the device at once, and with it the back end.
+    void vanish() {
+        present = removing = false;
+        wanted_state_ = 0;
+        forget();
+        xen.remove(front);
+        xen.remove(back);
+    }
+    /// The back end's process ends, with everything that it has mapped. XenStore still shows it as it was.
+    void die() {
+        dead_process = true;
+        wanted_state_ = 0;
+        forget();
+    }
+    /// A new process for the same device.
+    void start_again() {
+        dead_process = false;
+        for (const auto& [key, value] : std::map(xen.tree)) {
+            if (key.starts_with(back + "/feature-") || key == back + "/max-ring-page-order") {
+                xen.tree.erase(key);
+            }
+        }
+        if (offer.ring_order) {
+            put("max-ring-page-order", *offer.ring_order);
+        }
+        EXPECT_LE(offer.sectors * 512, disk.size());
+        frontend_changed_ = false;
+        go(2);
     }
 
     void put(const std::string& key, u64 value) { xen.tree[back + "/" + key] = std::to_string(value); }
@@ -77,6 +121,14 @@ class Blkback {
 
     /// One round of work; true: there was something to do.
     bool step() {
+        if (!present || dead_process) {
+            frontend_changed_ = false;
+            return false;
+        }
+        if (removing && state() == 6) {
+            vanish();
+            return true;
+        }
         if (wanted_state_ != 0) {
             if (waited_++ < offer.slow_states) {
                 return xen.store_event || !xen.outgoing.empty() ? false : tick_only();
@@ -420,6 +472,7 @@ class Blkback {
     u32 at_once = ~0u;
     bool keeps_mapped = false, hold_grants = false, dead = false, refuse_flush = false, never_closes = false;
     bool more_work = false, violating = false;
+    bool present = false, removing = false, dead_process = false;
     bool hold = false;        // requests are taken and held for answer()
     bool hold_mapped = false; // with their pages mapped
     // requests an event only when nothing is in flight (QEMU), instead of after every look at the ring (Linux)
@@ -438,6 +491,7 @@ class Blkback {
 
   private:
     u32 domain_;
+    u32 number_ = 0;
     u32 wanted_state_ = 0;
     u32 waited_ = 0;
     bool frontend_changed_ = false;

@@ -942,6 +942,7 @@ TEST(XenBlkHostile, ABufferThatIsMappedWhenTheDiskClosesIsLost) {
     ASSERT_EQ(m.back.withheld.size(), 2u);
     m.back.never_closes = true;
     m.back.offer.never_connects = true; // and does not confirm that it has released the memory
+    m.back.put("online", 0);
     m.back.go(5);
     ASSERT_TRUE(m.run(fake::sleep(m.executor, 50'000'000)));
     EXPECT_FALSE(free.pending());
@@ -993,6 +994,7 @@ TEST(XenBlkHostile, PagesThatAreMappedAfterTheBackEndClosedAreNotReused) {
             }
         }
         EXPECT_EQ(m.back.never_unmapped.size(), page == Page::none ? 0u : 1u);
+        m.back.put("online", 0);
         m.back.go(5);
         EXPECT_TRUE(m.run(fake::sleep(m.executor, 500'000'000)));
         EXPECT_EQ(m.back.front_state(), 6u);
@@ -1048,6 +1050,7 @@ TEST(XenBlkHostile, ABackEndThatClosesEndsEverything) {
         bool closed = false;
         m.world.device = [&] {
             if (m.back.withheld.size() == 4 && !std::exchange(closed, true)) {
+                m.back.put("online", 0);
                 m.back.go(state);
                 return true;
             }

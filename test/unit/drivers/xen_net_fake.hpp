@@ -56,14 +56,58 @@ class Netback {
     Netback(Xen& x, const NetOffer& o, u32 number = 0, u32 domain = 0) : xen(x), offer(o), domain_(domain) {
         front = "/local/domain/1/device/vif/" + std::to_string(number);
         back = "/local/domain/" + std::to_string(domain) + "/backend/vif/1/" + std::to_string(number);
+        appear();
+        auto before = xen.on_change;
+        xen.on_change = [this, before](const std::string& path) {
+            if (before) {
+                before(path);
+            }
+            frontend_changed_ = frontend_changed_ || path == front + "/state";
+        };
+    }
+
+    /// The toolstack makes the device.
+    void appear() {
+        present = true;
+        put("online", 1);
+        put("state", 1);
+        offer_features();
         xen.tree[front + "/backend"] = back;
-        xen.tree[front + "/backend-id"] = std::to_string(domain);
-        xen.tree[front + "/state"] = "1";
+        xen.tree[front + "/backend-id"] = std::to_string(domain_);
         xen.tree[front + "/mac"] = offer.mac;
         if (offer.mtu) {
             xen.tree[front + "/mtu"] = std::to_string(*offer.mtu);
         }
-        xen.tree[back + "/state"] = "1";
+        xen.set(front + "/state", "1");
+        wanted_state_ = 2;
+    }
+    /// As the functions of the block back end.
+    void detach() {
+        put("online", 0);
+        removing = true;
+        go(5);
+    }
+    void vanish() {
+        present = removing = false;
+        wanted_state_ = 0;
+        disconnect();
+        xen.remove(front);
+        xen.remove(back);
+    }
+    void die() {
+        dead_process = true;
+        wanted_state_ = 0;
+        disconnect();
+    }
+    void start_again() {
+        dead_process = false;
+        frontend_changed_ = false;
+        xen.tree.erase(back + "/multi-queue-max-queues");
+        offer_features();
+        go(2);
+    }
+
+    void offer_features() {
         put("feature-rx-copy", offer.copies);
         put("feature-sg", offer.scatter);
         put("feature-no-csum-offload", offer.no_checksums);
@@ -80,14 +124,6 @@ class Netback {
                 xen.tree[back + "/" + key] = value;
             }
         }
-        auto before = xen.on_change;
-        xen.on_change = [this, before](const std::string& path) {
-            if (before) {
-                before(path);
-            }
-            frontend_changed_ = frontend_changed_ || path == front + "/state";
-        };
-        wanted_state_ = 2;
     }
 
     void put(const std::string& key, u64 value) { xen.tree[back + "/" + key] = std::to_string(value); }
@@ -101,6 +137,14 @@ class Netback {
 
     /// One round of work; true: there was something to do.
     bool step() {
+        if (!present || dead_process) {
+            frontend_changed_ = false;
+            return false;
+        }
+        if (removing && state() == 6) {
+            vanish();
+            return true;
+        }
         if (wanted_state_ != 0) {
             go(std::exchange(wanted_state_, 0));
             return true;
@@ -370,6 +414,7 @@ class Netback {
     std::vector<Frame> sent;
     std::vector<std::string> rules_broken;
     bool takes_scatter = false, rx_notify = false;
+    bool present = false, removing = false, dead_process = false;
     bool echo = false, hold = false, dead = false, always_notify = false, scribble = false;
     i16 tx_status = 0;
     std::byte* last_page = nullptr;

@@ -159,6 +159,7 @@ TEST_P(XenNetVariant, SendsAndReceivesAndLeavesNothingGranted) {
     EXPECT_EQ(counters.notifications, counters.hypercalls);
     EXPECT_EQ(m.xen.live_grants(), grants) << "no grant operation per frame";
     EXPECT_EQ(m.xen.memory.outstanding, memory) << "no memory per frame";
+    m.back.put("online", 0);
     m.back.go(5);
     m.pass(50 * ms);
     EXPECT_FALSE(m.card().is_open());
@@ -737,6 +738,7 @@ TEST(XenNet, AClosingBackEndClosesTheCardAndEndsWhatWaits) {
         ASSERT_TRUE(group.spawn(send(m.card(), text, "", 100'000 * ms, waiting)));
         m.pass(ms);
         Capture log;
+        m.back.put("online", 0);
         m.back.go(state);
         m.pass(50 * ms);
         EXPECT_EQ(waiting, SendStatus::device_gone);

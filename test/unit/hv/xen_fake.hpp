@@ -410,6 +410,22 @@ class Xen {
         tree[full(path)] = value;
         changed(full(path));
     }
+    /// Removes the node and everything below it.
+    void remove(const std::string& path) {
+        const std::string absolute = full(path);
+        std::vector<std::string> gone;
+        for (const auto& [key, value] : tree) {
+            if (key == absolute || key.starts_with(absolute + "/")) {
+                gone.push_back(key);
+            }
+        }
+        for (const std::string& key : gone) {
+            tree.erase(key);
+        }
+        for (const std::string& key : gone) {
+            changed(key);
+        }
+    }
     std::string get(const std::string& path) { return tree.contains(full(path)) ? tree[full(path)] : std::string(); }
     void changed(const std::string& path) {
         for (const auto& [watched, token] : watches) {
@@ -471,6 +487,14 @@ class Xen {
                 changed(full(path));
             }
             return;
+        case 13: {
+            const bool there = view.contains(full(path));
+            if (!there) {
+                return error("ENOENT");
+            }
+            ok();
+            return remove(path);
+        }
         case 4: {
             if (refuse_watches) {
                 return error("EACCES");
