@@ -263,7 +263,7 @@ def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
         if options.runs > 1:
             job["firstlight"]["runs_seed"] = options.seed
     ours = [job for job in jobs if not job["firstlight"]["driver"].startswith("linux-")]
-    theirs = [job for job in jobs if job["firstlight"]["driver"].startswith("linux-")]
+    theirs = report.best([job for job in jobs if job["firstlight"]["driver"].startswith("linux-")])
     boots = " and ".join(f"{side.platform} ({side.about}): {', '.join(side.disks)}" for side in sides)
     print(f"\nplatform {chosen.comparison}, boot {machines[0].boot}, {mode} time; {boots}")
     print(", ".join(f"{what} {version}" for what, version in stated.items()))
@@ -277,7 +277,7 @@ def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
     baseline = workloads.BASELINES.get(chosen.comparison, "") or (sides[0].disks[0] if sides[0].vmm and len(chosen.disks) > 1 else "")
     compared = report.compared(ours, theirs, baseline) if baseline else report.ratios(ours, theirs)
     if theirs:
-        print("\nLinux with fio, same machines, same images, same start of the lab\n\n" + report.results(theirs))
+        print("\nLinux with fio, same machines, same images, same start of the lab; of each row the best of its settings (" + ", ".join(setting.name for setting in yardstick.SETTINGS) + ")\n\n" + report.results(theirs))
     if options.sweep:
         print("\n" + report.by_depth(ours, theirs))
     if options.wait != WAITS[:1]:
@@ -285,7 +285,7 @@ def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
     if compared:
         print("\n" + compared)
     if options.runs > 1:
-        print("\n" + report.spread(jobs, options.seed))
+        print("\n" + report.spread([*ours, *theirs], options.seed))
     return jobs
 
 
@@ -401,7 +401,7 @@ def linux_machine(side: Side, chosen: Chosen, options) -> Machine:
     wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count, "mix": w.mix, "seed": w.seed, "startdelay": w.startdelay, "lanes": options.lanes} for w in chosen.workloads]
     # Each of several jobs would mark its own begin and end.
     script = yardstick.script(targets, wanted, PLATFORMS[side.platform].marks if options.lanes == 1 else 0, bool(options.json or options.json_dir))
-    limit = FIO_MORE * seconds(24, disks, chosen.workloads, in_wall_time(side, options))
+    limit = FIO_MORE * len(yardstick.SETTINGS) * seconds(24, disks, chosen.workloads, in_wall_time(side, options))
     return Machine(
         f"linux-{side.key}", side.platform, side.machine, disks=images(side, options), timeout=limit, linux=script, extra=more(side, options), qemu=options.named_qemu,
         cpus=options.lanes, xen_version=version_of(side, options),
@@ -443,9 +443,9 @@ def progress(total: int, asked: Sequence[Workload], sides: Mapping[str, Side] = 
 def linux_line(lines: Sequence[str], asked: Sequence[Workload]) -> str:
     """The result of one run of fio. Whether it is valid is judged when all have ended."""
     try:
-        ((disk, driver, number, found),) = yardstick.results("\n".join(lines))
+        ((disk, _, number, setting, found),) = yardstick.results("\n".join(lines))
         workload = asked[number]
-        return f"{disk} {workload.name} {workload.bs} qd{workload.qd}: {found['read']['iops'] + found['write']['iops']:.0f} IOPS"
+        return f"{disk} {workload.name} {workload.bs} qd{workload.qd} {setting}: {found['read']['iops'] + found['write']['iops']:.0f} IOPS"
     except (Problem, ValueError, KeyError, IndexError, TypeError):
         return f"{' '.join(lines[0].split()[1:3])}: no readable result"
 
@@ -460,7 +460,7 @@ def describe(record: dict) -> str:
 
 
 def measure(ready: lab.Lab | None, chosen: Chosen, sides: Sequence[Side], machines: list[Machine], mode: str, forced: str, options) -> list[dict]:
-    total = len(chosen.disks) * len(chosen.workloads) * (len(options.wait) + (1 if options.yardstick else 0))
+    total = len(chosen.disks) * len(chosen.workloads) * (len(options.wait) + (len(yardstick.SETTINGS) if options.yardstick else 0))
     by_machine = {name: side for side in sides for name in (f"linux-{side.key}", *(machine_name(side, wait) for wait in options.wait))}
     boots = launch.boot(
         ready, machines, wall=options.wall, forced=forced, live=progress(total, chosen.workloads, by_machine), keep=paths.RUNS / "bench" / chosen.comparison
@@ -552,7 +552,7 @@ def linux_jobs(boot: launch.Boot, chosen: Chosen, side: Side, mode: str) -> list
     found = yardstick.results(boot.outcome.output)
     for error in boot.log.of("error"):
         raise Problem(f"Linux with fio on {side.key}: {error.get('message')}.", Exit.FAILURE)
-    expected = sum(disk in chosen.disks for disk in side.disks) * len(chosen.workloads)
+    expected = sum(disk in chosen.disks for disk in side.disks) * len(chosen.workloads) * len(yardstick.SETTINGS)
     if len(found) != expected and boot.judgement.verdict in (Verdict.TIMEOUT, Verdict.NOT_STARTED):
         raise Problem(f"Linux with fio on {side.key}: {boot.judgement.text}; {len(found)} of {expected} results.", boot.judgement.verdict.exit)
     if len(found) != expected:
@@ -560,15 +560,15 @@ def linux_jobs(boot: launch.Boot, chosen: Chosen, side: Side, mode: str) -> list
         raise Problem(f"Linux with fio on {side.key} gave {len(found)} results, {expected} expected.\n{tail}", Exit.FAILURE)
     demand_phases(boot, expected)
     jobs = []
-    for at, (disk, driver, number, result) in enumerate(found):
+    for at, (disk, driver, number, setting, result) in enumerate(found):
         ios = result["read"]["total_ios"] + result["write"]["total_ios"]
         exits = boot.log.phases[at].get("exits") if boot.log.phases else None
         workload = chosen.workloads[number]
-        result["jobname"] = f"{driver}-{workload.label}"
+        result["jobname"] = f"{driver}-{workload.label}-{setting}"
         result["job options"] = {**result["job options"], "name": workload.name, "bs": fiojson.size_word(workload.bytes), "numjobs": str(boot.machine.cpus)}
         result["firstlight"] = {
             "platform": chosen.comparison, "machine": side.key, "boot": "linux", "vm_guest": side.platform.partition("-")[0],
-            "mode": mode, "disk": disk, "driver": driver, "kind": workloads.DRIVERS[side.bus(disk)].kind,
+            "mode": mode, "disk": disk, "driver": driver, "setting": setting, "kind": workloads.DRIVERS[side.bus(disk)].kind,
             "exits_per_io": exits / ios if exits is not None and ios else None,
         }  # fmt: skip
         jobs.append(result)

@@ -31,7 +31,8 @@ def runs_of(job: Mapping) -> list[float]:
 def row_of(job: Mapping) -> tuple[str, str, str]:
     """What names a row in both files: the disk, whose driver it is, and the workload."""
     extra = job["firstlight"]
-    return ("Linux " if extra["driver"].startswith("linux-") else "") + extra["disk"], report.title(job), job["job options"].get("numjobs", "1")
+    linux = f"Linux {extra.get('setting', '')} ".replace("  ", " ") if extra["driver"].startswith("linux-") else ""
+    return linux + extra["disk"], report.title(job), job["job options"].get("numjobs", "1")
 
 
 def differences(before: Mapping, after: Mapping) -> dict[str, tuple[str, str]]:

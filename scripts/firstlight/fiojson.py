@@ -199,8 +199,9 @@ def place(job: dict) -> Path:
     extra, options = job["firstlight"], job["job options"]
     mixed = [f"{options['rw']}{options['rwmixread']}"] if "rwmixread" in options else []
     name = "-".join((options["rw"], options["iodepth"], options["numjobs"]))
+    setting = f"-{extra['setting']}" if "setting" in extra else ""
     waits = f"-{extra['wait']}" if extra.get("wait", "interrupt") != "interrupt" else ""
-    return Path(f"{extra['platform']}-{extra['disk']}-{extra['driver']}{waits}", *mixed, options["bs"], f"{name}.json")
+    return Path(f"{extra['platform']}-{extra['disk']}-{extra['driver']}{setting}{waits}", *mixed, options["bs"], f"{name}.json")
 
 
 def write_folder(folder: Path, jobs: Sequence[dict]) -> None:

@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from . import fiojson, paths, process
+from . import fiojson, paths, process, yardstick
 from .problems import Exit, Problem
 from .vmtests import Result, wreck
 
 SUITE = "fio"
 # The fastest disk, and Linux with fio on it: both kinds of results, several queue depths.
 BENCH = ("--no-build", "--only", "hyperv/sda-randread-4k-*", "--only", "hyperv/sda-read-128k-*", "--yardstick")
-BENCH_JOBS = 6
+BENCH_JOBS = 3 * (1 + len(yardstick.SETTINGS))
 BENCH_SECONDS = 900
 # Two disks of one machine with Linux beside them, by depth.
 SWEEP = (
@@ -67,12 +67,13 @@ def sweep(work: Path) -> str:
 
 
 def sweep_fault(said: str, jobs: Sequence[dict]) -> str:
+    settings = [setting.name for setting in yardstick.SETTINGS]
     expected = {
-        (disk, driver, depth, disk == "vda")
-        for disk, drivers in (("vda", ("virtio_blk", "linux-virtio_blk")), ("nvme0n1", ("nvme", "linux-nvme"))) for driver in drivers for depth in ("1", "2")
+        (disk, driver, setting, depth, disk == "vda")
+        for disk, name in (("vda", "virtio_blk"), ("nvme0n1", "nvme")) for driver, setting in ((name, ""), *((f"linux-{name}", setting) for setting in settings)) for depth in ("1", "2")
     }  # fmt: skip
     own = [job["firstlight"] for job in jobs]
-    found = {(extra["disk"], extra["driver"], job["job options"]["iodepth"], extra["host_side"]["iothread"]) for job, extra in zip(jobs, own)}
+    found = {(extra["disk"], extra["driver"], extra.get("setting", ""), job["job options"]["iodepth"], extra["host_side"]["iothread"]) for job, extra in zip(jobs, own)}
     if found != expected or len(jobs) != len(expected):
         return f"{len(jobs)} jobs of {sorted(found)}, expected were {sorted(expected)}"
     if slow := [job["jobname"] for job in jobs if not job["read"]["iops"]]:

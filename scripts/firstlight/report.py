@@ -37,11 +37,31 @@ def row(job: dict) -> list[str]:
     extra, latency = job["firstlight"], part(job)["lat_ns"]
     figures = [extra.get(f"{name}_per_io") for name in ("device_accesses", "hypercalls", "notifications", "interrupts", "allocations", "exits")]
     return [
-        extra["disk"], extra["driver"], extra["kind"], title(job), f"{iops(job):.0f}",
+        extra["disk"], driver(job), extra["kind"], title(job), f"{iops(job):.0f}",
         f"{(job['read']['bw_bytes'] + job['write']['bw_bytes']) / (1 << 20):.1f}",
         *(f"{value / 1000:.1f}" for value in (latency["mean"], percentile(latency, 50), percentile(latency, 99))),
         *("-" if value is None else f"{value:.3f}" for value in figures),
     ]  # fmt: skip
+
+
+def driver(job: dict) -> str:
+    """The driver, of Linux with the setting of fio."""
+    extra = job["firstlight"]
+    return f"{extra['driver']} {extra['setting']}" if "setting" in extra else extra["driver"]
+
+
+def best(jobs: Sequence[dict]) -> list[dict]:
+    """Of each disk and workload the fastest setting; over several runs the one with the highest median."""
+    found: dict[tuple[str, str], dict] = {}
+    for job in jobs:
+        other = found.get(key(job))
+        if other is None or typical(job) > typical(other):
+            found[key(job)] = job
+    return list(found.values())
+
+
+def typical(job: dict) -> float:
+    return statistics.median(job["firstlight"].get("runs_iops") or [iops(job)])
 
 
 def label(job: dict) -> str:

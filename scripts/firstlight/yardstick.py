@@ -43,6 +43,25 @@ class Target:
     more: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One way to call fio, and what Linux is told about the disk's queue. Which one is best depends on the disk and the workload."""
+
+    name: str
+    words: tuple[str, ...]
+    queue: tuple[tuple[str, str], ...] = ()  # files of /sys/block/DISK/queue and their contents
+
+
+# In this order on each disk: what a setting writes into sysfs stays.
+SETTINGS = (
+    Setting("libaio", ("--ioengine=libaio",)),
+    Setting(
+        "io_uring",
+        ("--ioengine=io_uring", "--fixedbufs=1", "--registerfiles=1", "--iodepth_batch_submit=16", "--iodepth_batch_complete_max=32"),
+        (("scheduler", "none"), ("nomerges", "2"), ("iostats", "0")),
+    ),
+)  # fmt: skip
+
 # The shell functions find_disk and missing.
 FIND = Path(__file__).parent / "yardstick-disks.sh"
 
@@ -113,7 +132,7 @@ def mark(port: int, phase: int) -> str:
     return f"printf '\\{phase:03o}' | dd of=/dev/port bs=1 seek={port}"
 
 
-def fio_words(workload: dict, port: int = 0, phase: int = 0) -> list[str]:
+def fio_words(workload: dict, setting: Setting = SETTINGS[0], port: int = 0, phase: int = 0) -> list[str]:
     """One workload of the kernel's command line as fio's options, on the disk that find_disk found. `port`: where its begin and end are marked.
 
     fio runs the marks itself, between its preparations and the first I/O and after the last one, outside of the measured time.
@@ -121,7 +140,7 @@ def fio_words(workload: dict, port: int = 0, phase: int = 0) -> list[str]:
     name = {"mixed": "randrw"}.get(workload["name"], workload["name"])
     words = [
         f"--name={workload['name']}", '--filename=/dev/"$device"', f"--rw={name}", f"--bs={workload['bs']}",
-        f"--iodepth={workload['qd']}", f"--number_ios={-(-workload['count'] // workload.get('lanes', 1))}", "--ioengine=libaio", "--direct=1",
+        f"--iodepth={workload['qd']}", f"--number_ios={-(-workload['count'] // workload.get('lanes', 1))}", *setting.words, "--direct=1",
         "--randrepeat=1", "--thread", "--lat_percentiles=1",
     ]  # fmt: skip
     if workload.get("lanes", 1) != 1:
@@ -136,22 +155,25 @@ def fio_words(workload: dict, port: int = 0, phase: int = 0) -> list[str]:
 
 
 def script(targets: Sequence[Target], workloads: Sequence[dict], port: int = 0, bins: bool = False) -> str:
-    """Every workload on every disk. `port`: the I/O port for marks, or 0. `bins`: fio prints its histograms, which takes a while."""
+    """Every workload in every setting on every disk. `port`: the I/O port for marks, or 0. `bins`: fio prints its histograms, which takes a while."""
     lines = [FIND.read_text()]
     phase = 0
     for target in targets:
         driver = target.driver
         lines.append(f"find_disk {driver.bound} {DISK_SECONDS * 10} || missing {driver.name} {target.disk}")
-        for number, workload in enumerate(workloads):
-            lines.append(f"echo 'yardstick {target.disk} {driver.label} {number}'")
-            phase += 1
-            words = " ".join(fio_words({**workload, "count": workload["count"] * target.more}, port, phase))
-            if workload.get("startdelay"):
-                # Before fio, whose own startdelay has steps of 0.1 s; its thinktime would first let the queue run empty.
-                lines.append(f"usleep {max(1, round(workload['startdelay'] / 1000))}")
-            lines.append(f"fio --output-format={'json+' if bins else 'json'} --output=/tmp/out {words} >/dev/null 2>&1 || echo failed")
-            lines.append("tr -d '\\n\\t' < /tmp/out; echo")
-            lines.append("echo 'yardstick end'")
+        for setting in SETTINGS:
+            # A kernel or a driver may lack one of them: then its default stays.
+            lines += [f"{{ echo {value} > /sys/block/$device/queue/{name}; }} 2>/dev/null" for name, value in setting.queue]
+            for number, workload in enumerate(workloads):
+                lines.append(f"echo 'yardstick {target.disk} {driver.label} {number} {setting.name}'")
+                phase += 1
+                words = " ".join(fio_words({**workload, "count": workload["count"] * target.more}, setting, port, phase))
+                if workload.get("startdelay"):
+                    # Before fio, whose own startdelay has steps of 0.1 s; its thinktime would first let the queue run empty.
+                    lines.append(f"usleep {max(1, round(workload['startdelay'] / 1000))}")
+                lines.append(f"fio --output-format={'json+' if bins else 'json'} --output=/tmp/out {words} >/dev/null 2>&1 || echo failed")
+                lines.append("tr -d '\\n\\t' < /tmp/out; echo")
+                lines.append("echo 'yardstick end'")
     return "\n".join(lines) + "\n"
 
 
@@ -185,20 +207,20 @@ def job(ready: lab.Lab, machine_job: Job, text: str, work: Path) -> Job:
     return Job(machine_job.name, words, files, machine_job.disks, machine_job.timeout, machine_job.program, machine_job.pauses)
 
 
-def results(output: str) -> list[tuple[str, str, int, dict]]:
-    """(disk, driver, workload's number, fio's job) for each run with complete JSON."""
+def results(output: str) -> list[tuple[str, str, int, str, dict]]:
+    """(disk, driver, workload's number, setting, fio's job) for each run with complete JSON."""
     found = []
-    disk = driver = ""
+    disk = driver = setting = ""
     number = -1
     text = ""
     for line in output.splitlines():
         words = line.split()
-        if words[:1] == ["yardstick"] and len(words) == 4:
-            disk, driver, number, text = words[1], words[2], int(words[3]), ""
+        if words[:1] == ["yardstick"] and len(words) == 5:
+            disk, driver, number, setting, text = words[1], words[2], int(words[3]), words[4], ""
         elif words == ["yardstick", "end"] and disk:
             try:
                 # Before the JSON fio prints where the output of its marks goes.
-                found.append((disk, driver, number, json.loads(text[max(0, text.find("{")) :])["jobs"][0]))
+                found.append((disk, driver, number, setting, json.loads(text[max(0, text.find("{")) :])["jobs"][0]))
             except (ValueError, KeyError, IndexError) as error:
                 raise Problem(f"Linux with fio on {disk}: no readable JSON ({error}): {text[:200]}") from None
             disk = ""

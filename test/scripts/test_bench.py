@@ -276,22 +276,27 @@ class Recorded(unittest.TestCase):
         self.assertIn("QEMU's disks (xvda, nvme0n1): aio=threads, cache=writeback, I/O threads: xvda\n", said)
         self.assertIn("platform all, boot pvh, deterministic time; xen-emu (QEMU): xvda, vda, sda, sdb, hda, nvme0n1, sdc", said)
         rows = [line.split() for line in said.splitlines()]
-        self.assertIn("xvda xen_blk randread 4k qd2 20384 11429 1.78 0.000 0.500 0.500 0.188 0.000".split(), rows)
-        self.assertIn("nvme0n1 nvme randread 4k qd1 8648 6667 1.30 1.062 0.000 1.000 1.000 0.000".split(), rows)
+        self.assertIn("xvda xen_blk randread 4k qd2 19279 13333 1.45 0.000 0.500 0.500 0.375 0.000".split(), rows)
+        self.assertIn("nvme0n1 nvme randread 4k qd1 9457 7273 1.30 1.000 0.000 1.000 1.000 0.000".split(), rows)
         self.assertIn("qd xvda Linux xvda nvme0n1 Linux nvme0n1".split(), rows)
-        self.assertIn("2 20384 11429 16621 8889".split(), rows)
-        self.assertEqual(len(jobs), 8)
+        self.assertIn("2 19279 13333 15317 10000".split(), rows)
+        self.assertEqual(len(jobs), 12)
+        # Of Linux the better setting of each row is in the tables, and both are in the JSON.
+        self.assertIn("xvda linux-xen-blkfront libaio synthetic randread 4k qd1 8889".split(), [row[:8] for row in rows])
+        self.assertIn("xvda linux-xen-blkfront io_uring synthetic randread 4k qd2 13333".split(), [row[:8] for row in rows])
+        self.assertNotIn("linux-xen-blkfront io_uring synthetic randread 4k qd1".split(), [row[1:7] for row in rows])
+        self.assertEqual([job["firstlight"].get("setting") for job in jobs[4:8]], ["libaio"] * 2 + ["io_uring"] * 2)
         found = {(job["jobname"], job["firstlight"]["machine"]): job["firstlight"] for job in jobs}
         self.assertEqual(found["xvda-randread-4k-qd2", "xen-emu"]["host_side"], {"aio": "threads", "cache": "writeback", "iothread": True})
-        self.assertEqual(found["linux-nvme-randread-4k-qd2", "xen-emu"]["kind"], "emulated")
-        self.assertEqual([job["job options"]["iodepth"] for job in jobs], ["1", "2"] * 4)
+        self.assertEqual(found["linux-nvme-randread-4k-qd2-io_uring", "xen-emu"]["kind"], "emulated")
+        self.assertEqual([job["job options"]["iodepth"] for job in jobs], ["1", "2"] * 6)
         with tempfile.TemporaryDirectory() as folder:
             fiojson.write_folder(Path(folder), jobs)
 
     def test_relative_to_the_baseline(self):
         jobs, _ = self.compare()
         text = report.compared([job for job in jobs if job["firstlight"]["boot"] == "pvh"], [], "xvda")
-        self.assertIn("nvme0n1 nvme randread 4k qd1 8648 0.64 1.062".split(), [line.split()[:8] for line in text.splitlines()])
+        self.assertIn("nvme0n1 nvme randread 4k qd1 9457 0.74 1.000".split(), [line.split()[:8] for line in text.splitlines()])
         self.assertNotIn("Linux", text)
 
     def test_another_drivers_result_is_an_error(self):
@@ -327,8 +332,8 @@ class Recorded(unittest.TestCase):
 
     def test_a_result_that_is_missing(self):
         with self.assertRaises(Problem) as raised:
-            self.compare(change=lambda text: text.replace("yardstick xvda linux-xen-blkfront 1\n", ""))
-        self.assertIn("3 results, 4 expected", str(raised.exception))
+            self.compare(change=lambda text: text.replace("yardstick xvda linux-xen-blkfront 1 libaio\n", ""))
+        self.assertIn("7 results, 8 expected", str(raised.exception))
 
     def test_results_have_the_comparisons_names(self):
         # The recorded disk of the Xen ring, as two machines of microvm would have reported it.
@@ -435,11 +440,15 @@ class FoundByDriver(unittest.TestCase):
         wanted = [{"name": "randread", "bs": "4k", "qd": 2, "count": 5, "mix": 70}]
         text = yardstick.script([yardstick.Target("hda", IDE), yardstick.Target("nvme0n1", workloads.DRIVERS["nvme"].linux, 3)], wanted)
         lines = [line for line in text.splitlines() if line.startswith(("find_disk ", "fio "))]
-        self.assertEqual(len(lines), 4)
+        self.assertEqual(len(lines), 6)
         self.assertTrue(lines[0].startswith("find_disk ata_piix ") and lines[0].endswith(" || missing ata_piix hda"), lines[0])
         self.assertIn('--filename=/dev/"$device"', lines[1])
         self.assertIn("--number_ios=5 ", lines[1])
-        self.assertIn("--number_ios=15 ", lines[3])
+        self.assertIn("--number_ios=15 ", lines[4])
+        self.assertEqual(["--ioengine=io_uring" in line for line in lines], [False, False, True, False, False, True])
+        for name, value in yardstick.SETTINGS[1].queue:
+            before, after = text.split(f"echo {value} > /sys/block/$device/queue/{name};")[:2]
+            self.assertTrue(before.count("fio --output") == 1 and after.count("fio --output") >= 1, name)
         # fio knows this pattern by another name.
         self.assertIn("--rw=randrw", yardstick.script([yardstick.Target("hda", IDE)], [{**wanted[0], "name": "mixed", "mix": 20}]))
 

@@ -143,10 +143,10 @@ class Run(unittest.TestCase):
             boots.begin()
             self.until(lambda: self.alive == 2)
             self.assertEqual(set(self.log), {"one", "asleep"})
+            self.assertEqual(self.most, 2)
             gate.set()
             found = list(boots.rest())
         self.assertEqual(names(found), ["asleep", "asleep-2", "one", "one-2", "two", "two-2"])
-        self.assertEqual(self.most, 2)
 
     def test_without_a_beginning_all_come_in_the_end_and_wall_clock_time_first(self):
         with Boots([self.part("counted", counted=True), self.part("wall")], 1) as boots:

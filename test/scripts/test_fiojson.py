@@ -251,17 +251,20 @@ class Tools(unittest.TestCase):
 
     def test_sweep(self):
         jobs = []
-        for disk, driver in (("vda", "virtio_blk"), ("vda", "linux-virtio_blk"), ("nvme0n1", "nvme"), ("nvme0n1", "linux-nvme")):
+        for disk, driver, setting in (
+            ("vda", "virtio_blk", ""), ("vda", "linux-virtio_blk", "libaio"), ("vda", "linux-virtio_blk", "io_uring"),
+            ("nvme0n1", "nvme", ""), ("nvme0n1", "linux-nvme", "libaio"), ("nvme0n1", "linux-nvme", "io_uring"),
+        ):  # fmt: skip
             for depth in ("1", "2"):
-                extra = {"disk": disk, "driver": driver, "host_side": {"iothread": disk == "vda"}} | ({} if driver.startswith("linux-") else {"allocations_per_io": 0.0})
+                extra = {"disk": disk, "driver": driver, "host_side": {"iothread": disk == "vda"}} | ({"setting": setting} if setting else {"allocations_per_io": 0.0})
                 jobs.append({"jobname": driver, "job options": {"iodepth": depth}, "read": {"iops": 9.0}, "firstlight": extra})
         said = (
             "QEMU's disks (vda, nvme0n1): aio=threads, cache=writeback, I/O threads: vda\n\nqd   vda  Linux vda  nvme0n1  Linux nvme0n1\n--\n 2     9          9        9              9\n"
             "nvme0n1  nvme  randread 4k qd2     9  1.0\n"
         )
         self.assertEqual(fiotools.sweep_fault(said, jobs), "")
-        self.assertIn("7 jobs", fiotools.sweep_fault(said, jobs[1:]))
-        for at, name, value, word in ((0, ("firstlight", "driver"), "ata", "8 jobs"), (0, ("firstlight", "host_side"), {"iothread": False}, "8 jobs"), (1, ("read", "iops"), 0, "no I/O in"),
+        self.assertIn("11 jobs", fiotools.sweep_fault(said, jobs[1:]))
+        for at, name, value, word in ((0, ("firstlight", "driver"), "ata", "12 jobs"), (0, ("firstlight", "host_side"), {"iothread": False}, "12 jobs"), (2, ("firstlight", "setting"), "io_uring", "12 jobs"), (1, ("read", "iops"), 0, "no I/O in"),
                                       (0, ("firstlight", "allocations_per_io"), 0.5, "allocated")):  # fmt: skip
             changed = json.loads(json.dumps(jobs))
             changed[at][name[0]][name[1]] = value

@@ -771,8 +771,8 @@ class Fio(unittest.TestCase):
         self.assertTrue(guessed["firstlight"]["clock_assumed"])
 
     def test_yardstick_output(self):
-        text = 'yardstick hda linux-ata_piix 0\n{"jobs" : [{"jobname":\n"x"}]}\nyardstick end\n'
-        self.assertEqual(yardstick.results(text), [("hda", "linux-ata_piix", 0, {"jobname": "x"})])
+        text = 'yardstick hda linux-ata_piix 0 io_uring\n{"jobs" : [{"jobname":\n"x"}]}\nyardstick end\n'
+        self.assertEqual(yardstick.results(text), [("hda", "linux-ata_piix", 0, "io_uring", {"jobname": "x"})])
         # fio's message about the output of its marks, and the host's counts, precede the JSON.
         marked = text.replace("\n{", '\n@@host {"phase":1,"counters":{}}\nx : Saving output of prerun in x.prerun.txt{', 1)
         self.assertEqual(yardstick.results(marked), yardstick.results(text))
@@ -783,7 +783,7 @@ class Fio(unittest.TestCase):
         self.assertNotIn("/dev/port", yardstick.script(targets, wanted))
         text = yardstick.script(targets, wanted, 0x5F0)
         marks = re.findall(r"exec_(pre|post)run=printf '\"'\"'\\(\d{3})'\"'\"' \| dd of=/dev/port bs=1 seek=1520'", text)
-        self.assertEqual(marks, [(when, number) for i in range(1, 5) for when, number in (("pre", f"{i:03}"), ("post", "000"))])
+        self.assertEqual(marks, [(when, number) for i in range(1, 1 + 4 * len(yardstick.SETTINGS)) for when, number in (("pre", f"{i:03o}"), ("post", "000"))])
         header = (paths.REPOSITORY / "test/host/vmm/board.cppm").read_text()
         (taken,) = [one for one in machine.PLATFORMS.values() if one.marks]
         self.assertTrue(taken.test_host)

@@ -89,12 +89,12 @@ class Progress(unittest.TestCase):
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             live = bench.progress(2, [workloads.Workload("randread", "4k", 1, 5), workloads.Workload("read", "128k", 8, 5)])
-            for line in ("noise", "yardstick xvda linux-xen-blkfront 1", 'x : Saving output{"jobs": [', json.dumps(found)[10:], "yardstick end", "yardstick hda linux-ata_piix 0", "failed", "yardstick end"):
+            for line in ("noise", "yardstick xvda linux-xen-blkfront 1 io_uring", 'x : Saving output{"jobs": [', json.dumps(found)[10:], "yardstick end", "yardstick hda linux-ata_piix 0 libaio", "failed", "yardstick end"):
                 live("linux-xen-emu", line)
         first, second = said.getvalue().splitlines()
-        self.assertRegex(first, r"\[1/2\] +[\d.]+ s  Linux xvda read 128k qd8: 10173 IOPS$")
+        self.assertRegex(first, r"\[1/2\] +[\d.]+ s  Linux xvda read 128k qd8 io_uring: 10173 IOPS$")
         self.assertRegex(second, r"\[2/2\] +[\d.]+ s  Linux hda linux-ata_piix: no readable result$")
-        self.assertEqual(yardstick.results("yardstick xvda a 1\n" + json.dumps(found) + "\nyardstick end")[0][2], 1)
+        self.assertEqual(yardstick.results("yardstick xvda a 1 libaio\n" + json.dumps(found) + "\nyardstick end")[0][2], 1)
 
 
 class Failures(unittest.TestCase):
