@@ -218,15 +218,15 @@ def plot(work: Path, jobs: Sequence[dict]) -> str:
     """fio-plot from PyPI draws each kind of chart that it makes from JSON."""
     tool = fio_plot()
     folders = sorted({str((work / "jobs" / fiojson.place(job)).parent) for job in jobs if job["job options"]["bs"] == "4k"})
-    if len(folders) != 2:
-        return f"{len(folders)} folders with 4k, 2 expected"
+    if len(folders) != 1 + len(yardstick.SETTINGS):
+        return f"{len(folders)} folders with 4k, {1 + len(yardstick.SETTINGS)} expected"
     common = ["-T", "test", "-r", "randread"]
     for name, words in (
         ("bars", ["-i", folders[0], "-l", "-d", "1", "32", "-n", "1", "--show-cpu"]),
         ("jobs", ["-i", folders[0], "-N", "-d", "32", "-n", "1"]),
         ("3d", ["-i", folders[0], "-L", "-t", "iops", "-n", "1", "-d", "1", "32"]),
         ("histogram", ["-i", folders[0], "-H", "-d", "32", "-n", "1"]),
-        ("linux", ["-i", folders[1], "-l", "-d", "1", "32", "-n", "1"]),
+        ("other", ["-i", folders[-1], "-l", "-d", "1", "32", "-n", "1"]),
         ("compared", ["-i", *folders, "-C", "-d", "32", "-n", "1"]),
     ):
         picture = work / f"{name}.png"
