@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import build, comparison, ensemble, fiojson, lab, launch, paths, process, records, report, setup, vmm, workloads, xenlab, yardstick
+from . import build, comparison, ensemble, fiojson, lab, launch, page, paths, process, records, report, setup, vmm, workloads, xenlab, yardstick
 from .machine import AIO, CACHES, DIRECT_CACHES, IOTHREAD_BUSES, PLATFORMS, DiskSpec, Machine, Platform
 from .options import Conflict, Parser, demand_agreement, listed, name_pattern, one_line, whole
 from .problems import EXIT_HELP, Exit, Problem
@@ -47,6 +48,7 @@ def arguments() -> Parser:
     parser.add_argument("--iothread", action="store_true", help=f"an I/O thread for each of QEMU's disks that can have one ({', '.join(IOTHREAD_BUSES)})")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("FILE", "FILE"), help=f"measure nothing: compare two files of --json --runs N, N at least {ensemble.FEWEST}, that differ in one thing, as the kernel's commit or QEMU's version")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as fio would (json+); with --runs of the run with the median IOPS of each job")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the results, their intervals and charts, that needs no network")
     parser.add_argument("--json-dir", type=Path, metavar="FOLDER", help="the same as one file for each job in a new folder, for fio-plot")
     parser.add_argument("--yardstick", action="store_true", help="measure Linux with fio in the same machines, in the same start of the lab")
     parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether the machine runs nested")
@@ -65,8 +67,8 @@ LISTED = "nothing is measured"
 CONFLICTS = (
     *vmm.conflicts(("boot", "wall", "lab", "yardstick", "only", "aio", "cache", "iothread", "list", "lanes", "xen_version")),
     *(Conflict(("list", name), LISTED) for name in ("qemu", "qemu_arg")),
-    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "yardstick", "lab", "boot", "cmdline", "no_build", "wait", "aio", "cache", "iothread", "lanes", "xen_version")),
-    *(Conflict(("compare", name), LISTED) for name in ("wall", "runs", "only", "workload", "disk", "sweep", "wait", "aio", "cache", "iothread", "json", "json_dir", "yardstick", "lab", "lanes", "xen_version", "boot", "cmdline", "no_build", "list", "qemu", "qemu_arg", "vmm", "vmm_command")),
+    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "html", "yardstick", "lab", "boot", "cmdline", "no_build", "wait", "aio", "cache", "iothread", "lanes", "xen_version")),
+    *(Conflict(("compare", name), LISTED) for name in ("wall", "runs", "only", "workload", "disk", "sweep", "wait", "aio", "cache", "iothread", "json", "json_dir", "html", "yardstick", "lab", "lanes", "xen_version", "boot", "cmdline", "no_build", "list", "qemu", "qemu_arg", "vmm", "vmm_command")),
     Conflict(("sweep", "workload"), "qd= is what --sweep sets: leave it out of --workload", lambda options: any(one.qd != 1 for one in options.workload)),
     Conflict(("aio",), f"native is for O_DIRECT: add --cache {' or --cache '.join(DIRECT_CACHES)}", lambda options: options.aio == "native" and options.cache not in DIRECT_CACHES),
     Conflict(("seed",), "is what the starts of several runs follow from: use it with --runs 2 or more", lambda options: options.runs == 1 and not options.compare),
@@ -116,6 +118,8 @@ def check(options) -> list[Chosen]:
                 raise Problem(f"--lab {options.lab}: {side.platform} has a lab of its own, always. Leave out --lab, or add --only for other jobs.", Exit.USAGE)
     if options.json:
         paths.writable(options.json, "--json")
+    if options.html:
+        paths.writable(options.html, "--html")
     if options.json_dir:
         fiojson.demand_folder(options.json_dir)
     if options.no_build:
@@ -230,6 +234,8 @@ def main(words: list[str]) -> Exit:
         fiojson.write(options.json, jobs)
     if options.json_dir:
         fiojson.write_folder(options.json_dir, jobs)
+    if options.html:
+        page.write(options.html, jobs, shlex.join(["scripts/bench", *words]), options.seed)
     return Exit.SUCCESS
 
 

@@ -25,6 +25,7 @@ BUILD_PACKAGES = {
     "cpio": "the lab's initramfs",
     "zstd": "kernel modules, where the distribution packs them so",
     "python3-crcmod": "checking disk images from outside",
+    "python3-jinja2": "the page of scripts/bench --html",
     "python3-scipy": "intervals and tests of scripts/bench --runs and --compare",
 }
 

@@ -90,7 +90,7 @@ class Options(unittest.TestCase):
             ("run", "--platform xen-pvh --disk xen:1m,backing=tape", "backing=loop|ram|readonly"), ("run", "--disk 0", "is not a size"), ("run", "--disk 1m,colour=red", "is not one of"),
             ("run", f"--disk {self.elf},content=zero", "content of its file"), ("run", "--disk 1m,content=zero,content=sparse", "given twice"),
             ("run", "--platform xen-pvh --xen-version 4.21", "has Xen 4."), ("bench", "--only xen-hvm --xen-version 3", "has Xen 4."), ("run", "--xen-version 4.17", "is for the platforms xen-pvh"),
-            ("bench", "--lanes 65", "1 to 64"), ("bench", "--cmdline lanes=2", "--lanes picks"), ("bench", "--runs 0", "1 to 100"), ("bench", "--runs x", "1 to 100"), ("bench", "--only nonsense", "scripts/bench --list"),
+            ("bench", f"--html {nothing}/x", "does not exist"), ("bench", "--lanes 65", "1 to 64"), ("bench", "--cmdline lanes=2", "--lanes picks"), ("bench", "--runs 0", "1 to 100"), ("bench", "--runs x", "1 to 100"), ("bench", "--only nonsense", "scripts/bench --list"),
             ("bench", "--only xen-emu --only nonsense", "--only nonsense"), ("bench", f"--json {nothing}/x", "does not exist"), ("bench", f"--json {self.folder}", "a folder"),
             ("bench", "--cmdline workload=randread", "workload= is what the jobs set"), ("bench", "--cmdline disk=hda", "disk="), ("bench", "--cmdline job=boot", "job="),
             ("bench", "--cmdline marks=5", "marks="), ("bench", "--cmdline wait=poll", "--wait picks among them"), ("bench", "--wait sleep", "some of interrupt, poll, adaptive"), ("bench", "--list --wait poll", "nothing is measured"), ("bench", "--boot bios", "invalid choice"), ("bench", "--boot uefi", "Add --only xen-emu"),
@@ -193,7 +193,7 @@ class Options(unittest.TestCase):
             "--json-dir": ("--json-dir", self.folder / "results"),
             "--yardstick": ("--yardstick",), "--lab": ("--lab", "always"), "--boot": ("--boot", "pvh"), "--cmdline": ("--cmdline", "log=debug"),
             "--workload": ("--workload", "randread,count=5"), "--disk": ("--disk", "xen"), "--sweep": ("--sweep", "qd=1..4"), "--aio": ("--aio", "io_uring"), "--cache": ("--cache", "none"),
-            "--iothread": ("--only", "xen-emu", "--iothread"), "--wait": ("--wait", "interrupt,adaptive"), "--lanes": ("--lanes", "4"), "--compare": ("--compare", self.folder / "a.json", self.folder / "b.json"), "--xen-version": ("--xen-version", "4.17"), "--vmm": ("--vmm", f"firecracker={self.fakes['firecracker']}"),
+            "--iothread": ("--only", "xen-emu", "--iothread"), "--wait": ("--wait", "interrupt,adaptive"), "--lanes": ("--lanes", "4"), "--html": ("--html", self.folder / "r.html"), "--compare": ("--compare", self.folder / "a.json", self.folder / "b.json"), "--xen-version": ("--xen-version", "4.17"), "--vmm": ("--vmm", f"firecracker={self.fakes['firecracker']}"),
         }  # fmt: skip
         pairs = {frozenset(("--list", other)) for other in samples if other not in ("--list", "--only", "--workload", "--disk", "--sweep")}
         pairs |= {frozenset(("--compare", other)) for other in samples if other != "--compare"}
