@@ -86,6 +86,7 @@ constexpr Synthetic synthetic[] = {
     {"vfb", {"Xen virtual framebuffer", DeviceClass::display}},
     {"vdispl", {"Xen virtual display", DeviceClass::display}},
     {"control", {"Xen control device", DeviceClass::other}},
+    {"console", {"Xen console", DeviceClass::input}},
     {"ba6163d9-04a1-4d29-b605-72e2ffb1dc7f", {"Hyper-V SCSI controller", DeviceClass::disk}},
     {"32412632-86cb-44a2-9b5c-50d1417354f5", {"Hyper-V IDE accelerator", DeviceClass::disk}},
     {"2f9bcc4a-0069-4af3-b76b-6fd0be528cda", {"Hyper-V Fibre Channel adapter", DeviceClass::disk}},

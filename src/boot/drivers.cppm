@@ -22,6 +22,7 @@ import boot.backend;
 import boot.sources;
 #ifdef FIRSTLIGHT_HV_XEN
 import drivers.xen_blk;
+import drivers.xen_console;
 import drivers.xen_control;
 import drivers.xen_net;
 #endif
@@ -78,10 +79,11 @@ inline constexpr std::array<BusDriver<BusOf<B>>, 0> bus_drivers{};
 
 #ifdef FIRSTLIGHT_HV_XEN
 template <>
-inline constexpr std::array<BusDriver<hv::Xen::Bus>, 3> bus_drivers<hv::Xen>{{
+inline constexpr std::array<BusDriver<hv::Xen::Bus>, 4> bus_drivers<hv::Xen>{{
     {{"xen_blk", "vbd"}, drivers::xen_blk::probe},
     {{"xen_net", "vif"}, drivers::xen_net::probe},
     {{drivers::xen_control::driver_name, drivers::xen_control::device_type}, drivers::xen_control::probe},
+    {{drivers::xen_console::driver_name, drivers::xen_console::device_type}, drivers::xen_console::probe},
 }};
 #endif
 

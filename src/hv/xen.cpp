@@ -3,6 +3,7 @@ module;
 module hv.xen;
 import core.std;
 import core.result;
+import core.text;
 import core.cpuid;
 import core.dma;
 import core.interrupt;
@@ -26,6 +27,7 @@ Result<void> Xen::install(Environment& environment) {
     CHECK(install_shared_info(environment));
     CHECK(install_grants(environment));
     install_store(environment);
+    install_console(environment);
     find_clock(environment, *sighting);
     log::info("xen {}.{}: hypercalls, shared info, up to {} grant entries, XenStore {}", version_ >> 16,
               version_ & 0xffff, grants_.obtainable(), has_store_ ? "there" : "absent");
@@ -128,6 +130,17 @@ void Xen::install_store(Environment& environment) {
     has_store_ = true;
 }
 
+void Xen::install_console(Environment& environment) {
+    const auto console = find_console(hypercalls_, hypercalls_.console_write({}) == error_no_such_call);
+    auto page = console ? environment.physical.map(console->frame * page_size, page_size) : nullptr;
+    if (!page) {
+        log::warning("xen: the console's page cannot be mapped: {}", page.error());
+    } else if (*page != nullptr) {
+        console_page_ = *page;
+        console_port_ = console->port;
+    }
+}
+
 void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
     // frequency = (10^9 << 32) / mul >> shift [xen-public xen.h vcpu_time_info]
     auto frequency = [](u32 mul, i8 shift) -> std::optional<u64> {
@@ -199,6 +212,9 @@ io::Task<Result<void>> Xen::enumerate(DeviceList& into) {
     }
     const usize before = into.list.size();
     CO_CHECK(co_await xen::enumerate(store_, into, listing_));
+    if (console_page_ != nullptr) {
+        into.add({.type = FixedText<40>("console"), .address = FixedText<64>("console")});
+    }
     device_watch_->know(into.all().subspan(before));
     co_return Result<void>{};
 }

@@ -79,6 +79,9 @@ class Xen {
     xen::Events& events() { return events_; }
     xen::Grants& grants() { return grants_; }
     xen::Store& store() { return store_; }
+    /// The page of the guest's console and its event channel; nullptr: it has none. Valid after install().
+    std::byte* console_page() const { return console_page_; }
+    xen::Port console_port() const { return console_port_; }
     /// The devices that drivers have attached.
     xen::BusDevices& devices() { return devices_; }
     /// By the driver of a device that it has left, with the front end's state closed: the toolstack may make it anew.
@@ -105,6 +108,7 @@ class Xen {
     Result<void> install_grants(Environment& environment);
     Result<void> map_grant_frame(u32 frame);
     void install_store(Environment& environment);
+    void install_console(Environment& environment);
     void find_clock(const Environment& environment, const Sighting& sighting);
 
     xen::Gate gate_;
@@ -121,6 +125,8 @@ class Xen {
     xen::Grants grants_;
     u64 grant_frame_ = 0; // guest frame number of the table's first frame
     xen::Store store_;
+    std::byte* console_page_ = nullptr;
+    xen::Port console_port_ = xen::Port::none;
     std::array<char, xen::store_payload_max> listing_{};
     xen::BusDevices devices_;
     std::optional<xen::DeviceWatch> device_watch_; // once the store has been started

@@ -237,7 +237,8 @@ DeviceWatch::Known* DeviceWatch::find(std::string_view kind, std::string_view na
 void DeviceWatch::forget_missing() {
     for (usize i = known_.size(); i-- != 0;) {
         const Known& known = known_[i];
-        if (known.seen == listing_ || known.device.type == "control") { // not below "device"
+        // Two are not below "device".
+        if (known.seen == listing_ || known.device.type == "control" || known.device.type == "console") {
             continue;
         }
         for (u32 at = 0; known.pending && at < pending_count_; ++at) {

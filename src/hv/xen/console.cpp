@@ -12,6 +12,20 @@ import hv.xen.hypercall;
 
 namespace fl::hv::xen {
 
+std::optional<ConsoleChannel> find_console(Hypercalls& calls, bool emulated) {
+    const auto frame = calls.hvm_parameter(HvmParam::console_frame);
+    const auto port = frame ? calls.hvm_parameter(HvmParam::console_event_channel) : frame;
+    if (!frame || !port || *frame == 0 || *frame >= u64{1} << 40 || *port == 0 || *port >= event_channels) {
+        return std::nullopt;
+    }
+    EventStatus status{domain_self, 0, static_cast<Port>(static_cast<u32>(*port)), 0, 0, {}};
+    const bool known = calls.call(Hypercall::event_channel_op, EventOp::status, status) >= 0;
+    if (known && status.status != event_interdomain && (emulated || status.status != event_unbound)) {
+        return std::nullopt;
+    }
+    return ConsoleChannel{*frame, static_cast<Port>(static_cast<u32>(*port))};
+}
+
 Consoles find_consoles(CpuidRegisters (*cpuid)(u32 leaf, u32 subleaf), Privileged& cpu, const Gate& gate, u64 page) {
     Consoles found;
     if (gate.call == nullptr || (cpuid(1, 0).ecx >> 31 & 1) == 0) { // Xen always sets the hypervisor bit
@@ -42,19 +56,12 @@ Consoles find_consoles(CpuidRegisters (*cpuid)(u32 leaf, u32 subleaf), Privilege
     if (xen->max_leaf >= xen->base + 3) {
         found.tsc_khz = cpuid(xen->base + 3, 0).ecx;
     }
-    const auto frame = found.calls.hvm_parameter(HvmParam::console_frame);
-    const auto port = frame ? found.calls.hvm_parameter(HvmParam::console_event_channel) : frame;
-    if (!frame || !port || *frame == 0 || *frame >= u64{1} << 40 || *port == 0 || *port >= event_channels) {
+    const auto console = find_console(found.calls, found.emulated);
+    if (!console) {
         return found;
     }
-    // Under Xen, xenconsoled may still be starting. An emulated console that is not bound stays that way.
-    EventStatus status{domain_self, 0, static_cast<Port>(static_cast<u32>(*port)), 0, 0, {}};
-    const bool known = found.calls.call(Hypercall::event_channel_op, EventOp::status, status) >= 0;
-    if (known && status.status != event_interdomain && (found.emulated || status.status != event_unbound)) {
-        return found;
-    }
-    found.ring = *frame * 4096;
-    found.port = static_cast<Port>(static_cast<u32>(*port));
+    found.ring = console->frame * 4096;
+    found.port = console->port;
     return found;
 }
 
@@ -180,6 +187,27 @@ void ConsoleRing::flush() {
     }
     publish();
     static_cast<void>(wait_for(console_out_bytes));
+}
+
+Result<u32> ConsoleInput::take(std::span<char> into) {
+    io::MappedMemory memory(page_, 4096);
+    const u32 consumed = memory.load_relaxed<u32>(offsetof(ConsolePage, in_consumer)); // written here alone
+    // Acquire: the bytes before the position. Pairs with the other end's store of it.
+    const u32 typed = memory.load_acquire<u32>(offsetof(ConsolePage, in_producer)) - consumed;
+    if (typed > console_in_bytes) {
+        return Error{Code::protocol, "the console's input position is impossible (bytes in the ring)", console_in_bytes,
+                     typed};
+    }
+    const u32 count = std::min(typed, static_cast<u32>(std::min<usize>(into.size(), console_in_bytes)));
+    for (u32 done = 0; done < count;) {
+        const u32 at = (consumed + done) % console_in_bytes;
+        const u32 size = std::min(count - done, console_in_bytes - at);
+        memory.copy_out(offsetof(ConsolePage, in) + at, std::as_writable_bytes(into.subspan(done)).data(), size);
+        done += size;
+    }
+    // Release: the bytes have been copied before their room is given back.
+    memory.store_release<u32>(offsetof(ConsolePage, in_consumer), consumed + count);
+    return count;
 }
 
 } // namespace fl::hv::xen

@@ -25,6 +25,15 @@ struct Consoles {
     u64 tsc_khz = 0;        // 0: not reported by Xen
 };
 
+/// The ring of the guest's console, and its event channel. Nothing: it has none, or nobody is at the other end of it.
+struct ConsoleChannel {
+    u64 frame = 0; // guest frame number of the page
+    Port port = Port::none;
+};
+/// `emulated`: as in Consoles. Under Xen, xenconsoled may still be starting; an emulated console that is not bound
+/// stays that way.
+std::optional<ConsoleChannel> find_console(Hypercalls& calls, bool emulated);
+
 /// Detects Xen with a few CPUIDs (`cpuid` executes one) and queries this guest's consoles. Fills the gate's page at
 /// guest-physical address `page`; the backend's install() does so again later. Needs neither memory nor a backend.
 /// Returns Consoles{} if nothing is found.
@@ -65,6 +74,20 @@ class ConsoleRing final : public log::Sink {
     bool stalled_ = false;
     u64 lost_ = 0;            // bytes, in total
     u64 lost_unreported_ = 0; // bytes, of these, not yet reported on the console
+};
+
+/// What is typed at the guest's console, as by `xl console`. The other end is not trusted.
+class ConsoleInput {
+  public:
+    /// `page`: the mapped ring.
+    explicit ConsoleInput(std::byte* page) : page_(page) {}
+
+    /// Copies out what has been typed, at most into.size() bytes, and returns how many. If it was not 0, the other end
+    /// may be waiting for room: notify it. Error{protocol}: its position cannot be.
+    Result<u32> take(std::span<char> into);
+
+  private:
+    std::byte* page_;
 };
 
 } // namespace fl::hv::xen

@@ -214,11 +214,12 @@ inline constexpr u32 event_interdomain = 2;
 
 // ---- the guest's console [xen-public io/console.h] ----
 
+inline constexpr u32 console_in_bytes = 1024;
 inline constexpr u32 console_out_bytes = 2048;
 
 /// One page; `out` is written by the guest. The positions are free-running.
 struct ConsolePage {
-    std::array<char, 1024> in;
+    std::array<char, console_in_bytes> in;
     std::array<char, console_out_bytes> out;
     u32 in_consumer;
     u32 in_producer;
