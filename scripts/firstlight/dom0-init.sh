@@ -88,16 +88,31 @@ act_at_times() {
     done
 }
 
+# follow_suspended SECOND: a guest that has been suspended goes on, in the same domain or in another one, and no xl waits for its end. Until this
+# second of dom0's time; sets found to the reason of its end.
+follow_suspended() {
+    while [ "$found" = 2 ] && [ $(($(milliseconds) / 1000)) -lt "$1" ]; do
+        usleep 200000
+        state=$(xl list -v firstlight 2>/dev/null | awk 'NR == 2 { print $5 ~ /s/ ? $8 : "" }')
+        found=${state:-2}
+    done
+}
+
 # guest SECONDS: runs a guest until it has shut down or the time is over; sets status and reason.
 guest() {
     reason=none
     [ -e "$job/events" ] && { mkfifo /tmp/events; act_at_times < /tmp/events & actor=$!; }
     pass_on "$job/events" < /console/guest-firstlight.log >&3 &
     console=$!
+    exec 4> /console/guest-firstlight.log # while a suspended guest is in no domain
+    end=$(($(milliseconds) / 1000 + $1))
     # A domain that has shut down is kept (on_...="preserve"): its last output may still be in its console's ring, from which xenconsoled reads it.
-    timeout "$1" xl create -F "$job/domain.cfg" > /tmp/xl.log 2>&1 < /dev/null
+    timeout "$1" xl create -F "$job/domain.cfg" > /tmp/xl.log 2>&1 < /dev/null 4>&-
     status=$?
     cat /tmp/xl.log
+    found=$(sed -n 's/.*Domain [0-9]* has shut down, reason code \([0-9]*\).*/\1/p' /tmp/xl.log | tail -n 1)
+    follow_suspended $end
+    exec 4>&-
     if grep -q '^Waiting for domain' /tmp/xl.log; then
         # xenconsoled reads nothing for up to 200 ms from a guest that notified it 30 times in as long, and on a busy host it may not run
         # for longer. What it has not read when the domain is destroyed is lost: wait for the verdict, or as long as one may take.
@@ -106,7 +121,6 @@ guest() {
             usleep 100000
             tries=$((tries + 1))
         done
-        found=$(sed -n 's/.*Domain [0-9]* has shut down, reason code \([0-9]*\).*/\1/p' /tmp/xl.log | tail -n 1)
         if [ -n "$found" ]; then
             reason=$found
             status=0

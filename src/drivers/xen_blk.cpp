@@ -298,7 +298,9 @@ Result<void> Vbd::keep() { return tasks_.spawn(follow()); }
 io::Task<Result<void>> Vbd::follow() {
     for (;;) {
         static_cast<void>(co_await front_.changed());
-        if (disk_.is_open()) {
+        if (disk_.is_open() && std::exchange(moved_, false)) {
+            static_cast<void>(co_await connect_again());
+        } else if (disk_.is_open()) {
             const auto back_state = co_await front_.state();
             if (!back_state) {
                 disk_.close(io::Status::device_gone, back_state.error());
@@ -393,6 +395,9 @@ io::Task<Result<void>> Vbd::connect_again() {
             co_return done;
         }
         disk_.hold();
+        if (std::exchange(moved_, false)) { // during this attempt
+            continue;
+        }
         const auto again = co_await may_try_again(done.error(), bound);
         if (!again || !*again) {
             disk_.close(io::Status::device_gone, done.error());
@@ -478,6 +483,40 @@ io::Task<Result<void>> Vbd::follow_size() {
         disk_.resize(*sectors / units_per_sector);
     }
     co_return Result<void>{};
+}
+
+// ---- suspension ----
+
+// Most often nothing is under way afterwards. What is, because the back end is slow, is asked again.
+io::Task<Result<void>> Vbd::pause() {
+    if (!disk_.is_open() || disk_.is_held()) {
+        co_return Result<void>{};
+    }
+    disk_.pause();
+    const io::Bound bound(environment_.executor, environment_.timeout);
+    while (disk_.is_open() && disk_.abandoned() != 0) {
+        if (bound.passed()) {
+            co_return Error{Code::timed_out, "requests are under way (number)", 0, disk_.abandoned()};
+        }
+        co_await environment_.executor.sleep(pause_step);
+    }
+    co_return Result<void>{};
+}
+
+void Vbd::lost() {
+    port_ = Port::none;
+    moved_ = disk_.is_open();
+    if (moved_) {
+        disk_.hold();
+    }
+}
+
+void Vbd::resumed(bool moved) {
+    if (moved) {
+        front_.notify();
+    } else if (disk_.is_open() && !disk_.is_held()) {
+        disk_.unpause();
+    }
 }
 
 // ---- the end ----

@@ -56,6 +56,11 @@ class Vbd final : public hv::xen::BusDevice {
     /// The device has been added again: waits for the end of the former connection. True: connect() may be called
     /// again; false: the former back end has kept something, so this disk can never be used again.
     io::Task<Result<bool>> await_end();
+    // hv::xen::BusDevice
+    io::Task<Result<void>> pause() override;
+    void lost() override;
+    void resumed(bool moved) override;
+
     Disk& disk() { return disk_; }
     /// Why a working device is not attached: a CD drive, a disk of 0 bytes, or an unsupported one.
     std::optional<Unused> left() const { return left_; }
@@ -64,6 +69,7 @@ class Vbd final : public hv::xen::BusDevice {
     static constexpr u32 max_ring_pages = 1u << max_ring_order;
     static constexpr u64 largest_disk = u64{1} << 54; // in the units of "sectors"; more is nonsense
     static constexpr Nanoseconds retry_pause = 20'000'000;
+    static constexpr Nanoseconds pause_step = 1'000'000;
 
     io::Task<Result<void>> shake_hands();
     io::Task<Result<void>> follow();
@@ -109,6 +115,7 @@ class Vbd final : public hv::xen::BusDevice {
     bool published_large_sectors_ = false;
     bool ended_ = false; // disconnected; may be connected again unless `lost_`
     bool lost_ = false;  // a back end has kept pages of the disk
+    bool moved_ = false; // to another domain: it has to be connected again
     io::Latch end_;
     hv::xen::Port port_ = hv::xen::Port::none;
     DmaBuffer ring_;

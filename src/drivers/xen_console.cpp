@@ -13,7 +13,8 @@ import drivers.driver;
 namespace fl::drivers::xen_console {
 
 Console::Console(Environment& environment, hv::Xen& xen)
-    : environment_(environment), xen_(xen), input_(xen.console_page()), tasks_(environment.executor) {}
+    : BusDevice(device_type, 0), environment_(environment), xen_(xen), input_(xen.console_page()),
+      tasks_(environment.executor) {}
 
 Console::~Console() {
     if (bound_) {
@@ -30,6 +31,18 @@ Result<void> Console::connect() {
     CHECK(xen_.events().bind(xen_.console_port(), on_event, this));
     environment_.executor.raise(*this); // something may have been typed before
     return {};
+}
+
+// In another domain the event channel is another one.
+void Console::resumed(bool moved) {
+    if (!moved) {
+        return;
+    }
+    if (auto again = xen_.events().bind(xen_.console_port(), on_event, this); !again) {
+        log::warning("xen_console: its input is ignored from now on: {}", again.error());
+        return;
+    }
+    environment_.executor.raise(*this);
 }
 
 // Runs in the upcall.
@@ -81,6 +94,8 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     auto connected = console->connect();
     if (!connected) {
         delete console;
+    } else {
+        xen.devices().add(*console);
     }
     co_return connected;
 }

@@ -15,7 +15,7 @@ inline constexpr std::string_view driver_name = "xen_console";
 inline constexpr std::string_view device_type = "console";
 
 /// Lives until machine shutdown.
-class Console final : public io::Service {
+class Console final : public io::Service, public hv::xen::BusDevice {
   public:
     Console(Environment& environment, hv::Xen& xen);
     ~Console();
@@ -27,6 +27,10 @@ class Console final : public io::Service {
     // io::Service
     bool drain() override;
     bool wants_tick() const override { return false; }
+    // hv::xen::BusDevice
+    io::Task<Result<void>> pause() override { co_return Result<void>{}; }
+    void lost() override {}
+    void resumed(bool moved) override;
 
   private:
     static constexpr char interrupt_key = 3; // Ctrl-C

@@ -22,12 +22,43 @@ constexpr std::string_view shutdown_path = "control/shutdown";
 constexpr std::string_view sysrq_path = "control/sysrq";
 
 bool is_power_off(std::string_view request) { return request == "poweroff" || request == "halt"; }
-bool is_known(std::string_view request) { return is_power_off(request) || request == "reboot"; }
+bool is_known(std::string_view request) { return is_power_off(request) || request == "reboot" || request == "suspend"; }
 
 } // namespace
 
-Control::Control(Environment& environment, Store& store)
-    : environment_(environment), store_(store), changed_(environment.executor), tasks_(environment.executor) {
+io::Task<Result<void>> Parked::park() {
+    const auto others = environment_.executors;
+    if (stopped_.load(std::memory_order_acquire) != sent_) { // its post is still on the way
+        co_return Error{Code::busy, "a processor has not stopped for an earlier suspension yet"};
+    }
+    open_.store(false, std::memory_order_relaxed);
+    for (usize i = 1; i < others.size(); ++i) {
+        stops_[i].parked = this;
+        stops_[i].run = stop;
+        sent_ += others[i]->post(stops_[i]) ? 1 : 0; // refused: it does nothing any more
+    }
+    const io::Bound bound(environment_.executor, environment_.timeout);
+    while (stopped_.load(std::memory_order_acquire) != sent_) {
+        if (bound.passed()) {
+            co_return Error{Code::timed_out, "not every processor stops for the suspension", 0,
+                            sent_ - stopped_.load(std::memory_order_relaxed)};
+        }
+        co_await environment_.executor.sleep(100'000);
+    }
+    co_return Result<void>{};
+}
+
+void Parked::stop(io::Post& post) {
+    Parked& self = *static_cast<Stop&>(post).parked;
+    self.stopped_.fetch_add(1, std::memory_order_release);
+    while (!self.open_.load(std::memory_order_acquire)) {
+        __builtin_ia32_pause();
+    }
+}
+
+Control::Control(Environment& environment, hv::Xen& xen)
+    : environment_(environment), xen_(xen), store_(xen.store()), parked_(environment_), changed_(environment.executor),
+      tasks_(environment.executor) {
     shutdown_.path = StorePath(shutdown_path);
     sysrq_.path = StorePath(sysrq_path);
     for (Watch* const watch : {&shutdown_, &sysrq_}) {
@@ -40,12 +71,7 @@ io::Task<Result<void>> Control::connect() {
     if (environment_.shutdown == nullptr) {
         co_return Error{Code::not_supported, "nothing here can shut the machine down"};
     }
-    // The toolstack asks only for what is announced; without the nodes it assumes both [xenstore-paths].
-    for (const std::string_view feature : {"control/feature-poweroff", "control/feature-reboot"}) {
-        if (auto written = co_await store_.write(feature, "1"); !written) {
-            log::info("xen_control: {} is not writable: {}", feature, written.error());
-        }
-    }
+    CO_CHECK(co_await announce());
     // A new watch fires at once. It is awaited here, so that serve() has nothing to do, and no coroutine frame to
     // allocate, while a job is measured; a request that was there already is left to it.
     const io::Bound bound(environment_.executor, environment_.timeout);
@@ -69,6 +95,30 @@ io::Task<Result<void>> Control::connect() {
     }
     static_cast<void>(co_await store_.unwatch(shutdown_));
     co_return begun;
+}
+
+// The toolstack asks only for what is announced; without the nodes it assumes all [xenstore-paths].
+io::Task<Result<void>> Control::announce() {
+    for (const std::string_view feature :
+         {"control/feature-poweroff", "control/feature-reboot", "control/feature-suspend"}) {
+        if (auto written = co_await store_.write(feature, "1"); !written) {
+            log::info("xen_control: {} is not writable: {}", feature, written.error());
+        }
+    }
+    co_return Result<void>{};
+}
+
+// A job goes on before and after it, and knows nothing of it.
+io::Task<Result<void>> Control::suspend() {
+    const auto moved = co_await xen_.suspend(parked_);
+    if (!moved) {
+        log::error("xen_control: the machine was not suspended as requested: {}", moved.error());
+    } else if (!*moved) {
+        log::info("xen_control: the toolstack has cancelled the suspension");
+    } else {
+        co_return co_await announce();
+    }
+    co_return Result<void>{};
 }
 
 io::Task<Result<void>> Control::disconnect() {
@@ -144,13 +194,16 @@ io::Task<Result<void>> Control::shut_down() {
         co_return Result<void>{};
     }
     if (*confirmed == Confirmed::not_ours) {
-        log::warning(
-            "xen_control: the toolstack requests '{}' in {}; this kernel knows poweroff, halt and reboot: left "
-            "unanswered",
-            request, shutdown_path);
+        log::warning("xen_control: the toolstack requests '{}' in {}; this kernel knows poweroff, halt, reboot and "
+                     "suspend: left "
+                     "unanswered",
+                     request, shutdown_path);
         co_return Result<void>{};
     }
     log::info("xen_control: the toolstack requests '{}'", request);
+    if (request == "suspend") {
+        co_return co_await suspend();
+    }
     const auto end = is_power_off(request) ? io::Shutdown::End::off : io::Shutdown::End::restart;
     if (!environment_.shutdown->request("Xen's toolstack", end)) {
         co_return Result<void>{}; // one is under way
@@ -178,7 +231,7 @@ io::Task<Result<void>> Control::take_key() {
 }
 
 io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice&) {
-    auto* control = new (std::nothrow) Control(environment, xen.store()); // lives until machine shutdown
+    auto* control = new (std::nothrow) Control(environment, xen); // lives until machine shutdown
     if (control == nullptr) {
         co_return Error{Code::exhausted, "no memory for the control device"};
     }

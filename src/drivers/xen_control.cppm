@@ -1,7 +1,8 @@
-// Requests of Xen's toolstack to this guest, as `xl shutdown`, `xl reboot` and `xl sysrq` make them: texts in XenStore
-// [xenstore-paths, ~/control/*]. The guest clears a text to confirm that it has seen the request.
+// Requests of Xen's toolstack to this guest, as `xl shutdown`, `xl reboot`, `xl save` and `xl sysrq` make them: texts
+// in XenStore [xenstore-paths, ~/control/*]. The guest clears a text to confirm that it has seen the request.
 export module drivers.xen_control;
 import core.std;
+import core.processor;
 import core.result;
 import io.executor;
 import io.latch;
@@ -16,10 +17,32 @@ inline constexpr std::string_view driver_name = "xen_control";
 /// Of the device in hv.xen.bus: every guest with a directory "control" has one.
 inline constexpr std::string_view device_type = "control";
 
+/// Stops the other processors in a post each, for as long as the suspension takes.
+class Parked final : public hv::Parking {
+  public:
+    explicit Parked(Environment& environment) : environment_(environment) {}
+    io::Task<Result<void>> park() override;
+    void release() override { open_.store(true, std::memory_order_release); }
+
+  private:
+    /// Outlives the suspension, if the processor takes it only afterwards.
+    struct Stop : io::Post {
+        Parked* parked = nullptr;
+    };
+    static void stop(io::Post& post);
+
+    Environment& environment_;
+    std::array<Stop, max_processors> stops_{};
+    // acquire and release: what a processor did before it stopped is visible here, and what was done meanwhile there
+    std::atomic<u32> stopped_{0}; // in all suspensions so far
+    u32 sent_ = 0;                // likewise
+    std::atomic<bool> open_{true};
+};
+
 /// Lives until machine shutdown.
 class Control {
   public:
-    Control(Environment& environment, hv::xen::Store& store);
+    Control(Environment& environment, hv::Xen& xen);
     Control(const Control&) = delete;
     Control& operator=(const Control&) = delete;
 
@@ -36,6 +59,8 @@ class Control {
         yes,      // its text has been cleared
         not_ours, // unknown to this guest: the text stays, and the toolstack's own bound ends its wait
     };
+    io::Task<Result<void>> announce();
+    io::Task<Result<void>> suspend();
     io::Task<Result<void>> serve();
     io::Task<Result<void>> shut_down();
     io::Task<Result<void>> take_key();
@@ -43,7 +68,9 @@ class Control {
                                         bool (*known)(std::string_view request));
 
     Environment environment_;
+    hv::Xen& xen_;
     hv::xen::Store& store_;
+    Parked parked_;
     io::Latch changed_;
     hv::xen::Watch shutdown_;
     hv::xen::Watch sysrq_;

@@ -296,7 +296,11 @@ io::Task<Result<void>> Vif::follow() {
         const auto back_state = co_await front_.state();
         std::optional<Error> why;
         bool returns = false;
-        if (!back_state) {
+        if (std::exchange(moved_, false)) {
+            if (auto again = co_await connect_again(); !again) {
+                why = again.error();
+            }
+        } else if (!back_state) {
             why = back_state.error();
         } else if (*back_state <= BusState::closed && *back_state != BusState::connected) {
             why = Error{Code::device_gone, "the back end has closed the device (state)",
@@ -368,6 +372,9 @@ io::Task<Result<void>> Vif::connect_again() {
             co_return done;
         }
         static_cast<void>(co_await hold_lanes());
+        if (std::exchange(moved_, false)) { // during this attempt
+            continue;
+        }
         const auto again = co_await may_try_again(done.error(), bound);
         if (!again || !*again) {
             co_return done;
@@ -420,6 +427,22 @@ void Vif::forget_connection(bool released) {
         } else {
             lanes_.all[lane]->abandon();
         }
+    }
+}
+
+// ---- suspension ----
+
+void Vif::lost() {
+    moved_ = !ended_;
+    for (u32 lane = 0; lane < lanes_.count; ++lane) {
+        connections_[lane].port = Port::none;
+        lanes_.all[lane]->lose();
+    }
+}
+
+void Vif::resumed(bool moved) {
+    if (moved) {
+        front_.notify();
     }
 }
 

@@ -54,6 +54,11 @@ class Vif final : public hv::xen::BusDevice {
     io::Task<Result<bool>> await_end();
     io::NetDevice& card() { return *lanes_.all[0]; }
 
+    // hv::xen::BusDevice
+    io::Task<Result<void>> pause() override { co_return Result<void>{}; } // frames may be lost
+    void lost() override;
+    void resumed(bool moved) override;
+
   private:
     static constexpr u32 ring_bytes = 2 * static_cast<u32>(page_size); // of one lane
     static constexpr u32 entries_of_lane = 3;
@@ -116,6 +121,7 @@ class Vif final : public hv::xen::BusDevice {
     bool begun_ = false; // the back end may have seen us
     bool ended_ = false; // disconnected; may be connected again unless `lost_`
     bool lost_ = false;  // a back end has kept pages of the card
+    bool moved_ = false; // to another domain: it has to be connected again
     std::array<hv::xen::StoreEntry, Lanes::max_lanes * entries_of_lane + 6> entries_{};
     u32 entry_count_ = 0;
     Alarm alarm_;

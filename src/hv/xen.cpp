@@ -47,7 +47,9 @@ Result<void> Xen::install_hypercalls(Environment& environment, const Sighting& s
         return Error{Code::protocol, "Xen announces no hypercall page", 1, leaf.eax};
     }
     if (gate_.page != nullptr) {
-        environment.cpu.write_msr(leaf.ebx, environment.physical.physical_of(gate_.page));
+        hypercall_msr_ = leaf.ebx;
+        hypercall_page_ = environment.physical.physical_of(gate_.page);
+        environment.cpu.write_msr(hypercall_msr_, hypercall_page_);
     }
     hypercalls_ = xen::Hypercalls(gate_);
     const i64 version = hypercalls_.version();
@@ -66,7 +68,8 @@ Result<void> Xen::install_hypercalls(Environment& environment, const Sighting& s
 
 Result<void> Xen::install_shared_info(Environment& environment) {
     TRY(DmaBuffer page, environment.memory.buffer(page_size));
-    CHECK(hypercalls_.add_to_physmap(MapSpace::shared_info, 0, page.bus() / page_size));
+    shared_frame_ = page.bus() / page_size;
+    CHECK(hypercalls_.add_to_physmap(MapSpace::shared_info, 0, shared_frame_));
     // Xen's page has replaced ours: never free it.
     shared_ = reinterpret_cast<SharedInfo*>(page.data());
     page.abandon();
@@ -141,16 +144,18 @@ void Xen::install_console(Environment& environment) {
     }
 }
 
-void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
-    // frequency = (10^9 << 32) / mul >> shift [xen-public xen.h vcpu_time_info]
-    auto frequency = [](u32 mul, i8 shift) -> std::optional<u64> {
-        if (mul == 0 || shift < -31 || shift > 31) {
-            return std::nullopt;
-        }
-        const u64 unshifted = (u64{1'000'000'000} << 32) / mul;
-        const u64 hz = shift >= 0 ? unshifted >> shift : unshifted << -shift;
-        return hz >= 1'000'000 && hz <= 100'000'000'000 ? std::optional(hz) : std::nullopt;
-    };
+// frequency = (10^9 << 32) / mul >> shift [xen-public xen.h vcpu_time_info]
+std::optional<u64> Xen::frequency(u32 mul, i8 shift) {
+    if (mul == 0 || shift < -31 || shift > 31) {
+        return std::nullopt;
+    }
+    const u64 unshifted = (u64{1'000'000'000} << 32) / mul;
+    const u64 hz = shift >= 0 ? unshifted >> shift : unshifted << -shift;
+    return hz >= 1'000'000 && hz <= 100'000'000'000 ? std::optional(hz) : std::nullopt;
+}
+
+// Nothing: Xen has not written it yet.
+std::optional<u64> Xen::pvclock_hz() const {
     const VcpuTimeInfo& time = shared_->vcpu[0].time;
     for (u32 tries = 0; tries < 16; ++tries) {
         // Acquire, twice: reads the values between two equal, even versions. Pairs with Xen's order: version, values,
@@ -161,11 +166,15 @@ void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
         std::atomic_thread_fence(std::memory_order_acquire);
         const u32 now = std::atomic_ref(const_cast<u32&>(time.version)).load(std::memory_order_relaxed);
         if (before == now && before % 2 == 0) {
-            tsc_hz_ = frequency(mul, shift);
-            clock_name_ = tsc_hz_ ? "xen pvclock" : clock_name_;
-            break;
+            return frequency(mul, shift);
         }
     }
+    return std::nullopt;
+}
+
+void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
+    tsc_hz_ = pvclock_hz();
+    clock_name_ = tsc_hz_ ? "xen pvclock" : clock_name_;
     if (!tsc_hz_) { // not written yet: CPUID has the same values
         const CpuidRegisters scale = environment.cpuid.get(sighting.base + 3, 1);
         tsc_hz_ = frequency(scale.ecx, static_cast<i8>(scale.edx));
@@ -184,6 +193,7 @@ Result<void> Xen::start(Services& services) {
         TRY(const InterruptVector vector, services.interrupts.attach_vector(Events::upcall, &events_, false));
         if (auto set = hypercalls_.set_hvm_parameter(HvmParam::callback_irq, callback_by_vector(vector.vector)); set) {
             upcall_ = Upcall::vector;
+            upcall_vector_ = vector.vector;
         } else {
             services.interrupts.detach_vector(vector);
         }
@@ -195,6 +205,7 @@ Result<void> Xen::start(Services& services) {
             return set.error();
         }
         upcall_ = Upcall::apic_vector;
+        upcall_vector_ = vector.vector;
     }
     if (has_store_) {
         if (auto started = store_.start(services.executor, events_); !started) {
@@ -217,6 +228,104 @@ io::Task<Result<void>> Xen::enumerate(DeviceList& into) {
     }
     device_watch_->know(into.all().subspan(before));
     co_return Result<void>{};
+}
+
+// ---- suspension ----
+
+io::Task<Result<bool>> Xen::suspend(Parking& others) {
+    if (!store_.started()) {
+        co_return Error{Code::not_supported, "without XenStore nothing can be connected again"};
+    }
+    for (BusDevice* device = devices_.first(); device != nullptr; device = BusDevices::after(*device)) {
+        if (auto paused = co_await device->pause(); !paused) {
+            log::warning("xen: {} {} is not quiet: {}", device->type(), device->number(), paused.error());
+        }
+    }
+    const Result<void> held = co_await store_.hold();
+    const Result<void> parked = held ? co_await others.park() : held;
+    i64 answer = suspend_cancelled;
+    Result<void> anew;
+    if (parked) {
+        log::info("xen: suspended");
+        if (ConsoleRing* const console = guest_console(); console != nullptr) {
+            console->flush(); // another domain's ring is empty
+        }
+        answer = hypercalls_.suspend();
+        if (answer == 0) {
+            anew = set_up_anew();
+            for (BusDevice* device = devices_.first(); device != nullptr; device = BusDevices::after(*device)) {
+                device->lost();
+            }
+        }
+    }
+    others.release();
+    if (held) {
+        store_.release();
+    }
+    const bool moved = answer == 0;
+    if (moved) {
+        log::info("xen: resumed in another domain");
+        check_clock();
+        if (auto watched = co_await store_.watch_again(); !watched) {
+            log::warning("xen: a watch of XenStore is lost: {}", watched.error());
+        }
+    }
+    for (BusDevice* device = devices_.first(); device != nullptr; device = BusDevices::after(*device)) {
+        device->resumed(moved);
+    }
+    if (!parked) {
+        co_return parked.error();
+    }
+    if (answer < 0) {
+        co_return Error{Code::not_supported, "Xen does not suspend this guest (errno)", 0, static_cast<u64>(-answer)};
+    }
+    if (!anew) {
+        co_return anew.error();
+    }
+    co_return moved;
+}
+
+// In another domain memory and registers are as they were, and nothing that Xen or the toolstack keeps for a guest is:
+// the hypercall page is filled, the shared pages are mapped, and parameters and event channels are set once more.
+Result<void> Xen::set_up_anew() {
+    if (hypercall_msr_ != 0) {
+        cpu_->write_msr(hypercall_msr_, hypercall_page_);
+    }
+    CHECK(hypercalls_.add_to_physmap(MapSpace::shared_info, 0, shared_frame_));
+    events_.restart();
+    for (u32 frame = grants_.frames(); frame-- > 0;) { // the last one first: Xen grows its table only once
+        CHECK(map_grant_frame(frame));
+    }
+    if (upcall_ == Upcall::vector) {
+        CHECK(hypercalls_.set_hvm_parameter(HvmParam::callback_irq, callback_by_vector(upcall_vector_)));
+    } else if (upcall_ == Upcall::apic_vector) {
+        CHECK(hypercalls_.set_upcall_vector(0, upcall_vector_));
+    }
+    if (const auto console = hypercalls_.hvm_parameter(HvmParam::console_event_channel)) {
+        console_port_ = static_cast<Port>(static_cast<u32>(*console));
+        if (ConsoleRing* const ring = guest_console(); ring != nullptr) {
+            ring->restart(console_port_);
+        }
+    }
+    TRY(const u64 port, hypercalls_.hvm_parameter(HvmParam::store_event_channel));
+    if (port == 0 || port >= event_channels) {
+        return Error{Code::not_found, "no XenStore was given to this domain (event channel)", event_channels - 1, port};
+    }
+    return store_.restart(static_cast<Port>(static_cast<u32>(port)));
+}
+
+// The counter goes on from its old value. Its frequency changes if the other host has another one and does not hide it.
+void Xen::check_clock() {
+    const auto fresh = pvclock_hz();
+    if (!fresh || !tsc_hz_) {
+        return;
+    }
+    const u64 difference = *fresh > *tsc_hz_ ? *fresh - *tsc_hz_ : *tsc_hz_ - *fresh;
+    if (difference > *tsc_hz_ / 10'000) {
+        log::warning(
+            "xen: the time stamp counter runs at {} kHz now, not at {} kHz: all times are wrong by that factor",
+            *fresh / 1000, *tsc_hz_ / 1000);
+    }
 }
 
 // ---- processors ----

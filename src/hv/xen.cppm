@@ -19,6 +19,18 @@ export import hv.xen.console;
 
 export namespace fl::hv {
 
+/// Stops the other processors during a suspension.
+class Parking {
+  public:
+    /// Afterwards they access nothing, until release(). Error{timed_out}: not all of them have stopped.
+    virtual io::Task<Result<void>> park() = 0;
+    /// Also after an error of park().
+    virtual void release() = 0;
+
+  protected:
+    ~Parking() = default;
+};
+
 class Xen {
   public:
     static constexpr std::string_view name = "xen";
@@ -70,6 +82,12 @@ class Xen {
         return device_watch_->changes();
     }
 
+    /// Suspends this guest, as its toolstack has requested: for `xl save`, for a migration. Returns once it goes on,
+    /// and whether in another domain (true) or in the same one, because the toolstack has cancelled it. On an Error it was
+    /// not suspended, or cannot use its devices any more. In another domain everything that Xen and the toolstack keep
+    /// for a guest is set up anew; its devices are connected again by their drivers, afterwards.
+    io::Task<Result<bool>> suspend(Parking& others);
+
     /// Sleeps in the hypervisor until one of the (masked) events is pending or about `timeout_ns` have passed, without
     /// taking an interrupt. Interrupts of other devices do not end it, so use it only if all devices are Xen's.
     void idle_poll(std::span<const u32> ports, u64 timeout_ns) { static_cast<void>(events_.poll(ports, timeout_ns)); }
@@ -109,17 +127,25 @@ class Xen {
     Result<void> map_grant_frame(u32 frame);
     void install_store(Environment& environment);
     void install_console(Environment& environment);
+    static std::optional<u64> frequency(u32 mul, i8 shift);
+    std::optional<u64> pvclock_hz() const;
+    Result<void> set_up_anew();
+    void check_clock();
     void find_clock(const Environment& environment, const Sighting& sighting);
 
     xen::Gate gate_;
     xen::Hypercalls hypercalls_;
     Privileged* cpu_ = nullptr;
+    u32 hypercall_msr_ = 0;
+    u64 hypercall_page_ = 0; // physical; 0: the gate has none
+    u64 shared_frame_ = 0;   // guest frame number of shared_
     xen::SharedInfo* shared_ = nullptr;
     u32 version_ = 0;
     u32 features_ = 0;
     std::optional<u64> tsc_hz_;
     std::string_view clock_name_ = "none";
     Upcall upcall_ = Upcall::none;
+    u8 upcall_vector_ = 0;
     bool has_store_ = false;
     xen::Events events_;
     xen::Grants grants_;

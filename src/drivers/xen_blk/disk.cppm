@@ -47,6 +47,7 @@ class Transport : public io::TransportDefaults {
     void lose();
     void pause() { link_ = Link::paused; }
     void unpause() { link_ = Link::up; }
+    bool is_lost() const { return link_ == Link::lost; }
     inline void on_event() { channel_.on_event(*queue); }
 
     // io::BlockTransport
@@ -141,6 +142,7 @@ class Disk final : public io::QueueDisk<Transport> {
     void unpause();
     /// The connection is lost or about to be: requests wait from now on, without a time-out, until resume() or close().
     void hold() { queue_.transport().lose(); }
+    bool is_held() const { return queue_.transport().is_lost(); }
     /// The back end can no longer access anything: what it had under way waits to be sent again, and the connection's
     /// pages and grants are freed. Only while held.
     void take_back();

@@ -49,6 +49,8 @@ class Lane final : public io::NetDevice, public io::Service {
     /// The connection is lost, on the lane's processor: the rings are not accessed any more, frames in them are lost,
     /// and others wait for room until start() or stop().
     io::Task<Result<void>> hold();
+    /// The same while the lane's processor does nothing, on any one.
+    void lose() { connected_ = false; }
     /// Ends it, on the lane's processor: the rings are not accessed any more. May be called at any time.
     io::Task<Result<void>> stop();
     /// The back end can no longer access anything: frees the pages. After stop().

@@ -84,6 +84,15 @@ class BusDevice {
     std::string_view type() const { return type_; }
     u32 number() const { return number_; }
 
+    // A suspension of the machine [hv.xen suspend()], in this order:
+    /// Sends nothing more to the back end, and waits a bounded time until it has answered what it has.
+    virtual io::Task<Result<void>> pause() = 0;
+    /// Only in another domain, while nothing else runs: there is no back end any more, and no event channel or grant is
+    /// valid. Must not wait.
+    virtual void lost() = 0;
+    /// After both: `moved`: in another domain, so that the device has to be connected again; or still in the same one.
+    virtual void resumed(bool moved) = 0;
+
   protected:
     ~BusDevice() = default;
 
@@ -106,6 +115,9 @@ class BusDevices {
             }
         }
     }
+    /// The list, newest first; it may change whenever a coroutine waits.
+    BusDevice* first() const { return first_; }
+    static BusDevice* after(const BusDevice& device) { return device.next_; }
     BusDevice* find(std::string_view type, u32 number) const {
         BusDevice* at = first_;
         while (at != nullptr && (at->type_ != type || at->number_ != number)) {

@@ -12,6 +12,10 @@ import hv.xen.hypercall;
 
 namespace fl::hv::xen {
 
+namespace {
+constinit ConsoleRing* opened_console = nullptr;
+}
+
 std::optional<ConsoleChannel> find_console(Hypercalls& calls, bool emulated) {
     const auto frame = calls.hvm_parameter(HvmParam::console_frame);
     const auto port = frame ? calls.hvm_parameter(HvmParam::console_event_channel) : frame;
@@ -73,6 +77,15 @@ void ConsoleRing::open(const Hypercalls& calls, std::byte* page, Port port, u64 
     cycles_ = cycles;
     timeout_ = timeout_ms * (cycles_per_ms != 0 ? cycles_per_ms : fast);
     // A loader may have written before; keep what has not been read yet.
+    produced_ = io::MappedMemory(page_, 4096).load_acquire<u32>(offsetof(ConsolePage, out_producer));
+    opened_console = this;
+}
+
+ConsoleRing* guest_console() { return opened_console; }
+
+void ConsoleRing::restart(Port port) {
+    port_ = port;
+    stalled_ = false;
     produced_ = io::MappedMemory(page_, 4096).load_acquire<u32>(offsetof(ConsolePage, out_producer));
 }
 

@@ -54,6 +54,8 @@ class ConsoleRing final : public log::Sink {
     /// The same ring is now mapped at `page`.
     void move(std::byte* page) { page_ = page; }
     void write(std::string_view text) override;
+    /// In another domain: an empty ring at the same place, with another event channel. Before, flush().
+    void restart(Port port);
     /// Waits until everything has been read, even for a reader that was considered stalled.
     void flush() override;
     u64 lost() const { return lost_; }
@@ -89,5 +91,8 @@ class ConsoleInput {
   private:
     std::byte* page_;
 };
+
+/// The ring that was opened; nullptr: none. One per guest.
+ConsoleRing* guest_console();
 
 } // namespace fl::hv::xen

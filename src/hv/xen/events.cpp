@@ -15,6 +15,15 @@ void Events::install(Hypercalls& hypercalls, SharedInfo& shared, u32 vcpu) {
     }
 }
 
+void Events::restart() {
+    slots_ = {};
+    open_ = {};
+    open_count_ = 0;
+    for (u64& word : shared_->mask) {
+        std::atomic_ref<u64>(word).store(~u64{0}, std::memory_order_relaxed);
+    }
+}
+
 Result<Port> Events::allocate_unbound(Domain remote) {
     EventAllocUnbound argument{domain_self, remote, Port::none};
     const i64 answer = hypercalls_->call(Hypercall::event_channel_op, EventOp::alloc_unbound, argument);

@@ -29,6 +29,8 @@ class Events {
     /// every port.
     void install(Hypercalls& hypercalls, SharedInfo& shared, u32 vcpu);
     bool installed() const { return shared_ != nullptr; }
+    /// In another domain, with its shared info page mapped: no port is open, and each is masked.
+    void restart();
 
     /// Allocates a port that domain `remote` may bind to.
     Result<Port> allocate_unbound(Domain remote);

@@ -77,6 +77,8 @@ class Grants {
     void quarantine(GrantRef ref);
     /// Tries to end quarantined entries, a bounded number per call. For a tick.
     void sweep();
+    /// Frames of the table that are mapped.
+    u32 frames() const { return frames_; }
     u32 in_quarantine() const { return quarantined_; }
     /// Entries that are allocated: granted, in quarantine, or given up with the memory of a back end that kept it.
     u32 in_use() const { return usable_ - free_count_; }

@@ -85,6 +85,11 @@ Result<void> Hypercalls::stop_vcpu(u32 vcpu) {
                    "Xen does not stop a virtual CPU (errno)");
 }
 
+i64 Hypercalls::suspend() {
+    u32 reason = shutdown_suspend;
+    return call(Hypercall::sched_op, SchedOp::shutdown, reason);
+}
+
 i64 Hypercalls::console_write(std::string_view text) {
     return call(Hypercall::console_io, to_underlying(ConsoleOp::write), text.size(),
                 reinterpret_cast<u64>(text.data()));

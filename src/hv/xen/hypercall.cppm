@@ -54,6 +54,9 @@ class Hypercalls {
     /// Sets the registers of a virtual CPU that has none yet, and starts it.
     Result<void> start_vcpu(u32 vcpu, const VcpuContext& context);
     Result<void> stop_vcpu(u32 vcpu);
+    /// Suspends this domain; returns 0 in another domain that continues from the same state, 1 in this one: the
+    /// toolstack has cancelled it [xen-sched]; or a negative error number, at once.
+    i64 suspend();
     /// Writes text to Xen's console; returns >= 0 or a negative error number.
     i64 console_write(std::string_view text);
     /// Maximum number of frames of this guest's grant table.

@@ -107,6 +107,9 @@ static_assert(sizeof(VcpuContext) == 136 && offsetof(VcpuContext, rsp) == 40 && 
               offsetof(VcpuContext, efer) == 112);
 
 enum class SchedOp : u32 { yield = 0, block = 1, shutdown = 2, poll = 3 };
+/// The reason of SchedOp::shutdown after which the domain may go on. It returns 1 if it has been cancelled.
+inline constexpr u32 shutdown_suspend = 2;
+inline constexpr i64 suspend_cancelled = 1;
 struct SchedPoll {
     const u32* ports; // virtual address of port_count ports
     u32 port_count;

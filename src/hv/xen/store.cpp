@@ -67,6 +67,19 @@ Result<void> Store::start(io::Executor& executor, Events& events) {
     if (page_ == nullptr) {
         return Error{Code::not_found, "this guest was given no XenStore"};
     }
+    CHECK(attach_rings());
+    CHECK(events.bind(port_, on_event, this));
+    executor_ = &executor;
+    channel_ = &events;
+    progress_.emplace(executor);
+    executor.add(*this);
+    if (events.unmask(port_)) {
+        on_event(this);
+    }
+    return {};
+}
+
+Result<void> Store::attach_rings() {
     io::MappedMemory memory(page_, page_size);
     // Positions need not start at 0: a loader may have used the store before [xenstore-ring].
     const u32 produced = memory.load_acquire<u32>(offsetof(StorePage, request_producer));
@@ -87,13 +100,18 @@ Result<void> Store::start(io::Executor& executor, Events& events) {
                             .entries = offsetof(StorePage, responses)};
     TRY(requests_, Requests::create(memory, out, positions, {}, produced));
     TRY(responses_, Responses::create(memory, in, positions, {}, {}, answered));
+    return {};
+}
 
-    CHECK(events.bind(port_, on_event, this));
-    executor_ = &executor;
-    channel_ = &events;
-    progress_.emplace(executor);
-    executor.add(*this);
-    if (events.unmask(port_)) {
+Result<void> Store::restart(Port port) {
+    port_ = port;
+    in_payload_ = false;
+    received_ = 0;
+    closed_.reset();
+    ++registration_;
+    CHECK(attach_rings());
+    CHECK(channel_->bind(port_, on_event, this));
+    if (channel_->unmask(port_)) {
         on_event(this);
     }
     return {};
@@ -149,6 +167,22 @@ void Store::leave() {
     if (node != nullptr) {
         static_cast<Turn*>(node)->given = true;
         executor_->make_ready(*node);
+    }
+}
+
+io::Task<Result<void>> Store::hold() {
+    static constexpr Nanoseconds pause = 1'000'000;
+    const io::Bound bound(*executor_, timeout_);
+    for (;;) {
+        co_await Turn(*this);
+        if (transactions_ == 0) {
+            co_return Result<void>{};
+        }
+        leave();
+        if (bound.passed()) {
+            co_return Error{Code::timed_out, "a transaction with XenStore does not end", 0, transactions_};
+        }
+        co_await executor_->sleep(pause);
     }
 }
 
@@ -391,12 +425,14 @@ io::Task<Result<u32>> Store::begin() {
     if (!number || *number == 0 || *number > ~u32{0}) {
         co_return Error{Code::protocol, "XenStore gives a transaction without a number"};
     }
+    ++transactions_;
     co_return static_cast<u32>(*number);
 }
 
 io::Task<Result<bool>> Store::commit(u32 transaction) {
     std::array<char, 16> answer;
     const auto done = co_await exchange(StoreType::transaction_end, transaction, "T", {}, false, answer);
+    --transactions_;
     if (!done && done.error().code == Code::busy) {
         co_return false;
     }
@@ -408,6 +444,7 @@ io::Task<Result<bool>> Store::commit(u32 transaction) {
 
 io::Task<Result<void>> Store::watch(Watch& watch) {
     watch.token = next_token_++;
+    watch.registration = registration_;
     watch.next = watches_; // before the request: the first event arrives with the reply
     watches_ = &watch;
     FixedText<24> token;
@@ -422,6 +459,27 @@ io::Task<Result<void>> Store::watch(Watch& watch) {
         }
     }
     co_return done;
+}
+
+// The list may change with each request: it is searched from its head for one that is left.
+io::Task<Result<void>> Store::watch_again() {
+    Result<void> result;
+    for (;;) {
+        Watch* watch = watches_;
+        while (watch != nullptr && watch->registration == registration_) {
+            watch = watch->next;
+        }
+        if (watch == nullptr) {
+            co_return result;
+        }
+        watch->registration = registration_;
+        FixedText<24> token;
+        print(token, "{}{}", token_prefix, watch->token);
+        const StorePath path = watch->path;
+        if (auto done = co_await command(StoreType::watch, 0, path, token, true); !done) {
+            result = done;
+        }
+    }
 }
 
 io::Task<Result<void>> Store::unwatch(Watch& watch) {
@@ -469,6 +527,7 @@ io::Task<Result<void>> Store::write_all(std::string_view directory, std::span<co
                     static_cast<void>(
                         co_await exchange(StoreType::transaction_end, transaction, "F", {}, false, answer));
                 }
+                --transactions_;
                 co_return written.error();
             }
         }

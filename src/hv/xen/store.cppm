@@ -28,6 +28,7 @@ struct Watch {
     StorePath path{};
     u32 token = 0;
     Watch* next = nullptr;
+    u32 registration = 0; // of the store: see watch_again()
 };
 
 /// A key and its value, for write_all().
@@ -73,6 +74,16 @@ class Store final : public io::Service {
     /// Writes all entries below `directory`, or none; retries a bounded number of times.
     io::Task<Result<void>> write_all(std::string_view directory, std::span<const StoreEntry> entries);
 
+    /// For a suspension: waits until no request and no transaction is under way, and keeps further requests waiting
+    /// until release(). Error{timed_out}: they are not kept waiting.
+    io::Task<Result<void>> hold();
+    void release() { leave(); }
+    /// While held, in another domain, whose store has seen nothing of this guest: the rings at their new positions.
+    /// `port`: as in install().
+    Result<void> restart(Port port);
+    /// Afterwards, not held: adds all watches again; the `changed` of each is called once.
+    io::Task<Result<void>> watch_again();
+
     bool drain() override;
     /// While a reply is awaited: a lost event then costs a tick, not the whole bound.
     bool wants_tick() const override { return expected_.active; }
@@ -99,6 +110,7 @@ class Store final : public io::Service {
                                                 std::string_view value, bool terminate, std::span<char> into);
     io::Task<Result<void>> command(StoreType type, u32 transaction, std::string_view path, std::string_view value,
                                    bool terminate);
+    Result<void> attach_rings();
     void leave();
     void dispatch();
     void dispatch_watch();
@@ -120,6 +132,8 @@ class Store final : public io::Service {
     io::ReadyList queue_;
 
     // The request in flight.
+    u32 transactions_ = 0; // open
+    u32 registration_ = 0; // counts calls of restart()
     u32 next_id_ = 1;
     u32 next_token_ = 1;
     struct Expected {

@@ -108,8 +108,8 @@ class Blkback {
             put("max-ring-page-order", *offer.ring_order);
         }
         EXPECT_LE(offer.sectors * 512, disk.size());
-        frontend_changed_ = false;
         go(2);
+        frontend_changed_ = front_state() == 3; // it looks at the front end when it starts
     }
 
     void put(const std::string& key, u64 value) { xen.tree[back + "/" + key] = std::to_string(value); }

@@ -61,7 +61,7 @@ struct XenControl : testing::Test {
                                                  .interrupts = m.xen.interrupts,
                                                  .disks = disks,
                                                  .shutdown = &*shutdown});
-        control.emplace(*environment, m.guest.store());
+        control.emplace(*environment, m.guest);
         ASSERT_TRUE(m.run(control->connect()));
         settle();
     }
@@ -79,7 +79,7 @@ struct XenControl : testing::Test {
 TEST_F(XenControl, AnnouncesWhatItCanDo) {
     EXPECT_EQ(m.xen.get("control/feature-poweroff"), "1");
     EXPECT_EQ(m.xen.get("control/feature-reboot"), "1");
-    EXPECT_EQ(m.xen.get("control/feature-suspend"), "");
+    EXPECT_EQ(m.xen.get("control/feature-suspend"), "1");
     EXPECT_FALSE(shutdown->requested());
 }
 
@@ -91,7 +91,7 @@ TEST_F(XenControl, EachRequestEndsTheMachineAsItSays) {
             TearDown();
             control.reset();
             shutdown.emplace(m.executor);
-            control.emplace(*environment, m.guest.store());
+            control.emplace(*environment, m.guest);
             ASSERT_TRUE(m.run(control->connect()));
         }
         m.xen.set("control/shutdown", text);
@@ -136,7 +136,7 @@ TEST_F(XenControl, ARequestThatKeepsChangingIsGivenUp) {
 
 TEST_F(XenControl, UnknownRequestsAreLeftAsTheyAre) {
     for (const char* text :
-         {"suspend", "s3", "powerof", "poweroff-now", "a request that is longer than any that is known"}) {
+         {"suspended", "s3", "powerof", "poweroff-now", "a request that is longer than any that is known"}) {
         m.xen.set("control/shutdown", text);
         settle();
         EXPECT_FALSE(shutdown->requested()) << text;
@@ -147,6 +147,34 @@ TEST_F(XenControl, UnknownRequestsAreLeftAsTheyAre) {
     m.xen.set("control/shutdown", "poweroff");
     settle();
     EXPECT_TRUE(shutdown->requested()) << "and a known one is still seen";
+}
+
+TEST_F(XenControl, ASuspensionIsConfirmedAndTheJobGoesOn) {
+    m.xen.on_suspend = [&] {
+        EXPECT_EQ(m.xen.get("control/shutdown"), "") << "confirmed before";
+        return i64{1};
+    };
+    m.xen.set("control/shutdown", "suspend");
+    settle();
+    EXPECT_FALSE(shutdown->requested());
+    EXPECT_TRUE(log.has("the toolstack has cancelled the suspension"));
+    m.xen.on_suspend = [&] {
+        m.xen.move_to_another_domain();
+        for (const char* feature : {"poweroff", "reboot", "suspend"}) {
+            m.xen.tree.erase(m.xen.full(std::string("control/feature-") + feature));
+        }
+        return i64{0};
+    };
+    m.xen.set("control/shutdown", "suspend");
+    settle();
+    EXPECT_FALSE(shutdown->requested());
+    for (const char* feature : {"poweroff", "reboot", "suspend"}) {
+        EXPECT_EQ(m.xen.get(std::string("control/feature-") + feature), "1") << "announced in the new domain";
+    }
+    m.xen.on_suspend = nullptr;
+    m.xen.set("control/shutdown", "poweroff");
+    settle();
+    EXPECT_TRUE(shutdown->requested()) << "the watch is there again";
 }
 
 TEST_F(XenControl, ARequestBeforeTheWatchIsSeen) {
@@ -160,7 +188,7 @@ TEST_F(XenControl, ARequestBeforeTheWatchIsSeen) {
                               .interrupts = other.xen.interrupts,
                               .disks = disks,
                               .shutdown = &wanted};
-    Control early(with, other.guest.store());
+    Control early(with, other.guest);
     ASSERT_TRUE(other.run(early.connect()));
     ASSERT_TRUE(other.run(wait(other.executor)));
     EXPECT_TRUE(wanted.requested());
@@ -180,7 +208,7 @@ TEST_F(XenControl, ConnectingLeavesNothingToDo) {
                               .interrupts = other.xen.interrupts,
                               .disks = disks,
                               .shutdown = &unused};
-    Control idle(with, other.guest.store());
+    Control idle(with, other.guest);
     ASSERT_TRUE(other.run(idle.connect()));
     const auto before = other.xen.requests;
     ASSERT_TRUE(other.run(wait(other.executor)));
@@ -217,7 +245,7 @@ TEST_F(XenControl, WithoutAWayToShutDownNothingIsAnnounced) {
     ASSERT_TRUE(other.start());
     drivers::Environment without{
         .executor = other.executor, .dma = other.xen.memory, .interrupts = other.xen.interrupts, .disks = disks};
-    Control idle(without, other.guest.store());
+    Control idle(without, other.guest);
     EXPECT_EQ(other.run(idle.connect()).error().code, Code::not_supported);
     EXPECT_EQ(other.xen.get("control/feature-poweroff"), "");
     EXPECT_TRUE(other.xen.watches.empty());
@@ -233,7 +261,7 @@ TEST_F(XenControl, AStoreThatRefusesWatchesIsAnError) {
                               .interrupts = other.xen.interrupts,
                               .disks = disks,
                               .shutdown = &*shutdown};
-    Control refused(with, other.guest.store());
+    Control refused(with, other.guest);
     EXPECT_FALSE(other.run(refused.connect()));
 }
 

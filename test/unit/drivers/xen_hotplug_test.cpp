@@ -189,6 +189,9 @@ TEST(XenHotplugBus, ForgetsWhatIsRemoved) {
 
 struct Ended final : hv::xen::BusDevice {
     explicit Ended(u32 number) : BusDevice("vbd", number) {}
+    io::Task<Result<void>> pause() override { co_return Result<void>{}; }
+    void lost() override {}
+    void resumed(bool) override {}
 };
 
 TEST(XenHotplugBus, AnEndedDeviceIsFoundAgainOnceItIsMadeAnew) {

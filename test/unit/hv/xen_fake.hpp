@@ -91,7 +91,7 @@ class Cpu final : public hv::Privileged {
 /// The hypervisor and the store's domain. `step()` runs the other domains; true: something happened.
 class Xen {
   public:
-    static constexpr u32 store_port = 1;
+    u32 store_port = 1;
     explicit Xen(usize bytes = 48u << 20) : memory(bytes) {
         auto page = memory.allocate(4096, ~u64{0});
         store_page = page->data;
@@ -146,8 +146,12 @@ class Xen {
             const u32 space = field<u32>(b, 4);
             const u64 index = field<u64>(b, 8);
             std::byte* page = memory.at(field<u64>(b, 16) * 4096);
+            std::memset(page, 0, 4096); // Xen's page takes its place
             if (space == 0) {
                 shared = page;
+                if (on_shared_info) {
+                    on_shared_info(page);
+                }
                 return 0;
             }
             if (space != 1 || index >= std::min(grant_frames_limit, grant_frames_given)) {
@@ -186,6 +190,7 @@ class Xen {
         case 29: // sched_op
             if (a == 2) {
                 shutdown_reason = field<u32>(b, 0);
+                return on_suspend && shutdown_reason == 2 ? on_suspend() : 0;
             } else if (a == 0) {
                 ++yields;
                 if (on_yield) {
@@ -593,6 +598,27 @@ class Xen {
     u64 callback = 0;
     u8 upcall_vector = 0;
     u32 shutdown_reason = 99;
+    std::function<void(std::byte*)> on_shared_info; // it is mapped, and has to be filled
+    std::function<i64()> on_suspend;                // its value is that of the hypercall
+    /// What a new domain has: this guest's memory, and nothing else of it.
+    void move_to_another_domain() {
+        EXPECT_EQ(store_word(2048), store_word(2052)) << "a request to XenStore is under way";
+        EXPECT_EQ(store_word(2056), store_word(2060)) << "a reply of XenStore has not been taken";
+        mappings.clear();
+        grant_frames = {};
+        shared = nullptr;
+        callback = 0;
+        open_ports.clear();
+        sends.clear();
+        watches.clear();
+        transactions.clear();
+        incoming.clear();
+        outgoing.clear();
+        store_event = false;
+        std::memset(store_page, 0, 4096);
+        store_port = 3;
+        next_port = 5;
+    }
     std::map<u32, u64> calls;
     std::map<u32, u64> sends;
     std::set<u32> open_ports;
