@@ -31,6 +31,8 @@ set(hot_paths
   "^hv/hyperv/(channel|packets|hypercall)"
   "^hv/xen/(events|grants|hypercall)"
   "^boot/drivers"
+  # Not on the I/O path, but a large part of the way to the first block.
+  "^core/(log|text|paging|cpuid)\\.cpp"
   "memory_functions")
 list(JOIN hot_paths "|" hot)
 # First, because the linker keeps the first copy of a template instantiation that it sees.

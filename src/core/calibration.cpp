@@ -8,8 +8,13 @@ namespace {
 constexpr u64 warm_up_us = 12;
 constexpr u64 sample_us = 55;
 constexpr u64 fewest_ticks = 128; // per sample
-constexpr u32 enough = 5;         // agreeing samples, if they are a third of all
-constexpr u32 min_agreeing = 3;   // agreeing samples, if they are more than half and no more can be taken
+// If a tick lasts as long as many readings, the timer's changes are known as sharply as in samples of 55 us otherwise.
+constexpr u64 sharp_readings = 8; // per tick, at least; many more are those of a timer that hardly counts
+constexpr u64 max_sharp_readings = 128;
+constexpr u64 sharp_sample_us = 9;
+constexpr u64 sharp_fewest_ticks = 32;
+constexpr u32 enough = 5;       // agreeing samples, if they are a third of all
+constexpr u32 min_agreeing = 3; // agreeing samples, if they are more than half and no more can be taken
 constexpr u32 max_samples = 24;
 // Limit of all readings together, for a timer that counts, but too slowly for a result.
 constexpr u32 max_readings = 65'536;
@@ -141,8 +146,12 @@ Calibration calibrate(const ReferenceTimer& timer) {
     u32 taken = 0;
     Calibration result;
     if (const auto first = measurement.begin() ? measurement.next(timer.hz * warm_up_us / 1'000'000) : std::nullopt) {
+        const u64 tick = first->ticks == 0 ? 0 : first->cycles / first->ticks;
+        const bool sharp = tick >= sharp_readings * measurement.best_slack() &&
+                           tick <= max_sharp_readings * std::max<u64>(measurement.best_slack(), 1);
         // Slow readings need longer samples, within a bound: the uncertainty of a reading is about half its length.
-        const u64 shortest = std::max(timer.hz * sample_us / 1'000'000, fewest_ticks);
+        const u64 shortest = sharp ? std::max(timer.hz * sharp_sample_us / 1'000'000, sharp_fewest_ticks)
+                                   : std::max(timer.hz * sample_us / 1'000'000, fewest_ticks);
         const u64 cycles = first->ticks == 0 ? 0 : shortest * first->cycles / first->ticks;
         const u64 wanted =
             cycles == 0 ? shortest : shortest * std::clamp<u64>(16 * measurement.best_slack() / cycles, 1, 16);

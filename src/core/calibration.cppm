@@ -30,7 +30,8 @@ struct Calibration {
     u32 readings = 0;
 };
 
-/// Takes samples of about 55 us until five of them agree and make up a third of all, and returns the rate over those.
+/// Takes samples of about 55 us, or 9 us of a timer that is read far faster than it ticks, until five of them agree and
+/// make up a third of all, and returns the rate over those.
 /// The first sample is discarded: it pays for cold caches and, on an emulator, for translation. A sample during which
 /// the machine was stopped agrees with no other. Bounded by the number of readings, since no clock exists yet: a timer
 /// that does not count costs `max_unchanged` of them. Returns 0 if samples do not agree.

@@ -104,7 +104,7 @@ void on_timer(void*) { local().timer_at = never; }
 
 // Measures the local APIC's timer against the counter. It is used for wake-ups only, not as a clock.
 u64 measure_local_apic_once() {
-    constexpr u64 length = 7'000;
+    constexpr u64 length = 2'000;
     lapic::write(lapic::Reg::timer_initial, ~0u);
     const u32 first = lapic::read(lapic::Reg::timer_current);
     const Instant begin = now();

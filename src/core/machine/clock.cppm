@@ -15,7 +15,7 @@ struct ClockHint {
     std::string_view name;
 };
 
-/// Determines the counter's frequency: from the hint, else by measuring for about 300 us against the ACPI timer or,
+/// Determines the counter's frequency: from the hint, else by measuring for 70 to 300 us against the ACPI timer or,
 /// without one, the PIT [core.calibration]. Instants count from entry_tsc. If no measurement is possible, assumes 1
 /// GHz: clock_assumed(). Call once, after start_acpi() (`tables` may be nullptr).
 void start_clock(u64 entry_tsc, const acpi::Tables* tables, ClockHint hint);

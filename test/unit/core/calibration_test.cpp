@@ -64,14 +64,28 @@ void expect_within(const Calibration& found, double hz, double parts_per_million
 
 TEST(Calibration, FiveSamplesOfAQuietMachineInAThirdOfAMillisecond) {
     Model m;
-    m.reading = 20e-9; // edges are detected
+    m.reading = 50e-9; // edges are detected
     const double begin = m.time;
     const Calibration found = m.run();
-    expect_within(found, 2.4e9, 200);
+    expect_within(found, 2.4e9, 400);
     EXPECT_EQ(found.samples, 5u);
     EXPECT_EQ(found.agreeing, 5u);
+    EXPECT_GT(m.time - begin, 275e-6);
     EXPECT_LT(m.time - begin, 300e-6);
     EXPECT_EQ(found.readings, m.readings);
+}
+
+TEST(Calibration, ShortSamplesWhereAReadingTakesAFractionOfATick) {
+    for (const bool pit : {false, true}) {
+        Model m;
+        m.timer_hz = pit ? pit_hz : pm_hz;
+        m.reading = 20e-9;
+        const double begin = m.time;
+        const Calibration found = m.run();
+        expect_within(found, 2.4e9, 400);
+        EXPECT_EQ(found.agreeing, 5u);
+        EXPECT_LT(m.time - begin, pit ? 160e-6 : 65e-6);
+    }
 }
 
 TEST(Calibration, ReadingsThatExitAreLessSharpAndStillGood) {
@@ -87,7 +101,7 @@ TEST(Calibration, ReadingsThatExitAreLessSharpAndStillGood) {
 
 TEST(Calibration, ColdCodeSpoilsOnlyWhatIsNotCounted) {
     Model m;
-    m.reading = 20e-9;
+    m.reading = 50e-9;
     // Binary translation: the first readings take microseconds after the value has been read.
     m.disturb = [](Model& self) {
         if (self.readings <= 40 || self.readings == 200) {
@@ -114,9 +128,9 @@ TEST(Calibration, SamplesAcrossAMachineStopAreLeftOut) {
     // back).
     for (const double cycles : {2.4e9 * 7, 2.4e9 * 50e-6, -2.4e9 * 30e-6}) {
         Model m;
-        m.reading = 20e-9;
+        m.reading = 50e-9;
         m.disturb = [cycles](Model& self) {
-            if (self.readings == 4000 || self.readings == 9000) { // in the second sample and in the fourth
+            if (self.readings == 1600 || self.readings == 3600) { // in the second sample and in the fourth
                 self.extra_cycles += cycles;
             }
         };
