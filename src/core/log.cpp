@@ -146,6 +146,11 @@ Level level() { return current; }
 void set_clock(u64 (*now_ns)()) { clock_ns = now_ns; }
 
 void Line::write(std::string_view text) {
+    if (text.size() < gathered.size() - gathered_size && !text.ends_with('\n')) [[likely]] { // most pieces
+        std::copy_n(text.data(), text.size(), gathered.data() + gathered_size);
+        gathered_size += text.size();
+        return;
+    }
     while (!text.empty()) {
         const usize n = std::min(text.size(), gathered.size() - gathered_size);
         std::copy_n(text.data(), n, gathered.data() + gathered_size);

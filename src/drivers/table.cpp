@@ -231,6 +231,10 @@ Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
     plan.known = drivers_;
     const usize count = std::min(drivers_.size(), Plan::max_drivers);
     plan.drivers_dropped = static_cast<u32>(drivers_.size() - count);
+    // The rules that count, strongest first. Insertion sort: stable, and the list is short.
+    std::array<const Rule*, Plan::max_pairs> chosen{};
+    const auto strength = [](const Rule& r) { return r.rank < 0 ? -r.rank : r.rank; };
+    u32 chosen_count = 0;
     for (const Rule& rule : rules()) {
         const bool named = rule.guest == guest;
         if (!named && rule.guest) {
@@ -239,42 +243,43 @@ Plan Table::plan(hv::VmGuest guest, std::optional<Twin> emulated) const {
         const bool beaten = !named && std::ranges::any_of(rules(), [&](const Rule& r) {
             return r.guest == guest && same_pair(r, rule);
         });
-        if (!beaten) {
-            plan.pairs[plan.pair_count++] = {rule.native->name, rule.synthetic->name, rule.rank,
-                                             rule.synthetic->twins ? emulated.value_or(rule.twin) : Twin::keep};
+        if (beaten) {
+            continue;
         }
+        u32 at = chosen_count++;
+        for (; at > 0 && strength(*chosen[at - 1]) < strength(rule); --at) {
+            chosen[at] = chosen[at - 1];
+        }
+        chosen[at] = &rule;
     }
-    auto strength = [](const Plan::Pair& p) { return p.rank < 0 ? -p.rank : p.rank; };
-    // Insertion sort: stable, and the list is short.
-    for (u32 i = 1; i < plan.pair_count; ++i) {
-        for (u32 j = i; j > 0 && strength(plan.pairs[j - 1]) < strength(plan.pairs[j]); --j) {
-            std::swap(plan.pairs[j - 1], plan.pairs[j]);
-        }
+    for (const Rule* rule : std::span(chosen).first(chosen_count)) {
+        plan.pairs[plan.pair_count++] = {rule->native->name, rule->synthetic->name, rule->rank,
+                                         rule->synthetic->twins ? emulated.value_or(rule->twin) : Twin::keep};
     }
     // Each pair with a rank orders two drivers. Place drivers one by one: the first (in the order of the table's
     // drivers) that no unplaced one must precede. If there is none, the rules are cyclic, and the pair of the smallest
     // |rank| is dropped.
     std::array<bool, Plan::max_drivers> placed{};
-    u32 usable = plan.pair_count;
-    auto is_placed = [&](std::string_view name) {
-        const auto index = static_cast<usize>(driver_named(name, drivers_) - drivers_.data());
-        return index >= count || placed[index]; // one without room must not block others
-    };
+    u32 usable = chosen_count;
+    const auto index = [&](const DriverInfo* driver) { return static_cast<usize>(driver - drivers_.data()); };
     while (plan.driver_count < count) {
         usize pick = count;
         for (usize i = 0; i < count && pick == count; ++i) {
-            const std::string_view name = drivers_[i].name;
-            const bool blocked = std::ranges::any_of(std::span(plan.pairs).first(usable), [&](const Plan::Pair& p) {
-                const std::string_view first = p.rank > 0 ? p.synthetic : p.native;
-                const std::string_view second = p.rank > 0 ? p.native : p.synthetic;
-                return p.rank != 0 && second == name && !is_placed(first);
+            if (placed[i]) {
+                continue;
+            }
+            const bool blocked = std::ranges::any_of(std::span(chosen).first(usable), [&](const Rule* rule) {
+                const usize first = index(rule->rank > 0 ? rule->synthetic : rule->native);
+                const usize second = index(rule->rank > 0 ? rule->native : rule->synthetic);
+                // A driver without room must not block others.
+                return rule->rank != 0 && second == i && first < count && !placed[first];
             });
-            if (!placed[i] && !blocked) {
+            if (!blocked) {
                 pick = i;
             }
         }
         if (pick == count) {
-            --usable; // pairs are sorted: the last one has the smallest |rank|
+            --usable; // sorted: the last one has the smallest |rank|
             plan.conflicting = true;
             continue;
         }
