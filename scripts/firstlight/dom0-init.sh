@@ -139,6 +139,13 @@ guest() {
     actor=
 }
 
+# remove_twins: the bridges of network cards with emulated twins, and the modules.
+remove_twins() {
+    for bridge in /sys/class/net/twins*; do
+        [ -e "$bridge" ] && ip link del "${bridge##*/}"
+    done
+    for module in bridge stp llc tun; do rmmod $module; done
+}
 # beside COMMAND: starts a command of the shell beside the guest; settle() has its output and its exit status.
 besides=0
 beside() {

@@ -222,13 +222,14 @@ class DiskSpec:
 
 
 # Buses of network cards, each with QEMU's device.
-CARDS = {"xen": "xen-net-device"}
+CARDS = {"xen": "xen-net-device", "e1000": "e1000", "e1000-82545em": "e1000-82545em"}
+PCI_CARDS = ("e1000", "e1000-82545em")
 
 
 @dataclasses.dataclass(frozen=True)
 class NetSpec:
     """`BUS[,OPTION…]`: a network card on QEMU's user-mode network, 10.0.2.0/24 with a DHCP server. The options are those of
-    QEMU's `-netdev user`, for example hostfwd=udp::5000-:7. Under the real Xen card N leads to dom0, which has the address 10.0.N.1 and gives 10.0.N.2 by DHCP.
+    QEMU's `-netdev user`, for example hostfwd=udp::5000-:7. Under the real Xen card N leads to dom0, which has the address 10.0.N.1 and gives 10.0.N.2 by DHCP; e1000 is an interface of Xen's bus with an emulated twin.
     """
 
     bus: str
@@ -246,7 +247,7 @@ class NetSpec:
         return f"00:16:3e:01:02:{number + 3:02x}"
 
     def words(self, number: int) -> list[str]:
-        return ["-netdev", ",".join(["user", f"id=net{number}", *self.options]), "-device", f"{CARDS[self.bus]},id=card{number},netdev=net{number},mac={self.mac(number)}"]
+        return ["-netdev", ",".join(["user", f"id=net{number}", *self.options]), "-device", f"{CARDS[self.bus]},id=card{number},netdev=net{number},mac={self.mac(number)}{',romfile=' if self.bus in PCI_CARDS else ''}"]
 
 
 @dataclasses.dataclass
@@ -308,6 +309,10 @@ class Machine:
             raise Problem(f"A network card on Xen's bus needs the platform xen-emu, xen-pvh or xen-hvm, not {self.platform}.", Exit.USAGE)
         if self.dom0 and (not kind.domain or self.vmm or any("\n" in command for command in self.dom0)):
             raise Problem(f"Commands of dom0's shell, each one line, are for the platforms xen-pvh and xen-hvm, not for {self.platform}.", Exit.USAGE)
+        if self.machine.startswith("microvm") and any(card.bus in PCI_CARDS for card in self.cards):
+            raise Problem("A PCI network card needs the machine pc or q35: microvm's firmware assigns no addresses to PCI devices.", Exit.USAGE)
+        if kind.domain and any(card.bus in PCI_CARDS and (kind.domain != "hvm" or card.bus != "e1000") for card in self.cards):
+            raise Problem(f"Of a guest of Xen's only an HVM guest has an emulated network card, an e1000: not {self.platform}.", Exit.USAGE)
         if kind.domain and any(card.options for card in self.cards):
             raise Problem(f"Options of a network card are those of QEMU's user-mode network, which {self.platform} has not.", Exit.USAGE)
         self.check_loader()

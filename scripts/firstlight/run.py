@@ -36,7 +36,7 @@ def arguments() -> options.Parser:
     parser.add_argument("--cmdline", type=options.one_line, default="", help="the kernel's command line, see docs/INTERFACES.md")
     parser.add_argument("--map", type=options.file(what="a map file"), metavar="FILE", help="a map file for the driver table")
     parser.add_argument("--disk", action="append", metavar="DISK", help="a disk, several times; 'none' for none (default: the platform's)")
-    parser.add_argument("--net", action="append", default=[], metavar="CARD", help="a network card, several times: BUS[,OPTION…], as in xen; the options are those of QEMU's -netdev user")
+    parser.add_argument("--net", action="append", default=[], metavar="CARD", help="a network card, several times: BUS[,OPTION…], as in xen or e1000; the options are those of QEMU's -netdev user")
     parser.add_argument("--cpus", type=options.whole(1, MOST_CPUS), default=1, metavar="N", help="virtual processors")
     parser.add_argument("--memory", type=options.whole(4, MOST_MEMORY), default=256, metavar="MIB", help="memory of the guest in MiB")
     parser.add_argument("--blkback", type=options.listed, default=(), metavar="NAME=NUMBER,…", help="xen-pvh, xen-hvm: parameters of the module that serves the disks, as feature_persistent=0")

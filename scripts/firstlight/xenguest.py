@@ -42,6 +42,8 @@ BLKBACK = (
     "feature_persistent", "max_queues", "max_ring_page_order", "max_buffer_pages", "max_persistent_grants", "persistent_grant_unused_seconds",
 )  # fmt: skip
 
+VIFS = {"xen": "type=vif", "e1000": "type=ioemu,model=e1000"}  # a card's bus, and how xl's configuration has it
+
 NETWORK_QUEUES = 4  # that netback offers, on dom0's one processor too
 
 # The reasons of SCHEDOP_shutdown [xen-sched].
@@ -72,6 +74,7 @@ class Domain(Job):
     blkback: Sequence[str] = ()
     device_model: bool = False  # some disk is served by dom0's QEMU
     network: bool = False  # has network cards, served by netback
+    twins: bool = False  # and some of them have emulated twins
     beside: Sequence[str] = ()  # commands of dom0's shell that run beside the guest
 
     def all_files(self) -> dict[str, Path]:
@@ -147,7 +150,7 @@ def domain(machine: Machine, work: Path) -> Domain:
         f"memory = {memory}",
         f"vcpus = {machine.cpus}",
         "disk = [\n" + "".join(lines) + "]",
-        *([f"vif = [{', '.join(quoted(f'type=vif,mac={card.mac(number)},script=/etc/xen/scripts/vif') for number, card in enumerate(machine.cards))}]"] if machine.cards else []),
+        *([f"vif = [{', '.join(quoted(f'{VIFS[card.bus]},mac={card.mac(number)},script=/etc/xen/scripts/vif') for number, card in enumerate(machine.cards))}]"] if machine.cards else []),
         *(f'on_{event} = "preserve"' for event in ("poweroff", "reboot", "crash", "watchdog")),
         *(hvm_lines("esp" in files) if hvm else []),
         *machine.xl,
@@ -155,13 +158,14 @@ def domain(machine: Machine, work: Path) -> Domain:
     return Domain(
         machine.name, [], files, list(disks.values()), machine.timeout, pauses=machine.pauses, actions=machine.actions,
         config="\n".join(config) + "\n", memory=memory, backing=backing, attached=attached,
-        blkback=machine.blkback, device_model=hvm or any(spec.backend == "qdisk" for spec in machine.specs), network=bool(machine.cards), beside=machine.dom0,
+        blkback=machine.blkback, device_model=hvm or any(spec.backend == "qdisk" for spec in machine.specs), network=bool(machine.cards), twins=any(card.bus != "xen" for card in machine.cards), beside=machine.dom0,
     )  # fmt: skip
 
 
 def hvm_lines(uefi: bool) -> list[str]:
     """What is special about HVM guests. No display, and no serial port: their output is read from the PV console, as that of PVH guests."""
-    arguments = ["-machine", "xenfv-4.2,suppress-vmdesc=on"]  # later versions of this machine do not enter a kernel by PVH
+    # The archive has no option ROMs of network cards.
+    arguments = ["-machine", "xenfv-4.2,suppress-vmdesc=on", "-global", "e1000.romfile="]  # later versions of this machine do not enter a kernel by PVH
     if uefi:
         # On a controller that OVMF drives and the kernel does not: it would count it among its disks.
         arguments += ["-drive", "if=none,id=esp,format=raw,readonly=on,file={file:esp}", "-device", "qemu-xhci", "-device", "usb-storage,drive=esp"]
@@ -177,6 +181,8 @@ def job_script(job: Domain, index: int, offsets: dict[str, int]) -> str:
     lines = ["prepare() {", "    load backend " + shlex.join(job.blkback)]
     if job.network:
         lines.append(f"    load network max_queues={NETWORK_QUEUES}")
+    if job.twins:
+        lines += ["    load twins", "    touch /tmp/twins"]
     for disk in job.disks:
         if os.path.isabs(disk.content):
             lines.append(f"    cp /jobs/{index:03}/files/disk-{disk.name} /tmp/{disk.name} && truncate -s {disk.size} /tmp/{disk.name}")
@@ -192,7 +198,7 @@ def job_script(job: Domain, index: int, offsets: dict[str, int]) -> str:
     for name, offset in offsets.items():
         source = next((one.device for one in job.attached if one.image == name), "")
         lines.append(f"    bring_out {source} {offset // MEBIBYTE}")
-    lines += ["    /sbin/losetup --detach-all", "    rmmod xen_blkback", *(["    rmmod xen_netback"] if job.network else []), *(["    rmmod brd"] if job.backing == "ram" and job.attached else [])]
+    lines += ["    /sbin/losetup --detach-all", "    rmmod xen_blkback", *(["    rmmod xen_netback"] if job.network else []), *(["    remove_twins"] if job.twins else []), *(["    rmmod brd"] if job.backing == "ram" and job.attached else [])]
     return "\n".join([*lines, "}", ""])
 
 

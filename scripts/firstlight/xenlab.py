@@ -30,13 +30,14 @@ from . import apt, distribution, lab, paths, process, vmrun_fault
 from .problems import Exit, Problem
 
 ROOM = 500 << 20  # bytes that assembling takes at most, in addition to what the other lab has fetched
-LAYOUT = "5"  # incremented when the contents of the folder change for the same packages
+LAYOUT = "6"  # incremented when the contents of the folder change for the same packages
 
 DOM0_MODULES = (
     "xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs", "loop", "virtio_pci", "virtio_blk",
 )  # fmt: skip
 BACKEND = "xen-blkback"  # loaded for each guest, with the parameters given by the guest's machine
 NETWORK_BACKEND = "xen-netback"  # loaded for guests with network cards
+TWINS = ("tun", "bridge")  # for network cards with an emulated twin, which lead to the same network
 XEN_PROGRAMS = ("xl", "xenstored", "xenconsoled", "xen-init-dom0", "libxl-save-helper")
 XENSTORE_NAMES = ("read", "write", "ls", "exists")
 DEVICE_MODEL = "usr/libexec/xen-qemu-system-i386"
@@ -52,7 +53,7 @@ class XenLab:
     root: Path
     version: str  # Xen's, as in the package names
     versions: dict[str, str]
-    modules: dict[str, list[str]]  # "dom0", "backend", "network", "ram": file names in loading order
+    modules: dict[str, list[str]]  # "dom0", "backend", "network", "twins", "ram": file names in loading order
 
     @property
     def qemu(self) -> Path:
@@ -291,6 +292,7 @@ def build_dom0(unpacked: Path, base: Path, version: str, release: str) -> dict[s
         "dom0": lab.copy_modules(unpacked, release, DOM0_MODULES, base / "modules"),
         "backend": lab.copy_modules(unpacked, release, (BACKEND,), base / "modules"),
         "network": lab.copy_modules(unpacked, release, (NETWORK_BACKEND,), base / "modules"),
+        "twins": lab.copy_modules(unpacked, release, TWINS, base / "modules"),
         "ram": lab.copy_modules(unpacked, release, ("brd",), base / "modules"),
     }
 

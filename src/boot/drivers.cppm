@@ -12,6 +12,7 @@ import drivers.table;
 import drivers.pci;
 import drivers.ata;
 import drivers.ahci;
+import drivers.e1000;
 import drivers.nvme;
 import drivers.pvscsi;
 import drivers.virtio.protocol;
@@ -56,6 +57,7 @@ inline constexpr auto pci_drivers = std::to_array<PciDriver>({
     {"virtio_blk", drivers::virtio_blk::pci_ids, probe_virtio_blk, nullptr},
     {"virtio_scsi", drivers::virtio_scsi::pci_ids, probe_virtio_scsi, nullptr},
     {"pvscsi", drivers::pvscsi::ids, drivers::pvscsi::probe, nullptr},
+    {"e1000", drivers::e1000::ids, drivers::e1000::probe, nullptr},
 });
 static_assert(std::ranges::all_of(pci_drivers, [](const PciDriver& d) { return drivers::driver_named(d.name); }));
 

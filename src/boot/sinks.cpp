@@ -89,6 +89,22 @@ void DriverDiskSink::share_queues(io::BlockDevice& disk) {
     }
 }
 
+u32 DriverNetSink::number_of(const io::MacAddress& address) {
+    if (!attached_.claims.pairs(driver_)) {
+        return drivers::no_twin;
+    }
+    for (usize i = 0; i < attached_.addresses.size(); ++i) {
+        if (attached_.addresses[i] == address) {
+            return static_cast<u32>(i);
+        }
+    }
+    if (!attached_.addresses.push(address)) {
+        log::warning("no memory for the address of a network card: it may be attached twice");
+        return drivers::no_twin;
+    }
+    return static_cast<u32>(attached_.addresses.size() - 1);
+}
+
 Result<void> DriverNetSink::announce(io::NetDevice& card, u32 number) {
     CHECK(attached_.nets.takes(card));
     CHECK(claims_.claim(id(number)));

@@ -30,6 +30,8 @@ struct Attached {
     Devices* devices;
     Disks disks;
     Nets nets;
+    /// Of the network cards that can have twins: a card's number is its place here.
+    Vector<io::MacAddress> addresses;
     /// One per running processor: each disk gets a lane for each of them.
     std::span<io::Executor* const> executors{};
     /// Of the disks whose devices have fewer queues.
@@ -86,7 +88,9 @@ class DriverDiskSink final : public drivers::DiskSink {
 
 class DriverNetSink final : public drivers::NetSink {
   public:
-    DriverNetSink(Attached& attached, drivers::DeviceSink& claims) : attached_(attached), claims_(claims) {}
+    DriverNetSink(Attached& attached, drivers::DeviceSink& claims, std::string_view driver)
+        : attached_(attached), claims_(claims), driver_(driver) {}
+    u32 number_of(const io::MacAddress& address) override;
     bool offered(u32 number) override { return claims_.offered(id(number)); }
     FixedText<16> free_name() override { return attached_.nets.free_name(); }
     Result<void> announce(io::NetDevice& card, u32 number) override;
@@ -98,12 +102,13 @@ class DriverNetSink final : public drivers::NetSink {
 
     Attached& attached_;
     drivers::DeviceSink& claims_;
+    std::string_view driver_;
 };
 
 /// All sinks of one driver.
 struct DriverSinks {
     DriverSinks(Attached& attached, std::string_view driver)
-        : devices(attached, driver), disks(attached, devices, driver), nets(attached, devices) {}
+        : devices(attached, driver), disks(attached, devices, driver), nets(attached, devices, driver) {}
     DriverSinks(const DriverSinks&) = delete;
     DriverSinks& operator=(const DriverSinks&) = delete;
     DriverDeviceSink devices;

@@ -21,6 +21,8 @@ class Claims {
     bool offered(std::string_view driver, DeviceId id) const;
     /// Whether a native driver's devices can be those of a synthetic one in this machine.
     bool has_twins(std::string_view driver) const { return plan_->has_twins(driver); }
+    /// Whether a driver's devices, native or synthetic, can be those of another driver in this machine.
+    bool pairs(std::string_view driver) const { return plan_->pairs_with_twins(driver); }
     /// Records that `driver` has attached the device. Error{busy}: it was not offered, or the driver has it already;
     /// Error{exhausted}: no memory. Not for devices numbered no_twin.
     Result<void> attached(std::string_view driver, DeviceId id);

@@ -141,10 +141,16 @@ class DiskSink {
 };
 
 /// Where drivers announce network cards: DiskSink for them. A card's number identifies a card of the machine,
-/// independent of its driver: see DeviceId.
+/// independent of its driver: see DeviceId. A synthetic card and its emulated twin have the same hardware address.
 class NetSink {
   public:
     static constexpr u32 no_twin = drivers::no_twin;
+    /// The number of the card with this address, the same for all drivers, if this driver's cards can have twins in
+    /// this machine; else no_twin.
+    virtual u32 number_of(const io::MacAddress& address) {
+        static_cast<void>(address);
+        return no_twin;
+    }
     /// As DeviceSink::offered().
     virtual bool offered(u32 number) = 0;
     /// The first name of the form ethN that no open card of the machine has. Taken by announcing a card that has it.

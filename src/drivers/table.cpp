@@ -305,6 +305,13 @@ bool Plan::has_twins(std::string_view native) const {
     });
 }
 
+bool Plan::pairs_with_twins(std::string_view name) const {
+    return std::ranges::any_of(all_pairs(), [&](const Pair& p) {
+        const DriverInfo* synthetic = driver(p.synthetic);
+        return (p.native == name || p.synthetic == name) && synthetic != nullptr && synthetic->twins;
+    });
+}
+
 bool Plan::both(std::string_view a, std::string_view b) const {
     const Pair* p = pair(a, b);
     return p != nullptr && (p->rank == 0 || p->twin == Twin::keep);

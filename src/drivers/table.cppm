@@ -98,6 +98,8 @@ struct Plan {
     const Pair* pair(std::string_view a, std::string_view b) const;
     /// Whether some synthetic driver's devices can be the same as those of this native one.
     bool has_twins(std::string_view native) const;
+    /// Whether a driver, native or synthetic, has a pair whose devices can be the same.
+    bool pairs_with_twins(std::string_view driver) const;
     /// Whether both drivers may attach the same device.
     bool both(std::string_view a, std::string_view b) const;
     /// The table's entry for a driver; nullptr: no rule can name it.

@@ -95,6 +95,28 @@ void Vif::add_entry(std::string_view prefix, std::string_view key, u64 value) {
     print(entry.value, "{}", value);
 }
 
+namespace {
+
+StorePath path_of(std::string_view address) {
+    StorePath path("device/vif/");
+    path.write(address);
+    return path;
+}
+
+io::Task<Result<io::MacAddress>> read_mac(hv::Xen& xen, StorePath device) {
+    std::array<char, 24> text;
+    const StorePath key = join(device, "mac");
+    CO_TRY(const std::string_view mac, co_await xen.store().read(key, text));
+    const auto parsed = parse_mac(mac);
+    if (!parsed) {
+        co_return Error{Code::protocol, "XenStore gives no usable hardware address (mac: six hexadecimal bytes with "
+                                        "colons, no group address)"};
+    }
+    co_return *parsed;
+}
+
+} // namespace
+
 io::Task<Result<void>> Vif::connect() {
     lanes_.count = 0;
     identity_ = {};
@@ -110,9 +132,7 @@ io::Task<Result<void>> Vif::shake_hands() {
     static constexpr BusState ready[] = {BusState::init_wait, BusState::initialised, BusState::connected};
     static constexpr BusState connected[] = {BusState::connected};
     begun_ = false;
-    StorePath path("device/vif/");
-    path.write(address_);
-    CO_CHECK(co_await front_.open(path));
+    CO_CHECK(co_await front_.open(path_of(address_)));
     CO_CHECK(co_await read_identity());
     begun_ = true;
     CO_CHECK(co_await front_.restart(environment_.timeout));
@@ -159,18 +179,11 @@ io::Task<Result<void>> Vif::hold_lanes() {
 }
 
 io::Task<Result<void>> Vif::read_identity() {
-    std::array<char, 24> text;
-    const StorePath key = join(front_.path(), "mac");
-    CO_TRY(const std::string_view mac, co_await xen_.store().read(key, text));
-    const auto parsed = parse_mac(mac);
-    if (!parsed) {
-        co_return Error{Code::protocol, "XenStore gives no usable hardware address (mac: six hexadecimal bytes with "
-                                        "colons, no group address)"};
-    }
-    if (lanes_.count != 0 && *parsed != identity_.mac) {
+    CO_TRY(const io::MacAddress mac, co_await read_mac(xen_, path_of(address_)));
+    if (lanes_.count != 0 && mac != identity_.mac) {
         co_return Error{Code::not_supported, "the back end has returned with another hardware address"};
     }
-    identity_.mac = *parsed;
+    identity_.mac = mac;
     identity_.driver = driver_name;
     identity_.kind = io::Kind::synthetic;
     identity_.model.clear();
@@ -331,7 +344,7 @@ io::Task<Result<void>> Vif::follow() {
         }
         if (why || failed) {
             const Result<void> left = co_await disconnect();
-            environment_.nets->withdraw(number());
+            environment_.nets->withdraw(card_number_);
             ended_ = true;
             end_.open();
             xen_.ended(*this);
@@ -515,8 +528,10 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     }
     CO_TRY(Vif* const vif, co_await make_vif(environment, xen, device));
     const bool known = xen.devices().find("vif", device.number) == vif;
-    // Interface N is the emulated card N of the same domain, with the same address.
-    const u32 number = device.number;
+    // The emulated twin has the same address. Without one connect() says what is wrong.
+    const auto mac = co_await read_mac(xen, path_of(device.address));
+    const u32 number = mac ? environment.nets->number_of(*mac) : no_twin;
+    vif->card_number_ = number;
     if (!environment.nets->offered(number)) {
         if (!known) {
             delete vif;

@@ -113,7 +113,8 @@ class Vif final : public hv::xen::BusDevice {
     Lanes lanes_;
     std::array<Connection, Lanes::max_lanes> connections_;
     io::NetDevice::Identity identity_;
-    FixedText<12> address_; // on the bus
+    FixedText<12> address_;     // on the bus
+    u32 card_number_ = no_twin; // see NetSink
     u32 wanted_lanes_ = 1;
     bool offers_queues_ = false; // the back end knows several queues
     bool scatter_ = false;

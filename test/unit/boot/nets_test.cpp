@@ -98,4 +98,26 @@ TEST_F(NetSinks, AFullListRefusesFurtherCards) {
     EXPECT_EQ(first.nets.free_name().view(), "eth64");
 }
 
+// A synthetic card and its emulated twin are known by their hardware address, whichever comes first.
+TEST_F(NetSinks, TwinsHaveOneNumber) {
+    boot::DriverSinks synthetic{attached, "xen_net"};
+    boot::DriverSinks native{attached, "e1000"};
+    const io::MacAddress one{{0, 0x16, 0x3e, 1, 2, 3}};
+    const io::MacAddress other{{0, 0x16, 0x3e, 1, 2, 4}};
+    const u32 number = synthetic.nets.number_of(one);
+    ASSERT_NE(number, drivers::no_twin);
+    EXPECT_NE(native.nets.number_of(other), number);
+    EXPECT_EQ(native.nets.number_of(one), number);
+    EXPECT_EQ(synthetic.nets.number_of(other), native.nets.number_of(other));
+    Card eth0(executor, "eth0");
+    ASSERT_TRUE(synthetic.nets.announce(eth0, number));
+    EXPECT_FALSE(native.nets.offered(number));
+    EXPECT_TRUE(native.nets.offered(native.nets.number_of(other)));
+    EXPECT_EQ(first.nets.number_of(one), drivers::no_twin) << "a driver that no rule names has no twins";
+    const drivers::Plan elsewhere = table.plan(hv::VmGuest::kvm, std::nullopt);
+    boot::Attached alone{elsewhere, &devices};
+    boot::DriverSinks there{alone, "e1000"};
+    EXPECT_EQ(there.nets.number_of(one), drivers::no_twin);
+}
+
 } // namespace

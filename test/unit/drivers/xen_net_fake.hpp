@@ -427,6 +427,10 @@ class Netback {
 };
 
 struct NetSink final : drivers::NetSink {
+    u32 number_of(const io::MacAddress& address) override {
+        addresses.push_back(address);
+        return twin;
+    }
     bool offered(u32 n) override {
         asked.push_back(n);
         return offer;
@@ -447,6 +451,8 @@ struct NetSink final : drivers::NetSink {
     std::vector<u32> asked, withdrawn;
     io::NetDevice* card = nullptr;
     u32 number = ~u32{0};
+    u32 twin = 0; // what number_of() says
+    std::vector<io::MacAddress> addresses;
 };
 
 struct NoDisks final : drivers::DiskSink {
@@ -503,6 +509,7 @@ struct NetMachine : Machine {
         device.type.write("vif");
         device.address.write(std::to_string(number));
         device.number = number;
+        sink.twin = number;
     }
     ~NetMachine() { EXPECT_EQ(back.rules_broken, std::vector<std::string>{}); }
     Result<void> probe() {
