@@ -262,7 +262,9 @@ Result<void> Vif::make_lane(u32 number) {
         connection.granted = true;
         CHECK(lane->prepare(identity_, offloads_checksums_, connection.rings, front_.domain(), connection.port,
                             environment_.dma));
-        return xen_.events().bind(connection.port, Lane::on_event, lane); // masked until the lane first sleeps
+        // Masked until the lane first sleeps. Its number is its processor's.
+        CHECK(xen_.events().bind(connection.port, Lane::on_event, lane, number));
+        return {};
     }();
     if (!made && lanes_.all[number] != nullptr) { // the back end has not seen any of it
         lanes_.all[number]->reclaim();

@@ -29,7 +29,7 @@ import core.time;
 import core.interrupt;
 import core.log;
 import core.processor;
-import core.cpuid;
+export import core.cpuid;
 import core.vector;
 import io.executor;
 import io.latch;
@@ -63,6 +63,8 @@ class Privileged {
     virtual void out8(u16 port, u8 value) = 0;
     virtual void out16(u16 port, u16 value) = 0;
     virtual void out32(u16 port, u32 value) = 0;
+    /// What differs between processors: the rest is in the CpuidSnapshot.
+    virtual CpuidRegisters cpuid_leaf(u32 leaf) = 0;
 
   protected:
     ~Privileged() = default;

@@ -23,8 +23,10 @@ Result<void> Xen::install(Environment& environment) {
         return Error{Code::not_found, "Xen's CPUID leaves are missing: hypercalls cannot be installed"};
     }
     cpu_ = &environment.cpu;
+    base_ = sighting->base;
     CHECK(install_hypercalls(environment, *sighting));
     CHECK(install_shared_info(environment));
+    CHECK(install_events(environment));
     CHECK(install_grants(environment));
     install_store(environment);
     install_console(environment);
@@ -73,7 +75,50 @@ Result<void> Xen::install_shared_info(Environment& environment) {
     // Xen's page has replaced ours: never free it.
     shared_ = reinterpret_cast<SharedInfo*>(page.data());
     page.abandon();
-    events_.install(hypercalls_, *shared_, 0);
+    return {};
+}
+
+Result<void> Xen::install_events(Environment& environment) {
+    TRY(DmaBuffer memory, environment.memory.buffer(max_processors * sizeof(SharedWithVcpu)));
+    with_vcpus_ = reinterpret_cast<SharedWithVcpu*>(memory.data());
+    with_vcpus_frame_ = memory.bus() / page_size;
+    memory.abandon(); // Xen writes to it until the machine ends
+    events_.install(hypercalls_, *shared_);
+    return join_events(0);
+}
+
+// Xen numbers its virtual CPUs in its own order.
+u32 Xen::vcpu_of(u32 cpu) {
+    const std::optional<u32> started = std::exchange(starting_, std::nullopt);
+    // Leaf base + 4 of an HVM or PVH guest: EAX bit 3, EBX holds the number [xen-public arch-x86/cpuid.h].
+    static constexpr u32 has_vcpu_id = 1u << 3;
+    if (const CpuidRegisters leaf = cpu_->cpuid_leaf(base_ + 4); (leaf.eax & has_vcpu_id) != 0) {
+        return leaf.ebx;
+    }
+    return started.value_or(cpu);
+}
+
+Result<void> Xen::join_events(u32 cpu) {
+    const u64 offset = cpu * sizeof(SharedWithVcpu);
+    return events_.join(cpu, vcpu_of(cpu), with_vcpus_[cpu].info, with_vcpus_frame_ + offset / page_size,
+                        static_cast<u32>(offset % page_size));
+}
+
+// Not an error for the processor, whose queues get their events on processor 0.
+Result<void> Xen::join(u32 cpu, io::Executor&) {
+    if (upcall_ == Upcall::none) {
+        return {};
+    }
+    auto joined = join_events(cpu);
+    if (joined && upcall_ == Upcall::apic_vector) { // the other one is valid for the whole domain
+        joined = hypercalls_.set_upcall_vector(events_.vcpu(cpu), upcall_vector_);
+        if (!joined) {
+            events_.withdraw(cpu);
+        }
+    }
+    if (!joined) {
+        log::warning("xen: processor {}: {}: processor 0 takes its events", cpu, joined.error());
+    }
     return {};
 }
 
@@ -156,7 +201,7 @@ std::optional<u64> Xen::frequency(u32 mul, i8 shift) {
 
 // Nothing: Xen has not written it yet.
 std::optional<u64> Xen::pvclock_hz() const {
-    const VcpuTimeInfo& time = shared_->vcpu[0].time;
+    const VcpuTimeInfo& time = events_.info(0).time;
     for (u32 tries = 0; tries < 16; ++tries) {
         // Acquire, twice: reads the values between two equal, even versions. Pairs with Xen's order: version, values,
         // version.
@@ -200,7 +245,7 @@ Result<void> Xen::start(Services& services) {
     }
     if (upcall_ == Upcall::none) {
         TRY(const InterruptVector vector, services.interrupts.attach_vector(Events::upcall, &events_, true));
-        if (auto set = hypercalls_.set_upcall_vector(0, vector.vector); !set) {
+        if (auto set = hypercalls_.set_upcall_vector(events_.vcpu(0), vector.vector); !set) {
             services.interrupts.detach_vector(vector);
             return set.error();
         }
@@ -298,8 +343,11 @@ Result<void> Xen::set_up_anew() {
     }
     if (upcall_ == Upcall::vector) {
         CHECK(hypercalls_.set_hvm_parameter(HvmParam::callback_irq, callback_by_vector(upcall_vector_)));
-    } else if (upcall_ == Upcall::apic_vector) {
-        CHECK(hypercalls_.set_upcall_vector(0, upcall_vector_));
+    }
+    for (u32 cpu = 0; upcall_ == Upcall::apic_vector && cpu < max_processors; ++cpu) {
+        if (events_.joined(cpu)) {
+            CHECK(hypercalls_.set_upcall_vector(events_.vcpu(cpu), upcall_vector_));
+        }
     }
     if (const auto console = hypercalls_.hvm_parameter(HvmParam::console_event_channel)) {
         console_port_ = static_cast<Port>(static_cast<u32>(*console));
@@ -349,6 +397,7 @@ Result<void> Xen::start_processor(u32 index, const ProcessorStart& state) {
     context.cr3 = state.cr3;
     context.cr4 = state.cr4;
     context.efer = state.efer;
+    starting_ = index;
     return hypercalls_.start_vcpu(index, context);
 }
 

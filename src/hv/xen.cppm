@@ -1,6 +1,7 @@
 // Xen HVM and PVH guest support, on Xen or on KVM's emulation of it. install() sets up, in order: hypercall page,
-// shared info page, grant table, XenStore's page; start(): the upcall vector, XenStore's events. All services of Xen
-// drivers are members of this class, except the consoles, which work from entry on (hv.xen.console, boot/entry.cpp).
+// shared info page, the events of processor 0, grant table, XenStore's page; start(): the upcall vector, XenStore's
+// events; join(): the events of each further processor. All services of Xen drivers are members of this class, except
+// the consoles, which work from entry on (hv.xen.console, boot/entry.cpp).
 export module hv.xen;
 import core.std;
 import core.result;
@@ -69,6 +70,11 @@ class Xen {
     u32 processor_count();
     Result<void> start_processor(u32 index, const ProcessorStart& state);
     void stop_processor(u32 index) { static_cast<void>(hypercalls_.stop_vcpu(index)); }
+    /// Processors: events on each further processor. One whose events cannot be set up is used without: its queues'
+    /// events arrive on processor 0.
+    Result<void> join(u32 cpu, io::Executor& executor);
+    /// LeavesProcessors: no event arrives on the processor from now on.
+    void leave(u32 cpu) { events_.leave(cpu); }
     /// Does not count as a hypercall of the guest: any processor may call it.
     void yield() { xen::Hypercalls(gate_).call(xen::Hypercall::sched_op, to_underlying(xen::SchedOp::yield)); }
     /// nullptr before start(), and if XenStore is missing or unusable.
@@ -83,8 +89,8 @@ class Xen {
     }
 
     /// Suspends this guest, as its toolstack has requested: for `xl save`, for a migration. Returns once it goes on,
-    /// and whether in another domain (true) or in the same one, because the toolstack has cancelled it. On an Error it was
-    /// not suspended, or cannot use its devices any more. In another domain everything that Xen and the toolstack keep
+    /// and whether in another domain (true) or in the same one, because the toolstack has cancelled it. On an Error it
+    /// was not suspended, or cannot use its devices any more. In another domain everything that Xen and the toolstack keep
     /// for a guest is set up anew; its devices are connected again by their drivers, afterwards.
     io::Task<Result<bool>> suspend(Parking& others);
 
@@ -121,8 +127,16 @@ class Xen {
     u32 version() const { return version_; }
 
   private:
+    /// What Xen and one virtual CPU share; does not cross a page.
+    struct alignas(256) SharedWithVcpu {
+        xen::VcpuInfo info;
+    };
+
     Result<void> install_hypercalls(Environment& environment, const Sighting& sighting);
     Result<void> install_shared_info(Environment& environment);
+    Result<void> install_events(Environment& environment);
+    u32 vcpu_of(u32 cpu);
+    Result<void> join_events(u32 cpu);
     Result<void> install_grants(Environment& environment);
     Result<void> map_grant_frame(u32 frame);
     void install_store(Environment& environment);
@@ -140,6 +154,10 @@ class Xen {
     u64 hypercall_page_ = 0; // physical; 0: the gate has none
     u64 shared_frame_ = 0;   // guest frame number of shared_
     xen::SharedInfo* shared_ = nullptr;
+    SharedWithVcpu* with_vcpus_ = nullptr; // max_processors of them
+    u64 with_vcpus_frame_ = 0;             // guest frame number of the first one
+    u32 base_ = 0;                         // of Xen's CPUID leaves
+    std::optional<u32> starting_;          // index of the virtual CPU that start_processor() has started last
     u32 version_ = 0;
     u32 features_ = 0;
     std::optional<u64> tsc_hz_;
@@ -157,6 +175,7 @@ class Xen {
     xen::BusDevices devices_;
     std::optional<xen::DeviceWatch> device_watch_; // once the store has been started
 };
-static_assert(Backend<Xen> && EmulatedDevices<Xen> && LateDevices<Xen> && StartsProcessors<Xen>);
+static_assert(Backend<Xen> && EmulatedDevices<Xen> && LateDevices<Xen> && StartsProcessors<Xen> &&
+              LeavesProcessors<Xen>);
 
 } // namespace fl::hv

@@ -67,6 +67,7 @@ struct Host final : hv::Privileged {
     u32 in32(u16) override { return 0; }
     void out8(u16, u8) override {}
     void out16(u16, u16) override {}
+    CpuidRegisters cpuid_leaf(u32) override { return {}; }
     void out32(u16, u32) override {}
 
     static u32 get(std::span<const u8> bytes, usize at) {

@@ -1,6 +1,7 @@
 // Implements hv.backend's Privileged with the processor's instructions.
 export module hv.machine.privileged;
 import core.std;
+import core.cpuid;
 import core.machine.cpu;
 import hv.backend;
 
@@ -16,6 +17,10 @@ class MachinePrivileged final : public Privileged {
     void out8(u16 port, u8 value) override { cpu::out8(port, value); }
     void out16(u16 port, u16 value) override { cpu::out16(port, value); }
     void out32(u16 port, u32 value) override { cpu::out32(port, value); }
+    CpuidRegisters cpuid_leaf(u32 leaf) override {
+        const cpu::CpuidRegisters r = cpu::cpuid(leaf);
+        return {r.eax, r.ebx, r.ecx, r.edx};
+    }
 };
 
 } // namespace fl::hv

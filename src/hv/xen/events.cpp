@@ -2,14 +2,15 @@ module hv.xen.events;
 import core.std;
 import core.result;
 import core.interrupt;
+import core.processor;
+import core.spinlock;
 import hv.xen.hypercall;
 
 namespace fl::hv::xen {
 
-void Events::install(Hypercalls& hypercalls, SharedInfo& shared, u32 vcpu) {
+void Events::install(Hypercalls& hypercalls, SharedInfo& shared) {
     hypercalls_ = &hypercalls;
     shared_ = &shared;
-    vcpu_ = &shared.vcpu[vcpu];
     for (u64& word : shared.mask) {
         std::atomic_ref<u64>(word).store(~u64{0}, std::memory_order_relaxed); // no ports are in use yet
     }
@@ -21,6 +22,42 @@ void Events::restart() {
     open_count_ = 0;
     for (u64& word : shared_->mask) {
         std::atomic_ref<u64>(word).store(~u64{0}, std::memory_order_relaxed);
+    }
+    for (auto& word : bound_) {
+        word.store(0, std::memory_order_relaxed);
+    }
+    for (Cpu& cpu : cpus_) {
+        for (auto& word : cpu.mine) {
+            word.store(0, std::memory_order_relaxed);
+        }
+        if (cpu.info.load(std::memory_order_relaxed) != nullptr) {
+            cpu.info.store(cpu.vcpu < vcpus_in_shared_info ? &shared_->vcpu[cpu.vcpu] : nullptr,
+                           std::memory_order_release);
+        }
+    }
+}
+
+Result<void> Events::join(u32 processor, u32 vcpu, VcpuInfo& own, u64 frame, u32 offset) {
+    Cpu& cpu = cpus_[processor];
+    cpu.vcpu = vcpu;
+    // Before the hypercall, which marks everything as pending in the new place: the upcall may come at once.
+    cpu.info.store(&own, std::memory_order_release);
+    auto moved = hypercalls_->register_vcpu_info(vcpu, frame, offset);
+    if (moved) {
+        return {};
+    }
+    if (vcpu >= vcpus_in_shared_info) {
+        cpu.info.store(nullptr, std::memory_order_relaxed);
+        return moved;
+    }
+    cpu.info.store(&shared_->vcpu[vcpu], std::memory_order_release);
+    return {};
+}
+
+void Events::leave(u32 processor) {
+    for (u32 word = 0; word < bound_words; ++word) {
+        const u64 mine = cpus_[processor].mine[word].load(std::memory_order_relaxed);
+        std::atomic_ref<u64>(shared_->mask[word]).fetch_or(mine, std::memory_order_relaxed);
     }
 }
 
@@ -52,7 +89,7 @@ void Events::note_open(Port port) {
     }
 }
 
-Result<void> Events::bind(Port port, InterruptHandler handler, void* context) {
+Result<u32> Events::bind(Port port, InterruptHandler handler, void* context, u32 processor) {
     const u32 n = number(port);
     if (n == 0 || n >= capacity) {
         return Error{Code::exhausted, "an event channel's port is beyond what this kernel has room for", capacity - 1,
@@ -62,9 +99,34 @@ Result<void> Events::bind(Port port, InterruptHandler handler, void* context) {
         return Error{Code::busy, "the event channel has a handler already", 0, n};
     }
     mask(port);
-    slots_[n] = {handler, context};
+    const auto move = [&](u32 vcpu) {
+        EventBindVcpu argument{port, vcpu};
+        return hypercalls_->call(Hypercall::event_channel_op, EventOp::bind_vcpu, argument) >= 0;
+    };
+    // A new port is virtual CPU 0's, which need not be processor 0.
+    if (processor != 0 && (!joined(processor) || !move(cpus_[processor].vcpu))) {
+        processor = 0;
+    }
+    if (processor == 0 && cpus_[0].vcpu != 0) {
+        static_cast<void>(move(cpus_[0].vcpu));
+    }
+    const u64 bit = u64{1} << n % 64;
+    slots_[n] = {handler, context, processor};
     note_open(port);
-    return {};
+    bound_[n / 64].fetch_or(bit, std::memory_order_release);
+    cpus_[processor].mine[n / 64].fetch_or(bit, std::memory_order_release); // pairs with the acquire in scan_words()
+    return processor;
+}
+
+// A handler that runs now ends: each takes a few instructions, with interrupts off.
+void Events::await_scans() const {
+    for (u32 i = 0; i < max_processors; ++i) {
+        const u64 before = cpus_[i].scans.load(std::memory_order_seq_cst);
+        while (before % 2 != 0 && i != this_processor() &&
+               cpus_[i].scans.load(std::memory_order_acquire) == before) { // pairs with the release in scan()
+            spin_pause();
+        }
+    }
 }
 
 void Events::unbind(Port port) {
@@ -78,14 +140,20 @@ void Events::unbind(Port port) {
         }
         open_[n / 64] &= ~(u64{1} << n % 64);
         --open_count_;
-        slots_[n] = {};
     }
     mask(port);
+    const u64 bit = u64{1} << n % 64;
+    if (n < capacity && slots_[n].handler != nullptr) {
+        cpus_[slots_[n].processor].mine[n / 64].fetch_and(~bit, std::memory_order_seq_cst); // see the table
+        await_scans();
+        bound_[n / 64].fetch_and(~bit, std::memory_order_relaxed);
+        slots_[n] = {};
+    }
     EventPort argument{port};
     // fails harmlessly if the port is not open
     static_cast<void>(hypercalls_->call(Hypercall::event_channel_op, EventOp::close, argument));
     // clear it for the port's next user
-    std::atomic_ref<u64>(shared_->pending[n / 64]).fetch_and(~(u64{1} << n % 64), std::memory_order_relaxed);
+    std::atomic_ref<u64>(shared_->pending[n / 64]).fetch_and(~bit, std::memory_order_relaxed);
 }
 
 Result<void> Events::send(Port port) {
@@ -98,12 +166,22 @@ Result<void> Events::send(Port port) {
 }
 
 void Events::scan() {
-    ++upcalls_;
+    Cpu& cpu = cpus_[this_processor()];
+    VcpuInfo* const info = cpu.info.load(std::memory_order_relaxed); // written by this processor
+    if (info == nullptr) [[unlikely]] {
+        return;
+    }
+    cpu.scans.fetch_add(1, std::memory_order_seq_cst); // see the table in the interface
+    scan_words(cpu, *info);
+    cpu.scans.fetch_add(1, std::memory_order_release); // pairs with the acquire in await_scans()
+}
+
+void Events::scan_words(Cpu& cpu, VcpuInfo& info) {
     for (u32 pass = 0; pass < max_passes; ++pass) {
         // Sequentially consistent exchanges (plain ones on this processor): see the table in the interface.
         // upcall_pending is cleared before the selector, the selector before the words.
-        std::atomic_ref<u8>(vcpu_->upcall_pending).exchange(0, std::memory_order_seq_cst);
-        u64 selector = std::atomic_ref<u64>(vcpu_->pending_selector).exchange(0, std::memory_order_seq_cst);
+        std::atomic_ref<u8>(info.upcall_pending).exchange(0, std::memory_order_seq_cst);
+        u64 selector = std::atomic_ref<u64>(info.pending_selector).exchange(0, std::memory_order_seq_cst);
         if (selector == 0) {
             return;
         }
@@ -112,18 +190,23 @@ void Events::scan() {
             // written by this guest only
             const u64 masked = std::atomic_ref<u64>(shared_->mask[word]).load(std::memory_order_relaxed);
             std::atomic_ref<u64> pending(shared_->pending[word]);
-            // Acquire: makes the senders' writes before their notification visible to what the handlers wake. Pairs
-            // with Xen's set, after the sender's hypercall.
-            u64 raised = pending.load(std::memory_order_acquire) & ~masked;
-            pending.fetch_and(~raised, std::memory_order_acquire);
-            for (; raised != 0; raised &= raised - 1) {
-                const u32 n = word * 64 + static_cast<u32>(std::countr_zero(raised));
-                if (n < capacity && slots_[n].handler != nullptr) [[likely]] {
-                    slots_[n].handler(slots_[n].context);
-                } else {
-                    ++unexpected_;
-                    mask(static_cast<Port>(n));
+            u64 raised = pending.load(std::memory_order_relaxed) & ~masked;
+            const u64 mine = word < bound_words ? cpu.mine[word].load(std::memory_order_seq_cst) : 0;
+            if (u64 others = raised & ~mine; others != 0) [[unlikely]] {
+                raised &= mine;
+                others &= word < bound_words ? ~bound_[word].load(std::memory_order_acquire) : ~u64{0};
+                pending.fetch_and(~others, std::memory_order_relaxed);
+                for (; others != 0; others &= others - 1) {
+                    unexpected_.fetch_add(1, std::memory_order_relaxed);
+                    mask(static_cast<Port>(word * 64 + static_cast<u32>(std::countr_zero(others))));
                 }
+            }
+            // Acquire: makes the senders' writes before their notification visible to what the handlers wake. Pairs
+            // with Xen's set, after the sender's hypercall. What unmask() has consumed meanwhile is left out.
+            raised &= pending.fetch_and(~raised, std::memory_order_acquire);
+            for (; raised != 0; raised &= raised - 1) {
+                const Slot& slot = slots_[word * 64 + static_cast<u32>(std::countr_zero(raised))];
+                slot.handler(slot.context);
             }
         }
     }

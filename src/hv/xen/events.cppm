@@ -1,10 +1,13 @@
 // Two-level event channels: ports, their pending and mask bits in the shared info page, and the upcall that finds the
-// pending ones. Used on one processor only, except for what handlers raise, and mask(), unmask() and send() of a port
-// whose owner is on another one.
+// pending ones. A port belongs to one processor, which takes its upcalls and runs its handler.
+//
+// bind(), unbind() and the allocation of ports are for processor 0, join() and leave() for the processor itself;
+// mask(), unmask() and send() may be called on any processor.
 export module hv.xen.events;
 import core.std;
 import core.result;
 import core.interrupt;
+import core.processor;
 export import hv.xen.hypercall;
 
 export namespace fl::hv::xen {
@@ -16,6 +19,16 @@ export namespace fl::hv::xen {
 ///   upcall: and-not of pending                 event that arrives in between sets all three once more
 ///   unmask: and-not of mask, load of pending   Xen: or of pending, load of mask. One of the two sees the other: no
 ///                                              event is lost
+///
+/// A word of pending bits holds ports of several processors: each takes its own, and leaves the others pending for
+/// the upcalls of theirs. An event that unmask() finds pending is consumed by its caller, on whichever processor that
+/// is, so no upcall is needed for it (which only EVTCHNOP_unmask could raise on another virtual CPU).
+///
+///   atomic      ordering  written by        read by           orders
+///   mine        release   bind, unbind      upcall (acquire)  the slot before the bit that makes the upcall use it
+///   scans       seq_cst   upcall            unbind (seq_cst)  upcall: scans odd, then mine; unbind: mine, then scans.
+///                                                             One of the two sees the other: after unbind() no upcall
+///                                                             uses the slot
 class Events {
   public:
     using Event = Port;
@@ -25,21 +38,39 @@ class Events {
     /// Passes over the selector per upcall; later events set upcall_pending and raise another upcall.
     static constexpr u32 max_passes = 4;
 
-    /// `shared`: the mapped shared info page; `vcpu`: Xen's number of this processor, below vcpus_in_shared_info. Masks
-    /// every port.
-    void install(Hypercalls& hypercalls, SharedInfo& shared, u32 vcpu);
+    /// `shared`: the mapped shared info page. Masks every port. join() follows.
+    void install(Hypercalls& hypercalls, SharedInfo& shared);
     bool installed() const { return shared_ != nullptr; }
-    /// In another domain, with its shared info page mapped: no port is open, and each is masked.
+    /// In another domain, with its shared info page mapped, while nothing else runs: no port is open, each is masked.
+    /// Processors that have joined take their upcalls from the shared info page, as far as it has a place for them.
     void restart();
+    /// On the processor itself, before its first upcall: takes the upcalls of virtual CPU `vcpu`. `own`: memory for its
+    /// vcpu_info, zeroed, in guest frame `frame` at byte `offset`, for the rest of the machine's life. If Xen refuses
+    /// it, the virtual CPU's place in the shared info page is used. Error{not_supported}: it has none; ports are then
+    /// not bound to this processor.
+    Result<void> join(u32 processor, u32 vcpu, VcpuInfo& own, u64 frame, u32 offset);
+    /// On a processor that has joined, to which no port is bound: none will be.
+    void withdraw(u32 processor) { cpus_[processor].info.store(nullptr, std::memory_order_relaxed); }
+    /// On a processor that has joined: no upcalls for the ports bound to it from now on.
+    void leave(u32 processor);
+    bool joined(u32 processor) const {
+        return cpus_[processor].info.load(std::memory_order_acquire) != nullptr; // pairs with the release in join()
+    }
+    /// Of a processor that has joined.
+    const VcpuInfo& info(u32 processor) const { return *cpus_[processor].info.load(std::memory_order_relaxed); }
+    u32 vcpu(u32 processor) const { return cpus_[processor].vcpu; }
 
     /// Allocates a port that domain `remote` may bind to.
     Result<Port> allocate_unbound(Domain remote);
     /// Allocates a port that is connected to a port of another domain.
     Result<Port> bind_interdomain(Domain remote, Port remote_port);
-    /// The handler runs in the upcall, with interrupts off, after the pending bit was cleared. The port stays masked
-    /// until unmask(). Error{exhausted}: the port is beyond `capacity`; Error{busy}: it has a handler already.
-    Result<void> bind(Port port, InterruptHandler handler, void* context);
-    /// Masks the port, removes the handler and closes the port. No effect on a port that is not open.
+    /// The handler runs in the upcall on `processor`, with interrupts off, after the pending bit was cleared. On
+    /// processor 0 if the other one has not joined, or Xen does not move the port there. The port stays masked until
+    /// unmask(). Returns the processor. Error{exhausted}: the port is beyond `capacity`; Error{busy}: it has a handler
+    /// already.
+    Result<u32> bind(Port port, InterruptHandler handler, void* context, u32 processor = 0);
+    /// Masks the port, removes the handler, waits until it runs nowhere, and closes the port. No effect on a port that
+    /// is not open. Not in a handler.
     void unbind(Port port);
     /// Ports that were allocated or bound here and not closed since.
     u32 open_ports() const { return open_count_; }
@@ -52,7 +83,7 @@ class Events {
     /// Notifies the remote end: one hypercall.
     Result<void> send(Port port);
 
-    /// The interrupt handler. `context` is the Events.
+    /// The interrupt handler, on every processor. `context` is the Events.
     static void upcall(void* context) { static_cast<Events*>(context)->scan(); }
     void scan();
 
@@ -60,26 +91,38 @@ class Events {
     /// idling without interrupts: one hypercall and no upcall. Interrupts other than events do not end it.
     i64 poll(std::span<const u32> ports, u64 timeout_ns);
 
-    u64 upcalls() const { return upcalls_; }
+    /// Upcalls taken by `processor`.
+    u64 upcalls(u32 processor) const { return cpus_[processor].scans.load(std::memory_order_relaxed) / 2; }
     /// Events on ports without a handler, which were then masked.
-    u64 unexpected() const { return unexpected_; }
+    u64 unexpected() const { return unexpected_.load(std::memory_order_relaxed); }
 
   private:
+    static constexpr u32 bound_words = capacity / 64;
+
     struct Slot {
         InterruptHandler handler = nullptr;
         void* context = nullptr;
+        u32 processor = 0;
+    };
+    struct alignas(128) Cpu { // no cache line is written by two processors
+        std::atomic<VcpuInfo*> info{nullptr};
+        u32 vcpu = 0;
+        std::atomic<u64> scans{0}; // odd: an upcall is running
+        std::array<std::atomic<u64>, bound_words> mine{};
     };
     static u32 number(Port port) { return to_underlying(port); }
     void note_open(Port port);
+    void scan_words(Cpu& cpu, VcpuInfo& info);
+    void await_scans() const;
 
     Hypercalls* hypercalls_ = nullptr;
     SharedInfo* shared_ = nullptr;
-    VcpuInfo* vcpu_ = nullptr;
-    u64 upcalls_ = 0;
-    u64 unexpected_ = 0;
+    std::atomic<u64> unexpected_{0};
+    std::array<std::atomic<u64>, bound_words> bound_{}; // ports of all processors
     std::array<Slot, capacity> slots_{};
     std::array<u64, capacity / 64> open_{}; // one bit per port
     u32 open_count_ = 0;
+    std::array<Cpu, max_processors> cpus_{};
 };
 
 inline void Events::mask(Port port) {

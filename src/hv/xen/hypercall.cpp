@@ -90,6 +90,12 @@ i64 Hypercalls::suspend() {
     return call(Hypercall::sched_op, SchedOp::shutdown, reason);
 }
 
+Result<void> Hypercalls::register_vcpu_info(u32 vcpu, u64 frame, u32 offset) {
+    VcpuRegisterInfo place{frame, offset, 0};
+    return checked(call(Hypercall::vcpu_op, to_underlying(VcpuOp::register_info), vcpu, reinterpret_cast<u64>(&place)),
+                   "Xen refuses a place for a virtual CPU's information (errno)");
+}
+
 i64 Hypercalls::console_write(std::string_view text) {
     return call(Hypercall::console_io, to_underlying(ConsoleOp::write), text.size(),
                 reinterpret_cast<u64>(text.data()));

@@ -57,6 +57,8 @@ class Hypercalls {
     /// Suspends this domain; returns 0 in another domain that continues from the same state, 1 in this one: the
     /// toolstack has cancelled it [xen-sched]; or a negative error number, at once.
     i64 suspend();
+    /// Moves the vcpu_info of virtual CPU `vcpu`, the calling one, to `frame`, at byte `offset`.
+    Result<void> register_vcpu_info(u32 vcpu, u64 frame, u32 offset);
     /// Writes text to Xen's console; returns >= 0 or a negative error number.
     i64 console_write(std::string_view text);
     /// Maximum number of frames of this guest's grant table.

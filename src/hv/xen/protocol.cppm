@@ -90,7 +90,15 @@ static_assert(sizeof(UpcallVector) == 8 && offsetof(UpcallVector, vector) == 4);
 /// [xen-public hvm/params.h].
 constexpr u64 callback_by_vector(u8 vector) { return u64{2} << 56 | vector; }
 
-enum class VcpuOp : u32 { initialise = 0, up = 1, down = 2, is_up = 3 };
+enum class VcpuOp : u32 { initialise = 0, up = 1, down = 2, is_up = 3, register_info = 10 };
+/// Moves a vcpu_info to the guest's memory; it must not cross a page [xen-public vcpu.h]. Once for each virtual CPU,
+/// and on it.
+struct VcpuRegisterInfo {
+    u64 frame;  // guest frame
+    u32 offset; // in the frame, bytes
+    u32 reserved;
+};
+static_assert(sizeof(VcpuRegisterInfo) == 16 && offsetof(VcpuRegisterInfo, offset) == 8);
 /// struct vcpu_hvm_context with the registers of a 64-bit processor [xen-public hvm/hvm_vcpu.h].
 struct VcpuContext {
     static constexpr u32 mode_64 = 1;
@@ -181,8 +189,15 @@ enum class EventOp : u32 {
     send = 4,
     status = 5,
     alloc_unbound = 6,
+    bind_vcpu = 8,
     unmask = 9
 };
+/// The virtual CPU that gets the upcalls of a port; virtual CPU 0 by default.
+struct EventBindVcpu {
+    Port port;
+    u32 vcpu;
+};
+static_assert(sizeof(EventBindVcpu) == 8 && offsetof(EventBindVcpu, vcpu) == 4);
 struct EventAllocUnbound {
     Domain domain; // owner of the port; domain_self
     Domain remote; // the domain that may bind to it

@@ -182,6 +182,7 @@ struct Fake : EndMachine, hv::Privileged, PhysicalReader, Pieces {
             schedule_end("off");
         }
     }
+    CpuidRegisters cpuid_leaf(u32) override { return {}; }
     void out32(u16 port, u32 value) override {
         ++accesses[port];
         if (port == 0xf4 && exit_port) {

@@ -166,6 +166,7 @@ class Machine final : public hv::Privileged, public host::Delivery {
     u32 in32(u16) override { return 0; }
     void out8(u16, u8) override {}
     void out16(u16, u16) override {}
+    CpuidRegisters cpuid_leaf(u32) override { return {}; }
     void out32(u16, u32) override {}
 
     // host::Delivery

@@ -9,6 +9,7 @@ import core.text;
 import core.time;
 import core.dma;
 import core.interrupt;
+import core.processor;
 import core.log;
 import core.cpuid;
 import io.executor;
@@ -218,7 +219,8 @@ TEST(XenBlk, ImpossibleDisksAreRefused) {
         EXPECT_EQ(m.back.front_state(), 6u);
         EXPECT_EQ(m.xen.live_grants(), 0u);
         EXPECT_FALSE(m.xen.open_ports.contains(m.back.port));
-        EXPECT_EQ(m.xen.memory.outstanding, 65u * 4096) << "only the shared page and the grant table are left";
+        EXPECT_EQ(m.xen.memory.outstanding, fake::backend_pages * 4096)
+            << "only the shared page and the grant table are left";
     }
 }
 
@@ -401,7 +403,7 @@ TEST(XenBlk, APoolThatTheBackEndDoesNotUseIsFreed) {
     ASSERT_TRUE(m.probe());
     EXPECT_EQ(m.xen.live_grants(), 1u) << "only the ring";
     EXPECT_EQ(m.guest.grants().available(), 8 * 512u - 8 - 1);
-    EXPECT_EQ(m.xen.memory.outstanding, 66u * 4096);
+    EXPECT_EQ(m.xen.memory.outstanding, (fake::backend_pages + 1) * 4096);
     DiskMachine kept({.persistent = true});
     ASSERT_TRUE(kept.probe());
     EXPECT_EQ(kept.xen.live_grants(), 1u + 352u) << "as many as a ring of 32 slots can use";

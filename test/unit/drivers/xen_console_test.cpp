@@ -10,6 +10,7 @@ import core.text;
 import core.time;
 import core.dma;
 import core.interrupt;
+import core.processor;
 import core.log;
 import core.cpuid;
 import io.executor;

@@ -9,6 +9,7 @@ import core.text;
 import core.time;
 import core.dma;
 import core.interrupt;
+import core.processor;
 import core.log;
 import core.cpuid;
 import io.executor;
@@ -261,7 +262,8 @@ TEST(XenNet, ImpossibleCardsAreRefused) {
                                                               : Code::protocol);
         EXPECT_EQ(m.sink.card, nullptr);
         EXPECT_EQ(m.xen.live_grants(), 0u);
-        EXPECT_EQ(m.xen.memory.outstanding, 65u * 4096) << "only the shared page and the grant table are left";
+        EXPECT_EQ(m.xen.memory.outstanding, fake::backend_pages * 4096)
+            << "only the shared page and the grant table are left";
         EXPECT_EQ(m.xen.open_ports.size(), 0u);
     }
 }
@@ -277,7 +279,7 @@ TEST(XenNet, ACardOfAnotherDriverIsLeftAlone) {
     EXPECT_EQ(busy.probe().error().code, Code::busy);
     EXPECT_EQ(busy.back.front_state(), 6u);
     EXPECT_EQ(busy.xen.live_grants(), 0u);
-    EXPECT_EQ(busy.xen.memory.outstanding, 65u * 4096);
+    EXPECT_EQ(busy.xen.memory.outstanding, fake::backend_pages * 4096);
     NetMachine without_sink({});
     without_sink.environment.nets = nullptr;
     EXPECT_EQ(without_sink.probe().error().code, Code::not_supported);

@@ -126,6 +126,7 @@ class Joined final : public host::Delivery, public host::Log, public hv::Privile
     u32 in32(u16) override { return 0; }
     void out8(u16, u8) override {}
     void out16(u16, u16) override {}
+    CpuidRegisters cpuid_leaf(u32) override { return {}; }
     void out32(u16, u32) override {}
     Result<std::byte*> map(u64 physical, u64 size) override { return memory.at(physical, size).data(); }
     u64 physical_of(const void* address) override {

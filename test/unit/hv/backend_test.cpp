@@ -73,6 +73,7 @@ struct FakeCpu final : hv::Privileged {
     u32 in32(u16) override { return ~0u; }
     void out8(u16, u8) override {}
     void out16(u16, u16) override {}
+    CpuidRegisters cpuid_leaf(u32) override { return {}; }
     void out32(u16, u32) override {}
 };
 struct Heap final : DmaAllocator {

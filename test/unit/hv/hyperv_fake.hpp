@@ -134,6 +134,7 @@ class Host final : public hv::Privileged, public hv::PhysicalMemory {
     u32 in32(u16) override { return 0; }
     void out8(u16, u8) override {}
     void out16(u16, u16) override {}
+    CpuidRegisters cpuid_leaf(u32) override { return {}; }
     void out32(u16, u32) override {}
     Result<std::byte*> map(u64 physical, u64) override { return reinterpret_cast<std::byte*>(physical); }
     u64 physical_of(const void* address) override { return reinterpret_cast<u64>(address); }

@@ -11,6 +11,7 @@ import core.dma;
 import core.interrupt;
 import core.log;
 import core.cpuid;
+import core.processor;
 import io.executor;
 import io.task;
 import hv.xen;
@@ -49,7 +50,7 @@ TEST(XenBackend, TakesTheLocalApicsVectorWhereXenHasNoOther) {
         ASSERT_TRUE(m.install());
         m.xen.set_param_answer = announced ? -22 : 0;
         ASSERT_TRUE(m.start());
-        EXPECT_EQ(m.xen.upcall_vector, 0x40);
+        EXPECT_EQ(m.xen.event_cpus[0].vector, 0x40);
         EXPECT_TRUE(m.xen.interrupts.eoi);
         EXPECT_EQ(m.guest.upcall(), hv::Xen::Upcall::apic_vector);
     }
@@ -250,6 +251,225 @@ TEST(XenEvents, AStormIsBoundedAndAStrayEventIsMasked) {
     EXPECT_TRUE(s.m.xen.deliver());
     EXPECT_EQ(s.m.guest.events().unexpected(), 1u);
     EXPECT_EQ(s.m.xen.mask(2), ~u64{0});
+}
+
+/// Runs as the kernel's processor `n`.
+struct On {
+    explicit On(u32 n) : before(this_processor()) { set_this_processor(n); }
+    ~On() { set_this_processor(before); }
+    u32 before;
+};
+
+/// A machine with `n` processors that have joined; processor i is virtual CPU ids[i].
+struct Several : fake::Machine {
+    explicit Several(std::vector<u32> ids, bool before_start = true) {
+        xen.event_cpus.resize(*std::ranges::max_element(ids) + 1);
+        for (u32 i = 0; i < ids.size(); ++i) {
+            xen.event_cpus[ids[i]].processor = i;
+        }
+        xen.cpu.vcpu_ids = [ids] { return ids[this_processor()]; };
+        if (before_start) {
+            begin(static_cast<u32>(ids.size()));
+        }
+    }
+    void begin(u32 processors) {
+        EXPECT_TRUE(install() && start());
+        for (u32 i = 1; i < processors; ++i) {
+            const On on(i);
+            EXPECT_TRUE(guest.join(i, executor));
+        }
+        while (xen.deliver()) { // every registration causes one
+        }
+    }
+};
+
+struct Where {
+    std::vector<u32> processors;
+    static void note(void* self) { static_cast<Where*>(self)->processors.push_back(this_processor()); }
+};
+
+TEST(XenEvents, AHandlerRunsOnTheProcessorOfItsPort) {
+    Several m({0, 5, 40});
+    EXPECT_EQ(m.guest.events().vcpu(2), 40u);
+    EXPECT_NE(m.xen.event_cpus[0].info, nullptr);
+    EXPECT_NE(m.xen.event_cpus[40].info, nullptr) << "beyond the 32 in the shared info page";
+    Where a;
+    Where b;
+    Where c;
+    EXPECT_EQ(*m.guest.events().bind(Port{70}, Where::note, &a), 0u);
+    EXPECT_EQ(*m.guest.events().bind(Port{71}, Where::note, &b, 1), 1u);
+    EXPECT_EQ(*m.guest.events().bind(Port{72}, Where::note, &c, 2), 2u);
+    EXPECT_EQ(m.xen.port_vcpu[71], 5u);
+    EXPECT_EQ(m.xen.port_vcpu[72], 40u);
+    for (u32 port : {70u, 71u, 72u}) {
+        EXPECT_FALSE(m.guest.events().unmask(Port{port}));
+        m.xen.raise(port);
+    }
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_FALSE(m.xen.deliver());
+    EXPECT_EQ(a.processors, std::vector<u32>{0});
+    EXPECT_EQ(b.processors, std::vector<u32>{1}) << "all three are in one word";
+    EXPECT_EQ(c.processors, std::vector<u32>{2});
+    EXPECT_EQ(m.guest.events().unexpected(), 0u);
+    // An upcall of one processor leaves the port of another pending.
+    m.xen.raise(72);
+    m.xen.selector(0) |= 2;
+    m.xen.upcall_pending(0) = 1;
+    {
+        const On on(0);
+        m.guest.events().scan();
+    }
+    EXPECT_EQ(c.processors.size(), 1u);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(c.processors, (std::vector<u32>{2, 2}));
+    m.guest.events().unbind(Port{72});
+    EXPECT_EQ(*m.guest.events().bind(Port{72}, Where::note, &a), 0u);
+    EXPECT_FALSE(m.xen.port_vcpu.contains(72)) << "a port that is closed and allocated again is virtual CPU 0's";
+}
+
+TEST(XenEvents, AProcessorThatLeavesTakesNoMore) {
+    Several m({0, 1});
+    Where a;
+    Where b;
+    ASSERT_TRUE(m.guest.events().bind(Port{70}, Where::note, &a));
+    ASSERT_TRUE(m.guest.events().bind(Port{71}, Where::note, &b, 1));
+    static_cast<void>(m.guest.events().unmask(Port{70}));
+    static_cast<void>(m.guest.events().unmask(Port{71}));
+    {
+        const On on(1);
+        m.guest.leave(1);
+    }
+    m.xen.raise(70);
+    m.xen.raise(71);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(a.processors.size(), 1u);
+    EXPECT_TRUE(b.processors.empty());
+}
+
+TEST(XenEvents, WithoutCallsForItProcessor0TakesTheEvents) {
+    { // ports cannot be moved
+        Several m({0, 1}, false);
+        m.xen.moves_ports = false;
+        m.begin(2);
+        Where a;
+        EXPECT_EQ(*m.guest.events().bind(Port{70}, Where::note, &a, 1), 0u);
+        static_cast<void>(m.guest.events().unmask(Port{70}));
+        m.xen.raise(70);
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(a.processors, std::vector<u32>{0});
+    }
+    { // no own vcpu_info: the first 32 have one in the shared info page, others have none
+        Several m({0, 31, 32}, false);
+        m.xen.takes_vcpu_info = false;
+        m.begin(3);
+        EXPECT_TRUE(m.guest.events().joined(1));
+        EXPECT_FALSE(m.guest.events().joined(2));
+        Where a;
+        Where b;
+        EXPECT_EQ(*m.guest.events().bind(Port{70}, Where::note, &a, 1), 1u);
+        EXPECT_EQ(*m.guest.events().bind(Port{71}, Where::note, &b, 2), 0u);
+        for (u32 port : {70u, 71u}) {
+            static_cast<void>(m.guest.events().unmask(Port{port}));
+            m.xen.raise(port);
+        }
+        m.xen.event_cpus.resize(32); // a place for the 33rd would lie in the words of pending bits
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(a.processors, std::vector<u32>{1});
+        EXPECT_EQ(b.processors, std::vector<u32>{0});
+    }
+}
+
+TEST(XenEvents, TheLocalApicsVectorIsSetForEachProcessor) {
+    Several m({0, 3, 4}, false);
+    m.xen.features = 1u << 2;
+    ASSERT_TRUE(m.install() && m.start());
+    {
+        const On on(1);
+        ASSERT_TRUE(m.guest.join(1, m.executor));
+    }
+    EXPECT_EQ(m.xen.event_cpus[3].vector, 0x40);
+    {
+        const On on(2);
+        m.xen.refuse_vectors = true;
+        ASSERT_TRUE(m.guest.join(2, m.executor)) << "it is used, without events";
+    }
+    EXPECT_TRUE(m.guest.events().joined(1));
+    EXPECT_FALSE(m.guest.events().joined(2));
+}
+
+TEST(XenEvents, AVirtualCpusNumberIsThatOfItsStartIfCpuidDoesNotTell) {
+    Several m({0, 3}, false);
+    m.xen.cpu.vcpu_ids = nullptr;
+    ASSERT_TRUE(m.install() && m.start());
+    m.xen.vcpus.resize(4);
+    ASSERT_TRUE(m.guest.start_processor(3, {}));
+    const On on(1);
+    ASSERT_TRUE(m.guest.join(1, m.executor));
+    EXPECT_EQ(m.guest.events().vcpu(1), 3u);
+    ASSERT_TRUE(m.guest.join(2, m.executor));
+    EXPECT_EQ(m.guest.events().vcpu(2), 2u) << "started by the firmware's means: the processor's number";
+}
+
+TEST(XenEvents, InAnotherDomainTheSharedInfoPageServesEveryProcessor) {
+    Several m({0, 5, 40});
+    Where old;
+    ASSERT_TRUE(m.guest.events().bind(Port{80}, Where::note, &old, 1));
+    for (auto& each : m.xen.event_cpus) {
+        each.info = nullptr;
+    }
+    m.xen.port_vcpu.clear();
+    m.guest.events().restart();
+    EXPECT_EQ(m.guest.events().open_ports(), 0u);
+    Where a;
+    Where b;
+    EXPECT_EQ(*m.guest.events().bind(Port{71}, Where::note, &a, 1), 1u);
+    EXPECT_EQ(*m.guest.events().bind(Port{72}, Where::note, &b, 2), 0u) << "no place for virtual CPU 40";
+    for (u32 port : {71u, 72u, 80u}) {
+        static_cast<void>(m.guest.events().unmask(Port{port}));
+        m.xen.raise(port);
+    }
+    m.xen.event_cpus.resize(32); // a place for the 41st would lie in the words of pending bits
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(a.processors, std::vector<u32>{1});
+    EXPECT_EQ(b.processors, std::vector<u32>{0});
+    EXPECT_TRUE(old.processors.empty());
+    EXPECT_EQ(m.guest.events().unexpected(), 1u);
+}
+
+// unbind() on one processor while the handler runs on another: afterwards the handler does not run.
+TEST(XenEvents, UnbindWaitsForAHandlerOnAnotherProcessor) {
+    Several m({0, 1});
+    for (u32 round = 0; round < 200; ++round) {
+        struct State {
+            std::atomic<bool> running{false};
+            std::atomic<bool> gone{false};
+            std::atomic<bool> wrong{false};
+        } state;
+        ASSERT_TRUE(m.guest.events().bind(
+            Port{70},
+            [](void* self) {
+                State& s = *static_cast<State*>(self);
+                s.running.store(true);
+                for (u32 i = 0; i < 2000; ++i) {
+                    s.wrong.store(s.wrong.load() || s.gone.load());
+                }
+            },
+            &state, 1));
+        static_cast<void>(m.guest.events().unmask(Port{70}));
+        m.xen.raise(70);
+        std::thread other([&] {
+            set_this_processor(1);
+            m.guest.events().scan();
+        });
+        if (round % 2 == 0) {
+            while (!state.running.load()) {
+            }
+        }
+        m.guest.events().unbind(Port{70});
+        state.gone.store(true);
+        other.join();
+        EXPECT_FALSE(state.wrong.load());
+    }
 }
 
 // ---- grants ----

@@ -75,6 +75,11 @@ class Cpu final : public hv::Privileged {
     u32 in32(u16) override { return ~u32{0}; }
     void out8(u16 port, u8 value) override { writes.push_back({port, value}); }
     void out16(u16 port, u16 value) override { writes.push_back({port, value}); }
+    CpuidRegisters cpuid_leaf(u32 leaf) override {
+        EXPECT_EQ(leaf, 0x40000004u);
+        return vcpu_ids ? CpuidRegisters{1u << 3, vcpu_ids(), 0, 0} : CpuidRegisters{};
+    }
+    std::function<u32()> vcpu_ids; // of the calling processor; empty: CPUID does not tell
     void out32(u16 port, u32 value) override {
         writes.push_back({port, value});
         if (port == 0x10 && refuse_drivers) {
@@ -171,7 +176,10 @@ class Xen {
             return 0;
         case 34: // hvm_op
             if (a == 23) {
-                upcall_vector = field<u8>(b, 4);
+                if (field<u32>(b, 0) >= event_cpus.size() || refuse_vectors) {
+                    return -22;
+                }
+                event_cpus[field<u32>(b, 0)].vector = field<u8>(b, 4);
                 return 0;
             }
             if (a == 0) {
@@ -209,7 +217,32 @@ class Xen {
         }
     }
 
+    std::byte* info_of(u32 vcpu) {
+        return event_cpus[vcpu].info != nullptr ? event_cpus[vcpu].info : shared + vcpu * 64;
+    }
+    i64 register_info(u32 vcpu, u64 c) {
+        if (vcpu >= event_cpus.size()) {
+            return -2;
+        }
+        if (event_cpus[vcpu].processor != this_processor() || event_cpus[vcpu].info != nullptr ||
+            field<u32>(c, 8) > 4096 - 64 || field<u32>(c, 8) % 8 != 0) {
+            return -22;
+        }
+        std::byte* info = memory.at(field<u64>(c, 0) * 4096) + field<u32>(c, 8);
+        if (vcpu < 32) {
+            std::memcpy(info, info_of(vcpu), 64);
+        }
+        event_cpus[vcpu].info = info;
+        // Everything counts as pending, so that nothing gets lost.
+        field<u64>(reinterpret_cast<u64>(info), 8) = ~u64{0};
+        field<u8>(reinterpret_cast<u64>(info), 0) = 1;
+        return 0;
+    }
+
     i64 vcpu_op(u64 op, u32 vcpu, u64 c) {
+        if (op == 10) {
+            return takes_vcpu_info ? register_info(vcpu, c) : -38;
+        }
         if (vcpus.empty()) { // KVM's emulation
             return -38;
         }
@@ -249,6 +282,12 @@ class Xen {
 
     i64 event_op(u64 op, u64 b) {
         switch (op) {
+        case 8: // bind_vcpu
+            if (!moves_ports || field<u32>(b, 4) >= event_cpus.size()) {
+                return moves_ports ? -2 : -38;
+            }
+            port_vcpu[field<u32>(b, 0)] = field<u32>(b, 4);
+            return 0;
         case 6: // alloc_unbound
             if (next_port >= 400) {
                 return -28;
@@ -279,6 +318,7 @@ class Xen {
         case 3: { // close
             const u32 port = field<u32>(b, 0);
             open_ports.erase(port);
+            port_vcpu.erase(port);
             return 0;
         }
         default: return -38;
@@ -307,8 +347,8 @@ class Xen {
     // ---- events: shared info by offsets ----
     u64& pending(u32 word) { return field<u64>(reinterpret_cast<u64>(shared), 0x800 + word * 8); }
     u64& mask(u32 word) { return field<u64>(reinterpret_cast<u64>(shared), 0xa00 + word * 8); }
-    u8& upcall_pending() { return field<u8>(reinterpret_cast<u64>(shared), 0); }
-    u64& selector() { return field<u64>(reinterpret_cast<u64>(shared), 8); }
+    u8& upcall_pending(u32 vcpu = 0) { return field<u8>(reinterpret_cast<u64>(info_of(vcpu)), 0); }
+    u64& selector(u32 vcpu = 0) { return field<u64>(reinterpret_cast<u64>(info_of(vcpu)), 8); }
     void raise(u32 port) {
         const u64 bit = u64{1} << port % 64;
         if ((pending(port / 64) & bit) != 0) {
@@ -318,17 +358,27 @@ class Xen {
         if ((mask(port / 64) & bit) != 0) {
             return;
         }
-        selector() |= u64{1} << port / 64;
-        upcall_pending() = 1;
+        const u32 vcpu = port_vcpu.contains(port) ? port_vcpu[port] : 0;
+        selector(vcpu) |= u64{1} << port / 64;
+        upcall_pending(vcpu) = 1;
     }
+    /// Takes the upcalls that are due, each on its virtual CPU's processor.
     bool deliver() {
         check_mappings();
-        if (shared == nullptr || upcall_pending() == 0 || interrupts.handler == nullptr) {
-            return false;
+        bool did = false;
+        for (u32 vcpu = 0; vcpu < event_cpus.size(); ++vcpu) {
+            if (shared == nullptr || upcall_pending(vcpu) == 0 || interrupts.handler == nullptr) {
+                continue;
+            }
+            ++upcalls;
+            ++event_cpus[vcpu].upcalls;
+            const u32 before = this_processor();
+            set_this_processor(event_cpus[vcpu].processor);
+            interrupts.handler(interrupts.context);
+            set_this_processor(before);
+            did = true;
         }
-        ++upcalls;
-        interrupts.handler(interrupts.context);
-        return true;
+        return did;
     }
 
     // ---- grants, checked like the hypervisor does: type, domain, mode; and what it cannot see but the guest must
@@ -596,7 +646,18 @@ class Xen {
     std::function<void()> on_yield;
     std::string console;
     u64 callback = 0;
-    u8 upcall_vector = 0;
+    bool refuse_vectors = false;
+    /// The virtual CPUs' part of events. A vcpu_info lies in the shared info page until it is registered elsewhere.
+    struct EventCpu {
+        u32 processor = 0; // the kernel's number of it
+        std::byte* info = nullptr;
+        u8 vector = 0;
+        u64 upcalls = 0;
+    };
+    std::vector<EventCpu> event_cpus{1};
+    bool takes_vcpu_info = true;  // VCPUOP_register_vcpu_info
+    bool moves_ports = true;      // EVTCHNOP_bind_vcpu
+    std::map<u32, u32> port_vcpu; // by port; 0 if not in it
     u32 shutdown_reason = 99;
     std::function<void(std::byte*)> on_shared_info; // it is mapped, and has to be filled
     std::function<i64()> on_suspend;                // its value is that of the hypercall
@@ -608,6 +669,10 @@ class Xen {
         grant_frames = {};
         shared = nullptr;
         callback = 0;
+        for (EventCpu& each : event_cpus) {
+            each = {.processor = each.processor};
+        }
+        port_vcpu.clear();
         open_ports.clear();
         sends.clear();
         watches.clear();
@@ -683,6 +748,9 @@ class World {
     std::function<bool()> device;
 };
 
+/// Pages that the backend keeps: the shared info page, the vcpu_info of each processor, and the grant table.
+inline constexpr u64 backend_pages = 1 + 4 + 64;
+
 /// A backend installed and started on the fake.
 struct Machine {
     explicit Machine(usize bytes = 48u << 20) : xen(bytes), world(xen), executor(world.platform()) {
@@ -696,6 +764,7 @@ struct Machine {
         hv::Services services{xen.interrupts, executor};
         auto done = guest.start(services);
         guest.store().set_timeout(1'000'000'000);
+        xen.deliver(); // the place of the vcpu_info was marked as pending
         return done;
     }
     template <class T>
