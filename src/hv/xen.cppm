@@ -90,8 +90,8 @@ class Xen {
 
     /// Suspends this guest, as its toolstack has requested: for `xl save`, for a migration. Returns once it goes on,
     /// and whether in another domain (true) or in the same one, because the toolstack has cancelled it. On an Error it
-    /// was not suspended, or cannot use its devices any more. In another domain everything that Xen and the toolstack keep
-    /// for a guest is set up anew; its devices are connected again by their drivers, afterwards.
+    /// was not suspended, or cannot use its devices any more. In another domain everything that Xen and the toolstack
+    /// keep for a guest is set up anew; its devices are connected again by their drivers, afterwards.
     io::Task<Result<bool>> suspend(Parking& others);
 
     /// Sleeps in the hypervisor until one of the (masked) events is pending or about `timeout_ns` have passed, without
