@@ -1,0 +1,443 @@
+// A block back end that answers arbitrarily, early, twice or never, and writes anything into the ring and into indirect
+// and persistently granted pages, while requests read, write, flush and discard, are cancelled or abandoned. Checked:
+// while the back end conforms, every read returns what was written, the requests conform, and the disk stays open unless
+// the back end was silent; whatever it does, every request ends, the disk closes at most once, a buffer that the back
+// end can still reach is quarantined, and at the end every page and grant entry is free again.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+import core.std;
+import core.result;
+import core.text;
+import core.dma;
+import core.log;
+import core.time;
+import io.executor;
+import io.task;
+import io.block;
+import hv.xen.events;
+import hv.xen.grants;
+import drivers.xen_blk.disk;
+
+#include "fuzz/input.hpp"
+// Depends on the imports above.
+#include "unit/io/support.hpp"
+
+namespace {
+using namespace fl;
+using fuzz::require;
+namespace xen = hv::xen;
+namespace xen_blk = drivers::xen_blk;
+constexpr u32 port = 5;
+constexpr u32 areas = 16; // one request at a time in each
+constexpr u32 area_bytes = 128 * 1024;
+constexpr Nanoseconds timeout = 100'000'000;
+
+/// Each allocation by itself, so that an access outside of it is found.
+class Memory final : public DmaAllocator {
+  public:
+    Result<DmaSpan> allocate(u32 size, u64) override {
+        size = (size + 4095) / 4096 * 4096;
+        auto memory = std::make_unique<std::byte[]>(size + 8);
+        const DmaSpan span{memory.get(), next_, size};
+        next_ += size;
+        blocks_.push_back({span, std::move(memory)});
+        return span;
+    }
+    void free(DmaSpan span) override {
+        std::erase_if(blocks_, [&](const Block& block) { return block.span.bus == span.bus; });
+    }
+    std::byte* at(u64 bus) {
+        for (const Block& block : blocks_) {
+            if (bus >= block.span.bus && bus - block.span.bus < block.span.size) {
+                return block.span.data + (bus - block.span.bus);
+            }
+        }
+        return nullptr;
+    }
+    usize blocks() const { return blocks_.size(); }
+
+  private:
+    struct Block {
+        DmaSpan span;
+        std::unique_ptr<std::byte[]> memory;
+    };
+    std::vector<Block> blocks_;
+    u64 next_ = 0x10000000;
+};
+
+template <class T>
+T& word(std::byte* at, usize offset = 0) {
+    return *reinterpret_cast<T*>(at + offset);
+}
+
+struct Log final : log::Sink {
+    Log() { log::attach(*this); }
+    ~Log() { log::detach(*this); }
+    void write(std::string_view t) override { text += t; }
+    std::string text;
+};
+
+/// A request as the back end has taken it.
+struct Taken {
+    u64 id = 0;
+    u8 operation = 0; // for an indirect one the inner one
+    u64 sector = 0;
+    struct Part {
+        u32 grant, first, count; // in sectors
+    };
+    std::vector<Part> parts;
+    u64 sectors = 0;
+};
+
+struct Machine {
+    explicit Machine(fuzz::Input& in) : input(in) {
+        const u8 shape = input.byte();
+        clock.step = 20'000; // time per clock reading: waits that do not sleep end soon
+        grants->install(table, 2);
+        free_grants = grants->available();
+        hypercalls =
+            xen::Hypercalls(xen::Gate{this, [](void*, u32, u64, u64, u64, u64, u64) { return i64{0}; }, nullptr});
+        events.install(hypercalls, *shared, 0);
+        disk.set_timeout(timeout);
+        rings = *memory.buffer(4096);
+        ring = rings.data();
+        require(static_cast<bool>(disk.prepare(rings)));
+        xen_blk::Terms terms;
+        terms.handle = 51712;
+        terms.port = xen::Port{port};
+        terms.persistent = (shape & 1) != 0 && disk.start_pool(0, memory);
+        terms.indirect_segments = (shape & 2) != 0 ? 32 : 0;
+        terms.discard = true;
+        terms.flush = (shape & 4) != 0 ? xen_blk::Operation::write_barrier : xen_blk::Operation::flush;
+        terms.geometry.sectors = areas * area_bytes / 512;
+        io::BlockDevice::Identity identity;
+        identity.name.write("xvda");
+        require(static_cast<bool>(
+            disk.open(terms, identity, memory, [](void* self) { ++*static_cast<u32*>(self); }, &notified)));
+        for (u32 i = 0; i < areas; ++i) {
+            buffers.push_back(*memory.buffer(area_bytes));
+        }
+    }
+
+    // ---- what the guest asks ----
+    struct Area {
+        std::unique_ptr<io::Request> request;
+        bool known = true; // its content on the medium is what `content` says
+        u8 content = 0;    // pattern of the last write; 0: zeroes
+    };
+    static std::byte pattern(u8 seed, usize i) {
+        return seed == 0 ? std::byte{0} : static_cast<std::byte>(seed + i * 31 + i / 256);
+    }
+    void submit(u8 how) {
+        const u32 at = input.byte() % areas;
+        Area& area = all[at];
+        if (area.request) {
+            return;
+        }
+        constexpr std::array<io::Op, 6> ops{io::Op::read,  io::Op::write, io::Op::read,
+                                            io::Op::write, io::Op::flush, io::Op::discard};
+        const io::Op op = ops[how % ops.size()];
+        // Whole areas are written, so that a later read of any length is known.
+        const u32 bytes = op == io::Op::write || op == io::Op::discard ? area_bytes : (1 + input.byte()) * 512;
+        DmaSpan span = buffers[at].span().subspan(0, std::min(bytes, area_bytes));
+        if (op == io::Op::write) {
+            seed = static_cast<u8>(seed % 255 + 1);
+            for (usize i = 0; i < span.size; ++i) {
+                span.data[i] = pattern(seed, i);
+            }
+            area.content = seed;
+        } else if (op == io::Op::read) {
+            std::memset(span.data, 0xee, span.size);
+        } else if (op == io::Op::flush) {
+            span = {};
+        } else {
+            span = {nullptr, 0, span.size};
+            area.known = false;
+        }
+        area.request = std::make_unique<io::Request>(disk, op, u64{at} * area_bytes / 512, span);
+        disk.submit(*area.request);
+    }
+    void look(Area& area, u32 at) {
+        io::Request& r = *area.request;
+        if (r.pending()) {
+            return;
+        }
+        require(r.status != io::Status::not_written);
+        if (r.op == io::Op::write) {
+            area.known = r.status == io::Status::ok;
+        }
+        if (r.op == io::Op::read && r.status == io::Status::ok && sound && area.known) {
+            for (usize i = 0; i < r.buffer.size; ++i) {
+                require(r.buffer.data[i] == pattern(area.content, i));
+            }
+        }
+        area.request.reset();
+        if (is_quarantined(buffers[at].span())) { // the back end may still reach it
+            buffers[at].abandon();
+            buffers[at] = *memory.buffer(area_bytes);
+        }
+    }
+    void look() {
+        for (u32 at = 0; at < areas; ++at) {
+            if (all[at].request) {
+                look(all[at], at);
+            }
+        }
+    }
+    void forget(u32 at) { // the coroutine that waits for it is destroyed
+        Area& area = all[at];
+        if (!area.request) {
+            return;
+        }
+        const bool pending = area.request->pending();
+        area.known = area.known && area.request->op == io::Op::read;
+        area.request.reset();
+        if (pending) {
+            buffers[at].abandon();
+            buffers[at] = *memory.buffer(area_bytes);
+        }
+    }
+
+    // ---- a back end that conforms ----
+    std::byte* page(u32 grant, bool write) {
+        if (grant < 8 || grant >= table.size()) {
+            require(!sound);
+            return nullptr;
+        }
+        const xen::GrantEntry& entry = table[grant];
+        require(!sound || ((entry.flags & 3) == 1 && (!write || (entry.flags & 4) == 0)));
+        return (entry.flags & 3) == 1 ? memory.at(u64{entry.frame} * 4096) : nullptr;
+    }
+    void add_segment(Taken& request, std::byte* at) {
+        const Taken::Part part{word<u32>(at), word<u8>(at, 4), static_cast<u32>(word<u8>(at, 5)) + 1 - word<u8>(at, 4)};
+        require(!sound || (word<u8>(at, 4) <= word<u8>(at, 5) && word<u8>(at, 5) < 8));
+        request.parts.push_back(part);
+        request.sectors += part.count;
+    }
+    void take() {
+        const u32 offered = word<u32>(ring, 0);
+        if (offered - taken > 32) {
+            require(!sound);
+            return;
+        }
+        for (; taken != offered; ++taken) {
+            std::byte* const slot = ring + 64 + taken % 32 * 112;
+            Taken request;
+            request.operation = word<u8>(slot);
+            if (request.operation == 6) {
+                request.operation = word<u8>(slot, 1);
+                const u32 count = word<u16>(slot, 2);
+                request.id = word<u64>(slot, 8);
+                request.sector = word<u64>(slot, 16);
+                require(!sound || (word<u16>(slot, 24) == 51712 && count > 11 && count <= 32 && request.operation < 2));
+                std::byte* const list = page(word<u32>(slot, 28), false);
+                for (u32 i = 0; list != nullptr && i < std::min(count, 512u); ++i) {
+                    add_segment(request, list + i * 8);
+                }
+            } else {
+                const u32 count = word<u8>(slot, 1);
+                request.id = word<u64>(slot, 8);
+                request.sector = word<u64>(slot, 16);
+                require(!sound || word<u16>(slot, 2) == 51712);
+                if (request.operation == 5) {
+                    request.sectors = word<u64>(slot, 24);
+                } else {
+                    require(!sound ||
+                            (count <= 11 && (count != 0 || request.operation == 2 || request.operation == 3)));
+                    for (u32 i = 0; i < std::min(count, 11u); ++i) {
+                        add_segment(request, slot + 24 + i * 8);
+                    }
+                }
+            }
+            require(!sound || request.operation <= 5);
+            require(!sound || request.sector + request.sectors <= areas * area_bytes / 512);
+            require(!sound || std::ranges::none_of(held, [&](const Taken& t) { return t.id == request.id; }));
+            held.push_back(std::move(request));
+        }
+        word<u32>(ring, 4) = taken + 1;
+    }
+    std::optional<Taken> choose() {
+        if (held.empty()) {
+            return std::nullopt;
+        }
+        const auto at = held.begin() + static_cast<std::ptrdiff_t>(input.byte() % held.size());
+        Taken request = std::move(*at);
+        held.erase(at);
+        done.push_back(request);
+        return request;
+    }
+    void carry_out(const Taken& request) {
+        u64 at = request.sector * 512;
+        for (const Taken::Part& part : request.parts) {
+            const bool reads = request.operation == 0;
+            std::byte* const data = page(part.grant, reads);
+            if (data == nullptr || part.first + part.count > 8 || at + part.count * 512 > image.size()) {
+                require(!sound);
+                return;
+            }
+            std::byte* const here = data + part.first * 512;
+            if (reads) {
+                std::memcpy(here, image.data() + at, part.count * 512);
+            } else if (request.operation <= 2) {
+                std::memcpy(image.data() + at, here, part.count * 512);
+            }
+            at += part.count * 512;
+        }
+    }
+    void answer(u64 id, u8 operation, i16 status) {
+        std::byte* const slot = ring + 64 + produced++ % 32 * 112;
+        word<u64>(slot) = id;
+        word<u8>(slot, 8) = operation;
+        word<i16>(slot, 10) = status;
+    }
+    void push() {
+        const u32 old = std::exchange(word<u32>(ring, 8), produced);
+        if (produced - word<u32>(ring, 12) < produced - old) {
+            raise();
+        }
+    }
+    void raise() {
+        if ((std::atomic_ref<u64>(shared->mask[0]).load() >> port & 1) == 0) {
+            xen_blk::Disk::on_event(&disk);
+        } else {
+            std::atomic_ref<u64>(shared->pending[0]).fetch_or(u64{1} << port);
+        }
+    }
+
+    // ---- one that does not ----
+    void harm(u8 how) {
+        sound = false;
+        switch (how % 8) {
+        case 0: answer(input.word(), input.byte() % 8, static_cast<i16>(input.word())); break;
+        case 1:
+            if (!done.empty()) { // one that was answered before
+                const Taken& again = done[input.byte() % done.size()];
+                answer(again.id, again.operation, 0);
+            }
+            break;
+        case 2:
+            if (const auto request = choose()) { // as another operation
+                answer(request->id, input.byte(), static_cast<i16>(input.byte() % 4 - 2));
+            }
+            break;
+        case 3: produced += input.word(); break;
+        case 4: ring[input.word() % 4096] = std::byte{input.byte()}; break;
+        case 5: { // into a page that is granted
+            std::byte* const data = page(8 + input.word() % (table.size() - 8), true);
+            if (data != nullptr) {
+                data[input.word() % 4096] = std::byte{input.byte()};
+            }
+            break;
+        }
+        case 6: word<u32>(ring, input.byte() % 4 * 4) = input.word(); break;
+        case 7:
+            if (const auto request = choose()) { // before it was carried out
+                answer(request->id, request->operation, 0);
+                push();
+                carry_out(*request);
+            }
+            break;
+        }
+        word<u32>(ring, 8) = produced;
+        raise();
+    }
+
+    void run() {
+        for (u32 steps = 0; steps < 3000 && !input.empty(); ++steps) {
+            const u8 op = input.byte();
+            switch (op % 12) {
+            case 0:
+            case 1:
+            case 2: submit(op / 12); break;
+            case 3:
+            case 4: take(); break;
+            case 5:
+            case 6:
+                for (u32 n = 1 + op / 12; n != 0; --n) {
+                    if (const auto request = choose()) {
+                        const bool good = input.byte() % 8 != 0;
+                        if (good) {
+                            carry_out(*request);
+                        }
+                        answer(request->id, request->operation, good ? i16{0} : i16{-1});
+                    }
+                }
+                push();
+                break;
+            case 7:
+                if ((op / 12) % 2 == 0) {
+                    raise();
+                } else {
+                    const u32 at = input.byte() % areas;
+                    if (all[at].request && !disk.cancel(*all[at].request)) {
+                        forget(at);
+                    }
+                }
+                break;
+            case 8:
+                if (op / 12 >= 14) {
+                    harm(input.byte());
+                }
+                break;
+            default: executor.turn(); break;
+            }
+            look();
+        }
+        // Nothing is answered any more: what is under way meets its bound, or ends with the disk.
+        for (u32 turns = 0;
+             turns < 20'000 && std::ranges::any_of(all, [](const Area& a) { return bool(a.request); }); ++turns) {
+            executor.turn();
+            look();
+        }
+        require(std::ranges::none_of(all, [](const Area& a) { return bool(a.request); }));
+        require(notified <= 1);
+        disk.close(io::Status::device_gone, {Code::device_gone, "the end"});
+        for (u32 turns = 0; turns < 4; ++turns) {
+            executor.turn();
+        }
+        require(!disk.is_open());
+        disk.reclaim();
+        require(grants->available() == free_grants);
+        clear_quarantine();
+    }
+
+    fuzz::Input& input;
+    Log log;
+    test::FakeMachine clock;
+    io::Executor executor{clock.platform()};
+    Memory memory;
+    alignas(8) std::array<xen::GrantEntry, 1024> table{};
+    std::unique_ptr<xen::Grants> grants = std::make_unique<xen::Grants>();
+    std::unique_ptr<xen::SharedInfo> shared = std::make_unique<xen::SharedInfo>();
+    xen::Hypercalls hypercalls;
+    xen::Events events;
+    DmaBuffer rings;
+    std::byte* ring = nullptr;
+    std::vector<DmaBuffer> buffers;
+    std::unique_ptr<xen_blk::Disk> owned = std::make_unique<xen_blk::Disk>(executor, events, *grants);
+    xen_blk::Disk& disk = *owned;
+    std::array<Area, areas> all;
+    std::vector<std::byte> image = std::vector<std::byte>(areas * area_bytes);
+    std::deque<Taken> held;
+    std::vector<Taken> done;
+    u32 free_grants = 0, taken = 0, produced = 0, notified = 0;
+    u8 seed = 0;
+    bool sound = true;
+};
+
+} // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t size) {
+    fuzz::Input input(data, size);
+    Machine(input).run();
+    return 0;
+}
