@@ -38,17 +38,19 @@ Controller::~Controller() {
 
 // VMware's adapter has its registers in I/O ports as well, so their number is not fixed [pvscsi].
 Result<void> Controller::map_registers() {
-    Error first{Code::not_found, "the PVSCSI adapter has no memory BAR for its registers", register_bytes, 0};
     for (u8 i = 0; i < 6; ++i) {
-        const auto bar = device_.memory_bar(i);
-        if (!bar || bar->size < register_bytes) {
+        const auto bar = device_.bar(i);
+        if (!bar || bar->kind == pci::Bar::Kind::none || bar->kind == pci::Bar::Kind::io) {
             continue;
         }
-        TRY(const Mmio registers, device_.map_bar(environment_.mmio, i, 0, register_bytes));
-        adapter().open(registers);
-        return {};
+        if (bar->size >= register_bytes) {
+            TRY(const Mmio registers, device_.map_bar(environment_.mmio, i, 0, register_bytes));
+            adapter().open(registers);
+            return {};
+        }
+        i += bar->kind == pci::Bar::Kind::memory64 ? 1 : 0; // its upper half
     }
-    return first;
+    return Error{Code::not_found, "the PVSCSI adapter has no memory BAR for its registers", register_bytes, 0};
 }
 
 io::Task<Result<void>> Controller::connect() {

@@ -30,18 +30,23 @@ Result<Mmio> PciDevice::map(const Structure& structure, u32 at_least, std::strin
     return function_.map_bar(mapper_, structure.bar, structure.offset, structure.length);
 }
 
-// The first structure of each type that can be mapped is the one to use [virtio-1.2 §4.1.4.1].
+// The first structure of each type that the driver supports is the one to use [virtio-1.2 §4.1.4]: one in memory rather
+// than an earlier one in I/O ports (QEMU: modern-pio-notify=on).
 Result<void> PciDevice::open() {
     static_cast<void>(function_.power_on());
     std::array<Structure, 6> found{};
     for (auto list = function_.capabilities(); const auto c = list.next(pci::CapabilityId::vendor);) {
         const u8 type = function_.read<u8>(c->offset + pci_capability::type);
         const u8 bar = function_.read<u8>(c->offset + pci_capability::bar);
-        if (type == 0 || type >= found.size() || bar > 5 || found[type].capability != 0) {
+        if (type == 0 || type >= found.size() || bar > 5) {
+            continue;
+        }
+        const bool ports = pci::MemoryBaseAddress::read(function_, 4u * bar).get(pci::MemoryBaseAddress::io_space);
+        if (found[type].capability != 0 && (ports || !found[type].ports)) {
             continue;
         }
         found[type] = {bar, function_.read<u32>(c->offset + pci_capability::offset),
-                       function_.read<u32>(c->offset + pci_capability::length), c->offset};
+                       function_.read<u32>(c->offset + pci_capability::length), c->offset, ports};
     }
     const auto of = [&](CapabilityType type) -> const Structure& { return found[to_underlying(type)]; };
     if (of(CapabilityType::common).capability == 0 && of(CapabilityType::notify).capability == 0) {

@@ -44,6 +44,7 @@ class PciDevice final : public Device {
         u32 offset = 0;
         u32 length = 0;
         u16 capability = 0; // 0: none
+        bool ports = false; // in a BAR for I/O ports, which this driver does not use
     };
     Result<Mmio> map(const Structure& structure, u32 at_least, std::string_view missing);
 
