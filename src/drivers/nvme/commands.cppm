@@ -9,6 +9,13 @@ export import drivers.nvme.protocol;
 
 export namespace fl::drivers::nvme {
 
+/// An admin command, and its completion.
+struct Exchange : io::Exchange {
+    using io::Exchange::Exchange;
+    Submission command{};         // without cid
+    CompletionEntry completion{}; // valid when answered
+};
+
 inline constexpr u32 page = 4096;
 /// A command's PRP list: the pages after the first, for 512 KiB at any alignment. Does not cross a page.
 inline constexpr u32 list_bytes = 1024;

@@ -20,13 +20,6 @@ export import drivers.nvme.status;
 
 export namespace fl::drivers::nvme {
 
-/// An admin command, and its completion.
-struct Exchange : io::Exchange {
-    using io::Exchange::Exchange;
-    Submission command{};         // without cid
-    CompletionEntry completion{}; // valid when answered
-};
-
 class Disk;
 
 class Transport : public io::GroupedTransport {
