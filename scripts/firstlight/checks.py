@@ -33,6 +33,10 @@ FORMATTER = "clang-format-19"
 COLUMNS = 120
 EXAMPLE = "src/drivers/null.cppm"
 EXAMPLE_LINES = 100
+ARCHITECTURE = "docs/ARCHITECTURE.md"
+QUEUE_HALF_LINES = 300
+# A driver's transport and its disk, where they are not disk.cppm and disk.cpp.
+QUEUE_HALVES = {"null": ("drivers/null.cppm",), "ata": ("drivers/ata/queue.cppm",), "ahci": ("drivers/ahci/queue.cppm", "drivers/ahci/queue.cpp")}
 
 # Commits up to this one are older than the rule for subjects.
 COMMITS_AFTER = "0399b4894583fcf1552e69b6f611a4964e1acffe"
@@ -403,8 +407,30 @@ def example(tree: Tree) -> Finding:
     return Finding([f"{EXAMPLE} has {lines} lines, fewer than {EXAMPLE_LINES} expected: move what every driver needs to io.block_queue"] if lines >= EXAMPLE_LINES else [])
 
 
+def queue_halves(tree: Tree) -> Finding:
+    """The table of the drivers' queue halves has their lines, and none has more than QUEUE_HALF_LINES."""
+    table = re.search(r"^\| driver \| lines of the queue half .*\n((?:\|.*\n)+)", tree.read(ARCHITECTURE) if ARCHITECTURE in tree.files else "", re.M)
+    if not table:
+        return Finding([f"{ARCHITECTURE}: no table of the drivers' queue halves"])
+    faults: list[str] = []
+    for driver, said, ring in re.findall(r"^\| `(\w+)` \| (\d+)(?: \+ (\d+))? \|", table[1], re.M):
+        names = [f"src/{name}" for name in QUEUE_HALVES.get(driver, (f"drivers/{driver}/disk.cppm", f"drivers/{driver}/disk.cpp"))]
+        rings = [f"src/drivers/{driver}/queue.cppm"] if ring else []
+        missing = [name for name in names + rings if name not in tree.files]
+        if missing:
+            faults.append(f"{ARCHITECTURE}: the queue half of {driver}: there is no {missing[0]}")
+            continue
+        lines, ring_lines = (sum(len(tree.read(name).splitlines()) for name in each) for each in (names, rings))
+        if lines > QUEUE_HALF_LINES:
+            faults.append(f"{names[0]}: the queue half of {driver} has {lines} lines, at most {QUEUE_HALF_LINES} expected: move what is not its protocol into a module of its own")
+        if lines != int(said) or ring_lines != int(ring or 0):
+            faults.append(f"{ARCHITECTURE}: {driver} has {lines}{f' + {ring_lines}' if rings else ''} lines in its queue half, the table says {said}{f' + {ring}' if ring else ''}")
+    return Finding(faults)
+
+
 CHECKS: dict[str, Callable[[Tree], Finding]] = {
     "format": formatted, "columns": columns, "commits": commits, "links": links, "paths": named, "commands": commands, "figures": figures, "example": example,
+    "queue-halves": queue_halves,
 }  # fmt: skip
 
 

@@ -50,6 +50,10 @@ class Planted(unittest.TestCase):
         self.write("docs/OUTPUT.md", "# Output\n\n" + blocks)
         self.write("src/core/a.cppm", "export module core.a;\n\nexport int answer() { return 42; }\n")
         self.write(checks.EXAMPLE, "export module drivers.null;\n" + "// line\n" * (checks.EXAMPLE_LINES - 2))
+        self.write("src/drivers/acme/disk.cppm", "// line\n" * 200)
+        self.write("src/drivers/acme/disk.cpp", "// line\n" * 100)
+        self.write("src/drivers/acme/queue.cppm", "// line\n" * 50)
+        self.write(checks.ARCHITECTURE, "| driver | lines of the queue half | before |\n|---|---|---|\n| `null` | 99 | – |\n| `acme` | 300 + 50 | – |\n\n")
         self.write("src/hv/b.cppm", "export module hv.b; // " + "é" * 90 + "\n")
 
     def write(self, name, text):
@@ -185,6 +189,14 @@ class Planted(unittest.TestCase):
         self.planted(checks.example, checks.EXAMPLE, "drivers.null;\n", "drivers.null;\n// one more\n", f"{checks.EXAMPLE} has 100 lines, fewer than 100 expected")
         (self.root / checks.EXAMPLE).unlink()
         self.assertEqual(self.faults(checks.example), [f"there is no {checks.EXAMPLE}"])
+
+    def test_queue_halves_stay_small_and_are_counted(self):
+        self.planted(checks.queue_halves, "src/drivers/acme/disk.cpp", "// line\n", "// line\n" * 2, "the queue half of acme has 400 lines, at most 300 expected")
+        for old, new, words in (
+            ("300 + 50", "299 + 50", "acme has 300 + 50 lines in its queue half, the table says 299 + 50"), ("300 + 50", "300 + 49", "the table says 300 + 49"),
+            ("`null` | 99", "`null` | 98", "null has 99 lines"), ("`acme`", "`other`", "there is no src/drivers/other/disk.cppm"), ("| driver |", "| what |", "no table"),
+        ):  # fmt: skip
+            self.planted(checks.queue_halves, checks.ARCHITECTURE, old, new, words)
 
     def test_each_is_a_row_and_a_fault_fails_the_run(self):
         rows = list(checks.checks(tree=checks.Tree(self.root)))
