@@ -1,8 +1,8 @@
 // A block back end that answers arbitrarily, early, twice or never, and writes anything into the ring and into indirect
 // and persistently granted pages, while requests read, write, flush and discard, are cancelled or abandoned. Checked:
-// while the back end conforms, every read returns what was written, the requests conform, and the disk stays open unless
-// the back end was silent; whatever it does, every request ends, the disk closes at most once, a buffer that the back
-// end can still reach is quarantined, and at the end every page and grant entry is free again.
+// while the back end conforms, every read returns what was written, the requests conform, and the disk stays open
+// unless the back end was silent; whatever it does, every request ends, the disk closes at most once, a buffer that the
+// back end can still reach is quarantined, and at the end every page and grant entry is free again.
 #include <algorithm>
 #include <array>
 #include <atomic>

@@ -329,8 +329,8 @@ struct Machine {
             }
             require(log.closed() <= (damaged ? 1u : 0u));
         }
-        // The server answers what is left. A request that never gets an answer meets its bound, which counts time in which
-        // the machine ran: it sleeps here.
+        // The server answers what is left. A request that never gets an answer meets its bound, which counts time in
+        // which the machine ran: it sleeps here.
         for (u32 rounds = 0; rounds < 2'000 && group.running() != 0; ++rounds) {
             if (!silent) {
                 take();
