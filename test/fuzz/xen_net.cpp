@@ -100,7 +100,7 @@ struct Machine final : io::FrameReceiver {
         hypercalls = xen::Hypercalls(xen::Gate{this, [](void* self, u32, u64, u64, u64, u64, u64) {
                                                    return static_cast<Machine*>(self)->sends_fail ? i64{-22} : i64{0};
                                                }});
-        events.install(hypercalls, *shared, 0);
+        events.install(hypercalls, *shared);
         lanes.all[0] = &lane;
         lanes.count = 1;
         rings = *memory.buffer(8192);
