@@ -106,7 +106,7 @@ struct Machine {
         free_grants = grants->available();
         hypercalls =
             xen::Hypercalls(xen::Gate{this, [](void*, u32, u64, u64, u64, u64, u64) { return i64{0}; }, nullptr});
-        events.install(hypercalls, *shared, 0);
+        events.install(hypercalls, *shared);
         disk.set_timeout(timeout);
         rings = *memory.buffer(4096);
         ring = rings.data();

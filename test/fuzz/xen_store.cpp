@@ -80,7 +80,8 @@ struct Machine {
     explicit Machine(fuzz::Input& in) : input(in) {
         hypercalls =
             xen::Hypercalls(xen::Gate{this, [](void*, u32, u64, u64, u64, u64, u64) { return i64{0}; }, nullptr});
-        events.install(hypercalls, *shared, 0);
+        events.install(hypercalls, *shared);
+        require(static_cast<bool>(events.join(0, 0, shared->vcpu[0], 0, 0))); // accepted where it is
         for (const usize offset : {request_consumer, request_producer, response_consumer, response_producer}) {
             word(offset) = 0xfffffe00; // free-running: soon past 0
         }
