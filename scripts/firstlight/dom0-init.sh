@@ -49,6 +49,7 @@ done
 xen-init-dom0 > /dev/null || die "xen-init-dom0 failed"
 # xenconsoled writes the output of the guest of this name, in order, to this file: a FIFO, read by console() below.
 mkfifo /console/guest-firstlight.log
+ln -s guest-firstlight.log /console/guest-firstlight--incoming.log # its name while it is migrated to this same host
 xenconsoled --pid-file=/run/xenconsoled.pid --log=guest --log-dir=/console
 
 # attach NUMBER NAME SECTOR loop|ram [readonly]: the image in memory becomes /dev/loopNUMBER or /dev/ramNUMBER.
