@@ -57,6 +57,7 @@ class Vbd final : public hv::xen::BusDevice {
     /// again; false: the former back end has kept something, so this disk can never be used again.
     io::Task<Result<bool>> await_end();
     // hv::xen::BusDevice
+    bool holds_grants() const override { return !ended_ || lost_; }
     io::Task<Result<void>> pause() override;
     void lost() override;
     void resumed(bool moved) override;

@@ -28,6 +28,7 @@ class Console final : public io::Service, public hv::xen::BusDevice {
     bool drain() override;
     bool wants_tick() const override { return false; }
     // hv::xen::BusDevice
+    bool holds_grants() const override { return false; }
     io::Task<Result<void>> pause() override { co_return Result<void>{}; }
     void lost() override {}
     void resumed(bool moved) override;

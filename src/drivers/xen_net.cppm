@@ -55,6 +55,7 @@ class Vif final : public hv::xen::BusDevice {
     io::NetDevice& card() { return *lanes_.all[0]; }
 
     // hv::xen::BusDevice
+    bool holds_grants() const override { return !ended_ || lost_; }
     io::Task<Result<void>> pause() override { co_return Result<void>{}; } // frames may be lost
     void lost() override;
     void resumed(bool moved) override;

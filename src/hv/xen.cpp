@@ -376,6 +376,25 @@ void Xen::check_clock() {
     }
 }
 
+// ---- the end ----
+
+void Xen::uninstall() {
+    if (version_ == 0) {
+        return;
+    }
+    const InUse now = in_use();
+    log::debug("xen: in use at the end: {} grants, {} event channels, {} watches", now.grants, now.event_channels,
+               now.watches);
+    for (BusDevice* device = devices_.first(); device != nullptr; device = BusDevices::after(*device)) {
+        if (device->holds_grants()) {
+            return;
+        }
+    }
+    if (const u32 left = now.grants - grants_.in_quarantine(); left != 0) {
+        log::error("xen: {} grant entries are left behind, although all devices have gone", left);
+    }
+}
+
 // ---- processors ----
 
 u32 Xen::processor_count() {

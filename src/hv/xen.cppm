@@ -94,6 +94,10 @@ class Xen {
     /// keep for a guest is set up anew; its devices are connected again by their drivers, afterwards.
     io::Task<Result<bool>> suspend(Parking& others);
 
+    /// TearDown: releases nothing, as the domain ends. Logs what is in use; an error if all devices have gone and
+    /// grants of theirs have not.
+    void uninstall();
+
     /// Sleeps in the hypervisor until one of the (masked) events is pending or about `timeout_ns` have passed, without
     /// taking an interrupt. Interrupts of other devices do not end it, so use it only if all devices are Xen's.
     void idle_poll(std::span<const u32> ports, u64 timeout_ns) { static_cast<void>(events_.poll(ports, timeout_ns)); }
@@ -176,6 +180,6 @@ class Xen {
     std::optional<xen::DeviceWatch> device_watch_; // once the store has been started
 };
 static_assert(Backend<Xen> && EmulatedDevices<Xen> && LateDevices<Xen> && StartsProcessors<Xen> &&
-              LeavesProcessors<Xen>);
+              LeavesProcessors<Xen> && TearDown<Xen>);
 
 } // namespace fl::hv

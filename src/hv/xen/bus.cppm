@@ -84,6 +84,9 @@ class BusDevice {
     std::string_view type() const { return type_; }
     u32 number() const { return number_; }
 
+    /// Whether a back end may have access to pages of this device, now or for ever.
+    virtual bool holds_grants() const = 0;
+
     // A suspension of the machine [hv.xen suspend()], in this order:
     /// Sends nothing more to the back end, and waits a bounded time until it has answered what it has.
     virtual io::Task<Result<void>> pause() = 0;

@@ -17,29 +17,43 @@ import hv.xen.latch;
 namespace fl::hv::xen {
 
 namespace {
-// Error names that are handled specially [xenstore]; any other one becomes an I/O error.
+// All error names of the protocol [xenstore, io/xs_wire.h]; any other one becomes an I/O error.
+struct ErrorName {
+    std::string_view name;
+    Error error;
+};
+constexpr ErrorName error_names[] = {
+    {"ENOENT", {Code::not_found, "XenStore has no such node"}},
+    {"EAGAIN", {Code::busy, "XenStore: another client changed the nodes of the transaction"}},
+    {"EACCES", {Code::not_supported, "XenStore denies access to this guest"}},
+    {"EPERM", {Code::not_supported, "XenStore denies access to this guest"}},
+    {"EROFS", {Code::not_supported, "XenStore is read-only"}},
+    {"EEXIST", {Code::busy, "XenStore has such a node already"}},
+    {"EBUSY", {Code::busy, "XenStore is busy with this guest's other requests (transactions)"}},
+    {"EISCONN", {Code::busy, "XenStore is connected already"}},
+    {"ENOTEMPTY", {Code::busy, "XenStore: the node has children"}},
+    {"ENOSPC", {Code::exhausted, "XenStore has no room left for this guest (its quota of nodes or watches)"}},
+    {"ENOMEM", {Code::exhausted, "XenStore has no memory left"}},
+    {"EQUOTA", {Code::exhausted, "XenStore has no room left for this guest (its quota)"}},
+    {"E2BIG", {Code::exhausted, "XenStore: the value or the path is too long"}},
+    {"EINVAL",
+     {Code::bad_argument, "XenStore finds the request malformed (a path, a transaction that it does not know)"}},
+    {"EISDIR", {Code::bad_argument, "XenStore: the node is a directory"}},
+    {"ENOSYS", {Code::not_supported, "XenStore does not support this request"}},
+    {"EOPNOTSUPP", {Code::not_supported, "XenStore does not support this request"}},
+    {"EIO", {Code::io, "XenStore reports an I/O error"}},
+};
+
 Error from_server(std::string_view name) {
     if (const usize end = name.find('\0'); end != std::string_view::npos) {
         name = name.substr(0, end);
     }
-    if (name == "ENOENT") {
-        return {Code::not_found, "XenStore has no such node"};
+    for (const ErrorName& known : error_names) {
+        if (known.name == name) {
+            return known.error;
+        }
     }
-    if (name == "EAGAIN") {
-        return {Code::busy, "XenStore: another client changed the nodes of the transaction"};
-    }
-    if (name == "EACCES" || name == "EPERM") {
-        return {Code::not_supported, "XenStore denies access to this guest"};
-    }
-    if (name == "EEXIST") {
-        return {Code::busy, "XenStore has such a node already"};
-    }
-    if (name == "ENOSPC" || name == "ENOMEM" || name == "EQUOTA") {
-        return {Code::exhausted, "XenStore has no room left for this guest"};
-    }
-    if (name == "ENOSYS" || name == "EOPNOTSUPP") {
-        return {Code::not_supported, "XenStore does not support this request"};
-    }
+    log::debug("XenStore: unknown error '{}'", name.substr(0, 32));
     return {Code::io, "XenStore refuses the request"};
 }
 

@@ -190,6 +190,7 @@ TEST(XenHotplugBus, ForgetsWhatIsRemoved) {
 
 struct Ended final : hv::xen::BusDevice {
     explicit Ended(u32 number) : BusDevice("vbd", number) {}
+    bool holds_grants() const override { return false; }
     io::Task<Result<void>> pause() override { co_return Result<void>{}; }
     void lost() override {}
     void resumed(bool) override {}
@@ -287,6 +288,15 @@ TEST(XenHotplug, AThousandDisksLeaveNothing) {
     EXPECT_EQ(m.guest.grants().in_quarantine(), 0u);
     EXPECT_EQ(m.attached.disks.all().size(), 2u) << "one object for all of them";
     EXPECT_EQ(m.attached.disks.find("xvdb"), same);
+    m.block[0]->detach();
+    m.pass(60 * ms);
+    EXPECT_EQ(m.guest.in_use().grants, 0u);
+    Capture log;
+    m.guest.uninstall();
+    EXPECT_EQ(log.text.find("error"), std::string::npos) << log.text;
+    ASSERT_TRUE(m.guest.grants().take());
+    m.guest.uninstall();
+    EXPECT_NE(log.text.find("1 grant entries are left behind"), std::string::npos) << log.text;
     EXPECT_EQ(m.failed, 0u);
     EXPECT_EQ(m.xen.bad_maps, 0u);
 }

@@ -510,6 +510,9 @@ class Xen {
         const std::string rest = nul == std::string::npos ? "" : payload.substr(nul + 1);
         auto& view = transaction != 0 ? transactions[transaction] : tree;
         auto error = [&](const char* name) { message(16, id, transaction, std::string(name) + '\0'); };
+        if (refuse_with) {
+            return error(refuse_with->c_str());
+        }
         auto ok = [&] { message(type, id, transaction, std::string("OK\0", 3)); };
         switch (type) {
         case 2:
@@ -702,6 +705,7 @@ class Xen {
     bool ignore_reset = false;
     bool ignore_requests = false;
     bool refuse_watches = false;
+    std::optional<std::string> refuse_with; // the error that answers every request
     u32 piece = 700;
     u32 conflicts = 0;
     u32 next_transaction = 7;

@@ -57,6 +57,50 @@ TEST_F(XenStore, ReadsAndWrites) {
     EXPECT_EQ(m.run(store.remove("data/x")).error().code, Code::not_found);
 }
 
+// All of the protocol's errors [xenstore], and one that it does not define.
+TEST_F(XenStore, ErrorsHaveCodes) {
+    for (const auto& [name, code] : {std::pair("EINVAL", Code::bad_argument),
+                                     {"EISDIR", Code::bad_argument},
+                                     {"EACCES", Code::not_supported},
+                                     {"EPERM", Code::not_supported},
+                                     {"EROFS", Code::not_supported},
+                                     {"ENOSYS", Code::not_supported},
+                                     {"EOPNOTSUPP", Code::not_supported},
+                                     {"EEXIST", Code::busy},
+                                     {"EBUSY", Code::busy},
+                                     {"EAGAIN", Code::busy},
+                                     {"EISCONN", Code::busy},
+                                     {"ENOTEMPTY", Code::busy},
+                                     {"ENOENT", Code::not_found},
+                                     {"ENOMEM", Code::exhausted},
+                                     {"ENOSPC", Code::exhausted},
+                                     {"EQUOTA", Code::exhausted},
+                                     {"E2BIG", Code::exhausted},
+                                     {"EIO", Code::io},
+                                     {"EWHATEVER", Code::io},
+                                     {"", Code::io}}) {
+        m.xen.refuse_with = name;
+        EXPECT_EQ(read("name").error().code, code) << name;
+        EXPECT_EQ(m.run(store.write("name", "x")).error().code, code) << name;
+        m.xen.refuse_with.reset();
+    }
+    EXPECT_EQ(read("name").error().code, Code::not_found) << "the store is still usable";
+}
+
+// 4096 bytes are the most that a message holds, in both directions.
+TEST_F(XenStore, PayloadsUpToTheLimit) {
+    const std::string most(4096 - sizeof "data/x", 'v'); // the path and its NUL are a part of the payload
+    ASSERT_TRUE(m.run(store.write("data/x", most)));
+    EXPECT_EQ(m.xen.get("data/x"), most);
+    EXPECT_EQ(m.run(store.write("data/x", most + "v")).error().code, Code::bad_argument);
+    EXPECT_EQ(m.xen.get("data/x"), most);
+    std::vector<char> into(4096);
+    m.xen.tree["/local/domain/1/data/x"] = std::string(4096, 'r');
+    EXPECT_EQ(m.run(store.read("data/x", into))->size(), 4096u);
+    EXPECT_EQ(m.run(store.read("data/x", std::span(into).first(4095))).error().code, Code::exhausted);
+    EXPECT_EQ(read("nothing").error().code, Code::not_found) << "the store is still usable";
+}
+
 TEST_F(XenStore, LongMessagesGoThroughTheRingInPieces) {
     const std::string longest(4096 - 9, 'v'); // with "big/path" and its NUL
     ASSERT_TRUE(m.run(store.write("big/path", longest)));
