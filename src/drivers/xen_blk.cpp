@@ -327,7 +327,7 @@ io::Task<Result<void>> Vbd::follow_state(BusState back_state) {
     if (back_state > BusState::closed) { // reconfiguring, or a state without a meaning
         co_return Result<void>{};
     }
-    const auto returns = co_await may_return(back_state);
+    const auto returns = co_await front_.may_return(back_state);
     if (!disk_.is_open()) {
         co_return Result<void>{};
     }
@@ -337,22 +337,6 @@ io::Task<Result<void>> Vbd::follow_state(BusState back_state) {
         co_return Result<void>{};
     }
     co_return co_await reconnect(back_state);
-}
-
-// Whether the back end has left the connection, and not the toolstack removed the device or put another one in its
-// place. A toolstack that removes it first clears "online", and one that makes it anew resets the front end's state.
-io::Task<Result<bool>> Vbd::may_return(BusState back_state) {
-    if (back_state == BusState::unknown) {
-        co_return false;
-    }
-    CO_TRY(const BusState own, co_await front_.own_state());
-    if (own != BusState::connected) {
-        co_return false;
-    }
-    if (back_state == BusState::closing || back_state == BusState::closed) {
-        co_return co_await front_.online();
-    }
-    co_return true;
 }
 
 // The back end was restarted, or another one took its place: it gets new rings and grants, and everything that its
@@ -398,31 +382,15 @@ io::Task<Result<void>> Vbd::connect_again() {
         if (std::exchange(moved_, false)) { // during this attempt
             continue;
         }
-        const auto again = co_await may_try_again(done.error(), bound);
+        auto again = co_await front_.may_try_again(done.error(), bound);
+        if (again && *again) {
+            again = co_await release();
+        }
         if (!again || !*again) {
             disk_.close(io::Status::device_gone, done.error());
             co_return Result<void>{};
         }
     }
-}
-
-// False: another attempt is useless, or too late.
-io::Task<Result<bool>> Vbd::may_try_again(Error why, io::Bound bound) {
-    if ((why.code != Code::device_gone && why.code != Code::timed_out) || bound.passed()) {
-        co_return false;
-    }
-    co_await environment_.executor.sleep(retry_pause);
-    CO_TRY(const BusState state, co_await front_.state());
-    if (state == BusState::closing || state == BusState::closed) {
-        CO_TRY(const bool online, co_await front_.online());
-        if (!online) {
-            co_return false;
-        }
-    }
-    if (state == BusState::unknown) {
-        co_return false;
-    }
-    co_return co_await release();
 }
 
 // Ends the connection. True: the back end has no access to the ring any more, so it executes nothing. False: it does

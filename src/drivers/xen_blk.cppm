@@ -75,10 +75,8 @@ class Vbd final : public hv::xen::BusDevice {
     io::Task<Result<void>> shake_hands();
     io::Task<Result<void>> follow();
     io::Task<Result<void>> follow_state(hv::xen::BusState back_state);
-    io::Task<Result<bool>> may_return(hv::xen::BusState back_state);
     io::Task<Result<void>> reconnect(hv::xen::BusState back_state);
     io::Task<Result<void>> connect_again();
-    io::Task<Result<bool>> may_try_again(Error why, io::Bound bound);
     io::Task<Result<bool>> release();
     Result<void> take_over(const Terms& old);
     void forget_connection();

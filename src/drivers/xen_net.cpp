@@ -320,7 +320,7 @@ io::Task<Result<void>> Vif::follow() {
         } else if (*back_state <= BusState::closed && *back_state != BusState::connected) {
             why = Error{Code::device_gone, "the back end has closed the device (state)",
                         to_underlying(BusState::connected), to_underlying(*back_state)};
-            const auto may = co_await may_return(*back_state);
+            const auto may = co_await front_.may_return(*back_state);
             returns = may && *may;
         }
         bool failed = lanes_.failed.load(std::memory_order_acquire); // pairs with the exchange in Lane::fail()
@@ -357,21 +357,6 @@ io::Task<Result<void>> Vif::follow() {
     }
 }
 
-// As drivers.xen_blk Vbd::may_return().
-io::Task<Result<bool>> Vif::may_return(BusState back_state) {
-    if (back_state == BusState::unknown) {
-        co_return false;
-    }
-    CO_TRY(const BusState own, co_await front_.own_state());
-    if (own != BusState::connected) {
-        co_return false;
-    }
-    if (back_state == BusState::closing || back_state == BusState::closed) {
-        co_return co_await front_.online();
-    }
-    co_return true;
-}
-
 // As drivers.xen_blk Vbd::connect_again(), with the lanes held.
 io::Task<Result<void>> Vif::connect_again() {
     const io::Bound bound(environment_.executor, environment_.timeout);
@@ -390,30 +375,14 @@ io::Task<Result<void>> Vif::connect_again() {
         if (std::exchange(moved_, false)) { // during this attempt
             continue;
         }
-        const auto again = co_await may_try_again(done.error(), bound);
+        auto again = co_await front_.may_try_again(done.error(), bound);
+        if (again && *again) {
+            again = co_await release();
+        }
         if (!again || !*again) {
             co_return done;
         }
     }
-}
-
-// False: another attempt is useless, or too late.
-io::Task<Result<bool>> Vif::may_try_again(Error why, io::Bound bound) {
-    if ((why.code != Code::device_gone && why.code != Code::timed_out) || bound.passed()) {
-        co_return false;
-    }
-    co_await environment_.executor.sleep(retry_pause);
-    CO_TRY(const BusState state, co_await front_.state());
-    if (state == BusState::closing || state == BusState::closed) {
-        CO_TRY(const bool online, co_await front_.online());
-        if (!online) {
-            co_return false;
-        }
-    }
-    if (state == BusState::unknown) {
-        co_return false;
-    }
-    co_return co_await release();
 }
 
 // As drivers.xen_blk Vbd::release().

@@ -91,9 +91,7 @@ class Vif final : public hv::xen::BusDevice {
     io::Task<Result<void>> start_lanes();
     io::Task<Result<void>> hold_lanes();
     io::Task<Result<void>> follow();
-    io::Task<Result<bool>> may_return(hv::xen::BusState back_state);
     io::Task<Result<void>> connect_again();
-    io::Task<Result<bool>> may_try_again(Error why, io::Bound bound);
     io::Task<Result<bool>> release();
     void forget_connection(bool released);
     void report_in_use() const;

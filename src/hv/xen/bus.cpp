@@ -24,6 +24,16 @@ FixedText<Capacity> next_name(std::string_view& names) {
     return name;
 }
 
+// By insertion: the lists are short, and std::sort is two KiB for each type.
+template <class T, class Less>
+void sort(T* begin, T* end, Less less) {
+    for (T* at = begin; at < end; ++at) {
+        for (T* place = at; place != begin && less(*place, *(place - 1)); --place) {
+            std::swap(*place, *(place - 1));
+        }
+    }
+}
+
 // "suspend" is not a device: the toolstack creates device/suspend/event-channel for every guest [xen-paths].
 bool is_kind(const FixedText<24>& name) { return !name.empty() && !name.truncated() && name != "suspend"; }
 
@@ -52,8 +62,8 @@ io::Task<Result<void>> enumerate_kind(Store& store, std::string_view kind, Devic
         device.number = static_cast<u32>(*number);
         into.add(device);
     }
-    std::sort(into.list.begin() + first, into.list.end(),
-              [](const SyntheticDevice& a, const SyntheticDevice& b) { return a.number < b.number; });
+    sort(into.list.begin() + first, into.list.end(),
+         [](const SyntheticDevice& one, const SyntheticDevice& other) { return one.number < other.number; });
     co_return Result<void>{};
 }
 } // namespace
@@ -91,8 +101,8 @@ io::Task<Result<void>> enumerate(Store& store, DeviceList& into, std::span<char>
             ++into.dropped;
         }
     }
-    std::sort(kinds.begin(), kinds.begin() + static_cast<std::ptrdiff_t>(count),
-              [](const FixedText<24>& a, const FixedText<24>& b) { return a.view() < b.view(); });
+    sort(kinds.data(), kinds.data() + count,
+         [](const FixedText<24>& one, const FixedText<24>& other) { return one.view() < other.view(); });
     for (usize i = 0; i < count; ++i) {
         CO_CHECK(co_await enumerate_kind(store, kinds[i], into, scratch));
     }
@@ -318,6 +328,30 @@ io::Task<Result<BusState>> Frontend::own_state() {
 io::Task<Result<bool>> Frontend::online() {
     CO_TRY(const u64 number, co_await store_.number_or(backend_, "online", 0));
     co_return number == 1;
+}
+
+io::Task<Result<bool>> Frontend::may_return(BusState back_state) {
+    if (back_state == BusState::unknown) {
+        co_return false;
+    }
+    CO_TRY(const BusState own, co_await own_state());
+    if (own != BusState::connected) {
+        co_return false;
+    }
+    co_return back_state == BusState::closing || back_state == BusState::closed ? co_await online()
+                                                                                : Result<bool>(true);
+}
+
+io::Task<Result<bool>> Frontend::may_try_again(Error why, io::Bound bound) {
+    static constexpr Nanoseconds pause = 20'000'000;
+    if ((why.code != Code::device_gone && why.code != Code::timed_out) || bound.passed()) {
+        co_return false;
+    }
+    co_await executor_.sleep(pause);
+    CO_TRY(const BusState back_state, co_await state());
+    co_return back_state == BusState::closing || back_state == BusState::closed
+        ? co_await online()
+        : Result<bool>(back_state != BusState::unknown);
 }
 
 io::Task<Result<void>> Frontend::set_state(BusState state) {

@@ -148,6 +148,13 @@ class Frontend {
 
     /// The back end's state; BusState::unknown if its node is gone.
     io::Task<Result<BusState>> state();
+    /// For a connected device whose back end has changed its state: whether it has left the connection and may return,
+    /// and not the toolstack removed the device or put another one in its place. A toolstack that removes it first
+    /// clears "online", and one that makes it anew resets the front end's state.
+    io::Task<Result<bool>> may_return(BusState back_state);
+    /// After an attempt to connect again that has failed because of `why`, with a pause. False: another one is useless,
+    /// or too late.
+    io::Task<Result<bool>> may_try_again(Error why, io::Bound bound);
     /// Writes this front end's state.
     io::Task<Result<void>> set_state(BusState state);
     /// This front end's state; BusState::unknown if its node is gone.
