@@ -272,6 +272,8 @@ io::Task<Result<void>> Xen::enumerate(DeviceList& into) {
         into.add({.type = FixedText<40>("console"), .address = FixedText<64>("console")});
     }
     device_watch_->know(into.all().subspan(before));
+    device_watch_->start();
+    static_cast<void>(co_await device_watch_->await_first(store_.bound()));
     co_return Result<void>{};
 }
 

@@ -112,7 +112,7 @@ io::Task<Result<void>> enumerate(Store& store, DeviceList& into, std::span<char>
 // ---- devices that come later ----
 
 DeviceWatch::DeviceWatch(Store& store, io::Executor& executor, std::span<char> scratch)
-    : store_(store), scratch_(scratch), wake_(executor), changes_(executor), tasks_(executor) {
+    : store_(store), scratch_(scratch), wake_(executor), changes_(executor), listed_(executor), tasks_(executor) {
     watch_.path = StorePath("device");
     watch_.changed = [](void* self) { static_cast<DeviceWatch*>(self)->wake_.open(); };
     watch_.context = this;
@@ -131,12 +131,14 @@ void DeviceWatch::start() {
     }
     if (auto spawned = tasks_.spawn(watch()); !spawned) {
         log::warning("xen: devices that are added from now on are not detected: {}", spawned.error());
+        listed_.open();
     }
 }
 
 io::Task<Result<void>> DeviceWatch::watch() {
     if (auto begun = co_await store_.watch(watch_); !begun) {
         log::warning("xen: devices that are added from now on are not detected: {}", begun.error());
+        listed_.open();
         co_return begun;
     }
     for (;;) {
@@ -144,6 +146,7 @@ io::Task<Result<void>> DeviceWatch::watch() {
         if (auto listed = co_await list(); !listed) {
             log::warning("xen: the devices of this guest cannot be listed: {}", listed.error());
         }
+        listed_.open();
     }
 }
 

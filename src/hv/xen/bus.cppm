@@ -36,6 +36,9 @@ class DeviceWatch {
     void know(std::span<const SyntheticDevice> devices);
     /// Begins to watch, once: a device that has been added since enumerate() is found, too.
     void start();
+    /// Resumes when the first listing after start() is done, or failed: later ones use memory that it has allocated, so
+    /// that none is allocated while a job is measured.
+    auto await_first(const io::Bound& bound) { return listed_.wait(bound); }
     /// LateDevices [hv.backend].
     std::optional<SyntheticDevice> next();
     u32 new_dropped() { return std::exchange(dropped_, 0); }
@@ -63,6 +66,7 @@ class DeviceWatch {
     std::span<char> scratch_;
     Latch wake_;
     Latch changes_;
+    Latch listed_;
     Watch watch_;
     Vector<Known> known_;
     std::array<SyntheticDevice, max_pending> pending_{}; // oldest first

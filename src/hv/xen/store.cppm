@@ -48,6 +48,8 @@ class Store final : public io::Service {
     Result<void> start(io::Executor& executor, Events& events);
     bool started() const { return executor_ != nullptr; }
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
+    /// For a wait for something that requests cause. Once started.
+    io::Bound bound() const { return {*executor_, timeout_}; }
 
     /// All functions return Error{not_found} for a missing path, Error{timed_out}, Error{protocol} if the server
     /// violated the protocol (which closes the store permanently), Error{bad_argument} for more than store_payload_max
