@@ -155,6 +155,7 @@ class DiskSpec:
     iops: int = 0  # 0: unlimited
     backend: str = ""  # real Xen: what serves the disk; empty: blkback
     backing: str = ""  # real Xen: the block device in dom0 that holds the image in memory; empty: loop
+    without: tuple[str, ...] = ()  # real Xen: features that blkback does not offer for the disk
     controller: int = 0
     read_only: bool = False
     aio: str = ""  # QEMU: how it reads and writes the image; empty: its default, threads
@@ -203,6 +204,8 @@ class DiskSpec:
                 disk.backend = value
             elif name == "backing" and bus == "xen" and value in xenguest.BACKINGS:
                 disk.backing = value
+            elif name == "without" and bus == "xen" and value and set(value.split("+")) <= set(xenguest.WITHOUT):
+                disk.without = tuple(value.split("+"))
             elif option == "readonly":
                 disk.read_only = True
             elif name == "aio" and value in AIO:
@@ -215,7 +218,7 @@ class DiskSpec:
                 raise Problem(
                     f"Disk {text!r}: {option!r} is not one of content=zero|sparse|pattern|loader (with the EFI loader), image=NAME, "
                     f"sector=512|4096, iops=N, readonly, for QEMU's disks aio={'|'.join(AIO)}, cache={'|'.join(CACHES)}, iothread, for a disk of a size on a controller of QEMU's (not xen) content=null, for a SCSI disk controller=0..3, "
-                    f"and for a disk on the Xen ring backend={'|'.join(xenguest.BACKENDS)}, backing={'|'.join(xenguest.BACKINGS)}.",
+                    f"and for a disk on the Xen ring backend={'|'.join(xenguest.BACKENDS)}, backing={'|'.join(xenguest.BACKINGS)}, and without={'+'.join(xenguest.WITHOUT)} (what dom0 does not offer).",
                     Exit.USAGE,
                 )
         return disk
@@ -341,10 +344,8 @@ class Machine:
                 raise Problem(f"A disk on the Xen ring needs the platform xen-emu, xen-pvh, xen-hvm or xen-hvm-uefi, not {self.platform}.", Exit.USAGE)
             if disk.bus != "xen" and kind.domain:
                 raise Problem(f"The platform {self.platform} has disks on the Xen ring only, not {disk.bus}:… .", Exit.USAGE)
-            if kind.domain and disk.iops:
-                raise Problem(f"iops=N limits QEMU's and the test host's disks, not those of {self.platform}.", Exit.USAGE)
-            if not kind.domain and (disk.backend or disk.backing):
-                raise Problem(f"backend= and backing= belong to the platforms of the real Xen, not to {self.platform}.", Exit.USAGE)
+            if not kind.domain and (disk.backend or disk.backing or disk.without):
+                raise Problem(f"backend=, backing= and without= belong to the platforms of the real Xen, not to {self.platform}.", Exit.USAGE)
             if disk.bus in ("scsi", "accel") and not kind.test_host:
                 raise Problem(f"A disk on the VMBus needs the platform hyperv, not {self.platform}.", Exit.USAGE)
             if disk.bus in ("virtio", "vscsi") and (kind.test_host or kind.domain):

@@ -37,6 +37,8 @@ GUEST_NAME = "firstlight"
 BACKENDS = ("blkback", "qdisk")
 # readonly: a loop device that refuses writes, which the guest is not informed of.
 BACKINGS = ("loop", "ram", "readonly")
+# What a disk of blkback's can be without: xl's `no-discard`, and a block device without a write cache, for which neither flush nor barrier is offered.
+WITHOUT = ("discard", "flush")
 # Parameters of the module xen-blkback. Linux ignores unknown ones, so they are checked here.
 BLKBACK = (
     "feature_persistent", "max_queues", "max_ring_page_order", "max_buffer_pages", "max_persistent_grants", "persistent_grant_unused_seconds",
@@ -61,6 +63,9 @@ class Attached:
     device: str
     sector: int
     read_only: bool
+    cached: bool = True  # has a write cache
+    iops: int = 0
+    name: str = ""  # of a disk that uses it
 
 
 @dataclasses.dataclass
@@ -107,6 +112,8 @@ def check_disks(specs: Sequence[DiskSpec], blkback: Sequence[str]) -> None:
         asked = (spec.sector, spec.backing or "loop")
         if spec.image and devices.setdefault(spec.image, asked) != asked:
             raise Problem(f"image={spec.image}: on xen-pvh the disks of one image are on one device: one sector= and one backing= were expected, two are given.", Exit.USAGE)
+    if any((spec.without or spec.iops) and (spec.backend == "qdisk" or spec.backing == "ram") for spec in specs):
+        raise Problem("On the real Xen without= and iops= are for disks that blkback serves from a loop device: leave out backend=qdisk and backing=ram.", Exit.USAGE)
     if any(spec.backend == "qdisk" and spec.sector != 512 for spec in specs):
         raise Problem("sector=4096 is for disks that blkback serves: one with backend=qdisk has 512-byte sectors, whatever its device has. Leave out one of them.", Exit.USAGE)
     if blkback and not any(spec.backend != "qdisk" for spec in specs):
@@ -136,10 +143,11 @@ def domain(machine: Machine, work: Path) -> Domain:
         # One device per image, because another disk may share it.
         device = next((known.device for known in attached if known.image == image), f"/dev/{backing}{len(attached)}")
         if not any(known.image == image for known in attached):
-            attached.append(Attached(image, device, spec.sector, spec.backing == "readonly" or (spec.read_only and not spec.image)))
+            attached.append(Attached(image, device, spec.sector, spec.backing == "readonly" or (spec.read_only and not spec.image), "flush" not in spec.without, spec.iops, name))
         backend = "qdisk" if spec.backend == "qdisk" else "phy"
         access = "ro" if spec.read_only else "rw"
-        lines.append(f"    {quoted(f'format=raw,vdev={name},access={access},backendtype={backend},target={device}')},\n")
+        discard = "no-discard," if "discard" in spec.without else ""
+        lines.append(f"    {quoted(f'format=raw,vdev={name},access={access},backendtype={backend},{discard}target={device}')},\n")
     if machine.dom0:
         files["udp-peer"] = paths.UDP_PEER
     config = [
@@ -193,6 +201,10 @@ def job_script(job: Domain, index: int, offsets: dict[str, int]) -> str:
         lines.append(f"    load ram rd_nr={len(job.attached)} rd_size={max(sizes) // 1024}")
     for number, one in enumerate(job.attached):
         lines.append(f"    attach {number} {one.image} {one.sector} {job.backing}{' readonly' if one.read_only else ''}")
+        if not one.cached:
+            lines.append(f"    write_through {number}")
+        if one.iops:
+            lines.append(f"    slow {number} {one.name} {one.iops}")
     seconds = max(1, round(job.timeout + sum(pause.seconds for pause in job.pauses)))
     lines += ["}", "run() {", *(f"    beside {shlex.quote(command)}" for command in job.beside), f"    guest {seconds}", "    settle", "}", "after() {", "    :"]
     for name, offset in offsets.items():

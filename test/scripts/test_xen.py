@@ -71,6 +71,21 @@ class Configuration(unittest.TestCase):
         self.assertEqual(reader.outcomes["m"].output, "from the guest\ndom0: 5 received\n")
         self.assertEqual(reader.outcomes["m"].fault, "false: exit status 1")
 
+    def test_what_a_disk_is_without(self):
+        made = domain(disks=["xen:8m,without=discard", "xen:8m,without=discard+flush", "xen:8m,iops=10"])
+        self.assertEqual(made.config.count("backendtype=phy,no-discard,target=/dev/loop"), 2)
+        script = xenguest.job_script(made, 0, {})
+        self.assertNotIn("write_through 0", script)
+        self.assertIn("attach 1 xvdb.img 512 loop\n    write_through 1\n", script)
+        self.assertIn("attach 2 xvdc.img 512 loop\n    slow 2 xvdc 10\n", script)
+
+    def test_a_card_with_two_faces(self):
+        made = xenguest.domain(machine.Machine("m", "xen-hvm", nets=["xen", "e1000"]), Path("/work"))
+        self.assertIn('vif = ["type=vif,mac=00:16:3e:01:02:03,script=/etc/xen/scripts/vif", "type=ioemu,model=e1000,mac=00:16:3e:01:02:04,', made.config)
+        script = xenguest.job_script(made, 0, {})
+        self.assertIn("load twins", script)
+        self.assertIn("remove_twins", script)
+
     def test_ram_disks_are_as_large_as_the_largest(self):
         made = domain(disks=["xen:8m,backing=ram", "xen:8m,backing=ram"])
         self.assertIn("load ram rd_nr=2 rd_size=8192\n", xenguest.job_script(made, 0, {}))
@@ -100,7 +115,11 @@ class Configuration(unittest.TestCase):
     def test_what_belongs_to_xen_is_refused_elsewhere(self):
         for words in (
             {"platform": "xen-pvh", "disks": ["ide:8m"]},
-            {"platform": "xen-pvh", "disks": ["xen:8m,iops=10"]},
+            {"platform": "xen-pvh", "disks": ["xen:8m,iops=10,backend=qdisk"]},
+            {"platform": "xen-pvh", "disks": ["xen:8m,without=flush,backing=ram"]},
+            {"platform": "xen-pvh", "disks": ["xen:8m,without=indirect"]},
+            {"platform": "xen-emu", "disks": ["xen:8m,without=flush"]},
+            {"platform": "xen-pvh", "nets": ["e1000"]},
             {"platform": "xen-pvh", "boot": "uefi"},
             {"platform": "xen-emu", "disks": ["xen:8m,backend=qdisk"]},
             {"platform": "xen-emu", "blkback": ["max_queues=1"]},

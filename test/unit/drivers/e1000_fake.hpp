@@ -140,6 +140,13 @@ class Nic final : public MmioModel {
         cause(1u << 7);
         return true;
     }
+    /// Writes any word into a ring.
+    void scribble(bool receiver, u32 entry, u64 word) {
+        const u64 ring = receiver ? 0x2800 : 0x3800;
+        if (enabled(receiver)) {
+            std::atomic_ref(descriptor(ring, entry)[1]).store(word, std::memory_order_release);
+        }
+    }
     void set_link(bool up) {
         link = up;
         cause(1u << 2);
@@ -214,7 +221,7 @@ class Nic final : public MmioModel {
         rule((word >> 32) == 0 && (word >> 16 & 0xff) == 0, "fields of a transmit descriptor that are not zero");
         rule(length >= 14 && length <= 1514, "the length of a frame");
         rule(bus_master, "sending without bus mastering");
-        std::string frame(reinterpret_cast<const char*>(d[0]), length);
+        std::string frame(reinterpret_cast<const char*>(d[0]), std::min(length, 2048u));
         std::atomic_ref(d[1]).store(word | tx_status << 32, std::memory_order_release);
         head_tx_ = (head_tx_ + 1) % entries(0x3800);
         sent.push_back(frame);

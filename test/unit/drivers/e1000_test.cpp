@@ -588,4 +588,57 @@ TEST(E1000, OnlyKnownCardsMatch) {
     EXPECT_EQ(m.nic.writes, 0u);
 }
 
+// A card that writes anything into its rings, at any time, and vanishes or stays silent as it likes: only whole frames
+// of a possible length are received, every send ends, and the card closes at most once.
+TEST(E1000, AnArbitraryCardDoesNoHarm) {
+    for (u32 seed = 0; seed < 60; ++seed) {
+        Capture log;
+        Machine& m = attached();
+        std::mt19937 random(seed);
+        const auto below = [&](u32 n) { return static_cast<u32>(random() % n); };
+        u32 received = 0;
+        m.receiver.during = [&](io::NetDevice&) {
+            const usize size = m.receiver.got.back().size();
+            EXPECT_TRUE(size >= io::ethernet_header && size <= e1000::buffer_bytes) << size;
+            ++received;
+        };
+        std::vector<std::unique_ptr<SendStatus>> sends;
+        io::TaskGroup group(m.executor);
+        for (u32 step = 0; step < 400; ++step) {
+            switch (below(12)) {
+            case 0:
+            case 1:
+                sends.push_back(std::make_unique<SendStatus>(SendStatus::not_sent));
+                EXPECT_TRUE(
+                    group.spawn(send(m.card(), frame(14 + below(1501), step), 14, below(300) * ms, *sends.back())));
+                break;
+            case 2: m.nic.receive(frame(14 + below(1501), step)); break;
+            case 3:
+                m.nic.put(frame(below(2049)), random() & 0xffff,
+                          below(8) == 0 ? std::optional(static_cast<u16>(random())) : std::nullopt);
+                break;
+            case 4: m.nic.scribble(below(2) == 0, below(e1000::ring_entries), u64{random()} << 32 | random()); break;
+            case 5: m.nic.hold = below(3) == 0; break;
+            case 6: m.nic.set_link(below(4) != 0); break;
+            case 7: m.nic.cause(random() & 0xff); break;
+            case 8: m.nic.gone = below(20) == 0; break;
+            case 9: m.pass(below(100) * ms); break;
+            case 10: m.interrupts.raise(11); break;
+            default: m.nic.send(); break;
+            }
+            m.executor.turn();
+            m.deliver();
+        }
+        m.pass(2000 * ms);
+        EXPECT_EQ(group.running(), 0u);
+        for (const auto& status : sends) {
+            EXPECT_NE(*status, SendStatus::not_sent);
+        }
+        EXPECT_EQ(m.card().counters().received, received);
+        EXPECT_LE(log.count("eth0: closed:"), 1u);
+        EXPECT_EQ(m.card().is_open(), log.count("eth0: closed:") == 0);
+        m.nic.broken.clear(); // it has read descriptors that it has written itself
+    }
+}
+
 } // namespace
