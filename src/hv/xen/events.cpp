@@ -55,6 +55,9 @@ Result<void> Events::join(u32 processor, u32 vcpu, VcpuInfo& own, u64 frame, u32
 }
 
 void Events::leave(u32 processor) {
+    if (!installed()) {
+        return;
+    }
     for (u32 word = 0; word < bound_words; ++word) {
         const u64 mine = cpus_[processor].mine[word].load(std::memory_order_relaxed);
         std::atomic_ref<u64>(shared_->mask[word]).fetch_or(mine, std::memory_order_relaxed);
