@@ -313,8 +313,8 @@ struct Machine {
             const auto sense = input.take(20);
             std::copy(sense.begin(), sense.end(), payload.begin() + 28);
             const u8 status = static_cast<u8>(payload[14]) & 0x3f;
-            // may mean success
-            if (which && (((status == 1 || status == 0x12) && payload[15] == std::byte{0}) || sense.size() > 2)) {
+            // may mean success: so does sense data with the key NO SENSE, which is 0
+            if (which && (((status == 1 || status == 0x12) && payload[15] == std::byte{0}) || !sense.empty())) {
                 if ((what & 0x20) != 0) {
                     std::memcpy(payload.data() + 24, &which->bytes, 4);
                     serve(*which);

@@ -46,7 +46,7 @@ io::Task<Result<io::MacAddress>> Adapter::address(io::Executor& executor, Nanose
     if (high.has(ReceiveAddressHigh::av) && usable(address)) {
         co_return address;
     }
-    static constexpr u8 words = 3; // of an address
+    static constexpr u8 words = 3;   // of an address
     for (u8 i = 0; i < words; ++i) { // [8254x §5.6.1]
         CO_TRY(const u16 word, co_await eeprom_word(executor, bound, i));
         address.bytes[2 * i] = static_cast<u8>(word);
