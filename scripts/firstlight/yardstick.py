@@ -45,7 +45,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One way to call fio, and what Linux is told about the disk's queue. Which one is best depends on the disk and the workload."""
+    """Options of fio, and settings of the disk's request queue in Linux. Which setting is fastest depends on the disk and the workload."""
 
     name: str
     words: tuple[str, ...]
