@@ -68,6 +68,11 @@ class Differences(unittest.TestCase):
     def test_many_rows_are_corrected_for(self):
         rows = [Row(str(row), runs(f"{row} a", 16), runs(f"{row} b", 16)) for row in range(40)]
         self.assertLessEqual(sum(change.verdict in ("faster", "slower") for change in ensemble.compare(rows, 1)), 1)
+        # A row that is a change alone is not one as the best of many.
+        first = Row("first", runs("3 x", 16), runs("3 y", 16, 45000 * 0.975))
+        alone, among = ensemble.compare([first], 1)[0], ensemble.compare([first, *rows], 1)[0]
+        self.assertTrue(0.05 / 41 < alone.p < 0.05 and alone.verdict == "slower", alone)
+        self.assertTrue(among.p > 0.05 and among.verdict != "slower", among)
         self.assertEqual(ensemble.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
         self.assertEqual(ensemble.holm([0.5, 0.9]), [1.0, 1.0])
 
