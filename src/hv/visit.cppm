@@ -35,16 +35,24 @@ constexpr bool serves(VmGuest guest) {
     }
 }
 
-// One instance per backend type, in static storage (instances may be large, the boot stack is small); reconstructed on
-// each call.
-template <class B>
-B& fresh() {
-    alignas(B) static constinit std::array<std::byte, sizeof(B)> storage{};
-    return *std::construct_at(reinterpret_cast<B*>(storage.data()));
-}
-template <class B>
+// In static storage: instances may be large, the boot stack is small. At most two live at a time, and then one of them
+// is Bare, so all others share their storage.
+template <class List>
+struct Storage;
+template <class... Bs>
+struct Storage<BackendList<Bs...>> {
+    static constexpr usize size = std::max({std::same_as<Bs, Bare> ? usize{1} : sizeof(Bs)...});
+    static constexpr usize alignment = std::max({std::same_as<Bs, Bare> ? usize{1} : alignof(Bs)...});
+    alignas(alignment) static constinit inline std::array<std::byte, size> bytes{};
+};
+struct BareStorage {
+    alignas(Bare) static constinit inline std::array<std::byte, sizeof(Bare)> bytes{};
+};
+
+// A backend constructed in `Place`.
+template <class B, class Place>
 struct Alive {
-    B& backend = fresh<B>();
+    B& backend = *std::construct_at(reinterpret_cast<B*>(Place::bytes.data()));
     Alive() = default;
     Alive(const Alive&) = delete;
     Alive& operator=(const Alive&) = delete;
@@ -55,31 +63,31 @@ inline void log_failure(std::string_view name, std::string_view what, const Erro
     log::warning("backend {}: {} failed: {}: continuing as bare", name, what, error);
 }
 
-template <class Last, class Visitor>
+template <class Visitor>
 auto visit_bare(Environment& environment, Visitor& visitor) {
-    Alive<Last> bare;
+    Alive<Bare, BareStorage> bare;
     if (auto done = bare.backend.install(environment); !done) {
-        log::error("backend {}: {}", Last::name, done.error());
+        log::error("backend {}: {}", Bare::name, done.error());
     }
     return visitor(bare.backend);
 }
 
 // Installs the first backend that serves the choice and calls visitor(backend); if there is none or it fails, calls
 // otherwise().
-template <class Visitor, class Otherwise>
+template <class Place, class Visitor, class Otherwise>
 auto visit_first(BackendList<>, const Choice&, Environment&, Services*, Visitor&, Otherwise& otherwise) {
     return otherwise();
 }
-template <class B, class... Rest, class Visitor, class Otherwise>
+template <class Place, class B, class... Rest, class Visitor, class Otherwise>
 auto visit_first(BackendList<B, Rest...>, const Choice& choice, Environment& environment, Services* services,
                  Visitor& visitor, Otherwise& otherwise) {
     if (!serves<B>(choice.guest)) {
-        return visit_first(BackendList<Rest...>{}, choice, environment, services, visitor, otherwise);
+        return visit_first<Place>(BackendList<Rest...>{}, choice, environment, services, visitor, otherwise);
     }
     if (!choice.overridden && !B::recognises(environment.sightings)) {
         return otherwise();
     }
-    Alive<B> alive;
+    Alive<B, std::conditional_t<std::same_as<B, Bare>, BareStorage, Place>> alive;
     if (auto done = alive.backend.install(environment); !done) {
         log_failure(B::name, "install()", done.error());
         return otherwise();
@@ -100,12 +108,13 @@ auto visit_first(BackendList<B, Rest...>, const Choice& choice, Environment& env
 /// support the choice, or if install() fails (logged as a warning).
 template <Backend... Bs, class Visitor>
 auto with_backend(BackendList<Bs...> list, const Choice& choice, Environment& environment, Visitor&& visitor) {
-    auto bare = [&] { return visit_detail::visit_bare<Bare>(environment, visitor); };
+    auto bare = [&] { return visit_detail::visit_bare(environment, visitor); };
     if (choice.when == When::late) {
         log::info("backend: bare at first, {} is started later", choice.guest);
         return bare();
     }
-    return visit_detail::visit_first(list, choice, environment, nullptr, visitor, bare);
+    return visit_detail::visit_first<visit_detail::Storage<BackendList<Bs...>>>(list, choice, environment, nullptr,
+                                                                                visitor, bare);
 }
 
 /// Called at a fixed point of every boot: interrupts and the executor exist, no bus has been probed, no driver has
@@ -117,13 +126,14 @@ auto upgrade(BackendList<Bs...> list, const Choice& choice, Environment& environ
     if constexpr (std::same_as<Current, Bare>) {
         auto stay = [&] { return next(current); };
         if (choice.when == When::late && !visit_detail::serves<Bare>(choice.guest)) {
-            return visit_detail::visit_first(list, choice, environment, &services, next, stay);
+            return visit_detail::visit_first<visit_detail::Storage<BackendList<Bs...>>>(list, choice, environment,
+                                                                                        &services, next, stay);
         }
         return stay();
     } else {
         if (auto done = current.start(services); !done) {
             visit_detail::log_failure(Current::name, "start()", done.error());
-            return visit_detail::visit_bare<Bare>(environment, next);
+            return visit_detail::visit_bare(environment, next);
         }
         return next(current);
     }
