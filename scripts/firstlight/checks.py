@@ -35,7 +35,6 @@ EXAMPLE = "src/drivers/null.cppm"
 EXAMPLE_LINES = 100
 ARCHITECTURE = "docs/ARCHITECTURE.md"
 QUEUE_HALF_LINES = 300
-QUEUE_HALF_LONGER = {"xen_blk": 387}  # until the detaching and the restoring of a disk are modules of their own; may only become shorter
 # A driver's transport and its disk, where they are not disk.cppm and disk.cpp.
 QUEUE_HALVES = {"null": ("drivers/null.cppm",), "ata": ("drivers/ata/queue.cppm",), "ahci": ("drivers/ahci/queue.cppm", "drivers/ahci/queue.cpp")}
 
@@ -422,9 +421,8 @@ def queue_halves(tree: Tree) -> Finding:
             faults.append(f"{ARCHITECTURE}: the queue half of {driver}: there is no {missing[0]}")
             continue
         lines, ring_lines = (sum(len(tree.read(name).splitlines()) for name in each) for each in (names, rings))
-        most = QUEUE_HALF_LONGER.get(driver, QUEUE_HALF_LINES)
-        if lines > most:
-            faults.append(f"{names[0]}: the queue half of {driver} has {lines} lines, at most {most} expected: move what is not its protocol into a module of its own")
+        if lines > QUEUE_HALF_LINES:
+            faults.append(f"{names[0]}: the queue half of {driver} has {lines} lines, at most {QUEUE_HALF_LINES} expected: move what is not its protocol into a module of its own")
         if lines != int(said) or ring_lines != int(ring or 0):
             faults.append(f"{ARCHITECTURE}: {driver} has {lines}{f' + {ring_lines}' if rings else ''} lines in its queue half, the table says {said}{f' + {ring}' if ring else ''}")
     return Finding(faults)

@@ -23,9 +23,9 @@ constinit Vbd* attached = nullptr; // devices live until machine shutdown
 
 Vbd::Vbd(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device, const VirtualDisk& which, u32 slot)
     : BusDevice("vbd", device.number), environment_(environment), xen_(xen), front_(xen.store(), environment.executor),
-      disk_(environment.executor, xen.events(), xen.grants()), which_(which), address_(device.address), slot_(slot),
+      lane_(environment.executor, xen.events(), xen.grants()), which_(which), address_(device.address), slot_(slot),
       end_(environment.executor), tasks_(environment.executor) {
-    disk_.set_timeout(environment.timeout);
+    lane_.disk().set_timeout(environment.timeout);
 }
 
 Vbd::~Vbd() {
@@ -68,9 +68,9 @@ io::Task<Result<void>> Vbd::connect() {
     identity.kind = io::Kind::synthetic;
     print(identity.model, "Xen virtual block device {}", number());
     identity.features = features();
-    CO_CHECK(disk_.open(
+    CO_CHECK(lane_.open(
         terms_, identity, environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.notify(); }, this));
-    CO_CHECK(xen_.events().bind(port_, Disk::on_event, &disk_)); // masked until the disk first sleeps
+    CO_CHECK(xen_.events().bind(port_, Lane::on_event, &lane_)); // masked until the disk first sleeps
     CO_CHECK(co_await front_.set_state(BusState::connected));
     ended_ = false;
     co_return Result<void>{};
@@ -101,7 +101,7 @@ io::Task<Result<void>> Vbd::shake_hands() {
     CO_TRY(const u32 wanted_order, co_await ring_order());
     CO_TRY(const u32 order, make_ring(wanted_order));
     if (environment_.allows(Feature::persistent)) {
-        offers_persistent_ = disk_.start_pool(front_.domain(), environment_.dma);
+        offers_persistent_ = lane_.start_pool(front_.domain(), environment_.dma);
         if (!offers_persistent_) {
             log::info("xen_blk: {}: no persistent grants: not enough memory, or grants of the {} that are left",
                       disk_name(which_), xen_.grants().obtainable());
@@ -170,7 +170,7 @@ io::Task<Result<u32>> Vbd::ring_order() {
 
 // Allocates 2^order pages, or fewer if grants or memory are short.
 Result<u32> Vbd::make_ring(u32 order) {
-    while (order != 0 && !xen_.grants().ensure((1u << order) + Disk::spare_grants)) {
+    while (order != 0 && !xen_.grants().ensure((1u << order) + Lane::spare_grants)) {
         --order;
     }
     auto memory = environment_.dma.buffer(static_cast<u32>(page_size) << order);
@@ -182,7 +182,7 @@ Result<u32> Vbd::make_ring(u32 order) {
     }
     ring_ = std::move(*memory);
     const u32 pages = 1u << order;
-    CHECK(disk_.prepare(ring_));
+    CHECK(lane_.prepare(ring_));
     for (; ring_pages_ < pages; ++ring_pages_) {
         TRY(ring_grants_[ring_pages_], xen_.grants().take());
         xen_.grants().grant(ring_grants_[ring_pages_], front_.domain(), ring_.bus() / page_size + ring_pages_, false);
@@ -286,7 +286,7 @@ io::Task<Result<void>> Vbd::read_features() {
     }
     terms_.persistent = persistent && offers_persistent_;
     terms_.indirect_segments = environment_.allows(Feature::indirect) && indirect > segments_in_slot
-                                   ? static_cast<u32>(std::min<u64>(indirect, Disk::max_segments))
+                                   ? static_cast<u32>(std::min<u64>(indirect, Lane::max_segments))
                                    : 0;
     co_return Result<void>{};
 }
@@ -298,17 +298,17 @@ Result<void> Vbd::keep() { return tasks_.spawn(follow()); }
 io::Task<Result<void>> Vbd::follow() {
     for (;;) {
         static_cast<void>(co_await front_.changed());
-        if (disk_.is_open() && std::exchange(moved_, false)) {
+        if (lane_.is_open() && std::exchange(moved_, false)) {
             static_cast<void>(co_await connect_again());
-        } else if (disk_.is_open()) {
+        } else if (lane_.is_open()) {
             const auto back_state = co_await front_.state();
             if (!back_state) {
-                disk_.close(io::Status::device_gone, back_state.error());
+                lane_.close(io::Status::device_gone, back_state.error());
             } else {
                 static_cast<void>(co_await follow_state(*back_state));
             }
         }
-        if (!disk_.is_open()) {
+        if (!lane_.is_open()) {
             const Result<void> left = co_await disconnect();
             environment_.disks.withdraw(slot_);
             ended_ = true;
@@ -328,11 +328,11 @@ io::Task<Result<void>> Vbd::follow_state(BusState back_state) {
         co_return Result<void>{};
     }
     const auto returns = co_await front_.may_return(back_state);
-    if (!disk_.is_open()) {
+    if (!lane_.is_open()) {
         co_return Result<void>{};
     }
     if (!returns || !*returns) {
-        disk_.remove({Code::device_gone, "the back end has closed the device (state)",
+        lane_.remove({Code::device_gone, "the back end has closed the device (state)",
                       to_underlying(BusState::connected), to_underlying(back_state)});
         co_return Result<void>{};
     }
@@ -343,12 +343,12 @@ io::Task<Result<void>> Vbd::follow_state(BusState back_state) {
 // predecessor had under way once more.
 io::Task<Result<void>> Vbd::reconnect(BusState back_state) {
     log::warning("{}: the back end has left the connection (state {}): waiting for it to return",
-                 disk_.identity().name.view(), name(back_state));
-    disk_.hold();
+                 lane_.disk().identity().name.view(), name(back_state));
+    lane_.hold();
     const Result<bool> released = co_await release();
     if (!released || !*released) {
         lost_ = true;
-        disk_.close(io::Status::device_gone,
+        lane_.close(io::Status::device_gone,
                     released ? Error{Code::timed_out, "the back end does not release the disk's pages"}
                              : released.error());
         co_return Result<void>{};
@@ -371,14 +371,15 @@ io::Task<Result<void>> Vbd::connect_again() {
         if (done) {
             done = co_await front_.set_state(BusState::connected);
         }
-        if (!disk_.is_open()) { // by a broken rule of the new back end, or the end of the machine
+        if (!lane_.is_open()) { // by a broken rule of the new back end, or the end of the machine
             co_return Result<void>{};
         }
         if (done) {
-            log::info("{}: connected again [{}]", disk_.identity().name.view(), disk_.identity().features.view());
+            log::info("{}: connected again [{}]", lane_.disk().identity().name.view(),
+                      lane_.disk().identity().features.view());
             co_return done;
         }
-        disk_.hold();
+        lane_.hold();
         if (std::exchange(moved_, false)) { // during this attempt
             continue;
         }
@@ -387,7 +388,7 @@ io::Task<Result<void>> Vbd::connect_again() {
             again = co_await release();
         }
         if (!again || !*again) {
-            disk_.close(io::Status::device_gone, done.error());
+            lane_.close(io::Status::device_gone, done.error());
             co_return Result<void>{};
         }
     }
@@ -417,7 +418,7 @@ void Vbd::forget_connection() {
     if (port_ != Port::none) {
         xen_.events().unbind(std::exchange(port_, Port::none));
     }
-    disk_.take_back();
+    lane_.take_back();
     free_ring();
 }
 
@@ -428,27 +429,27 @@ Result<void> Vbd::take_over(const Terms& old) {
                      old.geometry.sector_size, terms_.geometry.sector_size};
     }
     if (terms_.geometry.sectors != old.geometry.sectors || terms_.geometry.read_only != old.geometry.read_only) {
-        log::warning("{}: the back end has returned with {} sectors instead of {}{}", disk_.identity().name.view(),
-                     terms_.geometry.sectors, old.geometry.sectors,
+        log::warning("{}: the back end has returned with {} sectors instead of {}{}",
+                     lane_.disk().identity().name.view(), terms_.geometry.sectors, old.geometry.sectors,
                      terms_.geometry.read_only ? ", write-protected" : "");
     }
-    CHECK(xen_.events().bind(port_, Disk::on_event, &disk_)); // masked until the disk next sleeps
-    return disk_.resume(
+    CHECK(xen_.events().bind(port_, Lane::on_event, &lane_)); // masked until the disk next sleeps
+    return lane_.resume(
         terms_, features(), environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.notify(); }, this);
 }
 
 // A back end that has changed the size rewrites its state [xen-blkif: dynamic resizing].
 io::Task<Result<void>> Vbd::follow_size() {
-    const u64 units_per_sector = disk_.geometry().sector_size / terms_.wire_unit;
-    const u64 old = disk_.geometry().sectors * units_per_sector;
+    const u64 units_per_sector = lane_.disk().geometry().sector_size / terms_.wire_unit;
+    const u64 old = lane_.disk().geometry().sectors * units_per_sector;
     const auto sectors = co_await xen_.store().number_or(front_.backend(), "sectors", old);
     if (!sectors) {
-        log::warning("{}: its size is not known: {}", disk_.identity().name.view(), sectors.error());
+        log::warning("{}: its size is not known: {}", lane_.disk().identity().name.view(), sectors.error());
     } else if (*sectors > largest_disk) {
         log::warning("{}: the back end reports an impossible size, {} sectors: it keeps its own",
-                     disk_.identity().name.view(), *sectors);
-    } else if (disk_.is_open()) {
-        disk_.resize(*sectors / units_per_sector);
+                     lane_.disk().identity().name.view(), *sectors);
+    } else if (lane_.is_open()) {
+        lane_.disk().resize(*sectors / units_per_sector);
     }
     co_return Result<void>{};
 }
@@ -457,14 +458,14 @@ io::Task<Result<void>> Vbd::follow_size() {
 
 // Most often nothing is under way afterwards. What is, because the back end is slow, is asked again.
 io::Task<Result<void>> Vbd::pause() {
-    if (!disk_.is_open() || disk_.is_held()) {
+    if (!lane_.is_open() || lane_.is_held()) {
         co_return Result<void>{};
     }
-    disk_.pause();
+    lane_.pause();
     const io::Bound bound(environment_.executor, environment_.timeout);
-    while (disk_.is_open() && disk_.abandoned() != 0) {
+    while (lane_.is_open() && lane_.in_flight() != 0) {
         if (bound.passed()) {
-            co_return Error{Code::timed_out, "requests are under way (number)", 0, disk_.abandoned()};
+            co_return Error{Code::timed_out, "requests are under way (number)", 0, lane_.in_flight()};
         }
         co_await environment_.executor.sleep(pause_step);
     }
@@ -473,17 +474,17 @@ io::Task<Result<void>> Vbd::pause() {
 
 void Vbd::lost() {
     port_ = Port::none;
-    moved_ = disk_.is_open();
+    moved_ = lane_.is_open();
     if (moved_) {
-        disk_.hold();
+        lane_.hold();
     }
 }
 
 void Vbd::resumed(bool moved) {
     if (moved) {
         front_.notify();
-    } else if (disk_.is_open() && !disk_.is_held()) {
-        disk_.unpause();
+    } else if (lane_.is_open() && !lane_.is_held()) {
+        lane_.unpause();
     }
 }
 
@@ -499,7 +500,7 @@ io::Task<Result<void>> Vbd::disconnect() {
         xen_.events().unbind(std::exchange(port_, Port::none));
     }
     if (released && *released && !lost_) {
-        disk_.reclaim();
+        lane_.reclaim();
         free_ring();
     } else {
         log::warning("{}: the back end does not release its pages: they are not reused", front_.path());
@@ -520,7 +521,7 @@ io::Task<Result<bool>> Vbd::await_end() {
     }
     end_.close();
     if (lost_) {
-        disk_.remove({Code::device_gone, "another device has its place"});
+        lane_.remove({Code::device_gone, "another device has its place"});
     }
     co_return !lost_;
 }
@@ -579,7 +580,7 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     }
     auto result = co_await vbd->connect();
     if (result) {
-        result = environment.disks.announce(vbd->disk(), slot);
+        result = environment.disks.announce(vbd->lane().disk(), slot);
     }
     if (result) {
         if (!known) {
@@ -591,7 +592,7 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
         }
         co_return result;
     }
-    vbd->disk().close(io::Status::device_gone, result.error());
+    vbd->lane().close(io::Status::device_gone, result.error());
     if (auto left = co_await vbd->disconnect(); !left) {
         log::warning("xen_blk: {}: leaving the bus: {}", disk_name(*which), left.error());
     }

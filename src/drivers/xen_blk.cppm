@@ -1,5 +1,6 @@
 // The driver for Xen's virtual block devices [xen-blkif]: matching, the handshake with the back end, announcing, and
-// back end disconnection. The disk is in drivers.xen_blk.disk.
+// back end disconnection. The disk is in drivers.xen_blk.disk, its life from one connection to the next in
+// drivers.xen_blk.lane.
 //
 // A disk whose back end leaves the connection, without being removed, is connected again: its requests wait meanwhile,
 // and those that were under way are sent again. A disk that the toolstack removes ends; added again, it is the same
@@ -20,7 +21,7 @@ import io.task;
 import io.block;
 import hv.xen;
 import drivers.driver;
-export import drivers.xen_blk.disk;
+export import drivers.xen_blk.lane;
 
 export namespace fl::drivers::xen_blk {
 
@@ -62,7 +63,7 @@ class Vbd final : public hv::xen::BusDevice {
     void lost() override;
     void resumed(bool moved) override;
 
-    Disk& disk() { return disk_; }
+    Lane& lane() { return lane_; }
     /// Why a working device is not attached: a CD drive, a disk of 0 bytes, or an unsupported one.
     std::optional<Unused> left() const { return left_; }
 
@@ -99,7 +100,7 @@ class Vbd final : public hv::xen::BusDevice {
     Environment environment_; // a copy: the objects it refers to outlive this, the Environment itself may not
     hv::Xen& xen_;
     hv::xen::Frontend front_;
-    Disk disk_;
+    Lane lane_;
     hv::xen::VirtualDisk which_;
     FixedText<12> address_; // on the bus
     u32 slot_;

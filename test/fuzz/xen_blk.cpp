@@ -25,7 +25,7 @@ import io.task;
 import io.block;
 import hv.xen.events;
 import hv.xen.grants;
-import drivers.xen_blk.disk;
+import drivers.xen_blk.lane;
 
 #include "fuzz/input.hpp"
 // Depends on the imports above.
@@ -107,14 +107,14 @@ struct Machine {
         hypercalls =
             xen::Hypercalls(xen::Gate{this, [](void*, u32, u64, u64, u64, u64, u64) { return i64{0}; }, nullptr});
         events.install(hypercalls, *shared);
-        disk.set_timeout(timeout);
+        lane.disk().set_timeout(timeout);
         rings = *memory.buffer(4096);
         ring = rings.data();
-        require(static_cast<bool>(disk.prepare(rings)));
+        require(static_cast<bool>(lane.prepare(rings)));
         xen_blk::Terms terms;
         terms.handle = 51712;
         terms.port = xen::Port{port};
-        terms.persistent = (shape & 1) != 0 && disk.start_pool(0, memory);
+        terms.persistent = (shape & 1) != 0 && lane.start_pool(0, memory);
         terms.indirect_segments = (shape & 2) != 0 ? 32 : 0;
         terms.discard = true;
         terms.flush = (shape & 4) != 0 ? xen_blk::Operation::write_barrier : xen_blk::Operation::flush;
@@ -122,7 +122,7 @@ struct Machine {
         io::BlockDevice::Identity identity;
         identity.name.write("xvda");
         require(static_cast<bool>(
-            disk.open(terms, identity, memory, [](void* self) { ++*static_cast<u32*>(self); }, &notified)));
+            lane.open(terms, identity, memory, [](void* self) { ++*static_cast<u32*>(self); }, &notified)));
         for (u32 i = 0; i < areas; ++i) {
             buffers.push_back(*memory.buffer(area_bytes));
         }
@@ -307,7 +307,7 @@ struct Machine {
     }
     void raise() {
         if ((std::atomic_ref<u64>(shared->mask[0]).load() >> port & 1) == 0) {
-            xen_blk::Disk::on_event(&disk);
+            xen_blk::Lane::on_event(&lane);
         } else {
             std::atomic_ref<u64>(shared->pending[0]).fetch_or(u64{1} << port);
         }
@@ -400,12 +400,12 @@ struct Machine {
         }
         require(std::ranges::none_of(all, [](const Area& a) { return bool(a.request); }));
         require(notified <= 1);
-        disk.close(io::Status::device_gone, {Code::device_gone, "the end"});
+        lane.close(io::Status::device_gone, {Code::device_gone, "the end"});
         for (u32 turns = 0; turns < 4; ++turns) {
             executor.turn();
         }
-        require(!disk.is_open());
-        disk.reclaim();
+        require(!lane.is_open());
+        lane.reclaim();
         require(grants->available() == free_grants);
         clear_quarantine();
     }
@@ -423,8 +423,9 @@ struct Machine {
     DmaBuffer rings;
     std::byte* ring = nullptr;
     std::vector<DmaBuffer> buffers;
-    std::unique_ptr<xen_blk::Disk> owned = std::make_unique<xen_blk::Disk>(executor, events, *grants);
-    xen_blk::Disk& disk = *owned;
+    std::unique_ptr<xen_blk::Lane> owned = std::make_unique<xen_blk::Lane>(executor, events, *grants);
+    xen_blk::Lane& lane = *owned;
+    xen_blk::Disk& disk = lane.disk();
     std::array<Area, areas> all;
     std::vector<std::byte> image = std::vector<std::byte>(areas * area_bytes);
     std::deque<Taken> held;

@@ -16,53 +16,13 @@ namespace fl::drivers::xen_blk {
 
 // ---- opening ----
 
-Result<void> Disk::open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void*),
-                        void* context) {
-    identity_ = identity;
-    set_terms(terms);
-    CHECK(queue_.transport().open(terms, pool, notify, context));
-    if (!std::exchange(opened_, true)) {
-        queue_.add(*this);
-    }
-    queue_.stop(); // of a disk that was closed before
-    removed_.store(false, std::memory_order_relaxed);
-    queue_.open(timeout());
-    return {};
-}
-
 void Disk::set_terms(const Terms& terms) {
     io::Geometry geometry = terms.geometry;
     geometry.flush = terms.flush.has_value();
     geometry.discard = terms.discard && !geometry.read_only;
     set_geometry(geometry);
-    if (opened_) {
+    if (std::exchange(known_, true)) {
         renew(geometry);
-    }
-}
-
-void Disk::unpause() {
-    queue_.transport().unpause();
-    queue_.send_again();
-}
-
-void Disk::take_back() {
-    queue_.take_back();
-    queue_.transport().pages().reclaim();
-}
-
-Result<void> Disk::resume(const Terms& terms, const FixedText<96>& features, DmaAllocator& pool, void (*notify)(void*),
-                          void* context) {
-    CHECK(queue_.transport().open(terms, pool, notify, context));
-    identity_.features = features;
-    set_terms(terms);
-    queue_.send_again();
-    return {};
-}
-
-void Disk::reclaim() {
-    queue_.reclaim();
-    if (!queue_.is_open()) {
-        queue_.transport().pages().reclaim();
     }
 }
 
@@ -172,31 +132,7 @@ io::Fence Transport::fence(Command& command) {
     return !safe ? io::Fence::reachable : command.op == io::Op::discard ? io::Fence::effect : io::Fence::done;
 }
 
-// ---- recovery ----
-
-io::Recovery Transport::recover(const Command&, io::OldestWait::Finding finding, std::string_view) {
-    if (link_ == Link::lost) { // the wait for the connection has its own bound
-        return {.kind = io::Recovery::Kind::none};
-    }
-    if (finding == io::OldestWait::Finding::lost) {
-        return {.kind = io::Recovery::Kind::give_up};
-    }
-    return {.kind = io::Recovery::Kind::close,
-            .why = Error{Code::timed_out, "the back end has not answered anything for a whole time-out"}};
-}
-
-// Abandoned requests hold all slots, or other disks hold all grants.
-io::Stuck Transport::stuck(std::string_view) {
-    if (link_ != Link::up) {
-        return {};
-    }
-    if (commands_->full() || ring_.full()) {
-        return {.kind = io::Stuck::Kind::close,
-                .why = Error{Code::timed_out, "every slot is held by a request that the back end never completed"}};
-    }
-    return {.kind = io::Stuck::Kind::give_up,
-            .why = Error{Code::timed_out, "no grant entries became free for a request within the time-out"}};
-}
+// ---- without a command ----
 
 Result<void> Transport::tick(Instant, bool waiting) {
     pages_.tick(waiting);

@@ -1,5 +1,5 @@
-// A connected virtual block device: its ring as an io.block_queue transport, and the disk. Independent of XenStore and
-// the handshake.
+// A virtual block device in use: its ring as an io.block_queue transport, and the disk. When it is opened, held and
+// connected again is in drivers.xen_blk.lane.
 //
 // A response must have a known id, and answer what was requested [drivers.xen_blk.answer]. The first violation closes
 // the disk.
@@ -21,6 +21,7 @@ export import drivers.xen_blk.queue;
 export import drivers.xen_blk.requests;
 import drivers.xen_blk.event_channel;
 import drivers.xen_blk.pages;
+import drivers.xen_blk.silence;
 
 export namespace fl::drivers::xen_blk {
 
@@ -41,9 +42,9 @@ class Transport : public io::TransportDefaults {
 
     Ring& ring() { return ring_; }
     Pages& pages() { return pages_; }
-    /// See Disk::open().
+    /// See Lane::open().
     Result<void> open(const Terms& terms, DmaAllocator& pool, void (*notify)(void* context), void* context);
-    /// See Disk::hold() and Disk::pause().
+    /// See Lane::hold() and Lane::pause().
     void lose();
     void pause() { link_ = Link::paused; }
     void unpause() { link_ = Link::up; }
@@ -62,8 +63,12 @@ class Transport : public io::TransportDefaults {
     inline u32 events() const { return channel_.count(); }
     bool finish(Command& command, io::Status status);
     io::Fence fence(Command& command);
-    io::Recovery recover(const Command& oldest, io::OldestWait::Finding finding, std::string_view names);
-    io::Stuck stuck(std::string_view names);
+    inline io::Recovery recover(const Command&, io::OldestWait::Finding finding, std::string_view) {
+        return is_lost() ? io::Recovery{.kind = io::Recovery::Kind::none} : recovery_from(finding);
+    }
+    inline io::Stuck stuck(std::string_view) {
+        return link_ != Link::up ? io::Stuck{} : stuck_because(commands_->full() || ring_.full());
+    }
     Result<void> tick(Instant now, bool waiting);
     inline bool wants_tick() const { return pages_.in_quarantine(); }
     bool closing(io::Status);
@@ -103,63 +108,22 @@ extern template class io::QueueDisk<drivers::xen_blk::Transport>;
 
 export namespace fl::drivers::xen_blk {
 
+/// The device on its queue.
 class Disk final : public io::QueueDisk<Transport> {
   public:
-    static constexpr u32 max_segments = Pages::max_segments;
-    static constexpr u32 spare_grants = Pages::spare_grants;
-    static constexpr u32 max_idle_events = Transport::max_idle_events;
-
-    Disk(io::Executor& executor, hv::xen::Events& events, hv::xen::Grants& grants)
-        : QueueDisk(executor, queue_), queue_(executor, executor, events, grants) {}
-
-    /// Lays out an empty ring in `ring` (whole pages, zeroed), to be shared afterwards. Before open(), and again before
-    /// resume().
-    Result<void> prepare(DmaSpan ring) { return queue_.transport().ring().lay_out(ring); }
-    /// The handler of the event channel; runs in the upcall.
-    static void on_event(void* self) { static_cast<Disk*>(self)->queue_.transport().on_event(); }
-    /// Allocates the first persistently granted pages, for a disk that will offer persistent grants. False: not
-    /// enough memory or grants: it must not offer them. Call before open().
-    bool start_pool(hv::xen::Domain domain, DmaAllocator& pool) {
-        return queue_.transport().pages().start_pool(domain, pool);
-    }
-    /// Accepts requests from now on. `pool`: allocator for open()'s pages. `notify`: called once, when the disk
-    /// closes by itself. Terms with persistent grants require a successful start_pool(). Again after it was closed and
-    /// reclaimed: the same device has been added again, perhaps with another geometry.
-    Result<void> open(const Terms& terms, const Identity& identity, DmaAllocator& pool, void (*notify)(void* context),
-                      void* context);
-    /// Ends everything under way with `status` and accepts no more requests. `why`: for the log.
-    void close(io::Status status, const Error& why) { queue_.close(status, why); }
-    bool is_open() const { return queue_.is_open(); }
-    /// As close(), because the host has removed the disk.
-    void remove(const Error& why) {
-        removed_.store(true, std::memory_order_relaxed);
-        close(io::Status::device_gone, why);
-    }
-    bool removed() const override { return removed_.load(std::memory_order_relaxed); }
-
-    /// Requests wait from now on, and the back end answers what it has, until unpause() or hold().
-    void pause() { queue_.transport().pause(); }
-    void unpause();
-    /// The connection is lost or about to be: requests wait from now on, without a time-out, until resume() or close().
-    void hold() { queue_.transport().lose(); }
-    bool is_held() const { return queue_.transport().is_lost(); }
-    /// The back end can no longer access anything: what it had under way waits to be sent again, and the connection's
-    /// pages and grants are freed. Only while held.
-    void take_back();
-    /// Connected again: sends what waits. As open(). Requests that the new terms exclude end.
-    Result<void> resume(const Terms& terms, const FixedText<96>& features, DmaAllocator& pool,
-                        void (*notify)(void* context), void* context);
-    /// The back end can no longer access anything: frees the grants and pages of a disk that was shut.
-    void reclaim();
-    /// Commands whose slots are still held by the back end.
-    u32 abandoned() const { return queue_.in_flight(); }
-
-  private:
+    Disk(io::Executor& executor, io::BlockQueue<Transport>& queue) : QueueDisk(executor, queue) {}
+    void identify(const Identity& identity) { identity_ = identity; }
+    void set_features(const FixedText<96>& features) { identity_.features = features; }
+    /// Before each connection of its queue: what the back end offers from now on.
     void set_terms(const Terms& terms);
 
+    /// The host has removed it, until it is added again. Its queue is closed, too.
+    void set_removed(bool removed) { removed_.store(removed, std::memory_order_relaxed); }
+    bool removed() const override { return removed_.load(std::memory_order_relaxed); }
+
+  private:
     std::atomic<bool> removed_{false}; // relaxed: orders no other data
-    bool opened_ = false;              // once: other lanes know the geometry
-    io::BlockQueue<Transport> queue_;
+    bool known_ = false;               // other lanes know the geometry
 };
 
 } // namespace fl::drivers::xen_blk

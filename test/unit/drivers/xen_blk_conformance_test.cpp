@@ -20,7 +20,7 @@ import io.block_queue;
 import hv.xen;
 import drivers.driver;
 import drivers.xen_blk;
-import drivers.xen_blk.disk;
+import drivers.xen_blk.lane;
 
 #include "unit/hv/xen_fake.hpp"
 // Depends on the includes above.
@@ -63,11 +63,11 @@ class XenBlkRig final : public Rig {
         terms.geometry = {.sectors = sectors, .flush = true};
         terms.port = *m_.guest.events().allocate_unbound(terms.domain);
         ring_ = *m_.xen.memory.buffer(4096);
-        EXPECT_TRUE(disk_.prepare(ring_));
+        EXPECT_TRUE(lane_.prepare(ring_));
         ring_grant_ = *m_.guest.grants().take();
         m_.guest.grants().grant(ring_grant_, terms.domain, ring_.bus() / 4096, false);
         if (kind.persistent) {
-            EXPECT_TRUE(disk_.start_pool(terms.domain, m_.xen.memory));
+            EXPECT_TRUE(lane_.start_pool(terms.domain, m_.xen.memory));
         }
         m_.xen.tree[back_.front + "/ring-ref"] = std::to_string(ring_grant_);
         m_.xen.tree[back_.front + "/event-channel"] = std::to_string(to_underlying(terms.port));
@@ -76,9 +76,9 @@ class XenBlkRig final : public Rig {
         EXPECT_TRUE(back_.connect());
         io::BlockDevice::Identity identity;
         identity.name = FixedText<16>("xvda");
-        disk_.set_timeout(timeout);
-        EXPECT_TRUE(disk_.open(terms, identity, m_.xen.memory, nullptr, nullptr));
-        EXPECT_TRUE(m_.guest.events().bind(terms.port, xen_blk::Disk::on_event, &disk_));
+        lane_.disk().set_timeout(timeout);
+        EXPECT_TRUE(lane_.open(terms, identity, m_.xen.memory, nullptr, nullptr));
+        EXPECT_TRUE(m_.guest.events().bind(terms.port, xen_blk::Lane::on_event, &lane_));
         port_ = terms.port;
     }
     static Facts facts(const Kind& kind) {
@@ -92,14 +92,14 @@ class XenBlkRig final : public Rig {
                 .answers = {Status::ok, Status::io_error, Status::not_supported}};
     }
     ~XenBlkRig() {
-        if (disk_.is_open()) {
-            disk_.close(Status::device_gone, {Code::device_gone, "the test is over"});
+        if (lane_.is_open()) {
+            lane_.close(Status::device_gone, {Code::device_gone, "the test is over"});
         }
         reclaim(0);
         m_.guest.events().unbind(port_);
         EXPECT_TRUE(m_.guest.grants().release(ring_grant_));
     }
-    io::BlockDevice& disk(u32) override { return disk_; }
+    io::BlockDevice& disk(u32) override { return lane_.disk(); }
     void turn() override { m_.executor.turn(); }
     Instant now() override { return m_.executor.now(); }
     void jump(Nanoseconds length) override { m_.world.now += length; }
@@ -164,13 +164,13 @@ class XenBlkRig final : public Rig {
     void read_medium(u64 lba, u32 count, std::byte* into) override {
         std::memcpy(into, back_.disk.data() + lba * 512, count * 512);
     }
-    void close(u32, Status status) override { disk_.close(status, {Code::device_gone, "the test closes it"}); }
+    void close(u32, Status status) override { lane_.close(status, {Code::device_gone, "the test closes it"}); }
     void reclaim(u32) override {
         back_.forget();
-        disk_.reclaim();
+        lane_.reclaim();
     }
-    bool is_open(u32) override { return disk_.is_open(); }
-    u32 in_flight(u32) override { return disk_.abandoned(); }
+    bool is_open(u32) override { return lane_.is_open(); }
+    u32 in_flight(u32) override { return lane_.in_flight(); }
 
   private:
     static constexpr Nanoseconds timeout = 200'000'000;
@@ -180,7 +180,7 @@ class XenBlkRig final : public Rig {
     DmaBuffer ring_;
     hv::xen::GrantRef ring_grant_ = 0;
     hv::xen::Port port_ = hv::xen::Port::none;
-    xen_blk::Disk disk_{m_.executor, m_.guest.events(), m_.guest.grants()};
+    xen_blk::Lane lane_{m_.executor, m_.guest.events(), m_.guest.grants()};
 };
 
 std::vector<Make> kinds() {

@@ -873,7 +873,7 @@ TEST(XenBlkHostile, AStormOfEventsIsSurvived) {
     const Instant then = m.world.now;
     ASSERT_TRUE(m.run(fake::sleep(m.executor, 100'000'000)));
     const u64 ticks = (m.world.now - then) / io::Executor::tick_length + 2;
-    EXPECT_LE(m.disk().counters().interrupts - before, ticks * (drivers::xen_blk::Disk::max_idle_events + 1));
+    EXPECT_LE(m.disk().counters().interrupts - before, ticks * (drivers::xen_blk::Lane::max_idle_events + 1));
     EXPECT_TRUE(m.run(fake::read(m.disk(), 0, m.buffer(4096))));
 }
 
