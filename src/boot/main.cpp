@@ -363,8 +363,8 @@ void start_machine(const BootInfo& info, const hv::Sightings& sightings, ClockHi
     hv::Environment environment{cpuid_snapshot, sightings, dma_memory(), kernel_memory, privileged};
     hv::with_backend(hv::list, choice, environment, [&](auto& first) {
         start_machine(info, sightings, {first.tsc_hz().value_or(0), first.clock_name()});
-        io::Executor& executor = executor_place.make(
-            io::Platform{platform_context(0), platform_now, platform_idle, nullptr, io::Platform::longest_turn});
+        io::Executor& executor = executor_place.make(io::Platform{platform_context(0), platform_now, platform_idle,
+                                                                  nullptr, io::Platform::longest_turn, platform_rearm});
         hv::Services services{interrupts(), executor, options.timeout};
         cpu::interrupts_on();
         hv::upgrade(hv::list, choice, environment, services, first, [&]<class B>(B& backend) {

@@ -31,9 +31,10 @@ io::Task<Result<void>> Parked::park() {
     if (stopped_.load(std::memory_order_acquire) != sent_) { // its post is still on the way
         co_return Error{Code::busy, "a processor has not stopped for an earlier suspension yet"};
     }
-    open_.store(false, std::memory_order_relaxed);
+    const u64 suspension = released_.load(std::memory_order_relaxed) + 1; // written here only
     for (usize i = 1; i < others.size(); ++i) {
         stops_[i].parked = this;
+        stops_[i].suspension = suspension;
         stops_[i].run = stop;
         sent_ += others[i]->post(stops_[i]) ? 1 : 0; // refused: it does nothing any more
     }
@@ -48,12 +49,21 @@ io::Task<Result<void>> Parked::park() {
     co_return Result<void>{};
 }
 
+void Parked::release() {
+    released_.fetch_add(1, std::memory_order_release);
+    environment_.executor.rearm();
+}
+
+// On the other processor. It ends with this suspension, even if the next one has begun by then.
 void Parked::stop(io::Post& post) {
-    Parked& self = *static_cast<Stop&>(post).parked;
+    const Stop& own = static_cast<Stop&>(post);
+    Parked& self = *own.parked;
+    const u64 suspension = own.suspension; // the next park() may write it once this has been counted
     self.stopped_.fetch_add(1, std::memory_order_release);
-    while (!self.open_.load(std::memory_order_acquire)) {
+    while (self.released_.load(std::memory_order_acquire) < suspension) {
         __builtin_ia32_pause();
     }
+    io::Executor::current()->rearm();
 }
 
 Control::Control(Environment& environment, hv::Xen& xen)

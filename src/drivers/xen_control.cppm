@@ -22,21 +22,22 @@ class Parked final : public hv::Parking {
   public:
     explicit Parked(Environment& environment) : environment_(environment) {}
     io::Task<Result<void>> park() override;
-    void release() override { open_.store(true, std::memory_order_release); }
+    void release() override;
 
   private:
     /// Outlives the suspension, if the processor takes it only afterwards.
     struct Stop : io::Post {
         Parked* parked = nullptr;
+        u64 suspension = 0; // its number, from 1
     };
     static void stop(io::Post& post);
 
     Environment& environment_;
     std::array<Stop, max_processors> stops_{};
     // acquire and release: what a processor did before it stopped is visible here, and what was done meanwhile there
-    std::atomic<u32> stopped_{0}; // in all suspensions so far
-    u32 sent_ = 0;                // likewise
-    std::atomic<bool> open_{true};
+    std::atomic<u32> stopped_{0};  // in all suspensions so far
+    u32 sent_ = 0;                 // likewise
+    std::atomic<u64> released_{0}; // suspensions that are over
 };
 
 /// Lives until machine shutdown.

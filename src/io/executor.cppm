@@ -166,6 +166,8 @@ struct Platform {
     void (*kick)(void* context) = nullptr;
     /// Maximum duration of a turn, in machine time; 0: unlimited. Enforced in builds with checks [core.check].
     Nanoseconds turn_budget = 0;
+    /// The timer that an earlier idle() has armed may be lost: the next one arms it. nullptr: idle() always does.
+    void (*rearm)(void* context) = nullptr;
 };
 
 /// A remote task running on this executor. `evict` destroys it when the executor stops serving; called at most once.
@@ -302,6 +304,14 @@ class Executor {
         Executor* const before = enter(this);
         step();
         enter(before);
+    }
+
+    /// On its own processor, after the machine was suspended: the timer that was armed before may be lost, so the next
+    /// sleep arms it anew.
+    void rearm() {
+        if (platform_.rearm != nullptr) {
+            platform_.rearm(platform_.context);
+        }
     }
 
     /// co_await executor.sleep(length): resumes at or after now + length.

@@ -31,7 +31,7 @@ struct Executors {
         std::optional<io::Executor>& own = places[processor].executor;
         if (!own) { // otherwise left by a processor that failed to start
             own.emplace(io::Platform{platform_context(processor), platform_now, platform_idle, platform_kick,
-                                     io::Platform::longest_turn},
+                                     io::Platform::longest_turn, platform_rearm},
                         processor);
         }
         list[processor] = &*own;

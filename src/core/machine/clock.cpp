@@ -291,4 +291,7 @@ void platform_idle(void* context, Instant until, const std::atomic<bool>& wake) 
     cpu::interrupts_on_and_halt();
 }
 
+// One store, like an interrupt's own: the timer's handler writes the same value.
+void platform_rearm(void* context) { static_cast<Local*>(context)->timer_at = never; }
+
 } // namespace fl

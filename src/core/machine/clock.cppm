@@ -58,6 +58,9 @@ Result<void> join_hypervisor_timer();
 void* platform_context(u32 processor);
 Instant platform_now(void* context);
 void platform_idle(void* context, Instant until, const std::atomic<bool>& wake);
+/// The armed timer may be lost, because the hypervisor has suspended this machine: the next platform_idle() arms it.
+/// Call on the processor itself.
+void platform_rearm(void* context);
 /// Ends platform_idle() of that processor by an interrupt; call from another processor.
 void platform_kick(void* context);
 

@@ -11,14 +11,18 @@ class ThreadPlatform {
     static constexpr std::chrono::seconds longest{10};
 
     fl::io::Platform platform() {
-        return {this, [](void*) { return now(); },
+        return {this,
+                [](void*) { return now(); },
                 [](void* c, fl::Instant until, const std::atomic<bool>& wake) {
                     static_cast<ThreadPlatform*>(c)->idle(until, wake);
                 },
-                [](void* c) { static_cast<ThreadPlatform*>(c)->kick(); }};
+                [](void* c) { static_cast<ThreadPlatform*>(c)->kick(); },
+                0,
+                [](void* c) { static_cast<ThreadPlatform*>(c)->rearmed.fetch_add(1); }};
     }
     std::atomic<unsigned> overslept{0};
     std::atomic<unsigned> kicks{0};
+    std::atomic<unsigned> rearmed{0};
 
   private:
     static fl::Instant now() {
