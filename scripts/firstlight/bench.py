@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import build, comparison, ensemble, fiojson, lab, launch, page, paths, process, records, report, setup, vmm, workloads, xenlab, yardstick
 from .machine import AIO, CACHES, DIRECT_CACHES, IOTHREAD_BUSES, PLATFORMS, DiskSpec, Machine, Platform
-from .options import Conflict, Parser, demand_agreement, listed, name_pattern, one_line, whole
+from .options import Conflict, Parser, demand_agreement, listed, name_patterns, one_line, whole
 from .problems import EXIT_HELP, Exit, Problem
 from .records import Verdict
 from .workloads import DISK_BYTES, WAITS, Chosen, Side, Workload
@@ -36,7 +36,7 @@ def arguments() -> Parser:
     parser.add_argument("--runs", type=whole(1, 100), default=1, metavar="N", help="repeat, each time with another start and other pauses, and show the median and the range")
     parser.add_argument("--seed", type=whole(0, 1 << 32), default=1, metavar="S", help="what the starts and pauses of --runs follow from (default: 1)")
     parser.add_argument("--list", action="store_true", help="list the jobs")
-    parser.add_argument("--only", type=name_pattern, action="append", default=[], metavar="PATTERN", help="only jobs whose name matches (a glob, or a part of it), several times (default: xen-emu and hyperv)")
+    parser.add_argument("--only", type=name_patterns, action="extend", default=[], metavar="PATTERN,…", help="only jobs whose name matches one of these (a glob, or a part of it) (default: xen-emu and hyperv)")
     parser.add_argument("--workload", type=workloads.parse_workload, action="append", default=[], metavar="WORKLOAD", help="instead of the jobs' own workloads, several times: randread, randwrite, read, write or randrw, then "
         "bs=, qd=, count=, seed= and for randrw mix= (per cent of reads), as in randrw,bs=16k,qd=4,count=2000")
     parser.add_argument("--disk", type=listed, action="append", default=[], metavar="NAME,…", help=f"only these disks, by the name in the table, the kernel's, or the bus: {', '.join(workloads.DRIVERS)} (default: all)")

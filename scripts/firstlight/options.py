@@ -65,6 +65,12 @@ class GivenAppend(argparse._AppendAction):
         super().__call__(parser, namespace, values, option_string)
 
 
+class GivenExtend(argparse._ExtendAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.given = [*getattr(namespace, "given", []), self.dest]
+        super().__call__(parser, namespace, values, option_string)
+
+
 def demand_first(namespace, action: argparse.Action, word: str | None) -> None:
     given = getattr(namespace, "given", [])
     if action.dest in given:
@@ -81,6 +87,7 @@ class Parser(argparse.ArgumentParser):
         self.register("action", "store", Given)
         self.register("action", "store_true", GivenTrue)
         self.register("action", "append", GivenAppend)
+        self.register("action", "extend", GivenExtend)
 
     def error(self, message: str):
         raise Problem(f"{message}. {self.prog} --help lists the options.", Exit.USAGE)
@@ -156,11 +163,12 @@ def listed(text: str) -> tuple[str, ...]:
     return words
 
 
-def name_pattern(text: str) -> str:
-    """A pattern that selects by name. An empty one would select everything."""
-    if not text:
-        raise argparse.ArgumentTypeError("'' was given, a name, a part of one or a glob was expected")
-    return text
+def name_patterns(text: str) -> list[str]:
+    """Patterns that select by name, for action="extend". An empty one would select everything."""
+    patterns = text.split(",")
+    if not all(patterns):
+        raise argparse.ArgumentTypeError(f"{text!r} was given, a name, a part of one or a glob was expected, or several with commas between them")
+    return patterns
 
 
 def file(magic: bytes = b"", what: str = "a file") -> Callable[[str], Path]:

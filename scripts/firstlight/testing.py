@@ -17,7 +17,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from . import build, checks, debugger, fiotools, image, lab, launch, machine, paths, process, scripttests, setup, tidy, unittests, vmtests, workloads
-from .options import Conflict, Parser, demand_agreement, name_pattern
+from .options import Conflict, Parser, demand_agreement, name_patterns
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
 
@@ -46,7 +46,7 @@ def arguments() -> Parser:
         epilog="A test that is required and skipped is a failure.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
     parser.add_argument("--fast", action="store_true", help="host tests, checks of the sources, and boots on QEMU's emulated processor only")
-    parser.add_argument("--only", type=name_pattern, action="append", default=[], metavar="PATTERN", help="only tests whose name matches (a glob, or a part of it), several times (default: all)")
+    parser.add_argument("--only", type=name_patterns, action="extend", default=[], metavar="PATTERN,…", help="only tests whose name matches one of these (a glob, or a part of it) (default: all)")
     parser.add_argument("--list", action="store_true", help="list the tests of the table and the other suites")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
     parser.add_argument("--tap", action="store_true", help="print TAP instead of the table")

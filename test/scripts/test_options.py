@@ -114,7 +114,9 @@ class Options(unittest.TestCase):
         self.assertIn("none is there", self.verdict("run", "--disk", ""))
         self.assertIn("at least one word", self.verdict("run", "--platform", "xen-pvh", "--blkback", ",") or "(accepted)")
         for script in ("bench", "test"):
-            self.assertIn("a glob was expected", self.verdict(script, "--only", "") or "(accepted)")
+            for words in ("", "host,", "host,,vm"):
+                self.assertIn("a glob was expected", self.verdict(script, "--only", words) or "(accepted)")
+            self.assertIn("nonsense", self.verdict(script, "--only", "xen,nonsense") or "(accepted)")  # each of them is looked for
 
     def test_disks_that_no_machine_has(self):
         for words, said in (
