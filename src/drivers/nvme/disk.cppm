@@ -30,9 +30,9 @@ class Transport : public io::GroupedTransport {
     /// so that id 0xffff is not used [nvme-1.4 §4.2].
     static constexpr u32 max_commands = 127;
     static constexpr u32 max_entries = 128;
-    /// Of a completion queue: a page. With room for twice the commands, each report of the head (see
-    /// QueuePair::release) is for 128 completions.
-    static constexpr u32 max_completions = 256;
+    /// Of a completion queue: 16 KiB. Each report of the head is a register access, for half of them (see
+    /// QueuePair::release).
+    static constexpr u32 max_completions = 1024;
 
     struct Wire {
         u8 attempts = 0; // that an abort or a reset has ended
