@@ -115,7 +115,8 @@ class KernelDrivers final : public DriverMachine {
     std::span<io::Executor* const> executors() override { return boot::executors(); }
     /// Of the features that the command line withholds, those that no driver has asked about.
     u32 unasked_features() const {
-        return options.withheld_features & ~asked_features_.load(std::memory_order_relaxed);
+        const u32 of_backend = hv::vm_guest() == hv::VmGuest::xen ? to_underlying(drivers::Feature::fifo_events) : 0;
+        return options.withheld_features & ~of_backend & ~asked_features_.load(std::memory_order_relaxed);
     }
 
   private:
@@ -361,6 +362,7 @@ void start_machine(const BootInfo& info, const hv::Sightings& sightings, ClockHi
 
     static constinit Later<io::Executor> executor_place;
     hv::Environment environment{cpuid_snapshot, sightings, dma_memory(), kernel_memory, privileged};
+    environment.fifo_events = (options.withheld_features & to_underlying(drivers::Feature::fifo_events)) == 0;
     hv::with_backend(hv::list, choice, environment, [&](auto& first) {
         start_machine(info, sightings, {first.tsc_hz().value_or(0), first.clock_name()});
         io::Executor& executor = executor_place.make(io::Platform{platform_context(0), platform_now, platform_idle,

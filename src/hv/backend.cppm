@@ -78,6 +78,8 @@ struct Environment {
     DmaAllocator& memory;
     PhysicalMemory& physical;
     Privileged& cpu;
+    /// False: Xen's FIFO event channels are withheld on the command line.
+    bool fifo_events = true;
 };
 
 /// Additional services, available from start(). All objects outlive the backend.

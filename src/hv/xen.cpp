@@ -9,6 +9,8 @@ import core.dma;
 import core.interrupt;
 import core.log;
 import core.processor;
+import core.time;
+import core.wall_clock;
 import io.executor;
 import io.task;
 import hv.backend;
@@ -31,8 +33,9 @@ Result<void> Xen::install(Environment& environment) {
     install_store(environment);
     install_console(environment);
     find_clock(environment, *sighting);
-    log::info("xen {}.{}: hypercalls, shared info, up to {} grant entries, XenStore {}", version_ >> 16,
-              version_ & 0xffff, grants_.obtainable(), has_store_ ? "there" : "absent");
+    log::info("xen {}.{}: hypercalls, shared info, {} event channels, up to {} grant entries, XenStore {}",
+              version_ >> 16, version_ & 0xffff, events_.fifo() ? "FIFO" : "2-level", grants_.obtainable(),
+              has_store_ ? "there" : "absent");
     return {};
 }
 
@@ -84,7 +87,17 @@ Result<void> Xen::install_events(Environment& environment) {
     with_vcpus_frame_ = memory.bus() / page_size;
     memory.abandon(); // Xen writes to it until the machine ends
     events_.install(hypercalls_, *shared_);
-    return join_events(0);
+    CHECK(join_events(0));
+    if (!environment.fifo_events) {
+        return {};
+    }
+    TRY(DmaBuffer words, environment.memory.buffer(page_size));
+    TRY(const bool fifo,
+        events_.use_fifo({reinterpret_cast<u32*>(words.data()), page_size / sizeof(u32)}, words.bus() / page_size));
+    if (fifo) {
+        words.abandon(); // likewise
+    }
+    return {};
 }
 
 // Xen numbers its virtual CPUs in its own order.
@@ -100,7 +113,7 @@ u32 Xen::vcpu_of(u32 cpu) {
 
 Result<void> Xen::join_events(u32 cpu) {
     const u64 offset = cpu * sizeof(SharedWithVcpu);
-    return events_.join(cpu, vcpu_of(cpu), with_vcpus_[cpu].info, with_vcpus_frame_ + offset / page_size,
+    return events_.join(cpu, vcpu_of(cpu), with_vcpus_[cpu], with_vcpus_frame_ + offset / page_size,
                         static_cast<u32>(offset % page_size));
 }
 
@@ -230,8 +243,74 @@ void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
     }
 }
 
+namespace {
+// Calls read() between two readings of an equal, even version [xen-public xen.h]. False: Xen keeps changing the values.
+bool read_consistently(const u32& version, auto&& read) {
+    std::atomic_ref<u32> counter(const_cast<u32&>(version));
+    for (u32 tries = 0; tries < 16; ++tries) {
+        const u32 before = counter.load(std::memory_order_acquire); // pairs with Xen's order: version, values, version
+        read();
+        std::atomic_thread_fence(std::memory_order_acquire);
+        if (before % 2 == 0 && counter.load(std::memory_order_relaxed) == before) {
+            return true;
+        }
+    }
+    return false;
+}
+template <class T>
+T read_once(const T& value) {
+    return *static_cast<const volatile T*>(&value);
+}
+} // namespace
+
+// Nanoseconds since the start of the domain: system_time at tsc_timestamp, and the cycles since [xen-public xen.h].
+std::optional<u64> Xen::system_time() const {
+    const VcpuTimeInfo& time = events_.info(0).time;
+    u64 result = 0;
+    bool valid = false;
+    const bool consistent = read_consistently(time.version, [&] {
+        const u32 mul = read_once(time.tsc_to_system_mul);
+        const i8 shift = read_once(time.tsc_shift);
+        const u64 at = read_once(time.tsc_timestamp);
+        const u64 tsc = __builtin_ia32_rdtsc();
+        valid = mul != 0 && shift >= -31 && shift <= 31;
+        const u64 cycles = tsc > at ? tsc - at : 0;
+        const u64 scaled = !valid ? 0 : shift < 0 ? cycles >> -shift : cycles << shift;
+        result = read_once(time.system_time) + static_cast<u64>((static_cast<unsigned __int128>(scaled) * mul) >> 32);
+    });
+    return consistent && valid ? std::optional(result) : std::nullopt;
+}
+
+// UTC at system time 0 is in the shared info page.
+std::optional<UnixNanoseconds> Xen::time_of_day() const {
+    static constexpr u64 latest = 9'000'000'000; // seconds since 1970: what 64 bits of nanoseconds hold
+    u64 seconds = 0;
+    u64 nanoseconds = 0;
+    const auto since = system_time();
+    const bool consistent = read_consistently(shared_->wallclock_version, [&] {
+        seconds = u64{read_once(shared_->wallclock_seconds_high)} << 32 | read_once(shared_->wallclock_seconds);
+        nanoseconds = read_once(shared_->wallclock_nanoseconds);
+    });
+    if (!since || !consistent || seconds == 0 || seconds > latest || nanoseconds >= 1'000'000'000) {
+        return std::nullopt;
+    }
+    return seconds * 1'000'000'000 + nanoseconds + *since;
+}
+
+void Xen::set_time_of_day(Instant now) {
+    const auto time = time_of_day();
+    if (!time) {
+        return;
+    }
+    set_wall_clock(now, *time);
+    const CivilTime t = civil_time(*time);
+    log::info("xen: the host's time is {}-{:02}-{:02} {:02}:{:02}:{:02} UTC", t.year, t.month, t.day, t.hour, t.minute,
+              t.second);
+}
+
 Result<void> Xen::start(Services& services) {
     store_.set_timeout(services.timeout);
+    set_time_of_day(services.executor.elapsed());
     // The vector that Xen injects needs no end-of-interrupt, which would cost another exit per event. The vector
     // through the local APIC is the fallback for a Xen without it.
     if ((features_ & feature_callback_vector) != 0) {
@@ -339,7 +418,7 @@ Result<void> Xen::set_up_anew() {
         cpu_->write_msr(hypercall_msr_, hypercall_page_);
     }
     CHECK(hypercalls_.add_to_physmap(MapSpace::shared_info, 0, shared_frame_));
-    events_.restart();
+    CHECK(events_.restart());
     for (u32 frame = grants_.frames(); frame-- > 0;) { // the last one first: Xen grows its table only once
         CHECK(map_grant_frame(frame));
     }

@@ -7,6 +7,8 @@ import core.std;
 import core.result;
 import core.interrupt;
 import core.processor;
+import core.time;
+import core.wall_clock;
 import io.executor;
 import io.latch;
 import io.task;
@@ -131,11 +133,6 @@ class Xen {
     u32 version() const { return version_; }
 
   private:
-    /// What Xen and one virtual CPU share; does not cross a page.
-    struct alignas(256) SharedWithVcpu {
-        xen::VcpuInfo info;
-    };
-
     Result<void> install_hypercalls(Environment& environment, const Sighting& sighting);
     Result<void> install_shared_info(Environment& environment);
     Result<void> install_events(Environment& environment);
@@ -147,6 +144,9 @@ class Xen {
     void install_console(Environment& environment);
     static std::optional<u64> frequency(u32 mul, i8 shift);
     std::optional<u64> pvclock_hz() const;
+    std::optional<u64> system_time() const;
+    std::optional<UnixNanoseconds> time_of_day() const;
+    void set_time_of_day(Instant now);
     Result<void> set_up_anew();
     void check_clock();
     void find_clock(const Environment& environment, const Sighting& sighting);
@@ -158,10 +158,10 @@ class Xen {
     u64 hypercall_page_ = 0; // physical; 0: the gate has none
     u64 shared_frame_ = 0;   // guest frame number of shared_
     xen::SharedInfo* shared_ = nullptr;
-    SharedWithVcpu* with_vcpus_ = nullptr; // max_processors of them
-    u64 with_vcpus_frame_ = 0;             // guest frame number of the first one
-    u32 base_ = 0;                         // of Xen's CPUID leaves
-    std::optional<u32> starting_;          // index of the virtual CPU that start_processor() has started last
+    xen::SharedWithVcpu* with_vcpus_ = nullptr; // max_processors of them
+    u64 with_vcpus_frame_ = 0;                  // guest frame number of the first one
+    u32 base_ = 0;                              // of Xen's CPUID leaves
+    std::optional<u32> starting_;               // index of the virtual CPU that start_processor() has started last
     u32 version_ = 0;
     u32 features_ = 0;
     std::optional<u64> tsc_hz_;

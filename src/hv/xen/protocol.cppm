@@ -190,7 +190,9 @@ enum class EventOp : u32 {
     status = 5,
     alloc_unbound = 6,
     bind_vcpu = 8,
-    unmask = 9
+    unmask = 9,
+    init_control = 11,
+    expand_array = 12
 };
 /// The virtual CPU that gets the upcalls of a port; virtual CPU 0 by default.
 struct EventBindVcpu {
@@ -217,6 +219,39 @@ struct EventPort { // close, send, unmask
     Port port;
 };
 static_assert(sizeof(EventPort) == 4);
+
+// FIFO event channels: an event word for each port in pages of the guest, and for each virtual CPU a control block with
+// the heads of its queues, one for each priority [xen-public event_channel.h].
+inline constexpr u32 fifo_pending = 1u << 31; // set by Xen, cleared by the guest
+inline constexpr u32 fifo_masked = 1u << 30;  // written by the guest
+inline constexpr u32 fifo_linked = 1u << 29;  // it is in a queue: set by Xen, cleared by the guest
+inline constexpr u32 fifo_busy = 1u << 28;    // Xen changes the link: it must not be unmasked meanwhile
+inline constexpr u32 fifo_link_bits = 17;
+inline constexpr u32 fifo_link = (1u << fifo_link_bits) - 1; // the next port in the queue; 0: none
+inline constexpr u32 fifo_priorities = 16;                   // 0: the highest
+
+struct FifoControl {
+    u32 ready; // one bit for each queue that has become non-empty
+    u32 reserved;
+    std::array<u32, fifo_priorities> head; // port; written by Xen
+};
+static_assert(sizeof(FifoControl) == 72 && offsetof(FifoControl, head) == 8);
+/// The first call switches the guest to FIFO event channels; each names the control block of one virtual CPU, which
+/// must not cross a page.
+struct EventInitControl {
+    u64 frame;    // in: guest frame
+    u32 offset;   // in: in the frame, bytes, a multiple of 8
+    u32 vcpu;     // in
+    u8 link_bits; // out
+    u8 padding[7];
+};
+static_assert(sizeof(EventInitControl) == 24 && offsetof(EventInitControl, offset) == 8 &&
+              offsetof(EventInitControl, vcpu) == 12 && offsetof(EventInitControl, link_bits) == 16);
+/// Adds a page of event words, which begin as masked.
+struct EventExpandArray {
+    u64 frame;
+};
+static_assert(sizeof(EventExpandArray) == 8);
 
 struct EventStatus {
     Domain domain; // in: owner of the port

@@ -72,6 +72,7 @@ const Offer offers[] = {{}, {.persistent = true, .indirect = 256, .ring_order = 
 TEST(XenSuspend, EverythingIsSetUpAnewInAnotherDomain) {
     for (const Offer& offer : offers) {
         DiskMachine m(offer);
+        m.xen.offers_fifo = &offer != offers; // the second time
         ASSERT_TRUE(m.probe());
         hv::DeviceList found;
         ASSERT_TRUE(m.run(m.guest.enumerate(found)));
@@ -95,6 +96,9 @@ TEST(XenSuspend, EverythingIsSetUpAnewInAnotherDomain) {
             EXPECT_EQ(parking.parked, 1u);
             EXPECT_EQ(parking.released, 1u);
             EXPECT_EQ(m.xen.callback, callback);
+            EXPECT_EQ(m.guest.events().fifo(), m.xen.offers_fifo);
+            EXPECT_EQ(m.xen.fifo, m.xen.offers_fifo);
+            EXPECT_EQ(m.xen.event_cpus[0].control != nullptr && m.xen.words != nullptr, m.xen.offers_fifo);
             EXPECT_EQ(m.xen.shared, shared) << "at the same place";
             EXPECT_EQ(m.xen.grant_frames, frames);
             pass(m, 50 * ms);

@@ -12,6 +12,7 @@ import core.interrupt;
 import core.log;
 import core.cpuid;
 import core.processor;
+import core.wall_clock;
 import io.executor;
 import io.task;
 import hv.xen;
@@ -185,6 +186,45 @@ TEST(XenBackend, UnplugsEmulatedDevices) {
         ASSERT_TRUE(m.install());
         EXPECT_EQ(m.guest.unplug({.disks = true}).error().code, Code::not_supported);
         EXPECT_TRUE(m.xen.cpu.writes.empty());
+    }
+}
+
+TEST(XenBackend, TheTimeOfDayIsTheHosts) {
+    struct Case {
+        u32 seconds, high, nanoseconds, wall_version, time_version, mul;
+        bool valid;
+    };
+    for (const Case& each :
+         {Case{1'790'000'000, 0, 250'000'000, 4, 6, 0x80000000, true},
+          Case{1'790'000'000, 1, 0, 4, 6, 0x80000000, true},
+          Case{1'790'000'000, 7, 0, 4, 6, 0x80000000, false}, // beyond 64 bits of nanoseconds
+          Case{0, 0, 0, 0, 6, 0x80000000, false},             // not written
+          Case{1'790'000'000, 0, 1'000'000'000, 4, 6, 0x80000000, false},
+          Case{1'790'000'000, 0, 0, 5, 6, 0x80000000, false}, // being written
+          Case{1'790'000'000, 0, 0, 4, 7, 0x80000000, false}, Case{1'790'000'000, 0, 0, 4, 6, 0, false}}) {
+        fake::Machine m;
+        ASSERT_TRUE(m.install());
+        const u64 page = reinterpret_cast<u64>(m.xen.shared);
+        fake::Xen::field<u32>(page, 0xc00) = each.wall_version;
+        fake::Xen::field<u32>(page, 0xc04) = each.seconds;
+        fake::Xen::field<u32>(page, 0xc08) = each.nanoseconds;
+        fake::Xen::field<u32>(page, 0xc0c) = each.high;
+        const u64 time = reinterpret_cast<u64>(m.xen.info_of(0)) + 32;
+        fake::Xen::field<u32>(time, 0) = each.time_version;
+        fake::Xen::field<u64>(time, 8) = __builtin_ia32_rdtsc();
+        fake::Xen::field<u64>(time, 16) = 5'000'000'000; // the domain started 5 s ago
+        fake::Xen::field<u32>(time, 24) = each.mul;
+        fake::Xen::field<i8>(time, 28) = 1;
+        set_wall_clock(m.world.now, 1);
+        ASSERT_TRUE(m.start());
+        const u64 now = *wall_clock(m.world.now);
+        const u64 expected = ((u64{each.high} << 32 | each.seconds) + 5) * 1'000'000'000 + each.nanoseconds;
+        if (each.valid) {
+            EXPECT_GE(now, expected);
+            EXPECT_LT(now, expected + 60'000'000'000);
+        } else {
+            EXPECT_EQ(now, 1u) << "not set";
+        }
     }
 }
 
@@ -418,7 +458,7 @@ TEST(XenEvents, InAnotherDomainTheSharedInfoPageServesEveryProcessor) {
         each.info = nullptr;
     }
     m.xen.port_vcpu.clear();
-    m.guest.events().restart();
+    ASSERT_TRUE(m.guest.events().restart());
     EXPECT_EQ(m.guest.events().open_ports(), 0u);
     Where a;
     Where b;
@@ -434,6 +474,336 @@ TEST(XenEvents, InAnotherDomainTheSharedInfoPageServesEveryProcessor) {
     EXPECT_EQ(b.processors, std::vector<u32>{0});
     EXPECT_TRUE(old.processors.empty());
     EXPECT_EQ(m.guest.events().unexpected(), 1u);
+}
+
+// ---- FIFO event channels ----
+
+struct Fifo : Several {
+    explicit Fifo(std::vector<u32> ids = {0}) : Several(ids, false) {
+        xen.offers_fifo = true;
+        begin(static_cast<u32>(ids.size()));
+        EXPECT_TRUE(guest.events().fifo());
+    }
+    void bind(u32 port, Where& where, u32 processor = 0) {
+        EXPECT_EQ(*guest.events().bind(Port{port}, Where::note, &where, processor), processor);
+        EXPECT_FALSE(guest.events().unmask(Port{port}));
+    }
+};
+
+TEST(XenFifoEvents, QueuesAreFollowedAndWordsEndAsTheyBegan) {
+    Fifo m({0, 5});
+    EXPECT_EQ(m.xen.event_word(300), 1u << 30) << "every port begins as masked";
+    std::array<Where, 4> w;
+    m.bind(70, w[0]);
+    m.bind(300, w[1]);
+    m.bind(9, w[2]);
+    m.bind(71, w[3], 1);
+    for (u32 round = 0; round < 3; ++round) {
+        for (u32 port : {300u, 70u, 300u, 9u, 71u}) {
+            m.xen.raise(port);
+        }
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_FALSE(m.xen.deliver());
+        for (u32 i = 0; i < 4; ++i) {
+            EXPECT_EQ(w[i].processors, std::vector<u32>(round + 1, i == 3 ? 1u : 0u));
+        }
+        for (u32 port : {300u, 70u, 9u, 71u}) {
+            EXPECT_EQ(m.xen.event_word(port), 0u);
+        }
+    }
+    EXPECT_EQ(m.guest.events().unexpected(), 0u);
+}
+
+TEST(XenFifoEvents, AMaskedPortKeepsItsEventForUnmask) {
+    Fifo m;
+    Where a;
+    Where b;
+    m.bind(70, a);
+    m.bind(80, b);
+    m.xen.raise(70);
+    m.xen.raise(80);
+    m.guest.events().mask(Port{70}); // while it is in the queue
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_TRUE(a.processors.empty());
+    EXPECT_EQ(b.processors.size(), 1u);
+    m.xen.raise(70);
+    EXPECT_FALSE(m.xen.deliver());
+    EXPECT_TRUE(m.guest.events().unmask(Port{70})) << "arrived in the meantime";
+    EXPECT_FALSE(m.guest.events().unmask(Port{70}));
+    m.xen.raise(70);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(a.processors.size(), 1u);
+    // Consumed by unmask() while it is in the queue: the upcall finds nothing.
+    m.xen.raise(70);
+    m.guest.events().mask(Port{70});
+    EXPECT_TRUE(m.guest.events().unmask(Port{70}));
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(a.processors.size(), 1u);
+    m.xen.raise(70);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(a.processors.size(), 2u) << "and it can be queued again";
+    m.guest.events().unbind(Port{70});
+    EXPECT_EQ(m.xen.event_word(70), 1u << 30);
+}
+
+TEST(XenFifoEvents, UnmaskWaitsWhileXenChangesTheLink) {
+    Fifo m;
+    Where a;
+    ASSERT_TRUE(m.guest.events().bind(Port{70}, Where::note, &a));
+    std::atomic_ref<u32> word(m.xen.event_word(70));
+    word.fetch_or(1u << 28);
+    std::atomic<bool> done{false};
+    std::thread other([&] {
+        EXPECT_FALSE(m.guest.events().unmask(Port{70}));
+        done.store(true);
+    });
+    for (u32 i = 0; i < 2000; ++i) {
+        EXPECT_FALSE(done.load() && (word.load() >> 28 & 1) != 0);
+    }
+    EXPECT_EQ(word.load() >> 30 & 1, 1u);
+    word.fetch_and(~(1u << 28));
+    other.join();
+    EXPECT_EQ(word.load(), 0u);
+    // A Xen that never ends is not waited for without a bound.
+    m.guest.events().mask(Port{70});
+    word.fetch_or(1u << 28);
+    EXPECT_FALSE(m.guest.events().unmask(Port{70}));
+    EXPECT_EQ(word.load(), 1u << 28);
+}
+
+TEST(XenFifoEvents, AStormIsBoundedAndWhatIsWrongIsCounted) {
+    struct Storm {
+        Fifo m;
+        u32 rings = 0;
+    } s;
+    ASSERT_TRUE(s.m.guest.events().bind(
+        Port{9},
+        [](void* c) {
+            Storm& storm = *static_cast<Storm*>(c);
+            ++storm.rings;
+            storm.m.xen.raise(9); // raises it again while it is handled
+        },
+        &s));
+    static_cast<void>(s.m.guest.events().unmask(Port{9}));
+    s.m.xen.raise(9);
+    EXPECT_TRUE(s.m.xen.deliver());
+    EXPECT_EQ(s.rings, hv::xen::Events::max_queued);
+    EXPECT_EQ(s.m.xen.upcall_pending(), 1) << "and the next one is not lost";
+    const u32 before = s.rings;
+    s.m.xen.deliver();
+    EXPECT_GT(s.rings, before);
+    s.m.guest.events().mask(Port{9});
+    while (s.m.xen.deliver()) {
+    }
+    // A port that nobody has bound.
+    s.m.xen.event_word(40) = 0;
+    s.m.xen.raise(40);
+    EXPECT_TRUE(s.m.xen.deliver());
+    EXPECT_EQ(s.m.guest.events().unexpected(), 1u);
+    EXPECT_EQ(s.m.xen.event_word(40), 1u << 30) << "it is masked";
+    // A head that is no port, and one beyond the words.
+    for (u32 head : {0u, 1024u, ~0u}) {
+        s.m.xen.head_of(0) = head;
+        s.m.xen.ready_of(0) = ~0u;
+        s.m.xen.upcall_pending() = 1;
+        const u64 counted = s.m.guest.events().unexpected();
+        EXPECT_TRUE(s.m.xen.deliver());
+        EXPECT_EQ(s.m.guest.events().unexpected(), counted + 16);
+        EXPECT_FALSE(s.m.xen.deliver());
+    }
+}
+
+/// Notes which ports have been served, in order.
+struct Order {
+    struct Entry {
+        Order* order;
+        u32 port;
+        std::function<void()> then;
+    };
+    void bind(Fifo& m, u32 port, std::function<void()> then = nullptr) {
+        entries.push_back(std::make_unique<Entry>(this, port, std::move(then)));
+        ASSERT_TRUE(m.guest.events().bind(
+            Port{port},
+            [](void* self) {
+                Entry& entry = *static_cast<Entry*>(self);
+                entry.order->served.push_back(entry.port);
+                if (entry.then) {
+                    entry.then();
+                }
+            },
+            entries.back().get()));
+        EXPECT_FALSE(m.guest.events().unmask(Port{port}));
+    }
+    std::vector<std::unique_ptr<Entry>> entries;
+    std::vector<u32> served;
+};
+
+TEST(XenFifoEvents, EachPriorityHasAQueueAndTheHighestComesFirst) {
+    Fifo m;
+    Order order;
+    for (const auto& [port, priority] : std::map<u32, u32>{{20, 0}, {21, 0}, {30, 7}, {31, 7}, {40, 15}, {41, 15}}) {
+        m.xen.priorities[port] = priority;
+        // While the first of the middle queue is served another one arrives in the highest.
+        order.bind(m, port, port == 30 ? std::function<void()>([&] { m.xen.raise(21); }) : nullptr);
+    }
+    for (u32 port : {41u, 40u, 30u, 31u, 20u}) {
+        m.xen.raise(port);
+    }
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(order.served, (std::vector<u32>{20, 30, 21, 31, 41, 40}));
+    EXPECT_EQ(m.xen.ready_of(0), 0u);
+    m.xen.deliver(); // the upcall of what arrived meanwhile
+    EXPECT_EQ(order.served.size(), 6u);
+    for (u32 port : {20u, 21u, 30u, 31u, 40u, 41u}) {
+        EXPECT_EQ(m.xen.event_word(port), 0u);
+    }
+    EXPECT_EQ(m.guest.events().unexpected(), 0u);
+}
+
+// Xen stores a new head only for an empty queue. Between that the guest follows the links alone.
+TEST(XenFifoEvents, TheHeadIsReadOnlyForAQueueThatHasBecomeNonEmpty) {
+    Fifo m;
+    Order order;
+    order.bind(m, 20, [&] { m.xen.head_of(0) = 22; }); // a head that changes while the queue is followed
+    for (u32 port : {21u, 22u}) {
+        order.bind(m, port);
+    }
+    m.xen.raise(20);
+    m.xen.raise(21);
+    EXPECT_EQ(m.xen.head_of(0), 20u);
+    EXPECT_EQ(m.xen.event_word(20), 0xa0000015u) << "pending, linked, and the link to port 21";
+    EXPECT_EQ(m.xen.event_word(21), 0xa0000000u);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(order.served, (std::vector<u32>{20, 21}));
+    m.xen.raise(22);
+    m.xen.raise(20);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(order.served, (std::vector<u32>{20, 21, 22, 20}));
+    EXPECT_EQ(m.guest.events().unexpected(), 0u);
+}
+
+TEST(XenFifoEvents, LinksThatLeadNowhereOrRoundEnd) {
+    for (const u32 beyond : {1024u, 0x1ffffu}) {
+        Fifo m;
+        Order order;
+        order.bind(m, 20);
+        order.bind(m, 21);
+        m.xen.raise(20);
+        m.xen.event_word(20) |= beyond;
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(order.served, std::vector<u32>{20});
+        EXPECT_EQ(m.guest.events().unexpected(), 1u);
+        EXPECT_FALSE(m.xen.deliver());
+        m.xen.event_cpus[0].tails = {};
+        m.xen.raise(21); // the next queue is followed from its head
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(order.served, (std::vector<u32>{20, 21}));
+    }
+    { // a loop, and a port that is its own successor: a link is taken once
+        Fifo m;
+        Order order;
+        order.bind(m, 20);
+        order.bind(m, 21);
+        m.xen.raise(20);
+        m.xen.raise(21);
+        m.xen.event_word(21) |= 20;
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(order.served, (std::vector<u32>{20, 21}));
+        m.xen.event_cpus[0].tails = {};
+        m.xen.raise(20);
+        m.xen.event_word(20) |= 20;
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(order.served, (std::vector<u32>{20, 21, 20}));
+        EXPECT_FALSE(m.xen.deliver());
+    }
+    { // a loop that Xen closes again and again is left after a bounded number of events
+        Fifo m;
+        Order order;
+        order.bind(m, 20, [&] { m.xen.event_word(21) = 0xa0000014u; });
+        order.bind(m, 21, [&] { m.xen.event_word(20) = 0xa0000015u; });
+        m.xen.raise(20);
+        m.xen.raise(21);
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(order.served.size(), hv::xen::Events::max_queued);
+        EXPECT_EQ(m.xen.upcall_pending(), 1);
+    }
+}
+
+// A port with a word and without a slot for a handler: Xen allocates the lowest free port, so only a hostile one gets
+// there.
+TEST(XenFifoEvents, APortBeyondTheSlotsIsMasked) {
+    Fifo m;
+    const u32 port = hv::xen::Events::capacity;
+    m.xen.event_word(port) = 0;
+    m.xen.raise(port);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(m.guest.events().unexpected(), 1u);
+    EXPECT_EQ(m.xen.event_word(port), 0x40000000u);
+}
+
+TEST(XenFifoEvents, WithheldOrRefused) {
+    {
+        Several m({0}, false);
+        m.xen.offers_fifo = true;
+        m.withhold_fifo = true;
+        m.begin(1);
+        EXPECT_FALSE(m.guest.events().fifo());
+        EXPECT_FALSE(m.xen.fifo);
+    }
+    { // the very first control block is refused: two-level
+        Several m({0, 1}, false);
+        m.xen.offers_fifo = true;
+        m.xen.refuse_control = 0;
+        m.begin(2);
+        EXPECT_FALSE(m.guest.events().fifo());
+        Where a;
+        EXPECT_EQ(*m.guest.events().bind(Port{70}, Where::note, &a, 1), 1u);
+        EXPECT_FALSE(m.guest.events().unmask(Port{70}));
+        m.xen.raise(70);
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(a.processors, std::vector<u32>{1});
+    }
+    { // Xen has switched: there is no way back
+        Several m({0}, false);
+        m.xen.offers_fifo = m.xen.refuse_array = true;
+        EXPECT_EQ(m.install().error().code, Code::not_supported);
+    }
+    { // a further processor without a control block: processor 0 takes its events
+        Several m({0, 1}, false);
+        m.xen.offers_fifo = true;
+        m.xen.refuse_control = 1;
+        m.begin(2);
+        Where a;
+        EXPECT_FALSE(m.xen.deliver()) << "that processor acknowledges its upcalls, or they would come for ever";
+        EXPECT_EQ(*m.guest.events().bind(Port{70}, Where::note, &a, 1), 0u);
+        EXPECT_FALSE(m.guest.events().unmask(Port{70}));
+        m.xen.raise(70);
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(a.processors, std::vector<u32>{0});
+    }
+}
+
+TEST(XenFifoEvents, InAnotherDomain) {
+    for (bool offered : {true, false}) {
+        Fifo m({0, 5});
+        Where old;
+        m.bind(80, old, 1);
+        for (auto& each : m.xen.event_cpus) {
+            each = {.processor = each.processor};
+        }
+        m.xen.port_vcpu.clear();
+        m.xen.fifo = false;
+        m.xen.offers_fifo = offered;
+        ASSERT_TRUE(m.guest.events().restart());
+        EXPECT_EQ(m.guest.events().fifo(), offered);
+        Where a;
+        EXPECT_EQ(*m.guest.events().bind(Port{71}, Where::note, &a, 1), 1u);
+        EXPECT_FALSE(m.guest.events().unmask(Port{71}));
+        m.xen.raise(71);
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(a.processors, std::vector<u32>{1});
+        EXPECT_TRUE(old.processors.empty());
+    }
 }
 
 // unbind() on one processor while the handler runs on another: afterwards the handler does not run.

@@ -282,6 +282,29 @@ class Xen {
 
     i64 event_op(u64 op, u64 b) {
         switch (op) {
+        case 11: { // init_control: the first one switches to FIFO event channels
+            const u32 vcpu = field<u32>(b, 12);
+            if (!offers_fifo) {
+                return -38;
+            }
+            if (vcpu >= event_cpus.size()) {
+                return -2;
+            }
+            if (event_cpus[vcpu].control != nullptr || field<u32>(b, 8) > 4096 - 72 || field<u32>(b, 8) % 8 != 0 ||
+                refuse_control == vcpu) {
+                return -22;
+            }
+            event_cpus[vcpu].control = memory.at(field<u64>(b, 0) * 4096) + field<u32>(b, 8);
+            field<u8>(b, 16) = 17;
+            fifo = true;
+            return 0;
+        }
+        case 12: // expand_array
+            if (!fifo || refuse_array) {
+                return -22;
+            }
+            words = memory.at(field<u64>(b, 0) * 4096);
+            return 0;
         case 8: // bind_vcpu
             if (!moves_ports || field<u32>(b, 4) >= event_cpus.size()) {
                 return moves_ports ? -2 : -38;
@@ -349,7 +372,45 @@ class Xen {
     u64& mask(u32 word) { return field<u64>(reinterpret_cast<u64>(shared), 0xa00 + word * 8); }
     u8& upcall_pending(u32 vcpu = 0) { return field<u8>(reinterpret_cast<u64>(info_of(vcpu)), 0); }
     u64& selector(u32 vcpu = 0) { return field<u64>(reinterpret_cast<u64>(info_of(vcpu)), 8); }
+    // ---- FIFO event channels: a word of 32 bits per port, 31: pending, 30: masked, 29: linked, 28: busy, 0 to 16: the
+    // ---- next port in its queue
+    u32& event_word(u32 port) { return field<u32>(reinterpret_cast<u64>(words), port * 4); }
+    u32& head_of(u32 vcpu, u32 queue = 7) {
+        return field<u32>(reinterpret_cast<u64>(event_cpus[vcpu].control), 8 + 4 * queue);
+    }
+    u32& ready_of(u32 vcpu) { return field<u32>(reinterpret_cast<u64>(event_cpus[vcpu].control), 0); }
+    void raise_queued(u32 port) {
+        u32& word = event_word(port);
+        word |= 1u << 31;
+        const u32 vcpu = port_vcpu.contains(port) ? port_vcpu[port] : 0;
+        EventCpu& target = event_cpus[vcpu];
+        if ((word & (3u << 29)) != 0 || target.control == nullptr) { // masked, or in a queue
+            return;
+        }
+        word |= 1u << 29;
+        const u32 queue = priorities.contains(port) ? priorities[port] : 7; // the default
+        u32& tail = target.tails[queue];
+        if (tail == port) { // it has been taken from the queue, which is empty
+            tail = 0;
+        }
+        bool linked = false;
+        if (tail != 0 && (event_word(tail) >> 29 & 1) != 0) {
+            event_word(tail) |= port;
+            linked = true;
+        } else {
+            head_of(vcpu, queue) = port;
+        }
+        tail = port;
+        if (!linked && (ready_of(vcpu) >> queue & 1) == 0) {
+            ready_of(vcpu) |= 1u << queue;
+            upcall_pending(vcpu) = 1;
+        }
+    }
     void raise(u32 port) {
+        if (fifo) {
+            raise_queued(port);
+            return;
+        }
         const u64 bit = u64{1} << port % 64;
         if ((pending(port / 64) & bit) != 0) {
             return;
@@ -656,11 +717,19 @@ class Xen {
         std::byte* info = nullptr;
         u8 vector = 0;
         u64 upcalls = 0;
+        std::byte* control = nullptr;
+        std::array<u32, 16> tails{}; // of its queues
     };
+    bool offers_fifo = false;
+    bool fifo = false;
+    bool refuse_array = false;
+    u32 refuse_control = ~0u; // of this virtual CPU
+    std::byte* words = nullptr;
     std::vector<EventCpu> event_cpus{1};
-    bool takes_vcpu_info = true;  // VCPUOP_register_vcpu_info
-    bool moves_ports = true;      // EVTCHNOP_bind_vcpu
-    std::map<u32, u32> port_vcpu; // by port; 0 if not in it
+    bool takes_vcpu_info = true;   // VCPUOP_register_vcpu_info
+    bool moves_ports = true;       // EVTCHNOP_bind_vcpu
+    std::map<u32, u32> port_vcpu;  // by port; 0 if not in it
+    std::map<u32, u32> priorities; // by port; 7 if not in it
     u32 shutdown_reason = 99;
     std::function<void(std::byte*)> on_shared_info; // it is mapped, and has to be filled
     std::function<i64()> on_suspend;                // its value is that of the hypercall
@@ -676,6 +745,8 @@ class Xen {
             each = {.processor = each.processor};
         }
         port_vcpu.clear();
+        fifo = false;
+        words = nullptr;
         open_ports.clear();
         sends.clear();
         watches.clear();
@@ -761,7 +832,7 @@ struct Machine {
         guest.set_gate(xen.gate());
     }
     Result<void> install() {
-        hv::Environment environment{xen.cpuid, xen.sightings, xen.memory, xen.memory, xen.cpu};
+        hv::Environment environment{xen.cpuid, xen.sightings, xen.memory, xen.memory, xen.cpu, !withhold_fifo};
         return guest.install(environment);
     }
     Result<void> start() {
@@ -775,6 +846,7 @@ struct Machine {
     T run(io::Task<T> task) {
         return executor.run(std::move(task));
     }
+    bool withhold_fifo = false;
     Xen xen;
     World world;
     io::Executor executor;
