@@ -366,12 +366,15 @@ void Controller::abandon() {
     messages_.abandon();
 }
 
-constexpr virtio::Type type{
-    .features = features_of,
-    .names = feature_names,
-    .make = [](Environment& environment, virtio::Device& device, u64 features) -> virtio::Controller* {
-        return new (std::nothrow) Controller(environment, device, features);
-    }};
+} // namespace
+
+virtio::Controller* make_controller(Environment& environment, virtio::Device& device, u64 features) {
+    return new (std::nothrow) Controller(environment, device, features);
+}
+
+namespace {
+
+constexpr virtio::Type type{.features = features_of, .names = feature_names, .make = make_controller};
 
 } // namespace
 

@@ -11,7 +11,7 @@ import core.result;
 import io.task;
 import drivers.driver;
 import drivers.pci;
-import drivers.virtio.protocol;
+import drivers.virtio.controller;
 
 export namespace fl::drivers::virtio_scsi {
 
@@ -24,5 +24,8 @@ inline constexpr std::array<pci::Match, 2> pci_ids{{
 io::Task<Result<void>> probe(Environment& environment, pci::Device function);
 /// Attaches the device whose registers are at `base`, a physical address. `gsi`: its interrupt, if known.
 io::Task<Result<void>> probe(Environment& environment, u64 base, std::optional<u32> gsi);
+
+/// The driver of a device that is started and has accepted `features`, for callers that destroy it. nullptr: no memory.
+virtio::Controller* make_controller(Environment& environment, virtio::Device& device, u64 features);
 
 } // namespace fl::drivers::virtio_scsi
