@@ -34,6 +34,7 @@ import drivers.virtio_scsi;
 import drivers.virtio_scsi.protocol;
 
 #include "fuzz/input.hpp"
+#include "fuzz/log.hpp"
 // Depend on the imports above.
 #include "unit/io/ring_virtqueue_fake.hpp"
 #include "unit/io/support.hpp"
@@ -109,13 +110,6 @@ struct Sink final : drivers::DiskSink {
         disks.push_back(&disk);
         return {};
     }
-};
-
-/// Messages are formatted, and dropped.
-struct Log final : log::Sink {
-    Log() { log::attach(*this); }
-    ~Log() { log::detach(*this); }
-    void write(std::string_view) override {}
 };
 
 struct Unit {
@@ -918,7 +912,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
     fuzz::Input input(data, size);
     test::FakeMachine clock;
     clock.step = 20'000; // time per clock reading: waits that do not sleep end soon
-    const Log log;
+    const fuzz::Log log;
     {
         io::Executor executor(clock.platform());
         Guest guest(4 << 20);

@@ -27,64 +27,22 @@ import hv.xen.events;
 import hv.xen.grants;
 import drivers.xen_blk.lane;
 
+#include "fuzz/blocks.hpp"
 #include "fuzz/input.hpp"
+#include "fuzz/log.hpp"
 // Depends on the imports above.
 #include "unit/io/support.hpp"
 
 namespace {
 using namespace fl;
 using fuzz::require;
+using fuzz::word;
 namespace xen = hv::xen;
 namespace xen_blk = drivers::xen_blk;
 constexpr u32 port = 5;
 constexpr u32 areas = 16; // one request at a time in each
 constexpr u32 area_bytes = 128 * 1024;
 constexpr Nanoseconds timeout = 100'000'000;
-
-/// Each allocation by itself, so that an access outside of it is found.
-class Memory final : public DmaAllocator {
-  public:
-    Result<DmaSpan> allocate(u32 size, u64) override {
-        size = (size + 4095) / 4096 * 4096;
-        auto memory = std::make_unique<std::byte[]>(size + 8);
-        const DmaSpan span{memory.get(), next_, size};
-        next_ += size;
-        blocks_.push_back({span, std::move(memory)});
-        return span;
-    }
-    void free(DmaSpan span) override {
-        std::erase_if(blocks_, [&](const Block& block) { return block.span.bus == span.bus; });
-    }
-    std::byte* at(u64 bus) {
-        for (const Block& block : blocks_) {
-            if (bus >= block.span.bus && bus - block.span.bus < block.span.size) {
-                return block.span.data + (bus - block.span.bus);
-            }
-        }
-        return nullptr;
-    }
-    usize blocks() const { return blocks_.size(); }
-
-  private:
-    struct Block {
-        DmaSpan span;
-        std::unique_ptr<std::byte[]> memory;
-    };
-    std::vector<Block> blocks_;
-    u64 next_ = 0x10000000;
-};
-
-template <class T>
-T& word(std::byte* at, usize offset = 0) {
-    return *reinterpret_cast<T*>(at + offset);
-}
-
-struct Log final : log::Sink {
-    Log() { log::attach(*this); }
-    ~Log() { log::detach(*this); }
-    void write(std::string_view t) override { text += t; }
-    std::string text;
-};
 
 /// A request as the back end has taken it.
 struct Taken {
@@ -411,10 +369,10 @@ struct Machine {
     }
 
     fuzz::Input& input;
-    Log log;
+    fuzz::Log log;
     test::FakeMachine clock;
     io::Executor executor{clock.platform()};
-    Memory memory;
+    fuzz::Blocks memory;
     alignas(8) std::array<xen::GrantEntry, 1024> table{};
     std::unique_ptr<xen::Grants> grants = std::make_unique<xen::Grants>();
     std::unique_ptr<xen::SharedInfo> shared = std::make_unique<xen::SharedInfo>();

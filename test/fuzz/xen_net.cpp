@@ -27,71 +27,21 @@ import hv.xen.events;
 import hv.xen.grants;
 import drivers.xen_net.device;
 
+#include "fuzz/blocks.hpp"
 #include "fuzz/input.hpp"
+#include "fuzz/log.hpp"
 // Depends on the imports above.
 #include "unit/io/support.hpp"
 
 namespace {
 using namespace fl;
 using fuzz::require;
+using fuzz::word;
 using io::SendStatus;
 namespace xen = hv::xen;
 constexpr u32 port = 5;
 constexpr u32 mtu = 9000;
 constexpr u32 max_waiters = 12;
-
-/// Each allocation by itself, so that an access outside of it is found.
-class Memory final : public DmaAllocator {
-  public:
-    Result<DmaSpan> allocate(u32 size, u64) override {
-        size = (size + 4095) / 4096 * 4096;
-        auto memory = std::make_unique<std::byte[]>(size + 8);
-        // 8-byte aligned, as rings require; zeroed by make_unique
-        const DmaSpan span{memory.get(), next_, size};
-        next_ += size;
-        blocks_.push_back({span, std::move(memory)});
-        return span;
-    }
-    void free(DmaSpan span) override {
-        std::erase_if(blocks_, [&](const Block& block) { return block.span.bus == span.bus; });
-    }
-    std::byte* at(u64 bus) {
-        for (const Block& block : blocks_) {
-            if (bus >= block.span.bus && bus - block.span.bus < block.span.size) {
-                return block.span.data + (bus - block.span.bus);
-            }
-        }
-        return nullptr;
-    }
-    bool empty() const { return blocks_.empty(); }
-
-  private:
-    struct Block {
-        DmaSpan span;
-        std::unique_ptr<std::byte[]> memory;
-    };
-    std::vector<Block> blocks_;
-    u64 next_ = 0x10000000;
-};
-
-template <class T>
-T& word(std::byte* at, usize offset = 0) {
-    return *reinterpret_cast<T*>(at + offset);
-}
-
-struct Log final : log::Sink {
-    Log() { log::attach(*this); }
-    ~Log() { log::detach(*this); }
-    void write(std::string_view t) override { text += t; }
-    usize closed() const {
-        usize n = 0;
-        for (usize at = text.find("closed:"); at != std::string::npos; at = text.find("closed:", at + 1)) {
-            ++n;
-        }
-        return n;
-    }
-    std::string text;
-};
 
 struct Machine final : io::FrameReceiver {
     explicit Machine(fuzz::Input& in) : input(in) {
@@ -309,7 +259,7 @@ struct Machine final : io::FrameReceiver {
             default: executor.turn(); break;
             }
             require(damaged || lane.is_open());
-            require(lane.is_open() || log.closed() == 1);
+            require(lane.is_open() || log.count("closed:") == 1);
         }
         require(static_cast<bool>(executor.run(lane.stop())));
         for (u32 turns = 0; turns < 4; ++turns) {
@@ -319,16 +269,16 @@ struct Machine final : io::FrameReceiver {
         for (const auto& waiter : waiters) {
             require(waiter->status != SendStatus::not_sent);
         }
-        require(lane.counters().received == received && log.closed() <= 1);
+        require(lane.counters().received == received && log.count("closed:") <= 1);
         lane.reclaim();
         require(grants->available() == free_grants);
     }
 
     fuzz::Input& input;
-    Log log;
+    fuzz::Log log;
     test::FakeMachine clock;
     io::Executor executor{clock.platform()};
-    Memory memory;
+    fuzz::Blocks memory;
     alignas(8) std::array<xen::GrantEntry, 512> table{};
     std::unique_ptr<xen::Grants> grants = std::make_unique<xen::Grants>();
     std::unique_ptr<xen::SharedInfo> shared = std::make_unique<xen::SharedInfo>();

@@ -26,6 +26,7 @@ import hv.xen.events;
 import hv.xen.store;
 
 #include "fuzz/input.hpp"
+#include "fuzz/log.hpp"
 // Depends on the imports above.
 #include "unit/io/support.hpp"
 
@@ -44,21 +45,6 @@ constexpr u32 ring_bytes = 1024;
 
 struct Header {
     u32 type, id, transaction, length;
-};
-
-struct Log final : log::Sink {
-    Log() { log::attach(*this); }
-    ~Log() { log::detach(*this); }
-    void write(std::string_view t) override { text += t; }
-    usize closed() const {
-        usize n = 0;
-        for (usize at = text.find("XenStore is closed"); at != std::string::npos;
-             at = text.find("XenStore is closed", at + 1)) {
-            ++n;
-        }
-        return n;
-    }
-    std::string text;
 };
 
 /// What a conforming server answers to a read: it depends on the path alone.
@@ -328,7 +314,7 @@ struct Machine {
                 break;
             default: executor.turn(); break;
             }
-            require(log.closed() <= (damaged ? 1u : 0u));
+            require(log.count("XenStore is closed") <= (damaged ? 1u : 0u));
         }
         // The server answers what is left. A request that never gets an answer meets its bound, which counts time in
         // which the machine ran: it sleeps here.
@@ -340,11 +326,11 @@ struct Machine {
             require(static_cast<bool>(executor.run(sleep(executor, damaged ? bound / 10 : 1'000'000))));
         }
         require(group.running() == 0);
-        require(log.closed() <= 1);
+        require(log.count("XenStore is closed") <= 1);
     }
 
     fuzz::Input& input;
-    Log log;
+    fuzz::Log log;
     test::FakeMachine clock;
     io::Executor executor{clock.platform()};
     std::unique_ptr<std::byte[]> page = std::make_unique<std::byte[]>(4096);
