@@ -136,6 +136,7 @@ io::Task<Result<void>> Controller::connect() {
     }
     CO_CHECK(co_await read_limits());
     CO_CHECK(co_await settle_write_cache());
+    CO_CHECK(co_await accept_retry_delays());
     const bool fits = doorbell_offset(static_cast<u16>(lanes), true, registers_.stride()) + 4 <= page;
     if (info_.doorbell_buffers && fits && environment_.allows(Feature::shadow_doorbells)) {
         CO_TRY(shadow_, environment_.dma.buffer(page));
@@ -145,6 +146,9 @@ io::Task<Result<void>> Controller::connect() {
     CO_TRY(const u32 granted, co_await ask_for_queues(lanes));
     for (u32 i = 1; i <= std::min(lanes, granted); ++i) {
         auto opened = co_await create_queues(i);
+        if (delays_) {
+            lanes_[i]->queue.transport().allow_delays(info_.retry_delays, environment_.timeout);
+        }
         if (opened) {
             opened = co_await lanes_[i]->queue.start_there(environment_.executor, environment_.timeout,
                                                            [](io::GroupedQueue<Transport>& queue, Nanoseconds timeout) {
@@ -228,6 +232,20 @@ io::Task<Result<void>> Controller::settle_write_cache() {
         log::info("nvme{}: flush is withheld: the volatile write cache is {}", index_,
                   off ? "off" : "on, and data can be lost");
     }
+    co_return Result<void>{};
+}
+
+/// A controller that has delays may ask for them only once it knows that they are understood. One that refuses is used
+/// without: its commands are sent again in the next tick.
+io::Task<Result<void>> Controller::accept_retry_delays() {
+    if (info_.retry_delays == RetryDelays{}) {
+        co_return Result<void>{};
+    }
+    const auto on = co_await admin_.accept_delays();
+    if (!on && on.error().code != Code::io) {
+        co_return on.error();
+    }
+    delays_ = on.has_value();
     co_return Result<void>{};
 }
 
@@ -381,6 +399,7 @@ io::Task<Result<void>> Controller::reset(Recovery::Cause cause) {
         CO_CHECK(co_await create_queues(i));
     }
     CO_CHECK(co_await settle_write_cache());
+    CO_CHECK(co_await accept_retry_delays());
     CO_CHECK(co_await namespaces_.check_all());
     recovery_.release();
     group_.raise_queues();

@@ -74,6 +74,7 @@ class Controller {
     io::Task<Result<void>> create_queues(u32 index);
     io::Task<Result<void>> read_limits();
     io::Task<Result<void>> settle_write_cache();
+    io::Task<Result<void>> accept_retry_delays();
     void describe();
     // While in use.
     io::Task<Result<void>> watch_events();
@@ -95,6 +96,7 @@ class Controller {
     Admin admin_;
     ControllerInfo info_;
     CommandSetLimits limits_;
+    bool delays_ = false;  // the controller may delay what is sent again
     bool shadows_ = false; // the doorbell buffers are in use
     DmaBuffer shadow_;
     DmaBuffer events_;

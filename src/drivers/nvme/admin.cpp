@@ -74,6 +74,12 @@ io::Task<Result<u32>> Admin::set_feature(u32 feature, u32 value, std::string_vie
     co_return co_await command(set_feature_command(feature, value), what, optional);
 }
 
+io::Task<Result<u32>> Admin::accept_delays() {
+    std::memset(scratch_.data(), 0, host_behavior_bytes);
+    scratch_.data()[0] = std::byte{1};
+    co_return co_await command(host_behavior_command(scratch_.bus()), "SET FEATURES (host behavior support)");
+}
+
 io::Task<Result<Event>> Admin::next_event() {
     Exchange exchange(environment_.executor);
     exchange.command = event_request_command();

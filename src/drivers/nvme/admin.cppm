@@ -30,6 +30,8 @@ class Admin {
     /// `bytes`: at most identify_bytes.
     io::Task<Result<void>> log_page(u8 which, u32 bytes);
     io::Task<Result<u32>> set_feature(u32 feature, u32 value, std::string_view what, bool optional = false);
+    /// Retry delays are understood (ACRE) [nvme-1.4 §5.21.1.22]. Errors: as command().
+    io::Task<Result<u32>> accept_delays();
     /// Waits for an event [nvme-1.4 §5.2]. Error{io}: the controller refuses to report events.
     io::Task<Result<Event>> next_event();
 

@@ -16,7 +16,7 @@ io::Fit Transport::prepare(Command& command) {
     if (commands_->size() > room_ || pair_.full()) [[unlikely]] {
         return io::Fit::full;
     }
-    command.wire.attempts = 0;
+    command.wire = {};
     const Limits& limits = command.disk().limits();
     if (command.op <= io::Op::write) [[likely]] {
         if (command.data().bus % 4 != 0) [[unlikely]] { // PRP entries are dwords [nvme-1.4 §4.3]
@@ -31,7 +31,7 @@ io::Fit Transport::prepare(Command& command) {
 }
 
 io::SendResult Transport::send(Command& command, u64 id) {
-    if (room_ == 0) [[unlikely]] {
+    if (room_ == 0 || (command.delayed && recovery_.turn_time() < command.wire.not_before)) [[unlikely]] {
         return io::SendResult::full;
     }
     const u32 slot = io::SlotIndex::slot_of(id);
@@ -88,7 +88,7 @@ io::Next Transport::next(io::Completion& completion) {
     if (command->exchange != nullptr) [[unlikely]] {
         static_cast<Exchange*>(command->exchange)->completion = entry;
     } else if (status_code(entry.status) != 0) [[unlikely]] {
-        completion = failures_.judge(id, *command, command->wire.attempts, entry.status);
+        completion = failures_.judge(id, *command, command->wire, entry.status, recovery_.turn_time());
     }
     return io::Next::one;
 }

@@ -34,9 +34,7 @@ class Transport : public io::GroupedTransport {
     /// QueuePair::release).
     static constexpr u32 max_completions = 1024;
 
-    struct Wire {
-        u8 attempts = 0; // that an abort or a reset has ended
-    };
+    using Wire = Resends;
     using Command = io::Command<Transport>;
 
     Transport(io::Executor& executor, io::QueueGroup& group, Recovery& recovery)
@@ -50,6 +48,8 @@ class Transport : public io::GroupedTransport {
         room_ = pair_.capacity(); // never more commands than completions fit
         join();
     }
+    /// Before start(). The controller may delay a resend by these, for `most` nanoseconds in all.
+    void allow_delays(const RetryDelays& delays, Nanoseconds most) { failures_.allow_delays(delays, most); }
     QueueInterrupts& interrupts() { return interrupts_; }
     const QueueRecovery& recovery() const { return recovery_; }
 

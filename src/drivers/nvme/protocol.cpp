@@ -37,6 +37,7 @@ ControllerInfo parse_controller(std::span<const u8, identify_bytes> data) {
     text_of(info.model, data.subspan(24, 40));
     text_of(info.firmware, data.subspan(64, 8));
     info.mdts = data[77];
+    info.retry_delays = {load<u16>(data, 128), load<u16>(data, 130), load<u16>(data, 132)};
     info.doorbell_buffers = (load<u16>(data, 256) & 1 << 8) != 0;
     info.queue_entries = holds(data[512], 6) && holds(data[513], 4);
     info.namespaces = load<u32>(data, 516);

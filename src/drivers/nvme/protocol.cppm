@@ -95,7 +95,7 @@ struct CompletionEntry {
     u16 sq_head = 0;
     u16 sq_id = 0;
     u16 cid = 0;
-    u16 status = 0; // bit 0: phase, 8:1 SC, 11:9 SCT, 14 More, 15 DNR
+    u16 status = 0; // bit 0: phase, 8:1 SC, 11:9 SCT, 13:12 CRD, 14 More, 15 DNR
 };
 static_assert(sizeof(CompletionEntry) == 16 && __builtin_offsetof(CompletionEntry, status) == 14);
 inline constexpr usize phase_offset = __builtin_offsetof(CompletionEntry, status);
@@ -103,6 +103,8 @@ inline constexpr usize phase_offset = __builtin_offsetof(CompletionEntry, status
 /// The status field without the phase: SCT in bits 10:8, SC in 7:0.
 constexpr u16 status_code(u16 status) { return status >> 1 & 0x7ff; }
 constexpr bool do_not_retry(u16 status) { return (status & 0x8000) != 0; }
+/// CRD: the command is to be sent again after this one of the retry delays, counted from 1; 0: at once.
+constexpr u32 retry_delay(u16 status) { return status >> 12 & 3; }
 inline constexpr u16 invalid_opcode = 0x001;
 inline constexpr u16 invalid_field = 0x002;
 inline constexpr u16 abort_requested = 0x007;
@@ -131,6 +133,7 @@ inline constexpr u32 cns_command_set = 6;           // limits of the NVM command
 inline constexpr u32 feature_write_cache = 0x06;
 inline constexpr u32 feature_number_of_queues = 0x07;
 inline constexpr u32 feature_asynchronous_events = 0x0b;
+inline constexpr u32 feature_host_behavior = 0x16;
 
 // Asynchronous events [nvme-1.4 §5.2].
 struct Event {
@@ -163,6 +166,11 @@ constexpr Submission log_page_command(u8 page, u32 bytes, u64 into) {
 constexpr Submission set_feature_command(u32 feature, u32 value) {
     return {.opcode = to_underlying(AdminOpcode::set_features), .cdw10 = feature, .cdw11 = value};
 }
+/// Of the feature Host Behavior Support [nvme-1.4 §5.21.1.22]: ACRE in byte 0, the rest 0.
+inline constexpr u32 host_behavior_bytes = 512;
+constexpr Submission host_behavior_command(u64 from) {
+    return {.opcode = to_underlying(AdminOpcode::set_features), .prp1 = from, .cdw10 = feature_host_behavior};
+}
 /// `entries`, at least 2, at `base`; contiguous, with interrupts.
 constexpr Submission create_completion_queue_command(u16 id, u32 entries, u64 base, u32 vector) {
     return {.opcode = to_underlying(AdminOpcode::create_completion_queue),
@@ -192,11 +200,16 @@ constexpr Submission event_request_command() {
 
 using IdentifyData = std::array<u8, identify_bytes>;
 
+/// CRDT1 to CRDT3, in units of retry_delay_unit; 0: none.
+using RetryDelays = std::array<u16, 3>;
+inline constexpr u64 retry_delay_unit = 100'000'000; // nanoseconds
+
 /// From Identify Controller [nvme-1.4 figure 247].
 struct ControllerInfo {
     FixedText<48> serial;
     FixedText<48> model;
     FixedText<16> firmware;
+    RetryDelays retry_delays{};
     u8 mdts = 0; // 2^mdts pages of the smallest size; 0: no limit
     u32 namespaces = 0;
     bool doorbell_buffers = false;

@@ -127,6 +127,7 @@ class QueueRecovery {
     /// Callable by the controller's task, after Recovery::hold().
     bool quiet() const { return queue_.quiet(controller_.hold_state()); }
     Recovery& controller() { return controller_; }
+    inline Instant turn_time() const { return executor_.turn_time(); }
 
     /// No completion is there. True: the queue is held from now on.
     inline bool look() { return queue_.look(controller_.hold_state()); }

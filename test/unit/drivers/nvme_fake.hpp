@@ -47,6 +47,7 @@ struct Options {
     bool descriptors = true; // has lists of identification descriptors
     u8 eui64 = 0, nguid = 0; // their last bytes, to which the namespace's number is added; 0: none
     u8 uuid = 0x10;
+    std::array<u16, 3> retry_delays{}; // CRDT1 to CRDT3, in units of 100 ms
 };
 
 class Controller final : public MmioModel {
@@ -96,7 +97,9 @@ class Controller final : public MmioModel {
     std::function<void()> on_reset;
     bool stays_ready = false;    // in spite of CC.EN = 0
     std::map<u32, u32> features; // Set Features, by id
-    u32 granted = 0;             // I/O queue pairs, as told to the driver
+    bool refuses_host_behavior = false;
+    u32 delays_accepted = 0; // ACRE was set so often
+    u32 granted = 0;         // I/O queue pairs, as told to the driver
     /// Changes identify data before the driver sees it.
     std::function<void(u32 cns, u32 nsid, u64 data)> patch;
     std::function<void(u16 vector)> interrupt;
@@ -378,6 +381,18 @@ class Controller final : public MmioModel {
         case 0x08: abort(h, result); break;
         case 0x09:
             features[h.dw(10)] = h.dw(11);
+            if (id == 0x16) { // Host Behavior Support
+                if (refuses_host_behavior) {
+                    status = 2;
+                    break;
+                }
+                EXPECT_EQ(load<u8>(data), 1u) << "ACRE";
+                EXPECT_EQ(h.dw(1), 0u);
+                for (u32 i = 1; i < 512; ++i) {
+                    EXPECT_EQ(load<u8>(data + i), 0u) << i;
+                }
+                ++delays_accepted;
+            }
             if (id == 7) {
                 for (u32 q = 1; q < pairs.size(); ++q) {
                     EXPECT_EQ(pairs[q].cq, 0u) << "the number of queues is set once there are some";
@@ -434,6 +449,9 @@ class Controller final : public MmioModel {
             std::memcpy(reinterpret_cast<void*>(data + 24), "FAKE NVME                               ", 40);
             std::memcpy(reinterpret_cast<void*>(data + 64), "1.0     ", 8);
             store<u8>(data + 77, options.mdts);
+            for (usize i = 0; i < 3; ++i) {
+                store<u16>(data + 128 + 2 * i, options.retry_delays[i]);
+            }
             store<u16>(data + 256, options.doorbell_buffers ? 0x100 : 0);
             store<u8>(data + 512, 0x66);
             store<u8>(data + 513, 0x44);

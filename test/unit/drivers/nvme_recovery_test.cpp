@@ -116,6 +116,103 @@ TEST(NvmeRecovery, ResetsWithoutAnyIoCompletedCloseTheController) {
     EXPECT_TRUE(turn_until(m, [&] { return quarantine_state().spans == 0; })) << "it was disabled";
 }
 
+// Status 0x006 (Internal Error) with CRD in bits 12:11 of the field without the phase [nvme-1.4 §4.6.1].
+constexpr u16 internal_error(u32 delay) { return static_cast<u16>(0x006 | delay << 11); }
+
+Options with_delays(u16 first, u16 second, u16 third) {
+    Options o;
+    o.retry_delays = {first, second, third};
+    return o;
+}
+
+/// How long it takes, in nanoseconds, until the held command has been sent again after its end with `status`.
+Nanoseconds resent_after(Machine& m, u16 status) {
+    const Instant begun = m.executor.now();
+    m.device.answer(0, status);
+    EXPECT_TRUE(m.device.held.empty());
+    EXPECT_TRUE(turn_until(m, [&] { return !m.device.held.empty(); }));
+    return m.executor.now() - begun;
+}
+
+constexpr Nanoseconds tick = 150'000'000; // at most, with what the turns take
+
+TEST(NvmeRecovery, ARetryWaitsForTheDelayThatTheControllerNames) {
+    for (const u32 named : {1u, 2u, 3u}) {
+        Machine& m = attached(with_delays(2, 4, 3));
+        EXPECT_EQ(m.device.delays_accepted, 1u);
+        const Nanoseconds delay = m.device.options.retry_delays[named - 1] * u64{100'000'000};
+        Pending p(m);
+        const Nanoseconds waited = resent_after(m, internal_error(named));
+        EXPECT_GE(waited, delay) << named;
+        EXPECT_LE(waited, delay + tick) << named;
+        EXPECT_FALSE(p.ended());
+        p.answer();
+        EXPECT_TRUE(turn_until(m, [&] { return p.ended(); }));
+        EXPECT_EQ(p.request.status, Status::ok);
+        EXPECT_EQ(m.device.resets, 0u);
+    }
+}
+
+TEST(NvmeRecovery, ARetryWithoutADelayIsForTheNextTick) {
+    {
+        Machine& m = attached(with_delays(4, 0, 4)); // CRD 0, and CRD 2, which is no delay
+        Pending p(m);
+        EXPECT_LE(resent_after(m, internal_error(0)), tick);
+        EXPECT_LE(resent_after(m, internal_error(2)), tick);
+        p.answer();
+        EXPECT_TRUE(turn_until(m, [&] { return p.ended(); }));
+    }
+    { // a controller without delays, which names one all the same
+        Machine& m = attached();
+        EXPECT_EQ(m.device.delays_accepted, 0u);
+        EXPECT_FALSE(m.device.features.contains(0x16));
+        Pending p(m);
+        EXPECT_LE(resent_after(m, internal_error(3)), tick);
+        p.answer();
+        EXPECT_TRUE(turn_until(m, [&] { return p.ended(); }));
+    }
+}
+
+// Its delays together may not reach a time-out (500 ms here).
+TEST(NvmeRecovery, ACommandWhoseRetryIsTooFarAwayEnds) {
+    {
+        Machine& m = attached(with_delays(5, 0xffff, 0));
+        for (const u32 named : {1u, 2u}) {
+            Pending p(m);
+            const Instant begun = m.executor.now();
+            m.device.answer(0, internal_error(named));
+            EXPECT_TRUE(turn_until(m, [&] { return p.ended(); }));
+            EXPECT_LE(m.executor.now() - begun, tick);
+            EXPECT_EQ(p.request.status, Status::io_error);
+        }
+        m.device.hold = false;
+        exchange_data(m, 4096);
+    }
+    Machine& m = attached(with_delays(3, 0, 0));
+    Pending p(m);
+    EXPECT_GE(resent_after(m, internal_error(1)), 300'000'000u);
+    m.device.answer(0, internal_error(1));
+    EXPECT_TRUE(turn_until(m, [&] { return p.ended(); }));
+    EXPECT_EQ(p.request.status, Status::io_error);
+    m.device.hold = false;
+    Pending next(m); // the next command in the slot begins anew
+    EXPECT_GE(resent_after(m, internal_error(1)), 300'000'000u);
+    next.answer();
+    EXPECT_TRUE(turn_until(m, [&] { return next.ended(); }));
+    EXPECT_EQ(next.request.status, Status::ok);
+}
+
+TEST(NvmeRecovery, DelaysAreAcceptedAgainAfterAReset) {
+    Machine& m = attached(with_delays(1, 2, 3));
+    m.device.options.fatal = true;
+    m.device.on_reset = [&] { m.device.options.fatal = false; };
+    Pending p(m);
+    ASSERT_TRUE(turn_until(m, [&] { return m.device.resets == 1 && !m.device.held.empty(); }));
+    EXPECT_EQ(m.device.delays_accepted, 2u);
+    p.answer();
+    EXPECT_TRUE(turn_until(m, [&] { return p.ended(); }));
+}
+
 // A command that waits to be sent again is not with the controller, which can guess its next id.
 TEST(NvmeRecovery, AnAnswerToACommandThatWaitsClosesTheController) {
     Machine& m = attached();
