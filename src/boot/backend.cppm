@@ -102,7 +102,7 @@ class TimerOf final : public OneShotTimer {
   public:
     T* timer = nullptr;
     Result<void> start(InterruptHandler handler, void* context) override { return timer->start(handler, context); }
-    void arm(Nanoseconds length) override { timer->arm(length); }
+    bool arm(Nanoseconds length) override { return timer->arm(length); }
     std::string_view name() const override { return timer->name(); }
 };
 template <>

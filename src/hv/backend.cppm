@@ -214,13 +214,13 @@ concept TearDown = requires(B& b) {
 
 /// A per-processor one-shot timer, for machines without a local APIC timer that is as cheap. start(): called once on
 /// each processor that uses it, after the backend's start() or join(). arm(): on that processor, fires `length` ns from
-/// now; replaces a previously armed expiry.
+/// now; replaces a previously armed expiry; false: it will not fire.
 template <class T>
 concept ProcessorTimer =
     requires(T& timer, const T& constant, InterruptHandler handler, void* context, Nanoseconds length) {
         { constant.name() } -> std::convertible_to<std::string_view>;
         { timer.start(handler, context) } -> std::same_as<Result<void>>;
-        { timer.arm(length) } -> std::same_as<void>;
+        { timer.arm(length) } -> std::same_as<bool>;
     };
 /// timer(): nullptr until start() has brought up what it needs, and where the host offers none.
 template <class B>

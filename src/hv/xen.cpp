@@ -202,34 +202,6 @@ void Xen::install_console(Environment& environment) {
     }
 }
 
-// frequency = (10^9 << 32) / mul >> shift [xen-public xen.h vcpu_time_info]
-std::optional<u64> Xen::frequency(u32 mul, i8 shift) {
-    if (mul == 0 || shift < -31 || shift > 31) {
-        return std::nullopt;
-    }
-    const u64 unshifted = (u64{1'000'000'000} << 32) / mul;
-    const u64 hz = shift >= 0 ? unshifted >> shift : unshifted << -shift;
-    return hz >= 1'000'000 && hz <= 100'000'000'000 ? std::optional(hz) : std::nullopt;
-}
-
-// Nothing: Xen has not written it yet.
-std::optional<u64> Xen::pvclock_hz() const {
-    const VcpuTimeInfo& time = events_.info(0).time;
-    for (u32 tries = 0; tries < 16; ++tries) {
-        // Acquire, twice: reads the values between two equal, even versions. Pairs with Xen's order: version, values,
-        // version.
-        const u32 before = std::atomic_ref(const_cast<u32&>(time.version)).load(std::memory_order_acquire);
-        const u32 mul = *static_cast<const volatile u32*>(&time.tsc_to_system_mul);
-        const i8 shift = *static_cast<const volatile i8*>(&time.tsc_shift);
-        std::atomic_thread_fence(std::memory_order_acquire);
-        const u32 now = std::atomic_ref(const_cast<u32&>(time.version)).load(std::memory_order_relaxed);
-        if (before == now && before % 2 == 0) {
-            return frequency(mul, shift);
-        }
-    }
-    return std::nullopt;
-}
-
 void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
     tsc_hz_ = pvclock_hz();
     clock_name_ = tsc_hz_ ? "xen pvclock" : clock_name_;
@@ -243,42 +215,9 @@ void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
     }
 }
 
-namespace {
-// Calls read() between two readings of an equal, even version [xen-public xen.h]. False: Xen keeps changing the values.
-bool read_consistently(const u32& version, auto&& read) {
-    std::atomic_ref<u32> counter(const_cast<u32&>(version));
-    for (u32 tries = 0; tries < 16; ++tries) {
-        const u32 before = counter.load(std::memory_order_acquire); // pairs with Xen's order: version, values, version
-        read();
-        std::atomic_thread_fence(std::memory_order_acquire);
-        if (before % 2 == 0 && counter.load(std::memory_order_relaxed) == before) {
-            return true;
-        }
-    }
-    return false;
-}
-template <class T>
-T read_once(const T& value) {
-    return *static_cast<const volatile T*>(&value);
-}
-} // namespace
-
-// Nanoseconds since the start of the domain: system_time at tsc_timestamp, and the cycles since [xen-public xen.h].
 std::optional<u64> Xen::system_time() const {
-    const VcpuTimeInfo& time = events_.info(0).time;
-    u64 result = 0;
-    bool valid = false;
-    const bool consistent = read_consistently(time.version, [&] {
-        const u32 mul = read_once(time.tsc_to_system_mul);
-        const i8 shift = read_once(time.tsc_shift);
-        const u64 at = read_once(time.tsc_timestamp);
-        const u64 tsc = __builtin_ia32_rdtsc();
-        valid = mul != 0 && shift >= -31 && shift <= 31;
-        const u64 cycles = tsc > at ? tsc - at : 0;
-        const u64 scaled = !valid ? 0 : shift < 0 ? cycles >> -shift : cycles << shift;
-        result = read_once(time.system_time) + static_cast<u64>((static_cast<unsigned __int128>(scaled) * mul) >> 32);
-    });
-    return consistent && valid ? std::optional(result) : std::nullopt;
+    const u32 cpu = this_processor();
+    return events_.joined(cpu) ? xen::system_time(events_.info(cpu).time) : std::nullopt;
 }
 
 // UTC at system time 0 is in the shared info page.
@@ -356,6 +295,67 @@ io::Task<Result<void>> Xen::enumerate(DeviceList& into) {
     co_return Result<void>{};
 }
 
+// ---- timer ----
+
+Result<void> Xen::Timer::start(InterruptHandler handler, void* context) {
+    const u32 cpu = this_processor();
+    if (!xen_.events_.joined(cpu) || !xen_.system_time()) {
+        return Error{Code::not_supported, "Xen's timer needs events and a system time of this processor"};
+    }
+    CHECK(xen_.hypercalls_.stop_singleshot_timer(xen_.events_.vcpu(cpu)));
+    handler_ = handler; // the same one for all processors
+    context_ = context;
+    TRY(ports_[cpu], xen_.events_.bind_virq(virq_timer, handler, context, cpu));
+    return {};
+}
+
+// By hypercall, since Xen raises no event for a virtual CPU's time otherwise. The expiry is absolute, so that the time
+// between the reading and the hypercall, in which Xen may run others, does not count.
+bool Xen::Timer::arm(Nanoseconds length) {
+    static constexpr u32 tries = 8;
+    const u32 cpu = this_processor();
+    if (ports_[cpu] == Port::none) {
+        return false;
+    }
+    for (u32 i = 0; i < tries; ++i) {
+        const auto now = xen_.system_time();
+        if (!now) {
+            return false;
+        }
+        // Xen reads it as signed. Before Xen 4.18 and in KVM's emulation one that has passed may be refused.
+        static constexpr u64 latest = ~u64{0} >> 1;
+        const u64 expiry = *now < latest ? *now + std::min(length, latest - *now) : latest;
+        const i64 answer = xen_.hypercalls_.set_singleshot_timer(xen_.events_.vcpu(cpu), expiry);
+        if (answer != error_time_passed) {
+            return answer >= 0;
+        }
+        length = std::max<Nanoseconds>(length, 1'000) * 2;
+    }
+    return false;
+}
+
+void Xen::Timer::restart() {
+    if (handler_ == nullptr) {
+        return;
+    }
+    for (u32 cpu = 0; cpu < max_processors; ++cpu) {
+        if (std::exchange(ports_[cpu], Port::none) == Port::none) {
+            continue;
+        }
+        if (auto port = xen_.events_.bind_virq(virq_timer, handler_, context_, cpu); port) {
+            ports_[cpu] = *port;
+        } else {
+            log::warning("xen: processor {} has no timer any more, and does not sleep: {}", cpu, port.error());
+        }
+    }
+}
+
+void Xen::Timer::stop(u32 cpu) {
+    if (ports_[cpu] != Port::none) {
+        static_cast<void>(xen_.hypercalls_.stop_singleshot_timer(xen_.events_.vcpu(cpu)));
+    }
+}
+
 // ---- suspension ----
 
 io::Task<Result<bool>> Xen::suspend(Parking& others) {
@@ -381,6 +381,9 @@ io::Task<Result<bool>> Xen::suspend(Parking& others) {
             anew = set_up_anew();
             for (BusDevice* device = devices_.first(); device != nullptr; device = BusDevices::after(*device)) {
                 device->lost();
+            }
+            if (anew) { // after them: they close ports by their old numbers
+                timer_.restart();
             }
         }
     }

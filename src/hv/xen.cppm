@@ -14,6 +14,7 @@ import io.latch;
 import io.task;
 export import hv.backend;
 export import hv.xen.hypercall;
+export import hv.xen.clock;
 export import hv.xen.events;
 export import hv.xen.grants;
 export import hv.xen.store;
@@ -49,6 +50,32 @@ class Xen {
         apic_vector, // through the local APIC: needs an end-of-interrupt
     };
 
+    /// The single-shot timer of each virtual CPU, whose expiry comes as an event.
+    class Timer {
+      public:
+        explicit Timer(Xen& xen) : xen_(xen) {}
+
+        /// On each processor that uses the timer, once, after start() or join(). `handler`: as InterruptHandler.
+        /// Error{not_supported}: the processor takes no events, or Xen has no such timer or does not tell the time.
+        Result<void> start(InterruptHandler handler, void* context);
+        /// Fires once on this processor, `length` ns from now; replaces a previously armed expiry. False: it will not
+        /// fire.
+        bool arm(Nanoseconds length);
+        std::string_view name() const { return "Xen single-shot"; }
+
+      private:
+        friend class Xen;
+        /// In another domain, on processor 0 while nothing else runs: the timers are not armed.
+        void restart();
+        void stop(u32 processor);
+
+        Xen& xen_;
+        InterruptHandler handler_ = nullptr;
+        void* context_ = nullptr;
+        // Each is written by its processor, and by processor 0 while that one is stopped.
+        std::array<xen::Port, max_processors> ports_{};
+    };
+
     Xen() = default;
     Xen(const Xen&) = delete;
     Xen& operator=(const Xen&) = delete;
@@ -76,7 +103,15 @@ class Xen {
     /// events arrive on processor 0.
     Result<void> join(u32 cpu, io::Executor& executor);
     /// LeavesProcessors: no event arrives on the processor from now on.
-    void leave(u32 cpu) { events_.leave(cpu); }
+    void leave(u32 cpu) {
+        timer_.stop(cpu);
+        events_.leave(cpu);
+    }
+    /// nullptr before start().
+    Timer* timer() { return upcall_ != Upcall::none ? &timer_ : nullptr; }
+    /// The system time of the calling processor's virtual CPU, in ns since the start of the domain; nothing: Xen does
+    /// not tell it, or the processor has not joined.
+    std::optional<u64> system_time() const;
     /// Does not count as a hypercall of the guest: any processor may call it.
     void yield() { xen::Hypercalls(gate_).call(xen::Hypercall::sched_op, to_underlying(xen::SchedOp::yield)); }
     /// nullptr before start(), and if XenStore is missing or unusable.
@@ -142,9 +177,7 @@ class Xen {
     Result<void> map_grant_frame(u32 frame);
     void install_store(Environment& environment);
     void install_console(Environment& environment);
-    static std::optional<u64> frequency(u32 mul, i8 shift);
-    std::optional<u64> pvclock_hz() const;
-    std::optional<u64> system_time() const;
+    std::optional<u64> pvclock_hz() const { return xen::pvclock_hz(events_.info(0).time); }
     std::optional<UnixNanoseconds> time_of_day() const;
     void set_time_of_day(Instant now);
     Result<void> set_up_anew();
@@ -170,6 +203,7 @@ class Xen {
     u8 upcall_vector_ = 0;
     bool has_store_ = false;
     xen::Events events_;
+    Timer timer_{*this};
     xen::Grants grants_;
     u64 grant_frame_ = 0; // guest frame number of the table's first frame
     xen::Store store_;
@@ -180,6 +214,6 @@ class Xen {
     std::optional<xen::DeviceWatch> device_watch_; // once the store has been started
 };
 static_assert(Backend<Xen> && EmulatedDevices<Xen> && LateDevices<Xen> && StartsProcessors<Xen> &&
-              LeavesProcessors<Xen> && TearDown<Xen>);
+              LeavesProcessors<Xen> && TearDown<Xen> && OneShotTimer<Xen>);
 
 } // namespace fl::hv

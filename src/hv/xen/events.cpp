@@ -167,7 +167,7 @@ void Events::note_open(Port port) {
     }
 }
 
-Result<u32> Events::bind(Port port, InterruptHandler handler, void* context, u32 processor) {
+Result<void> Events::check_bindable(Port port) const {
     const u32 n = number(port);
     if (n == 0 || n >= capacity) {
         return Error{Code::exhausted, "an event channel's port is beyond what this kernel has room for", capacity - 1,
@@ -176,6 +176,20 @@ Result<u32> Events::bind(Port port, InterruptHandler handler, void* context, u32
     if (slots_[n].handler != nullptr) {
         return Error{Code::busy, "the event channel has a handler already", 0, n};
     }
+    return {};
+}
+
+void Events::take(Port port, InterruptHandler handler, void* context, u32 processor) {
+    const u32 n = number(port);
+    const u64 bit = u64{1} << n % 64;
+    slots_[n] = {handler, context, processor};
+    note_open(port);
+    bound_[n / 64].fetch_or(bit, std::memory_order_release);
+    cpus_[processor].mine[n / 64].fetch_or(bit, std::memory_order_release); // pairs with the acquire in scan_words()
+}
+
+Result<u32> Events::bind(Port port, InterruptHandler handler, void* context, u32 processor) {
+    CHECK(check_bindable(port));
     mask(port);
     const auto move = [&](u32 vcpu) {
         EventBindVcpu argument{port, vcpu};
@@ -188,12 +202,34 @@ Result<u32> Events::bind(Port port, InterruptHandler handler, void* context, u32
     if (processor == 0 && cpus_[0].vcpu != 0) {
         static_cast<void>(move(cpus_[0].vcpu));
     }
-    const u64 bit = u64{1} << n % 64;
-    slots_[n] = {handler, context, processor};
-    note_open(port);
-    bound_[n / 64].fetch_or(bit, std::memory_order_release);
-    cpus_[processor].mine[n / 64].fetch_or(bit, std::memory_order_release); // pairs with the acquire in scan_words()
+    take(port, handler, context, processor);
     return processor;
+}
+
+Result<Port> Events::bind_virq(u32 virq, InterruptHandler handler, void* context, u32 processor) {
+    if (!joined(processor)) {
+        return Error{Code::not_supported, "the processor takes no events"};
+    }
+    EventBindVirq argument{virq, cpus_[processor].vcpu, Port::none};
+    const i64 answer = hypercalls_->call(Hypercall::event_channel_op, EventOp::bind_virq, argument);
+    if (answer < 0) {
+        return Error{Code::not_supported, "Xen gives no event channel for an interrupt of its own (errno)", 0,
+                     static_cast<u64>(-answer)};
+    }
+    const Port port = argument.port;
+    if (const auto bindable = check_bindable(port); !bindable) {
+        EventPort close{port};
+        static_cast<void>(hypercalls_->call(Hypercall::event_channel_op, EventOp::close, close));
+        return bindable.error();
+    }
+    mask(port);
+    if (fifo()) {
+        EventSetPriority first{port, 0};
+        static_cast<void>(hypercalls_->call(Hypercall::event_channel_op, EventOp::set_priority, first)); // else later
+    }
+    take(port, handler, context, processor);
+    static_cast<void>(unmask(port)); // nothing that could have raised it before matters
+    return port;
 }
 
 // A handler that runs now ends: each takes a few instructions, with interrupts off.

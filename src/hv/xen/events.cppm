@@ -3,7 +3,8 @@
 // Otherwise by the two-level interface: the bits of all ports are in the shared info page. A port belongs to one
 // processor, which takes its upcalls and runs its handler.
 //
-// bind(), unbind() and the allocation of ports are for processor 0, join() and leave() for the processor itself;
+// bind(), unbind() and the allocation of ports are for processor 0, join() and leave() for the processor itself, and
+// bind_virq() for either, while the other one waits for it;
 // mask(), unmask() and send() may be called on any processor.
 export module hv.xen.events;
 import core.std;
@@ -93,6 +94,10 @@ class Events {
     /// unmask(). Returns the processor. Error{exhausted}: the port is beyond `capacity`; Error{busy}: it has a handler
     /// already.
     Result<u32> bind(Port port, InterruptHandler handler, void* context, u32 processor = 0);
+    /// A port for `virq`, one that each virtual CPU has, of the virtual CPU of `processor`, unmasked; the handler runs
+    /// in the upcall there. With FIFO event channels it comes before other events. Error{not_supported}: the processor
+    /// has not joined, or Xen refuses; otherwise as bind().
+    Result<Port> bind_virq(u32 virq, InterruptHandler handler, void* context, u32 processor);
     /// Masks the port, removes the handler, waits until it runs nowhere, and closes the port. No effect on a port that
     /// is not open. Not in a handler.
     void unbind(Port port);
@@ -141,6 +146,8 @@ class Events {
         std::array<std::atomic<u64>, bound_words> mine{};
     };
     static u32 number(Port port) { return to_underlying(port); }
+    Result<void> check_bindable(Port port) const;
+    void take(Port port, InterruptHandler handler, void* context, u32 processor);
     void note_open(Port port);
     void scan_words(Cpu& cpu, VcpuInfo& info);
     void scan_queues(Cpu& cpu, VcpuInfo& info);

@@ -30,6 +30,7 @@ inline constexpr Domain domain_self = 0x7ff0;
 /// Errors are small negative numbers, numbered as in Linux [xen-public errno.h].
 inline constexpr i64 error_again = -11;
 inline constexpr i64 error_no_such_call = -38;
+inline constexpr i64 error_time_passed = -62;
 
 enum class VersionOp : u32 { version = 0, get_features = 6 };
 struct FeatureInfo {
@@ -90,7 +91,24 @@ static_assert(sizeof(UpcallVector) == 8 && offsetof(UpcallVector, vector) == 4);
 /// [xen-public hvm/params.h].
 constexpr u64 callback_by_vector(u8 vector) { return u64{2} << 56 | vector; }
 
-enum class VcpuOp : u32 { initialise = 0, up = 1, down = 2, is_up = 3, register_info = 10 };
+enum class VcpuOp : u32 {
+    initialise = 0,
+    up = 1,
+    down = 2,
+    is_up = 3,
+    set_singleshot_timer = 8,
+    stop_singleshot_timer = 9,
+    register_info = 10
+};
+/// Arms the timer of the calling virtual CPU, whose expiry raises virq_timer [xen-public vcpu.h].
+struct VcpuSingleshotTimer {
+    u64 expiry; // system time in ns; one that has passed expires at once
+    u32 flags;  // singleshot_*
+    u32 padding;
+};
+static_assert(sizeof(VcpuSingleshotTimer) == 16 && offsetof(VcpuSingleshotTimer, flags) == 8);
+/// An expiry that has passed is refused (error_time_passed) and raises nothing. Xen ignores it since 4.18.
+inline constexpr u32 singleshot_future = 1u << 0;
 /// Moves a vcpu_info to the guest's memory; it must not cross a page [xen-public vcpu.h]. Once for each virtual CPU,
 /// and on it.
 struct VcpuRegisterInfo {
@@ -192,8 +210,17 @@ enum class EventOp : u32 {
     bind_vcpu = 8,
     unmask = 9,
     init_control = 11,
-    expand_array = 12
+    expand_array = 12,
+    set_priority = 13
 };
+/// A port for an interrupt that Xen itself raises. Of those that each virtual CPU has, EVTCHNOP_bind_vcpu moves none.
+struct EventBindVirq {
+    u32 virq;  // in: virq_*
+    u32 vcpu;  // in
+    Port port; // out
+};
+static_assert(sizeof(EventBindVirq) == 12 && offsetof(EventBindVirq, vcpu) == 4 && offsetof(EventBindVirq, port) == 8);
+inline constexpr u32 virq_timer = 0; // the single-shot timer; each virtual CPU has one
 /// The virtual CPU that gets the upcalls of a port; virtual CPU 0 by default.
 struct EventBindVcpu {
     Port port;
@@ -247,6 +274,11 @@ struct EventInitControl {
 };
 static_assert(sizeof(EventInitControl) == 24 && offsetof(EventInitControl, offset) == 8 &&
               offsetof(EventInitControl, vcpu) == 12 && offsetof(EventInitControl, link_bits) == 16);
+struct EventSetPriority {
+    Port port;
+    u32 priority; // of fifo_priorities
+};
+static_assert(sizeof(EventSetPriority) == 8 && offsetof(EventSetPriority, priority) == 4);
 /// Adds a page of event words, which begin as masked.
 struct EventExpandArray {
     u64 frame;

@@ -124,6 +124,49 @@ TEST(XenSuspend, EverythingIsSetUpAnewInAnotherDomain) {
     }
 }
 
+// The timer of a virtual CPU is Xen's: in another domain it is not armed, and its event channel is gone. Executors arm
+// it again after every suspension.
+TEST(XenSuspend, AnArmedTimerIsLostAndTheTimerWorksAgain) {
+    for (const bool refused : {false, true}) {
+        DiskMachine m(Offer{});
+        ASSERT_TRUE(m.probe());
+        m.xen.set_time(0, __builtin_ia32_rdtsc(), 5'000'000'000);
+        u32 expired = 0;
+        ASSERT_TRUE(m.guest.timer()->start([](void* n) { ++*static_cast<u32*>(n); }, &expired));
+        ASSERT_TRUE(m.guest.timer()->arm(ms));
+        move_with(m, m.back);
+        m.xen.refuse_virqs = refused;
+        Parking parking;
+        Capture log;
+        ASSERT_TRUE(m.run(m.guest.suspend(parking)));
+        EXPECT_FALSE(m.xen.event_cpus[0].expiry);
+        m.xen.set_time(0, __builtin_ia32_rdtsc(), 1'000'000'000);
+        EXPECT_EQ(m.guest.timer()->arm(ms), !refused);
+        EXPECT_EQ(log.has("has no timer any more"), refused) << log.text;
+        if (!refused) {
+            EXPECT_LT(*m.xen.event_cpus[0].expiry, 5'000'000'000u) << "by the other domain's time";
+            m.xen.expire(0);
+            EXPECT_TRUE(m.xen.deliver());
+            EXPECT_EQ(expired, 1u);
+        }
+    }
+}
+
+TEST(XenSuspend, ACancelledSuspensionLeavesTheTimerArmed) {
+    DiskMachine m(Offer{});
+    ASSERT_TRUE(m.probe());
+    m.xen.set_time(0, __builtin_ia32_rdtsc(), 5'000'000'000);
+    u32 expired = 0;
+    ASSERT_TRUE(m.guest.timer()->start([](void* n) { ++*static_cast<u32*>(n); }, &expired));
+    ASSERT_TRUE(m.guest.timer()->arm(ms));
+    m.xen.on_suspend = [] { return i64{1}; };
+    Parking parking;
+    ASSERT_TRUE(m.run(m.guest.suspend(parking)));
+    m.xen.expire(0);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(expired, 1u);
+}
+
 // A back end that is too slow to answer before: what it has is asked again.
 TEST(XenSuspend, WhatIsUnderWayIsAskedAgain) {
     for (const bool taken : {false, true}) {

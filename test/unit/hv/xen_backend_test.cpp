@@ -806,6 +806,139 @@ TEST(XenFifoEvents, InAnotherDomain) {
     }
 }
 
+// ---- timer ----
+
+struct Timers : Several {
+    explicit Timers(std::vector<u32> ids, bool fifo = false) : Several(ids, false) {
+        xen.offers_fifo = fifo;
+        begin(static_cast<u32>(ids.size()));
+        for (u32 i = 0; i < ids.size(); ++i) {
+            xen.set_time(ids[i], __builtin_ia32_rdtsc(), 5'000'000'000 * (i + 1)); // each has a time of its own
+        }
+    }
+    Result<void> start(u32 processor, Where& where) {
+        const On on(processor);
+        return guest.timer()->start(Where::note, &where);
+    }
+    bool arm(u32 processor, Nanoseconds length) {
+        const On on(processor);
+        return guest.timer()->arm(length);
+    }
+};
+
+TEST(XenTimer, EachProcessorHasOneInSystemTime) {
+    for (const bool fifo : {false, true}) {
+        Timers m({0, 5}, fifo);
+        Where where;
+        for (u32 processor : {0u, 1u}) {
+            ASSERT_TRUE(m.start(processor, where));
+        }
+        const u32 first = m.xen.event_cpus[0].timer_port;
+        const u32 second = m.xen.event_cpus[5].timer_port;
+        ASSERT_TRUE(first != 0 && second != 0);
+        EXPECT_EQ(m.xen.priorities.contains(first), fifo);
+        EXPECT_TRUE(m.arm(0, 2'000'000));
+        EXPECT_TRUE(m.arm(1, 3'000'000));
+        EXPECT_GE(*m.xen.event_cpus[0].expiry, 5'002'000'000u);
+        EXPECT_LT(*m.xen.event_cpus[0].expiry, 9'000'000'000u);
+        EXPECT_GE(*m.xen.event_cpus[5].expiry, 10'003'000'000u);
+        EXPECT_LT(*m.xen.event_cpus[5].expiry, 14'000'000'000u);
+        m.xen.expire(5);
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(where.processors, std::vector<u32>{1});
+        EXPECT_TRUE(m.arm(0, 7'000'000)) << "replaces the earlier one";
+        EXPECT_GE(*m.xen.event_cpus[0].expiry, 5'007'000'000u);
+        m.xen.expire(0);
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(where.processors, (std::vector<u32>{1, 0}));
+        // Neither the sum nor what Xen takes for a signed number overflows.
+        EXPECT_TRUE(m.arm(1, ~Nanoseconds{0}));
+        EXPECT_EQ(*m.xen.event_cpus[5].expiry, 0x7fffffffffffffffu);
+        m.xen.set_time(5, 0, ~u64{0});
+        EXPECT_TRUE(m.arm(1, 1));
+        EXPECT_EQ(*m.xen.event_cpus[5].expiry, 0x7fffffffffffffffu);
+        EXPECT_EQ(m.guest.events().unexpected(), 0u);
+        {
+            const On on(1);
+            m.guest.leave(1);
+        }
+        EXPECT_FALSE(m.xen.event_cpus[5].expiry) << "no interrupt any more";
+    }
+}
+
+TEST(XenTimer, AnExpiryThatHasPassedIsSetAgainAndRefusalsEnd) {
+    Timers m({0});
+    Where where;
+    ASSERT_TRUE(m.start(0, where));
+    m.xen.timer_refusals = 3;
+    EXPECT_TRUE(m.arm(0, 10));
+    ASSERT_EQ(m.xen.expiries.size(), 4u);
+    EXPECT_GE(m.xen.expiries[3], m.xen.expiries[0] + 8'000 - 10) << "each time further in the future";
+    EXPECT_EQ(m.xen.event_cpus[0].expiry, m.xen.expiries[3]);
+    m.xen.expiries.clear();
+    m.xen.timer_refusals = ~0u;
+    EXPECT_FALSE(m.arm(0, 10));
+    EXPECT_EQ(m.xen.expiries.size(), 8u);
+    m.xen.expiries.clear();
+    m.xen.timer_error = -22;
+    EXPECT_FALSE(m.arm(0, 10)) << "the processor must not sleep";
+    EXPECT_EQ(m.xen.expiries.size(), 1u);
+    m.xen.timer_refusals = 0;
+    m.xen.set_time(0, 0, 0, 0); // Xen does not tell the time any more
+    EXPECT_FALSE(m.arm(0, 10));
+}
+
+TEST(XenTimer, WithoutWhatItNeedsTheOtherOneRemains) {
+    {
+        fake::Machine m;
+        EXPECT_EQ(m.guest.timer(), nullptr) << "before start()";
+    }
+    const auto refused = [](auto&& change) {
+        Timers m({0});
+        change(m);
+        const auto ports = m.xen.open_ports;
+        Where where;
+        const auto started = m.start(0, where);
+        EXPECT_EQ(started ? Code::protocol : started.error().code, Code::not_supported);
+        EXPECT_EQ(m.xen.open_ports, ports);
+        EXPECT_FALSE(m.arm(0, 10));
+    };
+    refused([](Timers& m) { m.xen.offers_timer = false; });
+    refused([](Timers& m) { m.xen.refuse_virqs = true; });
+    refused([](Timers& m) { m.xen.set_time(0, 0, 0, 0); });
+    refused([](Timers& m) { m.guest.events().withdraw(0); });
+    Timers m({0}); // a port that has no slot for a handler is given back
+    m.xen.next_port = hv::xen::Events::capacity;
+    Where where;
+    EXPECT_EQ(m.start(0, where).error().code, Code::exhausted);
+    EXPECT_FALSE(m.xen.open_ports.contains(hv::xen::Events::capacity));
+}
+
+TEST(XenClock, CyclesAndNanoseconds) {
+    using namespace hv::xen;
+    EXPECT_EQ(scaled(1'000, 0x80000000, 1), 1'000u);
+    EXPECT_EQ(scaled(3'000, 0x80000000, 0), 1'500u);
+    EXPECT_EQ(scaled(3'000, 0x80000000, -1), 750u);
+    EXPECT_EQ(scaled(u64{1} << 40, 0x80000000, 1), u64{1} << 40) << "the product has more than 64 bits";
+    EXPECT_EQ(scaled(~u64{0}, 0x80000000, 1), ~u64{0});
+    EXPECT_EQ(scaled(~u64{0}, 0xffffffff, 31), ~u64{0}) << "not the lower bits";
+    EXPECT_EQ(scaled(1, 0, 0), std::nullopt);
+    EXPECT_EQ(scaled(1, 1, 32), std::nullopt);
+    EXPECT_EQ(scaled(1, 1, -32), std::nullopt);
+    VcpuTimeInfo time{};
+    time.version = 2;
+    time.tsc_timestamp = 1'000;
+    time.system_time = 70;
+    time.tsc_to_system_mul = 0x80000000;
+    time.tsc_shift = 1;
+    EXPECT_EQ(system_time(time, 1'500), 570u);
+    EXPECT_EQ(system_time(time, 999), 70u) << "a counter that is behind";
+    time.system_time = ~u64{0} - 5;
+    EXPECT_EQ(system_time(time, 1'500), ~u64{0});
+    time.version = 3;
+    EXPECT_EQ(system_time(time, 1'500), std::nullopt) << "Xen is writing";
+}
+
 // unbind() on one processor while the handler runs on another: afterwards the handler does not run.
 TEST(XenEvents, UnbindWaitsForAHandlerOnAnotherProcessor) {
     Several m({0, 1});

@@ -243,6 +243,9 @@ class Xen {
         if (op == 10) {
             return takes_vcpu_info ? register_info(vcpu, c) : -38;
         }
+        if (op == 8 || op == 9) { // the single-shot timer
+            return timer_op(op, vcpu, c);
+        }
         if (vcpus.empty()) { // KVM's emulation
             return -38;
         }
@@ -272,6 +275,45 @@ class Xen {
         case 3: return vcpus[vcpu].up ? 1 : 0;
         default: return -38;
         }
+    }
+    /// A guest that arms a virtual CPU's timer does so on it.
+    i64 timer_op(u64 op, u32 vcpu, u64 c) {
+        if (!offers_timer) {
+            return -38;
+        }
+        if (vcpu >= event_cpus.size()) {
+            return -2;
+        }
+        EventCpu& target = event_cpus[vcpu];
+        if (target.processor != this_processor()) {
+            return -22;
+        }
+        target.expiry.reset();
+        if (op == 9) {
+            return 0;
+        }
+        expiries.push_back(field<u64>(c, 0));
+        EXPECT_EQ(field<u32>(c, 8), 0u) << "VCPU_SSHOTTMR_future: an expiry that has passed would be lost";
+        if (timer_refusals != 0) {
+            --timer_refusals;
+            return timer_error;
+        }
+        target.expiry = field<u64>(c, 0);
+        return 0;
+    }
+    /// The timer of a virtual CPU expires.
+    void expire(u32 vcpu) {
+        ASSERT_TRUE(event_cpus[vcpu].expiry);
+        event_cpus[vcpu].expiry.reset();
+        raise(event_cpus[vcpu].timer_port);
+    }
+    /// What Xen tells the guest about time: `ns` of system time at `tsc`, which counts at 1 GHz.
+    void set_time(u32 vcpu, u64 tsc, u64 ns, u32 mul = 0x80000000, i8 shift = 1) {
+        const u64 time = reinterpret_cast<u64>(info_of(vcpu)) + 32;
+        field<u64>(time, 8) = tsc;
+        field<u64>(time, 16) = ns;
+        field<u32>(time, 24) = mul;
+        field<i8>(time, 28) = shift;
     }
     struct Vcpu {
         bool initialised = false;
@@ -305,6 +347,28 @@ class Xen {
             }
             words = memory.at(field<u64>(b, 0) * 4096);
             return 0;
+        case 13: // set_priority
+            if (!fifo || field<u32>(b, 4) >= 16) {
+                return fifo ? -22 : -38;
+            }
+            priorities[field<u32>(b, 0)] = field<u32>(b, 4);
+            return 0;
+        case 1: { // bind_virq
+            const u32 vcpu = field<u32>(b, 4);
+            if (field<u32>(b, 0) != 0 || refuse_virqs) {
+                return -22;
+            }
+            if (vcpu >= event_cpus.size()) {
+                return -2;
+            }
+            if (event_cpus[vcpu].timer_port != 0) {
+                return -17;
+            }
+            field<u32>(b, 8) = event_cpus[vcpu].timer_port = next_port;
+            open_ports.insert(next_port);
+            port_vcpu[next_port] = vcpu;
+            return (next_port++, 0);
+        }
         case 8: // bind_vcpu
             if (!moves_ports || field<u32>(b, 4) >= event_cpus.size()) {
                 return moves_ports ? -2 : -38;
@@ -342,6 +406,9 @@ class Xen {
             const u32 port = field<u32>(b, 0);
             open_ports.erase(port);
             port_vcpu.erase(port);
+            for (EventCpu& each : event_cpus) {
+                each.timer_port = each.timer_port == port ? 0 : each.timer_port;
+            }
             return 0;
         }
         default: return -38;
@@ -719,11 +786,18 @@ class Xen {
         u64 upcalls = 0;
         std::byte* control = nullptr;
         std::array<u32, 16> tails{}; // of its queues
+        u32 timer_port = 0;
+        std::optional<u64> expiry; // of its timer
     };
     bool offers_fifo = false;
     bool fifo = false;
     bool refuse_array = false;
-    u32 refuse_control = ~0u; // of this virtual CPU
+    bool offers_timer = true;
+    bool refuse_virqs = false;
+    u32 timer_refusals = 0; // so many times the timer is refused, with:
+    i64 timer_error = -62;
+    std::vector<u64> expiries; // asked for
+    u32 refuse_control = ~0u;  // of this virtual CPU
     std::byte* words = nullptr;
     std::vector<EventCpu> event_cpus{1};
     bool takes_vcpu_info = true;   // VCPUOP_register_vcpu_info
