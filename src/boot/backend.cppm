@@ -65,6 +65,8 @@ class Backend {
     virtual void yield() {}
     /// hv::OneShotTimer; nullptr: none.
     virtual OneShotTimer* timer() { return nullptr; }
+    /// hv::StolenTime; nothing without it.
+    virtual std::optional<Nanoseconds> stolen() const { return std::nullopt; }
 
   protected:
     ~Backend() = default;
@@ -224,6 +226,13 @@ class BackendOf final : public Backend {
             return timer_.timer != nullptr ? &timer_ : nullptr;
         } else {
             return nullptr;
+        }
+    }
+    std::optional<Nanoseconds> stolen() const override {
+        if constexpr (hv::StolenTime<B>) {
+            return backend_.stolen();
+        } else {
+            return std::nullopt;
         }
     }
 

@@ -155,6 +155,9 @@ void choose_timer(Backend& backend) {
     }
 }
 
+constinit const Backend* stolen_from = nullptr;
+std::optional<Nanoseconds> stolen_time() { return stolen_from->stolen(); }
+
 void mark_phase(u32 phase) { cpu::out32(static_cast<u16>(options.marks), phase); }
 
 io::Task<Result<void>> provoke_here(Fault fault) {
@@ -215,6 +218,7 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
         co_return Outcome{Verdict::error,
                           FixedText<240>("a rule of map= on the command line is malformed; nothing has been probed")};
     }
+    stolen_from = &backend;
     Machine& machine = machine_place.make(backend, executor);
     Binder& binder = machine.binder;
     const Instant first_probe = now();
@@ -236,7 +240,7 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     Result<Outcome> outcome = co_await run_until_shutdown(
         options, binder.disks(),
         {executor, dma_memory(), heap_allocations, executors(), options.marks != 0 ? mark_phase : nullptr,
-         clock_assumed(), clock_ahead(), &binder.devices(), &binder.nets(), cpu::read_tsc()},
+         clock_assumed(), clock_ahead(), &binder.devices(), &binder.nets(), cpu::read_tsc(), stolen_time},
         binder.shutdown());
     binder.devices().list(); // for a job that was cancelled
     if (const u64 lost = frames().lost_bytes(); lost != 0) {

@@ -228,6 +228,13 @@ concept OneShotTimer = ProcessorTimer<typename B::Timer> && requires(B& b) {
     { b.timer() } -> std::same_as<typename B::Timer*>;
 };
 
+/// Time for which the calling processor could have run and the host ran something else, in ns since some start. The
+/// difference of two values counts; nothing: the host does not tell. stolen(): on any processor, from install() on.
+template <class B>
+concept StolenTime = requires(const B& b) {
+    { b.stolen() } -> std::same_as<std::optional<Nanoseconds>>;
+};
+
 /// A hypervisor module. `name`: used in the log and in records; `guest`: the VmGuest for which it is chosen.
 template <class B>
 concept Backend = Clock<B> && std::default_initializable<B> &&

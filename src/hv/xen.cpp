@@ -88,6 +88,8 @@ Result<void> Xen::install_events(Environment& environment) {
     memory.abandon(); // Xen writes to it until the machine ends
     events_.install(hypercalls_, *shared_);
     CHECK(join_events(0));
+    static_cast<void>(hypercalls_.mark_runstate_updates()); // without it: see stolen_time()
+    count_times(0);
     if (!environment.fifo_events) {
         return {};
     }
@@ -132,6 +134,7 @@ Result<void> Xen::join(u32 cpu, io::Executor&) {
     if (!joined) {
         log::warning("xen: processor {}: {}: processor 0 takes its events", cpu, joined.error());
     }
+    count_times(cpu);
     return {};
 }
 
@@ -295,6 +298,20 @@ io::Task<Result<void>> Xen::enumerate(DeviceList& into) {
     co_return Result<void>{};
 }
 
+// ---- stolen time ----
+
+void Xen::count_times(u32 cpu) {
+    stolen_[cpu].counted =
+        static_cast<bool>(hypercalls_.register_runstate(events_.vcpu(cpu), with_vcpus_[cpu].runstate));
+}
+
+std::optional<Nanoseconds> Xen::stolen() const {
+    const u32 cpu = this_processor();
+    const Stolen& own = stolen_[cpu];
+    const auto now = own.counted ? stolen_time(with_vcpus_[cpu].runstate, system_time()) : std::nullopt;
+    return now ? std::optional(own.earlier + *now) : std::nullopt;
+}
+
 // ---- timer ----
 
 Result<void> Xen::Timer::start(InterruptHandler handler, void* context) {
@@ -431,6 +448,14 @@ Result<void> Xen::set_up_anew() {
     for (u32 cpu = 0; upcall_ == Upcall::apic_vector && cpu < max_processors; ++cpu) {
         if (events_.joined(cpu)) {
             CHECK(hypercalls_.set_upcall_vector(events_.vcpu(cpu), upcall_vector_));
+        }
+    }
+    static_cast<void>(hypercalls_.mark_runstate_updates());
+    for (u32 cpu = 0; cpu < max_processors; ++cpu) {
+        if (stolen_[cpu].counted) { // another domain's begin at 0, and the memory is as that of the earlier one was
+            stolen_[cpu].earlier += stolen_time(with_vcpus_[cpu].runstate, std::nullopt).value_or(0);
+            with_vcpus_[cpu].runstate = {};
+            count_times(cpu);
         }
     }
     if (const auto console = hypercalls_.hvm_parameter(HvmParam::console_event_channel)) {

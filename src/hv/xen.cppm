@@ -15,6 +15,7 @@ import io.task;
 export import hv.backend;
 export import hv.xen.hypercall;
 export import hv.xen.clock;
+export import hv.xen.runstate;
 export import hv.xen.events;
 export import hv.xen.grants;
 export import hv.xen.store;
@@ -112,6 +113,8 @@ class Xen {
     /// The system time of the calling processor's virtual CPU, in ns since the start of the domain; nothing: Xen does
     /// not tell it, or the processor has not joined.
     std::optional<u64> system_time() const;
+    /// StolenTime: from the run state of the virtual CPU. Nothing: Xen does not count it.
+    std::optional<Nanoseconds> stolen() const;
     /// Does not count as a hypercall of the guest: any processor may call it.
     void yield() { xen::Hypercalls(gate_).call(xen::Hypercall::sched_op, to_underlying(xen::SchedOp::yield)); }
     /// nullptr before start(), and if XenStore is missing or unusable.
@@ -172,6 +175,7 @@ class Xen {
     Result<void> install_shared_info(Environment& environment);
     Result<void> install_events(Environment& environment);
     u32 vcpu_of(u32 cpu);
+    void count_times(u32 cpu);
     Result<void> join_events(u32 cpu);
     Result<void> install_grants(Environment& environment);
     Result<void> map_grant_frame(u32 frame);
@@ -194,7 +198,12 @@ class Xen {
     xen::SharedWithVcpu* with_vcpus_ = nullptr; // max_processors of them
     u64 with_vcpus_frame_ = 0;                  // guest frame number of the first one
     u32 base_ = 0;                              // of Xen's CPUID leaves
-    std::optional<u32> starting_;               // index of the virtual CPU that start_processor() has started last
+    struct Stolen {
+        bool counted = false;
+        Nanoseconds earlier = 0; // in the domains before this one
+    };
+    std::array<Stolen, max_processors> stolen_{};
+    std::optional<u32> starting_; // index of the virtual CPU that start_processor() has started last
     u32 version_ = 0;
     u32 features_ = 0;
     std::optional<u64> tsc_hz_;
@@ -214,6 +223,6 @@ class Xen {
     std::optional<xen::DeviceWatch> device_watch_; // once the store has been started
 };
 static_assert(Backend<Xen> && EmulatedDevices<Xen> && LateDevices<Xen> && StartsProcessors<Xen> &&
-              LeavesProcessors<Xen> && TearDown<Xen> && OneShotTimer<Xen>);
+              LeavesProcessors<Xen> && TearDown<Xen> && OneShotTimer<Xen> && StolenTime<Xen>);
 
 } // namespace fl::hv

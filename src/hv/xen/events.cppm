@@ -19,6 +19,7 @@ export namespace fl::hv::xen {
 struct alignas(256) SharedWithVcpu {
     VcpuInfo info;
     FifoControl control;
+    RunstateInfo runstate;
 };
 
 /// Accesses shared between sender and receiver. All are read-modify-writes, since Xen sets bits while they are cleared:

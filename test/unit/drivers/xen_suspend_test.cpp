@@ -152,6 +152,29 @@ TEST(XenSuspend, AnArmedTimerIsLostAndTheTimerWorksAgain) {
     }
 }
 
+// Another domain's times begin at 0: what was stolen before is kept, and nothing is counted twice.
+TEST(XenSuspend, StolenTimeGoesOn) {
+    DiskMachine m(Offer{});
+    ASSERT_TRUE(m.probe());
+    m.xen.steal(0, 300, 20);
+    EXPECT_EQ(m.guest.stolen(), 320u);
+    for (u64 i = 1; i < 3; ++i) {
+        move_with(m, m.back);
+        Parking parking;
+        ASSERT_TRUE(m.run(m.guest.suspend(parking)));
+        ASSERT_NE(m.xen.event_cpus[0].runstate, 0u);
+        EXPECT_TRUE(m.xen.marks_runstates);
+        EXPECT_EQ(m.guest.stolen(), 314 + 6 * i);
+        m.xen.steal(0, 5, 1);
+        EXPECT_EQ(m.guest.stolen(), 320 + 6 * i);
+    }
+    m.xen.offers_runstate = false;
+    move_with(m, m.back);
+    Parking parking;
+    ASSERT_TRUE(m.run(m.guest.suspend(parking)));
+    EXPECT_EQ(m.guest.stolen(), std::nullopt) << "the other Xen does not tell";
+}
+
 TEST(XenSuspend, ACancelledSuspensionLeavesTheTimerArmed) {
     DiskMachine m(Offer{});
     ASSERT_TRUE(m.probe());

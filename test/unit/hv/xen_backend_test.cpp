@@ -939,6 +939,76 @@ TEST(XenClock, CyclesAndNanoseconds) {
     EXPECT_EQ(system_time(time, 1'500), std::nullopt) << "Xen is writing";
 }
 
+// ---- stolen time ----
+
+// Typed from xen/include/public/vcpu.h: int state, uint64_t state_entry_time, uint64_t time[4].
+TEST(XenStolenTime, TheRunStateHasXensLayout) {
+    alignas(8) std::array<u8, 48> bytes{
+        0x01, 0,    0, 0, 0xee, 0xee, 0xee, 0xee, // RUNSTATE_runnable, padding
+        0xe8, 0x03, 0, 0, 0,    0,    0,    0,    // entered at 1000
+        0x01, 0,    0, 0, 0,    0,    0,    0,    // running
+        0x20, 0,    0, 0, 0,    0,    0,    0,    // runnable
+        0x00, 0x03, 0, 0, 0,    0,    0,    0,    // blocked
+        0x00, 0,    4, 0, 0,    0,    0,    0,    // offline
+    };
+    const auto& info = *reinterpret_cast<const hv::xen::RunstateInfo*>(bytes.data());
+    using hv::xen::stolen_time;
+    EXPECT_EQ(stolen_time(info, std::nullopt), 0x40020u);
+    EXPECT_EQ(stolen_time(info, 1'007), 0x40027u) << "and the state that it is in";
+    EXPECT_EQ(stolen_time(info, 999), 0x40020u);
+    for (const u8 state : {0, 2, 4}) {
+        bytes[0] = state;
+        EXPECT_EQ(stolen_time(info, 1'007), 0x40020u);
+    }
+    bytes[0] = 3;
+    EXPECT_EQ(stolen_time(info, 1'007), 0x40027u);
+    bytes[15] = 0x80; // XEN_RUNSTATE_UPDATE
+    EXPECT_EQ(stolen_time(info, 1'007), std::nullopt) << "Xen is writing";
+}
+
+TEST(XenStolenTime, IsReadBetweenXensChanges) {
+    hv::xen::RunstateInfo info{};
+    std::atomic<bool> stop{false};
+    std::thread xen([&] {
+        std::atomic_ref<u64> entry(info.state_entry_time);
+        for (u64 n = 1; !stop.load(); ++n) { // both grow alike
+            entry.store(n | u64{1} << 63, std::memory_order_seq_cst);
+            std::atomic_ref<u64>(info.time[1]).store(n, std::memory_order_relaxed);
+            std::atomic_ref<u64>(info.time[3]).store(n, std::memory_order_relaxed);
+            entry.store(n, std::memory_order_release);
+        }
+    });
+    u64 seen = 0;
+    while (seen < 20'000) {
+        if (const auto stolen = hv::xen::stolen_time(info, std::nullopt)) {
+            EXPECT_EQ(*stolen % 2, 0u);
+            seen += *stolen != 0 ? 1 : 0;
+        }
+    }
+    stop.store(true);
+    xen.join();
+}
+
+TEST(XenStolenTime, EachProcessorHasItsOwn) {
+    for (const bool marks : {true, false}) {
+        Several m({0, 5}, false);
+        m.xen.offers_runstate_marks = marks;
+        m.begin(2);
+        EXPECT_EQ(m.xen.marks_runstates, marks);
+        ASSERT_NE(m.xen.event_cpus[0].runstate, m.xen.event_cpus[5].runstate);
+        m.xen.steal(0, 30, 7);
+        m.xen.steal(5, 0, 4);
+        EXPECT_EQ(m.guest.stolen(), 37u);
+        const On on(1);
+        EXPECT_EQ(m.guest.stolen(), 4u);
+    }
+    Several m({0, 1}, false);
+    EXPECT_EQ(m.guest.stolen(), std::nullopt) << "before install()";
+    m.xen.offers_runstate = false;
+    m.begin(2);
+    EXPECT_EQ(m.guest.stolen(), std::nullopt);
+}
+
 // unbind() on one processor while the handler runs on another: afterwards the handler does not run.
 TEST(XenEvents, UnbindWaitsForAHandlerOnAnotherProcessor) {
     Several m({0, 1});
