@@ -907,7 +907,7 @@ class World {
                 did = device() || did;
             }
             did = xen.deliver() || did;
-            if (!did) {
+            if (!did && !wake.load()) { // the others may have posted something
                 now = std::max(now + 1, std::min(until, now + 1'000'000'000));
                 return;
             }
