@@ -65,8 +65,6 @@ class Backend {
     virtual void yield() {}
     /// hv::OneShotTimer; nullptr: none.
     virtual OneShotTimer* timer() { return nullptr; }
-    /// hv::StolenTime; nothing without it.
-    virtual std::optional<Nanoseconds> stolen() const { return std::nullopt; }
 
   protected:
     ~Backend() = default;
@@ -104,7 +102,7 @@ class TimerOf final : public OneShotTimer {
   public:
     T* timer = nullptr;
     Result<void> start(InterruptHandler handler, void* context) override { return timer->start(handler, context); }
-    bool arm(Nanoseconds length) override { return timer->arm(length); }
+    void arm(Nanoseconds length) override { timer->arm(length); }
     std::string_view name() const override { return timer->name(); }
 };
 template <>
@@ -226,13 +224,6 @@ class BackendOf final : public Backend {
             return timer_.timer != nullptr ? &timer_ : nullptr;
         } else {
             return nullptr;
-        }
-    }
-    std::optional<Nanoseconds> stolen() const override {
-        if constexpr (hv::StolenTime<B>) {
-            return backend_.stolen();
-        } else {
-            return std::nullopt;
         }
     }
 
