@@ -49,7 +49,7 @@ struct XenParked : testing::Test {
     Parked parked{environment};
 };
 
-// Work for another processor that counts itself and posts itself again, for as long as it is told to.
+// A post that increments `counted` and queues itself again on its processor until `more` is false.
 struct Count : io::Post {
     io::Executor* executor = nullptr;
     std::atomic<u64> counted{0};
