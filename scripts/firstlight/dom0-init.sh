@@ -17,11 +17,9 @@ ip link set lo up
 line=/dev/ttyS1
 stty -F $line raw -echo
 exec 3> $line
-tag=$(cat /jobs/tag)
-say() { printf '\n@@lab %s %s\n' "$tag" "$*" >&3; }
+. /jobs/common.sh
 die() { say "broken $*"; sync; poweroff -f; }
 milliseconds() { read -r up rest < /proc/uptime; echo "${up%.*}${up#*.}0"; }
-. /jobs/common.sh
 
 # load LIST [PARAMETER...]: the modules of the file modules-LIST; the parameters are for the last one.
 load() {

@@ -13,8 +13,8 @@ stty -F /dev/console -opost -echo 2>/dev/null
 echo 0 > /proc/sys/kernel/printk
 ip link set lo up # QEMU's user-mode network sends to it what a guest sends to its host
 
-tag=$(cat /jobs/tag)
-say() { printf '\n@@lab %s %s\n' "$tag" "$*"; }
+exec 3>&1
+. /jobs/common.sh
 die() { say "broken $*"; sync; poweroff -f; }
 milliseconds() { read -r up rest < /proc/uptime; echo "${up%.*}${up#*.}0"; }
 
@@ -22,8 +22,6 @@ while read -r module; do
     insmod "/modules/$module" 2>/dev/null || say "note: module $module was not loaded"
 done < /jobs/modules
 [ -c /dev/kvm ] || die "no /dev/kvm: the processor this machine emulates lacks SVM"
-
-. /jobs/common.sh
 
 # bring_out IMAGE MEGABYTE: copy to the scratch disk, at that offset.
 bring_out() {

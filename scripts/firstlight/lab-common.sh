@@ -1,4 +1,12 @@
-# Common to the inits of both labs' Linux systems; each has its own `die`.
+# Common to the inits of both labs' Linux systems; each has its own `die` and has opened the line of its output as file 3.
+
+tag=$(cat /jobs/tag)
+# say TEXT: a line of the init itself. Guests' output may be written at the same time, so that it must be one write: busybox's echo does one, its printf
+# one for each line feed.
+say() {
+    echo "
+@@lab $tag $*" >&3
+}
 
 # disk NAME BYTES zero|sparse|pattern: an image in memory.
 disk() {
