@@ -63,6 +63,15 @@ class Backend {
     virtual Result<void> start_processor(u32 index, const ProcessorStart& state);
     virtual void stop_processor(u32 index) { static_cast<void>(index); }
     virtual void yield() {}
+    /// hv::KicksProcessors; without it kick() does nothing.
+    virtual void take_kicks(InterruptHandler handler, void* context) {
+        static_cast<void>(handler);
+        static_cast<void>(context);
+    }
+    virtual bool kick(u32 processor) {
+        static_cast<void>(processor);
+        return false;
+    }
     /// hv::OneShotTimer; nullptr: none.
     virtual OneShotTimer* timer() { return nullptr; }
 
@@ -212,6 +221,17 @@ class BackendOf final : public Backend {
         if constexpr (hv::StartsProcessors<B>) {
             backend_.yield();
         }
+    }
+    void take_kicks(InterruptHandler handler, void* context) override {
+        if constexpr (hv::KicksProcessors<B>) {
+            backend_.take_kicks(handler, context);
+        }
+    }
+    bool kick(u32 processor) override {
+        if constexpr (hv::KicksProcessors<B>) {
+            return backend_.kick(processor);
+        }
+        return false;
     }
     void uninstall() override {
         if constexpr (hv::TearDown<B>) {

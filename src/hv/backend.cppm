@@ -195,6 +195,16 @@ concept StartsProcessors = requires(B& b, u32 index, const ProcessorStart& state
     { b.yield() } -> std::same_as<void>;
 };
 
+/// Interrupts another processor without its local APIC. take_kicks(): once, before the first join(); `handler` runs on
+/// each processor that is kicked, with interrupts off. kick(): on any processor; false: that one cannot be kicked so
+/// now, because it has not joined, or has left, or the hypervisor refuses. A kick that follows another before the
+/// handler has run may be merged with it.
+template <class B>
+concept KicksProcessors = Processors<B> && requires(B& b, u32 cpu, InterruptHandler handler, void* context) {
+    { b.take_kicks(handler, context) } -> std::same_as<void>;
+    { b.kick(cpu) } -> std::same_as<bool>;
+};
+
 /// Undoes join(). leave(): called on each processor that has joined, when the job is done and before the machine ends;
 /// afterwards no events arrive on it.
 template <class B>

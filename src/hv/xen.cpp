@@ -118,8 +118,26 @@ Result<void> Xen::join(u32 cpu, io::Executor&) {
     }
     if (!joined) {
         log::warning("xen: processor {}: {}: processor 0 takes its events", cpu, joined.error());
+    } else {
+        open_kicks(0);
+        open_kicks(cpu);
     }
     return {};
+}
+
+// While processor 0 waits for this one. KVM delivers messages between local APICs without an exit if the host's
+// processor can, and event channels never: there they remain in use.
+void Xen::open_kicks(u32 cpu) {
+    if (kick_handler_ == nullptr || emulated_ || !events_.joined(cpu) ||
+        kick_ports_[cpu].load(std::memory_order_relaxed) != Port::none) {
+        return;
+    }
+    const auto port = events_.open_ipi(cpu, kick_handler_, kick_context_);
+    if (!port) {
+        log::info("xen: processor {}: {}: it is kicked through its local APIC", cpu, port.error());
+        return;
+    }
+    kick_ports_[cpu].store(*port, std::memory_order_relaxed);
 }
 
 Result<void> Xen::install_grants(Environment& environment) {
@@ -179,7 +197,8 @@ void Xen::install_store(Environment& environment) {
 }
 
 void Xen::install_console(Environment& environment) {
-    const auto console = find_console(hypercalls_, hypercalls_.console_write({}) == error_no_such_call);
+    emulated_ = hypercalls_.console_write({}) == error_no_such_call;
+    const auto console = find_console(hypercalls_, emulated_);
     auto page = console ? environment.physical.map(console->frame * page_size, page_size) : nullptr;
     if (!page) {
         log::warning("xen: the console's page cannot be mapped: {}", page.error());
@@ -349,6 +368,11 @@ Result<void> Xen::set_up_anew() {
     for (u32 cpu = 0; upcall_ == Upcall::apic_vector && cpu < max_processors; ++cpu) {
         if (events_.joined(cpu)) {
             CHECK(hypercalls_.set_upcall_vector(events_.vcpu(cpu), upcall_vector_));
+        }
+    }
+    for (u32 cpu = 0; cpu < max_processors; ++cpu) {
+        if (kick_ports_[cpu].exchange(Port::none, std::memory_order_relaxed) != Port::none) {
+            open_kicks(cpu);
         }
     }
     if (const auto console = hypercalls_.hvm_parameter(HvmParam::console_event_channel)) {

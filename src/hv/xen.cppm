@@ -74,7 +74,19 @@ class Xen {
     /// events arrive on processor 0.
     Result<void> join(u32 cpu, io::Executor& executor);
     /// LeavesProcessors: no event arrives on the processor from now on.
-    void leave(u32 cpu) { events_.leave(cpu); }
+    void leave(u32 cpu) {
+        kick_ports_[cpu].store(xen::Port::none, std::memory_order_relaxed);
+        events_.leave(cpu);
+    }
+    /// KicksProcessors, by an event channel to each processor: an interrupt that needs no end-of-interrupt.
+    void take_kicks(InterruptHandler handler, void* context) {
+        kick_handler_ = handler;
+        kick_context_ = context;
+    }
+    bool kick(u32 cpu) {
+        const xen::Port port = kick_ports_[cpu].load(std::memory_order_relaxed); // see open_kicks()
+        return port != xen::Port::none && events_.send(port).has_value();
+    }
     /// Does not count as a hypercall of the guest: any processor may call it.
     void yield() { xen::Hypercalls(gate_).call(xen::Hypercall::sched_op, to_underlying(xen::SchedOp::yield)); }
     /// nullptr before start(), and if XenStore is missing or unusable.
@@ -141,6 +153,7 @@ class Xen {
     Result<void> install_events(Environment& environment);
     u32 vcpu_of(u32 cpu);
     Result<void> join_events(u32 cpu);
+    void open_kicks(u32 cpu);
     Result<void> install_grants(Environment& environment);
     Result<void> map_grant_frame(u32 frame);
     void install_store(Environment& environment);
@@ -168,7 +181,12 @@ class Xen {
     std::string_view clock_name_ = "none";
     Upcall upcall_ = Upcall::none;
     u8 upcall_vector_ = 0;
+    InterruptHandler kick_handler_ = nullptr;
+    void* kick_context_ = nullptr;
+    // Of each processor's IPI port. Relaxed: no data depends on it.
+    std::array<std::atomic<xen::Port>, max_processors> kick_ports_{};
     bool has_store_ = false;
+    bool emulated_ = false; // by KVM: not Xen itself
     xen::Events events_;
     xen::Grants grants_;
     u64 grant_frame_ = 0; // guest frame number of the table's first frame
@@ -180,6 +198,6 @@ class Xen {
     std::optional<xen::DeviceWatch> device_watch_; // once the store has been started
 };
 static_assert(Backend<Xen> && EmulatedDevices<Xen> && LateDevices<Xen> && StartsProcessors<Xen> &&
-              LeavesProcessors<Xen> && TearDown<Xen>);
+              KicksProcessors<Xen> && LeavesProcessors<Xen> && TearDown<Xen>);
 
 } // namespace fl::hv

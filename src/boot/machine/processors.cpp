@@ -8,6 +8,7 @@ import core.result;
 import core.time;
 import core.machine.acpi;
 import core.machine.clock;
+import core.machine.interrupts;
 import core.machine.smp;
 import io.executor;
 import boot.backend;
@@ -60,6 +61,8 @@ void serve(void* backend, u32 processor) {
 void start_executors(Backend& backend, io::Executor& executor, u32 maximum, Nanoseconds bound) {
     all().list[0] = &executor;
     executor.set_kick(platform_kick);
+    backend.take_kicks(take_kick, nullptr);
+    use_kicks({&backend, [](void* self, u32 processor) { return static_cast<Backend*>(self)->kick(processor); }});
     const ProcessorStarter starter{&backend, backend.processor_count(),
                                    [](void* self, u32 index, const ProcessorStart& state) {
                                        return static_cast<Backend*>(self)->start_processor(index, state);

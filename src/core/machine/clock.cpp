@@ -268,7 +268,7 @@ Result<void> join_timer() {
 
 void* platform_context(u32 processor) { return &local_of(processor); }
 Instant platform_now(void*) { return now(); }
-void platform_kick(void* context) { kick_processor(static_cast<const Local*>(context)->apic_id); }
+void platform_kick(void* context) { kick_processor(static_cast<const Local*>(context)->number); }
 
 void platform_idle(void* context, Instant until, const std::atomic<bool>& wake) {
     cpu::interrupts_off();

@@ -44,6 +44,7 @@ constinit InterruptRouter router(hardware);
 constinit FixedText<32> names;
 constinit std::atomic<u32> running_processors{1}; // release, acquire: publishes what is needed to kick them
 constinit u8 kick_vector = 0;
+constinit KickSender kick_sender;
 
 // Returns when every other processor has taken an interrupt, and so has left the handlers that it was running. Bounded;
 // interrupts are never off for that long.
@@ -56,7 +57,7 @@ void synchronize_processors() {
         }
         Local& other = local_of(i);
         const u64 before = other.kicked.load(std::memory_order_acquire);
-        kick_processor(other.apic_id);
+        kick_processor(i);
         constexpr u32 max_polls = 100'000'000;
         u32 polls = 0;
         while (other.kicked.load(std::memory_order_acquire) == before) { // pairs with the release in on_kick()
@@ -66,11 +67,6 @@ void synchronize_processors() {
             spin_pause();
         }
     }
-}
-
-void on_kick(void*) {
-    std::atomic<u64>& kicked = local().kicked; // written only here
-    kicked.store(kicked.load(std::memory_order_relaxed) + 1, std::memory_order_release);
 }
 
 void add_io_apic(const acpi::IoApic& found) {
@@ -128,15 +124,24 @@ Result<void> join_interrupts() {
     local().vectors = &router.vectors(number);
     return {};
 }
+void take_kick(void*) {
+    std::atomic<u64>& kicked = local().kicked; // written only here
+    kicked.store(kicked.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+}
+void use_kicks(KickSender sender) { kick_sender = sender; }
 Result<void> start_kicks() {
-    auto vector = router.attach_vector(on_kick, nullptr, true);
+    auto vector = router.attach_vector(take_kick, nullptr, true);
     if (!vector) {
         return vector.error();
     }
     kick_vector = vector->vector;
     return {};
 }
-void kick_processor(u32 apic_id) { static_cast<void>(lapic::send(apic_id, lapic::Delivery::fixed, kick_vector)); }
+void kick_processor(u32 number) {
+    if (kick_sender.send == nullptr || !kick_sender.send(kick_sender.context, number)) {
+        static_cast<void>(lapic::send(local_of(number).apic_id, lapic::Delivery::fixed, kick_vector));
+    }
+}
 void set_running_processors(u32 count) { running_processors.store(count, std::memory_order_release); }
 std::string_view interrupt_controllers() { return names; }
 bool has_io_apic() { return router.has_io_apic(); }

@@ -29,7 +29,17 @@ Result<void> join_interrupts();
 /// Call once, on the boot processor, before the first further one is started: allocates the vector of kick_processor().
 Result<void> start_kicks();
 /// Sends an interrupt whose only effect is to end a halt. Callable from anywhere.
-void kick_processor(u32 apic_id);
+void kick_processor(u32 number);
+/// The handler of a kick, on the kicked processor.
+void take_kick(void*);
+/// Another way to kick than the local APIC. send(): raises an interrupt on that processor whose handler is take_kick().
+/// False: not on that one, or not now: the local APIC does it.
+struct KickSender {
+    void* context = nullptr;
+    bool (*send)(void* context, u32 number) = nullptr;
+};
+/// Before the first further processor is started.
+void use_kicks(KickSender sender);
 /// Declares that processors 0 to count - 1 run and take interrupts.
 void set_running_processors(u32 count);
 

@@ -113,12 +113,37 @@ Result<u32> Events::bind(Port port, InterruptHandler handler, void* context, u32
     if (processor == 0 && cpus_[0].vcpu != 0) {
         static_cast<void>(move(cpus_[0].vcpu));
     }
+    set_slot(port, {handler, context, processor});
+    return processor;
+}
+
+void Events::set_slot(Port port, const Slot& slot) {
+    const u32 n = number(port);
     const u64 bit = u64{1} << n % 64;
-    slots_[n] = {handler, context, processor};
+    slots_[n] = slot;
     note_open(port);
     bound_[n / 64].fetch_or(bit, std::memory_order_release);
-    cpus_[processor].mine[n / 64].fetch_or(bit, std::memory_order_release); // pairs with the acquire in scan_words()
-    return processor;
+    // pairs with the acquire in scan_words()
+    cpus_[slot.processor].mine[n / 64].fetch_or(bit, std::memory_order_release);
+}
+
+Result<Port> Events::open_ipi(u32 processor, InterruptHandler handler, void* context) {
+    EventBindIpi argument{cpus_[processor].vcpu, Port::none};
+    const i64 answer = hypercalls_->call(Hypercall::event_channel_op, EventOp::bind_ipi, argument);
+    if (answer < 0) {
+        return Error{Code::exhausted, "Xen gives no event channel to another processor (errno)", 0,
+                     static_cast<u64>(-answer)};
+    }
+    note_open(argument.port);
+    if (number(argument.port) >= capacity) {
+        unbind(argument.port);
+        return Error{Code::exhausted, "an event channel's port is beyond what this kernel has room for", capacity - 1,
+                     number(argument.port)};
+    }
+    mask(argument.port);
+    set_slot(argument.port, {handler, context, processor});
+    static_cast<void>(unmask(argument.port)); // nothing was sent yet
+    return argument.port;
 }
 
 // A handler that runs now ends: each takes a few instructions, with interrupts off.

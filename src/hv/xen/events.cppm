@@ -69,6 +69,8 @@ class Events {
     /// unmask(). Returns the processor. Error{exhausted}: the port is beyond `capacity`; Error{busy}: it has a handler
     /// already.
     Result<u32> bind(Port port, InterruptHandler handler, void* context, u32 processor = 0);
+    /// Allocates a port whose events send() raises on `processor`, which has joined; bound to the handler and unmasked.
+    Result<Port> open_ipi(u32 processor, InterruptHandler handler, void* context);
     /// Masks the port, removes the handler, waits until it runs nowhere, and closes the port. No effect on a port that
     /// is not open. Not in a handler.
     void unbind(Port port);
@@ -112,6 +114,7 @@ class Events {
     };
     static u32 number(Port port) { return to_underlying(port); }
     void note_open(Port port);
+    void set_slot(Port port, const Slot& slot);
     void scan_words(Cpu& cpu, VcpuInfo& info);
     void await_scans() const;
 

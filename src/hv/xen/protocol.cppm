@@ -189,6 +189,7 @@ enum class EventOp : u32 {
     send = 4,
     status = 5,
     alloc_unbound = 6,
+    bind_ipi = 7,
     bind_vcpu = 8,
     unmask = 9
 };
@@ -198,6 +199,12 @@ struct EventBindVcpu {
     u32 vcpu;
 };
 static_assert(sizeof(EventBindVcpu) == 8 && offsetof(EventBindVcpu, vcpu) == 4);
+/// A port whose events each virtual CPU of this guest may raise on `vcpu`.
+struct EventBindIpi {
+    u32 vcpu;
+    Port port; // out
+};
+static_assert(sizeof(EventBindIpi) == 8 && offsetof(EventBindIpi, port) == 4);
 struct EventAllocUnbound {
     Domain domain; // owner of the port; domain_self
     Domain remote; // the domain that may bind to it

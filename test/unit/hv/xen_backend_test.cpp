@@ -436,6 +436,48 @@ TEST(XenEvents, InAnotherDomainTheSharedInfoPageServesEveryProcessor) {
     EXPECT_EQ(m.guest.events().unexpected(), 1u);
 }
 
+TEST(XenEvents, AProcessorIsKickedByAnEventOnIt) {
+    Several m({0, 5, 7}, false);
+    m.xen.console_answer = 0; // Xen itself
+    Where kicked;
+    m.guest.take_kicks(Where::note, &kicked);
+    m.begin(2);
+    EXPECT_TRUE(kicked.processors.empty());
+    EXPECT_FALSE(m.guest.kick(2)) << "it has not joined";
+    {
+        const On on(2);
+        ASSERT_TRUE(m.guest.join(2, m.executor));
+    }
+    m.xen.deliver();
+    for (u32 cpu : {1u, 0u, 2u, 1u}) {
+        EXPECT_TRUE(m.guest.kick(cpu));
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(std::exchange(kicked.processors, {}), std::vector<u32>{cpu});
+    }
+    EXPECT_TRUE(m.guest.kick(1) && m.guest.kick(1));
+    m.xen.deliver();
+    EXPECT_EQ(std::exchange(kicked.processors, {}), std::vector<u32>{1}) << "merged";
+    EXPECT_EQ(m.guest.events().open_ports(), 4u) << "one each, and XenStore's";
+    m.guest.leave(2);
+    EXPECT_FALSE(m.guest.kick(2));
+    EXPECT_TRUE(m.guest.kick(1));
+    EXPECT_EQ(m.guest.events().unexpected(), 0u);
+}
+
+TEST(XenEvents, TheLocalApicKicksWhereEventChannelsDoNot) {
+    for (const bool emulated : {false, true}) {
+        Several m({0, 1}, false);
+        m.xen.console_answer = emulated ? -38 : 0;
+        m.xen.refuse_ipis = !emulated;
+        Where kicked;
+        m.guest.take_kicks(Where::note, &kicked);
+        m.begin(2);
+        EXPECT_FALSE(m.guest.kick(0) || m.guest.kick(1));
+        EXPECT_TRUE(m.guest.events().joined(1));
+        EXPECT_TRUE(m.xen.ipi_ports.empty());
+    }
+}
+
 // unbind() on one processor while the handler runs on another: afterwards the handler does not run.
 TEST(XenEvents, UnbindWaitsForAHandlerOnAnotherProcessor) {
     Several m({0, 1});

@@ -288,6 +288,15 @@ class Xen {
             }
             port_vcpu[field<u32>(b, 0)] = field<u32>(b, 4);
             return 0;
+        case 7: // bind_ipi
+            if (refuse_ipis || field<u32>(b, 0) >= event_cpus.size()) {
+                return -2;
+            }
+            field<u32>(b, 4) = next_port;
+            open_ports.insert(next_port);
+            ipi_ports.insert(next_port);
+            port_vcpu[next_port] = field<u32>(b, 0);
+            return (next_port++, 0);
         case 6: // alloc_unbound
             if (next_port >= 400) {
                 return -28;
@@ -310,6 +319,9 @@ class Xen {
                 return -22;
             }
             ++sends[port];
+            if (ipi_ports.contains(port)) {
+                raise(port);
+            }
             return 0;
         }
         case 5: // status
@@ -318,6 +330,7 @@ class Xen {
         case 3: { // close
             const u32 port = field<u32>(b, 0);
             open_ports.erase(port);
+            ipi_ports.erase(port);
             port_vcpu.erase(port);
             return 0;
         }
@@ -658,8 +671,10 @@ class Xen {
         u64 upcalls = 0;
     };
     std::vector<EventCpu> event_cpus{1};
-    bool takes_vcpu_info = true;  // VCPUOP_register_vcpu_info
-    bool moves_ports = true;      // EVTCHNOP_bind_vcpu
+    bool takes_vcpu_info = true; // VCPUOP_register_vcpu_info
+    bool moves_ports = true;     // EVTCHNOP_bind_vcpu
+    bool refuse_ipis = false;    // EVTCHNOP_bind_ipi
+    std::set<u32> ipi_ports;
     std::map<u32, u32> port_vcpu; // by port; 0 if not in it
     u32 shutdown_reason = 99;
     std::function<void(std::byte*)> on_shared_info; // it is mapped, and has to be filled
@@ -677,6 +692,7 @@ class Xen {
         }
         port_vcpu.clear();
         open_ports.clear();
+        ipi_ports.clear();
         sends.clear();
         watches.clear();
         transactions.clear();
