@@ -36,6 +36,8 @@ constexpr u32 report_attempts = 10;
 constexpr Nanoseconds report_bound = second / 2;
 /// How long a receiver still answers a sender that did not get its counts.
 constexpr Nanoseconds linger = second;
+// With rate=: of a time in which this machine did not run. All at once is more than a card's queue has room for.
+constexpr Nanoseconds longest_catch_up = second / 100;
 
 struct UdpResult {
     u64 sent = 0;
@@ -259,12 +261,14 @@ io::Task<Result<UdpResult>> udp_send(UdpEnd& self, const UdpOptions& options, Na
     const u64 run = self.interface.random();
     std::optional<Error> last;
     const Instant begun = executor.elapsed();
-    const Instant first = executor.now();
+    Instant first = executor.now();
     for (u64 i = 0; i < options.count; ++i) {
         if (options.rate != 0) {
             const Instant due = after(first, i * second / options.rate);
             if (const Instant now = executor.now(); now < due) {
                 co_await executor.sleep(due - now);
+            } else if (now - due > longest_catch_up) {
+                first += now - due - longest_catch_up;
             }
         }
         const auto data = numbered(self, net::NumberedKind::data, run, i, options.count, options.bytes);

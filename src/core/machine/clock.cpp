@@ -13,6 +13,8 @@ import core.machine.interrupts;
 import core.machine.lapic;
 import core.machine.local;
 
+extern "C" void wait_for_interrupt(); // core/machine/traps.S
+
 namespace fl {
 
 namespace {
@@ -288,7 +290,7 @@ void platform_idle(void* context, Instant until, const std::atomic<bool>& wake) 
         }
         arm(own, until, time);
     }
-    cpu::interrupts_on_and_halt();
+    wait_for_interrupt();
 }
 
 // One store, like an interrupt's own: the timer's handler writes the same value.

@@ -63,8 +63,6 @@ inline u64 read_tsc() {
 
 inline void interrupts_off() { asm volatile("cli" ::: "memory"); }
 inline void interrupts_on() { asm volatile("sti" ::: "memory"); }
-/// sti takes effect after the next instruction: no interrupt can be taken before hlt.
-inline void interrupts_on_and_halt() { asm volatile("sti; hlt" ::: "memory"); }
 inline bool interrupts_are_on() {
     u64 flags;
     asm volatile("pushfq; pop %0" : "=r"(flags));

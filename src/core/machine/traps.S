@@ -137,6 +137,21 @@ exception_common:
     end_rules exception_common
 .size exception_common, . - exception_common
 
+// void wait_for_interrupt(): interrupts are off, and on afterwards. sti takes effect after the instruction that follows it,
+// so that what is raised before hlt ends it [SDM-2B STI]. Where a hypervisor loses that delay (seen with Xen on QEMU's
+// emulation of SVM, when the processor was stopped between the two) the interrupt is taken before hlt, which would then
+// wait for another one, perhaps for ever: interrupt_common skips it.
+.globl wait_for_interrupt
+.type wait_for_interrupt, @function
+wait_for_interrupt:
+    .cfi_startproc
+    sti
+wait_for_interrupt.hlt:
+    hlt
+    ret
+    .cfi_endproc
+.size wait_for_interrupt, . - wait_for_interrupt
+
 .type interrupt_common, @function
 interrupt_common:
     begin_rules interrupt_common, 8
@@ -156,6 +171,10 @@ interrupt_common:
     call interrupt_raised
     addq $8, %rsp
     frame_grows -8
+    cmpq $wait_for_interrupt.hlt, 80(%rsp) // rip
+    jne 1f
+    incq 80(%rsp)
+1:
     pop_register r11, 11
     pop_register r10, 10
     pop_register r9, 9
