@@ -60,7 +60,7 @@ void synchronize_processors() {
         kick_processor(i);
         constexpr u32 max_polls = 100'000'000;
         u32 polls = 0;
-        while (other.kicked.load(std::memory_order_acquire) == before) { // pairs with the release in on_kick()
+        while (other.kicked.load(std::memory_order_acquire) == before) { // pairs with the release in take_kick()
             if (++polls == max_polls) {
                 panic("processor {} does not take interrupts", i);
             }
