@@ -162,6 +162,7 @@ def job(result: dict, context: dict) -> dict:
             **{f"{what}_per_io": per_io(result, what) for what in PER_IO},
             "wait": wait,
             "busy_share": result["busy_ns"] / max(1, result["runtime_ns"] * result.get("lanes", 1)),
+            **({"stolen_ns": result["stolen_ns"]} if "stolen_ns" in result else {}),
             "exits_per_io": per_io(result, "exits") if "exits" in result else None,
             "not_measured": list(NOT_MEASURED),
         },

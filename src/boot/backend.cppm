@@ -74,6 +74,8 @@ class Backend {
     }
     /// hv::OneShotTimer; nullptr: none.
     virtual OneShotTimer* timer() { return nullptr; }
+    /// hv::StolenTime; nothing without it.
+    virtual std::optional<Nanoseconds> stolen() const { return std::nullopt; }
 
   protected:
     ~Backend() = default;
@@ -111,7 +113,7 @@ class TimerOf final : public OneShotTimer {
   public:
     T* timer = nullptr;
     Result<void> start(InterruptHandler handler, void* context) override { return timer->start(handler, context); }
-    void arm(Nanoseconds length) override { timer->arm(length); }
+    bool arm(Nanoseconds length) override { return timer->arm(length); }
     std::string_view name() const override { return timer->name(); }
 };
 template <>
@@ -244,6 +246,13 @@ class BackendOf final : public Backend {
             return timer_.timer != nullptr ? &timer_ : nullptr;
         } else {
             return nullptr;
+        }
+    }
+    std::optional<Nanoseconds> stolen() const override {
+        if constexpr (hv::StolenTime<B>) {
+            return backend_.stolen();
+        } else {
+            return std::nullopt;
         }
     }
 

@@ -212,8 +212,9 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
         }
         for (u32 i = 0; i < workloads->count; ++i) {
             const io::Workload workload = workloads->at(i);
-            const io::BenchOptions with{&services.dma, options.scratch.chosen(disk_name), services.heap_allocations,
-                                        services.mark, runs + 1};
+            const io::BenchOptions with{
+                &services.dma,  options.scratch.chosen(disk_name), services.heap_allocations, services.mark, runs + 1,
+                services.stolen};
             const u32 lanes = std::min(lane_limit, disk->lanes());
             auto task = lanes == 1 ? runners[0]->run(*disk, workload, with)
                                    : io::Bench::run_lanes(std::span(runners).first(lanes), *disk, workload, with);
@@ -223,11 +224,15 @@ io::Task<Result<Outcome>> bench(const Options& options, const Disks& disks, JobS
             }
             io::print_record(*disk, *result, services.clock_assumed);
             const io::Wait wait = disk->executor().wait();
-            log::info("{}: {} bs={} qd={} lanes={}{}{}: {} {} in {} us, {} {}{}", disk_name, workload.pattern,
+            FixedText<40> stolen; // named only where the host tells
+            if (result->stolen_ns) {
+                print(stolen, ", {} us stolen", *result->stolen_ns / 1000);
+            }
+            log::info("{}: {} bs={} qd={} lanes={}{}{}: {} {} in {} us, {} {}{}{}", disk_name, workload.pattern,
                       workload.bs, workload.qd, result->lanes,
                       wait == io::Wait::interrupt ? "" : " wait=", wait == io::Wait::interrupt ? "" : name(wait),
                       workload.count, plural(workload.count, "I/Os"), result->runtime_ns / 1000, result->errors,
-                      plural(result->errors, "errors"), clock_note(services));
+                      plural(result->errors, "errors"), stolen.view(), clock_note(services));
             if (result->first_error) {
                 report(*result->first_error, disk_name);
             }

@@ -43,6 +43,8 @@ struct JobServices {
     const Nets* nets = nullptr;
     /// Hard to guess for others: the time stamp counter. For the numbers of packets.
     u64 seed = 1;
+    /// As io::BenchOptions::stolen.
+    std::optional<Nanoseconds> (*stolen)() = nullptr;
 };
 
 /// Runs options.job (any but `panic`) on the disks. Validates everything the options name before the first transfer; an

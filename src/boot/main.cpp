@@ -115,7 +115,8 @@ class KernelDrivers final : public DriverMachine {
     std::span<io::Executor* const> executors() override { return boot::executors(); }
     /// Of the features that the command line withholds, those that no driver has asked about.
     u32 unasked_features() const {
-        return options.withheld_features & ~asked_features_.load(std::memory_order_relaxed);
+        const u32 of_backend = hv::vm_guest() == hv::VmGuest::xen ? to_underlying(drivers::Feature::fifo_events) : 0;
+        return options.withheld_features & ~of_backend & ~asked_features_.load(std::memory_order_relaxed);
     }
 
   private:
@@ -153,6 +154,9 @@ void choose_timer(Backend& backend) {
         log::warning("timer=hypervisor: {} has no timer, {} remains in use", backend.name(), timer_name());
     }
 }
+
+constinit const Backend* stolen_from = nullptr;
+std::optional<Nanoseconds> stolen_time() { return stolen_from->stolen(); }
 
 void mark_phase(u32 phase) { cpu::out32(static_cast<u16>(options.marks), phase); }
 
@@ -214,6 +218,7 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
         co_return Outcome{Verdict::error,
                           FixedText<240>("a rule of map= on the command line is malformed; nothing has been probed")};
     }
+    stolen_from = &backend;
     Machine& machine = machine_place.make(backend, executor);
     Binder& binder = machine.binder;
     const Instant first_probe = now();
@@ -235,7 +240,7 @@ io::Task<Result<Outcome>> kernel_main(const BootInfo& info, const hv::Sightings&
     Result<Outcome> outcome = co_await run_until_shutdown(
         options, binder.disks(),
         {executor, dma_memory(), heap_allocations, executors(), options.marks != 0 ? mark_phase : nullptr,
-         clock_assumed(), clock_ahead(), &binder.devices(), &binder.nets(), cpu::read_tsc()},
+         clock_assumed(), clock_ahead(), &binder.devices(), &binder.nets(), cpu::read_tsc(), stolen_time},
         binder.shutdown());
     binder.devices().list(); // for a job that was cancelled
     if (const u64 lost = frames().lost_bytes(); lost != 0) {
@@ -361,6 +366,7 @@ void start_machine(const BootInfo& info, const hv::Sightings& sightings, ClockHi
 
     static constinit Later<io::Executor> executor_place;
     hv::Environment environment{cpuid_snapshot, sightings, dma_memory(), kernel_memory, privileged};
+    environment.fifo_events = (options.withheld_features & to_underlying(drivers::Feature::fifo_events)) == 0;
     hv::with_backend(hv::list, choice, environment, [&](auto& first) {
         start_machine(info, sightings, {first.tsc_hz().value_or(0), first.clock_name()});
         io::Executor& executor = executor_place.make(io::Platform{platform_context(0), platform_now, platform_idle,

@@ -48,6 +48,7 @@ constexpr auto features = std::to_array<FeatureName>({
     {"-config-wce", drivers::Feature::config_wce},
     {"-scatter-gather", drivers::Feature::scatter},
     {"-checksum", drivers::Feature::checksum},
+    {"-fifo-events", drivers::Feature::fifo_events},
 });
 constexpr auto feature_names = [] {
     std::array<std::string_view, features.size()> names{};

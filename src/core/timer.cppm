@@ -14,7 +14,8 @@ class OneShotTimer {
     /// Called once on each processor that uses the timer, after its part of the hypervisor interface is set up.
     virtual Result<void> start(InterruptHandler handler, void* context) = 0;
     /// Fires `length` nanoseconds from now, and replaces a previously armed expiry. Callable with interrupts on or off.
-    virtual void arm(Nanoseconds length) = 0;
+    /// False: it will not fire, and the processor must not sleep.
+    virtual bool arm(Nanoseconds length) = 0;
     /// For the log; static storage.
     virtual std::string_view name() const = 0;
 

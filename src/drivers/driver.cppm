@@ -34,8 +34,9 @@ enum class Feature : u32 {
     config_wce = 1 << 13,
     ncq = 1 << 14,
     shadow_doorbells = 1 << 15,
-    scatter = 1 << 16,  // frames in several pieces
-    checksum = 1 << 17, // partial checksums of frames
+    scatter = 1 << 16,     // frames in several pieces
+    checksum = 1 << 17,    // partial checksums of frames
+    fifo_events = 1 << 18, // of Xen: used by the backend
 };
 
 /// Why a device offered to a driver, or a unit found by it, is not in use.

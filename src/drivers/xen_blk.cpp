@@ -8,6 +8,7 @@ import core.time;
 import core.dma;
 import core.log;
 import io.executor;
+import io.run_on;
 import io.task;
 import io.block;
 import hv.xen;
@@ -23,29 +24,17 @@ constinit Vbd* attached = nullptr; // devices live until machine shutdown
 
 Vbd::Vbd(Environment& environment, hv::Xen& xen, const hv::SyntheticDevice& device, const VirtualDisk& which, u32 slot)
     : BusDevice("vbd", device.number), environment_(environment), xen_(xen), front_(xen.store(), environment.executor),
-      lane_(environment.executor, xen.events(), xen.grants()), which_(which), address_(device.address), slot_(slot),
-      end_(environment.executor), tasks_(environment.executor) {
-    lane_.disk().set_timeout(environment.timeout);
+      which_(which), address_(device.address), slot_(slot), end_(environment.executor), tasks_(environment.executor) {
+    lanes_[0] = new (std::nothrow) Lane(environment.executor, group_, xen.events(), xen.grants());
+    if (lanes_[0] != nullptr) {
+        lanes_[0]->disk().set_timeout(environment.timeout);
+        made_ = 1;
+    }
 }
 
 Vbd::~Vbd() {
-    if (port_ != Port::none) {
-        xen_.events().unbind(port_);
-    }
-    free_ring();
-}
-
-// Frees the ring's pages only if the back end has unmapped all of them.
-void Vbd::free_ring() {
-    bool safe = true;
-    for (u32 i = 0; i < ring_pages_; ++i) {
-        safe = xen_.grants().release(ring_grants_[i]) && safe;
-    }
-    ring_pages_ = 0;
-    if (safe) {
-        ring_.reset();
-    } else {
-        ring_.abandon();
+    for (Lane* lane : lanes_) {
+        delete lane;
     }
 }
 
@@ -61,6 +50,7 @@ void Vbd::add_entry(std::string_view key, u64 value) {
 }
 
 io::Task<Result<void>> Vbd::connect() {
+    group_.reopen();
     CO_CHECK(co_await shake_hands());
     io::BlockDevice::Identity identity;
     identity.name = disk_name(which_);
@@ -68,10 +58,16 @@ io::Task<Result<void>> Vbd::connect() {
     identity.kind = io::Kind::synthetic;
     print(identity.model, "Xen virtual block device {}", number());
     identity.features = features();
-    CO_CHECK(lane_.open(
-        terms_, identity, environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.notify(); }, this));
-    CO_CHECK(xen_.events().bind(port_, Lane::on_event, &lane_)); // masked until the disk first sleeps
+    for (Lane* lane : known_lanes_ != 0 ? lanes().first(1) : lanes()) {
+        lane->disk().identify(identity);
+    }
+    CO_CHECK(co_await start_lanes());
     CO_CHECK(co_await front_.set_state(BusState::connected));
+    if (std::exchange(known_lanes_, queues_) == 0) {
+        for (Lane* further : lanes().subspan(1)) {
+            disk().add_lane(further->disk());
+        }
+    }
     ended_ = false;
     co_return Result<void>{};
 }
@@ -99,17 +95,9 @@ io::Task<Result<void>> Vbd::shake_hands() {
     CO_CHECK(co_await front_.restart(environment_.timeout));
     CO_CHECK(co_await front_.await_state(ready, {environment_.executor, environment_.timeout}));
     CO_TRY(const u32 wanted_order, co_await ring_order());
-    CO_TRY(const u32 order, make_ring(wanted_order));
-    if (environment_.allows(Feature::persistent)) {
-        offers_persistent_ = lane_.start_pool(front_.domain(), environment_.dma);
-        if (!offers_persistent_) {
-            log::info("xen_blk: {}: no persistent grants: not enough memory, or grants of the {} that are left",
-                      disk_name(which_), xen_.grants().obtainable());
-        }
-    }
-    CO_TRY(port_, xen_.events().allocate_unbound(front_.domain()));
-    terms_.port = port_;
-    CO_CHECK(co_await publish(order, old_ring_keys_));
+    CO_TRY(const u32 wanted_queues, co_await queue_count());
+    CO_CHECK(make_lanes(wanted_queues, wanted_order));
+    CO_CHECK(co_await publish(old_ring_keys_));
     CO_CHECK(co_await negotiate());
     CO_CHECK(co_await read_geometry());
     co_return co_await read_features();
@@ -123,6 +111,9 @@ FixedText<96> Vbd::features() const {
                                               : "barrier ",
           terms_.discard ? "discard " : "", terms_.persistent ? "persistent " : "",
           terms_.indirect_segments != 0 ? "indirect " : "", terms_.ring_pages);
+    if (queues_ > 1) {
+        print(text, " queues={}", queues_);
+    }
     return text;
 }
 
@@ -168,27 +159,66 @@ io::Task<Result<u32>> Vbd::ring_order() {
     co_return environment_.allows(Feature::ring_pages) ? static_cast<u32>(std::min<u64>(offered, max_ring_order)) : 0;
 }
 
-// Allocates 2^order pages, or fewer if grants or memory are short.
-Result<u32> Vbd::make_ring(u32 order) {
-    while (order != 0 && !xen_.grants().ensure((1u << order) + Lane::spare_grants)) {
-        --order;
+// Returns the number of queues to ask for: one for each processor, and no more than the back end serves [xen-blkif,
+// "Multi-queue"]. Without a number, or with none that is one, it serves one queue.
+io::Task<Result<u32>> Vbd::queue_count() {
+    CO_TRY(const u64 offered, co_await xen_.store().number_or(front_.backend(), "multi-queue-max-queues", 0));
+    knows_queues_ = offered != 0;
+    const u64 usable = environment_.allows(Feature::multi_queue)
+                           ? std::min<u64>({offered, environment_.executors.size(), max_queues})
+                           : 1;
+    co_return static_cast<u32>(std::max<u64>(usable, 1));
+}
+
+// As many as there are memory, grants and event channels for; of a disk that is known, as many as it has.
+Result<void> Vbd::make_lanes(u32 wanted, u32 order) {
+    if (wanted < known_lanes_) {
+        return Error{Code::not_supported, "the back end has returned with fewer queues (multi-queue-max-queues)",
+                     known_lanes_, wanted};
     }
-    auto memory = environment_.dma.buffer(static_cast<u32>(page_size) << order);
-    while (!memory && order != 0) {
-        memory = environment_.dma.buffer(static_cast<u32>(page_size) << --order);
+    wanted = known_lanes_ != 0 ? known_lanes_ : wanted;
+    for (queues_ = 0; queues_ < wanted; ++queues_) {
+        if (auto made = make_lane(queues_, order); !made) {
+            if (queues_ == 0 || known_lanes_ != 0) {
+                return made;
+            }
+            log::info("xen_blk: {}: {} of {} queues: {}", front_.path(), queues_, wanted, made.error());
+            break; // one queue is enough
+        }
+        order = static_cast<u32>(std::countr_zero(lanes_[0]->connection().pages()));
     }
-    if (!memory) {
-        return memory.error();
+    while (made_ > std::max(queues_, 1u) && known_lanes_ == 0) { // the back end has not seen any of it
+        Lane* const unused = std::exchange(lanes_[--made_], nullptr);
+        unused->reclaim();
+        delete unused;
     }
-    ring_ = std::move(*memory);
-    const u32 pages = 1u << order;
-    CHECK(lane_.prepare(ring_));
-    for (; ring_pages_ < pages; ++ring_pages_) {
-        TRY(ring_grants_[ring_pages_], xen_.grants().take());
-        xen_.grants().grant(ring_grants_[ring_pages_], front_.domain(), ring_.bus() / page_size + ring_pages_, false);
+    terms_.ring_pages = lanes_[0]->connection().pages();
+    return {};
+}
+
+Result<void> Vbd::make_lane(u32 number, u32 order) {
+    Lane*& lane = lanes_[number]; // of an earlier connection, or none
+    if (lane == nullptr) {
+        lane = new (std::nothrow) Lane(executor(number), group_, xen_.events(), xen_.grants(), number == 0);
+        if (lane == nullptr) {
+            return Error{Code::exhausted, "no memory for a queue of a virtual block device"};
+        }
+        lane->disk().set_timeout(environment_.timeout);
+        made_ = number + 1;
     }
-    terms_.ring_pages = pages;
-    return order;
+    const bool persistent = number == 0 ? environment_.allows(Feature::persistent) : offers_persistent_;
+    CHECK(lane->prepare(order, persistent, front_.domain(), environment_.dma));
+    if (number != 0 && (lane->connection().pages() != 1u << order || lane->has_pool() != persistent)) {
+        return Error{Code::exhausted, "not enough memory or grants for a queue of a virtual block device"};
+    }
+    if (number == 0) {
+        offers_persistent_ = lane->has_pool();
+        if (persistent && !offers_persistent_) {
+            log::info("xen_blk: {}: no persistent grants: not enough memory, or grants of the {} that are left",
+                      disk_name(which_), xen_.grants().obtainable());
+        }
+    }
+    return {};
 }
 
 // Of an earlier connection. Not an error: a device that the toolstack has made anew does not have it.
@@ -200,29 +230,49 @@ io::Task<Result<void>> Vbd::withdraw_key(std::string_view key, bool& published) 
     co_return Result<void>{};
 }
 
-io::Task<Result<void>> Vbd::publish(u32 order, bool old_style) {
+io::Task<Result<void>> Vbd::publish(bool old_style) {
     entry_count_ = 0;
     CO_CHECK(co_await withdraw_key("ring-page-order", published_order_));
     CO_CHECK(co_await withdraw_key("feature-large-sector-size", published_large_sectors_));
-    if (order == 0) {
-        add_entry("ring-ref", ring_grants_[0]);
-    } else {
+    const u32 pages = terms_.ring_pages;
+    if (pages > 1) {
         published_order_ = true;
-        add_entry("ring-page-order", order);
+        add_entry("ring-page-order", static_cast<u64>(std::countr_zero(pages)));
         if (old_style) {
-            add_entry("num-ring-pages", u64{1} << order);
-        }
-        for (u32 i = 0; i < ring_pages_; ++i) {
-            FixedText<24> key;
-            print(key, "ring-ref{}", i);
-            add_entry(key.view(), ring_grants_[i]);
+            add_entry("num-ring-pages", pages);
         }
     }
-    add_entry("event-channel", to_underlying(port_));
+    if (knows_queues_) { // also a 1: a predecessor may have written another number
+        add_entry("multi-queue-num-queues", queues_);
+    }
+    if (queues_ == 1) { // as every back end knows it
+        publish_queue("", lanes_[0]->connection());
+    }
+    for (u32 i = 0; queues_ > 1 && i < queues_; ++i) {
+        FixedText<16> prefix;
+        print(prefix, "queue-{}/", i);
+        publish_queue(prefix.view(), lanes_[i]->connection());
+    }
     add_entry("protocol", "x86_64-abi");
     // Announces that grants are reused, so it must be written before it is known whether the back end uses it.
     add_entry("feature-persistent", offers_persistent_ ? 1u : 0u);
     co_return co_await xen_.store().write_all(front_.path(), std::span(entries_).first(entry_count_));
+}
+
+void Vbd::publish_queue(std::string_view prefix, const Connection& connection) {
+    const auto add = [&](std::string_view name, u64 value) {
+        FixedText<40> key(prefix);
+        key.write(name);
+        add_entry(key.view(), value);
+    };
+    for (u32 i = 0; i < connection.pages(); ++i) {
+        FixedText<24> name("ring-ref");
+        if (connection.pages() > 1) {
+            print(name, "{}", i);
+        }
+        add(name.view(), connection.grant(i));
+    }
+    add("event-channel", to_underlying(connection.port()));
 }
 
 io::Task<Result<void>> Vbd::read_geometry() {
@@ -291,6 +341,21 @@ io::Task<Result<void>> Vbd::read_features() {
     co_return Result<void>{};
 }
 
+// On the lanes' processors, which have nothing to do with the disk until then.
+io::Task<Result<void>> Vbd::start_lanes() {
+    terms_.queues = queues_;
+    for (Lane* lane : lanes()) {
+        void (*const notify)(void*) = [](void* self) { static_cast<Vbd*>(self)->front_.notify(); };
+        CO_CHECK(lane->set_up(terms_, environment_.dma, lane == lanes_[0] ? notify : nullptr, this));
+    }
+    for (Lane* lane : lanes()) {
+        running_ = true;
+        CO_CHECK(lane->listen());
+        CO_CHECK(co_await io::run_on(lane->executor(), lane->start()));
+    }
+    co_return Result<void>{};
+}
+
 Result<void> Vbd::keep() { return tasks_.spawn(follow()); }
 
 // ---- the back end's states ----
@@ -298,17 +363,20 @@ Result<void> Vbd::keep() { return tasks_.spawn(follow()); }
 io::Task<Result<void>> Vbd::follow() {
     for (;;) {
         static_cast<void>(co_await front_.changed());
-        if (lane_.is_open() && std::exchange(moved_, false)) {
+        if (std::exchange(paused_, false)) {
+            static_cast<void>(co_await unpause_lanes());
+        }
+        if (is_open() && std::exchange(moved_, false)) {
             static_cast<void>(co_await connect_again());
-        } else if (lane_.is_open()) {
+        } else if (is_open()) {
             const auto back_state = co_await front_.state();
             if (!back_state) {
-                lane_.close(io::Status::device_gone, back_state.error());
+                close(back_state.error());
             } else {
                 static_cast<void>(co_await follow_state(*back_state));
             }
         }
-        if (!lane_.is_open()) {
+        if (!is_open()) {
             const Result<void> left = co_await disconnect();
             environment_.disks.withdraw(slot_);
             ended_ = true;
@@ -328,12 +396,12 @@ io::Task<Result<void>> Vbd::follow_state(BusState back_state) {
         co_return Result<void>{};
     }
     const auto returns = co_await front_.may_return(back_state);
-    if (!lane_.is_open()) {
+    if (!is_open()) {
         co_return Result<void>{};
     }
     if (!returns || !*returns) {
-        lane_.remove({Code::device_gone, "the back end has closed the device (state)",
-                      to_underlying(BusState::connected), to_underlying(back_state)});
+        remove({Code::device_gone, "the back end has closed the device (state)", to_underlying(BusState::connected),
+                to_underlying(back_state)});
         co_return Result<void>{};
     }
     co_return co_await reconnect(back_state);
@@ -343,14 +411,12 @@ io::Task<Result<void>> Vbd::follow_state(BusState back_state) {
 // predecessor had under way once more.
 io::Task<Result<void>> Vbd::reconnect(BusState back_state) {
     log::warning("{}: the back end has left the connection (state {}): waiting for it to return",
-                 lane_.disk().identity().name.view(), name(back_state));
-    lane_.hold();
+                 disk().identity().name.view(), name(back_state));
+    static_cast<void>(co_await hold_lanes());
     const Result<bool> released = co_await release();
     if (!released || !*released) {
         lost_ = true;
-        lane_.close(io::Status::device_gone,
-                    released ? Error{Code::timed_out, "the back end does not release the disk's pages"}
-                             : released.error());
+        close(released ? Error{Code::timed_out, "the back end does not release the disk's pages"} : released.error());
         co_return Result<void>{};
     }
     co_return co_await connect_again();
@@ -362,24 +428,26 @@ io::Task<Result<void>> Vbd::connect_again() {
     const Terms old = terms_;
     const io::Bound bound(environment_.executor, environment_.timeout);
     for (;;) {
-        forget_connection();
+        if (auto freed = co_await forget_connection(); !freed) {
+            close(freed.error());
+            co_return Result<void>{};
+        }
         static_cast<void>(co_await front_.close());
         Result<void> done = co_await shake_hands();
         if (done) {
-            done = take_over(old);
+            done = co_await take_over(old);
         }
         if (done) {
             done = co_await front_.set_state(BusState::connected);
         }
-        if (!lane_.is_open()) { // by a broken rule of the new back end, or the end of the machine
+        if (!is_open()) { // by a broken rule of the new back end, or the end of the machine
             co_return Result<void>{};
         }
         if (done) {
-            log::info("{}: connected again [{}]", lane_.disk().identity().name.view(),
-                      lane_.disk().identity().features.view());
+            log::info("{}: connected again [{}]", disk().identity().name.view(), disk().identity().features.view());
             co_return done;
         }
-        lane_.hold();
+        static_cast<void>(co_await hold_lanes());
         if (std::exchange(moved_, false)) { // during this attempt
             continue;
         }
@@ -388,7 +456,7 @@ io::Task<Result<void>> Vbd::connect_again() {
             again = co_await release();
         }
         if (!again || !*again) {
-            lane_.close(io::Status::device_gone, done.error());
+            close(done.error());
             co_return Result<void>{};
         }
     }
@@ -403,8 +471,7 @@ io::Task<Result<bool>> Vbd::release() {
     }
     // A back end without a node in XenStore has been removed by force: only its mappings tell whether it has ended.
     const io::Bound bound(environment_.executor, environment_.timeout);
-    while (std::any_of(ring_grants_.begin(), ring_grants_.begin() + ring_pages_,
-                       [&](GrantRef grant) { return xen_.grants().is_mapped(grant); })) {
+    while (std::ranges::any_of(lanes(), [](const Lane* lane) { return lane->connection().is_mapped(); })) {
         if (bound.passed()) {
             co_return true; // each page is quarantined
         }
@@ -413,43 +480,50 @@ io::Task<Result<bool>> Vbd::release() {
     co_return true;
 }
 
-// The back end has no access any more: frees what it had access to, and takes back what it had under way.
-void Vbd::forget_connection() {
-    if (port_ != Port::none) {
-        xen_.events().unbind(std::exchange(port_, Port::none));
+io::Task<Result<void>> Vbd::hold_lanes() {
+    for (Lane* lane : lanes()) { // a processor that has stopped does not run the lane either
+        static_cast<void>(co_await io::run_on(lane->executor(), lane->hold()));
     }
-    lane_.take_back();
-    free_ring();
+    co_return Result<void>{};
+}
+
+// The back end has no access any more: frees what it had access to, and takes back what it had under way.
+io::Task<Result<void>> Vbd::forget_connection() {
+    for (Lane* lane : lanes()) {
+        lane->connection().close_port();
+        CO_CHECK(co_await io::run_on(lane->executor(), lane->take_back()));
+        lane->reclaim();
+    }
+    co_return Result<void>{};
 }
 
 // The new back end's terms replace the old ones'.
-Result<void> Vbd::take_over(const Terms& old) {
+io::Task<Result<void>> Vbd::take_over(const Terms& old) {
     if (terms_.geometry.sector_size != old.geometry.sector_size) {
-        return Error{Code::not_supported, "the back end has returned with another sector size (bytes)",
-                     old.geometry.sector_size, terms_.geometry.sector_size};
+        co_return Error{Code::not_supported, "the back end has returned with another sector size (bytes)",
+                        old.geometry.sector_size, terms_.geometry.sector_size};
     }
     if (terms_.geometry.sectors != old.geometry.sectors || terms_.geometry.read_only != old.geometry.read_only) {
-        log::warning("{}: the back end has returned with {} sectors instead of {}{}",
-                     lane_.disk().identity().name.view(), terms_.geometry.sectors, old.geometry.sectors,
+        log::warning("{}: the back end has returned with {} sectors instead of {}{}", disk().identity().name.view(),
+                     terms_.geometry.sectors, old.geometry.sectors,
                      terms_.geometry.read_only ? ", write-protected" : "");
     }
-    CHECK(xen_.events().bind(port_, Lane::on_event, &lane_)); // masked until the disk next sleeps
-    return lane_.resume(
-        terms_, features(), environment_.dma, [](void* self) { static_cast<Vbd*>(self)->front_.notify(); }, this);
+    disk().set_features(features());
+    co_return co_await start_lanes();
 }
 
 // A back end that has changed the size rewrites its state [xen-blkif: dynamic resizing].
 io::Task<Result<void>> Vbd::follow_size() {
-    const u64 units_per_sector = lane_.disk().geometry().sector_size / terms_.wire_unit;
-    const u64 old = lane_.disk().geometry().sectors * units_per_sector;
+    const u64 units_per_sector = disk().geometry().sector_size / terms_.wire_unit;
+    const u64 old = disk().geometry().sectors * units_per_sector;
     const auto sectors = co_await xen_.store().number_or(front_.backend(), "sectors", old);
     if (!sectors) {
-        log::warning("{}: its size is not known: {}", lane_.disk().identity().name.view(), sectors.error());
+        log::warning("{}: its size is not known: {}", disk().identity().name.view(), sectors.error());
     } else if (*sectors > largest_disk) {
         log::warning("{}: the back end reports an impossible size, {} sectors: it keeps its own",
-                     lane_.disk().identity().name.view(), *sectors);
-    } else if (lane_.is_open()) {
-        lane_.disk().resize(*sectors / units_per_sector);
+                     disk().identity().name.view(), *sectors);
+    } else if (is_open()) {
+        disk().resize(*sectors / units_per_sector);
     }
     co_return Result<void>{};
 }
@@ -458,55 +532,110 @@ io::Task<Result<void>> Vbd::follow_size() {
 
 // Most often nothing is under way afterwards. What is, because the back end is slow, is asked again.
 io::Task<Result<void>> Vbd::pause() {
-    if (!lane_.is_open() || lane_.is_held()) {
+    if (!is_open() || lanes_[0]->is_held()) {
         co_return Result<void>{};
     }
-    lane_.pause();
-    const io::Bound bound(environment_.executor, environment_.timeout);
-    while (lane_.is_open() && lane_.in_flight() != 0) {
+    paused_ = true;
+    for (Lane* lane : lanes()) {
+        static_cast<void>(co_await io::run_on(lane->executor(), lane->pause()));
+    }
+    // Half of a time-out: before any queue finds the back end silent, and closes the disk.
+    const io::Bound bound(environment_.executor, environment_.timeout / 2);
+    while (is_open()) {
+        CO_TRY(const u32 left, co_await in_flight());
+        if (left == 0) {
+            break;
+        }
         if (bound.passed()) {
-            co_return Error{Code::timed_out, "requests are under way (number)", 0, lane_.in_flight()};
+            co_return Error{Code::timed_out, "requests are under way (number)", 0, left};
         }
         co_await environment_.executor.sleep(pause_step);
     }
     co_return Result<void>{};
 }
 
+io::Task<Result<u32>> Vbd::in_flight() {
+    u32 sum = 0;
+    for (Lane* lane : lanes()) {
+        CO_TRY(const u32 more, co_await io::run_on(lane->executor(), lane->in_flight()));
+        sum += more;
+    }
+    co_return sum;
+}
+
+io::Task<Result<void>> Vbd::unpause_lanes() {
+    for (Lane* lane : lanes()) {
+        static_cast<void>(co_await io::run_on(lane->executor(), lane->unpause()));
+    }
+    co_return Result<void>{};
+}
+
 void Vbd::lost() {
-    port_ = Port::none;
-    moved_ = lane_.is_open();
-    if (moved_) {
-        lane_.hold();
+    moved_ = is_open();
+    for (Lane* lane : lanes()) {
+        lane->connection().lose_port();
+        if (moved_) {
+            lane->lose();
+        }
     }
 }
 
 void Vbd::resumed(bool moved) {
     if (moved) {
-        front_.notify();
-    } else if (lane_.is_open() && !lane_.is_held()) {
-        lane_.unpause();
+        paused_ = false;
     }
+    front_.notify();
 }
 
 // ---- the end ----
+
+void Vbd::remove(const Error& why) {
+    group_.set_removed();
+    close(why);
+}
+
+// True: no processor does anything with the disk any more.
+io::Task<Result<bool>> Vbd::end_lanes() {
+    if (!group_.closed()) {
+        group_.close(io::Status::device_gone);
+    }
+    const io::Bound bound(environment_.executor, environment_.timeout); // for all of them together
+    for (Lane* lane : lanes()) {
+        while (!lane->has_ended()) {
+            if (bound.passed()) {
+                co_return false;
+            }
+            co_await environment_.executor.sleep(pause_step);
+        }
+        if (running_) { // a processor that has stopped does not run the lane either
+            static_cast<void>(co_await io::run_on(lane->executor(), lane->stop()));
+        }
+    }
+    running_ = false;
+    co_return true;
+}
 
 io::Task<Result<void>> Vbd::disconnect() {
     if (!begun_) { // not accessed yet: leave it as it is
         co_return co_await front_.close();
     }
+    const Result<bool> ended = co_await end_lanes();
     // The back end must not be able to reach anything of ours afterwards.
     const Result<bool> released = co_await release();
-    if (port_ != Port::none) {
-        xen_.events().unbind(std::exchange(port_, Port::none));
-    }
-    if (released && *released && !lost_) {
-        lane_.reclaim();
-        free_ring();
-    } else {
-        log::warning("{}: the back end does not release its pages: they are not reused", front_.path());
+    const bool safe = released && *released && ended && *ended && !lost_;
+    if (!safe) {
+        log::warning("{}: {}: they are not reused", front_.path(),
+                     ended && *ended ? "the back end does not release its pages"
+                                     : "a processor does not release its queue's pages");
         lost_ = true;
-        ring_pages_ = 0;
-        ring_.abandon();
+    }
+    for (Lane* lane : lanes()) {
+        lane->connection().close_port();
+        if (safe) {
+            lane->reclaim();
+        } else {
+            lane->connection().abandon();
+        }
     }
     const Result<void> left = co_await front_.close(); // unlinks the watch before its first wait
     co_return released ? left : Result<void>(released.error());
@@ -521,7 +650,7 @@ io::Task<Result<bool>> Vbd::await_end() {
     }
     end_.close();
     if (lost_) {
-        lane_.remove({Code::device_gone, "another device has its place"});
+        group_.set_removed();
     }
     co_return !lost_;
 }
@@ -548,7 +677,8 @@ io::Task<Result<Vbd*>> make_vbd(Environment& environment, hv::Xen& xen, const hv
         xen.devices().remove(*known);
     }
     auto* const made = new (std::nothrow) Vbd(environment, xen, device, which, slot);
-    if (made == nullptr) {
+    if (made == nullptr || !made->has_lanes()) {
+        delete made;
         co_return Error{Code::exhausted, "no memory for a virtual block device"};
     }
     co_return made;
@@ -580,7 +710,7 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
     }
     auto result = co_await vbd->connect();
     if (result) {
-        result = environment.disks.announce(vbd->lane().disk(), slot);
+        result = environment.disks.announce(vbd->disk(), slot);
     }
     if (result) {
         if (!known) {
@@ -592,12 +722,12 @@ io::Task<Result<void>> probe(Environment& environment, hv::Xen& xen, const hv::S
         }
         co_return result;
     }
-    vbd->lane().close(io::Status::device_gone, result.error());
+    vbd->close(result.error());
     if (auto left = co_await vbd->disconnect(); !left) {
         log::warning("xen_blk: {}: leaving the bus: {}", disk_name(*which), left.error());
     }
     const auto ignored = vbd->left();
-    if (!known) {
+    if (!known && vbd->disposable()) {
         delete vbd;
     }
     if (ignored) {

@@ -6,6 +6,10 @@
 // and those that were under way are sent again. A disk that the toolstack removes ends; added again, it is the same
 // Vbd and Disk, under the same name.
 //
+// Each processor has a queue, as far as the back end serves several: a ring and an event channel, whose handler runs on
+// that processor. The others share them [io.shared_lane]. How many there are is settled when the disk is announced: a
+// back end that returns has to serve as many.
+//
 // The handshake: back end init-wait → we publish ring, event channel, protocol → initialised → back end connected →
 // we read the disk's properties → connected. Features offered by the back end are used if Environment::allows() them;
 // all are optional.
@@ -36,8 +40,8 @@ constexpr bool matches(const hv::SyntheticDevice& device) {
     return std::ranges::any_of(ids, [&](const Match& m) { return m.type == device.type.view(); });
 }
 
-/// The largest ring requested: four pages, 128 slots. More slots than Ring::max_slots would be unusable.
-inline constexpr u32 max_ring_order = 2;
+/// The most queues of one disk.
+inline constexpr u32 max_queues = 8;
 
 /// One device with its connection. Lives until machine shutdown once its disk has been announced.
 class Vbd final : public hv::xen::BusDevice {
@@ -63,12 +67,17 @@ class Vbd final : public hv::xen::BusDevice {
     void lost() override;
     void resumed(bool moved) override;
 
-    Lane& lane() { return lane_; }
+    Disk& disk() { return lanes_[0]->disk(); }
+    bool has_lanes() const { return lanes_[0] != nullptr; }
+    /// Ends everything under way. `why`: for the log.
+    void close(const Error& why) { lanes_[0]->close(io::Status::device_gone, why); }
+    /// After disconnect(): no other processor knows anything of it.
+    bool disposable() const { return !running_; }
     /// Why a working device is not attached: a CD drive, a disk of 0 bytes, or an unsupported one.
     std::optional<Unused> left() const { return left_; }
 
   private:
-    static constexpr u32 max_ring_pages = 1u << max_ring_order;
+    static constexpr u32 entries_of_queue = Connection::max_pages + 1;
     static constexpr u64 largest_disk = u64{1} << 54; // in the units of "sectors"; more is nonsense
     static constexpr Nanoseconds retry_pause = 20'000'000;
     static constexpr Nanoseconds pause_step = 1'000'000;
@@ -79,15 +88,28 @@ class Vbd final : public hv::xen::BusDevice {
     io::Task<Result<void>> reconnect(hv::xen::BusState back_state);
     io::Task<Result<void>> connect_again();
     io::Task<Result<bool>> release();
-    Result<void> take_over(const Terms& old);
-    void forget_connection();
+    io::Task<Result<void>> take_over(const Terms& old);
+    io::Task<Result<void>> start_lanes();
+    io::Task<Result<void>> hold_lanes();
+    io::Task<Result<void>> unpause_lanes();
+    io::Task<Result<u32>> in_flight();
+    io::Task<Result<void>> forget_connection();
+    io::Task<Result<bool>> end_lanes();
+    void remove(const Error& why);
+    bool is_open() const { return lanes_[0]->is_open(); }
+    /// The lanes that there are, of this connection or an earlier one.
+    std::span<Lane* const> lanes() const { return std::span(lanes_).first(made_); }
+    io::Executor& executor(u32 lane) const { return lane == 0 ? environment_.executor : *environment_.executors[lane]; }
     FixedText<96> features() const;
     void report_in_use() const;
     io::Task<Result<void>> negotiate();
     io::Task<Result<u32>> ring_order();
-    Result<u32> make_ring(u32 order);
+    io::Task<Result<u32>> queue_count();
+    Result<void> make_lanes(u32 wanted, u32 order);
+    Result<void> make_lane(u32 number, u32 order);
     io::Task<Result<void>> withdraw_key(std::string_view key, bool& published);
-    io::Task<Result<void>> publish(u32 order, bool old_style);
+    io::Task<Result<void>> publish(bool old_style);
+    void publish_queue(std::string_view prefix, const Connection& connection);
     io::Task<Result<void>> read_geometry();
     io::Task<Result<void>> read_features();
     io::Task<Result<bool>> offers(std::string_view feature);
@@ -95,12 +117,15 @@ class Vbd final : public hv::xen::BusDevice {
     io::Task<Result<void>> watch_source();
     void add_entry(std::string_view key, std::string_view value);
     void add_entry(std::string_view key, u64 value);
-    void free_ring();
 
     Environment environment_; // a copy: the objects it refers to outlive this, the Environment itself may not
     hv::Xen& xen_;
     hv::xen::Frontend front_;
-    Lane lane_;
+    io::QueueGroup group_;
+    std::array<Lane*, max_queues> lanes_{}; // owned; the first one is made with this
+    u32 made_ = 0;                          // lanes that exist
+    u32 queues_ = 1;                        // of the connection: the first ones
+    u32 known_lanes_ = 0;                   // of the disk, once it was connected
     hv::xen::VirtualDisk which_;
     FixedText<12> address_; // on the bus
     u32 slot_;
@@ -109,6 +134,7 @@ class Vbd final : public hv::xen::BusDevice {
     bool begun_ = false; // the back end may have seen us
     bool old_ring_keys_ = false;
     bool offers_persistent_ = false;
+    bool knows_queues_ = false;   // the back end says how many queues it serves
     bool counts_sectors_ = false; // feature-large-sector-size has been published
     // Keys that a later connection has to remove, if it does without them.
     bool published_order_ = false;
@@ -116,12 +142,10 @@ class Vbd final : public hv::xen::BusDevice {
     bool ended_ = false; // disconnected; may be connected again unless `lost_`
     bool lost_ = false;  // a back end has kept pages of the disk
     bool moved_ = false; // to another domain: it has to be connected again
+    bool paused_ = false;
+    bool running_ = false; // lanes are known to their processors
     io::Latch end_;
-    hv::xen::Port port_ = hv::xen::Port::none;
-    DmaBuffer ring_;
-    std::array<hv::xen::GrantRef, max_ring_pages> ring_grants_{};
-    u32 ring_pages_ = 0;
-    std::array<hv::xen::StoreEntry, max_ring_pages + 6> entries_{};
+    std::array<hv::xen::StoreEntry, max_queues * entries_of_queue + 6> entries_{};
     u32 entry_count_ = 0;
     io::TaskGroup tasks_;
     friend io::Task<Result<void>> probe(Environment&, hv::Xen&, const hv::SyntheticDevice&);

@@ -78,6 +78,8 @@ struct Environment {
     DmaAllocator& memory;
     PhysicalMemory& physical;
     Privileged& cpu;
+    /// False: Xen's FIFO event channels are withheld on the command line.
+    bool fifo_events = true;
 };
 
 /// Additional services, available from start(). All objects outlive the backend.
@@ -222,18 +224,25 @@ concept TearDown = requires(B& b) {
 
 /// A per-processor one-shot timer, for machines without a local APIC timer that is as cheap. start(): called once on
 /// each processor that uses it, after the backend's start() or join(). arm(): on that processor, fires `length` ns from
-/// now; replaces a previously armed expiry.
+/// now; replaces a previously armed expiry; false: it will not fire.
 template <class T>
 concept ProcessorTimer =
     requires(T& timer, const T& constant, InterruptHandler handler, void* context, Nanoseconds length) {
         { constant.name() } -> std::convertible_to<std::string_view>;
         { timer.start(handler, context) } -> std::same_as<Result<void>>;
-        { timer.arm(length) } -> std::same_as<void>;
+        { timer.arm(length) } -> std::same_as<bool>;
     };
 /// timer(): nullptr until start() has brought up what it needs, and where the host offers none.
 template <class B>
 concept OneShotTimer = ProcessorTimer<typename B::Timer> && requires(B& b) {
     { b.timer() } -> std::same_as<typename B::Timer*>;
+};
+
+/// Time for which the calling processor could have run and the host ran something else, in ns since some start. The
+/// difference of two values counts; nothing: the host does not tell. stolen(): on any processor, from install() on.
+template <class B>
+concept StolenTime = requires(const B& b) {
+    { b.stolen() } -> std::same_as<std::optional<Nanoseconds>>;
 };
 
 /// A hypervisor module. `name`: used in the log and in records; `guest`: the VmGuest for which it is chosen.

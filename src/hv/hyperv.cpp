@@ -213,11 +213,12 @@ Result<void> HyperV::Timer::start(InterruptHandler handler, void* context) {
     return {};
 }
 
-void HyperV::Timer::arm(Nanoseconds length) {
+bool HyperV::Timer::arm(Nanoseconds length) {
     // The count is absolute reference time, read from the MSR: the page would require a reading of the time stamp
     // counter, and arming takes an MSR access anyway.
     const u64 now = clock_.counter().value_or(0);
     cpu_.write_msr(msr::timer0_count, now + std::max<u64>(length / 100, 1));
+    return true;
 }
 
 void HyperV::Timer::stop() {

@@ -71,7 +71,7 @@ class HyperV {
         /// On each processor that uses the timer, once, after start() or join(). `handler`: as InterruptHandler.
         Result<void> start(InterruptHandler handler, void* context);
         /// Fires once on this processor, `length` ns from now (at least 100 ns); replaces a previously armed expiry.
-        void arm(Nanoseconds length);
+        bool arm(Nanoseconds length);
         std::string_view name() const { return direct_ ? "Hyper-V synthetic, direct" : "Hyper-V synthetic"; }
 
       private:

@@ -9,6 +9,8 @@ import core.dma;
 import core.interrupt;
 import core.log;
 import core.processor;
+import core.time;
+import core.wall_clock;
 import io.executor;
 import io.task;
 import hv.backend;
@@ -31,8 +33,9 @@ Result<void> Xen::install(Environment& environment) {
     install_store(environment);
     install_console(environment);
     find_clock(environment, *sighting);
-    log::info("xen {}.{}: hypercalls, shared info, up to {} grant entries, XenStore {}", version_ >> 16,
-              version_ & 0xffff, grants_.obtainable(), has_store_ ? "there" : "absent");
+    log::info("xen {}.{}: hypercalls, shared info, {} event channels, up to {} grant entries, XenStore {}",
+              version_ >> 16, version_ & 0xffff, events_.fifo() ? "FIFO" : "2-level", grants_.obtainable(),
+              has_store_ ? "there" : "absent");
     return {};
 }
 
@@ -84,7 +87,19 @@ Result<void> Xen::install_events(Environment& environment) {
     with_vcpus_frame_ = memory.bus() / page_size;
     memory.abandon(); // Xen writes to it until the machine ends
     events_.install(hypercalls_, *shared_);
-    return join_events(0);
+    CHECK(join_events(0));
+    static_cast<void>(hypercalls_.mark_runstate_updates()); // without it: see stolen_time()
+    count_times(0);
+    if (!environment.fifo_events) {
+        return {};
+    }
+    TRY(DmaBuffer words, environment.memory.buffer(page_size));
+    TRY(const bool fifo,
+        events_.use_fifo({reinterpret_cast<u32*>(words.data()), page_size / sizeof(u32)}, words.bus() / page_size));
+    if (fifo) {
+        words.abandon(); // likewise
+    }
+    return {};
 }
 
 // Xen numbers its virtual CPUs in its own order.
@@ -100,7 +115,7 @@ u32 Xen::vcpu_of(u32 cpu) {
 
 Result<void> Xen::join_events(u32 cpu) {
     const u64 offset = cpu * sizeof(SharedWithVcpu);
-    return events_.join(cpu, vcpu_of(cpu), with_vcpus_[cpu].info, with_vcpus_frame_ + offset / page_size,
+    return events_.join(cpu, vcpu_of(cpu), with_vcpus_[cpu], with_vcpus_frame_ + offset / page_size,
                         static_cast<u32>(offset % page_size));
 }
 
@@ -122,6 +137,7 @@ Result<void> Xen::join(u32 cpu, io::Executor&) {
         open_kicks(0);
         open_kicks(cpu);
     }
+    count_times(cpu);
     return {};
 }
 
@@ -208,34 +224,6 @@ void Xen::install_console(Environment& environment) {
     }
 }
 
-// frequency = (10^9 << 32) / mul >> shift [xen-public xen.h vcpu_time_info]
-std::optional<u64> Xen::frequency(u32 mul, i8 shift) {
-    if (mul == 0 || shift < -31 || shift > 31) {
-        return std::nullopt;
-    }
-    const u64 unshifted = (u64{1'000'000'000} << 32) / mul;
-    const u64 hz = shift >= 0 ? unshifted >> shift : unshifted << -shift;
-    return hz >= 1'000'000 && hz <= 100'000'000'000 ? std::optional(hz) : std::nullopt;
-}
-
-// Nothing: Xen has not written it yet.
-std::optional<u64> Xen::pvclock_hz() const {
-    const VcpuTimeInfo& time = events_.info(0).time;
-    for (u32 tries = 0; tries < 16; ++tries) {
-        // Acquire, twice: reads the values between two equal, even versions. Pairs with Xen's order: version, values,
-        // version.
-        const u32 before = std::atomic_ref(const_cast<u32&>(time.version)).load(std::memory_order_acquire);
-        const u32 mul = *static_cast<const volatile u32*>(&time.tsc_to_system_mul);
-        const i8 shift = *static_cast<const volatile i8*>(&time.tsc_shift);
-        std::atomic_thread_fence(std::memory_order_acquire);
-        const u32 now = std::atomic_ref(const_cast<u32&>(time.version)).load(std::memory_order_relaxed);
-        if (before == now && before % 2 == 0) {
-            return frequency(mul, shift);
-        }
-    }
-    return std::nullopt;
-}
-
 void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
     tsc_hz_ = pvclock_hz();
     clock_name_ = tsc_hz_ ? "xen pvclock" : clock_name_;
@@ -249,8 +237,41 @@ void Xen::find_clock(const Environment& environment, const Sighting& sighting) {
     }
 }
 
+std::optional<u64> Xen::system_time() const {
+    const u32 cpu = this_processor();
+    return events_.joined(cpu) ? xen::system_time(events_.info(cpu).time) : std::nullopt;
+}
+
+// UTC at system time 0 is in the shared info page.
+std::optional<UnixNanoseconds> Xen::time_of_day() const {
+    static constexpr u64 latest = 9'000'000'000; // seconds since 1970: what 64 bits of nanoseconds hold
+    u64 seconds = 0;
+    u64 nanoseconds = 0;
+    const auto since = system_time();
+    const bool consistent = read_consistently(shared_->wallclock_version, [&] {
+        seconds = u64{read_once(shared_->wallclock_seconds_high)} << 32 | read_once(shared_->wallclock_seconds);
+        nanoseconds = read_once(shared_->wallclock_nanoseconds);
+    });
+    if (!since || !consistent || seconds == 0 || seconds > latest || nanoseconds >= 1'000'000'000) {
+        return std::nullopt;
+    }
+    return seconds * 1'000'000'000 + nanoseconds + *since;
+}
+
+void Xen::set_time_of_day(Instant now) {
+    const auto time = time_of_day();
+    if (!time) {
+        return;
+    }
+    set_wall_clock(now, *time);
+    const CivilTime t = civil_time(*time);
+    log::info("xen: the host's time is {}-{:02}-{:02} {:02}:{:02}:{:02} UTC", t.year, t.month, t.day, t.hour, t.minute,
+              t.second);
+}
+
 Result<void> Xen::start(Services& services) {
     store_.set_timeout(services.timeout);
+    set_time_of_day(services.executor.elapsed());
     // The vector that Xen injects needs no end-of-interrupt, which would cost another exit per event. The vector
     // through the local APIC is the fallback for a Xen without it.
     if ((features_ & feature_callback_vector) != 0) {
@@ -296,6 +317,81 @@ io::Task<Result<void>> Xen::enumerate(DeviceList& into) {
     co_return Result<void>{};
 }
 
+// ---- stolen time ----
+
+void Xen::count_times(u32 cpu) {
+    stolen_[cpu].counted =
+        static_cast<bool>(hypercalls_.register_runstate(events_.vcpu(cpu), with_vcpus_[cpu].runstate));
+}
+
+std::optional<Nanoseconds> Xen::stolen() const {
+    const u32 cpu = this_processor();
+    const Stolen& own = stolen_[cpu];
+    const auto now = own.counted ? stolen_time(with_vcpus_[cpu].runstate, system_time()) : std::nullopt;
+    return now ? std::optional(own.earlier + *now) : std::nullopt;
+}
+
+// ---- timer ----
+
+Result<void> Xen::Timer::start(InterruptHandler handler, void* context) {
+    const u32 cpu = this_processor();
+    if (!xen_.events_.joined(cpu) || !xen_.system_time()) {
+        return Error{Code::not_supported, "Xen's timer needs events and a system time of this processor"};
+    }
+    CHECK(xen_.hypercalls_.stop_singleshot_timer(xen_.events_.vcpu(cpu)));
+    handler_ = handler; // the same one for all processors
+    context_ = context;
+    TRY(ports_[cpu], xen_.events_.bind_virq(virq_timer, handler, context, cpu));
+    return {};
+}
+
+// By hypercall, since Xen raises no event for a virtual CPU's time otherwise. The expiry is absolute, so that the time
+// between the reading and the hypercall, in which Xen may run others, does not count.
+bool Xen::Timer::arm(Nanoseconds length) {
+    static constexpr u32 tries = 8;
+    const u32 cpu = this_processor();
+    if (ports_[cpu] == Port::none) {
+        return false;
+    }
+    for (u32 i = 0; i < tries; ++i) {
+        const auto now = xen_.system_time();
+        if (!now) {
+            return false;
+        }
+        // Xen reads it as signed. Before Xen 4.18 and in KVM's emulation one that has passed may be refused.
+        static constexpr u64 latest = ~u64{0} >> 1;
+        const u64 expiry = *now < latest ? *now + std::min(length, latest - *now) : latest;
+        const i64 answer = xen_.hypercalls_.set_singleshot_timer(xen_.events_.vcpu(cpu), expiry);
+        if (answer != error_time_passed) {
+            return answer >= 0;
+        }
+        length = std::max<Nanoseconds>(length, 1'000) * 2;
+    }
+    return false;
+}
+
+void Xen::Timer::restart() {
+    if (handler_ == nullptr) {
+        return;
+    }
+    for (u32 cpu = 0; cpu < max_processors; ++cpu) {
+        if (std::exchange(ports_[cpu], Port::none) == Port::none) {
+            continue;
+        }
+        if (auto port = xen_.events_.bind_virq(virq_timer, handler_, context_, cpu); port) {
+            ports_[cpu] = *port;
+        } else {
+            log::warning("xen: processor {} has no timer any more, and does not sleep: {}", cpu, port.error());
+        }
+    }
+}
+
+void Xen::Timer::stop(u32 cpu) {
+    if (ports_[cpu] != Port::none) {
+        static_cast<void>(xen_.hypercalls_.stop_singleshot_timer(xen_.events_.vcpu(cpu)));
+    }
+}
+
 // ---- suspension ----
 
 io::Task<Result<bool>> Xen::suspend(Parking& others) {
@@ -321,6 +417,9 @@ io::Task<Result<bool>> Xen::suspend(Parking& others) {
             anew = set_up_anew();
             for (BusDevice* device = devices_.first(); device != nullptr; device = BusDevices::after(*device)) {
                 device->lost();
+            }
+            if (anew) { // after them: they close ports by their old numbers
+                timer_.restart();
             }
         }
     }
@@ -358,7 +457,7 @@ Result<void> Xen::set_up_anew() {
         cpu_->write_msr(hypercall_msr_, hypercall_page_);
     }
     CHECK(hypercalls_.add_to_physmap(MapSpace::shared_info, 0, shared_frame_));
-    events_.restart();
+    CHECK(events_.restart());
     for (u32 frame = grants_.frames(); frame-- > 0;) { // the last one first: Xen grows its table only once
         CHECK(map_grant_frame(frame));
     }
@@ -373,6 +472,14 @@ Result<void> Xen::set_up_anew() {
     for (u32 cpu = 0; cpu < max_processors; ++cpu) {
         if (kick_ports_[cpu].exchange(Port::none, std::memory_order_relaxed) != Port::none) {
             open_kicks(cpu);
+        }
+    }
+    static_cast<void>(hypercalls_.mark_runstate_updates());
+    for (u32 cpu = 0; cpu < max_processors; ++cpu) {
+        if (stolen_[cpu].counted) { // another domain's begin at 0, and the memory is as that of the earlier one was
+            stolen_[cpu].earlier += stolen_time(with_vcpus_[cpu].runstate, std::nullopt).value_or(0);
+            with_vcpus_[cpu].runstate = {};
+            count_times(cpu);
         }
     }
     if (const auto console = hypercalls_.hvm_parameter(HvmParam::console_event_channel)) {

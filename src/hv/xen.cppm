@@ -7,11 +7,15 @@ import core.std;
 import core.result;
 import core.interrupt;
 import core.processor;
+import core.time;
+import core.wall_clock;
 import io.executor;
 import io.latch;
 import io.task;
 export import hv.backend;
 export import hv.xen.hypercall;
+export import hv.xen.clock;
+export import hv.xen.runstate;
 export import hv.xen.events;
 export import hv.xen.grants;
 export import hv.xen.store;
@@ -47,6 +51,32 @@ class Xen {
         apic_vector, // through the local APIC: needs an end-of-interrupt
     };
 
+    /// The single-shot timer of each virtual CPU, whose expiry comes as an event.
+    class Timer {
+      public:
+        explicit Timer(Xen& xen) : xen_(xen) {}
+
+        /// On each processor that uses the timer, once, after start() or join(). `handler`: as InterruptHandler.
+        /// Error{not_supported}: the processor takes no events, or Xen has no such timer or does not tell the time.
+        Result<void> start(InterruptHandler handler, void* context);
+        /// Fires once on this processor, `length` ns from now; replaces a previously armed expiry. False: it will not
+        /// fire.
+        bool arm(Nanoseconds length);
+        std::string_view name() const { return "Xen single-shot"; }
+
+      private:
+        friend class Xen;
+        /// In another domain, on processor 0 while nothing else runs: the timers are not armed.
+        void restart();
+        void stop(u32 processor);
+
+        Xen& xen_;
+        InterruptHandler handler_ = nullptr;
+        void* context_ = nullptr;
+        // Each is written by its processor, and by processor 0 while that one is stopped.
+        std::array<xen::Port, max_processors> ports_{};
+    };
+
     Xen() = default;
     Xen(const Xen&) = delete;
     Xen& operator=(const Xen&) = delete;
@@ -76,6 +106,7 @@ class Xen {
     /// LeavesProcessors: no event arrives on the processor from now on.
     void leave(u32 cpu) {
         kick_ports_[cpu].store(xen::Port::none, std::memory_order_relaxed);
+        timer_.stop(cpu);
         events_.leave(cpu);
     }
     /// KicksProcessors, by an event channel to each processor: an interrupt that needs no end-of-interrupt.
@@ -87,6 +118,13 @@ class Xen {
         const xen::Port port = kick_ports_[cpu].load(std::memory_order_relaxed); // see open_kicks()
         return port != xen::Port::none && events_.send(port).has_value();
     }
+    /// nullptr before start().
+    Timer* timer() { return upcall_ != Upcall::none ? &timer_ : nullptr; }
+    /// The system time of the calling processor's virtual CPU, in ns since the start of the domain; nothing: Xen does
+    /// not tell it, or the processor has not joined.
+    std::optional<u64> system_time() const;
+    /// StolenTime: from the run state of the virtual CPU. Nothing: Xen does not count it.
+    std::optional<Nanoseconds> stolen() const;
     /// Does not count as a hypercall of the guest: any processor may call it.
     void yield() { xen::Hypercalls(gate_).call(xen::Hypercall::sched_op, to_underlying(xen::SchedOp::yield)); }
     /// nullptr before start(), and if XenStore is missing or unusable.
@@ -143,23 +181,20 @@ class Xen {
     u32 version() const { return version_; }
 
   private:
-    /// What Xen and one virtual CPU share; does not cross a page.
-    struct alignas(256) SharedWithVcpu {
-        xen::VcpuInfo info;
-    };
-
     Result<void> install_hypercalls(Environment& environment, const Sighting& sighting);
     Result<void> install_shared_info(Environment& environment);
     Result<void> install_events(Environment& environment);
     u32 vcpu_of(u32 cpu);
+    void count_times(u32 cpu);
     Result<void> join_events(u32 cpu);
     void open_kicks(u32 cpu);
     Result<void> install_grants(Environment& environment);
     Result<void> map_grant_frame(u32 frame);
     void install_store(Environment& environment);
     void install_console(Environment& environment);
-    static std::optional<u64> frequency(u32 mul, i8 shift);
-    std::optional<u64> pvclock_hz() const;
+    std::optional<u64> pvclock_hz() const { return xen::pvclock_hz(events_.info(0).time); }
+    std::optional<UnixNanoseconds> time_of_day() const;
+    void set_time_of_day(Instant now);
     Result<void> set_up_anew();
     void check_clock();
     void find_clock(const Environment& environment, const Sighting& sighting);
@@ -171,10 +206,15 @@ class Xen {
     u64 hypercall_page_ = 0; // physical; 0: the gate has none
     u64 shared_frame_ = 0;   // guest frame number of shared_
     xen::SharedInfo* shared_ = nullptr;
-    SharedWithVcpu* with_vcpus_ = nullptr; // max_processors of them
-    u64 with_vcpus_frame_ = 0;             // guest frame number of the first one
-    u32 base_ = 0;                         // of Xen's CPUID leaves
-    std::optional<u32> starting_;          // index of the virtual CPU that start_processor() has started last
+    xen::SharedWithVcpu* with_vcpus_ = nullptr; // max_processors of them
+    u64 with_vcpus_frame_ = 0;                  // guest frame number of the first one
+    u32 base_ = 0;                              // of Xen's CPUID leaves
+    struct Stolen {
+        bool counted = false;
+        Nanoseconds earlier = 0; // in the domains before this one
+    };
+    std::array<Stolen, max_processors> stolen_{};
+    std::optional<u32> starting_; // index of the virtual CPU that start_processor() has started last
     u32 version_ = 0;
     u32 features_ = 0;
     std::optional<u64> tsc_hz_;
@@ -188,6 +228,7 @@ class Xen {
     bool has_store_ = false;
     bool emulated_ = false; // by KVM: not Xen itself
     xen::Events events_;
+    Timer timer_{*this};
     xen::Grants grants_;
     u64 grant_frame_ = 0; // guest frame number of the table's first frame
     xen::Store store_;
@@ -198,6 +239,7 @@ class Xen {
     std::optional<xen::DeviceWatch> device_watch_; // once the store has been started
 };
 static_assert(Backend<Xen> && EmulatedDevices<Xen> && LateDevices<Xen> && StartsProcessors<Xen> &&
-              KicksProcessors<Xen> && LeavesProcessors<Xen> && TearDown<Xen>);
+              KicksProcessors<Xen> && LeavesProcessors<Xen> && TearDown<Xen> && OneShotTimer<Xen> &&
+              StolenTime<Xen>);
 
 } // namespace fl::hv

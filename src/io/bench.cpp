@@ -247,6 +247,8 @@ Result<void> Bench::prepare(BlockDevice& disk, const Workload& w, const BenchOpt
     until_thinktime_ = w.thinktime == 0 ? ~u64{0} : Workload::thinktime_blocks;
     thinktime_random_ = SplitMix64(w.seed);
     thinktime_ = 0;
+    tell_stolen_ = options.stolen;
+    stolen_.reset();
     first_error_.reset();
     read_.reset();
     write_.reset();
@@ -333,10 +335,17 @@ Task<Result<void>> Bench::slot(Bench& bench, BlockDevice& disk, u32 index) {
     co_return Result<void>{};
 }
 
+Bench::Slept Bench::slept(const Executor& executor, Instant begun) const {
+    return {begun, executor.idles(), executor.slept(), tell_stolen_ != nullptr ? tell_stolen_() : std::nullopt};
+}
+
 void Bench::count_sleep(const Executor& executor, const Slept& before) {
     ended_ = executor.elapsed();
     sleeps_ = executor.idles() - before.sleeps;
     busy_ = ended_ - before.begun - (executor.slept() - before.slept) - thinktime_;
+    const auto stolen = before.stolen ? tell_stolen_() : std::nullopt;
+    // What the host tells need not grow.
+    stolen_ = stolen ? std::optional(*stolen > *before.stolen ? *stolen - *before.stolen : 0) : std::nullopt;
 }
 
 Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, BenchOptions options) {
@@ -362,12 +371,13 @@ Task<Result<BenchReport>> Bench::run(BlockDevice& disk, Workload workload, Bench
     const Counters counters_before = disk.counters();
     const u64 allocations_before = allocations(options);
     const Executor& executor = disk.executor();
-    const Slept before{executor.elapsed(), executor.idles(), executor.slept()};
+    const Slept before = slept(executor, executor.elapsed());
     static_cast<void>(co_await group.join());
     count_sleep(executor, before);
     report.runtime_ns = ended_ - before.begun - thinktime_;
     report.sleeps = sleeps_;
     report.busy_ns = busy_;
+    report.stolen_ns = stolen_;
     report.thinktime_ns = thinktime_;
     mark(options, 0);
     report.allocations = allocations(options) - allocations_before;
@@ -433,7 +443,7 @@ Task<Result<void>> Bench::lane_task(Bench& bench, BlockDevice& lane, Start& star
     if (!spawned) {
         bench.left_ = 0;
     }
-    const Slept before{start.begun, executor.idles(), executor.slept()};
+    const Slept before = bench.slept(executor, start.begun);
     static_cast<void>(co_await group.join());
     bench.count_sleep(executor, before);
     co_return spawned;
@@ -500,6 +510,7 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
         report.counters = counters() - before;
         report.allocations = allocations(options) - start.allocations;
         Instant ended = start.begun;
+        report.stolen_ns = 0;
         for (Bench* bench : runners) {
             if (bench->ended_ > ended) {
                 ended = bench->ended_;
@@ -508,6 +519,8 @@ Task<Result<BenchReport>> Bench::run_lanes(std::span<Bench* const> runners, Bloc
             report.errors += bench->errors_ + bench->left_;
             report.sleeps += bench->sleeps_;
             report.busy_ns += bench->busy_;
+            report.stolen_ns =
+                report.stolen_ns && bench->stolen_ ? std::optional(*report.stolen_ns + *bench->stolen_) : std::nullopt;
             if (!report.first_error) {
                 report.first_error = bench->first_error_;
             }
@@ -597,6 +610,9 @@ void print_record(const BlockDevice& disk, const BenchReport& report, bool clock
         record.text("wait", name(wait));
     }
     record.number("sleeps", report.sleeps).number("busy_ns", report.busy_ns);
+    if (report.stolen_ns) {
+        record.number("stolen_ns", *report.stolen_ns);
+    }
     if (clock_assumed) {
         record.flag("clock_assumed", true);
     }

@@ -75,6 +75,8 @@ struct BenchReport {
     // to sleep, and the time that they did not sleep, without the pauses.
     u64 sleeps = 0;
     Nanoseconds busy_ns = 0;
+    // In the same time: what the host ran in place of these processors. Nothing: one of them is not told it.
+    std::optional<Nanoseconds> stolen_ns;
     Latencies read;
     Latencies write;
     std::optional<Error> first_error;
@@ -90,6 +92,9 @@ struct BenchOptions {
     /// nullptr.
     void (*mark)(u32 phase) = nullptr;
     u32 phase = 0;
+    /// Time for which the calling processor could have run and the host did not let it, in ns since some start;
+    /// nothing: not told. May be nullptr.
+    std::optional<Nanoseconds> (*stolen)() = nullptr;
 };
 
 /// Runs workloads, one at a time. 50 KiB: too large for a kernel stack or a coroutine frame.
@@ -132,7 +137,9 @@ class Bench {
         Instant begun;
         u64 sleeps;
         Nanoseconds slept;
+        std::optional<Nanoseconds> stolen;
     };
+    Slept slept(const Executor& executor, Instant begun) const;
     void count_sleep(const Executor& executor, const Slept& before);
 
     Workload workload_;
@@ -142,6 +149,8 @@ class Bench {
     Instant ended_ = 0; // elapsed time of the last completion
     u64 sleeps_ = 0;    // of its processor, from the start to ended_
     Nanoseconds busy_ = 0;
+    std::optional<Nanoseconds> stolen_;
+    std::optional<Nanoseconds> (*tell_stolen_)() = nullptr;
     u64 sectors_per_block_ = 0;
     SplitMix64 random_;
     u64 errors_ = 0;

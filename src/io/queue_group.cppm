@@ -47,6 +47,13 @@ class QueueGroup {
         raise_queues();
     }
 
+    /// The device is there again, or another one in its place: the queues may be opened once more. All are quiescent.
+    void reopen() {
+        removed_.store(false, std::memory_order_relaxed);
+        reported_.store(false, std::memory_order_relaxed);
+        closed_.store(false, std::memory_order_release); // pairs with the acquire in closed()
+    }
+
     /// The device is gone: its disks refuse further requests. Does not close the queues. Relaxed: orders no other data.
     void set_removed() { removed_.store(true, std::memory_order_relaxed); }
     inline bool removed() const { return removed_.load(std::memory_order_relaxed); }

@@ -39,7 +39,8 @@ using fuzz::require;
 using fuzz::word;
 namespace xen = hv::xen;
 namespace xen_blk = drivers::xen_blk;
-constexpr u32 port = 5;
+constexpr u32 first_port = 5;
+constexpr u32 max_queues = 3;
 constexpr u32 areas = 16; // one request at a time in each
 constexpr u32 area_bytes = 128 * 1024;
 constexpr Nanoseconds timeout = 100'000'000;
@@ -62,25 +63,44 @@ struct Machine {
         clock.step = 20'000; // time per clock reading: waits that do not sleep end soon
         grants->install(table, 2);
         free_grants = grants->available();
-        hypercalls =
-            xen::Hypercalls(xen::Gate{this, [](void*, u32, u64, u64, u64, u64, u64) { return i64{0}; }, nullptr});
+        hypercalls = xen::Hypercalls(xen::Gate{this,
+                                               [](void* self, u32, u64 command, u64 argument, u64, u64, u64) {
+                                                   if (command == 6) { // EVTCHNOP_alloc_unbound
+                                                       word<u32>(reinterpret_cast<std::byte*>(argument), 4) =
+                                                           first_port + static_cast<Machine*>(self)->ports++;
+                                                   }
+                                                   return i64{0};
+                                               },
+                                               nullptr});
         events.install(hypercalls, *shared);
-        lane.disk().set_timeout(timeout);
-        rings = *memory.buffer(4096);
-        ring = rings.data();
-        require(static_cast<bool>(lane.prepare(rings)));
         xen_blk::Terms terms;
         terms.handle = 51712;
-        terms.port = xen::Port{port};
-        terms.persistent = (shape & 1) != 0 && lane.start_pool(0, memory);
+        terms.queues = 1 + (shape >> 3) % max_queues;
+        terms.persistent = (shape & 1) != 0;
         terms.indirect_segments = (shape & 2) != 0 ? 32 : 0;
         terms.discard = true;
         terms.flush = (shape & 4) != 0 ? xen_blk::Operation::write_barrier : xen_blk::Operation::flush;
         terms.geometry.sectors = areas * area_bytes / 512;
         io::BlockDevice::Identity identity;
         identity.name.write("xvda");
-        require(static_cast<bool>(
-            lane.open(terms, identity, memory, [](void* self) { ++*static_cast<u32*>(self); }, &notified)));
+        for (u32 i = 0; i < terms.queues; ++i) {
+            sides.push_back(std::make_unique<Side>());
+            Side& side = *sides.back();
+            side.port = first_port + i;
+            side.lane = std::make_unique<xen_blk::Lane>(executor, group, events, *grants, i == 0);
+            side.lane->disk().set_timeout(timeout);
+            side.lane->disk().identify(identity);
+            require(static_cast<bool>(side.lane->prepare(0, terms.persistent, 0, memory)));
+            require(side.lane->connection().port() == xen::Port{side.port});
+            terms.persistent = side.lane->has_pool();
+            side.ring = side.lane->connection().ring().data;
+        }
+        now = sides[0].get();
+        for (auto& side : sides) {
+            require(static_cast<bool>(
+                side->lane->set_up(terms, memory, [](void* self) { ++*static_cast<u32*>(self); }, &side->notified)));
+            require(static_cast<bool>(executor.run(side->lane->start())));
+        }
         for (u32 i = 0; i < areas; ++i) {
             buffers.push_back(*memory.buffer(area_bytes));
         }
@@ -121,6 +141,7 @@ struct Machine {
             span = {nullptr, 0, span.size};
             area.known = false;
         }
+        io::BlockDevice& disk = sides[at % sides.size()]->lane->disk();
         area.request = std::make_unique<io::Request>(disk, op, u64{at} * area_bytes / 512, span);
         disk.submit(*area.request);
     }
@@ -182,13 +203,13 @@ struct Machine {
         request.sectors += part.count;
     }
     void take() {
-        const u32 offered = word<u32>(ring, 0);
-        if (offered - taken > 32) {
+        const u32 offered = word<u32>(now->ring, 0);
+        if (offered - now->taken > 32) {
             require(!sound);
             return;
         }
-        for (; taken != offered; ++taken) {
-            std::byte* const slot = ring + 64 + taken % 32 * 112;
+        for (; now->taken != offered; ++now->taken) {
+            std::byte* const slot = now->ring + 64 + now->taken % 32 * 112;
             Taken request;
             request.operation = word<u8>(slot);
             if (request.operation == 6) {
@@ -218,19 +239,19 @@ struct Machine {
             }
             require(!sound || request.operation <= 5);
             require(!sound || request.sector + request.sectors <= areas * area_bytes / 512);
-            require(!sound || std::ranges::none_of(held, [&](const Taken& t) { return t.id == request.id; }));
-            held.push_back(std::move(request));
+            require(!sound || std::ranges::none_of(now->held, [&](const Taken& t) { return t.id == request.id; }));
+            now->held.push_back(std::move(request));
         }
-        word<u32>(ring, 4) = taken + 1;
+        word<u32>(now->ring, 4) = now->taken + 1;
     }
     std::optional<Taken> choose() {
-        if (held.empty()) {
+        if (now->held.empty()) {
             return std::nullopt;
         }
-        const auto at = held.begin() + static_cast<std::ptrdiff_t>(input.byte() % held.size());
+        const auto at = now->held.begin() + static_cast<std::ptrdiff_t>(input.byte() % now->held.size());
         Taken request = std::move(*at);
-        held.erase(at);
-        done.push_back(request);
+        now->held.erase(at);
+        now->done.push_back(request);
         return request;
     }
     void carry_out(const Taken& request) {
@@ -252,22 +273,22 @@ struct Machine {
         }
     }
     void answer(u64 id, u8 operation, i16 status) {
-        std::byte* const slot = ring + 64 + produced++ % 32 * 112;
+        std::byte* const slot = now->ring + 64 + now->produced++ % 32 * 112;
         word<u64>(slot) = id;
         word<u8>(slot, 8) = operation;
         word<i16>(slot, 10) = status;
     }
     void push() {
-        const u32 old = std::exchange(word<u32>(ring, 8), produced);
-        if (produced - word<u32>(ring, 12) < produced - old) {
+        const u32 old = std::exchange(word<u32>(now->ring, 8), now->produced);
+        if (now->produced - word<u32>(now->ring, 12) < now->produced - old) {
             raise();
         }
     }
     void raise() {
-        if ((std::atomic_ref<u64>(shared->mask[0]).load() >> port & 1) == 0) {
-            xen_blk::Lane::on_event(&lane);
+        if ((std::atomic_ref<u64>(shared->mask[0]).load() >> now->port & 1) == 0) {
+            xen_blk::Lane::on_event(now->lane.get());
         } else {
-            std::atomic_ref<u64>(shared->pending[0]).fetch_or(u64{1} << port);
+            std::atomic_ref<u64>(shared->pending[0]).fetch_or(u64{1} << now->port);
         }
     }
 
@@ -277,8 +298,8 @@ struct Machine {
         switch (how % 8) {
         case 0: answer(input.word(), input.byte() % 8, static_cast<i16>(input.word())); break;
         case 1:
-            if (!done.empty()) { // one that was answered before
-                const Taken& again = done[input.byte() % done.size()];
+            if (!now->done.empty()) { // one that was answered before
+                const Taken& again = now->done[input.byte() % now->done.size()];
                 answer(again.id, again.operation, 0);
             }
             break;
@@ -287,8 +308,8 @@ struct Machine {
                 answer(request->id, input.byte(), static_cast<i16>(input.byte() % 4 - 2));
             }
             break;
-        case 3: produced += input.word(); break;
-        case 4: ring[input.word() % 4096] = std::byte{input.byte()}; break;
+        case 3: now->produced += input.word(); break;
+        case 4: now->ring[input.word() % 4096] = std::byte{input.byte()}; break;
         case 5: { // into a page that is granted
             std::byte* const data = page(8 + input.word() % (table.size() - 8), true);
             if (data != nullptr) {
@@ -296,7 +317,7 @@ struct Machine {
             }
             break;
         }
-        case 6: word<u32>(ring, input.byte() % 4 * 4) = input.word(); break;
+        case 6: word<u32>(now->ring, input.byte() % 4 * 4) = input.word(); break;
         case 7:
             if (const auto request = choose()) { // before it was carried out
                 answer(request->id, request->operation, 0);
@@ -305,13 +326,14 @@ struct Machine {
             }
             break;
         }
-        word<u32>(ring, 8) = produced;
+        word<u32>(now->ring, 8) = now->produced;
         raise();
     }
 
     void run() {
         for (u32 steps = 0; steps < 3000 && !input.empty(); ++steps) {
             const u8 op = input.byte();
+            now = sides[sides.size() == 1 ? 0 : input.byte() % sides.size()].get();
             switch (op % 12) {
             case 0:
             case 1:
@@ -336,7 +358,7 @@ struct Machine {
                     raise();
                 } else {
                     const u32 at = input.byte() % areas;
-                    if (all[at].request && !disk.cancel(*all[at].request)) {
+                    if (all[at].request && !all[at].request->device().cancel(*all[at].request)) {
                         forget(at);
                     }
                 }
@@ -357,13 +379,20 @@ struct Machine {
             look();
         }
         require(std::ranges::none_of(all, [](const Area& a) { return bool(a.request); }));
-        require(notified <= 1);
-        lane.close(io::Status::device_gone, {Code::device_gone, "the end"});
+        sides[0]->lane->close(io::Status::device_gone, {Code::device_gone, "the end"});
         for (u32 turns = 0; turns < 4; ++turns) {
             executor.turn();
         }
-        require(!lane.is_open());
-        lane.reclaim();
+        for (auto& side : sides) {
+            require(side->notified <= 1);
+            require(!side->lane->is_open() && side->lane->has_ended()); // one of them ends all
+            side->lane->reclaim();
+        }
+        usize closed = 0;
+        for (usize at = log.text.find("closed:"); at != std::string::npos; at = log.text.find("closed:", at + 1)) {
+            ++closed;
+        }
+        require(closed == 1);
         require(grants->available() == free_grants);
         clear_quarantine();
     }
@@ -378,17 +407,22 @@ struct Machine {
     std::unique_ptr<xen::SharedInfo> shared = std::make_unique<xen::SharedInfo>();
     xen::Hypercalls hypercalls;
     xen::Events events;
-    DmaBuffer rings;
-    std::byte* ring = nullptr;
+    io::QueueGroup group;
     std::vector<DmaBuffer> buffers;
-    std::unique_ptr<xen_blk::Lane> owned = std::make_unique<xen_blk::Lane>(executor, events, *grants);
-    xen_blk::Lane& lane = *owned;
-    xen_blk::Disk& disk = lane.disk();
+    /// A queue, and the back end's side of it.
+    struct Side {
+        std::unique_ptr<xen_blk::Lane> lane;
+        std::byte* ring = nullptr;
+        std::deque<Taken> held;
+        std::vector<Taken> done;
+        u32 port = 0, taken = 0, produced = 0, notified = 0;
+    };
+    std::vector<std::unique_ptr<Side>> sides;
+    Side* now = nullptr; // the one whose turn it is
+    u32 ports = 0;
     std::array<Area, areas> all;
     std::vector<std::byte> image = std::vector<std::byte>(areas * area_bytes);
-    std::deque<Taken> held;
-    std::vector<Taken> done;
-    u32 free_grants = 0, taken = 0, produced = 0, notified = 0;
+    u32 free_grants = 0;
     u8 seed = 0;
     bool sound = true;
 };

@@ -67,7 +67,7 @@ struct Machine {
         hypercalls =
             xen::Hypercalls(xen::Gate{this, [](void*, u32, u64, u64, u64, u64, u64) { return i64{0}; }, nullptr});
         events.install(hypercalls, *shared);
-        require(static_cast<bool>(events.join(0, 0, shared->vcpu[0], 0, 0))); // accepted where it is
+        require(static_cast<bool>(events.join(0, 0, *own, 0, 0))); // accepted where it is
         for (const usize offset : {request_consumer, request_producer, response_consumer, response_producer}) {
             word(offset) = 0xfffffe00; // free-running: soon past 0
         }
@@ -335,6 +335,7 @@ struct Machine {
     io::Executor executor{clock.platform()};
     std::unique_ptr<std::byte[]> page = std::make_unique<std::byte[]>(4096);
     std::unique_ptr<xen::SharedInfo> shared = std::make_unique<xen::SharedInfo>();
+    std::unique_ptr<xen::SharedWithVcpu> own = std::make_unique<xen::SharedWithVcpu>();
     xen::Hypercalls hypercalls;
     xen::Events events;
     xen::Store store;

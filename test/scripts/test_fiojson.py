@@ -132,6 +132,8 @@ class Jobs(unittest.TestCase):
         self.assertEqual(job["read"]["slat_ns"]["N"], 0)
         self.assertEqual(job["latency_ns"]["500"], 100.0)
         self.assertEqual((job["firstlight"]["wait"], job["firstlight"]["sleeps_per_io"], job["firstlight"]["busy_share"]), ("interrupt", 2.0, 0.25))
+        self.assertNotIn("stolen_ns", job["firstlight"])
+        self.assertEqual(self.job(stolen_ns=1234)["firstlight"]["stolen_ns"], 1234)
         self.assertEqual(job["jobname"], "xvda-randread-4k-qd32")
         polled = self.job(wait="poll")
         self.assertEqual((polled["firstlight"]["wait"], polled["jobname"]), ("poll", "xvda-randread-4k-qd32-poll"))

@@ -127,7 +127,8 @@ u64 measure_local_apic() {
     return std::max(std::min(a, b), std::min(std::max(a, b), c));
 }
 
-void arm(Local& own, Instant until, Instant time) {
+// False: the timer will not fire.
+bool arm(Local& own, Instant until, Instant time) {
     constexpr Nanoseconds shortest = 1'000; // a shorter timer may expire before it is armed
     const Nanoseconds length = std::max(until - time, shortest);
     own.timer_at = until;
@@ -145,9 +146,15 @@ void arm(Local& own, Instant until, Instant time) {
         cpu::out8(pit_channel0, static_cast<u8>(count >> 8));
         break;
     }
-    case Timer::hypervisor: hypervisor_timer->arm(length); break;
+    case Timer::hypervisor:
+        if (!hypervisor_timer->arm(length)) {
+            own.timer_at = never;
+            return false;
+        }
+        break;
     case Timer::none: break;
     }
+    return true;
 }
 
 } // namespace
@@ -288,7 +295,11 @@ void platform_idle(void* context, Instant until, const std::atomic<bool>& wake) 
             cpu::interrupts_on();
             return;
         }
-        arm(own, until, time);
+        if (!arm(own, until, time)) {
+            cpu::interrupts_on();
+            cpu::relax();
+            return;
+        }
     }
     wait_for_interrupt();
 }

@@ -26,7 +26,7 @@ void Disk::set_terms(const Terms& terms) {
     }
 }
 
-Result<void> Transport::open(const Terms& terms, DmaAllocator& pool, void (*notify)(void*), void* context) {
+void Transport::start(const Terms& terms, void (*notify)(void*), void* context) {
     channel_.open(terms.port);
     requests_.open(terms);
     notify_ = notify;
@@ -34,7 +34,6 @@ Result<void> Transport::open(const Terms& terms, DmaAllocator& pool, void (*noti
     pacing_ = {};
     fault_.reset();
     link_ = Link::up;
-    return pages_.open(terms, terms.geometry.sector_size, ring_.capacity(), pool);
 }
 
 void Transport::lose() {
@@ -135,19 +134,18 @@ io::Fence Transport::fence(Command& command) {
 // ---- without a command ----
 
 Result<void> Transport::tick(Instant, bool waiting) {
-    pages_.tick(waiting);
+    if (!is_lost()) { // else the pages are processor 0's
+        pages_.tick(waiting);
+    }
     return {};
 }
 
-bool Transport::closing(io::Status) {
-    channel_.close();
-    return true;
-}
-
 void Transport::closed(bool stopped) {
+    channel_.close();
     if (!stopped && notify_ != nullptr) {
         std::exchange(notify_, nullptr)(notify_context_);
     }
+    leave(); // the last: the driver may free everything from here on
 }
 
 } // namespace fl::drivers::xen_blk

@@ -1,5 +1,6 @@
-// A virtual block device in use: its ring as an io.block_queue transport, and the disk. When it is opened, held and
-// connected again is in drivers.xen_blk.lane.
+// A virtual block device in use: a ring of it as an io.block_queue transport, and the disk on that. A device may have
+// several, each for one processor [io.queue_group]. When they are opened, held and connected again is in
+// drivers.xen_blk.lane.
 //
 // A response must have a known id, and answer what was requested [drivers.xen_blk.answer]. The first violation closes
 // the disk.
@@ -14,6 +15,7 @@ import io.block;
 import io.block_queue;
 import io.event_pacing;
 import io.oldest_wait;
+export import io.queue_group;
 import hv.xen.events;
 import hv.xen.grants;
 export import drivers.xen_blk.protocol;
@@ -27,7 +29,7 @@ export namespace fl::drivers::xen_blk {
 
 class Disk;
 
-class Transport : public io::TransportDefaults {
+class Transport : public io::GroupedTransport {
   public:
     using Disk = xen_blk::Disk;
     static constexpr std::string_view driver = "xen_blk";
@@ -37,13 +39,17 @@ class Transport : public io::TransportDefaults {
     using Wire = xen_blk::Wire;
     using Command = io::Command<Transport>;
 
-    Transport(io::Executor& executor, hv::xen::Events& events, hv::xen::Grants& grants)
-        : executor_(executor), channel_(executor, events), pages_(grants), requests_(pages_) {}
+    /// `first`: its processor is number 0.
+    Transport(io::Executor& executor, io::QueueGroup& group, hv::xen::Events& events, hv::xen::Grants& grants,
+              bool first)
+        : GroupedTransport(group), executor_(executor), channel_(executor, events), pages_(grants, first),
+          requests_(pages_) {}
 
     Ring& ring() { return ring_; }
     Pages& pages() { return pages_; }
-    /// See Lane::open().
-    Result<void> open(const Terms& terms, DmaAllocator& pool, void (*notify)(void* context), void* context);
+    /// The ring is connected, and the pages are open. `notify`: see Lane::set_up().
+    void start(const Terms& terms, void (*notify)(void* context), void* context);
+    using GroupedTransport::join;
     /// See Lane::hold() and Lane::pause().
     void lose();
     void pause() { link_ = Link::paused; }
@@ -70,8 +76,7 @@ class Transport : public io::TransportDefaults {
         return link_ != Link::up ? io::Stuck{} : stuck_because(commands_->full() || ring_.full());
     }
     Result<void> tick(Instant now, bool waiting);
-    inline bool wants_tick() const { return pages_.in_quarantine(); }
-    bool closing(io::Status);
+    inline bool wants_tick() const { return !is_lost() && pages_.in_quarantine(); }
     void closed(bool stopped);
 
   private:
@@ -108,22 +113,19 @@ extern template class io::QueueDisk<drivers::xen_blk::Transport>;
 
 export namespace fl::drivers::xen_blk {
 
-/// The device on its queue.
-class Disk final : public io::QueueDisk<Transport> {
+using Queue = io::GroupedQueue<Transport>;
+
+/// The device on one of its queues. The first one is the disk; the others are its lanes.
+class Disk final : public io::GroupedDisk<Transport> {
   public:
-    Disk(io::Executor& executor, io::BlockQueue<Transport>& queue) : QueueDisk(executor, queue) {}
+    explicit Disk(Queue& queue) : GroupedDisk(queue, {}, {}) {}
     void identify(const Identity& identity) { identity_ = identity; }
     void set_features(const FixedText<96>& features) { identity_.features = features; }
-    /// Before each connection of its queue: what the back end offers from now on.
+    /// On its processor, before each connection of its queue: what the back end offers from now on.
     void set_terms(const Terms& terms);
 
-    /// The host has removed it, until it is added again. Its queue is closed, too.
-    void set_removed(bool removed) { removed_.store(removed, std::memory_order_relaxed); }
-    bool removed() const override { return removed_.load(std::memory_order_relaxed); }
-
   private:
-    std::atomic<bool> removed_{false}; // relaxed: orders no other data
-    bool known_ = false;               // other lanes know the geometry
+    bool known_ = false; // other lanes know the geometry
 };
 
 } // namespace fl::drivers::xen_blk

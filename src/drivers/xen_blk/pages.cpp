@@ -22,6 +22,8 @@ bool Pages::start_pool(hv::xen::Domain domain, DmaAllocator& pool) {
     return keep_spare(pool) && grants_.obtainable() / 8 >= pool_chunk && add_pool_pages(pool);
 }
 
+bool Pages::start_share() { return first_ || share_.grow(least_share); }
+
 Result<void> Pages::open(const PageTerms& terms, u32 sector_size, u32 requests, DmaAllocator& pool) {
     domain_ = terms.domain;
     persistent_ = terms.persistent;
@@ -30,9 +32,15 @@ Result<void> Pages::open(const PageTerms& terms, u32 sector_size, u32 requests, 
     misalignment_ = persistent_ ? 0 : sector_size - 1; // bounce pages are aligned
     if (!persistent_) {
         close_pool();
+        if (!first_) { // an equal part of what a disk may have, for each queue
+            static_cast<void>(share_.grow(
+                std::clamp(grants_.obtainable() / 4 / terms.queues, least_share, requests * segments_in_slot)));
+        }
     } else if (pool_.size() >= max_segments) {
         // As many pages as the ring can use, or fewer if grants or memory are short.
-        const u32 wanted = std::min({requests * segments_in_slot, max_pool_pages, grants_.obtainable() / 8});
+        share_.give_back();
+        const u32 wanted = std::min(
+            {requests * segments_in_slot, max_pool_pages / terms.queues, grants_.obtainable() / 8 / terms.queues});
         while (pool_.size() + pool_chunk <= wanted && add_pool_pages(pool)) {
         }
     } else {
@@ -40,7 +48,7 @@ Result<void> Pages::open(const PageTerms& terms, u32 sector_size, u32 requests, 
                      max_segments, pool_.size()};
     }
     if (indirect_segments_ > segments_in_slot) {
-        open_indirect(requests, pool);
+        open_indirect(requests, terms.queues, pool);
     }
     spare_memory_.reset();
     return {};
@@ -83,8 +91,8 @@ void Pages::close_pool() {
     pool_.clear();
 }
 
-void Pages::open_indirect(u32 requests, DmaAllocator& pool) {
-    const u32 wanted = std::min({requests, max_indirect_pages, grants_.obtainable() / 32});
+void Pages::open_indirect(u32 requests, u32 queues, DmaAllocator& pool) {
+    const u32 wanted = std::min({requests, max_indirect_pages / queues, grants_.obtainable() / 32 / queues});
     if (!keep_spare(pool) || wanted == 0 || !grants_.ensure(wanted + spare_grants)) {
         return; // without indirect pages a command has 11 segments
     }
@@ -106,14 +114,14 @@ void Pages::open_indirect(u32 requests, DmaAllocator& pool) {
 bool Pages::end_access(const CommandPages& pages) {
     bool safe = true;
     for (u32 i = 0; i < pages.segments; ++i) {
-        safe = grants_.end(pages.refs[i]) && safe;
+        safe = list_.end(pages.refs[i]) && safe;
     }
     return safe;
 }
 
 void Pages::tick(bool waiting) {
-    grants_.sweep();
-    if (waiting && !persistent_) { // a pool has its own entries
+    list_.sweep();
+    if (first_ && waiting && !persistent_) { // a pool has its own entries
         static_cast<void>(grants_.ensure(spare_grants));
     }
 }
@@ -133,6 +141,7 @@ void Pages::reclaim() {
         abandon();
     }
     indirect_size_ = indirect_free_count_ = 0;
+    share_.give_back();
     spare_memory_.reset();
 }
 

@@ -2,7 +2,8 @@
 // request's buffer is granted for the duration of the command; with them the data is copied through bounce pages that
 // stay granted. The segments of a command that needs more than fit into a ring slot are in an indirect page.
 //
-// Memory is allocated only until the disk is open; a command takes grants or bounce pages and gives them back.
+// Memory is allocated only until the disk is open; a command takes grants or bounce pages and gives them back. Each
+// queue of a disk has pages of its own: what the disk may have is divided among them.
 export module drivers.xen_blk.pages;
 import core.std;
 import core.result;
@@ -19,6 +20,7 @@ struct PageTerms {
     bool persistent = false;
     u32 indirect_segments = 0;   // per request; 0: none
     u32 wire_unit = wire_sector; // bytes per sector number in the ring: 512, or the disk's sector size
+    u32 queues = 1;              // of the disk
 };
 
 /// The pages of one command; empty (no segments) initially and after release().
@@ -33,7 +35,9 @@ struct CommandPages {
     std::array<hv::xen::GrantRef, max_segments> refs; // for each segment; with persistent grants, its bounce page
 };
 
-/// The pages of one disk [xen-blkif]. Only for the processor of the disk's queue.
+/// The pages of one queue of a disk [xen-blkif]. The functions between a connection and the next (start_pool(), open(),
+/// reclaim()) are for processor 0, which has the grant table, while no command is under way and none is taken; the
+/// others for the processor of the queue. A queue on another processor takes the grants of its commands from a share.
 class Pages {
   public:
     using Grant = hv::xen::GrantRef;
@@ -45,8 +49,14 @@ class Pages {
     static constexpr u32 spare_grants = 64;
     static_assert(spare_grants >= max_segments);
     static constexpr u32 spare_bytes = 256 * 1024; // likewise for memory: rings, a job's buffers
+    /// The least that a share has: any command fits.
+    static constexpr u32 least_share = max_segments;
+    static_assert(max_segments * 16 <= hv::xen::GrantShare::capacity);
 
-    explicit Pages(hv::xen::Grants& grants) : grants_(grants) {}
+    /// `first`: its queue is on processor 0, and takes from the table itself.
+    Pages(hv::xen::Grants& grants, bool first = true)
+        : grants_(grants), share_(grants), list_(first ? static_cast<hv::xen::GrantList&>(grants) : share_),
+          first_(first) {}
     Pages(const Pages&) = delete;
     Pages& operator=(const Pages&) = delete;
     /// Does not free the memory that the back end may still write: pages that were not reclaimed.
@@ -55,6 +65,9 @@ class Pages {
     /// Allocates the first bounce pages, for a disk that will offer persistent grants, and grants them to `domain`.
     /// False: not enough memory or grants. Call before open().
     bool start_pool(hv::xen::Domain domain, DmaAllocator& pool);
+    /// Takes the least share of the grants, for a queue on another processor. False: there are not enough. Call before
+    /// open().
+    bool start_share();
     /// `sector_size`: of the disk, in bytes; a power of two. `requests`: the slots of the ring. Without enough grants
     /// or memory for them there are fewer bounce pages, and no indirect pages. Error{bad_argument}: persistent grants
     /// without a successful start_pool(). Before the functions below, and again after reclaim().
@@ -89,7 +102,7 @@ class Pages {
     bool end_access(const CommandPages& pages);
     /// Retries the quarantined grants. `waiting`: requests wait for room, so the grant table may have to grow.
     void tick(bool waiting);
-    inline bool in_quarantine() const { return grants_.in_quarantine() != 0; }
+    inline bool in_quarantine() const { return list_.in_quarantine() != 0; }
     /// The back end can no longer access anything: frees all grants and pages. Memory that it has mapped nevertheless
     /// is never reused.
     void reclaim();
@@ -98,10 +111,13 @@ class Pages {
     bool keep_spare(DmaAllocator& pool);
     bool add_pool_pages(DmaAllocator& pool);
     void close_pool();
-    void open_indirect(u32 requests, DmaAllocator& pool);
+    void open_indirect(u32 requests, u32 queues, DmaAllocator& pool);
     void abandon();
 
     hv::xen::Grants& grants_;
+    hv::xen::GrantShare share_;
+    hv::xen::GrantList& list_; // of the two: what commands take from
+    bool first_;
     hv::xen::Domain domain_ = 0;
     bool persistent_ = false;
     u32 indirect_segments_ = 0; // per request
@@ -128,7 +144,7 @@ class Pages {
     const u32 most = indirect ? indirect_segments_ : segments_in_slot;
     u32 bytes = std::min(data.size, most * static_cast<u32>(page_size) - in_page);
     u32 count = (in_page + bytes + static_cast<u32>(page_size) - 1) / static_cast<u32>(page_size);
-    if (const u32 free = persistent_ ? pool_.available() : grants_.available(); count > free) [[unlikely]] {
+    if (const u32 free = persistent_ ? pool_.available() : list_.available(); count > free) [[unlikely]] {
         if (free == 0 || others) {
             return 0;
         }
@@ -151,8 +167,8 @@ class Pages {
         const u32 bytes = std::min(data.size, static_cast<u32>(page_size) - in_page);
         Grant grant;
         if (!persistent_) [[likely]] {
-            grant = grants_.take_unchecked();
-            grants_.grant(grant, domain_, frame++, write);
+            grant = list_.take_unchecked();
+            list_.grant(grant, domain_, frame++, write);
             pages.refs[i] = grant;
         } else {
             const u16 page = pool_.take();
@@ -188,7 +204,7 @@ class Pages {
         if (persistent_) {
             pool_.recycle(static_cast<u16>(pages.refs[i]));
         } else {
-            safe = grants_.release(pages.refs[i]) && safe;
+            safe = list_.release(pages.refs[i]) && safe;
         }
     }
     pages.segments = 0;

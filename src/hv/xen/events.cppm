@@ -1,7 +1,10 @@
-// Two-level event channels: ports, their pending and mask bits in the shared info page, and the upcall that finds the
-// pending ones. A port belongs to one processor, which takes its upcalls and runs its handler.
+// Event channels: ports, and the upcall that finds the pending ones. By the FIFO interface, where Xen has it: pending
+// and mask bits are in an event word per port, and Xen queues the ports whose events arrive, for each processor.
+// Otherwise by the two-level interface: the bits of all ports are in the shared info page. A port belongs to one
+// processor, which takes its upcalls and runs its handler.
 //
-// bind(), unbind() and the allocation of ports are for processor 0, join() and leave() for the processor itself;
+// bind(), unbind() and the allocation of ports are for processor 0, join() and leave() for the processor itself, and
+// bind_virq() for either, while the other one waits for it;
 // mask(), unmask() and send() may be called on any processor.
 export module hv.xen.events;
 import core.std;
@@ -11,6 +14,13 @@ import core.processor;
 export import hv.xen.hypercall;
 
 export namespace fl::hv::xen {
+
+/// What Xen and one virtual CPU share; does not cross a page.
+struct alignas(256) SharedWithVcpu {
+    VcpuInfo info;
+    FifoControl control;
+    RunstateInfo runstate;
+};
 
 /// Accesses shared between sender and receiver. All are read-modify-writes, since Xen sets bits while they are cleared:
 ///
@@ -24,8 +34,17 @@ export namespace fl::hv::xen {
 /// the upcalls of theirs. An event that unmask() finds pending is consumed by its caller, on whichever processor that
 /// is, so no upcall is needed for it (which only EVTCHNOP_unmask could raise on another virtual CPU).
 ///
+/// With FIFO event channels:
+///
+///   upcall: exchange upcall_pending with 0   Xen: pending; if the word is neither masked nor linked: linked, the link
+///   upcall: exchange ready with 0            of the queue's last word (or the head), ready, upcall_pending. Cleared in
+///   upcall: clear linked and link            the reverse order here, and linked before pending: an event that arrives
+///   upcall: and-not of pending               in between links the word once more, or is seen here
+///   unmask: clear masked and pending, both   Xen: or of pending, load of masked. Waits while busy, as Xen retries its
+///           at once                          change of a link only four times
+///
 ///   atomic      ordering  written by        read by           orders
-///   mine        release   bind, unbind      upcall (acquire)  the slot before the bit that makes the upcall use it
+///   bound, mine release   bind, unbind      upcall (acquire)  the slot before the bit that makes the upcall use it
 ///   scans       seq_cst   upcall            unbind (seq_cst)  upcall: scans odd, then mine; unbind: mine, then scans.
 ///                                                             One of the two sees the other: after unbind() no upcall
 ///                                                             uses the slot
@@ -37,24 +56,31 @@ class Events {
     static constexpr u32 capacity = 512;
     /// Passes over the selector per upcall; later events set upcall_pending and raise another upcall.
     static constexpr u32 max_passes = 4;
+    /// Queued events per upcall (FIFO); those that are left cause another upcall.
+    static constexpr u32 max_queued = 4 * capacity;
 
     /// `shared`: the mapped shared info page. Masks every port. join() follows.
     void install(Hypercalls& hypercalls, SharedInfo& shared);
     bool installed() const { return shared_ != nullptr; }
     /// In another domain, with its shared info page mapped, while nothing else runs: no port is open, each is masked.
     /// Processors that have joined take their upcalls from the shared info page, as far as it has a place for them.
-    void restart();
-    /// On the processor itself, before its first upcall: takes the upcalls of virtual CPU `vcpu`. `own`: memory for its
-    /// vcpu_info, zeroed, in guest frame `frame` at byte `offset`, for the rest of the machine's life. If Xen refuses
-    /// it, the virtual CPU's place in the shared info page is used. Error{not_supported}: it has none; ports are then
-    /// not bound to this processor.
-    Result<void> join(u32 processor, u32 vcpu, VcpuInfo& own, u64 frame, u32 offset);
+    Result<void> restart();
+    /// On the processor itself, before its first upcall: takes the upcalls of virtual CPU `vcpu`. `own`: zeroed
+    /// memory in guest frame `frame` at byte `offset`, for the rest of the machine's life. If Xen refuses it for the
+    /// vcpu_info, the virtual CPU's place in the shared info page is used. Error{not_supported}: it has none, or Xen
+    /// refuses the control block; ports are then not bound to this processor.
+    Result<void> join(u32 processor, u32 vcpu, SharedWithVcpu& own, u64 frame, u32 offset);
+    /// On processor 0, which has joined, before the other ones and before any port is bound: FIFO event channels.
+    /// `words`: a page in guest frame `frame`, for the rest of the machine's life. False: this Xen has none, and
+    /// nothing changes. Error: Xen has switched, and refuses the page.
+    Result<bool> use_fifo(std::span<u32> words, u64 frame);
+    bool fifo() const { return !words_.empty(); }
     /// On a processor that has joined, to which no port is bound: none will be.
-    void withdraw(u32 processor) { cpus_[processor].info.store(nullptr, std::memory_order_relaxed); }
+    void withdraw(u32 processor) { cpus_[processor].takes.store(false, std::memory_order_relaxed); }
     /// On a processor that has joined: no upcalls for the ports bound to it from now on.
     void leave(u32 processor);
     bool joined(u32 processor) const {
-        return cpus_[processor].info.load(std::memory_order_acquire) != nullptr; // pairs with the release in join()
+        return cpus_[processor].takes.load(std::memory_order_acquire); // pairs with the release in join()
     }
     /// Of a processor that has joined.
     const VcpuInfo& info(u32 processor) const { return *cpus_[processor].info.load(std::memory_order_relaxed); }
@@ -71,6 +97,10 @@ class Events {
     Result<u32> bind(Port port, InterruptHandler handler, void* context, u32 processor = 0);
     /// Allocates a port whose events send() raises on `processor`, which has joined; bound to the handler and unmasked.
     Result<Port> open_ipi(u32 processor, InterruptHandler handler, void* context);
+    /// A port for `virq`, one that each virtual CPU has, of the virtual CPU of `processor`, unmasked; the handler runs
+    /// in the upcall there. With FIFO event channels it comes before other events. Error{not_supported}: the processor
+    /// has not joined, or Xen refuses; otherwise as bind().
+    Result<Port> bind_virq(u32 virq, InterruptHandler handler, void* context, u32 processor);
     /// Masks the port, removes the handler, waits until it runs nowhere, and closes the port. No effect on a port that
     /// is not open. Not in a handler.
     void unbind(Port port);
@@ -107,19 +137,32 @@ class Events {
         u32 processor = 0;
     };
     struct alignas(128) Cpu { // no cache line is written by two processors
+        // nullptr: this virtual CPU has none. Also without ports: an upcall that is not acknowledged comes again.
         std::atomic<VcpuInfo*> info{nullptr};
+        std::atomic<bool> takes{false}; // ports may be bound to it
         u32 vcpu = 0;
-        std::atomic<u64> scans{0}; // odd: an upcall is running
+        SharedWithVcpu* own = nullptr;
+        u64 frame = 0; // of `own`
+        u32 offset = 0;
+        std::array<u32, fifo_priorities> heads{}; // of the queues, as far as they are taken; 0: the control block's
+        std::atomic<u64> scans{0};                // odd: an upcall is running
         std::array<std::atomic<u64>, bound_words> mine{};
     };
     static u32 number(Port port) { return to_underlying(port); }
+    Result<void> check_bindable(Port port) const;
+    void take(Port port, InterruptHandler handler, void* context, u32 processor);
     void note_open(Port port);
-    void set_slot(Port port, const Slot& slot);
     void scan_words(Cpu& cpu, VcpuInfo& info);
+    void scan_queues(Cpu& cpu, VcpuInfo& info);
+    static bool unmask_word(u32& word);
+    i64 init_control(Cpu& cpu);
+    Result<void> start_fifo();
     void await_scans() const;
 
     Hypercalls* hypercalls_ = nullptr;
     SharedInfo* shared_ = nullptr;
+    std::span<u32> words_; // event words; empty: two-level
+    u64 words_frame_ = 0;
     std::atomic<u64> unexpected_{0};
     std::array<std::atomic<u64>, bound_words> bound_{}; // ports of all processors
     std::array<Slot, capacity> slots_{};
@@ -131,11 +174,20 @@ class Events {
 inline void Events::mask(Port port) {
     const u32 n = number(port);
     // Relaxed: an event that still arrives is harmless. Pairs with Xen's load of the mask after it has set pending.
+    if (!words_.empty()) {
+        if (n < words_.size()) {
+            std::atomic_ref<u32>(words_[n]).fetch_or(fifo_masked, std::memory_order_relaxed);
+        }
+        return;
+    }
     std::atomic_ref<u64>(shared_->mask[n / 64]).fetch_or(u64{1} << n % 64, std::memory_order_relaxed);
 }
 
 inline bool Events::unmask(Port port) {
     const u32 n = number(port);
+    if (!words_.empty()) {
+        return unmask_word(words_[n]);
+    }
     const u64 bit = u64{1} << n % 64;
     // Sequentially consistent: our store to mask before our load of pending. Pairs with Xen's locked set of pending,
     // then its load of mask.

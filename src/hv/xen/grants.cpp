@@ -53,27 +53,37 @@ Result<GrantRef> Grants::take() {
     return take_unchecked();
 }
 
-void Grants::quarantine(GrantRef ref) {
-    quarantine_[ref / 64] |= u64{1} << ref % 64;
-    ++quarantined_;
-}
-
-void Grants::sweep() {
-    if (quarantined_ == 0) [[likely]] {
-        return;
-    }
-    for (u32 words = 0; words < 8; ++words) {
-        const u32 word = next_sweep_;
-        next_sweep_ = (next_sweep_ + 1) % (frames_ * (grants_per_frame / 64));
-        for (u64 bits = quarantine_[word]; bits != 0; bits &= bits - 1) {
-            const GrantRef ref = word * 64 + static_cast<u32>(std::countr_zero(bits));
-            if (end(ref)) {
-                quarantine_[word] &= ~(u64{1} << ref % 64);
-                --quarantined_;
-                recycle(ref);
-            }
+void GrantList::sweep() {
+    for (u32 left = std::min(quarantined_, 64u); left != 0; --left) {
+        next_sweep_ = next_sweep_ + 1 < quarantined_ ? next_sweep_ + 1 : 0;
+        u16& place = refs_[room_ - 1 - next_sweep_];
+        if (const GrantRef ref = place; end(ref)) {
+            place = static_cast<u16>(take_quarantined());
+            recycle(ref);
         }
     }
+}
+
+bool GrantShare::grow(u32 count) {
+    table_ = from_.table_;
+    count = std::min(count, capacity);
+    if (size_ < count) {
+        static_cast<void>(from_.ensure(count - size_));
+    }
+    for (; size_ < count && from_.available() != 0; ++size_) {
+        recycle(from_.take_unchecked());
+    }
+    return size_ == count;
+}
+
+void GrantShare::give_back() {
+    while (free_count_ != 0) {
+        from_.recycle(take_unchecked());
+    }
+    while (quarantined_ != 0) {
+        from_.quarantine(take_quarantined());
+    }
+    size_ = 0;
 }
 
 } // namespace fl::hv::xen

@@ -96,6 +96,28 @@ Result<void> Hypercalls::register_vcpu_info(u32 vcpu, u64 frame, u32 offset) {
                    "Xen refuses a place for a virtual CPU's information (errno)");
 }
 
+Result<void> Hypercalls::register_runstate(u32 vcpu, RunstateInfo& info) {
+    VcpuRegisterRunstate place{reinterpret_cast<u64>(&info)};
+    return checked(
+        call(Hypercall::vcpu_op, to_underlying(VcpuOp::register_runstate), vcpu, reinterpret_cast<u64>(&place)),
+        "Xen does not count the times of a virtual CPU (errno)");
+}
+
+Result<void> Hypercalls::mark_runstate_updates() {
+    return checked(call(Hypercall::vm_assist, to_underlying(AssistOp::enable), u64{assist_runstate_update}),
+                   "Xen does not mark its changes of run states (errno)");
+}
+
+i64 Hypercalls::set_singleshot_timer(u32 vcpu, u64 expiry) {
+    VcpuSingleshotTimer timer{expiry, 0, 0};
+    return call(Hypercall::vcpu_op, to_underlying(VcpuOp::set_singleshot_timer), vcpu, reinterpret_cast<u64>(&timer));
+}
+
+Result<void> Hypercalls::stop_singleshot_timer(u32 vcpu) {
+    return checked(call(Hypercall::vcpu_op, to_underlying(VcpuOp::stop_singleshot_timer), u64{vcpu}),
+                   "Xen has no single-shot timer (errno)");
+}
+
 i64 Hypercalls::console_write(std::string_view text) {
     return call(Hypercall::console_io, to_underlying(ConsoleOp::write), text.size(),
                 reinterpret_cast<u64>(text.data()));

@@ -59,6 +59,14 @@ class Hypercalls {
     i64 suspend();
     /// Moves the vcpu_info of virtual CPU `vcpu`, the calling one, to `frame`, at byte `offset`.
     Result<void> register_vcpu_info(u32 vcpu, u64 frame, u32 offset);
+    /// Has the times of virtual CPU `vcpu` counted at `info`, in the guest's memory, from now on.
+    Result<void> register_runstate(u32 vcpu, RunstateInfo& info);
+    /// Xen marks its changes of run states (runstate_update) from now on.
+    Result<void> mark_runstate_updates();
+    /// Arms the single-shot timer of virtual CPU `vcpu`, the calling one, for `expiry`, a system time in ns; one that
+    /// has passed expires at once. 0, or a negative error number.
+    i64 set_singleshot_timer(u32 vcpu, u64 expiry);
+    Result<void> stop_singleshot_timer(u32 vcpu);
     /// Writes text to Xen's console; returns >= 0 or a negative error number.
     i64 console_write(std::string_view text);
     /// Maximum number of frames of this guest's grant table.

@@ -16,6 +16,7 @@ enum class Hypercall : u32 {
     xen_version = 17,
     console_io = 18,
     grant_table_op = 20,
+    vm_assist = 21,
     vcpu_op = 24,
     sched_op = 29,
     event_channel_op = 32,
@@ -30,6 +31,7 @@ inline constexpr Domain domain_self = 0x7ff0;
 /// Errors are small negative numbers, numbered as in Linux [xen-public errno.h].
 inline constexpr i64 error_again = -11;
 inline constexpr i64 error_no_such_call = -38;
+inline constexpr i64 error_time_passed = -62;
 
 enum class VersionOp : u32 { version = 0, get_features = 6 };
 struct FeatureInfo {
@@ -90,7 +92,48 @@ static_assert(sizeof(UpcallVector) == 8 && offsetof(UpcallVector, vector) == 4);
 /// [xen-public hvm/params.h].
 constexpr u64 callback_by_vector(u8 vector) { return u64{2} << 56 | vector; }
 
-enum class VcpuOp : u32 { initialise = 0, up = 1, down = 2, is_up = 3, register_info = 10 };
+enum class VcpuOp : u32 {
+    initialise = 0,
+    up = 1,
+    down = 2,
+    is_up = 3,
+    register_runstate = 5,
+    set_singleshot_timer = 8,
+    stop_singleshot_timer = 9,
+    register_info = 10
+};
+/// Lets Xen count a virtual CPU's times in the guest's memory, whose page tables must map it as long as that runs.
+struct VcpuRegisterRunstate {
+    u64 address; // virtual
+};
+static_assert(sizeof(VcpuRegisterRunstate) == 8);
+struct RunstateInfo {
+    u32 state; // runstate_*
+    u32 padding;
+    u64 state_entry_time;    // system time in ns at which it entered the state, and runstate_update
+    std::array<u64, 4> time; // ns in each state, since the virtual CPU began
+};
+static_assert(sizeof(RunstateInfo) == 48 && offsetof(RunstateInfo, state_entry_time) == 8 &&
+              offsetof(RunstateInfo, time) == 16);
+inline constexpr u32 runstate_running = 0;
+inline constexpr u32 runstate_runnable = 1; // it waits for a processor of the host
+inline constexpr u32 runstate_blocked = 2;  // asleep
+inline constexpr u32 runstate_offline = 3;  // neither runnable nor blocked: paused
+/// In state_entry_time: Xen is changing the values. Only if the guest has asked for it (assist_runstate_update).
+inline constexpr u64 runstate_update = u64{1} << 63;
+
+enum class AssistOp : u32 { enable = 0, disable = 1 };
+inline constexpr u64 assist_runstate_update = 5; // [xen-public xen.h]
+
+/// Arms the timer of the calling virtual CPU, whose expiry raises virq_timer [xen-public vcpu.h].
+struct VcpuSingleshotTimer {
+    u64 expiry; // system time in ns; one that has passed expires at once
+    u32 flags;  // singleshot_*
+    u32 padding;
+};
+static_assert(sizeof(VcpuSingleshotTimer) == 16 && offsetof(VcpuSingleshotTimer, flags) == 8);
+/// An expiry that has passed is refused (error_time_passed) and raises nothing. Xen ignores it since 4.18.
+inline constexpr u32 singleshot_future = 1u << 0;
 /// Moves a vcpu_info to the guest's memory; it must not cross a page [xen-public vcpu.h]. Once for each virtual CPU,
 /// and on it.
 struct VcpuRegisterInfo {
@@ -191,8 +234,19 @@ enum class EventOp : u32 {
     alloc_unbound = 6,
     bind_ipi = 7,
     bind_vcpu = 8,
-    unmask = 9
+    unmask = 9,
+    init_control = 11,
+    expand_array = 12,
+    set_priority = 13
 };
+/// A port for an interrupt that Xen itself raises. Of those that each virtual CPU has, EVTCHNOP_bind_vcpu moves none.
+struct EventBindVirq {
+    u32 virq;  // in: virq_*
+    u32 vcpu;  // in
+    Port port; // out
+};
+static_assert(sizeof(EventBindVirq) == 12 && offsetof(EventBindVirq, vcpu) == 4 && offsetof(EventBindVirq, port) == 8);
+inline constexpr u32 virq_timer = 0; // the single-shot timer; each virtual CPU has one
 /// The virtual CPU that gets the upcalls of a port; virtual CPU 0 by default.
 struct EventBindVcpu {
     Port port;
@@ -224,6 +278,44 @@ struct EventPort { // close, send, unmask
     Port port;
 };
 static_assert(sizeof(EventPort) == 4);
+
+// FIFO event channels: an event word for each port in pages of the guest, and for each virtual CPU a control block with
+// the heads of its queues, one for each priority [xen-public event_channel.h].
+inline constexpr u32 fifo_pending = 1u << 31; // set by Xen, cleared by the guest
+inline constexpr u32 fifo_masked = 1u << 30;  // written by the guest
+inline constexpr u32 fifo_linked = 1u << 29;  // it is in a queue: set by Xen, cleared by the guest
+inline constexpr u32 fifo_busy = 1u << 28;    // Xen changes the link: it must not be unmasked meanwhile
+inline constexpr u32 fifo_link_bits = 17;
+inline constexpr u32 fifo_link = (1u << fifo_link_bits) - 1; // the next port in the queue; 0: none
+inline constexpr u32 fifo_priorities = 16;                   // 0: the highest
+
+struct FifoControl {
+    u32 ready; // one bit for each queue that has become non-empty
+    u32 reserved;
+    std::array<u32, fifo_priorities> head; // port; written by Xen
+};
+static_assert(sizeof(FifoControl) == 72 && offsetof(FifoControl, head) == 8);
+/// The first call switches the guest to FIFO event channels; each names the control block of one virtual CPU, which
+/// must not cross a page.
+struct EventInitControl {
+    u64 frame;    // in: guest frame
+    u32 offset;   // in: in the frame, bytes, a multiple of 8
+    u32 vcpu;     // in
+    u8 link_bits; // out
+    u8 padding[7];
+};
+static_assert(sizeof(EventInitControl) == 24 && offsetof(EventInitControl, offset) == 8 &&
+              offsetof(EventInitControl, vcpu) == 12 && offsetof(EventInitControl, link_bits) == 16);
+struct EventSetPriority {
+    Port port;
+    u32 priority; // of fifo_priorities
+};
+static_assert(sizeof(EventSetPriority) == 8 && offsetof(EventSetPriority, priority) == 4);
+/// Adds a page of event words, which begin as masked.
+struct EventExpandArray {
+    u64 frame;
+};
+static_assert(sizeof(EventExpandArray) == 8);
 
 struct EventStatus {
     Domain domain; // in: owner of the port

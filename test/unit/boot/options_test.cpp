@@ -241,7 +241,7 @@ TEST(Options, WrongValues) {
     EXPECT_EQ(parse("features=-indirect,-persistant").errors,
               "features=-indirect,-persistant: expected one of -persistent, -indirect, -ring-pages, -flush, -barrier, "
               "-event-idx, -packed, -in-order, -discard, -msi, -multi-queue, -shadow-doorbells, -ncq, "
-              "-write-zeroes, -config-wce, -scatter-gather, -checksum, seen '-persistant': did you "
+              "-write-zeroes, -config-wce, -scatter-gather, -checksum, -fifo-events, seen '-persistant': did you "
               "mean '-persistent'?\n");
     EXPECT_EQ(parse("disk=").errors, "disk=: expected all or names of disks with commas between them, seen ''\n");
     EXPECT_EQ(parse("disk=hda,,hdb").errors, "disk=hda,,hdb: expected names of disks with commas between them, or one "

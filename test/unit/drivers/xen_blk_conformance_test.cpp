@@ -61,25 +61,21 @@ class XenBlkRig final : public Rig {
         terms.indirect_segments = kind.indirect ? 32 : 0;
         terms.discard = true;
         terms.geometry = {.sectors = sectors, .flush = true};
-        terms.port = *m_.guest.events().allocate_unbound(terms.domain);
-        ring_ = *m_.xen.memory.buffer(4096);
-        EXPECT_TRUE(lane_.prepare(ring_));
-        ring_grant_ = *m_.guest.grants().take();
-        m_.guest.grants().grant(ring_grant_, terms.domain, ring_.bus() / 4096, false);
-        if (kind.persistent) {
-            EXPECT_TRUE(lane_.start_pool(terms.domain, m_.xen.memory));
-        }
-        m_.xen.tree[back_.front + "/ring-ref"] = std::to_string(ring_grant_);
-        m_.xen.tree[back_.front + "/event-channel"] = std::to_string(to_underlying(terms.port));
+        EXPECT_TRUE(lane_.prepare(0, kind.persistent, terms.domain, m_.xen.memory));
+        EXPECT_EQ(lane_.has_pool(), kind.persistent);
+        port_ = lane_.connection().port();
+        m_.xen.tree[back_.front + "/ring-ref"] = std::to_string(lane_.connection().grant(0));
+        m_.xen.tree[back_.front + "/event-channel"] = std::to_string(to_underlying(port_));
         m_.xen.tree[back_.front + "/protocol"] = "x86_64-abi";
         m_.xen.tree[back_.front + "/feature-persistent"] = kind.persistent ? "1" : "0";
         EXPECT_TRUE(back_.connect());
         io::BlockDevice::Identity identity;
         identity.name = FixedText<16>("xvda");
         lane_.disk().set_timeout(timeout);
-        EXPECT_TRUE(lane_.open(terms, identity, m_.xen.memory, nullptr, nullptr));
-        EXPECT_TRUE(m_.guest.events().bind(terms.port, xen_blk::Lane::on_event, &lane_));
-        port_ = terms.port;
+        lane_.disk().identify(identity);
+        EXPECT_TRUE(lane_.set_up(terms, m_.xen.memory, nullptr, nullptr));
+        EXPECT_TRUE(lane_.listen());
+        EXPECT_TRUE(m_.run(lane_.start()));
     }
     static Facts facts(const Kind& kind) {
         return {.capacity = 32,
@@ -96,8 +92,6 @@ class XenBlkRig final : public Rig {
             lane_.close(Status::device_gone, {Code::device_gone, "the test is over"});
         }
         reclaim(0);
-        m_.guest.events().unbind(port_);
-        EXPECT_TRUE(m_.guest.grants().release(ring_grant_));
     }
     io::BlockDevice& disk(u32) override { return lane_.disk(); }
     void turn() override { m_.executor.turn(); }
@@ -170,17 +164,16 @@ class XenBlkRig final : public Rig {
         lane_.reclaim();
     }
     bool is_open(u32) override { return lane_.is_open(); }
-    u32 in_flight(u32) override { return lane_.in_flight(); }
+    u32 in_flight(u32) override { return lane_.commands(); }
 
   private:
     static constexpr Nanoseconds timeout = 200'000'000;
     fake::Machine m_{16u << 20};
     fake::Blkback back_;
     bool damaged_ = false;
-    DmaBuffer ring_;
-    hv::xen::GrantRef ring_grant_ = 0;
     hv::xen::Port port_ = hv::xen::Port::none;
-    xen_blk::Lane lane_{m_.executor, m_.guest.events(), m_.guest.grants()};
+    io::QueueGroup group_;
+    xen_blk::Lane lane_{m_.executor, group_, m_.guest.events(), m_.guest.grants()};
 };
 
 std::vector<Make> kinds() {

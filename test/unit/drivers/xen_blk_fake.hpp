@@ -19,6 +19,7 @@ struct Offer {
     u32 indirect = 0;
     std::optional<u32> ring_order;
     std::optional<u32> ring_pages; // the deprecated key
+    std::string max_queues;        // text of the key; empty: no such key
     std::string device_type = "disk";
     // overrides for keys of the back end's directory; "-": the key is missing
     std::map<std::string, std::string> extra;
@@ -68,6 +69,7 @@ class Blkback {
         if (offer.ring_pages) {
             put("max-ring-pages", *offer.ring_pages);
         }
+        offer_queues();
         xen.tree[front + "/backend"] = back;
         xen.tree[front + "/backend-id"] = std::to_string(domain_);
         xen.tree[front + "/device-type"] = offer.device_type;
@@ -75,6 +77,12 @@ class Blkback {
         xen.set(front + "/state", "1");
         xen.changed(back + "/state");
         wanted_state_ = 2;
+    }
+    void offer_queues() {
+        xen.tree.erase(back + "/multi-queue-max-queues");
+        if (!offer.max_queues.empty()) {
+            xen.tree[back + "/multi-queue-max-queues"] = offer.max_queues;
+        }
     }
     /// The toolstack asks both ends to close, and removes the device once they have.
     void detach() {
@@ -107,6 +115,7 @@ class Blkback {
         if (offer.ring_order) {
             put("max-ring-page-order", *offer.ring_order);
         }
+        offer_queues();
         EXPECT_LE(offer.sectors * 512, disk.size());
         go(2);
         frontend_changed_ = front_state() == 3; // it looks at the front end when it starts
@@ -149,6 +158,7 @@ class Blkback {
             case 5: wanted_state_ = 5; return true;
             case 6:
                 ring = nullptr;
+                further.clear();
                 unmap_ring();
                 wanted_state_ = offer.never_connects && never_closes ? 0 : 6;
                 return true;
@@ -160,16 +170,64 @@ class Blkback {
     }
     bool tick_only() { return true; }
 
+    /// The state of a queue that is not the current one.
+    struct Queue {
+        std::byte* ring = nullptr;
+        std::vector<u32> refs;
+        u32 pages = 0, slots = 0, port = 0;
+        u32 req_cons = 0, rsp_prod = 0;
+        bool more_work = false;
+        u64 taken = 0;
+    };
+    void exchange(Queue& other) {
+        std::swap(other.ring, ring);
+        std::swap(other.refs, refs);
+        std::swap(other.pages, pages);
+        std::swap(other.slots, slots);
+        std::swap(other.port, port);
+        std::swap(other.req_cons, req_cons);
+        std::swap(other.rsp_prod, rsp_prod);
+        std::swap(other.more_work, more_work);
+        std::swap(other.taken, requests_taken);
+    }
+    /// `what` with queue number `index` as the current one.
+    template <class F>
+    void with_queue(u32 index, F&& what) {
+        if (index == 0) {
+            return what();
+        }
+        exchange(further[index - 1]);
+        current_ = index;
+        what();
+        current_ = 0;
+        exchange(further[index - 1]);
+    }
+
     bool connect() {
+        const u64 queues = has_front("multi-queue-num-queues") ? front_number("multi-queue-num-queues") : 1;
+        EXPECT_GE(queues, 1u);
+        if (queues > 1) {
+            EXPECT_LE(queues, std::stoull(offer.max_queues));
+        }
+        further.clear();
+        for (u64 i = 1; i < queues; ++i) {
+            if (!connect_queue("queue-" + std::to_string(i) + "/")) {
+                return false;
+            }
+            exchange(further.emplace_back());
+        }
+        return connect_queue(queues == 1 ? "" : "queue-0/");
+    }
+    bool connect_queue(const std::string& prefix) {
         pages = 1;
         refs.clear();
         if (has_front("ring-page-order")) {
             pages = 1u << front_number("ring-page-order");
             for (u32 i = 0; i < pages; ++i) {
-                refs.push_back(static_cast<u32>(front_number("ring-ref" + std::to_string(i))));
+                refs.push_back(static_cast<u32>(front_number(prefix + "ring-ref" + std::to_string(i))));
             }
         } else {
-            refs.push_back(static_cast<u32>(front_number("ring-ref")));
+            refs.push_back(static_cast<u32>(front_number(prefix + "ring-ref")));
         }
         std::byte* first = nullptr;
         for (u32 i = 0; i < pages; ++i) {
@@ -181,7 +239,7 @@ class Blkback {
             kept[refs[i]] = true;
         }
         EXPECT_EQ(xen.get(front + "/protocol"), "x86_64-abi");
-        port = static_cast<u32>(front_number("event-channel"));
+        port = static_cast<u32>(front_number(prefix + "event-channel"));
         EXPECT_TRUE(xen.open_ports.contains(port));
         EXPECT_EQ(xen.port_domains[port], domain_);
         slots = 1;
@@ -259,6 +317,13 @@ class Blkback {
     std::byte* slot(u32 index) { return ring + 64 + (index % slots) * 112; }
 
     bool process() {
+        bool did = false;
+        for (u32 i = 0; i <= further.size(); ++i) {
+            with_queue(i, [&] { did = process_one() || did; });
+        }
+        return did;
+    }
+    bool process_one() {
         if (ring == nullptr) {
             return false;
         }
@@ -275,6 +340,7 @@ class Blkback {
             std::memcpy(copy.data(), slot(req_cons), 112);
             ++req_cons;
             ++taken;
+            ++requests_taken;
             did = true;
             EXPECT_TRUE(violating || req_cons - rsp_prod <= slots);
             if (hold) {
@@ -298,9 +364,11 @@ class Blkback {
         u8 op = 0;                                // for an indirect request: that of its data
         u64 sector = 0;
         u32 sectors = 0; // of 512 bytes
+        u32 queue = 0;
     };
     void take(const std::array<std::byte, 112>& slot) {
         Held held{slot, {}, {}};
+        held.queue = current_;
         const u64 at = reinterpret_cast<u64>(slot.data());
         const bool indirect = Xen::field<u8>(at, 0) == 6;
         held.op = Xen::field<u8>(at, indirect ? 1 : 0);
@@ -325,6 +393,9 @@ class Blkback {
     /// Completes the held request at `index`: executes it and reports the result, or reports `status` without executing
     /// it.
     void answer(usize index, i16 status) {
+        with_queue(held_[index].queue, [&] { answer_here(index, status); });
+    }
+    void answer_here(usize index, i16 status) {
         Held held = std::move(held_[index]);
         held_.erase(held_.begin() + static_cast<std::ptrdiff_t>(index));
         for (const auto& [ref, write] : held.mapped) {
@@ -348,6 +419,7 @@ class Blkback {
         }
         held_.clear();
         ring = nullptr;
+        further.clear();
         unmap_ring();
     }
     const std::vector<Held>& held() const { return held_; }
@@ -469,6 +541,8 @@ class Blkback {
     std::vector<u32> refs;
     u32 pages = 0, slots = 0, port = 0;
     u32 req_cons = 0, rsp_prod = 0;
+    u64 requests_taken = 0;
+    std::vector<Queue> further; // queues 1 to n - 1
     u32 at_once = ~0u;
     bool keeps_mapped = false, hold_grants = false, dead = false, refuse_flush = false, never_closes = false;
     bool more_work = false, violating = false;
@@ -495,6 +569,7 @@ class Blkback {
     u32 wanted_state_ = 0;
     u32 waited_ = 0;
     bool frontend_changed_ = false;
+    u32 current_ = 0; // queue
     std::vector<Held> held_;
     std::vector<std::pair<u32, bool>> premapped_; // pages of the current request
 };
@@ -542,6 +617,56 @@ struct DiskMachine : Machine {
     Sink sink;
     drivers::Environment environment;
     hv::SyntheticDevice device;
+};
+
+/// The same with several processors, each with an executor; processor i is virtual CPU i.
+struct LanesMachine : DiskMachine {
+    LanesMachine(const Offer& offer, u32 processors, u32 withheld = 0) : DiskMachine(offer, withheld) {
+        all.push_back(&executor);
+        for (u32 i = 1; i < processors; ++i) {
+            io::Platform platform = world.platform();
+            platform.idle = [](void*, Instant, const std::atomic<bool>&) {};
+            all.push_back(&others.emplace_back(platform, i));
+        }
+        xen.event_cpus.resize(processors);
+        for (u32 i = 0; i < processors; ++i) {
+            xen.event_cpus[i].processor = i;
+        }
+        environment.executors = all;
+        world.device = [this] {
+            bool did = false;
+            for (u32 quiet = 0; quiet < 3;) {
+                const bool more = back.step();
+                xen.deliver();
+                turns();
+                did = did || more;
+                quiet = more ? 0 : quiet + 1;
+            }
+            return did;
+        };
+    }
+    Result<void> probe() {
+        EXPECT_TRUE(install());
+        EXPECT_TRUE(start());
+        for (u32 i = 1; i < all.size(); ++i) {
+            set_this_processor(i);
+            EXPECT_TRUE(guest.join(i, *all[i]));
+            set_this_processor(0);
+        }
+        return run(drivers::xen_blk::probe(environment, guest, device));
+    }
+    /// Of each further processor.
+    void turns() {
+        for (u32 round = 0; round < 4; ++round) {
+            for (io::Executor& each : others) {
+                set_this_processor(each.processor());
+                each.turn();
+            }
+        }
+        set_this_processor(0);
+    }
+    std::deque<io::Executor> others;
+    std::vector<io::Executor*> all;
 };
 
 inline io::Task<Result<void>> read(io::BlockDevice& d, u64 lba, DmaSpan b) { co_return co_await d.read(lba, b); }

@@ -72,6 +72,7 @@ const Offer offers[] = {{}, {.persistent = true, .indirect = 256, .ring_order = 
 TEST(XenSuspend, EverythingIsSetUpAnewInAnotherDomain) {
     for (const Offer& offer : offers) {
         DiskMachine m(offer);
+        m.xen.offers_fifo = &offer != offers; // the second time
         ASSERT_TRUE(m.probe());
         hv::DeviceList found;
         ASSERT_TRUE(m.run(m.guest.enumerate(found)));
@@ -95,6 +96,9 @@ TEST(XenSuspend, EverythingIsSetUpAnewInAnotherDomain) {
             EXPECT_EQ(parking.parked, 1u);
             EXPECT_EQ(parking.released, 1u);
             EXPECT_EQ(m.xen.callback, callback);
+            EXPECT_EQ(m.guest.events().fifo(), m.xen.offers_fifo);
+            EXPECT_EQ(m.xen.fifo, m.xen.offers_fifo);
+            EXPECT_EQ(m.xen.event_cpus[0].control != nullptr && m.xen.words != nullptr, m.xen.offers_fifo);
             EXPECT_EQ(m.xen.shared, shared) << "at the same place";
             EXPECT_EQ(m.xen.grant_frames, frames);
             pass(m, 50 * ms);
@@ -118,6 +122,72 @@ TEST(XenSuspend, EverythingIsSetUpAnewInAnotherDomain) {
             EXPECT_FALSE(m.guest.next_device()) << "the disk is the same one";
         }
     }
+}
+
+// The timer of a virtual CPU is Xen's: in another domain it is not armed, and its event channel is gone. Executors arm
+// it again after every suspension.
+TEST(XenSuspend, AnArmedTimerIsLostAndTheTimerWorksAgain) {
+    for (const bool refused : {false, true}) {
+        DiskMachine m(Offer{});
+        ASSERT_TRUE(m.probe());
+        m.xen.set_time(0, __builtin_ia32_rdtsc(), 5'000'000'000);
+        u32 expired = 0;
+        ASSERT_TRUE(m.guest.timer()->start([](void* n) { ++*static_cast<u32*>(n); }, &expired));
+        ASSERT_TRUE(m.guest.timer()->arm(ms));
+        move_with(m, m.back);
+        m.xen.refuse_virqs = refused;
+        Parking parking;
+        Capture log;
+        ASSERT_TRUE(m.run(m.guest.suspend(parking)));
+        EXPECT_FALSE(m.xen.event_cpus[0].expiry);
+        m.xen.set_time(0, __builtin_ia32_rdtsc(), 1'000'000'000);
+        EXPECT_EQ(m.guest.timer()->arm(ms), !refused);
+        EXPECT_EQ(log.has("has no timer any more"), refused) << log.text;
+        if (!refused) {
+            EXPECT_LT(*m.xen.event_cpus[0].expiry, 5'000'000'000u) << "by the other domain's time";
+            m.xen.expire(0);
+            EXPECT_TRUE(m.xen.deliver());
+            EXPECT_EQ(expired, 1u);
+        }
+    }
+}
+
+// Another domain's times begin at 0: what was stolen before is kept, and nothing is counted twice.
+TEST(XenSuspend, StolenTimeGoesOn) {
+    DiskMachine m(Offer{});
+    ASSERT_TRUE(m.probe());
+    m.xen.steal(0, 300, 20);
+    EXPECT_EQ(m.guest.stolen(), 320u);
+    for (u64 i = 1; i < 3; ++i) {
+        move_with(m, m.back);
+        Parking parking;
+        ASSERT_TRUE(m.run(m.guest.suspend(parking)));
+        ASSERT_NE(m.xen.event_cpus[0].runstate, 0u);
+        EXPECT_TRUE(m.xen.marks_runstates);
+        EXPECT_EQ(m.guest.stolen(), 314 + 6 * i);
+        m.xen.steal(0, 5, 1);
+        EXPECT_EQ(m.guest.stolen(), 320 + 6 * i);
+    }
+    m.xen.offers_runstate = false;
+    move_with(m, m.back);
+    Parking parking;
+    ASSERT_TRUE(m.run(m.guest.suspend(parking)));
+    EXPECT_EQ(m.guest.stolen(), std::nullopt) << "the other Xen does not tell";
+}
+
+TEST(XenSuspend, ACancelledSuspensionLeavesTheTimerArmed) {
+    DiskMachine m(Offer{});
+    ASSERT_TRUE(m.probe());
+    m.xen.set_time(0, __builtin_ia32_rdtsc(), 5'000'000'000);
+    u32 expired = 0;
+    ASSERT_TRUE(m.guest.timer()->start([](void* n) { ++*static_cast<u32*>(n); }, &expired));
+    ASSERT_TRUE(m.guest.timer()->arm(ms));
+    m.xen.on_suspend = [] { return i64{1}; };
+    Parking parking;
+    ASSERT_TRUE(m.run(m.guest.suspend(parking)));
+    m.xen.expire(0);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(expired, 1u);
 }
 
 // A back end that is too slow to answer before: what it has is asked again.

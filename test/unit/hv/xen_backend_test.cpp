@@ -12,6 +12,7 @@ import core.interrupt;
 import core.log;
 import core.cpuid;
 import core.processor;
+import core.wall_clock;
 import io.executor;
 import io.task;
 import hv.xen;
@@ -185,6 +186,45 @@ TEST(XenBackend, UnplugsEmulatedDevices) {
         ASSERT_TRUE(m.install());
         EXPECT_EQ(m.guest.unplug({.disks = true}).error().code, Code::not_supported);
         EXPECT_TRUE(m.xen.cpu.writes.empty());
+    }
+}
+
+TEST(XenBackend, TheTimeOfDayIsTheHosts) {
+    struct Case {
+        u32 seconds, high, nanoseconds, wall_version, time_version, mul;
+        bool valid;
+    };
+    for (const Case& each :
+         {Case{1'790'000'000, 0, 250'000'000, 4, 6, 0x80000000, true},
+          Case{1'790'000'000, 1, 0, 4, 6, 0x80000000, true},
+          Case{1'790'000'000, 7, 0, 4, 6, 0x80000000, false}, // beyond 64 bits of nanoseconds
+          Case{0, 0, 0, 0, 6, 0x80000000, false},             // not written
+          Case{1'790'000'000, 0, 1'000'000'000, 4, 6, 0x80000000, false},
+          Case{1'790'000'000, 0, 0, 5, 6, 0x80000000, false}, // being written
+          Case{1'790'000'000, 0, 0, 4, 7, 0x80000000, false}, Case{1'790'000'000, 0, 0, 4, 6, 0, false}}) {
+        fake::Machine m;
+        ASSERT_TRUE(m.install());
+        const u64 page = reinterpret_cast<u64>(m.xen.shared);
+        fake::Xen::field<u32>(page, 0xc00) = each.wall_version;
+        fake::Xen::field<u32>(page, 0xc04) = each.seconds;
+        fake::Xen::field<u32>(page, 0xc08) = each.nanoseconds;
+        fake::Xen::field<u32>(page, 0xc0c) = each.high;
+        const u64 time = reinterpret_cast<u64>(m.xen.info_of(0)) + 32;
+        fake::Xen::field<u32>(time, 0) = each.time_version;
+        fake::Xen::field<u64>(time, 8) = __builtin_ia32_rdtsc();
+        fake::Xen::field<u64>(time, 16) = 5'000'000'000; // the domain started 5 s ago
+        fake::Xen::field<u32>(time, 24) = each.mul;
+        fake::Xen::field<i8>(time, 28) = 1;
+        set_wall_clock(m.world.now, 1);
+        ASSERT_TRUE(m.start());
+        const u64 now = *wall_clock(m.world.now);
+        const u64 expected = ((u64{each.high} << 32 | each.seconds) + 5) * 1'000'000'000 + each.nanoseconds;
+        if (each.valid) {
+            EXPECT_GE(now, expected);
+            EXPECT_LT(now, expected + 60'000'000'000);
+        } else {
+            EXPECT_EQ(now, 1u) << "not set";
+        }
     }
 }
 
@@ -418,7 +458,7 @@ TEST(XenEvents, InAnotherDomainTheSharedInfoPageServesEveryProcessor) {
         each.info = nullptr;
     }
     m.xen.port_vcpu.clear();
-    m.guest.events().restart();
+    ASSERT_TRUE(m.guest.events().restart());
     EXPECT_EQ(m.guest.events().open_ports(), 0u);
     Where a;
     Where b;
@@ -476,6 +516,539 @@ TEST(XenEvents, TheLocalApicKicksWhereEventChannelsDoNot) {
         EXPECT_TRUE(m.guest.events().joined(1));
         EXPECT_TRUE(m.xen.ipi_ports.empty());
     }
+}
+
+// ---- FIFO event channels ----
+
+struct Fifo : Several {
+    explicit Fifo(std::vector<u32> ids = {0}) : Several(ids, false) {
+        xen.offers_fifo = true;
+        begin(static_cast<u32>(ids.size()));
+        EXPECT_TRUE(guest.events().fifo());
+    }
+    void bind(u32 port, Where& where, u32 processor = 0) {
+        EXPECT_EQ(*guest.events().bind(Port{port}, Where::note, &where, processor), processor);
+        EXPECT_FALSE(guest.events().unmask(Port{port}));
+    }
+};
+
+TEST(XenFifoEvents, QueuesAreFollowedAndWordsEndAsTheyBegan) {
+    Fifo m({0, 5});
+    EXPECT_EQ(m.xen.event_word(300), 1u << 30) << "every port begins as masked";
+    std::array<Where, 4> w;
+    m.bind(70, w[0]);
+    m.bind(300, w[1]);
+    m.bind(9, w[2]);
+    m.bind(71, w[3], 1);
+    for (u32 round = 0; round < 3; ++round) {
+        for (u32 port : {300u, 70u, 300u, 9u, 71u}) {
+            m.xen.raise(port);
+        }
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_FALSE(m.xen.deliver());
+        for (u32 i = 0; i < 4; ++i) {
+            EXPECT_EQ(w[i].processors, std::vector<u32>(round + 1, i == 3 ? 1u : 0u));
+        }
+        for (u32 port : {300u, 70u, 9u, 71u}) {
+            EXPECT_EQ(m.xen.event_word(port), 0u);
+        }
+    }
+    EXPECT_EQ(m.guest.events().unexpected(), 0u);
+}
+
+TEST(XenFifoEvents, AMaskedPortKeepsItsEventForUnmask) {
+    Fifo m;
+    Where a;
+    Where b;
+    m.bind(70, a);
+    m.bind(80, b);
+    m.xen.raise(70);
+    m.xen.raise(80);
+    m.guest.events().mask(Port{70}); // while it is in the queue
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_TRUE(a.processors.empty());
+    EXPECT_EQ(b.processors.size(), 1u);
+    m.xen.raise(70);
+    EXPECT_FALSE(m.xen.deliver());
+    EXPECT_TRUE(m.guest.events().unmask(Port{70})) << "arrived in the meantime";
+    EXPECT_FALSE(m.guest.events().unmask(Port{70}));
+    m.xen.raise(70);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(a.processors.size(), 1u);
+    // Consumed by unmask() while it is in the queue: the upcall finds nothing.
+    m.xen.raise(70);
+    m.guest.events().mask(Port{70});
+    EXPECT_TRUE(m.guest.events().unmask(Port{70}));
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(a.processors.size(), 1u);
+    m.xen.raise(70);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(a.processors.size(), 2u) << "and it can be queued again";
+    m.guest.events().unbind(Port{70});
+    EXPECT_EQ(m.xen.event_word(70), 1u << 30);
+}
+
+TEST(XenFifoEvents, UnmaskWaitsWhileXenChangesTheLink) {
+    Fifo m;
+    Where a;
+    ASSERT_TRUE(m.guest.events().bind(Port{70}, Where::note, &a));
+    std::atomic_ref<u32> word(m.xen.event_word(70));
+    word.fetch_or(1u << 28);
+    std::atomic<bool> done{false};
+    std::thread other([&] {
+        EXPECT_FALSE(m.guest.events().unmask(Port{70}));
+        done.store(true);
+    });
+    for (u32 i = 0; i < 2000; ++i) {
+        EXPECT_FALSE(done.load() && (word.load() >> 28 & 1) != 0);
+    }
+    EXPECT_EQ(word.load() >> 30 & 1, 1u);
+    word.fetch_and(~(1u << 28));
+    other.join();
+    EXPECT_EQ(word.load(), 0u);
+    // A Xen that never ends is not waited for without a bound.
+    m.guest.events().mask(Port{70});
+    word.fetch_or(1u << 28);
+    EXPECT_FALSE(m.guest.events().unmask(Port{70}));
+    EXPECT_EQ(word.load(), 1u << 28);
+}
+
+TEST(XenFifoEvents, AStormIsBoundedAndWhatIsWrongIsCounted) {
+    struct Storm {
+        Fifo m;
+        u32 rings = 0;
+    } s;
+    ASSERT_TRUE(s.m.guest.events().bind(
+        Port{9},
+        [](void* c) {
+            Storm& storm = *static_cast<Storm*>(c);
+            ++storm.rings;
+            storm.m.xen.raise(9); // raises it again while it is handled
+        },
+        &s));
+    static_cast<void>(s.m.guest.events().unmask(Port{9}));
+    s.m.xen.raise(9);
+    EXPECT_TRUE(s.m.xen.deliver());
+    EXPECT_EQ(s.rings, hv::xen::Events::max_queued);
+    EXPECT_EQ(s.m.xen.upcall_pending(), 1) << "and the next one is not lost";
+    const u32 before = s.rings;
+    s.m.xen.deliver();
+    EXPECT_GT(s.rings, before);
+    s.m.guest.events().mask(Port{9});
+    while (s.m.xen.deliver()) {
+    }
+    // A port that nobody has bound.
+    s.m.xen.event_word(40) = 0;
+    s.m.xen.raise(40);
+    EXPECT_TRUE(s.m.xen.deliver());
+    EXPECT_EQ(s.m.guest.events().unexpected(), 1u);
+    EXPECT_EQ(s.m.xen.event_word(40), 1u << 30) << "it is masked";
+    // A head that is no port, and one beyond the words.
+    for (u32 head : {0u, 1024u, ~0u}) {
+        s.m.xen.head_of(0) = head;
+        s.m.xen.ready_of(0) = ~0u;
+        s.m.xen.upcall_pending() = 1;
+        const u64 counted = s.m.guest.events().unexpected();
+        EXPECT_TRUE(s.m.xen.deliver());
+        EXPECT_EQ(s.m.guest.events().unexpected(), counted + 16);
+        EXPECT_FALSE(s.m.xen.deliver());
+    }
+}
+
+/// Notes which ports have been served, in order.
+struct Order {
+    struct Entry {
+        Order* order;
+        u32 port;
+        std::function<void()> then;
+    };
+    void bind(Fifo& m, u32 port, std::function<void()> then = nullptr) {
+        entries.push_back(std::make_unique<Entry>(this, port, std::move(then)));
+        ASSERT_TRUE(m.guest.events().bind(
+            Port{port},
+            [](void* self) {
+                Entry& entry = *static_cast<Entry*>(self);
+                entry.order->served.push_back(entry.port);
+                if (entry.then) {
+                    entry.then();
+                }
+            },
+            entries.back().get()));
+        EXPECT_FALSE(m.guest.events().unmask(Port{port}));
+    }
+    std::vector<std::unique_ptr<Entry>> entries;
+    std::vector<u32> served;
+};
+
+TEST(XenFifoEvents, EachPriorityHasAQueueAndTheHighestComesFirst) {
+    Fifo m;
+    Order order;
+    for (const auto& [port, priority] : std::map<u32, u32>{{20, 0}, {21, 0}, {30, 7}, {31, 7}, {40, 15}, {41, 15}}) {
+        m.xen.priorities[port] = priority;
+        // While the first of the middle queue is served another one arrives in the highest.
+        order.bind(m, port, port == 30 ? std::function<void()>([&] { m.xen.raise(21); }) : nullptr);
+    }
+    for (u32 port : {41u, 40u, 30u, 31u, 20u}) {
+        m.xen.raise(port);
+    }
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(order.served, (std::vector<u32>{20, 30, 21, 31, 41, 40}));
+    EXPECT_EQ(m.xen.ready_of(0), 0u);
+    m.xen.deliver(); // the upcall of what arrived meanwhile
+    EXPECT_EQ(order.served.size(), 6u);
+    for (u32 port : {20u, 21u, 30u, 31u, 40u, 41u}) {
+        EXPECT_EQ(m.xen.event_word(port), 0u);
+    }
+    EXPECT_EQ(m.guest.events().unexpected(), 0u);
+}
+
+// Xen stores a new head only for an empty queue. Between that the guest follows the links alone.
+TEST(XenFifoEvents, TheHeadIsReadOnlyForAQueueThatHasBecomeNonEmpty) {
+    Fifo m;
+    Order order;
+    order.bind(m, 20, [&] { m.xen.head_of(0) = 22; }); // a head that changes while the queue is followed
+    for (u32 port : {21u, 22u}) {
+        order.bind(m, port);
+    }
+    m.xen.raise(20);
+    m.xen.raise(21);
+    EXPECT_EQ(m.xen.head_of(0), 20u);
+    EXPECT_EQ(m.xen.event_word(20), 0xa0000015u) << "pending, linked, and the link to port 21";
+    EXPECT_EQ(m.xen.event_word(21), 0xa0000000u);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(order.served, (std::vector<u32>{20, 21}));
+    m.xen.raise(22);
+    m.xen.raise(20);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(order.served, (std::vector<u32>{20, 21, 22, 20}));
+    EXPECT_EQ(m.guest.events().unexpected(), 0u);
+}
+
+TEST(XenFifoEvents, LinksThatLeadNowhereOrRoundEnd) {
+    for (const u32 beyond : {1024u, 0x1ffffu}) {
+        Fifo m;
+        Order order;
+        order.bind(m, 20);
+        order.bind(m, 21);
+        m.xen.raise(20);
+        m.xen.event_word(20) |= beyond;
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(order.served, std::vector<u32>{20});
+        EXPECT_EQ(m.guest.events().unexpected(), 1u);
+        EXPECT_FALSE(m.xen.deliver());
+        m.xen.event_cpus[0].tails = {};
+        m.xen.raise(21); // the next queue is followed from its head
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(order.served, (std::vector<u32>{20, 21}));
+    }
+    { // a loop, and a port that is its own successor: a link is taken once
+        Fifo m;
+        Order order;
+        order.bind(m, 20);
+        order.bind(m, 21);
+        m.xen.raise(20);
+        m.xen.raise(21);
+        m.xen.event_word(21) |= 20;
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(order.served, (std::vector<u32>{20, 21}));
+        m.xen.event_cpus[0].tails = {};
+        m.xen.raise(20);
+        m.xen.event_word(20) |= 20;
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(order.served, (std::vector<u32>{20, 21, 20}));
+        EXPECT_FALSE(m.xen.deliver());
+    }
+    { // a loop that Xen closes again and again is left after a bounded number of events
+        Fifo m;
+        Order order;
+        order.bind(m, 20, [&] { m.xen.event_word(21) = 0xa0000014u; });
+        order.bind(m, 21, [&] { m.xen.event_word(20) = 0xa0000015u; });
+        m.xen.raise(20);
+        m.xen.raise(21);
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(order.served.size(), hv::xen::Events::max_queued);
+        EXPECT_EQ(m.xen.upcall_pending(), 1);
+    }
+}
+
+// A port with a word and without a slot for a handler: Xen allocates the lowest free port, so only a hostile one gets
+// there.
+TEST(XenFifoEvents, APortBeyondTheSlotsIsMasked) {
+    Fifo m;
+    const u32 port = hv::xen::Events::capacity;
+    m.xen.event_word(port) = 0;
+    m.xen.raise(port);
+    EXPECT_TRUE(m.xen.deliver());
+    EXPECT_EQ(m.guest.events().unexpected(), 1u);
+    EXPECT_EQ(m.xen.event_word(port), 0x40000000u);
+}
+
+TEST(XenFifoEvents, WithheldOrRefused) {
+    {
+        Several m({0}, false);
+        m.xen.offers_fifo = true;
+        m.withhold_fifo = true;
+        m.begin(1);
+        EXPECT_FALSE(m.guest.events().fifo());
+        EXPECT_FALSE(m.xen.fifo);
+    }
+    { // the very first control block is refused: two-level
+        Several m({0, 1}, false);
+        m.xen.offers_fifo = true;
+        m.xen.refuse_control = 0;
+        m.begin(2);
+        EXPECT_FALSE(m.guest.events().fifo());
+        Where a;
+        EXPECT_EQ(*m.guest.events().bind(Port{70}, Where::note, &a, 1), 1u);
+        EXPECT_FALSE(m.guest.events().unmask(Port{70}));
+        m.xen.raise(70);
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(a.processors, std::vector<u32>{1});
+    }
+    { // Xen has switched: there is no way back
+        Several m({0}, false);
+        m.xen.offers_fifo = m.xen.refuse_array = true;
+        EXPECT_EQ(m.install().error().code, Code::not_supported);
+    }
+    { // a further processor without a control block: processor 0 takes its events
+        Several m({0, 1}, false);
+        m.xen.offers_fifo = true;
+        m.xen.refuse_control = 1;
+        m.begin(2);
+        Where a;
+        EXPECT_FALSE(m.xen.deliver()) << "that processor acknowledges its upcalls, or they would come for ever";
+        EXPECT_EQ(*m.guest.events().bind(Port{70}, Where::note, &a, 1), 0u);
+        EXPECT_FALSE(m.guest.events().unmask(Port{70}));
+        m.xen.raise(70);
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(a.processors, std::vector<u32>{0});
+    }
+}
+
+TEST(XenFifoEvents, InAnotherDomain) {
+    for (bool offered : {true, false}) {
+        Fifo m({0, 5});
+        Where old;
+        m.bind(80, old, 1);
+        for (auto& each : m.xen.event_cpus) {
+            each = {.processor = each.processor};
+        }
+        m.xen.port_vcpu.clear();
+        m.xen.fifo = false;
+        m.xen.offers_fifo = offered;
+        ASSERT_TRUE(m.guest.events().restart());
+        EXPECT_EQ(m.guest.events().fifo(), offered);
+        Where a;
+        EXPECT_EQ(*m.guest.events().bind(Port{71}, Where::note, &a, 1), 1u);
+        EXPECT_FALSE(m.guest.events().unmask(Port{71}));
+        m.xen.raise(71);
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(a.processors, std::vector<u32>{1});
+        EXPECT_TRUE(old.processors.empty());
+    }
+}
+
+// ---- timer ----
+
+struct Timers : Several {
+    explicit Timers(std::vector<u32> ids, bool fifo = false) : Several(ids, false) {
+        xen.offers_fifo = fifo;
+        begin(static_cast<u32>(ids.size()));
+        for (u32 i = 0; i < ids.size(); ++i) {
+            xen.set_time(ids[i], __builtin_ia32_rdtsc(), 5'000'000'000 * (i + 1)); // each has a time of its own
+        }
+    }
+    Result<void> start(u32 processor, Where& where) {
+        const On on(processor);
+        return guest.timer()->start(Where::note, &where);
+    }
+    bool arm(u32 processor, Nanoseconds length) {
+        const On on(processor);
+        return guest.timer()->arm(length);
+    }
+};
+
+TEST(XenTimer, EachProcessorHasOneInSystemTime) {
+    for (const bool fifo : {false, true}) {
+        Timers m({0, 5}, fifo);
+        Where where;
+        for (u32 processor : {0u, 1u}) {
+            ASSERT_TRUE(m.start(processor, where));
+        }
+        const u32 first = m.xen.event_cpus[0].timer_port;
+        const u32 second = m.xen.event_cpus[5].timer_port;
+        ASSERT_TRUE(first != 0 && second != 0);
+        EXPECT_EQ(m.xen.priorities.contains(first), fifo);
+        EXPECT_TRUE(m.arm(0, 2'000'000));
+        EXPECT_TRUE(m.arm(1, 3'000'000));
+        EXPECT_GE(*m.xen.event_cpus[0].expiry, 5'002'000'000u);
+        EXPECT_LT(*m.xen.event_cpus[0].expiry, 9'000'000'000u);
+        EXPECT_GE(*m.xen.event_cpus[5].expiry, 10'003'000'000u);
+        EXPECT_LT(*m.xen.event_cpus[5].expiry, 14'000'000'000u);
+        m.xen.expire(5);
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(where.processors, std::vector<u32>{1});
+        EXPECT_TRUE(m.arm(0, 7'000'000)) << "replaces the earlier one";
+        EXPECT_GE(*m.xen.event_cpus[0].expiry, 5'007'000'000u);
+        m.xen.expire(0);
+        EXPECT_TRUE(m.xen.deliver());
+        EXPECT_EQ(where.processors, (std::vector<u32>{1, 0}));
+        // Neither the sum nor what Xen takes for a signed number overflows.
+        EXPECT_TRUE(m.arm(1, ~Nanoseconds{0}));
+        EXPECT_EQ(*m.xen.event_cpus[5].expiry, 0x7fffffffffffffffu);
+        m.xen.set_time(5, 0, ~u64{0});
+        EXPECT_TRUE(m.arm(1, 1));
+        EXPECT_EQ(*m.xen.event_cpus[5].expiry, 0x7fffffffffffffffu);
+        EXPECT_EQ(m.guest.events().unexpected(), 0u);
+        {
+            const On on(1);
+            m.guest.leave(1);
+        }
+        EXPECT_FALSE(m.xen.event_cpus[5].expiry) << "no interrupt any more";
+    }
+}
+
+TEST(XenTimer, AnExpiryThatHasPassedIsSetAgainAndRefusalsEnd) {
+    Timers m({0});
+    Where where;
+    ASSERT_TRUE(m.start(0, where));
+    m.xen.timer_refusals = 3;
+    EXPECT_TRUE(m.arm(0, 10));
+    ASSERT_EQ(m.xen.expiries.size(), 4u);
+    EXPECT_GE(m.xen.expiries[3], m.xen.expiries[0] + 8'000 - 10) << "each time further in the future";
+    EXPECT_EQ(m.xen.event_cpus[0].expiry, m.xen.expiries[3]);
+    m.xen.expiries.clear();
+    m.xen.timer_refusals = ~0u;
+    EXPECT_FALSE(m.arm(0, 10));
+    EXPECT_EQ(m.xen.expiries.size(), 8u);
+    m.xen.expiries.clear();
+    m.xen.timer_error = -22;
+    EXPECT_FALSE(m.arm(0, 10)) << "the processor must not sleep";
+    EXPECT_EQ(m.xen.expiries.size(), 1u);
+    m.xen.timer_refusals = 0;
+    m.xen.set_time(0, 0, 0, 0); // Xen does not tell the time any more
+    EXPECT_FALSE(m.arm(0, 10));
+}
+
+TEST(XenTimer, WithoutWhatItNeedsTheOtherOneRemains) {
+    {
+        fake::Machine m;
+        EXPECT_EQ(m.guest.timer(), nullptr) << "before start()";
+    }
+    const auto refused = [](auto&& change) {
+        Timers m({0});
+        change(m);
+        const auto ports = m.xen.open_ports;
+        Where where;
+        const auto started = m.start(0, where);
+        EXPECT_EQ(started ? Code::protocol : started.error().code, Code::not_supported);
+        EXPECT_EQ(m.xen.open_ports, ports);
+        EXPECT_FALSE(m.arm(0, 10));
+    };
+    refused([](Timers& m) { m.xen.offers_timer = false; });
+    refused([](Timers& m) { m.xen.refuse_virqs = true; });
+    refused([](Timers& m) { m.xen.set_time(0, 0, 0, 0); });
+    refused([](Timers& m) { m.guest.events().withdraw(0); });
+    Timers m({0}); // a port that has no slot for a handler is given back
+    m.xen.next_port = hv::xen::Events::capacity;
+    Where where;
+    EXPECT_EQ(m.start(0, where).error().code, Code::exhausted);
+    EXPECT_FALSE(m.xen.open_ports.contains(hv::xen::Events::capacity));
+}
+
+TEST(XenClock, CyclesAndNanoseconds) {
+    using namespace hv::xen;
+    EXPECT_EQ(scaled(1'000, 0x80000000, 1), 1'000u);
+    EXPECT_EQ(scaled(3'000, 0x80000000, 0), 1'500u);
+    EXPECT_EQ(scaled(3'000, 0x80000000, -1), 750u);
+    EXPECT_EQ(scaled(u64{1} << 40, 0x80000000, 1), u64{1} << 40) << "the product has more than 64 bits";
+    EXPECT_EQ(scaled(~u64{0}, 0x80000000, 1), ~u64{0});
+    EXPECT_EQ(scaled(~u64{0}, 0xffffffff, 31), ~u64{0}) << "not the lower bits";
+    EXPECT_EQ(scaled(1, 0, 0), std::nullopt);
+    EXPECT_EQ(scaled(1, 1, 32), std::nullopt);
+    EXPECT_EQ(scaled(1, 1, -32), std::nullopt);
+    VcpuTimeInfo time{};
+    time.version = 2;
+    time.tsc_timestamp = 1'000;
+    time.system_time = 70;
+    time.tsc_to_system_mul = 0x80000000;
+    time.tsc_shift = 1;
+    EXPECT_EQ(system_time(time, 1'500), 570u);
+    EXPECT_EQ(system_time(time, 999), 70u) << "a counter that is behind";
+    time.system_time = ~u64{0} - 5;
+    EXPECT_EQ(system_time(time, 1'500), ~u64{0});
+    time.version = 3;
+    EXPECT_EQ(system_time(time, 1'500), std::nullopt) << "Xen is writing";
+}
+
+// ---- stolen time ----
+
+// Typed from xen/include/public/vcpu.h: int state, uint64_t state_entry_time, uint64_t time[4].
+TEST(XenStolenTime, TheRunStateHasXensLayout) {
+    alignas(8) std::array<u8, 48> bytes{
+        0x01, 0,    0, 0, 0xee, 0xee, 0xee, 0xee, // RUNSTATE_runnable, padding
+        0xe8, 0x03, 0, 0, 0,    0,    0,    0,    // entered at 1000
+        0x01, 0,    0, 0, 0,    0,    0,    0,    // running
+        0x20, 0,    0, 0, 0,    0,    0,    0,    // runnable
+        0x00, 0x03, 0, 0, 0,    0,    0,    0,    // blocked
+        0x00, 0,    4, 0, 0,    0,    0,    0,    // offline
+    };
+    const auto& info = *reinterpret_cast<const hv::xen::RunstateInfo*>(bytes.data());
+    using hv::xen::stolen_time;
+    EXPECT_EQ(stolen_time(info, std::nullopt), 0x40020u);
+    EXPECT_EQ(stolen_time(info, 1'007), 0x40027u) << "and the state that it is in";
+    EXPECT_EQ(stolen_time(info, 999), 0x40020u);
+    for (const u8 state : {0, 2, 4}) {
+        bytes[0] = state;
+        EXPECT_EQ(stolen_time(info, 1'007), 0x40020u);
+    }
+    bytes[0] = 3;
+    EXPECT_EQ(stolen_time(info, 1'007), 0x40027u);
+    bytes[15] = 0x80; // XEN_RUNSTATE_UPDATE
+    EXPECT_EQ(stolen_time(info, 1'007), std::nullopt) << "Xen is writing";
+}
+
+TEST(XenStolenTime, IsReadBetweenXensChanges) {
+    hv::xen::RunstateInfo info{};
+    std::atomic<bool> stop{false};
+    std::thread xen([&] {
+        std::atomic_ref<u64> entry(info.state_entry_time);
+        for (u64 n = 1; !stop.load(); ++n) { // both grow alike
+            entry.store(n | u64{1} << 63, std::memory_order_seq_cst);
+            std::atomic_ref<u64>(info.time[1]).store(n, std::memory_order_relaxed);
+            std::atomic_ref<u64>(info.time[3]).store(n, std::memory_order_relaxed);
+            entry.store(n, std::memory_order_release);
+        }
+    });
+    u64 seen = 0;
+    while (seen < 20'000) {
+        if (const auto stolen = hv::xen::stolen_time(info, std::nullopt)) {
+            EXPECT_EQ(*stolen % 2, 0u);
+            seen += *stolen != 0 ? 1 : 0;
+        }
+    }
+    stop.store(true);
+    xen.join();
+}
+
+TEST(XenStolenTime, EachProcessorHasItsOwn) {
+    for (const bool marks : {true, false}) {
+        Several m({0, 5}, false);
+        m.xen.offers_runstate_marks = marks;
+        m.begin(2);
+        EXPECT_EQ(m.xen.marks_runstates, marks);
+        ASSERT_NE(m.xen.event_cpus[0].runstate, m.xen.event_cpus[5].runstate);
+        m.xen.steal(0, 30, 7);
+        m.xen.steal(5, 0, 4);
+        EXPECT_EQ(m.guest.stolen(), 37u);
+        const On on(1);
+        EXPECT_EQ(m.guest.stolen(), 4u);
+    }
+    Several m({0, 1}, false);
+    EXPECT_EQ(m.guest.stolen(), std::nullopt) << "before install()";
+    m.xen.offers_runstate = false;
+    m.begin(2);
+    EXPECT_EQ(m.guest.stolen(), std::nullopt);
 }
 
 // unbind() on one processor while the handler runs on another: afterwards the handler does not run.

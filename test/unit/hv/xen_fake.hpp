@@ -212,6 +212,9 @@ class Xen {
             }
             return console_answer;
         case 32: return event_op(a, b);
+        case 21: // vm_assist: enable, runstate_update_flag
+            marks_runstates = marks_runstates || (a == 0 && b == 5 && offers_runstate_marks);
+            return offers_runstate_marks ? 0 : -22;
         case 24: return vcpu_op(a, static_cast<u32>(b), c);
         default: return -38;
         }
@@ -243,6 +246,16 @@ class Xen {
         if (op == 10) {
             return takes_vcpu_info ? register_info(vcpu, c) : -38;
         }
+        if (op == 5) { // register_runstate_memory_area, by virtual address
+            if (!offers_runstate || vcpu >= event_cpus.size()) {
+                return offers_runstate ? -2 : -38;
+            }
+            event_cpus[vcpu].runstate = field<u64>(c, 0);
+            return 0;
+        }
+        if (op == 8 || op == 9) { // the single-shot timer
+            return timer_op(op, vcpu, c);
+        }
         if (vcpus.empty()) { // KVM's emulation
             return -38;
         }
@@ -273,6 +286,53 @@ class Xen {
         default: return -38;
         }
     }
+    /// A virtual CPU has been runnable and offline for so long [xen-public vcpu.h]: state at 0, state_entry_time at 8,
+    /// four times from 16 on.
+    void steal(u32 vcpu, u64 runnable, u64 offline) {
+        const u64 area = event_cpus[vcpu].runstate;
+        ASSERT_NE(area, 0u);
+        field<u64>(area, 24) = runnable;
+        field<u64>(area, 40) = offline;
+    }
+    /// A guest that arms a virtual CPU's timer does so on it.
+    i64 timer_op(u64 op, u32 vcpu, u64 c) {
+        if (!offers_timer) {
+            return -38;
+        }
+        if (vcpu >= event_cpus.size()) {
+            return -2;
+        }
+        EventCpu& target = event_cpus[vcpu];
+        if (target.processor != this_processor()) {
+            return -22;
+        }
+        target.expiry.reset();
+        if (op == 9) {
+            return 0;
+        }
+        expiries.push_back(field<u64>(c, 0));
+        EXPECT_EQ(field<u32>(c, 8), 0u) << "VCPU_SSHOTTMR_future: an expiry that has passed would be lost";
+        if (timer_refusals != 0) {
+            --timer_refusals;
+            return timer_error;
+        }
+        target.expiry = field<u64>(c, 0);
+        return 0;
+    }
+    /// The timer of a virtual CPU expires.
+    void expire(u32 vcpu) {
+        ASSERT_TRUE(event_cpus[vcpu].expiry);
+        event_cpus[vcpu].expiry.reset();
+        raise(event_cpus[vcpu].timer_port);
+    }
+    /// What Xen tells the guest about time: `ns` of system time at `tsc`, which counts at 1 GHz.
+    void set_time(u32 vcpu, u64 tsc, u64 ns, u32 mul = 0x80000000, i8 shift = 1) {
+        const u64 time = reinterpret_cast<u64>(info_of(vcpu)) + 32;
+        field<u64>(time, 8) = tsc;
+        field<u64>(time, 16) = ns;
+        field<u32>(time, 24) = mul;
+        field<i8>(time, 28) = shift;
+    }
     struct Vcpu {
         bool initialised = false;
         bool up = false;
@@ -282,6 +342,51 @@ class Xen {
 
     i64 event_op(u64 op, u64 b) {
         switch (op) {
+        case 11: { // init_control: the first one switches to FIFO event channels
+            const u32 vcpu = field<u32>(b, 12);
+            if (!offers_fifo) {
+                return -38;
+            }
+            if (vcpu >= event_cpus.size()) {
+                return -2;
+            }
+            if (event_cpus[vcpu].control != nullptr || field<u32>(b, 8) > 4096 - 72 || field<u32>(b, 8) % 8 != 0 ||
+                refuse_control == vcpu) {
+                return -22;
+            }
+            event_cpus[vcpu].control = memory.at(field<u64>(b, 0) * 4096) + field<u32>(b, 8);
+            field<u8>(b, 16) = 17;
+            fifo = true;
+            return 0;
+        }
+        case 12: // expand_array
+            if (!fifo || refuse_array) {
+                return -22;
+            }
+            words = memory.at(field<u64>(b, 0) * 4096);
+            return 0;
+        case 13: // set_priority
+            if (!fifo || field<u32>(b, 4) >= 16) {
+                return fifo ? -22 : -38;
+            }
+            priorities[field<u32>(b, 0)] = field<u32>(b, 4);
+            return 0;
+        case 1: { // bind_virq
+            const u32 vcpu = field<u32>(b, 4);
+            if (field<u32>(b, 0) != 0 || refuse_virqs) {
+                return -22;
+            }
+            if (vcpu >= event_cpus.size()) {
+                return -2;
+            }
+            if (event_cpus[vcpu].timer_port != 0) {
+                return -17;
+            }
+            field<u32>(b, 8) = event_cpus[vcpu].timer_port = next_port;
+            open_ports.insert(next_port);
+            port_vcpu[next_port] = vcpu;
+            return (next_port++, 0);
+        }
         case 8: // bind_vcpu
             if (!moves_ports || field<u32>(b, 4) >= event_cpus.size()) {
                 return moves_ports ? -2 : -38;
@@ -332,6 +437,9 @@ class Xen {
             open_ports.erase(port);
             ipi_ports.erase(port);
             port_vcpu.erase(port);
+            for (EventCpu& each : event_cpus) {
+                each.timer_port = each.timer_port == port ? 0 : each.timer_port;
+            }
             return 0;
         }
         default: return -38;
@@ -362,7 +470,45 @@ class Xen {
     u64& mask(u32 word) { return field<u64>(reinterpret_cast<u64>(shared), 0xa00 + word * 8); }
     u8& upcall_pending(u32 vcpu = 0) { return field<u8>(reinterpret_cast<u64>(info_of(vcpu)), 0); }
     u64& selector(u32 vcpu = 0) { return field<u64>(reinterpret_cast<u64>(info_of(vcpu)), 8); }
+    // ---- FIFO event channels: a word of 32 bits per port, 31: pending, 30: masked, 29: linked, 28: busy, 0 to 16: the
+    // ---- next port in its queue
+    u32& event_word(u32 port) { return field<u32>(reinterpret_cast<u64>(words), port * 4); }
+    u32& head_of(u32 vcpu, u32 queue = 7) {
+        return field<u32>(reinterpret_cast<u64>(event_cpus[vcpu].control), 8 + 4 * queue);
+    }
+    u32& ready_of(u32 vcpu) { return field<u32>(reinterpret_cast<u64>(event_cpus[vcpu].control), 0); }
+    void raise_queued(u32 port) {
+        u32& word = event_word(port);
+        word |= 1u << 31;
+        const u32 vcpu = port_vcpu.contains(port) ? port_vcpu[port] : 0;
+        EventCpu& target = event_cpus[vcpu];
+        if ((word & (3u << 29)) != 0 || target.control == nullptr) { // masked, or in a queue
+            return;
+        }
+        word |= 1u << 29;
+        const u32 queue = priorities.contains(port) ? priorities[port] : 7; // the default
+        u32& tail = target.tails[queue];
+        if (tail == port) { // it has been taken from the queue, which is empty
+            tail = 0;
+        }
+        bool linked = false;
+        if (tail != 0 && (event_word(tail) >> 29 & 1) != 0) {
+            event_word(tail) |= port;
+            linked = true;
+        } else {
+            head_of(vcpu, queue) = port;
+        }
+        tail = port;
+        if (!linked && (ready_of(vcpu) >> queue & 1) == 0) {
+            ready_of(vcpu) |= 1u << queue;
+            upcall_pending(vcpu) = 1;
+        }
+    }
     void raise(u32 port) {
+        if (fifo) {
+            raise_queued(port);
+            return;
+        }
         const u64 bit = u64{1} << port % 64;
         if ((pending(port / 64) & bit) != 0) {
             return;
@@ -669,13 +815,32 @@ class Xen {
         std::byte* info = nullptr;
         u8 vector = 0;
         u64 upcalls = 0;
+        std::byte* control = nullptr;
+        std::array<u32, 16> tails{}; // of its queues
+        u64 runstate = 0;
+        u32 timer_port = 0;
+        std::optional<u64> expiry; // of its timer
     };
+    bool offers_fifo = false;
+    bool fifo = false;
+    bool refuse_array = false;
+    bool offers_timer = true;
+    bool offers_runstate = true;
+    bool offers_runstate_marks = true;
+    bool marks_runstates = false;
+    bool refuse_virqs = false;
+    u32 timer_refusals = 0; // so many times the timer is refused, with:
+    i64 timer_error = -62;
+    std::vector<u64> expiries; // asked for
+    u32 refuse_control = ~0u;  // of this virtual CPU
+    std::byte* words = nullptr;
     std::vector<EventCpu> event_cpus{1};
-    bool takes_vcpu_info = true; // VCPUOP_register_vcpu_info
-    bool moves_ports = true;     // EVTCHNOP_bind_vcpu
-    bool refuse_ipis = false;    // EVTCHNOP_bind_ipi
+    bool takes_vcpu_info = true;   // VCPUOP_register_vcpu_info
+    bool moves_ports = true;       // EVTCHNOP_bind_vcpu
+    bool refuse_ipis = false;      // EVTCHNOP_bind_ipi
     std::set<u32> ipi_ports;
-    std::map<u32, u32> port_vcpu; // by port; 0 if not in it
+    std::map<u32, u32> port_vcpu;  // by port; 0 if not in it
+    std::map<u32, u32> priorities; // by port; 7 if not in it
     u32 shutdown_reason = 99;
     std::function<void(std::byte*)> on_shared_info; // it is mapped, and has to be filled
     std::function<i64()> on_suspend;                // its value is that of the hypercall
@@ -691,6 +856,9 @@ class Xen {
             each = {.processor = each.processor};
         }
         port_vcpu.clear();
+        fifo = false;
+        marks_runstates = false;
+        words = nullptr;
         open_ports.clear();
         ipi_ports.clear();
         sends.clear();
@@ -755,7 +923,7 @@ class World {
                 did = device() || did;
             }
             did = xen.deliver() || did;
-            if (!did) {
+            if (!did && !wake.load()) { // the others may have posted something
                 now = std::max(now + 1, std::min(until, now + 1'000'000'000));
                 return;
             }
@@ -777,7 +945,7 @@ struct Machine {
         guest.set_gate(xen.gate());
     }
     Result<void> install() {
-        hv::Environment environment{xen.cpuid, xen.sightings, xen.memory, xen.memory, xen.cpu};
+        hv::Environment environment{xen.cpuid, xen.sightings, xen.memory, xen.memory, xen.cpu, !withhold_fifo};
         return guest.install(environment);
     }
     Result<void> start() {
@@ -791,6 +959,7 @@ struct Machine {
     T run(io::Task<T> task) {
         return executor.run(std::move(task));
     }
+    bool withhold_fifo = false;
     Xen xen;
     World world;
     io::Executor executor;

@@ -364,6 +364,34 @@ TEST_F(BenchTest, TimeAsleepIsNotBusy) {
     EXPECT_LT(asleep->busy_ns, asleep->runtime_ns / 1000);
 }
 
+TEST_F(BenchTest, StolenTimeIsThatOfTheRunAndNamedOnlyIfItIsTold) {
+    static std::optional<Nanoseconds> told;
+    static Nanoseconds each = 0;
+    const auto with_told = [&](std::optional<Nanoseconds> first, Nanoseconds more) {
+        told = first;
+        each = more;
+        BenchOptions options{.dma = &dma};
+        options.stolen = [] {
+            const auto now = told;
+            told = now ? std::optional(*now + each) : now;
+            return now;
+        };
+        return *executor.run(bench->run(disk, *parse_workload("randread,qd=1,count=10"), options));
+    };
+    const auto record_of = [&](const BenchReport& report) {
+        CapturedLog log;
+        print_record(disk, report);
+        return log.has("\"stolen_ns\":70,") ? 1 : log.has("stolen") ? 2 : 0;
+    };
+    EXPECT_EQ(record_of(with_told(1'000, 70)), 1) << "one reading before the run and one after it";
+    EXPECT_EQ(with_told(1'000, Nanoseconds{0} - 5).stolen_ns, 0u) << "a host whose time goes backwards";
+    EXPECT_EQ(record_of(with_told(std::nullopt, 0)), 0);
+    const auto without = run("randread,qd=1,count=10");
+    ASSERT_TRUE(without);
+    EXPECT_EQ(without->stolen_ns, std::nullopt);
+    EXPECT_EQ(record_of(*without), 0);
+}
+
 TEST_F(BenchTest, RecordHasEveryField) {
     const auto r = run("randread,qd=2,count=10");
     ASSERT_TRUE(r);

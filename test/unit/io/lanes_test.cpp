@@ -216,6 +216,24 @@ TEST_F(LanesBench, OnePairOfMarksForAllLanes) {
     EXPECT_EQ(marks.size(), 2u) << "nothing was measured";
 }
 
+TEST_F(LanesBench, StolenTimeIsThatOfAllProcessors) {
+    static thread_local bool here = false;
+    static std::atomic<bool> told_here{true};
+    here = true; // not on the other processors
+    BenchOptions options{.dma = &dma, .scratch = true};
+    options.stolen = []() -> std::optional<Nanoseconds> {
+        static thread_local Nanoseconds told = 0;
+        return here && !told_here.load() ? std::nullopt : std::optional(told += 10);
+    };
+    auto report = home.run(Bench::run_lanes(list, disk, *parse_workload("randread,qd=4,count=100"), options));
+    ASSERT_TRUE(report);
+    EXPECT_EQ(report->stolen_ns, 30u);
+    told_here.store(false);
+    report = home.run(Bench::run_lanes(list, disk, *parse_workload("randread,qd=4,count=100"), options));
+    ASSERT_TRUE(report);
+    EXPECT_EQ(report->stolen_ns, std::nullopt) << "one of them is not told it";
+}
+
 TEST_F(LanesBench, SequentialInStretches) {
     const auto report = run("write,qd=2,count=240", 3);
     ASSERT_TRUE(report);
