@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from . import paths, process
 from .vmtests import Result
 
-ELF_LIMIT = 992 << 10
+ELF_LIMIT = 1024 << 10
 OBJDUMP = "llvm-objdump-19"
 READELF = "llvm-readelf-19"
 # Vector and x87 registers: the kernel does not save them. The driver prints them as %xmm0, %st(0).

@@ -24,7 +24,7 @@ void parse_smbios_table(std::span<const std::byte> table, Smbios& into);
 
 /// Reads the entry point at physical address `entry` ("_SM_" [smbios §5.2.1] or "_SM3_" [smbios §5.2.2], checksums
 /// verified) and its table. 0: searches the BIOS area 0xf0000–0xfffff on 16-byte boundaries. Error{not_found}: no entry
-/// point; Error{protocol}: malformed. At most 64 KiB of the table are read.
+/// point; Error{protocol}: malformed. At most 32 KiB of the table are read.
 Result<Smbios> read_smbios(PhysicalReader& memory, u64 entry);
 
 } // namespace fl
