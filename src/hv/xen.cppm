@@ -239,7 +239,6 @@ class Xen {
     std::optional<xen::DeviceWatch> device_watch_; // once the store has been started
 };
 static_assert(Backend<Xen> && EmulatedDevices<Xen> && LateDevices<Xen> && StartsProcessors<Xen> &&
-              KicksProcessors<Xen> && LeavesProcessors<Xen> && TearDown<Xen> && OneShotTimer<Xen> &&
-              StolenTime<Xen>);
+              KicksProcessors<Xen> && LeavesProcessors<Xen> && TearDown<Xen> && OneShotTimer<Xen> && StolenTime<Xen>);
 
 } // namespace fl::hv

@@ -443,20 +443,27 @@ TEST(XenBlkLanes, ACancelledSuspensionPausesEveryLane) {
     ASSERT_TRUE(m.run(m.guest.enumerate(found)));
     static_cast<void>(m.guest.changes());
     pass(m, ms);
+    Load load(m, 40, 16 * 1024); // a ring has 32 slots
     u32 under_way = 1;
-    m.xen.on_suspend = [&m, &under_way] {
+    std::array<u32, 4> waiting{};
+    m.xen.on_suspend = [&] {
         under_way = 0;
         for (u32 lane = 0; lane < 4; ++lane) {
             m.back.with_queue(lane, [&] { under_way += m.back.word(0) - m.back.word(8); });
         }
+        for (usize i = 0; i < load.all.size(); ++i) {
+            waiting[i % 4] += load.all[i]->pending() ? 1 : 0;
+        }
         return i64{1};
     };
-    Load load(m, 5, 16 * 1024);
     Parking parking;
     const auto moved = m.run(m.guest.suspend(parking));
     ASSERT_TRUE(moved);
     EXPECT_FALSE(*moved);
     EXPECT_EQ(under_way, 0u) << "the back end has answered what it had";
+    for (const u32 requests : waiting) {
+        EXPECT_GT(requests, 0u) << "and no lane has sent more";
+    }
     pass(m, 20 * ms);
     load.check();
     Load more(m, 3);

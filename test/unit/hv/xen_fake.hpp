@@ -835,9 +835,9 @@ class Xen {
     u32 refuse_control = ~0u;  // of this virtual CPU
     std::byte* words = nullptr;
     std::vector<EventCpu> event_cpus{1};
-    bool takes_vcpu_info = true;   // VCPUOP_register_vcpu_info
-    bool moves_ports = true;       // EVTCHNOP_bind_vcpu
-    bool refuse_ipis = false;      // EVTCHNOP_bind_ipi
+    bool takes_vcpu_info = true; // VCPUOP_register_vcpu_info
+    bool moves_ports = true;     // EVTCHNOP_bind_vcpu
+    bool refuse_ipis = false;    // EVTCHNOP_bind_ipi
     std::set<u32> ipi_ports;
     std::map<u32, u32> port_vcpu;  // by port; 0 if not in it
     std::map<u32, u32> priorities; // by port; 7 if not in it
