@@ -124,6 +124,28 @@ TEST(XenSuspend, EverythingIsSetUpAnewInAnotherDomain) {
     }
 }
 
+TEST(XenSuspend, ProcessorsAreKickedInAnotherDomain) {
+    fake::LanesMachine m({}, 2);
+    m.xen.console_answer = 0; // Xen itself
+    std::vector<u32> kicked;
+    m.guest.take_kicks([](void* list) { static_cast<std::vector<u32>*>(list)->push_back(this_processor()); }, &kicked);
+    ASSERT_TRUE(m.probe());
+    const u32 ports = m.guest.events().open_ports();
+    for (u32 i = 0; i < 3; ++i) {
+        move_with(m, m.back);
+        Parking parking;
+        ASSERT_TRUE(m.run(m.guest.suspend(parking)));
+        pass(m, 50 * ms);
+        EXPECT_EQ(m.guest.events().open_ports(), ports);
+        kicked.clear();
+        for (const u32 cpu : {1u, 0u}) {
+            EXPECT_TRUE(m.guest.kick(cpu)) << cpu;
+            EXPECT_TRUE(m.xen.deliver());
+            EXPECT_EQ(std::exchange(kicked, {}), std::vector<u32>{cpu});
+        }
+    }
+}
+
 // The timer of a virtual CPU is Xen's: in another domain it is not armed, and its event channel is gone. Executors arm
 // it again after every suspension.
 TEST(XenSuspend, AnArmedTimerIsLostAndTheTimerWorksAgain) {
