@@ -14,7 +14,7 @@ if __package__ in (None, ""):
 from firstlight import launch, paths  # noqa: E402
 from firstlight.problems import Exit, Problem  # noqa: E402
 
-COMMANDS = {"run": "run", "bench": "bench", "test": "testing", "setup": "setup", "outputs": "outputs", "script-tests": "scripttests"}
+COMMANDS = {"run": "run", "bench": "bench", "cost": "cost", "test": "testing", "setup": "setup", "outputs": "outputs", "script-tests": "scripttests"}
 
 
 def main() -> int:

@@ -196,7 +196,8 @@ class Nested:
     layout: list[dict[str, int]]
 
 
-def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
+def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool, more: Sequence[str] = ()) -> Nested:
+    """`more`: further arguments of the QEMU that runs L1."""
     names = [job.name for job in jobs]
     if len(set(names)) != len(names):
         raise Problem(f"Two jobs of one lab run have the same name: {' '.join(names)}")
@@ -246,7 +247,7 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool) -> Nested:
         *PROCESSOR, "-m", "2048",
         "-kernel", str(lab.kernel), "-initrd", str(folder / "initrd"),
         "-append", "console=ttyS0 quiet loglevel=0 panic=-1 nokaslr norandmaps",
-        "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot",
+        "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot", *more,
     ]  # fmt: skip
     if size:
         # Only if an image is brought out: this disk's I/O completes in real time, so a run with it is not exactly repeatable.
@@ -344,10 +345,11 @@ def run(
     wall: bool = False,
     live: Callable[[str, str], None] | None = None,
     keep: Path | None = None,
+    more: Sequence[str] = (),
 ) -> dict[str, Outcome]:
     """Run all jobs in one boot of L1. A failure of the lab itself is a Problem; a job's failure is in its outcome."""
     with tempfile.TemporaryDirectory(prefix="firstlight-lab-") as temporary:
-        nested = prepare(lab, jobs, Path(temporary), wall)
+        nested = prepare(lab, jobs, Path(temporary), wall, more)
         reader = Reader(nested.tag, [job.name for job in jobs], live, {job.name: job.timeout for job in jobs})
         # In deterministic mode a job's own limit counts its instructions; this one counts seconds that QEMU computed.
         limit = BOOT_SECONDS + sum(5 * job.timeout + 30 + sum(pause.seconds for pause in job.pauses) for job in jobs)

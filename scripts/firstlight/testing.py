@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import build, checks, debugger, fiotools, image, lab, launch, machine, paths, process, scripttests, setup, tidy, unittests, vmtests, workloads
+from . import build, checks, cost, debugger, fiotools, image, lab, launch, machine, paths, process, scripttests, setup, tidy, unittests, vmtests, workloads
 from .options import Conflict, Parser, demand_agreement, name_patterns
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
@@ -41,7 +41,7 @@ def arguments() -> Parser:
     parser = Parser(
         prog="scripts/test",
         description="Build everything and run every test: the scripts' own, checks of the sources (format, commit subjects, links and commands in the documents), clang-tidy, the modules' on this machine (plain, with "
-        "sanitizers, with a checker of memory orderings), a fixed number of fuzzed inputs, the image, gdb on a machine, fio's tools on what scripts/bench writes, a kernel without any hypervisor's module, and the "
+        "sanitizers, with a checker of memory orderings), a fixed number of fuzzed inputs, the image, gdb on a machine, fio's tools on what scripts/bench writes, the counted costs of an I/O, a kernel without any hypervisor's module, and the "
         "boots of test/vm/*.toml.",
         epilog="A test that is required and skipped is a failure.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
@@ -82,7 +82,7 @@ def check(options, cases: list[vmtests.Case], suites: Sequence[str]) -> None:
 def chosen(options, cases: list[vmtests.Case]) -> list[vmtests.Case]:
     """The selected boots."""
     # The name of a suite selects that suite, not the boots whose names contain the word.
-    parts = [pattern for pattern in options.only if pattern not in ("scripts", checks.SUITE, *PRESETS, tidy.SUITE, FUZZ, "image", GDB, MINIMAL, fiotools.SUITE)]
+    parts = [pattern for pattern in options.only if pattern not in ("scripts", checks.SUITE, *PRESETS, tidy.SUITE, FUZZ, "image", GDB, MINIMAL, fiotools.SUITE, cost.SUITE)]
     return [case for case in cases if not options.only or (parts and wanted(f"vm/{case.name}", parts))]
 
 
@@ -90,12 +90,12 @@ def main(words: list[str]) -> Exit:
     options = arguments().parse_args(words)
     cases = [case for case in vmtests.load() if not options.fast or "fast" in case.groups]
     presets = ("host",) if options.fast else PRESETS
-    check(options, cases, ("scripts", checks.SUITE, *presets, "image", GDB, *(() if options.fast else (tidy.SUITE, FUZZ, MINIMAL, fiotools.SUITE))))
+    check(options, cases, ("scripts", checks.SUITE, *presets, "image", GDB, *(() if options.fast else (tidy.SUITE, FUZZ, MINIMAL, fiotools.SUITE, cost.SUITE))))
     cases = chosen(options, cases)
     if options.list:
         for case in cases:
             print(f"vm/{case.name:34} {case.platform:10} {case.machine:8} {','.join(case.groups):10} {case.about}")
-        slow = [] if options.fast else [tidy.SUITE, *(f"{FUZZ}/{target}" for target in FUZZ_TARGETS), MINIMAL, fiotools.SUITE]
+        slow = [] if options.fast else [tidy.SUITE, *(f"{FUZZ}/{target}" for target in FUZZ_TARGETS), MINIMAL, fiotools.SUITE, *(f"{cost.SUITE}/{name}" for name in cost.BOUNDS)]
         print("\n".join(["scripts", *(f"{checks.SUITE}/{name}" for name in checks.CHECKS), *presets, "image", GDB, *slow]))
         return Exit.SUCCESS
     setup.ensure(tests=True)
@@ -118,9 +118,10 @@ def run_suites(options, cases: list[vmtests.Case], presets: Sequence[str], boots
     """Every suite that was selected. The kernel is built first: then boots in counted time use the processor time that the other steps leave."""
     built = True
     measured = not options.fast and wanted(fiotools.SUITE, options.only, whole=True)
-    if cases or measured or any(wanted(suite, options.only, whole=True) for suite in ("image", GDB)):
+    counted = not options.fast and wanted(cost.SUITE, options.only, whole=True)
+    if cases or measured or counted or any(wanted(suite, options.only, whole=True) for suite in ("image", GDB)):
         built = attempt("build/kernel", build.kernel, add)
-        if measured or any(machine.PLATFORMS[case.platform].test_host for case in cases):
+        if measured or counted or any(machine.PLATFORMS[case.platform].test_host for case in cases):
             built = attempt("build/test-host", build.test_host, add) and built
         if any(case.dom0 for case in cases):
             built = attempt("build/udp-peer", build.udp_peer, add) and built
@@ -146,7 +147,8 @@ def run_suites(options, cases: list[vmtests.Case], presets: Sequence[str], boots
         add(surviving(MINIMAL, minimal()))
     # Boots of the lab, one after the other, use one processor; the boots of the table use the others.
     fio = vmtests.Part(fiotools.SUITE, lambda: surviving(fiotools.SUITE, fiotools.checks()), lab=True)
-    add(boots.rest([fio] if measured and built else []))
+    counts = vmtests.Part(cost.SUITE, lambda: surviving(cost.SUITE, cost.checks()), counted=True, lab=True)
+    add(boots.rest([*([fio] if measured and built else []), *([counts] if counted and built else [])]))
 
 
 class Boots:

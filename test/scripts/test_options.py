@@ -16,10 +16,10 @@ sys.path.insert(0, str(SCRIPTS))
 
 import fake_vmms  # noqa: E402
 
-from firstlight import bench, launch, machine, outputs, paths, probe, run, setup, testing, workloads  # noqa: E402
+from firstlight import bench, cost, launch, machine, outputs, paths, probe, run, setup, testing, workloads  # noqa: E402
 from firstlight.problems import Exit, Problem  # noqa: E402
 
-SCRIPT = {"run": run, "bench": bench, "test": testing, "setup": setup, "outputs": outputs}
+SCRIPT = {"run": run, "bench": bench, "cost": cost, "test": testing, "setup": setup, "outputs": outputs}
 
 
 class TooEarly(AssertionError):
@@ -104,7 +104,7 @@ class Options(unittest.TestCase):
             ("bench", f"--qemu {self.folder}", "a folder is there"), ("run", "--vmm-command true", "exactly one of {kernel}, {efi} and {esp}"), ("run", "--qemu-arg='", "is not closed"),
             ("bench", "--vmm-command ''", "exactly one"), ("test", "--only nonsense", "scripts/test --list"), ("test", "--only host --only nonsense", "--only nonsense"), ("test", "--fast --only tsan", "--fast leaves out"),
             ("test", f"--junit {nothing}/x", "does not exist"), ("test", f"--junit {self.folder}", "a folder"), ("test", "--lab perhaps", "invalid choice"),
-            ("setup", "--frob", "unrecognized"), ("outputs", "--only nonsense", "invalid choice"), ("outputs", "--list --only run", "nothing is run"),
+            ("cost", "--platform kvm", "invalid choice"), ("cost", "--workload nonsense", "the pattern 'nonsense'"), ("cost", "--cmdline disk=hda", "disk= is what"), ("setup", "--frob", "unrecognized"), ("outputs", "--only nonsense", "invalid choice"), ("outputs", "--list --only run", "nothing is run"),
         ]  # fmt: skip
 
     def test_values(self):

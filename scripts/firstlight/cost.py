@@ -1,0 +1,285 @@
+"""scripts/cost: where the instructions of an I/O go.
+
+The lab's outer QEMU executes everything: the guest, KVM, the Linux with KVM, and the virtual machine monitor. A plugin (cost.c) counts
+its instructions by who executes them, between the kernel's marks before and after each workload.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from . import build, image, lab, launch, nested, options, paths, process, records, setup
+from .machine import Machine
+from .problems import EXIT_HELP, Exit, Problem
+from .vmtests import Result, wreck
+from .workloads import DRIVERS, WAITS, Workload, parse_workload
+
+SUITE = "cost"
+
+SOURCE = Path(__file__).parent / "cost.c"
+QEMU_NEEDED = 9  # whose plugins have counters that are updated without a call
+MARK = "mark_phase("  # of boot.start: called before and after each workload
+PORT = 0x5F0  # that the mark writes to: the test host's; on QEMU's machines no device has it
+PARTIES = ("guest", "kvm", "kernel", "vmm")
+DISKS = {"hyperv": "scsi", "xen-emu": "xen"}  # platforms, and the bus of the disk that is measured
+NAMES = {"hyperv": "sda", "xen-emu": "xvda"}
+WORKLOADS = (Workload("randread", "4k", 32, 6400), Workload("randread", "4k", 1, 2000))
+OWN_KEYS = ("job", "disk", "workload", "scratch", "emulated", "marks", "lanes")  # words of the kernel's command line that are set here
+# The most instructions per I/O that the guest may execute: what was reached and 2 %, rounded up. Lower one when a change makes the I/O cheaper.
+BOUNDS = {
+    "storvsc-randread-4k-qd32": 2440,
+    "storvsc-randread-4k-qd1": 3130,
+    "xen_blk-randread-4k-qd32": 1210,
+    "xen_blk-randread-4k-qd1": 2580,
+}
+COMPILE_SECONDS = 60
+RUN_SECONDS = 120.0  # of counted time
+SMALL = 0.5  # instructions per I/O: functions with fewer are summed up
+
+
+@dataclasses.dataclass
+class Section:
+    """The counts between two marks."""
+
+    parties: dict[str, int] = dataclasses.field(default_factory=dict)
+    addresses: dict[int, int] = dataclasses.field(default_factory=dict)  # of the guest
+
+    @property
+    def guest(self) -> int:
+        return sum(self.addresses.values())
+
+
+@dataclasses.dataclass
+class Cost:
+    """What a workload costs; instructions, over all its I/Os."""
+
+    driver: str
+    workload: Workload
+    section: Section
+    measured: int  # by the guest's clock, in which an instruction takes a nanosecond
+
+    @property
+    def per_io(self) -> dict[str, float]:
+        return {party: count / self.workload.count for party, count in {"guest": self.section.guest, **self.section.parties}.items()}
+
+    @property
+    def label(self) -> str:
+        return f"{self.driver}-{self.workload.label}"
+
+
+def read_sections(text: str) -> list[Section]:
+    """The plugin's file [cost.c]."""
+    sections: list[Section] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line == "section":
+            sections.append(Section())
+            continue
+        name, _, count = line.partition(" ")
+        if not sections or not count.isdigit() or not (name in PARTIES or re.fullmatch("0x[0-9a-f]+", name)):
+            raise Problem(f"line {number} of the counts is {line!r}: a section, or a name and a count were expected.")
+        if name in PARTIES:
+            sections[-1].parties[name] = int(count)
+        else:
+            sections[-1].addresses[int(name, 16)] = int(count)
+    return sections
+
+
+class Symbols:
+    """The functions of a kernel."""
+
+    def __init__(self, listing: str) -> None:
+        """`listing`: of llvm-nm, in the order of addresses, demangled."""
+        self.starts: list[int] = []
+        self.names: list[str] = []
+        for line in listing.splitlines():
+            if match := re.fullmatch(r"([0-9a-f]+) [tTwW] (.*)", line):
+                self.starts.append(int(match[1], 16))
+                self.names.append(short_name(match[2]))
+
+    def name(self, address: int) -> str:
+        index = bisect.bisect_right(self.starts, address) - 1
+        return self.names[index] if index >= 0 else "?"
+
+    def address(self, begin: str) -> int:
+        """Of the only function whose name begins so, after its namespaces."""
+        found = [start for start, name in zip(self.starts, self.names) if name.split("::")[-1].startswith(begin)]
+        if len(found) != 1:
+            raise Problem(f"{len(found)} functions of the kernel are called {begin}), one was expected.")
+        return found[0]
+
+
+def short_name(name: str) -> str:
+    """Without modules, template arguments and the outer namespaces."""
+    name = re.sub(r"@[\w.]+|\[abi:\w+\]|\(anonymous namespace\)::|__1::|\bfl::", "", name)
+    name = re.sub(r"operator(<=>|<<|>>|<|>|->)", lambda match: "operator" + match[1].translate({60: 1, 62: 2}), name)
+    while (shorter := re.sub(r"<[^<>]*>", "", name)) != name:
+        name = shorter
+    return name.translate({1: "<", 2: ">"})
+
+
+def by_function(section: Section, symbols: Symbols) -> dict[str, int]:
+    """The guest's instructions, most first."""
+    count: collections.Counter[str] = collections.Counter()
+    for address, executed in section.addresses.items():
+        count[symbols.name(address)] += executed
+    return dict(count.most_common())
+
+
+def compiled(folder: Path) -> Path:
+    """The plugin."""
+    made = folder / "cost.so"
+    process.run(["clang-19", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden", "-o", made, SOURCE], timeout=COMPILE_SECONDS, what="clang-19")
+    return made
+
+
+def image_range(headers: str) -> tuple[int, int]:
+    """First address, and the one after the last, of the loaded segments that llvm-readelf lists."""
+    found = [(int(match[1], 16), int(match[2], 16)) for match in re.finditer(r"^ +LOAD +\S+ +(\S+) +\S+ +\S+ +(\S+)", headers, re.MULTILINE)]
+    if not found:
+        raise Problem("the kernel has no segments that are loaded.")
+    return min(start for start, _ in found), max(start + size for start, size in found)
+
+
+def demand_plugins(ready: lab.Lab) -> None:
+    version = ready.versions.get("qemu-system-x86", "")
+    match = re.match(r"(?:\d+:)?(\d+)", version)
+    if not match or int(match[1]) < QEMU_NEEDED:
+        raise Problem(f"Counting needs QEMU {QEMU_NEEDED}.0 or newer, and the distribution's is {version}.", Exit.MISSING)
+
+
+def machine_of(platform: str, workloads: Sequence[Workload], cmdline: str = "") -> Machine:
+    words = ["job=bench", "emulated=keep", f"disk={NAMES[platform]}", f"marks={PORT:#x}", *(workload.word for workload in workloads), *([cmdline] if cmdline else [])]
+    if any(workload.writes for workload in workloads):
+        words.append(f"scratch={NAMES[platform]}")
+    return Machine("cost", platform, cmdline=" ".join(words), disks=[f"{DISKS[platform]}:64m"], timeout=RUN_SECONDS)
+
+
+def measure(ready: lab.Lab, platform: str, workloads: Sequence[Workload], cmdline: str = "") -> list[Cost]:
+    """Runs the workloads in one boot. The kernel must have been built."""
+    symbols = Symbols(image.tool("llvm-nm-19", "-n", "--demangle", str(paths.KERNEL_SYMBOLS)))
+    first, last = image_range(image.tool(image.READELF, "--program-headers", "--wide", str(paths.KERNEL_SYMBOLS)))
+    with tempfile.TemporaryDirectory(prefix="firstlight-") as temporary:
+        folder = Path(temporary)
+        counts = folder / "counts"
+        plugin = f"{compiled(folder)},out={counts},first={first:#x},last={last:#x},mark={symbols.address(MARK):#x}"
+        machine = machine_of(platform, workloads, cmdline)
+        outcome = nested.run(ready, [machine.job(folder)], keep=paths.RUNS / "cost", more=("-plugin", plugin))[machine.name]
+        boot = launch.finished(machine, outcome)
+        if boot.judgement.verdict != records.Verdict.SUCCESS:
+            raise Problem(f"{platform}: {boot.judgement.text}. The output is in {paths.RUNS / 'cost' / 'serial.log'}.", boot.judgement.verdict.exit)
+        return costs(DRIVERS[DISKS[platform]].name, workloads, read_sections(counts.read_text()), boot.log.of("result"))
+
+
+def costs(driver: str, workloads: Sequence[Workload], sections: Sequence[Section], results: Sequence[Mapping]) -> list[Cost]:
+    """Sections begin with the start of the machine and change with each mark: every second one is a workload's."""
+    if len(sections) != 2 * len(workloads) + 1 or len(results) != len(workloads):
+        raise Problem(f"{len(workloads)} workloads were run, and there are {len(results)} results and {len(sections)} sections of counts.")
+    for result in results:
+        if result.get("driver") != driver or result.get("errors") != 0:
+            raise Problem(f"A workload of {result.get('driver')} ended with {result.get('errors')} errors; {driver} and 0 were expected.")
+    return [Cost(driver, workload, section, result["runtime_ns"]) for workload, section, result in zip(workloads, sections[1::2], results)]
+
+
+def table(found: Iterable[Cost]) -> str:
+    lines = [f"{'instructions per I/O':36}{'guest':>8}{'KVM':>8}{'kernel':>8}{'VMM':>8}{'sum':>9}{'guest':>8}{'of time':>9}"]
+    for cost in found:
+        shares = cost.per_io
+        total = sum(shares.values())
+        cells = "".join(f"{shares[party]:8.0f}" for party in PARTIES)
+        lines.append(f"{cost.label:36}{cells}{total:9.0f}{100 * shares['guest'] / total:7.1f}%{100 * total * cost.workload.count / cost.measured:8.1f}%")
+    return "\n".join(lines)
+
+
+def function_table(cost: Cost, symbols: Symbols) -> str:
+    lines = [f"\n{cost.label}: the guest's instructions per I/O by function"]
+    rest = 0.0
+    for name, count in by_function(cost.section, symbols).items():
+        share = count / cost.workload.count
+        if share < SMALL:
+            rest += share
+            continue
+        lines.append(f"{share:9.1f}  {name}")
+    return "\n".join([*lines, f"{rest:9.1f}  (all others)"])
+
+
+def arguments() -> options.Parser:
+    parser = options.Parser(
+        prog="scripts/cost",
+        description="Count the instructions of an I/O on the Xen ring of QEMU (xen-emu) and on the VMBus of the test host (hyperv), in the nested lab, by who executes them: the guest, KVM, the host's kernel, "
+        "and the virtual machine monitor. The counts are exact and repeatable: they depend on the programs alone, not on this machine.",
+        epilog="KVM: the modules of the host's kernel. \"of time\": the sum as a part of the workload's measured time, in which an instruction takes a nanosecond; the rest is idle time.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
+    )
+    parser.add_argument("--platform", action="append", choices=tuple(DISKS), help="only this platform, several times (default: both)")
+    parser.add_argument("--workload", action="append", type=parse_workload, metavar="WORKLOAD", help="as in scripts/bench, several times (default: randread,qd=32,count=6400 and randread,qd=1,count=2000)")
+    parser.add_argument("--functions", action="store_true", help="also the guest's instructions by function, as compiled: what is inlined counts for its caller")
+    parser.add_argument("--cmdline", type=options.one_line, default="", help=f"more words of the kernel's command line, as in wait={WAITS[1]}")
+    parser.add_argument("--no-build", action="store_true", help="measure what was built before")
+    return parser
+
+
+CONFLICTS: tuple[options.Conflict, ...] = ()
+
+
+def demand_words(cmdline: str) -> None:
+    for word in cmdline.split():
+        if word.partition("=")[0] in OWN_KEYS:
+            raise Problem(f"--cmdline {word}: {word.partition('=')[0]}= is what scripts/cost sets itself: --platform and --workload pick among them.", Exit.USAGE)
+
+
+def checks() -> Iterable[Result]:
+    """The suite of scripts/test: the guest's instructions per I/O are within their bounds. The kernel and the test host must have been built."""
+    begin = time.monotonic()
+    try:
+        ready = lab.find()
+        demand_plugins(ready)
+    except Problem as problem:
+        status = "skipped" if problem.code == Exit.MISSING else "failed"
+        yield Result(f"{SUITE}/all", status, time.monotonic() - begin, str(problem))
+        return
+    for platform in DISKS:
+        begin = time.monotonic()
+        try:
+            found = measure(ready, platform, WORKLOADS)
+        except Exception as error:
+            yield wreck(f"{SUITE}/{platform}", error, time.monotonic() - begin)
+            continue
+        for cost in found:
+            fault = beyond_bound(cost)
+            yield Result(f"{SUITE}/{cost.label}", "failed" if fault else "passed", (time.monotonic() - begin) / len(found), fault)
+
+
+def beyond_bound(cost: Cost) -> str:
+    """Empty: the guest's part is within its bound."""
+    bound, seen = BOUNDS[cost.label], cost.per_io["guest"]
+    return f"the guest executes {seen:.0f} instructions per I/O, at most {bound} expected; scripts/cost --functions shows where" if seen > bound else ""
+
+
+def main(words: list[str]) -> Exit:
+    chosen = arguments().parse_args(words)
+    options.demand_agreement(chosen, CONFLICTS)
+    demand_words(chosen.cmdline)
+    platforms = list(dict.fromkeys(chosen.platform or DISKS))
+    if chosen.no_build:
+        launch.demand_built([paths.KERNEL, paths.KERNEL_SYMBOLS, *([paths.TEST_HOST] if "hyperv" in platforms else [])])
+    paths.cache()
+    setup.ensure()
+    ready = lab.find()
+    demand_plugins(ready)
+    if not chosen.no_build:
+        build.kernel()
+        if "hyperv" in platforms:
+            build.test_host()
+    found = [cost for platform in platforms for cost in measure(ready, platform, chosen.workload or WORKLOADS, chosen.cmdline)]
+    print(table(found))
+    if chosen.functions:
+        symbols = Symbols(image.tool("llvm-nm-19", "-n", "--demangle", str(paths.KERNEL_SYMBOLS)))
+        for cost in found:
+            print(function_table(cost, symbols))
+    return Exit.SUCCESS
