@@ -1,12 +1,15 @@
 // A snapshot of CPUID, read once: under a hypervisor every CPUID exits. It is a plain value, so a recorded machine is
 // one too.
 //
-// Cost: 256 CPUIDs search for hypervisors at 0x40000000, 0x40000100 … 0x4000ff00 (any of these may hold one, and none
-// announces the last, so all must be tried), plus one for each leaf that is kept, plus a dozen basic ones. The scan
-// does not depend on the hypervisor bit (leaf 1, ECX 31): hypervisors can be configured to hide it while their leaves
-// remain. On bare metal CPUID does not exit, and the scan takes microseconds. It is safe there because a base counts
-// only if its answer is valid: for an unknown leaf, processors return the data of the highest basic leaf [SDM-2A
-// CPUID].
+// Hypervisors may be at 0x40000000, 0x40000100 … 0x4000ff00, and none announces the last one. If one of the first
+// `usual_bases` holds one, the others are not tried: under a hypervisor each of them costs an exit. This would miss a
+// machine with one interface among the first four and another one behind a gap. None is known: the interfaces of one
+// host follow each other. QEMU shows three at most (Hyper-V, Xen, KVM); Xen itself moves by one for its Hyper-V
+// interface [xen-cpuid], and so does KVM [kvm-cpuid]. If none of the four holds one, all are tried.
+// The scan does not depend on the hypervisor bit (leaf 1, ECX 31): hypervisors can be configured to hide it while their
+// leaves remain. On bare metal CPUID does not exit, and the whole scan takes microseconds. It is safe there because a
+// base counts only if its answer is valid: for an unknown leaf, processors return the data of the highest basic leaf
+// [SDM-2A CPUID].
 export module core.cpuid;
 import core.std;
 import core.cpu_registers;
@@ -40,6 +43,7 @@ struct CpuidSnapshot {
     static constexpr u32 leaves_per_base = 32; // stored per hypervisor; the highest in use today is base + 0x10
     static constexpr u32 first_base = 0x40000000;
     static constexpr u32 last_base = 0x4000ff00;
+    static constexpr u32 usual_bases = 4;
 
     std::array<CpuidLeaf, max_leaves> leaves{};
     std::array<HypervisorBase, max_bases> bases{};
@@ -154,6 +158,9 @@ constexpr void scan_cpuid(CpuidSnapshot& into, Read&& read) {
         }
     }
     for (u32 base = CpuidSnapshot::first_base; base <= CpuidSnapshot::last_base; base += 0x100) {
+        if (base == CpuidSnapshot::first_base + CpuidSnapshot::usual_bases * 0x100 && into.base_count != 0) {
+            break;
+        }
         ++into.executed;
         const CpuidRegisters value = read(base, 0u);
         const auto found = hypervisor_at(base, value);
