@@ -75,7 +75,7 @@ class Backend {
     /// hv::OneShotTimer; nullptr: none.
     virtual OneShotTimer* timer() { return nullptr; }
     /// hv::StolenTime; nothing without it.
-    virtual std::optional<Nanoseconds> stolen() const { return std::nullopt; }
+    virtual std::optional<Nanoseconds> stolen() { return std::nullopt; }
 
   protected:
     ~Backend() = default;
@@ -248,7 +248,7 @@ class BackendOf final : public Backend {
             return nullptr;
         }
     }
-    std::optional<Nanoseconds> stolen() const override {
+    std::optional<Nanoseconds> stolen() override {
         if constexpr (hv::StolenTime<B>) {
             return backend_.stolen();
         } else {

@@ -155,7 +155,7 @@ void choose_timer(Backend& backend) {
     }
 }
 
-constinit const Backend* stolen_from = nullptr;
+constinit Backend* stolen_from = nullptr;
 std::optional<Nanoseconds> stolen_time() { return stolen_from->stolen(); }
 
 void mark_phase(u32 phase) { cpu::out32(static_cast<u16>(options.marks), phase); }

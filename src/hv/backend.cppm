@@ -241,7 +241,7 @@ concept OneShotTimer = ProcessorTimer<typename B::Timer> && requires(B& b) {
 /// Time for which the calling processor could have run and the host ran something else, in ns since some start. The
 /// difference of two values counts; nothing: the host does not tell. stolen(): on any processor, from install() on.
 template <class B>
-concept StolenTime = requires(const B& b) {
+concept StolenTime = requires(B& b) {
     { b.stolen() } -> std::same_as<std::optional<Nanoseconds>>;
 };
 

@@ -15,7 +15,6 @@ import io.task;
 export import hv.backend;
 export import hv.xen.hypercall;
 export import hv.xen.clock;
-export import hv.xen.runstate;
 export import hv.xen.events;
 export import hv.xen.grants;
 export import hv.xen.store;
@@ -123,8 +122,8 @@ class Xen {
     /// The system time of the calling processor's virtual CPU, in ns since the start of the domain; nothing: Xen does
     /// not tell it, or the processor has not joined.
     std::optional<u64> system_time() const;
-    /// StolenTime: from the run state of the virtual CPU. Nothing: Xen does not count it.
-    std::optional<Nanoseconds> stolen() const;
+    /// StolenTime: by a hypercall. Nothing: Xen does not tell it (KVM's emulation does not).
+    std::optional<Nanoseconds> stolen();
     /// Does not count as a hypercall of the guest: any processor may call it.
     void yield() { xen::Hypercalls(gate_).call(xen::Hypercall::sched_op, to_underlying(xen::SchedOp::yield)); }
     /// nullptr before start(), and if XenStore is missing or unusable.
@@ -185,7 +184,8 @@ class Xen {
     Result<void> install_shared_info(Environment& environment);
     Result<void> install_events(Environment& environment);
     u32 vcpu_of(u32 cpu);
-    void count_times(u32 cpu);
+    /// Of each processor, in all domains until now.
+    std::array<Nanoseconds, max_processors> stolen_so_far();
     Result<void> join_events(u32 cpu);
     void open_kicks(u32 cpu);
     Result<void> install_grants(Environment& environment);
@@ -206,14 +206,10 @@ class Xen {
     u64 hypercall_page_ = 0; // physical; 0: the gate has none
     u64 shared_frame_ = 0;   // guest frame number of shared_
     xen::SharedInfo* shared_ = nullptr;
-    xen::SharedWithVcpu* with_vcpus_ = nullptr; // max_processors of them
-    u64 with_vcpus_frame_ = 0;                  // guest frame number of the first one
-    u32 base_ = 0;                              // of Xen's CPUID leaves
-    struct Stolen {
-        bool counted = false;
-        Nanoseconds earlier = 0; // in the domains before this one
-    };
-    std::array<Stolen, max_processors> stolen_{};
+    xen::SharedWithVcpu* with_vcpus_ = nullptr;                // max_processors of them
+    u64 with_vcpus_frame_ = 0;                                 // guest frame number of the first one
+    u32 base_ = 0;                                             // of Xen's CPUID leaves
+    std::array<Nanoseconds, max_processors> stolen_earlier_{}; // in the domains before this one
     std::optional<u32> starting_; // index of the virtual CPU that start_processor() has started last
     u32 version_ = 0;
     u32 features_ = 0;

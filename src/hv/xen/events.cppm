@@ -19,7 +19,6 @@ export namespace fl::hv::xen {
 struct alignas(256) SharedWithVcpu {
     VcpuInfo info;
     FifoControl control;
-    RunstateInfo runstate;
 };
 
 /// Accesses shared between sender and receiver. All are read-modify-writes, since Xen sets bits while they are cleared:

@@ -96,16 +96,12 @@ Result<void> Hypercalls::register_vcpu_info(u32 vcpu, u64 frame, u32 offset) {
                    "Xen refuses a place for a virtual CPU's information (errno)");
 }
 
-Result<void> Hypercalls::register_runstate(u32 vcpu, RunstateInfo& info) {
-    VcpuRegisterRunstate place{reinterpret_cast<u64>(&info)};
-    return checked(
-        call(Hypercall::vcpu_op, to_underlying(VcpuOp::register_runstate), vcpu, reinterpret_cast<u64>(&place)),
-        "Xen does not count the times of a virtual CPU (errno)");
-}
-
-Result<void> Hypercalls::mark_runstate_updates() {
-    return checked(call(Hypercall::vm_assist, to_underlying(AssistOp::enable), u64{assist_runstate_update}),
-                   "Xen does not mark its changes of run states (errno)");
+Result<RunstateInfo> Hypercalls::runstate(u32 vcpu) {
+    RunstateInfo info{};
+    const auto told =
+        checked(call(Hypercall::vcpu_op, to_underlying(VcpuOp::runstate), vcpu, reinterpret_cast<u64>(&info)),
+                "Xen does not tell the times of a virtual CPU (errno)");
+    return told ? Result<RunstateInfo>(info) : told.error();
 }
 
 i64 Hypercalls::set_singleshot_timer(u32 vcpu, u64 expiry) {

@@ -59,10 +59,8 @@ class Hypercalls {
     i64 suspend();
     /// Moves the vcpu_info of virtual CPU `vcpu`, the calling one, to `frame`, at byte `offset`.
     Result<void> register_vcpu_info(u32 vcpu, u64 frame, u32 offset);
-    /// Has the times of virtual CPU `vcpu` counted at `info`, in the guest's memory, from now on.
-    Result<void> register_runstate(u32 vcpu, RunstateInfo& info);
-    /// Xen marks its changes of run states (runstate_update) from now on.
-    Result<void> mark_runstate_updates();
+    /// The times of virtual CPU `vcpu`, those in its present state included.
+    Result<RunstateInfo> runstate(u32 vcpu);
     /// Arms the single-shot timer of virtual CPU `vcpu`, the calling one, for `expiry`, a system time in ns; one that
     /// has passed expires at once. 0, or a negative error number.
     i64 set_singleshot_timer(u32 vcpu, u64 expiry);

@@ -16,7 +16,6 @@ enum class Hypercall : u32 {
     xen_version = 17,
     console_io = 18,
     grant_table_op = 20,
-    vm_assist = 21,
     vcpu_op = 24,
     sched_op = 29,
     event_channel_op = 32,
@@ -97,33 +96,25 @@ enum class VcpuOp : u32 {
     up = 1,
     down = 2,
     is_up = 3,
-    register_runstate = 5,
+    runstate = 4,
     set_singleshot_timer = 8,
     stop_singleshot_timer = 9,
     register_info = 10
 };
-/// Lets Xen count a virtual CPU's times in the guest's memory, whose page tables must map it as long as that runs.
-struct VcpuRegisterRunstate {
-    u64 address; // virtual
-};
-static_assert(sizeof(VcpuRegisterRunstate) == 8);
+/// The times of a virtual CPU, as of the call.
 struct RunstateInfo {
-    u32 state; // runstate_*
+    u32 state;
     u32 padding;
-    u64 state_entry_time;    // system time in ns at which it entered the state, and runstate_update
+    u64 state_entry_time;    // system time in ns at which it entered the state
     std::array<u64, 4> time; // ns in each state, since the virtual CPU began
 };
-static_assert(sizeof(RunstateInfo) == 48 && offsetof(RunstateInfo, state_entry_time) == 8 &&
-              offsetof(RunstateInfo, time) == 16);
-inline constexpr u32 runstate_running = 0;
+static_assert(sizeof(RunstateInfo) == 48 && offsetof(RunstateInfo, time) == 16);
 inline constexpr u32 runstate_runnable = 1; // it waits for a processor of the host
-inline constexpr u32 runstate_blocked = 2;  // asleep
-inline constexpr u32 runstate_offline = 3;  // neither runnable nor blocked: paused
-/// In state_entry_time: Xen is changing the values. Only if the guest has asked for it (assist_runstate_update).
-inline constexpr u64 runstate_update = u64{1} << 63;
-
-enum class AssistOp : u32 { enable = 0, disable = 1 };
-inline constexpr u64 assist_runstate_update = 5; // [xen-public xen.h]
+inline constexpr u32 runstate_offline = 3;  // neither runnable nor asleep: paused
+/// The time in ns for which a virtual CPU could have run and did not.
+constexpr u64 stolen_time(const RunstateInfo& info) {
+    return info.time[runstate_runnable] + info.time[runstate_offline];
+}
 
 /// Arms the timer of the calling virtual CPU, whose expiry raises virq_timer [xen-public vcpu.h].
 struct VcpuSingleshotTimer {

@@ -212,9 +212,6 @@ class Xen {
             }
             return console_answer;
         case 32: return event_op(a, b);
-        case 21: // vm_assist: enable, runstate_update_flag
-            marks_runstates = marks_runstates || (a == 0 && b == 5 && offers_runstate_marks);
-            return offers_runstate_marks ? 0 : -22;
         case 24: return vcpu_op(a, static_cast<u32>(b), c);
         default: return -38;
         }
@@ -246,11 +243,13 @@ class Xen {
         if (op == 10) {
             return takes_vcpu_info ? register_info(vcpu, c) : -38;
         }
-        if (op == 5) { // register_runstate_memory_area, by virtual address
+        if (op ==
+            4) { // get_runstate_info: state at 0, state_entry_time at 8, four times from 16 on [xen-public vcpu.h]
             if (!offers_runstate || vcpu >= event_cpus.size()) {
                 return offers_runstate ? -2 : -38;
             }
-            event_cpus[vcpu].runstate = field<u64>(c, 0);
+            field<u64>(c, 24) = event_cpus[vcpu].runnable;
+            field<u64>(c, 40) = event_cpus[vcpu].offline;
             return 0;
         }
         if (op == 8 || op == 9) { // the single-shot timer
@@ -286,13 +285,10 @@ class Xen {
         default: return -38;
         }
     }
-    /// A virtual CPU has been runnable and offline for so long [xen-public vcpu.h]: state at 0, state_entry_time at 8,
-    /// four times from 16 on.
+    /// A virtual CPU has been runnable and offline for so long.
     void steal(u32 vcpu, u64 runnable, u64 offline) {
-        const u64 area = event_cpus[vcpu].runstate;
-        ASSERT_NE(area, 0u);
-        field<u64>(area, 24) = runnable;
-        field<u64>(area, 40) = offline;
+        event_cpus[vcpu].runnable = runnable;
+        event_cpus[vcpu].offline = offline;
     }
     /// A guest that arms a virtual CPU's timer does so on it.
     i64 timer_op(u64 op, u32 vcpu, u64 c) {
@@ -817,7 +813,8 @@ class Xen {
         u64 upcalls = 0;
         std::byte* control = nullptr;
         std::array<u32, 16> tails{}; // of its queues
-        u64 runstate = 0;
+        u64 runnable = 0;            // ns
+        u64 offline = 0;
         u32 timer_port = 0;
         std::optional<u64> expiry; // of its timer
     };
@@ -826,8 +823,6 @@ class Xen {
     bool refuse_array = false;
     bool offers_timer = true;
     bool offers_runstate = true;
-    bool offers_runstate_marks = true;
-    bool marks_runstates = false;
     bool refuse_virqs = false;
     u32 timer_refusals = 0; // so many times the timer is refused, with:
     i64 timer_error = -62;
@@ -857,7 +852,6 @@ class Xen {
         }
         port_vcpu.clear();
         fifo = false;
-        marks_runstates = false;
         words = nullptr;
         open_ports.clear();
         ipi_ports.clear();
