@@ -19,7 +19,7 @@ from . import build, image, lab, launch, nested, options, paths, process, record
 from .machine import Machine
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result, wreck
-from .workloads import DRIVERS, WAITS, Workload, parse_workload
+from .workloads import DRIVERS, WAITS, Workload, kernel_names, parse_workload
 
 SUITE = "cost"
 
@@ -28,10 +28,10 @@ QEMU_NEEDED = 9  # whose plugins have counters that are updated without a call
 MARK = "mark_phase("  # of boot.start: called before and after each workload
 PORT = 0x5F0  # that the mark writes to: the test host's; on QEMU's machines no device has it
 PARTIES = ("guest", "kvm", "kernel", "vmm")
-DISKS = {"hyperv": "scsi", "xen-emu": "xen"}  # platforms, and the bus of the disk that is measured
-NAMES = {"hyperv": "sda", "xen-emu": "xvda"}
+PLATFORMS = {"scsi": "hyperv", "xen": "xen-emu"}  # of the disks that are not QEMU's on KVM; those are measured by default
 WORKLOADS = (Workload("randread", "4k", 32, 6400), Workload("randread", "4k", 1, 2000))
-OWN_KEYS = ("job", "disk", "workload", "scratch", "emulated", "marks", "lanes")  # words of the kernel's command line that are set here
+# words of the kernel's command line that are set here
+OWN_KEYS = ("job", "disk", "workload", "scratch", "emulated", "marks", "lanes")
 # The most instructions per I/O that the guest may execute: what was reached and 2 %, rounded up. Lower one when a change makes the I/O cheaper.
 BOUNDS = {
     "storvsc-randread-4k-qd32": 2440,
@@ -154,14 +154,16 @@ def demand_plugins(ready: lab.Lab) -> None:
         raise Problem(f"Counting needs QEMU {QEMU_NEEDED}.0 or newer, and the distribution's is {version}.", Exit.MISSING)
 
 
-def machine_of(platform: str, workloads: Sequence[Workload], cmdline: str = "") -> Machine:
-    words = ["job=bench", "emulated=keep", f"disk={NAMES[platform]}", f"marks={PORT:#x}", *(workload.word for workload in workloads), *([cmdline] if cmdline else [])]
+def machine_of(disk: str, workloads: Sequence[Workload], cmdline: str = "") -> Machine:
+    """`disk`: its bus."""
+    (name,) = kernel_names([disk])
+    words = ["job=bench", "emulated=keep", f"disk={name}", f"marks={PORT:#x}", *(workload.word for workload in workloads), *([cmdline] if cmdline else [])]
     if any(workload.writes for workload in workloads):
-        words.append(f"scratch={NAMES[platform]}")
-    return Machine("cost", platform, cmdline=" ".join(words), disks=[f"{DISKS[platform]}:64m"], timeout=RUN_SECONDS)
+        words.append(f"scratch={name}")
+    return Machine("cost", PLATFORMS.get(disk, "kvm"), cmdline=" ".join(words), disks=[f"{disk}:64m"], timeout=RUN_SECONDS)
 
 
-def measure(ready: lab.Lab, platform: str, workloads: Sequence[Workload], cmdline: str = "") -> list[Cost]:
+def measure(ready: lab.Lab, disk: str, workloads: Sequence[Workload], cmdline: str = "") -> list[Cost]:
     """Runs the workloads in one boot. The kernel must have been built."""
     symbols = Symbols(image.tool("llvm-nm-19", "-n", "--demangle", str(paths.KERNEL_SYMBOLS)))
     first, last = image_range(image.tool(image.READELF, "--program-headers", "--wide", str(paths.KERNEL_SYMBOLS)))
@@ -169,12 +171,12 @@ def measure(ready: lab.Lab, platform: str, workloads: Sequence[Workload], cmdlin
         folder = Path(temporary)
         counts = folder / "counts"
         plugin = f"{compiled(folder)},out={counts},first={first:#x},last={last:#x},mark={symbols.address(MARK):#x}"
-        machine = machine_of(platform, workloads, cmdline)
+        machine = machine_of(disk, workloads, cmdline)
         outcome = nested.run(ready, [machine.job(folder)], keep=paths.RUNS / "cost", more=("-plugin", plugin))[machine.name]
         boot = launch.finished(machine, outcome)
         if boot.judgement.verdict != records.Verdict.SUCCESS:
-            raise Problem(f"{platform}: {boot.judgement.text}. The output is in {paths.RUNS / 'cost' / 'serial.log'}.", boot.judgement.verdict.exit)
-        return costs(DRIVERS[DISKS[platform]].name, workloads, read_sections(counts.read_text()), boot.log.of("result"))
+            raise Problem(f"{disk}: {boot.judgement.text}. The output is in {paths.RUNS / 'cost' / 'serial.log'}.", boot.judgement.verdict.exit)
+        return costs(DRIVERS[disk].name, workloads, read_sections(counts.read_text()), boot.log.of("result"))
 
 
 def costs(driver: str, workloads: Sequence[Workload], sections: Sequence[Section], results: Sequence[Mapping]) -> list[Cost]:
@@ -212,11 +214,12 @@ def function_table(cost: Cost, symbols: Symbols) -> str:
 def arguments() -> options.Parser:
     parser = options.Parser(
         prog="scripts/cost",
-        description="Count the instructions of an I/O on the Xen ring of QEMU (xen-emu) and on the VMBus of the test host (hyperv), in the nested lab, by who executes them: the guest, KVM, the host's kernel, "
-        "and the virtual machine monitor. The counts are exact and repeatable: they depend on the programs alone, not on this machine.",
+        description="Count the instructions of an I/O on one disk, in the nested lab, by who executes them: the guest, KVM, the host's kernel, and the virtual machine monitor. The counts are exact and repeatable: they depend on the programs alone, not on this machine.",
         epilog="KVM: the modules of the host's kernel. \"of time\": the sum as a part of the workload's measured time, in which an instruction takes a nanosecond; the rest is idle time.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
-    parser.add_argument("--platform", action="append", choices=tuple(DISKS), help="only this platform, several times (default: both)")
+    parser.add_argument(
+        "--disk", action="append", choices=tuple(DRIVERS), help="this disk, several times: scsi is the test host's on the VMBus, xen QEMU's emulation of Xen's ring, the others are QEMU's on KVM (default: scsi, xen)"
+    )
     parser.add_argument("--workload", action="append", type=parse_workload, metavar="WORKLOAD", help="as in scripts/bench, several times (default: randread,qd=32,count=6400 and randread,qd=1,count=2000)")
     parser.add_argument("--functions", action="store_true", help="also the guest's instructions by function, as compiled: what is inlined counts for its caller")
     parser.add_argument("--cmdline", type=options.one_line, default="", help=f"more words of the kernel's command line, as in wait={WAITS[1]}")
@@ -230,7 +233,7 @@ CONFLICTS: tuple[options.Conflict, ...] = ()
 def demand_words(cmdline: str) -> None:
     for word in cmdline.split():
         if word.partition("=")[0] in OWN_KEYS:
-            raise Problem(f"--cmdline {word}: {word.partition('=')[0]}= is what scripts/cost sets itself: --platform and --workload pick among them.", Exit.USAGE)
+            raise Problem(f"--cmdline {word}: {word.partition('=')[0]}= is what scripts/cost sets itself: --disk and --workload pick among them.", Exit.USAGE)
 
 
 def checks() -> Iterable[Result]:
@@ -243,12 +246,12 @@ def checks() -> Iterable[Result]:
         status = "skipped" if problem.code == Exit.MISSING else "failed"
         yield Result(f"{SUITE}/all", status, time.monotonic() - begin, str(problem))
         return
-    for platform in DISKS:
+    for disk in PLATFORMS:
         begin = time.monotonic()
         try:
-            found = measure(ready, platform, WORKLOADS)
+            found = measure(ready, disk, WORKLOADS)
         except Exception as error:
-            yield wreck(f"{SUITE}/{platform}", error, time.monotonic() - begin)
+            yield wreck(f"{SUITE}/{disk}", error, time.monotonic() - begin)
             continue
         for cost in found:
             fault = beyond_bound(cost)
@@ -265,18 +268,18 @@ def main(words: list[str]) -> Exit:
     chosen = arguments().parse_args(words)
     options.demand_agreement(chosen, CONFLICTS)
     demand_words(chosen.cmdline)
-    platforms = list(dict.fromkeys(chosen.platform or DISKS))
+    disks = list(dict.fromkeys(chosen.disk or PLATFORMS))
     if chosen.no_build:
-        launch.demand_built([paths.KERNEL, paths.KERNEL_SYMBOLS, *([paths.TEST_HOST] if "hyperv" in platforms else [])])
+        launch.demand_built([paths.KERNEL, paths.KERNEL_SYMBOLS, *([paths.TEST_HOST] if "scsi" in disks else [])])
     paths.cache()
     setup.ensure()
     ready = lab.find()
     demand_plugins(ready)
     if not chosen.no_build:
         build.kernel()
-        if "hyperv" in platforms:
+        if "scsi" in disks:
             build.test_host()
-    found = [cost for platform in platforms for cost in measure(ready, platform, chosen.workload or WORKLOADS, chosen.cmdline)]
+    found = [cost for disk in disks for cost in measure(ready, disk, chosen.workload or WORKLOADS, chosen.cmdline)]
     print(table(found))
     if chosen.functions:
         symbols = Symbols(image.tool("llvm-nm-19", "-n", "--demangle", str(paths.KERNEL_SYMBOLS)))

@@ -84,7 +84,7 @@ class Counts(unittest.TestCase):
         self.assertIn("instructions per I/O", cost.beyond_bound(found))
 
     def test_each_workload_has_a_bound(self):
-        drivers = [cost.DRIVERS[bus].name for bus in cost.DISKS.values()]
+        drivers = [cost.DRIVERS[bus].name for bus in cost.PLATFORMS]
         self.assertEqual(set(cost.BOUNDS), {f"{driver}-{workload.label}" for driver in drivers for workload in cost.WORKLOADS})
 
 
