@@ -70,7 +70,12 @@ class BasicMappedMemory {
     // Always inlined: callers copy entries of constant size, which become a few moves.
     [[gnu::always_inline]] inline void copy_out(usize offset, std::byte* into, usize count) const {
         const std::byte* from = base_ + offset;
-        if (offset % 8 != 0) [[unlikely]] {
+        if (offset % 8 == 4 && count >= 4) { // the used ring of a split virtqueue
+            read<u32>(from, into);
+            from += 4;
+            into += 4;
+            count -= 4;
+        } else if (offset % 8 != 0) [[unlikely]] {
             const usize head = read_to_alignment(from, into, offset, count);
             from += head;
             into += head;
@@ -95,6 +100,10 @@ class BasicMappedMemory {
     }
     [[gnu::always_inline]] inline void copy_in(usize offset, const std::byte* from, usize count) {
         std::byte* into = base_ + offset;
+        if (count == 2 && offset % 2 == 0) { // the available ring of a split virtqueue
+            write<u16>(into, from);
+            return;
+        }
         if (offset % 8 != 0) [[unlikely]] {
             const usize head = write_to_alignment(into, from, offset, count);
             from += head;
@@ -120,15 +129,16 @@ class BasicMappedMemory {
     }
 
   private:
+    // Not std::memcpy(), which a freestanding build calls even for 8 bytes.
     template <class W>
     [[gnu::always_inline]] static void read(const std::byte* from, std::byte* into) {
         const W value = Access::template read<W>(from);
-        std::memcpy(into, &value, sizeof(W));
+        __builtin_memcpy(into, &value, sizeof(W));
     }
     template <class W>
     [[gnu::always_inline]] static void write(std::byte* into, const std::byte* from) {
         W value;
-        std::memcpy(&value, from, sizeof(W));
+        __builtin_memcpy(&value, from, sizeof(W));
         Access::template write<W>(into, value);
     }
     /// Width in bytes of the first access at `offset`, which is not a multiple of 8, with `count` (>= 1) bytes left.
