@@ -303,7 +303,7 @@ class Producer {
     }
     template <class T>
         requires std::is_trivially_copyable_v<T>
-    bool produce(const T& entry) {
+    [[gnu::always_inline]] inline bool produce(const T& entry) {
         return produce(std::span(reinterpret_cast<const std::byte*>(&entry), sizeof(T)));
     }
     /// For a byte ring: copies all bytes, wrapping around if necessary; false: not enough room, nothing written.
@@ -318,6 +318,20 @@ class Producer {
         memory_.copy_in(layout_.entries, bytes.data() + first, count - first);
         produced_ = positions_.advance(produced_, count);
         return true;
+    }
+    /// For a byte ring in which everything is whole words of 8 bytes, its size, its entries' offset and every record:
+    /// produces `bytes` bytes, for which the caller has found room (free()). `write` is called once with a writer, and
+    /// must call its put(u64) for each word, in order: one store each. It is compiled twice, for a record that wraps
+    /// around as well.
+    template <class F>
+    [[gnu::always_inline]] inline void record(u32 bytes, const F& write) {
+        const u32 at = positions_.slot(produced_);
+        if (bytes <= positions_.size() - at) [[likely]] {
+            write(Words<false>(*this, at));
+        } else {
+            record_around(at, write);
+        }
+        produced_ = positions_.advance(produced_, bytes);
     }
     /// Discards what was produced since the last publish().
     void withdraw() { produced_ = published_; }
@@ -364,6 +378,32 @@ class Producer {
     }
 
   private:
+    template <bool around>
+    class Words {
+      public:
+        [[gnu::always_inline]] Words(Producer& ring, u32 at)
+            : memory_(ring.memory_), at_(ring.layout_.entries + at), begin_(ring.layout_.entries),
+              end_(begin_ + ring.positions_.size()) {}
+        [[gnu::always_inline]] void put(u64 word) {
+            __builtin_assume(at_ % 8 == 0);
+            memory_.copy_in(at_, reinterpret_cast<const std::byte*>(&word), 8);
+            at_ += 8;
+            if (around && at_ == end_) {
+                at_ = begin_;
+            }
+        }
+
+      private:
+        M memory_; // a copy: its address need not be read again after each store
+        usize at_;
+        usize begin_;
+        usize end_;
+    };
+    template <class F>
+    [[gnu::noinline, clang::minsize]] void record_around(u32 at, const F& write) {
+        write(Words<true>(*this, at));
+    }
+
     Producer(M memory, const RingLayout& layout, P positions, Rule rule, Word start)
         : memory_(memory), layout_(layout), positions_(positions), rule_(rule), produced_(start), published_(start),
           consumed_(start) {}
@@ -457,25 +497,37 @@ class Consumer {
     }
     template <class T>
         requires(std::is_trivially_copyable_v<T> && !std::is_convertible_v<T&, std::span<std::byte>>)
-    bool take(T& entry) {
+    [[gnu::always_inline]] inline bool take(T& entry) {
         return take(std::span(reinterpret_cast<std::byte*>(&entry), sizeof(T)));
     }
     /// For a byte ring: copies the next bytes out, wrapping around if necessary; false: fewer are ready, nothing taken.
-    bool remove(std::span<std::byte> bytes) {
-        if (layout_.stride != 1 || bytes.size() > ready()) [[unlikely]] {
+    bool remove(std::span<std::byte> bytes) { return peek(0, bytes) && skip(static_cast<u32>(bytes.size())); }
+    /// The same without taking them, and from the `from`-th of the next bytes on: skip() then takes a whole record at
+    /// once.
+    [[gnu::always_inline]] inline bool peek(u32 from, std::span<std::byte> bytes) {
+        if (layout_.stride != 1 || u64{from} + bytes.size() > ready()) [[unlikely]] {
             return false;
         }
-        const u32 count = static_cast<u32>(bytes.size());
-        const u32 at = positions_.slot(consumed_);
-        const u32 first = std::min(count, positions_.size() - at);
-        memory_.copy_out(layout_.entries + at, bytes.data(), first);
-        memory_.copy_out(layout_.entries, bytes.data() + first, count - first);
-        consumed_ = positions_.advance(consumed_, count);
+        const u32 at = positions_.slot(positions_.advance(consumed_, from));
+        if (bytes.size() <= positions_.size() - at) [[likely]] {
+            memory_.copy_out(layout_.entries + at, bytes.data(), bytes.size());
+        } else {
+            copy_around(at, bytes);
+        }
         return true;
     }
+    /// For a byte ring of whole words [Producer::record]: the word `from` bytes after the next one. It is not taken, and
+    /// the caller has found it ready.
+    [[gnu::always_inline]] inline u64 peek_word(u32 from) const {
+        const usize at = layout_.entries + positions_.slot(positions_.advance(consumed_, from));
+        __builtin_assume(at % 8 == 0);
+        u64 word;
+        memory_.copy_out(at, reinterpret_cast<std::byte*>(&word), 8);
+        return word;
+    }
     /// Skips `count` entries or bytes; false: fewer are ready.
-    bool skip(u32 count) {
-        if (count > ready()) {
+    inline bool skip(u32 count) {
+        if (count > ready()) [[unlikely]] {
             return false;
         }
         consumed_ = positions_.advance(consumed_, count);
@@ -505,6 +557,12 @@ class Consumer {
     void disarm() { rule_.disarm(memory_, layout_); }
 
   private:
+    [[gnu::noinline]] void copy_around(u32 at, std::span<std::byte> bytes) {
+        const u32 first = positions_.size() - at;
+        memory_.copy_out(layout_.entries + at, bytes.data(), first);
+        memory_.copy_out(layout_.entries, bytes.data() + first, bytes.size() - first);
+    }
+
     Consumer(M memory, const RingLayout& layout, P positions, Rule rule, Arrival arrival, Word start)
         : memory_(memory), layout_(layout), positions_(positions), rule_(rule), arrival_(arrival), consumed_(start),
           seen_(start) {}

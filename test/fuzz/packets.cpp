@@ -286,7 +286,7 @@ struct Outgoing {
             for (u64 f = 0; f < frames; ++f) {
                 append(m.header, first + f);
             }
-            result = sender.gpa_direct(payload, buffer, m.transaction, m.flags != 0);
+            result = sender.gpa_direct(std::span<const std::byte>(payload), buffer, m.transaction, m.flags != 0);
             break;
         }
         }

@@ -316,7 +316,8 @@ void use(Guest& guest, Channel& channel) {
         case 0: static_cast<void>(channel.send_inband(std::span(payload).first(what / 8), what, true)); break;
         case 1: static_cast<void>(channel.send_completion(payload, what)); break;
         case 2:
-            static_cast<void>(channel.send_gpa_direct(payload, DmaSpan{nullptr, u64{what} << 8, what * 256u}, what));
+            static_cast<void>(channel.send_gpa_direct(std::span<const std::byte>(payload),
+                                                      DmaSpan{nullptr, u64{what} << 8, what * 256u}, what));
             break;
         case 3: static_cast<void>(channel.publish()); break;
         case 4: {

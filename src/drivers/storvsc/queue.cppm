@@ -46,7 +46,10 @@ class PacketQueue {
     /// Sends a packet whose data the host reads or writes until it completes the packet. The host sees it after
     /// publish(). Full: no room now; broken: see fault().
     [[gnu::always_inline]] inline io::SendResult send(const Packet& packet, DmaSpan data, u64 id) {
-        return result(channel_.send_gpa_direct(on_wire(packet), data, id));
+        if (packet_bytes(terms_.version) != sizeof packet) [[unlikely]] {
+            return send_short(packet, data, id);
+        }
+        return result(channel_.send_gpa_direct(std::as_bytes(std::span<const Packet, 1>(&packet, 1)), data, id));
     }
     /// The same without data.
     inline io::SendResult send(const Packet& packet, u64 id) {
@@ -114,7 +117,10 @@ class PacketQueue {
     [[gnu::always_inline]] inline io::SendResult result(hv::hyperv::Sent sent) {
         return sent == hv::hyperv::Sent::queued ? io::SendResult::sent : not_sent(sent);
     }
-    io::SendResult not_sent(hv::hyperv::Sent sent) {
+    [[gnu::noinline, clang::minsize]] io::SendResult send_short(const Packet& packet, DmaSpan data, u64 id) {
+        return result(channel_.send_gpa_direct(on_wire(packet), data, id));
+    }
+    [[gnu::noinline]] io::SendResult not_sent(hv::hyperv::Sent sent) {
         if (sent == hv::hyperv::Sent::full) {
             return io::SendResult::full;
         }

@@ -75,9 +75,10 @@ class Channel {
                          bool wants_completion = true) {
         return count(sender_->gpa_direct(payload, ranges, transaction, wants_completion));
     }
-    /// The same with one contiguous buffer.
-    Sent send_gpa_direct(std::span<const std::byte> payload, DmaSpan buffer, u64 transaction,
-                         bool wants_completion = true) {
+    /// The same with one contiguous buffer. Fast for a payload of constant size.
+    template <usize bytes>
+    [[gnu::always_inline]] inline Sent send_gpa_direct(std::span<const std::byte, bytes> payload, DmaSpan buffer,
+                                                       u64 transaction, bool wants_completion = true) {
         return count(sender_->gpa_direct(payload, buffer, transaction, wants_completion));
     }
     /// Maximum size of a packet in bytes, including descriptor (16), ranges and trailer (8).
@@ -89,7 +90,7 @@ class Channel {
     // Receiving.
     /// Copies the next packet to the channel's buffer, checked; valid until the next call. False: none.
     /// Error{protocol}: the host violated the protocol; the channel is broken from now on.
-    inline Result<bool> receive(Packet& into) {
+    [[gnu::always_inline]] inline Result<bool> receive(Packet& into) {
         auto got = receiver_->receive(into);
         counters_.packets_received += got && *got ? 1 : 0;
         return got;
@@ -180,7 +181,7 @@ class Channel {
 
   private:
     void signal();
-    inline Sent count(Sent sent) {
+    [[gnu::always_inline]] inline Sent count(Sent sent) {
         (sent == Sent::queued ? counters_.packets_sent : counters_.full) +=
             sent == Sent::queued || sent == Sent::full ? 1 : 0;
         return sent;

@@ -131,7 +131,7 @@ class PacketSender {
     }
 
     Sent inband(std::span<const std::byte> payload, u64 transaction, bool wants_completion) {
-        return simple(PacketType::inband, payload, transaction, wants_completion ? packet_wants_completion : u16{0});
+        return simple(PacketType::inband, payload, transaction, flags(wants_completion));
     }
     Sent completion(std::span<const std::byte> payload, u64 transaction) {
         return simple(PacketType::completion, payload, transaction, 0);
@@ -144,34 +144,33 @@ class PacketSender {
         for (const PageRange& range : ranges) {
             header += 8 + 8 * u64{range.frames.size()};
         }
-        const Sent begun = begin(PacketType::gpa_direct, header, payload.size(), transaction,
-                                 wants_completion ? packet_wants_completion : u16{0});
-        if (begun != Sent::queued) [[unlikely]] {
-            return begun;
-        }
-        put(GpaDirectHeader{0, static_cast<u32>(ranges.size())});
-        for (const PageRange& range : ranges) {
-            put(u64{range.offset} << 32 | range.bytes);
-            put_bytes(std::as_bytes(range.frames));
-        }
-        return end(payload);
+        return packet(PacketType::gpa_direct, header, payload, transaction, flags(wants_completion), [&](auto& out) {
+            out.put(std::bit_cast<u64>(GpaDirectHeader{0, static_cast<u32>(ranges.size())}));
+            for (const PageRange& range : ranges) {
+                out.put(u64{range.offset} << 32 | range.bytes);
+                for (const u64 frame : range.frames) {
+                    out.put(frame);
+                }
+            }
+        });
     }
-    /// The same with one contiguous range, whose page numbers are computed here.
-    Sent gpa_direct(std::span<const std::byte> payload, DmaSpan buffer, u64 transaction, bool wants_completion) {
+    /// The same with one contiguous range, whose page numbers are computed here. A payload of constant size takes one
+    /// store a word.
+    template <usize bytes>
+    [[gnu::always_inline]] inline Sent gpa_direct(std::span<const std::byte, bytes> payload, DmaSpan buffer,
+                                                  u64 transaction, bool wants_completion) {
         const u64 offset = buffer.bus % page_size;
         const u64 frames = (offset + buffer.size + page_size - 1) / page_size;
-        const Sent begun =
-            begin(PacketType::gpa_direct, sizeof(PacketDescriptor) + sizeof(GpaDirectHeader) + 8 + 8 * frames,
-                  payload.size(), transaction, wants_completion ? packet_wants_completion : u16{0});
-        if (begun != Sent::queued) [[unlikely]] {
-            return begun;
-        }
-        put(GpaDirectHeader{0, 1});
-        put(offset << 32 | buffer.size);
-        for (u64 i = 0; i < frames; ++i) {
-            put(buffer.bus / page_size + i);
-        }
-        return end(payload);
+        const u64 header = sizeof(PacketDescriptor) + sizeof(GpaDirectHeader) + 8 + 8 * frames;
+        return packet(PacketType::gpa_direct, header, payload, transaction, flags(wants_completion),
+                      [&](auto& out) __attribute__((always_inline)) {
+                          out.put(std::bit_cast<u64>(GpaDirectHeader{0, 1}));
+                          out.put(offset << 32 | buffer.size);
+                          const u64 first = buffer.bus / page_size;
+                          for (u64 frame = first; frame != first + frames; ++frame) {
+                              out.put(frame);
+                          }
+                      });
     }
 
     /// Publishes everything queued with one store. True: the host must be signalled. First reads the host's read index,
@@ -203,39 +202,72 @@ class PacketSender {
 
     PacketSender(M memory, const Ring& ring) : memory_(memory), ring_(ring) {}
 
-    template <class T>
-    void put(const T& value) {
-        // begin() has checked that there is room
-        static_cast<void>(ring_.append(std::as_bytes(std::span<const T, 1>(&value, 1))));
-    }
-    void put_bytes(std::span<const std::byte> bytes) { static_cast<void>(ring_.append(bytes)); }
+    static constexpr u16 flags(bool wants_completion) { return wants_completion ? packet_wants_completion : u16{0}; }
 
     Sent simple(PacketType type, std::span<const std::byte> payload, u64 transaction, u16 flags) {
-        const Sent begun = begin(type, sizeof(PacketDescriptor), payload.size(), transaction, flags);
-        return begun == Sent::queued ? end(payload) : begun;
+        return packet(type, sizeof(PacketDescriptor), payload, transaction, flags, [](auto&) {});
+    }
+
+    /// A packet: the descriptor, what `rest` puts (the other `header` bytes), the payload, the trailer.
+    template <usize bytes, class F>
+    [[gnu::always_inline]] inline Sent packet(PacketType type, u64 header, std::span<const std::byte, bytes> payload,
+                                              u64 transaction, u16 flags, const F& rest) {
+        const u64 total = align_up(header + payload.size(), u64{8});
+        const u64 whole = total + packet_trailer_bytes;
+        if (whole > ring_.capacity() || total / 8 > 0xffff) [[unlikely]] {
+            return error_ ? Sent::broken : Sent::too_long;
+        }
+        const u32 need = static_cast<u32>(whole);
+        if (error_ || pending_ || ring_.free() < need) [[unlikely]] {
+            if (const Sent found = find_room(need); found != Sent::queued) {
+                return found;
+            }
+        }
+        const u32 start = ring_.position();
+        ring_.record(need, [&](auto out) __attribute__((always_inline)) {
+            const PacketDescriptor descriptor{type, static_cast<u16>(header / 8), static_cast<u16>(total / 8), flags,
+                                              transaction};
+            for (const u64 word : std::bit_cast<std::array<u64, 2>>(descriptor)) {
+                out.put(word);
+            }
+            rest(out);
+            put_payload(out, payload);
+            out.put(u64{start} << 32);
+        });
+        return Sent::queued;
+    }
+    /// The payload, padded with zeros to whole words.
+    template <class Out, usize bytes>
+    [[gnu::always_inline]] static inline void put_payload(Out& out, std::span<const std::byte, bytes> payload) {
+        usize at = 0;
+        for (; at + 8 <= payload.size(); at += 8) {
+            u64 word;
+            __builtin_memcpy(&word, payload.data() + at, 8);
+            out.put(word);
+        }
+        if (at != payload.size()) {
+            u64 word = 0;
+            __builtin_memcpy(&word, payload.data() + at, payload.size() - at);
+            out.put(word);
+        }
     }
 
     bool refresh_room(u32 need) { return observe() && ring_.free() >= need; }
-
-    Sent begin(PacketType type, u64 header, u64 payload, u64 transaction, u16 flags) {
-        if (error_) [[unlikely]] {
+    /// Not on the fast path: there may be no room, or the host has been asked to signal when there is.
+    [[gnu::noinline]] Sent find_room(u32 need) {
+        if (error_) {
             return Sent::broken;
         }
-        const u64 total = align_up(header + payload, u64{8});
-        const u64 need = total + packet_trailer_bytes;
-        if (need > ring_.capacity() || total / 8 > 0xffff) [[unlikely]] {
-            return Sent::too_long;
-        }
-        if (ring_.free() < need && !refresh_room(static_cast<u32>(need))) [[unlikely]] {
+        if (ring_.free() < need && !refresh_room(need)) {
             if (error_) {
                 return Sent::broken;
             }
-            memory_.template store_relaxed<u32>(pending_at, static_cast<u32>(need));
+            memory_.template store_relaxed<u32>(pending_at, need);
             pending_ = true;
             // Our pending_send_sz before their read index. Pairs with the host's barrier between its read index and its
             // read of pending_send_sz.
             memory_.full_barrier();
-            if (!refresh_room(static_cast<u32>(need))) {
+            if (!refresh_room(need)) {
                 return error_ ? Sent::broken : Sent::full;
             }
         }
@@ -243,25 +275,11 @@ class PacketSender {
             memory_.template store_relaxed<u32>(pending_at, 0); // needs no ordering: an extra signal is harmless
             pending_ = false;
         }
-        start_ = ring_.position();
-        put(PacketDescriptor{type, static_cast<u16>(header / 8), static_cast<u16>(total / 8), flags, transaction});
-        return Sent::queued;
-    }
-    Sent end(std::span<const std::byte> payload) {
-        const usize whole = payload.size() & ~usize{7};
-        put_bytes(payload.first(whole));
-        if (whole != payload.size()) {
-            std::array<std::byte, 8> last{};
-            std::copy_n(payload.data() + whole, payload.size() - whole, last.data());
-            put(last);
-        }
-        put(u64{start_} << 32);
         return Sent::queued;
     }
 
     M memory_;
     Ring ring_;
-    u32 start_ = 0;
     bool pending_ = false;
     std::optional<Error> error_;
 };
@@ -289,7 +307,7 @@ class PacketReceiver {
     /// Copies out the next packet and checks it; false: none. Error{protocol}: the ring is broken, permanently.
     /// Invalidates the previous packet. Ring space is returned to the host only by release(); until then the host
     /// cannot have written more than the ring holds, so that a loop over receive() ends whatever the host does.
-    Result<bool> receive(Packet& into) {
+    [[gnu::always_inline]] inline Result<bool> receive(Packet& into) {
         if (error_) [[unlikely]] {
             return *error_;
         }
@@ -312,8 +330,7 @@ class PacketReceiver {
             return broken("VMBus ring: fewer bytes are available than any packet has",
                           sizeof(PacketDescriptor) + packet_trailer_bytes, ready);
         }
-        PacketDescriptor descriptor;
-        static_cast<void>(ring_.remove(std::as_writable_bytes(std::span<PacketDescriptor, 1>(&descriptor, 1))));
+        const auto descriptor = std::bit_cast<PacketDescriptor>(std::array{ring_.peek_word(0), ring_.peek_word(8)});
         const u32 header = u32{descriptor.header_units} * 8;
         const u32 total = u32{descriptor.total_units} * 8;
         if (header < sizeof(PacketDescriptor)) [[unlikely]] {
@@ -329,10 +346,10 @@ class PacketReceiver {
         if (rest > buffer_.size()) [[unlikely]] {
             return broken("VMBus packet: it is longer than this channel accepts", buffer_.size(), rest);
         }
-        static_cast<void>(ring_.remove(buffer_.first(rest)));
+        static_cast<void>(ring_.peek(sizeof(PacketDescriptor), buffer_.first(rest)));
         // The trailer repeats the packet's start offset. Linux ignores it, so hosts that write another value have never
         // been noticed; they must not fail here either.
-        static_cast<void>(ring_.skip(packet_trailer_bytes));
+        static_cast<void>(ring_.skip(total + packet_trailer_bytes));
         const u32 extra = header - static_cast<u32>(sizeof(PacketDescriptor));
         into = {descriptor.type, (descriptor.flags & packet_wants_completion) != 0, descriptor.transaction,
                 buffer_.first(extra), buffer_.subspan(extra, rest - extra)};
@@ -388,11 +405,11 @@ class PacketReceiver {
     PacketReceiver(M memory, const Ring& ring, std::span<std::byte> buffer)
         : memory_(memory), ring_(ring), buffer_(buffer) {}
 
-    Error broken(std::string_view rule, u64 expected, u64 seen) {
+    [[gnu::noinline]] Error broken(std::string_view rule, u64 expected, u64 seen) {
         error_ = Error{Code::protocol, rule, expected, seen};
         return *error_;
     }
-    Result<u32> refresh() {
+    [[gnu::always_inline]] inline Result<u32> refresh() {
         auto seen = ring_.available();
         if (!seen) [[unlikely]] {
             return broken("VMBus ring: the host's write index moves backwards or is outside of the ring",

@@ -69,7 +69,7 @@ TEST(Packets, GpaDirectIsAsTheProtocolHasIt) {
     Ring second;
     auto direct = *PacketSender<HostileMemory>::create(second.memory());
     DmaSpan span{nullptr, 0x1234400, 0x1800};
-    ASSERT_EQ(direct.gpa_direct(payload, span, 0x77, true), Sent::queued);
+    ASSERT_EQ(direct.gpa_direct(std::span<const std::byte>(payload), span, 0x77, true), Sent::queued);
     ASSERT_TRUE(direct.publish());
     EXPECT_EQ(std::memcmp(second.state.storage.data() + 4096, expected.data(), 32), 0);
     const std::array<u64, 2> in_a_row{0x1234, 0x1235};

@@ -2,7 +2,8 @@
 #include "gtest_macros.hpp"
 import test.gtest;
 import host.std;
-import io.ring.memory;
+import core.result;
+import io.ring;
 
 namespace {
 using namespace fl;
@@ -116,6 +117,46 @@ TEST(RingMemory, NoFieldIsTornAndEveryByteIsAccessedOnce) {
                 EXPECT_EQ(target.bytes[i], in_range ? std::byte{0xee} : before[i]) << offset << "+" << count;
             }
         }
+    }
+}
+
+// Records of a byte ring, each word by one store of 8 bytes, also where the record wraps around.
+TEST(RingMemory, RecordsAreWrittenWordByWord) {
+    constexpr u32 ring = 40; // five words
+    alignas(8) std::array<std::byte, 64 + ring> storage{};
+    constexpr RingLayout layout{.index = 0, .event = 8, .consumed = 16, .entries = 64, .stride = 1};
+    const BasicMappedMemory<RecordedAccess> memory(storage.data(), storage.size());
+    auto out = *Producer<BasicMappedMemory<RecordedAccess>, Wrapped<u32>, EmptyToNonEmpty>::create(memory, layout,
+                                                                                                   Wrapped<u32>(ring));
+    auto in = *Consumer<BasicMappedMemory<RecordedAccess>, Wrapped<u32>, EmptyToNonEmpty>::create(memory, layout,
+                                                                                                  Wrapped<u32>(ring));
+    u64 next = 0x1122334455667788;
+    u64 expected = next;
+    for (u32 turn = 0; turn < 40; ++turn) {
+        const u32 words = 1 + turn % 4; // one byte always stays free
+        const u32 start = out.position();
+        ASSERT_GE(out.free(), words * 8);
+        accesses.clear();
+        out.record(words * 8, [&](auto writer) {
+            for (u32 i = 0; i < words; ++i) {
+                writer.put(next++);
+            }
+        });
+        ASSERT_EQ(accesses.size(), words);
+        for (u32 i = 0; i < words; ++i) {
+            const usize place = 64 + (start + i * 8) % ring;
+            ASSERT_TRUE(accesses[i].write && accesses[i].width == 8 && accesses[i].at == storage.data() + place) << i;
+        }
+        ASSERT_EQ(out.position(), (start + words * 8) % ring);
+        ASSERT_TRUE(out.publish());
+        ASSERT_EQ(*in.available(), words * 8);
+        for (u32 i = 0; i < words; ++i) {
+            u64 word = 0;
+            ASSERT_TRUE(in.remove(std::as_writable_bytes(std::span(&word, 1))));
+            ASSERT_EQ(word, expected++);
+        }
+        in.release();
+        ASSERT_TRUE(out.observe());
     }
 }
 
