@@ -30,6 +30,7 @@ set(hot_paths
   "^drivers/storvsc/(queue|unit|answer\\.cppm)"
   "^hv/hyperv/(channel|packets|hypercall)"
   "^hv/xen/(events|grants|hypercall)"
+  "^core/machine/clock"
   "^boot/drivers"
   # Not on the I/O path, but a large part of the way to the first block.
   "^core/(log|text|paging|cpuid)\\.cpp"

@@ -270,7 +270,7 @@ void Bench::release() {
 }
 
 // Addresses form one sequence shared by all slots: the same seed accesses the same blocks at every queue depth.
-inline bool Bench::next(Op& op, u64& lba) {
+[[gnu::always_inline]] inline bool Bench::next(Op& op, u64& lba) {
     if (left_ == 0 || stopped_) {
         return false;
     }

@@ -31,26 +31,18 @@ Error to_error(Status status) {
     return {Code::protocol, "the request ended without a status"};
 }
 
-Request::~Request() {
-    if (pending_) {
-        check(this_processor() == device_->executor_.processor(), "a request is destroyed on its lane's processor");
-        device_->forget(*this);
-        if (pending_) { // not ended by forget()
-            ++device_->counters_.completed;
-            ++device_->counters_.errors;
-        }
+void Request::withdraw() {
+    check(this_processor() == device_->executor_.processor(), "a request is destroyed on its lane's processor");
+    device_->forget(*this);
+    if (pending_) { // not ended by forget()
+        ++device_->counters_.completed;
+        ++device_->counters_.errors;
     }
 }
 
-void BlockDevice::submit(Request& request) {
-    if (this_processor() != executor_.processor()) [[unlikely]] {
-        panic("io::BlockDevice: {}: submitted on processor {}; this lane belongs to processor {}",
-              identity_.name.view(), this_processor(), executor_.processor());
-    }
-    if (held_ && request.op != Op::flush) [[unlikely]] {
-        return;
-    }
-    accept(request);
+void BlockDevice::submitted_elsewhere() const {
+    panic("io::BlockDevice: {}: submitted on processor {}; this lane belongs to processor {}", identity_.name.view(),
+          this_processor(), executor_.processor());
 }
 
 void BlockDevice::resize(u64 sectors) {
@@ -108,20 +100,8 @@ void BlockDevice::learn(const Geometry& geometry) {
     static_cast<void>(executor_.post(renewal_)); // refused: that processor has stopped, and its lane too
 }
 
-std::optional<Status> BlockDevice::refusal(const Request& request) const {
-    if (request.op == Op::flush) {
-        return geometry_.flush ? std::nullopt : std::optional(Status::ok);
-    }
-    const u32 sector = geometry_.sector_size;
-    const u64 sectors = request.buffer.size / sector;
-    if ((request.buffer.data == nullptr && has_data(request.op)) || request.buffer.size == 0 ||
-        request.buffer.size % sector != 0 || request.buffer.bus % sector != 0) {
-        return Status::misaligned;
-    }
-    if (request.lba >= geometry_.sectors || sectors > geometry_.sectors - request.lba) {
-        return Status::out_of_range;
-    }
-    if (request.op != Op::read && geometry_.read_only) {
+std::optional<Status> BlockDevice::refusal_of_change(const Request& request) const {
+    if (geometry_.read_only) {
         return Status::read_only;
     }
     if ((request.op == Op::discard && !geometry_.discard) ||
@@ -132,30 +112,5 @@ std::optional<Status> BlockDevice::refusal(const Request& request) const {
 }
 
 void BlockDevice::submit_forwarded(BlockDevice& to, Request& request) { to.accept(request); }
-
-inline void BlockDevice::accept(Request& request) {
-    ++counters_.submitted;
-    request.status = Status::not_written;
-    request.issued = 0;
-    request.parts = 0;
-    request.part_status = Status::ok;
-    request.resends = 0;
-    request.resend = false;
-    request.pending_ = true;
-    if (const auto refused = refusal(request)) [[unlikely]] {
-        return complete(request, *refused);
-    }
-    start(request);
-}
-
-void BlockDevice::complete(Request& request, Status status) {
-    request.pending_ = false;
-    request.status = status;
-    ++counters_.completed;
-    counters_.errors += status != Status::ok ? 1 : 0;
-    if (request.waiter) { // a request without a waiter is polled by its owner: pending() becomes false
-        executor_.make_ready(request);
-    }
-}
 
 } // namespace fl::io

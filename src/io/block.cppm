@@ -6,6 +6,7 @@ import core.result;
 import core.text;
 import core.time;
 import core.dma;
+import core.processor;
 import io.executor;
 
 export namespace fl::io {
@@ -84,11 +85,15 @@ class BlockDevice;
 /// set: the owner must not reuse the buffer. It is also quarantined [core.dma], so that freeing it is harmless.
 class Request : public ReadyNode {
   public:
-    Request(BlockDevice& device, Op op, u64 lba, DmaSpan buffer, Nanoseconds bound = 0)
+    inline Request(BlockDevice& device, Op op, u64 lba, DmaSpan buffer, Nanoseconds bound = 0)
         : buffer(buffer), lba(lba), bound(bound), op(op), device_(&device) {}
     Request(const Request&) = delete;
     Request& operator=(const Request&) = delete;
-    ~Request();
+    inline ~Request() {
+        if (pending_) [[unlikely]] {
+            withdraw();
+        }
+    }
 
     // The operation: constant after submit().
     DmaSpan
@@ -118,6 +123,7 @@ class Request : public ReadyNode {
 
   private:
     friend class BlockDevice;
+    void withdraw(); // destroyed while it is under way
     BlockDevice* device_;
     bool pending_ = false;
 };
@@ -174,7 +180,24 @@ class BlockDevice {
     /// to check again, by refusal().
     void renew(const Geometry& geometry);
     /// Why the disk does not take this request, by its geometry; nothing: it takes it. `ok`: nothing has to be done.
-    std::optional<Status> refusal(const Request& request) const;
+    inline std::optional<Status> refusal(const Request& request) const {
+        if (request.op == Op::flush) [[unlikely]] {
+            return geometry_.flush ? std::nullopt : std::optional(Status::ok);
+        }
+        const u32 within = geometry_.sector_size - 1; // a power of two
+        const u64 sectors = request.buffer.size >> std::countr_zero(geometry_.sector_size);
+        if ((request.buffer.data == nullptr && has_data(request.op)) || request.buffer.size == 0 ||
+            ((request.buffer.size | request.buffer.bus) & within) != 0) [[unlikely]] {
+            return Status::misaligned;
+        }
+        if (request.lba >= geometry_.sectors || sectors > geometry_.sectors - request.lba) [[unlikely]] {
+            return Status::out_of_range;
+        }
+        if (request.op != Op::read) {
+            return refusal_of_change(request);
+        }
+        return std::nullopt;
+    }
     /// Timeout for a request, counted once the device has it and all earlier ones are answered [io.oldest_wait].
     void set_timeout(Nanoseconds timeout) { timeout_ = timeout; }
     Nanoseconds timeout() const { return timeout_; }
@@ -183,12 +206,12 @@ class BlockDevice {
     class [[nodiscard]] Transfer : public Request {
       public:
         using Request::Request;
-        bool await_ready() const { return false; }
-        void await_suspend(std::coroutine_handle<> h) {
+        inline bool await_ready() const { return false; }
+        [[gnu::always_inline]] inline void await_suspend(std::coroutine_handle<> h) {
             waiter = h;
             device().submit(*this);
         }
-        Result<void> await_resume() const {
+        [[gnu::always_inline]] inline Result<void> await_resume() const {
             if (status == Status::ok) [[likely]] {
                 return {};
             }
@@ -215,7 +238,15 @@ class BlockDevice {
 
     /// Checks the request and hands it to the driver. Always ends through complete(), even when refused; never
     /// resumes the waiter synchronously.
-    void submit(Request& request);
+    inline void submit(Request& request) {
+        if (this_processor() != executor_.processor()) [[unlikely]] {
+            submitted_elsewhere();
+        }
+        if (held_ && request.op != Op::flush) [[unlikely]] {
+            return;
+        }
+        accept(request);
+    }
     /// Withdraws a request: one the device has not seen ends with cancelled; otherwise it ends when the device
     /// answers or has been stopped. True: it will end with cancelled.
     bool cancel(Request& request) { return request.pending_ && cancel_now(request); }
@@ -236,7 +267,15 @@ class BlockDevice {
     virtual void forget(Request& request) = 0;
 
     /// Ends a request: exactly once for every start(). Makes the waiter ready.
-    void complete(Request& request, Status status);
+    inline void complete(Request& request, Status status) {
+        request.pending_ = false;
+        request.status = status;
+        ++counters_.completed;
+        counters_.errors += status != Status::ok ? 1 : 0;
+        if (request.waiter) { // a request without a waiter is polled by its owner: pending() becomes false
+            executor_.make_ready(request);
+        }
+    }
     /// As to.submit(), also after hold(): for a lane that has accepted the request before its own hold().
     static void submit_forwarded(BlockDevice& to, Request& request);
 
@@ -255,7 +294,22 @@ class BlockDevice {
         std::atomic<bool> posted{false};
     };
     void learn(const Geometry& geometry);
-    void accept(Request& request);
+    [[noreturn]] void submitted_elsewhere() const;
+    std::optional<Status> refusal_of_change(const Request& request) const;
+    inline void accept(Request& request) {
+        ++counters_.submitted;
+        request.status = Status::not_written;
+        request.issued = 0;
+        request.parts = 0;
+        request.part_status = Status::ok;
+        request.resends = 0;
+        request.resend = false;
+        request.pending_ = true;
+        if (const auto refused = refusal(request)) [[unlikely]] {
+            return complete(request, *refused);
+        }
+        start(request);
+    }
     Executor& executor_;
     std::span<BlockDevice* const> shared_{};
     Nanoseconds timeout_ = 5'000'000'000;

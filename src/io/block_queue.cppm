@@ -507,6 +507,10 @@ class BlockQueue : public QueueCore {
     enum class Issued : u8 { all, some, none };
 
     Issued issue(QueuedDevice& disk, Request& request, RequestQueue* from, bool alone);
+    /// issue() for a request in no list, compiled for that.
+    [[gnu::always_inline]] inline Issued issue_new(QueuedDevice& disk, Request& request) {
+        [[clang::always_inline]] return issue(disk, request, nullptr, false);
+    }
     void gather(Command& command, RequestQueue& from)
         requires(T::gathers);
     bool submit_waiting() override;
@@ -579,7 +583,7 @@ inline void BlockQueue<T>::submit(QueuedDevice& disk, Request& request) {
         park(disk.waiting_, request);
     } else if (disk.parked()) [[unlikely]] {
         park(disk.waiting_, request);
-    } else if (issue(disk, request, nullptr, false) != Issued::all) [[unlikely]] {
+    } else if (issue_new(disk, request) != Issued::all) [[unlikely]] {
         if (state_ != State::open) { // found broken just now: the parts already sent have ended
             if (request.pending()) {
                 complete(request, Status::protocol_error);

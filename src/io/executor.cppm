@@ -35,10 +35,10 @@ struct ReadyNode {
     std::coroutine_handle<> waiter{};
 
     ReadyNode() = default;
-    explicit ReadyNode(std::coroutine_handle<> handle) : waiter(handle) {}
+    inline explicit ReadyNode(std::coroutine_handle<> handle) : waiter(handle) {}
     ReadyNode(const ReadyNode&) = delete;
     ReadyNode& operator=(const ReadyNode&) = delete;
-    ~ReadyNode() { unlink(); }
+    inline ~ReadyNode() { unlink(); }
 
     inline bool queued() const { return next != nullptr; }
     inline void unlink() {
@@ -257,10 +257,10 @@ class Executor {
     void run_urgent();
     /// Call once, before another processor has access to this executor.
     void set_kick(void (*kick)(void* context)) { platform_.kick = kick; }
-    u32 processor() const { return processor_; }
+    inline u32 processor() const { return processor_; }
     /// Callable on any processor, at any time.
     void set_wait(Wait wait) { wait_.store(wait, std::memory_order_relaxed); } // orders no other data
-    Wait wait() const { return wait_.load(std::memory_order_relaxed); }
+    inline Wait wait() const { return wait_.load(std::memory_order_relaxed); }
     /// The executor running on the calling processor; nullptr: none.
     static Executor* current();
     /// Machine time [core.time] of this executor's processor. Not comparable between processors: pass durations, not
@@ -270,7 +270,7 @@ class Executor {
     inline Instant turn_time() const { return turn_time_; }
     /// Elapsed time, including time during which the machine was stopped: for measurements. Callable from any
     /// processor, and comparable between processors.
-    Instant elapsed() const { return platform_.now(platform_.context); }
+    inline Instant elapsed() const { return platform_.now(platform_.context); }
     /// Machine time at the end of the last machine stop noticed by this executor; 0: none.
     Instant resumed_at() const { return clock_.resumed_at(); }
     /// When a wait of `length` that began at `begun` expires [Bound].

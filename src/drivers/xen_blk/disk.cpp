@@ -43,7 +43,7 @@ void Transport::lose() {
 
 // ---- sending ----
 
-io::Fit Transport::prepare(Command& command) {
+inline io::Fit Transport::prepare(Command& command) {
     if (link_ != Link::up || ring_.full()) [[unlikely]] {
         return io::Fit::full;
     }
@@ -57,7 +57,7 @@ io::SendResult Transport::send(Command& command, u64 id) {
     return io::SendResult::sent;
 }
 
-Result<void> Transport::publish(io::Counters& counters) {
+inline Result<void> Transport::publish(io::Counters& counters) {
     if (link_ == Link::lost || !ring_.publish()) {
         return {};
     }
@@ -68,7 +68,7 @@ Result<void> Transport::publish(io::Counters& counters) {
 
 // ---- answers ----
 
-io::Next Transport::next(io::Completion& completion) {
+[[gnu::always_inline]] inline io::Next Transport::next(io::Completion& completion) {
     if (link_ == Link::lost) [[unlikely]] {
         return io::Next::none;
     }
@@ -113,7 +113,7 @@ Result<bool> Transport::arm() {
 
 // ---- the end of a command ----
 
-bool Transport::finish(Command& command, io::Status status) {
+inline bool Transport::finish(Command& command, io::Status status) {
     Wire& wire = command.wire;
     if (pages_.persistent() && command.first != nullptr && wire.operation == Operation::read &&
         status == io::Status::ok) {

@@ -35,7 +35,7 @@ class GrantList {
     }
     /// Ends the access. True: no domain can access the page any more. False: it is still mapped, and stays granted; the
     /// caller must handle this.
-    [[nodiscard]] bool end(GrantRef ref) {
+    [[nodiscard]] inline bool end(GrantRef ref) {
         std::atomic_ref<u16> flags(table_[ref].flags);
         u16 seen = flags.load(std::memory_order_relaxed);
         if ((seen & (grant_reading | grant_writing)) != 0) [[unlikely]] {
@@ -72,7 +72,7 @@ class GrantList {
     /// `refs`: room for all entries. From the first on the free ones, from the last on those in quarantine.
     explicit GrantList(std::span<u16> refs) : refs_(refs.data()), room_(static_cast<u32>(refs.size())) {}
     ~GrantList() = default;
-    u64& word(GrantRef ref) { return *reinterpret_cast<u64*>(&table_[ref]); }
+    inline u64& word(GrantRef ref) { return *reinterpret_cast<u64*>(&table_[ref]); }
     GrantRef take_quarantined() { return refs_[room_ - quarantined_--]; }
 
     std::span<GrantEntry> table_;
