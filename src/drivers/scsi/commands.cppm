@@ -75,8 +75,8 @@ class LogicalUnit {
         cdb[1] = write ? write_flags_ : 0;
         const u64 lba_be = __builtin_bswap64(command.lba);
         const u32 blocks_be = __builtin_bswap32(command.bytes >> block_shift_);
-        std::memcpy(cdb.data() + 2, &lba_be, 8);
-        std::memcpy(cdb.data() + 10, &blocks_be, 4);
+        __builtin_memcpy(cdb.data() + 2, &lba_be, 8);
+        __builtin_memcpy(cdb.data() + 10, &blocks_be, 4);
         return 16;
     }
 

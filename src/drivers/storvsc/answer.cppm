@@ -12,8 +12,8 @@ export namespace fl::drivers::storvsc {
 
 /// Copies the payload of a completion to `answer`. `srb`: it answers EXECUTE_SRB, and has then the length that the
 /// version defines, and at most `most` bytes of data. False: it violates the protocol, as `fault` says.
-[[gnu::always_inline]] inline bool decode(std::span<const std::byte> payload, Version version, bool srb, u32 most,
-                                          Packet& answer, std::optional<Error>& fault) {
+inline bool decode(std::span<const std::byte> payload, Version version, bool srb, u32 most, Packet& answer,
+                   std::optional<Error>& fault) {
     // Before version negotiation a host may answer with either length, even to a packet without an SRB [storvsc].
     const u32 length = packet_bytes(version);
     if (srb ? payload.size() != length : payload.size() < sizeof(PacketHeader)) [[unlikely]] {
@@ -47,11 +47,25 @@ inline u32 most_data(const io::QueuedCommand& command) {
 }
 
 /// The unit has done the whole command. Otherwise response_of() must be judged.
-[[gnu::always_inline]] inline bool succeeded(const ScsiRequest& srb, const io::QueuedCommand& command) {
+inline bool succeeded(const ScsiRequest& srb, const io::QueuedCommand& command) {
     const SrbStatus status = srb_status_of(srb.srb_status);
     return srb.scsi_status == scsi::status_good &&
            (status == SrbStatus::success || status == SrbStatus::data_overrun) &&
            scsi::moved_all(command, srb.data_transfer_length);
+}
+
+/// The usual answer, found by one look: to a read or write, of the whole length, and all of it done. It violates nothing
+/// and needs no decode(), which finds the same. `payload`: the guest's own copy, aligned to 8 bytes.
+[[gnu::always_inline]] inline bool all_done(std::span<const std::byte> payload, Version version,
+                                            const io::QueuedCommand& command) {
+    if (payload.size() != sizeof(Packet) || packet_bytes(version) != sizeof(Packet)) [[unlikely]] {
+        return false;
+    }
+    const auto& answer = *reinterpret_cast<const Packet*>(payload.data());
+    return answer.header.operation == Operation::complete_io && command.exchange == nullptr &&
+           io::has_data(command.op) && answer.srb.scsi_status == scsi::status_good &&
+           srb_status_of(answer.srb.srb_status) == SrbStatus::success &&
+           answer.srb.data_transfer_length == command.bytes;
 }
 
 /// A packet that is not a completion. True: the units have changed, and must be scanned again. Error{protocol}: not a

@@ -19,7 +19,7 @@ void Transport::start(io::Executor& executor, DmaSpan lists, Nanoseconds timeout
     join();
 }
 
-io::Fit Transport::prepare(Command& command) { return command.disk().commands_.limit(command); }
+inline io::Fit Transport::prepare(Command& command) { return command.disk().commands_.limit(command); }
 
 io::SendResult Transport::send(Command& command, u64 id) {
     if (command.exchange != nullptr) [[unlikely]] {
@@ -42,13 +42,13 @@ io::SendResult Transport::send(Command& command, u64 id) {
     return packets_.send(packet, list, id);
 }
 
-Result<void> Transport::publish(io::Counters& counters) {
+inline Result<void> Transport::publish(io::Counters& counters) {
     return packets_.publish(counters) ? Result<void>{} : fault();
 }
 
 // ---- answers ----
 
-io::Next Transport::next(io::Completion& completion) {
+[[gnu::always_inline]] inline io::Next Transport::next(io::Completion& completion) {
     hv::hyperv::Packet packet;
     for (;;) {
         if (const io::Next taken = packets_.take(packet); taken != io::Next::one) {
@@ -77,18 +77,19 @@ io::Next Transport::next(io::Completion& completion) {
                        "a completion carries a transaction id that is not in flight (unknown, repeated or retired)", 0,
                        id});
     }
+    completion.id = id;
+    if (all_done(packet.payload, packets_.terms().version, *command)) [[likely]] {
+        return io::Next::one;
+    }
     auto* exchange = static_cast<Exchange*>(command->exchange);
     const bool srb = exchange == nullptr || exchange->packet.header.operation == Operation::execute_srb;
     Packet answer;
     if (!decode(packet.payload, packets_.terms().version, srb, most_data(*command), answer, fault_)) [[unlikely]] {
         return io::Next::broken;
     }
-    if (exchange != nullptr) [[unlikely]] {
+    if (exchange != nullptr) {
         exchange->packet = answer;
-        completion = {id};
-    } else if (succeeded(answer.srb, *command)) [[likely]] {
-        completion.id = id;
-    } else {
+    } else if (!succeeded(answer.srb, *command)) {
         completion = judge(id, *command, answer);
     }
     return io::Next::one;
