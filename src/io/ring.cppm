@@ -516,7 +516,7 @@ class Consumer {
         }
         return true;
     }
-    /// For a byte ring of whole words [Producer::record]: the word `from` bytes after the next one. It is not taken, and
+    /// For a byte ring of whole words [Producer::record]: the word `from` bytes after the next one. It is not taken;
     /// the caller has found it ready.
     [[gnu::always_inline]] inline u64 peek_word(u32 from) const {
         const usize at = layout_.entries + positions_.slot(positions_.advance(consumed_, from));

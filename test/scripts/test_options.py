@@ -104,7 +104,7 @@ class Options(unittest.TestCase):
             ("bench", f"--qemu {self.folder}", "a folder is there"), ("run", "--vmm-command true", "exactly one of {kernel}, {efi} and {esp}"), ("run", "--qemu-arg='", "is not closed"),
             ("bench", "--vmm-command ''", "exactly one"), ("test", "--only nonsense", "scripts/test --list"), ("test", "--only host --only nonsense", "--only nonsense"), ("test", "--fast --only tsan", "--fast leaves out"),
             ("test", f"--junit {nothing}/x", "does not exist"), ("test", f"--junit {self.folder}", "a folder"), ("test", "--lab perhaps", "invalid choice"),
-            ("cost", "--platform kvm", "invalid choice"), ("cost", "--workload nonsense", "the pattern 'nonsense'"), ("cost", "--cmdline disk=hda", "disk= is what"), ("setup", "--frob", "unrecognized"), ("outputs", "--only nonsense", "invalid choice"), ("outputs", "--list --only run", "nothing is run"),
+            ("cost", "--disk floppy", "invalid choice"), ("cost", "--workload nonsense", "the pattern 'nonsense'"), ("cost", "--cmdline disk=hda", "disk= is what"), ("setup", "--frob", "unrecognized"), ("outputs", "--only nonsense", "invalid choice"), ("outputs", "--list --only run", "nothing is run"),
         ]  # fmt: skip
 
     def test_values(self):

@@ -54,8 +54,8 @@ inline bool succeeded(const ScsiRequest& srb, const io::QueuedCommand& command) 
            scsi::moved_all(command, srb.data_transfer_length);
 }
 
-/// The usual answer, found by one look: to a read or write, of the whole length, and all of it done. It violates nothing
-/// and needs no decode(), which finds the same. `payload`: the guest's own copy, aligned to 8 bytes.
+/// The usual answer, found by one look: to a read or write, of the whole length, and all of it done. It violates no
+/// rule and needs no decode(), which finds the same. `payload`: the guest's own copy, aligned to 8 bytes.
 [[gnu::always_inline]] inline bool all_done(std::span<const std::byte> payload, Version version,
                                             const io::QueuedCommand& command) {
     if (payload.size() != sizeof(Packet) || packet_bytes(version) != sizeof(Packet)) [[unlikely]] {
