@@ -30,7 +30,7 @@ from . import apt, distribution, lab, paths, process, vmrun_fault
 from .problems import Exit, Problem
 
 ROOM = 500 << 20  # bytes that assembling takes at most, in addition to what the other lab has fetched
-LAYOUT = "6"  # incremented when the contents of the folder change for the same packages
+LAYOUT = "7"  # incremented when the contents of the folder change for the same packages
 
 DOM0_MODULES = (
     "xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs", "loop", "virtio_pci", "virtio_blk",
@@ -43,7 +43,7 @@ XENSTORE_NAMES = ("read", "write", "ls", "exists")
 DEVICE_MODEL = "usr/libexec/xen-qemu-system-i386"
 # Read by dom0's QEMU and by xl: the firmware of HVM guests, and the option ROMs that load a kernel there.
 GUEST_FIRMWARE = ("usr/share/seabios/bios-256k.bin", "usr/share/ovmf/OVMF.fd")
-GUEST_ROMS = ("linuxboot_dma.bin", "multiboot_dma.bin", "pvh.bin", "kvmvapic.bin")
+GUEST_ROMS = ("linuxboot.bin", "linuxboot_dma.bin", "multiboot_dma.bin", "pvh.bin", "kvmvapic.bin")
 # Files read by QEMU on this machine: SeaBIOS and the option ROMs that load a multiboot kernel.
 FIRMWARE = ("bios-256k.bin", "multiboot.bin", "multiboot_dma.bin", "kvmvapic.bin")
 
