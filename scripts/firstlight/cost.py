@@ -190,12 +190,12 @@ def costs(driver: str, workloads: Sequence[Workload], sections: Sequence[Section
 
 
 def table(found: Iterable[Cost]) -> str:
-    lines = [f"{'instructions per I/O':36}{'guest':>8}{'KVM':>8}{'kernel':>8}{'VMM':>8}{'sum':>9}{'guest':>8}{'of time':>9}"]
+    lines = [f"{'instructions per I/O':36}{'guest':>8}{'KVM':>8}{'kernel':>8}{'VMM':>8}{'host':>9}{'sum':>9}{'guest':>8}{'of time':>9}"]
     for cost in found:
         shares = cost.per_io
         total = sum(shares.values())
         cells = "".join(f"{shares[party]:8.0f}" for party in PARTIES)
-        lines.append(f"{cost.label:36}{cells}{total:9.0f}{100 * shares['guest'] / total:7.1f}%{100 * total * cost.workload.count / cost.measured:8.1f}%")
+        lines.append(f"{cost.label:36}{cells}{total - shares['guest']:9.0f}{total:9.0f}{100 * shares['guest'] / total:7.1f}%{100 * total * cost.workload.count / cost.measured:8.1f}%")
     return "\n".join(lines)
 
 
@@ -215,7 +215,7 @@ def arguments() -> options.Parser:
     parser = options.Parser(
         prog="scripts/cost",
         description="Count the instructions of an I/O on one disk, in the nested lab, by who executes them: the guest, KVM, the host's kernel, and the virtual machine monitor. The counts are exact and repeatable: they depend on the programs alone, not on this machine.",
-        epilog="KVM: the modules of the host's kernel. \"of time\": the sum as a part of the workload's measured time, in which an instruction takes a nanosecond; the rest is idle time.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
+        epilog="KVM: the modules of the host's kernel. \"host\": all that is not the guest's. \"of time\": the sum as a part of the workload's measured time, in which an instruction takes a nanosecond; the rest is idle time.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
     parser.add_argument(
         "--disk", action="append", choices=tuple(DRIVERS), help="this disk, several times: scsi is the test host's on the VMBus, xen QEMU's emulation of Xen's ring, the others are QEMU's on KVM (default: scsi, xen)"

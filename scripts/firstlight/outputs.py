@@ -12,6 +12,7 @@ from pathlib import Path
 from . import paths, process
 from .options import Conflict, Parser, demand_agreement
 from .problems import EXIT_HELP, Exit, Problem
+from .workloads import DRIVERS
 
 PAGE = paths.REPOSITORY / "docs" / "OUTPUT.md"
 LEFT_OUT = "…"
@@ -55,6 +56,7 @@ OUTPUTS = {
     "wait": Output(
         "scripts/bench --only all --disk xen,virtio,nvme --workload randread,count=1000 --workload randread,qd=32,count=1000 --wait interrupt,poll,adaptive", first_and_last, 3600
     ),
+    "cost": Output(f"scripts/cost {' '.join(f'--disk {bus}' for bus in DRIVERS)}", list, 1800),
     "test": Output("scripts/test", whole_suites, 7200),
 }
 
@@ -95,7 +97,7 @@ def arguments() -> Parser:
     parser = Parser(
         prog="scripts/outputs",
         description="Run the commands that docs/OUTPUT.md shows and put there what they print. A command that fails changes nothing.",
-        epilog="It takes as long as the commands do: scripts/bench five times, scripts/test once.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
+        epilog="It takes as long as the commands do: scripts/bench five times, scripts/cost and scripts/test once.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,
     )
     parser.add_argument("--only", choices=tuple(OUTPUTS), action="append", default=[], help="only this output, several times (default: all)")
     parser.add_argument("--list", action="store_true", help="list the outputs and their commands")

@@ -42,7 +42,7 @@ FIRSTLIGHT_CACHE=/x sudo scripts/setup --refresh && scripts/test --only 'vm/x*'
 class Planted(unittest.TestCase):
     def setUp(self):
         self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        for name in ("scripts/run", "scripts/test", "scripts/setup", "scripts/bench", ".clang-format"):
+        for name in ("scripts/run", "scripts/test", "scripts/setup", "scripts/bench", "scripts/cost", ".clang-format"):
             self.write(name, (REPOSITORY / name).read_text())
         self.write("README.md", README)
         self.write("docs/MAP.md", "# Map\n\n## Two `words`\n\n[back](../README.md), [line](../src/core/a.cppm#L1)\n")

@@ -43,7 +43,7 @@ class Counts(unittest.TestCase):
         (found,) = self.measured()
         self.assertEqual(found.per_io, {"guest": 5.0, "vmm": 20.0, "kernel": 2.0, "kvm": 4.0})
         row = cost.table([found]).splitlines()[1].split()
-        self.assertEqual(row, ["storvsc-randread-4k-qd32", "5", "4", "2", "20", "31", "16.1%", "96.9%"])
+        self.assertEqual(row, ["storvsc-randread-4k-qd32", "5", "4", "2", "20", "26", "31", "16.1%", "96.9%"])
 
     def test_another_number_of_marks_is_an_error(self):
         for counts in (COUNTS + "section\n", COUNTS[: COUNTS.rindex("section")]):
