@@ -64,26 +64,14 @@ attach() {
 # write_through NUMBER: /dev/loopNUMBER says that it has no write cache. Then blkback offers neither flush nor barrier.
 write_through() { echo "write through" > "/sys/block/loop$1/queue/write_cache" || die "/dev/loop$1: its cache could not be set"; }
 
-# slow NUMBER DISK IOPS: /dev/loopNUMBER does at most so many reads and so many writes a second for blkback's threads of that disk, which are put into a
-# control group once they run.
+# slow NUMBER IOPS: /dev/loopNUMBER does at most so many reads and so many writes a second. By the first version of control groups, whose root, which
+# blkback's threads are in from their start, can have a limit.
 slow() {
-    group=/sys/fs/cgroup/disk$1
-    mkdir -p /sys/fs/cgroup
-    [ -e /sys/fs/cgroup/cgroup.procs ] || mount -t cgroup2 cgroup /sys/fs/cgroup || die "no control groups"
-    echo +io > /sys/fs/cgroup/cgroup.subtree_control && mkdir -p "$group" && echo "7:$1 riops=$3 wiops=$3" > "$group/io.max" || die "/dev/loop$1: its rate could not be limited"
-    (
-        tries=0
-        found=
-        while [ $tries -lt 3000 ] && [ -z "$found" ]; do
-            tries=$((tries + 1))
-            usleep 20000
-            for comm in $(grep -l "[.]$2-[0-9]" /proc/[0-9]*/comm 2>/dev/null); do
-                found=${comm%/comm}
-                echo "${found##*/}" > "$group/cgroup.procs" || say "failed slow $2: blkback's thread could not be put into $group"
-            done
-        done
-        [ -n "$found" ] || say "failed slow $2: blkback has no thread for it"
-    ) &
+    group=/sys/fs/cgroup
+    [ -e "$group/tasks" ] || mount -t cgroup -o blkio blkio "$group" || die "no control groups"
+    for way in read write; do
+        echo "7:$1 $2" > "$group/blkio.throttle.${way}_iops_device" || die "/dev/loop$1: its rate could not be limited"
+    done
 }
 
 # bring_out DEVICE MEGABYTE: copy to the scratch disk, at that offset.

@@ -204,7 +204,7 @@ def job_script(job: Domain, index: int, offsets: dict[str, int]) -> str:
         if not one.cached:
             lines.append(f"    write_through {number}")
         if one.iops:
-            lines.append(f"    slow {number} {one.name} {one.iops}")
+            lines.append(f"    slow {number} {one.iops}")
     seconds = max(1, round(job.timeout + sum(pause.seconds for pause in job.pauses)))
     lines += ["}", "run() {", *(f"    beside {shlex.quote(command)}" for command in job.beside), f"    guest {seconds}", "    settle", "}", "after() {", "    :"]
     for name, offset in offsets.items():
