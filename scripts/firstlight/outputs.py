@@ -47,6 +47,10 @@ def whole_suites(lines: list[str]) -> list[str]:
     return without(lines, lambda line: re.match(r"\w+ +[\d.]+  (vm|host|asan|scripts)/|(vm|build)[: ]", line) is not None)
 
 
+def without_builds(lines: list[str]) -> list[str]:
+    return [line for line in lines if not line.startswith("build")]
+
+
 OUTPUTS = {
     "run": Output("scripts/run --deterministic", list, 900),
     "xen-emu": Output("scripts/bench --only xen-emu --yardstick", first_and_last, 3600),
@@ -56,7 +60,7 @@ OUTPUTS = {
     "wait": Output(
         "scripts/bench --only all --disk xen,virtio,nvme --workload randread,count=1000 --workload randread,qd=32,count=1000 --wait interrupt,poll,adaptive", first_and_last, 3600
     ),
-    "cost": Output(f"scripts/cost {' '.join(f'--disk {bus}' for bus in DRIVERS)}", list, 1800),
+    "cost": Output(f"scripts/cost {' '.join(f'--disk {bus}' for bus in DRIVERS)}", without_builds, 1800),
     "test": Output("scripts/test", whole_suites, 7200),
 }
 
