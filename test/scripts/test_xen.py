@@ -77,7 +77,7 @@ class Configuration(unittest.TestCase):
         script = xenguest.job_script(made, 0, {})
         self.assertNotIn("write_through 0", script)
         self.assertIn("attach 1 xvdb.img 512 loop\n    write_through 1\n", script)
-        self.assertIn("attach 2 xvdc.img 512 loop\n    slow 2 xvdc 10\n", script)
+        self.assertIn("attach 2 xvdc.img 512 loop\n    slow 2 10\n", script)
 
     def test_a_card_with_two_faces(self):
         made = xenguest.domain(machine.Machine("m", "xen-hvm", nets=["xen", "e1000"]), Path("/work"))
