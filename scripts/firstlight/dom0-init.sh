@@ -64,13 +64,23 @@ attach() {
 # write_through NUMBER: /dev/loopNUMBER says that it has no write cache. Then blkback offers neither flush nor barrier.
 write_through() { echo "write through" > "/sys/block/loop$1/queue/write_cache" || die "/dev/loop$1: its cache could not be set"; }
 
-# slow NUMBER IOPS: /dev/loopNUMBER does at most so many reads and so many writes a second. By the first version of control groups, whose root, which
-# blkback's threads are in from their start, can have a limit.
+# slow NUMBER IOPS: /dev/loopNUMBER does at most so many reads and so many writes a second, until the guest has ended (hurry). By the first version of
+# control groups, whose root, which blkback's threads are in from their start, can have a limit.
+group=/sys/fs/cgroup
 slow() {
-    group=/sys/fs/cgroup
     [ -e "$group/tasks" ] || mount -t cgroup -o blkio blkio "$group" || die "no control groups"
     for way in read write; do
         echo "7:$1 $2" > "$group/blkio.throttle.${way}_iops_device" || die "/dev/loop$1: its rate could not be limited"
+    done
+}
+
+# hurry: no loop device is limited any more. A limit is the block device's, and outlives the file that was attached to it.
+hurry() {
+    for way in read write; do
+        file="$group/blkio.throttle.${way}_iops_device"
+        [ -e "$file" ] || return 0
+        for device in $(cut -d ' ' -f 1 "$file"); do echo "$device 0" > "$file"; done
+        [ -z "$(cat "$file")" ] || die "a limit of a disk's rate could not be lifted"
     done
 }
 
@@ -214,6 +224,7 @@ for job in /jobs/[0-9]*; do
         done
     fi
     after
+    hurry
     /sbin/losetup --detach-all
     rm -rf /tmp/*
 done
