@@ -190,7 +190,7 @@ class DiskSpec:
                 raise Problem(f"Disk {text!r}: {option} is for a disk of a size; this one has the content of its file.", Exit.USAGE)
             if [each.partition("=")[0] for each in options].count(name) > 1:
                 raise Problem(f"Disk {text!r}: {name} was given twice.", Exit.USAGE)
-            if name == "content" and (value in ("zero", "sparse", "pattern", "loader", "qcow2") or (value == "null" and bus in ("ide", "virtio", "vscsi", "nvme", "sata", "pvscsi") and disk.size)):
+            if name == "content" and (value in ("zero", "sparse", "pattern", "loader", "qcow2") or (value == "null" and bus not in ("xen", "scsi", "accel") and disk.size)):
                 disk.content = value
             elif name == "image" and re.fullmatch(r"[a-z0-9]+", value):
                 disk.image = value
@@ -526,6 +526,25 @@ class Machine:
         known.bring_out = known.bring_out or disk.bring_out
         return image
 
+    def device(self, bus: str, name: str, unit: int, ports: str) -> str:
+        """QEMU's device for the drive of this name: the disk with this number on its bus. `ports`: the name of the AHCI controller's buses."""
+        match bus:
+            case "xen":
+                return f"xen-disk,drive={name},vdev={name}"
+            case "virtio":
+                return f"virtio-blk-{'device' if self.machine.startswith('microvm') else 'pci'},drive={name},serial={name}"
+            case "vscsi":  # two LUNs on each target
+                return f"scsi-hd,drive={name},serial={name},bus=vscsi.0,scsi-id={unit // 2},lun={unit % 2}"
+            case "nvme":
+                return f"nvme,drive={name},serial={name}"
+            case "pvscsi":
+                return f"scsi-hd,drive={name},bus=pvscsi.0,scsi-id={unit}"
+            case "sata":
+                return f"ide-hd,drive={name},bus={ports}.{unit}"
+            case "ide":
+                return f"ide-hd,drive={name},bus=ide.{unit // 2},unit={unit % 2}"
+        raise Problem(f"A disk on the bus {bus}: Machine.device() names no device of QEMU's for it.")
+
     def drives(self) -> tuple[list[Disk], list[str]]:
         disks: dict[str, Disk] = {}
         words: list[str] = []
@@ -563,23 +582,9 @@ class Machine:
             if shared.count(disk.image) > 1:
                 options.append("file.locking=off")
             geometry = f",logical_block_size={disk.sector},physical_block_size={disk.sector}" if disk.sector != 512 else ""
-            if disk.bus == "xen":
-                words += ["-drive", ",".join(["if=none", *options]), "-device", f"xen-disk,drive={name},vdev={name}{geometry}{thread}"]
-            elif disk.bus == "virtio":
-                device = "virtio-blk-device" if self.machine.startswith("microvm") else "virtio-blk-pci"
-                words += ["-drive", ",".join(["if=none", *options]), "-device", f"{device},drive={name},serial={name}{geometry}{thread}"]
-            elif disk.bus == "vscsi":  # two LUNs on each target
-                place = f"bus=vscsi.0,scsi-id={unit // 2},lun={unit % 2}"
-                words += ["-drive", ",".join(["if=none", *options]), "-device", f"scsi-hd,drive={name},serial={name},{place}{geometry}"]
-            elif disk.bus == "nvme":
-                words += ["-drive", ",".join(["if=none", *options]), "-device", f"nvme,drive={name},serial={name}{geometry}"]
-            elif disk.bus == "pvscsi":
-                words += ["-drive", ",".join(["if=none", *options]), "-device", f"scsi-hd,drive={name},bus=pvscsi.0,scsi-id={unit}{geometry}"]
-            elif disk.bus == "sata":
-                words += ["-drive", ",".join(["if=none", *options]), "-device", f"ide-hd,drive={name},bus={'ide' if own else 'sata'}.{unit}{geometry}"]
-            elif self.machine == "q35":
-                words += ["-drive", ",".join(["if=none", *options])]
-                words += ["-device", f"ide-hd,drive={name},bus=ide.{unit // 2},unit={unit % 2}{geometry}"]
-            else:
+            if disk.bus == "ide" and self.machine != "q35":
                 words += ["-drive", ",".join([f"if=ide,index={unit}", *options])]
+            else:
+                device = self.device(disk.bus, name, unit, "ide" if own else "sata")
+                words += ["-drive", ",".join(["if=none", *options]), "-device", f"{device}{geometry}{thread}"]
         return list(disks.values()), words

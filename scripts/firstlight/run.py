@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from . import build, debugger, lab, launch, nested, options, paths, records, setup, vmm, xenguest
-from .machine import MACHINES, PLATFORMS, Machine, Platform
+from .machine import BUSES, MACHINES, PLATFORMS, Machine, Platform
 from .options import Conflict
 from .problems import EXIT_HELP, Exit, Problem
 
@@ -23,7 +23,7 @@ def arguments() -> options.Parser:
     parser = options.Parser(
         prog="scripts/run",
         description="Boot Firstlight once. Its console goes to the terminal; its verdict is the exit status.",
-        epilog="A disk is BUS:SIZE or BUS:FILE, as in ide:64m; the buses are ide (also without its name), xen, scsi, accel, virtio, nvme, sata, pvscsi, vscsi. After commas: "
+        epilog=f"A disk is BUS:SIZE or BUS:FILE, as in ide:64m, which is also 64m; the buses are {', '.join(BUSES)}. After commas: "
         "content=zero|sparse|pattern|loader (the EFI loader is on it), image=NAME (two disks with one image), sector=4096 and readonly (not ide), iops=N, controller=0..3 (scsi), "
         "backend=blkback|qdisk and backing=loop|ram|readonly (xen-pvh), for QEMU's disks aio=threads|native|io_uring, cache=writeback|none|writethrough|directsync|unsafe "
         "and iothread (xen, virtio, vscsi). "

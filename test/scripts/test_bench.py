@@ -194,6 +194,13 @@ class HostSide(unittest.TestCase):
         self.assertIn("if=ide,index=0,id=hda,format=raw,file={disk:hda.img},cache=unsafe", text)
         self.assertNotIn("aio", self.drives("kvm", "ide:1m", "virtio:1m"))
 
+    def test_each_bus_has_a_device_of_its_own(self):
+        for machine_name in ("pc", "q35"):
+            devices = [machine.Machine("m", "kvm", machine=machine_name).device(bus, "d0", 0, "ide") for bus in machine.BUSES if bus not in ("scsi", "accel")]
+            self.assertEqual(len(set(devices)), len(devices))
+        with self.assertRaisesRegex(Problem, "on the bus floppy: .* names no device"):
+            machine.Machine("m", "kvm").device("floppy", "d0", 0, "ide")
+
     def test_disks_of_one_scsi_host_share_its_thread(self):
         text = self.drives("kvm", "vscsi:1m", "vscsi:1m,iothread", "vscsi:1m,iothread,content=null")
         self.assertEqual(text.count("-object"), 1)
