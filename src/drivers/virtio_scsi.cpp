@@ -58,6 +58,7 @@ class Controller final : public virtio::Controller, public scsi::Host {
     virtio::Lane* make_lane(io::Executor& executor) override { return new (std::nothrow) Lane(executor, shared_); }
     Result<void> enable() override;
     io::Task<Result<void>> find() override;
+    Result<bool> look() override;
     io::Task<Result<void>> serve() override;
     void abandon() override;
     bool unknown() const override { return units_.attached() == 0; }
@@ -213,9 +214,13 @@ scsi::Unit* Controller::make(scsi::UnitNumber at, const scsi::UnitDescription& f
 
 // ---- in use ----
 
+Result<bool> Controller::look() {
+    CHECK(take_events());
+    return shared_.requested(reset_request) || (!rescanning_ && shared_.requested(rescan_request));
+}
+
 // A rescan waits for each target that does not answer, so it has a task of its own: a reset does not wait for it.
 io::Task<Result<void>> Controller::serve() {
-    CO_CHECK(take_events());
     if (shared_.take(reset_request)) {
         if (auto reset = co_await reset_units(); !reset) {
             log::warning("{}: {}", device_.name(), reset.error());

@@ -120,7 +120,14 @@ io::Task<Result<void>> Controller::watch() {
             }
         }
         if (first.is_open()) {
-            if (auto served = co_await serve(); !served && first.is_open()) {
+            const auto wanted = look();
+            Result<void> served;
+            if (!wanted) {
+                served = wanted.error();
+            } else if (*wanted) {
+                served = co_await serve();
+            }
+            if (!served && first.is_open()) {
                 first.close(io::Status::protocol_error, served.error());
             }
         }

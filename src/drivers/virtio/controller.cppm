@@ -45,7 +45,7 @@ class Controller {
     /// The interrupt vector of a lane's queue, and of queues that are served with changes. By line there is none.
     u16 vector_of(u32 lane) const { return device_.by_line() ? no_vector : static_cast<u16>(lane == 0 ? 0 : lane + 1); }
     u16 change_vector() const { return device_.by_line() ? no_vector : u16{change_vector_}; }
-    /// Wakes serve(). From any processor, and from interrupt handlers.
+    /// Wakes look(). From any processor, and from interrupt handlers.
     void changed() { changes_.raise(); }
     /// "packed event-idx msix queues=1 queue-size=256": what is in use.
     void print_features(FixedText<96>& text, u32 queue_size) const;
@@ -62,7 +62,10 @@ class Controller {
     virtual io::Task<Result<void>> find() = 0;
     /// The device's configuration may have changed.
     virtual void config_changed() {}
-    /// After changed(), an event, or a request of a lane; while the first lane is open.
+    /// After changed() or a request of a lane, and after each interrupt of a device that has one for everything, while
+    /// the first lane is open: takes what queues with change_vector() have. True: serve() has something to do. A function
+    /// of its own because a coroutine needs a frame, and this may be called once for each I/O.
+    virtual Result<bool> look() { return false; }
     virtual io::Task<Result<void>> serve() { co_return Result<void>{}; }
     /// The device may still access its memory: memory besides that of the lanes is given up permanently.
     virtual void abandon() {}

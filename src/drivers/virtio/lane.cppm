@@ -27,6 +27,8 @@ class Shared : public io::QueueGroup {
     }
     /// By the controller. True: it was requested since the last call.
     bool take(u32 what) { return (requests_.fetch_and(~what, std::memory_order_relaxed) & what) != 0; }
+    /// Whether take() would return true.
+    bool requested(u32 what) const { return (requests_.load(std::memory_order_relaxed) & what) != 0; }
     /// A queue has closed.
     void changed() const {
         if (notify_ != nullptr) {
