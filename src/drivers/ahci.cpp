@@ -256,7 +256,7 @@ io::Task<Result<void>> Controller::examine(u32 number) {
               .depth = ncq ? std::min(sata.queue_depth, capabilities_.get(Capabilities::ncs) + 1) : 0,
               .flush = info.write_cache && (info.flush || info.flush_ext) && environment_.allows(Feature::flush),
               .discard = sata.trim && info.lba48 && environment_.allows(Feature::discard)};
-    if (info.write_cache && !environment_.allows(Feature::flush)) {
+    if (info.write_cache && !slot.terms->flush) {
         CO_CHECK(co_await disable_write_cache(port, slot));
     }
     slot.disk =

@@ -99,6 +99,8 @@ class Prober {
     io::Task<Result<bool>> one_device(IdentifyData& first);
     /// Selects the disk's best multiword DMA mode, for a disk with no DMA mode selected.
     io::Task<Result<void>> select_mode(u8 unit, DriveInfo& info);
+    /// Switches off the disk's volatile write cache. False: the disk refuses.
+    io::Task<Result<bool>> disable_write_cache(u8 unit);
 
   private:
     static constexpr Nanoseconds poll = 100'000;
@@ -141,6 +143,8 @@ class Controller {
     };
     io::Task<Result<void>> attach_channel(Slot& slot, ChannelPorts at, InterruptLine line, u32 first_disk);
     io::Task<Result<bool>> examine(Slot& slot, Prober<P>& prober, u8 unit, u32 number);
+    io::Task<Result<void>> settle_write_cache(Slot& slot, Prober<P>& prober, u8 unit);
+    bool announce(Slot& slot, u8 unit, u32 number);
     void unused(u32 number, std::string_view what, Unused why, std::string_view reason = {}) {
         report_unused(environment_.disks, number, what, why, reason);
     }
@@ -317,16 +321,21 @@ io::Task<Result<bool>> Prober<P>::one_device(IdentifyData& first) {
 
 template <PortAccess P>
 io::Task<Result<void>> Prober<P>::select_mode(u8 unit, DriveInfo& info) {
-    auto& r = channel_.registers();
-    r.write(Register::features, set_features_transfer_mode);
-    r.write(Register::sector_count, static_cast<u8>(transfer_mode_multiword | info.multiword_best));
-    channel_.issue(unit, Command::set_features);
+    channel_.set_features(unit, SetFeature::transfer_mode,
+                          static_cast<u8>(transfer_mode_multiword | info.multiword_best));
     CO_TRY(const Status status, co_await settle(timeout_));
     if (status.error() || status.device_fault()) {
         co_return Error{Code::io, "the disk refuses a DMA mode that it offers (SET FEATURES)", 0x50, status.raw};
     }
     info.multiword_dma = info.multiword_best;
     co_return Result<void>{};
+}
+
+template <PortAccess P>
+io::Task<Result<bool>> Prober<P>::disable_write_cache(u8 unit) {
+    channel_.set_features(unit, SetFeature::no_write_cache);
+    CO_TRY(const Status status, co_await settle(timeout_));
+    co_return !status.error() && !status.device_fault();
 }
 
 // ---- Controller ----
@@ -434,27 +443,59 @@ io::Task<Result<void>> Controller<P>::attach_channel(Slot& slot, ChannelPorts at
         slot.queue.reset();
         co_return Result<void>{};
     }
+    for (u8 unit = 0; unit < 2; ++unit) { // after the last reset of both
+        if (slot.disks[unit]) {
+            CO_CHECK(co_await settle_write_cache(slot, prober, unit));
+        }
+    }
     CO_CHECK(slot.queue->open(environment_.interrupts, line));
     static_cast<void>(channel.registers().status()); // clears an interrupt left pending by the probe
     channel.registers().control(Control::none);
     slot.queue->start_counting();
     for (u8 unit = 0; unit < 2; ++unit) {
-        if (!slot.disks[unit]) {
-            continue;
+        if (slot.disks[unit] && announce(slot, unit, first_disk + unit)) {
+            ++count_;
         }
-        Disk<P>& disk = *slot.disks[unit];
-        disk.configure(disk.info(), disk_name(first_disk + unit), environment_.allows(Feature::flush), channel.words());
-        disk.set_timeout(environment_.timeout);
-        slot.queue->add(disk);
-        if (auto announced = environment_.disks.announce(disk, twin_of(first_disk + unit)); !announced) {
-            failed(first_disk + unit, "IDE disk", announced.error());
-            slot.queue->remove(disk);
-            slot.disks[unit].reset();
-            continue;
-        }
-        ++count_;
     }
     co_return Result<void>{};
+}
+
+/// Without flushes an acknowledged write must be on the medium. If the disk refuses, announce() says so.
+template <PortAccess P>
+io::Task<Result<void>> Controller<P>::settle_write_cache(Slot& slot, Prober<P>& prober, u8 unit) {
+    Disk<P>& disk = *slot.disks[unit];
+    DriveInfo info = disk.info();
+    Usage usage{.words = slot.queue->channel().words()};
+    usage.flush = info.write_cache && (info.flush || info.flush_ext) && environment_.allows(Feature::flush);
+    if (info.write_cache && !usage.flush) {
+        CO_TRY(usage.write_through, co_await prober.disable_write_cache(unit));
+        if (usage.write_through) {
+            info.write_cache = false;
+            slot.queue->keep_write_through(unit);
+        }
+    }
+    disk.configure(info, disk.name(), usage);
+    co_return Result<void>{};
+}
+
+template <PortAccess P>
+bool Controller<P>::announce(Slot& slot, u8 unit, u32 number) {
+    Disk<P>& disk = *slot.disks[unit];
+    disk.set_timeout(environment_.timeout);
+    slot.queue->add(disk);
+    if (auto announced = environment_.disks.announce(disk, twin_of(number)); !announced) {
+        failed(number, "IDE disk", announced.error());
+        slot.queue->remove(disk);
+        slot.disks[unit].reset();
+        return false;
+    }
+    if (disk.info().write_cache && !disk.geometry().flush) {
+        log::warning(
+            "{}: it has a volatile write cache, which is neither flushed (features=-flush, or no such command) "
+            "nor can be switched off",
+            disk.name());
+    }
+    return true;
 }
 
 /// True: slot.disks[unit] is a disk.
@@ -496,7 +537,7 @@ io::Task<Result<bool>> Controller<P>::examine(Slot& slot, Prober<P>& prober, u8 
         CO_CHECK(co_await prober.select_mode(unit, info));
     }
     slot.disks[unit].emplace(environment_.executor, *slot.queue, unit);
-    slot.disks[unit]->configure(info, disk_name(number), environment_.allows(Feature::flush), false);
+    slot.disks[unit]->configure(info, disk_name(number), {}); // settle_write_cache() completes it
     co_return true;
 }
 

@@ -229,8 +229,12 @@ io::Task<Result<void>> Controller::settle_write_cache() {
         if (!off && off.error().code != Code::io) {
             co_return off.error();
         }
-        log::info("nvme{}: flush is withheld: the volatile write cache is {}", index_,
-                  off ? "off" : "on, and data can be lost");
+        write_through_ = off.has_value();
+        if (!off) {
+            log::warning("nvme{}: it has a volatile write cache, which is neither flushed (features=-flush) nor can be "
+                         "switched off: acknowledged data can be lost",
+                         index_);
+        }
     }
     co_return Result<void>{};
 }
@@ -251,7 +255,8 @@ io::Task<Result<void>> Controller::accept_retry_delays() {
 
 void Controller::describe() {
     FixedText<96> features;
-    print(features, "{}{} queues={}", shadows_ ? "shadow-doorbells " : "", pci::name(interrupts_.kind()), lane_count_);
+    print(features, "{}{}{} queues={}", write_through_ ? "write-through " : "", shadows_ ? "shadow-doorbells " : "",
+          pci::name(interrupts_.kind()), lane_count_);
     namespaces_.use(info_, limits_, std::span(queues_).first(lane_count_), features,
                     registers_.version() >= version_1_3);
     log::info("nvme{}: {} {} firmware {}, {} I/O {} by {}", index_, info_.model, info_.serial, info_.firmware,

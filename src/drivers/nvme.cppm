@@ -96,8 +96,9 @@ class Controller {
     Admin admin_;
     ControllerInfo info_;
     CommandSetLimits limits_;
-    bool delays_ = false;  // the controller may delay what is sent again
-    bool shadows_ = false; // the doorbell buffers are in use
+    bool delays_ = false;        // the controller may delay what is sent again
+    bool shadows_ = false;       // the doorbell buffers are in use
+    bool write_through_ = false; // the volatile write cache was switched off
     DmaBuffer shadow_;
     DmaBuffer events_;
     std::array<Lane*, io::QueueGroup::max_queues> lanes_{}; // the first is the admin queue

@@ -203,6 +203,12 @@ class Channel {
         select(device);
         command(device, code);
     }
+    /// Starts SET FEATURES. `value`: the parameter in the sector count register.
+    void set_features(u8 unit, SetFeature feature, u8 value = 0) {
+        registers_.write(Register::features, to_underlying(feature));
+        registers_.write(Register::sector_count, value);
+        issue(unit, Command::set_features);
+    }
     /// Writes the device and command registers, by bytes or as a word.
     void command(u8 device, Command code) {
         if (words_) {

@@ -35,7 +35,9 @@ class ChannelQueue final : public io::BlockQueue<Transport<P>> {
     /// Stops the device, ends all requests with device_gone, releases the interrupt.
     void close();
     u64 lost_interrupts() const { return this->transport().lost_interrupts(); }
-    u64 resets() const { return this->transport().resets(); }
+    u64 resets() { return this->transport().reset().count(); }
+    /// The write cache of `unit` was switched off: it must be after each reset, before any other command.
+    void keep_write_through(u8 unit) { this->transport().reset().keep_write_through(unit); }
     bool closed() const { return interrupts_ != nullptr && !this->is_open(); }
 
   private:

@@ -6,7 +6,7 @@ import drivers.ata.protocol;
 
 namespace fl::drivers::ata {
 
-Description describe_disk(const DriveInfo& info, std::string_view name, bool flushes, bool words) {
+Description describe_disk(const DriveInfo& info, std::string_view name, const Usage& usage) {
     Description d;
     d.identity.name = FixedText<16>(name);
     d.identity.driver = "ata";
@@ -18,14 +18,14 @@ Description describe_disk(const DriveInfo& info, std::string_view name, bool flu
     } else {
         print(features, "mwdma{}", info.multiword_dma);
     }
-    const bool can_flush = flushes && info.write_cache && (info.flush || info.flush_ext);
     features.write(info.lba48 ? " lba48" : "");
-    features.write(can_flush ? " flush" : "");
-    features.write(words ? " words" : "");
+    features.write(usage.flush ? " flush" : "");
+    features.write(usage.write_through ? " write-through" : "");
+    features.write(usage.words ? " words" : "");
     d.geometry = {.sectors = info.sectors,
                   .sector_size = info.sector_size,
                   .physical_sector_size = info.physical_sector_size,
-                  .flush = can_flush};
+                  .flush = usage.flush};
     return d;
 }
 

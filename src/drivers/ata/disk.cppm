@@ -11,7 +11,7 @@ struct Description {
     io::BlockDevice::Identity identity;
     io::Geometry geometry;
 };
-/// `name`: "hda". `flushes`: FLUSH CACHE is used if there is a write cache. `words`: listed in the features.
-Description describe_disk(const DriveInfo& info, std::string_view name, bool flushes, bool words);
+/// `name`: "hda".
+Description describe_disk(const DriveInfo& info, std::string_view name, const Usage& usage);
 
 } // namespace fl::drivers::ata

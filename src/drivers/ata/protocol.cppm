@@ -91,8 +91,12 @@ enum class Command : u8 {
     set_multiple_mode = 0xc6,
     set_features = 0xef,
 };
-inline constexpr u8 set_features_transfer_mode = 0x03; // [ACS §7.45.7]
-inline constexpr u8 transfer_mode_multiword = 0x20;    // | mode
+/// Subcommands of SET FEATURES, in the features register [ACS §7.45].
+enum class SetFeature : u8 {
+    transfer_mode = 0x03,
+    no_write_cache = 0x82, // disable the volatile write cache
+};
+inline constexpr u8 transfer_mode_multiword = 0x20; // | mode
 // sectors addressable with 28 bits: the last LBA is one less [ACS §4.1.2]
 inline constexpr u32 lba28_sectors = 0x0fff'ffff;
 inline constexpr u32 lba28_max_count = 256;   // encoded as sector count 0
@@ -165,6 +169,12 @@ struct DriveInfo {
     i8 ultra_dma = -1;        // selected mode, -1: none
     i8 multiword_dma = -1;    // selected mode, -1: none
     i8 multiword_best = -1;   // best supported mode, -1: none
+};
+/// How the driver uses a disk.
+struct Usage {
+    bool flush = false;         // by FLUSH CACHE (EXT)
+    bool write_through = false; // its write cache was switched off, and must be after each reset
+    bool words = false;         // 16-bit accesses to pairs of its registers
 };
 
 /// Serial number, firmware revision, model and size (words 10 to 19, 23 to 46, 60 and 61, 100 to 103) [ACS §7.12.7]:

@@ -64,7 +64,7 @@ class Transport : public io::TransportDefaults {
         transport.interrupts_.on_interrupt(*transport.queue);
     }
     u64 lost_interrupts() const { return lost_.count(); }
-    u64 resets() const { return reset_.count(); }
+    SoftReset<P>& reset() { return reset_; }
 
     // io::BlockTransport
     void use(io::CommandTable<Transport>& commands) { commands_ = &commands; }
@@ -122,9 +122,9 @@ class Disk final : public io::QueueDisk<Transport<P>> {
         : io::QueueDisk<Transport<P>>(executor, queue), unit_(unit) {}
 
     /// Call before the disk is announced; see describe_disk().
-    void configure(const DriveInfo& info, std::string_view name, bool flushes, bool words) {
+    void configure(const DriveInfo& info, std::string_view name, const Usage& usage) {
         info_ = info;
-        const Description description = describe_disk(info, name, flushes, words);
+        const Description description = describe_disk(info, name, usage);
         this->identity_ = description.identity;
         this->set_geometry(description.geometry);
     }

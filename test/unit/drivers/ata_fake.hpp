@@ -140,6 +140,8 @@ struct Drive {
     std::map<u64, std::vector<std::byte>> written;
     bool is_flushed = true;
     u32 flushes = 0;
+    bool keeps_cache = false; // refuses to switch off its write cache
+    bool cache_off = false;   // until the next reset
 
     void read(u64 lba, std::byte* into) const {
         if (auto it = written.find(lba); it != written.end()) {
@@ -152,7 +154,7 @@ struct Drive {
     }
     void write(u64 lba, const std::byte* from) {
         written[lba].assign(from, from + sector_size);
-        is_flushed = false;
+        is_flushed = is_flushed && cache_off;
     }
 };
 
@@ -169,7 +171,10 @@ class Channel {
     std::array<std::optional<Drive>, 2> drives;
 
     // Faults to inject, each counted down.
-    u32 hang = 0;              // commands that are never completed
+    u32 hang = 0;     // commands that are never completed
+    u8 hang_code = 0; // one command of this code, to this unit, is never completed either
+    int hang_unit = 0;
+    u32 refuse_features = 0;   // SET FEATURES commands that are rejected
     bool dead = false;         // not even after a reset
     u32 lose_interrupt = 0;    // commands whose interrupt does not arrive
     u32 bus_error = 0;         // transfers that end with the bus-master error bit set
@@ -387,6 +392,11 @@ class Channel {
             in_reset_ = false;
             released_at_ = clock.time;
             ++resets;
+            for (auto& drive : drives) {
+                if (drive) {
+                    drive->cache_off = false; // power-on defaults [ATA-7 §9.2, SET FEATURES 66h]
+                }
+            }
             ++generation_;
             pending_ = 0;
             status_ = dead || reset_latency != 0 ? 0x80 : 0x50;
@@ -441,6 +451,11 @@ class Channel {
             status_ = 0x80; // permanently
             return;
         }
+        if (code == hang_code && unit() == hang_unit) {
+            hang_code = 0;
+            status_ = 0x80;
+            return;
+        }
         if (abort > 0) {
             --abort;
             return end(abort_status, 0x04, latency);
@@ -477,7 +492,15 @@ class Channel {
             }
             d.id.words[59] = static_cast<u16>(0x100 | regs_[2]);
             return end(0x50, 0, 0);
-        case 0xef: return end(0x50, 0, 0);
+        case 0xef: {
+            EXPECT_TRUE(regs_[1] == 3 || regs_[1] == 0x82) << "SET FEATURES " << int{regs_[1]};
+            if (regs_[1] == 0x82 && (d.keeps_cache || refuse_features != 0)) {
+                refuse_features -= refuse_features == 0 ? 0 : 1;
+                return end(0x51, 0x04, latency);
+            }
+            d.cache_off = d.cache_off || regs_[1] == 0x82;
+            return end(0x50, 0, regs_[1] == 0x82 ? latency : 0);
+        }
         case 0xe7:
         case 0xea:
             status_ = 0x80;

@@ -408,7 +408,10 @@ TEST(AtaAttach, HonoursWithheldFlush) {
     ata::Controller<Ports> controller{m.environment, Ports{&m.all}};
     ASSERT_TRUE(m.executor.run(controller.attach(*pci::look_up(m.space, {0, 1, 1}))));
     EXPECT_FALSE(m.disk(0).geometry().flush);
-    EXPECT_EQ(m.disk(0).identity().features.view(), "udma5 lba48 words");
+    EXPECT_EQ(m.disk(0).identity().features.view(), "udma5 lba48 write-through words");
+    EXPECT_TRUE(m.primary.drives[0]->cache_off);
+    EXPECT_EQ(m.primary.codes, (std::vector<u8>{0xec, 0xef}));
+    EXPECT_EQ(m.primary.resets, 0u);
 }
 
 /// A second controller at the same ports as the first.

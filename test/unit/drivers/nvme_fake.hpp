@@ -31,6 +31,7 @@ struct Options {
     u64 blocks = 8192;
     u8 mdts = 0;
     bool write_cache = true;
+    bool keeps_cache = false; // refuses to switch it off
     bool dataset = true;
     bool zeroes = true;
     u8 wzsl = 0;   // 2^n pages; 0: no limit
@@ -380,6 +381,13 @@ class Controller final : public MmioModel {
             break;
         case 0x08: abort(h, result); break;
         case 0x09:
+            if (id == 6) {
+                EXPECT_TRUE(options.write_cache) << "volatile write cache, without one";
+                if (options.keeps_cache) {
+                    status = 2;
+                    break;
+                }
+            }
             features[h.dw(10)] = h.dw(11);
             if (id == 0x16) { // Host Behavior Support
                 if (refuses_host_behavior) {

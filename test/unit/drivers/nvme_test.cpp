@@ -67,7 +67,7 @@ TEST(Nvme, FeaturesWithheld) {
     all.doorbell_buffers = true;
     EXPECT_EQ(features(attached(all)), "flush discard write-zeroes shadow-doorbells line queues=1 mdts=524288");
     EXPECT_EQ(features(attached(all, to_underlying(Feature::flush))),
-              "discard write-zeroes shadow-doorbells line queues=1 mdts=524288");
+              "discard write-zeroes write-through shadow-doorbells line queues=1 mdts=524288");
     EXPECT_EQ(features(attached(all, to_underlying(Feature::discard))),
               "flush write-zeroes shadow-doorbells line queues=1 mdts=524288");
     Machine& plain = attached(all, to_underlying(Feature::shadow_doorbells));
@@ -77,6 +77,23 @@ TEST(Nvme, FeaturesWithheld) {
     exchange_data(shadow, 65536);
     shadow.device.polls = false; // its event index asks for the register
     exchange_data(shadow, 65536);
+}
+
+TEST(Nvme, WithoutFlushesTheVolatileCacheIsOffOrReported) {
+    test::CapturedLog log;
+    constexpr u32 withheld = to_underlying(Feature::flush);
+    Machine& off = attached({}, withheld);
+    EXPECT_EQ(off.device.features.at(6), 0u);
+    EXPECT_FALSE(log.has("volatile"));
+    Options without;
+    without.write_cache = false;
+    EXPECT_EQ(features(attached(without, withheld)), "discard write-zeroes line queues=1 mdts=524288");
+    EXPECT_FALSE(log.has("volatile"));
+    Options stubborn;
+    stubborn.keeps_cache = true;
+    EXPECT_EQ(features(attached(stubborn, withheld)), "discard write-zeroes line queues=1 mdts=524288");
+    EXPECT_TRUE(log.has("warning: nvme0: it has a volatile write cache, which is neither flushed (features=-flush) nor "
+                        "can be switched off"));
 }
 
 TEST(Nvme, Limits) {
