@@ -368,9 +368,11 @@ class Machine:
             if disk.bus == "ide" and self.machine.startswith("microvm"):
                 raise Problem("The machine microvm has no IDE disks.", Exit.USAGE)
             if disk.bus in ("ide", "sata") and disk.sector != 512:
-                raise Problem("sector=4096 is for disks on the Xen ring and the VMBus: an IDE or SATA disk of QEMU and of the test host has 512-byte sectors.", Exit.USAGE)
-            if disk.bus == "ide" and disk.read_only:
-                raise Problem("readonly is for disks on the Xen ring and the VMBus: QEMU and the test host have no IDE disk that is read-only.", Exit.USAGE)
+                raise Problem(f"sector=4096 is for disks on other buses than ide and sata: QEMU and the test host have no {disk.bus} disk with 4096-byte sectors.", Exit.USAGE)
+            if disk.bus in ("ide", "sata") and disk.read_only:
+                raise Problem(f"readonly is for disks on other buses than ide, sata and nvme: QEMU and the test host have no {disk.bus} disk that is read-only.", Exit.USAGE)
+            if disk.bus == "nvme" and disk.read_only:
+                raise Problem("readonly is for disks on other buses than ide, sata and nvme: QEMU's NVMe controller does not tell the guest that a disk is read-only.", Exit.USAGE)
             known = images.setdefault(disk.image, (disk.size, disk.file or disk.content)) if disk.image else None
             if known and known != (disk.size, disk.file or disk.content):
                 raise Problem(f"image={disk.image}: one image has one size and one content; two different ones were asked for.", Exit.USAGE)

@@ -24,7 +24,7 @@ def arguments() -> options.Parser:
         prog="scripts/run",
         description="Boot Firstlight once. Its console goes to the terminal; its verdict is the exit status.",
         epilog=f"A disk is BUS:SIZE or BUS:FILE, as in ide:64m, which is also 64m; the buses are {', '.join(BUSES)}. After commas: "
-        "content=zero|sparse|pattern|loader (the EFI loader is on it), image=NAME (two disks with one image), sector=4096 and readonly (not ide), iops=N, controller=0..3 (scsi), "
+        "content=zero|sparse|pattern|loader (the EFI loader is on it), image=NAME (two disks with one image), sector=4096 (not ide, sata), readonly (not ide, sata, nvme), iops=N, controller=0..3 (scsi), "
         "backend=blkback|qdisk and backing=loop|ram|readonly (xen-pvh), for QEMU's disks aio=threads|native|io_uring, cache=writeback|none|writethrough|directsync|unsafe "
         "and iothread (xen, virtio, vscsi). "
         "A FILE is copied first, never changed.\n\n" + paths.CACHE_HELP + "\n\n" + EXIT_HELP,

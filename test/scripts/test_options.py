@@ -120,7 +120,8 @@ class Options(unittest.TestCase):
 
     def test_disks_that_no_machine_has(self):
         for words, said in (
-            ("--disk 64m,sector=4096", "sector=4096 is for"), ("--disk 64m,readonly", "readonly is for"), ("--disk xen:1m", "needs the platform xen-emu"),
+            ("--disk 64m,sector=4096", "sector=4096 is for"), ("--disk 64m,readonly", "no ide disk that is read-only"), ("--disk sata:8m,sector=4096", "no sata disk with"),
+            ("--disk sata:8m,readonly", "no sata disk that is read-only"), ("--disk nvme:8m,readonly", "does not tell the guest"), ("--disk xen:1m", "needs the platform xen-emu"),
             ("--disk scsi:1m", "needs the platform hyperv"), ("--platform hyperv --disk 1m,readonly", "readonly is for"), ("--platform hyperv --disk 1m,iops=5", "iops=N"),
             ("--disk 1m,iops=5 --deterministic", "iops=N"), ("--machine microvm --disk 1m", "no IDE disks"), ("--platform hyperv --disk 1m,content=null", "content=null"),
             ("--disk 1m,image=a --disk 2m,image=a", "one size"), ("--disk 1m,image=a --disk 1m,image=a,content=zero", "one content"), ("--disk 1m,image=a,content=null", "no image that"),
@@ -134,6 +135,9 @@ class Options(unittest.TestCase):
         ):  # fmt: skip
             self.assertIn(said, self.verdict("run", *words.split()) or "(accepted)", words)
         self.assertIsNone(self.verdict("run", "--platform", "xen-emu", "--disk", "xen:64m,sector=4096,readonly"))
+        for bus in ("virtio", "vscsi", "pvscsi"):
+            self.assertIsNone(self.verdict("run", "--disk", f"{bus}:64m,sector=4096,readonly"))
+        self.assertIsNone(self.verdict("run", "--disk", "nvme:64m,sector=4096"))
 
     def pairs(self, script, samples, conflicts, base=()):
         """Exactly these pairs are refused."""
