@@ -85,7 +85,9 @@ Result<void> Controller::lay_out(u32 index) {
     const u32 entries = index == 0 ? std::min(entries_, admin_entries) : entries_;
     const u32 completions = index == 0 ? entries : completion_entries_;
     if (!lane.submissions) {
-        lane.queue.transport().interrupts().use(registers_.bar(), interrupts_.kind() == pci::InterruptKind::line);
+        QueueInterrupts& events = lane.queue.transport().interrupts();
+        events.use(registers_.bar(), interrupts_.kind() == pci::InterruptKind::line);
+        events.use_vector(interrupts_, vectors_ < 2 ? 0 : index);
         TRY(lane.submissions, environment_.dma.buffer(entries * static_cast<u32>(sizeof(Submission))));
         TRY(lane.completions, environment_.dma.buffer(completions * static_cast<u32>(sizeof(CompletionEntry))));
         if (index != 0) {

@@ -543,7 +543,7 @@ void QueueCore::tick(Instant now) {
     if (state_ != State::open) {
         return;
     }
-    count_events(transport_events(), false);
+    static_cast<void>(count_events(transport_events(), false));
     if (idle_events_ > limits_.max_idle_events && !std::exchange(storm_logged_, true)) {
         log::warning("{}: more than {} interrupts within {} ms without an answer: the host signals without a cause",
                      limits_.driver, limits_.max_idle_events, limits_.idle_window / 1'000'000);

@@ -170,6 +170,10 @@ concept BlockTransport = requires(T& t, const T& constant, CommandTable<T>& comm
     { t.settle(counters) } -> std::same_as<void>;
     /// Enables an event for the next answer, then checks once more. True: an answer is already available.
     { t.arm() } -> std::same_as<Result<bool>>;
+    /// An event has arrived, and the processor polls [Executor::polling]: from now on next() finds answers without an
+    /// event, and the device should raise none, until arm(). For devices whose events cost an access to switch off or
+    /// on. So a processor that sleeps between its answers never pays for it.
+    { t.silence() } -> std::same_as<void>;
     /// Number of events so far, modulo 2^32.
     { constant.events() } -> std::same_as<u32>;
     /// The command has ended; called once for each: releases what prepare() and send() took, and copies bounced
@@ -221,6 +225,7 @@ struct TransportDefaults {
     Result<void> release(Counters&) { return {}; }
     inline void settle(Counters&) {}
     Result<bool> arm() { return false; }
+    void silence() {}
     u32 events() const { return 0; }
     std::optional<Error> reset_ineffective(bool) { return std::nullopt; }
     Stuck stuck(std::string_view) {
@@ -398,7 +403,8 @@ class QueueCore : public Service {
     static inline void complete(Request& request, Status status) {
         static_cast<QueuedDevice&>(request.device()).complete(request, status);
     }
-    inline void count_events(u32 events, bool answered) {
+    /// True: some arrived that the processor did not need.
+    inline bool count_events(u32 events, bool answered) {
         const u32 fresh = events - std::exchange(events_seen_, events);
         if (answered) {
             idle_events_ = 0;
@@ -409,6 +415,7 @@ class QueueCore : public Service {
             idle_events_ += fresh;
         }
         charged().interrupts += fresh;
+        return fresh != 0 && executor_.polling();
     }
     inline Counters& charged() { return current_ != nullptr ? current_->counters_ : unattributed_; }
     void end_everything(Status status, Status with_device, bool stopped = false);
@@ -749,7 +756,9 @@ bool BlockQueue<T>::drain() {
         end_everything(*status, *status);
         return true;
     }
-    count_events(transport_.events(), count != 0);
+    if (count_events(transport_.events(), count != 0)) [[unlikely]] {
+        transport_.silence();
+    }
     if (count == 0) {
         return false;
     }

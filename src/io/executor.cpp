@@ -225,6 +225,7 @@ void Executor::step() {
     turn_time_ = clock_.read(begun);
     if (asleep_since_ != 0) { // one reading of the clock ends the sleep and begins the turn
         slept_ += begun - std::exchange(asleep_since_, 0);
+        woken_ = turns_;
     }
     // Clear the flag, then check everything: a later raise or post is either seen below or prevents the sleep.
     if (mailbox_.clear()) {

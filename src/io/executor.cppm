@@ -261,6 +261,8 @@ class Executor {
     /// Callable on any processor, at any time.
     void set_wait(Wait wait) { wait_.store(wait, std::memory_order_relaxed); } // orders no other data
     inline Wait wait() const { return wait_.load(std::memory_order_relaxed); }
+    /// In a turn: the processor polls and has not slept since the last turn, so it needed no event to begin this one.
+    inline bool polling() const { return wait() != Wait::interrupt && woken_ != turns_; }
     /// The executor running on the calling processor; nullptr: none.
     static Executor* current();
     /// Machine time [core.time] of this executor's processor. Not comparable between processors: pass durations, not
@@ -431,6 +433,7 @@ class Executor {
     u64 polls_ = 0;
     Nanoseconds slept_ = 0;
     Instant asleep_since_ = 0; // elapsed time; 0: the previous turn did not sleep
+    u64 woken_ = 0;            // the last turn that followed a sleep
     std::atomic<Wait> wait_{Wait::interrupt};
     Instant poll_until_ = 0; // Wait::adaptive
     Post* posts_ = nullptr;  // taken from the mailbox but not yet run, oldest first

@@ -117,10 +117,10 @@ Result<void> Transport::release(io::Counters&) {
 }
 
 Result<bool> Transport::arm() {
-    pair_.count_accesses(interrupts_.unmask());
     if (room_ == 0 || commands_->empty()) {
         return false; // a completion now would be a violation, which next() detects
     }
+    pair_.count_accesses(interrupts_.unmask());
     return pair_.arm();
 }
 

@@ -62,6 +62,7 @@ class Transport : public io::GroupedTransport {
     Result<void> release(io::Counters&);
     inline void settle(io::Counters& counters) { counters.device_accesses += pair_.take_accesses(); }
     Result<bool> arm();
+    void silence() { pair_.count_accesses(interrupts_.silence()); }
     inline u32 events() const { return interrupts_.count(); }
     inline bool finish(Command&, io::Status) { return true; }
     inline io::Fence fence(Command&) { return io::Fence::reachable; }

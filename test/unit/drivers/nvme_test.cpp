@@ -294,4 +294,101 @@ TEST(Nvme, Events) {
     })) << "the log page is read";
 }
 
+// ---- what a processor that polls does with interrupts [io::Wait] ----
+
+struct WaitingMachine {
+    MessageMachine& m;
+    io::BlockDevice& disk = *m.sink.disks.at(0);
+    const u32 vector; // of the I/O queue
+    DmaBuffer data = *m.dma.buffer(4096);
+
+    WaitingMachine(io::Wait wait, u32 vectors) : m(attached_by_messages({}, 1, vectors)), vector(vectors == 1 ? 0 : 1) {
+        settle();
+        m.executors[0]->set_wait(wait);
+        m.device.hold = true;
+    }
+    void settle() {
+        for (u32 i = 0; i < 20; ++i) {
+            m.turn();
+        }
+    }
+    bool masked() const { return (m.table.word(vector, 12) & 1) != 0; }
+    u64 interrupts() const { return disk.counters().interrupts; }
+    /// A read that is answered after `turns` turns.
+    void read(u32 turns) {
+        start();
+        end(turns);
+        EXPECT_TRUE(requests.empty());
+    }
+    void start() {
+        requests.push_back(std::make_unique<io::Request>(disk, io::Op::read, 8, data.span()));
+        disk.submit(*requests.back());
+    }
+    /// The oldest one is answered after `turns` turns.
+    void end(u32 turns) {
+        for (u32 i = 0; i < turns; ++i) {
+            m.turn();
+        }
+        ASSERT_EQ(m.device.held.size(), requests.size());
+        m.device.answer(0);
+        ASSERT_TRUE(m.turn_until([&] { return !requests.front()->pending(); }, 5));
+        EXPECT_EQ(requests.front()->status, io::Status::ok);
+        requests.pop_front();
+    }
+    std::deque<std::unique_ptr<io::Request>> requests;
+};
+
+TEST(NvmeWait, APollingProcessorMasksItsMessage) {
+    for (const u32 vectors : {MessageMachine::entries, 1u}) { // one: shared with the admin queue
+        WaitingMachine w(io::Wait::poll, vectors);
+        const u64 before = w.interrupts();
+        w.start();
+        for (int i = 0; i < 100; ++i) { // never idle
+            w.start();
+            w.end(3);
+        }
+        EXPECT_TRUE(w.masked());
+        w.end(3);
+        EXPECT_LE(w.interrupts() - before, 1u) << "the one that showed that they are not needed";
+        EXPECT_EQ(w.masked(), vectors != 1) << "idle, the admin queue's event request unmasks what it shares";
+        // An event of the controller arrives nevertheless.
+        w.m.device.changed = {1};
+        w.m.device.options.blocks = 4096;
+        w.m.device.report_event(0x0004'0002);
+        EXPECT_TRUE(w.m.turn_until([&] { return w.disk.geometry().sectors == 4096; }, 100));
+        w.settle();
+        // As before, for a processor that does not poll any more.
+        w.m.executors[0]->set_wait(io::Wait::interrupt);
+        const u64 asleep = w.interrupts();
+        for (int i = 0; i < 10; ++i) {
+            w.read(3);
+            EXPECT_FALSE(w.masked());
+        }
+        EXPECT_GE(w.interrupts() - asleep, 10u);
+    }
+}
+
+TEST(NvmeWait, AnAdaptiveProcessorIsInterruptedAfterItsWindow) {
+    WaitingMachine w(io::Wait::adaptive, MessageMachine::entries);
+    const u64 before = w.interrupts();
+    for (int i = 0; i < 100; ++i) {
+        w.read(3); // well within the window
+    }
+    EXPECT_LE(w.interrupts() - before, 1u);
+    EXPECT_TRUE(w.masked());
+    // Idle: nothing can arrive, so it stays masked. Then a slow answer: it sleeps, and is woken each time.
+    w.m.clock.time += 10 * io::Executor::poll_window;
+    w.settle();
+    EXPECT_TRUE(w.masked());
+    const u64 slow = w.interrupts();
+    const u64 idles = w.m.clock.idles;
+    w.m.clock.step = 20'000;
+    for (int i = 0; i < 10; ++i) {
+        w.read(10);
+        EXPECT_FALSE(w.masked()) << "an interrupt that wakes is wanted";
+    }
+    EXPECT_GE(w.m.clock.idles - idles, 10u);
+    EXPECT_GE(w.interrupts() - slow, 10u);
+}
+
 } // namespace
