@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import build, comparison, ensemble, fiojson, lab, launch, page, paths, process, records, report, setup, vmm, workloads, xenlab, yardstick
 from .machine import AIO, CACHES, DIRECT_CACHES, IOTHREAD_BUSES, PLATFORMS, DiskSpec, Machine, Platform
-from .options import Conflict, Parser, demand_agreement, listed, name_patterns, one_line, whole
+from .options import Conflict, Parser, demand_agreement, listed, name_patterns, one_line, place, whole
 from .problems import EXIT_HELP, Exit, Problem
 from .records import Verdict
 from .workloads import DISK_BYTES, WAITS, Chosen, Side, Workload
@@ -46,10 +46,10 @@ def arguments() -> Parser:
     parser.add_argument("--aio", choices=AIO, help="how QEMU reads and writes the images (default: threads, as QEMU's)")
     parser.add_argument("--cache", choices=CACHES, help="QEMU's cache mode (default: writeback, as QEMU's)")
     parser.add_argument("--iothread", action="store_true", help=f"an I/O thread for each of QEMU's disks that can have one ({', '.join(IOTHREAD_BUSES)})")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("FILE", "FILE"), help=f"measure nothing: compare two files of --json --runs N, N at least {ensemble.FEWEST}, that differ in one thing, as the kernel's commit or QEMU's version")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as fio would (json+); with --runs of the run with the median IOPS of each job")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the results, their intervals and charts, that needs no network")
-    parser.add_argument("--json-dir", type=Path, metavar="FOLDER", help="the same as one file for each job in a new folder, for fio-plot")
+    parser.add_argument("--compare", nargs=2, type=place, metavar=("FILE", "FILE"), help=f"measure nothing: compare two files of --json --runs N, N at least {ensemble.FEWEST}, that differ in one thing, as the kernel's commit or QEMU's version")
+    parser.add_argument("--json", type=place, metavar="FILE", help="write the results as fio would (json+); with --runs of the run with the median IOPS of each job")
+    parser.add_argument("--html", type=place, metavar="FILE", help="write a page with the results, their intervals and charts, that needs no network")
+    parser.add_argument("--json-dir", type=place, metavar="FOLDER", help="the same as one file for each job in a new folder, for fio-plot")
     parser.add_argument("--yardstick", action="store_true", help="measure Linux with fio in the same machines, in the same start of the lab")
     parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether the machine runs nested")
     parser.add_argument("--lanes", type=whole(1, MOST_LANES), default=1, metavar="N", help="virtual processors that share the work on a disk, each at the whole depth, and with a queue of its own where the disk has several; "

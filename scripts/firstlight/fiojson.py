@@ -128,7 +128,7 @@ def size_word(size: int) -> str:
 
 def job(result: dict, context: dict) -> dict:
     """`context`: platform, boot, vm_guest, mode."""
-    mixed = {"rwmixread": str(result["mix"])} if result["workload"] == "mixed" else {}
+    mix = {"rwmixread": str(result["mix"])} if result["workload"] == "randrw" else {}
     wait = result.get("wait", "interrupt")
     return {
         "jobname": f"{result['disk']}-{result['workload']}-{size_word(result['bs'])}-qd{result['qd']}" + (f"-{wait}" if wait != "interrupt" else ""),
@@ -138,13 +138,13 @@ def job(result: dict, context: dict) -> dict:
         "job options": {
             "name": result["workload"],
             "filename": result["disk"],
-            "rw": {"mixed": "randrw"}.get(result["workload"], result["workload"]),
+            "rw": result["workload"],
             "bs": size_word(result["bs"]),
             "iodepth": str(result["qd"]),
             "numjobs": str(result.get("lanes", 1)),
             "number_ios": str(result["count"]),
             "randseed": str(result["seed"]),
-            **mixed,
+            **mix,
         },
         "read": direction(result, "read"),
         "write": direction(result, "write"),
@@ -198,11 +198,11 @@ def demand_folder(folder: Path) -> None:
 def place(job: dict) -> Path:
     """Path of a job's own file, as fio-plot's bench-fio uses it: TARGET[/RWMIX]/BS/RW-IODEPTH-NUMJOBS.json."""
     extra, options = job["firstlight"], job["job options"]
-    mixed = [f"{options['rw']}{options['rwmixread']}"] if "rwmixread" in options else []
+    mix = [f"{options['rw']}{options['rwmixread']}"] if "rwmixread" in options else []
     name = "-".join((options["rw"], options["iodepth"], options["numjobs"]))
     setting = f"-{extra['setting']}" if "setting" in extra else ""
     waits = f"-{extra['wait']}" if extra.get("wait", "interrupt") != "interrupt" else ""
-    return Path(f"{extra['platform']}-{extra['disk']}-{extra['driver']}{setting}{waits}", *mixed, options["bs"], f"{name}.json")
+    return Path(f"{extra['platform']}-{extra['disk']}-{extra['driver']}{setting}{waits}", *mix, options["bs"], f"{name}.json")
 
 
 def write_folder(folder: Path, jobs: Sequence[dict]) -> None:

@@ -23,7 +23,7 @@ from .lab import Lab
 from .actions import Actions
 from .machine import Machine, Platform
 from .nested import Job, Outcome
-from .problems import Problem
+from .problems import Exit, Problem
 
 if TYPE_CHECKING:
     from .vmm import Qemu
@@ -151,19 +151,42 @@ def make_disk(disk: nested.Disk, folder: Path) -> Path:
     image = folder / disk.name
     made = image.with_name(f".{disk.name}")
     made.unlink(missing_ok=True)
-    if os.path.isabs(disk.content):
-        shutil.copyfile(disk.content, made)
-    if disk.content == "qcow2":
-        qcow2.make(made, disk.size)
+    if disk.content == "pattern" or os.path.isabs(disk.content):
+        demand_room(disk, folder)
+    try:
+        if os.path.isabs(disk.content):
+            shutil.copyfile(disk.content, made)
+        if disk.content == "qcow2":
+            qcow2.make(made, disk.size)
+            return made.rename(image)
+        with open(made, "ab") as file:
+            if disk.content == "pattern":
+                line = b"firstlight pattern block: what a disk nobody wrote holds here\n"
+                piece = (line * (nested.MEBIBYTE // len(line) + 1))[: nested.MEBIBYTE]
+                for _ in range(disk.size // nested.MEBIBYTE + 1):
+                    file.write(piece)
+            file.truncate(disk.size)
         return made.rename(image)
-    with open(made, "ab") as file:
-        if disk.content == "pattern":
-            line = b"firstlight pattern block: what a disk nobody wrote holds here\n"
-            piece = (line * (nested.MEBIBYTE // len(line) + 1))[: nested.MEBIBYTE]
-            for _ in range(disk.size // nested.MEBIBYTE + 1):
-                file.write(piece)
-        file.truncate(disk.size)
-    return made.rename(image)
+    except BaseException:
+        made.unlink(missing_ok=True)
+        raise
+
+
+SPARE_BYTES = 256 << 20  # left free on the file system of an image
+LARGE_BYTES = 1 << 30  # takes seconds to write
+
+
+def demand_room(disk: nested.Disk, folder: Path) -> None:
+    """For an image that is written out: a sparse one takes room only when the guest writes."""
+    free = shutil.disk_usage(folder).free
+    if disk.size + SPARE_BYTES > free:
+        raise Problem(
+            f"Disk image {disk.name}: its {disk.size >> 20} MiB are written into {folder}, and only {free >> 20} MiB are free there, of which {SPARE_BYTES >> 20} are left alone. "
+            "Give it content=sparse, a smaller size, or make room.",
+            Exit.USAGE,
+        )
+    if disk.size > LARGE_BYTES:
+        warn(f"writing the {disk.size >> 20} MiB of the disk image {disk.name} (content=sparse writes nothing)")
 
 
 def command_here(lab: Lab | None, job: Job, folder: Path) -> list[str]:

@@ -135,6 +135,23 @@ def parse_size(text: str) -> int:
     return int(match[1]) * SIZES[match[2]]
 
 
+# The options of a disk: which values each has, and which disks have it.
+DISK_OPTIONS = {
+    "content": "content=zero|sparse|pattern|loader (with the EFI loader)|qcow2, or null (of a disk of a size on a controller of QEMU's: not xen, scsi, accel)",
+    "image": "image=NAME (of small letters and digits)",
+    "sector": "sector=512|4096",
+    "iops": "iops=N (at least 1)",
+    "readonly": "readonly",
+    "aio": f"aio={'|'.join(AIO)} (of QEMU's disks)",
+    "cache": f"cache={'|'.join(CACHES)} (of QEMU's disks)",
+    "iothread": "iothread (of QEMU's disks)",
+    "controller": "controller=0..3 (of a disk on the bus scsi)",
+    "backend": f"backend={'|'.join(xenguest.BACKENDS)} (of a disk on the bus xen)",
+    "backing": f"backing={'|'.join(xenguest.BACKINGS)} (of a disk on the bus xen)",
+    "without": f"without={'+'.join(xenguest.WITHOUT)} (what dom0 does not offer, of a disk on the bus xen)",
+}
+
+
 @dataclasses.dataclass
 class DiskSpec:
     """`[BUS:]SIZE|FILE[,content=zero|sparse|pattern|null|loader|qcow2][,image=NAME][,sector=4096][,iops=N][,controller=N][,readonly][,aio=A][,cache=C][,iothread]`.
@@ -215,12 +232,8 @@ class DiskSpec:
             elif option == "iothread":
                 disk.iothread = True
             else:
-                raise Problem(
-                    f"Disk {text!r}: {option!r} is not one of content=zero|sparse|pattern|loader (with the EFI loader), image=NAME, "
-                    f"sector=512|4096, iops=N, readonly, for QEMU's disks aio={'|'.join(AIO)}, cache={'|'.join(CACHES)}, iothread, for a disk of a size on a controller of QEMU's (not xen) content=null, for a SCSI disk controller=0..3, "
-                    f"and for a disk on the Xen ring backend={'|'.join(xenguest.BACKENDS)}, backing={'|'.join(xenguest.BACKINGS)}, and without={'+'.join(xenguest.WITHOUT)} (what dom0 does not offer).",
-                    Exit.USAGE,
-                )
+                expected = DISK_OPTIONS.get(name, "one of " + ", ".join(DISK_OPTIONS.values()))
+                raise Problem(f"Disk {text!r}: {option!r} was given; {expected} was expected.", Exit.USAGE)
         return disk
 
 

@@ -155,6 +155,18 @@ def one_line(text: str) -> str:
     return text
 
 
+def path(text: str) -> str:
+    """The type of a file's name: an empty one, as of an unset variable of the shell, is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' was given, the name of a file was expected: is a variable of the shell empty?")
+    return text
+
+
+def place(text: str) -> Path:
+    """The same, of a file or folder to be written or read later."""
+    return Path(path(text))
+
+
 def listed(text: str) -> tuple[str, ...]:
     """Words separated by commas."""
     words = tuple(word for word in text.split(",") if word)
@@ -175,14 +187,14 @@ def file(magic: bytes = b"", what: str = "a file") -> Callable[[str], Path]:
     """The type of an existing, readable file with the expected first bytes."""
 
     def parse(text: str) -> Path:
-        path = Path(text)
+        place = Path(path(text))
         try:
-            with open(path, "rb") as opened:
+            with open(place, "rb") as opened:
                 begin = opened.read(len(magic))
         except OSError as error:
             raise argparse.ArgumentTypeError(f"{text}: {error.strerror}; {what} was expected") from None
         if begin != magic:
             raise argparse.ArgumentTypeError(f"{text}: it does not begin as {what} does")
-        return path.absolute()
+        return place.absolute()
 
     return parse

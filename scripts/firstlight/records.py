@@ -218,6 +218,10 @@ def ended(status: int | None) -> str:
     return f"the virtual machine monitor's exit status was {status}"
 
 
+def silence(log: Log) -> str:
+    return "" if log.text or log.records else "; nothing was printed at all: the guest's first serial port (COM1) must be the monitor's standard output"
+
+
 def agrees(verdict: str, status: int | None) -> bool:
     """Without a debug exit port: 0 if the machine was powered off, 1 if the monitor was notified of a failure (docs/INTERFACES.md)."""
     return status == 0 or (status == 1 and verdict in (Verdict.ERROR.value, Verdict.FAILURE.value, Verdict.CRASH.value))
@@ -240,7 +244,7 @@ def judge(
     if timed_out or (status == HOST_TIMEOUT and not foreign):
         within = f" within {limit:g} s" if limit else ""
         return Judgement(Verdict.TIMEOUT, f"verdict {said[0].get('verdict')} was given, but the machine did not end{within}" if said else
-                         f"the guest gave no verdict{within}")  # fmt: skip
+                         f"the guest gave no verdict{within}" + silence(log))  # fmt: skip
     by_status = STATUS.get(status) if status is not None else None
     complaint = ""
     if log.malformed:
@@ -253,6 +257,7 @@ def judge(
         complaint = f"no verdict record; {ended(status)}" + (f" ({words})" if words else "")
         if status == 0:
             complaint += ", as after a power-off, a reset or a triple fault"
+        complaint += silence(log)
     elif len(said) > 1:
         complaint = f"{len(said)} verdict records, expected one"
     elif log.records[-1] is not said[0]:

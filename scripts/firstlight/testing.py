@@ -17,7 +17,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from . import build, checks, cost, debugger, fiotools, image, lab, launch, machine, paths, process, scripttests, setup, tidy, unittests, vmtests, workloads
-from .options import Conflict, Parser, demand_agreement, name_patterns
+from .options import Conflict, Parser, demand_agreement, name_patterns, place
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result
 
@@ -48,7 +48,7 @@ def arguments() -> Parser:
     parser.add_argument("--fast", action="store_true", help="host tests, checks of the sources, and boots on QEMU's emulated processor only")
     parser.add_argument("--only", type=name_patterns, action="extend", default=[], metavar="PATTERN,…", help="only tests whose name matches one of these (a glob, or a part of it) (default: all)")
     parser.add_argument("--list", action="store_true", help="list the tests of the table and the other suites")
-    parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
+    parser.add_argument("--junit", type=place, metavar="FILE", help="write JUnit XML")
     parser.add_argument("--tap", action="store_true", help="print TAP instead of the table")
     parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether the platforms on KVM run nested")
     return parser

@@ -36,7 +36,7 @@ COMPARISON = "vmm"  # the name of the comparison that scripts/bench makes of the
 def add_options(parser: options.Parser, several: bool) -> None:
     """`several`: whether --vmm may be given more than once."""
     known = ", ".join(MONITORS)
-    parser.add_argument("--qemu", metavar="PATH", help="another QEMU than the lab's, on this machine (never in the lab)")
+    parser.add_argument("--qemu", type=options.path, metavar="PATH", help="another QEMU than the lab's, on this machine (never in the lab)")
     parser.add_argument(
         "--qemu-arg", type=arguments, action="append", default=[], metavar="ARG",
         help="more arguments of QEMU, several times, quoted as for a shell, as in --qemu-arg='-device virtio-rng-pci'",

@@ -23,8 +23,7 @@ WAITS = ("interrupt", "poll", "adaptive")
 # The kernel's limits (io.bench, boot.options).
 MOST_BS, MOST_QD, MOST_COUNT, MOST_SEED = 1 << 20, 256, (1 << 32) - 1, (1 << 63) - 1
 MOST_WORKLOADS = 32  # of one boot
-# fio's names of the patterns, and the kernel's where they differ.
-PATTERNS = {"randread": "randread", "randwrite": "randwrite", "read": "read", "write": "write", "randrw": "mixed"}
+PATTERNS = ("randread", "randwrite", "read", "write", "randrw")  # as fio's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +35,13 @@ class Workload:
     seed: int = 1
     startdelay: int = 0  # nanoseconds before the first I/O
     thinktime: int = 0  # the longest pause after every 64 I/Os, nanoseconds
-    mix: int = 70  # percentage of reads in `mixed`
+    mix: int = 70  # percentage of reads in randrw
 
     @property
     def word(self) -> str:
-        mixed = f",mix={self.mix}" if self.name == "mixed" else ""
+        mix = f",mix={self.mix}" if self.name == "randrw" else ""
         perturbed = f",startdelay={self.startdelay},thinktime={self.thinktime}" if self.startdelay or self.thinktime else ""
-        return f"workload={self.name},bs={self.bs},qd={self.qd},count={self.count},seed={self.seed}{mixed}{perturbed}"
+        return f"workload={self.name},bs={self.bs},qd={self.qd},count={self.count},seed={self.seed}{mix}{perturbed}"
 
     @property
     def label(self) -> str:
@@ -50,7 +49,7 @@ class Workload:
 
     @property
     def writes(self) -> bool:
-        return self.name in ("randwrite", "write", "mixed")
+        return self.name in ("randwrite", "write", "randrw")
 
     @property
     def bytes(self) -> int:
@@ -80,10 +79,9 @@ def parse_workload(text: str) -> Workload:
         return argparse.ArgumentTypeError(f"{text!r}: {what}, as in randread,bs=4k,qd=32,count=2000")
 
     name, *options = text.split(",")
-    pattern = PATTERNS.get("randrw" if name == "mixed" else name)
-    if not pattern:
+    if name not in PATTERNS:
         raise wrong(f"the pattern {name!r} was given, one of {', '.join(PATTERNS)} was expected")
-    limits = {"qd": (1, MOST_QD), "count": (1, MOST_COUNT), "seed": (0, MOST_SEED)} | ({"mix": (0, 100)} if pattern == "mixed" else {})
+    limits = {"qd": (1, MOST_QD), "count": (1, MOST_COUNT), "seed": (0, MOST_SEED)} | ({"mix": (0, 100)} if name == "randrw" else {})
     found: dict[str, int] = {}
     bs = 4096
     for option in options:
@@ -101,8 +99,8 @@ def parse_workload(text: str) -> Workload:
             raise wrong(f"{option!r} was given, a number from {low} to {high} was expected")
         found[key] = int(value)
     found.pop("bs", None)
-    workload = Workload(pattern, size_word(bs), found.pop("qd", 1), found.pop("count", 2000), **found)
-    if pattern in ("read", "write") and workload.count > DISK_BYTES // bs:
+    workload = Workload(name, size_word(bs), found.pop("qd", 1), found.pop("count", 2000), **found)
+    if name in ("read", "write") and workload.count > DISK_BYTES // bs:
         raise wrong(f"count={workload.count} was given; a disk has {DISK_BYTES >> 20} MiB, so at most {DISK_BYTES // bs} sequential I/Os of {workload.bs} were expected")
     return workload
 

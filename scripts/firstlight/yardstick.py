@@ -137,9 +137,8 @@ def fio_words(workload: dict, setting: Setting = SETTINGS[0], port: int = 0, pha
 
     fio runs the marks itself, between its preparations and the first I/O and after the last one, outside of the measured time.
     """
-    name = {"mixed": "randrw"}.get(workload["name"], workload["name"])
     words = [
-        f"--name={workload['name']}", '--filename=/dev/"$device"', f"--rw={name}", f"--bs={workload['bs']}",
+        f"--name={workload['name']}", '--filename=/dev/"$device"', f"--rw={workload['name']}", f"--bs={workload['bs']}",
         f"--iodepth={workload['qd']}", f"--number_ios={-(-workload['count'] // workload.get('lanes', 1))}", *setting.words, "--direct=1",
         "--randrepeat=1", "--thread", "--lat_percentiles=1",
     ]  # fmt: skip
@@ -147,7 +146,7 @@ def fio_words(workload: dict, setting: Setting = SETTINGS[0], port: int = 0, pha
         words += [f"--numjobs={workload['lanes']}", "--group_reporting"]
     if workload.get("seed", 1) != 1:
         words.append(f"--randseed={workload['seed']}")
-    if name == "randrw":
+    if workload["name"] == "randrw":
         words.append(f"--rwmixread={workload['mix']}")
     if port:
         words += [f"--exec_prerun={mark(port, phase)}", f"--exec_postrun={mark(port, 0)}"]

@@ -45,11 +45,11 @@ struct Word {
 };
 
 constexpr std::array<Word, 5> pattern_words{{
-    {"randread", "unknown workload: is randread meant? There are randread, randwrite, read, write, mixed"},
-    {"randwrite", "unknown workload: is randwrite meant? There are randread, randwrite, read, write, mixed"},
-    {"read", "unknown workload: is read meant? There are randread, randwrite, read, write, mixed"},
-    {"write", "unknown workload: is write meant? There are randread, randwrite, read, write, mixed"},
-    {"mixed", "unknown workload: is mixed meant? There are randread, randwrite, read, write, mixed"},
+    {"randread", "unknown workload: is randread meant? There are randread, randwrite, read, write, randrw"},
+    {"randwrite", "unknown workload: is randwrite meant? There are randread, randwrite, read, write, randrw"},
+    {"read", "unknown workload: is read meant? There are randread, randwrite, read, write, randrw"},
+    {"write", "unknown workload: is write meant? There are randread, randwrite, read, write, randrw"},
+    {"randrw", "unknown workload: is randrw meant? There are randread, randwrite, read, write, randrw"},
 }};
 constexpr std::array<Word, 7> key_words{{
     {"bs", "unknown key of a workload: is bs= meant? There are bs, qd, count, seed, mix, startdelay, thinktime"},
@@ -286,7 +286,7 @@ void Bench::release() {
         op = workload_.pattern == Pattern::read ? Op::read : Op::write;
         lba = block_++ * sectors_per_block_;
         break;
-    case Pattern::mixed:
+    case Pattern::randrw:
         op = random_.below(100) < workload_.mix ? Op::read : Op::write;
         lba = random_.below(blocks_) * sectors_per_block_;
         break;

@@ -13,9 +13,9 @@ import io.random;
 
 export namespace fl::io {
 
-enum class Pattern : u8 { randread, randwrite, read, write, mixed };
+enum class Pattern : u8 { randread, randwrite, read, write, randrw };
 constexpr std::string_view name(Pattern pattern) {
-    constexpr std::array<std::string_view, 5> names{"randread", "randwrite", "read", "write", "mixed"};
+    constexpr std::array<std::string_view, 5> names{"randread", "randwrite", "read", "write", "randrw"};
     return names[to_underlying(pattern)];
 }
 
@@ -33,14 +33,14 @@ struct Workload {
     u32 qd = 1;       // concurrent I/Os on each lane used; at most max_qd
     u64 count = 2000; // total I/Os, at most max_count
     u64 seed = 1;
-    u32 mix = 70; // percentage of reads in `mixed`
+    u32 mix = 70; // percentage of reads in `randrw`
     // These break up phase locking between guest, VMM and host, which makes results depend on the start. Nanoseconds:
     Nanoseconds startdelay = 0; // busy-wait before the first I/O
     // busy-wait of 0 to this, drawn from `seed`, after every thinktime_blocks I/Os of a lane
     Nanoseconds thinktime = 0;
 
     constexpr bool writes() const {
-        return pattern == Pattern::randwrite || pattern == Pattern::write || (pattern == Pattern::mixed && mix < 100);
+        return pattern == Pattern::randwrite || pattern == Pattern::write || (pattern == Pattern::randrw && mix < 100);
     }
 };
 

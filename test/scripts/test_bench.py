@@ -37,9 +37,9 @@ class Parsing(unittest.TestCase):
     def test_workloads(self):
         self.assertEqual(workloads.parse_workload("randread"), Workload("randread", "4k", 1, 2000))
         found = workloads.parse_workload("randrw,mix=30,bs=16k,qd=4,count=9,seed=0")
-        self.assertEqual(found, Workload("mixed", "16k", 4, 9, seed=0, mix=30))
-        self.assertEqual(found.word, "workload=mixed,bs=16k,qd=4,count=9,seed=0,mix=30")
-        self.assertEqual(workloads.parse_workload("mixed").word, "workload=mixed,bs=4k,qd=1,count=2000,seed=1,mix=70")
+        self.assertEqual(found, Workload("randrw", "16k", 4, 9, seed=0, mix=30))
+        self.assertEqual(found.word, "workload=randrw,bs=16k,qd=4,count=9,seed=0,mix=30")
+        self.assertEqual(workloads.parse_workload("randrw").word, "workload=randrw,bs=4k,qd=1,count=2000,seed=1,mix=70")
         self.assertEqual([workloads.parse_workload(f"read,count=1,bs={bs}").bs for bs in ("4096", "512", "1536", "1m")], ["4k", "512", "1536", "1024k"])
         self.assertEqual([workloads.parse_workload(f"read,count=1,bs={bs}").bytes for bs in ("4096", "512", "1536", "1m")], [4096, 512, 1536, 1 << 20])
         self.assertTrue(workloads.parse_workload("write,count=1").writes)
@@ -215,7 +215,7 @@ class HostSide(unittest.TestCase):
             ("kvm", "ide:1m,iothread", "iothread is for disks on xen, virtio, vscsi"), ("kvm", "nvme:1m,iothread", "nvme device has no I/O thread"), ("kvm", "1m,aio=native", "needs cache=none or cache=directsync"),
             ("kvm", "1m,aio=native,cache=unsafe", "not unsafe"), ("hyperv", "scsi:1m,cache=none", "cache= is for QEMU's disks"), ("xen-pvh", "xen:1m,iothread", "iothread is for QEMU's"),
             ("qemu-pvh", "1m,content=null,aio=threads", "content=null has none"), ("kvm", "1m,aio=posix", "aio=threads|native|io_uring"), ("kvm", "1m,cache=back", "cache=writeback|none"),
-            ("kvm", "virtio:1m,iothread=yes", "is not one of"),
+            ("kvm", "virtio:1m,iothread=yes", "iothread (of QEMU's disks) was expected"),
         ):  # fmt: skip
             with self.assertRaises(Problem) as raised:
                 machine.Machine("m", platform, disks=[disk])
@@ -457,7 +457,7 @@ class FoundByDriver(unittest.TestCase):
             before, after = text.split(f"echo {value} > /sys/block/$device/queue/{name};")[:2]
             self.assertTrue(before.count("fio --output") == 1 and after.count("fio --output") >= 1, name)
         # fio knows this pattern by another name.
-        self.assertIn("--rw=randrw", yardstick.script([yardstick.Target("hda", IDE)], [{**wanted[0], "name": "mixed", "mix": 20}]))
+        self.assertIn("--rw=randrw", yardstick.script([yardstick.Target("hda", IDE)], [{**wanted[0], "name": "randrw", "mix": 20}]))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class Jobs(unittest.TestCase):
 
     def test_places(self):
         self.assertEqual(fiojson.place(self.job()), Path("xen-emu-xvda-xen_blk/4k/randread-32-2.json"))
-        self.assertEqual(fiojson.place(self.job(workload="mixed")), Path("xen-emu-xvda-xen_blk/randrw70/4k/randrw-32-2.json"))
+        self.assertEqual(fiojson.place(self.job(workload="randrw")), Path("xen-emu-xvda-xen_blk/randrw70/4k/randrw-32-2.json"))
 
     def test_a_folder_that_holds_something_is_refused_before_anything_is_done(self):
         with tempfile.TemporaryDirectory() as folder:

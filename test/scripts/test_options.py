@@ -87,7 +87,7 @@ class Options(unittest.TestCase):
             ("run", "--cpus 1 --cpus 2", "given twice"), ("run", "--frob", "--help lists the options"), ("run", "--cpu 2", "unrecognized"), ("run", "word", "unrecognized"),
             ("run", "--disk floppy:64M", "the buses are ide, xen, scsi, accel, virtio, nvme, sata, pvscsi, vscsi"), ("run", f"--disk ide:{nothing}", "no such file exists"), ("run", f"--disk {self.folder}", "it is a folder"),
             ("run", "--disk 64x", "a size like 64m or a file was expected"), ("run", "--disk ide:", "none is there"), ("run", "--disk ,content=zero", "none is there"),
-            ("run", "--platform xen-pvh --disk xen:1m,backing=tape", "backing=loop|ram|readonly"), ("run", "--disk 0", "is not a size"), ("run", "--disk 1m,colour=red", "is not one of"),
+            ("run", "--platform xen-pvh --disk xen:1m,backing=tape", "backing=loop|ram|readonly"), ("run", "--disk 0", "is not a size"), ("run", "--disk 1m,colour=red", "'colour=red' was given; one of content="), ("run", "--disk virtio:1m,aio=uring", "'aio=uring' was given; aio=threads|native|io_uring (of QEMU's disks) was expected"),
             ("run", f"--disk {self.elf},content=zero", "content of its file"), ("run", "--disk 1m,content=zero,content=sparse", "given twice"),
             ("run", "--platform xen-pvh --xen-version 4.21", "has Xen 4."), ("bench", "--only xen-hvm --xen-version 3", "has Xen 4."), ("run", "--xen-version 4.17", "is for the platforms xen-pvh"),
             ("bench", f"--html {nothing}/x", "does not exist"), ("bench", "--lanes 65", "1 to 64"), ("bench", "--cmdline lanes=2", "--lanes picks"), ("bench", "--runs 0", "1 to 100"), ("bench", "--runs x", "1 to 100"), ("bench", "--only nonsense", "scripts/bench --list"),
@@ -112,6 +112,8 @@ class Options(unittest.TestCase):
             self.assertIn(said, self.verdict(script, *words.split()) or "(accepted)", words)
         self.assertIn("one line", self.verdict("run", "--cmdline", "a\nb"))
         self.assertIn("none is there", self.verdict("run", "--disk", ""))
+        for script, option in (("run", "--qemu"), ("bench", "--qemu"), ("run", "--map"), ("run", "--kernel"), ("bench", "--json"), ("bench", "--html"), ("test", "--junit")):
+            self.assertIn("'' was given, the name of a file was expected", self.verdict(script, option, "") or "(accepted)")
         self.assertIn("at least one word", self.verdict("run", "--platform", "xen-pvh", "--blkback", ",") or "(accepted)")
         for script in ("bench", "test"):
             for words in ("", "host,", "host,,vm"):

@@ -196,6 +196,20 @@ class Whole(unittest.TestCase):
             launch.make_disk(nested.Disk("hda.img", 512, str(file)), Path(folder))
             self.assertEqual(file.read_bytes(), b"mine" * 128)
 
+    def test_an_image_without_room_is_not_begun_and_one_that_fails_leaves_nothing(self):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            usage = mock.Mock(free=launch.SPARE_BYTES + (3 << 20))
+            with mock.patch.object(launch.shutil, "disk_usage", return_value=usage):
+                for content in ("pattern", "/a/file"):
+                    with self.assertRaisesRegex(Problem, r"its 4 MiB are written into .*, and only 259 MiB are free .*content=sparse"):
+                        launch.make_disk(nested.Disk("hda.img", 4 << 20, content), folder)
+                launch.make_disk(nested.Disk("hdb.img", 4 << 40, "sparse"), folder)
+                launch.make_disk(nested.Disk("hdc.img", 3 << 20, "pattern"), folder)
+            with self.assertRaises(FileNotFoundError):
+                launch.make_disk(nested.Disk("hdd.img", 512, "/a/file/that/is/not/there"), folder)
+            self.assertEqual(sorted(each.name for each in folder.iterdir()), ["hdb.img", "hdc.img"])
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -63,8 +63,8 @@ class Controller {
     /// The device's configuration may have changed.
     virtual void config_changed() {}
     /// After changed() or a request of a lane, and after each interrupt of a device that has one for everything, while
-    /// the first lane is open: takes what queues with change_vector() have. True: serve() has something to do. A function
-    /// of its own because a coroutine needs a frame, and this may be called once for each I/O.
+    /// the first lane is open: takes what queues with change_vector() have. True: serve() has something to do. Not a
+    /// coroutine, which needs a frame: this may be called once for each I/O.
     virtual Result<bool> look() { return false; }
     virtual io::Task<Result<void>> serve() { co_return Result<void>{}; }
     /// The device may still access its memory: memory besides that of the lanes is given up permanently.

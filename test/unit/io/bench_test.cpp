@@ -81,9 +81,9 @@ struct BenchTest : testing::Test {
 };
 
 TEST(WorkloadText, Parses) {
-    const auto w = parse_workload("mixed,bs=128k,qd=8,count=500,seed=0x10,mix=30");
+    const auto w = parse_workload("randrw,bs=128k,qd=8,count=500,seed=0x10,mix=30");
     ASSERT_TRUE(w);
-    EXPECT_EQ(w->pattern, Pattern::mixed);
+    EXPECT_EQ(w->pattern, Pattern::randrw);
     EXPECT_EQ(w->bs, 131072u);
     EXPECT_EQ(w->qd, 8u);
     EXPECT_EQ(w->count, 500u);
@@ -95,7 +95,7 @@ TEST(WorkloadText, Parses) {
     EXPECT_EQ(d->bs, 4096u);
     EXPECT_EQ(d->count, 2000u);
     EXPECT_FALSE(d->writes());
-    EXPECT_FALSE(parse_workload("mixed,mix=100")->writes());
+    EXPECT_FALSE(parse_workload("randrw,mix=100")->writes());
 }
 
 TEST(WorkloadText, SaysWhatWasMeant) {
@@ -120,7 +120,7 @@ TEST(WorkloadText, SaysWhatWasMeant) {
     EXPECT_NE(message("read,startdelay=1000000001").find("at most a second"), std::string::npos);
     EXPECT_NE(message("read,thinktime=1000001").find("at most a millisecond"), std::string::npos);
     EXPECT_NE(message("read,thinktine=1").find("is thinktime= meant?"), std::string::npos);
-    EXPECT_NE(message("mixed,mix=101").find("percentage"), std::string::npos);
+    EXPECT_NE(message("randrw,mix=101").find("percentage"), std::string::npos);
     EXPECT_NE(message("read,count=18446744073709551615k").find("need a number"), std::string::npos);
 }
 
@@ -181,7 +181,7 @@ TEST_F(BenchTest, MarksLieAroundWhatIsMeasured) {
 }
 
 TEST_F(BenchTest, AllocatesNothingPerIo) {
-    for (const char* text : {"randread,qd=1,count=1000", "randread,qd=32,count=5000", "mixed,qd=7,count=1000"}) {
+    for (const char* text : {"randread,qd=1,count=1000", "randread,qd=32,count=5000", "randrw,qd=7,count=1000"}) {
         const auto r = run(text, true);
         ASSERT_TRUE(r);
         EXPECT_EQ(r->allocations, 0u) << text;
@@ -200,7 +200,7 @@ TEST_F(BenchTest, EveryPatternTouchesWhatItShould) {
     EXPECT_NE(storage[0], std::byte{0});
     EXPECT_NE(storage[99 * 4096], std::byte{0});
     EXPECT_EQ(storage[100 * 4096], std::byte{0});
-    r = run("mixed,count=1000,mix=70", true);
+    r = run("randrw,count=1000,mix=70", true);
     ASSERT_TRUE(r);
     EXPECT_NEAR(static_cast<double>(r->read.ios), 700, 60);
     EXPECT_EQ(r->read.ios + r->write.ios, 1000u);
@@ -236,7 +236,7 @@ TEST_F(BenchTest, RefusesBeforeAnythingIsSubmitted) {
         EXPECT_NE(r.error().message.find(why), std::string_view::npos) << r.error().message;
     };
     refused("randwrite", false, "scratch=");
-    refused("mixed", false, "scratch=");
+    refused("randrw", false, "scratch=");
     refused("read,count=1025", false, "at most as many blocks of bs bytes as the disk has");
     EXPECT_EQ(run("read,count=1025", false).error().expected, 1024u);
     EXPECT_EQ(run("read,count=1025", false).error().seen, 1025u);
