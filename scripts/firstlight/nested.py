@@ -255,7 +255,7 @@ def prepare(lab: Lab, jobs: Sequence[Job], folder: Path, wall: bool, more: Seque
         with open(scratch, "wb") as file:
             file.truncate(size)
         command += [
-            "-drive", f"if=none,id=scratch,format=raw,file={scratch}", "-device", "virtio-blk-pci,drive=scratch",
+            "-drive", f"if=none,id=scratch,format=raw,werror=report,file={scratch}", "-device", "virtio-blk-pci,drive=scratch",
         ]  # fmt: skip
     return Nested(folder, command, tag, layout)
 

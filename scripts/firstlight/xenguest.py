@@ -306,7 +306,8 @@ def prepare(ready: XenLab, jobs: Sequence[Domain], folder: Path, wall: bool, xen
     if size:
         with open(folder / "scratch.raw", "wb") as file:
             file.truncate(size)
-        command += ["-drive", "if=none,id=scratch,format=raw,cache=unsafe,file=scratch.raw", "-device", "virtio-blk-pci,drive=scratch"]
+        # werror=report: on a full file system QEMU would stop the machine, and everybody would wait.
+        command += ["-drive", "if=none,id=scratch,format=raw,cache=unsafe,werror=report,file=scratch.raw", "-device", "virtio-blk-pci,drive=scratch"]
     return Prepared(folder, command, tag, layout)
 
 
