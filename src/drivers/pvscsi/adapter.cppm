@@ -5,6 +5,8 @@
 //   KICK_RW_IO        once per turn that has sent commands, all of them reads and writes
 //   KICK_NON_RW_IO    the same with another command among them: it makes the adapter process the whole ring
 //   INTR_STATUS       with a line: read, and written if it was this adapter. With messages it is never accessed
+//   INTR_MASK         set-up, the end; else only while a processor polls: once when it needs no more interrupts of
+//                     completions, once when it needs them again
 //   COMMAND …         set-up, recovery
 export module drivers.pvscsi.adapter;
 import core.std;
@@ -80,8 +82,22 @@ class Adapter {
 
     inline void kick(bool rw_only) { write(rw_only ? kick_rw_io_register : kick_non_rw_io_register, 0); }
     void enable_interrupts(bool messages) {
-        write(InterruptMask::offset,
-              InterruptMask{}.set(InterruptMask::cmpl, 3).set(InterruptMask::msg, messages ? 3 : 0).raw);
+        silent_ = false;
+        messages_ = messages;
+        write_mask(3);
+    }
+    /// No interrupts for completions, until listen().
+    void silence() {
+        silent_ = true;
+        write_mask(0);
+    }
+    /// Before the completion ring is looked at for the last time: undoes silence(). `wanted`: a completion may come.
+    inline void listen(bool wanted) {
+        if (silent_ && wanted) [[unlikely]] {
+            silent_ = false;
+            write_mask(3);
+            static_cast<void>(read(InterruptStatus::offset)); // flushes the posted write: from here on they interrupt
+        }
     }
     void disable_interrupts() { write(InterruptMask::offset, 0); }
     bool absent() { return InterruptStatus::from(read(InterruptStatus::offset)).absent(); }
@@ -102,6 +118,10 @@ class Adapter {
 
   private:
     Result<void> send(AdapterCommand which, std::span<const u32> words);
+    void write_mask(u32 completions) {
+        write(InterruptMask::offset,
+              InterruptMask{}.set(InterruptMask::cmpl, completions).set(InterruptMask::msg, messages_ ? 3 : 0).raw);
+    }
     u32 status() { return read(command_status_register); }
     u32 read(u64 at) { return ++accesses_, registers_.read<u32>(at); }
     inline void write(u64 at, u32 value) {
@@ -113,6 +133,8 @@ class Adapter {
     }
 
     Mmio registers_;
+    bool messages_ = false; // interrupt
+    bool silent_ = false;   // completions do not
     u32 accesses_ = 0;
     std::atomic<u32> in_handler_{0}; // relaxed: the handler runs on the queue's processor, and only counts
 };

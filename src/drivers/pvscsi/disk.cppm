@@ -62,7 +62,8 @@ class Transport : public io::TransportDefaults {
     io::Next next(io::Completion& completion);
     Result<void> release(io::Counters&) { return rings_.release(), Result<void>{}; }
     void settle(io::Counters& counters) { counters.device_accesses += adapter_.take_accesses(); }
-    Result<bool> arm() { return rings_.arm(); }
+    Result<bool> arm() { return adapter_.listen(!commands_->empty()), rings_.arm(); }
+    void silence() { adapter_.silence(); }
     inline u32 events() const { return interrupts_.load(std::memory_order_relaxed); }
     inline bool finish(Command&, io::Status) { return true; }
     io::Fence fence(Command&) { return recovery_.fence(); }

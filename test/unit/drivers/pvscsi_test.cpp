@@ -569,4 +569,73 @@ TEST(Pvscsi, Removal) {
     EXPECT_EQ(quarantine_state().spans, 0u);
 }
 
+// ---- what a processor that polls does with interrupts [io::Wait] ----
+
+struct WaitingMachine {
+    Machine& m;
+    io::BlockDevice& disk = *m.sink.disks.at(0);
+    DmaBuffer data = *m.dma.buffer(4096);
+
+    explicit WaitingMachine(io::Wait wait) : m(attached()) {
+        m.turns(20);
+        m.executor.set_wait(wait);
+        m.device.hold = true;
+    }
+    u64 interrupts() const { return disk.counters().interrupts; }
+    /// A read that is answered after `turns` turns.
+    void read(u32 turns) {
+        io::Request request(disk, io::Op::read, 8, data.span());
+        disk.submit(request);
+        m.turns(turns);
+        ASSERT_EQ(m.device.held.size(), 1u);
+        m.device.answer(0);
+        m.turns(3);
+        ASSERT_FALSE(request.pending());
+        EXPECT_EQ(request.status, io::Status::ok);
+    }
+};
+
+TEST(PvscsiWait, APollingProcessorMasksCompletions) {
+    WaitingMachine w(io::Wait::poll);
+    const u64 before = w.interrupts();
+    for (int i = 0; i < 100; ++i) {
+        w.read(3);
+    }
+    EXPECT_LE(w.interrupts() - before, 1u) << "the one that showed that they are not needed";
+    EXPECT_EQ(w.m.device.mask, 0xcu) << "messages only";
+    w.m.device.hold = false;
+    w.m.device.units[{3, 0}] = {.blocks = 8192};
+    w.m.device.message(0, 0, 3);
+    w.m.turns(200);
+    EXPECT_EQ(w.m.sink.disks.size(), 2u) << "a target that was added";
+    // As before, for a processor that does not poll any more.
+    w.m.device.hold = true;
+    w.m.executor.set_wait(io::Wait::interrupt);
+    const u64 asleep = w.interrupts();
+    for (int i = 0; i < 10; ++i) {
+        w.read(3);
+        EXPECT_EQ(w.m.device.mask, 0xfu);
+    }
+    EXPECT_GE(w.interrupts() - asleep, 10u);
+}
+
+TEST(PvscsiWait, AnAdaptiveProcessorIsInterruptedAfterItsWindow) {
+    WaitingMachine w(io::Wait::adaptive);
+    const u64 before = w.interrupts();
+    for (int i = 0; i < 100; ++i) {
+        w.read(3); // well within the window
+    }
+    EXPECT_LE(w.interrupts() - before, 1u);
+    EXPECT_EQ(w.m.device.mask, 0xcu);
+    const u64 slow = w.interrupts();
+    const u64 idles = w.m.clock.idles;
+    w.m.clock.step = 20'000;
+    for (int i = 0; i < 10; ++i) {
+        w.read(10);
+        EXPECT_EQ(w.m.device.mask, 0xfu) << "an interrupt that wakes is wanted";
+    }
+    EXPECT_GE(w.m.clock.idles - idles, 10u);
+    EXPECT_GE(w.interrupts() - slow, 10u);
+}
+
 } // namespace
