@@ -50,6 +50,8 @@ class PortMemory {
     /// A dword of the received FIS area, which the HBA writes at any time.
     inline u32 received(u32 at) const { return *word(at); }
     inline void forget(u32 at) const { *word(at) = 0; }
+    /// Reads a dword and makes it 0, at once: what the HBA writes afterwards stays.
+    inline u32 take(u32 at) const { return __atomic_exchange_n(word(at), 0, __ATOMIC_ACQ_REL); }
 
   private:
     inline volatile u32* word(u32 at) const { return reinterpret_cast<volatile u32*>(span_.data + fis_at + at); }

@@ -74,10 +74,10 @@ io::Next Transport::next(io::Completion& completion) {
         if (fault_) [[unlikely]] {
             return io::Next::broken;
         }
-        if (!events_.take()) {
+        if (!events_.take() && !polling_.found()) {
             return io::Next::none;
         }
-        if (!collect()) [[unlikely]] {
+        if (!slots_.any_done() && !collect()) [[unlikely]] {
             return io::Next::broken;
         }
         if (!slots_.any_done()) [[unlikely]] {
@@ -136,7 +136,7 @@ Result<void> Transport::tick(Instant now, bool) {
         if (!attend(errors_.step(0))) {
             return fault();
         }
-    } else if (slots_.issued() != 0 && !events_.pending() && lost_.check(port_, now)) {
+    } else if (slots_.issued() != 0 && !events_.pending() && !polling_.on() && lost_.check(port_, now)) {
         events_.force();
     }
     return {};

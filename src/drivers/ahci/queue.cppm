@@ -19,6 +19,7 @@ export import drivers.ahci.protocol;
 export import drivers.ahci.port;
 export import drivers.ahci.memory;
 export import drivers.ahci.interrupts;
+export import drivers.ahci.polling;
 export import drivers.ahci.recovery;
 export import drivers.ahci.commands;
 export import drivers.ahci.errors;
@@ -42,8 +43,8 @@ class Transport : public io::TransportDefaults {
     Transport(io::Executor& executor, DmaAllocator& dma, HbaEvents& hba, Port port, PortMemory memory, bool wide,
               Nanoseconds timeout)
         : executor_(executor), hba_(hba), events_(executor), port_(port), memory_(memory), encoder_(dma, memory_, wide),
-          slots_(port_, memory_), recovery_(executor, port_, memory_, timeout), errors_(port_, hba, slots_, recovery_) {
-    }
+          slots_(port_, memory_), recovery_(executor, port_, memory_, timeout), errors_(port_, hba, slots_, recovery_),
+          polling_(executor, port_, slots_, recovery_, events_) {}
 
     Port& port() { return port_; }
     PortEvents& port_events() { return events_; }
@@ -60,7 +61,8 @@ class Transport : public io::TransportDefaults {
     Result<void> publish(io::Counters& counters);
     io::Next next(io::Completion& completion);
     void settle(io::Counters& counters);
-    Result<bool> arm() { return slots_.any_done() || slots_.any_returned() || events_.pending(); }
+    Result<bool> arm() { return polling_.listen() || slots_.any_done() || slots_.any_returned() || events_.pending(); }
+    void silence() { polling_.silence(); }
     inline u32 events() const { return events_.count(); }
     bool finish(Command& command, io::Status status) {
         encoder_.unmap(command, command.wire, status == io::Status::ok && command.first != nullptr);
@@ -71,10 +73,7 @@ class Transport : public io::TransportDefaults {
     Result<void> tick(Instant now, bool waiting);
     bool wants_tick() const { return recovery_.in_progress(); }
     Error fault() const { return fault_.value_or(Error{Code::protocol, "the port is broken"}); }
-    bool closing(io::Status) {
-        leave();
-        return true;
-    }
+    bool closing(io::Status) { return leave(), true; }
     void closed(bool stopped) { hba_.changed(stopped ? 0 : port_.bit()); }
 
   private:
@@ -99,6 +98,7 @@ class Transport : public io::TransportDefaults {
     io::CommandTable<Transport>* commands_ = nullptr;
     PortDisk* disk_ = nullptr;
     Errors errors_;
+    Polling polling_;
     LostInterrupt lost_;
     bool leaving_ = false;
     std::optional<Error> fault_;

@@ -50,10 +50,21 @@ class Slots {
     /// commands that were never issued.
     inline Result<u32> find_ended() {
         const u32 ended = ended_by_fis();
-        if (ended == issued_) {
-            return ended;
+        return ended == issued_ ? ended : ended_by_registers(); // the FIS is of the last ones only
+    }
+    /// Without an interrupt: commands that the last FIS of the device in memory may end, each FIS once. The HBA stores
+    /// it before it clears their bits in its registers [ahci-1.3.1 §5.3.14], so they are to be looked up there.
+    inline u32 announced() const {
+        if (queued_) {
+            const u32 at = ReceivedFis::bits_at + 4;
+            return memory_.received(at) != 0 ? memory_.take(at) & issued_ : 0;
         }
-        const u32 busy = port_.read(queued_ ? sata_active : command_issue); // the FIS is of the last ones only
+        const FisHead head = FisHead::from(memory_.received(ReceivedFis::register_at));
+        return head.get(FisHead::type) == ReceivedFis::register_type ? issued_ : 0; // forgotten by issue()
+    }
+    /// The slots that the HBA shows as ended, in one access. Errors: as find_ended().
+    inline Result<u32> ended_by_registers() {
+        const u32 busy = port_.read(queued_ ? sata_active : command_issue);
         if ((busy & ~issued_) != 0) [[unlikely]] {
             return busy == ~u32{0}
                        ? Error{Code::device_gone, "all registers read as ones: the HBA was removed"}
@@ -66,6 +77,8 @@ class Slots {
         issued_ &= ~slots;
         done_ |= slots;
     }
+    /// After ended_by_registers(): a FIS of these is not to be taken for the answer to a later command.
+    inline void forget_fis() const { memory_.forget(queued_ ? ReceivedFis::bits_at : ReceivedFis::register_at); }
     inline bool any_done() const { return done_ != 0; }
     inline u32 next_done() { return next(done_); }
 

@@ -358,6 +358,133 @@ TEST(Ahci, CommandsOfATurnAreIssuedByOnePairOfWrites) {
     }
 }
 
+// ---- what a processor that polls does with interrupts [io::Wait] ----
+
+constexpr u32 only_errors = 0x7840'0040; // PxIE: TFES, HBFS, HBDS, IFS, PRCS, PCS
+constexpr u32 all_causes = only_errors | is_sdbs | is_dhrs;
+
+/// As Machine::turns_until, while time passes although the executor does not sleep.
+template <class F>
+bool polls_until(Machine& m, F&& f, Nanoseconds bound = 1'000'000'000) {
+    const std::atomic<bool> awake{false};
+    for (const Instant end = m.clock.time + bound; !f() && m.clock.time < end;) {
+        m.executor.turn();
+        m.clock.idle(m.clock.time + 1000, awake);
+    }
+    return f();
+}
+
+/// A read that is answered after `turns` turns.
+void read_held(Machine& m, Port& port, u64 lba, u32 turns) {
+    Batch batch(m, 1, lba);
+    for (u32 i = 0; i < turns; ++i) {
+        m.executor.turn();
+    }
+    ASSERT_EQ(port.held().size(), 1u);
+    port.answer(m.hba, 0, Port::How::ok);
+    for (u32 i = 0; i < 3; ++i) {
+        m.executor.turn();
+    }
+    ASSERT_TRUE(batch.done());
+    EXPECT_EQ(batch.items[0]->status, io::Status::ok);
+}
+
+TEST(AhciWait, APollingProcessorFindsTheFis) {
+    for (const u32 depth : {32u, 0u}) { // with and without NCQ
+        for (const bool line : {false, true}) {
+            Machine m;
+            Port& port = m.add(0, 1 << 20, 512, depth);
+            if (line) {
+                m.withhold(drivers::Feature::messages);
+            }
+            ASSERT_TRUE(m.attach());
+            m.executor.set_wait(io::Wait::poll);
+            port.hold = true;
+            read_held(m, port, 0, 3);
+            const io::Counters before = m.disk().counters();
+            for (u32 i = 1; i <= 100; ++i) {
+                read_held(m, port, 8 * i, 3);
+            }
+            const io::Counters used = m.disk().counters() - before;
+            EXPECT_EQ(used.interrupts, 0u) << "after the one that showed that they are not needed";
+            // PxSACT and PxCI, and one of them read; once more before there is a FIS, because the machine has slept for
+            // longer than 20 ms
+            EXPECT_LE(used.device_accesses, depth != 0 ? 402u : 302u);
+            EXPECT_EQ(port.read(m.hba, 0x14), only_errors);
+            // An error interrupts all the same.
+            port.bad.insert(4000);
+            Batch bad(m, 1, 4000);
+            m.executor.turn();
+            port.answer(m.hba, 0, Port::How::ok);
+            port.hold = false;
+            ASSERT_TRUE(polls_until(m, [&] { return bad.done(); }));
+            EXPECT_EQ(bad.items[0]->status, io::Status::io_error);
+            port.hold = true;
+            read_held(m, port, 0, 3);
+            // As before, for a processor that does not poll any more.
+            m.executor.set_wait(io::Wait::interrupt);
+            const io::Counters asleep = m.disk().counters();
+            for (u32 i = 1; i <= 10; ++i) {
+                read_held(m, port, 8 * i, 3);
+                EXPECT_EQ(port.read(m.hba, 0x14), all_causes);
+            }
+            EXPECT_EQ((m.disk().counters() - asleep).interrupts, 10u);
+        }
+    }
+}
+
+// Each FIS overwrites the last one: the register shows what they have ended.
+TEST(AhciWait, OverwrittenFisesLoseNothing) {
+    Machine m;
+    Port& port = m.add(0);
+    ASSERT_TRUE(m.attach());
+    m.executor.set_wait(io::Wait::poll);
+    port.hold = true;
+    read_held(m, port, 0, 3);
+    const io::Counters before = m.disk().counters();
+    Batch batch(m, 8);
+    m.executor.turn();
+    for (int i = 0; i < 5; ++i) {
+        port.answer(m.hba, 0, Port::How::ok);
+    }
+    m.executor.turn();
+    EXPECT_EQ(std::ranges::count_if(batch.items, [](const auto& r) { return r->pending(); }), 3);
+    // And a FIS that is not understood delays the answer, no more.
+    port.nonsense = true;
+    while (!port.held().empty()) {
+        port.answer(m.hba, 0, Port::How::ok);
+    }
+    ASSERT_TRUE(polls_until(m, [&] { return batch.done(); }, 30'000'000));
+    EXPECT_EQ((m.disk().counters() - before).interrupts, 0u);
+    for (const auto& item : batch.items) {
+        EXPECT_EQ(item->status, io::Status::ok);
+    }
+}
+
+TEST(AhciWait, AnAdaptiveProcessorIsInterruptedAfterItsWindow) {
+    Machine m;
+    Port& port = m.add(0);
+    ASSERT_TRUE(m.attach());
+    m.executor.set_wait(io::Wait::adaptive);
+    port.hold = true;
+    read_held(m, port, 0, 2);
+    const io::Counters before = m.disk().counters();
+    for (u32 i = 0; i < 100; ++i) {
+        read_held(m, port, 8 * i, 2); // well within the window
+    }
+    EXPECT_LE((m.disk().counters() - before).interrupts, 1u);
+    const io::Counters fast = m.disk().counters();
+    for (u32 i = 0; i < 10; ++i) {
+        Batch batch(m, 1, 8 * i);
+        const u64 idles = m.executor.idles();
+        ASSERT_TRUE(polls_until(m, [&] { return m.executor.idles() != idles; }));
+        EXPECT_EQ(port.read(m.hba, 0x14), all_causes) << "asleep";
+        m.clock.at(m.clock.time + 100'000, [&] { port.answer(m.hba, 0, Port::How::ok); });
+        ASSERT_TRUE(m.turns_until([&] { return batch.done(); }));
+    }
+    EXPECT_EQ((m.disk().counters() - fast).interrupts, 10u);
+}
+
 // Tags of commands that are not issued mean nothing, and cost nothing [sata].
 TEST(Ahci, FurtherTagsInTheReceivedFisMeanNothing) {
     Machine m;
