@@ -64,12 +64,14 @@ class Controller final : public virtio::Controller {
     io::Task<Result<FixedText<24>>> serial_number();
     io::BlockDevice::Identity identify(std::string_view serial) const;
     Result<void> make_disks(const io::BlockDevice::Identity& identity);
+    Result<void> announce();
     Queue& queue(u32 index) const { return static_cast<Lane&>(lane(index)).queue(); }
 
     io::Geometry geometry_;
     bool write_through_ = false; // what is acknowledged is on stable storage
     Limits limits_;
-    std::array<Disk*, max_lanes> disks_{}; // owned
+    FixedText<24> serial_;
+    std::array<Disk*, max_lanes> disks_{}; // owned; none: it has 0 bytes
 };
 
 // ---- setting up ----
@@ -106,9 +108,6 @@ Result<u32> Controller::configure() {
                      4096, block};
     }
     TRY(geometry.sectors, sectors_of(capacity, geometry.sector_size));
-    if (geometry.sectors == 0) {
-        return Error{Code::not_supported, "the virtio disk has 0 bytes (capacity)"};
-    }
     geometry.physical_sector_size =
         has(feature_topology) && exponent < 8 ? geometry.sector_size << exponent : geometry.sector_size;
     geometry.read_only = has(feature_ro);
@@ -219,13 +218,33 @@ io::Task<Result<void>> Controller::find() {
     if (!queue(0).is_open()) {
         co_return Error{Code::io, "the virtio disk was closed before its first request, as said above"};
     }
-    CO_CHECK(make_disks(identify(serial.view())));
-    CO_CHECK(environment_.disks.announce(*disks_[0], DiskSink::no_twin));
+    serial_ = serial;
+    if (geometry_.sectors == 0) {                  // it may get some: see config_changed()
+        const FixedText<48> name = device_.name(); // "virtio 00:04.0", "virtio-mmio 0xfeb00000"
+        const usize blank = name.view().find(' ');
+        environment_.disks.unused({name.view().starts_with("virtio-mmio") ? "virtio-mmio" : "pci",
+                                   name.view().substr(blank + 1), "virtio disk", Unused::empty, "it has 0 bytes"});
+        co_return Result<void>{};
+    }
+    co_return announce();
+}
+
+Result<void> Controller::announce() {
+    auto announced = make_disks(identify(serial_.view()));
+    if (announced) {
+        announced = environment_.disks.announce(*disks_[0], DiskSink::no_twin);
+    }
+    if (!announced) {
+        for (Disk*& disk : disks_) {
+            delete std::exchange(disk, nullptr);
+        }
+        return announced;
+    }
     for (u32 i = 0; i < lane_count(); ++i) {
         // no other coroutine has run since, so this precedes any request to the lane
         disks_[i]->link(environment_.executor);
     }
-    co_return Result<void>{};
+    return {};
 }
 
 // ---- in use ----
@@ -238,10 +257,17 @@ void Controller::config_changed() {
     } else {
         sectors = sectors_of(capacity, geometry_.sector_size);
     }
-    if (sectors) {
+    if (!sectors) {
+        const FixedText<48> name = device_.name();
+        log::warning("{}: the disk keeps its size: {}",
+                     disks_[0] != nullptr ? disks_[0]->identity().name.view() : name.view(), sectors.error());
+    } else if (disks_[0] != nullptr) {
         disks_[0]->resize(*sectors);
-    } else {
-        log::warning("{}: the disk keeps its size: {}", disks_[0]->identity().name, sectors.error());
+    } else if (*sectors != 0) {
+        geometry_.sectors = *sectors;
+        if (auto announced = announce(); !announced) {
+            log::warning("{}: the disk has got a size and is not used: {}", device_.name(), announced.error());
+        }
     }
 }
 

@@ -73,8 +73,10 @@ Result<u64> Device::negotiate(u64 supported, u64 required, u64 withheld, std::sp
         log::info("{}: features= withholds {}; without effect, because the device does not offer them: {}", name(),
                   list(withheld & offered), list(withheld & ~offered));
     }
-    log::debug("{}: features {}; not used: {}", name(), names_of(accepted, names),
-               names_of(offered & ~supported, names));
+    log::debug("{}: features {}", name(), names_of(accepted, names));
+    if (const u64 unused = offered & ~supported & ~withheld; unused != 0) {
+        log::info("{}: offered, and not used by this driver: {}", name(), names_of(unused, names));
+    }
     write_features(0, static_cast<u32>(accepted));
     if (legacy()) {
         return accepted;

@@ -66,8 +66,8 @@ class Device {
     /// out. Error{timed_out}: it does not finish its reset; some VMMs cannot reset a device in use.
     io::Task<Result<void>> start(io::Executor& executor, Nanoseconds timeout);
     /// Accepts those of the offered features that are in `supported`, and returns them. Error{not_supported}: the
-    /// device does not offer `required` (all of these), or refuses the choice. The rest is logged by name; `names`:
-    /// those of the device type's own features. `withheld`: those of which the user does not want any; one line says
+    /// device does not offer `required` (all of these), or refuses the choice. One line names the rest; `names`: those
+    /// of the device type's own features. `withheld`: those of which the user does not want any; another line says
     /// which of them the device offers, and which it does not.
     Result<u64> negotiate(u64 supported, u64 required, u64 withheld, std::span<const FeatureName> names);
     /// Call once all queues are enabled.

@@ -41,8 +41,12 @@ constexpr u64 f_size_max = 1 << 1, f_seg_max = 1 << 2, f_ro = 1 << 5, f_blk_size
 
 struct Sink final : drivers::DiskSink {
     std::vector<io::BlockDevice*> disks;
+    std::vector<std::tuple<std::string, drivers::Unused, std::string>> left; // address, why, reason
     bool refuse = false;
     bool offered(u32) override { return true; }
+    void unused(const drivers::UnusedUnit& unit) override {
+        left.emplace_back(std::string(unit.bus) + " " + std::string(unit.address), unit.why, std::string(unit.reason));
+    }
     FixedText<16> free_name(std::string_view prefix) override {
         return drivers::disk_name(prefix, static_cast<u32>(disks.size()));
     }
@@ -136,6 +140,8 @@ TEST(VirtioBlk, SetsStatusBitsInOrderAndAcceptsWhatItKnows) {
     EXPECT_EQ(m.registers.accepted,
               f_seg_max | f_blk_size | f_flush | f_discard | f_indirect | f_event_idx | f_version_1);
     ASSERT_EQ(m.sink.disks.size(), 1u);
+    EXPECT_TRUE(m.log.has("offered, and not used by this driver: GEOMETRY, SECURE_ERASE, SR_IOV, RING_RESET\n"))
+        << m.log.text.view();
     const auto& identity = m.sink.disks[0]->identity();
     EXPECT_EQ(identity.name.view(), "vda");
     EXPECT_EQ(identity.driver, "virtio_blk");
@@ -233,7 +239,6 @@ TEST(VirtioBlk, ImpossibleConfigurationsAreRefused) {
         {"block size 0", [](Machine& m) { m.registers.set<u32>(20, 0); }, Code::not_supported},
         {"block size 768", [](Machine& m) { m.registers.set<u32>(20, 768); }, Code::not_supported},
         {"block size 8192", [](Machine& m) { m.registers.set<u32>(20, 8192); }, Code::not_supported},
-        {"no bytes", [](Machine& m) { m.registers.set<u64>(0, 0); }, Code::not_supported},
         {"too many", [](Machine& m) { m.registers.set<u64>(0, ~u64{0}); }, Code::protocol},
         {"segments below a sector",
          [](Machine& m) {
@@ -529,6 +534,28 @@ TEST(VirtioBlk, ALegacyDevicesSizeIsReadUntilItIsConsistent) {
     EXPECT_EQ(restless.probe().error().code, Code::protocol);
 }
 
+TEST(VirtioBlk, ADiskOfZeroBytesIsReportedAndUsedOnceItHasSome) {
+    for (const u64 few : {u64{0}, u64{7}}) { // of 512 bytes, with sectors of 4096
+        Machine m;
+        m.registers.set<u64>(0, few);
+        m.registers.set<u32>(20, 4096);
+        ASSERT_TRUE(m.probe());
+        EXPECT_TRUE(m.sink.disks.empty());
+        ASSERT_EQ(m.sink.left.size(), 1u);
+        EXPECT_EQ(m.sink.left[0], std::tuple("virtio-mmio 0xfeb00000", drivers::Unused::empty, "it has 0 bytes"));
+        m.registers.set<u64>(0, few);
+        m.change_config();
+        EXPECT_TRUE(m.sink.disks.empty());
+        m.registers.set<u64>(0, Machine::sectors);
+        m.change_config();
+        ASSERT_EQ(m.sink.disks.size(), 1u);
+        EXPECT_EQ(m.sink.disks[0]->geometry().sectors, Machine::sectors / 8);
+        auto buffer = *m.memory.buffer(4096);
+        EXPECT_TRUE(m.run(io::Op::write, 1, buffer.span()));
+        EXPECT_FALSE(m.log.has("warning:") || m.log.has("error:")) << m.log.text.view();
+    }
+}
+
 // One line for each device says what features= does to it.
 TEST(VirtioBlk, WithheldFeaturesAreNamed) {
     Machine m;
@@ -543,6 +570,7 @@ TEST(VirtioBlk, WithheldFeaturesAreNamed) {
         << all.log.text.view();
     Machine none;
     ASSERT_TRUE(none.probe(to_underlying(Feature::ncq)));
+    EXPECT_FALSE(none.log.has("not used by this driver"));
     EXPECT_FALSE(none.log.has("withholds")) << "the kernel reports what no driver knows";
 }
 
