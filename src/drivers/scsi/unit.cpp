@@ -91,6 +91,14 @@ io::Task<Result<void>> read_pages(Nexus& nexus, u16 lun, bool thin, TransportLim
     co_return Result<void>{};
 }
 
+// Whether READ CAPACITY was refused because there is nothing to count. A unit of 0 bytes has no last block, which is
+// what the command returns; QEMU's then asks for manual intervention.
+bool lacks_medium(const Response& response) {
+    return response.sense && response.sense->key == key_not_ready &&
+           (response.sense->asc == asc_no_medium ||
+            (response.sense->asc == asc_not_ready && response.sense->ascq == ascq_manual_intervention));
+}
+
 // Decodes the answer to READ CAPACITY(10), after (16) was refused.
 Result<Capacity> short_capacity(const Response& response) {
     if (!response.good()) {
@@ -185,6 +193,10 @@ io::Task<Result<UnitState>> read_state(Nexus& nexus, u16 lun) {
             CO_TRY(state.capacity, parse_capacity_16(response.data));
         } else {
             CO_CHECK(co_await execute_retrying(nexus, lun, read_capacity_10(), capacity_10_bytes, response));
+            if (lacks_medium(response)) {
+                state.medium = false;
+                co_return state;
+            }
             CO_TRY(state.capacity, short_capacity(response));
         }
         const u32 changes = nexus.changes(); // earlier changes are reflected in the capacity
@@ -214,6 +226,10 @@ io::Task<Result<UnitDescription>> describe(Nexus& nexus, u16 lun, Inquiry inquir
             log::info("{}: LUN {}: {}", nexus.driver(), lun, scsi::describe(*response.sense, std::nullopt));
         }
         CO_TRY(const UnitState state, co_await read_state(nexus, lun));
+        if (!state.medium) {
+            unit.medium = false;
+            co_return unit;
+        }
         unit.model = model_of(inquiry);
         unit.geometry.sectors = state.capacity.blocks;
         unit.geometry.sector_size = state.capacity.block_bytes;

@@ -63,6 +63,7 @@ FixedText<48> model_of(const Inquiry& inquiry); // vendor, product, revision
 
 /// Attributes that may change while a disk is in use.
 struct UnitState {
+    bool medium = true; // false: there is none, or it has 0 bytes, and the other members are not set
     Capacity capacity;
     // Defaults if the unit does not report them: a volatile cache, and writable.
     bool write_cache = true;
@@ -71,7 +72,7 @@ struct UnitState {
 };
 /// READ CAPACITY(16), or (10) if that is refused, and the caching mode page. Repeated, at most three readings, if a
 /// unit attention reports a possible change of capacity meanwhile. Error{not_supported}: an unsupported block size or
-/// number of blocks.
+/// number of blocks. Error{io}: the unit refuses both.
 io::Task<Result<UnitState>> read_state(Nexus& nexus, u16 lun);
 
 /// Limits of the transport.
@@ -84,7 +85,7 @@ struct TransportLimits {
 
 /// A disk as described by its unit.
 struct UnitDescription {
-    bool medium = true; // false: the drive is empty, and the other members are not set
+    bool medium = true; // false: there is none, or it has 0 bytes, and the other members are not set
     FixedText<48> model;
     io::Geometry geometry;
     UnitLimits limits;
@@ -104,8 +105,8 @@ io::Task<Result<std::optional<u32>>> read_identification(Nexus& nexus, u16 lun);
 /// How a disk in use differs from the unit that now has its number: not at all; in its number of blocks, which the disk
 /// can take over; or so that it is another disk.
 enum class Change : u8 { none, size, block_size, model, attributes };
-/// `inquiry` and `now` are the unit's; `geometry` and `model`: from describe() of the disk. The first difference in the
-/// order block_size, model, attributes, size.
+/// `inquiry` and `now` are the unit's, which has a medium; `geometry` and `model`: from describe() of the disk. The
+/// first difference in the order block_size, model, attributes, size.
 Change compare(const Inquiry& inquiry, const UnitState& now, const io::Geometry& geometry, std::string_view model,
                TransportLimits transport);
 

@@ -137,7 +137,7 @@ io::Task<Result<void>> Units::identify(UnitNumber at) {
     }
     if (!found.medium) {
         if (first_report(at)) {
-            unused(at, "SCSI disk", Unused::empty, "there is no medium in it");
+            unused(at, "SCSI disk", Unused::empty, "there is no medium in it, or it has 0 bytes");
         }
         co_return Result<void>{};
     }
@@ -148,6 +148,9 @@ io::Task<Result<void>> Units::identify(UnitNumber at) {
 io::Task<Result<bool>> Units::unchanged(Unit& unit, const Inquiry& inquiry) {
     io::BlockDevice& disk = unit.disk();
     CO_TRY(const UnitState now, co_await read_state(host_, unit.at_.lun));
+    if (!now.medium) {
+        co_return Error{Code::io, "the unit of a disk in use has no medium any more (READ CAPACITY)"};
+    }
     CO_TRY(const std::optional<u32> identification, co_await read_identification(host_, unit.at_.lun));
     Change change = compare(inquiry, now, disk.geometry(), disk.identity().model, rules_.transport);
     if (unit.gone_) { // meanwhile

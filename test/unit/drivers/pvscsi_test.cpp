@@ -192,6 +192,101 @@ TEST(Pvscsi, GoldenBytes) {
     EXPECT_EQ(write.status, io::Status::ok);
 }
 
+/// The messages of one entry of an MSI-X table.
+struct Messages final : InterruptController {
+    InterruptHandler handler = nullptr;
+    void* context = nullptr;
+    u32 count = 0;
+    static constexpr u8 vector = 0x51;
+    Result<void> attach_line(InterruptLine, InterruptHandler, void*, u32) override {
+        return Error{Code::not_supported, "no lines here"};
+    }
+    void detach_line(InterruptLine, InterruptHandler, void*) override {}
+    Result<InterruptVector> attach_vector(InterruptHandler, void*, bool) override {
+        return Error{Code::not_supported, "messages only"};
+    }
+    Result<InterruptVector> attach_message(u32 processor, InterruptHandler call, void* with) override {
+        EXPECT_EQ(handler, nullptr);
+        handler = call;
+        context = with;
+        return InterruptVector{vector, processor, processor};
+    }
+    Result<InterruptMessage> message_for(InterruptVector) const override {
+        return InterruptMessage{0xfee0'3000, vector};
+    }
+    void detach_vector(InterruptVector) override { handler = nullptr; }
+};
+
+/// The adapter with an MSI-X capability, as VMware's has one; QEMU's has MSI alone.
+struct MessageMachine : Machine {
+    struct Table final : MmioModel {
+        std::array<u8, 0x2000> memory{};
+        u64 read(u64 at, u32 width) override {
+            u64 value = 0;
+            std::memcpy(&value, memory.data() + at, width);
+            return value;
+        }
+        void write(u64 at, u32 width, u64 value) override { std::memcpy(memory.data() + at, &value, width); }
+        u32 word(u32 at) const {
+            u32 value = 0;
+            std::memcpy(&value, memory.data() + at, 4);
+            return value;
+        }
+    };
+    Table table;
+    Messages messages;
+    bool raised = false;
+
+    MessageMachine() {
+        auto& f = function();
+        f.set32(0x1c, 0xfe10'0000); // BAR 3: memory
+        f.bar_mask[3] = 0xffff'e000;
+        f.add_capability(0x50, 0x11);
+        f.set16(0x52, 0); // one entry
+        f.limit16(0x52, 0xc000);
+        f.set32(0x54, 3);          // the table, in BAR 3
+        f.set32(0x58, 0x1000 | 3); // pending bits
+        table.memory[12] = 1;      // masked after a reset
+        mapper.places[0xfe10'0000] = {&table, 0x2000};
+        device.interrupt = [this] {
+            raised = true;
+            deliver_message();
+        };
+        clock.on_idle_context = this;
+        clock.on_idle = [](void* self) { static_cast<MessageMachine*>(self)->deliver_message(); };
+    }
+    void deliver_message() {
+        if (!raised || (table.word(12) & 1) != 0) {
+            return;
+        }
+        raised = false;
+        EXPECT_EQ(table.word(0), 0xfee0'3000u);
+        EXPECT_EQ(table.word(4), 0u);
+        EXPECT_EQ(table.word(8), u32{Messages::vector});
+        ASSERT_NE(messages.handler, nullptr) << "a message after the detaching";
+        ++messages.count;
+        messages.handler(messages.context);
+    }
+};
+
+TEST(Pvscsi, MessagesByMsix) {
+    static MessageMachine m; // an attached controller lives as long as its machine
+    drivers::Environment with{m.executor, m.dma, m.messages, m.sink, 500'000'000, 0, {}, nullptr, m.mapper};
+    ASSERT_TRUE(m.executor.run(pvscsi::probe(with, *pci_test::pci::look_up(m.space, {0, 3, 0}), 0)));
+    EXPECT_EQ(features(m).find(" line"), std::string::npos);
+    EXPECT_NE(features(m).find("msix"), std::string::npos) << features(m);
+    EXPECT_EQ(m.function().get16(0x52) & 0xc000, 0x8000) << "MSI-X is on, and not masked";
+    EXPECT_EQ(m.table.word(12) & 1, 0u);
+    EXPECT_TRUE(m.interrupts.lines.empty());
+    const u32 before = m.messages.count;
+    auto from = *m.dma.buffer(4096);
+    auto into = *m.dma.buffer(4096);
+    std::memset(from.data(), 0x3c, 4096);
+    EXPECT_TRUE(m.executor.run(copy(*m.sink.disks.at(0), from.span(), into.span())));
+    EXPECT_EQ(std::memcmp(from.data(), into.data(), 4096), 0);
+    EXPECT_GT(m.messages.count, before);
+}
+
 TEST(Pvscsi, TargetsAndUnits) {
     Machine& m = attached([](Machine& with) {
         with.device.units.clear();
@@ -200,11 +295,14 @@ TEST(Pvscsi, TargetsAndUnits) {
         with.device.units[{4, 0}] = {.peripheral = 5, .vendor = "NECVMWar", .product = "CD-ROM          "};
         with.device.units[{9, 1}] = {.blocks = 1024, .block_bytes = 4096}; // no LUN 0
         with.device.units[{15, 0}] = {.empty = true};
+        with.device.units[{15, 1}] = {.zero_bytes = true};
         with.device.units[{16, 0}] = {.blocks = 8192}; // beyond the default
     });
     ASSERT_EQ(m.sink.disks.size(), 3u);
     EXPECT_EQ(m.sink.disks[2]->geometry().sector_size, 4096u);
-    ASSERT_EQ(m.sink.left.size(), 2u);
+    ASSERT_EQ(m.sink.left.size(), 3u);
+    EXPECT_EQ(m.sink.left[2], (std::pair<std::string, std::string>{"pvscsi0 target 15 LUN 1",
+                                                                   "there is no medium in it, or it has 0 bytes"}));
     EXPECT_EQ(m.sink.left[0].first, "pvscsi0 target 4 LUN 0");
     EXPECT_NE(m.sink.left[0].second.find("CD drives"), std::string::npos);
     EXPECT_NE(m.sink.left[1].second.find("no medium"), std::string::npos);

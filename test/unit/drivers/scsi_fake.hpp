@@ -28,6 +28,7 @@ struct Unit {
     u8 peripheral = 0; // qualifier and device type
     std::string vendor = "Msft    ", product = "Virtual Disk    ", revision = "1.0 ";
     u64 blocks = 2048;
+    bool zero_bytes = false; // READ CAPACITY is refused, as by QEMU's units
     u32 block_bytes = 512;
     u8 physical_exponent = 0;
     bool thin = true;
@@ -56,7 +57,7 @@ struct Unit {
             std::vector<u8> data(8);
             put_be(data, 0, 4, std::min<u64>(blocks - 1, 0xffffffff));
             put_be(data, 4, 4, block_bytes);
-            return empty ? check(2, 0x3a) : Answer{.data = data};
+            return empty ? check(2, 0x3a) : zero_bytes ? check(2, 0x04, 0x03) : Answer{.data = data};
         }
         case 0x9e: {
             if (!capacity_16 || c[1] != 0x10) {
@@ -67,7 +68,7 @@ struct Unit {
             put_be(data, 8, 4, block_bytes);
             data[13] = physical_exponent;
             data[14] = thin ? 0x80 : 0;
-            return empty ? check(2, 0x3a) : Answer{.data = data};
+            return empty ? check(2, 0x3a) : zero_bytes ? check(2, 0x04, 0x03) : Answer{.data = data};
         }
         default: return check(5, 0x20);
         }

@@ -244,6 +244,20 @@ TEST_F(ScsiUnits, ADiskInUseOutlivesAMissingList) {
     EXPECT_TRUE(sink.disks[1]->gone);
 }
 
+TEST_F(ScsiUnits, AUnitOfZeroBytesIsEmptyUntilItHasSome) {
+    adapter.add(0, 0).zero_bytes = true;
+    ASSERT_TRUE(scan());
+    EXPECT_EQ(sink.left, Strings{"fake0 target 0 LUN 0: SCSI disk (empty)"});
+    adapter.at(0).units[0].zero_bytes = false;
+    ASSERT_TRUE(scan());
+    ASSERT_EQ(sink.disks.size(), 1u);
+    sink.left.clear();
+    adapter.at(0).units[0].zero_bytes = true; // in use: what the disk had is not forgotten
+    static_cast<void>(scan());
+    EXPECT_FALSE(sink.disks[0]->gone);
+    EXPECT_EQ(sink.left, Strings{"fake0 target 0 LUN 0: SCSI disk (failed)"});
+}
+
 TEST_F(ScsiUnits, ATargetWithOneUnitIsNotAskedForAList) {
     rules([](auto& r) {
         r.lists_units = false;
