@@ -260,7 +260,7 @@ void Controller::describe() {
     print(features, "{}{}{} queues={}", write_through_ ? "write-through " : "", shadows_ ? "shadow-doorbells " : "",
           pci::name(interrupts_.kind()), lane_count_);
     namespaces_.use(info_, limits_, std::span(queues_).first(lane_count_), features,
-                    registers_.version() >= version_1_3);
+                    registers_.version() >= version_1_3, registers_.command_sets());
     log::info("nvme{}: {} {} firmware {}, {} I/O {} by {}", index_, info_.model, info_.serial, info_.firmware,
               lane_count_, plural(lane_count_, "queues"), pci::name(interrupts_.kind()));
 }

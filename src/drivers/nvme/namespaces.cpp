@@ -13,6 +13,11 @@ import drivers.driver;
 
 namespace fl::drivers::nvme {
 
+namespace {
+constexpr std::string_view other_command_set =
+    "it has another I/O command set than NVM, such as that of zoned namespaces: it is left alone";
+} // namespace
+
 void Namespaces::clear() {
     while (units_.size() != 0) {
         Unit* unit = units_[units_.size() - 1];
@@ -25,9 +30,10 @@ void Namespaces::clear() {
 }
 
 void Namespaces::use(const ControllerInfo& info, const CommandSetLimits& limits, std::span<Queue* const> queues,
-                     std::string_view features, bool descriptors) {
+                     std::string_view features, bool descriptors, bool command_sets) {
     info_ = info;
     descriptors_ = descriptors;
+    command_sets_ = command_sets;
     set_ = limits;
     queues_ = queues;
     print(features_, "{}", features);
@@ -87,6 +93,44 @@ io::Task<Result<void>> Namespaces::scan() {
             unused(found[i], unused_because(scanned.error().code), reason);
         }
     }
+    co_return co_await report_other_command_sets(std::span(found).first(count));
+}
+
+/// CC.CSS selects NVM alone, so a namespace of another command set is not active [nvme-base-2.0 §3.2.1.4]; the
+/// controller describes an allocated one of NVM's that is not attached, and refuses to describe one of another set in
+/// that way.
+io::Task<Result<void>> Namespaces::report_other_command_sets(std::span<const u32> active) {
+    if (!command_sets_) {
+        co_return Result<void>{};
+    }
+    if (auto listed = co_await admin_.identify(cns_allocated_namespaces, 0, true); !listed) {
+        co_return listed.error().code == Code::io ? Result<void>{} : listed; // the list is optional
+    }
+    std::array<u32, max_namespaces> others{}; // copied: the data is overwritten
+    u32 count = 0;
+    u32 last = 0;
+    for (u32 i = 0; i < identify_bytes / 4 && count < max_namespaces; ++i) {
+        CO_TRY(const u32 nsid, next_namespace(admin_.data(), i, last));
+        if (nsid == 0) {
+            break;
+        }
+        last = nsid;
+        if (std::ranges::find(active, nsid) == active.end()) {
+            others[count++] = nsid;
+        }
+    }
+    for (const u32 nsid : std::span(others).first(count)) {
+        const auto described = co_await admin_.identify(cns_allocated_namespace, nsid, true);
+        if (described) {
+            continue; // of another controller
+        }
+        if (described.error().code != Code::io) {
+            co_return described;
+        }
+        if (described.error().seen == status_invalid_command_set) {
+            unused(nsid, Unused::no_driver, other_command_set);
+        }
+    }
     co_return Result<void>{};
 }
 
@@ -97,20 +141,24 @@ io::Task<Result<void>> Namespaces::scan_one(u32 nsid) {
         unused(nsid, Unused::empty, "the namespace has no blocks");
         co_return Result<void>{};
     }
-    CO_CHECK(co_await read_descriptors(nsid, info.identity));
+    CO_TRY(const u8 command_set, co_await read_descriptors(nsid, info.identity));
+    if (command_set != 0) {
+        unused(nsid, Unused::no_driver, other_command_set);
+        co_return Result<void>{};
+    }
     co_return attach(nsid, info);
 }
 
 /// A controller that refuses them has none.
-io::Task<Result<void>> Namespaces::read_descriptors(u32 nsid, NamespaceIdentity& identity) {
+io::Task<Result<u8>> Namespaces::read_descriptors(u32 nsid, NamespaceIdentity& identity) {
     if (descriptors_) {
         if (auto read = co_await admin_.identify(cns_namespace_descriptors, nsid, true); read) {
-            parse_descriptors(admin_.data(), identity);
+            co_return parse_descriptors(admin_.data(), identity);
         } else if (read.error().code != Code::io) {
-            co_return read;
+            co_return read.error();
         }
     }
-    co_return Result<void>{};
+    co_return u8{0};
 }
 
 Limits Namespaces::limits_of(u32 block_size) const {

@@ -27,9 +27,9 @@ class Namespaces {
 
     /// What all of them have in common. `queues`: of the lanes; the array outlives this. `limits`: of the command set.
     /// `features`: words for the disks' description, each followed by a space or the last. `descriptors`: the
-    /// controller has lists of identification descriptors.
+    /// controller has lists of identification descriptors. `command_sets`: it may have others than NVM.
     void use(const ControllerInfo& info, const CommandSetLimits& limits, std::span<Queue* const> queues,
-             std::string_view features, bool descriptors);
+             std::string_view features, bool descriptors, bool command_sets);
     /// Finds and announces the namespaces that are not known. Failing ones are skipped and reported.
     io::Task<Result<void>> scan();
     /// Reads the log of changes, which lets the controller report the next one, and looks at what it names: disks are
@@ -47,7 +47,8 @@ class Namespaces {
         NamespaceIdentity identity;
     };
     io::Task<Result<void>> scan_one(u32 nsid);
-    io::Task<Result<void>> read_descriptors(u32 nsid, NamespaceIdentity& identity);
+    io::Task<Result<void>> report_other_command_sets(std::span<const u32> active);
+    io::Task<Result<u8>> read_descriptors(u32 nsid, NamespaceIdentity& identity);
     io::Task<Result<void>> check(Unit& unit);
     Result<void> attach(u32 nsid, const NamespaceInfo& info);
     Limits limits_of(u32 block_size) const;
@@ -63,6 +64,7 @@ class Namespaces {
     CommandSetLimits set_;
     u32 max_transfer_ = max_transfer;
     bool descriptors_ = false;
+    bool command_sets_ = false;
     std::span<Queue* const> queues_;
     FixedText<96> features_;
     Vector<Unit*> units_;  // owned

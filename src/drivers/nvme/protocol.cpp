@@ -95,14 +95,18 @@ Result<NamespaceInfo> parse_namespace(std::span<const u8, identify_bytes> data) 
     return info;
 }
 
-void parse_descriptors(std::span<const u8, identify_bytes> data, NamespaceIdentity& identity) {
+u8 parse_descriptors(std::span<const u8, identify_bytes> data, NamespaceIdentity& identity) {
     constexpr usize header = 4; // NIDT, NIDL, reserved
+    u8 command_set = 0;
     for (usize at = 0; at + header < data.size();) {
         const u8 type = data[at];
         const usize bytes = data[at + 1];
         at += header;
-        if (bytes == 0 || bytes > data.size() - at) {
-            return;
+        if (bytes == 0 || bytes > data.size() - at || (type == 4 && bytes != 1)) {
+            return command_set;
+        }
+        if (type == 4) {
+            command_set = data[at];
         }
         const std::span<u8> into = type == 1   ? std::span<u8>(identity.eui64)
                                    : type == 2 ? std::span<u8>(identity.nguid)
@@ -110,12 +114,13 @@ void parse_descriptors(std::span<const u8, identify_bytes> data, NamespaceIdenti
                                                : std::span<u8>();
         if (!into.empty()) {
             if (into.size() != bytes) {
-                return;
+                return command_set;
             }
             std::ranges::copy(data.subspan(at, bytes), into.begin());
         }
         at += bytes;
     }
+    return command_set;
 }
 
 FixedText<128> text_of(const NamespaceIdentity& identity) {

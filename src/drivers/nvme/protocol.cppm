@@ -128,8 +128,11 @@ inline constexpr u32 identify_bytes = 4096;
 inline constexpr u32 cns_namespace = 0;
 inline constexpr u32 cns_controller = 1;
 inline constexpr u32 cns_active_namespaces = 2;
-inline constexpr u32 cns_namespace_descriptors = 3; // since version 1.3
-inline constexpr u32 cns_command_set = 6;           // limits of the NVM command set; CSI 0 [nvme-nvm-1.0 §4.1.5.2]
+inline constexpr u32 cns_namespace_descriptors = 3;   // since version 1.3
+inline constexpr u32 cns_allocated_namespaces = 0x10; // also those that are not attached to the controller
+inline constexpr u32 cns_allocated_namespace = 0x11;
+inline constexpr u16 status_invalid_command_set = 0x12c; // Invalid I/O Command Set [nvme-base-2.0 figure 98]
+inline constexpr u32 cns_command_set = 6;                // limits of the NVM command set; CSI 0 [nvme-nvm-1.0 §4.1.5.2]
 inline constexpr u32 feature_write_cache = 0x06;
 inline constexpr u32 feature_number_of_queues = 0x07;
 inline constexpr u32 feature_asynchronous_events = 0x0b;
@@ -239,7 +242,8 @@ struct NamespaceIdentity {
 FixedText<128> text_of(const NamespaceIdentity& identity);
 /// Adds what a Namespace Identification Descriptor list has [nvme-1.4 figure 246]. Unknown descriptors are skipped. One
 /// that does not fit, or has another length than its type, ends the list: what follows cannot be located.
-void parse_descriptors(std::span<const u8, identify_bytes> data, NamespaceIdentity& identity);
+/// Returns the namespace's I/O command set; 0, which is NVM's: it has no descriptor of one [nvme-base-2.0 figure 277].
+u8 parse_descriptors(std::span<const u8, identify_bytes> data, NamespaceIdentity& identity);
 
 /// From Identify Namespace [nvme-1.4 figure 245]. Error{not_supported}: a format that this driver does not use.
 /// `blocks` 0: the namespace is inactive or empty.

@@ -39,6 +39,7 @@ Result<void> Registers::open(Mmio bar) {
     }
     stride_ = static_cast<u8>(capabilities.get(Capabilities::dstrd));
     version_ = Version::read(bar_).raw;
+    command_sets_ = (capabilities.get(Capabilities::css) >> 6 & 1) != 0; // [nvme-base-2.0 §3.1.3.1, CAP.CSS]
     ready_bound_ = std::max<u64>(capabilities.get(Capabilities::to), 1) * ready_unit; // at most 127.5 s
     return {};
 }

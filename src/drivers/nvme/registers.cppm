@@ -20,6 +20,7 @@ class Registers {
     Mmio bar() const { return bar_; }
     u32 largest_queue() const { return largest_queue_; } // entries, at least 2
     u8 stride() const { return stride_; }                // CAP.DSTRD
+    bool command_sets() const { return command_sets_; }  // it may have other I/O command sets than NVM
     u32 version() const { return version_; }             // as in VS: 0x10400 is 1.4
     /// Whether the doorbells of queue pair `id` lie in the BAR.
     bool has_doorbells(u32 id) const {
@@ -43,6 +44,7 @@ class Registers {
     u32 largest_queue_ = 2;
     u8 stride_ = 0;
     u32 version_ = 0;
+    bool command_sets_ = false;
     Nanoseconds ready_bound_ = 0;
     bool gone_ = false;
     bool enabled_ = false;

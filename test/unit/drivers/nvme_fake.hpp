@@ -43,7 +43,11 @@ struct Options {
     bool absent = false; // registers read as all ones
     u16 metadata = 0;
     u8 protection = 0;
-    std::vector<u32> list; // active namespaces; empty: 1 to `namespaces`
+    std::vector<u32> list;      // active namespaces; empty: 1 to `namespaces`
+    std::vector<u32> zoned;     // allocated ones of another command set, not active without it
+    std::vector<u32> elsewhere; // allocated ones that are attached to another controller
+    bool refuses_list = false;  // of allocated namespaces
+    u8 command_set = 0;         // of the active ones, in their descriptors
     u32 version = 0x10400;
     bool descriptors = true; // has lists of identification descriptors
     u8 eui64 = 0, nguid = 0; // their last bytes, to which the namespace's number is added; 0: none
@@ -374,6 +378,14 @@ class Controller final : public MmioModel {
                 status = 2;
                 break;
             }
+            if (const u32 cns = h.dw(10) & 0xff; cns == 0x10 || cns == 0x11) {
+                EXPECT_TRUE(options.cap >> 43 & 1) << "CAP.CSS: no other command sets";
+                const bool other = std::ranges::find(options.zoned, h.dw(1)) != options.zoned.end();
+                if (cns == 0x10 ? options.refuses_list : other) {
+                    status = cns == 0x10 ? 2 : 0x12c;
+                    break;
+                }
+            }
             identify(h.dw(10) & 0xff, h.dw(1), data);
             if (patch) {
                 patch(h.dw(10) & 0xff, h.dw(1), data);
@@ -445,10 +457,17 @@ class Controller final : public MmioModel {
         for (u32 i = 1; i <= options.namespaces && options.list.empty(); ++i) {
             list.push_back(i);
         }
-        if (cns == 2) {
+        if (cns == 2 || cns == 0x10) {
+            if (cns == 0x10) {
+                list.insert(list.end(), options.zoned.begin(), options.zoned.end());
+                list.insert(list.end(), options.elsewhere.begin(), options.elsewhere.end());
+                std::ranges::sort(list);
+            }
             for (usize i = 0; i < list.size(); ++i) {
                 store<u32>(data + 4 * i, list[i]);
             }
+        } else if (cns == 0x11) {
+            store<u64>(data, 1);
         } else if (cns == 6) {
             store<u8>(data + 1, options.wzsl);
             store<u32>(data + 4, options.dmrsl);
@@ -480,6 +499,10 @@ class Controller final : public MmioModel {
             add(1, 8, options.eui64);
             add(2, 16, options.nguid);
             add(3, 16, options.uuid);
+            if (options.command_set != 0) {
+                store<u32>(data, 4 | 1 << 8);
+                store<u8>(data + 4, options.command_set);
+            }
         } else if (cns != 3 && std::ranges::find(list, nsid) != list.end()) {
             if (options.nguid != 0) {
                 store<u8>(data + 104, 0x40);

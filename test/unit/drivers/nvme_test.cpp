@@ -150,6 +150,31 @@ TEST(Nvme, Namespaces) {
     EXPECT_NE(failure(o).find("does not ascend"), std::string::npos);
 }
 
+TEST(Nvme, NamespacesOfAnotherCommandSetAreReported) {
+    const auto left = [](Options o) {
+        Machine& m = attached(o);
+        EXPECT_EQ(m.sink.disks.size(), o.command_set == 0 ? 1u : 0u);
+        std::vector<std::string> addresses;
+        for (const auto& [address, reason] : m.sink.left) {
+            addresses.push_back(address);
+            EXPECT_NE(reason.find("another I/O command set than NVM"), std::string::npos) << reason;
+        }
+        return addresses;
+    };
+    using Addresses = std::vector<std::string>;
+    Options o;
+    o.zoned = {2, 9};
+    o.elsewhere = {5};
+    EXPECT_EQ(left(o), Addresses()) << "it has none, says CAP.CSS, and is not asked";
+    o.cap |= u64{1} << 43;
+    EXPECT_EQ(left(o), (Addresses{"nvme0n2", "nvme0n9"}));
+    o.refuses_list = true;
+    EXPECT_EQ(left(o), Addresses());
+    o = {};
+    o.command_set = 2; // active all the same
+    EXPECT_EQ(left(o), Addresses{"nvme0n1"});
+}
+
 TEST(Nvme, ControllersThatCannotBeUsed) {
     Options o;
     o.never_ready = true;
