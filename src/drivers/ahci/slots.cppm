@@ -53,7 +53,7 @@ class Slots {
         return ended == issued_ ? ended : ended_by_registers(); // the FIS is of the last ones only
     }
     /// Without an interrupt: commands that the last FIS of the device in memory may end, each FIS once. The HBA stores
-    /// it before it clears their bits in its registers [ahci-1.3.1 §5.3.14], so they are to be looked up there.
+    /// it before it clears their bits in its registers [ahci-1.3.1 §5.3], so they are to be looked up there.
     inline u32 announced() const {
         if (queued_) {
             const u32 at = ReceivedFis::bits_at + 4;
@@ -100,7 +100,7 @@ class Slots {
         return slot;
     }
     /// The commands that the last FIS of the device in memory ends. The HBA interrupts for it after it has cleared
-    /// their bits in its registers [ahci-1.3.1 §5.3.14].
+    /// their bits in its registers [ahci-1.3.1 §5.3].
     inline u32 ended_by_fis() const {
         const u32 at = queued_ ? ReceivedFis::bits_at : ReceivedFis::register_at;
         const FisHead head = FisHead::from(memory_.received(at));
