@@ -6,11 +6,12 @@ import dataclasses
 import platform
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import build, comparison, ensemble, fiojson, lab, launch, page, paths, process, records, report, setup, vmm, workloads, xenlab, yardstick
+from . import build, comparison, counts, ensemble, fiojson, lab, launch, page, paths, process, records, report, setup, vmm, workloads, xenlab, yardstick
 from .machine import AIO, CACHES, DIRECT_CACHES, IOTHREAD_BUSES, PLATFORMS, DiskSpec, Machine, Platform
 from .options import Conflict, Parser, demand_agreement, listed, name_patterns, one_line, place, whole
 from .problems import EXIT_HELP, Exit, Problem
@@ -51,6 +52,8 @@ def arguments() -> Parser:
     parser.add_argument("--html", type=place, metavar="FILE", help="write a page with the results, their intervals and charts, that needs no network")
     parser.add_argument("--json-dir", type=place, metavar="FOLDER", help="the same as one file for each job in a new folder, for fio-plot")
     parser.add_argument("--yardstick", action="store_true", help="measure Linux with fio in the same machines, in the same start of the lab")
+    parser.add_argument("--cost", action="store_true", help="count the instructions of each I/O by who executes them, the guest, KVM, the host's kernel or the VMM, and tell what the host alone leaves to be gained; "
+        "scripts/cost --functions shows the kernel's own by function")
     parser.add_argument("--lab", choices=("auto", "always", "never"), default="auto", help="whether the machine runs nested")
     parser.add_argument("--lanes", type=whole(1, MOST_LANES), default=1, metavar="N", help="virtual processors that share the work on a disk, each at the whole depth, and with a queue of its own where the disk has several; "
         "Linux gets as many, and as many jobs of fio (default: 1)")
@@ -64,14 +67,19 @@ def arguments() -> Parser:
 
 
 LISTED = "nothing is measured"
+COUNTED = "instructions are counted in the nested lab, in deterministic time"
 CONFLICTS = (
-    *vmm.conflicts(("boot", "wall", "lab", "yardstick", "only", "aio", "cache", "iothread", "list", "lanes", "xen_version")),
+    *vmm.conflicts(("boot", "wall", "lab", "yardstick", "cost", "only", "aio", "cache", "iothread", "list", "lanes", "xen_version")),
     *(Conflict(("list", name), LISTED) for name in ("qemu", "qemu_arg")),
-    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "html", "yardstick", "lab", "boot", "cmdline", "no_build", "wait", "aio", "cache", "iothread", "lanes", "xen_version")),
-    *(Conflict(("compare", name), LISTED) for name in ("wall", "runs", "only", "workload", "disk", "sweep", "wait", "aio", "cache", "iothread", "json", "json_dir", "html", "yardstick", "lab", "lanes", "xen_version", "boot", "cmdline", "no_build", "list", "qemu", "qemu_arg", "vmm", "vmm_command")),
+    *(Conflict(("list", name), LISTED) for name in ("wall", "runs", "seed", "json", "json_dir", "html", "yardstick", "cost", "lab", "boot", "cmdline", "no_build", "wait", "aio", "cache", "iothread", "lanes", "xen_version")),
+    *(Conflict(("compare", name), LISTED) for name in ("wall", "runs", "only", "workload", "disk", "sweep", "wait", "aio", "cache", "iothread", "json", "json_dir", "html", "yardstick", "cost", "lab", "lanes", "xen_version", "boot", "cmdline", "no_build", "list", "qemu", "qemu_arg", "vmm", "vmm_command")),
     Conflict(("sweep", "workload"), "qd= is what --sweep sets: leave it out of --workload", lambda options: any(one.qd != 1 for one in options.workload)),
     Conflict(("aio",), f"native is for O_DIRECT: add --cache {' or --cache '.join(DIRECT_CACHES)}", lambda options: options.aio == "native" and options.cache not in DIRECT_CACHES),
     Conflict(("seed",), "is what the starts of several runs follow from: use it with --runs 2 or more", lambda options: options.runs == 1 and not options.compare),
+    Conflict(("cost", "wall"), COUNTED),
+    Conflict(("cost", "lab"), COUNTED, lambda options: options.lab == "never"),
+    Conflict(("cost", "qemu"), COUNTED),
+    Conflict(("cost", "lanes"), "what one processor's I/O costs is counted: leave out --lanes"),
     Conflict(("wall", "lab"), "--lab never measures on this machine's own KVM, always in wall-clock time: leave out --wall", lambda options: options.lab == "never"),
 )
 OWN_KEYS = ("job", "workload", "disk", "scratch", "emulated", "marks", "wait", "lanes")  # words of the kernel's command line that the jobs set
@@ -114,6 +122,8 @@ def check(options) -> list[Chosen]:
             main_machine(side, one, options)  # checks what the platform and QEMU's machine can have
             if not options.named_qemu:
                 launch.place_beforehand(platform, options.lab)
+            if platform.domain and options.cost:
+                raise Problem(f"--cost: instructions are counted below KVM, and {side.platform} has none. Add --only for other comparisons, or leave out --cost.", Exit.USAGE)
             if platform.domain and "lab" in options.given:
                 raise Problem(f"--lab {options.lab}: {side.platform} has a lab of its own, always. Leave out --lab, or add --only for other jobs.", Exit.USAGE)
     if options.json:
@@ -222,6 +232,9 @@ def main(words: list[str]) -> Exit:
         build.kernel()
         if any(one.comparison == "hyperv" for one in chosen):
             build.test_host()
+    if options.cost:
+        assert ready
+        counts.demand_plugins(ready)
     first = None if foreign else first_block(ready, options)
     jobs: list[dict] = []
     for one in chosen:
@@ -290,6 +303,8 @@ def compare(ready: lab.Lab | None, chosen: Chosen, options) -> list[dict]:
         print("\nwhat the processors did while the disks worked, and what it cost\n\n" + report.by_wait(ours))
     if compared:
         print("\n" + compared)
+    if options.cost:
+        print("\n" + report.costs(ours, theirs))
     if options.runs > 1:
         print("\n" + report.spread([*ours, *theirs], options.seed))
     return jobs
@@ -385,8 +400,8 @@ def main_machine(side: Side, chosen: Chosen, options, wait: str = WAITS[0]) -> M
     if any(workload.writes for workload in chosen.workloads):
         words.append(f"scratch={names}")
     words += [workload.word for workload in chosen.workloads]
-    if kind_of(side).marks:
-        words.append(f"marks={kind_of(side).marks:#x}")
+    if marks := kind_of(side).marks or (counts.PORT if options.cost else 0):
+        words.append(f"marks={marks:#x}")
     if wait != WAITS[0]:
         words.append(f"wait={wait}")
     if options.lanes != 1:
@@ -406,7 +421,7 @@ def linux_machine(side: Side, chosen: Chosen, options) -> Machine:
     targets = [yardstick.Target(disk, workloads.DRIVERS[side.bus(disk)].linux, 1 if side.bus(disk) == "ide" else FIO_MORE) for disk in disks]
     wanted = [{"name": w.name, "bs": w.bs, "qd": w.qd, "count": w.count, "mix": w.mix, "seed": w.seed, "startdelay": w.startdelay, "lanes": options.lanes} for w in chosen.workloads]
     # Each of several jobs would mark its own begin and end.
-    script = yardstick.script(targets, wanted, PLATFORMS[side.platform].marks if options.lanes == 1 else 0, bool(options.json or options.json_dir))
+    script = yardstick.script(targets, wanted, PLATFORMS[side.platform].marks if options.lanes == 1 else 0, bool(options.json or options.json_dir), options.cost)
     limit = FIO_MORE * len(yardstick.SETTINGS) * seconds(24, disks, chosen.workloads, in_wall_time(side, options))
     return Machine(
         f"linux-{side.key}", side.platform, side.machine, disks=images(side, options), timeout=limit, linux=script, extra=more(side, options), qemu=options.named_qemu,
@@ -468,14 +483,29 @@ def describe(record: dict) -> str:
 def measure(ready: lab.Lab | None, chosen: Chosen, sides: Sequence[Side], machines: list[Machine], mode: str, forced: str, options) -> list[dict]:
     total = len(chosen.disks) * len(chosen.workloads) * (len(options.wait) + (len(yardstick.SETTINGS) if options.yardstick else 0))
     by_machine = {name: side for side in sides for name in (f"linux-{side.key}", *(machine_name(side, wait) for wait in options.wait))}
-    boots = launch.boot(
-        ready, machines, wall=options.wall, forced=forced, live=progress(total, chosen.workloads, by_machine), keep=paths.RUNS / "bench" / chosen.comparison
-    )
-    jobs: list[dict] = []
-    for boot in boots:
-        side = by_machine[boot.machine.name]
-        jobs += linux_jobs(boot, chosen, side, mode) if boot.machine.linux else our_jobs(boot, chosen, side, mode)
+    with tempfile.TemporaryDirectory(prefix="firstlight-") as folder:
+        counting = counts.Counting(Path(folder)) if options.cost else None
+        if counting:
+            marker = counts.marker(Path(folder))
+            machines = [dataclasses.replace(machine, marker=marker) if machine.linux else machine for machine in machines]
+        boots = launch.boot(
+            ready, machines, wall=options.wall, forced=forced, live=progress(total, chosen.workloads, by_machine), keep=paths.RUNS / "bench" / chosen.comparison,
+            more=counting.arguments if counting else (),
+        )  # fmt: skip
+        jobs: list[dict] = []
+        for boot in boots:
+            side = by_machine[boot.machine.name]
+            jobs += linux_jobs(boot, chosen, side, mode) if boot.machine.linux else our_jobs(boot, chosen, side, mode)
+        if counting:
+            add_costs(jobs, counting.sections(len(jobs)))
     return jobs
+
+
+def add_costs(jobs: Sequence[dict], sections: Sequence[counts.Section]) -> None:
+    """`sections`: of each job, in the same order."""
+    for job, section in zip(jobs, sections, strict=True):
+        ios = job["read"]["total_ios"] + job["write"]["total_ios"]
+        job["firstlight"]["instructions_per_io"] = {party: round(count / ios, 1) for party, count in section.whole.items()} if ios else None
 
 
 def our_jobs(boot: launch.Boot, chosen: Chosen, side: Side, mode: str) -> list[dict]:

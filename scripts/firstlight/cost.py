@@ -1,21 +1,16 @@
-"""scripts/cost: where the instructions of an I/O go.
-
-The lab's outer QEMU executes everything: the guest, KVM, the Linux with KVM, and the virtual machine monitor. A plugin (cost.c) counts
-its instructions by who executes them, between the kernel's marks before and after each workload.
-"""
+"""scripts/cost: where the instructions of an I/O go."""
 
 from __future__ import annotations
 
-import bisect
 import collections
 import dataclasses
-import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from . import build, image, lab, launch, nested, options, paths, process, records, setup
+from . import build, lab, launch, nested, options, paths, records, setup
+from .counts import PARTIES, PORT, Counting, Section, Symbols, demand_plugins, kernel_symbols
 from .machine import Machine
 from .problems import EXIT_HELP, Exit, Problem
 from .vmtests import Result, wreck
@@ -23,11 +18,6 @@ from .workloads import DRIVERS, WAITS, Workload, kernel_names, parse_workload
 
 SUITE = "cost"
 
-SOURCE = Path(__file__).parent / "cost.c"
-QEMU_NEEDED = 9  # whose plugins have counters that are updated without a call
-MARK = "mark_phase("  # of boot.start: called before and after each workload
-PORT = 0x5F0  # that the mark writes to: the test host's; on QEMU's machines no device has it
-PARTIES = ("guest", "kvm", "kernel", "vmm")
 PLATFORMS = {"scsi": "hyperv", "xen": "xen-emu"}  # of the disks that are not QEMU's on KVM; those are measured by default
 WORKLOADS = (Workload("randread", "4k", 32, 6400), Workload("randread", "4k", 1, 2000))
 # words of the kernel's command line that are set here
@@ -39,21 +29,8 @@ BOUNDS = {
     "xen_blk-randread-4k-qd32": 870,
     "xen_blk-randread-4k-qd1": 2160,
 }
-COMPILE_SECONDS = 60
 RUN_SECONDS = 120.0  # of counted time
 SMALL = 0.5  # instructions per I/O: functions with fewer are summed up
-
-
-@dataclasses.dataclass
-class Section:
-    """The counts between two marks."""
-
-    parties: dict[str, int] = dataclasses.field(default_factory=dict)
-    addresses: dict[int, int] = dataclasses.field(default_factory=dict)  # of the guest
-
-    @property
-    def guest(self) -> int:
-        return sum(self.addresses.values())
 
 
 @dataclasses.dataclass
@@ -67,61 +44,11 @@ class Cost:
 
     @property
     def per_io(self) -> dict[str, float]:
-        return {party: count / self.workload.count for party, count in {"guest": self.section.guest, **self.section.parties}.items()}
+        return {party: count / self.workload.count for party, count in self.section.whole.items()}
 
     @property
     def label(self) -> str:
         return f"{self.driver}-{self.workload.label}"
-
-
-def read_sections(text: str) -> list[Section]:
-    """The plugin's file [cost.c]."""
-    sections: list[Section] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line == "section":
-            sections.append(Section())
-            continue
-        name, _, count = line.partition(" ")
-        if not sections or not count.isdigit() or not (name in PARTIES or re.fullmatch("0x[0-9a-f]+", name)):
-            raise Problem(f"line {number} of the counts is {line!r}: a section, or a name and a count were expected.")
-        if name in PARTIES:
-            sections[-1].parties[name] = int(count)
-        else:
-            sections[-1].addresses[int(name, 16)] = int(count)
-    return sections
-
-
-class Symbols:
-    """The functions of a kernel."""
-
-    def __init__(self, listing: str) -> None:
-        """`listing`: of llvm-nm, in the order of addresses, demangled."""
-        self.starts: list[int] = []
-        self.names: list[str] = []
-        for line in listing.splitlines():
-            if match := re.fullmatch(r"([0-9a-f]+) [tTwW] (.*)", line):
-                self.starts.append(int(match[1], 16))
-                self.names.append(short_name(match[2]))
-
-    def name(self, address: int) -> str:
-        index = bisect.bisect_right(self.starts, address) - 1
-        return self.names[index] if index >= 0 else "?"
-
-    def address(self, begin: str) -> int:
-        """Of the only function whose name begins so, after its namespaces."""
-        found = [start for start, name in zip(self.starts, self.names) if name.split("::")[-1].startswith(begin)]
-        if len(found) != 1:
-            raise Problem(f"{len(found)} functions of the kernel are called {begin}), one was expected.")
-        return found[0]
-
-
-def short_name(name: str) -> str:
-    """Without modules, template arguments and the outer namespaces."""
-    name = re.sub(r"@[\w.]+|\[abi:\w+\]|\(anonymous namespace\)::|__1::|\bfl::", "", name)
-    name = re.sub(r"operator(<=>|<<|>>|<|>|->)", lambda match: "operator" + match[1].translate({60: 1, 62: 2}), name)
-    while (shorter := re.sub(r"<[^<>]*>", "", name)) != name:
-        name = shorter
-    return name.translate({1: "<", 2: ">"})
 
 
 def by_function(section: Section, symbols: Symbols) -> dict[str, int]:
@@ -130,28 +57,6 @@ def by_function(section: Section, symbols: Symbols) -> dict[str, int]:
     for address, executed in section.addresses.items():
         count[symbols.name(address)] += executed
     return dict(count.most_common())
-
-
-def compiled(folder: Path) -> Path:
-    """The plugin."""
-    made = folder / "cost.so"
-    process.run(["clang-19", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden", "-o", made, SOURCE], timeout=COMPILE_SECONDS, what="clang-19")
-    return made
-
-
-def image_range(headers: str) -> tuple[int, int]:
-    """First address, and the one after the last, of the loaded segments that llvm-readelf lists."""
-    found = [(int(match[1], 16), int(match[2], 16)) for match in re.finditer(r"^ +LOAD +\S+ +(\S+) +\S+ +\S+ +(\S+)", headers, re.MULTILINE)]
-    if not found:
-        raise Problem("the kernel has no segments that are loaded.")
-    return min(start for start, _ in found), max(start + size for start, size in found)
-
-
-def demand_plugins(ready: lab.Lab) -> None:
-    version = ready.versions.get("qemu-system-x86", "")
-    match = re.match(r"(?:\d+:)?(\d+)", version)
-    if not match or int(match[1]) < QEMU_NEEDED:
-        raise Problem(f"Counting needs QEMU {QEMU_NEEDED}.0 or newer, and the distribution's is {version}.", Exit.MISSING)
 
 
 def machine_of(disk: str, workloads: Sequence[Workload], cmdline: str = "") -> Machine:
@@ -165,28 +70,24 @@ def machine_of(disk: str, workloads: Sequence[Workload], cmdline: str = "") -> M
 
 def measure(ready: lab.Lab, disk: str, workloads: Sequence[Workload], cmdline: str = "") -> list[Cost]:
     """Runs the workloads in one boot. The kernel must have been built."""
-    symbols = Symbols(image.tool("llvm-nm-19", "-n", "--demangle", str(paths.KERNEL_SYMBOLS)))
-    first, last = image_range(image.tool(image.READELF, "--program-headers", "--wide", str(paths.KERNEL_SYMBOLS)))
     with tempfile.TemporaryDirectory(prefix="firstlight-") as temporary:
-        folder = Path(temporary)
-        counts = folder / "counts"
-        plugin = f"{compiled(folder)},out={counts},first={first:#x},last={last:#x},mark={symbols.address(MARK):#x}"
+        counting = Counting(Path(temporary))
         machine = machine_of(disk, workloads, cmdline)
-        outcome = nested.run(ready, [machine.job(folder)], keep=paths.RUNS / "cost", more=("-plugin", plugin))[machine.name]
+        outcome = nested.run(ready, [machine.job(Path(temporary))], keep=paths.RUNS / "cost", more=counting.arguments)[machine.name]
         boot = launch.finished(machine, outcome)
         if boot.judgement.verdict != records.Verdict.SUCCESS:
             raise Problem(f"{disk}: {boot.judgement.text}. The output is in {paths.RUNS / 'cost' / 'serial.log'}.", boot.judgement.verdict.exit)
-        return costs(DRIVERS[disk].name, workloads, read_sections(counts.read_text()), boot.log.of("result"))
+        return costs(DRIVERS[disk].name, workloads, counting.sections(len(workloads)), boot.log.of("result"))
 
 
 def costs(driver: str, workloads: Sequence[Workload], sections: Sequence[Section], results: Sequence[Mapping]) -> list[Cost]:
-    """Sections begin with the start of the machine and change with each mark: every second one is a workload's."""
-    if len(sections) != 2 * len(workloads) + 1 or len(results) != len(workloads):
-        raise Problem(f"{len(workloads)} workloads were run, and there are {len(results)} results and {len(sections)} sections of counts.")
+    """`sections`: the workloads' own."""
+    if len(results) != len(workloads):
+        raise Problem(f"{len(workloads)} workloads were run, and there are {len(results)} results.")
     for result in results:
         if result.get("driver") != driver or result.get("errors") != 0:
             raise Problem(f"A workload of {result.get('driver')} ended with {result.get('errors')} errors; {driver} and 0 were expected.")
-    return [Cost(driver, workload, section, result["runtime_ns"]) for workload, section, result in zip(workloads, sections[1::2], results)]
+    return [Cost(driver, workload, section, result["runtime_ns"]) for workload, section, result in zip(workloads, sections, results)]
 
 
 def table(found: Iterable[Cost]) -> str:
@@ -282,7 +183,7 @@ def main(words: list[str]) -> Exit:
     found = [cost for disk in disks for cost in measure(ready, disk, chosen.workload or WORKLOADS, chosen.cmdline)]
     print(table(found))
     if chosen.functions:
-        symbols = Symbols(image.tool("llvm-nm-19", "-n", "--demangle", str(paths.KERNEL_SYMBOLS)))
+        symbols = kernel_symbols()
         for cost in found:
             print(function_table(cost, symbols))
     return Exit.SUCCESS

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from . import fiojson, paths, process, yardstick
+from . import counts, fiojson, lab, paths, process, report, yardstick
 from .problems import Exit, Problem
 from .vmtests import Result, wreck
 
@@ -61,9 +61,26 @@ def checks() -> Iterable[Result]:
 
 
 def sweep(work: Path) -> str:
-    """A comparison of several disks: its tables and its JSON."""
-    said = process.run([sys.executable, paths.PACKAGE, "bench", *SWEEP, "--json", work / "sweep.json"], timeout=BENCH_SECONDS, what="scripts/bench --sweep").stdout
-    return sweep_fault(said, json.loads((work / "sweep.json").read_text())["jobs"])
+    """A comparison of several disks: its tables and its JSON, with counted instructions where QEMU can count them."""
+    counted = counts.possible(lab.find())
+    words = [*SWEEP, *(["--cost"] if counted else [])]
+    said = process.run([sys.executable, paths.PACKAGE, "bench", *words, "--json", work / "sweep.json"], timeout=BENCH_SECONDS, what="scripts/bench --sweep").stdout
+    jobs = json.loads((work / "sweep.json").read_text())["jobs"]
+    return sweep_fault(said, jobs) or (cost_fault(said, jobs) if counted else "")
+
+
+def cost_fault(said: str, jobs: Sequence[dict]) -> str:
+    """An instruction takes a nanosecond, so the counts of an I/O are its time; Linux's begin and end with those of fio."""
+    for job in jobs:
+        cost, time_per_io = job["firstlight"]["instructions_per_io"], 1e9 / report.iops(job)
+        low, high = (0.9, 1.02) if not job["firstlight"]["driver"].startswith("linux-") else (0.9, 3)
+        if not low <= sum(cost.values()) / time_per_io <= high:
+            return f"{job['jobname']}: {cost} of {time_per_io:.0f} ns"
+    of = {(job["firstlight"]["disk"], job["firstlight"]["driver"].startswith("linux-"), job["job options"]["iodepth"]): job["firstlight"]["instructions_per_io"] for job in jobs}
+    for (disk, linux, depth), cost in of.items():
+        if linux and not cost["guest"] > 2 * of[disk, False, depth]["guest"]:
+            return f"{disk} qd{depth}: Linux and fio execute {cost['guest']} instructions as the guest, and this kernel {of[disk, False, depth]['guest']}: at least twice as many were expected"
+    return "" if re.search(r"^disk +driver +workload +guest +KVM +kernel +VMM +host +time ", said, re.M) else "the output has no table of costs"
 
 
 def sweep_fault(said: str, jobs: Sequence[dict]) -> str:

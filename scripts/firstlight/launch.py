@@ -117,8 +117,12 @@ def boot(
     forced: str = "auto",
     live: Live | None = None,
     keep: Path | None = None,
+    more: Sequence[str] = (),
 ) -> Iterable[Boot]:
-    """Boot each machine; those for the lab share one start of it. Yields each when its outcome is known."""
+    """Boot each machine; those for the lab share one start of it. Yields each when its outcome is known.
+
+    `more`: further arguments of the QEMU that runs the lab's Linux.
+    """
     for machine in machines:
         for disk in machine.specs:
             if disk.bring_out:
@@ -141,7 +145,7 @@ def boot(
         with tempfile.TemporaryDirectory(prefix="firstlight-") as folder:
             jobs = [machine.job(Path(folder)) for machine in inside]
             assert lab
-            outcomes = nested.run(lab, jobs, wall=wall, live=live, keep=keep)
+            outcomes = nested.run(lab, jobs, wall=wall, live=live, keep=keep, more=more)
         for machine in inside:
             yield finished(machine, outcomes[machine.name])
 

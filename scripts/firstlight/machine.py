@@ -288,6 +288,7 @@ class Machine:
     exit_port: bool = True  # QEMU's debug exit device
     plain: bool = False  # QEMU as a newcomer calls it: its default machine, processor, memory and devices, with the kernel and the disks
     restarts: bool = False  # a reset restarts the machine (QEMU without -no-reboot)
+    marker: Path | None = None  # Linux's program that marks begin and end of counted workloads
     linux: str = ""  # script run by the lab's Linux as the guest, instead of our kernel
     blkback: Sequence[str] = ()  # real Xen: parameters of the module that serves the disks
     xen: str = ""  # real Xen: further words of Xen's command line
@@ -465,7 +466,7 @@ class Machine:
         if self.actions:
             made.actions = self.actions
             made.arguments += actions.arguments(self.actions)
-        made = yardstick.job(lab.find(), made, self.linux, work / self.name) if self.linux else made
+        made = yardstick.job(lab.find(), made, self.linux, work / self.name, self.marker) if self.linux else made
         made.qemu = self.qemu.program if self.qemu else None
         return made
 

@@ -55,7 +55,7 @@ OUTPUTS = {
     "run": Output("scripts/run --deterministic", list, 900),
     "xen-emu": Output("scripts/bench --only xen-emu --yardstick", first_and_last, 3600),
     "hyperv": Output("scripts/bench --only hyperv --yardstick", first_and_last, 3600),
-    "all": Output("scripts/bench --only all --yardstick", first_and_last, 3600),
+    "all": Output("scripts/bench --only all --yardstick --cost", first_and_last, 3600),
     "microvm": Output("scripts/bench --only microvm --yardstick", first_and_last, 3600),
     "wait": Output(
         "scripts/bench --only all --disk xen,virtio,nvme --workload randread,count=1000 --workload randread,qd=32,count=1000 --wait interrupt,poll,adaptive", first_and_last, 3600

@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from . import ensemble
+from . import counts, ensemble
 
 HEADS = (
     "disk", "driver", "kind", "workload", "IOPS", "MiB/s", "mean us", "p50 us", "p99 us",
@@ -150,6 +150,32 @@ def compared(ours: Sequence[dict], theirs: Sequence[dict], baseline: str) -> str
         )  # fmt: skip
     heads = ["disk", "driver", "workload", "IOPS", *([f": {baseline}"] if base else []), *(["Linux", "ours : Linux"] if theirs else []), *HEADS[9:14]]
     return table(heads, rows, 3, (0, 2), terminal())
+
+
+def costs(ours: Sequence[dict], theirs: Sequence[dict]) -> str:
+    """Who executes the instructions of an I/O, and by how much this kernel would be ahead of Linux if it executed none itself."""
+    linux = {key(job): job for job in theirs}
+    rows = []
+    for job in ours:
+        cost = job["firstlight"]["instructions_per_io"]
+        host = sum(cost.values()) - cost["guest"]
+        cells = [job["firstlight"]["disk"], job["firstlight"]["driver"], title(job), *(f"{cost[party]:.0f}" for party in counts.PARTIES), f"{host:.0f}", f"{1e9 / iops(job):.0f}"]
+        if theirs:
+            cells += linux_costs(job, linux.get(key(job)))
+        rows.append(cells)
+    heads = ["disk", "driver", "workload", "guest", "KVM", "kernel", "VMM", "host", "time", *(["Linux guest", "host", "time", "ours : Linux", "bound"] if theirs else [])]
+    about = "instructions per I/O, by who executes them; host: KVM, its kernel and the VMM; time: per I/O in nanoseconds, in which an instruction takes one, with the idle time"
+    if theirs:
+        about += "; Linux guest: its kernel and fio; bound: what ours : Linux would be if this kernel executed nothing and the host as much as now"
+    return table(heads, rows, 3, (0, 2), terminal()) + "\n\n" + "\n".join(fitted(about))
+
+
+def linux_costs(job: dict, other: dict | None) -> list[str]:
+    if other is None:
+        return ["-"] * 5
+    cost = other["firstlight"]["instructions_per_io"]
+    ours, theirs = 1e9 / iops(job), 1e9 / iops(other)
+    return [f"{cost['guest']:.0f}", f"{sum(cost.values()) - cost['guest']:.0f}", f"{theirs:.0f}", f"{theirs / ours:.2f}", f"{theirs / (ours - job['firstlight']['instructions_per_io']['guest']):.2f}"]
 
 
 def by_depth(ours: Sequence[dict], theirs: Sequence[dict]) -> str:

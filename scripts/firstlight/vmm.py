@@ -95,6 +95,7 @@ NOT_WITH_VMM = {
     "gdb": "the debugger connects to QEMU. Start the command that --dry-run prints with this VMM's own options for a debugger",
     "console": "the keyboard is connected to QEMU only. Start the command that --dry-run prints by hand",
     "yardstick": f"Linux with fio runs in QEMU and the test host only: {LEAVE}",
+    "cost": f"instructions are counted by the lab's QEMU, and this VMM runs on this machine: {LEAVE}",
     "only": f"picks among the comparisons of QEMU, the test host and Xen, and this is another one: {LEAVE}",
     "aio": f"is QEMU's: {LEAVE}",
     "cache": f"is QEMU's: {LEAVE}",

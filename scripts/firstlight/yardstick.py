@@ -19,6 +19,7 @@ from .records import HOST
 
 KERNEL_ARGUMENTS = "console=ttyS0 quiet loglevel=0 panic=-1 xen_emul_unplug=unnecessary nokaslr norandmaps"
 MEMORY = 512  # MiB
+MARKER = "mark"  # the program that marks a workload's begin and end for the counts of cost.py
 DISK_SECONDS = 20  # bound on the wait for a disk, in the guest's time: Linux attaches disks asynchronously
 
 
@@ -132,8 +133,10 @@ def mark(port: int, phase: int) -> str:
     return f"printf '\\{phase:03o}' | dd of=/dev/port bs=1 seek={port}"
 
 
-def fio_words(workload: dict, setting: Setting = SETTINGS[0], port: int = 0, phase: int = 0) -> list[str]:
-    """One workload of the kernel's command line as fio's options, on the disk that find_disk found. `port`: where its begin and end are marked.
+def fio_words(workload: dict, setting: Setting = SETTINGS[0], port: int = 0, phase: int = 0, counted: bool = False) -> list[str]:
+    """One workload of the kernel's command line as fio's options, on the disk that find_disk found.
+
+    `port`: where its begin and end are marked for the host. `counted`: they are marked for the counts too.
 
     fio runs the marks itself, between its preparations and the first I/O and after the last one, outside of the measured time.
     """
@@ -148,13 +151,16 @@ def fio_words(workload: dict, setting: Setting = SETTINGS[0], port: int = 0, pha
         words.append(f"--randseed={workload['seed']}")
     if workload["name"] == "randrw":
         words.append(f"--rwmixread={workload['mix']}")
-    if port:
-        words += [f"--exec_prerun={mark(port, phase)}", f"--exec_postrun={mark(port, 0)}"]
+    begin, end = ([mark(port, phase)], [mark(port, 0)]) if port else ([], [])
+    if counted:
+        begin, end = [*begin, MARKER], [MARKER, *end]
+    if begin:
+        words += [f"--exec_prerun={'; '.join(begin)}", f"--exec_postrun={'; '.join(end)}"]
     return [word if "$device" in word else shlex.quote(word) for word in words]
 
 
-def script(targets: Sequence[Target], workloads: Sequence[dict], port: int = 0, bins: bool = False) -> str:
-    """Every workload in every setting on every disk. `port`: the I/O port for marks, or 0. `bins`: fio prints its histograms, which takes a while."""
+def script(targets: Sequence[Target], workloads: Sequence[dict], port: int = 0, bins: bool = False, counted: bool = False) -> str:
+    """Every workload in every setting on every disk. `bins`: fio prints its histograms, which takes a while. The others: fio_words()."""
     lines = [FIND.read_text()]
     phase = 0
     for target in targets:
@@ -166,7 +172,7 @@ def script(targets: Sequence[Target], workloads: Sequence[dict], port: int = 0, 
             for number, workload in enumerate(workloads):
                 lines.append(f"echo 'yardstick {target.disk} {driver.label} {number} {setting.name}'")
                 phase += 1
-                words = " ".join(fio_words({**workload, "count": workload["count"] * target.more}, setting, port, phase))
+                words = " ".join(fio_words({**workload, "count": workload["count"] * target.more}, setting, port, phase, counted))
                 if workload.get("startdelay"):
                     # Before fio, whose own startdelay has steps of 0.1 s; its thinktime would first let the queue run empty.
                     lines.append(f"usleep {max(1, round(workload['startdelay'] / 1000))}")
@@ -176,12 +182,15 @@ def script(targets: Sequence[Target], workloads: Sequence[dict], port: int = 0, 
     return "\n".join(lines) + "\n"
 
 
-def initrd(ready: lab.Lab, text: str, work: Path) -> Path:
-    """The guest's root file system with `text` as its script."""
+def initrd(ready: lab.Lab, text: str, work: Path, marker: Path | None = None) -> Path:
+    """The guest's root file system with `text` as its script, and the program MARKER."""
     tree = work / "yardstick-tree"
     shutil.rmtree(tree, ignore_errors=True)  # left by an interrupted run
     tree.mkdir(parents=True)
     (tree / "jobs.sh").write_text(text)
+    if marker:
+        (tree / "bin").mkdir()
+        shutil.copy2(marker, tree / "bin" / MARKER)
     lab.write_cpio(tree, work / "jobs.cpio")
     made = work / "yardstick.initrd"
     with open(made, "wb") as whole:
@@ -191,8 +200,8 @@ def initrd(ready: lab.Lab, text: str, work: Path) -> Path:
     return made
 
 
-def job(ready: lab.Lab, machine_job: Job, text: str, work: Path) -> Job:
-    """The machine of `machine_job` with Linux in place of the kernel, which then runs `text`."""
+def job(ready: lab.Lab, machine_job: Job, text: str, work: Path, marker: Path | None = None) -> Job:
+    """The machine of `machine_job` with Linux in place of the kernel, which then runs `text`. `marker`: the program MARKER, for counted workloads."""
     kernel, append, memory, module = (
         ("--kernel", "--append", "--memory", "--initrd") if machine_job.program else ("-kernel", "-append", "-m", "-initrd")
     )
@@ -202,7 +211,7 @@ def job(ready: lab.Lab, machine_job: Job, text: str, work: Path) -> Job:
     words[words.index(memory) + 1] = str(MEMORY)
     words += [module, "{file:yardstick.initrd}"]
     files = {name: path for name, path in machine_job.files.items() if name == machine_job.program}
-    files |= {"vmlinuz": ready.kernel, "yardstick.initrd": initrd(ready, text, work)}
+    files |= {"vmlinuz": ready.kernel, "yardstick.initrd": initrd(ready, text, work, marker)}
     return Job(machine_job.name, words, files, machine_job.disks, machine_job.timeout, machine_job.program, machine_job.pauses)
 
 

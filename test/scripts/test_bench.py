@@ -14,7 +14,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from firstlight import bench, fiojson, lab, launch, machine, nested, report, workloads, yardstick  # noqa: E402
+from firstlight import bench, counts, fiojson, lab, launch, machine, nested, report, workloads, yardstick  # noqa: E402
 from firstlight.problems import Exit, Problem  # noqa: E402
 from firstlight.workloads import Workload  # noqa: E402
 
@@ -300,6 +300,29 @@ class Recorded(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             fiojson.write_folder(Path(folder), jobs)
 
+    def test_costs(self):
+        sections = [counts.Section({"guest": 16 * (100 + at), "kvm": 16, "kernel": 32, "vmm": 48}, {0xFFFFFFFF80000000: 64}) for at in range(12)]
+        counting = mock.Mock(arguments=("-plugin", "p"), **{"sections.return_value": sections})
+        with mock.patch.object(bench.counts, "Counting", return_value=counting), mock.patch.object(bench.counts, "marker", return_value=Path("/m/mark")):
+            jobs, said = self.compare("--cost")
+        main, linux = self.machines
+        self.assertIn(f"marks={counts.PORT:#x}", main.cmdline.split())
+        self.assertEqual(linux.linux.count("--exec_prerun=mark "), 8)
+        self.assertEqual(linux.linux.count("--exec_postrun=mark "), 8)
+        counting.sections.assert_called_once_with(12)
+        self.assertEqual(jobs[3]["firstlight"]["instructions_per_io"], {"guest": 107.0, "kvm": 1.0, "kernel": 2.0, "vmm": 3.0})
+        ios = jobs[4]["read"]["total_ios"]  # of Linux, several times as many
+        self.assertEqual(jobs[4]["firstlight"]["instructions_per_io"]["kvm"], round(16 / ios, 1))
+        (row,) = [line.split() for line in said.splitlines() if line.startswith("nvme0n1  nvme     randread 4k qd2")][-1:]
+        ours, theirs = 1e9 / report.iops(jobs[3]), 1e5
+        self.assertEqual(row[5:11], ["107", "1", "2", "3", "6", f"{ours:.0f}"])
+        self.assertEqual(row[-2:], [f"{theirs / ours:.2f}", f"{theirs / (ours - 107):.2f}"])
+        self.assertIn("bound: what ours : Linux would be", said)
+
+    def test_counts_of_another_number_of_workloads(self):
+        with self.assertRaises(ValueError):
+            bench.add_costs([{}], [])
+
     def test_relative_to_the_baseline(self):
         jobs, _ = self.compare()
         text = report.compared([job for job in jobs if job["firstlight"]["boot"] == "pvh"], [], "xvda")
@@ -456,6 +479,12 @@ class FoundByDriver(unittest.TestCase):
         for name, value in yardstick.SETTINGS[1].queue:
             before, after = text.split(f"echo {value} > /sys/block/$device/queue/{name};")[:2]
             self.assertTrue(before.count("fio --output") == 1 and after.count("fio --output") >= 1, name)
+        # Counted: the mark is the last thing before the first I/O, and the first after the last one.
+        words = yardstick.fio_words({**wanted[0], "name": "read"}, port=0x5F0, phase=3, counted=True)
+        (begin,) = [word for word in words if "exec_prerun" in word]
+        (end,) = [word for word in words if "exec_postrun" in word]
+        self.assertTrue(begin.endswith("; mark'") and "seek=1520" in begin, begin)
+        self.assertTrue("=mark; printf" in end and "seek=1520" in end, end)
         # fio knows this pattern by another name.
         self.assertIn("--rw=randrw", yardstick.script([yardstick.Target("hda", IDE)], [{**wanted[0], "name": "randrw", "mix": 20}]))
 
