@@ -37,7 +37,7 @@ u64 load64(const std::byte* at) {
 
 } // namespace
 
-u32 crc32c_detail::by_table(std::span<const std::byte> data, u32 before) {
+u32 crc32c_by_table(std::span<const std::byte> data, u32 before) {
     u32 crc = ~before;
     const std::byte* at = data.data();
     usize left = data.size();
@@ -88,7 +88,7 @@ u32 crc32c(std::span<const std::byte> data, u32 before) {
         known = crc32c_detail::has_instruction() ? yes : no;
         instruction.store(known, std::memory_order_relaxed);
     }
-    return known == yes ? crc32c_detail::by_instruction(data, before) : crc32c_detail::by_table(data, before);
+    return known == yes ? crc32c_detail::by_instruction(data, before) : crc32c_by_table(data, before);
 }
 
 } // namespace fl

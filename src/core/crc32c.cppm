@@ -9,9 +9,12 @@ export namespace fl {
 /// reports it (checked once).
 u32 crc32c(std::span<const std::byte> data, u32 before = 0);
 
+/// The same by tables, of 8 KiB. For a few bytes in code that runs soon after an exit: KVM on a processor without
+/// hardware virtualisation (PVM) emulates the instructions that follow one, and its emulator lacks crc32.
+u32 crc32c_by_table(std::span<const std::byte> data, u32 before = 0);
+
 namespace crc32c_detail {
-/// The two implementations, for tests; by_instruction() requires has_instruction().
-u32 by_table(std::span<const std::byte> data, u32 before);
+/// Requires has_instruction().
 u32 by_instruction(std::span<const std::byte> data, u32 before);
 bool has_instruction();
 } // namespace crc32c_detail

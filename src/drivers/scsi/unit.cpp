@@ -40,7 +40,7 @@ io::Task<Result<std::optional<u32>>> read_identification(Nexus& nexus, u16 lun, 
     Response response;
     CO_CHECK(co_await execute_retrying(nexus, lun, inquiry(page_identification, list_room), list_room, response));
     const auto body = page_body(response.data, page_identification);
-    co_return response.good() && !body.empty() ? std::optional(crc32c(std::as_bytes(body))) : std::nullopt;
+    co_return response.good() && !body.empty() ? std::optional(crc32c_by_table(std::as_bytes(body))) : std::nullopt;
 }
 
 // Longer WRITE SAMEs are split: a unit that really writes the zeros must do so within a time-out.
